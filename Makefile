@@ -1,0 +1,34 @@
+# `make train` and `make test` need nothing but Python 3.11 or newer and a reachable package index.
+PYTHON ?= python3
+CONFIG ?= experiments/quick.py
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: env train test lint clean
+
+env: $(VENV)/installed
+
+train: env
+	$(BIN)/python -m lstm_jax.main --config $(CONFIG)
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "lstm-jax needs Python 3.11 or newer; name one with: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@

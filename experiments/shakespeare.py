@@ -1,0 +1,23 @@
+"""The lesson's model and training on Tiny Shakespeare."""
+# python -m lstm_jax.main --config experiments/shakespeare.py
+
+from ml_collections import ConfigDict
+
+from lstm_jax import config as config_lib
+
+
+def get_config() -> ConfigDict:
+    """One layer of 1,024 units, shuffled windows of 100, Adam at 1e-4, 20 epochs."""
+    config = config_lib.default()
+
+    config.batches.kind = "windows"
+    config.batches.batch_size = 64
+    config.batches.window_length = 100
+
+    config.model.embedding_size = 256
+    config.model.hidden_size = 1024
+    config.model.num_layers = 1
+
+    config.optimizer.learning_rate = 1e-4
+    config.num_epochs = 20
+    return config

@@ -1,0 +1,70 @@
+"""What every command shares: flags parsed, mistakes told in one line, interruption answered."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from absl import app, flags, logging
+
+from lstm_jax.errors import UserError
+
+INTERRUPTED = 130  # What a shell reports for a command that Ctrl-C ended.
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Parses the flags, calls `main`, and exits with what it returns (None is 0).
+
+    A mistake of the user's (`UserError`, a bad flag, a broken config file) becomes one line on
+    standard error and exit code 2; Ctrl-C becomes exit code 130.
+    """
+
+    def guarded(argv: Sequence[str]) -> int | None:
+        if len(argv) > 1:
+            _fail(f"stray argument {argv[1]!r}: every argument is a flag, see --help")
+        # Orbax, Grain and TFDS log much that no user of a command asked for.
+        logging.set_verbosity(logging.ERROR)
+        try:
+            return main()
+        except UserError as error:
+            _fail(str(error))
+        except KeyboardInterrupt:
+            print("Interrupted.", file=sys.stderr)
+            return INTERRUPTED
+        except BrokenPipeError:
+            # The reader (`| head`) has had enough; without this Python complains at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    if {"--help", "-help", "-h", "-?"} & set(argv):
+        app.usage(shorthelp=True, writeto_stdout=True)
+        sys.exit(0)
+    try:
+        return flags.FLAGS(argv)
+    except Exception as error:  # A config file is Python code: it can raise anything.
+        _fail(_describe(error))
+
+
+def _describe(error: Exception) -> str:
+    """One line for an exception that parsing the flags raised."""
+    text = " ".join(str(error).split())
+    if isinstance(error, flags.Error):
+        # config_flags hands on a config file's own error as a printed traceback.
+        _, in_config_file, trace = str(error).partition("Error whilst parsing config file:")
+        return f"config file: {trace.strip().splitlines()[-1]}" if in_config_file else text
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    if isinstance(error, AttributeError) and "config_dict" in frame.filename:
+        return f"the config has no field {text}"
+    if isinstance(error, SyntaxError):
+        return f"config file {error.filename}, line {error.lineno}: {error.msg}"
+    return f"config file {frame.filename}, line {frame.lineno}: {type(error).__name__}: {text}"
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,146 @@
+"""The fields that an experiment sets, their defaults, and what they may be.
+
+An experiment is a Python file with `get_config()`, which takes `default()` and changes what it
+wants different. Every field can be set from the command line: `--config.model.hidden_size=512`.
+"""
+
+import difflib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from lstm_jax.errors import UserError
+
+
+def default() -> ConfigDict:
+    """Every field with its default: the lesson's model and training on Tiny Shakespeare."""
+    config = ConfigDict()
+    # Initial weights, the order of the data, and the samples all follow from the seed.
+    config.seed = 0
+
+    config.data = ConfigDict()
+    # UTF-8 text files of the user's: a path, a glob, or several of them with commas between.
+    # They are read in that order (a glob's files by name). Empty: the TFDS dataset below.
+    config.data.path = ""
+    # A TFDS dataset and its feature that holds text.
+    config.data.dataset = "tiny_shakespeare"
+    config.data.text_feature = "text"
+    # Where TFDS keeps prepared datasets. Empty: TFDS's own default, ~/tensorflow_datasets.
+    config.data.directory = ""
+    # The shares of train, validation and test in a text that comes without splits, by position.
+    config.data.fractions = (0.9, 0.05, 0.05)
+    # Checksum of the text, filled in when a run begins: it goes on, and is evaluated, on that text.
+    config.data.sha256 = ""
+
+    config.batches = ConfigDict()
+    # "windows": shuffled windows, each from a zero carry. "streams": contiguous streams, the carry
+    # handed from one step to the next (truncated back-propagation through time).
+    config.batches.kind = "windows"
+    config.batches.batch_size = 64
+    # Tokens that one training step reads of each window or stream.
+    config.batches.window_length = 100
+
+    config.model = ConfigDict()
+    config.model.embedding_size = 256
+    config.model.hidden_size = 1024
+    config.model.num_layers = 1
+
+    config.optimizer = ConfigDict()
+    # Adam's peak learning rate. It is reached after `warmup_steps`, then stays ("constant") or
+    # falls to zero at the end of the last epoch along half a cosine ("cosine").
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.warmup_steps = 0
+    config.optimizer.schedule = "constant"
+    # Gradients are scaled down to this global norm. 0: never.
+    config.optimizer.max_gradient_norm = 0.0
+
+    config.num_epochs = 20
+    # Steps between two lines of training loss in metrics.jsonl.
+    config.log_every_steps = 10
+
+    # The sample that training shows after each epoch: how many tokens, at what temperature.
+    config.sample = ConfigDict()
+    config.sample.length = 300
+    config.sample.temperature = 0.8
+    return config
+
+
+def check(config: ConfigDict) -> None:
+    """Raises `UserError` for the first field whose value is outside its range."""
+    data, batches, model, optimizer = config.data, config.batches, config.model, config.optimizer
+    fractions = tuple(data.fractions)
+    rules: list[tuple[bool, str, str]] = [
+        (config.seed >= 0, "seed", "0 or more"),
+        (
+            len(fractions) == 3 and min(fractions) > 0 and abs(sum(fractions) - 1) < 1e-6,
+            "data.fractions",
+            "three positive shares (train, validation, test) that add up to 1",
+        ),
+        (batches.kind in ("windows", "streams"), "batches.kind", "'windows' or 'streams'"),
+        (batches.batch_size > 0, "batches.batch_size", "1 or more"),
+        (batches.window_length > 0, "batches.window_length", "1 or more"),
+        (model.embedding_size > 0, "model.embedding_size", "1 or more"),
+        (model.hidden_size > 0, "model.hidden_size", "1 or more"),
+        (model.num_layers > 0, "model.num_layers", "1 or more"),
+        (optimizer.learning_rate > 0, "optimizer.learning_rate", "above 0"),
+        (optimizer.warmup_steps >= 0, "optimizer.warmup_steps", "0 or more"),
+        (
+            optimizer.schedule in ("constant", "cosine"),
+            "optimizer.schedule",
+            "'constant' or 'cosine'",
+        ),
+        (optimizer.max_gradient_norm >= 0, "optimizer.max_gradient_norm", "0 or more"),
+        (config.num_epochs > 0, "num_epochs", "1 or more"),
+        (config.log_every_steps > 0, "log_every_steps", "1 or more"),
+        (config.sample.length > 0, "sample.length", "1 or more"),
+        (config.sample.temperature >= 0, "sample.temperature", "0 or more"),
+    ]
+    values = dict(flatten(config))
+    for holds, field, allowed in rules:
+        if not holds:
+            raise UserError(f"config.{field} is {values[field]!r}: it must be {allowed}")
+
+
+def complete(fields: Any) -> ConfigDict:
+    """A whole, checked config from some of its fields; the others get their defaults.
+
+    Args:
+      fields: a ConfigDict or nested dict.
+
+    Raises:
+      UserError: for an unknown field, a value of the wrong type, or one outside its range.
+    """
+    if not isinstance(fields, ConfigDict):
+        if not isinstance(fields, dict):
+            raise UserError(f"get_config() returned {type(fields).__name__}, not a ConfigDict")
+        fields = ConfigDict(fields)
+    config = default()
+    known = dict(flatten(config))
+    for field, value in flatten(fields):
+        if field not in known:
+            near = difflib.get_close_matches(field, known, n=1)
+            hint = f"; the nearest is config.{near[0]}" if near else ""
+            raise UserError(f"there is no field config.{field}{hint}")
+        try:
+            config.update_from_flattened_dict({field: value})
+        except TypeError:
+            wanted = type(known[field]).__name__
+            raise UserError(f"config.{field} is {value!r}: it must be of type {wanted}") from None
+    check(config)
+    return config
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields every field as (dotted name, value)."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as JSON text."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"

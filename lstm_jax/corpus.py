@@ -1,0 +1,156 @@
+"""Where text comes from: the user's own files or a TFDS dataset, as three splits."""
+
+import contextlib
+import glob
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
+
+from lstm_jax import tiny_shakespeare
+from lstm_jax.errors import UserError
+
+SPLITS = ("train", "validation", "test")
+
+# Its bars are for downloads of gigabytes; here they would bury what a command prints.
+tfds.disable_progress_bar()
+
+
+def read(data: ConfigDict) -> dict[str, str]:
+    """The text of each split, as the `data` fields of a config say.
+
+    Raises:
+      UserError: if a text is missing, not UTF-8, empty, or too short to be split.
+    """
+    if data.path:
+        splits = split(read_files(data.path), data.fractions)
+        source = data.path
+    else:
+        splits = read_dataset(data.dataset, data.text_feature, data.directory, data.fractions)
+        source = f"the dataset {data.dataset}"
+    for name, text in splits.items():
+        # One token to read, one to predict.
+        if len(text) < 2:
+            raise UserError(f"{source} is too short: its {name} split has {len(text)} characters")
+    return splits
+
+
+def read_files(paths: str) -> str:
+    """The text of all files that `paths` names, one after the other.
+
+    Args:
+      paths: paths or glob patterns, with commas between.
+
+    Raises:
+      UserError: if a file is missing, empty or not UTF-8 (naming the byte that is not).
+    """
+    files: list[Path] = []
+    for pattern in paths.split(","):
+        # A name with brackets in it may be both a file and a pattern: the file is meant.
+        found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+        if not found:
+            raise UserError(f"there is no text file {pattern}: name one that exists in data.path")
+        files += [path for path in map(Path, found) if len(found) == 1 or path.is_file()]
+    return "".join(_read_file(path) for path in files)
+
+
+def absolute(paths: str) -> str:
+    """The same paths and patterns, good from any current directory."""
+    return ",".join(str(Path(pattern).absolute()) for pattern in paths.split(","))
+
+
+def _read_file(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}") from None
+    if not content:
+        raise UserError(f"{path} is empty: data.path must name files with text in them")
+    try:
+        # A byte-order mark is no part of the text.
+        return content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 at byte {error.start}: convert it, "
+            f"for example with iconv -f LATIN1 -t UTF-8"
+        ) from None
+
+
+def split(text: str, fractions: Sequence[float]) -> dict[str, str]:
+    """Cuts a text by position into train, validation and test.
+
+    Each share is cut from what is left and rounded down, as TFDS does for Tiny Shakespeare.
+    """
+    train = int(len(text) * fractions[0])
+    validation = train + int((len(text) - train) * (fractions[1] / (fractions[1] + fractions[2])))
+    return {"train": text[:train], "validation": text[train:validation], "test": text[validation:]}
+
+
+def read_dataset(
+    name: str, text_feature: str, directory: str, fractions: Sequence[float]
+) -> dict[str, str]:
+    """The splits of a TFDS dataset, its examples joined by line breaks.
+
+    A dataset that has no validation or test split of its own gets all three cut, by `fractions`,
+    from the examples of its train split.
+
+    Args:
+      name: as TFDS knows it: "tiny_shakespeare", "wiki40b/en:1.3.0".
+      text_feature: the feature that holds text.
+      directory: TFDS's data directory; "" for its default.
+      fractions: the shares of train, validation and test.
+
+    Raises:
+      UserError: if there is no such dataset or feature, or it can't be prepared without TensorFlow.
+    """
+    data_dir = Path(directory or tfds.core.constants.DATA_DIR).expanduser()
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        if not builder.is_prepared():
+            # TFDS tells its progress on standard output, which is for what a command was asked.
+            with contextlib.redirect_stdout(sys.stderr):
+                if name == tiny_shakespeare.NAME:
+                    tiny_shakespeare.prepare(data_dir)
+                else:
+                    builder.download_and_prepare()
+            builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except tfds.core.DatasetNotFoundError:
+        raise UserError(f"TFDS knows no dataset {name!r}: correct data.dataset") from None
+    except ImportError as error:
+        raise UserError(
+            f"preparing {name} needs {error.name}, which is not here: prepare it as array_record "
+            f"elsewhere and copy it to {data_dir}"
+        ) from None
+    except OSError as error:
+        raise UserError(f"can't prepare {name} under {data_dir}: {error}") from None
+    if text_feature not in builder.info.features:
+        features = ", ".join(builder.info.features)
+        raise UserError(f"{name} has no feature {text_feature!r} (data.text_feature): {features}")
+
+    def text(split_name: str) -> str:
+        source = builder.as_data_source(split=split_name)
+        return "\n".join(source[i][text_feature].decode() for i in range(len(source)))
+
+    if all(name in builder.info.splits for name in SPLITS):
+        return {name: text(name) for name in SPLITS}
+    return split(text("train"), fractions)
+
+
+def checksum(splits: dict[str, str]) -> str:
+    """SHA-256 over the UTF-8 text of all splits, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name in SPLITS:
+        digest.update(splits[name].encode())
+    return digest.hexdigest()
+
+
+def check_unchanged(splits: dict[str, str], data: ConfigDict) -> None:
+    """Raises `UserError` if the text is not the one that a run began with (`data.sha256`)."""
+    if data.sha256 and data.sha256 != checksum(splits):
+        raise UserError(
+            f"the text is not the one this run was trained on (SHA-256 {data.sha256} at that time, "
+            f"{checksum(splits)} now): bring that text back, or train anew in another --workdir"
+        )

@@ -1,0 +1,35 @@
+"""Trains a language model: `python -m lstm_jax.main --config experiments/shakespeare.py`.
+
+The same command again goes on where the run stopped. Every field of the config can be set on the
+command line, for example --config.optimizer.learning_rate=1e-3 or --config.data.path=my.txt.
+"""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from lstm_jax import command, config, train
+from lstm_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Experiment to run: a Python file with get_config()."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run is kept. [default: runs/<name of the config file>]"
+)
+
+
+def main() -> int:
+    """Reads the flags and trains."""
+    path = flags.FLAGS["config"].config_filename if _CONFIG.value is not None else None
+    if path is None:
+        raise UserError("name an experiment: --config experiments/quick.py")
+    if not Path(path).exists():
+        raise UserError(f"there is no config file {path}: the experiments/ folder has some")
+    directory = Path(_WORKDIR.value or Path("runs", Path(path).stem))
+    return train.train(config.complete(_CONFIG.value), directory)
+
+
+if __name__ == "__main__":
+    command.run(main)
