@@ -1,6 +1,7 @@
 """What every command shares: flags parsed, mistakes told in one line, interruption answered."""
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -8,6 +9,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
+from lstm_jax import config
 from lstm_jax.errors import UserError
 
 INTERRUPTED = 130  # What a shell reports for a command that Ctrl-C ended.
@@ -23,8 +25,7 @@ def run(main: Callable[[], int | None]) -> None:
     def guarded(argv: Sequence[str]) -> int | None:
         if len(argv) > 1:
             _fail(f"stray argument {argv[1]!r}: every argument is a flag, see --help")
-        # Orbax, Grain and TFDS log much that no user of a command asked for.
-        logging.set_verbosity(logging.ERROR)
+        logging.set_verbosity(logging.ERROR)  # app.run raises it once flags are parsed.
         try:
             return main()
         except UserError as error:
@@ -44,25 +45,36 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     if {"--help", "-help", "-h", "-?"} & set(argv):
         app.usage(shorthelp=True, writeto_stdout=True)
         sys.exit(0)
+    # Orbax, Grain and TFDS log much that no user of a command asked for.
+    logging.set_verbosity(logging.ERROR)
     try:
         return flags.FLAGS(argv)
     except Exception as error:  # A config file is Python code: it can raise anything.
-        _fail(_describe(error))
+        _fail(_describe(error, argv))
 
 
-def _describe(error: Exception) -> str:
-    """One line for an exception that parsing the flags raised."""
-    text = " ".join(str(error).split())
+def _describe(error: Exception, argv: Sequence[str]) -> str:
+    """One line for an exception that parsing `argv` raised."""
+    for argument in argv:
+        field = re.match(r"--?config\.([\w.]+)", argument)
+        if field and (message := config.unknown_field(field[1])):
+            return message
+    if isinstance(error, OSError):
+        return f"can't read the config file: {str(error).rpartition(']')[2].strip()}"
+    if isinstance(error, SyntaxError):
+        return f"config file {error.filename}, line {error.lineno}: {error.msg}"
     if isinstance(error, flags.Error):
         # config_flags hands on a config file's own error as a printed traceback.
         _, in_config_file, trace = str(error).partition("Error whilst parsing config file:")
-        return f"config file: {trace.strip().splitlines()[-1]}" if in_config_file else text
+        return f"config file: {trace.splitlines()[-1]}" if in_config_file else str(error)
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    if isinstance(error, AttributeError) and "config_dict" in frame.filename:
-        return f"the config has no field {text}"
-    if isinstance(error, SyntaxError):
-        return f"config file {error.filename}, line {error.lineno}: {error.msg}"
-    return f"config file {frame.filename}, line {frame.lineno}: {type(error).__name__}: {text}"
+    if "ml_collections" in frame.filename:
+        return f"config file: {_one_line(error)}"
+    return f"config file {frame.filename}, line {frame.lineno}: {_one_line(error)}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _fail(message: str) -> NoReturn:

@@ -119,10 +119,8 @@ def complete(fields: Any) -> ConfigDict:
     config = default()
     known = dict(flatten(config))
     for field, value in flatten(fields):
-        if field not in known:
-            near = difflib.get_close_matches(field, known, n=1)
-            hint = f"; the nearest is config.{near[0]}" if near else ""
-            raise UserError(f"there is no field config.{field}{hint}")
+        if message := unknown_field(field):
+            raise UserError(message)
         try:
             config.update_from_flattened_dict({field: value})
         except TypeError:
@@ -130,6 +128,15 @@ def complete(fields: Any) -> ConfigDict:
             raise UserError(f"config.{field} is {value!r}: it must be of type {wanted}") from None
     check(config)
     return config
+
+
+def unknown_field(field: str) -> str | None:
+    """What is wrong with the dotted name of a field, or None if it is one."""
+    known = dict(flatten(default()))
+    if field in known:
+        return None
+    near = difflib.get_close_matches(field, known, n=1)
+    return f"there is no field config.{field}" + (f": did you mean {near[0]}?" if near else "")
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:

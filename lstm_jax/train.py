@@ -357,7 +357,7 @@ def _finish(run: _Run) -> None:
         loss = measured[-1]["loss"]
     else:
         loss = evaluate.mean_loss(run.model, params, run.ids["test"])
-        with metrics.MetricsWriter(path, 0) as writer:
+        with metrics.MetricsWriter(path, run.checkpoints.latest_step()) as writer:
             writer.write(step, step / run.steps_per_epoch, "test", loss)
         run.plot()
     (text,) = _sample(run, params, jax.random.key(run.config.seed))

@@ -1,0 +1,61 @@
+"""Fixtures that tests share: the text, and one tiny trained model."""
+
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from lstm_jax import config as config_lib
+from lstm_jax import corpus, train
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data directory that starts out empty, so that the text is really fetched once."""
+    return tmp_path_factory.mktemp("tensorflow_datasets")
+
+
+@pytest.fixture(scope="session")
+def shakespeare(data_dir: Path) -> dict[str, str]:
+    """The splits of Tiny Shakespeare."""
+    return corpus.read_dataset("tiny_shakespeare", "text", str(data_dir), (0.9, 0.05, 0.05))
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory, shakespeare: dict[str, str]) -> Path:
+    """The first 20,000 characters of Tiny Shakespeare in a file."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(shakespeare["train"][:20_000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tiny_config(text_file: Path) -> ConfigDict:
+    """A model and a text on which a run takes a second or two."""
+    return make_tiny_config(text_file)
+
+
+def make_tiny_config(text_file: Path) -> ConfigDict:
+    """The config behind `tiny_config`."""
+    config = config_lib.default()
+    config.data.path = str(text_file)
+    config.batches.kind = "streams"
+    config.batches.batch_size = 8
+    config.batches.window_length = 32
+    config.model.embedding_size = 8
+    config.model.hidden_size = 24
+    config.optimizer.learning_rate = 0.02
+    config.optimizer.warmup_steps = 10
+    config.optimizer.schedule = "cosine"
+    config.optimizer.max_gradient_norm = 1.0
+    config.num_epochs = 2
+    config.sample.length = 40
+    return config
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """The working directory of a finished tiny run."""
+    directory = tmp_path_factory.mktemp("runs") / "tiny"
+    assert train.train(make_tiny_config(text_file), directory) == 0
+    return directory

@@ -1,0 +1,57 @@
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from lstm_jax import config as config_lib
+from lstm_jax.errors import UserError
+
+EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_is_a_complete_config_that_json_keeps(path: Path) -> None:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = config_lib.complete(module.get_config())
+    assert config_lib.complete(json.loads(config_lib.to_json(config))) == config
+    assert f"--config experiments/{path.name}" in path.read_text(encoding="utf-8")
+
+
+def test_shakespeare_is_the_lesson() -> None:
+    # The default is what experiments/shakespeare.py spells out.
+    config = config_lib.default()
+    assert (config.batches.kind, config.batches.batch_size) == ("windows", 64)
+    assert (config.batches.window_length, config.num_epochs) == (100, 20)
+    assert config.optimizer.learning_rate == 1e-4
+    assert (config.model.embedding_size, config.model.hidden_size) == (256, 1024)
+
+
+def test_missing_fields_get_their_defaults() -> None:
+    config = config_lib.complete({"model": {"hidden_size": 7}})
+    assert config.model.hidden_size == 7
+    assert config.model.embedding_size == config_lib.default().model.embedding_size
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model": {"hiden_size": 7}}, "model.hiden_size: did you mean model.hidden_size"),
+        ({"model": {"hidden_size": "7"}}, "model.hidden_size is '7': it must be of type int"),
+        ({"model": {"hidden_size": 0}}, "model.hidden_size is 0: it must be 1 or more"),
+        ({"model": 5}, "no field config.model"),
+        ({"batches": {"kind": "stream"}}, "batches.kind is 'stream': it must be 'windows' or"),
+        ({"data": {"fractions": (0.9, 0.2, 0.1)}}, "data.fractions is .* add up to 1"),
+        ({"data": {"fractions": (1.0,)}}, "data.fractions"),
+        ({"optimizer": {"learning_rate": float("nan")}}, "optimizer.learning_rate is nan"),
+        ({"sample": {"temperature": -0.1}}, "sample.temperature is -0.1: it must be 0 or more"),
+        (None, "get_config.. returned NoneType"),
+    ],
+)
+def test_bad_fields_are_named(fields: dict[str, object] | None, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config_lib.complete(fields if fields is None else ConfigDict(fields))

@@ -1,0 +1,98 @@
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tensorflow_datasets as tfds
+
+from lstm_jax import config as config_lib
+from lstm_jax import corpus
+from lstm_jax.errors import UserError
+
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+FRACTIONS = (0.9, 0.05, 0.05)
+
+
+def test_tiny_shakespeare_is_whole_and_split_as_tfds_splits_it(shakespeare: dict[str, str]) -> None:
+    assert {name: len(text) for name, text in shakespeare.items()} == {
+        "train": 1_003_854,
+        "validation": 55_770,
+        "test": 55_770,
+    }
+    joined = "".join(shakespeare.values())
+    assert hashlib.sha256(joined.encode()).hexdigest() == SHAKESPEARE_SHA256
+    assert corpus.checksum(shakespeare) == SHAKESPEARE_SHA256
+    # A file with the same text is split at the same places.
+    assert corpus.split(joined, FRACTIONS) == shakespeare
+
+
+def test_files_are_read_in_the_order_named_and_globs_by_name(tmp_path: Path) -> None:
+    for name, text in {"b.txt": "zwei\r\n", "a.txt": "\ufeffeins ", "c[1].txt": "drei"}.items():
+        (tmp_path / name).write_bytes(text.encode())
+    assert corpus.read_files(f"{tmp_path}/*.txt") == "eins zwei\r\ndrei"
+    assert corpus.read_files(f"{tmp_path}/c[1].txt,{tmp_path}/a.txt") == "dreieins "
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "latin.txt").write_bytes("plain, then caf\u00e9".encode("latin-1"))
+    for name, message in {
+        "missing.txt": "no text file .*missing.txt",
+        "empty.txt": "empty.txt is empty",
+        "latin.txt": "latin.txt is not UTF-8 at byte 15",
+        "": "can't read",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            corpus.read_files(str(tmp_path / name))
+
+
+def test_a_text_too_short_to_split_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("only a few words")
+    config = config_lib.default()
+    config.data.path = str(path)
+    with pytest.raises(UserError, match="validation split has 1 characters"):
+        corpus.read(config.data)
+
+
+class Fables(tfds.core.GeneratorBasedBuilder):
+    """A dataset of the tests' own, with a train and a test split."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {"title": tfds.features.Text(), "story": tfds.features.Text()}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        return {"train": self._generate_examples(50), "test": self._generate_examples(5)}
+
+    def _generate_examples(self, count: int) -> Iterator[tuple[int, dict[str, str]]]:
+        for i in range(count):
+            yield i, {"title": f"t{i}", "story": f"story {i}"}
+
+
+def test_any_tfds_dataset_with_a_text_feature(tmp_path: Path) -> None:
+    splits = corpus.read_dataset("fables", "story", str(tmp_path), (0.8, 0.1, 0.1))
+    train = "".join(splits.values())
+    # There is no validation split, so all three come from the 50 training examples.
+    assert sorted(train.split("\n")) == sorted(f"story {i}" for i in range(50))
+    assert len(splits["train"]) == int(0.8 * len(train))
+    with pytest.raises(UserError, match="no feature 'text' .*title, story"):
+        corpus.read_dataset("fables", "text", str(tmp_path), (0.8, 0.1, 0.1))
+
+
+def test_an_unknown_dataset_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no dataset 'no_such_thing'"):
+        corpus.read_dataset("no_such_thing", "text", str(tmp_path), FRACTIONS)
+
+
+def test_a_changed_text_is_noticed() -> None:
+    data = config_lib.default().data
+    splits = {"train": "abc", "validation": "d", "test": "e"}
+    corpus.check_unchanged(splits, data)
+    data.sha256 = corpus.checksum(splits)
+    corpus.check_unchanged(splits, data)
+    with pytest.raises(UserError, match="not the one this run was trained on"):
+        corpus.check_unchanged(splits | {"test": "f"}, data)

