@@ -2,7 +2,6 @@
 
 import contextlib
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -244,6 +243,11 @@ class _Run(NamedTuple):
         """Steps until the end of the last epoch."""
         return self.config.num_epochs * self.steps_per_epoch
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one training step predicts."""
+        return self.config.batches.batch_size * self.config.batches.window_length
+
     def plot(self) -> None:
         """Draws the curves of what was measured so far."""
         rows = metrics.read(self.directory / workdir.METRICS)
@@ -258,61 +262,54 @@ def _loop(
     start: int,
 ) -> int:
     """Trains from step `start` to the last; the exit code is not 0 if a signal ended it earlier."""
-    config = run.config
-    total_steps = run.total_steps
-    tokens_per_step = config.batches.batch_size * config.batches.window_length
-    progress = Progress(start, total_steps, run.steps_per_epoch)
     if start == 0:
         # A run that ended before its first checkpoint starts over.
         for name in workdir.HISTORY:
             (run.directory / name).unlink(missing_ok=True)
     with (
         metrics.MetricsWriter(run.directory / workdir.METRICS, start) as writer,
-        contextlib.closing(progress),
         _StopRequest() as stop,
     ):
         if start == 0:
-            _validate(run, writer, progress, state, 0)
-        # The first step compiles; the speed is measured from its end.
-        timed_step, timed_at = start, None
-        for step in range(start + 1, total_steps + 1):
-            state = train_step(state, next(iterator))
-            if timed_at is None:
-                jax.block_until_ready(state.loss_sum)
-                timed_step, timed_at = step, time.monotonic()
-            if step % config.log_every_steps == 0:
-                loss = float(state.loss_sum) / config.log_every_steps
-                state = state._replace(loss_sum=jnp.zeros(()))
-                seconds = time.monotonic() - timed_at
-                speed = (
-                    (step - timed_step) * tokens_per_step / seconds if step > timed_step else 0.0
-                )
-                timed_step, timed_at = step, time.monotonic()
-                writer.write(
-                    step, step / run.steps_per_epoch, "train", loss, tokens_per_second=round(speed)
-                )
-                progress.update(step, loss, speed)
-            saved = step % run.steps_per_epoch == 0
-            if saved:
-                loss = _validate(run, writer, progress, state, step)
-                _save(run, state, iterator, step, loss)
-                run.plot()
-                timed_step, timed_at = step, time.monotonic()
-            if stop.exit_code:
-                if not saved:
-                    _save(run, state, iterator, step)
-                run.checkpoints.wait_until_finished()
-                progress.print(
-                    f"\nStopped at step {step} of {total_steps}; all is saved in {run.directory}. "
-                    "The same command goes on from there."
-                )
-                return stop.exit_code
+            _validate(run, writer, state, 0, show=print)
+        with contextlib.closing(Progress(start, run.total_steps, run.steps_per_epoch)) as progress:
+            for step in range(start + 1, run.total_steps + 1):
+                state = train_step(state, next(iterator))
+                if step == start + 1:
+                    jax.block_until_ready(state.loss_sum)
+                    progress.start_clock(step)  # From here on nothing compiles.
+                if step % run.config.log_every_steps == 0:
+                    loss = float(state.loss_sum) / run.config.log_every_steps
+                    state = state._replace(loss_sum=jnp.zeros(()))
+                    speed = run.tokens_per_step * progress.steps_per_second(step)
+                    progress.update(step, loss, speed)
+                    epoch = step / run.steps_per_epoch
+                    writer.write(step, epoch, "train", loss, tokens_per_second=round(speed))
+                end_of_epoch = step % run.steps_per_epoch == 0
+                if end_of_epoch:
+                    loss = _validate(run, writer, state, step, show=progress.print)
+                    _save(run, state, iterator, step, loss)
+                    run.plot()
+                    progress.start_clock(step)
+                if stop.exit_code:
+                    if not end_of_epoch:
+                        _save(run, state, iterator, step)
+                    run.checkpoints.wait_until_finished()
+                    progress.print(
+                        f"\nStopped at step {step} of {run.total_steps}; all is saved in "
+                        f"{run.directory}. The same command goes on from there."
+                    )
+                    return stop.exit_code
     run.checkpoints.wait_until_finished()
     return 0
 
 
 def _validate(
-    run: _Run, writer: metrics.MetricsWriter, progress: Progress, state: TrainState, step: int
+    run: _Run,
+    writer: metrics.MetricsWriter,
+    state: TrainState,
+    step: int,
+    show: Callable[[str], None],
 ) -> float:
     """Measures the validation loss, lets the model write, shows and records both."""
     config = run.config
@@ -323,7 +320,7 @@ def _validate(
     with (run.directory / workdir.SAMPLES).open("a", encoding="utf-8") as file:
         file.write(f"=== step {step}, temperature {config.sample.temperature}\n{text}\n\n")
     name = f"epoch {epoch} of {config.num_epochs}" if step else "untrained"
-    progress.print(f"\n=== {name}: validation loss {evaluate.describe(loss)}\n{text}\n")
+    show(f"\n=== {name}: validation loss {evaluate.describe(loss)}\n{text}\n")
     return loss
 
 
