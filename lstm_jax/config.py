@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from lstm_jax import recurrence
 from lstm_jax.errors import UserError
 
 
@@ -46,6 +47,16 @@ def default() -> ConfigDict:
     config.model.embedding_size = 256
     config.model.hidden_size = 1024
     config.model.num_layers = 1
+    # How the layers run over time: "scan" (the readable reference), "fused" (the same with a
+    # backward pass of its own), "cudnn" (GPU, float32) or "auto" (the fastest). It can be changed
+    # at any time.
+    config.model.recurrence = "auto"
+    # What matrix products multiply in: "float32", or "bfloat16" for GPUs and TPUs. Parameters, cell
+    # states, softmax and loss are float32 either way.
+    config.model.dtype = "float32"
+    # For long windows: keep the state at every so many steps only and compute the rest anew in the
+    # backward pass. Least memory at the square root of the window's length. 0: keep everything.
+    config.model.rematerialize = 0
 
     config.optimizer = ConfigDict()
     # Adam's peak learning rate. It is reached after `warmup_steps`, then stays ("constant") or
@@ -84,6 +95,13 @@ def check(config: ConfigDict) -> None:
         (model.embedding_size > 0, "model.embedding_size", "1 or more"),
         (model.hidden_size > 0, "model.hidden_size", "1 or more"),
         (model.num_layers > 0, "model.num_layers", "1 or more"),
+        (
+            model.recurrence in recurrence.IMPLEMENTATIONS,
+            "model.recurrence",
+            f"one of {', '.join(recurrence.IMPLEMENTATIONS)}",
+        ),
+        (model.dtype in ("float32", "bfloat16"), "model.dtype", "'float32' or 'bfloat16'"),
+        (model.rematerialize >= 0, "model.rematerialize", "0 or more"),
         (optimizer.learning_rate > 0, "optimizer.learning_rate", "above 0"),
         (optimizer.warmup_steps >= 0, "optimizer.warmup_steps", "0 or more"),
         (

@@ -1,6 +1,7 @@
 """The language model: embedding, stacked LSTM layers, dense. Pure `init` and `apply`."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -8,19 +9,10 @@ import jax.numpy as jnp
 import threadpoolctl
 from ml_collections import ConfigDict
 
+from lstm_jax import recurrence
+from lstm_jax.recurrence import Kernels, LayerCarry, Lookup, product
+
 Params = dict[str, Any]
-
-
-class LayerCarry(NamedTuple):
-    """What one LSTM layer hands on from step to step.
-
-    Attributes:
-      cell: float32 [batch, hidden_size], the cell state c.
-      hidden: float32 [batch, hidden_size], the hidden state h, which is also the layer's output.
-    """
-
-    cell: jax.Array
-    hidden: jax.Array
 
 
 _PARTS = ("embedding", "lstm", "dense")  # In the order in which data goes through them.
@@ -53,31 +45,75 @@ class LSTMCell(nn.Module):
     gates stand side by side, in the order i, f, g, o, in `input_kernel` [in, 4 * hidden_size],
     `recurrent_kernel` [hidden_size, 4 * hidden_size] and `bias` [4 * hidden_size].
 
+    This is the readable reference, to be run over time by a scan; `recurrence.fused` computes the
+    same from the same parameters.
+
     Attributes:
+      input_size: features of the inputs.
       hidden_size: the number of units.
+      dtype: what matrix products multiply in.
     """
 
+    input_size: int
     hidden_size: int
+    dtype: str = "float32"
 
-    @nn.compact
+    def setup(self) -> None:
+        """Declares the parameters."""
+        gates = 4 * self.hidden_size
+        glorot, orthogonal = nn.initializers.glorot_uniform(), nn.initializers.orthogonal()
+        self.input_kernel = self.param("input_kernel", glorot, (self.input_size, gates))
+        self.recurrent_kernel = self.param(
+            "recurrent_kernel", orthogonal, (self.hidden_size, gates)
+        )
+        self.bias = self.param("bias", _forget_bias, (gates,))
+
     def __call__(self, carry: LayerCarry, inputs: jax.Array) -> tuple[LayerCarry, jax.Array]:
-        """Takes the carry and inputs [batch, in]; gives the next carry and outputs [batch, hidden].
+        """Takes the carry and inputs [batch, input_size]; gives the next carry and the outputs.
 
-        The outputs are the carry's hidden state.
+        The outputs [batch, hidden_size] are the carry's hidden state.
         """
-        gates_shape = 4 * self.hidden_size
-        input_kernel = self.param(
-            "input_kernel", nn.initializers.glorot_uniform(), (inputs.shape[-1], gates_shape)
+        gates = (
+            product(inputs, self.input_kernel, self.dtype)
+            + product(carry.hidden, self.recurrent_kernel, self.dtype)
+            + self.bias
         )
-        recurrent_kernel = self.param(
-            "recurrent_kernel", nn.initializers.orthogonal(), (self.hidden_size, gates_shape)
-        )
-        bias = self.param("bias", _forget_bias, (gates_shape,))
-        gates = inputs @ input_kernel + carry.hidden @ recurrent_kernel + bias
         i, f, g, o = jnp.split(gates, 4, axis=-1)
         cell = nn.sigmoid(f) * carry.cell + nn.sigmoid(i) * jnp.tanh(g)
         hidden = nn.sigmoid(o) * jnp.tanh(cell)
         return LayerCarry(cell, hidden), hidden
+
+    def kernels(self) -> Kernels:
+        """The parameters, for another implementation of the recurrence."""
+        return Kernels(self.input_kernel, self.recurrent_kernel, self.bias)
+
+
+class Dense(nn.Module):
+    """The layer that turns hidden states into logits.
+
+    Attributes:
+      input_size: features of the inputs.
+      output_size: features of the outputs.
+      dtype: what the product multiplies in.
+    """
+
+    input_size: int
+    output_size: int
+    dtype: str = "float32"
+
+    def setup(self) -> None:
+        """Declares the parameters."""
+        shape = (self.input_size, self.output_size)
+        self.kernel = self.param("kernel", nn.initializers.glorot_uniform(), shape)
+        self.bias = self.param("bias", nn.initializers.zeros, (self.output_size,))
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """[batch, time, input_size] → [batch, time, output_size]."""
+        batch, time, features = inputs.shape
+        # One product, feature-major as the recurrence is: that saves transposing its outputs.
+        flat = inputs.transpose(2, 1, 0).reshape(features, time * batch)
+        outputs = product(self.kernel.T, flat, self.dtype) + self.bias[:, None]
+        return outputs.reshape(self.output_size, time, batch).transpose(2, 1, 0)
 
 
 class LanguageModel(nn.Module):
@@ -88,14 +124,29 @@ class LanguageModel(nn.Module):
       embedding_size: features of an embedded token.
       hidden_size: units of each LSTM layer.
       num_layers: LSTM layers, each reading the one before.
+      recurrence: how the layers run over time, one of `recurrence.IMPLEMENTATIONS`.
+      dtype: what matrix products multiply in, "float32" or "bfloat16". Parameters, cell states,
+        softmax and loss are float32 either way.
+      rematerialize: see `recurrence.fused`.
     """
 
     vocabulary_size: int
     embedding_size: int
     hidden_size: int
     num_layers: int = 1
+    recurrence: str = "auto"
+    dtype: str = "float32"
+    rematerialize: int = 0
 
-    @nn.compact
+    def setup(self) -> None:
+        """Declares the parts."""
+        self.embedding = nn.Embed(
+            self.vocabulary_size, self.embedding_size, embedding_init=_uniform
+        )
+        sizes = [self.embedding_size] + [self.hidden_size] * (self.num_layers - 1)
+        self.lstm = [LSTMCell(size, self.hidden_size, self.dtype) for size in sizes]
+        self.dense = Dense(self.hidden_size, self.vocabulary_size, self.dtype)
+
     def __call__(self, ids: jax.Array, carry: Carry) -> tuple[jax.Array, Carry]:
         """Reads `ids` and predicts what follows each of them.
 
@@ -107,26 +158,33 @@ class LanguageModel(nn.Module):
           Logits, float32 [batch, time, vocabulary_size]: those at t are of the token after ids[t],
           given ids[..t]; and the carry after the last id.
         """
-        layer = nn.scan(
-            LSTMCell,
+        embedded = Lookup(self.embedding.embedding, ids)
+        outputs, layer_carry = self._run(self.lstm[0], embedded, carry[0])
+        last = [layer_carry]
+        for cell, layer_carry in zip(self.lstm[1:], carry[1:], strict=True):
+            outputs, layer_carry = self._run(cell, outputs, layer_carry)
+            last.append(layer_carry)
+        return self.dense(outputs), tuple(last)
+
+    def _run(
+        self, cell: LSTMCell, inputs: jax.Array | Lookup, carry: LayerCarry
+    ) -> tuple[jax.Array, LayerCarry]:
+        """One layer over time: outputs [batch, time, hidden_size], and the carry."""
+        implementation = recurrence.choose(self.recurrence, self.dtype)
+        if implementation == "fused":
+            return recurrence.fused(cell.kernels(), inputs, carry, self.dtype, self.rematerialize)
+        if implementation == "cudnn":
+            return recurrence.cudnn(cell.kernels(), inputs, carry)
+        rows = inputs.rows if isinstance(inputs, Lookup) else inputs
+        scan = nn.scan(
+            lambda cell, carry, inputs: cell(carry, inputs),
             variable_broadcast="params",
             split_rngs={"params": False},
             in_axes=1,
             out_axes=1,
         )
-        features = nn.Embed(
-            self.vocabulary_size, self.embedding_size, embedding_init=_uniform, name="embedding"
-        )(ids)
-        last = []
-        for index in range(self.num_layers):
-            layer_carry, features = layer(self.hidden_size, name=f"lstm_{index}")(
-                carry[index], features
-            )
-            last.append(layer_carry)
-        logits = nn.Dense(
-            self.vocabulary_size, kernel_init=nn.initializers.glorot_uniform(), name="dense"
-        )(features)
-        return logits, tuple(last)
+        carry, outputs = scan(cell, carry, rows)
+        return outputs, carry
 
     def initial_carry(self, batch_size: int) -> Carry:
         """The carry at the start of a text: zeros."""
@@ -159,6 +217,39 @@ def apply(
     """`LanguageModel.__call__` as a pure function of the parameters."""
     outputs: Any = model.apply({"params": params}, ids, carry)
     return outputs
+
+
+def make_step(
+    model: LanguageModel, params: Params
+) -> Callable[[jax.Array, Carry], tuple[jax.Array, Carry]]:
+    """The model for one token at a time: what `apply` computes for windows of length 1, faster.
+
+    What is the same at every step is computed here, before it: call this outside of the loop.
+
+    Returns:
+      A function from ids [batch] and a carry to logits [batch, vocabulary_size] and the next carry.
+    """
+    bound = model.bind({"params": params})
+    first, *others = [cell.kernels() for cell in bound.lstm]
+    projected = recurrence.project(first, bound.embedding.embedding, model.dtype)
+    first_kernel = first.recurrent.T
+    kernels = [jnp.concatenate([k.input, k.recurrent]).T for k in others]
+    head = bound.dense.kernel.T
+
+    def step(ids: jax.Array, carry: Carry) -> tuple[jax.Array, Carry]:
+        states = [LayerCarry(cell.T, hidden.T) for cell, hidden in carry]
+        _, states[0] = recurrence.step(
+            first_kernel, states[0].hidden, states[0], model.dtype, added=projected[ids].T
+        )
+        for layer, (kernel, other) in enumerate(zip(kernels, others, strict=True), start=1):
+            inputs = jnp.concatenate([states[layer - 1].hidden, states[layer].hidden])
+            _, states[layer] = recurrence.step(
+                kernel, inputs, states[layer], model.dtype, added=other.bias[:, None]
+            )
+        logits = product(head, states[-1].hidden, model.dtype).T + bound.dense.bias
+        return logits, tuple(LayerCarry(cell.T, hidden.T) for cell, hidden in states)
+
+    return step
 
 
 def parameter_table(params: Params) -> str:

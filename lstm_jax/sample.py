@@ -58,9 +58,9 @@ def generate(
     ) -> tuple[tuple[jax.Array, model_lib.Carry], jax.Array]:
         logits, carry = state
         ids = draw(logits, position)
-        next_logits, carry = model_lib.apply(model, params, ids[:, None], carry)
-        return (next_logits[:, 0], carry), ids
+        return read(ids, carry), ids
 
+    read = model_lib.make_step(model, params)
     logits, carry = model_lib.apply(model, params, prompts, model.initial_carry(len(prompts)))
     _, ids = jax.lax.scan(step, (logits[:, -1], carry), jnp.arange(length))
     return ids.T

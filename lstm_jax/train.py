@@ -15,7 +15,7 @@ import optax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from lstm_jax import batches, corpus, evaluate, metrics, sample, workdir
+from lstm_jax import batches, corpus, evaluate, metrics, recurrence, sample, workdir
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
@@ -27,6 +27,10 @@ _CHANGEABLE = (
     "num_epochs",
     "sample.length",
     "sample.temperature",
+    # Other ways to compute the same.
+    "model.recurrence",
+    "model.dtype",
+    "model.rematerialize",
     # The text may have moved; that it is the same, its checksum tells.
     "data.path",
     "data.directory",
@@ -144,6 +148,10 @@ def train(config: ConfigDict, directory: Path) -> int:
       UserError: for a text that can't be had or is too short, and for a working directory that
         holds another run or can't be written.
     """
+    try:
+        recurrence.choose(config.model.recurrence, config.model.dtype)
+    except ValueError as error:
+        raise UserError(f"config.model.recurrence: {error}") from None
     splits = corpus.read(config.data)
     config, vocabulary = _settle(config, splits, directory)
     ids = {name: vocabulary.encode(text) for name, text in splits.items()}

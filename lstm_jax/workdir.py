@@ -186,6 +186,7 @@ def load(workdir: Path) -> Trained:
     """
     config = load_config(workdir)
     vocabulary = load_vocabulary(workdir)
+    config.model.recurrence = "auto"  # The run's own may need another kind of device.
     model = model_lib.from_config(config.model, len(vocabulary))
     with open_checkpoints(workdir, read_only=True) as checkpoints:
         step = best_step(checkpoints)

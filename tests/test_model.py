@@ -44,9 +44,10 @@ def random_carry(key: jax.Array, model: LanguageModel, batch: int) -> model_lib.
     return tuple(map(LayerCarry, arrays[::2], arrays[1::2]))
 
 
+@pytest.mark.parametrize("recurrence", ["scan", "fused"])
 @pytest.mark.parametrize("num_layers", [1, 2])
-def test_agrees_with_the_equations_in_numpy(num_layers: int) -> None:
-    model = LanguageModel(11, 6, 9, num_layers)
+def test_agrees_with_the_equations_in_numpy(num_layers: int, recurrence: str) -> None:
+    model = LanguageModel(11, 6, 9, num_layers, recurrence)
     params = model_lib.init(model, jax.random.key(0))
     # Biases of their own, so that a mixed-up gate shows.
     params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape), params)
@@ -60,9 +61,12 @@ def test_agrees_with_the_equations_in_numpy(num_layers: int) -> None:
         np.testing.assert_allclose(got.hidden, hidden, atol=1e-5)
 
 
-def test_gradients_agree_with_finite_differences() -> None:
+@pytest.mark.parametrize("recurrence", ["scan", "fused"])
+# A small vocabulary is folded into the recurrence, a large one is looked up.
+@pytest.mark.parametrize("embedding_size", [3, 6])
+def test_gradients_agree_with_finite_differences(embedding_size: int, recurrence: str) -> None:
     with jax.enable_x64(True):
-        model = LanguageModel(7, 3, 4, 2)
+        model = LanguageModel(7, embedding_size, 4, 2, recurrence)
         params = jax.tree.map(
             lambda x: jax.random.normal(jax.random.key(x.size), x.shape, jnp.float64) * 0.5,
             model_lib.init(model, jax.random.key(0)),
@@ -122,6 +126,20 @@ def test_initialised_as_keras_does() -> None:
     bias = np.asarray(lstm["bias"]).reshape(4, 64)
     np.testing.assert_array_equal(bias, np.array([0, 1, 0, 0])[:, None] * np.ones(64))
     assert not np.asarray(params["dense"]["bias"]).any()
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_one_token_at_a_time_is_the_same(num_layers: int) -> None:
+    model = LanguageModel(11, 6, 9, num_layers)
+    params = jax.tree.map(lambda x: 2 * x + 0.1, model_lib.init(model, jax.random.key(0)))
+    ids = np.random.default_rng(1).integers(0, 11, (3, 8))
+    carry = random_carry(jax.random.key(2), model, 3)
+    whole, last = model_lib.apply(model, params, ids, carry)
+    step = jax.jit(model_lib.make_step(model, params))
+    for t in range(8):
+        logits, carry = step(ids[:, t], carry)
+        np.testing.assert_allclose(logits, whole[:, t], atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), last, carry)
 
 
 def test_the_carry_continues_the_text() -> None:

@@ -1,0 +1,310 @@
+"""What `LSTMCell` under a scan computes, faster: the recurrence with a backward pass of its own.
+
+What makes it fast:
+
+- Reverse mode through a scan adds up a gradient of the whole recurrent kernel at every step. Here
+  the backward loop yields gradients of the gates only, and the kernel's gradient is one matrix
+  product over time and batch after it.
+- Inside, arrays are feature-major, [features, batch]: XLA's CPU products are fastest as
+  [4 * hidden, features] @ [features, batch].
+- Inputs, a constant one (for the bias) and the hidden state are stacked, so that one product a step
+  gives all gates.
+- The backward loop writes each gate's gradient where that gate's activation was. Fresh memory costs
+  more time, in page faults, than all elementwise work does.
+
+`benchmarks/train_step.py` measures it.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import rnn
+
+IMPLEMENTATIONS = ("auto", "scan", "fused", "cudnn")
+
+
+class Kernels(NamedTuple):
+    """Parameters of one layer. Along the last axis stand the gates i, f, g, o, as in `LSTMCell`.
+
+    Attributes:
+      input: [features, 4 * hidden].
+      recurrent: [hidden, 4 * hidden].
+      bias: [4 * hidden].
+    """
+
+    input: jax.Array
+    recurrent: jax.Array
+    bias: jax.Array
+
+
+class LayerCarry(NamedTuple):
+    """What one LSTM layer hands on from step to step.
+
+    Attributes:
+      cell: float32 [batch, hidden], the cell state c.
+      hidden: float32 [batch, hidden], the hidden state h, which is also the layer's output.
+    """
+
+    cell: jax.Array
+    hidden: jax.Array
+
+
+class Lookup(NamedTuple):
+    """A first layer's inputs: the rows `ids` of an embedding table.
+
+    Attributes:
+      table: [vocabulary, features].
+      ids: int32 [batch, time].
+    """
+
+    table: jax.Array
+    ids: jax.Array
+
+    @property
+    def rows(self) -> jax.Array:
+        """The inputs themselves, [batch, time, features]."""
+        return self.table[self.ids]
+
+
+def choose(implementation: str, dtype: str) -> str:
+    """What "auto" stands for: "fused", the fastest that was measured. Others stand for themselves.
+
+    Raises:
+      ValueError: for "cudnn" where it can't serve: on anything but a GPU, and in bfloat16.
+    """
+    if implementation == "cudnn":
+        if jax.default_backend() != "gpu":
+            raise ValueError("the recurrence 'cudnn' needs a GPU; 'auto' works anywhere")
+        if dtype != "float32":
+            raise ValueError("the recurrence 'cudnn' computes in float32 only")
+    return "fused" if implementation == "auto" else implementation
+
+
+def fused(
+    kernels: Kernels,
+    inputs: jax.Array | Lookup,
+    carry: LayerCarry,
+    dtype: str = "float32",
+    rematerialize: int = 0,
+) -> tuple[jax.Array, LayerCarry]:
+    """Runs one layer over time.
+
+    A lookup in a vocabulary not much larger than the embedding is folded into the recurrence: the
+    table is multiplied by the input kernel once, and the step's product picks a row of the result
+    by a one-hot input. That saves the input's product at every step and [time, 4 * hidden, batch]
+    of memory for what it would give.
+
+    Args:
+      kernels: the layer's parameters.
+      inputs: [batch, time, features], or the lookup that gives them.
+      carry: the state before the first step.
+      dtype: what matrix products multiply in; they sum in float32, which all else is in.
+      rematerialize: if not 0, keep only the state at every so many steps for the backward pass, and
+        compute the steps between anew there. Memory then grows with time / rematerialize +
+        rematerialize instead of time: it is least at the square root of time.
+
+    Returns:
+      Outputs [batch, time, hidden], and the carry after the last step.
+    """
+    if isinstance(inputs, Lookup) and len(inputs.table) <= 1.5 * inputs.table.shape[1]:
+        # The one-hot takes part in two products of this size, the embedded row in three.
+        kernel = jnp.concatenate([project(kernels, inputs.table, dtype), kernels.recurrent])
+        features = _one_hot(inputs.ids.T, inputs.table)
+    else:
+        rows = inputs.rows if isinstance(inputs, Lookup) else inputs
+        kernel = jnp.concatenate([kernels.input, kernels.bias[None], kernels.recurrent])
+        features = rows.transpose(1, 2, 0)
+        features = jnp.concatenate([features, jnp.ones_like(features[:, :1])], axis=1)
+    state = LayerCarry(carry.cell.T, carry.hidden.T)
+    outputs, state = _in_chunks(kernel, features, state, dtype, rematerialize)
+    return outputs.transpose(2, 0, 1), LayerCarry(state.cell.T, state.hidden.T)
+
+
+def _one_hot(ids: jax.Array, table: jax.Array) -> jax.Array:
+    """[..., batch] → [..., vocabulary, batch]."""
+    return jax.nn.one_hot(ids, len(table), axis=-2, dtype=table.dtype)
+
+
+def project(kernels: Kernels, table: jax.Array, dtype: str) -> jax.Array:
+    """What each row of an embedding table adds to the gates: [vocabulary, 4 * hidden]."""
+    return product(table, kernels.input, dtype) + kernels.bias
+
+
+def step(
+    kernel: jax.Array, inputs: jax.Array, carry: LayerCarry, dtype: str, added: Any = 0.0
+) -> tuple[tuple[jax.Array, ...], LayerCarry]:
+    """One step, feature-major.
+
+    Args:
+      kernel: [4 * hidden, n].
+      inputs: [n, batch], the layer's inputs and the hidden state, stacked.
+      carry: [hidden, batch] each.
+      dtype: what the product multiplies in.
+      added: [4 * hidden, batch], added to the gates before they are activated.
+
+    Returns:
+      The activated gates i, f, g, o, and the next carry.
+    """
+    i, f, g, o = jnp.split(product(kernel, inputs, dtype) + added, 4)
+    i, f, g, o = _sigmoid(i), _sigmoid(f), jnp.tanh(g), _sigmoid(o)
+    cell = f * carry.cell + i * g
+    return (i, f, g, o), LayerCarry(cell, o * jnp.tanh(cell))
+
+
+def product(a: jax.Array, b: jax.Array, dtype: str) -> jax.Array:
+    """A @ b, multiplied in `dtype` and summed in the type of a; "float32" is the arrays' own."""
+    if dtype == "float32":
+        return a @ b
+    return jnp.matmul(a.astype(dtype), b.astype(dtype), preferred_element_type=a.dtype)
+
+
+def cudnn(
+    kernels: Kernels, inputs: jax.Array | Lookup, carry: LayerCarry
+) -> tuple[jax.Array, LayerCarry]:
+    """`fused` by cuDNN's LSTM, on a GPU, in float32."""
+    rows = inputs.rows if isinstance(inputs, Lookup) else inputs
+    batch, time, features = rows.shape
+    outputs, hidden, cell = rnn.lstm(
+        rows,
+        carry.hidden[None],
+        carry.cell[None],
+        cudnn_weights(kernels),
+        jnp.full(batch, time, jnp.int32),
+        input_size=features,
+        hidden_size=carry.hidden.shape[1],
+        num_layers=1,
+        dropout=0.0,
+        bidirectional=False,
+    )
+    return outputs, LayerCarry(cell[0], hidden[0])
+
+
+def cudnn_weights(kernels: Kernels) -> jax.Array:
+    """The parameters as cuDNN packs them, flat: kernels transposed, and a second bias of zeros."""
+    parts = (kernels.input.T, kernels.recurrent.T, kernels.bias, jnp.zeros_like(kernels.bias))
+    return jnp.concatenate([part.reshape(-1) for part in parts])
+
+
+def _in_chunks(
+    kernel: jax.Array, inputs: jax.Array, carry: LayerCarry, dtype: str, chunk: int
+) -> tuple[jax.Array, LayerCarry]:
+    """`_recurrence`, of which the backward pass keeps the carry at every chunk only."""
+    if not chunk or chunk >= len(inputs):
+        return _recurrence(kernel, inputs, carry, dtype)
+    recurrence = jax.checkpoint(functools.partial(_recurrence, dtype=dtype))
+
+    def run_chunk(carry: LayerCarry, inputs: jax.Array) -> tuple[LayerCarry, jax.Array]:
+        outputs, carry = recurrence(kernel, inputs, carry)
+        return carry, outputs
+
+    whole = len(inputs) - len(inputs) % chunk
+    chunks = inputs[:whole].reshape(-1, chunk, *inputs.shape[1:])
+    carry, outputs = lax.scan(run_chunk, carry, chunks)
+    outputs = outputs.reshape(whole, *outputs.shape[2:])
+    if whole < len(inputs):
+        carry, rest = run_chunk(carry, inputs[whole:])
+        outputs = jnp.concatenate([outputs, rest])
+    return outputs, carry
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _recurrence(
+    kernel: jax.Array, inputs: jax.Array, carry: LayerCarry, dtype: str
+) -> tuple[jax.Array, LayerCarry]:
+    """The whole of one layer, feature-major.
+
+    Args:
+      kernel: [features + hidden, 4 * hidden].
+      inputs: [time, features, batch].
+      carry: [hidden, batch] each.
+      dtype: what products multiply in.
+
+    Returns:
+      Outputs [time, hidden, batch], and the carry.
+    """
+    (outputs, carry), _ = _recurrence_forward(kernel, inputs, carry, dtype)
+    return outputs, carry
+
+
+def _recurrence_forward(
+    kernel: jax.Array, inputs: jax.Array, carry: LayerCarry, dtype: str
+) -> tuple[tuple[jax.Array, LayerCarry], tuple[Any, ...]]:
+    """Also gives what the backward pass needs: gates and cells, [time, hidden, batch] each."""
+    transposed = kernel.T  # Once here, not at every step.
+
+    def scan_step(carry: LayerCarry, x: jax.Array) -> tuple[LayerCarry, tuple[Any, ...]]:
+        gates, carry = step(transposed, jnp.concatenate([x, carry.hidden]), carry, dtype)
+        # Stacked as six arrays: concatenating the gates first costs a slow copy at every step.
+        return carry, (carry.hidden, carry.cell, gates)
+
+    last, (outputs, cells, gates) = lax.scan(scan_step, carry, inputs)
+    return (outputs, last), (kernel, inputs, carry, outputs, cells, gates)
+
+
+def _recurrence_backward(
+    dtype: str, residuals: tuple[Any, ...], cotangents: tuple[jax.Array, LayerCarry]
+) -> tuple[jax.Array, jax.Array, LayerCarry]:
+    kernel, inputs, first, outputs, cells, gates = residuals
+    d_outputs, d_last = cotangents
+    steps, features, _ = inputs.shape
+    input_kernel, recurrent_kernel = kernel[:features], kernel[features:]
+
+    def loop_step(k: jax.Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
+        gates, d_gates, d_cell, d_hidden = state
+        t = steps - 1 - k
+        # Gradients go into the gates' own memory, one step late: written before the next gates are
+        # read from the result, XLA sees that it needs no copy. (The first write falls on step T,
+        # which is clamped to T - 1, where what it writes came from.)
+        gates = tuple(_put(x, d, t + 1) for x, d in zip(gates, jnp.split(d_gates, 4), strict=True))
+        i, f, g, o = (_at(gate, t) for gate in gates)
+        previous_cell = jnp.where(t == 0, first.cell, _at(cells, jnp.maximum(t - 1, 0)))
+        tanh_cell = jnp.tanh(_at(cells, t))
+        d_hidden = d_hidden + _at(d_outputs, t)
+        d_cell = d_cell + d_hidden * o * (1 - tanh_cell**2)
+        d_gates = jnp.concatenate(
+            [
+                d_cell * g * i * (1 - i),
+                d_cell * previous_cell * f * (1 - f),
+                d_cell * i * (1 - g**2),
+                d_hidden * tanh_cell * o * (1 - o),
+            ]
+        )
+        return gates, d_gates, d_cell * f, product(recurrent_kernel, d_gates, dtype)
+
+    state = (gates, jnp.concatenate([gate[-1] for gate in gates]), d_last.cell, d_last.hidden)
+    gates, d_gates, d_cell, d_hidden = lax.fori_loop(0, steps, loop_step, state)
+    pairs = zip(gates, jnp.split(d_gates, 4), strict=True)
+    d_flat = [_flatten(_put(gate, d, 0)) for gate, d in pairs]  # [hidden, time * batch] each
+
+    previous_hidden = jnp.concatenate([first.hidden[None], outputs[:-1]])
+    stacked = _flatten(jnp.concatenate([inputs, previous_hidden], axis=1))
+    d_kernel = jnp.concatenate([product(stacked, d.T, dtype) for d in d_flat], axis=1)
+    # Where nobody asks for this product, as for one-hot inputs, XLA drops it.
+    by_gate = zip(jnp.split(input_kernel, 4, axis=1), d_flat, strict=True)
+    d_inputs = functools.reduce(jnp.add, [product(w, d, dtype) for w, d in by_gate])
+    d_inputs = d_inputs.reshape(features, steps, -1).swapaxes(0, 1)
+    return d_kernel, d_inputs, LayerCarry(d_cell, d_hidden)
+
+
+_recurrence.defvjp(_recurrence_forward, _recurrence_backward)
+
+
+def _sigmoid(x: jax.Array) -> jax.Array:
+    """On XLA's CPU backend faster than the exponential and the division of `jax.nn.sigmoid`."""
+    return 0.5 * jnp.tanh(0.5 * x) + 0.5
+
+
+def _at(x: jax.Array, t: jax.Array) -> jax.Array:
+    return lax.dynamic_index_in_dim(x, t, keepdims=False)
+
+
+def _put(x: jax.Array, value: jax.Array, t: jax.Array | int) -> jax.Array:
+    return lax.dynamic_update_index_in_dim(x, value, t, axis=0)
+
+
+def _flatten(x: jax.Array) -> jax.Array:
+    """[time, features, batch] → [features, time * batch]."""
+    return x.swapaxes(0, 1).reshape(x.shape[1], -1)

@@ -1,0 +1,220 @@
+"""Every recurrence against the reference, `LSTMCell` under a scan."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import rnn
+
+from lstm_jax import model as model_lib
+from lstm_jax import recurrence
+from lstm_jax.model import LanguageModel
+from lstm_jax.recurrence import Kernels, LayerCarry, Lookup
+
+
+def reference(
+    kernels: Kernels, inputs: jax.Array | Lookup, carry: LayerCarry
+) -> tuple[jax.Array, LayerCarry]:
+    """The readable cell under `lax.scan`, differentiated by JAX."""
+    rows = inputs.rows if isinstance(inputs, Lookup) else inputs
+    cell = model_lib.LSTMCell(rows.shape[-1], carry.hidden.shape[-1])
+    names = ("input_kernel", "recurrent_kernel", "bias")
+    params = dict(zip(names, kernels, strict=True))
+
+    def step(carry: LayerCarry, x: jax.Array) -> tuple[LayerCarry, jax.Array]:
+        outputs: Any = cell.apply({"params": params}, carry, x)
+        return outputs
+
+    carry, outputs = jax.lax.scan(step, carry, rows.swapaxes(0, 1))
+    return outputs.swapaxes(0, 1), carry
+
+
+def make_problem(
+    batch: int, time: int, features: int, hidden: int, seed: int = 0
+) -> tuple[Kernels, jax.Array, LayerCarry, Any]:
+    """Random kernels, inputs, a carry, and cotangents of both outputs."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> jax.Array:
+        return jnp.asarray(scale * rng.normal(size=shape), jnp.float32)
+
+    kernels = Kernels(
+        normal(features, 4 * hidden, scale=features**-0.5),
+        normal(hidden, 4 * hidden, scale=hidden**-0.5),
+        normal(4 * hidden, scale=0.5),
+    )
+    carry = LayerCarry(normal(batch, hidden), normal(batch, hidden))
+    last = LayerCarry(normal(batch, hidden), normal(batch, hidden))
+    return kernels, normal(batch, time, features), carry, (normal(batch, time, hidden), last)
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
+    """The largest difference is within `tolerance` of the largest value, array by array."""
+
+    def check(a: jax.Array, e: jax.Array) -> None:
+        assert a.shape == e.shape and a.dtype == e.dtype
+        assert np.abs(a - e).max() <= tolerance * max(float(np.abs(e).max()), 1e-6)
+
+    jax.tree.map(check, actual, expected)
+
+
+def value_and_gradients(function: Any, cotangents: Any, *arguments: Any) -> tuple[Any, Any]:
+    outputs, pull_back = jax.vjp(function, *arguments)
+    return outputs, pull_back(cotangents)
+
+
+# (batch, time, features, hidden): windows of 1, batches of 1, sizes that no register divides.
+SIZES = [(3, 5, 4, 6), (1, 1, 3, 5), (1, 17, 8, 130), (2, 33, 129, 67), (64, 3, 16, 128)]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("rematerialize", [0, 4])
+def test_fused_agrees_with_the_reference(sizes: tuple[int, ...], rematerialize: int) -> None:
+    *arguments, cotangents = make_problem(*sizes)
+
+    fused = functools.partial(recurrence.fused, rematerialize=rematerialize)
+
+    outputs, gradients = jax.jit(lambda *a: value_and_gradients(fused, cotangents, *a))(*arguments)
+    expected, expected_gradients = value_and_gradients(reference, cotangents, *arguments)
+    assert_close(outputs, expected, 1e-5)
+    assert_close(gradients, expected_gradients, 1e-4)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("vocabulary", [4, 300])  # Folded into the recurrence, and looked up.
+def test_a_lookup_agrees_with_the_reference(sizes: tuple[int, ...], vocabulary: int) -> None:
+    kernels, _, carry, cotangents = make_problem(*sizes)
+    rng = np.random.default_rng(1)
+    table = jnp.asarray(rng.normal(size=(vocabulary, sizes[2])), jnp.float32)
+    ids = jnp.asarray(rng.integers(0, vocabulary, sizes[:2]))
+    both = [
+        jax.jit(
+            lambda *a, run=run: value_and_gradients(
+                lambda kernels, table, carry: run(kernels, Lookup(table, ids), carry),
+                cotangents,
+                *a,
+            )
+        )(kernels, table, carry)
+        for run in (recurrence.fused, reference)
+    ]
+    assert_close(both[0][0], both[1][0], 1e-5)
+    assert_close(both[0][1], both[1][1], 1e-4)
+
+
+def test_a_mask_the_carry_across_windows_and_a_second_call() -> None:
+    """Two layers over two windows, dropout on inputs and recurrent kernel, twice compiled once."""
+
+    def loss(run: Any, kernels: Any, upper: Any, inputs: Any, carry: Any, masks: Any) -> jax.Array:
+        kernels = kernels._replace(recurrent=kernels.recurrent * masks[0])
+        total = jnp.zeros(())
+        for window in jnp.split(inputs * masks[1], 2, axis=1):
+            outputs, carry = run(kernels, window, carry)
+            top, last = run(upper, outputs, carry)
+            total += (top**2).sum() + jnp.sin(last.cell).sum()
+        return total + (carry.cell * carry.hidden).sum()
+
+    both: list[Any] = [
+        jax.jit(jax.value_and_grad(lambda *a, run=run: loss(run, *a), argnums=(0, 1, 2, 3)))
+        for run in (recurrence.fused, reference)
+    ]
+    for seed in (0, 1):
+        kernels, inputs, carry, _ = make_problem(4, 12, 7, 10, seed)
+        upper, *_ = make_problem(4, 12, 10, 10, seed + 10)
+        key = jax.random.key(seed)
+        shapes = kernels.recurrent.shape, (4, 1, 7)
+        masks = [jax.random.bernoulli(key, 0.7, shape) / 0.7 for shape in shapes]
+        fused, expected = (f(kernels, upper, inputs, carry, masks) for f in both)
+        assert_close(fused, expected, 1e-4)
+    assert both[0]._cache_size() == 1
+
+
+def test_bfloat16_rounds_products_and_keeps_float32_state() -> None:
+    kernels, inputs, carry, cotangents = make_problem(4, 20, 16, 32)
+
+    low = functools.partial(recurrence.fused, dtype="bfloat16")
+    outputs, gradients = value_and_gradients(low, cotangents, kernels, inputs, carry)
+    expected, expected_gradients = value_and_gradients(
+        reference, cotangents, kernels, inputs, carry
+    )
+    assert_close(outputs, expected, 3e-2)
+    assert_close(gradients, expected_gradients, 5e-2)
+    assert not np.allclose(outputs[0], expected[0], atol=1e-6)
+
+
+def test_bfloat16_models_agree_whatever_the_recurrence() -> None:
+    ids = np.random.default_rng(0).integers(0, 11, (2, 9))
+    logits = {}
+    for name in ("scan", "fused"):
+        model = LanguageModel(11, 16, 24, 2, name, "bfloat16")
+        params = model_lib.init(model, jax.random.key(0))
+        assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
+        logits[name], carry = model_lib.apply(model, params, ids, model.initial_carry(2))
+        assert logits[name].dtype == jnp.float32
+        assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(carry))
+    np.testing.assert_allclose(logits["scan"], logits["fused"], atol=5e-3)
+
+
+def temporary_bytes(function: Any, *arguments: Any) -> int:
+    def loss(*arguments: Any) -> jax.Array:
+        return function(*arguments)[0].sum()
+
+    compiled = jax.jit(jax.grad(loss)).lower(*arguments).compile()
+    analysis: Any = compiled.memory_analysis()
+    return analysis.temp_size_in_bytes
+
+
+def test_the_backward_pass_writes_in_place() -> None:
+    """A copy of the gates, which XLA makes if it does not see that it needs none, would show."""
+    arguments = make_problem(8, 256, 64, 64)[:3]
+    array = 8 * 256 * 64 * 4
+    # Outputs, cells, four gates, and the stacked inputs twice; the reference keeps more.
+    assert temporary_bytes(recurrence.fused, *arguments) < 13 * array
+    assert temporary_bytes(recurrence.fused, *arguments) < temporary_bytes(reference, *arguments)
+
+
+def test_rematerialisation_needs_less_memory() -> None:
+    arguments = make_problem(8, 256, 8, 64)[:3]
+
+    rematerialized = functools.partial(recurrence.fused, rematerialize=16)
+    less = temporary_bytes(rematerialized, *arguments)
+    assert less < 0.5 * temporary_bytes(recurrence.fused, *arguments)
+
+
+def test_cudnn_gets_the_weights_as_it_packs_them() -> None:
+    """CuDNN needs a GPU; JAX's own reference of what it computes does not."""
+    kernels, inputs, carry, _ = make_problem(3, 5, 4, 6)
+    unpacked = rnn.unpack_lstm_weights(recurrence.cudnn_weights(kernels), 4, 6, 1, False)
+    outputs, hidden, cell = rnn.lstm_ref(
+        inputs,
+        carry.hidden[None],
+        carry.cell[None],
+        *unpacked,
+        seq_lengths=jnp.full(3, 5, jnp.int32),
+        input_size=4,
+        hidden_size=6,
+        num_layers=1,
+        dropout=0.0,
+        bidirectional=False,
+    )
+    expected = reference(kernels, inputs, carry)
+    assert_close((outputs, LayerCarry(cell[0], hidden[0])), expected, 1e-5)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
+def test_cudnn_agrees_with_the_reference() -> None:
+    *arguments, cotangents = make_problem(3, 20, 16, 32)
+    with jax.default_matmul_precision("float32"):
+        outputs, gradients = value_and_gradients(recurrence.cudnn, cotangents, *arguments)
+        expected, expected_gradients = value_and_gradients(reference, cotangents, *arguments)
+    assert_close(outputs, expected, 1e-5)
+    assert_close(gradients, expected_gradients, 1e-4)
+
+
+def test_what_auto_and_cudnn_stand_for() -> None:
+    assert recurrence.choose("auto", "float32") == "fused"
+    assert recurrence.choose("scan", "bfloat16") == "scan"
+    with pytest.raises(ValueError, match="needs a GPU|float32 only"):
+        recurrence.choose("cudnn", "bfloat16")
