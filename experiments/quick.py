@@ -7,7 +7,7 @@ from lstm_jax import config as config_lib
 
 
 def get_config() -> ConfigDict:
-    """One layer of 384 units, streams of 96, Adam with warm-up and cosine decay, 4 epochs."""
+    """One layer of 384 units, streams of 96, Adam with warm-up and cosine decay, 6 epochs."""
     config = config_lib.default()
 
     config.batches.kind = "streams"
@@ -22,5 +22,5 @@ def get_config() -> ConfigDict:
     config.optimizer.schedule = "cosine"
     config.optimizer.max_gradient_norm = 1.0
 
-    config.num_epochs = 4
+    config.num_epochs = 6
     return config

@@ -1,0 +1,252 @@
+"""Times sampling here and in the libraries that one could pick instead.
+
+    python benchmarks/sampling.py
+    python benchmarks/sampling.py --num_samples 64
+
+All read one token and then draw `--length` others from softmax(logits / temperature), never "" or
+"[UNK]", each read in its turn. The peers do so step by step from Python, as their users do. They
+come with `pip install -e '.[bench]'`; who is not installed is left out with a word.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import side_by_side
+from side_by_side import Work
+
+TEMPERATURE = 0.8
+FIRST_ID = 2
+
+
+def main() -> None:
+    """Measures and prints the table."""
+    options = side_by_side.parse_options(
+        __doc__,
+        num_samples=1,
+        length=300,
+        embedding_size=256,
+        hidden_size=1024,
+        num_layers=1,
+        vocabulary_size=67,
+    )
+    ours = "lstm-jax"
+    contestants = {
+        ours: functools.partial(_lstm_jax, options),
+        "Flax LSTMCell": functools.partial(_flax, options, "LSTMCell"),
+        "Flax OptimizedLSTMCell": functools.partial(_flax, options, "OptimizedLSTMCell"),
+        "Haiku": functools.partial(_haiku, options),
+        "PyTorch LSTMCell": functools.partial(_torch, options, "LSTMCell"),
+        "PyTorch LSTM": functools.partial(_torch, options, "LSTM"),
+        "Keras": functools.partial(_keras, options),
+    }
+    measurements = side_by_side.measure(contestants, options)
+    tokens = options.num_samples * options.length
+    side_by_side.print_table(
+        measurements, ours, "tokens/s", lambda seconds: f"{tokens / seconds:,.0f}"
+    )
+
+
+def _mask(options: argparse.Namespace) -> np.ndarray:
+    """Added to logits, lets "" and "[UNK]" never be drawn: float32 [vocabulary]."""
+    mask = np.zeros(options.vocabulary_size, np.float32)
+    mask[:2] = -np.inf
+    return mask
+
+
+def _lstm_jax(options: argparse.Namespace) -> Work:
+    import jax
+
+    from lstm_jax import model, sample
+
+    lstm = model.LanguageModel(
+        options.vocabulary_size,
+        options.embedding_size,
+        options.hidden_size,
+        options.num_layers,
+        dtype=options.dtype,
+    )
+    key = jax.random.key(0)
+    params = model.init(lstm, key)
+    prompts = np.full((options.num_samples, 1), FIRST_ID, np.int32)
+    compiled, seconds, temporary_bytes = side_by_side.compile_jax(
+        sample.generate, lstm, params, prompts, key, TEMPERATURE, options.length
+    )
+    return Work(
+        lambda: np.asarray(compiled(params, prompts, key, TEMPERATURE)),
+        side_by_side.jax_device(),
+        seconds,
+        temporary_bytes,
+    )
+
+
+def _jax_peer(
+    options: argparse.Namespace,
+    init: Callable[..., Any],
+    apply: Callable[..., Any],
+    carry: Any,
+) -> Work:
+    """The work for a model of another JAX library, one jitted step called from Python.
+
+    Args:
+      options: the sizes.
+      init: from a key, ids [batch] and a carry to parameters.
+      apply: from parameters, ids [batch] and a carry to logits and the next carry.
+      carry: zeros.
+    """
+    import jax
+
+    mask = _mask(options)
+
+    def step(params: Any, ids: Any, carry: Any, key: Any) -> Any:
+        logits, carry = apply(params, ids, carry)
+        key, draw_key = jax.random.split(key)
+        ids = jax.random.categorical(draw_key, logits.astype("float32") / TEMPERATURE + mask)
+        return ids, carry, key
+
+    first = jax.numpy.full(options.num_samples, FIRST_ID)
+    key = jax.random.key(0)
+    params = init(key, first, carry)
+    compiled, seconds, temporary_bytes = side_by_side.compile_jax(
+        jax.jit(step), params, first, carry, key
+    )
+
+    def run() -> np.ndarray:
+        state = first, carry, key
+        written = []
+        for _ in range(options.length):
+            state = compiled(params, *state)
+            written.append(state[0])
+        return np.stack(jax.device_get(written), axis=1)
+
+    return Work(run, side_by_side.jax_device(), seconds, temporary_bytes)
+
+
+def _flax(options: argparse.Namespace, cell: str) -> Work:
+    import flax.linen as nn
+    import jax
+
+    make_cell = functools.partial(getattr(nn, cell), options.hidden_size, dtype=options.dtype)
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, ids: Any, carries: Any) -> Any:
+            hidden = nn.Embed(options.vocabulary_size, options.embedding_size)(ids)
+            last = []
+            for carry in carries:
+                carry, hidden = make_cell()(carry, hidden)
+                last.append(carry)
+            return nn.Dense(options.vocabulary_size, dtype=options.dtype)(hidden), last
+
+    shape = (options.num_samples, options.hidden_size)
+    carries = [make_cell().initialize_carry(jax.random.key(0), shape)] * options.num_layers
+    model = Model()
+    return _jax_peer(options, model.init, model.apply, carries)
+
+
+def _haiku(options: argparse.Namespace) -> Work:
+    import haiku as hk
+    import jax.numpy as jnp
+
+    side_by_side.set_haiku_dtype(options.dtype)
+
+    def network(ids: Any, states: Any) -> Any:
+        hidden = hk.Embed(options.vocabulary_size, options.embedding_size)(ids)
+        last = []
+        for state in states:
+            hidden, state = hk.LSTM(options.hidden_size)(hidden, state)
+            last.append(state)
+        return hk.Linear(options.vocabulary_size)(hidden), last
+
+    zeros = jnp.zeros((options.num_samples, options.hidden_size))
+    model = hk.without_apply_rng(hk.transform(network))
+    states = [hk.LSTMState(zeros, zeros)] * options.num_layers
+    return _jax_peer(options, model.init, model.apply, states)
+
+
+def _torch(options: argparse.Namespace, layer: str) -> Work:
+    import torch
+
+    device, name = side_by_side.torch_device()
+    embedding = torch.nn.Embedding(options.vocabulary_size, options.embedding_size, device=device)
+    dense = torch.nn.Linear(options.hidden_size, options.vocabulary_size, device=device)
+    mask = torch.tensor(_mask(options), device=device)
+    first = torch.full((options.num_samples,), FIRST_ID, device=device)
+    bfloat16 = options.dtype == "bfloat16"
+
+    if layer == "LSTMCell":
+        sizes = [options.embedding_size] + [options.hidden_size] * (options.num_layers - 1)
+        cells = [torch.nn.LSTMCell(size, options.hidden_size, device=device) for size in sizes]
+
+        def read(hidden: Any, states: Any) -> Any:
+            last = []
+            for cell, state in zip(cells, states or [None] * len(cells), strict=True):
+                last.append(cell(hidden, state))
+                hidden = last[-1][0]
+            return hidden, last
+
+    else:
+        lstm = torch.nn.LSTM(
+            options.embedding_size, options.hidden_size, options.num_layers, device=device
+        )
+
+        def read(hidden: Any, states: Any) -> Any:
+            outputs, states = lstm(hidden[None], states)
+            return outputs[0], states
+
+    @torch.inference_mode()
+    def run() -> np.ndarray:
+        ids, states = first, None
+        written = []
+        for _ in range(options.length):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                hidden, states = read(embedding(ids), states)
+                logits = dense(hidden)
+            chances = torch.softmax(logits.float() / TEMPERATURE + mask, dim=-1)
+            ids = torch.multinomial(chances, 1)[:, 0]
+            written.append(ids)
+        return torch.stack(written, dim=1).cpu().numpy()
+
+    return Work(run, name)
+
+
+def _keras(options: argparse.Namespace) -> Work:
+    import keras
+    import tensorflow as tf
+
+    device = side_by_side.keras_device(options.dtype)
+    embedding = keras.layers.Embedding(options.vocabulary_size, options.embedding_size)
+    lstm = [
+        keras.layers.LSTM(options.hidden_size, return_sequences=True, return_state=True)
+        for _ in range(options.num_layers)
+    ]
+    dense = keras.layers.Dense(options.vocabulary_size)
+    mask = tf.constant(_mask(options))
+    first = tf.fill([options.num_samples], FIRST_ID)
+    zeros = tf.zeros([options.num_samples, options.hidden_size])
+
+    @tf.function
+    def one_step(ids: Any, states: Any) -> Any:
+        hidden = embedding(ids[:, None])
+        last = []
+        for layer, state in zip(lstm, states, strict=True):
+            hidden, *state = layer(hidden, initial_state=state)
+            last.append(state)
+        logits = tf.cast(dense(hidden)[:, -1], tf.float32) / TEMPERATURE + mask
+        return tf.random.categorical(logits, 1, dtype=tf.int32)[:, 0], last
+
+    def run() -> np.ndarray:
+        ids, states = first, [[zeros, zeros]] * options.num_layers
+        written = []
+        for _ in range(options.length):
+            ids, states = one_step(ids, states)
+            written.append(ids)
+        return tf.stack(written, axis=1).numpy()
+
+    return Work(run, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""Times the same work in several libraries side by side: a process each, in turn, one run a time.
+
+All contestants are started first, each waiting on a pipe; then the rounds alternate between them.
+Whatever else the machine does thus hits all alike, and no library runs on the thread pools or in
+the freed memory of another.
+"""
+
+import argparse
+import importlib.metadata
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_ENVIRONMENT = {
+    "KERAS_BACKEND": "tensorflow",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    # Else the first process takes most of a GPU's memory for itself.
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+}
+_LIBRARIES = ("jax", "jaxlib", "flax", "dm-haiku", "torch", "keras", "tensorflow", "tensorflow-cpu")
+
+
+class Work(NamedTuple):
+    """What a contestant does, made in its own process.
+
+    Attributes:
+      run: does it once and waits for the result.
+      device: "cpu", or the accelerator's name.
+      compile_seconds: what tracing and compiling took, in JAX.
+      temporary_bytes: what the compiled program allocates besides its arguments and results.
+      runs_per_turn: more than one for what is short.
+      flops: operations of a run, where the peak is taken from it.
+    """
+
+    run: Callable[[], object]
+    device: str
+    compile_seconds: float | None = None
+    temporary_bytes: int | None = None
+    runs_per_turn: int = 1
+    flops: int = 0
+
+
+class Measurement(NamedTuple):
+    """What came out for one contestant.
+
+    Attributes:
+      work: all of it but `run`, which stays in its process.
+      seconds: of each run, in order.
+      peak_bytes: the most memory that was resident in its process, libraries and compilation
+        included.
+    """
+
+    work: Work
+    seconds: list[float]
+    peak_bytes: int
+
+
+def parse_options(description: str | None, **sizes: int) -> argparse.Namespace:
+    """The command line: an option for each size, and what both benchmarks have."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in {**sizes, "rounds": 5}.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"[default: {default}]")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="what matrix products multiply in [default: float32]",
+    )
+    parser.add_argument(
+        "--only", default="", help="those whose names contain one of these, as in: fused,torch"
+    )
+    return parser.parse_args()
+
+
+def measure(
+    contestants: Mapping[str, Callable[[], Work]], options: argparse.Namespace
+) -> dict[str, Measurement]:
+    """Runs all contestants that can run here, and prints what ran where and who was left out.
+
+    Args:
+      contestants: makers of work, by name; a maker must be picklable. The first one always runs,
+        and says which device this is about: who runs on another kind is left out.
+      options: from `parse_options`.
+
+    Returns:
+      The measurements, in the order of the contestants.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    context = multiprocessing.get_context("spawn")
+    words = options.only.lower().split(",")
+    pipes: dict[str, Connection] = {}
+    works: dict[str, Work] = {}
+    for name, make in contestants.items():
+        if pipes and not any(word in name.lower() for word in words):
+            continue
+        pipe, theirs = context.Pipe()
+        context.Process(target=_serve, args=(theirs, make), daemon=True).start()
+        theirs.close()  # So that a process that dies is noticed.
+        try:
+            work = pipe.recv()
+        except EOFError:
+            work = "its process died"
+        if isinstance(work, str):
+            print(f"{name} is left out: {work}", flush=True)
+            continue
+        if not works:
+            _print_header(work.device, options)
+            on_cpu = work.device == "cpu"
+        if (work.device == "cpu") != on_cpu:
+            print(f"{name} is left out: it runs on {work.device}", flush=True)
+            pipe.close()
+            continue
+        pipes[name], works[name] = pipe, work
+
+    seconds: dict[str, list[float]] = {name: [] for name in pipes}
+    for _ in range(options.rounds):
+        for name, pipe in pipes.items():
+            pipe.send(works[name].runs_per_turn)
+            seconds[name] += pipe.recv()
+    measurements = {}
+    for name, pipe in pipes.items():
+        pipe.send(0)
+        measurements[name] = Measurement(works[name], seconds[name], pipe.recv())
+    return measurements
+
+
+def _serve(pipe: Connection, make: Callable[[], Work]) -> None:
+    """A contestant's process: makes its work, then runs it as often as the pipe asks for."""
+    try:
+        work = make()
+        for _ in range(2):
+            work.run()
+    except Exception as error:  # A peer that is not installed, or does not fit this device.
+        message = str(error).partition("\n")[0]
+        pipe.send(f"{type(error).__name__}: {message}")
+        return
+    pipe.send(work._replace(run=_nothing))
+    try:
+        while runs := pipe.recv():
+            pipe.send([_time(work.run) for _ in range(runs)])
+        pipe.send(_peak_bytes())
+    except (EOFError, KeyboardInterrupt):
+        pass  # The benchmark was interrupted.
+
+
+def _nothing() -> None:
+    """Stands for a function that stays in its process."""
+
+
+def _time(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _peak_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _print_header(device: str, options: argparse.Namespace) -> None:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    processor = models[0] if models else platform.processor()
+    versions = []
+    for library in _LIBRARIES:
+        try:
+            versions.append(f"{library} {importlib.metadata.version(library)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    print(
+        f"{'' if device == 'cpu' else device + ', '}{processor}, {os.cpu_count()} cores, "
+        f"load {os.getloadavg()[0]:.1f}; "
+        f"Python {platform.python_version()}, {', '.join(versions)}\n"
+        f"{' '.join(f'--{name}={value}' for name, value in vars(options).items() if value)}",
+        flush=True,
+    )
+
+
+def print_table(
+    measurements: Mapping[str, Measurement],
+    ours: str,
+    rate_name: str,
+    rate: Callable[[float], str],
+) -> None:
+    """Prints Markdown.
+
+    Args:
+      measurements: by contestant.
+      ours: whose median the medians are divided by.
+      rate_name: heads a column.
+      rate: what stands there, from the median in seconds.
+    """
+    print(f"\n| | median ms | min | max | / {ours} | {rate_name} | compile s | temp MB | RSS MB |")
+    print("| --- |" + " ---: |" * 8)
+    baseline = statistics.median(measurements[ours].seconds) if ours in measurements else None
+    for name, (work, seconds, peak_bytes) in measurements.items():
+        median = statistics.median(seconds)
+        cells = (
+            name,
+            *(f"{1000 * x:,.1f}" for x in (median, min(seconds), max(seconds))),
+            "-" if baseline is None else f"{median / baseline:.2f}",
+            rate(median),
+            "-" if work.compile_seconds is None else f"{work.compile_seconds:.2f}",
+            "-" if work.temporary_bytes is None else f"{work.temporary_bytes / 1e6:,.0f}",
+            f"{peak_bytes / 1e6:,.0f}",
+        )
+        print(f"| {' | '.join(cells)} |")
+    print(
+        f"\n/ {ours}: the median over that of {ours}; above 1 is slower. temp: what the compiled "
+        "program allocates.\nRSS: the most that was resident in the contestant's process, with "
+        "libraries and compilation."
+    )
+
+
+def compile_jax(function: Any, *args: Any) -> tuple[Any, float, int]:
+    """A jitted function compiled for arguments, the seconds that took, and its temporary bytes."""
+    start = time.perf_counter()
+    compiled = function.lower(*args).compile()
+    seconds = time.perf_counter() - start
+    return compiled, seconds, compiled.memory_analysis().temp_size_in_bytes
+
+
+def jax_device() -> str:
+    """The device that JAX runs on, for `Work`."""
+    import jax
+
+    return jax.devices()[0].device_kind
+
+
+def torch_device() -> tuple[Any, str]:
+    """The device that PyTorch runs on, set up as the others are, and its name for `Work`."""
+    import torch
+
+    torch.set_num_threads(os.cpu_count())
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), "cpu"
+    # JAX and TensorFlow multiply float32 in TF32 on the cards that can.
+    torch.set_float32_matmul_precision("high")
+    return torch.device("cuda"), torch.cuda.get_device_name()
+
+
+def keras_device(dtype: str) -> str:
+    """The device that Keras runs on, for `Work`. Sets the dtype of the layers made after it."""
+    import keras
+    import tensorflow as tf
+
+    keras.mixed_precision.set_global_policy("mixed_bfloat16" if dtype == "bfloat16" else dtype)
+    gpus = tf.config.list_physical_devices("GPU")
+    return tf.config.experimental.get_device_details(gpus[0])["device_name"] if gpus else "cpu"
+
+
+def set_haiku_dtype(dtype: str) -> None:
+    """Products of hk.LSTM and hk.Linear in `dtype`, parameters in float32."""
+    import haiku as hk
+    import jmp
+
+    policy = jmp.get_policy(f"params=float32,compute={dtype},output=float32")
+    for module in (hk.LSTM, hk.Linear):
+        hk.mixed_precision.set_policy(module, policy)

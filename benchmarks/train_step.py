@@ -1,0 +1,236 @@
+"""Times a train step here and in the libraries that one could pick instead.
+
+    python benchmarks/train_step.py
+    python benchmarks/train_step.py --hidden_size 512 --num_layers 2 --batch_size 32
+
+A step is: embedding, LSTM layers, dense, mean cross-entropy, gradients, Adam. The peers come with
+`pip install -e '.[bench]'`; who is not installed is left out with a word.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import side_by_side
+from side_by_side import Work
+
+LEARNING_RATE = 1e-4
+
+
+def main() -> None:
+    """Measures and prints the table."""
+    options = side_by_side.parse_options(
+        __doc__,
+        batch_size=64,
+        window_length=100,
+        embedding_size=256,
+        hidden_size=1024,
+        num_layers=1,
+        vocabulary_size=67,
+    )
+    ours = "lstm-jax fused"
+    contestants = {
+        "product": functools.partial(_product, options.dtype),
+        ours: functools.partial(_lstm_jax, options, "fused"),
+        "lstm-jax scan": functools.partial(_lstm_jax, options, "scan"),
+        "lstm-jax cudnn": functools.partial(_lstm_jax, options, "cudnn"),
+        "Flax LSTMCell": functools.partial(_flax, options, "LSTMCell"),
+        "Flax OptimizedLSTMCell": functools.partial(_flax, options, "OptimizedLSTMCell"),
+        "Haiku": functools.partial(_haiku, options),
+        "PyTorch": functools.partial(_torch, options),
+        "Keras": functools.partial(_keras, options),
+    }
+    measurements = side_by_side.measure(contestants, options)
+    product = measurements.pop("product")
+    peak = product.work.flops / min(product.seconds)
+    print(f"peak, the best square {options.dtype} product in between: {peak / 1e9:,.0f} GFLOP/s")
+    necessary = necessary_flops(options)
+    side_by_side.print_table(
+        measurements, ours, "share of peak", lambda seconds: f"{necessary / seconds / peak:.2f}"
+    )
+
+
+def necessary_flops(options: argparse.Namespace) -> int:
+    """Operations of the matrix products that no implementation of the step can do without.
+
+    For each token: the recurrent product of each layer, the input's product of each layer but the
+    first, and the dense layer's. The first layer's input is a lookup, so that the product of
+    embedding table and input kernel, once a step, is all it needs. Each of these products takes two
+    more of its size for the gradients, one by its input and one by its kernel.
+    """
+    gates = 4 * options.hidden_size
+    layers = (2 * options.num_layers - 1) * options.hidden_size * gates
+    per_token = layers + options.hidden_size * options.vocabulary_size
+    lookup = options.vocabulary_size * options.embedding_size * gates
+    tokens = options.batch_size * options.window_length
+    return 3 * 2 * (tokens * per_token + lookup)
+
+
+def _batch(options: argparse.Namespace) -> np.ndarray:
+    """Inputs and targets, int32 [2, batch, time]."""
+    shape = (2, options.batch_size, options.window_length)
+    return np.random.default_rng(0).integers(options.vocabulary_size, size=shape, dtype=np.int32)
+
+
+def _product(dtype: str) -> Work:
+    import jax
+    import jax.numpy as jnp
+
+    device = side_by_side.jax_device()
+    size = 2048 if device == "cpu" else 8192  # A GPU is done with 2048 before it is well begun.
+    square = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
+    product = jax.jit(jnp.matmul)
+    return Work(
+        lambda: product(square, square).block_until_ready(),
+        device,
+        runs_per_turn=3,
+        flops=2 * size**3,
+    )
+
+
+def _jax_work(step: Any, state: Any, batch: Any) -> Work:
+    """The work of a jitted step that donates its state."""
+    import jax
+
+    batch = jax.device_put(batch)
+    compiled, seconds, temporary_bytes = side_by_side.compile_jax(step, state, batch)
+
+    def run() -> None:
+        nonlocal state
+        state = jax.block_until_ready(compiled(state, batch))
+
+    return Work(run, side_by_side.jax_device(), seconds, temporary_bytes)
+
+
+def _lstm_jax(options: argparse.Namespace, recurrence: str) -> Work:
+    import jax
+
+    from lstm_jax import batches, config, model, train
+
+    lstm = model.LanguageModel(
+        options.vocabulary_size,
+        options.embedding_size,
+        options.hidden_size,
+        options.num_layers,
+        recurrence,
+        options.dtype,
+    )
+    optimizer = train.make_optimizer(config.default().optimizer, total_steps=1)
+    state = train.init_state(lstm, optimizer, jax.random.key(0), options.batch_size)
+    inputs, targets = _batch(options)
+    batch = batches.Batch(inputs, targets, starts=np.bool_(True))
+    return _jax_work(train.make_train_step(lstm, optimizer), state, batch)
+
+
+def _jax_peer(
+    options: argparse.Namespace, init: Callable[..., Any], apply: Callable[..., Any]
+) -> Work:
+    """The work for a model of another JAX library.
+
+    Args:
+      options: the sizes.
+      init: from a key and ids to parameters.
+      apply: from parameters and ids to logits.
+    """
+    import jax
+    import optax
+
+    optimizer = optax.adam(LEARNING_RATE)
+
+    def loss(params: Any, batch: Any) -> Any:
+        inputs, targets = batch
+        logits = apply(params, inputs).astype("float32")
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+    def step(state: Any, batch: Any) -> Any:
+        params, optimizer_state, _ = state
+        value, gradients = jax.value_and_grad(loss)(params, batch)
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
+        return optax.apply_updates(params, updates), optimizer_state, value
+
+    batch = _batch(options)
+    params = init(jax.random.key(0), batch[0])
+    state = params, optimizer.init(params), np.float32(0)
+    return _jax_work(jax.jit(step, donate_argnums=0), state, tuple(batch))
+
+
+def _flax(options: argparse.Namespace, cell: str) -> Work:
+    import flax.linen as nn
+
+    layers: list[Any] = [nn.Embed(options.vocabulary_size, options.embedding_size)]
+    for _ in range(options.num_layers):
+        layers.append(nn.RNN(getattr(nn, cell)(options.hidden_size, dtype=options.dtype)))
+    layers.append(nn.Dense(options.vocabulary_size, dtype=options.dtype))
+    model = nn.Sequential(layers)
+    return _jax_peer(options, model.init, model.apply)
+
+
+def _haiku(options: argparse.Namespace) -> Work:
+    import haiku as hk
+
+    side_by_side.set_haiku_dtype(options.dtype)
+
+    def network(ids: Any) -> Any:
+        hidden = hk.Embed(options.vocabulary_size, options.embedding_size)(ids.T)
+        for _ in range(options.num_layers):
+            lstm = hk.LSTM(options.hidden_size)
+            hidden, _ = hk.dynamic_unroll(lstm, hidden, lstm.initial_state(options.batch_size))
+        return hk.Linear(options.vocabulary_size)(hidden).swapaxes(0, 1)
+
+    model = hk.without_apply_rng(hk.transform(network))
+    return _jax_peer(options, model.init, model.apply)
+
+
+def _torch(options: argparse.Namespace) -> Work:
+    import torch
+
+    device, name = side_by_side.torch_device()
+    embedding = torch.nn.Embedding(options.vocabulary_size, options.embedding_size)
+    lstm = torch.nn.LSTM(
+        options.embedding_size, options.hidden_size, options.num_layers, batch_first=True
+    )
+    dense = torch.nn.Linear(options.hidden_size, options.vocabulary_size)
+    layers = torch.nn.ModuleList([embedding, lstm, dense]).to(device)
+    optimizer = torch.optim.Adam(layers.parameters(), LEARNING_RATE)
+    inputs, targets = torch.tensor(_batch(options), dtype=torch.long, device=device)
+    bfloat16 = options.dtype == "bfloat16"
+
+    def run() -> float:
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            logits = dense(lstm(embedding(inputs))[0])
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        loss.backward()
+        optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return loss.item()
+
+    return Work(run, name)
+
+
+def _keras(options: argparse.Namespace) -> Work:
+    import keras
+
+    device = side_by_side.keras_device(options.dtype)
+    lstm = [
+        keras.layers.LSTM(options.hidden_size, return_sequences=True)
+        for _ in range(options.num_layers)
+    ]
+    model = keras.Sequential(
+        [
+            keras.layers.Embedding(options.vocabulary_size, options.embedding_size),
+            *lstm,
+            keras.layers.Dense(options.vocabulary_size),
+        ]
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(LEARNING_RATE), loss)
+    inputs, targets = _batch(options)
+    return Work(lambda: model.train_on_batch(inputs, targets), device)
+
+
+if __name__ == "__main__":
+    main()
