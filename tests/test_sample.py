@@ -3,6 +3,7 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from lstm_jax import model as model_lib
 from lstm_jax import sample
@@ -53,3 +54,11 @@ def test_an_empty_prompt_starts_after_a_line_break() -> None:
     assert sample.encode_prompt(Vocabulary.from_text("ab\n"), "").tolist() == [2]
     assert sample.encode_prompt(Vocabulary.from_text("ab"), "").tolist() == [2]
     assert sample.encode_prompt(Vocabulary.from_text("ab"), "b?").tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_a_bfloat16_model_writes(num_samples: int) -> None:
+    model = LanguageModel(9, 6, 12, 2, dtype="bfloat16")
+    prompts = np.full((num_samples, 3), 4, np.int32)
+    ids = sample.generate(model, PARAMS, prompts, jax.random.key(0), 0.0, 5)
+    assert ids.shape == (num_samples, 5)
