@@ -107,28 +107,33 @@ def read_dataset(
       UserError: if there is no such dataset or feature, or it can't be prepared without TensorFlow.
     """
     data_dir = Path(directory or tfds.core.constants.DATA_DIR).expanduser()
-    try:
-        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-        if not builder.is_prepared():
+    builder = _open_builder(name, data_dir)
+    if not builder.is_prepared():
+        try:
             # TFDS tells its progress on standard output, which is for what a command was asked.
             with contextlib.redirect_stdout(sys.stderr):
-                if name == tiny_shakespeare.NAME:
+                if name.partition(":")[0] == tiny_shakespeare.NAME:
                     tiny_shakespeare.prepare(data_dir)
                 else:
                     builder.download_and_prepare()
-            builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    except tfds.core.DatasetNotFoundError:
-        raise UserError(f"TFDS knows no dataset {name!r}: correct data.dataset") from None
-    except ImportError as error:
-        raise UserError(
-            f"preparing {name} needs {error.name}, which is not here: prepare it as array_record "
-            f"elsewhere and copy it to {data_dir}"
-        ) from None
-    except OSError as error:
-        raise UserError(f"can't prepare {name} under {data_dir}: {error}") from None
-    if text_feature not in builder.info.features:
-        features = ", ".join(builder.info.features)
-        raise UserError(f"{name} has no feature {text_feature!r} (data.text_feature): {features}")
+        except ImportError as error:
+            raise UserError(
+                f"preparing {name} needs {error.name}, which is not here: prepare it as "
+                f"array_record elsewhere and copy it to {data_dir}"
+            ) from None
+        except UserError:
+            raise
+        except Exception as error:  # A builder is code of the dataset's own: it can raise anything.
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"can't prepare {name} under {data_dir}: {reason}") from None
+        builder = _open_builder(name, data_dir)
+    features = builder.info.features
+    texts = [key for key in features if isinstance(features[key], tfds.features.Text)]
+    if text_feature not in texts:
+        known = ", ".join(texts) or "none"
+        raise UserError(f"{name} has no text {text_feature!r} (data.text_feature); it has {known}")
+    if "train" not in builder.info.splits:
+        raise UserError(f"{name} has no split named train to learn from")
 
     def text(split_name: str) -> str:
         source = builder.as_data_source(split=split_name)
@@ -137,6 +142,20 @@ def read_dataset(
     if all(name in builder.info.splits for name in SPLITS):
         return {name: text(name) for name in SPLITS}
     return split(text("train"), fractions)
+
+
+def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
+    try:
+        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except tfds.core.DatasetNotFoundError:
+        raise UserError(f"TFDS knows no dataset {name!r}: correct data.dataset") from None
+    except ValueError as error:
+        if "File format is already set" not in str(error):
+            raise
+        raise UserError(
+            f"{name} is prepared under {data_dir} in a format that only TensorFlow reads: name "
+            "another data.directory, and it is prepared there as array_record"
+        ) from None
 
 
 def checksum(splits: dict[str, str]) -> str:

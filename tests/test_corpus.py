@@ -1,8 +1,10 @@
 import hashlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
@@ -62,15 +64,19 @@ class Fables(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = {"title": tfds.features.Text(), "story": tfds.features.Text()}
+        features = {
+            "title": tfds.features.Text(),
+            "story": tfds.features.Text(),
+            "pages": tfds.features.Scalar(np.int32),
+        }
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         return {"train": self._generate_examples(50), "test": self._generate_examples(5)}
 
-    def _generate_examples(self, count: int) -> Iterator[tuple[int, dict[str, str]]]:
+    def _generate_examples(self, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
         for i in range(count):
-            yield i, {"title": f"t{i}", "story": f"story {i}"}
+            yield i, {"title": f"t{i}", "story": f"story {i}", "pages": i}
 
 
 def test_any_tfds_dataset_with_a_text_feature(tmp_path: Path) -> None:
@@ -79,13 +85,36 @@ def test_any_tfds_dataset_with_a_text_feature(tmp_path: Path) -> None:
     # There is no validation split, so all three come from the 50 training examples.
     assert sorted(train.split("\n")) == sorted(f"story {i}" for i in range(50))
     assert len(splits["train"]) == int(0.8 * len(train))
-    with pytest.raises(UserError, match="no feature 'text' .*title, story"):
+    with pytest.raises(UserError, match="no text 'text' .*title, story"):
         corpus.read_dataset("fables", "text", str(tmp_path), (0.8, 0.1, 0.1))
+    with pytest.raises(UserError, match="no text 'pages' .*title, story"):
+        corpus.read_dataset("fables", "pages", str(tmp_path), (0.8, 0.1, 0.1))
+
+
+class Unpreparable(Fables):
+    """A dataset whose preparation fails."""
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        raise AssertionError("Download it\nby hand")
+
+
+def test_a_dataset_that_fails_to_be_prepared_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="can't prepare unpreparable .* Download it by hand"):
+        corpus.read_dataset("unpreparable", "story", str(tmp_path), FRACTIONS)
 
 
 def test_an_unknown_dataset_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no dataset 'no_such_thing'"):
         corpus.read_dataset("no_such_thing", "text", str(tmp_path), FRACTIONS)
+
+
+def test_a_dataset_prepared_for_tensorflow_is_named(data_dir: Path, tmp_path: Path) -> None:
+    corpus.read_dataset("tiny_shakespeare", "text", str(data_dir), FRACTIONS)
+    shutil.copytree(data_dir, tmp_path, dirs_exist_ok=True)
+    (info,) = tmp_path.glob("tiny_shakespeare/*/dataset_info.json")
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(UserError, match=r"only TensorFlow reads: name another data.directory"):
+        corpus.read_dataset("tiny_shakespeare", "text", str(tmp_path), FRACTIONS)
 
 
 def test_a_changed_text_is_noticed() -> None:
