@@ -109,6 +109,7 @@ def _lstm_jax(options: argparse.Namespace, recurrence: str) -> Work:
 
     from lstm_jax import batches, config, model, train
 
+    train.keep_freed_memory()  # As a training run does.
     lstm = model.LanguageModel(
         options.vocabulary_size,
         options.embedding_size,

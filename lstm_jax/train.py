@@ -1,6 +1,7 @@
 """Training: one jitted step, the loop around it, and what a run leaves behind."""
 
 import contextlib
+import ctypes
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,10 @@ _CHANGEABLE = (
     "data.path",
     "data.directory",
 )
+
+
+# Options of glibc's mallopt, from its malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 class TrainState(NamedTuple):
@@ -111,6 +116,21 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
+def keep_freed_memory() -> None:
+    """Lets glibc keep what a training step on a CPU frees, for the next step to use.
+
+    A step allocates tens to hundreds of megabytes. Had from the operating system anew each time,
+    they cost a page fault for every 4 KiB, a tenth of the whole step (`benchmarks/train_step.py`
+    with and without the line that calls this). To be called before anything is compiled; where the
+    C library is not glibc, or the device no CPU, it does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if jax.default_backend() != "cpu" or mallopt is None:
+        return
+    for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_ARENA_MAX, 1)):
+        mallopt(option, value)
+
+
 class _StopRequest:
     """Turns the first Ctrl-C (or SIGTERM) within its block into a request; a second one ends all.
 
@@ -152,6 +172,7 @@ def train(config: ConfigDict, directory: Path) -> int:
         recurrence.choose(config.model.recurrence, config.model.dtype)
     except ValueError as error:
         raise UserError(f"config.model.recurrence: {error}") from None
+    keep_freed_memory()
     splits = corpus.read(config.data)
     config, vocabulary = _settle(config, splits, directory)
     ids = {name: vocabulary.encode(text) for name, text in splits.items()}

@@ -1,4 +1,7 @@
+import platform
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +191,28 @@ def test_the_learning_rate_warms_up_and_decays() -> None:
     np.testing.assert_allclose(sizes[:11], np.arange(11) / 10, atol=1e-4)
     expected = 0.5 * (1 + np.cos(np.pi * np.arange(100) / 100))
     np.testing.assert_allclose(sizes[10:], expected, atol=1e-4)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is about glibc")
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    script = """
+import resource, sys
+import numpy as np
+from lstm_jax import train
+if sys.argv[1] == "keep":
+    train.keep_freed_memory()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+np.ones(4_000_000)
+before = faults()
+for _ in range(10):
+    np.ones(4_000_000)
+print(faults() - before)
+"""
+
+    def count(argument: str) -> int:
+        command = [sys.executable, "-c", script, argument]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    # 32 MB are 8,000 pages.
+    assert count("keep") < 1_000 < count("leave")
