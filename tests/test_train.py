@@ -196,23 +196,26 @@ def test_the_learning_rate_warms_up_and_decays() -> None:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is about glibc")
 def test_freed_memory_is_kept_for_the_next_step() -> None:
     script = """
-import resource, sys
-import numpy as np
+import ctypes, resource, sys
 from lstm_jax import train
 if sys.argv[1] == "keep":
     train.keep_freed_memory()
-def faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-np.ones(4_000_000)
-before = faults()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+def use(size):
+    memory = ctypes.c_void_p(libc.malloc(ctypes.c_size_t(size)))
+    ctypes.memset(memory, 1, size)
+    libc.free(memory)
+use(64 << 20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
-    np.ones(4_000_000)
-print(faults() - before)
+    use(64 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
     def count(argument: str) -> int:
         command = [sys.executable, "-c", script, argument]
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
-    # 32 MB are 8,000 pages.
-    assert count("keep") < 1_000 < count("leave")
+    # 64 MiB are 16,384 pages of 4 KiB, or 32 of 2 MiB.
+    assert count("keep") < 32 < count("leave")
