@@ -83,7 +83,7 @@ def check(config: ConfigDict) -> None:
     data, batches, model, optimizer = config.data, config.batches, config.model, config.optimizer
     fractions = tuple(data.fractions)
     rules: list[tuple[bool, str, str]] = [
-        (config.seed >= 0, "seed", "0 or more"),
+        (0 <= config.seed < 2**32, "seed", "0 or more, and below 2**32"),
         (
             len(fractions) == 3 and min(fractions) > 0 and abs(sum(fractions) - 1) < 1e-6,
             "data.fractions",

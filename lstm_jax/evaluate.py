@@ -64,11 +64,16 @@ def mean_loss(model: model_lib.LanguageModel, params: model_lib.Params, ids: np.
     return total / len(targets)
 
 
+def perplexity(loss: float) -> float:
+    """The exponential of a loss in nats per token; infinite where that is beyond a float."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
 def describe(loss: float) -> str:
     """A loss in nats per token, in bits per token, and as a perplexity."""
     return (
         f"{loss:.4f} nats per character, {loss / math.log(2):.4f} bits per character, "
-        f"perplexity {math.exp(loss):.3f}"
+        f"perplexity {perplexity(loss):.3f}"
     )
 
 
@@ -88,7 +93,7 @@ def main() -> None:
         "split": flags.FLAGS.split,
         "loss": loss,
         "bits_per_token": loss / math.log(2),
-        "perplexity": math.exp(loss),
+        "perplexity": perplexity(loss),
         "tokens": len(ids) - 1,
         "step": trained.step,
     }

@@ -126,7 +126,9 @@ if __name__ == "__main__":
     flags.DEFINE_float(
         "temperature", 0.8, "Less is safer, more is wilder; 0 is greedy.", lower_bound=0
     )
-    flags.DEFINE_integer("seed", 0, "The same seed writes the same text.", lower_bound=0)
+    flags.DEFINE_integer(
+        "seed", 0, "The same seed writes the same text.", lower_bound=0, upper_bound=2**32 - 1
+    )
     flags.DEFINE_integer(
         "num_samples", 1, "How many texts to write, a line of dashes between.", lower_bound=1
     )

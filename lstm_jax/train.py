@@ -37,7 +37,6 @@ _CHANGEABLE = (
     "data.directory",
 )
 
-
 # Options of glibc's mallopt, from its malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 

@@ -43,6 +43,8 @@ def test_missing_fields_get_their_defaults() -> None:
         ({"model": {"hiden_size": 7}}, "model.hiden_size: did you mean model.hidden_size"),
         ({"model": {"hidden_size": "7"}}, "model.hidden_size is '7': it must be of type int"),
         ({"model": {"hidden_size": 0}}, "model.hidden_size is 0: it must be 1 or more"),
+        ({"seed": 2**32}, "seed is 4294967296: it must be 0 or more, and below"),
+        ({"seed": -1}, "seed is -1"),
         ({"model": 5}, "no field config.model"),
         ({"batches": {"kind": "stream"}}, "batches.kind is 'stream': it must be 'windows' or"),
         ({"data": {"fractions": (0.9, 0.2, 0.1)}}, "data.fractions is .* add up to 1"),
