@@ -1,5 +1,8 @@
 """What a newcomer meets first: Tiny Shakespeare in about three minutes on two CPU cores."""
 # python -m lstm_jax.main --config experiments/quick.py
+#
+# 1 min 53 s on two cores of an AMD EPYC (Zen 5), start-up and all evaluations included.
+# Validation 1.443, test 1.552 nats per character.
 
 from ml_collections import ConfigDict
 

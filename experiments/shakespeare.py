@@ -1,5 +1,8 @@
 """The lesson's model and training on Tiny Shakespeare."""
 # python -m lstm_jax.main --config experiments/shakespeare.py
+#
+# Half an hour on two cores of an AMD EPYC (Zen 5). Train 1.86, validation 1.911, test 1.946 nats
+# per character; the loss is still falling after its 20 epochs.
 
 from ml_collections import ConfigDict
 
