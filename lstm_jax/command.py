@@ -10,7 +10,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 
 from lstm_jax import config
-from lstm_jax.errors import UserError
+from lstm_jax.errors import UserError, one_line
 
 INTERRUPTED = 130  # What a shell reports for a command that Ctrl-C ended.
 
@@ -69,12 +69,8 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
         return f"config file: {trace.splitlines()[-1]}" if in_config_file else str(error)
     frame = traceback.extract_tb(error.__traceback__)[-1]
     if "ml_collections" in frame.filename:
-        return f"config file: {_one_line(error)}"
-    return f"config file {frame.filename}, line {frame.lineno}: {_one_line(error)}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+        return f"config file: {one_line(error)}"
+    return f"config file {frame.filename}, line {frame.lineno}: {one_line(error)}"
 
 
 def _fail(message: str) -> NoReturn:

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from lstm_jax import tiny_shakespeare
-from lstm_jax.errors import UserError
+from lstm_jax.errors import UserError, one_line
 
 SPLITS = ("train", "validation", "test")
 
@@ -124,7 +124,7 @@ def read_dataset(
         except UserError:
             raise
         except Exception as error:  # A builder is code of the dataset's own: it can raise anything.
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            reason = one_line(error)
             raise UserError(f"can't prepare {name} under {data_dir}: {reason}") from None
         builder = _open_builder(name, data_dir)
     features = builder.info.features

@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake."""
+"""The one exception that stands for a user's mistake, and others told in one line."""
 
 
 class UserError(Exception):
@@ -7,3 +7,8 @@ class UserError(Exception):
     The message is one line that names what is wrong and what to do. Commands print it on standard
     error and exit with code 2; it never reaches a user as a traceback.
     """
+
+
+def one_line(error: Exception) -> str:
+    """The type and the message of an exception, its line breaks made spaces."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
