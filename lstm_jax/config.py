@@ -20,6 +20,8 @@ def default() -> ConfigDict:
     config = ConfigDict()
     # Initial weights, the order of the data, and the samples all follow from the seed.
     config.seed = 0
+    # Working directory of a run whose weights a new run starts from: main's --init_from sets it.
+    config.init_from = ""
 
     config.data = ConfigDict()
     # UTF-8 text files of the user's: a path, a glob, or several of them with commas between.
@@ -70,6 +72,11 @@ def default() -> ConfigDict:
     config.num_epochs = 20
     # Steps between two lines of training loss in metrics.jsonl.
     config.log_every_steps = 10
+    # A checkpoint is saved at the end of every epoch, and within one whenever so many seconds have
+    # passed since the last: what a crash costs at the most. 0: after every step.
+    config.checkpoint_every_seconds = 300.0
+    # Steps whose loss or gradient is not finite that a run leaves out before it stops.
+    config.max_skipped_steps = 0
 
     # The sample that training shows after each epoch: how many tokens, at what temperature.
     config.sample = ConfigDict()
@@ -112,6 +119,8 @@ def check(config: ConfigDict) -> None:
         (optimizer.max_gradient_norm >= 0, "optimizer.max_gradient_norm", "0 or more"),
         (config.num_epochs > 0, "num_epochs", "1 or more"),
         (config.log_every_steps > 0, "log_every_steps", "1 or more"),
+        (config.checkpoint_every_seconds >= 0, "checkpoint_every_seconds", "0 or more"),
+        (config.max_skipped_steps >= 0, "max_skipped_steps", "0 or more"),
         (config.sample.length > 0, "sample.length", "1 or more"),
         (config.sample.temperature >= 0, "sample.temperature", "0 or more"),
     ]

@@ -18,6 +18,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run is kept. [default: runs/<name of the config file>]"
 )
+_INIT_FROM = flags.DEFINE_string(
+    "init_from", None, "Working directory of another run, whose weights a new run starts from."
+)
 
 
 def main() -> int:
@@ -29,7 +32,10 @@ def main() -> int:
     if not path.is_file():
         raise UserError(f"there is no config file {path}")
     directory = Path(_WORKDIR.value or Path("runs", path.stem))
-    return train.train(config.complete(_CONFIG.value), directory)
+    experiment = config.complete(_CONFIG.value)
+    if _INIT_FROM.value is not None:
+        experiment.init_from = _INIT_FROM.value
+    return train.train(experiment, directory)
 
 
 if __name__ == "__main__":

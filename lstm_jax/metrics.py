@@ -1,7 +1,10 @@
 """What a run measured: metrics.jsonl, TensorBoard events, and the curves as a picture."""
 
+import io
 import json
+import math
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -9,7 +12,11 @@ from typing import Any, Self
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+
+from lstm_jax import files
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 _COLOURS = {"train": "#0072B2", "validation": "#D55E00", "test": "#009E73"}
@@ -25,13 +32,26 @@ class MetricsWriter:
           path: of metrics.jsonl; the events are written beside it.
           step: TensorBoard hides events of later steps, which an interrupted run left behind.
         """
-        self._lines = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(
-            str(path.parent),
-            purge_step=step + 1 if step else None,
+        self._lines = path.open("ab")
+        # A process that was killed, or a disk that was full, can leave half a line.
+        whole = path.read_bytes().rfind(b"\n") + 1
+        if whole < path.stat().st_size:
+            self._lines.truncate(whole)
+        # tensorboardX's usual writer has a thread of its own, which loses what it holds when the
+        # process is killed and waits for ever when the disk is full.
+        self._events = EventsWriter(
+            str(path.parent / "events"),
             # Two files opened within a second would have the same name without it.
-            filename_suffix=f".{step}",
+            filename_suffix=f".{os.getpid()}.{step}",
         )
+        if step:
+            start = SessionLog(status=SessionLog.START)
+            self._add(Event(step=step + 1, session_log=start))
+
+    def _add(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._events.write_event(event)
+        self._events.flush()
 
     def write(self, step: int, epoch: float, split: str, loss: float, **extra: float) -> None:
         """Records a loss.
@@ -44,10 +64,10 @@ class MetricsWriter:
           **extra: other figures, such as tokens_per_second.
         """
         row = {"step": step, "epoch": round(epoch, 6), "split": split, "loss": loss, **extra}
-        self._lines.write(json.dumps(row) + "\n")
+        self._lines.write(f"{json.dumps(row)}\n".encode())
         self._lines.flush()
         for name, value in {"loss": loss, **extra}.items():
-            self._events.add_scalar(f"{split}/{name}", value, step)
+            self._add(Event(step=step, summary=scalar(f"{split}/{name}", value)))
 
     def __enter__(self) -> Self:
         return self
@@ -63,10 +83,21 @@ class MetricsWriter:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; none where there is no such file."""
+    """The rows of a metrics.jsonl; none where there is no such file.
+
+    Lines that are no rows, in a file that was damaged, are left out.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = []
+    for line in path.read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+            if isinstance(row["step"], int) and isinstance(row["loss"], float) and row["split"]:
+                rows.append(row)
+        except (ValueError, LookupError, TypeError, RecursionError):
+            continue
+    return rows
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -83,14 +114,13 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
             size = {"o-": 4.0, "*": 12.0}.get(style, 0.0)
             axes.plot(steps, losses, style, markersize=size, color=_COLOURS[split], label=label)
     # The first steps fall from ln(vocabulary) and would squeeze the rest against the bottom.
-    later = sorted(row["loss"] for row in rows)
-    top = later[int(0.97 * (len(later) - 1))]
-    axes.set_ylim(top=top + 0.05 * (top - later[0]) if top > later[0] else None)
+    later = sorted(row["loss"] for row in rows if math.isfinite(row["loss"]))
+    if later and (top := later[int(0.97 * (len(later) - 1))]) > later[0]:
+        axes.set_ylim(top=top + 0.05 * (top - later[0]))
     axes.set_xlabel("training step")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        FigureCanvasAgg(figure).print_png(file)
-    os.replace(partial, path)
+    picture = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(picture)
+    files.write(path, picture.getvalue())

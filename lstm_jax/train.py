@@ -2,8 +2,11 @@
 
 import contextlib
 import ctypes
+import json
 import signal
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -13,25 +16,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from lstm_jax import batches, corpus, evaluate, metrics, recurrence, sample, workdir
+from lstm_jax import batches, corpus, evaluate, lock, metrics, recurrence, sample, workdir
+from lstm_jax import checkpoints as checkpoints_lib
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
 from lstm_jax.progress import Progress
 from lstm_jax.vocabulary import Vocabulary
 
-# What a run may change when it goes on: none of these touches the arrays it has.
+# What a run may change when it goes on: all of these leave the arrays it has as they are.
 _CHANGEABLE = (
     "num_epochs",
+    "log_every_steps",
+    "checkpoint_every_seconds",
+    "max_skipped_steps",
     "sample.length",
     "sample.temperature",
     # Other ways to compute the same.
     "model.recurrence",
     "model.dtype",
     "model.rematerialize",
+    # How fast it learns from here on; with num_epochs, where the schedule ends.
+    "optimizer.learning_rate",
+    "optimizer.warmup_steps",
+    "optimizer.schedule",
+    "optimizer.max_gradient_norm",
     # The text may have moved; that it is the same, its checksum tells.
     "data.path",
     "data.directory",
@@ -49,14 +60,22 @@ class TrainState(NamedTuple):
       optimizer: the optimizer's state.
       carry: after the last batch.
       key: PRNG key that whatever is random in training follows from, with the step.
+      step: int32 [], training steps done.
       loss_sum: float32 [], nats per token, summed over the steps since it was last logged.
+      loss_steps: int32 [], how many steps those are.
+      skipped: int32 [], steps left out because their loss or gradient was not finite.
+      first_skipped: int32 [], the first of them that was not told yet; 0 if there is none.
     """
 
     params: model_lib.Params
     optimizer: optax.OptState
     carry: model_lib.Carry
     key: jax.Array
+    step: jax.Array
     loss_sum: jax.Array
+    loss_steps: jax.Array
+    skipped: jax.Array
+    first_skipped: jax.Array
 
 
 TrainStep = Callable[[TrainState, batches.Batch], TrainState]
@@ -72,10 +91,10 @@ def make_optimizer(optimizer: ConfigDict, total_steps: int) -> optax.GradientTra
     }[optimizer.schedule]
     warmup = optax.linear_schedule(0.0, peak, optimizer.warmup_steps)
     schedule = optax.join_schedules([warmup, after], [optimizer.warmup_steps])
-    adam = optax.adam(schedule)
-    if not optimizer.max_gradient_norm:
-        return adam
-    return optax.chain(optax.clip_by_global_norm(optimizer.max_gradient_norm), adam)
+    norm = optimizer.max_gradient_norm
+    # The state has the same structure either way, so that clipping can be changed in a run.
+    clip = optax.clip_by_global_norm(norm) if norm else optax.identity()
+    return optax.chain(clip, optax.adam(schedule))
 
 
 def init_state(
@@ -83,18 +102,47 @@ def init_state(
     optimizer: optax.GradientTransformation,
     key: jax.Array,
     batch_size: int,
+    trained: model_lib.Params | None = None,
 ) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step.
+
+    Args:
+      model: the model.
+      optimizer: from `make_optimizer`.
+      key: PRNG key.
+      batch_size: of the training batches.
+      trained: parameters to start from, of the same model with the same vocabulary or the first
+        part of it; the rows of new units start fresh.
+    """
     init_key, key = jax.random.split(key)
     params = model_lib.init(model, init_key)
+    if trained is not None:
+        params = jax.tree.map(
+            lambda new, old: new.at[tuple(map(slice, old.shape))].set(old), params, trained
+        )
     carry = model.initial_carry(batch_size)
-    return TrainState(params, optimizer.init(params), carry, key, jnp.zeros(()))
+    # Every counter is an array of its own: a step donates each.
+    step, loss_steps, skipped, first_skipped = (jnp.zeros((), jnp.int32) for _ in range(4))
+    return TrainState(
+        params=params,
+        optimizer=optimizer.init(params),
+        carry=carry,
+        key=key,
+        step=step,
+        loss_sum=jnp.zeros(()),
+        loss_steps=loss_steps,
+        skipped=skipped,
+        first_skipped=first_skipped,
+    )
 
 
 def make_train_step(
     model: model_lib.LanguageModel, optimizer: optax.GradientTransformation
 ) -> TrainStep:
-    """The jitted training step. It donates the state that it is given."""
+    """The jitted training step. It donates the state that it is given.
+
+    A step whose loss or gradient is not finite is counted and leaves everything else as it was.
+    """
 
     def loss_and_carry(
         params: model_lib.Params, batch: batches.Batch, carry: model_lib.Carry
@@ -110,7 +158,26 @@ def make_train_step(
         )
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, optimizer_state, carry, state.key, state.loss_sum + loss)
+        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
+        # Selected leaf by leaf, it becomes part of the loops that compute the new values anyway.
+        params, optimizer_state, carry = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, optimizer_state, carry),
+            (state.params, state.optimizer, state.carry),
+        )
+        step = state.step + 1
+        first_skipped = jnp.where(finite | (state.first_skipped > 0), state.first_skipped, step)
+        return TrainState(
+            params=params,
+            optimizer=optimizer_state,
+            carry=carry,
+            key=state.key,
+            step=step,
+            loss_sum=state.loss_sum + jnp.where(finite, loss, 0),
+            loss_steps=state.loss_steps + finite,
+            skipped=state.skipped + ~finite,
+            first_skipped=first_skipped,
+        )
 
     return jax.jit(train_step, donate_argnums=0)
 
@@ -130,14 +197,19 @@ def keep_freed_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+class _Stopped(BaseException):
+    """A signal asked training to stop; no `except Exception` on its way may keep it."""
+
+
 class _StopRequest:
-    """Turns the first Ctrl-C (or SIGTERM) within its block into a request; a second one ends all.
+    """Turns Ctrl-C (or SIGTERM) within its block into a request; a second Ctrl-C ends all.
 
     Attributes:
       exit_code: None until a signal came, then what the command is to exit with.
     """
 
     exit_code: int | None = None
+    _at_once = False
 
     def __enter__(self) -> "_StopRequest":
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -147,10 +219,48 @@ class _StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def check(self) -> None:
+        """Raises `_Stopped` if a signal came."""
         if self.exit_code is not None:
+            raise _Stopped
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within this block a signal raises `_Stopped` wherever it comes."""
+        self._at_once = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._at_once = False
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.exit_code is None:
+            self.exit_code = 128 + number
+            if self._at_once:
+                raise _Stopped
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.exit_code = 128 + number
+
+
+class _Pacer:
+    """Waits for the device about once a second.
+
+    JAX hands steps to the device and runs ahead, by tens of them. To stop, all that were handed
+    over must be waited for.
+    """
+
+    def __init__(self, step: int) -> None:
+        """Starts when `step` steps are done; the next one is waited for."""
+        self._step, self._steps, self._clock = step, 1, time.monotonic()
+
+    def keep(self, step: int, array: jax.Array) -> None:
+        """Waits for `array`, which step `step` computes, if it is time to."""
+        if step - self._step >= self._steps:
+            jax.block_until_ready(array)
+            now = time.monotonic()
+            self._steps = max(1, int(self._steps / max(now - self._clock, 1e-3)))
+            self._step, self._clock = step, now
 
 
 def train(config: ConfigDict, directory: Path) -> int:
@@ -164,8 +274,9 @@ def train(config: ConfigDict, directory: Path) -> int:
       The exit code: 0, or 130 after Ctrl-C (143 after SIGTERM) with everything saved.
 
     Raises:
-      UserError: for a text that can't be had or is too short, and for a working directory that
-        holds another run or can't be written.
+      UserError: for a text that can't be had or is too short; for a working directory that holds
+        another run or a damaged one, is in use, or can't be written; for numbers that are no
+        longer finite.
     """
     try:
         recurrence.choose(config.model.recurrence, config.model.dtype)
@@ -173,34 +284,71 @@ def train(config: ConfigDict, directory: Path) -> int:
         raise UserError(f"config.model.recurrence: {error}") from None
     keep_freed_memory()
     splits = corpus.read(config.data)
-    config, vocabulary = _settle(config, splits, directory)
+    with lock.hold(directory) as is_ours:
+        try:
+            return _train(config, directory, splits, is_ours)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise UserError(
+                f"can't write to {directory} ({error.strerror}): make room or make it writable, "
+                "and the same command goes on from the last checkpoint"
+            ) from None
+
+
+def _train(
+    config: ConfigDict, directory: Path, splits: dict[str, str], is_ours: Callable[[], bool]
+) -> int:
+    """`train` in a directory whose lock is held."""
+    workdir.check_own_files(directory)
+    config, vocabulary, changes = _settle(config, splits, directory)
     ids = {name: vocabulary.encode(text) for name, text in splits.items()}
     iterator, steps_per_epoch = batches.make(ids["train"], config.batches, config.seed)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        workdir.write_text(directory / workdir.VOCABULARY, vocabulary.to_json())
-        workdir.write_text(directory / workdir.CONFIG, config_lib.to_json(config))
-    except OSError as error:
-        raise UserError(f"can't write to {directory}: {error.strerror}") from None
-
     model = model_lib.from_config(config.model, len(vocabulary))
-    with workdir.open_checkpoints(directory) as checkpoints:
-        run = _Run(config, directory, checkpoints, model, vocabulary, ids, steps_per_epoch)
-        optimizer = make_optimizer(config.optimizer, run.total_steps)
-        state = init_state(model, optimizer, jax.random.key(config.seed), config.batches.batch_size)
+    saved_in = directory / workdir.CHECKPOINTS
+    started = bool(checkpoints_lib.steps(saved_in))
+    trained = workdir.load(Path(config.init_from)) if config.init_from and not started else None
+    optimizer = make_optimizer(config.optimizer, config.num_epochs * steps_per_epoch)
+    state = init_state(
+        model,
+        optimizer,
+        jax.random.key(config.seed),
+        config.batches.batch_size,
+        trained.params if trained else None,
+    )
+    restored = checkpoints_lib.restore_latest(
+        saved_in, state.params, _without_params(state), iterator
+    )
+    if restored is None and (directory / workdir.METRICS).exists():
+        raise UserError(
+            f"{directory} holds what a run measured ({workdir.METRICS}) but no checkpoint: bring "
+            f"{workdir.CHECKPOINTS}/ back, or begin anew with another --workdir"
+        )
+    start = restored.step if restored else 0
+    if changes:
+        workdir.append_changes(directory, start, changes)
+    workdir.save_vocabulary(directory, vocabulary)
+    workdir.save_config(directory, config)
+    with checkpoints_lib.CheckpointWriter(saved_in) as checkpoints:
+        run = _Run(config, directory, checkpoints, model, vocabulary, ids, steps_per_epoch, is_ours)
         print(_describe(run, state.params), flush=True)
-        start = checkpoints.latest_step() or 0
-        if start >= run.total_steps:
+        if trained:
+            print(_describe_start(config.init_from, trained, vocabulary), flush=True)
+        for field, (before, after) in changes.items():
+            print(f"From step {start} on, {field} is {after!r}; it was {before!r}", flush=True)
+        if restored is None:
+            _save(run, state, iterator, 0)
+            checkpoints.wait()
+        else:
+            state = TrainState(params=restored.params, **restored.state)
+        if restored and start >= run.total_steps and _is_validated(saved_in, start):
             print(
                 f"The run in {directory} is finished, with {start / steps_per_epoch:g} epochs. "
                 f"To train longer, add for example --config.num_epochs={2 * config.num_epochs}"
             )
         else:
-            if start:
-                params, rest = workdir.restore(
-                    checkpoints, start, state.params, _without_params(state), iterator
-                )
-                state = TrainState(params=params, **rest)
+            if restored:
+                workdir.restore_history(directory, restored.history)
                 print(f"Going on from step {start} of {run.total_steps}, saved in {directory}")
             exit_code = _loop(run, make_train_step(model, optimizer), state, iterator, start)
             if exit_code:
@@ -209,10 +357,17 @@ def train(config: ConfigDict, directory: Path) -> int:
     return 0
 
 
+def _is_validated(saved_in: Path, step: int) -> bool:
+    return (saved_in / str(step) / checkpoints_lib.VALIDATION).exists()
+
+
 def _settle(
     config: ConfigDict, splits: dict[str, str], directory: Path
-) -> tuple[ConfigDict, Vocabulary]:
+) -> tuple[ConfigDict, Vocabulary, dict[str, tuple[Any, Any]]]:
     """The config and vocabulary to train with: new ones, or those of the run in `directory`.
+
+    Returns:
+      The config, the vocabulary, and what of the config has changed since: before and after.
 
     Raises:
       UserError: if that run had another config (but for `_CHANGEABLE`) or another text.
@@ -222,20 +377,65 @@ def _settle(
     config.data.sha256 = corpus.checksum(splits)
     if config.data.path:
         config.data.path = corpus.absolute(config.data.path)
+    if config.init_from:
+        config.init_from = str(Path(config.init_from).absolute())
     if not (directory / workdir.CONFIG).exists():
-        return config, Vocabulary.from_text(splits["train"])
-    before = dict(config_lib.flatten(workdir.load_config(directory)))
-    differing = [
-        f"{field} was {before[field]!r} and is {value!r}"
+        for name in (workdir.CHECKPOINTS, workdir.METRICS):
+            if (directory / name).exists():
+                raise UserError(
+                    f"{directory} holds {name} but no {workdir.CONFIG}: bring that back, or begin "
+                    "anew with another --workdir"
+                )
+        vocabulary = Vocabulary.from_text(splits["train"])
+        if config.init_from:
+            source = Path(config.init_from)
+            _compare(workdir.load_config(source), config, source, only="model.")
+            vocabulary = workdir.load_vocabulary(source).extended(vocabulary)
+        return config, vocabulary, {}
+    before = workdir.load_config(directory)
+    if not config.init_from:
+        config.init_from = before.init_from
+    changes = _compare(before, config, directory)
+    return config, workdir.load_vocabulary(directory), changes
+
+
+def _compare(
+    before: ConfigDict, config: ConfigDict, directory: Path, only: str = ""
+) -> dict[str, tuple[Any, Any]]:
+    """The fields that differ, before and after; raises `UserError` if one is not `_CHANGEABLE`.
+
+    Args:
+      before: the config of the run in `directory`.
+      config: what is wanted now.
+      directory: of that run.
+      only: compare the fields with this prefix only.
+    """
+    old = dict(config_lib.flatten(before))
+    changes = {
+        field: (old[field], value)
         for field, value in config_lib.flatten(config)
-        if value != before[field] and field not in _CHANGEABLE
+        if field.startswith(only) and value != old[field]
+    }
+    refused = [
+        f"{field} was {was!r} and is {value!r}"
+        for field, (was, value) in changes.items()
+        if field not in _CHANGEABLE
     ]
-    if differing:
+    if refused:
+        remedy = "take its own" if only else "go on with its own, or name another --workdir"
         raise UserError(
-            f"{directory} holds a run with another config ({'; '.join(differing)}): "
-            "go on with its own, or name another --workdir"
+            f"{directory} holds a run with another config ({'; '.join(refused)}): {remedy}"
         )
-    return config, workdir.load_vocabulary(directory)
+    return changes
+
+
+def _describe_start(init_from: str, trained: workdir.Trained, vocabulary: Vocabulary) -> str:
+    """Where the first weights come from, and which units they don't know."""
+    new = vocabulary.units[len(trained.vocabulary) :]
+    units = f"{len(new)} new units start fresh: {', '.join(map(repr, new))}" if new else "none new"
+    return (
+        f"The weights are those of step {trained.step} in {init_from}; of the vocabulary, {units}\n"
+    )
 
 
 def _describe(run: "_Run", params: model_lib.Params) -> str:
@@ -260,11 +460,12 @@ class _Run(NamedTuple):
 
     config: ConfigDict
     directory: Path
-    checkpoints: ocp.CheckpointManager
+    checkpoints: checkpoints_lib.CheckpointWriter
     model: model_lib.LanguageModel
     vocabulary: Vocabulary
     ids: dict[str, np.ndarray]
     steps_per_epoch: int
+    is_ours: Callable[[], bool]  # Whether the lock of the directory is still held.
 
     @property
     def total_steps(self) -> int:
@@ -289,47 +490,95 @@ def _loop(
     iterator: grain.DatasetIterator,
     start: int,
 ) -> int:
-    """Trains from step `start` to the last; the exit code is not 0 if a signal ended it earlier."""
-    if start == 0:
-        # A run that ended before its first checkpoint starts over.
-        for name in workdir.HISTORY:
-            (run.directory / name).unlink(missing_ok=True)
+    """Trains from step `start` to the last; the exit code is not 0 if a signal ended it earlier.
+
+    At the end of an epoch the checkpoint is saved first and the validation follows: a run that was
+    stopped in between goes on with that.
+    """
+    config, step, saved, saved_at = run.config, start, start, time.monotonic()
+    pacer = _Pacer(start)
+    recent: list[batches.Batch] = []  # Of the steps since they were last known to be finite.
     with (
         metrics.MetricsWriter(run.directory / workdir.METRICS, start) as writer,
+        contextlib.closing(Progress(start, run.total_steps, run.steps_per_epoch)) as progress,
         _StopRequest() as stop,
     ):
-        if start == 0:
-            _validate(run, writer, state, 0, show=print)
-        with contextlib.closing(Progress(start, run.total_steps, run.steps_per_epoch)) as progress:
-            for step in range(start + 1, run.total_steps + 1):
-                state = train_step(state, next(iterator))
-                if step == start + 1:
-                    jax.block_until_ready(state.loss_sum)
-                    progress.start_clock(step)  # From here on nothing compiles.
-                if step % run.config.log_every_steps == 0:
-                    loss = float(state.loss_sum) / run.config.log_every_steps
-                    state = state._replace(loss_sum=jnp.zeros(()))
-                    speed = run.tokens_per_step * progress.steps_per_second(step)
-                    progress.update(step, loss, speed)
-                    epoch = step / run.steps_per_epoch
-                    writer.write(step, epoch, "train", loss, tokens_per_second=round(speed))
-                end_of_epoch = step % run.steps_per_epoch == 0
-                if end_of_epoch:
-                    loss = _validate(run, writer, state, step, show=progress.print)
-                    _save(run, state, iterator, step, loss)
-                    run.plot()
+        try:
+            while True:
+                if step % run.steps_per_epoch == 0:
+                    _validate(run, writer, state, step, stop, progress.print)
                     progress.start_clock(step)
-                if stop.exit_code:
-                    if not end_of_epoch:
-                        _save(run, state, iterator, step)
-                    run.checkpoints.wait_until_finished()
-                    progress.print(
-                        f"\nStopped at step {step} of {run.total_steps}; all is saved in "
-                        f"{run.directory}. The same command goes on from there."
-                    )
-                    return stop.exit_code
-    run.checkpoints.wait_until_finished()
+                if step == run.total_steps:
+                    break
+                stop.check()
+                recent.append(next(iterator))
+                state = train_step(state, recent[-1])
+                step += 1
+                pacer.keep(step, state.loss_sum)
+                if step == start + 1:
+                    progress.start_clock(step)  # From here on nothing compiles.
+                if step % config.log_every_steps == 0:
+                    state = _check_finite(run, state, step, recent)
+                    if loss_steps := int(state.loss_steps):
+                        loss = float(state.loss_sum) / loss_steps
+                        speed = run.tokens_per_step * progress.steps_per_second(step)
+                        progress.update(step, loss, speed)
+                        epoch = step / run.steps_per_epoch
+                        writer.write(step, epoch, "train", loss, tokens_per_second=round(speed))
+                    zero = jnp.zeros((), jnp.int32)
+                    state = state._replace(loss_sum=jnp.zeros(()), loss_steps=zero)
+                saving = run.checkpoints.check()
+                waited = time.monotonic() - saved_at >= config.checkpoint_every_seconds
+                if step % run.steps_per_epoch == 0 or (waited and not saving):
+                    state = _check_finite(run, state, step, recent)
+                    _save(run, state, iterator, step)
+                    saved, saved_at = step, time.monotonic()
+        except _Stopped:
+            if saved != step:
+                state = _check_finite(run, state, step, recent)
+                _save(run, state, iterator, step)
+            run.checkpoints.wait()
+            progress.print(
+                f"\nStopped at step {step} of {run.total_steps}; all is saved in "
+                f"{run.directory}. The same command goes on from there."
+            )
+            return stop.exit_code or 0
     return 0
+
+
+def _check_finite(
+    run: _Run, state: TrainState, step: int, recent: list[batches.Batch]
+) -> TrainState:
+    """Tells of steps left out because they were not finite, and forgets the `recent` batches.
+
+    Args:
+      run: the run.
+      state: after `step`.
+      step: training steps done.
+      recent: the batches since the last call, that of `step` the last.
+
+    Raises:
+      UserError: if there were more of them than `max_skipped_steps`.
+    """
+    first, skipped = int(state.first_skipped), int(state.skipped)
+    if first:
+        batch = recent[first - step - 1]
+        path = run.directory / f"nonfinite_step_{first}.json"
+        ids = {"step": first, "inputs": batch.inputs.tolist(), "targets": batch.targets.tolist()}
+        path.write_text(json.dumps(ids) + "\n", encoding="utf-8")
+        allowed = run.config.max_skipped_steps
+        what = f"the loss or a gradient of step {first} is not finite (its batch is in {path})"
+        if skipped > allowed:
+            last = checkpoints_lib.steps(run.directory / workdir.CHECKPOINTS)[-1]
+            raise UserError(
+                f"{what}: the last good checkpoint is that of step {last}; go on from there with a "
+                "lower --config.optimizer.learning_rate, --config.optimizer.max_gradient_norm=1, "
+                f"or more than {allowed} in --config.max_skipped_steps"
+            )
+        print(f"warning: {what}; left out {skipped} of at most {allowed}", file=sys.stderr)
+        state = state._replace(first_skipped=jnp.zeros((), jnp.int32))
+    recent.clear()
+    return state
 
 
 def _validate(
@@ -337,31 +586,33 @@ def _validate(
     writer: metrics.MetricsWriter,
     state: TrainState,
     step: int,
+    stop: _StopRequest,
     show: Callable[[str], None],
-) -> float:
+) -> None:
     """Measures the validation loss, lets the model write, shows and records both."""
     config = run.config
     epoch = step // run.steps_per_epoch
-    loss = evaluate.mean_loss(run.model, state.params, run.ids["validation"])
+    with stop.at_once():
+        loss = evaluate.mean_loss(run.model, state.params, run.ids["validation"])
+        (text,) = _sample(run, state.params, jax.random.fold_in(state.key, step))
     writer.write(step, epoch, "validation", loss)
-    (text,) = _sample(run, state.params, jax.random.fold_in(state.key, step))
     with (run.directory / workdir.SAMPLES).open("a", encoding="utf-8") as file:
         file.write(f"=== step {step}, temperature {config.sample.temperature}\n{text}\n\n")
+    run.checkpoints.record_validation(step, loss)
+    if step:
+        run.plot()
     name = f"epoch {epoch} of {config.num_epochs}" if step else "untrained"
     show(f"\n=== {name}: validation loss {evaluate.describe(loss)}\n{text}\n")
-    return loss
 
 
-def _save(
-    run: _Run,
-    state: TrainState,
-    iterator: grain.DatasetIterator,
-    step: int,
-    validation_loss: float | None = None,
-) -> None:
-    workdir.save(
-        run.checkpoints, step, state.params, _without_params(state), iterator, validation_loss
-    )
+def _save(run: _Run, state: TrainState, iterator: grain.DatasetIterator, step: int) -> None:
+    if not run.is_ours():
+        raise UserError(
+            f"another process has taken {run.directory} over, since this one stood still for more "
+            f"than {lock.STALE_SECONDS} seconds: nothing more is written"
+        )
+    sizes = workdir.history_sizes(run.directory)
+    run.checkpoints.save(step, state.params, _without_params(state), iterator, sizes)
 
 
 def _without_params(state: TrainState) -> dict[str, Any]:
@@ -373,16 +624,15 @@ def _without_params(state: TrainState) -> dict[str, Any]:
 
 def _finish(run: _Run) -> None:
     """Measures the best checkpoint on the test split, lets it write, and says what is where."""
-    step = workdir.best_step(run.checkpoints)
-    assert step is not None, "a run ends with a checkpoint"
-    params = workdir.load_params(run.checkpoints, step, run.model)
+    params, step = workdir.load_params(run.directory, run.model)
     path = run.directory / workdir.METRICS
     measured = [row for row in metrics.read(path) if (row["split"], row["step"]) == ("test", step)]
     if measured:
         loss = measured[-1]["loss"]
     else:
         loss = evaluate.mean_loss(run.model, params, run.ids["test"])
-        with metrics.MetricsWriter(path, run.checkpoints.latest_step()) as writer:
+        latest = checkpoints_lib.steps(run.directory / workdir.CHECKPOINTS)[-1]
+        with metrics.MetricsWriter(path, latest) as writer:
             writer.write(step, step / run.steps_per_epoch, "test", loss)
         run.plot()
     (text,) = _sample(run, params, jax.random.key(run.config.seed))

@@ -46,6 +46,11 @@ class Vocabulary:
         """The vocabulary of all characters in `text`."""
         return cls([PADDING, UNKNOWN, *sorted(set(text))])
 
+    def extended(self, other: "Vocabulary") -> "Vocabulary":
+        """These units with their ids, and after them those of `other` that are new."""
+        known = set(self.units)
+        return Vocabulary([*self.units, *(unit for unit in other.units if unit not in known)])
+
     @classmethod
     def from_json(cls, text: str) -> "Vocabulary":
         """Reads what `to_json` wrote.

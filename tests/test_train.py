@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from lstm_jax import batches, evaluate, metrics, train, workdir
+from lstm_jax import batches, checkpoints, evaluate, metrics, train, workdir
 from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
 from lstm_jax.model import LanguageModel
@@ -25,16 +25,13 @@ def final_arrays(directory: Path) -> list[Any]:
     optimizer = train.make_optimizer(config.optimizer, 1)
     state = train.init_state(model, optimizer, jax.random.key(0), config.batches.batch_size)
     iterator, _ = batches.make(np.zeros(18_000, np.int32), config.batches, 0)
-    with workdir.open_checkpoints(directory, read_only=True) as checkpoints:
-        params, rest = workdir.restore(
-            checkpoints,
-            checkpoints.latest_step(),
-            state.params,
-            train._without_params(state),
-            iterator,
-        )
-    rest["key"] = jax.random.key_data(rest["key"])
-    return [np.asarray(x) for x in jax.tree.leaves((params, rest))] + [iterator.get_state()]
+    restored = checkpoints.restore_latest(
+        directory / workdir.CHECKPOINTS, state.params, train._without_params(state), iterator
+    )
+    assert restored is not None
+    restored.state["key"] = jax.random.key_data(restored.state["key"])
+    arrays = jax.tree.leaves((restored.params, restored.state))
+    return [np.asarray(x) for x in arrays] + [iterator.get_state()]
 
 
 def losses(directory: Path) -> list[tuple[int, str, float]]:
