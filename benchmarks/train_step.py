@@ -34,6 +34,7 @@ def main() -> None:
     contestants = {
         "product": functools.partial(_product, options.dtype),
         ours: functools.partial(_lstm_jax, options, "fused"),
+        "lstm-jax fused, all regularisers": functools.partial(_lstm_jax, options, "fused", True),
         "lstm-jax scan": functools.partial(_lstm_jax, options, "scan"),
         "lstm-jax cudnn": functools.partial(_lstm_jax, options, "cudnn"),
         "Flax LSTMCell": functools.partial(_flax, options, "LSTMCell"),
@@ -104,25 +105,31 @@ def _jax_work(step: Any, state: Any, batch: Any) -> Work:
     return Work(run, side_by_side.jax_device(), seconds, temporary_bytes)
 
 
-def _lstm_jax(options: argparse.Namespace, recurrence: str) -> Work:
+def _lstm_jax(options: argparse.Namespace, recurrence: str, regularized: bool = False) -> Work:
     import jax
 
-    from lstm_jax import batches, config, model, train
+    from lstm_jax import batches, config, model, optimizer, parallel, train, train_step
 
-    train.keep_freed_memory()  # As a training run does.
-    lstm = model.LanguageModel(
-        options.vocabulary_size,
-        options.embedding_size,
-        options.hidden_size,
-        options.num_layers,
-        recurrence,
-        options.dtype,
-    )
-    optimizer = train.make_optimizer(config.default().optimizer, total_steps=1)
-    state = train.init_state(lstm, optimizer, jax.random.key(0), options.batch_size)
+    settings = config.default()
+    settings.batches.batch_size = options.batch_size
+    settings.model.embedding_size = options.embedding_size
+    settings.model.hidden_size = options.hidden_size
+    settings.model.num_layers = options.num_layers
+    settings.model.recurrence = recurrence
+    settings.model.dtype = options.dtype
+    if regularized:
+        for name in settings.regularization:
+            settings.regularization[name] = 0.1
+    # As a training run does.
+    parallel.use_cores(settings)
+    train.keep_freed_memory()
+    mesh = parallel.make_mesh(settings)
+    lstm = model.from_config(settings.model, options.vocabulary_size)
+    adam = optimizer.make(settings.optimizer, total_steps=1)
+    state = train_step.init_state(lstm, adam, jax.random.key(0), options.batch_size).place(mesh)
     inputs, targets = _batch(options)
     batch = batches.Batch(inputs, targets, starts=np.bool_(True))
-    return _jax_work(train.make_train_step(lstm, optimizer), state, batch)
+    return _jax_work(train_step.make_train_step(lstm, adam, settings, mesh), state, batch)
 
 
 def _jax_peer(

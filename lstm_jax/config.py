@@ -11,7 +11,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lstm_jax import recurrence
+from lstm_jax import cells, recurrence
+from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.errors import UserError
 
 
@@ -49,6 +50,14 @@ def default() -> ConfigDict:
     config.model.embedding_size = 256
     config.model.hidden_size = 1024
     config.model.num_layers = 1
+    # What the layers are: "lstm", "mogrifier" (an LSTM whose inputs and hidden state scale each
+    # other first, in `mogrifier_rounds`), "gru" or "rnn" (the simple one).
+    config.model.cell = "lstm"
+    config.model.mogrifier_rounds = 5
+    # Normalise what goes into the gates.
+    config.model.layer_norm = False
+    # The dense layer's kernel is the embedding, and the last layer has `embedding_size` units.
+    config.model.tie_embeddings = False
     # How the layers run over time: "scan" (the readable reference), "fused" (the same with a
     # backward pass of its own), "cudnn" (GPU, float32) or "auto" (the fastest). It can be changed
     # at any time.
@@ -61,13 +70,41 @@ def default() -> ConfigDict:
     config.model.rematerialize = 0
 
     config.optimizer = ConfigDict()
-    # Adam's peak learning rate. It is reached after `warmup_steps`, then stays ("constant") or
-    # falls to zero at the end of the last epoch along half a cosine ("cosine").
+    # "adam" (with `weight_decay`: AdamW) or "sgd" with `momentum`.
+    config.optimizer.name = "adam"
+    config.optimizer.momentum = 0.9
+    # The peak learning rate. It is reached after `warmup_steps`, then stays ("constant"), falls to
+    # zero at the end of the last epoch along half a cosine ("cosine") or a line ("linear"), or is
+    # divided by ten at the shares `step_at` of all steps ("step").
     config.optimizer.learning_rate = 1e-4
     config.optimizer.warmup_steps = 0
     config.optimizer.schedule = "constant"
+    config.optimizer.step_at = (0.5, 0.75)
+    # Of kernels and embedding, a step: this times the learning rate.
+    config.optimizer.weight_decay = 0.0
     # Gradients are scaled down to this global norm. 0: never.
     config.optimizer.max_gradient_norm = 0.0
+    # Evaluation and sampling use an exponential moving average of the parameters, of which each
+    # step keeps this share. 0: the parameters themselves.
+    config.optimizer.average_decay = 0.0
+    # A batch goes through the model in so many parts, one after the other; the gradient is the
+    # same.
+    config.optimizer.microbatches = 1
+
+    # `regularization` says what each of these does. All draw anew at every step. 0: off.
+    config.regularization = ConfigDict()
+    config.regularization.embedding_dropout = 0.0
+    config.regularization.input_dropout = 0.0
+    config.regularization.hidden_dropout = 0.0
+    config.regularization.output_dropout = 0.0
+    config.regularization.recurrent_dropout = 0.0
+    config.regularization.activation_penalty = 0.0
+    config.regularization.temporal_activation_penalty = 0.0
+
+    config.mesh = ConfigDict()
+    # Devices that a batch is divided over. 0: all GPUs or TPUs; on a CPU, the cores that make it
+    # faster.
+    config.mesh.data = 0
 
     config.num_epochs = 20
     # Steps between two lines of training loss in metrics.jsonl.
@@ -102,6 +139,8 @@ def check(config: ConfigDict) -> None:
         (model.embedding_size > 0, "model.embedding_size", "1 or more"),
         (model.hidden_size > 0, "model.hidden_size", "1 or more"),
         (model.num_layers > 0, "model.num_layers", "1 or more"),
+        (model.cell in cells.CELLS, "model.cell", f"one of {', '.join(cells.CELLS)}"),
+        (model.mogrifier_rounds >= 0, "model.mogrifier_rounds", "0 or more"),
         (
             model.recurrence in recurrence.IMPLEMENTATIONS,
             "model.recurrence",
@@ -112,11 +151,40 @@ def check(config: ConfigDict) -> None:
         (optimizer.learning_rate > 0, "optimizer.learning_rate", "above 0"),
         (optimizer.warmup_steps >= 0, "optimizer.warmup_steps", "0 or more"),
         (
-            optimizer.schedule in ("constant", "cosine"),
-            "optimizer.schedule",
-            "'constant' or 'cosine'",
+            optimizer.name in optimizer_lib.OPTIMIZERS,
+            "optimizer.name",
+            f"one of {', '.join(optimizer_lib.OPTIMIZERS)}",
         ),
+        (0 <= optimizer.momentum < 1, "optimizer.momentum", "0 or more, and below 1"),
+        (
+            optimizer.schedule in optimizer_lib.SCHEDULES,
+            "optimizer.schedule",
+            f"one of {', '.join(optimizer_lib.SCHEDULES)}",
+        ),
+        (
+            all(0 < share < 1 for share in optimizer.step_at),
+            "optimizer.step_at",
+            "shares between 0 and 1",
+        ),
+        (optimizer.weight_decay >= 0, "optimizer.weight_decay", "0 or more"),
         (optimizer.max_gradient_norm >= 0, "optimizer.max_gradient_norm", "0 or more"),
+        (0 <= optimizer.average_decay < 1, "optimizer.average_decay", "0 or more, and below 1"),
+        (
+            optimizer.microbatches > 0 and batches.batch_size % optimizer.microbatches == 0,
+            "optimizer.microbatches",
+            "a divisor of batches.batch_size",
+        ),
+        *(
+            (0 <= rate < 1, f"regularization.{name}", "0 or more, and below 1")
+            for name, rate in config.regularization.items()
+            if name.endswith("_dropout")
+        ),
+        *(
+            (weight >= 0, f"regularization.{name}", "0 or more")
+            for name, weight in config.regularization.items()
+            if name.endswith("_penalty")
+        ),
+        (config.mesh.data >= 0, "mesh.data", "0 or more"),
         (config.num_epochs > 0, "num_epochs", "1 or more"),
         (config.log_every_steps > 0, "log_every_steps", "1 or more"),
         (config.checkpoint_every_seconds >= 0, "checkpoint_every_seconds", "0 or more"),

@@ -1,6 +1,6 @@
-"""The language model: embedding, stacked LSTM layers, dense. Pure `init` and `apply`."""
+"""The language model: embedding, stacked recurrent layers, dense. Pure `init` and `apply`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,82 +10,21 @@ import threadpoolctl
 from ml_collections import ConfigDict
 
 from lstm_jax import recurrence
-from lstm_jax.recurrence import Kernels, LayerCarry, Lookup, product
+from lstm_jax.cells import CELLS, HiddenCarry, MogrifierLSTMCell
+from lstm_jax.recurrence import LayerCarry, Lookup, product
 
 Params = dict[str, Any]
 
+Carry = tuple[LayerCarry | HiddenCarry, ...]  # One for each layer, the first layer first.
 
-_PARTS = ("embedding", "lstm", "dense")  # In the order in which data goes through them.
-
-Carry = tuple[LayerCarry, ...]  # One for each layer, the first layer first.
-
-
-def _forget_bias(key: jax.Array, shape: tuple[int], dtype: Any = jnp.float32) -> jax.Array:
-    """Zero but for the forget gate, which starts at 1 (Jozefowicz et al. 2015)."""
-    gates = jnp.zeros((4, shape[0] // 4), dtype).at[1].set(1.0)
-    return gates.reshape(shape)
+# What the inputs of each layer and, last, the outputs of the last one are multiplied by at every
+# step: [batch, features] each, or None for nothing. `regularization.draw_masks` makes them.
+Masks = Sequence[jax.Array | None]
 
 
 def _uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
     """Uniform in ±0.05, as Keras initialises embeddings."""
     return jax.random.uniform(key, shape, dtype, -0.05, 0.05)
-
-
-class LSTMCell(nn.Module):
-    """One step of a long short-term memory (Hochreiter & Schmidhuber 1997; Gers et al. 2000).
-
-        i = sigmoid(x Wi + h Ui + bi)    input gate: how much of the candidate is written
-        f = sigmoid(x Wf + h Uf + bf)    forget gate: how much of the cell state is kept
-        g = tanh(x Wg + h Ug + bg)       candidate
-        o = sigmoid(x Wo + h Uo + bo)    output gate: how much of the cell state is shown
-        c' = f * c + i * g
-        h' = o * tanh(c')
-
-    The cell state goes through time with no activation on its way, so that gradients last. The four
-    gates stand side by side, in the order i, f, g, o, in `input_kernel` [in, 4 * hidden_size],
-    `recurrent_kernel` [hidden_size, 4 * hidden_size] and `bias` [4 * hidden_size].
-
-    This is the readable reference, to be run over time by a scan; `recurrence.fused` computes the
-    same from the same parameters.
-
-    Attributes:
-      input_size: features of the inputs.
-      hidden_size: the number of units.
-      dtype: what matrix products multiply in.
-    """
-
-    input_size: int
-    hidden_size: int
-    dtype: str = "float32"
-
-    def setup(self) -> None:
-        """Declares the parameters."""
-        gates = 4 * self.hidden_size
-        glorot, orthogonal = nn.initializers.glorot_uniform(), nn.initializers.orthogonal()
-        self.input_kernel = self.param("input_kernel", glorot, (self.input_size, gates))
-        self.recurrent_kernel = self.param(
-            "recurrent_kernel", orthogonal, (self.hidden_size, gates)
-        )
-        self.bias = self.param("bias", _forget_bias, (gates,))
-
-    def __call__(self, carry: LayerCarry, inputs: jax.Array) -> tuple[LayerCarry, jax.Array]:
-        """Takes the carry and inputs [batch, input_size]; gives the next carry and the outputs.
-
-        The outputs [batch, hidden_size] are the carry's hidden state.
-        """
-        gates = (
-            product(inputs, self.input_kernel, self.dtype)
-            + product(carry.hidden, self.recurrent_kernel, self.dtype)
-            + self.bias
-        )
-        i, f, g, o = jnp.split(gates, 4, axis=-1)
-        cell = nn.sigmoid(f) * carry.cell + nn.sigmoid(i) * jnp.tanh(g)
-        hidden = nn.sigmoid(o) * jnp.tanh(cell)
-        return LayerCarry(cell, hidden), hidden
-
-    def kernels(self) -> Kernels:
-        """The parameters, for another implementation of the recurrence."""
-        return Kernels(self.input_kernel, self.recurrent_kernel, self.bias)
 
 
 class Dense(nn.Module):
@@ -94,25 +33,28 @@ class Dense(nn.Module):
     Attributes:
       input_size: features of the inputs.
       output_size: features of the outputs.
+      tied: whether the kernel is another's, given with each call.
       dtype: what the product multiplies in.
     """
 
     input_size: int
     output_size: int
+    tied: bool = False
     dtype: str = "float32"
 
     def setup(self) -> None:
         """Declares the parameters."""
         shape = (self.input_size, self.output_size)
-        self.kernel = self.param("kernel", nn.initializers.glorot_uniform(), shape)
+        if not self.tied:
+            self.kernel = self.param("kernel", nn.initializers.glorot_uniform(), shape)
         self.bias = self.param("bias", nn.initializers.zeros, (self.output_size,))
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
+    def __call__(self, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
         """[batch, time, input_size] → [batch, time, output_size]."""
         batch, time, features = inputs.shape
         # One product, feature-major as the recurrence is: that saves transposing its outputs.
         flat = inputs.transpose(2, 1, 0).reshape(features, time * batch)
-        outputs = product(self.kernel.T, flat, self.dtype) + self.bias[:, None]
+        outputs = product(kernel.T, flat, self.dtype) + self.bias[:, None]
         return outputs.reshape(self.output_size, time, batch).transpose(2, 1, 0)
 
 
@@ -122,12 +64,17 @@ class LanguageModel(nn.Module):
     Attributes:
       vocabulary_size: ids are below it.
       embedding_size: features of an embedded token.
-      hidden_size: units of each LSTM layer.
-      num_layers: LSTM layers, each reading the one before.
+      hidden_size: units of each recurrent layer.
+      num_layers: recurrent layers, each reading the one before.
       recurrence: how the layers run over time, one of `recurrence.IMPLEMENTATIONS`.
       dtype: what matrix products multiply in, "float32" or "bfloat16". Parameters, cell states,
         softmax and loss are float32 either way.
       rematerialize: see `recurrence.fused`.
+      cell: the kind of the layers, one of `cells.CELLS`.
+      layer_norm: whether cells normalise what goes into their gates.
+      mogrifier_rounds: of the cell "mogrifier".
+      tie_embeddings: whether the dense layer's kernel is the embedding table, transposed (Press &
+        Wolf 2017; Inan et al. 2017). The last layer then has `embedding_size` units.
     """
 
     vocabulary_size: int
@@ -137,40 +84,103 @@ class LanguageModel(nn.Module):
     recurrence: str = "auto"
     dtype: str = "float32"
     rematerialize: int = 0
+    cell: str = "lstm"
+    layer_norm: bool = False
+    mogrifier_rounds: int = 5
+    tie_embeddings: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Features of the embedding and of each layer."""
+        last = self.embedding_size if self.tie_embeddings else self.hidden_size
+        return (self.embedding_size, *[self.hidden_size] * (self.num_layers - 1), last)
 
     def setup(self) -> None:
         """Declares the parts."""
         self.embedding = nn.Embed(
             self.vocabulary_size, self.embedding_size, embedding_init=_uniform
         )
-        sizes = [self.embedding_size] + [self.hidden_size] * (self.num_layers - 1)
-        self.lstm = [LSTMCell(size, self.hidden_size, self.dtype) for size in sizes]
-        self.dense = Dense(self.hidden_size, self.vocabulary_size, self.dtype)
+        for name, cell in self._make_cells().items():
+            setattr(self, name, cell)
+        self.dense = Dense(self.sizes[-1], self.vocabulary_size, self.tie_embeddings, self.dtype)
 
-    def __call__(self, ids: jax.Array, carry: Carry) -> tuple[jax.Array, Carry]:
+    @nn.nowrap  # So that it can be called on a model without parameters.
+    def _make_cells(self) -> dict[str, nn.Module]:
+        """The layers by name, lstm_0 the first."""
+        own: dict[str, Any] = {}
+        if CELLS[self.cell] is MogrifierLSTMCell:
+            own["rounds"] = self.mogrifier_rounds
+        return {
+            f"{self.cell}_{i}": CELLS[self.cell](
+                self.sizes[i], self.sizes[i + 1], self.dtype, self.layer_norm, **own
+            )
+            for i in range(self.num_layers)
+        }
+
+    @property
+    def layers(self) -> list[Any]:
+        """The layers of a bound model."""
+        return [getattr(self, f"{self.cell}_{i}") for i in range(self.num_layers)]
+
+    def __call__(
+        self, ids: jax.Array, carry: Carry, masks: Masks | None = None
+    ) -> tuple[jax.Array, Carry]:
         """Reads `ids` and predicts what follows each of them.
 
         Args:
           ids: int32 [batch, time].
           carry: the state that reading the text so far left; `initial_carry` at its start.
+          masks: dropout, in training.
 
         Returns:
           Logits, float32 [batch, time, vocabulary_size]: those at t are of the token after ids[t],
           given ids[..t]; and the carry after the last id.
         """
-        embedded = Lookup(self.embedding.embedding, ids)
-        outputs, layer_carry = self._run(self.lstm[0], embedded, carry[0])
-        last = [layer_carry]
-        for cell, layer_carry in zip(self.lstm[1:], carry[1:], strict=True):
-            outputs, layer_carry = self._run(cell, outputs, layer_carry)
-            last.append(layer_carry)
-        return self.dense(outputs), tuple(last)
+        outputs, carry = self.run(ids, carry, masks)
+        if masks is not None:
+            outputs = masked(outputs, masks[-1])
+        return self.predict(outputs), carry
 
-    def _run(
-        self, cell: LSTMCell, inputs: jax.Array | Lookup, carry: LayerCarry
-    ) -> tuple[jax.Array, LayerCarry]:
+    def run(
+        self, ids: jax.Array, carry: Carry, masks: Masks | None = None
+    ) -> tuple[jax.Array, Carry]:
+        """The layers alone: outputs of the last one [batch, time, features], and the carry.
+
+        The last mask, which is that of the outputs, is not used.
+        """
+        inputs: jax.Array | Lookup = Lookup(self.embedding.embedding, ids)
+        last = []
+        for i, (cell, layer_carry) in enumerate(zip(self.layers, carry, strict=True)):
+            if masks is not None and masks[i] is not None:
+                rows = inputs.rows if isinstance(inputs, Lookup) else inputs
+                inputs = masked(rows, masks[i])
+            inputs, layer_carry = self._run_layer(cell, inputs, layer_carry)
+            last.append(layer_carry)
+        assert isinstance(inputs, jax.Array)
+        return inputs, tuple(last)
+
+    def predict(self, outputs: jax.Array) -> jax.Array:
+        """Outputs of the last layer [batch, time, features] → logits [batch, time, vocabulary]."""
+        return self.dense(outputs, self.head_kernel())
+
+    def head_kernel(self) -> jax.Array:
+        """The kernel of the dense layer, [features, vocabulary_size]."""
+        return self.embedding.embedding.T if self.tie_embeddings else self.dense.kernel
+
+    def implementation(self) -> str:
+        """How the layers run over time: what `recurrence.choose` makes of `recurrence`.
+
+        Raises:
+          ValueError: if what is asked for can't run this model here.
+        """
+        plain = self.cell == "lstm" and not self.layer_norm
+        return recurrence.choose(self.recurrence, self.dtype, plain)
+
+    def _run_layer(
+        self, cell: Any, inputs: jax.Array | Lookup, carry: Any
+    ) -> tuple[jax.Array, LayerCarry | HiddenCarry]:
         """One layer over time: outputs [batch, time, hidden_size], and the carry."""
-        implementation = recurrence.choose(self.recurrence, self.dtype)
+        implementation = self.implementation()
         if implementation == "fused":
             return recurrence.fused(cell.kernels(), inputs, carry, self.dtype, self.rematerialize)
         if implementation == "cudnn":
@@ -186,11 +196,16 @@ class LanguageModel(nn.Module):
         carry, outputs = scan(cell, carry, rows)
         return outputs, carry
 
+    @nn.nowrap
     def initial_carry(self, batch_size: int) -> Carry:
         """The carry at the start of a text: zeros."""
-        shape = (batch_size, self.hidden_size)
-        # No two are the same array: a training step donates each of them.
-        return tuple(LayerCarry(jnp.zeros(shape), jnp.zeros(shape)) for _ in range(self.num_layers))
+        cells: Any = self._make_cells().values()
+        return tuple(cell.initial_carry(batch_size) for cell in cells)
+
+
+def masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """X [batch, time, features] times a mask [batch, features], the same at every step."""
+    return x if mask is None else x * mask[:, None]
 
 
 def from_config(model: ConfigDict, vocabulary_size: int) -> LanguageModel:
@@ -212,10 +227,14 @@ def init(model: LanguageModel, key: jax.Array) -> Params:
 
 
 def apply(
-    model: LanguageModel, params: Params, ids: jax.typing.ArrayLike, carry: Carry
+    model: LanguageModel,
+    params: Params,
+    ids: jax.typing.ArrayLike,
+    carry: Carry,
+    masks: Masks | None = None,
 ) -> tuple[jax.Array, Carry]:
     """`LanguageModel.__call__` as a pure function of the parameters."""
-    outputs: Any = model.apply({"params": params}, ids, carry)
+    outputs: Any = model.apply({"params": params}, ids, carry, masks)
     return outputs
 
 
@@ -230,14 +249,25 @@ def make_step(
       A function from ids [batch] and a carry to logits [batch, vocabulary_size] and the next carry.
     """
     bound = model.bind({"params": params})
-    first, *others = [cell.kernels() for cell in bound.lstm]
+    if bound.implementation() == "scan":
+
+        def step_by_cells(ids: jax.Array, carry: Carry) -> tuple[jax.Array, Carry]:
+            outputs, last = bound.embedding.embedding[ids], []
+            for cell, layer_carry in zip(bound.layers, carry, strict=True):
+                layer_carry, outputs = cell(layer_carry, outputs)
+                last.append(layer_carry)
+            return bound.predict(outputs[:, None])[:, 0], tuple(last)
+
+        return step_by_cells
+
+    first, *others = [cell.kernels() for cell in bound.layers]
     projected = recurrence.project(first, bound.embedding.embedding, model.dtype)
     first_kernel = first.recurrent.T
     kernels = [jnp.concatenate([k.input, k.recurrent]).T for k in others]
-    head = bound.dense.kernel.T
+    head = bound.head_kernel().T
 
     def step(ids: jax.Array, carry: Carry) -> tuple[jax.Array, Carry]:
-        states = [LayerCarry(cell.T, hidden.T) for cell, hidden in carry]
+        states = [LayerCarry(*(state.T for state in layer)) for layer in carry]
         _, states[0] = recurrence.step(
             first_kernel, states[0].hidden, states[0], model.dtype, added=projected[ids].T
         )
@@ -255,7 +285,7 @@ def make_step(
 def parameter_table(params: Params) -> str:
     """The shapes and counts of all parameters, with a sum for each part, as lines of text."""
     rows: list[tuple[str, str, int]] = []
-    for part in sorted(params, key=lambda name: _PARTS.index(name.split("_")[0])):
+    for part in sorted(params, key=lambda name: (name != "embedding", name == "dense", name)):
         arrays = params[part]
         rows.append((part, "", sum(array.size for array in arrays.values())))
         rows += [

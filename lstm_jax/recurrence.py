@@ -69,12 +69,27 @@ class Lookup(NamedTuple):
         return self.table[self.ids]
 
 
-def choose(implementation: str, dtype: str) -> str:
-    """What "auto" stands for: "fused", the fastest that was measured. Others stand for themselves.
+def choose(implementation: str, dtype: str, plain: bool = True) -> str:
+    """What "auto" stands for; others stand for themselves.
+
+    That is "fused", the fastest that was measured, and "scan" for the cells that only it can run.
+
+    Args:
+      implementation: one of `IMPLEMENTATIONS`.
+      dtype: what products multiply in.
+      plain: whether the layers are LSTMs as `LSTMCell` writes them, without layer normalisation.
 
     Raises:
-      ValueError: for "cudnn" where it can't serve: on anything but a GPU, and in bfloat16.
+      ValueError: for "cudnn" on anything but a GPU, and in bfloat16; and for anything but "scan"
+        and "auto" where the layers are not plain.
     """
+    if not plain:
+        if implementation not in ("auto", "scan"):
+            raise ValueError(
+                f"the recurrence {implementation!r} runs LSTM cells without layer normalisation "
+                "only; 'auto' runs any"
+            )
+        return "scan"
     if implementation == "cudnn":
         if jax.default_backend() != "gpu":
             raise ValueError("the recurrence 'cudnn' needs a GPU; 'auto' works anywhere")

@@ -15,15 +15,16 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
-from lstm_jax import batches, corpus, evaluate, lock, metrics, recurrence, sample, workdir
+from lstm_jax import batches, corpus, evaluate, lock, metrics, parallel, sample, workdir
 from lstm_jax import checkpoints as checkpoints_lib
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
+from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.errors import UserError
 from lstm_jax.progress import Progress
+from lstm_jax.train_step import TrainState, TrainStep, init_state, make_train_step
 from lstm_jax.vocabulary import Vocabulary
 
 # What a run may change when it goes on: all of these leave the arrays it has as they are.
@@ -38,11 +39,24 @@ _CHANGEABLE = (
     "model.recurrence",
     "model.dtype",
     "model.rematerialize",
+    "optimizer.microbatches",
+    "mesh.data",
     # How fast it learns from here on; with num_epochs, where the schedule ends.
     "optimizer.learning_rate",
     "optimizer.warmup_steps",
     "optimizer.schedule",
+    "optimizer.step_at",
     "optimizer.max_gradient_norm",
+    "optimizer.momentum",
+    "optimizer.weight_decay",
+    # What keeps it from learning by heart.
+    "regularization.embedding_dropout",
+    "regularization.input_dropout",
+    "regularization.hidden_dropout",
+    "regularization.output_dropout",
+    "regularization.recurrent_dropout",
+    "regularization.activation_penalty",
+    "regularization.temporal_activation_penalty",
     # The text may have moved; that it is the same, its checksum tells.
     "data.path",
     "data.directory",
@@ -50,136 +64,6 @@ _CHANGEABLE = (
 
 # Options of glibc's mallopt, from its malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-
-
-class TrainState(NamedTuple):
-    """Everything that a training step reads and writes.
-
-    Attributes:
-      params: the model's parameters.
-      optimizer: the optimizer's state.
-      carry: after the last batch.
-      key: PRNG key that whatever is random in training follows from, with the step.
-      step: int32 [], training steps done.
-      loss_sum: float32 [], nats per token, summed over the steps since it was last logged.
-      loss_steps: int32 [], how many steps those are.
-      skipped: int32 [], steps left out because their loss or gradient was not finite.
-      first_skipped: int32 [], the first of them that was not told yet; 0 if there is none.
-    """
-
-    params: model_lib.Params
-    optimizer: optax.OptState
-    carry: model_lib.Carry
-    key: jax.Array
-    step: jax.Array
-    loss_sum: jax.Array
-    loss_steps: jax.Array
-    skipped: jax.Array
-    first_skipped: jax.Array
-
-
-TrainStep = Callable[[TrainState, batches.Batch], TrainState]
-
-
-def make_optimizer(optimizer: ConfigDict, total_steps: int) -> optax.GradientTransformation:
-    """Adam (Kingma & Ba 2015) with the learning rate and clipping of the `optimizer` fields."""
-    peak = optimizer.learning_rate
-    falling = max(total_steps - optimizer.warmup_steps, 1)
-    after = {
-        "constant": optax.constant_schedule(peak),
-        "cosine": optax.cosine_decay_schedule(peak, falling),
-    }[optimizer.schedule]
-    warmup = optax.linear_schedule(0.0, peak, optimizer.warmup_steps)
-    schedule = optax.join_schedules([warmup, after], [optimizer.warmup_steps])
-    norm = optimizer.max_gradient_norm
-    # The state has the same structure either way, so that clipping can be changed in a run.
-    clip = optax.clip_by_global_norm(norm) if norm else optax.identity()
-    return optax.chain(clip, optax.adam(schedule))
-
-
-def init_state(
-    model: model_lib.LanguageModel,
-    optimizer: optax.GradientTransformation,
-    key: jax.Array,
-    batch_size: int,
-    trained: model_lib.Params | None = None,
-) -> TrainState:
-    """The state before the first step.
-
-    Args:
-      model: the model.
-      optimizer: from `make_optimizer`.
-      key: PRNG key.
-      batch_size: of the training batches.
-      trained: parameters to start from, of the same model with the same vocabulary or the first
-        part of it; the rows of new units start fresh.
-    """
-    init_key, key = jax.random.split(key)
-    params = model_lib.init(model, init_key)
-    if trained is not None:
-        params = jax.tree.map(
-            lambda new, old: new.at[tuple(map(slice, old.shape))].set(old), params, trained
-        )
-    carry = model.initial_carry(batch_size)
-    # Every counter is an array of its own: a step donates each.
-    step, loss_steps, skipped, first_skipped = (jnp.zeros((), jnp.int32) for _ in range(4))
-    return TrainState(
-        params=params,
-        optimizer=optimizer.init(params),
-        carry=carry,
-        key=key,
-        step=step,
-        loss_sum=jnp.zeros(()),
-        loss_steps=loss_steps,
-        skipped=skipped,
-        first_skipped=first_skipped,
-    )
-
-
-def make_train_step(
-    model: model_lib.LanguageModel, optimizer: optax.GradientTransformation
-) -> TrainStep:
-    """The jitted training step. It donates the state that it is given.
-
-    A step whose loss or gradient is not finite is counted and leaves everything else as it was.
-    """
-
-    def loss_and_carry(
-        params: model_lib.Params, batch: batches.Batch, carry: model_lib.Carry
-    ) -> tuple[jax.Array, model_lib.Carry]:
-        logits, carry = model_lib.apply(model, params, batch.inputs, carry)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
-        return losses.mean(), carry
-
-    def train_step(state: TrainState, batch: batches.Batch) -> TrainState:
-        carry = jax.tree.map(lambda x: jnp.where(batch.starts, 0, x), state.carry)
-        (loss, carry), gradients = jax.value_and_grad(loss_and_carry, has_aux=True)(
-            state.params, batch, carry
-        )
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
-        # Selected leaf by leaf, it becomes part of the loops that compute the new values anyway.
-        params, optimizer_state, carry = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, optimizer_state, carry),
-            (state.params, state.optimizer, state.carry),
-        )
-        step = state.step + 1
-        first_skipped = jnp.where(finite | (state.first_skipped > 0), state.first_skipped, step)
-        return TrainState(
-            params=params,
-            optimizer=optimizer_state,
-            carry=carry,
-            key=state.key,
-            step=step,
-            loss_sum=state.loss_sum + jnp.where(finite, loss, 0),
-            loss_steps=state.loss_steps + finite,
-            skipped=state.skipped + ~finite,
-            first_skipped=first_skipped,
-        )
-
-    return jax.jit(train_step, donate_argnums=0)
 
 
 def keep_freed_memory() -> None:
@@ -278,15 +162,17 @@ def train(config: ConfigDict, directory: Path) -> int:
         another run or a damaged one, is in use, or can't be written; for numbers that are no
         longer finite.
     """
+    parallel.use_cores(config)
     try:
-        recurrence.choose(config.model.recurrence, config.model.dtype)
+        model_lib.from_config(config.model, 1).implementation()
     except ValueError as error:
         raise UserError(f"config.model.recurrence: {error}") from None
+    mesh = parallel.make_mesh(config)
     keep_freed_memory()
     splits = corpus.read(config.data)
     with lock.hold(directory) as is_ours:
         try:
-            return _train(config, directory, splits, is_ours)
+            return _train(config, directory, splits, mesh, is_ours)
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -297,7 +183,11 @@ def train(config: ConfigDict, directory: Path) -> int:
 
 
 def _train(
-    config: ConfigDict, directory: Path, splits: dict[str, str], is_ours: Callable[[], bool]
+    config: ConfigDict,
+    directory: Path,
+    splits: dict[str, str],
+    mesh: jax.sharding.Mesh,
+    is_ours: Callable[[], bool],
 ) -> int:
     """`train` in a directory whose lock is held."""
     workdir.check_own_files(directory)
@@ -308,17 +198,16 @@ def _train(
     saved_in = directory / workdir.CHECKPOINTS
     started = bool(checkpoints_lib.steps(saved_in))
     trained = workdir.load(Path(config.init_from)) if config.init_from and not started else None
-    optimizer = make_optimizer(config.optimizer, config.num_epochs * steps_per_epoch)
+    optimizer = optimizer_lib.make(config.optimizer, config.num_epochs * steps_per_epoch)
     state = init_state(
         model,
         optimizer,
         jax.random.key(config.seed),
         config.batches.batch_size,
-        trained.params if trained else None,
+        averaged=config.optimizer.average_decay > 0,
+        trained=trained.params if trained else None,
     )
-    restored = checkpoints_lib.restore_latest(
-        saved_in, state.params, _without_params(state), iterator
-    )
+    restored = checkpoints_lib.restore_latest(saved_in, state.evaluated, state.rest, iterator)
     if restored is None and (directory / workdir.METRICS).exists():
         raise UserError(
             f"{directory} holds what a run measured ({workdir.METRICS}) but no checkpoint: bring "
@@ -340,7 +229,7 @@ def _train(
             _save(run, state, iterator, 0)
             checkpoints.wait()
         else:
-            state = TrainState(params=restored.params, **restored.state)
+            state = TrainState.join(restored.params, restored.state)
         if restored and start >= run.total_steps and _is_validated(saved_in, start):
             print(
                 f"The run in {directory} is finished, with {start / steps_per_epoch:g} epochs. "
@@ -350,7 +239,8 @@ def _train(
             if restored:
                 workdir.restore_history(directory, restored.history)
                 print(f"Going on from step {start} of {run.total_steps}, saved in {directory}")
-            exit_code = _loop(run, make_train_step(model, optimizer), state, iterator, start)
+            train_step = make_train_step(model, optimizer, config, mesh)
+            exit_code = _loop(run, train_step, state.place(mesh), iterator, start)
             if exit_code:
                 return exit_code
         _finish(run)
@@ -593,8 +483,9 @@ def _validate(
     config = run.config
     epoch = step // run.steps_per_epoch
     with stop.at_once():
-        loss = evaluate.mean_loss(run.model, state.params, run.ids["validation"])
-        (text,) = _sample(run, state.params, jax.random.fold_in(state.key, step))
+        params, key = parallel.on_one_device((state.evaluated, state.key))
+        loss = evaluate.mean_loss(run.model, params, run.ids["validation"])
+        (text,) = _sample(run, params, jax.random.fold_in(key, step))
     writer.write(step, epoch, "validation", loss)
     with (run.directory / workdir.SAMPLES).open("a", encoding="utf-8") as file:
         file.write(f"=== step {step}, temperature {config.sample.temperature}\n{text}\n\n")
@@ -612,14 +503,7 @@ def _save(run: _Run, state: TrainState, iterator: grain.DatasetIterator, step: i
             f"than {lock.STALE_SECONDS} seconds: nothing more is written"
         )
     sizes = workdir.history_sizes(run.directory)
-    run.checkpoints.save(step, state.params, _without_params(state), iterator, sizes)
-
-
-def _without_params(state: TrainState) -> dict[str, Any]:
-    """All of the state but the parameters, which a checkpoint holds by themselves."""
-    fields = state._asdict()
-    del fields["params"]
-    return fields
+    run.checkpoints.save(step, state.evaluated, state.rest, iterator, sizes)
 
 
 def _finish(run: _Run) -> None:

@@ -5,7 +5,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from lstm_jax import model as model_lib
-from lstm_jax.model import LanguageModel, LayerCarry
+from lstm_jax.model import LanguageModel
+from lstm_jax.recurrence import LayerCarry
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -57,6 +58,7 @@ def test_agrees_with_the_equations_in_numpy(num_layers: int, recurrence: str) ->
     expected_logits, expected_last = numpy_model(params, ids, carry, num_layers)
     np.testing.assert_allclose(logits, expected_logits, atol=1e-5)
     for got, (cell, hidden) in zip(last, expected_last, strict=True):
+        assert isinstance(got, LayerCarry)
         np.testing.assert_allclose(got.cell, cell, atol=1e-5)
         np.testing.assert_allclose(got.hidden, hidden, atol=1e-5)
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.experimental import rnn
 
+from lstm_jax import cells, recurrence
 from lstm_jax import model as model_lib
-from lstm_jax import recurrence
 from lstm_jax.model import LanguageModel
 from lstm_jax.recurrence import Kernels, LayerCarry, Lookup
 
@@ -20,7 +20,7 @@ def reference(
 ) -> tuple[jax.Array, LayerCarry]:
     """The readable cell under `lax.scan`, differentiated by JAX."""
     rows = inputs.rows if isinstance(inputs, Lookup) else inputs
-    cell = model_lib.LSTMCell(rows.shape[-1], carry.hidden.shape[-1])
+    cell = cells.LSTMCell(rows.shape[-1], carry.hidden.shape[-1])
     names = ("input_kernel", "recurrent_kernel", "bias")
     params = dict(zip(names, kernels, strict=True))
 

@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from lstm_jax import batches, checkpoints, evaluate, metrics, train, workdir
 from lstm_jax import model as model_lib
+from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.errors import UserError
-from lstm_jax.model import LanguageModel
 
 
 def final_arrays(directory: Path) -> list[Any]:
@@ -22,11 +21,11 @@ def final_arrays(directory: Path) -> list[Any]:
     config = workdir.load_config(directory)
     vocabulary = workdir.load_vocabulary(directory)
     model = model_lib.from_config(config.model, len(vocabulary))
-    optimizer = train.make_optimizer(config.optimizer, 1)
+    optimizer = optimizer_lib.make(config.optimizer, 1)
     state = train.init_state(model, optimizer, jax.random.key(0), config.batches.batch_size)
     iterator, _ = batches.make(np.zeros(18_000, np.int32), config.batches, 0)
     restored = checkpoints.restore_latest(
-        directory / workdir.CHECKPOINTS, state.params, train._without_params(state), iterator
+        directory / workdir.CHECKPOINTS, state.evaluated, state.rest, iterator
     )
     assert restored is not None
     restored.state["key"] = jax.random.key_data(restored.state["key"])
@@ -144,50 +143,6 @@ def test_a_text_too_short_leaves_no_directory(tiny_config: ConfigDict, tmp_path:
     with pytest.raises(UserError, match="too short: 1000 streams of 32"):
         train.train(tiny_config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("max_gradient_norm", [0.0, 0.01])
-def test_one_step_is_adam_on_the_mean_loss(max_gradient_norm: float) -> None:
-    model = LanguageModel(11, 6, 9)
-    fields = ConfigDict({"learning_rate": 0.1, "warmup_steps": 0, "schedule": "constant"})
-    fields.max_gradient_norm = max_gradient_norm
-    optimizer = train.make_optimizer(fields, 10)
-    state = train.init_state(model, optimizer, jax.random.key(0), 2)
-    before = state.params
-    ids = np.random.default_rng(0).integers(0, 11, (2, 8)).astype(np.int32)
-    batch = batches.Batch(ids[:, :-1], ids[:, 1:], np.bool_(True))
-
-    def loss(params: model_lib.Params) -> jax.Array:
-        logits, _ = model_lib.apply(model, params, batch.inputs, model.initial_carry(2))
-        log_probabilities = jax.nn.log_softmax(logits)
-        return -jnp.take_along_axis(log_probabilities, batch.targets[..., None], axis=-1).mean()
-
-    gradients = jax.grad(loss)(before)
-    norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(gradients)))
-    scale = min(1, max_gradient_norm / norm) if max_gradient_norm else 1
-    # Adam's first step, with its moments corrected for their bias, is g / (|g| + 1e-8).
-    expected = jax.tree.map(
-        lambda p, g: np.asarray(p - 0.1 * scale * g / (np.abs(scale * g) + 1e-8)), before, gradients
-    )
-    after = train.make_train_step(model, optimizer)(state, batch)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), after.params, expected)
-    assert float(after.loss_sum) == pytest.approx(np.log(11), abs=0.05)
-
-
-def test_the_learning_rate_warms_up_and_decays() -> None:
-    fields = ConfigDict(
-        {"learning_rate": 1.0, "warmup_steps": 10, "schedule": "cosine", "max_gradient_norm": 0.0}
-    )
-    optimizer = train.make_optimizer(fields, 110)
-    state = optimizer.init(np.zeros(1, np.float32))
-    sizes = []
-    for _ in range(110):
-        # A constant gradient makes Adam's step the learning rate itself.
-        update, state = optimizer.update(np.ones(1, np.float32), state)
-        sizes.append(-float(update[0]))
-    np.testing.assert_allclose(sizes[:11], np.arange(11) / 10, atol=1e-4)
-    expected = 0.5 * (1 + np.cos(np.pi * np.arange(100) / 100))
-    np.testing.assert_allclose(sizes[10:], expected, atol=1e-4)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is about glibc")

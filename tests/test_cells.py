@@ -1,0 +1,127 @@
+"""Each cell against its equations, in NumPy with float64."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lstm_jax import cells
+from lstm_jax import model as model_lib
+
+BATCH, INPUTS, HIDDEN = 4, 5, 7
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def norm(x: np.ndarray) -> np.ndarray:
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+
+
+def lstm(p: dict[str, np.ndarray], x: np.ndarray, h: np.ndarray, c: np.ndarray) -> Any:
+    xs, hs = x @ p["input_kernel"], h @ p["recurrent_kernel"]
+    normalised = "cell_scale" in p
+    if normalised:
+        xs, hs = norm(xs) * p["input_scale"], norm(hs) * p["recurrent_scale"]
+    i, f, g, o = np.split(xs + hs + p["bias"], 4, axis=1)
+    c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+    shown = norm(c) * p["cell_scale"] + p["cell_bias"] if normalised else c
+    return sigmoid(o) * np.tanh(shown), c
+
+
+def mogrifier(p: dict[str, np.ndarray], x: np.ndarray, h: np.ndarray, c: np.ndarray) -> Any:
+    for k in range(1, 6):
+        kernel = p[f"round_kernel_{k}"]
+        if k % 2:
+            x = 2 * sigmoid(h @ kernel) * x
+        else:
+            h = 2 * sigmoid(x @ kernel) * h
+    return lstm(p, x, h, c)
+
+
+def gru(p: dict[str, np.ndarray], x: np.ndarray, h: np.ndarray, c: np.ndarray) -> Any:
+    xs, hs = x @ p["input_kernel"], h @ p["recurrent_kernel"]
+    if "input_scale" in p:
+        xs, hs = norm(xs) * p["input_scale"], norm(hs) * p["recurrent_scale"]
+    xr, xz, xn = np.split(xs + p["bias"], 3, axis=1)
+    hr, hz, hn = np.split(hs, 3, axis=1)
+    n = np.tanh(xn + sigmoid(xr + hr) * (hn + p["recurrent_bias"]))
+    z = sigmoid(xz + hz)
+    return (1 - z) * n + z * h, c
+
+
+def rnn(p: dict[str, np.ndarray], x: np.ndarray, h: np.ndarray, c: np.ndarray) -> Any:
+    xs, hs = x @ p["input_kernel"], h @ p["recurrent_kernel"]
+    if "input_scale" in p:
+        xs, hs = norm(xs) * p["input_scale"], norm(hs) * p["recurrent_scale"]
+    return np.tanh(xs + hs + p["bias"]), c
+
+
+EQUATIONS = {"lstm": lstm, "mogrifier": mogrifier, "gru": gru, "rnn": rnn}
+
+
+def count(params: Any) -> int:
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_a_step_agrees_with_the_equations(name: str, layer_norm: bool) -> None:
+    cell = cells.CELLS[name](INPUTS, HIDDEN, "float32", layer_norm)
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    carry = jax.tree.map(lambda x: normal(*x.shape), cell.initial_carry(BATCH))
+    inputs = normal(BATCH, INPUTS)
+    params = jax.tree.map(
+        lambda x: x + 0.3 * normal(*x.shape), cell.init(jax.random.key(0), carry, inputs)["params"]
+    )
+    got: Any = cell.apply({"params": params}, carry, inputs)
+    (last, outputs) = got
+    p = {key: np.asarray(value, np.float64) for key, value in params.items()}
+    before = np.asarray(getattr(carry, "cell", carry.hidden), np.float64)
+    hidden = np.asarray(carry.hidden, np.float64)
+    h, c = EQUATIONS[name](p, np.asarray(inputs, np.float64), hidden, before)
+    np.testing.assert_allclose(outputs, h, atol=1e-5)
+    np.testing.assert_array_equal(outputs, last.hidden)
+    if hasattr(last, "cell"):
+        np.testing.assert_allclose(last.cell, c, atol=1e-5)
+
+    # The table of the module's docstring.
+    n, h_ = INPUTS, HIDDEN
+    gates = {"lstm": 4, "mogrifier": 4, "gru": 3, "rnn": 1}[name]
+    expected = gates * h_ * (n + h_ + 1)
+    expected += {"lstm": 0, "mogrifier": 5 * n * h_, "gru": h_, "rnn": 0}[name]
+    if layer_norm:
+        expected += 2 * gates * h_ + (2 * h_ if gates == 4 else 0)
+    assert count(params) == expected
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_a_model_of_any_cell_reads_token_by_token_as_at_once(name: str, layer_norm: bool) -> None:
+    model = model_lib.LanguageModel(
+        11, 6, 9, 2, cell=name, layer_norm=layer_norm, tie_embeddings=True
+    )
+    params = model_lib.init(model, jax.random.key(0))
+    assert "kernel" not in params["dense"]
+    ids = np.random.default_rng(0).integers(0, 11, (3, 8))
+    logits, last = model_lib.apply(model, params, ids, model.initial_carry(3))
+    step, carry = jax.jit(model_lib.make_step(model, params)), model.initial_carry(3)
+    for t in range(8):
+        one, carry = step(ids[:, t], carry)
+        np.testing.assert_allclose(one, logits[:, t], atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), carry, last)
+
+
+def test_what_only_a_scan_can_run_is_never_asked_of_another() -> None:
+    assert model_lib.LanguageModel(11, 6, 9).implementation() == "fused"
+    assert model_lib.LanguageModel(11, 6, 9, cell="gru").implementation() == "scan"
+    assert model_lib.LanguageModel(11, 6, 9, layer_norm=True).implementation() == "scan"
+    with pytest.raises(ValueError, match="without layer normalisation only"):
+        model_lib.LanguageModel(11, 6, 9, cell="rnn", recurrence="fused").implementation()

@@ -1,0 +1,94 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from lstm_jax import config as config_lib
+from lstm_jax import optimizer as optimizer_lib
+
+
+def make_fields(**fields: object) -> ConfigDict:
+    """The `optimizer` fields, some of them changed."""
+    optimizer = config_lib.default().optimizer
+    optimizer.update(fields)
+    return optimizer
+
+
+_SHARE = np.arange(100) / 100  # Of the steps after warm-up.
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", np.ones(100)),
+        ("cosine", 0.5 * (1 + np.cos(np.pi * _SHARE))),
+        ("linear", 1 - _SHARE),
+        ("step", np.repeat([1, 0.1, 0.01], [45, 44, 11])),
+    ],
+)
+def test_the_learning_rate_warms_up_and_decays(schedule: str, expected: np.ndarray) -> None:
+    fields = make_fields(learning_rate=1.0, warmup_steps=10, schedule=schedule, step_at=(0.5, 0.9))
+    optimizer = optimizer_lib.make(fields, 110)
+    params = np.zeros(1, np.float32)
+    state = optimizer.init(params)
+    sizes = []
+    for _ in range(110):
+        # A constant gradient makes Adam's step the learning rate itself.
+        update, state = optimizer.update(np.ones(1, np.float32), state, params)
+        sizes.append(-float(np.asarray(update)[0]))
+    np.testing.assert_allclose(sizes[:11], np.arange(11) / 10, atol=1e-4)
+    np.testing.assert_allclose(sizes[10:], expected, atol=1e-4)
+
+
+def run(fields: ConfigDict, gradients: list[np.ndarray], start: np.ndarray) -> np.ndarray:
+    """Parameters after a step with each of the gradients."""
+    optimizer = optimizer_lib.make(fields, 10)
+    params = jnp.asarray(start, jnp.float32)
+    state = optimizer.init(params)
+    for gradient in gradients:
+        updates, state = optimizer.update(jnp.asarray(gradient, jnp.float32), state, params)
+        params = params + jnp.asarray(updates)
+    return np.asarray(params)
+
+
+def test_sgd_with_momentum_and_weight_decay() -> None:
+    rng = np.random.default_rng(0)
+    start, *gradients = rng.normal(size=(4, 3, 2))
+    fields = make_fields(name="sgd", learning_rate=0.1, momentum=0.8, weight_decay=0.5)
+    params, velocity = start, np.zeros((3, 2))
+    for gradient in gradients:
+        velocity = 0.8 * velocity + gradient + 0.5 * params
+        params = params - 0.1 * velocity
+    np.testing.assert_allclose(run(fields, gradients, start), params, atol=1e-6)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_adamw(decay: float) -> None:
+    rng = np.random.default_rng(0)
+    start, *gradients = rng.normal(size=(4, 3, 2))
+    params, mean, square = start, np.zeros((3, 2)), np.zeros((3, 2))
+    for t, gradient in enumerate(gradients, start=1):
+        mean = 0.9 * mean + 0.1 * gradient
+        square = 0.999 * square + 0.001 * gradient**2
+        scaled = (mean / (1 - 0.9**t)) / (np.sqrt(square / (1 - 0.999**t)) + 1e-8)
+        params = params - 0.1 * (scaled + decay * params)
+    fields = make_fields(learning_rate=0.1, weight_decay=decay)
+    np.testing.assert_allclose(run(fields, gradients, start), params, atol=1e-5)
+
+
+def test_biases_do_not_decay() -> None:
+    fields = make_fields(name="sgd", learning_rate=0.1, weight_decay=0.5)
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    optimizer = optimizer_lib.make(fields, 10)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -0.05, atol=1e-6)
+    np.testing.assert_array_equal(updates["bias"], 0)
+
+
+def test_gradients_are_clipped_to_the_global_norm() -> None:
+    start = np.zeros((3, 2))
+    gradient = np.full((3, 2), 2.0)
+    fields = make_fields(name="sgd", learning_rate=1.0, max_gradient_norm=0.5)
+    assert np.linalg.norm(run(fields, [gradient], start)) == pytest.approx(0.5, rel=1e-5)

@@ -1,0 +1,117 @@
+"""What each regulariser does to the numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from lstm_jax import config as config_lib
+from lstm_jax import model as model_lib
+from lstm_jax import regularization
+
+
+def make_rates(**rates: float) -> ConfigDict:
+    """The `regularization` fields, some of them changed."""
+    fields = config_lib.default().regularization
+    fields.update(rates)
+    return fields
+
+
+MODEL = model_lib.LanguageModel(vocabulary_size=40, embedding_size=50, hidden_size=60, num_layers=3)
+DROPOUTS = ("input_dropout", "hidden_dropout", "output_dropout")
+
+
+def test_all_is_off_by_default() -> None:
+    rates = make_rates()
+    assert not regularization.is_random(rates)
+    assert regularization.draw_masks(rates, MODEL, jax.random.key(0), 2) == [None] * 4
+    outputs = jnp.ones((2, 3, 4))
+    assert regularization.penalty(rates, outputs, outputs) == 0
+    params = {"embedding": {"embedding": jnp.ones((2, 2))}}
+    assert regularization.drop_parameters(rates, params, jax.random.key(0)) == params
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_masks_keep_the_expectation(rate: float) -> None:
+    rates = make_rates(**dict.fromkeys(DROPOUTS, rate))
+    masks = regularization.draw_masks(rates, MODEL, jax.random.key(0), 500)
+    assert [mask.shape for mask in masks if mask is not None] == [
+        (500, size) for size in (50, 60, 60, 60)
+    ]
+    for mask in masks:
+        assert mask is not None
+        np.testing.assert_allclose(np.unique(mask), [0, 1 / (1 - rate)], rtol=1e-4)
+        deviation = np.sqrt(rate / (1 - rate) / mask.size)
+        assert abs(float(mask.mean()) - 1) < 5 * deviation
+        # Each member of the batch has its own, and so has each layer.
+        assert (np.asarray(mask[0]) != np.asarray(mask[1])).any()
+    assert (np.asarray(masks[1]) != np.asarray(masks[2])).any()
+
+
+@pytest.mark.parametrize("recurrence", ["scan", "fused"])
+def test_locked_dropout_is_the_same_at_every_step(recurrence: str) -> None:
+    """What is dropped is constant over time, and the model computes what NumPy says it does."""
+    model = model_lib.LanguageModel(11, 6, 9, 2, recurrence)
+    params = model_lib.init(model, jax.random.key(0))
+    rates = make_rates(**dict.fromkeys(DROPOUTS, 0.4))
+    masks = regularization.draw_masks(rates, model, jax.random.key(1), 3)
+    ids = np.random.default_rng(0).integers(0, 11, (3, 20))
+    logits, _ = model_lib.apply(model, params, ids, model.initial_carry(3), masks)
+
+    def layer(name: str, inputs: np.ndarray) -> np.ndarray:
+        p = {key: np.asarray(value, np.float64) for key, value in params[name].items()}
+        cell = hidden = np.zeros((3, 9))
+        outputs = []
+        for x in inputs.swapaxes(0, 1):
+            gates = x @ p["input_kernel"] + hidden @ p["recurrent_kernel"] + p["bias"]
+            i, f, g, o = np.split(gates, 4, axis=1)
+            i, f, o = (1 / (1 + np.exp(-gate)) for gate in (i, f, o))
+            cell = f * cell + i * np.tanh(g)
+            hidden = o * np.tanh(cell)
+            outputs.append(hidden)
+        return np.stack(outputs, axis=1)
+
+    m = [np.asarray(mask)[:, None] for mask in masks]
+    embedded = np.asarray(params["embedding"]["embedding"])[ids] * m[0]
+    outputs = layer("lstm_1", layer("lstm_0", embedded) * m[1]) * m[2]
+    expected = outputs @ np.asarray(params["dense"]["kernel"])
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_embedding_dropout_drops_whole_tokens() -> None:
+    params = model_lib.init(MODEL, jax.random.key(0))
+    rates = make_rates(embedding_dropout=0.3)
+    dropped = regularization.drop_parameters(rates, params, jax.random.key(1))
+    table, before = dropped["embedding"]["embedding"], params["embedding"]["embedding"]
+    factors = np.asarray(table / before)
+    np.testing.assert_allclose(factors, np.broadcast_to(factors[:, :1], factors.shape), rtol=1e-5)
+    np.testing.assert_allclose(np.unique(factors[:, 0].round(3)), [0, np.round(1 / 0.7, 3)])
+    for name in ("lstm_0", "lstm_1", "dense"):
+        assert dropped[name] is params[name]
+
+
+def test_recurrent_dropout_drops_single_weights() -> None:
+    params = model_lib.init(MODEL, jax.random.key(0))
+    rates = make_rates(recurrent_dropout=0.3)
+    dropped = regularization.drop_parameters(rates, params, jax.random.key(1))
+    kept = []
+    for name in ("lstm_0", "lstm_1", "lstm_2"):
+        kernel, before = dropped[name]["recurrent_kernel"], params[name]["recurrent_kernel"]
+        kept.append(np.asarray(kernel) != 0)
+        np.testing.assert_allclose(kernel[kept[-1]], before[kept[-1]] / 0.7, rtol=1e-4)
+        assert kept[-1].mean() == pytest.approx(0.7, abs=0.02)
+        assert dropped[name]["input_kernel"] is params[name]["input_kernel"]
+    assert (kept[0] != kept[1]).any()
+
+
+def test_activation_penalties() -> None:
+    outputs, dropped = np.random.default_rng(0).normal(size=(2, 3, 5, 7)).astype(np.float32)
+    rates = make_rates(activation_penalty=2.0)
+    actual = regularization.penalty(rates, outputs, dropped)
+    np.testing.assert_allclose(actual, 2 * (dropped**2).mean(), rtol=1e-5)
+    rates = make_rates(temporal_activation_penalty=3.0)
+    actual = regularization.penalty(rates, jnp.asarray(outputs), jnp.asarray(dropped))
+    np.testing.assert_allclose(actual, 3 * (np.diff(outputs, axis=1) ** 2).mean(), rtol=1e-5)
+    one = jnp.asarray(outputs[:, :1])
+    assert regularization.penalty(rates, one, one) == 0

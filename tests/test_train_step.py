@@ -1,0 +1,138 @@
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from lstm_jax import batches, parallel, train_step
+from lstm_jax import config as config_lib
+from lstm_jax import model as model_lib
+from lstm_jax import optimizer as optimizer_lib
+
+
+def make_config(batch_size: int = 2) -> ConfigDict:
+    """A tiny model and Adam at 0.1."""
+    config = config_lib.default()
+    config.batches.batch_size = batch_size
+    config.model.embedding_size = 6
+    config.model.hidden_size = 9
+    config.optimizer.learning_rate = 0.1
+    return config
+
+
+def set_up(
+    model: model_lib.LanguageModel, config: ConfigDict
+) -> tuple[train_step.TrainState, train_step.TrainStep]:
+    """The first state, and the step."""
+    optimizer = optimizer_lib.make(config.optimizer, 10)
+    mesh = parallel.make_mesh(config)
+    averaged = config.optimizer.average_decay > 0
+    state = train_step.init_state(
+        model, optimizer, jax.random.key(0), config.batches.batch_size, averaged
+    )
+    return state.place(mesh), train_step.make_train_step(model, optimizer, config, mesh)
+
+
+def make_batch(batch_size: int, time: int, seed: int = 0, starts: bool = True) -> batches.Batch:
+    """Random ids below 11."""
+    ids = np.random.default_rng(seed).integers(0, 11, (batch_size, time + 1)).astype(np.int32)
+    return batches.Batch(ids[:, :-1], ids[:, 1:], np.bool_(starts))
+
+
+@pytest.mark.parametrize("max_gradient_norm", [0.0, 0.01])
+def test_one_step_is_adam_on_the_mean_loss(max_gradient_norm: float) -> None:
+    model = model_lib.LanguageModel(11, 6, 9)
+    config = make_config()
+    config.optimizer.max_gradient_norm = max_gradient_norm
+    state, train_step = set_up(model, config)
+    before = jax.tree.map(jnp.copy, state.params)
+    batch = make_batch(2, 7)
+
+    def loss(params: model_lib.Params) -> jax.Array:
+        logits, _ = model_lib.apply(model, params, batch.inputs, model.initial_carry(2))
+        log_probabilities = jax.nn.log_softmax(logits)
+        return -jnp.take_along_axis(log_probabilities, batch.targets[..., None], axis=-1).mean()
+
+    gradients = jax.grad(loss)(before)
+    norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(gradients)))
+    scale = min(1, max_gradient_norm / norm) if max_gradient_norm else 1
+    # Adam's first step, with its moments corrected for their bias, is g / (|g| + 1e-8).
+    expected = jax.tree.map(
+        lambda p, g: np.asarray(p - 0.1 * scale * g / (np.abs(scale * g) + 1e-8)), before, gradients
+    )
+    after = train_step(state, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), after.params, expected)
+    assert float(after.loss_sum) == pytest.approx(np.log(11), abs=0.05)
+
+
+def test_microbatches_make_the_step_of_the_whole_batch() -> None:
+    """Masks, penalties and the carry included, over several steps."""
+    results = []
+    for number in (1, 3):
+        config = make_config(6)
+        config.optimizer.learning_rate = 0.01
+        config.optimizer.name = "sgd"
+        config.optimizer.microbatches = number
+        for name in config.regularization:
+            config.regularization[name] = 0.3
+        model = model_lib.from_config(config.model, 11)
+        state, step = set_up(model, config)
+        for seed in range(4):
+            state = step(state, make_batch(6, 8, seed, starts=seed == 2))
+        results.append(state)
+    for a, b in zip(
+        *map(jax.tree.leaves, ((r.params, r.rest | {"key": 0}) for r in results)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_the_average_follows_the_parameters() -> None:
+    config = make_config()
+    config.optimizer.average_decay = 0.25
+    model = model_lib.from_config(config.model, 11)
+    state, step = set_up(model, config)
+    expected = [np.asarray(x) for x in jax.tree.leaves(state.params)]
+    for n in range(5):
+        state = step(state, make_batch(2, 7, n))
+        kept = min(0.25, (2 + n) / (11 + n))
+        params = jax.tree.leaves(state.params)
+        expected = [kept * a + (1 - kept) * p for a, p in zip(expected, params, strict=True)]
+    for a, b in zip(jax.tree.leaves(state.evaluated), expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    again = train_step.TrainState.join(state.evaluated, state.rest)
+    assert jax.tree.map(lambda a, b: a is b, again, state) == jax.tree.map(lambda _: True, state)
+    assert "params" in state.rest and "average" not in state.rest
+
+
+def test_masks_differ_from_step_to_step_and_follow_the_seed() -> None:
+    config = make_config()
+    config.regularization.output_dropout = 0.5
+    config.optimizer.learning_rate = 1e-30  # So that only the masks differ.
+    model = model_lib.from_config(config.model, 11)
+    runs: list[list[float]] = []
+    for _ in range(2):
+        state, step = set_up(model, config)
+        runs.append([])
+        for _ in range(3):
+            state = step(state, make_batch(2, 7))
+            runs[-1].append(float(state.loss_sum))
+    assert runs[0] == runs[1]
+    first, second, third = np.diff([0.0, *runs[0]])
+    assert first != second != third
+
+
+def test_a_step_that_is_not_finite_changes_nothing() -> None:
+    config = make_config()
+    config.optimizer.average_decay = 0.9
+    model = model_lib.from_config(config.model, 11)
+    state, step = set_up(model, config)
+    broken: Any = jax.tree.map(jnp.copy, state.carry)
+    state = state._replace(carry=jax.tree.map(lambda x: x * jnp.nan, broken))
+    before = jax.tree.map(np.asarray, state._replace(key=jnp.zeros(())))
+    after = step(state, make_batch(2, 7, starts=False))
+    assert (int(after.skipped), int(after.first_skipped), int(after.step)) == (1, 1, 1)
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+    jax.tree.map(np.testing.assert_array_equal, after.average, before.average)
+    jax.tree.map(np.testing.assert_array_equal, after.optimizer, before.optimizer)
