@@ -4,6 +4,7 @@ import functools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,15 @@ import numpy as np
 import optax
 from absl import flags
 
-from lstm_jax import command, corpus, workdir
+from lstm_jax import command, corpus, dynamic, workdir
 from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
 
 # Tokens read by one call of the compiled function.
 _CHUNK = 1024
+
+# Softmax temperatures among which the best is looked for.
+_TEMPERATURES = np.linspace(0.7, 1.5, 81)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -27,11 +31,43 @@ def _read(
     targets: jax.Array,
     counted: jax.Array,
     carry: model_lib.Carry,
+    temperatures: jax.Array,
 ) -> tuple[jax.Array, model_lib.Carry]:
-    """The summed loss (nats) of the `counted` targets [1, time], and the carry after the inputs."""
-    logits, carry = model_lib.apply(model, params, inputs, carry)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    return jnp.sum(losses, where=counted), carry
+    """Summed losses (nats) of the `counted` targets [time] at each temperature, and the carry."""
+    logits, carry = model_lib.apply(model, params, inputs[None], carry)
+
+    def summed(temperature: jax.Array) -> jax.Array:
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits[0] / temperature, targets)
+        return jnp.sum(losses, where=counted)
+
+    return jax.lax.map(summed, temperatures), carry
+
+
+def mean_losses(
+    model: model_lib.LanguageModel,
+    params: model_lib.Params,
+    ids: np.ndarray,
+    temperatures: np.ndarray,
+) -> np.ndarray:
+    """`mean_loss` with the logits divided by each of the temperatures, from one reading."""
+    inputs, targets = ids[:-1], ids[1:]
+    carry = model.initial_carry(1)
+    total = np.zeros(len(temperatures))
+    for start in range(0, len(targets), _CHUNK):
+        # The last chunk is filled up, uncounted, so that one compiled function serves all.
+        chunk = slice(start, start + _CHUNK)
+        missing = max(0, start + _CHUNK - len(targets))
+        losses, carry = _read(
+            model,
+            params,
+            np.pad(inputs[chunk], (0, missing)),
+            np.pad(targets[chunk], (0, missing)),
+            np.arange(_CHUNK) < _CHUNK - missing,
+            carry,
+            jnp.asarray(temperatures, jnp.float32),
+        )
+        total += np.asarray(losses, np.float64)
+    return total / len(targets)
 
 
 def mean_loss(model: model_lib.LanguageModel, params: model_lib.Params, ids: np.ndarray) -> float:
@@ -45,23 +81,15 @@ def mean_loss(model: model_lib.LanguageModel, params: model_lib.Params, ids: np.
       params: its parameters.
       ids: the text, int32 [n], n at least 2.
     """
-    inputs, targets = ids[:-1], ids[1:]
-    carry = model.initial_carry(1)
-    total = 0.0
-    for start in range(0, len(targets), _CHUNK):
-        # The last chunk is filled up, uncounted, so that one compiled function serves all.
-        chunk = slice(start, start + _CHUNK)
-        missing = max(0, start + _CHUNK - len(targets))
-        loss, carry = _read(
-            model,
-            params,
-            np.pad(inputs[chunk], (0, missing))[None],
-            np.pad(targets[chunk], (0, missing))[None],
-            (np.arange(_CHUNK) < _CHUNK - missing)[None],
-            carry,
-        )
-        total += float(loss)
-    return total / len(targets)
+    return float(mean_losses(model, params, ids, np.ones(1))[0])
+
+
+def fit_temperature(
+    model: model_lib.LanguageModel, params: model_lib.Params, ids: np.ndarray
+) -> float:
+    """The softmax temperature, to a hundredth, at which the loss over a text is least."""
+    losses = mean_losses(model, params, ids, _TEMPERATURES)
+    return float(_TEMPERATURES[losses.argmin()])
 
 
 def perplexity(loss: float) -> float:
@@ -79,18 +107,47 @@ def describe(loss: float) -> str:
 
 def main() -> None:
     """Prints the loss of a trained model on a split, as one JSON object."""
-    if flags.FLAGS.workdir is None:
+    values = flags.FLAGS
+    if values.workdir is None:
         raise UserError("name the trained model: --workdir DIR")
-    trained = workdir.load(Path(flags.FLAGS.workdir))
+    names = values.split.split("+")
+    if unknown := [name for name in names if name not in corpus.SPLITS]:
+        raise UserError(
+            f"there is no split {unknown[0]!r}: --split is {', '.join(corpus.SPLITS)}, or some of "
+            "them with + between, read one after the other"
+        )
+    settings = dynamic.Settings(
+        values.dynamic_learning_rate,
+        values.dynamic_decay,
+        values.dynamic_segment_length,
+        values.dynamic_max_gradient_norm,
+    )
+    if settings.segment_length < 1 or settings.max_gradient_norm <= 0 or min(settings) < 0:
+        raise UserError(
+            "--dynamic_segment_length must be 1 or more, --dynamic_max_gradient_norm above 0, "
+            "--dynamic_learning_rate and --dynamic_decay 0 or more"
+        )
+    if values.dynamic and values.fit_temperature:
+        raise UserError("--fit_temperature is for the model as it was trained: leave out --dynamic")
+    trained = workdir.load(Path(values.workdir))
     data = trained.config.data
-    if flags.FLAGS.data_path is not None:
-        data.path = flags.FLAGS.data_path
+    if values.data_path is not None:
+        data.path = values.data_path
     splits = corpus.read(data)
     corpus.check_unchanged(splits, data)
-    ids = trained.vocabulary.encode(splits[flags.FLAGS.split])
-    loss = mean_loss(trained.model, trained.params, ids)
-    result = {
-        "split": flags.FLAGS.split,
+    ids = trained.vocabulary.encode("".join(splits[name] for name in names))
+    result: dict[str, Any] = {"split": values.split}
+    temperature = 1.0
+    if values.fit_temperature:
+        validation = trained.vocabulary.encode(splits["validation"])
+        temperature = fit_temperature(trained.model, trained.params, validation)
+        result["temperature"] = temperature
+    if values.dynamic:
+        loss = float(dynamic.losses(trained.model, trained.params, ids, settings).mean())
+        result["dynamic"] = settings._asdict()
+    else:
+        (loss,) = mean_losses(trained.model, trained.params, ids, np.array([temperature])).tolist()
+    result |= {
         "loss": loss,
         "bits_per_token": loss / math.log(2),
         "perplexity": perplexity(loss),
@@ -100,10 +157,42 @@ def main() -> None:
     print(json.dumps(result))
 
 
-if __name__ == "__main__":
+def _define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Working directory of a training run.")
-    flags.DEFINE_enum("split", "test", corpus.SPLITS, "Which part of the text to read.")
+    flags.DEFINE_string(
+        "split",
+        "test",
+        "Which part of the text to read: train, validation or test; validation+test reads both, "
+        "the one after the other.",
+    )
     flags.DEFINE_string(
         "data_path", None, "Where the run's own text is now, if it was moved since."
     )
+    flags.DEFINE_bool(
+        "fit_temperature",
+        False,
+        "Divide the logits by the temperature at which the loss on the validation split is least.",
+    )
+    flags.DEFINE_bool(
+        "dynamic",
+        False,
+        "Dynamic evaluation: the model goes on learning from the text, after predicting it.",
+    )
+    default = dynamic.Settings()
+    flags.DEFINE_float(
+        "dynamic_learning_rate", default.learning_rate, "Of its steps against the gradient."
+    )
+    flags.DEFINE_float(
+        "dynamic_decay", default.decay, "Share of the way back to the trained weights a step."
+    )
+    flags.DEFINE_integer("dynamic_segment_length", default.segment_length, "Tokens a step.")
+    flags.DEFINE_float(
+        "dynamic_max_gradient_norm",
+        default.max_gradient_norm,
+        "Gradients are scaled down to this norm.",
+    )
+
+
+if __name__ == "__main__":
+    _define_flags()
     command.run(main)

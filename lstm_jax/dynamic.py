@@ -1,0 +1,104 @@
+"""Dynamic evaluation: the model adapts to a text while it reads it (Krause et al. 2018).
+
+The text is read in segments. Each is predicted first, with what was learnt from the segments before
+it, and then learnt from: a step against the gradient of its loss, and a step back towards the
+trained parameters. No prediction ever depends on its own token or a later one.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lstm_jax import model as model_lib
+
+# Segments read by one call of the compiled function.
+_SEGMENTS = 32
+
+
+class Settings(NamedTuple):
+    """How the model adapts. The defaults were chosen on the validation split of Tiny Shakespeare.
+
+    Attributes:
+      learning_rate: of a step on one segment.
+      decay: the share of the distance to the trained parameters that each step takes back.
+      segment_length: tokens that are predicted before the next step.
+      max_gradient_norm: gradients are scaled down to this global norm.
+    """
+
+    learning_rate: float = 0.6
+    decay: float = 0.002
+    segment_length: int = 50
+    max_gradient_norm: float = 0.5
+
+
+def losses(
+    model: model_lib.LanguageModel,
+    params: model_lib.Params,
+    ids: np.ndarray,
+    settings: Settings,
+) -> np.ndarray:
+    """The loss of each token but the first, in nats: float32 [n - 1].
+
+    The carry is handed on from the text's start to its end.
+
+    Args:
+      model: the model.
+      params: its trained parameters.
+      ids: the text, int32 [n], n at least 2.
+      settings: how it adapts.
+    """
+    inputs, targets = ids[:-1], ids[1:]
+    state = (params, model.initial_carry(1))
+    tokens = _SEGMENTS * settings.segment_length
+    read = []
+    for start in range(0, len(targets), tokens):
+        # The last segments are filled up, uncounted, so that one compiled function serves all.
+        chunk = slice(start, start + tokens)
+        missing = max(0, start + tokens - len(targets))
+        state, more = _read(
+            model,
+            params,
+            state,
+            np.pad(inputs[chunk], (0, missing)).reshape(_SEGMENTS, -1),
+            np.pad(targets[chunk], (0, missing)).reshape(_SEGMENTS, -1),
+            (np.arange(tokens) < tokens - missing).reshape(_SEGMENTS, -1),
+            settings,
+        )
+        read.append(np.asarray(more))
+    return np.concatenate(read)[: len(targets)]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _read(
+    model: model_lib.LanguageModel,
+    trained: model_lib.Params,
+    state: tuple[model_lib.Params, model_lib.Carry],
+    inputs: jax.Array,
+    targets: jax.Array,
+    counted: jax.Array,
+    settings: Settings,
+) -> tuple[tuple[model_lib.Params, model_lib.Carry], jax.Array]:
+    """Reads segments [number, time]: the adapted parameters with the carry, and losses, flat."""
+
+    def mean_loss(params: model_lib.Params, carry: model_lib.Carry, segment: Any) -> Any:
+        inputs, targets, counted = segment
+        logits, carry = model_lib.apply(model, params, inputs[None], carry)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits[0], targets)
+        return jnp.mean(losses, where=counted | ~counted.any()), (losses, carry)
+
+    def step(state: Any, segment: Any) -> Any:
+        params, carry = state
+        gradient, (losses, carry) = jax.grad(mean_loss, has_aux=True)(params, carry, segment)
+        norm = optax.tree.norm(gradient)
+        rate = settings.learning_rate * jnp.minimum(1, settings.max_gradient_norm / norm)
+        params = jax.tree.map(
+            lambda p, g, p0: p - rate * g + settings.decay * (p0 - p), params, gradient, trained
+        )
+        return (params, carry), losses
+
+    state, losses = jax.lax.scan(step, state, (inputs, targets, counted))
+    return state, losses.reshape(-1)
