@@ -25,7 +25,7 @@ def run(main: Callable[[], int | None]) -> None:
     def guarded(argv: Sequence[str]) -> int | None:
         if len(argv) > 1:
             _fail(f"stray argument {argv[1]!r}: every argument is a flag, see --help")
-        logging.set_verbosity(logging.ERROR)  # app.run raises it once flags are parsed.
+        logging.set_verbosity(logging.FATAL)  # app.run raises it once flags are parsed.
         try:
             return main()
         except UserError as error:
@@ -45,12 +45,20 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     if {"--help", "-help", "-h", "-?"} & set(argv):
         app.usage(shorthelp=True, writeto_stdout=True)
         sys.exit(0)
-    # Orbax, Grain and TFDS log much that no user of a command asked for.
-    logging.set_verbosity(logging.ERROR)
+    # Orbax, Grain and TFDS log much that no user of a command asked for; where one of them fails,
+    # its exception is told.
+    logging.set_verbosity(logging.FATAL)
+    sys.unraisablehook = _report_unraisable
     try:
         return flags.FLAGS(argv)
     except Exception as error:  # A config file is Python code: it can raise anything.
         _fail(_describe(error, argv))
+
+
+def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Reports all but what Orbax's threads raise after one of them has failed, which is told."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _describe(error: Exception, argv: Sequence[str]) -> str:

@@ -9,34 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 from ml_collections import ConfigDict
 
-from lstm_jax import batches, checkpoints, evaluate, metrics, train, workdir
+from lstm_jax import batches, evaluate, metrics, train, workdir
 from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
 from lstm_jax.model import LanguageModel
-
-
-def final_arrays(directory: Path) -> list[Any]:
-    """Every array of the latest checkpoint of a tiny run."""
-    config = workdir.load_config(directory)
-    vocabulary = workdir.load_vocabulary(directory)
-    model = model_lib.from_config(config.model, len(vocabulary))
-    optimizer = train.make_optimizer(config.optimizer, 1)
-    state = train.init_state(model, optimizer, jax.random.key(0), config.batches.batch_size)
-    iterator, _ = batches.make(np.zeros(18_000, np.int32), config.batches, 0)
-    restored = checkpoints.restore_latest(
-        directory / workdir.CHECKPOINTS, state.params, train._without_params(state), iterator
-    )
-    assert restored is not None
-    restored.state["key"] = jax.random.key_data(restored.state["key"])
-    arrays = jax.tree.leaves((restored.params, restored.state))
-    return [np.asarray(x) for x in arrays] + [iterator.get_state()]
-
-
-def losses(directory: Path) -> list[tuple[int, str, float]]:
-    rows = metrics.read(directory / workdir.METRICS)
-    return [(row["step"], row["split"], row["loss"]) for row in rows]
 
 
 @pytest.mark.parametrize("kind", ["windows", "streams"])
@@ -70,11 +49,7 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(
     monkeypatch.setattr(train, "make_train_step", make_stopping)
     assert train.train(tiny_config, stopped) == 130
     assert train.train(tiny_config, stopped) == 0
-    for a, b in zip(final_arrays(whole), final_arrays(stopped), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert losses(whole) == losses(stopped)
-    samples = [(directory / workdir.SAMPLES).read_text() for directory in (whole, stopped)]
-    assert samples[0] == samples[1]
+    runs.assert_same(whole, stopped)
 
 
 def test_a_run_leaves_all_that_it_promises(trained: Path) -> None:
@@ -122,7 +97,7 @@ def test_a_finished_run_says_so_and_can_be_trained_longer(
     tiny_config.num_epochs = 2
     assert train.train(tiny_config, tmp_path) == 0
     assert "Going on from step" in capsys.readouterr().out
-    assert [row[1] for row in losses(tmp_path)].count("validation") == 3
+    assert [row[1] for row in runs.losses(tmp_path)].count("validation") == 3
 
 
 def test_another_model_or_text_in_the_same_directory_is_refused(
