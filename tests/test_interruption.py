@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +19,16 @@ from lstm_jax import checkpoints, metrics, workdir
 
 ROOT = Path(__file__).parents[1]
 # How many runs are killed, and which random moments: more than a few take minutes.
-KILLS = int(os.environ.get("LSTM_JAX_KILLS", "3"))
+KILLS = int(os.environ.get("LSTM_JAX_KILLS", "2"))
 SEED = int(os.environ.get("LSTM_JAX_KILLS_SEED", "0"))
+# What one process has compiled, the others need not.
+_COMPILED = tempfile.TemporaryDirectory()
+ENV = {
+    **os.environ,
+    "JAX_COMPILATION_CACHE_DIR": _COMPILED.name,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 
 
 def command(text_file: Path, directory: Path, *more: str) -> list[str]:
@@ -36,12 +45,12 @@ def command(text_file: Path, directory: Path, *more: str) -> list[str]:
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENV
     )
 
 
 def finish(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=200, cwd=ROOT)
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=200, cwd=ROOT, env=ENV)
 
 
 def wait_for_rows(process: subprocess.Popen[str], directory: Path, number: int) -> None:
