@@ -82,5 +82,6 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    # One line, whatever a name or a value in it holds.
+    print("error:", " ".join(message.split()), file=sys.stderr)
     sys.exit(2)

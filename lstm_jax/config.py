@@ -92,7 +92,9 @@ def check(config: ConfigDict) -> None:
     rules: list[tuple[bool, str, str]] = [
         (0 <= config.seed < 2**32, "seed", "0 or more, and below 2**32"),
         (
-            len(fractions) == 3 and min(fractions) > 0 and abs(sum(fractions) - 1) < 1e-6,
+            len(fractions) == 3
+            and all(isinstance(share, int | float) and share > 0 for share in fractions)
+            and abs(sum(fractions) - 1) < 1e-6,
             "data.fractions",
             "three positive shares (train, validation, test) that add up to 1",
         ),
@@ -142,15 +144,20 @@ def complete(fields: Any) -> ConfigDict:
     if not isinstance(fields, ConfigDict):
         if not isinstance(fields, dict):
             raise UserError(f"get_config() returned {type(fields).__name__}, not a ConfigDict")
-        fields = ConfigDict(fields)
+        try:
+            fields = ConfigDict(fields)
+        except (TypeError, ValueError) as error:  # A name with a dot in it.
+            raise UserError(f"the config is not one: {error}") from None
     config = default()
     known = dict(flatten(config))
     for field, value in flatten(fields):
         if message := unknown_field(field):
             raise UserError(message)
         try:
+            if value is None:  # ConfigDict takes it for any field.
+                raise TypeError
             config.update_from_flattened_dict({field: value})
-        except TypeError:
+        except (TypeError, ValueError, OverflowError):
             wanted = type(known[field]).__name__
             raise UserError(f"config.{field} is {value!r}: it must be of type {wanted}") from None
     check(config)

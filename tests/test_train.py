@@ -1,4 +1,6 @@
+import json
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import pytest
 import runs
 from ml_collections import ConfigDict
 
-from lstm_jax import batches, evaluate, metrics, train, workdir
+from lstm_jax import batches, checkpoints, evaluate, metrics, train, workdir
 from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
 from lstm_jax.model import LanguageModel
@@ -147,6 +149,235 @@ def test_one_step_is_adam_on_the_mean_loss(max_gradient_norm: float) -> None:
     after = train.make_train_step(model, optimizer)(state, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), after.params, expected)
     assert float(after.loss_sum) == pytest.approx(np.log(11), abs=0.05)
+
+
+def make_tiny_step() -> tuple[train.TrainStep, train.TrainState, batches.Batch]:
+    """A train step, a state and a batch of a model with 11 units of vocabulary."""
+    model = LanguageModel(11, 6, 9)
+    fields = {"learning_rate": 0.1, "warmup_steps": 0, "schedule": "constant"}
+    optimizer = train.make_optimizer(ConfigDict({**fields, "max_gradient_norm": 1.0}), 10)
+    state = train.init_state(model, optimizer, jax.random.key(0), 2)
+    ids = np.random.default_rng(0).integers(0, 11, (2, 8)).astype(np.int32)
+    batch = batches.Batch(ids[:, :-1], ids[:, 1:], np.bool_(False))
+    return train.make_train_step(model, optimizer), state, batch
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_its_count() -> None:
+    step, state, batch = make_tiny_step()
+    state = step(state, batch)
+    carry = jax.tree.map(lambda x: x.at[0, 0].set(jnp.inf), state.carry)
+    poisoned = state._replace(carry=carry)
+    before = jax.tree.map(np.array, (poisoned.params, poisoned.optimizer, poisoned.carry))
+    after = step(step(poisoned, batch), batch)
+    jax.tree.map(
+        np.testing.assert_array_equal, (after.params, after.optimizer, after.carry), before
+    )
+    counts = (after.step, after.loss_steps, after.skipped, after.first_skipped)
+    assert tuple(map(int, counts)) == (3, 1, 2, 2)
+    assert np.isfinite(float(after.loss_sum))
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, *poisoned: int) -> None:
+    """Makes the loss of these steps infinite, of all runs in this test, counted together."""
+    steps = 0
+    make = train.make_train_step
+
+    def make_poisoned(*args: Any) -> train.TrainStep:
+        step = make(*args)
+
+        def poisoned_step(state: train.TrainState, batch: batches.Batch) -> train.TrainState:
+            nonlocal steps
+            steps += 1
+            if steps not in poisoned:
+                return step(state, batch)
+            bad = jax.tree.map(lambda x: x * jnp.inf, state.carry)
+            return step(state._replace(carry=bad), batch)._replace(carry=state.carry)
+
+        return poisoned_step
+
+    monkeypatch.setattr(train, "make_train_step", make_poisoned)
+
+
+def test_a_run_leaves_so_many_steps_out_and_then_stops(
+    tiny_config: ConfigDict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tiny_config.max_skipped_steps = 3
+    poison(monkeypatch, 15, 16, 93, 95, 96)
+    with pytest.raises(UserError, match="gradient of step 93 is not finite") as caught:
+        train.train(tiny_config, tmp_path)
+    for word in ("step 70", "learning_rate", "max_gradient_norm", "max_skipped_steps"):
+        assert word in str(caught.value)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 and "step 15 is not finite" in told[0] and "2 of at most 3" in told[0]
+    # Stopped within one logging interval, and nothing of it was saved or logged.
+    steps = [step for step, split, _ in runs.losses(tmp_path) if split == "train"]
+    assert steps == list(range(10, 100, 10))
+    assert all(np.isfinite(loss) for *_, loss in runs.losses(tmp_path))
+    assert checkpoints.steps(tmp_path / workdir.CHECKPOINTS) == [0, 70]
+
+    ids = json.loads((tmp_path / "nonfinite_step_93.json").read_text())
+    text = Path(tiny_config.data.path).read_text(encoding="utf-8")[:18_000]
+    iterator, _ = batches.make(
+        workdir.load_vocabulary(tmp_path).encode(text), tiny_config.batches, tiny_config.seed
+    )
+    for _ in range(93):
+        batch = next(iterator)
+    assert ids["step"] == 93
+    np.testing.assert_array_equal(ids["inputs"], batch.inputs)
+    np.testing.assert_array_equal(ids["targets"], batch.targets)
+
+    assert train.train(tiny_config, tmp_path) == 0, "the remedy of luck: it is finite now"
+    restored = runs.final_state(tmp_path)
+    assert all(np.isfinite(x).all() for x in restored[:-1])
+
+
+def test_numbers_that_explode_stop_the_run_and_a_lower_learning_rate_goes_on(
+    tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_config.optimizer.learning_rate = 1e38
+    tiny_config.optimizer.warmup_steps = 0
+    tiny_config.optimizer.max_gradient_norm = 0.0
+    with pytest.raises(UserError, match="gradient of step 2 is not finite .* that of step 0"):
+        train.train(tiny_config, tmp_path)
+    tiny_config.optimizer.learning_rate = 0.01
+    tiny_config.optimizer.max_gradient_norm = 1.0
+    capsys.readouterr()
+    assert train.train(tiny_config, tmp_path) == 0
+    assert (
+        "From step 0 on, optimizer.learning_rate is 0.01; it was 1e+38" in capsys.readouterr().out
+    )
+    (line,) = (tmp_path / workdir.CHANGES).read_text().splitlines()
+    assert json.loads(line) == {
+        "step": 0,
+        "changes": {
+            "optimizer.learning_rate": [1e38, 0.01],
+            "optimizer.max_gradient_norm": [0.0, 1.0],
+        },
+    }
+
+
+def test_a_new_run_starts_from_the_weights_of_another(
+    trained: Path,
+    tiny_config: ConfigDict,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = Path(tiny_config.data.path).read_text(encoding="utf-8")
+    new = tmp_path / "new.txt"
+    new.write_text(text.replace("q", "é").replace("x", "ß")[::-1], encoding="utf-8")
+    tiny_config.data.path = str(new)
+    tiny_config.init_from = str(trained)
+    tiny_config.num_epochs = 1
+    assert train.train(tiny_config, tmp_path / "run") == 0
+    source = workdir.load(trained)
+    told = capsys.readouterr().out
+    assert f"those of step {source.step} in {trained}" in told
+    assert "2 new units start fresh: 'ß', 'é'" in told
+    vocabulary = workdir.load_vocabulary(tmp_path / "run")
+    assert vocabulary.units == (*source.vocabulary.units, "ß", "é")
+
+    # The checkpoint before the first step: the old weights, with fresh rows for the new units.
+    fresh = model_lib.init(
+        model_lib.from_config(tiny_config.model, len(vocabulary)),
+        jax.random.split(jax.random.key(tiny_config.seed))[0],
+    )
+    start, _ = checkpoints.restore_best_params(first_checkpoint(tmp_path / "run"), fresh)
+    n = len(source.vocabulary)
+    np.testing.assert_array_equal(
+        start["embedding"]["embedding"],
+        np.concatenate(
+            [source.params["embedding"]["embedding"], fresh["embedding"]["embedding"][n:]]
+        ),
+    )
+    np.testing.assert_array_equal(start["dense"]["kernel"][:, :n], source.params["dense"]["kernel"])
+    np.testing.assert_array_equal(start["dense"]["kernel"][:, n:], fresh["dense"]["kernel"][:, n:])
+    np.testing.assert_array_equal(
+        start["lstm_0"]["recurrent_kernel"], source.params["lstm_0"]["recurrent_kernel"]
+    )
+
+    # The run goes on whether its origin is named again or not; another one is refused.
+    tiny_config.init_from = ""
+    assert train.train(tiny_config, tmp_path / "run") == 0
+    assert workdir.load_config(tmp_path / "run").init_from == str(trained)
+    tiny_config.init_from = str(tmp_path)
+    with pytest.raises(UserError, match="init_from was"):
+        train.train(tiny_config, tmp_path / "run")
+
+
+def first_checkpoint(directory: Path) -> Path:
+    """A directory with the checkpoint of step 0 alone."""
+    alone = directory.parent / "alone"
+    shutil.copytree(directory / workdir.CHECKPOINTS / "0", alone / "0")
+    return alone
+
+
+def test_weights_of_a_model_of_other_sizes_are_refused(
+    trained: Path, tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    tiny_config.init_from = str(trained)
+    tiny_config.model.hidden_size = 25
+    tiny_config.batches.batch_size = 4  # That is no matter.
+    with pytest.raises(UserError, match=r"\(model.hidden_size was 24 and is 25\): take its own"):
+        train.train(tiny_config, tmp_path / "run")
+    tiny_config.init_from = str(tmp_path)
+    with pytest.raises(UserError, match="there is no trained model in"):
+        train.train(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (workdir.CONFIG, "holds checkpoints but no config.json"),
+        (workdir.VOCABULARY, "vocabulary.json is missing or damaged"),
+        (workdir.CHECKPOINTS, "what a run measured .* but no checkpoint"),
+    ],
+)
+def test_a_run_of_which_a_part_is_gone_does_not_start_over(
+    name: str, message: str, trained: Path, tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(trained, directory)
+    (directory / name).rename(tmp_path / name)
+    before = sorted(directory.rglob("*"))
+    with pytest.raises(UserError, match=message):
+        train.train(tiny_config, directory)
+    assert sorted(directory.rglob("*")) == before
+    (tmp_path / name).rename(directory / name)
+    assert train.train(tiny_config, directory) == 0
+
+
+def test_a_damaged_latest_checkpoint_costs_only_what_came_after_the_one_before(
+    trained: Path,
+    tiny_config: ConfigDict,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(trained, directory)
+    (directory / workdir.CHECKPOINTS / "140" / "state" / "manifest.ocdbt").unlink()
+    assert train.train(tiny_config, directory) == 0
+    told = capsys.readouterr()
+    assert "Going on from step 70 of 140" in told.out
+    assert "140 is damaged (state/manifest.ocdbt is missing): it is now 140.damaged" in told.err
+    runs.assert_same(trained, directory)
+
+
+def test_a_file_of_the_run_that_is_a_link_is_refused(
+    trained: Path, tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    directory, target = tmp_path / "run", tmp_path / "target"
+    shutil.copytree(trained, directory)
+    (directory / workdir.SAMPLES).rename(target)
+    (directory / workdir.SAMPLES).symlink_to(target)
+    before = target.read_text()
+    tiny_config.num_epochs = 3
+    with pytest.raises(UserError, match="samples.txt is a link"):
+        train.train(tiny_config, directory)
+    assert target.read_text() == before
 
 
 def test_the_learning_rate_warms_up_and_decays() -> None:
