@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+import jax
 from absl import app, flags, logging
 
 from lstm_jax import config
@@ -30,6 +31,13 @@ def run(main: Callable[[], int | None]) -> None:
             return main()
         except UserError as error:
             _fail(str(error))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            _fail(
+                f"this needs more memory than there is ({one_line(error)[:200]}): lower the sizes "
+                "of the model, or batches.batch_size"
+            )
         except KeyboardInterrupt:
             print("Interrupted.", file=sys.stderr)
             return INTERRUPTED
@@ -49,6 +57,11 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     # its exception is told.
     logging.set_verbosity(logging.FATAL)
     sys.unraisablehook = _report_unraisable
+    for argument in argv:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            _fail(f"the argument {argument!r} is not UTF-8")
     try:
         return flags.FLAGS(argv)
     except Exception as error:  # A config file is Python code: it can raise anything.

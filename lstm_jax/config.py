@@ -6,6 +6,7 @@ wants different. Every field can be set from the command line: `--config.model.h
 
 import difflib
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -103,7 +104,7 @@ def check(config: ConfigDict) -> None:
         (batches.window_length > 0, "batches.window_length", "1 or more"),
         (model.embedding_size > 0, "model.embedding_size", "1 or more"),
         (model.hidden_size > 0, "model.hidden_size", "1 or more"),
-        (model.num_layers > 0, "model.num_layers", "1 or more"),
+        (0 < model.num_layers <= 1000, "model.num_layers", "from 1 to 1000"),
         (
             model.recurrence in recurrence.IMPLEMENTATIONS,
             "model.recurrence",
@@ -111,19 +112,19 @@ def check(config: ConfigDict) -> None:
         ),
         (model.dtype in ("float32", "bfloat16"), "model.dtype", "'float32' or 'bfloat16'"),
         (model.rematerialize >= 0, "model.rematerialize", "0 or more"),
-        (optimizer.learning_rate > 0, "optimizer.learning_rate", "above 0"),
-        (optimizer.warmup_steps >= 0, "optimizer.warmup_steps", "0 or more"),
+        (0 < optimizer.learning_rate < math.inf, "optimizer.learning_rate", "above 0 and finite"),
+        (0 <= optimizer.warmup_steps < 2**31, "optimizer.warmup_steps", "0 or more, below 2**31"),
         (
             optimizer.schedule in ("constant", "cosine"),
             "optimizer.schedule",
             "'constant' or 'cosine'",
         ),
         (optimizer.max_gradient_norm >= 0, "optimizer.max_gradient_norm", "0 or more"),
-        (config.num_epochs > 0, "num_epochs", "1 or more"),
+        (0 < config.num_epochs <= 10**6, "num_epochs", "from 1 to 1,000,000"),
         (config.log_every_steps > 0, "log_every_steps", "1 or more"),
         (config.checkpoint_every_seconds >= 0, "checkpoint_every_seconds", "0 or more"),
         (config.max_skipped_steps >= 0, "max_skipped_steps", "0 or more"),
-        (config.sample.length > 0, "sample.length", "1 or more"),
+        (0 < config.sample.length <= 10**6, "sample.length", "from 1 to 1,000,000"),
         (config.sample.temperature >= 0, "sample.temperature", "0 or more"),
     ]
     values = dict(flatten(config))
