@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+import jax
 from absl import app, flags, logging
 
 from lstm_jax import config
@@ -25,11 +26,18 @@ def run(main: Callable[[], int | None]) -> None:
     def guarded(argv: Sequence[str]) -> int | None:
         if len(argv) > 1:
             _fail(f"stray argument {argv[1]!r}: every argument is a flag, see --help")
-        logging.set_verbosity(logging.ERROR)  # app.run raises it once flags are parsed.
+        logging.set_verbosity(logging.FATAL)  # app.run raises it once flags are parsed.
         try:
             return main()
         except UserError as error:
             _fail(str(error))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            _fail(
+                f"this needs more memory than there is ({one_line(error)[:200]}): lower the sizes "
+                "of the model, or batches.batch_size"
+            )
         except KeyboardInterrupt:
             print("Interrupted.", file=sys.stderr)
             return INTERRUPTED
@@ -45,12 +53,25 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     if {"--help", "-help", "-h", "-?"} & set(argv):
         app.usage(shorthelp=True, writeto_stdout=True)
         sys.exit(0)
-    # Orbax, Grain and TFDS log much that no user of a command asked for.
-    logging.set_verbosity(logging.ERROR)
+    # Orbax, Grain and TFDS log much that no user of a command asked for; where one of them fails,
+    # its exception is told.
+    logging.set_verbosity(logging.FATAL)
+    sys.unraisablehook = _report_unraisable
+    for argument in argv:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            _fail(f"the argument {argument!r} is not UTF-8")
     try:
         return flags.FLAGS(argv)
     except Exception as error:  # A config file is Python code: it can raise anything.
         _fail(_describe(error, argv))
+
+
+def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Reports all but what Orbax's threads raise after one of them has failed, which is told."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _describe(error: Exception, argv: Sequence[str]) -> str:
@@ -74,5 +95,6 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    # One line, whatever a name or a value in it holds.
+    print("error:", " ".join(message.split()), file=sys.stderr)
     sys.exit(2)

@@ -6,6 +6,7 @@ wants different. Every field can be set from the command line: `--config.model.h
 
 import difflib
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -129,7 +130,9 @@ def check(config: ConfigDict) -> None:
     rules: list[tuple[bool, str, str]] = [
         (0 <= config.seed < 2**32, "seed", "0 or more, and below 2**32"),
         (
-            len(fractions) == 3 and min(fractions) > 0 and abs(sum(fractions) - 1) < 1e-6,
+            len(fractions) == 3
+            and all(isinstance(share, int | float) and share > 0 for share in fractions)
+            and abs(sum(fractions) - 1) < 1e-6,
             "data.fractions",
             "three positive shares (train, validation, test) that add up to 1",
         ),
@@ -138,7 +141,7 @@ def check(config: ConfigDict) -> None:
         (batches.window_length > 0, "batches.window_length", "1 or more"),
         (model.embedding_size > 0, "model.embedding_size", "1 or more"),
         (model.hidden_size > 0, "model.hidden_size", "1 or more"),
-        (model.num_layers > 0, "model.num_layers", "1 or more"),
+        (0 < model.num_layers <= 1000, "model.num_layers", "from 1 to 1000"),
         (model.cell in cells.CELLS, "model.cell", f"one of {', '.join(cells.CELLS)}"),
         (model.mogrifier_rounds >= 0, "model.mogrifier_rounds", "0 or more"),
         (
@@ -148,8 +151,8 @@ def check(config: ConfigDict) -> None:
         ),
         (model.dtype in ("float32", "bfloat16"), "model.dtype", "'float32' or 'bfloat16'"),
         (model.rematerialize >= 0, "model.rematerialize", "0 or more"),
-        (optimizer.learning_rate > 0, "optimizer.learning_rate", "above 0"),
-        (optimizer.warmup_steps >= 0, "optimizer.warmup_steps", "0 or more"),
+        (0 < optimizer.learning_rate < math.inf, "optimizer.learning_rate", "above 0 and finite"),
+        (0 <= optimizer.warmup_steps < 2**31, "optimizer.warmup_steps", "0 or more, below 2**31"),
         (
             optimizer.name in optimizer_lib.OPTIMIZERS,
             "optimizer.name",
@@ -185,11 +188,11 @@ def check(config: ConfigDict) -> None:
             if name.endswith("_penalty")
         ),
         (config.mesh.data >= 0, "mesh.data", "0 or more"),
-        (config.num_epochs > 0, "num_epochs", "1 or more"),
+        (0 < config.num_epochs <= 10**6, "num_epochs", "from 1 to 1,000,000"),
         (config.log_every_steps > 0, "log_every_steps", "1 or more"),
         (config.checkpoint_every_seconds >= 0, "checkpoint_every_seconds", "0 or more"),
         (config.max_skipped_steps >= 0, "max_skipped_steps", "0 or more"),
-        (config.sample.length > 0, "sample.length", "1 or more"),
+        (0 < config.sample.length <= 10**6, "sample.length", "from 1 to 1,000,000"),
         (config.sample.temperature >= 0, "sample.temperature", "0 or more"),
     ]
     values = dict(flatten(config))
@@ -210,15 +213,20 @@ def complete(fields: Any) -> ConfigDict:
     if not isinstance(fields, ConfigDict):
         if not isinstance(fields, dict):
             raise UserError(f"get_config() returned {type(fields).__name__}, not a ConfigDict")
-        fields = ConfigDict(fields)
+        try:
+            fields = ConfigDict(fields)
+        except (TypeError, ValueError) as error:  # A name with a dot in it.
+            raise UserError(f"the config is not one: {error}") from None
     config = default()
     known = dict(flatten(config))
     for field, value in flatten(fields):
         if message := unknown_field(field):
             raise UserError(message)
         try:
+            if value is None:  # ConfigDict takes it for any field.
+                raise TypeError
             config.update_from_flattened_dict({field: value})
-        except TypeError:
+        except (TypeError, ValueError, OverflowError):
             wanted = type(known[field]).__name__
             raise UserError(f"config.{field} is {value!r}: it must be of type {wanted}") from None
     check(config)

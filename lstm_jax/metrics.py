@@ -120,7 +120,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_xlabel("training step")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     picture = io.BytesIO()
     FigureCanvasAgg(figure).print_png(picture)
     files.write(path, picture.getvalue())

@@ -122,7 +122,9 @@ def main() -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Working directory of a training run.")
     flags.DEFINE_string("prompt", "", "Text to go on from.")
-    flags.DEFINE_integer("length", 500, "How many characters to write.", lower_bound=1)
+    flags.DEFINE_integer(
+        "length", 500, "How many characters to write.", lower_bound=1, upper_bound=10**6
+    )
     flags.DEFINE_float(
         "temperature", 0.8, "Less is safer, more is wilder; 0 is greedy.", lower_bound=0
     )

@@ -17,7 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from lstm_jax import batches, corpus, evaluate, lock, metrics, parallel, sample, workdir
+from lstm_jax import (
+    batches,
+    corpus,
+    evaluate,
+    files,
+    lock,
+    metrics,
+    parallel,
+    sample,
+    workdir,
+)
 from lstm_jax import checkpoints as checkpoints_lib
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
@@ -455,7 +465,7 @@ def _check_finite(
         batch = recent[first - step - 1]
         path = run.directory / f"nonfinite_step_{first}.json"
         ids = {"step": first, "inputs": batch.inputs.tolist(), "targets": batch.targets.tolist()}
-        path.write_text(json.dumps(ids) + "\n", encoding="utf-8")
+        files.write(path, f"{json.dumps(ids)}\n".encode())
         allowed = run.config.max_skipped_steps
         what = f"the loss or a gradient of step {first} is not finite (its batch is in {path})"
         if skipped > allowed:

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 from PIL import Image
@@ -20,6 +21,16 @@ def test_rows_are_read_back_and_appended_to(tmp_path: Path) -> None:
     assert b"train/loss" in b"".join(event.read_bytes() for event in events)
 
 
+def test_half_a_line_is_dropped_and_damaged_lines_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    row = {"step": 10, "epoch": 0.5, "split": "train", "loss": 2.5}
+    path.write_bytes(json.dumps(row).encode() + b"\n\xff\xfe{\n[1]\n{}\n" + b'{"step": 20, "lo')
+    with metrics.MetricsWriter(path, 10) as writer:
+        writer.write(20, 1, "train", 2.25)
+    assert metrics.read(path) == [row, {**row, "step": 20, "epoch": 1, "loss": 2.25}]
+    metrics.plot([{**row, "loss": float("nan")}, row], tmp_path / "curves.png")
+
+
 def test_the_plot_is_a_picture_with_curves_on_it(tmp_path: Path) -> None:
     path = tmp_path / "curves.png"
     rows = [{"step": s, "split": "train", "loss": 4 / (1 + s)} for s in range(1, 50)]
@@ -31,4 +42,5 @@ def test_the_plot_is_a_picture_with_curves_on_it(tmp_path: Path) -> None:
     for hexadecimal in ("0072B2", "D55E00", "009E73"):
         assert tuple(bytes.fromhex(hexadecimal)) in colours
     assert list(tmp_path.iterdir()) == [path]
-    metrics.plot(rows[-1:], path)  # One point alone is no reason to fail.
+    for few in (rows[-1:], [], [{**rows[0], "loss": float("inf")}]):
+        metrics.plot(few, path)  # Nothing to draw is no reason to fail.

@@ -1,4 +1,6 @@
+import json
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -6,36 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 from ml_collections import ConfigDict
 
 from lstm_jax import batches, checkpoints, evaluate, metrics, train, workdir
 from lstm_jax import model as model_lib
-from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.errors import UserError
-
-
-def final_arrays(directory: Path) -> list[Any]:
-    """Every array of the latest checkpoint of a tiny run."""
-    config = workdir.load_config(directory)
-    vocabulary = workdir.load_vocabulary(directory)
-    model = model_lib.from_config(config.model, len(vocabulary))
-    optimizer = optimizer_lib.make(config.optimizer, 1)
-    state = train.init_state(model, optimizer, jax.random.key(0), config.batches.batch_size)
-    iterator, _ = batches.make(np.zeros(18_000, np.int32), config.batches, 0)
-    restored = checkpoints.restore_latest(
-        directory / workdir.CHECKPOINTS, state.evaluated, state.rest, iterator
-    )
-    assert restored is not None
-    restored.state["key"] = jax.random.key_data(restored.state["key"])
-    arrays = jax.tree.leaves((restored.params, restored.state))
-    return [np.asarray(x) for x in arrays] + [iterator.get_state()]
-
-
-def losses(directory: Path) -> list[tuple[int, str, float]]:
-    rows = metrics.read(directory / workdir.METRICS)
-    return [(row["step"], row["split"], row["loss"]) for row in rows]
 
 
 @pytest.mark.parametrize("kind", ["windows", "streams"])
@@ -69,11 +50,7 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(
     monkeypatch.setattr(train, "make_train_step", make_stopping)
     assert train.train(tiny_config, stopped) == 130
     assert train.train(tiny_config, stopped) == 0
-    for a, b in zip(final_arrays(whole), final_arrays(stopped), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert losses(whole) == losses(stopped)
-    samples = [(directory / workdir.SAMPLES).read_text() for directory in (whole, stopped)]
-    assert samples[0] == samples[1]
+    runs.assert_same(whole, stopped)
 
 
 def test_a_run_leaves_all_that_it_promises(trained: Path) -> None:
@@ -121,7 +98,7 @@ def test_a_finished_run_says_so_and_can_be_trained_longer(
     tiny_config.num_epochs = 2
     assert train.train(tiny_config, tmp_path) == 0
     assert "Going on from step" in capsys.readouterr().out
-    assert [row[1] for row in losses(tmp_path)].count("validation") == 3
+    assert [row[1] for row in runs.losses(tmp_path)].count("validation") == 3
 
 
 def test_another_model_or_text_in_the_same_directory_is_refused(
@@ -143,6 +120,209 @@ def test_a_text_too_short_leaves_no_directory(tiny_config: ConfigDict, tmp_path:
     with pytest.raises(UserError, match="too short: 1000 streams of 32"):
         train.train(tiny_config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, *poisoned: int) -> None:
+    """Makes the loss of these steps infinite, of all runs in this test, counted together."""
+    steps = 0
+    make = train.make_train_step
+
+    def make_poisoned(*args: Any) -> train.TrainStep:
+        step = make(*args)
+
+        def poisoned_step(state: train.TrainState, batch: batches.Batch) -> train.TrainState:
+            nonlocal steps
+            steps += 1
+            if steps not in poisoned:
+                return step(state, batch)
+            bad = jax.tree.map(lambda x: x * jnp.inf, state.carry)
+            return step(state._replace(carry=bad), batch)._replace(carry=state.carry)
+
+        return poisoned_step
+
+    monkeypatch.setattr(train, "make_train_step", make_poisoned)
+
+
+def test_a_run_leaves_so_many_steps_out_and_then_stops(
+    tiny_config: ConfigDict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tiny_config.max_skipped_steps = 3
+    poison(monkeypatch, 15, 16, 93, 95, 96)
+    with pytest.raises(UserError, match="gradient of step 93 is not finite") as caught:
+        train.train(tiny_config, tmp_path)
+    for word in ("step 70", "learning_rate", "max_gradient_norm", "max_skipped_steps"):
+        assert word in str(caught.value)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 and "step 15 is not finite" in told[0] and "2 of at most 3" in told[0]
+    # Stopped within one logging interval, and nothing of it was saved or logged.
+    steps = [step for step, split, _ in runs.losses(tmp_path) if split == "train"]
+    assert steps == list(range(10, 100, 10))
+    assert all(np.isfinite(loss) for *_, loss in runs.losses(tmp_path))
+    assert checkpoints.steps(tmp_path / workdir.CHECKPOINTS) == [0, 70]
+
+    ids = json.loads((tmp_path / "nonfinite_step_93.json").read_text())
+    text = Path(tiny_config.data.path).read_text(encoding="utf-8")[:18_000]
+    iterator, _ = batches.make(
+        workdir.load_vocabulary(tmp_path).encode(text), tiny_config.batches, tiny_config.seed
+    )
+    for _ in range(93):
+        batch = next(iterator)
+    assert ids["step"] == 93
+    np.testing.assert_array_equal(ids["inputs"], batch.inputs)
+    np.testing.assert_array_equal(ids["targets"], batch.targets)
+
+    assert train.train(tiny_config, tmp_path) == 0, "the remedy of luck: it is finite now"
+    restored = runs.final_state(tmp_path)
+    assert all(np.isfinite(x).all() for x in restored[:-1])
+
+
+def test_numbers_that_explode_stop_the_run_and_a_lower_learning_rate_goes_on(
+    tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_config.optimizer.learning_rate = 1e38
+    tiny_config.optimizer.warmup_steps = 0
+    tiny_config.optimizer.max_gradient_norm = 0.0
+    with pytest.raises(UserError, match="gradient of step 2 is not finite .* that of step 0"):
+        train.train(tiny_config, tmp_path)
+    tiny_config.optimizer.learning_rate = 0.01
+    tiny_config.optimizer.max_gradient_norm = 1.0
+    capsys.readouterr()
+    assert train.train(tiny_config, tmp_path) == 0
+    assert (
+        "From step 0 on, optimizer.learning_rate is 0.01; it was 1e+38" in capsys.readouterr().out
+    )
+    (line,) = (tmp_path / workdir.CHANGES).read_text().splitlines()
+    assert json.loads(line) == {
+        "step": 0,
+        "changes": {
+            "optimizer.learning_rate": [1e38, 0.01],
+            "optimizer.max_gradient_norm": [0.0, 1.0],
+        },
+    }
+
+
+def test_a_new_run_starts_from_the_weights_of_another(
+    trained: Path,
+    tiny_config: ConfigDict,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = Path(tiny_config.data.path).read_text(encoding="utf-8")
+    new = tmp_path / "new.txt"
+    new.write_text(text.replace("q", "é").replace("x", "ß")[::-1], encoding="utf-8")
+    tiny_config.data.path = str(new)
+    tiny_config.init_from = str(trained)
+    tiny_config.num_epochs = 1
+    assert train.train(tiny_config, tmp_path / "run") == 0
+    source = workdir.load(trained)
+    told = capsys.readouterr().out
+    assert f"those of step {source.step} in {trained}" in told
+    assert "2 new units start fresh: 'ß', 'é'" in told
+    vocabulary = workdir.load_vocabulary(tmp_path / "run")
+    assert vocabulary.units == (*source.vocabulary.units, "ß", "é")
+
+    # The checkpoint before the first step: the old weights, with fresh rows for the new units.
+    fresh = model_lib.init(
+        model_lib.from_config(tiny_config.model, len(vocabulary)),
+        jax.random.split(jax.random.key(tiny_config.seed))[0],
+    )
+    start, _ = checkpoints.restore_best_params(first_checkpoint(tmp_path / "run"), fresh)
+    n = len(source.vocabulary)
+    np.testing.assert_array_equal(
+        start["embedding"]["embedding"],
+        np.concatenate(
+            [source.params["embedding"]["embedding"], fresh["embedding"]["embedding"][n:]]
+        ),
+    )
+    np.testing.assert_array_equal(start["dense"]["kernel"][:, :n], source.params["dense"]["kernel"])
+    np.testing.assert_array_equal(start["dense"]["kernel"][:, n:], fresh["dense"]["kernel"][:, n:])
+    np.testing.assert_array_equal(
+        start["lstm_0"]["recurrent_kernel"], source.params["lstm_0"]["recurrent_kernel"]
+    )
+
+    # The run goes on whether its origin is named again or not; another one is refused.
+    tiny_config.init_from = ""
+    assert train.train(tiny_config, tmp_path / "run") == 0
+    assert workdir.load_config(tmp_path / "run").init_from == str(trained)
+    tiny_config.init_from = str(tmp_path)
+    with pytest.raises(UserError, match="init_from was"):
+        train.train(tiny_config, tmp_path / "run")
+
+
+def first_checkpoint(directory: Path) -> Path:
+    """A directory with the checkpoint of step 0 alone."""
+    alone = directory.parent / "alone"
+    shutil.copytree(directory / workdir.CHECKPOINTS / "0", alone / "0")
+    return alone
+
+
+def test_weights_of_a_model_of_other_sizes_are_refused(
+    trained: Path, tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    tiny_config.init_from = str(trained)
+    tiny_config.model.hidden_size = 25
+    tiny_config.batches.batch_size = 4  # That is no matter.
+    with pytest.raises(UserError, match=r"\(model.hidden_size was 24 and is 25\): take its own"):
+        train.train(tiny_config, tmp_path / "run")
+    tiny_config.init_from = str(tmp_path)
+    with pytest.raises(UserError, match="there is no trained model in"):
+        train.train(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (workdir.CONFIG, "holds checkpoints but no config.json"),
+        (workdir.VOCABULARY, "vocabulary.json is missing or damaged"),
+        (workdir.CHECKPOINTS, "what a run measured .* but no checkpoint"),
+    ],
+)
+def test_a_run_of_which_a_part_is_gone_does_not_start_over(
+    name: str, message: str, trained: Path, tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(trained, directory)
+    (directory / name).rename(tmp_path / name)
+    before = sorted(directory.rglob("*"))
+    with pytest.raises(UserError, match=message):
+        train.train(tiny_config, directory)
+    assert sorted(directory.rglob("*")) == before
+    (tmp_path / name).rename(directory / name)
+    assert train.train(tiny_config, directory) == 0
+
+
+def test_a_damaged_latest_checkpoint_costs_only_what_came_after_the_one_before(
+    trained: Path,
+    tiny_config: ConfigDict,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(trained, directory)
+    (directory / workdir.CHECKPOINTS / "140" / "state" / "manifest.ocdbt").unlink()
+    assert train.train(tiny_config, directory) == 0
+    told = capsys.readouterr()
+    assert "Going on from step 70 of 140" in told.out
+    assert "140 is damaged (state/manifest.ocdbt is missing): it is now 140.damaged" in told.err
+    runs.assert_same(trained, directory)
+
+
+def test_a_file_of_the_run_that_is_a_link_is_refused(
+    trained: Path, tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    directory, target = tmp_path / "run", tmp_path / "target"
+    shutil.copytree(trained, directory)
+    (directory / workdir.SAMPLES).rename(target)
+    (directory / workdir.SAMPLES).symlink_to(target)
+    before = target.read_text()
+    tiny_config.num_epochs = 3
+    with pytest.raises(UserError, match="samples.txt is a link"):
+        train.train(tiny_config, directory)
+    assert target.read_text() == before
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is about glibc")

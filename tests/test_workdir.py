@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,49 @@ def test_what_is_missing_or_damaged_is_named(tmp_path: Path, trained: Path) -> N
     (tmp_path / workdir.VOCABULARY).write_bytes((trained / workdir.VOCABULARY).read_bytes())
     with pytest.raises(UserError, match="no checkpoint in .* yet"):
         workdir.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", [workdir.CONFIG, workdir.VOCABULARY])
+def test_a_byte_that_was_flipped_anywhere_is_noticed(
+    name: str, tmp_path: Path, trained: Path
+) -> None:
+    load = {workdir.CONFIG: workdir.load_config, workdir.VOCABULARY: workdir.load_vocabulary}[name]
+    content = (trained / name).read_bytes()
+    expected = json.loads(content)
+    noticed = 0
+    for at in range(len(content)):
+        flipped = content[:at] + bytes([content[at] ^ 0x04]) + content[at + 1 :]
+        (tmp_path / name).write_bytes(flipped)
+        try:
+            load(tmp_path)
+        except UserError as error:
+            assert f"{name} is" in str(error) and "damaged" in str(error)
+            noticed += 1
+        else:
+            assert json.loads(flipped) == expected, "only white space may change unnoticed"
+    assert noticed > 0.6 * len(content)
+
+
+def test_restoring_drops_the_history_written_later_and_tells_of_what_is_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / workdir.METRICS).write_text("first\n")
+    (tmp_path / "events.out.tfevents.1").write_text("events")
+    sizes = workdir.history_sizes(tmp_path)
+    (tmp_path / workdir.METRICS).write_text("first\nsecond\n")
+    (tmp_path / workdir.SAMPLES).write_text("not there when saved")
+    (tmp_path / "events.out.tfevents.2").write_text("not there when saved")
+    (tmp_path / "notes.txt").write_text("of the user's")
+    workdir.restore_history(tmp_path, {**sizes, "../notes.txt": 0})
+    left = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert left == {
+        workdir.METRICS: "first\n",
+        "events.out.tfevents.1": "events",
+        "notes.txt": "of the user's",
+    }
+    assert capsys.readouterr().err == ""
+    (tmp_path / workdir.METRICS).write_text("fir")
+    workdir.restore_history(tmp_path, sizes)
+    assert capsys.readouterr().err == f"warning: {tmp_path / workdir.METRICS} has lost some of " + (
+        "what was in it\n"
+    )

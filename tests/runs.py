@@ -1,0 +1,67 @@
+"""What tests ask of the working directory of a tiny run."""
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tensorboardX.proto.event_pb2 import Event
+
+from lstm_jax import batches, checkpoints, metrics, train, workdir
+from lstm_jax import model as model_lib
+from lstm_jax import optimizer as optimizer_lib
+
+
+def final_state(directory: Path) -> list[Any]:
+    """Every array of the latest checkpoint, and where it is in the text."""
+    config = workdir.load_config(directory)
+    vocabulary = workdir.load_vocabulary(directory)
+    model = model_lib.from_config(config.model, len(vocabulary))
+    optimizer = optimizer_lib.make(config.optimizer, 1)
+    state = train.init_state(model, optimizer, jax.random.key(0), config.batches.batch_size)
+    iterator, _ = batches.make(np.zeros(18_000, np.int32), config.batches, 0)
+    restored = checkpoints.restore_latest(
+        directory / workdir.CHECKPOINTS, state.evaluated, state.rest, iterator
+    )
+    assert restored is not None
+    restored.state["key"] = jax.random.key_data(restored.state["key"])
+    arrays = jax.tree.leaves((restored.params, restored.state))
+    return [np.asarray(x) for x in arrays] + [iterator.get_state()]
+
+
+def losses(directory: Path) -> list[tuple[int, str, float]]:
+    """The rows of metrics.jsonl but for how fast they came."""
+    rows = metrics.read(directory / workdir.METRICS)
+    return [(row["step"], row["split"], row["loss"]) for row in rows]
+
+
+def events(directory: Path) -> list[tuple[int, str, float]]:
+    """The same rows as TensorBoard's files hold them, in order."""
+    rows = []
+    for path in directory.glob("events.out.tfevents.*"):
+        content, at = path.read_bytes(), 0
+        while at < len(content):
+            (length,) = struct.unpack_from("<Q", content, at)
+            event = Event.FromString(content[at + 12 : at + 12 + length])
+            at += length + 16
+            for value in event.summary.value:
+                split, _, name = value.tag.partition("/")
+                if name == "loss":
+                    rows.append((event.step, split, value.simple_value))
+    return sorted(rows)
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Both runs ended with the same parameters, state, metrics, events and samples, bit for bit."""
+    for a, b in zip(final_state(one), final_state(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert losses(one) == losses(other)
+    assert (one / workdir.SAMPLES).read_text() == (other / workdir.SAMPLES).read_text()
+    assert events(one) == events(other)
+    np.testing.assert_allclose(
+        [loss for *_, loss in events(one)],
+        [loss for *_, loss in sorted(losses(one))],
+        rtol=1e-6,  # TensorBoard's are float32.
+    )
+    assert len(set(losses(one))) == len(losses(one)), "each step once"

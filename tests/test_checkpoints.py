@@ -1,0 +1,226 @@
+import json
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lstm_jax import batches, checkpoints
+from lstm_jax import config as config_lib
+from lstm_jax.errors import UserError
+
+PARAMS = {"w": jnp.zeros(3)}
+STATE = {"key": jax.random.key(0), "count": jnp.int32(0)}
+
+
+@pytest.fixture
+def iterator() -> grain.DatasetIterator:
+    return batches.make(np.zeros(10_000, np.int32), config_lib.default().batches, 0)[0]
+
+
+def save(writer: checkpoints.CheckpointWriter, step: int, iterator: grain.DatasetIterator) -> None:
+    params = {"w": jnp.full(3, float(step))}
+    state = {"key": jax.random.key(step), "count": jnp.int32(step)}
+    writer.save(step, params, state, iterator, {"metrics.jsonl": step})
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of the steps 1 and 2, the first of them validated."""
+    directory = tmp_path_factory.mktemp("saved")
+    iterator, _ = batches.make(np.zeros(10_000, np.int32), config_lib.default().batches, 0)
+    with checkpoints.CheckpointWriter(directory) as writer:
+        save(writer, 1, iterator)
+        writer.record_validation(1, 2.5)
+        next(iterator)
+        save(writer, 2, iterator)
+    return directory
+
+
+def test_the_latest_two_and_the_best_are_kept_and_restored(
+    tmp_path: Path, iterator: grain.DatasetIterator
+) -> None:
+    losses = {1: 3.0, 2: 1.0, 3: None, 4: 2.0, 5: float("nan"), 6: 2.5}
+    with checkpoints.CheckpointWriter(tmp_path) as writer:
+        for step, loss in losses.items():
+            next(iterator)
+            at_save = iterator.get_state()
+            save(writer, step, iterator)
+            if loss is not None:
+                writer.record_validation(step, loss)
+    assert checkpoints.steps(tmp_path) == [2, 5, 6]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "5", "6"]
+    params, step = checkpoints.restore_best_params(tmp_path, PARAMS)
+    assert step == 2
+    np.testing.assert_array_equal(params["w"], np.full(3, 2.0))
+    next(iterator)
+    restored = checkpoints.restore_latest(tmp_path, PARAMS, STATE, iterator)
+    assert restored is not None and restored.step == 6 and restored.history == {"metrics.jsonl": 6}
+    np.testing.assert_array_equal(restored.params["w"], np.full(3, 6.0))
+    assert int(restored.state["count"]) == 6
+    np.testing.assert_array_equal(
+        jax.random.key_data(restored.state["key"]), jax.random.key_data(jax.random.key(6))
+    )
+    assert iterator.get_state() == at_save
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x01
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [truncate, flip, Path.unlink], ids=["truncate", "flip", "delete"])
+def test_whatever_file_is_damaged_the_checkpoint_before_it_is_used(
+    harm: object,
+    saved: Path,
+    tmp_path: Path,
+    iterator: grain.DatasetIterator,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    names = [path.relative_to(saved) for path in saved.glob("2/**/*") if path.is_file()]
+    assert len(names) > 15
+    for number, name in enumerate(names):
+        directory = tmp_path / str(number)
+        shutil.copytree(saved, directory)
+        harm(directory / name)  # type: ignore[operator]
+        before = snapshot(directory)
+
+        # A reader whose best checkpoint it is takes another, and changes nothing.
+        (directory / "1" / checkpoints.VALIDATION).unlink()
+        del before[f"1/{checkpoints.VALIDATION}"]
+        params, step = checkpoints.restore_best_params(directory, PARAMS)
+        assert step == 1 and float(params["w"][0]) == 1
+        told = capsys.readouterr().err
+        assert f"{directory / '2'} is damaged" in told and len(told.splitlines()) == 1
+        assert snapshot(directory) == before
+
+        restored = checkpoints.restore_latest(directory, PARAMS, STATE, iterator)
+        assert restored is not None and restored.step == 1 and float(restored.params["w"][0]) == 1
+        told = capsys.readouterr().err
+        assert "it is now 2.damaged" in told and len(told.splitlines()) == 1
+        moved = {name.replace("2/", "2.damaged/"): content for name, content in before.items()}
+        assert snapshot(directory) == moved, "renamed, and nothing lost"
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    """The content of every file."""
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_where_all_are_damaged_nothing_is_touched_and_each_is_named(
+    saved: Path, tmp_path: Path, iterator: grain.DatasetIterator
+) -> None:
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(saved, directory)
+    for step in (1, 2):
+        flip(directory / str(step) / "params" / "manifest.ocdbt")
+    before = snapshot(directory)
+    match = "step 2: params/manifest.ocdbt has changed; step 1: params/manifest.ocdbt"
+    with pytest.raises(UserError, match=match):
+        checkpoints.restore_latest(directory, PARAMS, STATE, iterator)
+    match = "step 1: params/manifest.ocdbt has changed; step 2"
+    with pytest.raises(UserError, match=match):
+        checkpoints.restore_best_params(directory, PARAMS)
+    assert snapshot(directory) == before
+    assert checkpoints.restore_latest(tmp_path / "none", PARAMS, STATE, iterator) is None
+    with pytest.raises(UserError, match="no checkpoint in .* yet"):
+        checkpoints.restore_best_params(tmp_path / "none", PARAMS)
+
+
+def test_names_of_damaged_ones_are_never_taken_twice(
+    saved: Path, tmp_path: Path, iterator: grain.DatasetIterator
+) -> None:
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(saved, directory)
+    for _ in range(2):
+        shutil.copytree(saved / "2", directory / "2", dirs_exist_ok=True)
+        (directory / "2" / checkpoints.SEAL).write_text("")
+        checkpoints.restore_latest(directory, PARAMS, STATE, iterator)
+    assert {path.name for path in directory.iterdir()} == {"1", "2.damaged", "2.damaged-2"}
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    saved: Path, iterator: grain.DatasetIterator
+) -> None:
+    for other in ({"w": jnp.zeros(4)}, {"v": jnp.zeros(3)}):
+        with pytest.raises(UserError, match="does not hold the model that the config describes"):
+            checkpoints.restore_best_params(saved, other)
+        with pytest.raises(UserError, match="does not hold the model that the config describes"):
+            checkpoints.restore_latest(saved, other, STATE, iterator)
+
+
+def test_what_a_killed_save_left_is_cleared_away_and_never_read(
+    saved: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(saved, directory)
+    for name in ("3.unfinished", "4.unfinished.orbax-checkpoint-tmp"):
+        shutil.copytree(saved / "2", directory / name)
+    (directory / "notes.txt").write_text("of the user's")
+    assert checkpoints.steps(directory) == [1, 2]
+    checkpoints.CheckpointWriter(directory)
+    assert {path.name for path in directory.iterdir()} == {"1", "2", "notes.txt"}
+
+
+def test_the_seal_is_what_sha256sum_reads(saved: Path) -> None:
+    sha256sum = shutil.which("sha256sum")
+    if sha256sum is None:
+        pytest.skip("there is no sha256sum here")
+    command = [sha256sum, "--check", "--strict", "--quiet", checkpoints.SEAL]
+    subprocess.run(command, cwd=saved / "2", check=True)
+
+
+def test_who_reads_while_training_saves_sees_whole_checkpoints(
+    tmp_path: Path, iterator: grain.DatasetIterator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = threading.Event()
+    seen: list[int] = []
+    failures: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            while not done.is_set():
+                params, step = checkpoints.restore_best_params(tmp_path, PARAMS)
+                np.testing.assert_array_equal(params["w"], np.full(3, float(step)))
+                seen.append(step)
+        except BaseException as error:
+            failures.append(error)
+
+    with checkpoints.CheckpointWriter(tmp_path) as writer:
+        save(writer, 1, iterator)
+        writer.wait()
+        reader = threading.Thread(target=read)
+        reader.start()
+        for step in range(2, 40):
+            save(writer, step, iterator)
+            if step % 3 == 0:
+                writer.record_validation(step, 1 / step)
+        done.set()
+        reader.join()
+    assert not failures
+    assert len(set(seen)) > 3 and seen == sorted(seen)
+    assert capsys.readouterr().err == "", "none was taken for damaged"
+
+
+def test_a_validation_loss_that_was_changed_counts_for_nothing(saved: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(saved, directory)
+    assert checkpoints.best_step(directory) == 1
+    path = directory / "1" / checkpoints.VALIDATION
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({**fields, "loss": 0.5}))
+    assert checkpoints.best_step(directory) == 2

@@ -1,0 +1,228 @@
+"""Real processes, killed, stopped, starved of disk space, two at once."""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import runs
+
+from lstm_jax import checkpoints, metrics, workdir
+
+ROOT = Path(__file__).parents[1]
+# How many runs are killed, and which random moments: more than a few take minutes.
+KILLS = int(os.environ.get("LSTM_JAX_KILLS", "2"))
+SEED = int(os.environ.get("LSTM_JAX_KILLS_SEED", "0"))
+# What one process has compiled, the others need not.
+_COMPILED = tempfile.TemporaryDirectory()
+ENV = {
+    **os.environ,
+    "JAX_COMPILATION_CACHE_DIR": _COMPILED.name,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+
+
+def command(text_file: Path, directory: Path, *more: str) -> list[str]:
+    """Trains a tiny model for 4 epochs of 70 steps, and saves whenever it can."""
+    return [
+        *(sys.executable, "-m", "lstm_jax.main", "--config", f"{ROOT}/experiments/quick.py"),
+        *(f"--workdir={directory}", f"--config.data.path={text_file}"),
+        *("--config.batches.batch_size=8", "--config.batches.window_length=32"),
+        *("--config.model.embedding_size=8", "--config.model.hidden_size=24"),
+        *("--config.num_epochs=4", "--config.sample.length=40"),
+        *("--config.checkpoint_every_seconds=0", *more),
+    ]
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENV
+    )
+
+
+def finish(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=200, cwd=ROOT, env=ENV)
+
+
+def wait_for_rows(process: subprocess.Popen[str], directory: Path, number: int) -> None:
+    """Returns when the run has written so many lines of metrics."""
+    deadline = time.monotonic() + 100
+    while len(metrics.read(directory / workdir.METRICS)) < number:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def whole(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A run that was never stopped, and how many seconds it took."""
+    directory = tmp_path_factory.mktemp("whole")
+    began = time.monotonic()
+    result = finish(command(text_file, directory))
+    assert result.returncode == 0, result.stderr
+    return directory, time.monotonic() - began
+
+
+@pytest.mark.parametrize("number", range(KILLS))
+def test_a_run_killed_at_any_moment_ends_as_if_it_never_was(
+    number: int, whole: tuple[Path, float], text_file: Path, tmp_path: Path
+) -> None:
+    expected, seconds = whole
+    # The moments are spread evenly over a whole run, each at random within its share.
+    moment = seconds * (number + random.Random(f"{SEED} {number}").random()) / KILLS
+    arguments = command(text_file, tmp_path / "run")
+    process = start(arguments)
+    time.sleep(moment)
+    process.kill()
+    process.communicate()
+    result = finish(arguments)
+    assert result.returncode == 0, f"killed after {moment} s: {result.stderr}"
+    assert result.stderr == ""
+    runs.assert_same(expected, tmp_path / "run")
+
+
+def test_sigterm_stops_within_seconds_in_training_and_in_validation(
+    whole: tuple[Path, float], text_file: Path, tmp_path: Path
+) -> None:
+    # A validation that takes a minute or so.
+    text = text_file.read_text(encoding="utf-8")
+    long = tmp_path / "long.txt"
+    long.write_text(text * 50, encoding="utf-8")
+    directory = tmp_path / "run"
+    arguments = command(
+        long,
+        directory,
+        "--config.data.fractions=0.01,0.98,0.01",
+        "--config.batches.batch_size=64",
+        "--config.model.hidden_size=256",
+    )
+    process = start(arguments)
+    deadline = time.monotonic() + 100
+    while checkpoints.steps(directory / workdir.CHECKPOINTS) != [0]:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)  # Schedulers send it more than once.
+    sent = time.monotonic()
+    output, errors = process.communicate(timeout=60)
+    assert time.monotonic() - sent < 10
+    assert process.returncode == 128 + signal.SIGTERM and errors == ""
+    assert "Stopped at step 0 of" in output
+    assert metrics.read(directory / workdir.METRICS) == [], "it was in the first validation"
+
+    directory = tmp_path / "training"
+    arguments = command(text_file, directory)
+    process = start(arguments)
+    wait_for_rows(process, directory, 5)
+    process.send_signal(signal.SIGTERM)
+    sent = time.monotonic()
+    output, errors = process.communicate(timeout=60)
+    assert time.monotonic() - sent < 10
+    assert process.returncode == 128 + signal.SIGTERM and errors == ""
+    assert finish(arguments).returncode == 0
+    runs.assert_same(whole[0], directory)
+
+
+def test_two_at_once_are_refused_and_reading_is_not(text_file: Path, tmp_path: Path) -> None:
+    arguments = command(text_file, tmp_path, "--config.num_epochs=10000")
+    first = start(arguments)
+    wait_for_rows(first, tmp_path, 3)
+    second = finish(arguments)
+    assert second.returncode == 2 and second.stdout == ""
+    assert f"process {first.pid} on " in second.stderr and len(second.stderr.splitlines()) == 1
+    sampled = finish(
+        [sys.executable, "-m", "lstm_jax.sample", f"--workdir={tmp_path}", "--length=9"]
+    )
+    assert sampled.returncode == 0 and sampled.stderr == "" and len(sampled.stdout) == 10
+    assert first.poll() is None, "it went on all the while"
+    first.kill()
+    first.communicate()
+
+
+@contextlib.contextmanager
+def mounted(directory: Path, *options: str) -> Iterator[Path]:
+    """A file system in memory, of its own."""
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", *options, "tmpfs", str(directory)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("only root can mount a small file system")
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", str(directory)], check=True)
+
+
+def test_a_full_disk_stops_the_run_with_all_that_was_saved(
+    whole: tuple[Path, float], text_file: Path, tmp_path: Path
+) -> None:
+    with mounted(tmp_path / "disk", "-o", "size=8m") as disk:
+        directory = disk / "run"
+        arguments = command(text_file, directory)
+        process = start(arguments)
+        wait_for_rows(process, directory, 12)
+        filler = disk / "filler"
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"\0" * 4096)
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 2, output
+        assert "No space left" in errors and len(errors.splitlines()) == 1
+        kept = checkpoints.steps(directory / workdir.CHECKPOINTS)
+        assert kept and all(
+            checkpoints.damage(directory / workdir.CHECKPOINTS / str(step)) is None for step in kept
+        )
+        # Still full: told again, and nothing is lost.
+        again = finish(arguments)
+        assert again.returncode == 2 and "No space left" in again.stderr
+        assert len(again.stderr.splitlines()) == 1
+        assert checkpoints.steps(directory / workdir.CHECKPOINTS) == kept
+        filler.unlink()
+        assert finish(arguments).returncode == 0
+        runs.assert_same(whole[0], directory)
+
+
+def test_on_a_read_only_disk_training_is_refused_and_reading_works(
+    trained: Path, text_file: Path, tmp_path: Path
+) -> None:
+    with mounted(tmp_path / "disk") as disk:
+        shutil.copytree(trained, disk / "run")
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        result = finish(command(text_file, disk / "run"))
+        assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+        assert f"can't write to {disk / 'run'}: Read-only file system" in result.stderr
+        sample = [sys.executable, "-m", "lstm_jax.sample", f"--workdir={disk / 'run'}"]
+        assert finish(sample).returncode == 0
+
+
+def test_reading_a_working_directory_runs_no_code_from_it(trained: Path, tmp_path: Path) -> None:
+    script = f"""
+import sys
+from pathlib import Path
+from lstm_jax import workdir
+def audit(event, arguments):
+    if event == "pickle.find_class" or "{tmp_path}" in str(arguments[:1]) and event in (
+        "exec", "import", "ctypes.dlopen", "marshal.loads", "subprocess.Popen", "os.system"
+    ):
+        raise SystemExit(f"surprise: {{event}} {{arguments}}")
+sys.addaudithook(audit)
+print(workdir.load(Path("{tmp_path}/run")).step)
+"""
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "sitecustomize.py").write_text("raise SystemExit('ran')")
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path / "run",
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"},
+    )
+    assert result.returncode == 0 and result.stdout == "140\n", result.stderr

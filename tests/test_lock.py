@@ -1,0 +1,106 @@
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lstm_jax import lock
+from lstm_jax.errors import UserError
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from lstm_jax import lock
+with lock.hold(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def holder(directory: Path) -> subprocess.Popen[str]:
+    """Another process that holds the lock."""
+    command = [sys.executable, "-c", HOLD, str(directory)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
+    first = holder(tmp_path)
+    with pytest.raises(UserError, match=f"process {first.pid} on .* is training in"):
+        lock.hold(tmp_path).__enter__()
+    first.kill()
+    first.wait()
+    assert (tmp_path / lock.LOCK).exists()
+    with lock.hold(tmp_path) as is_ours:
+        assert json.loads((tmp_path / lock.LOCK).read_text())["pid"] == os.getpid()
+        assert is_ours()
+    assert not (tmp_path / lock.LOCK).exists()
+
+
+@pytest.mark.parametrize("content", ['{"host": "elsewhere", "pid": 1, "since": "noon"}', "garbage"])
+def test_a_lock_of_another_host_runs_out(content: str, tmp_path: Path) -> None:
+    path = tmp_path / lock.LOCK
+    path.write_text(content)
+    with pytest.raises(UserError, match="is training in .* try again in 60 seconds"):
+        lock.hold(tmp_path).__enter__()
+    assert path.read_text() == content
+    before = time.time() - lock.STALE_SECONDS - 1
+    os.utime(path, (before, before))
+    with lock.hold(tmp_path):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+
+
+def test_without_locks_in_the_file_system_the_process_itself_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*unused: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    first = holder(tmp_path)
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    with pytest.raises(UserError, match=f"process {first.pid} on"):
+        lock.hold(tmp_path).__enter__()
+    first.kill()
+    first.wait()
+    with lock.hold(tmp_path) as is_ours:
+        assert is_ours()
+
+
+def test_who_lost_the_lock_while_suspended_knows(tmp_path: Path) -> None:
+    with lock.hold(tmp_path) as is_ours:
+        path = tmp_path / lock.LOCK
+        path.unlink()
+        path.write_text("of another")
+        assert not is_ours()
+    assert path.read_text() == "of another", "it is not ours to remove"
+
+
+def test_a_held_lock_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "_BEAT_SECONDS", 0.01)
+    with lock.hold(tmp_path):
+        path = tmp_path / lock.LOCK
+        os.utime(path, (0, 0))
+        deadline = time.monotonic() + 10
+        while path.stat().st_mtime == 0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert time.time() - path.stat().st_mtime < 60
+
+
+def test_directories_that_stay_empty_are_taken_away(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with lock.hold(tmp_path / "mine" / "runs" / "a"):
+        pass
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+    with lock.hold(tmp_path / "mine" / "runs" / "a"):
+        (tmp_path / "mine" / "runs" / "a" / "kept").touch()
+    assert (tmp_path / "mine" / "runs" / "a" / "kept").exists()
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="can't write to .*file/run: Not a directory"):
+        lock.hold(tmp_path / "file" / "run").__enter__()
