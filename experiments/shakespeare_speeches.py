@@ -1,0 +1,28 @@
+"""Tiny Shakespeare speech by speech: the model learns to write one and to stop."""
+# python -m lstm_jax.main --config experiments/shakespeare_speeches.py
+
+from ml_collections import ConfigDict
+
+from lstm_jax import config as config_lib
+
+
+def get_config() -> ConfigDict:
+    """Speeches end at blank lines; otherwise the model and training of quick.py."""
+    config = config_lib.default()
+
+    config.data.document_separator = "blank_line"
+
+    config.batches.kind = "streams"
+    config.batches.batch_size = 32
+    config.batches.window_length = 96
+
+    config.model.embedding_size = 64
+    config.model.hidden_size = 384
+
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.warmup_steps = 50
+    config.optimizer.schedule = "cosine"
+    config.optimizer.max_gradient_norm = 1.0
+
+    config.num_epochs = 6
+    return config
