@@ -1,5 +1,9 @@
 """Tiny Shakespeare word by word."""
 # python -m lstm_jax.main --config experiments/shakespeare_words.py
+#
+# 4 min 13 s on two cores of an AMD EPYC (Zen 5), start-up and all evaluations included; the best
+# epoch is the third. Validation 4.099, test 4.227 nats per word, that is 2.679 and 3.034 bits per
+# character, the words that are not in the vocabulary spelled out.
 
 from ml_collections import ConfigDict
 

@@ -100,7 +100,7 @@ def as_arrays(controls: Controls, vocabulary_size: int) -> ControlArrays:
         np.float32(controls.top_p),
         np.float32(controls.min_p),
         np.float32(controls.repetition_penalty),
-        np.int32(min(controls.repetition_window, 2**30)),
+        np.int32(min(controls.repetition_window, 2**29)),
         forbidden,
     )
 

@@ -43,6 +43,8 @@ def main() -> None:
     key = jax.random.key(options.seed)
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     if options.interactive:
+        # Bytes that are no UTF-8 are units that a model of bytes knows and others don't.
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
         interactive.converse(
             trained,
             key,

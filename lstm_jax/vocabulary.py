@@ -109,15 +109,18 @@ class Vocabulary:
     def extended(self, other: "Vocabulary") -> "Vocabulary":
         """These units with their ids, and after them those of `other` that are new.
 
-        Documents end as they do in `other`.
-
         Raises:
-          UserError: if the units are of another kind.
+          UserError: if the units are of another kind, or documents end otherwise.
         """
         if self.kind != other.kind:
             raise UserError(
                 f"the weights to start from are those of a model of {self.kind}: set "
                 f"data.units={self.kind}, or start from others"
+            )
+        if self.stop not in ("", other.stop):
+            raise UserError(
+                f"documents of the model to start from end with {self.stop!r}: set "
+                "data.document_separator as it was there, or start from others"
             )
         new = (unit for unit in other.units if unit not in self._ids)
         return Vocabulary([*self.units, *new], self.kind, other.stop)
@@ -151,8 +154,11 @@ class Vocabulary:
 
     @property
     def unit_name(self) -> str:
-        """What one unit is called: "character", "word" and so on."""
-        return self.kind[:-1]
+        """What one of them is called: "character", "word" and so on.
+
+        Where a stop token of several characters is among them, that is "token".
+        """
+        return "token" if len(self.stop) > 1 else self.kind[:-1]
 
     def split(self, text: str) -> list[str]:
         """The units that `text` is made of, known or not.

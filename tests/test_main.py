@@ -122,7 +122,7 @@ def words(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     documents = ["--config.data.document_separator=blank_line"]
     result = run("main", *TINY, *arguments, *units, *documents, cwd=directory)
     assert result.returncode == 0, result.stderr
-    assert "nats per word" in result.stdout and "bits per character" in result.stdout
+    assert "nats per token" in result.stdout and "bits per character" in result.stdout
     return directory / "run"
 
 

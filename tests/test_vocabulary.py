@@ -125,6 +125,16 @@ def test_rare_units_become_unk() -> None:
     assert len(Vocabulary.from_text(text, "bytes", min_count=3)) == 258
 
 
+def test_another_vocabulary_is_appended() -> None:
+    first, second = Vocabulary.from_text("bd"), Vocabulary.from_text("abc\n\n", stop="\n\n")
+    both = first.extended(second)
+    assert both.units == ("", "[UNK]", "b", "d", "\n\n", "a", "c") and both.stop == "\n\n"
+    with pytest.raises(UserError, match="of a model of characters: set data.units=characters"):
+        first.extended(Vocabulary.from_text("abc", "words"))
+    with pytest.raises(UserError, match="end with '..n..n': set data.document_separator"):
+        second.extended(first)
+
+
 def test_unknown_characters_become_unk() -> None:
     vocabulary = Vocabulary.from_text("abc")
     assert vocabulary.encode("axb\ud800").tolist() == [2, 1, 3, 1]
