@@ -131,7 +131,7 @@ def test_another_vocabulary_is_appended() -> None:
     assert both.units == ("", "[UNK]", "b", "d", "\n\n", "a", "c") and both.stop == "\n\n"
     with pytest.raises(UserError, match="of a model of characters: set data.units=characters"):
         first.extended(Vocabulary.from_text("abc", "words"))
-    with pytest.raises(UserError, match="end with '..n..n': set data.document_separator"):
+    with pytest.raises(UserError, match="end with '.n.n': set data.document_separator"):
         second.extended(first)
 
 
