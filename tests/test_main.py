@@ -278,7 +278,7 @@ BAD_CONFIGS = {
         (["sample", "--workdir=.", "--interactive", "--num_samples=2"], "--interactive writes one"),
         (["sample", "--workdir=.", "--num_samples=0"], "num_samples"),
         (["evaluate", "--workdir=."], "no trained model in ."),
-        (["evaluate", "--workdir=.", "--split=nothing"], "train|validation|test"),
+        (["evaluate", "--workdir=.", "--split=nothing"], "train, validation, test"),
     ],
     ids=lambda value: " ".join(value).replace(QUICK, "quick") if isinstance(value, list) else "",
 )
