@@ -35,6 +35,9 @@ def main() -> None:
     ours = "lstm-jax"
     contestants = {
         ours: functools.partial(_lstm_jax, options),
+        "lstm-jax top-k 20": functools.partial(_lstm_jax, options, top_k=20),
+        "lstm-jax top-p 0.9": functools.partial(_lstm_jax, options, top_p=0.9),
+        "lstm-jax top-k and top-p": functools.partial(_lstm_jax, options, top_k=20, top_p=0.9),
         "Flax LSTMCell": functools.partial(_flax, options, "LSTMCell"),
         "Flax OptimizedLSTMCell": functools.partial(_flax, options, "OptimizedLSTMCell"),
         "Haiku": functools.partial(_haiku, options),
@@ -56,10 +59,11 @@ def _mask(options: argparse.Namespace) -> np.ndarray:
     return mask
 
 
-def _lstm_jax(options: argparse.Namespace) -> Work:
+def _lstm_jax(options: argparse.Namespace, **controls: Any) -> Work:
     import jax
 
-    from lstm_jax import model, sample
+    from lstm_jax import generation, model
+    from lstm_jax.controls import Controls
 
     lstm = model.LanguageModel(
         options.vocabulary_size,
@@ -71,15 +75,12 @@ def _lstm_jax(options: argparse.Namespace) -> Work:
     key = jax.random.key(0)
     params = model.init(lstm, key)
     prompts = np.full((options.num_samples, 1), FIRST_ID, np.int32)
-    compiled, seconds, temporary_bytes = side_by_side.compile_jax(
-        sample.generate, lstm, params, prompts, key, TEMPERATURE, options.length
-    )
-    return Work(
-        lambda: np.asarray(compiled(params, prompts, key, TEMPERATURE)),
-        side_by_side.jax_device(),
-        seconds,
-        temporary_bytes,
-    )
+
+    def run() -> np.ndarray:
+        drawn = Controls(TEMPERATURE, **controls)
+        return generation.generate(lstm, params, prompts, key, drawn, length=options.length)
+
+    return Work(run, side_by_side.jax_device())
 
 
 def _jax_peer(

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lstm_jax import cells, recurrence
+from lstm_jax import cells, recurrence, vocabulary
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.errors import UserError
 
@@ -36,6 +36,15 @@ def default() -> ConfigDict:
     config.data.directory = ""
     # The shares of train, validation and test in a text that comes without splits, by position.
     config.data.fractions = (0.9, 0.05, 0.05)
+    # What the model reads and writes one at a time: "characters" (Unicode code points), "graphemes"
+    # (accents stay with their letters, and emoji whole), "words" (with the space before each, and
+    # graphemes between words) or "bytes" (any file at all).
+    config.data.units = "characters"
+    # Units that the training text has fewer times are read as [UNK]. Only bytes are all kept.
+    config.data.min_count = 1
+    # What ends a document, so that the model learns to stop there: "line", "blank_line" or "file"
+    # (each file, or each example of a dataset). Empty: the text is one document without end.
+    config.data.document_separator = ""
     # Checksum of the text, filled in when a run begins: it goes on, and is evaluated, on that text.
     config.data.sha256 = ""
 
@@ -135,6 +144,13 @@ def check(config: ConfigDict) -> None:
             and abs(sum(fractions) - 1) < 1e-6,
             "data.fractions",
             "three positive shares (train, validation, test) that add up to 1",
+        ),
+        (data.units in vocabulary.KINDS, "data.units", f"one of {', '.join(vocabulary.KINDS)}"),
+        (data.min_count > 0, "data.min_count", "1 or more"),
+        (
+            data.document_separator in vocabulary.SEPARATORS,
+            "data.document_separator",
+            f"empty or one of {', '.join(filter(None, vocabulary.SEPARATORS))}",
         ),
         (batches.kind in ("windows", "streams"), "batches.kind", "'windows' or 'streams'"),
         (batches.batch_size > 0, "batches.batch_size", "1 or more"),

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from lstm_jax import tiny_shakespeare
 from lstm_jax.errors import UserError, one_line
+from lstm_jax.vocabulary import FILE_END
 
 SPLITS = ("train", "validation", "test")
 
@@ -22,14 +23,21 @@ tfds.disable_progress_bar()
 def read(data: ConfigDict) -> dict[str, str]:
     """The text of each split, as the `data` fields of a config say.
 
+    With `data.units` "bytes", a byte that is no part of UTF-8 becomes a surrogate, as Python's
+    "surrogateescape" has it. With `data.document_separator` "file", `FILE_END` stands after each
+    file, or each example of a dataset.
+
     Raises:
       UserError: if a text is missing, not UTF-8, empty, or too short to be split.
     """
+    options = {"any_bytes": data.units == "bytes", "ends": data.document_separator == "file"}
     if data.path:
-        splits = split(read_files(data.path), data.fractions)
+        splits = split(read_files(data.path, **options), data.fractions)
         source = data.path
     else:
-        splits = read_dataset(data.dataset, data.text_feature, data.directory, data.fractions)
+        splits = read_dataset(
+            data.dataset, data.text_feature, data.directory, data.fractions, **options
+        )
         source = f"the dataset {data.dataset}"
     for name, text in splits.items():
         # One token to read, one to predict.
@@ -38,11 +46,13 @@ def read(data: ConfigDict) -> dict[str, str]:
     return splits
 
 
-def read_files(paths: str) -> str:
+def read_files(paths: str, any_bytes: bool = False, ends: bool = False) -> str:
     """The text of all files that `paths` names, one after the other.
 
     Args:
       paths: paths or glob patterns, with commas between.
+      any_bytes: whether bytes that are no UTF-8 are kept, as surrogates.
+      ends: whether `FILE_END` stands after each file.
 
     Raises:
       UserError: if a file is missing, empty or not UTF-8 (naming the byte that is not).
@@ -54,7 +64,14 @@ def read_files(paths: str) -> str:
         if not found:
             raise UserError(f"there is no text file {pattern}: name one that exists in data.path")
         files += [path for path in map(Path, found) if len(found) == 1 or path.is_file()]
-    return "".join(_read_file(path) for path in files)
+    texts = [_read_file(path, any_bytes) for path in files]
+    return _with_ends(texts) if ends else "".join(texts)
+
+
+def _with_ends(texts: Sequence[str]) -> str:
+    if any(FILE_END in text for text in texts):
+        raise UserError("a file holds U+FDD0, which stands for the end of a file here: remove it")
+    return "".join(text + FILE_END for text in texts)
 
 
 def absolute(paths: str) -> str:
@@ -62,20 +79,22 @@ def absolute(paths: str) -> str:
     return ",".join(str(Path(pattern).absolute()) for pattern in paths.split(","))
 
 
-def _read_file(path: Path) -> str:
+def _read_file(path: Path, any_bytes: bool) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from None
     if not content:
         raise UserError(f"{path} is empty: data.path must name files with text in them")
+    if any_bytes:
+        return content.decode("utf-8", "surrogateescape")
     try:
         # A byte-order mark is no part of the text.
         return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} is not UTF-8 at byte {error.start}: convert it, "
-            f"for example with iconv -f LATIN1 -t UTF-8"
+            f"{path} is not UTF-8 at byte {error.start}: convert it, for example with "
+            "iconv -f LATIN1 -t UTF-8, or learn its bytes with data.units=bytes"
         ) from None
 
 
@@ -90,7 +109,12 @@ def split(text: str, fractions: Sequence[float]) -> dict[str, str]:
 
 
 def read_dataset(
-    name: str, text_feature: str, directory: str, fractions: Sequence[float]
+    name: str,
+    text_feature: str,
+    directory: str,
+    fractions: Sequence[float],
+    any_bytes: bool = False,
+    ends: bool = False,
 ) -> dict[str, str]:
     """The splits of a TFDS dataset, its examples joined by line breaks.
 
@@ -102,6 +126,8 @@ def read_dataset(
       text_feature: the feature that holds text.
       directory: TFDS's data directory; "" for its default.
       fractions: the shares of train, validation and test.
+      any_bytes: whether bytes that are no UTF-8 are kept, as surrogates.
+      ends: whether `FILE_END` stands after each example, instead of line breaks between them.
 
     Raises:
       UserError: if there is no such dataset or feature, or it can't be prepared without TensorFlow.
@@ -137,7 +163,9 @@ def read_dataset(
 
     def text(split_name: str) -> str:
         source = builder.as_data_source(split=split_name)
-        return "\n".join(source[i][text_feature].decode() for i in range(len(source)))
+        errors = "surrogateescape" if any_bytes else "strict"
+        texts = [source[i][text_feature].decode("utf-8", errors) for i in range(len(source))]
+        return _with_ends(texts) if ends else "\n".join(texts)
 
     if all(name in builder.info.splits for name in SPLITS):
         return {name: text(name) for name in SPLITS}
@@ -159,10 +187,10 @@ def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
 
 
 def checksum(splits: dict[str, str]) -> str:
-    """SHA-256 over the UTF-8 text of all splits, in hexadecimal."""
+    """SHA-256 over the bytes of all splits, in hexadecimal."""
     digest = hashlib.sha256()
     for name in SPLITS:
-        digest.update(splits[name].encode())
+        digest.update(splits[name].encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

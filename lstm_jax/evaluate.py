@@ -15,6 +15,7 @@ from absl import flags
 from lstm_jax import command, corpus, dynamic, workdir
 from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
+from lstm_jax.vocabulary import UNKNOWN_ID, Vocabulary
 
 # Tokens read by one call of the compiled function.
 _CHUNK = 1024
@@ -97,12 +98,36 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def describe(loss: float) -> str:
-    """A loss in nats per token, in bits per token, and as a perplexity."""
-    return (
-        f"{loss:.4f} nats per character, {loss / math.log(2):.4f} bits per character, "
+def bits_per_character(loss: float, vocabulary: Vocabulary, text: str) -> float:
+    """What a loss costs for each Unicode character, so that units of any kind can be compared.
+
+    A unit that the vocabulary lacks was predicted as [UNK] only: it is spelled out besides, with
+    eight bits for each byte of its UTF-8 and for an end mark.
+
+    Args:
+      loss: nats per token of `text`, as `mean_loss` gives it.
+      vocabulary: what `text` was encoded by.
+      text: what the loss was measured on, with two tokens at the least.
+    """
+    ids, units = vocabulary.encode(text), vocabulary.split(text)
+    predicted = zip(ids[1:], units[1:], strict=True)
+    unknown = [unit for unit_id, unit in predicted if unit_id == UNKNOWN_ID]
+    spelling = sum(8 * (len(unit.encode("utf-8", "surrogateescape")) + 1) for unit in unknown)
+    bits = loss / math.log(2) * (len(ids) - 1) + spelling
+    return bits / (len(text) - len(units[0]))
+
+
+def describe(loss: float, vocabulary: Vocabulary, text: str) -> str:
+    """A loss on `text` in nats and bits per unit, as a perplexity, and in bits per character."""
+    name = vocabulary.unit_name
+    description = (
+        f"{loss:.4f} nats per {name}, {loss / math.log(2):.4f} bits per {name}, "
         f"perplexity {perplexity(loss):.3f}"
     )
+    if name != "character":
+        bits = bits_per_character(loss, vocabulary, text)
+        description += f", {bits:.4f} bits per character"
+    return description
 
 
 def main() -> None:
@@ -135,7 +160,8 @@ def main() -> None:
         data.path = values.data_path
     splits = corpus.read(data)
     corpus.check_unchanged(splits, data)
-    ids = trained.vocabulary.encode("".join(splits[name] for name in names))
+    text = "".join(splits[name] for name in names)
+    ids = trained.vocabulary.encode(text)
     result: dict[str, Any] = {"split": values.split}
     temperature = 1.0
     if values.fit_temperature:
@@ -150,6 +176,7 @@ def main() -> None:
     result |= {
         "loss": loss,
         "bits_per_token": loss / math.log(2),
+        "bits_per_character": bits_per_character(loss, trained.vocabulary, text),
         "perplexity": perplexity(loss),
         "tokens": len(ids) - 1,
         "step": trained.step,

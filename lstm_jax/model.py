@@ -1,7 +1,8 @@
 """The language model: embedding, stacked recurrent layers, dense. Pure `init` and `apply`."""
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -238,48 +239,80 @@ def apply(
     return outputs
 
 
+class StepArrays(NamedTuple):
+    """What `step` needs of the parameters of plain LSTM layers, computed before the first step.
+
+    Attributes:
+      projected: what each token adds to the first layer's gates, [vocabulary_size, 4 * hidden].
+      kernels: of each layer, [4 * hidden, n]; n counts its inputs (but for the first layer) and
+        hidden units.
+      biases: of each layer but the first, [4 * hidden, 1].
+      head: the dense layer's kernel, [vocabulary_size, hidden].
+      head_bias: [vocabulary_size].
+    """
+
+    projected: jax.Array
+    kernels: list[jax.Array]
+    biases: list[jax.Array]
+    head: jax.Array
+    head_bias: jax.Array
+
+
+def prepare_step(model: LanguageModel, params: Params) -> StepArrays | Params:
+    """What is the same at every step; of layers that have no faster way, the parameters."""
+    bound = model.bind({"params": params})
+    if bound.implementation() == "scan":
+        return params
+    first, *others = [cell.kernels() for cell in bound.layers]
+    return StepArrays(
+        recurrence.project(first, bound.embedding.embedding, model.dtype),
+        [first.recurrent.T, *(jnp.concatenate([k.input, k.recurrent]).T for k in others)],
+        [k.bias[:, None] for k in others],
+        bound.head_kernel().T,
+        bound.dense.bias,
+    )
+
+
+def step(
+    model: LanguageModel, arrays: StepArrays | Params, ids: jax.Array, carry: Carry
+) -> tuple[jax.Array, Carry]:
+    """The model for one token at a time: what `apply` computes for windows of length 1, faster.
+
+    Args:
+      model: the model.
+      arrays: see `prepare_step`.
+      ids: int32 [batch].
+      carry: the state that reading the text so far left.
+
+    Returns:
+      Logits, float32 [batch, vocabulary_size], and the next carry.
+    """
+    if not isinstance(arrays, StepArrays):
+        bound = model.bind({"params": arrays})
+        outputs, last = bound.embedding.embedding[ids], []
+        for cell, layer_carry in zip(bound.layers, carry, strict=True):
+            layer_carry, outputs = cell(layer_carry, outputs)
+            last.append(layer_carry)
+        return bound.predict(outputs[:, None])[:, 0], tuple(last)
+
+    states = [LayerCarry(*(state.T for state in layer)) for layer in carry]
+    added = [arrays.projected[ids].T, *arrays.biases]
+    for layer, kernel in enumerate(arrays.kernels):
+        inputs = states[layer].hidden
+        if layer:
+            inputs = jnp.concatenate([states[layer - 1].hidden, inputs])
+        _, states[layer] = recurrence.step(
+            kernel, inputs, states[layer], model.dtype, added=added[layer]
+        )
+    logits = product(arrays.head, states[-1].hidden, model.dtype).T + arrays.head_bias
+    return logits, tuple(LayerCarry(cell.T, hidden.T) for cell, hidden in states)
+
+
 def make_step(
     model: LanguageModel, params: Params
 ) -> Callable[[jax.Array, Carry], tuple[jax.Array, Carry]]:
-    """The model for one token at a time: what `apply` computes for windows of length 1, faster.
-
-    What is the same at every step is computed here, before it: call this outside of the loop.
-
-    Returns:
-      A function from ids [batch] and a carry to logits [batch, vocabulary_size] and the next carry.
-    """
-    bound = model.bind({"params": params})
-    if bound.implementation() == "scan":
-
-        def step_by_cells(ids: jax.Array, carry: Carry) -> tuple[jax.Array, Carry]:
-            outputs, last = bound.embedding.embedding[ids], []
-            for cell, layer_carry in zip(bound.layers, carry, strict=True):
-                layer_carry, outputs = cell(layer_carry, outputs)
-                last.append(layer_carry)
-            return bound.predict(outputs[:, None])[:, 0], tuple(last)
-
-        return step_by_cells
-
-    first, *others = [cell.kernels() for cell in bound.layers]
-    projected = recurrence.project(first, bound.embedding.embedding, model.dtype)
-    first_kernel = first.recurrent.T
-    kernels = [jnp.concatenate([k.input, k.recurrent]).T for k in others]
-    head = bound.head_kernel().T
-
-    def step(ids: jax.Array, carry: Carry) -> tuple[jax.Array, Carry]:
-        states = [LayerCarry(*(state.T for state in layer)) for layer in carry]
-        _, states[0] = recurrence.step(
-            first_kernel, states[0].hidden, states[0], model.dtype, added=projected[ids].T
-        )
-        for layer, (kernel, other) in enumerate(zip(kernels, others, strict=True), start=1):
-            inputs = jnp.concatenate([states[layer - 1].hidden, states[layer].hidden])
-            _, states[layer] = recurrence.step(
-                kernel, inputs, states[layer], model.dtype, added=other.bias[:, None]
-            )
-        logits = product(head, states[-1].hidden, model.dtype).T + bound.dense.bias
-        return logits, tuple(LayerCarry(cell.T, hidden.T) for cell, hidden in states)
-
-    return step
+    """`step` as a function of ids and carry alone: call this outside of the loop."""
+    return functools.partial(step, model, prepare_step(model, params))
 
 
 def parameter_table(params: Params) -> str:

@@ -45,7 +45,7 @@ class Progress:
         """Shows that `step` steps are done, at this training loss and speed."""
         text = (
             f"step {step}/{self._total}, epoch {step / self._steps_per_epoch:.2f}, "
-            f"loss {loss:.3f}, {tokens_per_second:,.0f} characters/s"
+            f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s"
         )
         self._bar.set_description_str(text, refresh=False)
         self._bar.update(step - self._step)

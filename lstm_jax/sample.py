@@ -1,137 +1,166 @@
-"""Lets a model write: `python -m lstm_jax.sample --workdir DIR --prompt "ROMEO:"`."""
+"""Lets a model write: `python -m lstm_jax.sample --workdir DIR --prompt "ROMEO:"`.
 
-import functools
+The text goes to standard output as it is made; all else that is to be said, to standard error.
+"""
+
 import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
-from lstm_jax import command, workdir
-from lstm_jax import model as model_lib
+from lstm_jax import command, corpus, generation, interactive, novelty, workdir
+from lstm_jax.controls import Controls, as_arrays, can_end, stop_table
 from lstm_jax.errors import UserError
-from lstm_jax.vocabulary import SPECIAL_IDS, Vocabulary
-
-
-@functools.partial(jax.jit, static_argnames=("model", "length"))
-def generate(
-    model: model_lib.LanguageModel,
-    params: model_lib.Params,
-    prompts: jax.Array,
-    key: jax.Array,
-    temperature: jax.Array | float,
-    length: int,
-) -> jax.Array:
-    """Continues each prompt with the model's own samples, one token at a time.
-
-    The carry after the prompt and the logits of its last position start a scan in which each token
-    is drawn from softmax(logits / temperature) and read in its turn. "" and "[UNK]" are never
-    drawn. What member b of the batch draws depends on `key` and b, not on the size of the batch.
-
-    Args:
-      model: the model.
-      params: its parameters.
-      prompts: int32 [batch, time], time at least 1.
-      key: PRNG key.
-      temperature: 1 samples from the model's own distribution, less is safer, 0 always takes the
-        likeliest token.
-      length: how many tokens to write.
-
-    Returns:
-      The tokens written, without the prompts: int32 [batch, length].
-    """
-    keys = jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(len(prompts)))
-    special = jnp.array(SPECIAL_IDS)
-
-    def draw(logits: jax.Array, position: jax.Array) -> jax.Array:
-        logits = logits.at[:, special].set(-jnp.inf)
-        noisy = jax.vmap(jax.random.categorical)(
-            jax.vmap(jax.random.fold_in, (0, None))(keys, position),
-            logits / jnp.where(temperature == 0, 1, temperature),
-        )
-        return jnp.where(temperature == 0, jnp.argmax(logits, axis=-1), noisy).astype(jnp.int32)
-
-    def step(
-        state: tuple[jax.Array, model_lib.Carry], position: jax.Array
-    ) -> tuple[tuple[jax.Array, model_lib.Carry], jax.Array]:
-        logits, carry = state
-        ids = draw(logits, position)
-        return read(ids, carry), ids
-
-    read = model_lib.make_step(model, params)
-    logits, carry = model_lib.apply(model, params, prompts, model.initial_carry(len(prompts)))
-    _, ids = jax.lax.scan(step, (logits[:, -1], carry), jnp.arange(length))
-    return ids.T
-
-
-def encode_prompt(vocabulary: Vocabulary, prompt: str) -> np.ndarray:
-    """The ids of a prompt, int32 [n]; of an empty one those of a line break, which starts anew."""
-    if prompt:
-        return vocabulary.encode(prompt)
-    start = vocabulary.encode("\n")
-    # A text without line breaks: start from its first character in code-point order.
-    return start if start[0] not in SPECIAL_IDS else np.array([len(SPECIAL_IDS)], np.int32)
-
-
-def write(
-    model: model_lib.LanguageModel,
-    params: model_lib.Params,
-    vocabulary: Vocabulary,
-    key: jax.Array,
-    *,
-    prompt: str,
-    length: int,
-    temperature: float,
-    num_samples: int = 1,
-) -> list[str]:
-    """`num_samples` different continuations of `prompt`, each the prompt and `length` tokens."""
-    prompts = np.tile(encode_prompt(vocabulary, prompt), (num_samples, 1))
-    ids = np.asarray(generate(model, params, prompts, key, temperature, length))
-    return [prompt + vocabulary.decode(row) for row in ids]
+from lstm_jax.vocabulary import Vocabulary, printable
 
 
 def main() -> None:
-    """Prints samples of a trained model on standard output."""
+    """Prints samples of a trained model, or converses."""
     options = flags.FLAGS
     if options.workdir is None:
         raise UserError("name the trained model: --workdir DIR")
+    if options.prompt and options.prompt_file:
+        raise UserError("give either --prompt or --prompt_file")
+    if options.interactive and (options.num_samples > 1 or options.prompt_file == "-"):
+        raise UserError("--interactive writes one text and reads its lines from standard input")
+    controls = Controls(*(options[name].value for name in Controls._fields[:-1]))
+    as_arrays(controls, vocabulary_size=3)  # A mistake is told before the model is loaded.
+
     trained = workdir.load(Path(options.workdir))
-    unknown = trained.vocabulary.unknown(options.prompt)
-    if unknown:
-        print(
-            f"warning: the model does not know {', '.join(map(repr, unknown))} in the prompt and "
-            "reads [UNK] instead",
-            file=sys.stderr,
+    vocabulary = trained.vocabulary
+    prompt = options.prompt
+    if options.prompt_file:
+        prompt = _read_prompt(options.prompt_file, vocabulary.kind == "bytes")
+    training_text = _training_text(trained, options.data_path) if options.novelty else ""
+    controls = controls._replace(forbidden=vocabulary.encode(options.forbid).tolist())
+    _warn(vocabulary, "the prompt", prompt)
+    _warn(vocabulary, "--forbid", options.forbid)
+    forbidden = as_arrays(controls, len(vocabulary)).forbidden
+    if options.stop_at and not can_end(stop_table(vocabulary, False, options.stop_at), forbidden):
+        print(f"warning: the model can't write {options.stop_at!r} (--stop_at)", file=sys.stderr)
+
+    key = jax.random.key(options.seed)
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    if options.interactive:
+        # Bytes that are no UTF-8 are units that a model of bytes knows and others don't.
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
+        interactive.converse(
+            trained,
+            key,
+            prompt=prompt,
+            length=options.length,
+            controls=controls,
+            stop_token=options.stop,
+            stop_at=options.stop_at,
         )
-    texts = write(
+        return
+    texts = [""] * options.num_samples
+    print(printable(prompt), end="", flush=True)
+    pieces = generation.stream(
         trained.model,
         trained.params,
-        trained.vocabulary,
-        jax.random.key(options.seed),
-        prompt=options.prompt,
+        vocabulary,
+        key,
+        prompt=prompt,
         length=options.length,
-        temperature=options.temperature,
+        controls=controls,
         num_samples=options.num_samples,
+        stop_token=options.stop,
+        stop_at=options.stop_at,
     )
-    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    print(f"\n{'-' * 20}\n".join(texts), flush=True)
+    for piece in pieces:
+        # The first text is shown as it comes, the others after it.
+        print(printable(piece[0]), end="", flush=True)
+        texts = [text + more for text, more in zip(texts, piece, strict=True)]
+    print()
+    for text in texts[1:]:
+        print(f"{'-' * 20}\n{printable(prompt + text)}")
+    sys.stdout.flush()
+    if options.novelty:
+        for text in texts:
+            print(_describe(novelty.measure(text, training_text)), file=sys.stderr)
+
+
+def _read_prompt(path: str, any_bytes: bool) -> str:
+    """The text of a file, or of standard input for "-"."""
+    try:
+        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"can't read {path} (--prompt_file): {error.strerror}") from None
+    if any_bytes:
+        return content.decode("utf-8", "surrogateescape")
+    try:
+        return content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} (--prompt_file) is not UTF-8 at byte {error.start}: convert it, for example "
+            "with iconv -f LATIN1 -t UTF-8"
+        ) from None
+
+
+def _training_text(trained: workdir.Trained, data_path: str | None) -> str:
+    data = trained.config.data
+    if data_path is not None:
+        data.path = data_path
+    splits = corpus.read(data)
+    corpus.check_unchanged(splits, data)
+    return splits["train"]
+
+
+def _warn(vocabulary: Vocabulary, where: str, text: str) -> None:
+    """Says which units of a text the model doesn't know."""
+    if unknown := vocabulary.unknown(text):
+        named = ", ".join(map(repr, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
+        print(
+            f"warning: the model does not know {named} in {where} and reads [UNK] instead",
+            file=sys.stderr,
+        )
+
+
+def _describe(found: novelty.Novelty) -> str:
+    return (
+        f"novelty: {found.copied_share:.1%} of the characters stand in runs of more than "
+        f"{novelty.COMMON_RUN} copied from the training text; the longest copied run has "
+        f"{len(found.longest_run)}: {found.longest_run!r}"
+    )
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Working directory of a training run.")
     flags.DEFINE_string("prompt", "", "Text to go on from.")
+    flags.DEFINE_string("prompt_file", None, "A file with the text to go on from; - is stdin.")
     flags.DEFINE_integer(
-        "length", 500, "How many characters to write.", lower_bound=1, upper_bound=10**6
+        "length",
+        500,
+        "How many characters, words or bytes to write at most.",
+        lower_bound=1,
+        upper_bound=10**6,
+    )
+    flags.DEFINE_float("temperature", 0.8, "Less is safer, more is wilder; 0 is greedy.")
+    flags.DEFINE_integer("top_k", 0, "Draw from the so many likeliest units only; 0: from all.")
+    flags.DEFINE_float(
+        "top_p", 1.0, "Draw from the fewest likeliest units with this share of the probability."
     )
     flags.DEFINE_float(
-        "temperature", 0.8, "Less is safer, more is wilder; 0 is greedy.", lower_bound=0
+        "min_p", 0.0, "Draw from units at least so many times as likely as the likeliest."
     )
+    flags.DEFINE_float(
+        "repetition_penalty", 1.0, "Above 1, units that stood lately become less likely."
+    )
+    flags.DEFINE_integer("repetition_window", 64, "How many units back the penalty looks.")
+    flags.DEFINE_string("forbid", "", "Units that are never written, one after the other.")
+    flags.DEFINE_boolean("stop", True, "End at the stop token, if the model has learned one.")
+    flags.DEFINE_string("stop_at", "", "End as soon as this text was written.")
     flags.DEFINE_integer(
         "seed", 0, "The same seed writes the same text.", lower_bound=0, upper_bound=2**32 - 1
     )
     flags.DEFINE_integer(
         "num_samples", 1, "How many texts to write, a line of dashes between.", lower_bound=1
+    )
+    flags.DEFINE_boolean("interactive", False, "Converse, line by line; /help says how.")
+    flags.DEFINE_boolean("novelty", False, "Tell how much of the text was copied from training.")
+    flags.DEFINE_string(
+        "data_path", None, "Where the training text is now (for --novelty), if it was moved since."
     )
     command.run(main)

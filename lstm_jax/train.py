@@ -22,20 +22,21 @@ from lstm_jax import (
     corpus,
     evaluate,
     files,
+    generation,
     lock,
     metrics,
     parallel,
-    sample,
     workdir,
 )
 from lstm_jax import checkpoints as checkpoints_lib
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
+from lstm_jax.controls import Controls
 from lstm_jax.errors import UserError
 from lstm_jax.progress import Progress
 from lstm_jax.train_step import TrainState, TrainStep, init_state, make_train_step
-from lstm_jax.vocabulary import Vocabulary
+from lstm_jax.vocabulary import Vocabulary, printable, stop_text
 
 # What a run may change when it goes on: all of these leave the arrays it has as they are.
 _CHANGEABLE = (
@@ -203,6 +204,9 @@ def _train(
     workdir.check_own_files(directory)
     config, vocabulary, changes = _settle(config, splits, directory)
     ids = {name: vocabulary.encode(text) for name, text in splits.items()}
+    for name, array in ids.items():
+        if len(array) < 2:
+            raise UserError(f"the {name} split is too short: it has {len(array)} {vocabulary.kind}")
     iterator, steps_per_epoch = batches.make(ids["train"], config.batches, config.seed)
     model = model_lib.from_config(config.model, len(vocabulary))
     saved_in = directory / workdir.CHECKPOINTS
@@ -229,7 +233,17 @@ def _train(
     workdir.save_vocabulary(directory, vocabulary)
     workdir.save_config(directory, config)
     with checkpoints_lib.CheckpointWriter(saved_in) as checkpoints:
-        run = _Run(config, directory, checkpoints, model, vocabulary, ids, steps_per_epoch, is_ours)
+        run = _Run(
+            config,
+            directory,
+            checkpoints,
+            model,
+            vocabulary,
+            splits,
+            ids,
+            steps_per_epoch,
+            is_ours,
+        )
         print(_describe(run, state.params), flush=True)
         if trained:
             print(_describe_start(config.init_from, trained, vocabulary), flush=True)
@@ -286,7 +300,9 @@ def _settle(
                     f"{directory} holds {name} but no {workdir.CONFIG}: bring that back, or begin "
                     "anew with another --workdir"
                 )
-        vocabulary = Vocabulary.from_text(splits["train"])
+        data = config.data
+        stop = stop_text(data.document_separator, splits["train"])
+        vocabulary = Vocabulary.from_text(splits["train"], data.units, data.min_count, stop)
         if config.init_from:
             source = Path(config.init_from)
             _compare(workdir.load_config(source), config, source, only="model.")
@@ -345,7 +361,7 @@ def _describe(run: "_Run", params: model_lib.Params) -> str:
     counts = ", ".join(f"{len(ids):,} {name}" for name, ids in run.ids.items())
     return (
         f"{model_lib.parameter_table(params)}\n\n"
-        f"characters: {counts}; vocabulary: {len(run.vocabulary)}; "
+        f"{run.vocabulary.kind}: {counts}; vocabulary: {len(run.vocabulary)}; "
         f"steps an epoch: {run.steps_per_epoch:,}\n\n"
         f"The first window, and what to predict from it:\n"
         f"  inputs  {run.vocabulary.decode(inputs)!r}\n"
@@ -363,6 +379,7 @@ class _Run(NamedTuple):
     checkpoints: checkpoints_lib.CheckpointWriter
     model: model_lib.LanguageModel
     vocabulary: Vocabulary
+    splits: dict[str, str]
     ids: dict[str, np.ndarray]
     steps_per_epoch: int
     is_ours: Callable[[], bool]  # Whether the lock of the directory is still held.
@@ -495,7 +512,7 @@ def _validate(
     with stop.at_once():
         params, key = parallel.on_one_device((state.evaluated, state.key))
         loss = evaluate.mean_loss(run.model, params, run.ids["validation"])
-        (text,) = _sample(run, params, jax.random.fold_in(key, step))
+        text = _sample(run, params, jax.random.fold_in(key, step))
     writer.write(step, epoch, "validation", loss)
     with (run.directory / workdir.SAMPLES).open("a", encoding="utf-8") as file:
         file.write(f"=== step {step}, temperature {config.sample.temperature}\n{text}\n\n")
@@ -503,7 +520,8 @@ def _validate(
     if step:
         run.plot()
     name = f"epoch {epoch} of {config.num_epochs}" if step else "untrained"
-    show(f"\n=== {name}: validation loss {evaluate.describe(loss)}\n{text}\n")
+    described = evaluate.describe(loss, run.vocabulary, run.splits["validation"])
+    show(f"\n=== {name}: validation loss {described}\n{text}\n")
 
 
 def _save(run: _Run, state: TrainState, iterator: grain.DatasetIterator, step: int) -> None:
@@ -529,24 +547,26 @@ def _finish(run: _Run) -> None:
         with metrics.MetricsWriter(path, latest) as writer:
             writer.write(step, step / run.steps_per_epoch, "test", loss)
         run.plot()
-    (text,) = _sample(run, params, jax.random.key(run.config.seed))
+    described = evaluate.describe(loss, run.vocabulary, run.splits["test"])
+    text = _sample(run, params, jax.random.key(run.config.seed))
     print(
         f"\n{text}\n\n"
-        f"Test loss of step {step}, the best by validation loss: {evaluate.describe(loss)}\n"
+        f"Test loss of step {step}, the best by validation loss: {described}\n"
         f"Everything is in {run.directory}: {workdir.CHECKPOINTS}/, {workdir.METRICS}, "
         f"{workdir.SAMPLES}, {workdir.CURVES}, TensorBoard events\n"
         f"Let it write: python -m lstm_jax.sample --workdir {run.directory}"
     )
 
 
-def _sample(run: _Run, params: model_lib.Params, key: jax.Array) -> list[str]:
+def _sample(run: _Run, params: model_lib.Params, key: jax.Array) -> str:
     """One text of the length and temperature that the config says."""
-    return sample.write(
+    (text,) = generation.write(
         run.model,
         params,
         run.vocabulary,
         key,
-        prompt="",
         length=run.config.sample.length,
-        temperature=run.config.sample.temperature,
+        controls=Controls(temperature=run.config.sample.temperature),
+        stop_token=False,
     )
+    return printable(text)

@@ -1,9 +1,14 @@
-"""Text to ids and back."""
+"""Text to ids and back, in characters, graphemes, words or bytes."""
 
+import codecs
 import json
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
+import regex
+
+from lstm_jax.errors import UserError
 
 PADDING = ""
 UNKNOWN = "[UNK]"
@@ -11,45 +16,114 @@ PADDING_ID, UNKNOWN_ID = 0, 1
 # Ids that stand for no text; sampling never yields them.
 SPECIAL_IDS = (PADDING_ID, UNKNOWN_ID)
 
+KINDS = ("characters", "graphemes", "words", "bytes")
+_PATTERNS = {
+    # What a reader takes for one character (Unicode Standard Annex 29): accents stay with their
+    # letters, and emoji whole.
+    "graphemes": regex.compile(r"\X"),
+    # Words by the same annex, each with the space before it, and graphemes for all between words.
+    "words": regex.compile(r"(?ws) ?\b\w.*?\b|\X"),
+}
+
+
+# What stands between two documents of a text. A file's end is a code point that Unicode keeps for
+# programs' own use ("file": after each file, or each example of a dataset).
+FILE_END = "\ufdd0"
+SEPARATORS = {"": "", "line": "\n", "blank_line": "\n\n", "file": FILE_END}
+
 
 class Vocabulary:
-    """Characters (Unicode code points) and their ids.
+    """The units of a text and their ids.
 
-    Id 0 is "" (padding), id 1 is "[UNK]" (any character not in the vocabulary), and the characters
-    follow in code-point order.
+    Id 0 is "" (padding), id 1 is "[UNK]" (any unit not in the vocabulary), and the units follow in
+    code-point order. Where the text is made of documents, one unit is the stop token: the text that
+    stands between two of them, such as a blank line.
+
+    A byte that is no part of UTF-8 stands in a `str` as Python's "surrogateescape" has it, so that
+    any file at all can be a text. The units of kind "bytes" are always the 256 bytes.
 
     Attributes:
       units: the text of each id, special ones included.
+      kind: what a unit is, one of `KINDS`.
+      stop: the stop token's text, or "" where there is none.
     """
 
-    def __init__(self, units: Sequence[str]) -> None:
+    def __init__(self, units: Sequence[str], kind: str = "characters", stop: str = "") -> None:
         """Takes the text of every id.
 
         Raises:
-          ValueError: if the special units are not in front, or a unit is not one character, or
-            stands twice.
+          ValueError: if the special units are not in front, the stop token is no unit, or a unit
+            stands twice or is none of its kind.
         """
-        characters = units[len(SPECIAL_IDS) :]
         if list(units[: len(SPECIAL_IDS)]) != [PADDING, UNKNOWN]:
             raise ValueError(f"the first two units must be {PADDING!r} and {UNKNOWN!r}")
-        if any(not isinstance(unit, str) or len(unit) != 1 for unit in characters):
-            raise ValueError("every unit after the first two must be one character")
-        if len(set(characters)) != len(characters):
+        proper = units[len(SPECIAL_IDS) :]
+        if kind not in KINDS:
+            raise ValueError(f"the kind of units must be one of {', '.join(KINDS)}")
+        if not all(isinstance(unit, str) and unit for unit in proper):
+            raise ValueError("every unit after the first two must be text")
+        single = kind in ("characters", "bytes")
+        if single and any(len(unit) != 1 and unit != stop for unit in proper):
+            raise ValueError(f"every unit after the first two must be one of the {kind}")
+        self._ids = {unit: i for i, unit in enumerate(units)}
+        if len(self._ids) != len(units):
             raise ValueError("a unit stands twice")
+        if stop and stop not in proper:
+            raise ValueError("the stop token is not among the units")
         self.units = tuple(units)
-        # Encoding a text is one gather from this table, indexed by code point.
-        self._ids = np.full(0x110000, UNKNOWN_ID, np.int32)
-        self._ids[[ord(unit) for unit in characters]] = np.arange(len(SPECIAL_IDS), len(units))
+        self.kind = kind
+        self.stop = stop
+        if single:
+            # Encoding is one gather from this table, indexed by code point.
+            self._table = np.full(0x110000, UNKNOWN_ID, np.int32)
+            for unit in proper:
+                if len(unit) == 1:
+                    self._table[ord(unit)] = self._ids[unit]
 
     @classmethod
-    def from_text(cls, text: str) -> "Vocabulary":
-        """The vocabulary of all characters in `text`."""
-        return cls([PADDING, UNKNOWN, *sorted(set(text))])
+    def from_text(
+        cls, text: str, kind: str = "characters", min_count: int = 1, stop: str = ""
+    ) -> "Vocabulary":
+        """The vocabulary of all units that stand in `text` `min_count` times or more.
+
+        Raises:
+          UserError: if no unit does, or the stop token does not stand in the text.
+        """
+        if stop and stop not in text:
+            raise UserError(
+                f"the training text has no {stop!r}, which is to end its documents: "
+                "choose another data.document_separator"
+            )
+        if kind == "bytes":
+            units = set(bytes(range(256)).decode("ascii", "surrogateescape"))
+        else:
+            counts = Counter(_split(text, kind, stop))
+            units = {unit for unit, count in counts.items() if count >= min_count}
+        if text and not units:
+            raise UserError(
+                f"none of the {kind} of the training text stands there {min_count} times: "
+                "lower data.min_count"
+            )
+        return cls([PADDING, UNKNOWN, *sorted(units | {stop} - {""})], kind, stop)
 
     def extended(self, other: "Vocabulary") -> "Vocabulary":
-        """These units with their ids, and after them those of `other` that are new."""
-        known = set(self.units)
-        return Vocabulary([*self.units, *(unit for unit in other.units if unit not in known)])
+        """These units with their ids, and after them those of `other` that are new.
+
+        Raises:
+          UserError: if the units are of another kind, or documents end otherwise.
+        """
+        if self.kind != other.kind:
+            raise UserError(
+                f"the weights to start from are those of a model of {self.kind}: set "
+                f"data.units={self.kind}, or start from others"
+            )
+        if self.stop not in ("", other.stop):
+            raise UserError(
+                f"documents of the model to start from end with {self.stop!r}: set "
+                "data.document_separator as it was there, or start from others"
+            )
+        new = (unit for unit in other.units if unit not in self._ids)
+        return Vocabulary([*self.units, *new], self.kind, other.stop)
 
     @classmethod
     def from_json(cls, text: str) -> "Vocabulary":
@@ -59,26 +133,106 @@ class Vocabulary:
           ValueError: if it is not such a text.
         """
         content = json.loads(text)
-        if not isinstance(content, dict) or not isinstance(content.get("units"), list):
-            raise ValueError("there is no list of units in it")
-        return cls(content["units"])
+        if not isinstance(content, dict) or set(content) != {"kind", "stop", "units"}:
+            raise ValueError("it does not hold a kind, a stop token and units")
+        if not isinstance(content["units"], list) or not isinstance(content["stop"], str):
+            raise ValueError("its units are no list, or its stop token is no text")
+        return cls(content["units"], content["kind"], content["stop"])
 
     def to_json(self) -> str:
-        """The vocabulary as JSON text."""
-        return json.dumps({"units": self.units}, ensure_ascii=False, indent=0) + "\n"
+        """The vocabulary as JSON text, in ASCII."""
+        content = {"kind": self.kind, "stop": self.stop, "units": self.units}
+        return json.dumps(content, indent=0) + "\n"
 
     def __len__(self) -> int:
         return len(self.units)
 
+    @property
+    def stop_id(self) -> int | None:
+        """The id of the stop token, or None where there is none."""
+        return self._ids[self.stop] if self.stop else None
+
+    @property
+    def unit_name(self) -> str:
+        """What one of them is called: "character", "word" and so on.
+
+        Where a stop token of several characters is among them, that is "token".
+        """
+        return "token" if len(self.stop) > 1 else self.kind[:-1]
+
+    def split(self, text: str) -> list[str]:
+        """The units that `text` is made of, known or not.
+
+        Joined they are the text again, but for bytes that are no ASCII: each is a unit of its own.
+        """
+        return list(_split(text, self.kind, self.stop))
+
     def encode(self, text: str) -> np.ndarray:
-        """Ids of `text`: int32 [len(text)], "[UNK]" for characters not in the vocabulary."""
-        # "surrogatepass": a lone surrogate is a code point like any other here, and unknown.
-        return self._ids[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)]
+        """Ids of `text`: int32 [n], "[UNK]" for units not in the vocabulary."""
+        if self.kind in _PATTERNS:
+            units = _split(text, self.kind, self.stop)
+            return np.fromiter((self._ids.get(unit, UNKNOWN_ID) for unit in units), np.int32)
+        if not self.stop:
+            return self._look_up(text)
+        parts = text.split(self.stop)
+        arrays = [np.array([self._ids[self.stop]], np.int32)] * (2 * len(parts) - 1)
+        arrays[::2] = map(self._look_up, parts)
+        return np.concatenate(arrays)
+
+    def _look_up(self, text: str) -> np.ndarray:
+        if self.kind == "bytes":
+            text = _one_character_a_byte(text)
+        # "surrogatepass": a surrogate is a code point like any other here.
+        return self._table[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`. "" vanishes, "[UNK]" is written as that."""
-        return "".join(self.units[int(i)] for i in ids)
+        return self.decoder()(ids, True)
 
-    def unknown(self, text: str) -> str:
-        """The different characters of `text` that are not in the vocabulary, sorted."""
-        return "".join(sorted(set(text) - set(self.units)))
+    def decoder(self) -> Callable[[Iterable[int], bool], str]:
+        """A `decode` for ids that come piece by piece.
+
+        Its second argument tells whether the ids are the last. Until then it holds back the bytes
+        of a character whose end is still to come; joined, its texts are what `decode` gives.
+        """
+        if self.kind != "bytes":
+            return lambda ids, final: "".join(self.units[int(i)] for i in ids)
+        utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+
+        def decode(ids: Iterable[int], final: bool) -> str:
+            units = "".join(self.units[int(i)] for i in ids)
+            return utf8.decode(units.encode("utf-8", "surrogateescape"), final)
+
+        return decode
+
+    def unknown(self, text: str) -> list[str]:
+        """The different units of `text` that are not in the vocabulary, sorted."""
+        return sorted(set(_split(text, self.kind, self.stop)) - set(self._ids))
+
+
+def stop_text(separator: str, text: str) -> str:
+    """What ends a document of `text`, for a name out of `SEPARATORS`."""
+    stop = SEPARATORS[separator]
+    windows = stop.replace("\n", "\r\n")
+    return windows if stop not in text and windows in text else stop
+
+
+def printable(text: str) -> str:
+    """A text as it can be shown: U+FFFD for bytes that are no UTF-8, blank lines between files."""
+    return regex.sub("[\ud800-\udfff]", "\ufffd", text).replace(FILE_END, "\n\n")
+
+
+def _split(text: str, kind: str, stop: str) -> Iterator[str]:
+    """The units of a text, one after the other."""
+    for number, part in enumerate(text.split(stop) if stop else [text]):
+        if number:
+            yield stop
+        if kind in _PATTERNS:
+            yield from _PATTERNS[kind].findall(part)
+        else:
+            yield from _one_character_a_byte(part) if kind == "bytes" else part
+
+
+def _one_character_a_byte(text: str) -> str:
+    """A text whose characters are the bytes of this one: ASCII, and surrogates for the others."""
+    return text.encode("utf-8", "surrogateescape").decode("ascii", "surrogateescape")

@@ -51,6 +51,9 @@ def test_missing_fields_get_their_defaults() -> None:
         ({"data": {"fractions": (1.0,)}}, "data.fractions"),
         ({"optimizer": {"learning_rate": float("nan")}}, "optimizer.learning_rate is nan"),
         ({"sample": {"temperature": -0.1}}, "sample.temperature is -0.1: it must be 0 or more"),
+        ({"data": {"units": "letters"}}, "data.units is 'letters': it must be one of char"),
+        ({"data": {"min_count": 0}}, "data.min_count is 0: it must be 1 or more"),
+        ({"data": {"document_separator": "page"}}, "must be empty or one of line, blank_line"),
         (None, "get_config.. returned NoneType"),
     ],
 )

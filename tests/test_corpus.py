@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 from lstm_jax import config as config_lib
 from lstm_jax import corpus
 from lstm_jax.errors import UserError
+from lstm_jax.vocabulary import FILE_END
 
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 FRACTIONS = (0.9, 0.05, 0.05)
@@ -34,6 +35,36 @@ def test_files_are_read_in_the_order_named_and_globs_by_name(tmp_path: Path) -> 
         (tmp_path / name).write_bytes(text.encode())
     assert corpus.read_files(f"{tmp_path}/*.txt") == "eins zwei\r\ndrei"
     assert corpus.read_files(f"{tmp_path}/c[1].txt,{tmp_path}/a.txt") == "dreieins "
+
+
+def test_any_file_is_bytes(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 4
+    (tmp_path / "a.bin").write_bytes(b"\xef\xbb\xbf" + content)
+    text = corpus.read_files(str(tmp_path / "a.bin"), any_bytes=True)
+    assert text.encode("utf-8", "surrogateescape") == b"\xef\xbb\xbf" + content
+    config = config_lib.default()
+    config.data.path = str(tmp_path / "a.bin")
+    config.data.units = "bytes"
+    splits = corpus.read(config.data)
+    assert "".join(splits.values()) == text
+    assert corpus.checksum(splits) == hashlib.sha256(b"\xef\xbb\xbf" + content).hexdigest()
+
+
+def test_each_file_or_example_is_a_document(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name * 30)
+    config = config_lib.default()
+    config.data.path = f"{tmp_path}/*"
+    config.data.document_separator = "file"
+    text = "".join(corpus.read(config.data).values())
+    assert text == "a" * 30 + FILE_END + "b" * 30 + FILE_END
+    (tmp_path / "c").write_text(f"c{FILE_END}")
+    with pytest.raises(UserError, match="holds U.FDD0"):
+        corpus.read(config.data)
+    splits = corpus.read_dataset("fables", "story", str(tmp_path), FRACTIONS, ends=True)
+    assert sorted("".join(splits.values()).split(FILE_END)[:-1]) == sorted(
+        f"story {i}" for i in range(50)
+    )
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:

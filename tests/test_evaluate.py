@@ -7,6 +7,7 @@ import pytest
 from lstm_jax import evaluate
 from lstm_jax import model as model_lib
 from lstm_jax.model import LanguageModel
+from lstm_jax.vocabulary import KINDS, Vocabulary
 
 
 @pytest.mark.parametrize("length", [2, 600, 1025, 2500])
@@ -27,3 +28,35 @@ def test_an_untrained_seed_model_is_as_good_as_guessing() -> None:
     ids = np.random.default_rng(0).integers(2, 67, 1024).astype(np.int32)
     loss = evaluate.mean_loss(model, params, ids)
     assert abs(loss - 4.20) < 0.03 and abs(loss - math.log(67)) < 0.03
+
+
+def test_bits_per_character_are_the_same_cost_in_any_unit() -> None:
+    text = "to be, or not to be\u0301: 日本語"
+    for kind in KINDS:
+        vocabulary = Vocabulary.from_text(text, kind)
+        tokens = len(vocabulary.encode(text)) - 1
+        # The first token is read, not predicted.
+        characters = len(text) - len(vocabulary.split(text)[0])
+        bits = evaluate.bits_per_character(3.0, vocabulary, text)
+        assert bits == pytest.approx(3.0 / math.log(2) * tokens / characters)
+    assert bits_of_characters(3.0, text) == pytest.approx(3.0 / math.log(2))
+
+
+def bits_of_characters(loss: float, text: str) -> float:
+    return evaluate.bits_per_character(loss, Vocabulary.from_text(text), text)
+
+
+def test_unknown_units_are_spelled_out() -> None:
+    vocabulary = Vocabulary.from_text("a b a b", "words", min_count=2)
+    text = "a b été b"
+    assert vocabulary.encode(text).tolist() == [1, 2, 1, 2]
+    # The first unit is not predicted; " été" has six bytes, and one for its end.
+    expected = (3 * 1.5 / math.log(2) + 7 * 8) / (len(text) - 1)
+    assert evaluate.bits_per_character(1.5, vocabulary, text) == pytest.approx(expected)
+    assert evaluate.describe(1.5, vocabulary, text) == (
+        f"1.5000 nats per word, 2.1640 bits per word, perplexity 4.482, "
+        f"{expected:.4f} bits per character"
+    )
+    assert evaluate.describe(1.5, Vocabulary.from_text(text), text) == (
+        "1.5000 nats per character, 2.1640 bits per character, perplexity 4.482"
+    )

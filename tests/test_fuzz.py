@@ -14,7 +14,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lstm_jax import batches, checkpoints, command, corpus, files, main, metrics, sample, workdir
+from lstm_jax import (
+    batches,
+    checkpoints,
+    command,
+    corpus,
+    files,
+    generation,
+    main,
+    metrics,
+    workdir,
+)
 from lstm_jax import config as config_lib
 from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import Vocabulary
@@ -156,7 +166,7 @@ def test_command_line_overrides(name: str, value: str, capsys: pytest.CaptureFix
 def test_prompts(prompt: str) -> None:
     for text in ("ab", "\n", "The quick brown fox.\n"):
         vocabulary = Vocabulary.from_text(text)
-        ids = sample.encode_prompt(vocabulary, prompt)
+        ids = generation.encode_prompt(vocabulary, prompt)
         assert ids.dtype == np.int32 and len(ids) == max(len(prompt), 1)
         assert ids.min() > 0 and ids.max() < len(vocabulary)
         assert set(vocabulary.unknown(prompt)) == set(prompt) - set(text)

@@ -1,7 +1,9 @@
 """The commands as users run them: real processes, their output and exit codes."""
 
+import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,9 +18,13 @@ ROOT = Path(__file__).parents[1]
 QUICK = str(ROOT / "experiments" / "quick.py")
 
 
-def run(module: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run(
+    module: str, *arguments: str, cwd: Path, given: str = ""
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", f"lstm_jax.{module}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, cwd=cwd, input=given
+    )
 
 
 TINY = [
@@ -63,7 +69,16 @@ def test_train_interrupt_go_on_sample_and_evaluate(text_file: Path, tmp_path: Pa
     assert run("sample", *options, cwd=tmp_path).stdout == sampled.stdout
     evaluated = run("evaluate", "--workdir", str(moved), "--split", "validation", cwd=tmp_path)
     result = json.loads(evaluated.stdout.splitlines()[-1])
-    assert list(result) == ["split", "loss", "bits_per_token", "perplexity", "tokens", "step"]
+    assert list(result) == [
+        "split",
+        "loss",
+        "bits_per_token",
+        "bits_per_character",
+        "perplexity",
+        "tokens",
+        "step",
+    ]
+    assert result["bits_per_character"] == pytest.approx(result["bits_per_token"])
     assert (result["split"], result["tokens"]) == ("validation", 999)
     recorded = {
         row["step"]: row["loss"]
@@ -96,6 +111,114 @@ def test_several_samples_stand_between_dashes(trained: Path) -> None:
     result = run("sample", "--workdir", str(trained), "--num_samples=3", "--length=30", cwd=ROOT)
     texts = result.stdout.removesuffix("\n").split(f"\n{'-' * 20}\n")
     assert len(set(texts)) == 3 and {len(text) for text in texts} == {30}
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """A tiny model of words, whose documents end at blank lines."""
+    directory = tmp_path_factory.mktemp("words")
+    arguments = [f"--config.data.path={text_file}", "--workdir=run", "--config.num_epochs=1"]
+    units = ["--config.data.units=words", "--config.data.min_count=2"]
+    documents = ["--config.data.document_separator=blank_line"]
+    result = run("main", *TINY, *arguments, *units, *documents, cwd=directory)
+    assert result.returncode == 0, result.stderr
+    assert "nats per token" in result.stdout and "bits per character" in result.stdout
+    return directory / "run"
+
+
+def test_a_model_of_words_and_documents(words: Path) -> None:
+    evaluated = json.loads(run("evaluate", "--workdir", str(words), cwd=ROOT).stdout)
+    assert 0 < evaluated["bits_per_character"] < evaluated["bits_per_token"]
+    options = ["--workdir", str(words), "--prompt=First Citizen:", "--length=3000"]
+    stopped = run("sample", *options, cwd=ROOT)
+    on = run("sample", *options, "--nostop", cwd=ROOT)
+    assert stopped.returncode == on.returncode == 0 and stopped.stderr == on.stderr == ""
+    assert "\n\n" in on.stdout and "[UNK]" not in on.stdout
+    assert stopped.stdout == on.stdout.partition("\n\n")[0] + "\n"
+
+
+def test_prompts_from_files_and_standard_input(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfROMEO:\r\n")
+    (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    options = ["sample", "--workdir", str(trained), "--length=20"]
+    from_file = run(*options, "--prompt_file=prompt.txt", cwd=tmp_path)
+    assert from_file.stdout.startswith("ROMEO:\r\n") or from_file.stdout.startswith("ROMEO:\n")
+    from_stdin = run(*options, "--prompt_file=-", cwd=tmp_path, given="ROMEO:")
+    assert from_stdin.stdout == run(*options, "--prompt=ROMEO:", cwd=tmp_path).stdout
+    for name, message in {
+        "missing.txt": "can't read missing.txt (--prompt_file): No such file",
+        "latin.txt": "latin.txt (--prompt_file) is not UTF-8 at byte 3",
+    }.items():
+        result = run(*options, f"--prompt_file={name}", cwd=tmp_path)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert len(result.stderr.splitlines()) == 1 and message in result.stderr
+
+
+def test_controls_warnings_and_novelty(trained: Path, text_file: Path) -> None:
+    options = ["sample", "--workdir", str(trained), "--length=300"]
+    controls = ["--top_k=20", "--top_p=0.9", "--min_p=0.01", "--repetition_penalty=1.1"]
+    result = run(*options, *controls, "--forbid=eE日", "--stop_at=z\u00e9", "--novelty", cwd=ROOT)
+    assert result.returncode == 0
+    assert "e" not in result.stdout and len(result.stdout) > 300
+    unknown, never, novelty = result.stderr.splitlines()
+    assert "does not know '日' in --forbid" in unknown
+    assert never == "warning: the model can't write 'z\u00e9' (--stop_at)"
+    longest = novelty.partition("the longest copied run has ")[2].partition(": ")[2]
+    assert ast.literal_eval(longest) in text_file.read_text(encoding="utf-8")
+    ended = run(*options, "--stop_at=a", cwd=ROOT).stdout
+    assert ended.index("a") == len(ended) - 2
+
+
+def test_a_conversation_in_a_pipe(trained: Path) -> None:
+    lines = [
+        "/next",
+        "ROMEO:",
+        "",
+        "/undo",
+        "/undo",
+        "/temperature 0",
+        "ROMEO:",
+        "/reset",
+        "ROMEO:",
+        "/next",
+        "/undo",
+        "/undo",
+        "/top_p 2",
+        "/length x",
+        "/nothing",
+        "/help",
+        "//",
+        "/quit",
+        "unread",
+    ]
+    options = ["sample", "--workdir", str(trained), "--interactive", "--length=30"]
+    result = run(*options, cwd=ROOT, given="\n".join(lines))
+    assert result.returncode == 0
+    assert result.stderr.splitlines() == [
+        "error: there is nothing to undo",
+        "error: top_p is 2.0: it must be above 0 and at most 1",
+        "error: /length takes a whole number, not 'x'",
+        "error: there is no command /nothing: /help names all",
+        "error: the model does not know '/' and reads [UNK]",
+    ]
+    greedy = run("sample", "--workdir", str(trained), "--length=30", "--temperature=0",
+                 "--prompt=ROMEO:", cwd=ROOT).stdout.removeprefix("ROMEO:")  # fmt: skip
+    assert result.stdout.count(greedy) == 2, "the same after /undo and after /reset"
+    likeliest = [line for line in result.stdout.splitlines() if re.match(r"0\.\d{4}  '", line)]
+    assert len(likeliest) == 10
+    shares = [float(line.split()[0]) for line in likeliest]
+    assert shares[:5] == sorted(shares[:5], reverse=True) and sum(shares[:5]) < 1
+
+
+def test_text_appears_before_all_of_it_is_made(trained: Path) -> None:
+    command = [sys.executable, "-m", "lstm_jax.sample", "--workdir", str(trained)]
+    process = subprocess.Popen(
+        [*command, "--length=1000000"], stdout=subprocess.PIPE, cwd=ROOT, bufsize=0
+    )
+    assert process.stdout is not None and len(process.stdout.read(5)) > 0
+    process.send_signal(signal.SIGINT)
+    process.stdout.read()
+    assert process.wait(timeout=30) == 130
 
 
 def test_a_reader_that_closes_early_is_no_error(trained: Path) -> None:
@@ -153,11 +276,17 @@ BAD_CONFIGS = {
         (["sample", "--workdir=.", "--prompt=caf\udce9"], "is not UTF-8"),
         (["sample", "--workdir=.", "--length=1000001"], "length"),
         (["sample", "--workdir=."], "no trained model in ."),
-        (["sample", "--workdir=.", "--temperature=-0.5"], "temperature"),
+        (["sample", "--workdir=.", "--temperature=-0.5"], "temperature is -0.5"),
+        (["sample", "--workdir=.", "--top_p=0"], "top_p is 0.0: it must be above 0 and at most 1"),
+        (["sample", "--workdir=.", "--top_p=1.5"], "top_p is 1.5"),
+        (["sample", "--workdir=.", "--top_k=-1"], "top_k is -1"),
         (["sample", "--workdir=.", "--length=0"], "length"),
+        (["sample", "--workdir=.", "--length=-3"], "length"),
+        (["sample", "--workdir=.", "--prompt=a", "--prompt_file=b"], "either --prompt or"),
+        (["sample", "--workdir=.", "--interactive", "--num_samples=2"], "--interactive writes one"),
         (["sample", "--workdir=.", "--num_samples=0"], "num_samples"),
         (["evaluate", "--workdir=."], "no trained model in ."),
-        (["evaluate", "--workdir=.", "--split=nothing"], "train|validation|test"),
+        (["evaluate", "--workdir=.", "--split=nothing"], "train, validation, test"),
     ],
     ids=lambda value: " ".join(value).replace(QUICK, "quick") if isinstance(value, list) else "",
 )

@@ -17,7 +17,7 @@ def test_plain_lines_where_there_is_no_terminal(
     shown.close()
     output = capsys.readouterr()
     assert output.out.splitlines() == [
-        "step 200/300, epoch 1.33, loss 2.250, 4,321 characters/s, 0:50 left",
+        "step 200/300, epoch 1.33, loss 2.250, 4,321 tokens/s, 0:50 left",
         "by the way",
     ]
     assert output.err == ""

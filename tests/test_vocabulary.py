@@ -1,7 +1,73 @@
+import json
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from lstm_jax.vocabulary import Vocabulary
+from lstm_jax.errors import UserError
+from lstm_jax.vocabulary import KINDS, Vocabulary, printable, stop_text
+
+# Text out of all of Unicode's planes, and pieces that hang together or are often got wrong.
+TEXTS = st.lists(
+    st.text(max_size=8)
+    | st.sampled_from(
+        [
+            "\r\n",
+            "\n\n",
+            "\0",
+            "e\u0301",
+            "\u0301",
+            "שָׁלוֹם",
+            "\u202eright to left\u202c",
+            "👨‍👩‍👧‍👦",
+            "🇩🇪🇫",
+            "한글",
+            "เก่ง",
+            " o'er",
+            "[UNK]",
+            "\ufeff",
+            "\U0010ffff",
+            "3.14",
+        ]
+    ),
+    max_size=12,
+).map("".join)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stop", ["", "\n", "\n\n"])
+@settings(max_examples=100, deadline=None)
+@given(text=TEXTS)
+def test_encode_then_decode_gives_any_text_back(kind: str, stop: str, text: str) -> None:
+    text += stop
+    vocabulary = Vocabulary.from_text(text, kind, stop=stop)
+    again = Vocabulary.from_json(vocabulary.to_json())
+    ids = again.encode(text)
+    assert again.decode(ids) == text
+    assert ids.dtype == np.int32 and not np.isin(ids, [0, 1]).any()
+    assert again.units == vocabulary.units
+    assert [again.units[i] for i in ids] == again.split(text)
+    assert again.unknown(text) == []
+    # In pieces it is the same, and each piece is text.
+    decode = again.decoder()
+    pieces = [decode([i], False) for i in ids] + [decode([], True)]
+    assert "".join(pieces) == text
+    assert all(piece.encode() for piece in pieces if piece)
+
+
+@settings(max_examples=100, deadline=None)
+@given(content=st.binary(max_size=60))
+def test_bytes_hold_any_file_and_no_character_is_split(content: bytes) -> None:
+    text = content.decode("utf-8", "surrogateescape")
+    vocabulary = Vocabulary.from_text("no matter what", "bytes")
+    assert len(vocabulary) == 2 + 256
+    ids = vocabulary.encode(text)
+    assert len(ids) == len(content)
+    decode = vocabulary.decoder()
+    pieces = [decode(ids[i : i + 3], False) for i in range(0, len(ids), 3)] + [decode([], True)]
+    assert "".join(pieces) == vocabulary.decode(ids) == text
+    assert "".join(pieces).encode("utf-8", "surrogateescape") == content
 
 
 def test_tiny_shakespeare_has_67_units_in_order(shakespeare: dict[str, str]) -> None:
@@ -14,35 +80,91 @@ def test_tiny_shakespeare_has_67_units_in_order(shakespeare: dict[str, str]) -> 
     assert ids.dtype == np.int32
 
 
-@pytest.mark.parametrize("text", ["a\r\nb\0c", "e\u0301 שלום 日本語", "😀\U0010ffff\u2028", ""])
-def test_encode_then_decode_gives_the_text_back(text: str) -> None:
-    vocabulary = Vocabulary.from_text(text)
-    again = Vocabulary.from_json(vocabulary.to_json())
-    assert again.units == vocabulary.units
-    assert again.decode(again.encode(text)) == text
-    assert len(again.encode(text)) == len(text)
+@pytest.mark.parametrize(
+    ("kind", "units"),
+    [
+        ("characters", ["e", "\u0301", " ", "o", "'", "e", "r", ",", "\r", "\n"]),
+        ("graphemes", ["e\u0301", " ", "o", "'", "e", "r", ",", "\r\n"]),
+        ("words", ["e\u0301", " o'er", ",", "\r\n"]),
+        ("bytes", ["e", "\udccc", "\udc81", " ", "o", "'", "e", "r", ",", "\r", "\n"]),
+    ],
+)
+def test_what_a_unit_is(kind: str, units: list[str]) -> None:
+    text = "e\u0301 o'er,\r\n"
+    vocabulary = Vocabulary.from_text(text, kind)
+    assert vocabulary.split(text) == units
+    assert [vocabulary.units[i] for i in vocabulary.encode(text)] == units
+
+
+def test_documents_end_with_the_stop_token() -> None:
+    text = "ab\n\nc\n\n\nd"
+    for kind in KINDS:
+        vocabulary = Vocabulary.from_text(text, kind, stop="\n\n")
+        start = ["ab"] if kind == "words" else ["a", "b"]
+        assert vocabulary.split(text) == [*start, "\n\n", "c", "\n\n", "\n", "d"]
+        assert vocabulary.stop_id is not None
+        assert vocabulary.units[vocabulary.stop_id] == "\n\n"
+        assert np.count_nonzero(vocabulary.encode(text) == vocabulary.stop_id) == 2
+    # A stop token of one character is that character.
+    assert Vocabulary.from_text(text, stop="\n").units == ("", "[UNK]", "\n", "a", "b", "c", "d")
+    assert Vocabulary.from_text(text).stop_id is None
+    assert stop_text("blank_line", "a\r\n\r\nb") == "\r\n\r\n"
+    assert stop_text("blank_line", text) == "\n\n"
+    with pytest.raises(UserError, match="no '\\\\n', which is to end its documents"):
+        Vocabulary.from_text("ab", stop="\n")
+
+
+def test_rare_units_become_unk() -> None:
+    text = "to be or not to be"
+    vocabulary = Vocabulary.from_text(text, "words", min_count=2)
+    assert vocabulary.units == ("", "[UNK]", " be")
+    assert vocabulary.decode(vocabulary.encode(text)) == "[UNK] be[UNK][UNK][UNK] be"
+    assert vocabulary.unknown(text) == [" not", " or", " to", "to"]
+    with pytest.raises(UserError, match="none of the words .* stands there 3 times"):
+        Vocabulary.from_text(text, "words", min_count=3)
+    assert len(Vocabulary.from_text(text, "bytes", min_count=3)) == 258
+
+
+def test_another_vocabulary_is_appended() -> None:
+    first, second = Vocabulary.from_text("bd"), Vocabulary.from_text("abc\n\n", stop="\n\n")
+    both = first.extended(second)
+    assert both.units == ("", "[UNK]", "b", "d", "\n\n", "a", "c") and both.stop == "\n\n"
+    with pytest.raises(UserError, match="of a model of characters: set data.units=characters"):
+        first.extended(Vocabulary.from_text("abc", "words"))
+    with pytest.raises(UserError, match="end with '.n.n': set data.document_separator"):
+        second.extended(first)
 
 
 def test_unknown_characters_become_unk() -> None:
     vocabulary = Vocabulary.from_text("abc")
     assert vocabulary.encode("axb\ud800").tolist() == [2, 1, 3, 1]
     assert vocabulary.decode([2, 0, 1]) == "a[UNK]"
-    assert vocabulary.unknown("zaxz") == "xz"
+    assert vocabulary.unknown("zaxz") == ["x", "z"]
+
+
+def test_what_can_not_be_shown_is_replaced() -> None:
+    assert printable(b"caf\xe9 \xc3\xa9".decode("utf-8", "surrogateescape")) == "caf\ufffd é"
 
 
 @pytest.mark.parametrize(
-    "damaged",
+    ("changed", "message"),
     [
-        "",
-        "[]",
-        "{}",
-        '{"units": 3}',
-        '{"units": ["a", "b"]}',
-        '{"units": ["", "[UNK]", "ab"]}',
-        '{"units": ["", "[UNK]", "a", "a"]}',
-        '{"units": ["", "[UNK]", 5]}',
+        ({"units": 3}, "no list"),
+        ({"units": ["a", "b"]}, "first two"),
+        ({"units": ["", "[UNK]", "ab"]}, "one of the characters"),
+        ({"units": ["", "[UNK]", "a", "a"]}, "twice"),
+        ({"units": ["", "[UNK]", 5]}, "must be text"),
+        ({"kind": "syllables"}, "kind"),
+        ({"kind": ["words"]}, "kind"),
+        ({"stop": "b"}, "not among"),
+        ({"stop": None}, "no text"),
+        ({"more": 1}, "does not hold"),
     ],
 )
-def test_a_damaged_file_is_refused(damaged: str) -> None:
-    with pytest.raises(ValueError):
-        Vocabulary.from_json(damaged)
+def test_a_damaged_file_is_refused(changed: dict[str, object], message: str) -> None:
+    content = json.loads(Vocabulary.from_text("a\n", stop="\n").to_json())
+    with pytest.raises(ValueError, match=message):
+        Vocabulary.from_json(json.dumps(content | changed))
+    for damaged in ("", "[]", "{}"):
+        with pytest.raises(ValueError):
+            Vocabulary.from_json(damaged)

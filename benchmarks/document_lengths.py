@@ -1,0 +1,55 @@
+"""Compares the lengths of the documents that a model writes with those of real ones.
+
+    python benchmarks/document_lengths.py --workdir runs/shakespeare_speeches
+
+The model must have learned a stop token (data.document_separator). It writes `--num_samples`
+documents at temperature 1, each until it ends it or `--length` units are written.
+"""
+
+import argparse
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+
+from lstm_jax import corpus, generation, workdir
+
+_PERCENTILES = (10, 25, 50, 75, 90)
+
+
+def main() -> None:
+    """Measures and prints a Markdown table of lengths in characters."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--num_samples", type=int, default=500)
+    parser.add_argument("--length", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    logging.set_verbosity(logging.ERROR)
+
+    trained = workdir.load(options.workdir)
+    if not trained.vocabulary.stop:
+        parser.error(f"{options.workdir} has no stop token: train with data.document_separator")
+    documents = {
+        f"{name} text": text.split(trained.vocabulary.stop)
+        for name, text in corpus.read(trained.config.data).items()
+    }
+    documents["written"] = generation.write(
+        trained.model,
+        trained.params,
+        trained.vocabulary,
+        jax.random.key(options.seed),
+        length=options.length,
+        num_samples=options.num_samples,
+    )
+    print(f"| | documents | {' | '.join(f'{p} %' for p in _PERCENTILES)} | mean |")
+    print("| --- |" + " ---: |" * (len(_PERCENTILES) + 2))
+    for name, texts in documents.items():
+        lengths = [len(text) for text in texts]
+        figures = [*np.percentile(lengths, _PERCENTILES), np.mean(lengths)]
+        print(f"| {name} | {len(texts):,} | {' | '.join(f'{x:.0f}' for x in figures)} |")
+
+
+if __name__ == "__main__":
+    main()

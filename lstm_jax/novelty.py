@@ -1,0 +1,78 @@
+"""How much of a text stands verbatim in another: what a model copied from its training."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+# Runs longer than this count as copied; shorter ones any two texts of one language share.
+COMMON_RUN = 20
+_BASE = 0x9E3779B97F4A7C15  # Any large odd number will do.
+
+
+class Novelty(NamedTuple):
+    """What of a text was copied.
+
+    Attributes:
+      longest_run: the longest run of characters that stands in the training text, too.
+      copied_share: the share of the characters that stand in copied runs longer than `COMMON_RUN`.
+    """
+
+    longest_run: str
+    copied_share: float
+
+
+def measure(text: str, training_text: str) -> Novelty:
+    """Finds what of `text` stands verbatim in `training_text`."""
+    hashes = _Windows(text), _Windows(training_text)
+    length = COMMON_RUN + 1
+    copied = _copied(*hashes, length)
+    covered = np.zeros(len(text) + 1, np.int64)
+    np.add.at(covered, copied, 1)
+    np.add.at(covered, copied + length, -1)
+    share = np.count_nonzero(np.cumsum(covered)) / max(len(text), 1)
+
+    # The longest run by bisection, as with a run of some length come runs of all shorter ones. Most
+    # texts have no long runs, so the length doubles until there is none.
+    found, start, missing = 0, 0, len(text) + 1
+    while missing - found > 1:
+        probe = min(max(2 * found, length), (found + missing) // 2)
+        copied = _copied(*hashes, probe)
+        if len(copied):
+            found, start = probe, copied[0]
+        else:
+            missing = probe
+    return Novelty(text[start : start + found], share)
+
+
+class _Windows:
+    """Hashes of all windows of a text.
+
+    The hash of a window of n characters at i is the sum of c[i + j] * base**j over j, modulo 2**64
+    (Karp & Rabin 1987), so that all follow from sums over the text's beginnings.
+    """
+
+    def __init__(self, text: str) -> None:
+        """Takes the text."""
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+        powers = np.full(len(codes) + 1, _BASE, np.uint64)
+        inverses = np.full(len(codes) + 1, pow(_BASE, -1, 2**64), np.uint64)
+        powers[0] = inverses[0] = 1
+        self._inverses = np.cumprod(inverses)
+        self._sums = np.zeros(len(codes) + 1, np.uint64)
+        np.cumsum(codes * np.cumprod(powers)[:-1], out=self._sums[1:])
+
+    def hashes(self, length: int) -> np.ndarray:
+        """The hash of the window of this length at each position: uint64 [windows]."""
+        windows = max(len(self._sums) - length, 0)
+        ends = self._sums[length : length + windows]
+        return (ends - self._sums[:windows]) * self._inverses[:windows]
+
+
+def _copied(text: _Windows, training_text: _Windows, length: int) -> np.ndarray:
+    """The positions in the text of the windows that stand in the training text, too."""
+    ours, theirs = text.hashes(length), training_text.hashes(length)
+    # Most windows of the training text are ruled out by a table of the first bits of ours.
+    shift = np.uint64(64 - 22)
+    table = np.zeros(2**22, bool)
+    table[ours >> shift] = True
+    return np.flatnonzero(np.isin(ours, theirs[table[theirs >> shift]]))

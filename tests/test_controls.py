@@ -1,0 +1,150 @@
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lstm_jax import controls as controls_lib
+from lstm_jax.controls import Controls, adjust, as_arrays, can_end, stop_table
+from lstm_jax.errors import UserError
+from lstm_jax.vocabulary import KINDS, Vocabulary
+
+adjusted = jax.jit(adjust)
+
+
+def by_hand(logits: np.ndarray, age: np.ndarray, controls: Controls) -> np.ndarray:
+    """The probabilities of one text, by sorting, in double precision."""
+    logits = logits.astype(np.float64).copy()
+    recent = age <= controls.repetition_window
+    factor = np.where(logits > 0, 1 / controls.repetition_penalty, controls.repetition_penalty)
+    logits = np.where(recent, logits * factor, logits)
+    allowed = np.ones(len(logits), bool)
+    allowed[[0, 1, *controls.forbidden]] = False
+    logits[~allowed] = -np.inf
+    if controls.temperature == 0:
+        return np.eye(len(logits))[logits.argmax()]
+    probabilities = np.exp((logits - logits.max()) / controls.temperature)
+    probabilities /= probabilities.sum()
+    order = np.argsort(-probabilities)
+    if controls.top_k:
+        probabilities[order[controls.top_k :]] = 0
+        probabilities /= probabilities.sum()
+    before = np.cumsum(probabilities[order]) - probabilities[order]
+    if controls.top_p < 1:
+        probabilities[order[before >= controls.top_p]] = 0
+    probabilities[probabilities < controls.min_p * probabilities.max()] = 0
+    return probabilities / probabilities.sum()
+
+
+ALL = {
+    "temperature": Controls(temperature=0.5),
+    "greedy": Controls(temperature=0, top_k=3, top_p=0.5),
+    "top_k": Controls(top_k=3),
+    "one": Controls(top_k=1),
+    "top_p": Controls(top_p=0.7),
+    "small top_p": Controls(top_p=1e-6),
+    "large top_p": Controls(top_p=0.999),
+    "min_p": Controls(min_p=0.3),
+    "min_p 1": Controls(min_p=1.0),
+    "repetition_penalty": Controls(repetition_penalty=1.5, repetition_window=10),
+    "repetition": Controls(repetition_penalty=0.5, repetition_window=3),
+    "forbidden": Controls(forbidden=[4, 7]),
+    "all": Controls(0.7, 9, 0.9, 0.05, 1.3, 10, [3]),
+    "all, wilder": Controls(1.7, 40, 0.95, 0.02, 1.2, 20, [3, 5, 11]),
+}
+
+
+@pytest.mark.parametrize("controls", ALL.values(), ids=ALL)
+@pytest.mark.parametrize("size", [13, 3000])
+def test_distributions_are_those_of_sorting(controls: Controls, size: int) -> None:
+    rng = np.random.default_rng(size)
+    logits = rng.normal(0, 3, (8, size)).astype(np.float32)
+    age = rng.integers(1, 30, (8, size)).astype(np.int32)
+    result = adjusted(logits, age, as_arrays(controls, size))
+    for row, one_logits, one_age in zip(jax.nn.softmax(result), logits, age, strict=True):
+        expected = by_hand(one_logits, one_age, controls)
+        np.testing.assert_array_equal(row > 0, expected > 0)
+        np.testing.assert_allclose(row, expected, rtol=1e-4)
+
+
+def test_equally_likely_units_are_kept_together() -> None:
+    logits = jnp.array([[9.0, 9.0, 2.0, 1.0, 1.0, 1.0, 0.0]])
+    age = jnp.full(logits.shape, 99)
+    for controls in (Controls(top_k=2), Controls(top_p=0.7)):
+        kept = adjusted(logits, age, as_arrays(controls, 7))[0] > -jnp.inf
+        assert kept.tolist() == [False, False, True, True, True, True, False]
+    greedy = adjusted(logits[:, ::-1], age, as_arrays(Controls(temperature=0), 7))[0] > -jnp.inf
+    assert greedy.tolist() == [False] * 5 + [True, False]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"temperature": -0.1}, "temperature is -0.1: it must be 0 or more"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_p": 0.0}, "top_p is 0.0: it must be above 0 and at most 1"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"min_p": -0.1}, "min_p is -0.1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+        ({"repetition_window": -1}, "repetition_window is -1"),
+        ({"forbidden": [2, 3, 4]}, "every unit of the vocabulary is forbidden"),
+    ],
+)
+def test_controls_outside_their_range_are_named(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        as_arrays(Controls(**changed), 5)
+
+
+def run(table: np.ndarray, vocabulary: Vocabulary, units: list[str]) -> list[bool]:
+    """Whether the text has ended, after each unit."""
+    state, ended = 0, []
+    for unit in units:
+        state = table[state, vocabulary.units.index(unit)]
+        ended.append(state == len(table) - 1)
+    return ended
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stop_at", ["b", "ab", "aab", "abab", "aabaab", "é", "a é", "ab " * 20])
+def test_a_text_ends_where_the_stop_text_was_written(kind: str, stop_at: str) -> None:
+    text = "aab aabaabab ab a éb " + "ab " * 30 + "aabaaabaab a"
+    vocabulary = Vocabulary.from_text(text, kind)
+    table = stop_table(vocabulary, stop_at=stop_at)
+    units = vocabulary.split(text)
+    written, expected = "", []
+    for unit in units:
+        written += unit
+        expected.append("".join(vocabulary.split(stop_at)) in written)
+    assert run(table, vocabulary, units) == expected
+    assert can_end(table, np.zeros(len(vocabulary), bool))
+
+
+def test_stop_token_and_stop_texts_that_can_not_be_written() -> None:
+    vocabulary = Vocabulary.from_text("a b\n\nc", stop="\n\n")
+    units = ["a", "\n\n", "b", "c"]
+    assert run(stop_table(vocabulary), vocabulary, units) == [False, True, True, True]
+    assert run(stop_table(vocabulary, False), vocabulary, units) == [False] * 4
+    assert run(stop_table(vocabulary, True, "b"), vocabulary, units[2:]) == [True, True]
+    allowed = np.zeros(len(vocabulary), bool)
+    for stop_at, possible in {
+        "c a": True,
+        "b\nc": False,
+        "x": False,
+        "ax": False,
+        "": False,
+    }.items():
+        assert can_end(stop_table(vocabulary, False, stop_at), allowed) == possible
+    allowed[vocabulary.encode("c")] = True
+    assert not can_end(stop_table(vocabulary, False, "c a"), allowed)
+
+
+def test_numbers_of_states_fall_into_classes() -> None:
+    vocabulary = Vocabulary.from_text("ab")
+
+    def shape(length: int) -> tuple[int, ...]:
+        return stop_table(vocabulary, stop_at="a" * length).shape
+
+    assert {shape(n) for n in range(16)} == {(controls_lib.MIN_STATES, 4)}
+    assert shape(16) == shape(31) == (32, 4)
