@@ -27,7 +27,8 @@ def default() -> ConfigDict:
 
     config.data = ConfigDict()
     # UTF-8 text files of the user's: a path, a glob, or several of them with commas between.
-    # They are read in that order (a glob's files by name). Empty: the TFDS dataset below.
+    # They are read in that order (a glob's files by name). Where each split has files of its own,
+    # those of train, validation and test with semicolons between. Empty: the TFDS dataset below.
     config.data.path = ""
     # A TFDS dataset and its feature that holds text.
     config.data.dataset = "tiny_shakespeare"

@@ -15,6 +15,8 @@ from lstm_jax.errors import UserError, one_line
 from lstm_jax.vocabulary import FILE_END
 
 SPLITS = ("train", "validation", "test")
+# In data.path, between the files of each split where they come apart.
+_BETWEEN_SPLITS = ";"
 
 # Its bars are for downloads of gigabytes; here they would bury what a command prints.
 tfds.disable_progress_bar()
@@ -32,7 +34,16 @@ def read(data: ConfigDict) -> dict[str, str]:
     """
     options = {"any_bytes": data.units == "bytes", "ends": data.document_separator == "file"}
     if data.path:
-        splits = split(read_files(data.path, **options), data.fractions)
+        texts = [read_files(paths, **options) for paths in data.path.split(_BETWEEN_SPLITS)]
+        if len(texts) == 1:
+            splits = split(texts[0], data.fractions, any_bytes=data.units == "bytes")
+        elif len(texts) == 3:
+            splits = dict(zip(SPLITS, texts, strict=True))
+        else:
+            raise UserError(
+                f"data.path {data.path!r} is {len(texts)} texts: it must be one, or those of "
+                f"train, validation and test with {_BETWEEN_SPLITS} between"
+            )
         source = data.path
     else:
         splits = read_dataset(
@@ -76,7 +87,11 @@ def _with_ends(texts: Sequence[str]) -> str:
 
 def absolute(paths: str) -> str:
     """The same paths and patterns, good from any current directory."""
-    return ",".join(str(Path(pattern).absolute()) for pattern in paths.split(","))
+
+    def of_one(paths: str) -> str:
+        return ",".join(str(Path(pattern).absolute()) for pattern in paths.split(","))
+
+    return _BETWEEN_SPLITS.join(map(of_one, paths.split(_BETWEEN_SPLITS)))
 
 
 def _read_file(path: Path, any_bytes: bool) -> str:
@@ -98,11 +113,25 @@ def _read_file(path: Path, any_bytes: bool) -> str:
         ) from None
 
 
-def split(text: str, fractions: Sequence[float]) -> dict[str, str]:
+def split(text: str, fractions: Sequence[float], any_bytes: bool = False) -> dict[str, str]:
     """Cuts a text by position into train, validation and test.
 
     Each share is cut from what is left and rounded down, as TFDS does for Tiny Shakespeare.
+
+    Args:
+      text: the text.
+      fractions: the shares.
+      any_bytes: whether positions are those of bytes, as in the usual splits of enwik8. What is no
+        UTF-8, like half a character at a cut, is kept as surrogates.
     """
+    if any_bytes:
+        # In Latin-1 every byte is one character.
+        in_bytes = text.encode("utf-8", "surrogateescape").decode("latin-1")
+        parts = split(in_bytes, fractions)
+        return {
+            name: part.encode("latin-1").decode("utf-8", "surrogateescape")
+            for name, part in parts.items()
+        }
     train = int(len(text) * fractions[0])
     validation = train + int((len(text) - train) * (fractions[1] / (fractions[1] + fractions[2])))
     return {"train": text[:train], "validation": text[train:validation], "test": text[validation:]}

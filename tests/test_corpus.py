@@ -156,3 +156,28 @@ def test_a_changed_text_is_noticed() -> None:
     corpus.check_unchanged(splits, data)
     with pytest.raises(UserError, match="not the one this run was trained on"):
         corpus.check_unchanged(splits | {"test": "f"}, data)
+
+
+def test_each_split_may_have_files_of_its_own(tmp_path: Path) -> None:
+    for name, text in (("a", "train"), ("b", "ing"), ("c", "valid"), ("d", "test")):
+        (tmp_path / name).write_text(text)
+    data = config_lib.default().data
+    data.path = f"{tmp_path}/a,{tmp_path}/b;{tmp_path}/c;{tmp_path}/d"
+    assert corpus.absolute(data.path) == data.path
+    assert corpus.read(data) == {"train": "training", "validation": "valid", "test": "test"}
+    data.path = f"{tmp_path}/a;{tmp_path}/b"
+    with pytest.raises(UserError, match="is 2 texts: it must be one, or those of train"):
+        corpus.read(data)
+
+
+def test_bytes_are_split_at_bytes(tmp_path: Path) -> None:
+    content = ("é€" * 50).encode() + bytes(range(256)) * 3
+    (tmp_path / "file").write_bytes(content)
+    data = config_lib.default().data
+    data.path, data.units = str(tmp_path / "file"), "bytes"
+    parts = [text.encode("utf-8", "surrogateescape") for text in corpus.read(data).values()]
+    assert b"".join(parts) == content
+    assert len(parts[0]) == int(0.9 * len(content))
+    # A cut in the middle of a character, at the first byte of two.
+    halves = corpus.split("é" * 10, (0.45, 0.05, 0.5), any_bytes=True)
+    assert len(halves["train"].encode("utf-8", "surrogateescape")) == 9

@@ -1,0 +1,45 @@
+"""The first 100 MB of Wikipedia, byte by byte, with AWD-LSTM's settings: enwik8 and text8."""
+# python -m lstm_jax.main --config experiments/enwik8.py --config.data.path=enwik8
+#
+# The file is the usual one of 100,000,000 bytes; the first 90 % are for training, the next 5 % for
+# validation and the last 5 % for the test, as everywhere. For text8 it is the same with
+# --config.data.path=text8 --workdir runs/text8. Made for a GPU; not yet run to its end.
+
+from ml_collections import ConfigDict
+
+from lstm_jax import config as config_lib
+
+
+def get_config() -> ConfigDict:
+    """Three layers of 1,840 units (Merity et al. 2018, "An Analysis of Neural Language Modeling").
+
+    Their weight decay is part of the gradient; here it is decoupled from it.
+    """
+    config = config_lib.default()
+
+    config.data.path = "enwik8"
+    config.data.units = "bytes"
+
+    config.batches.kind = "streams"
+    config.batches.batch_size = 128
+    config.batches.window_length = 200
+
+    config.model.embedding_size = 400
+    config.model.hidden_size = 1840
+    config.model.num_layers = 3
+    config.model.tie_embeddings = True
+    config.model.dtype = "bfloat16"
+
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "step"
+    config.optimizer.step_at = (0.5, 0.7)
+    config.optimizer.weight_decay = 1.2e-6
+    config.optimizer.max_gradient_norm = 0.25
+
+    config.regularization.input_dropout = 0.1
+    config.regularization.hidden_dropout = 0.1
+    config.regularization.output_dropout = 0.4
+    config.regularization.recurrent_dropout = 0.2
+
+    config.num_epochs = 50
+    return config

@@ -1,0 +1,43 @@
+"""Penn Treebank, character by character, with the settings of AWD-LSTM for it."""
+# python -m lstm_jax.main --config experiments/penn_treebank.py
+#
+# It reads the usual three files, ptb.train.txt, ptb.valid.txt and ptb.test.txt, from where it is
+# started (--config.data.path names others). Made for a GPU; not yet run to its end.
+
+from ml_collections import ConfigDict
+
+from lstm_jax import config as config_lib
+
+
+def get_config() -> ConfigDict:
+    """Three layers of 1,000 units (Merity et al. 2018, "An Analysis of Neural Language Modeling").
+
+    Their weight decay is part of the gradient; here it is decoupled from it.
+    """
+    config = config_lib.default()
+
+    config.data.path = "ptb.train.txt;ptb.valid.txt;ptb.test.txt"
+
+    config.batches.kind = "streams"
+    config.batches.batch_size = 128
+    config.batches.window_length = 150
+
+    config.model.embedding_size = 200
+    config.model.hidden_size = 1000
+    config.model.num_layers = 3
+    config.model.tie_embeddings = True
+    config.model.dtype = "bfloat16"
+
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.schedule = "step"
+    config.optimizer.step_at = (0.6, 0.8)
+    config.optimizer.weight_decay = 1.2e-6
+    config.optimizer.max_gradient_norm = 0.25
+
+    config.regularization.input_dropout = 0.1
+    config.regularization.hidden_dropout = 0.25
+    config.regularization.output_dropout = 0.1
+    config.regularization.recurrent_dropout = 0.5
+
+    config.num_epochs = 500
+    return config

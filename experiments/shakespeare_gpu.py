@@ -1,0 +1,36 @@
+"""A larger model for Tiny Shakespeare, for a GPU."""
+# python -m lstm_jax.main --config experiments/shakespeare_gpu.py
+#
+# Not yet run to its end.
+
+from ml_collections import ConfigDict
+
+from lstm_jax import config as config_lib
+
+
+def get_config() -> ConfigDict:
+    """What shakespeare_best.py says, with two layers of 1,024 units, more dropout and 40 epochs."""
+    config = config_lib.default()
+
+    config.batches.kind = "streams"
+    config.batches.batch_size = 32
+    config.batches.window_length = 128
+
+    config.model.embedding_size = 128
+    config.model.hidden_size = 1024
+    config.model.num_layers = 2
+    config.model.dtype = "bfloat16"
+
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 100
+    config.optimizer.schedule = "cosine"
+    config.optimizer.weight_decay = 0.01
+    config.optimizer.max_gradient_norm = 1.0
+
+    config.regularization.embedding_dropout = 0.1
+    config.regularization.hidden_dropout = 0.5
+    config.regularization.output_dropout = 0.5
+    config.regularization.recurrent_dropout = 0.3
+
+    config.num_epochs = 40
+    return config
