@@ -26,7 +26,7 @@ def main() -> None:
     options = side_by_side.parse_options(
         __doc__,
         num_samples=1,
-        length=300,
+        length=1000,
         embedding_size=256,
         hidden_size=1024,
         num_layers=1,

@@ -1,0 +1,35 @@
+"""For the lowest loss on Tiny Shakespeare that two CPU cores reach within an hour."""
+# python -m lstm_jax.main --config experiments/shakespeare_best.py
+#
+# Not yet run to its end.
+
+from ml_collections import ConfigDict
+
+from lstm_jax import config as config_lib
+
+
+def get_config() -> ConfigDict:
+    """Two layers of 512 units with dropout wherever it helps."""
+    config = config_lib.default()
+
+    config.batches.kind = "streams"
+    config.batches.batch_size = 32
+    config.batches.window_length = 128
+
+    config.model.embedding_size = 128
+    config.model.hidden_size = 512
+    config.model.num_layers = 2
+
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.warmup_steps = 100
+    config.optimizer.schedule = "cosine"
+    config.optimizer.weight_decay = 0.01
+    config.optimizer.max_gradient_norm = 1.0
+
+    config.regularization.embedding_dropout = 0.05
+    config.regularization.hidden_dropout = 0.35
+    config.regularization.output_dropout = 0.35
+    config.regularization.recurrent_dropout = 0.1
+
+    config.num_epochs = 12
+    return config
