@@ -19,7 +19,9 @@ def final_state(directory: Path) -> list[Any]:
     vocabulary = workdir.load_vocabulary(directory)
     model = model_lib.from_config(config.model, len(vocabulary))
     optimizer = optimizer_lib.make(config.optimizer, 1)
-    state = train.init_state(model, optimizer, jax.random.key(0), config.batches.batch_size)
+    averaged = config.optimizer.average_decay > 0
+    batch_size = config.batches.batch_size
+    state = train.init_state(model, optimizer, jax.random.key(0), batch_size, averaged)
     iterator, _ = batches.make(np.zeros(18_000, np.int32), config.batches, 0)
     restored = checkpoints.restore_latest(
         directory / workdir.CHECKPOINTS, state.evaluated, state.rest, iterator

@@ -161,6 +161,15 @@ def mounted(directory: Path, *options: str) -> Iterator[Path]:
         subprocess.run(["umount", str(directory)], check=True)
 
 
+def fill(disk: Path) -> Path:
+    """Adds to a file, which it returns, until no byte of the disk is free."""
+    filler = disk / "filler"
+    with filler.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"\0" * 4096)
+    return filler
+
+
 def test_a_full_disk_stops_the_run_with_all_that_was_saved(
     whole: tuple[Path, float], text_file: Path, tmp_path: Path
 ) -> None:
@@ -169,10 +178,7 @@ def test_a_full_disk_stops_the_run_with_all_that_was_saved(
         arguments = command(text_file, directory)
         process = start(arguments)
         wait_for_rows(process, directory, 12)
-        filler = disk / "filler"
-        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-            while True:
-                file.write(b"\0" * 4096)
+        filler = fill(disk)
         output, errors = process.communicate(timeout=60)
         assert process.returncode == 2, output
         assert "No space left" in errors and len(errors.splitlines()) == 1
@@ -180,7 +186,8 @@ def test_a_full_disk_stops_the_run_with_all_that_was_saved(
         assert kept and all(
             checkpoints.damage(directory / workdir.CHECKPOINTS / str(step)) is None for step in kept
         )
-        # Still full: told again, and nothing is lost.
+        # Still full, of what the run itself has freed too: told again, and nothing is lost.
+        fill(disk)
         again = finish(arguments)
         assert again.returncode == 2 and "No space left" in again.stderr
         assert len(again.stderr.splitlines()) == 1
