@@ -291,8 +291,8 @@ def stream(
     stops = stop_table(vocabulary, stop_token, stop_at)
     arrays = prepare(model, params)
     state = read(model, arrays, initial_state(model), encode_prompt(vocabulary, prompt)[None])
-    # Read once, written on `num_samples` times.
-    state = jax.tree.map(lambda x: jnp.repeat(x, num_samples, 0) if x.ndim else x, state)
+    if num_samples > 1:  # Read once, written on many times.
+        state = jax.tree.map(lambda x: jnp.repeat(x, num_samples, 0) if x.ndim else x, state)
     decoders = [text_decoder(vocabulary, stop_token) for _ in range(num_samples)]
     for ids, _ in write_chunks(model, arrays, state, key, control_arrays, stops, length):
         yield [decode(row, False) for decode, row in zip(decoders, ids, strict=True)]
