@@ -1,7 +1,7 @@
 """The lesson's question: LSTM against GRU and simple RNN, with as many parameters and steps."""
-# python -m lstm_jax.main --config experiments/cells.py --workdir runs/lstm
-# python -m lstm_jax.main --config experiments/cells.py:gru --workdir runs/gru
-# python -m lstm_jax.main --config experiments/cells.py:rnn --workdir runs/rnn
+# python -m lstm_jax.main --config experiments/cells.py:lstm
+# python -m lstm_jax.main --config experiments/cells.py:gru
+# python -m lstm_jax.main --config experiments/cells.py:rnn
 
 from ml_collections import ConfigDict
 

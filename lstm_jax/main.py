@@ -13,7 +13,9 @@ from lstm_jax import command, config, train
 from lstm_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Experiment to run: a Python file with get_config()."
+    "config",
+    None,
+    "Experiment to run: a Python file with get_config(); FILE:WORD calls get_config('WORD').",
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run is kept. [default: runs/<name of the config file>]"
@@ -28,10 +30,13 @@ def main() -> int:
     flag = flags.FLAGS["config"]
     if not flag.present:
         raise UserError("name an experiment: --config experiments/quick.py")
-    path = Path(flag.config_filename)
+    # What stands behind a colon is get_config's argument, as in experiments/cells.py:gru.
+    name, _, argument = flag.config_filename.partition(":")
+    path = Path(name)
     if not path.is_file():
         raise UserError(f"there is no config file {path}")
-    directory = Path(_WORKDIR.value or Path("runs", path.stem))
+    run_name = f"{path.stem}_{argument}" if argument else path.stem
+    directory = Path(_WORKDIR.value or Path("runs", run_name))
     experiment = config.complete(_CONFIG.value)
     if _INIT_FROM.value is not None:
         experiment.init_from = _INIT_FROM.value

@@ -242,6 +242,7 @@ BAD_CONFIGS = {
     "empty.py": "",
     "none.py": "def get_config(): pass\n",
     "value.py": "def get_config(): raise ValueError('a wrong value')\n",
+    "argument.py": "def get_config(word='none'): raise ValueError(f'the word {word}')\n",
 }
 
 
@@ -256,6 +257,16 @@ BAD_CONFIGS = {
         (["main", "--config=empty.py"], "no attribute 'get_config'"),
         (["main", "--config=none.py"], "get_config() returned NoneType"),
         (["main", "--config=value.py"], "a wrong value"),
+        (["main", "--config=argument.py:gru"], "the word gru"),
+        (["main", "--config", f"{QUICK}:gru"], "get_config"),
+        (["main", "--config", QUICK, "--config.model.cell=gur"], "model.cell is 'gur'"),
+        (
+            ["main", *TINY, "--config.model.cell=gru", "--config.model.recurrence=fused"],
+            "without layer normalisation only",
+        ),
+        (["main", "--config", QUICK, "--config.mesh.data=5"], "must be a multiple of mesh.data"),
+        (["evaluate", "--workdir=.", "--dynamic", "--fit_temperature"], "leave out --dynamic"),
+        (["evaluate", "--workdir=.", "--dynamic_segment_length=0"], "must be 1 or more"),
         (["main", "--config", QUICK, "--config.model.hiden_size=3"], "did you mean model.hidden"),
         (["main", "--config", QUICK, "--config.model.hidden_size=3.5"], "'3.5'"),
         (["main", "--config", QUICK, "--config.num_epochs=0"], "num_epochs is 0"),
