@@ -101,6 +101,21 @@ def _read_file(path: Path, any_bytes: bool) -> str:
         raise UserError(f"can't read {path}: {error.strerror}") from None
     if not content:
         raise UserError(f"{path} is empty: data.path must name files with text in them")
+    return decode(content, str(path), any_bytes, ", or learn its bytes with data.units=bytes")
+
+
+def decode(content: bytes, name: str, any_bytes: bool, remedy: str = "") -> str:
+    """The text of a file.
+
+    Args:
+      content: what is in it.
+      name: what to call it where it is no text.
+      any_bytes: whether bytes that are no UTF-8 are kept, as surrogates.
+      remedy: what else could be done about a file that is no text.
+
+    Raises:
+      UserError: if it is not UTF-8, naming the byte that is not.
+    """
     if any_bytes:
         return content.decode("utf-8", "surrogateescape")
     try:
@@ -108,8 +123,8 @@ def _read_file(path: Path, any_bytes: bool) -> str:
         return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} is not UTF-8 at byte {error.start}: convert it, for example with "
-            "iconv -f LATIN1 -t UTF-8, or learn its bytes with data.units=bytes"
+            f"{name} is not UTF-8 at byte {error.start}: convert it, for example with "
+            f"iconv -f LATIN1 -t UTF-8{remedy}"
         ) from None
 
 
@@ -221,6 +236,23 @@ def checksum(splits: dict[str, str]) -> str:
     for name in SPLITS:
         digest.update(splits[name].encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
+
+
+def read_again(data: ConfigDict, path: str | None) -> dict[str, str]:
+    """The splits that a run was trained on, for commands that come after it.
+
+    Args:
+      data: the `data` fields of its config.
+      path: where its text is now, if it was moved.
+
+    Raises:
+      UserError: as `read` and `check_unchanged` do.
+    """
+    if path is not None:
+        data.path = path
+    splits = read(data)
+    check_unchanged(splits, data)
+    return splits
 
 
 def check_unchanged(splits: dict[str, str], data: ConfigDict) -> None:

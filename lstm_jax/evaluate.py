@@ -155,11 +155,7 @@ def main() -> None:
     if values.dynamic and values.fit_temperature:
         raise UserError("--fit_temperature is for the model as it was trained: leave out --dynamic")
     trained = workdir.load(Path(values.workdir))
-    data = trained.config.data
-    if values.data_path is not None:
-        data.path = values.data_path
-    splits = corpus.read(data)
-    corpus.check_unchanged(splits, data)
+    splits = corpus.read_again(trained.config.data, values.data_path)
     text = "".join(splits[name] for name in names)
     ids = trained.vocabulary.encode(text)
     result: dict[str, Any] = {"split": values.split}

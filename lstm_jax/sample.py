@@ -32,7 +32,9 @@ def main() -> None:
     prompt = options.prompt
     if options.prompt_file:
         prompt = _read_prompt(options.prompt_file, vocabulary.kind == "bytes")
-    training_text = _training_text(trained, options.data_path) if options.novelty else ""
+    training_text = ""
+    if options.novelty:
+        training_text = corpus.read_again(trained.config.data, options.data_path)["train"]
     controls = controls._replace(forbidden=vocabulary.encode(options.forbid).tolist())
     _warn(vocabulary, "the prompt", prompt)
     _warn(vocabulary, "--forbid", options.forbid)
@@ -88,24 +90,7 @@ def _read_prompt(path: str, any_bytes: bool) -> str:
         content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"can't read {path} (--prompt_file): {error.strerror}") from None
-    if any_bytes:
-        return content.decode("utf-8", "surrogateescape")
-    try:
-        return content.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} (--prompt_file) is not UTF-8 at byte {error.start}: convert it, for example "
-            "with iconv -f LATIN1 -t UTF-8"
-        ) from None
-
-
-def _training_text(trained: workdir.Trained, data_path: str | None) -> str:
-    data = trained.config.data
-    if data_path is not None:
-        data.path = data_path
-    splits = corpus.read(data)
-    corpus.check_unchanged(splits, data)
-    return splits["train"]
+    return corpus.decode(content, f"{path} (--prompt_file)", any_bytes)
 
 
 def _warn(vocabulary: Vocabulary, where: str, text: str) -> None:
