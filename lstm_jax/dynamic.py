@@ -20,7 +20,10 @@ _SEGMENTS = 32
 
 
 class Settings(NamedTuple):
-    """How the model adapts. The defaults were chosen on the validation split of Tiny Shakespeare.
+    """How the model adapts.
+
+    With the defaults, `python -m lstm_jax.evaluate --workdir runs/quick --dynamic` measures 1.424
+    nats per character, and without --dynamic 1.553. They were not tuned further.
 
     Attributes:
       learning_rate: of a step on one segment.
