@@ -93,6 +93,16 @@ def fit_temperature(
     return float(_TEMPERATURES[losses.argmin()])
 
 
+def dynamic_loss(
+    trained: workdir.Trained, train_text: str, ids: np.ndarray, settings: dynamic.Settings
+) -> float:
+    """The mean loss over a text that the model adapts to while reading it, in nats per token."""
+    model, params = trained.model, trained.params
+    train_ids = trained.vocabulary.encode(train_text)
+    sizes = dynamic.gradient_sizes(model, params, train_ids, settings.segment_length)
+    return float(dynamic.losses(model, params, ids, settings, sizes).mean(dtype=np.float64))
+
+
 def perplexity(loss: float) -> float:
     """The exponential of a loss in nats per token; infinite where that is beyond a float."""
     return math.exp(loss) if loss < 700 else math.inf
@@ -145,12 +155,11 @@ def main() -> None:
         values.dynamic_learning_rate,
         values.dynamic_decay,
         values.dynamic_segment_length,
-        values.dynamic_max_gradient_norm,
     )
-    if settings.segment_length < 1 or settings.max_gradient_norm <= 0 or min(settings) < 0:
+    if settings.segment_length < 1 or min(settings) < 0:
         raise UserError(
-            "--dynamic_segment_length must be 1 or more, --dynamic_max_gradient_norm above 0, "
-            "--dynamic_learning_rate and --dynamic_decay 0 or more"
+            "--dynamic_segment_length must be 1 or more, --dynamic_learning_rate and "
+            "--dynamic_decay 0 or more"
         )
     if values.dynamic and values.fit_temperature:
         raise UserError("--fit_temperature is for the model as it was trained: leave out --dynamic")
@@ -165,7 +174,7 @@ def main() -> None:
         temperature = fit_temperature(trained.model, trained.params, validation)
         result["temperature"] = temperature
     if values.dynamic:
-        loss = float(dynamic.losses(trained.model, trained.params, ids, settings).mean())
+        loss = dynamic_loss(trained, splits["train"], ids, settings)
         result["dynamic"] = settings._asdict()
     else:
         (loss,) = mean_losses(trained.model, trained.params, ids, np.array([temperature])).tolist()
@@ -209,11 +218,6 @@ def _define_flags() -> None:
         "dynamic_decay", default.decay, "Share of the way back to the trained weights a step."
     )
     flags.DEFINE_integer("dynamic_segment_length", default.segment_length, "Tokens a step.")
-    flags.DEFINE_float(
-        "dynamic_max_gradient_norm",
-        default.max_gradient_norm,
-        "Gradients are scaled down to this norm.",
-    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from lstm_jax import dynamic, evaluate
 from lstm_jax import model as model_lib
 
 MODEL = model_lib.LanguageModel(11, 6, 9, 2)
-SETTINGS = dynamic.Settings(learning_rate=0.3, decay=0.05, segment_length=7, max_gradient_norm=0.2)
+SETTINGS = dynamic.Settings(learning_rate=0.01, decay=0.05, segment_length=7)
+TRAIN_IDS = np.random.default_rng(3).integers(0, 11, 40).astype(np.int32)
 
 
 @pytest.fixture(scope="module")
@@ -17,52 +18,86 @@ def params() -> model_lib.Params:
     return model_lib.init(MODEL, jax.random.key(0))
 
 
-def test_a_prediction_never_depends_on_its_token_or_a_later_one(params: model_lib.Params) -> None:
+@pytest.fixture(scope="module")
+def sizes(params: model_lib.Params) -> model_lib.Params:
+    return dynamic.gradient_sizes(MODEL, params, TRAIN_IDS, 7)
+
+
+def loss(p: model_lib.Params, carry: model_lib.Carry, x: Any, y: Any) -> Any:
+    logits, carry = model_lib.apply(MODEL, p, x[None], carry)
+    losses = -jax.nn.log_softmax(logits[0])[jnp.arange(len(y)), y]
+    return losses.mean(), (losses, carry)
+
+
+def test_a_prediction_never_depends_on_its_token_or_a_later_one(
+    params: model_lib.Params, sizes: model_lib.Params
+) -> None:
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 11, 60).astype(np.int32)
-    losses = dynamic.losses(MODEL, params, ids, SETTINGS)
+    losses = dynamic.losses(MODEL, params, ids, SETTINGS, sizes)
     assert losses.shape == (59,)
     for position in (1, 7, 8, 30, 42, 59):
         changed = ids.copy()
         changed[position] = (ids[position] + 1) % 11
         changed[position + 1 :] = rng.integers(0, 11, 60 - position - 1)
-        others = dynamic.losses(MODEL, params, changed, SETTINGS)
+        others = dynamic.losses(MODEL, params, changed, SETTINGS, sizes)
         # Losses of the tokens before it are the same to the last bit.
         np.testing.assert_array_equal(others[: position - 1], losses[: position - 1])
         assert others[position - 1] != losses[position - 1]
 
 
-def test_it_is_gradient_descent_segment_by_segment(params: model_lib.Params) -> None:
+def test_gradients_are_measured_on_the_segments_of_the_training_text(
+    params: model_lib.Params, sizes: model_lib.Params
+) -> None:
+    carry, sums = MODEL.initial_carry(1), jax.tree.map(np.zeros_like, params)
+    for start in range(0, 35, 7):  # A last segment that is not whole is left out.
+        x, y = TRAIN_IDS[start : start + 7], TRAIN_IDS[start + 1 : start + 8]
+        gradient, (_, carry) = jax.grad(loss, has_aux=True)(params, carry, x, y)
+        sums = jax.tree.map(lambda s, g: s + np.asarray(g) ** 2, sums, gradient)
+    jax.tree.map(
+        lambda size, s: np.testing.assert_allclose(size, np.sqrt(s / 5), rtol=1e-3, atol=1e-7),
+        sizes,
+        sums,
+    )
+
+
+def test_it_is_the_rule_of_the_paper_segment_by_segment(
+    params: model_lib.Params, sizes: model_lib.Params
+) -> None:
     ids = np.random.default_rng(1).integers(0, 11, 40).astype(np.int32)
     adapted, carry, expected = params, MODEL.initial_carry(1), []
-
-    def loss(p: model_lib.Params, carry: model_lib.Carry, x: Any, y: Any) -> Any:
-        logits, carry = model_lib.apply(MODEL, p, x[None], carry)
-        losses = -jax.nn.log_softmax(logits[0])[jnp.arange(len(y)), y]
-        return losses.mean(), (losses, carry)
-
+    mean = np.concatenate([np.ravel(size) for size in jax.tree.leaves(sizes)]).mean()
     for start in range(0, 39, 7):
         x, y = ids[:-1][start : start + 7], ids[1:][start : start + 7]
         gradient, (losses, carry) = jax.grad(loss, has_aux=True)(adapted, carry, x, y)
         expected.append(losses)
-        norm = float(np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(gradient))))
-        rate = 0.3 * min(1, 0.2 / norm)
         adapted = jax.tree.map(
-            lambda p, g, p0, rate=rate: p - rate * g + 0.05 * (p0 - p), adapted, gradient, params
+            lambda p, g, p0, s: (
+                p - 0.01 * g / (s + 0.1 * mean) + np.minimum(0.05 * s / mean, 1) * (p0 - p)
+            ),
+            adapted,
+            gradient,
+            params,
+            sizes,
         )
-    actual = dynamic.losses(MODEL, params, ids, SETTINGS)
+    actual = dynamic.losses(MODEL, params, ids, SETTINGS, sizes)
     np.testing.assert_allclose(actual, np.concatenate(expected), atol=1e-5)
 
 
-def test_without_learning_it_is_the_ordinary_evaluation(params: model_lib.Params) -> None:
+def test_without_learning_it_is_the_ordinary_evaluation(
+    params: model_lib.Params, sizes: model_lib.Params
+) -> None:
     ids = np.random.default_rng(2).integers(0, 11, 500).astype(np.int32)
     settings = SETTINGS._replace(learning_rate=0.0, decay=0.0)
     static = evaluate.mean_loss(MODEL, params, ids)
-    assert dynamic.losses(MODEL, params, ids, settings).mean() == pytest.approx(static, abs=1e-5)
+    losses = dynamic.losses(MODEL, params, ids, settings, sizes)
+    assert losses.mean() == pytest.approx(static, abs=1e-5)
 
 
-def test_a_text_that_repeats_itself_is_learnt(params: model_lib.Params) -> None:
+def test_a_text_that_repeats_itself_is_learnt(
+    params: model_lib.Params, sizes: model_lib.Params
+) -> None:
     ids = np.tile(np.array([3, 5, 8], np.int32), 200)
-    settings = dynamic.Settings(1.0, decay=0.0, segment_length=20, max_gradient_norm=5.0)
-    losses = dynamic.losses(MODEL, params, ids, settings)
+    settings = dynamic.Settings(0.003, decay=0.0, segment_length=20)
+    losses = dynamic.losses(MODEL, params, ids, settings, sizes)
     assert losses[-60:].mean() < 0.6 * losses[:60].mean()
