@@ -36,6 +36,10 @@ _FLOOR = 0.1
 class Settings(NamedTuple):
     """How the model adapts.
 
+    The defaults are the best of a dozen settings on the validation split of experiments/quick.py:
+    `python -m lstm_jax.evaluate --workdir runs/quick --split validation --dynamic` gives 1.359 nats
+    per character, and without --dynamic 1.443.
+
     Attributes:
       learning_rate: of a step on one segment.
       decay: the share of the distance to the trained parameters that each step takes back, for a

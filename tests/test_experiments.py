@@ -1,0 +1,55 @@
+"""The experiments whose texts are not here, on slices of another in the same layout."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from lstm_jax import config as config_lib
+from lstm_jax import metrics, train, workdir
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+
+
+def shrunk(name: str) -> ConfigDict:
+    """The config of an experiment, with everything it sets but its size."""
+    config = config_lib.complete(runpy.run_path(str(EXPERIMENTS / f"{name}.py"))["get_config"]())
+    config.model.hidden_size = config.model.embedding_size = 16
+    config.batches.batch_size, config.batches.window_length = 8, 32
+    config.num_epochs = 1
+    config.sample.length = 20
+    return config
+
+
+def splits(directory: Path) -> set[str]:
+    return {row["split"] for row in metrics.read(directory / workdir.METRICS)}
+
+
+@pytest.mark.parametrize("name", ["enwik8", "shakespeare_gpu"])
+def test_it_steps_and_goes_on(name: str, text_file: Path, tmp_path: Path) -> None:
+    # Names outside ASCII, as enwik8 has them: a byte model counts their bytes.
+    text = text_file.read_text(encoding="utf-8").replace("Citizen", "Citoyén 市民")
+    config = shrunk(name)
+    config.data.path = str(tmp_path / "text")
+    Path(config.data.path).write_text(text, encoding="utf-8")
+    assert train.train(config, tmp_path / "run") == 0
+    config.num_epochs = 2
+    assert train.train(config, tmp_path / "run") == 0
+    assert splits(tmp_path / "run") == {"train", "validation", "test"}
+    if config.data.units == "bytes":
+        vocabulary = workdir.load_vocabulary(tmp_path / "run")
+        assert len(vocabulary.encode("é市")) == 5
+
+
+def test_penn_treebank_reads_its_three_files(
+    shakespeare: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lengths = {"train": 6_000, "validation": 800, "test": 700}
+    for split, name in {"train": "train", "validation": "valid", "test": "test"}.items():
+        text = shakespeare[split][: lengths[split]]
+        # One sentence a line, words apart by spaces, everything in lower case.
+        Path(f"ptb.{name}.txt").write_text(text.lower(), encoding="utf-8")
+    assert train.train(shrunk("penn_treebank"), tmp_path / "run") == 0
+    assert splits(tmp_path / "run") == {"train", "validation", "test"}
