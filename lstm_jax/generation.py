@@ -117,12 +117,9 @@ def _write(
     """
     batch_size = len(state.logits)
     end = len(stops) - 1
-    # One number decides each draw. Made here, all at once, they cost nearly nothing; on a CPU,
-    # random bits made in the loop cost as much as half a step of a model of 1,024 units.
-    positions = state.position + jnp.arange(_CHUNK)
-    uniform = jax.vmap(lambda b: _uniform(jax.random.fold_in(key, b), positions))(
-        jnp.arange(batch_size)
-    )
+    # Made here, all at once, they cost nearly nothing; on a CPU, random bits made in the loop cost
+    # as much as half a step of a model of 1,024 units.
+    uniform = random_numbers(key, batch_size, state.position + jnp.arange(_CHUNK))
 
     def going_on(loop: tuple[jax.Array, jax.Array, State]) -> jax.Array:
         _, written, state = loop
@@ -133,7 +130,7 @@ def _write(
     ) -> tuple[jax.Array, jax.Array, State]:
         ids, written, state = loop
         logits = adjust(state.logits, state.position - state.last_seen, controls)
-        drawn = _draw(logits, uniform[:, written])
+        drawn = draw(logits, uniform[:, written])
         drawn = jnp.where(state.progress == end, PADDING_ID, drawn)
         state = _take(model, arrays, state, drawn)
         state = state._replace(progress=stops[state.progress, drawn])
@@ -143,13 +140,23 @@ def _write(
     return jax.lax.while_loop(going_on, write_one, (ids, jnp.zeros((), jnp.int32), state))
 
 
-def _uniform(key: jax.Array, positions: jax.Array) -> jax.Array:
-    """A number in [0, 1) for each position, which depends on key and position alone."""
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, positions)
-    return jax.vmap(jax.random.uniform)(keys)
+def random_numbers(key: jax.Array, batch_size: int, positions: jax.Array) -> jax.Array:
+    """The numbers in [0, 1) that decide the draws of `generate`, one for each.
+
+    Args:
+      key: PRNG key.
+      batch_size: how many texts.
+      positions: tokens before each draw, the prompt's included, int32 [n].
+
+    Returns:
+      Float32 [batch_size, n]. Each depends on key, text and position alone.
+    """
+    fold_in = jax.random.fold_in
+    keys = jax.vmap(lambda b: jax.vmap(fold_in, (None, 0))(fold_in(key, b), positions))
+    return jax.vmap(jax.vmap(jax.random.uniform))(keys(jnp.arange(batch_size)))
 
 
-def _draw(logits: jax.Array, uniform: jax.Array) -> jax.Array:
+def draw(logits: jax.Array, uniform: jax.Array) -> jax.Array:
     """The units at which the cumulated probabilities pass numbers in [0, 1): int32 [batch].
 
     Args:

@@ -101,7 +101,14 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws the losses of all splits over steps, as a PNG file written whole or not at all."""
+    """Writes `draw`'s picture as a PNG file, whole or not at all."""
+    picture = io.BytesIO()
+    FigureCanvasAgg(draw(rows)).print_png(picture)
+    files.write(path, picture.getvalue())
+
+
+def draw(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Draws the losses of all splits over steps."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for split, style in (("train", "-"), ("validation", "o-"), ("test", "*")):
@@ -122,6 +129,4 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    picture = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(picture)
-    files.write(path, picture.getvalue())
+    return figure

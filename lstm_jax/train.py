@@ -158,12 +158,14 @@ class _Pacer:
             self._step, self._clock = step, now
 
 
-def train(config: ConfigDict, directory: Path) -> int:
+def train(config: ConfigDict, directory: Path, watch: Callable[[], object] | None = None) -> int:
     """Trains the model that `config` describes, or goes on where the run in `directory` stopped.
 
     Args:
       config: a complete config (`config.complete`).
       directory: the working directory.
+      watch: called after each training or validation loss that was added to metrics.jsonl, for
+        example to draw it in a notebook.
 
     Returns:
       The exit code: 0, or 130 after Ctrl-C (143 after SIGTERM) with everything saved.
@@ -183,7 +185,7 @@ def train(config: ConfigDict, directory: Path) -> int:
     splits = corpus.read(config.data)
     with lock.hold(directory) as is_ours:
         try:
-            return _train(config, directory, splits, mesh, is_ours)
+            return _train(config, directory, splits, mesh, is_ours, watch)
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -199,6 +201,7 @@ def _train(
     splits: dict[str, str],
     mesh: jax.sharding.Mesh,
     is_ours: Callable[[], bool],
+    watch: Callable[[], object] | None,
 ) -> int:
     """`train` in a directory whose lock is held."""
     workdir.check_own_files(directory)
@@ -243,6 +246,7 @@ def _train(
             ids,
             steps_per_epoch,
             is_ours,
+            watch or (lambda: None),
         )
         print(_describe(run, state.params), flush=True)
         if trained:
@@ -383,6 +387,7 @@ class _Run(NamedTuple):
     ids: dict[str, np.ndarray]
     steps_per_epoch: int
     is_ours: Callable[[], bool]  # Whether the lock of the directory is still held.
+    watch: Callable[[], object]  # Called after each loss that was recorded.
 
     @property
     def total_steps(self) -> int:
@@ -442,6 +447,7 @@ def _loop(
                         progress.update(step, loss, speed)
                         epoch = step / run.steps_per_epoch
                         writer.write(step, epoch, "train", loss, tokens_per_second=round(speed))
+                        run.watch()
                     zero = jnp.zeros((), jnp.int32)
                     state = state._replace(loss_sum=jnp.zeros(()), loss_steps=zero)
                 saving = run.checkpoints.check()
@@ -519,6 +525,7 @@ def _validate(
     run.checkpoints.record_validation(step, loss)
     if step:
         run.plot()
+    run.watch()
     name = f"epoch {epoch} of {config.num_epochs}" if step else "untrained"
     described = evaluate.describe(loss, run.vocabulary, run.splits["validation"])
     show(f"\n=== {name}: validation loss {described}\n{text}\n")
