@@ -106,6 +106,17 @@ def test_a_finished_run_says_so_and_can_be_trained_longer(
     assert [row[1] for row in runs.losses(tmp_path)].count("validation") == 3
 
 
+def test_who_watches_is_told_of_each_loss_once_it_can_be_read(
+    tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    tiny_config.num_epochs = 1
+    seen: list[int] = []
+    assert train.train(tiny_config, tmp_path, lambda: seen.append(len(runs.losses(tmp_path)))) == 0
+    *watched, test = runs.losses(tmp_path)
+    assert test[1] == "test"
+    assert seen == list(range(1, len(watched) + 1))
+
+
 def test_another_model_or_text_in_the_same_directory_is_refused(
     trained: Path, tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
