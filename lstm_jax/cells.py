@@ -2,8 +2,10 @@
 
 Every cell is a flax module with the same interface: `cell(carry, inputs)` gives the next carry and
 the outputs [batch, hidden_size], and `cell.initial_carry(batch_size)` the carry at the start of a
-text. Gates stand side by side in `input_kernel` [in, gates * hidden_size], `recurrent_kernel`
-[hidden_size, gates * hidden_size] and `bias` [gates * hidden_size].
+text. For those who look inside, `cell.gates(carry, inputs)` gives the gates of that step, and
+`cell.activation(carry)` what the units hold. Gates stand side by side in `input_kernel`
+[in, gates * hidden_size], `recurrent_kernel` [hidden_size, gates * hidden_size] and `bias`
+[gates * hidden_size].
 
 | cell      | gates      | parameters, with n inputs and h units      |
 | --------- | ---------- | ------------------------------------------ |
@@ -23,6 +25,10 @@ import jax
 import jax.numpy as jnp
 
 from lstm_jax.recurrence import Kernels, LayerCarry, product
+
+# What a step computes with, by name, [batch, hidden_size] each: gates in 0..1, and the "candidate"
+# in ±1, which is no gate.
+Gates = dict[str, jax.Array]
 
 
 class HiddenCarry(NamedTuple):
@@ -71,6 +77,10 @@ class _Cell(nn.Module):
         added = product(hidden, self.recurrent_kernel, self.dtype)
         return normalize(added) * self.recurrent_scale if self.layer_norm else added
 
+    def activation(self, carry: Any) -> jax.Array:
+        """What the units hold, in ±1, [batch, hidden_size]: the hidden state."""
+        return carry.hidden
+
     def _zeros(self, batch_size: int) -> jax.Array:
         return jnp.zeros((batch_size, self.hidden_size))
 
@@ -103,12 +113,27 @@ class LSTMCell(_Cell):
 
         The outputs [batch, hidden_size] are the carry's hidden state.
         """
-        gates = self._from_inputs(inputs) + self._from_hidden(carry.hidden)
-        i, f, g, o = jnp.split(gates, 4, axis=-1)
-        cell = nn.sigmoid(f) * carry.cell + nn.sigmoid(i) * jnp.tanh(g)
-        shown = normalize(cell) * self.cell_scale + self.cell_bias if self.layer_norm else cell
-        hidden = nn.sigmoid(o) * jnp.tanh(shown)
+        gates = self.gates(carry, inputs)
+        cell = gates["forget"] * carry.cell + gates["input"] * gates["candidate"]
+        hidden = gates["output"] * self.activation(carry._replace(cell=cell))
         return LayerCarry(cell, hidden), hidden
+
+    def gates(self, carry: LayerCarry, inputs: jax.Array) -> Gates:
+        """The gates of a step."""
+        sums = self._from_inputs(inputs) + self._from_hidden(carry.hidden)
+        i, f, g, o = jnp.split(sums, 4, axis=-1)
+        return {
+            "input": nn.sigmoid(i),
+            "forget": nn.sigmoid(f),
+            "candidate": jnp.tanh(g),
+            "output": nn.sigmoid(o),
+        }
+
+    def activation(self, carry: LayerCarry) -> jax.Array:
+        """The cell state as the output gate lets it out, in ±1: [batch, hidden_size]."""
+        if self.layer_norm:
+            return jnp.tanh(normalize(carry.cell) * self.cell_scale + self.cell_bias)
+        return jnp.tanh(carry.cell)
 
     def kernels(self) -> Kernels:
         """The parameters, for another implementation of the recurrence."""
@@ -142,15 +167,15 @@ class MogrifierLSTMCell(LSTMCell):
             self.param(f"round_kernel_{k + 1}", glorot, shapes[k % 2]) for k in range(self.rounds)
         ]
 
-    def __call__(self, carry: LayerCarry, inputs: jax.Array) -> tuple[LayerCarry, jax.Array]:
-        """As `LSTMCell`'s."""
+    def gates(self, carry: LayerCarry, inputs: jax.Array) -> Gates:
+        """The gates of a step."""
         hidden = carry.hidden
         for k, kernel in enumerate(self.round_kernels):
             if k % 2 == 0:
                 inputs = 2 * nn.sigmoid(product(hidden, kernel, self.dtype)) * inputs
             else:
                 hidden = 2 * nn.sigmoid(product(inputs, kernel, self.dtype)) * hidden
-        return super().__call__(carry._replace(hidden=hidden), inputs)
+        return super().gates(carry._replace(hidden=hidden), inputs)
 
 
 class GRUCell(_Cell):
@@ -172,12 +197,18 @@ class GRUCell(_Cell):
 
     def __call__(self, carry: HiddenCarry, inputs: jax.Array) -> tuple[HiddenCarry, jax.Array]:
         """Takes the carry and inputs [batch, input_size]; gives the next carry and the outputs."""
+        gates = self.gates(carry, inputs)
+        update = gates["update"]
+        hidden = (1 - update) * gates["candidate"] + update * carry.hidden
+        return HiddenCarry(hidden), hidden
+
+    def gates(self, carry: HiddenCarry, inputs: jax.Array) -> Gates:
+        """The gates of a step."""
         xr, xz, xn = jnp.split(self._from_inputs(inputs), 3, axis=-1)
         hr, hz, hn = jnp.split(self._from_hidden(carry.hidden), 3, axis=-1)
-        update = nn.sigmoid(xz + hz)
-        candidate = jnp.tanh(xn + nn.sigmoid(xr + hr) * (hn + self.recurrent_bias))
-        hidden = (1 - update) * candidate + update * carry.hidden
-        return HiddenCarry(hidden), hidden
+        reset = nn.sigmoid(xr + hr)
+        candidate = jnp.tanh(xn + reset * (hn + self.recurrent_bias))
+        return {"reset": reset, "update": nn.sigmoid(xz + hz), "candidate": candidate}
 
     def initial_carry(self, batch_size: int) -> HiddenCarry:
         """Zeros."""
@@ -193,8 +224,13 @@ class RNNCell(_Cell):
 
     def __call__(self, carry: HiddenCarry, inputs: jax.Array) -> tuple[HiddenCarry, jax.Array]:
         """Takes the carry and inputs [batch, input_size]; gives the next carry and the outputs."""
-        hidden = jnp.tanh(self._from_inputs(inputs) + self._from_hidden(carry.hidden))
+        hidden = self.gates(carry, inputs)["candidate"]
         return HiddenCarry(hidden), hidden
+
+    def gates(self, carry: HiddenCarry, inputs: jax.Array) -> Gates:
+        """The candidate alone, which is the next hidden state: nothing opens or closes."""
+        sums = self._from_inputs(inputs) + self._from_hidden(carry.hidden)
+        return {"candidate": jnp.tanh(sums)}
 
     def initial_carry(self, batch_size: int) -> HiddenCarry:
         """Zeros."""

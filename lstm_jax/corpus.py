@@ -104,6 +104,24 @@ def _read_file(path: Path, any_bytes: bool) -> str:
     return decode(content, str(path), any_bytes, ", or learn its bytes with data.units=bytes")
 
 
+def read_argument(path: str, flag: str, any_bytes: bool) -> str:
+    """The text of the file that a command's flag names; "-" is standard input.
+
+    Args:
+      path: of the file.
+      flag: the flag, to be told where the file can't be read.
+      any_bytes: whether bytes that are no UTF-8 are kept, as surrogates.
+
+    Raises:
+      UserError: if it can't be read, or is not UTF-8.
+    """
+    try:
+        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"can't read {path} ({flag}): {error.strerror}") from None
+    return decode(content, f"{path} ({flag})", any_bytes)
+
+
 def decode(content: bytes, name: str, any_bytes: bool, remedy: str = "") -> str:
     """The text of a file.
 

@@ -31,7 +31,8 @@ def main() -> None:
     vocabulary = trained.vocabulary
     prompt = options.prompt
     if options.prompt_file:
-        prompt = _read_prompt(options.prompt_file, vocabulary.kind == "bytes")
+        any_bytes = vocabulary.kind == "bytes"
+        prompt = corpus.read_argument(options.prompt_file, "--prompt_file", any_bytes)
     training_text = ""
     if options.novelty:
         training_text = corpus.read_again(trained.config.data, options.data_path)["train"]
@@ -82,15 +83,6 @@ def main() -> None:
     if options.novelty:
         for text in texts:
             print(_describe(novelty.measure(text, training_text)), file=sys.stderr)
-
-
-def _read_prompt(path: str, any_bytes: bool) -> str:
-    """The text of a file, or of standard input for "-"."""
-    try:
-        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"can't read {path} (--prompt_file): {error.strerror}") from None
-    return corpus.decode(content, f"{path} (--prompt_file)", any_bytes)
 
 
 def _warn(vocabulary: Vocabulary, where: str, text: str) -> None:

@@ -1,0 +1,122 @@
+import numpy as np
+import pytest
+
+from lstm_jax import features
+from lstm_jax.vocabulary import KINDS, Vocabulary
+
+PLAY = """\
+First Citizen:
+We (all) go.
+No "more" So
+
+ROMEO:
+  O me!
+"""
+
+
+def marks(name: str, text: str) -> str:
+    """Where a feature is 1, "-" elsewhere."""
+    return "".join("-1"[int(x)] for x in features.of_text(text)[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("inside a speaker's name", "A Bc:\nDe: f\n\nG:\nH", "1111---------1---"),
+        ("the line after a speaker's name", "A:\nbc\nd\n\ne\nf", "---111------"),
+        ("inside quotation marks", 'a "b" c', "--11---"),
+        ("inside quotation marks", 'a "b\n\nc "d"', "--1111--11-"),
+        ("inside quotation marks", "“a” «b»", "11--11-"),
+        ("inside brackets ( ) [ ]", "a) (b[c]d) e", "---111111---"),
+        ("inside brackets ( ) [ ]", "(a\n\nb)", "1111--"),
+        ("inside a tag < >", "<a>b <c\nd", "11---111-"),
+        ("a capital letter", "aBÉ", "-11"),
+        ("in a capitalised word", "Ab cD Éa", "11----11"),
+        ("a vowel", "abE", "1-1"),
+        ("a digit", "a12", "-11"),
+        ("a space", "a b\n", "-1--"),
+        ("a line break", "a b\n", "---1"),
+        ("a blank line", "a\n\n \nb", "--1-1-"),
+        ("a punctuation mark", "a, b!", "-1--1"),
+    ],
+)
+def test_what_is_true_or_not(name: str, text: str, expected: str) -> None:
+    assert marks(name, text) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("depth of braces { }", "}{a{b\n\n}c}d", [0, 1, 1, 2, 2, 2, 2, 1, 1, 0, 0]),
+        ("indentation of the line", "a\n  b\n  \n", [0, 0, 2, 2, 2, 2, 0, 0, 0]),
+        ("position in the line", "ab\nc", [0, 1, 2, 0]),
+        ("characters left in the line", "ab\ncd", [2, 1, 0, 1, 0]),
+        ("position in the word", "ab c,d", [1, 2, 0, 1, 0, 1]),
+        ("characters since the sentence began", "ab. c", [0, 1, 0, 0, 1]),
+        (
+            "line number in the speech or paragraph",
+            "A:\nb\nc\n\nd\n",
+            [0, 0, 0, 1, 1, 2, 2, 0, 1, 1],
+        ),
+    ],
+)
+def test_numbers(name: str, text: str, expected: list[int]) -> None:
+    assert features.of_text(text)[name].tolist() == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stop", ["", "\n\n"])
+def test_a_unit_has_the_features_of_its_last_character(kind: str, stop: str) -> None:
+    text = "Où?\n\ne\u0301te\u0301 (là)"
+    vocabulary = Vocabulary.from_text(text, kind, stop=stop)
+    got = features.of_units(text, vocabulary)
+    ends = np.cumsum([len(unit) for unit in vocabulary.split(text)]) - 1
+    if kind == "bytes":
+        spelt = "".join(character * len(character.encode()) for character in text)
+        spelt = spelt.replace("\n\n", "\n") if stop else spelt
+        assert [spelt[k].isupper() for k in range(len(spelt))] == got["a capital letter"].tolist()
+    else:
+        for name, values in features.of_text(text).items():
+            assert got[name].tolist() == values[ends].tolist(), name
+    assert all(len(values) == len(vocabulary.encode(text)) for values in got.values())
+
+
+@pytest.mark.parametrize("text", ["", "\n", ":", "\r\n\r\nA:\r\nb", "\ud800(", "日本語\n"])
+def test_any_text_has_features(text: str) -> None:
+    got = features.of_text(text) if text else {}
+    assert all(np.isfinite(values).all() and values.min() >= 0 for values in got.values())
+
+
+def test_correlations_are_pearsons() -> None:
+    rng = np.random.default_rng(0)
+    activations = rng.integers(-127, 128, (300, 500)).astype(np.int8)
+    activations[7] = 5
+    values = rng.normal(size=(3, 500)).astype(np.float32)
+    values[2] = 1
+    got = features.correlations(activations, values)
+    expected = np.corrcoef(values[:2], np.delete(activations, 7, axis=0))[:2, 2:]
+    np.testing.assert_allclose(np.delete(got[:2], 7, axis=1), expected, atol=1e-5)
+    assert not got[2].any() and not got[:, 7].any()
+
+
+def test_cells_that_follow_by_chance_are_not_found() -> None:
+    rng = np.random.default_rng(0)
+    lines = "".join("x" * rng.integers(5, 60) + "\n" for _ in range(150))
+    place = features.of_text(lines)["position in the line"]
+    n = len(place)
+    activations = rng.integers(-127, 128, (400, n)).astype(np.int8)
+    activations[40] = np.clip(3 * place - 80, -127, 127)
+    # It follows in the first half only.
+    activations[50, : n // 2] = -activations[40, : n // 2]
+    found, judged = features.followers(activations, place[None], 3)
+    (follower,) = found[0]
+    assert follower.cell == 40 and follower.correlation > 0.95 and follower.chance < 0.5
+    half = n // 2
+    assert judged[0, 40] == pytest.approx(np.corrcoef(place[half:], activations[40, half:])[0, 1])
+
+
+def test_features_that_a_half_of_the_text_lacks_are_left_out() -> None:
+    text = "ab 1\n" * 20 + "ab c\n" * 20
+    present = features.present(features.of_text(text))
+    assert "a digit" not in present and "position in the line" in present
+    assert features.present(features.of_text("a")) == {}

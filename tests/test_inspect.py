@@ -1,0 +1,277 @@
+import base64
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from lstm_jax import activations, features, inspect, metrics, workdir
+from lstm_jax import model as model_lib
+from lstm_jax.errors import UserError
+from lstm_jax.model import LanguageModel
+from lstm_jax.vocabulary import Vocabulary
+
+NASTY = '</script><script>document.title="owned"</script><!-- & <b>"x"</b>\u2028ﷺ\n'
+
+
+def data_of(page: bytes) -> dict[str, Any]:
+    """What the page holds, as its script reads it."""
+    line = next(line for line in page.decode().splitlines() if line.startswith("const data = {"))
+    return json.loads(line.removeprefix("const data = ").removesuffix(";"))
+
+
+def unpacked(packed: dict[str, str]) -> np.ndarray:
+    dtype = np.dtype(packed["type"].removesuffix("Array").lower()).newbyteorder("<")
+    return np.frombuffer(gzip.decompress(base64.b64decode(packed["base64"])), dtype)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lstm_jax.inspect", *arguments], capture_output=True, text=True
+    )
+
+
+def test_the_command_reads_the_validation_split_and_writes_into_the_working_directory(
+    trained: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(trained, directory)
+    done = run("--workdir", str(directory), "--length", "900")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{directory / 'report.html'} (")
+    assert "reading the first 900 of 1,000 characters" in done.stderr
+    data = data_of((directory / "report.html").read_bytes())
+    assert data["text"] == "the validation split" and data["layers"] == [24]
+    assert len(unpacked(data["tokens"])) == 900
+
+
+def test_the_page_holds_what_was_read(trained: Path, text_file: Path) -> None:
+    loaded = workdir.load(trained)
+    text = text_file.read_text()[:3000] + NASTY
+    page = inspect.make(loaded, text, "<i>name</i>", trained)
+    assert b"</script><script>doc" not in page and b"<i>name" not in page
+    data = data_of(page)
+    tokens = unpacked(data["tokens"])
+    assert "".join(data["table"][token] for token in tokens) == text
+    assert tokens.max() >= data["known"], "units that the model doesn't know are there as they are"
+    ids = loaded.vocabulary.encode(text)
+    reading = activations.read(loaded.model, loaded.params, ids)
+    held = unpacked(data["beginning_values"]).reshape(24, len(ids))
+    np.testing.assert_array_equal(held, reading.activations)
+    np.testing.assert_allclose(unpacked(data["bits"]) / 1000, reading.bits, atol=6e-4)
+    np.testing.assert_array_equal(unpacked(data["guesses"]), reading.guesses.ravel())
+    np.testing.assert_allclose(
+        unpacked(data["probabilities"]) / 255, reading.probabilities.ravel(), atol=2.1e-3
+    )
+    forget = unpacked(data["saturation"][0]["forget"]).reshape(2, 24) / 1000
+    np.testing.assert_allclose(forget, reading.saturation[0]["forget"], atol=6e-4)
+    present = features.present(features.of_text(text))
+    assert data["features"] == list(present)
+    assert len(unpacked(data["correlations"])) == 24 * len(present)
+    rows = metrics.read(trained / workdir.METRICS)
+    validation = [[row["step"], row["loss"]] for row in rows if row["split"] == "validation"]
+    assert data["curves"]["validation"] == validation
+    assert [sample["title"].split(",")[0] for sample in data["samples"]] == [
+        f"step {step}" for step, _ in validation
+    ]
+
+
+def test_a_large_model_is_kept_for_the_beginning_and_its_best_cells_for_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inspect, "_BUDGET", 4000)
+    values = np.random.default_rng(0).integers(-127, 128, (20, 1000)).astype(np.int8)
+    cells = inspect._cells(values, [7, 3, 5])
+    assert cells["beginning"] == 100 and cells["whole"] == [7, 3]
+    beginning = unpacked(cells["beginning_values"]).reshape(20, 100)
+    np.testing.assert_array_equal(beginning, values[:, :100])
+    np.testing.assert_array_equal(unpacked(cells["whole_values"]).reshape(2, 1000), values[[7, 3]])
+
+
+def test_bytes_another_cell_and_a_run_without_history(tmp_path: Path) -> None:
+    vocabulary = Vocabulary.from_text("", "bytes")
+    model = LanguageModel(len(vocabulary), 4, 6, cell="gru")
+    params = model_lib.init(model, jax.random.key(0))
+    untrained = workdir.Trained(ConfigDict(), vocabulary, model, params, 0)
+    data = data_of(inspect.make(untrained, "Né\udcff!", "text", tmp_path))
+    shown = [data["table"][token] for token in unpacked(data["tokens"])]
+    assert shown == ["N", "\\xc3", "\\xa9", "\\xff", "!"]
+    assert data["features"] == [] and data["samples"] == [] and data["unit"] == "byte"
+    assert set(data["saturation"][0]) == {"reset", "update"}
+
+
+def test_a_model_that_diverged_is_refused(tmp_path: Path) -> None:
+    vocabulary = Vocabulary.from_text("", "bytes")
+    model = LanguageModel(len(vocabulary), 4, 6, cell="gru")
+    params = jax.tree.map(lambda x: x * np.nan, model_lib.init(model, jax.random.key(0)))
+    diverged = workdir.Trained(ConfigDict(), vocabulary, model, params, 0)
+    with pytest.raises(UserError, match="its training has diverged"):
+        inspect.make(diverged, "abc", "text", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "name the trained model: --workdir DIR"),
+        (["--workdir", "/nowhere"], "there is no trained model in /nowhere"),
+        (["--workdir", "RUN", "--text", "/nowhere/a.txt"], "can't read /nowhere/a.txt (--text)"),
+        (["--workdir", "RUN", "--text", "SHORT"], "is too short: --text must name a file of two"),
+        (["--workdir", "RUN", "--text", "LATIN"], "is not UTF-8 at byte 1"),
+        (["--workdir", "RUN", "--out", "/nowhere/a.html"], "there is no directory /nowhere"),
+        (["--workdir", "RUN", "--out", "RUN"], "is a directory: --out must name a file"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    arguments: list[str],
+    told: str,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "short").write_text("a")
+    (tmp_path / "latin").write_bytes(b"a\xe9b")
+    paths = {"RUN": trained, "SHORT": tmp_path / "short", "LATIN": tmp_path / "latin"}
+    values = [str(paths.get(argument, argument)) for argument in arguments]
+    monkeypatch.setattr(inspect, "flags", Flags(values))
+    with pytest.raises(UserError) as error:
+        inspect.main()
+    assert told in str(error.value) and "\n" not in str(error.value)
+    assert not list(trained.glob("report*"))
+
+
+class Flags:
+    """Flags as the command sees them."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        names = [argument.removeprefix("--") for argument in arguments[::2]]
+        given = dict(zip(names, arguments[1::2], strict=True))
+        defaults = {"workdir": None, "text": None, "out": None, "data_path": None, "length": 1000}
+        self.FLAGS = type("Values", (), {**defaults, **given})
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium without a window and without a network."""
+    selenium = pytest.importorskip("selenium.webdriver", reason="selenium isn't installed")
+    programs = [
+        next(filter(None, map(shutil.which, names)), None)
+        for names in (("chromium", "chromium-browser", "google-chrome"), ("chromedriver",))
+    ]
+    if None in programs:
+        pytest.skip("there is no Chromium with its chromedriver (apt install chromium-driver)")
+    options = selenium.ChromeOptions()
+    options.binary_location = programs[0]
+    for argument in ("--headless=new", "--disable-dev-shm-usage", "--window-size=1280,900"):
+        options.add_argument(argument)
+    if os.getuid() == 0:  # Chromium's sandbox refuses root.
+        options.add_argument("--no-sandbox")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = selenium.ChromeService(programs[1])
+    with selenium.Chrome(options=options, service=service) as driver:
+        driver.execute_cdp_cmd("Network.enable", {})
+        driver.set_network_conditions(offline=True, latency=0, throughput=0)
+        yield driver
+
+
+def test_the_page_in_a_browser(
+    browser: Any, trained: Path, text_file: Path, tmp_path: Path
+) -> None:
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    loaded = workdir.load(trained)
+    text = NASTY + text_file.read_text()[:4000]
+    page = tmp_path / "report.html"
+    page.write_bytes(inspect.make(loaded, text, "<i>name</i>", trained))
+    reading = activations.read(loaded.model, loaded.params, loaded.vocabulary.encode(text))
+    browser.get(page.as_uri())
+
+    def find(selector: str) -> Any:
+        return browser.find_element("css selector", selector)
+
+    def script(code: str) -> Any:
+        return browser.execute_script(f"return {code}")
+
+    WebDriverWait(browser, 30).until(lambda _: find("body").get_attribute("data-ready"))
+    assert browser.title == "What tiny has learnt"
+    assert "<i>name</i>, 4,0" in find("#about").text
+
+    # The text is all there, one part at a time, and what was in it stayed text.
+    assert script("document.querySelectorAll('#text b').length") == 0
+    shown = script("Array.from(document.querySelectorAll('#text > span'), s => s.textContent)")
+    assert len(shown) == 3000 and "".join(shown).replace("↵", "") == text[:3000]
+
+    def alpha(position: int) -> float:
+        colour = script(
+            f"document.querySelector('#text').children[{position}].style.backgroundColor"
+        )
+        return float(colour.rpartition("/")[2].rstrip("); "))
+
+    # Any cell, by its number.
+    find("#cell").send_keys(Keys.CONTROL, "a")
+    find("#cell").send_keys("11")
+    assert "cell 11 holds" in find("#what").text
+    for position in (0, 100, 2999):
+        expected = abs(reading.activations[11, position]) / 127
+        assert alpha(position) == pytest.approx(expected, abs=0.01)
+
+    # By keyboard alone: through the text, with the five likeliest.
+    area = find("#text")
+    area.send_keys(Keys.HOME, *[Keys.ARROW_RIGHT] * 10)
+    assert "character 11 of" in find("#now").text
+    assert f"cost {reading.bits[10]:.2f} bits" in find("#now").text
+    units = loaded.vocabulary.units
+    guesses = [element.text for element in browser.find_elements("css selector", "#now code")]
+    assert guesses[0] == {" ": "␣", "\n": "↵"}.get(*[units[reading.guesses[10, 0]]] * 2)
+    assert len(guesses) == 5
+    area.send_keys(Keys.ARROW_DOWN, Keys.ARROW_UP)
+    assert "character 11 of" in find("#now").text
+    area.send_keys(Keys.PAGE_DOWN)
+    assert (
+        "character 3,011 of" in find("#now").text
+        and script("+document.querySelector('#part').value") == 2
+    )
+
+    # By keyboard: through the cells that follow something.
+    cells = find("#found")
+    cells.send_keys(Keys.HOME, Keys.ARROW_DOWN)
+    chosen = find("#found [aria-selected=true]")
+    assert chosen.get_attribute("id") == cells.get_attribute("aria-activedescendant") == "found-1"
+    assert f"cell {chosen.get_attribute('data-cell')} holds" in find("#what").text
+    outline = script("getComputedStyle(document.activeElement).outlineStyle")
+    assert outline == "solid", "what has the focus shows it"
+
+    # By surprise.
+    find("#colour").send_keys("s")
+    assert "what it cost" in find("#what").text
+    assert alpha(5) == pytest.approx(min(reading.bits[3005] / 8, 1), abs=0.01)
+
+    assert len(browser.find_elements("css selector", "#gates circle")) == 3 * 24
+    assert len(browser.find_elements("css selector", "#curves path")) > 5
+    assert find("#written").text
+
+    # What is shown is in the address, and opens again.
+    address = browser.current_url
+    assert "colour=bits" in address and "at=3010" in address
+    browser.get("about:blank")
+    browser.get(address)
+    WebDriverWait(browser, 30).until(lambda _: find("body").get_attribute("data-ready"))
+    assert "character 3,011 of" in find("#now").text
+
+    # On a phone nothing is wider than the screen.
+    phone = {"width": 360, "height": 780, "deviceScaleFactor": 2, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    assert script("document.documentElement.scrollWidth") <= 360
+    assert not browser.get_log("browser"), (
+        "no error, and nothing that the page asked the network for"
+    )
