@@ -59,8 +59,8 @@ def own_experiment(argument: str) -> str:
     """
     flag, equals, value = argument.rpartition("=")
     name, colon, word = value.partition(":")
-    own = Path(__file__).with_name("experiments") / Path(name).name
-    if Path(name).parent != Path("experiments") or Path(name).exists() or not own.is_file():
+    own = Path(__file__).parent / name
+    if not name.startswith("experiments/") or Path(name).exists() or not own.is_file():
         return argument
     return f"{flag}{equals}{own}{colon}{word}"
 
@@ -81,10 +81,12 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
             argument.encode()
         except UnicodeEncodeError:
             _fail(f"the argument {argument!r} is not UTF-8")
-    at_config = [i for i, argument in enumerate(argv) if re.match("--?config(=|$)", argument)]
+    of_file = "--?(config|space)"  # The flags that experiments are named by.
     argv = [
-        own_experiment(argument) if i in at_config or i - 1 in at_config else argument
-        for i, argument in enumerate(argv)
+        own_experiment(argument)
+        if re.match(f"{of_file}=", argument) or re.fullmatch(of_file, before)
+        else argument
+        for before, argument in zip(["", *argv], argv, strict=False)
     ]
     try:
         return flags.FLAGS(argv)

@@ -45,7 +45,8 @@ def test_the_wheel_holds_every_module_and_experiment_and_nothing_else(wheel: Pat
         (licence,) = (name for name in archive.namelist() if name.endswith("LICENSE"))
         assert b"Apache License" in archive.read(licence)
     modules = {f"lstm_jax/{path.name}" for path in (ROOT / "lstm_jax").glob("*.py")}
-    experiments = {f"lstm_jax/experiments/{p.name}" for p in (ROOT / "experiments").glob("*.py")}
+    found = (ROOT / "experiments").rglob("*.py")
+    experiments = {f"lstm_jax/{path.relative_to(ROOT)}" for path in found}
     assert names == modules | experiments
 
 
@@ -85,13 +86,15 @@ def test_only_what_is_no_file_here_is_looked_for_in_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = tmp_path / "lstm_jax" / "experiments"
-    own.mkdir(parents=True)
+    (own / "sweeps").mkdir(parents=True)
     (own / "quick.py").write_text("")
+    (own / "sweeps" / "quick.py").write_text("")
     monkeypatch.setattr(command, "__file__", str(own.parent / "command.py"))
     monkeypatch.chdir(tmp_path)
     found = str(own / "quick.py")
     assert command.own_experiment("experiments/quick.py") == found
     assert command.own_experiment("--config=experiments/quick.py:gru") == f"--config={found}:gru"
+    assert command.own_experiment("experiments/sweeps/quick.py") == str(own / "sweeps/quick.py")
     for other in ("experiments/none.py", "quick.py", "elsewhere/experiments/quick.py"):
         assert command.own_experiment(other) == other
     (tmp_path / "experiments").mkdir()
