@@ -149,6 +149,20 @@ class CheckpointWriter:
                 self._orbax.close()
 
 
+def write_params(directory: Path, step: int, params: Any) -> None:
+    """Writes a checkpoint of parameters alone: of a model that was not trained here.
+
+    Args:
+      directory: of the checkpoints.
+      step: what to call it.
+      params: the model's parameters.
+    """
+    path = directory.absolute() / str(step)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(path, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
+    seal(path)
+
+
 class Restored(NamedTuple):
     """What training goes on from."""
 

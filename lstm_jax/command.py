@@ -5,11 +5,13 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
 
+import lstm_jax
 from lstm_jax import config
 from lstm_jax.errors import UserError, one_line
 
@@ -49,9 +51,26 @@ def run(main: Callable[[], int | None]) -> None:
     app.run(guarded, flags_parser=_parse_flags)
 
 
+def own_experiment(argument: str) -> str:
+    """A flag's name and value, or its value, that names an experiment which comes with the package.
+
+    What is no file here, but one of the package's own as it was installed, is named by its path
+    there, so that `--config experiments/quick.py` is the same command in a clone and anywhere else.
+    """
+    flag, equals, value = argument.rpartition("=")
+    name, colon, word = value.partition(":")
+    own = Path(__file__).parent / name
+    if not name.startswith("experiments/") or Path(name).exists() or not own.is_file():
+        return argument
+    return f"{flag}{equals}{own}{colon}{word}"
+
+
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     if {"--help", "-help", "-h", "-?"} & set(argv):
         app.usage(shorthelp=True, writeto_stdout=True)
+        sys.exit(0)
+    if {"--version", "-version"} & set(argv):
+        print(f"lstm-jax {lstm_jax.__version__}")
         sys.exit(0)
     # Orbax, Grain and TFDS log much that no user of a command asked for; where one of them fails,
     # its exception is told.
@@ -62,6 +81,13 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
             argument.encode()
         except UnicodeEncodeError:
             _fail(f"the argument {argument!r} is not UTF-8")
+    of_file = "--?(config|space)"  # The flags that experiments are named by.
+    argv = [
+        own_experiment(argument)
+        if re.match(f"{of_file}=", argument) or re.fullmatch(of_file, before)
+        else argument
+        for before, argument in zip(["", *argv], argv, strict=False)
+    ]
     try:
         return flags.FLAGS(argv)
     except Exception as error:  # A config file is Python code: it can raise anything.

@@ -1,9 +1,194 @@
-"""What the docs say of the tests is so."""
+"""What the docs say is so: their commands run, their flags, fields, links and tests are there.
 
+In README.md and docs/*.md, every line of a fenced block that begins with `python -m lstm_jax.`
+(after `$ ` or not) is a command, as far as a `#` that begins a comment; a backslash at its end
+goes on with the next line. Each page's commands are run in the page's order, in a directory of the
+page's own, and must succeed. There,
+
+- `experiments/` is that of the clone, `my.txt` and any other file named by --config.data.path or
+  --text is a text of 20,000 characters, and a JSON file named by --vocabulary is its vocabulary;
+- training is cut down by the flags in `SIZES`, which are added behind the command's own, and reads
+  4,000 characters where the command names no text;
+- a working directory that a command reads, and no command before it made, is a tiny trained run.
+
+An HTML comment on the line above a block changes that:
+
+    <!-- not run: it needs two hosts -->      leaves the block out
+    <!-- run with: --trials=1 -->             adds flags behind each of its commands
+
+All other lines are not run. Of `python benchmarks/...` it is tested that the file has the flags.
+"""
+
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from lstm_jax import config
 
 ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# What makes a run tiny. They are added to commands that train; other pages add theirs in comments.
+SIZES = [
+    "--config.model.embedding_size=8",
+    "--config.model.hidden_size=24",
+    "--config.model.num_layers=1",
+    "--config.batches.batch_size=8",
+    "--config.batches.window_length=32",
+    "--config.num_epochs=1",
+    "--config.sample.length=20",
+]
+# Flags whose value is a file to read.
+TEXTS = ("--config.data.path", "--text", "--data_path", "--prompt_file")
+
+
+class Block(NamedTuple):
+    """A fenced block of a page, and the comment above it."""
+
+    page: Path
+    comment: str
+    text: str
+
+    @property
+    def commands(self) -> list[list[str]]:
+        """The commands in it that begin with python, as lists of arguments."""
+        lines = re.sub(r"\\\n\s*", "", self.text).splitlines()
+        found = (re.match(r"\s*(?:\$ )?(?:[A-Z_]+=\S+ )*(python .*)", line) for line in lines)
+        return [shlex.split(match[1], comments=True) for match in found if match]
+
+
+def blocks(page: Path) -> list[Block]:
+    """All fenced blocks of a page."""
+    fence = re.compile(
+        r"^(?:<!-- (?P<comment>.*?) -->\n)?\s*```[^\n]*\n(?P<text>.*?)^\s*```$", re.M | re.S
+    )
+    content = page.read_text(encoding="utf-8")
+    return [Block(page, match["comment"] or "", match["text"]) for match in fence.finditer(content)]
+
+
+def to_run(page: Path) -> list[list[str]]:
+    """The commands of a page that are run, with the flags added that its comments say."""
+    found = []
+    for block in blocks(page):
+        if block.comment.startswith("not run: "):
+            continue
+        extra = shlex.split(block.comment.removeprefix("run with: ")) if block.comment else []
+        for command in block.commands:
+            if command[1] == "-m" and command[2].startswith("lstm_jax."):
+                found.append([*command, *extra])
+    return found
+
+
+def value(command: list[str], flag: str) -> str | None:
+    """What a flag of a command is set to, `--flag value` or `--flag=value`."""
+    for argument, following in zip(command, [*command[1:], ""], strict=True):
+        if argument == flag:
+            return following
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+    return None
+
+
+def prepare(command: list[str], directory: Path, text_file: Path, trained: Path) -> list[str]:
+    """Puts what a command reads in place, and gives the command as it is to be run."""
+    module = command[2].removeprefix("lstm_jax.")
+    for flag in TEXTS:
+        for name in re.split("[,;]", value(command, flag) or ""):
+            if name and name != "-":
+                name = name.replace("*", "all")
+                (directory / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(text_file, directory / name)
+    vocabulary = value(command, "--vocabulary")
+    if vocabulary and not (directory / vocabulary).exists():
+        shutil.copy(trained / "vocabulary.json", directory / vocabulary)
+    read = [value(command, "--init_from")]
+    makes_it = module in ("main", "sweep") or value(command, "--from") is not None
+    if not makes_it:
+        read.append(value(command, "--workdir"))
+    for name in read:
+        if name and not (directory / name).exists():
+            shutil.copytree(trained, directory / name)
+    if module == "main":
+        command = [*command, *SIZES]
+        if value(command, "--config.data.path") is None:
+            text = text_file.read_text(encoding="utf-8")[:4000]
+            (directory / "short.txt").write_text(text, encoding="utf-8")
+            command.append("--config.data.path=short.txt")
+    return [sys.executable, *command[1:]]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Where JAX keeps what one command compiled, for the next."""
+    return str(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_a_page_runs(
+    page: Path, text_file: Path, trained: Path, compiled: str, tmp_path: Path
+) -> None:
+    shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
+    shutil.copy(text_file, tmp_path / "my.txt")
+    environment = {
+        "JAX_COMPILATION_CACHE_DIR": compiled,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+    }
+    for command in to_run(page):
+        result = subprocess.run(
+            prepare(command, tmp_path, text_file, trained),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+        )
+        assert result.returncode == 0, f"{shlex.join(command)}\n{result.stdout}{result.stderr}"
+
+
+def test_the_convention_finds_commands_and_comments(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```\n$ python -m lstm_jax.sample --workdir x  # a comment\nits output\n```\n\n"
+        "<!-- run with: --length=3 -->\n```bash\npython -m lstm_jax.sample \\\n    --workdir y\n"
+        "pip install z\n```\n<!-- not run: two hosts -->\n```\npython -m lstm_jax.main\n```\n"
+    )
+    assert to_run(page) == [
+        ["python", "-m", "lstm_jax.sample", "--workdir", "x"],
+        ["python", "-m", "lstm_jax.sample", "--workdir", "y", "--length=3"],
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_is_there(page: Path) -> None:
+    content = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", content):
+        if not re.match(r"\w+:", target):
+            assert (page.parent / target).exists(), f"the link to {target}"
+    for block in blocks(page):
+        for command in block.commands:
+            if command[1].startswith(("benchmarks/", "tests/", "notebooks/")):
+                source = (ROOT / command[1]).read_text(encoding="utf-8")
+                for flag in re.findall(r"--([a-z_]+)", " ".join(command)):
+                    assert f'"--{flag}"' in source or f'"{flag}"' in source, f"{command}: {flag}"
+    # In code between backticks: fields of a config, and flags of any of the commands.
+    sources = [*(ROOT / "lstm_jax").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    code = "".join(path.read_text(encoding="utf-8") for path in sources)
+    for quoted in re.findall(r"`([^`\n]+)`", content):
+        for field in re.findall(r"--config\.([a-z_.]+[a-z_])", quoted):
+            assert config.unknown_field(field) is None, f"--config.{field}"
+        if quoted.startswith("--") and not quoted.startswith("--config"):
+            flag = quoted[2:].split("=")[0].split(" ")[0].strip(",")
+            names = {flag, flag.removeprefix("no")}
+            assert any(f'"{n}"' in code or f'"--{n}"' in code for n in names), f"--{flag}"
 
 
 def test_every_test_that_the_table_of_what_is_survived_names_is_there() -> None:

@@ -229,7 +229,7 @@ def test_a_reader_that_closes_early_is_no_error(trained: Path) -> None:
     assert (result.returncode, result.stderr, len(result.stdout)) == (0, b"", 5)
 
 
-@pytest.mark.parametrize("module", ["main", "sample", "evaluate"])
+@pytest.mark.parametrize("module", ["main", "sample", "evaluate", "convert"])
 def test_help(module: str) -> None:
     result = run(module, "--help", cwd=ROOT)
     assert result.returncode == 0 and result.stderr == ""
@@ -297,6 +297,13 @@ BAD_CONFIGS = {
         (["sample", "--workdir=.", "--interactive", "--num_samples=2"], "--interactive writes one"),
         (["sample", "--workdir=.", "--num_samples=0"], "num_samples"),
         (["evaluate", "--workdir=."], "no trained model in ."),
+        (["convert"], "name the working directory: --workdir DIR"),
+        (["convert", "--workdir=x"], "give either --from FILE"),
+        (["convert", "--workdir=x", "--from=good.txt"], "none of .keras, .weights.h5"),
+        (["convert", "--workdir=x", "--from=nothing.keras", "--text=good.txt"], "No such file"),
+        (["convert", "--workdir=x", "--to=new.keras", "--text=good.txt"], "are for --from"),
+        (["convert", "--workdir=x", "--from=a.keras", "--drop_special"], "is for --to"),
+        (["convert", "--workdir=x", "--to=new.keras"], "no trained model in x"),
         (["evaluate", "--workdir=.", "--split=nothing"], "train, validation, test"),
     ],
     ids=lambda value: " ".join(value).replace(QUICK, "quick") if isinstance(value, list) else "",

@@ -1,0 +1,248 @@
+"""Weights in and out: `python -m lstm_jax.convert`, from and to Keras and PyTorch.
+
+    --from model.keras --vocabulary vocabulary.json --workdir runs/imported
+    --workdir runs/quick --to model.safetensors
+
+What a file holds, its name says: .keras, .weights.h5 (both Keras 3) or .safetensors (PyTorch).
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from lstm_jax import (
+    checkpoints,
+    command,
+    corpus,
+    files,
+    keras_weights,
+    torch_weights,
+    weights,
+    workdir,
+)
+from lstm_jax import config as config_lib
+from lstm_jax import model as model_lib
+from lstm_jax.errors import UserError
+from lstm_jax.vocabulary import PADDING, SEPARATORS, UNKNOWN, Vocabulary, stop_text
+
+# How the content of a file is read and written, by the end of its name.
+_FORMATS = {
+    ".keras": (keras_weights.read_archive, keras_weights.write_archive),
+    ".weights.h5": (keras_weights.read_weights, keras_weights.write_weights),
+    ".safetensors": (torch_weights.read, torch_weights.write),
+}
+_REMEDIES = {
+    ".h5": "save it in Keras 3 with model.save('model.keras')",
+    ".hdf5": "save it in Keras 3 with model.save('model.keras')",
+    ".pt": "save it with safetensors.torch.save_file(model.state_dict(), 'model.safetensors')",
+    ".pth": "save it with safetensors.torch.save_file(model.state_dict(), 'model.safetensors')",
+}
+# In a vocabulary that is a text file with a unit a line.
+_ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
+
+
+def main() -> None:
+    """Reads the flags and converts."""
+    values = flags.FLAGS
+    source, target = values["from"].value, values.to
+    if values.workdir is None:
+        raise UserError("name the working directory: --workdir DIR")
+    if (source is None) == (target is None):
+        raise UserError(
+            "give either --from FILE, to make the working directory of it, or --to FILE, to write "
+            "what the working directory holds"
+        )
+    directory = Path(values.workdir)
+    if source is not None:
+        if values.drop_special:
+            raise UserError("--drop_special is for --to")
+        import_file(Path(source), directory, values.vocabulary, values.text)
+    else:
+        if values.vocabulary or values.text:
+            raise UserError("--vocabulary and --text are for --from")
+        export(directory, Path(target), values.drop_special)
+
+
+def import_file(
+    source: Path, directory: Path, vocabulary_file: str | None, text_file: str | None
+) -> None:
+    """Makes a working directory of a file of weights.
+
+    Args:
+      source: the file.
+      directory: the working directory, made whole or not at all.
+      vocabulary_file: the units: see `read_units`.
+      text_file: the text that the model was trained on. `evaluate` will read it; without a
+        vocabulary, that is its characters.
+
+    Raises:
+      UserError: if a file can't be read or converted, or the directory holds something.
+    """
+    read, _ = _format(source)
+    if vocabulary_file is None and text_file is None:
+        raise UserError(
+            f"{source} does not say what its ids stand for: give --vocabulary FILE, or --text FILE "
+            "with the text whose characters they are"
+        )
+    directory = directory.absolute()
+    if directory.is_dir() and any(directory.iterdir()):
+        raise UserError(f"{directory} holds something already: name another --workdir")
+    content = _read(source)
+    config = config_lib.default()
+    if text_file is not None:
+        config.data.path = corpus.absolute(text_file)
+    if vocabulary_file is not None:
+        units, kind, stop = read_units(Path(vocabulary_file))
+    else:
+        text = corpus.read_files(config.data.path)
+        units, kind, stop = [PADDING, UNKNOWN, *sorted(set(text))], "characters", ""
+    try:
+        loaded = read(content)
+        own, vocabulary = weights.with_vocabulary(loaded, units, kind, stop)
+        fields, params = weights.to_model(own)
+    except UserError as error:
+        raise UserError(f"{source} can't be converted: {error}") from None
+    config.model.update(fields)
+    config.data.units = vocabulary.kind
+    config.data.document_separator = _separator(vocabulary)
+    if text_file is not None:
+        config.data.sha256 = corpus.checksum(corpus.read(config.data))
+    _make(directory, config_lib.complete(config), vocabulary, params)
+    print(f"{model_lib.parameter_table(params)}\n")
+    if added := len(vocabulary) - len(loaded.embedding):
+        names = " and ".join(map(repr, (PADDING, UNKNOWN)[:added]))
+        print(f"It had no {names}: added, and next to never predicted")
+    print(
+        f"The model of {source} is in {directory}\n"
+        f"Let it write: python -m lstm_jax.sample --workdir {directory}"
+    )
+
+
+def export(directory: Path, target: Path, drop_special: bool = False) -> None:
+    """Writes the best checkpoint of a working directory as a file of weights.
+
+    Beside it, its name with .vocabulary.json added, is what its ids stand for.
+
+    Args:
+      directory: the working directory.
+      target: the file.
+      drop_special: whether to leave out the rows of "" and "[UNK]".
+
+    Raises:
+      UserError: if the model can't be converted, or a file is there already or can't be written.
+    """
+    _, write = _format(target)
+    beside = target.with_name(target.name + ".vocabulary.json")
+    for path in (target, beside):
+        if path.exists():
+            raise UserError(f"{path} is there already: remove it, or name another --to")
+    trained = workdir.load(directory)
+    try:
+        own = weights.from_model(trained.model, trained.params)
+    except UserError as error:
+        raise UserError(f"{directory} can't be converted: {error}") from None
+    units = list(trained.vocabulary.units)
+    if drop_special:
+        own, units = weights.without_special(own), units[2:]
+    content = write(own)
+    vocabulary = {"kind": trained.vocabulary.kind, "stop": trained.vocabulary.stop, "units": units}
+    try:
+        files.write(beside, (json.dumps(vocabulary, indent=0) + "\n").encode())
+        files.write(target, content)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise UserError(f"can't write {target}: {error.strerror}") from None
+    print(f"The model of {directory}, step {trained.step}, is in {target}; its units, in {beside}")
+
+
+def read_units(path: Path) -> tuple[list[str], str, str]:
+    r"""The units of a vocabulary by id, of what kind they are, and the stop token.
+
+    A file is the vocabulary.json of a working directory, or what `export` wrote; a JSON list of
+    characters, or object of characters and their ids; or a text with a character a line, where \n,
+    \r, \t and \\ stand for what they mean.
+
+    Raises:
+      UserError: if it is none of these.
+    """
+    text = corpus.decode(_read(path), str(path), any_bytes=False)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        if path.suffix == ".json":
+            raise UserError(f"{path} (--vocabulary) is no JSON") from None
+        lines = text.removesuffix("\n").split("\n")
+        return [_ESCAPES.get(line, line) for line in lines], "characters", ""
+    kind, stop = "characters", ""
+    if isinstance(content, dict) and {"kind", "stop", "units"} <= set(content):
+        kind, stop, content = content["kind"], content["stop"], content["units"]
+    elif isinstance(content, dict):
+        if sorted(content.values(), key=repr) != sorted(range(len(content)), key=repr):
+            raise UserError(f"{path} (--vocabulary): its ids are not 0 to {len(content) - 1}")
+        content = sorted(content, key=content.__getitem__)
+    if not isinstance(content, list) or not all(isinstance(x, str) for x in [kind, stop, *content]):
+        raise UserError(f"{path} (--vocabulary) is no list of units, nor a vocabulary.json")
+    return content, kind, stop
+
+
+def _format(path: Path) -> tuple[Any, Any]:
+    for suffix, functions in _FORMATS.items():
+        if path.name.endswith(suffix):
+            return functions
+    remedy = _REMEDIES.get(path.suffix, "its name must end with one of these")
+    raise UserError(f"{path} is none of {', '.join(_FORMATS)}: {remedy}")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}") from None
+
+
+def _separator(vocabulary: Vocabulary) -> str:
+    """What `data.document_separator` was for a vocabulary with this stop token."""
+    if not vocabulary.stop:
+        return ""
+    for name in SEPARATORS:
+        if name and stop_text(name, vocabulary.stop) == vocabulary.stop:
+            return name
+    raise UserError(f"documents here don't end with {vocabulary.stop!r}")
+
+
+def _make(
+    directory: Path, config: ConfigDict, vocabulary: Vocabulary, params: model_lib.Params
+) -> None:
+    """Makes a working directory, under another name until all of it is there."""
+    partial = directory.with_name(f".{directory.name}.{os.getpid()}.unfinished")
+    try:
+        partial.mkdir(parents=True)
+        workdir.save_config(partial, config)
+        workdir.save_vocabulary(partial, vocabulary)
+        checkpoints.write_params(partial / workdir.CHECKPOINTS, 0, params)
+        partial.rename(directory)
+    except OSError as error:
+        raise UserError(f"can't write to {directory}: {error.strerror}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("from", None, "File of weights to make a working directory of.")
+    flags.DEFINE_string("to", None, "File of weights to write: .keras, .weights.h5, .safetensors.")
+    flags.DEFINE_string("workdir", None, "The working directory that is made, or read.")
+    flags.DEFINE_string(
+        "vocabulary", None, "What the ids of --from stand for: a vocabulary.json, a list, a text."
+    )
+    flags.DEFINE_string(
+        "text", None, "The text that --from was trained on: its characters are the vocabulary."
+    )
+    flags.DEFINE_boolean(
+        "drop_special", False, "Leave out the rows of '' and '[UNK]', for a model without them."
+    )
+    command.run(main)

@@ -1,0 +1,111 @@
+"""Makes tests/fixtures: tiny models of Keras and PyTorch, and the logits they give for a text.
+
+    pip install -e '.[bench,convert]'
+    python tests/make_convert_fixtures.py
+
+Their weights are random and large, so that no gate is near its default.
+"""
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import safetensors.torch
+import torch
+
+FIXTURES = Path(__file__).with_name("fixtures")
+TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n"
+UNITS = ["", "[UNK]", *sorted(set(TEXT))]
+IDS = np.array([[UNITS.index(character) for character in TEXT]], np.int32)
+HIDDEN, FEATURES = 5, 4
+
+
+class Lesson(keras.Model):
+    """The lesson's model: a class of its own, whose state can be had."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.embedding = keras.layers.Embedding(len(UNITS), FEATURES)
+        self.layer = layer
+        self.dense = keras.layers.Dense(len(UNITS))
+
+    def call(self, inputs: Any) -> Any:
+        """Ids [batch, time] → logits."""
+        outputs, *_ = self.layer(self.embedding(inputs))
+        return self.dense(outputs)
+
+
+class CharacterModel(torch.nn.Module):
+    """Embedding, a recurrent module, linear."""
+
+    def __init__(self, layers: Any) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(len(UNITS), FEATURES)
+        self.layers = layers
+        self.linear = torch.nn.Linear(HIDDEN, len(UNITS))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids [batch, time] → logits."""
+        outputs, _ = self.layers(self.embedding(ids))
+        return self.linear(outputs)
+
+
+def main() -> None:
+    """Writes all files."""
+    FIXTURES.mkdir(exist_ok=True)
+    random = np.random.default_rng(0)
+    logits = {}
+    keras_layers = keras.layers
+    sequential = keras.Sequential(
+        [
+            keras_layers.Embedding(len(UNITS), FEATURES),
+            keras_layers.LSTM(HIDDEN, return_sequences=True),
+            keras_layers.Dropout(0.1),
+            keras_layers.LSTM(HIDDEN, return_sequences=True),
+            keras_layers.Dense(len(UNITS)),
+        ]
+    )
+    lesson = Lesson(keras_layers.GRU(HIDDEN, return_sequences=True, return_state=True))
+    keras_models = {"keras_lstm.keras": sequential, "keras_gru.weights.h5": lesson}
+    for name, keras_model in keras_models.items():
+        keras_model(IDS)
+        keras_model.set_weights([random.normal(size=w.shape) for w in keras_model.get_weights()])
+        save = keras_model.save if name.endswith(".keras") else keras_model.save_weights
+        save(FIXTURES / name)
+        logits[name] = np.asarray(keras_model(IDS))
+    torch_layers = {
+        "torch_lstm.safetensors": torch.nn.LSTM(FEATURES, HIDDEN, num_layers=3, batch_first=True),
+        "torch_gru.safetensors": torch.nn.GRU(FEATURES, HIDDEN, num_layers=2, batch_first=True),
+        "torch_rnn.safetensors": torch.nn.RNN(FEATURES, HIDDEN, batch_first=True),
+    }
+    for name, layers in torch_layers.items():
+        torch_model = CharacterModel(layers)
+        with torch.no_grad():
+            for parameter in torch_model.parameters():
+                parameter.copy_(torch.from_numpy(random.normal(size=tuple(parameter.shape))))
+            logits[name] = torch_model(torch.from_numpy(IDS.astype(np.int64))).numpy()
+        safetensors.torch.save_file(torch_model.state_dict(), FIXTURES / name)
+    (FIXTURES / "vocabulary.json").write_text(json.dumps(UNITS) + "\n")
+    (FIXTURES / "text.txt").write_text(TEXT)
+    # Every tenth position, for the sake of size: what comes before it counts all the same.
+    tenth: dict[str, Any] = {
+        name: array[0, ::10].astype(np.float32) for name, array in logits.items()
+    }
+    np.savez_compressed(FIXTURES / "logits.npz", **tenth)
+    _compress(FIXTURES / "keras_lstm.keras")
+
+
+def _compress(path: Path) -> None:
+    """Keras stores the files in its archives as they are."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,536 @@
+"""Weights of Keras and PyTorch: stored ones, and those of the real libraries where installed."""
+
+import io
+import json
+import os
+import random
+import string
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from lstm_jax import (
+    config,
+    convert,
+    evaluate,
+    generation,
+    keras_weights,
+    torch_weights,
+    train,
+    weights,
+    workdir,
+)
+from lstm_jax import model as model_lib
+from lstm_jax.controls import Controls
+from lstm_jax.errors import UserError
+from lstm_jax.vocabulary import Vocabulary
+
+pytest.importorskip("h5py")
+pytest.importorskip("safetensors")
+
+FIXTURES = Path(__file__).with_name("fixtures")
+TEXT = FIXTURES / "text.txt"
+UNITS = FIXTURES / "vocabulary.json"
+STORED = {
+    "keras_lstm.keras": ("lstm", 2),
+    "keras_gru.weights.h5": ("gru", 1),
+    "torch_lstm.safetensors": ("lstm", 3),
+    "torch_gru.safetensors": ("gru", 2),
+    "torch_rnn.safetensors": ("rnn", 1),
+}
+WRITERS = {
+    ".keras": (keras_weights.write_archive, keras_weights.read_archive),
+    ".weights.h5": (keras_weights.write_weights, keras_weights.read_weights),
+    ".safetensors": (torch_weights.write, torch_weights.read),
+}
+
+
+def logits(trained: workdir.Trained, text: str) -> np.ndarray:
+    """What the model predicts after each character, [time, vocabulary]."""
+    ids = trained.vocabulary.encode(text)[None]
+    carry = trained.model.initial_carry(1)
+    return np.asarray(model_lib.apply(trained.model, trained.params, ids, carry)[0][0])
+
+
+def greedy(trained: workdir.Trained, prompt: str, length: int) -> str:
+    (text,) = generation.write(
+        trained.model,
+        trained.params,
+        trained.vocabulary,
+        jax.random.key(0),
+        prompt=prompt,
+        length=length,
+        controls=Controls(temperature=0),
+    )
+    return text.removeprefix(prompt)
+
+
+def made(tmp_path: Path, units: int = 30, **fields: Any) -> weights.Weights:
+    """The weights of a random model, its biases too."""
+    model = model_lib.LanguageModel(units, fields.pop("embedding_size", 6), 5, **fields)
+    shapes = jax.eval_shape(lambda: model_lib.init(model, jax.random.key(0)))
+    draw = np.random.default_rng(0).normal
+    params = jax.tree.map(lambda x: draw(size=x.shape).astype(np.float32), shapes)
+    return weights.from_model(model, params)
+
+
+def save(own: weights.Weights, path: Path) -> Path:
+    """Writes weights in the format that the path's name asks for."""
+    write, _ = next(functions for end, functions in WRITERS.items() if path.name.endswith(end))
+    path.write_bytes(write(own))
+    return path
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_stored_model_gives_the_logits_that_its_library_gave(name: str, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    convert.import_file(FIXTURES / name, directory, str(UNITS), None)
+    trained = workdir.load(directory)
+    assert (trained.model.cell, trained.model.num_layers, trained.step) == (*STORED[name], 0)
+    with np.load(FIXTURES / "logits.npz") as expected:
+        ours = logits(trained, TEXT.read_text())[::10]
+        np.testing.assert_allclose(ours, expected[name], rtol=0, atol=1e-5)
+    # There is nothing half-made beside it, and the text says the same as the vocabulary.
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    convert.import_file(FIXTURES / name, tmp_path / "by_text", None, str(TEXT))
+    assert workdir.load_vocabulary(tmp_path / "by_text").units == trained.vocabulary.units
+
+
+@pytest.mark.parametrize("end", WRITERS)
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_what_is_written_is_read_again_as_it_was(end: str, cell: str, tmp_path: Path) -> None:
+    own = made(tmp_path, cell=cell, num_layers=11)
+    write, read = WRITERS[end]
+    again = read(write(own))
+    assert again.cell == cell
+    for one, other in zip(jax.tree.leaves(own[1:]), jax.tree.leaves(again[1:]), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("end", WRITERS)
+def test_tied_embeddings_stay_tied(end: str, tmp_path: Path) -> None:
+    # Layers of 5, 5 and 6 units, since the last one's are as many as the embedding's features.
+    own = made(tmp_path, num_layers=3, tie_embeddings=True)
+    write, read = WRITERS[end]
+    fields, params = weights.to_model(read(write(own)))
+    assert fields == {
+        "cell": "lstm",
+        "embedding_size": 6,
+        "hidden_size": 5,
+        "num_layers": 3,
+        "tie_embeddings": True,
+    }
+    assert set(params["dense"]) == {"bias"}
+
+
+def test_a_run_goes_out_and_comes_back(trained: Path, text_file: Path, tmp_path: Path) -> None:
+    before = workdir.load(trained)
+    text = text_file.read_text(encoding="utf-8")[:300]
+    for end in WRITERS:
+        for drop in (False, True):
+            target = tmp_path / f"{drop}{end}"
+            convert.export(trained, target, drop_special=drop)
+            directory = tmp_path / f"run{drop}{end}"
+            beside = f"{target}.vocabulary.json"
+            convert.import_file(target, directory, beside, str(text_file))
+            after = workdir.load(directory)
+            assert after.vocabulary.units == before.vocabulary.units
+            # Rows that were left out come back as such that are never predicted.
+            ours, theirs = logits(before, text)[:, 2:], logits(after, text)
+            np.testing.assert_allclose(theirs[:, 2:], ours, rtol=0, atol=1e-5)
+            if drop:
+                assert (theirs[:, :2] == -30).all()
+            assert greedy(after, "ROMEO:", 80) == greedy(before, "ROMEO:", 80)
+    assert evaluate_directory(directory) == pytest.approx(evaluate_directory(trained), abs=1e-3)
+
+
+def evaluate_directory(directory: Path) -> float:
+    """The loss on the test split, of the text that the directory's config names."""
+    trained = workdir.load(directory)
+    text = convert.corpus.read_again(trained.config.data, None)["test"]
+    return evaluate.mean_loss(trained.model, trained.params, trained.vocabulary.encode(text))
+
+
+def test_training_starts_from_what_came_in(
+    trained: Path, text_file: Path, tiny_config: Any, tmp_path: Path
+) -> None:
+    convert.export(trained, tmp_path / "model.keras")
+    beside = str(tmp_path / "model.keras.vocabulary.json")
+    convert.import_file(tmp_path / "model.keras", tmp_path / "in", beside, None)
+    tiny_config.init_from = str(tmp_path / "in")
+    tiny_config.num_epochs = 1
+    assert train.train(config.complete(tiny_config), tmp_path / "run") == 0
+
+
+def test_vocabularies_of_every_form(tmp_path: Path) -> None:
+    own = made(tmp_path, units=6)
+    model = save(own, tmp_path / "model.safetensors")
+    units = ["\n", "\\", "b", "a"]
+    forms: dict[str, Any] = {
+        "own.json": {"kind": "characters", "stop": "", "units": ["", "[UNK]", *units]},
+        "list.json": ["", "[UNK]", *units],
+        "short.json": units,
+        "ids.json": {unit: i for i, unit in enumerate(["", "[UNK]", *units])},
+        "lines.txt": "\n[UNK]\n\\n\n\\\\\nb\na\n",
+    }
+    for name, form in forms.items():
+        path = tmp_path / name
+        path.write_text(form if isinstance(form, str) else json.dumps(form))
+        directory = tmp_path / f"run_{name}"
+        if name == "short.json":  # A model without "" and "[UNK]" is what it would be of.
+            with pytest.raises(UserError, match="the model has 6 units, and the vocabulary 4"):
+                convert.import_file(model, directory, str(path), None)
+            assert not directory.exists()
+            continue
+        convert.import_file(model, directory, str(path), None)
+        loaded = workdir.load(directory)
+        assert loaded.vocabulary.units == ("", "[UNK]", *units)
+        np.testing.assert_array_equal(loaded.params["embedding"]["embedding"], own.embedding)
+
+
+@pytest.mark.parametrize("missing", [1, 2])
+def test_rows_that_a_model_lacks_are_added_and_never_predicted(
+    missing: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    units = ["", "[UNK]", *"abcd"][missing:]
+    own = made(tmp_path, units=len(units))
+    model = save(own, tmp_path / "model.keras")
+    (tmp_path / "units.json").write_text(json.dumps(units))
+    convert.import_file(model, tmp_path / "run", str(tmp_path / "units.json"), None)
+    names = "''" if missing == 1 else "'' and '[UNK]'"
+    assert f"It had no {names}: added" in capsys.readouterr().out
+    trained = workdir.load(tmp_path / "run")
+    own_only = weights.to_model(own)[1]
+    model_of_own = trained.model.clone(vocabulary_size=len(units))
+    ids = np.array([[len(units) - 1, len(units) - 3, len(units) - 2]])
+    carry = trained.model.initial_carry(1)
+    expected, _ = model_lib.apply(model_of_own, own_only, ids, carry)
+    found, _ = model_lib.apply(trained.model, trained.params, ids + missing, carry)
+    np.testing.assert_allclose(found[..., missing:], expected, rtol=0, atol=1e-6)
+    assert (np.asarray(found)[..., :missing] == -30).all()
+
+
+def test_documents_keep_their_stop_token(tmp_path: Path) -> None:
+    vocabulary = Vocabulary.from_text("ab\n\nba\n\n", stop="\n\n")
+    model = save(made(tmp_path, units=len(vocabulary)), tmp_path / "model.keras")
+    (tmp_path / "vocabulary.json").write_text(vocabulary.to_json())
+    convert.import_file(model, tmp_path / "run", str(tmp_path / "vocabulary.json"), None)
+    assert workdir.load(tmp_path / "run").vocabulary.stop == "\n\n"
+    assert workdir.load_config(tmp_path / "run").data.document_separator == "blank_line"
+
+
+def archive_with(content: bytes, change: Any) -> bytes:
+    """A .keras file whose list of layers was changed."""
+    with zipfile.ZipFile(io.BytesIO(content)) as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    fields = json.loads(members["config.json"])
+    change(fields["config"]["layers"])
+    members["config.json"] = json.dumps(fields).encode()
+    changed = io.BytesIO()
+    with zipfile.ZipFile(changed, "w") as file:
+        for name, member in members.items():
+            file.writestr(name, member)
+    return changed.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("at", "field", "value", "message"),
+    [
+        (2, "activation", "relu", "'lstm' has activation='relu': only 'tanh' can be"),
+        (2, "recurrent_activation", "hard_sigmoid", "recurrent_activation='hard_sigmoid'"),
+        (2, "return_sequences", False, "'lstm' has return_sequences=False: only True"),
+        (2, "go_backwards", True, "go_backwards=True"),
+        (3, "activation", "relu", "'dense' has activation='relu'"),
+        (2, None, "Bidirectional", "'lstm' is a Bidirectional: there is none here"),
+        (2, None, "LayerNormalization", "'lstm' is a LayerNormalization"),
+        (2, None, "Dense", "its layers are Embedding, Dense, Dense: they must be"),
+    ],
+)
+def test_a_keras_model_with_no_place_here_is_refused_by_name(
+    at: int, field: str | None, value: Any, message: str, tmp_path: Path
+) -> None:
+    def change(layers: list[dict[str, Any]]) -> None:
+        if field is None:
+            layers[at]["class_name"] = value
+        else:
+            layers[at]["config"][field] = value
+
+    content = archive_with(keras_weights.write_archive(made(tmp_path)), change)
+    with pytest.raises(UserError) as caught:
+        keras_weights.read_archive(content)
+    assert message in str(caught.value)
+
+
+def test_a_gru_that_resets_before_the_product_is_refused(tmp_path: Path) -> None:
+    import h5py
+
+    content = io.BytesIO(keras_weights.write_weights(made(tmp_path, cell="gru")))
+    with h5py.File(content, "a") as file:
+        bias = file["layers/gru/cell/vars/2"][0]
+        del file["layers/gru/cell/vars/2"]
+        file["layers/gru/cell/vars/2"] = bias
+    with pytest.raises(UserError, match="reset_after=False"):
+        keras_weights.read_weights(content.getvalue())
+
+
+def renamed(arrays: dict[str, np.ndarray], old: str, new: str) -> dict[str, np.ndarray]:
+    return {name.replace(old, new): array for name, array in arrays.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: {**a, "lstm.weight_ih_l0_reverse": a["lstm.weight_ih_l0"]}, "bidirectional"),
+        (lambda a: {**a, "lstm.weight_hr_l0": a["lstm.weight_hh_l0"]}, "projection"),
+        (lambda a: {**a, "norm.weight": a["linear.bias"]}, "besides its recurrent layers it has"),
+        (lambda a: {k: v for k, v in a.items() if "lstm" not in k}, "no recurrent layer"),
+        (lambda a: renamed(a, "lstm.weight_hh_l0", "x.y"), "lacks weight_ih or weight_hh"),
+        (lambda a: {**a, "lstm.weight_ih_l0": a["lstm.weight_ih_l0"][:, 1:]}, "takes 5 features"),
+        (lambda a: {**a, "lstm.bias_ih_l0": a["lstm.bias_ih_l0"] * np.nan}, "not finite"),
+        (lambda a: {**a, "linear.bias": a["linear.bias"].astype(np.int8)}, "int8, not floating"),
+        (lambda a: {**a, "embedding.weight": a["embedding.weight"][1:]}, "of the same vocabulary"),
+        (
+            lambda a: {**a, **{k.replace("lstm", "up"): v for k, v in a.items() if "lstm" in k}},
+            "which of lstm, up comes first can't be told",
+        ),
+    ],
+)
+def test_a_torch_model_with_no_place_here_is_refused_by_name(
+    change: Any, message: str, tmp_path: Path
+) -> None:
+    library = pytest.importorskip("safetensors.numpy")
+    arrays = change(library.load(torch_weights.write(made(tmp_path))))
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    with pytest.raises(UserError) as caught:
+        torch_weights.read(library.save(arrays))
+    assert message in str(caught.value)
+
+
+def test_torch_layers_by_other_names_and_in_halves(tmp_path: Path) -> None:
+    library = pytest.importorskip("safetensors.numpy")
+    own = made(tmp_path, num_layers=2)
+    arrays = renamed(library.load(torch_weights.write(own)), "embedding.", "encoder.")
+    for i in range(2):  # Two modules of one layer each, as LSTMCell names them.
+        arrays = renamed(arrays, f"lstm.weight_ih_l{i}", f"rnn{i + 9}.weight_ih")
+        arrays = renamed(arrays, f"lstm.weight_hh_l{i}", f"rnn{i + 9}.weight_hh")
+        del arrays[f"lstm.bias_hh_l{i}"]
+        arrays = renamed(arrays, f"lstm.bias_ih_l{i}", f"rnn{i + 9}.bias_ih")
+    del arrays["linear.bias"]
+    halves = {name: array.astype(np.float16) for name, array in arrays.items()}
+    again = torch_weights.read(library.save(halves))
+    assert again.embedding.dtype == np.float32 and (again.bias == 0).all()
+    for one, other in zip(own.layers, again.layers, strict=True):
+        for name, array in one.items():
+            np.testing.assert_allclose(other[name], array, rtol=1e-3)
+    # The one matrix of tied weights may be there under one name only.
+    tied = library.load(torch_weights.write(made(tmp_path, tie_embeddings=True)))
+    del tied["linear.weight"]
+    assert weights.to_model(torch_weights.read(library.save(tied)))[0]["tie_embeddings"]
+
+
+def test_layers_that_others_lack_are_refused_by_name(tmp_path: Path) -> None:
+    for fields, message in (({"cell": "mogrifier"}, "'mogrifier'"), ({"layer_norm": True}, "norm")):
+        with pytest.raises(UserError, match=message):
+            made(tmp_path, **fields)
+    own = made(tmp_path, num_layers=2)
+    uneven = own._replace(layers=[own.layers[0], made(tmp_path, embedding_size=5).layers[0]])
+    with pytest.raises(UserError, match="takes 5 features"):
+        weights.check(own._replace(layers=uneven.layers[::-1]))
+    with pytest.raises(UserError, match="have 5, 6 units: all layers"):
+        weights.to_model(
+            own._replace(layers=[own.layers[0], {"recurrent_kernel": np.zeros((6, 24))}])
+        )
+
+
+def test_what_is_there_stays_and_nothing_is_half_written(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "note").write_text("of the user's")
+    (tmp_path / "there.keras").write_text("of the user's")
+    (tmp_path / "broken.keras").write_bytes((FIXTURES / "keras_lstm.keras").read_bytes()[:900])
+    model, lines = FIXTURES / "keras_lstm.keras", TEXT.read_text()
+    (tmp_path / "words.json").write_text(json.dumps(["", "[UNK]", *"abcdefghijklmnopqrst", "word"]))
+    for arguments, message in (
+        ((model, tmp_path / "run", str(UNITS), None), "holds something already"),
+        ((model, tmp_path / "new", None, None), "give --vocabulary FILE, or --text FILE"),
+        ((model, tmp_path / "new", str(tmp_path / "words.json"), None), "the model has"),
+        ((model, tmp_path / "new", "nothing.json", None), "can't read nothing.json"),
+        ((tmp_path / "broken.keras", tmp_path / "new", str(UNITS), None), "no .keras file"),
+        ((tmp_path / "model.pt", tmp_path / "new", str(UNITS), None), "safetensors.torch.save"),
+        ((tmp_path / "model.h5", tmp_path / "new", str(UNITS), None), "model.save"),
+    ):
+        with pytest.raises(UserError) as caught:
+            convert.import_file(*arguments)
+        assert message in str(caught.value)
+    with pytest.raises(UserError, match="is there already"):
+        convert.export(trained, tmp_path / "there.keras")
+    with pytest.raises(UserError, match="can't write"):
+        convert.export(trained, tmp_path / "nothing" / "there.keras")
+    assert (tmp_path / "there.keras").read_text() == "of the user's" and lines
+    names = {"run", "there.keras", "broken.keras", "words.json"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+@pytest.mark.parametrize(("module", "end"), [("h5py", ".keras"), ("safetensors", ".safetensors")])
+def test_a_missing_library_is_named(
+    module: str, end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=f"pip install {module}"):
+        WRITERS[end][0](made(tmp_path))
+
+
+def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    for end, (write, read) in WRITERS.items():
+        whole = write(made(tmp_path))
+        for _ in range(60):
+            broken = bytearray(whole)
+            for _ in range(draw.randrange(1, 4)):
+                broken[draw.randrange(len(broken))] = draw.randrange(256)
+            try:
+                read(bytes(broken[: draw.choice([len(whole), draw.randrange(len(whole))])]))
+            except UserError as error:
+                assert "\n" not in str(error), end
+
+
+# From here on with the real libraries.
+
+
+def lesson_in_keras(keras: Any, kind: str, num_layers: int, units: int) -> Any:
+    layer = {"lstm": keras.layers.LSTM, "gru": keras.layers.GRU, "rnn": keras.layers.SimpleRNN}
+    recurrent = [layer[kind](32, return_sequences=True) for _ in range(num_layers)]
+    return keras.Sequential(
+        [keras.layers.Embedding(units, 16), *recurrent, keras.layers.Dense(units)]
+    )
+
+
+def continue_greedily(predict: Any, units: list[str], prompt: str, length: int) -> str:
+    """What a model writes that gives logits [time, vocabulary] for ids [1, time]."""
+    ids = [units.index(character) for character in prompt]
+    for _ in range(length):
+        # Always as long, so that nothing compiles anew; what stands behind does not count.
+        padded = np.zeros((1, len(prompt) + length), np.int32)
+        padded[0, : len(ids)] = ids
+        last = np.array(predict(padded)[len(ids) - 1])
+        last[[i for i, unit in enumerate(units) if unit in ("", "[UNK]")]] = -np.inf
+        ids.append(int(last.argmax()))
+    return "".join(units[i] for i in ids[len(prompt) :])
+
+
+@pytest.fixture(scope="module")
+def windows(shakespeare: dict[str, str]) -> tuple[list[str], np.ndarray]:
+    """The lesson's units, and its windows of 101 ids of the text."""
+    text = shakespeare["train"]
+    units = ["", "[UNK]", *sorted(set(text))]
+    ids = Vocabulary(units).encode(text[: 101 * 640])
+    return units, ids.reshape(-1, 101)
+
+
+@pytest.mark.parametrize(("cell", "num_layers"), [("lstm", 1), ("lstm", 3), ("gru", 2), ("rnn", 1)])
+def test_keras_and_back(
+    cell: str,
+    num_layers: int,
+    windows: tuple[list[str], np.ndarray],
+    shakespeare: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    keras: Any = pytest.importorskip("keras", reason="Keras is not installed (extra 'bench')")
+    units, ids = windows
+    keras.utils.set_random_seed(0)
+    model = lesson_in_keras(keras, cell, num_layers, len(units))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer=keras.optimizers.Adam(3e-3), loss=loss)
+    model.fit(ids[:, :-1], ids[:, 1:], batch_size=32, epochs=2, verbose=0)
+    model.save(tmp_path / "model.keras")
+    model.save_weights(tmp_path / "model.weights.h5")
+    (tmp_path / "units.json").write_text(json.dumps(units))
+    text = shakespeare["test"][:400]
+    theirs = np.asarray(model(Vocabulary(units).encode(text)[None]))[0]
+    written = continue_greedily(lambda x: np.asarray(model(x))[0], units, "ROMEO:", 60)
+    for end in (".keras", ".weights.h5"):
+        directory = tmp_path / f"run{end}"
+        convert.import_file(tmp_path / f"model{end}", directory, str(tmp_path / "units.json"), None)
+        trained = workdir.load(directory)
+        np.testing.assert_allclose(logits(trained, text), theirs, rtol=0, atol=1e-5)
+        assert greedy(trained, "ROMEO:", 60) == written
+    convert.export(directory, tmp_path / "back.keras")
+    convert.export(directory, tmp_path / "back.weights.h5")
+    back = keras.models.load_model(tmp_path / "back.keras")
+    fresh = lesson_in_keras(keras, cell, num_layers, len(units))
+    fresh(ids[:1])
+    fresh.load_weights(tmp_path / "back.weights.h5")
+    for one, other, third in zip(
+        model.get_weights(), back.get_weights(), fresh.get_weights(), strict=True
+    ):
+        if cell != "gru":  # Two biases that are added up are one after it.
+            np.testing.assert_array_equal(one, other)
+        np.testing.assert_array_equal(other, third)
+    again = np.asarray(back(Vocabulary(units).encode(text)[None]))[0]
+    np.testing.assert_allclose(again, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("cell", "num_layers"), [("lstm", 3), ("gru", 2), ("rnn", 1)])
+def test_torch_and_back(
+    cell: str,
+    num_layers: int,
+    windows: tuple[list[str], np.ndarray],
+    shakespeare: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    torch: Any = pytest.importorskip("torch", reason="PyTorch is not installed (extra 'bench')")
+    safetensors: Any = pytest.importorskip("safetensors.torch")
+    units, ids = windows
+    units, ids = units[2:], ids - 2  # As most have it: without "" and "[UNK]".
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # Matrices this small are done before threads have shared them.
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layers = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn": torch.nn.RNN}
+            self.embedding = torch.nn.Embedding(len(units), 16)
+            setattr(self, cell, layers[cell](16, 32, num_layers, batch_first=True))
+            self.linear = torch.nn.Linear(32, len(units))
+
+        def forward(self, ids: Any) -> Any:
+            return self.linear(getattr(self, cell)(self.embedding(ids))[0])
+
+    model = Model()
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for batch in torch.from_numpy(ids.astype(np.int64)).split(32):
+        predicted = model(batch[:, :-1]).transpose(1, 2)
+        loss = torch.nn.functional.cross_entropy(predicted, batch[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    safetensors.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "units.json").write_text(json.dumps(units))
+    text = shakespeare["test"][:400]
+    number = {unit: i for i, unit in enumerate(units)}
+    read = np.array([[number[character] for character in text]])
+
+    def predict(model: Any, ids: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            predicted: np.ndarray = model(torch.from_numpy(ids.astype(np.int64)))[0].numpy()
+        return predicted
+
+    directory = tmp_path / "run"
+    convert.import_file(
+        tmp_path / "model.safetensors", directory, str(tmp_path / "units.json"), None
+    )
+    trained = workdir.load(directory)
+    ours, theirs = logits(trained, text)[:, 2:], predict(model, read)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    written = continue_greedily(lambda ids: predict(model, ids), units, "ROMEO:", 60)
+    assert greedy(trained, "ROMEO:", 60) == written
+    convert.export(directory, tmp_path / "back.safetensors", drop_special=True)
+    back = Model()
+    back.load_state_dict(safetensors.load_file(tmp_path / "back.safetensors"))
+    np.testing.assert_allclose(predict(back, read), theirs, rtol=0, atol=1e-5)
+    assert set(string.ascii_letters) < set(units)

@@ -1,0 +1,102 @@
+"""The package as others install it: from its wheel, where nothing of the clone is."""
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import lstm_jax
+from lstm_jax import command, workdir
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: str, cwd: Path) -> str:
+    """What a command prints that must not fail, away from any clone."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(
+        arguments, capture_output=True, text=True, timeout=300, cwd=cwd, env=environment
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built by way of the source distribution, as it would be published."""
+    pytest.importorskip("build", reason="build is not installed (extra 'dev')")
+    directory = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--outdir", str(directory), str(ROOT), cwd=directory)
+    assert len(list(directory.glob("lstm_jax-*.tar.gz"))) == 1
+    (path,) = directory.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_every_module_and_experiment_and_nothing_else(wheel: Path) -> None:
+    assert wheel.name == f"lstm_jax-{lstm_jax.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        (licence,) = (name for name in archive.namelist() if name.endswith("LICENSE"))
+        assert b"Apache License" in archive.read(licence)
+    modules = {f"lstm_jax/{path.name}" for path in (ROOT / "lstm_jax").glob("*.py")}
+    found = (ROOT / "experiments").rglob("*.py")
+    experiments = {f"lstm_jax/{path.relative_to(ROOT)}" for path in found}
+    assert names == modules | experiments
+
+
+def test_the_first_command_works_where_the_wheel_is_installed(
+    wheel: Path, text_file: Path, tmp_path: Path
+) -> None:
+    environment = tmp_path / "environment"
+    venv.create(environment, with_pip=True)
+    python = str(environment / "bin" / "python")
+    run(python, "-m", "pip", "install", "--no-deps", "--no-index", str(wheel), cwd=tmp_path)
+    # What it depends on is taken from here. A path in a .pth file brings no editable clone along.
+    (site,) = environment.glob("lib/*/site-packages")
+    (site / "here.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    where = run(python, "-c", "import lstm_jax; print(lstm_jax.__file__)", cwd=empty)
+    assert Path(where.strip()).is_relative_to(environment.resolve())
+    train = [python, "-m", "lstm_jax.main", "--config", "experiments/quick.py"]
+    sizes = ["--config.model.hidden_size=16", "--config.batches.window_length=32"]
+    run(*train, *sizes, f"--config.data.path={text_file}", "--config.num_epochs=1", cwd=empty)
+    assert workdir.load(empty / "runs" / "quick").step > 0
+    sample = [python, "-m", "lstm_jax.sample", "--workdir", "runs/quick", "--length=20"]
+    assert len(run(*sample, cwd=empty)) == 21
+    assert run(*sample, "--version", cwd=empty) == f"lstm-jax {lstm_jax.__version__}\n"
+
+
+def test_the_version_stands_in_one_place_and_the_changelog_and_citation_know_it() -> None:
+    assert f'version = "{lstm_jax.__version__}"' not in (ROOT / "pyproject.toml").read_text()
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    latest = re.search(r"^## (\S+?),? ", changelog, re.MULTILINE)
+    assert latest is not None and latest[1] == lstm_jax.__version__
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {lstm_jax.__version__}\n" in citation
+
+
+def test_only_what_is_no_file_here_is_looked_for_in_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "lstm_jax" / "experiments"
+    (own / "sweeps").mkdir(parents=True)
+    (own / "quick.py").write_text("")
+    (own / "sweeps" / "quick.py").write_text("")
+    monkeypatch.setattr(command, "__file__", str(own.parent / "command.py"))
+    monkeypatch.chdir(tmp_path)
+    found = str(own / "quick.py")
+    assert command.own_experiment("experiments/quick.py") == found
+    assert command.own_experiment("--config=experiments/quick.py:gru") == f"--config={found}:gru"
+    assert command.own_experiment("experiments/sweeps/quick.py") == str(own / "sweeps/quick.py")
+    for other in ("experiments/none.py", "quick.py", "elsewhere/experiments/quick.py"):
+        assert command.own_experiment(other) == other
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "quick.py").write_text("")
+    assert command.own_experiment("experiments/quick.py") == "experiments/quick.py"
