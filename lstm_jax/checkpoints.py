@@ -336,11 +336,17 @@ def _set_aside(path: Path) -> Path:
 
 
 def _abstract(tree: Any) -> Any:
-    """Shapes and dtypes, to be placed on this machine's default device wherever they were saved."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(
-        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), tree
-    )
+    """Shapes and dtypes, to be placed where the arrays are, wherever they were saved.
+
+    What has no place yet goes to this process's first device.
+    """
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def abstract(array: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(array, "sharding", None) or first
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+    return jax.tree.map(abstract, tree)
 
 
 def _list(damaged: Mapping[int, str]) -> str:

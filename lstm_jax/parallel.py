@@ -1,4 +1,12 @@
-"""Several devices: each has all parameters and its own part of the batch."""
+"""Many devices: each has its own part of the batch, and its own part of every large array.
+
+The mesh has two axes. A batch is divided over all of its devices. Along the axis `DATA` the
+parameters, the optimizer's state and averaged weights are the same everywhere; along the axis
+`MODEL` their matrices are divided, and are put together for the step that multiplies by them, as
+fully sharded data parallelism does (Rajbhandari et al. 2020, "ZeRO"). That suits recurrent layers,
+whatever the cell: to divide their products instead, devices would have to exchange the hidden
+state at every position of the window.
+"""
 
 import contextlib
 import os
@@ -11,11 +19,11 @@ from ml_collections import ConfigDict
 
 from lstm_jax.errors import UserError
 
-# The name of the mesh axis over which batches are divided.
-DATA = "data"
+# The names of the mesh axes.
+DATA, MODEL = "data", "model"
 
 EVERYWHERE = PartitionSpec()
-DIVIDED = PartitionSpec(DATA)
+DIVIDED = PartitionSpec((DATA, MODEL))
 
 # Where dividing a batch over the cores of a CPU was measured to be faster than multiplying each
 # matrix on all of them (`benchmarks/train_step.py`, two cores): products of small layers are over
@@ -31,7 +39,7 @@ def use_cores(config: ConfigDict) -> None:
     changes nothing.
     """
     with contextlib.suppress(RuntimeError):  # JAX has started: it keeps what devices it has.
-        jax.config.update("jax_num_cpu_devices", config.mesh.data or _cores_to_use(config))
+        jax.config.update("jax_num_cpu_devices", (config.mesh.data or _cores_to_use(config)) * config.mesh.model)
 
 
 def _cores_to_use(config: ConfigDict) -> int:
@@ -47,47 +55,100 @@ def _largest_divisor(number: int, limit: int) -> int:
 
 
 def make_mesh(config: ConfigDict) -> Mesh:
-    """The devices that training with `config` uses, along the axis `DATA`.
+    """The devices that training with `config` uses, along the axes `DATA` and `MODEL`.
 
     Raises:
-      UserError: if there are fewer than `mesh.data`, or they can't share the batch equally.
+      UserError: if there are fewer than `mesh.data` times `mesh.model`, they can't share the batch
+        equally, or the layers can't be divided so.
     """
-    devices, number, batch_size = jax.devices(), config.mesh.data, config.batches.batch_size
-    if number > len(devices):
+    devices, batch_size = jax.devices(), config.batches.batch_size
+    data, model, microbatches = config.mesh.data, config.mesh.model, config.optimizer.microbatches
+    if max(data, 1) * model > len(devices):
         raise UserError(
-            f"config.mesh.data is {number}, and there are {len(devices)} devices here: lower it, "
-            "or 0 for as many as can be used"
+            f"config.mesh.data is {data} and config.mesh.model {model}, and there are "
+            f"{len(devices)} devices here: lower them; data may be 0, for as many as can be used"
         )
-    parts = number * config.optimizer.microbatches
-    if number and batch_size % parts:
+    parts = max(data, 1) * model * microbatches
+    if batch_size % parts:
         raise UserError(
             f"config.batches.batch_size is {batch_size}: it must be a multiple of mesh.data times "
-            f"optimizer.microbatches, {parts}"
+            f"mesh.model times optimizer.microbatches, {parts}"
         )
-    if not number:
-        shares = batch_size // config.optimizer.microbatches
-        usable = _cores_to_use(config) if devices[0].platform == "cpu" else len(devices)
-        number = _largest_divisor(shares, min(usable, len(devices)))
+    if config.model.hidden_size % model:
+        raise UserError(
+            f"config.mesh.model is {model}: it must divide model.hidden_size, "
+            f"{config.model.hidden_size}"
+        )
+    if not data:
+        on_cpu = devices[0].platform == "cpu"
+        usable = _cores_to_use(config) if on_cpu else len(devices) // model
+        data = _largest_divisor(batch_size // (model * microbatches), usable)
     return jax.make_mesh(
-        (number,), (DATA,), axis_types=(jax.sharding.AxisType.Auto,), devices=devices[:number]
+        (data, model),
+        (DATA, MODEL),
+        axis_types=(jax.sharding.AxisType.Auto,) * 2,
+        devices=devices[: data * model],
     )
 
 
+def stored(array: Any, mesh: Mesh) -> PartitionSpec:
+    """How an array of the training state is stored, by its shape.
+
+    A matrix is divided over the axis `MODEL` along its largest axis that can be; anything else is
+    everywhere. So what an optimizer keeps for a parameter is divided as that is.
+    """
+    shape, number = array.shape, mesh.shape[MODEL]
+    axes = [axis for axis, size in enumerate(shape) if size % number == 0]
+    if number == 1 or len(shape) < 2 or not axes:
+        return EVERYWHERE
+    return PartitionSpec(*[None] * max(axes, key=lambda axis: shape[axis]), MODEL)
+
+
+def store(tree: Any, mesh: Mesh) -> Any:
+    """The arrays of a tree on the devices of a mesh, each as `stored` says."""
+    return jax.tree.map(lambda array: place(array, mesh, stored(array, mesh)), tree)
+
+
 def place(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
-    """The arrays of a tree on the devices of a mesh: everywhere, or their first axis divided."""
+    """The arrays of a tree on the devices of a mesh: everywhere, or divided."""
     return jax.device_put(tree, NamedSharding(mesh, spec))
 
 
-def on_one_device(tree: Any) -> Any:
-    """Arrays that are everywhere, as the first device has them; nothing is copied."""
+def on_one_device(tree: Any, mesh: Mesh) -> Any:
+    """Arrays of a mesh, whole on the first device; those that are everywhere are not copied."""
+    everywhere = NamedSharding(mesh, EVERYWHERE)
+    tree = jax.jit(lambda tree: tree, out_shardings=everywhere)(tree)
     return jax.tree.map(lambda array: array.addressable_data(0), tree)
 
 
 def divide(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Any:
     """`jax.shard_map`: runs `function` on each device, on its part of what is divided.
 
-    Results that are the same everywhere must be made so, by `jax.lax.pmean`.
+    Results that are the same everywhere must be made so, by `mean`.
     """
     return jax.shard_map(
         function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
+
+
+def gather(tree: Any, specs: Any) -> Any:
+    """Within `divide`: the whole arrays, from the parts that the devices have."""
+
+    def whole(part: jax.Array, spec: PartitionSpec) -> jax.Array:
+        if spec == EVERYWHERE:
+            return part
+        return jax.lax.all_gather(part, MODEL, axis=len(spec) - 1, tiled=True)
+
+    return jax.tree.map(whole, tree, specs)
+
+
+def mean(tree: Any, specs: Any) -> Any:
+    """Within `divide`: the mean of all devices' arrays, or the part of it that a device stores."""
+
+    def part(array: jax.Array, spec: PartitionSpec) -> jax.Array:
+        if spec == EVERYWHERE:
+            return jax.lax.pmean(array, (DATA, MODEL))
+        parts = jax.lax.psum_scatter(array, MODEL, scatter_dimension=len(spec) - 1, tiled=True)
+        return jax.lax.pmean(parts, DATA) / jax.lax.axis_size(MODEL)
+
+    return jax.tree.map(part, tree, specs)

@@ -52,6 +52,7 @@ _CHANGEABLE = (
     "model.rematerialize",
     "optimizer.microbatches",
     "mesh.data",
+    "mesh.model",
     # How fast it learns from here on; with num_epochs, where the schedule ends.
     "optimizer.learning_rate",
     "optimizer.warmup_steps",
@@ -220,6 +221,7 @@ def _train(
         config.batches.batch_size,
         averaged=config.optimizer.average_decay > 0,
         trained=trained.params if trained else None,
+        mesh=mesh,
     )
     restored = checkpoints_lib.restore_latest(saved_in, state.evaluated, state.rest, iterator)
     if restored is None and (directory / workdir.METRICS).exists():
@@ -242,6 +244,7 @@ def _train(
             splits,
             ids,
             steps_per_epoch,
+            mesh,
             is_ours,
         )
         print(_describe(run, state.params), flush=True)
@@ -264,7 +267,7 @@ def _train(
                 workdir.restore_history(directory, restored.history)
                 print(f"Going on from step {start} of {run.total_steps}, saved in {directory}")
             train_step = make_train_step(model, optimizer, config, mesh)
-            exit_code = _loop(run, train_step, state.place(mesh), iterator, start)
+            exit_code = _loop(run, train_step, state, iterator, start)
             if exit_code:
                 return exit_code
         _finish(run)
@@ -382,6 +385,7 @@ class _Run(NamedTuple):
     splits: dict[str, str]
     ids: dict[str, np.ndarray]
     steps_per_epoch: int
+    mesh: jax.sharding.Mesh
     is_ours: Callable[[], bool]  # Whether the lock of the directory is still held.
 
     @property
@@ -510,7 +514,7 @@ def _validate(
     config = run.config
     epoch = step // run.steps_per_epoch
     with stop.at_once():
-        params, key = parallel.on_one_device((state.evaluated, state.key))
+        params, key = parallel.on_one_device((state.evaluated, state.key), run.mesh)
         loss = evaluate.mean_loss(run.model, params, run.ids["validation"])
         text = _sample(run, params, jax.random.fold_in(key, step))
     writer.write(step, epoch, "validation", loss)
