@@ -127,6 +127,8 @@ def default() -> ConfigDict:
     config.checkpoint_every_seconds = 300.0
     # Steps whose loss or gradient is not finite that a run leaves out before it stops.
     config.max_skipped_steps = 0
+    # Trace a few steps, for TensorBoard's profiler to open in the working directory.
+    config.profile = False
 
     # The sample that training shows after each epoch: how many tokens, at what temperature.
     config.sample = ConfigDict()
