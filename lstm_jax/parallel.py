@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -32,14 +33,15 @@ _SMALLEST_HIDDEN, _LARGEST_HIDDEN = 64, 768
 _SMALLEST_PART = 16
 
 
-def use_cores(config: ConfigDict) -> None:
-    """Lets JAX show as many CPU devices as training with `config` can use.
+def use_cores(config: ConfigDict, processes: int = 1) -> None:
+    """Lets JAX show as many CPU devices as each process can use to train with `config`.
 
     It must be called before anything else uses JAX; otherwise, and where there is a GPU or TPU, it
     changes nothing.
     """
+    devices = (config.mesh.data or _cores_to_use(config) * processes) * config.mesh.model
     with contextlib.suppress(RuntimeError):  # JAX has started: it keeps what devices it has.
-        jax.config.update("jax_num_cpu_devices", (config.mesh.data or _cores_to_use(config)) * config.mesh.model)
+        jax.config.update("jax_num_cpu_devices", -(-devices // processes))
 
 
 def _cores_to_use(config: ConfigDict) -> int:
@@ -61,18 +63,14 @@ def make_mesh(config: ConfigDict) -> Mesh:
       UserError: if there are fewer than `mesh.data` times `mesh.model`, they can't share the batch
         equally, or the layers can't be divided so.
     """
-    devices, batch_size = jax.devices(), config.batches.batch_size
+    processes, batch_size = jax.process_count(), config.batches.batch_size
     data, model, microbatches = config.mesh.data, config.mesh.model, config.optimizer.microbatches
+    # Those of one process stand side by side, and so do its rows of a batch.
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     if max(data, 1) * model > len(devices):
         raise UserError(
             f"config.mesh.data is {data} and config.mesh.model {model}, and there are "
             f"{len(devices)} devices here: lower them; data may be 0, for as many as can be used"
-        )
-    parts = max(data, 1) * model * microbatches
-    if batch_size % parts:
-        raise UserError(
-            f"config.batches.batch_size is {batch_size}: it must be a multiple of mesh.data times "
-            f"mesh.model times optimizer.microbatches, {parts}"
         )
     if config.model.hidden_size % model:
         raise UserError(
@@ -81,13 +79,28 @@ def make_mesh(config: ConfigDict) -> Mesh:
         )
     if not data:
         on_cpu = devices[0].platform == "cpu"
-        usable = _cores_to_use(config) if on_cpu else len(devices) // model
-        data = _largest_divisor(batch_size // (model * microbatches), usable)
-    return jax.make_mesh(
-        (data, model),
+        usable = _cores_to_use(config) * processes if on_cpu else len(devices) // model
+        shares = batch_size // (model * microbatches)
+        fitting = [n for n in range(1, usable + 1) if n * model % processes == 0]
+        data = max((n for n in fitting if shares % n == 0), default=max(fitting, default=1))
+    parts = data * model * microbatches
+    if batch_size % parts:
+        raise UserError(
+            f"config.batches.batch_size is {batch_size}: it must be a multiple of mesh.data times "
+            f"mesh.model times optimizer.microbatches, {parts}"
+        )
+    share, remainder = divmod(data * model, processes)
+    if remainder or share > len(devices) // processes:
+        raise UserError(
+            f"config.mesh.data times config.mesh.model is {data * model}: {processes} processes "
+            f"with {len(devices) // processes} devices each can't share that equally; choose a "
+            "multiple of the number of processes"
+        )
+    of_each = np.array(devices).reshape(processes, -1)[:, :share]
+    return Mesh(
+        of_each.reshape(data, model),
         (DATA, MODEL),
         axis_types=(jax.sharding.AxisType.Auto,) * 2,
-        devices=devices[: data * model],
     )
 
 
@@ -110,15 +123,50 @@ def store(tree: Any, mesh: Mesh) -> Any:
 
 
 def place(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
-    """The arrays of a tree on the devices of a mesh: everywhere, or divided."""
-    return jax.device_put(tree, NamedSharding(mesh, spec))
+    """The arrays of a tree on the devices of a mesh: everywhere, or divided.
+
+    Where the mesh has devices of other processes, each process gives the same whole arrays.
+    """
+    sharding = NamedSharding(mesh, spec)
+
+    def put(array: jax.Array) -> jax.Array:
+        if not array.is_fully_addressable:  # It is on the mesh already.
+            return jax.jit(_same, out_shardings=sharding)(array)
+        if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(array)))
+        whole = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda part: whole[part])
+
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(put, tree)
+
+
+def place_batch(tree: Any, mesh: Mesh) -> Any:
+    """A batch on the devices of a mesh, from the rows that each process has of it."""
+    if jax.process_count() == 1:
+        return tree  # The training step places it itself.
+    divided, everywhere = NamedSharding(mesh, DIVIDED), NamedSharding(mesh, EVERYWHERE)
+    return jax.tree.map(
+        lambda array: jax.make_array_from_process_local_data(
+            divided if array.ndim else everywhere, np.asarray(array)
+        ),
+        tree,
+    )
 
 
 def on_one_device(tree: Any, mesh: Mesh) -> Any:
-    """Arrays of a mesh, whole on the first device; those that are everywhere are not copied."""
-    everywhere = NamedSharding(mesh, EVERYWHERE)
-    tree = jax.jit(lambda tree: tree, out_shardings=everywhere)(tree)
-    return jax.tree.map(lambda array: array.addressable_data(0), tree)
+    """Arrays of a mesh, whole on this process's first device; whole ones are not copied."""
+    gather_parts = jax.jit(_same, out_shardings=NamedSharding(mesh, EVERYWHERE))
+
+    def whole(array: jax.Array) -> jax.Array:
+        return (array if array.is_fully_replicated else gather_parts(array)).addressable_data(0)
+
+    return jax.tree.map(whole, tree)
+
+
+def _same(array: jax.Array) -> jax.Array:
+    return array
 
 
 def divide(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Any:

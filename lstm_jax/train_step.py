@@ -128,8 +128,8 @@ def make_train_step(
 
     Every device of the mesh puts the parameters together and computes the gradient for its part of
     the batch, a microbatch after the other; the mean over all is the gradient for the whole batch,
-    of which each device keeps, and gives to the optimizer, the part that it stores. A step whose loss or gradient is
-    not finite is counted and leaves everything else as it was.
+    of which each device keeps the part that it stores. A step whose loss or gradient is not finite
+    is counted and leaves everything else as it was.
 
     Args:
       model: the model.
