@@ -52,8 +52,20 @@ class Streams:
     that no stream reaches is another.
     """
 
-    def __init__(self, ids: np.ndarray, batch_size: int, window_length: int, seed: int) -> None:
-        """Takes the ids of the text, int32 [n], the sizes, and what the offsets follow from."""
+    def __init__(
+        self,
+        ids: np.ndarray,
+        batch_size: int,
+        window_length: int,
+        seed: int,
+        part: tuple[int, int] = (0, 1),
+    ) -> None:
+        """Takes the ids of the text, int32 [n], the sizes, and what the offsets follow from.
+
+        Of each batch, only the `part` (k, n) is read: the k-th of n equal ones.
+        """
+        index, number = part
+        self._rows = np.arange(batch_size).reshape(number, -1)[index]
         self._ids = ids
         self._batch_size = batch_size
         self._window_length = window_length
@@ -70,7 +82,7 @@ class Streams:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         slack = len(self._ids) - 1 - self._batch_size * self._stream_length
         offset = np.random.default_rng((self._seed, epoch)).integers(slack + 1)
-        starts = offset + self._stream_length * np.arange(self._batch_size)
+        starts = offset + self._stream_length * self._rows
         columns = step_in_epoch * self._window_length + np.arange(self._window_length + 1)
         return _as_batch(self._ids[starts[:, None] + columns], starts=step_in_epoch == 0)
 
@@ -80,13 +92,16 @@ def _as_batch(windows: np.ndarray, starts: bool = True) -> Batch:
     return Batch(windows[:, :-1], windows[:, 1:], np.bool_(starts))
 
 
-def make(ids: np.ndarray, batches: ConfigDict, seed: int) -> tuple[grain.DatasetIterator, int]:
+def make(
+    ids: np.ndarray, batches: ConfigDict, seed: int, part: tuple[int, int] = (0, 1)
+) -> tuple[grain.DatasetIterator, int]:
     """The endless iterator over training batches, and how many of them make an epoch.
 
     Args:
       ids: the training text, int32 [n].
       batches: the `batches` fields of a config.
       seed: what the order follows from.
+      part: (k, n) for the k-th of n equal parts of each batch, which is all that is read.
 
     Returns:
       An iterator over `Batch`, which Grain reads ahead of the training loop, and the number of
@@ -96,15 +111,18 @@ def make(ids: np.ndarray, batches: ConfigDict, seed: int) -> tuple[grain.Dataset
       UserError: if the text is shorter than one batch.
     """
     size, length = batches.batch_size, batches.window_length
+    index, number = part
     dataset: grain.MapDataset
     if batches.kind == "windows":
         windows = Windows(ids, length)
         steps_per_epoch = len(windows) // size
         needed = size * length + 1
-        dataset = grain.MapDataset.source(windows).shuffle(seed).batch(size, drop_remainder=True)
-        dataset = dataset.map(_as_batch).repeat()
+        # Each batch is that of n parts, one after the other.
+        dataset = grain.MapDataset.source(windows).shuffle(seed)
+        dataset = dataset.batch(size // number, drop_remainder=True)
+        dataset = dataset[index : steps_per_epoch * number : number].map(_as_batch).repeat()
     else:
-        streams = Streams(ids, size, length, seed)
+        streams = Streams(ids, size, length, seed, part)
         steps_per_epoch = streams.steps_per_epoch
         needed = size * length + length
         dataset = grain.MapDataset.source(streams)

@@ -1,6 +1,6 @@
 """Checkpoints: written beside the training, whole or not there at all, sealed with checksums.
 
-A checkpoint is a directory named by its step. Orbax writes its arrays, Grain the position in the
+A checkpoint is a directory named by its step. Orbax writes its arrays and the position in the
 text; SHA256SUMS holds the checksum of each file (`sha256sum -c SHA256SUMS` checks them too).
 """
 
@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lstm_jax import files
+from lstm_jax import files, hosts
 from lstm_jax.errors import UserError, one_line
 
 SEAL = "SHA256SUMS"
@@ -34,15 +34,18 @@ _DAMAGED = ".damaged"
 class CheckpointWriter:
     """Saves the checkpoints of a run; kept are the latest two and the best by validation loss.
 
-    An object is to be used by one process only, which holds the lock of the working directory.
+    It is to be used by the processes of one run only, of which one holds the lock of the working
+    directory; all call the same methods in the same order.
     """
 
     def __init__(self, directory: Path) -> None:
         """Makes the directory and clears away what a killed process left half-done in it."""
         self._directory = directory.absolute()
-        self._directory.mkdir(exist_ok=True)
-        for leftover in self._directory.glob(f"*{_UNFINISHED}*"):
-            shutil.rmtree(leftover)
+        with hosts.first_goes_ahead("checkpoints"):
+            if hosts.is_first():
+                self._directory.mkdir(exist_ok=True)
+                for leftover in self._directory.glob(f"*{_UNFINISHED}*"):
+                    shutil.rmtree(leftover)
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread = ThreadPoolExecutor(1)
         self._saving: tuple[int, Future[None]] | None = None
@@ -75,7 +78,7 @@ class CheckpointWriter:
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(params),
                     state=ocp.args.StandardSave(state),
-                    batches=grain.checkpoint.CheckpointSave(iterator),
+                    batches=ocp.args.JsonSave(iterator.get_state()),
                     history=ocp.args.JsonSave(dict(history)),
                 ),
             )
@@ -85,6 +88,8 @@ class CheckpointWriter:
 
     def _finish(self, path: Path, step: int) -> None:
         self._orbax.wait_until_finished()
+        if not hosts.is_first():
+            return
         seal(path)
         path.rename(self._directory / str(step))
         _sync(self._directory)
@@ -204,14 +209,20 @@ def restore_latest(
     args = ocp.args.Composite(
         params=ocp.args.StandardRestore(_abstract(params)),
         state=ocp.args.StandardRestore(_abstract(state)),
-        batches=grain.checkpoint.CheckpointRestore(iterator),
+        batches=ocp.args.JsonRestore(),
         history=ocp.args.JsonRestore(),
     )
     restored = _restore(directory / str(step), args)
+    try:
+        iterator.set_state(restored.batches)
+    except Exception as error:  # Grain lets through what its parts raise.
+        raise UserError(
+            f"the checkpoint {directory / str(step)} has no position in the text: {one_line(error)}"
+        ) from None
     history = restored.history
     if not isinstance(history, dict) or not all(isinstance(n, int) for n in history.values()):
         raise UserError(f"the checkpoint {directory / str(step)} has no sizes in its history")
-    for broken, reason in damaged.items():
+    for broken, reason in damaged.items() if hosts.is_first() else ():
         aside = _set_aside(directory / str(broken))
         _warn(f"{directory / str(broken)} is damaged ({reason}): it is now {aside.name}")
     return Restored(step, restored.params, restored.state, history)
@@ -350,11 +361,17 @@ def _set_aside(path: Path) -> Path:
 
 
 def _abstract(tree: Any) -> Any:
-    """Shapes and dtypes, to be placed on this machine's default device wherever they were saved."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(
-        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), tree
-    )
+    """Shapes and dtypes, to be placed where the arrays are, wherever they were saved.
+
+    What has no place yet goes to this process's first device.
+    """
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def abstract(array: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(array, "sharding", None) or first
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+    return jax.tree.map(abstract, tree)
 
 
 def _list(damaged: Mapping[int, str]) -> str:

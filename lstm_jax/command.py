@@ -12,7 +12,7 @@ import jax
 from absl import app, flags, logging
 
 import lstm_jax
-from lstm_jax import config
+from lstm_jax import compiled, config
 from lstm_jax.errors import UserError, one_line
 
 INTERRUPTED = 130  # What a shell reports for a command that Ctrl-C ended.
@@ -28,6 +28,7 @@ def run(main: Callable[[], int | None]) -> None:
     def guarded(argv: Sequence[str]) -> int | None:
         if len(argv) > 1:
             _fail(f"stray argument {argv[1]!r}: every argument is a flag, see --help")
+        compiled.use_cache()
         logging.set_verbosity(logging.FATAL)  # app.run raises it once flags are parsed.
         try:
             return main()

@@ -113,9 +113,11 @@ def default() -> ConfigDict:
     config.regularization.temporal_activation_penalty = 0.0
 
     config.mesh = ConfigDict()
-    # Devices that a batch is divided over. 0: all GPUs or TPUs; on a CPU, the cores that make it
-    # faster.
+    # A batch is divided over data * model devices. Groups of `model` devices also divide the
+    # matrices among parameters, optimizer state and averaged weights, for models that are too large
+    # for one. data 0: all GPUs or TPUs; on a CPU, the cores that make it faster.
     config.mesh.data = 0
+    config.mesh.model = 1
 
     config.num_epochs = 20
     # Steps between two lines of training loss in metrics.jsonl.
@@ -125,6 +127,8 @@ def default() -> ConfigDict:
     config.checkpoint_every_seconds = 300.0
     # Steps whose loss or gradient is not finite that a run leaves out before it stops.
     config.max_skipped_steps = 0
+    # Trace a few steps, for TensorBoard's profiler to open in the working directory.
+    config.profile = False
 
     # The sample that training shows after each epoch: how many tokens, at what temperature.
     config.sample = ConfigDict()
@@ -205,6 +209,7 @@ def check(config: ConfigDict) -> None:
             if name.endswith("_penalty")
         ),
         (config.mesh.data >= 0, "mesh.data", "0 or more"),
+        (config.mesh.model > 0, "mesh.model", "1 or more"),
         (0 < config.num_epochs <= 10**6, "num_epochs", "from 1 to 1,000,000"),
         (config.log_every_steps > 0, "log_every_steps", "1 or more"),
         (config.checkpoint_every_seconds >= 0, "checkpoint_every_seconds", "0 or more"),

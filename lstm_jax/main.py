@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from lstm_jax import command, config, train
+from lstm_jax import command, config, hosts, train
 from lstm_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -22,6 +22,16 @@ _WORKDIR = flags.DEFINE_string(
 )
 _INIT_FROM = flags.DEFINE_string(
     "init_from", None, "Working directory of another run, whose weights a new run starts from."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "Of many processes that train together: where the first listens."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many they are.")
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which of them this is, from 0. SLURM, Open MPI and the like say all three."
+)
+_JOIN_SECONDS = flags.DEFINE_integer(
+    "join_seconds", 300, "How long to wait for the others.", lower_bound=1
 )
 
 
@@ -40,7 +50,10 @@ def main() -> int:
     experiment = config.complete(_CONFIG.value)
     if _INIT_FROM.value is not None:
         experiment.init_from = _INIT_FROM.value
-    return train.train(experiment, directory)
+    with hosts.joined(
+        _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _JOIN_SECONDS.value
+    ) as processes:
+        return train.train(experiment, directory, processes=processes)
 
 
 if __name__ == "__main__":

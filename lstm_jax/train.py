@@ -3,10 +3,11 @@
 import contextlib
 import ctypes
 import json
+import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from lstm_jax import (
     evaluate,
     files,
     generation,
+    hosts,
     lock,
     metrics,
     parallel,
@@ -34,6 +36,7 @@ from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.controls import Controls
 from lstm_jax.errors import UserError
+from lstm_jax.profiler import Profiler
 from lstm_jax.progress import Progress
 from lstm_jax.train_step import TrainState, TrainStep, init_state, make_train_step
 from lstm_jax.vocabulary import Vocabulary, printable, stop_text
@@ -44,6 +47,7 @@ _CHANGEABLE = (
     "log_every_steps",
     "checkpoint_every_seconds",
     "max_skipped_steps",
+    "profile",
     "sample.length",
     "sample.temperature",
     # Other ways to compute the same.
@@ -52,6 +56,7 @@ _CHANGEABLE = (
     "model.rematerialize",
     "optimizer.microbatches",
     "mesh.data",
+    "mesh.model",
     # How fast it learns from here on; with num_epochs, where the schedule ends.
     "optimizer.learning_rate",
     "optimizer.warmup_steps",
@@ -115,16 +120,22 @@ class _StopRequest:
             signal.signal(number, handler)
 
     def check(self) -> None:
-        """Raises `_Stopped` if a signal came."""
-        if self.exit_code is not None:
+        """Raises `_Stopped` if a signal came, to whichever process."""
+        (code,) = hosts.greatest(self.exit_code or 0)
+        if code:
+            self.exit_code = code
             raise _Stopped
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within this block a signal raises `_Stopped` wherever it comes."""
-        self._at_once = True
+        """Within this block a signal raises `_Stopped` wherever it comes.
+
+        Not so where there are other processes, which are not to be left at different steps.
+        """
+        self._at_once = jax.process_count() == 1
         try:
-            self.check()
+            if self._at_once:
+                self.check()
             yield
         finally:
             self._at_once = False
@@ -149,23 +160,40 @@ class _Pacer:
         """Starts when `step` steps are done; the next one is waited for."""
         self._step, self._steps, self._clock = step, 1, time.monotonic()
 
-    def keep(self, step: int, array: jax.Array) -> None:
-        """Waits for `array`, which step `step` computes, if it is time to."""
-        if step - self._step >= self._steps:
-            jax.block_until_ready(array)
-            now = time.monotonic()
-            self._steps = max(1, int(self._steps / max(now - self._clock, 1e-3)))
-            self._step, self._clock = step, now
+    def keep(self, step: int, array: jax.Array) -> bool:
+        """Waits for `array`, which step `step` computes, if it is time to.
+
+        Returns:
+          Whether processes may agree on something now: all do so at the same steps.
+        """
+        if step - self._step < self._steps:
+            return jax.process_count() == 1
+        jax.block_until_ready(array)
+        (milliseconds,) = hosts.greatest(int(1e3 * (time.monotonic() - self._clock)))
+        self._steps = max(1, int(self._steps / max(milliseconds, 1) * 1e3))
+        self._step, self._clock = step, time.monotonic()
+        return True
 
 
-def train(config: ConfigDict, directory: Path, watch: Callable[[], object] | None = None) -> int:
+def _ignore(row: Mapping[str, Any]) -> None:
+    """Stands for nobody who wants to know."""
+
+
+def train(
+    config: ConfigDict,
+    directory: Path,
+    watch: Callable[[Mapping[str, Any]], object] = _ignore,
+    processes: int = 1,
+) -> int:
     """Trains the model that `config` describes, or goes on where the run in `directory` stopped.
 
     Args:
       config: a complete config (`config.complete`).
-      directory: the working directory.
-      watch: called after each training or validation loss that was added to metrics.jsonl, for
-        example to draw it in a notebook.
+      directory: the working directory, which all processes see.
+      watch: called with each training or validation loss after it was recorded, as it stands in
+        metrics.jsonl: for example to draw it in a notebook. What it raises ends the run there, from
+        where it can go on.
+      processes: how many train together (`hosts.joined`).
 
     Returns:
       The exit code: 0, or 130 after Ctrl-C (143 after SIGTERM) with everything saved.
@@ -175,15 +203,20 @@ def train(config: ConfigDict, directory: Path, watch: Callable[[], object] | Non
         another run or a damaged one, is in use, or can't be written; for numbers that are no
         longer finite.
     """
-    parallel.use_cores(config)
+    parallel.use_cores(config, processes)
     try:
         model_lib.from_config(config.model, 1).implementation()
     except ValueError as error:
         raise UserError(f"config.model.recurrence: {error}") from None
     mesh = parallel.make_mesh(config)
     keep_freed_memory()
-    splits = corpus.read(config.data)
-    with lock.hold(directory) as is_ours:
+    with contextlib.ExitStack() as stack:
+        if not hosts.is_first():
+            silence = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(silence))
+        with hosts.first_goes_ahead("text and lock"):
+            splits = corpus.read(config.data)
+            is_ours = stack.enter_context(_hold(directory))
         try:
             return _train(config, directory, splits, mesh, is_ours, watch)
         except BrokenPipeError:
@@ -195,13 +228,25 @@ def train(config: ConfigDict, directory: Path, watch: Callable[[], object] | Non
             ) from None
 
 
+def _hold(directory: Path) -> contextlib.AbstractContextManager[Callable[[], bool]]:
+    """`lock.hold`, which process 0 does for all."""
+    if hosts.is_first():
+        return lock.hold(directory)
+    if not directory.exists():
+        raise UserError(
+            f"process {jax.process_index()} does not see {directory}, where process 0 trains: name "
+            "the same --workdir for all, on a disk that they share"
+        )
+    return contextlib.nullcontext(lambda: True)
+
+
 def _train(
     config: ConfigDict,
     directory: Path,
     splits: dict[str, str],
     mesh: jax.sharding.Mesh,
     is_ours: Callable[[], bool],
-    watch: Callable[[], object] | None,
+    watch: Callable[[Mapping[str, Any]], object],
 ) -> int:
     """`train` in a directory whose lock is held."""
     workdir.check_own_files(directory)
@@ -210,10 +255,14 @@ def _train(
     for name, array in ids.items():
         if len(array) < 2:
             raise UserError(f"the {name} split is too short: it has {len(array)} {vocabulary.kind}")
-    iterator, steps_per_epoch = batches.make(ids["train"], config.batches, config.seed)
+    part = jax.process_index(), jax.process_count()
+    iterator, steps_per_epoch = batches.make(ids["train"], config.batches, config.seed, part)
     model = model_lib.from_config(config.model, len(vocabulary))
     saved_in = directory / workdir.CHECKPOINTS
-    started = bool(checkpoints_lib.steps(saved_in))
+    saved_steps = checkpoints_lib.steps(saved_in)
+    started = bool(saved_steps)
+    same = f"{saved_steps} {config_lib.to_json(config)}"
+    hosts.check_same(same, "config, text and working directory: start all with the same command")
     trained = workdir.load(Path(config.init_from)) if config.init_from and not started else None
     optimizer = optimizer_lib.make(config.optimizer, config.num_epochs * steps_per_epoch)
     state = init_state(
@@ -223,6 +272,7 @@ def _train(
         config.batches.batch_size,
         averaged=config.optimizer.average_decay > 0,
         trained=trained.params if trained else None,
+        mesh=mesh,
     )
     restored = checkpoints_lib.restore_latest(saved_in, state.evaluated, state.rest, iterator)
     if restored is None and (directory / workdir.METRICS).exists():
@@ -231,10 +281,12 @@ def _train(
             f"{workdir.CHECKPOINTS}/ back, or begin anew with another --workdir"
         )
     start = restored.step if restored else 0
-    if changes:
-        workdir.append_changes(directory, start, changes)
-    workdir.save_vocabulary(directory, vocabulary)
-    workdir.save_config(directory, config)
+    with hosts.first_goes_ahead("config"):
+        if hosts.is_first():
+            if changes:
+                workdir.append_changes(directory, start, changes)
+            workdir.save_vocabulary(directory, vocabulary)
+            workdir.save_config(directory, config)
     with checkpoints_lib.CheckpointWriter(saved_in) as checkpoints:
         run = _Run(
             config,
@@ -245,8 +297,9 @@ def _train(
             splits,
             ids,
             steps_per_epoch,
+            mesh,
             is_ours,
-            watch or (lambda: None),
+            watch,
         )
         print(_describe(run, state.params), flush=True)
         if trained:
@@ -265,10 +318,11 @@ def _train(
             )
         else:
             if restored:
-                workdir.restore_history(directory, restored.history)
+                if hosts.is_first():
+                    workdir.restore_history(directory, restored.history)
                 print(f"Going on from step {start} of {run.total_steps}, saved in {directory}")
             train_step = make_train_step(model, optimizer, config, mesh)
-            exit_code = _loop(run, train_step, state.place(mesh), iterator, start)
+            exit_code = _loop(run, train_step, state, iterator, start)
             if exit_code:
                 return exit_code
         _finish(run)
@@ -386,8 +440,9 @@ class _Run(NamedTuple):
     splits: dict[str, str]
     ids: dict[str, np.ndarray]
     steps_per_epoch: int
+    mesh: jax.sharding.Mesh
     is_ours: Callable[[], bool]  # Whether the lock of the directory is still held.
-    watch: Callable[[], object]  # Called after each loss that was recorded.
+    watch: Callable[[Mapping[str, Any]], object]  # Called with each loss that was recorded.
 
     @property
     def total_steps(self) -> int:
@@ -418,10 +473,13 @@ def _loop(
     stopped in between goes on with that.
     """
     config, step, saved, saved_at = run.config, start, start, time.monotonic()
-    pacer = _Pacer(start)
+    pacer, together = _Pacer(start), True
     recent: list[batches.Batch] = []  # Of the steps since they were last known to be finite.
+    path, first = run.directory / workdir.METRICS, hosts.is_first()
+    profiled = config.profile and first
     with (
-        metrics.MetricsWriter(run.directory / workdir.METRICS, start) as writer,
+        metrics.MetricsWriter(path, start) if first else contextlib.nullcontext() as writer,
+        contextlib.closing(Profiler(run.directory if profiled else None, start)) as profiler,
         contextlib.closing(Progress(start, run.total_steps, run.steps_per_epoch)) as progress,
         _StopRequest() as stop,
     ):
@@ -432,11 +490,13 @@ def _loop(
                     progress.start_clock(step)
                 if step == run.total_steps:
                     break
-                stop.check()
+                if together:
+                    stop.check()
                 recent.append(next(iterator))
-                state = train_step(state, recent[-1])
+                state = train_step(state, parallel.place_batch(recent[-1], run.mesh))
                 step += 1
-                pacer.keep(step, state.loss_sum)
+                together = pacer.keep(step, state.loss_sum)
+                profiler.keep(step, state.loss_sum)
                 if step == start + 1:
                     progress.start_clock(step)  # From here on nothing compiles.
                 if step % config.log_every_steps == 0:
@@ -446,13 +506,18 @@ def _loop(
                         speed = run.tokens_per_step * progress.steps_per_second(step)
                         progress.update(step, loss, speed)
                         epoch = step / run.steps_per_epoch
-                        writer.write(step, epoch, "train", loss, tokens_per_second=round(speed))
-                        run.watch()
-                    zero = jnp.zeros((), jnp.int32)
-                    state = state._replace(loss_sum=jnp.zeros(()), loss_steps=zero)
+                        row: dict[str, Any] = dict(step=step, epoch=epoch, split="train", loss=loss)
+                        if writer:
+                            writer.write(**row, tokens_per_second=round(speed))
+                        run.watch(row)
+                    state = state._replace(
+                        loss_sum=jnp.zeros_like(state.loss_sum),
+                        loss_steps=jnp.zeros_like(state.loss_steps),
+                    )
                 saving = run.checkpoints.check()
                 waited = time.monotonic() - saved_at >= config.checkpoint_every_seconds
-                if step % run.steps_per_epoch == 0 or (waited and not saving):
+                due = together and bool(hosts.greatest(waited and not saving)[0])
+                if step % run.steps_per_epoch == 0 or due:
                     state = _check_finite(run, state, step, recent)
                     _save(run, state, iterator, step)
                     saved, saved_at = step, time.monotonic()
@@ -487,6 +552,8 @@ def _check_finite(
     if first:
         batch = recent[first - step - 1]
         path = run.directory / f"nonfinite_step_{first}.json"
+        if jax.process_count() > 1:
+            path = path.with_stem(f"{path.stem}_process_{jax.process_index()}")
         ids = {"step": first, "inputs": batch.inputs.tolist(), "targets": batch.targets.tolist()}
         files.write(path, f"{json.dumps(ids)}\n".encode())
         allowed = run.config.max_skipped_steps
@@ -499,36 +566,42 @@ def _check_finite(
                 f"or more than {allowed} in --config.max_skipped_steps"
             )
         print(f"warning: {what}; left out {skipped} of at most {allowed}", file=sys.stderr)
-        state = state._replace(first_skipped=jnp.zeros((), jnp.int32))
+        state = state._replace(first_skipped=jnp.zeros_like(state.first_skipped))
     recent.clear()
     return state
 
 
 def _validate(
     run: _Run,
-    writer: metrics.MetricsWriter,
+    writer: metrics.MetricsWriter | None,
     state: TrainState,
     step: int,
     stop: _StopRequest,
     show: Callable[[str], None],
 ) -> None:
-    """Measures the validation loss, lets the model write, shows and records both."""
+    """Measures the validation loss, lets the model write, shows and records both.
+
+    Every process measures, so that none waits; the one that has a `writer` records.
+    """
     config = run.config
     epoch = step // run.steps_per_epoch
     with stop.at_once():
-        params, key = parallel.on_one_device((state.evaluated, state.key))
+        params, key = parallel.on_one_device((state.evaluated, state.key), run.mesh)
         loss = evaluate.mean_loss(run.model, params, run.ids["validation"])
         text = _sample(run, params, jax.random.fold_in(key, step))
-    writer.write(step, epoch, "validation", loss)
+    if writer is None:
+        return
+    row: dict[str, Any] = {"step": step, "epoch": epoch, "split": "validation", "loss": loss}
+    writer.write(**row)
     with (run.directory / workdir.SAMPLES).open("a", encoding="utf-8") as file:
         file.write(f"=== step {step}, temperature {config.sample.temperature}\n{text}\n\n")
     run.checkpoints.record_validation(step, loss)
     if step:
         run.plot()
-    run.watch()
     name = f"epoch {epoch} of {config.num_epochs}" if step else "untrained"
     described = evaluate.describe(loss, run.vocabulary, run.splits["validation"])
     show(f"\n=== {name}: validation loss {described}\n{text}\n")
+    run.watch(row)
 
 
 def _save(run: _Run, state: TrainState, iterator: grain.DatasetIterator, step: int) -> None:
@@ -543,6 +616,7 @@ def _save(run: _Run, state: TrainState, iterator: grain.DatasetIterator, step: i
 
 def _finish(run: _Run) -> None:
     """Measures the best checkpoint on the test split, lets it write, and says what is where."""
+    hosts.wait("all is saved")
     params, step = workdir.load_params(run.directory, run.model)
     path = run.directory / workdir.METRICS
     measured = [row for row in metrics.read(path) if (row["split"], row["step"]) == ("test", step)]
@@ -550,6 +624,9 @@ def _finish(run: _Run) -> None:
         loss = measured[-1]["loss"]
     else:
         loss = evaluate.mean_loss(run.model, params, run.ids["test"])
+    if not hosts.is_first():
+        return
+    if not measured:
         latest = checkpoints_lib.steps(run.directory / workdir.CHECKPOINTS)[-1]
         with metrics.MetricsWriter(path, latest) as writer:
             writer.write(step, step / run.steps_per_epoch, "test", loss)

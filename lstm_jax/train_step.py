@@ -1,5 +1,6 @@
 """One training step, jitted: from the state and a batch to the next, on one device or many."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -63,9 +64,9 @@ class TrainState(NamedTuple):
         return cls(params=evaluated, average=None, **rest)
 
     def place(self, mesh: Mesh) -> "TrainState":
-        """The state on the devices of a mesh: the carry divided, everything else everywhere."""
-        everywhere = parallel.place(self._replace(carry=()), mesh, parallel.EVERYWHERE)
-        return everywhere._replace(carry=parallel.place(self.carry, mesh, parallel.DIVIDED))
+        """The state on the devices of a mesh: the carry as a batch is, the rest as `store`d."""
+        stored = parallel.store(self._replace(carry=()), mesh)
+        return stored._replace(carry=parallel.place(self.carry, mesh, parallel.DIVIDED))
 
 
 TrainStep = Callable[[TrainState, batches.Batch], TrainState]
@@ -78,6 +79,7 @@ def init_state(
     batch_size: int,
     averaged: bool = False,
     trained: model_lib.Params | None = None,
+    mesh: Mesh | None = None,
 ) -> TrainState:
     """The state before the first step.
 
@@ -89,6 +91,7 @@ def init_state(
       averaged: whether a moving average of the parameters is kept.
       trained: parameters to start from, of the same model with the same vocabulary or the first
         part of it; the rows of new units start fresh.
+      mesh: where the state is made; None: on one device, from where `place` can move it.
     """
     init_key, key = jax.random.split(key)
     params = model_lib.init(model, init_key)
@@ -96,9 +99,11 @@ def init_state(
         params = jax.tree.map(
             lambda new, old: new.at[tuple(map(slice, old.shape))].set(old), params, trained
         )
+    if mesh is not None:
+        params = parallel.store(params, mesh)  # First, so that nothing else of its size is whole.
     # Every counter is an array of its own: a step donates each.
     step, loss_steps, skipped, first_skipped = (jnp.zeros((), jnp.int32) for _ in range(4))
-    return TrainState(
+    state = TrainState(
         params=params,
         average=jax.tree.map(jnp.copy, params) if averaged else None,
         optimizer=optimizer.init(params),
@@ -110,6 +115,7 @@ def init_state(
         skipped=skipped,
         first_skipped=first_skipped,
     )
+    return state if mesh is None else state.place(mesh)
 
 
 def make_train_step(
@@ -120,9 +126,10 @@ def make_train_step(
 ) -> TrainStep:
     """The jitted training step. It donates the state that it is given.
 
-    Every device of the mesh computes the gradient for its part of the batch, a microbatch after the
-    other; the mean over all is the gradient for the whole batch. A step whose loss or gradient is
-    not finite is counted and leaves everything else as it was.
+    Every device of the mesh puts the parameters together and computes the gradient for its part of
+    the batch, a microbatch after the other; the mean over all is the gradient for the whole batch,
+    of which each device keeps the part that it stores. A step whose loss or gradient is not finite
+    is counted and leaves everything else as it was.
 
     Args:
       model: the model.
@@ -150,8 +157,11 @@ def make_train_step(
         loss = losses.mean()
         return loss + regularization.penalty(rates, outputs, dropped), (loss, carry)
 
-    def gradients(params: model_lib.Params, key: jax.Array | None, *divided: Any) -> Any:
+    def gradients(
+        specs: Any, params: model_lib.Params, key: jax.Array | None, *divided: Any
+    ) -> Any:
         """Gradient, loss and carry for one device's part, [batch / devices, ...]."""
+        params = parallel.gather(params, specs)
 
         def one(batch: Any, carry: model_lib.Carry, masks: Any) -> Any:
             differentiate = jax.value_and_grad(objective, has_aux=True)
@@ -172,15 +182,7 @@ def make_train_step(
             sums, carry = jax.lax.scan(add, zeros, parts)
             means = jax.tree.map(lambda x: x / number, sums)
             carry = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry)
-        return jax.lax.pmean(means, parallel.DATA), carry
-
-    everywhere, divided = parallel.EVERYWHERE, parallel.DIVIDED
-    gradients_of_all = parallel.divide(
-        gradients,
-        mesh,
-        in_specs=(everywhere, everywhere, divided, divided, divided),
-        out_specs=(everywhere, divided),
-    )
+        return parallel.mean(means, (specs, parallel.EVERYWHERE)), carry
 
     def train_step(state: TrainState, batch: batches.Batch) -> TrainState:
         carry = jax.tree.map(lambda x: jnp.where(batch.starts, 0, x), state.carry)
@@ -189,7 +191,14 @@ def make_train_step(
             key, mask_key, parameter_key = jax.random.split(state.key, 3)
             masks = regularization.draw_masks(rates, model, mask_key, len(batch.inputs))
         read = batch.inputs, batch.targets
-        (gradient, loss), carry = gradients_of_all(state.params, parameter_key, read, carry, masks)
+        specs = jax.tree.map(lambda array: parallel.stored(array, mesh), state.params)
+        everywhere, divided = parallel.EVERYWHERE, parallel.DIVIDED
+        (gradient, loss), carry = parallel.divide(
+            functools.partial(gradients, specs),
+            mesh,
+            in_specs=(specs, everywhere, divided, divided, divided),
+            out_specs=((specs, everywhere), divided),
+        )(state.params, parameter_key, read, carry, masks)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1

@@ -17,46 +17,52 @@ import jax, numpy as np
 from lstm_jax import batches, config, model, optimizer, parallel, train_step
 
 settings = config.default()
-settings.mesh.data = int(sys.argv[1])
+settings.mesh.data, settings.mesh.model, cell = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 settings.batches.batch_size = 16
 settings.model.embedding_size, settings.model.hidden_size, settings.model.num_layers = 6, 20, 2
-settings.optimizer.learning_rate = 0.01
+settings.model.cell, settings.model.layer_norm = cell, cell != "lstm"
+settings.optimizer.learning_rate, settings.optimizer.average_decay = 0.01, 0.9
 settings.optimizer.microbatches = 2
 for name in settings.regularization:
     settings.regularization[name] = 0.2
 parallel.use_cores(settings)
 mesh = parallel.make_mesh(settings)
-assert mesh.size == settings.mesh.data
+assert mesh.shape == dict(settings.mesh)
 lstm = model.from_config(settings.model, 30)
 adam = optimizer.make(settings.optimizer, 50)
-state = train_step.init_state(lstm, adam, jax.random.key(0), 16).place(mesh)
+state = train_step.init_state(lstm, adam, jax.random.key(0), 16, True, mesh=mesh)
 step = train_step.make_train_step(lstm, adam, settings, mesh)
 rng, losses = np.random.default_rng(0), []
 for k in range(50):
     ids = rng.integers(0, 30, (16, 13)).astype(np.int32)
     state = step(state, batches.Batch(ids[:, :-1], ids[:, 1:], np.bool_(k % 10 == 0)))
     losses.append(float(state.loss_sum))
-params = parallel.on_one_device(state.params)
+stored = {x.addressable_data(0).size / x.size for x in jax.tree.leaves(state.rest) if x.ndim > 1}
+assert min(stored) == 1 / max(settings.mesh.model, mesh.size), stored
+params = parallel.on_one_device((state.params, state.average), mesh)
 print(json.dumps([losses, [np.asarray(x).ravel().tolist() for x in jax.tree.leaves(params)]]))
 """
 
 
-def run(devices: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Summed losses of 50 steps, and the parameters after them."""
-    command = [sys.executable, "-c", _SCRIPT, str(devices)]
+def run(data: int, model: int, cell: str) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Summed losses of 50 steps, and the parameters and their averages after them."""
+    command = [sys.executable, "-c", _SCRIPT, str(data), str(model), cell]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     losses, params = json.loads(result.stdout)
     return np.array(losses), [np.array(x) for x in params]
 
 
-def test_many_devices_train_as_one_does() -> None:
-    """Dropout, penalties, microbatches and the carry included."""
-    losses, params = run(1)
-    for devices in (2, 8):
-        more_losses, more_params = run(devices)
+@pytest.mark.parametrize(
+    ("cell", "meshes"), [("lstm", [(8, 1), (2, 2), (4, 2)]), ("gru", [(1, 4)])]
+)
+def test_many_devices_train_as_one_does(cell: str, meshes: list[tuple[int, int]]) -> None:
+    """Dropout, penalties, microbatches, averaged weights and the carry included."""
+    losses, params = run(1, 1, cell)
+    for data, model in meshes:
+        more_losses, more_params = run(data, model, cell)
         np.testing.assert_allclose(np.diff(more_losses), np.diff(losses), atol=1e-5)
         for a, b in zip(more_params, params, strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-4)
+            np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_a_mesh_that_cannot_be_is_refused() -> None:
@@ -64,7 +70,10 @@ def test_a_mesh_that_cannot_be_is_refused() -> None:
     config.mesh.data = 1000
     with pytest.raises(UserError, match="there are 1 devices here"):
         parallel.make_mesh(config)
-    config.mesh.data = 1
+    config.mesh.data, config.mesh.model = 0, 2
+    with pytest.raises(UserError, match="mesh.model 2, and there are 1 devices here"):
+        parallel.make_mesh(config)
+    config.mesh.data, config.mesh.model = 1, 1
     config.optimizer.microbatches = 7
     with pytest.raises(UserError, match=r"multiple of .* 7"):
         parallel.make_mesh(config)

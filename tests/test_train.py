@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +111,16 @@ def test_who_watches_is_told_of_each_loss_once_it_can_be_read(
     tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     tiny_config.num_epochs = 1
-    seen: list[int] = []
-    assert train.train(tiny_config, tmp_path, lambda: seen.append(len(runs.losses(tmp_path)))) == 0
+    seen: list[float] = []
+
+    def watch(row: Mapping[str, Any]) -> None:
+        assert runs.losses(tmp_path)[-1] == (row["step"], row["split"], row["loss"])
+        seen.append(row["loss"])
+
+    assert train.train(tiny_config, tmp_path, watch) == 0
     *watched, test = runs.losses(tmp_path)
     assert test[1] == "test"
-    assert seen == list(range(1, len(watched) + 1))
+    assert seen == [loss for *_, loss in watched]
 
 
 def test_another_model_or_text_in_the_same_directory_is_refused(

@@ -1,0 +1,124 @@
+"""What limits a training step, by arithmetic: `python benchmarks/limits.py` prints docs' tables.
+
+Every time is a lower bound, from published peaks: nothing here was measured. For a model of P
+parameters in L layers of H units, kernels of K numbers in them, batches of B windows of T, on n
+devices with batch b = B / n each:
+
+- products: 6 b T (K + H V) operations (one product forward, two backward) over the peak.
+- memory: the optimizer reads parameters, two moments and gradient and writes three of them (28 P
+  bytes, and 4 P for the gradient); the loops read each kernel once a position, forward and backward
+  (2 T K numbers), and write and read 16 numbers for each unit and token; over the bandwidth.
+- collectives: a ring all-reduce of the gradient, 2 (n - 1) / n * 4 P bytes over a device's link.
+- input: 8 bytes a token over 16 GB/s, the rate of PCI Express 3.0 x16.
+
+What can't be seen here: the loops run 2 T L positions one after the other, and each costs the
+device's latency, a few microseconds on accelerators. That often is the largest part there.
+"""
+
+from typing import NamedTuple
+
+
+class Model(NamedTuple):
+    """The sizes of a model and its batches."""
+
+    name: str
+    layers: int
+    hidden: int
+    batch: int
+    time: int
+    embedding: int = 256
+    vocabulary: int = 67
+
+    @property
+    def kernels(self) -> int:
+        """Numbers in the kernels of all layers."""
+        first = 4 * self.hidden * (self.embedding + self.hidden)
+        return first + (self.layers - 1) * 8 * self.hidden**2
+
+    @property
+    def parameters(self) -> int:
+        """All of the model's."""
+        biases = 4 * self.hidden * self.layers + self.vocabulary
+        dense = self.hidden * self.vocabulary
+        return self.vocabulary * self.embedding + self.kernels + dense + biases
+
+
+class Device(NamedTuple):
+    """Peaks of one device: operations, bytes and bytes between devices a second, per number."""
+
+    name: str
+    operations: float
+    bandwidth: float
+    link: float
+    number_bytes: int  # Of the numbers that are multiplied.
+
+
+class Machine(NamedTuple):
+    """So many of a device."""
+
+    device: Device
+    number: int
+
+
+MODELS = (Model("1 x 1024", 1, 1024, 64, 100), Model("3 x 1840", 3, 1840, 128, 200))
+# AMD's figures for EPYC 9654: two 256-bit multiply-adds a cycle at 3.7 GHz, and 460.8 GB/s for 96
+# cores, of which two have their share at the least. Both cores are one device.
+CPU = Device("2 cores, EPYC 9654", 2 * 32 * 3.7e9, 2 / 96 * 460.8e9, float("inf"), 4)
+# NVIDIA's H100 SXM data sheet: bfloat16 without sparsity; NVLink 900 GB/s, half of it each way.
+H100 = Device("H100", 989e12, 3.35e12, 450e9, 2)
+# Google Cloud's TPU v5e page; 1,600 Gbit/s between chips, half of it each way.
+V5E = Device("TPU v5e", 197e12, 819e9, 100e9, 2)
+MACHINES = (Machine(CPU, 1), Machine(H100, 1), Machine(H100, 8), Machine(V5E, 16))
+
+
+def times(model: Model, machine: Machine, batch: float) -> dict[str, float]:
+    """Milliseconds of each part of a step, with a global batch."""
+    device, n = machine
+    tokens = batch / n * model.time
+    head = model.hidden * model.vocabulary
+    loops = 2 * model.time * model.kernels * device.number_bytes
+    activations = 16 * 4 * tokens * model.hidden * model.layers
+    seconds = {
+        "products": 6 * tokens * (model.kernels + head) / device.operations,
+        "memory": (32 * model.parameters + loops + activations) / device.bandwidth,
+        "collectives": 2 * (n - 1) / n * 4 * model.parameters / device.link,
+        "input": 8 * tokens / 16e9,
+    }
+    return {name: 1e3 * value for name, value in seconds.items()}
+
+
+def tokens_per_second(model: Model, machine: Machine, batch: float) -> float:
+    """At the best: products and memory overlap, the collectives come after."""
+    parts = times(model, machine, batch)
+    step = max(parts["products"], parts["memory"], parts["input"]) + parts["collectives"]
+    return batch * model.time / step * 1e3
+
+
+def main() -> None:
+    """Prints both tables."""
+    print("| model | machine | products | memory | collectives | input | the limit |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | --- |")
+    for model in MODELS:
+        for machine in MACHINES:
+            parts = times(model, machine, model.batch)
+            cells = " | ".join(f"{value:.3g} ms" for value in parts.values())
+            limit = max(parts, key=lambda name: parts[name])
+            print(
+                f"| {model.name} | {machine.number} x {machine.device.name} | {cells} | {limit} |"
+            )
+    print("\n| model | device | batch | 1 | 2 | 4 | 8 | 16 |")
+    print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    for model in MODELS:
+        for device in (H100, V5E):
+            one = tokens_per_second(model, Machine(device, 1), model.batch)
+            for kind in (f"{model.batch} in all", f"{model.batch} a device"):
+                ratios = []
+                for n in (1, 2, 4, 8, 16):
+                    batch = model.batch * (n if kind.endswith("device") else 1)
+                    ratios.append(tokens_per_second(model, Machine(device, n), batch) / one)
+                cells = " | ".join(f"{ratio:.2f}" for ratio in ratios)
+                print(f"| {model.name} | {device.name} | {kind} | {cells} |")
+
+
+if __name__ == "__main__":
+    main()

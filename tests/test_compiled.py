@@ -1,0 +1,29 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = """
+import jax
+from lstm_jax import compiled
+compiled.use_cache()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+jax.jit(lambda x: x + 1)(1).block_until_ready()
+"""
+
+
+def compile_with(**env: str) -> None:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XDG_"))}
+    subprocess.run([sys.executable, "-c", SCRIPT], check=True, env={**kept, **env})
+
+
+def test_what_is_compiled_is_kept_where_the_user_says(tmp_path: Path) -> None:
+    cache, named = tmp_path / "cache", tmp_path / "named"
+    compile_with(XDG_CACHE_HOME=str(cache))
+    (by_processor,) = (cache / "lstm-jax").iterdir()
+    assert list(by_processor.glob("jit_*"))
+    compile_with(XDG_CACHE_HOME=str(cache / "not"), JAX_COMPILATION_CACHE_DIR=str(named))
+    assert list(named.glob("jit_*")) and not (cache / "not").exists()
+    (tmp_path / "file").touch()
+    compile_with(XDG_CACHE_HOME=str(tmp_path / "file"))

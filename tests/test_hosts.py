@@ -1,0 +1,167 @@
+"""Many processes on this machine, which exchange arrays by gloo as many hosts do."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import runs
+import test_interruption
+
+from lstm_jax import checkpoints, hosts, workdir
+from lstm_jax.errors import UserError
+
+# Four processes at once, and one that hangs, take minutes on two cores.
+SLOW = os.environ.get("LSTM_JAX_HOSTS") == "all"
+
+
+FOUR = pytest.param(4, marks=pytest.mark.skipif(not SLOW, reason="LSTM_JAX_HOSTS=all runs it"))
+
+
+def start(
+    text_file: Path, directory: Path, processes: int, *more: str
+) -> list[subprocess.Popen[str]]:
+    """Starts all processes of a run."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    arguments = test_interruption.command(text_file, directory, f"--config.mesh.data={processes}")
+    joined = [f"--coordinator_address={address}", f"--num_processes={processes}", *more]
+    return [
+        test_interruption.start([*arguments, *joined, f"--process_id={k}"])
+        for k in range(processes)
+    ]
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    """Waits for all of them: their exit codes and what they wrote to standard error."""
+    return [(p.returncode, errors) for p in processes for _, errors in [p.communicate(timeout=150)]]
+
+
+def finish_well(processes: list[subprocess.Popen[str]]) -> None:
+    assert finish(processes) == [(0, "")] * len(processes)
+
+
+def assert_close(one: Path, other: Path) -> None:
+    """Both runs measured the same losses, and ended with the same parameters, to 1e-5."""
+    for (*a, loss), (*b, other_loss) in zip(runs.losses(one), runs.losses(other), strict=True):
+        assert a == b and abs(loss - other_loss) < 1e-5
+    *arrays, position = runs.final_state(one)
+    *others, other_position = runs.final_state(other)
+    assert position == other_position
+    parameters = len(jax.tree.leaves(workdir.load(one).params))
+    for k, (a, b) in enumerate(zip(arrays, others, strict=True)):
+        # The carry and the optimizer's moments have other sizes than 1.
+        np.testing.assert_allclose(a, b, atol=1e-5 if k < parameters else 1e-3)
+
+
+@pytest.fixture(scope="module")
+def alone(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process with one device."""
+    directory = tmp_path_factory.mktemp("alone")
+    arguments = test_interruption.command(text_file, directory, "--config.mesh.data=1")
+    result = test_interruption.finish(arguments)
+    assert result.returncode == 0, result.stderr
+    return directory
+
+
+@pytest.mark.parametrize("count", [2, FOUR])
+def test_many_processes_train_as_one_does(
+    count: int, alone: Path, text_file: Path, tmp_path: Path
+) -> None:
+    processes = start(text_file, tmp_path / "run", count)
+    finish_well(processes)
+    assert_close(tmp_path / "run", alone)
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"samples.txt", "curves.png"}
+
+
+def test_a_run_goes_on_with_another_number_of_processes(
+    alone: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Two, which divide the parameters, then one, then two; each stopped by a signal to one."""
+    directory = tmp_path / "run"
+    divided = ("--config.mesh.data=1", "--config.mesh.model=2")
+    processes = start(text_file, directory, 2, *divided)
+    test_interruption.wait_for_rows(processes[0], directory, 5)
+    processes[1].send_signal(signal.SIGTERM)
+    assert finish(processes) == [(143, "")] * 2
+    arguments = test_interruption.command(text_file, directory, "--config.mesh.data=1")
+    process = test_interruption.start(arguments)
+    rows = len(runs.losses(directory))
+    test_interruption.wait_for_rows(process, directory, rows + 2)
+    process.send_signal(signal.SIGINT)
+    assert finish([process]) == [(130, "")]
+    assert checkpoints.steps(directory / workdir.CHECKPOINTS)[-1] < 280
+    finish_well(start(text_file, directory, 2, *divided))
+    assert_close(directory, alone)
+
+
+def test_a_lost_process_ends_the_others_and_the_same_command_goes_on(
+    alone: Path, text_file: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    for victim, other in ((1, 0), (0, 1)):
+        processes = start(text_file, directory, 2)
+        rows = len(runs.losses(directory)) if directory.exists() else 0
+        test_interruption.wait_for_rows(processes[0], directory, rows + 3)
+        processes[victim].kill()
+        began = time.monotonic()
+        _, errors = processes[other].communicate(timeout=60)
+        assert time.monotonic() - began < 60 and processes[other].returncode != 0
+        assert len(errors.splitlines()) == 1 and "another process of this run" in errors
+        processes[victim].communicate()
+    finish_well(start(text_file, directory, 2))
+    assert_close(directory, alone)
+
+
+@pytest.mark.skipif(not SLOW, reason="it takes as long as a heartbeat may be late")
+def test_a_process_that_hangs_ends_the_others(text_file: Path, tmp_path: Path) -> None:
+    processes = start(text_file, tmp_path, 2, "--config.num_epochs=10000")
+    test_interruption.wait_for_rows(processes[0], tmp_path, 3)
+    processes[1].send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    _, errors = processes[0].communicate(timeout=90)
+    assert time.monotonic() - began < 60 and processes[0].returncode != 0
+    assert len(errors.splitlines()) == 1 and "another process of this run" in errors
+    processes[1].kill()
+    processes[1].communicate()
+
+
+def test_processes_that_do_not_fit_are_refused(text_file: Path, tmp_path: Path) -> None:
+    processes = start(text_file, tmp_path / "run", 2, "--config.mesh.data=1")
+    for code, errors in finish(processes):
+        assert code == 2 and "choose a multiple of the number of processes" in errors
+        assert len(errors.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+    arguments = test_interruption.command(text_file, tmp_path / "run")
+    unreachable = "--coordinator_address=localhost:1", "--num_processes=2", "--process_id=1"
+    result = test_interruption.finish([*arguments, *unreachable, "--join_seconds=2"])
+    assert result.returncode != 0 and len(result.stderr.splitlines()) == 1
+    assert "can't be reached" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("localhost", 2, 0), "must be HOST:PORT"),
+        (("localhost:1", 0, 0), "num_processes is 0: it must be 1 or more"),
+        (("localhost:1", 2, 2), "process_id is 2: it must be from 0 .*, 1"),
+        ((None, 2, 0), "belong together"),
+        (("localhost:1", 2, None), "belong together"),
+    ],
+)
+def test_flags_that_cannot_be_meant_are_refused(
+    given: tuple[str | None, int | None, int | None], message: str
+) -> None:
+    with pytest.raises(UserError, match=message), hosts.joined(*given, timeout_seconds=1):
+        pass
+
+
+def test_one_process_needs_no_others() -> None:
+    with hosts.joined(None, None, None, 1) as processes:
+        assert processes == 1 and hosts.is_first() and hosts.greatest(3, 4) == (3, 4)

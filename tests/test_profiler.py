@@ -1,0 +1,12 @@
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from lstm_jax import train
+
+
+def test_a_profiled_run_leaves_a_trace(tiny_config: ConfigDict, tmp_path: Path) -> None:
+    tiny_config.profile, tiny_config.num_epochs = True, 1
+    assert train.train(tiny_config, tmp_path) == 0
+    (trace,) = tmp_path.glob("plugins/profile/*/*.xplane.pb")
+    assert b"train_step" in trace.read_bytes()
