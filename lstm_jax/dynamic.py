@@ -6,6 +6,7 @@ trained parameters. No prediction ever depends on its own token or a later one.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 import optax
 
 from lstm_jax import model as model_lib
+from lstm_jax import texts
 
 # Segments read by one call of the compiled function.
 _SEGMENTS = 32
@@ -38,13 +40,24 @@ class Settings(NamedTuple):
     max_gradient_norm: float = 0.5
 
 
+def mean_loss(
+    model: model_lib.LanguageModel,
+    params: model_lib.Params,
+    ids: texts.Ids,
+    settings: Settings,
+) -> float:
+    """The mean of `losses`, of which not all are in memory at a time."""
+    read = losses(model, params, ids, settings)
+    return sum(float(part.sum(dtype=np.float64)) for part in read) / (len(ids) - 1)
+
+
 def losses(
     model: model_lib.LanguageModel,
     params: model_lib.Params,
-    ids: np.ndarray,
+    ids: texts.Ids,
     settings: Settings,
-) -> np.ndarray:
-    """The loss of each token but the first, in nats: float32 [n - 1].
+) -> Iterator[np.ndarray]:
+    """The loss of each token but the first, in nats: float32 arrays, n - 1 losses in all.
 
     The carry is handed on from the text's start to its end.
 
@@ -54,25 +67,22 @@ def losses(
       ids: the text, int32 [n], n at least 2.
       settings: how it adapts.
     """
-    inputs, targets = ids[:-1], ids[1:]
     state = (params, model.initial_carry(1))
     tokens = _SEGMENTS * settings.segment_length
-    read = []
-    for start in range(0, len(targets), tokens):
+    for start in range(0, len(ids) - 1, tokens):
         # The last segments are filled up, uncounted, so that one compiled function serves all.
-        chunk = slice(start, start + tokens)
-        missing = max(0, start + tokens - len(targets))
+        window = np.asarray(ids[start : start + tokens + 1])
+        missing = tokens + 1 - len(window)
         state, more = _read(
             model,
             params,
             state,
-            np.pad(inputs[chunk], (0, missing)).reshape(_SEGMENTS, -1),
-            np.pad(targets[chunk], (0, missing)).reshape(_SEGMENTS, -1),
+            np.pad(window[:-1], (0, missing)).reshape(_SEGMENTS, -1),
+            np.pad(window[1:], (0, missing)).reshape(_SEGMENTS, -1),
             (np.arange(tokens) < tokens - missing).reshape(_SEGMENTS, -1),
             settings,
         )
-        read.append(np.asarray(more))
-    return np.concatenate(read)[: len(targets)]
+        yield np.asarray(more)[: tokens - missing]
 
 
 @functools.partial(jax.jit, static_argnames="model")
