@@ -4,6 +4,7 @@ from typing import NamedTuple, Protocol
 
 import grain
 import numpy as np
+from grain.experimental import index_shuffle
 from ml_collections import ConfigDict
 
 from lstm_jax.errors import UserError
@@ -58,13 +59,18 @@ class Windows:
         self._window_length = window_length
         windows = (length - 1) // window_length
         self.steps_per_epoch = windows // batch_size
-        self._order = grain.MapDataset.range(max(windows, 1)).shuffle(seed)
+        self._windows = windows
+        self._seed = seed
 
     def __getitem__(self, step: int) -> Places:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        # Windows that make no whole batch are left out; the next epoch begins after them.
-        first = epoch * len(self._order) + step_in_epoch * self._batch_size
-        windows = [self._order[i] for i in range(first, first + self._batch_size)]
+        first = step_in_epoch * self._batch_size
+        # The order of Grain's `shuffle`, which takes far longer to ask for each.
+        seed, last = (self._seed + epoch) % 2**32, self._windows - 1
+        windows = [
+            index_shuffle(i, max_index=last, seed=seed, rounds=4)
+            for i in range(first, first + self._batch_size)
+        ]
         return Places(np.array(windows, np.int64) * self._window_length, np.bool_(True))
 
 
