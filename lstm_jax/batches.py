@@ -1,12 +1,15 @@
 """Ids to training batches, as Grain pipelines whose iterators can be checkpointed."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import grain
 import numpy as np
+from grain.experimental import index_shuffle
 from ml_collections import ConfigDict
 
 from lstm_jax.errors import UserError
+from lstm_jax.prepared import FileIds
+from lstm_jax.texts import Ids
 
 
 class Batch(NamedTuple):
@@ -23,28 +26,56 @@ class Batch(NamedTuple):
     starts: np.bool_
 
 
+class Places(NamedTuple):
+    """Where in a text the windows of a batch are, for whoever has the text to cut them himself.
+
+    Attributes:
+      begins: int64 [batch], of the first input of each.
+      starts: see `Batch`.
+    """
+
+    begins: np.ndarray
+    starts: np.bool_
+
+
+class _Order(Protocol):
+    """Where each training step reads."""
+
+    steps_per_epoch: int
+
+    def __getitem__(self, step: int) -> Places: ...
+
+
 class Windows:
-    """Non-overlapping windows of one text, as a random-access source for Grain.
+    """Non-overlapping windows of one text, shuffled anew every epoch.
 
     Window k is ids[k*T : (k+1)*T + 1]: T inputs and their T targets, so that each target of the
     text stands in exactly one window (but for a remainder shorter than a window).
     """
 
-    def __init__(self, ids: np.ndarray, window_length: int) -> None:
-        """Takes the ids of the text, int32 [n], and T."""
-        self._ids = ids
+    def __init__(self, length: int, batch_size: int, window_length: int, seed: int) -> None:
+        """Takes the number of ids, the sizes, and what the order follows from."""
+        self._batch_size = batch_size
         self._window_length = window_length
+        windows = (length - 1) // window_length
+        self.steps_per_epoch = windows // batch_size
+        self._windows = windows
+        self._seed = seed
 
-    def __len__(self) -> int:
-        return (len(self._ids) - 1) // self._window_length
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        start = index * self._window_length
-        return self._ids[start : start + self._window_length + 1]
+    def __getitem__(self, step: int) -> Places:
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        first = step_in_epoch * self._batch_size
+        # The order of Grain's `shuffle`, which takes far longer to ask for each.
+        seed, last = (self._seed + epoch) % 2**32, self._windows - 1
+        windows = [
+            index_shuffle(i, max_index=last, seed=seed, rounds=4)
+            for i in range(first, first + self._batch_size)
+        ]
+        return Places(np.array(windows, np.int64) * self._window_length, np.bool_(True))
 
 
 class Streams:
-    """Contiguous streams of one text, read side by side, as a random-access source for Grain.
+    """Contiguous streams of one text, read side by side.
 
     The text is cut into `batch_size` streams of equal length. Step k of an epoch reads the k-th
     window of each, so that the carry after a step is the right one for the next. Every epoch draws
@@ -52,84 +83,108 @@ class Streams:
     that no stream reaches is another.
     """
 
-    def __init__(
-        self,
-        ids: np.ndarray,
-        batch_size: int,
-        window_length: int,
-        seed: int,
-        part: tuple[int, int] = (0, 1),
-    ) -> None:
-        """Takes the ids of the text, int32 [n], the sizes, and what the offsets follow from.
-
-        Of each batch, only the `part` (k, n) is read: the k-th of n equal ones.
-        """
-        index, number = part
-        self._rows = np.arange(batch_size).reshape(number, -1)[index]
-        self._ids = ids
+    def __init__(self, length: int, batch_size: int, window_length: int, seed: int) -> None:
+        """Takes the number of ids, the sizes, and what the offsets follow from."""
         self._batch_size = batch_size
         self._window_length = window_length
         self._seed = seed
         # One window is kept back: it is what the offset has to move in, at the least.
-        self.steps_per_epoch = (len(ids) - window_length) // (batch_size * window_length)
+        self.steps_per_epoch = (length - window_length) // (batch_size * window_length)
         self._stream_length = self.steps_per_epoch * window_length
+        self._slack = length - 1 - batch_size * self._stream_length
+
+    def __getitem__(self, step: int) -> Places:
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        offset = np.random.default_rng((self._seed, epoch)).integers(self._slack + 1)
+        starts = offset + self._stream_length * np.arange(self._batch_size)
+        return Places(starts + step_in_epoch * self._window_length, np.bool_(step_in_epoch == 0))
+
+
+class _Steps:
+    """What every training step reads, as a random-access source for Grain."""
+
+    def __init__(
+        self, order: _Order, ids: Ids | None, window_length: int, part: tuple[int, int]
+    ) -> None:
+        """Takes the order, the ids that windows are cut from (None: they are not), T, and `part`.
+
+        Of each batch, only the part (k, n) is read: the k-th of n equal ones.
+        """
+        self._order = order
+        self._ids = ids
+        self._window_length = window_length
+        self._part = part
 
     def __len__(self) -> int:
         # Grain counts epochs itself only where every epoch has the same elements.
         return 2**31
 
-    def __getitem__(self, step: int) -> Batch:
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        slack = len(self._ids) - 1 - self._batch_size * self._stream_length
-        offset = np.random.default_rng((self._seed, epoch)).integers(slack + 1)
-        starts = offset + self._stream_length * self._rows
-        columns = step_in_epoch * self._window_length + np.arange(self._window_length + 1)
-        return _as_batch(self._ids[starts[:, None] + columns], starts=step_in_epoch == 0)
+    def __getitem__(self, step: int) -> Batch | Places:
+        places, (index, number) = self._order[step], self._part
+        places = places._replace(begins=places.begins.reshape(number, -1)[index])
+        return places if self._ids is None else cut(self._ids, places, self._window_length)
 
 
-def _as_batch(windows: np.ndarray, starts: bool = True) -> Batch:
-    """Splits int32 [batch, time + 1] into inputs and targets."""
-    return Batch(windows[:, :-1], windows[:, 1:], np.bool_(starts))
+def cut(ids: Ids, places: Places, window_length: int) -> Batch:
+    """The batch whose windows are at `places`."""
+    if isinstance(ids, FileIds):
+        windows = ids.cut(places.begins, window_length + 1)
+    else:
+        windows = ids[places.begins[:, None] + np.arange(window_length + 1)]
+    return Batch(windows[:, :-1], windows[:, 1:], places.starts)
 
 
-def make(
-    ids: np.ndarray, batches: ConfigDict, seed: int, part: tuple[int, int] = (0, 1)
-) -> tuple[grain.DatasetIterator, int]:
-    """The endless iterator over training batches, and how many of them make an epoch.
+def order(length: int, batches: ConfigDict, seed: int) -> _Order:
+    """Where each training step reads in a text, by its number from 0 on.
 
     Args:
-      ids: the training text, int32 [n].
+      length: of the training text, in tokens.
       batches: the `batches` fields of a config.
       seed: what the order follows from.
-      part: (k, n) for the k-th of n equal parts of each batch, which is all that is read.
-
-    Returns:
-      An iterator over `Batch`, which Grain reads ahead of the training loop, and the number of
-      steps an epoch.
 
     Raises:
       UserError: if the text is shorter than one batch.
     """
-    size, length = batches.batch_size, batches.window_length
-    index, number = part
-    dataset: grain.MapDataset
-    if batches.kind == "windows":
-        windows = Windows(ids, length)
-        steps_per_epoch = len(windows) // size
-        needed = size * length + 1
-        # Each batch is that of n parts, one after the other.
-        dataset = grain.MapDataset.source(windows).shuffle(seed)
-        dataset = dataset.batch(size // number, drop_remainder=True)
-        dataset = dataset[index : steps_per_epoch * number : number].map(_as_batch).repeat()
-    else:
-        streams = Streams(ids, size, length, seed, part)
-        steps_per_epoch = streams.steps_per_epoch
-        needed = size * length + length
-        dataset = grain.MapDataset.source(streams)
-    if steps_per_epoch < 1:
+    size, window = batches.batch_size, batches.window_length
+    kind = Windows if batches.kind == "windows" else Streams
+    steps: _Order = kind(length, size, window, seed)
+    if steps.steps_per_epoch < 1:
+        needed = size * window + (1 if batches.kind == "windows" else window)
         raise UserError(
-            f"the training text is too short: {size} {batches.kind} of {length} need {needed} "
-            f"tokens and it has {len(ids)}; lower batches.batch_size or batches.window_length"
+            f"the training text is too short: {size} {batches.kind} of {window} need {needed} "
+            f"tokens and it has {length}; lower batches.batch_size or batches.window_length"
         )
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
-    return iter(dataset.to_iter_dataset(options)), steps_per_epoch
+    return steps
+
+
+def make(
+    ids: Ids,
+    batches: ConfigDict,
+    seed: int,
+    places: bool = False,
+    part: tuple[int, int] = (0, 1),
+) -> tuple[grain.DatasetIterator, int]:
+    """The endless iterator over training batches, and how many of them make an epoch.
+
+    Args:
+      ids: the training text.
+      batches: the `batches` fields of a config.
+      seed: what the order follows from.
+      places: whether to tell only where the windows of each batch are.
+      part: (k, n) for the k-th of n equal parts of each batch, which is all that is read.
+
+    Returns:
+      An iterator over `Batch`, which Grain reads ahead of the training loop, or over `Places`; and
+      the number of steps an epoch. Both iterators have the same states.
+
+    Raises:
+      UserError: if the text is shorter than one batch.
+    """
+    steps = order(len(ids), batches, seed)
+    source = _Steps(steps, None if places else ids, batches.window_length, part)
+    # Places are computed sooner than another thread would have handed them over.
+    options = grain.ReadOptions(
+        num_threads=0 if places else 1, prefetch_buffer_size=0 if places else 8
+    )
+    dataset = grain.MapDataset.source(source)
+    return iter(dataset.to_iter_dataset(options)), steps.steps_per_epoch

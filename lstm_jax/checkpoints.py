@@ -92,7 +92,7 @@ class CheckpointWriter:
             return
         seal(path)
         path.rename(self._directory / str(step))
-        _sync(self._directory)
+        files.sync_directory(self._directory)
         kept = {*steps(self._directory)[-2:], best_step(self._directory)}
         for old in set(steps(self._directory)) - kept:
             # A reader finds a checkpoint whole or not at all, also while it goes.
@@ -328,15 +328,6 @@ def _digest(path: Path, sync: bool = False) -> str:
         if sync:
             os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(directory: Path) -> None:
-    """Makes sure that what was renamed in a directory is so after a power cut too."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _restore(path: Path, args: ocp.args.Composite) -> Any:

@@ -46,6 +46,11 @@ def default() -> ConfigDict:
     # What ends a document, so that the model learns to stop there: "line", "blank_line" or "file"
     # (each file, or each example of a dataset). Empty: the text is one document without end.
     config.data.document_separator = ""
+    # Files of more megabytes than this (10**6 bytes) in `path` are not read into memory: they are
+    # encoded once into files of ids, of which training then reads what it needs.
+    config.data.memory_megabytes = 16
+    # Where those are kept. Empty: in .lstm_jax beside the first file of the text.
+    config.data.prepared = ""
     # Checksum of the text, filled in when a run begins: it goes on, and is evaluated, on that text.
     config.data.sha256 = ""
 
@@ -120,6 +125,9 @@ def default() -> ConfigDict:
     config.mesh.model = 1
 
     config.num_epochs = 20
+    # Steps that one compiled call runs, for models so small that calling them takes longer than
+    # what they do. Logging and the ends of epochs keep their steps; between, single steps fill up.
+    config.steps_per_call = 1
     # Steps between two lines of training loss in metrics.jsonl.
     config.log_every_steps = 10
     # A checkpoint is saved at the end of every epoch, and within one whenever so many seconds have
@@ -157,6 +165,7 @@ def check(config: ConfigDict) -> None:
             "data.document_separator",
             f"empty or one of {', '.join(filter(None, vocabulary.SEPARATORS))}",
         ),
+        (data.memory_megabytes >= 0, "data.memory_megabytes", "0 or more"),
         (batches.kind in ("windows", "streams"), "batches.kind", "'windows' or 'streams'"),
         (batches.batch_size > 0, "batches.batch_size", "1 or more"),
         (batches.window_length > 0, "batches.window_length", "1 or more"),
@@ -211,6 +220,7 @@ def check(config: ConfigDict) -> None:
         (config.mesh.data >= 0, "mesh.data", "0 or more"),
         (config.mesh.model > 0, "mesh.model", "1 or more"),
         (0 < config.num_epochs <= 10**6, "num_epochs", "from 1 to 1,000,000"),
+        (0 < config.steps_per_call <= 10**4, "steps_per_call", "from 1 to 10,000"),
         (config.log_every_steps > 0, "log_every_steps", "1 or more"),
         (config.checkpoint_every_seconds >= 0, "checkpoint_every_seconds", "0 or more"),
         (config.max_skipped_steps >= 0, "max_skipped_steps", "0 or more"),

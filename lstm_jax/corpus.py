@@ -4,7 +4,7 @@ import contextlib
 import glob
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import tensorflow_datasets as tfds
@@ -34,40 +34,45 @@ def read(data: ConfigDict) -> dict[str, str]:
     """
     options = {"any_bytes": data.units == "bytes", "ends": data.document_separator == "file"}
     if data.path:
-        texts = [read_files(paths, **options) for paths in data.path.split(_BETWEEN_SPLITS)]
+        texts = [read_files(files, **options) for files in find_files(data.path)]
         if len(texts) == 1:
             splits = split(texts[0], data.fractions, any_bytes=data.units == "bytes")
-        elif len(texts) == 3:
-            splits = dict(zip(SPLITS, texts, strict=True))
         else:
-            raise UserError(
-                f"data.path {data.path!r} is {len(texts)} texts: it must be one, or those of "
-                f"train, validation and test with {_BETWEEN_SPLITS} between"
-            )
+            splits = dict(zip(SPLITS, texts, strict=True))
         source = data.path
     else:
         splits = read_dataset(
             data.dataset, data.text_feature, data.directory, data.fractions, **options
         )
         source = f"the dataset {data.dataset}"
-    for name, text in splits.items():
-        # One token to read, one to predict.
-        if len(text) < 2:
-            raise UserError(f"{source} is too short: its {name} split has {len(text)} characters")
+    check_lengths({name: len(text) for name, text in splits.items()}, source)
     return splits
 
 
-def read_files(paths: str, any_bytes: bool = False, ends: bool = False) -> str:
-    """The text of all files that `paths` names, one after the other.
+def check_lengths(characters: Mapping[str, int], source: str) -> None:
+    """Raises `UserError` if a split of `source` has no token to read and one to predict."""
+    for name, length in characters.items():
+        if length < 2:
+            raise UserError(f"{source} is too short: its {name} split has {length} characters")
 
-    Args:
-      paths: paths or glob patterns, with commas between.
-      any_bytes: whether bytes that are no UTF-8 are kept, as surrogates.
-      ends: whether `FILE_END` stands after each file.
+
+def find_files(paths: str) -> list[list[Path]]:
+    """The files that `data.path` names, in order: of the one text, or of each of the splits.
 
     Raises:
-      UserError: if a file is missing, empty or not UTF-8 (naming the byte that is not).
+      UserError: if a file is missing, or there are neither one text nor three.
     """
+    texts = paths.split(_BETWEEN_SPLITS)
+    if len(texts) not in (1, 3):
+        raise UserError(
+            f"data.path {paths!r} is {len(texts)} texts: it must be one, or those of "
+            f"train, validation and test with {_BETWEEN_SPLITS} between"
+        )
+    return [_find(text) for text in texts]
+
+
+def _find(paths: str) -> list[Path]:
+    """The files that paths or glob patterns, with commas between, name."""
     files: list[Path] = []
     for pattern in paths.split(","):
         # A name with brackets in it may be both a file and a pattern: the file is meant.
@@ -75,6 +80,20 @@ def read_files(paths: str, any_bytes: bool = False, ends: bool = False) -> str:
         if not found:
             raise UserError(f"there is no text file {pattern}: name one that exists in data.path")
         files += [path for path in map(Path, found) if len(found) == 1 or path.is_file()]
+    return files
+
+
+def read_files(files: Sequence[Path], any_bytes: bool = False, ends: bool = False) -> str:
+    """The text of all files, one after the other.
+
+    Args:
+      files: their paths.
+      any_bytes: whether bytes that are no UTF-8 are kept, as surrogates.
+      ends: whether `FILE_END` stands after each file.
+
+    Raises:
+      UserError: if a file can't be read, is empty or not UTF-8 (naming the byte that is not).
+    """
     texts = [_read_file(path, any_bytes) for path in files]
     return _with_ends(texts) if ends else "".join(texts)
 
@@ -165,9 +184,14 @@ def split(text: str, fractions: Sequence[float], any_bytes: bool = False) -> dic
             name: part.encode("latin-1").decode("utf-8", "surrogateescape")
             for name, part in parts.items()
         }
-    train = int(len(text) * fractions[0])
-    validation = train + int((len(text) - train) * (fractions[1] / (fractions[1] + fractions[2])))
+    train, validation = cuts(len(text), fractions)
     return {"train": text[:train], "validation": text[train:validation], "test": text[validation:]}
+
+
+def cuts(length: int, fractions: Sequence[float]) -> tuple[int, int]:
+    """Where the validation and the test split begin in a text of this length."""
+    train = int(length * fractions[0])
+    return train, train + int((length - train) * (fractions[1] / (fractions[1] + fractions[2])))
 
 
 def read_dataset(
@@ -256,27 +280,10 @@ def checksum(splits: dict[str, str]) -> str:
     return digest.hexdigest()
 
 
-def read_again(data: ConfigDict, path: str | None) -> dict[str, str]:
-    """The splits that a run was trained on, for commands that come after it.
-
-    Args:
-      data: the `data` fields of its config.
-      path: where its text is now, if it was moved.
-
-    Raises:
-      UserError: as `read` and `check_unchanged` do.
-    """
-    if path is not None:
-        data.path = path
-    splits = read(data)
-    check_unchanged(splits, data)
-    return splits
-
-
-def check_unchanged(splits: dict[str, str], data: ConfigDict) -> None:
+def check_unchanged(sha256: str, data: ConfigDict) -> None:
     """Raises `UserError` if the text is not the one that a run began with (`data.sha256`)."""
-    if data.sha256 and data.sha256 != checksum(splits):
+    if data.sha256 and data.sha256 != sha256:
         raise UserError(
             f"the text is not the one this run was trained on (SHA-256 {data.sha256} at that time, "
-            f"{checksum(splits)} now): bring that text back, or train anew in another --workdir"
+            f"{sha256} now): bring that text back, or train anew in another --workdir"
         )

@@ -13,6 +13,7 @@ so that parameters which mattered little in training move as readily as the othe
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ import numpy as np
 import optax
 
 from lstm_jax import model as model_lib
+from lstm_jax import texts
 
 # Segments read by one call of the compiled function.
 _SEGMENTS = 32
@@ -53,7 +55,7 @@ class Settings(NamedTuple):
 
 
 def gradient_sizes(
-    model: model_lib.LanguageModel, params: model_lib.Params, ids: np.ndarray, segment_length: int
+    model: model_lib.LanguageModel, params: model_lib.Params, ids: texts.Ids, segment_length: int
 ) -> model_lib.Params:
     """The root mean square of each parameter's gradient over segments of a text, shaped as params.
 
@@ -65,12 +67,11 @@ def gradient_sizes(
       ids: the text it was trained on, int32 [n], n at least 2.
       segment_length: tokens of a segment.
     """
-    targets = ids[1 : STATISTICS_TOKENS + 1]
-    length = min(segment_length, len(targets))
-    number = len(targets) // length
-    shape = (number, length)
-    inputs, targets = ids[: number * length].reshape(shape), targets[: number * length]
-    return _gradient_sizes(model, params, inputs, targets.reshape(shape))
+    read = np.asarray(ids[: STATISTICS_TOKENS + 1])
+    length = min(segment_length, len(read) - 1)
+    end = (len(read) - 1) // length * length
+    inputs, targets = read[:end].reshape(-1, length), read[1 : end + 1].reshape(-1, length)
+    return _gradient_sizes(model, params, inputs, targets)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -91,14 +92,26 @@ def _gradient_sizes(
     return jax.tree.map(lambda s: jnp.sqrt(s / len(inputs)), sums)
 
 
+def mean_loss(
+    model: model_lib.LanguageModel,
+    params: model_lib.Params,
+    ids: texts.Ids,
+    settings: Settings,
+    sizes: model_lib.Params,
+) -> float:
+    """The mean of `losses`, of which not all are in memory at a time."""
+    read = losses(model, params, ids, settings, sizes)
+    return sum(float(part.sum(dtype=np.float64)) for part in read) / (len(ids) - 1)
+
+
 def losses(
     model: model_lib.LanguageModel,
     params: model_lib.Params,
-    ids: np.ndarray,
+    ids: texts.Ids,
     settings: Settings,
     sizes: model_lib.Params,
-) -> np.ndarray:
-    """The loss of each token but the first, in nats: float32 [n - 1].
+) -> Iterator[np.ndarray]:
+    """The loss of each token but the first, in nats: float32 arrays, n - 1 losses in all.
 
     The carry is handed on from the text's start to its end.
 
@@ -109,26 +122,23 @@ def losses(
       settings: how it adapts.
       sizes: from `gradient_sizes`, of the training text.
     """
-    inputs, targets = ids[:-1], ids[1:]
     state = (params, model.initial_carry(1))
     tokens = _SEGMENTS * settings.segment_length
-    read = []
-    for start in range(0, len(targets), tokens):
+    for start in range(0, len(ids) - 1, tokens):
         # The last segments are filled up, uncounted, so that one compiled function serves all.
-        chunk = slice(start, start + tokens)
-        missing = max(0, start + tokens - len(targets))
+        window = np.asarray(ids[start : start + tokens + 1])
+        missing = tokens + 1 - len(window)
         state, more = _read(
             model,
             params,
             sizes,
             state,
-            np.pad(inputs[chunk], (0, missing)).reshape(_SEGMENTS, -1),
-            np.pad(targets[chunk], (0, missing)).reshape(_SEGMENTS, -1),
+            np.pad(window[:-1], (0, missing)).reshape(_SEGMENTS, -1),
+            np.pad(window[1:], (0, missing)).reshape(_SEGMENTS, -1),
             (np.arange(tokens) < tokens - missing).reshape(_SEGMENTS, -1),
             settings,
         )
-        read.append(np.asarray(more))
-    return np.concatenate(read)[: len(targets)]
+        yield np.asarray(more)[: tokens - missing]
 
 
 def _gradient(

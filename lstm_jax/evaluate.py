@@ -12,13 +12,18 @@ import numpy as np
 import optax
 from absl import flags
 
-from lstm_jax import command, corpus, dynamic, workdir
+from lstm_jax import command, corpus, dynamic, texts, workdir
 from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
-from lstm_jax.vocabulary import UNKNOWN_ID, Vocabulary
+from lstm_jax.vocabulary import Vocabulary
 
-# Tokens read by one call of the compiled function.
+# Tokens of a text that one call of the compiled function reads.
 _CHUNK = 1024
+# A longer text is read as so many streams side by side, by one call so many tokens of each.
+LONGEST_IN_ONE = 2**20
+_STREAMS, _STREAMS_CHUNK = 64, 64
+# Tokens that a stream reads uncounted before its own, which end the stream before it.
+_WARM_UP = 1024
 
 # Softmax temperatures among which the best is looked for.
 _TEMPERATURES = np.linspace(0.7, 1.5, 81)
@@ -34,11 +39,14 @@ def _read(
     carry: model_lib.Carry,
     temperatures: jax.Array,
 ) -> tuple[jax.Array, model_lib.Carry]:
-    """Summed losses (nats) of the `counted` targets [time] at each temperature, and the carry."""
-    logits, carry = model_lib.apply(model, params, inputs[None], carry)
+    """Summed losses (nats) of the `counted` targets at each temperature, and the carry.
+
+    The arrays are [batch, time].
+    """
+    logits, carry = model_lib.apply(model, params, inputs, carry)
 
     def summed(temperature: jax.Array) -> jax.Array:
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits[0] / temperature, targets)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits / temperature, targets)
         return jnp.sum(losses, where=counted)
 
     return jax.lax.map(summed, temperatures), carry
@@ -47,35 +55,49 @@ def _read(
 def mean_losses(
     model: model_lib.LanguageModel,
     params: model_lib.Params,
-    ids: np.ndarray,
+    ids: texts.Ids,
     temperatures: np.ndarray,
 ) -> np.ndarray:
     """`mean_loss` with the logits divided by each of the temperatures, from one reading."""
-    inputs, targets = ids[:-1], ids[1:]
-    carry = model.initial_carry(1)
+    targets = len(ids) - 1
+    if len(ids) <= LONGEST_IN_ONE:
+        streams, chunk, warm_up = 1, _CHUNK, 0
+    else:
+        streams, chunk, warm_up = _STREAMS, _STREAMS_CHUNK, _WARM_UP
+    # Stream s predicts the targets from bounds[s] to bounds[s + 1].
+    bounds = targets * np.arange(streams + 1) // streams
+    carry = model.initial_carry(streams)
     total = np.zeros(len(temperatures))
-    for start in range(0, len(targets), _CHUNK):
-        # The last chunk is filled up, uncounted, so that one compiled function serves all.
-        chunk = slice(start, start + _CHUNK)
-        missing = max(0, start + _CHUNK - len(targets))
+    # All but the first, which has nothing before it, begin so much earlier than their own targets.
+    begins = np.maximum(bounds[:-1] - warm_up, 0)
+    for start in range(0, int((bounds[1:] - begins).max()), chunk):
+        # The last chunks are filled up, uncounted, so that one compiled function serves all.
+        windows = np.zeros((streams, chunk + 1), np.int32)
+        for window, begin, end in zip(windows, begins + start, bounds[1:], strict=True):
+            read = ids[begin : max(begin, min(begin + chunk, end) + 1)]
+            window[: len(read)] = read
+        places = begins[:, None] + start + np.arange(chunk)
         losses, carry = _read(
             model,
             params,
-            np.pad(inputs[chunk], (0, missing)),
-            np.pad(targets[chunk], (0, missing)),
-            np.arange(_CHUNK) < _CHUNK - missing,
+            windows[:, :-1],
+            windows[:, 1:],
+            (places >= bounds[:-1, None]) & (places < bounds[1:, None]),
             carry,
             jnp.asarray(temperatures, jnp.float32),
         )
         total += np.asarray(losses, np.float64)
-    return total / len(targets)
+    return total / targets
 
 
-def mean_loss(model: model_lib.LanguageModel, params: model_lib.Params, ids: np.ndarray) -> float:
+def mean_loss(model: model_lib.LanguageModel, params: model_lib.Params, ids: texts.Ids) -> float:
     """The loss over a text read from its start to its end, in nats per token.
 
     The carry is handed on all the way, so every token is predicted from the whole text before it.
     Every token but the first, which nothing comes before, is predicted once.
+
+    A text of more than `LONGEST_IN_ONE` tokens is read as 64 streams side by side, each with the
+    1,024 tokens before it read first: so many or more every token is predicted from.
 
     Args:
       model: the model.
@@ -86,21 +108,11 @@ def mean_loss(model: model_lib.LanguageModel, params: model_lib.Params, ids: np.
 
 
 def fit_temperature(
-    model: model_lib.LanguageModel, params: model_lib.Params, ids: np.ndarray
+    model: model_lib.LanguageModel, params: model_lib.Params, ids: texts.Ids
 ) -> float:
     """The softmax temperature, to a hundredth, at which the loss over a text is least."""
     losses = mean_losses(model, params, ids, _TEMPERATURES)
     return float(_TEMPERATURES[losses.argmin()])
-
-
-def dynamic_loss(
-    trained: workdir.Trained, train_text: str, ids: np.ndarray, settings: dynamic.Settings
-) -> float:
-    """The mean loss over a text that the model adapts to while reading it, in nats per token."""
-    model, params = trained.model, trained.params
-    train_ids = trained.vocabulary.encode(train_text)
-    sizes = dynamic.gradient_sizes(model, params, train_ids, settings.segment_length)
-    return float(dynamic.losses(model, params, ids, settings, sizes).mean(dtype=np.float64))
 
 
 def perplexity(loss: float) -> float:
@@ -108,26 +120,26 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def bits_per_character(loss: float, vocabulary: Vocabulary, text: str) -> float:
+def bits_per_character(
+    loss: float, vocabulary: Vocabulary, tokens: int, *parts: texts.Text
+) -> float:
     """What a loss costs for each Unicode character, so that units of any kind can be compared.
 
     A unit that the vocabulary lacks was predicted as [UNK] only: it is spelled out besides, with
     eight bits for each byte of its UTF-8 and for an end mark.
 
     Args:
-      loss: nats per token of `text`, as `mean_loss` gives it.
-      vocabulary: what `text` was encoded by.
-      text: what the loss was measured on, with two tokens at the least.
+      loss: nats per token, as `mean_loss` gives it.
+      vocabulary: what the text was encoded by.
+      tokens: how many were predicted.
+      parts: what the loss was measured on, one after the other, with two tokens at the least.
     """
-    ids, units = vocabulary.encode(text), vocabulary.split(text)
-    predicted = zip(ids[1:], units[1:], strict=True)
-    unknown = [unit for unit_id, unit in predicted if unit_id == UNKNOWN_ID]
-    spelling = sum(8 * (len(unit.encode("utf-8", "surrogateescape")) + 1) for unit in unknown)
-    bits = loss / math.log(2) * (len(ids) - 1) + spelling
-    return bits / (len(text) - len(units[0]))
+    costs = [part.costs(vocabulary, first=i > 0) for i, part in enumerate(parts)]
+    bits = loss / math.log(2) * tokens + 8 * sum(cost.unknown_bytes for cost in costs)
+    return bits / sum(cost.characters for cost in costs)
 
 
-def describe(loss: float, vocabulary: Vocabulary, text: str) -> str:
+def describe(loss: float, vocabulary: Vocabulary, text: texts.Text) -> str:
     """A loss on `text` in nats and bits per unit, as a perplexity, and in bits per character."""
     name = vocabulary.unit_name
     description = (
@@ -135,7 +147,7 @@ def describe(loss: float, vocabulary: Vocabulary, text: str) -> str:
         f"perplexity {perplexity(loss):.3f}"
     )
     if name != "character":
-        bits = bits_per_character(loss, vocabulary, text)
+        bits = bits_per_character(loss, vocabulary, len(text.encode(vocabulary)) - 1, text)
         description += f", {bits:.4f} bits per character"
     return description
 
@@ -164,24 +176,26 @@ def main() -> None:
     if values.dynamic and values.fit_temperature:
         raise UserError("--fit_temperature is for the model as it was trained: leave out --dynamic")
     trained = workdir.load(Path(values.workdir))
-    splits = corpus.read_again(trained.config.data, values.data_path)
-    text = "".join(splits[name] for name in names)
-    ids = trained.vocabulary.encode(text)
+    splits = texts.read_again(trained.config.data, values.data_path)
+    parts = [splits[name] for name in names]
+    ids = texts.Joined([part.encode(trained.vocabulary) for part in parts])
     result: dict[str, Any] = {"split": values.split}
     temperature = 1.0
     if values.fit_temperature:
-        validation = trained.vocabulary.encode(splits["validation"])
+        validation = splits["validation"].encode(trained.vocabulary)
         temperature = fit_temperature(trained.model, trained.params, validation)
         result["temperature"] = temperature
     if values.dynamic:
-        loss = dynamic_loss(trained, splits["train"], ids, settings)
+        read, model = splits["train"].encode(trained.vocabulary), trained.model
+        sizes = dynamic.gradient_sizes(model, trained.params, read, settings.segment_length)
+        loss = dynamic.mean_loss(model, trained.params, ids, settings, sizes)
         result["dynamic"] = settings._asdict()
     else:
         (loss,) = mean_losses(trained.model, trained.params, ids, np.array([temperature])).tolist()
     result |= {
         "loss": loss,
         "bits_per_token": loss / math.log(2),
-        "bits_per_character": bits_per_character(loss, trained.vocabulary, text),
+        "bits_per_character": bits_per_character(loss, trained.vocabulary, len(ids) - 1, *parts),
         "perplexity": perplexity(loss),
         "tokens": len(ids) - 1,
         "step": trained.step,

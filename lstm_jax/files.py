@@ -22,6 +22,15 @@ def write(path: Path, content: bytes) -> None:
         raise
 
 
+def sync_directory(directory: Path) -> None:
+    """Makes sure that what was renamed in a directory is so after a power cut too."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_json(path: Path, fields: Mapping[str, Any], indent: int = 2) -> None:
     """Writes `fields` as JSON, with their checksum."""
     sealed = {**fields, "sha256": _checksum(fields)}

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from lstm_jax import activations, command, corpus, features, files, metrics, workdir
+from lstm_jax import activations, command, corpus, features, files, metrics, texts, workdir
 from lstm_jax.activations import Reading
 from lstm_jax.errors import UserError
 from lstm_jax.features import Follower
@@ -52,7 +52,7 @@ def main() -> None:
     if values.text:
         text, name = corpus.read_argument(values.text, "--text", any_bytes), Path(values.text).name
     else:
-        text = corpus.read_again(trained.config.data, values.data_path)["validation"]
+        text = next(texts.read_again(trained.config.data, values.data_path)["validation"].pieces(0))
         name = "the validation split"
     units = trained.vocabulary.split(text)
     if len(units) < 2:

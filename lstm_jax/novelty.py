@@ -1,5 +1,6 @@
 """How much of a text stands verbatim in another: what a model copied from its training."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -21,27 +22,44 @@ class Novelty(NamedTuple):
     copied_share: float
 
 
-def measure(text: str, training_text: str) -> Novelty:
-    """Finds what of `text` stands verbatim in `training_text`."""
-    hashes = _Windows(text), _Windows(training_text)
-    length = COMMON_RUN + 1
-    copied = _copied(*hashes, length)
-    covered = np.zeros(len(text) + 1, np.int64)
-    np.add.at(covered, copied, 1)
-    np.add.at(covered, copied + length, -1)
-    share = np.count_nonzero(np.cumsum(covered)) / max(len(text), 1)
+def measure(text: str, training_text: Iterable[str]) -> Novelty:
+    """Finds what of `text` stands verbatim in the training text.
 
-    # The longest run by bisection, as with a run of some length come runs of all shorter ones. Most
-    # texts have no long runs, so the length doubles until there is none.
-    found, start, missing = 0, 0, len(text) + 1
+    Args:
+      text: what was written.
+      training_text: in pieces, each with as many characters of those before it as `text` has.
+    """
+    ours = _Windows(text)
+    length = COMMON_RUN + 1
+    covered = np.zeros(len(text) + 1, bool)
+    longest = ""
+    for piece in training_text:
+        hashes = ours, _Windows(piece)
+        changes = np.zeros(len(text) + 1, np.int64)
+        copied = _copied(*hashes, length)
+        np.add.at(changes, copied, 1)
+        np.add.at(changes, copied + length, -1)
+        covered |= np.cumsum(changes) > 0
+        longest = _longest_run(text, *hashes, longest)
+    return Novelty(longest, np.count_nonzero(covered) / max(len(text), 1))
+
+
+def _longest_run(text: str, ours: "_Windows", theirs: "_Windows", longest: str) -> str:
+    """The longest run that stands in both, if it is longer than the `longest` until now."""
+    # By bisection, as with a run of some length come runs of all shorter ones. Most texts have no
+    # long runs, so the length doubles until there is none; most pieces none longer than that of
+    # another, so the first length is one more.
+    before, missing = len(longest), len(text) + 1
+    found = before
     while missing - found > 1:
-        probe = min(max(2 * found, length), (found + missing) // 2)
-        copied = _copied(*hashes, probe)
+        probe = found + 1 if found == before > 0 else max(2 * found, COMMON_RUN + 1)
+        probe = min(probe, (found + missing) // 2)
+        copied = _copied(ours, theirs, probe)
         if len(copied):
-            found, start = probe, copied[0]
+            found, longest = probe, text[copied[0] : copied[0] + probe]
         else:
             missing = probe
-    return Novelty(text[start : start + found], share)
+    return longest
 
 
 class _Windows:

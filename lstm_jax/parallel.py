@@ -142,16 +142,13 @@ def place(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
     return jax.tree.map(put, tree)
 
 
-def place_batch(tree: Any, mesh: Mesh) -> Any:
-    """A batch on the devices of a mesh, from the rows that each process has of it."""
-    if jax.process_count() == 1:
-        return tree  # The training step places it itself.
-    divided, everywhere = NamedSharding(mesh, DIVIDED), NamedSharding(mesh, EVERYWHERE)
+def place_own(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
+    """Arrays on the devices of a mesh, from what each process has of them: its rows, or all."""
+    sharding = NamedSharding(mesh, spec)
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
     return jax.tree.map(
-        lambda array: jax.make_array_from_process_local_data(
-            divided if array.ndim else everywhere, np.asarray(array)
-        ),
-        tree,
+        lambda array: jax.make_array_from_process_local_data(sharding, np.asarray(array)), tree
     )
 
 

@@ -23,17 +23,18 @@ class Profiler:
 
     def keep(self, step: int, array: jax.Array) -> None:
         """Begins or ends the trace if it is time to, after step `step`, which computes `array`."""
-        if self._directory is None or step not in (self._first, self._first + _STEPS):
+        if self._directory is None or step < self._first:
             return
-        jax.block_until_ready(array)
-        if step == self._first:
+        if not self._is_tracing:
+            jax.block_until_ready(array)
             jax.profiler.start_trace(str(self._directory))
-            self._is_tracing = True
-        else:
+            self._first, self._is_tracing = step, True
+        elif step >= self._first + _STEPS:
+            jax.block_until_ready(array)
             self.close()
 
     def close(self) -> None:
         """Writes what was traced, if that was not done yet."""
         if self._is_tracing:
             jax.profiler.stop_trace()
-            self._is_tracing = False
+            self._directory, self._is_tracing = None, False

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from lstm_jax import command, corpus, generation, interactive, novelty, workdir
+from lstm_jax import command, corpus, generation, interactive, novelty, texts, workdir
 from lstm_jax.controls import Controls, as_arrays, can_end, stop_table
 from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import Vocabulary, printable
@@ -33,9 +33,8 @@ def main() -> None:
     if options.prompt_file:
         any_bytes = vocabulary.kind == "bytes"
         prompt = corpus.read_argument(options.prompt_file, "--prompt_file", any_bytes)
-    training_text = ""
     if options.novelty:
-        training_text = corpus.read_again(trained.config.data, options.data_path)["train"]
+        training_text = texts.read_again(trained.config.data, options.data_path)["train"]
     controls = controls._replace(forbidden=vocabulary.encode(options.forbid).tolist())
     _warn(vocabulary, "the prompt", prompt)
     _warn(vocabulary, "--forbid", options.forbid)
@@ -58,7 +57,7 @@ def main() -> None:
             stop_at=options.stop_at,
         )
         return
-    texts = [""] * options.num_samples
+    written = [""] * options.num_samples
     print(printable(prompt), end="", flush=True)
     pieces = generation.stream(
         trained.model,
@@ -75,14 +74,15 @@ def main() -> None:
     for piece in pieces:
         # The first text is shown as it comes, the others after it.
         print(printable(piece[0]), end="", flush=True)
-        texts = [text + more for text, more in zip(texts, piece, strict=True)]
+        written = [text + more for text, more in zip(written, piece, strict=True)]
     print()
-    for text in texts[1:]:
+    for text in written[1:]:
         print(f"{'-' * 20}\n{printable(prompt + text)}")
     sys.stdout.flush()
     if options.novelty:
-        for text in texts:
-            print(_describe(novelty.measure(text, training_text)), file=sys.stderr)
+        for text in written:
+            found = novelty.measure(text, training_text.pieces(overlap=len(text)))
+            print(_describe(found), file=sys.stderr)
 
 
 def _warn(vocabulary: Vocabulary, where: str, text: str) -> None:

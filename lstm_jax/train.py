@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -22,12 +21,14 @@ from lstm_jax import (
     batches,
     corpus,
     evaluate,
+    feeding,
     files,
     generation,
     hosts,
     lock,
     metrics,
     parallel,
+    texts,
     workdir,
 )
 from lstm_jax import checkpoints as checkpoints_lib
@@ -39,11 +40,12 @@ from lstm_jax.errors import UserError
 from lstm_jax.profiler import Profiler
 from lstm_jax.progress import Progress
 from lstm_jax.train_step import TrainState, TrainStep, init_state, make_train_step
-from lstm_jax.vocabulary import Vocabulary, printable, stop_text
+from lstm_jax.vocabulary import Vocabulary, printable
 
 # What a run may change when it goes on: all of these leave the arrays it has as they are.
 _CHANGEABLE = (
     "num_epochs",
+    "steps_per_call",
     "log_every_steps",
     "checkpoint_every_seconds",
     "max_skipped_steps",
@@ -76,6 +78,8 @@ _CHANGEABLE = (
     # The text may have moved; that it is the same, its checksum tells.
     "data.path",
     "data.directory",
+    "data.memory_megabytes",
+    "data.prepared",
 )
 
 # Options of glibc's mallopt, from its malloc.h.
@@ -215,7 +219,7 @@ def train(
             silence = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(silence))
         with hosts.first_goes_ahead("text and lock"):
-            splits = corpus.read(config.data)
+            splits = texts.read(config.data)
             is_ours = stack.enter_context(_hold(directory))
         try:
             return _train(config, directory, splits, mesh, is_ours, watch)
@@ -243,7 +247,7 @@ def _hold(directory: Path) -> contextlib.AbstractContextManager[Callable[[], boo
 def _train(
     config: ConfigDict,
     directory: Path,
-    splits: dict[str, str],
+    splits: texts.Splits,
     mesh: jax.sharding.Mesh,
     is_ours: Callable[[], bool],
     watch: Callable[[Mapping[str, Any]], object],
@@ -251,12 +255,18 @@ def _train(
     """`train` in a directory whose lock is held."""
     workdir.check_own_files(directory)
     config, vocabulary, changes = _settle(config, splits, directory)
-    ids = {name: vocabulary.encode(text) for name, text in splits.items()}
+    ids = {name: text.encode(vocabulary) for name, text in splits.texts.items()}
     for name, array in ids.items():
         if len(array) < 2:
             raise UserError(f"the {name} split is too short: it has {len(array)} {vocabulary.kind}")
-    part = jax.process_index(), jax.process_count()
-    iterator, steps_per_epoch = batches.make(ids["train"], config.batches, config.seed, part)
+    on_devices = feeding.fits(ids["train"], len(vocabulary))
+    iterator, steps_per_epoch = batches.make(
+        ids["train"],
+        config.batches,
+        config.seed,
+        places=on_devices,
+        part=(jax.process_index(), jax.process_count()),
+    )
     model = model_lib.from_config(config.model, len(vocabulary))
     saved_in = directory / workdir.CHECKPOINTS
     saved_steps = checkpoints_lib.steps(saved_in)
@@ -294,7 +304,7 @@ def _train(
             checkpoints,
             model,
             vocabulary,
-            splits,
+            splits.texts,
             ids,
             steps_per_epoch,
             mesh,
@@ -322,7 +332,9 @@ def _train(
                     workdir.restore_history(directory, restored.history)
                 print(f"Going on from step {start} of {run.total_steps}, saved in {directory}")
             train_step = make_train_step(model, optimizer, config, mesh)
-            exit_code = _loop(run, train_step, state, iterator, start)
+            text = feeding.place_text(ids["train"], len(vocabulary), mesh) if on_devices else None
+            feed = feeding.Feed(iterator, mesh, text)
+            exit_code = _loop(run, train_step, state, feed, start)
             if exit_code:
                 return exit_code
         _finish(run)
@@ -334,7 +346,7 @@ def _is_validated(saved_in: Path, step: int) -> bool:
 
 
 def _settle(
-    config: ConfigDict, splits: dict[str, str], directory: Path
+    config: ConfigDict, splits: texts.Splits, directory: Path
 ) -> tuple[ConfigDict, Vocabulary, dict[str, tuple[Any, Any]]]:
     """The config and vocabulary to train with: new ones, or those of the run in `directory`.
 
@@ -345,10 +357,11 @@ def _settle(
       UserError: if that run had another config (but for `_CHANGEABLE`) or another text.
     """
     config = config.copy_and_resolve_references()
-    corpus.check_unchanged(splits, config.data)
-    config.data.sha256 = corpus.checksum(splits)
+    config.data.sha256 = splits.sha256
     if config.data.path:
         config.data.path = corpus.absolute(config.data.path)
+    if config.data.prepared:
+        config.data.prepared = str(Path(config.data.prepared).absolute())
     if config.init_from:
         config.init_from = str(Path(config.init_from).absolute())
     if not (directory / workdir.CONFIG).exists():
@@ -358,9 +371,7 @@ def _settle(
                     f"{directory} holds {name} but no {workdir.CONFIG}: bring that back, or begin "
                     "anew with another --workdir"
                 )
-        data = config.data
-        stop = stop_text(data.document_separator, splits["train"])
-        vocabulary = Vocabulary.from_text(splits["train"], data.units, data.min_count, stop)
+        vocabulary = splits.texts["train"].vocabulary(config.data)
         if config.init_from:
             source = Path(config.init_from)
             _compare(workdir.load_config(source), config, source, only="model.")
@@ -437,8 +448,8 @@ class _Run(NamedTuple):
     checkpoints: checkpoints_lib.CheckpointWriter
     model: model_lib.LanguageModel
     vocabulary: Vocabulary
-    splits: dict[str, str]
-    ids: dict[str, np.ndarray]
+    texts: dict[str, texts.Text]
+    ids: dict[str, texts.Ids]
     steps_per_epoch: int
     mesh: jax.sharding.Mesh
     is_ours: Callable[[], bool]  # Whether the lock of the directory is still held.
@@ -454,6 +465,18 @@ class _Run(NamedTuple):
         """Tokens that one training step predicts."""
         return self.config.batches.batch_size * self.config.batches.window_length
 
+    def steps_at_once(self, step: int) -> int:
+        """How many steps the next call runs after `step`: none past a log line or an epoch."""
+        number = self.config.steps_per_call
+        stops = (self.config.log_every_steps, self.steps_per_epoch)
+        return number if all(step % n + number <= n for n in stops) else 1
+
+    def batch(self, step: int) -> batches.Batch:
+        """What training step `step`, from 1 on, read."""
+        ids, fields = self.ids["train"], self.config.batches
+        places = batches.order(len(ids), fields, self.config.seed)[step - 1]
+        return batches.cut(ids, places, fields.window_length)
+
     def plot(self) -> None:
         """Draws the curves of what was measured so far."""
         rows = metrics.read(self.directory / workdir.METRICS)
@@ -464,7 +487,7 @@ def _loop(
     run: _Run,
     train_step: TrainStep,
     state: TrainState,
-    iterator: grain.DatasetIterator,
+    feed: feeding.Feed,
     start: int,
 ) -> int:
     """Trains from step `start` to the last; the exit code is not 0 if a signal ended it earlier.
@@ -474,7 +497,6 @@ def _loop(
     """
     config, step, saved, saved_at = run.config, start, start, time.monotonic()
     pacer, together = _Pacer(start), True
-    recent: list[batches.Batch] = []  # Of the steps since they were last known to be finite.
     path, first = run.directory / workdir.METRICS, hosts.is_first()
     profiled = config.profile and first
     with (
@@ -492,15 +514,18 @@ def _loop(
                     break
                 if together:
                     stop.check()
-                recent.append(next(iterator))
-                state = train_step(state, parallel.place_batch(recent[-1], run.mesh))
-                step += 1
+                steps = run.steps_at_once(step)
+                batch = feed.next(steps)
+                # Whatever else the step would bring to the devices is a mistake.
+                with jax.transfer_guard("disallow"):
+                    state = train_step(state, batch)
+                is_first, step = step == start, step + steps
                 together = pacer.keep(step, state.loss_sum)
                 profiler.keep(step, state.loss_sum)
-                if step == start + 1:
-                    progress.start_clock(step)  # From here on nothing compiles.
+                if is_first:
+                    progress.start_clock(step)  # From here on little compiles.
                 if step % config.log_every_steps == 0:
-                    state = _check_finite(run, state, step, recent)
+                    state = _check_finite(run, state)
                     if loss_steps := int(state.loss_steps):
                         loss = float(state.loss_sum) / loss_steps
                         speed = run.tokens_per_step * progress.steps_per_second(step)
@@ -511,20 +536,19 @@ def _loop(
                             writer.write(**row, tokens_per_second=round(speed))
                         run.watch(row)
                     state = state._replace(
-                        loss_sum=jnp.zeros_like(state.loss_sum),
-                        loss_steps=jnp.zeros_like(state.loss_steps),
+                        loss_sum=_zero(state.loss_sum), loss_steps=_zero(state.loss_steps)
                     )
                 saving = run.checkpoints.check()
                 waited = time.monotonic() - saved_at >= config.checkpoint_every_seconds
                 due = together and bool(hosts.greatest(waited and not saving)[0])
                 if step % run.steps_per_epoch == 0 or due:
-                    state = _check_finite(run, state, step, recent)
-                    _save(run, state, iterator, step)
+                    state = _check_finite(run, state)
+                    _save(run, state, feed.iterator, step)
                     saved, saved_at = step, time.monotonic()
         except _Stopped:
             if saved != step:
-                state = _check_finite(run, state, step, recent)
-                _save(run, state, iterator, step)
+                state = _check_finite(run, state)
+                _save(run, state, feed.iterator, step)
             run.checkpoints.wait()
             progress.print(
                 f"\nStopped at step {step} of {run.total_steps}; all is saved in "
@@ -534,28 +558,25 @@ def _loop(
     return 0
 
 
-def _check_finite(
-    run: _Run, state: TrainState, step: int, recent: list[batches.Batch]
-) -> TrainState:
-    """Tells of steps left out because they were not finite, and forgets the `recent` batches.
+def _zero(array: jax.Array) -> jax.Array:
+    """Zero, where a scalar is."""
+    zero = np.zeros((), array.dtype)
+    return jax.make_array_from_callback((), array.sharding, lambda part: zero[part])
 
-    Args:
-      run: the run.
-      state: after `step`.
-      step: training steps done.
-      recent: the batches since the last call, that of `step` the last.
+
+def _check_finite(run: _Run, state: TrainState) -> TrainState:
+    """Tells of steps left out because they were not finite.
 
     Raises:
       UserError: if there were more of them than `max_skipped_steps`.
     """
     first, skipped = int(state.first_skipped), int(state.skipped)
     if first:
-        batch = recent[first - step - 1]
+        batch = run.batch(first)
         path = run.directory / f"nonfinite_step_{first}.json"
-        if jax.process_count() > 1:
-            path = path.with_stem(f"{path.stem}_process_{jax.process_index()}")
         ids = {"step": first, "inputs": batch.inputs.tolist(), "targets": batch.targets.tolist()}
-        files.write(path, f"{json.dumps(ids)}\n".encode())
+        if hosts.is_first():
+            files.write(path, f"{json.dumps(ids)}\n".encode())
         allowed = run.config.max_skipped_steps
         what = f"the loss or a gradient of step {first} is not finite (its batch is in {path})"
         if skipped > allowed:
@@ -566,8 +587,7 @@ def _check_finite(
                 f"or more than {allowed} in --config.max_skipped_steps"
             )
         print(f"warning: {what}; left out {skipped} of at most {allowed}", file=sys.stderr)
-        state = state._replace(first_skipped=jnp.zeros_like(state.first_skipped))
-    recent.clear()
+        state = state._replace(first_skipped=_zero(state.first_skipped))
     return state
 
 
@@ -599,7 +619,7 @@ def _validate(
     if step:
         run.plot()
     name = f"epoch {epoch} of {config.num_epochs}" if step else "untrained"
-    described = evaluate.describe(loss, run.vocabulary, run.splits["validation"])
+    described = evaluate.describe(loss, run.vocabulary, run.texts["validation"])
     show(f"\n=== {name}: validation loss {described}\n{text}\n")
     run.watch(row)
 
@@ -631,7 +651,7 @@ def _finish(run: _Run) -> None:
         with metrics.MetricsWriter(path, latest) as writer:
             writer.write(step, step / run.steps_per_epoch, "test", loss)
         run.plot()
-    described = evaluate.describe(loss, run.vocabulary, run.splits["test"])
+    described = evaluate.describe(loss, run.vocabulary, run.texts["test"])
     text = _sample(run, params, jax.random.key(run.config.seed))
     print(
         f"\n{text}\n\n"

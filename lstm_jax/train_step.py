@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lstm_jax import batches, parallel, regularization
+from lstm_jax import batches, feeding, parallel, regularization
 from lstm_jax import model as model_lib
 
 
@@ -69,7 +69,7 @@ class TrainState(NamedTuple):
         return stored._replace(carry=parallel.place(self.carry, mesh, parallel.DIVIDED))
 
 
-TrainStep = Callable[[TrainState, batches.Batch], TrainState]
+TrainStep = Callable[[TrainState, batches.Batch | feeding.Resident], TrainState]
 
 
 def init_state(
@@ -125,6 +125,9 @@ def make_train_step(
     mesh: Mesh,
 ) -> TrainStep:
     """The jitted training step. It donates the state that it is given.
+
+    Where the arrays of a batch have a first axis more, they are those of several steps, which are
+    run one after the other.
 
     Every device of the mesh puts the parameters together and computes the gradient for its part of
     the batch, a microbatch after the other; the mean over all is the gradient for the whole batch,
@@ -228,4 +231,15 @@ def make_train_step(
             first_skipped=first_skipped,
         )
 
-    return jax.jit(train_step, donate_argnums=0)
+    def train_steps(state: TrainState, batch: batches.Batch | feeding.Resident) -> TrainState:
+        def one(state: TrainState, step: Any) -> tuple[TrainState, None]:
+            if isinstance(batch, feeding.Resident):
+                step = feeding.cut(batch.ids, step, config.batches.window_length)
+            return train_step(state, step), None
+
+        steps = batch.places if isinstance(batch, feeding.Resident) else batch
+        if steps.starts.ndim:
+            return jax.lax.scan(one, state, steps)[0]
+        return one(state, steps)[0]
+
+    return jax.jit(train_steps, donate_argnums=0)

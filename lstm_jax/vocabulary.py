@@ -4,6 +4,7 @@ import codecs
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import regex
@@ -87,19 +88,35 @@ class Vocabulary:
         """The vocabulary of all units that stand in `text` `min_count` times or more.
 
         Raises:
-          UserError: if no unit does, or the stop token does not stand in the text.
+          UserError: as `from_counts` does.
         """
-        if stop and stop not in text:
+        # All bytes are units, whether they stand in the text or not.
+        counts = {stop: text.count(stop)} if kind == "bytes" else Counter(split(text, kind, stop))
+        return cls.from_counts(counts.items(), kind, min_count, stop)
+
+    @classmethod
+    def from_counts(
+        cls, counts: Iterable[tuple[str, int]], kind: str, min_count: int, stop: str
+    ) -> "Vocabulary":
+        """The vocabulary of a text, from how often each unit stands in it.
+
+        Raises:
+          UserError: if no unit stands there often enough, or the stop token does not at all.
+        """
+        units, tokens, stops = set(), 0, 0
+        for unit, count in counts:
+            tokens += count
+            stops += count if unit == stop else 0
+            if count >= min_count:
+                units.add(unit)
+        if stop and not stops:
             raise UserError(
                 f"the training text has no {stop!r}, which is to end its documents: "
                 "choose another data.document_separator"
             )
         if kind == "bytes":
             units = set(bytes(range(256)).decode("ascii", "surrogateescape"))
-        else:
-            counts = Counter(_split(text, kind, stop))
-            units = {unit for unit, count in counts.items() if count >= min_count}
-        if text and not units:
+        if tokens and not units:
             raise UserError(
                 f"none of the {kind} of the training text stands there {min_count} times: "
                 "lower data.min_count"
@@ -165,21 +182,24 @@ class Vocabulary:
 
         Joined they are the text again, but for bytes that are no ASCII: each is a unit of its own.
         """
-        return list(_split(text, self.kind, self.stop))
+        return list(split(text, self.kind, self.stop))
+
+    def look_up(self, units: Iterable[str]) -> np.ndarray:
+        """The id of each unit: int32 [n], "[UNK]" for those not in the vocabulary."""
+        return np.fromiter((self._ids.get(unit, UNKNOWN_ID) for unit in units), np.int32)
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of `text`: int32 [n], "[UNK]" for units not in the vocabulary."""
         if self.kind in _PATTERNS:
-            units = _split(text, self.kind, self.stop)
-            return np.fromiter((self._ids.get(unit, UNKNOWN_ID) for unit in units), np.int32)
+            return self.look_up(split(text, self.kind, self.stop))
         if not self.stop:
-            return self._look_up(text)
+            return self._encode_characters(text)
         parts = text.split(self.stop)
         arrays = [np.array([self._ids[self.stop]], np.int32)] * (2 * len(parts) - 1)
-        arrays[::2] = map(self._look_up, parts)
+        arrays[::2] = map(self._encode_characters, parts)
         return np.concatenate(arrays)
 
-    def _look_up(self, text: str) -> np.ndarray:
+    def _encode_characters(self, text: str) -> np.ndarray:
         if self.kind == "bytes":
             text = _one_character_a_byte(text)
         # "surrogatepass": a surrogate is a code point like any other here.
@@ -207,7 +227,24 @@ class Vocabulary:
 
     def unknown(self, text: str) -> list[str]:
         """The different units of `text` that are not in the vocabulary, sorted."""
-        return sorted(set(_split(text, self.kind, self.stop)) - set(self._ids))
+        return sorted(set(split(text, self.kind, self.stop)) - set(self._ids))
+
+
+class Costs(NamedTuple):
+    """What bits per character need to know of a text, besides its loss.
+
+    Attributes:
+      characters: Unicode characters of a text.
+      unknown_bytes: bytes of all units that the vocabulary lacks, with one for the end of each.
+    """
+
+    characters: int
+    unknown_bytes: int
+
+
+def spelled_bytes(unit: str) -> int:
+    """The bytes of a unit's UTF-8, and one for its end."""
+    return len(unit.encode("utf-8", "surrogateescape")) + 1
 
 
 def stop_text(separator: str, text: str) -> str:
@@ -222,7 +259,7 @@ def printable(text: str) -> str:
     return regex.sub("[\ud800-\udfff]", "\ufffd", text).replace(FILE_END, "\n\n")
 
 
-def _split(text: str, kind: str, stop: str) -> Iterator[str]:
+def split(text: str, kind: str, stop: str) -> Iterator[str]:
     """The units of a text, one after the other."""
     for number, part in enumerate(text.split(stop) if stop else [text]):
         if number:

@@ -20,6 +20,7 @@ from lstm_jax import (
     evaluate,
     generation,
     keras_weights,
+    texts,
     torch_weights,
     train,
     weights,
@@ -152,8 +153,8 @@ def test_a_run_goes_out_and_comes_back(trained: Path, text_file: Path, tmp_path:
 def evaluate_directory(directory: Path) -> float:
     """The loss on the test split, of the text that the directory's config names."""
     trained = workdir.load(directory)
-    text = convert.corpus.read_again(trained.config.data, None)["test"]
-    return evaluate.mean_loss(trained.model, trained.params, trained.vocabulary.encode(text))
+    text = texts.read_again(trained.config.data, None)["test"]
+    return evaluate.mean_loss(trained.model, trained.params, text.encode(trained.vocabulary))
 
 
 def test_training_starts_from_what_came_in(

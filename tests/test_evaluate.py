@@ -7,6 +7,7 @@ import pytest
 from lstm_jax import evaluate
 from lstm_jax import model as model_lib
 from lstm_jax.model import LanguageModel
+from lstm_jax.texts import TextInMemory
 from lstm_jax.vocabulary import KINDS, Vocabulary
 
 
@@ -37,13 +38,14 @@ def test_bits_per_character_are_the_same_cost_in_any_unit() -> None:
         tokens = len(vocabulary.encode(text)) - 1
         # The first token is read, not predicted.
         characters = len(text) - len(vocabulary.split(text)[0])
-        bits = evaluate.bits_per_character(3.0, vocabulary, text)
+        bits = evaluate.bits_per_character(3.0, vocabulary, tokens, TextInMemory(text))
         assert bits == pytest.approx(3.0 / math.log(2) * tokens / characters)
     assert bits_of_characters(3.0, text) == pytest.approx(3.0 / math.log(2))
 
 
 def bits_of_characters(loss: float, text: str) -> float:
-    return evaluate.bits_per_character(loss, Vocabulary.from_text(text), text)
+    vocabulary = Vocabulary.from_text(text)
+    return evaluate.bits_per_character(loss, vocabulary, len(text) - 1, TextInMemory(text))
 
 
 def test_unknown_units_are_spelled_out() -> None:
@@ -52,11 +54,13 @@ def test_unknown_units_are_spelled_out() -> None:
     assert vocabulary.encode(text).tolist() == [1, 2, 1, 2]
     # The first unit is not predicted; " été" has six bytes, and one for its end.
     expected = (3 * 1.5 / math.log(2) + 7 * 8) / (len(text) - 1)
-    assert evaluate.bits_per_character(1.5, vocabulary, text) == pytest.approx(expected)
-    assert evaluate.describe(1.5, vocabulary, text) == (
+    measured = TextInMemory(text)
+    bits = evaluate.bits_per_character(1.5, vocabulary, 3, measured)
+    assert bits == pytest.approx(expected)
+    assert evaluate.describe(1.5, vocabulary, measured) == (
         f"1.5000 nats per word, 2.1640 bits per word, perplexity 4.482, "
         f"{expected:.4f} bits per character"
     )
-    assert evaluate.describe(1.5, Vocabulary.from_text(text), text) == (
+    assert evaluate.describe(1.5, Vocabulary.from_text(text), measured) == (
         "1.5000 nats per character, 2.1640 bits per character, perplexity 4.482"
     )

@@ -44,7 +44,7 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(
     def make_stopping(*args: Any) -> train.TrainStep:
         step = make(*args)
 
-        def stopping(state: train.TrainState, batch: batches.Batch) -> train.TrainState:
+        def stopping(state: train.TrainState, batch: Any) -> train.TrainState:
             nonlocal steps
             steps += 1
             if steps == stop_after:
@@ -152,12 +152,13 @@ def poison(monkeypatch: pytest.MonkeyPatch, *poisoned: int) -> None:
     def make_poisoned(*args: Any) -> train.TrainStep:
         step = make(*args)
 
-        def poisoned_step(state: train.TrainState, batch: batches.Batch) -> train.TrainState:
+        def poisoned_step(state: train.TrainState, batch: Any) -> train.TrainState:
             nonlocal steps
             steps += 1
             if steps not in poisoned:
                 return step(state, batch)
-            bad = jax.tree.map(lambda x: x * jnp.inf, state.carry)
+            with jax.transfer_guard("allow"):
+                bad = jax.tree.map(lambda x: x * jnp.inf, state.carry)
             return step(state._replace(carry=bad), batch)._replace(carry=state.carry)
 
         return poisoned_step

@@ -1,0 +1,53 @@
+"""Makes a large text by repeating and perturbing a real one.
+
+    python benchmarks/make_corpus.py --directory corpus --megabytes 1000
+
+Each repetition has the paragraphs of Tiny Shakespeare in another order, one character of a hundred
+replaced by another of the text, and one of a thousand by one of two, three or four bytes.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from lstm_jax import config, corpus
+
+_MANY_BYTES = np.array([ord(c) for c in "éñßøλжשあ日語🎭"], np.uint32)
+_FILE_BYTES = 100_000_000
+
+
+def main() -> None:
+    """Writes the files."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--directory", type=Path, required=True)
+    parser.add_argument("--megabytes", type=int, default=1000)
+    options = parser.parse_args()
+    make(options.directory, options.megabytes * 10**6)
+
+
+def make(directory: Path, size: int) -> None:
+    """Writes files of `size` bytes together, a repetition more or less, into `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    paragraphs = "".join(corpus.read(config.default().data).values()).split("\n\n")
+    written = number = 0
+    while written < size:
+        with (directory / f"part{number:03}.txt").open("wb") as file:
+            while written < size and file.tell() < _FILE_BYTES:
+                written += file.write(_perturbed(paragraphs, rng).encode())
+        number += 1
+
+
+def _perturbed(paragraphs: list[str], rng: np.random.Generator) -> str:
+    order = rng.permutation(len(paragraphs))
+    text = "\n\n".join([paragraphs[i] for i in order]) + "\n\n"
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32).copy()
+    for share, source in ((0.01, codes), (0.001, _MANY_BYTES)):
+        places = rng.integers(len(codes), size=int(share * len(codes)))
+        codes[places] = rng.choice(source, len(places))
+    return codes.tobytes().decode("utf-32-le")
+
+
+if __name__ == "__main__":
+    main()

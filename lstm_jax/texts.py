@@ -1,0 +1,136 @@
+"""Texts of any size, behind one face: in memory, or prepared on the disk."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from lstm_jax import corpus, prepared
+from lstm_jax.vocabulary import UNKNOWN_ID, Costs, Vocabulary, spelled_bytes, stop_text
+
+
+class Ids(Protocol):
+    """The ids of a text: as of an array int32 [n], its length and its slices."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
+class Text(Protocol):
+    """A text of which some units may be in a vocabulary."""
+
+    def vocabulary(self, data: ConfigDict) -> Vocabulary:
+        """The vocabulary of the text, as the `data` fields of a config say."""
+
+    def encode(self, vocabulary: Vocabulary) -> Ids:
+        """The ids of the text."""
+
+    def costs(self, vocabulary: Vocabulary, first: bool = True) -> Costs:
+        """The costs of the text, with its first unit or without."""
+
+    def pieces(self, overlap: int) -> Iterator[str]:
+        """The text in pieces of bounded size, each with the last characters of those before it."""
+
+
+class TextInMemory:
+    """A `Text` that is a `str`."""
+
+    def __init__(self, text: str) -> None:
+        """Takes the text."""
+        self._text = text
+
+    def vocabulary(self, data: ConfigDict) -> Vocabulary:
+        """See `Text`."""
+        stop = stop_text(data.document_separator, self._text)
+        return Vocabulary.from_text(self._text, data.units, data.min_count, stop)
+
+    def encode(self, vocabulary: Vocabulary) -> np.ndarray:
+        """See `Text`."""
+        return vocabulary.encode(self._text)
+
+    def costs(self, vocabulary: Vocabulary, first: bool = True) -> Costs:
+        """See `Text`."""
+        ids, units = vocabulary.encode(self._text), vocabulary.split(self._text)
+        skipped = 0 if first else 1
+        unknown = (
+            spelled_bytes(unit)
+            for unit, unit_id in zip(units[skipped:], ids[skipped:], strict=True)
+            if unit_id == UNKNOWN_ID
+        )
+        return Costs(len(self._text) - sum(map(len, units[:skipped])), sum(unknown))
+
+    def pieces(self, overlap: int) -> Iterator[str]:
+        """See `Text`."""
+        yield self._text
+
+
+class Splits(NamedTuple):
+    """The text of each split.
+
+    Attributes:
+      texts: by the names of the splits.
+      sha256: SHA-256 over the bytes of all of them, in hexadecimal.
+    """
+
+    texts: dict[str, Text]
+    sha256: str
+
+
+def read(data: ConfigDict) -> Splits:
+    """The splits that the `data` fields of a config describe.
+
+    Files of more than `data.memory_megabytes` together are prepared: encoded once into files, of
+    which no more is read than is asked for. All else is read into memory.
+
+    Raises:
+      UserError: if a text is missing, not UTF-8, empty, or too short to be split; or if it is not
+        the one that a run began with.
+    """
+    if data.path and prepared.size(data) > data.memory_megabytes * 10**6:
+        manifest = prepared.prepare(data)
+        texts: dict[str, Text] = {
+            name: prepared.PreparedText(manifest, name) for name in corpus.SPLITS
+        }
+        sha256 = manifest.text_sha256
+    else:
+        strings = corpus.read(data)
+        texts = {name: TextInMemory(text) for name, text in strings.items()}
+        sha256 = corpus.checksum(strings)
+    corpus.check_unchanged(sha256, data)
+    return Splits(texts, sha256)
+
+
+def read_again(data: ConfigDict, path: str | None) -> dict[str, Text]:
+    """The splits that a run was trained on, for commands that come after it.
+
+    Args:
+      data: the `data` fields of its config.
+      path: where its text is now, if it was moved.
+
+    Raises:
+      UserError: as `read` does.
+    """
+    if path is not None:
+        data.path = path
+    return read(data).texts
+
+
+class Joined:
+    """`Ids` of several texts, one after the other."""
+
+    def __init__(self, parts: Sequence[Ids]) -> None:
+        """Takes the ids of each."""
+        self._parts = parts
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    def __getitem__(self, index: slice) -> np.ndarray:
+        start, stop, _ = index.indices(len(self))
+        found = []
+        for part in self._parts:
+            found.append(part[max(start, 0) : max(stop, 0)])
+            start, stop = start - len(part), stop - len(part)
+        return np.concatenate(found)

@@ -1,0 +1,84 @@
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+import pytest
+import runs
+from ml_collections import ConfigDict
+
+from lstm_jax import batches, config, feeding, parallel, train
+
+
+@pytest.mark.parametrize("kind", ["windows", "streams"])
+def test_a_text_on_the_device_gives_the_batches_of_the_pipeline(kind: str) -> None:
+    fields = config.default()
+    fields.batches.kind, fields.batches.batch_size, fields.batches.window_length = kind, 4, 7
+    ids = np.random.default_rng(0).integers(0, 300, 1000).astype(np.int32)
+    pipeline, steps = batches.make(ids, fields.batches, seed=3)
+    places, _ = batches.make(ids, fields.batches, seed=3, places=True)
+    mesh = parallel.make_mesh(fields)
+    feed = feeding.Feed(places, mesh, feeding.place_text(ids, 300, mesh))
+    whole = feeding.Feed(batches.make(ids, fields.batches, seed=3)[0], mesh, None)
+    for _ in range(2 * steps + 5):
+        expected, resident, put = next(pipeline), feed.next(), whole.next()
+        assert isinstance(resident, feeding.Resident) and resident.ids.dtype == np.uint16
+        cut = feeding.cut(resident.ids, resident.places, 7)
+        jax.tree.map(np.testing.assert_array_equal, cut, expected)
+        jax.tree.map(np.testing.assert_array_equal, put, expected)
+        assert places.get_state() == pipeline.get_state()
+    several = feed.next(3)
+    assert isinstance(several, feeding.Resident) and several.places.begins.shape == (3, 4)
+
+
+def test_windows_come_in_the_order_in_which_grain_shuffles_and_batches_them() -> None:
+    """Iterators that older checkpoints hold the states of, made of the same parts."""
+    fields = config.default().batches
+    fields.batch_size, fields.window_length = 4, 10
+    ids = np.arange(1000, dtype=np.int32)
+    ours, steps = batches.make(ids, fields, seed=7)
+    windows = [ids[k * 10 : k * 10 + 11] for k in range(99)]
+    dataset = grain.MapDataset.source(windows).shuffle(7).batch(4, drop_remainder=True).repeat()
+    theirs = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1)))
+    for _ in range(2 * steps + 3):
+        np.testing.assert_array_equal(next(ours).inputs, next(theirs)[:, :-1])
+        assert ours.get_state() == theirs.get_state()
+
+
+@pytest.mark.parametrize("kind", ["windows", "streams"])
+def test_several_steps_in_one_call_are_the_same_steps(
+    kind: str, tiny_config: ConfigDict, tmp_path: Any
+) -> None:
+    tiny_config.batches.kind = kind
+    tiny_config.log_every_steps = 20
+    tiny_config.num_epochs = 1
+    tiny_config.regularization.output_dropout = 0.1
+    assert train.train(tiny_config, tmp_path / "one") == 0
+    tiny_config.steps_per_call = 7  # 20 is two calls and six single steps.
+    assert train.train(tiny_config, tmp_path / "several") == 0
+    one, several = runs.losses(tmp_path / "one"), runs.losses(tmp_path / "several")
+    assert [row[:2] for row in one] == [row[:2] for row in several]
+    np.testing.assert_allclose(
+        [row[2] for row in several], [row[2] for row in one], rtol=1e-6, atol=1e-6
+    )
+
+
+def test_a_step_not_finite_among_several_is_named(tiny_config: ConfigDict, tmp_path: Any) -> None:
+    tiny_config.optimizer.learning_rate = 1e38
+    tiny_config.optimizer.warmup_steps = 0
+    tiny_config.optimizer.max_gradient_norm = 0.0
+    tiny_config.steps_per_call = 5
+    with pytest.raises(train.UserError, match="gradient of step 2 is not finite"):
+        train.train(tiny_config, tmp_path)
+    assert (tmp_path / "nonfinite_step_2.json").exists()
+
+
+def test_a_transfer_that_nobody_asked_for_is_an_error(
+    tiny_config: ConfigDict, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forget(self: feeding.Feed, read: list[Any]) -> Any:
+        return read[0]
+
+    monkeypatch.setattr(feeding.Feed, "_place", forget)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        train.train(tiny_config, tmp_path)
