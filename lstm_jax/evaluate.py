@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ _TEMPERATURES = np.linspace(0.7, 1.5, 81)
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _read(
+def read_chunk(
     model: model_lib.LanguageModel,
     params: model_lib.Params,
     inputs: jax.Array,
@@ -51,24 +52,36 @@ def mean_losses(
     temperatures: np.ndarray,
 ) -> np.ndarray:
     """`mean_loss` with the logits divided by each of the temperatures, from one reading."""
-    inputs, targets = ids[:-1], ids[1:]
     carry = model.initial_carry(1)
     total = np.zeros(len(temperatures))
-    for start in range(0, len(targets), _CHUNK):
-        # The last chunk is filled up, uncounted, so that one compiled function serves all.
-        chunk = slice(start, start + _CHUNK)
-        missing = max(0, start + _CHUNK - len(targets))
-        losses, carry = _read(
+    for inputs, targets, counted in chunks(ids):
+        losses, carry = read_chunk(
             model,
             params,
-            np.pad(inputs[chunk], (0, missing)),
-            np.pad(targets[chunk], (0, missing)),
-            np.arange(_CHUNK) < _CHUNK - missing,
+            inputs,
+            targets,
+            counted,
             carry,
             jnp.asarray(temperatures, jnp.float32),
         )
         total += np.asarray(losses, np.float64)
-    return total / len(targets)
+    return total / (len(ids) - 1)
+
+
+def chunks(ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Inputs, targets and which of them count, [time] each, from the start of a text to its end.
+
+    The last chunk is filled up, uncounted, so that one compiled function serves all.
+    """
+    inputs, targets = ids[:-1], ids[1:]
+    for start in range(0, len(targets), _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        missing = max(0, start + _CHUNK - len(targets))
+        yield (
+            np.pad(inputs[chunk], (0, missing)),
+            np.pad(targets[chunk], (0, missing)),
+            np.arange(_CHUNK) < _CHUNK - missing,
+        )
 
 
 def mean_loss(model: model_lib.LanguageModel, params: model_lib.Params, ids: np.ndarray) -> float:

@@ -33,7 +33,7 @@ from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.controls import Controls
-from lstm_jax.errors import UserError
+from lstm_jax.errors import NotFiniteError, UserError
 from lstm_jax.progress import Progress
 from lstm_jax.train_step import TrainState, TrainStep, init_state, make_train_step
 from lstm_jax.vocabulary import Vocabulary, printable, stop_text
@@ -158,12 +158,22 @@ class _Pacer:
             self._step, self._clock = step, now
 
 
-def train(config: ConfigDict, directory: Path) -> int:
+def _ignore(epoch: int, loss: float) -> None:
+    """Stands for nobody who wants to know."""
+
+
+def train(
+    config: ConfigDict,
+    directory: Path,
+    on_validation: Callable[[int, float], None] = _ignore,
+) -> int:
     """Trains the model that `config` describes, or goes on where the run in `directory` stopped.
 
     Args:
       config: a complete config (`config.complete`).
       directory: the working directory.
+      on_validation: called with the epoch and the validation loss whenever that was measured and
+        recorded; what it raises ends the run there, from where it can go on.
 
     Returns:
       The exit code: 0, or 130 after Ctrl-C (143 after SIGTERM) with everything saved.
@@ -183,7 +193,7 @@ def train(config: ConfigDict, directory: Path) -> int:
     splits = corpus.read(config.data)
     with lock.hold(directory) as is_ours:
         try:
-            return _train(config, directory, splits, mesh, is_ours)
+            return _train(config, directory, splits, mesh, is_ours, on_validation)
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -199,6 +209,7 @@ def _train(
     splits: dict[str, str],
     mesh: jax.sharding.Mesh,
     is_ours: Callable[[], bool],
+    on_validation: Callable[[int, float], None],
 ) -> int:
     """`train` in a directory whose lock is held."""
     workdir.check_own_files(directory)
@@ -243,6 +254,7 @@ def _train(
             ids,
             steps_per_epoch,
             is_ours,
+            on_validation,
         )
         print(_describe(run, state.params), flush=True)
         if trained:
@@ -383,6 +395,7 @@ class _Run(NamedTuple):
     ids: dict[str, np.ndarray]
     steps_per_epoch: int
     is_ours: Callable[[], bool]  # Whether the lock of the directory is still held.
+    on_validation: Callable[[int, float], None]
 
     @property
     def total_steps(self) -> int:
@@ -487,7 +500,7 @@ def _check_finite(
         what = f"the loss or a gradient of step {first} is not finite (its batch is in {path})"
         if skipped > allowed:
             last = checkpoints_lib.steps(run.directory / workdir.CHECKPOINTS)[-1]
-            raise UserError(
+            raise NotFiniteError(
                 f"{what}: the last good checkpoint is that of step {last}; go on from there with a "
                 "lower --config.optimizer.learning_rate, --config.optimizer.max_gradient_norm=1, "
                 f"or more than {allowed} in --config.max_skipped_steps"
@@ -522,6 +535,7 @@ def _validate(
     name = f"epoch {epoch} of {config.num_epochs}" if step else "untrained"
     described = evaluate.describe(loss, run.vocabulary, run.splits["validation"])
     show(f"\n=== {name}: validation loss {described}\n{text}\n")
+    run.on_validation(epoch, loss)
 
 
 def _save(run: _Run, state: TrainState, iterator: grain.DatasetIterator, step: int) -> None:

@@ -118,7 +118,17 @@ def make_train_step(
     config: ConfigDict,
     mesh: Mesh,
 ) -> TrainStep:
-    """The jitted training step. It donates the state that it is given.
+    """`make_step`, jitted. It donates the state that it is given."""
+    return jax.jit(make_step(model, optimizer, config, mesh), donate_argnums=0)
+
+
+def make_step(
+    model: model_lib.LanguageModel,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+    mesh: Mesh | None,
+) -> TrainStep:
+    """The training step as a pure function.
 
     Every device of the mesh computes the gradient for its part of the batch, a microbatch after the
     other; the mean over all is the gradient for the whole batch. A step whose loss or gradient is
@@ -127,8 +137,9 @@ def make_train_step(
     Args:
       model: the model.
       optimizer: from `optimizer.make`.
-      config: read are `regularization`, `optimizer.microbatches` and `optimizer.average_decay`.
-      mesh: from `parallel.make_mesh`.
+      config: read are `regularization`, `optimizer.microbatches` and `optimizer.average_decay`. All
+        but the microbatches may be arrays.
+      mesh: from `parallel.make_mesh`; None where the step is part of a program for one device.
     """
     rates, decay = config.regularization, config.optimizer.average_decay
 
@@ -172,15 +183,17 @@ def make_train_step(
             sums, carry = jax.lax.scan(add, zeros, parts)
             means = jax.tree.map(lambda x: x / number, sums)
             carry = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry)
-        return jax.lax.pmean(means, parallel.DATA), carry
+        return means if mesh is None else jax.lax.pmean(means, parallel.DATA), carry
 
     everywhere, divided = parallel.EVERYWHERE, parallel.DIVIDED
-    gradients_of_all = parallel.divide(
-        gradients,
-        mesh,
-        in_specs=(everywhere, everywhere, divided, divided, divided),
-        out_specs=(everywhere, divided),
-    )
+    gradients_of_all = gradients
+    if mesh is not None:
+        gradients_of_all = parallel.divide(
+            gradients,
+            mesh,
+            in_specs=(everywhere, everywhere, divided, divided, divided),
+            out_specs=(everywhere, divided),
+        )
 
     def train_step(state: TrainState, batch: batches.Batch) -> TrainState:
         carry = jax.tree.map(lambda x: jnp.where(batch.starts, 0, x), state.carry)
@@ -219,4 +232,4 @@ def make_train_step(
             first_skipped=first_skipped,
         )
 
-    return jax.jit(train_step, donate_argnums=0)
+    return train_step
