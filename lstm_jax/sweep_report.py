@@ -43,12 +43,9 @@ svg { width: 100%; height: auto; display: block; }
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 0.2rem 0.7rem 0.2rem 0; border-bottom: 1px solid #ddd;
   vertical-align: top; white-space: nowrap; }
-td.reason { white-space: normal; min-width: 14rem; }
+td.reason { white-space: normal; min-width: 26rem; }
 tr.best { background: #e8f3fa; }
 pre { background: #f4f4f4; padding: 0.7rem; overflow-x: auto; font-size: 0.85rem; }
-@media (prefers-color-scheme: dark) {
-  body { background: #fff; }
-}
 """
 
 
@@ -196,11 +193,11 @@ def _page(record: Study, directory: Path) -> str:
         parts.append(f"<h2>Spread over {len(complete)} seeds</h2><ul>{lines}</ul>")
     ended = [t for t in trials if t.value is not None and math.isfinite(t.value)]
     if ended:
-        parts.append(f"<h2>History</h2>{_draw(lambda axes: _history(axes, ended), 8, 3.2)}")
+        parts.append(f"<h2>History</h2>{_draw(lambda axes: _history(axes, ended), 6.5, 3.2)}")
     names = sorted({name for trial in ended for name in trial.params})
     varied = [n for n in names if len({str(t.params[n]) for t in ended if n in t.params}) > 1]
     if importance := _importance(record, complete):
-        picture = _draw(lambda axes: _bars(axes, importance), 8, 0.7 + 0.35 * len(importance))
+        picture = _draw(lambda axes: _bars(axes, importance), 6.5, 0.7 + 0.35 * len(importance))
         parts.append(
             "<h2>Importance</h2><p>How far the best tenth of the complete trials is told from all "
             f"of them by each setting (PED-ANOVA, Watanabe et al. 2023).</p>{picture}"
@@ -211,10 +208,11 @@ def _page(record: Study, directory: Path) -> str:
         )
         parts.append(f"<h2>Loss against each</h2><div class=pictures>{pictures}</div>")
     if len(varied) > 1:
-        picture = _draw(lambda axes: _parallel(axes, ended, varied), 8, 4.2)
+        width = 1.2 * (len(varied) + 1)
+        picture = _draw(lambda axes: _parallel(axes, ended, varied), width, 4.2)
         parts.append(
             "<h2>Parallel coordinates</h2><p>A line is a trial: the darker, the lower its loss."
-            f"</p><div class=wide><div style='min-width: {5.5 * (len(varied) + 1)}rem'>{picture}"
+            f"</p><div class=wide><div style='min-width: {width:.1f}in'>{picture}"
             "</div></div>"
         )
     parts.append(f"<h2>Trials</h2><div class=wide>{_table(trials, best, directory)}</div>")
