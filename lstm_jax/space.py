@@ -59,12 +59,11 @@ class Space(NamedTuple):
         except UserError as error:
             raise UserError(f"{self.name}: {error}") from None
 
-    def check(self, experiment: ConfigDict) -> None:
-        """Tries some draws, and raises `UserError` for the first that makes no config."""
+    def check(self, experiment: ConfigDict) -> list[ConfigDict]:
+        """The configs of some draws; raises `UserError` for the first that makes none."""
         sampler = optuna.samplers.RandomSampler(seed=0)
         study = optuna.create_study(sampler=sampler)
-        for _ in range(_PROBES):
-            self.apply(experiment, self.overrides(study.ask()))
+        return [self.apply(experiment, self.overrides(study.ask())) for _ in range(_PROBES)]
 
     def grid(self) -> dict[str, list[Any]]:
         """The values of each parameter.

@@ -22,6 +22,7 @@ import optuna
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 from optuna.trial import TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from lstm_jax import (
     checkpoints,
@@ -234,7 +235,10 @@ def _main() -> int:
             values.seeds,
             "grid",
         )
-        members, what = values.population or min(values.seeds, population.LARGEST), "seeds"
+        members, what = (
+            values.population or min(values.seeds, population.LARGEST),
+            f"seeds{values.seeds}",
+        )
     else:
         searched, trials, sampler = space.load(Path(values.space)), values.trials, values.sampler
         members, what = values.population or 1, Path(values.space).stem
@@ -243,7 +247,9 @@ def _main() -> int:
         raise UserError("the members of a population are trained to their end: leave out --pruner")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     use_all_cores()
-    searched.check(experiment)
+    drawn = searched.check(experiment)
+    if members > 1:
+        population.check(drawn)
     grid = searched.grid() if sampler == "grid" else None
     if grid is not None:
         trials = min(trials, math.prod(map(len, grid.values())))
@@ -271,8 +277,12 @@ def _main() -> int:
             study.Worker(record, directory, trials) as worker,
         ):
             exit_code = work(sweep, worker, table)
-    finally:
         sweep_report.write(record, directory, experiment)
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise UserError(
+            f"the study can't be read or written any more ({one_line(error)[:200]}): once it can, "
+            "the same command goes on"
+        ) from None
     print(sweep_report.summary(record, directory))
     return exit_code
 

@@ -1,5 +1,6 @@
 """What comes out of a sweep: trials.jsonl, best.py, and a page with pictures in one HTML file."""
 
+import fcntl
 import functools
 import html
 import io
@@ -53,8 +54,15 @@ def write(record: Study, directory: Path, experiment: ConfigDict) -> None:
     """Writes all that a sweep leaves behind, as far as it is."""
     write_trials(record, directory)
     if best := best_trial(record):
-        files.write(directory / BEST, _best_file(best, experiment, directory).encode())
-    files.write(directory / PAGE, _page(record, directory).encode())
+        _write(directory / BEST, _best_file(best, experiment, directory))
+    _write(directory / PAGE, _page(record, directory))
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file whole, one worker after the other."""
+    with (path.parent / study.WORKERS / path.name).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        files.write(path, text.encode())
 
 
 def write_trials(record: Study, directory: Path) -> None:
@@ -76,7 +84,7 @@ def write_trials(record: Study, directory: Path) -> None:
             }
         )
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    files.write(directory / TRIALS, text.encode())
+    _write(directory / TRIALS, text)
 
 
 def shown(record: Study) -> list[FrozenTrial]:

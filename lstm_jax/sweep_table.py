@@ -78,7 +78,7 @@ class Table:
         trials = self._study.get_trials(deepcopy=False)
         table = RichTable(box=None, pad_edge=False)
         for name in ("trial", "state", "epochs", "loss", "settings"):
-            table.add_column(name)
+            table.add_column(name, no_wrap=True, overflow="ellipsis")
         shown = [t for t in trials if t.state == TrialState.RUNNING]
         ended = [t for t in trials if t.state.is_finished() and state(t)]
         for trial in sorted([*shown, *ended[-(_ROWS - len(shown)) :]], key=lambda t: t.number):
