@@ -16,7 +16,7 @@ import optuna
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from ml_collections import ConfigDict
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
@@ -33,8 +33,10 @@ PAGE = "report.html"
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#999999"
 
+_CARETS = "<p>Carets stand for trials with losses above the picture.</p>"
+
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; margin: 0 auto; max-width: 60rem;
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; margin: 0 auto; max-width: 68rem;
   padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
 svg { width: 100%; height: auto; display: block; }
@@ -201,7 +203,9 @@ def _page(record: Study, directory: Path) -> str:
         parts.append(f"<h2>Spread over {len(complete)} seeds</h2><ul>{lines}</ul>")
     ended = [t for t in trials if t.value is not None and math.isfinite(t.value)]
     if ended:
-        parts.append(f"<h2>History</h2>{_draw(lambda axes: _history(axes, ended), 6.5, 3.2)}")
+        parts.append(
+            f"<h2>History</h2>{_CARETS}{_draw(lambda axes: _history(axes, ended), 6.5, 3.2)}"
+        )
     names = sorted({name for trial in ended for name in trial.params})
     varied = [n for n in names if len({str(t.params[n]) for t in ended if n in t.params}) > 1]
     if importance := _importance(record, complete):
@@ -216,7 +220,7 @@ def _page(record: Study, directory: Path) -> str:
         )
         parts.append(f"<h2>Loss against each</h2><div class=pictures>{pictures}</div>")
     if len(varied) > 1:
-        width = 1.2 * (len(varied) + 1)
+        width = 1.0 * (len(varied) + 1)
         picture = _draw(lambda axes: _parallel(axes, ended, varied), width, 4.2)
         parts.append(
             "<h2>Parallel coordinates</h2><p>A line is a trial: the darker, the lower its loss."
@@ -291,15 +295,14 @@ def _draw(plot: Callable[[Axes], None], width: float, height: float) -> str:
 def _history(axes: Axes, trials: Sequence[FrozenTrial]) -> None:
     """Losses in the order of the trials, and the best so far."""
     for name, colour in (("complete", _BLUE), ("pruned", _GREY), ("diverged", _GREY)):
-        points = [(t.number, _loss(t)) for t in trials if state(t) == name]
-        if points:
-            axes.plot(*zip(*points, strict=True), "o", markersize=4, color=colour, label=name)
+        part = [t for t in trials if state(t) == name]
+        if part:
+            _plot(axes, part, [t.number for t in part], _top(trials), color=colour, label=name)
     complete = sorted((t for t in trials if state(t) == "complete"), key=lambda t: t.number)
     if complete:
         best = np.minimum.accumulate([_loss(t) for t in complete])
         numbers = [t.number for t in complete]
         axes.step(numbers, best, where="post", color=_ORANGE, label="best so far")
-    _limit(axes, trials)
     axes.set_xlabel("trial")
     axes.set_ylabel("validation loss")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -307,13 +310,23 @@ def _history(axes: Axes, trials: Sequence[FrozenTrial]) -> None:
     axes.grid(alpha=0.3)
 
 
-def _limit(axes: Axes, trials: Sequence[FrozenTrial]) -> None:
-    """Leaves out of the picture what would press the rest against its lower edge."""
-    losses = sorted(_loss(t) for t in trials)
+def _top(trials: Sequence[FrozenTrial]) -> float:
+    """The greatest loss that pictures show; the others would press the rest against an edge."""
+    complete = sorted(_loss(t) for t in trials if t.state == TrialState.COMPLETE)
+    losses = complete or sorted(_loss(t) for t in trials)
     low, middle, high = losses[0], losses[len(losses) // 2], losses[-1]
-    top = min(high, low + 4 * max(middle - low, 1e-3))
-    margin = 0.05 * (top - low) or 1e-3
-    axes.set_ylim(low - margin, top + margin)
+    return min(high, low + 4 * max(middle - low, 1e-3)) + 0.1 * (middle - low) + 1e-4
+
+
+def _plot(
+    axes: Axes, trials: Sequence[FrozenTrial], values: Sequence[float], top: float, **style: Any
+) -> None:
+    """A dot for each loss; a caret at the upper edge where it is beyond that."""
+    points = [(value, _loss(t)) for t, value in zip(trials, values, strict=True)]
+    inside = [(value, loss) for value, loss in points if loss <= top]
+    beyond = [value for value, loss in points if loss > top]
+    axes.plot(*zip(*inside, strict=True) if inside else ([], []), "o", markersize=4, **style)
+    axes.plot(beyond, [top] * len(beyond), "^", markersize=4, color=style["color"])
 
 
 def _bars(axes: Axes, importance: dict[str, float]) -> None:
@@ -333,10 +346,14 @@ def _scatter(axes: Axes, trials: Sequence[FrozenTrial], name: str) -> None:
             values = [labels.index(str(value)) for value in values]
             axes.set_xticks(range(len(labels)), labels)
             axes.set_xlim(-0.5, len(labels) - 0.5)
-        axes.plot(values, [_loss(t) for t in part], "o", markersize=4, color=colour)
+        _plot(axes, part, values, _top(trials), color=colour)
     if getattr(own[0].distributions[name], "log", False):
         axes.set_xscale("log")
-    _limit(axes, own)
+        values = [trial.params[name] for trial in own]
+        decades = math.log10(max(values) / min(values))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1,) if decades > 1.5 else (1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(name)
     axes.set_ylabel("validation loss")
     axes.grid(alpha=0.3)
@@ -368,8 +385,7 @@ def _parallel(axes: Axes, trials: Sequence[FrozenTrial], names: Sequence[str]) -
             marks = {end: short(math.exp(end) if log else end) for end in ends}
         columns.append(_column(axes, place, numbers, marks))
     ranked = sorted(trials, key=_loss, reverse=True)
-    shown_losses = [t for t in ranked if _loss(t) <= _loss(ranked[len(ranked) // 4])]
-    losses = {t.number: _loss(t) for t in shown_losses}
+    losses = {t.number: _loss(t) for t in ranked if _loss(t) <= _top(trials)}
     marks = {end: f"{end:.3f}" for end in (min(losses.values()), max(losses.values()))}
     columns.append(_column(axes, len(names), losses, marks))
     for rank, trial in enumerate(ranked):

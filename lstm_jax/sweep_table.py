@@ -77,8 +77,9 @@ class Table:
     def _draw(self) -> Group:
         trials = self._study.get_trials(deepcopy=False)
         table = RichTable(box=None, pad_edge=False)
-        for name in ("trial", "state", "epochs", "loss", "settings"):
-            table.add_column(name, no_wrap=True, overflow="ellipsis")
+        for name, width in (("trial", 5), ("state", 8), ("epochs", 6), ("loss", 6)):
+            table.add_column(name, no_wrap=True, min_width=width)
+        table.add_column("settings", no_wrap=True, overflow="ellipsis")
         shown = [t for t in trials if t.state == TrialState.RUNNING]
         ended = [t for t in trials if t.state.is_finished() and state(t)]
         for trial in sorted([*shown, *ended[-(_ROWS - len(shown)) :]], key=lambda t: t.number):
