@@ -79,14 +79,15 @@ class Table:
         table = RichTable(box=None, pad_edge=False)
         for name, width in (("trial", 5), ("state", 8), ("epochs", 6), ("loss", 6)):
             table.add_column(name, no_wrap=True, min_width=width)
-        table.add_column("settings", no_wrap=True, overflow="ellipsis")
+        table.add_column("settings")
         shown = [t for t in trials if t.state == TrialState.RUNNING]
         ended = [t for t in trials if t.state.is_finished() and state(t)]
         for trial in sorted([*shown, *ended[-(_ROWS - len(shown)) :]], key=lambda t: t.number):
             losses = trial.intermediate_values
             loss = f"{min(losses.values()):.4f}" if losses else ""
             epochs = str(max(losses)) if losses else "0"
-            table.add_row(str(trial.number), state(trial), epochs, loss, settings(trial))
+            what = Text(settings(trial), no_wrap=True, overflow="ellipsis")
+            table.add_row(str(trial.number), state(trial), epochs, loss, what)
         return Group(Text(progress(trials, self._trials)), table)
 
 
