@@ -74,6 +74,8 @@ def default() -> ConfigDict:
     config.model.layer_norm = False
     # The dense layer's kernel is the embedding, and the last layer has `embedding_size` units.
     config.model.tie_embeddings = False
+    # What fresh kernels and embeddings are multiplied by.
+    config.model.initial_scale = 1.0
     # How the layers run over time: "scan" (the readable reference), "fused" (the same with a
     # backward pass of its own), "cudnn" (GPU, float32) or "auto" (the fastest). It can be changed
     # at any time.
@@ -181,6 +183,7 @@ def check(config: ConfigDict) -> None:
         ),
         (model.dtype in ("float32", "bfloat16"), "model.dtype", "'float32' or 'bfloat16'"),
         (model.rematerialize >= 0, "model.rematerialize", "0 or more"),
+        (0 < model.initial_scale < math.inf, "model.initial_scale", "above 0 and finite"),
         (0 < optimizer.learning_rate < math.inf, "optimizer.learning_rate", "above 0 and finite"),
         (0 <= optimizer.warmup_steps < 2**31, "optimizer.warmup_steps", "0 or more, below 2**31"),
         (

@@ -9,6 +9,10 @@ class UserError(Exception):
     """
 
 
+class NotFiniteError(UserError):
+    """Training came to numbers that are no longer finite."""
+
+
 def one_line(error: Exception) -> str:
     """The type and the message of an exception, its line breaks made spaces."""
     return " ".join(f"{type(error).__name__}: {error}".split())

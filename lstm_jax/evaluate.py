@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ _TEMPERATURES = np.linspace(0.7, 1.5, 81)
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _read(
+def read_chunk(
     model: model_lib.LanguageModel,
     params: model_lib.Params,
     inputs: jax.Array,
@@ -59,35 +60,46 @@ def mean_losses(
     temperatures: np.ndarray,
 ) -> np.ndarray:
     """`mean_loss` with the logits divided by each of the temperatures, from one reading."""
-    targets = len(ids) - 1
-    if len(ids) <= LONGEST_IN_ONE:
-        streams, chunk, warm_up = 1, _CHUNK, 0
-    else:
-        streams, chunk, warm_up = _STREAMS, _STREAMS_CHUNK, _WARM_UP
-    # Stream s predicts the targets from bounds[s] to bounds[s + 1].
-    bounds = targets * np.arange(streams + 1) // streams
-    carry = model.initial_carry(streams)
+    carry = model.initial_carry(streams(ids))
     total = np.zeros(len(temperatures))
-    # All but the first, which has nothing before it, begin so much earlier than their own targets.
-    begins = np.maximum(bounds[:-1] - warm_up, 0)
-    for start in range(0, int((bounds[1:] - begins).max()), chunk):
-        # The last chunks are filled up, uncounted, so that one compiled function serves all.
-        windows = np.zeros((streams, chunk + 1), np.int32)
-        for window, begin, end in zip(windows, begins + start, bounds[1:], strict=True):
-            read = ids[begin : max(begin, min(begin + chunk, end) + 1)]
-            window[: len(read)] = read
-        places = begins[:, None] + start + np.arange(chunk)
-        losses, carry = _read(
+    for inputs, targets, counted in chunks(ids):
+        losses, carry = read_chunk(
             model,
             params,
-            windows[:, :-1],
-            windows[:, 1:],
-            (places >= bounds[:-1, None]) & (places < bounds[1:, None]),
+            inputs,
+            targets,
+            counted,
             carry,
             jnp.asarray(temperatures, jnp.float32),
         )
         total += np.asarray(losses, np.float64)
-    return total / targets
+    return total / (len(ids) - 1)
+
+
+def streams(ids: texts.Ids) -> int:
+    """How many parts of a text are read side by side: one unless it is very long."""
+    return 1 if len(ids) <= LONGEST_IN_ONE else _STREAMS
+
+
+def chunks(ids: texts.Ids) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Inputs, targets and which of them count, [streams, time] each, through a text.
+
+    The last chunks are filled up, uncounted, so that one compiled function serves all.
+    """
+    number = streams(ids)
+    chunk, warm_up = (_CHUNK, 0) if number == 1 else (_STREAMS_CHUNK, _WARM_UP)
+    # Stream s predicts the targets from bounds[s] to bounds[s + 1].
+    bounds = (len(ids) - 1) * np.arange(number + 1) // number
+    # All but the first, which has nothing before it, begin so much earlier than their own targets.
+    begins = np.maximum(bounds[:-1] - warm_up, 0)
+    for start in range(0, int((bounds[1:] - begins).max()), chunk):
+        windows = np.zeros((number, chunk + 1), np.int32)
+        for window, begin, end in zip(windows, begins + start, bounds[1:], strict=True):
+            read = ids[begin : max(begin, min(begin + chunk, end) + 1)]
+            window[: len(read)] = read
+        places = begins[:, None] + start + np.arange(chunk)
+        counted = (places >= bounds[:-1, None]) & (places < bounds[1:, None])
+        yield windows[:, :-1], windows[:, 1:], counted
 
 
 def mean_loss(model: model_lib.LanguageModel, params: model_lib.Params, ids: texts.Ids) -> float:

@@ -76,6 +76,7 @@ class LanguageModel(nn.Module):
       mogrifier_rounds: of the cell "mogrifier".
       tie_embeddings: whether the dense layer's kernel is the embedding table, transposed (Press &
         Wolf 2017; Inan et al. 2017). The last layer then has `embedding_size` units.
+      initial_scale: what fresh kernels and embeddings are multiplied by.
     """
 
     vocabulary_size: int
@@ -89,6 +90,7 @@ class LanguageModel(nn.Module):
     layer_norm: bool = False
     mogrifier_rounds: int = 5
     tie_embeddings: bool = False
+    initial_scale: float = 1.0
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -224,7 +226,10 @@ def init(model: LanguageModel, key: jax.Array) -> Params:
     # The orthogonal kernels come from LAPACK, whose threads wait for each other by spinning: with
     # another process on the cores, 0.2 s become 15.
     with threadpoolctl.threadpool_limits(1, user_api="blas"):
-        return jax.block_until_ready(jax.jit(model.init)(key, ids, carry)["params"])
+        params = jax.block_until_ready(jax.jit(model.init)(key, ids, carry)["params"])
+    if model.initial_scale == 1:
+        return params
+    return jax.tree.map(lambda x: x * model.initial_scale if x.ndim > 1 else x, params)
 
 
 def apply(

@@ -48,8 +48,14 @@ def _cores_to_use(config: ConfigDict) -> int:
     batch_size = config.batches.batch_size
     if not _SMALLEST_HIDDEN <= config.model.hidden_size <= _LARGEST_HIDDEN:
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return _largest_divisor(batch_size, min(cores or 1, max(batch_size // _SMALLEST_PART, 1)))
+    return _largest_divisor(batch_size, min(cores(), max(batch_size // _SMALLEST_PART, 1)))
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _largest_divisor(number: int, limit: int) -> int:

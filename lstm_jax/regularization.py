@@ -15,7 +15,12 @@ from lstm_jax import model as model_lib
 
 def is_random(rates: ConfigDict) -> bool:
     """Whether any of the fields draws masks."""
-    return any(value for name, value in rates.items() if name.endswith("_dropout"))
+    return any(is_on(value) for name, value in rates.items() if name.endswith("_dropout"))
+
+
+def is_on(rate: float | jax.Array) -> bool:
+    """Whether a rate does anything; one that the compiled program reads as an array always may."""
+    return isinstance(rate, jax.Array) or bool(rate)
 
 
 def draw_masks(
@@ -33,7 +38,7 @@ def draw_masks(
     by_place = [rates.input_dropout, *between, rates.output_dropout]
     keys = jax.random.split(key, len(by_place))
     return [
-        _mask(key, rate, (batch_size, size)) if rate else None
+        _mask(key, rate, (batch_size, size)) if is_on(rate) else None
         for key, rate, size in zip(keys, by_place, model.sizes, strict=True)
     ]
 
@@ -48,11 +53,11 @@ def drop_parameters(
     (DropConnect, Wan et al. 2013).
     """
     dropped = dict(params)
-    if rates.embedding_dropout:
+    if is_on(rates.embedding_dropout):
         table = params["embedding"]["embedding"]
         mask = _mask(jax.random.fold_in(key, 0), rates.embedding_dropout, (len(table), 1))
         dropped["embedding"] = {"embedding": table * mask}
-    if rates.recurrent_dropout:
+    if is_on(rates.recurrent_dropout):
         layers = [name for name in params if "recurrent_kernel" in params[name]]
         for number, name in enumerate(sorted(layers), start=1):
             kernel = params[name]["recurrent_kernel"]
@@ -74,14 +79,14 @@ def penalty(rates: ConfigDict, outputs: jax.Array, dropped: jax.Array) -> Any:
       times the mean square of the difference between one step's outputs and the next's.
     """
     added: Any = 0.0
-    if rates.activation_penalty:
+    if is_on(rates.activation_penalty):
         added += rates.activation_penalty * jnp.mean(dropped**2)
-    if rates.temporal_activation_penalty and outputs.shape[1] > 1:
+    if is_on(rates.temporal_activation_penalty) and outputs.shape[1] > 1:
         differences = outputs[:, 1:] - outputs[:, :-1]
         added += rates.temporal_activation_penalty * jnp.mean(differences**2)
     return added
 
 
-def _mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
+def _mask(key: jax.Array, rate: float | jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Zero with a chance of `rate`, else 1 / (1 - rate)."""
     return jax.random.bernoulli(key, 1 - rate, shape) / (1 - rate)

@@ -36,7 +36,7 @@ from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.controls import Controls
-from lstm_jax.errors import UserError
+from lstm_jax.errors import NotFiniteError, UserError
 from lstm_jax.profiler import Profiler
 from lstm_jax.progress import Progress
 from lstm_jax.train_step import TrainState, TrainStep, init_state, make_train_step
@@ -581,7 +581,7 @@ def _check_finite(run: _Run, state: TrainState) -> TrainState:
         what = f"the loss or a gradient of step {first} is not finite (its batch is in {path})"
         if skipped > allowed:
             last = checkpoints_lib.steps(run.directory / workdir.CHECKPOINTS)[-1]
-            raise UserError(
+            raise NotFiniteError(
                 f"{what}: the last good checkpoint is that of step {last}; go on from there with a "
                 "lower --config.optimizer.learning_rate, --config.optimizer.max_gradient_norm=1, "
                 f"or more than {allowed} in --config.max_skipped_steps"

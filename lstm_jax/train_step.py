@@ -124,10 +124,34 @@ def make_train_step(
     config: ConfigDict,
     mesh: Mesh,
 ) -> TrainStep:
-    """The jitted training step. It donates the state that it is given.
+    """`make_step`, jitted, for batches as the training loop has them. It donates the state.
 
     Where the arrays of a batch have a first axis more, they are those of several steps, which are
     run one after the other.
+    """
+    train_step = make_step(model, optimizer, config, mesh)
+
+    def train_steps(state: TrainState, batch: batches.Batch | feeding.Resident) -> TrainState:
+        def one(state: TrainState, step: Any) -> tuple[TrainState, None]:
+            if isinstance(batch, feeding.Resident):
+                step = feeding.cut(batch.ids, step, config.batches.window_length)
+            return train_step(state, step), None
+
+        steps = batch.places if isinstance(batch, feeding.Resident) else batch
+        if steps.starts.ndim:
+            return jax.lax.scan(one, state, steps)[0]
+        return one(state, steps)[0]
+
+    return jax.jit(train_steps, donate_argnums=0)
+
+
+def make_step(
+    model: model_lib.LanguageModel,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+    mesh: Mesh | None,
+) -> Callable[[TrainState, batches.Batch], TrainState]:
+    """The training step as a pure function of a state and a `batches.Batch`.
 
     Every device of the mesh puts the parameters together and computes the gradient for its part of
     the batch, a microbatch after the other; the mean over all is the gradient for the whole batch,
@@ -137,8 +161,9 @@ def make_train_step(
     Args:
       model: the model.
       optimizer: from `optimizer.make`.
-      config: read are `regularization`, `optimizer.microbatches` and `optimizer.average_decay`.
-      mesh: from `parallel.make_mesh`.
+      config: read are `regularization`, `optimizer.microbatches` and `optimizer.average_decay`. All
+        but the microbatches may be arrays.
+      mesh: from `parallel.make_mesh`; None where the step is part of a program for one device.
     """
     rates, decay = config.regularization, config.optimizer.average_decay
 
@@ -160,11 +185,8 @@ def make_train_step(
         loss = losses.mean()
         return loss + regularization.penalty(rates, outputs, dropped), (loss, carry)
 
-    def gradients(
-        specs: Any, params: model_lib.Params, key: jax.Array | None, *divided: Any
-    ) -> Any:
+    def gradients(params: model_lib.Params, key: jax.Array | None, *divided: Any) -> Any:
         """Gradient, loss and carry for one device's part, [batch / devices, ...]."""
-        params = parallel.gather(params, specs)
 
         def one(batch: Any, carry: model_lib.Carry, masks: Any) -> Any:
             differentiate = jax.value_and_grad(objective, has_aux=True)
@@ -185,6 +207,13 @@ def make_train_step(
             sums, carry = jax.lax.scan(add, zeros, parts)
             means = jax.tree.map(lambda x: x / number, sums)
             carry = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry)
+        return means, carry
+
+    def gradients_of_all(
+        specs: Any, params: model_lib.Params, key: jax.Array | None, *divided: Any
+    ) -> Any:
+        """The mean of gradients and losses over all devices, as they are stored; the carry."""
+        means, carry = gradients(parallel.gather(params, specs), key, *divided)
         return parallel.mean(means, (specs, parallel.EVERYWHERE)), carry
 
     def train_step(state: TrainState, batch: batches.Batch) -> TrainState:
@@ -194,14 +223,17 @@ def make_train_step(
             key, mask_key, parameter_key = jax.random.split(state.key, 3)
             masks = regularization.draw_masks(rates, model, mask_key, len(batch.inputs))
         read = batch.inputs, batch.targets
-        specs = jax.tree.map(lambda array: parallel.stored(array, mesh), state.params)
-        everywhere, divided = parallel.EVERYWHERE, parallel.DIVIDED
-        (gradient, loss), carry = parallel.divide(
-            functools.partial(gradients, specs),
-            mesh,
-            in_specs=(specs, everywhere, divided, divided, divided),
-            out_specs=((specs, everywhere), divided),
-        )(state.params, parameter_key, read, carry, masks)
+        compute = gradients
+        if mesh is not None:
+            specs = jax.tree.map(lambda array: parallel.stored(array, mesh), state.params)
+            everywhere, divided = parallel.EVERYWHERE, parallel.DIVIDED
+            compute = parallel.divide(
+                functools.partial(gradients_of_all, specs),
+                mesh,
+                in_specs=(specs, everywhere, divided, divided, divided),
+                out_specs=((specs, everywhere), divided),
+            )
+        (gradient, loss), carry = compute(state.params, parameter_key, read, carry, masks)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
@@ -231,15 +263,4 @@ def make_train_step(
             first_skipped=first_skipped,
         )
 
-    def train_steps(state: TrainState, batch: batches.Batch | feeding.Resident) -> TrainState:
-        def one(state: TrainState, step: Any) -> tuple[TrainState, None]:
-            if isinstance(batch, feeding.Resident):
-                step = feeding.cut(batch.ids, step, config.batches.window_length)
-            return train_step(state, step), None
-
-        steps = batch.places if isinstance(batch, feeding.Resident) else batch
-        if steps.starts.ndim:
-            return jax.lax.scan(one, state, steps)[0]
-        return one(state, steps)[0]
-
-    return jax.jit(train_steps, donate_argnums=0)
+    return train_step

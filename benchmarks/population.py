@@ -1,0 +1,124 @@
+"""Times a population against its members alone, compilation included.
+
+    python benchmarks/population.py
+    python benchmarks/population.py --members 8 --steps 200 --hidden_sizes 64,128
+
+Both compute so many training steps of quick.py's kind on random text; one after the other, in turn.
+Every round compiles anew, and a run alone is done as `lstm_jax.main` does it, its batch divided
+over the cores where that is faster.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from lstm_jax import batches, config, model, optimizer, parallel, population, train, train_step
+
+VOCABULARY_SIZE = 67
+
+
+def main() -> None:
+    """Measures and prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--members", type=int, default=8, help="[default: 8]")
+    parser.add_argument("--steps", type=int, default=200, help="[default: 200]")
+    parser.add_argument("--rounds", type=int, default=3, help="[default: 3]")
+    parser.add_argument("--hidden_sizes", default="64,128", help="[default: 64,128]")
+    options = parser.parse_args()
+    # Every compilation is to be paid for.
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_num_cpu_devices", parallel.cores())
+    train.keep_freed_memory()
+    device = jax.devices()[0].device_kind
+    print(
+        f"{device}, {len(jax.devices())} devices, {options.members} members, {options.steps} steps"
+    )
+    print("\n| units | one run alone, s | a member of the population, s | ratio |")
+    print("| ---: | ---: | ---: | ---: |")
+    for hidden_size in map(int, options.hidden_sizes.split(",")):
+        alone, member = [], []
+        for _ in range(options.rounds):
+            alone.append(_time(_alone, hidden_size, options.steps))
+            seconds = _time(_together, hidden_size, options.steps, options.members)
+            member.append(seconds / options.members)
+        ratio = statistics.median(m / a for m, a in zip(member, alone, strict=True))
+        print(
+            f"| {hidden_size} | {statistics.median(alone):.2f} | {statistics.median(member):.2f} "
+            f"| {ratio:.2f} |",
+            flush=True,
+        )
+
+
+def _time(run: Callable[..., None], *sizes: int) -> float:
+    jax.clear_caches()
+    start = time.perf_counter()
+    run(*sizes)
+    return time.perf_counter() - start
+
+
+def _settings(hidden_size: int, seed: int = 0) -> ConfigDict:
+    settings = config.default()
+    settings.seed = seed
+    settings.batches.batch_size = 32
+    settings.batches.window_length = 96
+    settings.model.embedding_size = 64
+    settings.model.hidden_size = hidden_size
+    settings.optimizer.learning_rate = 4e-3 / (1 + seed)
+    settings.optimizer.schedule = "cosine"
+    settings.optimizer.max_gradient_norm = 1.0
+    return settings
+
+
+def _state(settings: ConfigDict, steps: int) -> train_step.TrainState:
+    return train_step.init_state(
+        model.from_config(settings.model, VOCABULARY_SIZE),
+        optimizer.make(settings.optimizer, steps),
+        jax.random.key(settings.seed),
+        settings.batches.batch_size,
+    )
+
+
+def _batch(settings: ConfigDict, *members: int) -> batches.Batch:
+    """Random ids, [*members, batch, time]."""
+    shape = (*members, settings.batches.batch_size, settings.batches.window_length + 1)
+    ids = np.random.default_rng(0).integers(VOCABULARY_SIZE, size=shape, dtype=np.int32)
+    starts: Any = np.zeros(members, np.bool_)[()]
+    return batches.Batch(ids[..., :-1], ids[..., 1:], starts)
+
+
+def _alone(hidden_size: int, steps: int) -> None:
+    settings = _settings(hidden_size)
+    mesh = parallel.make_mesh(settings)
+    step = train_step.make_train_step(
+        model.from_config(settings.model, VOCABULARY_SIZE),
+        optimizer.make(settings.optimizer, steps),
+        settings,
+        mesh,
+    )
+    state = _state(settings, steps).place(mesh)
+    batch = _batch(settings)
+    for _ in range(steps):
+        state = jax.block_until_ready(step(state, batch))
+
+
+def _together(hidden_size: int, steps: int, members: int) -> None:
+    settings = [_settings(hidden_size, seed) for seed in range(members)]
+    mesh = population.make_mesh(members)
+    step = population.make_population_step(settings[0], VOCABULARY_SIZE, steps, mesh)
+    traced = population.hyperparameters(settings)
+    state = population.stack([_state(own, steps) for own in settings], mesh)
+    batch = _batch(settings[0], members)
+    for _ in range(steps):
+        state = jax.block_until_ready(step(traced, state, batch))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""What to vary of quick.py at the same training time: the same model reads as many characters."""
+# python -m lstm_jax.sweep --config experiments/quick.py --space experiments/sweeps/quick.py \
+#     --trials 40
+
+from typing import Any
+
+import optuna
+
+
+def get_overrides(trial: optuna.Trial) -> dict[str, Any]:
+    """Optimizer, dropout, and how a batch is made of 3,072 characters.
+
+    Model and epochs stay, so that a trial takes as long as quick.py. Layer normalisation, another
+    cell or another size would take longer.
+    """
+    batch_size = trial.suggest_categorical("batch_size", [16, 32, 48])
+    return {
+        "optimizer.learning_rate": trial.suggest_float("learning_rate", 1e-3, 1.6e-2, log=True),
+        "optimizer.warmup_steps": trial.suggest_int("warmup_steps", 0, 300, step=50),
+        "optimizer.schedule": trial.suggest_categorical("schedule", ["cosine", "linear"]),
+        "optimizer.weight_decay": trial.suggest_float("weight_decay", 1e-3, 1.0, log=True),
+        "optimizer.max_gradient_norm": trial.suggest_float("clip", 0.1, 4.0, log=True),
+        "regularization.embedding_dropout": trial.suggest_float("embedding_dropout", 0.0, 0.1),
+        "regularization.input_dropout": trial.suggest_float("input_dropout", 0.0, 0.2),
+        "regularization.output_dropout": trial.suggest_float("output_dropout", 0.0, 0.5),
+        "regularization.recurrent_dropout": trial.suggest_float("recurrent_dropout", 0.0, 0.3),
+        "batches.batch_size": batch_size,
+        "batches.window_length": 3072 // batch_size,
+    }

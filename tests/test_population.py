@@ -1,0 +1,101 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_tiny_config
+from ml_collections import ConfigDict
+
+from lstm_jax import metrics, population, train, workdir
+from lstm_jax import space as space_lib
+from lstm_jax.errors import UserError
+
+# Every traceable field varies; the schedule too.
+MEMBERS: list[dict[str, Any]] = [
+    {
+        "optimizer.learning_rate": 0.005,
+        "optimizer.warmup_steps": 0,
+        "optimizer.schedule": "linear",
+        "regularization.output_dropout": 0.4,
+        "optimizer.average_decay": 0.9,
+    },
+    {
+        "seed": 1,
+        "model.initial_scale": 0.5,
+        "optimizer.schedule": "step",
+        "optimizer.weight_decay": 0.3,
+        "optimizer.max_gradient_norm": 0.0,
+        "regularization.embedding_dropout": 0.1,
+        "regularization.input_dropout": 0.1,
+        "regularization.recurrent_dropout": 0.2,
+        "regularization.activation_penalty": 0.5,
+        "regularization.temporal_activation_penalty": 0.3,
+    },
+]
+
+
+def losses(directory: Path) -> dict[tuple[str, int], float]:
+    rows = metrics.read(directory / workdir.METRICS)
+    return {(row["split"], row["step"]): row["loss"] for row in rows}
+
+
+@pytest.fixture(scope="module")
+def together(
+    tmp_path_factory: pytest.TempPathFactory, text_file: Path
+) -> tuple[list[ConfigDict], list[Path], list[str], list[tuple[int, int, float]]]:
+    """Two members and one that explodes, trained at once."""
+    explodes: dict[str, Any] = {"optimizer.learning_rate": 1e30, "optimizer.max_gradient_norm": 0.0}
+    configs = [space_lib.changed(make_tiny_config(text_file), m) for m in [*MEMBERS, explodes]]
+    root = tmp_path_factory.mktemp("population")
+    directories = [root / str(i) for i in range(len(configs))]
+    told: list[tuple[int, int, float]] = []
+    reasons = population.train(configs, directories, lambda *row: told.append(row))
+    return configs, directories, reasons, told
+
+
+def test_each_member_is_its_own_run(together: tuple, tmp_path: Path) -> None:
+    configs, directories, reasons, told = together
+    assert reasons[:2] == ["", ""]
+    for i, (config, directory) in enumerate(zip(configs[:2], directories, strict=False)):
+        alone = tmp_path / str(i)
+        assert train.train(config, alone) == 0
+        expected, found = losses(alone), losses(directory)
+        assert found.keys() == expected.keys()
+        for key, loss in expected.items():
+            assert found[key] == pytest.approx(loss, abs=1e-4), (i, key)
+        assert [row[1] for row in told if row[0] == i] == [0, 1, 2]
+
+
+def test_a_member_that_diverges_is_told_and_hurts_no_other(together: tuple) -> None:
+    _, directories, reasons, told = together
+    assert "is not finite" in reasons[2]
+    assert ("test", 140) not in losses(directories[2])
+    assert [row[1] for row in told if row[0] == 2] == [0]
+
+
+def test_members_that_a_kill_left_at_different_epochs_end_the_same(
+    together: tuple, tmp_path: Path
+) -> None:
+    configs, directories, _, _ = together
+    copies = [tmp_path / str(i) for i in range(2)]
+    for directory, copy in zip(directories, copies, strict=False):
+        shutil.copytree(directory, copy)
+    shutil.rmtree(copies[1] / workdir.CHECKPOINTS / "140")
+    assert population.train(configs[:2], copies, lambda *row: None) == ["", ""]
+    for directory, copy in zip(directories, copies, strict=False):
+        expected, found = losses(directory), losses(copy)
+        assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_working_directory_of_a_member_is_read_like_any(together: tuple) -> None:
+    _, directories, _, _ = together
+    trained = workdir.load(directories[0])
+    assert trained.step in (70, 140)
+    assert json.loads((directories[0] / workdir.CONFIG).read_text())["seed"] == 0
+
+
+def test_members_that_differ_in_more_are_refused(tiny_config: ConfigDict) -> None:
+    other = space_lib.changed(tiny_config, {"model.hidden_size": 32})
+    with pytest.raises(UserError, match="can't differ in config.model.hidden_size"):
+        population.check([tiny_config, other])

@@ -1,0 +1,361 @@
+"""Sweeps as users run them: real workers, killed, on files and on a server."""
+
+import contextlib
+import json
+import os
+import random
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+from ml_collections import ConfigDict
+from optuna.trial import TrialState
+
+from lstm_jax import config as config_lib
+from lstm_jax import metrics, space, study, sweep, sweep_report, sweep_table, workdir
+from lstm_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+# How many workers are killed for each kind of study, and at which random moments.
+KILLS = int(os.environ.get("LSTM_JAX_KILLS", "2"))
+SEED = int(os.environ.get("LSTM_JAX_KILLS_SEED", "0"))
+TRIALS = 4
+
+SPACE = """
+def get_overrides(trial):
+    return {
+        "optimizer.learning_rate": trial.suggest_float("rate", 1e-3, 1e-1, log=True),
+        "optimizer.schedule": trial.suggest_categorical("schedule", ["cosine", "linear"]),
+    }
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process has compiled, the others need not."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def space_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("space") / "tiny.py"
+    path.write_text(SPACE)
+    return path
+
+
+def command(text_file: Path, directory: Path, *more: str) -> list[str]:
+    """A sweep over a tiny model of 2 epochs of 70 steps."""
+    return [
+        *(sys.executable, "-m", "lstm_jax.sweep", "--config", f"{ROOT}/experiments/quick.py"),
+        *(f"--workdir={directory}", f"--config.data.path={text_file}"),
+        *("--config.batches.batch_size=8", "--config.batches.window_length=32"),
+        *("--config.model.embedding_size=8", "--config.model.hidden_size=24"),
+        *("--config.num_epochs=2", "--config.sample.length=40", f"--trials={TRIALS}", *more),
+    ]
+
+
+def start(arguments: list[str], compiled: Path) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    return subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+    )
+
+
+def finish(arguments: list[str], compiled: Path) -> tuple[int, str, str]:
+    process = start(arguments, compiled)
+    output, errors = process.communicate(timeout=300)
+    return process.returncode, output, errors
+
+
+def rows(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "trials.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """The URL of a PostgreSQL server on loopback."""
+    found = [shutil.which("initdb"), *map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb"))]
+    binaries = next((Path(path).parent for path in found if path), None)
+    if binaries is None:
+        pytest.skip("there is no PostgreSQL server here")
+    pytest.importorskip("psycopg")
+    data = tmp_path / "postgresql"
+    user: list[str] = []
+    if os.geteuid() == 0:  # PostgreSQL refuses to run as root.
+        data.mkdir()
+        shutil.chown(data, "nobody")
+        for parent in (tmp_path, *[*tmp_path.parents][:3]):
+            parent.chmod(parent.stat().st_mode | 0o711)
+        user = ["setpriv", "--reuid=nobody", "--clear-groups", "--inh-caps=-all"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    init = [*user, str(binaries / "initdb"), "-D", str(data), "-U", "me", "-A", "trust"]
+    subprocess.run(init, check=True, capture_output=True, cwd="/")
+    process = subprocess.Popen(
+        [
+            *(*user, str(binaries / "postgres"), "-D", str(data), "-p", str(port)),
+            *("-c", "listen_addresses=127.0.0.1", "-k", str(data)),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+    )
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            break
+        time.sleep(0.1)
+    try:
+        yield f"postgresql://me@127.0.0.1:{port}/postgres"
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=30)
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "journal", "postgresql"])
+def test_killed_workers_lose_no_finished_trial_and_duplicate_none(
+    kind: str,
+    text_file: Path,
+    space_file: Path,
+    tmp_path: Path,
+    compiled: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    where: list[str] = []
+    if kind == "journal":
+        where = [f"--study=journal:{tmp_path / 'shared.journal'}"]
+    elif kind == "postgresql":
+        where = [f"--study={request.getfixturevalue('server')}"]
+    directory = tmp_path / "sweep"
+    arguments = command(text_file, directory, f"--space={space_file}", *where)
+    workers = [start(arguments, compiled) for _ in range(2)]
+    chance = random.Random(f"{SEED} {kind}")
+    before: dict[int, dict] = {}
+    for _ in range(KILLS):
+        time.sleep(chance.uniform(2, 12))
+        if (directory / "trials.jsonl").exists():
+            before |= {row["trial"]: row for row in rows(directory) if row["state"] != "running"}
+        place = chance.randrange(2)
+        workers[place].kill()
+        workers[place].communicate()
+        workers[place] = start(arguments, compiled)
+    for worker in workers:
+        _, errors = worker.communicate(timeout=300)
+        assert worker.returncode == 0, errors
+    found = {row["trial"]: row for row in rows(directory)}
+    assert len(found) == TRIALS and {r["state"] for r in found.values()} <= {"complete", "pruned"}
+    assert len({row["workdir"] for row in found.values()}) == TRIALS
+    for number, row in before.items():
+        assert found[number] == row, "what was finished stays as it was"
+    for row in found.values():
+        measured = metrics.read(Path(row["workdir"]) / workdir.METRICS)
+        steps = [(r["step"], r["split"]) for r in measured]
+        assert len(set(steps)) == len(steps), "a trial went on from its checkpoint"
+    assert (directory / "report.html").exists()
+
+
+def test_one_worker_repeats_exactly_and_best_runs_as_it_is(
+    text_file: Path, space_file: Path, tmp_path: Path, compiled: Path
+) -> None:
+    results = []
+    for name in ("one", "two"):
+        arguments = command(text_file, tmp_path / name, f"--space={space_file}")
+        code, output, errors = finish(arguments, compiled)
+        assert code == 0, errors
+        assert "Best of 4 trials" in output and len(errors.splitlines()) == TRIALS
+        results.append(
+            [(r["overrides"], r["losses_by_epoch"], r["state"]) for r in rows(tmp_path / name)]
+        )
+    assert results[0] == results[1]
+    best = min(rows(tmp_path / "one"), key=lambda row: row["validation_loss"])
+    settings = config_lib.complete(runpy.run_path(str(tmp_path / "one/best.py"))["get_config"]())
+    trained = workdir.load_config(Path(best["workdir"]))
+    trained.data.sha256 = ""
+    assert settings.to_dict() == trained.to_dict()
+    page = (tmp_path / "one" / "report.html").read_text()
+    assert "<svg" in page and "http-equiv" not in page and "src=" not in page
+
+    # The same command again finds all done; another experiment is refused.
+    code, _, errors = finish(
+        command(text_file, tmp_path / "one", f"--space={space_file}"), compiled
+    )
+    assert code == 0 and errors == ""
+    other = command(text_file, tmp_path / "one", f"--space={space_file}", "--config.num_epochs=3")
+    code, _, errors = finish(other, compiled)
+    assert code == 2 and len(errors.splitlines()) == 1
+    assert "made for another experiment (config.num_epochs was 2 and is 3)" in errors
+
+
+def test_seeds_are_a_population(text_file: Path, tmp_path: Path, compiled: Path) -> None:
+    code, output, errors = finish(command(text_file, tmp_path, "--seeds=3"), compiled)
+    assert code == 0, errors
+    assert "validation loss of 3 seeds: mean " in output and "test loss of 3 seeds: " in output
+    assert sorted(row["overrides"]["seed"] for row in rows(tmp_path)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (None, "there is no space file"),
+        ("x = 1", "has no function get_overrides"),
+        ("def f(:", "line 1: invalid syntax"),
+        ("import nothing_like_it", "line 1: ModuleNotFoundError"),
+        ("def get_overrides(trial):\n    return 3", "returned int, not a dict"),
+        ("def get_overrides(trial):\n    return 1 / 0", "line 2: ZeroDivisionError"),
+        (
+            "def get_overrides(trial):\n    return {'optimizer.learning_rat': 1e-3}",
+            "there is no field config.optimizer.learning_rat: did you mean",
+        ),
+        ("def get_overrides(trial):\n    return {'seed': 'a'}", "must be of type int"),
+        (
+            "def get_overrides(t):\n    return {'num_epochs': t.suggest_int('n', -3, 1)}",
+            "config.num_epochs is",
+        ),
+    ],
+)
+def test_a_broken_space_gets_one_line(code: str | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "space.py"
+    if code is not None:
+        path.write_text(code)
+    with pytest.raises(UserError, match=message) as caught:
+        space.load(path).check(config_lib.default())
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_grid_needs_values_and_visits_each_once(tmp_path: Path) -> None:
+    path = tmp_path / "space.py"
+    path.write_text(SPACE)
+    with pytest.raises(UserError, match="a grid needs a finite number of values of 'rate'"):
+        space.load(path).grid()
+    path.write_text(
+        "def get_overrides(t):\n"
+        "    return {'seed': t.suggest_int('s', 0, 4, step=2),\n"
+        "            'optimizer.name': t.suggest_categorical('o', ['adam', 'sgd'])}"
+    )
+    found = space.load(path)
+    assert found.grid() == {"s": [0, 2, 4], "o": ["adam", "sgd"]}
+    record = make_study(tmp_path, study.SeededSampler("grid", 0, found.grid()))
+    drawn = [found.overrides(record.ask()) for _ in range(6)]
+    assert len({tuple(overrides.values()) for overrides in drawn}) == 6
+
+
+def make_study(directory: Path, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
+    return study.open_study(
+        directory,
+        None,
+        "tiny",
+        config_lib.default(),
+        sampler,
+        study.make_pruner("hyperband", 9),
+    )
+
+
+@pytest.mark.parametrize("name", study.SAMPLERS)
+def test_samplers_follow_the_seed(name: str, tmp_path: Path) -> None:
+    drawn = []
+    for place, seed in (("a", 1), ("b", 1), ("c", 2)):
+        (tmp_path / place).mkdir()
+        grid = {"x": [i / 20 for i in range(20)], "y": [0.0, 1.0]}
+        record = make_study(tmp_path / place, study.SeededSampler(name, seed, grid))
+        points = []
+        for _ in range(14):
+            trial = record.ask()
+            points.append((trial.suggest_float("x", 0, 1), trial.suggest_float("y", 0, 1)))
+            record.tell(trial, sum(points[-1]))
+        drawn.append(points)
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        ("nonsense", "is no URL"),
+        ("postgresql://me:secret@127.0.0.1:1/db", "can't reach the database"),
+        ("sqlite:////nowhere/at/all.db", "can't reach the database"),
+        ("oracle_or_so://x", "is no database's URL"),
+        ("journal:/proc/nothing/here", "can't write the journal"),
+    ],
+)
+def test_a_study_that_cannot_be_had_gets_one_line(
+    location: str, message: str, tmp_path: Path
+) -> None:
+    if location.startswith("postgresql"):
+        pytest.importorskip("psycopg")
+    sampler = study.SeededSampler("random", 0)
+    pruner = study.make_pruner("none", 1)
+    with pytest.raises(UserError, match=message) as caught:
+        study.open_study(tmp_path, location, "x", config_lib.default(), sampler, pruner)
+    assert len(str(caught.value).splitlines()) == 1 and "secret" not in str(caught.value)
+
+
+def test_a_trial_of_a_dead_worker_is_gone_on_with_once(tmp_path: Path) -> None:
+    record = make_study(tmp_path, study.SeededSampler("random", 0))
+    with study.Worker(record, tmp_path, 2) as first:
+        trial = first.next()
+        assert trial is not None
+        value = trial.suggest_float("x", 0, 1)
+        trial.report(3.0, 1)
+    # It ended without telling; two others look for work.
+    with study.Worker(record, tmp_path, 2) as one, study.Worker(record, tmp_path, 2) as other:
+        resumed, new = one.next(), other.next()
+        assert resumed is not None and new is not None and other.next() is None
+        assert resumed.suggest_float("x", 0, 1) == value
+        (frozen,) = (t for t in study.running(record) if t.number == resumed.number)
+        assert frozen.intermediate_values == {1: 3.0}
+        assert study.trial_directory(tmp_path, frozen).name == f"{trial.number:04}"
+        one.tell(resumed, TrialState.COMPLETE, 2.0)
+        other.tell(new, TrialState.PRUNED)
+    assert [t.value for t in study.finished(record)] == [2.0, None]
+    assert [t.number for t in sweep_report.shown(record)] == [resumed.number, new.number]
+
+
+def test_a_trial_that_kills_every_worker_fails(tmp_path: Path) -> None:
+    record = make_study(tmp_path, study.SeededSampler("random", 0))
+    for _ in range(5):
+        with study.Worker(record, tmp_path, 1) as worker:
+            assert worker.next() is not None
+    with study.Worker(record, tmp_path, 1) as worker:
+        assert worker.next() is None
+    (failed,) = study.finished(record)
+    assert failed.user_attrs[study.REASON] == "5 workers in a row died of it"
+
+
+def test_diverged_trials_are_pruned_with_their_reason(
+    tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    searched = space.Space(
+        "tiny.py",
+        lambda trial: {
+            "optimizer.learning_rate": trial.suggest_categorical("rate", [1e30]),
+            "optimizer.max_gradient_norm": 0.0,
+        },
+    )
+    record = make_study(tmp_path, study.SeededSampler("random", 0))
+    with study.Worker(record, tmp_path, 1) as worker:
+        told = sweep.work(
+            sweep.Sweep(tiny_config, searched, tmp_path, 1, 1),
+            worker,
+            sweep_table.Table(record, 1),
+        )
+    assert told == 0
+    (row,) = rows(tmp_path)
+    assert row["state"] == "diverged" and "is not finite" in row["reason"]
