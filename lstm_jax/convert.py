@@ -1,7 +1,7 @@
-"""Weights in and out: `python -m lstm_jax.convert`, from and to Keras and PyTorch.
+"""Weights in and out, from and to Keras and PyTorch.
 
-    --from model.keras --vocabulary vocabulary.json --workdir runs/imported
-    --workdir runs/quick --to model.safetensors
+    python -m lstm_jax.convert --from model.keras --vocabulary vocabulary.json --workdir runs/new
+    python -m lstm_jax.convert --workdir runs/quick --to model.safetensors
 
 What a file holds, its name says: .keras, .weights.h5 (both Keras 3) or .safetensors (PyTorch).
 """
