@@ -99,7 +99,7 @@ def import_file(
     if vocabulary_file is not None:
         units, kind, stop = read_units(Path(vocabulary_file))
     else:
-        text = corpus.read_files(config.data.path)
+        text = corpus.read_files(corpus.find_files(config.data.path)[0])
         units, kind, stop = [PADDING, UNKNOWN, *sorted(set(text))], "characters", ""
     try:
         loaded = read(content)

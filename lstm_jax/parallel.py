@@ -84,8 +84,9 @@ def make_mesh(config: ConfigDict) -> Mesh:
             f"{config.model.hidden_size}"
         )
     if not data:
-        on_cpu = devices[0].platform == "cpu"
-        usable = _cores_to_use(config) * processes if on_cpu else len(devices) // model
+        usable = len(devices) // model
+        if devices[0].platform == "cpu":  # Where JAX had started before, there may be fewer.
+            usable = min(usable, _cores_to_use(config) * processes)
         shares = batch_size // (model * microbatches)
         fitting = [n for n in range(1, usable + 1) if n * model % processes == 0]
         data = max((n for n in fitting if shares % n == 0), default=max(fitting, default=1))
