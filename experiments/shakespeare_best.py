@@ -26,10 +26,10 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay = 0.01
     config.optimizer.max_gradient_norm = 1.0
 
-    config.regularization.embedding_dropout = 0.05
-    config.regularization.hidden_dropout = 0.35
-    config.regularization.output_dropout = 0.35
-    config.regularization.recurrent_dropout = 0.1
+    config.regularization.embedding_dropout = 0.1
+    config.regularization.hidden_dropout = 0.4
+    config.regularization.output_dropout = 0.4
+    config.regularization.recurrent_dropout = 0.15
 
-    config.num_epochs = 12
+    config.num_epochs = 20
     return config
