@@ -213,11 +213,6 @@ def greatest(*values: int) -> tuple[int, ...]:
     return tuple(multihost_utils.process_allgather(np.array(values, np.int32)).max(axis=0).tolist())
 
 
-def from_first(value: int) -> int:
-    """What process 0 says."""
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
-
-
 def check_same(text: str, what: str) -> None:
     """Raises `UserError`, on all processes, if they don't all give the same text."""
     digest = np.frombuffer(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest(), "u1")

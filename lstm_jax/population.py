@@ -95,10 +95,7 @@ def train(
     check(configs)
     splits = texts.read(configs[0].data)
     vocabulary = splits.texts["train"].vocabulary(configs[0].data)
-    ids = {name: text.encode(vocabulary) for name, text in splits.texts.items()}
-    for name, array in ids.items():
-        if len(array) < 2:
-            raise UserError(f"the {name} split is too short: it has {len(array)} {vocabulary.kind}")
+    ids = splits.encode(vocabulary)
     with contextlib.ExitStack() as held:
         members, states = [], []
         for config, directory in zip(configs, directories, strict=True):

@@ -7,6 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lstm_jax import corpus, prepared
+from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import UNKNOWN_ID, Costs, Vocabulary, spelled_bytes, stop_text
 
 
@@ -76,6 +77,20 @@ class Splits(NamedTuple):
 
     texts: dict[str, Text]
     sha256: str
+
+    def encode(self, vocabulary: Vocabulary) -> dict[str, Ids]:
+        """The ids of each split.
+
+        Raises:
+          UserError: if one has no token to read and one to predict.
+        """
+        ids = {name: text.encode(vocabulary) for name, text in self.texts.items()}
+        for name, of_split in ids.items():
+            if len(of_split) < 2:
+                raise UserError(
+                    f"the {name} split is too short: it has {len(of_split)} {vocabulary.kind}"
+                )
+        return ids
 
 
 def read(data: ConfigDict) -> Splits:

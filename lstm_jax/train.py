@@ -255,10 +255,7 @@ def _train(
     """`train` in a directory whose lock is held."""
     workdir.check_own_files(directory)
     config, vocabulary, changes = _settle(config, splits, directory)
-    ids = {name: text.encode(vocabulary) for name, text in splits.texts.items()}
-    for name, array in ids.items():
-        if len(array) < 2:
-            raise UserError(f"the {name} split is too short: it has {len(array)} {vocabulary.kind}")
+    ids = splits.encode(vocabulary)
     on_devices = feeding.fits(ids["train"], len(vocabulary))
     iterator, steps_per_epoch = batches.make(
         ids["train"],
