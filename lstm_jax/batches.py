@@ -1,10 +1,11 @@
 """Ids to training batches, as Grain pipelines whose iterators can be checkpointed."""
 
+import functools
+import math
 from typing import NamedTuple, Protocol
 
 import grain
 import numpy as np
-from grain.experimental import index_shuffle
 from ml_collections import ConfigDict
 
 from lstm_jax.errors import UserError
@@ -64,14 +65,52 @@ class Windows:
 
     def __getitem__(self, step: int) -> Places:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        first = step_in_epoch * self._batch_size
-        # The order of Grain's `shuffle`, which takes far longer to ask for each.
-        seed, last = (self._seed + epoch) % 2**32, self._windows - 1
-        windows = [
-            index_shuffle(i, max_index=last, seed=seed, rounds=4)
-            for i in range(first, first + self._batch_size)
-        ]
-        return Places(np.array(windows, np.int64) * self._window_length, np.bool_(True))
+        places = step_in_epoch * self._batch_size + np.arange(self._batch_size)
+        windows = shuffled(places, self._windows, _keys(self._seed, epoch))
+        return Places(windows * self._window_length, np.bool_(True))
+
+
+def shuffled(places: np.ndarray, length: int, keys: np.ndarray) -> np.ndarray:
+    """What stands at some places of a pseudorandom order of 0..length-1, in constant memory.
+
+    A Feistel network over pairs of digits, of which there are hardly more than numbers in the
+    order; what falls outside is put through it again until it is inside (Black & Rogaway 2002,
+    "Ciphers with Arbitrary Finite Domains"). Grain's `index_shuffle` does one place a call, which
+    takes longer than to read a window there.
+
+    Args:
+      places: int [n], each below `length`.
+      length: of the order, at most 2**62.
+      keys: uint64 [rounds], which decide the order. Fewer than 8 are felt in orders of a dozen.
+
+    Returns:
+      int64 [n].
+    """
+    large = math.isqrt(length - 1) + 1
+    digits = np.array([large, -(-length // large)], np.uint64)
+    high, low = np.divmod(places.astype(np.uint64), digits[1])
+    pair, outside = [high, low], np.ones(len(places), bool)
+    while outside.any():
+        moved = [digit[outside] for digit in pair]
+        for k, key in enumerate(keys):
+            other, own = moved[(k + 1) % 2], moved[k % 2]
+            moved[k % 2] = (own + _hash(other + key)) % digits[k % 2]
+        for digit, new in zip(pair, moved, strict=True):
+            digit[outside] = new
+        outside = pair[0] * digits[1] + pair[1] >= length
+    return (pair[0] * digits[1] + pair[1]).astype(np.int64)
+
+
+def _hash(x: np.ndarray) -> np.ndarray:
+    """Uint64 to uint64 below 2**32, each bit of which depends on all of x."""
+    x = x * np.uint64(0x9E3779B97F4A7C15)
+    return ((x ^ (x >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)) >> np.uint64(32)
+
+
+@functools.lru_cache(maxsize=2)
+def _keys(seed: int, epoch: int) -> np.ndarray:
+    """The keys of `shuffled` for an epoch."""
+    return np.random.default_rng((seed, epoch)).integers(2**63, size=8, dtype=np.uint64)
 
 
 class Streams:

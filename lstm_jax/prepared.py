@@ -525,7 +525,7 @@ class FileIds:
 
     def __getitem__(self, index: slice) -> np.ndarray:
         start, stop, step = index.indices(self._length)
-        return self._table[self._read(start, max(stop - start, 0))][::step]
+        return self._table.take(self._read(start, max(stop - start, 0)))[::step]
 
     def cut(self, starts: np.ndarray, length: int) -> np.ndarray:
         """So many ids from each place on: int32 [starts, length]."""
@@ -534,7 +534,7 @@ class FileIds:
         content = b"".join(
             [os.pread(file, size, self._first + start * width) for start in starts.tolist()]
         )
-        return self._table[np.frombuffer(content, self._dtype).reshape(len(starts), length)]
+        return self._table.take(np.frombuffer(content, self._dtype)).reshape(len(starts), length)
 
     def _read(self, start: int, length: int) -> np.ndarray:
         width = self._dtype.itemsize

@@ -36,6 +36,32 @@ def test_windows_are_shuffled_anew_each_epoch_and_cover_the_text_once() -> None:
     assert not np.array_equal(epochs[0], epochs[1])
 
 
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 100, 101, 10_038])
+def test_a_shuffled_order_has_every_number_once(length: int) -> None:
+    keys = np.random.default_rng(0).integers(2**63, size=8, dtype=np.uint64)
+    order = batches.shuffled(np.arange(length), length, keys)
+    assert order.dtype == np.int64
+    np.testing.assert_array_equal(np.sort(order), np.arange(length))
+    some = np.arange(length)[::3]
+    np.testing.assert_array_equal(batches.shuffled(some, length, keys), order[::3])
+
+
+def test_shuffled_orders_are_as_different_as_random_ones() -> None:
+    """Where a number lands, and what follows what, over many keys, against their expectations."""
+    rng, length, trials = np.random.default_rng(0), 12, 6000
+    landed, followed = np.zeros((length, length)), np.zeros((length, length))
+    for _ in range(trials):
+        keys = rng.integers(2**63, size=8, dtype=np.uint64)
+        order = batches.shuffled(np.arange(length), length, keys)
+        landed[np.arange(length), order] += 1
+        followed[order[:-1], order[1:]] += 1
+    for counts, cells in ((landed, length**2), (followed, length * (length - 1))):
+        expected = counts.sum() / cells
+        apart = counts if counts is landed else counts[~np.eye(length, dtype=bool)]
+        chi_squared = ((apart - expected) ** 2 / expected).sum()
+        assert abs(chi_squared - cells) < 5 * np.sqrt(2 * cells)
+
+
 def test_streams_are_contiguous_and_move_every_epoch() -> None:
     ids = np.arange(1000, dtype=np.int32)
     iterator, steps = batches.make(ids, fields("streams", 4, 10), seed=1)

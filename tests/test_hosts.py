@@ -101,6 +101,25 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert_close(directory, alone)
 
 
+def test_a_run_goes_on_from_one_device_to_eight_and_back(
+    alone: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Each of the first two is stopped by a signal, in the middle of an epoch."""
+    directory = tmp_path / "run"
+    for mesh, code in (("1,1", 143), ("4,2", 143), ("1,1", 0)):
+        data, model = mesh.split(",")
+        arguments = (f"--config.mesh.data={data}", f"--config.mesh.model={model}")
+        process = test_interruption.start(
+            test_interruption.command(text_file, directory, *arguments)
+        )
+        if code:
+            rows = len(runs.losses(directory)) if directory.exists() else 0
+            test_interruption.wait_for_rows(process, directory, rows + 3)
+            process.send_signal(signal.SIGTERM)
+        assert finish([process]) == [(code, "")]
+    assert_close(directory, alone)
+
+
 def test_a_lost_process_ends_the_others_and_the_same_command_goes_on(
     alone: Path, text_file: Path, tmp_path: Path
 ) -> None:
