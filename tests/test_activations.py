@@ -5,10 +5,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from test_cells import EQUATIONS, sigmoid
 
 from lstm_jax import activations, evaluate
 from lstm_jax import model as model_lib
+from test_cells import EQUATIONS, sigmoid
 
 LENGTH = 1100  # Two chunks, the last not full.
 

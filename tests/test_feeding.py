@@ -4,9 +4,9 @@ import grain
 import jax
 import numpy as np
 import pytest
-import runs
 from ml_collections import ConfigDict
 
+import runs
 from lstm_jax import batches, config, feeding, parallel, train
 
 

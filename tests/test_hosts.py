@@ -10,9 +10,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+
 import runs
 import test_interruption
-
 from lstm_jax import checkpoints, hosts, workdir
 from lstm_jax.errors import UserError
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import runs
 
+import runs
 from lstm_jax import checkpoints, metrics, workdir
 
 ROOT = Path(__file__).parents[1]

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_tiny_config
 from ml_collections import ConfigDict
 
+from conftest import make_tiny_config
 from lstm_jax import metrics, population, train, workdir
 from lstm_jax import space as space_lib
 from lstm_jax.errors import UserError

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
 from ml_collections import ConfigDict
 
+import runs
 from lstm_jax import config as config_lib
 from lstm_jax import encoding, evaluate, prepared, texts, train, workdir
 from lstm_jax.errors import UserError

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 from ml_collections import ConfigDict
 
+import runs
 from lstm_jax import batches, checkpoints, evaluate, metrics, train, workdir
 from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
