@@ -80,8 +80,8 @@ def default() -> ConfigDict:
     # backward pass of its own), "cudnn" (GPU, float32) or "auto" (the fastest). It can be changed
     # at any time.
     config.model.recurrence = "auto"
-    # What matrix products multiply in: "float32", or "bfloat16" for GPUs and TPUs. Parameters, cell
-    # states, softmax and loss are float32 either way.
+    # What matrix products multiply in: "float32", or "bfloat16" for GPUs, TPUs and CPUs with
+    # AMX. Parameters, cell states, softmax and loss are float32 either way.
     config.model.dtype = "float32"
     # For long windows: keep the state at every so many steps only and compute the rest anew in the
     # backward pass. Least memory at the square root of the window's length. 0: keep everything.

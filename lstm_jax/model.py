@@ -208,7 +208,10 @@ class LanguageModel(nn.Module):
 
 def masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     """X [batch, time, features] times a mask [batch, features], the same at every step."""
-    return x if mask is None else x * mask[:, None]
+    if mask is None:
+        return x
+    # Feature-major, as the recurrence has them: XLA then needs to transpose nothing.
+    return (x.transpose(1, 2, 0) * mask.T).transpose(2, 0, 1)
 
 
 def from_config(model: ConfigDict, vocabulary_size: int) -> LanguageModel:
@@ -249,10 +252,10 @@ class StepArrays(NamedTuple):
 
     Attributes:
       projected: what each token adds to the first layer's gates, [vocabulary_size, 4 * hidden].
-      kernels: of each layer, [4 * hidden, n]; n counts its inputs (but for the first layer) and
-        hidden units.
+      kernels: of each layer, [4 * hidden, n], rounded to the model's dtype; n counts its inputs
+        (but for the first layer) and hidden units.
       biases: of each layer but the first, [4 * hidden, 1].
-      head: the dense layer's kernel, [vocabulary_size, hidden].
+      head: the dense layer's kernel, [vocabulary_size, hidden], rounded too.
       head_bias: [vocabulary_size].
     """
 
@@ -269,11 +272,12 @@ def prepare_step(model: LanguageModel, params: Params) -> StepArrays | Params:
     if bound.implementation() == "scan":
         return params
     first, *others = [cell.kernels() for cell in bound.layers]
+    kernels = [first.recurrent, *(jnp.concatenate([k.input, k.recurrent]) for k in others)]
     return StepArrays(
         recurrence.project(first, bound.embedding.embedding, model.dtype),
-        [first.recurrent.T, *(jnp.concatenate([k.input, k.recurrent]).T for k in others)],
+        [recurrence.rounded(kernel.T, model.dtype) for kernel in kernels],
         [k.bias[:, None] for k in others],
-        bound.head_kernel().T,
+        recurrence.rounded(bound.head_kernel().T, model.dtype),
         bound.dense.bias,
     )
 
@@ -306,9 +310,8 @@ def step(
         inputs = states[layer].hidden
         if layer:
             inputs = jnp.concatenate([states[layer - 1].hidden, inputs])
-        _, states[layer] = recurrence.step(
-            kernel, inputs, states[layer], model.dtype, added=added[layer]
-        )
+        inputs = recurrence.rounded(inputs, model.dtype)
+        _, states[layer] = recurrence.step(kernel, inputs, states[layer], added[layer])
     logits = product(arrays.head, states[-1].hidden, model.dtype).T + arrays.head_bias
     return logits, tuple(LayerCarry(cell.T, hidden.T) for cell, hidden in states)
 

@@ -16,6 +16,7 @@ What makes it fast:
 """
 
 import functools
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -149,36 +150,53 @@ def project(kernels: Kernels, table: jax.Array, dtype: str) -> jax.Array:
 
 
 def step(
-    kernel: jax.Array, inputs: jax.Array, carry: LayerCarry, dtype: str, added: Any = 0.0
+    kernel: jax.Array, inputs: jax.Array, carry: LayerCarry, added: Any = 0.0
 ) -> tuple[tuple[jax.Array, ...], LayerCarry]:
     """One step, feature-major.
 
     Args:
-      kernel: [4 * hidden, n].
-      inputs: [n, batch], the layer's inputs and the hidden state, stacked.
+      kernel: [4 * hidden, n], `rounded`.
+      inputs: [n, batch], the layer's inputs and the hidden state, stacked, `rounded` too.
       carry: [hidden, batch] each.
-      dtype: what the product multiplies in.
       added: [4 * hidden, batch], added to the gates before they are activated.
 
     Returns:
       The activated gates i, f, g, o, and the next carry.
     """
-    i, f, g, o = jnp.split(product(kernel, inputs, dtype) + added, 4)
+    i, f, g, o = jnp.split(_multiply(kernel, inputs) + added, 4)
     i, f, g, o = _sigmoid(i), _sigmoid(f), jnp.tanh(g), _sigmoid(o)
     cell = f * carry.cell + i * g
     return (i, f, g, o), LayerCarry(cell, o * jnp.tanh(cell))
 
 
 def product(a: jax.Array, b: jax.Array, dtype: str) -> jax.Array:
-    """A @ b, multiplied in `dtype` and summed in the type of a; "float32" is the arrays' own."""
+    """A @ b, multiplied in `dtype` and summed in float32; "float32" is the arrays' own dtype."""
+    return _multiply(rounded(a, dtype), rounded(b, dtype))
+
+
+def rounded(x: jax.Array, dtype: str) -> jax.Array:
+    """X as a factor of `product`: what is one many times is best rounded once."""
     if dtype == "float32":
-        return a @ b
-    if jax.default_backend() == "cpu":
+        return x
+    if jax.default_backend() == "cpu" and not multiplies_bfloat16():
         # XLA's CPU backend lacks some bfloat16 products and is slow at the others: round to the
         # mantissa of bfloat16 and multiply in float32, which is what other devices compute.
-        a, b = (lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7) for x in (a, b))
-        return a @ b
-    return jnp.matmul(a.astype(dtype), b.astype(dtype), preferred_element_type=a.dtype)
+        return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return x.astype(dtype)
+
+
+def _multiply(a: jax.Array, b: jax.Array) -> jax.Array:
+    low = a.dtype == jnp.bfloat16
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32 if low else None)
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for products of bfloat16 matrices (Intel's AMX)."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def cudnn(
@@ -253,14 +271,15 @@ def _recurrence_forward(
     kernel: jax.Array, inputs: jax.Array, carry: LayerCarry, dtype: str
 ) -> tuple[tuple[jax.Array, LayerCarry], tuple[Any, ...]]:
     """Also gives what the backward pass needs: gates and cells, [time, hidden, batch] each."""
-    transposed = kernel.T  # Once here, not at every step.
+    transposed = rounded(kernel.T, dtype)  # Once here, not at every step.
 
     def scan_step(carry: LayerCarry, x: jax.Array) -> tuple[LayerCarry, tuple[Any, ...]]:
-        gates, carry = step(transposed, jnp.concatenate([x, carry.hidden]), carry, dtype)
+        stacked = jnp.concatenate([x, rounded(carry.hidden, dtype)])
+        gates, carry = step(transposed, stacked, carry)
         # Stacked as six arrays: concatenating the gates first costs a slow copy at every step.
         return carry, (carry.hidden, carry.cell, gates)
 
-    last, (outputs, cells, gates) = lax.scan(scan_step, carry, inputs)
+    last, (outputs, cells, gates) = lax.scan(scan_step, carry, rounded(inputs, dtype))
     return (outputs, last), (kernel, inputs, carry, outputs, cells, gates)
 
 
@@ -270,7 +289,7 @@ def _recurrence_backward(
     kernel, inputs, first, outputs, cells, gates = residuals
     d_outputs, d_last = cotangents
     steps, features, _ = inputs.shape
-    input_kernel, recurrent_kernel = kernel[:features], kernel[features:]
+    input_kernel, recurrent_kernel = jnp.split(rounded(kernel, dtype), [features])
 
     def loop_step(k: jax.Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
         gates, d_gates, d_cell, d_hidden = state
@@ -278,33 +297,36 @@ def _recurrence_backward(
         # Gradients go into the gates' own memory, one step late: written before the next gates are
         # read from the result, XLA sees that it needs no copy. (The first write falls on step T,
         # which is clamped to T - 1, where what it writes came from.)
-        gates = tuple(_put(x, d, t + 1) for x, d in zip(gates, jnp.split(d_gates, 4), strict=True))
+        gates = tuple(_put(x, d, t + 1) for x, d in zip(gates, d_gates, strict=True))
         i, f, g, o = (_at(gate, t) for gate in gates)
         previous_cell = jnp.where(t == 0, first.cell, _at(cells, jnp.maximum(t - 1, 0)))
         tanh_cell = jnp.tanh(_at(cells, t))
         d_hidden = d_hidden + _at(d_outputs, t)
         d_cell = d_cell + d_hidden * o * (1 - tanh_cell**2)
-        d_gates = jnp.concatenate(
-            [
-                d_cell * g * i * (1 - i),
-                d_cell * previous_cell * f * (1 - f),
-                d_cell * i * (1 - g**2),
-                d_hidden * tanh_cell * o * (1 - o),
-            ]
+        d_gates = (
+            d_cell * g * i * (1 - i),
+            d_cell * previous_cell * f * (1 - f),
+            d_cell * i * (1 - g**2),
+            d_hidden * tanh_cell * o * (1 - o),
         )
-        return gates, d_gates, d_cell * f, product(recurrent_kernel, d_gates, dtype)
+        stacked = jnp.concatenate([rounded(d, dtype) for d in d_gates])
+        return gates, d_gates, d_cell * f, _multiply(recurrent_kernel, stacked)
 
-    state = (gates, jnp.concatenate([gate[-1] for gate in gates]), d_last.cell, d_last.hidden)
+    state = (gates, tuple(gate[-1] for gate in gates), d_last.cell, d_last.hidden)
     gates, d_gates, d_cell, d_hidden = lax.fori_loop(0, steps, loop_step, state)
-    pairs = zip(gates, jnp.split(d_gates, 4), strict=True)
-    d_flat = [_flatten(_put(gate, d, 0)) for gate, d in pairs]  # [hidden, time * batch] each
+    pairs = zip(gates, d_gates, strict=True)
+    by_gate = [rounded(_put(gate, d, 0), dtype) for gate, d in pairs]
 
     previous_hidden = jnp.concatenate([first.hidden[None], outputs[:-1]])
-    stacked = _flatten(jnp.concatenate([inputs, previous_hidden], axis=1))
-    d_kernel = jnp.concatenate([product(stacked, d.T, dtype) for d in d_flat], axis=1)
+    read = [rounded(x, dtype) for x in (inputs, previous_hidden)]
+    stacked = _flatten(jnp.concatenate(read, axis=1))
+    # Time and batch become rows by a copy, for a product without a transposed factor: XLA's CPU
+    # backend has fast ones in bfloat16 for those only.
+    rows = [d.swapaxes(1, 2).reshape(-1, d.shape[1]) for d in by_gate]
+    d_kernel = jnp.concatenate([_multiply(stacked, d) for d in rows], axis=1)
     # Where nobody asks for this product, as for one-hot inputs, XLA drops it.
-    by_gate = zip(jnp.split(input_kernel, 4, axis=1), d_flat, strict=True)
-    d_inputs = functools.reduce(jnp.add, [product(w, d, dtype) for w, d in by_gate])
+    parts = zip(jnp.split(input_kernel, 4, axis=1), by_gate, strict=True)
+    d_inputs = functools.reduce(jnp.add, [_multiply(w, _flatten(d)) for w, d in parts])
     d_inputs = d_inputs.reshape(features, steps, -1).swapaxes(0, 1)
     return d_kernel, d_inputs, LayerCarry(d_cell, d_hidden)
 

@@ -144,6 +144,17 @@ def test_bfloat16_rounds_products_and_keeps_float32_state() -> None:
     assert not np.allclose(outputs[0], expected[0], atol=1e-6)
 
 
+@pytest.mark.skipif(not recurrence.multiplies_bfloat16(), reason="this CPU has no AMX")
+def test_products_of_bfloat16_are_those_of_rounded_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this CPU's instructions compute, and what stands for it on CPUs without them."""
+    *arguments, cotangents = make_problem(16, 20, 48, 64)
+    low = functools.partial(recurrence.fused, dtype="bfloat16")
+    real = value_and_gradients(low, cotangents, *arguments)
+    monkeypatch.setattr(recurrence, "multiplies_bfloat16", lambda: False)
+    jax.clear_caches()
+    assert_close(value_and_gradients(low, cotangents, *arguments), real, 1e-2)
+
+
 def test_bfloat16_models_agree_whatever_the_recurrence() -> None:
     ids = np.random.default_rng(0).integers(0, 11, (2, 9))
     logits = {}
