@@ -16,6 +16,7 @@ What makes it fast:
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,13 +175,19 @@ def product(a: jax.Array, b: jax.Array, dtype: str) -> jax.Array:
     return _multiply(rounded(a, dtype), rounded(b, dtype))
 
 
-def rounded(x: jax.Array, dtype: str) -> jax.Array:
-    """X as a factor of `product`: what is one many times is best rounded once."""
+def rounded(x: jax.Array, dtype: str, native: bool = False) -> jax.Array:
+    """X as a factor of `product`: what is one many times is best rounded once.
+
+    Args:
+      x: any array.
+      dtype: what products multiply in.
+      native: whether XLA's CPU backend, too, has the products that it will be a factor of.
+    """
     if dtype == "float32":
         return x
-    if jax.default_backend() == "cpu" and not multiplies_bfloat16():
-        # XLA's CPU backend lacks some bfloat16 products and is slow at the others: round to the
-        # mantissa of bfloat16 and multiply in float32, which is what other devices compute.
+    if jax.default_backend() == "cpu" and not native:
+        # That backend lacks some bfloat16 products and is slow at the others: round to the mantissa
+        # of bfloat16 and multiply in float32, which is what other devices compute.
         return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
     return x.astype(dtype)
 
@@ -192,9 +199,10 @@ def _multiply(a: jax.Array, b: jax.Array) -> jax.Array:
 
 @functools.cache
 def multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for products of bfloat16 matrices (Intel's AMX)."""
+    """Whether this processor has instructions for products of bfloat16 matrices (AMX, AVX-512)."""
     try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+        features = Path("/proc/cpuinfo").read_text()
+        return "amx_bf16" in features or "avx512_bf16" in features
     except OSError:
         return False
 
@@ -271,15 +279,16 @@ def _recurrence_forward(
     kernel: jax.Array, inputs: jax.Array, carry: LayerCarry, dtype: str
 ) -> tuple[tuple[jax.Array, LayerCarry], tuple[Any, ...]]:
     """Also gives what the backward pass needs: gates and cells, [time, hidden, batch] each."""
-    transposed = rounded(kernel.T, dtype)  # Once here, not at every step.
+    low = _rounding(inputs, dtype)
+    transposed = low(kernel.T)  # Once here, not at every step.
 
     def scan_step(carry: LayerCarry, x: jax.Array) -> tuple[LayerCarry, tuple[Any, ...]]:
-        stacked = jnp.concatenate([x, rounded(carry.hidden, dtype)])
+        stacked = jnp.concatenate([x, low(carry.hidden)])
         gates, carry = step(transposed, stacked, carry)
         # Stacked as six arrays: concatenating the gates first costs a slow copy at every step.
         return carry, (carry.hidden, carry.cell, gates)
 
-    last, (outputs, cells, gates) = lax.scan(scan_step, carry, rounded(inputs, dtype))
+    last, (outputs, cells, gates) = lax.scan(scan_step, carry, low(inputs))
     return (outputs, last), (kernel, inputs, carry, outputs, cells, gates)
 
 
@@ -289,7 +298,8 @@ def _recurrence_backward(
     kernel, inputs, first, outputs, cells, gates = residuals
     d_outputs, d_last = cotangents
     steps, features, _ = inputs.shape
-    input_kernel, recurrent_kernel = jnp.split(rounded(kernel, dtype), [features])
+    low = _rounding(inputs, dtype)
+    input_kernel, recurrent_kernel = jnp.split(low(kernel), [features])
 
     def loop_step(k: jax.Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
         gates, d_gates, d_cell, d_hidden = state
@@ -309,16 +319,16 @@ def _recurrence_backward(
             d_cell * i * (1 - g**2),
             d_hidden * tanh_cell * o * (1 - o),
         )
-        stacked = jnp.concatenate([rounded(d, dtype) for d in d_gates])
+        stacked = jnp.concatenate([low(d) for d in d_gates])
         return gates, d_gates, d_cell * f, _multiply(recurrent_kernel, stacked)
 
     state = (gates, tuple(gate[-1] for gate in gates), d_last.cell, d_last.hidden)
     gates, d_gates, d_cell, d_hidden = lax.fori_loop(0, steps, loop_step, state)
     pairs = zip(gates, d_gates, strict=True)
-    by_gate = [rounded(_put(gate, d, 0), dtype) for gate, d in pairs]
+    by_gate = [low(_put(gate, d, 0)) for gate, d in pairs]
 
     previous_hidden = jnp.concatenate([first.hidden[None], outputs[:-1]])
-    read = [rounded(x, dtype) for x in (inputs, previous_hidden)]
+    read = [low(x) for x in (inputs, previous_hidden)]
     stacked = _flatten(jnp.concatenate(read, axis=1))
     # Time and batch become rows by a copy, for a product without a transposed factor: XLA's CPU
     # backend has fast ones in bfloat16 for those only.
@@ -332,6 +342,18 @@ def _recurrence_backward(
 
 
 _recurrence.defvjp(_recurrence_forward, _recurrence_backward)
+
+
+def _rounding(inputs: jax.Array, dtype: str) -> Callable[[jax.Array], jax.Array]:
+    """How factors of products are rounded within the recurrence, for inputs as it takes them.
+
+    XLA's CPU backend has no bfloat16 products with a transposed first factor. Here there are none,
+    unless the loop is of a single step, which XLA merges with what is around it, or the batch of
+    a single text, for which copies that transpose are none.
+    """
+    steps, _, batch = inputs.shape
+    native = multiplies_bfloat16() and steps > 1 and batch > 1
+    return lambda x: rounded(x, dtype, native)
 
 
 def _sigmoid(x: jax.Array) -> jax.Array:

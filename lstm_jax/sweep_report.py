@@ -47,6 +47,7 @@ table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tab
 th, td { text-align: left; padding: 0.2rem 0.7rem 0.2rem 0; border-bottom: 1px solid #ddd;
   vertical-align: top; white-space: nowrap; }
 td.reason { white-space: normal; min-width: 26rem; }
+@media (max-width: 40rem) { td.reason { min-width: 60rem; } }
 tr.best { background: #e8f3fa; }
 pre { background: #f4f4f4; padding: 0.7rem; overflow-x: auto; font-size: 0.85rem; }
 """

@@ -131,14 +131,14 @@ def test_a_mask_the_carry_across_windows_and_a_second_call() -> None:
     assert both[0]._cache_size() == 1
 
 
-def test_bfloat16_rounds_products_and_keeps_float32_state() -> None:
-    kernels, inputs, carry, cotangents = make_problem(4, 20, 16, 32)
+@pytest.mark.parametrize("sizes", [*SIZES, (4, 20, 16, 32), (2, 1, 8, 130)], ids=str)
+def test_bfloat16_rounds_products_and_keeps_float32_state(sizes: tuple[int, ...]) -> None:
+    *arguments, cotangents = make_problem(*sizes)
 
     low = functools.partial(recurrence.fused, dtype="bfloat16")
-    outputs, gradients = value_and_gradients(low, cotangents, kernels, inputs, carry)
-    expected, expected_gradients = value_and_gradients(
-        reference, cotangents, kernels, inputs, carry
-    )
+    run = jax.jit(lambda *a: value_and_gradients(low, cotangents, *a))
+    outputs, gradients = run(*arguments)
+    expected, expected_gradients = value_and_gradients(reference, cotangents, *arguments)
     assert_close(outputs, expected, 3e-2)
     assert_close(gradients, expected_gradients, 5e-2)
     assert not np.allclose(outputs[0], expected[0], atol=1e-6)
