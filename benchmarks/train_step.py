@@ -83,7 +83,7 @@ def _product(dtype: str) -> Work:
     device = side_by_side.jax_device()
     size = 2048 if device == "cpu" else 8192  # A GPU is done with 2048 before it is well begun.
     square = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
-    product = jax.jit(jnp.matmul)
+    product = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
     return Work(
         lambda: product(square, square).block_until_ready(),
         device,

@@ -144,7 +144,7 @@ def test_bfloat16_rounds_products_and_keeps_float32_state(sizes: tuple[int, ...]
     assert not np.allclose(outputs[0], expected[0], atol=1e-6)
 
 
-@pytest.mark.skipif(not recurrence.multiplies_bfloat16(), reason="this CPU has no AMX")
+@pytest.mark.skipif(not recurrence.multiplies_bfloat16(), reason="this CPU multiplies no bfloat16")
 def test_products_of_bfloat16_are_those_of_rounded_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this CPU's instructions compute, and what stands for it on CPUs without them."""
     *arguments, cotangents = make_problem(16, 20, 48, 64)
