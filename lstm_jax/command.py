@@ -48,6 +48,8 @@ def run(main: Callable[[], int | None]) -> None:
             # The reader (`| head`) has had enough; without this Python complains at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
+        except PermissionError as error:  # Whether a path exists, too, may be forbidden to ask.
+            _fail(f"can't read or write {error.filename}: {error.strerror}")
 
     app.run(guarded, flags_parser=_parse_flags)
 

@@ -6,6 +6,7 @@
 What a file holds, its name says: .keras, .weights.h5 (both Keras 3) or .safetensors (PyTorch).
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -103,7 +104,7 @@ def import_file(
         units, kind, stop = [PADDING, UNKNOWN, *sorted(set(text))], "characters", ""
     try:
         loaded = read(content)
-        own, vocabulary = weights.with_vocabulary(loaded, units, kind, stop)
+        own, vocabulary, added = weights.with_vocabulary(loaded, units, kind, stop)
         fields, params = weights.to_model(own)
     except UserError as error:
         raise UserError(f"{source} can't be converted: {error}") from None
@@ -114,9 +115,8 @@ def import_file(
         config.data.sha256 = corpus.checksum(corpus.read(config.data))
     _make(directory, config_lib.complete(config), vocabulary, params)
     print(f"{model_lib.parameter_table(params)}\n")
-    if added := len(vocabulary) - len(loaded.embedding):
-        names = " and ".join(map(repr, (PADDING, UNKNOWN)[:added]))
-        print(f"It had no {names}: added, and next to never predicted")
+    if added:
+        print(f"It had no {' and '.join(map(repr, added))}: added, and next to never predicted")
     print(
         f"The model of {source} is in {directory}\n"
         f"Let it write: python -m lstm_jax.sample --workdir {directory}"
@@ -155,9 +155,15 @@ def export(directory: Path, target: Path, drop_special: bool = False) -> None:
         files.write(beside, (json.dumps(vocabulary, indent=0) + "\n").encode())
         files.write(target, content)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise UserError(f"can't write {target}: {error.strerror}") from None
     print(f"The model of {directory}, step {trained.step}, is in {target}; its units, in {beside}")
+    if trained.model.dtype != "float32":
+        print(
+            f"Here it multiplies in {trained.model.dtype}, and what reads the file, in float32: "
+            "logits differ by the rounding"
+        )
 
 
 def read_units(path: Path) -> tuple[list[str], str, str]:

@@ -13,6 +13,13 @@ class NotFiniteError(UserError):
     """Training came to numbers that are no longer finite."""
 
 
+class UnavailableError(UserError):
+    """The place where a run is kept can't be used now: it is full, not writable, or in use.
+
+    Nothing is wrong with the run itself.
+    """
+
+
 def one_line(error: Exception) -> str:
     """The type and the message of an exception, its line breaks made spaces."""
     return " ".join(f"{type(error).__name__}: {error}".split())

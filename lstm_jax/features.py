@@ -82,7 +82,10 @@ def of_text(text: str) -> dict[str, np.ndarray]:
 
     word_start = _last(~alphanumeric, index) + 1
     sentence_end = _last(np.isin(codes, _codes(".!?")), index)
-    inside_quotes = _depth(codes, "“„«", "”»", paragraph_start) + _odd(codes, '"', paragraph_start)
+    # After „ it closes.
+    opens, closes = ("„«", "“”»") if ord("„") in codes else ("“«", "”»")
+    inside_quotes = _depth(codes, opens, closes, paragraph_start)
+    inside_quotes += _odd(codes, '"', paragraph_start)
     booleans = {
         "inside quotation marks": inside_quotes > 0,
         "inside brackets ( ) [ ]": _depth(codes, "([", ")]", paragraph_start) > 0,

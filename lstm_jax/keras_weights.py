@@ -28,7 +28,7 @@ _AS_HERE: dict[str, dict[str, tuple[Any, ...]]] = {
         "return_sequences": (True,),
         "go_backwards": (False,),
     },
-    "Embedding": {},
+    "Embedding": {"mask_zero": (False,)},
     # The probabilities are those of the logits without it.
     "Dense": {"activation": ("linear", "softmax")},
     "Activation": {"activation": ("linear", "softmax")},
@@ -52,7 +52,9 @@ def read_archive(content: bytes) -> Weights:
             config, weights = json.loads(archive.read(_CONFIG)), archive.read(_WEIGHTS)
         if config["class_name"] in ("Sequential", "Functional"):
             _check_layers(config["config"]["layers"], config["class_name"] == "Functional")
-    except (zipfile.BadZipFile, KeyError, TypeError, ValueError, RecursionError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # A damaged archive makes zipfile and its decompressors raise much.
         raise UserError(f"it is no .keras file of Keras 3 ({one_line(error)[:200]})") from None
     return read_weights(weights)
 
@@ -202,7 +204,7 @@ def _from_groups(groups: dict[str, list[np.ndarray]]) -> Weights:
     for path in cells:
         if "forward_layer" in path or "backward_layer" in path:
             raise UserError(f"{path}: a bidirectional layer can't predict what comes next")
-    if len({re.sub(r"(_\d+)?/cell$", "", path) for path in cells}) > 1:
+    if len({re.sub(r"_?\d*/cell$", "", path) for path in cells}) > 1:
         # In a file of kinds, their difference is what is to be told.
         kinds = {path: _read_layer(groups[path], path)[0] for path in cells}
         weights_lib.one_cell(kinds)
@@ -246,14 +248,16 @@ def _read_layer(arrays: list[np.ndarray], name: str) -> tuple[str, dict[str, np.
     if len(arrays) not in (2, 3) or arrays[0].ndim != 2 or arrays[1].ndim != 2:
         raise UserError(f"{name} is no LSTM, GRU or SimpleRNN")
     kernel, recurrent = arrays[:2]
+    cell = weights_lib.cell_of(recurrent.shape, name)
     hidden, size = recurrent.shape
-    cell = weights_lib.cell_of(size // hidden, name)
     bias = arrays[2] if len(arrays) == 3 else np.zeros(size, np.float32)
+    if kernel.shape[1] != size or bias.ndim > 2 or bias.shape[-1] != size:
+        raise UserError(f"the arrays of {name} don't fit each other")
     if cell != "gru":
         return cell, {"input_kernel": kernel, "recurrent_kernel": recurrent, "bias": bias}
     if len(arrays) == 2:
         bias = np.zeros((2, size), np.float32)
-    elif bias.ndim == 1:
+    elif bias.shape != (2, size):
         raise UserError(f"{name} has reset_after=False: the GRU here resets after the product")
     own, other = _swap_first_two(bias)
     added = own + other

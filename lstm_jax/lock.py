@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lstm_jax.errors import UserError
+from lstm_jax.errors import UnavailableError
 
 LOCK = ".lock"
 # Its holder touches the lock this often; one that was not touched for so long is nobody's.
 _BEAT_SECONDS = 10
 STALE_SECONDS = 60
 # What flock raises on file systems that have no locks.
-_NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
+NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
 
 
 @contextlib.contextmanager
@@ -35,7 +35,8 @@ def hold(directory: Path) -> Iterator[Callable[[], bool]]:
       longer than a minute may have lost it to another host.
 
     Raises:
-      UserError: if another process holds the lock, naming it, or the directory can't be written.
+      UnavailableError: if another process holds the lock, naming it, or the directory can't be
+        written.
     """
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     path = directory / LOCK
@@ -43,7 +44,7 @@ def hold(directory: Path) -> Iterator[Callable[[], bool]]:
         directory.mkdir(parents=True, exist_ok=True)
         lock = _acquire(path)
     except OSError as error:
-        raise UserError(f"can't write to {directory}: {error.strerror}") from None
+        raise UnavailableError(f"can't write to {directory}: {error.strerror}") from None
     done = threading.Event()
 
     def beat() -> None:
@@ -76,9 +77,9 @@ def _acquire(path: Path) -> int:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(_refusal(path.parent, _holder(lock))) from None
+                raise UnavailableError(_refusal(path.parent, _holder(lock))) from None
             except OSError as error:
-                if error.errno not in _NO_LOCKS:
+                if error.errno not in NO_LOCKS:
                     raise
                 locked = False
             if _is_at(lock, path):
@@ -92,7 +93,7 @@ def _acquire(path: Path) -> int:
                     os.pwrite(lock, (json.dumps(me) + "\n").encode(), 0)
                     return lock
                 if _is_alive(holder, locked, path):
-                    raise UserError(_refusal(path.parent, holder))
+                    raise UnavailableError(_refusal(path.parent, holder))
                 # A new file, so that a holder that wakes up again sees that it was replaced.
                 path.unlink()
         except BaseException:

@@ -35,7 +35,8 @@ from lstm_jax import (
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
-from lstm_jax.errors import UserError
+from lstm_jax.errors import UnavailableError, UserError
+from lstm_jax.train import keep_freed_memory
 from lstm_jax.train_step import TrainState, init_state, make_step
 from lstm_jax.vocabulary import Vocabulary
 
@@ -93,6 +94,7 @@ def train(
         directory is in use.
     """
     check(configs)
+    keep_freed_memory()
     splits = texts.read(configs[0].data)
     vocabulary = splits.texts["train"].vocabulary(configs[0].data)
     ids = splits.encode(vocabulary)
@@ -130,7 +132,15 @@ def _tell(
 
 
 def check(configs: Sequence[ConfigDict]) -> None:
-    """Raises `UserError` if configs differ in a field that one program can't serve."""
+    """Raises `UserError` for configs that one program can't serve, or not together."""
+    if configs[0].init_from:
+        raise UserError(
+            "the members of a population begin anew: leave out --config.init_from or --population"
+        )
+    try:
+        model_lib.from_config(configs[0].model, 1).implementation()
+    except ValueError as error:
+        raise UserError(f"config.model.recurrence: {error}") from None
     first = dict(config_lib.flatten(configs[0]))
     for config in configs[1:]:
         for field, value in config_lib.flatten(config):
@@ -330,10 +340,11 @@ def _train_group(
                 _save(members, state, reasons, step)
                 validate()
         best = _best(members, model)
-        losses = read_losses(stack([best[i] for i in filled], mesh), "test")
+        losses = read_losses(stack([best[i][0] for i in filled], mesh), "test")
         for i, loss in enumerate(losses):
             if math.isfinite(loss) and not reasons[i]:
-                writers[i].write(total_steps, config.num_epochs, "test", loss)
+                at = best[i][1]
+                writers[i].write(at, at / steps_per_epoch, "test", loss)
     return reasons
 
 
@@ -345,7 +356,7 @@ def _save(members: Sequence[_Member], state: TrainState, reasons: Sequence[str],
         if reasons[i]:
             continue
         if not member.is_ours():
-            raise UserError(f"another process has taken {member.directory} over")
+            raise UnavailableError(f"another process has taken {member.directory} over")
         own = jax.tree.map(lambda array, i=i: jnp.asarray(array[i]), arrays)
         own = own._replace(key=jax.random.wrap_key_data(own.key))
         if not member.config.optimizer.average_decay:
@@ -354,11 +365,13 @@ def _save(members: Sequence[_Member], state: TrainState, reasons: Sequence[str],
         member.checkpoints.save(step, own.evaluated, own.rest, member.iterator, sizes)
 
 
-def _best(members: Sequence[_Member], model: model_lib.LanguageModel) -> list[model_lib.Params]:
-    """The parameters of the best checkpoint of each member."""
+def _best(
+    members: Sequence[_Member], model: model_lib.LanguageModel
+) -> list[tuple[model_lib.Params, int]]:
+    """The parameters of the best checkpoint of each member, and its step."""
     for member in members:
         member.checkpoints.wait()
-    return [workdir.load_params(member.directory, model)[0] for member in members]
+    return [workdir.load_params(member.directory, model) for member in members]
 
 
 def _make_read(

@@ -37,6 +37,11 @@ class Space(NamedTuple):
         """
         try:
             overrides = self.get_overrides(trial)
+        except optuna.TrialPruned:
+            raise UserError(
+                f"{self.name}: it raised TrialPruned: return fields for every trial, drawn so that "
+                "they go together"
+            ) from None
         except (optuna.exceptions.OptunaError, UserError):
             raise
         except Exception as error:
@@ -59,11 +64,16 @@ class Space(NamedTuple):
         except UserError as error:
             raise UserError(f"{self.name}: {error}") from None
 
-    def check(self, experiment: ConfigDict) -> list[ConfigDict]:
-        """The configs of some draws; raises `UserError` for the first that makes none."""
+    def check(self, experiment: ConfigDict) -> tuple[list[ConfigDict], list[str]]:
+        """The configs of some draws, always the same, and the names of all parameters drawn.
+
+        Raises:
+          UserError: for the first draw that makes no config.
+        """
         sampler = optuna.samplers.RandomSampler(seed=0)
         study = optuna.create_study(sampler=sampler)
-        return [self.apply(experiment, self.overrides(study.ask())) for _ in range(_PROBES)]
+        configs = [self.apply(experiment, self.overrides(study.ask())) for _ in range(_PROBES)]
+        return configs, sorted({name for trial in study.trials for name in trial.params})
 
     def grid(self) -> dict[str, list[Any]]:
         """The values of each parameter.
@@ -87,7 +97,8 @@ class Space(NamedTuple):
                 "or suggest_categorical"
             )
         number = round((drawn.high - drawn.low) / drawn.step)
-        return [drawn.low + i * drawn.step for i in range(number + 1)]
+        # A sum of floats may come out above the highest value.
+        return [min(drawn.low + i * drawn.step, drawn.high) for i in range(number + 1)]
 
 
 class _Recording(optuna.trial.FixedTrial):

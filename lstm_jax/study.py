@@ -8,13 +8,15 @@ lower number stands and the other is dropped.
 """
 
 import contextlib
+import copy
 import fcntl
 import os
+import re
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -25,9 +27,10 @@ from ml_collections import ConfigDict
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.study import Study
+from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from lstm_jax import checkpoints, files, lock, workdir
 from lstm_jax import config as config_lib
 from lstm_jax.errors import UserError, one_line
 
@@ -37,13 +40,17 @@ PRUNERS = ("hyperband", "none")
 # Where the study is kept in the directory of a sweep, unless --study says otherwise.
 DATABASE = "study.db"
 WORKERS = "workers"
+# In the working directory of a trial: what only it, and those that go on with it, know.
+OWNER = "trial"
 
 # Attributes of a trial.
 _WORKER = "worker"  # Who works on it: host, slash, name.
 _BEAT = "beat"  # What its worker counts up.
 _RESUMES = "resumes"  # The number of the trial that it goes on with.
 _WORKDIR = "workdir"  # The number that its working directory is named by.
-_DEATHS = "deaths"  # Workers that died since it last got further.
+_ORIGIN = "origin"  # What its working directory is told from those of other studies by.
+_DEATHS = "deaths"  # Workers that died since it last got further, and how far that was.
+_GIVEN_BACK = "given_back"  # Its worker closed it in good order.
 _DROPPED = "dropped"  # Of one too many.
 REASON = "reason"  # Why it failed; a trial that was closed because its worker died has none.
 OVERRIDES = "overrides"
@@ -51,6 +58,7 @@ TEST_LOSS = "test_loss"
 
 # Attributes of a study.
 _EXPERIMENT = "experiment"
+_PARAMETERS = "parameters"
 
 _BEAT_SECONDS = 10
 # Longer than lock.STALE_SECONDS: who goes on finds the lock of the working directory left, too.
@@ -72,6 +80,7 @@ def open_study(
     location: str | None,
     name: str,
     experiment: ConfigDict,
+    parameters: Sequence[str],
     sampler: BaseSampler,
     pruner: optuna.pruners.BasePruner,
 ) -> Study:
@@ -82,11 +91,12 @@ def open_study(
       location: a database's URL, or journal:FILE. None: SQLite in `directory`.
       name: of the study.
       experiment: the config that trials change.
+      parameters: the names of what trials vary.
       sampler: where parameters come from.
       pruner: what ends trials early.
 
     Raises:
-      UserError: if it can't be reached or written, or was made for another experiment.
+      UserError: if it can't be reached or written, or was made for another experiment or space.
     """
     study = _patiently(
         lambda: optuna.create_study(
@@ -104,14 +114,25 @@ def open_study(
     }
     before = study.user_attrs.get(_EXPERIMENT)
     if before is None:
+        if study.get_trials(deepcopy=False) or study.directions != [StudyDirection.MINIMIZE]:
+            raise UserError(
+                f"there is a study {name!r} already, which is none of a sweep: name another --name"
+            )
         study.set_user_attr(_EXPERIMENT, fields)
     elif differing := [f for f in fields if before.get(f) != fields[f]]:
         first = differing[0]
         others = f" and {len(differing) - 1} more" if differing[1:] else ""
         raise UserError(
             f"the study {name!r} was made for another experiment (config.{first} was "
-            f"{before.get(first)!r} and is {fields[first]!r}{others}): name another --workdir or "
-            "--name"
+            f"{before.get(first)!r} and is {fields[first]!r}{others}): name another --workdir"
+        )
+    known = study.user_attrs.get(_PARAMETERS)
+    if known is None:
+        study.set_user_attr(_PARAMETERS, sorted(parameters))
+    elif known != sorted(parameters):
+        raise UserError(
+            f"the study {name!r} was made for a space of {', '.join(known)}, and this one is of "
+            f"{', '.join(sorted(parameters))}: name another --workdir"
         )
     return study
 
@@ -122,8 +143,8 @@ def _open_storage(directory: Path, location: str | None) -> BaseStorage:
     kind, found, rest = location.partition(":")
     if not found:
         raise UserError(
-            f"--study {location} is no URL: it is postgresql://..., mysql://..., sqlite:///FILE or "
-            "journal:FILE"
+            f"--study {_without_password(location)} is no URL: it is postgresql://..., "
+            "mysql://..., sqlite:///FILE or journal:FILE"
         )
     if kind == "journal":
         path = Path(rest)
@@ -151,7 +172,10 @@ def _open_storage(directory: Path, location: str | None) -> BaseStorage:
             f"{driver} needs the module {error.name}: pip install 'lstm-jax[sweep-servers]'"
         ) from None
     except (sqlalchemy.exc.ArgumentError, ValueError) as error:
-        raise UserError(f"--study {location} is no database's URL: {one_line(error)}") from None
+        reason = _without_password(one_line(error))
+        raise UserError(
+            f"--study {_without_password(location)} is no database's URL: {reason}"
+        ) from None
     except sqlalchemy.exc.SQLAlchemyError as error:
         reason = one_line(error).partition(" (Background")[0][:300]
         raise UserError(f"can't reach the database {url}: {reason}") from None
@@ -162,6 +186,11 @@ def _open_storage(directory: Path, location: str | None) -> BaseStorage:
         sqlalchemy.event.listen(storage.engine, "connect", _begin_nothing)
         sqlalchemy.event.listen(storage.engine, "begin", _begin_immediate)
     return storage
+
+
+def _without_password(text: str) -> str:
+    """A text with what may be passwords in URLs made unreadable, whatever is wrong with them."""
+    return re.sub(r"(//[^:/@\s]*):[^\s]*@", r"\1:***@", text)
 
 
 def _connection_settings(driver: str) -> dict[str, Any]:
@@ -193,6 +222,8 @@ def _patiently(make: Callable[[], _Made]) -> _Made:
         except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
             last = error
             time.sleep(0.1 * (attempt + 1))
+        except RuntimeError as error:  # The tables are those of another version of Optuna.
+            raise UserError(f"can't use the study: {one_line(error)[:300]}") from None
     raise UserError(f"can't make the study: {one_line(last)[:300]}")
 
 
@@ -247,7 +278,16 @@ def make_pruner(name: str, num_epochs: int) -> optuna.pruners.BasePruner:
     """Hyperband (Li et al. 2018) over epochs, each bracket by successive halving; or nothing."""
     if name == "none":
         return optuna.pruners.NopPruner()
-    return optuna.pruners.HyperbandPruner(1, num_epochs, 3)
+    return _Hyperband(1, num_epochs, 3)
+
+
+class _Hyperband(optuna.pruners.HyperbandPruner):
+    """Hyperband that leaves a trial in its bracket when another worker goes on with it."""
+
+    def _get_bracket_id(self, study: Study, trial: FrozenTrial) -> int:
+        first = copy.copy(trial)
+        first.number = trial.user_attrs.get(_WORKDIR, trial.number)
+        return super()._get_bracket_id(study, first)
 
 
 def finished(study: Study) -> list[FrozenTrial]:
@@ -270,6 +310,20 @@ def trial_directory(directory: Path, trial: FrozenTrial) -> Path:
     return directory / "trials" / f"{trial.user_attrs.get(_WORKDIR, trial.number):04}"
 
 
+def claim(directory: Path, trial: FrozenTrial) -> None:
+    """Makes the working directory of a trial, for it and those that go on with it only.
+
+    Raises:
+      UserError: if it holds a trial of another study.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path, own = directory / OWNER, trial.user_attrs[_ORIGIN]
+    if not path.exists() and not (directory / workdir.CONFIG).exists():
+        files.write(path, own.encode())
+    elif not path.exists() or path.read_text(encoding="utf-8") != own:
+        raise UserError(f"{directory} holds a trial of another study: name another --workdir")
+
+
 class Worker:
     """One process that works on the trials of a study.
 
@@ -290,7 +344,12 @@ class Worker:
     def __enter__(self) -> Self:
         self._directory.mkdir(parents=True, exist_ok=True)
         self._lock = (self._directory / self._name).open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in lock.NO_LOCKS:
+                raise
+            (self._directory / self._name).unlink()  # Others go by its count, then.
         self._thread = threading.Thread(target=self._count, daemon=True)
         self._thread.start()
         return self
@@ -326,7 +385,7 @@ class Worker:
                 return trial
         if len(finished(self.study)) + len(running(self.study)) >= self._trials:
             return None
-        trial = self._add(user_attrs={})
+        trial = self._add({_ORIGIN: uuid.uuid4().hex})
         before = [
             other
             for other in self.study.get_trials(deepcopy=False)
@@ -339,8 +398,10 @@ class Worker:
 
     def give_back(self, number: int) -> None:
         """Closes a trial that this worker leaves, so that any worker goes on with it."""
-        self._mine.pop(number, None)
+        identity = self._mine.pop(number, None)
         with contextlib.suppress(ValueError, optuna.exceptions.UpdateFinishedTrialError):
+            if identity is not None:
+                self.study._storage.set_trial_user_attr(identity, _GIVEN_BACK, True)
             self.study.tell(number, state=TrialState.FAIL)
 
     def tell(
@@ -370,7 +431,7 @@ class Worker:
                 system_attrs={
                     name: value
                     for name, value in (like.system_attrs if like else {}).items()
-                    if name in ("grid_id", "search_space")
+                    if name in ("grid_id", "search_space") or name.startswith("completed_rung_")
                 },
             )
         )
@@ -402,18 +463,23 @@ class Worker:
     def _orphans(self) -> Iterator[FrozenTrial]:
         """Trials that were closed because their worker died, and that nobody goes on with."""
         trials = self.study.get_trials(deepcopy=False)
-        resumed = {t.user_attrs[_RESUMES] for t in trials if _RESUMES in t.user_attrs}
+        resumed: dict[int, int] = {}  # The first that went on with each.
         for trial in trials:
-            dropped = trial.user_attrs.get(_DROPPED)
+            resumed.setdefault(trial.user_attrs.get(_RESUMES, -1), trial.number)
+        for trial in trials:
+            # Of two that went on with the same the second is one too many, whatever became of it.
+            first = resumed.get(trial.user_attrs.get(_RESUMES, -2), trial.number)
+            dropped = _DROPPED in trial.user_attrs or first < trial.number
             if _is_closed(trial) and trial.number not in resumed and not dropped:
                 yield trial
 
     def _resume(self, orphan: FrozenTrial) -> optuna.Trial | None:
-        kept = (OVERRIDES,)
+        kept = (OVERRIDES, _ORIGIN)
         attributes = {n: v for n, v in orphan.user_attrs.items() if n in kept}
-        reached = len(orphan.intermediate_values)
-        deaths, before = orphan.user_attrs.get(_DEATHS, (0, 0))
-        deaths = deaths + 1 if reached == before else 1
+        saved_in = trial_directory(self._directory.parent, orphan) / workdir.CHECKPOINTS
+        reached = [len(orphan.intermediate_values), *checkpoints.steps(saved_in)[-1:]]
+        deaths, before = orphan.user_attrs.get(_DEATHS, (0, None))
+        deaths = (deaths if reached == before else 0) + (_GIVEN_BACK not in orphan.user_attrs)
         attributes |= {
             _RESUMES: orphan.number,
             _WORKDIR: orphan.user_attrs.get(_WORKDIR, orphan.number),

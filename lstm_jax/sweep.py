@@ -28,6 +28,7 @@ from lstm_jax import (
     checkpoints,
     command,
     config,
+    corpus,
     metrics,
     parallel,
     population,
@@ -39,7 +40,7 @@ from lstm_jax import (
     train,
     workdir,
 )
-from lstm_jax.errors import NotFiniteError, UserError, one_line
+from lstm_jax.errors import NotFiniteError, UnavailableError, UserError, one_line
 
 # What training shows of a trial is kept in its working directory.
 OUTPUT = "output.txt"
@@ -47,6 +48,8 @@ OUTPUT = "output.txt"
 # So many trials that fail one after the other, none for numbers that explode, end the worker.
 _MOST_FAILURES = 3
 _SECONDS_BETWEEN_LOOKS = 2
+# What is the fault of a trial's settings, or of this machine's memory.
+_FAILURES = (UserError, jax.errors.JaxRuntimeError, MemoryError)
 
 
 class Sweep(NamedTuple):
@@ -128,7 +131,7 @@ def _run(sweep: Sweep, worker: study.Worker, trial: optuna.Trial) -> str:
     """Trains one trial and tells the study how it ended; returns why, if it failed."""
     settings = _prepare(sweep, worker, trial)
     directory = study.trial_directory(sweep.directory, _frozen(trial))
-    directory.mkdir(parents=True, exist_ok=True)
+    study.claim(directory, _frozen(trial))
 
     def report(row: Mapping[str, Any]) -> None:
         epoch = row["epoch"]
@@ -150,15 +153,22 @@ def _run(sweep: Sweep, worker: study.Worker, trial: optuna.Trial) -> str:
         worker.give_back(trial.number)  # Another worker goes on with it.
     except NotFiniteError as error:
         worker.tell(trial, TrialState.PRUNED, reason=f"diverged: {error}")
-    except (UserError, jax.errors.JaxRuntimeError, MemoryError) as error:
-        reason = str(error) if isinstance(error, UserError) else one_line(error)[:300]
-        worker.tell(trial, TrialState.FAIL, reason=reason)
-        return reason
+    except UnavailableError:
+        raise  # No fault of the trial's, which is given back.
+    except _FAILURES as error:
+        return _fail(worker, trial, error)
     else:
         if exit_code:
             raise _InterruptedError(exit_code)
         _complete(worker, trial, directory)
     return ""
+
+
+def _fail(worker: study.Worker, trial: optuna.Trial, error: Exception) -> str:
+    """Ends a trial that can't be trained; returns why."""
+    reason = str(error) if isinstance(error, UserError) else one_line(error)[:300]
+    worker.tell(trial, TrialState.FAIL, reason=reason)
+    return reason
 
 
 def _complete(worker: study.Worker, trial: optuna.Trial, directory: Path) -> None:
@@ -182,14 +192,21 @@ def _run_together(
     """Trains the members of a population and tells the study how each ended."""
     settings = [_prepare(sweep, worker, trial) for trial in trials]
     directories = [study.trial_directory(sweep.directory, _frozen(trial)) for trial in trials]
+    for trial, directory in zip(trials, directories, strict=True):
+        study.claim(directory, _frozen(trial))
 
     def report(member: int, epoch: int, loss: float) -> None:
         with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
             _report(trials[member], epoch, loss)
 
     output = sweep.directory / OUTPUT
-    with output.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
-        reasons = population.train(settings, directories, report)
+    try:
+        with output.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+            reasons = population.train(settings, directories, report)
+    except UnavailableError:
+        raise
+    except _FAILURES as error:
+        return [_fail(worker, trial, error) for trial in trials]
     for trial, directory, reason in zip(trials, directories, reasons, strict=True):
         if reason:
             worker.tell(trial, TrialState.PRUNED, reason=f"diverged: {reason}")
@@ -219,7 +236,8 @@ def _main() -> int:
     config_flag = values["config"]
     if not config_flag.present:
         raise UserError("name an experiment: --config experiments/quick.py")
-    path = Path(config_flag.config_filename.partition(":")[0])
+    file, _, argument = config_flag.config_filename.partition(":")
+    path = Path(file)
     if not path.is_file():
         raise UserError(f"there is no config file {path}")
     if (values.space is None) == (values.seeds is None):
@@ -248,14 +266,16 @@ def _main() -> int:
         raise UserError("the members of a population are trained to their end: leave out --pruner")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     use_all_cores()
-    drawn = searched.check(experiment)
+    drawn, parameters = searched.check(experiment)
     if members > 1:
         population.check(drawn)
     grid = searched.grid() if sampler == "grid" else None
     if grid is not None:
         trials = min(trials, math.prod(map(len, grid.values())))
     experiment.data.sha256 = texts.read(experiment.data).sha256
-    name = values.name or f"{path.stem}_{what}"
+    if experiment.data.path:  # So that best.py runs anywhere.
+        experiment.data.path = corpus.absolute(experiment.data.path)
+    name = values.name or "_".join(filter(None, (path.stem, argument, what)))
     directory = Path(values.workdir or Path("runs", "sweeps", name))
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -267,6 +287,7 @@ def _main() -> int:
         values.study,
         name,
         experiment,
+        parameters,
         study.SeededSampler(sampler, values.seed, grid),
         study.make_pruner(pruner, experiment.num_epochs),
     )
@@ -283,6 +304,13 @@ def _main() -> int:
         raise UserError(
             f"the study can't be read or written any more ({one_line(error)[:200]}): once it can, "
             "the same command goes on"
+        ) from None
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"can't write to {error.filename or directory} ({error.strerror}): make room or make "
+            "it writable, and the same command goes on"
         ) from None
     print(sweep_report.summary(record, directory))
     return exit_code
@@ -326,7 +354,8 @@ def _define_flags() -> None:
         "population",
         None,
         "Trains so many trials at once in one program, where they differ only in "
-        f"{', '.join(population.TRACEABLE)}. [default: 1; for --seeds all of them]",
+        f"{', '.join(population.TRACEABLE)}. [default: 1; for --seeds all of them, at most "
+        f"{population.LARGEST}]",
     )
 
 

@@ -114,9 +114,11 @@ def _read_layer(arrays: dict[str, np.ndarray], name: str) -> tuple[str, dict[str
     """The cell of a layer, and its arrays as they are here."""
     if not {"weight_ih", "weight_hh"} <= set(arrays):
         raise UserError(f"{name} lacks weight_ih or weight_hh")
+    cell = weights_lib.cell_of(arrays["weight_hh"].T.shape, name)
     size, hidden = arrays["weight_hh"].shape
-    cell = weights_lib.cell_of(size // hidden, name)
     own, other = (arrays.get(bias, np.zeros(size, np.float32)) for bias in ("bias_ih", "bias_hh"))
+    if own.shape != (size,) or other.shape != (size,):
+        raise UserError(f"the biases of {name} are not of {size} numbers each")
     layer = {
         "input_kernel": arrays["weight_ih"].T,
         "recurrent_kernel": arrays["weight_hh"].T,

@@ -36,7 +36,7 @@ from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.controls import Controls
-from lstm_jax.errors import NotFiniteError, UserError
+from lstm_jax.errors import NotFiniteError, UnavailableError, UserError
 from lstm_jax.profiler import Profiler
 from lstm_jax.progress import Progress
 from lstm_jax.train_step import TrainState, TrainStep, init_state, make_train_step
@@ -226,7 +226,7 @@ def train(
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise UserError(
+            raise UnavailableError(
                 f"can't write to {directory} ({error.strerror}): make room or make it writable, "
                 "and the same command goes on from the last checkpoint"
             ) from None
@@ -623,7 +623,7 @@ def _validate(
 
 def _save(run: _Run, state: TrainState, iterator: grain.DatasetIterator, step: int) -> None:
     if not run.is_ours():
-        raise UserError(
+        raise UnavailableError(
             f"another process has taken {run.directory} over, since this one stood still for more "
             f"than {lock.STALE_SECONDS} seconds: nothing more is written"
         )

@@ -129,8 +129,8 @@ def check(weights: Weights) -> Weights:
 
 def with_vocabulary(
     weights: Weights, units: Sequence[str], kind: str, stop: str
-) -> tuple[Weights, Vocabulary]:
-    """Weights whose rows 0 and 1 are those of "" and "[UNK]", and their vocabulary.
+) -> tuple[Weights, Vocabulary, list[str]]:
+    """Weights whose rows 0 and 1 are those of "" and "[UNK]", their vocabulary, and what was added.
 
     A row that the model did not have is added: zeros, and logits of next to no probability.
 
@@ -159,10 +159,11 @@ def with_vocabulary(
         raise UserError(f"the vocabulary can't be used: {error}") from None
     at = {unit: row for row, unit in enumerate(order)}
     picked = [at.get(unit, rows) for unit in vocabulary.units]  # `rows` is the row that is added.
+    added = [unit for unit in vocabulary.units if unit not in at]
     embedding = np.pad(weights.embedding, ((0, 1), (0, 0)))[picked]
     kernel = np.pad(weights.kernel, ((0, 0), (0, 1)))[:, picked]
     bias = np.append(weights.bias, np.float32(_NEVER))[picked]
-    return weights._replace(embedding=embedding, kernel=kernel, bias=bias), vocabulary
+    return weights._replace(embedding=embedding, kernel=kernel, bias=bias), vocabulary, added
 
 
 def without_special(weights: Weights) -> Weights:
@@ -175,12 +176,19 @@ def without_special(weights: Weights) -> Weights:
     )
 
 
-def cell_of(gates: int, name: str) -> str:
-    """The cell whose kernels have so many gates side by side; raises `UserError` if none has."""
-    for cell, number in GATES.items():
-        if number == gates:
+def cell_of(shape: Sequence[int], name: str) -> str:
+    """The cell whose recurrent kernel has such a shape, or `UserError`.
+
+    Args:
+      shape: [hidden, gates * hidden].
+      name: of the layer, for the error.
+    """
+    for cell, gates in GATES.items():
+        if len(shape) == 2 and shape[0] and shape[1] == gates * shape[0]:
             return cell
-    raise UserError(f"{name} has {gates} gates: it is no LSTM, GRU or simple RNN")
+    raise UserError(
+        f"{name} has a recurrent kernel of shape {list(shape)}: it is no LSTM, GRU or simple RNN"
+    )
 
 
 def one_cell(cells: Mapping[str, str]) -> str:

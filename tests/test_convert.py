@@ -216,6 +216,15 @@ def test_rows_that_a_model_lacks_are_added_and_never_predicted(
     assert (np.asarray(found)[..., :missing] == -30).all()
 
 
+def test_a_model_with_padding_and_no_unknown_is_told_what_was_added(tmp_path: Path) -> None:
+    units = ["", *"abcd"]
+    own, vocabulary, added = weights.with_vocabulary(
+        made(tmp_path, units=len(units)), units, "characters", ""
+    )
+    assert added == ["[UNK]"] and vocabulary.units == ("", "[UNK]", *"abcd")
+    assert own.bias[1] == -30
+
+
 def test_documents_keep_their_stop_token(tmp_path: Path) -> None:
     vocabulary = Vocabulary.from_text("ab\n\nba\n\n", stop="\n\n")
     model = save(made(tmp_path, units=len(vocabulary)), tmp_path / "model.keras")
@@ -246,6 +255,7 @@ def archive_with(content: bytes, change: Any) -> bytes:
         (2, "recurrent_activation", "hard_sigmoid", "recurrent_activation='hard_sigmoid'"),
         (2, "return_sequences", False, "'lstm' has return_sequences=False: only True"),
         (2, "go_backwards", True, "go_backwards=True"),
+        (1, "mask_zero", True, "mask_zero=True"),
         (3, "activation", "relu", "'dense' has activation='relu'"),
         (2, None, "Bidirectional", "'lstm' is a Bidirectional: there is none here"),
         (2, None, "LayerNormalization", "'lstm' is a LayerNormalization"),
@@ -293,6 +303,11 @@ def renamed(arrays: dict[str, np.ndarray], old: str, new: str) -> dict[str, np.n
         (lambda a: renamed(a, "lstm.weight_hh_l0", "x.y"), "lacks weight_ih or weight_hh"),
         (lambda a: {**a, "lstm.weight_ih_l0": a["lstm.weight_ih_l0"][:, 1:]}, "takes 5 features"),
         (lambda a: {**a, "lstm.bias_ih_l0": a["lstm.bias_ih_l0"] * np.nan}, "not finite"),
+        (
+            lambda a: {**a, "lstm.bias_ih_l0": a["lstm.bias_ih_l0"][1:]},
+            "biases of lstm (layer 0) are not",
+        ),
+        (lambda a: {**a, "lstm.weight_hh_l0": a["lstm.bias_ih_l0"]}, "kernel of shape"),
         (lambda a: {**a, "linear.bias": a["linear.bias"].astype(np.int8)}, "int8, not floating"),
         (lambda a: {**a, "embedding.weight": a["embedding.weight"][1:]}, "of the same vocabulary"),
         (
@@ -385,6 +400,59 @@ def test_a_missing_library_is_named(
         WRITERS[end][0](made(tmp_path))
 
 
+def test_a_compressed_archive_with_one_wrong_byte_is_refused_or_read(tmp_path: Path) -> None:
+    """Decompressors raise errors of many classes."""
+    content = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(keras_weights.write_archive(made(tmp_path)))) as stored,
+        zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as file,
+    ):
+        for name in stored.namelist():
+            file.writestr(name, stored.read(name)[:3000])
+    whole = content.getvalue()
+    for at in range(len(whole)):
+        broken = bytearray(whole)
+        broken[at] ^= 0xFF
+        with pytest.raises(UserError):
+            keras_weights.read_archive(bytes(broken))
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("lstm/cell/vars/1", np.zeros((5, 16)), r"a recurrent kernel of shape \[5, 16\]"),
+        ("lstm/cell/vars/1", np.zeros((0, 16)), r"a recurrent kernel of shape \[0, 16\]"),
+        ("lstm/cell/vars/0", np.zeros((6, 15)), "don't fit each other"),
+        ("lstm/cell/vars/2", np.zeros(15), "don't fit each other"),
+    ],
+)
+def test_arrays_of_odd_shapes_are_refused(
+    name: str, array: np.ndarray, message: str, tmp_path: Path
+) -> None:
+    import h5py
+
+    content = io.BytesIO(keras_weights.write_weights(made(tmp_path)))
+    with h5py.File(content, "a") as file:
+        del file[f"layers/{name}"]
+        file[f"layers/{name}"] = array.astype(np.float32)
+    with pytest.raises(UserError, match=message):
+        keras_weights.read_weights(content.getvalue())
+
+
+def test_layers_that_are_numbered_without_a_line_come_in_order(tmp_path: Path) -> None:
+    """As the attributes of a class of one's own are."""
+    import h5py
+
+    own = made(tmp_path, num_layers=2)
+    content = io.BytesIO(keras_weights.write_weights(own))
+    with h5py.File(content, "a") as file:
+        for old, new in (("layers/lstm_1", "lstm2"), ("layers/lstm", "lstm1")):
+            file.move(old, new)
+    read = keras_weights.read_weights(content.getvalue())
+    for one, other in zip(own.layers, read.layers, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
 def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     draw = random.Random(0)
     for end, (write, read) in WRITERS.items():
@@ -447,7 +515,7 @@ def test_keras_and_back(
     model = lesson_in_keras(keras, cell, num_layers, len(units))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=keras.optimizers.Adam(3e-3), loss=loss)
-    model.fit(ids[:, :-1], ids[:, 1:], batch_size=32, epochs=2, verbose=0)
+    model.fit(ids[:, :-1], ids[:, 1:], batch_size=32, epochs=10, verbose=0)
     model.save(tmp_path / "model.keras")
     model.save_weights(tmp_path / "model.weights.h5")
     (tmp_path / "units.json").write_text(json.dumps(units))
@@ -504,7 +572,8 @@ def test_torch_and_back(
 
     model = Model()
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for batch in torch.from_numpy(ids.astype(np.int64)).split(32):
+    batches = torch.from_numpy(ids.astype(np.int64)).split(32)
+    for batch in 10 * batches:
         predicted = model(batch[:, :-1]).transpose(1, 2)
         loss = torch.nn.functional.cross_entropy(predicted, batch[:, 1:])
         optimizer.zero_grad()

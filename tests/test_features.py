@@ -27,6 +27,7 @@ def marks(name: str, text: str) -> str:
         ("inside quotation marks", 'a "b" c', "--11---"),
         ("inside quotation marks", 'a "b\n\nc "d"', "--1111--11-"),
         ("inside quotation marks", "“a” «b»", "11--11-"),
+        ("inside quotation marks", "„a“ b „c” d", "11----11---"),
         ("inside brackets ( ) [ ]", "a) (b[c]d) e", "---111111---"),
         ("inside brackets ( ) [ ]", "(a\n\nb)", "1111--"),
         ("inside a tag < >", "<a>b <c\nd", "11---111-"),

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -20,14 +21,15 @@ from ml_collections import ConfigDict
 from optuna.trial import TrialState
 
 from lstm_jax import config as config_lib
-from lstm_jax import metrics, space, study, sweep, sweep_report, sweep_table, workdir
-from lstm_jax.errors import UserError
+from lstm_jax import lock, metrics, space, study, sweep, sweep_report, sweep_table, workdir
+from lstm_jax.errors import UnavailableError, UserError
 
 ROOT = Path(__file__).parents[1]
 # How many workers are killed for each kind of study, and at which random moments.
 KILLS = int(os.environ.get("LSTM_JAX_KILLS", "2"))
 SEED = int(os.environ.get("LSTM_JAX_KILLS_SEED", "0"))
-TRIALS = 4
+# So many that there is something to kill until the end.
+TRIALS = max(4, 2 * KILLS)
 
 SPACE = """
 def get_overrides(trial):
@@ -131,6 +133,19 @@ def server(tmp_path: Path) -> Iterator[str]:
         process.wait(timeout=30)
 
 
+def wait_for_work(directory: Path, worker: subprocess.Popen[str]) -> None:
+    """Waits until a worker trains a trial: it holds the lock of a working directory."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert worker.poll() is None, "a worker ended before it was killed"
+        for path in directory.glob("trials/*/.lock"):
+            with contextlib.suppress(OSError, ValueError):
+                if json.loads(path.read_text())["pid"] == worker.pid:
+                    return
+        time.sleep(0.01)
+    pytest.fail("a worker got no trial")
+
+
 @pytest.mark.parametrize("kind", ["sqlite", "journal", "postgresql"])
 def test_killed_workers_lose_no_finished_trial_and_duplicate_none(
     kind: str,
@@ -152,9 +167,10 @@ def test_killed_workers_lose_no_finished_trial_and_duplicate_none(
     before: dict[int, dict] = {}
     for _ in range(KILLS):
         time.sleep(chance.uniform(2, 12))
+        place = chance.randrange(2)
+        wait_for_work(directory, workers[place])
         if (directory / "trials.jsonl").exists():
             before |= {row["trial"]: row for row in rows(directory) if row["state"] != "running"}
-        place = chance.randrange(2)
         workers[place].kill()
         workers[place].communicate()
         workers[place] = start(arguments, compiled)
@@ -229,6 +245,10 @@ def test_seeds_are_a_population(text_file: Path, tmp_path: Path, compiled: Path)
         ),
         ("def get_overrides(trial):\n    return {'seed': 'a'}", "must be of type int"),
         (
+            "import optuna\ndef get_overrides(trial):\n    raise optuna.TrialPruned",
+            "it raised TrialPruned",
+        ),
+        (
             "def get_overrides(t):\n    return {'num_epochs': t.suggest_int('n', -3, 1)}",
             "config.num_epochs is",
         ),
@@ -255,6 +275,11 @@ def test_a_grid_needs_values_and_visits_each_once(tmp_path: Path) -> None:
     )
     found = space.load(path)
     assert found.grid() == {"s": [0, 2, 4], "o": ["adam", "sgd"]}
+    path.write_text(
+        "def get_overrides(t):\n"
+        "    return {'optimizer.momentum': t.suggest_float('m', 0.0, 0.3, step=0.1)}"
+    )
+    assert max(space.load(path).grid()["m"]) == 0.3, "Optuna refuses 3 * 0.1"
     record = make_study(tmp_path, study.SeededSampler("grid", 0, found.grid()))
     drawn = [found.overrides(record.ask()) for _ in range(6)]
     assert len({tuple(overrides.values()) for overrides in drawn}) == 6
@@ -266,9 +291,21 @@ def make_study(directory: Path, sampler: optuna.samplers.BaseSampler) -> optuna.
         None,
         "tiny",
         config_lib.default(),
+        ["x"],
         sampler,
         study.make_pruner("hyperband", 9),
     )
+
+
+def dead(record: optuna.Study, directory: Path, trials: int) -> tuple[study.Worker, optuna.Trial]:
+    """A worker with a trial, as kill -9 leaves both."""
+    worker = study.Worker(record, directory, trials).__enter__()
+    trial = worker.next()
+    assert trial is not None
+    worker._done.set()
+    worker._thread.join()
+    worker._lock.close()
+    return worker, trial
 
 
 @pytest.mark.parametrize("name", study.SAMPLERS)
@@ -292,6 +329,8 @@ def test_samplers_follow_the_seed(name: str, tmp_path: Path) -> None:
     [
         ("nonsense", "is no URL"),
         ("postgresql://me:secret@127.0.0.1:1/db", "can't reach the database"),
+        ("postgresql://me:secret@127.0.0.1:port/db", "is no database's URL"),
+        ("postgresq//me:secret@127.0.0.1/db", "is no URL|is no database's URL"),
         ("sqlite:////nowhere/at/all.db", "can't reach the database"),
         ("oracle_or_so://x", "is no database's URL"),
         ("journal:/proc/nothing/here", "can't write the journal"),
@@ -305,24 +344,29 @@ def test_a_study_that_cannot_be_had_gets_one_line(
     sampler = study.SeededSampler("random", 0)
     pruner = study.make_pruner("none", 1)
     with pytest.raises(UserError, match=message) as caught:
-        study.open_study(tmp_path, location, "x", config_lib.default(), sampler, pruner)
+        study.open_study(tmp_path, location, "x", config_lib.default(), [], sampler, pruner)
     assert len(str(caught.value).splitlines()) == 1 and "secret" not in str(caught.value)
 
 
 def test_a_trial_of_a_dead_worker_is_gone_on_with_once(tmp_path: Path) -> None:
     record = make_study(tmp_path, study.SeededSampler("random", 0))
-    with study.Worker(record, tmp_path, 2) as first:
-        trial = first.next()
-        assert trial is not None
-        value = trial.suggest_float("x", 0, 1)
-        trial.report(3.0, 1)
-    # It ended without telling; two others look for work.
+    _, trial = dead(record, tmp_path, 2)
+    value = trial.suggest_float("x", 0, 1)
+    trial.report(3.0, 1)
+    trial.should_prune()  # Notes at which rung of Hyperband it is.
+    first = record.trials[trial.number]
+    # Two others look for work.
     with study.Worker(record, tmp_path, 2) as one, study.Worker(record, tmp_path, 2) as other:
         resumed, new = one.next(), other.next()
         assert resumed is not None and new is not None and other.next() is None
         assert resumed.suggest_float("x", 0, 1) == value
         (frozen,) = (t for t in study.running(record) if t.number == resumed.number)
         assert frozen.intermediate_values == {1: 3.0}
+        rungs = [{k for k in t.system_attrs if "rung" in k} for t in (first, frozen)]
+        assert rungs[0] == rungs[1] and rungs[0]
+        pruner: Any = record.pruner
+        brackets = [pruner._get_bracket_id(record, t) for t in (first, frozen)]
+        assert brackets[0] == brackets[1]
         assert study.trial_directory(tmp_path, frozen).name == f"{trial.number:04}"
         one.tell(resumed, TrialState.COMPLETE, 2.0)
         other.tell(new, TrialState.PRUNED)
@@ -332,9 +376,12 @@ def test_a_trial_of_a_dead_worker_is_gone_on_with_once(tmp_path: Path) -> None:
 
 def test_a_trial_that_kills_every_worker_fails(tmp_path: Path) -> None:
     record = make_study(tmp_path, study.SeededSampler("random", 0))
-    for _ in range(5):
+    for _ in range(4):
+        dead(record, tmp_path, 1)
+    for _ in range(6):  # Those that end in good order, as jobs whose time is up, don't count.
         with study.Worker(record, tmp_path, 1) as worker:
             assert worker.next() is not None
+    dead(record, tmp_path, 1)
     with study.Worker(record, tmp_path, 1) as worker:
         assert worker.next() is None
     (failed,) = study.finished(record)
@@ -361,3 +408,65 @@ def test_diverged_trials_are_pruned_with_their_reason(
     assert told == 0
     (row,) = rows(tmp_path)
     assert row["state"] == "diverged" and "is not finite" in row["reason"]
+
+
+def rate_space() -> space.Space:
+    return space.Space(
+        "tiny.py", lambda trial: {"optimizer.learning_rate": trial.suggest_float("x", 1e-3, 1e-2)}
+    )
+
+
+def test_a_directory_in_use_is_no_fault_of_its_trial(
+    tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    record = make_study(tmp_path, study.SeededSampler("random", 0))
+    told = sweep.Sweep(tiny_config, rate_space(), tmp_path, 1, 1)
+    with (
+        lock.hold(tmp_path / "trials" / "0000"),
+        pytest.raises(UnavailableError, match="is training in"),
+        study.Worker(record, tmp_path, 1) as worker,
+    ):
+        sweep.work(told, worker, sweep_table.Table(record, 1))
+    assert study.finished(record) == [] == study.running(record)
+
+
+def test_trials_that_cannot_be_trained_fail_together(
+    tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    tiny_config.batches.batch_size = 100_000
+    record = make_study(tmp_path, study.SeededSampler("random", 0))
+    told = sweep.Sweep(tiny_config, rate_space(), tmp_path, 3, 3)
+    with (
+        study.Worker(record, tmp_path, 3) as worker,
+        pytest.raises(UserError, match="3 trials in a row failed"),
+    ):
+        sweep.work(told, worker, sweep_table.Table(record, 3))
+    assert [row["state"] for row in rows(tmp_path)] == ["failed"] * 3
+
+
+def test_a_trial_does_not_take_over_the_directory_of_another_study(tmp_path: Path) -> None:
+    record = make_study(tmp_path, study.SeededSampler("random", 0))
+    _, trial = dead(record, tmp_path, 1)
+    directory = tmp_path / "trials" / "0000"
+    study.claim(directory, record.trials[trial.number])
+    with study.Worker(record, tmp_path, 1) as worker:
+        resumed = worker.next()
+        assert resumed is not None
+        study.claim(directory, record.trials[resumed.number])
+    (tmp_path / study.DATABASE).unlink()
+    record = make_study(tmp_path, study.SeededSampler("random", 0))
+    _, other = dead(record, tmp_path, 1)
+    with pytest.raises(UserError, match="holds a trial of another study"):
+        study.claim(directory, record.trials[other.number])
+
+
+def test_a_study_of_another_space_or_of_none_is_refused(tmp_path: Path) -> None:
+    sampler, pruner = study.SeededSampler("random", 0), study.make_pruner("none", 1)
+    for name, parameters in (("one", ["x"]), ("one", ["x"])):
+        study.open_study(tmp_path, None, name, config_lib.default(), parameters, sampler, pruner)
+    with pytest.raises(UserError, match="made for a space of x, and this one is of x, y"):
+        study.open_study(tmp_path, None, "one", config_lib.default(), ["x", "y"], sampler, pruner)
+    url = f"sqlite:///{tmp_path / study.DATABASE}"
+    optuna.create_study(storage=url, study_name="two", direction="maximize")
+    with pytest.raises(UserError, match="'two' already, which is none of a sweep"):
+        study.open_study(tmp_path, None, "two", config_lib.default(), ["x"], sampler, pruner)
