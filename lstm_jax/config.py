@@ -222,9 +222,19 @@ def check(config: ConfigDict) -> None:
         ),
         (config.mesh.data >= 0, "mesh.data", "0 or more"),
         (config.mesh.model > 0, "mesh.model", "1 or more"),
+        (
+            batches.batch_size % (max(config.mesh.data, 1) * max(config.mesh.model, 1)) == 0,
+            "batches.batch_size",
+            "a multiple of mesh.data times mesh.model, "
+            f"{max(config.mesh.data, 1) * max(config.mesh.model, 1)}",
+        ),
         (0 < config.num_epochs <= 10**6, "num_epochs", "from 1 to 1,000,000"),
-        (0 < config.steps_per_call <= 10**4, "steps_per_call", "from 1 to 10,000"),
         (config.log_every_steps > 0, "log_every_steps", "1 or more"),
+        (
+            0 < config.steps_per_call <= min(config.log_every_steps, 10**4),
+            "steps_per_call",
+            "from 1 to log_every_steps, and 10,000 at most",
+        ),
         (config.checkpoint_every_seconds >= 0, "checkpoint_every_seconds", "0 or more"),
         (config.max_skipped_steps >= 0, "max_skipped_steps", "0 or more"),
         (0 < config.sample.length <= 10**6, "sample.length", "from 1 to 1,000,000"),

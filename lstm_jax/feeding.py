@@ -38,16 +38,16 @@ def cut(ids: jax.Array, places: Places, window_length: int) -> Batch:
 
 
 def fits(ids: Ids, vocabulary_size: int) -> bool:
-    """Whether a text is to be kept on the devices.
+    """Whether a text is to be kept on the devices, where places are counted in int32.
 
-    What is in memory anyway is. On a CPU, whose memory that is, nothing else is; elsewhere what
-    takes an eighth of a device's memory or less.
+    On a CPU, whose memory that is, what is in memory anyway is; elsewhere what takes an eighth of a
+    device's memory or less.
     """
-    if isinstance(ids, np.ndarray):
-        return True
     device = jax.local_devices()[0]
-    if device.platform == "cpu" or len(ids) >= 2**31:
+    if len(ids) >= 2**31:
         return False
+    if device.platform == "cpu":
+        return isinstance(ids, np.ndarray)
     memory = (device.memory_stats() or {}).get("bytes_limit", 0)
     return len(ids) * np.min_scalar_type(vocabulary_size - 1).itemsize <= _SHARE * memory
 

@@ -59,12 +59,12 @@ def joined(
     num_processes: int | None,
     process_id: int | None,
     timeout_seconds: int,
-) -> Iterator[int]:
+) -> Iterator[None]:
     """Joins the other processes of a run, if there are any, and leaves with them.
 
     Where none of the first three is given, SLURM, Open MPI, Kubernetes or Cloud TPU say who they
-    are. It must be called before anything else uses JAX. When something is raised within, this
-    process ends at once, so that no other waits for it.
+    are. It must be called before anything else uses JAX, and starts none of its devices. When
+    something is raised within, this process ends at once, so that no other waits for it.
 
     Args:
       coordinator_address: host and port where process 0 listens.
@@ -72,15 +72,12 @@ def joined(
       process_id: of this one, from 0.
       timeout_seconds: how long to wait for the others.
 
-    Yields:
-      The number of processes.
-
     Raises:
       UserError: if they can't be joined.
     """
     given = (coordinator_address, num_processes, process_id)
     if num_processes == 1 or (given == (None, None, None) and not _is_started_by_a_cluster()):
-        yield 1
+        yield
         return
     _check(*given)
     # SIGTERM is for this program, which saves; and gloo is what CPUs exchange arrays by.
@@ -94,7 +91,6 @@ def joined(
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )
-        processes = jax.process_count()
     except Exception as error:  # Whatever the cluster's own detection raises, too.
         _leave(
             f"can't join the other processes ({one_line(error)[:300]}): name them with "
@@ -102,17 +98,21 @@ def joined(
             "--join_seconds of each other, or train alone with --num_processes=1"
         )
     try:
-        yield processes
+        yield
         multihost_utils.sync_global_devices("end")
     except UserError as error:
         _leave(_LOST if re.search(_SIGNS, str(error)) else str(error))
     except Exception as error:
         if re.search(_SIGNS, str(error)):
             _leave(_LOST)
-        traceback.print_exc()
+        if isinstance(error, BrokenPipeError):  # The reader (`| head`) has had enough.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _leave("nobody reads the output any more")
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            traceback.print_exc()
         _leave(f"process {jax.process_index()} failed: {one_line(error)[:300]}")
-    except BaseException:
-        _leave("interrupted")
+    except BaseException as error:
+        _leave("interrupted", 130 if isinstance(error, KeyboardInterrupt) else 2)
     jax.distributed.shutdown()
 
 
@@ -175,14 +175,14 @@ def _filter_native_errors() -> None:
     sys.stderr = os.fdopen(terminal, "w", 1, "utf-8", "backslashreplace")
 
 
-def _leave(message: str) -> NoReturn:
+def _leave(message: str, code: int = 2) -> NoReturn:
     """Ends this process without waiting for the others, which notice that it is gone."""
     if message == _LOST:  # JAX may notice at the same time: the filter tells it once.
         os.write(2, b"coordination: Terminating process\n")
     else:
         print("error:", " ".join(message.split()), file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(2)
+    os._exit(code)
 
 
 def is_first() -> bool:

@@ -52,8 +52,8 @@ def main() -> int:
         experiment.init_from = _INIT_FROM.value
     with hosts.joined(
         _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _JOIN_SECONDS.value
-    ) as processes:
-        return train.train(experiment, directory, processes=processes)
+    ):
+        return train.train(experiment, directory)
 
 
 if __name__ == "__main__":

@@ -33,15 +33,16 @@ _SMALLEST_HIDDEN, _LARGEST_HIDDEN = 64, 768
 _SMALLEST_PART = 16
 
 
-def use_cores(config: ConfigDict, processes: int = 1) -> None:
-    """Lets JAX show as many CPU devices as each process can use to train with `config`.
+def use_cores(config: ConfigDict) -> None:
+    """Lets JAX show as many CPU devices as this process may need to train with `config`.
 
+    That is all of the mesh: how many other processes share it is known only when the devices are.
     It must be called before anything else uses JAX; otherwise, and where there is a GPU or TPU, it
     changes nothing.
     """
-    devices = (config.mesh.data or _cores_to_use(config) * processes) * config.mesh.model
+    devices = (config.mesh.data or _cores_to_use(config)) * config.mesh.model
     with contextlib.suppress(RuntimeError):  # JAX has started: it keeps what devices it has.
-        jax.config.update("jax_num_cpu_devices", -(-devices // processes))
+        jax.config.update("jax_num_cpu_devices", devices)
 
 
 def _cores_to_use(config: ConfigDict) -> int:
@@ -196,11 +197,19 @@ def gather(tree: Any, specs: Any) -> Any:
 
 def mean(tree: Any, specs: Any) -> Any:
     """Within `divide`: the mean of all devices' arrays, or the part of it that a device stores."""
+    # Between processes on CPUs, gloo's reduce-scatter now and then gives wrong sums of arrays of
+    # megabytes (jax-ml/jax#40830).
+    scatters = jax.default_backend() != "cpu" or jax.process_count() == 1
 
     def part(array: jax.Array, spec: PartitionSpec) -> jax.Array:
         if spec == EVERYWHERE:
             return jax.lax.pmean(array, (DATA, MODEL))
-        parts = jax.lax.psum_scatter(array, MODEL, scatter_dimension=len(spec) - 1, tiled=True)
-        return jax.lax.pmean(parts, DATA) / jax.lax.axis_size(MODEL)
+        axis, number = len(spec) - 1, jax.lax.axis_size(MODEL)
+        if scatters:
+            parts = jax.lax.psum_scatter(array, MODEL, scatter_dimension=axis, tiled=True)
+            return jax.lax.pmean(parts, DATA) / number
+        whole, size = jax.lax.pmean(array, (DATA, MODEL)), array.shape[axis] // number
+        begin = jax.lax.axis_index(MODEL) * size
+        return jax.lax.dynamic_slice_in_dim(whole, begin, size, axis)
 
     return jax.tree.map(part, tree, specs)

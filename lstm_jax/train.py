@@ -187,7 +187,6 @@ def train(
     config: ConfigDict,
     directory: Path,
     watch: Callable[[Mapping[str, Any]], object] = _ignore,
-    processes: int = 1,
 ) -> int:
     """Trains the model that `config` describes, or goes on where the run in `directory` stopped.
 
@@ -197,7 +196,6 @@ def train(
       watch: called with each training or validation loss after it was recorded, as it stands in
         metrics.jsonl: for example to draw it in a notebook. What it raises ends the run there, from
         where it can go on.
-      processes: how many train together (`hosts.joined`).
 
     Returns:
       The exit code: 0, or 130 after Ctrl-C (143 after SIGTERM) with everything saved.
@@ -207,7 +205,7 @@ def train(
         another run or a damaged one, is in use, or can't be written; for numbers that are no
         longer finite.
     """
-    parallel.use_cores(config, processes)
+    parallel.use_cores(config)
     try:
         model_lib.from_config(config.model, 1).implementation()
     except ValueError as error:
@@ -268,7 +266,9 @@ def _train(
     saved_in = directory / workdir.CHECKPOINTS
     saved_steps = checkpoints_lib.steps(saved_in)
     started = bool(saved_steps)
-    same = f"{saved_steps} {config_lib.to_json(config)}"
+    held = directory / lock.LOCK  # By process 0, whose directory is told from others by that.
+    same = f"{held.read_bytes() if held.exists() else b''!r} {saved_steps} "
+    same += config_lib.to_json(config)
     hosts.check_same(same, "config, text and working directory: start all with the same command")
     trained = workdir.load(Path(config.init_from)) if config.init_from and not started else None
     optimizer = optimizer_lib.make(config.optimizer, config.num_epochs * steps_per_epoch)

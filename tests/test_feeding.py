@@ -1,6 +1,5 @@
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 import pytest
@@ -29,20 +28,6 @@ def test_a_text_on_the_device_gives_the_batches_of_the_pipeline(kind: str) -> No
         assert places.get_state() == pipeline.get_state()
     several = feed.next(3)
     assert isinstance(several, feeding.Resident) and several.places.begins.shape == (3, 4)
-
-
-def test_windows_come_in_the_order_in_which_grain_shuffles_and_batches_them() -> None:
-    """Iterators that older checkpoints hold the states of, made of the same parts."""
-    fields = config.default().batches
-    fields.batch_size, fields.window_length = 4, 10
-    ids = np.arange(1000, dtype=np.int32)
-    ours, steps = batches.make(ids, fields, seed=7)
-    windows = [ids[k * 10 : k * 10 + 11] for k in range(99)]
-    dataset = grain.MapDataset.source(windows).shuffle(7).batch(4, drop_remainder=True).repeat()
-    theirs = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1)))
-    for _ in range(2 * steps + 3):
-        np.testing.assert_array_equal(next(ours).inputs, next(theirs)[:, :-1])
-        assert ours.get_state() == theirs.get_state()
 
 
 @pytest.mark.parametrize("kind", ["windows", "streams"])

@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from lstm_jax.errors import UserError
 SLOW = os.environ.get("LSTM_JAX_HOSTS") == "all"
 
 
-FOUR = pytest.param(4, marks=pytest.mark.skipif(not SLOW, reason="LSTM_JAX_HOSTS=all runs it"))
+FOUR = pytest.param(4, 4, marks=pytest.mark.skipif(not SLOW, reason="LSTM_JAX_HOSTS=all runs it"))
 
 
 def start(
@@ -70,11 +71,11 @@ def alone(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("count", [2, FOUR])
+@pytest.mark.parametrize(("count", "devices"), [(2, 2), (2, 4), FOUR])
 def test_many_processes_train_as_one_does(
-    count: int, alone: Path, text_file: Path, tmp_path: Path
+    count: int, devices: int, alone: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    processes = start(text_file, tmp_path / "run", count)
+    processes = start(text_file, tmp_path / "run", count, f"--config.mesh.data={devices}")
     finish_well(processes)
     assert_close(tmp_path / "run", alone)
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"samples.txt", "curves.png"}
@@ -138,6 +139,42 @@ def test_a_lost_process_ends_the_others_and_the_same_command_goes_on(
     assert_close(directory, alone)
 
 
+_MEAN = """
+import sys
+import jax, numpy as np
+from lstm_jax import config, hosts, parallel
+
+address, process = sys.argv[1], int(sys.argv[2])
+settings = config.default()
+settings.mesh.data, settings.mesh.model = 1, 2
+with hosts.joined(address, 2, process, 60):
+    parallel.use_cores(settings)
+    mesh = parallel.make_mesh(settings)
+    shape, spec = (1024, 4096), parallel.PartitionSpec(None, parallel.MODEL)
+    mean = jax.jit(parallel.divide(
+        lambda x: parallel.mean({"kernel": x[0]}, {"kernel": spec}),
+        mesh, in_specs=parallel.DIVIDED, out_specs={"kernel": spec},
+    ))
+    own = slice(2048 * process, 2048 * (process + 1))
+    for seed in range(40):
+        both = np.random.default_rng(seed).normal(size=(2, *shape)).astype(np.float32)
+        found = mean(parallel.place_own(both[[process]], mesh, parallel.DIVIDED))["kernel"]
+        found = found.addressable_data(0)
+        np.testing.assert_allclose(found, both.mean(axis=0)[:, own], atol=1e-5)
+"""
+
+
+def test_the_mean_of_large_gradients_between_processes_is_right() -> None:
+    """The seed model's recurrent kernel; gloo's reduce-scatter now and then fails."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    processes = [
+        test_interruption.start([sys.executable, "-c", _MEAN, address, str(k)]) for k in range(2)
+    ]
+    finish_well(processes)
+
+
 @pytest.mark.skipif(not SLOW, reason="it takes as long as a heartbeat may be late")
 def test_a_process_that_hangs_ends_the_others(text_file: Path, tmp_path: Path) -> None:
     processes = start(text_file, tmp_path, 2, "--config.num_epochs=10000")
@@ -149,6 +186,27 @@ def test_a_process_that_hangs_ends_the_others(text_file: Path, tmp_path: Path) -
     assert len(errors.splitlines()) == 1 and "another process of this run" in errors
     processes[1].kill()
     processes[1].communicate()
+
+
+def test_processes_with_different_working_directories_are_refused(
+    text_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "1").mkdir()  # As a disk of one's own would be, with a directory of that name.
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    joined = ["--config.mesh.data=2", f"--coordinator_address={address}", "--num_processes=2"]
+    processes = [
+        test_interruption.start(
+            [
+                *test_interruption.command(text_file, tmp_path / str(k), *joined),
+                f"--process_id={k}",
+            ]
+        )
+        for k in range(2)
+    ]
+    for code, errors in finish(processes):
+        assert code == 2 and len(errors.splitlines()) == 1, errors
 
 
 def test_processes_that_do_not_fit_are_refused(text_file: Path, tmp_path: Path) -> None:

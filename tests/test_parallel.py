@@ -37,8 +37,12 @@ for k in range(50):
     ids = rng.integers(0, 30, (16, 13)).astype(np.int32)
     state = step(state, batches.Batch(ids[:, :-1], ids[:, 1:], np.bool_(k % 10 == 0)))
     losses.append(float(state.loss_sum))
-stored = {x.addressable_data(0).size / x.size for x in jax.tree.leaves(state.rest) if x.ndim > 1}
-assert min(stored) == 1 / max(settings.mesh.model, mesh.size), stored
+kept = (state.params, state.average, state.optimizer)
+matrices = [x for x in jax.tree.leaves(kept) if x.ndim > 1]
+for x in matrices:
+    divided = any(size % settings.mesh.model == 0 for size in x.shape)
+    parts = settings.mesh.model if divided else 1
+    assert x.addressable_data(0).size * parts == x.size, x.shape
 params = parallel.on_one_device((state.params, state.average), mesh)
 print(json.dumps([losses, [np.asarray(x).ravel().tolist() for x in jax.tree.leaves(params)]]))
 """
