@@ -303,7 +303,8 @@ def _history(axes: Axes, trials: Sequence[FrozenTrial]) -> None:
     if complete:
         best = np.minimum.accumulate([_loss(t) for t in complete])
         numbers = [t.number for t in complete]
-        axes.step(numbers, best, where="post", color=_ORANGE, label="best so far")
+        shown_best = np.minimum(best, _top(trials))
+        axes.step(numbers, shown_best, where="post", color=_ORANGE, label="best so far")
     axes.set_xlabel("trial")
     axes.set_ylabel("validation loss")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

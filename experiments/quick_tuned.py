@@ -1,0 +1,31 @@
+"""What a sweep of forty trials made of quick.py, at as many steps: experiments/sweeps/quick.py."""
+# python -m lstm_jax.main --config experiments/quick_tuned.py
+
+from ml_collections import ConfigDict
+
+from lstm_jax import config as config_lib
+
+
+def get_config() -> ConfigDict:
+    """quick.py's model, with a higher and linearly falling learning rate, clipping and dropout."""
+    config = config_lib.default()
+
+    config.batches.kind = "streams"
+    config.batches.batch_size = 32
+    config.batches.window_length = 96
+
+    config.model.embedding_size = 64
+    config.model.hidden_size = 384
+
+    config.regularization.embedding_dropout = 0.013
+    config.regularization.input_dropout = 0.085
+    config.regularization.output_dropout = 0.068
+
+    config.optimizer.learning_rate = 7.4e-3
+    config.optimizer.warmup_steps = 50
+    config.optimizer.schedule = "linear"
+    config.optimizer.weight_decay = 0.019
+    config.optimizer.max_gradient_norm = 0.18
+
+    config.num_epochs = 6
+    return config
