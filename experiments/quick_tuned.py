@@ -1,5 +1,8 @@
 """What a sweep of forty trials made of quick.py, at as many steps: experiments/sweeps/quick.py."""
-# python -m lstm_jax.main --config experiments/quick_tuned.py
+# python -m lstm_jax.sweep --config experiments/quick_tuned.py --seeds 4 \
+#     --config.model.dtype=bfloat16
+#
+# Validation 1.391, test 1.517 nats per character, means of four seeds (quick.py: 1.442 and 1.549).
 
 from ml_collections import ConfigDict
 
