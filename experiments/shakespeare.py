@@ -1,8 +1,9 @@
 """The lesson's model and training on Tiny Shakespeare."""
 # python -m lstm_jax.main --config experiments/shakespeare.py
 #
-# Half an hour on two cores of an AMD EPYC (Zen 5). Train 1.86, validation 1.911, test 1.946 nats
-# per character; the loss is still falling after its 20 epochs.
+# With --config.model.dtype=bfloat16: 3,120 steps at 10,000 characters a second on two cores of an
+# AMD EPYC (Zen 4), 33 minutes. Train 1.877, validation 1.918, test 1.949 nats per character; the
+# loss is still falling after its 20 epochs.
 
 from ml_collections import ConfigDict
 
