@@ -151,6 +151,7 @@ def check(config: ConfigDict) -> None:
     """Raises `UserError` for the first field whose value is outside its range."""
     data, batches, model, optimizer = config.data, config.batches, config.model, config.optimizer
     fractions = tuple(data.fractions)
+    parts = max(config.mesh.data, 1) * max(config.mesh.model, 1)
     rules: list[tuple[bool, str, str]] = [
         (0 <= config.seed < 2**32, "seed", "0 or more, and below 2**32"),
         (
@@ -223,10 +224,9 @@ def check(config: ConfigDict) -> None:
         (config.mesh.data >= 0, "mesh.data", "0 or more"),
         (config.mesh.model > 0, "mesh.model", "1 or more"),
         (
-            batches.batch_size % (max(config.mesh.data, 1) * max(config.mesh.model, 1)) == 0,
+            batches.batch_size % parts == 0,
             "batches.batch_size",
-            "a multiple of mesh.data times mesh.model, "
-            f"{max(config.mesh.data, 1) * max(config.mesh.model, 1)}",
+            f"a multiple of mesh.data times mesh.model, {parts}",
         ),
         (0 < config.num_epochs <= 10**6, "num_epochs", "from 1 to 1,000,000"),
         (config.log_every_steps > 0, "log_every_steps", "1 or more"),

@@ -106,7 +106,6 @@ def joined(
         if re.search(_SIGNS, str(error)):
             _leave(_LOST)
         if isinstance(error, BrokenPipeError):  # The reader (`| head`) has had enough.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             _leave("nobody reads the output any more")
         if "RESOURCE_EXHAUSTED" not in str(error):
             traceback.print_exc()
@@ -181,7 +180,8 @@ def _leave(message: str, code: int = 2) -> NoReturn:
         os.write(2, b"coordination: Terminating process\n")
     else:
         print("error:", " ".join(message.split()), file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
     os._exit(code)
 
 

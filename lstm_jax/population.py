@@ -36,7 +36,7 @@ from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.errors import UnavailableError, UserError
-from lstm_jax.train import keep_freed_memory
+from lstm_jax.train import check_recurrence, keep_freed_memory
 from lstm_jax.train_step import TrainState, init_state, make_step
 from lstm_jax.vocabulary import Vocabulary
 
@@ -137,10 +137,7 @@ def check(configs: Sequence[ConfigDict]) -> None:
         raise UserError(
             "the members of a population begin anew: leave out --config.init_from or --population"
         )
-    try:
-        model_lib.from_config(configs[0].model, 1).implementation()
-    except ValueError as error:
-        raise UserError(f"config.model.recurrence: {error}") from None
+    check_recurrence(configs[0])
     first = dict(config_lib.flatten(configs[0]))
     for config in configs[1:]:
         for field, value in config_lib.flatten(config):

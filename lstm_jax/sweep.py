@@ -153,8 +153,6 @@ def _run(sweep: Sweep, worker: study.Worker, trial: optuna.Trial) -> str:
         worker.give_back(trial.number)  # Another worker goes on with it.
     except NotFiniteError as error:
         worker.tell(trial, TrialState.PRUNED, reason=f"diverged: {error}")
-    except UnavailableError:
-        raise  # No fault of the trial's, which is given back.
     except _FAILURES as error:
         return _fail(worker, trial, error)
     else:
@@ -165,7 +163,13 @@ def _run(sweep: Sweep, worker: study.Worker, trial: optuna.Trial) -> str:
 
 
 def _fail(worker: study.Worker, trial: optuna.Trial, error: Exception) -> str:
-    """Ends a trial that can't be trained; returns why."""
+    """Ends a trial that can't be trained; returns why.
+
+    Raises:
+      UnavailableError: if that is the error; it is no fault of the trial's, which is given back.
+    """
+    if isinstance(error, UnavailableError):
+        raise error
     reason = str(error) if isinstance(error, UserError) else one_line(error)[:300]
     worker.tell(trial, TrialState.FAIL, reason=reason)
     return reason
@@ -203,8 +207,6 @@ def _run_together(
     try:
         with output.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
             reasons = population.train(settings, directories, report)
-    except UnavailableError:
-        raise
     except _FAILURES as error:
         return [_fail(worker, trial, error) for trial in trials]
     for trial, directory, reason in zip(trials, directories, reasons, strict=True):

@@ -101,6 +101,14 @@ def keep_freed_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def check_recurrence(config: ConfigDict) -> None:
+    """Raises `UserError` if the device here can't compute `model.recurrence`; it starts JAX."""
+    try:
+        model_lib.from_config(config.model, 1).implementation()
+    except ValueError as error:
+        raise UserError(f"config.model.recurrence: {error}") from None
+
+
 class _Stopped(BaseException):
     """A signal asked training to stop; no `except Exception` on its way may keep it."""
 
@@ -206,10 +214,7 @@ def train(
         longer finite.
     """
     parallel.use_cores(config)
-    try:
-        model_lib.from_config(config.model, 1).implementation()
-    except ValueError as error:
-        raise UserError(f"config.model.recurrence: {error}") from None
+    check_recurrence(config)
     mesh = parallel.make_mesh(config)
     keep_freed_memory()
     with contextlib.ExitStack() as stack:

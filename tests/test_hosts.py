@@ -24,13 +24,18 @@ SLOW = os.environ.get("LSTM_JAX_HOSTS") == "all"
 FOUR = pytest.param(4, 4, marks=pytest.mark.skipif(not SLOW, reason="LSTM_JAX_HOSTS=all runs it"))
 
 
+def free_address() -> str:
+    """Where nobody listens."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
+
+
 def start(
     text_file: Path, directory: Path, processes: int, *more: str
 ) -> list[subprocess.Popen[str]]:
     """Starts all processes of a run."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = free_address()
     arguments = test_interruption.command(text_file, directory, f"--config.mesh.data={processes}")
     joined = [f"--coordinator_address={address}", f"--num_processes={processes}", *more]
     return [
@@ -166,9 +171,7 @@ with hosts.joined(address, 2, process, 60):
 
 def test_the_mean_of_large_gradients_between_processes_is_right() -> None:
     """The seed model's recurrent kernel; gloo's reduce-scatter now and then fails."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = free_address()
     processes = [
         test_interruption.start([sys.executable, "-c", _MEAN, address, str(k)]) for k in range(2)
     ]
@@ -192,9 +195,7 @@ def test_processes_with_different_working_directories_are_refused(
     text_file: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "1").mkdir()  # As a disk of one's own would be, with a directory of that name.
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = free_address()
     joined = ["--config.mesh.data=2", f"--coordinator_address={address}", "--num_processes=2"]
     processes = [
         test_interruption.start(

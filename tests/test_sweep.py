@@ -28,8 +28,9 @@ ROOT = Path(__file__).parents[1]
 # How many workers are killed for each kind of study, and at which random moments.
 KILLS = int(os.environ.get("LSTM_JAX_KILLS", "2"))
 SEED = int(os.environ.get("LSTM_JAX_KILLS_SEED", "0"))
-# So many that there is something to kill until the end.
-TRIALS = max(4, 2 * KILLS)
+# So many that there is something to kill until the end: while a killed worker starts anew, the
+# other finishes two or three.
+TRIALS = 4 + 3 * KILLS
 
 SPACE = """
 def get_overrides(trial):
@@ -166,8 +167,9 @@ def test_killed_workers_lose_no_finished_trial_and_duplicate_none(
     chance = random.Random(f"{SEED} {kind}")
     before: dict[int, dict] = {}
     for _ in range(KILLS):
-        time.sleep(chance.uniform(2, 12))
         place = chance.randrange(2)
+        wait_for_work(directory, workers[place])
+        time.sleep(chance.uniform(0, 2))
         wait_for_work(directory, workers[place])
         if (directory / "trials.jsonl").exists():
             before |= {row["trial"]: row for row in rows(directory) if row["state"] != "running"}
