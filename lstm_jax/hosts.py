@@ -18,6 +18,7 @@ from typing import NoReturn
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lstm_jax.errors import UserError, one_line
 
@@ -99,7 +100,7 @@ def joined(
         )
     try:
         yield
-        multihost_utils.sync_global_devices("end")
+        _finish()
     except UserError as error:
         _leave(_LOST if re.search(_SIGNS, str(error)) else str(error))
     except Exception as error:
@@ -172,6 +173,20 @@ def _filter_native_errors() -> None:
     assert reader.stdin is not None
     os.dup2(reader.stdin.fileno(), 2)
     sys.stderr = os.fdopen(terminal, "w", 1, "utf-8", "backslashreplace")
+
+
+def _finish() -> None:
+    """Returns when each device of each process has done all that it was given.
+
+    `sync_global_devices` waits for the first device of each process. Where another is behind, it
+    may wait for a process that has left, and then Python can't end.
+    """
+    devices = Mesh(jax.devices(), "all")
+    ones = jax.make_array_from_callback(
+        (devices.size,), NamedSharding(devices, PartitionSpec("all")), lambda part: np.ones(1)
+    )
+    everywhere = NamedSharding(devices, PartitionSpec())
+    jax.block_until_ready(jax.jit(jax.numpy.sum, out_shardings=everywhere)(ones))
 
 
 def _leave(message: str, code: int = 2) -> NoReturn:

@@ -1,12 +1,27 @@
 """Fixtures that tests share: the text, and one tiny trained model."""
 
+import os
+import tempfile
 from pathlib import Path
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
 from lstm_jax import corpus, train
+
+# What JAX compiles, kept while the tests run: they, and the processes that they start, compile the
+# same tiny models again and again.
+_compiled = tempfile.TemporaryDirectory(prefix="lstm-jax-compiled-")
+_CACHE = {
+    "jax_compilation_cache_dir": _compiled.name,
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": 0,
+}
+for _name, _value in _CACHE.items():
+    jax.config.update(_name, _value)
+    os.environ[_name.upper()] = str(_value)
 
 
 @pytest.fixture(scope="session")

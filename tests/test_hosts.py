@@ -53,8 +53,20 @@ def finish_well(processes: list[subprocess.Popen[str]]) -> None:
     assert finish(processes) == [(0, "")] * len(processes)
 
 
+def assert_refused(processes: list[subprocess.Popen[str]], message: str) -> None:
+    """Each says why in a line; all but one may instead see first that another has left."""
+    ends = finish(processes)
+    assert any(code == 2 and message in errors for code, errors in ends), ends
+    for code, errors in ends:
+        assert code and len(errors.splitlines()) == 1, ends
+        assert message in errors or "another process of this run has ended" in errors, ends
+
+
 def assert_close(one: Path, other: Path) -> None:
-    """Both runs measured the same losses, and ended with the same parameters, to 1e-5."""
+    """Both runs measured the same losses, to 1e-5, and ended with the same parameters, to 5e-5.
+
+    Devices sum in another order, and 280 steps multiply the difference.
+    """
     for (*a, loss), (*b, other_loss) in zip(runs.losses(one), runs.losses(other), strict=True):
         assert a == b and abs(loss - other_loss) < 1e-5
     *arrays, position = runs.final_state(one)
@@ -63,7 +75,7 @@ def assert_close(one: Path, other: Path) -> None:
     parameters = len(jax.tree.leaves(workdir.load(one).params))
     for k, (a, b) in enumerate(zip(arrays, others, strict=True)):
         # The carry and the optimizer's moments have other sizes than 1.
-        np.testing.assert_allclose(a, b, atol=1e-5 if k < parameters else 1e-3)
+        np.testing.assert_allclose(a, b, atol=5e-5 if k < parameters else 1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +173,7 @@ with hosts.joined(address, 2, process, 60):
         mesh, in_specs=parallel.DIVIDED, out_specs={"kernel": spec},
     ))
     own = slice(2048 * process, 2048 * (process + 1))
-    for seed in range(40):
+    for seed in range(10):
         both = np.random.default_rng(seed).normal(size=(2, *shape)).astype(np.float32)
         found = mean(parallel.place_own(both[[process]], mesh, parallel.DIVIDED))["kernel"]
         found = found.addressable_data(0)
@@ -170,12 +182,18 @@ with hosts.joined(address, 2, process, 60):
 
 
 def test_the_mean_of_large_gradients_between_processes_is_right() -> None:
-    """The seed model's recurrent kernel; gloo's reduce-scatter now and then fails."""
-    address = free_address()
-    processes = [
-        test_interruption.start([sys.executable, "-c", _MEAN, address, str(k)]) for k in range(2)
-    ]
-    finish_well(processes)
+    """The seed model's recurrent kernel; gloo's reduce-scatter now and then fails.
+
+    Each process has a second device, which takes no part: one that is behind at the end must be
+    waited for. Neither happens every time.
+    """
+    for _ in range(4):
+        address = free_address()
+        processes = [
+            test_interruption.start([sys.executable, "-c", _MEAN, address, str(k)])
+            for k in range(2)
+        ]
+        finish_well(processes)
 
 
 @pytest.mark.skipif(not SLOW, reason="it takes as long as a heartbeat may be late")
@@ -206,15 +224,12 @@ def test_processes_with_different_working_directories_are_refused(
         )
         for k in range(2)
     ]
-    for code, errors in finish(processes):
-        assert code == 2 and len(errors.splitlines()) == 1, errors
+    assert_refused(processes, "same config, text and working directory")
 
 
 def test_processes_that_do_not_fit_are_refused(text_file: Path, tmp_path: Path) -> None:
     processes = start(text_file, tmp_path / "run", 2, "--config.mesh.data=1")
-    for code, errors in finish(processes):
-        assert code == 2 and "choose a multiple of the number of processes" in errors
-        assert len(errors.splitlines()) == 1
+    assert_refused(processes, "choose a multiple of the number of processes")
     assert not (tmp_path / "run").exists()
     arguments = test_interruption.command(text_file, tmp_path / "run")
     unreachable = "--coordinator_address=localhost:1", "--num_processes=2", "--process_id=1"
