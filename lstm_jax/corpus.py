@@ -1,25 +1,19 @@
 """Where text comes from: the user's own files or a TFDS dataset, as three splits."""
 
-import contextlib
 import glob
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from lstm_jax import tiny_shakespeare
-from lstm_jax.errors import UserError, one_line
+from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import FILE_END
 
 SPLITS = ("train", "validation", "test")
 # In data.path, between the files of each split where they come apart.
 _BETWEEN_SPLITS = ";"
-
-# Its bars are for downloads of gigabytes; here they would bury what a command prints.
-tfds.disable_progress_bar()
 
 
 def read(data: ConfigDict) -> dict[str, str]:
@@ -41,7 +35,9 @@ def read(data: ConfigDict) -> dict[str, str]:
             splits = dict(zip(SPLITS, texts, strict=True))
         source = data.path
     else:
-        splits = read_dataset(
+        from lstm_jax import datasets  # Only where it is needed: TFDS takes long to import.
+
+        splits = datasets.read(
             data.dataset, data.text_feature, data.directory, data.fractions, **options
         )
         source = f"the dataset {data.dataset}"
@@ -95,10 +91,11 @@ def read_files(files: Sequence[Path], any_bytes: bool = False, ends: bool = Fals
       UserError: if a file can't be read, is empty or not UTF-8 (naming the byte that is not).
     """
     texts = [_read_file(path, any_bytes) for path in files]
-    return _with_ends(texts) if ends else "".join(texts)
+    return with_ends(texts) if ends else "".join(texts)
 
 
-def _with_ends(texts: Sequence[str]) -> str:
+def with_ends(texts: Sequence[str]) -> str:
+    """The texts joined, `FILE_END` after each; raises `UserError` if one holds it already."""
     if any(FILE_END in text for text in texts):
         raise UserError("a file holds U+FDD0, which stands for the end of a file here: remove it")
     return "".join(text + FILE_END for text in texts)
@@ -192,84 +189,6 @@ def cuts(length: int, fractions: Sequence[float]) -> tuple[int, int]:
     """Where the validation and the test split begin in a text of this length."""
     train = int(length * fractions[0])
     return train, train + int((length - train) * (fractions[1] / (fractions[1] + fractions[2])))
-
-
-def read_dataset(
-    name: str,
-    text_feature: str,
-    directory: str,
-    fractions: Sequence[float],
-    any_bytes: bool = False,
-    ends: bool = False,
-) -> dict[str, str]:
-    """The splits of a TFDS dataset, its examples joined by line breaks.
-
-    A dataset that has no validation or test split of its own gets all three cut, by `fractions`,
-    from the examples of its train split.
-
-    Args:
-      name: as TFDS knows it: "tiny_shakespeare", "wiki40b/en:1.3.0".
-      text_feature: the feature that holds text.
-      directory: TFDS's data directory; "" for its default.
-      fractions: the shares of train, validation and test.
-      any_bytes: whether bytes that are no UTF-8 are kept, as surrogates.
-      ends: whether `FILE_END` stands after each example, instead of line breaks between them.
-
-    Raises:
-      UserError: if there is no such dataset or feature, or it can't be prepared without TensorFlow.
-    """
-    data_dir = Path(directory or tfds.core.constants.DATA_DIR).expanduser()
-    builder = _open_builder(name, data_dir)
-    if not builder.is_prepared():
-        try:
-            # TFDS tells its progress on standard output, which is for what a command was asked.
-            with contextlib.redirect_stdout(sys.stderr):
-                if name.partition(":")[0] == tiny_shakespeare.NAME:
-                    tiny_shakespeare.prepare(data_dir)
-                else:
-                    builder.download_and_prepare()
-        except ImportError as error:
-            raise UserError(
-                f"preparing {name} needs {error.name}, which is not here: prepare it as "
-                f"array_record elsewhere and copy it to {data_dir}"
-            ) from None
-        except UserError:
-            raise
-        except Exception as error:  # A builder is code of the dataset's own: it can raise anything.
-            reason = one_line(error)
-            raise UserError(f"can't prepare {name} under {data_dir}: {reason}") from None
-        builder = _open_builder(name, data_dir)
-    features = builder.info.features
-    texts = [key for key in features if isinstance(features[key], tfds.features.Text)]
-    if text_feature not in texts:
-        known = ", ".join(texts) or "none"
-        raise UserError(f"{name} has no text {text_feature!r} (data.text_feature); it has {known}")
-    if "train" not in builder.info.splits:
-        raise UserError(f"{name} has no split named train to learn from")
-
-    def text(split_name: str) -> str:
-        source = builder.as_data_source(split=split_name)
-        errors = "surrogateescape" if any_bytes else "strict"
-        texts = [source[i][text_feature].decode("utf-8", errors) for i in range(len(source))]
-        return _with_ends(texts) if ends else "\n".join(texts)
-
-    if all(name in builder.info.splits for name in SPLITS):
-        return {name: text(name) for name in SPLITS}
-    return split(text("train"), fractions)
-
-
-def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
-    try:
-        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    except tfds.core.DatasetNotFoundError:
-        raise UserError(f"TFDS knows no dataset {name!r}: correct data.dataset") from None
-    except ValueError as error:
-        if "File format is already set" not in str(error):
-            raise
-        raise UserError(
-            f"{name} is prepared under {data_dir} in a format that only TensorFlow reads: name "
-            "another data.directory, and it is prepared there as array_record"
-        ) from None
 
 
 def checksum(splits: dict[str, str]) -> str:

@@ -1,6 +1,7 @@
 """Fixtures that tests share: the text, and one tiny trained model."""
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -9,7 +10,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
-from lstm_jax import corpus, train
+from lstm_jax import datasets, train
+
+# A shell that runs the tests in the background has SIGINT ignored, and so would every process that
+# they start have it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What JAX compiles, kept while the tests run: they, and the processes that they start, compile the
 # same tiny models again and again.
@@ -33,7 +38,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shakespeare(data_dir: Path) -> dict[str, str]:
     """The splits of Tiny Shakespeare."""
-    return corpus.read_dataset("tiny_shakespeare", "text", str(data_dir), (0.9, 0.05, 0.05))
+    return datasets.read("tiny_shakespeare", "text", str(data_dir), (0.9, 0.05, 0.05))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from lstm_jax import config as config_lib
-from lstm_jax import corpus
+from lstm_jax import corpus, datasets
 from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import FILE_END
 
@@ -63,7 +63,7 @@ def test_each_file_or_example_is_a_document(tmp_path: Path) -> None:
     (tmp_path / "c").write_text(f"c{FILE_END}")
     with pytest.raises(UserError, match="holds U.FDD0"):
         corpus.read(config.data)
-    splits = corpus.read_dataset("fables", "story", str(tmp_path), FRACTIONS, ends=True)
+    splits = datasets.read("fables", "story", str(tmp_path), FRACTIONS, ends=True)
     assert sorted("".join(splits.values()).split(FILE_END)[:-1]) == sorted(
         f"story {i}" for i in range(50)
     )
@@ -115,15 +115,15 @@ class Fables(tfds.core.GeneratorBasedBuilder):
 
 
 def test_any_tfds_dataset_with_a_text_feature(tmp_path: Path) -> None:
-    splits = corpus.read_dataset("fables", "story", str(tmp_path), (0.8, 0.1, 0.1))
+    splits = datasets.read("fables", "story", str(tmp_path), (0.8, 0.1, 0.1))
     train = "".join(splits.values())
     # There is no validation split, so all three come from the 50 training examples.
     assert sorted(train.split("\n")) == sorted(f"story {i}" for i in range(50))
     assert len(splits["train"]) == int(0.8 * len(train))
     with pytest.raises(UserError, match="no text 'text' .*title, story"):
-        corpus.read_dataset("fables", "text", str(tmp_path), (0.8, 0.1, 0.1))
+        datasets.read("fables", "text", str(tmp_path), (0.8, 0.1, 0.1))
     with pytest.raises(UserError, match="no text 'pages' .*title, story"):
-        corpus.read_dataset("fables", "pages", str(tmp_path), (0.8, 0.1, 0.1))
+        datasets.read("fables", "pages", str(tmp_path), (0.8, 0.1, 0.1))
 
 
 class Unpreparable(Fables):
@@ -135,21 +135,21 @@ class Unpreparable(Fables):
 
 def test_a_dataset_that_fails_to_be_prepared_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="can't prepare unpreparable .* Download it by hand"):
-        corpus.read_dataset("unpreparable", "story", str(tmp_path), FRACTIONS)
+        datasets.read("unpreparable", "story", str(tmp_path), FRACTIONS)
 
 
 def test_an_unknown_dataset_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no dataset 'no_such_thing'"):
-        corpus.read_dataset("no_such_thing", "text", str(tmp_path), FRACTIONS)
+        datasets.read("no_such_thing", "text", str(tmp_path), FRACTIONS)
 
 
 def test_a_dataset_prepared_for_tensorflow_is_named(data_dir: Path, tmp_path: Path) -> None:
-    corpus.read_dataset("tiny_shakespeare", "text", str(data_dir), FRACTIONS)
+    datasets.read("tiny_shakespeare", "text", str(data_dir), FRACTIONS)
     shutil.copytree(data_dir, tmp_path, dirs_exist_ok=True)
     (info,) = tmp_path.glob("tiny_shakespeare/*/dataset_info.json")
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(UserError, match=r"only TensorFlow reads: name another data.directory"):
-        corpus.read_dataset("tiny_shakespeare", "text", str(tmp_path), FRACTIONS)
+        datasets.read("tiny_shakespeare", "text", str(tmp_path), FRACTIONS)
 
 
 def test_a_changed_text_is_noticed() -> None:

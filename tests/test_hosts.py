@@ -88,7 +88,7 @@ def alone(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize(("count", "devices"), [(2, 2), (2, 4), FOUR])
+@pytest.mark.parametrize(("count", "devices"), [(2, 4), FOUR])
 def test_many_processes_train_as_one_does(
     count: int, devices: int, alone: Path, text_file: Path, tmp_path: Path
 ) -> None:
