@@ -128,15 +128,13 @@ def fused(
     """
     if isinstance(inputs, Lookup) and len(inputs.table) <= 1.5 * inputs.table.shape[1]:
         # The one-hot takes part in two products of this size, the embedded row in three.
-        kernel = jnp.concatenate([project(kernels, inputs.table, dtype), kernels.recurrent])
+        kernels = kernels._replace(input=product(inputs.table, kernels.input, dtype))
         features = _one_hot(inputs.ids.T, inputs.table)
     else:
         rows = inputs.rows if isinstance(inputs, Lookup) else inputs
-        kernel = jnp.concatenate([kernels.input, kernels.bias[None], kernels.recurrent])
         features = rows.transpose(1, 2, 0)
-        features = jnp.concatenate([features, jnp.ones_like(features[:, :1])], axis=1)
     state = LayerCarry(carry.cell.T, carry.hidden.T)
-    outputs, state = _in_chunks(kernel, features, state, dtype, rematerialize)
+    outputs, state = _in_chunks(kernels, features, state, dtype, rematerialize)
     return outputs.transpose(2, 0, 1), LayerCarry(state.cell.T, state.hidden.T)
 
 
@@ -235,15 +233,15 @@ def cudnn_weights(kernels: Kernels) -> jax.Array:
 
 
 def _in_chunks(
-    kernel: jax.Array, inputs: jax.Array, carry: LayerCarry, dtype: str, chunk: int
+    kernels: Kernels, inputs: jax.Array, carry: LayerCarry, dtype: str, chunk: int
 ) -> tuple[jax.Array, LayerCarry]:
     """`_recurrence`, of which the backward pass keeps the carry at every chunk only."""
     if not chunk or chunk >= len(inputs):
-        return _recurrence(kernel, inputs, carry, dtype)
+        return _recurrence(kernels, inputs, carry, dtype)
     recurrence = jax.checkpoint(functools.partial(_recurrence, dtype=dtype))
 
     def run_chunk(carry: LayerCarry, inputs: jax.Array) -> tuple[LayerCarry, jax.Array]:
-        outputs, carry = recurrence(kernel, inputs, carry)
+        outputs, carry = recurrence(kernels, inputs, carry)
         return carry, outputs
 
     whole = len(inputs) - len(inputs) % chunk
@@ -258,12 +256,12 @@ def _in_chunks(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _recurrence(
-    kernel: jax.Array, inputs: jax.Array, carry: LayerCarry, dtype: str
+    kernels: Kernels, inputs: jax.Array, carry: LayerCarry, dtype: str
 ) -> tuple[jax.Array, LayerCarry]:
     """The whole of one layer, feature-major.
 
     Args:
-      kernel: [features + hidden, 4 * hidden].
+      kernels: the layer's parameters.
       inputs: [time, features, batch].
       carry: [hidden, batch] each.
       dtype: what products multiply in.
@@ -271,35 +269,39 @@ def _recurrence(
     Returns:
       Outputs [time, hidden, batch], and the carry.
     """
-    (outputs, carry), _ = _recurrence_forward(kernel, inputs, carry, dtype)
+    (outputs, carry), _ = _recurrence_forward(kernels, inputs, carry, dtype)
     return outputs, carry
 
 
 def _recurrence_forward(
-    kernel: jax.Array, inputs: jax.Array, carry: LayerCarry, dtype: str
+    kernels: Kernels, inputs: jax.Array, carry: LayerCarry, dtype: str
 ) -> tuple[tuple[jax.Array, LayerCarry], tuple[Any, ...]]:
     """Also gives what the backward pass needs: gates and cells, [time, hidden, batch] each."""
     low = _rounding(inputs, dtype)
-    transposed = low(kernel.T)  # Once here, not at every step.
+    # Transposed here, not at every step, and each part by itself: what is to be put together and
+    # transposed at once, XLA's CPU backend copies several times more slowly.
+    parts = kernels.input.T, kernels.bias[:, None], kernels.recurrent.T
+    kernel = jnp.concatenate([low(part) for part in parts], axis=1)
+    one = jnp.ones_like(inputs[0, :1])
 
     def scan_step(carry: LayerCarry, x: jax.Array) -> tuple[LayerCarry, tuple[Any, ...]]:
-        stacked = jnp.concatenate([x, low(carry.hidden)])
-        gates, carry = step(transposed, stacked, carry)
+        stacked = jnp.concatenate([low(part) for part in (x, one, carry.hidden)])
+        gates, carry = step(kernel, stacked, carry)
         # Stacked as six arrays: concatenating the gates first costs a slow copy at every step.
         return carry, (carry.hidden, carry.cell, gates)
 
-    last, (outputs, cells, gates) = lax.scan(scan_step, carry, low(inputs))
-    return (outputs, last), (kernel, inputs, carry, outputs, cells, gates)
+    last, (outputs, cells, gates) = lax.scan(scan_step, carry, inputs)
+    return (outputs, last), (kernels, inputs, carry, outputs, cells, gates)
 
 
 def _recurrence_backward(
     dtype: str, residuals: tuple[Any, ...], cotangents: tuple[jax.Array, LayerCarry]
-) -> tuple[jax.Array, jax.Array, LayerCarry]:
-    kernel, inputs, first, outputs, cells, gates = residuals
+) -> tuple[Kernels, jax.Array, LayerCarry]:
+    kernels, inputs, first, outputs, cells, gates = residuals
     d_outputs, d_last = cotangents
     steps, features, _ = inputs.shape
     low = _rounding(inputs, dtype)
-    input_kernel, recurrent_kernel = jnp.split(low(kernel), [features])
+    recurrent_kernel = low(kernels.recurrent)
 
     def loop_step(k: jax.Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
         gates, d_gates, d_cell, d_hidden = state
@@ -328,17 +330,18 @@ def _recurrence_backward(
     by_gate = [low(_put(gate, d, 0)) for gate, d in pairs]
 
     previous_hidden = jnp.concatenate([first.hidden[None], outputs[:-1]])
-    read = [low(x) for x in (inputs, previous_hidden)]
+    read = [low(x) for x in (inputs, jnp.ones_like(inputs[:, :1]), previous_hidden)]
     stacked = _flatten(jnp.concatenate(read, axis=1))
     # Time and batch become rows by a copy, for a product without a transposed factor: XLA's CPU
     # backend has fast ones in bfloat16 for those only.
     rows = [d.swapaxes(1, 2).reshape(-1, d.shape[1]) for d in by_gate]
     d_kernel = jnp.concatenate([_multiply(stacked, d) for d in rows], axis=1)
-    # Where nobody asks for this product, as for one-hot inputs, XLA drops it.
-    parts = zip(jnp.split(input_kernel, 4, axis=1), by_gate, strict=True)
-    d_inputs = functools.reduce(jnp.add, [_multiply(w, _flatten(d)) for w, d in parts])
-    d_inputs = d_inputs.reshape(features, steps, -1).swapaxes(0, 1)
-    return d_kernel, d_inputs, LayerCarry(d_cell, d_hidden)
+    d_input, d_bias, d_recurrent = jnp.split(d_kernel, [features, features + 1])
+    # Where nobody asks for these products, as for one-hot inputs, XLA drops them.
+    parts = zip(rows, jnp.split(low(kernels.input.T), 4), strict=True)
+    d_inputs = functools.reduce(jnp.add, [_multiply(d, w) for d, w in parts])
+    d_inputs = d_inputs.reshape(steps, -1, features).swapaxes(1, 2)
+    return Kernels(d_input, d_recurrent, d_bias[0]), d_inputs, LayerCarry(d_cell, d_hidden)
 
 
 _recurrence.defvjp(_recurrence_forward, _recurrence_backward)
