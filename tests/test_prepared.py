@@ -226,14 +226,8 @@ def test_training_is_the_same_from_memory_and_from_files(
     assert train.train(tiny_config, tmp_path / "memory") == 0
     tiny_config.data.memory_megabytes = 0
     assert train.train(tiny_config, tmp_path / "files") == 0
-    memory, files = (tmp_path / name for name in ("memory", "files"))
-    for a, b in zip(runs.final_state(memory), runs.final_state(files), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert (memory / workdir.SAMPLES).read_text() == (files / workdir.SAMPLES).read_text()
-    # Batches that are cut on the device are part of another program, which XLA may let sum the
-    # losses in another order.
-    rows = zip(runs.losses(memory), runs.losses(files), strict=True)
-    assert all(a[:2] == b[:2] and a[2] == pytest.approx(b[2], rel=1e-6) for a, b in rows)
+    # Batches that are cut on the device are part of another program than those that are fed.
+    runs.assert_same(tmp_path / "memory", tmp_path / "files", rtol=1e-6)
     trained = workdir.load(tmp_path / "files")
     splits = texts.read_again(trained.config.data, None)
     ids = texts.Joined([splits[name].encode(trained.vocabulary) for name in ("validation", "test")])
