@@ -1,21 +1,20 @@
 """What every command shares: flags parsed, mistakes told in one line, interruption answered."""
 
+import contextlib
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
 
 import lstm_jax
-from lstm_jax import compiled, config
-from lstm_jax.errors import UserError, one_line
-
-INTERRUPTED = 130  # What a shell reports for a command that Ctrl-C ended.
+from lstm_jax import compiled, config, interrupts
+from lstm_jax.errors import UserError, one_line, visible
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -30,28 +29,114 @@ def run(main: Callable[[], int | None]) -> None:
             _fail(f"stray argument {argv[1]!r}: every argument is a flag, see --help")
         compiled.use_cache()
         logging.set_verbosity(logging.FATAL)  # app.run raises it once flags are parsed.
+        interrupted = False
         try:
-            return main()
-        except UserError as error:
-            _fail(str(error))
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            try:
+                interrupts.raise_from_here()
+                code = main()
+                sys.stdout.flush()
+            finally:
+                interrupted = interrupts.end()
+        except BaseException as error:
+            # An interruption that was lost on its way can come out as any other exception.
+            if interrupted or isinstance(error, KeyboardInterrupt):
+                interrupts.leave()
+            if not isinstance(error, Exception):
                 raise
-            _fail(
-                f"this needs more memory than there is ({one_line(error)[:200]}): lower the sizes "
-                "of the model, or batches.batch_size"
-            )
-        except KeyboardInterrupt:
-            print("Interrupted.", file=sys.stderr)
-            return INTERRUPTED
-        except BrokenPipeError:
-            # The reader (`| head`) has had enough; without this Python complains at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        except PermissionError as error:  # Whether a path exists, too, may be forbidden to ask.
-            _fail(f"can't read or write {error.filename}: {error.strerror}")
+            code = _answer(error)
+        if interrupted:
+            interrupts.leave()
+        return code
 
+    _check_standard_streams()
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def _answer(error: Exception) -> int:
+    """Exits with one line for a mistake of the user's; raises again what is none."""
+    if isinstance(error, UserError):
+        _fail(str(error))
+    if isinstance(error, jax.errors.JaxRuntimeError | MemoryError):
+        if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
+            raise error
+        _fail(
+            f"this needs more memory than there is ({one_line(error)[:200]}): lower the sizes "
+            "of the model, or batches.batch_size"
+        )
+    if isinstance(error, BrokenPipeError):
+        # The reader (`| head`) has had enough.
+        _discard_output()
+        return 0
+    if isinstance(error, OSError):
+        _fail(f"can't read or write {error.filename or 'a file'}: {error.strerror or error}")
+    raise error
+
+
+class _OutputError(UserError):
+    """Standard output can't be written."""
+
+
+class _Output:
+    """Standard output, whose errors are not to be taken for those of a run's own files."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._answered():
+            return int(self._stream.write(text))
+
+    def flush(self) -> None:
+        with self._answered():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _answered(self) -> Any:
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            _discard_output()
+            raise _OutputError(f"can't write to standard output: {error.strerror}") from None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _discard_output() -> None:
+    """Lets what is still to be written go nowhere; Python would complain at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _check_standard_streams() -> None:
+    """Makes the three streams ones that can be written whatever text comes."""
+    for number in range(3):  # A closed one would be the next file that is opened.
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stdin is None:
+        sys.stdin = os.fdopen(0)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w")
+    if sys.stdout is None:
+        _fail("standard output is closed: send it to a file, or to /dev/null")
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    sys.stdout = _Output(sys.stdout)
+
+
+def define_text_flags() -> None:
+    """Defines the flags by which a user names the text that a run was trained on."""
+    flags.DEFINE_string("data_path", None, "Where the run's own text is now, if it was moved.")
+    flags.DEFINE_string(
+        "dataset",
+        None,
+        "The TFDS dataset that the run was trained on: naming it lets the dataset's code run.",
+    )
+    flags.DEFINE_string(
+        "data_directory", None, "Where TFDS keeps that dataset. [default: ~/tensorflow_datasets]"
+    )
 
 
 def own_experiment(argument: str) -> str:
@@ -98,8 +183,13 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Reports all but what Orbax's threads raise after one of them has failed, which is told."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+    """Reports all but what is told elsewhere.
+
+    That is what Orbax's threads raise after one of them has failed, and an interruption, which
+    `interrupts` raises again.
+    """
+    told = str(unraisable.exc_value) == "Event loop is closed"
+    if not told and not isinstance(unraisable.exc_value, KeyboardInterrupt):
         sys.__unraisablehook__(unraisable)
 
 
@@ -125,5 +215,6 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
 
 def _fail(message: str) -> NoReturn:
     # One line, whatever a name or a value in it holds.
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print("error:", visible(message), file=sys.stderr)
     sys.exit(2)

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import warnings
 from pathlib import Path
 
 import jax
@@ -13,7 +14,9 @@ def use_cache() -> None:
     """Lets JAX keep what it compiles where JAX_COMPILATION_CACHE_DIR says, or in `directory()`.
 
     JAX_ENABLE_COMPILATION_CACHE=false turns it off. Where nothing can be written, it is off too.
+    What was damaged there is compiled anew, without a word.
     """
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         with contextlib.suppress(OSError):
             path = directory()

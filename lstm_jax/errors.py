@@ -23,3 +23,11 @@ class UnavailableError(UserError):
 def one_line(error: Exception) -> str:
     """The type and the message of an exception, its line breaks made spaces."""
     return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def visible(text: str) -> str:
+    """Return a text in one line, with escapes for what would change how a terminal shows it."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode()
+        for c in " ".join(text.split())
+    )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from lstm_jax import generation
+from lstm_jax import generation, interrupts
 from lstm_jax.controls import Controls, as_arrays, stop_table
 from lstm_jax.errors import UserError
 from lstm_jax.generation import State, text_decoder, write_chunks
@@ -82,7 +82,7 @@ def converse(
                 print(printable(decode(ids[0], False)), end="", flush=True)
                 last = after
         except KeyboardInterrupt:
-            pass  # What was written so far stands.
+            interrupts.answer()  # What was written so far stands.
         print(printable(decode((), True)), flush=True)
         return last
 

@@ -15,7 +15,10 @@ jax.jit(lambda x: x + 1)(1).block_until_ready()
 
 def compile_with(**env: str) -> None:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XDG_"))}
-    subprocess.run([sys.executable, "-c", SCRIPT], check=True, env={**kept, **env})
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, env={**kept, **env}
+    )
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_what_is_compiled_is_kept_where_the_user_says(tmp_path: Path) -> None:
@@ -27,3 +30,12 @@ def test_what_is_compiled_is_kept_where_the_user_says(tmp_path: Path) -> None:
     assert list(named.glob("jit_*")) and not (cache / "not").exists()
     (tmp_path / "file").touch()
     compile_with(XDG_CACHE_HOME=str(tmp_path / "file"))
+
+
+def test_what_was_damaged_there_is_compiled_anew_without_a_word(tmp_path: Path) -> None:
+    compile_with(JAX_COMPILATION_CACHE_DIR=str(tmp_path))
+    entries = list(tmp_path.glob("jit_*-cache"))
+    for path in entries:
+        path.write_bytes(path.read_bytes()[:100])
+    assert entries
+    compile_with(JAX_COMPILATION_CACHE_DIR=str(tmp_path))

@@ -1,0 +1,84 @@
+"""Ctrl-C at any moment of a command: one line and exit code 130, never a traceback."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# More moments take minutes.
+MOMENTS = int(os.environ.get("LSTM_JAX_INTERRUPTS", "4"))
+SEED = int(os.environ.get("LSTM_JAX_INTERRUPTS_SEED", "0"))
+# Python itself starts in it; what runs after it is this package's.
+PYTHON_SECONDS = 0.15
+
+
+@pytest.mark.parametrize("module", ["main", "sample", "evaluate", "sweep"])
+def test_an_interrupted_command_says_so_in_one_line(
+    module: str, trained: Path, text_file: Path, tmp_path: Path
+) -> None:
+    experiment = ("--config", f"{ROOT}/experiments/quick.py", f"--config.data.path={text_file}")
+    tiny = ("--config.batches.batch_size=8", "--config.batches.window_length=32")
+    arguments = {
+        "main": (*experiment, *tiny, f"--workdir={tmp_path / 'run'}"),
+        "sample": (f"--workdir={trained}", "--length=1000000"),
+        "evaluate": (f"--workdir={trained}", "--split=train", "--dynamic"),
+        "sweep": (*experiment, *tiny, "--seeds=2", f"--workdir={tmp_path / 'sweep'}"),
+    }[module]
+    for number in range(MOMENTS):
+        # Spread evenly over the first four seconds, each at random within its share.
+        share = number + random.Random(f"{SEED} {module} {number}").random()
+        moment = PYTHON_SECONDS + share / MOMENTS * 4
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"lstm_jax.{module}", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        time.sleep(moment)
+        if process.poll() is not None:  # It was faster than that.
+            process.communicate()
+            continue
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+        told = f"{module} after {moment:.2f} s: {errors}"
+        assert process.returncode == 130, told
+        # Training saves first, and says so on standard output.
+        assert errors == ("" if "Stopped at step" in output else "Interrupted.\n"), told
+
+
+LOST = """
+import time
+from lstm_jax import interrupts
+interrupts.exit_at_once()
+from lstm_jax import command
+def main():
+    print("ready", flush=True)
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        {caught}
+    time.sleep(60)
+command.run(main)
+"""
+
+
+@pytest.mark.parametrize("caught", ["pass", "raise SystemError('lost on its way')"])
+def test_an_interruption_that_was_lost_is_raised_again(caught: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOST.format(caught=caught)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and errors == "Interrupted.\n"
