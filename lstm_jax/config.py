@@ -6,7 +6,6 @@ wants different. Every field can be set from the command line: `--config.model.h
 
 import difflib
 import json
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +14,9 @@ from ml_collections import ConfigDict
 from lstm_jax import cells, recurrence, vocabulary
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.errors import UserError
+
+# Sizes above it are mistakes, or someone else's attempt to fill the memory.
+_LARGEST = 2**20
 
 
 def default() -> ConfigDict:
@@ -162,30 +164,30 @@ def check(config: ConfigDict) -> None:
             "three positive shares (train, validation, test) that add up to 1",
         ),
         (data.units in vocabulary.KINDS, "data.units", f"one of {', '.join(vocabulary.KINDS)}"),
-        (data.min_count > 0, "data.min_count", "1 or more"),
+        (0 < data.min_count < 2**31, "data.min_count", "1 or more, below 2**31"),
         (
             data.document_separator in vocabulary.SEPARATORS,
             "data.document_separator",
             f"empty or one of {', '.join(filter(None, vocabulary.SEPARATORS))}",
         ),
-        (data.memory_megabytes >= 0, "data.memory_megabytes", "0 or more"),
+        (0 <= data.memory_megabytes <= 10**9, "data.memory_megabytes", "0 or more, up to 10**9"),
         (batches.kind in ("windows", "streams"), "batches.kind", "'windows' or 'streams'"),
-        (batches.batch_size > 0, "batches.batch_size", "1 or more"),
-        (batches.window_length > 0, "batches.window_length", "1 or more"),
-        (model.embedding_size > 0, "model.embedding_size", "1 or more"),
-        (model.hidden_size > 0, "model.hidden_size", "1 or more"),
-        (0 < model.num_layers <= 1000, "model.num_layers", "from 1 to 1000"),
+        (0 < batches.batch_size <= _LARGEST, "batches.batch_size", f"from 1 to {_LARGEST:,}"),
+        (0 < batches.window_length <= _LARGEST, "batches.window_length", f"from 1 to {_LARGEST:,}"),
+        (0 < model.embedding_size <= _LARGEST, "model.embedding_size", f"from 1 to {_LARGEST:,}"),
+        (0 < model.hidden_size <= _LARGEST, "model.hidden_size", f"from 1 to {_LARGEST:,}"),
+        (0 < model.num_layers <= 100, "model.num_layers", "from 1 to 100"),
         (model.cell in cells.CELLS, "model.cell", f"one of {', '.join(cells.CELLS)}"),
-        (model.mogrifier_rounds >= 0, "model.mogrifier_rounds", "0 or more"),
+        (0 <= model.mogrifier_rounds <= 100, "model.mogrifier_rounds", "from 0 to 100"),
         (
             model.recurrence in recurrence.IMPLEMENTATIONS,
             "model.recurrence",
             f"one of {', '.join(recurrence.IMPLEMENTATIONS)}",
         ),
         (model.dtype in ("float32", "bfloat16"), "model.dtype", "'float32' or 'bfloat16'"),
-        (model.rematerialize >= 0, "model.rematerialize", "0 or more"),
-        (0 < model.initial_scale < math.inf, "model.initial_scale", "above 0 and finite"),
-        (0 < optimizer.learning_rate < math.inf, "optimizer.learning_rate", "above 0 and finite"),
+        (0 <= model.rematerialize <= _LARGEST, "model.rematerialize", f"from 0 to {_LARGEST:,}"),
+        (0 < model.initial_scale <= 1000, "model.initial_scale", "above 0, up to 1000"),
+        (0 < optimizer.learning_rate <= 1e38, "optimizer.learning_rate", "above 0, up to 1e38"),
         (0 <= optimizer.warmup_steps < 2**31, "optimizer.warmup_steps", "0 or more, below 2**31"),
         (
             optimizer.name in optimizer_lib.OPTIMIZERS,
@@ -199,12 +201,16 @@ def check(config: ConfigDict) -> None:
             f"one of {', '.join(optimizer_lib.SCHEDULES)}",
         ),
         (
-            all(0 < share < 1 for share in optimizer.step_at),
+            all(isinstance(share, int | float) and 0 < share < 1 for share in optimizer.step_at),
             "optimizer.step_at",
             "shares between 0 and 1",
         ),
-        (optimizer.weight_decay >= 0, "optimizer.weight_decay", "0 or more"),
-        (optimizer.max_gradient_norm >= 0, "optimizer.max_gradient_norm", "0 or more"),
+        (0 <= optimizer.weight_decay <= 1e38, "optimizer.weight_decay", "from 0 to 1e38"),
+        (
+            0 <= optimizer.max_gradient_norm <= 1e9,
+            "optimizer.max_gradient_norm",
+            "from 0 to 1e9",
+        ),
         (0 <= optimizer.average_decay < 1, "optimizer.average_decay", "0 or more, and below 1"),
         (
             optimizer.microbatches > 0 and batches.batch_size % optimizer.microbatches == 0,
@@ -217,28 +223,32 @@ def check(config: ConfigDict) -> None:
             if name.endswith("_dropout")
         ),
         *(
-            (weight >= 0, f"regularization.{name}", "0 or more")
+            (0 <= weight <= 1e9, f"regularization.{name}", "from 0 to 1e9")
             for name, weight in config.regularization.items()
             if name.endswith("_penalty")
         ),
-        (config.mesh.data >= 0, "mesh.data", "0 or more"),
-        (config.mesh.model > 0, "mesh.model", "1 or more"),
+        (0 <= config.mesh.data <= _LARGEST, "mesh.data", f"from 0 to {_LARGEST:,}"),
+        (0 < config.mesh.model <= _LARGEST, "mesh.model", f"from 1 to {_LARGEST:,}"),
         (
             batches.batch_size % parts == 0,
             "batches.batch_size",
             f"a multiple of mesh.data times mesh.model, {parts}",
         ),
         (0 < config.num_epochs <= 10**6, "num_epochs", "from 1 to 1,000,000"),
-        (config.log_every_steps > 0, "log_every_steps", "1 or more"),
+        (0 < config.log_every_steps < 2**31, "log_every_steps", "1 or more, below 2**31"),
         (
             0 < config.steps_per_call <= min(config.log_every_steps, 10**4),
             "steps_per_call",
             "from 1 to log_every_steps, and 10,000 at most",
         ),
-        (config.checkpoint_every_seconds >= 0, "checkpoint_every_seconds", "0 or more"),
-        (config.max_skipped_steps >= 0, "max_skipped_steps", "0 or more"),
+        (
+            0 <= config.checkpoint_every_seconds <= 1e9,
+            "checkpoint_every_seconds",
+            "from 0 to 1e9",
+        ),
+        (0 <= config.max_skipped_steps < 2**31, "max_skipped_steps", "0 or more, below 2**31"),
         (0 < config.sample.length <= 10**6, "sample.length", "from 1 to 1,000,000"),
-        (config.sample.temperature >= 0, "sample.temperature", "0 or more"),
+        (0 <= config.sample.temperature <= 1000, "sample.temperature", "from 0 to 1000"),
     ]
     values = dict(flatten(config))
     for holds, field, allowed in rules:

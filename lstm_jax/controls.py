@@ -195,9 +195,20 @@ def stop_table(vocabulary: Vocabulary, stop_token: bool = True, stop_at: str = "
     steps[-1] = len(wanted)
     steps[:, nothing] = np.arange(len(wanted) + 1)
 
-    units = np.full((len(vocabulary), max(map(len, vocabulary.units))), nothing)
+    # Of a long unit only both ends matter, or that it holds the text, so that memory does not grow
+    # with the longest unit.
+    end = len(wanted)
+    longest = min(max(map(len, vocabulary.units)), 2 * end + 1)
+    units = np.full((len(vocabulary), longest), nothing)
     for row, unit in zip(units, vocabulary.units, strict=True):
-        row[: len(unit)] = [number.get(character, other) for character in unit]
+        if wanted in unit:
+            unit = wanted
+        is_long = len(unit) > 2 * end
+        ends = unit[:end] + unit[-end:] if is_long else unit
+        numbers = [number.get(character, other) for character in ends]
+        if is_long:
+            numbers.insert(end, other)
+        row[: len(numbers)] = numbers
     table = np.tile(np.arange(len(wanted) + 1)[:, None], len(vocabulary))
     for characters in units.T:
         table = steps[table, characters]

@@ -6,12 +6,15 @@
 What a file holds, its name says: .keras, .weights.h5 (both Keras 3) or .safetensors (PyTorch).
 """
 
+if __name__ == "__main__":
+    from lstm_jax import interrupts
+
+    interrupts.exit_at_once()  # While the rest is imported, which takes seconds.
+
 import contextlib
 import json
-import os
-import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -43,6 +46,8 @@ _REMEDIES = {
     ".pt": "save it with safetensors.torch.save_file(model.state_dict(), 'model.safetensors')",
     ".pth": "save it with safetensors.torch.save_file(model.state_dict(), 'model.safetensors')",
 }
+# Bytes of a vocabulary, at the most.
+_LARGEST_VOCABULARY = 2**25
 # In a vocabulary that is a text file with a unit a line.
 _ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
 
@@ -93,7 +98,6 @@ def import_file(
     directory = directory.absolute()
     if directory.is_dir() and any(directory.iterdir()):
         raise UserError(f"{directory} holds something already: name another --workdir")
-    content = _read(source)
     config = config_lib.default()
     if text_file is not None:
         config.data.path = corpus.absolute(text_file)
@@ -103,7 +107,8 @@ def import_file(
         text = corpus.read_files(corpus.find_files(config.data.path)[0])
         units, kind, stop = [PADDING, UNKNOWN, *sorted(set(text))], "characters", ""
     try:
-        loaded = read(content)
+        with _open(source) as file:
+            loaded = read(file)
         own, vocabulary, added = weights.with_vocabulary(loaded, units, kind, stop)
         fields, params = weights.to_model(own)
     except UserError as error:
@@ -176,24 +181,28 @@ def read_units(path: Path) -> tuple[list[str], str, str]:
     Raises:
       UserError: if it is none of these.
     """
-    text = corpus.decode(_read(path), str(path), any_bytes=False)
+    with _open(path) as file:
+        content = file.read(_LARGEST_VOCABULARY + 1)
+    if len(content) > _LARGEST_VOCABULARY:
+        raise UserError(f"{path} (--vocabulary) is larger than a vocabulary can be")
+    text = corpus.decode(content, str(path), any_bytes=False)
     try:
-        content = json.loads(text)
+        units: Any = json.loads(text)
     except (ValueError, RecursionError):
         if path.suffix == ".json":
             raise UserError(f"{path} (--vocabulary) is no JSON") from None
         lines = text.removesuffix("\n").split("\n")
         return [_ESCAPES.get(line, line) for line in lines], "characters", ""
     kind, stop = "characters", ""
-    if isinstance(content, dict) and {"kind", "stop", "units"} <= set(content):
-        kind, stop, content = content["kind"], content["stop"], content["units"]
-    elif isinstance(content, dict):
-        if sorted(content.values(), key=repr) != sorted(range(len(content)), key=repr):
-            raise UserError(f"{path} (--vocabulary): its ids are not 0 to {len(content) - 1}")
-        content = sorted(content, key=content.__getitem__)
-    if not isinstance(content, list) or not all(isinstance(x, str) for x in [kind, stop, *content]):
+    if isinstance(units, dict) and {"kind", "stop", "units"} <= set(units):
+        kind, stop, units = units["kind"], units["stop"], units["units"]
+    elif isinstance(units, dict):
+        if sorted(units.values(), key=repr) != sorted(range(len(units)), key=repr):
+            raise UserError(f"{path} (--vocabulary): its ids are not 0 to {len(units) - 1}")
+        units = sorted(units, key=units.__getitem__)
+    if not isinstance(units, list) or not all(isinstance(x, str) for x in [kind, stop, *units]):
         raise UserError(f"{path} (--vocabulary) is no list of units, nor a vocabulary.json")
-    return content, kind, stop
+    return units, kind, stop
 
 
 def _format(path: Path) -> tuple[Any, Any]:
@@ -204,9 +213,9 @@ def _format(path: Path) -> tuple[Any, Any]:
     raise UserError(f"{path} is none of {', '.join(_FORMATS)}: {remedy}")
 
 
-def _read(path: Path) -> bytes:
+def _open(path: Path) -> BinaryIO:
     try:
-        return path.read_bytes()
+        return files.open_regular(path, follow=True)
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from None
 
@@ -225,17 +234,14 @@ def _make(
     directory: Path, config: ConfigDict, vocabulary: Vocabulary, params: model_lib.Params
 ) -> None:
     """Makes a working directory, under another name until all of it is there."""
-    partial = directory.with_name(f".{directory.name}.{os.getpid()}.unfinished")
     try:
-        partial.mkdir(parents=True)
-        workdir.save_config(partial, config)
-        workdir.save_vocabulary(partial, vocabulary)
-        checkpoints.write_params(partial / workdir.CHECKPOINTS, 0, params)
-        partial.rename(directory)
+        with files.unfinished_directory(directory) as partial:
+            workdir.save_config(partial, config)
+            workdir.save_vocabulary(partial, vocabulary)
+            checkpoints.write_params(partial / workdir.CHECKPOINTS, 0, params)
+            partial.rename(directory)
     except OSError as error:
         raise UserError(f"can't write to {directory}: {error.strerror}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 if __name__ == "__main__":

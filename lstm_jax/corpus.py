@@ -1,19 +1,28 @@
 """Where text comes from: the user's own files or a TFDS dataset, as three splits."""
 
-import glob
+import fnmatch
 import hashlib
+import itertools
+import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from lstm_jax import files
 from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import FILE_END
 
 SPLITS = ("train", "validation", "test")
 # In data.path, between the files of each split where they come apart.
 _BETWEEN_SPLITS = ";"
+# Files and directories that the patterns of a data.path look at together. One from someone else
+# could name the whole disk.
+_MOST_ENTRIES = 10**6
+# Bytes of a file that a command's flag names.
+_LARGEST_ARGUMENT = 10**9
 
 
 def read(data: ConfigDict) -> dict[str, str]:
@@ -56,7 +65,8 @@ def find_files(paths: str) -> list[list[Path]]:
     """The files that `data.path` names, in order: of the one text, or of each of the splits.
 
     Raises:
-      UserError: if a file is missing, or there are neither one text nor three.
+      UserError: if a file is missing, there are neither one text nor three, or patterns look at
+        too many files.
     """
     texts = paths.split(_BETWEEN_SPLITS)
     if len(texts) not in (1, 3):
@@ -64,33 +74,75 @@ def find_files(paths: str) -> list[list[Path]]:
             f"data.path {paths!r} is {len(texts)} texts: it must be one, or those of "
             f"train, validation and test with {_BETWEEN_SPLITS} between"
         )
-    return [_find(text) for text in texts]
+    looks = _looks()
+    return [_find(text, looks) for text in texts]
 
 
-def _find(paths: str) -> list[Path]:
+def _looks() -> Iterator[None]:
+    """Yields once for each file or directory that may be looked at, and then raises."""
+    yield from itertools.repeat(None, _MOST_ENTRIES)
+    raise UserError(
+        f"the patterns of data.path look at more than {_MOST_ENTRIES:,} files and directories: "
+        "name narrower ones"
+    )
+
+
+def _find(paths: str, looks: Iterator[None]) -> list[Path]:
     """The files that paths or glob patterns, with commas between, name."""
-    files: list[Path] = []
+    named: list[Path] = []
     for pattern in paths.split(","):
         # A name with brackets in it may be both a file and a pattern: the file is meant.
-        found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+        found = [pattern] if os.path.exists(pattern) else sorted(_expand(pattern, looks))
+        found = [path for path in found if len(found) == 1 or os.path.isfile(path)]
         if not found:
             raise UserError(f"there is no text file {pattern}: name one that exists in data.path")
-        files += [path for path in map(Path, found) if len(found) == 1 or path.is_file()]
-    return files
+        named += map(Path, found)
+    return named
 
 
-def read_files(files: Sequence[Path], any_bytes: bool = False, ends: bool = False) -> str:
+def _expand(pattern: str, looks: Iterator[None]) -> list[str]:
+    """Return what `glob.glob(pattern, recursive=True)` does, within a number of looks."""
+    found = ["/" if pattern.startswith("/") else ""]
+    for part in re.split("/+", pattern.lstrip("/")):
+        parents, found = found, []
+        for parent in parents:
+            if part == "**":
+                below = [os.path.join(parent, "")] if os.path.isdir(parent or ".") else []
+                for path in below:  # It grows meanwhile.
+                    below += [os.path.join(path, n) for n in _names(path, looks) if n[0] != "."]
+                found += below
+            elif set(part) & set("*?["):
+                names = fnmatch.filter(_names(parent, looks), part)
+                hidden = part.startswith(".")
+                found += [os.path.join(parent, n) for n in names if hidden or n[0] != "."]
+            else:
+                next(looks)
+                path = os.path.join(parent, part)
+                found += [path] if os.path.lexists(path) else []
+    return [path for path in found if path]
+
+
+def _names(directory: str, looks: Iterator[None]) -> list[str]:
+    """The names in a directory; none if it can't be read or is no directory."""
+    try:
+        with os.scandir(directory or ".") as entries:
+            return [entry.name for entry, _ in zip(entries, looks, strict=False)]
+    except (OSError, ValueError):
+        return []
+
+
+def read_files(paths: Sequence[Path], any_bytes: bool = False, ends: bool = False) -> str:
     """The text of all files, one after the other.
 
     Args:
-      files: their paths.
+      paths: of the files.
       any_bytes: whether bytes that are no UTF-8 are kept, as surrogates.
       ends: whether `FILE_END` stands after each file.
 
     Raises:
       UserError: if a file can't be read, is empty or not UTF-8 (naming the byte that is not).
     """
-    texts = [_read_file(path, any_bytes) for path in files]
+    texts = [_read_file(path, any_bytes) for path in paths]
     return with_ends(texts) if ends else "".join(texts)
 
 
@@ -112,7 +164,9 @@ def absolute(paths: str) -> str:
 
 def _read_file(path: Path, any_bytes: bool) -> str:
     try:
-        content = path.read_bytes()
+        with files.open_regular(path, follow=True) as file:
+            # No more than its size, by which it was decided to read it into memory.
+            content = file.read(os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from None
     if not content:
@@ -129,12 +183,17 @@ def read_argument(path: str, flag: str, any_bytes: bool) -> str:
       any_bytes: whether bytes that are no UTF-8 are kept, as surrogates.
 
     Raises:
-      UserError: if it can't be read, or is not UTF-8.
+      UserError: if it can't be read, is larger than a gigabyte, or is not UTF-8.
     """
     try:
-        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        if path == "-":
+            content = sys.stdin.buffer.read(_LARGEST_ARGUMENT + 1)
+        else:
+            content = files.read_bytes(Path(path), _LARGEST_ARGUMENT, follow=True)
     except OSError as error:
         raise UserError(f"can't read {path} ({flag}): {error.strerror}") from None
+    if len(content) > _LARGEST_ARGUMENT:
+        raise UserError(f"can't read {path} ({flag}): it is larger than a gigabyte")
     return decode(content, f"{path} ({flag})", any_bytes)
 
 

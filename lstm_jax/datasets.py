@@ -1,6 +1,7 @@
 """TFDS's datasets of text, as three splits."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ def read(
     Raises:
       UserError: if there is no such dataset or feature, or it can't be prepared without TensorFlow.
     """
-    data_dir = Path(directory or tfds.core.constants.DATA_DIR).expanduser()
+    data_dir = Path(os.path.expanduser(directory or tfds.core.constants.DATA_DIR))
     builder = _open_builder(name, data_dir)
     if not builder.is_prepared():
         try:
@@ -68,9 +69,16 @@ def read(
         raise UserError(f"{name} has no split named train to learn from")
 
     def text(split_name: str) -> str:
-        source = builder.as_data_source(split=split_name)
-        errors = "surrogateescape" if any_bytes else "strict"
-        texts = [source[i][text_feature].decode("utf-8", errors) for i in range(len(source))]
+        try:
+            source = builder.as_data_source(split=split_name)
+            examples = [source[i][text_feature] for i in range(len(source))]
+        except Exception as error:  # It is damaged, or the code of one of its features fails.
+            reason = one_line(error)
+            raise UserError(f"can't read {name} under {data_dir}: {reason}") from None
+        texts = [
+            corpus.decode(example, f"example {i} of {name}", any_bytes)
+            for i, example in enumerate(examples)
+        ]
         return corpus.with_ends(texts) if ends else "\n".join(texts)
 
     if all(name in builder.info.splits for name in corpus.SPLITS):
@@ -83,9 +91,10 @@ def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
         return tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
         raise UserError(f"TFDS knows no dataset {name!r}: correct data.dataset") from None
-    except ValueError as error:
+    except Exception as error:  # TFDS raises many, for names that are none and damaged files.
         if "File format is already set" not in str(error):
-            raise
+            reason = one_line(error)
+            raise UserError(f"can't open the dataset {name!r} (data.dataset): {reason}") from None
         raise UserError(
             f"{name} is prepared under {data_dir} in a format that only TensorFlow reads: name "
             "another data.directory, and it is prepared there as array_record"

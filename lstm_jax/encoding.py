@@ -7,22 +7,26 @@ A text is cut only where its units come apart whatever stands on both sides, so 
 chunks, one after the other, are those of the whole text.
 """
 
+import hmac
 import io
 import json
 import os
 import signal
 import sys
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from lstm_jax import files
 from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import FILE_END, split
 
 PLAN, PARTS = "plan.json", "parts"
+# The environment variable that holds the key of `save_part`, in hexadecimal.
+KEY = "LSTM_JAX_PARTS_KEY"
+_SEAL_BYTES = 32
 # Bytes of text that are encoded at a time: they take about thirty times as much memory meanwhile.
 CHUNK = 2 * 2**20
 # A chunk ends at the last good place; most often one stands within so many bytes of its end.
@@ -55,16 +59,16 @@ class Part(NamedTuple):
     characters: int
 
 
-def segments(files: Iterable[Path], any_bytes: bool, ends: bool) -> list[Segment]:
+def segments(paths: Iterable[Path], any_bytes: bool, ends: bool) -> list[Segment]:
     """A text that is made of files, as `corpus.read_files` reads it.
 
     Raises:
       UserError: if a file is empty or can't be read.
     """
     found = []
-    for path in files:
+    for path in paths:
         try:
-            with path.open("rb") as file:
+            with files.open_regular(path, follow=True) as file:
                 has_bom = file.read(len(_BOM)) == _BOM
                 size = os.fstat(file.fileno()).st_size
         except OSError as error:
@@ -87,12 +91,23 @@ def read(segment: Segment) -> bytes:
     if not segment.path:
         return _FILE_END[segment.start : segment.stop]
     try:
-        with open(segment.path, "rb", buffering=0) as file:
-            content = os.pread(file.fileno(), segment.stop - segment.start, segment.start)
+        with files.open_regular(Path(segment.path), follow=True) as file:
+            content = read_at(file.fileno(), segment.start, segment.stop - segment.start)
     except OSError as error:
         raise UserError(f"can't read {segment.path}: {error.strerror}") from None
     if len(content) < segment.stop - segment.start:
         raise UserError(f"{segment.path} has become shorter while it was read")
+    return content
+
+
+def read_at(descriptor: int, start: int, length: int) -> bytes:
+    """Return `length` bytes of a file, or fewer at its end."""
+    content = os.pread(descriptor, length, start)
+    while 0 < len(content) < length:  # Linux reads at most 2 GiB at a time.
+        more = os.pread(descriptor, length - len(content), start + len(content))
+        if not more:
+            break
+        content += more
     return content
 
 
@@ -141,9 +156,8 @@ def chunks(
                 chunk, pending = cut(pending, at)
                 yield chunk, bytes(content[:at])
                 del content[:at]
-                full = size
-            else:
-                full += size
+            # What is left can't be cut, so that more is needed than there is.
+            full = (len(content) // size + 1) * size
     if pending:
         yield pending, bytes(content)
 
@@ -267,26 +281,39 @@ def _code_points(text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
-def save_part(path: Path, part: Part) -> None:
-    """Writes an encoded chunk, whole or not at all."""
+def save_part(path: Path, part: Part, key: bytes) -> None:
+    """Write an encoded chunk, whole or not at all, sealed with a key."""
     units = np.frombuffer(json.dumps(part.units).encode(), np.uint8)
     content = io.BytesIO()
     np.savez(
         content, ids=part.ids, units=units, counts=part.counts, characters=np.int64(part.characters)
     )
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_bytes(content.getbuffer())
-    os.replace(unfinished, path)
+    files.write(path, _seal(path, content.getvalue(), key) + content.getbuffer())
 
 
-def load_part(path: Path) -> Part | None:
-    """What `save_part` wrote; None if it is not there or not whole, as its checksums tell."""
+def load_part(path: Path, chunk: list[Segment], key: bytes) -> Part | None:
+    """Return what `save_part` wrote of a chunk; None if it is not there, damaged, or another's."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            units = json.loads(arrays["units"].tobytes())
-            return Part(arrays["ids"], units, arrays["counts"], int(arrays["characters"]))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        # Ids, units and counts take less than 32 bytes for each byte of text.
+        content = files.read_bytes(path, 2**16 + 32 * count_bytes(chunk))
+    except OSError:
         return None
+    seal, content = content[:_SEAL_BYTES], content[_SEAL_BYTES:]
+    if not hmac.compare_digest(seal, _seal(path, content, key)):
+        return None
+    with np.load(io.BytesIO(content)) as arrays:
+        units = json.loads(arrays["units"].tobytes())
+        return Part(arrays["ids"], units, arrays["counts"], int(arrays["characters"]))
+
+
+def _seal(path: Path, content: bytes, key: bytes) -> bytes:
+    """Return a checksum that only who has the key can make, for one content in one place."""
+    return hmac.digest(key, path.name.encode() + content, "sha256")
+
+
+def count_bytes(chunk: Iterable[Segment]) -> int:
+    """Return how many bytes a chunk has."""
+    return sum(segment.stop - segment.start for segment in chunk)
 
 
 def part_path(directory: Path, number: int) -> Path:
@@ -297,29 +324,31 @@ def part_path(directory: Path, number: int) -> Path:
 def main() -> None:
     """Encodes the chunks of this process, and prints a line with the bytes of each.
 
-    The parent process answers Ctrl-C, and ends this one; a mistake is told it as a JSON text.
+    The parent process answers Ctrl-C, and ends this one. It is told a mistake, and that the disk
+    is full, as a JSON object with the message.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     directory, number, total = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     plan = json.loads((directory / PLAN).read_text(encoding="utf-8", errors="surrogateescape"))
+    key = bytes.fromhex(os.environ[KEY])
     any_bytes = plan["units"] == "bytes"
     try:
         for i in range(number, len(plan["chunks"]), total):
             chunk = [Segment(*segment) for segment in plan["chunks"][i]]
             path = part_path(directory, i)
-            if load_part(path) is None:
+            if load_part(path, chunk, key) is None:
                 text = decode(chunk, any_bytes, plan["ends"])
-                save_part(path, encode(text, plan["units"], plan["stop"]))
-            _tell(sum(stop - start for _, start, stop in chunk))
+                save_part(path, encode(text, plan["units"], plan["stop"]), key)
+            _tell(count_bytes(chunk))
     except UserError as error:
-        _tell(str(error))
+        _tell({"mistake": str(error)})
     except BrokenPipeError:  # The parent process is gone.
         os._exit(1)
     except OSError as error:
-        _tell(f"can't write in {directory}: {error.strerror}")
+        _tell({"unavailable": error.strerror})
 
 
-def _tell(content: int | str) -> None:
+def _tell(content: Any) -> None:
     # In one piece: all processes write to the same pipe.
     os.write(sys.stdout.fileno(), f"{json.dumps(content)}\n".encode())
 

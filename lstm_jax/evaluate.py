@@ -1,5 +1,10 @@
 """How well a model predicts a text: `python -m lstm_jax.evaluate --workdir DIR --split test`."""
 
+if __name__ == "__main__":
+    from lstm_jax import interrupts
+
+    interrupts.exit_at_once()  # While the rest is imported, which takes seconds.
+
 import functools
 import json
 import math
@@ -188,7 +193,9 @@ def main() -> None:
     if values.dynamic and values.fit_temperature:
         raise UserError("--fit_temperature is for the model as it was trained: leave out --dynamic")
     trained = workdir.load(Path(values.workdir))
-    splits = texts.read_again(trained.config.data, values.data_path)
+    splits = texts.read_again(
+        trained.config.data, values.data_path, values.dataset, values.data_directory
+    )
     parts = [splits[name] for name in names]
     ids = texts.Joined([part.encode(trained.vocabulary) for part in parts])
     result: dict[str, Any] = {"split": values.split}
@@ -204,6 +211,11 @@ def main() -> None:
         result["dynamic"] = settings._asdict()
     else:
         (loss,) = mean_losses(trained.model, trained.params, ids, np.array([temperature])).tolist()
+    if math.isnan(loss):
+        raise UserError(
+            f"the loss is not a number: the model of step {trained.step} in {values.workdir} has "
+            "diverged, train it anew with a lower optimizer.learning_rate"
+        )
     result |= {
         "loss": loss,
         "bits_per_token": loss / math.log(2),
@@ -212,7 +224,8 @@ def main() -> None:
         "tokens": len(ids) - 1,
         "step": trained.step,
     }
-    print(json.dumps(result))
+    # JSON has no word for infinity.
+    print(json.dumps({name: None if v == math.inf else v for name, v in result.items()}))
 
 
 def _define_flags() -> None:
@@ -223,9 +236,7 @@ def _define_flags() -> None:
         "Which part of the text to read: train, validation or test; validation+test reads both, "
         "the one after the other.",
     )
-    flags.DEFINE_string(
-        "data_path", None, "Where the run's own text is now, if it was moved since."
-    )
+    command.define_text_flags()
     flags.DEFINE_bool(
         "fit_temperature",
         False,

@@ -18,6 +18,7 @@ from lstm_jax.controls import (
     as_arrays,
     stop_table,
 )
+from lstm_jax.errors import NotFiniteError
 from lstm_jax.vocabulary import PADDING_ID, SPECIAL_IDS, Vocabulary
 
 # Tokens that one call of the compiled function writes: few at first, so that text is seen at once.
@@ -194,10 +195,18 @@ def write_chunks(
     Yields:
       The ids of each chunk, int32 [batch, n], with "" (id 0) for members that have ended, and the
       state after it.
+
+    Raises:
+      NotFiniteError: if the model's predictions are not finite.
     """
     state = state._replace(progress=jnp.zeros_like(state.progress))
     chunk = _FIRST_CHUNK
     while length > 0:
+        if not np.isfinite(state.logits).all():
+            raise NotFiniteError(
+                "the model's predictions are not finite: its training has diverged, train it anew "
+                "with a lower optimizer.learning_rate"
+            )
         count = min(chunk, length)
         ids, written, state = _write(model, arrays, state, key, controls, stops, np.int32(count))
         if written:

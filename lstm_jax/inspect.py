@@ -4,6 +4,11 @@ After Karpathy, Johnson & Fei-Fei 2015, "Visualizing and Understanding Recurrent
 page, `report.html` with its data put in, needs nothing but a browser.
 """
 
+if __name__ == "__main__":
+    from lstm_jax import interrupts
+
+    interrupts.exit_at_once()  # While the rest is imported, which takes seconds.
+
 import base64
 import gzip
 import json
@@ -52,7 +57,10 @@ def main() -> None:
     if values.text:
         text, name = corpus.read_argument(values.text, "--text", any_bytes), Path(values.text).name
     else:
-        text = next(texts.read_again(trained.config.data, values.data_path)["validation"].pieces(0))
+        splits = texts.read_again(
+            trained.config.data, values.data_path, values.dataset, values.data_directory
+        )
+        text = next(splits["validation"].pieces(0))
         name = "the validation split"
     units = trained.vocabulary.split(text)
     if len(units) < 2:
@@ -215,9 +223,12 @@ def _curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]
 
 def _samples(path: Path) -> list[dict[str, str]]:
     """What the run wrote while it was trained, by the line that heads each text."""
-    if not path.is_file():
+    try:
+        content = files.read_tail(path, 8 * _SAMPLES).decode("utf-8", "replace")
+    except FileNotFoundError:
         return []
-    content = path.read_bytes().decode("utf-8", "replace")
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}") from None
     parts = re.split(r"^=== (step \d+, temperature .*)\n", content, flags=re.MULTILINE)[1:]
     samples = [
         {"title": title, "text": text.rstrip("\n")}
@@ -243,7 +254,5 @@ if __name__ == "__main__":
         lower_bound=2,
         upper_bound=10**6,
     )
-    flags.DEFINE_string(
-        "data_path", None, "Where the run's own text is now, if it was moved since."
-    )
+    command.define_text_flags()
     command.run(main)

@@ -8,7 +8,7 @@ import io
 import json
 import re
 import zipfile
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from lstm_jax.weights import Weights
 _LAYERS = {"lstm": "LSTM", "gru": "GRU", "rnn": "SimpleRNN"}
 # In an archive.
 _CONFIG, _METADATA, _WEIGHTS = "config.json", "metadata.json", "model.weights.h5"
+# What is packed takes at most so many times its size in memory, or so many bytes.
+_MOST_TIMES, _SMALL = 8, 2**26
 # What predicting is the same without.
 _IGNORED = {"InputLayer", "Dropout", "SpatialDropout1D", "GaussianDropout", "GaussianNoise"}
 _AS_HERE: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -38,8 +40,8 @@ _AS_HERE["GRU"] = {**_AS_HERE["LSTM"], "reset_after": (True,)}
 _AS_HERE["SimpleRNN"] = {k: v for k, v in _AS_HERE["LSTM"].items() if "recurrent" not in k}
 
 
-def read_archive(content: bytes) -> Weights:
-    """The weights in the content of a `.keras` file.
+def read_archive(file: BinaryIO) -> Weights:
+    """The weights in a `.keras` file.
 
     Of a model that is a class of its own, which only its code describes, the layers are taken to
     have Keras's default activations.
@@ -48,8 +50,9 @@ def read_archive(content: bytes) -> Weights:
       UserError: if it is no such file, or holds a model that there is none of here.
     """
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            config, weights = json.loads(archive.read(_CONFIG)), archive.read(_WEIGHTS)
+        with zipfile.ZipFile(file) as archive:
+            config = json.loads(_unpacked(archive, _CONFIG))
+            weights = io.BytesIO(_unpacked(archive, _WEIGHTS))
         if config["class_name"] in ("Sequential", "Functional"):
             _check_layers(config["config"]["layers"], config["class_name"] == "Functional")
     except UserError:
@@ -59,22 +62,34 @@ def read_archive(content: bytes) -> Weights:
     return read_weights(weights)
 
 
-def read_weights(content: bytes) -> Weights:
-    """The weights in the content of a `.weights.h5` file.
+def _unpacked(archive: zipfile.ZipFile, name: str) -> bytes:
+    """A file in an archive, unless it is a small one that would take much memory."""
+    member = archive.getinfo(name)
+    with archive.open(member) as file:
+        content = file.read(_MOST_TIMES * member.compress_size + _SMALL)
+        if file.read(1):
+            raise UserError(f"its {name} unpacks to many times its size")
+    return content
+
+
+def read_weights(file: BinaryIO) -> Weights:
+    """The weights in a `.weights.h5` file.
 
     Raises:
       UserError: as `read_archive` does.
     """
     library = _library()
     try:
-        with library.File(io.BytesIO(content)) as file:
-            if "layer_names" in file.attrs or "model_weights" in file:
+        with library.File(file, "r") as content:
+            if "layer_names" in content.attrs or "model_weights" in content:
                 raise UserError(
                     "it is a file of Keras 2: read it there, and save it with "
                     "model.save('model.keras')"
                 )
-            groups = _groups(file)
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            groups = _groups(content, library.Dataset)
+    except UserError:
+        raise
+    except Exception as error:  # A damaged file makes the library raise much.
         raise UserError(f"it is no .weights.h5 file of Keras 3 ({one_line(error)[:200]})") from None
     return _from_groups(groups)
 
@@ -180,13 +195,23 @@ def _check_layers(layers: list[dict[str, Any]], functional: bool) -> None:
         )
 
 
-def _groups(file: Any) -> dict[str, list[np.ndarray]]:
-    """The variables of each layer or cell, by its path; the optimizer's left out."""
+def _groups(file: Any, data_set: Any) -> dict[str, list[np.ndarray]]:
+    """The variables of each layer or cell, by its path; the optimizer's left out.
+
+    Raises:
+      UserError: for one that is no plain array in this file.
+    """
     groups: dict[str, list[np.ndarray]] = {}
 
     def visit(path: str, item: Any) -> None:
         parent, _, number = path.rpartition("/vars/")
         if parent and number.isdigit() and not path.startswith("optimizer"):
+            if not isinstance(item, data_set):
+                raise UserError(f"{path} is no array")
+            if item.external or item.is_virtual:
+                raise UserError(f"{path} is kept in another file")
+            if item.nbytes > _MOST_TIMES * item.id.get_storage_size() + _SMALL:
+                raise UserError(f"the {item.nbytes:,} bytes of {path} are not in the file")
             if item.dtype.kind != "f":
                 # Dropout keeps the state of its random numbers.
                 if "seed_generator" in parent:

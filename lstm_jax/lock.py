@@ -132,6 +132,8 @@ def _is_alive(holder: dict[str, object], locked: bool, path: Path) -> bool:
     # Both times are the file system's, whose clock may not be this host's.
     with tempfile.TemporaryFile(dir=path.parent) as now:
         age = os.fstat(now.fileno()).st_mtime - path.stat().st_mtime
+    if age < 0:
+        os.utime(path)  # Of a clock that was wrong: from now on it runs out as any other.
     return age < STALE_SECONDS
 
 

@@ -4,6 +4,11 @@ The same command again goes on where the run stopped. Every field of the config 
 command line, for example --config.optimizer.learning_rate=1e-3 or --config.data.path=my.txt.
 """
 
+if __name__ == "__main__":
+    from lstm_jax import interrupts
+
+    interrupts.exit_at_once()  # While the rest is imported, which takes seconds.
+
 from pathlib import Path
 
 from absl import flags

@@ -3,7 +3,7 @@
 import io
 import json
 import math
-import os
+import secrets
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +17,12 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from lstm_jax import files
+from lstm_jax.errors import UserError
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 _COLOURS = {"train": "#0072B2", "validation": "#D55E00", "test": "#009E73"}
+# Bytes that are read of a metrics.jsonl, and those of a row, at the most.
+_LARGEST, _LONGEST_LINE = 2**26, 2**12
 
 
 class MetricsWriter:
@@ -32,17 +35,18 @@ class MetricsWriter:
           path: of metrics.jsonl; the events are written beside it.
           step: TensorBoard hides events of later steps, which an interrupted run left behind.
         """
-        self._lines = path.open("ab")
+        self._lines = files.open_append(path)
         # A process that was killed, or a disk that was full, can leave half a line.
-        whole = path.read_bytes().rfind(b"\n") + 1
-        if whole < path.stat().st_size:
-            self._lines.truncate(whole)
+        tail = files.read_tail(path, _LONGEST_LINE)
+        half = len(tail) - (tail.rfind(b"\n") + 1)
+        if half:
+            self._lines.truncate(path.stat().st_size - half)
         # tensorboardX's usual writer has a thread of its own, which loses what it holds when the
         # process is killed and waits for ever when the disk is full.
         self._events = EventsWriter(
             str(path.parent / "events"),
-            # Two files opened within a second would have the same name without it.
-            filename_suffix=f".{os.getpid()}.{step}",
+            # A name that no other file has, and that nobody can have made a link of.
+            filename_suffix=f".{secrets.token_hex(8)}",
         )
         if step:
             start = SessionLog(status=SessionLog.START)
@@ -85,15 +89,28 @@ class MetricsWriter:
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; none where there is no such file.
 
-    Lines that are no rows, in a file that was damaged, are left out.
+    Lines that are no rows, in a file that was damaged, are left out; of a file of more than 64 MiB,
+    all but the last rows are.
+
+    Raises:
+      UserError: if it can't be read.
     """
-    if not path.exists():
+    try:
+        content = files.read_tail(path, _LARGEST)
+    except FileNotFoundError:
         return []
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}") from None
     rows = []
-    for line in path.read_bytes().splitlines():
+    for line in content.splitlines():
         try:
-            row = json.loads(line)
-            if isinstance(row["step"], int) and isinstance(row["loss"], float) and row["split"]:
+            row = json.loads(line) if len(line) <= _LONGEST_LINE else {}
+            if (
+                isinstance(row["step"], int)
+                and 0 <= row["step"] < 2**31
+                and isinstance(row["loss"], float)
+                and row["split"] in _COLOURS
+            ):
                 rows.append(row)
         except (ValueError, LookupError, TypeError, RecursionError):
             continue

@@ -3,6 +3,11 @@
 The text goes to standard output as it is made; all else that is to be said, to standard error.
 """
 
+if __name__ == "__main__":
+    from lstm_jax import interrupts
+
+    interrupts.exit_at_once()  # While the rest is imported, which takes seconds.
+
 import sys
 from pathlib import Path
 
@@ -34,7 +39,10 @@ def main() -> None:
         any_bytes = vocabulary.kind == "bytes"
         prompt = corpus.read_argument(options.prompt_file, "--prompt_file", any_bytes)
     if options.novelty:
-        training_text = texts.read_again(trained.config.data, options.data_path)["train"]
+        splits = texts.read_again(
+            trained.config.data, options.data_path, options.dataset, options.data_directory
+        )
+        training_text = splits["train"]
     controls = controls._replace(forbidden=vocabulary.encode(options.forbid).tolist())
     _warn(vocabulary, "the prompt", prompt)
     _warn(vocabulary, "--forbid", options.forbid)
@@ -43,7 +51,7 @@ def main() -> None:
         print(f"warning: the model can't write {options.stop_at!r} (--stop_at)", file=sys.stderr)
 
     key = jax.random.key(options.seed)
-    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
     if options.interactive:
         # Bytes that are no UTF-8 are units that a model of bytes knows and others don't.
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
@@ -133,11 +141,13 @@ if __name__ == "__main__":
         "seed", 0, "The same seed writes the same text.", lower_bound=0, upper_bound=2**32 - 1
     )
     flags.DEFINE_integer(
-        "num_samples", 1, "How many texts to write, a line of dashes between.", lower_bound=1
+        "num_samples",
+        1,
+        "How many texts to write, a line of dashes between.",
+        lower_bound=1,
+        upper_bound=10**5,
     )
     flags.DEFINE_boolean("interactive", False, "Converse, line by line; /help says how.")
     flags.DEFINE_boolean("novelty", False, "Tell how much of the text was copied from training.")
-    flags.DEFINE_string(
-        "data_path", None, "Where the training text is now (for --novelty), if it was moved since."
-    )
+    command.define_text_flags()
     command.run(main)

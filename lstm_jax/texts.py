@@ -10,6 +10,9 @@ from lstm_jax import corpus, prepared
 from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import UNKNOWN_ID, Costs, Vocabulary, spelled_bytes, stop_text
 
+# A run's text is read into memory again up to so many bytes, whatever the run says.
+_LARGEST_IN_MEMORY = 16 * 10**6
+
 
 class Ids(Protocol):
     """The ids of a text: as of an array int32 [n], its length and its slices."""
@@ -103,11 +106,15 @@ def read(data: ConfigDict) -> Splits:
       UserError: if a text is missing, not UTF-8, empty, or too short to be split; or if it is not
         the one that a run began with.
     """
-    if data.path and prepared.size(data) > data.memory_megabytes * 10**6:
-        manifest = prepared.prepare(data)
-        texts: dict[str, Text] = {
-            name: prepared.PreparedText(manifest, name) for name in corpus.SPLITS
-        }
+    large = data.path and prepared.size(data) > data.memory_megabytes * 10**6
+    return _splits(data, prepared.prepare(data) if large else None)
+
+
+def _splits(data: ConfigDict, manifest: prepared.Manifest | None) -> Splits:
+    """Return the splits of a prepared corpus, or else read them into memory."""
+    texts: dict[str, Text]
+    if manifest:
+        texts = {name: prepared.PreparedText(manifest, name) for name in corpus.SPLITS}
         sha256 = manifest.text_sha256
     else:
         strings = corpus.read(data)
@@ -117,19 +124,56 @@ def read(data: ConfigDict) -> Splits:
     return Splits(texts, sha256)
 
 
-def read_again(data: ConfigDict, path: str | None) -> dict[str, Text]:
-    """The splits that a run was trained on, for commands that come after it.
+def read_again(
+    data: ConfigDict,
+    path: str | None,
+    dataset: str | None = None,
+    directory: str | None = None,
+) -> dict[str, Text]:
+    """Return the splits that a run was trained on, for commands that come after it.
+
+    Somebody else may have made the run. So what its config names is read as text only, at no great
+    cost, and nothing is written but in the user's cache. TFDS, which imports modules that a
+    dataset's files name, reads only what the user has named, and the package's own dataset.
 
     Args:
       data: the `data` fields of its config.
-      path: where its text is now, if it was moved.
+      path: where its text is now, if the user has named it.
+      dataset: the TFDS dataset with its text, if the user has named it.
+      directory: TFDS's data directory, if the user has named it, instead of the default.
 
     Raises:
-      UserError: as `read` does.
+      UserError: as `read` does; or if the user is to name the text.
     """
+    data = data.copy_and_resolve_references()
+    if dataset is not None:
+        data.path, data.dataset = "", dataset
     if path is not None:
         data.path = path
-    return read(data).texts
+    data.directory = directory or ""
+    if not data.path:
+        from lstm_jax import tiny_shakespeare  # Only where it is needed, as it imports TFDS.
+
+        if data.dataset not in (tiny_shakespeare.NAME, dataset):
+            raise UserError(
+                f"the run was trained on the dataset {data.dataset!r}, which may be code: if you "
+                "trust it, name it with --dataset NAME, and with --data_directory DIR where it is "
+                "if it is not in TFDS's own directory"
+            )
+        return _splits(data, None).texts
+    if prepared.size(data) <= _LARGEST_IN_MEMORY:
+        return _splits(data, None).texts
+    found = prepared.find(data)
+    if not found:
+        data.prepared = str(prepared.cache_directory())
+        found = prepared.prepare(data) if path is not None else prepared.find(data)
+    if not found:
+        raise UserError(
+            f"the text of the run, {data.path}, is larger than {_LARGEST_IN_MEMORY / 1e6:g} MB "
+            "and was not prepared by you: name it with --data_path FILE, and it is prepared in "
+            f"{data.prepared}"
+        )
+    return _splits(data, found).texts
 
 
 class Joined:

@@ -5,7 +5,7 @@ do: their sum is read, and one of them written (but for a GRU's candidate, where
 """
 
 import re
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -13,21 +13,28 @@ from lstm_jax import weights as weights_lib
 from lstm_jax.errors import UserError, one_line
 from lstm_jax.weights import Weights
 
+_LARGEST_HEADER = 10**8  # Bytes: the format's own limit.
 # lstm.weight_ih_l0, and weight_ih of an LSTMCell.
 _RECURRENT = re.compile(
     r"(?P<module>.*?)\.?(?P<name>weight|bias)_(?P<of>ih|hh)(_l(?P<layer>\d+))?(?P<reverse>_reverse)?"
 )
 
 
-def read(content: bytes) -> Weights:
-    """The weights in a file's content; `nn.RNN` is taken to have its default, tanh.
+def read(file: BinaryIO) -> Weights:
+    """The weights in a file; `nn.RNN` is taken to have its default, tanh.
 
     Raises:
       UserError: if it is no such file, or holds a model that there is none of here.
     """
     library = _library()
     try:
-        loaded = library.load(content)
+        # The file begins with the size of what describes it, and is not read if that can't be.
+        start = file.read(8)
+        if not 1 < int.from_bytes(start, "little") <= _LARGEST_HEADER:
+            raise UserError("it is no safetensors file")
+        loaded = library.load(start + file.read())
+    except UserError:
+        raise
     except Exception as error:  # Whatever a file that is none makes the library raise.
         raise UserError(f"it is no safetensors file ({one_line(error)[:200]})") from None
     arrays = {name: _as_float32(name, array) for name, array in loaded.items()}

@@ -230,8 +230,8 @@ def train(
             raise
         except OSError as error:
             raise UnavailableError(
-                f"can't write to {directory} ({error.strerror}): make room or make it writable, "
-                "and the same command goes on from the last checkpoint"
+                f"can't write to {error.filename or directory} ({error.strerror}): make room or "
+                "make it writable, and the same command goes on from the last checkpoint"
             ) from None
 
 
@@ -293,8 +293,15 @@ def _train(
             f"{workdir.CHECKPOINTS}/ back, or begin anew with another --workdir"
         )
     start = restored.step if restored else 0
+    total_steps = config.num_epochs * steps_per_epoch
+    if start > total_steps:
+        raise UserError(
+            f"the run in {directory} has trained {start / steps_per_epoch:g} epochs already, and "
+            f"--config.num_epochs={config.num_epochs} is fewer: name more, or another --workdir"
+        )
     with hosts.first_goes_ahead("config"):
         if hosts.is_first():
+            files.remove_partial(directory)
             if changes:
                 workdir.append_changes(directory, start, changes)
             workdir.save_vocabulary(directory, vocabulary)
@@ -323,7 +330,7 @@ def _train(
             checkpoints.wait()
         else:
             state = TrainState.join(restored.params, restored.state)
-        if restored and start >= run.total_steps and _is_validated(saved_in, start):
+        if restored and start == run.total_steps and _is_validated(saved_in, start):
             print(
                 f"The run in {directory} is finished, with {start / steps_per_epoch:g} epochs. "
                 f"To train longer, add for example --config.num_epochs={2 * config.num_epochs}"
@@ -580,7 +587,10 @@ def _check_finite(run: _Run, state: TrainState) -> TrainState:
         if hosts.is_first():
             files.write(path, f"{json.dumps(ids)}\n".encode())
         allowed = run.config.max_skipped_steps
-        what = f"the loss or a gradient of step {first} is not finite (its batch is in {path})"
+        what = (
+            f"a parameter, the loss or a gradient of step {first} is not finite (its batch is in "
+            f"{path})"
+        )
         if skipped > allowed:
             last = checkpoints_lib.steps(run.directory / workdir.CHECKPOINTS)[-1]
             raise NotFiniteError(
@@ -615,8 +625,9 @@ def _validate(
         return
     row: dict[str, Any] = {"step": step, "epoch": epoch, "split": "validation", "loss": loss}
     writer.write(**row)
-    with (run.directory / workdir.SAMPLES).open("a", encoding="utf-8") as file:
-        file.write(f"=== step {step}, temperature {config.sample.temperature}\n{text}\n\n")
+    sample = f"=== step {step}, temperature {config.sample.temperature}\n{text}\n\n"
+    with files.open_append(run.directory / workdir.SAMPLES) as file:
+        file.write(sample.encode())
     run.checkpoints.record_validation(step, loss)
     if step:
         run.plot()

@@ -27,7 +27,7 @@ class TrainState(NamedTuple):
       step: int32 [], training steps done.
       loss_sum: float32 [], nats per token, summed over the steps since it was last logged.
       loss_steps: int32 [], how many steps those are.
-      skipped: int32 [], steps left out because their loss or gradient was not finite.
+      skipped: int32 [], steps left out because numbers of theirs were not finite.
       first_skipped: int32 [], the first of them that was not told yet; 0 if there is none.
     """
 
@@ -155,8 +155,8 @@ def make_step(
 
     Every device of the mesh puts the parameters together and computes the gradient for its part of
     the batch, a microbatch after the other; the mean over all is the gradient for the whole batch,
-    of which each device keeps the part that it stores. A step whose loss or gradient is not finite
-    is counted and leaves everything else as it was.
+    of which each device keeps the part that it stores. A step whose loss, gradient or updated
+    parameters are not finite is counted and leaves everything else as it was.
 
     Args:
       model: the model.
@@ -242,7 +242,9 @@ def make_step(
             # Short at first, so that the initial weights are soon forgotten.
             kept = jnp.minimum(decay, (1 + step) / (10 + step))
             average = jax.tree.map(lambda a, p: kept * a + (1 - kept) * p, average, params)
-        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradient))
+        # A learning rate or weight decay can make of finite gradients what is not.
+        norms = optax.tree.norm(gradient) + optax.tree.norm(params)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norms)
         # Selected leaf by leaf, it becomes part of the loops that compute the new values anyway.
         params, average, optimizer_state, carry = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),

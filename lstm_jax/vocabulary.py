@@ -31,6 +31,8 @@ _PATTERNS = {
 # programs' own use ("file": after each file, or each example of a dataset).
 FILE_END = "\ufdd0"
 SEPARATORS = {"": "", "line": "\n", "blank_line": "\n\n", "file": FILE_END}
+# The units of kind "bytes".
+_BYTES = bytes(range(256)).decode("ascii", "surrogateescape")
 
 
 class Vocabulary:
@@ -64,8 +66,13 @@ class Vocabulary:
         if not all(isinstance(unit, str) and unit for unit in proper):
             raise ValueError("every unit after the first two must be text")
         single = kind in ("characters", "bytes")
-        if single and any(len(unit) != 1 and unit != stop for unit in proper):
-            raise ValueError(f"every unit after the first two must be one of the {kind}")
+        for unit in proper:
+            if unit == stop or not single:
+                fits = _is_unicode(unit)
+            else:
+                fits = len(unit) == 1 and (unit in _BYTES if kind == "bytes" else _is_unicode(unit))
+            if not fits:
+                raise ValueError(f"every unit after the first two must be one of the {kind}")
         self._ids = {unit: i for i, unit in enumerate(units)}
         if len(self._ids) != len(units):
             raise ValueError("a unit stands twice")
@@ -115,7 +122,7 @@ class Vocabulary:
                 "choose another data.document_separator"
             )
         if kind == "bytes":
-            units = set(bytes(range(256)).decode("ascii", "surrogateescape"))
+            units = set(_BYTES)
         if tokens and not units:
             raise UserError(
                 f"none of the {kind} of the training text stands there {min_count} times: "
@@ -149,7 +156,10 @@ class Vocabulary:
         Raises:
           ValueError: if it is not such a text.
         """
-        content = json.loads(text)
+        try:
+            content = json.loads(text)
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
         if not isinstance(content, dict) or set(content) != {"kind", "stop", "units"}:
             raise ValueError("it does not hold a kind, a stop token and units")
         if not isinstance(content["units"], list) or not isinstance(content["stop"], str):
@@ -268,6 +278,15 @@ def split(text: str, kind: str, stop: str) -> Iterator[str]:
             yield from _PATTERNS[kind].findall(part)
         else:
             yield from _one_character_a_byte(part) if kind == "bytes" else part
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether a text has a UTF-8, as one with surrogates has not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _one_character_a_byte(text: str) -> str:

@@ -26,6 +26,8 @@ CHANGES = "changes.jsonl"
 # Files that a run appends to, those of TensorBoard among them. A checkpoint holds their sizes, so
 # that a run that goes on from it first drops what was written after it.
 HISTORY = (METRICS, SAMPLES, "events.out.tfevents.*")
+# Sizes in bytes that config and vocabulary have at the most.
+_CONFIG_LIMIT, _VOCABULARY_LIMIT = 2**20, 2**25
 
 
 def load_config(workdir: Path) -> ConfigDict:
@@ -40,9 +42,9 @@ def load_config(workdir: Path) -> ConfigDict:
             f"training run, or train one with python -m lstm_jax.main --workdir {workdir}"
         )
     try:
-        fields = files.read_json(workdir / CONFIG)
+        fields = files.read_json(workdir / CONFIG, _CONFIG_LIMIT)
     except (OSError, ValueError) as error:
-        raise UserError(f"{workdir / CONFIG} is damaged: {error}") from None
+        raise UserError(f"{workdir / CONFIG} is damaged: {_reason(error)}") from None
     return config_lib.complete(fields)
 
 
@@ -53,9 +55,14 @@ def load_vocabulary(workdir: Path) -> Vocabulary:
       UserError: if it is missing or damaged.
     """
     try:
-        return Vocabulary.from_json(json.dumps(files.read_json(workdir / VOCABULARY)))
+        fields = files.read_json(workdir / VOCABULARY, _VOCABULARY_LIMIT)
+        return Vocabulary.from_json(json.dumps(fields))
     except (OSError, ValueError) as error:
-        raise UserError(f"{workdir / VOCABULARY} is missing or damaged: {error}") from None
+        raise UserError(f"{workdir / VOCABULARY} is missing or damaged: {_reason(error)}") from None
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
 
 
 def load_params(workdir: Path, model: model_lib.LanguageModel) -> tuple[model_lib.Params, int]:
@@ -104,15 +111,15 @@ def save_vocabulary(workdir: Path, vocabulary: Vocabulary) -> None:
 
 def append_changes(workdir: Path, step: int, changes: Mapping[str, tuple[Any, Any]]) -> None:
     """Notes that fields of the config were changed after `step`: before and after, by field."""
-    with (workdir / CHANGES).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, "changes": changes}) + "\n")
+    with files.open_append(workdir / CHANGES) as file:
+        file.write((json.dumps({"step": step, "changes": changes}) + "\n").encode())
 
 
 def history_sizes(workdir: Path) -> dict[str, int]:
     """The sizes in bytes of the files that a run appends to, all safely on the disk."""
     sizes = {}
     for path in _history(workdir):
-        with path.open("rb") as file:
+        with files.open_regular(path) as file:
             os.fsync(file.fileno())
             sizes[path.name] = os.fstat(file.fileno()).st_size
     return sizes
@@ -136,10 +143,15 @@ def restore_history(workdir: Path, sizes: dict[str, int]) -> None:
 
 
 def check_own_files(workdir: Path) -> None:
-    """Raises `UserError` if a file of the run is a link, through which others would be written."""
-    for path in workdir.iterdir():
-        if path.is_symlink() and path.name != CHECKPOINTS:
+    """Raises `UserError` if a run can't be trained in a directory for what else is there.
+
+    Through a link others' files would be written; reading a pipe never ends.
+    """
+    for path in [*workdir.iterdir(), *workdir.glob("plugins/**/")]:
+        if path.is_symlink():
             raise UserError(f"{path} is a link: a run is trained in files of its own, copy it")
+        if not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path} is not a regular file: move it away")
 
 
 def _history(workdir: Path) -> list[Path]:

@@ -29,6 +29,11 @@ for _name, _value in _CACHE.items():
     os.environ[_name.upper()] = str(_value)
 
 
+# The key that prepared corpora are sealed with, and whatever else is kept for a user.
+_cache = tempfile.TemporaryDirectory(prefix="lstm-jax-cache-")
+os.environ["XDG_CACHE_HOME"] = _cache.name
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data directory that starts out empty, so that the text is really fetched once."""

@@ -224,3 +224,32 @@ def test_a_validation_loss_that_was_changed_counts_for_nothing(saved: Path, tmp_
     fields = json.loads(path.read_text())
     path.write_text(json.dumps({**fields, "loss": 0.5}))
     assert checkpoints.best_step(directory) == 2
+
+
+@pytest.mark.parametrize("name", ["5.unfinished", "7", "2147483648", "9" * 100])
+def test_what_is_in_the_way_of_checkpoints_is_named(name: str, saved: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(saved, directory)
+    (directory / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{directory / name} is no checkpoint: move it away"):
+        checkpoints.CheckpointWriter(directory)
+    assert (directory / name).read_text() == "mine"
+    assert checkpoints.steps(directory) == [1, 2]
+
+
+def test_a_checkpoint_whose_parameters_are_not_finite_is_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints.write_params(tmp_path, 1, {"w": jnp.ones(3)})
+    checkpoints.write_params(tmp_path, 2, {"w": jnp.array([1, jnp.inf, 0])})
+    _, step = checkpoints.restore_best_params(tmp_path, PARAMS)
+    assert step == 1
+    assert "2 is damaged (its parameters are not finite)" in capsys.readouterr().err
+
+
+def test_few_bytes_do_not_become_many(tmp_path: Path) -> None:
+    many = jnp.zeros((5000, 5000))
+    checkpoints.write_params(tmp_path, 1, {"w": many})
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 10**5
+    with pytest.raises(UserError, match="can't hold the 100,000,000 bytes of parameters"):
+        checkpoints.restore_best_params(tmp_path, jax.eval_shape(lambda: {"w": many}))

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import string
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from lstm_jax import (
     config,
     convert,
     evaluate,
+    files,
     generation,
     keras_weights,
     texts,
@@ -107,7 +109,7 @@ def test_a_stored_model_gives_the_logits_that_its_library_gave(name: str, tmp_pa
 def test_what_is_written_is_read_again_as_it_was(end: str, cell: str, tmp_path: Path) -> None:
     own = made(tmp_path, cell=cell, num_layers=11)
     write, read = WRITERS[end]
-    again = read(write(own))
+    again = read(io.BytesIO(write(own)))
     assert again.cell == cell
     for one, other in zip(jax.tree.leaves(own[1:]), jax.tree.leaves(again[1:]), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -118,7 +120,7 @@ def test_tied_embeddings_stay_tied(end: str, tmp_path: Path) -> None:
     # Layers of 5, 5 and 6 units, since the last one's are as many as the embedding's features.
     own = made(tmp_path, num_layers=3, tie_embeddings=True)
     write, read = WRITERS[end]
-    fields, params = weights.to_model(read(write(own)))
+    fields, params = weights.to_model(read(io.BytesIO(write(own))))
     assert fields == {
         "cell": "lstm",
         "embedding_size": 6,
@@ -273,7 +275,7 @@ def test_a_keras_model_with_no_place_here_is_refused_by_name(
 
     content = archive_with(keras_weights.write_archive(made(tmp_path)), change)
     with pytest.raises(UserError) as caught:
-        keras_weights.read_archive(content)
+        keras_weights.read_archive(io.BytesIO(content))
     assert message in str(caught.value)
 
 
@@ -286,7 +288,7 @@ def test_a_gru_that_resets_before_the_product_is_refused(tmp_path: Path) -> None
         del file["layers/gru/cell/vars/2"]
         file["layers/gru/cell/vars/2"] = bias
     with pytest.raises(UserError, match="reset_after=False"):
-        keras_weights.read_weights(content.getvalue())
+        keras_weights.read_weights(io.BytesIO(content.getvalue()))
 
 
 def renamed(arrays: dict[str, np.ndarray], old: str, new: str) -> dict[str, np.ndarray]:
@@ -323,7 +325,7 @@ def test_a_torch_model_with_no_place_here_is_refused_by_name(
     arrays = change(library.load(torch_weights.write(made(tmp_path))))
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     with pytest.raises(UserError) as caught:
-        torch_weights.read(library.save(arrays))
+        torch_weights.read(io.BytesIO(library.save(arrays)))
     assert message in str(caught.value)
 
 
@@ -338,7 +340,7 @@ def test_torch_layers_by_other_names_and_in_halves(tmp_path: Path) -> None:
         arrays = renamed(arrays, f"lstm.bias_ih_l{i}", f"rnn{i + 9}.bias_ih")
     del arrays["linear.bias"]
     halves = {name: array.astype(np.float16) for name, array in arrays.items()}
-    again = torch_weights.read(library.save(halves))
+    again = torch_weights.read(io.BytesIO(library.save(halves)))
     assert again.embedding.dtype == np.float32 and (again.bias == 0).all()
     for one, other in zip(own.layers, again.layers, strict=True):
         for name, array in one.items():
@@ -346,7 +348,7 @@ def test_torch_layers_by_other_names_and_in_halves(tmp_path: Path) -> None:
     # The one matrix of tied weights may be there under one name only.
     tied = library.load(torch_weights.write(made(tmp_path, tie_embeddings=True)))
     del tied["linear.weight"]
-    assert weights.to_model(torch_weights.read(library.save(tied)))[0]["tie_embeddings"]
+    assert weights.to_model(torch_weights.read(io.BytesIO(library.save(tied))))[0]["tie_embeddings"]
 
 
 def test_layers_that_others_lack_are_refused_by_name(tmp_path: Path) -> None:
@@ -414,7 +416,7 @@ def test_a_compressed_archive_with_one_wrong_byte_is_refused_or_read(tmp_path: P
         broken = bytearray(whole)
         broken[at] ^= 0xFF
         with pytest.raises(UserError):
-            keras_weights.read_archive(bytes(broken))
+            keras_weights.read_archive(io.BytesIO(bytes(broken)))
 
 
 @pytest.mark.parametrize(
@@ -436,7 +438,7 @@ def test_arrays_of_odd_shapes_are_refused(
         del file[f"layers/{name}"]
         file[f"layers/{name}"] = array.astype(np.float32)
     with pytest.raises(UserError, match=message):
-        keras_weights.read_weights(content.getvalue())
+        keras_weights.read_weights(io.BytesIO(content.getvalue()))
 
 
 def test_layers_that_are_numbered_without_a_line_come_in_order(tmp_path: Path) -> None:
@@ -448,7 +450,7 @@ def test_layers_that_are_numbered_without_a_line_come_in_order(tmp_path: Path) -
     with h5py.File(content, "a") as file:
         for old, new in (("layers/lstm_1", "lstm2"), ("layers/lstm", "lstm1")):
             file.move(old, new)
-    read = keras_weights.read_weights(content.getvalue())
+    read = keras_weights.read_weights(io.BytesIO(content.getvalue()))
     for one, other in zip(own.layers, read.layers, strict=True):
         jax.tree.map(np.testing.assert_array_equal, one, other)
 
@@ -462,7 +464,8 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
             for _ in range(draw.randrange(1, 4)):
                 broken[draw.randrange(len(broken))] = draw.randrange(256)
             try:
-                read(bytes(broken[: draw.choice([len(whole), draw.randrange(len(whole))])]))
+                length = draw.choice([len(whole), draw.randrange(len(whole))])
+                read(io.BytesIO(bytes(broken[:length])))
             except UserError as error:
                 assert "\n" not in str(error), end
 
@@ -604,3 +607,52 @@ def test_torch_and_back(
     back.load_state_dict(safetensors.load_file(tmp_path / "back.safetensors"))
     np.testing.assert_allclose(predict(back, read), theirs, rtol=0, atol=1e-5)
     assert set(string.ascii_letters) < set(units)
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(
+    trained: Path, tmp_path: Path
+) -> None:
+    file, target = tmp_path / "model.safetensors", tmp_path / "new"
+    convert.export(trained, file)
+    beside = str(tmp_path / "model.safetensors.vocabulary.json")
+    # Killed while it works in the directory that it made.
+    script = """
+import os, sys
+from pathlib import Path
+from lstm_jax import checkpoints, convert
+checkpoints.write_params = lambda *unused: os.kill(os.getpid(), 9)
+convert.import_file(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], None)
+"""
+    killed = subprocess.run([sys.executable, "-c", script, str(file), str(target), beside])
+    assert killed.returncode == -9
+    (left,) = tmp_path.glob(".new.*")
+    with files.unfinished_directory(target) as other:  # Another one is at work.
+        convert.import_file(file, target, beside, None)
+        assert other.is_dir() and not left.exists()
+    assert sorted(os.listdir(tmp_path)) == sorted(["model.safetensors", Path(beside).name, "new"])
+
+
+@pytest.mark.parametrize("end", WRITERS)
+def test_a_file_of_weights_that_holds_less_than_it_says_is_refused(
+    end: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"model{end}"
+    with path.open("wb") as file:
+        file.truncate(2**33)
+    with pytest.raises(UserError, match="it is no "):
+        convert.import_file(path, tmp_path / "new", None, __file__)
+    if end == ".safetensors":
+        return
+    content = io.BytesIO()
+    with pytest.importorskip("h5py").File(content, "w") as file:
+        file.create_dataset("layers/embedding/vars/0", (30_000, 30_000), "f4", chunks=(1000, 1000))
+    if end == ".keras":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("config.json", '{"class_name": "Mine"}')
+            archive.writestr("model.weights.h5", content.getvalue() + bytes(2**28))
+        message = "unpacks to many times its size"
+    else:
+        path.write_bytes(content.getvalue())
+        message = "the 3,600,000,000 bytes of .* are not in the file"
+    with pytest.raises(UserError, match=message):
+        convert.import_file(path, tmp_path / "new", None, __file__)

@@ -90,7 +90,7 @@ def test_text_files(
         assert vocabulary.decode(ids) == splits["train"]
         vocabulary.encode(splits["test"])
         files.write_json(directory / "v.json", json.loads(vocabulary.to_json()))
-        read = Vocabulary.from_json(json.dumps(files.read_json(directory / "v.json")))
+        read = Vocabulary.from_json(json.dumps(files.read_json(directory / "v.json", 2**20)))
         assert read.units == vocabulary.units
         iterator, _ = batches.make(ids, config.batches, 0)
         batch = next(iterator)

@@ -54,6 +54,20 @@ def test_a_lock_of_another_host_runs_out(content: str, tmp_path: Path) -> None:
         assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
+def test_a_lock_from_the_future_runs_out_as_any_other(tmp_path: Path) -> None:
+    path = tmp_path / lock.LOCK
+    path.write_text('{"host": "elsewhere", "pid": 1, "since": "noon"}')
+    ahead = time.time() + 365 * 24 * 3600
+    os.utime(path, (ahead, ahead))
+    with pytest.raises(UserError, match="is training in .* try again in 60 seconds"):
+        lock.hold(tmp_path).__enter__()
+    assert abs(path.stat().st_mtime - time.time()) < 5, "counted from now on"
+    before = time.time() - lock.STALE_SECONDS - 1
+    os.utime(path, (before, before))
+    with lock.hold(tmp_path):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+
+
 def test_without_locks_in_the_file_system_the_process_itself_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

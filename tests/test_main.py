@@ -229,6 +229,39 @@ def test_a_reader_that_closes_early_is_no_error(trained: Path) -> None:
     assert (result.returncode, result.stderr, len(result.stdout)) == (0, b"", 5)
 
 
+@pytest.mark.parametrize(
+    ("redirection", "message"),
+    [
+        (">/dev/full", "can't write to standard output: No space left on device"),
+        (">&-", "standard output is closed: send it to a file, or to /dev/null"),
+    ],
+)
+@pytest.mark.parametrize("module", ["sample", "evaluate", "main"])
+def test_an_output_that_cannot_be_written_is_told(
+    module: str, redirection: str, message: str, trained: Path, text_file: Path, tmp_path: Path
+) -> None:
+    workdir = tmp_path / "run" if module == "main" else trained
+    arguments = f"--workdir={workdir}"
+    if module == "main":
+        arguments += f" --config {QUICK} --config.data.path={text_file}"
+    command = f"{sys.executable} -m lstm_jax.{module} {arguments} {redirection}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert (result.returncode, result.stderr) == (2, f"error: {message}\n")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_any_name_is_printed_in_any_encoding(encoding: str, trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "caf\u00e9 \u732b.html"
+    result = subprocess.run(
+        [sys.executable, "-m", "lstm_jax.inspect", f"--workdir={trained}", f"--out={out}"],
+        capture_output=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )
+    assert result.returncode == 0 and out.is_file(), result.stderr
+    assert str(out).encode(encoding, "backslashreplace") in result.stdout
+
+
 @pytest.mark.parametrize("module", ["main", "sample", "evaluate", "convert"])
 def test_help(module: str) -> None:
     result = run(module, "--help", cwd=ROOT)
@@ -271,7 +304,7 @@ BAD_CONFIGS = {
         (["main", "--config", QUICK, "--config.model.hidden_size=3.5"], "'3.5'"),
         (["main", "--config", QUICK, "--config.num_epochs=0"], "num_epochs is 0"),
         (["main", "--config", QUICK, "--config.num_epochs=1e3"], "num_epochs"),
-        (["main", "--config", QUICK, "--config.model.num_layers=10000000"], "from 1 to 1000"),
+        (["main", "--config", QUICK, "--config.model.num_layers=10000000"], "from 1 to 100"),
         (["main", "--config", QUICK, "--wordir=x"], "workdir"),
         (["main", "--config", QUICK, "stray"], "'stray'"),
         (["main", "--config", QUICK, "--config.data.path=nothing.txt"], "no text file nothing.txt"),
@@ -297,6 +330,10 @@ BAD_CONFIGS = {
         (["sample", "--workdir=.", "--interactive", "--num_samples=2"], "--interactive writes one"),
         (["sample", "--workdir=.", "--num_samples=0"], "num_samples"),
         (["evaluate", "--workdir=."], "no trained model in ."),
+        (["sample", f"--num_samples={10**20}", "--workdir=."], "not an integer in the range"),
+        (["sample", f"--workdir={'n' * 300}"], "config.json: File name too long"),
+        (["main", "--config", QUICK, f"--config.data.path={'n' * 300}"], "no text file nnn"),
+        (["main", *TINY, "--config.data.path=good.txt", f"--workdir={'n' * 300}"], "too long"),
         (["convert"], "name the working directory: --workdir DIR"),
         (["convert", "--workdir=x"], "give either --from FILE"),
         (["convert", "--workdir=x", "--from=good.txt"], "none of .keras, .weights.h5"),

@@ -1,25 +1,39 @@
+import contextlib
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 import runs
 from lstm_jax import config as config_lib
-from lstm_jax import encoding, evaluate, prepared, texts, train, workdir
-from lstm_jax.errors import UserError
-from lstm_jax.vocabulary import Vocabulary, split
+from lstm_jax import encoding, evaluate, files, prepared, texts, train, workdir
+from lstm_jax.errors import UnavailableError, UserError
+from lstm_jax.vocabulary import KINDS, Vocabulary, split
 
 # Two, three and four bytes a character; marks, joined emoji, flags and line breaks of both kinds.
 MANY = (
     "Καλημέρα κόσμε, e\u0301te\u0301 na\u00efve.\r\n\r\n日本語の文章です。\n\n\n"
     "👩\u200d👩\u200d👧 🇩🇪🇫🇷 ha-ha don't 3.14\n\r\n \u200dx  y\t"
 )
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's cache directory of each test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "lstm-jax" / "prepared"
 
 
 @pytest.fixture
@@ -158,6 +172,18 @@ def test_a_corpus_is_made_again_only_if_its_text_is_another(
     (tmp_path / "text").rename(tmp_path / "moved")
     data.path = f"{tmp_path}/moved/*.txt"
     assert preparations() == 0
+    shutil.copytree(tmp_path / "moved", tmp_path / "copied")
+    data.path = f"{tmp_path}/copied/*.txt"
+    assert preparations() == 0
+    data.path = f"{tmp_path}/moved/*.txt"
+    # Another text of the same size, with the time of the one before.
+    source = tmp_path / "moved" / "c.txt"
+    content, before = source.read_bytes(), source.stat()
+    source.write_bytes(content.replace(b"e", b"E", 1))
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert preparations() == 1
+    source.write_bytes(content)
+    assert preparations() == 1
     source = tmp_path / "moved" / "a.txt"
     source.write_bytes(source.read_bytes().replace(b"a", b"b", 1))
     data.sha256 = "0" * 64
@@ -168,9 +194,10 @@ def test_a_corpus_is_made_again_only_if_its_text_is_another(
     assert preparations() == 1 and preparations() == 0
     # One bit of the ids.
     (ids,) = tmp_path.glob("moved/.lstm_jax/*/train.npy")
-    damaged = bytearray(ids.read_bytes())
+    damaged, before = bytearray(ids.read_bytes()), ids.stat()
     damaged[5000] ^= 1
     ids.write_bytes(damaged)
+    os.utime(ids, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert preparations() == 1
     data.prepared = str(tmp_path / "elsewhere")
     assert preparations() == 1
@@ -205,16 +232,19 @@ texts.read(data)
 
 def test_what_is_encoded_of_the_same_plan_is_kept(tmp_path: Path) -> None:
     plan = {"sha256": "1", "chunks": []}
-    prepared._begin(tmp_path / "work", plan)
+    key = prepared._begin(tmp_path / "work", plan)
     path = encoding.part_path(tmp_path / "work", 0)
-    part = encoding.encode("text", "characters", "")
-    encoding.save_part(path, part)
-    prepared._begin(tmp_path / "work", plan)
-    kept = encoding.load_part(path)
+    part, chunk = encoding.encode("text", "characters", ""), [encoding.Segment("a", 0, 4)]
+    encoding.save_part(path, part, key)
+    assert prepared._begin(tmp_path / "work", plan) == key
+    kept = encoding.load_part(path, chunk, key)
     assert kept is not None and (kept.units, kept.characters) == (part.units, 4)
+    assert encoding.load_part(path, chunk, bytes(32)) is None, "of another plan, or somebody else"
+    shutil.copyfile(path, encoding.part_path(tmp_path / "work", 1))
+    assert encoding.load_part(encoding.part_path(tmp_path / "work", 1), chunk, key) is None
     path.write_bytes(path.read_bytes()[:-30])
-    assert encoding.load_part(path) is None, "half a part is none"
-    prepared._begin(tmp_path / "work", {**plan, "sha256": "2"})
+    assert encoding.load_part(path, chunk, key) is None, "half a part is none"
+    assert prepared._begin(tmp_path / "work", {**plan, "sha256": "2"}) != key
     assert not path.exists()
 
 
@@ -242,3 +272,307 @@ def test_training_is_the_same_from_memory_and_from_files(
     monkeypatch.setattr(evaluate, "_WARM_UP", 200)
     side_by_side = evaluate.mean_loss(trained.model, trained.params, ids)
     assert side_by_side != expected and side_by_side == pytest.approx(expected, rel=1e-3)
+
+
+def seal_again(directory: Path, **changed: Any) -> None:
+    """Makes a manifest to fit the files beside it, as somebody without the user's key can."""
+    fields = files.read_json(directory / prepared.MANIFEST, 2**20)
+    names = {path.name for path in directory.iterdir()} - {prepared.MANIFEST}
+    fields["files"] = {name: prepared._sync(directory / name) for name in names}
+    files.write_json(directory / prepared.MANIFEST, fields | changed)
+
+
+def replace(name: str, old: bytes, new: bytes) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        content = (directory / name).read_bytes()
+        assert old in content
+        (directory / name).write_bytes(content.replace(old, new, 1))
+
+    return change
+
+
+def write(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda directory: files.write(directory / name, content)
+
+
+def save(name: str, array: np.ndarray) -> Callable[[Path], None]:
+    return lambda directory: np.save(directory / name, array, allow_pickle=True)
+
+
+def instead(name: str, make: Callable[[Path], Any]) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        (directory / name).unlink()
+        make(directory / name)
+
+    return change
+
+
+def sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(2**40)
+
+
+CHANGES = {
+    "units swapped": replace("units.jsonl", b'"a"\n', b'"b"\n'),
+    "no text": replace("units.jsonl", b'"a"\n', b"[1]\n"),
+    "a unit more": replace("units.jsonl", b'"a"\n', b'"a"\n"!!"\n'),
+    "other ids": replace("train.npy", b"\x03.", b".\x03"),
+    "ids too large": replace("train.npy", b"\x03.", b"\xff\xff"),
+    "objects": save("train.npy", np.array([{}], object)),
+    "two axes": save("test.npy", np.zeros((3, 4), np.uint8, "F")),
+    "short": save("validation.npy", np.zeros(1, np.uint8)),
+    "no array": write("train.npy", b""),
+    "counts": save("counts.npy", np.ones((3, 7), np.int64)),
+    "no manifest": write("prepared.json", b"{}"),
+    "no JSON": write("prepared.json", b"\xff"),
+    "nested": write("prepared.json", b"[" * 60_000),
+    "endless": instead("prepared.json", sparse),
+    "a pipe for a manifest": instead("prepared.json", os.mkfifo),
+    "a directory for a manifest": instead("prepared.json", Path.mkdir),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_somebody_else_has_changed_and_sealed_again_is_no_corpus(
+    name: str, prepared_once: tuple[ConfigDict, Path]
+) -> None:
+    data, directory = prepared_once
+    before = directory.with_name("before")
+    shutil.copytree(directory, before)
+    assert prepared.find(data)
+    CHANGES[name](directory)
+    with contextlib.suppress(OSError, ValueError):  # Of some the manifest itself is none.
+        seal_again(directory)
+    assert prepared.find(data) is None
+    shutil.rmtree(directory)
+    before.rename(directory)
+    assert prepared.find(data)
+
+
+@pytest.fixture
+def prepared_once(data: ConfigDict) -> tuple[ConfigDict, Path]:
+    """A text that is prepared, and where."""
+    return data, prepared.prepare(data).directory
+
+
+def test_a_manifest_of_other_numbers_is_none(
+    prepared_once: tuple[ConfigDict, Path],
+) -> None:
+    data, directory = prepared_once
+    manifest = (directory / prepared.MANIFEST).read_bytes()
+    whole = files.read_json(directory / prepared.MANIFEST, 2**20)
+    changes: list[dict[str, Any]] = [{name: None} for name in whole]
+    changes += [{name: {}} for name in whole] + [{"seal": "é"}, {"units": "words"}, {"stop": "a"}]
+    splits = whole["splits"]
+    for name in splits["train"]:
+        for value in (-1, 10**30, "a", None, splits["train"][name] + 1):
+            changes.append({"splits": splits | {"train": splits["train"] | {name: value}}})
+    for changed in changes:
+        (directory / prepared.MANIFEST).write_bytes(manifest)
+        seal_again(directory, **changed)
+        assert prepared.find(data) is None, changed
+    (directory / prepared.MANIFEST).write_bytes(manifest)
+    assert prepared.find(data)
+    # A corpus of the user's own, but of other units.
+    data.units = "bytes"
+    other = prepared.prepare(data).directory
+    shutil.rmtree(other)
+    shutil.copytree(directory, other)
+    assert prepared.find(data) is None
+
+
+def test_another_user_prepares_anew(
+    prepared_once: tuple[ConfigDict, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, directory = prepared_once
+    replace("units.jsonl", b'"a"\n', b'"b"\n')(directory)
+    seal_again(directory)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    assert prepared.find(data) is None
+    assert_same(data)
+    key = prepared.cache_directory() / "key"
+    assert key.stat().st_mode & 0o777 == 0o600
+    assert prepared.find(data)
+    # Where no key can be kept, a corpus is good for the process that has made it.
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert prepared.find(data) is None
+    assert_same(data)
+    assert prepared.find(data)
+
+
+def test_a_file_that_changes_while_it_is_read_is_told(
+    prepared_once: tuple[ConfigDict, Path],
+) -> None:
+    data, directory = prepared_once
+    text = prepared.PreparedText(prepared.prepare(data), "train")
+    ids = text.encode(text.vocabulary(data))
+    path = directory / "train.npy"
+    size = path.stat().st_size
+    os.truncate(path, size - 1)
+    np.testing.assert_array_equal(ids.cut(np.array([0, 3]), 5)[1], ids[3:8])
+    for read in (lambda: ids[:], lambda: ids.cut(np.array([0, len(ids) - 3]), 3)):
+        with pytest.raises(UserError, match="train.npy has changed while it was read"):
+            read()
+    path.write_bytes(b"\xff" * size)
+    with pytest.raises(UserError, match="train.npy has changed while it was read"):
+        ids[:9]
+
+
+def interrupted(data: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory of a preparation that was killed before its chunks were joined."""
+
+    def kill(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepared, "_merge", kill)
+        prepared.prepare(data)
+    (path,) = Path(data.path).parent.glob(".lstm_jax/*.unfinished")
+    return path
+
+
+def test_chunks_of_somebody_else_are_encoded_anew(
+    data: ConfigDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unfinished = interrupted(data, monkeypatch)
+    parts = sorted((unfinished / "parts").iterdir())
+    kept = parts[5].stat().st_ino
+    wrong = encoding.encode("something else", "characters", "")
+    encoding.save_part(parts[0], wrong, bytes(32))
+    # Without any seal, as files of an npz only.
+    parts[1].write_bytes(parts[1].read_bytes()[32:])
+    # The user's own, in each other's places.
+    parts[2].rename(unfinished / "x")
+    parts[3].rename(parts[2])
+    (unfinished / "x").rename(parts[3])
+    sparse(parts[4])
+    inodes: list[int] = []
+    run = prepared._run_processes
+
+    def note(*args: Any) -> None:
+        run(*args)
+        inodes.append(parts[5].stat().st_ino)
+
+    monkeypatch.setattr(prepared, "_run_processes", note)
+    assert_same(data)
+    assert inodes == [kept], "what this user has encoded is kept"
+
+
+def test_nothing_is_written_through_links(
+    data: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim, folder = tmp_path / "victim", tmp_path / "folder"
+    victim.write_text("precious")
+    folder.mkdir()
+    (folder / "file").write_text("precious, too")
+
+    def is_untouched() -> bool:
+        written = {path.name: path.read_text() for path in folder.iterdir()}
+        return victim.read_text() == "precious" and written == {"file": "precious, too"}
+
+    unfinished = interrupted(data, monkeypatch)
+    directory = unfinished.with_suffix("")
+    lock = unfinished.with_name(f".{directory.name}.lock")
+    for name in ("train.npy", "validation.npy", "counts.npy", "units.jsonl", "prepared.json"):
+        (unfinished / name).symlink_to(victim)
+    (unfinished / "test.npy").symlink_to(folder)
+    parts = sorted((unfinished / "parts").iterdir())
+    for number, part in enumerate(parts):
+        part.unlink()
+        if number % 2:
+            part.symlink_to(victim)
+        else:
+            os.mkfifo(part)
+        part.with_suffix(".unfinished").symlink_to(victim)
+    directory.symlink_to(folder)
+    assert_same(data)
+    assert is_untouched() and not directory.is_symlink()
+
+    for name in (prepared.MANIFEST, "train.npy"):
+        (directory / name).unlink()
+        (directory / name).symlink_to(victim)
+        assert prepared.find(data) is None
+        assert_same(data)
+        assert is_untouched()
+    shutil.rmtree(directory)
+    for path in (unfinished, unfinished / "parts", unfinished / "plan.json"):
+        path.parent.mkdir(exist_ok=True)
+        path.symlink_to(victim if path.suffix == ".json" else folder)
+        assert prepared.find(data) is None
+        prepared.prepare(data)
+        assert is_untouched()
+        shutil.rmtree(directory)
+    lock.unlink()
+    lock.symlink_to(victim)
+    with pytest.raises(UnavailableError, match="can't prepare .*It is a link"):
+        prepared.prepare(data)
+    lock.unlink()
+    os.mkfifo(lock)
+    with pytest.raises(UnavailableError, match="can't prepare .*not a regular file"):
+        prepared.prepare(data)
+    lock.unlink()
+    base = directory.parent
+    base.rmdir()
+    base.symlink_to(folder)
+    with pytest.raises(UserError, match="lstm_jax is a link: name .* data.prepared"):
+        prepared.prepare(data)
+    assert is_untouched()
+    data.prepared = str(base)  # Said by the user, it may be.
+    prepared.prepare(data)
+    assert len(list(folder.glob("a-*/prepared.json"))) == 1
+
+
+def test_a_full_disk_is_no_mistake_of_the_text(
+    data: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "CHUNK", 2**20)  # So that a chunk is larger than the plan.
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
+    try:
+        with pytest.raises(UnavailableError, match="can't prepare the text in .* too large.*room"):
+            prepared.prepare(data)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert_same(data)
+    data.prepared = str(tmp_path / "text" / "a.txt")
+    with pytest.raises(UnavailableError, match="can't prepare the text in .*a.txt"):
+        prepared.prepare(data)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=150, deadline=None)
+@given(
+    pieces=st.lists(
+        st.sampled_from([*"ab '\n\ré日👩🇩\u0301\u200d", "b ", "xxxxxxxx", " y"]),
+        min_size=1,
+        max_size=60,
+    ),
+    size=st.integers(5, 24),
+    stop=st.sampled_from(["", "\n", "\n\n"]),
+)
+def test_chunks_of_any_size_have_the_ids_of_the_text(
+    kind: str, pieces: list[str], size: int, stop: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    text = "".join(pieces)
+    path = tmp_path_factory.getbasetemp() / "chunks.txt"
+    path.write_bytes(text.encode())
+    found = list(encoding.chunks(encoding.segments([path], False, False), kind, size))
+    assert b"".join(content for _, content in found) == text.encode()
+    units: list[str] = []
+    for chunk, content in found:
+        decoded = encoding.decode(chunk, kind == "bytes", False)
+        assert decoded.encode("utf-8", "surrogateescape") == content
+        part = encoding.encode(decoded, kind, stop)
+        units += [part.units[i] for i in part.ids.tolist()]
+    assert units == list(split(text, kind, stop))
+
+
+@pytest.mark.parametrize("kind", ["words", "graphemes"])
+def test_a_place_to_cut_at_the_border_of_a_chunk(kind: str, tmp_path: Path) -> None:
+    # That a letter follows the space is seen only in the next 20 bytes; what is left after the cut
+    # is then more than a chunk.
+    text = "x" * 19 + " " + "y" * 60
+    (tmp_path / "text").write_text(text)
+    found = list(encoding.chunks(encoding.segments([tmp_path / "text"], False, False), kind, 20))
+    assert [content.decode() for _, content in found] == ["x" * 19, " " + "y" * 60]

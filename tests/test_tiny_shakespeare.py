@@ -1,3 +1,4 @@
+import os
 import subprocess
 from pathlib import Path
 
@@ -35,6 +36,18 @@ def test_a_file_put_there_by_hand_is_used_if_it_is_the_text(
     assert read(tmp_path) == shakespeare
     path.unlink()
     assert read(tmp_path) == shakespeare, "once prepared, no source is needed"
+
+
+def test_what_is_no_file_or_too_large_is_not_read(offline: None, tmp_path: Path) -> None:
+    path = tmp_path / "tiny_shakespeare.txt"
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="can't read .*tiny_shakespeare.txt: .* regular file"):
+        read(tmp_path)
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(UserError, match="another text: its SHA-256 must be 86c4e6a"):
+        read(tmp_path)
 
 
 def test_what_a_source_sends_is_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

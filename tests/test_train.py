@@ -1,3 +1,4 @@
+import contextlib
 import json
 import platform
 import shutil
@@ -16,6 +17,7 @@ from ml_collections import ConfigDict
 
 import runs
 from lstm_jax import batches, checkpoints, evaluate, metrics, train, workdir
+from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
 
@@ -208,7 +210,7 @@ def test_numbers_that_explode_stop_the_run_and_a_lower_learning_rate_goes_on(
     tiny_config.optimizer.learning_rate = 1e38
     tiny_config.optimizer.warmup_steps = 0
     tiny_config.optimizer.max_gradient_norm = 0.0
-    with pytest.raises(UserError, match="gradient of step 2 is not finite .* that of step 0"):
+    with pytest.raises(UserError, match="gradient of step 1 is not finite .* that of step 0"):
         train.train(tiny_config, tmp_path)
     tiny_config.optimizer.learning_rate = 0.01
     tiny_config.optimizer.max_gradient_norm = 1.0
@@ -225,6 +227,53 @@ def test_numbers_that_explode_stop_the_run_and_a_lower_learning_rate_goes_on(
             "optimizer.max_gradient_norm": [0.0, 1.0],
         },
     }
+
+
+@pytest.mark.parametrize(
+    "field", ["optimizer.learning_rate", "optimizer.weight_decay", "model.initial_scale"]
+)
+def test_what_is_not_finite_is_never_saved(
+    field: str, tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    part, name = field.split(".")
+    tiny_config.optimizer.warmup_steps = 0
+    tiny_config.optimizer.schedule = "constant"
+    tiny_config.checkpoint_every_seconds = 0.0
+    with pytest.raises(UserError, match=f"config.{field} is 1e.39: it must be"):
+        config_lib.complete({part: {name: 1e39}})
+    # As much as is allowed.
+    largest = 1000.0 if field == "model.initial_scale" else 1e38
+    tiny_config.update_from_flattened_dict({field: largest})
+    with contextlib.suppress(UserError):
+        train.train(tiny_config, tmp_path)
+    saved = runs.final_state(tmp_path)
+    assert all(np.isfinite(x).all() for x in saved[:-1])
+
+
+def test_fewer_epochs_than_a_run_has_had_are_refused(
+    tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    assert train.train(tiny_config, tmp_path) == 0
+    before = (tmp_path / workdir.CONFIG).read_bytes()
+    # As if it was stopped before the last validation: it continued for ever.
+    (tmp_path / workdir.CHECKPOINTS / "140" / checkpoints.VALIDATION).unlink()
+    tiny_config.num_epochs = 1
+    with pytest.raises(UserError, match=r"trained 2 epochs already, and .*num_epochs=1 is fewer"):
+        train.train(tiny_config, tmp_path)
+    assert (tmp_path / workdir.CONFIG).read_bytes() == before
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_set_aside(
+    tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.train(tiny_config, tmp_path) == 0
+    saved_in = tmp_path / workdir.CHECKPOINTS
+    (saved_in / "140").rename(saved_in / "2000000000")
+    assert train.train(tiny_config, tmp_path) == 0
+    told = capsys.readouterr()
+    assert "2000000000 is damaged (it is the checkpoint of step 140)" in told.err
+    assert "Going on from step 70 of 140" in told.out
+    assert checkpoints.steps(saved_in) == [70, 140]
 
 
 def test_a_new_run_starts_from_the_weights_of_another(

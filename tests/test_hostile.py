@@ -1,0 +1,424 @@
+"""Working directories made by someone else: every command refuses them in one line, or works.
+
+No code of theirs runs, nothing outside of them changes, and no command takes long or much memory.
+Each case is a run in which one thing was replaced, and a command that reads it. Some cases are
+always tried; as many more as LSTM_JAX_HOSTILE says are drawn at random, by LSTM_JAX_HOSTILE_SEED.
+"""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from lstm_jax import checkpoints, files, workdir
+from lstm_jax import config as config_lib
+from lstm_jax import model as model_lib
+
+ROOT = Path(__file__).parents[1]
+QUICK = str(ROOT / "experiments" / "quick.py")
+DRAWN = int(os.environ.get("LSTM_JAX_HOSTILE", "12"))
+SEED = int(os.environ.get("LSTM_JAX_HOSTILE_SEED", "0"))
+SECONDS, MEGABYTES = 60, 2000
+
+# Imports everything once, then answers each request from a process of its own.
+SERVER = """
+import contextlib, json, os, runpy, sys, time, warnings
+import tensorflow_datasets, grain, h5py, safetensors.numpy
+import lstm_jax.train, lstm_jax.interactive, lstm_jax.novelty, lstm_jax.activations
+import lstm_jax.features, lstm_jax.keras_weights, lstm_jax.torch_weights
+run, outside, seen = sys.argv[1:]
+
+def audit(event, arguments):
+    # What of the run is executed, and what is written outside, whatever comes of it.
+    text = repr(arguments)
+    code = event in ("import", "exec", "compile", "ctypes.dlopen", "marshal.loads", "os.system",
+                     "subprocess.Popen", "os.exec", "os.posix_spawn") and run in text
+    written = event == "open" and outside in text and isinstance(arguments[2], int) and (
+        arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+    if event == "pickle.find_class" or code or written:
+        with open(seen, "a") as file:
+            file.write(f"{event} {text[:300]}\\n")
+
+for line in sys.stdin:
+    module, *arguments = json.loads(line)
+    began = time.monotonic()
+    child = os.fork()
+    if not child:
+        code = 1
+        with contextlib.suppress(BaseException):
+            for number, name in ((1, "out"), (2, "err")):
+                os.dup2(os.open(f"{seen}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            sys.stdout = open(1, "w", closefd=False)
+            sys.stderr = open(2, "w", closefd=False, buffering=1, errors="backslashreplace")
+            warnings.filterwarnings("ignore", ".*found in sys.modules after import")
+            sys.argv = [f"{module}.py", *arguments]
+            sys.addaudithook(audit)
+            try:
+                runpy.run_module(f"lstm_jax.{module}", run_name="__main__", alter_sys=True)
+                code = 0
+            except SystemExit as end:
+                code = end.code or 0
+            except BaseException:
+                import traceback
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    while True:
+        ended, status, usage = os.wait4(child, os.WNOHANG)
+        if ended:
+            break
+        if time.monotonic() - began > 100:
+            os.kill(child, 9)
+        time.sleep(0.01)
+    result = [os.waitstatus_to_exitcode(status), time.monotonic() - began, usage.ru_maxrss / 1000]
+    print(json.dumps(result), flush=True)
+"""
+
+
+class Place(NamedTuple):
+    """Where cases are tried.
+
+    Attributes:
+      process: the server.
+      run: the working directory, made anew for each case.
+      outside: a directory that nothing may touch.
+      seen: where the server notes what must not be.
+    """
+
+    process: subprocess.Popen[str]
+    run: Path
+    outside: Path
+    seen: Path
+
+
+@pytest.fixture(scope="module")
+def place(
+    tmp_path_factory: pytest.TempPathFactory, data_dir: Path, shakespeare: dict[str, str]
+) -> Iterator[Place]:
+    base = tmp_path_factory.mktemp("hostile")
+    run, outside, seen = base / "run", base / "outside", base / "seen"
+    environment = {
+        **os.environ,
+        "HOME": str(base / "home"),
+        "XDG_CACHE_HOME": str(base / "cache"),
+        "TFDS_DATA_DIR": str(data_dir),
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER, str(run), str(outside), str(seen)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+    )
+    yield Place(process, run, outside, seen)
+    process.kill()
+    process.wait()
+
+
+def snapshot(directory: Path) -> dict[str, Any]:
+    """Every path below a directory with its content and the time of its last change."""
+    return {
+        str(path.relative_to(directory)): (
+            path.lstat().st_mtime_ns,
+            path.read_bytes() if path.is_file() and not path.is_symlink() else None,
+        )
+        for path in sorted(directory.rglob("*"))
+    }
+
+
+# What a file of a run can be replaced by.
+
+
+def fifo(path: Path, outside: Path) -> None:
+    os.mkfifo(path)
+
+
+def link_outside(path: Path, outside: Path) -> None:
+    path.symlink_to(outside / "canary.txt")
+
+
+def link_to_its_like(path: Path, outside: Path) -> None:
+    """A link to another run's own file of that name, whole as it is."""
+    path.symlink_to(outside / "other" / path.name)
+
+
+def endless(path: Path, outside: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def sparse(path: Path, outside: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(2**33)
+
+
+def directory(path: Path, outside: Path) -> None:
+    path.mkdir()
+
+
+def garbage(path: Path, outside: Path) -> None:
+    path.write_bytes(random.Random(0).randbytes(3000))
+
+
+def deep(path: Path, outside: Path) -> None:
+    path.write_text("[" * 100_000)
+
+
+Kind = Callable[[Path, Path], None]
+KINDS: tuple[Kind, ...] = (
+    fifo, link_outside, link_to_its_like, endless, sparse, directory, garbage, deep,
+)  # fmt: skip
+NAMES = (
+    workdir.CONFIG, workdir.VOCABULARY, workdir.METRICS, workdir.SAMPLES, workdir.CURVES,
+    workdir.CHANGES, workdir.CHECKPOINTS, ".lock", "report.html", "events.out.tfevents.1.x",
+    "plugins", "text.txt", "checkpoints/140", "checkpoints/9", "checkpoints/5.unfinished",
+    "checkpoints/2147483648", "checkpoints/140/SHA256SUMS", "checkpoints/140/validation.json",
+    "checkpoints/140/params", "checkpoints/140/params/_METADATA",
+    "checkpoints/140/batches/metadata", "checkpoints/140/params/manifest.ocdbt",
+    "checkpoints/140/.validation.json.partial", ".report.html.partial",
+)  # fmt: skip
+
+# What can stand in a field of JSON.
+VALUES: tuple[Any, ...] = (
+    "../../outside/place", "/dev/zero", "FIFO", "/**/*x*", "a" * 300, "a\0b", '"""', "\x1b[31m",
+    "\udcff", "http://localhost:1/x", "", None, True, -1, 0, 2**31, 2**70, 1e308, float("inf"), [],
+    {}, ["a", "b"], [[1], 2, 3],
+)  # fmt: skip
+FIELDS = [field for field, _ in config_lib.flatten(config_lib.default())]
+
+
+def replaced(name: str, kind: Kind) -> Callable[[Place], None]:
+    def change(place: Place) -> None:
+        path = place.run / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+        path.parent.mkdir(exist_ok=True)
+        kind(path, place.outside)
+
+    return change
+
+
+def with_fields(changes: Mapping[str, Any]) -> Callable[[Place], None]:
+    """The config with other values in some fields, and the checksum that belongs to it."""
+
+    def change(place: Place) -> None:
+        config = files.read_json(place.run / workdir.CONFIG, 2**20)
+        for field, value in changes.items():
+            *parents, last = field.split(".")
+            at = config
+            for parent in parents:
+                at = at[parent]
+            at[last] = value
+            if value == "FIFO":
+                at[last] = str(place.run / "pipe")
+                os.mkfifo(place.run / "pipe")
+            elif isinstance(value, str):
+                at[last] = value.replace("../../outside", str(place.outside))
+        if "data.dataset" in changes:
+            config["data"]["path"] = ""
+        files.write_json(place.run / workdir.CONFIG, config)
+
+    return change
+
+
+def with_vocabulary(change_units: Callable[[dict[str, Any]], object]) -> Callable[[Place], None]:
+    def change(place: Place) -> None:
+        fields = files.read_json(place.run / workdir.VOCABULARY, 2**25)
+        change_units(fields)
+        files.write_json(place.run / workdir.VOCABULARY, fields)
+
+    return change
+
+
+def evil_dataset(place: Place) -> None:
+    """A dataset prepared in the run's own directory, whose features are a class of the run's."""
+    name = "evil"
+    data = place.run / "data" / name / "1.0.0"
+    data.mkdir(parents=True)
+    module = "import pathlib\npathlib.Path('@').write_text('ran')\n"
+    (place.run / "evil_features.py").write_text(module.replace("@", str(place.seen)))
+    feature = {"pythonClassName": "evil_features.Evil"}
+    (data / "features.json").write_text(json.dumps(feature))
+    info = {"name": name, "version": "1.0.0", "fileFormat": "array_record"}
+    (data / "dataset_info.json").write_text(json.dumps(info))
+    with_fields({"data.dataset": name})(place)
+    with_fields({"data.directory": str(place.run / "data")})(place)
+
+
+def evil_tiny_shakespeare(place: Place) -> None:
+    evil_dataset(place)
+    os.rename(place.run / "data" / "evil", place.run / "data" / "tiny_shakespeare")
+    with_fields({"data.dataset": "tiny_shakespeare"})(place)
+
+
+def seal(checkpoint: Path) -> None:
+    checkpoints.seal(checkpoint)
+
+
+def renamed(place: Place) -> None:
+    (place.run / "checkpoints" / "140").rename(place.run / "checkpoints" / "999999")
+
+
+def with_history(content: str, item: str = "history") -> Callable[[Place], None]:
+    def change(place: Place) -> None:
+        checkpoint = place.run / "checkpoints" / "140"
+        (checkpoint / item / "metadata").write_text(content)
+        seal(checkpoint)
+
+    return change
+
+
+def zeros(place: Place) -> None:
+    """Some kilobytes that say that they are a hundred megabytes of parameters."""
+    with_fields({"model.hidden_size": 2400})(place)
+    config = workdir.load_config(place.run)
+    model = model_lib.from_config(config.model, len(workdir.load_vocabulary(place.run)))
+    shapes = jax.eval_shape(lambda: model_lib.init(model, jax.random.key(0)))
+    params = jax.tree.map(lambda array: jax.numpy.zeros(array.shape), shapes)
+    shutil.rmtree(place.run / "checkpoints")
+    checkpoints.write_params(place.run / "checkpoints", 140, params)
+
+
+def not_finite(place: Place) -> None:
+    config = workdir.load_config(place.run)
+    model = model_lib.from_config(config.model, len(workdir.load_vocabulary(place.run)))
+    params = jax.tree.map(
+        lambda x: x.at[0].set(float("inf")), model_lib.init(model, jax.random.key(0))
+    )
+    shutil.rmtree(place.run / "checkpoints")
+    checkpoints.write_params(place.run / "checkpoints", 140, params)
+
+
+COMMANDS: dict[str, list[str]] = {
+    "sample": ["sample", "--length=9"],
+    "novelty": ["sample", "--length=9", "--novelty"],
+    "evaluate": ["evaluate"],
+    "inspect": ["inspect", "--length=200"],
+    "convert": ["convert", "--to=OUT/model.safetensors"],
+    "main": ["main", "--config", QUICK],
+    "init_from": ["main", "--config", QUICK],
+}
+
+Change = Callable[[Place], object]
+CASES: dict[str, tuple[Change, str]] = {
+    "evil dataset": (evil_dataset, "evaluate"),
+    "evil dataset, novelty": (evil_dataset, "novelty"),
+    "evil dataset, inspect": (evil_dataset, "inspect"),
+    "evil tiny_shakespeare": (evil_tiny_shakespeare, "evaluate"),
+    "prepared outside": (
+        with_fields({"data.prepared": "../../outside/place", "data.memory_megabytes": 0}),
+        "evaluate",
+    ),
+    "zeros": (zeros, "sample"),
+    "not finite": (not_finite, "evaluate"),
+    "renamed": (renamed, "main"),
+    "checkpoints of another run": (replaced("checkpoints", link_to_its_like), "main"),
+    "history of numbers": (with_history('{"metrics.jsonl": -5, "../x": 1e400}'), "main"),
+    "no position": (with_history('{"next_index": 1e99}', "batches"), "main"),
+    "a token of 10 MB": (
+        with_vocabulary(lambda v: v.update(kind="words", units=[*v["units"][:-1], "x" * 10**7])),
+        "sample",
+    ),
+    "bytes with a surrogate": (
+        with_vocabulary(lambda v: v.update(kind="bytes", units=["", "[UNK]", *"\ud800abc"])),
+        "sample",
+    ),
+    "steps beyond numbers": (
+        lambda place: (place.run / workdir.METRICS).write_text(
+            '{"step": 1' + "0" * 400 + ', "epoch": 1, "split": "train", "loss": 1.0}\n'
+        ),
+        "inspect",
+    ),
+}  # fmt: skip
+_kind: Kind
+# Each name as a pipe and as a link, by the command that comes closest to it.
+for _name in NAMES:
+    for _kind in (fifo, link_outside):
+        CASES[f"{_name}: {_kind.__name__}"] = (replaced(_name, _kind), "main")
+for _name in (workdir.CONFIG, workdir.VOCABULARY, "checkpoints/140/SHA256SUMS"):
+    for _kind in (fifo, link_to_its_like, endless, sparse):
+        CASES[f"{_name}: {_kind.__name__}, read"] = (replaced(_name, _kind), "sample")
+for _name in (workdir.METRICS, workdir.SAMPLES, "text.txt", ".report.html.partial"):
+    for _kind in (fifo, endless, sparse):
+        CASES[f"{_name}: {_kind.__name__}, inspected"] = (replaced(_name, _kind), "inspect")
+
+_random = random.Random(SEED)
+for _number in range(DRAWN):
+    _command = _random.choice(list(COMMANDS))
+    if _random.random() < 0.5:
+        _name, _kind = _random.choice(NAMES), _random.choice(KINDS)
+        CASES[f"{_number}: {_name} {_kind.__name__}, {_command}"] = (
+            replaced(_name, _kind), _command,
+        )  # fmt: skip
+    else:
+        _field, _value = _random.choice(FIELDS), _random.choice(VALUES)
+        CASES[f"{_number}: {_field} {ascii(_value)[:20]}, {_command}"] = (
+            with_fields({_field: _value}), _command,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_of_someone_else(
+    name: str, place: Place, trained: Path, text_file: Path, tmp_path: Path
+) -> None:
+    change, command = CASES[name]
+    for path in (place.run, place.outside):
+        shutil.rmtree(path, ignore_errors=True)
+    place.seen.unlink(missing_ok=True)
+    shutil.copytree(trained, place.run)
+    place.outside.mkdir()
+    (place.outside / "canary.txt").write_text("nobody may change this")
+    shutil.copytree(trained, place.outside / "other")
+    shutil.copy(text_file, place.run / "text.txt")
+    with_fields({"data.path": str(place.run / "text.txt")})(place)
+    flags = tiny_flags(workdir.load_config(place.run))
+    change(place)
+    before = snapshot(place.outside)
+
+    module, *arguments = [word.replace("OUT", str(tmp_path)) for word in COMMANDS[command]]
+    arguments.append(f"--workdir={tmp_path / 'new' if command == 'init_from' else place.run}")
+    if command == "init_from":
+        arguments.append(f"--init_from={place.run}")
+    if module == "main":
+        arguments += [*flags, "--config.num_epochs=3"]
+    code, seconds, megabytes = ask(place, module, arguments)
+
+    told = Path(f"{place.seen}.err").read_text(errors="replace").splitlines()
+    assert not place.seen.exists(), place.seen.read_text()
+    assert snapshot(place.outside) == before
+    errors = [line for line in told if not line.startswith(("warning: ", "reading ", "novelty: "))]
+    assert code in (0, 2), told
+    assert len(errors) == (code == 2) and all(line.startswith("error: ") for line in errors), told
+    assert all(line.isprintable() for line in told)
+    assert seconds < SECONDS and megabytes < MEGABYTES
+    if command == "evaluate" and code == 0:
+        json.loads(
+            Path(f"{place.seen}.out").read_text(), parse_constant=lambda word: pytest.fail(word)
+        )
+
+
+def ask(place: Place, module: str, arguments: list[str]) -> list[Any]:
+    """The exit code of a command, the seconds and the megabytes that it took."""
+    assert place.process.stdin is not None and place.process.stdout is not None
+    place.process.stdin.write(json.dumps([module, *arguments]) + "\n")
+    place.process.stdin.flush()
+    result: list[Any] = json.loads(place.process.stdout.readline())
+    return result
+
+
+def tiny_flags(config: ConfigDict) -> list[str]:
+    """The command line of the run, all of whose fields are its user's own."""
+    fields = config_lib.flatten(config)
+    return [f"--config.{name}={value}" for name, value in fields if name != "data.sha256"]

@@ -1,0 +1,384 @@
+"""Texts that somebody else's run names: what reading it again may cost and do."""
+
+import glob
+import io
+import itertools
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
+
+from lstm_jax import config as config_lib
+from lstm_jax import corpus, datasets, prepared, texts
+from lstm_jax.controls import stop_table
+from lstm_jax.errors import UserError
+from lstm_jax.vocabulary import Vocabulary
+
+
+@pytest.fixture(autouse=True)
+def in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ends a test that hangs, which has a cache directory of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def expire(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def data() -> ConfigDict:
+    return config_lib.default().data
+
+
+def listing(directory: Path) -> list[str]:
+    return sorted(str(path) for path in directory.rglob("*"))
+
+
+@pytest.fixture
+def hostile_directory(
+    tmp_path: Path, shakespeare: dict[str, str], data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A data directory whose datasets import a module that leaves a file behind."""
+    (tmp_path / "lib").mkdir()
+    code = f"open({str(tmp_path / 'imported')!r}, 'w')"
+    (tmp_path / "lib" / "hostile_module.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path / "lib"))
+    (source,) = data_dir.glob("tiny_shakespeare/*")
+    for name, version in [
+        ("mine", "1.0.0"),
+        ("tiny_shakespeare", "1.0.0"),
+        (source.parent.name, "9.9.9"),
+    ]:
+        directory = tmp_path / "tfds" / name / version
+        directory.mkdir(parents=True)
+        for path in source.iterdir():
+            target = directory / path.name.replace("tiny_shakespeare", name)
+            target.write_bytes(path.read_bytes())
+        info = json.loads((directory / "dataset_info.json").read_text())
+        info |= {"name": name, "version": version}
+        (directory / "dataset_info.json").write_text(json.dumps(info))
+        features = json.loads((directory / "features.json").read_text())
+        features["pythonClassName"] = "hostile_module.Features"
+        (directory / "features.json").write_text(json.dumps(features))
+    return tmp_path / "tfds"
+
+
+def test_no_module_that_a_run_names_is_imported(
+    data: ConfigDict, hostile_directory: Path, tmp_path: Path
+) -> None:
+    data.directory = str(hostile_directory)
+    for name in ("mine", "mine:1.0.0", "tiny_shakespeare:9.9.9", "huggingface:x/y", "", "a b"):
+        data.dataset = name
+        with pytest.raises(UserError, match="if you trust it, name it with --dataset NAME") as e:
+            texts.read_again(data, None)
+        assert "\n" not in str(e.value) and "--data_directory" in str(e.value)
+        # That the directory is named, too, does not mean the dataset.
+        with pytest.raises(UserError, match="--dataset NAME"):
+            texts.read_again(data, None, None, str(hostile_directory))
+    assert not (tmp_path / "imported").exists()
+    # What the user names is read by TFDS, with all that this means.
+    with pytest.raises(UserError, match="can't open the dataset 'mine'"):
+        texts.read_again(data, None, "mine", str(hostile_directory))
+    assert (tmp_path / "imported").exists()
+
+
+def test_tiny_shakespeare_is_read_where_the_user_has_it(
+    data: ConfigDict,
+    hostile_directory: Path,
+    data_dir: Path,
+    tmp_path: Path,
+    shakespeare: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(data_dir))
+    before = listing(hostile_directory)
+    for directory in (hostile_directory, tmp_path / "new", "~nobody", "\0", "/dev/null"):
+        data.directory = str(directory)
+        read = texts.read_again(data, None)
+        assert {name: next(text.pieces(0)) for name, text in read.items()} == shakespeare
+    assert listing(hostile_directory) == before and not (tmp_path / "new").exists()
+    assert not (tmp_path / "imported").exists()
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "elsewhere"))
+    read = texts.read_again(data, None, None, str(data_dir))
+    assert next(read["test"].pieces(0)) == shakespeare["test"]
+    read = texts.read_again(data, None, "tiny_shakespeare", str(data_dir))
+    assert next(read["test"].pieces(0)) == shakespeare["test"]
+
+
+def test_the_user_may_name_another_source(data: ConfigDict, tmp_path: Path, data_dir: Path) -> None:
+    (tmp_path / "a.txt").write_text("0123456789" * 10)
+    (tmp_path / "b.txt").write_text("abcdefghij" * 10)
+    data.path = str(tmp_path / "a.txt")
+    assert next(texts.read_again(data, None)["train"].pieces(0)).startswith("0123")
+    again = texts.read_again(data, str(tmp_path / "b.txt"))
+    assert next(again["train"].pieces(0)).startswith("abcd")
+    again = texts.read_again(data, None, "tiny_shakespeare", str(data_dir))
+    assert next(again["train"].pieces(0)).startswith("First")
+    assert data.path == str(tmp_path / "a.txt"), "the run's own config is left as it is"
+
+
+def test_a_huge_text_costs_nothing(data: ConfigDict, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    path = tmp_path / "text" / "huge.txt"
+    with path.open("wb") as file:
+        file.truncate(2**37)
+    data.path, data.prepared = str(path), str(tmp_path / "text" / "prepared")
+    data.memory_megabytes = 2**31
+    small = tmp_path / "text" / "small.txt"
+    small.write_text("x" * 1000)
+    for named in (str(path), ",".join([str(small)] * 16_001), f"{path};{small};{small}"):
+        data.path = named
+        with pytest.raises(UserError, match="larger than 16 MB .* name it with --data_path FILE"):
+            texts.read_again(data, None)
+    assert listing(tmp_path / "text") == [str(path), str(small)]
+
+
+def test_a_large_text_is_prepared_in_the_cache_if_the_user_names_it(
+    data: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(texts, "_LARGEST_IN_MEMORY", 500)
+    (tmp_path / "text").mkdir()
+    path = tmp_path / "text" / "a.txt"
+    path.write_text("To be, or not to be: " * 50)
+    data.path, data.prepared = str(path), str(tmp_path / "prepared")
+    expected = corpus.read(data)
+    with pytest.raises(UserError, match=f"--data_path FILE.*{prepared.cache_directory()}"):
+        texts.read_again(data, None)
+    for named in (str(path), None):  # Once it is there, it need not be named.
+        read = texts.read_again(data, named)
+        assert isinstance(read["train"], prepared.PreparedText)
+        assert {name: next(text.pieces(0)) for name, text in read.items()} == expected
+    assert listing(tmp_path / "text") == [str(path)] and not (tmp_path / "prepared").exists()
+    # What was prepared for training is read where it is, and nothing is written there.
+    data.fractions = (0.8, 0.1, 0.1)
+    data.memory_megabytes = 0
+    expected = {name: next(text.pieces(0)) for name, text in texts.read(data).texts.items()}
+    os.utime(path)
+    before = {path: path.read_bytes() for path in (tmp_path / "prepared").rglob("*.json")}
+    read = texts.read_again(data, None)
+    assert {name: next(text.pieces(0)) for name, text in read.items()} == expected
+    assert {path: path.read_bytes() for path in before} == before and len(before) == 1
+    # It is told which text that is not.
+    data.sha256 = "0" * 64
+    with pytest.raises(UserError, match="not the one this run was trained on"):
+        texts.read_again(data, str(path))
+
+
+@pytest.fixture
+def special(tmp_path: Path) -> Iterator[list[str]]:
+    """Paths of what is no regular file."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "link").symlink_to("pipe")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        names = ("pipe", "directory", "link", "socket")
+        yield ["/dev/zero", "/dev/tty", *(str(tmp_path / name) for name in names)]
+
+
+@pytest.mark.parametrize("megabytes", [0, 16])
+def test_what_is_no_regular_file_is_no_text(
+    megabytes: int, data: ConfigDict, special: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "text").write_text("To be, or not to be: " * 50)
+    data.memory_megabytes = megabytes
+    for path in special:
+        for named in (path, f"{path},{tmp_path}/text"):
+            data.path = named
+            with pytest.raises(
+                UserError, match="can't read .*(not a regular file|directory|No such device)"
+            ):
+                texts.read(data)
+            with pytest.raises(UserError, match="can't read "):
+                texts.read_again(data, None)
+        for any_bytes in (False, True):
+            with pytest.raises(UserError, match=r"can't read .* \(--text\): "):
+                corpus.read_argument(path, "--text", any_bytes)
+    # A link that the user has made to a text is one.
+    (tmp_path / "linked").symlink_to("text")
+    data.path, data.memory_megabytes = str(tmp_path / "linked"), 16
+    assert next(texts.read(data).texts["train"].pieces(0)).startswith("To be")
+    assert corpus.read_argument(str(tmp_path / "linked"), "--text", False).startswith("To be")
+
+
+def test_arguments_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(UserError, match=r"can't read .*huge \(--prompt_file\): .* larger than"):
+        corpus.read_argument(str(tmp_path / "huge"), "--prompt_file", False)
+    monkeypatch.setattr(corpus, "_LARGEST_ARGUMENT", 5)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ROMEO")))
+    assert corpus.read_argument("-", "--prompt_file", False) == "ROMEO"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ROMEO:")))
+    with pytest.raises(UserError, match=r"can't read - \(--prompt_file\): it is larger"):
+        corpus.read_argument("-", "--prompt_file", False)
+
+
+def test_paths_that_are_none(data: ConfigDict, tmp_path: Path) -> None:
+    for path in ("\0", "a\0*", "\ud800", "x" * 10**5, "*/" * 5000, "~nobody/x", "[", "", ","):
+        data.path = path or ","
+        for read in (lambda: texts.read(data), lambda: texts.read_again(data, None)):
+            with pytest.raises(UserError, match="there is no text file"):
+                read()
+    (tmp_path / "a").write_text("To be, or not to be: " * 50)
+    data.path = str(tmp_path / "a")
+    for directory in ("\0", "\ud800", "~nobody", "x" * 10**5, "/dev/null", "/proc/1"):
+        data.prepared = directory
+        assert prepared.find(data) is None
+
+
+def test_patterns_find_what_glob_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/b/c", "a/.h/x", "b[1]", ".hid/y", "a/b/.z", "e"):
+        (tmp_path / name).mkdir(parents=True)
+    names = ["a/1", "a/b/2", "a/b/c/3", "a/.h/x/4", "b[1]/5", ".hid/6", "7", ".8", "a/b/c[x]"]
+    for name in names:
+        (tmp_path / name).write_text("x")
+    (tmp_path / "nowhere").symlink_to("gone")
+    (tmp_path / "a" / "link").symlink_to("b")
+    monkeypatch.chdir(tmp_path)
+    rng = random.Random(0)
+    parts = ["", "*", "**", "a", "b", "?", "*[0-9]", "[ab]*", ".*", ".", "1", "link", "[!a]"]
+    number = 0
+    for _ in range(6000):
+        pattern = "/".join(rng.choices(parts, k=rng.randint(1, 4)))
+        pattern = pattern.lstrip("/") if rng.random() < 0.7 else f"{tmp_path}/{pattern}"
+        found = [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(p)]
+        number += len(found)
+        if len(found) > 1:
+            assert corpus.find_files(pattern) == [found], pattern
+        elif not found:
+            with pytest.raises(UserError):
+                corpus.read_files(corpus.find_files(pattern)[0])
+    assert number > 3000
+
+
+def test_a_pattern_that_means_the_whole_disk_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in itertools.product("abcdefghij", repeat=2):
+        (tmp_path / "".join(name)).mkdir()
+        (tmp_path / "".join(name) / "loop").symlink_to("..")
+    (tmp_path / "aa" / "f").write_text("text")
+    monkeypatch.setattr(corpus, "_MOST_ENTRIES", 5000)
+    assert len(list(tmp_path.glob("*"))) == 100
+    with pytest.raises(UserError, match="there is no text file"):
+        corpus.find_files(f"{tmp_path}/*/x")
+    for pattern in ("**/*x*", "*/*/*/*/*", f"*/{'loop/aa/' * 100}x", ",".join(["*/f"] * 100)):
+        with pytest.raises(UserError, match="look at more than 5,000 files and directories: name"):
+            corpus.find_files(",".join(f"{tmp_path}/{p}" for p in pattern.split(",")))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("a b", "x/y/z", "tiny_shakespeare:9.9.9", "tiny_shakespeare/x", "tiny_shakespeare:*"),
+        *(
+            "",
+            ".",
+            "../x",
+            "x" * 5000,
+            "a\0b",
+            "\ud800",
+            "huggingface:x",
+            "kaggle:x",
+            "a/b=c",
+            "/etc",
+        ),
+    ],
+)
+def test_names_of_no_dataset_are_told_in_one_line(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.dataset") as error:
+        datasets.read(name, "text", str(tmp_path), (0.9, 0.05, 0.05))
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_datasets_are_told_in_one_line(
+    data_dir: Path, shakespeare: dict[str, str], tmp_path: Path
+) -> None:
+    (source,) = data_dir.glob("tiny_shakespeare/*")
+    changes = {
+        "features.json": b"[",
+        "dataset_info.json": b"{}",
+        "tiny_shakespeare-train.array_record-00000-of-00001": b"x" * 70_000,
+    }
+    for number, (changed, content) in enumerate(changes.items()):
+        directory = tmp_path / str(number) / "tiny_shakespeare" / source.name
+        directory.mkdir(parents=True)
+        for path in source.iterdir():
+            (directory / path.name).write_bytes(
+                content if path.name == changed else path.read_bytes()
+            )
+        try:
+            read = datasets.read(
+                "tiny_shakespeare", "text", str(tmp_path / str(number)), (0.9, 0.05, 0.05)
+            )
+            assert read == shakespeare
+        except UserError as error:
+            assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("kind", ["characters", "words", "bytes"])
+def test_memory_does_not_grow_with_the_longest_unit(kind: str) -> None:
+    # For bytes and characters only the stop token may be long.
+    long = "x" * 10**7
+    units = ["", "[UNK]", *map(chr, range(65, 91)), long]
+    tracemalloc.start()
+    vocabulary = Vocabulary(units, kind, long)
+    tables = [stop_table(vocabulary, stop_at=text) for text in ("", "AB", "xx", "x" * 50)]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50e6
+    assert [table[0, -1] == len(table) - 1 for table in tables] == [True] * 4
+    without = stop_table(vocabulary, False, stop_at="xA")
+    assert without[0, -1] == 1 and without[1, 2] == len(without) - 1
+
+
+def test_stop_texts_in_long_units() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        units = {"".join(rng.choice(list("ab"), rng.integers(1, 30))) for _ in range(8)}
+        stop = "".join(rng.choice(list("ab"), rng.integers(1, 6)))
+        vocabulary = Vocabulary(["", "[UNK]", *sorted(units)], "words")
+        table = stop_table(vocabulary, stop_at=stop)
+        state, written = 0, ""
+        for unit_id in rng.integers(2, len(vocabulary), 6).tolist():
+            state, written = table[state, unit_id], written + vocabulary.units[unit_id]
+            assert (state == len(table) - 1) == (stop in written), (stop, written)
+
+
+@pytest.mark.parametrize(
+    ("kind", "unit"),
+    [
+        ("bytes", "\ud800"),
+        ("bytes", "é"),
+        ("bytes", "ab"),
+        ("bytes", "\udc79"),
+        ("characters", "\ud800"),
+        ("characters", "\udc80"),
+        ("words", "a\ud800"),
+        ("graphemes", "\udfff"),
+    ],
+)
+def test_units_that_are_none_of_their_kind_are_refused(kind: str, unit: str) -> None:
+    with pytest.raises(ValueError, match=f"must be one of the {kind}"):
+        Vocabulary(["", "[UNK]", "a", unit], kind)
+    with pytest.raises(ValueError, match=f"must be one of the {kind}"):
+        Vocabulary(["", "[UNK]", "a", unit + "\ud800"], kind, unit + "\ud800")
+    with pytest.raises(ValueError, match="nested too deeply"):
+        Vocabulary.from_json("[" * 100_000)
