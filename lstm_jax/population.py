@@ -319,7 +319,9 @@ def _train_group(
                 for i, member in enumerate(members):
                     if skipped[i] > member.config.max_skipped_steps and not reasons[i]:
                         first = int(state.first_skipped[i])
-                        reasons[i] = f"the loss or a gradient of step {first} is not finite"
+                        reasons[i] = (
+                            f"a parameter, the loss or a gradient of step {first} is not finite"
+                        )
             if step % config.log_every_steps == 0:
                 now = time.monotonic()
                 speed = round((step - logged) * tokens_per_step / (now - clock))
@@ -346,11 +348,12 @@ def _train_group(
 
 
 def _save(members: Sequence[_Member], state: TrainState, reasons: Sequence[str], step: int) -> None:
-    """A checkpoint of each member that has not failed, from the states of all."""
+    """A checkpoint of each member that has none of this step and has not failed."""
     keys = jax.random.key_data(state.key)
     arrays = jax.device_get(state._replace(key=keys))
     for i, member in enumerate(members):
-        if reasons[i]:
+        # At the first step it may be there: the members of a group need not have begun together.
+        if reasons[i] or step in checkpoints.steps(member.directory / workdir.CHECKPOINTS):
             continue
         if not member.is_ours():
             raise UnavailableError(f"another process has taken {member.directory} over")

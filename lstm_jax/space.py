@@ -1,5 +1,6 @@
 """What a sweep searches: a Python file with a function from an Optuna trial to config overrides."""
 
+import json
 import runpy
 import sys
 import traceback
@@ -9,6 +10,8 @@ from typing import Any, NamedTuple
 
 import optuna
 from ml_collections import ConfigDict
+from optuna.distributions import BaseDistribution, check_distribution_compatibility
+from optuna.trial import FrozenTrial
 
 from lstm_jax import config as config_lib
 from lstm_jax.errors import UserError, one_line
@@ -30,13 +33,15 @@ class Space(NamedTuple):
     get_overrides: Callable[[Any], Mapping[str, Any]]
 
     def overrides(self, trial: Any) -> dict[str, Any]:
-        """What a trial changes.
+        """What a trial changes, as JSON holds it: lists for tuples.
 
         Raises:
           UserError: for whatever goes wrong in the file.
         """
         try:
             overrides = self.get_overrides(trial)
+        except SystemExit as error:
+            raise _exited(self.name, error) from None
         except optuna.TrialPruned:
             raise UserError(
                 f"{self.name}: it raised TrialPruned: return fields for every trial, drawn so that "
@@ -51,7 +56,26 @@ class Space(NamedTuple):
                 f"{self.name}: {FUNCTION}(trial) returned {type(overrides).__name__}, not a dict "
                 "of fields such as {'optimizer.learning_rate': 1e-3}"
             )
-        return dict(overrides)
+        try:
+            made: dict[str, Any] = json.loads(json.dumps(dict(overrides)))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UserError(
+                f"{self.name}: a field must be a number, a string, a boolean or a list of them "
+                f"({one_line(error)})"
+            ) from None
+        return made
+
+    def replay(self, trial: FrozenTrial) -> dict[str, Any]:
+        """What this space makes of the parameters of a trial; those it lacks are given some value.
+
+        Raises:
+          UserError: if this space can't have drawn them.
+        """
+        replayed = _Replayed(self.name, trial.params, trial.distributions)
+        overrides = self.overrides(replayed)
+        for name in trial.params.keys() - replayed.distributions.keys():
+            raise _not_drawn(self.name, name, trial.params[name])
+        return overrides
 
     def apply(self, experiment: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
         """The complete config with some fields changed.
@@ -81,11 +105,11 @@ class Space(NamedTuple):
         Raises:
           UserError: if one has no finite number of them.
         """
-        trial = _Recording()
+        trial = _Replayed(self.name, {}, {})
         self.overrides(trial)
         return {name: self._values(name, drawn) for name, drawn in trial.distributions.items()}
 
-    def _values(self, name: str, drawn: optuna.distributions.BaseDistribution) -> list[Any]:
+    def _values(self, name: str, drawn: BaseDistribution) -> list[Any]:
         if isinstance(drawn, optuna.distributions.CategoricalDistribution):
             return list(drawn.choices)
         assert isinstance(
@@ -101,17 +125,43 @@ class Space(NamedTuple):
         return [min(drawn.low + i * drawn.step, drawn.high) for i in range(number + 1)]
 
 
-class _Recording(optuna.trial.FixedTrial):
-    """Notes from what parameters are drawn, and gives the first value of each."""
+class _Replayed(optuna.trial.FixedTrial):
+    """Notes from what parameters are drawn, and gives known values, or the first of each."""
 
-    def __init__(self) -> None:
-        super().__init__({})
+    def __init__(
+        self, space: str, params: dict[str, Any], drawn: Mapping[str, BaseDistribution]
+    ) -> None:
+        super().__init__(params)
+        self._space, self._drawn = space, drawn
 
-    def _suggest(self, name: str, distribution: optuna.distributions.BaseDistribution) -> Any:
+    def _suggest(self, name: str, distribution: BaseDistribution) -> Any:
         self._distributions[name] = distribution
+        if name in self._params:
+            try:
+                check_distribution_compatibility(self._drawn[name], distribution)
+                internal = distribution.to_internal_repr(self._params[name])
+                if distribution._contains(internal):
+                    return distribution.to_external_repr(internal)
+            except (ValueError, TypeError):
+                pass
+            raise _not_drawn(self._space, name, self._params[name])
         if isinstance(distribution, optuna.distributions.CategoricalDistribution):
             return distribution.choices[0]
         return distribution.low  # type: ignore[attr-defined]
+
+
+def _not_drawn(space: str, name: str, value: Any) -> UserError:
+    return UserError(
+        f"{space}: it does not draw {name!r:.80} = {value!r:.80}, which a trial of the study has: "
+        "name another --workdir"
+    )
+
+
+def _exited(name: str, error: SystemExit) -> BaseException:
+    """What is to be raised where a space file called sys.exit; a signal handler's is its own."""
+    if type(error) is not SystemExit:
+        return error
+    return UserError(f"space file {name}: it calls sys.exit({error.code!r:.80})")
 
 
 def load(path: Path) -> Space:
@@ -126,7 +176,9 @@ def load(path: Path) -> Space:
     try:
         names = runpy.run_path(str(path))
     except SyntaxError as error:
-        raise UserError(f"space file {path}, line {error.lineno}: {error.msg}") from None
+        raise UserError(f"space file {error.filename}, line {error.lineno}: {error.msg}") from None
+    except SystemExit as error:
+        raise _exited(str(path), error) from None
     except Exception as error:
         raise UserError(f"{_where(str(path), error)}: {one_line(error)}") from None
     finally:

@@ -5,41 +5,52 @@ seconds. A trial whose worker is dead is closed, and whoever sees that first goe
 a new number, in the same working directory, with the same parameters and what it had reported. No
 step of that needs a lock. Should two workers go on with the same trial, or begin one too many, the
 lower number stands and the other is dropped.
+
+A study may have been made by someone else. It is data: its trials are checked as they are read
+(`_Storage`), their parameters are those that the user's own space draws (`check_space`), and what
+Optuna or a database raises becomes one line.
 """
 
 import contextlib
 import copy
+import errno
 import fcntl
 import os
 import re
 import socket
+import stat
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
+from urllib.parse import unquote_plus
 
 import optuna
 import sqlalchemy
 from ml_collections import ConfigDict
+from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from lstm_jax import checkpoints, files, lock, workdir
 from lstm_jax import config as config_lib
-from lstm_jax.errors import UserError, one_line
+from lstm_jax.errors import UnavailableError, UserError, one_line
+from lstm_jax.space import Space
 
-SAMPLERS = ("tpe", "random", "grid", "cmaes")
+# Optuna's CMA-ES is none of them: it unpickles what it finds in a study, which runs code.
+SAMPLERS = ("tpe", "random", "grid")
 PRUNERS = ("hyperband", "none")
 
 # Where the study is kept in the directory of a sweep, unless --study says otherwise.
 DATABASE = "study.db"
 WORKERS = "workers"
+TRIALS = "trials"
 # In the working directory of a trial: what only it, and those that go on with it, know.
 OWNER = "trial"
 
@@ -48,6 +59,7 @@ _WORKER = "worker"  # Who works on it: host, slash, name.
 _BEAT = "beat"  # What its worker counts up.
 _RESUMES = "resumes"  # The number of the trial that it goes on with.
 _WORKDIR = "workdir"  # The number that its working directory is named by.
+_PLACE = "place"  # How many others were begun before it: what is drawn for it follows from that.
 _ORIGIN = "origin"  # What its working directory is told from those of other studies by.
 _DEATHS = "deaths"  # Workers that died since it last got further, and how far that was.
 _GIVEN_BACK = "given_back"  # Its worker closed it in good order.
@@ -73,6 +85,16 @@ _Made = TypeVar("_Made")
 
 _DRIVERS = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
 _DRIVERS |= {"mysql": "mysql+pymysql"}
+_NO_URL = (
+    "--study is no database's URL: it is postgresql://user:password@host/database, mysql://..., "
+    "sqlite:///FILE or journal:FILE"
+)
+
+# The first bytes of a journal, and more bytes than a record of it has.
+_RECORD, _LONGEST_RECORD = b'{"op_code":', 2**24
+# The last bytes of a rollback journal that names another file, which SQLite deletes when it is
+# done. Optuna's transactions are within one database and never have one.
+_NAMES_ANOTHER = bytes.fromhex("d9d505f920a163d7")
 
 
 def open_study(
@@ -98,99 +120,266 @@ def open_study(
     Raises:
       UserError: if it can't be reached or written, or was made for another experiment or space.
     """
-    study = _patiently(
-        lambda: optuna.create_study(
-            storage=_open_storage(directory, location),
-            study_name=name,
-            sampler=sampler,
-            pruner=pruner,
-            load_if_exists=True,
-        )
+    study = optuna.create_study(
+        storage=_open_storage(directory, location),
+        study_name=name,
+        sampler=sampler,
+        pruner=pruner,
+        load_if_exists=True,
     )
     fields = {
         field: list(value) if isinstance(value, tuple) else value
         for field, value in config_lib.flatten(experiment)
         if not field.startswith(_NOT_COMPARED)
     }
-    before = study.user_attrs.get(_EXPERIMENT)
-    if before is None:
-        if study.get_trials(deepcopy=False) or study.directions != [StudyDirection.MINIMIZE]:
-            raise UserError(
-                f"there is a study {name!r} already, which is none of a sweep: name another --name"
-            )
-        study.set_user_attr(_EXPERIMENT, fields)
-    elif differing := [f for f in fields if before.get(f) != fields[f]]:
+    before, known = study.user_attrs.get(_EXPERIMENT), study.user_attrs.get(_PARAMETERS)
+    is_minimized = study.directions == [StudyDirection.MINIMIZE]
+    if is_minimized and before is None and not study.get_trials(deepcopy=False):
+        study.set_user_attr(_EXPERIMENT, before := fields)
+    if not is_minimized or not isinstance(before, dict):
+        raise UserError(
+            f"there is a study {name!r} already, which is none of a sweep: name another --name"
+        )
+    if differing := [f for f in fields if before.get(f) != fields[f]]:
         first = differing[0]
         others = f" and {len(differing) - 1} more" if differing[1:] else ""
         raise UserError(
             f"the study {name!r} was made for another experiment (config.{first} was "
-            f"{before.get(first)!r} and is {fields[first]!r}{others}): name another --workdir"
+            f"{before.get(first)!r:.80} and is {fields[first]!r}{others}): name another --workdir"
         )
-    known = study.user_attrs.get(_PARAMETERS)
     if known is None:
         study.set_user_attr(_PARAMETERS, sorted(parameters))
     elif known != sorted(parameters):
         raise UserError(
-            f"the study {name!r} was made for a space of {', '.join(known)}, and this one is of "
-            f"{', '.join(sorted(parameters))}: name another --workdir"
+            f"the study {name!r} was made for a space of {known!r:.200}, and this one is of "
+            f"{sorted(parameters)}: name another --workdir"
         )
     return study
 
 
+def check_space(study: Study, searched: Space) -> None:
+    """Checks that a space makes of the parameters of each trial what the study says it does.
+
+    Raises:
+      UserError: if it doesn't: the study was made for another one.
+    """
+    for trial in study.get_trials(deepcopy=False):
+        made = searched.replay(trial)
+        if trial.user_attrs.get(OVERRIDES, made) != made:
+            raise UserError(
+                f"{searched.name}: it makes something else of the parameters of trial "
+                f"{trial.number} than the study says: name another --workdir"
+            )
+
+
 def _open_storage(directory: Path, location: str | None) -> BaseStorage:
-    if location is None:
-        location = f"sqlite:///{(directory / DATABASE).absolute()}"
-    kind, found, rest = location.partition(":")
-    if not found:
-        raise UserError(
-            f"--study {_without_password(location)} is no URL: it is postgresql://..., "
-            "mysql://..., sqlite:///FILE or journal:FILE"
-        )
+    kind, _, rest = (location or "").partition(":")
     if kind == "journal":
-        path = Path(rest)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.open("ab").close()
-        except OSError as error:
-            raise UserError(f"can't write the journal {path}: {error.strerror}") from None
-        try:
-            return JournalStorage(JournalFileBackend(str(path)))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is no journal of Optuna's: {one_line(error)}") from None
-    driver, _, _ = kind.partition("+")
+        path = Path(rest).resolve()
+        with _told(f" in {path}"):
+            storage: BaseStorage = _open_journal(path)
+        return cast(BaseStorage, _Storage(storage, f" in {path}"))
+    url = sqlalchemy.URL.create("sqlite", database=str((directory / DATABASE).absolute()))
     try:
-        url = sqlalchemy.make_url(f"{_DRIVERS.get(kind, kind)}:{rest}")
+        if location is not None:
+            url = sqlalchemy.make_url(location)
+        driver = url.get_backend_name()
+        url = url.set(drivername=_DRIVERS.get(url.drivername, url.drivername))
+        place = f" in {url.database}" if driver == "sqlite" else ""
+        if driver == "sqlite" and url.database:
+            # Where the user has named it, it may be a link.
+            database = Path(url.database)
+            _check_sqlite_files(database.resolve() if location else database)
         settings = _connection_settings(driver)
         # Whether it can be reached at all: Optuna's own attempt fails with a page of text.
         probe = sqlalchemy.create_engine(url, connect_args=settings)
         try:
-            probe.connect().close()
+            with probe.connect() as connection:
+                if driver == "sqlite":
+                    _check_sqlite_schema(connection)
         finally:
             probe.dispose()
     except ModuleNotFoundError as error:
         raise UserError(
             f"{driver} needs the module {error.name}: pip install 'lstm-jax[sweep-servers]'"
         ) from None
-    except (sqlalchemy.exc.ArgumentError, ValueError) as error:
-        reason = _without_password(one_line(error))
-        raise UserError(
-            f"--study {_without_password(location)} is no database's URL: {reason}"
-        ) from None
-    except sqlalchemy.exc.SQLAlchemyError as error:
-        reason = one_line(error).partition(" (Background")[0][:300]
-        raise UserError(f"can't reach the database {url}: {reason}") from None
+    except (sqlalchemy.exc.ArgumentError, ValueError, TypeError):
+        raise UserError(_NO_URL) from None  # The reason may hold a part of the password.
+    except Exception as error:  # Drivers raise what they like.
+        reason = _without_secrets(_reason(error), location or "")
+        raise UserError(f"can't use the database{place}: {reason}") from None
     plain = url.render_as_string(hide_password=False)
-    storage = _patiently(lambda: RDBStorage(plain, engine_kwargs={"connect_args": settings}))
+    with _told(place):
+        made = _patiently(lambda: RDBStorage(plain, engine_kwargs={"connect_args": settings}))
     if driver == "sqlite":
-        storage.engine.dispose()
-        sqlalchemy.event.listen(storage.engine, "connect", _begin_nothing)
-        sqlalchemy.event.listen(storage.engine, "begin", _begin_immediate)
-    return storage
+        made.engine.dispose()
+        sqlalchemy.event.listen(made.engine, "connect", _begin_nothing)
+        sqlalchemy.event.listen(made.engine, "begin", _begin_immediate)
+    return cast(BaseStorage, _Storage(get_storage(made), place))
 
 
-def _without_password(text: str) -> str:
-    """A text with what may be passwords in URLs made unreadable, whatever is wrong with them."""
-    return re.sub(r"(//[^:/@\s]*):[^\s]*@", r"\1:***@", text)
+def _open_journal(path: Path) -> JournalStorage:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.open_append(path).close()
+    with files.open_regular(path) as file:
+        if not _RECORD.startswith(file.read(len(_RECORD))):
+            raise UserError(f"{path} is no journal of Optuna's: name another --study")
+    return JournalStorage(JournalFileBackend(str(path), _JournalLock(path)))
+
+
+class _JournalLock(JournalFileOpenLock):
+    """A lock on the journal itself, which ends with the process that holds it.
+
+    Optuna's own are files beside it: whoever finds a link there that leads nowhere waits for ever.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def acquire(self) -> bool:
+        """Waits for the lock, and drops what a full disk left of a record."""
+        file = files.open_append(self._path)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if files.read_tail(self._path, 1) not in (b"", b"\n"):
+            torn = files.read_tail(self._path, _LONGEST_RECORD).rpartition(b"\n")[2]
+            os.ftruncate(file.fileno(), os.fstat(file.fileno()).st_size - len(torn))
+        self._file = file
+        return True
+
+    def release(self) -> None:
+        """Lets others write."""
+        self._file.close()
+
+
+def _check_sqlite_files(path: Path) -> None:
+    """Raises `OSError` for a database through which SQLite would reach other files."""
+    for end in ("", "-journal", "-wal", "-shm"):
+        file = path.with_name(path.name + end)
+        with contextlib.suppress(FileNotFoundError):  # Those of other workers come and go.
+            if files.read_tail(file, 8) == _NAMES_ANOTHER:
+                what = "It names another file, which SQLite would delete"
+                raise OSError(errno.EINVAL, what, str(file))
+
+
+def _check_sqlite_schema(connection: sqlalchemy.Connection) -> None:
+    """Raises `OSError` for a database that runs queries of its own: they may never end."""
+    own = "SELECT name FROM sqlite_master WHERE type IN ('view', 'trigger')"
+    if found := connection.exec_driver_sql(own).first():
+        raise OSError(errno.EINVAL, f"It has a view or trigger, {found[0]!r:.80}")
+
+
+class _Guarded:
+    """Something of Optuna's, all of whose exceptions that come of a study become one line."""
+
+    def __init__(self, inner: Any, place: str = "") -> None:
+        self._inner, self._place = inner, place
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        return _told(self._place)(found) if callable(found) else found
+
+
+class _Storage(_Guarded):
+    """A storage whose trials are checked as they are read."""
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        with _told(self._place):
+            return _checked(self._inner.get_trial(trial_id))
+
+    def get_all_trials(self, *arguments: Any, **named: Any) -> list[FrozenTrial]:
+        with _told(self._place):
+            return [_checked(t) for t in self._inner.get_all_trials(*arguments, **named)]
+
+
+@contextlib.contextmanager
+def _told(place: str = "") -> Iterator[None]:
+    """Tells in one line what Optuna raises if a study can't be used, or holds what it can't be."""
+    try:
+        yield
+    except (UserError, DuplicatedStudyError, UpdateFinishedTrialError):
+        raise
+    except Exception as error:
+        raise UnavailableError(
+            f"the study{place} can't be read or written ({_reason(error)}): once it can, the same "
+            "command goes on"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    """What an exception of Optuna's or SQLAlchemy's says, without the statement of SQL."""
+    cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else None
+    text = one_line(cause if isinstance(cause, Exception) else error)
+    return text.partition(" [SQL")[0].partition(" (Background")[0][:300]
+
+
+def _without_secrets(reason: str, location: str) -> str:
+    """A text without the words of a URL that may be of a password, whatever is wrong with it."""
+    secret = f"{location.partition('://')[2].partition(':')[2]} {location.partition('?')[2]}"
+    words = set(re.findall(r"\w+", f"{secret} {unquote_plus(secret)}".casefold()))
+    return re.sub(r"\w+", lambda w: "***" if w[0].casefold() in words else w[0], reason)
+
+
+def _checked(trial: FrozenTrial) -> FrozenTrial:
+    """A trial that a study holds, if it is as a sweep makes them.
+
+    Raises:
+      UserError: if it isn't.
+    """
+    attributes, losses = trial.user_attrs, trial.intermediate_values
+    wrong = [
+        f"{name} is {attributes.get(name)!r:.80}"
+        for name, is_valid in _VALID.items()
+        if (name in attributes or name in (_ORIGIN, _WORKER))
+        and not is_valid(attributes.get(name), trial.number)
+    ]
+    if not all(_is_natural(e) and _is_loss(loss) for e, loss in losses.items()):
+        wrong.append(f"losses are {losses!r:.80}")
+    if trial.values is not None and not (len(trial.values) == 1 and _is_loss(trial.values[0])):
+        wrong.append(f"values are {trial.values!r:.80}")
+    if trial.state == TrialState.WAITING:
+        wrong.append("state is WAITING")
+    if not isinstance(trial.system_attrs, dict):
+        wrong.append(f"system attributes are {trial.system_attrs!r:.80}")
+    if wrong:
+        raise UserError(
+            f"trial {trial.number} of the study is none of a sweep (its {wrong[0]}): name another "
+            "study"
+        )
+    trial._validate()
+    return trial
+
+
+def _is_natural(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_loss(value: Any) -> bool:
+    """Whether it is a number that a float32 can be."""
+    return type(value) in (int, float) and abs(value) < 3.5e38
+
+
+def _is_text(value: Any, pattern: str) -> bool:
+    return isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+
+# What each attribute is in a trial with a number.
+_VALID: dict[str, Callable[[Any, int], bool]] = {
+    _ORIGIN: lambda value, number: _is_text(value, "[0-9a-f]{32}"),
+    _WORKER: lambda value, number: _is_text(value, "[^/]+/[0-9a-f]{32}/[0-9a-f]{32}"),
+    _BEAT: lambda value, number: _is_natural(value),
+    _RESUMES: lambda value, number: _is_natural(value) and value < number,
+    _WORKDIR: lambda value, number: _is_natural(value) and value <= number,
+    _PLACE: lambda value, number: _is_natural(value) and value <= number,
+    _DEATHS: lambda value, number: (
+        isinstance(value, list)
+        and len(value) == 2
+        and _is_natural(value[0])
+        and isinstance(value[1], list)
+    ),
+    REASON: lambda value, number: isinstance(value, str),
+    OVERRIDES: lambda value, number: isinstance(value, dict),
+    TEST_LOSS: lambda value, number: _is_loss(value),
+}
 
 
 def _connection_settings(driver: str) -> dict[str, Any]:
@@ -222,36 +411,32 @@ def _patiently(make: Callable[[], _Made]) -> _Made:
         except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
             last = error
             time.sleep(0.1 * (attempt + 1))
-        except RuntimeError as error:  # The tables are those of another version of Optuna.
-            raise UserError(f"can't use the study: {one_line(error)[:300]}") from None
-    raise UserError(f"can't make the study: {one_line(last)[:300]}")
+    raise last
 
 
 class SeededSampler(BaseSampler):
-    """Any of `SAMPLERS`, seeded anew by the number of each trial.
+    """Any of `SAMPLERS`, seeded anew by the place of each trial.
 
-    So parameters follow from the seed and the trials before, whichever process draws them, and two
-    workers never draw the same.
+    So parameters follow from the seed and the trials before, whichever process draws them and
+    however often it is gone on with, and two workers never draw the same.
     """
 
     def __init__(self, name: str, seed: int, grid: Mapping[str, list[Any]] | None = None) -> None:
         """Takes what is drawn from, and for "grid" the values of each parameter."""
         self._name, self._seed, self._grid = name, seed, grid
-        self._sampler = self._make(0)
+        self._sampler = _Guarded(self._make(0))
 
-    def _make(self, number: int) -> BaseSampler:
-        seed = (1_000_003 * self._seed + number) % 2**32
+    def _make(self, place: int) -> BaseSampler:
+        seed = (1_000_003 * self._seed + place) % 2**32
         if self._name == "tpe":
             return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
-        if self._name == "cmaes":
-            return optuna.samplers.CmaEsSampler(seed=seed)
         if self._name == "grid":
             return optuna.samplers.GridSampler(self._grid or {}, seed=self._seed)
         return optuna.samplers.RandomSampler(seed=seed)
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         """Draws anew from here."""
-        self._sampler = self._make(trial.number)
+        self._sampler = _Guarded(self._make(trial.user_attrs.get(_PLACE, trial.number)))
         self._sampler.before_trial(study, trial)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> Any:
@@ -284,9 +469,13 @@ def make_pruner(name: str, num_epochs: int) -> optuna.pruners.BasePruner:
 class _Hyperband(optuna.pruners.HyperbandPruner):
     """Hyperband that leaves a trial in its bracket when another worker goes on with it."""
 
+    def prune(self, study: Study, trial: FrozenTrial) -> bool:
+        with _told():
+            return super().prune(study, trial)
+
     def _get_bracket_id(self, study: Study, trial: FrozenTrial) -> int:
         first = copy.copy(trial)
-        first.number = trial.user_attrs.get(_WORKDIR, trial.number)
+        first.number = trial.user_attrs.get(_PLACE, trial.number)
         return super()._get_bracket_id(study, first)
 
 
@@ -307,7 +496,19 @@ def running(study: Study) -> list[FrozenTrial]:
 
 def trial_directory(directory: Path, trial: FrozenTrial) -> Path:
     """The working directory of a trial."""
-    return directory / "trials" / f"{trial.user_attrs.get(_WORKDIR, trial.number):04}"
+    return directory / TRIALS / f"{trial.user_attrs.get(_WORKDIR, trial.number):04}"
+
+
+def make_directory(path: Path) -> None:
+    """Makes a directory if it is not there yet.
+
+    Raises:
+      UserError: if something else is, such as a link to a directory.
+    """
+    with contextlib.suppress(FileExistsError):
+        path.mkdir()
+    if not stat.S_ISDIR(path.lstat().st_mode):
+        raise UserError(f"{path} is a link or a file, where a directory is to be: move it away")
 
 
 def claim(directory: Path, trial: FrozenTrial) -> None:
@@ -316,11 +517,12 @@ def claim(directory: Path, trial: FrozenTrial) -> None:
     Raises:
       UserError: if it holds a trial of another study.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    path, own = directory / OWNER, trial.user_attrs[_ORIGIN]
-    if not path.exists() and not (directory / workdir.CONFIG).exists():
-        files.write(path, own.encode())
-    elif not path.exists() or path.read_text(encoding="utf-8") != own:
+    make_directory(directory.parent)
+    make_directory(directory)
+    path, own = directory / OWNER, trial.user_attrs[_ORIGIN].encode()
+    if not os.path.lexists(path) and not os.path.lexists(directory / workdir.CONFIG):
+        files.write(path, own)
+    elif not os.path.lexists(path) or files.read_bytes(path, 100) != own:
         raise UserError(f"{directory} holds a trial of another study: name another --workdir")
 
 
@@ -342,8 +544,8 @@ class Worker:
         self._done = threading.Event()
 
     def __enter__(self) -> Self:
-        self._directory.mkdir(parents=True, exist_ok=True)
-        self._lock = (self._directory / self._name).open("w")
+        make_directory(self._directory)
+        self._lock = files.open_append(self._directory / self._name)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX)
         except OSError as error:
@@ -362,9 +564,12 @@ class Worker:
     ) -> None:
         self._done.set()
         self._thread.join()
-        for number in list(self._mine):
-            self.give_back(number)
-        (self._directory / self._name).unlink(missing_ok=True)
+        # Of a study that can't be written others take the trials over, as those of a dead worker:
+        # its file stays, and is locked no more.
+        with contextlib.suppress(UserError, OSError):
+            for number in list(self._mine):
+                self.give_back(number)
+            (self._directory / self._name).unlink()
         self._lock.close()
 
     def _count(self) -> None:
@@ -399,7 +604,7 @@ class Worker:
     def give_back(self, number: int) -> None:
         """Closes a trial that this worker leaves, so that any worker goes on with it."""
         identity = self._mine.pop(number, None)
-        with contextlib.suppress(ValueError, optuna.exceptions.UpdateFinishedTrialError):
+        with contextlib.suppress(ValueError, UpdateFinishedTrialError):
             if identity is not None:
                 self.study._storage.set_trial_user_attr(identity, _GIVEN_BACK, True)
             self.study.tell(number, state=TrialState.FAIL)
@@ -412,7 +617,7 @@ class Worker:
             if reason:
                 trial.set_user_attr(REASON, reason)
             self.study.tell(trial, loss, state)
-        except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
+        except (ValueError, UpdateFinishedTrialError):
             if not trial.storage.get_trial(trial._trial_id).state.is_finished():
                 raise
         self._mine.pop(trial.number, None)
@@ -435,7 +640,12 @@ class Worker:
                 },
             )
         )
-        (mine,) = (t for t in running(self.study) if t.user_attrs.get(_WORKER) == ticket)
+        trials = self.study.get_trials(deepcopy=False)
+        (mine,) = (trial for trial in trials if trial.user_attrs[_WORKER] == ticket)
+        if _PLACE not in mine.user_attrs:
+            first = mine.user_attrs.get(_WORKDIR, mine.number)
+            place = sum(t.number < first and _RESUMES not in t.user_attrs for t in trials)
+            self.study._storage.set_trial_user_attr(mine._trial_id, _PLACE, place)
         self._mine[mine.number] = mine._trial_id
         return optuna.Trial(self.study, mine._trial_id)
 
@@ -447,14 +657,15 @@ class Worker:
     def _close_dead(self) -> None:
         for trial in running(self.study):
             if trial.number not in self._mine and self._is_dead(trial):
-                with contextlib.suppress(ValueError, optuna.exceptions.UpdateFinishedTrialError):
+                with contextlib.suppress(ValueError, UpdateFinishedTrialError):
                     self.study.tell(trial.number, state=TrialState.FAIL)
 
     def _is_dead(self, trial: FrozenTrial) -> bool:
-        host, _, rest = trial.user_attrs.get(_WORKER, "").partition("/")
-        path = self._directory / rest.partition("/")[0]
+        host, name, _ = trial.user_attrs[_WORKER].split("/")
+        path = self._directory / name
         if host == socket.gethostname() and path.is_file():
-            return not _is_locked(path)
+            with contextlib.suppress(OSError):  # A link, or of a file system without locks.
+                return not _is_locked(path)
         # By this process's own clock: no two hosts' clocks need to agree.
         key = trial.number, trial.user_attrs.get(_BEAT)
         now = time.monotonic()
@@ -474,7 +685,7 @@ class Worker:
                 yield trial
 
     def _resume(self, orphan: FrozenTrial) -> optuna.Trial | None:
-        kept = (OVERRIDES, _ORIGIN)
+        kept = (OVERRIDES, _ORIGIN, _PLACE)
         attributes = {n: v for n, v in orphan.user_attrs.items() if n in kept}
         saved_in = trial_directory(self._directory.parent, orphan) / workdir.CHECKPOINTS
         reached = [len(orphan.intermediate_values), *checkpoints.steps(saved_in)[-1:]]
@@ -502,14 +713,9 @@ def _is_closed(trial: FrozenTrial) -> bool:
 
 
 def _is_locked(path: Path) -> bool:
-    try:
-        descriptor = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
+    with files.open_append(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
     return False

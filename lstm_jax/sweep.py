@@ -8,10 +8,15 @@ The same command again goes on where the sweep stopped, and any number of proces
 once.
 """
 
+if __name__ == "__main__":
+    from lstm_jax import interrupts
+
+    interrupts.exit_at_once()  # While the rest is imported, which takes seconds.
+
 import contextlib
+import io
 import math
 import signal
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,13 +27,13 @@ import optuna
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 from optuna.trial import TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
 from lstm_jax import (
     checkpoints,
     command,
     config,
     corpus,
+    files,
     metrics,
     parallel,
     population,
@@ -48,8 +53,12 @@ OUTPUT = "output.txt"
 # So many trials that fail one after the other, none for numbers that explode, end the worker.
 _MOST_FAILURES = 3
 _SECONDS_BETWEEN_LOOKS = 2
-# What is the fault of a trial's settings, or of this machine's memory.
+# What is the fault of a trial's settings, or of this machine's memory; `_fail` tells what is not.
 _FAILURES = (UserError, jax.errors.JaxRuntimeError, MemoryError)
+
+
+class _TerminatedError(SystemExit):
+    """SIGTERM came between two trials."""
 
 
 class Sweep(NamedTuple):
@@ -117,12 +126,9 @@ def _prepare(sweep: Sweep, worker: study.Worker, trial: optuna.Trial) -> ConfigD
     try:
         overrides = sweep.space.overrides(trial)
         settings = sweep.space.apply(sweep.experiment, overrides)
-    except (UserError, ValueError) as error:
-        # Optuna's own: another set of choices than the study has.
-        worker.tell(trial, TrialState.FAIL, reason=str(error))
-        raise UserError(
-            str(error) if isinstance(error, UserError) else f"{sweep.space.name}: {error}"
-        ) from None
+    except UserError as error:
+        _fail(worker, trial, error)
+        raise
     trial.set_user_attr(study.OVERRIDES, overrides)
     return settings
 
@@ -142,7 +148,7 @@ def _run(sweep: Sweep, worker: study.Worker, trial: optuna.Trial) -> str:
 
     try:
         with (
-            (directory / OUTPUT).open("a", encoding="utf-8") as output,
+            _append(directory / OUTPUT) as output,
             contextlib.redirect_stdout(output),
             contextlib.redirect_stderr(output),
         ):
@@ -205,7 +211,7 @@ def _run_together(
 
     output = sweep.directory / OUTPUT
     try:
-        with output.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        with _append(output) as file, contextlib.redirect_stdout(file):
             reasons = population.train(settings, directories, report)
     except _FAILURES as error:
         return [_fail(worker, trial, error) for trial in trials]
@@ -215,6 +221,10 @@ def _run_together(
         else:
             _complete(worker, trial, directory)
     return [""] * len(trials)
+
+
+def _append(path: Path) -> io.TextIOWrapper:
+    return io.TextIOWrapper(files.open_append(path), encoding="utf-8", errors="backslashreplace")
 
 
 def _report(trial: optuna.Trial, epoch: int, loss: float) -> None:
@@ -281,9 +291,11 @@ def _main() -> int:
     directory = Path(values.workdir or Path("runs", "sweeps", name))
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / study.WORKERS).mkdir(exist_ok=True)
+        for name_of_own in (study.WORKERS, study.TRIALS):
+            study.make_directory(directory / name_of_own)
     except OSError as error:
         raise UserError(f"can't write to {directory}: {error.strerror}") from None
+    sweep_report.check_places(directory)
     record = study.open_study(
         directory,
         values.study,
@@ -293,6 +305,7 @@ def _main() -> int:
         study.SeededSampler(sampler, values.seed, grid),
         study.make_pruner(pruner, experiment.num_epochs),
     )
+    study.check_space(record, searched)
     sweep = Sweep(experiment, searched, directory, trials, members)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -301,18 +314,13 @@ def _main() -> int:
             study.Worker(record, directory, trials) as worker,
         ):
             exit_code = work(sweep, worker, table)
-        sweep_report.write(record, directory, experiment)
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        raise UserError(
-            f"the study can't be read or written any more ({one_line(error)[:200]}): once it can, "
-            "the same command goes on"
-        ) from None
+        sweep_report.write(record, directory, experiment, searched)
     except BrokenPipeError:
         raise
     except OSError as error:
         raise UserError(
-            f"can't write to {error.filename or directory} ({error.strerror}): make room or make "
-            "it writable, and the same command goes on"
+            f"can't read or write {error.filename or directory} ({error.strerror or error}): once "
+            "that is mended, the same command goes on"
         ) from None
     print(sweep_report.summary(record, directory))
     return exit_code
@@ -320,7 +328,7 @@ def _main() -> int:
 
 def _interrupt(number: int, frame: object) -> None:
     """SIGTERM between two trials: the same as within one."""
-    sys.exit(128 + number)
+    raise _TerminatedError(128 + number)
 
 
 def _define_flags() -> None:

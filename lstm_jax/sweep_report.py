@@ -1,16 +1,19 @@
 """What comes out of a sweep: trials.jsonl, best.py, and a page with pictures in one HTML file."""
 
-import fcntl
 import functools
 import html
 import io
 import json
 import math
+import shlex
 import statistics
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import matplotlib
 import numpy as np
 import optuna
 from matplotlib.axes import Axes
@@ -24,6 +27,7 @@ from optuna.trial import FrozenTrial, TrialState
 from lstm_jax import config as config_lib
 from lstm_jax import files, study, workdir
 from lstm_jax import space as space_lib
+from lstm_jax.errors import UserError, visible
 from lstm_jax.sweep_table import progress, settings, short, state
 
 TRIALS = "trials.jsonl"
@@ -32,6 +36,9 @@ PAGE = "report.html"
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#999999"
+
+# The page is text and pictures: nothing in it runs, and nothing is fetched.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 _CARETS = "<p>Carets stand for trials with losses above the picture.</p>"
 
@@ -53,19 +60,34 @@ pre { background: #f4f4f4; padding: 0.7rem; overflow-x: auto; font-size: 0.85rem
 """
 
 
-def write(record: Study, directory: Path, experiment: ConfigDict) -> None:
+def check_places(directory: Path) -> None:
+    """Raises `UserError` if a file that is to be written is a directory; a link is replaced."""
+    for name in (TRIALS, BEST, PAGE):
+        path = directory / name
+        if path.is_dir() and not path.is_symlink():
+            raise UserError(f"{path} is a directory, where a file is to be: move it away")
+
+
+def write(
+    record: Study, directory: Path, experiment: ConfigDict, searched: space_lib.Space
+) -> None:
     """Writes all that a sweep leaves behind, as far as it is."""
     write_trials(record, directory)
-    if best := best_trial(record):
-        _write(directory / BEST, _best_file(best, experiment, directory))
-    _write(directory / PAGE, _page(record, directory))
+    best = best_trial(record)
+    if best and not _is_of_seeds(_complete(record)):
+        # What the user's own space makes of the trial's parameters, not what the study says.
+        settled = space_lib.changed(experiment, searched.replay(best))
+        _write(directory / BEST, _best_file(best, settled, directory))
+    # Names are text, not formulas. Nobody needs to be warned of characters that a font lacks, or of
+    # losses that are all the same.
+    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        page = _page(record, directory)
+    _write(directory / PAGE, page)
 
 
 def _write(path: Path, text: str) -> None:
-    """Writes a file whole, one worker after the other."""
-    with (path.parent / study.WORKERS / path.name).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        files.write(path, text.encode())
+    files.write(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_trials(record: Study, directory: Path) -> None:
@@ -114,15 +136,24 @@ def summary(record: Study, directory: Path) -> str:
     else:
         lines.append(
             f"Best of {len(shown(record))} trials: trial {best.number}, validation loss "
-            f"{best.value:.4f}: {settings(best)}"
+            f"{best.value:.4f}: {visible(settings(best))}"
         )
-    lines += [
-        f"Report: {directory / PAGE}; all trials: {directory / TRIALS}",
-        f"Train it: python -m lstm_jax.main --config {directory / BEST}",
-        f"Let it write: python -m lstm_jax.sample --workdir "
-        f"{study.trial_directory(directory, best)}",
-    ]
+        trained = shlex.quote(str(study.trial_directory(directory, best)))
+        lines += [
+            f"Train it: {_command(best, directory)}",
+            f"Let it write: python -m lstm_jax.sample --workdir {trained}",
+        ]
+    lines.append(f"Report: {directory / PAGE}; all trials: {directory / TRIALS}")
     return "\n".join(lines)
+
+
+def _command(best: FrozenTrial, directory: Path) -> str:
+    """How the best trial is trained anew, in a working directory that no other best one has."""
+    config, own = directory / BEST, directory / f"best-{best.number:04}"
+    return (
+        f"python -m lstm_jax.main --config {shlex.quote(str(config))} "
+        f"--workdir {shlex.quote(str(own))}"
+    )
 
 
 def _complete(record: Study) -> list[FrozenTrial]:
@@ -150,17 +181,15 @@ def _mean_and_spread(losses: Sequence[float]) -> str:
     )
 
 
-def _best_file(best: FrozenTrial, experiment: ConfigDict, directory: Path) -> str:
+def _best_file(best: FrozenTrial, settled: ConfigDict, directory: Path) -> str:
     """The experiment file of the best trial: all that differs from the defaults."""
-    overrides = best.user_attrs.get(study.OVERRIDES, {})
-    settled = space_lib.changed(experiment, overrides)
     settled.data.sha256 = ""
     default = dict(config_lib.flatten(config_lib.default()))
     fields = [(f, v) for f, v in config_lib.flatten(settled) if v != default[f]]
     lines = "\n".join(f"    config.{field} = {value!r}" for field, value in fields)
-    own = directory / BEST
-    return f'''"""The best of {directory.name}: trial {best.number} of the sweep."""
-# python -m lstm_jax.main --config {own}
+    command = _command(best, directory)
+    return f'''"""The best trial of a sweep, trial {best.number}."""
+# {command if command.isprintable() else ascii(command)}
 #
 # Validation {best.value:.4f} nats per token, as the sweep measured it.
 
@@ -185,7 +214,8 @@ def _page(record: Study, directory: Path) -> str:
         f"<h1>Sweep {html.escape(record.study_name)}</h1>",
         f"<p>{html.escape(progress(trials, len(trials)))}</p>",
     ]
-    if best:
+    is_of_seeds = bool(complete) and _is_of_seeds(complete)
+    if best and not is_of_seeds:
         rows = "".join(
             f"<tr><td>{html.escape(name)}</td><td>{html.escape(short(value))}</td></tr>"
             for name, value in best.user_attrs.get(study.OVERRIDES, best.params).items()
@@ -195,9 +225,9 @@ def _page(record: Study, directory: Path) -> str:
         parts.append(
             f"<h2>Best</h2><p>Trial {best.number}: validation loss {best.value:.4f}{also}, in nats "
             f"per token.</p><div class=wide><table>{rows}</table></div>"
-            f"<pre>python -m lstm_jax.main --config {html.escape(str(directory / BEST))}</pre>"
+            f"<pre>{html.escape(_command(best, directory))}</pre>"
         )
-    if complete and _is_of_seeds(complete):
+    if is_of_seeds:
         lines = "".join(
             f"<li>{name}: {_mean_and_spread(losses)}</li>" for name, losses in _losses(complete)
         )
@@ -231,6 +261,7 @@ def _page(record: Study, directory: Path) -> str:
     parts.append(f"<h2>Trials</h2><div class=wide>{_table(trials, best, directory)}</div>")
     return (
         "<!doctype html><html lang=en><head><meta charset=utf-8>"
+        f'<meta http-equiv=Content-Security-Policy content="{_POLICY}">'
         "<meta name=viewport content='width=device-width, initial-scale=1'>"
         f"<title>Sweep {html.escape(record.study_name)}</title><style>{_STYLE}</style></head>"
         f"<body>{''.join(parts)}</body></html>\n"
@@ -261,7 +292,8 @@ def _table(trials: Sequence[FrozenTrial], best: FrozenTrial | None, directory: P
             f"</tr><tr{mark}>"
             + "".join(f"<td>{cell}</td>" for cell in cells)
             + f"<td class=reason>{html.escape(what)}</td>"
-            f"<td><a href='{where}/{workdir.METRICS}'>{where}</a></td>"
+            f"<td><a href='{quote(f'{where}/{workdir.METRICS}')}'>{html.escape(str(where))}</a>"
+            "</td>"
         )
     return f"<table><tr>{''.join(rows)}</tr></table>"
 
@@ -279,7 +311,7 @@ def _importance(record: Study, complete: Sequence[FrozenTrial]) -> dict[str, flo
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()
     try:
         found = optuna.importance.get_param_importances(record, evaluator=evaluator)
-    except (ValueError, RuntimeError):  # No parameter that all have, or none that varies.
+    except Exception:  # No parameter that all have, none that varies, or whatever else there is.
         return {}
     return {name: share for name, share in found.items() if math.isfinite(share)}
 

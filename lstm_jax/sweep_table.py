@@ -14,6 +14,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from lstm_jax import study as study_lib
+from lstm_jax.errors import visible
 
 _ROWS = 12
 _SECONDS = 2
@@ -57,8 +58,9 @@ class Table:
         if self._live:
             return
         trials = self._study.get_trials(deepcopy=False)
+        (ended,) = (trial for trial in trials if trial.number == number)
         self._console.print(
-            f"{describe(trials[number])}; {progress(trials, self._trials)}",
+            f"{visible(describe(ended))}; {progress(trials, self._trials)}",
             soft_wrap=True,
             markup=False,
             highlight=False,
@@ -86,7 +88,7 @@ class Table:
             losses = trial.intermediate_values
             loss = f"{min(losses.values()):.4f}" if losses else ""
             epochs = str(max(losses)) if losses else "0"
-            what = Text(settings(trial), no_wrap=True, overflow="ellipsis")
+            what = Text(visible(settings(trial)), no_wrap=True, overflow="ellipsis")
             table.add_row(str(trial.number), state(trial), epochs, loss, what)
         return Group(Text(progress(trials, self._trials)), table)
 

@@ -1,6 +1,5 @@
 """Real processes, killed, stopped, starved of disk space, two at once."""
 
-import contextlib
 import os
 import random
 import shutil
@@ -9,12 +8,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import runs
+from disks import fill, mounted
 from lstm_jax import checkpoints, metrics, workdir
 
 ROOT = Path(__file__).parents[1]
@@ -146,28 +145,6 @@ def test_two_at_once_are_refused_and_reading_is_not(text_file: Path, tmp_path: P
     assert first.poll() is None, "it went on all the while"
     first.kill()
     first.communicate()
-
-
-@contextlib.contextmanager
-def mounted(directory: Path, *options: str) -> Iterator[Path]:
-    """A file system in memory, of its own."""
-    directory.mkdir()
-    mount = ["mount", "-t", "tmpfs", *options, "tmpfs", str(directory)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("only root can mount a small file system")
-    try:
-        yield directory
-    finally:
-        subprocess.run(["umount", str(directory)], check=True)
-
-
-def fill(disk: Path) -> Path:
-    """Adds to a file, which it returns, until no byte of the disk is free."""
-    filler = disk / "filler"
-    with filler.open("ab", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(b"\0" * 4096)
-    return filler
 
 
 def test_a_full_disk_stops_the_run_with_all_that_was_saved(

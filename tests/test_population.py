@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from conftest import make_tiny_config
 from lstm_jax import metrics, population, train, workdir
 from lstm_jax import space as space_lib
-from lstm_jax.errors import UserError
+from lstm_jax.errors import UnavailableError, UserError
 
 # Every traceable field varies; the schedule too.
 MEMBERS: list[dict[str, Any]] = [
@@ -86,6 +86,18 @@ def test_members_that_a_kill_left_at_different_epochs_end_the_same(
     for directory, copy in zip(directories, copies, strict=False):
         expected, found = losses(directory), losses(copy)
         assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_members_that_were_stopped_before_the_first_epoch_begin_again(
+    tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    def stop(*row: Any) -> None:
+        raise UnavailableError("the disk is full")
+
+    directories = [tmp_path / "0", tmp_path / "1"]
+    with pytest.raises(UnavailableError):
+        population.train([tiny_config] * 2, directories, stop)
+    assert population.train([tiny_config] * 2, directories, lambda *row: None) == ["", ""]
 
 
 def test_the_working_directory_of_a_member_is_read_like_any(together: tuple) -> None:

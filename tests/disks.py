@@ -1,0 +1,36 @@
+"""Small file systems, and full ones."""
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@contextlib.contextmanager
+def mounted(directory: Path, *options: str) -> Iterator[Path]:
+    """A file system in memory, of its own."""
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", *options, "tmpfs", str(directory)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("only root can mount a small file system")
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", str(directory)], check=True)
+
+
+def resize(disk: Path, size: str) -> None:
+    """Gives the file system another size."""
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Adds to a file, which it returns, until no byte of the disk is free."""
+    filler = disk / "filler"
+    with filler.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"\0" * 4096)
+    return filler

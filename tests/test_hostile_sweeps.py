@@ -1,0 +1,671 @@
+"""Sweeps made by someone else, on full disks, and with paths that are hard to write down.
+
+A study is data: whatever is in it, one line refuses it or it is read, no code of it runs, and
+nothing outside of the sweep's directory changes. As many mutations of a journal as
+LSTM_JAX_HOSTILE says are drawn at random, by LSTM_JAX_HOSTILE_SEED.
+"""
+
+import copy
+import html.parser
+import json
+import os
+import random
+import runpy
+import shlex
+import shutil
+import sqlite3
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import sqlalchemy
+from optuna.trial import TrialState
+
+import disks
+from lstm_jax import config as config_lib
+from lstm_jax import space, study, sweep, sweep_report
+from lstm_jax.errors import UnavailableError, UserError
+from test_sweep import command, dead, rows
+
+DRAWN = int(os.environ.get("LSTM_JAX_HOSTILE", "40"))
+SEED = int(os.environ.get("LSTM_JAX_HOSTILE_SEED", "0"))
+
+SPACE = """
+def get_overrides(trial):
+    return {
+        "optimizer.learning_rate": trial.suggest_float("rate", 1e-3, 1e-1, log=True),
+        "optimizer.schedule": trial.suggest_categorical("schedule", ["cosine", "linear"]),
+        "regularization.output_dropout": trial.suggest_float("dropout", 0.0, 0.2, step=0.1),
+    }
+"""
+
+# Imports everything once, then runs each sweep in a process of its own.
+SERVER = """
+import json, os, runpy, signal, sys, traceback, warnings
+import lstm_jax.sweep
+warnings.simplefilter("ignore")  # runpy wonders that it is imported already.
+
+for line in sys.stdin:
+    errors, *arguments = json.loads(line)
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        os.dup2(os.open(errors + ".out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+        sys.stdout, sys.argv, code = open(1, "w"), ["sweep", *arguments], 1
+        try:
+            runpy.run_module("lstm_jax.sweep", run_name="__main__", alter_sys=True)
+        except SystemExit as exit:
+            code = exit.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+Run = Callable[[list[str]], tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Runs `python -m lstm_jax.sweep`; returns its exit code, its output and its errors."""
+    errors = tmp_path_factory.mktemp("server") / "errors"
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdin and server.stdout
+
+        def answer(arguments: list[str]) -> tuple[int, str, str]:
+            assert server.stdin and server.stdout
+            # The first three start the program, which is there already.
+            server.stdin.write(json.dumps([str(errors), *arguments[3:]]) + "\n")
+            server.stdin.flush()
+            code = int(server.stdout.readline())
+            return code, Path(f"{errors}.out").read_text(), errors.read_text()
+
+        yield answer
+        server.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def space_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("space") / "tiny.py"
+    path.write_text(SPACE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def swept(
+    tmp_path_factory: pytest.TempPathFactory, text_file: Path, space_file: Path, run: Run
+) -> Path:
+    """A sweep of four trials that nothing disturbed."""
+    directory = tmp_path_factory.mktemp("swept") / "sweep"
+    code, _, errors = run(arguments(text_file, directory, space_file))
+    assert code == 0, errors
+    return directory
+
+
+def arguments(text_file: Path, directory: Path, space_file: Path, *more: str) -> list[str]:
+    return command(
+        *(text_file, directory, f"--space={space_file}", "--trials=4", "--config.num_epochs=1"),
+        *("--pruner=none", *more),
+    )
+
+
+def refusal(result: tuple[int, str, str]) -> str:
+    """The one line with which a command refused."""
+    code, output, errors = result
+    assert code == 2 and output == "" and len(errors.splitlines()) == 1, errors
+    return errors
+
+
+def open_study(directory: Path, location: str | None = None) -> tuple[optuna.Study, space.Space]:
+    """The study of a sweep of the default experiment, as a worker opens it."""
+    directory.mkdir(exist_ok=True)
+    (directory / "space.py").write_text(SPACE)
+    searched = space.load(directory / "space.py")
+    record = study.open_study(
+        directory,
+        location,
+        "tiny",
+        config_lib.default(),
+        ["dropout", "rate", "schedule"],
+        study.SeededSampler("tpe", 0),
+        study.make_pruner("hyperband", 9),
+    )
+    study.check_space(record, searched)
+    return record, searched
+
+
+def fill_study(directory: Path, location: str | None = None, trials: int = 3) -> optuna.Study:
+    """A study with complete trials, of which nothing was trained, and one that was given back."""
+    record, searched = open_study(directory, location)
+    with study.Worker(record, directory, trials + 1) as worker:
+        for number in range(trials + 1):
+            trial = worker.next()
+            assert trial is not None
+            trial.set_user_attr(study.OVERRIDES, searched.overrides(trial))
+            trial.report(2.0 + number, 1)
+            trial.should_prune()
+            trial.set_user_attr(study.TEST_LOSS, 3.0)
+            if number < trials:
+                worker.tell(trial, TrialState.COMPLETE, 2.0 + number)
+    return record
+
+
+def use(directory: Path, location: str | None = None) -> None:
+    """All that a worker does with a study, but for training."""
+    record, searched = open_study(directory, location)
+    with study.Worker(record, directory, 5) as worker:
+        while trial := worker.next():
+            frozen = trial.storage.get_trial(trial._trial_id)
+            study.claim(study.trial_directory(directory, frozen), frozen)
+            trial.set_user_attr(study.OVERRIDES, searched.overrides(trial))
+            trial.report(2.5, 2)
+            trial.should_prune()
+            worker.tell(trial, TrialState.COMPLETE, 2.5)
+    sweep_report.write(record, directory, config_lib.default(), searched)
+    sweep_report.summary(record, directory)
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "journal"])
+def test_nothing_in_a_study_is_unpickled(kind: str, tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    import pickle
+
+    payload = pickle.dumps(Payload())
+    location = None if kind == "sqlite" else f"journal:{tmp_path}/study.journal"
+    record, searched = open_study(tmp_path, location)
+    names = ("cma:optimizer:0", "optimizer", "cma:0", "x")
+    with study.Worker(record, tmp_path, 12) as worker:
+        for number in range(11):
+            trial = worker.next()
+            assert trial is not None
+            searched.overrides(trial)
+            for name in names:
+                identity, storage = trial._trial_id, trial.storage
+                storage.set_trial_system_attr(identity, name, payload.hex())
+                storage.set_trial_user_attr(identity, name, payload.hex())
+                storage.set_study_system_attr(record._study_id, name, payload.hex())
+                storage.set_study_user_attr(record._study_id, name, payload.hex())
+            worker.tell(trial, TrialState.COMPLETE, float(number))
+    for name in ("tpe", "random", "grid", "cmaes"):
+        grid: dict[str, list[Any]] = {
+            "rate": [1e-2, 1e-3],
+            "schedule": ["cosine"],
+            "dropout": [0.0],
+        }
+        record.sampler = study.SeededSampler(name, 0, grid)
+        with study.Worker(record, tmp_path, 99) as worker:
+            trial = worker.next()
+            assert trial is not None
+            searched.overrides(trial)
+            worker.tell(trial, TrialState.PRUNED)
+    use(tmp_path, location)
+    assert not (tmp_path / "ran").exists()
+
+
+# What JSON can hold in the place of anything else.
+STRANGE: list[Any] = [
+    *(None, True, -1, 0, 1, 10**400, 1.5, -0.0, float("nan"), float("inf"), 1e300),
+    *("", "x", "../../outside", "a/../../b", "<script>$\\foo$", "\ud800", "\x1b[2J", [], {}),
+    *([[1, 2], 3], {"data.path": "/etc/passwd"}, {"name": "FloatDistribution"}),
+]
+ATTRIBUTES = [
+    value
+    for name, value in vars(study).items()
+    if name
+    in (
+        *(
+            "_WORKER",
+            "_BEAT",
+            "_RESUMES",
+            "_WORKDIR",
+            "_ORIGIN",
+            "_PLACE",
+            "_DEATHS",
+            "_GIVEN_BACK",
+        ),
+        *("_DROPPED", "REASON", "OVERRIDES", "TEST_LOSS"),
+    )
+]
+
+
+def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """The paths of all values within a record."""
+    yield path
+    keys = range(len(value)) if isinstance(value, list) else value
+    for key in keys if isinstance(value, dict | list) else ():
+        yield from places(value[key], (*path, key))
+
+
+def test_any_value_anywhere_in_a_journal_is_refused_in_one_line_or_read(tmp_path: Path) -> None:
+    """Also those of the attributes: worker, workdir, overrides and so on."""
+    place = tmp_path / "sweep"
+    journal = tmp_path / "study.journal"
+    fill_study(place, f"journal:{journal}")
+    records = [json.loads(line) for line in journal.read_text().splitlines()]
+    chance = random.Random(SEED)
+    cases: list[list[Any]] = []
+    for name in ATTRIBUTES:
+        for value in STRANGE:
+            added = {"op_code": 8, "worker_id": "x", "trial_id": 3, "user_attr": {name: value}}
+            last = max(i for i, r in enumerate(records) if r["op_code"] == 8)
+            cases.append([*records[:last], added, *records[last:]])
+    cases = chance.sample(cases, min(DRAWN, len(cases)))
+    for _ in range(DRAWN):
+        changed = copy.deepcopy(records)
+        number = chance.randrange(len(records))
+        path = chance.choice([p for p in places(changed[number]) if p])
+        part = changed[number]
+        for key in path[:-1]:
+            part = part[key]
+        part[path[-1]] = chance.choice(STRANGE)
+        cases.append(changed)
+    refused = 0
+    for case in cases:
+        shutil.rmtree(place)
+        journal.write_text("".join(json.dumps(record) + "\n" for record in case))
+        try:
+            use(place, f"journal:{journal}")
+        except UserError as error:
+            refused += 1
+            assert len(str(error).splitlines()) == 1
+        assert {path.name for path in tmp_path.iterdir()} == {"sweep", "study.journal"}
+    assert 0 < refused < len(cases)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (study._WORKDIR, "../../outside", r"its workdir is '../../outside'"),
+        (study._WORKDIR, 10**9, "its workdir is 1000000000"),
+        (study._WORKER, f"{os.uname().nodename}/../../outside/x", "its worker is "),
+        (study.OVERRIDES, {"data.path": "/etc/passwd"}, "something else of the parameters of"),
+        (study.OVERRIDES, {"init_from": "/outside"}, "something else of the parameters of"),
+        (study.TEST_LOSS, "<script>", "its test_loss is '<script>'"),
+    ],
+)
+def test_what_no_sweep_writes_into_a_trial_is_named(
+    name: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    location = f"journal:{tmp_path}/study.journal"
+    record = fill_study(tmp_path, location)
+    inner = record._storage._inner  # type: ignore[attr-defined]
+    with study.Worker(record, tmp_path, 9) as worker:
+        trial = worker.next()
+        assert trial is not None
+        inner.set_trial_user_attr(trial._trial_id, name, value)
+    with pytest.raises(UserError, match=message) as caught:
+        use(tmp_path, location)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("params", "distributions"),
+    [
+        ({"rate": 5.0}, {"rate": optuna.distributions.FloatDistribution(1e-3, 10, log=True)}),
+        ({"rate": "a"}, {"rate": optuna.distributions.CategoricalDistribution(["a"])}),
+        ({"else": 1}, {"else": optuna.distributions.IntDistribution(0, 1)}),
+    ],
+)
+def test_only_what_the_space_draws_is_trained(
+    params: dict[str, Any], distributions: dict[str, Any], tmp_path: Path
+) -> None:
+    record, _ = open_study(tmp_path)
+    like = optuna.trial.create_trial(
+        state=TrialState.RUNNING, params=params, distributions=distributions
+    )
+    with study.Worker(record, tmp_path, 1) as worker:
+        worker._add({study._ORIGIN: "0" * 32}, like)
+    with pytest.raises(UserError, match="it does not draw '(rate|else)' = "):
+        open_study(tmp_path)
+
+
+BROKEN: dict[str, Callable[[Path], Any]] = {
+    "no journal": lambda path: path.write_text("a diary\n"),
+    "a diary without an end": lambda path: path.write_text("a diary"),
+    "no JSON": lambda path: path.write_text('{"op_code":\n{"op_code":0}\n'),
+    "no UTF-8": lambda path: path.write_bytes(b'{"op_code":"\xff\xfe"}\n'),
+    "an unknown record": lambda path: path.write_text('{"op_code":99}\n'),
+    "a lack": lambda path: path.write_text('{"op_code":0}\n'),
+    "another type": lambda path: path.write_text('{"op_code":{}}\n'),
+    "depth": lambda path: path.write_text('{"op_code":' + "[" * 100_000 + "\n"),
+    "a pipe": os.mkfifo,
+    "a directory": os.mkdir,
+    "a device": lambda path: path.symlink_to("/dev/null"),
+    "a full device": lambda path: path.symlink_to("/dev/full"),
+}
+
+
+@pytest.mark.parametrize("kind", ["journal", "sqlite"])
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_file_that_is_no_study_gets_one_line(name: str, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "study"
+    BROKEN[name](path)
+    before = path.read_bytes() if path.is_file() else None
+    location = f"journal:{path}" if kind == "journal" else f"sqlite:///{path}"
+    with pytest.raises(UserError, match=r"/study|/dev/") as caught:
+        use(tmp_path / "sweep", location)
+    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 600
+    assert before is None or path.read_bytes() == before
+
+
+def test_what_is_torn_off_a_journal_is_dropped_and_no_link_beside_it_is_waited_for(
+    tmp_path: Path,
+) -> None:
+    journal = tmp_path / "study.journal"
+    fill_study(tmp_path, f"journal:{journal}")
+    whole = journal.read_bytes()
+    # As a full disk leaves it.
+    journal.write_bytes(whole + b'{"op_code":8,"worker_id":"me","trial')
+    (tmp_path / "study.journal.lock").symlink_to(tmp_path / "nowhere")
+    use(tmp_path, f"journal:{journal}")
+    use(tmp_path, f"journal:{journal}")
+    assert journal.read_bytes().startswith(whole)
+    for line in journal.read_text().splitlines():
+        json.loads(line)
+
+
+def test_a_database_deletes_and_runs_nothing(tmp_path: Path) -> None:
+    fill_study(tmp_path)
+    outside, own = tmp_path / "outside.txt", tmp_path / study.DATABASE
+    outside.write_text("precious")
+    saved = own.read_bytes()
+    # A transaction that was not ended, of several databases: SQLite deletes what its journal names.
+    with sqlite3.connect(own, isolation_level=None) as open_one:
+        open_one.execute("pragma cache_size=2")
+        open_one.execute("begin immediate")
+        open_one.execute("create table filler (x)")
+        open_one.execute("insert into filler values (randomblob(200000))")
+        journal, changed = Path(f"{own}-journal").read_bytes(), own.read_bytes()
+        open_one.execute("rollback")
+    open_one.close()
+    name = str(outside).encode()
+    page = struct.pack(">I", 0x40000000 // struct.unpack(">H", saved[16:18])[0] + 1)
+    named = page + name + struct.pack(">II", len(name), sum(name))
+    own.write_bytes(changed)
+    Path(f"{own}-journal").write_bytes(journal + named + bytes.fromhex("d9d505f920a163d7"))
+    with pytest.raises(UserError, match="It names another file"):
+        use(tmp_path)
+    assert outside.read_text() == "precious"
+    Path(f"{own}-journal").unlink()
+    own.write_bytes(saved)
+    endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i FROM n) SELECT i FROM n"
+    with sqlite3.connect(own) as connection:
+        connection.execute(f"CREATE VIEW endless AS {endless}")
+    connection.close()
+    with pytest.raises(UserError, match="It has a view or trigger, 'endless'"):
+        use(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The directory of a sweep with one trial, whose worker is dead, and the worker's name."""
+    directory = tmp_path_factory.mktemp("begun")
+    record, _ = open_study(directory)
+    worker, _ = dead(record, directory, 5)
+    return directory, worker._name
+
+
+def link(path: Path, outside: Path) -> None:
+    path.symlink_to(outside)
+
+
+def pipe(path: Path, outside: Path) -> None:
+    os.mkfifo(path)
+
+
+def folder(path: Path, outside: Path) -> None:
+    path.mkdir()
+
+
+@pytest.mark.parametrize("replace", [link, pipe, folder])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("workers", "trials", "trials/0000", "trials/0000/trial", "trials/0000/output.txt"),
+        *("study.db", "study.db-journal", "study.db-wal", "output.txt"),
+        *("trials.jsonl", "best.py", "report.html", "workers/WORKER"),
+    ],
+)
+def test_nothing_is_written_locked_or_waited_for_outside(
+    name: str,
+    replace: Callable[[Path, Path], None],
+    begun: tuple[Path, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sweep_report, "_draw", lambda *arguments: "")  # It takes a second.
+    directory, outside = tmp_path / "sweep", tmp_path / "outside"
+    shutil.copytree(begun[0], directory)
+    name = name.replace("WORKER", begun[1])
+    path = directory / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    is_directory = name in ("workers", "trials", "trials/0000")
+    outside.mkdir() if is_directory else outside.write_text("theirs")
+    replace(path, outside)
+
+    def run_all() -> None:
+        sweep_report.check_places(directory)
+        use(directory)
+        (directory / "trials" / "0000").mkdir(exist_ok=True)
+        for output in (directory / sweep.OUTPUT, directory / "trials" / "0000" / sweep.OUTPUT):
+            sweep._append(output).close()
+
+    replaced = name in ("trials.jsonl", "best.py", "report.html") and replace is not folder
+    if replaced or name.startswith("workers/") or (is_directory and replace is folder):
+        run_all()
+        # Whether its worker is dead is not looked up elsewhere: its count must stand still.
+        record, _ = open_study(directory)
+        assert len(study.running(record)) == name.startswith("workers")
+    else:
+        with pytest.raises((UserError, OSError)) as caught:
+            run_all()
+        assert str(path) in str(caught.value)
+        if name in ("study.db", "workers", "trials", "trials.jsonl", "best.py", "report.html"):
+            assert not (directory / "trials" / "0000").exists(), "nothing had begun"
+    if is_directory:
+        assert list(outside.iterdir()) == []
+    else:
+        assert outside.read_text() == "theirs"
+
+
+QUOTES = [
+    *('"""; import os; os.mkdir("ran"); """', "line\nos.mkdir('ran')"),
+    *("back\\slash\\", "'\"$(x) "),
+]
+
+
+@pytest.mark.parametrize("name", QUOTES)
+def test_names_stay_names_in_what_a_sweep_writes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    directory = tmp_path / name.replace("/", "|")
+    record = fill_study(directory)
+    _, searched = open_study(directory)
+    experiment = config_lib.default()
+    experiment.data.path = f"/{name}"
+    sweep_report.write(record, directory, experiment, searched)
+    found = runpy.run_path(str(directory / sweep_report.BEST))["get_config"]()
+    assert found.data.path == f"/{name}" and found.optimizer.schedule in ("cosine", "linear")
+    assert not (tmp_path / "ran").exists() and not (directory / "ran").exists()
+    summary = sweep_report.summary(record, directory)
+    offered = shlex.split(summary.partition("Train it: ")[2].partition("\nLet it write")[0])
+    best = min(rows(directory), key=lambda row: row["validation_loss"] or 9e9)["trial"]
+    assert offered == [
+        *("python", "-m", "lstm_jax.main", "--config", str(directory / "best.py")),
+        *("--workdir", str(directory / f"best-{best:04}")),
+    ]
+
+
+class _Tags(html.parser.HTMLParser):
+    """The names of all elements, and where links lead."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.links: set[str] = set()
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.add(tag)
+        self.links |= {value or "" for name, value in attrs if name == "href"}
+        assert not [name for name, _ in attrs if name.startswith("on")]
+
+
+def test_the_report_shows_names_as_they_are_and_runs_nothing(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>$\\foo$ <img src=x onerror=y>'\""
+    searched = space.Space(
+        evil,
+        lambda trial: {
+            "optimizer.learning_rate": trial.suggest_float(evil, 1e-3, 1e-1, log=True),
+            "optimizer.schedule": trial.suggest_categorical(f"{evil}2", ["cosine", "linear"]),
+        },
+    )
+    record = study.open_study(
+        *(tmp_path, None, evil, config_lib.default(), [evil, f"{evil}2"]),
+        *(study.SeededSampler("random", 0), study.make_pruner("none", 9)),
+    )
+    with study.Worker(record, tmp_path, 6) as worker:
+        for number in range(6):
+            trial = worker.next()
+            assert trial is not None
+            trial.set_user_attr(study.OVERRIDES, searched.overrides(trial))
+            ending = (TrialState.PRUNED, None, evil) if number == 5 else (TrialState.COMPLETE, 2.0)
+            worker.tell(trial, *ending)
+    sweep_report.write(record, tmp_path, config_lib.default(), searched)
+    page = (tmp_path / sweep_report.PAGE).read_text()
+    tags = _Tags(page)
+    assert "svg" in tags.names and not tags.names & {"script", "img", "iframe", "object", "link"}
+    assert all(target[0] == "#" or target.startswith("trials/") for target in tags.links)
+    assert "content=\"default-src 'none'; style-src 'unsafe-inline'\"" in page
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sys\nsys.exit(5)",
+        "import sys\ndef get_overrides(trial):\n    sys.exit(5)",
+    ],
+)
+def test_a_space_that_exits_gets_one_line(
+    code: str, text_file: Path, tmp_path: Path, run: Run
+) -> None:
+    (tmp_path / "space.py").write_text(code)
+    errors = refusal(run(arguments(text_file, tmp_path / "sweep", tmp_path / "space.py")))
+    assert "it calls sys.exit(5)" in errors
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "postgresql://u:p4ss w0rd@[::1/x",
+        "postgresql://u:p4ss@w0rd@127.0.0.1:1/db",
+        "postgresql://u:p4ss@[w0rd",
+        "postgresql://127.0.0.1/db?password=p4ss&sslpassword=w0rd",
+        "postgresql//u:p4ss w0rd@host/db",
+        "postgresql:u:p4ss:w0rd@host/db",
+        "p4ss w0rd",
+    ],
+)
+def test_no_message_shows_a_password(
+    location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(url: sqlalchemy.URL, **settings: Any) -> None:
+        # What drivers say: all that they were given, one way or another.
+        shown = url.render_as_string(hide_password=False)
+        raise sqlalchemy.exc.OperationalError("SELECT", {}, Exception(f"no host {shown} is there"))
+
+    monkeypatch.setattr(sqlalchemy, "create_engine", fail)
+    with pytest.raises(UserError) as caught:
+        open_study(tmp_path, location)
+    assert len(str(caught.value).splitlines()) == 1
+    assert "p4ss" not in str(caught.value) and "w0rd" not in str(caught.value)
+
+
+def test_seeds_have_no_best_one(tmp_path: Path) -> None:
+    searched = space.of_seeds(0, 3)
+    record = study.open_study(
+        *(tmp_path, None, "seeds", config_lib.default(), ["seed"]),
+        *(study.SeededSampler("grid", 0, searched.grid()), study.make_pruner("none", 9)),
+    )
+    with study.Worker(record, tmp_path, 3) as worker:
+        while trial := worker.next():
+            trial.set_user_attr(study.OVERRIDES, searched.overrides(trial))
+            worker.tell(trial, TrialState.COMPLETE, 2.0)
+    sweep_report.write(record, tmp_path, config_lib.default(), searched)
+    assert not (tmp_path / sweep_report.BEST).exists()
+    written = sweep_report.summary(record, tmp_path) + (tmp_path / sweep_report.PAGE).read_text()
+    assert "of 3 seeds" in written and "best.py" not in written
+
+
+def stopped(result: tuple[int, str, str]) -> bool:
+    """Whether a command met a full disk, and told that in one line and nothing else but trials."""
+    code, _, errors = result
+    assert code in (0, 2) and " failed" not in errors and errors.count("error: ") == (code == 2)
+    assert code == 0 or "No space left" in errors.splitlines()[-1], errors
+    return code == 2
+
+
+def test_a_full_disk_costs_a_sweep_no_trial(
+    swept: Path, text_file: Path, space_file: Path, tmp_path: Path, run: Run
+) -> None:
+    with disks.mounted(tmp_path / "disk", "-o", "size=300k") as disk:
+        given = arguments(text_file, disk / "sweep", space_file)
+        results = [stopped(run(given))]
+        for size in ("400k", "800k", "1200k", "64m"):
+            disks.resize(disk, size)
+            results.append(stopped(run(given)))
+        found = rows(disk / "sweep")
+    assert results[0] and results[1] and not results[-1]
+    for row, expected in zip(found, rows(swept), strict=True):
+        for field in ("state", "overrides", "losses_by_epoch"):
+            assert row[field] == expected[field]
+    assert [row["state"] for row in found] == ["complete"] * 4
+
+
+def test_a_full_disk_loses_no_member_of_a_population(
+    text_file: Path, space_file: Path, tmp_path: Path, run: Run
+) -> None:
+    with disks.mounted(tmp_path / "disk", "-o", "size=500k") as disk:
+        given = arguments(text_file, disk / "sweep", space_file, "--population=4")
+        assert stopped(run(given))
+        disks.resize(disk, "64m")
+        assert not stopped(run(given))
+        assert [row["state"] for row in rows(disk / "sweep")] == ["complete"] * 4
+
+
+def test_a_full_disk_under_the_study_loses_no_trial(tmp_path: Path) -> None:
+    """Where not even that a trial was given back can be written, its worker is taken for dead."""
+    place, failures = tmp_path / "sweep", 0
+    with disks.mounted(tmp_path / "disk", "-o", "size=8m") as disk:
+        location = f"journal:{disk}/study.journal"
+        fill_study(place, location, trials=1)
+        filler = disks.fill(disk)
+        while True:
+            try:
+                use(place, location)
+                break
+            except UnavailableError as error:
+                failures += 1
+                assert "No space left" in str(error)
+                assert len(str(error).splitlines()) == 1
+                os.truncate(filler, filler.stat().st_size - 4096)
+        record, _ = open_study(place, location)
+        ended = [trial.state for trial in study.finished(record)]
+    assert failures >= 2 and ended == [TrialState.COMPLETE] * 5
