@@ -165,8 +165,11 @@ def draw(logits: jax.Array, uniform: jax.Array) -> jax.Array:
         never drawn.
       uniform: float32 [batch].
     """
-    cumulated = jnp.cumsum(jnp.exp(logits), axis=-1)
-    return jnp.argmax(cumulated > uniform[:, None] * cumulated[:, -1:], axis=-1).astype(jnp.int32)
+    probabilities = jnp.exp(logits)
+    # A parallel sum is not monotonic: it may pass a number where the probability is zero.
+    cumulated = jnp.where(probabilities > 0, jnp.cumsum(probabilities, axis=-1), 0)
+    passed = cumulated > uniform[:, None] * cumulated.max(axis=-1, keepdims=True)
+    return jnp.argmax(passed, axis=-1).astype(jnp.int32)
 
 
 def write_chunks(

@@ -196,3 +196,27 @@ def test_a_bfloat16_model_writes(num_samples: int) -> None:
     prompts = np.full((num_samples, 3), 4, np.int32)
     ids = generation.generate(model, PARAMS, prompts, jax.random.key(0), GREEDY, length=5)
     assert ids.shape == (num_samples, 5)
+
+
+@pytest.mark.parametrize("size", [130, 1000, 7552])
+def test_what_has_no_probability_is_never_drawn(size: int) -> None:
+    # A parallel sum in float32 is not monotonic: it can pass a number at a token of probability
+    # zero. For each row and each place at which its sum steps up without a probability, a number
+    # that falls on it, of those that jax.random.uniform can give.
+    draw = np.random.default_rng(size)
+    rows = draw.normal(0, 3, (40, size)).astype(np.float32)
+    rows[draw.random(rows.shape) < 0.5] = -np.inf
+    rows -= rows.max(axis=1, keepdims=True)
+    cumulated = np.asarray(jnp.cumsum(jnp.exp(rows), axis=-1))
+    numbers = [0.0, 1 - 2.0**-23]
+    for row, sums in zip(rows, cumulated, strict=True):
+        up = np.flatnonzero((np.diff(sums) > 0) & np.isneginf(row[1:])) + 1
+        shares = np.concatenate([sums[up - 1], sums[up]]) / sums[-1]
+        near = np.floor(shares * 2.0**23)[:, None] + np.arange(-2, 3)
+        numbers += [*(near.ravel() / 2.0**23).tolist()]
+    uniform = np.unique(np.clip(numbers, 0, 1 - 2.0**-23)).astype(np.float32)[:3000]
+    for row in rows:
+        drawn = np.asarray(
+            generation.draw(jnp.broadcast_to(row, (len(uniform), size)), jnp.asarray(uniform))
+        )
+        assert np.isfinite(row[drawn]).all()
