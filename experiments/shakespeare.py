@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     config.model.embedding_size = 256
     config.model.hidden_size = 1024
     config.model.num_layers = 1
+    config.model.initial_bias = "zeros"
 
     config.optimizer.learning_rate = 1e-4
     config.num_epochs = 20

@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lstm_jax import cells, recurrence, vocabulary
+from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.errors import UserError
 
@@ -63,6 +64,10 @@ def default() -> ConfigDict:
     config.batches.batch_size = 64
     # Tokens that one training step reads of each window or stream.
     config.batches.window_length = 100
+    # In streams: the chance that a step begins with a zero carry, for each stream by itself. A
+    # model that hardly ever sees that state in training can fail to recover from it, and every
+    # evaluation and every sample begins with it.
+    config.batches.reset_probability = 0.02
 
     config.model = ConfigDict()
     config.model.embedding_size = 256
@@ -78,6 +83,9 @@ def default() -> ConfigDict:
     config.model.tie_embeddings = False
     # What fresh kernels and embeddings are multiplied by.
     config.model.initial_scale = 1.0
+    # What the output bias begins as: "frequencies" (the logarithm of each token's share of the
+    # training text, so that nothing has to be learned before that is predicted) or "zeros".
+    config.model.initial_bias = "frequencies"
     # How the layers run over time: "scan" (the readable reference), "fused" (the same with a
     # backward pass of its own), "cudnn" (GPU, float32) or "auto" (the fastest). It can be changed
     # at any time.
@@ -174,6 +182,7 @@ def check(config: ConfigDict) -> None:
         (batches.kind in ("windows", "streams"), "batches.kind", "'windows' or 'streams'"),
         (0 < batches.batch_size <= _LARGEST, "batches.batch_size", f"from 1 to {_LARGEST:,}"),
         (0 < batches.window_length <= _LARGEST, "batches.window_length", f"from 1 to {_LARGEST:,}"),
+        (0 <= batches.reset_probability < 1, "batches.reset_probability", "0 or more, and below 1"),
         (0 < model.embedding_size <= _LARGEST, "model.embedding_size", f"from 1 to {_LARGEST:,}"),
         (0 < model.hidden_size <= _LARGEST, "model.hidden_size", f"from 1 to {_LARGEST:,}"),
         (0 < model.num_layers <= 100, "model.num_layers", "from 1 to 100"),
@@ -187,6 +196,11 @@ def check(config: ConfigDict) -> None:
         (model.dtype in ("float32", "bfloat16"), "model.dtype", "'float32' or 'bfloat16'"),
         (0 <= model.rematerialize <= _LARGEST, "model.rematerialize", f"from 0 to {_LARGEST:,}"),
         (0 < model.initial_scale <= 1000, "model.initial_scale", "above 0, up to 1000"),
+        (
+            model.initial_bias in model_lib.INITIAL_BIASES,
+            "model.initial_bias",
+            f"one of {', '.join(model_lib.INITIAL_BIASES)}",
+        ),
         (0 < optimizer.learning_rate <= 1e38, "optimizer.learning_rate", "above 0, up to 1e38"),
         (0 <= optimizer.warmup_steps < 2**31, "optimizer.warmup_steps", "0 or more, below 2**31"),
         (
@@ -293,8 +307,16 @@ def unknown_field(field: str) -> str | None:
     known = dict(flatten(default()))
     if field in known:
         return None
-    near = difflib.get_close_matches(field, known, n=1)
-    return f"there is no field config.{field}" + (f": did you mean {near[0]}?" if near else "")
+    section, _, name = field.rpartition(".")
+    others = {other.rpartition(".")[2]: other for other in known if section + "." in other}
+    if near := difflib.get_close_matches(name, others, n=1):
+        hint = f": did you mean {others[near[0]]}?"
+    elif section and others:
+        hint = f": there are {', '.join(others.values())}"
+    else:
+        near = difflib.get_close_matches(field, known, n=1)
+        hint = f": did you mean {near[0]}?" if near else ""
+    return f"there is no field config.{field}{hint}"
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:

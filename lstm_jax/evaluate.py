@@ -8,9 +8,10 @@ if __name__ == "__main__":
 import functools
 import json
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,12 @@ LONGEST_IN_ONE = 2**20
 _STREAMS, _STREAMS_CHUNK = 64, 64
 # Tokens that a stream reads uncounted before its own, which end the stream before it.
 _WARM_UP = 1024
+
+# Tokens that are read from each place of `zero_state`, and before it; and places of a command.
+_PLACE_LENGTH = 512
+PLACES = 256
+# Nats per token that losses of one model hardly ever differ by.
+_FAR = 0.7
 
 # Softmax temperatures among which the best is looked for.
 _TEMPERATURES = np.linspace(0.7, 1.5, 81)
@@ -132,6 +139,111 @@ def fit_temperature(
     return float(_TEMPERATURES[losses.argmin()])
 
 
+class ZeroState(NamedTuple):
+    """Losses of a model that begins to read in the middle of a text, in nats per token.
+
+    Each is the mean over the tokens that follow a place of the text, read from a zero carry.
+
+    Attributes:
+      mean: over all places.
+      worst: the greatest.
+      excess: by how much the loss is greater than that of the same tokens read with as many before
+        them, at the place where that is most.
+    """
+
+    mean: float
+    worst: float
+    excess: float
+
+    def describe(self, name: str) -> str:
+        """Return it in words, for a split of this name."""
+        return (
+            f"From a zero state within the {name} text: {self.mean:.4f} nats per token, "
+            f"{self.worst:.4f} at the worst place; at most {self.excess:+.4f} against reading what "
+            "stands before"
+        )
+
+
+def zero_state(
+    model: model_lib.LanguageModel, params: model_lib.Params, ids: texts.Ids, places: int
+) -> ZeroState:
+    """Measure how well a model recovers from the zero carry, with which every sample begins.
+
+    Training on streams hardly ever sees that state, and a model may end up in a state that nothing
+    leads out of. The mean loss over a text, read once from its start, does not show it.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      ids: the text, int32 [n], n at least 4.
+      places: how many, evenly spread over the text.
+    """
+    length = min(_PLACE_LENGTH, (len(ids) - 1) // 3)
+    chunk = min(_STREAMS_CHUNK, length)
+    length -= length % chunk
+    starts = np.unique(np.linspace(length, len(ids) - 1 - length, places).astype(int))
+    windows = np.stack([ids[start - length : start + length + 1] for start in starts])
+
+    def read(begin: int, carry: model_lib.Carry) -> tuple[np.ndarray, model_lib.Carry]:
+        total = np.zeros(len(starts))
+        for at in range(begin, begin + length, chunk):
+            part = windows[:, at : at + chunk + 1]
+            losses, carry = _read_rows(model, params, part[:, :-1], part[:, 1:], carry)
+            total += np.asarray(losses, np.float64)
+        return total / length, carry
+
+    zero = model.initial_carry(len(starts))
+    cold, _ = read(length, zero)
+    _, carry = read(0, zero)
+    warm, _ = read(length, carry)
+    return ZeroState(float(cold.mean()), float(cold.max()), float((cold - warm).max()))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _read_rows(
+    model: model_lib.LanguageModel,
+    params: model_lib.Params,
+    inputs: jax.Array,
+    targets: jax.Array,
+    carry: model_lib.Carry,
+) -> tuple[jax.Array, model_lib.Carry]:
+    """Summed losses (nats) of the targets [batch, time] of each row, and the carry."""
+    logits, carry = model_lib.apply(model, params, inputs, carry)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return losses.sum(axis=1), carry
+
+
+def suspicion(
+    losses: Mapping[str, float], vocabulary_size: int, zero: ZeroState | None = None
+) -> str | None:
+    """Return what is odd about the losses of a trained model, None if nothing is.
+
+    Args:
+      losses: nats per token, by split; those of validation and test are of one model.
+      vocabulary_size: of the model.
+      zero: from `zero_state`.
+    """
+    guessing = math.log(vocabulary_size)
+    for name, loss in losses.items():
+        if loss > guessing:
+            return (
+                f"the {name} loss, {loss:.3f} nats per token, is worse than guessing among the "
+                f"{vocabulary_size:,} tokens ({guessing:.3f})"
+            )
+    validation, test = losses.get("validation"), losses.get("test")
+    if validation is not None and test is not None and abs(test - validation) > _FAR:
+        return (
+            f"the test loss, {test:.3f} nats per token, is far from the validation loss, "
+            f"{validation:.3f}: either the texts differ, or the model fails on one of them"
+        )
+    if zero is not None and zero.excess > _FAR:
+        return (
+            f"from a zero state the model loses up to {zero.excess:.3f} nats per token more than "
+            "with what stands before: raise batches.reset_probability"
+        )
+    return None
+
+
 def perplexity(loss: float) -> float:
     """The exponential of a loss in nats per token; infinite where that is beyond a float."""
     return math.exp(loss) if loss < 700 else math.inf
@@ -224,6 +336,13 @@ def main() -> None:
         "tokens": len(ids) - 1,
         "step": trained.step,
     }
+    odd = {names[0]: loss} if len(names) == 1 else {}
+    zero = None
+    if values.zero_state:
+        zero = zero_state(trained.model, trained.params, ids, PLACES)
+        result["zero_state"] = zero._asdict()
+    if warning := suspicion(odd, len(trained.vocabulary), zero):
+        print(f"warning: {warning}", file=sys.stderr)
     # JSON has no word for infinity.
     print(json.dumps({name: None if v == math.inf else v for name, v in result.items()}))
 
@@ -246,6 +365,11 @@ def _define_flags() -> None:
         "dynamic",
         False,
         "Dynamic evaluation: the model goes on learning from the text, after predicting it.",
+    )
+    flags.DEFINE_bool(
+        "zero_state",
+        False,
+        f"Also measure {PLACES} places of the split, each read from a zero state.",
     )
     default = dynamic.Settings()
     flags.DEFINE_float(

@@ -251,6 +251,7 @@ def _open(
         jax.random.key(config.seed),
         config.batches.batch_size,
         averaged=config.optimizer.average_decay > 0,
+        counts=texts.count_tokens(ids, len(vocabulary)),
     )
     saved_in = directory / workdir.CHECKPOINTS
     restored = checkpoints.restore_latest(saved_in, state.evaluated, state.rest, iterator)

@@ -12,6 +12,8 @@ from lstm_jax.vocabulary import UNKNOWN_ID, Costs, Vocabulary, spelled_bytes, st
 
 # A run's text is read into memory again up to so many bytes, whatever the run says.
 _LARGEST_IN_MEMORY = 16 * 10**6
+# Ids that are counted at a time.
+_PIECE = 2**22
 
 
 class Ids(Protocol):
@@ -161,7 +163,11 @@ def read_again(
                 "if it is not in TFDS's own directory"
             )
         return _splits(data, None).texts
-    if prepared.size(data) <= _LARGEST_IN_MEMORY:
+    try:
+        size = prepared.size(data)
+    except UserError as error:  # Here the path comes from the run, or from a flag.
+        raise UserError(str(error).replace("in data.path", "with --data_path")) from None
+    if size <= _LARGEST_IN_MEMORY:
         return _splits(data, None).texts
     found = prepared.find(data)
     if not found:
@@ -174,6 +180,14 @@ def read_again(
             f"{data.prepared}"
         )
     return _splits(data, found).texts
+
+
+def count_tokens(ids: Ids, vocabulary_size: int) -> np.ndarray:
+    """Return how often each token stands in a text: int64 [vocabulary_size]."""
+    counts = np.zeros(vocabulary_size, np.int64)
+    for start in range(0, len(ids), _PIECE):
+        counts += np.bincount(ids[start : start + _PIECE], minlength=vocabulary_size)
+    return counts
 
 
 class Joined:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -67,6 +68,7 @@ _CHANGEABLE = (
     "optimizer.max_gradient_norm",
     "optimizer.momentum",
     "optimizer.weight_decay",
+    "batches.reset_probability",
     # What keeps it from learning by heart.
     "regularization.embedding_dropout",
     "regularization.input_dropout",
@@ -81,6 +83,9 @@ _CHANGEABLE = (
     "data.memory_megabytes",
     "data.prepared",
 )
+
+# Of the validation text, read from a zero state at the end.
+_PLACES = 64
 
 # Options of glibc's mallopt, from its malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -114,7 +119,7 @@ class _Stopped(BaseException):
 
 
 class _StopRequest:
-    """Turns Ctrl-C (or SIGTERM) within its block into a request; a second Ctrl-C ends all.
+    """Turns Ctrl-C (or SIGTERM) within its block into a request; more of them change nothing.
 
     Attributes:
       exit_code: None until a signal came, then what the command is to exit with.
@@ -124,7 +129,10 @@ class _StopRequest:
     _at_once = False
 
     def __enter__(self) -> "_StopRequest":
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        # Python gives signals to the main thread only, and lets only that set handlers.
+        in_main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *unused: object) -> None:
@@ -157,8 +165,6 @@ class _StopRequest:
             self.exit_code = 128 + number
             if self._at_once:
                 raise _Stopped
-        elif number == signal.SIGINT:
-            raise KeyboardInterrupt
 
 
 class _Pacer:
@@ -193,26 +199,27 @@ def _ignore(row: Mapping[str, Any]) -> None:
 
 def train(
     config: ConfigDict,
-    directory: Path,
+    directory: Path | str,
     watch: Callable[[Mapping[str, Any]], object] = _ignore,
 ) -> int:
     """Trains the model that `config` describes, or goes on where the run in `directory` stopped.
 
     Args:
-      config: a complete config (`config.complete`).
+      config: a config, which is completed and checked (`config.complete`).
       directory: the working directory, which all processes see.
-      watch: called with each training or validation loss after it was recorded, as it stands in
-        metrics.jsonl: for example to draw it in a notebook. What it raises ends the run there, from
-        where it can go on.
+      watch: called with each loss after it was recorded, as a row of metrics.jsonl without its
+        checksum: for example to draw it in a notebook. What it raises ends the run there, from
+        where it can continue.
 
     Returns:
       The exit code: 0, or 130 after Ctrl-C (143 after SIGTERM) with everything saved.
 
     Raises:
-      UserError: for a text that can't be had or is too short; for a working directory that holds
-        another run or a damaged one, is in use, or can't be written; for numbers that are no
-        longer finite.
+      UserError: for a config that is none; for a text that can't be had or is too short; for a
+        working directory that holds another run or a damaged one, is in use, or can't be written;
+        for numbers that are no longer finite.
     """
+    config, directory = config_lib.complete(config), Path(directory)
     parallel.use_cores(config)
     check_recurrence(config)
     mesh = parallel.make_mesh(config)
@@ -285,6 +292,7 @@ def _train(
         averaged=config.optimizer.average_decay > 0,
         trained=trained.params if trained else None,
         mesh=mesh,
+        counts=texts.count_tokens(ids["train"], len(vocabulary)),
     )
     restored = checkpoints_lib.restore_latest(saved_in, state.evaluated, state.rest, iterator)
     if restored is None and (directory / workdir.METRICS).exists():
@@ -410,15 +418,21 @@ def _compare(
         for field, value in config_lib.flatten(config)
         if field.startswith(only) and value != old[field]
     }
-    refused = [
-        f"{field} was {was!r} and is {value!r}"
-        for field, (was, value) in changes.items()
-        if field not in _CHANGEABLE
-    ]
-    if refused:
-        remedy = "take its own" if only else "go on with its own, or name another --workdir"
+    refused = {f: values for f, values in changes.items() if f not in _CHANGEABLE}
+    if "data.sha256" in refused:
+        text = before.data.path or f"the dataset {before.data.dataset}"
         raise UserError(
-            f"{directory} holds a run with another config ({'; '.join(refused)}): {remedy}"
+            f"{directory} holds a run that was trained on another text ({text}): bring that back, "
+            "or name another --workdir"
+        )
+    if refused and only:
+        own = " ".join(f"--config.{field}={was!r}" for field, (was, _) in refused.items())
+        raise UserError(f"the model in {directory} has other sizes: add {own}")
+    if refused:
+        listed = "; ".join(f"{f} was {was!r} and is {now!r}" for f, (was, now) in refused.items())
+        raise UserError(
+            f"{directory} holds a run with another config ({listed}): continue with its own, or "
+            "name another --workdir"
         )
     return changes
 
@@ -486,6 +500,11 @@ class _Run(NamedTuple):
         places = batches.order(len(ids), fields, self.config.seed)[step - 1]
         return batches.cut(ids, places, fields.window_length)
 
+    def row(self, step: int, split: str, loss: float, **extra: float) -> dict[str, Any]:
+        """A row of metrics.jsonl."""
+        epoch = round(step / self.steps_per_epoch, 6)
+        return {"step": step, "epoch": epoch, "split": split, "loss": loss, **extra}
+
     def plot(self) -> None:
         """Draws the curves of what was measured so far."""
         rows = metrics.read(self.directory / workdir.METRICS)
@@ -539,10 +558,9 @@ def _loop(
                         loss = float(state.loss_sum) / loss_steps
                         speed = run.tokens_per_step * progress.steps_per_second(step)
                         progress.update(step, loss, speed)
-                        epoch = step / run.steps_per_epoch
-                        row: dict[str, Any] = dict(step=step, epoch=epoch, split="train", loss=loss)
+                        row = run.row(step, "train", loss, tokens_per_second=round(speed))
                         if writer:
-                            writer.write(**row, tokens_per_second=round(speed))
+                            writer.write(**row)
                         run.watch(row)
                     state = state._replace(
                         loss_sum=_zero(state.loss_sum), loss_steps=_zero(state.loss_steps)
@@ -623,7 +641,7 @@ def _validate(
         text = _sample(run, params, jax.random.fold_in(key, step))
     if writer is None:
         return
-    row: dict[str, Any] = {"step": step, "epoch": epoch, "split": "validation", "loss": loss}
+    row = run.row(step, "validation", loss)
     writer.write(**row)
     sample = f"=== step {step}, temperature {config.sample.temperature}\n{text}\n\n"
     with files.open_append(run.directory / workdir.SAMPLES) as file:
@@ -634,6 +652,8 @@ def _validate(
     name = f"epoch {epoch} of {config.num_epochs}" if step else "untrained"
     described = evaluate.describe(loss, run.vocabulary, run.texts["validation"])
     show(f"\n=== {name}: validation loss {described}\n{text}\n")
+    if step and (warning := evaluate.suspicion({"validation": loss}, len(run.vocabulary))):
+        show(f"warning: {warning}\n")
     run.watch(row)
 
 
@@ -661,18 +681,28 @@ def _finish(run: _Run) -> None:
         return
     if not measured:
         latest = checkpoints_lib.steps(run.directory / workdir.CHECKPOINTS)[-1]
+        row = run.row(step, "test", loss)
         with metrics.MetricsWriter(path, latest) as writer:
-            writer.write(step, step / run.steps_per_epoch, "test", loss)
+            writer.write(**row)
         run.plot()
+        run.watch(row)
     described = evaluate.describe(loss, run.vocabulary, run.texts["test"])
+    zero = evaluate.zero_state(run.model, params, run.ids["validation"], _PLACES)
     text = _sample(run, params, jax.random.key(run.config.seed))
     print(
         f"\n{text}\n\n"
         f"Test loss of step {step}, the best by validation loss: {described}\n"
+        f"{zero.describe('validation')}\n"
         f"Everything is in {run.directory}: {workdir.CHECKPOINTS}/, {workdir.METRICS}, "
         f"{workdir.SAMPLES}, {workdir.CURVES}, TensorBoard events\n"
         f"Let it write: python -m lstm_jax.sample --workdir {run.directory}"
     )
+    losses = {"test": loss}
+    best = checkpoints_lib.validation_loss(run.directory / workdir.CHECKPOINTS, step)
+    if best is not None:
+        losses["validation"] = best
+    if warning := evaluate.suspicion(losses, len(run.vocabulary), zero):
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _sample(run: _Run, params: model_lib.Params, key: jax.Array) -> str:
@@ -687,3 +717,8 @@ def _sample(run: _Run, params: model_lib.Params, key: jax.Array) -> str:
         stop_token=False,
     )
     return printable(text)
+
+
+if __name__ == "__main__":
+    print("error: train with python -m lstm_jax.main --config FILE", file=sys.stderr)
+    sys.exit(2)

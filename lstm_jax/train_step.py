@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -80,6 +81,7 @@ def init_state(
     averaged: bool = False,
     trained: model_lib.Params | None = None,
     mesh: Mesh | None = None,
+    counts: np.ndarray | None = None,
 ) -> TrainState:
     """The state before the first step.
 
@@ -92,9 +94,10 @@ def init_state(
       trained: parameters to start from, of the same model with the same vocabulary or the first
         part of it; the rows of new units start fresh.
       mesh: where the state is made; None: on one device, from where `place` can move it.
+      counts: of the tokens in the training text, see `model.init`.
     """
     init_key, key = jax.random.split(key)
-    params = model_lib.init(model, init_key)
+    params = model_lib.init(model, init_key, counts)
     if trained is not None:
         params = jax.tree.map(
             lambda new, old: new.at[tuple(map(slice, old.shape))].set(old), params, trained
@@ -161,8 +164,8 @@ def make_step(
     Args:
       model: the model.
       optimizer: from `optimizer.make`.
-      config: read are `regularization`, `optimizer.microbatches` and `optimizer.average_decay`. All
-        but the microbatches may be arrays.
+      config: read are `regularization`, `optimizer.microbatches`, `optimizer.average_decay` and
+        `batches.reset_probability`. The rates and the decay may be arrays.
       mesh: from `parallel.make_mesh`; None where the step is part of a program for one device.
     """
     rates, decay = config.regularization, config.optimizer.average_decay
@@ -217,7 +220,13 @@ def make_step(
         return parallel.mean(means, (specs, parallel.EVERYWHERE)), carry
 
     def train_step(state: TrainState, batch: batches.Batch) -> TrainState:
-        carry = jax.tree.map(lambda x: jnp.where(batch.starts, 0, x), state.carry)
+        starts = jnp.broadcast_to(batch.starts, len(batch.inputs))
+        chance = config.batches.reset_probability
+        if chance and config.batches.kind == "streams":
+            # By a key of its own, so that masks are the same whether or not streams are reset.
+            reset_key = jax.random.fold_in(state.key, state.step)
+            starts |= jax.random.bernoulli(reset_key, chance, starts.shape)
+        carry = jax.tree.map(lambda x: jnp.where(starts[:, None], 0, x), state.carry)
         key, masks, parameter_key = state.key, None, None
         if regularization.is_random(rates):
             key, mask_key, parameter_key = jax.random.split(state.key, 3)

@@ -39,7 +39,8 @@ def load_config(workdir: Path) -> ConfigDict:
     if not (workdir / CONFIG).exists():
         raise UserError(
             f"there is no trained model in {workdir} (no {CONFIG}): name the --workdir of a "
-            f"training run, or train one with python -m lstm_jax.main --workdir {workdir}"
+            f"training run, or train one with python -m lstm_jax.main --config "
+            f"experiments/quick.py --workdir {workdir}"
         )
     try:
         fields = files.read_json(workdir / CONFIG, _CONFIG_LIMIT)
@@ -85,12 +86,13 @@ class Trained(NamedTuple):
     step: int
 
 
-def load(workdir: Path) -> Trained:
+def load(workdir: Path | str) -> Trained:
     """The trained model in `workdir`: the best checkpoint by validation loss, else the latest.
 
     Raises:
       UserError: if there is none.
     """
+    workdir = Path(workdir)
     config = load_config(workdir)
     vocabulary = load_vocabulary(workdir)
     config.model.recurrence = "auto"  # The run's own may need another kind of device.

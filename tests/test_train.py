@@ -1,10 +1,13 @@
 import contextlib
 import json
 import platform
+import random
 import shutil
 import signal
+import string
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import runs
-from lstm_jax import batches, checkpoints, evaluate, metrics, train, workdir
+from lstm_jax import batches, checkpoints, evaluate, metrics, texts, train, workdir
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
@@ -120,9 +123,9 @@ def test_who_watches_is_told_of_each_loss_once_it_can_be_read(
         seen.append(row["loss"])
 
     assert train.train(tiny_config, tmp_path, watch) == 0
-    *watched, test = runs.losses(tmp_path)
+    *_, test = runs.losses(tmp_path)
     assert test[1] == "test"
-    assert seen == [loss for *_, loss in watched]
+    assert seen == [loss for *_, loss in runs.losses(tmp_path)]
 
 
 def test_another_model_or_text_in_the_same_directory_is_refused(
@@ -135,7 +138,7 @@ def test_another_model_or_text_in_the_same_directory_is_refused(
     other = tmp_path / "other.txt"
     other.write_text(Path(tiny_config.data.path).read_text() + ".")
     tiny_config.data.path = str(other)
-    with pytest.raises(UserError, match="data.sha256 was"):
+    with pytest.raises(UserError, match="was trained on another text .*name another --workdir"):
         train.train(tiny_config, trained)
 
 
@@ -227,6 +230,90 @@ def test_numbers_that_explode_stop_the_run_and_a_lower_learning_rate_goes_on(
             "optimizer.max_gradient_norm": [0.0, 1.0],
         },
     }
+
+
+def test_training_from_python_is_checked_silent_of_signals_and_tells_every_row(
+    tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    told: list[Mapping[str, Any]] = []
+    ended: list[int] = []
+    # Anywhere but in the main thread, where Python lets nobody answer signals.
+    thread = threading.Thread(
+        target=lambda: ended.append(train.train(tiny_config, str(tmp_path), told.append))
+    )
+    thread.start()
+    thread.join()
+    assert ended == [0]
+    rows = metrics.read(tmp_path / workdir.METRICS)
+    assert [dict(row) for row in told] == [
+        {name: value for name, value in row.items() if name != "crc"} for row in rows
+    ]
+    assert {row["split"] for row in told} == {"train", "validation", "test"}
+    assert all("tokens_per_second" in row for row in told if row["split"] == "train")
+    assert workdir.load(str(tmp_path)).step == 140
+
+    tiny_config.optimizer.learning_rate = -1.0
+    with pytest.raises(UserError, match="optimizer.learning_rate is -1.0"):
+        train.train(tiny_config, tmp_path / "other")
+    with pytest.raises(UserError, match="no field config.model.hiden_size"):
+        train.train(ConfigDict({"model": {"hiden_size": 3}}), tmp_path / "other")
+
+
+def test_a_model_begins_with_the_frequencies_of_its_tokens(
+    tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    tiny_config.num_epochs = 1
+    text = Path(tiny_config.data.path).read_text(encoding="utf-8")
+    first: dict[str, float] = {}
+    for kind in ("frequencies", "zeros"):
+        tiny_config.model.initial_bias = kind
+        train.train(tiny_config, tmp_path / kind)
+        rows = metrics.read(tmp_path / kind / workdir.METRICS)
+        first[kind] = next(row["loss"] for row in rows if row["split"] == "validation")
+    vocabulary = workdir.load_vocabulary(tmp_path / "zeros")
+    counts = np.bincount(vocabulary.encode(text[:18_000]), minlength=len(vocabulary)) + 1
+    shares = counts / counts.sum()
+    unigram = -np.log(shares[vocabulary.encode(text[18_000:19_000])[1:]]).mean()
+    assert first["frequencies"] == pytest.approx(unigram, abs=0.02)
+    assert first["zeros"] == pytest.approx(np.log(len(vocabulary)), abs=0.02)
+
+
+def text_of_two_scripts(length: int) -> str:
+    """Paragraphs of random words, each paragraph in Latin or in Japanese letters."""
+    draw = random.Random(0)
+    letters = string.ascii_lowercase, "".join(map(chr, range(0x3042, 0x3094)))
+    scripts = [
+        ["".join(draw.choices(each, k=draw.randint(2, 6))) for _ in range(150)] for each in letters
+    ]
+    text = ""
+    while len(text) < length:
+        text += " ".join(draw.choices(draw.choice(scripts), k=draw.randint(20, 200))) + ".\n"
+    return text
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_a_model_trained_on_streams_recovers_from_a_zero_state(
+    is_on: bool, tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(text_of_two_scripts(300_000), encoding="utf-8")
+    tiny_config.data.path, tiny_config.data.units = str(text), "bytes"
+    tiny_config.batches.batch_size, tiny_config.batches.window_length = 32, 96
+    tiny_config.model.embedding_size, tiny_config.model.hidden_size = 64, 128
+    tiny_config.optimizer.learning_rate, tiny_config.optimizer.warmup_steps = 4e-3, 20
+    tiny_config.num_epochs = 1
+    if not is_on:
+        tiny_config.model.initial_bias, tiny_config.batches.reset_probability = "zeros", 0.0
+    assert train.train(tiny_config, tmp_path / "run") == 0
+    told = capsys.readouterr()
+    trained = workdir.load(tmp_path / "run")
+    ids = texts.read_again(trained.config.data, None)["train"].encode(trained.vocabulary)
+    zero = evaluate.zero_state(trained.model, trained.params, ids, 256)
+    assert "From a zero state within the validation text" in told.out
+    if is_on:
+        assert zero.excess < 0.1 and told.err == ""
+    else:  # It is this that the measure has to find.
+        assert zero.excess > 2 and "from a zero state the model loses up to" in told.err
 
 
 @pytest.mark.parametrize(
@@ -337,7 +424,7 @@ def test_weights_of_a_model_of_other_sizes_are_refused(
     tiny_config.init_from = str(trained)
     tiny_config.model.hidden_size = 25
     tiny_config.batches.batch_size = 4  # That is no matter.
-    with pytest.raises(UserError, match=r"\(model.hidden_size was 24 and is 25\): take its own"):
+    with pytest.raises(UserError, match=r"other sizes: add --config.model.hidden_size=24$"):
         train.train(tiny_config, tmp_path / "run")
     tiny_config.init_from = str(tmp_path)
     with pytest.raises(UserError, match="there is no trained model in"):

@@ -136,3 +136,23 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
     jax.tree.map(np.testing.assert_array_equal, after.average, before.average)
     jax.tree.map(np.testing.assert_array_equal, after.optimizer, before.optimizer)
+
+
+def test_streams_begin_anew_by_chance_each_by_itself() -> None:
+    config = make_config(40)
+    config.optimizer.learning_rate = 1e-30  # So that only the carry differs.
+    model = model_lib.from_config(config.model, 11)
+    carries = {}
+    for kind, chance in (("windows", 0.5), ("streams", 0.0), ("streams", 0.5)):
+        config.batches.kind, config.batches.reset_probability = kind, chance
+        state, step = set_up(model, config)
+        state = step(step(state, make_batch(40, 8, 0)), make_batch(40, 8, 1, starts=False))
+        carries[kind, chance] = np.asarray(state.carry[0].hidden)
+    kept = carries["streams", 0.0]
+    state, step = set_up(model, config)
+    anew = np.asarray(step(state, make_batch(40, 8, 1)).carry[0].hidden)
+    by_chance = carries["streams", 0.5]
+    is_kept = np.isclose(by_chance, kept, atol=1e-6).all(axis=1)
+    is_anew = np.isclose(by_chance, anew, atol=1e-6).all(axis=1)
+    assert (is_kept != is_anew).all() and 8 < is_anew.sum() < 32
+    np.testing.assert_allclose(carries["windows", 0.5], kept, atol=1e-6)
