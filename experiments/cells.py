@@ -17,6 +17,8 @@ _HIDDEN_SIZES = {"lstm": 384, "gru": 446, "rnn": 782}
 
 def get_config(cell: str = "lstm") -> ConfigDict:
     """What quick.py says, with another cell and half its learning rate."""
+    if cell not in _HIDDEN_SIZES:
+        raise ValueError(f"cells.py:{cell} is no experiment: {', '.join(_HIDDEN_SIZES)} are")
     config = config_lib.default()
 
     config.batches.kind = "streams"

@@ -18,6 +18,7 @@ With layer normalisation each has gates * h more for the inputs, as many for the
 an LSTM another 2h for its cell state.
 """
 
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -237,7 +238,10 @@ class RNNCell(_Cell):
         return HiddenCarry(self._zeros(batch_size))
 
 
-CELLS = {"lstm": LSTMCell, "mogrifier": MogrifierLSTMCell, "gru": GRUCell, "rnn": RNNCell}
+# Read-only: a cell that a config file added would train, and no other command would know it.
+CELLS = MappingProxyType(
+    {"lstm": LSTMCell, "mogrifier": MogrifierLSTMCell, "gru": GRUCell, "rnn": RNNCell}
+)
 
 
 def normalize(x: jax.Array) -> jax.Array:

@@ -156,6 +156,10 @@ def own_experiment(argument: str) -> str:
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     if {"--help", "-help", "-h", "-?"} & set(argv):
         app.usage(shorthelp=True, writeto_stdout=True)
+        if "config" in flags.FLAGS:
+            print("Fields of the config, each of which can be set (--config.seed=1):")
+            for field, value in config.flatten(config.default()):
+                print(f"  --config.{field}={value!r}")
         sys.exit(0)
     if {"--version", "-version"} & set(argv):
         print(f"lstm-jax {lstm_jax.__version__}")
@@ -203,10 +207,13 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
         return f"can't read the config file: {str(error).rpartition(']')[2].strip()}"
     if isinstance(error, SyntaxError):
         return f"config file {error.filename}, line {error.lineno}: {error.msg}"
+    if isinstance(error, flags.UnrecognizedFlagError) and error.flagname.startswith("config."):
+        return "name an experiment, of which a field is set: --config experiments/quick.py"
     if isinstance(error, flags.Error):
         # config_flags hands on a config file's own error as a printed traceback.
         _, in_config_file, trace = str(error).partition("Error whilst parsing config file:")
-        return f"config file: {trace.splitlines()[-1]}" if in_config_file else str(error)
+        message = f"config file: {trace.splitlines()[-1]}" if in_config_file else str(error)
+        return message.replace("invalid literal for int() with base 10: ", "no whole number: ")
     frame = traceback.extract_tb(error.__traceback__)[-1]
     if "ml_collections" in frame.filename:
         return f"config file: {one_line(error)}"

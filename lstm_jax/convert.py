@@ -40,12 +40,16 @@ _FORMATS = {
     ".weights.h5": (keras_weights.read_weights, keras_weights.write_weights),
     ".safetensors": (torch_weights.read, torch_weights.write),
 }
-_REMEDIES = {
-    ".h5": "save it in Keras 3 with model.save('model.keras')",
-    ".hdf5": "save it in Keras 3 with model.save('model.keras')",
-    ".pt": "save it with safetensors.torch.save_file(model.state_dict(), 'model.safetensors')",
-    ".pth": "save it with safetensors.torch.save_file(model.state_dict(), 'model.safetensors')",
-}
+# What to do about a file with another name that is to be read, and one that is to be written.
+_KERAS = (
+    "save it in Keras 3 with model.save('model.keras')",
+    "name a file that ends in .keras or .weights.h5",
+)
+_TORCH = (
+    "save it with safetensors.torch.save_file(model.state_dict(), 'model.safetensors')",
+    "name a file that ends in .safetensors",
+)
+_REMEDIES = {".h5": _KERAS, ".hdf5": _KERAS, ".pt": _TORCH, ".pth": _TORCH}
 # Bytes of a vocabulary, at the most.
 _LARGEST_VOCABULARY = 2**25
 # In a vocabulary that is a text file with a unit a line.
@@ -89,7 +93,7 @@ def import_file(
     Raises:
       UserError: if a file can't be read or converted, or the directory holds something.
     """
-    read, _ = _format(source)
+    read, _ = _format(source, "--from")
     if vocabulary_file is None and text_file is None:
         raise UserError(
             f"{source} does not say what its ids stand for: give --vocabulary FILE, or --text FILE "
@@ -141,7 +145,7 @@ def export(directory: Path, target: Path, drop_special: bool = False) -> None:
     Raises:
       UserError: if the model can't be converted, or a file is there already or can't be written.
     """
-    _, write = _format(target)
+    _, write = _format(target, "--to")
     beside = target.with_name(target.name + ".vocabulary.json")
     for path in (target, beside):
         if path.exists():
@@ -205,12 +209,13 @@ def read_units(path: Path) -> tuple[list[str], str, str]:
     return units, kind, stop
 
 
-def _format(path: Path) -> tuple[Any, Any]:
+def _format(path: Path, flag: str) -> tuple[Any, Any]:
     for suffix, functions in _FORMATS.items():
         if path.name.endswith(suffix):
             return functions
-    remedy = _REMEDIES.get(path.suffix, "its name must end with one of these")
-    raise UserError(f"{path} is none of {', '.join(_FORMATS)}: {remedy}")
+    any_other = ("its name must end with one of these",) * 2
+    remedy = _REMEDIES.get(path.suffix, any_other)[flag == "--to"]
+    raise UserError(f"{path} ({flag}) is none of {', '.join(_FORMATS)}: {remedy}")
 
 
 def _open(path: Path) -> BinaryIO:

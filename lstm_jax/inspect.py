@@ -27,7 +27,13 @@ from lstm_jax import activations, command, corpus, features, files, metrics, tex
 from lstm_jax.activations import Reading
 from lstm_jax.errors import UserError
 from lstm_jax.features import Follower
-from lstm_jax.vocabulary import FILE_END, UNKNOWN_ID, Vocabulary
+from lstm_jax.vocabulary import (
+    FILE_END,
+    PADDING_ID,
+    UNKNOWN_ID,
+    Vocabulary,
+    escape_controls,
+)
 
 REPORT = "report.html"
 
@@ -55,7 +61,8 @@ def main() -> None:
     trained = workdir.load(directory)
     any_bytes = trained.vocabulary.kind == "bytes"
     if values.text:
-        text, name = corpus.read_argument(values.text, "--text", any_bytes), Path(values.text).name
+        text = corpus.read_argument(values.text, "--text", any_bytes)
+        name = "standard input" if values.text == "-" else Path(values.text).name
     else:
         splits = texts.read_again(
             trained.config.data, values.data_path, values.dataset, values.data_directory
@@ -158,22 +165,46 @@ def _tokens(vocabulary: Vocabulary, text: str, ids: np.ndarray, reading: Reading
     numbers = {unit: len(table) + k for k, unit in enumerate(vocabulary.unknown(text))}
     tokens[unknown] = [numbers[units[position]] for position in unknown]
     table += map(_visible, numbers)
+    shown = tokens
+    if vocabulary.kind == "bytes":
+        shown, characters = _characters(tokens, text, vocabulary.stop, len(table))
+        table += map(_visible, characters)
     small = np.min_scalar_type(len(table))
     return {
         "table": table,
         "known": len(vocabulary),
         "tokens": _packed(tokens, small),
+        "shown": _packed(shown, small),
         "guesses": _packed(reading.guesses, small),
         "probabilities": _packed(np.round(255 * reading.probabilities), np.uint8),
         "bits": _packed(np.minimum(np.round(1000 * reading.bits), 65535), np.uint16),
     }
 
 
+def _characters(
+    tokens: np.ndarray, text: str, stop: str, first: int
+) -> tuple[np.ndarray, list[str]]:
+    """Return what a reader sees of each byte of a text, and the characters of several bytes.
+
+    The first byte of such a character shows it, as number `first` or above; the others show "".
+    """
+    shown, numbers, at = tokens.copy(), dict[str, int](), 0
+    for number, part in enumerate(text.split(stop) if stop else [text]):
+        at += number > 0  # The stop token.
+        for character in part:
+            size = len(character.encode("utf-8", "surrogateescape"))
+            if size > 1:
+                shown[at] = numbers.setdefault(character, first + len(numbers))
+                shown[at + 1 : at + size] = PADDING_ID
+            at += size
+    return shown, list(numbers)
+
+
 def _visible(unit: str) -> str:
-    """A unit as the page can show it: bytes that are no ASCII in hexadecimal."""
-    return re.sub("[\udc80-\udcff]", lambda match: f"\\x{ord(match[0]) - 0xDC00:x}", unit).replace(
-        FILE_END, "\N{SYMBOL FOR END OF TRANSMISSION}\n"
-    )
+    """A unit as the page can show it: escapes for bytes that are no ASCII, and for controls."""
+    unit = re.sub("[\udc80-\udcff]", lambda match: f"\\x{ord(match[0]) - 0xDC00:x}", unit)
+    unit = unit if unit == "\r" else escape_controls(unit)  # Of a line break in two units.
+    return unit.replace(FILE_END, "\N{SYMBOL FOR END OF TRANSMISSION}\n")
 
 
 def _in_order(followers: Sequence[Sequence[Follower]]) -> list[int]:

@@ -11,7 +11,7 @@ from lstm_jax.controls import Controls, as_arrays, stop_table
 from lstm_jax.errors import UserError
 from lstm_jax.generation import State, text_decoder, write_chunks
 from lstm_jax.model import Params, StepArrays
-from lstm_jax.vocabulary import printable
+from lstm_jax.vocabulary import printable, printer
 from lstm_jax.workdir import Trained
 
 # What a command changes: its name, and of what type its value is.
@@ -67,7 +67,7 @@ def converse(
     def answer(line: str, turn: int) -> State:
         """Reads a line and prints what the model goes on with; the state after it."""
         last = _read(trained, arrays, state, line)
-        decode = text_decoder(trained.vocabulary, stop_token)
+        decode, show = text_decoder(trained.vocabulary, stop_token), printer()
         chunks = write_chunks(
             trained.model,
             arrays,
@@ -79,11 +79,11 @@ def converse(
         )
         try:
             for ids, after in chunks:
-                print(printable(decode(ids[0], False)), end="", flush=True)
+                print(show(decode(ids[0], False), False), end="", flush=True)
                 last = after
         except KeyboardInterrupt:
             interrupts.answer()  # What was written so far stands.
-        print(printable(decode((), True)), flush=True)
+        print(show(decode((), True), True), flush=True)
         return last
 
     if prompt:

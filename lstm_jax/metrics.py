@@ -1,11 +1,14 @@
 """What a run measured: metrics.jsonl, TensorBoard events, and the curves as a picture."""
 
+import functools
 import io
 import json
 import math
 import secrets
+import sys
 import time
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -68,7 +71,7 @@ class MetricsWriter:
           **extra: other figures, such as tokens_per_second.
         """
         row = {"step": step, "epoch": round(epoch, 6), "split": split, "loss": loss, **extra}
-        self._lines.write(f"{json.dumps(row)}\n".encode())
+        self._lines.write(f"{json.dumps({**row, 'crc': _checksum(row)})}\n".encode())
         self._lines.flush()
         for name, value in {"loss": loss, **extra}.items():
             self._add(Event(step=step, summary=scalar(f"{split}/{name}", value)))
@@ -87,10 +90,10 @@ class MetricsWriter:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; none where there is no such file.
+    """Return the rows of a metrics.jsonl, without checksums; none where there is no such file.
 
-    Lines that are no rows, in a file that was damaged, are left out; of a file of more than 64 MiB,
-    all but the last rows are.
+    Damaged lines are left out and counted in a warning. A last line that is still being written,
+    and all but the last 64 MiB of a file, are left out too.
 
     Raises:
       UserError: if it can't be read.
@@ -101,20 +104,43 @@ def read(path: Path) -> list[dict[str, Any]]:
         return []
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from None
-    rows = []
-    for line in content.splitlines():
-        try:
-            row = json.loads(line) if len(line) <= _LONGEST_LINE else {}
-            if (
-                isinstance(row["step"], int)
-                and 0 <= row["step"] < 2**31
-                and isinstance(row["loss"], float)
-                and row["split"] in _COLOURS
-            ):
-                rows.append(row)
-        except (ValueError, LookupError, TypeError, RecursionError):
-            continue
+    if len(content) == _LARGEST:  # It may begin within a line.
+        content = content[content.find(b"\n") + 1 :]
+    rows, damaged = [], 0
+    for line in content.splitlines(keepends=True):
+        if row := _parse(line):
+            rows.append(row)
+        else:
+            damaged += line.endswith(b"\n")
+    if damaged:
+        _warn(path, damaged)
     return rows
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Return the row in a line, None if it is damaged; rows of old runs have no checksum."""
+    try:
+        row: dict[str, Any] = json.loads(line) if len(line) <= _LONGEST_LINE else {}
+        valid = (
+            isinstance(row["step"], int)
+            and 0 <= row["step"] < 2**31
+            and isinstance(row["loss"], float)
+            and row["split"] in _COLOURS
+        )
+        crc = row.pop("crc", None)
+        return row if valid and crc in (None, _checksum(row)) else None
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def _checksum(row: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(row).encode()):08x}"
+
+
+@functools.cache  # Once a process: training reads its metrics after each epoch.
+def _warn(path: Path, damaged: int) -> None:
+    lines = "1 damaged line" if damaged == 1 else f"{damaged} damaged lines"
+    print(f"warning: left out {lines} of {path}", file=sys.stderr)
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -138,9 +164,12 @@ def draw(rows: Sequence[dict[str, Any]]) -> Figure:
             size = {"o-": 4.0, "*": 12.0}.get(style, 0.0)
             axes.plot(steps, losses, style, markersize=size, color=_COLOURS[split], label=label)
     # The first steps fall from ln(vocabulary) and would squeeze the rest against the bottom.
-    later = sorted(row["loss"] for row in rows if math.isfinite(row["loss"]))
-    if later and (top := later[int(0.97 * (len(later) - 1))]) > later[0]:
-        axes.set_ylim(top=top + 0.05 * (top - later[0]))
+    later = [row for row in rows if row["step"] and math.isfinite(row["loss"])]
+    if ordered := sorted(row["loss"] for row in later):
+        measured = [row["loss"] for row in later if row["split"] != "train"]
+        top = max([ordered[int(0.97 * (len(ordered) - 1))], *measured])
+        if top > ordered[0]:
+            axes.set_ylim(top=top + 0.05 * (top - ordered[0]))
     axes.set_xlabel("training step")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)

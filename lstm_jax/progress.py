@@ -17,28 +17,35 @@ class Progress:
 
     def __init__(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
         """Starts at `step` of `total_steps`."""
-        self._first = self._step = self._clock_step = step
+        self._first = self._step = self._clock_step = self._compiled_step = step
         self._total = total_steps
         self._steps_per_epoch = steps_per_epoch
-        self._started = self._clock = self._last_line = time.monotonic()
+        self._compiled = self._clock = self._last_line = time.monotonic()
         self._bar = tqdm(
             total=total_steps,
             initial=step,
             unit="step",
             dynamic_ncols=True,
             disable=not sys.stderr.isatty(),
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left",
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}{postfix}",
         )
 
     def start_clock(self, step: int) -> None:
-        """Measures the speed anew from here, when `step` steps are done."""
+        """Measure the speed anew from here, when `step` steps are done.
+
+        The time left is estimated from the first call that follows a step: what came before that
+        was compiling.
+        """
         self._clock_step, self._clock = step, time.monotonic()
+        if self._compiled_step == self._first:
+            self._compiled_step, self._compiled = step, self._clock
+        self._advance(step)
 
     def steps_per_second(self, step: int) -> float:
         """The speed since the clock was last started, which it is again; 0 if no step was done."""
-        seconds = time.monotonic() - self._clock
-        steps = step - self._clock_step
-        self.start_clock(step)
+        now = time.monotonic()
+        seconds, steps = now - self._clock, step - self._clock_step
+        self._clock_step, self._clock = step, now
         return steps / seconds if steps else 0.0
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
@@ -48,14 +55,23 @@ class Progress:
             f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s"
         )
         self._bar.set_description_str(text, refresh=False)
-        self._bar.update(step - self._step)
-        self._step = step
+        left = self._advance(step)
         now = time.monotonic()
         if self._bar.disable and now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
-            left = (now - self._started) / (step - self._first) * (self._total - step)
-            minutes, seconds = divmod(round(left), 60)
-            print(f"{text}, {minutes}:{seconds:02} left", flush=True)
+            print(", ".join(filter(None, [text, left])), flush=True)
+
+    def _advance(self, step: int) -> str:
+        """Move the bar; return the time left, "" as long as nothing is known of it."""
+        left = ""
+        if steps := step - self._compiled_step:
+            seconds = (time.monotonic() - self._compiled) / steps * (self._total - step)
+            minutes, seconds = divmod(round(seconds), 60)
+            left = f"{minutes}:{seconds:02} left"
+        self._bar.set_postfix_str(left, refresh=False)
+        self._bar.update(step - self._step)
+        self._step = step
+        return left
 
     def print(self, text: str) -> None:
         """Prints to standard output, above the bar."""

@@ -17,7 +17,7 @@ from absl import flags
 from lstm_jax import command, corpus, generation, interactive, novelty, texts, workdir
 from lstm_jax.controls import Controls, as_arrays, can_end, stop_table
 from lstm_jax.errors import UserError
-from lstm_jax.vocabulary import Vocabulary, printable
+from lstm_jax.vocabulary import Vocabulary, printable, printer
 
 
 def main() -> None:
@@ -29,6 +29,8 @@ def main() -> None:
         raise UserError("give either --prompt or --prompt_file")
     if options.interactive and (options.num_samples > 1 or options.prompt_file == "-"):
         raise UserError("--interactive writes one text and reads its lines from standard input")
+    if options.interactive and options.novelty:
+        raise UserError("--novelty measures whole texts: leave out --interactive")
     controls = Controls(*(options[name].value for name in Controls._fields[:-1]))
     as_arrays(controls, vocabulary_size=3)  # A mistake is told before the model is loaded.
 
@@ -66,7 +68,8 @@ def main() -> None:
         )
         return
     written = [""] * options.num_samples
-    print(printable(prompt), end="", flush=True)
+    show = printer()
+    print(show(prompt, False), end="", flush=True)
     pieces = generation.stream(
         trained.model,
         trained.params,
@@ -81,9 +84,9 @@ def main() -> None:
     )
     for piece in pieces:
         # The first text is shown as it comes, the others after it.
-        print(printable(piece[0]), end="", flush=True)
+        print(show(piece[0], False), end="", flush=True)
         written = [text + more for text, more in zip(written, piece, strict=True)]
-    print()
+    print(show("", True))
     for text in written[1:]:
         print(f"{'-' * 20}\n{printable(prompt + text)}")
     sys.stdout.flush()

@@ -40,6 +40,9 @@ _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#999999"
 # The page is text and pictures: nothing in it runs, and nothing is fetched.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
+# Complete trials from which on importances are more than a hint.
+_RELIABLE = 30
+
 _CARETS = "<p>Carets stand for trials with losses above the picture.</p>"
 
 _STYLE = """
@@ -241,9 +244,11 @@ def _page(record: Study, directory: Path) -> str:
     varied = [n for n in names if len({str(t.params[n]) for t in ended if n in t.params}) > 1]
     if importance := _importance(record, complete):
         picture = _draw(lambda axes: _bars(axes, importance), 6.5, 0.7 + 0.35 * len(importance))
+        caution = ": too few for more than a hint" if len(complete) < _RELIABLE else ""
         parts.append(
             "<h2>Importance</h2><p>How far the best tenth of the complete trials is told from all "
-            f"of them by each setting (PED-ANOVA, Watanabe et al. 2023).</p>{picture}"
+            "of them by each setting (PED-ANOVA, Watanabe et al. 2023), from "
+            f"{len(complete)} complete trials{caution}.</p>{picture}"
         )
     if varied:
         pictures = "".join(

@@ -4,6 +4,7 @@ import codecs
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -30,9 +31,11 @@ _PATTERNS = {
 # What stands between two documents of a text. A file's end is a code point that Unicode keeps for
 # programs' own use ("file": after each file, or each example of a dataset).
 FILE_END = "\ufdd0"
-SEPARATORS = {"": "", "line": "\n", "blank_line": "\n\n", "file": FILE_END}
+SEPARATORS = MappingProxyType({"": "", "line": "\n", "blank_line": "\n\n", "file": FILE_END})
 # The units of kind "bytes".
 _BYTES = bytes(range(256)).decode("ascii", "surrogateescape")
+# What a terminal obeys instead of showing it.
+_CONTROL = regex.compile(r"(?!\r\n|[\n\t])\p{Cc}")
 
 
 class Vocabulary:
@@ -116,6 +119,11 @@ class Vocabulary:
             stops += count if unit == stop else 0
             if count >= min_count:
                 units.add(unit)
+        if stop == FILE_END and not stops:
+            raise UserError(
+                "the training text has no end of a file: data.document_separator=file needs "
+                "several files, of which one ends within the training text"
+            )
         if stop and not stops:
             raise UserError(
                 f"the training text has no {stop!r}, which is to end its documents: "
@@ -265,8 +273,38 @@ def stop_text(separator: str, text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """A text as it can be shown: U+FFFD for bytes that are no UTF-8, blank lines between files."""
-    return regex.sub("[\ud800-\udfff]", "\ufffd", text).replace(FILE_END, "\n\n")
+    r"""Return a text as a person can read it on a terminal.
+
+    Bytes that are not UTF-8 become U+FFFD, control characters escapes such as \x1b (but for line
+    breaks and tabs), and the end of a file a blank line.
+    """
+    text = regex.sub("[\ud800-\udfff]", "\ufffd", escape_controls(text))
+    return text.replace(FILE_END, "\n\n")
+
+
+def printer() -> Callable[[str, bool], str]:
+    r"""Return a `printable` for a text that comes piece by piece.
+
+    Its second argument says whether the piece is the last. Until then it holds back a final \r,
+    which is half a line break if \n follows.
+    """
+    held = ""
+
+    def show(piece: str, final: bool) -> str:
+        nonlocal held
+        text = held + piece
+        held = "\r" if text.endswith("\r") and not final else ""
+        return printable(text.removesuffix(held))
+
+    return show
+
+
+def escape_controls(text: str) -> str:
+    r"""Return a text with escapes such as \x1b for control characters.
+
+    Line feeds, tabs and the \r before a line feed stay.
+    """
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def split(text: str, kind: str, stop: str) -> Iterator[str]:

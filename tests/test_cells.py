@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lstm_jax import cells
+from lstm_jax import cells, config, regularization
 from lstm_jax import model as model_lib
 
 BATCH, INPUTS, HIDDEN = 4, 5, 7
@@ -125,3 +125,22 @@ def test_what_only_a_scan_can_run_is_never_asked_of_another() -> None:
     assert model_lib.LanguageModel(11, 6, 9, layer_norm=True).implementation() == "scan"
     with pytest.raises(ValueError, match="without layer normalisation only"):
         model_lib.LanguageModel(11, 6, 9, cell="rnn", recurrence="fused").implementation()
+
+
+@pytest.mark.parametrize("name", cells.CELLS)
+def test_no_cell_ignores_layer_norm_or_recurrent_dropout(name: str) -> None:
+    model = model_lib.LanguageModel(11, 6, 9, cell=name)
+    plain = model_lib.init(model, jax.random.key(0))
+    normalised = model_lib.init(model.clone(layer_norm=True), jax.random.key(0))
+    assert count(normalised) > count(plain)
+    rates = config.default().regularization
+    rates.recurrent_dropout = 0.5
+    dropped = regularization.drop_parameters(rates, plain, jax.random.key(0))
+    ids, carry = np.arange(8)[None], model.initial_carry(1)
+    outputs = [model_lib.apply(model, params, ids, carry)[0] for params in (plain, dropped)]
+    assert np.abs(outputs[0] - outputs[1]).max() > 1e-4
+
+
+def test_cells_that_other_commands_would_not_know_cannot_be_added() -> None:
+    with pytest.raises(TypeError):
+        cells.CELLS["peephole"] = cells.LSTMCell  # type: ignore[index]

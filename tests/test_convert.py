@@ -365,6 +365,23 @@ def test_layers_that_others_lack_are_refused_by_name(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("name", "read", "written"),
+    [
+        ("quick.pt", "save it with safetensors", "name a file that ends in .safetensors"),
+        ("quick.h5", "save it in Keras 3", "name a file that ends in .keras or .weights.h5"),
+        ("quick.bin", "must end with one of these", "must end with one of these"),
+    ],
+)
+def test_files_of_other_names_are_told_what_to_do(
+    name: str, read: str, written: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=read):
+        convert.import_file(tmp_path / name, tmp_path / "run", None, str(TEXT))
+    with pytest.raises(UserError, match=written):
+        convert.export(tmp_path / "run", tmp_path / name)
+
+
 def test_what_is_there_stays_and_nothing_is_half_written(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "note").write_text("of the user's")

@@ -18,7 +18,7 @@ from lstm_jax import activations, features, inspect, metrics, workdir
 from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
 from lstm_jax.model import LanguageModel
-from lstm_jax.vocabulary import Vocabulary
+from lstm_jax.vocabulary import FILE_END, Vocabulary
 
 NASTY = '</script><script>document.title="owned"</script><!-- & <b>"x"</b>\u2028ﷺ\n'
 
@@ -34,10 +34,9 @@ def unpacked(packed: dict[str, str]) -> np.ndarray:
     return np.frombuffer(gzip.decompress(base64.b64decode(packed["base64"])), dtype)
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "lstm_jax.inspect", *arguments], capture_output=True, text=True
-    )
+def run(*arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lstm_jax.inspect", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, input=given)
 
 
 def test_the_command_reads_the_validation_split_and_writes_into_the_working_directory(
@@ -102,11 +101,32 @@ def test_bytes_another_cell_and_a_run_without_history(tmp_path: Path) -> None:
     model = LanguageModel(len(vocabulary), 4, 6, cell="gru")
     params = model_lib.init(model, jax.random.key(0))
     untrained = workdir.Trained(ConfigDict(), vocabulary, model, params, 0)
-    data = data_of(inspect.make(untrained, "Né\udcff!", "text", tmp_path))
-    shown = [data["table"][token] for token in unpacked(data["tokens"])]
-    assert shown == ["N", "\\xc3", "\\xa9", "\\xff", "!"]
+    data = data_of(inspect.make(untrained, "Né\udcff!\0が\x9b\xad", "text", tmp_path))
+    tokens, shown = ([data["table"][i] for i in unpacked(data[k])] for k in ("tokens", "shown"))
+    assert tokens[:6] == ["N", "\\xc3", "\\xa9", "\\xff", "!", "\\x00"]
+    assert tokens[6:9] == ["\\xe3", "\\x81", "\\x8c"]
+    several = ["が", "", "", "\\x9b", "", "\xad", ""]
+    assert shown == ["N", "é", "", "\\xff", "!", "\\x00", *several]
     assert data["features"] == [] and data["samples"] == [] and data["unit"] == "byte"
     assert set(data["saturation"][0]) == {"reset", "update"}
+
+
+def test_the_bytes_of_documents_are_shown_as_characters(tmp_path: Path) -> None:
+    text = f"é\r\n{FILE_END}が{FILE_END}"
+    vocabulary = Vocabulary.from_text(text, "bytes", stop=FILE_END)
+    model = LanguageModel(len(vocabulary), 4, 6)
+    params = model_lib.init(model, jax.random.key(0))
+    untrained = workdir.Trained(ConfigDict(), vocabulary, model, params, 0)
+    data = data_of(inspect.make(untrained, text, "text", tmp_path))
+    shown = [data["table"][i] for i in unpacked(data["shown"])]
+    assert shown == ["é", "", "\r", "\n", "␄\n", "が", "", "", "␄\n"]
+
+
+def test_a_text_from_standard_input_is_called_that(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report.html"
+    done = run("--workdir", str(trained), "--text", "-", "--out", str(out), given="To be, or not")
+    assert done.returncode == 0, done.stderr
+    assert data_of(out.read_bytes())["text"] == "standard input"
 
 
 def test_a_model_that_diverged_is_refused(tmp_path: Path) -> None:
@@ -258,6 +278,18 @@ def test_the_page_in_a_browser(
 
     assert len(browser.find_elements("css selector", "#gates circle")) == 3 * 24
     assert len(browser.find_elements("css selector", "#curves path")) > 5
+    labels = {element.text for element in browser.find_elements("css selector", "#curves text")}
+    assert {"0", "50", "100"} <= labels
+    assert script("ticks(1.57, 8.93).map(([, label]) => label)") == ["2", "4", "6", "8"]
+    assert script("ticks(1.44, 1.6).map(([, label]) => label)") == ["1.45", "1.50", "1.55", "1.60"]
+    assert script("ticks(0, 1957, 1).map(([, label]) => label)") == ["0", "500", "1,000", "1,500"]
+    assert script("ticks(0, 2, 1).map(([, label]) => label)") == ["0", "1", "2"]
+    # What was measured on validation and test text is never above the picture.
+    heights = [
+        float(dot.get_attribute("cy"))
+        for dot in browser.find_elements("css selector", "#curves circle")
+    ]
+    assert heights and min(heights) >= 20
     assert find("#written").text
 
     # What is shown is in the address, and opens again.

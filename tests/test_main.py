@@ -98,6 +98,12 @@ def test_a_text_that_moved_can_be_named(trained: Path, text_file: Path, tmp_path
     assert result.returncode == 2 and "not the one this run was trained on" in result.stderr
 
 
+def test_a_text_that_is_gone_is_named_by_its_flag(trained: Path, tmp_path: Path) -> None:
+    result = run("evaluate", f"--workdir={trained}", "--data_path=gone.txt", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "no text file gone.txt: name one that exists with --data_path" in result.stderr
+
+
 def test_a_prompt_of_unknown_characters_is_warned_of_and_goes_on(trained: Path) -> None:
     result = run("sample", "--workdir", str(trained), "--prompt", "日本", "--length=9", cwd=ROOT)
     assert result.returncode == 0
@@ -267,6 +273,13 @@ def test_help(module: str) -> None:
     result = run(module, "--help", cwd=ROOT)
     assert result.returncode == 0 and result.stderr == ""
     assert f"python -m lstm_jax.{module} " in result.stdout and "--workdir" in result.stdout
+    assert ("--config.optimizer.learning_rate=0.0001" in result.stdout) == (module == "main")
+
+
+def test_a_library_says_which_command_is_meant() -> None:
+    result = run("train", cwd=ROOT)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == "error: train with python -m lstm_jax.main --config FILE\n"
 
 
 BAD_CONFIGS = {
@@ -302,6 +315,15 @@ BAD_CONFIGS = {
         (["evaluate", "--workdir=.", "--dynamic_segment_length=0"], "must be 1 or more"),
         (["main", "--config", QUICK, "--config.model.hiden_size=3"], "did you mean model.hidden"),
         (["main", "--config", QUICK, "--config.model.hidden_size=3.5"], "'3.5'"),
+        (["main", "--config.num_epochs=3"], "name an experiment, of which a field is set"),
+        (["main", f"--config={ROOT}/experiments/cells.py:foo"], "lstm, gru, rnn are"),
+        (["main", "--config", QUICK, "--config.optimizer.lr=1"], "optimizer.learning_rate, "),
+        (["main", "--config", QUICK, "--config.num_epochs=three"], "no whole number: 'three'"),
+        (["main", "--config", QUICK, "--config.optimizer.step_at=('a','b')"], "between 0 and 1"),
+        (["main", "--config", QUICK, "--config.optimizer.step_at=((1,),2)"], "between 0 and 1"),
+        (["main", "--config", QUICK, "--config.data.fractions=('a',1,2)"], "three positive"),
+        (["main", "--config", QUICK, "--config.sample.temperature=inf"], "from 0 to 1000"),
+        (["main", "--config", QUICK, "--config.data.path=."], ". is a directory: name its files"),
         (["main", "--config", QUICK, "--config.num_epochs=0"], "num_epochs is 0"),
         (["main", "--config", QUICK, "--config.num_epochs=1e3"], "num_epochs"),
         (["main", "--config", QUICK, "--config.model.num_layers=10000000"], "from 1 to 100"),

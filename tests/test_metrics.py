@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from lstm_jax import metrics
@@ -44,3 +45,43 @@ def test_the_plot_is_a_picture_with_curves_on_it(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
     for few in (rows[-1:], [], [{**rows[0], "loss": float("inf")}]):
         metrics.plot(few, path)  # Nothing to draw is no reason to fail.
+
+
+def test_a_flipped_byte_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with metrics.MetricsWriter(path, 0) as writer:
+        writer.write(10, 0.5, "train", 1.5707, tokens_per_second=1000)
+        writer.write(20, 1, "validation", 2.25)
+    content = path.read_bytes()
+    rows = metrics.read(path)
+    assert "crc" not in rows[0] and capsys.readouterr().err == ""
+    path.write_bytes(content.replace(b"1.5707", b"7.5707"))
+    assert metrics.read(path) == metrics.read(path) == rows[1:]
+    assert capsys.readouterr().err == f"warning: left out 1 damaged line of {path}\n"
+    for at in range(len(content) - 1):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        for row in metrics.read(path):
+            assert {**rows[0], **row} == rows[0] | row and row["loss"] in (1.5707, 2.25)
+    # A row that is still being written is no damage.
+    capsys.readouterr()
+    path.write_bytes(content + content[:30])
+    assert metrics.read(path) == rows and capsys.readouterr().err == ""
+
+
+def test_rows_of_older_runs_have_no_checksum(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    row = {"step": 10, "epoch": 0.5, "split": "train", "loss": 2.5}
+    path.write_text(json.dumps(row) + "\n")
+    assert metrics.read(path) == [row] and capsys.readouterr().err == ""
+
+
+def test_the_plot_shows_every_validation_and_test_point() -> None:
+    rows = [{"step": s, "split": "train", "loss": 2 + 9 / s} for s in range(1, 200)]
+    rows += [{"step": s, "split": "validation", "loss": 3.0} for s in (0, 100)]
+    rows += [{"step": 100, "split": "test", "loss": 8.93}]
+    low, high = metrics.draw(rows).axes[0].get_ylim()
+    assert low < 2.05 and 8.93 < high < 11
+    low, high = metrics.draw(rows[:-1]).axes[0].get_ylim()
+    assert high < 5, "the first steps are cut off"

@@ -1,4 +1,5 @@
 import json
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from conftest import make_tiny_config
+from lstm_jax import config as config_lib
 from lstm_jax import metrics, population, train, workdir
 from lstm_jax import space as space_lib
 from lstm_jax.errors import UnavailableError, UserError
@@ -111,3 +113,11 @@ def test_members_that_differ_in_more_are_refused(tiny_config: ConfigDict) -> Non
     other = space_lib.changed(tiny_config, {"model.hidden_size": 32})
     with pytest.raises(UserError, match="can't differ in config.model.hidden_size"):
         population.check([tiny_config, other])
+
+
+def test_the_space_that_comes_with_it_varies_only_what_members_may_differ_in() -> None:
+    root = Path(__file__).parents[1] / "experiments"
+    experiment = config_lib.complete(runpy.run_path(str(root / "quick.py"))["get_config"]())
+    drawn, parameters = space_lib.load(root / "sweeps" / "population.py").check(experiment)
+    population.check(drawn)
+    assert len(parameters) >= 10

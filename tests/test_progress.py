@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 
 from lstm_jax import progress
@@ -21,3 +23,39 @@ def test_plain_lines_where_there_is_no_terminal(
         "by the way",
     ]
     assert output.err == ""
+
+
+def test_compiling_does_not_count_in_the_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    shown = progress.Progress(step=0, total_steps=101, steps_per_epoch=101)
+    shown.start_clock(0)  # After the first validation.
+    now = 30.0
+    shown.update(1, 2.5, 0.0)
+    shown.start_clock(1)
+    now = 50.0
+    shown.update(21, 2.25, 4321.0)
+    shown.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition("tokens/s")[2] for line in lines] == [", 50:00 left", ", 1:20 left"]
+
+
+def test_the_bar_ends_at_100_percent(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    shown = progress.Progress(step=0, total_steps=205, steps_per_epoch=205)
+    now = 30.0
+    shown.start_clock(5)
+    now = 40.0
+    shown.update(105, 2.25, 4321.0)
+    shown.update(195, 2.0, 4321.0)
+    shown.start_clock(205)
+    shown.close()
+    output = capsys.readouterr()
+    last = output.err.split("\r")[-1]
+    assert "100%" in last and "0:00 left" in last and output.out == ""

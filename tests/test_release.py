@@ -17,14 +17,19 @@ from lstm_jax import command, workdir
 ROOT = Path(__file__).parents[1]
 
 
-def run(*arguments: str, cwd: Path) -> str:
-    """What a command prints that must not fail, away from any clone."""
+def completed(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A command that must not fail, away from any clone."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     result = subprocess.run(
         arguments, capture_output=True, text=True, timeout=300, cwd=cwd, env=environment
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    return result
+
+
+def run(*arguments: str, cwd: Path) -> str:
+    """What it prints."""
+    return completed(*arguments, cwd=cwd).stdout
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +37,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built by way of the source distribution, as it would be published."""
     pytest.importorskip("build", reason="build is not installed (extra 'dev')")
     directory = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--outdir", str(directory), str(ROOT), cwd=directory)
+    build = [sys.executable, "-m", "build", "--outdir", str(directory), str(ROOT)]
+    result = completed(*build, cwd=directory)
+    # In capitals by `build`; in small letters it would be of this machine: "byte-compiling is
+    # disabled".
+    assert not re.findall(r".*WARNING.*|.*DeprecationWarning.*", result.stdout + result.stderr)
     assert len(list(directory.glob("lstm_jax-*.tar.gz"))) == 1
     (path,) = directory.glob("*.whl")
     return path

@@ -473,3 +473,14 @@ def test_a_study_of_another_space_or_of_none_is_refused(tmp_path: Path) -> None:
     optuna.create_study(storage=url, study_name="two", direction="maximize")
     with pytest.raises(UserError, match="'two' already, which is none of a sweep"):
         study.open_study(tmp_path, None, "two", config_lib.default(), ["x"], sampler, pruner)
+
+
+@pytest.mark.parametrize(("trials", "hint"), [(29, True), (30, False)])
+def test_importances_of_few_trials_are_called_a_hint(
+    trials: int, hint: bool, tmp_path: Path
+) -> None:
+    record = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    record.optimize(lambda trial: trial.suggest_float("rate", 0, 1), trials)
+    page = sweep_report._page(record, tmp_path)
+    assert f"from {trials} complete trials" in page
+    assert ("too few for more than a hint" in page) == hint

@@ -1,12 +1,14 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lstm_jax import workdir
 from lstm_jax.errors import UserError
-from lstm_jax.vocabulary import KINDS, Vocabulary, printable, stop_text
+from lstm_jax.vocabulary import FILE_END, KINDS, Vocabulary, printable, printer, stop_text
 
 # Text out of all of Unicode's planes, and pieces that hang together or are often got wrong.
 TEXTS = st.lists(
@@ -144,6 +146,26 @@ def test_unknown_characters_become_unk() -> None:
 
 def test_what_can_not_be_shown_is_replaced() -> None:
     assert printable(b"caf\xe9 \xc3\xa9".decode("utf-8", "surrogateescape")) == "caf\ufffd é"
+    assert printable(f"a{FILE_END}b") == "a\n\nb"
+
+
+def test_control_characters_are_escaped() -> None:
+    assert printable("\x1b[2J\0\a\x7f\x9b\r.") == r"\x1b[2J\x00\x07\x7f\x9b\x0d."
+    assert printable("a\tb\r\nc\n") == "a\tb\r\nc\n"
+
+
+@given(text=TEXTS, cut=st.integers(0, 40))
+def test_a_text_in_pieces_is_shown_as_the_whole(text: str, cut: int) -> None:
+    show = printer()
+    pieces = [show(text[:cut], False), show(text[cut:], False), show("", True)]
+    assert "".join(pieces) == printable(text)
+
+
+def test_what_a_run_of_bytes_writes_is_json_for_everybody(tmp_path: Path) -> None:
+    vocabulary = Vocabulary.from_text("", "bytes")
+    workdir.save_vocabulary(tmp_path, vocabulary)
+    content = (tmp_path / workdir.VOCABULARY).read_bytes()
+    assert json.loads(content.decode("ascii"))["units"] == list(vocabulary.units)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,69 @@
+"""Mistakes of users, as they were found by trying the commands from outside."""
+
+import subprocess
+import sys
+import time
+import unicodedata
+from pathlib import Path
+
+import jax
+
+from lstm_jax import __main__ as commands
+from lstm_jax import config as config_lib
+from lstm_jax import convert
+from lstm_jax import model as model_lib
+from lstm_jax.vocabulary import Vocabulary
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_a_cell_of_a_config_file_is_refused_before_training(tmp_path: Path) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(
+        "from lstm_jax import cells, config\n"
+        "cells.CELLS['peephole'] = cells.LSTMCell\n"
+        "def get_config():\n"
+        "    return config.default()\n"
+    )
+    result = run("lstm_jax.main", f"--config={own}", f"--workdir={tmp_path / 'run'}")
+    assert result.returncode == 2 and not (tmp_path / "run").exists()
+    assert "does not support item assignment" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_the_package_lists_its_commands_at_once() -> None:
+    started = time.monotonic()
+    result = run("lstm_jax")
+    assert time.monotonic() - started < 2
+    assert result.returncode == 0 and result.stderr == ""
+    sources = (ROOT / "lstm_jax").glob("*.py")
+    runnable = {path.stem for path in sources if "\n    command.run(" in path.read_text()}
+    assert set(commands.COMMANDS) == runnable
+    for name in runnable:
+        assert f"python -m lstm_jax.{name} " in result.stdout
+
+
+def test_a_conversation_is_not_measured_for_novelty() -> None:
+    result = run("lstm_jax.sample", "--workdir=.", "--interactive", "--novelty")
+    assert result.returncode == 2
+    assert "leave out --interactive" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_no_control_character_reaches_the_terminal(tmp_path: Path) -> None:
+    config = config_lib.default()
+    config.data.units = "bytes"
+    config.model.embedding_size, config.model.hidden_size = 4, 6
+    vocabulary = Vocabulary.from_text("", "bytes")
+    model = model_lib.from_config(config.model, len(vocabulary))
+    params = model_lib.init(model, jax.random.key(0))
+    convert._make(tmp_path / "run", config, vocabulary, params)
+    # Untrained, it writes any byte.
+    options = [f"--workdir={tmp_path / 'run'}", "--temperature=1", "--num_samples=2"]
+    result = run("lstm_jax.sample", *options, "--prompt=\x1b[31m\r\n")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("\\x1b[31m\n"), "what Python reads as a line break"
+    assert not [c for c in result.stdout if unicodedata.category(c) == "Cc" and c not in "\n\t"]
