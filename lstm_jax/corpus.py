@@ -94,7 +94,8 @@ def _find(paths: str, looks: Iterator[None]) -> list[Path]:
         # A name with brackets in it may be both a file and a pattern: the file is meant.
         found = [pattern] if os.path.exists(pattern) else sorted(_expand(pattern, looks))
         if os.path.isdir(pattern):
-            raise UserError(f"{pattern} is a directory: name its files in data.path: {pattern}/*")
+            inside = Path(pattern, "*")
+            raise UserError(f"{pattern} is a directory: name its files in data.path: {inside}")
         found = [path for path in found if len(found) == 1 or os.path.isfile(path)]
         if not found:
             raise UserError(f"there is no text file {pattern}: name one that exists in data.path")

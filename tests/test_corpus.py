@@ -76,7 +76,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         "missing.txt": "no text file .*missing.txt",
         "empty.txt": "empty.txt is empty",
         "latin.txt": "latin.txt is not UTF-8 at byte 15",
-        "": "can't read",
+        "": r"is a directory: name its files in data.path: .*[^/]/\*$",
     }.items():
         with pytest.raises(UserError, match=message):
             corpus.read_files(
