@@ -23,12 +23,11 @@ from typing import Any, NamedTuple, Self
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 
 from lstm_jax import files, hosts
+from lstm_jax import model as model_lib
 from lstm_jax.errors import UnavailableError, UserError, one_line
 
 SEAL = "SHA256SUMS"
@@ -415,10 +414,8 @@ def _digest(path: Path, sync: bool = False) -> str:
 _NOT_FINITE = "its parameters are not finite"
 
 
-@jax.jit
-def _is_finite(arrays: Any) -> jax.Array:
-    """Whether their norm is. Of many processes, each of which has a part, all get the answer."""
-    return jnp.isfinite(optax.tree.norm(arrays))
+# Of many processes, each of which has a part, all get the answer.
+_is_finite = jax.jit(model_lib.is_finite)
 
 
 def _disagreement(restored: Any, step: int) -> str | None:

@@ -17,6 +17,9 @@ from lstm_jax.recurrence import LayerCarry, Lookup, product
 
 Params = dict[str, Any]
 
+# A parameter beyond it is as good as infinite: the squares of such would be, in float32.
+_LARGEST = 1e18
+
 # What the dense layer's bias begins as: the logarithms of the tokens' frequencies, or zeros.
 INITIAL_BIASES = ("frequencies", "zeros")
 
@@ -250,6 +253,12 @@ def init(model: LanguageModel, key: jax.Array, counts: np.ndarray | None = None)
         shares = (counts + 1) / (counts + 1).sum()
         params["dense"]["bias"] = jnp.asarray(np.log(shares), jnp.float32)
     return params
+
+
+def is_finite(params: Params) -> jax.Array:
+    """Return whether all parameters are numbers that a model can compute with: bool []."""
+    small = [(jnp.abs(array) < _LARGEST).all() for array in jax.tree.leaves(params)]
+    return functools.reduce(jnp.logical_and, small)
 
 
 def apply(

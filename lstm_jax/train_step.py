@@ -14,9 +14,6 @@ from ml_collections import ConfigDict
 from lstm_jax import batches, feeding, parallel, regularization
 from lstm_jax import model as model_lib
 
-# A parameter beyond it is as good as infinite: the squares of such would be, in float32.
-_LARGEST = 1e18
-
 
 class TrainState(NamedTuple):
     """Everything that a training step reads and writes.
@@ -256,8 +253,7 @@ def make_step(
             average = jax.tree.map(lambda a, p: kept * a + (1 - kept) * p, average, params)
         # A learning rate or weight decay can make of finite gradients what is not.
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradient))
-        for array in jax.tree.leaves(params):
-            finite &= (jnp.abs(array) < _LARGEST).all()
+        finite &= model_lib.is_finite(params)
         # Selected leaf by leaf, it becomes part of the loops that compute the new values anyway.
         params, average, optimizer_state, carry = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),

@@ -12,6 +12,7 @@ import pytest
 
 from lstm_jax import batches, checkpoints
 from lstm_jax import config as config_lib
+from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
 
 PARAMS = {"w": jnp.zeros(3)}
@@ -253,3 +254,12 @@ def test_few_bytes_do_not_become_many(tmp_path: Path) -> None:
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 10**5
     with pytest.raises(UserError, match="can't hold the 100,000,000 bytes of parameters"):
         checkpoints.restore_best_params(tmp_path, jax.eval_shape(lambda: {"w": many}))
+
+
+def test_what_a_step_accepts_is_read_again(tmp_path: Path) -> None:
+    # Their squares together are beyond float32, each is not.
+    params = {"w": jnp.full(10_000, 9e17)}
+    assert model_lib.is_finite(params)
+    checkpoints.write_params(tmp_path, 1, params)
+    _, step = checkpoints.restore_best_params(tmp_path, params)
+    assert step == 1
