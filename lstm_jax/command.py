@@ -56,9 +56,8 @@ def _answer(error: Exception) -> int:
     """Exits with one line for a mistake of the user's; raises again what is none."""
     if isinstance(error, UserError):
         _fail(str(error))
-    if isinstance(error, jax.errors.JaxRuntimeError | MemoryError):
-        if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
-            raise error
+    is_of_jax = isinstance(error, jax.errors.JaxRuntimeError)
+    if isinstance(error, MemoryError) or (is_of_jax and "RESOURCE_EXHAUSTED" in str(error)):
         _fail(
             f"this needs more memory than there is ({one_line(error)[:200]}): lower the sizes "
             "of the model, or batches.batch_size"

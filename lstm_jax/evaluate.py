@@ -336,12 +336,11 @@ def main() -> None:
         "tokens": len(ids) - 1,
         "step": trained.step,
     }
-    odd = {names[0]: loss} if len(names) == 1 else {}
     zero = None
     if values.zero_state:
         zero = zero_state(trained.model, trained.params, ids, PLACES)
         result["zero_state"] = zero._asdict()
-    if warning := suspicion(odd, len(trained.vocabulary), zero):
+    if warning := suspicion({values.split: loss}, len(trained.vocabulary), zero):
         print(f"warning: {warning}", file=sys.stderr)
     # JSON has no word for infinity.
     print(json.dumps({name: None if v == math.inf else v for name, v in result.items()}))

@@ -70,7 +70,7 @@ class MetricsWriter:
           loss: in nats per token.
           **extra: other figures, such as tokens_per_second.
         """
-        row = {"step": step, "epoch": round(epoch, 6), "split": split, "loss": loss, **extra}
+        row = make_row(step, epoch, split, loss, **extra)
         self._lines.write(f"{json.dumps({**row, 'crc': _checksum(row)})}\n".encode())
         self._lines.flush()
         for name, value in {"loss": loss, **extra}.items():
@@ -87,6 +87,11 @@ class MetricsWriter:
     ) -> None:
         self._lines.close()
         self._events.close()
+
+
+def make_row(step: int, epoch: float, split: str, loss: float, **extra: float) -> dict[str, Any]:
+    """Return a row of metrics.jsonl without its checksum; see `MetricsWriter.write`."""
+    return {"step": step, "epoch": round(epoch, 6), "split": split, "loss": loss, **extra}
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -98,10 +98,13 @@ def train(
     splits = texts.read(configs[0].data)
     vocabulary = splits.texts["train"].vocabulary(configs[0].data)
     ids = splits.encode(vocabulary)
+    counts = texts.count_tokens(ids["train"], len(vocabulary))
     with contextlib.ExitStack() as held:
         members, states = [], []
         for config, directory in zip(configs, directories, strict=True):
-            member, state = _open(held, config, directory, splits.sha256, vocabulary, ids["train"])
+            member, state = _open(
+                held, config, directory, splits.sha256, vocabulary, ids["train"], counts
+            )
             members.append(member)
             states.append(state)
         reasons = [""] * len(members)
@@ -234,6 +237,7 @@ def _open(
     sha256: str,
     vocabulary: Vocabulary,
     ids: texts.Ids,
+    counts: np.ndarray,
 ) -> tuple[_Member, TrainState]:
     """A member with its working directory, and the state that it goes on from."""
     is_ours = held.enter_context(lock.hold(directory))
@@ -251,7 +255,7 @@ def _open(
         jax.random.key(config.seed),
         config.batches.batch_size,
         averaged=config.optimizer.average_decay > 0,
-        counts=texts.count_tokens(ids, len(vocabulary)),
+        counts=counts,
     )
     saved_in = directory / workdir.CHECKPOINTS
     restored = checkpoints.restore_latest(saved_in, state.evaluated, state.rest, iterator)

@@ -292,7 +292,7 @@ def _train(
         averaged=config.optimizer.average_decay > 0,
         trained=trained.params if trained else None,
         mesh=mesh,
-        counts=texts.count_tokens(ids["train"], len(vocabulary)),
+        counts=None if started else texts.count_tokens(ids["train"], len(vocabulary)),
     )
     restored = checkpoints_lib.restore_latest(saved_in, state.evaluated, state.rest, iterator)
     if restored is None and (directory / workdir.METRICS).exists():
@@ -502,8 +502,7 @@ class _Run(NamedTuple):
 
     def row(self, step: int, split: str, loss: float, **extra: float) -> dict[str, Any]:
         """A row of metrics.jsonl."""
-        epoch = round(step / self.steps_per_epoch, 6)
-        return {"step": step, "epoch": epoch, "split": split, "loss": loss, **extra}
+        return metrics.make_row(step, step / self.steps_per_epoch, split, loss, **extra)
 
     def plot(self) -> None:
         """Draws the curves of what was measured so far."""

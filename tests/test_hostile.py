@@ -263,10 +263,6 @@ def evil_tiny_shakespeare(place: Place) -> None:
     with_fields({"data.dataset": "tiny_shakespeare"})(place)
 
 
-def seal(checkpoint: Path) -> None:
-    checkpoints.seal(checkpoint)
-
-
 def renamed(place: Place) -> None:
     (place.run / "checkpoints" / "140").rename(place.run / "checkpoints" / "999999")
 
@@ -275,7 +271,7 @@ def with_history(content: str, item: str = "history") -> Callable[[Place], None]
     def change(place: Place) -> None:
         checkpoint = place.run / "checkpoints" / "140"
         (checkpoint / item / "metadata").write_text(content)
-        seal(checkpoint)
+        checkpoints.seal(checkpoint)
 
     return change
 
