@@ -1,7 +1,7 @@
 """What a newcomer meets first: Tiny Shakespeare in about three minutes on two CPU cores."""
 # python -m lstm_jax.main --config experiments/quick.py
 #
-# 1 min 53 s on two cores of an AMD EPYC (Zen 5), start-up and all evaluations included.
+# An earlier version took 1 min 53 s on two cores of an AMD EPYC (Zen 5), all evaluations included.
 # With --config.seed=0 to 3: validation 1.408 ± 0.006, test 1.537 ± 0.009, and both read as one text
 # (python -m lstm_jax.evaluate --split validation+test) 1.473 ± 0.003 nats per character.
 
