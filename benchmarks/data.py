@@ -28,10 +28,11 @@ ROOT = Path(__file__).parents[1]
 FRACTIONS = (0.9998, 0.0001, 0.0001)
 _PREPARE = """
 import sys
-from lstm_jax import config, prepared
+from lstm_jax import config
+from lstm_jax.data import prepared
 data = config.default().data
 data.path, data.prepared, data.fractions = sys.argv[1], sys.argv[2], {fractions}
-prepared.prepare(data)
+prepared.prepare_corpus(data)
 """
 
 
@@ -99,16 +100,17 @@ def _resident(pid: int) -> int:
 
 
 def _measure_loading(data: ConfigDict) -> None:
-    from lstm_jax import batches, config, texts
+    from lstm_jax import batches, config
+    from lstm_jax.data import texts
 
-    train = texts.read(data).texts["train"]
+    train = texts.load_texts(data).texts["train"]
     ids = train.encode(train.vocabulary(data))
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     for kind in ("windows", "streams"):
         fields = config.default().batches
         fields.kind = kind
-        iterator, _ = batches.make(ids, fields, seed=0)
+        iterator, _ = batches.make_batches(ids, fields, seed=0)
         rates = []
         for _ in range(5):
             began = time.perf_counter()
@@ -185,23 +187,25 @@ def _ratios(
     """How much longer steps take with their data, on the device and from files; medians."""
     import jax
 
-    from lstm_jax import batches, feeding, model, optimizer, parallel, texts, train, train_step
+    from lstm_jax import batches, model, optimizer, train, train_step
+    from lstm_jax.data import texts
+    from lstm_jax.devices import feeding, parallel
 
     parallel.use_cores(config)
     train.keep_freed_memory()
     mesh = parallel.make_mesh(config)
-    text = texts.read(data).texts["train"]
+    text = texts.load_texts(data).texts["train"]
     ids = text.encode(text.vocabulary(data))
     size = len(text.vocabulary(data))
     short = np.asarray(ids[:1_000_000])
-    on_device, _ = batches.make(short, config.batches, 0, places=True)
-    from_files, _ = batches.make(ids, config.batches, 0)
+    on_device, _ = batches.make_batches(short, config.batches, 0, places=True)
+    from_files, _ = batches.make_batches(ids, config.batches, 0)
     feeds = {
         "on the device": feeding.Feed(on_device, mesh, feeding.place_text(short, size, mesh)),
         "from files": feeding.Feed(from_files, mesh, None),
     }
-    lstm = model.from_config(config.model, size)
-    adam = optimizer.make(config.optimizer, total_steps=1)
+    lstm = model.make_model(config.model, size)
+    adam = optimizer.make_optimizer(config.optimizer, total_steps=1)
     step = train_step.make_train_step(lstm, adam, config, mesh)
     state = train_step.init_state(lstm, adam, jax.random.key(0), config.batches.batch_size)
     state = state.place(mesh)

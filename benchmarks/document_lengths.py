@@ -13,7 +13,9 @@ import jax
 import numpy as np
 from absl import logging
 
-from lstm_jax import corpus, generation, workdir
+from lstm_jax import generation
+from lstm_jax.data import corpus
+from lstm_jax.run import workdir
 
 _PERCENTILES = (10, 25, 50, 75, 90)
 
@@ -28,14 +30,14 @@ def main() -> None:
     options = parser.parse_args()
     logging.set_verbosity(logging.ERROR)
 
-    trained = workdir.load(options.workdir)
+    trained = workdir.load_trained(options.workdir)
     if not trained.vocabulary.stop:
         parser.error(f"{options.workdir} has no stop token: train with data.document_separator")
     documents = {
         f"{name} text": text.split(trained.vocabulary.stop)
-        for name, text in corpus.read(trained.config.data).items()
+        for name, text in corpus.read_corpus(trained.config.data).items()
     }
-    documents["written"] = generation.write(
+    documents["written"] = generation.generate_texts(
         trained.model,
         trained.params,
         trained.vocabulary,

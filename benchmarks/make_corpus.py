@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lstm_jax import config, corpus
+from lstm_jax import config
+from lstm_jax.data import corpus
 
 _MANY_BYTES = np.array([ord(c) for c in "éñßøλжשあ日語🎭"], np.uint32)
 _FILE_BYTES = 100_000_000
@@ -30,7 +31,7 @@ def make(directory: Path, size: int) -> None:
     """Writes files of `size` bytes together, a repetition more or less, into `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    paragraphs = "".join(corpus.read(config.default().data).values()).split("\n\n")
+    paragraphs = "".join(corpus.read_corpus(config.default().data).values()).split("\n\n")
     written = number = 0
     while written < size:
         with (directory / f"part{number:03}.txt").open("wb") as file:

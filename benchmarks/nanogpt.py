@@ -27,7 +27,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from lstm_jax import config, corpus, workdir
+from lstm_jax import config
+from lstm_jax.data import corpus
+from lstm_jax.run import workdir
 
 ROOT = Path(__file__).parents[1]
 # The dataset's directory in nanoGPT's data/, beside those that it has.
@@ -61,7 +63,7 @@ def main() -> None:
     if not (options.nanogpt / "train.py").exists():
         parser.error(f"{options.nanogpt} has no train.py: clone nanoGPT and name its directory")
 
-    splits = corpus.read(config.default().data)
+    splits = corpus.read_corpus(config.default().data)
     held_out = _write_dataset(options.nanogpt, splits)
     print("| | parameters | minutes | nats per character | otherwise |")
     print("| --- | ---: | ---: | ---: | --- |")
@@ -82,7 +84,9 @@ def main() -> None:
             words = ("--config", f"experiments/{name}.py", "--workdir", out)
             minutes = _minutes(ROOT, "-m", "lstm_jax.main", *words)
             loss, dynamic = _measure_own(out), _measure_own(out, "--dynamic")
-            parameters = sum(array.size for array in jax.tree.leaves(workdir.load(out).params))
+            parameters = sum(
+                array.size for array in jax.tree.leaves(workdir.load_trained(out).params)
+            )
             _print(name, parameters, minutes, loss, f"{dynamic:.3f} with dynamic evaluation")
 
 

@@ -18,7 +18,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lstm_jax import batches, config, model, optimizer, parallel, population, train, train_step
+from lstm_jax import batches, config, model, optimizer, train, train_step
+from lstm_jax.devices import parallel
+from lstm_jax.sweep import population
 
 VOCABULARY_SIZE = 67
 
@@ -35,7 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     # Every compilation is to be paid for.
     jax.config.update("jax_enable_compilation_cache", False)
-    jax.config.update("jax_num_cpu_devices", parallel.cores())
+    jax.config.update("jax_num_cpu_devices", parallel.count_cores())
     train.keep_freed_memory()
     device = jax.devices()[0].device_kind
     print(
@@ -79,8 +81,8 @@ def _settings(hidden_size: int, seed: int = 0) -> ConfigDict:
 
 def _state(settings: ConfigDict, steps: int) -> train_step.TrainState:
     return train_step.init_state(
-        model.from_config(settings.model, VOCABULARY_SIZE),
-        optimizer.make(settings.optimizer, steps),
+        model.make_model(settings.model, VOCABULARY_SIZE),
+        optimizer.make_optimizer(settings.optimizer, steps),
         jax.random.key(settings.seed),
         settings.batches.batch_size,
     )
@@ -98,8 +100,8 @@ def _alone(hidden_size: int, steps: int) -> None:
     settings = _settings(hidden_size)
     mesh = parallel.make_mesh(settings)
     step = train_step.make_train_step(
-        model.from_config(settings.model, VOCABULARY_SIZE),
-        optimizer.make(settings.optimizer, steps),
+        model.make_model(settings.model, VOCABULARY_SIZE),
+        optimizer.make_optimizer(settings.optimizer, steps),
         settings,
         mesh,
     )

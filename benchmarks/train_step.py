@@ -109,7 +109,8 @@ def _jax_work(step: Any, state: Any, batch: Any) -> Work:
 def _lstm_jax(options: argparse.Namespace, recurrence: str, regularized: bool = False) -> Work:
     import jax
 
-    from lstm_jax import batches, config, model, optimizer, parallel, train, train_step
+    from lstm_jax import batches, config, model, optimizer, train, train_step
+    from lstm_jax.devices import parallel
 
     settings = config.default()
     settings.batches.batch_size = options.batch_size
@@ -125,8 +126,8 @@ def _lstm_jax(options: argparse.Namespace, recurrence: str, regularized: bool = 
     parallel.use_cores(settings)
     train.keep_freed_memory()
     mesh = parallel.make_mesh(settings)
-    lstm = model.from_config(settings.model, options.vocabulary_size)
-    adam = optimizer.make(settings.optimizer, total_steps=1)
+    lstm = model.make_model(settings.model, options.vocabulary_size)
+    adam = optimizer.make_optimizer(settings.optimizer, total_steps=1)
     state = train_step.init_state(lstm, adam, jax.random.key(0), options.batch_size).place(mesh)
     inputs, targets = _batch(options)
     batch = batches.Batch(inputs, targets, starts=np.bool_(True))
@@ -173,7 +174,7 @@ def _flax(options: argparse.Namespace, cell: str) -> Work:
         layers.append(nn.RNN(getattr(nn, cell)(options.hidden_size, dtype=options.dtype)))
     layers.append(nn.Dense(options.vocabulary_size, dtype=options.dtype))
     model = nn.Sequential(layers)
-    return _jax_peer(options, model.init, model.apply)
+    return _jax_peer(options, model.init_params, model.apply)
 
 
 def _haiku(options: argparse.Namespace) -> Work:
@@ -189,7 +190,7 @@ def _haiku(options: argparse.Namespace) -> Work:
         return hk.Linear(options.vocabulary_size)(hidden).swapaxes(0, 1)
 
     model = hk.without_apply_rng(hk.transform(network))
-    return _jax_peer(options, model.init, model.apply)
+    return _jax_peer(options, model.init_params, model.apply)
 
 
 def _torch(options: argparse.Namespace) -> Work:

@@ -8,9 +8,9 @@ import grain
 import numpy as np
 from ml_collections import ConfigDict
 
+from lstm_jax.data.prepared import FileIds
+from lstm_jax.data.texts import Ids
 from lstm_jax.errors import UserError
-from lstm_jax.prepared import FileIds
-from lstm_jax.texts import Ids
 
 
 class Batch(NamedTuple):
@@ -66,11 +66,11 @@ class Windows:
     def __getitem__(self, step: int) -> Places:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         places = step_in_epoch * self._batch_size + np.arange(self._batch_size)
-        windows = shuffled(places, self._windows, _keys(self._seed, epoch))
+        windows = shuffle_places(places, self._windows, _keys(self._seed, epoch))
         return Places(windows * self._window_length, np.bool_(True))
 
 
-def shuffled(places: np.ndarray, length: int, keys: np.ndarray) -> np.ndarray:
+def shuffle_places(places: np.ndarray, length: int, keys: np.ndarray) -> np.ndarray:
     """What stands at some places of a pseudorandom order of 0..length-1, in constant memory.
 
     A Feistel network over pairs of digits, of which there are hardly more than numbers in the
@@ -109,7 +109,7 @@ def _hash(x: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=2)
 def _keys(seed: int, epoch: int) -> np.ndarray:
-    """The keys of `shuffled` for an epoch."""
+    """The keys of `shuffle_places` for an epoch."""
     return np.random.default_rng((seed, epoch)).integers(2**63, size=8, dtype=np.uint64)
 
 
@@ -161,10 +161,10 @@ class _Steps:
     def __getitem__(self, step: int) -> Batch | Places:
         places, (index, number) = self._order[step], self._part
         places = places._replace(begins=places.begins.reshape(number, -1)[index])
-        return places if self._ids is None else cut(self._ids, places, self._window_length)
+        return places if self._ids is None else cut_batch(self._ids, places, self._window_length)
 
 
-def cut(ids: Ids, places: Places, window_length: int) -> Batch:
+def cut_batch(ids: Ids, places: Places, window_length: int) -> Batch:
     """The batch whose windows are at `places`."""
     if isinstance(ids, FileIds):
         windows = ids.cut(places.begins, window_length + 1)
@@ -173,7 +173,7 @@ def cut(ids: Ids, places: Places, window_length: int) -> Batch:
     return Batch(windows[:, :-1], windows[:, 1:], places.starts)
 
 
-def order(length: int, batches: ConfigDict, seed: int) -> _Order:
+def make_order(length: int, batches: ConfigDict, seed: int) -> _Order:
     """Where each training step reads in a text, by its number from 0 on.
 
     Args:
@@ -196,7 +196,7 @@ def order(length: int, batches: ConfigDict, seed: int) -> _Order:
     return steps
 
 
-def make(
+def make_batches(
     ids: Ids,
     batches: ConfigDict,
     seed: int,
@@ -219,7 +219,7 @@ def make(
     Raises:
       UserError: if the text is shorter than one batch.
     """
-    steps = order(len(ids), batches, seed)
+    steps = make_order(len(ids), batches, seed)
     source = _Steps(steps, None if places else ids, batches.window_length, part)
     # Places are computed sooner than another thread would have handed them over.
     options = grain.ReadOptions(

@@ -13,11 +13,13 @@ import jax
 from absl import app, flags, logging
 
 import lstm_jax
-from lstm_jax import compiled, config, interrupts
+from lstm_jax import config
+from lstm_jax.devices import compilation_cache
 from lstm_jax.errors import UserError, one_line, visible
+from lstm_jax.run import interrupts
 
 
-def run(main: Callable[[], int | None]) -> None:
+def run_command(main: Callable[[], int | None]) -> None:
     """Parses the flags, calls `main`, and exits with what it returns (None is 0).
 
     A mistake of the user's (`UserError`, a bad flag, a broken config file) becomes one line on
@@ -27,7 +29,7 @@ def run(main: Callable[[], int | None]) -> None:
     def guarded(argv: Sequence[str]) -> int | None:
         if len(argv) > 1:
             _fail(f"stray argument {argv[1]!r}: every argument is a flag, see --help")
-        compiled.use_cache()
+        compilation_cache.use_cache()
         logging.set_verbosity(logging.FATAL)  # app.run raises it once flags are parsed.
         interrupted = False
         try:
@@ -138,7 +140,7 @@ def define_text_flags() -> None:
     )
 
 
-def own_experiment(argument: str) -> str:
+def find_own_experiment(argument: str) -> str:
     """A flag's name and value, or its value, that names an experiment which comes with the package.
 
     What is no file here, but one of the package's own as it was installed, is named by its path
@@ -174,7 +176,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
             _fail(f"the argument {argument!r} is not UTF-8")
     of_file = "--?(config|space)"  # The flags that experiments are named by.
     argv = [
-        own_experiment(argument)
+        find_own_experiment(argument)
         if re.match(f"{of_file}=", argument) or re.fullmatch(of_file, before)
         else argument
         for before, argument in zip(["", *argv], argv, strict=False)
@@ -200,7 +202,7 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
     """One line for an exception that parsing `argv` raised."""
     for argument in argv:
         field = re.match(r"--?config\.([\w.]+)", argument)
-        if field and (message := config.unknown_field(field[1])):
+        if field and (message := config.describe_unknown_field(field[1])):
             return message
     if isinstance(error, OSError):
         return f"can't read the config file: {str(error).rpartition(']')[2].strip()}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lstm_jax import cells, recurrence, vocabulary
+from lstm_jax import cells, fused, vocabulary
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.errors import UserError
@@ -157,7 +157,7 @@ def default() -> ConfigDict:
     return config
 
 
-def check(config: ConfigDict) -> None:
+def check_fields(config: ConfigDict) -> None:
     """Raises `UserError` for the first field whose value is outside its range."""
     data, batches, model, optimizer = config.data, config.batches, config.model, config.optimizer
     fractions = tuple(data.fractions)
@@ -189,9 +189,9 @@ def check(config: ConfigDict) -> None:
         (model.cell in cells.CELLS, "model.cell", f"one of {', '.join(cells.CELLS)}"),
         (0 <= model.mogrifier_rounds <= 100, "model.mogrifier_rounds", "from 0 to 100"),
         (
-            model.recurrence in recurrence.IMPLEMENTATIONS,
+            model.recurrence in fused.IMPLEMENTATIONS,
             "model.recurrence",
-            f"one of {', '.join(recurrence.IMPLEMENTATIONS)}",
+            f"one of {', '.join(fused.IMPLEMENTATIONS)}",
         ),
         (model.dtype in ("float32", "bfloat16"), "model.dtype", "'float32' or 'bfloat16'"),
         (0 <= model.rematerialize <= _LARGEST, "model.rematerialize", f"from 0 to {_LARGEST:,}"),
@@ -270,7 +270,7 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"config.{field} is {values[field]!r}: it must be {allowed}")
 
 
-def complete(fields: Any) -> ConfigDict:
+def complete_config(fields: Any) -> ConfigDict:
     """A whole, checked config from some of its fields; the others get their defaults.
 
     Args:
@@ -289,7 +289,7 @@ def complete(fields: Any) -> ConfigDict:
     config = default()
     known = dict(flatten(config))
     for field, value in flatten(fields):
-        if message := unknown_field(field):
+        if message := describe_unknown_field(field):
             raise UserError(message)
         try:
             if value is None:  # ConfigDict takes it for any field.
@@ -298,11 +298,11 @@ def complete(fields: Any) -> ConfigDict:
         except (TypeError, ValueError, OverflowError):
             wanted = type(known[field]).__name__
             raise UserError(f"config.{field} is {value!r}: it must be of type {wanted}") from None
-    check(config)
+    check_fields(config)
     return config
 
 
-def unknown_field(field: str) -> str | None:
+def describe_unknown_field(field: str) -> str | None:
     """What is wrong with the dotted name of a field, or None if it is one."""
     known = dict(flatten(default()))
     if field in known:

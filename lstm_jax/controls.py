@@ -74,7 +74,7 @@ class ControlArrays(NamedTuple):
     forbidden: Any
 
 
-def as_arrays(controls: Controls, vocabulary_size: int) -> ControlArrays:
+def make_control_arrays(controls: Controls, vocabulary_size: int) -> ControlArrays:
     """Checks the controls and makes arrays of them.
 
     Raises:
@@ -105,7 +105,7 @@ def as_arrays(controls: Controls, vocabulary_size: int) -> ControlArrays:
     )
 
 
-def adjust(logits: jax.Array, age: jax.Array, controls: ControlArrays) -> jax.Array:
+def adjust_logits(logits: jax.Array, age: jax.Array, controls: ControlArrays) -> jax.Array:
     """The logits of the distribution that is drawn from.
 
     Args:
@@ -169,7 +169,9 @@ def _until(behind: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array
     return bits <= last[:, None]
 
 
-def stop_table(vocabulary: Vocabulary, stop_token: bool = True, stop_at: str = "") -> np.ndarray:
+def make_stop_table(
+    vocabulary: Vocabulary, stop_token: bool = True, stop_at: str = ""
+) -> np.ndarray:
     """A finite automaton that knows where a text ends: int32 [states, vocabulary].
 
     It starts in state 0, each token takes it from state s to table[s, token], and in the last state
@@ -198,9 +200,9 @@ def stop_table(vocabulary: Vocabulary, stop_token: bool = True, stop_at: str = "
     # Of a long unit only both ends matter, or that it holds the text, so that memory does not grow
     # with the longest unit.
     end = len(wanted)
-    longest = min(max(map(len, vocabulary.units)), 2 * end + 1)
+    longest = min(max(map(len, vocabulary.tokens)), 2 * end + 1)
     units = np.full((len(vocabulary), longest), nothing)
-    for row, unit in zip(units, vocabulary.units, strict=True):
+    for row, unit in zip(units, vocabulary.tokens, strict=True):
         if wanted in unit:
             unit = wanted
         is_long = len(unit) > 2 * end
@@ -224,7 +226,7 @@ def stop_table(vocabulary: Vocabulary, stop_token: bool = True, stop_at: str = "
 
 
 def can_end(table: np.ndarray, forbidden: np.ndarray) -> bool:
-    """Whether any tokens but the `forbidden` (bool [vocabulary]) lead a `stop_table` to its end."""
+    """Whether any tokens but the `forbidden` (bool [vocabulary]) lead a `make_stop_table` to its end."""
     reached = np.zeros(1, np.int64)
     while True:
         further = np.union1d(reached, table[reached][:, ~forbidden])

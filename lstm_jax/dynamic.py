@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from lstm_jax import model as model_lib
-from lstm_jax import texts
+from lstm_jax.data import texts
 
 # Segments read by one call of the compiled function.
 _SEGMENTS = 32
@@ -54,7 +54,7 @@ class Settings(NamedTuple):
     segment_length: int = 50
 
 
-def gradient_sizes(
+def measure_gradient_sizes(
     model: model_lib.LanguageModel, params: model_lib.Params, ids: texts.Ids, segment_length: int
 ) -> model_lib.Params:
     """The root mean square of each parameter's gradient over segments of a text, shaped as params.
@@ -92,19 +92,19 @@ def _gradient_sizes(
     return jax.tree.map(lambda s: jnp.sqrt(s / len(inputs)), sums)
 
 
-def mean_loss(
+def compute_dynamic_loss(
     model: model_lib.LanguageModel,
     params: model_lib.Params,
     ids: texts.Ids,
     settings: Settings,
     sizes: model_lib.Params,
 ) -> float:
-    """The mean of `losses`, of which not all are in memory at a time."""
-    read = losses(model, params, ids, settings, sizes)
+    """The mean of `compute_dynamic_losses`, of which not all are in memory at a time."""
+    read = compute_dynamic_losses(model, params, ids, settings, sizes)
     return sum(float(part.sum(dtype=np.float64)) for part in read) / (len(ids) - 1)
 
 
-def losses(
+def compute_dynamic_losses(
     model: model_lib.LanguageModel,
     params: model_lib.Params,
     ids: texts.Ids,
@@ -120,7 +120,7 @@ def losses(
       params: its trained parameters.
       ids: the text, int32 [n], n at least 2.
       settings: how it adapts.
-      sizes: from `gradient_sizes`, of the training text.
+      sizes: from `measure_gradient_sizes`, of the training text.
     """
     state = (params, model.initial_carry(1))
     tokens = _SEGMENTS * settings.segment_length

@@ -14,9 +14,9 @@ from lstm_jax.controls import (
     MIN_STATES,
     ControlArrays,
     Controls,
-    adjust,
-    as_arrays,
-    stop_table,
+    adjust_logits,
+    make_control_arrays,
+    make_stop_table,
 )
 from lstm_jax.errors import NotFiniteError
 from lstm_jax.vocabulary import PADDING_ID, SPECIAL_IDS, Vocabulary
@@ -25,7 +25,7 @@ from lstm_jax.vocabulary import PADDING_ID, SPECIAL_IDS, Vocabulary
 _FIRST_CHUNK, _CHUNK = 16, 1024
 _LONG_AGO = -(2**30)
 
-prepare = jax.jit(model_lib.prepare_step, static_argnames="model")
+prepare_params = jax.jit(model_lib.prepare_step, static_argnames="model")
 
 
 class State(NamedTuple):
@@ -58,13 +58,13 @@ def initial_state(model: model_lib.LanguageModel, batch_size: int = 1) -> State:
     )
 
 
-def read(
+def read_tokens(
     model: model_lib.LanguageModel,
     arrays: model_lib.StepArrays | model_lib.Params,
     state: State,
     ids: np.ndarray,
 ) -> State:
-    """The state after reading ids, int32 [batch, time], of any length, with `prepare`d arrays.
+    """The state after reading ids, int32 [batch, time], of any length, with `prepare_params`d arrays.
 
     Lengths up to the same power of two share one compiled function.
     """
@@ -94,7 +94,7 @@ def _take(
     ids: jax.Array,
 ) -> State:
     """The state after one more token of each text, int32 [batch]."""
-    logits, carry = model_lib.step(model, arrays, ids, state.carry)
+    logits, carry = model_lib.apply_step(model, arrays, ids, state.carry)
     last_seen = state.last_seen.at[jnp.arange(len(ids)), ids].set(state.position)
     return state._replace(
         logits=logits, carry=carry, last_seen=last_seen, position=state.position + 1
@@ -130,8 +130,8 @@ def _write(
         loop: tuple[jax.Array, jax.Array, State],
     ) -> tuple[jax.Array, jax.Array, State]:
         ids, written, state = loop
-        logits = adjust(state.logits, state.position - state.last_seen, controls)
-        drawn = draw(logits, uniform[:, written])
+        logits = adjust_logits(state.logits, state.position - state.last_seen, controls)
+        drawn = draw_tokens(logits, uniform[:, written])
         drawn = jnp.where(state.progress == end, PADDING_ID, drawn)
         state = _take(model, arrays, state, drawn)
         state = state._replace(progress=stops[state.progress, drawn])
@@ -142,7 +142,7 @@ def _write(
 
 
 def random_numbers(key: jax.Array, batch_size: int, positions: jax.Array) -> jax.Array:
-    """The numbers in [0, 1) that decide the draws of `generate`, one for each.
+    """The numbers in [0, 1) that decide the draws of `generate_tokens`, one for each.
 
     Args:
       key: PRNG key.
@@ -157,7 +157,7 @@ def random_numbers(key: jax.Array, batch_size: int, positions: jax.Array) -> jax
     return jax.vmap(jax.vmap(jax.random.uniform))(keys(jnp.arange(batch_size)))
 
 
-def draw(logits: jax.Array, uniform: jax.Array) -> jax.Array:
+def draw_tokens(logits: jax.Array, uniform: jax.Array) -> jax.Array:
     """The units at which the cumulated probabilities pass numbers in [0, 1): int32 [batch].
 
     Args:
@@ -172,7 +172,7 @@ def draw(logits: jax.Array, uniform: jax.Array) -> jax.Array:
     return jnp.argmax(passed, axis=-1).astype(jnp.int32)
 
 
-def write_chunks(
+def generate_chunks(
     model: model_lib.LanguageModel,
     arrays: model_lib.StepArrays | model_lib.Params,
     state: State,
@@ -188,7 +188,7 @@ def write_chunks(
 
     Args:
       model: the model.
-      arrays: what `prepare` made of its parameters.
+      arrays: what `prepare_params` made of its parameters.
       state: where the texts stand.
       key: PRNG key.
       controls: see `Controls`; no value of theirs compiles anything anew.
@@ -220,7 +220,7 @@ def write_chunks(
         chunk = min(4 * chunk, _CHUNK)
 
 
-def generate(
+def generate_tokens(
     model: model_lib.LanguageModel,
     params: model_lib.Params,
     prompts: np.ndarray,
@@ -250,12 +250,12 @@ def generate(
     Raises:
       UserError: for a control outside its range.
     """
-    control_arrays = as_arrays(controls, model.vocabulary_size)
+    control_arrays = make_control_arrays(controls, model.vocabulary_size)
     if stops is None:
         stops = np.zeros((MIN_STATES, model.vocabulary_size), np.int32)
-    arrays = prepare(model, params)
-    state = read(model, arrays, initial_state(model, len(prompts)), prompts)
-    chunks = write_chunks(model, arrays, state, key, control_arrays, stops, length)
+    arrays = prepare_params(model, params)
+    state = read_tokens(model, arrays, initial_state(model, len(prompts)), prompts)
+    chunks = generate_chunks(model, arrays, state, key, control_arrays, stops, length)
     return np.concatenate([ids for ids, _ in chunks], axis=1)
 
 
@@ -273,7 +273,7 @@ def encode_prompt(vocabulary: Vocabulary, prompt: str) -> np.ndarray:
     return start if start[0] not in SPECIAL_IDS else np.array([len(SPECIAL_IDS)], np.int32)
 
 
-def stream(
+def stream_texts(
     model: model_lib.LanguageModel,
     params: model_lib.Params,
     vocabulary: Vocabulary,
@@ -306,14 +306,16 @@ def stream(
     Raises:
       UserError: for a control outside its range.
     """
-    control_arrays = as_arrays(controls, len(vocabulary))
-    stops = stop_table(vocabulary, stop_token, stop_at)
-    arrays = prepare(model, params)
-    state = read(model, arrays, initial_state(model), encode_prompt(vocabulary, prompt)[None])
+    control_arrays = make_control_arrays(controls, len(vocabulary))
+    stops = make_stop_table(vocabulary, stop_token, stop_at)
+    arrays = prepare_params(model, params)
+    state = read_tokens(
+        model, arrays, initial_state(model), encode_prompt(vocabulary, prompt)[None]
+    )
     if num_samples > 1:  # Read once, written on many times.
         state = jax.tree.map(lambda x: jnp.repeat(x, num_samples, 0) if x.ndim else x, state)
     decoders = [text_decoder(vocabulary, stop_token) for _ in range(num_samples)]
-    for ids, _ in write_chunks(model, arrays, state, key, control_arrays, stops, length):
+    for ids, _ in generate_chunks(model, arrays, state, key, control_arrays, stops, length):
         yield [decode(row, False) for decode, row in zip(decoders, ids, strict=True)]
     yield [decode((), True) for decode in decoders]
 
@@ -325,7 +327,7 @@ def text_decoder(vocabulary: Vocabulary, stop_token: bool) -> Callable[[Iterable
     return lambda ids, final: decode([i for i in ids if i != silent], final)
 
 
-def write(
+def generate_texts(
     model: model_lib.LanguageModel,
     params: model_lib.Params,
     vocabulary: Vocabulary,
@@ -335,8 +337,8 @@ def write(
     num_samples: int = 1,
     **options: Any,
 ) -> list[str]:
-    """The whole texts, prompt included, of which `stream` yields the pieces; it takes the same."""
-    pieces = stream(
+    """The whole texts, prompt included, of which `stream_texts` yields the pieces; it takes the same."""
+    pieces = stream_texts(
         model, params, vocabulary, key, prompt=prompt, num_samples=num_samples, **options
     )
     return [prompt + "".join(text) for text in zip(*pieces, strict=True)]

@@ -5,7 +5,7 @@ command line, for example --config.optimizer.learning_rate=1e-3 or --config.data
 """
 
 if __name__ == "__main__":
-    from lstm_jax import interrupts
+    from lstm_jax.run import interrupts
 
     interrupts.exit_at_once()  # While the rest is imported, which takes seconds.
 
@@ -14,7 +14,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from lstm_jax import command, config, hosts, train
+from lstm_jax import command, config, train
+from lstm_jax.devices import hosts
 from lstm_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -52,14 +53,14 @@ def main() -> int:
         raise UserError(f"there is no config file {path}")
     run_name = f"{path.stem}_{argument}" if argument else path.stem
     directory = Path(_WORKDIR.value or Path("runs", run_name))
-    experiment = config.complete(_CONFIG.value)
+    experiment = config.complete_config(_CONFIG.value)
     if _INIT_FROM.value is not None:
         experiment.init_from = _INIT_FROM.value
-    with hosts.joined(
+    with hosts.join_processes(
         _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _JOIN_SECONDS.value
     ):
         return train.train(experiment, directory)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run_command(main)

@@ -1,4 +1,4 @@
-"""The language model: embedding, stacked recurrent layers, dense. Pure `init` and `apply`."""
+"""The language model: embedding, stacked recurrent layers, dense. Pure `init_params` and `apply`."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -11,9 +11,10 @@ import numpy as np
 import threadpoolctl
 from ml_collections import ConfigDict
 
-from lstm_jax import recurrence
-from lstm_jax.cells import CELLS, HiddenCarry, MogrifierLSTMCell
-from lstm_jax.recurrence import LayerCarry, Lookup, product
+from lstm_jax import fused
+from lstm_jax.cells import CELLS, HiddenCarry, LSTMCarry, MogrifierLSTMCell
+from lstm_jax.fused import Lookup
+from lstm_jax.matmul import matmul, round_factor
 
 Params = dict[str, Any]
 
@@ -23,7 +24,7 @@ _LARGEST = 1e18
 # What the dense layer's bias begins as: the logarithms of the tokens' frequencies, or zeros.
 INITIAL_BIASES = ("frequencies", "zeros")
 
-Carry = tuple[LayerCarry | HiddenCarry, ...]  # One for each layer, the first layer first.
+Carry = tuple[LSTMCarry | HiddenCarry, ...]  # One for each layer, the first layer first.
 
 # What the inputs of each layer and, last, the outputs of the last one are multiplied by at every
 # step: [batch, features] each, or None for nothing. `regularization.draw_masks` makes them.
@@ -62,7 +63,7 @@ class Dense(nn.Module):
         batch, time, features = inputs.shape
         # One product, feature-major as the recurrence is: that saves transposing its outputs.
         flat = inputs.transpose(2, 1, 0).reshape(features, time * batch)
-        outputs = product(kernel.T, flat, self.dtype) + self.bias[:, None]
+        outputs = matmul(kernel.T, flat, self.dtype) + self.bias[:, None]
         return outputs.reshape(self.output_size, time, batch).transpose(2, 1, 0)
 
 
@@ -74,10 +75,10 @@ class LanguageModel(nn.Module):
       embedding_size: features of an embedded token.
       hidden_size: units of each recurrent layer.
       num_layers: recurrent layers, each reading the one before.
-      recurrence: how the layers run over time, one of `recurrence.IMPLEMENTATIONS`.
+      recurrence: how the layers run over time, one of `fused.IMPLEMENTATIONS`.
       dtype: what matrix products multiply in, "float32" or "bfloat16". Parameters, cell states,
         softmax and loss are float32 either way.
-      rematerialize: see `recurrence.fused`.
+      rematerialize: see `fused.run_fused`.
       cell: the kind of the layers, one of `cells.CELLS`.
       layer_norm: whether cells normalise what goes into their gates.
       mogrifier_rounds: of the cell "mogrifier".
@@ -150,7 +151,7 @@ class LanguageModel(nn.Module):
         """
         outputs, carry = self.run(ids, carry, masks)
         if masks is not None:
-            outputs = masked(outputs, masks[-1])
+            outputs = apply_mask(outputs, masks[-1])
         return self.predict(outputs), carry
 
     def run(
@@ -165,7 +166,7 @@ class LanguageModel(nn.Module):
         for i, (cell, layer_carry) in enumerate(zip(self.layers, carry, strict=True)):
             if masks is not None and masks[i] is not None:
                 rows = inputs.rows if isinstance(inputs, Lookup) else inputs
-                inputs = masked(rows, masks[i])
+                inputs = apply_mask(rows, masks[i])
             inputs, layer_carry = self._run_layer(cell, inputs, layer_carry)
             last.append(layer_carry)
         assert isinstance(inputs, jax.Array)
@@ -180,23 +181,23 @@ class LanguageModel(nn.Module):
         return self.embedding.embedding.T if self.tie_embeddings else self.dense.kernel
 
     def implementation(self) -> str:
-        """How the layers run over time: what `recurrence.choose` makes of `recurrence`.
+        """How the layers run over time: what `fused.choose` makes of `recurrence`.
 
         Raises:
           ValueError: if what is asked for can't run this model here.
         """
         plain = self.cell == "lstm" and not self.layer_norm
-        return recurrence.choose(self.recurrence, self.dtype, plain)
+        return fused.choose(self.recurrence, self.dtype, plain)
 
     def _run_layer(
         self, cell: Any, inputs: jax.Array | Lookup, carry: Any
-    ) -> tuple[jax.Array, LayerCarry | HiddenCarry]:
+    ) -> tuple[jax.Array, LSTMCarry | HiddenCarry]:
         """One layer over time: outputs [batch, time, hidden_size], and the carry."""
         implementation = self.implementation()
         if implementation == "fused":
-            return recurrence.fused(cell.kernels(), inputs, carry, self.dtype, self.rematerialize)
+            return fused.run_fused(cell.kernels(), inputs, carry, self.dtype, self.rematerialize)
         if implementation == "cudnn":
-            return recurrence.cudnn(cell.kernels(), inputs, carry)
+            return fused.run_cudnn(cell.kernels(), inputs, carry)
         rows = inputs.rows if isinstance(inputs, Lookup) else inputs
         scan = nn.scan(
             lambda cell, carry, inputs: cell(carry, inputs),
@@ -215,7 +216,7 @@ class LanguageModel(nn.Module):
         return tuple(cell.initial_carry(batch_size) for cell in cells)
 
 
-def masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+def apply_mask(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     """X [batch, time, features] times a mask [batch, features], the same at every step."""
     if mask is None:
         return x
@@ -223,12 +224,12 @@ def masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     return (x.transpose(1, 2, 0) * mask.T).transpose(2, 0, 1)
 
 
-def from_config(model: ConfigDict, vocabulary_size: int) -> LanguageModel:
+def make_model(model: ConfigDict, vocabulary_size: int) -> LanguageModel:
     """The model that the `model` fields of a config describe."""
     return LanguageModel(vocabulary_size=vocabulary_size, **model)
 
 
-def init(model: LanguageModel, key: jax.Array, counts: np.ndarray | None = None) -> Params:
+def init_params(model: LanguageModel, key: jax.Array, counts: np.ndarray | None = None) -> Params:
     """Fresh parameters, initialised as Keras does.
 
     Uniform ±0.05 embedding, Glorot uniform kernels, orthogonal recurrent kernels, zero biases but 1
@@ -274,7 +275,7 @@ def apply(
 
 
 class StepArrays(NamedTuple):
-    """What `step` needs of the parameters of plain LSTM layers, computed before the first step.
+    """What `apply_step` needs of the parameters of plain LSTM layers, computed before the first step.
 
     Attributes:
       projected: what each token adds to the first layer's gates, [vocabulary_size, 4 * hidden].
@@ -300,15 +301,15 @@ def prepare_step(model: LanguageModel, params: Params) -> StepArrays | Params:
     first, *others = [cell.kernels() for cell in bound.layers]
     kernels = [first.recurrent, *(jnp.concatenate([k.input, k.recurrent]) for k in others)]
     return StepArrays(
-        recurrence.project(first, bound.embedding.embedding, model.dtype),
-        [recurrence.rounded(kernel.T, model.dtype) for kernel in kernels],
+        fused.project(first, bound.embedding.embedding, model.dtype),
+        [round_factor(kernel.T, model.dtype) for kernel in kernels],
         [k.bias[:, None] for k in others],
-        recurrence.rounded(bound.head_kernel().T, model.dtype),
+        round_factor(bound.head_kernel().T, model.dtype),
         bound.dense.bias,
     )
 
 
-def step(
+def apply_step(
     model: LanguageModel, arrays: StepArrays | Params, ids: jax.Array, carry: Carry
 ) -> tuple[jax.Array, Carry]:
     """The model for one token at a time: what `apply` computes for windows of length 1, faster.
@@ -330,26 +331,26 @@ def step(
             last.append(layer_carry)
         return bound.predict(outputs[:, None])[:, 0], tuple(last)
 
-    states = [LayerCarry(*(state.T for state in layer)) for layer in carry]
+    states = [LSTMCarry(*(state.T for state in layer)) for layer in carry]
     added = [arrays.projected[ids].T, *arrays.biases]
     for layer, kernel in enumerate(arrays.kernels):
         inputs = states[layer].hidden
         if layer:
             inputs = jnp.concatenate([states[layer - 1].hidden, inputs])
-        inputs = recurrence.rounded(inputs, model.dtype)
-        _, states[layer] = recurrence.step(kernel, inputs, states[layer], added[layer])
-    logits = product(arrays.head, states[-1].hidden, model.dtype).T + arrays.head_bias
-    return logits, tuple(LayerCarry(cell.T, hidden.T) for cell, hidden in states)
+        inputs = round_factor(inputs, model.dtype)
+        _, states[layer] = fused.step(kernel, inputs, states[layer], added[layer])
+    logits = matmul(arrays.head, states[-1].hidden, model.dtype).T + arrays.head_bias
+    return logits, tuple(LSTMCarry(cell.T, hidden.T) for cell, hidden in states)
 
 
 def make_step(
     model: LanguageModel, params: Params
 ) -> Callable[[jax.Array, Carry], tuple[jax.Array, Carry]]:
-    """`step` as a function of ids and carry alone: call this outside of the loop."""
-    return functools.partial(step, model, prepare_step(model, params))
+    """`apply_step` as a function of ids and carry alone: call this outside of the loop."""
+    return functools.partial(apply_step, model, prepare_step(model, params))
 
 
-def parameter_table(params: Params) -> str:
+def format_parameters(params: Params) -> str:
     """The shapes and counts of all parameters, with a sum for each part, as lines of text."""
     rows: list[tuple[str, str, int]] = []
     for part in sorted(params, key=lambda name: (name != "embedding", name == "dense", name)):

@@ -13,7 +13,7 @@ SCHEDULES = ("constant", "cosine", "linear", "step")
 _STEP_FACTOR = 0.1
 
 
-def make(optimizer: ConfigDict, total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(optimizer: ConfigDict, total_steps: int) -> optax.GradientTransformation:
     """Clipping by the global norm, then Adam (Kingma & Ba 2015) or SGD with momentum.
 
     Weight decay is of kernels and the embedding, not of biases. In Adam it is decoupled from the

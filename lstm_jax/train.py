@@ -18,30 +18,21 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lstm_jax import (
-    batches,
-    corpus,
-    evaluate,
-    feeding,
-    files,
-    generation,
-    hosts,
-    lock,
-    metrics,
-    parallel,
-    texts,
-    workdir,
-)
-from lstm_jax import checkpoints as checkpoints_lib
+from lstm_jax import batches, generation
 from lstm_jax import config as config_lib
+from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.controls import Controls
+from lstm_jax.data import corpus, texts
+from lstm_jax.devices import feeding, hosts, parallel
 from lstm_jax.errors import NotFiniteError, UnavailableError, UserError
-from lstm_jax.profiler import Profiler
-from lstm_jax.progress import Progress
+from lstm_jax.run import checkpoints as checkpoints_lib
+from lstm_jax.run import files, lock, metrics, workdir
+from lstm_jax.run.profiler import Profiler
+from lstm_jax.run.progress import Progress
 from lstm_jax.train_step import TrainState, TrainStep, init_state, make_train_step
-from lstm_jax.vocabulary import Vocabulary, printable
+from lstm_jax.vocabulary import Vocabulary, make_printable
 
 # What a run may change when it goes on: all of these leave the arrays it has as they are.
 _CHANGEABLE = (
@@ -109,7 +100,7 @@ def keep_freed_memory() -> None:
 def check_recurrence(config: ConfigDict) -> None:
     """Raises `UserError` if the device here can't compute `model.recurrence`; it starts JAX."""
     try:
-        model_lib.from_config(config.model, 1).implementation()
+        model_lib.make_model(config.model, 1).implementation()
     except ValueError as error:
         raise UserError(f"config.model.recurrence: {error}") from None
 
@@ -141,7 +132,7 @@ class _StopRequest:
 
     def check(self) -> None:
         """Raises `_Stopped` if a signal came, to whichever process."""
-        (code,) = hosts.greatest(self.exit_code or 0)
+        (code,) = hosts.get_greatest(self.exit_code or 0)
         if code:
             self.exit_code = code
             raise _Stopped
@@ -187,7 +178,7 @@ class _Pacer:
         if step - self._step < self._steps:
             return jax.process_count() == 1
         jax.block_until_ready(array)
-        (milliseconds,) = hosts.greatest(int(1e3 * (time.monotonic() - self._clock)))
+        (milliseconds,) = hosts.get_greatest(int(1e3 * (time.monotonic() - self._clock)))
         self._steps = max(1, int(self._steps / max(milliseconds, 1) * 1e3))
         self._step, self._clock = step, time.monotonic()
         return True
@@ -205,7 +196,7 @@ def train(
     """Trains the model that `config` describes, or goes on where the run in `directory` stopped.
 
     Args:
-      config: a config, which is completed and checked (`config.complete`).
+      config: a config, which is completed and checked (`config.complete_config`).
       directory: the working directory, which all processes see.
       watch: called with each loss after it was recorded, as a row of metrics.jsonl without its
         checksum: for example to draw it in a notebook. What it raises ends the run there, from
@@ -219,7 +210,7 @@ def train(
         working directory that holds another run or a damaged one, is in use, or can't be written;
         for numbers that are no longer finite.
     """
-    config, directory = config_lib.complete(config), Path(directory)
+    config, directory = config_lib.complete_config(config), Path(directory)
     parallel.use_cores(config)
     check_recurrence(config)
     mesh = parallel.make_mesh(config)
@@ -229,7 +220,7 @@ def train(
             silence = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(silence))
         with hosts.first_goes_ahead("text and lock"):
-            splits = texts.read(config.data)
+            splits = texts.load_texts(config.data)
             is_ours = stack.enter_context(_hold(directory))
         try:
             return _train(config, directory, splits, mesh, is_ours, watch)
@@ -243,9 +234,9 @@ def train(
 
 
 def _hold(directory: Path) -> contextlib.AbstractContextManager[Callable[[], bool]]:
-    """`lock.hold`, which process 0 does for all."""
+    """`lock.hold_lock`, which process 0 does for all."""
     if hosts.is_first():
-        return lock.hold(directory)
+        return lock.hold_lock(directory)
     if not directory.exists():
         raise UserError(
             f"process {jax.process_index()} does not see {directory}, where process 0 trains: name "
@@ -266,24 +257,26 @@ def _train(
     workdir.check_own_files(directory)
     config, vocabulary, changes = _settle(config, splits, directory)
     ids = splits.encode(vocabulary)
-    on_devices = feeding.fits(ids["train"], len(vocabulary))
-    iterator, steps_per_epoch = batches.make(
+    on_devices = feeding.fits_on_device(ids["train"], len(vocabulary))
+    iterator, steps_per_epoch = batches.make_batches(
         ids["train"],
         config.batches,
         config.seed,
         places=on_devices,
         part=(jax.process_index(), jax.process_count()),
     )
-    model = model_lib.from_config(config.model, len(vocabulary))
+    model = model_lib.make_model(config.model, len(vocabulary))
     saved_in = directory / workdir.CHECKPOINTS
-    saved_steps = checkpoints_lib.steps(saved_in)
+    saved_steps = checkpoints_lib.list_steps(saved_in)
     started = bool(saved_steps)
     held = directory / lock.LOCK  # By process 0, whose directory is told from others by that.
     same = f"{held.read_bytes() if held.exists() else b''!r} {saved_steps} "
     same += config_lib.to_json(config)
     hosts.check_same(same, "config, text and working directory: start all with the same command")
-    trained = workdir.load(Path(config.init_from)) if config.init_from and not started else None
-    optimizer = optimizer_lib.make(config.optimizer, config.num_epochs * steps_per_epoch)
+    trained = (
+        workdir.load_trained(Path(config.init_from)) if config.init_from and not started else None
+    )
+    optimizer = optimizer_lib.make_optimizer(config.optimizer, config.num_epochs * steps_per_epoch)
     state = init_state(
         model,
         optimizer,
@@ -376,7 +369,7 @@ def _settle(
     config = config.copy_and_resolve_references()
     config.data.sha256 = splits.sha256
     if config.data.path:
-        config.data.path = corpus.absolute(config.data.path)
+        config.data.path = corpus.make_absolute(config.data.path)
     if config.data.prepared:
         config.data.prepared = str(Path(config.data.prepared).absolute())
     if config.init_from:
@@ -439,7 +432,7 @@ def _compare(
 
 def _describe_start(init_from: str, trained: workdir.Trained, vocabulary: Vocabulary) -> str:
     """Where the first weights come from, and which units they don't know."""
-    new = vocabulary.units[len(trained.vocabulary) :]
+    new = vocabulary.tokens[len(trained.vocabulary) :]
     units = f"{len(new)} new units start fresh: {', '.join(map(repr, new))}" if new else "none new"
     return (
         f"The weights are those of step {trained.step} in {init_from}; of the vocabulary, {units}\n"
@@ -452,7 +445,7 @@ def _describe(run: "_Run", params: model_lib.Params) -> str:
     inputs, targets = window[:-1], window[1:]
     counts = ", ".join(f"{len(ids):,} {name}" for name, ids in run.ids.items())
     return (
-        f"{model_lib.parameter_table(params)}\n\n"
+        f"{model_lib.format_parameters(params)}\n\n"
         f"{run.vocabulary.kind}: {counts}; vocabulary: {len(run.vocabulary)}; "
         f"steps an epoch: {run.steps_per_epoch:,}\n\n"
         f"The first window, and what to predict from it:\n"
@@ -497,8 +490,8 @@ class _Run(NamedTuple):
     def batch(self, step: int) -> batches.Batch:
         """What training step `step`, from 1 on, read."""
         ids, fields = self.ids["train"], self.config.batches
-        places = batches.order(len(ids), fields, self.config.seed)[step - 1]
-        return batches.cut(ids, places, fields.window_length)
+        places = batches.make_order(len(ids), fields, self.config.seed)[step - 1]
+        return batches.cut_batch(ids, places, fields.window_length)
 
     def row(self, step: int, split: str, loss: float, **extra: float) -> dict[str, Any]:
         """A row of metrics.jsonl."""
@@ -506,8 +499,8 @@ class _Run(NamedTuple):
 
     def plot(self) -> None:
         """Draws the curves of what was measured so far."""
-        rows = metrics.read(self.directory / workdir.METRICS)
-        metrics.plot(rows, self.directory / workdir.CURVES)
+        rows = metrics.read_metrics(self.directory / workdir.METRICS)
+        metrics.plot_metrics(rows, self.directory / workdir.CURVES)
 
 
 def _loop(
@@ -566,7 +559,7 @@ def _loop(
                     )
                 saving = run.checkpoints.check()
                 waited = time.monotonic() - saved_at >= config.checkpoint_every_seconds
-                due = together and bool(hosts.greatest(waited and not saving)[0])
+                due = together and bool(hosts.get_greatest(waited and not saving)[0])
                 if step % run.steps_per_epoch == 0 or due:
                     state = _check_finite(run, state)
                     _save(run, state, feed.iterator, step)
@@ -602,14 +595,14 @@ def _check_finite(run: _Run, state: TrainState) -> TrainState:
         path = run.directory / f"nonfinite_step_{first}.json"
         ids = {"step": first, "inputs": batch.inputs.tolist(), "targets": batch.targets.tolist()}
         if hosts.is_first():
-            files.write(path, f"{json.dumps(ids)}\n".encode())
+            files.write_file(path, f"{json.dumps(ids)}\n".encode())
         allowed = run.config.max_skipped_steps
         what = (
             f"a parameter, the loss or a gradient of step {first} is not finite (its batch is in "
             f"{path})"
         )
         if skipped > allowed:
-            last = checkpoints_lib.steps(run.directory / workdir.CHECKPOINTS)[-1]
+            last = checkpoints_lib.list_steps(run.directory / workdir.CHECKPOINTS)[-1]
             raise NotFiniteError(
                 f"{what}: the last good checkpoint is that of step {last}; go on from there with a "
                 "lower --config.optimizer.learning_rate, --config.optimizer.max_gradient_norm=1, "
@@ -635,8 +628,8 @@ def _validate(
     config = run.config
     epoch = step // run.steps_per_epoch
     with stop.at_once():
-        params, key = parallel.on_one_device((state.evaluated, state.key), run.mesh)
-        loss = evaluate.mean_loss(run.model, params, run.ids["validation"])
+        params, key = parallel.gather_on_one_device((state.evaluated, state.key), run.mesh)
+        loss = loss_lib.compute_loss(run.model, params, run.ids["validation"])
         text = _sample(run, params, jax.random.fold_in(key, step))
     if writer is None:
         return
@@ -649,9 +642,9 @@ def _validate(
     if step:
         run.plot()
     name = f"epoch {epoch} of {config.num_epochs}" if step else "untrained"
-    described = evaluate.describe(loss, run.vocabulary, run.texts["validation"])
+    described = loss_lib.describe_loss(loss, run.vocabulary, run.texts["validation"])
     show(f"\n=== {name}: validation loss {described}\n{text}\n")
-    if step and (warning := evaluate.suspicion({"validation": loss}, len(run.vocabulary))):
+    if step and (warning := loss_lib.find_suspicion({"validation": loss}, len(run.vocabulary))):
         show(f"warning: {warning}\n")
     run.watch(row)
 
@@ -668,25 +661,27 @@ def _save(run: _Run, state: TrainState, iterator: grain.DatasetIterator, step: i
 
 def _finish(run: _Run) -> None:
     """Measures the best checkpoint on the test split, lets it write, and says what is where."""
-    hosts.wait("all is saved")
+    hosts.wait_for_all("all is saved")
     params, step = workdir.load_params(run.directory, run.model)
     path = run.directory / workdir.METRICS
-    measured = [row for row in metrics.read(path) if (row["split"], row["step"]) == ("test", step)]
+    measured = [
+        row for row in metrics.read_metrics(path) if (row["split"], row["step"]) == ("test", step)
+    ]
     if measured:
         loss = measured[-1]["loss"]
     else:
-        loss = evaluate.mean_loss(run.model, params, run.ids["test"])
+        loss = loss_lib.compute_loss(run.model, params, run.ids["test"])
     if not hosts.is_first():
         return
     if not measured:
-        latest = checkpoints_lib.steps(run.directory / workdir.CHECKPOINTS)[-1]
+        latest = checkpoints_lib.list_steps(run.directory / workdir.CHECKPOINTS)[-1]
         row = run.row(step, "test", loss)
         with metrics.MetricsWriter(path, latest) as writer:
             writer.write(**row)
         run.plot()
         run.watch(row)
-    described = evaluate.describe(loss, run.vocabulary, run.texts["test"])
-    zero = evaluate.zero_state(run.model, params, run.ids["validation"], _PLACES)
+    described = loss_lib.describe_loss(loss, run.vocabulary, run.texts["test"])
+    zero = loss_lib.measure_zero_state(run.model, params, run.ids["validation"], _PLACES)
     text = _sample(run, params, jax.random.key(run.config.seed))
     print(
         f"\n{text}\n\n"
@@ -697,16 +692,16 @@ def _finish(run: _Run) -> None:
         f"Let it write: python -m lstm_jax.sample --workdir {run.directory}"
     )
     losses = {"test": loss}
-    best = checkpoints_lib.validation_loss(run.directory / workdir.CHECKPOINTS, step)
+    best = checkpoints_lib.read_validation_loss(run.directory / workdir.CHECKPOINTS, step)
     if best is not None:
         losses["validation"] = best
-    if warning := evaluate.suspicion(losses, len(run.vocabulary), zero):
+    if warning := loss_lib.find_suspicion(losses, len(run.vocabulary), zero):
         print(f"warning: {warning}", file=sys.stderr)
 
 
 def _sample(run: _Run, params: model_lib.Params, key: jax.Array) -> str:
     """One text of the length and temperature that the config says."""
-    (text,) = generation.write(
+    (text,) = generation.generate_texts(
         run.model,
         params,
         run.vocabulary,
@@ -715,7 +710,7 @@ def _sample(run: _Run, params: model_lib.Params, key: jax.Array) -> str:
         controls=Controls(temperature=run.config.sample.temperature),
         stop_token=False,
     )
-    return printable(text)
+    return make_printable(text)
 
 
 if __name__ == "__main__":

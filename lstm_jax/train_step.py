@@ -11,8 +11,9 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lstm_jax import batches, feeding, parallel, regularization
+from lstm_jax import batches, regularization
 from lstm_jax import model as model_lib
+from lstm_jax.devices import feeding, parallel
 
 
 class TrainState(NamedTuple):
@@ -66,7 +67,7 @@ class TrainState(NamedTuple):
 
     def place(self, mesh: Mesh) -> "TrainState":
         """The state on the devices of a mesh: the carry as a batch is, the rest as `store`d."""
-        stored = parallel.store(self._replace(carry=()), mesh)
+        stored = parallel.place_state(self._replace(carry=()), mesh)
         return stored._replace(carry=parallel.place(self.carry, mesh, parallel.DIVIDED))
 
 
@@ -94,16 +95,18 @@ def init_state(
       trained: parameters to start from, of the same model with the same vocabulary or the first
         part of it; the rows of new units start fresh.
       mesh: where the state is made; None: on one device, from where `place` can move it.
-      counts: of the tokens in the training text, see `model.init`.
+      counts: of the tokens in the training text, see `model.init_params`.
     """
     init_key, key = jax.random.split(key)
-    params = model_lib.init(model, init_key, counts)
+    params = model_lib.init_params(model, init_key, counts)
     if trained is not None:
         params = jax.tree.map(
             lambda new, old: new.at[tuple(map(slice, old.shape))].set(old), params, trained
         )
     if mesh is not None:
-        params = parallel.store(params, mesh)  # First, so that nothing else of its size is whole.
+        params = parallel.place_state(
+            params, mesh
+        )  # First, so that nothing else of its size is whole.
     # Every counter is an array of its own: a step donates each.
     step, loss_steps, skipped, first_skipped = (jnp.zeros((), jnp.int32) for _ in range(4))
     state = TrainState(
@@ -137,7 +140,7 @@ def make_train_step(
     def train_steps(state: TrainState, batch: batches.Batch | feeding.Resident) -> TrainState:
         def one(state: TrainState, step: Any) -> tuple[TrainState, None]:
             if isinstance(batch, feeding.Resident):
-                step = feeding.cut(batch.ids, step, config.batches.window_length)
+                step = feeding.cut_batch(batch.ids, step, config.batches.window_length)
             return train_step(state, step), None
 
         steps = batch.places if isinstance(batch, feeding.Resident) else batch
@@ -183,7 +186,7 @@ def make_step(
         inputs, targets = batch
         bound = model.bind({"params": params})
         outputs, carry = bound.run(inputs, carry, masks)
-        dropped = outputs if masks is None else model_lib.masked(outputs, masks[-1])
+        dropped = outputs if masks is None else model_lib.apply_mask(outputs, masks[-1])
         losses = optax.softmax_cross_entropy_with_integer_labels(bound.predict(dropped), targets)
         loss = losses.mean()
         return loss + regularization.penalty(rates, outputs, dropped), (loss, carry)
@@ -216,8 +219,8 @@ def make_step(
         specs: Any, params: model_lib.Params, key: jax.Array | None, *divided: Any
     ) -> Any:
         """The mean of gradients and losses over all devices, as they are stored; the carry."""
-        means, carry = gradients(parallel.gather(params, specs), key, *divided)
-        return parallel.mean(means, (specs, parallel.EVERYWHERE)), carry
+        means, carry = gradients(parallel.gather_parts(params, specs), key, *divided)
+        return parallel.mean_over_devices(means, (specs, parallel.EVERYWHERE)), carry
 
     def train_step(state: TrainState, batch: batches.Batch) -> TrainState:
         starts = jnp.broadcast_to(batch.starts, len(batch.inputs))
@@ -234,9 +237,9 @@ def make_step(
         read = batch.inputs, batch.targets
         compute = gradients
         if mesh is not None:
-            specs = jax.tree.map(lambda array: parallel.stored(array, mesh), state.params)
+            specs = jax.tree.map(lambda array: parallel.get_storage_spec(array, mesh), state.params)
             everywhere, divided = parallel.EVERYWHERE, parallel.DIVIDED
-            compute = parallel.divide(
+            compute = parallel.shard_map(
                 functools.partial(gradients_of_all, specs),
                 mesh,
                 in_specs=(specs, everywhere, divided, divided, divided),

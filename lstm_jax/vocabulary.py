@@ -81,7 +81,7 @@ class Vocabulary:
             raise ValueError("a unit stands twice")
         if stop and stop not in proper:
             raise ValueError("the stop token is not among the units")
-        self.units = tuple(units)
+        self.tokens = tuple(units)
         self.kind = kind
         self.stop = stop
         if single:
@@ -101,7 +101,9 @@ class Vocabulary:
           UserError: as `from_counts` does.
         """
         # All bytes are units, whether they stand in the text or not.
-        counts = {stop: text.count(stop)} if kind == "bytes" else Counter(split(text, kind, stop))
+        counts = (
+            {stop: text.count(stop)} if kind == "bytes" else Counter(split_text(text, kind, stop))
+        )
         return cls.from_counts(counts.items(), kind, min_count, stop)
 
     @classmethod
@@ -154,8 +156,8 @@ class Vocabulary:
                 f"documents of the model to start from end with {self.stop!r}: set "
                 "data.document_separator as it was there, or start from others"
             )
-        new = (unit for unit in other.units if unit not in self._ids)
-        return Vocabulary([*self.units, *new], self.kind, other.stop)
+        new = (unit for unit in other.tokens if unit not in self._ids)
+        return Vocabulary([*self.tokens, *new], self.kind, other.stop)
 
     @classmethod
     def from_json(cls, text: str) -> "Vocabulary":
@@ -176,11 +178,11 @@ class Vocabulary:
 
     def to_json(self) -> str:
         """The vocabulary as JSON text, in ASCII."""
-        content = {"kind": self.kind, "stop": self.stop, "units": self.units}
+        content = {"kind": self.kind, "stop": self.stop, "units": self.tokens}
         return json.dumps(content, indent=0) + "\n"
 
     def __len__(self) -> int:
-        return len(self.units)
+        return len(self.tokens)
 
     @property
     def stop_id(self) -> int | None:
@@ -188,7 +190,7 @@ class Vocabulary:
         return self._ids[self.stop] if self.stop else None
 
     @property
-    def unit_name(self) -> str:
+    def token_name(self) -> str:
         """What one of them is called: "character", "word" and so on.
 
         Where a stop token of several characters is among them, that is "token".
@@ -200,7 +202,7 @@ class Vocabulary:
 
         Joined they are the text again, but for bytes that are no ASCII: each is a unit of its own.
         """
-        return list(split(text, self.kind, self.stop))
+        return list(split_text(text, self.kind, self.stop))
 
     def look_up(self, units: Iterable[str]) -> np.ndarray:
         """The id of each unit: int32 [n], "[UNK]" for those not in the vocabulary."""
@@ -209,7 +211,7 @@ class Vocabulary:
     def encode(self, text: str) -> np.ndarray:
         """Ids of `text`: int32 [n], "[UNK]" for units not in the vocabulary."""
         if self.kind in _PATTERNS:
-            return self.look_up(split(text, self.kind, self.stop))
+            return self.look_up(split_text(text, self.kind, self.stop))
         if not self.stop:
             return self._encode_characters(text)
         parts = text.split(self.stop)
@@ -234,18 +236,18 @@ class Vocabulary:
         of a character whose end is still to come; joined, its texts are what `decode` gives.
         """
         if self.kind != "bytes":
-            return lambda ids, final: "".join(self.units[int(i)] for i in ids)
+            return lambda ids, final: "".join(self.tokens[int(i)] for i in ids)
         utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
 
         def decode(ids: Iterable[int], final: bool) -> str:
-            units = "".join(self.units[int(i)] for i in ids)
+            units = "".join(self.tokens[int(i)] for i in ids)
             return utf8.decode(units.encode("utf-8", "surrogateescape"), final)
 
         return decode
 
     def unknown(self, text: str) -> list[str]:
         """The different units of `text` that are not in the vocabulary, sorted."""
-        return sorted(set(split(text, self.kind, self.stop)) - set(self._ids))
+        return sorted(set(split_text(text, self.kind, self.stop)) - set(self._ids))
 
 
 class Costs(NamedTuple):
@@ -260,19 +262,19 @@ class Costs(NamedTuple):
     unknown_bytes: int
 
 
-def spelled_bytes(unit: str) -> int:
+def count_spelled_bytes(unit: str) -> int:
     """The bytes of a unit's UTF-8, and one for its end."""
     return len(unit.encode("utf-8", "surrogateescape")) + 1
 
 
-def stop_text(separator: str, text: str) -> str:
+def find_stop_text(separator: str, text: str) -> str:
     """What ends a document of `text`, for a name out of `SEPARATORS`."""
     stop = SEPARATORS[separator]
     windows = stop.replace("\n", "\r\n")
     return windows if stop not in text and windows in text else stop
 
 
-def printable(text: str) -> str:
+def make_printable(text: str) -> str:
     r"""Return a text as a person can read it on a terminal.
 
     Bytes that are not UTF-8 become U+FFFD, control characters escapes such as \x1b (but for line
@@ -282,8 +284,8 @@ def printable(text: str) -> str:
     return text.replace(FILE_END, "\n\n")
 
 
-def printer() -> Callable[[str, bool], str]:
-    r"""Return a `printable` for a text that comes piece by piece.
+def make_printer() -> Callable[[str, bool], str]:
+    r"""Return a `make_printable` for a text that comes piece by piece.
 
     Its second argument says whether the piece is the last. Until then it holds back a final \r,
     which is half a line break if \n follows.
@@ -294,7 +296,7 @@ def printer() -> Callable[[str, bool], str]:
         nonlocal held
         text = held + piece
         held = "\r" if text.endswith("\r") and not final else ""
-        return printable(text.removesuffix(held))
+        return make_printable(text.removesuffix(held))
 
     return show
 
@@ -307,7 +309,7 @@ def escape_controls(text: str) -> str:
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
-def split(text: str, kind: str, stop: str) -> Iterator[str]:
+def split_text(text: str, kind: str, stop: str) -> Iterator[str]:
     """The units of a text, one after the other."""
     for number, part in enumerate(text.split(stop) if stop else [text]):
         if number:

@@ -10,7 +10,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
-from lstm_jax import datasets, train
+from lstm_jax import train
+from lstm_jax.data import datasets
 
 # A shell that runs the tests in the background has SIGINT ignored, and so would every process that
 # they start have it.
@@ -43,7 +44,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shakespeare(data_dir: Path) -> dict[str, str]:
     """The splits of Tiny Shakespeare."""
-    return datasets.read("tiny_shakespeare", "text", str(data_dir), (0.9, 0.05, 0.05))
+    return datasets.read_dataset("tiny_shakespeare", "text", str(data_dir), (0.9, 0.05, 0.05))
 
 
 @pytest.fixture(scope="session")

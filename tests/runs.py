@@ -8,21 +8,22 @@ import jax
 import numpy as np
 from tensorboardX.proto.event_pb2 import Event
 
-from lstm_jax import batches, checkpoints, metrics, train, workdir
+from lstm_jax import batches, train
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
+from lstm_jax.run import checkpoints, metrics, workdir
 
 
 def final_state(directory: Path) -> list[Any]:
     """Every array of the latest checkpoint, and where it is in the text."""
     config = workdir.load_config(directory)
     vocabulary = workdir.load_vocabulary(directory)
-    model = model_lib.from_config(config.model, len(vocabulary))
-    optimizer = optimizer_lib.make(config.optimizer, 1)
+    model = model_lib.make_model(config.model, len(vocabulary))
+    optimizer = optimizer_lib.make_optimizer(config.optimizer, 1)
     averaged = config.optimizer.average_decay > 0
     batch_size = config.batches.batch_size
     state = train.init_state(model, optimizer, jax.random.key(0), batch_size, averaged)
-    iterator, _ = batches.make(np.zeros(18_000, np.int32), config.batches, 0)
+    iterator, _ = batches.make_batches(np.zeros(18_000, np.int32), config.batches, 0)
     restored = checkpoints.restore_latest(
         directory / workdir.CHECKPOINTS, state.evaluated, state.rest, iterator
     )
@@ -34,7 +35,7 @@ def final_state(directory: Path) -> list[Any]:
 
 def losses(directory: Path) -> list[tuple[int, str, float]]:
     """The rows of metrics.jsonl but for how fast they came."""
-    rows = metrics.read(directory / workdir.METRICS)
+    rows = metrics.read_metrics(directory / workdir.METRICS)
     return [(row["step"], row["split"], row["loss"]) for row in rows]
 
 

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from lstm_jax import activations, evaluate
+from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
+from lstm_jax.inspect import activations
 from test_cells import EQUATIONS, sigmoid
 
 LENGTH = 1100  # Two chunks, the last not full.
@@ -18,10 +19,10 @@ def read(**fields: Any) -> tuple[Any, dict[str, Any], np.ndarray, activations.Re
     params = jax.tree_util.tree_map_with_path(
         # Larger recurrent kernels would make rounding errors grow from step to step.
         lambda path, x: x if "recurrent_kernel" in str(path) else 4 * x,
-        model_lib.init(model, jax.random.key(0)),
+        model_lib.init_params(model, jax.random.key(0)),
     )
     ids = np.random.default_rng(0).integers(0, 11, LENGTH).astype(np.int32)
-    reading = activations.read(model, params, ids)
+    reading = activations.record_activations(model, params, ids)
     return model, jax.tree.map(lambda x: np.asarray(x, np.float64), params), ids, reading
 
 
@@ -75,7 +76,7 @@ def test_an_lstm_of_two_layers() -> None:
     bits = -np.log2(probabilities[np.arange(LENGTH - 1), ids[1:]])
     assert reading.bits[0] == 0
     np.testing.assert_allclose(reading.bits[1:], bits, atol=2e-3)
-    loss = evaluate.mean_loss(model, jax.tree.map(np.float32, params), ids)
+    loss = loss_lib.compute_loss(model, jax.tree.map(np.float32, params), ids)
     assert reading.bits[1:].mean() * np.log(2) == pytest.approx(loss, rel=1e-4)
 
 

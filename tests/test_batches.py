@@ -12,13 +12,13 @@ def fields(kind: str, batch_size: int, window_length: int) -> ConfigDict:
 
 def test_tiny_shakespeare_makes_156_steps_an_epoch(shakespeare: dict[str, str]) -> None:
     ids = np.zeros(len(shakespeare["train"]), np.int32)
-    _, steps = batches.make(ids, fields("windows", 64, 100), seed=0)
+    _, steps = batches.make_batches(ids, fields("windows", 64, 100), seed=0)
     assert steps == 156
 
 
 def test_windows_are_shuffled_anew_each_epoch_and_cover_the_text_once() -> None:
     ids = np.arange(1000, dtype=np.int32)  # Each id tells its own position.
-    iterator, steps = batches.make(ids, fields("windows", 4, 10), seed=1)
+    iterator, steps = batches.make_batches(ids, fields("windows", 4, 10), seed=1)
     assert steps == 24  # 99 windows, in fours.
     epochs = []
     for _ in range(2):
@@ -39,11 +39,11 @@ def test_windows_are_shuffled_anew_each_epoch_and_cover_the_text_once() -> None:
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 100, 101, 10_038])
 def test_a_shuffled_order_has_every_number_once(length: int) -> None:
     keys = np.random.default_rng(0).integers(2**63, size=8, dtype=np.uint64)
-    order = batches.shuffled(np.arange(length), length, keys)
+    order = batches.shuffle_places(np.arange(length), length, keys)
     assert order.dtype == np.int64
     np.testing.assert_array_equal(np.sort(order), np.arange(length))
     some = np.arange(length)[::3]
-    np.testing.assert_array_equal(batches.shuffled(some, length, keys), order[::3])
+    np.testing.assert_array_equal(batches.shuffle_places(some, length, keys), order[::3])
 
 
 def test_shuffled_orders_are_as_different_as_random_ones() -> None:
@@ -52,7 +52,7 @@ def test_shuffled_orders_are_as_different_as_random_ones() -> None:
     landed, followed = np.zeros((length, length)), np.zeros((length, length))
     for _ in range(trials):
         keys = rng.integers(2**63, size=8, dtype=np.uint64)
-        order = batches.shuffled(np.arange(length), length, keys)
+        order = batches.shuffle_places(np.arange(length), length, keys)
         landed[np.arange(length), order] += 1
         followed[order[:-1], order[1:]] += 1
     for counts, cells in ((landed, length**2), (followed, length * (length - 1))):
@@ -64,7 +64,7 @@ def test_shuffled_orders_are_as_different_as_random_ones() -> None:
 
 def test_streams_are_contiguous_and_move_every_epoch() -> None:
     ids = np.arange(1000, dtype=np.int32)
-    iterator, steps = batches.make(ids, fields("streams", 4, 10), seed=1)
+    iterator, steps = batches.make_batches(ids, fields("streams", 4, 10), seed=1)
     assert steps == 24  # (1000 - 10) // 40
     first_positions = []
     for _ in range(6):
@@ -82,12 +82,12 @@ def test_streams_are_contiguous_and_move_every_epoch() -> None:
 @pytest.mark.parametrize("kind", ["windows", "streams"])
 def test_an_iterator_goes_on_from_its_saved_state(kind: str) -> None:
     ids = np.random.default_rng(0).integers(0, 50, 2000).astype(np.int32)
-    iterator, steps = batches.make(ids, fields(kind, 3, 7), seed=5)
+    iterator, steps = batches.make_batches(ids, fields(kind, 3, 7), seed=5)
     for _ in range(steps + 3):
         next(iterator)
     state = iterator.get_state()
     expected = [next(iterator) for _ in range(5)]
-    other, _ = batches.make(ids, fields(kind, 3, 7), seed=5)
+    other, _ = batches.make_batches(ids, fields(kind, 3, 7), seed=5)
     other.set_state(state)
     for batch in expected:
         for a, b in zip(batch, next(other), strict=True):
@@ -97,9 +97,9 @@ def test_an_iterator_goes_on_from_its_saved_state(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["windows", "streams"])
 def test_the_shortest_text_that_makes_one_batch(kind: str) -> None:
     with pytest.raises(UserError, match="too short: .* need (\\d+) tokens and it has 20") as error:
-        batches.make(np.zeros(20, np.int32), fields(kind, 4, 10), seed=0)
+        batches.make_batches(np.zeros(20, np.int32), fields(kind, 4, 10), seed=0)
     needed = int(str(error.value).split(" need ")[1].split()[0])
-    _, steps = batches.make(np.zeros(needed, np.int32), fields(kind, 4, 10), seed=0)
+    _, steps = batches.make_batches(np.zeros(needed, np.int32), fields(kind, 4, 10), seed=0)
     assert steps == 1
     with pytest.raises(UserError):
-        batches.make(np.zeros(needed - 1, np.int32), fields(kind, 4, 10), seed=0)
+        batches.make_batches(np.zeros(needed - 1, np.int32), fields(kind, 4, 10), seed=0)

@@ -108,7 +108,7 @@ def test_a_model_of_any_cell_reads_token_by_token_as_at_once(name: str, layer_no
     model = model_lib.LanguageModel(
         11, 6, 9, 2, cell=name, layer_norm=layer_norm, tie_embeddings=True
     )
-    params = model_lib.init(model, jax.random.key(0))
+    params = model_lib.init_params(model, jax.random.key(0))
     assert "kernel" not in params["dense"]
     ids = np.random.default_rng(0).integers(0, 11, (3, 8))
     logits, last = model_lib.apply(model, params, ids, model.initial_carry(3))
@@ -123,15 +123,15 @@ def test_what_only_a_scan_can_run_is_never_asked_of_another() -> None:
     assert model_lib.LanguageModel(11, 6, 9).implementation() == "fused"
     assert model_lib.LanguageModel(11, 6, 9, cell="gru").implementation() == "scan"
     assert model_lib.LanguageModel(11, 6, 9, layer_norm=True).implementation() == "scan"
-    with pytest.raises(ValueError, match="without layer normalisation only"):
+    with pytest.raises(ValueError, match="without layer normalization only"):
         model_lib.LanguageModel(11, 6, 9, cell="rnn", recurrence="fused").implementation()
 
 
 @pytest.mark.parametrize("name", cells.CELLS)
 def test_no_cell_ignores_layer_norm_or_recurrent_dropout(name: str) -> None:
     model = model_lib.LanguageModel(11, 6, 9, cell=name)
-    plain = model_lib.init(model, jax.random.key(0))
-    normalised = model_lib.init(model.clone(layer_norm=True), jax.random.key(0))
+    plain = model_lib.init_params(model, jax.random.key(0))
+    normalised = model_lib.init_params(model.clone(layer_norm=True), jax.random.key(0))
     assert count(normalised) > count(plain)
     rates = config.default().regularization
     rates.recurrent_dropout = 0.5

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lstm_jax import batches, checkpoints
+from lstm_jax import batches
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
+from lstm_jax.run import checkpoints
 
 PARAMS = {"w": jnp.zeros(3)}
 STATE = {"key": jax.random.key(0), "count": jnp.int32(0)}
@@ -21,7 +22,7 @@ STATE = {"key": jax.random.key(0), "count": jnp.int32(0)}
 
 @pytest.fixture
 def iterator() -> grain.DatasetIterator:
-    return batches.make(np.zeros(10_000, np.int32), config_lib.default().batches, 0)[0]
+    return batches.make_batches(np.zeros(10_000, np.int32), config_lib.default().batches, 0)[0]
 
 
 def save(writer: checkpoints.CheckpointWriter, step: int, iterator: grain.DatasetIterator) -> None:
@@ -34,7 +35,7 @@ def save(writer: checkpoints.CheckpointWriter, step: int, iterator: grain.Datase
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints of the steps 1 and 2, the first of them validated."""
     directory = tmp_path_factory.mktemp("saved")
-    iterator, _ = batches.make(np.zeros(10_000, np.int32), config_lib.default().batches, 0)
+    iterator, _ = batches.make_batches(np.zeros(10_000, np.int32), config_lib.default().batches, 0)
     with checkpoints.CheckpointWriter(directory) as writer:
         save(writer, 1, iterator)
         writer.record_validation(1, 2.5)
@@ -54,7 +55,7 @@ def test_the_latest_two_and_the_best_are_kept_and_restored(
             save(writer, step, iterator)
             if loss is not None:
                 writer.record_validation(step, loss)
-    assert checkpoints.steps(tmp_path) == [2, 5, 6]
+    assert checkpoints.list_steps(tmp_path) == [2, 5, 6]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "5", "6"]
     params, step = checkpoints.restore_best_params(tmp_path, PARAMS)
     assert step == 2
@@ -172,7 +173,7 @@ def test_what_a_killed_save_left_is_cleared_away_and_never_read(
     for name in ("3.unfinished", "4.unfinished.orbax-checkpoint-tmp"):
         shutil.copytree(saved / "2", directory / name)
     (directory / "notes.txt").write_text("of the user's")
-    assert checkpoints.steps(directory) == [1, 2]
+    assert checkpoints.list_steps(directory) == [1, 2]
     checkpoints.CheckpointWriter(directory)
     assert {path.name for path in directory.iterdir()} == {"1", "2", "notes.txt"}
 
@@ -220,11 +221,11 @@ def test_who_reads_while_training_saves_sees_whole_checkpoints(
 def test_a_validation_loss_that_was_changed_counts_for_nothing(saved: Path, tmp_path: Path) -> None:
     directory = tmp_path / "checkpoints"
     shutil.copytree(saved, directory)
-    assert checkpoints.best_step(directory) == 1
+    assert checkpoints.find_best_step(directory) == 1
     path = directory / "1" / checkpoints.VALIDATION
     fields = json.loads(path.read_text())
     path.write_text(json.dumps({**fields, "loss": 0.5}))
-    assert checkpoints.best_step(directory) == 2
+    assert checkpoints.find_best_step(directory) == 2
 
 
 @pytest.mark.parametrize("name", ["5.unfinished", "7", "2147483648", "9" * 100])
@@ -235,14 +236,14 @@ def test_what_is_in_the_way_of_checkpoints_is_named(name: str, saved: Path, tmp_
     with pytest.raises(UserError, match=f"{directory / name} is no checkpoint: move it away"):
         checkpoints.CheckpointWriter(directory)
     assert (directory / name).read_text() == "mine"
-    assert checkpoints.steps(directory) == [1, 2]
+    assert checkpoints.list_steps(directory) == [1, 2]
 
 
 def test_a_checkpoint_whose_parameters_are_not_finite_is_passed_over(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoints.write_params(tmp_path, 1, {"w": jnp.ones(3)})
-    checkpoints.write_params(tmp_path, 2, {"w": jnp.array([1, jnp.inf, 0])})
+    checkpoints.save_params(tmp_path, 1, {"w": jnp.ones(3)})
+    checkpoints.save_params(tmp_path, 2, {"w": jnp.array([1, jnp.inf, 0])})
     _, step = checkpoints.restore_best_params(tmp_path, PARAMS)
     assert step == 1
     assert "2 is damaged (its parameters are not finite)" in capsys.readouterr().err
@@ -250,7 +251,7 @@ def test_a_checkpoint_whose_parameters_are_not_finite_is_passed_over(
 
 def test_few_bytes_do_not_become_many(tmp_path: Path) -> None:
     many = jnp.zeros((5000, 5000))
-    checkpoints.write_params(tmp_path, 1, {"w": many})
+    checkpoints.save_params(tmp_path, 1, {"w": many})
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 10**5
     with pytest.raises(UserError, match="can't hold the 100,000,000 bytes of parameters"):
         checkpoints.restore_best_params(tmp_path, jax.eval_shape(lambda: {"w": many}))
@@ -260,6 +261,6 @@ def test_what_a_step_accepts_is_read_again(tmp_path: Path) -> None:
     # Their squares together are beyond float32, each is not.
     params = {"w": jnp.full(10_000, 9e17)}
     assert model_lib.is_finite(params)
-    checkpoints.write_params(tmp_path, 1, params)
+    checkpoints.save_params(tmp_path, 1, params)
     _, step = checkpoints.restore_best_params(tmp_path, params)
     assert step == 1

@@ -5,8 +5,8 @@ from pathlib import Path
 
 SCRIPT = """
 import jax
-from lstm_jax import compiled
-compiled.use_cache()
+from lstm_jax.devices import compilation_cache
+compilation_cache.use_cache()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.jit(lambda x: x + 1)(1).block_until_ready()

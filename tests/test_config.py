@@ -17,8 +17,8 @@ def test_every_experiment_is_a_complete_config_that_json_keeps(path: Path) -> No
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = config_lib.complete(module.get_config())
-    assert config_lib.complete(json.loads(config_lib.to_json(config))) == config
+    config = config_lib.complete_config(module.get_config())
+    assert config_lib.complete_config(json.loads(config_lib.to_json(config))) == config
     assert f"--config experiments/{path.name}" in path.read_text(encoding="utf-8")
 
 
@@ -32,7 +32,7 @@ def test_shakespeare_is_the_lesson() -> None:
 
 
 def test_missing_fields_get_their_defaults() -> None:
-    config = config_lib.complete({"model": {"hidden_size": 7}})
+    config = config_lib.complete_config({"model": {"hidden_size": 7}})
     assert config.model.hidden_size == 7
     assert config.model.embedding_size == config_lib.default().model.embedding_size
 
@@ -59,4 +59,4 @@ def test_missing_fields_get_their_defaults() -> None:
 )
 def test_bad_fields_are_named(fields: dict[str, object] | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        config_lib.complete(fields if fields is None else ConfigDict(fields))
+        config_lib.complete_config(fields if fields is None else ConfigDict(fields))

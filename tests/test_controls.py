@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from lstm_jax import controls as controls_lib
-from lstm_jax.controls import Controls, adjust, as_arrays, can_end, stop_table
+from lstm_jax.controls import Controls, adjust_logits, can_end, make_control_arrays, make_stop_table
 from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import KINDS, Vocabulary
 
-adjusted = jax.jit(adjust)
+adjusted = jax.jit(adjust_logits)
 
 
 def by_hand(logits: np.ndarray, age: np.ndarray, controls: Controls) -> np.ndarray:
@@ -61,7 +61,7 @@ def test_distributions_are_those_of_sorting(controls: Controls, size: int) -> No
     rng = np.random.default_rng(size)
     logits = rng.normal(0, 3, (8, size)).astype(np.float32)
     age = rng.integers(1, 30, (8, size)).astype(np.int32)
-    result = adjusted(logits, age, as_arrays(controls, size))
+    result = adjusted(logits, age, make_control_arrays(controls, size))
     for row, one_logits, one_age in zip(jax.nn.softmax(result), logits, age, strict=True):
         expected = by_hand(one_logits, one_age, controls)
         np.testing.assert_array_equal(row > 0, expected > 0)
@@ -72,9 +72,12 @@ def test_equally_likely_units_are_kept_together() -> None:
     logits = jnp.array([[9.0, 9.0, 2.0, 1.0, 1.0, 1.0, 0.0]])
     age = jnp.full(logits.shape, 99)
     for controls in (Controls(top_k=2), Controls(top_p=0.7)):
-        kept = adjusted(logits, age, as_arrays(controls, 7))[0] > -jnp.inf
+        kept = adjusted(logits, age, make_control_arrays(controls, 7))[0] > -jnp.inf
         assert kept.tolist() == [False, False, True, True, True, True, False]
-    greedy = adjusted(logits[:, ::-1], age, as_arrays(Controls(temperature=0), 7))[0] > -jnp.inf
+    greedy = (
+        adjusted(logits[:, ::-1], age, make_control_arrays(Controls(temperature=0), 7))[0]
+        > -jnp.inf
+    )
     assert greedy.tolist() == [False] * 5 + [True, False]
 
 
@@ -94,14 +97,14 @@ def test_equally_likely_units_are_kept_together() -> None:
 )
 def test_controls_outside_their_range_are_named(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        as_arrays(Controls(**changed), 5)
+        make_control_arrays(Controls(**changed), 5)
 
 
 def run(table: np.ndarray, vocabulary: Vocabulary, units: list[str]) -> list[bool]:
     """Whether the text has ended, after each unit."""
     state, ended = 0, []
     for unit in units:
-        state = table[state, vocabulary.units.index(unit)]
+        state = table[state, vocabulary.tokens.index(unit)]
         ended.append(state == len(table) - 1)
     return ended
 
@@ -111,7 +114,7 @@ def run(table: np.ndarray, vocabulary: Vocabulary, units: list[str]) -> list[boo
 def test_a_text_ends_where_the_stop_text_was_written(kind: str, stop_at: str) -> None:
     text = "aab aabaabab ab a éb " + "ab " * 30 + "aabaaabaab a"
     vocabulary = Vocabulary.from_text(text, kind)
-    table = stop_table(vocabulary, stop_at=stop_at)
+    table = make_stop_table(vocabulary, stop_at=stop_at)
     units = vocabulary.split(text)
     written, expected = "", []
     for unit in units:
@@ -124,9 +127,9 @@ def test_a_text_ends_where_the_stop_text_was_written(kind: str, stop_at: str) ->
 def test_stop_token_and_stop_texts_that_can_not_be_written() -> None:
     vocabulary = Vocabulary.from_text("a b\n\nc", stop="\n\n")
     units = ["a", "\n\n", "b", "c"]
-    assert run(stop_table(vocabulary), vocabulary, units) == [False, True, True, True]
-    assert run(stop_table(vocabulary, False), vocabulary, units) == [False] * 4
-    assert run(stop_table(vocabulary, True, "b"), vocabulary, units[2:]) == [True, True]
+    assert run(make_stop_table(vocabulary), vocabulary, units) == [False, True, True, True]
+    assert run(make_stop_table(vocabulary, False), vocabulary, units) == [False] * 4
+    assert run(make_stop_table(vocabulary, True, "b"), vocabulary, units[2:]) == [True, True]
     allowed = np.zeros(len(vocabulary), bool)
     for stop_at, possible in {
         "c a": True,
@@ -135,16 +138,16 @@ def test_stop_token_and_stop_texts_that_can_not_be_written() -> None:
         "ax": False,
         "": False,
     }.items():
-        assert can_end(stop_table(vocabulary, False, stop_at), allowed) == possible
+        assert can_end(make_stop_table(vocabulary, False, stop_at), allowed) == possible
     allowed[vocabulary.encode("c")] = True
-    assert not can_end(stop_table(vocabulary, False, "c a"), allowed)
+    assert not can_end(make_stop_table(vocabulary, False, "c a"), allowed)
 
 
 def test_numbers_of_states_fall_into_classes() -> None:
     vocabulary = Vocabulary.from_text("ab")
 
     def shape(length: int) -> tuple[int, ...]:
-        return stop_table(vocabulary, stop_at="a" * length).shape
+        return make_stop_table(vocabulary, stop_at="a" * length).shape
 
     assert {shape(n) for n in range(16)} == {(controls_lib.MIN_STATES, 4)}
     assert shape(16) == shape(31) == (32, 4)

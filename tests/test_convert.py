@@ -15,22 +15,14 @@ import jax
 import numpy as np
 import pytest
 
-from lstm_jax import (
-    config,
-    convert,
-    evaluate,
-    files,
-    generation,
-    keras_weights,
-    texts,
-    torch_weights,
-    train,
-    weights,
-    workdir,
-)
+from lstm_jax import config, generation, train
+from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.controls import Controls
+from lstm_jax.convert import keras_weights, torch_weights, transfer, weights
+from lstm_jax.data import texts
 from lstm_jax.errors import UserError
+from lstm_jax.run import files, workdir
 from lstm_jax.vocabulary import Vocabulary
 
 pytest.importorskip("h5py")
@@ -49,7 +41,7 @@ STORED = {
 WRITERS = {
     ".keras": (keras_weights.write_archive, keras_weights.read_archive),
     ".weights.h5": (keras_weights.write_weights, keras_weights.read_weights),
-    ".safetensors": (torch_weights.write, torch_weights.read),
+    ".safetensors": (torch_weights.write_state_dict, torch_weights.read_state_dict),
 }
 
 
@@ -61,7 +53,7 @@ def logits(trained: workdir.Trained, text: str) -> np.ndarray:
 
 
 def greedy(trained: workdir.Trained, prompt: str, length: int) -> str:
-    (text,) = generation.write(
+    (text,) = generation.generate_texts(
         trained.model,
         trained.params,
         trained.vocabulary,
@@ -76,7 +68,7 @@ def greedy(trained: workdir.Trained, prompt: str, length: int) -> str:
 def made(tmp_path: Path, units: int = 30, **fields: Any) -> weights.Weights:
     """The weights of a random model, its biases too."""
     model = model_lib.LanguageModel(units, fields.pop("embedding_size", 6), 5, **fields)
-    shapes = jax.eval_shape(lambda: model_lib.init(model, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: model_lib.init_params(model, jax.random.key(0)))
     draw = np.random.default_rng(0).normal
     params = jax.tree.map(lambda x: draw(size=x.shape).astype(np.float32), shapes)
     return weights.from_model(model, params)
@@ -92,16 +84,16 @@ def save(own: weights.Weights, path: Path) -> Path:
 @pytest.mark.parametrize("name", STORED)
 def test_a_stored_model_gives_the_logits_that_its_library_gave(name: str, tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    convert.import_file(FIXTURES / name, directory, str(UNITS), None)
-    trained = workdir.load(directory)
+    transfer.import_weights(FIXTURES / name, directory, str(UNITS), None)
+    trained = workdir.load_trained(directory)
     assert (trained.model.cell, trained.model.num_layers, trained.step) == (*STORED[name], 0)
     with np.load(FIXTURES / "logits.npz") as expected:
         ours = logits(trained, TEXT.read_text())[::10]
         np.testing.assert_allclose(ours, expected[name], rtol=0, atol=1e-5)
     # There is nothing half-made beside it, and the text says the same as the vocabulary.
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    convert.import_file(FIXTURES / name, tmp_path / "by_text", None, str(TEXT))
-    assert workdir.load_vocabulary(tmp_path / "by_text").units == trained.vocabulary.units
+    transfer.import_weights(FIXTURES / name, tmp_path / "by_text", None, str(TEXT))
+    assert workdir.load_vocabulary(tmp_path / "by_text").tokens == trained.vocabulary.tokens
 
 
 @pytest.mark.parametrize("end", WRITERS)
@@ -132,17 +124,17 @@ def test_tied_embeddings_stay_tied(end: str, tmp_path: Path) -> None:
 
 
 def test_a_run_goes_out_and_comes_back(trained: Path, text_file: Path, tmp_path: Path) -> None:
-    before = workdir.load(trained)
+    before = workdir.load_trained(trained)
     text = text_file.read_text(encoding="utf-8")[:300]
     for end in WRITERS:
         for drop in (False, True):
             target = tmp_path / f"{drop}{end}"
-            convert.export(trained, target, drop_special=drop)
+            transfer.export_weights(trained, target, drop_special=drop)
             directory = tmp_path / f"run{drop}{end}"
             beside = f"{target}.vocabulary.json"
-            convert.import_file(target, directory, beside, str(text_file))
-            after = workdir.load(directory)
-            assert after.vocabulary.units == before.vocabulary.units
+            transfer.import_weights(target, directory, beside, str(text_file))
+            after = workdir.load_trained(directory)
+            assert after.vocabulary.tokens == before.vocabulary.tokens
             # Rows that were left out come back as such that are never predicted.
             ours, theirs = logits(before, text)[:, 2:], logits(after, text)
             np.testing.assert_allclose(theirs[:, 2:], ours, rtol=0, atol=1e-5)
@@ -154,20 +146,20 @@ def test_a_run_goes_out_and_comes_back(trained: Path, text_file: Path, tmp_path:
 
 def evaluate_directory(directory: Path) -> float:
     """The loss on the test split, of the text that the directory's config names."""
-    trained = workdir.load(directory)
-    text = texts.read_again(trained.config.data, None)["test"]
-    return evaluate.mean_loss(trained.model, trained.params, text.encode(trained.vocabulary))
+    trained = workdir.load_trained(directory)
+    text = texts.load_texts_of_run(trained.config.data, None)["test"]
+    return loss_lib.compute_loss(trained.model, trained.params, text.encode(trained.vocabulary))
 
 
 def test_training_starts_from_what_came_in(
     trained: Path, text_file: Path, tiny_config: Any, tmp_path: Path
 ) -> None:
-    convert.export(trained, tmp_path / "model.keras")
+    transfer.export_weights(trained, tmp_path / "model.keras")
     beside = str(tmp_path / "model.keras.vocabulary.json")
-    convert.import_file(tmp_path / "model.keras", tmp_path / "in", beside, None)
+    transfer.import_weights(tmp_path / "model.keras", tmp_path / "in", beside, None)
     tiny_config.init_from = str(tmp_path / "in")
     tiny_config.num_epochs = 1
-    assert train.train(config.complete(tiny_config), tmp_path / "run") == 0
+    assert train.train(config.complete_config(tiny_config), tmp_path / "run") == 0
 
 
 def test_vocabularies_of_every_form(tmp_path: Path) -> None:
@@ -187,12 +179,12 @@ def test_vocabularies_of_every_form(tmp_path: Path) -> None:
         directory = tmp_path / f"run_{name}"
         if name == "short.json":  # A model without "" and "[UNK]" is what it would be of.
             with pytest.raises(UserError, match="the model has 6 units, and the vocabulary 4"):
-                convert.import_file(model, directory, str(path), None)
+                transfer.import_weights(model, directory, str(path), None)
             assert not directory.exists()
             continue
-        convert.import_file(model, directory, str(path), None)
-        loaded = workdir.load(directory)
-        assert loaded.vocabulary.units == ("", "[UNK]", *units)
+        transfer.import_weights(model, directory, str(path), None)
+        loaded = workdir.load_trained(directory)
+        assert loaded.vocabulary.tokens == ("", "[UNK]", *units)
         np.testing.assert_array_equal(loaded.params["embedding"]["embedding"], own.embedding)
 
 
@@ -204,10 +196,10 @@ def test_rows_that_a_model_lacks_are_added_and_never_predicted(
     own = made(tmp_path, units=len(units))
     model = save(own, tmp_path / "model.keras")
     (tmp_path / "units.json").write_text(json.dumps(units))
-    convert.import_file(model, tmp_path / "run", str(tmp_path / "units.json"), None)
+    transfer.import_weights(model, tmp_path / "run", str(tmp_path / "units.json"), None)
     names = "''" if missing == 1 else "'' and '[UNK]'"
     assert f"It had no {names}: added" in capsys.readouterr().out
-    trained = workdir.load(tmp_path / "run")
+    trained = workdir.load_trained(tmp_path / "run")
     own_only = weights.to_model(own)[1]
     model_of_own = trained.model.clone(vocabulary_size=len(units))
     ids = np.array([[len(units) - 1, len(units) - 3, len(units) - 2]])
@@ -223,7 +215,7 @@ def test_a_model_with_padding_and_no_unknown_is_told_what_was_added(tmp_path: Pa
     own, vocabulary, added = weights.with_vocabulary(
         made(tmp_path, units=len(units)), units, "characters", ""
     )
-    assert added == ["[UNK]"] and vocabulary.units == ("", "[UNK]", *"abcd")
+    assert added == ["[UNK]"] and vocabulary.tokens == ("", "[UNK]", *"abcd")
     assert own.bias[1] == -30
 
 
@@ -231,8 +223,8 @@ def test_documents_keep_their_stop_token(tmp_path: Path) -> None:
     vocabulary = Vocabulary.from_text("ab\n\nba\n\n", stop="\n\n")
     model = save(made(tmp_path, units=len(vocabulary)), tmp_path / "model.keras")
     (tmp_path / "vocabulary.json").write_text(vocabulary.to_json())
-    convert.import_file(model, tmp_path / "run", str(tmp_path / "vocabulary.json"), None)
-    assert workdir.load(tmp_path / "run").vocabulary.stop == "\n\n"
+    transfer.import_weights(model, tmp_path / "run", str(tmp_path / "vocabulary.json"), None)
+    assert workdir.load_trained(tmp_path / "run").vocabulary.stop == "\n\n"
     assert workdir.load_config(tmp_path / "run").data.document_separator == "blank_line"
 
 
@@ -322,17 +314,17 @@ def test_a_torch_model_with_no_place_here_is_refused_by_name(
     change: Any, message: str, tmp_path: Path
 ) -> None:
     library = pytest.importorskip("safetensors.numpy")
-    arrays = change(library.load(torch_weights.write(made(tmp_path))))
+    arrays = change(library.load(torch_weights.write_state_dict(made(tmp_path))))
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     with pytest.raises(UserError) as caught:
-        torch_weights.read(io.BytesIO(library.save(arrays)))
+        torch_weights.read_state_dict(io.BytesIO(library.save(arrays)))
     assert message in str(caught.value)
 
 
 def test_torch_layers_by_other_names_and_in_halves(tmp_path: Path) -> None:
     library = pytest.importorskip("safetensors.numpy")
     own = made(tmp_path, num_layers=2)
-    arrays = renamed(library.load(torch_weights.write(own)), "embedding.", "encoder.")
+    arrays = renamed(library.load(torch_weights.write_state_dict(own)), "embedding.", "encoder.")
     for i in range(2):  # Two modules of one layer each, as LSTMCell names them.
         arrays = renamed(arrays, f"lstm.weight_ih_l{i}", f"rnn{i + 9}.weight_ih")
         arrays = renamed(arrays, f"lstm.weight_hh_l{i}", f"rnn{i + 9}.weight_hh")
@@ -340,15 +332,17 @@ def test_torch_layers_by_other_names_and_in_halves(tmp_path: Path) -> None:
         arrays = renamed(arrays, f"lstm.bias_ih_l{i}", f"rnn{i + 9}.bias_ih")
     del arrays["linear.bias"]
     halves = {name: array.astype(np.float16) for name, array in arrays.items()}
-    again = torch_weights.read(io.BytesIO(library.save(halves)))
+    again = torch_weights.read_state_dict(io.BytesIO(library.save(halves)))
     assert again.embedding.dtype == np.float32 and (again.bias == 0).all()
     for one, other in zip(own.layers, again.layers, strict=True):
         for name, array in one.items():
             np.testing.assert_allclose(other[name], array, rtol=1e-3)
     # The one matrix of tied weights may be there under one name only.
-    tied = library.load(torch_weights.write(made(tmp_path, tie_embeddings=True)))
+    tied = library.load(torch_weights.write_state_dict(made(tmp_path, tie_embeddings=True)))
     del tied["linear.weight"]
-    assert weights.to_model(torch_weights.read(io.BytesIO(library.save(tied))))[0]["tie_embeddings"]
+    assert weights.to_model(torch_weights.read_state_dict(io.BytesIO(library.save(tied))))[0][
+        "tie_embeddings"
+    ]
 
 
 def test_layers_that_others_lack_are_refused_by_name(tmp_path: Path) -> None:
@@ -358,7 +352,7 @@ def test_layers_that_others_lack_are_refused_by_name(tmp_path: Path) -> None:
     own = made(tmp_path, num_layers=2)
     uneven = own._replace(layers=[own.layers[0], made(tmp_path, embedding_size=5).layers[0]])
     with pytest.raises(UserError, match="takes 5 features"):
-        weights.check(own._replace(layers=uneven.layers[::-1]))
+        weights.check_weights(own._replace(layers=uneven.layers[::-1]))
     with pytest.raises(UserError, match="have 5, 6 units: all layers"):
         weights.to_model(
             own._replace(layers=[own.layers[0], {"recurrent_kernel": np.zeros((6, 24))}])
@@ -377,9 +371,9 @@ def test_files_of_other_names_are_told_what_to_do(
     name: str, read: str, written: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=read):
-        convert.import_file(tmp_path / name, tmp_path / "run", None, str(TEXT))
+        transfer.import_weights(tmp_path / name, tmp_path / "run", None, str(TEXT))
     with pytest.raises(UserError, match=written):
-        convert.export(tmp_path / "run", tmp_path / name)
+        transfer.export_weights(tmp_path / "run", tmp_path / name)
 
 
 def test_what_is_there_stays_and_nothing_is_half_written(trained: Path, tmp_path: Path) -> None:
@@ -399,12 +393,12 @@ def test_what_is_there_stays_and_nothing_is_half_written(trained: Path, tmp_path
         ((tmp_path / "model.h5", tmp_path / "new", str(UNITS), None), "model.save"),
     ):
         with pytest.raises(UserError) as caught:
-            convert.import_file(*arguments)
+            transfer.import_weights(*arguments)
         assert message in str(caught.value)
     with pytest.raises(UserError, match="is there already"):
-        convert.export(trained, tmp_path / "there.keras")
+        transfer.export_weights(trained, tmp_path / "there.keras")
     with pytest.raises(UserError, match="can't write"):
-        convert.export(trained, tmp_path / "nothing" / "there.keras")
+        transfer.export_weights(trained, tmp_path / "nothing" / "there.keras")
     assert (tmp_path / "there.keras").read_text() == "of the user's" and lines
     names = {"run", "there.keras", "broken.keras", "words.json"}
     assert {path.name for path in tmp_path.iterdir()} == names
@@ -544,12 +538,14 @@ def test_keras_and_back(
     written = continue_greedily(lambda x: np.asarray(model(x))[0], units, "ROMEO:", 60)
     for end in (".keras", ".weights.h5"):
         directory = tmp_path / f"run{end}"
-        convert.import_file(tmp_path / f"model{end}", directory, str(tmp_path / "units.json"), None)
-        trained = workdir.load(directory)
+        transfer.import_weights(
+            tmp_path / f"model{end}", directory, str(tmp_path / "units.json"), None
+        )
+        trained = workdir.load_trained(directory)
         np.testing.assert_allclose(logits(trained, text), theirs, rtol=0, atol=1e-5)
         assert greedy(trained, "ROMEO:", 60) == written
-    convert.export(directory, tmp_path / "back.keras")
-    convert.export(directory, tmp_path / "back.weights.h5")
+    transfer.export_weights(directory, tmp_path / "back.keras")
+    transfer.export_weights(directory, tmp_path / "back.weights.h5")
     back = keras.models.load_model(tmp_path / "back.keras")
     fresh = lesson_in_keras(keras, cell, num_layers, len(units))
     fresh(ids[:1])
@@ -611,15 +607,15 @@ def test_torch_and_back(
         return predicted
 
     directory = tmp_path / "run"
-    convert.import_file(
+    transfer.import_weights(
         tmp_path / "model.safetensors", directory, str(tmp_path / "units.json"), None
     )
-    trained = workdir.load(directory)
+    trained = workdir.load_trained(directory)
     ours, theirs = logits(trained, text)[:, 2:], predict(model, read)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
     written = continue_greedily(lambda ids: predict(model, ids), units, "ROMEO:", 60)
     assert greedy(trained, "ROMEO:", 60) == written
-    convert.export(directory, tmp_path / "back.safetensors", drop_special=True)
+    transfer.export_weights(directory, tmp_path / "back.safetensors", drop_special=True)
     back = Model()
     back.load_state_dict(safetensors.load_file(tmp_path / "back.safetensors"))
     np.testing.assert_allclose(predict(back, read), theirs, rtol=0, atol=1e-5)
@@ -630,21 +626,22 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next(
     trained: Path, tmp_path: Path
 ) -> None:
     file, target = tmp_path / "model.safetensors", tmp_path / "new"
-    convert.export(trained, file)
+    transfer.export_weights(trained, file)
     beside = str(tmp_path / "model.safetensors.vocabulary.json")
     # Killed while it works in the directory that it made.
     script = """
 import os, sys
 from pathlib import Path
-from lstm_jax import checkpoints, convert
-checkpoints.write_params = lambda *unused: os.kill(os.getpid(), 9)
-convert.import_file(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], None)
+from lstm_jax.convert import transfer
+from lstm_jax.run import checkpoints
+checkpoints.save_params = lambda *unused: os.kill(os.getpid(), 9)
+transfer.import_weights(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], None)
 """
     killed = subprocess.run([sys.executable, "-c", script, str(file), str(target), beside])
     assert killed.returncode == -9
     (left,) = tmp_path.glob(".new.*")
     with files.unfinished_directory(target) as other:  # Another one is at work.
-        convert.import_file(file, target, beside, None)
+        transfer.import_weights(file, target, beside, None)
         assert other.is_dir() and not left.exists()
     assert sorted(os.listdir(tmp_path)) == sorted(["model.safetensors", Path(beside).name, "new"])
 
@@ -657,7 +654,7 @@ def test_a_file_of_weights_that_holds_less_than_it_says_is_refused(
     with path.open("wb") as file:
         file.truncate(2**33)
     with pytest.raises(UserError, match="it is no "):
-        convert.import_file(path, tmp_path / "new", None, __file__)
+        transfer.import_weights(path, tmp_path / "new", None, __file__)
     if end == ".safetensors":
         return
     content = io.BytesIO()
@@ -672,4 +669,4 @@ def test_a_file_of_weights_that_holds_less_than_it_says_is_refused(
         path.write_bytes(content.getvalue())
         message = "the 3,600,000,000 bytes of .* are not in the file"
     with pytest.raises(UserError, match=message):
-        convert.import_file(path, tmp_path / "new", None, __file__)
+        transfer.import_weights(path, tmp_path / "new", None, __file__)

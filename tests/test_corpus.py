@@ -9,7 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from lstm_jax import config as config_lib
-from lstm_jax import corpus, datasets
+from lstm_jax.data import corpus, datasets
 from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import FILE_END
 
@@ -25,9 +25,9 @@ def test_tiny_shakespeare_is_whole_and_split_as_tfds_splits_it(shakespeare: dict
     }
     joined = "".join(shakespeare.values())
     assert hashlib.sha256(joined.encode()).hexdigest() == SHAKESPEARE_SHA256
-    assert corpus.checksum(shakespeare) == SHAKESPEARE_SHA256
+    assert corpus.compute_checksum(shakespeare) == SHAKESPEARE_SHA256
     # A file with the same text is split at the same places.
-    assert corpus.split(joined, FRACTIONS) == shakespeare
+    assert corpus.split_by_position(joined, FRACTIONS) == shakespeare
 
 
 def test_files_are_read_in_the_order_named_and_globs_by_name(tmp_path: Path) -> None:
@@ -47,9 +47,9 @@ def test_any_file_is_bytes(tmp_path: Path) -> None:
     config = config_lib.default()
     config.data.path = str(tmp_path / "a.bin")
     config.data.units = "bytes"
-    splits = corpus.read(config.data)
+    splits = corpus.read_corpus(config.data)
     assert "".join(splits.values()) == text
-    assert corpus.checksum(splits) == hashlib.sha256(b"\xef\xbb\xbf" + content).hexdigest()
+    assert corpus.compute_checksum(splits) == hashlib.sha256(b"\xef\xbb\xbf" + content).hexdigest()
 
 
 def test_each_file_or_example_is_a_document(tmp_path: Path) -> None:
@@ -58,12 +58,12 @@ def test_each_file_or_example_is_a_document(tmp_path: Path) -> None:
     config = config_lib.default()
     config.data.path = f"{tmp_path}/*"
     config.data.document_separator = "file"
-    text = "".join(corpus.read(config.data).values())
+    text = "".join(corpus.read_corpus(config.data).values())
     assert text == "a" * 30 + FILE_END + "b" * 30 + FILE_END
     (tmp_path / "c").write_text(f"c{FILE_END}")
     with pytest.raises(UserError, match="holds U.FDD0"):
-        corpus.read(config.data)
-    splits = datasets.read("fables", "story", str(tmp_path), FRACTIONS, ends=True)
+        corpus.read_corpus(config.data)
+    splits = datasets.read_dataset("fables", "story", str(tmp_path), FRACTIONS, ends=True)
     assert sorted("".join(splits.values()).split(FILE_END)[:-1]) == sorted(
         f"story {i}" for i in range(50)
     )
@@ -90,7 +90,7 @@ def test_a_text_too_short_to_split_is_refused(tmp_path: Path) -> None:
     config = config_lib.default()
     config.data.path = str(path)
     with pytest.raises(UserError, match="validation split has 1 characters"):
-        corpus.read(config.data)
+        corpus.read_corpus(config.data)
 
 
 class Fables(tfds.core.GeneratorBasedBuilder):
@@ -115,15 +115,15 @@ class Fables(tfds.core.GeneratorBasedBuilder):
 
 
 def test_any_tfds_dataset_with_a_text_feature(tmp_path: Path) -> None:
-    splits = datasets.read("fables", "story", str(tmp_path), (0.8, 0.1, 0.1))
+    splits = datasets.read_dataset("fables", "story", str(tmp_path), (0.8, 0.1, 0.1))
     train = "".join(splits.values())
     # There is no validation split, so all three come from the 50 training examples.
     assert sorted(train.split("\n")) == sorted(f"story {i}" for i in range(50))
     assert len(splits["train"]) == int(0.8 * len(train))
     with pytest.raises(UserError, match="no text 'text' .*title, story"):
-        datasets.read("fables", "text", str(tmp_path), (0.8, 0.1, 0.1))
+        datasets.read_dataset("fables", "text", str(tmp_path), (0.8, 0.1, 0.1))
     with pytest.raises(UserError, match="no text 'pages' .*title, story"):
-        datasets.read("fables", "pages", str(tmp_path), (0.8, 0.1, 0.1))
+        datasets.read_dataset("fables", "pages", str(tmp_path), (0.8, 0.1, 0.1))
 
 
 class Unpreparable(Fables):
@@ -135,31 +135,31 @@ class Unpreparable(Fables):
 
 def test_a_dataset_that_fails_to_be_prepared_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="can't prepare unpreparable .* Download it by hand"):
-        datasets.read("unpreparable", "story", str(tmp_path), FRACTIONS)
+        datasets.read_dataset("unpreparable", "story", str(tmp_path), FRACTIONS)
 
 
 def test_an_unknown_dataset_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no dataset 'no_such_thing'"):
-        datasets.read("no_such_thing", "text", str(tmp_path), FRACTIONS)
+        datasets.read_dataset("no_such_thing", "text", str(tmp_path), FRACTIONS)
 
 
 def test_a_dataset_prepared_for_tensorflow_is_named(data_dir: Path, tmp_path: Path) -> None:
-    datasets.read("tiny_shakespeare", "text", str(data_dir), FRACTIONS)
+    datasets.read_dataset("tiny_shakespeare", "text", str(data_dir), FRACTIONS)
     shutil.copytree(data_dir, tmp_path, dirs_exist_ok=True)
     (info,) = tmp_path.glob("tiny_shakespeare/*/dataset_info.json")
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(UserError, match=r"only TensorFlow reads: name another data.directory"):
-        datasets.read("tiny_shakespeare", "text", str(tmp_path), FRACTIONS)
+        datasets.read_dataset("tiny_shakespeare", "text", str(tmp_path), FRACTIONS)
 
 
 def test_a_changed_text_is_noticed() -> None:
     data = config_lib.default().data
     splits = {"train": "abc", "validation": "d", "test": "e"}
-    corpus.check_unchanged(corpus.checksum(splits), data)
-    data.sha256 = corpus.checksum(splits)
-    corpus.check_unchanged(corpus.checksum(splits), data)
+    corpus.check_unchanged(corpus.compute_checksum(splits), data)
+    data.sha256 = corpus.compute_checksum(splits)
+    corpus.check_unchanged(corpus.compute_checksum(splits), data)
     with pytest.raises(UserError, match="not the one this run was trained on"):
-        corpus.check_unchanged(corpus.checksum(splits | {"test": "f"}), data)
+        corpus.check_unchanged(corpus.compute_checksum(splits | {"test": "f"}), data)
 
 
 def test_each_split_may_have_files_of_its_own(tmp_path: Path) -> None:
@@ -167,11 +167,11 @@ def test_each_split_may_have_files_of_its_own(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     data = config_lib.default().data
     data.path = f"{tmp_path}/a,{tmp_path}/b;{tmp_path}/c;{tmp_path}/d"
-    assert corpus.absolute(data.path) == data.path
-    assert corpus.read(data) == {"train": "training", "validation": "valid", "test": "test"}
+    assert corpus.make_absolute(data.path) == data.path
+    assert corpus.read_corpus(data) == {"train": "training", "validation": "valid", "test": "test"}
     data.path = f"{tmp_path}/a;{tmp_path}/b"
     with pytest.raises(UserError, match="is 2 texts: it must be one, or those of train"):
-        corpus.read(data)
+        corpus.read_corpus(data)
 
 
 def test_bytes_are_split_at_bytes(tmp_path: Path) -> None:
@@ -179,9 +179,9 @@ def test_bytes_are_split_at_bytes(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(content)
     data = config_lib.default().data
     data.path, data.units = str(tmp_path / "file"), "bytes"
-    parts = [text.encode("utf-8", "surrogateescape") for text in corpus.read(data).values()]
+    parts = [text.encode("utf-8", "surrogateescape") for text in corpus.read_corpus(data).values()]
     assert b"".join(parts) == content
     assert len(parts[0]) == int(0.9 * len(content))
     # A cut in the middle of a character, at the first byte of two.
-    halves = corpus.split("é" * 10, (0.45, 0.05, 0.5), any_bytes=True)
+    halves = corpus.split_by_position("é" * 10, (0.45, 0.05, 0.5), any_bytes=True)
     assert len(halves["train"].encode("utf-8", "surrogateescape")) == 9

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lstm_jax import dynamic, evaluate
+from lstm_jax import dynamic
+from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 
 MODEL = model_lib.LanguageModel(11, 6, 9, 2)
@@ -15,12 +16,12 @@ TRAIN_IDS = np.random.default_rng(3).integers(0, 11, 40).astype(np.int32)
 
 @pytest.fixture(scope="module")
 def params() -> model_lib.Params:
-    return model_lib.init(MODEL, jax.random.key(0))
+    return model_lib.init_params(MODEL, jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
 def sizes(params: model_lib.Params) -> model_lib.Params:
-    return dynamic.gradient_sizes(MODEL, params, TRAIN_IDS, 7)
+    return dynamic.measure_gradient_sizes(MODEL, params, TRAIN_IDS, 7)
 
 
 def loss(p: model_lib.Params, carry: model_lib.Carry, x: Any, y: Any) -> Any:
@@ -32,7 +33,7 @@ def loss(p: model_lib.Params, carry: model_lib.Carry, x: Any, y: Any) -> Any:
 def all_losses(
     params: model_lib.Params, ids: np.ndarray, settings: dynamic.Settings, sizes: model_lib.Params
 ) -> np.ndarray:
-    return np.concatenate(list(dynamic.losses(MODEL, params, ids, settings, sizes)))
+    return np.concatenate(list(dynamic.compute_dynamic_losses(MODEL, params, ids, settings, sizes)))
 
 
 def test_a_prediction_never_depends_on_its_token_or_a_later_one(
@@ -95,8 +96,8 @@ def test_without_learning_it_is_the_ordinary_evaluation(
 ) -> None:
     ids = np.random.default_rng(2).integers(0, 11, 500).astype(np.int32)
     settings = SETTINGS._replace(learning_rate=0.0, decay=0.0)
-    static = evaluate.mean_loss(MODEL, params, ids)
-    loss = dynamic.mean_loss(MODEL, params, ids, settings, sizes)
+    static = loss_lib.compute_loss(MODEL, params, ids)
+    loss = dynamic.compute_dynamic_loss(MODEL, params, ids, settings, sizes)
     assert loss == pytest.approx(static, abs=1e-5)
 
 

@@ -4,30 +4,30 @@ import jax
 import numpy as np
 import pytest
 
-from lstm_jax import evaluate
+from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
+from lstm_jax.data.texts import TextInMemory
 from lstm_jax.model import LanguageModel
-from lstm_jax.texts import TextInMemory
 from lstm_jax.vocabulary import KINDS, Vocabulary
 
 
 @pytest.mark.parametrize("length", [2, 600, 1025, 2500])
 def test_equals_one_long_pass_that_counts_every_target_once(length: int) -> None:
     model = LanguageModel(11, 6, 9)
-    params = jax.tree.map(lambda x: 3 * x, model_lib.init(model, jax.random.key(0)))
+    params = jax.tree.map(lambda x: 3 * x, model_lib.init_params(model, jax.random.key(0)))
     ids = np.random.default_rng(0).integers(0, 11, length).astype(np.int32)
     output, _ = model_lib.apply(model, params, ids[None, :-1], model.initial_carry(1))
     logits = np.asarray(output[0], np.float64)
     log_probabilities = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     expected = -log_probabilities[np.arange(length - 1), ids[1:]].mean()
-    np.testing.assert_allclose(evaluate.mean_loss(model, params, ids), expected, rtol=1e-5)
+    np.testing.assert_allclose(loss_lib.compute_loss(model, params, ids), expected, rtol=1e-5)
 
 
 def test_an_untrained_seed_model_is_as_good_as_guessing() -> None:
     model = LanguageModel(67, 256, 1024)
-    params = model_lib.init(model, jax.random.key(0))
+    params = model_lib.init_params(model, jax.random.key(0))
     ids = np.random.default_rng(0).integers(2, 67, 1024).astype(np.int32)
-    loss = evaluate.mean_loss(model, params, ids)
+    loss = loss_lib.compute_loss(model, params, ids)
     assert abs(loss - 4.20) < 0.03 and abs(loss - math.log(67)) < 0.03
 
 
@@ -38,14 +38,14 @@ def test_bits_per_character_are_the_same_cost_in_any_unit() -> None:
         tokens = len(vocabulary.encode(text)) - 1
         # The first token is read, not predicted.
         characters = len(text) - len(vocabulary.split(text)[0])
-        bits = evaluate.bits_per_character(3.0, vocabulary, tokens, TextInMemory(text))
+        bits = loss_lib.compute_bits_per_character(3.0, vocabulary, tokens, TextInMemory(text))
         assert bits == pytest.approx(3.0 / math.log(2) * tokens / characters)
     assert bits_of_characters(3.0, text) == pytest.approx(3.0 / math.log(2))
 
 
 def bits_of_characters(loss: float, text: str) -> float:
     vocabulary = Vocabulary.from_text(text)
-    return evaluate.bits_per_character(loss, vocabulary, len(text) - 1, TextInMemory(text))
+    return loss_lib.compute_bits_per_character(loss, vocabulary, len(text) - 1, TextInMemory(text))
 
 
 def test_unknown_units_are_spelled_out() -> None:
@@ -55,12 +55,12 @@ def test_unknown_units_are_spelled_out() -> None:
     # The first unit is not predicted; " été" has six bytes, and one for its end.
     expected = (3 * 1.5 / math.log(2) + 7 * 8) / (len(text) - 1)
     measured = TextInMemory(text)
-    bits = evaluate.bits_per_character(1.5, vocabulary, 3, measured)
+    bits = loss_lib.compute_bits_per_character(1.5, vocabulary, 3, measured)
     assert bits == pytest.approx(expected)
-    assert evaluate.describe(1.5, vocabulary, measured) == (
+    assert loss_lib.describe_loss(1.5, vocabulary, measured) == (
         f"1.5000 nats per word, 2.1640 bits per word, perplexity 4.482, "
         f"{expected:.4f} bits per character"
     )
-    assert evaluate.describe(1.5, Vocabulary.from_text(text), measured) == (
+    assert loss_lib.describe_loss(1.5, Vocabulary.from_text(text), measured) == (
         "1.5000 nats per character, 2.1640 bits per character, perplexity 4.482"
     )

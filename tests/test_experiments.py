@@ -7,14 +7,17 @@ import pytest
 from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
-from lstm_jax import metrics, train, workdir
+from lstm_jax import train
+from lstm_jax.run import metrics, workdir
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
 
 def shrunk(name: str) -> ConfigDict:
     """The config of an experiment, with everything it sets but its size."""
-    config = config_lib.complete(runpy.run_path(str(EXPERIMENTS / f"{name}.py"))["get_config"]())
+    config = config_lib.complete_config(
+        runpy.run_path(str(EXPERIMENTS / f"{name}.py"))["get_config"]()
+    )
     config.model.hidden_size = config.model.embedding_size = 16
     config.batches.batch_size, config.batches.window_length = 8, 32
     config.num_epochs = 1
@@ -23,7 +26,7 @@ def shrunk(name: str) -> ConfigDict:
 
 
 def splits(directory: Path) -> set[str]:
-    return {row["split"] for row in metrics.read(directory / workdir.METRICS)}
+    return {row["split"] for row in metrics.read_metrics(directory / workdir.METRICS)}
 
 
 @pytest.mark.parametrize("name", ["enwik8", "shakespeare_gpu"])

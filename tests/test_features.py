@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lstm_jax import features
+from lstm_jax.inspect import features
 from lstm_jax.vocabulary import KINDS, Vocabulary
 
 PLAY = """\
@@ -16,7 +16,7 @@ ROMEO:
 
 def marks(name: str, text: str) -> str:
     """Where a feature is 1, "-" elsewhere."""
-    return "".join("-1"[int(x)] for x in features.of_text(text)[name])
+    return "".join("-1"[int(x)] for x in features.compute_text_features(text)[name])
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_what_is_true_or_not(name: str, text: str, expected: str) -> None:
     ],
 )
 def test_numbers(name: str, text: str, expected: list[int]) -> None:
-    assert features.of_text(text)[name].tolist() == expected
+    assert features.compute_text_features(text)[name].tolist() == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,21 +70,21 @@ def test_numbers(name: str, text: str, expected: list[int]) -> None:
 def test_a_unit_has_the_features_of_its_last_character(kind: str, stop: str) -> None:
     text = "Où?\n\ne\u0301te\u0301 (là)"
     vocabulary = Vocabulary.from_text(text, kind, stop=stop)
-    got = features.of_units(text, vocabulary)
+    got = features.compute_features(text, vocabulary)
     ends = np.cumsum([len(unit) for unit in vocabulary.split(text)]) - 1
     if kind == "bytes":
         spelt = "".join(character * len(character.encode()) for character in text)
         spelt = spelt.replace("\n\n", "\n") if stop else spelt
         assert [spelt[k].isupper() for k in range(len(spelt))] == got["a capital letter"].tolist()
     else:
-        for name, values in features.of_text(text).items():
+        for name, values in features.compute_text_features(text).items():
             assert got[name].tolist() == values[ends].tolist(), name
     assert all(len(values) == len(vocabulary.encode(text)) for values in got.values())
 
 
 @pytest.mark.parametrize("text", ["", "\n", ":", "\r\n\r\nA:\r\nb", "\ud800(", "日本語\n"])
 def test_any_text_has_features(text: str) -> None:
-    got = features.of_text(text) if text else {}
+    got = features.compute_text_features(text) if text else {}
     assert all(np.isfinite(values).all() and values.min() >= 0 for values in got.values())
 
 
@@ -94,7 +94,7 @@ def test_correlations_are_pearsons() -> None:
     activations[7] = 5
     values = rng.normal(size=(3, 500)).astype(np.float32)
     values[2] = 1
-    got = features.correlations(activations, values)
+    got = features.compute_correlations(activations, values)
     expected = np.corrcoef(values[:2], np.delete(activations, 7, axis=0))[:2, 2:]
     np.testing.assert_allclose(np.delete(got[:2], 7, axis=1), expected, atol=1e-5)
     assert not got[2].any() and not got[:, 7].any()
@@ -103,13 +103,13 @@ def test_correlations_are_pearsons() -> None:
 def test_cells_that_follow_by_chance_are_not_found() -> None:
     rng = np.random.default_rng(0)
     lines = "".join("x" * rng.integers(5, 60) + "\n" for _ in range(150))
-    place = features.of_text(lines)["position in the line"]
+    place = features.compute_text_features(lines)["position in the line"]
     n = len(place)
     activations = rng.integers(-127, 128, (400, n)).astype(np.int8)
     activations[40] = np.clip(3 * place - 80, -127, 127)
     # It follows in the first half only.
     activations[50, : n // 2] = -activations[40, : n // 2]
-    found, judged = features.followers(activations, place[None], 3)
+    found, judged = features.find_followers(activations, place[None], 3)
     (follower,) = found[0]
     assert follower.cell == 40 and follower.correlation > 0.95 and follower.chance < 0.5
     half = n // 2
@@ -118,6 +118,6 @@ def test_cells_that_follow_by_chance_are_not_found() -> None:
 
 def test_features_that_a_half_of_the_text_lacks_are_left_out() -> None:
     text = "ab 1\n" * 20 + "ab c\n" * 20
-    present = features.present(features.of_text(text))
+    present = features.select_present(features.compute_text_features(text))
     assert "a digit" not in present and "position in the line" in present
-    assert features.present(features.of_text("a")) == {}
+    assert features.select_present(features.compute_text_features("a")) == {}

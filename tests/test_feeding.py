@@ -6,7 +6,8 @@ import pytest
 from ml_collections import ConfigDict
 
 import runs
-from lstm_jax import batches, config, feeding, parallel, train
+from lstm_jax import batches, config, train
+from lstm_jax.devices import feeding, parallel
 
 
 @pytest.mark.parametrize("kind", ["windows", "streams"])
@@ -14,15 +15,15 @@ def test_a_text_on_the_device_gives_the_batches_of_the_pipeline(kind: str) -> No
     fields = config.default()
     fields.batches.kind, fields.batches.batch_size, fields.batches.window_length = kind, 4, 7
     ids = np.random.default_rng(0).integers(0, 300, 1000).astype(np.int32)
-    pipeline, steps = batches.make(ids, fields.batches, seed=3)
-    places, _ = batches.make(ids, fields.batches, seed=3, places=True)
+    pipeline, steps = batches.make_batches(ids, fields.batches, seed=3)
+    places, _ = batches.make_batches(ids, fields.batches, seed=3, places=True)
     mesh = parallel.make_mesh(fields)
     feed = feeding.Feed(places, mesh, feeding.place_text(ids, 300, mesh))
-    whole = feeding.Feed(batches.make(ids, fields.batches, seed=3)[0], mesh, None)
+    whole = feeding.Feed(batches.make_batches(ids, fields.batches, seed=3)[0], mesh, None)
     for _ in range(2 * steps + 5):
         expected, resident, put = next(pipeline), feed.next(), whole.next()
         assert isinstance(resident, feeding.Resident) and resident.ids.dtype == np.uint16
-        cut = feeding.cut(resident.ids, resident.places, 7)
+        cut = feeding.cut_batch(resident.ids, resident.places, 7)
         jax.tree.map(np.testing.assert_array_equal, cut, expected)
         jax.tree.map(np.testing.assert_array_equal, put, expected)
         assert places.get_state() == pipeline.get_state()

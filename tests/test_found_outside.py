@@ -10,8 +10,8 @@ import jax
 
 from lstm_jax import __main__ as commands
 from lstm_jax import config as config_lib
-from lstm_jax import convert
 from lstm_jax import model as model_lib
+from lstm_jax.convert import transfer
 from lstm_jax.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parents[1]
@@ -58,9 +58,9 @@ def test_no_control_character_reaches_the_terminal(tmp_path: Path) -> None:
     config.data.units = "bytes"
     config.model.embedding_size, config.model.hidden_size = 4, 6
     vocabulary = Vocabulary.from_text("", "bytes")
-    model = model_lib.from_config(config.model, len(vocabulary))
-    params = model_lib.init(model, jax.random.key(0))
-    convert._make(tmp_path / "run", config, vocabulary, params)
+    model = model_lib.make_model(config.model, len(vocabulary))
+    params = model_lib.init_params(model, jax.random.key(0))
+    transfer._make(tmp_path / "run", config, vocabulary, params)
     # Untrained, it writes any byte.
     options = [f"--workdir={tmp_path / 'run'}", "--temperature=1", "--num_samples=2"]
     result = run("lstm_jax.sample", *options, "--prompt=\x1b[31m\r\n")

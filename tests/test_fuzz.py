@@ -14,19 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lstm_jax import (
-    batches,
-    checkpoints,
-    command,
-    corpus,
-    files,
-    generation,
-    main,
-    metrics,
-    workdir,
-)
+from lstm_jax import batches, command, generation, main
 from lstm_jax import config as config_lib
+from lstm_jax.data import corpus
 from lstm_jax.errors import UserError
+from lstm_jax.run import checkpoints, files, metrics, workdir
 from lstm_jax.vocabulary import Vocabulary
 
 QUICK = str(Path(__file__).parents[1] / "experiments" / "quick.py")
@@ -77,22 +69,22 @@ def test_text_files(
     directory = tmp_path_factory.mktemp("text")
     for number, content in enumerate(contents):
         (directory / f"{number}.txt").write_bytes(content)
-    config = config_lib.complete(
+    config = config_lib.complete_config(
         {
             "data": {"path": f"{directory}/*.txt", "fractions": fractions},
             "batches": {"kind": kind, "batch_size": batch_size, "window_length": window_length},
         }
     )
     try:
-        splits = corpus.read(config.data)
+        splits = corpus.read_corpus(config.data)
         vocabulary = Vocabulary.from_text(splits["train"])
         ids = vocabulary.encode(splits["train"])
         assert vocabulary.decode(ids) == splits["train"]
         vocabulary.encode(splits["test"])
         files.write_json(directory / "v.json", json.loads(vocabulary.to_json()))
         read = Vocabulary.from_json(json.dumps(files.read_json(directory / "v.json", 2**20)))
-        assert read.units == vocabulary.units
-        iterator, _ = batches.make(ids, config.batches, 0)
+        assert read.tokens == vocabulary.tokens
+        iterator, _ = batches.make_batches(ids, config.batches, 0)
         batch = next(iterator)
         assert batch.inputs.shape == batch.targets.shape == (batch_size, window_length)
     except UserError as error:
@@ -133,11 +125,11 @@ def nested(fields: dict[str, Any]) -> dict[str, Any]:
 @given(fields=st.dictionaries(NAMES, VALUES, max_size=4))
 def test_config_fields(fields: dict[str, Any]) -> None:
     try:
-        config = config_lib.complete(nested(fields))
+        config = config_lib.complete_config(nested(fields))
     except UserError as error:
         one_line(error)
     else:
-        assert config_lib.complete(json.loads(config_lib.to_json(config))) == config
+        assert config_lib.complete_config(json.loads(config_lib.to_json(config))) == config
 
 
 @given(
@@ -153,7 +145,7 @@ def test_command_line_overrides(name: str, value: str, capsys: pytest.CaptureFix
     flags = main.flags.FLAGS
     try:
         command._parse_flags(["main", "--config", QUICK, f"--config.{name}={value}"])
-        config_lib.complete(main._CONFIG.value)
+        config_lib.complete_config(main._CONFIG.value)
     except UserError as error:
         one_line(error)
     except SystemExit as end:
@@ -176,7 +168,7 @@ def test_prompts(prompt: str) -> None:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two checkpoints, of the steps 1 and 2."""
     directory = tmp_path_factory.mktemp("saved")
-    iterator, _ = batches.make(np.zeros(10_000, np.int32), config_lib.default().batches, 0)
+    iterator, _ = batches.make_batches(np.zeros(10_000, np.int32), config_lib.default().batches, 0)
     with checkpoints.CheckpointWriter(directory) as writer:
         for step in (1, 2):
             params = {"w": jnp.full(3, float(step))}
@@ -228,7 +220,7 @@ def test_checkpoint_directories(
     directory = tmp_path_factory.mktemp("fuzz") / "checkpoints"
     shutil.copytree(saved, directory)
     edit(sorted(path for path in directory.rglob("*") if path.is_file()), edits)
-    iterator, _ = batches.make(np.zeros(10_000, np.int32), config_lib.default().batches, 0)
+    iterator, _ = batches.make_batches(np.zeros(10_000, np.int32), config_lib.default().batches, 0)
     params, state = {"w": jnp.zeros(3)}, {"count": jnp.int32(0)}
     try:
         read, step = checkpoints.restore_best_params(directory, params)
@@ -270,5 +262,5 @@ def test_working_directories(
             one_line(error)
     path = directory / workdir.METRICS
     if not path.is_dir():
-        metrics.read(path)
+        metrics.read_metrics(path)
     shutil.rmtree(directory)

@@ -7,14 +7,14 @@ import pytest
 
 from lstm_jax import generation
 from lstm_jax import model as model_lib
-from lstm_jax.controls import Controls, adjust, as_arrays, stop_table
+from lstm_jax.controls import Controls, adjust_logits, make_control_arrays, make_stop_table
 from lstm_jax.model import LanguageModel
 from lstm_jax.vocabulary import Vocabulary
 
 MODEL = LanguageModel(9, 6, 12, 2)
 # Scaled up, so that the distributions are far from uniform.
-PARAMS = jax.tree.map(lambda x: 4 * x, model_lib.init(MODEL, jax.random.key(0)))
-ARRAYS = generation.prepare(MODEL, PARAMS)
+PARAMS = jax.tree.map(lambda x: 4 * x, model_lib.init_params(MODEL, jax.random.key(0)))
+ARRAYS = generation.prepare_params(MODEL, PARAMS)
 VOCABULARY = Vocabulary.from_text("abcdef\n", stop="\n")
 PROMPT = np.array([[2, 3, 4]], np.int32)
 GREEDY = Controls(temperature=0)
@@ -28,7 +28,9 @@ def one_long_pass(ids: np.ndarray) -> np.ndarray:
 
 def test_greedy_is_the_argmax_of_one_long_pass() -> None:
     prompts = np.array([[2, 3, 4], [8, 2, 2]], np.int32)
-    written = generation.generate(MODEL, PARAMS, prompts, jax.random.key(0), GREEDY, length=30)
+    written = generation.generate_tokens(
+        MODEL, PARAMS, prompts, jax.random.key(0), GREEDY, length=30
+    )
     logits = one_long_pass(np.concatenate([prompts, written], axis=1))
     logits[..., :2] = -np.inf
     np.testing.assert_array_equal(written, logits.argmax(axis=-1)[:, 2:-1])
@@ -37,12 +39,12 @@ def test_greedy_is_the_argmax_of_one_long_pass() -> None:
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 1000])
 def test_a_prompt_of_any_length_counts_as_in_one_long_pass(length: int) -> None:
     ids = np.random.default_rng(length).integers(2, 9, (2, length)).astype(np.int32)
-    state = generation.read(MODEL, ARRAYS, generation.initial_state(MODEL, 2), ids)
+    state = generation.read_tokens(MODEL, ARRAYS, generation.initial_state(MODEL, 2), ids)
     np.testing.assert_allclose(state.logits, one_long_pass(ids)[:, -1], rtol=1e-4, atol=1e-4)
     # Read in two parts it is the same.
-    halfway = generation.read(MODEL, ARRAYS, generation.initial_state(MODEL, 2), ids[:, :1])
+    halfway = generation.read_tokens(MODEL, ARRAYS, generation.initial_state(MODEL, 2), ids[:, :1])
     if length > 1:
-        again = generation.read(MODEL, ARRAYS, halfway, ids[:, 1:])
+        again = generation.read_tokens(MODEL, ARRAYS, halfway, ids[:, 1:])
         np.testing.assert_allclose(again.logits, state.logits, rtol=1e-4, atol=1e-4)
         np.testing.assert_array_equal(again.last_seen, state.last_seen)
         assert again.position == state.position == length
@@ -65,17 +67,19 @@ def test_a_prompt_of_any_length_counts_as_in_one_long_pass(length: int) -> None:
 def test_draws_follow_the_exact_distribution(controls: Controls) -> None:
     draws = 20_000
     prompts = np.tile(PROMPT, (draws, 1))
-    ids = generation.generate(MODEL, PARAMS, prompts, jax.random.key(1), controls, length=2)
+    ids = generation.generate_tokens(MODEL, PARAMS, prompts, jax.random.key(1), controls, length=2)
     # Units 2, 3 and 4 stood three, two and one tokens ago.
     age = jnp.full((1, 9), 1000).at[0, jnp.array([2, 3, 4])].set(jnp.array([3, 2, 1]))
     logits = jnp.asarray(one_long_pass(PROMPT)[:, -1])
-    check(ids[:, 0], adjust(logits, age, as_arrays(controls, 9))[0])
+    check(ids[:, 0], adjust_logits(logits, age, make_control_arrays(controls, 9))[0])
     # Then the draw is read in its turn: the same for those that drew the likeliest first.
     first = np.bincount(ids[:, 0]).argmax()
     age = (age + 1).at[0, first].set(1)
     after = np.concatenate([PROMPT, [[first]]], axis=1).astype(np.int32)
     logits = jnp.asarray(one_long_pass(after)[:, -1])
-    check(ids[ids[:, 0] == first, 1], adjust(logits, age, as_arrays(controls, 9))[0])
+    check(
+        ids[ids[:, 0] == first, 1], adjust_logits(logits, age, make_control_arrays(controls, 9))[0]
+    )
 
 
 def check(ids: np.ndarray, logits: jax.Array) -> None:
@@ -97,9 +101,11 @@ def compiled() -> tuple[int, int]:
 def test_no_control_prompt_or_stop_compiles_anything_anew() -> None:
     def run(controls: Controls, prompt_length: int, length: int, stop_at: str) -> None:
         prompts = np.full((1, prompt_length), 3, np.int32)
-        stops = stop_table(VOCABULARY, stop_at=stop_at)
+        stops = make_stop_table(VOCABULARY, stop_at=stop_at)
         key = jax.random.key(length)
-        generation.generate(MODEL, PARAMS, prompts, key, controls, length=length, stops=stops)
+        generation.generate_tokens(
+            MODEL, PARAMS, prompts, key, controls, length=length, stops=stops
+        )
 
     run(Controls(), 3, 20, "")
     sizes = compiled()
@@ -110,25 +116,25 @@ def test_no_control_prompt_or_stop_compiles_anything_anew() -> None:
 
 def test_a_stopped_text_stays_stopped_and_a_batch_ends_with_its_last_member() -> None:
     prompts = np.tile(PROMPT, (16, 1))
-    stops = stop_table(VOCABULARY)
+    stops = make_stop_table(VOCABULARY)
     key = jax.random.key(3)
-    ids = generation.generate(MODEL, PARAMS, prompts, key, length=5000, stops=stops)
-    on = generation.generate(MODEL, PARAMS, prompts, key, length=ids.shape[1])
+    ids = generation.generate_tokens(MODEL, PARAMS, prompts, key, length=5000, stops=stops)
+    on = generation.generate_tokens(MODEL, PARAMS, prompts, key, length=ids.shape[1])
     ends = (ids == VOCABULARY.stop_id).argmax(axis=1)
     assert len(set(ends)) > 3 and ids.shape[1] == ends.max() + 1 < 5000
     for row, whole, end in zip(ids, on, ends, strict=True):
         np.testing.assert_array_equal(row[: end + 1], whole[: end + 1])
         assert not row[end + 1 :].any()
     # A step costs time only until then.
-    state = generation.read(MODEL, ARRAYS, generation.initial_state(MODEL, 16), prompts)
-    controls = as_arrays(Controls(), 9)
-    chunks = list(generation.write_chunks(MODEL, ARRAYS, state, key, controls, stops, 5000))
+    state = generation.read_tokens(MODEL, ARRAYS, generation.initial_state(MODEL, 16), prompts)
+    controls = make_control_arrays(Controls(), 9)
+    chunks = list(generation.generate_chunks(MODEL, ARRAYS, state, key, controls, stops, 5000))
     assert chunks[-1][1].position == 3 + ids.shape[1]
 
 
 def write(**options: object) -> list[str]:
     key = jax.random.key(0)
-    return generation.write(MODEL, PARAMS, VOCABULARY, key, **options)  # type: ignore[arg-type]
+    return generation.generate_texts(MODEL, PARAMS, VOCABULARY, key, **options)  # type: ignore[arg-type]
 
 
 def test_a_member_does_not_depend_on_the_size_of_the_batch() -> None:
@@ -142,7 +148,7 @@ def test_a_member_does_not_depend_on_the_size_of_the_batch() -> None:
 def test_a_stream_is_the_text_in_pieces() -> None:
     options = {"prompt": "ab", "length": 300, "stop_token": False}
     pieces = list(
-        generation.stream(
+        generation.stream_texts(
             MODEL,
             PARAMS,
             VOCABULARY,
@@ -168,17 +174,17 @@ def test_texts_end_at_the_stop_token_or_the_stop_text() -> None:
 
 def test_a_text_of_bytes_never_splits_a_character() -> None:
     model = LanguageModel(258, 4, 8)
-    params = model_lib.init(model, jax.random.key(0))
+    params = model_lib.init_params(model, jax.random.key(0))
     vocabulary = Vocabulary.from_text("", "bytes")
     # Of two-byte characters only: a lead byte and a continuation byte by turns, or not.
     allowed = vocabulary.encode("é").tolist()
     controls = Controls(forbidden=[i for i in range(258) if i not in allowed])
     options = {"prompt": "x", "length": 400, "controls": controls}
     key = jax.random.key(0)
-    pieces = list(generation.stream(model, params, vocabulary, key, **options))  # type: ignore[arg-type]
+    pieces = list(generation.stream_texts(model, params, vocabulary, key, **options))  # type: ignore[arg-type]
     text = "".join(piece for (piece,) in pieces)
     assert "é" in text and len(text.encode("utf-8", "surrogateescape")) == 400
-    assert ["x" + text] == generation.write(model, params, vocabulary, key, **options)  # type: ignore[arg-type]
+    assert ["x" + text] == generation.generate_texts(model, params, vocabulary, key, **options)  # type: ignore[arg-type]
 
 
 def test_an_empty_prompt_starts_anew() -> None:
@@ -194,7 +200,7 @@ def test_an_empty_prompt_starts_anew() -> None:
 def test_a_bfloat16_model_writes(num_samples: int) -> None:
     model = LanguageModel(9, 6, 12, 2, dtype="bfloat16")
     prompts = np.full((num_samples, 3), 4, np.int32)
-    ids = generation.generate(model, PARAMS, prompts, jax.random.key(0), GREEDY, length=5)
+    ids = generation.generate_tokens(model, PARAMS, prompts, jax.random.key(0), GREEDY, length=5)
     assert ids.shape == (num_samples, 5)
 
 
@@ -217,6 +223,8 @@ def test_what_has_no_probability_is_never_drawn(size: int) -> None:
     uniform = np.unique(np.clip(numbers, 0, 1 - 2.0**-23)).astype(np.float32)[:3000]
     for row in rows:
         drawn = np.asarray(
-            generation.draw(jnp.broadcast_to(row, (len(uniform), size)), jnp.asarray(uniform))
+            generation.draw_tokens(
+                jnp.broadcast_to(row, (len(uniform), size)), jnp.asarray(uniform)
+            )
         )
         assert np.isfinite(row[drawn]).all()

@@ -19,9 +19,9 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from lstm_jax import checkpoints, files, workdir
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
+from lstm_jax.run import checkpoints, files, workdir
 
 ROOT = Path(__file__).parents[1]
 QUICK = str(ROOT / "experiments" / "quick.py")
@@ -33,8 +33,8 @@ SECONDS, MEGABYTES = 60, 2000
 SERVER = """
 import contextlib, json, os, runpy, sys, time, warnings
 import tensorflow_datasets, grain, h5py, safetensors.numpy
-import lstm_jax.train, lstm_jax.interactive, lstm_jax.novelty, lstm_jax.activations
-import lstm_jax.features, lstm_jax.keras_weights, lstm_jax.torch_weights
+import lstm_jax.train, lstm_jax.sample.chat, lstm_jax.sample.novelty
+import lstm_jax.inspect.report, lstm_jax.convert.transfer
 run, outside, seen = sys.argv[1:]
 
 def audit(event, arguments):
@@ -271,7 +271,7 @@ def with_history(content: str, item: str = "history") -> Callable[[Place], None]
     def change(place: Place) -> None:
         checkpoint = place.run / "checkpoints" / "140"
         (checkpoint / item / "metadata").write_text(content)
-        checkpoints.seal(checkpoint)
+        checkpoints.seal_checkpoint(checkpoint)
 
     return change
 
@@ -280,21 +280,21 @@ def zeros(place: Place) -> None:
     """Some kilobytes that say that they are a hundred megabytes of parameters."""
     with_fields({"model.hidden_size": 2400})(place)
     config = workdir.load_config(place.run)
-    model = model_lib.from_config(config.model, len(workdir.load_vocabulary(place.run)))
-    shapes = jax.eval_shape(lambda: model_lib.init(model, jax.random.key(0)))
+    model = model_lib.make_model(config.model, len(workdir.load_vocabulary(place.run)))
+    shapes = jax.eval_shape(lambda: model_lib.init_params(model, jax.random.key(0)))
     params = jax.tree.map(lambda array: jax.numpy.zeros(array.shape), shapes)
     shutil.rmtree(place.run / "checkpoints")
-    checkpoints.write_params(place.run / "checkpoints", 140, params)
+    checkpoints.save_params(place.run / "checkpoints", 140, params)
 
 
 def not_finite(place: Place) -> None:
     config = workdir.load_config(place.run)
-    model = model_lib.from_config(config.model, len(workdir.load_vocabulary(place.run)))
+    model = model_lib.make_model(config.model, len(workdir.load_vocabulary(place.run)))
     params = jax.tree.map(
-        lambda x: x.at[0].set(float("inf")), model_lib.init(model, jax.random.key(0))
+        lambda x: x.at[0].set(float("inf")), model_lib.init_params(model, jax.random.key(0))
     )
     shutil.rmtree(place.run / "checkpoints")
-    checkpoints.write_params(place.run / "checkpoints", 140, params)
+    checkpoints.save_params(place.run / "checkpoints", 140, params)
 
 
 COMMANDS: dict[str, list[str]] = {

@@ -28,8 +28,8 @@ from optuna.trial import TrialState
 
 import disks
 from lstm_jax import config as config_lib
-from lstm_jax import space, study, sweep, sweep_report
 from lstm_jax.errors import UnavailableError, UserError
+from lstm_jax.sweep import report, search, space, study
 from test_sweep import command, dead, rows
 
 DRAWN = int(os.environ.get("LSTM_JAX_HOSTILE", "40"))
@@ -47,7 +47,7 @@ def get_overrides(trial):
 # Imports everything once, then runs each sweep in a process of its own.
 SERVER = """
 import json, os, runpy, signal, sys, traceback, warnings
-import lstm_jax.sweep
+import lstm_jax.sweep.search
 warnings.simplefilter("ignore")  # runpy wonders that it is imported already.
 
 for line in sys.stdin:
@@ -130,7 +130,7 @@ def open_study(directory: Path, location: str | None = None) -> tuple[optuna.Stu
     """The study of a sweep of the default experiment, as a worker opens it."""
     directory.mkdir(exist_ok=True)
     (directory / "space.py").write_text(SPACE)
-    searched = space.load(directory / "space.py")
+    searched = space.load_space(directory / "space.py")
     record = study.open_study(
         directory,
         location,
@@ -166,13 +166,13 @@ def use(directory: Path, location: str | None = None) -> None:
     with study.Worker(record, directory, 5) as worker:
         while trial := worker.next():
             frozen = trial.storage.get_trial(trial._trial_id)
-            study.claim(study.trial_directory(directory, frozen), frozen)
+            study.claim_directory(study.get_trial_directory(directory, frozen), frozen)
             trial.set_user_attr(study.OVERRIDES, searched.overrides(trial))
             trial.report(2.5, 2)
             trial.should_prune()
             worker.tell(trial, TrialState.COMPLETE, 2.5)
-    sweep_report.write(record, directory, config_lib.default(), searched)
-    sweep_report.summary(record, directory)
+    report.write_report(record, directory, config_lib.default(), searched)
+    report.summarize_sweep(record, directory)
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "journal"])
@@ -446,7 +446,7 @@ def test_nothing_is_written_locked_or_waited_for_outside(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sweep_report, "_draw", lambda *arguments: "")  # It takes a second.
+    monkeypatch.setattr(report, "_draw", lambda *arguments: "")  # It takes a second.
     directory, outside = tmp_path / "sweep", tmp_path / "outside"
     shutil.copytree(begun[0], directory)
     name = name.replace("WORKER", begun[1])
@@ -460,18 +460,18 @@ def test_nothing_is_written_locked_or_waited_for_outside(
     replace(path, outside)
 
     def run_all() -> None:
-        sweep_report.check_places(directory)
+        report.check_places(directory)
         use(directory)
         (directory / "trials" / "0000").mkdir(exist_ok=True)
-        for output in (directory / sweep.OUTPUT, directory / "trials" / "0000" / sweep.OUTPUT):
-            sweep._append(output).close()
+        for output in (directory / search.OUTPUT, directory / "trials" / "0000" / search.OUTPUT):
+            search._append(output).close()
 
     replaced = name in ("trials.jsonl", "best.py", "report.html") and replace is not folder
     if replaced or name.startswith("workers/") or (is_directory and replace is folder):
         run_all()
         # Whether its worker is dead is not looked up elsewhere: its count must stand still.
         record, _ = open_study(directory)
-        assert len(study.running(record)) == name.startswith("workers")
+        assert len(study.list_running(record)) == name.startswith("workers")
     else:
         with pytest.raises((UserError, OSError)) as caught:
             run_all()
@@ -500,11 +500,11 @@ def test_names_stay_names_in_what_a_sweep_writes(
     _, searched = open_study(directory)
     experiment = config_lib.default()
     experiment.data.path = f"/{name}"
-    sweep_report.write(record, directory, experiment, searched)
-    found = runpy.run_path(str(directory / sweep_report.BEST))["get_config"]()
+    report.write_report(record, directory, experiment, searched)
+    found = runpy.run_path(str(directory / report.BEST))["get_config"]()
     assert found.data.path == f"/{name}" and found.optimizer.schedule in ("cosine", "linear")
     assert not (tmp_path / "ran").exists() and not (directory / "ran").exists()
-    summary = sweep_report.summary(record, directory)
+    summary = report.summarize_sweep(record, directory)
     offered = shlex.split(summary.partition("Train it: ")[2].partition("\nLet it write")[0])
     best = min(rows(directory), key=lambda row: row["validation_loss"] or 9e9)["trial"]
     assert offered == [
@@ -548,8 +548,8 @@ def test_the_report_shows_names_as_they_are_and_runs_nothing(tmp_path: Path) -> 
             trial.set_user_attr(study.OVERRIDES, searched.overrides(trial))
             ending = (TrialState.PRUNED, None, evil) if number == 5 else (TrialState.COMPLETE, 2.0)
             worker.tell(trial, *ending)
-    sweep_report.write(record, tmp_path, config_lib.default(), searched)
-    page = (tmp_path / sweep_report.PAGE).read_text()
+    report.write_report(record, tmp_path, config_lib.default(), searched)
+    page = (tmp_path / report.PAGE).read_text()
     tags = _Tags(page)
     assert "svg" in tags.names and not tags.names & {"script", "img", "iframe", "object", "link"}
     assert all(target[0] == "#" or target.startswith("trials/") for target in tags.links)
@@ -599,7 +599,7 @@ def test_no_message_shows_a_password(
 
 
 def test_seeds_have_no_best_one(tmp_path: Path) -> None:
-    searched = space.of_seeds(0, 3)
+    searched = space.make_seed_space(0, 3)
     record = study.open_study(
         *(tmp_path, None, "seeds", config_lib.default(), ["seed"]),
         *(study.SeededSampler("grid", 0, searched.grid()), study.make_pruner("none", 9)),
@@ -608,9 +608,9 @@ def test_seeds_have_no_best_one(tmp_path: Path) -> None:
         while trial := worker.next():
             trial.set_user_attr(study.OVERRIDES, searched.overrides(trial))
             worker.tell(trial, TrialState.COMPLETE, 2.0)
-    sweep_report.write(record, tmp_path, config_lib.default(), searched)
-    assert not (tmp_path / sweep_report.BEST).exists()
-    written = sweep_report.summary(record, tmp_path) + (tmp_path / sweep_report.PAGE).read_text()
+    report.write_report(record, tmp_path, config_lib.default(), searched)
+    assert not (tmp_path / report.BEST).exists()
+    written = report.summarize_sweep(record, tmp_path) + (tmp_path / report.PAGE).read_text()
     assert "of 3 seeds" in written and "best.py" not in written
 
 
@@ -667,5 +667,5 @@ def test_a_full_disk_under_the_study_loses_no_trial(tmp_path: Path) -> None:
                 assert len(str(error).splitlines()) == 1
                 os.truncate(filler, filler.stat().st_size - 4096)
         record, _ = open_study(place, location)
-        ended = [trial.state for trial in study.finished(record)]
+        ended = [trial.state for trial in study.list_finished(record)]
     assert failures >= 2 and ended == [TrialState.COMPLETE] * 5

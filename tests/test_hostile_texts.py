@@ -20,8 +20,8 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
-from lstm_jax import corpus, datasets, prepared, texts
-from lstm_jax.controls import stop_table
+from lstm_jax.controls import make_stop_table
+from lstm_jax.data import corpus, datasets, prepared, texts
 from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import Vocabulary
 
@@ -86,15 +86,15 @@ def test_no_module_that_a_run_names_is_imported(
     for name in ("mine", "mine:1.0.0", "tiny_shakespeare:9.9.9", "huggingface:x/y", "", "a b"):
         data.dataset = name
         with pytest.raises(UserError, match="if you trust it, name it with --dataset NAME") as e:
-            texts.read_again(data, None)
+            texts.load_texts_of_run(data, None)
         assert "\n" not in str(e.value) and "--data_directory" in str(e.value)
         # That the directory is named, too, does not mean the dataset.
         with pytest.raises(UserError, match="--dataset NAME"):
-            texts.read_again(data, None, None, str(hostile_directory))
+            texts.load_texts_of_run(data, None, None, str(hostile_directory))
     assert not (tmp_path / "imported").exists()
     # What the user names is read by TFDS, with all that this means.
     with pytest.raises(UserError, match="can't open the dataset 'mine'"):
-        texts.read_again(data, None, "mine", str(hostile_directory))
+        texts.load_texts_of_run(data, None, "mine", str(hostile_directory))
     assert (tmp_path / "imported").exists()
 
 
@@ -110,14 +110,14 @@ def test_tiny_shakespeare_is_read_where_the_user_has_it(
     before = listing(hostile_directory)
     for directory in (hostile_directory, tmp_path / "new", "~nobody", "\0", "/dev/null"):
         data.directory = str(directory)
-        read = texts.read_again(data, None)
+        read = texts.load_texts_of_run(data, None)
         assert {name: next(text.pieces(0)) for name, text in read.items()} == shakespeare
     assert listing(hostile_directory) == before and not (tmp_path / "new").exists()
     assert not (tmp_path / "imported").exists()
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "elsewhere"))
-    read = texts.read_again(data, None, None, str(data_dir))
+    read = texts.load_texts_of_run(data, None, None, str(data_dir))
     assert next(read["test"].pieces(0)) == shakespeare["test"]
-    read = texts.read_again(data, None, "tiny_shakespeare", str(data_dir))
+    read = texts.load_texts_of_run(data, None, "tiny_shakespeare", str(data_dir))
     assert next(read["test"].pieces(0)) == shakespeare["test"]
 
 
@@ -125,10 +125,10 @@ def test_the_user_may_name_another_source(data: ConfigDict, tmp_path: Path, data
     (tmp_path / "a.txt").write_text("0123456789" * 10)
     (tmp_path / "b.txt").write_text("abcdefghij" * 10)
     data.path = str(tmp_path / "a.txt")
-    assert next(texts.read_again(data, None)["train"].pieces(0)).startswith("0123")
-    again = texts.read_again(data, str(tmp_path / "b.txt"))
+    assert next(texts.load_texts_of_run(data, None)["train"].pieces(0)).startswith("0123")
+    again = texts.load_texts_of_run(data, str(tmp_path / "b.txt"))
     assert next(again["train"].pieces(0)).startswith("abcd")
-    again = texts.read_again(data, None, "tiny_shakespeare", str(data_dir))
+    again = texts.load_texts_of_run(data, None, "tiny_shakespeare", str(data_dir))
     assert next(again["train"].pieces(0)).startswith("First")
     assert data.path == str(tmp_path / "a.txt"), "the run's own config is left as it is"
 
@@ -145,7 +145,7 @@ def test_a_huge_text_costs_nothing(data: ConfigDict, tmp_path: Path) -> None:
     for named in (str(path), ",".join([str(small)] * 16_001), f"{path};{small};{small}"):
         data.path = named
         with pytest.raises(UserError, match="larger than 16 MB .* name it with --data_path FILE"):
-            texts.read_again(data, None)
+            texts.load_texts_of_run(data, None)
     assert listing(tmp_path / "text") == [str(path), str(small)]
 
 
@@ -157,27 +157,27 @@ def test_a_large_text_is_prepared_in_the_cache_if_the_user_names_it(
     path = tmp_path / "text" / "a.txt"
     path.write_text("To be, or not to be: " * 50)
     data.path, data.prepared = str(path), str(tmp_path / "prepared")
-    expected = corpus.read(data)
+    expected = corpus.read_corpus(data)
     with pytest.raises(UserError, match=f"--data_path FILE.*{prepared.cache_directory()}"):
-        texts.read_again(data, None)
+        texts.load_texts_of_run(data, None)
     for named in (str(path), None):  # Once it is there, it need not be named.
-        read = texts.read_again(data, named)
+        read = texts.load_texts_of_run(data, named)
         assert isinstance(read["train"], prepared.PreparedText)
         assert {name: next(text.pieces(0)) for name, text in read.items()} == expected
     assert listing(tmp_path / "text") == [str(path)] and not (tmp_path / "prepared").exists()
     # What was prepared for training is read where it is, and nothing is written there.
     data.fractions = (0.8, 0.1, 0.1)
     data.memory_megabytes = 0
-    expected = {name: next(text.pieces(0)) for name, text in texts.read(data).texts.items()}
+    expected = {name: next(text.pieces(0)) for name, text in texts.load_texts(data).texts.items()}
     os.utime(path)
     before = {path: path.read_bytes() for path in (tmp_path / "prepared").rglob("*.json")}
-    read = texts.read_again(data, None)
+    read = texts.load_texts_of_run(data, None)
     assert {name: next(text.pieces(0)) for name, text in read.items()} == expected
     assert {path: path.read_bytes() for path in before} == before and len(before) == 1
     # It is told which text that is not.
     data.sha256 = "0" * 64
     with pytest.raises(UserError, match="not the one this run was trained on"):
-        texts.read_again(data, str(path))
+        texts.load_texts_of_run(data, str(path))
 
 
 @pytest.fixture
@@ -205,16 +205,16 @@ def test_what_is_no_regular_file_is_no_text(
                 UserError,
                 match="can't read .*(not a regular file|No such dev)|is a directory: name",
             ):
-                texts.read(data)
+                texts.load_texts(data)
             with pytest.raises(UserError, match="can't read |is a directory: name"):
-                texts.read_again(data, None)
+                texts.load_texts_of_run(data, None)
         for any_bytes in (False, True):
             with pytest.raises(UserError, match=r"can't read .* \(--text\): "):
                 corpus.read_argument(path, "--text", any_bytes)
     # A link that the user has made to a text is one.
     (tmp_path / "linked").symlink_to("text")
     data.path, data.memory_megabytes = str(tmp_path / "linked"), 16
-    assert next(texts.read(data).texts["train"].pieces(0)).startswith("To be")
+    assert next(texts.load_texts(data).texts["train"].pieces(0)).startswith("To be")
     assert corpus.read_argument(str(tmp_path / "linked"), "--text", False).startswith("To be")
 
 
@@ -234,14 +234,14 @@ def test_arguments_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_paths_that_are_none(data: ConfigDict, tmp_path: Path) -> None:
     for path in ("\0", "a\0*", "\ud800", "x" * 10**5, "*/" * 5000, "~nobody/x", "[", "", ","):
         data.path = path or ","
-        for read in (lambda: texts.read(data), lambda: texts.read_again(data, None)):
+        for read in (lambda: texts.load_texts(data), lambda: texts.load_texts_of_run(data, None)):
             with pytest.raises(UserError, match="there is no text file"):
                 read()
     (tmp_path / "a").write_text("To be, or not to be: " * 50)
     data.path = str(tmp_path / "a")
     for directory in ("\0", "\ud800", "~nobody", "x" * 10**5, "/dev/null", "/proc/1"):
         data.prepared = directory
-        assert prepared.find(data) is None
+        assert prepared.find_corpus(data) is None
 
 
 def test_patterns_find_what_glob_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,7 +305,7 @@ def test_a_pattern_that_means_the_whole_disk_is_refused(
 )
 def test_names_of_no_dataset_are_told_in_one_line(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.dataset") as error:
-        datasets.read(name, "text", str(tmp_path), (0.9, 0.05, 0.05))
+        datasets.read_dataset(name, "text", str(tmp_path), (0.9, 0.05, 0.05))
     assert "\n" not in str(error.value)
 
 
@@ -326,7 +326,7 @@ def test_damaged_datasets_are_told_in_one_line(
                 content if path.name == changed else path.read_bytes()
             )
         try:
-            read = datasets.read(
+            read = datasets.read_dataset(
                 "tiny_shakespeare", "text", str(tmp_path / str(number)), (0.9, 0.05, 0.05)
             )
             assert read == shakespeare
@@ -341,12 +341,12 @@ def test_memory_does_not_grow_with_the_longest_unit(kind: str) -> None:
     units = ["", "[UNK]", *map(chr, range(65, 91)), long]
     tracemalloc.start()
     vocabulary = Vocabulary(units, kind, long)
-    tables = [stop_table(vocabulary, stop_at=text) for text in ("", "AB", "xx", "x" * 50)]
+    tables = [make_stop_table(vocabulary, stop_at=text) for text in ("", "AB", "xx", "x" * 50)]
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 50e6
     assert [table[0, -1] == len(table) - 1 for table in tables] == [True] * 4
-    without = stop_table(vocabulary, False, stop_at="xA")
+    without = make_stop_table(vocabulary, False, stop_at="xA")
     assert without[0, -1] == 1 and without[1, 2] == len(without) - 1
 
 
@@ -356,10 +356,10 @@ def test_stop_texts_in_long_units() -> None:
         units = {"".join(rng.choice(list("ab"), rng.integers(1, 30))) for _ in range(8)}
         stop = "".join(rng.choice(list("ab"), rng.integers(1, 6)))
         vocabulary = Vocabulary(["", "[UNK]", *sorted(units)], "words")
-        table = stop_table(vocabulary, stop_at=stop)
+        table = make_stop_table(vocabulary, stop_at=stop)
         state, written = 0, ""
         for unit_id in rng.integers(2, len(vocabulary), 6).tolist():
-            state, written = table[state, unit_id], written + vocabulary.units[unit_id]
+            state, written = table[state, unit_id], written + vocabulary.tokens[unit_id]
             assert (state == len(table) - 1) == (stop in written), (stop, written)
 
 

@@ -14,8 +14,9 @@ import pytest
 
 import runs
 import test_interruption
-from lstm_jax import checkpoints, hosts, workdir
+from lstm_jax.devices import hosts
 from lstm_jax.errors import UserError
+from lstm_jax.run import checkpoints, workdir
 
 # Four processes at once, and one that hangs, take minutes on two cores.
 SLOW = os.environ.get("LSTM_JAX_HOSTS") == "all"
@@ -72,7 +73,7 @@ def assert_close(one: Path, other: Path) -> None:
     *arrays, position = runs.final_state(one)
     *others, other_position = runs.final_state(other)
     assert position == other_position
-    parameters = len(jax.tree.leaves(workdir.load(one).params))
+    parameters = len(jax.tree.leaves(workdir.load_trained(one).params))
     for k, (a, b) in enumerate(zip(arrays, others, strict=True)):
         # The carry and the optimizer's moments have other sizes than 1.
         np.testing.assert_allclose(a, b, atol=5e-5 if k < parameters else 1e-3)
@@ -114,7 +115,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     test_interruption.wait_for_rows(process, directory, rows + 2)
     process.send_signal(signal.SIGINT)
     assert finish([process]) == [(130, "")]
-    assert checkpoints.steps(directory / workdir.CHECKPOINTS)[-1] < 280
+    assert checkpoints.list_steps(directory / workdir.CHECKPOINTS)[-1] < 280
     finish_well(start(text_file, directory, 2, *divided))
     assert_close(directory, alone)
 
@@ -159,23 +160,24 @@ def test_a_lost_process_ends_the_others_and_the_same_command_goes_on(
 _MEAN = """
 import sys
 import jax, numpy as np
-from lstm_jax import config, hosts, parallel
+from lstm_jax import config
+from lstm_jax.devices import hosts, parallel
 
 address, process = sys.argv[1], int(sys.argv[2])
 settings = config.default()
 settings.mesh.data, settings.mesh.model = 1, 2
-with hosts.joined(address, 2, process, 60):
+with hosts.join_processes(address, 2, process, 60):
     parallel.use_cores(settings)
     mesh = parallel.make_mesh(settings)
     shape, spec = (1024, 4096), parallel.PartitionSpec(None, parallel.MODEL)
-    mean = jax.jit(parallel.divide(
-        lambda x: parallel.mean({"kernel": x[0]}, {"kernel": spec}),
+    mean = jax.jit(parallel.shard_map(
+        lambda x: parallel.mean_over_devices({"kernel": x[0]}, {"kernel": spec}),
         mesh, in_specs=parallel.DIVIDED, out_specs={"kernel": spec},
     ))
     own = slice(2048 * process, 2048 * (process + 1))
     for seed in range(10):
         both = np.random.default_rng(seed).normal(size=(2, *shape)).astype(np.float32)
-        found = mean(parallel.place_own(both[[process]], mesh, parallel.DIVIDED))["kernel"]
+        found = mean(parallel.place_local(both[[process]], mesh, parallel.DIVIDED))["kernel"]
         found = found.addressable_data(0)
         np.testing.assert_allclose(found, both.mean(axis=0)[:, own], atol=1e-5)
 """
@@ -251,10 +253,10 @@ def test_processes_that_do_not_fit_are_refused(text_file: Path, tmp_path: Path) 
 def test_flags_that_cannot_be_meant_are_refused(
     given: tuple[str | None, int | None, int | None], message: str
 ) -> None:
-    with pytest.raises(UserError, match=message), hosts.joined(*given, timeout_seconds=1):
+    with pytest.raises(UserError, match=message), hosts.join_processes(*given, timeout_seconds=1):
         pass
 
 
 def test_one_process_needs_no_others() -> None:
-    with hosts.joined(None, None, None, 1):
-        assert hosts.is_first() and hosts.greatest(3, 4) == (3, 4)
+    with hosts.join_processes(None, None, None, 1):
+        assert hosts.is_first() and hosts.get_greatest(3, 4) == (3, 4)

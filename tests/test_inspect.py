@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from lstm_jax import activations, features, inspect, metrics, workdir
 from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
+from lstm_jax.inspect import __main__ as command
+from lstm_jax.inspect import activations, features, report
 from lstm_jax.model import LanguageModel
+from lstm_jax.run import metrics, workdir
 from lstm_jax.vocabulary import FILE_END, Vocabulary
 
 NASTY = '</script><script>document.title="owned"</script><!-- & <b>"x"</b>\u2028ﷺ\n'
@@ -54,16 +56,16 @@ def test_the_command_reads_the_validation_split_and_writes_into_the_working_dire
 
 
 def test_the_page_holds_what_was_read(trained: Path, text_file: Path) -> None:
-    loaded = workdir.load(trained)
+    loaded = workdir.load_trained(trained)
     text = text_file.read_text()[:3000] + NASTY
-    page = inspect.make(loaded, text, "<i>name</i>", trained)
+    page = report.make_page(loaded, text, "<i>name</i>", trained)
     assert b"</script><script>doc" not in page and b"<i>name" not in page
     data = data_of(page)
     tokens = unpacked(data["tokens"])
     assert "".join(data["table"][token] for token in tokens) == text
     assert tokens.max() >= data["known"], "units that the model doesn't know are there as they are"
     ids = loaded.vocabulary.encode(text)
-    reading = activations.read(loaded.model, loaded.params, ids)
+    reading = activations.record_activations(loaded.model, loaded.params, ids)
     held = unpacked(data["beginning_values"]).reshape(24, len(ids))
     np.testing.assert_array_equal(held, reading.activations)
     np.testing.assert_allclose(unpacked(data["bits"]) / 1000, reading.bits, atol=6e-4)
@@ -73,10 +75,10 @@ def test_the_page_holds_what_was_read(trained: Path, text_file: Path) -> None:
     )
     forget = unpacked(data["saturation"][0]["forget"]).reshape(2, 24) / 1000
     np.testing.assert_allclose(forget, reading.saturation[0]["forget"], atol=6e-4)
-    present = features.present(features.of_text(text))
+    present = features.select_present(features.compute_text_features(text))
     assert data["features"] == list(present)
     assert len(unpacked(data["correlations"])) == 24 * len(present)
-    rows = metrics.read(trained / workdir.METRICS)
+    rows = metrics.read_metrics(trained / workdir.METRICS)
     validation = [[row["step"], row["loss"]] for row in rows if row["split"] == "validation"]
     assert data["curves"]["validation"] == validation
     assert [sample["title"].split(",")[0] for sample in data["samples"]] == [
@@ -87,9 +89,9 @@ def test_the_page_holds_what_was_read(trained: Path, text_file: Path) -> None:
 def test_a_large_model_is_kept_for_the_beginning_and_its_best_cells_for_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(inspect, "_BUDGET", 4000)
+    monkeypatch.setattr(report, "_BUDGET", 4000)
     values = np.random.default_rng(0).integers(-127, 128, (20, 1000)).astype(np.int8)
-    cells = inspect._cells(values, [7, 3, 5])
+    cells = report._cells(values, [7, 3, 5])
     assert cells["beginning"] == 100 and cells["whole"] == [7, 3]
     beginning = unpacked(cells["beginning_values"]).reshape(20, 100)
     np.testing.assert_array_equal(beginning, values[:, :100])
@@ -99,9 +101,9 @@ def test_a_large_model_is_kept_for_the_beginning_and_its_best_cells_for_all(
 def test_bytes_another_cell_and_a_run_without_history(tmp_path: Path) -> None:
     vocabulary = Vocabulary.from_text("", "bytes")
     model = LanguageModel(len(vocabulary), 4, 6, cell="gru")
-    params = model_lib.init(model, jax.random.key(0))
+    params = model_lib.init_params(model, jax.random.key(0))
     untrained = workdir.Trained(ConfigDict(), vocabulary, model, params, 0)
-    data = data_of(inspect.make(untrained, "Né\udcff!\0が\x9b\xad", "text", tmp_path))
+    data = data_of(report.make_page(untrained, "Né\udcff!\0が\x9b\xad", "text", tmp_path))
     tokens, shown = ([data["table"][i] for i in unpacked(data[k])] for k in ("tokens", "shown"))
     assert tokens[:6] == ["N", "\\xc3", "\\xa9", "\\xff", "!", "\\x00"]
     assert tokens[6:9] == ["\\xe3", "\\x81", "\\x8c"]
@@ -115,9 +117,9 @@ def test_the_bytes_of_documents_are_shown_as_characters(tmp_path: Path) -> None:
     text = f"é\r\n{FILE_END}が{FILE_END}"
     vocabulary = Vocabulary.from_text(text, "bytes", stop=FILE_END)
     model = LanguageModel(len(vocabulary), 4, 6)
-    params = model_lib.init(model, jax.random.key(0))
+    params = model_lib.init_params(model, jax.random.key(0))
     untrained = workdir.Trained(ConfigDict(), vocabulary, model, params, 0)
-    data = data_of(inspect.make(untrained, text, "text", tmp_path))
+    data = data_of(report.make_page(untrained, text, "text", tmp_path))
     shown = [data["table"][i] for i in unpacked(data["shown"])]
     assert shown == ["é", "", "\r", "\n", "␄\n", "が", "", "", "␄\n"]
 
@@ -132,10 +134,10 @@ def test_a_text_from_standard_input_is_called_that(trained: Path, tmp_path: Path
 def test_a_model_that_diverged_is_refused(tmp_path: Path) -> None:
     vocabulary = Vocabulary.from_text("", "bytes")
     model = LanguageModel(len(vocabulary), 4, 6, cell="gru")
-    params = jax.tree.map(lambda x: x * np.nan, model_lib.init(model, jax.random.key(0)))
+    params = jax.tree.map(lambda x: x * np.nan, model_lib.init_params(model, jax.random.key(0)))
     diverged = workdir.Trained(ConfigDict(), vocabulary, model, params, 0)
     with pytest.raises(UserError, match="its training has diverged"):
-        inspect.make(diverged, "abc", "text", tmp_path)
+        report.make_page(diverged, "abc", "text", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -162,9 +164,9 @@ def test_mistakes_are_told_in_one_line(
     (tmp_path / "latin").write_bytes(b"a\xe9b")
     paths = {"RUN": trained, "SHORT": tmp_path / "short", "LATIN": tmp_path / "latin"}
     values = [str(paths.get(argument, argument)) for argument in arguments]
-    monkeypatch.setattr(inspect, "flags", Flags(values))
+    monkeypatch.setattr(command, "flags", Flags(values))
     with pytest.raises(UserError) as error:
-        inspect.main()
+        command.main()
     assert told in str(error.value) and "\n" not in str(error.value)
     assert not list(trained.glob("report*"))
 
@@ -209,11 +211,13 @@ def test_the_page_in_a_browser(
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.wait import WebDriverWait
 
-    loaded = workdir.load(trained)
+    loaded = workdir.load_trained(trained)
     text = NASTY + text_file.read_text()[:4000]
     page = tmp_path / "report.html"
-    page.write_bytes(inspect.make(loaded, text, "<i>name</i>", trained))
-    reading = activations.read(loaded.model, loaded.params, loaded.vocabulary.encode(text))
+    page.write_bytes(report.make_page(loaded, text, "<i>name</i>", trained))
+    reading = activations.record_activations(
+        loaded.model, loaded.params, loaded.vocabulary.encode(text)
+    )
     browser.get(page.as_uri())
 
     def find(selector: str) -> Any:
@@ -250,7 +254,7 @@ def test_the_page_in_a_browser(
     area.send_keys(Keys.HOME, *[Keys.ARROW_RIGHT] * 10)
     assert "character 11 of" in find("#now").text
     assert f"cost {reading.bits[10]:.2f} bits" in find("#now").text
-    units = loaded.vocabulary.units
+    units = loaded.vocabulary.tokens
     guesses = [element.text for element in browser.find_elements("css selector", "#now code")]
     assert guesses[0] == {" ": "␣", "\n": "↵"}.get(*[units[reading.guesses[10, 0]]] * 2)
     assert len(guesses) == 5

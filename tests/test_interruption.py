@@ -14,7 +14,7 @@ import pytest
 
 import runs
 from disks import fill, mounted
-from lstm_jax import checkpoints, metrics, workdir
+from lstm_jax.run import checkpoints, metrics, workdir
 
 ROOT = Path(__file__).parents[1]
 # How many runs are killed, and which random moments: more than a few take minutes.
@@ -55,7 +55,7 @@ def finish(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 def wait_for_rows(process: subprocess.Popen[str], directory: Path, number: int) -> None:
     """Returns when the run has written so many lines of metrics."""
     deadline = time.monotonic() + 100
-    while len(metrics.read(directory / workdir.METRICS)) < number:
+    while len(metrics.read_metrics(directory / workdir.METRICS)) < number:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -105,7 +105,7 @@ def test_sigterm_stops_within_seconds_in_training_and_in_validation(
     )
     process = start(arguments)
     deadline = time.monotonic() + 100
-    while checkpoints.steps(directory / workdir.CHECKPOINTS) != [0]:
+    while checkpoints.list_steps(directory / workdir.CHECKPOINTS) != [0]:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     time.sleep(1)
@@ -116,7 +116,7 @@ def test_sigterm_stops_within_seconds_in_training_and_in_validation(
     assert time.monotonic() - sent < 10
     assert process.returncode == 128 + signal.SIGTERM and errors == ""
     assert "Stopped at step 0 of" in output
-    assert metrics.read(directory / workdir.METRICS) == [], "it was in the first validation"
+    assert metrics.read_metrics(directory / workdir.METRICS) == [], "it was in the first validation"
 
     directory = tmp_path / "training"
     arguments = command(text_file, directory)
@@ -159,16 +159,17 @@ def test_a_full_disk_stops_the_run_with_all_that_was_saved(
         output, errors = process.communicate(timeout=60)
         assert process.returncode == 2, output
         assert "No space left" in errors and len(errors.splitlines()) == 1
-        kept = checkpoints.steps(directory / workdir.CHECKPOINTS)
+        kept = checkpoints.list_steps(directory / workdir.CHECKPOINTS)
         assert kept and all(
-            checkpoints.damage(directory / workdir.CHECKPOINTS / str(step)) is None for step in kept
+            checkpoints.find_damage(directory / workdir.CHECKPOINTS / str(step)) is None
+            for step in kept
         )
         # Still full, of what the run itself has freed too: told again, and nothing is lost.
         fill(disk)
         again = finish(arguments)
         assert again.returncode == 2 and "No space left" in again.stderr
         assert len(again.stderr.splitlines()) == 1
-        assert checkpoints.steps(directory / workdir.CHECKPOINTS) == kept
+        assert checkpoints.list_steps(directory / workdir.CHECKPOINTS) == kept
         filler.unlink()
         assert finish(arguments).returncode == 0
         runs.assert_same(whole[0], directory)
@@ -191,14 +192,14 @@ def test_reading_a_working_directory_runs_no_code_from_it(trained: Path, tmp_pat
     script = f"""
 import sys
 from pathlib import Path
-from lstm_jax import workdir
+from lstm_jax.run import workdir
 def audit(event, arguments):
     if event == "pickle.find_class" or "{tmp_path}" in str(arguments[:1]) and event in (
         "exec", "import", "ctypes.dlopen", "marshal.loads", "subprocess.Popen", "os.system"
     ):
         raise SystemExit(f"surprise: {{event}} {{arguments}}")
 sys.addaudithook(audit)
-print(workdir.load(Path("{tmp_path}/run")).step)
+print(workdir.load_trained(Path("{tmp_path}/run")).step)
 """
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / "sitecustomize.py").write_text("raise SystemExit('ran')")

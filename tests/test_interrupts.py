@@ -55,7 +55,7 @@ def test_an_interrupted_command_says_so_in_one_line(
 
 LOST = """
 import time
-from lstm_jax import interrupts
+from lstm_jax.run import interrupts
 interrupts.exit_at_once()
 from lstm_jax import command
 def main():
@@ -65,7 +65,7 @@ def main():
     except KeyboardInterrupt:
         {caught}
     time.sleep(60)
-command.run(main)
+command.run_command(main)
 """
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from lstm_jax import lock
 from lstm_jax.errors import UserError
+from lstm_jax.run import lock
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from lstm_jax import lock
-with lock.hold(Path(sys.argv[1])):
+from lstm_jax.run import lock
+with lock.hold_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -31,11 +31,11 @@ def holder(directory: Path) -> subprocess.Popen[str]:
 def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
     first = holder(tmp_path)
     with pytest.raises(UserError, match=f"process {first.pid} on .* is training in"):
-        lock.hold(tmp_path).__enter__()
+        lock.hold_lock(tmp_path).__enter__()
     first.kill()
     first.wait()
     assert (tmp_path / lock.LOCK).exists()
-    with lock.hold(tmp_path) as is_ours:
+    with lock.hold_lock(tmp_path) as is_ours:
         assert json.loads((tmp_path / lock.LOCK).read_text())["pid"] == os.getpid()
         assert is_ours()
     assert not (tmp_path / lock.LOCK).exists()
@@ -46,11 +46,11 @@ def test_a_lock_of_another_host_runs_out(content: str, tmp_path: Path) -> None:
     path = tmp_path / lock.LOCK
     path.write_text(content)
     with pytest.raises(UserError, match="is training in .* try again in 60 seconds"):
-        lock.hold(tmp_path).__enter__()
+        lock.hold_lock(tmp_path).__enter__()
     assert path.read_text() == content
     before = time.time() - lock.STALE_SECONDS - 1
     os.utime(path, (before, before))
-    with lock.hold(tmp_path):
+    with lock.hold_lock(tmp_path):
         assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
@@ -60,11 +60,11 @@ def test_a_lock_from_the_future_runs_out_as_any_other(tmp_path: Path) -> None:
     ahead = time.time() + 365 * 24 * 3600
     os.utime(path, (ahead, ahead))
     with pytest.raises(UserError, match="is training in .* try again in 60 seconds"):
-        lock.hold(tmp_path).__enter__()
+        lock.hold_lock(tmp_path).__enter__()
     assert abs(path.stat().st_mtime - time.time()) < 5, "counted from now on"
     before = time.time() - lock.STALE_SECONDS - 1
     os.utime(path, (before, before))
-    with lock.hold(tmp_path):
+    with lock.hold_lock(tmp_path):
         assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
@@ -77,15 +77,15 @@ def test_without_locks_in_the_file_system_the_process_itself_decides(
     first = holder(tmp_path)
     monkeypatch.setattr(lock.fcntl, "flock", flock)
     with pytest.raises(UserError, match=f"process {first.pid} on"):
-        lock.hold(tmp_path).__enter__()
+        lock.hold_lock(tmp_path).__enter__()
     first.kill()
     first.wait()
-    with lock.hold(tmp_path) as is_ours:
+    with lock.hold_lock(tmp_path) as is_ours:
         assert is_ours()
 
 
 def test_who_lost_the_lock_while_suspended_knows(tmp_path: Path) -> None:
-    with lock.hold(tmp_path) as is_ours:
+    with lock.hold_lock(tmp_path) as is_ours:
         path = tmp_path / lock.LOCK
         path.unlink()
         path.write_text("of another")
@@ -95,7 +95,7 @@ def test_who_lost_the_lock_while_suspended_knows(tmp_path: Path) -> None:
 
 def test_a_held_lock_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "_BEAT_SECONDS", 0.01)
-    with lock.hold(tmp_path):
+    with lock.hold_lock(tmp_path):
         path = tmp_path / lock.LOCK
         os.utime(path, (0, 0))
         deadline = time.monotonic() + 10
@@ -106,10 +106,10 @@ def test_a_held_lock_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_directories_that_stay_empty_are_taken_away(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
-    with lock.hold(tmp_path / "mine" / "runs" / "a"):
+    with lock.hold_lock(tmp_path / "mine" / "runs" / "a"):
         pass
     assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
-    with lock.hold(tmp_path / "mine" / "runs" / "a"):
+    with lock.hold_lock(tmp_path / "mine" / "runs" / "a"):
         (tmp_path / "mine" / "runs" / "a" / "kept").touch()
     assert (tmp_path / "mine" / "runs" / "a" / "kept").exists()
 
@@ -117,4 +117,4 @@ def test_directories_that_stay_empty_are_taken_away(tmp_path: Path) -> None:
 def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="can't write to .*file/run: Not a directory"):
-        lock.hold(tmp_path / "file" / "run").__enter__()
+        lock.hold_lock(tmp_path / "file" / "run").__enter__()

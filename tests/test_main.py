@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lstm_jax import metrics, workdir
+from lstm_jax.run import metrics, workdir
 
 ROOT = Path(__file__).parents[1]
 QUICK = str(ROOT / "experiments" / "quick.py")
@@ -43,7 +43,9 @@ def test_train_interrupt_go_on_sample_and_evaluate(text_file: Path, tmp_path: Pa
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     directory = tmp_path / "runs" / "quick"  # What --workdir is by default.
     deadline = time.monotonic() + 100
-    while len(metrics.read(directory / workdir.METRICS)) < 20 and time.monotonic() < deadline:
+    while (
+        len(metrics.read_metrics(directory / workdir.METRICS)) < 20 and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     first.send_signal(signal.SIGINT)
     output, _ = first.communicate(timeout=60)
@@ -56,7 +58,11 @@ def test_train_interrupt_go_on_sample_and_evaluate(text_file: Path, tmp_path: Pa
     assert second.returncode == 0, second.stderr
     assert f"Going on from step {stopped_at} of " in second.stdout
     assert "Test loss of step" in second.stdout and second.stderr == ""
-    steps = [r["step"] for r in metrics.read(directory / workdir.METRICS) if r["split"] == "train"]
+    steps = [
+        r["step"]
+        for r in metrics.read_metrics(directory / workdir.METRICS)
+        if r["split"] == "train"
+    ]
     assert steps == list(range(10, steps[-1] + 1, 10)), "each step once"
 
     # All that sample and evaluate need is in the directory, wherever it is.
@@ -82,7 +88,7 @@ def test_train_interrupt_go_on_sample_and_evaluate(text_file: Path, tmp_path: Pa
     assert (result["split"], result["tokens"]) == ("validation", 999)
     recorded = {
         row["step"]: row["loss"]
-        for row in metrics.read(moved / workdir.METRICS)
+        for row in metrics.read_metrics(moved / workdir.METRICS)
         if row["split"] == "validation"
     }
     assert result["loss"] == pytest.approx(recorded[result["step"]], abs=1e-6)

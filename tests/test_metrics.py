@@ -4,17 +4,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lstm_jax import metrics
+from lstm_jax.run import metrics
 
 
 def test_rows_are_read_back_and_appended_to(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    assert metrics.read(path) == []
+    assert metrics.read_metrics(path) == []
     with metrics.MetricsWriter(path, 0) as writer:
         writer.write(10, 0.5, "train", 2.5, tokens_per_second=1000)
     with metrics.MetricsWriter(path, 10) as writer:
         writer.write(20, 1, "validation", 2.25)
-    assert metrics.read(path) == [
+    assert metrics.read_metrics(path) == [
         {"step": 10, "epoch": 0.5, "split": "train", "loss": 2.5, "tokens_per_second": 1000},
         {"step": 20, "epoch": 1, "split": "validation", "loss": 2.25},
     ]
@@ -28,8 +28,8 @@ def test_half_a_line_is_dropped_and_damaged_lines_are_left_out(tmp_path: Path) -
     path.write_bytes(json.dumps(row).encode() + b"\n\xff\xfe{\n[1]\n{}\n" + b'{"step": 20, "lo')
     with metrics.MetricsWriter(path, 10) as writer:
         writer.write(20, 1, "train", 2.25)
-    assert metrics.read(path) == [row, {**row, "step": 20, "epoch": 1, "loss": 2.25}]
-    metrics.plot([{**row, "loss": float("nan")}, row], tmp_path / "curves.png")
+    assert metrics.read_metrics(path) == [row, {**row, "step": 20, "epoch": 1, "loss": 2.25}]
+    metrics.plot_metrics([{**row, "loss": float("nan")}, row], tmp_path / "curves.png")
 
 
 def test_the_plot_is_a_picture_with_curves_on_it(tmp_path: Path) -> None:
@@ -37,14 +37,14 @@ def test_the_plot_is_a_picture_with_curves_on_it(tmp_path: Path) -> None:
     rows = [{"step": s, "split": "train", "loss": 4 / (1 + s)} for s in range(1, 50)]
     rows += [{"step": s, "split": "validation", "loss": 4 / s} for s in (10, 20, 40)]
     rows += [{"step": 40, "split": "test", "loss": 0.2}]
-    metrics.plot(rows, path)
+    metrics.plot_metrics(rows, path)
     with Image.open(path) as picture:
         colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20) or []}
     for hexadecimal in ("0072B2", "D55E00", "009E73"):
         assert tuple(bytes.fromhex(hexadecimal)) in colours
     assert list(tmp_path.iterdir()) == [path]
     for few in (rows[-1:], [], [{**rows[0], "loss": float("inf")}]):
-        metrics.plot(few, path)  # Nothing to draw is no reason to fail.
+        metrics.plot_metrics(few, path)  # Nothing to draw is no reason to fail.
 
 
 def test_a_flipped_byte_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,19 +53,19 @@ def test_a_flipped_byte_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture
         writer.write(10, 0.5, "train", 1.5707, tokens_per_second=1000)
         writer.write(20, 1, "validation", 2.25)
     content = path.read_bytes()
-    rows = metrics.read(path)
+    rows = metrics.read_metrics(path)
     assert "crc" not in rows[0] and capsys.readouterr().err == ""
     path.write_bytes(content.replace(b"1.5707", b"7.5707"))
-    assert metrics.read(path) == metrics.read(path) == rows[1:]
+    assert metrics.read_metrics(path) == metrics.read_metrics(path) == rows[1:]
     assert capsys.readouterr().err == f"warning: left out 1 damaged line of {path}\n"
     for at in range(len(content) - 1):
         path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-        for row in metrics.read(path):
+        for row in metrics.read_metrics(path):
             assert {**rows[0], **row} == rows[0] | row and row["loss"] in (1.5707, 2.25)
     # A row that is still being written is no damage.
     capsys.readouterr()
     path.write_bytes(content + content[:30])
-    assert metrics.read(path) == rows and capsys.readouterr().err == ""
+    assert metrics.read_metrics(path) == rows and capsys.readouterr().err == ""
 
 
 def test_rows_of_older_runs_have_no_checksum(
@@ -74,14 +74,14 @@ def test_rows_of_older_runs_have_no_checksum(
     path = tmp_path / "metrics.jsonl"
     row = {"step": 10, "epoch": 0.5, "split": "train", "loss": 2.5}
     path.write_text(json.dumps(row) + "\n")
-    assert metrics.read(path) == [row] and capsys.readouterr().err == ""
+    assert metrics.read_metrics(path) == [row] and capsys.readouterr().err == ""
 
 
 def test_the_plot_shows_every_validation_and_test_point() -> None:
     rows = [{"step": s, "split": "train", "loss": 2 + 9 / s} for s in range(1, 200)]
     rows += [{"step": s, "split": "validation", "loss": 3.0} for s in (0, 100)]
     rows += [{"step": 100, "split": "test", "loss": 8.93}]
-    low, high = metrics.draw(rows).axes[0].get_ylim()
+    low, high = metrics.draw_metrics(rows).axes[0].get_ylim()
     assert low < 2.05 and 8.93 < high < 11
-    low, high = metrics.draw(rows[:-1]).axes[0].get_ylim()
+    low, high = metrics.draw_metrics(rows[:-1]).axes[0].get_ylim()
     assert high < 5, "the first steps are cut off"

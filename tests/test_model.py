@@ -5,8 +5,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from lstm_jax import model as model_lib
+from lstm_jax.cells import LSTMCarry
 from lstm_jax.model import LanguageModel
-from lstm_jax.recurrence import LayerCarry
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -42,14 +42,14 @@ def numpy_model(
 def random_carry(key: jax.Array, model: LanguageModel, batch: int) -> model_lib.Carry:
     keys = jax.random.split(key, 2 * model.num_layers)
     arrays = [jax.random.normal(k, (batch, model.hidden_size)) for k in keys]
-    return tuple(map(LayerCarry, arrays[::2], arrays[1::2]))
+    return tuple(map(LSTMCarry, arrays[::2], arrays[1::2]))
 
 
 @pytest.mark.parametrize("recurrence", ["scan", "fused"])
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_agrees_with_the_equations_in_numpy(num_layers: int, recurrence: str) -> None:
     model = LanguageModel(11, 6, 9, num_layers, recurrence)
-    params = model_lib.init(model, jax.random.key(0))
+    params = model_lib.init_params(model, jax.random.key(0))
     # Biases of their own, so that a mixed-up gate shows.
     params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape), params)
     ids = np.random.default_rng(0).integers(0, 11, (3, 20))
@@ -58,7 +58,7 @@ def test_agrees_with_the_equations_in_numpy(num_layers: int, recurrence: str) ->
     expected_logits, expected_last = numpy_model(params, ids, carry, num_layers)
     np.testing.assert_allclose(logits, expected_logits, atol=1e-5)
     for got, (cell, hidden) in zip(last, expected_last, strict=True):
-        assert isinstance(got, LayerCarry)
+        assert isinstance(got, LSTMCarry)
         np.testing.assert_allclose(got.cell, cell, atol=1e-5)
         np.testing.assert_allclose(got.hidden, hidden, atol=1e-5)
 
@@ -71,7 +71,7 @@ def test_gradients_agree_with_finite_differences(embedding_size: int, recurrence
         model = LanguageModel(7, embedding_size, 4, 2, recurrence)
         params = jax.tree.map(
             lambda x: jax.random.normal(jax.random.key(x.size), x.shape, jnp.float64) * 0.5,
-            model_lib.init(model, jax.random.key(0)),
+            model_lib.init_params(model, jax.random.key(0)),
         )
         carry = jax.tree.map(
             lambda x: x.astype(jnp.float64), random_carry(jax.random.key(1), model, 2)
@@ -97,13 +97,13 @@ def test_gradients_agree_with_finite_differences(embedding_size: int, recurrence
 
 def test_the_seed_model_has_5332803_parameters_in_three_groups() -> None:
     model = LanguageModel(67, 256, 1024)
-    params = jax.eval_shape(lambda: model_lib.init(model, jax.random.key(0)))
+    params = jax.eval_shape(lambda: model_lib.init_params(model, jax.random.key(0)))
     counts = {
         part: sum(int(np.prod(array.shape)) for array in jax.tree.leaves(arrays))
         for part, arrays in params.items()
     }
     assert counts == {"embedding": 17_152, "lstm_0": 5_246_976, "dense": 68_675}
-    table = model_lib.parameter_table(params)
+    table = model_lib.format_parameters(params)
     assert "5,332,803" in table.splitlines()[-1]
     assert [line.split()[0] for line in table.splitlines() if not line.startswith(" ")] == [
         "embedding",
@@ -115,7 +115,7 @@ def test_the_seed_model_has_5332803_parameters_in_three_groups() -> None:
 
 def test_initialised_as_keras_does() -> None:
     model = LanguageModel(67, 40, 64)
-    params = model_lib.init(model, jax.random.key(3))
+    params = model_lib.init_params(model, jax.random.key(3))
     embedding = np.asarray(params["embedding"]["embedding"])
     assert -0.05 <= embedding.min() < -0.045 and 0.045 < embedding.max() <= 0.05
     lstm = params["lstm_0"]
@@ -133,7 +133,7 @@ def test_initialised_as_keras_does() -> None:
 @pytest.mark.parametrize("num_layers", [1, 3])
 def test_one_token_at_a_time_is_the_same(num_layers: int) -> None:
     model = LanguageModel(11, 6, 9, num_layers)
-    params = jax.tree.map(lambda x: 2 * x + 0.1, model_lib.init(model, jax.random.key(0)))
+    params = jax.tree.map(lambda x: 2 * x + 0.1, model_lib.init_params(model, jax.random.key(0)))
     ids = np.random.default_rng(1).integers(0, 11, (3, 8))
     carry = random_carry(jax.random.key(2), model, 3)
     whole, last = model_lib.apply(model, params, ids, carry)
@@ -146,7 +146,7 @@ def test_one_token_at_a_time_is_the_same(num_layers: int) -> None:
 
 def test_the_carry_continues_the_text() -> None:
     model = LanguageModel(11, 6, 9, 2)
-    params = model_lib.init(model, jax.random.key(0))
+    params = model_lib.init_params(model, jax.random.key(0))
     ids = np.random.default_rng(1).integers(0, 11, (2, 12))
     whole, last = model_lib.apply(model, params, ids, model.initial_carry(2))
     first, carry = model_lib.apply(model, params, ids[:, :5], model.initial_carry(2))

@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from lstm_jax import novelty
+from lstm_jax.sample import novelty
 
 
 def by_hand(text: str, training_text: str) -> tuple[int, float]:
@@ -26,7 +26,7 @@ def test_equals_a_search_by_hand(seed: int) -> None:
     for length in (19, 20, 21, 22, 60):
         start = rng.randrange(2900)
         text += training_text[start : start + length] + rng.choice(["", "c"])
-    found = novelty.measure(text, [training_text])
+    found = novelty.measure_novelty(text, [training_text])
     assert (len(found.longest_run), found.copied_share) == by_hand(text, training_text)
     assert found.longest_run in text and found.longest_run in training_text
 
@@ -34,7 +34,7 @@ def test_equals_a_search_by_hand(seed: int) -> None:
 @pytest.mark.parametrize("text", ["", "a", "x", "ab" * 12, "😀\ud800b"])
 def test_short_texts(text: str) -> None:
     for training_text in ("", "b", "ab" * 11, "a😀\ud800"):
-        found = novelty.measure(text, [training_text])
+        found = novelty.measure_novelty(text, [training_text])
         assert (len(found.longest_run), found.copied_share) == by_hand(text, training_text)
 
 
@@ -42,6 +42,6 @@ def test_a_megabyte_takes_less_than_a_second(shakespeare: dict[str, str]) -> Non
     training_text = shakespeare["train"]
     text = shakespeare["test"][:2000] + training_text[500_000:500_400]
     started = time.perf_counter()
-    found = novelty.measure(text, [training_text])
+    found = novelty.measure_novelty(text, [training_text])
     assert time.perf_counter() - started < 1
     assert len(found.longest_run) >= 400 and 400 / 2400 <= found.copied_share < 0.3

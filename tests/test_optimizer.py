@@ -29,7 +29,7 @@ _SHARE = np.arange(100) / 100  # Of the steps after warm-up.
 )
 def test_the_learning_rate_warms_up_and_decays(schedule: str, expected: np.ndarray) -> None:
     fields = make_fields(learning_rate=1.0, warmup_steps=10, schedule=schedule, step_at=(0.5, 0.9))
-    optimizer = optimizer_lib.make(fields, 110)
+    optimizer = optimizer_lib.make_optimizer(fields, 110)
     params = np.zeros(1, np.float32)
     state = optimizer.init(params)
     sizes = []
@@ -43,7 +43,7 @@ def test_the_learning_rate_warms_up_and_decays(schedule: str, expected: np.ndarr
 
 def run(fields: ConfigDict, gradients: list[np.ndarray], start: np.ndarray) -> np.ndarray:
     """Parameters after a step with each of the gradients."""
-    optimizer = optimizer_lib.make(fields, 10)
+    optimizer = optimizer_lib.make_optimizer(fields, 10)
     params = jnp.asarray(start, jnp.float32)
     state = optimizer.init(params)
     for gradient in gradients:
@@ -80,7 +80,7 @@ def test_adamw(decay: float) -> None:
 def test_biases_do_not_decay() -> None:
     fields = make_fields(name="sgd", learning_rate=0.1, weight_decay=0.5)
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
-    optimizer = optimizer_lib.make(fields, 10)
+    optimizer = optimizer_lib.make_optimizer(fields, 10)
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     np.testing.assert_allclose(updates["kernel"], -0.05, atol=1e-6)

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from lstm_jax import config as config_lib
-from lstm_jax import parallel
+from lstm_jax.devices import parallel
 from lstm_jax.errors import UserError
 
 _SCRIPT = """
 import json, sys
 import jax, numpy as np
-from lstm_jax import batches, config, model, optimizer, parallel, train_step
+from lstm_jax import batches, config, model, optimizer, train_step
+from lstm_jax.devices import parallel
 
 settings = config.default()
 settings.mesh.data, settings.mesh.model, cell = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -28,8 +29,8 @@ for name in settings.regularization:
 parallel.use_cores(settings)
 mesh = parallel.make_mesh(settings)
 assert mesh.shape == dict(settings.mesh)
-lstm = model.from_config(settings.model, 30)
-adam = optimizer.make(settings.optimizer, 50)
+lstm = model.make_model(settings.model, 30)
+adam = optimizer.make_optimizer(settings.optimizer, 50)
 state = train_step.init_state(lstm, adam, jax.random.key(0), 16, True, mesh=mesh)
 step = train_step.make_train_step(lstm, adam, settings, mesh)
 rng, losses = np.random.default_rng(0), []
@@ -43,7 +44,7 @@ for x in matrices:
     divided = any(size % settings.mesh.model == 0 for size in x.shape)
     parts = settings.mesh.model if divided else 1
     assert x.addressable_data(0).size * parts == x.size, x.shape
-params = parallel.on_one_device((state.params, state.average), mesh)
+params = parallel.gather_on_one_device((state.params, state.average), mesh)
 print(json.dumps([losses, [np.asarray(x).ravel().tolist() for x in jax.tree.leaves(params)]]))
 """
 

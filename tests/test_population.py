@@ -9,9 +9,11 @@ from ml_collections import ConfigDict
 
 from conftest import make_tiny_config
 from lstm_jax import config as config_lib
-from lstm_jax import metrics, population, train, workdir
-from lstm_jax import space as space_lib
+from lstm_jax import train
 from lstm_jax.errors import UnavailableError, UserError
+from lstm_jax.run import metrics, workdir
+from lstm_jax.sweep import population
+from lstm_jax.sweep import space as space_lib
 
 # Every traceable field varies; the schedule too.
 MEMBERS: list[dict[str, Any]] = [
@@ -38,7 +40,7 @@ MEMBERS: list[dict[str, Any]] = [
 
 
 def losses(directory: Path) -> dict[tuple[str, int], float]:
-    rows = metrics.read(directory / workdir.METRICS)
+    rows = metrics.read_metrics(directory / workdir.METRICS)
     return {(row["split"], row["step"]): row["loss"] for row in rows}
 
 
@@ -48,11 +50,13 @@ def together(
 ) -> tuple[list[ConfigDict], list[Path], list[str], list[tuple[int, int, float]]]:
     """Two members and one that explodes, trained at once."""
     explodes: dict[str, Any] = {"optimizer.learning_rate": 1e30, "optimizer.max_gradient_norm": 0.0}
-    configs = [space_lib.changed(make_tiny_config(text_file), m) for m in [*MEMBERS, explodes]]
+    configs = [
+        space_lib.change_fields(make_tiny_config(text_file), m) for m in [*MEMBERS, explodes]
+    ]
     root = tmp_path_factory.mktemp("population")
     directories = [root / str(i) for i in range(len(configs))]
     told: list[tuple[int, int, float]] = []
-    reasons = population.train(configs, directories, lambda *row: told.append(row))
+    reasons = population.train_population(configs, directories, lambda *row: told.append(row))
     return configs, directories, reasons, told
 
 
@@ -84,7 +88,7 @@ def test_members_that_a_kill_left_at_different_epochs_end_the_same(
     for directory, copy in zip(directories, copies, strict=False):
         shutil.copytree(directory, copy)
     shutil.rmtree(copies[1] / workdir.CHECKPOINTS / "140")
-    assert population.train(configs[:2], copies, lambda *row: None) == ["", ""]
+    assert population.train_population(configs[:2], copies, lambda *row: None) == ["", ""]
     for directory, copy in zip(directories, copies, strict=False):
         expected, found = losses(directory), losses(copy)
         assert found == pytest.approx(expected, abs=1e-4)
@@ -98,26 +102,29 @@ def test_members_that_were_stopped_before_the_first_epoch_begin_again(
 
     directories = [tmp_path / "0", tmp_path / "1"]
     with pytest.raises(UnavailableError):
-        population.train([tiny_config] * 2, directories, stop)
-    assert population.train([tiny_config] * 2, directories, lambda *row: None) == ["", ""]
+        population.train_population([tiny_config] * 2, directories, stop)
+    assert population.train_population([tiny_config] * 2, directories, lambda *row: None) == [
+        "",
+        "",
+    ]
 
 
 def test_the_working_directory_of_a_member_is_read_like_any(together: tuple) -> None:
     _, directories, _, _ = together
-    trained = workdir.load(directories[0])
+    trained = workdir.load_trained(directories[0])
     assert trained.step in (70, 140)
     assert json.loads((directories[0] / workdir.CONFIG).read_text())["seed"] == 0
 
 
 def test_members_that_differ_in_more_are_refused(tiny_config: ConfigDict) -> None:
-    other = space_lib.changed(tiny_config, {"model.hidden_size": 32})
+    other = space_lib.change_fields(tiny_config, {"model.hidden_size": 32})
     with pytest.raises(UserError, match="can't differ in config.model.hidden_size"):
-        population.check([tiny_config, other])
+        population.check_members([tiny_config, other])
 
 
 def test_the_space_that_comes_with_it_varies_only_what_members_may_differ_in() -> None:
     root = Path(__file__).parents[1] / "experiments"
-    experiment = config_lib.complete(runpy.run_path(str(root / "quick.py"))["get_config"]())
-    drawn, parameters = space_lib.load(root / "sweeps" / "population.py").check(experiment)
-    population.check(drawn)
+    experiment = config_lib.complete_config(runpy.run_path(str(root / "quick.py"))["get_config"]())
+    drawn, parameters = space_lib.load_space(root / "sweeps" / "population.py").check(experiment)
+    population.check_members(drawn)
     assert len(parameters) >= 10

@@ -18,9 +18,12 @@ from ml_collections import ConfigDict
 
 import runs
 from lstm_jax import config as config_lib
-from lstm_jax import encoding, evaluate, files, prepared, texts, train, workdir
+from lstm_jax import loss as loss_lib
+from lstm_jax import train
+from lstm_jax.data import encoding, prepared, texts
 from lstm_jax.errors import UnavailableError, UserError
-from lstm_jax.vocabulary import KINDS, Vocabulary, split
+from lstm_jax.run import files, workdir
+from lstm_jax.vocabulary import KINDS, Vocabulary, split_text
 
 # Two, three and four bytes a character; marks, joined emoji, flags and line breaks of both kinds.
 MANY = (
@@ -58,12 +61,12 @@ def in_memory(data: ConfigDict) -> texts.Splits:
     """The same texts, read the other way."""
     data = data.copy_and_resolve_references()
     data.memory_megabytes = 16
-    return texts.read(data)
+    return texts.load_texts(data)
 
 
 def assert_same(data: ConfigDict) -> None:
     """Vocabulary, ids, costs, text and checksum are those of the text in memory."""
-    ours, theirs = texts.read(data), in_memory(data)
+    ours, theirs = texts.load_texts(data), in_memory(data)
     assert isinstance(ours.texts["train"], prepared.PreparedText)
     assert ours.sha256 == theirs.sha256
     vocabulary = theirs.texts["train"].vocabulary(data)
@@ -136,33 +139,33 @@ def test_a_text_is_cut_only_where_its_units_come_apart(units: str) -> None:
         stop = str(rng.choice(["", "\n\n", "\n", "\r\n\r\n"]))
         at = encoding.last_cut(content, units)
         parts = [content[:at].decode(), content[at:].decode()]
-        joined = [unit for part in parts for unit in split(part, units, stop)]
-        assert joined == list(split(text, units, stop)), (text, at)
+        joined = [unit for part in parts for unit in split_text(part, units, stop)]
+        assert joined == list(split_text(text, units, stop)), (text, at)
 
 
 def test_mistakes_are_told_as_in_memory(data: ConfigDict, tmp_path: Path) -> None:
     (tmp_path / "text" / "b.txt").write_bytes(b"x" * 5000 + b"caf\xe9 x" + b"y" * 50)
     with pytest.raises(UserError, match="b.txt is not UTF-8 at byte 5003"):
-        texts.read(data)
+        texts.load_texts(data)
     (tmp_path / "text" / "b.txt").write_text("x\ufdd0y")
     data.document_separator = "file"
     with pytest.raises(UserError, match="a file holds U\\+FDD0"):
-        texts.read(data)
+        texts.load_texts(data)
     (tmp_path / "text" / "b.txt").write_text("")
     with pytest.raises(UserError, match="b.txt is empty"):
-        texts.read(data)
+        texts.load_texts(data)
     data.document_separator = ""
     (tmp_path / "text" / "b.txt").write_text("xyz")
     data.path = f"{tmp_path}/text/b.txt"
     with pytest.raises(UserError, match="validation split has 0 characters"):
-        texts.read(data)
+        texts.load_texts(data)
 
 
 def test_a_corpus_is_made_again_only_if_its_text_is_another(
     data: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def preparations() -> int:
-        texts.read(data)
+        texts.load_texts(data)
         return capsys.readouterr().err.count("Preparing")
 
     assert preparations() == 1 and preparations() == 0
@@ -188,7 +191,7 @@ def test_a_corpus_is_made_again_only_if_its_text_is_another(
     source.write_bytes(source.read_bytes().replace(b"a", b"b", 1))
     data.sha256 = "0" * 64
     with pytest.raises(UserError, match="not the one this run was trained on"):
-        texts.read(data)
+        texts.load_texts(data)
     data.sha256 = ""
     capsys.readouterr()
     assert preparations() == 1 and preparations() == 0
@@ -207,11 +210,12 @@ def test_a_corpus_is_made_again_only_if_its_text_is_another(
 
 def test_a_killed_preparation_goes_on(data: ConfigDict, tmp_path: Path) -> None:
     script = f"""
-from lstm_jax import config, encoding, texts
+from lstm_jax import config
+from lstm_jax.data import encoding, texts
 encoding.CHUNK = 100
 data = config.default().data
 data.path, data.memory_megabytes = {data.path!r}, 0
-texts.read(data)
+texts.load_texts(data)
 """
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
@@ -234,7 +238,7 @@ def test_what_is_encoded_of_the_same_plan_is_kept(tmp_path: Path) -> None:
     plan = {"sha256": "1", "chunks": []}
     key = prepared._begin(tmp_path / "work", plan)
     path = encoding.part_path(tmp_path / "work", 0)
-    part, chunk = encoding.encode("text", "characters", ""), [encoding.Segment("a", 0, 4)]
+    part, chunk = encoding.encode_chunk("text", "characters", ""), [encoding.Segment("a", 0, 4)]
     encoding.save_part(path, part, key)
     assert prepared._begin(tmp_path / "work", plan) == key
     kept = encoding.load_part(path, chunk, key)
@@ -258,19 +262,19 @@ def test_training_is_the_same_from_memory_and_from_files(
     assert train.train(tiny_config, tmp_path / "files") == 0
     # Batches that are cut on the device are part of another program than those that are fed.
     runs.assert_same(tmp_path / "memory", tmp_path / "files", rtol=1e-6)
-    trained = workdir.load(tmp_path / "files")
-    splits = texts.read_again(trained.config.data, None)
+    trained = workdir.load_trained(tmp_path / "files")
+    splits = texts.load_texts_of_run(trained.config.data, None)
     ids = texts.Joined([splits[name].encode(trained.vocabulary) for name in ("validation", "test")])
     whole = trained.vocabulary.encode(Path(tiny_config.data.path).read_text()[18_000:])
     np.testing.assert_array_equal(ids[:], whole)
     np.testing.assert_array_equal(ids[900:1100], whole[900:1100])
-    expected = evaluate.mean_loss(trained.model, trained.params, whole)
-    assert evaluate.mean_loss(trained.model, trained.params, ids) == pytest.approx(expected)
+    expected = loss_lib.compute_loss(trained.model, trained.params, whole)
+    assert loss_lib.compute_loss(trained.model, trained.params, ids) == pytest.approx(expected)
     # A long text, side by side: all but the same.
-    monkeypatch.setattr(evaluate, "LONGEST_IN_ONE", 1500)
-    monkeypatch.setattr(evaluate, "_STREAMS", 3)
-    monkeypatch.setattr(evaluate, "_WARM_UP", 200)
-    side_by_side = evaluate.mean_loss(trained.model, trained.params, ids)
+    monkeypatch.setattr(loss_lib, "LONGEST_IN_ONE", 1500)
+    monkeypatch.setattr(loss_lib, "_STREAMS", 3)
+    monkeypatch.setattr(loss_lib, "_WARM_UP", 200)
+    side_by_side = loss_lib.compute_loss(trained.model, trained.params, ids)
     assert side_by_side != expected and side_by_side == pytest.approx(expected, rel=1e-3)
 
 
@@ -292,7 +296,7 @@ def replace(name: str, old: bytes, new: bytes) -> Callable[[Path], None]:
 
 
 def write(name: str, content: bytes) -> Callable[[Path], None]:
-    return lambda directory: files.write(directory / name, content)
+    return lambda directory: files.write_file(directory / name, content)
 
 
 def save(name: str, array: np.ndarray) -> Callable[[Path], None]:
@@ -339,20 +343,20 @@ def test_what_somebody_else_has_changed_and_sealed_again_is_no_corpus(
     data, directory = prepared_once
     before = directory.with_name("before")
     shutil.copytree(directory, before)
-    assert prepared.find(data)
+    assert prepared.find_corpus(data)
     CHANGES[name](directory)
     with contextlib.suppress(OSError, ValueError):  # Of some the manifest itself is none.
         seal_again(directory)
-    assert prepared.find(data) is None
+    assert prepared.find_corpus(data) is None
     shutil.rmtree(directory)
     before.rename(directory)
-    assert prepared.find(data)
+    assert prepared.find_corpus(data)
 
 
 @pytest.fixture
 def prepared_once(data: ConfigDict) -> tuple[ConfigDict, Path]:
     """A text that is prepared, and where."""
-    return data, prepared.prepare(data).directory
+    return data, prepared.prepare_corpus(data).directory
 
 
 def test_a_manifest_of_other_numbers_is_none(
@@ -370,15 +374,15 @@ def test_a_manifest_of_other_numbers_is_none(
     for changed in changes:
         (directory / prepared.MANIFEST).write_bytes(manifest)
         seal_again(directory, **changed)
-        assert prepared.find(data) is None, changed
+        assert prepared.find_corpus(data) is None, changed
     (directory / prepared.MANIFEST).write_bytes(manifest)
-    assert prepared.find(data)
+    assert prepared.find_corpus(data)
     # A corpus of the user's own, but of other units.
     data.units = "bytes"
-    other = prepared.prepare(data).directory
+    other = prepared.prepare_corpus(data).directory
     shutil.rmtree(other)
     shutil.copytree(directory, other)
-    assert prepared.find(data) is None
+    assert prepared.find_corpus(data) is None
 
 
 def test_another_user_prepares_anew(
@@ -388,24 +392,24 @@ def test_another_user_prepares_anew(
     replace("units.jsonl", b'"a"\n', b'"b"\n')(directory)
     seal_again(directory)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-    assert prepared.find(data) is None
+    assert prepared.find_corpus(data) is None
     assert_same(data)
     key = prepared.cache_directory() / "key"
     assert key.stat().st_mode & 0o777 == 0o600
-    assert prepared.find(data)
+    assert prepared.find_corpus(data)
     # Where no key can be kept, a corpus is good for the process that has made it.
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert prepared.find(data) is None
+    assert prepared.find_corpus(data) is None
     assert_same(data)
-    assert prepared.find(data)
+    assert prepared.find_corpus(data)
 
 
 def test_a_file_that_changes_while_it_is_read_is_told(
     prepared_once: tuple[ConfigDict, Path],
 ) -> None:
     data, directory = prepared_once
-    text = prepared.PreparedText(prepared.prepare(data), "train")
+    text = prepared.PreparedText(prepared.prepare_corpus(data), "train")
     ids = text.encode(text.vocabulary(data))
     path = directory / "train.npy"
     size = path.stat().st_size
@@ -427,7 +431,7 @@ def interrupted(data: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(prepared, "_merge", kill)
-        prepared.prepare(data)
+        prepared.prepare_corpus(data)
     (path,) = Path(data.path).parent.glob(".lstm_jax/*.unfinished")
     return path
 
@@ -438,7 +442,7 @@ def test_chunks_of_somebody_else_are_encoded_anew(
     unfinished = interrupted(data, monkeypatch)
     parts = sorted((unfinished / "parts").iterdir())
     kept = parts[5].stat().st_ino
-    wrong = encoding.encode("something else", "characters", "")
+    wrong = encoding.encode_chunk("something else", "characters", "")
     encoding.save_part(parts[0], wrong, bytes(32))
     # Without any seal, as files of an npz only.
     parts[1].write_bytes(parts[1].read_bytes()[32:])
@@ -492,34 +496,34 @@ def test_nothing_is_written_through_links(
     for name in (prepared.MANIFEST, "train.npy"):
         (directory / name).unlink()
         (directory / name).symlink_to(victim)
-        assert prepared.find(data) is None
+        assert prepared.find_corpus(data) is None
         assert_same(data)
         assert is_untouched()
     shutil.rmtree(directory)
     for path in (unfinished, unfinished / "parts", unfinished / "plan.json"):
         path.parent.mkdir(exist_ok=True)
         path.symlink_to(victim if path.suffix == ".json" else folder)
-        assert prepared.find(data) is None
-        prepared.prepare(data)
+        assert prepared.find_corpus(data) is None
+        prepared.prepare_corpus(data)
         assert is_untouched()
         shutil.rmtree(directory)
     lock.unlink()
     lock.symlink_to(victim)
     with pytest.raises(UnavailableError, match="can't prepare .*It is a link"):
-        prepared.prepare(data)
+        prepared.prepare_corpus(data)
     lock.unlink()
     os.mkfifo(lock)
     with pytest.raises(UnavailableError, match="can't prepare .*not a regular file"):
-        prepared.prepare(data)
+        prepared.prepare_corpus(data)
     lock.unlink()
     base = directory.parent
     base.rmdir()
     base.symlink_to(folder)
     with pytest.raises(UserError, match="lstm_jax is a link: name .* data.prepared"):
-        prepared.prepare(data)
+        prepared.prepare_corpus(data)
     assert is_untouched()
     data.prepared = str(base)  # Said by the user, it may be.
-    prepared.prepare(data)
+    prepared.prepare_corpus(data)
     assert len(list(folder.glob("a-*/prepared.json"))) == 1
 
 
@@ -531,13 +535,13 @@ def test_a_full_disk_is_no_mistake_of_the_text(
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
     try:
         with pytest.raises(UnavailableError, match="can't prepare the text in .* too large.*room"):
-            prepared.prepare(data)
+            prepared.prepare_corpus(data)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert_same(data)
     data.prepared = str(tmp_path / "text" / "a.txt")
     with pytest.raises(UnavailableError, match="can't prepare the text in .*a.txt"):
-        prepared.prepare(data)
+        prepared.prepare_corpus(data)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -557,15 +561,15 @@ def test_chunks_of_any_size_have_the_ids_of_the_text(
     text = "".join(pieces)
     path = tmp_path_factory.getbasetemp() / "chunks.txt"
     path.write_bytes(text.encode())
-    found = list(encoding.chunks(encoding.segments([path], False, False), kind, size))
+    found = list(encoding.iterate_chunks(encoding.list_segments([path], False, False), kind, size))
     assert b"".join(content for _, content in found) == text.encode()
     units: list[str] = []
     for chunk, content in found:
-        decoded = encoding.decode(chunk, kind == "bytes", False)
+        decoded = encoding.decode_chunk(chunk, kind == "bytes", False)
         assert decoded.encode("utf-8", "surrogateescape") == content
-        part = encoding.encode(decoded, kind, stop)
+        part = encoding.encode_chunk(decoded, kind, stop)
         units += [part.units[i] for i in part.ids.tolist()]
-    assert units == list(split(text, kind, stop))
+    assert units == list(split_text(text, kind, stop))
 
 
 @pytest.mark.parametrize("kind", ["words", "graphemes"])
@@ -574,5 +578,7 @@ def test_a_place_to_cut_at_the_border_of_a_chunk(kind: str, tmp_path: Path) -> N
     # is then more than a chunk.
     text = "x" * 19 + " " + "y" * 60
     (tmp_path / "text").write_text(text)
-    found = list(encoding.chunks(encoding.segments([tmp_path / "text"], False, False), kind, 20))
+    found = list(
+        encoding.iterate_chunks(encoding.list_segments([tmp_path / "text"], False, False), kind, 20)
+    )
     assert [content.decode() for _, content in found] == ["x" * 19, " " + "y" * 60]

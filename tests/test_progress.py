@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from lstm_jax import progress
+from lstm_jax.run import progress
 
 
 def test_plain_lines_where_there_is_no_terminal(

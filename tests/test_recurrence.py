@@ -9,22 +9,23 @@ import numpy as np
 import pytest
 from jax.experimental import rnn
 
-from lstm_jax import cells, recurrence
+from lstm_jax import cells, fused, matmul
 from lstm_jax import model as model_lib
+from lstm_jax.cells import Kernels, LSTMCarry
+from lstm_jax.fused import Lookup
 from lstm_jax.model import LanguageModel
-from lstm_jax.recurrence import Kernels, LayerCarry, Lookup
 
 
 def reference(
-    kernels: Kernels, inputs: jax.Array | Lookup, carry: LayerCarry
-) -> tuple[jax.Array, LayerCarry]:
+    kernels: Kernels, inputs: jax.Array | Lookup, carry: LSTMCarry
+) -> tuple[jax.Array, LSTMCarry]:
     """The readable cell under `lax.scan`, differentiated by JAX."""
     rows = inputs.rows if isinstance(inputs, Lookup) else inputs
     cell = cells.LSTMCell(rows.shape[-1], carry.hidden.shape[-1])
     names = ("input_kernel", "recurrent_kernel", "bias")
     params = dict(zip(names, kernels, strict=True))
 
-    def step(carry: LayerCarry, x: jax.Array) -> tuple[LayerCarry, jax.Array]:
+    def step(carry: LSTMCarry, x: jax.Array) -> tuple[LSTMCarry, jax.Array]:
         outputs: Any = cell.apply({"params": params}, carry, x)
         return outputs
 
@@ -34,7 +35,7 @@ def reference(
 
 def make_problem(
     batch: int, time: int, features: int, hidden: int, seed: int = 0
-) -> tuple[Kernels, jax.Array, LayerCarry, Any]:
+) -> tuple[Kernels, jax.Array, LSTMCarry, Any]:
     """Random kernels, inputs, a carry, and cotangents of both outputs."""
     rng = np.random.default_rng(seed)
 
@@ -46,8 +47,8 @@ def make_problem(
         normal(hidden, 4 * hidden, scale=hidden**-0.5),
         normal(4 * hidden, scale=0.5),
     )
-    carry = LayerCarry(normal(batch, hidden), normal(batch, hidden))
-    last = LayerCarry(normal(batch, hidden), normal(batch, hidden))
+    carry = LSTMCarry(normal(batch, hidden), normal(batch, hidden))
+    last = LSTMCarry(normal(batch, hidden), normal(batch, hidden))
     return kernels, normal(batch, time, features), carry, (normal(batch, time, hidden), last)
 
 
@@ -75,9 +76,8 @@ SIZES = [(3, 5, 4, 6), (1, 1, 3, 5), (1, 17, 8, 130), (2, 33, 129, 67), (64, 3, 
 def test_fused_agrees_with_the_reference(sizes: tuple[int, ...], rematerialize: int) -> None:
     *arguments, cotangents = make_problem(*sizes)
 
-    fused = functools.partial(recurrence.fused, rematerialize=rematerialize)
-
-    outputs, gradients = jax.jit(lambda *a: value_and_gradients(fused, cotangents, *a))(*arguments)
+    run = functools.partial(fused.run_fused, rematerialize=rematerialize)
+    outputs, gradients = jax.jit(lambda *a: value_and_gradients(run, cotangents, *a))(*arguments)
     expected, expected_gradients = value_and_gradients(reference, cotangents, *arguments)
     assert_close(outputs, expected, 1e-5)
     assert_close(gradients, expected_gradients, 1e-4)
@@ -98,7 +98,7 @@ def test_a_lookup_agrees_with_the_reference(sizes: tuple[int, ...], vocabulary: 
                 *a,
             )
         )(kernels, table, carry)
-        for run in (recurrence.fused, reference)
+        for run in (fused.run_fused, reference)
     ]
     assert_close(both[0][0], both[1][0], 1e-5)
     assert_close(both[0][1], both[1][1], 1e-4)
@@ -118,7 +118,7 @@ def test_a_mask_the_carry_across_windows_and_a_second_call() -> None:
 
     both: list[Any] = [
         jax.jit(jax.value_and_grad(lambda *a, run=run: loss(run, *a), argnums=(0, 1, 2, 3)))
-        for run in (recurrence.fused, reference)
+        for run in (fused.run_fused, reference)
     ]
     for seed in (0, 1):
         kernels, inputs, carry, _ = make_problem(4, 12, 7, 10, seed)
@@ -126,8 +126,8 @@ def test_a_mask_the_carry_across_windows_and_a_second_call() -> None:
         key = jax.random.key(seed)
         shapes = kernels.recurrent.shape, (4, 1, 7)
         masks = [jax.random.bernoulli(key, 0.7, shape) / 0.7 for shape in shapes]
-        fused, expected = (f(kernels, upper, inputs, carry, masks) for f in both)
-        assert_close(fused, expected, 1e-4)
+        actual, expected = (f(kernels, upper, inputs, carry, masks) for f in both)
+        assert_close(actual, expected, 1e-4)
     assert both[0]._cache_size() == 1
 
 
@@ -135,7 +135,7 @@ def test_a_mask_the_carry_across_windows_and_a_second_call() -> None:
 def test_bfloat16_rounds_products_and_keeps_float32_state(sizes: tuple[int, ...]) -> None:
     *arguments, cotangents = make_problem(*sizes)
 
-    low = functools.partial(recurrence.fused, dtype="bfloat16")
+    low = functools.partial(fused.run_fused, dtype="bfloat16")
     run = jax.jit(lambda *a: value_and_gradients(low, cotangents, *a))
     outputs, gradients = run(*arguments)
     expected, expected_gradients = value_and_gradients(reference, cotangents, *arguments)
@@ -144,13 +144,15 @@ def test_bfloat16_rounds_products_and_keeps_float32_state(sizes: tuple[int, ...]
     assert not np.allclose(outputs[0], expected[0], atol=1e-6)
 
 
-@pytest.mark.skipif(not recurrence.multiplies_bfloat16(), reason="this CPU multiplies no bfloat16")
+@pytest.mark.skipif(
+    not matmul.has_bfloat16_instructions(), reason="this CPU multiplies no bfloat16"
+)
 def test_products_of_bfloat16_are_those_of_rounded_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this CPU's instructions compute, and what stands for it on CPUs without them."""
     *arguments, cotangents = make_problem(16, 20, 48, 64)
-    low = functools.partial(recurrence.fused, dtype="bfloat16")
+    low = functools.partial(fused.run_fused, dtype="bfloat16")
     real = value_and_gradients(low, cotangents, *arguments)
-    monkeypatch.setattr(recurrence, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(fused, "has_bfloat16_instructions", lambda: False)
     jax.clear_caches()
     assert_close(value_and_gradients(low, cotangents, *arguments), real, 1e-2)
 
@@ -160,7 +162,7 @@ def test_bfloat16_models_agree_whatever_the_recurrence() -> None:
     logits = {}
     for name in ("scan", "fused"):
         model = LanguageModel(11, 16, 24, 2, name, "bfloat16")
-        params = model_lib.init(model, jax.random.key(0))
+        params = model_lib.init_params(model, jax.random.key(0))
         assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
         logits[name], carry = model_lib.apply(model, params, ids, model.initial_carry(2))
         assert logits[name].dtype == jnp.float32
@@ -182,22 +184,22 @@ def test_the_backward_pass_writes_in_place() -> None:
     arguments = make_problem(8, 256, 64, 64)[:3]
     array = 8 * 256 * 64 * 4
     # Outputs, cells, four gates, and the stacked inputs twice; the reference keeps more.
-    assert temporary_bytes(recurrence.fused, *arguments) < 13 * array
-    assert temporary_bytes(recurrence.fused, *arguments) < temporary_bytes(reference, *arguments)
+    assert temporary_bytes(fused.run_fused, *arguments) < 13 * array
+    assert temporary_bytes(fused.run_fused, *arguments) < temporary_bytes(reference, *arguments)
 
 
 def test_rematerialisation_needs_less_memory() -> None:
     arguments = make_problem(8, 256, 8, 64)[:3]
 
-    rematerialized = functools.partial(recurrence.fused, rematerialize=16)
+    rematerialized = functools.partial(fused.run_fused, rematerialize=16)
     less = temporary_bytes(rematerialized, *arguments)
-    assert less < 0.5 * temporary_bytes(recurrence.fused, *arguments)
+    assert less < 0.5 * temporary_bytes(fused.run_fused, *arguments)
 
 
 def test_cudnn_gets_the_weights_as_it_packs_them() -> None:
     """CuDNN needs a GPU; JAX's own reference of what it computes does not."""
     kernels, inputs, carry, _ = make_problem(3, 5, 4, 6)
-    unpacked = rnn.unpack_lstm_weights(recurrence.cudnn_weights(kernels), 4, 6, 1, False)
+    unpacked = rnn.unpack_lstm_weights(fused.cudnn_weights(kernels), 4, 6, 1, False)
     outputs, hidden, cell = rnn.lstm_ref(
         inputs,
         carry.hidden[None],
@@ -211,21 +213,21 @@ def test_cudnn_gets_the_weights_as_it_packs_them() -> None:
         bidirectional=False,
     )
     expected = reference(kernels, inputs, carry)
-    assert_close((outputs, LayerCarry(cell[0], hidden[0])), expected, 1e-5)
+    assert_close((outputs, LSTMCarry(cell[0], hidden[0])), expected, 1e-5)
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
 def test_cudnn_agrees_with_the_reference() -> None:
     *arguments, cotangents = make_problem(3, 20, 16, 32)
     with jax.default_matmul_precision("float32"):
-        outputs, gradients = value_and_gradients(recurrence.cudnn, cotangents, *arguments)
+        outputs, gradients = value_and_gradients(fused.run_cudnn, cotangents, *arguments)
         expected, expected_gradients = value_and_gradients(reference, cotangents, *arguments)
     assert_close(outputs, expected, 1e-5)
     assert_close(gradients, expected_gradients, 1e-4)
 
 
 def test_what_auto_and_cudnn_stand_for() -> None:
-    assert recurrence.choose("auto", "float32") == "fused"
-    assert recurrence.choose("scan", "bfloat16") == "scan"
+    assert fused.choose("auto", "float32") == "fused"
+    assert fused.choose("scan", "bfloat16") == "scan"
     with pytest.raises(ValueError, match="needs a GPU|float32 only"):
-        recurrence.choose("cudnn", "bfloat16")
+        fused.choose("cudnn", "bfloat16")

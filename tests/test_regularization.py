@@ -53,7 +53,7 @@ def test_masks_keep_the_expectation(rate: float) -> None:
 def test_locked_dropout_is_the_same_at_every_step(recurrence: str) -> None:
     """What is dropped is constant over time, and the model computes what NumPy says it does."""
     model = model_lib.LanguageModel(11, 6, 9, 2, recurrence)
-    params = model_lib.init(model, jax.random.key(0))
+    params = model_lib.init_params(model, jax.random.key(0))
     rates = make_rates(**dict.fromkeys(DROPOUTS, 0.4))
     masks = regularization.draw_masks(rates, model, jax.random.key(1), 3)
     ids = np.random.default_rng(0).integers(0, 11, (3, 20))
@@ -80,7 +80,7 @@ def test_locked_dropout_is_the_same_at_every_step(recurrence: str) -> None:
 
 
 def test_embedding_dropout_drops_whole_tokens() -> None:
-    params = model_lib.init(MODEL, jax.random.key(0))
+    params = model_lib.init_params(MODEL, jax.random.key(0))
     rates = make_rates(embedding_dropout=0.3)
     dropped = regularization.drop_parameters(rates, params, jax.random.key(1))
     table, before = dropped["embedding"]["embedding"], params["embedding"]["embedding"]
@@ -92,7 +92,7 @@ def test_embedding_dropout_drops_whole_tokens() -> None:
 
 
 def test_recurrent_dropout_drops_single_weights() -> None:
-    params = model_lib.init(MODEL, jax.random.key(0))
+    params = model_lib.init_params(MODEL, jax.random.key(0))
     rates = make_rates(recurrent_dropout=0.3)
     dropped = regularization.drop_parameters(rates, params, jax.random.key(1))
     kept = []

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import lstm_jax
-from lstm_jax import command, workdir
+from lstm_jax import command
+from lstm_jax.run import workdir
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,7 +78,7 @@ def test_the_first_command_works_where_the_wheel_is_installed(
     train = [python, "-m", "lstm_jax.main", "--config", "experiments/quick.py"]
     sizes = ["--config.model.hidden_size=16", "--config.batches.window_length=32"]
     run(*train, *sizes, f"--config.data.path={text_file}", "--config.num_epochs=1", cwd=empty)
-    assert workdir.load(empty / "runs" / "quick").step > 0
+    assert workdir.load_trained(empty / "runs" / "quick").step > 0
     sample = [python, "-m", "lstm_jax.sample", "--workdir", "runs/quick", "--length=20"]
     assert len(run(*sample, cwd=empty)) == 21
     assert run(*sample, "--version", cwd=empty) == f"lstm-jax {lstm_jax.__version__}\n"
@@ -102,11 +103,15 @@ def test_only_what_is_no_file_here_is_looked_for_in_the_package(
     monkeypatch.setattr(command, "__file__", str(own.parent / "command.py"))
     monkeypatch.chdir(tmp_path)
     found = str(own / "quick.py")
-    assert command.own_experiment("experiments/quick.py") == found
-    assert command.own_experiment("--config=experiments/quick.py:gru") == f"--config={found}:gru"
-    assert command.own_experiment("experiments/sweeps/quick.py") == str(own / "sweeps/quick.py")
+    assert command.find_own_experiment("experiments/quick.py") == found
+    assert (
+        command.find_own_experiment("--config=experiments/quick.py:gru") == f"--config={found}:gru"
+    )
+    assert command.find_own_experiment("experiments/sweeps/quick.py") == str(
+        own / "sweeps/quick.py"
+    )
     for other in ("experiments/none.py", "quick.py", "elsewhere/experiments/quick.py"):
-        assert command.own_experiment(other) == other
+        assert command.find_own_experiment(other) == other
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "quick.py").write_text("")
-    assert command.own_experiment("experiments/quick.py") == "experiments/quick.py"
+    assert command.find_own_experiment("experiments/quick.py") == "experiments/quick.py"

@@ -21,8 +21,9 @@ from ml_collections import ConfigDict
 from optuna.trial import TrialState
 
 from lstm_jax import config as config_lib
-from lstm_jax import lock, metrics, space, study, sweep, sweep_report, sweep_table, workdir
 from lstm_jax.errors import UnavailableError, UserError
+from lstm_jax.run import lock, metrics, workdir
+from lstm_jax.sweep import report, search, space, study, table
 
 ROOT = Path(__file__).parents[1]
 # How many workers are killed for each kind of study, and at which random moments.
@@ -185,7 +186,7 @@ def test_killed_workers_lose_no_finished_trial_and_duplicate_none(
     for number, row in before.items():
         assert found[number] == row, "what was finished stays as it was"
     for row in found.values():
-        measured = metrics.read(Path(row["workdir"]) / workdir.METRICS)
+        measured = metrics.read_metrics(Path(row["workdir"]) / workdir.METRICS)
         steps = [(r["step"], r["split"]) for r in measured]
         assert len(set(steps)) == len(steps), "a trial went on from its checkpoint"
     assert (directory / "report.html").exists()
@@ -205,7 +206,9 @@ def test_one_worker_repeats_exactly_and_best_runs_as_it_is(
         )
     assert results[0] == results[1]
     best = min(rows(tmp_path / "one"), key=lambda row: row["validation_loss"])
-    settings = config_lib.complete(runpy.run_path(str(tmp_path / "one/best.py"))["get_config"]())
+    settings = config_lib.complete_config(
+        runpy.run_path(str(tmp_path / "one/best.py"))["get_config"]()
+    )
     trained = workdir.load_config(Path(best["workdir"]))
     trained.data.sha256 = ""
     assert settings.to_dict() == trained.to_dict()
@@ -261,7 +264,7 @@ def test_a_broken_space_gets_one_line(code: str | None, message: str, tmp_path: 
     if code is not None:
         path.write_text(code)
     with pytest.raises(UserError, match=message) as caught:
-        space.load(path).check(config_lib.default())
+        space.load_space(path).check(config_lib.default())
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -269,19 +272,19 @@ def test_a_grid_needs_values_and_visits_each_once(tmp_path: Path) -> None:
     path = tmp_path / "space.py"
     path.write_text(SPACE)
     with pytest.raises(UserError, match="a grid needs a finite number of values of 'rate'"):
-        space.load(path).grid()
+        space.load_space(path).grid()
     path.write_text(
         "def get_overrides(t):\n"
         "    return {'seed': t.suggest_int('s', 0, 4, step=2),\n"
         "            'optimizer.name': t.suggest_categorical('o', ['adam', 'sgd'])}"
     )
-    found = space.load(path)
+    found = space.load_space(path)
     assert found.grid() == {"s": [0, 2, 4], "o": ["adam", "sgd"]}
     path.write_text(
         "def get_overrides(t):\n"
         "    return {'optimizer.momentum': t.suggest_float('m', 0.0, 0.3, step=0.1)}"
     )
-    assert max(space.load(path).grid()["m"]) == 0.3, "Optuna refuses 3 * 0.1"
+    assert max(space.load_space(path).grid()["m"]) == 0.3, "Optuna refuses 3 * 0.1"
     record = optuna.create_study(sampler=study.SeededSampler("grid", 0, found.grid()))
     drawn = [found.overrides(record.ask()) for _ in range(6)]
     assert len({tuple(overrides.values()) for overrides in drawn}) == 6
@@ -361,18 +364,18 @@ def test_a_trial_of_a_dead_worker_is_gone_on_with_once(tmp_path: Path) -> None:
         resumed, new = one.next(), other.next()
         assert resumed is not None and new is not None and other.next() is None
         assert resumed.suggest_float("x", 0, 1) == value
-        (frozen,) = (t for t in study.running(record) if t.number == resumed.number)
+        (frozen,) = (t for t in study.list_running(record) if t.number == resumed.number)
         assert frozen.intermediate_values == {1: 3.0}
         rungs = [{k for k in t.system_attrs if "rung" in k} for t in (first, frozen)]
         assert rungs[0] == rungs[1] and rungs[0]
         pruner: Any = record.pruner
         brackets = [pruner._get_bracket_id(record, t) for t in (first, frozen)]
         assert brackets[0] == brackets[1]
-        assert study.trial_directory(tmp_path, frozen).name == f"{trial.number:04}"
+        assert study.get_trial_directory(tmp_path, frozen).name == f"{trial.number:04}"
         one.tell(resumed, TrialState.COMPLETE, 2.0)
         other.tell(new, TrialState.PRUNED)
-    assert [t.value for t in study.finished(record)] == [2.0, None]
-    assert [t.number for t in sweep_report.shown(record)] == [resumed.number, new.number]
+    assert [t.value for t in study.list_finished(record)] == [2.0, None]
+    assert [t.number for t in report.list_trials(record)] == [resumed.number, new.number]
 
 
 def test_a_trial_that_kills_every_worker_fails(tmp_path: Path) -> None:
@@ -385,7 +388,7 @@ def test_a_trial_that_kills_every_worker_fails(tmp_path: Path) -> None:
     dead(record, tmp_path, 1)
     with study.Worker(record, tmp_path, 1) as worker:
         assert worker.next() is None
-    (failed,) = study.finished(record)
+    (failed,) = study.list_finished(record)
     assert failed.user_attrs[study.REASON] == "5 workers in a row died of it"
 
 
@@ -401,10 +404,10 @@ def test_diverged_trials_are_pruned_with_their_reason(
     )
     record = make_study(tmp_path, study.SeededSampler("random", 0))
     with study.Worker(record, tmp_path, 1) as worker:
-        told = sweep.work(
-            sweep.Sweep(tiny_config, searched, tmp_path, 1, 1),
+        told = search.run_worker(
+            search.Sweep(tiny_config, searched, tmp_path, 1, 1),
             worker,
-            sweep_table.Table(record, 1),
+            table.Table(record, 1),
         )
     assert told == 0
     (row,) = rows(tmp_path)
@@ -421,14 +424,14 @@ def test_a_directory_in_use_is_no_fault_of_its_trial(
     tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     record = make_study(tmp_path, study.SeededSampler("random", 0))
-    told = sweep.Sweep(tiny_config, rate_space(), tmp_path, 1, 1)
+    told = search.Sweep(tiny_config, rate_space(), tmp_path, 1, 1)
     with (
-        lock.hold(tmp_path / "trials" / "0000"),
+        lock.hold_lock(tmp_path / "trials" / "0000"),
         pytest.raises(UnavailableError, match="is training in"),
         study.Worker(record, tmp_path, 1) as worker,
     ):
-        sweep.work(told, worker, sweep_table.Table(record, 1))
-    assert study.finished(record) == [] == study.running(record)
+        search.run_worker(told, worker, table.Table(record, 1))
+    assert study.list_finished(record) == [] == study.list_running(record)
 
 
 def test_trials_that_cannot_be_trained_fail_together(
@@ -436,12 +439,12 @@ def test_trials_that_cannot_be_trained_fail_together(
 ) -> None:
     tiny_config.batches.batch_size = 100_000
     record = make_study(tmp_path, study.SeededSampler("random", 0))
-    told = sweep.Sweep(tiny_config, rate_space(), tmp_path, 3, 3)
+    told = search.Sweep(tiny_config, rate_space(), tmp_path, 3, 3)
     with (
         study.Worker(record, tmp_path, 3) as worker,
         pytest.raises(UserError, match="3 trials in a row failed"),
     ):
-        sweep.work(told, worker, sweep_table.Table(record, 3))
+        search.run_worker(told, worker, table.Table(record, 3))
     assert [row["state"] for row in rows(tmp_path)] == ["failed"] * 3
 
 
@@ -449,16 +452,16 @@ def test_a_trial_does_not_take_over_the_directory_of_another_study(tmp_path: Pat
     record = make_study(tmp_path, study.SeededSampler("random", 0))
     _, trial = dead(record, tmp_path, 1)
     directory = tmp_path / "trials" / "0000"
-    study.claim(directory, record.trials[trial.number])
+    study.claim_directory(directory, record.trials[trial.number])
     with study.Worker(record, tmp_path, 1) as worker:
         resumed = worker.next()
         assert resumed is not None
-        study.claim(directory, record.trials[resumed.number])
+        study.claim_directory(directory, record.trials[resumed.number])
     (tmp_path / study.DATABASE).unlink()
     record = make_study(tmp_path, study.SeededSampler("random", 0))
     _, other = dead(record, tmp_path, 1)
     with pytest.raises(UserError, match="holds a trial of another study"):
-        study.claim(directory, record.trials[other.number])
+        study.claim_directory(directory, record.trials[other.number])
 
 
 def test_a_study_of_another_space_or_of_none_is_refused(tmp_path: Path) -> None:
@@ -481,6 +484,6 @@ def test_importances_of_few_trials_are_called_a_hint(
 ) -> None:
     record = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     record.optimize(lambda trial: trial.suggest_float("rate", 0, 1), trials)
-    page = sweep_report._page(record, tmp_path)
+    page = report._page(record, tmp_path)
     assert f"from {trials} complete trials" in page
     assert ("too few for more than a hint" in page) == hint

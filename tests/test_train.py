@@ -19,10 +19,13 @@ import pytest
 from ml_collections import ConfigDict
 
 import runs
-from lstm_jax import batches, checkpoints, evaluate, metrics, texts, train, workdir
+from lstm_jax import batches, train
 from lstm_jax import config as config_lib
+from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
+from lstm_jax.data import texts
 from lstm_jax.errors import UserError
+from lstm_jax.run import checkpoints, metrics, workdir
 
 
 @pytest.mark.parametrize("kind", ["windows", "streams"])
@@ -75,7 +78,7 @@ def test_a_run_leaves_all_that_it_promises(trained: Path) -> None:
         "vocabulary.json",
     }
     assert len(list(trained.glob("events.out.tfevents.*"))) >= 1
-    rows = metrics.read(trained / workdir.METRICS)
+    rows = metrics.read_metrics(trained / workdir.METRICS)
     assert [row["epoch"] for row in rows if row["split"] == "validation"] == [0, 1, 2]
     train_rows = [row for row in rows if row["split"] == "train"]
     assert [row["step"] for row in train_rows] == list(range(10, train_rows[-1]["step"] + 1, 10))
@@ -85,14 +88,14 @@ def test_a_run_leaves_all_that_it_promises(trained: Path) -> None:
 
 
 def test_the_test_loss_is_that_of_the_best_checkpoint(trained: Path) -> None:
-    rows = metrics.read(trained / workdir.METRICS)
+    rows = metrics.read_metrics(trained / workdir.METRICS)
     validation = {row["step"]: row["loss"] for row in rows if row["split"] == "validation"}
     (test,) = [row for row in rows if row["split"] == "test"]
     assert test["step"] == min(validation, key=lambda step: validation[step])
-    loaded = workdir.load(trained)
+    loaded = workdir.load_trained(trained)
     text = Path(loaded.config.data.path).read_text(encoding="utf-8")
     ids = loaded.vocabulary.encode(text[19_000:])
-    assert evaluate.mean_loss(loaded.model, loaded.params, ids) == pytest.approx(test["loss"])
+    assert loss_lib.compute_loss(loaded.model, loaded.params, ids) == pytest.approx(test["loss"])
 
 
 def test_a_finished_run_says_so_and_can_be_trained_longer(
@@ -189,11 +192,11 @@ def test_a_run_leaves_so_many_steps_out_and_then_stops(
     steps = [step for step, split, _ in runs.losses(tmp_path) if split == "train"]
     assert steps == list(range(10, 100, 10))
     assert all(np.isfinite(loss) for *_, loss in runs.losses(tmp_path))
-    assert checkpoints.steps(tmp_path / workdir.CHECKPOINTS) == [0, 70]
+    assert checkpoints.list_steps(tmp_path / workdir.CHECKPOINTS) == [0, 70]
 
     ids = json.loads((tmp_path / "nonfinite_step_93.json").read_text())
     text = Path(tiny_config.data.path).read_text(encoding="utf-8")[:18_000]
-    iterator, _ = batches.make(
+    iterator, _ = batches.make_batches(
         workdir.load_vocabulary(tmp_path).encode(text), tiny_config.batches, tiny_config.seed
     )
     for _ in range(93):
@@ -244,13 +247,13 @@ def test_training_from_python_is_checked_silent_of_signals_and_tells_every_row(
     thread.start()
     thread.join()
     assert ended == [0]
-    rows = metrics.read(tmp_path / workdir.METRICS)
+    rows = metrics.read_metrics(tmp_path / workdir.METRICS)
     assert [dict(row) for row in told] == [
         {name: value for name, value in row.items() if name != "crc"} for row in rows
     ]
     assert {row["split"] for row in told} == {"train", "validation", "test"}
     assert all("tokens_per_second" in row for row in told if row["split"] == "train")
-    assert workdir.load(str(tmp_path)).step == 140
+    assert workdir.load_trained(str(tmp_path)).step == 140
 
     tiny_config.optimizer.learning_rate = -1.0
     with pytest.raises(UserError, match="optimizer.learning_rate is -1.0"):
@@ -268,7 +271,7 @@ def test_a_model_begins_with_the_frequencies_of_its_tokens(
     for kind in ("frequencies", "zeros"):
         tiny_config.model.initial_bias = kind
         train.train(tiny_config, tmp_path / kind)
-        rows = metrics.read(tmp_path / kind / workdir.METRICS)
+        rows = metrics.read_metrics(tmp_path / kind / workdir.METRICS)
         first[kind] = next(row["loss"] for row in rows if row["split"] == "validation")
     vocabulary = workdir.load_vocabulary(tmp_path / "zeros")
     counts = np.bincount(vocabulary.encode(text[:18_000]), minlength=len(vocabulary)) + 1
@@ -306,9 +309,9 @@ def test_a_model_trained_on_streams_recovers_from_a_zero_state(
         tiny_config.model.initial_bias, tiny_config.batches.reset_probability = "zeros", 0.0
     assert train.train(tiny_config, tmp_path / "run") == 0
     told = capsys.readouterr()
-    trained = workdir.load(tmp_path / "run")
-    ids = texts.read_again(trained.config.data, None)["train"].encode(trained.vocabulary)
-    zero = evaluate.zero_state(trained.model, trained.params, ids, 256)
+    trained = workdir.load_trained(tmp_path / "run")
+    ids = texts.load_texts_of_run(trained.config.data, None)["train"].encode(trained.vocabulary)
+    zero = loss_lib.measure_zero_state(trained.model, trained.params, ids, 256)
     assert "From a zero state within the validation text" in told.out
     if is_on:
         assert zero.excess < 0.1 and told.err == ""
@@ -327,7 +330,7 @@ def test_what_is_not_finite_is_never_saved(
     tiny_config.optimizer.schedule = "constant"
     tiny_config.checkpoint_every_seconds = 0.0
     with pytest.raises(UserError, match=f"config.{field} is 1e.39: it must be"):
-        config_lib.complete({part: {name: 1e39}})
+        config_lib.complete_config({part: {name: 1e39}})
     # As much as is allowed.
     largest = 1000.0 if field == "model.initial_scale" else 1e38
     tiny_config.update_from_flattened_dict({field: largest})
@@ -360,7 +363,7 @@ def test_a_checkpoint_under_the_name_of_another_step_is_set_aside(
     told = capsys.readouterr()
     assert "2000000000 is damaged (it is the checkpoint of step 140)" in told.err
     assert "Going on from step 70 of 140" in told.out
-    assert checkpoints.steps(saved_in) == [70, 140]
+    assert checkpoints.list_steps(saved_in) == [70, 140]
 
 
 def test_a_new_run_starts_from_the_weights_of_another(
@@ -376,16 +379,16 @@ def test_a_new_run_starts_from_the_weights_of_another(
     tiny_config.init_from = str(trained)
     tiny_config.num_epochs = 1
     assert train.train(tiny_config, tmp_path / "run") == 0
-    source = workdir.load(trained)
+    source = workdir.load_trained(trained)
     told = capsys.readouterr().out
     assert f"those of step {source.step} in {trained}" in told
     assert "2 new units start fresh: 'ß', 'é'" in told
     vocabulary = workdir.load_vocabulary(tmp_path / "run")
-    assert vocabulary.units == (*source.vocabulary.units, "ß", "é")
+    assert vocabulary.tokens == (*source.vocabulary.tokens, "ß", "é")
 
     # The checkpoint before the first step: the old weights, with fresh rows for the new units.
-    fresh = model_lib.init(
-        model_lib.from_config(tiny_config.model, len(vocabulary)),
+    fresh = model_lib.init_params(
+        model_lib.make_model(tiny_config.model, len(vocabulary)),
         jax.random.split(jax.random.key(tiny_config.seed))[0],
     )
     start, _ = checkpoints.restore_best_params(first_checkpoint(tmp_path / "run"), fresh)

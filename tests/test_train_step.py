@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from lstm_jax import batches, parallel, train_step
+from lstm_jax import batches, train_step
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
+from lstm_jax.devices import parallel
 
 
 def make_config(batch_size: int = 2) -> ConfigDict:
@@ -26,7 +27,7 @@ def set_up(
     model: model_lib.LanguageModel, config: ConfigDict
 ) -> tuple[train_step.TrainState, train_step.TrainStep]:
     """The first state, and the step."""
-    optimizer = optimizer_lib.make(config.optimizer, 10)
+    optimizer = optimizer_lib.make_optimizer(config.optimizer, 10)
     mesh = parallel.make_mesh(config)
     averaged = config.optimizer.average_decay > 0
     state = train_step.init_state(
@@ -77,7 +78,7 @@ def test_microbatches_make_the_step_of_the_whole_batch() -> None:
         config.optimizer.microbatches = number
         for name in config.regularization:
             config.regularization[name] = 0.3
-        model = model_lib.from_config(config.model, 11)
+        model = model_lib.make_model(config.model, 11)
         state, step = set_up(model, config)
         for seed in range(4):
             state = step(state, make_batch(6, 8, seed, starts=seed == 2))
@@ -91,7 +92,7 @@ def test_microbatches_make_the_step_of_the_whole_batch() -> None:
 def test_the_average_follows_the_parameters() -> None:
     config = make_config()
     config.optimizer.average_decay = 0.25
-    model = model_lib.from_config(config.model, 11)
+    model = model_lib.make_model(config.model, 11)
     state, step = set_up(model, config)
     expected = [np.asarray(x) for x in jax.tree.leaves(state.params)]
     for n in range(5):
@@ -110,7 +111,7 @@ def test_masks_differ_from_step_to_step_and_follow_the_seed() -> None:
     config = make_config()
     config.regularization.output_dropout = 0.5
     config.optimizer.learning_rate = 1e-30  # So that only the masks differ.
-    model = model_lib.from_config(config.model, 11)
+    model = model_lib.make_model(config.model, 11)
     runs: list[list[float]] = []
     for _ in range(2):
         state, step = set_up(model, config)
@@ -126,7 +127,7 @@ def test_masks_differ_from_step_to_step_and_follow_the_seed() -> None:
 def test_a_step_that_is_not_finite_changes_nothing() -> None:
     config = make_config()
     config.optimizer.average_decay = 0.9
-    model = model_lib.from_config(config.model, 11)
+    model = model_lib.make_model(config.model, 11)
     state, step = set_up(model, config)
     broken: Any = jax.tree.map(jnp.copy, state.carry)
     state = state._replace(carry=jax.tree.map(lambda x: x * jnp.nan, broken))
@@ -141,7 +142,7 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
 def test_streams_begin_anew_by_chance_each_by_itself() -> None:
     config = make_config(40)
     config.optimizer.learning_rate = 1e-30  # So that only the carry differs.
-    model = model_lib.from_config(config.model, 11)
+    model = model_lib.make_model(config.model, 11)
     carries = {}
     for kind, chance in (("windows", 0.5), ("streams", 0.0), ("streams", 0.5)):
         config.batches.kind, config.batches.reset_probability = kind, chance

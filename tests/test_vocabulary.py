@@ -6,9 +6,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lstm_jax import workdir
 from lstm_jax.errors import UserError
-from lstm_jax.vocabulary import FILE_END, KINDS, Vocabulary, printable, printer, stop_text
+from lstm_jax.run import workdir
+from lstm_jax.vocabulary import (
+    FILE_END,
+    KINDS,
+    Vocabulary,
+    find_stop_text,
+    make_printable,
+    make_printer,
+)
 
 # Text out of all of Unicode's planes, and pieces that hang together or are often got wrong.
 TEXTS = st.lists(
@@ -48,8 +55,8 @@ def test_encode_then_decode_gives_any_text_back(kind: str, stop: str, text: str)
     ids = again.encode(text)
     assert again.decode(ids) == text
     assert ids.dtype == np.int32 and not np.isin(ids, [0, 1]).any()
-    assert again.units == vocabulary.units
-    assert [again.units[i] for i in ids] == again.split(text)
+    assert again.tokens == vocabulary.tokens
+    assert [again.tokens[i] for i in ids] == again.split(text)
     assert again.unknown(text) == []
     # In pieces it is the same, and each piece is text.
     decode = again.decoder()
@@ -75,8 +82,8 @@ def test_bytes_hold_any_file_and_no_character_is_split(content: bytes) -> None:
 def test_tiny_shakespeare_has_67_units_in_order(shakespeare: dict[str, str]) -> None:
     vocabulary = Vocabulary.from_text(shakespeare["train"])
     assert len(vocabulary) == 67
-    assert list(vocabulary.units[:4]) == ["", "[UNK]", "\n", " "]
-    assert list(vocabulary.units[2:]) == sorted(vocabulary.units[2:])
+    assert list(vocabulary.tokens[:4]) == ["", "[UNK]", "\n", " "]
+    assert list(vocabulary.tokens[2:]) == sorted(vocabulary.tokens[2:])
     ids = vocabulary.encode("First Citizen:\n")
     assert ids.tolist() == [20, 49, 58, 59, 60, 3, 17, 49, 60, 49, 66, 45, 54, 12, 2]
     assert ids.dtype == np.int32
@@ -95,7 +102,7 @@ def test_what_a_unit_is(kind: str, units: list[str]) -> None:
     text = "e\u0301 o'er,\r\n"
     vocabulary = Vocabulary.from_text(text, kind)
     assert vocabulary.split(text) == units
-    assert [vocabulary.units[i] for i in vocabulary.encode(text)] == units
+    assert [vocabulary.tokens[i] for i in vocabulary.encode(text)] == units
 
 
 def test_documents_end_with_the_stop_token() -> None:
@@ -105,13 +112,13 @@ def test_documents_end_with_the_stop_token() -> None:
         start = ["ab"] if kind == "words" else ["a", "b"]
         assert vocabulary.split(text) == [*start, "\n\n", "c", "\n\n", "\n", "d"]
         assert vocabulary.stop_id is not None
-        assert vocabulary.units[vocabulary.stop_id] == "\n\n"
+        assert vocabulary.tokens[vocabulary.stop_id] == "\n\n"
         assert np.count_nonzero(vocabulary.encode(text) == vocabulary.stop_id) == 2
     # A stop token of one character is that character.
-    assert Vocabulary.from_text(text, stop="\n").units == ("", "[UNK]", "\n", "a", "b", "c", "d")
+    assert Vocabulary.from_text(text, stop="\n").tokens == ("", "[UNK]", "\n", "a", "b", "c", "d")
     assert Vocabulary.from_text(text).stop_id is None
-    assert stop_text("blank_line", "a\r\n\r\nb") == "\r\n\r\n"
-    assert stop_text("blank_line", text) == "\n\n"
+    assert find_stop_text("blank_line", "a\r\n\r\nb") == "\r\n\r\n"
+    assert find_stop_text("blank_line", text) == "\n\n"
     with pytest.raises(UserError, match="no '\\\\n', which is to end its documents"):
         Vocabulary.from_text("ab", stop="\n")
 
@@ -119,7 +126,7 @@ def test_documents_end_with_the_stop_token() -> None:
 def test_rare_units_become_unk() -> None:
     text = "to be or not to be"
     vocabulary = Vocabulary.from_text(text, "words", min_count=2)
-    assert vocabulary.units == ("", "[UNK]", " be")
+    assert vocabulary.tokens == ("", "[UNK]", " be")
     assert vocabulary.decode(vocabulary.encode(text)) == "[UNK] be[UNK][UNK][UNK] be"
     assert vocabulary.unknown(text) == [" not", " or", " to", "to"]
     with pytest.raises(UserError, match="none of the words .* stands there 3 times"):
@@ -130,7 +137,7 @@ def test_rare_units_become_unk() -> None:
 def test_another_vocabulary_is_appended() -> None:
     first, second = Vocabulary.from_text("bd"), Vocabulary.from_text("abc\n\n", stop="\n\n")
     both = first.extended(second)
-    assert both.units == ("", "[UNK]", "b", "d", "\n\n", "a", "c") and both.stop == "\n\n"
+    assert both.tokens == ("", "[UNK]", "b", "d", "\n\n", "a", "c") and both.stop == "\n\n"
     with pytest.raises(UserError, match="of a model of characters: set data.units=characters"):
         first.extended(Vocabulary.from_text("abc", "words"))
     with pytest.raises(UserError, match="end with '.n.n': set data.document_separator"):
@@ -145,27 +152,27 @@ def test_unknown_characters_become_unk() -> None:
 
 
 def test_what_can_not_be_shown_is_replaced() -> None:
-    assert printable(b"caf\xe9 \xc3\xa9".decode("utf-8", "surrogateescape")) == "caf\ufffd é"
-    assert printable(f"a{FILE_END}b") == "a\n\nb"
+    assert make_printable(b"caf\xe9 \xc3\xa9".decode("utf-8", "surrogateescape")) == "caf\ufffd é"
+    assert make_printable(f"a{FILE_END}b") == "a\n\nb"
 
 
 def test_control_characters_are_escaped() -> None:
-    assert printable("\x1b[2J\0\a\x7f\x9b\r.") == r"\x1b[2J\x00\x07\x7f\x9b\x0d."
-    assert printable("a\tb\r\nc\n") == "a\tb\r\nc\n"
+    assert make_printable("\x1b[2J\0\a\x7f\x9b\r.") == r"\x1b[2J\x00\x07\x7f\x9b\x0d."
+    assert make_printable("a\tb\r\nc\n") == "a\tb\r\nc\n"
 
 
 @given(text=TEXTS, cut=st.integers(0, 40))
 def test_a_text_in_pieces_is_shown_as_the_whole(text: str, cut: int) -> None:
-    show = printer()
+    show = make_printer()
     pieces = [show(text[:cut], False), show(text[cut:], False), show("", True)]
-    assert "".join(pieces) == printable(text)
+    assert "".join(pieces) == make_printable(text)
 
 
 def test_what_a_run_of_bytes_writes_is_json_for_everybody(tmp_path: Path) -> None:
     vocabulary = Vocabulary.from_text("", "bytes")
     workdir.save_vocabulary(tmp_path, vocabulary)
     content = (tmp_path / workdir.VOCABULARY).read_bytes()
-    assert json.loads(content.decode("ascii"))["units"] == list(vocabulary.units)
+    assert json.loads(content.decode("ascii"))["units"] == list(vocabulary.tokens)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,43 @@
+"""Recurrent cells: one step each, written to be read, and run over time by a scan.
+
+Every cell is a flax module with the same interface:
+
+- `cell(carry, inputs)` returns the next carry and the outputs [batch, hidden_size];
+- `cell.initial_carry(batch_size)` returns the carry at the start of a text;
+- `cell.gates(carry, inputs)` and `cell.activation(carry)` return the gates and the activations of a
+  step, for `lstm_jax.inspect`.
+
+| cell      | gates      | parameters, with n inputs and h hidden units |
+| --------- | ---------- | -------------------------------------------- |
+| lstm      | i, f, g, o | 4h (n + h + 1)                               |
+| mogrifier | i, f, g, o | 4h (n + h + 1) + rounds * n * h              |
+| gru       | r, z, n    | 3h (n + h + 1) + h                           |
+| rnn       | the output | h (n + h + 1)                                |
+
+Layer normalization adds gates * h scales for the inputs, as many for the hidden state, and another
+2h for the cell state of an LSTM.
+"""
+
+from types import MappingProxyType
+
+from lstm_jax.cells.base import HiddenCarry
+from lstm_jax.cells.gru import GRUCell
+from lstm_jax.cells.lstm import Kernels, LSTMCarry, LSTMCell
+from lstm_jax.cells.mogrifier import MogrifierLSTMCell
+from lstm_jax.cells.rnn import RNNCell
+
+__all__ = [
+    "CELLS",
+    "GRUCell",
+    "HiddenCarry",
+    "Kernels",
+    "LSTMCarry",
+    "LSTMCell",
+    "MogrifierLSTMCell",
+    "RNNCell",
+]
+
+# Read-only: a cell that a config file added would train, and no other command would know it.
+CELLS = MappingProxyType(
+    {"lstm": LSTMCell, "mogrifier": MogrifierLSTMCell, "gru": GRUCell, "rnn": RNNCell}
+)

@@ -1,0 +1,79 @@
+"""What all cells share: kernels, and the sums from which gates are computed.
+
+Gates are side by side in `input_kernel` [in, gates * hidden_size], `recurrent_kernel`
+[hidden_size, gates * hidden_size] and `bias` [gates * hidden_size].
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lstm_jax.matmul import matmul
+
+# Values of one step by name, [batch, hidden_size] each: gates in 0..1, and the "candidate" in ±1,
+# which is not a gate.
+Gates = dict[str, jax.Array]
+
+
+class HiddenCarry(NamedTuple):
+    """The carry of a layer without a cell state.
+
+    Attributes:
+      hidden: float32 [batch, hidden], which is also the layer's output.
+    """
+
+    hidden: jax.Array
+
+
+class Cell(nn.Module):
+    """The base class of all cells.
+
+    Attributes:
+      input_size: features of the inputs.
+      hidden_size: the number of hidden units.
+      dtype: the dtype of matmuls, "float32" or "bfloat16".
+      layer_norm: whether to normalize the contributions of inputs and hidden state to the gates,
+        each by itself (Ba et al. 2016).
+    """
+
+    input_size: int
+    hidden_size: int
+    dtype: str = "float32"
+    layer_norm: bool = False
+
+    def declare_kernels(self, gates: int, bias: Any = nn.initializers.zeros) -> None:
+        """Declare the kernels and the bias of this number of gates; call it in `setup`."""
+        size = gates * self.hidden_size
+        glorot, orthogonal = nn.initializers.glorot_uniform(), nn.initializers.orthogonal()
+        self.input_kernel = self.param("input_kernel", glorot, (self.input_size, size))
+        self.recurrent_kernel = self.param("recurrent_kernel", orthogonal, (self.hidden_size, size))
+        self.bias = self.param("bias", bias, (size,))
+        if self.layer_norm:
+            self.input_scale = self.param("input_scale", nn.initializers.ones, (size,))
+            self.recurrent_scale = self.param("recurrent_scale", nn.initializers.ones, (size,))
+
+    def project_inputs(self, inputs: jax.Array) -> jax.Array:
+        """Return x W + b: [batch, gates * hidden_size]."""
+        projected = matmul(inputs, self.input_kernel, self.dtype)
+        scaled = normalize(projected) * self.input_scale if self.layer_norm else projected
+        return scaled + self.bias
+
+    def project_hidden(self, hidden: jax.Array) -> jax.Array:
+        """Return h U: [batch, gates * hidden_size]."""
+        projected = matmul(hidden, self.recurrent_kernel, self.dtype)
+        return normalize(projected) * self.recurrent_scale if self.layer_norm else projected
+
+    def activation(self, carry: Any) -> jax.Array:
+        """Return the activations of the hidden units, in ±1, [batch, hidden_size]."""
+        return carry.hidden
+
+    def zeros(self, batch_size: int) -> jax.Array:
+        """Return an initial state, [batch_size, hidden_size]."""
+        return jnp.zeros((batch_size, self.hidden_size))
+
+
+def normalize(x: jax.Array) -> jax.Array:
+    """Scale to mean 0 and variance 1 over the last axis (Ba et al. 2016), without gain and bias."""
+    return nn.standardize(x, axis=-1, epsilon=1e-5)

@@ -1,0 +1,44 @@
+"""The GRU cell."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lstm_jax.cells.base import Cell, Gates, HiddenCarry
+
+
+class GRUCell(Cell):
+    """One step of a gated recurrent unit (Cho et al. 2014), its reset gate after the matmul.
+
+        r = sigmoid(x Wr + h Ur + br)            reset gate
+        z = sigmoid(x Wz + h Uz + bz)            update gate: how much is kept
+        n = tanh(x Wn + bn + r * (h Un + un))    candidate; un is `recurrent_bias` [hidden_size]
+        h' = (1 - z) * n + z * h
+
+    cuDNN, PyTorch and Keras compute this variant.
+    """
+
+    def setup(self) -> None:
+        """Declare the parameters."""
+        self.declare_kernels(3)
+        shape = (self.hidden_size,)
+        self.recurrent_bias = self.param("recurrent_bias", nn.initializers.zeros, shape)
+
+    def __call__(self, carry: HiddenCarry, inputs: jax.Array) -> tuple[HiddenCarry, jax.Array]:
+        """Return the next carry and the outputs, for inputs [batch, input_size]."""
+        gates = self.gates(carry, inputs)
+        update = gates["update"]
+        hidden = (1 - update) * gates["candidate"] + update * carry.hidden
+        return HiddenCarry(hidden), hidden
+
+    def gates(self, carry: HiddenCarry, inputs: jax.Array) -> Gates:
+        """Return the gates of a step."""
+        xr, xz, xn = jnp.split(self.project_inputs(inputs), 3, axis=-1)
+        hr, hz, hn = jnp.split(self.project_hidden(carry.hidden), 3, axis=-1)
+        reset = nn.sigmoid(xr + hr)
+        candidate = jnp.tanh(xn + reset * (hn + self.recurrent_bias))
+        return {"reset": reset, "update": nn.sigmoid(xz + hz), "candidate": candidate}
+
+    def initial_carry(self, batch_size: int) -> HiddenCarry:
+        """Return zeros."""
+        return HiddenCarry(self.zeros(batch_size))

@@ -1,0 +1,105 @@
+"""The LSTM cell."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lstm_jax.cells.base import Cell, Gates, normalize
+
+
+class Kernels(NamedTuple):
+    """Parameters of one LSTM layer; the last axis holds the gates i, f, g, o.
+
+    Attributes:
+      input: [features, 4 * hidden].
+      recurrent: [hidden, 4 * hidden].
+      bias: [4 * hidden].
+    """
+
+    input: jax.Array
+    recurrent: jax.Array
+    bias: jax.Array
+
+
+class LSTMCarry(NamedTuple):
+    """The carry of one LSTM layer.
+
+    Attributes:
+      cell: float32 [batch, hidden], the cell state c.
+      hidden: float32 [batch, hidden], the hidden state h, which is also the layer's output.
+    """
+
+    cell: jax.Array
+    hidden: jax.Array
+
+
+class LSTMCell(Cell):
+    """One step of a long short-term memory (Hochreiter & Schmidhuber 1997; Gers et al. 2000).
+
+        i = sigmoid(x Wi + h Ui + bi)    input gate: how much of the candidate is written
+        f = sigmoid(x Wf + h Uf + bf)    forget gate: how much of the cell state is kept
+        g = tanh(x Wg + h Ug + bg)       candidate
+        o = sigmoid(x Wo + h Uo + bo)    output gate: how much of the cell state is shown
+        c' = f * c + i * g
+        h' = o * tanh(c')
+
+    The cell state passes through time without an activation, so that gradients last. `layer_norm`
+    normalizes x W, h U, and c' where h' is computed from it.
+
+    This is the readable reference; `fused.run_fused` computes the same from the same parameters.
+    """
+
+    def setup(self) -> None:
+        """Declare the parameters."""
+        self.declare_kernels(4, _forget_bias)
+        if self.layer_norm:
+            self.cell_scale = self.param("cell_scale", nn.initializers.ones, (self.hidden_size,))
+            self.cell_bias = self.param("cell_bias", nn.initializers.zeros, (self.hidden_size,))
+
+    def __call__(self, carry: LSTMCarry, inputs: jax.Array) -> tuple[LSTMCarry, jax.Array]:
+        """Compute one step.
+
+        Args:
+          carry: the state before the step.
+          inputs: [batch, input_size].
+
+        Returns:
+          The next carry, and its hidden state as outputs [batch, hidden_size].
+        """
+        gates = self.gates(carry, inputs)
+        cell = gates["forget"] * carry.cell + gates["input"] * gates["candidate"]
+        hidden = gates["output"] * self.activation(carry._replace(cell=cell))
+        return LSTMCarry(cell, hidden), hidden
+
+    def gates(self, carry: LSTMCarry, inputs: jax.Array) -> Gates:
+        """Return the gates of a step."""
+        sums = self.project_inputs(inputs) + self.project_hidden(carry.hidden)
+        i, f, g, o = jnp.split(sums, 4, axis=-1)
+        return {
+            "input": nn.sigmoid(i),
+            "forget": nn.sigmoid(f),
+            "candidate": jnp.tanh(g),
+            "output": nn.sigmoid(o),
+        }
+
+    def activation(self, carry: LSTMCarry) -> jax.Array:
+        """Return the cell state in ±1, before the output gate: [batch, hidden_size]."""
+        if self.layer_norm:
+            return jnp.tanh(normalize(carry.cell) * self.cell_scale + self.cell_bias)
+        return jnp.tanh(carry.cell)
+
+    def kernels(self) -> Kernels:
+        """Return the parameters, for another implementation of the recurrence."""
+        return Kernels(self.input_kernel, self.recurrent_kernel, self.bias)
+
+    def initial_carry(self, batch_size: int) -> LSTMCarry:
+        """Return zeros, a separate array for each state: a training step donates both."""
+        return LSTMCarry(self.zeros(batch_size), self.zeros(batch_size))
+
+
+def _forget_bias(key: jax.Array, shape: tuple[int], dtype: Any = jnp.float32) -> jax.Array:
+    """Initialize the bias of the forget gate with 1 (Jozefowicz et al. 2015), others with 0."""
+    gates = jnp.zeros((4, shape[0] // 4), dtype).at[1].set(1.0)
+    return gates.reshape(shape)

@@ -1,0 +1,42 @@
+"""The Mogrifier LSTM cell."""
+
+import flax.linen as nn
+import jax
+
+from lstm_jax.cells.base import Gates
+from lstm_jax.cells.lstm import LSTMCarry, LSTMCell
+from lstm_jax.matmul import matmul
+
+
+class MogrifierLSTMCell(LSTMCell):
+    """An LSTM whose inputs and hidden state scale each other first (Melis et al. 2019).
+
+    In rounds k = 1, 2, ...:
+
+        x = 2 sigmoid(h Q_k) * x    for odd k
+        h = 2 sigmoid(x R_k) * h    for even k
+
+    Attributes:
+      rounds: the number of rounds.
+    """
+
+    rounds: int = 5
+
+    def setup(self) -> None:
+        """Declare the parameters: those of the LSTM, and a kernel for each round."""
+        super().setup()
+        glorot = nn.initializers.glorot_uniform()
+        shapes = [(self.hidden_size, self.input_size), (self.input_size, self.hidden_size)]
+        self.round_kernels = [
+            self.param(f"round_kernel_{k + 1}", glorot, shapes[k % 2]) for k in range(self.rounds)
+        ]
+
+    def gates(self, carry: LSTMCarry, inputs: jax.Array) -> Gates:
+        """Return the gates of a step."""
+        hidden = carry.hidden
+        for k, kernel in enumerate(self.round_kernels):
+            if k % 2 == 0:
+                inputs = 2 * nn.sigmoid(matmul(hidden, kernel, self.dtype)) * inputs
+            else:
+                hidden = 2 * nn.sigmoid(matmul(inputs, kernel, self.dtype)) * hidden
+        return super().gates(carry._replace(hidden=hidden), inputs)

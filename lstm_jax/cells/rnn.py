@@ -1,0 +1,28 @@
+"""The simple recurrent cell."""
+
+import jax
+import jax.numpy as jnp
+
+from lstm_jax.cells.base import Cell, Gates, HiddenCarry
+
+
+class RNNCell(Cell):
+    """One step of a simple recurrent network (Elman 1990): h' = tanh(x W + h U + b)."""
+
+    def setup(self) -> None:
+        """Declare the parameters."""
+        self.declare_kernels(1)
+
+    def __call__(self, carry: HiddenCarry, inputs: jax.Array) -> tuple[HiddenCarry, jax.Array]:
+        """Return the next carry and the outputs, for inputs [batch, input_size]."""
+        hidden = self.gates(carry, inputs)["candidate"]
+        return HiddenCarry(hidden), hidden
+
+    def gates(self, carry: HiddenCarry, inputs: jax.Array) -> Gates:
+        """Return the candidate alone, which is the next hidden state: there is no gate."""
+        sums = self.project_inputs(inputs) + self.project_hidden(carry.hidden)
+        return {"candidate": jnp.tanh(sums)}
+
+    def initial_carry(self, batch_size: int) -> HiddenCarry:
+        """Return zeros."""
+        return HiddenCarry(self.zeros(batch_size))

@@ -1,0 +1,1 @@
+"""Convert weights from and to Keras and PyTorch: `python -m lstm_jax.convert`."""

@@ -1,0 +1,1 @@
+"""Use the devices: mesh, processes, batches on the device, compilation cache."""

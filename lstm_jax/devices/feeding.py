@@ -1,0 +1,96 @@
+"""Batches on the devices: cut there from a text that fits, else brought there ahead of the step."""
+
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from lstm_jax.batches import Batch, Places
+from lstm_jax.data.texts import Ids
+from lstm_jax.devices import parallel
+
+# The share of a GPU's or TPU's memory that a text may take.
+_SHARE = 1 / 8
+# Ids that are read at a time on their way there.
+_PIECE = 2**22
+
+
+class Resident(NamedTuple):
+    """A batch that is still to be cut from its text.
+
+    Attributes:
+      ids: the whole text, [n], of the smallest dtype that holds the vocabulary.
+      places: where its windows begin, int32 [batch].
+    """
+
+    ids: jax.Array
+    places: Places
+
+
+def cut_batch(ids: jax.Array, places: Places, window_length: int) -> Batch:
+    """The batch whose windows are at `places`, on the device."""
+    columns = jnp.arange(window_length + 1, dtype=jnp.int32)
+    windows: Any = ids[places.begins[:, None] + columns].astype(jnp.int32)
+    return Batch(windows[:, :-1], windows[:, 1:], places.starts)
+
+
+def fits_on_device(ids: Ids, vocabulary_size: int) -> bool:
+    """Whether a text is to be kept on the devices, where places are counted in int32.
+
+    On a CPU, whose memory that is, what is in memory anyway is; elsewhere what takes an eighth of a
+    device's memory or less.
+    """
+    device = jax.local_devices()[0]
+    if len(ids) >= 2**31:
+        return False
+    if device.platform == "cpu":
+        return isinstance(ids, np.ndarray)
+    memory = (device.memory_stats() or {}).get("bytes_limit", 0)
+    return len(ids) * np.min_scalar_type(vocabulary_size - 1).itemsize <= _SHARE * memory
+
+
+def place_text(ids: Ids, vocabulary_size: int, mesh: Mesh) -> jax.Array:
+    """The text on every device, in the smallest dtype that holds the vocabulary."""
+    small = np.empty(len(ids), np.min_scalar_type(vocabulary_size - 1))
+    for start in range(0, len(ids), _PIECE):
+        small[start : start + _PIECE] = ids[start : start + _PIECE]
+    return parallel.place_local(small, mesh, parallel.EVERYWHERE)
+
+
+class Feed:
+    """What the training loop reads from: the batches of an iterator, on the devices of a mesh.
+
+    JAX runs the steps of a loop after it has handed them over, so that the batch of a step is
+    brought to the devices while they are still at the steps before it.
+
+    Attributes:
+      iterator: over training batches, or over their places where the text is on the devices.
+    """
+
+    def __init__(self, iterator: grain.DatasetIterator, mesh: Mesh, text: jax.Array | None) -> None:
+        """Takes the iterator, the mesh, and the text if the iterator is over places."""
+        self.iterator = iterator
+        self._mesh = mesh
+        self._text = text
+
+    def next(self, steps: int = 1) -> Batch | Resident:
+        """The next batch, or those of several steps with a first axis more."""
+        read = [next(self.iterator) for _ in range(steps)]
+        if self._text is None:
+            return self._place(read)
+        narrow = [Places(places.begins.astype(np.int32), places.starts) for places in read]
+        return Resident(self._text, self._place(narrow))
+
+    def _place(self, read: list[Any]) -> Any:
+        """One batch as it is, several stacked; rows divided over the devices."""
+        if len(read) == 1:
+            (batch,), rows = read, parallel.DIVIDED
+        else:
+            batch = jax.tree.map(lambda *arrays: np.stack(arrays), *read)
+            rows = PartitionSpec(None, *parallel.DIVIDED)
+        starts = parallel.place_local(batch.starts, self._mesh, parallel.EVERYWHERE)
+        divided = parallel.place_local(batch._replace(starts=()), self._mesh, rows)
+        return divided._replace(starts=starts)

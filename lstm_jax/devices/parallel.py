@@ -1,0 +1,215 @@
+"""Many devices: each has its own part of the batch, and its own part of every large array.
+
+The mesh has two axes. A batch is divided over all of its devices. Along the axis `DATA` the
+parameters, the optimizer's state and averaged weights are the same everywhere; along the axis
+`MODEL` their matrices are divided, and are put together for the step that multiplies by them, as
+fully sharded data parallelism does (Rajbhandari et al. 2020, "ZeRO"). That suits recurrent layers,
+whatever the cell: to divide their products instead, devices would have to exchange the hidden
+state at every position of the window.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from lstm_jax.errors import UserError
+
+# The names of the mesh axes.
+DATA, MODEL = "data", "model"
+
+EVERYWHERE = PartitionSpec()
+DIVIDED = PartitionSpec((DATA, MODEL))
+
+# Where dividing a batch over the cores of a CPU was measured to be faster than multiplying each
+# matrix on all of them (`benchmarks/train_step.py`, two cores): products of small layers are over
+# sooner than several threads have shared them, those of large ones need every kernel twice.
+_SMALLEST_HIDDEN, _LARGEST_HIDDEN = 64, 768
+_SMALLEST_PART = 16
+
+
+def use_cores(config: ConfigDict) -> None:
+    """Lets JAX show as many CPU devices as this process may need to train with `config`.
+
+    That is all of the mesh: how many other processes share it is known only when the devices are.
+    It must be called before anything else uses JAX; otherwise, and where there is a GPU or TPU, it
+    changes nothing.
+    """
+    devices = (config.mesh.data or _cores_to_use(config)) * config.mesh.model
+    with contextlib.suppress(RuntimeError):  # JAX has started: it keeps what devices it has.
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
+def _cores_to_use(config: ConfigDict) -> int:
+    batch_size = config.batches.batch_size
+    if not _SMALLEST_HIDDEN <= config.model.hidden_size <= _LARGEST_HIDDEN:
+        return 1
+    return _largest_divisor(batch_size, min(count_cores(), max(batch_size // _SMALLEST_PART, 1)))
+
+
+def count_cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max(n for n in range(1, limit + 1) if number % n == 0)
+
+
+def make_mesh(config: ConfigDict) -> Mesh:
+    """The devices that training with `config` uses, along the axes `DATA` and `MODEL`.
+
+    Raises:
+      UserError: if there are fewer than `mesh.data` times `mesh.model`, they can't share the batch
+        equally, or the layers can't be divided so.
+    """
+    processes, batch_size = jax.process_count(), config.batches.batch_size
+    data, model, microbatches = config.mesh.data, config.mesh.model, config.optimizer.microbatches
+    # Those of one process stand side by side, and so do its rows of a batch.
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    if max(data, 1) * model > len(devices):
+        raise UserError(
+            f"config.mesh.data is {data} and config.mesh.model {model}, and there are "
+            f"{len(devices)} devices here: lower them; data may be 0, for as many as can be used"
+        )
+    if config.model.hidden_size % model:
+        raise UserError(
+            f"config.mesh.model is {model}: it must divide model.hidden_size, "
+            f"{config.model.hidden_size}"
+        )
+    if not data:
+        usable = len(devices) // model
+        if devices[0].platform == "cpu":  # Where JAX had started before, there may be fewer.
+            usable = min(usable, _cores_to_use(config) * processes)
+        shares = batch_size // (model * microbatches)
+        fitting = [n for n in range(1, usable + 1) if n * model % processes == 0]
+        data = max((n for n in fitting if shares % n == 0), default=max(fitting, default=1))
+    parts = data * model * microbatches
+    if batch_size % parts:
+        raise UserError(
+            f"config.batches.batch_size is {batch_size}: it must be a multiple of mesh.data times "
+            f"mesh.model times optimizer.microbatches, {parts}"
+        )
+    share, remainder = divmod(data * model, processes)
+    if remainder or share > len(devices) // processes:
+        raise UserError(
+            f"config.mesh.data times config.mesh.model is {data * model}: {processes} processes "
+            f"with {len(devices) // processes} devices each can't share that equally; choose a "
+            "multiple of the number of processes"
+        )
+    of_each = np.array(devices).reshape(processes, -1)[:, :share]
+    return Mesh(
+        of_each.reshape(data, model),
+        (DATA, MODEL),
+        axis_types=(jax.sharding.AxisType.Auto,) * 2,
+    )
+
+
+def get_storage_spec(array: Any, mesh: Mesh) -> PartitionSpec:
+    """How an array of the training state is stored, by its shape.
+
+    A matrix is divided over the axis `MODEL` along its largest axis that can be; anything else is
+    everywhere. So what an optimizer keeps for a parameter is divided as that is.
+    """
+    shape, number = array.shape, mesh.shape[MODEL]
+    axes = [axis for axis, size in enumerate(shape) if size % number == 0]
+    if number == 1 or len(shape) < 2 or not axes:
+        return EVERYWHERE
+    return PartitionSpec(*[None] * max(axes, key=lambda axis: shape[axis]), MODEL)
+
+
+def place_state(tree: Any, mesh: Mesh) -> Any:
+    """The arrays of a tree on the devices of a mesh, each as `get_storage_spec` says."""
+    return jax.tree.map(lambda array: place(array, mesh, get_storage_spec(array, mesh)), tree)
+
+
+def place(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
+    """The arrays of a tree on the devices of a mesh: everywhere, or divided.
+
+    Where the mesh has devices of other processes, each process gives the same whole arrays.
+    """
+    sharding = NamedSharding(mesh, spec)
+
+    def put(array: jax.Array) -> jax.Array:
+        if not array.is_fully_addressable:  # It is on the mesh already.
+            return jax.jit(_same, out_shardings=sharding)(array)
+        if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(array)))
+        whole = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda part: whole[part])
+
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(put, tree)
+
+
+def place_local(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
+    """Arrays on the devices of a mesh, from what each process has of them: its rows, or all."""
+    sharding = NamedSharding(mesh, spec)
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(
+        lambda array: jax.make_array_from_process_local_data(sharding, np.asarray(array)), tree
+    )
+
+
+def gather_on_one_device(tree: Any, mesh: Mesh) -> Any:
+    """Arrays of a mesh, whole on this process's first device; whole ones are not copied."""
+    gather_parts = jax.jit(_same, out_shardings=NamedSharding(mesh, EVERYWHERE))
+
+    def whole(array: jax.Array) -> jax.Array:
+        return (array if array.is_fully_replicated else gather_parts(array)).addressable_data(0)
+
+    return jax.tree.map(whole, tree)
+
+
+def _same(array: jax.Array) -> jax.Array:
+    return array
+
+
+def shard_map(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Any:
+    """`jax.shard_map`: runs `function` on each device, on its part of what is divided.
+
+    Results that are the same everywhere must be made so, by `mean_over_devices`.
+    """
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
+
+
+def gather_parts(tree: Any, specs: Any) -> Any:
+    """Within `shard_map`: the whole arrays, from the parts that the devices have."""
+
+    def whole(part: jax.Array, spec: PartitionSpec) -> jax.Array:
+        if spec == EVERYWHERE:
+            return part
+        return jax.lax.all_gather(part, MODEL, axis=len(spec) - 1, tiled=True)
+
+    return jax.tree.map(whole, tree, specs)
+
+
+def mean_over_devices(tree: Any, specs: Any) -> Any:
+    """Within `shard_map`: the mean of all devices' arrays, or the part of it that a device stores."""
+    # Between processes on CPUs, gloo's reduce-scatter now and then gives wrong sums of arrays of
+    # megabytes (jax-ml/jax#40830).
+    scatters = jax.default_backend() != "cpu" or jax.process_count() == 1
+
+    def part(array: jax.Array, spec: PartitionSpec) -> jax.Array:
+        if spec == EVERYWHERE:
+            return jax.lax.pmean(array, (DATA, MODEL))
+        axis, number = len(spec) - 1, jax.lax.axis_size(MODEL)
+        if scatters:
+            parts = jax.lax.psum_scatter(array, MODEL, scatter_dimension=axis, tiled=True)
+            return jax.lax.pmean(parts, DATA) / number
+        whole, size = jax.lax.pmean(array, (DATA, MODEL)), array.shape[axis] // number
+        begin = jax.lax.axis_index(MODEL) * size
+        return jax.lax.dynamic_slice_in_dim(whole, begin, size, axis)
+
+    return jax.tree.map(part, tree, specs)

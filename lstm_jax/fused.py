@@ -1,0 +1,316 @@
+"""The recurrence of `LSTMCell` with a custom VJP: the same numbers as under a scan, faster.
+
+It is fast for these reasons:
+
+- Reverse mode through a scan adds up a gradient of the whole recurrent kernel at every step. Here
+  the backward loop yields gradients of the gates only, and one matmul over time and batch after it
+  computes the gradient of the kernel.
+- Arrays are feature-major, [features, batch]: XLA's CPU matmuls are fastest as
+  [4 * hidden, features] @ [features, batch].
+- Inputs, a constant one (for the bias) and the hidden state are stacked, so that one matmul a step
+  computes all gates.
+- The backward loop writes the gradient of each gate into the memory of its activation. Page faults
+  of fresh memory cost more time than all elementwise operations.
+
+`benchmarks/train_step.py` measures it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import rnn
+
+from lstm_jax.cells.lstm import Kernels, LSTMCarry
+from lstm_jax.matmul import has_bfloat16_instructions, matmul, matmul_rounded, round_factor
+
+IMPLEMENTATIONS = ("auto", "scan", "fused", "cudnn")
+
+
+class Lookup(NamedTuple):
+    """The inputs of a first layer: the rows `ids` of an embedding table.
+
+    Attributes:
+      table: [vocabulary, features].
+      ids: int32 [batch, time].
+    """
+
+    table: jax.Array
+    ids: jax.Array
+
+    @property
+    def rows(self) -> jax.Array:
+        """Look the inputs up: [batch, time, features]."""
+        return self.table[self.ids]
+
+
+def choose(implementation: str, dtype: str, plain: bool = True) -> str:
+    """Return the implementation that a config asks for, with "auto" resolved.
+
+    "auto" is "fused", the fastest that was measured, or "scan" for the cells that only it can run.
+
+    Args:
+      implementation: one of `IMPLEMENTATIONS`.
+      dtype: the dtype of matmuls.
+      plain: whether the layers are `LSTMCell`s without layer normalization.
+
+    Raises:
+      ValueError: for "cudnn" on anything but a GPU, and in bfloat16; and for anything but "scan"
+        and "auto" where the layers are not plain.
+    """
+    if not plain:
+        if implementation not in ("auto", "scan"):
+            raise ValueError(
+                f"the recurrence {implementation!r} runs LSTM cells without layer normalization "
+                "only; 'auto' runs any"
+            )
+        return "scan"
+    if implementation == "cudnn":
+        if jax.default_backend() != "gpu":
+            raise ValueError("the recurrence 'cudnn' needs a GPU; 'auto' works anywhere")
+        if dtype != "float32":
+            raise ValueError("the recurrence 'cudnn' computes in float32 only")
+    return "fused" if implementation == "auto" else implementation
+
+
+def run_fused(
+    kernels: Kernels,
+    inputs: jax.Array | Lookup,
+    carry: LSTMCarry,
+    dtype: str = "float32",
+    rematerialize: int = 0,
+) -> tuple[jax.Array, LSTMCarry]:
+    """Run one LSTM layer over time.
+
+    A lookup in a vocabulary not much larger than the embedding is folded into the recurrence: the
+    table is multiplied by the input kernel once, and the matmul of a step selects a row of the
+    result by a one-hot input. That saves the matmul of the inputs and its result of
+    [time, 4 * hidden, batch].
+
+    Args:
+      kernels: the layer's parameters.
+      inputs: [batch, time, features], or the lookup that they come from.
+      carry: the state before the first step.
+      dtype: the dtype of matmuls; all else is float32.
+      rematerialize: if not 0, keep the state only once in this number of steps for the backward
+        pass, and recompute the steps between. Memory then grows with time / rematerialize +
+        rematerialize instead of time, and is least at the square root of time.
+
+    Returns:
+      Outputs [batch, time, hidden], and the carry after the last step.
+    """
+    if isinstance(inputs, Lookup) and len(inputs.table) <= 1.5 * inputs.table.shape[1]:
+        # The one-hot input needs two matmuls of this size, the embedded row three.
+        kernels = kernels._replace(input=matmul(inputs.table, kernels.input, dtype))
+        features = _one_hot(inputs.ids.T, inputs.table)
+    else:
+        rows = inputs.rows if isinstance(inputs, Lookup) else inputs
+        features = rows.transpose(1, 2, 0)
+    state = LSTMCarry(carry.cell.T, carry.hidden.T)
+    outputs, state = _in_chunks(kernels, features, state, dtype, rematerialize)
+    return outputs.transpose(2, 0, 1), LSTMCarry(state.cell.T, state.hidden.T)
+
+
+def _one_hot(ids: jax.Array, table: jax.Array) -> jax.Array:
+    """[..., batch] → [..., vocabulary, batch]."""
+    return jax.nn.one_hot(ids, len(table), axis=-2, dtype=table.dtype)
+
+
+def project(kernels: Kernels, table: jax.Array, dtype: str) -> jax.Array:
+    """Return the contribution of each row of a table to the gates: [vocabulary, 4 * hidden]."""
+    return matmul(table, kernels.input, dtype) + kernels.bias
+
+
+def step(
+    kernel: jax.Array, inputs: jax.Array, carry: LSTMCarry, added: Any = 0.0
+) -> tuple[tuple[jax.Array, ...], LSTMCarry]:
+    """Compute one step, feature-major.
+
+    Args:
+      kernel: [4 * hidden, n], rounded by `round_factor`.
+      inputs: [n, batch], the layer's inputs and the hidden state, stacked and rounded.
+      carry: [hidden, batch] each.
+      added: [4 * hidden, batch], added to the gates before their activation.
+
+    Returns:
+      The activated gates i, f, g, o, and the next carry.
+    """
+    i, f, g, o = jnp.split(matmul_rounded(kernel, inputs) + added, 4)
+    i, f, g, o = _sigmoid(i), _sigmoid(f), jnp.tanh(g), _sigmoid(o)
+    cell = f * carry.cell + i * g
+    return (i, f, g, o), LSTMCarry(cell, o * jnp.tanh(cell))
+
+
+def run_cudnn(
+    kernels: Kernels, inputs: jax.Array | Lookup, carry: LSTMCarry
+) -> tuple[jax.Array, LSTMCarry]:
+    """Run one LSTM layer over time by cuDNN, on a GPU, in float32; see `run_fused`."""
+    rows = inputs.rows if isinstance(inputs, Lookup) else inputs
+    batch, time, features = rows.shape
+    outputs, hidden, cell = rnn.lstm(
+        rows,
+        carry.hidden[None],
+        carry.cell[None],
+        cudnn_weights(kernels),
+        jnp.full(batch, time, jnp.int32),
+        input_size=features,
+        hidden_size=carry.hidden.shape[1],
+        num_layers=1,
+        dropout=0.0,
+        bidirectional=False,
+    )
+    return outputs, LSTMCarry(cell[0], hidden[0])
+
+
+def cudnn_weights(kernels: Kernels) -> jax.Array:
+    """Pack the parameters for cuDNN, flat: transposed kernels, and a second bias of zeros."""
+    parts = (kernels.input.T, kernels.recurrent.T, kernels.bias, jnp.zeros_like(kernels.bias))
+    return jnp.concatenate([part.reshape(-1) for part in parts])
+
+
+def _in_chunks(
+    kernels: Kernels, inputs: jax.Array, carry: LSTMCarry, dtype: str, chunk: int
+) -> tuple[jax.Array, LSTMCarry]:
+    """Run `_recurrence` in chunks; the backward pass keeps only the carries between them."""
+    if not chunk or chunk >= len(inputs):
+        return _recurrence(kernels, inputs, carry, dtype)
+    recurrence = jax.checkpoint(functools.partial(_recurrence, dtype=dtype))
+
+    def run_chunk(carry: LSTMCarry, inputs: jax.Array) -> tuple[LSTMCarry, jax.Array]:
+        outputs, carry = recurrence(kernels, inputs, carry)
+        return carry, outputs
+
+    whole = len(inputs) - len(inputs) % chunk
+    chunks = inputs[:whole].reshape(-1, chunk, *inputs.shape[1:])
+    carry, outputs = lax.scan(run_chunk, carry, chunks)
+    outputs = outputs.reshape(whole, *outputs.shape[2:])
+    if whole < len(inputs):
+        carry, rest = run_chunk(carry, inputs[whole:])
+        outputs = jnp.concatenate([outputs, rest])
+    return outputs, carry
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _recurrence(
+    kernels: Kernels, inputs: jax.Array, carry: LSTMCarry, dtype: str
+) -> tuple[jax.Array, LSTMCarry]:
+    """Run one layer, feature-major.
+
+    Args:
+      kernels: the layer's parameters.
+      inputs: [time, features, batch].
+      carry: [hidden, batch] each.
+      dtype: the dtype of matmuls.
+
+    Returns:
+      Outputs [time, hidden, batch], and the carry.
+    """
+    (outputs, carry), _ = _recurrence_forward(kernels, inputs, carry, dtype)
+    return outputs, carry
+
+
+def _recurrence_forward(
+    kernels: Kernels, inputs: jax.Array, carry: LSTMCarry, dtype: str
+) -> tuple[tuple[jax.Array, LSTMCarry], tuple[Any, ...]]:
+    """Run `_recurrence`; also return the residuals: gates and cells [time, hidden, batch]."""
+    low = _rounding(inputs, dtype)
+    # Transposed here, not at every step, and each part by itself: XLA's CPU backend copies several
+    # times more slowly when it concatenates and transposes at once.
+    parts = kernels.input.T, kernels.bias[:, None], kernels.recurrent.T
+    kernel = jnp.concatenate([low(part) for part in parts], axis=1)
+    one = jnp.ones_like(inputs[0, :1])
+
+    def scan_step(carry: LSTMCarry, x: jax.Array) -> tuple[LSTMCarry, tuple[Any, ...]]:
+        stacked = jnp.concatenate([low(part) for part in (x, one, carry.hidden)])
+        gates, carry = step(kernel, stacked, carry)
+        # Stacked as six arrays: concatenating the gates first costs a slow copy at every step.
+        return carry, (carry.hidden, carry.cell, gates)
+
+    last, (outputs, cells, gates) = lax.scan(scan_step, carry, inputs)
+    return (outputs, last), (kernels, inputs, carry, outputs, cells, gates)
+
+
+def _recurrence_backward(
+    dtype: str, residuals: tuple[Any, ...], cotangents: tuple[jax.Array, LSTMCarry]
+) -> tuple[Kernels, jax.Array, LSTMCarry]:
+    kernels, inputs, first, outputs, cells, gates = residuals
+    d_outputs, d_last = cotangents
+    steps, features, _ = inputs.shape
+    low = _rounding(inputs, dtype)
+    recurrent_kernel = low(kernels.recurrent)
+
+    def loop_step(k: jax.Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
+        gates, d_gates, d_cell, d_hidden = state
+        t = steps - 1 - k
+        # Gradients are written into the memory of the gates, one step late: before the next gates
+        # are read, so that XLA needs no copy. (The first write, at step T, is clamped to T - 1,
+        # where its values came from.)
+        gates = tuple(_put(x, d, t + 1) for x, d in zip(gates, d_gates, strict=True))
+        i, f, g, o = (_at(gate, t) for gate in gates)
+        previous_cell = jnp.where(t == 0, first.cell, _at(cells, jnp.maximum(t - 1, 0)))
+        tanh_cell = jnp.tanh(_at(cells, t))
+        d_hidden = d_hidden + _at(d_outputs, t)
+        d_cell = d_cell + d_hidden * o * (1 - tanh_cell**2)
+        d_gates = (
+            d_cell * g * i * (1 - i),
+            d_cell * previous_cell * f * (1 - f),
+            d_cell * i * (1 - g**2),
+            d_hidden * tanh_cell * o * (1 - o),
+        )
+        stacked = jnp.concatenate([low(d) for d in d_gates])
+        return gates, d_gates, d_cell * f, matmul_rounded(recurrent_kernel, stacked)
+
+    state = (gates, tuple(gate[-1] for gate in gates), d_last.cell, d_last.hidden)
+    gates, d_gates, d_cell, d_hidden = lax.fori_loop(0, steps, loop_step, state)
+    pairs = zip(gates, d_gates, strict=True)
+    by_gate = [low(_put(gate, d, 0)) for gate, d in pairs]
+
+    previous_hidden = jnp.concatenate([first.hidden[None], outputs[:-1]])
+    read = [low(x) for x in (inputs, jnp.ones_like(inputs[:, :1]), previous_hidden)]
+    stacked = _flatten(jnp.concatenate(read, axis=1))
+    # A copy makes rows of time and batch, for a matmul without a transposed factor: only those are
+    # fast in bfloat16 on XLA's CPU backend.
+    rows = [d.swapaxes(1, 2).reshape(-1, d.shape[1]) for d in by_gate]
+    d_kernel = jnp.concatenate([matmul_rounded(stacked, d) for d in rows], axis=1)
+    d_input, d_bias, d_recurrent = jnp.split(d_kernel, [features, features + 1])
+    # XLA drops these matmuls where their result is unused, as for one-hot inputs.
+    parts = zip(rows, jnp.split(low(kernels.input.T), 4), strict=True)
+    d_inputs = functools.reduce(jnp.add, [matmul_rounded(d, w) for d, w in parts])
+    d_inputs = d_inputs.reshape(steps, -1, features).swapaxes(1, 2)
+    return Kernels(d_input, d_recurrent, d_bias[0]), d_inputs, LSTMCarry(d_cell, d_hidden)
+
+
+_recurrence.defvjp(_recurrence_forward, _recurrence_backward)
+
+
+def _rounding(inputs: jax.Array, dtype: str) -> Callable[[jax.Array], jax.Array]:
+    """Return the rounding of factors within the recurrence, for its inputs.
+
+    XLA's CPU backend has no bfloat16 matmuls with a transposed first factor. There are none here,
+    unless the loop has a single step, which XLA merges with the code around it, or the batch has
+    a single text, whose transposing copies are dropped.
+    """
+    steps, _, batch = inputs.shape
+    native = has_bfloat16_instructions() and steps > 1 and batch > 1
+    return lambda x: round_factor(x, dtype, native)
+
+
+def _sigmoid(x: jax.Array) -> jax.Array:
+    """Compute `jax.nn.sigmoid`, faster on XLA's CPU backend: no exponential and no division."""
+    return 0.5 * jnp.tanh(0.5 * x) + 0.5
+
+
+def _at(x: jax.Array, t: jax.Array) -> jax.Array:
+    return lax.dynamic_index_in_dim(x, t, keepdims=False)
+
+
+def _put(x: jax.Array, value: jax.Array, t: jax.Array | int) -> jax.Array:
+    return lax.dynamic_update_index_in_dim(x, value, t, axis=0)
+
+
+def _flatten(x: jax.Array) -> jax.Array:
+    """[time, features, batch] → [features, time * batch]."""
+    return x.swapaxes(0, 1).reshape(x.shape[1], -1)

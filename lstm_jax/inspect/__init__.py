@@ -1,0 +1,1 @@
+"""Show what a trained model has learned: `python -m lstm_jax.inspect`."""

@@ -1,0 +1,52 @@
+"""Matmuls in float32 or bfloat16, with sums in float32."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def matmul(a: jax.Array, b: jax.Array, dtype: str) -> jax.Array:
+    """Return a @ b, multiplied in `dtype` and summed in float32.
+
+    Args:
+      a: [..., m, k].
+      b: [k, n].
+      dtype: "bfloat16", or "float32", which stands for the arrays' own dtype.
+    """
+    return matmul_rounded(round_factor(a, dtype), round_factor(b, dtype))
+
+
+def matmul_rounded(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return a @ b for factors that `round_factor` has rounded."""
+    low = a.dtype == jnp.bfloat16
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32 if low else None)
+
+
+def round_factor(x: jax.Array, dtype: str, native: bool = False) -> jax.Array:
+    """Round a factor of `matmul_rounded`; a factor of many matmuls is best rounded once.
+
+    Args:
+      x: any array.
+      dtype: see `matmul`.
+      native: whether XLA's CPU backend, too, has the matmuls that x will be a factor of.
+    """
+    if dtype == "float32":
+        return x
+    if jax.default_backend() == "cpu" and not native:
+        # That backend lacks some bfloat16 matmuls and is slow at the others: round to the mantissa
+        # of bfloat16 and multiply in float32, which is what other devices compute.
+        return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return x.astype(dtype)
+
+
+@functools.cache
+def has_bfloat16_instructions() -> bool:
+    """Return whether this processor multiplies bfloat16 matrices itself (AMX, AVX-512)."""
+    try:
+        features = Path("/proc/cpuinfo").read_text()
+        return "amx_bf16" in features or "avx512_bf16" in features
+    except OSError:
+        return False

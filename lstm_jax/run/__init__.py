@@ -1,0 +1,1 @@
+"""Keep a run safe: its files, checkpoints, lock, metrics and signals."""

@@ -1,0 +1,1 @@
+"""Generate text with a trained model: `python -m lstm_jax.sample`."""

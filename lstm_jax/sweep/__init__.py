@@ -1,0 +1,1 @@
+"""Search hyperparameters, or train several seeds: `python -m lstm_jax.sweep`."""
