@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import regex
@@ -36,6 +36,14 @@ SEPARATORS = MappingProxyType({"": "", "line": "\n", "blank_line": "\n\n", "file
 _BYTES = bytes(range(256)).decode("ascii", "surrogateescape")
 # What a terminal obeys instead of showing it.
 _CONTROL = regex.compile(r"(?!\r\n|[\n\t])\p{Cc}")
+
+
+class Ids(Protocol):
+    """Token ids of a text: an int32 array [n], or whatever has its length and its slices."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...
 
 
 class Vocabulary:
