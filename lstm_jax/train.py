@@ -94,7 +94,9 @@ class _Run:
         is_ours: Callable[[], bool],
         watch: Watch,
     ) -> None:
-        config, vocabulary, changes = resume.settle_run(config, splits, directory)
+        config, vocabulary, changes = resume.settle_run(
+            splits.settle(config), directory, lambda: splits.make_vocabulary(config.data)
+        )
         self.config, self.vocabulary, self.texts = config, vocabulary, splits.texts
         self.directory, self.saved_in = directory, directory / workdir.CHECKPOINTS
         self.mesh, self.is_ours, self.watch = mesh, is_ours, watch

@@ -1,12 +1,12 @@
 """Resume rules: which config and vocabulary a run is trained with, and what may have changed."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
-from lstm_jax.data import corpus, texts
 from lstm_jax.errors import UserError
 from lstm_jax.run import workdir
 from lstm_jax.vocabulary import Vocabulary
@@ -16,28 +16,23 @@ Changes = dict[str, tuple[Any, Any]]
 
 
 def settle_run(
-    config: ConfigDict, splits: texts.Splits, directory: Path
+    config: ConfigDict, directory: Path, make_vocabulary: Callable[[], Vocabulary]
 ) -> tuple[ConfigDict, Vocabulary, Changes]:
     """Return the config and vocabulary to train with, new or those of the run in `directory`.
 
     Args:
-      config: a complete config.
-      splits: the text.
+      config: a complete config, with the checksum of the text.
       directory: the working directory.
+      make_vocabulary: returns the vocabulary of the training text, for a new run.
 
     Returns:
-      The config, with absolute paths and the checksum of the text; the vocabulary; and the fields
-      of the config that have changed since the run was last trained.
+      The config; the vocabulary; and the fields of the config that have changed since the run was
+      last trained.
 
     Raises:
       UserError: if the run has another text, or another config in a field that can't change.
     """
     config = config.copy_and_resolve_references()
-    config.data.sha256 = splits.sha256
-    if config.data.path:
-        config.data.path = corpus.make_absolute(config.data.path)
-    if config.data.prepared:
-        config.data.prepared = str(Path(config.data.prepared).absolute())
     if config.init_from:
         config.init_from = str(Path(config.init_from).absolute())
     workdir.check_own_files(directory)
@@ -52,7 +47,7 @@ def settle_run(
                 f"{directory} holds {name} but no {workdir.CONFIG}: restore that file, or start a "
                 "new run with another --workdir"
             )
-    vocabulary = splits.texts["train"].vocabulary(config.data)
+    vocabulary = make_vocabulary()
     if config.init_from:
         source = Path(config.init_from)
         _compare(workdir.load_config(source), config, source, only="model.")

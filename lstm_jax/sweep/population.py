@@ -94,7 +94,9 @@ def train_population(
         members = []
         for config, directory in zip(configs, directories, strict=True):
             is_ours = held.enter_context(lock.hold_lock(directory))
-            config, vocabulary, changes = resume.settle_run(config, splits, directory)
+            config, vocabulary, changes = resume.settle_run(
+                splits.settle(config), directory, lambda: splits.make_vocabulary(configs[0].data)
+            )
             ids = ids or splits.encode(vocabulary)
             start = restore_run(config, directory, vocabulary, ids["train"])
             resume.save_settled(directory, config, vocabulary, start.step, changes)
