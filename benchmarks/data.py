@@ -1,9 +1,9 @@
-"""Measures what a text of any size costs: its preparation, its memory, and its batches.
+"""Measure the cost of large texts: preparation, memory, and batches.
 
     python benchmarks/make_corpus.py --directory corpus --megabytes 1000
     python benchmarks/data.py --corpus corpus
 
-Memory is that of all processes together: the sum of their resident pages, sampled.
+Memory is the sum of the resident pages of all processes, sampled.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 ROOT = Path(__file__).parents[1]
-# So that the evaluation before the first step is short.
+# Short validation and test splits, so that the evaluation before the first step is short.
 FRACTIONS = (0.9998, 0.0001, 0.0001)
 _PREPARE = """
 import sys
@@ -37,7 +37,7 @@ prepared.prepare_corpus(data)
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corpus", type=Path, required=True, help="A directory of text files.")
     parser.add_argument("--train_seconds", type=float, default=30.0)
@@ -76,7 +76,7 @@ def _measure_preparation(path: str, prepared: str, megabytes: float) -> None:
 
 
 def _peak(process: subprocess.Popen[bytes], is_over: Callable[[], bool]) -> float:
-    """The most memory that a process and its children had until then, in 10**6 bytes."""
+    """Return the peak memory of a process and its children until `is_over`, in 10**6 bytes."""
     peak = 0
     while not is_over():
         peak = max(peak, sum(map(_resident, [process.pid, *_children(process.pid)])))
@@ -156,8 +156,8 @@ def _measure_memory(path: str, scratch: str, seconds: float) -> None:
         peaks[name] = _peak(process, is_over)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    told = ", ".join(f"{peak:,.0f} MB on {name}" for name, peak in peaks.items())
-    print(f"training quick.py, peak memory: {told}", flush=True)
+    printed = ", ".join(f"{peak:,.0f} MB on {name}" for name, peak in peaks.items())
+    print(f"training quick.py, peak memory: {printed}", flush=True)
 
 
 def _measure_steps(data: ConfigDict, rounds: int) -> None:
@@ -173,18 +173,18 @@ def _measure_steps(data: ConfigDict, rounds: int) -> None:
     for name, config, steps, per_call in (
         ("seed sizes", config_lib.default(), 1, 1),
         ("quick.py", quick, 10, 1),
-        ("24 units, batch of 8", tiny, 200, 1),
-        ("24 units, batch of 8, steps_per_call=10", tiny, 20, 10),
+        ("24 hidden units, batch of 8", tiny, 200, 1),
+        ("24 hidden units, batch of 8, steps_per_call=10", tiny, 20, 10),
     ):
         ratios = _ratios(config, data, steps, per_call, rounds)
-        told = ", ".join(f"{kind} {ratio:.3f}" for kind, ratio in ratios.items())
-        print(f"a step with its data, of one on a constant batch, {name}: {told}", flush=True)
+        printed = ", ".join(f"{kind} {ratio:.3f}" for kind, ratio in ratios.items())
+        print(f"time of a step with its data / on a constant batch, {name}: {printed}", flush=True)
 
 
 def _ratios(
     config: ConfigDict, data: ConfigDict, calls: int, per_call: int, rounds: int
 ) -> dict[str, float]:
-    """How much longer steps take with their data, on the device and from files; medians."""
+    """Return the time of steps with their data relative to a constant batch; medians."""
     import jax
 
     from lstm_jax import batches, model, optimizer, train_step
@@ -228,7 +228,7 @@ def _ratios(
         for name, read in readers.items():
             seconds[name].append(run(read))
     base = seconds.pop("constant")
-    # Round by round, as the machine's speed changes between them.
+    # The ratios are per round, because the machine's speed changes between rounds.
     return {
         name: statistics.median(a / b for a, b in zip(times, base, strict=True))
         for name, times in seconds.items()

@@ -1,25 +1,28 @@
-"""What limits a training step, by arithmetic: `python benchmarks/limits.py` prints docs' tables.
+"""Compute lower bounds of a training step; prints the tables of docs/scale.md.
 
-Every time is a lower bound, from published peaks: nothing here was measured. For a model of P
-parameters in L layers of H units, kernels of K numbers in them, batches of B windows of T, on n
-devices with batch b = B / n each:
+    python benchmarks/limits.py
 
-- products: 6 b T (K + H V) operations (one product forward, two backward) over the peak.
+Every time follows from published peaks; nothing is measured. For a model of P parameters in L
+layers of H hidden units, with kernels of K numbers, a vocabulary of V, and batches of B windows of
+T tokens, on n devices with a batch of b = B / n each:
+
+- matmuls: 6 b T (K + H V) operations (one matmul forward, two backward), divided by the peak.
 - memory: the optimizer reads parameters, two moments and gradient and writes three of them (28 P
-  bytes, and 4 P for the gradient); the loops read each kernel once a position, forward and backward
-  (2 T K numbers), and write and read 16 numbers for each unit and token; over the bandwidth.
+  bytes, and 4 P for the gradient); the loops read each kernel once per position, forward and
+  backward (2 T K numbers), and write and read 16 numbers per hidden unit and token; divided by the
+  bandwidth.
 - collectives: a ring all-reduce of the gradient, 2 (n - 1) / n * 4 P bytes over a device's link.
-- input: 8 bytes a token over 16 GB/s, the rate of PCI Express 3.0 x16.
+- input: 8 bytes per token at 16 GB/s, the rate of PCI Express 3.0 x16.
 
-What can't be seen here: the loops run 2 T L positions one after the other, and each costs the
-device's latency, a few microseconds on accelerators. That often is the largest part there.
+Not included: the loops run 2 T L positions one after the other, each with the device's latency, a
+few microseconds on accelerators, where it often is the largest part.
 """
 
 from typing import NamedTuple
 
 
 class Model(NamedTuple):
-    """The sizes of a model and its batches."""
+    """Sizes of a model and its batches."""
 
     name: str
     layers: int
@@ -31,30 +34,30 @@ class Model(NamedTuple):
 
     @property
     def kernels(self) -> int:
-        """Numbers in the kernels of all layers."""
+        """Return the number of weights in the kernels of all layers."""
         first = 4 * self.hidden * (self.embedding + self.hidden)
         return first + (self.layers - 1) * 8 * self.hidden**2
 
     @property
     def parameters(self) -> int:
-        """All of the model's."""
+        """Return the number of parameters of the model."""
         biases = 4 * self.hidden * self.layers + self.vocabulary
         dense = self.hidden * self.vocabulary
         return self.vocabulary * self.embedding + self.kernels + dense + biases
 
 
 class Device(NamedTuple):
-    """Peaks of one device: operations, bytes and bytes between devices a second, per number."""
+    """Peaks of one device: operations, bytes, and bytes between devices, each per second."""
 
     name: str
     operations: float
     bandwidth: float
     link: float
-    number_bytes: int  # Of the numbers that are multiplied.
+    number_bytes: int  # Bytes of each operand of a matmul.
 
 
 class Machine(NamedTuple):
-    """So many of a device."""
+    """A number of equal devices."""
 
     device: Device
     number: int
@@ -62,7 +65,7 @@ class Machine(NamedTuple):
 
 MODELS = (Model("1 x 1024", 1, 1024, 64, 100), Model("3 x 1840", 3, 1840, 128, 200))
 # AMD's figures for EPYC 9654: two 256-bit multiply-adds a cycle at 3.7 GHz, and 460.8 GB/s for 96
-# cores, of which two have their share at the least. Both cores are one device.
+# cores, of which two have at least their share. Both cores are one device.
 CPU = Device("2 cores, EPYC 9654", 2 * 32 * 3.7e9, 2 / 96 * 460.8e9, float("inf"), 4)
 # NVIDIA's H100 SXM data sheet: bfloat16 without sparsity; NVLink 900 GB/s, half of it each way.
 H100 = Device("H100", 989e12, 3.35e12, 450e9, 2)
@@ -72,14 +75,14 @@ MACHINES = (Machine(CPU, 1), Machine(H100, 1), Machine(H100, 8), Machine(V5E, 16
 
 
 def times(model: Model, machine: Machine, batch: float) -> dict[str, float]:
-    """Milliseconds of each part of a step, with a global batch."""
+    """Return the milliseconds of each part of a step with a global batch."""
     device, n = machine
     tokens = batch / n * model.time
     head = model.hidden * model.vocabulary
     loops = 2 * model.time * model.kernels * device.number_bytes
     activations = 16 * 4 * tokens * model.hidden * model.layers
     seconds = {
-        "products": 6 * tokens * (model.kernels + head) / device.operations,
+        "matmuls": 6 * tokens * (model.kernels + head) / device.operations,
         "memory": (32 * model.parameters + loops + activations) / device.bandwidth,
         "collectives": 2 * (n - 1) / n * 4 * model.parameters / device.link,
         "input": 8 * tokens / 16e9,
@@ -88,15 +91,15 @@ def times(model: Model, machine: Machine, batch: float) -> dict[str, float]:
 
 
 def tokens_per_second(model: Model, machine: Machine, batch: float) -> float:
-    """At the best: products and memory overlap, the collectives come after."""
+    """Return the highest rate: matmuls and memory overlap, collectives come after."""
     parts = times(model, machine, batch)
-    step = max(parts["products"], parts["memory"], parts["input"]) + parts["collectives"]
+    step = max(parts["matmuls"], parts["memory"], parts["input"]) + parts["collectives"]
     return batch * model.time / step * 1e3
 
 
 def main() -> None:
-    """Prints both tables."""
-    print("| model | machine | products | memory | collectives | input | the limit |")
+    """Print both tables."""
+    print("| model | machine | matmuls | memory | collectives | input | the limit |")
     print("| --- | --- | ---: | ---: | ---: | ---: | --- |")
     for model in MODELS:
         for machine in MACHINES:
@@ -111,7 +114,7 @@ def main() -> None:
     for model in MODELS:
         for device in (H100, V5E):
             one = tokens_per_second(model, Machine(device, 1), model.batch)
-            for kind in (f"{model.batch} in all", f"{model.batch} a device"):
+            for kind in (f"{model.batch} in all", f"{model.batch} per device"):
                 ratios = []
                 for n in (1, 2, 4, 8, 16):
                     batch = model.batch * (n if kind.endswith("device") else 1)

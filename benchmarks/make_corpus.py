@@ -1,9 +1,9 @@
-"""Makes a large text by repeating and perturbing a real one.
+"""Make a large text by repeating and perturbing a real one.
 
     python benchmarks/make_corpus.py --directory corpus --megabytes 1000
 
-Each repetition has the paragraphs of Tiny Shakespeare in another order, one character of a hundred
-replaced by another of the text, and one of a thousand by one of two, three or four bytes.
+Each repetition has the paragraphs of Tiny Shakespeare in another order. One character in a hundred
+is replaced by another of the text, and one in a thousand by one of two, three or four bytes.
 """
 
 import argparse
@@ -19,7 +19,7 @@ _FILE_BYTES = 100_000_000
 
 
 def main() -> None:
-    """Writes the files."""
+    """Write the files."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--megabytes", type=int, default=1000)
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def make(directory: Path, size: int) -> None:
-    """Writes files of `size` bytes together, a repetition more or less, into `directory`."""
+    """Write files of `size` bytes in total, give or take a repetition, into `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     paragraphs = "".join(corpus.read_corpus(config.default().data).values()).split("\n\n")

@@ -1,15 +1,15 @@
-"""Loss against minutes: nanoGPT's Transformer and experiments of this project on one machine.
+"""Compare loss and minutes of nanoGPT's Transformer and of experiments on one machine.
 
     python benchmarks/nanogpt.py --nanogpt ../nanoGPT
     python benchmarks/nanogpt.py --nanogpt ../nanoGPT --iterations 2000 --configs shakespeare_best
 
 `--nanogpt` is a checkout of github.com/karpathy/nanoGPT, whose train.py runs with the settings that
-its README gives for a CPU, 2,000 iterations long and longer; it needs PyTorch, which the extra
-`bench` brings. All train on the same 90 % of Tiny Shakespeare, one after the other; nanoGPT finds
-it as a dataset in its data/. Minutes are those of the whole process. The losses are of the last
-10 %, the validation and test splits as one text. nanoGPT's own measure is the mean over windows
-that each begin with nothing; beside it stands the mean over characters with at least three quarters
-of a window before them.
+its README gives for a CPU, for 2,000 iterations and more; it needs PyTorch, which the extra `bench`
+installs. All train on the same 90 % of Tiny Shakespeare, one after the other; nanoGPT reads it as a
+dataset in its data/. Minutes are those of the whole process. The losses are of the last 10 %, the
+validation and test splits as one text. nanoGPT's own measure is the mean over windows without
+context before them; the last column has the mean over characters with at least three quarters of a
+window before them.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from lstm_jax.run import workdir
 ROOT = Path(__file__).parents[1]
 # The dataset's directory in nanoGPT's data/, beside those that it has.
 DATASET = "lstm_jax_shakespeare"
-# What nanoGPT's README says for a machine without a GPU.
+# The settings that nanoGPT's README gives for a machine without a GPU.
 SETTINGS = {
     "device": "cpu",
     "compile": False,
@@ -50,7 +50,7 @@ SETTINGS = {
 
 
 def main() -> None:
-    """Trains all in turn and prints a row of the table after each."""
+    """Train all in turn and print a row of the table after each."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -96,22 +96,22 @@ def _print(name: str, parameters: int, minutes: float, loss: float, otherwise: s
 
 
 def _write_dataset(nanogpt: Path, splits: dict[str, str]) -> np.ndarray:
-    """The files that nanoGPT reads; returns the ids of its validation text, the last 10 %."""
+    """Write the files that nanoGPT reads; return the ids of its validation text, the last 10 %."""
     directory = nanogpt / "data" / DATASET
     directory.mkdir(exist_ok=True)
     texts = {"train": splits["train"], "val": splits["validation"] + splits["test"]}
-    units = sorted(set("".join(texts.values())))
-    numbers = {unit: k for k, unit in enumerate(units)}
-    ids = {name: np.array([numbers[unit] for unit in text]) for name, text in texts.items()}
+    tokens = sorted(set("".join(texts.values())))
+    numbers = {token: k for k, token in enumerate(tokens)}
+    ids = {name: np.array([numbers[token] for token in text]) for name, text in texts.items()}
     for name, array in ids.items():
         array.astype(np.uint16).tofile(directory / f"{name}.bin")
-    meta = {"vocab_size": len(units), "itos": dict(enumerate(units)), "stoi": numbers}
+    meta = {"vocab_size": len(tokens), "itos": dict(enumerate(tokens)), "stoi": numbers}
     (directory / "meta.pkl").write_bytes(pickle.dumps(meta))
     return ids["val"]
 
 
 def _run(directory: Path, *words: object) -> str:
-    """Runs a command of Python to its end and returns what it printed."""
+    """Run a Python command and return its standard output."""
     command = [sys.executable, *map(str, words)]
     return subprocess.run(
         command, cwd=directory, check=True, stdout=subprocess.PIPE, text=True
@@ -119,7 +119,7 @@ def _run(directory: Path, *words: object) -> str:
 
 
 def _minutes(directory: Path, *words: object) -> float:
-    """The minutes that a command of Python takes."""
+    """Return the minutes that a Python command takes."""
     start = time.perf_counter()
     _run(directory, *words)
     return (time.perf_counter() - start) / 60
@@ -138,13 +138,13 @@ def _train_nanogpt(nanogpt: Path, out: Path, iterations: int) -> float:
 
 
 def _measure_nanogpt(nanogpt: Path, out: Path, ids: np.ndarray) -> tuple[int, float, float]:
-    """Parameters; the loss over whole windows; that over the last quarter of overlapping ones."""
+    """Return parameters, loss over whole windows, and over the last quarter of overlapping ones."""
     import torch
 
     sys.path.insert(0, str(nanogpt))
     gpt: Any = importlib.import_module("model")
     saved = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=False)
-    with contextlib.redirect_stdout(sys.stderr):  # It tells its number of parameters.
+    with contextlib.redirect_stdout(sys.stderr):  # It prints its number of parameters.
         model = gpt.GPT(gpt.GPTConfig(**saved["model_args"]))
     model.load_state_dict(saved["model"])
     model.eval()

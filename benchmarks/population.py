@@ -1,11 +1,11 @@
-"""Times a population against its members alone, compilation included.
+"""Time a population and the single runs of its members, compilation included.
 
     python benchmarks/population.py
     python benchmarks/population.py --members 8 --steps 200 --hidden_sizes 64,128
 
-Both compute so many training steps of quick.py's kind on random text; one after the other, in turn.
-Every round compiles anew, and a run alone is done as `lstm_jax.main` does it, its batch divided
-over the cores where that is faster.
+Both compute training steps like those of quick.py on random text, in turn. Every round compiles
+again. A single run is computed as in `lstm_jax.main`, with its batch divided over the cores if that
+is faster.
 """
 
 import argparse
@@ -26,7 +26,7 @@ VOCABULARY_SIZE = 67
 
 
 def main() -> None:
-    """Measures and prints the table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="[default: 3]")
     parser.add_argument("--hidden_sizes", default="64,128", help="[default: 64,128]")
     options = parser.parse_args()
-    # Every compilation is to be paid for.
+    # Every compilation counts.
     jax.config.update("jax_enable_compilation_cache", False)
     jax.config.update("jax_num_cpu_devices", parallel.count_cores())
     memory.keep_freed_memory()
@@ -43,7 +43,7 @@ def main() -> None:
     print(
         f"{device}, {len(jax.devices())} devices, {options.members} members, {options.steps} steps"
     )
-    print("\n| units | one run alone, s | a member of the population, s | ratio |")
+    print("\n| hidden units | a single run, s | a member of the population, s | ratio |")
     print("| ---: | ---: | ---: | ---: |")
     for hidden_size in map(int, options.hidden_sizes.split(",")):
         alone, member = [], []
@@ -89,7 +89,7 @@ def _state(settings: ConfigDict, steps: int) -> train_step.TrainState:
 
 
 def _batch(settings: ConfigDict, *members: int) -> batches.Batch:
-    """Random ids, [*members, batch, time]."""
+    """Return random ids, [*members, batch, time]."""
     shape = (*members, settings.batches.batch_size, settings.batches.window_length + 1)
     ids = np.random.default_rng(0).integers(VOCABULARY_SIZE, size=shape, dtype=np.int32)
     starts: Any = np.zeros(members, np.bool_)[()]

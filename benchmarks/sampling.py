@@ -1,11 +1,11 @@
-"""Times sampling here and in the libraries that one could pick instead.
+"""Time sampling in this package and in other libraries.
 
     python benchmarks/sampling.py
     python benchmarks/sampling.py --num_samples 64
 
 All read one token and then draw `--length` others from softmax(logits / temperature), never "" or
-"[UNK]", each read in its turn. The peers do so step by step from Python, as their users do. They
-come with `pip install -e '.[bench]'`; who is not installed is left out with a word.
+"[UNK]", and read each. The other libraries do so step by step from Python, as their users do.
+`pip install -e '.[bench]'` installs them; a line is printed for each that is missing.
 """
 
 import argparse
@@ -23,7 +23,7 @@ FIRST_ID = 2
 
 
 def main() -> None:
-    """Measures and prints the table."""
+    """Measure and print the table."""
     options = side_by_side.parse_options(
         __doc__,
         num_samples=1,
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def _mask(options: argparse.Namespace) -> np.ndarray:
-    """Added to logits, lets "" and "[UNK]" never be drawn: float32 [vocabulary]."""
+    """Return a mask to add to logits that excludes "" and "[UNK]": float32 [vocabulary]."""
     mask = np.zeros(options.vocabulary_size, np.float32)
     mask[:2] = -np.inf
     return mask
@@ -78,8 +78,8 @@ def _lstm_jax(options: argparse.Namespace, **controls: Any) -> Work:
     prompts = np.full((options.num_samples, 1), FIRST_ID, np.int32)
 
     def run() -> np.ndarray:
-        drawn = Controls(TEMPERATURE, **controls)
-        return generation.generate_tokens(lstm, params, prompts, key, drawn, length=options.length)
+        values = Controls(TEMPERATURE, **controls)
+        return generation.generate_tokens(lstm, params, prompts, key, values, length=options.length)
 
     return Work(run, side_by_side.jax_device())
 
@@ -90,12 +90,12 @@ def _jax_peer(
     apply: Callable[..., Any],
     carry: Any,
 ) -> Work:
-    """The work for a model of another JAX library, one jitted step called from Python.
+    """Return the work of another JAX library: one jitted step called from Python.
 
     Args:
       options: the sizes.
-      init: from a key, ids [batch] and a carry to parameters.
-      apply: from parameters, ids [batch] and a carry to logits and the next carry.
+      init: maps a key, ids [batch] and a carry to parameters.
+      apply: maps parameters, ids [batch] and a carry to logits and the next carry.
       carry: zeros.
     """
     import jax
@@ -117,11 +117,11 @@ def _jax_peer(
 
     def run() -> np.ndarray:
         state = first, carry, key
-        written = []
+        drawn = []
         for _ in range(options.length):
             state = compiled(params, *state)
-            written.append(state[0])
-        return np.stack(jax.device_get(written), axis=1)
+            drawn.append(state[0])
+        return np.stack(jax.device_get(drawn), axis=1)
 
     return Work(run, side_by_side.jax_device(), seconds, temporary_bytes)
 
@@ -145,7 +145,7 @@ def _flax(options: argparse.Namespace, cell: str) -> Work:
     shape = (options.num_samples, options.hidden_size)
     carries = [make_cell().initialize_carry(jax.random.key(0), shape)] * options.num_layers
     model = Model()
-    return _jax_peer(options, model.init_params, model.apply, carries)
+    return _jax_peer(options, model.init, model.apply, carries)
 
 
 def _haiku(options: argparse.Namespace) -> Work:
@@ -165,7 +165,7 @@ def _haiku(options: argparse.Namespace) -> Work:
     zeros = jnp.zeros((options.num_samples, options.hidden_size))
     model = hk.without_apply_rng(hk.transform(network))
     states = [hk.LSTMState(zeros, zeros)] * options.num_layers
-    return _jax_peer(options, model.init_params, model.apply, states)
+    return _jax_peer(options, model.init, model.apply, states)
 
 
 def _torch(options: argparse.Namespace, layer: str) -> Work:
@@ -201,15 +201,15 @@ def _torch(options: argparse.Namespace, layer: str) -> Work:
     @torch.inference_mode()
     def run() -> np.ndarray:
         ids, states = first, None
-        written = []
+        drawn = []
         for _ in range(options.length):
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                 hidden, states = read(embedding(ids), states)
                 logits = dense(hidden)
-            chances = torch.softmax(logits.float() / TEMPERATURE + mask, dim=-1)
-            ids = torch.multinomial(chances, 1)[:, 0]
-            written.append(ids)
-        return torch.stack(written, dim=1).cpu().numpy()
+            probabilities = torch.softmax(logits.float() / TEMPERATURE + mask, dim=-1)
+            ids = torch.multinomial(probabilities, 1)[:, 0]
+            drawn.append(ids)
+        return torch.stack(drawn, dim=1).cpu().numpy()
 
     return Work(run, name)
 
@@ -241,11 +241,11 @@ def _keras(options: argparse.Namespace) -> Work:
 
     def run() -> np.ndarray:
         ids, states = first, [[zeros, zeros]] * options.num_layers
-        written = []
+        drawn = []
         for _ in range(options.length):
             ids, states = one_step(ids, states)
-            written.append(ids)
-        return tf.stack(written, axis=1).numpy()
+            drawn.append(ids)
+        return tf.stack(drawn, axis=1).numpy()
 
     return Work(run, device)
 

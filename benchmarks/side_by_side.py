@@ -1,8 +1,8 @@
-"""Times the same work in several libraries side by side: a process each, in turn, one run a time.
+"""Time the same work in several libraries: one process each, in turn, one run at a time.
 
-All contestants are started first, each waiting on a pipe; then the rounds alternate between them.
-Whatever else the machine does thus hits all alike, and no library runs on the thread pools or in
-the freed memory of another.
+All contestants start first, each waiting on a pipe; then the rounds alternate between them. So
+other load on the machine affects all alike, and no library runs on the thread pools or in the freed
+memory of another.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 _ENVIRONMENT = {
     "KERAS_BACKEND": "tensorflow",
     "TF_CPP_MIN_LOG_LEVEL": "3",
-    # Else the first process takes most of a GPU's memory for itself.
+    # Otherwise the first process allocates most of a GPU's memory.
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "TF_FORCE_GPU_ALLOW_GROWTH": "true",
 }
@@ -30,15 +30,15 @@ _LIBRARIES = ("jax", "jaxlib", "flax", "dm-haiku", "torch", "keras", "tensorflow
 
 
 class Work(NamedTuple):
-    """What a contestant does, made in its own process.
+    """The work of a contestant, made in its own process.
 
     Attributes:
-      run: does it once and waits for the result.
+      run: does the work once and waits for the result.
       device: "cpu", or the accelerator's name.
-      compile_seconds: what tracing and compiling took, in JAX.
-      temporary_bytes: what the compiled program allocates besides its arguments and results.
-      runs_per_turn: more than one for what is short.
-      flops: operations of a run, where the peak is taken from it.
+      compile_seconds: the time for tracing and compiling, in JAX.
+      temporary_bytes: memory that the compiled program allocates, without arguments and results.
+      runs_per_turn: more than one for short work.
+      flops: operations of a run, for the work that measures the peak.
     """
 
     run: Callable[[], object]
@@ -50,13 +50,12 @@ class Work(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """What came out for one contestant.
+    """The measurements of one contestant.
 
     Attributes:
-      work: all of it but `run`, which stays in its process.
-      seconds: of each run, in order.
-      peak_bytes: the most memory that was resident in its process, libraries and compilation
-        included.
+      work: its work without `run`, which stays in its process.
+      seconds: the time of each run, in order.
+      peak_bytes: the peak resident memory of its process, libraries and compilation included.
     """
 
     work: Work
@@ -65,7 +64,7 @@ class Measurement(NamedTuple):
 
 
 def parse_options(description: str | None, **sizes: int) -> argparse.Namespace:
-    """The command line: an option for each size, and what both benchmarks have."""
+    """Parse the command line: an option for each size, and the options of both benchmarks."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -75,10 +74,12 @@ def parse_options(description: str | None, **sizes: int) -> argparse.Namespace:
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="what matrix products multiply in [default: float32]",
+        help="the dtype of matmuls [default: float32]",
     )
     parser.add_argument(
-        "--only", default="", help="those whose names contain one of these, as in: fused,torch"
+        "--only",
+        default="",
+        help="run contestants whose names contain one of these words, as in: fused,torch",
     )
     return parser.parse_args()
 
@@ -86,11 +87,11 @@ def parse_options(description: str | None, **sizes: int) -> argparse.Namespace:
 def measure(
     contestants: Mapping[str, Callable[[], Work]], options: argparse.Namespace
 ) -> dict[str, Measurement]:
-    """Runs all contestants that can run here, and prints what ran where and who was left out.
+    """Run all contestants that can run here, and print which were left out and why.
 
     Args:
       contestants: makers of work, by name; a maker must be picklable. The first one always runs,
-        and says which device this is about: who runs on another kind is left out.
+        and its device decides: contestants that run on another kind are left out.
       options: from `parse_options`.
 
     Returns:
@@ -107,7 +108,7 @@ def measure(
             continue
         pipe, theirs = context.Pipe()
         context.Process(target=_serve, args=(theirs, make), daemon=True).start()
-        theirs.close()  # So that a process that dies is noticed.
+        theirs.close()  # So that `recv` fails if the process dies.
         try:
             work = pipe.recv()
         except EOFError:
@@ -137,7 +138,7 @@ def measure(
 
 
 def _serve(pipe: Connection, make: Callable[[], Work]) -> None:
-    """A contestant's process: makes its work, then runs it as often as the pipe asks for."""
+    """Make the work in a contestant's process and run it as often as the pipe requests."""
     try:
         work = make()
         for _ in range(2):
@@ -156,7 +157,7 @@ def _serve(pipe: Connection, make: Callable[[], Work]) -> None:
 
 
 def _nothing() -> None:
-    """Stands for a function that stays in its process."""
+    """Replace a function that stays in its process."""
 
 
 def _time(run: Callable[[], object]) -> float:
@@ -196,13 +197,13 @@ def print_table(
     rate_name: str,
     rate: Callable[[float], str],
 ) -> None:
-    """Prints Markdown.
+    """Print a Markdown table.
 
     Args:
       measurements: by contestant.
-      ours: whose median the medians are divided by.
-      rate_name: heads a column.
-      rate: what stands there, from the median in seconds.
+      ours: the contestant whose median the medians are divided by.
+      rate_name: the header of a column.
+      rate: returns the text of that column from the median in seconds.
     """
     print(f"\n| | median ms | min | max | / {ours} | {rate_name} | compile s | temp MB | RSS MB |")
     print("| --- |" + " ---: |" * 8)
@@ -220,14 +221,14 @@ def print_table(
         )
         print(f"| {' | '.join(cells)} |")
     print(
-        f"\n/ {ours}: the median over that of {ours}; above 1 is slower. temp: what the compiled "
-        "program allocates.\nRSS: the most that was resident in the contestant's process, with "
-        "libraries and compilation."
+        f"\n/ {ours}: the median over that of {ours}; above 1 is slower. temp: the memory that the "
+        "compiled program allocates.\nRSS: the peak resident memory of the contestant's process, "
+        "including libraries and compilation."
     )
 
 
 def compile_jax(function: Any, *args: Any) -> tuple[Any, float, int]:
-    """A jitted function compiled for arguments, the seconds that took, and its temporary bytes."""
+    """Compile a jitted function for arguments; return it with seconds and temporary bytes."""
     start = time.perf_counter()
     compiled = function.lower(*args).compile()
     seconds = time.perf_counter() - start
@@ -235,26 +236,26 @@ def compile_jax(function: Any, *args: Any) -> tuple[Any, float, int]:
 
 
 def jax_device() -> str:
-    """The device that JAX runs on, for `Work`."""
+    """Return the device that JAX runs on, for `Work`."""
     import jax
 
     return jax.devices()[0].device_kind
 
 
 def torch_device() -> tuple[Any, str]:
-    """The device that PyTorch runs on, set up as the others are, and its name for `Work`."""
+    """Set up PyTorch like the others; return its device, and the name for `Work`."""
     import torch
 
     torch.set_num_threads(os.cpu_count())
     if not torch.cuda.is_available():
         return torch.device("cpu"), "cpu"
-    # JAX and TensorFlow multiply float32 in TF32 on the cards that can.
+    # JAX and TensorFlow multiply float32 in TF32 on GPUs that support it.
     torch.set_float32_matmul_precision("high")
     return torch.device("cuda"), torch.cuda.get_device_name()
 
 
 def keras_device(dtype: str) -> str:
-    """The device that Keras runs on, for `Work`. Sets the dtype of the layers made after it."""
+    """Set the dtype of Keras layers made after it; return the device for `Work`."""
     import keras
     import tensorflow as tf
 
@@ -264,7 +265,7 @@ def keras_device(dtype: str) -> str:
 
 
 def set_haiku_dtype(dtype: str) -> None:
-    """Products of hk.LSTM and hk.Linear in `dtype`, parameters in float32."""
+    """Set the dtype of the matmuls of hk.LSTM and hk.Linear; parameters stay in float32."""
     import haiku as hk
     import jmp
 

@@ -1,10 +1,11 @@
-"""Times a train step here and in the libraries that one could pick instead.
+"""Time a training step in this package and in other libraries.
 
     python benchmarks/train_step.py
     python benchmarks/train_step.py --hidden_size 512 --num_layers 2 --batch_size 32
 
-A step is: embedding, LSTM layers, dense, mean cross-entropy, gradients, Adam. The peers come with
-`pip install -e '.[bench]'`; who is not installed is left out with a word.
+A step is: embedding, LSTM layers, dense layer, mean cross-entropy, gradients, Adam.
+`pip install -e '.[bench]'` installs the other libraries; a line is printed for each that is
+missing.
 """
 
 import argparse
@@ -21,7 +22,7 @@ LEARNING_RATE = 1e-4
 
 
 def main() -> None:
-    """Measures and prints the table."""
+    """Measure and print the table."""
     options = side_by_side.parse_options(
         __doc__,
         batch_size=64,
@@ -33,9 +34,9 @@ def main() -> None:
     )
     ours = "lstm-jax fused"
     contestants = {
-        "product": functools.partial(_product, options.dtype),
+        "matmul": functools.partial(_matmul, options.dtype),
         ours: functools.partial(_lstm_jax, options, "fused"),
-        "lstm-jax fused, all regularisers": functools.partial(_lstm_jax, options, "fused", True),
+        "lstm-jax fused, all regularizers": functools.partial(_lstm_jax, options, "fused", True),
         "lstm-jax scan": functools.partial(_lstm_jax, options, "scan"),
         "lstm-jax cudnn": functools.partial(_lstm_jax, options, "cudnn"),
         "Flax LSTMCell": functools.partial(_flax, options, "LSTMCell"),
@@ -45,9 +46,9 @@ def main() -> None:
         "Keras": functools.partial(_keras, options),
     }
     measurements = side_by_side.measure(contestants, options)
-    product = measurements.pop("product")
-    peak = product.work.flops / min(product.seconds)
-    print(f"peak, the best square {options.dtype} product in between: {peak / 1e9:,.0f} GFLOP/s")
+    matmul = measurements.pop("matmul")
+    peak = matmul.work.flops / min(matmul.seconds)
+    print(f"peak, the fastest square {options.dtype} matmul in between: {peak / 1e9:,.0f} GFLOP/s")
     necessary = necessary_flops(options)
     side_by_side.print_table(
         measurements, ours, "share of peak", lambda seconds: f"{necessary / seconds / peak:.2f}"
@@ -55,12 +56,12 @@ def main() -> None:
 
 
 def necessary_flops(options: argparse.Namespace) -> int:
-    """Operations of the matrix products that no implementation of the step can do without.
+    """Return the operations of the matmuls that no implementation of the step can avoid.
 
-    For each token: the recurrent product of each layer, the input's product of each layer but the
-    first, and the dense layer's. The first layer's input is a lookup, so that the product of
-    embedding table and input kernel, once a step, is all it needs. Each of these products takes two
-    more of its size for the gradients, one by its input and one by its kernel.
+    For each token: the recurrent matmul of each layer, the input matmul of each layer but the
+    first, and the dense layer's. The first layer's input is a lookup, so it needs only the matmul
+    of embedding table and input kernel, once per step. Each of these matmuls takes two more of its
+    size for the gradients, one with respect to its input and one with respect to its kernel.
     """
     gates = 4 * options.hidden_size
     layers = (2 * options.num_layers - 1) * options.hidden_size * gates
@@ -71,21 +72,21 @@ def necessary_flops(options: argparse.Namespace) -> int:
 
 
 def _batch(options: argparse.Namespace) -> np.ndarray:
-    """Inputs and targets, int32 [2, batch, time]."""
+    """Return inputs and targets, int32 [2, batch, time]."""
     shape = (2, options.batch_size, options.window_length)
     return np.random.default_rng(0).integers(options.vocabulary_size, size=shape, dtype=np.int32)
 
 
-def _product(dtype: str) -> Work:
+def _matmul(dtype: str) -> Work:
     import jax
     import jax.numpy as jnp
 
     device = side_by_side.jax_device()
-    size = 2048 if device == "cpu" else 8192  # A GPU is done with 2048 before it is well begun.
+    size = 2048 if device == "cpu" else 8192  # 2048 is too short on a GPU.
     square = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
-    product = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
+    matmul = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
     return Work(
-        lambda: product(square, square).block_until_ready(),
+        lambda: matmul(square, square).block_until_ready(),
         device,
         runs_per_turn=3,
         flops=2 * size**3,
@@ -93,7 +94,7 @@ def _product(dtype: str) -> Work:
 
 
 def _jax_work(step: Any, state: Any, batch: Any) -> Work:
-    """The work of a jitted step that donates its state."""
+    """Return the work of a jitted step that donates its state."""
     import jax
 
     batch = jax.device_put(batch)
@@ -122,7 +123,7 @@ def _lstm_jax(options: argparse.Namespace, recurrence: str, regularized: bool = 
     if regularized:
         for name in settings.regularization:
             settings.regularization[name] = 0.1
-    # As a training run does.
+    # As in a training run.
     parallel.use_cores(settings)
     memory.keep_freed_memory()
     mesh = parallel.make_mesh(settings)
@@ -137,28 +138,28 @@ def _lstm_jax(options: argparse.Namespace, recurrence: str, regularized: bool = 
 def _jax_peer(
     options: argparse.Namespace, init: Callable[..., Any], apply: Callable[..., Any]
 ) -> Work:
-    """The work for a model of another JAX library.
+    """Return the work for a model of another JAX library.
 
     Args:
       options: the sizes.
-      init: from a key and ids to parameters.
-      apply: from parameters and ids to logits.
+      init: maps a key and ids to parameters.
+      apply: maps parameters and ids to logits.
     """
     import jax
     import optax
 
     optimizer = optax.adam(LEARNING_RATE)
 
-    def loss(params: Any, batch: Any) -> Any:
+    def loss_fn(params: Any, batch: Any) -> Any:
         inputs, targets = batch
         logits = apply(params, inputs).astype("float32")
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
     def step(state: Any, batch: Any) -> Any:
-        params, optimizer_state, _ = state
-        value, gradients = jax.value_and_grad(loss)(params, batch)
-        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
-        return optax.apply_updates(params, updates), optimizer_state, value
+        params, opt_state, _ = state
+        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
 
     batch = _batch(options)
     params = init(jax.random.key(0), batch[0])
@@ -174,7 +175,7 @@ def _flax(options: argparse.Namespace, cell: str) -> Work:
         layers.append(nn.RNN(getattr(nn, cell)(options.hidden_size, dtype=options.dtype)))
     layers.append(nn.Dense(options.vocabulary_size, dtype=options.dtype))
     model = nn.Sequential(layers)
-    return _jax_peer(options, model.init_params, model.apply)
+    return _jax_peer(options, model.init, model.apply)
 
 
 def _haiku(options: argparse.Namespace) -> Work:
@@ -190,7 +191,7 @@ def _haiku(options: argparse.Namespace) -> Work:
         return hk.Linear(options.vocabulary_size)(hidden).swapaxes(0, 1)
 
     model = hk.without_apply_rng(hk.transform(network))
-    return _jax_peer(options, model.init_params, model.apply)
+    return _jax_peer(options, model.init, model.apply)
 
 
 def _torch(options: argparse.Namespace) -> Work:
