@@ -178,7 +178,7 @@ def test_vocabularies_of_every_form(tmp_path: Path) -> None:
         path.write_text(form if isinstance(form, str) else json.dumps(form))
         directory = tmp_path / f"run_{name}"
         if name == "short.json":  # A model without "" and "[UNK]" is what it would be of.
-            with pytest.raises(UserError, match="the model has 6 units, and the vocabulary 4"):
+            with pytest.raises(UserError, match="the model has 6 tokens, and the vocabulary 4"):
                 transfer.import_weights(model, directory, str(path), None)
             assert not directory.exists()
             continue
@@ -198,7 +198,7 @@ def test_rows_that_a_model_lacks_are_added_and_never_predicted(
     (tmp_path / "units.json").write_text(json.dumps(units))
     transfer.import_weights(model, tmp_path / "run", str(tmp_path / "units.json"), None)
     names = "''" if missing == 1 else "'' and '[UNK]'"
-    assert f"It had no {names}: added" in capsys.readouterr().out
+    assert f"Added {names}, " in capsys.readouterr().out
     trained = workdir.load_trained(tmp_path / "run")
     own_only = weights.to_model(own)[1]
     model_of_own = trained.model.clone(vocabulary_size=len(units))
@@ -212,7 +212,7 @@ def test_rows_that_a_model_lacks_are_added_and_never_predicted(
 
 def test_a_model_with_padding_and_no_unknown_is_told_what_was_added(tmp_path: Path) -> None:
     units = ["", *"abcd"]
-    own, vocabulary, added = weights.with_vocabulary(
+    own, vocabulary, added = weights.add_special_rows(
         made(tmp_path, units=len(units)), units, "characters", ""
     )
     assert added == ["[UNK]"] and vocabulary.tokens == ("", "[UNK]", *"abcd")
@@ -299,14 +299,14 @@ def renamed(arrays: dict[str, np.ndarray], old: str, new: str) -> dict[str, np.n
         (lambda a: {**a, "lstm.bias_ih_l0": a["lstm.bias_ih_l0"] * np.nan}, "not finite"),
         (
             lambda a: {**a, "lstm.bias_ih_l0": a["lstm.bias_ih_l0"][1:]},
-            "biases of lstm (layer 0) are not",
+            "biases of lstm (layer 0) don't fit",
         ),
-        (lambda a: {**a, "lstm.weight_hh_l0": a["lstm.bias_ih_l0"]}, "kernel of shape"),
+        (lambda a: {**a, "lstm.weight_hh_l0": a["lstm.bias_ih_l0"]}, "its recurrent kernel is [20]"),
         (lambda a: {**a, "linear.bias": a["linear.bias"].astype(np.int8)}, "int8, not floating"),
         (lambda a: {**a, "embedding.weight": a["embedding.weight"][1:]}, "of the same vocabulary"),
         (
             lambda a: {**a, **{k.replace("lstm", "up"): v for k, v in a.items() if "lstm" in k}},
-            "which of lstm, up comes first can't be told",
+            "which of lstm (layer 0), up (layer 0) comes first can't be told",
         ),
     ],
 )
@@ -353,7 +353,7 @@ def test_layers_that_others_lack_are_refused_by_name(tmp_path: Path) -> None:
     uneven = own._replace(layers=[own.layers[0], made(tmp_path, embedding_size=5).layers[0]])
     with pytest.raises(UserError, match="takes 5 features"):
         weights.check_weights(own._replace(layers=uneven.layers[::-1]))
-    with pytest.raises(UserError, match="have 5, 6 units: all layers"):
+    with pytest.raises(UserError, match="have 5, 6 hidden units: all layers"):
         weights.to_model(
             own._replace(layers=[own.layers[0], {"recurrent_kernel": np.zeros((6, 24))}])
         )
@@ -384,7 +384,7 @@ def test_what_is_there_stays_and_nothing_is_half_written(trained: Path, tmp_path
     model, lines = FIXTURES / "keras_lstm.keras", TEXT.read_text()
     (tmp_path / "words.json").write_text(json.dumps(["", "[UNK]", *"abcdefghijklmnopqrst", "word"]))
     for arguments, message in (
-        ((model, tmp_path / "run", str(UNITS), None), "holds something already"),
+        ((model, tmp_path / "run", str(UNITS), None), "is not empty"),
         ((model, tmp_path / "new", None, None), "give --vocabulary FILE, or --text FILE"),
         ((model, tmp_path / "new", str(tmp_path / "words.json"), None), "the model has"),
         ((model, tmp_path / "new", "nothing.json", None), "can't read nothing.json"),
@@ -395,7 +395,7 @@ def test_what_is_there_stays_and_nothing_is_half_written(trained: Path, tmp_path
         with pytest.raises(UserError) as caught:
             transfer.import_weights(*arguments)
         assert message in str(caught.value)
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="there.keras exists"):
         transfer.export_weights(trained, tmp_path / "there.keras")
     with pytest.raises(UserError, match="can't write"):
         transfer.export_weights(trained, tmp_path / "nothing" / "there.keras")
@@ -433,8 +433,8 @@ def test_a_compressed_archive_with_one_wrong_byte_is_refused_or_read(tmp_path: P
 @pytest.mark.parametrize(
     ("name", "array", "message"),
     [
-        ("lstm/cell/vars/1", np.zeros((5, 16)), r"a recurrent kernel of shape \[5, 16\]"),
-        ("lstm/cell/vars/1", np.zeros((0, 16)), r"a recurrent kernel of shape \[0, 16\]"),
+        ("lstm/cell/vars/1", np.zeros((5, 16)), r"its recurrent kernel is \[5, 16\]"),
+        ("lstm/cell/vars/1", np.zeros((0, 16)), r"its recurrent kernel is \[0, 16\]"),
         ("lstm/cell/vars/0", np.zeros((6, 15)), "don't fit each other"),
         ("lstm/cell/vars/2", np.zeros(15), "don't fit each other"),
     ],

@@ -362,6 +362,7 @@ BAD_CONFIGS = {
         (["sample", f"--workdir={'n' * 300}"], "config.json: File name too long"),
         (["main", "--config", QUICK, f"--config.data.path={'n' * 300}"], "no text file nnn"),
         (["main", *TINY, "--config.data.path=good.txt", f"--workdir={'n' * 300}"], "too long"),
+        (["inspect"], "name the trained model: --workdir DIR"),
         (["convert"], "name the working directory: --workdir DIR"),
         (["convert", "--workdir=x"], "give either --from FILE"),
         (["convert", "--workdir=x", "--from=good.txt"], "none of .keras, .weights.h5"),
