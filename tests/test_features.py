@@ -15,7 +15,7 @@ ROMEO:
 
 
 def marks(name: str, text: str) -> str:
-    """Where a feature is 1, "-" elsewhere."""
+    """Return "1" where a feature is 1, "-" elsewhere."""
     return "".join("-1"[int(x)] for x in features.compute_text_features(text)[name])
 
 

@@ -25,7 +25,7 @@ NASTY = '</script><script>document.title="owned"</script><!-- & <b>"x"</b>\u2028
 
 
 def data_of(page: bytes) -> dict[str, Any]:
-    """What the page holds, as its script reads it."""
+    """Return the data of the page, as its script reads them."""
     line = next(line for line in page.decode().splitlines() if line.startswith("const data = {"))
     return json.loads(line.removeprefix("const data = ").removesuffix(";"))
 
@@ -171,7 +171,7 @@ def test_mistakes_are_told_in_one_line(
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium without a window and without a network."""
+    """Start Chromium without a window and without a network."""
     selenium = pytest.importorskip("selenium.webdriver", reason="selenium isn't installed")
     programs = [
         next(filter(None, map(shutil.which, names)), None)
@@ -218,7 +218,7 @@ def test_the_page_in_a_browser(
     assert browser.title == "What tiny has learned"
     assert "<i>name</i>, 4,0" in find("#about").text
 
-    # The text is all there, one part at a time, and what was in it stayed text.
+    # The whole text is there, one part at a time, and its markup stays text.
     assert script("document.querySelectorAll('#text b').length") == 0
     shown = script("Array.from(document.querySelectorAll('#text > span'), s => s.textContent)")
     assert len(shown) == 3000 and "".join(shown).replace("↵", "") == text[:3000]
@@ -258,10 +258,12 @@ def test_the_page_in_a_browser(
     followers = find("#found")
     followers.send_keys(Keys.HOME, Keys.ARROW_DOWN)
     chosen = find("#found [aria-selected=true]")
-    assert chosen.get_attribute("id") == followers.get_attribute("aria-activedescendant") == "found-1"
+    assert (
+        chosen.get_attribute("id") == followers.get_attribute("aria-activedescendant") == "found-1"
+    )
     assert f"hidden unit {chosen.get_attribute('data-unit')} after" in find("#what").text
     outline = script("getComputedStyle(document.activeElement).outlineStyle")
-    assert outline == "solid", "what has the focus shows it"
+    assert outline == "solid", "the focus is visible"
 
     # By surprisal.
     find("#color").send_keys("s")
@@ -276,7 +278,7 @@ def test_the_page_in_a_browser(
     assert script("ticks(1.44, 1.6).map(([, label]) => label)") == ["1.45", "1.50", "1.55", "1.60"]
     assert script("ticks(0, 1957, 1).map(([, label]) => label)") == ["0", "500", "1,000", "1,500"]
     assert script("ticks(0, 2, 1).map(([, label]) => label)") == ["0", "1", "2"]
-    # What was measured on validation and test text is never above the picture.
+    # Losses on validation and test text are never above the picture.
     heights = [
         float(dot.get_attribute("cy"))
         for dot in browser.find_elements("css selector", "#curves circle")
@@ -284,7 +286,7 @@ def test_the_page_in_a_browser(
     assert heights and min(heights) >= 20
     assert find("#written").text
 
-    # What is shown is in the address, and opens again.
+    # The address keeps the state of the page.
     address = browser.current_url
     assert "color=bits" in address and "at=3010" in address
     browser.get("about:blank")
@@ -296,6 +298,4 @@ def test_the_page_in_a_browser(
     phone = {"width": 360, "height": 780, "deviceScaleFactor": 2, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
     assert script("document.documentElement.scrollWidth") <= 360
-    assert not browser.get_log("browser"), (
-        "no error, and nothing that the page asked the network for"
-    )
+    assert not browser.get_log("browser"), "no error, and no request to the network"

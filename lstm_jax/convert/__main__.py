@@ -30,9 +30,7 @@ _VOCABULARY = flags.DEFINE_string(
 _TEXT = flags.DEFINE_string(
     "text", None, "Text that --from was trained on. Its characters are the default vocabulary."
 )
-_DROP_SPECIAL = flags.DEFINE_boolean(
-    "drop_special", False, "Leave out the rows of '' and '[UNK]', for a model without them."
-)
+_DROP_SPECIAL = flags.DEFINE_boolean("drop_special", False, "Omit the rows of '' and '[UNK]'.")
 
 
 def main() -> None:

@@ -39,13 +39,10 @@ _SUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
 
 
 def read_archive(file: BinaryIO) -> Weights:
-    """Return the weights in a `.keras` file.
+    """Return the weights in a `.keras` file, or raise `UserError` if there is no such model here.
 
     The config of a subclassed model does not describe its layers. They are assumed to have the
     default activations of Keras.
-
-    Raises:
-      UserError: if it is no such file, or there is no such model here.
     """
     with weights_lib.parsing(".keras file of Keras 3"):
         with zipfile.ZipFile(file) as archive:
@@ -77,10 +74,8 @@ def read_weights(file: BinaryIO) -> Weights:
         parent, _, number = path.rpartition("/vars/")
         if not parent or not number.isdigit() or path.startswith("optimizer"):
             return
-        if not isinstance(item, h5py.Dataset):
-            raise UserError(f"{path} is no array")
-        if item.external or item.is_virtual:
-            raise UserError(f"{path} is kept in another file")
+        if not isinstance(item, h5py.Dataset) or item.external or item.is_virtual:
+            raise UserError(f"{path} is no array, or kept in another file")
         if item.nbytes > _MAX_RATIO * item.id.get_storage_size() + _SMALL:
             raise UserError(f"the {item.nbytes:,} bytes of {path} are not in the file")
         if item.dtype.kind == "f":
@@ -162,8 +157,7 @@ def _check_layers(layers: list[dict[str, Any]], functional: bool) -> None:
             nodes = json.dumps(layer["inbound_nodes"])
             if re.findall(r'"keras_history": \["(.*?)", 0, (\d+)', nodes) != [(before, "0")]:
                 raise UserError(
-                    f"the layer {name!r} has other inputs than the layer before it: only a chain "
-                    "of layers can be converted"
+                    f"the inputs of the layer {name!r} are not just the layer before it"
                 )
         before = name
         if kind == "TimeDistributed":

@@ -18,10 +18,9 @@ _RECURRENT = re.compile(r"(.*?)\.?((?:weight|bias)_[ih]h)(?:_l(\d{1,9}))?(_rever
 
 
 def read_state_dict(file: BinaryIO) -> Weights:
-    """Return the weights in a file. An `nn.RNN` is assumed to have its default activation, tanh.
+    """Return the weights in a file, or raise `UserError` if there is no such model here.
 
-    Raises:
-      UserError: if it is no such file, or there is no such model here.
+    An `nn.RNN` is assumed to have its default activation, tanh.
     """
     with weights_lib.require("safetensors"):
         import safetensors.numpy

@@ -32,8 +32,7 @@ _TORCH = (
 )
 _REMEDIES = {".h5": _KERAS, ".hdf5": _KERAS, ".pt": _TORCH, ".pth": _TORCH}
 _MAX_VOCABULARY_BYTES = 2**25
-# In a vocabulary that is a text file with one token a line.
-_ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
+_ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}  # Of a text, one token a line.
 
 
 def import_weights(
@@ -85,7 +84,7 @@ def import_weights(
     make_workdir(directory, config_lib.complete_config(config), vocabulary, params)
     print(f"{model_lib.format_parameters(params)}\n")
     if added:
-        print(f"Added {' and '.join(map(repr, added))}, which it had not, with logits of -30")
+        print(f"Added {' and '.join(map(repr, added))}, which it lacked, with logits of -30")
     print(
         f"Wrote the model of {source} to {directory}\n"
         f"Generate text: python -m lstm_jax.sample --workdir {directory}"
@@ -139,10 +138,7 @@ def read_vocabulary(path: Path) -> tuple[list[str], str, str]:
 
     The file is the vocabulary.json of a working directory or of `export_weights`; a JSON list of
     characters, or object from characters to ids; or a text with one character a line, with the
-    escapes \n, \r, \t and \\.
-
-    Raises:
-      UserError: if it is none of these.
+    escapes \n, \r, \t and \\. For others, raise `UserError`.
     """
     try:
         content = files.read_bytes(path, _MAX_VOCABULARY_BYTES, follow=True)
@@ -185,8 +181,7 @@ def _find_format(path: Path, flag: str) -> tuple[Any, Any]:
     for suffix, functions in _FORMATS.items():
         if path.name.endswith(suffix):
             return functions
-    any_other = ("its name must end with one of these",) * 2
-    remedy = _REMEDIES.get(path.suffix, any_other)[flag == "--to"]
+    remedy = _REMEDIES.get(path.suffix, 2 * ["its name must end with one of these"])[flag == "--to"]
     raise UserError(f"{path} ({flag}) is none of {', '.join(_FORMATS)}: {remedy}")
 
 

@@ -46,10 +46,9 @@ class Weights(NamedTuple):
 
 def from_model(model: LanguageModel, params: Params) -> Weights:
     """Return the weights of a model, or raise `UserError` if others have no such model."""
-    if model.cell not in GATES:
-        raise UserError(f"model.cell is {model.cell!r}: Keras and PyTorch have no such layer")
-    if model.layer_norm:
-        raise UserError("model.layer_norm is on: Keras and PyTorch have no such layer")
+    if model.cell not in GATES or model.layer_norm:
+        named = "model.layer_norm=True" if model.layer_norm else f"model.cell={model.cell!r}"
+        raise UserError(f"Keras and PyTorch have no layer with {named}")
     arrays: Any = jax.tree.map(lambda array: np.asarray(array, np.float32), params)
     embedding = arrays["embedding"]["embedding"]
     return Weights(
@@ -88,7 +87,9 @@ def to_model(weights: Weights) -> tuple[dict[str, Any], Params]:
 def add_special_rows(
     weights: Weights, tokens: Sequence[str], kind: str, stop: str
 ) -> tuple[Weights, Vocabulary, list[str]]:
-    """Make "" and "[UNK]" rows 0 and 1; add those that the model lacks, with logits of -30.
+    """Make "" and "[UNK]" rows 0 and 1, or raise `UserError` if the tokens are of another model.
+
+    Rows that the model lacks are added, with logits of -30.
 
     Args:
       weights: of a model made anywhere.
@@ -99,9 +100,6 @@ def add_special_rows(
 
     Returns:
       The weights, their vocabulary, and the tokens that were added.
-
-    Raises:
-      UserError: if the numbers of tokens and rows differ, or the tokens make no vocabulary.
     """
     proper = [token for token in tokens if token not in (PADDING, UNKNOWN)]
     orders = [list(tokens), [UNKNOWN, *proper], proper]
@@ -132,19 +130,13 @@ def drop_special_rows(weights: Weights) -> Weights:
     return weights._replace(embedding=embedding[rows], kernel=kernel[:, rows], bias=bias[rows])
 
 
-# From here on, shared by `keras_weights` and `torch_weights`.
-
-
 @contextlib.contextmanager
 def require(package: str) -> Iterator[None]:
     """Raise `UserError` if the import of an optional package fails."""
     try:
         yield
     except ImportError:
-        raise UserError(
-            f"this format needs {package}: pip install {package}, or install this package with its "
-            "extra 'convert'"
-        ) from None
+        raise UserError(f"this format needs {package}: pip install {package}") from None
 
 
 @contextlib.contextmanager
@@ -174,13 +166,10 @@ def make_layer(
     is_matrix = len(shape) == 2 and shape[0] > 0
     cells = [cell for cell, gates in GATES.items() if is_matrix and shape[1] == gates * shape[0]]
     if not cells:
-        raise UserError(
-            f"{name} is no LSTM, GRU or simple RNN: its recurrent kernel is {list(shape)}"
-        )
+        raise UserError(f"{name} is no LSTM, GRU or RNN: its recurrent kernel is {list(shape)}")
     hidden, size = shape
     first, second = [*biases, *np.zeros((2, size), np.float32)][:2]
-    fits = kernel.shape[1:] == first.shape == second.shape == (size,) and len(biases) <= 2
-    if not fits:
+    if len(biases) > 2 or not kernel.shape[1:] == first.shape == second.shape == (size,):
         raise UserError(f"the kernels and biases of {name} don't fit each other")
     layer = {"input_kernel": kernel, "recurrent_kernel": recurrent_kernel, "bias": first + second}
     if cells == ["gru"]:
@@ -228,8 +217,7 @@ def build_weights(
 
 def _numbers(name: str) -> list[list[int]]:
     """Return a key that sorts lstm, lstm_1, lstm_2, ..., lstm_10 in this order."""
-    parts = re.split("[./ ]", name)
-    return [[int(n) for n in re.findall(r"\d{1,9}", part)] for part in parts]
+    return [[int(n) for n in re.findall(r"\d{1,9}", part)] for part in re.split("[./ ]", name)]
 
 
 def _match_ends(
@@ -270,16 +258,12 @@ def check_weights(weights: Weights) -> Weights:
     vocabulary, features = weights.embedding.shape
     for number, layer in enumerate(weights.layers, start=1):
         if (inputs := len(layer["input_kernel"])) != features:
-            raise UserError(
-                f"its recurrent layer {number} takes {inputs} features, but the layer before it "
-                f"gives {features}"
-            )
+            raise UserError(f"its recurrent layer {number} takes {inputs} features, not {features}")
         features = len(layer["recurrent_kernel"])
     if weights.kernel.shape != (features, vocabulary) or weights.bias.shape != (vocabulary,):
         raise UserError(
-            f"its embedding has {vocabulary} rows and its last recurrent layer {features} hidden "
-            f"units, but the kernel of its dense layer is {list(weights.kernel.shape)}: embedding "
-            "and logits must be of the same vocabulary"
+            f"the kernel of its dense layer is {list(weights.kernel.shape)}, not "
+            f"{[features, vocabulary]}: embedding and logits must be of the same vocabulary"
         )
     if not all(np.isfinite(array).all() for array in jax.tree.leaves(weights[1:])):
         raise UserError("some of its weights are not finite")

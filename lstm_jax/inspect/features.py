@@ -72,8 +72,7 @@ def compute_text_features(text: str) -> dict[str, np.ndarray]:
     paragraph_start = first[paragraph_line][line]
 
     # Speakers, as plays name them: a short line that begins a paragraph and ends in a colon.
-    short = last_inked - first < _MAX_NAME
-    names = starts_paragraph & short & (codes[last_inked] == ord(":")) & ~blank
+    names = starts_paragraph & (codes[last_inked] == ord(":")) & (last_inked - first < _MAX_NAME)
     has_name = names[paragraph_line]
     in_name = names[line] & (index < last_inked[line])
     line_number = np.where(blank, 0, np.arange(len(first)) - paragraph_line + ~has_name)

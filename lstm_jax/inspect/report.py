@@ -35,7 +35,7 @@ _MAX_SAMPLES = 200_000  # In characters. The last ones are kept.
 def write_report(
     directory: Path, text_file: str | None, *own_text: str | None, out: Path | None, length: int
 ) -> None:
-    """Write the page about the model in a working directory, and print its path.
+    """Write the page about the model in a working directory, or raise `UserError`; print its path.
 
     Args:
       directory: the working directory.
@@ -43,20 +43,16 @@ def write_report(
       *own_text: what the user says about this split; see `texts.load_texts_of_run`.
       out: the page; None: `REPORT` in the working directory.
       length: the maximum number of tokens to read.
-
-    Raises:
-      UserError: if the model or the text can't be read, or the page can't be written.
     """
-    # Before the model is read. If the working directory is missing, `load_trained` raises.
     if out is not None and not out.parent.is_dir():
         raise UserError(f"there is no directory {out.parent}: make it, or name another --out")
     out = out or directory / REPORT
     if out.is_dir():
         raise UserError(f"{out} is a directory: --out must name a file, such as {out / REPORT}")
     trained = workdir.load_trained(directory)
-    any_bytes = trained.vocabulary.kind == "bytes"
+    kind = trained.vocabulary.kind
     if text_file:
-        text = corpus.read_argument(text_file, "--text", any_bytes)
+        text = corpus.read_argument(text_file, "--text", kind == "bytes")
         name = "standard input" if text_file == "-" else Path(text_file).name
     else:
         splits = texts.load_texts_of_run(trained.config.data, *own_text)
@@ -65,10 +61,9 @@ def write_report(
     if len(tokens) < 2:
         raise UserError(f"{name} is too short: --text must name a file of two tokens or more")
     if len(tokens) > length:
-        counts = f"the first {length:,} of {len(tokens):,} {trained.vocabulary.kind}"
-        print(f"reading {counts} (--length)", file=sys.stderr)
+        print(f"reading the first {length:,} of {len(tokens):,} {kind} (--length)", file=sys.stderr)
         text = "".join(tokens[:length])
-        if any_bytes:  # The last character may be incomplete.
+        if kind == "bytes":  # The last character may be incomplete.
             text = text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
     page = make_page(trained, text, name, directory)
     try:
@@ -79,19 +74,16 @@ def write_report(
 
 
 def make_page(trained: workdir.Trained, text: str, name: str, directory: Path) -> bytes:
-    """Return the page about a model that reads a text of two tokens or more.
+    """Return the page, or raise `UserError` if the model's predictions are not finite.
 
     Args:
       trained: the model.
-      text: the text.
+      text: two tokens or more.
       name: of the text.
       directory: the working directory, with the metrics and samples of the run.
-
-    Raises:
-      UserError: if the model's predictions are not finite.
     """
     model, vocabulary = trained.model, trained.vocabulary
-    layers = "1 layer" if model.num_layers == 1 else f"{model.num_layers} layers"
+    layers = f"{model.num_layers} layer{'s' * (model.num_layers > 1)}"
     sizes = " and ".join(str(size) for size in dict.fromkeys(model.sizes[1:]))
     ids = vocabulary.encode(text)
     reading = activations.record_activations(model, trained.params, ids)
@@ -201,7 +193,7 @@ def _pack_activations(
 def _pack(values: np.ndarray, dtype: Any) -> dict[str, str]:
     """Return integers as the page reads them: little-endian, compressed, in base64."""
     kind = np.dtype(dtype)
-    raw = np.ascontiguousarray(values, kind.newbyteorder("<")).tobytes()
+    raw = np.asarray(values, kind.newbyteorder("<")).tobytes()
     content = base64.b64encode(gzip.compress(raw, 6, mtime=0)).decode("ascii")
     name = f"{'Uint' if kind.kind == 'u' else 'Int'}{8 * kind.itemsize}Array"
     return {"type": name, "base64": content}
