@@ -25,7 +25,7 @@ _OUT = flags.DEFINE_string("out", None, f"Page to write. [default: {report.REPOR
 _LENGTH = flags.DEFINE_integer(
     "length",
     100_000,
-    "Maximum number of tokens to read. It takes as many bytes of memory for each hidden unit.",
+    "Maximum number of tokens to read. Each takes one byte of memory for each hidden unit.",
     lower_bound=2,
     upper_bound=10**6,
 )

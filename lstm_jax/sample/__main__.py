@@ -1,6 +1,6 @@
 """Generate text with a trained model: `python -m lstm_jax.sample --workdir DIR --prompt "ROMEO:"`.
 
-Standard output holds the text, as it is generated; everything else goes to standard error.
+Standard output is the text, as it is generated. All other messages go to standard error.
 """
 
 if __name__ == "__main__":
@@ -44,7 +44,7 @@ _MIN_P = flags.DEFINE_float(
 _REPETITION_PENALTY = flags.DEFINE_float(
     "repetition_penalty", 1.0, "Make recent tokens less likely (above 1); 1: off."
 )
-_REPETITION_WINDOW = flags.DEFINE_integer("repetition_window", 64, "The number of recent tokens.")
+_REPETITION_WINDOW = flags.DEFINE_integer("repetition_window", 64, "Recent tokens to penalize.")
 _FORBID = flags.DEFINE_string("forbid", "", "Never generate the tokens of this text.")
 _STOP = flags.DEFINE_boolean("stop", True, "End at the stop token, if the model has one.")
 _STOP_AT = flags.DEFINE_string("stop_at", "", "End when this text has been generated.")
