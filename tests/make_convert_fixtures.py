@@ -1,9 +1,9 @@
-"""Makes tests/fixtures: tiny models of Keras and PyTorch, and the logits they give for a text.
+"""Make tests/fixtures: tiny models of Keras and PyTorch, and their logits for a text.
 
     pip install -e '.[bench,convert]'
     python tests/make_convert_fixtures.py
 
-Their weights are random and large, so that no gate is near its default.
+Their weights are random and large, so that no gate is near its initial value.
 """
 
 import json
@@ -18,54 +18,54 @@ import torch
 
 FIXTURES = Path(__file__).with_name("fixtures")
 TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n"
-UNITS = ["", "[UNK]", *sorted(set(TEXT))]
-IDS = np.array([[UNITS.index(character) for character in TEXT]], np.int32)
+TOKENS = ["", "[UNK]", *sorted(set(TEXT))]
+IDS = np.array([[TOKENS.index(character) for character in TEXT]], np.int32)
 HIDDEN, FEATURES = 5, 4
 
 
 class Lesson(keras.Model):
-    """The lesson's model: a class of its own, whose state can be had."""
+    """The lesson's model: a subclass, with the state as an output."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
-        self.embedding = keras.layers.Embedding(len(UNITS), FEATURES)
+        self.embedding = keras.layers.Embedding(len(TOKENS), FEATURES)
         self.layer = layer
-        self.dense = keras.layers.Dense(len(UNITS))
+        self.dense = keras.layers.Dense(len(TOKENS))
 
     def call(self, inputs: Any) -> Any:
-        """Ids [batch, time] → logits."""
+        """Return logits for ids [batch, time]."""
         outputs, *_ = self.layer(self.embedding(inputs))
         return self.dense(outputs)
 
 
 class CharacterModel(torch.nn.Module):
-    """Embedding, a recurrent module, linear."""
+    """An embedding, a recurrent module, a linear layer."""
 
     def __init__(self, layers: Any) -> None:
         super().__init__()
-        self.embedding = torch.nn.Embedding(len(UNITS), FEATURES)
+        self.embedding = torch.nn.Embedding(len(TOKENS), FEATURES)
         self.layers = layers
-        self.linear = torch.nn.Linear(HIDDEN, len(UNITS))
+        self.linear = torch.nn.Linear(HIDDEN, len(TOKENS))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Ids [batch, time] → logits."""
+        """Return logits for ids [batch, time]."""
         outputs, _ = self.layers(self.embedding(ids))
         return self.linear(outputs)
 
 
 def main() -> None:
-    """Writes all files."""
+    """Write all files."""
     FIXTURES.mkdir(exist_ok=True)
     random = np.random.default_rng(0)
     logits = {}
     keras_layers = keras.layers
     sequential = keras.Sequential(
         [
-            keras_layers.Embedding(len(UNITS), FEATURES),
+            keras_layers.Embedding(len(TOKENS), FEATURES),
             keras_layers.LSTM(HIDDEN, return_sequences=True),
             keras_layers.Dropout(0.1),
             keras_layers.LSTM(HIDDEN, return_sequences=True),
-            keras_layers.Dense(len(UNITS)),
+            keras_layers.Dense(len(TOKENS)),
         ]
     )
     lesson = Lesson(keras_layers.GRU(HIDDEN, return_sequences=True, return_state=True))
@@ -88,9 +88,9 @@ def main() -> None:
                 parameter.copy_(torch.from_numpy(random.normal(size=tuple(parameter.shape))))
             logits[name] = torch_model(torch.from_numpy(IDS.astype(np.int64))).numpy()
         safetensors.torch.save_file(torch_model.state_dict(), FIXTURES / name)
-    (FIXTURES / "vocabulary.json").write_text(json.dumps(UNITS) + "\n")
+    (FIXTURES / "vocabulary.json").write_text(json.dumps(TOKENS) + "\n")
     (FIXTURES / "text.txt").write_text(TEXT)
-    # Every tenth position, for the sake of size: what comes before it counts all the same.
+    # Every tenth position, to keep the file small. Each depends on all positions before it.
     tenth: dict[str, Any] = {
         name: array[0, ::10].astype(np.float32) for name, array in logits.items()
     }
@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def _compress(path: Path) -> None:
-    """Keras stores the files in its archives as they are."""
+    """Compress an archive of Keras, which is not compressed."""
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -1,4 +1,4 @@
-"""Weights of Keras and PyTorch: stored ones, and those of the real libraries where installed."""
+"""Weights of Keras and PyTorch: from stored files, and from the libraries where installed."""
 
 import io
 import json
@@ -30,7 +30,7 @@ pytest.importorskip("safetensors")
 
 FIXTURES = Path(__file__).with_name("fixtures")
 TEXT = FIXTURES / "text.txt"
-UNITS = FIXTURES / "vocabulary.json"
+TOKENS = FIXTURES / "vocabulary.json"
 STORED = {
     "keras_lstm.keras": ("lstm", 2),
     "keras_gru.weights.h5": ("gru", 1),
@@ -46,7 +46,7 @@ WRITERS = {
 
 
 def logits(trained: workdir.Trained, text: str) -> np.ndarray:
-    """What the model predicts after each character, [time, vocabulary]."""
+    """Return the logits after each character, [time, vocabulary]."""
     ids = trained.vocabulary.encode(text)[None]
     carry = trained.model.initial_carry(1)
     return np.asarray(model_lib.apply(trained.model, trained.params, ids, carry)[0][0])
@@ -65,9 +65,9 @@ def greedy(trained: workdir.Trained, prompt: str, length: int) -> str:
     return text.removeprefix(prompt)
 
 
-def made(tmp_path: Path, units: int = 30, **fields: Any) -> weights.Weights:
-    """The weights of a random model, its biases too."""
-    model = model_lib.LanguageModel(units, fields.pop("embedding_size", 6), 5, **fields)
+def made(tmp_path: Path, tokens: int = 30, **fields: Any) -> weights.Weights:
+    """Return weights drawn at random, biases included."""
+    model = model_lib.LanguageModel(tokens, fields.pop("embedding_size", 6), 5, **fields)
     shapes = jax.eval_shape(lambda: model_lib.init_params(model, jax.random.key(0)))
     draw = np.random.default_rng(0).normal
     params = jax.tree.map(lambda x: draw(size=x.shape).astype(np.float32), shapes)
@@ -75,7 +75,7 @@ def made(tmp_path: Path, units: int = 30, **fields: Any) -> weights.Weights:
 
 
 def save(own: weights.Weights, path: Path) -> Path:
-    """Writes weights in the format that the path's name asks for."""
+    """Write weights in the format of the path's name."""
     write, _ = next(functions for end, functions in WRITERS.items() if path.name.endswith(end))
     path.write_bytes(write(own))
     return path
@@ -84,13 +84,13 @@ def save(own: weights.Weights, path: Path) -> Path:
 @pytest.mark.parametrize("name", STORED)
 def test_a_stored_model_gives_the_logits_that_its_library_gave(name: str, tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    transfer.import_weights(FIXTURES / name, directory, str(UNITS), None)
+    transfer.import_weights(FIXTURES / name, directory, str(TOKENS), None)
     trained = workdir.load_trained(directory)
     assert (trained.model.cell, trained.model.num_layers, trained.step) == (*STORED[name], 0)
     with np.load(FIXTURES / "logits.npz") as expected:
         ours = logits(trained, TEXT.read_text())[::10]
         np.testing.assert_allclose(ours, expected[name], rtol=0, atol=1e-5)
-    # There is nothing half-made beside it, and the text says the same as the vocabulary.
+    # Nothing partial is left beside it, and the text gives the same vocabulary.
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     transfer.import_weights(FIXTURES / name, tmp_path / "by_text", None, str(TEXT))
     assert workdir.load_vocabulary(tmp_path / "by_text").tokens == trained.vocabulary.tokens
@@ -109,7 +109,7 @@ def test_what_is_written_is_read_again_as_it_was(end: str, cell: str, tmp_path: 
 
 @pytest.mark.parametrize("end", WRITERS)
 def test_tied_embeddings_stay_tied(end: str, tmp_path: Path) -> None:
-    # Layers of 5, 5 and 6 units, since the last one's are as many as the embedding's features.
+    # Layers of 5, 5 and 6 hidden units: with tied embeddings, the last has the embedding's size.
     own = made(tmp_path, num_layers=3, tie_embeddings=True)
     write, read = WRITERS[end]
     fields, params = weights.to_model(read(io.BytesIO(write(own))))
@@ -135,7 +135,7 @@ def test_a_run_goes_out_and_comes_back(trained: Path, text_file: Path, tmp_path:
             transfer.import_weights(target, directory, beside, str(text_file))
             after = workdir.load_trained(directory)
             assert after.vocabulary.tokens == before.vocabulary.tokens
-            # Rows that were left out come back as such that are never predicted.
+            # Rows that were left out are added again, and never predicted.
             ours, theirs = logits(before, text)[:, 2:], logits(after, text)
             np.testing.assert_allclose(theirs[:, 2:], ours, rtol=0, atol=1e-5)
             if drop:
@@ -145,7 +145,7 @@ def test_a_run_goes_out_and_comes_back(trained: Path, text_file: Path, tmp_path:
 
 
 def evaluate_directory(directory: Path) -> float:
-    """The loss on the test split, of the text that the directory's config names."""
+    """Return the loss on the test split of the run's text."""
     trained = workdir.load_trained(directory)
     text = texts.load_texts_of_run(trained.config.data, None)["test"]
     return loss_lib.compute_loss(trained.model, trained.params, text.encode(trained.vocabulary))
@@ -163,28 +163,28 @@ def test_training_starts_from_what_came_in(
 
 
 def test_vocabularies_of_every_form(tmp_path: Path) -> None:
-    own = made(tmp_path, units=6)
+    own = made(tmp_path, tokens=6)
     model = save(own, tmp_path / "model.safetensors")
-    units = ["\n", "\\", "b", "a"]
+    tokens = ["\n", "\\", "b", "a"]
     forms: dict[str, Any] = {
-        "own.json": {"kind": "characters", "stop": "", "units": ["", "[UNK]", *units]},
-        "list.json": ["", "[UNK]", *units],
-        "short.json": units,
-        "ids.json": {unit: i for i, unit in enumerate(["", "[UNK]", *units])},
+        "own.json": {"kind": "characters", "stop": "", "units": ["", "[UNK]", *tokens]},
+        "list.json": ["", "[UNK]", *tokens],
+        "short.json": tokens,
+        "ids.json": {token: i for i, token in enumerate(["", "[UNK]", *tokens])},
         "lines.txt": "\n[UNK]\n\\n\n\\\\\nb\na\n",
     }
     for name, form in forms.items():
         path = tmp_path / name
         path.write_text(form if isinstance(form, str) else json.dumps(form))
         directory = tmp_path / f"run_{name}"
-        if name == "short.json":  # A model without "" and "[UNK]" is what it would be of.
-            with pytest.raises(UserError, match="the model has 6 units, and the vocabulary 4"):
+        if name == "short.json":  # Only a model without "" and "[UNK]" has these tokens.
+            with pytest.raises(UserError, match="the model has 6 tokens, and the vocabulary 4"):
                 transfer.import_weights(model, directory, str(path), None)
             assert not directory.exists()
             continue
         transfer.import_weights(model, directory, str(path), None)
         loaded = workdir.load_trained(directory)
-        assert loaded.vocabulary.tokens == ("", "[UNK]", *units)
+        assert loaded.vocabulary.tokens == ("", "[UNK]", *tokens)
         np.testing.assert_array_equal(loaded.params["embedding"]["embedding"], own.embedding)
 
 
@@ -192,17 +192,17 @@ def test_vocabularies_of_every_form(tmp_path: Path) -> None:
 def test_rows_that_a_model_lacks_are_added_and_never_predicted(
     missing: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    units = ["", "[UNK]", *"abcd"][missing:]
-    own = made(tmp_path, units=len(units))
+    tokens = ["", "[UNK]", *"abcd"][missing:]
+    own = made(tmp_path, tokens=len(tokens))
     model = save(own, tmp_path / "model.keras")
-    (tmp_path / "units.json").write_text(json.dumps(units))
+    (tmp_path / "units.json").write_text(json.dumps(tokens))
     transfer.import_weights(model, tmp_path / "run", str(tmp_path / "units.json"), None)
     names = "''" if missing == 1 else "'' and '[UNK]'"
-    assert f"It had no {names}: added" in capsys.readouterr().out
+    assert f"Added {names}, " in capsys.readouterr().out
     trained = workdir.load_trained(tmp_path / "run")
     own_only = weights.to_model(own)[1]
-    model_of_own = trained.model.clone(vocabulary_size=len(units))
-    ids = np.array([[len(units) - 1, len(units) - 3, len(units) - 2]])
+    model_of_own = trained.model.clone(vocabulary_size=len(tokens))
+    ids = np.array([[len(tokens) - 1, len(tokens) - 3, len(tokens) - 2]])
     carry = trained.model.initial_carry(1)
     expected, _ = model_lib.apply(model_of_own, own_only, ids, carry)
     found, _ = model_lib.apply(trained.model, trained.params, ids + missing, carry)
@@ -211,9 +211,9 @@ def test_rows_that_a_model_lacks_are_added_and_never_predicted(
 
 
 def test_a_model_with_padding_and_no_unknown_is_told_what_was_added(tmp_path: Path) -> None:
-    units = ["", *"abcd"]
-    own, vocabulary, added = weights.with_vocabulary(
-        made(tmp_path, units=len(units)), units, "characters", ""
+    tokens = ["", *"abcd"]
+    own, vocabulary, added = weights.add_special_rows(
+        made(tmp_path, tokens=len(tokens)), tokens, "characters", ""
     )
     assert added == ["[UNK]"] and vocabulary.tokens == ("", "[UNK]", *"abcd")
     assert own.bias[1] == -30
@@ -221,7 +221,7 @@ def test_a_model_with_padding_and_no_unknown_is_told_what_was_added(tmp_path: Pa
 
 def test_documents_keep_their_stop_token(tmp_path: Path) -> None:
     vocabulary = Vocabulary.from_text("ab\n\nba\n\n", stop="\n\n")
-    model = save(made(tmp_path, units=len(vocabulary)), tmp_path / "model.keras")
+    model = save(made(tmp_path, tokens=len(vocabulary)), tmp_path / "model.keras")
     (tmp_path / "vocabulary.json").write_text(vocabulary.to_json())
     transfer.import_weights(model, tmp_path / "run", str(tmp_path / "vocabulary.json"), None)
     assert workdir.load_trained(tmp_path / "run").vocabulary.stop == "\n\n"
@@ -229,7 +229,7 @@ def test_documents_keep_their_stop_token(tmp_path: Path) -> None:
 
 
 def archive_with(content: bytes, change: Any) -> bytes:
-    """A .keras file whose list of layers was changed."""
+    """Return a .keras file with its list of layers changed."""
     with zipfile.ZipFile(io.BytesIO(content)) as file:
         members = {name: file.read(name) for name in file.namelist()}
     fields = json.loads(members["config.json"])
@@ -271,7 +271,7 @@ def test_a_keras_model_with_no_place_here_is_refused_by_name(
     assert message in str(caught.value)
 
 
-def test_a_gru_that_resets_before_the_product_is_refused(tmp_path: Path) -> None:
+def test_a_gru_that_resets_before_the_matmul_is_refused(tmp_path: Path) -> None:
     import h5py
 
     content = io.BytesIO(keras_weights.write_weights(made(tmp_path, cell="gru")))
@@ -299,14 +299,17 @@ def renamed(arrays: dict[str, np.ndarray], old: str, new: str) -> dict[str, np.n
         (lambda a: {**a, "lstm.bias_ih_l0": a["lstm.bias_ih_l0"] * np.nan}, "not finite"),
         (
             lambda a: {**a, "lstm.bias_ih_l0": a["lstm.bias_ih_l0"][1:]},
-            "biases of lstm (layer 0) are not",
+            "biases of lstm (layer 0) don't fit",
         ),
-        (lambda a: {**a, "lstm.weight_hh_l0": a["lstm.bias_ih_l0"]}, "kernel of shape"),
+        (
+            lambda a: {**a, "lstm.weight_hh_l0": a["lstm.bias_ih_l0"]},
+            "its recurrent kernel is [20]",
+        ),
         (lambda a: {**a, "linear.bias": a["linear.bias"].astype(np.int8)}, "int8, not floating"),
         (lambda a: {**a, "embedding.weight": a["embedding.weight"][1:]}, "of the same vocabulary"),
         (
             lambda a: {**a, **{k.replace("lstm", "up"): v for k, v in a.items() if "lstm" in k}},
-            "which of lstm, up comes first can't be told",
+            "which of lstm (layer 0), up (layer 0) comes first can't be told",
         ),
     ],
 )
@@ -353,7 +356,7 @@ def test_layers_that_others_lack_are_refused_by_name(tmp_path: Path) -> None:
     uneven = own._replace(layers=[own.layers[0], made(tmp_path, embedding_size=5).layers[0]])
     with pytest.raises(UserError, match="takes 5 features"):
         weights.check_weights(own._replace(layers=uneven.layers[::-1]))
-    with pytest.raises(UserError, match="have 5, 6 units: all layers"):
+    with pytest.raises(UserError, match="have 5, 6 hidden units: all layers"):
         weights.to_model(
             own._replace(layers=[own.layers[0], {"recurrent_kernel": np.zeros((6, 24))}])
         )
@@ -384,18 +387,18 @@ def test_what_is_there_stays_and_nothing_is_half_written(trained: Path, tmp_path
     model, lines = FIXTURES / "keras_lstm.keras", TEXT.read_text()
     (tmp_path / "words.json").write_text(json.dumps(["", "[UNK]", *"abcdefghijklmnopqrst", "word"]))
     for arguments, message in (
-        ((model, tmp_path / "run", str(UNITS), None), "holds something already"),
+        ((model, tmp_path / "run", str(TOKENS), None), "is not empty"),
         ((model, tmp_path / "new", None, None), "give --vocabulary FILE, or --text FILE"),
         ((model, tmp_path / "new", str(tmp_path / "words.json"), None), "the model has"),
         ((model, tmp_path / "new", "nothing.json", None), "can't read nothing.json"),
-        ((tmp_path / "broken.keras", tmp_path / "new", str(UNITS), None), "no .keras file"),
-        ((tmp_path / "model.pt", tmp_path / "new", str(UNITS), None), "safetensors.torch.save"),
-        ((tmp_path / "model.h5", tmp_path / "new", str(UNITS), None), "model.save"),
+        ((tmp_path / "broken.keras", tmp_path / "new", str(TOKENS), None), "no .keras file"),
+        ((tmp_path / "model.pt", tmp_path / "new", str(TOKENS), None), "safetensors.torch.save"),
+        ((tmp_path / "model.h5", tmp_path / "new", str(TOKENS), None), "model.save"),
     ):
         with pytest.raises(UserError) as caught:
             transfer.import_weights(*arguments)
         assert message in str(caught.value)
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="there.keras exists"):
         transfer.export_weights(trained, tmp_path / "there.keras")
     with pytest.raises(UserError, match="can't write"):
         transfer.export_weights(trained, tmp_path / "nothing" / "there.keras")
@@ -414,7 +417,7 @@ def test_a_missing_library_is_named(
 
 
 def test_a_compressed_archive_with_one_wrong_byte_is_refused_or_read(tmp_path: Path) -> None:
-    """Decompressors raise errors of many classes."""
+    """Decompressors raise many kinds of errors."""
     content = io.BytesIO()
     with (
         zipfile.ZipFile(io.BytesIO(keras_weights.write_archive(made(tmp_path)))) as stored,
@@ -433,8 +436,8 @@ def test_a_compressed_archive_with_one_wrong_byte_is_refused_or_read(tmp_path: P
 @pytest.mark.parametrize(
     ("name", "array", "message"),
     [
-        ("lstm/cell/vars/1", np.zeros((5, 16)), r"a recurrent kernel of shape \[5, 16\]"),
-        ("lstm/cell/vars/1", np.zeros((0, 16)), r"a recurrent kernel of shape \[0, 16\]"),
+        ("lstm/cell/vars/1", np.zeros((5, 16)), r"its recurrent kernel is \[5, 16\]"),
+        ("lstm/cell/vars/1", np.zeros((0, 16)), r"its recurrent kernel is \[0, 16\]"),
         ("lstm/cell/vars/0", np.zeros((6, 15)), "don't fit each other"),
         ("lstm/cell/vars/2", np.zeros(15), "don't fit each other"),
     ],
@@ -453,7 +456,7 @@ def test_arrays_of_odd_shapes_are_refused(
 
 
 def test_layers_that_are_numbered_without_a_line_come_in_order(tmp_path: Path) -> None:
-    """As the attributes of a class of one's own are."""
+    """As the attributes of a subclassed model are."""
     import h5py
 
     own = made(tmp_path, num_layers=2)
@@ -481,37 +484,37 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
                 assert "\n" not in str(error), end
 
 
-# From here on with the real libraries.
+# From here on, with the libraries themselves.
 
 
-def lesson_in_keras(keras: Any, kind: str, num_layers: int, units: int) -> Any:
+def lesson_in_keras(keras: Any, kind: str, num_layers: int, tokens: int) -> Any:
     layer = {"lstm": keras.layers.LSTM, "gru": keras.layers.GRU, "rnn": keras.layers.SimpleRNN}
     recurrent = [layer[kind](32, return_sequences=True) for _ in range(num_layers)]
     return keras.Sequential(
-        [keras.layers.Embedding(units, 16), *recurrent, keras.layers.Dense(units)]
+        [keras.layers.Embedding(tokens, 16), *recurrent, keras.layers.Dense(tokens)]
     )
 
 
-def continue_greedily(predict: Any, units: list[str], prompt: str, length: int) -> str:
-    """What a model writes that gives logits [time, vocabulary] for ids [1, time]."""
-    ids = [units.index(character) for character in prompt]
+def continue_greedily(predict: Any, tokens: list[str], prompt: str, length: int) -> str:
+    """Return the greedy text of a model that gives logits [time, vocabulary] for ids [1, time]."""
+    ids = [tokens.index(character) for character in prompt]
     for _ in range(length):
-        # Always as long, so that nothing compiles anew; what stands behind does not count.
+        # A constant length, so that it compiles once; what follows has no effect.
         padded = np.zeros((1, len(prompt) + length), np.int32)
         padded[0, : len(ids)] = ids
         last = np.array(predict(padded)[len(ids) - 1])
-        last[[i for i, unit in enumerate(units) if unit in ("", "[UNK]")]] = -np.inf
+        last[[i for i, token in enumerate(tokens) if token in ("", "[UNK]")]] = -np.inf
         ids.append(int(last.argmax()))
-    return "".join(units[i] for i in ids[len(prompt) :])
+    return "".join(tokens[i] for i in ids[len(prompt) :])
 
 
 @pytest.fixture(scope="module")
 def windows(shakespeare: dict[str, str]) -> tuple[list[str], np.ndarray]:
-    """The lesson's units, and its windows of 101 ids of the text."""
+    """Return the lesson's tokens, and its windows of 101 ids of the text."""
     text = shakespeare["train"]
-    units = ["", "[UNK]", *sorted(set(text))]
-    ids = Vocabulary(units).encode(text[: 101 * 640])
-    return units, ids.reshape(-1, 101)
+    tokens = ["", "[UNK]", *sorted(set(text))]
+    ids = Vocabulary(tokens).encode(text[: 101 * 640])
+    return tokens, ids.reshape(-1, 101)
 
 
 @pytest.mark.parametrize(("cell", "num_layers"), [("lstm", 1), ("lstm", 3), ("gru", 2), ("rnn", 1)])
@@ -524,18 +527,18 @@ def test_keras_and_back(
 ) -> None:
     os.environ.setdefault("KERAS_BACKEND", "jax")
     keras: Any = pytest.importorskip("keras", reason="Keras is not installed (extra 'bench')")
-    units, ids = windows
+    tokens, ids = windows
     keras.utils.set_random_seed(0)
-    model = lesson_in_keras(keras, cell, num_layers, len(units))
+    model = lesson_in_keras(keras, cell, num_layers, len(tokens))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=keras.optimizers.Adam(3e-3), loss=loss)
     model.fit(ids[:, :-1], ids[:, 1:], batch_size=32, epochs=10, verbose=0)
     model.save(tmp_path / "model.keras")
     model.save_weights(tmp_path / "model.weights.h5")
-    (tmp_path / "units.json").write_text(json.dumps(units))
+    (tmp_path / "units.json").write_text(json.dumps(tokens))
     text = shakespeare["test"][:400]
-    theirs = np.asarray(model(Vocabulary(units).encode(text)[None]))[0]
-    written = continue_greedily(lambda x: np.asarray(model(x))[0], units, "ROMEO:", 60)
+    theirs = np.asarray(model(Vocabulary(tokens).encode(text)[None]))[0]
+    written = continue_greedily(lambda x: np.asarray(model(x))[0], tokens, "ROMEO:", 60)
     for end in (".keras", ".weights.h5"):
         directory = tmp_path / f"run{end}"
         transfer.import_weights(
@@ -547,16 +550,16 @@ def test_keras_and_back(
     transfer.export_weights(directory, tmp_path / "back.keras")
     transfer.export_weights(directory, tmp_path / "back.weights.h5")
     back = keras.models.load_model(tmp_path / "back.keras")
-    fresh = lesson_in_keras(keras, cell, num_layers, len(units))
+    fresh = lesson_in_keras(keras, cell, num_layers, len(tokens))
     fresh(ids[:1])
     fresh.load_weights(tmp_path / "back.weights.h5")
     for one, other, third in zip(
         model.get_weights(), back.get_weights(), fresh.get_weights(), strict=True
     ):
-        if cell != "gru":  # Two biases that are added up are one after it.
+        if cell != "gru":  # Its two biases become one.
             np.testing.assert_array_equal(one, other)
         np.testing.assert_array_equal(other, third)
-    again = np.asarray(back(Vocabulary(units).encode(text)[None]))[0]
+    again = np.asarray(back(Vocabulary(tokens).encode(text)[None]))[0]
     np.testing.assert_allclose(again, theirs, rtol=0, atol=1e-5)
 
 
@@ -570,18 +573,18 @@ def test_torch_and_back(
 ) -> None:
     torch: Any = pytest.importorskip("torch", reason="PyTorch is not installed (extra 'bench')")
     safetensors: Any = pytest.importorskip("safetensors.torch")
-    units, ids = windows
-    units, ids = units[2:], ids - 2  # As most have it: without "" and "[UNK]".
+    tokens, ids = windows
+    tokens, ids = tokens[2:], ids - 2  # Without "" and "[UNK]", as is common.
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # Matrices this small are done before threads have shared them.
+    torch.set_num_threads(1)  # Threads slow down matmuls this small.
 
     class Model(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             layers = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn": torch.nn.RNN}
-            self.embedding = torch.nn.Embedding(len(units), 16)
+            self.embedding = torch.nn.Embedding(len(tokens), 16)
             setattr(self, cell, layers[cell](16, 32, num_layers, batch_first=True))
-            self.linear = torch.nn.Linear(32, len(units))
+            self.linear = torch.nn.Linear(32, len(tokens))
 
         def forward(self, ids: Any) -> Any:
             return self.linear(getattr(self, cell)(self.embedding(ids))[0])
@@ -596,9 +599,9 @@ def test_torch_and_back(
         loss.backward()
         optimizer.step()
     safetensors.save_file(model.state_dict(), tmp_path / "model.safetensors")
-    (tmp_path / "units.json").write_text(json.dumps(units))
+    (tmp_path / "units.json").write_text(json.dumps(tokens))
     text = shakespeare["test"][:400]
-    number = {unit: i for i, unit in enumerate(units)}
+    number = {token: i for i, token in enumerate(tokens)}
     read = np.array([[number[character] for character in text]])
 
     def predict(model: Any, ids: np.ndarray) -> np.ndarray:
@@ -613,13 +616,13 @@ def test_torch_and_back(
     trained = workdir.load_trained(directory)
     ours, theirs = logits(trained, text)[:, 2:], predict(model, read)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
-    written = continue_greedily(lambda ids: predict(model, ids), units, "ROMEO:", 60)
+    written = continue_greedily(lambda ids: predict(model, ids), tokens, "ROMEO:", 60)
     assert greedy(trained, "ROMEO:", 60) == written
     transfer.export_weights(directory, tmp_path / "back.safetensors", drop_special=True)
     back = Model()
     back.load_state_dict(safetensors.load_file(tmp_path / "back.safetensors"))
     np.testing.assert_allclose(predict(back, read), theirs, rtol=0, atol=1e-5)
-    assert set(string.ascii_letters) < set(units)
+    assert set(string.ascii_letters) < set(tokens)
 
 
 def test_what_a_killed_conversion_left_is_removed_by_the_next(
@@ -628,7 +631,7 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next(
     file, target = tmp_path / "model.safetensors", tmp_path / "new"
     transfer.export_weights(trained, file)
     beside = str(tmp_path / "model.safetensors.vocabulary.json")
-    # Killed while it works in the directory that it made.
+    # Kill it while it writes to the directory that it made.
     script = """
 import os, sys
 from pathlib import Path
@@ -640,7 +643,7 @@ transfer.import_weights(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], None)
     killed = subprocess.run([sys.executable, "-c", script, str(file), str(target), beside])
     assert killed.returncode == -9
     (left,) = tmp_path.glob(".new.*")
-    with files.unfinished_directory(target) as other:  # Another one is at work.
+    with files.unfinished_directory(target) as other:  # Of another process.
         transfer.import_weights(file, target, beside, None)
         assert other.is_dir() and not left.exists()
     assert sorted(os.listdir(tmp_path)) == sorted(["model.safetensors", Path(beside).name, "new"])

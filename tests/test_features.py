@@ -15,7 +15,7 @@ ROMEO:
 
 
 def marks(name: str, text: str) -> str:
-    """Where a feature is 1, "-" elsewhere."""
+    """Return "1" where a feature is 1, "-" elsewhere."""
     return "".join("-1"[int(x)] for x in features.compute_text_features(text)[name])
 
 
@@ -32,7 +32,7 @@ def marks(name: str, text: str) -> str:
         ("inside brackets ( ) [ ]", "(a\n\nb)", "1111--"),
         ("inside a tag < >", "<a>b <c\nd", "11---111-"),
         ("a capital letter", "aBÉ", "-11"),
-        ("in a capitalised word", "Ab cD Éa", "11----11"),
+        ("in a capitalized word", "Ab cD Éa", "11----11"),
         ("a vowel", "abE", "1-1"),
         ("a digit", "a12", "-11"),
         ("a space", "a b\n", "-1--"),
@@ -67,11 +67,11 @@ def test_numbers(name: str, text: str, expected: list[int]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stop", ["", "\n\n"])
-def test_a_unit_has_the_features_of_its_last_character(kind: str, stop: str) -> None:
+def test_a_token_has_the_features_of_its_last_character(kind: str, stop: str) -> None:
     text = "Où?\n\ne\u0301te\u0301 (là)"
     vocabulary = Vocabulary.from_text(text, kind, stop=stop)
     got = features.compute_features(text, vocabulary)
-    ends = np.cumsum([len(unit) for unit in vocabulary.split(text)]) - 1
+    ends = np.cumsum([len(token) for token in vocabulary.split(text)]) - 1
     if kind == "bytes":
         spelt = "".join(character * len(character.encode()) for character in text)
         spelt = spelt.replace("\n\n", "\n") if stop else spelt
@@ -100,7 +100,7 @@ def test_correlations_are_pearsons() -> None:
     assert not got[2].any() and not got[:, 7].any()
 
 
-def test_cells_that_follow_by_chance_are_not_found() -> None:
+def test_hidden_units_that_follow_by_chance_are_not_found() -> None:
     rng = np.random.default_rng(0)
     lines = "".join("x" * rng.integers(5, 60) + "\n" for _ in range(150))
     place = features.compute_text_features(lines)["position in the line"]
@@ -111,7 +111,7 @@ def test_cells_that_follow_by_chance_are_not_found() -> None:
     activations[50, : n // 2] = -activations[40, : n // 2]
     found, judged = features.find_followers(activations, place[None], 3)
     (follower,) = found[0]
-    assert follower.cell == 40 and follower.correlation > 0.95 and follower.chance < 0.5
+    assert follower.hidden_unit == 40 and follower.correlation > 0.95 and follower.chance < 0.5
     half = n // 2
     assert judged[0, 40] == pytest.approx(np.corrcoef(place[half:], activations[40, half:])[0, 1])
 

@@ -60,7 +60,7 @@ def test_no_control_character_reaches_the_terminal(tmp_path: Path) -> None:
     vocabulary = Vocabulary.from_text("", "bytes")
     model = model_lib.make_model(config.model, len(vocabulary))
     params = model_lib.init_params(model, jax.random.key(0))
-    transfer._make(tmp_path / "run", config, vocabulary, params)
+    transfer.make_workdir(tmp_path / "run", config, vocabulary, params)
     # Untrained, it writes any byte.
     options = [f"--workdir={tmp_path / 'run'}", "--temperature=1", "--num_samples=2"]
     result = run("lstm_jax.sample", *options, "--prompt=\x1b[31m\r\n")

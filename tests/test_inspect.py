@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 
 from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
-from lstm_jax.inspect import __main__ as command
 from lstm_jax.inspect import activations, features, report
 from lstm_jax.model import LanguageModel
 from lstm_jax.run import metrics, workdir
@@ -26,7 +25,7 @@ NASTY = '</script><script>document.title="owned"</script><!-- & <b>"x"</b>\u2028
 
 
 def data_of(page: bytes) -> dict[str, Any]:
-    """What the page holds, as its script reads it."""
+    """Return the data of the page, as its script reads them."""
     line = next(line for line in page.decode().splitlines() if line.startswith("const data = {"))
     return json.loads(line.removeprefix("const data = ").removesuffix(";"))
 
@@ -63,7 +62,7 @@ def test_the_page_holds_what_was_read(trained: Path, text_file: Path) -> None:
     data = data_of(page)
     tokens = unpacked(data["tokens"])
     assert "".join(data["table"][token] for token in tokens) == text
-    assert tokens.max() >= data["known"], "units that the model doesn't know are there as they are"
+    assert tokens.max() >= data["known"], "tokens that the model doesn't know are there as they are"
     ids = loaded.vocabulary.encode(text)
     reading = activations.record_activations(loaded.model, loaded.params, ids)
     held = unpacked(data["beginning_values"]).reshape(24, len(ids))
@@ -86,16 +85,20 @@ def test_the_page_holds_what_was_read(trained: Path, text_file: Path) -> None:
     ]
 
 
-def test_a_large_model_is_kept_for_the_beginning_and_its_best_cells_for_all(
+def test_a_large_model_is_kept_for_the_beginning_and_its_best_hidden_units_for_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(report, "_BUDGET", 4000)
     values = np.random.default_rng(0).integers(-127, 128, (20, 1000)).astype(np.int8)
-    cells = report._cells(values, [7, 3, 5])
-    assert cells["beginning"] == 100 and cells["whole"] == [7, 3]
-    beginning = unpacked(cells["beginning_values"]).reshape(20, 100)
+    followers = [
+        [features.Follower(0, 7, 0.9, 0.9, 0.1), features.Follower(0, 5, 0.2, 0.9, 0.1)],
+        [features.Follower(1, 3, -0.5, -0.9, 0.1), features.Follower(1, 7, 0.4, 0.9, 0.1)],
+    ]
+    packed = report._pack_activations(values, followers)
+    assert packed["beginning"] == 100 and packed["whole"] == [7, 3]
+    beginning = unpacked(packed["beginning_values"]).reshape(20, 100)
     np.testing.assert_array_equal(beginning, values[:, :100])
-    np.testing.assert_array_equal(unpacked(cells["whole_values"]).reshape(2, 1000), values[[7, 3]])
+    np.testing.assert_array_equal(unpacked(packed["whole_values"]).reshape(2, 1000), values[[7, 3]])
 
 
 def test_bytes_another_cell_and_a_run_without_history(tmp_path: Path) -> None:
@@ -109,7 +112,7 @@ def test_bytes_another_cell_and_a_run_without_history(tmp_path: Path) -> None:
     assert tokens[6:9] == ["\\xe3", "\\x81", "\\x8c"]
     several = ["が", "", "", "\\x9b", "", "\xad", ""]
     assert shown == ["N", "é", "", "\\xff", "!", "\\x00", *several]
-    assert data["features"] == [] and data["samples"] == [] and data["unit"] == "byte"
+    assert data["features"] == [] and data["samples"] == [] and data["token_name"] == "byte"
     assert set(data["saturation"][0]) == {"reset", "update"}
 
 
@@ -141,49 +144,34 @@ def test_a_model_that_diverged_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("run", "text", "out", "told"),
     [
-        ([], "name the trained model: --workdir DIR"),
-        (["--workdir", "/nowhere"], "there is no trained model in /nowhere"),
-        (["--workdir", "RUN", "--text", "/nowhere/a.txt"], "can't read /nowhere/a.txt (--text)"),
-        (["--workdir", "RUN", "--text", "SHORT"], "is too short: --text must name a file of two"),
-        (["--workdir", "RUN", "--text", "LATIN"], "is not UTF-8 at byte 1"),
-        (["--workdir", "RUN", "--out", "/nowhere/a.html"], "there is no directory /nowhere"),
-        (["--workdir", "RUN", "--out", "RUN"], "is a directory: --out must name a file"),
+        ("/nowhere", None, None, "there is no trained model in /nowhere"),
+        ("RUN", "/nowhere/a.txt", None, "can't read /nowhere/a.txt (--text)"),
+        ("RUN", "SHORT", None, "is too short: --text must name a file of two"),
+        ("RUN", "LATIN", None, "is not UTF-8 at byte 1"),
+        ("RUN", None, "/nowhere/a.html", "there is no directory /nowhere"),
+        ("RUN", None, "RUN", "is a directory: --out must name a file"),
     ],
 )
 def test_mistakes_are_told_in_one_line(
-    arguments: list[str],
-    told: str,
-    trained: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    run: str, text: str | None, out: str | None, told: str, trained: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "short").write_text("a")
     (tmp_path / "latin").write_bytes(b"a\xe9b")
     paths = {"RUN": trained, "SHORT": tmp_path / "short", "LATIN": tmp_path / "latin"}
-    values = [str(paths.get(argument, argument)) for argument in arguments]
-    monkeypatch.setattr(command, "flags", Flags(values))
+    directory, text, path = (name and str(paths.get(name, name)) for name in (run, text, out))
     with pytest.raises(UserError) as error:
-        command.main()
+        report.write_report(
+            Path(str(directory)), text, None, out=Path(path) if path else None, length=1000
+        )
     assert told in str(error.value) and "\n" not in str(error.value)
     assert not list(trained.glob("report*"))
 
 
-class Flags:
-    """Flags as the command sees them."""
-
-    def __init__(self, arguments: list[str]) -> None:
-        names = [argument.removeprefix("--") for argument in arguments[::2]]
-        given = dict(zip(names, arguments[1::2], strict=True))
-        defaults = {"workdir": None, "text": None, "out": None, "data_path": None, "length": 1000}
-        self.FLAGS = type("Values", (), {**defaults, **given})
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium without a window and without a network."""
+    """Start Chromium without a window and without a network."""
     selenium = pytest.importorskip("selenium.webdriver", reason="selenium isn't installed")
     programs = [
         next(filter(None, map(shutil.which, names)), None)
@@ -227,36 +215,36 @@ def test_the_page_in_a_browser(
         return browser.execute_script(f"return {code}")
 
     WebDriverWait(browser, 30).until(lambda _: find("body").get_attribute("data-ready"))
-    assert browser.title == "What tiny has learnt"
+    assert browser.title == "What tiny has learned"
     assert "<i>name</i>, 4,0" in find("#about").text
 
-    # The text is all there, one part at a time, and what was in it stayed text.
+    # The whole text is there, one part at a time, and its markup stays text.
     assert script("document.querySelectorAll('#text b').length") == 0
     shown = script("Array.from(document.querySelectorAll('#text > span'), s => s.textContent)")
     assert len(shown) == 3000 and "".join(shown).replace("↵", "") == text[:3000]
 
     def alpha(position: int) -> float:
-        colour = script(
+        color = script(
             f"document.querySelector('#text').children[{position}].style.backgroundColor"
         )
-        return float(colour.rpartition("/")[2].rstrip("); "))
+        return float(color.rpartition("/")[2].rstrip("); "))
 
-    # Any cell, by its number.
-    find("#cell").send_keys(Keys.CONTROL, "a")
-    find("#cell").send_keys("11")
-    assert "cell 11 holds" in find("#what").text
+    # Any hidden unit, by its number.
+    find("#unit").send_keys(Keys.CONTROL, "a")
+    find("#unit").send_keys("11")
+    assert "Activation of hidden unit 11 after" in find("#what").text
     for position in (0, 100, 2999):
         expected = abs(reading.activations[11, position]) / 127
         assert alpha(position) == pytest.approx(expected, abs=0.01)
 
-    # By keyboard alone: through the text, with the five likeliest.
+    # By keyboard alone: through the text, with the five most likely tokens.
     area = find("#text")
     area.send_keys(Keys.HOME, *[Keys.ARROW_RIGHT] * 10)
     assert "character 11 of" in find("#now").text
-    assert f"cost {reading.bits[10]:.2f} bits" in find("#now").text
-    units = loaded.vocabulary.tokens
+    assert f"surprisal {reading.bits[10]:.2f} bits" in find("#now").text
+    tokens = loaded.vocabulary.tokens
     guesses = [element.text for element in browser.find_elements("css selector", "#now code")]
-    assert guesses[0] == {" ": "␣", "\n": "↵"}.get(*[units[reading.guesses[10, 0]]] * 2)
+    assert guesses[0] == {" ": "␣", "\n": "↵"}.get(*[tokens[reading.guesses[10, 0]]] * 2)
     assert len(guesses) == 5
     area.send_keys(Keys.ARROW_DOWN, Keys.ARROW_UP)
     assert "character 11 of" in find("#now").text
@@ -266,18 +254,20 @@ def test_the_page_in_a_browser(
         and script("+document.querySelector('#part').value") == 2
     )
 
-    # By keyboard: through the cells that follow something.
-    cells = find("#found")
-    cells.send_keys(Keys.HOME, Keys.ARROW_DOWN)
+    # By keyboard: through the hidden units that follow a feature.
+    followers = find("#found")
+    followers.send_keys(Keys.HOME, Keys.ARROW_DOWN)
     chosen = find("#found [aria-selected=true]")
-    assert chosen.get_attribute("id") == cells.get_attribute("aria-activedescendant") == "found-1"
-    assert f"cell {chosen.get_attribute('data-cell')} holds" in find("#what").text
+    assert (
+        chosen.get_attribute("id") == followers.get_attribute("aria-activedescendant") == "found-1"
+    )
+    assert f"hidden unit {chosen.get_attribute('data-unit')} after" in find("#what").text
     outline = script("getComputedStyle(document.activeElement).outlineStyle")
-    assert outline == "solid", "what has the focus shows it"
+    assert outline == "solid", "the focus is visible"
 
-    # By surprise.
-    find("#colour").send_keys("s")
-    assert "what it cost" in find("#what").text
+    # By surprisal.
+    find("#color").send_keys("s")
+    assert "Surprisal of each character" in find("#what").text
     assert alpha(5) == pytest.approx(min(reading.bits[3005] / 8, 1), abs=0.01)
 
     assert len(browser.find_elements("css selector", "#gates circle")) == 3 * 24
@@ -288,7 +278,7 @@ def test_the_page_in_a_browser(
     assert script("ticks(1.44, 1.6).map(([, label]) => label)") == ["1.45", "1.50", "1.55", "1.60"]
     assert script("ticks(0, 1957, 1).map(([, label]) => label)") == ["0", "500", "1,000", "1,500"]
     assert script("ticks(0, 2, 1).map(([, label]) => label)") == ["0", "1", "2"]
-    # What was measured on validation and test text is never above the picture.
+    # Losses on validation and test text are never above the picture.
     heights = [
         float(dot.get_attribute("cy"))
         for dot in browser.find_elements("css selector", "#curves circle")
@@ -296,9 +286,9 @@ def test_the_page_in_a_browser(
     assert heights and min(heights) >= 20
     assert find("#written").text
 
-    # What is shown is in the address, and opens again.
+    # The address keeps the state of the page.
     address = browser.current_url
-    assert "colour=bits" in address and "at=3010" in address
+    assert "color=bits" in address and "at=3010" in address
     browser.get("about:blank")
     browser.get(address)
     WebDriverWait(browser, 30).until(lambda _: find("body").get_attribute("data-ready"))
@@ -308,6 +298,4 @@ def test_the_page_in_a_browser(
     phone = {"width": 360, "height": 780, "deviceScaleFactor": 2, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
     assert script("document.documentElement.scrollWidth") <= 360
-    assert not browser.get_log("browser"), (
-        "no error, and nothing that the page asked the network for"
-    )
+    assert not browser.get_log("browser"), "no error, and no request to the network"

@@ -174,7 +174,7 @@ def test_controls_warnings_and_novelty(trained: Path, text_file: Path) -> None:
     assert "e" not in result.stdout and len(result.stdout) > 300
     unknown, never, novelty = result.stderr.splitlines()
     assert "does not know '日' in --forbid" in unknown
-    assert never == "warning: the model can't write 'z\u00e9' (--stop_at)"
+    assert never == "warning: the model can't generate 'z\u00e9' (--stop_at)"
     longest = novelty.partition("the longest copied run has ")[2].partition(": ")[2]
     assert ast.literal_eval(longest) in text_file.read_text(encoding="utf-8")
     ended = run(*options, "--stop_at=a", cwd=ROOT).stdout
@@ -210,7 +210,7 @@ def test_a_conversation_in_a_pipe(trained: Path) -> None:
         "error: there is nothing to undo",
         "error: top_p is 2.0: it must be above 0 and at most 1",
         "error: /length takes a whole number, not 'x'",
-        "error: there is no command /nothing: /help names all",
+        "error: there is no command /nothing: /help lists all",
         "error: the model does not know '/' and reads [UNK]",
     ]
     greedy = run("sample", "--workdir", str(trained), "--length=30", "--temperature=0",
@@ -355,13 +355,17 @@ BAD_CONFIGS = {
         (["sample", "--workdir=.", "--length=0"], "length"),
         (["sample", "--workdir=.", "--length=-3"], "length"),
         (["sample", "--workdir=.", "--prompt=a", "--prompt_file=b"], "either --prompt or"),
-        (["sample", "--workdir=.", "--interactive", "--num_samples=2"], "--interactive writes one"),
+        (
+            ["sample", "--workdir=.", "--interactive", "--num_samples=2"],
+            "--interactive generates one",
+        ),
         (["sample", "--workdir=.", "--num_samples=0"], "num_samples"),
         (["evaluate", "--workdir=."], "no trained model in ."),
         (["sample", f"--num_samples={10**20}", "--workdir=."], "not an integer in the range"),
         (["sample", f"--workdir={'n' * 300}"], "config.json: File name too long"),
         (["main", "--config", QUICK, f"--config.data.path={'n' * 300}"], "no text file nnn"),
         (["main", *TINY, "--config.data.path=good.txt", f"--workdir={'n' * 300}"], "too long"),
+        (["inspect"], "name the trained model: --workdir DIR"),
         (["convert"], "name the working directory: --workdir DIR"),
         (["convert", "--workdir=x"], "give either --from FILE"),
         (["convert", "--workdir=x", "--from=good.txt"], "none of .keras, .weights.h5"),

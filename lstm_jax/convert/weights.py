@@ -1,22 +1,27 @@
-"""The weights of a model as other libraries have them too: embedding, recurrent layers, dense."""
+"""Weights as Keras and PyTorch have them too: an embedding, recurrent layers, a dense layer."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from lstm_jax.errors import UserError
+from lstm_jax.errors import UserError, one_line
 from lstm_jax.model import LanguageModel, Params
 from lstm_jax.vocabulary import PADDING, SPECIAL_IDS, UNKNOWN, Vocabulary
 
-# How many gates stand side by side in the kernels of each cell that others have as well.
+# Gates in the kernels of each cell that Keras and PyTorch have.
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
-# What a row that the other library did not have adds to the logits: as good as never.
+# The logit of a token for which a model from elsewhere has no row: in effect, never predicted.
 _NEVER = -30.0
+
+Layer = dict[str, np.ndarray]
 
 
 class Weights(NamedTuple):
-    """Float32 arrays, the layers' as `cells` names them and orders their gates.
+    """Float32 arrays. Those of the layers have the names and the order of gates of `cells`.
 
     Attributes:
       cell: one of `GATES`.
@@ -29,30 +34,22 @@ class Weights(NamedTuple):
 
     cell: str
     embedding: np.ndarray
-    layers: list[dict[str, np.ndarray]]
+    layers: list[Layer]
     kernel: np.ndarray
     bias: np.ndarray
 
     @property
     def hidden_sizes(self) -> list[int]:
-        """Units of each layer."""
+        """The number of hidden units of each layer."""
         return [len(layer["recurrent_kernel"]) for layer in self.layers]
 
 
 def from_model(model: LanguageModel, params: Params) -> Weights:
-    """The weights of a model; a kernel that is tied to the embedding is written out.
-
-    Raises:
-      UserError: if other libraries have no such model.
-    """
-    if model.cell not in GATES:
-        raise UserError(f"model.cell is {model.cell!r}: Keras and PyTorch have no such layer")
-    if model.layer_norm:
-        raise UserError("model.layer_norm is on: Keras and PyTorch have no such layer")
-    arrays: Any = {
-        part: {name: np.asarray(array, np.float32) for name, array in of_part.items()}
-        for part, of_part in params.items()
-    }
+    """Return the weights of a model, or raise `UserError` if others have no such model."""
+    if model.cell not in GATES or model.layer_norm:
+        named = "model.layer_norm=True" if model.layer_norm else f"model.cell={model.cell!r}"
+        raise UserError(f"Keras and PyTorch have no layer with {named}")
+    arrays: Any = jax.tree.map(lambda array: np.asarray(array, np.float32), params)
     embedding = arrays["embedding"]["embedding"]
     return Weights(
         model.cell,
@@ -64,19 +61,16 @@ def from_model(model: LanguageModel, params: Params) -> Weights:
 
 
 def to_model(weights: Weights) -> tuple[dict[str, Any], Params]:
-    """The `model` fields of a config, and the parameters.
+    """Return the `model` fields of a config, and the parameters, or raise `UserError`.
 
-    The embedding is tied where the dense layer's kernel is the same matrix.
-
-    Raises:
-      UserError: if the layers have sizes that no config describes.
+    Embeddings are tied if the kernel of the dense layer is the same matrix.
     """
     sizes = weights.hidden_sizes
     tied = np.array_equal(weights.embedding.T, weights.kernel)
     if len(set(sizes[:-1] if tied else sizes)) > 1:
         raise UserError(
-            f"its layers have {', '.join(map(str, sizes))} units: all layers of a model have as "
-            "many here"
+            f"its layers have {', '.join(map(str, sizes))} hidden units: all layers must have the "
+            "same number"
         )
     fields = {
         "cell": weights.cell,
@@ -90,112 +84,187 @@ def to_model(weights: Weights) -> tuple[dict[str, Any], Params]:
     return fields, {"embedding": {"embedding": weights.embedding}, **layers, "dense": dense}
 
 
-def check_weights(weights: Weights) -> Weights:
-    """The same weights; raises `UserError` where one layer does not fit the one before it."""
-    vocabulary, features = weights.embedding.shape
-    for number, layer in enumerate(weights.layers):
-        inputs, hidden = len(layer["input_kernel"]), len(layer["recurrent_kernel"])
-        if inputs != features:
-            raise UserError(
-                f"its recurrent layer {number + 1} takes {inputs} features, and what comes before "
-                f"it gives {features}"
-            )
-        size = GATES[weights.cell] * hidden
-        shapes = {
-            "input_kernel": (inputs, size),
-            "recurrent_kernel": (hidden, size),
-            "bias": (size,),
-            "recurrent_bias": (hidden,),
-        }
-        for name, array in layer.items():
-            if array.shape != shapes[name]:
-                raise UserError(
-                    f"the {name} of its recurrent layer {number + 1} has the shape "
-                    f"{list(array.shape)}, not {list(shapes[name])}"
-                )
-        features = hidden
-    if weights.kernel.shape != (features, vocabulary) or weights.bias.shape != (vocabulary,):
-        raise UserError(
-            f"its embedding has {vocabulary} rows and its last layer {features} units, and the "
-            f"dense layer goes from {weights.kernel.shape[0]} units to {weights.kernel.shape[1]} "
-            "logits: embedding and logits must be of the same vocabulary"
-        )
-    arrays = [weights.embedding, weights.kernel, weights.bias]
-    arrays += [array for layer in weights.layers for array in layer.values()]
-    if not all(np.isfinite(array).all() for array in arrays):
-        raise UserError("some of its weights are not finite")
-    return weights
-
-
-def with_vocabulary(
-    weights: Weights, units: Sequence[str], kind: str, stop: str
+def add_special_rows(
+    weights: Weights, tokens: Sequence[str], kind: str, stop: str
 ) -> tuple[Weights, Vocabulary, list[str]]:
-    """Weights whose rows 0 and 1 are those of "" and "[UNK]", their vocabulary, and what was added.
+    """Make "" and "[UNK]" rows 0 and 1, or raise `UserError` if the tokens are of another model.
 
-    A row that the model did not have is added: zeros, and logits of next to no probability.
+    Rows that the model lacks are added, with logits of -30.
 
     Args:
       weights: of a model made anywhere.
-      units: the text of its ids. Where "" or "[UNK]" are among them, the model may lack "", or
-        both, and have "[UNK]" first otherwise, as Keras's StringLookup does.
+      tokens: the text of its ids. If they include "" or "[UNK]", the model may lack "" or both, and
+        may have "[UNK]" first, as with Keras's StringLookup.
       kind: see `Vocabulary`.
-      stop: likewise.
+      stop: see `Vocabulary`.
 
-    Raises:
-      UserError: if there are more or fewer units than rows, or they make no vocabulary.
+    Returns:
+      The weights, their vocabulary, and the tokens that were added.
     """
-    proper = [unit for unit in units if unit not in (PADDING, UNKNOWN)]
-    orders = [list(units), [UNKNOWN, *proper], proper]
+    proper = [token for token in tokens if token not in (PADDING, UNKNOWN)]
+    orders = [list(tokens), [UNKNOWN, *proper], proper]
     rows = len(weights.embedding)
     order = next((order for order in orders if len(order) == rows), None)
     if order is None:
         raise UserError(
-            f"the model has {rows} units, and the vocabulary {len(proper)} besides '' and "
+            f"the model has {rows} tokens, and the vocabulary {len(proper)} besides '' and "
             f"{UNKNOWN!r}: name the vocabulary that it was trained with"
         )
     try:
         vocabulary = Vocabulary([PADDING, UNKNOWN, *proper], kind, stop)
     except ValueError as error:
         raise UserError(f"the vocabulary can't be used: {error}") from None
-    at = {unit: row for row, unit in enumerate(order)}
-    picked = [at.get(unit, rows) for unit in vocabulary.tokens]  # `rows` is the row that is added.
-    added = [unit for unit in vocabulary.tokens if unit not in at]
+    row_of = {token: row for row, token in enumerate(order)}
+    added = [token for token in vocabulary.tokens if token not in row_of]
+    picked = [row_of.get(token, rows) for token in vocabulary.tokens]  # Row `rows` is the new one.
     embedding = np.pad(weights.embedding, ((0, 1), (0, 0)))[picked]
     kernel = np.pad(weights.kernel, ((0, 0), (0, 1)))[:, picked]
     bias = np.append(weights.bias, np.float32(_NEVER))[picked]
     return weights._replace(embedding=embedding, kernel=kernel, bias=bias), vocabulary, added
 
 
-def without_special(weights: Weights) -> Weights:
-    """The same without the rows of "" and "[UNK]", for a model whose vocabulary has neither."""
-    first = len(SPECIAL_IDS)
-    return weights._replace(
-        embedding=weights.embedding[first:],
-        kernel=weights.kernel[:, first:],
-        bias=weights.bias[first:],
-    )
+def drop_special_rows(weights: Weights) -> Weights:
+    """Return the weights without the rows of "" and "[UNK]", for a vocabulary with neither."""
+    _, embedding, _, kernel, bias = weights
+    rows = slice(len(SPECIAL_IDS), None)
+    return weights._replace(embedding=embedding[rows], kernel=kernel[:, rows], bias=bias[rows])
 
 
-def find_cell(shape: Sequence[int], name: str) -> str:
-    """The cell whose recurrent kernel has such a shape, or `UserError`.
+@contextlib.contextmanager
+def require(package: str) -> Iterator[None]:
+    """Raise `UserError` if the import of an optional package fails."""
+    try:
+        yield
+    except ImportError:
+        raise UserError(f"this format needs {package}: pip install {package}") from None
+
+
+@contextlib.contextmanager
+def parsing(format_name: str) -> Iterator[None]:
+    """Raise `UserError` for any error: a damaged file makes libraries raise many kinds."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"it is no {format_name} ({one_line(error)[:200]})") from None
+
+
+def make_layer(
+    name: str, kernel: np.ndarray, recurrent_kernel: np.ndarray, *biases: np.ndarray
+) -> tuple[str, Layer]:
+    """Return the cell of a layer, and its arrays with one bias, or raise `UserError`.
 
     Args:
-      shape: [hidden, gates * hidden].
-      name: of the layer, for the error.
+      name: of the layer, for errors.
+      kernel: [inputs, gates * hidden].
+      recurrent_kernel: [hidden, gates * hidden].
+      *biases: none, that of the inputs, or also that of the hidden state: [gates * hidden] each.
+        Both are added to the same sum, except in the candidate of a GRU.
     """
-    for cell, gates in GATES.items():
-        if len(shape) == 2 and shape[0] and shape[1] == gates * shape[0]:
-            return cell
-    raise UserError(
-        f"{name} has a recurrent kernel of shape {list(shape)}: it is no LSTM, GRU or simple RNN"
-    )
-
-
-def find_one_cell(cells: Mapping[str, str]) -> str:
-    """The cell of all layers, given by name; raises `UserError` if they are of several kinds."""
+    shape = recurrent_kernel.shape
+    is_matrix = len(shape) == 2 and shape[0] > 0
+    cells = [cell for cell, gates in GATES.items() if is_matrix and shape[1] == gates * shape[0]]
     if not cells:
-        raise UserError("it has no recurrent layer")
-    if len(set(cells.values())) > 1:
+        raise UserError(f"{name} is no LSTM, GRU or RNN: its recurrent kernel is {list(shape)}")
+    hidden, size = shape
+    first, second = [*biases, *np.zeros((2, size), np.float32)][:2]
+    if len(biases) > 2 or not kernel.shape[1:] == first.shape == second.shape == (size,):
+        raise UserError(f"the kernels and biases of {name} don't fit each other")
+    layer = {"input_kernel": kernel, "recurrent_kernel": recurrent_kernel, "bias": first + second}
+    if cells == ["gru"]:
+        layer["bias"][-hidden:] = first[-hidden:]
+        layer["recurrent_bias"] = second[-hidden:]
+    return cells[0], layer
+
+
+def split_biases(layer: Layer) -> np.ndarray:
+    """Return the bias of the inputs and that of the hidden state: [2, gates * hidden]."""
+    second = np.zeros_like(layer["bias"])
+    if "recurrent_bias" in layer:
+        second[-len(layer["recurrent_bias"]) :] = layer["recurrent_bias"]
+    return np.stack([layer["bias"], second])
+
+
+def build_weights(
+    layers: Mapping[str, tuple[str, Layer]],
+    ends: Mapping[str, Sequence[np.ndarray]],
+    transposed: bool,
+) -> Weights:
+    """Build the weights of a model, or raise `UserError` if these layers don't make one.
+
+    Args:
+      layers: the cell and the arrays of each recurrent layer, by name, in any order.
+      ends: the arrays of every other layer, by name.
+      transposed: whether the kernel of a dense layer is [vocabulary, hidden]. If so, one matrix may
+        be both this kernel and the embedding.
+    """
+    cells = {name: cell for name, (cell, _) in layers.items()}
+    if len(set(cells.values())) != 1:
         listed = ", ".join(f"{name}: {cell}" for name, cell in cells.items())
-        raise UserError(f"its layers are of several kinds ({listed}): here all are of one")
-    return next(iter(cells.values()))
+        several = f"its layers are of several kinds ({listed}): all must be of one kind"
+        raise UserError(several if cells else "it has no recurrent layer")
+    if len({re.sub(r"_?\d+", "", name) for name in layers}) > 1:
+        raise UserError(
+            f"which of {', '.join(sorted(layers))} comes first can't be told from their names: "
+            "number them, as in lstm1 and lstm2"
+        )
+    ordered = [layers[name][1] for name in sorted(layers, key=_numbers)]
+    features, hidden = len(ordered[0]["input_kernel"]), len(ordered[-1]["recurrent_kernel"])
+    embedding, kernel, bias = _match_ends(ends, features, hidden, transposed)
+    return check_weights(Weights(min(cells.values()), embedding, ordered, kernel, bias))
+
+
+def _numbers(name: str) -> list[list[int]]:
+    """Return a key that sorts lstm, lstm_1, lstm_2, ..., lstm_10 in this order."""
+    return [[int(n) for n in re.findall(r"\d{1,9}", part)] for part in re.split("[./ ]", name)]
+
+
+def _match_ends(
+    ends: Mapping[str, Sequence[np.ndarray]], features: int, hidden: int, transposed: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the embedding, and the kernel and bias of the dense layer."""
+    arrays = [(name, array) for name, of_layer in ends.items() for array in of_layer]
+    embeddings = {name: array for name, array in arrays if array.ndim == 2}
+    kernels = {name: array.T if transposed else array for name, array in embeddings.items()}
+    biases = {name: array for name, array in arrays if array.ndim == 1}
+    names = sorted(kernels)
+    known = len(names) + len(biases) == len(arrays) and len(biases) <= 1
+    known &= transposed or set(biases) <= set(names)
+    if not known or len(names) not in ((1, 2) if transposed else (2,)):
+        raise UserError(
+            f"besides its recurrent layers it has weights in {', '.join(sorted(ends)) or 'none'}: "
+            "only one embedding and one dense layer can be converted"
+        )
+
+    def find_evidence(embedding: str, dense: str) -> tuple[bool, bool, bool]:
+        """Return whether the bias, the sizes and the names say that it is this way around."""
+        fits = embeddings[embedding].shape[1] == features and len(kernels[dense]) == hidden
+        named = "emb" in embedding or "encoder" in embedding or "dense" in dense
+        return dense in biases, fits, named
+
+    embedding, dense = names[0], names[-1]
+    evidence, contrary = find_evidence(embedding, dense), find_evidence(dense, embedding)
+    if evidence == contrary and len(names) > 1:
+        raise UserError(f"which of {embedding} and {dense} is the embedding can't be told")
+    if contrary > evidence:
+        embedding, dense = dense, embedding
+    bias = next(iter(biases.values()), np.zeros(kernels[dense].shape[1], np.float32))
+    return embeddings[embedding], kernels[dense], bias
+
+
+def check_weights(weights: Weights) -> Weights:
+    """Return the weights, or raise `UserError` if a layer does not fit the one before it."""
+    vocabulary, features = weights.embedding.shape
+    for number, layer in enumerate(weights.layers, start=1):
+        if (inputs := len(layer["input_kernel"])) != features:
+            raise UserError(f"its recurrent layer {number} takes {inputs} features, not {features}")
+        features = len(layer["recurrent_kernel"])
+    if weights.kernel.shape != (features, vocabulary) or weights.bias.shape != (vocabulary,):
+        raise UserError(
+            f"the kernel of its dense layer is {list(weights.kernel.shape)}, not "
+            f"{[features, vocabulary]}: embedding and logits must be of the same vocabulary"
+        )
+    if not all(np.isfinite(array).all() for array in jax.tree.leaves(weights[1:])):
+        raise UserError("some of its weights are not finite")
+    return weights
