@@ -34,47 +34,6 @@ from lstm_jax.run.progress import Progress
 from lstm_jax.train_step import TrainState, TrainStep, init_state, make_train_step
 from lstm_jax.vocabulary import Vocabulary, make_printable
 
-# What a run may change when it goes on: all of these leave the arrays it has as they are.
-_CHANGEABLE = (
-    "num_epochs",
-    "steps_per_call",
-    "log_every_steps",
-    "checkpoint_every_seconds",
-    "max_skipped_steps",
-    "profile",
-    "sample.length",
-    "sample.temperature",
-    # Other ways to compute the same.
-    "model.recurrence",
-    "model.dtype",
-    "model.rematerialize",
-    "optimizer.microbatches",
-    "mesh.data",
-    "mesh.model",
-    # How fast it learns from here on; with num_epochs, where the schedule ends.
-    "optimizer.learning_rate",
-    "optimizer.warmup_steps",
-    "optimizer.schedule",
-    "optimizer.step_at",
-    "optimizer.max_gradient_norm",
-    "optimizer.momentum",
-    "optimizer.weight_decay",
-    "batches.reset_probability",
-    # What keeps it from learning by heart.
-    "regularization.embedding_dropout",
-    "regularization.input_dropout",
-    "regularization.hidden_dropout",
-    "regularization.output_dropout",
-    "regularization.recurrent_dropout",
-    "regularization.activation_penalty",
-    "regularization.temporal_activation_penalty",
-    # The text may have moved; that it is the same, its checksum tells.
-    "data.path",
-    "data.directory",
-    "data.memory_megabytes",
-    "data.prepared",
-)
-
 # Of the validation text, read from a zero state at the end.
 _PLACES = 64
 
@@ -364,7 +323,7 @@ def _settle(
       The config, the vocabulary, and what of the config has changed since: before and after.
 
     Raises:
-      UserError: if that run had another config (but for `_CHANGEABLE`) or another text.
+      UserError: if that run had another config (but for `config.CHANGEABLE`) or another text.
     """
     config = config.copy_and_resolve_references()
     config.data.sha256 = splits.sha256
@@ -397,7 +356,7 @@ def _settle(
 def _compare(
     before: ConfigDict, config: ConfigDict, directory: Path, only: str = ""
 ) -> dict[str, tuple[Any, Any]]:
-    """The fields that differ, before and after; raises `UserError` if one is not `_CHANGEABLE`.
+    """The fields that differ, before and after; raises `UserError` if one is not `CHANGEABLE`.
 
     Args:
       before: the config of the run in `directory`.
@@ -411,7 +370,7 @@ def _compare(
         for field, value in config_lib.flatten(config)
         if field.startswith(only) and value != old[field]
     }
-    refused = {f: values for f, values in changes.items() if f not in _CHANGEABLE}
+    refused = {f: values for f, values in changes.items() if f not in config_lib.CHANGEABLE}
     if "data.sha256" in refused:
         text = before.data.path or f"the dataset {before.data.dataset}"
         raise UserError(

@@ -35,20 +35,7 @@ from lstm_jax.train_step import TrainState, init_state, make_step
 from lstm_jax.vocabulary import Vocabulary
 
 # The fields in which members may differ.
-TRACEABLE = (
-    "seed",
-    "model.initial_scale",
-    "optimizer.learning_rate",
-    "optimizer.warmup_steps",
-    "optimizer.schedule",
-    "optimizer.weight_decay",
-    "optimizer.max_gradient_norm",
-    "optimizer.momentum",
-    "optimizer.average_decay",
-    *(f"regularization.{name}" for name in config_lib.default().regularization),
-)
-# Those that only the first state and the order of the text follow from, not the step.
-_OF_THE_START = ("seed", "model.initial_scale")
+TRACEABLE = config_lib.TRACEABLE
 
 # How many are trained together unless the user says otherwise.
 LARGEST = 16
@@ -178,7 +165,7 @@ def hyperparameters(configs: Sequence[ConfigDict]) -> dict[str, jax.Array]:
     columns: dict[str, list[Any]] = {}
     for config in configs:
         for field, value in config_lib.flatten(config):
-            if field in TRACEABLE and field not in _OF_THE_START:
+            if field in config_lib.TRACED_BY_STEP:
                 number = optimizer_lib.SCHEDULES.index(value) if isinstance(value, str) else value
                 columns.setdefault(field, []).append(number)
     return {
