@@ -327,4 +327,6 @@ def describe_fields(width: int, quote: str = "") -> str:
 
 
 if __name__ == "__main__":
-    print(f"# Config fields\n\n{describe_fields(100, '`')}")
+    print(
+        "# Config fields\n\nWritten by lstm_jax/config.py.\n", describe_fields(100, "`"), sep="\n"
+    )

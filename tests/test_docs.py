@@ -180,7 +180,7 @@ def test_what_a_page_names_is_there(page: Path) -> None:
                 for flag in re.findall(r"--([a-z_]+)", " ".join(command)):
                     assert f'"--{flag}"' in source or f'"{flag}"' in source, f"{command}: {flag}"
     # In code between backticks: fields of a config, and flags of any of the commands.
-    sources = [*(ROOT / "lstm_jax").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    sources = [*(ROOT / "lstm_jax").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     code = "".join(path.read_text(encoding="utf-8") for path in sources)
     for quoted in re.findall(r"`([^`\n]+)`", content):
         for field in re.findall(r"--config\.([a-z_.]+[a-z_])", quoted):

@@ -40,9 +40,14 @@ def test_the_package_lists_its_commands_at_once() -> None:
     result = run("lstm_jax")
     assert time.monotonic() - started < 2
     assert result.returncode == 0 and result.stderr == ""
-    sources = (ROOT / "lstm_jax").glob("*.py")
-    runnable = {path.stem for path in sources if "\n    command.run(" in path.read_text()}
-    assert set(commands.COMMANDS) == runnable
+    package = ROOT / "lstm_jax"
+    sources = [*package.glob("*.py"), *package.glob("*/__main__.py")]
+    runnable = {
+        path.parent.name if path.stem == "__main__" else path.stem
+        for path in sources
+        if "\n    command.run_command(" in path.read_text(encoding="utf-8")
+    }
+    assert set(commands.COMMANDS) == runnable and len(runnable) == 6
     for name in runnable:
         assert f"python -m lstm_jax.{name} " in result.stdout
 
