@@ -1,4 +1,4 @@
-"""Mistakes of users, as they were found by trying the commands from outside."""
+"""Test mistakes of users that were found by trying the commands."""
 
 import subprocess
 import sys
@@ -66,9 +66,9 @@ def test_no_control_character_reaches_the_terminal(tmp_path: Path) -> None:
     model = model_lib.make_model(config.model, len(vocabulary))
     params = model_lib.init_params(model, jax.random.key(0))
     transfer._make(tmp_path / "run", config, vocabulary, params)
-    # Untrained, it writes any byte.
+    # An untrained model generates any byte.
     options = [f"--workdir={tmp_path / 'run'}", "--temperature=1", "--num_samples=2"]
     result = run("lstm_jax.sample", *options, "--prompt=\x1b[31m\r\n")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("\\x1b[31m\n"), "what Python reads as a line break"
+    assert result.stdout.startswith("\\x1b[31m\n"), "Python reads \\r\\n as a line break"
     assert not [c for c in result.stdout if unicodedata.category(c) == "Cc" and c not in "\n\t"]

@@ -1,4 +1,4 @@
-"""The commands as users run them: real processes, their output and exit codes."""
+"""Test the commands as users run them: processes, their output and exit codes."""
 
 import ast
 import json
@@ -42,7 +42,7 @@ def test_train_interrupt_go_on_sample_and_evaluate(text_file: Path, tmp_path: Pa
     arguments = [*TINY, f"--config.data.path={text_file}", "--config.num_epochs=200"]
     command = [sys.executable, "-m", "lstm_jax.main", *arguments]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
-    directory = tmp_path / "runs" / "quick"  # What --workdir is by default.
+    directory = tmp_path / "runs" / "quick"  # The default of --workdir.
     deadline = time.monotonic() + 100
     while (
         len(metrics.read_metrics(directory / workdir.METRICS)) < 20 and time.monotonic() < deadline
@@ -66,7 +66,7 @@ def test_train_interrupt_go_on_sample_and_evaluate(text_file: Path, tmp_path: Pa
     ]
     assert steps == list(range(10, steps[-1] + 1, 10)), "each step once"
 
-    # All that sample and evaluate need is in the directory, wherever it is.
+    # sample and evaluate need the directory only, wherever it is.
     moved = tmp_path / "elsewhere"
     directory.rename(moved)
     options = ["--workdir", str(moved), "--prompt", "ROMEO:", "--length", "50", "--seed", "3"]
@@ -128,7 +128,7 @@ def test_several_samples_stand_between_dashes(trained: Path) -> None:
 
 @pytest.fixture(scope="session")
 def words(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
-    """A tiny model of words, whose documents end at blank lines."""
+    """Train a tiny model of words, whose documents end at blank lines."""
     directory = tmp_path_factory.mktemp("words")
     arguments = [f"--config.data.path={text_file}", "--workdir=run", "--config.num_epochs=1"]
     units = ["--config.data.units=words", "--config.data.min_count=2"]
@@ -341,7 +341,7 @@ BAD_CONFIGS = {
         (["main", "--config", QUICK, "--config.model.cell=gur"], "model.cell is 'gur'"),
         (
             ["main", *TINY, "--config.model.cell=gru", "--config.model.recurrence=fused"],
-            "without layer normalisation only",
+            "without layer normalization only",
         ),
         (["main", "--config", QUICK, "--config.mesh.data=5"], "must be a multiple of mesh.data"),
         (["evaluate", "--workdir=.", "--dynamic", "--fit_temperature"], "leave out --dynamic"),
