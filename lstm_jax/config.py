@@ -327,6 +327,4 @@ def describe_fields(width: int, quote: str = "") -> str:
 
 
 if __name__ == "__main__":
-    print(
-        "# Config fields\n\nWritten by lstm_jax/config.py.\n", describe_fields(100, "`"), sep="\n"
-    )
+    print("# Config fields\n\nWritten by lstm_jax/config.py.\n", describe_fields(99, "`"), sep="\n")

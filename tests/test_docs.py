@@ -183,7 +183,7 @@ def test_what_a_page_names_is_there(page: Path) -> None:
     sources = [*(ROOT / "lstm_jax").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     code = "".join(path.read_text(encoding="utf-8") for path in sources)
     for quoted in re.findall(r"`([^`\n]+)`", content):
-        for field in re.findall(r"--config\.([a-z_.]+[a-z_])", quoted):
+        for field in re.findall(r"--config\.([a-z0-9_.]+[a-z0-9_])", quoted):
             assert config.describe_unknown_field(field) is None, f"--config.{field}"
         if quoted.startswith("--") and not quoted.startswith("--config"):
             flag = quoted[2:].split("=")[0].split(" ")[0].strip(",")
