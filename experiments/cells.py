@@ -1,4 +1,4 @@
-"""The lesson's question: LSTM against GRU and simple RNN, with as many parameters and steps."""
+"""Compare LSTM, GRU and simple RNN at equal numbers of parameters and steps."""
 # python -m lstm_jax.main --config experiments/cells.py:lstm
 # python -m lstm_jax.main --config experiments/cells.py:gru
 # python -m lstm_jax.main --config experiments/cells.py:rnn
@@ -12,14 +12,14 @@ from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
 
-# Units with which the whole model has 0.72 million parameters.
+# Hidden units for a model of 0.72 million parameters.
 _HIDDEN_SIZES = {"lstm": 384, "gru": 446, "rnn": 782}
 
 
 def get_config(cell: str = "lstm") -> ConfigDict:
-    """What quick.py says, with another cell and half its learning rate."""
+    """Return the config of quick.py with the given cell and half the learning rate."""
     if cell not in _HIDDEN_SIZES:
-        raise ValueError(f"cells.py:{cell} is no experiment: {', '.join(_HIDDEN_SIZES)} are")
+        raise ValueError(f"cells.py:{cell} is not an experiment: {', '.join(_HIDDEN_SIZES)} are")
     config = config_lib.default()
 
     config.batches.kind = "streams"

@@ -1,9 +1,9 @@
-"""The first 100 MB of Wikipedia, byte by byte, with AWD-LSTM's settings: enwik8 and text8."""
+"""Train on enwik8 or text8, the first 100 MB of Wikipedia, by bytes, with AWD-LSTM's settings."""
 # python -m lstm_jax.main --config experiments/enwik8.py --config.data.path=enwik8
 #
-# The file is the usual one of 100,000,000 bytes; the first 90 % are for training, the next 5 % for
-# validation and the last 5 % for the test, as everywhere. For text8 it is the same with
-# --config.data.path=text8 --workdir runs/text8. Made for a GPU; not yet run to its end.
+# The file is the usual one of 100,000,000 bytes. The first 90 % are for training, the next 5 % for
+# validation and the last 5 % for testing. For text8, add --config.data.path=text8
+# --workdir runs/text8. For a GPU; not yet run to the end.
 
 from ml_collections import ConfigDict
 
@@ -11,9 +11,10 @@ from lstm_jax import config as config_lib
 
 
 def get_config() -> ConfigDict:
-    """Three layers of 1,840 units (Merity et al. 2018, "An Analysis of Neural Language Modeling").
+    """Return a config of three layers with 1,840 hidden units.
 
-    Their weight decay is part of the gradient; here it is decoupled from it.
+    The settings are those of Merity et al. 2018, "An Analysis of Neural Language Modeling", but
+    weight decay is decoupled from the gradient here.
     """
     config = config_lib.default()
 

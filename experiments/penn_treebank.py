@@ -1,8 +1,8 @@
-"""Penn Treebank, character by character, with the settings of AWD-LSTM for it."""
+"""Train on Penn Treebank by characters, with AWD-LSTM's settings."""
 # python -m lstm_jax.main --config experiments/penn_treebank.py
 #
-# It reads the usual three files, ptb.train.txt, ptb.valid.txt and ptb.test.txt, from where it is
-# started (--config.data.path names others). Made for a GPU; not yet run to its end.
+# It reads the usual three files, ptb.train.txt, ptb.valid.txt and ptb.test.txt, in the current
+# directory (--config.data.path names others). For a GPU; not yet run to the end.
 
 from ml_collections import ConfigDict
 
@@ -10,9 +10,10 @@ from lstm_jax import config as config_lib
 
 
 def get_config() -> ConfigDict:
-    """Three layers of 1,000 units (Merity et al. 2018, "An Analysis of Neural Language Modeling").
+    """Return a config of three layers with 1,000 hidden units.
 
-    Their weight decay is part of the gradient; here it is decoupled from it.
+    The settings are those of Merity et al. 2018, "An Analysis of Neural Language Modeling", but
+    weight decay is decoupled from the gradient here.
     """
     config = config_lib.default()
 

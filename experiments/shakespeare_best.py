@@ -1,8 +1,8 @@
-"""For the lowest loss on Tiny Shakespeare that two CPU cores reach within an hour."""
+"""Train for the lowest loss on Tiny Shakespeare that two CPU cores reach within an hour."""
 # python -m lstm_jax.main --config experiments/shakespeare_best.py
 #
-# Seed 0: 24 epochs, validation loss 1.326, test loss 1.503. At 9,000 characters a second, which two
-# cores of an AMD EPYC (Zen 4, which multiplies in bfloat16) do, its 5,880 steps are 45 minutes.
+# Seed 0: 24 epochs, validation loss 1.326, test loss 1.503. Its 5,880 steps take 45 minutes at
+# 9,000 characters a second on two cores of an AMD EPYC (Zen 4, with bfloat16 instructions).
 # Validation and test together: 1.4142 (1.4038 with --fit_temperature, 1.2445 with --dynamic).
 # All with --config.model.initial_bias=zeros --config.batches.reset_probability=0.
 
@@ -12,7 +12,7 @@ from lstm_jax import config as config_lib
 
 
 def get_config() -> ConfigDict:
-    """Two layers of 512 units with dropout wherever it helps."""
+    """Return a config of two layers with 512 hidden units, and dropout wherever it helps."""
     config = config_lib.default()
 
     config.batches.kind = "streams"

@@ -1,7 +1,7 @@
-"""A larger model for Tiny Shakespeare, for a GPU."""
+"""Train a larger model on Tiny Shakespeare, on a GPU."""
 # python -m lstm_jax.main --config experiments/shakespeare_gpu.py
 #
-# Not yet run to its end.
+# Not yet run to the end.
 
 from ml_collections import ConfigDict
 
@@ -9,7 +9,7 @@ from lstm_jax import config as config_lib
 
 
 def get_config() -> ConfigDict:
-    """shakespeare_best.py with 1,024 units, half its learning rate, more dropout, 40 epochs."""
+    """Return shakespeare_best.py with 1,024 hidden units, more dropout, a lower learning rate."""
     config = config_lib.default()
 
     config.batches.kind = "streams"

@@ -1,9 +1,9 @@
-"""Tiny Shakespeare speech by speech: the model learns to write one and to stop."""
+"""Train on Tiny Shakespeare by speeches: the model learns to generate one and to stop."""
 # python -m lstm_jax.main --config experiments/shakespeare_speeches.py
 #
 # 3 min 58 s on two cores of an AMD EPYC (Zen 5), start-up and all evaluations included.
-# Validation 1.453, test 1.561 nats per token, that is 2.079 and 2.232 bits per character. The
-# README tells how long the speeches are that it writes.
+# Validation 1.453, test 1.561 nats per token, that is 2.079 and 2.232 bits per character.
+# benchmarks/document_lengths.py compares the lengths of generated speeches with those of the text.
 # All with --config.model.initial_bias=zeros --config.batches.reset_probability=0.
 
 from ml_collections import ConfigDict
@@ -12,7 +12,7 @@ from lstm_jax import config as config_lib
 
 
 def get_config() -> ConfigDict:
-    """Speeches end at blank lines; otherwise the model and training of quick.py."""
+    """Return the config of quick.py with documents that end at blank lines."""
     config = config_lib.default()
 
     config.data.document_separator = "blank_line"

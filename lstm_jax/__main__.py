@@ -1,11 +1,11 @@
-"""Lists the commands: `python -m lstm_jax`."""
+"""List the commands: `python -m lstm_jax`."""
 
-# By name and in words here: a command's own help imports JAX, which takes seconds.
+# Their names and purposes are written here, because importing the commands takes seconds.
 COMMANDS = {
     "main": "train a model",
     "evaluate": "measure a trained model on a text",
-    "sample": "let a trained model generate text",
-    "inspect": "see what the cells of a trained model respond to, as a page",
+    "sample": "generate text with a trained model",
+    "inspect": "show what the hidden units of a trained model respond to, as a page",
     "convert": "read and write the weights of Keras and PyTorch",
     "sweep": "search for good settings, or train several seeds",
 }

@@ -1,13 +1,13 @@
-"""What every command shares: flags parsed, mistakes told in one line, interruption answered."""
+"""Run a command: parse its flags, print a mistake as one line, and answer Ctrl-C."""
 
 import contextlib
-import os
 import re
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -16,14 +16,17 @@ import lstm_jax
 from lstm_jax import config
 from lstm_jax.devices import compilation_cache
 from lstm_jax.errors import UserError, one_line, visible
-from lstm_jax.run import interrupts
+from lstm_jax.run import interrupts, streams
+
+# --help of a command lists the flags that it defines with functions of this module.
+flags.disclaim_key_flags()
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Parses the flags, calls `main`, and exits with what it returns (None is 0).
+    """Parse the flags, call `main`, and exit with the code that it returns (None is 0).
 
-    A mistake of the user's (`UserError`, a bad flag, a broken config file) becomes one line on
-    standard error and exit code 2; Ctrl-C becomes exit code 130.
+    A user's mistake (`UserError`, a bad flag, a config file that fails) is printed as one line on
+    standard error, with exit code 2. Ctrl-C exits with code 130.
     """
 
     def guarded(argv: Sequence[str]) -> int | None:
@@ -40,22 +43,25 @@ def run_command(main: Callable[[], int | None]) -> None:
             finally:
                 interrupted = interrupts.end()
         except BaseException as error:
-            # An interruption that was lost on its way can come out as any other exception.
+            # An interruption in a callback of a library can come out as any other exception.
             if interrupted or isinstance(error, KeyboardInterrupt):
                 interrupts.leave()
             if not isinstance(error, Exception):
                 raise
-            code = _answer(error)
+            code = _report(error)
         if interrupted:
             interrupts.leave()
         return code
 
-    _check_standard_streams()
+    try:
+        streams.protect_streams()
+    except UserError as error:
+        _fail(str(error))
     app.run(guarded, flags_parser=_parse_flags)
 
 
-def _answer(error: Exception) -> int:
-    """Exits with one line for a mistake of the user's; raises again what is none."""
+def _report(error: Exception) -> int:
+    """Exit with one line for a user's mistake; raise any other error again."""
     if isinstance(error, UserError):
         _fail(str(error))
     is_of_jax = isinstance(error, jax.errors.JaxRuntimeError)
@@ -64,87 +70,29 @@ def _answer(error: Exception) -> int:
             f"this needs more memory than there is ({one_line(error)[:200]}): lower the sizes "
             "of the model, or batches.batch_size"
         )
-    if isinstance(error, BrokenPipeError):
-        # The reader (`| head`) has had enough.
-        _discard_output()
+    if isinstance(error, BrokenPipeError):  # The reader, for example `| head`, has closed the pipe.
+        streams.discard_output()
         return 0
     if isinstance(error, OSError):
         _fail(f"can't read or write {error.filename or 'a file'}: {error.strerror or error}")
     raise error
 
 
-class _OutputError(UserError):
-    """Standard output can't be written."""
-
-
-class _Output:
-    """Standard output, whose errors are not to be taken for those of a run's own files."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with self._answered():
-            return int(self._stream.write(text))
-
-    def flush(self) -> None:
-        with self._answered():
-            self._stream.flush()
-
-    @contextlib.contextmanager
-    def _answered(self) -> Any:
-        try:
-            yield
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            _discard_output()
-            raise _OutputError(f"can't write to standard output: {error.strerror}") from None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-def _discard_output() -> None:
-    """Lets what is still to be written go nowhere; Python would complain at its exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-def _check_standard_streams() -> None:
-    """Makes the three streams ones that can be written whatever text comes."""
-    for number in range(3):  # A closed one would be the next file that is opened.
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-    if sys.stdin is None:
-        sys.stdin = os.fdopen(0)
-    if sys.stderr is None:
-        sys.stderr = os.fdopen(2, "w")
-    if sys.stdout is None:
-        _fail("standard output is closed: send it to a file, or to /dev/null")
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    sys.stdout = _Output(sys.stdout)
-
-
-def define_text_flags() -> None:
-    """Defines the flags by which a user names the text that a run was trained on."""
-    flags.DEFINE_string("data_path", None, "Where the run's own text is now, if it was moved.")
-    flags.DEFINE_string(
-        "dataset",
-        None,
-        "The TFDS dataset that the run was trained on: naming it lets the dataset's code run.",
-    )
-    flags.DEFINE_string(
-        "data_directory", None, "Where TFDS keeps that dataset. [default: ~/tensorflow_datasets]"
+def define_text_flags() -> tuple[flags.FlagHolder[str | None], ...]:
+    """Define and return --data_path, --dataset and --data_directory, which name a run's text."""
+    define = flags.DEFINE_string
+    return (
+        define("data_path", None, "The text that the run was trained on, if it was moved."),
+        define("dataset", None, "The TFDS dataset of the run; TFDS runs the code of this dataset."),
+        define("data_directory", None, "Where TFDS keeps it. [default: ~/tensorflow_datasets]"),
     )
 
 
 def find_own_experiment(argument: str) -> str:
-    """A flag's name and value, or its value, that names an experiment which comes with the package.
+    """Replace the name of an experiment of the package by its path, where no such file is here.
 
-    What is no file here, but one of the package's own as it was installed, is named by its path
-    there, so that `--config experiments/quick.py` is the same command in a clone and anywhere else.
+    So `--config experiments/quick.py` is the same command in a clone and in any other directory.
+    `argument` is a flag with its value, or a value.
     """
     flag, equals, value = argument.rpartition("=")
     name, colon, word = value.partition(":")
@@ -158,26 +106,21 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     if {"--help", "-help", "-h", "-?"} & set(argv):
         app.usage(shorthelp=True, writeto_stdout=True)
         if "config" in flags.FLAGS:
-            print("Fields of the config, each of which can be set (--config.seed=1):")
-            for field, value in config.flatten(config.default()):
-                print(f"  --config.{field}={value!r}")
+            print("Fields of the config, with their defaults:\n")
+            print(config.describe_fields(min(shutil.get_terminal_size().columns, 100)))
         sys.exit(0)
     if {"--version", "-version"} & set(argv):
         print(f"lstm-jax {lstm_jax.__version__}")
         sys.exit(0)
-    # Orbax, Grain and TFDS log much that no user of a command asked for; where one of them fails,
-    # its exception is told.
+    # Orbax, Grain and TFDS log a lot. Where one of them fails, its exception is reported.
     logging.set_verbosity(logging.FATAL)
-    sys.unraisablehook = _report_unraisable
     for argument in argv:
-        try:
-            argument.encode()
-        except UnicodeEncodeError:
+        if re.search("[\ud800-\udfff]", argument):
             _fail(f"the argument {argument!r} is not UTF-8")
-    of_file = "--?(config|space)"  # The flags that experiments are named by.
+    names_a_file = "--?(config|space)"
     argv = [
         find_own_experiment(argument)
-        if re.match(f"{of_file}=", argument) or re.fullmatch(of_file, before)
+        if re.match(f"{names_a_file}=", argument) or re.fullmatch(names_a_file, before)
         else argument
         for before, argument in zip(["", *argv], argv, strict=False)
     ]
@@ -187,19 +130,8 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         _fail(_describe(error, argv))
 
 
-def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Reports all but what is told elsewhere.
-
-    That is what Orbax's threads raise after one of them has failed, and an interruption, which
-    `interrupts` raises again.
-    """
-    told = str(unraisable.exc_value) == "Event loop is closed"
-    if not told and not isinstance(unraisable.exc_value, KeyboardInterrupt):
-        sys.__unraisablehook__(unraisable)
-
-
 def _describe(error: Exception, argv: Sequence[str]) -> str:
-    """One line for an exception that parsing `argv` raised."""
+    """Return one line about an exception that was raised by parsing `argv`."""
     for argument in argv:
         field = re.match(r"--?config\.([\w.]+)", argument)
         if field and (message := config.describe_unknown_field(field[1])):
@@ -209,12 +141,12 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
     if isinstance(error, SyntaxError):
         return f"config file {error.filename}, line {error.lineno}: {error.msg}"
     if isinstance(error, flags.UnrecognizedFlagError) and error.flagname.startswith("config."):
-        return "name an experiment, of which a field is set: --config experiments/quick.py"
+        return f"--{error.flagname} needs an experiment: add --config experiments/quick.py"
     if isinstance(error, flags.Error):
-        # config_flags hands on a config file's own error as a printed traceback.
+        # config_flags reports a config file's own error as a traceback in the message.
         _, in_config_file, trace = str(error).partition("Error whilst parsing config file:")
         message = f"config file: {trace.splitlines()[-1]}" if in_config_file else str(error)
-        return message.replace("invalid literal for int() with base 10: ", "no whole number: ")
+        return message.replace("invalid literal for int() with base 10: ", "not an integer: ")
     frame = traceback.extract_tb(error.__traceback__)[-1]
     if "ml_collections" in frame.filename:
         return f"config file: {one_line(error)}"

@@ -1,32 +1,32 @@
-"""The one exception that stands for a user's mistake, and others told in one line."""
+"""The exception for a user's mistake, and one-line messages."""
 
 
 class UserError(Exception):
-    """A mistake that its user can mend.
+    """A mistake that the user can correct.
 
-    The message is one line that names what is wrong and what to do. Commands print it on standard
-    error and exit with code 2; it never reaches a user as a traceback.
+    The message is one line that names the mistake and the remedy. A command prints it on standard
+    error and exits with code 2, without a traceback.
     """
 
 
 class NotFiniteError(UserError):
-    """Training came to numbers that are no longer finite."""
+    """A parameter, the loss or a gradient is not finite."""
 
 
 class UnavailableError(UserError):
-    """The place where a run is kept can't be used now: it is full, not writable, or in use.
+    """A working directory can't be used now: its disk is full, or it is not writable or in use.
 
     Nothing is wrong with the run itself.
     """
 
 
 def one_line(error: Exception) -> str:
-    """The type and the message of an exception, its line breaks made spaces."""
+    """Return the type and the message of an exception, with spaces for line breaks."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def visible(text: str) -> str:
-    """Return a text in one line, with escapes for what would change how a terminal shows it."""
+    """Return a text in one line, with escapes for characters that could control a terminal."""
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode()
         for c in " ".join(text.split())

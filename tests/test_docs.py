@@ -1,22 +1,22 @@
-"""What the docs say is so: their commands run, their flags, fields, links and tests are there.
+"""Test the docs: their commands run, and the flags, fields, links and tests that they name exist.
 
 In README.md and docs/*.md, every line of a fenced block that begins with `python -m lstm_jax.`
-(after `$ ` or not) is a command, as far as a `#` that begins a comment; a backslash at its end
-goes on with the next line. Each page's commands are run in the page's order, in a directory of the
-page's own, and must succeed. There,
+(after `$ ` or not) is a command, up to a `#` that begins a comment; a backslash at its end
+continues it on the next line. The commands of each page are run in their order, in a directory for
+the page, and must succeed. In this directory,
 
-- `experiments/` is that of the clone, `my.txt` and any other file named by --config.data.path or
-  --text is a text of 20,000 characters, and a JSON file named by --vocabulary is its vocabulary;
-- training is cut down by the flags in `SIZES`, which are added behind the command's own, and reads
+- `experiments/` is a copy of the clone's, `my.txt` and any other file named by --config.data.path
+  or --text is a text of 20,000 characters, and a JSON file named by --vocabulary is its vocabulary;
+- training is made short by the flags in `SIZES`, which are added to the command's own, and reads
   4,000 characters where the command names no text;
-- a working directory that a command reads, and no command before it made, is a tiny trained run.
+- a working directory that a command reads, and that no earlier command made, is a tiny trained run.
 
 An HTML comment on the line above a block changes that:
 
-    <!-- not run: it needs two hosts -->      leaves the block out
-    <!-- run with: --trials=1 -->             adds flags behind each of its commands
+    <!-- not run: it needs two hosts -->      omits the block
+    <!-- run with: --trials=1 -->             adds flags to each of its commands
 
-All other lines are not run. Of `python benchmarks/...` it is tested that the file has the flags.
+Other lines are not run. For `python benchmarks/...`, the flags are looked up in the file.
 """
 
 import os
@@ -34,7 +34,7 @@ from lstm_jax import config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# What makes a run tiny. They are added to commands that train; other pages add theirs in comments.
+# Flags for a tiny run, added to commands that train. Pages add flags to other commands in comments.
 SIZES = [
     "--config.model.embedding_size=8",
     "--config.model.hidden_size=24",
@@ -57,14 +57,14 @@ class Block(NamedTuple):
 
     @property
     def commands(self) -> list[list[str]]:
-        """The commands in it that begin with python, as lists of arguments."""
+        """Return the commands that begin with python, as lists of arguments."""
         lines = re.sub(r"\\\n\s*", "", self.text).splitlines()
         found = (re.match(r"\s*(?:\$ )?(?:[A-Z_]+=\S+ )*(python .*)", line) for line in lines)
         return [shlex.split(match[1], comments=True) for match in found if match]
 
 
 def blocks(page: Path) -> list[Block]:
-    """All fenced blocks of a page."""
+    """Return all fenced blocks of a page."""
     fence = re.compile(
         r"^(?:<!-- (?P<comment>.*?) -->\n)?\s*```[^\n]*\n(?P<text>.*?)^\s*```$", re.M | re.S
     )
@@ -73,7 +73,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def to_run(page: Path) -> list[list[str]]:
-    """The commands of a page that are run, with the flags added that its comments say."""
+    """Return the commands of a page that are run, with the flags that its comments add."""
     found = []
     for block in blocks(page):
         if block.comment.startswith("not run: "):
@@ -86,7 +86,7 @@ def to_run(page: Path) -> list[list[str]]:
 
 
 def value(command: list[str], flag: str) -> str | None:
-    """What a flag of a command is set to, `--flag value` or `--flag=value`."""
+    """Return the value of a flag of a command, from `--flag value` or `--flag=value`."""
     for argument, following in zip(command, [*command[1:], ""], strict=True):
         if argument == flag:
             return following
@@ -96,7 +96,7 @@ def value(command: list[str], flag: str) -> str | None:
 
 
 def prepare(command: list[str], directory: Path, text_file: Path, trained: Path) -> list[str]:
-    """Puts what a command reads in place, and gives the command as it is to be run."""
+    """Make the files that a command reads, and return the command to run."""
     module = command[2].removeprefix("lstm_jax.")
     for flag in TEXTS:
         for name in re.split("[,;]", value(command, flag) or ""):
@@ -125,7 +125,7 @@ def prepare(command: list[str], directory: Path, text_file: Path, trained: Path)
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Where JAX keeps what one command compiled, for the next."""
+    """Return a compilation cache for all commands."""
     return str(tmp_path_factory.mktemp("compiled"))
 
 
@@ -179,11 +179,11 @@ def test_what_a_page_names_is_there(page: Path) -> None:
                 source = (ROOT / command[1]).read_text(encoding="utf-8")
                 for flag in re.findall(r"--([a-z_]+)", " ".join(command)):
                     assert f'"--{flag}"' in source or f'"{flag}"' in source, f"{command}: {flag}"
-    # In code between backticks: fields of a config, and flags of any of the commands.
+    # In code between backticks: fields of a config, and flags of any command.
     sources = [*(ROOT / "lstm_jax").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     code = "".join(path.read_text(encoding="utf-8") for path in sources)
     for quoted in re.findall(r"`([^`\n]+)`", content):
-        for field in re.findall(r"--config\.([a-z_.]+[a-z_])", quoted):
+        for field in re.findall(r"--config\.([a-z0-9_.]+[a-z0-9_])", quoted):
             assert config.describe_unknown_field(field) is None, f"--config.{field}"
         if quoted.startswith("--") and not quoted.startswith("--config"):
             flag = quoted[2:].split("=")[0].split(" ")[0].strip(",")

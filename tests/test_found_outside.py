@@ -1,4 +1,4 @@
-"""Mistakes of users, as they were found by trying the commands from outside."""
+"""Test mistakes of users that were found by trying the commands."""
 
 import subprocess
 import sys
@@ -40,9 +40,14 @@ def test_the_package_lists_its_commands_at_once() -> None:
     result = run("lstm_jax")
     assert time.monotonic() - started < 2
     assert result.returncode == 0 and result.stderr == ""
-    sources = (ROOT / "lstm_jax").glob("*.py")
-    runnable = {path.stem for path in sources if "\n    command.run(" in path.read_text()}
-    assert set(commands.COMMANDS) == runnable
+    package = ROOT / "lstm_jax"
+    sources = [*package.glob("*.py"), *package.glob("*/__main__.py")]
+    runnable = {
+        path.parent.name if path.stem == "__main__" else path.stem
+        for path in sources
+        if "\n    command.run_command(" in path.read_text(encoding="utf-8")
+    }
+    assert set(commands.COMMANDS) == runnable and len(runnable) == 6
     for name in runnable:
         assert f"python -m lstm_jax.{name} " in result.stdout
 
@@ -61,9 +66,9 @@ def test_no_control_character_reaches_the_terminal(tmp_path: Path) -> None:
     model = model_lib.make_model(config.model, len(vocabulary))
     params = model_lib.init_params(model, jax.random.key(0))
     transfer.make_workdir(tmp_path / "run", config, vocabulary, params)
-    # Untrained, it writes any byte.
+    # An untrained model generates any byte.
     options = [f"--workdir={tmp_path / 'run'}", "--temperature=1", "--num_samples=2"]
     result = run("lstm_jax.sample", *options, "--prompt=\x1b[31m\r\n")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("\\x1b[31m\n"), "what Python reads as a line break"
+    assert result.stdout.startswith("\\x1b[31m\n"), "Python reads \\r\\n as a line break"
     assert not [c for c in result.stdout if unicodedata.category(c) == "Cc" and c not in "\n\t"]

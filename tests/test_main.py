@@ -1,4 +1,4 @@
-"""The commands as users run them: real processes, their output and exit codes."""
+"""Test the commands as users run them: processes, their output and exit codes."""
 
 import ast
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from lstm_jax import config
 from lstm_jax.run import metrics, workdir
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +42,7 @@ def test_train_interrupt_go_on_sample_and_evaluate(text_file: Path, tmp_path: Pa
     arguments = [*TINY, f"--config.data.path={text_file}", "--config.num_epochs=200"]
     command = [sys.executable, "-m", "lstm_jax.main", *arguments]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
-    directory = tmp_path / "runs" / "quick"  # What --workdir is by default.
+    directory = tmp_path / "runs" / "quick"  # The default of --workdir.
     deadline = time.monotonic() + 100
     while (
         len(metrics.read_metrics(directory / workdir.METRICS)) < 20 and time.monotonic() < deadline
@@ -65,7 +66,7 @@ def test_train_interrupt_go_on_sample_and_evaluate(text_file: Path, tmp_path: Pa
     ]
     assert steps == list(range(10, steps[-1] + 1, 10)), "each step once"
 
-    # All that sample and evaluate need is in the directory, wherever it is.
+    # sample and evaluate need the directory only, wherever it is.
     moved = tmp_path / "elsewhere"
     directory.rename(moved)
     options = ["--workdir", str(moved), "--prompt", "ROMEO:", "--length", "50", "--seed", "3"]
@@ -127,7 +128,7 @@ def test_several_samples_stand_between_dashes(trained: Path) -> None:
 
 @pytest.fixture(scope="session")
 def words(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
-    """A tiny model of words, whose documents end at blank lines."""
+    """Train a tiny model of words, whose documents end at blank lines."""
     directory = tmp_path_factory.mktemp("words")
     arguments = [f"--config.data.path={text_file}", "--workdir=run", "--config.num_epochs=1"]
     units = ["--config.data.units=words", "--config.data.min_count=2"]
@@ -280,6 +281,32 @@ def test_help(module: str) -> None:
     assert result.returncode == 0 and result.stderr == ""
     assert f"python -m lstm_jax.{module} " in result.stdout and "--workdir" in result.stdout
     assert ("--config.optimizer.learning_rate=0.0001" in result.stdout) == (module == "main")
+    takes_text = module in ("sample", "evaluate")
+    assert ("--data_path: " in result.stdout) == takes_text, "flags that commands share"
+
+
+def test_help_lists_each_field_within_the_width_of_the_terminal() -> None:
+    command = [sys.executable, "-m", "lstm_jax.main", "--help"]
+    environment = {**os.environ, "COLUMNS": "60"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    _, _, table = result.stdout.partition("Fields of the config")
+    assert result.returncode == 0 and "1_000 is 1000" in table
+    text = " ".join(table.split())
+    for field in config.FIELDS:
+        assert f"- --config.{field.name}={field.default!r}" in table
+        assert f" {field.meaning} Allowed: {field.allowed.words}" in text
+    lines = [line for line in table.splitlines() if not line.startswith("- ")]
+    assert max(map(len, lines)) <= 60
+
+
+def test_a_field_without_effect_is_warned_of(text_file: Path, tmp_path: Path) -> None:
+    arguments = [*TINY, f"--config.data.path={text_file}", "--config.num_epochs=1"]
+    result = run("main", *arguments, "--config.model.mogrifier_rounds=3", cwd=tmp_path)
+    assert result.returncode == 0
+    assert result.stderr == (
+        "warning: config.model.mogrifier_rounds is 3, which has no effect: it needs "
+        "model.cell='mogrifier'\n"
+    )
 
 
 def test_a_library_says_which_command_is_meant() -> None:
@@ -314,21 +341,24 @@ BAD_CONFIGS = {
         (["main", "--config", QUICK, "--config.model.cell=gur"], "model.cell is 'gur'"),
         (
             ["main", *TINY, "--config.model.cell=gru", "--config.model.recurrence=fused"],
-            "without layer normalisation only",
+            "without layer normalization only",
         ),
         (["main", "--config", QUICK, "--config.mesh.data=5"], "must be a multiple of mesh.data"),
         (["evaluate", "--workdir=.", "--dynamic", "--fit_temperature"], "leave out --dynamic"),
         (["evaluate", "--workdir=.", "--dynamic_segment_length=0"], "must be 1 or more"),
         (["main", "--config", QUICK, "--config.model.hiden_size=3"], "did you mean model.hidden"),
         (["main", "--config", QUICK, "--config.model.hidden_size=3.5"], "'3.5'"),
-        (["main", "--config.num_epochs=3"], "name an experiment, of which a field is set"),
+        (
+            ["main", "--config.num_epochs=3"],
+            "--config.num_epochs needs an experiment: add --config",
+        ),
         (["main", f"--config={ROOT}/experiments/cells.py:foo"], "lstm, gru, rnn are"),
         (["main", "--config", QUICK, "--config.optimizer.lr=1"], "optimizer.learning_rate, "),
-        (["main", "--config", QUICK, "--config.num_epochs=three"], "no whole number: 'three'"),
+        (["main", "--config", QUICK, "--config.num_epochs=three"], "not an integer: 'three'"),
         (["main", "--config", QUICK, "--config.optimizer.step_at=('a','b')"], "between 0 and 1"),
         (["main", "--config", QUICK, "--config.optimizer.step_at=((1,),2)"], "between 0 and 1"),
         (["main", "--config", QUICK, "--config.data.fractions=('a',1,2)"], "three positive"),
-        (["main", "--config", QUICK, "--config.sample.temperature=inf"], "from 0 to 1000"),
+        (["main", "--config", QUICK, "--config.sample.temperature=inf"], "from 0 to 1,000"),
         (["main", "--config", QUICK, "--config.data.path=."], ". is a directory: name its files"),
         (["main", "--config", QUICK, "--config.num_epochs=0"], "num_epochs is 0"),
         (["main", "--config", QUICK, "--config.num_epochs=1e3"], "num_epochs"),

@@ -1,4 +1,4 @@
-"""The package as others install it: from its wheel, where nothing of the clone is."""
+"""Test the package as users install it: from its wheel, without a clone."""
 
 import os
 import re
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def completed(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """A command that must not fail, away from any clone."""
+    """Run a command outside of any clone; it must succeed."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     result = subprocess.run(
         arguments, capture_output=True, text=True, timeout=300, cwd=cwd, env=environment
@@ -29,18 +29,18 @@ def completed(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def run(*arguments: str, cwd: Path) -> str:
-    """What it prints."""
+    """Return what the command prints."""
     return completed(*arguments, cwd=cwd).stdout
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built by way of the source distribution, as it would be published."""
+    """Build the wheel from the source distribution, as for a release."""
     pytest.importorskip("build", reason="build is not installed (extra 'dev')")
     directory = tmp_path_factory.mktemp("dist")
     build = [sys.executable, "-m", "build", "--outdir", str(directory), str(ROOT)]
     result = completed(*build, cwd=directory)
-    # In capitals by `build`; in small letters it would be of this machine: "byte-compiling is
+    # `build` warns in capitals. Small letters would be about this machine: "byte-compiling is
     # disabled".
     assert not re.findall(r".*WARNING.*|.*DeprecationWarning.*", result.stdout + result.stderr)
     assert len(list(directory.glob("lstm_jax-*.tar.gz"))) == 1
@@ -54,8 +54,8 @@ def test_the_wheel_holds_every_module_and_experiment_and_nothing_else(wheel: Pat
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         (licence,) = (name for name in archive.namelist() if name.endswith("LICENSE"))
         assert b"Apache License" in archive.read(licence)
-    modules = {f"lstm_jax/{path.name}" for path in (ROOT / "lstm_jax").glob("*.py")}
-    modules.add("lstm_jax/report.html")
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "lstm_jax").rglob("*.py")}
+    modules.add("lstm_jax/inspect/report.html")
     found = (ROOT / "experiments").rglob("*.py")
     experiments = {f"lstm_jax/{path.relative_to(ROOT)}" for path in found}
     assert names == modules | experiments
@@ -68,7 +68,8 @@ def test_the_first_command_works_where_the_wheel_is_installed(
     venv.create(environment, with_pip=True)
     python = str(environment / "bin" / "python")
     run(python, "-m", "pip", "install", "--no-deps", "--no-index", str(wheel), cwd=tmp_path)
-    # What it depends on is taken from here. A path in a .pth file brings no editable clone along.
+    # Its dependencies are those of this environment. Editable installs are not followed from a path
+    # in a .pth file.
     (site,) = environment.glob("lib/*/site-packages")
     (site / "here.pth").write_text(sysconfig.get_path("purelib") + "\n")
     empty = tmp_path / "empty"

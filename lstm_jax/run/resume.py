@@ -73,7 +73,7 @@ def _compare(before: ConfigDict, config: ConfigDict, directory: Path, only: str 
         for field, value in config_lib.flatten(config)
         if field.startswith(only) and value != old[field]
     }
-    fixed = {f: values for f, values in changes.items() if not config_lib.can_change_on_resume(f)}
+    fixed = {f: values for f, values in changes.items() if f not in config_lib.CHANGEABLE}
     if "data.sha256" in fixed:
         text = before.data.path or f"the dataset {before.data.dataset}"
         raise UserError(

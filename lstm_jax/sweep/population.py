@@ -33,22 +33,6 @@ from lstm_jax.run import checkpoints, lock, metrics, resume, workdir
 from lstm_jax.train_step import TrainState, make_step
 from lstm_jax.vocabulary import Ids
 
-# The fields in which members may differ.
-TRACEABLE = (
-    "seed",
-    "model.initial_scale",
-    "optimizer.learning_rate",
-    "optimizer.warmup_steps",
-    "optimizer.schedule",
-    "optimizer.weight_decay",
-    "optimizer.max_gradient_norm",
-    "optimizer.momentum",
-    "optimizer.average_decay",
-    *(f"regularization.{name}" for name in config_lib.default().regularization),
-)
-# Those that determine only the first state and the order of the text, not the step.
-_OF_THE_START = ("seed", "model.initial_scale")
-
 # The default size of a population of seeds, at most.
 LARGEST = 16
 
@@ -75,7 +59,7 @@ def train_population(
     Each gets a working directory as if it was trained alone, but without samples and curves.
 
     Args:
-      configs: complete configs of the same text, which differ in `TRACEABLE` fields only.
+      configs: complete configs of the same text, which differ in `config_lib.TRACEABLE` fields only.
       directories: the working directory of each.
       on_validation: called with the member, the epoch and the validation loss.
 
@@ -130,11 +114,11 @@ def check_members(configs: Sequence[ConfigDict]) -> None:
     first = dict(config_lib.flatten(configs[0]))
     for config in configs[1:]:
         for field, value in config_lib.flatten(config):
-            if value != first[field] and field not in TRACEABLE:
+            if value != first[field] and field not in config_lib.TRACEABLE:
                 raise UserError(
                     f"the members of a population can't differ in config.{field}, which is "
                     f"{first[field]!r} and {value!r}: leave out --population, or vary only "
-                    f"{', '.join(TRACEABLE)}"
+                    f"{', '.join(config_lib.TRACEABLE)}"
                 )
 
 
@@ -170,7 +154,7 @@ def hyperparameters(configs: Sequence[ConfigDict]) -> dict[str, jax.Array]:
     columns: dict[str, list[Any]] = {}
     for config in configs:
         for field, value in config_lib.flatten(config):
-            if field in TRACEABLE and field not in _OF_THE_START:
+            if field in config_lib.TRACED_BY_STEP:
                 number = optimizer_lib.SCHEDULES.index(value) if isinstance(value, str) else value
                 columns.setdefault(field, []).append(number)
     return {

@@ -78,9 +78,6 @@ _STALE_SECONDS = 90
 # So many workers in a row may die of a trial that gets no further, for example by its memory.
 _MOST_DEATHS = 5
 
-# Fields by which a study is not told from another: where things are, and what is only shown.
-_NOT_COMPARED = ("data.path", "data.directory", "sample.", "mesh.", "checkpoint_every_seconds")
-
 _Made = TypeVar("_Made")
 
 _DRIVERS = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
@@ -130,7 +127,7 @@ def open_study(
     fields = {
         field: list(value) if isinstance(value, tuple) else value
         for field, value in config_lib.flatten(experiment)
-        if not field.startswith(_NOT_COMPARED)
+        if field in config_lib.COMPARED
     }
     before, known = study.user_attrs.get(_EXPERIMENT), study.user_attrs.get(_PARAMETERS)
     is_minimized = study.directions == [StudyDirection.MINIMIZE]

@@ -1,0 +1,80 @@
+"""Protect the standard streams: any text can be printed, and failures get one clear message."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from lstm_jax.errors import UserError
+
+
+def protect_streams() -> None:
+    """Make the three standard streams safe to use; to be called once, when a command starts.
+
+    Text that the encoding of standard output lacks is printed with escapes.
+
+    Raises:
+      UserError: if standard output is closed.
+    """
+    for number in range(3):  # The next file to be opened would take the number of a closed one.
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stdin is None:
+        sys.stdin = os.fdopen(0)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w")
+    if sys.stdout is None:
+        raise UserError("standard output is closed: send it to a file, or to /dev/null")
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    sys.stdout = _Output(sys.stdout)
+    sys.unraisablehook = _report_unraisable
+
+
+def discard_output() -> None:
+    """Discard what is still to be printed; Python would report it as an error at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+class _Output:
+    """Standard output that raises `UserError` when it can't be written.
+
+    An `OSError` would look like one of a run's own files. `BrokenPipeError` is raised as it is.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._translate_errors():
+            return int(self._stream.write(text))
+
+    def flush(self) -> None:
+        with self._translate_errors():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _translate_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            discard_output()
+            raise UserError(f"can't write to standard output: {error.strerror}") from None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Report an unraisable exception, unless it is reported elsewhere.
+
+    That is an exception of Orbax's threads after one of them has failed, and an interruption, which
+    `interrupts` raises again.
+    """
+    follows_failure = str(unraisable.exc_value) == "Event loop is closed"
+    if not follows_failure and not isinstance(unraisable.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
