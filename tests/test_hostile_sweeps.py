@@ -29,7 +29,8 @@ from optuna.trial import TrialState
 import disks
 from lstm_jax import config as config_lib
 from lstm_jax.errors import UnavailableError, UserError
-from lstm_jax.sweep import report, search, space, study
+from lstm_jax.sweep import plots, report, search, space, study
+from lstm_jax.sweep.worker import Worker, claim_directory
 from test_sweep import command, dead, rows
 
 DRAWN = int(os.environ.get("LSTM_JAX_HOSTILE", "40"))
@@ -137,7 +138,7 @@ def open_study(directory: Path, location: str | None = None) -> tuple[optuna.Stu
         "tiny",
         config_lib.default(),
         ["dropout", "rate", "schedule"],
-        study.SeededSampler("tpe", 0),
+        study.make_sampler("tpe", 0),
         study.make_pruner("hyperband", 9),
     )
     study.check_space(record, searched)
@@ -147,7 +148,7 @@ def open_study(directory: Path, location: str | None = None) -> tuple[optuna.Stu
 def fill_study(directory: Path, location: str | None = None, trials: int = 3) -> optuna.Study:
     """A study with complete trials, of which nothing was trained, and one that was given back."""
     record, searched = open_study(directory, location)
-    with study.Worker(record, directory, trials + 1) as worker:
+    with Worker(record, directory, trials + 1) as worker:
         for number in range(trials + 1):
             trial = worker.next()
             assert trial is not None
@@ -163,10 +164,10 @@ def fill_study(directory: Path, location: str | None = None, trials: int = 3) ->
 def use(directory: Path, location: str | None = None) -> None:
     """All that a worker does with a study, but for training."""
     record, searched = open_study(directory, location)
-    with study.Worker(record, directory, 5) as worker:
+    with Worker(record, directory, 5) as worker:
         while trial := worker.next():
             frozen = trial.storage.get_trial(trial._trial_id)
-            study.claim_directory(study.get_trial_directory(directory, frozen), frozen)
+            claim_directory(study.get_trial_directory(directory, frozen), frozen)
             trial.set_user_attr(study.OVERRIDES, searched.overrides(trial))
             trial.report(2.5, 2)
             trial.should_prune()
@@ -187,7 +188,7 @@ def test_nothing_in_a_study_is_unpickled(kind: str, tmp_path: Path) -> None:
     location = None if kind == "sqlite" else f"journal:{tmp_path}/study.journal"
     record, searched = open_study(tmp_path, location)
     names = ("cma:optimizer:0", "optimizer", "cma:0", "x")
-    with study.Worker(record, tmp_path, 12) as worker:
+    with Worker(record, tmp_path, 12) as worker:
         for number in range(11):
             trial = worker.next()
             assert trial is not None
@@ -205,8 +206,8 @@ def test_nothing_in_a_study_is_unpickled(kind: str, tmp_path: Path) -> None:
             "schedule": ["cosine"],
             "dropout": [0.0],
         }
-        record.sampler = study.SeededSampler(name, 0, grid)
-        with study.Worker(record, tmp_path, 99) as worker:
+        record.sampler = study.make_sampler(name, 0, grid)
+        with Worker(record, tmp_path, 99) as worker:
             trial = worker.next()
             assert trial is not None
             searched.overrides(trial)
@@ -227,16 +228,16 @@ ATTRIBUTES = [
     if name
     in (
         *(
-            "_WORKER",
-            "_BEAT",
-            "_RESUMES",
-            "_WORKDIR",
-            "_ORIGIN",
-            "_PLACE",
-            "_DEATHS",
-            "_GIVEN_BACK",
+            "WORKER",
+            "BEAT",
+            "RESUMES",
+            "WORKDIR",
+            "ORIGIN",
+            "PLACE",
+            "DEATHS",
+            "GIVEN_BACK",
         ),
-        *("_DROPPED", "REASON", "OVERRIDES", "TEST_LOSS"),
+        *("DROPPED", "REASON", "OVERRIDES", "TEST_LOSS"),
     )
 ]
 
@@ -288,11 +289,11 @@ def test_any_value_anywhere_in_a_journal_is_refused_in_one_line_or_read(tmp_path
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        (study._WORKDIR, "../../outside", r"its workdir is '../../outside'"),
-        (study._WORKDIR, 10**9, "its workdir is 1000000000"),
-        (study._WORKER, f"{os.uname().nodename}/../../outside/x", "its worker is "),
-        (study.OVERRIDES, {"data.path": "/etc/passwd"}, "something else of the parameters of"),
-        (study.OVERRIDES, {"init_from": "/outside"}, "something else of the parameters of"),
+        (study.WORKDIR, "../../outside", r"its workdir is '../../outside'"),
+        (study.WORKDIR, 10**9, "its workdir is 1000000000"),
+        (study.WORKER, f"{os.uname().nodename}/../../outside/x", "its worker is "),
+        (study.OVERRIDES, {"data.path": "/etc/passwd"}, "fields for the parameters of"),
+        (study.OVERRIDES, {"init_from": "/outside"}, "fields for the parameters of"),
         (study.TEST_LOSS, "<script>", "its test_loss is '<script>'"),
     ],
 )
@@ -302,7 +303,7 @@ def test_what_no_sweep_writes_into_a_trial_is_named(
     location = f"journal:{tmp_path}/study.journal"
     record = fill_study(tmp_path, location)
     inner = record._storage._inner  # type: ignore[attr-defined]
-    with study.Worker(record, tmp_path, 9) as worker:
+    with Worker(record, tmp_path, 9) as worker:
         trial = worker.next()
         assert trial is not None
         inner.set_trial_user_attr(trial._trial_id, name, value)
@@ -326,8 +327,8 @@ def test_only_what_the_space_draws_is_trained(
     like = optuna.trial.create_trial(
         state=TrialState.RUNNING, params=params, distributions=distributions
     )
-    with study.Worker(record, tmp_path, 1) as worker:
-        worker._add({study._ORIGIN: "0" * 32}, like)
+    with Worker(record, tmp_path, 1) as worker:
+        worker._add({study.ORIGIN: "0" * 32}, like)
     with pytest.raises(UserError, match="it does not draw '(rate|else)' = "):
         open_study(tmp_path)
 
@@ -446,7 +447,8 @@ def test_nothing_is_written_locked_or_waited_for_outside(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(report, "_draw", lambda *arguments: "")  # It takes a second.
+    for picture in ("draw_losses", "draw_parallel_coordinates"):  # They take a second.
+        monkeypatch.setattr(plots, picture, lambda *arguments: "")
     directory, outside = tmp_path / "sweep", tmp_path / "outside"
     shutil.copytree(begun[0], directory)
     name = name.replace("WORKER", begun[1])
@@ -460,7 +462,7 @@ def test_nothing_is_written_locked_or_waited_for_outside(
     replace(path, outside)
 
     def run_all() -> None:
-        report.check_places(directory)
+        report.check_paths(directory)
         use(directory)
         (directory / "trials" / "0000").mkdir(exist_ok=True)
         for output in (directory / search.OUTPUT, directory / "trials" / "0000" / search.OUTPUT):
@@ -505,7 +507,7 @@ def test_names_stay_names_in_what_a_sweep_writes(
     assert found.data.path == f"/{name}" and found.optimizer.schedule in ("cosine", "linear")
     assert not (tmp_path / "ran").exists() and not (directory / "ran").exists()
     summary = report.summarize_sweep(record, directory)
-    offered = shlex.split(summary.partition("Train it: ")[2].partition("\nLet it write")[0])
+    offered = shlex.split(summary.partition("Train it: ")[2].partition("\nGenerate text")[0])
     best = min(rows(directory), key=lambda row: row["validation_loss"] or 9e9)["trial"]
     assert offered == [
         *("python", "-m", "lstm_jax.main", "--config", str(directory / "best.py")),
@@ -539,9 +541,9 @@ def test_the_report_shows_names_as_they_are_and_runs_nothing(tmp_path: Path) -> 
     )
     record = study.open_study(
         *(tmp_path, None, evil, config_lib.default(), [evil, f"{evil}2"]),
-        *(study.SeededSampler("random", 0), study.make_pruner("none", 9)),
+        *(study.make_sampler("random", 0), study.make_pruner("none", 9)),
     )
-    with study.Worker(record, tmp_path, 6) as worker:
+    with Worker(record, tmp_path, 6) as worker:
         for number in range(6):
             trial = worker.next()
             assert trial is not None
@@ -602,9 +604,9 @@ def test_seeds_have_no_best_one(tmp_path: Path) -> None:
     searched = space.make_seed_space(0, 3)
     record = study.open_study(
         *(tmp_path, None, "seeds", config_lib.default(), ["seed"]),
-        *(study.SeededSampler("grid", 0, searched.grid()), study.make_pruner("none", 9)),
+        *(study.make_sampler("grid", 0, searched.grid()), study.make_pruner("none", 9)),
     )
-    with study.Worker(record, tmp_path, 3) as worker:
+    with Worker(record, tmp_path, 3) as worker:
         while trial := worker.next():
             trial.set_user_attr(study.OVERRIDES, searched.overrides(trial))
             worker.tell(trial, TrialState.COMPLETE, 2.0)

@@ -24,6 +24,7 @@ from lstm_jax import config as config_lib
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import lock, metrics, workdir
 from lstm_jax.sweep import report, search, space, study, table
+from lstm_jax.sweep.worker import Worker, claim_directory
 
 ROOT = Path(__file__).parents[1]
 # How many workers are killed for each kind of study, and at which random moments.
@@ -285,7 +286,7 @@ def test_a_grid_needs_values_and_visits_each_once(tmp_path: Path) -> None:
         "    return {'optimizer.momentum': t.suggest_float('m', 0.0, 0.3, step=0.1)}"
     )
     assert max(space.load_space(path).grid()["m"]) == 0.3, "Optuna refuses 3 * 0.1"
-    record = optuna.create_study(sampler=study.SeededSampler("grid", 0, found.grid()))
+    record = optuna.create_study(sampler=study.make_sampler("grid", 0, found.grid()))
     drawn = [found.overrides(record.ask()) for _ in range(6)]
     assert len({tuple(overrides.values()) for overrides in drawn}) == 6
 
@@ -302,9 +303,9 @@ def make_study(directory: Path, sampler: optuna.samplers.BaseSampler) -> optuna.
     )
 
 
-def dead(record: optuna.Study, directory: Path, trials: int) -> tuple[study.Worker, optuna.Trial]:
+def dead(record: optuna.Study, directory: Path, trials: int) -> tuple[Worker, optuna.Trial]:
     """A worker with a trial, as kill -9 leaves both."""
-    worker = study.Worker(record, directory, trials).__enter__()
+    worker = Worker(record, directory, trials).__enter__()
     trial = worker.next()
     assert trial is not None
     worker._done.set()
@@ -318,7 +319,7 @@ def test_samplers_follow_the_seed(name: str) -> None:
     drawn = []
     for seed in (1, 1, 2):
         grid = {"x": [i / 20 for i in range(20)], "y": [0.0, 1.0]}
-        record = optuna.create_study(sampler=study.SeededSampler(name, seed, grid))
+        record = optuna.create_study(sampler=study.make_sampler(name, seed, grid))
         points = []
         for _ in range(14):
             trial = record.ask()
@@ -331,12 +332,12 @@ def test_samplers_follow_the_seed(name: str) -> None:
 @pytest.mark.parametrize(
     ("location", "message"),
     [
-        ("nonsense", "is no database's URL"),
+        ("nonsense", "is not the URL of a database"),
         ("postgresql://me:secret@127.0.0.1:1/db", "can't use the database: .*refused"),
-        ("postgresql://me:secret@127.0.0.1:port/db", "is no database's URL"),
-        ("postgresq//me:secret@127.0.0.1/db", "is no database's URL"),
+        ("postgresql://me:secret@127.0.0.1:port/db", "is not the URL of a database"),
+        ("postgresq//me:secret@127.0.0.1/db", "is not the URL of a database"),
         ("sqlite:////nowhere/at/all.db", "can't use the database in /nowhere/at/all.db"),
-        ("oracle_or_so://x", "is no database's URL"),
+        ("oracle_or_so://x", "is not the URL of a database"),
         ("journal:/proc/nothing/here", "the study in /proc/nothing/here can't be"),
     ],
 )
@@ -345,7 +346,7 @@ def test_a_study_that_cannot_be_had_gets_one_line(
 ) -> None:
     if location.startswith("postgresql"):
         pytest.importorskip("psycopg")
-    sampler = study.SeededSampler("random", 0)
+    sampler = study.make_sampler("random", 0)
     pruner = study.make_pruner("none", 1)
     with pytest.raises(UserError, match=message) as caught:
         study.open_study(tmp_path, location, "x", config_lib.default(), [], sampler, pruner)
@@ -353,14 +354,14 @@ def test_a_study_that_cannot_be_had_gets_one_line(
 
 
 def test_a_trial_of_a_dead_worker_is_gone_on_with_once(tmp_path: Path) -> None:
-    record = make_study(tmp_path, study.SeededSampler("random", 0))
+    record = make_study(tmp_path, study.make_sampler("random", 0))
     _, trial = dead(record, tmp_path, 2)
     value = trial.suggest_float("x", 0, 1)
     trial.report(3.0, 1)
     trial.should_prune()  # Notes at which rung of Hyperband it is.
     first = record.trials[trial.number]
     # Two others look for work.
-    with study.Worker(record, tmp_path, 2) as one, study.Worker(record, tmp_path, 2) as other:
+    with Worker(record, tmp_path, 2) as one, Worker(record, tmp_path, 2) as other:
         resumed, new = one.next(), other.next()
         assert resumed is not None and new is not None and other.next() is None
         assert resumed.suggest_float("x", 0, 1) == value
@@ -379,14 +380,14 @@ def test_a_trial_of_a_dead_worker_is_gone_on_with_once(tmp_path: Path) -> None:
 
 
 def test_a_trial_that_kills_every_worker_fails(tmp_path: Path) -> None:
-    record = make_study(tmp_path, study.SeededSampler("random", 0))
+    record = make_study(tmp_path, study.make_sampler("random", 0))
     for _ in range(4):
         dead(record, tmp_path, 1)
     for _ in range(6):  # Those that end in good order, as jobs whose time is up, don't count.
-        with study.Worker(record, tmp_path, 1) as worker:
+        with Worker(record, tmp_path, 1) as worker:
             assert worker.next() is not None
     dead(record, tmp_path, 1)
-    with study.Worker(record, tmp_path, 1) as worker:
+    with Worker(record, tmp_path, 1) as worker:
         assert worker.next() is None
     (failed,) = study.list_finished(record)
     assert failed.user_attrs[study.REASON] == "5 workers in a row died of it"
@@ -402,10 +403,10 @@ def test_diverged_trials_are_pruned_with_their_reason(
             "optimizer.max_gradient_norm": 0.0,
         },
     )
-    record = make_study(tmp_path, study.SeededSampler("random", 0))
-    with study.Worker(record, tmp_path, 1) as worker:
+    record = make_study(tmp_path, study.make_sampler("random", 0))
+    with Worker(record, tmp_path, 1) as worker:
         told = search.run_worker(
-            search.Sweep(tiny_config, searched, tmp_path, 1, 1),
+            search.Sweep(record, tiny_config, searched, tmp_path, 1, 1),
             worker,
             table.Table(record, 1),
         )
@@ -423,12 +424,12 @@ def rate_space() -> space.Space:
 def test_a_directory_in_use_is_no_fault_of_its_trial(
     tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
-    record = make_study(tmp_path, study.SeededSampler("random", 0))
-    told = search.Sweep(tiny_config, rate_space(), tmp_path, 1, 1)
+    record = make_study(tmp_path, study.make_sampler("random", 0))
+    told = search.Sweep(record, tiny_config, rate_space(), tmp_path, 1, 1)
     with (
         lock.hold_lock(tmp_path / "trials" / "0000"),
         pytest.raises(UnavailableError, match="is training in"),
-        study.Worker(record, tmp_path, 1) as worker,
+        Worker(record, tmp_path, 1) as worker,
     ):
         search.run_worker(told, worker, table.Table(record, 1))
     assert study.list_finished(record) == [] == study.list_running(record)
@@ -438,10 +439,10 @@ def test_trials_that_cannot_be_trained_fail_together(
     tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     tiny_config.batches.batch_size = 100_000
-    record = make_study(tmp_path, study.SeededSampler("random", 0))
-    told = search.Sweep(tiny_config, rate_space(), tmp_path, 3, 3)
+    record = make_study(tmp_path, study.make_sampler("random", 0))
+    told = search.Sweep(record, tiny_config, rate_space(), tmp_path, 3, 3)
     with (
-        study.Worker(record, tmp_path, 3) as worker,
+        Worker(record, tmp_path, 3) as worker,
         pytest.raises(UserError, match="3 trials in a row failed"),
     ):
         search.run_worker(told, worker, table.Table(record, 3))
@@ -449,23 +450,23 @@ def test_trials_that_cannot_be_trained_fail_together(
 
 
 def test_a_trial_does_not_take_over_the_directory_of_another_study(tmp_path: Path) -> None:
-    record = make_study(tmp_path, study.SeededSampler("random", 0))
+    record = make_study(tmp_path, study.make_sampler("random", 0))
     _, trial = dead(record, tmp_path, 1)
     directory = tmp_path / "trials" / "0000"
-    study.claim_directory(directory, record.trials[trial.number])
-    with study.Worker(record, tmp_path, 1) as worker:
+    claim_directory(directory, record.trials[trial.number])
+    with Worker(record, tmp_path, 1) as worker:
         resumed = worker.next()
         assert resumed is not None
-        study.claim_directory(directory, record.trials[resumed.number])
+        claim_directory(directory, record.trials[resumed.number])
     (tmp_path / study.DATABASE).unlink()
-    record = make_study(tmp_path, study.SeededSampler("random", 0))
+    record = make_study(tmp_path, study.make_sampler("random", 0))
     _, other = dead(record, tmp_path, 1)
     with pytest.raises(UserError, match="holds a trial of another study"):
-        study.claim_directory(directory, record.trials[other.number])
+        claim_directory(directory, record.trials[other.number])
 
 
 def test_a_study_of_another_space_or_of_none_is_refused(tmp_path: Path) -> None:
-    sampler, pruner = study.SeededSampler("random", 0), study.make_pruner("none", 1)
+    sampler, pruner = study.make_sampler("random", 0), study.make_pruner("none", 1)
     for name, parameters in (("one", ["x"]), ("one", ["x"])):
         study.open_study(tmp_path, None, name, config_lib.default(), parameters, sampler, pruner)
     with pytest.raises(
@@ -474,7 +475,7 @@ def test_a_study_of_another_space_or_of_none_is_refused(tmp_path: Path) -> None:
         study.open_study(tmp_path, None, "one", config_lib.default(), ["x", "y"], sampler, pruner)
     url = f"sqlite:///{tmp_path / study.DATABASE}"
     optuna.create_study(storage=url, study_name="two", direction="maximize")
-    with pytest.raises(UserError, match="'two' already, which is none of a sweep"):
+    with pytest.raises(UserError, match="'two' exists, but no sweep made it"):
         study.open_study(tmp_path, None, "two", config_lib.default(), ["x"], sampler, pruner)
 
 
@@ -484,6 +485,6 @@ def test_importances_of_few_trials_are_called_a_hint(
 ) -> None:
     record = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     record.optimize(lambda trial: trial.suggest_float("rate", 0, 1), trials)
-    page = report._page(record, tmp_path)
+    page = report.make_page(record, tmp_path)
     assert f"from {trials} complete trials" in page
     assert ("too few for more than a hint" in page) == hint
