@@ -236,6 +236,47 @@ def test_seeds_are_a_population(text_file: Path, tmp_path: Path, compiled: Path)
     assert sorted(row["overrides"]["seed"] for row in rows(tmp_path)) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("module", ["optuna", "sqlalchemy", "rich"])
+def test_a_missing_module_gets_one_line(module: str) -> None:
+    code = (
+        f"import runpy, sys; sys.modules[{module!r}] = None; "
+        "runpy.run_module('lstm_jax.sweep', run_name='__main__')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith(f"error: sweeps need {module}")
+    assert result.stderr.endswith(": pip install 'lstm-jax[sweep]'\n")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "use either --space"),
+        ({"seeds": 2, "space_file": "space.py"}, "use either --space"),
+        ({"space_file": "nothing.py"}, "there is no space file nothing.py"),
+        ({"seeds": 2, "pruner": "hyperband"}, "a population can't be pruned"),
+    ],
+)
+def test_options_that_contradict_each_other_get_one_line(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        search.prepare_sweep(config_lib.default(), "quick", **options)
+
+
+def test_a_sweep_is_prepared_from_options(
+    tiny_config: ConfigDict, text_file: Path, tmp_path: Path
+) -> None:
+    tiny_config.data.path = str(text_file)
+    directory = tmp_path / "sweep"
+    prepared = search.prepare_sweep(tiny_config, "tiny", seeds=3, directory=str(directory))
+    assert (prepared.trials, prepared.population) == (3, 3)
+    assert prepared.study.study_name == "tiny_seeds3" and prepared.directory == directory
+    assert prepared.experiment.data.path == str(text_file) and prepared.experiment.data.sha256
+    assert {path.name for path in directory.iterdir()} == {"workers", "trials", "study.db"}
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [

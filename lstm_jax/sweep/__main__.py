@@ -30,12 +30,11 @@ try:
 
     from lstm_jax.sweep import population, search, space, study
 except ModuleNotFoundError as error:
-    if error.name not in ("optuna", "sqlalchemy", "rich"):
+    missing = (error.name or "").partition(".")[0]
+    if missing not in ("optuna", "sqlalchemy", "rich"):
         raise
-    print(
-        f"error: sweeps need {error.name}, which is not installed: pip install 'lstm-jax[sweep]'",
-        file=sys.stderr,
-    )
+    message = f"error: sweeps need {missing}, which is not installed: pip install 'lstm-jax[sweep]'"
+    print(message, file=sys.stderr)
     sys.exit(2)
 
 _CONFIG = config_flags.DEFINE_config_file(

@@ -6,7 +6,7 @@ import math
 import shlex
 import statistics
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -30,6 +30,8 @@ PAGE = "report.html"
 # The page holds text and pictures: nothing in it runs, and it loads nothing.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
+_HEAD = ("trial", "state", "epochs", "validation", "test", "seconds", "settings", "directory")
+
 # With fewer complete trials, importances are only a hint.
 _MIN_RELIABLE = 30
 
@@ -44,9 +46,9 @@ svg { width: 100%; height: auto; display: block; } meter { width: 20rem; }
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 0.2rem 0.7rem 0.2rem 0; border-bottom: 1px solid #ddd;
   vertical-align: top; white-space: nowrap; }
-td.reason { white-space: normal; min-width: 26rem; }
-@media (max-width: 40rem) { td.reason { min-width: 60rem; } }
-tr.best { background: #e8f3fa; }
+td:nth-child(7) { white-space: normal; min-width: 26rem; }
+@media (max-width: 40rem) { td:nth-child(7) { min-width: 60rem; } }
+tr:has(strong) { background: #e8f3fa; }
 pre { background: #f4f4f4; padding: 0.7rem; overflow-x: auto; font-size: 0.85rem; }
 """
 
@@ -204,15 +206,13 @@ def make_page(study: Study, directory: Path) -> str:
         )
         parts.append(f"<h2>Spread over {len(complete)} seeds</h2><ul>{lines}</ul>")
     elif best:
-        rows = "".join(
-            f"<tr><td>{html.escape(name)}</td><td>{html.escape(format_value(value))}</td></tr>"
-            for name, value in best.user_attrs.get(study_lib.OVERRIDES, best.params).items()
-        )
         test = best.user_attrs.get(study_lib.TEST_LOSS)
         test_loss = f", test loss {test:.4f}" if test is not None else ""
+        settings = best.user_attrs.get(study_lib.OVERRIDES, best.params).items()
+        rows = [(html.escape(name), html.escape(format_value(value))) for name, value in settings]
         parts.append(
             f"<h2>Best</h2><p>Trial {best.number}: validation loss {best.value:.4f}{test_loss}, in "
-            f"nats per token.</p><div class=wide><table>{rows}</table></div>"
+            f"nats per token.</p>{_make_table(rows)}"
             f"<pre>{html.escape(_get_command(best, directory))}</pre>"
         )
     ended = [trial for trial in trials if _get_loss(trial) < math.inf]
@@ -223,16 +223,14 @@ def make_page(study: Study, directory: Path) -> str:
         )
     if importances := _compute_importances(study, complete):
         caution = ": too few for more than a hint" if len(complete) < _MIN_RELIABLE else ""
-        rows = "".join(
-            f"<tr><td>{html.escape(name)}</td><td>{share:.2f}</td>"
-            f"<td><meter value={share:.3f}></meter></td></tr>"
+        bars = [
+            (html.escape(name), f"{share:.2f}", f"<meter value={share:.3f}></meter>")
             for name, share in importances.items()
-        )
+        ]
         parts.append(
             "<h2>Importance</h2><p>How much each setting distinguishes the best tenth of the "
             "complete trials from all of them (PED-ANOVA, Watanabe et al. 2023), computed from "
-            f"{len(complete)} complete trials{caution}.</p><div class=wide><table>{rows}</table>"
-            "</div>"
+            f"{len(complete)} complete trials{caution}.</p>{_make_table(bars)}"
         )
     names = sorted({name for trial in ended for name in trial.params})
     varied = [n for n in names if len({str(t.params[n]) for t in ended if n in t.params}) > 1]
@@ -245,41 +243,41 @@ def make_page(study: Study, directory: Path) -> str:
             f"</p><div class=wide><div style='min-width: {len(varied) + 1}in'>"
             f"{plots.draw_parallel_coordinates(ended, varied)}</div></div>"
         )
-    parts.append(f"<h2>Trials</h2><div class=wide>{_make_table(trials, best, directory)}</div>")
+    best_number = best.number if best else None
+    ordered = sorted(trials, key=lambda trial: (_get_loss(trial), trial.number))
+    all_rows = [_make_row(trial, directory, trial.number == best_number) for trial in ordered]
     return (
         "<!doctype html><html lang=en><head><meta charset=utf-8>"
         f'<meta http-equiv=Content-Security-Policy content="{_POLICY}">'
         "<meta name=viewport content='width=device-width, initial-scale=1'>"
-        f"<title>{title}</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+        f"<title>{title}</title><style>{_STYLE}</style></head>"
+        f"<body>{''.join(parts)}<h2>Trials</h2>{_make_table(all_rows, _HEAD)}</body></html>\n"
     )
 
 
-def _make_table(trials: Sequence[FrozenTrial], best: FrozenTrial | None, directory: Path) -> str:
-    """Return a table of all trials, the best first, those without a loss last."""
-    head = ("trial", "state", "epochs", "validation", "test", "seconds", "settings", "directory")
-    rows = ["".join(f"<th>{name}</th>" for name in head)]
-    for trial in sorted(trials, key=lambda t: (_get_loss(t), t.number)):
-        loss, test = _get_loss(trial), trial.user_attrs.get(study_lib.TEST_LOSS)
-        where = study_lib.get_trial_directory(directory, trial).relative_to(directory)
-        reason = trial.user_attrs.get(study_lib.REASON)
-        settings = describe_settings(trial) + (f" ({reason})" if reason else "")
-        cells = (
-            str(trial.number),
-            describe_state(trial),
-            str(max(trial.intermediate_values, default=0)),
-            f"{loss:.4f}" if loss < math.inf else "",
-            "" if test is None else f"{test:.4f}",
-            f"{trial.duration.total_seconds():.0f}" if trial.duration else "",
-        )
-        mark = " class=best" if best and trial.number == best.number else ""
-        rows.append(
-            f"</tr><tr{mark}>"
-            + "".join(f"<td>{cell}</td>" for cell in cells)
-            + f"<td class=reason>{html.escape(settings)}</td>"
-            f"<td><a href='{quote(f'{where}/{workdir.METRICS}')}'>{html.escape(str(where))}</a>"
-            "</td>"
-        )
-    return f"<table><tr>{''.join(rows)}</tr></table>"
+def _make_table(rows: Iterable[Iterable[object]], head: Iterable[str] = ()) -> str:
+    """Return a table whose cells are HTML."""
+    lines = ["".join(f"<th>{name}</th>" for name in head)]
+    lines += ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
+    body = "".join(f"<tr>{line}</tr>" for line in lines if line)
+    return f"<div class=wide><table>{body}</table></div>"
+
+
+def _make_row(trial: FrozenTrial, directory: Path, is_best: bool) -> Sequence[object]:
+    """Return the cells of a trial; the style colors a row with a <strong>."""
+    loss, test = _get_loss(trial), trial.user_attrs.get(study_lib.TEST_LOSS)
+    where = str(study_lib.get_trial_directory(directory, trial).relative_to(directory))
+    reason = trial.user_attrs.get(study_lib.REASON)
+    return (
+        f"<strong>{trial.number}</strong>" if is_best else trial.number,
+        describe_state(trial),
+        max(trial.intermediate_values, default=0),
+        f"{loss:.4f}" if loss < math.inf else "",
+        f"{test:.4f}" if test is not None else "",
+        f"{trial.duration.total_seconds():.0f}" if trial.duration else "",
+        html.escape(describe_settings(trial) + (f" ({reason})" if reason else "")),
+        f"<a href='{quote(f'{where}/{workdir.METRICS}')}'>{html.escape(where)}</a>",
+    )
 
 
 def _get_loss(trial: FrozenTrial) -> float:

@@ -47,11 +47,7 @@ class Sweep(NamedTuple):
 
 
 class _InterruptedError(Exception):
-    """A signal ended the training of a trial; `exit_code` is that of the command."""
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__()
-        self.exit_code = exit_code
+    """A signal ended the training of a trial. Its argument is the exit code."""
 
 
 def prepare_sweep(
@@ -161,7 +157,7 @@ def run_worker(sweep: Sweep, worker: worker_lib.Worker, table: Table) -> int:
         except _InterruptedError as interrupted:
             for trial in trials:
                 worker.give_back(trial.number)
-            return interrupted.exit_code
+            return int(interrupted.args[0])
         for trial, reason in zip(trials, reasons, strict=True):
             failures = [*failures, reason] if reason else []
             table.tell(trial.number)

@@ -68,8 +68,8 @@ def open_study(
       name: of the study.
       experiment: the config that trials change.
       parameters: the names of all parameters that trials draw.
-      sampler: draws parameters.
-      pruner: ends trials early.
+      sampler: from `make_sampler`.
+      pruner: from `make_pruner`.
 
     Raises:
       UserError: if it can't be reached or written, or was made for another experiment or space.

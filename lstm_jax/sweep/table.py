@@ -50,12 +50,14 @@ class Table:
             return
         trials = self._study.get_trials(deepcopy=False)
         (ended,) = (trial for trial in trials if trial.number == number)
-        self._console.print(
-            f"{visible(describe_trial(ended))}; {describe_progress(trials, self._trials)}",
-            soft_wrap=True,
-            markup=False,
-            highlight=False,
-        )
+        text = f"trial {number} {describe_state(ended) or 'given back'}"
+        if ended.value is not None:
+            text += f" at {ended.value:.4f}"
+        if reason := ended.user_attrs.get(study_lib.REASON):
+            text += f" ({reason})"
+        text = f"{visible(f'{text}: {describe_settings(ended)}')}; "
+        text += describe_progress(trials, self._trials)
+        self._console.print(text, soft_wrap=True, markup=False, highlight=False)
 
     def _draw(self) -> Group:
         if self._console.is_terminal:
@@ -102,16 +104,6 @@ def describe_settings(trial: FrozenTrial) -> str:
 def format_value(value: object) -> str:
     """Return a value with at most three digits."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def describe_trial(trial: FrozenTrial) -> str:
-    """Return one line for a trial that ended."""
-    text = f"trial {trial.number} {describe_state(trial) or 'given back'}"
-    if trial.value is not None:
-        text += f" at {trial.value:.4f}"
-    if reason := trial.user_attrs.get(study_lib.REASON):
-        text += f" ({reason})"
-    return f"{text}: {describe_settings(trial)}"
 
 
 def describe_progress(trials: Sequence[FrozenTrial], wanted: int) -> str:

@@ -122,8 +122,7 @@ class Worker:
         if len(list_finished(self.study)) + len(list_running(self.study)) >= self._trials:
             return None
         new = self._add({study_lib.ORIGIN: uuid.uuid4().hex})
-        trials = self.study.get_trials(deepcopy=False)
-        if sum(t.number < new.number and not is_closed(t) for t in trials) >= self._trials:
+        if sum(not is_closed(trial) for trial in self._before(new)) >= self._trials:
             self._drop(new)
             return None
         return new
@@ -175,6 +174,9 @@ class Worker:
         self._own[own.number] = own._trial_id
         return optuna.Trial(self.study, own._trial_id)
 
+    def _before(self, trial: optuna.Trial) -> list[FrozenTrial]:
+        return [t for t in self.study.get_trials(deepcopy=False) if t.number < trial.number]
+
     def _close(self, number: int) -> None:
         """Close a trial without a result; do nothing if it is finished."""
         with contextlib.suppress(ValueError, UpdateFinishedTrialError):
@@ -191,8 +193,14 @@ class Worker:
         host, name, _ = trial.user_attrs[study_lib.WORKER].split("/")
         path = self._directory / name
         if host == socket.gethostname() and path.is_file():
-            with contextlib.suppress(OSError):  # A link, or a file system without locks.
-                return not _is_locked(path)
+            try:
+                with files.open_append(path) as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                return False
+            except OSError:  # It is a link, or the file system has no locks.
+                pass
         # The time is measured by this process alone, so the clocks of hosts may differ.
         key, now = (trial.number, trial.user_attrs.get(study_lib.BEAT)), time.monotonic()
         return now - self._seen.setdefault(key, now) > _STALE_SECONDS
@@ -225,22 +233,10 @@ class Worker:
             study_lib.DEATHS: (deaths, progress),
         }
         trial = self._add(attributes, orphan)
-        for other in self.study.get_trials(deepcopy=False):
-            resumes = other.user_attrs.get(study_lib.RESUMES)
-            if resumes == orphan.number and other.number < trial.number:
-                self._drop(trial)
-                return None
+        if any(t.user_attrs.get(study_lib.RESUMES) == orphan.number for t in self._before(trial)):
+            self._drop(trial)
+            return None
         if deaths >= _MAX_DEATHS:
-            reason = f"{deaths} workers in a row died of it"
-            self.tell(trial, TrialState.FAIL, reason=reason)
+            self.tell(trial, TrialState.FAIL, reason=f"{deaths} workers in a row died of it")
             return None
         return trial
-
-
-def _is_locked(path: Path) -> bool:
-    with files.open_append(path) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
