@@ -1,8 +1,8 @@
 """Open the storage of a study that somebody else may have made.
 
-A study is data. A journal or an SQLite file must be a regular file that makes nobody read, write or
-delete another one, trials are checked whenever they are read, no message shows a password, and each
-exception that Optuna or a database raises becomes one line.
+A study is data. A journal or an SQLite file must be a regular file that makes SQLite use no other
+one, trials are checked whenever they are read, no message shows a password, and each exception that
+Optuna or a database raises becomes one line.
 """
 
 import contextlib
