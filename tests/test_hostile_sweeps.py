@@ -1,8 +1,8 @@
-"""Sweeps made by someone else, on full disks, and with paths that are hard to write down.
+"""Test sweeps made by someone else, on full disks, and with paths that are hard to quote.
 
-A study is data: whatever is in it, one line refuses it or it is read, no code of it runs, and
-nothing outside of the sweep's directory changes. As many mutations of a journal as
-LSTM_JAX_HOSTILE says are drawn at random, by LSTM_JAX_HOSTILE_SEED.
+A study is data: whatever is in it, it is read or leads to an error of one line, no code of it runs,
+and nothing outside of the sweep's directory changes. LSTM_JAX_HOSTILE is the number of random
+mutations of a journal, and LSTM_JAX_HOSTILE_SEED their seed.
 """
 
 import copy
@@ -49,7 +49,7 @@ def get_overrides(trial):
 SERVER = """
 import json, os, runpy, signal, sys, traceback, warnings
 import lstm_jax.sweep.search
-warnings.simplefilter("ignore")  # runpy wonders that it is imported already.
+warnings.simplefilter("ignore")  # runpy warns that it is imported already.
 
 for line in sys.stdin:
     errors, *arguments = json.loads(line)
@@ -76,7 +76,7 @@ Run = Callable[[list[str]], tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """Runs `python -m lstm_jax.sweep`; returns its exit code, its output and its errors."""
+    """Return a function that runs a sweep and returns its exit code, output and errors."""
     errors = tmp_path_factory.mktemp("server") / "errors"
     with subprocess.Popen(
         [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -85,7 +85,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
         def answer(arguments: list[str]) -> tuple[int, str, str]:
             assert server.stdin and server.stdout
-            # The first three start the program, which is there already.
+            # The first three start the program, which runs already.
             server.stdin.write(json.dumps([str(errors), *arguments[3:]]) + "\n")
             server.stdin.flush()
             code = int(server.stdout.readline())
@@ -106,7 +106,7 @@ def space_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def swept(
     tmp_path_factory: pytest.TempPathFactory, text_file: Path, space_file: Path, run: Run
 ) -> Path:
-    """A sweep of four trials that nothing disturbed."""
+    """An undisturbed sweep of four trials."""
     directory = tmp_path_factory.mktemp("swept") / "sweep"
     code, _, errors = run(arguments(text_file, directory, space_file))
     assert code == 0, errors
@@ -120,15 +120,15 @@ def arguments(text_file: Path, directory: Path, space_file: Path, *more: str) ->
     )
 
 
-def refusal(result: tuple[int, str, str]) -> str:
-    """The one line with which a command refused."""
+def get_error(result: tuple[int, str, str]) -> str:
+    """Return the one line that a command failed with."""
     code, output, errors = result
     assert code == 2 and output == "" and len(errors.splitlines()) == 1, errors
     return errors
 
 
 def open_study(directory: Path, location: str | None = None) -> tuple[optuna.Study, space.Space]:
-    """The study of a sweep of the default experiment, as a worker opens it."""
+    """Open the study of a sweep of the default experiment, as a worker does."""
     directory.mkdir(exist_ok=True)
     (directory / "space.py").write_text(SPACE)
     searched = space.load_space(directory / "space.py")
@@ -146,7 +146,7 @@ def open_study(directory: Path, location: str | None = None) -> tuple[optuna.Stu
 
 
 def fill_study(directory: Path, location: str | None = None, trials: int = 3) -> optuna.Study:
-    """A study with complete trials, of which nothing was trained, and one that was given back."""
+    """Make a study with complete trials, none of them trained, and one that was given back."""
     record, searched = open_study(directory, location)
     with Worker(record, directory, trials + 1) as worker:
         for number in range(trials + 1):
@@ -162,7 +162,7 @@ def fill_study(directory: Path, location: str | None = None, trials: int = 3) ->
 
 
 def use(directory: Path, location: str | None = None) -> None:
-    """All that a worker does with a study, but for training."""
+    """Do everything that a worker does with a study, except for training."""
     record, searched = open_study(directory, location)
     with Worker(record, directory, 5) as worker:
         while trial := worker.next():
@@ -243,14 +243,14 @@ ATTRIBUTES = [
 
 
 def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """The paths of all values within a record."""
+    """Yield the paths of all values within a record."""
     yield path
     keys = range(len(value)) if isinstance(value, list) else value
     for key in keys if isinstance(value, dict | list) else ():
         yield from places(value[key], (*path, key))
 
 
-def test_any_value_anywhere_in_a_journal_is_refused_in_one_line_or_read(tmp_path: Path) -> None:
+def test_any_value_anywhere_in_a_journal_is_read_or_gets_one_line(tmp_path: Path) -> None:
     """Also those of the attributes: worker, workdir, overrides and so on."""
     place = tmp_path / "sweep"
     journal = tmp_path / "study.journal"
@@ -362,7 +362,7 @@ def test_a_file_that_is_no_study_gets_one_line(name: str, kind: str, tmp_path: P
     assert before is None or path.read_bytes() == before
 
 
-def test_what_is_torn_off_a_journal_is_dropped_and_no_link_beside_it_is_waited_for(
+def test_a_torn_record_is_dropped_and_no_link_beside_a_journal_is_waited_for(
     tmp_path: Path,
 ) -> None:
     journal = tmp_path / "study.journal"
@@ -383,7 +383,7 @@ def test_a_database_deletes_and_runs_nothing(tmp_path: Path) -> None:
     outside, own = tmp_path / "outside.txt", tmp_path / study.DATABASE
     outside.write_text("precious")
     saved = own.read_bytes()
-    # A transaction that was not ended, of several databases: SQLite deletes what its journal names.
+    # An unfinished transaction of several databases: SQLite deletes the file that is named in it.
     with sqlite3.connect(own, isolation_level=None) as open_one:
         open_one.execute("pragma cache_size=2")
         open_one.execute("begin immediate")
@@ -412,7 +412,7 @@ def test_a_database_deletes_and_runs_nothing(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The directory of a sweep with one trial, whose worker is dead, and the worker's name."""
+    """Return the directory of a sweep whose only worker is dead, and the worker's name."""
     directory = tmp_path_factory.mktemp("begun")
     record, _ = open_study(directory)
     worker, _ = dead(record, directory, 5)
@@ -471,7 +471,7 @@ def test_nothing_is_written_locked_or_waited_for_outside(
     replaced = name in ("trials.jsonl", "best.py", "report.html") and replace is not folder
     if replaced or name.startswith("workers/") or (is_directory and replace is folder):
         run_all()
-        # Whether its worker is dead is not looked up elsewhere: its count must stand still.
+        # No other file decides that its worker is dead: its counter must first stay unchanged.
         record, _ = open_study(directory)
         assert len(study.list_running(record)) == name.startswith("workers")
     else:
@@ -479,7 +479,7 @@ def test_nothing_is_written_locked_or_waited_for_outside(
             run_all()
         assert str(path) in str(caught.value)
         if name in ("study.db", "workers", "trials", "trials.jsonl", "best.py", "report.html"):
-            assert not (directory / "trials" / "0000").exists(), "nothing had begun"
+            assert not (directory / "trials" / "0000").exists(), "a trial started too early"
     if is_directory:
         assert list(outside.iterdir()) == []
     else:
@@ -516,7 +516,7 @@ def test_names_stay_names_in_what_a_sweep_writes(
 
 
 class _Tags(html.parser.HTMLParser):
-    """The names of all elements, and where links lead."""
+    """Collects the names of all elements and the targets of links."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -569,7 +569,7 @@ def test_a_space_that_exits_gets_one_line(
     code: str, text_file: Path, tmp_path: Path, run: Run
 ) -> None:
     (tmp_path / "space.py").write_text(code)
-    errors = refusal(run(arguments(text_file, tmp_path / "sweep", tmp_path / "space.py")))
+    errors = get_error(run(arguments(text_file, tmp_path / "sweep", tmp_path / "space.py")))
     assert "it calls sys.exit(5)" in errors
 
 
@@ -589,7 +589,7 @@ def test_no_message_shows_a_password(
     location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(url: sqlalchemy.URL, **settings: Any) -> None:
-        # What drivers say: all that they were given, one way or another.
+        # Messages of drivers contain everything that they were given.
         shown = url.render_as_string(hide_password=False)
         raise sqlalchemy.exc.OperationalError("SELECT", {}, Exception(f"no host {shown} is there"))
 
@@ -617,7 +617,7 @@ def test_seeds_have_no_best_one(tmp_path: Path) -> None:
 
 
 def stopped(result: tuple[int, str, str]) -> bool:
-    """Whether a command met a full disk, and told that in one line and nothing else but trials."""
+    """Return whether a command failed for a full disk; check that it printed one line for it."""
     code, _, errors = result
     assert code in (0, 2) and " failed" not in errors and errors.count("error: ") == (code == 2)
     assert code == 0 or "No space left" in errors.splitlines()[-1], errors
@@ -653,7 +653,7 @@ def test_a_full_disk_loses_no_member_of_a_population(
 
 
 def test_a_full_disk_under_the_study_loses_no_trial(tmp_path: Path) -> None:
-    """Where not even that a trial was given back can be written, its worker is taken for dead."""
+    """A worker counts as dead if it can't even write that it gives its trial back."""
     place, failures = tmp_path / "sweep", 0
     with disks.mounted(tmp_path / "disk", "-o", "size=8m") as disk:
         location = f"journal:{disk}/study.journal"

@@ -68,7 +68,7 @@ def prepare_sweep(
     """Check the options of a sweep, which `python -m lstm_jax.sweep --help` explains, and open it.
 
     The text's checksum and absolute path are set in `experiment`, a complete config.
-    `experiment_name` is a part of the default name. Raises `UserError`.
+    `experiment_name` is a part of the default name. Raises `UserError` or `OSError`.
     """
     if space_file and not seeds:
         space, space_name = space_lib.load_space(Path(space_file)), Path(space_file).stem
@@ -93,12 +93,9 @@ def prepare_sweep(
         experiment.data.path = corpus.make_absolute(experiment.data.path)
     name = name or f"{experiment_name}_{space_name}"
     path = Path(directory or Path("runs", "sweeps", name))
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        for own in (worker_lib.WORKERS, study_lib.TRIALS):
-            worker_lib.make_directory(path / own)
-    except OSError as error:
-        raise UserError(f"can't write to {path}: {error.strerror}") from None
+    path.mkdir(parents=True, exist_ok=True)
+    for own in (worker_lib.WORKERS, study_lib.TRIALS):
+        worker_lib.make_directory(path / own)
     report.check_paths(path)
     study = study_lib.open_study(
         path,
@@ -115,20 +112,12 @@ def prepare_sweep(
 
 def run_sweep(sweep: Sweep) -> int:
     """Call `run_worker`, write the report and print a summary; return the exit code."""
-    try:
-        with (
-            Table(sweep.study, sweep.trials) as table,
-            worker_lib.Worker(sweep.study, sweep.directory, sweep.trials) as worker,
-        ):
-            exit_code = run_worker(sweep, worker, table)
-        report.write_report(sweep.study, sweep.directory, sweep.experiment, sweep.space)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise UserError(
-            f"can't read or write {error.filename or sweep.directory} "
-            f"({error.strerror or error}): fix this, then resume with the same command"
-        ) from None
+    with (
+        Table(sweep.study, sweep.trials) as table,
+        worker_lib.Worker(sweep.study, sweep.directory, sweep.trials) as worker,
+    ):
+        exit_code = run_worker(sweep, worker, table)
+    report.write_report(sweep.study, sweep.directory, sweep.experiment, sweep.space)
     print(report.summarize_sweep(sweep.study, sweep.directory))
     return exit_code
 
