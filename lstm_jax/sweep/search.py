@@ -143,10 +143,12 @@ def run_worker(sweep: Sweep, worker: worker_lib.Worker, table: Table) -> int:
             continue
         try:
             reasons = _train_trials(sweep, worker, trials)
-        except _InterruptedError as interrupted:
+        except (_InterruptedError, UpdateFinishedTrialError) as error:
             for trial in trials:
                 worker.give_back(trial.number)
-            return int(interrupted.args[0])
+            if isinstance(error, _InterruptedError):
+                return int(error.args[0])
+            reasons = [""] * len(trials)  # Another worker has taken one of them over.
         for trial, reason in zip(trials, reasons, strict=True):
             failures = [*failures, reason] if reason else []
             table.tell(trial.number)
@@ -214,8 +216,6 @@ def _train_trial(
             exit_code = train.train(config, directory, report_loss)
     except TrialPruned:
         worker.tell(trial, TrialState.PRUNED)
-    except UpdateFinishedTrialError:
-        worker.give_back(trial.number)  # Another worker has taken it over.
     except NotFiniteError as error:
         worker.tell(trial, TrialState.PRUNED, reason=f"diverged: {error}")
     except _FAILURES as error:
