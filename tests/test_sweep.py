@@ -236,7 +236,7 @@ def test_seeds_are_a_population(text_file: Path, tmp_path: Path, compiled: Path)
     assert sorted(row["overrides"]["seed"] for row in rows(tmp_path)) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("module", ["optuna", "sqlalchemy", "rich"])
+@pytest.mark.parametrize("module", ["optuna", "sqlalchemy"])
 def test_a_missing_module_gets_one_line(module: str) -> None:
     code = (
         f"import runpy, sys; sys.modules[{module!r}] = None; "

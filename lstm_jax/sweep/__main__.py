@@ -31,7 +31,7 @@ try:
     from lstm_jax.sweep import population, search, space, study
 except ModuleNotFoundError as error:
     missing = (error.name or "").partition(".")[0]
-    if missing not in ("optuna", "sqlalchemy", "rich"):
+    if missing not in ("optuna", "sqlalchemy"):
         raise
     message = f"error: sweeps need {missing}, which is not installed: pip install 'lstm-jax[sweep]'"
     print(message, file=sys.stderr)
