@@ -1,8 +1,8 @@
-"""Sweeps made by someone else, on full disks, and with paths that are hard to write down.
+"""Test sweeps made by someone else, on full disks, and with paths that are hard to quote.
 
-A study is data: whatever is in it, one line refuses it or it is read, no code of it runs, and
-nothing outside of the sweep's directory changes. As many mutations of a journal as
-LSTM_JAX_HOSTILE says are drawn at random, by LSTM_JAX_HOSTILE_SEED.
+A study is data: whatever is in it, it is read or leads to an error of one line, no code of it runs,
+and nothing outside of the sweep's directory changes. LSTM_JAX_HOSTILE is the number of random
+mutations of a journal, and LSTM_JAX_HOSTILE_SEED their seed.
 """
 
 import copy
@@ -29,7 +29,8 @@ from optuna.trial import TrialState
 import disks
 from lstm_jax import config as config_lib
 from lstm_jax.errors import UnavailableError, UserError
-from lstm_jax.sweep import report, search, space, study
+from lstm_jax.sweep import plots, report, search, space, study
+from lstm_jax.sweep.worker import Worker, claim_directory
 from test_sweep import command, dead, rows
 
 DRAWN = int(os.environ.get("LSTM_JAX_HOSTILE", "40"))
@@ -48,13 +49,13 @@ def get_overrides(trial):
 SERVER = """
 import json, os, runpy, signal, sys, traceback, warnings
 import lstm_jax.sweep.search
-warnings.simplefilter("ignore")  # runpy wonders that it is imported already.
+warnings.simplefilter("ignore")  # runpy warns that it is imported already.
 
 for line in sys.stdin:
     errors, *arguments = json.loads(line)
     child = os.fork()
     if not child:
-        signal.alarm(60)
+        signal.alarm(300)  # A test must not hang.
         os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         os.dup2(os.open(errors + ".out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
         sys.stdout, sys.argv, code = open(1, "w"), ["sweep", *arguments], 1
@@ -75,7 +76,7 @@ Run = Callable[[list[str]], tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """Runs `python -m lstm_jax.sweep`; returns its exit code, its output and its errors."""
+    """Return a function that runs a sweep and returns its exit code, output and errors."""
     errors = tmp_path_factory.mktemp("server") / "errors"
     with subprocess.Popen(
         [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -84,7 +85,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
         def answer(arguments: list[str]) -> tuple[int, str, str]:
             assert server.stdin and server.stdout
-            # The first three start the program, which is there already.
+            # The first three start the program, which runs already.
             server.stdin.write(json.dumps([str(errors), *arguments[3:]]) + "\n")
             server.stdin.flush()
             code = int(server.stdout.readline())
@@ -105,7 +106,7 @@ def space_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def swept(
     tmp_path_factory: pytest.TempPathFactory, text_file: Path, space_file: Path, run: Run
 ) -> Path:
-    """A sweep of four trials that nothing disturbed."""
+    """An undisturbed sweep of four trials."""
     directory = tmp_path_factory.mktemp("swept") / "sweep"
     code, _, errors = run(arguments(text_file, directory, space_file))
     assert code == 0, errors
@@ -119,15 +120,15 @@ def arguments(text_file: Path, directory: Path, space_file: Path, *more: str) ->
     )
 
 
-def refusal(result: tuple[int, str, str]) -> str:
-    """The one line with which a command refused."""
+def get_error(result: tuple[int, str, str]) -> str:
+    """Return the one line that a command failed with."""
     code, output, errors = result
     assert code == 2 and output == "" and len(errors.splitlines()) == 1, errors
     return errors
 
 
 def open_study(directory: Path, location: str | None = None) -> tuple[optuna.Study, space.Space]:
-    """The study of a sweep of the default experiment, as a worker opens it."""
+    """Open the study of a sweep of the default experiment, as a worker does."""
     directory.mkdir(exist_ok=True)
     (directory / "space.py").write_text(SPACE)
     searched = space.load_space(directory / "space.py")
@@ -137,7 +138,7 @@ def open_study(directory: Path, location: str | None = None) -> tuple[optuna.Stu
         "tiny",
         config_lib.default(),
         ["dropout", "rate", "schedule"],
-        study.SeededSampler("tpe", 0),
+        study.make_sampler("tpe", 0),
         study.make_pruner("hyperband", 9),
     )
     study.check_space(record, searched)
@@ -145,9 +146,9 @@ def open_study(directory: Path, location: str | None = None) -> tuple[optuna.Stu
 
 
 def fill_study(directory: Path, location: str | None = None, trials: int = 3) -> optuna.Study:
-    """A study with complete trials, of which nothing was trained, and one that was given back."""
+    """Make a study with complete trials, none of them trained, and one that was given back."""
     record, searched = open_study(directory, location)
-    with study.Worker(record, directory, trials + 1) as worker:
+    with Worker(record, directory, trials + 1) as worker:
         for number in range(trials + 1):
             trial = worker.next()
             assert trial is not None
@@ -161,12 +162,12 @@ def fill_study(directory: Path, location: str | None = None, trials: int = 3) ->
 
 
 def use(directory: Path, location: str | None = None) -> None:
-    """All that a worker does with a study, but for training."""
+    """Do everything that a worker does with a study, except for training."""
     record, searched = open_study(directory, location)
-    with study.Worker(record, directory, 5) as worker:
+    with Worker(record, directory, 5) as worker:
         while trial := worker.next():
             frozen = trial.storage.get_trial(trial._trial_id)
-            study.claim_directory(study.get_trial_directory(directory, frozen), frozen)
+            claim_directory(study.get_trial_directory(directory, frozen), frozen)
             trial.set_user_attr(study.OVERRIDES, searched.overrides(trial))
             trial.report(2.5, 2)
             trial.should_prune()
@@ -187,7 +188,7 @@ def test_nothing_in_a_study_is_unpickled(kind: str, tmp_path: Path) -> None:
     location = None if kind == "sqlite" else f"journal:{tmp_path}/study.journal"
     record, searched = open_study(tmp_path, location)
     names = ("cma:optimizer:0", "optimizer", "cma:0", "x")
-    with study.Worker(record, tmp_path, 12) as worker:
+    with Worker(record, tmp_path, 12) as worker:
         for number in range(11):
             trial = worker.next()
             assert trial is not None
@@ -205,8 +206,8 @@ def test_nothing_in_a_study_is_unpickled(kind: str, tmp_path: Path) -> None:
             "schedule": ["cosine"],
             "dropout": [0.0],
         }
-        record.sampler = study.SeededSampler(name, 0, grid)
-        with study.Worker(record, tmp_path, 99) as worker:
+        record.sampler = study.make_sampler(name, 0, grid)
+        with Worker(record, tmp_path, 99) as worker:
             trial = worker.next()
             assert trial is not None
             searched.overrides(trial)
@@ -227,29 +228,29 @@ ATTRIBUTES = [
     if name
     in (
         *(
-            "_WORKER",
-            "_BEAT",
-            "_RESUMES",
-            "_WORKDIR",
-            "_ORIGIN",
-            "_PLACE",
-            "_DEATHS",
-            "_GIVEN_BACK",
+            "WORKER",
+            "BEAT",
+            "RESUMES",
+            "WORKDIR",
+            "ORIGIN",
+            "PLACE",
+            "DEATHS",
+            "GIVEN_BACK",
         ),
-        *("_DROPPED", "REASON", "OVERRIDES", "TEST_LOSS"),
+        *("DROPPED", "REASON", "OVERRIDES", "TEST_LOSS"),
     )
 ]
 
 
 def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """The paths of all values within a record."""
+    """Yield the paths of all values within a record."""
     yield path
     keys = range(len(value)) if isinstance(value, list) else value
     for key in keys if isinstance(value, dict | list) else ():
         yield from places(value[key], (*path, key))
 
 
-def test_any_value_anywhere_in_a_journal_is_refused_in_one_line_or_read(tmp_path: Path) -> None:
+def test_any_value_anywhere_in_a_journal_is_read_or_gets_one_line(tmp_path: Path) -> None:
     """Also those of the attributes: worker, workdir, overrides and so on."""
     place = tmp_path / "sweep"
     journal = tmp_path / "study.journal"
@@ -288,11 +289,11 @@ def test_any_value_anywhere_in_a_journal_is_refused_in_one_line_or_read(tmp_path
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        (study._WORKDIR, "../../outside", r"its workdir is '../../outside'"),
-        (study._WORKDIR, 10**9, "its workdir is 1000000000"),
-        (study._WORKER, f"{os.uname().nodename}/../../outside/x", "its worker is "),
-        (study.OVERRIDES, {"data.path": "/etc/passwd"}, "something else of the parameters of"),
-        (study.OVERRIDES, {"init_from": "/outside"}, "something else of the parameters of"),
+        (study.WORKDIR, "../../outside", r"its workdir is '../../outside'"),
+        (study.WORKDIR, 10**9, "its workdir is 1000000000"),
+        (study.WORKER, f"{os.uname().nodename}/../../outside/x", "its worker is "),
+        (study.OVERRIDES, {"data.path": "/etc/passwd"}, "fields for the parameters of"),
+        (study.OVERRIDES, {"init_from": "/outside"}, "fields for the parameters of"),
         (study.TEST_LOSS, "<script>", "its test_loss is '<script>'"),
     ],
 )
@@ -302,7 +303,7 @@ def test_what_no_sweep_writes_into_a_trial_is_named(
     location = f"journal:{tmp_path}/study.journal"
     record = fill_study(tmp_path, location)
     inner = record._storage._inner  # type: ignore[attr-defined]
-    with study.Worker(record, tmp_path, 9) as worker:
+    with Worker(record, tmp_path, 9) as worker:
         trial = worker.next()
         assert trial is not None
         inner.set_trial_user_attr(trial._trial_id, name, value)
@@ -326,8 +327,8 @@ def test_only_what_the_space_draws_is_trained(
     like = optuna.trial.create_trial(
         state=TrialState.RUNNING, params=params, distributions=distributions
     )
-    with study.Worker(record, tmp_path, 1) as worker:
-        worker._add({study._ORIGIN: "0" * 32}, like)
+    with Worker(record, tmp_path, 1) as worker:
+        worker._add({study.ORIGIN: "0" * 32}, like)
     with pytest.raises(UserError, match="it does not draw '(rate|else)' = "):
         open_study(tmp_path)
 
@@ -361,7 +362,7 @@ def test_a_file_that_is_no_study_gets_one_line(name: str, kind: str, tmp_path: P
     assert before is None or path.read_bytes() == before
 
 
-def test_what_is_torn_off_a_journal_is_dropped_and_no_link_beside_it_is_waited_for(
+def test_a_torn_record_is_dropped_and_no_link_beside_a_journal_is_waited_for(
     tmp_path: Path,
 ) -> None:
     journal = tmp_path / "study.journal"
@@ -382,7 +383,7 @@ def test_a_database_deletes_and_runs_nothing(tmp_path: Path) -> None:
     outside, own = tmp_path / "outside.txt", tmp_path / study.DATABASE
     outside.write_text("precious")
     saved = own.read_bytes()
-    # A transaction that was not ended, of several databases: SQLite deletes what its journal names.
+    # An unfinished transaction of several databases: SQLite deletes the file that is named in it.
     with sqlite3.connect(own, isolation_level=None) as open_one:
         open_one.execute("pragma cache_size=2")
         open_one.execute("begin immediate")
@@ -411,7 +412,7 @@ def test_a_database_deletes_and_runs_nothing(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The directory of a sweep with one trial, whose worker is dead, and the worker's name."""
+    """Return the directory of a sweep whose only worker is dead, and the worker's name."""
     directory = tmp_path_factory.mktemp("begun")
     record, _ = open_study(directory)
     worker, _ = dead(record, directory, 5)
@@ -446,7 +447,8 @@ def test_nothing_is_written_locked_or_waited_for_outside(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(report, "_draw", lambda *arguments: "")  # It takes a second.
+    for picture in ("draw_losses", "draw_parallel_coordinates"):  # They take a second.
+        monkeypatch.setattr(plots, picture, lambda *arguments: "")
     directory, outside = tmp_path / "sweep", tmp_path / "outside"
     shutil.copytree(begun[0], directory)
     name = name.replace("WORKER", begun[1])
@@ -460,7 +462,7 @@ def test_nothing_is_written_locked_or_waited_for_outside(
     replace(path, outside)
 
     def run_all() -> None:
-        report.check_places(directory)
+        report.check_paths(directory)
         use(directory)
         (directory / "trials" / "0000").mkdir(exist_ok=True)
         for output in (directory / search.OUTPUT, directory / "trials" / "0000" / search.OUTPUT):
@@ -469,7 +471,7 @@ def test_nothing_is_written_locked_or_waited_for_outside(
     replaced = name in ("trials.jsonl", "best.py", "report.html") and replace is not folder
     if replaced or name.startswith("workers/") or (is_directory and replace is folder):
         run_all()
-        # Whether its worker is dead is not looked up elsewhere: its count must stand still.
+        # No other file decides that its worker is dead: its counter must first stay unchanged.
         record, _ = open_study(directory)
         assert len(study.list_running(record)) == name.startswith("workers")
     else:
@@ -477,7 +479,7 @@ def test_nothing_is_written_locked_or_waited_for_outside(
             run_all()
         assert str(path) in str(caught.value)
         if name in ("study.db", "workers", "trials", "trials.jsonl", "best.py", "report.html"):
-            assert not (directory / "trials" / "0000").exists(), "nothing had begun"
+            assert not (directory / "trials" / "0000").exists(), "a trial started too early"
     if is_directory:
         assert list(outside.iterdir()) == []
     else:
@@ -505,7 +507,7 @@ def test_names_stay_names_in_what_a_sweep_writes(
     assert found.data.path == f"/{name}" and found.optimizer.schedule in ("cosine", "linear")
     assert not (tmp_path / "ran").exists() and not (directory / "ran").exists()
     summary = report.summarize_sweep(record, directory)
-    offered = shlex.split(summary.partition("Train it: ")[2].partition("\nLet it write")[0])
+    offered = shlex.split(summary.partition("Train it: ")[2].partition("\nGenerate text")[0])
     best = min(rows(directory), key=lambda row: row["validation_loss"] or 9e9)["trial"]
     assert offered == [
         *("python", "-m", "lstm_jax.main", "--config", str(directory / "best.py")),
@@ -514,7 +516,7 @@ def test_names_stay_names_in_what_a_sweep_writes(
 
 
 class _Tags(html.parser.HTMLParser):
-    """The names of all elements, and where links lead."""
+    """Collects the names of all elements and the targets of links."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -539,9 +541,9 @@ def test_the_report_shows_names_as_they_are_and_runs_nothing(tmp_path: Path) -> 
     )
     record = study.open_study(
         *(tmp_path, None, evil, config_lib.default(), [evil, f"{evil}2"]),
-        *(study.SeededSampler("random", 0), study.make_pruner("none", 9)),
+        *(study.make_sampler("random", 0), study.make_pruner("none", 9)),
     )
-    with study.Worker(record, tmp_path, 6) as worker:
+    with Worker(record, tmp_path, 6) as worker:
         for number in range(6):
             trial = worker.next()
             assert trial is not None
@@ -567,7 +569,7 @@ def test_a_space_that_exits_gets_one_line(
     code: str, text_file: Path, tmp_path: Path, run: Run
 ) -> None:
     (tmp_path / "space.py").write_text(code)
-    errors = refusal(run(arguments(text_file, tmp_path / "sweep", tmp_path / "space.py")))
+    errors = get_error(run(arguments(text_file, tmp_path / "sweep", tmp_path / "space.py")))
     assert "it calls sys.exit(5)" in errors
 
 
@@ -587,7 +589,7 @@ def test_no_message_shows_a_password(
     location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(url: sqlalchemy.URL, **settings: Any) -> None:
-        # What drivers say: all that they were given, one way or another.
+        # Messages of drivers contain everything that they were given.
         shown = url.render_as_string(hide_password=False)
         raise sqlalchemy.exc.OperationalError("SELECT", {}, Exception(f"no host {shown} is there"))
 
@@ -602,9 +604,9 @@ def test_seeds_have_no_best_one(tmp_path: Path) -> None:
     searched = space.make_seed_space(0, 3)
     record = study.open_study(
         *(tmp_path, None, "seeds", config_lib.default(), ["seed"]),
-        *(study.SeededSampler("grid", 0, searched.grid()), study.make_pruner("none", 9)),
+        *(study.make_sampler("grid", 0, searched.grid()), study.make_pruner("none", 9)),
     )
-    with study.Worker(record, tmp_path, 3) as worker:
+    with Worker(record, tmp_path, 3) as worker:
         while trial := worker.next():
             trial.set_user_attr(study.OVERRIDES, searched.overrides(trial))
             worker.tell(trial, TrialState.COMPLETE, 2.0)
@@ -615,7 +617,7 @@ def test_seeds_have_no_best_one(tmp_path: Path) -> None:
 
 
 def stopped(result: tuple[int, str, str]) -> bool:
-    """Whether a command met a full disk, and told that in one line and nothing else but trials."""
+    """Return whether a command failed for a full disk; check that it printed one line for it."""
     code, _, errors = result
     assert code in (0, 2) and " failed" not in errors and errors.count("error: ") == (code == 2)
     assert code == 0 or "No space left" in errors.splitlines()[-1], errors
@@ -651,7 +653,7 @@ def test_a_full_disk_loses_no_member_of_a_population(
 
 
 def test_a_full_disk_under_the_study_loses_no_trial(tmp_path: Path) -> None:
-    """Where not even that a trial was given back can be written, its worker is taken for dead."""
+    """A worker counts as dead if it can't even write that it gives its trial back."""
     place, failures = tmp_path / "sweep", 0
     with disks.mounted(tmp_path / "disk", "-o", "size=8m") as disk:
         location = f"journal:{disk}/study.journal"

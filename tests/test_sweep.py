@@ -1,4 +1,4 @@
-"""Sweeps as users run them: real workers, killed, on files and on a server."""
+"""Run sweeps as users do: real workers, killed at any moment, on files and on a server."""
 
 import contextlib
 import json
@@ -24,13 +24,14 @@ from lstm_jax import config as config_lib
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import lock, metrics, workdir
 from lstm_jax.sweep import report, search, space, study, table
+from lstm_jax.sweep.worker import Worker, claim_directory
 
 ROOT = Path(__file__).parents[1]
-# How many workers are killed for each kind of study, and at which random moments.
+# The number of workers to kill for each kind of study, and the seed of the moments.
 KILLS = int(os.environ.get("LSTM_JAX_KILLS", "2"))
 SEED = int(os.environ.get("LSTM_JAX_KILLS_SEED", "0"))
-# So many that there is something to kill until the end: while a killed worker starts anew, the
-# other finishes two or three.
+# Enough for a running trial at every kill: the other worker finishes two or three trials while a
+# killed worker restarts.
 TRIALS = 4 + 3 * KILLS
 
 SPACE = """
@@ -44,7 +45,7 @@ def get_overrides(trial):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process has compiled, the others need not."""
+    """A compilation cache that all processes share."""
     return tmp_path_factory.mktemp("compiled")
 
 
@@ -103,7 +104,7 @@ def server(tmp_path: Path) -> Iterator[str]:
     pytest.importorskip("psycopg")
     data = tmp_path / "postgresql"
     user: list[str] = []
-    if os.geteuid() == 0:  # PostgreSQL refuses to run as root.
+    if os.geteuid() == 0:  # PostgreSQL does not run as root.
         data.mkdir()
         shutil.chown(data, "nobody")
         for parent in (tmp_path, *[*tmp_path.parents][:3]):
@@ -184,11 +185,11 @@ def test_killed_workers_lose_no_finished_trial_and_duplicate_none(
     assert len(found) == TRIALS and {r["state"] for r in found.values()} <= {"complete", "pruned"}
     assert len({row["workdir"] for row in found.values()}) == TRIALS
     for number, row in before.items():
-        assert found[number] == row, "what was finished stays as it was"
+        assert found[number] == row, "a finished trial changed"
     for row in found.values():
         measured = metrics.read_metrics(Path(row["workdir"]) / workdir.METRICS)
         steps = [(r["step"], r["split"]) for r in measured]
-        assert len(set(steps)) == len(steps), "a trial went on from its checkpoint"
+        assert len(set(steps)) == len(steps), "a resumed trial repeated a step"
     assert (directory / "report.html").exists()
 
 
@@ -215,7 +216,7 @@ def test_one_worker_repeats_exactly_and_best_runs_as_it_is(
     page = (tmp_path / "one" / "report.html").read_text()
     assert "<svg" in page and "src=" not in page
 
-    # The same command again finds all done; another experiment is refused.
+    # The same command has nothing left to do; another experiment is an error.
     code, _, errors = finish(
         command(text_file, tmp_path / "one", f"--space={space_file}", "--trials=2"), compiled
     )
@@ -233,6 +234,47 @@ def test_seeds_are_a_population(text_file: Path, tmp_path: Path, compiled: Path)
     assert code == 0, errors
     assert "validation loss of 3 seeds: mean " in output and "test loss of 3 seeds: " in output
     assert sorted(row["overrides"]["seed"] for row in rows(tmp_path)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("module", ["optuna", "sqlalchemy"])
+def test_a_missing_module_gets_one_line(module: str) -> None:
+    code = (
+        f"import runpy, sys; sys.modules[{module!r}] = None; "
+        "runpy.run_module('lstm_jax.sweep', run_name='__main__')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith(f"error: sweeps need {module}")
+    assert result.stderr.endswith(": pip install 'lstm-jax[sweep]'\n")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "use either --space"),
+        ({"seeds": 2, "space_file": "space.py"}, "use either --space"),
+        ({"space_file": "nothing.py"}, "there is no space file nothing.py"),
+        ({"seeds": 2, "pruner": "hyperband"}, "a population can't be pruned"),
+    ],
+)
+def test_options_that_contradict_each_other_get_one_line(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        search.prepare_sweep(config_lib.default(), "quick", **options)
+
+
+def test_a_sweep_is_prepared_from_options(
+    tiny_config: ConfigDict, text_file: Path, tmp_path: Path
+) -> None:
+    tiny_config.data.path = str(text_file)
+    directory = tmp_path / "sweep"
+    prepared = search.prepare_sweep(tiny_config, "tiny", seeds=3, directory=str(directory))
+    assert (prepared.trials, prepared.population) == (3, 3)
+    assert prepared.study.study_name == "tiny_seeds3" and prepared.directory == directory
+    assert prepared.experiment.data.path == str(text_file) and prepared.experiment.data.sha256
+    assert {path.name for path in directory.iterdir()} == {"workers", "trials", "study.db"}
 
 
 @pytest.mark.parametrize(
@@ -284,8 +326,8 @@ def test_a_grid_needs_values_and_visits_each_once(tmp_path: Path) -> None:
         "def get_overrides(t):\n"
         "    return {'optimizer.momentum': t.suggest_float('m', 0.0, 0.3, step=0.1)}"
     )
-    assert max(space.load_space(path).grid()["m"]) == 0.3, "Optuna refuses 3 * 0.1"
-    record = optuna.create_study(sampler=study.SeededSampler("grid", 0, found.grid()))
+    assert max(space.load_space(path).grid()["m"]) == 0.3, "3 * 0.1 > 0.3"
+    record = optuna.create_study(sampler=study.make_sampler("grid", 0, found.grid()))
     drawn = [found.overrides(record.ask()) for _ in range(6)]
     assert len({tuple(overrides.values()) for overrides in drawn}) == 6
 
@@ -302,9 +344,9 @@ def make_study(directory: Path, sampler: optuna.samplers.BaseSampler) -> optuna.
     )
 
 
-def dead(record: optuna.Study, directory: Path, trials: int) -> tuple[study.Worker, optuna.Trial]:
-    """A worker with a trial, as kill -9 leaves both."""
-    worker = study.Worker(record, directory, trials).__enter__()
+def dead(record: optuna.Study, directory: Path, trials: int) -> tuple[Worker, optuna.Trial]:
+    """Return a worker and its trial as kill -9 leaves them."""
+    worker = Worker(record, directory, trials).__enter__()
     trial = worker.next()
     assert trial is not None
     worker._done.set()
@@ -318,7 +360,7 @@ def test_samplers_follow_the_seed(name: str) -> None:
     drawn = []
     for seed in (1, 1, 2):
         grid = {"x": [i / 20 for i in range(20)], "y": [0.0, 1.0]}
-        record = optuna.create_study(sampler=study.SeededSampler(name, seed, grid))
+        record = optuna.create_study(sampler=study.make_sampler(name, seed, grid))
         points = []
         for _ in range(14):
             trial = record.ask()
@@ -331,36 +373,36 @@ def test_samplers_follow_the_seed(name: str) -> None:
 @pytest.mark.parametrize(
     ("location", "message"),
     [
-        ("nonsense", "is no database's URL"),
+        ("nonsense", "is not the URL of a database"),
         ("postgresql://me:secret@127.0.0.1:1/db", "can't use the database: .*refused"),
-        ("postgresql://me:secret@127.0.0.1:port/db", "is no database's URL"),
-        ("postgresq//me:secret@127.0.0.1/db", "is no database's URL"),
+        ("postgresql://me:secret@127.0.0.1:port/db", "is not the URL of a database"),
+        ("postgresq//me:secret@127.0.0.1/db", "is not the URL of a database"),
         ("sqlite:////nowhere/at/all.db", "can't use the database in /nowhere/at/all.db"),
-        ("oracle_or_so://x", "is no database's URL"),
+        ("oracle_or_so://x", "is not the URL of a database"),
         ("journal:/proc/nothing/here", "the study in /proc/nothing/here can't be"),
     ],
 )
-def test_a_study_that_cannot_be_had_gets_one_line(
+def test_a_study_that_cannot_be_opened_gets_one_line(
     location: str, message: str, tmp_path: Path
 ) -> None:
     if location.startswith("postgresql"):
         pytest.importorskip("psycopg")
-    sampler = study.SeededSampler("random", 0)
+    sampler = study.make_sampler("random", 0)
     pruner = study.make_pruner("none", 1)
     with pytest.raises(UserError, match=message) as caught:
         study.open_study(tmp_path, location, "x", config_lib.default(), [], sampler, pruner)
     assert len(str(caught.value).splitlines()) == 1 and "secret" not in str(caught.value)
 
 
-def test_a_trial_of_a_dead_worker_is_gone_on_with_once(tmp_path: Path) -> None:
-    record = make_study(tmp_path, study.SeededSampler("random", 0))
+def test_a_trial_of_a_dead_worker_is_resumed_once(tmp_path: Path) -> None:
+    record = make_study(tmp_path, study.make_sampler("random", 0))
     _, trial = dead(record, tmp_path, 2)
     value = trial.suggest_float("x", 0, 1)
     trial.report(3.0, 1)
-    trial.should_prune()  # Notes at which rung of Hyperband it is.
+    trial.should_prune()  # Records its rung of Hyperband.
     first = record.trials[trial.number]
     # Two others look for work.
-    with study.Worker(record, tmp_path, 2) as one, study.Worker(record, tmp_path, 2) as other:
+    with Worker(record, tmp_path, 2) as one, Worker(record, tmp_path, 2) as other:
         resumed, new = one.next(), other.next()
         assert resumed is not None and new is not None and other.next() is None
         assert resumed.suggest_float("x", 0, 1) == value
@@ -379,14 +421,14 @@ def test_a_trial_of_a_dead_worker_is_gone_on_with_once(tmp_path: Path) -> None:
 
 
 def test_a_trial_that_kills_every_worker_fails(tmp_path: Path) -> None:
-    record = make_study(tmp_path, study.SeededSampler("random", 0))
+    record = make_study(tmp_path, study.make_sampler("random", 0))
     for _ in range(4):
         dead(record, tmp_path, 1)
-    for _ in range(6):  # Those that end in good order, as jobs whose time is up, don't count.
-        with study.Worker(record, tmp_path, 1) as worker:
+    for _ in range(6):  # Workers that end normally, as jobs at their time limit do, don't count.
+        with Worker(record, tmp_path, 1) as worker:
             assert worker.next() is not None
     dead(record, tmp_path, 1)
-    with study.Worker(record, tmp_path, 1) as worker:
+    with Worker(record, tmp_path, 1) as worker:
         assert worker.next() is None
     (failed,) = study.list_finished(record)
     assert failed.user_attrs[study.REASON] == "5 workers in a row died of it"
@@ -402,14 +444,14 @@ def test_diverged_trials_are_pruned_with_their_reason(
             "optimizer.max_gradient_norm": 0.0,
         },
     )
-    record = make_study(tmp_path, study.SeededSampler("random", 0))
-    with study.Worker(record, tmp_path, 1) as worker:
-        told = search.run_worker(
-            search.Sweep(tiny_config, searched, tmp_path, 1, 1),
+    record = make_study(tmp_path, study.make_sampler("random", 0))
+    with Worker(record, tmp_path, 1) as worker:
+        result = search.run_worker(
+            search.Sweep(record, tiny_config, searched, tmp_path, 1, 1),
             worker,
             table.Table(record, 1),
         )
-    assert told == 0
+    assert result == 0
     (row,) = rows(tmp_path)
     assert row["state"] == "diverged" and "is not finite" in row["reason"]
 
@@ -420,17 +462,17 @@ def rate_space() -> space.Space:
     )
 
 
-def test_a_directory_in_use_is_no_fault_of_its_trial(
+def test_a_directory_in_use_does_not_fail_its_trial(
     tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
-    record = make_study(tmp_path, study.SeededSampler("random", 0))
-    told = search.Sweep(tiny_config, rate_space(), tmp_path, 1, 1)
+    record = make_study(tmp_path, study.make_sampler("random", 0))
+    sweep = search.Sweep(record, tiny_config, rate_space(), tmp_path, 1, 1)
     with (
         lock.hold_lock(tmp_path / "trials" / "0000"),
         pytest.raises(UnavailableError, match="is training in"),
-        study.Worker(record, tmp_path, 1) as worker,
+        Worker(record, tmp_path, 1) as worker,
     ):
-        search.run_worker(told, worker, table.Table(record, 1))
+        search.run_worker(sweep, worker, table.Table(record, 1))
     assert study.list_finished(record) == [] == study.list_running(record)
 
 
@@ -438,34 +480,34 @@ def test_trials_that_cannot_be_trained_fail_together(
     tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     tiny_config.batches.batch_size = 100_000
-    record = make_study(tmp_path, study.SeededSampler("random", 0))
-    told = search.Sweep(tiny_config, rate_space(), tmp_path, 3, 3)
+    record = make_study(tmp_path, study.make_sampler("random", 0))
+    sweep = search.Sweep(record, tiny_config, rate_space(), tmp_path, 3, 3)
     with (
-        study.Worker(record, tmp_path, 3) as worker,
+        Worker(record, tmp_path, 3) as worker,
         pytest.raises(UserError, match="3 trials in a row failed"),
     ):
-        search.run_worker(told, worker, table.Table(record, 3))
+        search.run_worker(sweep, worker, table.Table(record, 3))
     assert [row["state"] for row in rows(tmp_path)] == ["failed"] * 3
 
 
 def test_a_trial_does_not_take_over_the_directory_of_another_study(tmp_path: Path) -> None:
-    record = make_study(tmp_path, study.SeededSampler("random", 0))
+    record = make_study(tmp_path, study.make_sampler("random", 0))
     _, trial = dead(record, tmp_path, 1)
     directory = tmp_path / "trials" / "0000"
-    study.claim_directory(directory, record.trials[trial.number])
-    with study.Worker(record, tmp_path, 1) as worker:
+    claim_directory(directory, record.trials[trial.number])
+    with Worker(record, tmp_path, 1) as worker:
         resumed = worker.next()
         assert resumed is not None
-        study.claim_directory(directory, record.trials[resumed.number])
+        claim_directory(directory, record.trials[resumed.number])
     (tmp_path / study.DATABASE).unlink()
-    record = make_study(tmp_path, study.SeededSampler("random", 0))
+    record = make_study(tmp_path, study.make_sampler("random", 0))
     _, other = dead(record, tmp_path, 1)
     with pytest.raises(UserError, match="holds a trial of another study"):
-        study.claim_directory(directory, record.trials[other.number])
+        claim_directory(directory, record.trials[other.number])
 
 
-def test_a_study_of_another_space_or_of_none_is_refused(tmp_path: Path) -> None:
-    sampler, pruner = study.SeededSampler("random", 0), study.make_pruner("none", 1)
+def test_a_study_of_another_space_or_of_no_sweep_is_an_error(tmp_path: Path) -> None:
+    sampler, pruner = study.make_sampler("random", 0), study.make_pruner("none", 1)
     for name, parameters in (("one", ["x"]), ("one", ["x"])):
         study.open_study(tmp_path, None, name, config_lib.default(), parameters, sampler, pruner)
     with pytest.raises(
@@ -474,7 +516,7 @@ def test_a_study_of_another_space_or_of_none_is_refused(tmp_path: Path) -> None:
         study.open_study(tmp_path, None, "one", config_lib.default(), ["x", "y"], sampler, pruner)
     url = f"sqlite:///{tmp_path / study.DATABASE}"
     optuna.create_study(storage=url, study_name="two", direction="maximize")
-    with pytest.raises(UserError, match="'two' already, which is none of a sweep"):
+    with pytest.raises(UserError, match="'two' exists, but no sweep made it"):
         study.open_study(tmp_path, None, "two", config_lib.default(), ["x"], sampler, pruner)
 
 
@@ -484,6 +526,6 @@ def test_importances_of_few_trials_are_called_a_hint(
 ) -> None:
     record = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     record.optimize(lambda trial: trial.suggest_float("rate", 0, 1), trials)
-    page = report._page(record, tmp_path)
+    page = report.make_page(record, tmp_path)
     assert f"from {trials} complete trials" in page
     assert ("too few for more than a hint" in page) == hint

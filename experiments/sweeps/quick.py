@@ -1,4 +1,4 @@
-"""A space for quick.py at equal training time: optimizer, dropout and batch size."""
+"""Space for quick.py at the same training time: the same model reads the same text."""
 # python -m lstm_jax.sweep --config experiments/quick.py --space experiments/sweeps/quick.py \
 #     --trials 40
 
@@ -8,10 +8,10 @@ import optuna
 
 
 def get_overrides(trial: optuna.Trial) -> dict[str, Any]:
-    """Return values for the optimizer, for dropout, and for the shape of a batch of 3,072 tokens.
+    """Return the optimizer, the dropout, and the shape of a batch of 3,072 characters.
 
-    Model and epochs are fixed, so that each trial takes about the time of quick.py. Layer
-    normalization, another cell or another size would take longer.
+    Model and epochs stay the same, so that a trial takes as long as quick.py. Layer normalization,
+    another cell or another size would take longer.
     """
     batch_size = trial.suggest_categorical("batch_size", [16, 32, 48])
     return {

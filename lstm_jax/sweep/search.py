@@ -1,12 +1,4 @@
-r"""Finds good settings for an experiment, or the spread of one over seeds.
-
-    python -m lstm_jax.sweep --config experiments/quick.py \
-        --space experiments/sweeps/quick.py --trials 40
-    python -m lstm_jax.sweep --config experiments/quick.py --seeds 8
-
-The same command again goes on where the sweep stopped, and any number of processes may run it at
-once.
-"""
+"""Prepare a sweep and train its trials."""
 
 import contextlib
 import io
@@ -17,110 +9,203 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import optuna
 from ml_collections import ConfigDict
-from optuna.trial import TrialState
+from optuna import Trial, TrialPruned
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
 
 from lstm_jax import train
+from lstm_jax.data import corpus, texts
 from lstm_jax.errors import NotFiniteError, UnavailableError, UserError, one_line
 from lstm_jax.run import checkpoints, files, metrics, workdir
-from lstm_jax.sweep import population, report, space, study
+from lstm_jax.sweep import population, report
+from lstm_jax.sweep import space as space_lib
+from lstm_jax.sweep import study as study_lib
+from lstm_jax.sweep import worker as worker_lib
 from lstm_jax.sweep.table import Table
 
-# What training shows of a trial is kept in its working directory.
+# The output of training, in the working directory of a trial.
 OUTPUT = "output.txt"
 
-# So many trials that fail one after the other, none for numbers that explode, end the worker.
-_MOST_FAILURES = 3
+# A worker ends after this many failed trials in a row. A diverged trial is not a failed one.
+_MAX_FAILURES = 3
 _SECONDS_BETWEEN_LOOKS = 2
-# What is the fault of a trial's settings, or of this machine's memory; `_fail` tells what is not.
+# Errors that the settings of a trial cause, or the memory of this machine; but see `_fail`.
 _FAILURES = (UserError, jax.errors.JaxRuntimeError, MemoryError)
 
 
 class Sweep(NamedTuple):
-    """What a worker reads and never changes."""
+    """A sweep as every worker sees it."""
 
-    experiment: ConfigDict
-    space: space.Space
+    study: Study
+    experiment: ConfigDict  # The config that trials change.
+    space: space_lib.Space
     directory: Path
-    trials: int
-    population: int
+    trials: int  # How many to finish, by all workers together.
+    population: int  # How many a worker trains at once.
 
 
 class _InterruptedError(Exception):
-    """A signal ended the training of a trial.
+    """A signal ended the training of a trial. Its argument is the exit code."""
 
-    Attributes:
-      exit_code: what the command is to exit with.
+
+def prepare_sweep(
+    experiment: ConfigDict,
+    experiment_name: str,
+    *,
+    space_file: str | None = None,
+    seeds: int | None = None,
+    trials: int = 40,
+    directory: str | None = None,
+    location: str | None = None,
+    name: str | None = None,
+    sampler: str = "tpe",
+    pruner: str | None = None,
+    seed: int = 0,
+    members: int | None = None,
+) -> Sweep:
+    """Check the options of a sweep, which `python -m lstm_jax.sweep --help` explains, and open it.
+
+    The text's checksum and absolute path are set in `experiment`, a complete config.
+    `experiment_name` is a part of the default name. Raises `UserError` or `OSError`.
     """
+    if space_file and not seeds:
+        space, space_name = space_lib.load_space(Path(space_file)), Path(space_file).stem
+        members = members or 1
+    elif seeds and not space_file:
+        space, space_name = space_lib.make_seed_space(experiment.seed, seeds), f"seeds{seeds}"
+        trials, sampler = seeds, "grid"
+        members = members or min(seeds, population.LARGEST)
+    else:
+        raise UserError("use either --space experiments/sweeps/quick.py or --seeds 8")
+    pruner = pruner or ("none" if members > 1 or seeds else "hyperband")
+    if members > 1 and pruner != "none":
+        raise UserError("a population can't be pruned: leave out --pruner or --population")
+    configs, parameters = space.check(experiment)
+    if members > 1:
+        population.check_members(configs)
+    grid = space.grid() if sampler == "grid" else None
+    if grid is not None:
+        trials = min(trials, math.prod(map(len, grid.values())))
+    experiment.data.sha256 = texts.load_texts(experiment.data).sha256
+    if experiment.data.path:  # So that best.py works in every directory.
+        experiment.data.path = corpus.make_absolute(experiment.data.path)
+    name = name or f"{experiment_name}_{space_name}"
+    path = Path(directory or Path("runs", "sweeps", name))
+    path.mkdir(parents=True, exist_ok=True)
+    for own in (worker_lib.WORKERS, study_lib.TRIALS):
+        worker_lib.make_directory(path / own)
+    report.check_paths(path)
+    study = study_lib.open_study(
+        path,
+        location,
+        name,
+        experiment,
+        parameters,
+        study_lib.make_sampler(sampler, seed, grid),
+        study_lib.make_pruner(pruner, experiment.num_epochs),
+    )
+    study_lib.check_space(study, space)
+    return Sweep(study, experiment, space, path, trials, members)
 
-    def __init__(self, exit_code: int) -> None:
-        super().__init__()
-        self.exit_code = exit_code
+
+def run_sweep(sweep: Sweep) -> int:
+    """Call `run_worker`, write the report and print a summary; return the exit code."""
+    with (
+        Table(sweep.study, sweep.trials) as table,
+        worker_lib.Worker(sweep.study, sweep.directory, sweep.trials) as worker,
+    ):
+        exit_code = run_worker(sweep, worker, table)
+    report.write_report(sweep.study, sweep.directory, sweep.experiment, sweep.space)
+    print(report.summarize_sweep(sweep.study, sweep.directory))
+    return exit_code
 
 
-def run_worker(sweep: Sweep, worker: study.Worker, table: Table) -> int:
-    """Works on trials until so many have finished as are wanted, by all workers together.
+def run_worker(sweep: Sweep, worker: worker_lib.Worker, table: Table) -> int:
+    """Train trials until all workers together have finished enough of them.
 
     Returns:
-      The exit code: 0, or that of a signal after which the trial was given back.
+      The exit code: 0, or that of a signal after which the trials were given back.
 
     Raises:
-      UserError: if trial after trial fails.
+      UserError: if several trials in a row fail.
     """
     failures: list[str] = []
     while True:
-        trials: list[optuna.Trial] = []
+        trials: list[Trial] = []
         while len(trials) < sweep.population and (trial := worker.next()):
             trials.append(trial)
         if not trials:
-            if len(study.list_finished(worker.study)) >= sweep.trials:
+            if len(study_lib.list_finished(worker.study)) >= sweep.trials:
                 return 0
-            time.sleep(_SECONDS_BETWEEN_LOOKS)  # Others are at work on the last ones.
+            time.sleep(_SECONDS_BETWEEN_LOOKS)  # Others are working on the last ones.
             continue
         try:
-            reasons = (
-                _run_together(sweep, worker, trials)
-                if sweep.population > 1
-                else [_run(sweep, worker, trials[0])]
-            )
-        except _InterruptedError as stop:
+            reasons = _train_trials(sweep, worker, trials)
+        except (_InterruptedError, UpdateFinishedTrialError) as error:
             for trial in trials:
                 worker.give_back(trial.number)
-            return stop.exit_code
+            if isinstance(error, _InterruptedError):
+                return int(error.args[0])
+            reasons = [""] * len(trials)  # Another worker has taken one of them over.
         for trial, reason in zip(trials, reasons, strict=True):
             failures = [*failures, reason] if reason else []
             table.tell(trial.number)
         report.write_trials(worker.study, sweep.directory)
-        jax.clear_caches()  # Each trial compiled functions of its own.
-        if len(failures) >= _MOST_FAILURES:
-            raise UserError(f"{len(failures)} trials in a row failed, the last so: {failures[-1]}")
+        jax.clear_caches()  # Each trial compiles its own functions.
+        if len(failures) >= _MAX_FAILURES:
+            raise UserError(f"{len(failures)} trials in a row failed, the last: {failures[-1]}")
 
 
-def _prepare(sweep: Sweep, worker: study.Worker, trial: optuna.Trial) -> ConfigDict:
-    """The config of a trial, whose parameters are drawn if they were not yet."""
+def _train_trials(
+    sweep: Sweep, worker: worker_lib.Worker, trials: Sequence[Trial]
+) -> Sequence[str]:
+    """Train trials and tell the study their results; return why each failed, or ""."""
+    configs, directories = [], []
+    for trial in trials:
+        try:
+            overrides = sweep.space.overrides(trial)  # Draws the parameters if they are not yet.
+            configs.append(sweep.space.apply(sweep.experiment, overrides))
+        except UserError as error:
+            _fail(worker, trial, error)
+            raise
+        trial.set_user_attr(study_lib.OVERRIDES, overrides)
+    for trial in trials:
+        directories.append(study_lib.get_trial_directory(sweep.directory, _freeze(trial)))
+        worker_lib.claim_directory(directories[-1], _freeze(trial))
+    if sweep.population == 1:
+        return [_train_trial(worker, trials[0], configs[0], directories[0])]
+
+    def report_loss(member: int, epoch: int, loss: float) -> None:
+        with contextlib.suppress(UpdateFinishedTrialError):
+            _report(trials[member], epoch, loss)
+
+    output = sweep.directory / OUTPUT
     try:
-        overrides = sweep.space.overrides(trial)
-        settings = sweep.space.apply(sweep.experiment, overrides)
-    except UserError as error:
-        _fail(worker, trial, error)
-        raise
-    trial.set_user_attr(study.OVERRIDES, overrides)
-    return settings
+        with _append(output) as file, contextlib.redirect_stdout(file):
+            reasons = population.train_population(configs, directories, report_loss)
+    except _FAILURES as error:
+        return [_fail(worker, trial, error) for trial in trials]
+    for trial, directory, reason in zip(trials, directories, reasons, strict=True):
+        if reason:
+            worker.tell(trial, TrialState.PRUNED, reason=f"diverged: {reason}")
+        else:
+            _complete(worker, trial, directory)
+    return [""] * len(trials)
 
 
-def _run(sweep: Sweep, worker: study.Worker, trial: optuna.Trial) -> str:
-    """Trains one trial and tells the study how it ended; returns why, if it failed."""
-    settings = _prepare(sweep, worker, trial)
-    directory = study.get_trial_directory(sweep.directory, _frozen(trial))
-    study.claim_directory(directory, _frozen(trial))
+def _train_trial(
+    worker: worker_lib.Worker, trial: Trial, config: ConfigDict, directory: Path
+) -> str:
+    """Train one trial and tell the study its result; return why it failed, or ""."""
 
-    def report(row: Mapping[str, Any]) -> None:
+    def report_loss(row: Mapping[str, Any]) -> None:
         epoch = row["epoch"]
         if row["split"] == "validation" and epoch:
             _report(trial, epoch, row["loss"])
-            if epoch < settings.num_epochs and trial.should_prune():
-                raise optuna.TrialPruned
+            if epoch < config.num_epochs and trial.should_prune():
+                raise TrialPruned
 
     try:
         with (
@@ -128,11 +213,9 @@ def _run(sweep: Sweep, worker: study.Worker, trial: optuna.Trial) -> str:
             contextlib.redirect_stdout(output),
             contextlib.redirect_stderr(output),
         ):
-            exit_code = train.train(settings, directory, report)
-    except optuna.TrialPruned:
+            exit_code = train.train(config, directory, report_loss)
+    except TrialPruned:
         worker.tell(trial, TrialState.PRUNED)
-    except optuna.exceptions.UpdateFinishedTrialError:
-        worker.give_back(trial.number)  # Another worker goes on with it.
     except NotFiniteError as error:
         worker.tell(trial, TrialState.PRUNED, reason=f"diverged: {error}")
     except _FAILURES as error:
@@ -144,21 +227,17 @@ def _run(sweep: Sweep, worker: study.Worker, trial: optuna.Trial) -> str:
     return ""
 
 
-def _fail(worker: study.Worker, trial: optuna.Trial, error: Exception) -> str:
-    """Ends a trial that can't be trained; returns why.
-
-    Raises:
-      UnavailableError: if that is the error; it is no fault of the trial's, which is given back.
-    """
+def _fail(worker: worker_lib.Worker, trial: Trial, error: Exception) -> str:
+    """Tell the study that a trial can't be trained; return why."""
     if isinstance(error, UnavailableError):
-        raise error
+        raise error  # A later attempt may succeed, so the trial is given back.
     reason = str(error) if isinstance(error, UserError) else one_line(error)[:300]
     worker.tell(trial, TrialState.FAIL, reason=reason)
     return reason
 
 
-def _complete(worker: study.Worker, trial: optuna.Trial, directory: Path) -> None:
-    """Ends a trial that was trained to its end, with the loss of its best checkpoint."""
+def _complete(worker: worker_lib.Worker, trial: Trial, directory: Path) -> None:
+    """Tell the study the validation loss of the best checkpoint of a trained trial."""
     saved_in = directory / workdir.CHECKPOINTS
     best = checkpoints.find_best_step(saved_in)
     loss = checkpoints.read_validation_loss(saved_in, best) if best is not None else None
@@ -167,47 +246,20 @@ def _complete(worker: study.Worker, trial: optuna.Trial, directory: Path) -> Non
         return
     for row in metrics.read_metrics(directory / workdir.METRICS):
         if row["split"] == "test" and math.isfinite(row["loss"]):
-            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
-                trial.set_user_attr(study.TEST_LOSS, row["loss"])
+            with contextlib.suppress(UpdateFinishedTrialError):
+                trial.set_user_attr(study_lib.TEST_LOSS, row["loss"])
     worker.tell(trial, TrialState.COMPLETE, loss)
-
-
-def _run_together(
-    sweep: Sweep, worker: study.Worker, trials: Sequence[optuna.Trial]
-) -> Sequence[str]:
-    """Trains the members of a population and tells the study how each ended."""
-    settings = [_prepare(sweep, worker, trial) for trial in trials]
-    directories = [study.get_trial_directory(sweep.directory, _frozen(trial)) for trial in trials]
-    for trial, directory in zip(trials, directories, strict=True):
-        study.claim_directory(directory, _frozen(trial))
-
-    def report(member: int, epoch: int, loss: float) -> None:
-        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
-            _report(trials[member], epoch, loss)
-
-    output = sweep.directory / OUTPUT
-    try:
-        with _append(output) as file, contextlib.redirect_stdout(file):
-            reasons = population.train_population(settings, directories, report)
-    except _FAILURES as error:
-        return [_fail(worker, trial, error) for trial in trials]
-    for trial, directory, reason in zip(trials, directories, reasons, strict=True):
-        if reason:
-            worker.tell(trial, TrialState.PRUNED, reason=f"diverged: {reason}")
-        else:
-            _complete(worker, trial, directory)
-    return [""] * len(trials)
 
 
 def _append(path: Path) -> io.TextIOWrapper:
     return io.TextIOWrapper(files.open_append(path), encoding="utf-8", errors="backslashreplace")
 
 
-def _report(trial: optuna.Trial, epoch: int, loss: float) -> None:
-    """Notes a validation loss, once: a trial that goes on measures its last one again."""
-    if math.isfinite(loss) and epoch not in _frozen(trial).intermediate_values:
+def _report(trial: Trial, epoch: int, loss: float) -> None:
+    """Report a validation loss, once: a resumed trial measures its last one again."""
+    if math.isfinite(loss) and epoch not in _freeze(trial).intermediate_values:
         trial.report(loss, epoch)
 
 
-def _frozen(trial: optuna.Trial) -> optuna.trial.FrozenTrial:
+def _freeze(trial: Trial) -> FrozenTrial:
     return trial.storage.get_trial(trial._trial_id)

@@ -1,0 +1,231 @@
+"""Open the storage of a study that somebody else may have made.
+
+A study is data. A journal or an SQLite file must be a regular file that makes SQLite use no other
+one, trials are checked whenever they are read, no message shows a password, and each exception that
+Optuna or a database raises becomes one line.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import unquote_plus
+
+import sqlalchemy
+from optuna.exceptions import DuplicatedStudyError, StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import FrozenTrial
+
+from lstm_jax.errors import UnavailableError, UserError, one_line
+from lstm_jax.run import files
+
+_DRIVERS = {
+    "postgresql": "postgresql+psycopg",
+    "postgres": "postgresql+psycopg",
+    "mysql": "mysql+pymysql",
+}
+_NO_URL = (
+    "--study is not the URL of a database, such as postgresql://user:password@host/database, "
+    "mysql://..., sqlite:///FILE or journal:FILE"
+)
+
+# A journal starts with this, and none of its records is longer.
+_FIRST_BYTES, _MAX_RECORD_BYTES = b'{"op_code":', 2**24
+# The last bytes of a rollback journal that names another file, which SQLite deletes after the
+# rollback. Optuna's transactions use one database, so they never write one.
+_NAMES_ANOTHER = bytes.fromhex("d9d505f920a163d7")
+
+
+def open_storage(
+    database: Path, location: str | None, check_trial: Callable[[FrozenTrial], None]
+) -> BaseStorage:
+    """Open the storage of a study; make it if it does not exist.
+
+    Args:
+      database: an SQLite file, used if `location` is None.
+      location: the URL of a database, or journal:FILE.
+      check_trial: called with each trial that is read; raises `UserError` for a bad one.
+
+    Raises:
+      UserError: if the storage can't be reached or written, or is not safe to open.
+    """
+    if location and location.startswith("journal:"):
+        path = Path(location.removeprefix("journal:")).resolve()
+        with convert_errors(f" in {path}"):
+            storage: BaseStorage = _open_journal(path)
+        return cast(BaseStorage, _CheckedStorage(storage, f" in {path}", check_trial))
+    url = sqlalchemy.URL.create("sqlite", database=str(database.absolute()))
+    place = ""
+    try:
+        if location is not None:
+            url = sqlalchemy.make_url(location)
+        backend = url.get_backend_name()
+        settings = {"timeout": 60} if backend == "sqlite" else {"connect_timeout": 10}
+        if backend == "sqlite":
+            place = f" in {url.database}"
+            if url.database:
+                # A file that the user names may be a link.
+                path = Path(url.database)
+                _check_sqlite_files(path.resolve() if location else path)
+        url = url.set(drivername=_DRIVERS.get(url.drivername, url.drivername))
+        # Connect once before Optuna does, whose message for a failure has many lines.
+        engine = sqlalchemy.create_engine(
+            url, connect_args=settings, poolclass=sqlalchemy.pool.NullPool
+        )
+        with engine.connect() as connection:
+            if backend == "sqlite":
+                _check_sqlite_schema(connection)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{backend} needs the module {error.name}: pip install 'lstm-jax[sweep-servers]'"
+        ) from None
+    except (sqlalchemy.exc.ArgumentError, ValueError, TypeError):
+        raise UserError(_NO_URL) from None  # The error may show a part of the password.
+    except Exception as error:  # Drivers raise exceptions of any type.
+        reason = _mask_secrets(_describe(error), location or "")
+        raise UserError(f"can't use the database{place}: {reason}") from None
+    with convert_errors(place):
+        made = _make_tables(url.render_as_string(hide_password=False), settings)
+    if backend == "sqlite":
+        _begin_immediately(made.engine)
+    return cast(BaseStorage, _CheckedStorage(get_storage(made), place, check_trial))
+
+
+def _make_tables(url: str, settings: dict[str, Any]) -> RDBStorage:
+    """Make Optuna's storage; retry, since several workers may make its tables at once."""
+    for attempt in range(1, 10):
+        with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError, StorageInternalError):
+            return RDBStorage(url, engine_kwargs={"connect_args": settings})
+        time.sleep(0.1 * attempt)
+    return RDBStorage(url, engine_kwargs={"connect_args": settings})
+
+
+def _begin_immediately(engine: sqlalchemy.Engine) -> None:
+    """Make transactions of SQLite read only what no other process can change until they end.
+
+    Without this recipe from SQLAlchemy's documentation, two processes that read the state of a
+    trial can both change it.
+    """
+    engine.dispose()
+    listen = sqlalchemy.event.listen
+    listen(engine, "connect", lambda connection, _: setattr(connection, "isolation_level", None))
+    listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+
+
+def _check_sqlite_files(path: Path) -> None:
+    """Raise `OSError` for a database that makes SQLite use other files."""
+    for end in ("", "-journal", "-wal", "-shm"):
+        file = path.with_name(path.name + end)
+        with contextlib.suppress(FileNotFoundError):  # Other workers make and delete them.
+            if files.read_tail(file, 8) == _NAMES_ANOTHER:
+                what = "It names another file, which SQLite would delete"
+                raise OSError(errno.EINVAL, what, str(file))
+
+
+def _check_sqlite_schema(connection: sqlalchemy.Connection) -> None:
+    """Raise `OSError` for a database with queries of its own, which may never end."""
+    query = "SELECT name FROM sqlite_master WHERE type IN ('view', 'trigger')"
+    if found := connection.exec_driver_sql(query).first():
+        raise OSError(errno.EINVAL, f"It has a view or trigger, {found[0]!r:.80}")
+
+
+def _open_journal(path: Path) -> JournalStorage:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.open_append(path).close()
+    with files.open_regular(path) as file:
+        if not _FIRST_BYTES.startswith(file.read(len(_FIRST_BYTES))):
+            raise UserError(f"{path} is not a journal of Optuna's: name another --study")
+    return JournalStorage(JournalFileBackend(str(path), _JournalLock(path)))
+
+
+class _JournalLock(JournalFileOpenLock):
+    """A lock on the journal itself, which the operating system releases if its holder dies.
+
+    Optuna's own locks are files beside the journal. A dangling link in their place would make
+    every worker wait forever.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def acquire(self) -> bool:
+        """Wait for the lock, then remove an incomplete last record, which a full disk leaves."""
+        self._file = files.open_append(self._path)
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        if files.read_tail(self._path, 1) not in (b"", b"\n"):
+            torn = files.read_tail(self._path, _MAX_RECORD_BYTES).rpartition(b"\n")[2]
+            descriptor = self._file.fileno()
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size - len(torn))
+        return True
+
+    def release(self) -> None:
+        """Release the lock."""
+        self._file.close()
+
+
+class Guarded:
+    """A proxy for an object of Optuna's whose methods raise errors of one line."""
+
+    def __init__(self, inner: Any, place: str = "") -> None:
+        self._inner, self._place = inner, place
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        return convert_errors(self._place)(found) if callable(found) else found
+
+
+class _CheckedStorage(Guarded):
+    """A storage that checks each trial as it is read."""
+
+    def __init__(
+        self, inner: BaseStorage, place: str, check_trial: Callable[[FrozenTrial], None]
+    ) -> None:
+        super().__init__(inner, place)
+        self._check_trial = check_trial
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        with convert_errors(self._place):
+            trial: FrozenTrial = self._inner.get_trial(trial_id)
+            self._check_trial(trial)
+        return trial
+
+    def get_all_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
+        with convert_errors(self._place):
+            trials: list[FrozenTrial] = self._inner.get_all_trials(*args, **kwargs)
+            for trial in trials:
+                self._check_trial(trial)
+        return trials
+
+
+@contextlib.contextmanager
+def convert_errors(place: str = "") -> Iterator[None]:
+    """Convert whatever Optuna raises for an unusable study to an `UnavailableError` of one line."""
+    try:
+        yield
+    except (UserError, DuplicatedStudyError, UpdateFinishedTrialError):
+        raise
+    except Exception as error:
+        raise UnavailableError(
+            f"the study{place} can't be read or written ({_describe(error)}): fix this, then "
+            "resume with the same command"
+        ) from None
+
+
+def _describe(error: Exception) -> str:
+    """Return the message of an exception of Optuna or SQLAlchemy without its SQL statement."""
+    cause = error.__cause__ if isinstance(error, StorageInternalError) else None
+    text = one_line(cause if isinstance(cause, Exception) else error)
+    return text.partition(" [SQL")[0].partition(" (Background")[0][:300]
+
+
+def _mask_secrets(text: str, location: str) -> str:
+    """Mask all words of a URL that may belong to a password, however malformed the URL is."""
+    secret = f"{location.partition('://')[2].partition(':')[2]} {location.partition('?')[2]}"
+    words = set(re.findall(r"\w+", f"{secret} {unquote_plus(secret)}".casefold()))
+    return re.sub(r"\w+", lambda w: "***" if w[0].casefold() in words else w[0], text)

@@ -1,0 +1,242 @@
+"""Decide which worker works on which trial.
+
+Each running trial names its worker, which increments a counter in it every few seconds. A trial
+whose worker died is closed, and the first worker to notice resumes it: under a new number, in the
+same working directory, with the same parameters and reported losses. No step needs a lock. If two
+workers resume the same trial, or start one too many, the lower number stays and the other is
+dropped.
+"""
+
+import contextlib
+import fcntl
+import os
+import socket
+import stat
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from lstm_jax.errors import UserError
+from lstm_jax.run import checkpoints, files, lock, workdir
+from lstm_jax.sweep import study as study_lib
+from lstm_jax.sweep.study import is_closed, list_finished, list_running
+
+# In the directory of a sweep: a file for each living worker, which it holds a lock on.
+WORKERS = "workers"
+# In the working directory of a trial: the attribute `study.ORIGIN` of all trials that may use it.
+OWNER = "trial"
+
+_BEAT_SECONDS = 10
+# Longer than lock.STALE_SECONDS, so that the lock of the working directory is free by then, too.
+_STALE_SECONDS = 90
+# A trial fails if this many workers in a row die without progress, for lack of memory for example.
+_MAX_DEATHS = 5
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory; raise `UserError` if a file or a link is in its place."""
+    with contextlib.suppress(FileExistsError):
+        path.mkdir()
+    if not stat.S_ISDIR(path.lstat().st_mode):
+        raise UserError(f"{path} must be a directory, but is a link or a file: move it away")
+
+
+def claim_directory(directory: Path, trial: FrozenTrial) -> None:
+    """Make the working directory of a trial; raise `UserError` if another study's trial uses it."""
+    make_directory(directory.parent)
+    make_directory(directory)
+    path, own = directory / OWNER, trial.user_attrs[study_lib.ORIGIN].encode()
+    if not os.path.lexists(path) and not os.path.lexists(directory / workdir.CONFIG):
+        files.write_file(path, own)
+    elif not os.path.lexists(path) or files.read_bytes(path, 100) != own:
+        raise UserError(f"{directory} holds a trial of another study: name another --workdir")
+
+
+class Worker:
+    """One process that works on the trials of a study.
+
+    It holds a lock on a file of its own in the sweep's directory as long as it lives. Workers on
+    the same host notice its death by the lock, those on other hosts by its counter.
+    """
+
+    def __init__(self, study: Study, directory: Path, trials: int) -> None:
+        """Take the study, the sweep's directory and the number of trials to finish in all."""
+        self.study = study
+        self._trials = trials
+        self._directory = directory / WORKERS
+        self._name = uuid.uuid4().hex
+        self._own: dict[int, int] = {}  # The trials that it works on: number and id.
+        self._seen: dict[tuple[int, Any], float] = {}  # When each counter was first seen.
+        self._done = threading.Event()
+
+    def __enter__(self) -> Self:
+        make_directory(self._directory)
+        self._lock = files.open_append(self._directory / self._name)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in lock.NO_LOCKS:
+                raise
+            (self._directory / self._name).unlink()  # Then others go by the counter.
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._done.set()
+        self._thread.join()
+        # If the study can't be written, the file stays without its lock: the trials are resumed
+        # as those of a dead worker.
+        with contextlib.suppress(UserError, OSError):
+            for number in list(self._own):
+                self.give_back(number)
+            (self._directory / self._name).unlink()
+        self._lock.close()
+
+    def _beat(self) -> None:
+        beat = 0
+        while not self._done.wait(_BEAT_SECONDS):
+            beat += 1
+            for trial_id in list(self._own.values()):
+                # The database may be out of reach for a while. If a trial was closed meanwhile,
+                # the next report of its loss fails.
+                with contextlib.suppress(Exception):
+                    self.study._storage.set_trial_user_attr(trial_id, study_lib.BEAT, beat)
+
+    def next(self) -> optuna.Trial | None:
+        """Return a trial whose worker died, or else a new one; None if none is left."""
+        for trial in list_running(self.study):
+            if trial.number not in self._own and self._is_dead(trial):
+                self._close(trial.number)
+        for orphan in self._find_orphans():
+            if resumed := self._resume(orphan):
+                return resumed
+        if len(list_finished(self.study)) + len(list_running(self.study)) >= self._trials:
+            return None
+        new = self._add({study_lib.ORIGIN: uuid.uuid4().hex})
+        if sum(not is_closed(trial) for trial in self._before(new)) >= self._trials:
+            self._drop(new)
+            return None
+        return new
+
+    def give_back(self, number: int) -> None:
+        """Close a trial that this worker leaves, so that any worker can resume it."""
+        trial_id = self._own.pop(number, None)
+        with contextlib.suppress(UpdateFinishedTrialError):
+            if trial_id is not None:
+                self.study._storage.set_trial_user_attr(trial_id, study_lib.GIVEN_BACK, True)
+            self._close(number)
+
+    def tell(
+        self, trial: optuna.Trial, state: TrialState, loss: float | None = None, reason: str = ""
+    ) -> None:
+        """Record the result of a trial; do nothing if another worker has taken the trial over."""
+        try:
+            if reason:
+                trial.set_user_attr(study_lib.REASON, reason)
+            self.study.tell(trial, loss, state)
+        except (ValueError, UpdateFinishedTrialError):
+            if not trial.storage.get_trial(trial._trial_id).state.is_finished():
+                raise
+        self._own.pop(trial.number, None)
+
+    def _add(self, user_attrs: Mapping[str, Any], like: FrozenTrial | None = None) -> optuna.Trial:
+        """Add a trial that belongs to this worker from the start."""
+        ticket = f"{socket.gethostname()}/{self._name}/{uuid.uuid4().hex}"
+        self.study.add_trial(
+            optuna.trial.create_trial(
+                state=TrialState.RUNNING,
+                params=like.params if like else None,
+                distributions=like.distributions if like else None,
+                intermediate_values=like.intermediate_values if like else None,
+                user_attrs={**user_attrs, study_lib.WORKER: ticket},
+                system_attrs={
+                    name: value
+                    for name, value in (like.system_attrs if like else {}).items()
+                    if name in ("grid_id", "search_space") or name.startswith("completed_rung_")
+                },
+            )
+        )
+        trials = self.study.get_trials(deepcopy=False)
+        (own,) = (trial for trial in trials if trial.user_attrs[study_lib.WORKER] == ticket)
+        if study_lib.PLACE not in own.user_attrs:
+            first = own.user_attrs.get(study_lib.WORKDIR, own.number)
+            place = sum(t.number < first and study_lib.RESUMES not in t.user_attrs for t in trials)
+            self.study._storage.set_trial_user_attr(own._trial_id, study_lib.PLACE, place)
+        self._own[own.number] = own._trial_id
+        return optuna.Trial(self.study, own._trial_id)
+
+    def _before(self, trial: optuna.Trial) -> list[FrozenTrial]:
+        return [t for t in self.study.get_trials(deepcopy=False) if t.number < trial.number]
+
+    def _close(self, number: int) -> None:
+        """Close a trial without a result; do nothing if it is finished."""
+        with contextlib.suppress(ValueError, UpdateFinishedTrialError):
+            self.study.tell(number, state=TrialState.FAIL)
+
+    def _drop(self, trial: optuna.Trial) -> None:
+        """Close a trial that is one too many."""
+        self._own.pop(trial.number, None)
+        trial.set_user_attr(study_lib.DROPPED, True)
+        self.study.tell(trial, state=TrialState.FAIL)
+
+    def _is_dead(self, trial: FrozenTrial) -> bool:
+        """Return whether the worker of a trial is dead."""
+        host, name, _ = trial.user_attrs[study_lib.WORKER].split("/")
+        path = self._directory / name
+        if host == socket.gethostname() and path.is_file():
+            try:
+                with files.open_append(path) as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                return False
+            except OSError:  # It is a link, or the file system has no locks.
+                pass
+        # The time is measured by this process alone, so the clocks of hosts may differ.
+        key, now = (trial.number, trial.user_attrs.get(study_lib.BEAT)), time.monotonic()
+        return now - self._seen.setdefault(key, now) > _STALE_SECONDS
+
+    def _find_orphans(self) -> Iterator[FrozenTrial]:
+        """Yield the trials that were closed without a result and that no other trial resumes."""
+        trials = self.study.get_trials(deepcopy=False)
+        resumed: dict[int, int] = {}  # The first trial that resumes each.
+        for trial in trials:
+            resumed.setdefault(trial.user_attrs.get(study_lib.RESUMES, -1), trial.number)
+        for trial in trials:
+            # The second of two that resume the same trial is one too many, whatever its state.
+            first = resumed.get(trial.user_attrs.get(study_lib.RESUMES, -2), trial.number)
+            dropped = study_lib.DROPPED in trial.user_attrs or first < trial.number
+            if is_closed(trial) and trial.number not in resumed and not dropped:
+                yield trial
+
+    def _resume(self, orphan: FrozenTrial) -> optuna.Trial | None:
+        """Add a trial that resumes another; None if another worker did, or if it has to fail."""
+        old = orphan.user_attrs
+        saved_in = study_lib.get_trial_directory(self._directory.parent, orphan)
+        steps = checkpoints.list_steps(saved_in / workdir.CHECKPOINTS)
+        progress = [len(orphan.intermediate_values), *steps[-1:]]
+        deaths, before = old.get(study_lib.DEATHS, (0, None))
+        deaths = (deaths if progress == before else 0) + (study_lib.GIVEN_BACK not in old)
+        kept = (study_lib.OVERRIDES, study_lib.ORIGIN, study_lib.PLACE)
+        attributes = {name: value for name, value in old.items() if name in kept} | {
+            study_lib.RESUMES: orphan.number,
+            study_lib.WORKDIR: old.get(study_lib.WORKDIR, orphan.number),
+            study_lib.DEATHS: (deaths, progress),
+        }
+        trial = self._add(attributes, orphan)
+        if any(t.user_attrs.get(study_lib.RESUMES) == orphan.number for t in self._before(trial)):
+            self._drop(trial)
+            return None
+        if deaths >= _MAX_DEATHS:
+            self.tell(trial, TrialState.FAIL, reason=f"{deaths} workers in a row died of it")
+            return None
+        return trial
