@@ -145,7 +145,7 @@ def _flax(options: argparse.Namespace, cell: str) -> Work:
     shape = (options.num_samples, options.hidden_size)
     carries = [make_cell().initialize_carry(jax.random.key(0), shape)] * options.num_layers
     model = Model()
-    return _jax_peer(options, model.init_params, model.apply, carries)
+    return _jax_peer(options, model.init, model.apply, carries)
 
 
 def _haiku(options: argparse.Namespace) -> Work:
@@ -165,7 +165,7 @@ def _haiku(options: argparse.Namespace) -> Work:
     zeros = jnp.zeros((options.num_samples, options.hidden_size))
     model = hk.without_apply_rng(hk.transform(network))
     states = [hk.LSTMState(zeros, zeros)] * options.num_layers
-    return _jax_peer(options, model.init_params, model.apply, states)
+    return _jax_peer(options, model.init, model.apply, states)
 
 
 def _torch(options: argparse.Namespace, layer: str) -> Work:

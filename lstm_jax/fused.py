@@ -41,10 +41,10 @@ class Lookup(NamedTuple):
     table: jax.Array
     ids: jax.Array
 
-    @property
-    def rows(self) -> jax.Array:
-        """Look the inputs up: [batch, time, features]."""
-        return self.table[self.ids]
+
+def get_rows(inputs: jax.Array | Lookup) -> jax.Array:
+    """Return inputs as an array [batch, time, features]."""
+    return inputs.table[inputs.ids] if isinstance(inputs, Lookup) else inputs
 
 
 def choose(implementation: str, dtype: str, plain: bool = True) -> str:
@@ -107,8 +107,7 @@ def run_fused(
         kernels = kernels._replace(input=matmul(inputs.table, kernels.input, dtype))
         features = _one_hot(inputs.ids.T, inputs.table)
     else:
-        rows = inputs.rows if isinstance(inputs, Lookup) else inputs
-        features = rows.transpose(1, 2, 0)
+        features = get_rows(inputs).transpose(1, 2, 0)
     state = LSTMCarry(carry.cell.T, carry.hidden.T)
     outputs, state = _in_chunks(kernels, features, state, dtype, rematerialize)
     return outputs.transpose(2, 0, 1), LSTMCarry(state.cell.T, state.hidden.T)
@@ -148,7 +147,7 @@ def run_cudnn(
     kernels: Kernels, inputs: jax.Array | Lookup, carry: LSTMCarry
 ) -> tuple[jax.Array, LSTMCarry]:
     """Run one LSTM layer over time by cuDNN, on a GPU, in float32; see `run_fused`."""
-    rows = inputs.rows if isinstance(inputs, Lookup) else inputs
+    rows = get_rows(inputs)
     batch, time, features = rows.shape
     outputs, hidden, cell = rnn.lstm(
         rows,

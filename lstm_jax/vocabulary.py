@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import regex
@@ -248,6 +248,14 @@ class Vocabulary:
     def unknown(self, text: str) -> list[str]:
         """The different units of `text` that are not in the vocabulary, sorted."""
         return sorted(set(split_text(text, self.kind, self.stop)) - set(self._ids))
+
+
+class Ids(Protocol):
+    """The ids of a text: as of an array int32 [n], its length and its slices."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...
 
 
 class Costs(NamedTuple):

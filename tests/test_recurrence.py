@@ -20,7 +20,7 @@ def reference(
     kernels: Kernels, inputs: jax.Array | Lookup, carry: LSTMCarry
 ) -> tuple[jax.Array, LSTMCarry]:
     """The readable cell under `lax.scan`, differentiated by JAX."""
-    rows = inputs.rows if isinstance(inputs, Lookup) else inputs
+    rows = fused.get_rows(inputs)
     cell = cells.LSTMCell(rows.shape[-1], carry.hidden.shape[-1])
     names = ("input_kernel", "recurrent_kernel", "bias")
     params = dict(zip(names, kernels, strict=True))
