@@ -187,12 +187,12 @@ def _ratios(
     """How much longer steps take with their data, on the device and from files; medians."""
     import jax
 
-    from lstm_jax import batches, model, optimizer, train, train_step
+    from lstm_jax import batches, model, optimizer, train_step
     from lstm_jax.data import texts
-    from lstm_jax.devices import feeding, parallel
+    from lstm_jax.devices import feeding, memory, parallel
 
     parallel.use_cores(config)
-    train.keep_freed_memory()
+    memory.keep_freed_memory()
     mesh = parallel.make_mesh(config)
     text = texts.load_texts(data).texts["train"]
     ids = text.encode(text.vocabulary(data))

@@ -18,8 +18,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lstm_jax import batches, config, model, optimizer, train, train_step
-from lstm_jax.devices import parallel
+from lstm_jax import batches, config, model, optimizer, train_step
+from lstm_jax.devices import memory, parallel
 from lstm_jax.sweep import population
 
 VOCABULARY_SIZE = 67
@@ -38,7 +38,7 @@ def main() -> None:
     # Every compilation is to be paid for.
     jax.config.update("jax_enable_compilation_cache", False)
     jax.config.update("jax_num_cpu_devices", parallel.count_cores())
-    train.keep_freed_memory()
+    memory.keep_freed_memory()
     device = jax.devices()[0].device_kind
     print(
         f"{device}, {len(jax.devices())} devices, {options.members} members, {options.steps} steps"

@@ -109,8 +109,8 @@ def _jax_work(step: Any, state: Any, batch: Any) -> Work:
 def _lstm_jax(options: argparse.Namespace, recurrence: str, regularized: bool = False) -> Work:
     import jax
 
-    from lstm_jax import batches, config, model, optimizer, train, train_step
-    from lstm_jax.devices import parallel
+    from lstm_jax import batches, config, model, optimizer, train_step
+    from lstm_jax.devices import memory, parallel
 
     settings = config.default()
     settings.batches.batch_size = options.batch_size
@@ -124,7 +124,7 @@ def _lstm_jax(options: argparse.Namespace, recurrence: str, regularized: bool = 
             settings.regularization[name] = 0.1
     # As a training run does.
     parallel.use_cores(settings)
-    train.keep_freed_memory()
+    memory.keep_freed_memory()
     mesh = parallel.make_mesh(settings)
     lstm = model.make_model(settings.model, options.vocabulary_size)
     adam = optimizer.make_optimizer(settings.optimizer, total_steps=1)

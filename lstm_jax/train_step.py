@@ -1,4 +1,4 @@
-"""One training step, jitted: from the state and a batch to the next, on one device or many."""
+"""One jitted training step: from a state and a batch to the next state, on any devices."""
 
 import functools
 from collections.abc import Callable
@@ -20,22 +20,22 @@ class TrainState(NamedTuple):
     """Everything that a training step reads and writes.
 
     Attributes:
-      params: the model's parameters.
-      average: an exponential moving average of them, which evaluation and sampling use; None
-        without one.
-      optimizer: the optimizer's state.
-      carry: after the last batch.
-      key: PRNG key that whatever is random in training follows from, with the step.
+      params: the parameters of the model.
+      average: the exponential moving average of the parameters, which evaluation and sampling use;
+        None without one.
+      opt_state: the state of the optimizer.
+      carry: the carry after the last batch.
+      key: the PRNG key of all random draws in training, together with the step.
       step: int32 [], training steps done.
-      loss_sum: float32 [], nats per token, summed over the steps since it was last logged.
-      loss_steps: int32 [], how many steps those are.
-      skipped: int32 [], steps left out because numbers of theirs were not finite.
-      first_skipped: int32 [], the first of them that was not told yet; 0 if there is none.
+      loss_sum: float32 [], nats per token, summed over the steps since the last log line.
+      loss_steps: int32 [], the number of these steps.
+      skipped: int32 [], the number of skipped steps, in which a number was not finite.
+      first_skipped: int32 [], the first skipped step that was not reported yet; 0 if none.
     """
 
     params: model_lib.Params
     average: model_lib.Params | None
-    optimizer: optax.OptState
+    opt_state: optax.OptState
     carry: model_lib.Carry
     key: jax.Array
     step: jax.Array
@@ -46,13 +46,14 @@ class TrainState(NamedTuple):
 
     @property
     def evaluated(self) -> model_lib.Params:
-        """The parameters that evaluation and sampling use."""
+        """Return the parameters that evaluation and sampling use."""
         return self.params if self.average is None else self.average
 
     @property
     def rest(self) -> dict[str, Any]:
-        """All of the state but `evaluated`, which a checkpoint holds by itself."""
+        """Return all of the state but `evaluated`, which a checkpoint holds as a separate item."""
         fields = self._asdict()
+        fields["optimizer"] = fields.pop("opt_state")  # Its name in checkpoints.
         del fields["average"]
         if self.average is None:
             del fields["params"]
@@ -60,13 +61,15 @@ class TrainState(NamedTuple):
 
     @classmethod
     def join(cls, evaluated: model_lib.Params, rest: dict[str, Any]) -> "TrainState":
-        """The state that `evaluated` and `rest` are of."""
-        if "params" in rest:
-            return cls(average=evaluated, **rest)
-        return cls(params=evaluated, average=None, **rest)
+        """Return the state of which these are `evaluated` and `rest`."""
+        fields = {**rest, "opt_state": rest["optimizer"]}
+        del fields["optimizer"]
+        if "params" in fields:
+            return cls(average=evaluated, **fields)
+        return cls(params=evaluated, average=None, **fields)
 
     def place(self, mesh: Mesh) -> "TrainState":
-        """The state on the devices of a mesh: the carry as a batch is, the rest as `store`d."""
+        """Place the state on the devices of a mesh: the carry divided as a batch is."""
         stored = parallel.place_state(self._replace(carry=()), mesh)
         return stored._replace(carry=parallel.place(self.carry, mesh, parallel.DIVIDED))
 
@@ -84,18 +87,18 @@ def init_state(
     mesh: Mesh | None = None,
     counts: np.ndarray | None = None,
 ) -> TrainState:
-    """The state before the first step.
+    """Return the state before the first step.
 
     Args:
       model: the model.
-      optimizer: from `optimizer.make`.
+      optimizer: from `optimizer.make_optimizer`.
       key: PRNG key.
-      batch_size: of the training batches.
-      averaged: whether a moving average of the parameters is kept.
+      batch_size: the size of training batches.
+      averaged: whether to keep a moving average of the parameters.
       trained: parameters to start from, of the same model with the same vocabulary or the first
-        part of it; the rows of new units start fresh.
-      mesh: where the state is made; None: on one device, from where `place` can move it.
-      counts: of the tokens in the training text, see `model.init_params`.
+        part of it; the rows of new tokens are initialized.
+      mesh: the devices of the state; None for the default device.
+      counts: the number of occurrences of each token, see `model.init_params`.
     """
     init_key, key = jax.random.split(key)
     params = model_lib.init_params(model, init_key, counts)
@@ -106,13 +109,13 @@ def init_state(
     if mesh is not None:
         params = parallel.place_state(
             params, mesh
-        )  # First, so that nothing else of its size is whole.
-    # Every counter is an array of its own: a step donates each.
+        )  # First, so that nothing else of this size is whole on a device.
+    # Separate arrays, because a step donates each of them.
     step, loss_steps, skipped, first_skipped = (jnp.zeros((), jnp.int32) for _ in range(4))
     state = TrainState(
         params=params,
         average=jax.tree.map(jnp.copy, params) if averaged else None,
-        optimizer=optimizer.init(params),
+        opt_state=optimizer.init(params),
         carry=model.initial_carry(batch_size),
         key=key,
         step=step,
@@ -130,10 +133,10 @@ def make_train_step(
     config: ConfigDict,
     mesh: Mesh,
 ) -> TrainStep:
-    """`make_step`, jitted, for batches as the training loop has them. It donates the state.
+    """Jit `make_step` for the batches of the training loop; the state is donated.
 
-    Where the arrays of a batch have a first axis more, they are those of several steps, which are
-    run one after the other.
+    A batch whose arrays have an additional first axis holds several steps, which are run one after
+    the other.
     """
     train_step = make_step(model, optimizer, config, mesh)
 
@@ -157,30 +160,29 @@ def make_step(
     config: ConfigDict,
     mesh: Mesh | None,
 ) -> Callable[[TrainState, batches.Batch], TrainState]:
-    """The training step as a pure function of a state and a `batches.Batch`.
+    """Make the training step, a pure function of a state and a `batches.Batch`.
 
-    Every device of the mesh puts the parameters together and computes the gradient for its part of
-    the batch, a microbatch after the other; the mean over all is the gradient for the whole batch,
-    of which each device keeps the part that it stores. A step whose loss, gradient or updated
-    parameters are not finite is counted and leaves everything else as it was.
+    Every device of the mesh gathers the parameters and computes the gradient for its part of the
+    batch, one microbatch after the other. The mean over the devices is the gradient for the whole
+    batch, of which each device keeps the part that it stores. A step whose loss, gradient or
+    updated parameters are not finite is counted and changes nothing else.
 
     Args:
       model: the model.
-      optimizer: from `optimizer.make`.
-      config: read are `regularization`, `optimizer.microbatches`, `optimizer.average_decay` and
-        `batches.reset_probability`. The rates and the decay may be arrays.
-      mesh: from `parallel.make_mesh`; None where the step is part of a program for one device.
+      optimizer: from `optimizer.make_optimizer`.
+      config: a config; the rates of `regularization` and `optimizer.average_decay` may be arrays.
+      mesh: from `parallel.make_mesh`; None if the step is part of a program for one device.
     """
     rates, decay = config.regularization, config.optimizer.average_decay
 
-    def objective(
+    def loss_fn(
         params: model_lib.Params,
         carry: model_lib.Carry,
         batch: tuple[jax.Array, jax.Array],
         masks: model_lib.Masks | None,
         key: jax.Array | None,
     ) -> tuple[jax.Array, tuple[jax.Array, model_lib.Carry]]:
-        """What is minimised; and the loss alone, with the carry."""
+        """Return the loss with penalties; and the loss without them, with the carry."""
         if key is not None:
             params = regularization.drop_parameters(rates, params, key)
         inputs, targets = batch
@@ -191,13 +193,13 @@ def make_step(
         loss = losses.mean()
         return loss + regularization.penalty(rates, outputs, dropped), (loss, carry)
 
-    def gradients(params: model_lib.Params, key: jax.Array | None, *divided: Any) -> Any:
-        """Gradient, loss and carry for one device's part, [batch / devices, ...]."""
+    def compute_grads(params: model_lib.Params, key: jax.Array | None, *divided: Any) -> Any:
+        """Return grads, loss and carry for the part of one device, [batch / devices, ...]."""
 
         def one(batch: Any, carry: model_lib.Carry, masks: Any) -> Any:
-            differentiate = jax.value_and_grad(objective, has_aux=True)
-            (_, (loss, carry)), gradient = differentiate(params, carry, batch, masks, key)
-            return (gradient, loss), carry
+            grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+            (_, (loss, carry)), grads = grad_fn(params, carry, batch, masks, key)
+            return (grads, loss), carry
 
         number = config.optimizer.microbatches
         if number == 1:
@@ -215,18 +217,18 @@ def make_step(
             carry = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry)
         return means, carry
 
-    def gradients_of_all(
+    def compute_mean_grads(
         specs: Any, params: model_lib.Params, key: jax.Array | None, *divided: Any
     ) -> Any:
-        """The mean of gradients and losses over all devices, as they are stored; the carry."""
-        means, carry = gradients(parallel.gather_parts(params, specs), key, *divided)
+        """Return the mean of grads and losses over all devices, as they are stored; the carry."""
+        means, carry = compute_grads(parallel.gather_parts(params, specs), key, *divided)
         return parallel.mean_over_devices(means, (specs, parallel.EVERYWHERE)), carry
 
     def train_step(state: TrainState, batch: batches.Batch) -> TrainState:
         starts = jnp.broadcast_to(batch.starts, len(batch.inputs))
         chance = config.batches.reset_probability
         if chance and config.batches.kind == "streams":
-            # By a key of its own, so that masks are the same whether or not streams are reset.
+            # A separate key, so that masks are the same whether or not streams are reset.
             reset_key = jax.random.fold_in(state.key, state.step)
             starts |= jax.random.bernoulli(reset_key, chance, starts.shape)
         carry = jax.tree.map(lambda x: jnp.where(starts[:, None], 0, x), state.carry)
@@ -235,39 +237,39 @@ def make_step(
             key, mask_key, parameter_key = jax.random.split(state.key, 3)
             masks = regularization.draw_masks(rates, model, mask_key, len(batch.inputs))
         read = batch.inputs, batch.targets
-        compute = gradients
+        compute = compute_grads
         if mesh is not None:
             specs = jax.tree.map(lambda array: parallel.get_storage_spec(array, mesh), state.params)
             everywhere, divided = parallel.EVERYWHERE, parallel.DIVIDED
             compute = parallel.shard_map(
-                functools.partial(gradients_of_all, specs),
+                functools.partial(compute_mean_grads, specs),
                 mesh,
                 in_specs=(specs, everywhere, divided, divided, divided),
                 out_specs=((specs, everywhere), divided),
             )
-        (gradient, loss), carry = compute(state.params, parameter_key, read, carry, masks)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+        (grads, loss), carry = compute(state.params, parameter_key, read, carry, masks)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
         average = state.average
         if average is not None:
-            # Short at first, so that the initial weights are soon forgotten.
+            # A smaller decay at first forgets the initial weights soon.
             kept = jnp.minimum(decay, (1 + step) / (10 + step))
             average = jax.tree.map(lambda a, p: kept * a + (1 - kept) * p, average, params)
-        # A learning rate or weight decay can make of finite gradients what is not.
-        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradient))
+        # Finite gradients times a learning rate or weight decay can be infinite.
+        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
         finite &= model_lib.is_finite(params)
-        # Selected leaf by leaf, it becomes part of the loops that compute the new values anyway.
-        params, average, optimizer_state, carry = jax.tree.map(
+        # Leaf by leaf, XLA fuses the selection with the computation of the new values.
+        params, average, opt_state, carry = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
-            (params, average, optimizer_state, carry),
-            (state.params, state.average, state.optimizer, state.carry),
+            (params, average, opt_state, carry),
+            (state.params, state.average, state.opt_state, state.carry),
         )
         first_skipped = jnp.where(finite | (state.first_skipped > 0), state.first_skipped, step)
         return TrainState(
             params=params,
             average=average,
-            optimizer=optimizer_state,
+            opt_state=opt_state,
             carry=carry,
             key=key,
             step=step,

@@ -38,6 +38,14 @@ _BYTES = bytes(range(256)).decode("ascii", "surrogateescape")
 _CONTROL = regex.compile(r"(?!\r\n|[\n\t])\p{Cc}")
 
 
+class Ids(Protocol):
+    """Token ids of a text: an int32 array [n], or whatever has its length and its slices."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
 class Vocabulary:
     """The units of a text and their ids.
 

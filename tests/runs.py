@@ -8,10 +8,11 @@ import jax
 import numpy as np
 from tensorboardX.proto.event_pb2 import Event
 
-from lstm_jax import batches, train
+from lstm_jax import batches
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.run import checkpoints, metrics, workdir
+from lstm_jax.train_step import init_state
 
 
 def final_state(directory: Path) -> list[Any]:
@@ -22,7 +23,7 @@ def final_state(directory: Path) -> list[Any]:
     optimizer = optimizer_lib.make_optimizer(config.optimizer, 1)
     averaged = config.optimizer.average_decay > 0
     batch_size = config.batches.batch_size
-    state = train.init_state(model, optimizer, jax.random.key(0), batch_size, averaged)
+    state = init_state(model, optimizer, jax.random.key(0), batch_size, averaged)
     iterator, _ = batches.make_batches(np.zeros(18_000, np.int32), config.batches, 0)
     restored = checkpoints.restore_latest(
         directory / workdir.CHECKPOINTS, state.evaluated, state.rest, iterator

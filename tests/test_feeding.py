@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 import runs
 from lstm_jax import batches, config, train
 from lstm_jax.devices import feeding, parallel
+from lstm_jax.errors import UserError
 
 
 @pytest.mark.parametrize("kind", ["windows", "streams"])
@@ -54,7 +55,7 @@ def test_a_step_not_finite_among_several_is_named(tiny_config: ConfigDict, tmp_p
     tiny_config.optimizer.warmup_steps = 0
     tiny_config.optimizer.max_gradient_norm = 0.0
     tiny_config.steps_per_call = 5
-    with pytest.raises(train.UserError, match="gradient of step 2 is not finite"):
+    with pytest.raises(UserError, match="gradient of step 2 is not finite"):
         train.train(tiny_config, tmp_path)
     assert (tmp_path / "nonfinite_step_2.json").exists()
 

@@ -56,7 +56,7 @@ def test_train_interrupt_go_on_sample_and_evaluate(text_file: Path, tmp_path: Pa
     epochs = stopped_at // 70 + 1
     second = run("main", *arguments[:-1], f"--config.num_epochs={epochs}", cwd=tmp_path)
     assert second.returncode == 0, second.stderr
-    assert f"Going on from step {stopped_at} of " in second.stdout
+    assert f"Resuming from step {stopped_at} of " in second.stdout
     assert "Test loss of step" in second.stdout and second.stderr == ""
     steps = [
         r["step"]

@@ -38,7 +38,7 @@ for k in range(50):
     ids = rng.integers(0, 30, (16, 13)).astype(np.int32)
     state = step(state, batches.Batch(ids[:, :-1], ids[:, 1:], np.bool_(k % 10 == 0)))
     losses.append(float(state.loss_sum))
-kept = (state.params, state.average, state.optimizer)
+kept = (state.params, state.average, state.opt_state)
 matrices = [x for x in jax.tree.leaves(kept) if x.ndim > 1]
 for x in matrices:
     divided = any(size % settings.mesh.model == 0 for size in x.shape)

@@ -26,6 +26,7 @@ from lstm_jax import model as model_lib
 from lstm_jax.data import texts
 from lstm_jax.errors import UserError
 from lstm_jax.run import checkpoints, metrics, workdir
+from lstm_jax.train_step import TrainState, TrainStep
 
 
 @pytest.mark.parametrize("kind", ["windows", "streams"])
@@ -49,10 +50,10 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(
     steps = 0
     make = train.make_train_step
 
-    def make_stopping(*args: Any) -> train.TrainStep:
+    def make_stopping(*args: Any) -> TrainStep:
         step = make(*args)
 
-        def stopping(state: train.TrainState, batch: Any) -> train.TrainState:
+        def stopping(state: TrainState, batch: Any) -> TrainState:
             nonlocal steps
             steps += 1
             if steps == stop_after:
@@ -111,7 +112,7 @@ def test_a_finished_run_says_so_and_can_be_trained_longer(
     assert (tmp_path / workdir.METRICS).read_bytes() == before
     tiny_config.num_epochs = 2
     assert train.train(tiny_config, tmp_path) == 0
-    assert "Going on from step" in capsys.readouterr().out
+    assert "Resuming from step" in capsys.readouterr().out
     assert [row[1] for row in runs.losses(tmp_path)].count("validation") == 3
 
 
@@ -157,10 +158,10 @@ def poison(monkeypatch: pytest.MonkeyPatch, *poisoned: int) -> None:
     steps = 0
     make = train.make_train_step
 
-    def make_poisoned(*args: Any) -> train.TrainStep:
+    def make_poisoned(*args: Any) -> TrainStep:
         step = make(*args)
 
-        def poisoned_step(state: train.TrainState, batch: Any) -> train.TrainState:
+        def poisoned_step(state: TrainState, batch: Any) -> TrainState:
             nonlocal steps
             steps += 1
             if steps not in poisoned:
@@ -362,7 +363,7 @@ def test_a_checkpoint_under_the_name_of_another_step_is_set_aside(
     assert train.train(tiny_config, tmp_path) == 0
     told = capsys.readouterr()
     assert "2000000000 is damaged (it is the checkpoint of step 140)" in told.err
-    assert "Going on from step 70 of 140" in told.out
+    assert "Resuming from step 70 of 140" in told.out
     assert checkpoints.list_steps(saved_in) == [70, 140]
 
 
@@ -382,7 +383,7 @@ def test_a_new_run_starts_from_the_weights_of_another(
     source = workdir.load_trained(trained)
     told = capsys.readouterr().out
     assert f"those of step {source.step} in {trained}" in told
-    assert "2 new units start fresh: 'ß', 'é'" in told
+    assert "2 new tokens: 'ß', 'é'" in told
     vocabulary = workdir.load_vocabulary(tmp_path / "run")
     assert vocabulary.tokens == (*source.vocabulary.tokens, "ß", "é")
 
@@ -440,7 +441,7 @@ def test_weights_of_a_model_of_other_sizes_are_refused(
     [
         (workdir.CONFIG, "holds checkpoints but no config.json"),
         (workdir.VOCABULARY, "vocabulary.json is missing or damaged"),
-        (workdir.CHECKPOINTS, "what a run measured .* but no checkpoint"),
+        (workdir.CHECKPOINTS, "holds metrics.jsonl but no checkpoint"),
     ],
 )
 def test_a_run_of_which_a_part_is_gone_does_not_start_over(
@@ -468,7 +469,7 @@ def test_a_damaged_latest_checkpoint_costs_only_what_came_after_the_one_before(
     (directory / workdir.CHECKPOINTS / "140" / "state" / "manifest.ocdbt").unlink()
     assert train.train(tiny_config, directory) == 0
     told = capsys.readouterr()
-    assert "Going on from step 70 of 140" in told.out
+    assert "Resuming from step 70 of 140" in told.out
     assert "140 is damaged (state/manifest.ocdbt is missing): it is now 140.damaged" in told.err
     runs.assert_same(trained, directory)
 
@@ -491,9 +492,9 @@ def test_a_file_of_the_run_that_is_a_link_is_refused(
 def test_freed_memory_is_kept_for_the_next_step() -> None:
     script = """
 import ctypes, resource, sys
-from lstm_jax import train
+from lstm_jax.devices.memory import keep_freed_memory
 if sys.argv[1] == "keep":
-    train.keep_freed_memory()
+    keep_freed_memory()
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 def use(size):

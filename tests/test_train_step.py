@@ -136,7 +136,7 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
     assert (int(after.skipped), int(after.first_skipped), int(after.step)) == (1, 1, 1)
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
     jax.tree.map(np.testing.assert_array_equal, after.average, before.average)
-    jax.tree.map(np.testing.assert_array_equal, after.optimizer, before.optimizer)
+    jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
 
 
 def test_streams_begin_anew_by_chance_each_by_itself() -> None:

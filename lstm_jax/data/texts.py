@@ -1,6 +1,7 @@
 """Texts of any size, behind one face: in memory, or prepared on the disk."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -82,6 +83,20 @@ class Splits(NamedTuple):
 
     texts: dict[str, Text]
     sha256: str
+
+    def settle(self, config: ConfigDict) -> ConfigDict:
+        """Return the config with the checksum of this text and absolute paths."""
+        config = config.copy_and_resolve_references()
+        config.data.sha256 = self.sha256
+        if config.data.path:
+            config.data.path = corpus.make_absolute(config.data.path)
+        if config.data.prepared:
+            config.data.prepared = str(Path(config.data.prepared).absolute())
+        return config
+
+    def make_vocabulary(self, data: ConfigDict) -> Vocabulary:
+        """Return the vocabulary of the training text."""
+        return self.texts["train"].vocabulary(data)
 
     def encode(self, vocabulary: Vocabulary) -> dict[str, Ids]:
         """The ids of each split.

@@ -327,6 +327,11 @@ def read_validation_loss(directory: Path, step: int) -> float | None:
     return loss if isinstance(loss, float) and np.isfinite(loss) else None
 
 
+def is_validated(directory: Path, step: int) -> bool:
+    """Return whether the checkpoint of `step` has a validation loss."""
+    return (directory / str(step) / VALIDATION).exists()
+
+
 def seal_checkpoint(checkpoint: Path) -> None:
     """Writes the checksum of every file in a checkpoint, all safely on the disk."""
     lines = [f"{_digest(checkpoint / name, sync=True)}  {name}\n" for name in _files(checkpoint)]

@@ -12,7 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lstm_jax.errors import UnavailableError
+import jax
+
+from lstm_jax.devices import hosts
+from lstm_jax.errors import UnavailableError, UserError
 
 LOCK = ".lock"
 # Its holder touches the lock this often; one that was not touched for so long is nobody's.
@@ -154,3 +157,25 @@ def _refusal(directory: Path, holder: dict[str, object]) -> str:
         f"{fields['since']}): wait for its end, stop it, or name another --workdir; if it is no "
         f"more, try again in {STALE_SECONDS} seconds"
     )
+
+
+def hold_lock_for_all(directory: Path) -> contextlib.AbstractContextManager[Callable[[], bool]]:
+    """Return `hold_lock` of process 0, which holds the lock for all processes of a run.
+
+    Raises:
+      UserError: if another process does not see the directory.
+    """
+    if hosts.is_first():
+        return hold_lock(directory)
+    if not directory.exists():
+        raise UserError(
+            f"process {jax.process_index()} does not see {directory}, where process 0 trains: name "
+            "the same --workdir for all, on a disk that they share"
+        )
+    return contextlib.nullcontext(lambda: True)
+
+
+def read_holder(directory: Path) -> bytes:
+    """Return the content of the lock file, which distinguishes working directories."""
+    path = directory / LOCK
+    return path.read_bytes() if path.exists() else b""

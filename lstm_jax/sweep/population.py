@@ -1,20 +1,18 @@
-"""Many models trained at once by one compiled program, each as it would be trained alone.
+"""Train many models at once with one compiled program, each as if it was trained alone.
 
-The members of a population differ in fields that the program reads as arrays. They are divided over
-the devices. On a CPU, where each core is a device, a device computes its members one after the
-other: XLA multiplies batches of matrices slowly there. On a GPU or TPU it computes them together,
-under `jax.vmap`.
+The members of a population differ in config fields that the program reads as arrays. They are
+divided over the devices. A CPU has a device per core, which computes its members one after the
+other, because XLA's CPU backend is slow at batched matmuls. A GPU or TPU computes its members
+together, under `jax.vmap`.
 """
 
 import contextlib
-import functools
 import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,13 +24,14 @@ from lstm_jax import config as config_lib
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
-from lstm_jax.data import corpus, texts
+from lstm_jax.data import texts
 from lstm_jax.devices import parallel
+from lstm_jax.devices.memory import keep_freed_memory
 from lstm_jax.errors import UnavailableError, UserError
-from lstm_jax.run import checkpoints, lock, metrics, workdir
-from lstm_jax.train import check_recurrence, keep_freed_memory
-from lstm_jax.train_step import TrainState, init_state, make_step
-from lstm_jax.vocabulary import Vocabulary
+from lstm_jax.restore import Start, check_recurrence, restore_run
+from lstm_jax.run import checkpoints, lock, metrics, resume, workdir
+from lstm_jax.train_step import TrainState, make_step
+from lstm_jax.vocabulary import Ids
 
 # The fields in which members may differ.
 TRACEABLE = (
@@ -47,21 +46,21 @@ TRACEABLE = (
     "optimizer.average_decay",
     *(f"regularization.{name}" for name in config_lib.default().regularization),
 )
-# Those that only the first state and the order of the text follow from, not the step.
+# Those that determine only the first state and the order of the text, not the step.
 _OF_THE_START = ("seed", "model.initial_scale")
 
-# How many are trained together unless the user says otherwise.
+# The default size of a population of seeds, at most.
 LARGEST = 16
 
 _MEMBERS = PartitionSpec("members")
 
 
 class _Member(NamedTuple):
-    """What belongs to one member alone."""
+    """A member: its config, working directory, first state and checkpoints."""
 
     config: ConfigDict
     directory: Path
-    iterator: grain.DatasetIterator
+    start: Start
     checkpoints: checkpoints.CheckpointWriter
     is_ours: Callable[[], bool]
 
@@ -71,68 +70,61 @@ def train_population(
     directories: Sequence[Path],
     on_validation: Callable[[int, int, float], None],
 ) -> list[str]:
-    """Trains a model for each config, or goes on from what is in the directories.
+    """Train a model for each config, or resume from the working directories.
 
-    Each gets a working directory like one that was trained alone, but for samples and curves.
+    Each gets a working directory as if it was trained alone, but without samples and curves.
 
     Args:
-      configs: complete ones, of the same text, that differ in `TRACEABLE` fields only.
+      configs: complete configs of the same text, which differ in `TRACEABLE` fields only.
       directories: the working directory of each.
       on_validation: called with the member, the epoch and the validation loss.
 
     Returns:
-      Why a member has no result, for each of them; empty for those that have one.
+      For each member the reason why it has no result; empty if it has one.
 
     Raises:
-      UserError: if they differ in other fields, the text can't be had or is too short, or a
+      UserError: if they differ in other fields, the text can't be read or is too short, or a
         directory is in use.
     """
     check_members(configs)
     keep_freed_memory()
     splits = texts.load_texts(configs[0].data)
-    vocabulary = splits.texts["train"].vocabulary(configs[0].data)
-    ids = splits.encode(vocabulary)
-    counts = texts.count_tokens(ids["train"], len(vocabulary))
+    ids: dict[str, Ids] = {}
     with contextlib.ExitStack() as held:
-        members, states = [], []
+        members = []
         for config, directory in zip(configs, directories, strict=True):
-            member, state = _open(
-                held, config, directory, splits.sha256, vocabulary, ids["train"], counts
+            is_ours = held.enter_context(lock.hold_lock(directory))
+            config, vocabulary, changes = resume.settle_run(
+                splits.settle(config), directory, lambda: splits.make_vocabulary(configs[0].data)
             )
-            members.append(member)
-            states.append(state)
+            ids = ids or splits.encode(vocabulary)
+            start = restore_run(config, directory, vocabulary, ids["train"])
+            resume.save_settled(directory, config, vocabulary, start.step, changes)
+            writer = checkpoints.CheckpointWriter(directory / workdir.CHECKPOINTS)
+            held.enter_context(writer)
+            if start.history is not None:
+                workdir.restore_history(directory, start.history)
+            members.append(_Member(config, directory, start, writer, is_ours))
         reasons = [""] * len(members)
-        # Those that a kill left at different epochs go on in groups.
-        for step in sorted({int(state.step) for state in states}):
-            group = [i for i, state in enumerate(states) if int(state.step) == step]
-            found = _train_group(
-                [members[i] for i in group],
-                [states[i] for i in group],
-                ids,
-                len(vocabulary),
-                functools.partial(_tell, on_validation, group),
-            )
+        # Members that a kill left at different epochs are trained in groups.
+        for step in sorted({member.start.step for member in members}):
+            group = [i for i, member in enumerate(members) if member.start.step == step]
+
+            def report(place: int, epoch: int, loss: float, group: list[int] = group) -> None:
+                on_validation(group[place], epoch, loss)
+
+            found = _train_group([members[i] for i in group], ids, len(vocabulary), report)
             for i, reason in zip(group, found, strict=True):
                 reasons[i] = reason
     return reasons
 
 
-def _tell(
-    on_validation: Callable[[int, int, float], None],
-    group: Sequence[int],
-    place: int,
-    epoch: int,
-    loss: float,
-) -> None:
-    """Names a member of a group by its place among all."""
-    on_validation(group[place], epoch, loss)
-
-
 def check_members(configs: Sequence[ConfigDict]) -> None:
-    """Raises `UserError` for configs that one program can't serve, or not together."""
+    """Raise `UserError` if one program can't train these configs together."""
     if configs[0].init_from:
         raise UserError(
-            "the members of a population begin anew: leave out --config.init_from or --population"
+            "the members of a population start from fresh weights: leave out "
+            "--config.init_from or --population"
         )
     check_recurrence(configs[0])
     first = dict(config_lib.flatten(configs[0]))
@@ -147,7 +139,7 @@ def check_members(configs: Sequence[ConfigDict]) -> None:
 
 
 def make_mesh(members: int) -> Mesh:
-    """The devices that so many members are divided over, along the axis "members"."""
+    """Return the devices that members are divided over, along the axis "members"."""
     devices = jax.devices()[:members]
     return jax.make_mesh(
         (len(devices),), ("members",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices
@@ -155,12 +147,12 @@ def make_mesh(members: int) -> Mesh:
 
 
 def map_members(function: Callable[..., Any], mesh: Mesh, donated: tuple[int, ...] = ()) -> Any:
-    """A jitted function of arrays with the members as their first axis, from one of one member.
+    """Jit a function of one member for all members, the first axis of all arrays.
 
     Args:
-      function: what is done for a member, of any number of arguments.
+      function: the function, of any number of arguments.
       mesh: from `make_mesh`; its size divides the number of members.
-      donated: the arguments whose memory the results may take.
+      donated: the arguments that are donated.
     """
     on_cpu = mesh.devices.flat[0].platform == "cpu"
 
@@ -174,7 +166,7 @@ def map_members(function: Callable[..., Any], mesh: Mesh, donated: tuple[int, ..
 
 
 def hyperparameters(configs: Sequence[ConfigDict]) -> dict[str, jax.Array]:
-    """The fields of the step in which the configs differ, [members] each."""
+    """Return the fields of the training step in which the configs differ, [members] each."""
     columns: dict[str, list[Any]] = {}
     for config in configs:
         for field, value in config_lib.flatten(config):
@@ -191,12 +183,12 @@ def hyperparameters(configs: Sequence[ConfigDict]) -> dict[str, jax.Array]:
 def make_population_step(
     config: ConfigDict, vocabulary_size: int, total_steps: int, mesh: Mesh
 ) -> Callable[[dict[str, jax.Array], TrainState, batches.Batch], TrainState]:
-    """One training step of every member, from `hyperparameters`, states and batches of all.
+    """Make a training step of all members, from their `hyperparameters`, states and batches.
 
     Args:
-      config: of any member.
-      vocabulary_size: of all.
-      total_steps: until the end of the last epoch.
+      config: the config of any member.
+      vocabulary_size: the size of the vocabulary.
+      total_steps: training steps until the end of the last epoch.
       mesh: from `make_mesh`.
     """
 
@@ -210,13 +202,13 @@ def make_population_step(
 
 
 def stack(members: Sequence[Any], mesh: Mesh) -> Any:
-    """The arrays of all members, [members, ...], on the devices of a mesh."""
+    """Stack the arrays of all members, [members, ...], on the devices of a mesh."""
     stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *members)
     return parallel.place(stacked, mesh, _MEMBERS)
 
 
 def _with_arrays(config: ConfigDict, traced: dict[str, jax.Array]) -> ConfigDict:
-    """The config with arrays in some of its fields."""
+    """Return the config with arrays in some of its fields."""
     own = ConfigDict(config.to_dict(), type_safe=False)
     for field, array in traced.items():
         part, _, name = field.partition(".")
@@ -224,57 +216,20 @@ def _with_arrays(config: ConfigDict, traced: dict[str, jax.Array]) -> ConfigDict
     return own
 
 
-def _open(
-    held: contextlib.ExitStack,
-    config: ConfigDict,
-    directory: Path,
-    sha256: str,
-    vocabulary: Vocabulary,
-    ids: texts.Ids,
-    counts: np.ndarray,
-) -> tuple[_Member, TrainState]:
-    """A member with its working directory, and the state that it goes on from."""
-    is_ours = held.enter_context(lock.hold_lock(directory))
-    config = config.copy_and_resolve_references()
-    config.data.sha256 = sha256
-    if config.data.path:
-        config.data.path = corpus.make_absolute(config.data.path)
-    workdir.check_own_files(directory)
-    workdir.save_vocabulary(directory, vocabulary)
-    workdir.save_config(directory, config)
-    iterator, steps_per_epoch = batches.make_batches(ids, config.batches, config.seed)
-    state = init_state(
-        model_lib.make_model(config.model, len(vocabulary)),
-        optimizer_lib.make_optimizer(config.optimizer, config.num_epochs * steps_per_epoch),
-        jax.random.key(config.seed),
-        config.batches.batch_size,
-        averaged=config.optimizer.average_decay > 0,
-        counts=counts,
-    )
-    saved_in = directory / workdir.CHECKPOINTS
-    restored = checkpoints.restore_latest(saved_in, state.evaluated, state.rest, iterator)
-    writer = held.enter_context(checkpoints.CheckpointWriter(saved_in))
-    if restored is not None:
-        state = TrainState.join(restored.params, restored.state)
-        workdir.restore_history(directory, restored.history)
-    return _Member(config, directory, iterator, writer, is_ours), state
-
-
 def _train_group(
     members: Sequence[_Member],
-    states: Sequence[TrainState],
-    ids: dict[str, texts.Ids],
+    ids: dict[str, Ids],
     vocabulary_size: int,
     on_validation: Callable[[int, int, float], None],
 ) -> list[str]:
-    """`train_population` for members that are at the same step."""
-    config, step = members[0].config, int(states[0].step)
-    _, steps_per_epoch = batches.make_batches(ids["train"], config.batches, config.seed)
-    total_steps = config.num_epochs * steps_per_epoch
+    """Train members that are at the same step; see `train_population`."""
+    config, first = members[0].config, members[0].start
+    step, steps_per_epoch, total_steps = first.step, first.steps_per_epoch, first.total_steps
+    states = [member.start.state for member in members]
     if any(member.config.optimizer.average_decay for member in members):
         states = [s if s.average is not None else s._replace(average=s.params) for s in states]
     mesh = make_mesh(len(members))
-    # As many on each device: what is missing is filled up with the first member.
+    # Each device has the same number of members: the first member fills the empty places.
     filled = [*range(len(members)), *[0] * (-len(members) % mesh.size)]
     traced = hyperparameters([members[i].config for i in filled])
     traced = parallel.place(traced, mesh, _MEMBERS)
@@ -309,7 +264,7 @@ def _train_group(
             _save(members, state, reasons, step)
         validate()
         while step < total_steps:
-            parts = [next(member.iterator) for member in members]
+            parts = [next(member.start.iterator) for member in members]
             batch: Any = jax.tree.map(lambda *arrays: np.stack(arrays), *[parts[i] for i in filled])
             state = train_step(traced, state, batch)
             step += 1
@@ -317,9 +272,9 @@ def _train_group(
                 skipped = np.asarray(state.skipped)
                 for i, member in enumerate(members):
                     if skipped[i] > member.config.max_skipped_steps and not reasons[i]:
-                        first = int(state.first_skipped[i])
+                        bad = int(state.first_skipped[i])
                         reasons[i] = (
-                            f"a parameter, the loss or a gradient of step {first} is not finite"
+                            f"a parameter, the loss or a gradient of step {bad} is not finite"
                         )
             if step % config.log_every_steps == 0:
                 now = time.monotonic()
@@ -347,27 +302,27 @@ def _train_group(
 
 
 def _save(members: Sequence[_Member], state: TrainState, reasons: Sequence[str], step: int) -> None:
-    """A checkpoint of each member that has none of this step and has not failed."""
+    """Save a checkpoint of each member that has not failed and has none of this step."""
     keys = jax.random.key_data(state.key)
     arrays = jax.device_get(state._replace(key=keys))
     for i, member in enumerate(members):
-        # At the first step it may be there: the members of a group need not have begun together.
+        # The first one may exist: the members of a group need not have started together.
         if reasons[i] or step in checkpoints.list_steps(member.directory / workdir.CHECKPOINTS):
             continue
         if not member.is_ours():
-            raise UnavailableError(f"another process has taken {member.directory} over")
+            raise UnavailableError(f"another process has taken over {member.directory}")
         own = jax.tree.map(lambda array, i=i: jnp.asarray(array[i]), arrays)
         own = own._replace(key=jax.random.wrap_key_data(own.key))
         if not member.config.optimizer.average_decay:
             own = own._replace(average=None)
         sizes = workdir.history_sizes(member.directory)
-        member.checkpoints.save(step, own.evaluated, own.rest, member.iterator, sizes)
+        member.checkpoints.save(step, own.evaluated, own.rest, member.start.iterator, sizes)
 
 
 def _best(
     members: Sequence[_Member], model: model_lib.LanguageModel
 ) -> list[tuple[model_lib.Params, int]]:
-    """The parameters of the best checkpoint of each member, and its step."""
+    """Return the parameters of the best checkpoint of each member, and its step."""
     for member in members:
         member.checkpoints.wait()
     return [workdir.load_params(member.directory, model) for member in members]
@@ -375,15 +330,15 @@ def _best(
 
 def _make_read(
     model: model_lib.LanguageModel, mesh: Mesh
-) -> Callable[[model_lib.Params, texts.Ids], np.ndarray]:
-    """`loss_lib.compute_loss` of each member, from the parameters of all [members, ...] and ids."""
+) -> Callable[[model_lib.Params, Ids], np.ndarray]:
+    """Make `loss.compute_loss` of all members, from their parameters [members, ...] and ids."""
 
     def read_chunk(params: Any, carry: Any, chunk: Any) -> Any:
         return loss_lib.read_chunk(model, params, *chunk, carry, jnp.ones(1))
 
     read_all = map_members(read_chunk, mesh, donated=(1,))
 
-    def read(params: model_lib.Params, ids: texts.Ids) -> np.ndarray:
+    def read(params: model_lib.Params, ids: Ids) -> np.ndarray:
         number = len(jax.tree.leaves(params)[0])
         carry = stack([model.initial_carry(loss_lib.count_streams(ids))] * number, mesh)
         total = np.zeros(number)

@@ -1,0 +1,80 @@
+"""What training prints about a run."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from lstm_jax import model as model_lib
+from lstm_jax.batches import Batch
+from lstm_jax.devices import hosts
+from lstm_jax.errors import NotFiniteError
+from lstm_jax.run import files, workdir
+from lstm_jax.vocabulary import Ids, Vocabulary
+
+_LONGEST_WINDOW = 24
+
+
+def describe_setup(
+    params: model_lib.Params,
+    vocabulary: Vocabulary,
+    ids: Mapping[str, Ids],
+    window_length: int,
+    steps_per_epoch: int,
+) -> str:
+    """Describe the parameters, the sizes of the text, and its first window with the targets."""
+    window = ids["train"][: min(window_length, _LONGEST_WINDOW) + 1]
+    inputs, targets = window[:-1], window[1:]
+    counts = ", ".join(f"{len(of_split):,} {name}" for name, of_split in ids.items())
+    return (
+        f"{model_lib.format_parameters(params)}\n\n"
+        f"{vocabulary.kind}: {counts}; vocabulary: {len(vocabulary)}; "
+        f"steps per epoch: {steps_per_epoch:,}\n\n"
+        "The first window and its targets:\n"
+        f"  inputs  {vocabulary.decode(inputs)!r}\n"
+        f"  targets {vocabulary.decode(targets)!r}\n"
+        f"  inputs  {' '.join(map(str, inputs))}\n"
+        f"  targets {' '.join(map(str, targets))}\n"
+    )
+
+
+def describe_source(init_from: str, trained: workdir.Trained, vocabulary: Vocabulary) -> str:
+    """Describe where the first weights come from, and the tokens that are new to them."""
+    new = vocabulary.tokens[len(trained.vocabulary) :]
+    tokens = f"{len(new)} new tokens: {', '.join(map(repr, new))}" if new else "no new tokens"
+    return (
+        f"The first weights are those of step {trained.step} in {init_from}; the vocabulary has "
+        f"{tokens}\n"
+    )
+
+
+def report_nonfinite(
+    directory: Path, step: int, batch: Batch, skipped: int, allowed: int, last_saved: int
+) -> None:
+    """Save the batch of a step that was skipped because a number was not finite, and warn.
+
+    Args:
+      directory: the working directory.
+      step: the step.
+      batch: the batch of that step.
+      skipped: the number of steps skipped so far.
+      allowed: the number of steps that may be skipped.
+      last_saved: the step of the latest checkpoint.
+
+    Raises:
+      NotFiniteError: if more steps were skipped than are allowed.
+    """
+    path = directory / f"nonfinite_step_{step}.json"
+    ids = {"step": step, "inputs": batch.inputs.tolist(), "targets": batch.targets.tolist()}
+    if hosts.is_first():
+        files.write_file(path, f"{json.dumps(ids)}\n".encode())
+    message = (
+        f"a parameter, the loss or a gradient of step {step} is not finite (its batch is in {path})"
+    )
+    if skipped > allowed:
+        raise NotFiniteError(
+            f"{message}: the last good checkpoint is that of step {last_saved}; resume from it "
+            "with a lower --config.optimizer.learning_rate, --config.optimizer.max_gradient_norm=1,"
+            f" or more than {allowed} in --config.max_skipped_steps"
+        )
+    print(f"warning: {message}; skipped {skipped} of at most {allowed}", file=sys.stderr)
