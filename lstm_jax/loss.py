@@ -108,20 +108,11 @@ def read_chunk(
     temperatures: jax.Array,
     axis: int | None = None,
 ) -> tuple[jax.Array, model_lib.Carry]:
-    """Sum the losses of the counted targets, in nats.
-
-    Args:
-      model: the model.
-      params: its parameters.
-      inputs: int32 [batch, time].
-      targets: likewise.
-      counted: which targets count, bool [batch, time].
-      carry: the state before the inputs.
-      temperatures: [t]; the logits are divided by each of them.
-      axis: the axis that is summed over; None: both.
+    """Sum the losses of the `counted` targets [batch, time], in nats, over an axis or both.
 
     Returns:
-      The sums [t], or [t, batch] for axis 1, and the carry after the inputs.
+      The sums for logits divided by each of the temperatures, [temperatures] or, for axis 1,
+      [temperatures, batch]; and the carry after the inputs.
     """
     logits, carry = model_lib.apply(model, params, inputs, carry)
 

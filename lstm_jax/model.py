@@ -7,7 +7,7 @@ generation uses, over one token at a time.
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 from lstm_jax import fused
 from lstm_jax.cells import CELLS, HiddenCarry, LSTMCarry
 from lstm_jax.cells.base import Gates
-from lstm_jax.fused import Lookup
-from lstm_jax.matmul import matmul, round_factor
+from lstm_jax.fused import Lookup, StepArrays
+from lstm_jax.matmul import matmul
 
 Params = dict[str, Any]
 
@@ -292,43 +292,17 @@ def apply(
     return outputs
 
 
-class StepArrays(NamedTuple):
-    """The parameters of plain LSTM layers, prepared for `apply_step`.
-
-    Attributes:
-      projected: the contribution of each token to the first layer's gates,
-        [vocabulary_size, 4 * hidden].
-      kernels: for each layer, [4 * hidden, n], rounded to the model's dtype; n counts the layer's
-        inputs (except in the first layer) and its hidden units.
-      biases: for each layer but the first, [4 * hidden, 1].
-      head: the dense layer's kernel, [vocabulary_size, features], rounded too.
-      head_bias: [vocabulary_size].
-    """
-
-    projected: jax.Array
-    kernels: list[jax.Array]
-    biases: list[jax.Array]
-    head: jax.Array
-    head_bias: jax.Array
-
-
 Prepared = StepArrays | Params
 
 
 def prepare_step(model: LanguageModel, params: Params) -> Prepared:
-    """Return `StepArrays` for plain LSTM layers, and the parameters themselves for all others."""
+    """Compute what `apply_step` needs of the parameters, once before the first step."""
     bound = model.bind({"params": params})
     if bound.implementation() == "scan":
         return params
-    first, *others = [cell.kernels() for cell in bound.layers]
-    kernels = [first.recurrent, *(jnp.concatenate([k.input, k.recurrent]) for k in others)]
-    return StepArrays(
-        fused.project(first, bound.embedding.embedding, model.dtype),
-        [round_factor(kernel.T, model.dtype) for kernel in kernels],
-        [k.bias[:, None] for k in others],
-        round_factor(bound.head_kernel().T, model.dtype),
-        bound.dense.bias,
-    )
+    kernels = [cell.kernels() for cell in bound.layers]
+    table, head, bias = bound.embedding.embedding, bound.head_kernel(), bound.dense.bias
+    return fused.prepare_step(kernels, table, head, bias, model.dtype)
 
 
 def apply_step(
@@ -345,21 +319,11 @@ def apply_step(
     Returns:
       Logits, float32 [batch, vocabulary_size], and the next carry.
     """
-    if not isinstance(arrays, StepArrays):
-        bound = model.bind({"params": arrays})
-        outputs, carry = bound.run_step(ids, carry)
-        return bound.predict(outputs[:, None])[:, 0], carry
-
-    states = [LSTMCarry(*(state.T for state in layer)) for layer in carry]
-    added = [arrays.projected[ids].T, *arrays.biases]
-    for layer, kernel in enumerate(arrays.kernels):
-        inputs = states[layer].hidden
-        if layer:
-            inputs = jnp.concatenate([states[layer - 1].hidden, inputs])
-        inputs = round_factor(inputs, model.dtype)
-        _, states[layer] = fused.step(kernel, inputs, states[layer], added[layer])
-    logits = matmul(arrays.head, states[-1].hidden, model.dtype).T + arrays.head_bias
-    return logits, tuple(LSTMCarry(cell.T, hidden.T) for cell, hidden in states)
+    if isinstance(arrays, StepArrays):
+        return fused.apply_step(arrays, ids, carry, model.dtype)
+    bound = model.bind({"params": arrays})
+    outputs, carry = bound.run_step(ids, carry)
+    return bound.predict(outputs[:, None])[:, 0], carry
 
 
 def make_step(

@@ -258,14 +258,6 @@ class Vocabulary:
         return sorted(set(split_text(text, self.kind, self.stop)) - set(self._ids))
 
 
-class Ids(Protocol):
-    """The ids of a text: as of an array int32 [n], its length and its slices."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: Any, /) -> Any: ...
-
-
 class Costs(NamedTuple):
     """What bits per character need to know of a text, besides its loss.
 
