@@ -1,11 +1,12 @@
-"""Times sampling here and in the libraries that one could pick instead.
+"""Time sampling here and in other libraries.
 
     python benchmarks/sampling.py
     python benchmarks/sampling.py --num_samples 64
 
-All read one token and then draw `--length` others from softmax(logits / temperature), never "" or
-"[UNK]", each read in its turn. The peers do so step by step from Python, as their users do. They
-come with `pip install -e '.[bench]'`; who is not installed is left out with a word.
+Each reads one token and then draws `--length` others from softmax(logits / temperature), without ""
+and "[UNK]", and reads each of them in turn. The other libraries run a Python loop over steps, as
+their users do. `pip install -e '.[bench]'` installs them; one that is missing is left out, and the
+benchmark says so.
 """
 
 import argparse
@@ -23,7 +24,7 @@ FIRST_ID = 2
 
 
 def main() -> None:
-    """Measures and prints the table."""
+    """Measure and print the table."""
     options = side_by_side.parse_options(
         __doc__,
         num_samples=1,
@@ -54,7 +55,7 @@ def main() -> None:
 
 
 def _mask(options: argparse.Namespace) -> np.ndarray:
-    """Added to logits, lets "" and "[UNK]" never be drawn: float32 [vocabulary]."""
+    """Return what to add to logits so that "" and "[UNK]" are never drawn: float32 [vocabulary]."""
     mask = np.zeros(options.vocabulary_size, np.float32)
     mask[:2] = -np.inf
     return mask
@@ -78,8 +79,10 @@ def _lstm_jax(options: argparse.Namespace, **controls: Any) -> Work:
     prompts = np.full((options.num_samples, 1), FIRST_ID, np.int32)
 
     def run() -> np.ndarray:
-        drawn = Controls(TEMPERATURE, **controls)
-        return generation.generate_tokens(lstm, params, prompts, key, drawn, length=options.length)
+        settings = Controls(TEMPERATURE, **controls)
+        return generation.generate_tokens(
+            lstm, params, prompts, key, settings, length=options.length
+        )
 
     return Work(run, side_by_side.jax_device())
 
@@ -90,12 +93,12 @@ def _jax_peer(
     apply: Callable[..., Any],
     carry: Any,
 ) -> Work:
-    """The work for a model of another JAX library, one jitted step called from Python.
+    """Return the work for a model of another JAX library: one jitted step, called from Python.
 
     Args:
       options: the sizes.
-      init: from a key, ids [batch] and a carry to parameters.
-      apply: from parameters, ids [batch] and a carry to logits and the next carry.
+      init: maps a key, ids [batch] and a carry to parameters.
+      apply: maps parameters, ids [batch] and a carry to logits and the next carry.
       carry: zeros.
     """
     import jax
@@ -117,11 +120,11 @@ def _jax_peer(
 
     def run() -> np.ndarray:
         state = first, carry, key
-        written = []
+        drawn = []
         for _ in range(options.length):
             state = compiled(params, *state)
-            written.append(state[0])
-        return np.stack(jax.device_get(written), axis=1)
+            drawn.append(state[0])
+        return np.stack(jax.device_get(drawn), axis=1)
 
     return Work(run, side_by_side.jax_device(), seconds, temporary_bytes)
 
@@ -201,15 +204,15 @@ def _torch(options: argparse.Namespace, layer: str) -> Work:
     @torch.inference_mode()
     def run() -> np.ndarray:
         ids, states = first, None
-        written = []
+        drawn = []
         for _ in range(options.length):
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                 hidden, states = read(embedding(ids), states)
                 logits = dense(hidden)
             chances = torch.softmax(logits.float() / TEMPERATURE + mask, dim=-1)
             ids = torch.multinomial(chances, 1)[:, 0]
-            written.append(ids)
-        return torch.stack(written, dim=1).cpu().numpy()
+            drawn.append(ids)
+        return torch.stack(drawn, dim=1).cpu().numpy()
 
     return Work(run, name)
 
@@ -241,11 +244,11 @@ def _keras(options: argparse.Namespace) -> Work:
 
     def run() -> np.ndarray:
         ids, states = first, [[zeros, zeros]] * options.num_layers
-        written = []
+        drawn = []
         for _ in range(options.length):
             ids, states = one_step(ids, states)
-            written.append(ids)
-        return tf.stack(written, axis=1).numpy()
+            drawn.append(ids)
+        return tf.stack(drawn, axis=1).numpy()
 
     return Work(run, device)
 

@@ -314,7 +314,7 @@ BAD_CONFIGS = {
         (["main", "--config", QUICK, "--config.model.cell=gur"], "model.cell is 'gur'"),
         (
             ["main", *TINY, "--config.model.cell=gru", "--config.model.recurrence=fused"],
-            "without layer normalisation only",
+            "without layer normalization only",
         ),
         (["main", "--config", QUICK, "--config.mesh.data=5"], "must be a multiple of mesh.data"),
         (["evaluate", "--workdir=.", "--dynamic", "--fit_temperature"], "leave out --dynamic"),
