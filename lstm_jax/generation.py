@@ -95,6 +95,9 @@ def _read_one(
     )
 
 
+_Loop = tuple[jax.Array, jax.Array, State]  # Ids, the number of tokens generated, the state.
+
+
 @functools.partial(jax.jit, static_argnames="model")
 def _generate(
     model: model_lib.LanguageModel,
@@ -104,25 +107,19 @@ def _generate(
     controls: ControlArrays,
     stops: jax.Array,
     count: jax.Array,
-) -> tuple[jax.Array, jax.Array, State]:
-    """Generate `count` tokens, or fewer if all texts end before.
-
-    Returns:
-      Ids [batch, _CHUNK], the number of tokens generated, and the state after them.
-    """
+) -> _Loop:
+    """Generate `count` tokens, or fewer if all texts end before; ids are [batch, _CHUNK]."""
     batch_size = len(state.logits)
     end = len(stops) - 1
     # Nearly free if drawn at once. In the loop, random bits would cost half as much as a step of a
     # model with 1,024 hidden units, on a CPU.
     uniform = random_numbers(key, batch_size, state.position + jnp.arange(_CHUNK))
 
-    def is_unfinished(loop: tuple[jax.Array, jax.Array, State]) -> jax.Array:
+    def is_unfinished(loop: _Loop) -> jax.Array:
         _, t, state = loop
         return (t < count) & jnp.any(state.progress != end)
 
-    def generate_one(
-        loop: tuple[jax.Array, jax.Array, State],
-    ) -> tuple[jax.Array, jax.Array, State]:
+    def generate_one(loop: _Loop) -> _Loop:
         ids, t, state = loop
         logits = adjust_logits(state.logits, state.position - state.last_seen, controls)
         drawn = draw_tokens(logits, uniform[:, t])

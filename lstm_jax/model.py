@@ -32,7 +32,7 @@ Masks = Sequence[jax.Array | None]
 
 INITIAL_BIASES = ("frequencies", "zeros")
 
-# The square of a parameter beyond this is infinite in float32.
+# Larger parameters count as infinite: sums of their squares overflow float32.
 _LARGEST = 1e18
 
 
