@@ -59,18 +59,10 @@ class Settings(NamedTuple):
 def measure_gradient_sizes(
     model: model_lib.LanguageModel, params: model_lib.Params, ids: Ids, segment_length: int
 ) -> model_lib.Params:
-    """Compute the root mean square of each parameter's gradient over segments of a text.
+    """Compute the root mean square of each parameter's gradient over segments of the training text.
 
-    The carry is kept from segment to segment. At most `STATISTICS_TOKENS` tokens are read.
-
-    Args:
-      model: the model.
-      params: its trained parameters.
-      ids: the training text, int32 [n], n at least 2.
-      segment_length: tokens in a segment.
-
-    Returns:
-      Arrays of the shapes of params.
+    The carry is kept from segment to segment. At most `STATISTICS_TOKENS` tokens are read, and two
+    at least. The result has the shapes of `params`.
     """
     window = np.asarray(ids[: STATISTICS_TOKENS + 1])
     length = min(segment_length, len(window) - 1)
@@ -120,9 +112,9 @@ def compute_dynamic_losses(
     Args:
       model: the model.
       params: its trained parameters.
-      ids: the text, int32 [n], n at least 2.
+      ids: a text of n tokens, two or more.
       settings: how the model adapts.
-      sizes: from `measure_gradient_sizes`, for the training text.
+      sizes: from `measure_gradient_sizes`.
 
     Yields:
       Float32 arrays, n - 1 losses in all.

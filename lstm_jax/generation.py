@@ -146,12 +146,11 @@ def random_numbers(key: jax.Array, batch_size: int, positions: jax.Array) -> jax
 
 
 def draw_tokens(logits: jax.Array, uniform: jax.Array) -> jax.Array:
-    """Draw tokens by inverting their cumulative distribution function: int32 [batch].
+    """Draw tokens by inverting their cumulative distribution function at uniform random numbers.
 
     Args:
-      logits: float32 [batch, vocabulary]; the largest of each text is 0, and minus infinity marks
-        tokens that are never drawn.
-      uniform: random numbers in [0, 1), float32 [batch].
+      logits: from `adjust_logits`, float32 [batch, vocabulary], of which the largest is 0.
+      uniform: in [0, 1), float32 [batch].
     """
     probabilities = jnp.exp(logits)
     # A parallel sum is not monotonic: it may pass a number where the probability is zero.
@@ -172,16 +171,8 @@ def generate_chunks(
     """Continue texts chunk by chunk, until all have ended or have `length` more tokens.
 
     The tokens of text b depend on `key`, b and the position in the text, but not on the size of
-    the batch or of the chunks.
-
-    Args:
-      model: the model.
-      arrays: its parameters, from `prepare_params`.
-      state: the texts so far.
-      key: PRNG key.
-      controls: from `make_control_arrays`. New values are not compiled again.
-      stops: from `make_stop_table`.
-      length: the largest number of tokens to generate.
+    the batch or of the chunks. Arguments come from `prepare_params`, `read_tokens`,
+    `make_control_arrays` and `make_stop_table`; new values compile nothing again.
 
     Yields:
       The ids of a chunk, int32 [batch, n], where texts that have ended are padded with id 0; and
@@ -218,15 +209,13 @@ def generate_tokens(
     length: int,
     stops: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Continue each prompt with tokens drawn from the model.
-
-    One compiled function serves all controls, stops, and lengths; see `read_tokens` for prompts.
+    """Continue each prompt with tokens drawn from the model; see `generate_chunks`.
 
     Args:
       model: the model.
       params: its parameters.
       prompts: int32 [batch, time], time at least 1.
-      key: PRNG key. The tokens of text b depend on it and on b, but not on the size of the batch.
+      key: PRNG key.
       controls: how to draw tokens.
       length: the largest number of tokens to generate.
       stops: from `make_stop_table`; None: no text ends before `length`.

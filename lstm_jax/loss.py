@@ -32,27 +32,19 @@ _TEMPERATURES = np.linspace(0.7, 1.5, 81)  # Those that `fit_temperature` compar
 
 
 def compute_loss(model: model_lib.LanguageModel, params: model_lib.Params, ids: Ids) -> float:
-    """Compute the mean loss over a text, in nats per token.
+    """Compute the mean loss over a text of two tokens or more, in nats per token.
 
     The text is read once, from start to end, with the carry kept. Every token but the first is
     predicted once, from the whole text before it.
 
     A text of more than `LONGEST_IN_ONE` tokens is read as 64 streams side by side. Each stream
     starts 1,024 tokens early, so that every token is predicted from at least 1,024 others.
-
-    Args:
-      model: the model.
-      params: its parameters.
-      ids: the text, int32 [n], n at least 2.
     """
     return float(compute_losses(model, params, ids, np.ones(1))[0])
 
 
 def compute_losses(
-    model: model_lib.LanguageModel,
-    params: model_lib.Params,
-    ids: Ids,
-    temperatures: np.ndarray,
+    model: model_lib.LanguageModel, params: model_lib.Params, ids: Ids, temperatures: np.ndarray
 ) -> np.ndarray:
     """Compute `compute_loss` with the logits divided by each of the temperatures, in one pass."""
     carry = model.initial_carry(count_streams(ids))
@@ -161,12 +153,7 @@ def measure_zero_state(
 
     Training on streams hardly ever starts from zero, and a model may have a state there that it
     does not leave again. The mean loss over a text, read once from its start, does not show it.
-
-    Args:
-      model: the model.
-      params: its parameters.
-      ids: the text, int32 [n], n at least 4.
-      places: the number of places, evenly spread over the text.
+    The places are spread evenly over the text, of four tokens or more.
     """
     length = min(_PLACE_LENGTH, (len(ids) - 1) // 3)
     chunk = min(_STREAMS_CHUNK, length)
@@ -195,13 +182,7 @@ def measure_zero_state(
 def find_suspicion(
     losses: Mapping[str, float], vocabulary_size: int, zero: ZeroState | None = None
 ) -> str | None:
-    """Return a warning if the losses of a trained model are suspicious, else None.
-
-    Args:
-      losses: nats per token, by the name of the split.
-      vocabulary_size: the model's.
-      zero: from `measure_zero_state`.
-    """
+    """Return a warning if the losses of a trained model, by split, are suspicious, else None."""
     guessing = math.log(vocabulary_size)
     for name, loss in losses.items():
         if loss > guessing:
@@ -235,23 +216,16 @@ def compute_bits_per_character(loss: float, tokens: int, costs: Sequence[Costs])
     bits for each byte of its UTF-8 and for an end mark.
 
     Args:
-      loss: nats per token, from `compute_loss`.
+      loss: nats per token.
       tokens: the number of tokens predicted.
-      costs: those of the texts that the loss was measured on, without the very first token.
+      costs: of the texts that the loss was measured on, without the very first token.
     """
     bits = loss / math.log(2) * tokens + 8 * sum(cost.unknown_bytes for cost in costs)
     return bits / sum(cost.characters for cost in costs)
 
 
 def describe_loss(loss: float, token_name: str, tokens: int, costs: Costs) -> str:
-    """Return a loss in nats and bits per token, as a perplexity, and in bits per character.
-
-    Args:
-      loss: nats per token.
-      token_name: `Vocabulary.token_name`.
-      tokens: see `compute_bits_per_character`.
-      costs: likewise, of one text.
-    """
+    """Return a loss in nats and bits per token, as a perplexity, and in bits per character."""
     description = (
         f"{loss:.4f} nats per {token_name}, {loss / math.log(2):.4f} bits per {token_name}, "
         f"perplexity {compute_perplexity(loss):.3f}"

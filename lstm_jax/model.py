@@ -194,12 +194,9 @@ class LanguageModel(nn.Module):
     def run_step(
         self, ids: jax.Array, carry: Carry, gates: list[Gates] | None = None
     ) -> tuple[jax.Array, Carry]:
-        """Run the recurrent layers over one token of each text.
+        """Run the recurrent layers over one token of each text, ids [batch].
 
-        Args:
-          ids: int32 [batch].
-          carry: the state before the step.
-          gates: a list to which the gates of each layer are appended, if any.
+        If `gates` is a list, the gates of each layer are appended to it.
 
         Returns:
           The outputs of the last layer [batch, features], and the next carry.
@@ -310,14 +307,8 @@ def apply_step(
 ) -> tuple[jax.Array, Carry]:
     """Run the model over one token of each text, faster than `apply` over windows of length 1.
 
-    Args:
-      model: the model.
-      arrays: from `prepare_step`.
-      ids: int32 [batch].
-      carry: the state before the step.
-
-    Returns:
-      Logits, float32 [batch, vocabulary_size], and the next carry.
+    Given arrays from `prepare_step` and ids [batch], it returns logits, float32
+    [batch, vocabulary_size], and the next carry.
     """
     if isinstance(arrays, StepArrays):
         return fused.apply_step(arrays, ids, carry, model.dtype)

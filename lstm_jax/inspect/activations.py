@@ -47,14 +47,9 @@ class Reading(NamedTuple):
 def record_activations(
     model: model_lib.LanguageModel, params: model_lib.Params, ids: np.ndarray
 ) -> Reading:
-    """Read a text once, with the carry kept all the way, and record it.
+    """Read a text, int32 [n], once with the carry kept all the way, and record the model.
 
     This needs a byte of memory for each hidden unit and token, and about 0.1 GB besides.
-
-    Args:
-      model: the model.
-      params: its parameters.
-      ids: the text, int32 [n], n at least 2.
     """
     n, carry = len(ids), model.initial_carry(1)
     activations = np.empty((sum(model.sizes[1:]), n), np.int8)
