@@ -1,4 +1,4 @@
-"""What steers generation: which tokens may be drawn, how likely, and where the text ends."""
+"""Controls of generation: which tokens may be drawn, how likely they are, and where a text ends."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -10,33 +10,33 @@ import numpy as np
 from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import SPECIAL_IDS, Vocabulary
 
-MIN_STATES = 16  # Of an automaton that knows where a text ends.
+MIN_STATES = 16  # The smallest number of states in `make_stop_table`.
 
 
 class Controls(NamedTuple):
-    """How the next token is drawn from the model's logits.
+    """How to draw the next token from the model's logits.
 
-    They act in this order, which is the one that people know from elsewhere:
+    They apply in this order, which is the usual one:
 
-    1. `forbidden` units, "" and "[UNK]" are never drawn.
-    2. `repetition_penalty` makes what was read or written lately less likely: the logits of all
-       units among the last `repetition_window` tokens are divided by it where they are positive,
-       multiplied where they are negative (Keskar et al. 2019).
+    1. `forbidden` tokens, "" and "[UNK]" are never drawn.
+    2. `repetition_penalty` makes recent tokens less likely: it divides the positive and multiplies
+       the negative logits of all tokens among the last `repetition_window` (Keskar et al. 2019).
     3. `temperature` divides the logits.
-    4. `top_k` keeps the k likeliest units (Fan et al. 2018).
-    5. `top_p` keeps, of these, the fewest likeliest units that have a share of p or more of the
-       probability (Holtzman et al. 2020).
-    6. `min_p` keeps units at least p times as likely as the likeliest (Nguyen et al. 2024).
+    4. `top_k` keeps the k most probable tokens (Fan et al. 2018).
+    5. `top_p` keeps, of these, the nucleus: the smallest set of most probable tokens with a
+       cumulative probability of at least p (Holtzman et al. 2020).
+    6. `min_p` keeps tokens at least p times as probable as the most probable (Nguyen et al. 2024).
 
-    Units that are equally likely are kept together. The draw is from what is left, in proportion.
+    Top-k and top-p keep all tokens that tie with the last one kept. The token is then drawn from
+    the tokens left, in proportion to their probabilities.
 
     Attributes:
-      temperature: less than 1 is safer, more is wilder; 0 always takes the likeliest unit.
-      top_k: how many units; 0 keeps all.
-      top_p: a share in (0, 1]; 1 keeps all.
+      temperature: 0 always takes the most probable token.
+      top_k: a number of tokens; 0 keeps all.
+      top_p: in (0, 1]; 1 keeps all.
       min_p: in [0, 1]; 0 keeps all.
-      repetition_penalty: 1 is none.
-      repetition_window: how many tokens back it looks, the prompt's included.
+      repetition_penalty: 1 is no penalty.
+      repetition_window: a number of tokens, which may reach back into the prompt.
       forbidden: ids.
     """
 
@@ -49,20 +49,13 @@ class Controls(NamedTuple):
     forbidden: Iterable[int] = ()
 
 
-DEFAULT_CONTROLS = Controls()  # The model's own distribution, but for "" and "[UNK]".
+DEFAULT_CONTROLS = Controls()  # The model's own distribution, without "" and "[UNK]".
 
 
 class ControlArrays(NamedTuple):
-    """`Controls` as one compiled function takes them, whatever their values.
+    """`Controls` as float32 and int32 scalars, so that one compiled function serves all values.
 
-    Attributes:
-      temperature: float32 [].
-      top_k: int32 [], the size of the vocabulary where it keeps all.
-      top_p: float32 [].
-      min_p: float32 [].
-      repetition_penalty: float32 [].
-      repetition_window: int32 [].
-      forbidden: bool [vocabulary].
+    `top_k` is the size of the vocabulary to keep all; `forbidden` is bool [vocabulary].
     """
 
     temperature: Any
@@ -75,14 +68,14 @@ class ControlArrays(NamedTuple):
 
 
 def make_control_arrays(controls: Controls, vocabulary_size: int) -> ControlArrays:
-    """Checks the controls and makes arrays of them.
+    """Check the controls and convert them to arrays.
 
     Raises:
-      UserError: if one is outside its range, or every unit is forbidden.
+      UserError: if one is outside its range, or if every token is forbidden.
     """
     for name, holds, allowed in (
         ("temperature", controls.temperature >= 0, "0 or more"),
-        ("top_k", controls.top_k >= 0, "0 (all units) or more"),
+        ("top_k", controls.top_k >= 0, "0 (all tokens) or more"),
         ("top_p", 0 < controls.top_p <= 1, "above 0 and at most 1"),
         ("min_p", 0 <= controls.min_p <= 1, "between 0 and 1"),
         ("repetition_penalty", 0 < controls.repetition_penalty < np.inf, "above 0 (1 is none)"),
@@ -93,7 +86,7 @@ def make_control_arrays(controls: Controls, vocabulary_size: int) -> ControlArra
     forbidden = np.zeros(vocabulary_size, bool)
     forbidden[[*SPECIAL_IDS, *controls.forbidden]] = True
     if forbidden.all():
-        raise UserError("every unit of the vocabulary is forbidden: leave some to write with")
+        raise UserError("every token of the vocabulary is forbidden: allow at least one")
     return ControlArrays(
         np.float32(controls.temperature),
         np.int32(min(controls.top_k or vocabulary_size, vocabulary_size)),
@@ -106,65 +99,66 @@ def make_control_arrays(controls: Controls, vocabulary_size: int) -> ControlArra
 
 
 def adjust_logits(logits: jax.Array, age: jax.Array, controls: ControlArrays) -> jax.Array:
-    """The logits of the distribution that is drawn from.
+    """Apply the controls to the model's logits.
 
     Args:
       logits: the model's, float32 [batch, vocabulary].
-      age: how many tokens ago each unit last stood, 1 for the latest: int32 [batch, vocabulary].
+      age: how many tokens ago each token last occurred, 1 for the latest: int32
+        [batch, vocabulary].
       controls: see `Controls`.
 
     Returns:
-      Float32 [batch, vocabulary], at most 0, and minus infinity for what is never drawn. At
-      temperature 0 only the likeliest unit is left (the first of several).
+      The logits to draw from, float32 [batch, vocabulary]: at most 0, and minus infinity for what
+      is never drawn. At temperature 0 only the first of the most probable tokens is left.
     """
     penalty = jnp.where(age <= controls.repetition_window, controls.repetition_penalty, 1.0)
     logits = jnp.where(logits > 0, logits / penalty, logits * penalty)
     logits = jnp.where(controls.forbidden, -jnp.inf, logits)
     greedy = controls.temperature == 0
-    behind = logits.max(axis=-1, keepdims=True) - logits
-    behind /= jnp.where(greedy, 1.0, controls.temperature)
+    gaps = logits.max(axis=-1, keepdims=True) - logits
+    gaps /= jnp.where(greedy, 1.0, controls.temperature)
     filtered = ~greedy & ((controls.top_k < logits.shape[-1]) | (controls.top_p < 1))
     keep = jax.lax.cond(
         filtered,
-        lambda: _likeliest(behind, controls.top_k, controls.top_p),
-        lambda: jnp.ones(behind.shape, bool),
+        lambda: _filter_top(gaps, controls.top_k, controls.top_p),
+        lambda: jnp.ones(gaps.shape, bool),
     )
-    keep &= behind <= -jnp.log(controls.min_p)
-    first = jnp.arange(logits.shape[-1]) == jnp.argmin(behind, axis=-1, keepdims=True)
-    return jnp.where(jnp.where(greedy, first, keep), -behind, -jnp.inf)
+    keep &= gaps <= -jnp.log(controls.min_p)
+    first = jnp.arange(logits.shape[-1]) == jnp.argmin(gaps, axis=-1, keepdims=True)
+    return jnp.where(jnp.where(greedy, first, keep), -gaps, -jnp.inf)
 
 
-def _likeliest(behind: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Which units top-k and, of those, top-p keep: bool [batch, vocabulary].
+def _filter_top(gaps: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Return which tokens top-k keeps, and top-p of these: bool [batch, vocabulary].
 
     Args:
-      behind: how far the units' logits are below the greatest one, float32 [batch, vocabulary].
+      gaps: the differences of the logits to the largest one, float32 [batch, vocabulary].
       top_k: int32 [].
       top_p: float32 [].
     """
-    keep = _until(behind, jnp.ones_like(behind), top_k)
-    weights = jnp.where(keep, jnp.exp(-behind), 0)
-    share = jnp.where(top_p < 1, top_p * weights.sum(axis=-1), jnp.inf)
-    return keep & _until(behind, weights, share)
+    keep = _filter_until(gaps, jnp.ones_like(gaps), top_k)
+    weights = jnp.where(keep, jnp.exp(-gaps), 0)
+    limit = jnp.where(top_p < 1, top_p * weights.sum(axis=-1), jnp.inf)
+    return keep & _filter_until(gaps, weights, limit)
 
 
-def _until(behind: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
-    """Where the weights of all units less far `behind` sum to less than `limit` [] or [batch].
+def _filter_until(gaps: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
+    """Return where the weights of all tokens with smaller gaps sum to less than `limit`.
 
-    The limit is found by bisection, with one sum for each bit of a float: XLA's CPU backend is slow
-    at sorting.
+    Bisection finds the largest such gap, with one sum for each bit of a float: XLA's CPU backend is
+    slow at sorting.
     """
-    # The bits of floats that are not negative are ordered as the floats are.
-    bits = jax.lax.bitcast_convert_type(behind, jnp.int32)
+    # The bits of non-negative floats are ordered like the floats.
+    bits = jax.lax.bitcast_convert_type(gaps, jnp.int32)
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
         middle = low + (high - low) // 2
-        nearer = jnp.where(bits < middle[:, None], weights, 0).sum(axis=-1)
-        return jnp.where(nearer < limit, middle, low), jnp.where(nearer < limit, high, middle)
+        below = jnp.where(bits < middle[:, None], weights, 0).sum(axis=-1)
+        return jnp.where(below < limit, middle, low), jnp.where(below < limit, high, middle)
 
-    # The greatest bits before which there is less than `limit` are in [low, high).
-    start = jnp.zeros(len(behind), jnp.int32), jnp.full(len(behind), 2**31 - 1, jnp.int32)
+    # The largest bits with less than `limit` below them are in [low, high).
+    start = jnp.zeros(len(gaps), jnp.int32), jnp.full(len(gaps), 2**31 - 1, jnp.int32)
     last, _ = jax.lax.fori_loop(0, 31, halve, start)
     return bits <= last[:, None]
 
@@ -172,22 +166,25 @@ def _until(behind: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array
 def make_stop_table(
     vocabulary: Vocabulary, stop_token: bool = True, stop_at: str = ""
 ) -> np.ndarray:
-    """A finite automaton that knows where a text ends: int32 [states, vocabulary].
+    """Make a finite automaton that recognizes the end of a text.
 
-    It starts in state 0, each token takes it from state s to table[s, token], and in the last state
-    the text ends and stays ended. The number of states is a power of two, so that one compiled
-    function serves many stop texts.
+    It starts in state 0, and each token takes it from state s to table[s, token]. In the last
+    state, which it never leaves, the text has ended. The number of states is a power of two, so
+    that one compiled function serves many stop texts.
 
     Args:
-      vocabulary: its units are the tokens.
-      stop_token: whether the vocabulary's stop token, if it has one, ends the text.
-      stop_at: a text that ends it as soon as it was written whole ("" for none), even where it
-        begins or ends within a unit.
+      vocabulary: the vocabulary.
+      stop_token: whether the vocabulary's stop token, if there is one, ends the text.
+      stop_at: a string whose last character ends the text, even if the string starts or ends within
+        a token; "" for none.
+
+    Returns:
+      The table, int32 [states, vocabulary].
     """
     wanted = "".join(vocabulary.split(stop_at))
     number = {character: i for i, character in enumerate(dict.fromkeys(wanted))}
     other, nothing = len(number), len(number) + 1
-    # Knuth, Morris & Pratt 1977: `steps[s]` says where each character leads after s of them fit.
+    # Knuth, Morris & Pratt 1977: after s matching characters, the next takes state s to steps[s].
     steps = np.zeros((len(wanted) + 1, len(number) + 2), np.int32)
     fallback = 0
     for state, character in enumerate(wanted):
@@ -197,22 +194,22 @@ def make_stop_table(
     steps[-1] = len(wanted)
     steps[:, nothing] = np.arange(len(wanted) + 1)
 
-    # Of a long unit only both ends matter, or that it holds the text, so that memory does not grow
-    # with the longest unit.
+    # Of a long token only its ends matter, unless it contains the whole string. So memory does not
+    # grow with the longest token.
     end = len(wanted)
     longest = min(max(map(len, vocabulary.tokens)), 2 * end + 1)
-    units = np.full((len(vocabulary), longest), nothing)
-    for row, unit in zip(units, vocabulary.tokens, strict=True):
-        if wanted in unit:
-            unit = wanted
-        is_long = len(unit) > 2 * end
-        ends = unit[:end] + unit[-end:] if is_long else unit
+    spelled = np.full((len(vocabulary), longest), nothing)
+    for row, token in zip(spelled, vocabulary.tokens, strict=True):
+        if wanted in token:
+            token = wanted
+        is_long = len(token) > 2 * end
+        ends = token[:end] + token[-end:] if is_long else token
         numbers = [number.get(character, other) for character in ends]
         if is_long:
             numbers.insert(end, other)
         row[: len(numbers)] = numbers
     table = np.tile(np.arange(len(wanted) + 1)[:, None], len(vocabulary))
-    for characters in units.T:
+    for characters in spelled.T:
         table = steps[table, characters]
 
     last = max(MIN_STATES, 1 << len(wanted).bit_length()) - 1
@@ -226,7 +223,7 @@ def make_stop_table(
 
 
 def can_end(table: np.ndarray, forbidden: np.ndarray) -> bool:
-    """Whether any tokens but the `forbidden` (bool [vocabulary]) lead a `make_stop_table` to its end."""
+    """Return whether a `make_stop_table` can end without `forbidden` tokens, bool [vocabulary]."""
     reached = np.zeros(1, np.int64)
     while True:
         further = np.union1d(reached, table[reached][:, ~forbidden])

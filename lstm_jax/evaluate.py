@@ -15,123 +15,111 @@ import numpy as np
 from absl import flags
 
 from lstm_jax import command, dynamic
+from lstm_jax import loss as loss_lib
 from lstm_jax.data import corpus, texts
 from lstm_jax.errors import UserError
-from lstm_jax.loss import (
-    PLACES,
-    compute_bits_per_character,
-    compute_losses,
-    compute_perplexity,
-    find_suspicion,
-    fit_temperature,
-    measure_zero_state,
-)
 from lstm_jax.run import workdir
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Working directory of a training run.")
+_SPLIT = flags.DEFINE_string(
+    "split",
+    "test",
+    "The split to measure: train, validation or test; validation+test is both, joined to one text.",
+)
+_FIT_TEMPERATURE = flags.DEFINE_bool(
+    "fit_temperature",
+    False,
+    "Divide the logits by the temperature with the smallest loss on the validation split.",
+)
+_ZERO_STATE = flags.DEFINE_bool(
+    "zero_state",
+    False,
+    f"Also measure {loss_lib.PLACES} places of the split, each read from a zero state.",
+)
+_DYNAMIC = flags.DEFINE_bool(
+    "dynamic",
+    False,
+    "Dynamic evaluation: the model learns from each segment of the text after predicting it.",
+)
+_DYNAMIC_LEARNING_RATE = flags.DEFINE_float(
+    "dynamic_learning_rate", dynamic.Settings().learning_rate, "Learning rate of --dynamic."
+)
+_DYNAMIC_DECAY = flags.DEFINE_float(
+    "dynamic_decay",
+    dynamic.Settings().decay,
+    "Share of the distance to the trained parameters that each step of --dynamic takes back.",
+)
+_DYNAMIC_SEGMENT_LENGTH = flags.DEFINE_integer(
+    "dynamic_segment_length", dynamic.Settings().segment_length, "Tokens in a step of --dynamic."
+)
+command.define_text_flags()
 
 
 def main() -> None:
-    """Prints the loss of a trained model on a split, as one JSON object."""
-    values = flags.FLAGS
-    if values.workdir is None:
+    """Print the loss of a trained model on a split, as one JSON object."""
+    if _WORKDIR.value is None:
         raise UserError("name the trained model: --workdir DIR")
-    names = values.split.split("+")
+    names = _SPLIT.value.split("+")
     if unknown := [name for name in names if name not in corpus.SPLITS]:
         raise UserError(
-            f"there is no split {unknown[0]!r}: --split is {', '.join(corpus.SPLITS)}, or some of "
-            "them with + between, read one after the other"
+            f"there is no split {unknown[0]!r}: --split is {', '.join(corpus.SPLITS)}, or several "
+            "joined by +"
         )
     settings = dynamic.Settings(
-        values.dynamic_learning_rate,
-        values.dynamic_decay,
-        values.dynamic_segment_length,
+        _DYNAMIC_LEARNING_RATE.value, _DYNAMIC_DECAY.value, _DYNAMIC_SEGMENT_LENGTH.value
     )
     if settings.segment_length < 1 or min(settings) < 0:
         raise UserError(
             "--dynamic_segment_length must be 1 or more, --dynamic_learning_rate and "
             "--dynamic_decay 0 or more"
         )
-    if values.dynamic and values.fit_temperature:
-        raise UserError("--fit_temperature is for the model as it was trained: leave out --dynamic")
-    trained = workdir.load_trained(Path(values.workdir))
+    if _DYNAMIC.value and _FIT_TEMPERATURE.value:
+        raise UserError("--fit_temperature measures the model as trained: leave out --dynamic")
+
+    trained = workdir.load_trained(Path(_WORKDIR.value))
+    model, params, vocabulary = trained.model, trained.params, trained.vocabulary
+    values = flags.FLAGS
     splits = texts.load_texts_of_run(
         trained.config.data, values.data_path, values.dataset, values.data_directory
     )
-    parts = [splits[name] for name in names]
-    ids = texts.Joined([part.encode(trained.vocabulary) for part in parts])
-    result: dict[str, Any] = {"split": values.split}
-    temperature = 1.0
-    if values.fit_temperature:
-        validation = splits["validation"].encode(trained.vocabulary)
-        temperature = fit_temperature(trained.model, trained.params, validation)
-        result["temperature"] = temperature
-    if values.dynamic:
-        read, model = splits["train"].encode(trained.vocabulary), trained.model
-        sizes = dynamic.measure_gradient_sizes(model, trained.params, read, settings.segment_length)
-        loss = dynamic.compute_dynamic_loss(model, trained.params, ids, settings, sizes)
+    ids = texts.Joined([splits[name].encode(vocabulary) for name in names])
+    result: dict[str, Any] = {"split": _SPLIT.value}
+    if _DYNAMIC.value:
+        train_ids = splits["train"].encode(vocabulary)
+        sizes = dynamic.measure_gradient_sizes(model, params, train_ids, settings.segment_length)
+        loss = dynamic.compute_dynamic_loss(model, params, ids, settings, sizes)
         result["dynamic"] = settings._asdict()
+    elif _FIT_TEMPERATURE.value:
+        validation = splits["validation"].encode(vocabulary)
+        temperature = loss_lib.fit_temperature(model, params, validation)
+        loss = float(loss_lib.compute_losses(model, params, ids, np.array([temperature]))[0])
+        result["temperature"] = temperature
     else:
-        (loss,) = compute_losses(
-            trained.model, trained.params, ids, np.array([temperature])
-        ).tolist()
+        loss = loss_lib.compute_loss(model, params, ids)
     if math.isnan(loss):
         raise UserError(
-            f"the loss is not a number: the model of step {trained.step} in {values.workdir} has "
-            "diverged, train it anew with a lower optimizer.learning_rate"
+            f"the loss is not a number: the model of step {trained.step} in {_WORKDIR.value} has "
+            "diverged; train again with a lower optimizer.learning_rate"
         )
+    tokens = len(ids) - 1
+    costs = [splits[name].costs(vocabulary, first=i > 0) for i, name in enumerate(names)]
     result |= {
         "loss": loss,
         "bits_per_token": loss / math.log(2),
-        "bits_per_character": compute_bits_per_character(
-            loss, trained.vocabulary, len(ids) - 1, *parts
-        ),
-        "perplexity": compute_perplexity(loss),
-        "tokens": len(ids) - 1,
+        "bits_per_character": loss_lib.compute_bits_per_character(loss, tokens, costs),
+        "perplexity": loss_lib.compute_perplexity(loss),
+        "tokens": tokens,
         "step": trained.step,
     }
     zero = None
-    if values.zero_state:
-        zero = measure_zero_state(trained.model, trained.params, ids, PLACES)
+    if _ZERO_STATE.value:
+        zero = loss_lib.measure_zero_state(model, params, ids, loss_lib.PLACES)
         result["zero_state"] = zero._asdict()
-    if warning := find_suspicion({values.split: loss}, len(trained.vocabulary), zero):
+    if warning := loss_lib.find_suspicion({_SPLIT.value: loss}, len(vocabulary), zero):
         print(f"warning: {warning}", file=sys.stderr)
-    # JSON has no word for infinity.
+    # JSON has no infinity.
     print(json.dumps({name: None if v == math.inf else v for name, v in result.items()}))
 
 
-def _define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "Working directory of a training run.")
-    flags.DEFINE_string(
-        "split",
-        "test",
-        "Which part of the text to read: train, validation or test; validation+test reads both, "
-        "the one after the other.",
-    )
-    command.define_text_flags()
-    flags.DEFINE_bool(
-        "fit_temperature",
-        False,
-        "Divide the logits by the temperature at which the loss on the validation split is least.",
-    )
-    flags.DEFINE_bool(
-        "dynamic",
-        False,
-        "Dynamic evaluation: the model goes on learning from the text, after predicting it.",
-    )
-    flags.DEFINE_bool(
-        "zero_state",
-        False,
-        f"Also measure {PLACES} places of the split, each read from a zero state.",
-    )
-    default = dynamic.Settings()
-    flags.DEFINE_float(
-        "dynamic_learning_rate", default.learning_rate, "Of its steps against the gradient."
-    )
-    flags.DEFINE_float(
-        "dynamic_decay", default.decay, "Share of the way back to the trained weights a step."
-    )
-    flags.DEFINE_integer("dynamic_segment_length", default.segment_length, "Tokens a step.")
-
-
 if __name__ == "__main__":
-    _define_flags()
     command.run_command(main)

@@ -16,7 +16,7 @@ It is fast for these reasons:
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -41,10 +41,10 @@ class Lookup(NamedTuple):
     table: jax.Array
     ids: jax.Array
 
-    @property
-    def rows(self) -> jax.Array:
-        """Look the inputs up: [batch, time, features]."""
-        return self.table[self.ids]
+
+def get_rows(inputs: jax.Array | Lookup) -> jax.Array:
+    """Return inputs as an array [batch, time, features]."""
+    return inputs.table[inputs.ids] if isinstance(inputs, Lookup) else inputs
 
 
 def choose(implementation: str, dtype: str, plain: bool = True) -> str:
@@ -107,8 +107,7 @@ def run_fused(
         kernels = kernels._replace(input=matmul(inputs.table, kernels.input, dtype))
         features = _one_hot(inputs.ids.T, inputs.table)
     else:
-        rows = inputs.rows if isinstance(inputs, Lookup) else inputs
-        features = rows.transpose(1, 2, 0)
+        features = get_rows(inputs).transpose(1, 2, 0)
     state = LSTMCarry(carry.cell.T, carry.hidden.T)
     outputs, state = _in_chunks(kernels, features, state, dtype, rematerialize)
     return outputs.transpose(2, 0, 1), LSTMCarry(state.cell.T, state.hidden.T)
@@ -119,12 +118,62 @@ def _one_hot(ids: jax.Array, table: jax.Array) -> jax.Array:
     return jax.nn.one_hot(ids, len(table), axis=-2, dtype=table.dtype)
 
 
-def project(kernels: Kernels, table: jax.Array, dtype: str) -> jax.Array:
-    """Return the contribution of each row of a table to the gates: [vocabulary, 4 * hidden]."""
-    return matmul(table, kernels.input, dtype) + kernels.bias
+class StepArrays(NamedTuple):
+    """The parameters of a model of LSTM layers, prepared for `apply_step`.
+
+    Attributes:
+      projected: the contribution of each token to the first layer's gates,
+        [vocabulary, 4 * hidden].
+      kernels: for each layer, [4 * hidden, n], rounded; n counts the layer's inputs (except in the
+        first layer) and its hidden units.
+      biases: for each layer but the first, [4 * hidden, 1].
+      head: the dense layer's kernel, [vocabulary, hidden], rounded.
+      head_bias: [vocabulary].
+    """
+
+    projected: jax.Array
+    kernels: list[jax.Array]
+    biases: list[jax.Array]
+    head: jax.Array
+    head_bias: jax.Array
 
 
-def step(
+def prepare_step(
+    layers: Sequence[Kernels], table: jax.Array, head: jax.Array, head_bias: jax.Array, dtype: str
+) -> StepArrays:
+    """Compute what is the same at every step.
+
+    The arguments are the parameters of each layer, the embedding table [vocabulary, features], the dense
+    layer's kernel [hidden, vocabulary] and bias, and the dtype of matmuls.
+    """
+    first, *others = layers
+    kernels = [first.recurrent, *(jnp.concatenate([k.input, k.recurrent]) for k in others)]
+    return StepArrays(
+        matmul(table, first.input, dtype) + first.bias,
+        [round_factor(kernel.T, dtype) for kernel in kernels],
+        [k.bias[:, None] for k in others],
+        round_factor(head.T, dtype),
+        head_bias,
+    )
+
+
+def apply_step(
+    arrays: StepArrays, ids: jax.Array, carry: Sequence[Any], dtype: str
+) -> tuple[jax.Array, tuple[LSTMCarry, ...]]:
+    """Run the model over one token of each text; see `model.apply_step`."""
+    states = [LSTMCarry(*(state.T for state in layer)) for layer in carry]
+    added = [arrays.projected[ids].T, *arrays.biases]
+    for layer, kernel in enumerate(arrays.kernels):
+        inputs = states[layer].hidden
+        if layer:
+            inputs = jnp.concatenate([states[layer - 1].hidden, inputs])
+        inputs = round_factor(inputs, dtype)
+        _, states[layer] = _step(kernel, inputs, states[layer], added[layer])
+    logits = matmul(arrays.head, states[-1].hidden, dtype).T + arrays.head_bias
+    return logits, tuple(LSTMCarry(cell.T, hidden.T) for cell, hidden in states)
+
+
+def _step(
     kernel: jax.Array, inputs: jax.Array, carry: LSTMCarry, added: Any = 0.0
 ) -> tuple[tuple[jax.Array, ...], LSTMCarry]:
     """Compute one step, feature-major.
@@ -148,7 +197,7 @@ def run_cudnn(
     kernels: Kernels, inputs: jax.Array | Lookup, carry: LSTMCarry
 ) -> tuple[jax.Array, LSTMCarry]:
     """Run one LSTM layer over time by cuDNN, on a GPU, in float32; see `run_fused`."""
-    rows = inputs.rows if isinstance(inputs, Lookup) else inputs
+    rows = get_rows(inputs)
     batch, time, features = rows.shape
     outputs, hidden, cell = rnn.lstm(
         rows,
@@ -225,7 +274,7 @@ def _recurrence_forward(
 
     def scan_step(carry: LSTMCarry, x: jax.Array) -> tuple[LSTMCarry, tuple[Any, ...]]:
         stacked = jnp.concatenate([low(part) for part in (x, one, carry.hidden)])
-        gates, carry = step(kernel, stacked, carry)
+        gates, carry = _step(kernel, stacked, carry)
         # Stacked as six arrays: concatenating the gates first costs a slow copy at every step.
         return carry, (carry.hidden, carry.cell, gates)
 

@@ -1,8 +1,8 @@
-"""The loss of a model on a text, and figures derived from it."""
+"""The loss of a model on a text, and measures derived from it."""
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,28 +11,85 @@ import numpy as np
 import optax
 
 from lstm_jax import model as model_lib
-from lstm_jax.data import texts
-from lstm_jax.vocabulary import Vocabulary
+from lstm_jax.vocabulary import Costs, Ids
 
-# Tokens of a text that one call of the compiled function reads.
+# Tokens that one call of the compiled function reads.
 _CHUNK = 1024
-# A longer text is read as so many streams side by side, by one call so many tokens of each.
+# A longer text is read as streams side by side, a chunk of each at a time.
 LONGEST_IN_ONE = 2**20
 _STREAMS, _STREAMS_CHUNK = 64, 64
-# Tokens that a stream reads uncounted before its own, which end the stream before it.
+# Each stream first reads the end of the stream before it, without counting these tokens.
 _WARM_UP = 1024
 
-# Tokens that are read from each place of `measure_zero_state`, and before it; and places of a command.
+# Tokens that `measure_zero_state` counts at each place; and the places that `evaluate` measures.
 _PLACE_LENGTH = 512
 PLACES = 256
-# Nats per token that losses of one model hardly ever differ by.
+
+# Two losses of one model, in nats per token, that differ by more are suspicious.
 _FAR = 0.7
 
-# Softmax temperatures among which the best is looked for.
-_TEMPERATURES = np.linspace(0.7, 1.5, 81)
+_TEMPERATURES = np.linspace(0.7, 1.5, 81)  # Those that `fit_temperature` compares.
 
 
-@functools.partial(jax.jit, static_argnames="model")
+def compute_loss(model: model_lib.LanguageModel, params: model_lib.Params, ids: Ids) -> float:
+    """Compute the mean loss over a text of two tokens or more, in nats per token.
+
+    The text is read once, from start to end, with the carry kept. Every token but the first is
+    predicted once, from the whole text before it.
+
+    A text of more than `LONGEST_IN_ONE` tokens is read as 64 streams side by side. Each stream
+    starts 1,024 tokens early, so that every token is predicted from at least 1,024 others.
+    """
+    return float(compute_losses(model, params, ids, np.ones(1))[0])
+
+
+def compute_losses(
+    model: model_lib.LanguageModel, params: model_lib.Params, ids: Ids, temperatures: np.ndarray
+) -> np.ndarray:
+    """Compute `compute_loss` with the logits divided by each of the temperatures, in one pass."""
+    carry = model.initial_carry(count_streams(ids))
+    divisors = jnp.asarray(temperatures, jnp.float32)
+    total = np.zeros(len(temperatures))
+    for chunk in iterate_chunks(ids):
+        losses, carry = read_chunk(model, params, *chunk, carry, divisors)
+        total += np.asarray(losses, np.float64)
+    return total / (len(ids) - 1)
+
+
+def count_streams(ids: Ids) -> int:
+    """Return the number of streams that a text is read as."""
+    return 1 if len(ids) <= LONGEST_IN_ONE else _STREAMS
+
+
+def iterate_chunks(
+    ids: Ids, length: int | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield a text in chunks of one shape.
+
+    Args:
+      ids: the text, int32 [n].
+      length: the length of a chunk, of a single stream; None: as `compute_loss` reads the text.
+
+    Yields:
+      Inputs and targets, int32 [streams, length], and which of the targets count, bool. The end of
+      a stream is padded, uncounted.
+    """
+    streams, warm_up = (1, 0) if length else (count_streams(ids), _WARM_UP)
+    length = length or (_CHUNK if streams == 1 else _STREAMS_CHUNK)
+    # Stream s predicts the targets from bounds[s] to bounds[s + 1], and begins earlier.
+    bounds = (len(ids) - 1) * np.arange(streams + 1) // streams
+    begins = np.maximum(bounds[:-1] - warm_up, 0)
+    for start in range(0, int((bounds[1:] - begins).max()), length):
+        windows = np.zeros((streams, length + 1), np.int32)
+        for window, begin, end in zip(windows, begins + start, bounds[1:], strict=True):
+            part = ids[begin : max(begin, min(begin + length, end) + 1)]
+            window[: len(part)] = part
+        positions = begins[:, None] + start + np.arange(length)
+        counted = (positions >= bounds[:-1, None]) & (positions < bounds[1:, None])
+        yield windows[:, :-1], windows[:, 1:], counted
+
+
+@functools.partial(jax.jit, static_argnames=("model", "axis"))
 def read_chunk(
     model: model_lib.LanguageModel,
     params: model_lib.Params,
@@ -41,104 +98,39 @@ def read_chunk(
     counted: jax.Array,
     carry: model_lib.Carry,
     temperatures: jax.Array,
+    axis: int | None = None,
 ) -> tuple[jax.Array, model_lib.Carry]:
-    """Summed losses (nats) of the `counted` targets at each temperature, and the carry.
+    """Sum the losses of the `counted` targets [batch, time], in nats, over an axis or both.
 
-    The arrays are [batch, time].
+    Returns:
+      The sums for logits divided by each of the temperatures, [temperatures] or, for axis 1,
+      [temperatures, batch]; and the carry after the inputs.
     """
     logits, carry = model_lib.apply(model, params, inputs, carry)
 
-    def summed(temperature: jax.Array) -> jax.Array:
+    def sum_losses(temperature: jax.Array) -> jax.Array:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits / temperature, targets)
-        return jnp.sum(losses, where=counted)
+        return jnp.sum(losses, axis, where=counted)
 
-    return jax.lax.map(summed, temperatures), carry
-
-
-def compute_losses(
-    model: model_lib.LanguageModel,
-    params: model_lib.Params,
-    ids: texts.Ids,
-    temperatures: np.ndarray,
-) -> np.ndarray:
-    """`compute_loss` with the logits divided by each of the temperatures, from one reading."""
-    carry = model.initial_carry(count_streams(ids))
-    total = np.zeros(len(temperatures))
-    for inputs, targets, counted in iterate_chunks(ids):
-        losses, carry = read_chunk(
-            model,
-            params,
-            inputs,
-            targets,
-            counted,
-            carry,
-            jnp.asarray(temperatures, jnp.float32),
-        )
-        total += np.asarray(losses, np.float64)
-    return total / (len(ids) - 1)
+    return jax.lax.map(sum_losses, temperatures), carry
 
 
-def count_streams(ids: texts.Ids) -> int:
-    """How many parts of a text are read side by side: one unless it is very long."""
-    return 1 if len(ids) <= LONGEST_IN_ONE else _STREAMS
-
-
-def iterate_chunks(ids: texts.Ids) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Inputs, targets and which of them count, [streams, time] each, through a text.
-
-    The last chunks are filled up, uncounted, so that one compiled function serves all.
-    """
-    number = count_streams(ids)
-    chunk, warm_up = (_CHUNK, 0) if number == 1 else (_STREAMS_CHUNK, _WARM_UP)
-    # Stream s predicts the targets from bounds[s] to bounds[s + 1].
-    bounds = (len(ids) - 1) * np.arange(number + 1) // number
-    # All but the first, which has nothing before it, begin so much earlier than their own targets.
-    begins = np.maximum(bounds[:-1] - warm_up, 0)
-    for start in range(0, int((bounds[1:] - begins).max()), chunk):
-        windows = np.zeros((number, chunk + 1), np.int32)
-        for window, begin, end in zip(windows, begins + start, bounds[1:], strict=True):
-            read = ids[begin : max(begin, min(begin + chunk, end) + 1)]
-            window[: len(read)] = read
-        places = begins[:, None] + start + np.arange(chunk)
-        counted = (places >= bounds[:-1, None]) & (places < bounds[1:, None])
-        yield windows[:, :-1], windows[:, 1:], counted
-
-
-def compute_loss(model: model_lib.LanguageModel, params: model_lib.Params, ids: texts.Ids) -> float:
-    """The loss over a text read from its start to its end, in nats per token.
-
-    The carry is handed on all the way, so every token is predicted from the whole text before it.
-    Every token but the first, which nothing comes before, is predicted once.
-
-    A text of more than `LONGEST_IN_ONE` tokens is read as 64 streams side by side, each with the
-    1,024 tokens before it read first: so many or more every token is predicted from.
-
-    Args:
-      model: the model.
-      params: its parameters.
-      ids: the text, int32 [n], n at least 2.
-    """
-    return float(compute_losses(model, params, ids, np.ones(1))[0])
-
-
-def fit_temperature(
-    model: model_lib.LanguageModel, params: model_lib.Params, ids: texts.Ids
-) -> float:
-    """The softmax temperature, to a hundredth, at which the loss over a text is least."""
+def fit_temperature(model: model_lib.LanguageModel, params: model_lib.Params, ids: Ids) -> float:
+    """Return the softmax temperature with the smallest loss over a text, to two decimals."""
     losses = compute_losses(model, params, ids, _TEMPERATURES)
     return float(_TEMPERATURES[losses.argmin()])
 
 
 class ZeroState(NamedTuple):
-    """Losses of a model that begins to read in the middle of a text, in nats per token.
+    """Losses of a model that starts from a zero carry in the middle of a text, in nats per token.
 
-    Each is the mean over the tokens that follow a place of the text, read from a zero carry.
+    Each is a mean over the tokens that follow one place of the text.
 
     Attributes:
-      mean: over all places.
-      worst: the greatest.
-      excess: by how much the loss is greater than that of the same tokens read with as many before
-        them, at the place where that is most.
+      mean: the mean over all places.
+      worst: the loss at the worst place.
+      excess: the largest difference to the loss of the same tokens with the carry from the text
+        before them.
     """
 
     mean: float
@@ -146,40 +138,38 @@ class ZeroState(NamedTuple):
     excess: float
 
     def describe(self, name: str) -> str:
-        """Return it in words, for a split of this name."""
+        """Return a sentence about them, for the split of this name."""
         return (
             f"From a zero state within the {name} text: {self.mean:.4f} nats per token, "
-            f"{self.worst:.4f} at the worst place; at most {self.excess:+.4f} against reading what "
-            "stands before"
+            f"{self.worst:.4f} at the worst place; at most {self.excess:+.4f} against reading the "
+            "text before it"
         )
 
 
 def measure_zero_state(
-    model: model_lib.LanguageModel, params: model_lib.Params, ids: texts.Ids, places: int
+    model: model_lib.LanguageModel, params: model_lib.Params, ids: Ids, places: int
 ) -> ZeroState:
     """Measure how well a model recovers from the zero carry, with which every sample begins.
 
-    Training on streams hardly ever sees that state, and a model may end up in a state that nothing
-    leads out of. The mean loss over a text, read once from its start, does not show it.
-
-    Args:
-      model: the model.
-      params: its parameters.
-      ids: the text, int32 [n], n at least 4.
-      places: how many, evenly spread over the text.
+    Training on streams hardly ever starts from zero, and a model may have a state there that it
+    does not leave again. The mean loss over a text, read once from its start, does not show it.
+    The places are spread evenly over the text, of four tokens or more.
     """
     length = min(_PLACE_LENGTH, (len(ids) - 1) // 3)
     chunk = min(_STREAMS_CHUNK, length)
     length -= length % chunk
     starts = np.unique(np.linspace(length, len(ids) - 1 - length, places).astype(int))
     windows = np.stack([ids[start - length : start + length + 1] for start in starts])
+    counted, temperature = np.ones((len(starts), chunk), bool), jnp.ones(1)
 
     def read(begin: int, carry: model_lib.Carry) -> tuple[np.ndarray, model_lib.Carry]:
         total = np.zeros(len(starts))
         for at in range(begin, begin + length, chunk):
-            part = windows[:, at : at + chunk + 1]
-            losses, carry = _read_rows(model, params, part[:, :-1], part[:, 1:], carry)
-            total += np.asarray(losses, np.float64)
+            inputs, targets = windows[:, at : at + chunk], windows[:, at + 1 : at + chunk + 1]
+            losses, carry = read_chunk(
+                model, params, inputs, targets, counted, carry, temperature, axis=1
+            )
+            total += np.asarray(losses[0], np.float64)
         return total / length, carry
 
     zero = model.initial_carry(len(starts))
@@ -189,30 +179,10 @@ def measure_zero_state(
     return ZeroState(float(cold.mean()), float(cold.max()), float((cold - warm).max()))
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _read_rows(
-    model: model_lib.LanguageModel,
-    params: model_lib.Params,
-    inputs: jax.Array,
-    targets: jax.Array,
-    carry: model_lib.Carry,
-) -> tuple[jax.Array, model_lib.Carry]:
-    """Summed losses (nats) of the targets [batch, time] of each row, and the carry."""
-    logits, carry = model_lib.apply(model, params, inputs, carry)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    return losses.sum(axis=1), carry
-
-
 def find_suspicion(
     losses: Mapping[str, float], vocabulary_size: int, zero: ZeroState | None = None
 ) -> str | None:
-    """Return what is odd about the losses of a trained model, None if nothing is.
-
-    Args:
-      losses: nats per token, by split; those of validation and test are of one model.
-      vocabulary_size: of the model.
-      zero: from `measure_zero_state`.
-    """
+    """Return a warning if the losses of a trained model, by split, are suspicious, else None."""
     guessing = math.log(vocabulary_size)
     for name, loss in losses.items():
         if loss > guessing:
@@ -229,43 +199,38 @@ def find_suspicion(
     if zero is not None and zero.excess > _FAR:
         return (
             f"from a zero state the model loses up to {zero.excess:.3f} nats per token more than "
-            "with what stands before: raise batches.reset_probability"
+            "with the text before it: raise batches.reset_probability"
         )
     return None
 
 
 def compute_perplexity(loss: float) -> float:
-    """The exponential of a loss in nats per token; infinite where that is beyond a float."""
+    """Return the exponential of a loss in nats per token; infinity where a float overflows."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def compute_bits_per_character(
-    loss: float, vocabulary: Vocabulary, tokens: int, *parts: texts.Text
-) -> float:
-    """What a loss costs for each Unicode character, so that units of any kind can be compared.
+def compute_bits_per_character(loss: float, tokens: int, costs: Sequence[Costs]) -> float:
+    """Convert a loss to bits per Unicode character, which compares tokens of any kind.
 
-    A unit that the vocabulary lacks was predicted as [UNK] only: it is spelled out besides, with
-    eight bits for each byte of its UTF-8 and for an end mark.
+    A token that is not in the vocabulary is predicted as [UNK] only. Spelling it out adds eight
+    bits for each byte of its UTF-8 and for an end mark.
 
     Args:
-      loss: nats per token, as `compute_loss` gives it.
-      vocabulary: what the text was encoded by.
-      tokens: how many were predicted.
-      parts: what the loss was measured on, one after the other, with two tokens at the least.
+      loss: nats per token.
+      tokens: the number of tokens predicted.
+      costs: of the texts that the loss was measured on, without the very first token.
     """
-    costs = [part.costs(vocabulary, first=i > 0) for i, part in enumerate(parts)]
     bits = loss / math.log(2) * tokens + 8 * sum(cost.unknown_bytes for cost in costs)
     return bits / sum(cost.characters for cost in costs)
 
 
-def describe_loss(loss: float, vocabulary: Vocabulary, text: texts.Text) -> str:
-    """A loss on `text` in nats and bits per unit, as a perplexity, and in bits per character."""
-    name = vocabulary.token_name
+def describe_loss(loss: float, token_name: str, tokens: int, costs: Costs) -> str:
+    """Return a loss in nats and bits per token, as a perplexity, and in bits per character."""
     description = (
-        f"{loss:.4f} nats per {name}, {loss / math.log(2):.4f} bits per {name}, "
+        f"{loss:.4f} nats per {token_name}, {loss / math.log(2):.4f} bits per {token_name}, "
         f"perplexity {compute_perplexity(loss):.3f}"
     )
-    if name != "character":
-        bits = compute_bits_per_character(loss, vocabulary, len(text.encode(vocabulary)) - 1, text)
+    if token_name != "character":
+        bits = compute_bits_per_character(loss, tokens, [costs])
         description += f", {bits:.4f} bits per character"
     return description

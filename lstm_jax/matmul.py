@@ -14,7 +14,7 @@ def matmul(a: jax.Array, b: jax.Array, dtype: str) -> jax.Array:
     Args:
       a: [..., m, k].
       b: [k, n].
-      dtype: "bfloat16", or "float32", which stands for the arrays' own dtype.
+      dtype: "bfloat16", or "float32" for the arrays' own dtype.
     """
     return matmul_rounded(round_factor(a, dtype), round_factor(b, dtype))
 

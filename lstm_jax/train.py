@@ -288,7 +288,7 @@ class _Run:
         self.checkpoints.record_validation(self.step, loss)
         epoch = self.step // self.steps_per_epoch
         name = f"epoch {epoch} of {self.config.num_epochs}" if self.step else "untrained"
-        described = loss_lib.describe_loss(loss, self.vocabulary, self.texts["validation"])
+        described = self._describe_loss(loss, "validation")
         self.progress.print(f"\n=== {name}: validation loss {described}\n{text}\n")
         if self.step:
             self._plot_curves()
@@ -312,6 +312,11 @@ class _Run:
         )
         return make_printable(text)
 
+    def _describe_loss(self, loss: float, split: str) -> str:
+        costs = self.texts[split].costs(self.vocabulary, first=False)
+        tokens = len(self.ids[split]) - 1
+        return loss_lib.describe_loss(loss, self.vocabulary.token_name, tokens, costs)
+
     # ---- Finish.
 
     def finish(self) -> int:
@@ -331,7 +336,7 @@ class _Run:
             with metrics.MetricsWriter(path, latest) as writer:
                 self._record(writer, step, "test", loss)
             self._plot_curves()
-        described = loss_lib.describe_loss(loss, self.vocabulary, self.texts["test"])
+        described = self._describe_loss(loss, "test")
         zero = loss_lib.measure_zero_state(self.model, params, self.ids["validation"], _PLACES)
         print(
             f"\n{self._sample(params, jax.random.key(self.config.seed))}\n\n"

@@ -1,4 +1,4 @@
-"""What was seen inside of a model against the equations, in NumPy with float64."""
+"""Recorded activations against the equations, in NumPy with float64."""
 
 from typing import Any
 

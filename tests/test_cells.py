@@ -23,12 +23,12 @@ def norm(x: np.ndarray) -> np.ndarray:
 
 def lstm(p: dict[str, np.ndarray], x: np.ndarray, h: np.ndarray, c: np.ndarray) -> Any:
     xs, hs = x @ p["input_kernel"], h @ p["recurrent_kernel"]
-    normalised = "cell_scale" in p
-    if normalised:
+    normalized = "cell_scale" in p
+    if normalized:
         xs, hs = norm(xs) * p["input_scale"], norm(hs) * p["recurrent_scale"]
     i, f, g, o = np.split(xs + hs + p["bias"], 4, axis=1)
     c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
-    shown = norm(c) * p["cell_scale"] + p["cell_bias"] if normalised else c
+    shown = norm(c) * p["cell_scale"] + p["cell_bias"] if normalized else c
     return sigmoid(o) * np.tanh(shown), c
 
 
@@ -92,7 +92,7 @@ def test_a_step_agrees_with_the_equations(name: str, layer_norm: bool) -> None:
     if hasattr(last, "cell"):
         np.testing.assert_allclose(last.cell, c, atol=1e-5)
 
-    # The table of the module's docstring.
+    # The table in the docstring of `lstm_jax.cells`.
     n, h_ = INPUTS, HIDDEN
     gates = {"lstm": 4, "mogrifier": 4, "gru": 3, "rnn": 1}[name]
     expected = gates * h_ * (n + h_ + 1)
@@ -104,7 +104,7 @@ def test_a_step_agrees_with_the_equations(name: str, layer_norm: bool) -> None:
 
 @pytest.mark.parametrize("name", EQUATIONS)
 @pytest.mark.parametrize("layer_norm", [False, True])
-def test_a_model_of_any_cell_reads_token_by_token_as_at_once(name: str, layer_norm: bool) -> None:
+def test_a_model_of_any_cell_computes_the_same_token_by_token(name: str, layer_norm: bool) -> None:
     model = model_lib.LanguageModel(
         11, 6, 9, 2, cell=name, layer_norm=layer_norm, tie_embeddings=True
     )
@@ -119,7 +119,7 @@ def test_a_model_of_any_cell_reads_token_by_token_as_at_once(name: str, layer_no
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), carry, last)
 
 
-def test_what_only_a_scan_can_run_is_never_asked_of_another() -> None:
+def test_cells_that_only_a_scan_can_run_are_run_by_a_scan() -> None:
     assert model_lib.LanguageModel(11, 6, 9).implementation() == "fused"
     assert model_lib.LanguageModel(11, 6, 9, cell="gru").implementation() == "scan"
     assert model_lib.LanguageModel(11, 6, 9, layer_norm=True).implementation() == "scan"
@@ -131,8 +131,8 @@ def test_what_only_a_scan_can_run_is_never_asked_of_another() -> None:
 def test_no_cell_ignores_layer_norm_or_recurrent_dropout(name: str) -> None:
     model = model_lib.LanguageModel(11, 6, 9, cell=name)
     plain = model_lib.init_params(model, jax.random.key(0))
-    normalised = model_lib.init_params(model.clone(layer_norm=True), jax.random.key(0))
-    assert count(normalised) > count(plain)
+    normalized = model_lib.init_params(model.clone(layer_norm=True), jax.random.key(0))
+    assert count(normalized) > count(plain)
     rates = config.default().regularization
     rates.recurrent_dropout = 0.5
     dropped = regularization.drop_parameters(rates, plain, jax.random.key(0))

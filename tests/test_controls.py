@@ -14,7 +14,7 @@ adjusted = jax.jit(adjust_logits)
 
 
 def by_hand(logits: np.ndarray, age: np.ndarray, controls: Controls) -> np.ndarray:
-    """The probabilities of one text, by sorting, in double precision."""
+    """Compute the probabilities for one text by sorting, in double precision."""
     logits = logits.astype(np.float64).copy()
     recent = age <= controls.repetition_window
     factor = np.where(logits > 0, 1 / controls.repetition_penalty, controls.repetition_penalty)
@@ -68,7 +68,7 @@ def test_distributions_are_those_of_sorting(controls: Controls, size: int) -> No
         np.testing.assert_allclose(row, expected, rtol=1e-4)
 
 
-def test_equally_likely_units_are_kept_together() -> None:
+def test_tokens_that_tie_are_kept_together() -> None:
     logits = jnp.array([[9.0, 9.0, 2.0, 1.0, 1.0, 1.0, 0.0]])
     age = jnp.full(logits.shape, 99)
     for controls in (Controls(top_k=2), Controls(top_p=0.7)):
@@ -92,7 +92,7 @@ def test_equally_likely_units_are_kept_together() -> None:
         ({"min_p": -0.1}, "min_p is -0.1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
         ({"repetition_window": -1}, "repetition_window is -1"),
-        ({"forbidden": [2, 3, 4]}, "every unit of the vocabulary is forbidden"),
+        ({"forbidden": [2, 3, 4]}, "every token of the vocabulary is forbidden"),
     ],
 )
 def test_controls_outside_their_range_are_named(changed: dict[str, Any], message: str) -> None:
@@ -100,36 +100,36 @@ def test_controls_outside_their_range_are_named(changed: dict[str, Any], message
         make_control_arrays(Controls(**changed), 5)
 
 
-def run(table: np.ndarray, vocabulary: Vocabulary, units: list[str]) -> list[bool]:
-    """Whether the text has ended, after each unit."""
+def run(table: np.ndarray, vocabulary: Vocabulary, tokens: list[str]) -> list[bool]:
+    """Return whether the text has ended, after each token."""
     state, ended = 0, []
-    for unit in units:
-        state = table[state, vocabulary.tokens.index(unit)]
+    for token in tokens:
+        state = table[state, vocabulary.tokens.index(token)]
         ended.append(state == len(table) - 1)
     return ended
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stop_at", ["b", "ab", "aab", "abab", "aabaab", "é", "a é", "ab " * 20])
-def test_a_text_ends_where_the_stop_text_was_written(kind: str, stop_at: str) -> None:
+def test_a_text_ends_with_the_stop_text(kind: str, stop_at: str) -> None:
     text = "aab aabaabab ab a éb " + "ab " * 30 + "aabaaabaab a"
     vocabulary = Vocabulary.from_text(text, kind)
     table = make_stop_table(vocabulary, stop_at=stop_at)
-    units = vocabulary.split(text)
-    written, expected = "", []
-    for unit in units:
-        written += unit
-        expected.append("".join(vocabulary.split(stop_at)) in written)
-    assert run(table, vocabulary, units) == expected
+    tokens = vocabulary.split(text)
+    generated, expected = "", []
+    for token in tokens:
+        generated += token
+        expected.append("".join(vocabulary.split(stop_at)) in generated)
+    assert run(table, vocabulary, tokens) == expected
     assert can_end(table, np.zeros(len(vocabulary), bool))
 
 
-def test_stop_token_and_stop_texts_that_can_not_be_written() -> None:
+def test_stop_token_and_stop_texts_that_cannot_be_generated() -> None:
     vocabulary = Vocabulary.from_text("a b\n\nc", stop="\n\n")
-    units = ["a", "\n\n", "b", "c"]
-    assert run(make_stop_table(vocabulary), vocabulary, units) == [False, True, True, True]
-    assert run(make_stop_table(vocabulary, False), vocabulary, units) == [False] * 4
-    assert run(make_stop_table(vocabulary, True, "b"), vocabulary, units[2:]) == [True, True]
+    tokens = ["a", "\n\n", "b", "c"]
+    assert run(make_stop_table(vocabulary), vocabulary, tokens) == [False, True, True, True]
+    assert run(make_stop_table(vocabulary, False), vocabulary, tokens) == [False] * 4
+    assert run(make_stop_table(vocabulary, True, "b"), vocabulary, tokens[2:]) == [True, True]
     allowed = np.zeros(len(vocabulary), bool)
     for stop_at, possible in {
         "c a": True,
@@ -143,7 +143,7 @@ def test_stop_token_and_stop_texts_that_can_not_be_written() -> None:
     assert not can_end(make_stop_table(vocabulary, False, "c a"), allowed)
 
 
-def test_numbers_of_states_fall_into_classes() -> None:
+def test_the_number_of_states_is_a_power_of_two() -> None:
     vocabulary = Vocabulary.from_text("ab")
 
     def shape(length: int) -> tuple[int, ...]:

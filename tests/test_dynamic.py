@@ -59,8 +59,8 @@ def test_gradients_are_measured_on_the_segments_of_the_training_text(
     carry, sums = MODEL.initial_carry(1), jax.tree.map(np.zeros_like, params)
     for start in range(0, 35, 7):  # A last segment that is not whole is left out.
         x, y = TRAIN_IDS[start : start + 7], TRAIN_IDS[start + 1 : start + 8]
-        gradient, (_, carry) = jax.grad(loss, has_aux=True)(params, carry, x, y)
-        sums = jax.tree.map(lambda s, g: s + np.asarray(g) ** 2, sums, gradient)
+        grads, (_, carry) = jax.grad(loss, has_aux=True)(params, carry, x, y)
+        sums = jax.tree.map(lambda s, g: s + np.asarray(g) ** 2, sums, grads)
     jax.tree.map(
         lambda size, s: np.testing.assert_allclose(size, np.sqrt(s / 5), rtol=1e-3, atol=1e-7),
         sizes,
@@ -68,7 +68,7 @@ def test_gradients_are_measured_on_the_segments_of_the_training_text(
     )
 
 
-def test_it_is_the_rule_of_the_paper_segment_by_segment(
+def test_updates_are_those_of_the_paper_segment_by_segment(
     params: model_lib.Params, sizes: model_lib.Params
 ) -> None:
     ids = np.random.default_rng(1).integers(0, 11, 40).astype(np.int32)
@@ -76,14 +76,14 @@ def test_it_is_the_rule_of_the_paper_segment_by_segment(
     mean = np.concatenate([np.ravel(size) for size in jax.tree.leaves(sizes)]).mean()
     for start in range(0, 39, 7):
         x, y = ids[:-1][start : start + 7], ids[1:][start : start + 7]
-        gradient, (losses, carry) = jax.grad(loss, has_aux=True)(adapted, carry, x, y)
+        grads, (losses, carry) = jax.grad(loss, has_aux=True)(adapted, carry, x, y)
         expected.append(losses)
         adapted = jax.tree.map(
             lambda p, g, p0, s: (
                 p - 0.01 * g / (s + 0.1 * mean) + np.minimum(0.05 * s / mean, 1) * (p0 - p)
             ),
             adapted,
-            gradient,
+            grads,
             params,
             sizes,
         )
@@ -101,7 +101,7 @@ def test_without_learning_it_is_the_ordinary_evaluation(
     assert loss == pytest.approx(static, abs=1e-5)
 
 
-def test_a_text_that_repeats_itself_is_learnt(
+def test_a_text_that_repeats_itself_is_learned(
     params: model_lib.Params, sizes: model_lib.Params
 ) -> None:
     ids = np.tile(np.array([3, 5, 8], np.int32), 200)

@@ -31,36 +31,38 @@ def test_an_untrained_seed_model_is_as_good_as_guessing() -> None:
     assert abs(loss - 4.20) < 0.03 and abs(loss - math.log(67)) < 0.03
 
 
-def test_bits_per_character_are_the_same_cost_in_any_unit() -> None:
+def test_bits_per_character_are_the_same_cost_for_tokens_of_any_kind() -> None:
     text = "to be, or not to be\u0301: 日本語"
     for kind in KINDS:
         vocabulary = Vocabulary.from_text(text, kind)
         tokens = len(vocabulary.encode(text)) - 1
         # The first token is read, not predicted.
         characters = len(text) - len(vocabulary.split(text)[0])
-        bits = loss_lib.compute_bits_per_character(3.0, vocabulary, tokens, TextInMemory(text))
+        costs = TextInMemory(text).costs(vocabulary, first=False)
+        bits = loss_lib.compute_bits_per_character(3.0, tokens, [costs])
         assert bits == pytest.approx(3.0 / math.log(2) * tokens / characters)
     assert bits_of_characters(3.0, text) == pytest.approx(3.0 / math.log(2))
 
 
 def bits_of_characters(loss: float, text: str) -> float:
-    vocabulary = Vocabulary.from_text(text)
-    return loss_lib.compute_bits_per_character(loss, vocabulary, len(text) - 1, TextInMemory(text))
+    costs = TextInMemory(text).costs(Vocabulary.from_text(text), first=False)
+    return loss_lib.compute_bits_per_character(loss, len(text) - 1, [costs])
 
 
-def test_unknown_units_are_spelled_out() -> None:
+def test_unknown_tokens_are_spelled_out() -> None:
     vocabulary = Vocabulary.from_text("a b a b", "words", min_count=2)
     text = "a b été b"
     assert vocabulary.encode(text).tolist() == [1, 2, 1, 2]
-    # The first unit is not predicted; " été" has six bytes, and one for its end.
+    # The first token is not predicted; " été" has six bytes, and one for its end.
     expected = (3 * 1.5 / math.log(2) + 7 * 8) / (len(text) - 1)
-    measured = TextInMemory(text)
-    bits = loss_lib.compute_bits_per_character(1.5, vocabulary, 3, measured)
-    assert bits == pytest.approx(expected)
-    assert loss_lib.describe_loss(1.5, vocabulary, measured) == (
+    costs = TextInMemory(text).costs(vocabulary, first=False)
+    assert loss_lib.compute_bits_per_character(1.5, 3, [costs]) == pytest.approx(expected)
+    assert loss_lib.describe_loss(1.5, vocabulary.token_name, 3, costs) == (
         f"1.5000 nats per word, 2.1640 bits per word, perplexity 4.482, "
         f"{expected:.4f} bits per character"
     )
-    assert loss_lib.describe_loss(1.5, Vocabulary.from_text(text), measured) == (
+    characters = Vocabulary.from_text(text)
+    costs = TextInMemory(text).costs(characters, first=False)
+    assert loss_lib.describe_loss(1.5, characters.token_name, len(text) - 1, costs) == (
         "1.5000 nats per character, 2.1640 bits per character, perplexity 4.482"
     )

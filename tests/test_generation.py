@@ -28,12 +28,12 @@ def one_long_pass(ids: np.ndarray) -> np.ndarray:
 
 def test_greedy_is_the_argmax_of_one_long_pass() -> None:
     prompts = np.array([[2, 3, 4], [8, 2, 2]], np.int32)
-    written = generation.generate_tokens(
+    generated = generation.generate_tokens(
         MODEL, PARAMS, prompts, jax.random.key(0), GREEDY, length=30
     )
-    logits = one_long_pass(np.concatenate([prompts, written], axis=1))
+    logits = one_long_pass(np.concatenate([prompts, generated], axis=1))
     logits[..., :2] = -np.inf
-    np.testing.assert_array_equal(written, logits.argmax(axis=-1)[:, 2:-1])
+    np.testing.assert_array_equal(generated, logits.argmax(axis=-1)[:, 2:-1])
 
 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 1000])
@@ -68,7 +68,7 @@ def test_draws_follow_the_exact_distribution(controls: Controls) -> None:
     draws = 20_000
     prompts = np.tile(PROMPT, (draws, 1))
     ids = generation.generate_tokens(MODEL, PARAMS, prompts, jax.random.key(1), controls, length=2)
-    # Units 2, 3 and 4 stood three, two and one tokens ago.
+    # Tokens 2, 3 and 4 occurred three, two and one tokens ago.
     age = jnp.full((1, 9), 1000).at[0, jnp.array([2, 3, 4])].set(jnp.array([3, 2, 1]))
     logits = jnp.asarray(one_long_pass(PROMPT)[:, -1])
     check(ids[:, 0], adjust_logits(logits, age, make_control_arrays(controls, 9))[0])
@@ -93,9 +93,9 @@ def check(ids: np.ndarray, logits: jax.Array) -> None:
 
 
 def compiled() -> tuple[int, int]:
-    """How many versions of the two jitted functions there are."""
-    write, read = generation._write, generation._read
-    return write._cache_size(), read._cache_size()  # type: ignore[attr-defined]
+    """Return the number of compiled versions of the two jitted functions."""
+    generate, read = generation._generate, generation._read
+    return generate._cache_size(), read._cache_size()  # type: ignore[attr-defined]
 
 
 def test_no_control_prompt_or_stop_compiles_anything_anew() -> None:
@@ -132,15 +132,15 @@ def test_a_stopped_text_stays_stopped_and_a_batch_ends_with_its_last_member() ->
     assert chunks[-1][1].position == 3 + ids.shape[1]
 
 
-def write(**options: object) -> list[str]:
+def generate(**options: object) -> list[str]:
     key = jax.random.key(0)
     return generation.generate_texts(MODEL, PARAMS, VOCABULARY, key, **options)  # type: ignore[arg-type]
 
 
 def test_a_member_does_not_depend_on_the_size_of_the_batch() -> None:
     options = {"prompt": "abc", "length": 20, "stop_token": False}
-    three = write(num_samples=3, **options)
-    assert write(**options) == three[:1]
+    three = generate(num_samples=3, **options)
+    assert generate(**options) == three[:1]
     assert max(Counter(three).values()) == 1, "all different"
     assert all(len(text) == 23 and text.startswith("abc") for text in three)
 
@@ -161,15 +161,15 @@ def test_a_stream_is_the_text_in_pieces() -> None:
     )
     assert len(pieces) > 3 and 0 < len(pieces[0][0]) < 50
     whole = ["ab" + "".join(piece[b] for piece in pieces) for b in range(2)]
-    assert whole == write(num_samples=2, **options)
+    assert whole == generate(num_samples=2, **options)
 
 
 def test_texts_end_at_the_stop_token_or_the_stop_text() -> None:
-    whole = write(prompt="a", length=2000, stop_token=False)[0]
+    whole = generate(prompt="a", length=2000, stop_token=False)[0]
     assert "\n" in whole and "da" in whole
-    assert write(prompt="a", length=2000) == [whole.partition("\n")[0]]
+    assert generate(prompt="a", length=2000) == [whole.partition("\n")[0]]
     until = whole[: whole.index("da", 1) + 2]
-    assert write(prompt="a", length=2000, stop_token=False, stop_at="da") == [until]
+    assert generate(prompt="a", length=2000, stop_token=False, stop_at="da") == [until]
 
 
 def test_a_text_of_bytes_never_splits_a_character() -> None:
@@ -193,11 +193,11 @@ def test_an_empty_prompt_starts_anew() -> None:
     assert generation.encode_prompt(Vocabulary.from_text("ab"), "b?").tolist() == [3, 1]
     vocabulary = Vocabulary.from_text("a\nb\n\nc", "words", stop="\n\n")
     assert generation.encode_prompt(vocabulary, "").tolist() == [vocabulary.stop_id]
-    assert len(write(length=5, stop_token=False)[0]) == 5
+    assert len(generate(length=5, stop_token=False)[0]) == 5
 
 
 @pytest.mark.parametrize("num_samples", [1, 2])
-def test_a_bfloat16_model_writes(num_samples: int) -> None:
+def test_a_bfloat16_model_generates(num_samples: int) -> None:
     model = LanguageModel(9, 6, 12, 2, dtype="bfloat16")
     prompts = np.full((num_samples, 3), 4, np.int32)
     ids = generation.generate_tokens(model, PARAMS, prompts, jax.random.key(0), GREEDY, length=5)
@@ -205,7 +205,7 @@ def test_a_bfloat16_model_writes(num_samples: int) -> None:
 
 
 @pytest.mark.parametrize("size", [130, 1000, 7552])
-def test_what_has_no_probability_is_never_drawn(size: int) -> None:
+def test_a_token_of_probability_zero_is_never_drawn(size: int) -> None:
     # A parallel sum in float32 is not monotonic: it can pass a number at a token of probability
     # zero. For each row and each place at which its sum steps up without a probability, a number
     # that falls on it, of those that jax.random.uniform can give.

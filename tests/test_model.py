@@ -16,7 +16,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 def numpy_model(
     params: model_lib.Params, ids: np.ndarray, carry: model_lib.Carry, num_layers: int
 ) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
-    """The equations of the LSTM, written out gate by gate in float64."""
+    """Compute the equations of the LSTM gate by gate, in float64."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     batch, time = ids.shape
     features = params["embedding"]["embedding"][ids]
@@ -50,7 +50,7 @@ def random_carry(key: jax.Array, model: LanguageModel, batch: int) -> model_lib.
 def test_agrees_with_the_equations_in_numpy(num_layers: int, recurrence: str) -> None:
     model = LanguageModel(11, 6, 9, num_layers, recurrence)
     params = model_lib.init_params(model, jax.random.key(0))
-    # Biases of their own, so that a mixed-up gate shows.
+    # With different biases a mixed-up gate shows.
     params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape), params)
     ids = np.random.default_rng(0).integers(0, 11, (3, 20))
     carry = random_carry(jax.random.key(2), model, 3)
@@ -113,7 +113,7 @@ def test_the_seed_model_has_5332803_parameters_in_three_groups() -> None:
     ]
 
 
-def test_initialised_as_keras_does() -> None:
+def test_initialized_as_keras_does() -> None:
     model = LanguageModel(67, 40, 64)
     params = model_lib.init_params(model, jax.random.key(3))
     embedding = np.asarray(params["embedding"]["embedding"])

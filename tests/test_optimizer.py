@@ -9,7 +9,7 @@ from lstm_jax import optimizer as optimizer_lib
 
 
 def make_fields(**fields: object) -> ConfigDict:
-    """The `optimizer` fields, some of them changed."""
+    """Return the `optimizer` fields with some changed."""
     optimizer = config_lib.default().optimizer
     optimizer.update(fields)
     return optimizer
@@ -41,13 +41,13 @@ def test_the_learning_rate_warms_up_and_decays(schedule: str, expected: np.ndarr
     np.testing.assert_allclose(sizes[10:], expected, atol=1e-4)
 
 
-def run(fields: ConfigDict, gradients: list[np.ndarray], start: np.ndarray) -> np.ndarray:
-    """Parameters after a step with each of the gradients."""
+def run(fields: ConfigDict, grads: list[np.ndarray], start: np.ndarray) -> np.ndarray:
+    """Return the parameters after a step with each of the gradients."""
     optimizer = optimizer_lib.make_optimizer(fields, 10)
     params = jnp.asarray(start, jnp.float32)
     state = optimizer.init(params)
-    for gradient in gradients:
-        updates, state = optimizer.update(jnp.asarray(gradient, jnp.float32), state, params)
+    for grad in grads:
+        updates, state = optimizer.update(jnp.asarray(grad, jnp.float32), state, params)
         params = params + jnp.asarray(updates)
     return np.asarray(params)
 

@@ -20,7 +20,7 @@ def reference(
     kernels: Kernels, inputs: jax.Array | Lookup, carry: LSTMCarry
 ) -> tuple[jax.Array, LSTMCarry]:
     """The readable cell under `lax.scan`, differentiated by JAX."""
-    rows = inputs.rows if isinstance(inputs, Lookup) else inputs
+    rows = fused.get_rows(inputs)
     cell = cells.LSTMCell(rows.shape[-1], carry.hidden.shape[-1])
     names = ("input_kernel", "recurrent_kernel", "bias")
     params = dict(zip(names, kernels, strict=True))
@@ -53,7 +53,7 @@ def make_problem(
 
 
 def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
-    """The largest difference is within `tolerance` of the largest value, array by array."""
+    """Assert that differences are within `tolerance` of the largest value, array by array."""
 
     def check(a: jax.Array, e: jax.Array) -> None:
         assert a.shape == e.shape and a.dtype == e.dtype
@@ -105,7 +105,7 @@ def test_a_lookup_agrees_with_the_reference(sizes: tuple[int, ...], vocabulary: 
 
 
 def test_a_mask_the_carry_across_windows_and_a_second_call() -> None:
-    """Two layers over two windows, dropout on inputs and recurrent kernel, twice compiled once."""
+    """Run two layers over two windows, with dropout of inputs and the recurrent kernel."""
 
     def loss(run: Any, kernels: Any, upper: Any, inputs: Any, carry: Any, masks: Any) -> jax.Array:
         kernels = kernels._replace(recurrent=kernels.recurrent * masks[0])
@@ -132,7 +132,7 @@ def test_a_mask_the_carry_across_windows_and_a_second_call() -> None:
 
 
 @pytest.mark.parametrize("sizes", [*SIZES, (4, 20, 16, 32), (2, 1, 8, 130)], ids=str)
-def test_bfloat16_rounds_products_and_keeps_float32_state(sizes: tuple[int, ...]) -> None:
+def test_bfloat16_rounds_matmuls_and_keeps_float32_state(sizes: tuple[int, ...]) -> None:
     *arguments, cotangents = make_problem(*sizes)
 
     low = functools.partial(fused.run_fused, dtype="bfloat16")
@@ -147,8 +147,8 @@ def test_bfloat16_rounds_products_and_keeps_float32_state(sizes: tuple[int, ...]
 @pytest.mark.skipif(
     not matmul.has_bfloat16_instructions(), reason="this CPU multiplies no bfloat16"
 )
-def test_products_of_bfloat16_are_those_of_rounded_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What this CPU's instructions compute, and what stands for it on CPUs without them."""
+def test_bfloat16_matmuls_agree_with_rounded_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare this CPU's instructions with the emulation for CPUs without them."""
     *arguments, cotangents = make_problem(16, 20, 48, 64)
     low = functools.partial(fused.run_fused, dtype="bfloat16")
     real = value_and_gradients(low, cotangents, *arguments)
@@ -180,7 +180,7 @@ def temporary_bytes(function: Any, *arguments: Any) -> int:
 
 
 def test_the_backward_pass_writes_in_place() -> None:
-    """A copy of the gates, which XLA makes if it does not see that it needs none, would show."""
+    """Detect the copy of the gates that XLA makes unless it sees that it needs none."""
     arguments = make_problem(8, 256, 64, 64)[:3]
     array = 8 * 256 * 64 * 4
     # Outputs, cells, four gates, and the stacked inputs twice; the reference keeps more.
@@ -188,7 +188,7 @@ def test_the_backward_pass_writes_in_place() -> None:
     assert temporary_bytes(fused.run_fused, *arguments) < temporary_bytes(reference, *arguments)
 
 
-def test_rematerialisation_needs_less_memory() -> None:
+def test_rematerialization_needs_less_memory() -> None:
     arguments = make_problem(8, 256, 8, 64)[:3]
 
     rematerialized = functools.partial(fused.run_fused, rematerialize=16)
@@ -197,7 +197,7 @@ def test_rematerialisation_needs_less_memory() -> None:
 
 
 def test_cudnn_gets_the_weights_as_it_packs_them() -> None:
-    """CuDNN needs a GPU; JAX's own reference of what it computes does not."""
+    """Compare with JAX's own reference for cuDNN, which needs no GPU."""
     kernels, inputs, carry, _ = make_problem(3, 5, 4, 6)
     unpacked = rnn.unpack_lstm_weights(fused.cudnn_weights(kernels), 4, 6, 1, False)
     outputs, hidden, cell = rnn.lstm_ref(
@@ -226,7 +226,7 @@ def test_cudnn_agrees_with_the_reference() -> None:
     assert_close(gradients, expected_gradients, 1e-4)
 
 
-def test_what_auto_and_cudnn_stand_for() -> None:
+def test_auto_and_cudnn_are_resolved() -> None:
     assert fused.choose("auto", "float32") == "fused"
     assert fused.choose("scan", "bfloat16") == "scan"
     with pytest.raises(ValueError, match="needs a GPU|float32 only"):

@@ -1,4 +1,4 @@
-"""What each regulariser does to the numbers."""
+"""Each regularizer against NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -44,14 +44,14 @@ def test_masks_keep_the_expectation(rate: float) -> None:
         np.testing.assert_allclose(np.unique(mask), [0, 1 / (1 - rate)], rtol=1e-4)
         deviation = np.sqrt(rate / (1 - rate) / mask.size)
         assert abs(float(mask.mean()) - 1) < 5 * deviation
-        # Each member of the batch has its own, and so has each layer.
+        # Each text of the batch has its own mask, and so has each layer.
         assert (np.asarray(mask[0]) != np.asarray(mask[1])).any()
     assert (np.asarray(masks[1]) != np.asarray(masks[2])).any()
 
 
 @pytest.mark.parametrize("recurrence", ["scan", "fused"])
 def test_locked_dropout_is_the_same_at_every_step(recurrence: str) -> None:
-    """What is dropped is constant over time, and the model computes what NumPy says it does."""
+    """Compare a model whose masks are constant over time with NumPy."""
     model = model_lib.LanguageModel(11, 6, 9, 2, recurrence)
     params = model_lib.init_params(model, jax.random.key(0))
     rates = make_rates(**dict.fromkeys(DROPOUTS, 0.4))

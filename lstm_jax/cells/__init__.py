@@ -1,4 +1,4 @@
-"""Recurrent cells: one step each, written to be read, and run over time by a scan.
+"""Recurrent cells: one step each, in plain equations, which a scan runs over time.
 
 Every cell is a flax module with the same interface:
 

@@ -1,4 +1,4 @@
-"""What goes on inside a model while it reads a text: cells, gates, guesses, surprise."""
+"""Record a model while it reads a text: hidden units, gates, predictions, and losses."""
 
 import functools
 from typing import Any, NamedTuple
@@ -8,31 +8,33 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
+from lstm_jax.cells.base import Gates
 
-# Tokens read by one call of the compiled function, which bounds the memory that gates take.
+# Tokens read by one call of the compiled function, which bounds the memory for gates.
 _CHUNK = 1024
 
-# A gate beyond these is shut, or open.
+# A gate counts as shut below the one, as open above the other.
 SHUT, OPEN = 0.1, 0.9
 
-# Activations are kept as int8: this stands for 1.
+# Activations are stored as int8, in units of 1 / SCALE.
 SCALE = 127
 
 GUESSES = 5
 
 
 class Reading(NamedTuple):
-    """What was seen while a text of n tokens was read from its start to its end.
+    """A record of a model that reads a text of n tokens from start to end.
 
     Attributes:
-      activations: int8 [cells, n], in 1/127: what each cell holds after each token, as
-        `activation` of its class gives it. Those of the first layer come first.
-      saturation: of each layer by gate, float64 [2, hidden_size]: the share of tokens at which the
-        gate was below `SHUT`, and above `OPEN`.
-      guesses: int32 [n, at most `GUESSES`]: the likeliest tokens to follow each, likeliest first.
-      probabilities: theirs, float32 of the same shape.
-      bits: float32 [n], what each token cost, predicted from all before it; 0 for the first.
+      activations: int8 [hidden units, n], in 1/127: the activation of each hidden unit after each
+        token, as `Cell.activation` defines it; layer by layer.
+      saturation: for each layer, by the name of the gate, float64 [2, hidden_size]: the share of
+        tokens at which it was below `SHUT`, and above `OPEN`.
+      guesses: int32 [n, at most `GUESSES`]: the most probable next tokens after each token.
+      probabilities: their probabilities, float32 of the same shape.
+      bits: float32 [n], the loss of each token, predicted from all before it; 0 for the first.
     """
 
     activations: np.ndarray
@@ -45,37 +47,28 @@ class Reading(NamedTuple):
 def record_activations(
     model: model_lib.LanguageModel, params: model_lib.Params, ids: np.ndarray
 ) -> Reading:
-    """Reads a text once, the carry handed on all the way, and keeps what `Reading` holds.
+    """Read a text, int32 [n], once with the carry kept all the way, and record the model.
 
-    Memory: a byte for each cell and token, and 0.1 GB or so.
-
-    Args:
-      model: the model.
-      params: its parameters.
-      ids: the text, int32 [n], n at least 2.
+    This needs a byte of memory for each hidden unit and token, and about 0.1 GB besides.
     """
-    n = len(ids)
+    n, carry = len(ids), model.initial_carry(1)
     activations = np.empty((sum(model.sizes[1:]), n), np.int8)
     guesses = np.empty((n, min(GUESSES, model.vocabulary_size)), np.int32)
     probabilities = np.empty(guesses.shape, np.float32)
-    bits = np.zeros(n + 1, np.float32)
-    saturated: Any = 0
-    following = np.append(ids[1:], 0)
-    carry = model.initial_carry(1)
-    for start in range(0, n, _CHUNK):
-        # The last chunk is filled up, uncounted, so that one compiled function serves all.
-        chunk = slice(start, min(start + _CHUNK, n))
-        length = chunk.stop - start
-        fill = (0, _CHUNK - length)
-        inputs, targets = np.pad(ids[chunk], fill), np.pad(following[chunk], fill)
-        carry, seen, counts = _read(model, params, carry, inputs, targets, length)
-        parts = [np.asarray(part)[:length] for part in seen]
-        activations[:, chunk] = parts[0].T
-        guesses[chunk], probabilities[chunk], bits[start + 1 : chunk.stop + 1] = parts[1:]
-        counts = jax.tree.map(lambda count: np.asarray(count, np.float64), counts)
-        saturated = jax.tree.map(np.add, saturated, counts) if start else counts
-    shares = jax.tree.map(lambda count: count / n, saturated)
-    return Reading(activations, shares, guesses, probabilities, bits[:n])
+    bits = np.empty(n, np.float32)
+    counts = []
+    # One more token makes the last one an input, too. Its loss is then left out.
+    chunks = loss_lib.iterate_chunks(np.append(ids, 0), _CHUNK)
+    for start, (inputs, targets, counted) in zip(range(0, n, _CHUNK), chunks, strict=True):
+        part = slice(start, start + _CHUNK)
+        carry, records, count = _read(model, params, carry, inputs[0], targets[0], counted[0])
+        recorded = [np.asarray(record)[counted[0]] for record in records]
+        activations[:, part] = recorded[0].T
+        guesses[part], probabilities[part], bits[part] = recorded[1:]
+        counts.append(jax.tree.map(lambda number: np.asarray(number, np.float64), count))
+    saturation = jax.tree.map(lambda *numbers: sum(numbers) / n, *counts)
+    bits = np.append(np.float32(0), bits[:-1])
+    return Reading(activations, saturation, guesses, probabilities, bits)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -85,39 +78,38 @@ def _read(
     carry: model_lib.Carry,
     inputs: jax.Array,
     targets: jax.Array,
-    length: jax.Array,
-) -> tuple[model_lib.Carry, tuple[jax.Array, ...], list[dict[str, jax.Array]]]:
-    """Reads inputs [time], of which `length` count, and predicts targets [time].
+    counted: jax.Array,
+) -> tuple[model_lib.Carry, tuple[jax.Array, ...], list[Gates]]:
+    """Read inputs [time] and predict targets [time].
 
     Returns:
-      The carry; activations, guesses, probabilities and bits of the targets as in `Reading`, but
-      with time in front; and how many times each gate was shut and open, [2, hidden_size].
+      The carry; activations, guesses, probabilities and bits as in `Reading`, but [time, ...], and
+      bits at t for the target; and at how many of the counted inputs each gate was shut, and open,
+      [2, hidden_size].
     """
+    bound = model.bind({"params": params})
 
     def step(carry: model_lib.Carry, token: jax.Array) -> tuple[model_lib.Carry, Any]:
-        bound = model.bind({"params": params})
-        outputs, last, activations, gates = bound.embedding.embedding[token][None], [], [], []
-        for cell, before in zip(bound.layers, carry, strict=True):
-            gates.append({name: gate[0] for name, gate in cell.gates(before, outputs).items()})
-            layer_carry, outputs = cell(before, outputs)
-            activations.append(cell.activation(layer_carry)[0])
-            last.append(layer_carry)
-        return tuple(last), (outputs[0], jnp.concatenate(activations), gates)
+        gates: list[Gates] = []
+        outputs, carry = bound.run_step(token[None], carry, gates)
+        layers = zip(bound.layers, carry, strict=True)
+        activations = [cell.activation(layer_carry)[0] for cell, layer_carry in layers]
+        gates = jax.tree.map(lambda gate: gate[0], gates)
+        return carry, (outputs[0], jnp.concatenate(activations), gates)
 
     carry, (outputs, activations, gates) = jax.lax.scan(step, carry, inputs)
-    logits: Any = model.apply({"params": params}, outputs[None], method="predict")
-    probabilities, guesses = jax.lax.top_k(
-        jax.nn.softmax(logits[0]), min(GUESSES, model.vocabulary_size)
-    )
-    bits = optax.softmax_cross_entropy_with_integer_labels(logits[0], targets) / jnp.log(2.0)
-    quantised = jnp.round(SCALE * activations).astype(jnp.int8)
-    counted = (jnp.arange(len(inputs)) < length)[:, None]
+    logits = bound.predict(outputs[None])[0]
+    number = min(GUESSES, model.vocabulary_size)
+    probabilities, guesses = jax.lax.top_k(jax.nn.softmax(logits), number)
+    bits = optax.softmax_cross_entropy_with_integer_labels(logits, targets) / jnp.log(2.0)
+    quantized = jnp.round(SCALE * activations).astype(jnp.int8)
 
     def count(gate: jax.Array) -> jax.Array:
-        return jnp.stack([jnp.sum(x, 0, where=counted) for x in (gate < SHUT, gate > OPEN)])
+        saturated = (gate < SHUT, gate > OPEN)
+        return jnp.stack([jnp.sum(x, 0, where=counted[:, None]) for x in saturated])
 
     counts = [
         {name: count(gate) for name, gate in layer.items() if name != "candidate"}
         for layer in gates
     ]
-    return carry, (quantised, guesses, probabilities, bits), counts
+    return carry, (quantized, guesses, probabilities, bits), counts

@@ -76,7 +76,7 @@ _POPULATION = flags.DEFINE_integer(
     "population",
     None,
     "Number of trials to train at once in one program; they may differ only in "
-    f"{', '.join(population.TRACEABLE)}. [default: 1; for --seeds all of them, at most "
+    f"{', '.join(config.TRACEABLE)}. [default: 1; for --seeds all of them, at most "
     f"{population.LARGEST}]",
     lower_bound=1,
 )

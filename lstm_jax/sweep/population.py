@@ -59,7 +59,7 @@ def train_population(
     Each gets a working directory as if it was trained alone, but without samples and curves.
 
     Args:
-      configs: complete configs of the same text, which differ in `config_lib.TRACEABLE` fields only.
+      configs: complete configs of the same text, which differ in `config.TRACEABLE` fields.
       directories: the working directory of each.
       on_validation: called with the member, the epoch and the validation loss.
 
