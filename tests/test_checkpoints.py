@@ -14,7 +14,7 @@ from lstm_jax import batches
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
-from lstm_jax.run import checkpoints
+from lstm_jax.run import checkpoints, seal
 
 PARAMS = {"w": jnp.zeros(3)}
 STATE = {"key": jax.random.key(0), "count": jnp.int32(0)}
@@ -150,7 +150,7 @@ def test_names_of_damaged_ones_are_never_taken_twice(
     shutil.copytree(saved, directory)
     for _ in range(2):
         shutil.copytree(saved / "2", directory / "2", dirs_exist_ok=True)
-        (directory / "2" / checkpoints.SEAL).write_text("")
+        (directory / "2" / seal.SEAL).write_text("")
         checkpoints.restore_latest(directory, PARAMS, STATE, iterator)
     assert {path.name for path in directory.iterdir()} == {"1", "2.damaged", "2.damaged-2"}
 
@@ -182,7 +182,7 @@ def test_the_seal_is_what_sha256sum_reads(saved: Path) -> None:
     sha256sum = shutil.which("sha256sum")
     if sha256sum is None:
         pytest.skip("there is no sha256sum here")
-    command = [sha256sum, "--check", "--strict", "--quiet", checkpoints.SEAL]
+    command = [sha256sum, "--check", "--strict", "--quiet", seal.SEAL]
     subprocess.run(command, cwd=saved / "2", check=True)
 
 

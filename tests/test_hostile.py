@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
-from lstm_jax.run import checkpoints, files, workdir
+from lstm_jax.run import checkpoints, files, seal, workdir
 
 ROOT = Path(__file__).parents[1]
 QUICK = str(ROOT / "experiments" / "quick.py")
@@ -271,7 +271,7 @@ def with_history(content: str, item: str = "history") -> Callable[[Place], None]
     def change(place: Place) -> None:
         checkpoint = place.run / "checkpoints" / "140"
         (checkpoint / item / "metadata").write_text(content)
-        checkpoints.seal_checkpoint(checkpoint)
+        seal.seal_checkpoint(checkpoint)
 
     return change
 

@@ -1,0 +1,92 @@
+"""Stop training on a signal, at the same step in all processes."""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Self
+
+import jax
+
+from lstm_jax.devices import hosts
+
+
+class Stopped(BaseException):
+    """A signal requested a stop; a BaseException, so that no `except Exception` catches it."""
+
+
+class StopRequest:
+    """Within its block, Ctrl-C or SIGTERM requests a stop; further signals change nothing.
+
+    Attributes:
+      exit_code: None until a signal arrives, then the exit code for the command.
+    """
+
+    exit_code: int | None = None
+    _at_once = False
+
+    def __enter__(self) -> Self:
+        # Python delivers signals to the main thread, and only that may set handlers.
+        in_main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raise `Stopped` if a signal arrived in any process."""
+        (code,) = hosts.get_greatest(self.exit_code or 0)
+        if code:
+            self.exit_code = code
+            raise Stopped
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within this block, let a signal raise `Stopped` immediately.
+
+        With several processes it does not, since they must all stop at the same step.
+        """
+        self._at_once = jax.process_count() == 1
+        try:
+            if self._at_once:
+                self.check()
+            yield
+        finally:
+            self._at_once = False
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.exit_code is None:
+            self.exit_code = 128 + number
+            if self._at_once:
+                raise Stopped
+
+
+class Pacer:
+    """Waits for the device about once a second.
+
+    JAX dispatches steps asynchronously and may run tens of them ahead of the device. A stop has to
+    wait for all of them.
+    """
+
+    def __init__(self, step: int) -> None:
+        """Start when `step` steps are done; the next one is waited for."""
+        self._step, self._steps, self._clock = step, 1, time.monotonic()
+
+    def keep(self, step: int, array: jax.Array) -> bool:
+        """Wait for `array`, a result of step `step`, if it is time to.
+
+        Returns:
+          Whether processes may communicate now: all of them get True at the same steps.
+        """
+        if step - self._step < self._steps:
+            return jax.process_count() == 1
+        jax.block_until_ready(array)
+        (milliseconds,) = hosts.get_greatest(int(1e3 * (time.monotonic() - self._clock)))
+        self._steps = max(1, int(self._steps / max(milliseconds, 1) * 1e3))
+        self._step, self._clock = step, time.monotonic()
+        return True
