@@ -33,7 +33,7 @@ def save(writer: checkpoints.CheckpointWriter, step: int, iterator: grain.Datase
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints of the steps 1 and 2, the first of them validated."""
+    """Return checkpoints of steps 1 and 2, of which step 1 has a validation loss."""
     directory = tmp_path_factory.mktemp("saved")
     iterator, _ = batches.make_batches(np.zeros(10_000, np.int32), config_lib.default().batches, 0)
     with checkpoints.CheckpointWriter(directory) as writer:
@@ -97,7 +97,7 @@ def test_whatever_file_is_damaged_the_checkpoint_before_it_is_used(
         harm(directory / name)  # type: ignore[operator]
         before = snapshot(directory)
 
-        # A reader whose best checkpoint it is takes another, and changes nothing.
+        # A reader whose best checkpoint is damaged reads another one and changes nothing.
         (directory / "1" / checkpoints.VALIDATION).unlink()
         del before[f"1/{checkpoints.VALIDATION}"]
         params, step = checkpoints.restore_best_params(directory, PARAMS)
@@ -115,7 +115,7 @@ def test_whatever_file_is_damaged_the_checkpoint_before_it_is_used(
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:
-    """The content of every file."""
+    """Return the content of every file."""
     return {
         path.relative_to(directory).as_posix(): path.read_bytes()
         for path in directory.rglob("*")

@@ -73,11 +73,7 @@ def _open(path: Path, flags: int, mode: str) -> Any:
 
 
 def read_bytes(path: Path, limit: int, follow: bool = False) -> bytes:
-    """Read a regular file of at most `limit` bytes.
-
-    Raises:
-      OSError: if it is larger, or as `open_regular` does.
-    """
+    """Read a regular file; raise `OSError` if it has more than `limit` bytes."""
     with open_regular(path, follow) as file:
         content = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
     if content is None or len(content) > limit:
@@ -87,22 +83,14 @@ def read_bytes(path: Path, limit: int, follow: bool = False) -> bytes:
 
 
 def read_tail(path: Path, limit: int) -> bytes:
-    """Read at most the last `limit` bytes of a regular file.
-
-    Raises:
-      OSError: as `open_regular` does.
-    """
+    """Read at most the last `limit` bytes of a regular file."""
     with open_regular(path) as file:
         file.seek(max(os.fstat(file.fileno()).st_size - limit, 0))
         return file.read(limit)
 
 
 def hash_file(path: Path, sync: bool = False) -> str:
-    """Return the SHA-256 of a regular file in hexadecimal; flush it to disk first if `sync`.
-
-    Raises:
-      OSError: as `open_regular` does.
-    """
+    """Return the SHA-256 of a regular file in hexadecimal; if `sync`, flush it to disk first."""
     with open_regular(path) as file:
         if sync:
             os.fsync(file.fileno())
@@ -132,11 +120,7 @@ def lock_file(file: int | IO[bytes], wait: bool = False) -> bool:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, and flush it to disk. A link at `path` is replaced.
-
-    Raises:
-      OSError: if it can't be written.
-    """
+    """Write a file whole or not at all, and flush it to disk. A link at `path` is replaced."""
     if path.is_dir() and not path.is_symlink():
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     # A random name, at which nobody can have put a link.
@@ -167,9 +151,6 @@ def unfinished_directory(target: Path) -> Iterator[Path]:
     """Make a directory beside `target` to work in; remove it at the end unless it was renamed.
 
     Those of killed processes are removed first: a living process holds a lock on its own.
-
-    Raises:
-      OSError: if none can be made.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     left = f".{glob.escape(target.name)}.{'[0-9a-f]' * 16}{_UNFINISHED}"
