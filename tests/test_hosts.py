@@ -184,7 +184,7 @@ with hosts.join_processes(address, 2, process, 60):
 
 
 def test_the_mean_of_large_gradients_between_processes_is_right() -> None:
-    """gloo's reduce-scatter sometimes fails for arrays like the seed model's recurrent kernel.
+    """Gloo's reduce-scatter sometimes fails for arrays like the seed model's recurrent kernel.
 
     Each process has a second device, which takes no part. If it is behind at the end, the processes
     must wait for it. Neither happens every time.
