@@ -143,8 +143,8 @@ def prepare_step(
 ) -> StepArrays:
     """Compute what is the same at every step.
 
-    The arguments are the parameters of each layer, the embedding table [vocabulary, features], the dense
-    layer's kernel [hidden, vocabulary] and bias, and the dtype of matmuls.
+    The arguments are the parameters of each layer, the embedding table [vocabulary, features], the
+    dense layer's kernel [hidden, vocabulary] and bias, and the dtype of matmuls.
     """
     first, *others = layers
     kernels = [first.recurrent, *(jnp.concatenate([k.input, k.recurrent]) for k in others)]

@@ -14,7 +14,7 @@ from lstm_jax import batches
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
-from lstm_jax.run import checkpoints
+from lstm_jax.run import checkpoints, seal
 
 PARAMS = {"w": jnp.zeros(3)}
 STATE = {"key": jax.random.key(0), "count": jnp.int32(0)}
@@ -33,7 +33,7 @@ def save(writer: checkpoints.CheckpointWriter, step: int, iterator: grain.Datase
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints of the steps 1 and 2, the first of them validated."""
+    """Return checkpoints of steps 1 and 2, of which step 1 has a validation loss."""
     directory = tmp_path_factory.mktemp("saved")
     iterator, _ = batches.make_batches(np.zeros(10_000, np.int32), config_lib.default().batches, 0)
     with checkpoints.CheckpointWriter(directory) as writer:
@@ -97,7 +97,7 @@ def test_whatever_file_is_damaged_the_checkpoint_before_it_is_used(
         harm(directory / name)  # type: ignore[operator]
         before = snapshot(directory)
 
-        # A reader whose best checkpoint it is takes another, and changes nothing.
+        # A reader whose best checkpoint is damaged reads another one and changes nothing.
         (directory / "1" / checkpoints.VALIDATION).unlink()
         del before[f"1/{checkpoints.VALIDATION}"]
         params, step = checkpoints.restore_best_params(directory, PARAMS)
@@ -115,7 +115,7 @@ def test_whatever_file_is_damaged_the_checkpoint_before_it_is_used(
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:
-    """The content of every file."""
+    """Return the content of every file."""
     return {
         path.relative_to(directory).as_posix(): path.read_bytes()
         for path in directory.rglob("*")
@@ -150,7 +150,7 @@ def test_names_of_damaged_ones_are_never_taken_twice(
     shutil.copytree(saved, directory)
     for _ in range(2):
         shutil.copytree(saved / "2", directory / "2", dirs_exist_ok=True)
-        (directory / "2" / checkpoints.SEAL).write_text("")
+        (directory / "2" / seal.SEAL).write_text("")
         checkpoints.restore_latest(directory, PARAMS, STATE, iterator)
     assert {path.name for path in directory.iterdir()} == {"1", "2.damaged", "2.damaged-2"}
 
@@ -182,7 +182,7 @@ def test_the_seal_is_what_sha256sum_reads(saved: Path) -> None:
     sha256sum = shutil.which("sha256sum")
     if sha256sum is None:
         pytest.skip("there is no sha256sum here")
-    command = [sha256sum, "--check", "--strict", "--quiet", checkpoints.SEAL]
+    command = [sha256sum, "--check", "--strict", "--quiet", seal.SEAL]
     subprocess.run(command, cwd=saved / "2", check=True)
 
 

@@ -1,8 +1,8 @@
-"""Working directories made by someone else: every command refuses them in one line, or works.
+"""Run commands on working directories from someone else: each works, or fails with one line.
 
-No code of theirs runs, nothing outside of them changes, and no command takes long or much memory.
-Each case is a run in which one thing was replaced, and a command that reads it. Some cases are
-always tried; as many more as LSTM_JAX_HOSTILE says are drawn at random, by LSTM_JAX_HOSTILE_SEED.
+None of their code runs, nothing outside of them changes, and no command needs long or much memory.
+Each case is a run in which one thing was replaced, and a command that reads it. Some cases always
+run; LSTM_JAX_HOSTILE is the number of random ones, and LSTM_JAX_HOSTILE_SEED their seed.
 """
 
 import json
@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
-from lstm_jax.run import checkpoints, files, workdir
+from lstm_jax.run import checkpoints, files, seal, workdir
 
 ROOT = Path(__file__).parents[1]
 QUICK = str(ROOT / "experiments" / "quick.py")
@@ -29,7 +29,7 @@ DRAWN = int(os.environ.get("LSTM_JAX_HOSTILE", "12"))
 SEED = int(os.environ.get("LSTM_JAX_HOSTILE_SEED", "0"))
 SECONDS, MEGABYTES = 60, 2000
 
-# Imports everything once, then answers each request from a process of its own.
+# Imports everything once, then runs each command in a forked process.
 SERVER = """
 import contextlib, json, os, runpy, sys, time, warnings
 import tensorflow_datasets, grain, h5py, safetensors.numpy
@@ -38,7 +38,7 @@ import lstm_jax.inspect.report, lstm_jax.convert.transfer
 run, outside, seen = sys.argv[1:]
 
 def audit(event, arguments):
-    # What of the run is executed, and what is written outside, whatever comes of it.
+    # Record files of the run that are executed, and writes outside of it, even if they fail.
     text = repr(arguments)
     code = event in ("import", "exec", "compile", "ctypes.dlopen", "marshal.loads", "os.system",
                      "subprocess.Popen", "os.exec", "os.posix_spawn") and run in text
@@ -87,13 +87,13 @@ for line in sys.stdin:
 
 
 class Place(NamedTuple):
-    """Where cases are tried.
+    """The directories and the server of all cases.
 
     Attributes:
       process: the server.
       run: the working directory, made anew for each case.
-      outside: a directory that nothing may touch.
-      seen: where the server notes what must not be.
+      outside: a directory that no command may change.
+      seen: the file in which the server records what must not happen.
     """
 
     process: subprocess.Popen[str]
@@ -128,7 +128,7 @@ def place(
 
 
 def snapshot(directory: Path) -> dict[str, Any]:
-    """Every path below a directory with its content and the time of its last change."""
+    """Return every path below a directory with its content and modification time."""
     return {
         str(path.relative_to(directory)): (
             path.lstat().st_mtime_ns,
@@ -138,7 +138,7 @@ def snapshot(directory: Path) -> dict[str, Any]:
     }
 
 
-# What a file of a run can be replaced by.
+# Replacements for a file of a run.
 
 
 def fifo(path: Path, outside: Path) -> None:
@@ -150,7 +150,7 @@ def link_outside(path: Path, outside: Path) -> None:
 
 
 def link_to_its_like(path: Path, outside: Path) -> None:
-    """A link to another run's own file of that name, whole as it is."""
+    """Link to the undamaged file of that name of another run."""
     path.symlink_to(outside / "other" / path.name)
 
 
@@ -189,7 +189,7 @@ NAMES = (
     "checkpoints/140/.validation.json.partial", ".report.html.partial",
 )  # fmt: skip
 
-# What can stand in a field of JSON.
+# Values for a field of JSON.
 VALUES: tuple[Any, ...] = (
     "../../outside/place", "/dev/zero", "FIFO", "/**/*x*", "a" * 300, "a\0b", '"""', "\x1b[31m",
     "\udcff", "http://localhost:1/x", "", None, True, -1, 0, 2**31, 2**70, 1e308, float("inf"), [],
@@ -211,7 +211,7 @@ def replaced(name: str, kind: Kind) -> Callable[[Place], None]:
 
 
 def with_fields(changes: Mapping[str, Any]) -> Callable[[Place], None]:
-    """The config with other values in some fields, and the checksum that belongs to it."""
+    """Change fields of the config, with a valid checksum."""
 
     def change(place: Place) -> None:
         config = files.read_json(place.run / workdir.CONFIG, 2**20)
@@ -243,7 +243,7 @@ def with_vocabulary(change_units: Callable[[dict[str, Any]], object]) -> Callabl
 
 
 def evil_dataset(place: Place) -> None:
-    """A dataset prepared in the run's own directory, whose features are a class of the run's."""
+    """Add a prepared dataset to the run, whose features are a class in the run's directory."""
     name = "evil"
     data = place.run / "data" / name / "1.0.0"
     data.mkdir(parents=True)
@@ -271,13 +271,13 @@ def with_history(content: str, item: str = "history") -> Callable[[Place], None]
     def change(place: Place) -> None:
         checkpoint = place.run / "checkpoints" / "140"
         (checkpoint / item / "metadata").write_text(content)
-        checkpoints.seal_checkpoint(checkpoint)
+        seal.seal_checkpoint(checkpoint)
 
     return change
 
 
 def zeros(place: Place) -> None:
-    """Some kilobytes that say that they are a hundred megabytes of parameters."""
+    """Replace the checkpoint by some kilobytes that decompress to a hundred megabytes."""
     with_fields({"model.hidden_size": 2400})(place)
     config = workdir.load_config(place.run)
     model = model_lib.make_model(config.model, len(workdir.load_vocabulary(place.run)))
@@ -339,7 +339,7 @@ CASES: dict[str, tuple[Change, str]] = {
     ),
 }  # fmt: skip
 _kind: Kind
-# Each name as a pipe and as a link, by the command that comes closest to it.
+# Each name as a pipe and as a link, with the command that uses most of them.
 for _name in NAMES:
     for _kind in (fifo, link_outside):
         CASES[f"{_name}: {_kind.__name__}"] = (replaced(_name, _kind), "main")
@@ -406,7 +406,7 @@ def test_a_run_of_someone_else(
 
 
 def ask(place: Place, module: str, arguments: list[str]) -> list[Any]:
-    """The exit code of a command, the seconds and the megabytes that it took."""
+    """Run a command; return its exit code, seconds and megabytes."""
     assert place.process.stdin is not None and place.process.stdout is not None
     place.process.stdin.write(json.dumps([module, *arguments]) + "\n")
     place.process.stdin.flush()
@@ -415,6 +415,6 @@ def ask(place: Place, module: str, arguments: list[str]) -> list[Any]:
 
 
 def tiny_flags(config: ConfigDict) -> list[str]:
-    """The command line of the run, all of whose fields are its user's own."""
+    """Return the fields of the run as flags."""
     fields = config_lib.flatten(config)
     return [f"--config.{name}={value}" for name, value in fields if name != "data.sha256"]

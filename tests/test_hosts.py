@@ -1,4 +1,4 @@
-"""Many processes on this machine, which exchange arrays by gloo as many hosts do."""
+"""Train in several processes on this machine, which communicate by gloo as hosts do."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ FOUR = pytest.param(4, 4, marks=pytest.mark.skipif(not SLOW, reason="LSTM_JAX_HO
 
 
 def free_address() -> str:
-    """Where nobody listens."""
+    """Return an address at which no process listens."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return f"localhost:{free.getsockname()[1]}"
@@ -35,7 +35,7 @@ def free_address() -> str:
 def start(
     text_file: Path, directory: Path, processes: int, *more: str
 ) -> list[subprocess.Popen[str]]:
-    """Starts all processes of a run."""
+    """Start all processes of a run."""
     address = free_address()
     arguments = test_interruption.command(text_file, directory, f"--config.mesh.data={processes}")
     joined = [f"--coordinator_address={address}", f"--num_processes={processes}", *more]
@@ -46,7 +46,7 @@ def start(
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
-    """Waits for all of them: their exit codes and what they wrote to standard error."""
+    """Wait for all of them; return their exit codes and standard error."""
     return [(p.returncode, errors) for p in processes for _, errors in [p.communicate(timeout=150)]]
 
 
@@ -55,7 +55,7 @@ def finish_well(processes: list[subprocess.Popen[str]]) -> None:
 
 
 def assert_refused(processes: list[subprocess.Popen[str]], message: str) -> None:
-    """Each says why in a line; all but one may instead see first that another has left."""
+    """Check that each prints the reason in one line, or that another process has ended."""
     ends = finish(processes)
     assert any(code == 2 and message in errors for code, errors in ends), ends
     for code, errors in ends:
@@ -64,7 +64,7 @@ def assert_refused(processes: list[subprocess.Popen[str]], message: str) -> None
 
 
 def assert_close(one: Path, other: Path) -> None:
-    """Both runs measured the same losses, to 1e-5, and ended with the same parameters, to 5e-5.
+    """Check that two runs have the same losses to 1e-5 and the same parameters to 5e-5.
 
     Devices sum in another order, and 280 steps multiply the difference.
     """
@@ -81,7 +81,7 @@ def assert_close(one: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def alone(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of one process with one device."""
+    """Return a run of one process with one device."""
     directory = tmp_path_factory.mktemp("alone")
     arguments = test_interruption.command(text_file, directory, "--config.mesh.data=1")
     result = test_interruption.finish(arguments)
@@ -123,7 +123,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
 def test_a_run_goes_on_from_one_device_to_eight_and_back(
     alone: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    """Each of the first two is stopped by a signal, in the middle of an epoch."""
+    """A signal stops each of the first two in the middle of an epoch."""
     directory = tmp_path / "run"
     for mesh, code in (("1,1", 143), ("4,2", 143), ("1,1", 0)):
         data, model = mesh.split(",")
@@ -184,10 +184,10 @@ with hosts.join_processes(address, 2, process, 60):
 
 
 def test_the_mean_of_large_gradients_between_processes_is_right() -> None:
-    """The seed model's recurrent kernel; gloo's reduce-scatter now and then fails.
+    """Gloo's reduce-scatter sometimes fails for arrays like the seed model's recurrent kernel.
 
-    Each process has a second device, which takes no part: one that is behind at the end must be
-    waited for. Neither happens every time.
+    Each process has a second device, which takes no part. If it is behind at the end, the processes
+    must wait for it. Neither happens every time.
     """
     for _ in range(4):
         address = free_address()
@@ -214,7 +214,7 @@ def test_a_process_that_hangs_ends_the_others(text_file: Path, tmp_path: Path) -
 def test_processes_with_different_working_directories_are_refused(
     text_file: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "1").mkdir()  # As a disk of one's own would be, with a directory of that name.
+    (tmp_path / "1").mkdir()  # As on a local disk, with a directory of that name.
     address = free_address()
     joined = ["--config.mesh.data=2", f"--coordinator_address={address}", "--num_processes=2"]
     processes = [

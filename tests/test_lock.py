@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from lstm_jax.errors import UserError
-from lstm_jax.run import lock
+from lstm_jax.run import files, lock
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from lstm_jax.run import lock
+from lstm_jax.run import files, lock
 with lock.hold_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -21,7 +21,7 @@ with lock.hold_lock(Path(sys.argv[1])):
 
 
 def holder(directory: Path) -> subprocess.Popen[str]:
-    """Another process that holds the lock."""
+    """Start another process that holds the lock."""
     command = [sys.executable, "-c", HOLD, str(directory)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
@@ -75,7 +75,7 @@ def test_without_locks_in_the_file_system_the_process_itself_decides(
         raise OSError(95, "Operation not supported")
 
     first = holder(tmp_path)
-    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    monkeypatch.setattr(files.fcntl, "flock", flock)
     with pytest.raises(UserError, match=f"process {first.pid} on"):
         lock.hold_lock(tmp_path).__enter__()
     first.kill()

@@ -44,7 +44,7 @@ def test_the_plot_is_a_picture_with_curves_on_it(tmp_path: Path) -> None:
         assert tuple(bytes.fromhex(hexadecimal)) in colours
     assert list(tmp_path.iterdir()) == [path]
     for few in (rows[-1:], [], [{**rows[0], "loss": float("inf")}]):
-        metrics.plot_metrics(few, path)  # Nothing to draw is no reason to fail.
+        metrics.plot_metrics(few, path)  # It does not fail without anything to draw.
 
 
 def test_a_flipped_byte_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,7 +62,7 @@ def test_a_flipped_byte_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture
         path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
         for row in metrics.read_metrics(path):
             assert {**rows[0], **row} == rows[0] | row and row["loss"] in (1.5707, 2.25)
-    # A row that is still being written is no damage.
+    # A row that is still being written is not damage.
     capsys.readouterr()
     path.write_bytes(content + content[:30])
     assert metrics.read_metrics(path) == rows and capsys.readouterr().err == ""

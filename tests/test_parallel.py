@@ -1,4 +1,4 @@
-"""Several devices against one. Devices are made before JAX starts, hence in processes."""
+"""Compare several devices with one, in processes, since JAX makes its devices once."""
 
 import json
 import subprocess
@@ -50,7 +50,7 @@ print(json.dumps([losses, [np.asarray(x).ravel().tolist() for x in jax.tree.leav
 
 
 def run(data: int, model: int, cell: str) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Summed losses of 50 steps, and the parameters and their averages after them."""
+    """Return summed losses of 50 steps, then parameters and their averages."""
     command = [sys.executable, "-c", _SCRIPT, str(data), str(model), cell]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     losses, params = json.loads(result.stdout)

@@ -68,6 +68,6 @@ def test_restoring_drops_the_history_written_later_and_tells_of_what_is_lost(
     assert capsys.readouterr().err == ""
     (tmp_path / workdir.METRICS).write_text("fir")
     workdir.restore_history(tmp_path, sizes)
-    assert capsys.readouterr().err == f"warning: {tmp_path / workdir.METRICS} has lost some of " + (
-        "what was in it\n"
+    assert capsys.readouterr().err == (
+        f"warning: {tmp_path / workdir.METRICS} has lost some of its content\n"
     )

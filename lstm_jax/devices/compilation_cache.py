@@ -1,4 +1,4 @@
-"""What JAX has compiled, kept on the disk for the next process."""
+"""Keep compiled functions on disk for the next process."""
 
 import contextlib
 import hashlib
@@ -11,34 +11,27 @@ import jax
 
 
 def use_cache() -> None:
-    """Lets JAX keep what it compiles where JAX_COMPILATION_CACHE_DIR says, or in `directory()`.
+    """Let JAX cache what it compiles in JAX_COMPILATION_CACHE_DIR, else in the user's directory.
 
-    JAX_ENABLE_COMPILATION_CACHE=false turns it off. Where nothing can be written, it is off too.
-    What was damaged there is compiled anew, without a word.
+    There is one directory for each kind of processor: what XLA compiles for one CPU may crash on
+    another, and a home directory may be shared. JAX_ENABLE_COMPILATION_CACHE=false turns the cache
+    off, as does a directory that can't be written. Damaged entries are silently compiled again.
     """
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        with contextlib.suppress(OSError):
-            path = directory()
-            path.mkdir(parents=True, exist_ok=True)
-            if os.access(path, os.W_OK):
-                jax.config.update("jax_compilation_cache_dir", str(path))
-
-
-def directory() -> Path:
-    """Below the user's cache directory, one for each kind of processor.
-
-    What XLA compiles for one CPU may crash on another, with which a home directory may be shared.
-    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    digest = hashlib.sha256(_processor().encode()).hexdigest()
-    return Path(cache, "lstm-jax", f"compiled-{digest[:16]}")
+    digest = hashlib.sha256(_describe_processor().encode()).hexdigest()
+    directory = Path(cache, "lstm-jax", f"compiled-{digest[:16]}")
+    with contextlib.suppress(OSError):
+        directory.mkdir(parents=True, exist_ok=True)
+        if os.access(directory, os.W_OK):
+            jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
-def _processor() -> str:
-    """The processor's model and its instructions, as far as the system tells them."""
-    named = ("model name", "flags", "Features", "CPU part")
+def _describe_processor() -> str:
+    """Return the processor's model and instruction sets, as far as the system knows them."""
+    names = ("model name", "flags", "Features", "CPU part")
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        lines = {line for line in file if line.partition(":")[0].strip() in named}
-        return "".join(sorted(lines))
+        return "".join(sorted({line for line in file if line.partition(":")[0].strip() in names}))
     return f"{platform.machine()} {platform.processor()}"

@@ -1,4 +1,4 @@
-"""Batches on the devices: cut there from a text that fits, else brought there ahead of the step."""
+"""Bring batches to the devices: cut there from a text that fits, else copied ahead of the step."""
 
 from typing import Any, NamedTuple
 
@@ -14,16 +14,16 @@ from lstm_jax.devices import parallel
 
 # The share of a GPU's or TPU's memory that a text may take.
 _SHARE = 1 / 8
-# Ids that are read at a time on their way there.
+# Number of ids that are read at a time.
 _PIECE = 2**22
 
 
 class Resident(NamedTuple):
-    """A batch that is still to be cut from its text.
+    """A batch that is still to be cut from a text on the device.
 
     Attributes:
-      ids: the whole text, [n], of the smallest dtype that holds the vocabulary.
-      places: where its windows begin, int32 [batch].
+      ids: the whole text, [n], in the smallest dtype that holds the vocabulary.
+      places: where the batch's windows begin, int32 [batch].
     """
 
     ids: jax.Array
@@ -31,17 +31,17 @@ class Resident(NamedTuple):
 
 
 def cut_batch(ids: jax.Array, places: Places, window_length: int) -> Batch:
-    """The batch whose windows are at `places`, on the device."""
+    """Return the batch whose windows begin at `places`, on the device."""
     columns = jnp.arange(window_length + 1, dtype=jnp.int32)
     windows: Any = ids[places.begins[:, None] + columns].astype(jnp.int32)
     return Batch(windows[:, :-1], windows[:, 1:], places.starts)
 
 
 def fits_on_device(ids: Ids, vocabulary_size: int) -> bool:
-    """Whether a text is to be kept on the devices, where places are counted in int32.
+    """Return whether to keep a text on the devices, where places are int32.
 
-    On a CPU, whose memory that is, what is in memory anyway is; elsewhere what takes an eighth of a
-    device's memory or less.
+    On a CPU it may stay there if it is in memory already; on other devices if it takes at most an
+    eighth of a device's memory.
     """
     device = jax.local_devices()[0]
     if len(ids) >= 2**31:
@@ -53,7 +53,7 @@ def fits_on_device(ids: Ids, vocabulary_size: int) -> bool:
 
 
 def place_text(ids: Ids, vocabulary_size: int, mesh: Mesh) -> jax.Array:
-    """The text on every device, in the smallest dtype that holds the vocabulary."""
+    """Copy a text to every device, in the smallest dtype that holds the vocabulary."""
     small = np.empty(len(ids), np.min_scalar_type(vocabulary_size - 1))
     for start in range(0, len(ids), _PIECE):
         small[start : start + _PIECE] = ids[start : start + _PIECE]
@@ -61,23 +61,23 @@ def place_text(ids: Ids, vocabulary_size: int, mesh: Mesh) -> jax.Array:
 
 
 class Feed:
-    """What the training loop reads from: the batches of an iterator, on the devices of a mesh.
+    """The batches of an iterator, on the devices of a mesh.
 
-    JAX runs the steps of a loop after it has handed them over, so that the batch of a step is
-    brought to the devices while they are still at the steps before it.
+    JAX dispatches steps asynchronously, so a batch is copied while the devices still compute the
+    steps before it.
 
     Attributes:
-      iterator: over training batches, or over their places where the text is on the devices.
+      iterator: over training batches, or over their places if the text is on the devices.
     """
 
     def __init__(self, iterator: grain.DatasetIterator, mesh: Mesh, text: jax.Array | None) -> None:
-        """Takes the iterator, the mesh, and the text if the iterator is over places."""
+        """Store the iterator, the mesh, and the text if the iterator yields places."""
         self.iterator = iterator
         self._mesh = mesh
         self._text = text
 
     def next(self, steps: int = 1) -> Batch | Resident:
-        """The next batch, or those of several steps with a first axis more."""
+        """Return the next batch, or those of several steps stacked along a first axis."""
         read = [next(self.iterator) for _ in range(steps)]
         if self._text is None:
             return self._place(read)
@@ -85,7 +85,7 @@ class Feed:
         return Resident(self._text, self._place(narrow))
 
     def _place(self, read: list[Any]) -> Any:
-        """One batch as it is, several stacked; rows divided over the devices."""
+        """Divide the rows of a batch over the devices; stack several batches."""
         if len(read) == 1:
             (batch,), rows = read, parallel.DIVIDED
         else:

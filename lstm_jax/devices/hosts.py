@@ -1,7 +1,7 @@
-"""Many processes, on one machine or many, that train one model: started, in step, and told apart.
+"""Train one model in many processes, on one machine or several.
 
-Each process calls the same functions in the same order. The first of them, process 0, writes what
-a run leaves behind; all take part in checkpoints.
+All processes call the same functions in the same order. Process 0 writes the files of a run; all
+take part in saving checkpoints.
 """
 
 import contextlib
@@ -22,20 +22,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lstm_jax.errors import UserError, one_line
 
-# A process that was silent for so long is lost. JAX ends all others then.
+# After this silence JAX counts a process as lost, and ends all others.
 _HEARTBEAT_SECONDS = 30
-# How long the processes may be apart at their end.
+# The longest that one process waits for the others to end.
 _SHUTDOWN_SECONDS = 60
 
 _LOST = (
-    "another process of this run has ended or can't be reached (what it said stands in its own "
-    "output): start the same command for all of them, and it goes on from the last checkpoint"
+    "another process of this run has ended or can't be reached (its own output says why): start "
+    "the same command for all processes, to resume from the last checkpoint"
 )
-# What JAX's errors hold when a process is gone.
-_SIGNS = "Gloo|NCCL|[Cc]oordination|[Hh]eartbeat|[Bb]arrier|Connection (closed|reset)"
+# Parts of JAX's error messages when a process is lost.
+_LOST_PATTERN = "Gloo|NCCL|[Cc]oordination|[Hh]eartbeat|[Bb]arrier|Connection (closed|reset)"
 
-# Reads what native code says on standard error. When JAX ends the process, it writes dozens of
-# lines, of which a user needs one.
+# A program that reads what native code writes to standard error. When JAX ends the process, it
+# writes dozens of lines, instead of which the program prints its argument.
 _FILTER = """
 import sys
 for line in sys.stdin.buffer:
@@ -61,16 +61,16 @@ def join_processes(
     process_id: int | None,
     timeout_seconds: int,
 ) -> Iterator[None]:
-    """Joins the other processes of a run, if there are any, and leaves with them.
+    """Join the other processes of a run, if there are any, and leave together with them.
 
-    Where none of the first three is given, SLURM, Open MPI, Kubernetes or Cloud TPU say who they
-    are. It must be called before anything else uses JAX, and starts none of its devices. When
-    something is raised within, this process ends at once, so that no other waits for it.
+    If the first three arguments are None, they come from SLURM, Open MPI, Kubernetes or Cloud TPU.
+    Call it before anything else uses JAX. It starts no devices. An exception within the block ends
+    this process immediately, so that no other process waits for it.
 
     Args:
-      coordinator_address: host and port where process 0 listens.
-      num_processes: of the run.
-      process_id: of this one, from 0.
+      coordinator_address: host and port at which process 0 listens.
+      num_processes: number of processes of the run.
+      process_id: index of this process, from 0.
       timeout_seconds: how long to wait for the others.
 
     Raises:
@@ -80,8 +80,8 @@ def join_processes(
     if num_processes == 1 or (given == (None, None, None) and not _is_started_by_a_cluster()):
         yield
         return
-    _check(*given)
-    # SIGTERM is for this program, which saves; and gloo is what CPUs exchange arrays by.
+    _check_flags(*given)
+    # Training handles SIGTERM itself. On CPUs, gloo exchanges the arrays.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     _filter_native_errors()
@@ -92,7 +92,7 @@ def join_processes(
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )
-    except Exception as error:  # Whatever the cluster's own detection raises, too.
+    except Exception as error:  # Detecting a cluster may raise anything.
         _leave(
             f"can't join the other processes ({one_line(error)[:300]}): name them with "
             "--coordinator_address, --num_processes and --process_id, start all of them within "
@@ -100,13 +100,13 @@ def join_processes(
         )
     try:
         yield
-        _finish()
+        _wait_for_devices()
     except UserError as error:
-        _leave(_LOST if re.search(_SIGNS, str(error)) else str(error))
+        _leave(_LOST if re.search(_LOST_PATTERN, str(error)) else str(error))
     except Exception as error:
-        if re.search(_SIGNS, str(error)):
+        if re.search(_LOST_PATTERN, str(error)):
             _leave(_LOST)
-        if isinstance(error, BrokenPipeError):  # The reader (`| head`) has had enough.
+        if isinstance(error, BrokenPipeError):  # As in `| head`.
             _leave("nobody reads the output any more")
         if "RESOURCE_EXHAUSTED" not in str(error):
             traceback.print_exc()
@@ -117,17 +117,17 @@ def join_processes(
 
 
 def _is_started_by_a_cluster() -> bool:
-    """Whether the environment names other processes, in one of the ways that JAX knows."""
+    """Return whether the environment names other processes, in one of the ways that JAX reads."""
     env = os.environ
-    # A shell within an allocation of SLURM is no task of it, and has no list of nodes.
+    # A shell in a SLURM allocation is not one of its tasks, and has no list of nodes.
     slurm = env.get("SLURM_NTASKS", "1") if "SLURM_STEP_NODELIST" in env else "1"
     if slurm != "1" or env.get("OMPI_COMM_WORLD_SIZE", "1") != "1" or "JOB_COMPLETION_INDEX" in env:
         return True
-    return "," in env.get("TPU_WORKER_HOSTNAMES", "") or _is_on_a_tpu_pod()
+    return "," in env.get("TPU_WORKER_HOSTNAMES", "") or _is_in_a_tpu_pod()
 
 
-def _is_on_a_tpu_pod() -> bool:
-    """Whether this is a Cloud TPU machine that has others beside it, by its metadata server."""
+def _is_in_a_tpu_pod() -> bool:
+    """Return whether the metadata server names other Cloud TPU machines besides this one."""
     if importlib.util.find_spec("libtpu") is None or "TPU_SKIP_MDS_QUERY" in os.environ:
         return False
     import requests
@@ -142,8 +142,7 @@ def _is_on_a_tpu_pod() -> bool:
     return answer.ok and "," in answer.text
 
 
-def _check(address: str | None, number: int | None, process: int | None) -> None:
-    """Raises `UserError` for flags that can't be meant."""
+def _check_flags(address: str | None, number: int | None, process: int | None) -> None:
     if address is not None and not re.fullmatch(r".+:[0-9]+", address):
         raise UserError(
             f"--coordinator_address is {address!r}: it must be HOST:PORT, for example "
@@ -164,22 +163,22 @@ def _check(address: str | None, number: int | None, process: int | None) -> None
 
 
 def _filter_native_errors() -> None:
-    """Lets only this program's Python write to standard error, and a filter what libraries do."""
+    """Send what native code writes to standard error through `_FILTER`; leave Python's as it is."""
     sys.stderr.flush()
     terminal = os.dup(2)
     command = [sys.executable, "-c", _FILTER, f"error: {_LOST}"]
-    # In a session of its own, where Ctrl-C does not reach it.
+    # In a new session, Ctrl-C does not reach it.
     reader = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     assert reader.stdin is not None
     os.dup2(reader.stdin.fileno(), 2)
     sys.stderr = os.fdopen(terminal, "w", 1, "utf-8", "backslashreplace")
 
 
-def _finish() -> None:
-    """Returns when each device of each process has done all that it was given.
+def _wait_for_devices() -> None:
+    """Wait until each device of each process has finished its work.
 
-    `sync_global_devices` waits for the first device of each process. Where another is behind, it
-    may wait for a process that has left, and then Python can't end.
+    `sync_global_devices` waits for the first device of each process only. If another one is behind,
+    it may wait for a process that has left, and then Python can't end.
     """
     devices = Mesh(jax.devices(), "all")
     ones = jax.make_array_from_callback(
@@ -190,8 +189,8 @@ def _finish() -> None:
 
 
 def _leave(message: str, code: int = 2) -> NoReturn:
-    """Ends this process without waiting for the others, which notice that it is gone."""
-    if message == _LOST:  # JAX may notice at the same time: the filter tells it once.
+    """End this process without waiting for the others, which notice that it is gone."""
+    if message == _LOST:  # JAX may report it at the same time: the filter prints it once.
         os.write(2, b"coordination: Terminating process\n")
     else:
         print("error:", " ".join(message.split()), file=sys.stderr, flush=True)
@@ -201,19 +200,19 @@ def _leave(message: str, code: int = 2) -> NoReturn:
 
 
 def is_first() -> bool:
-    """Whether this process writes what the run leaves behind."""
+    """Return whether this process writes the files of the run."""
     return jax.process_index() == 0
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when every process has come to this point, whose name it is."""
+    """Wait until every process has called this with the same name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 @contextlib.contextmanager
 def first_goes_ahead(name: str) -> Iterator[None]:
-    """A block that process 0 runs before all others."""
+    """Let process 0 run the block before all other processes do."""
     if not is_first():
         wait_for_all(name)
     yield
@@ -222,14 +221,18 @@ def first_goes_ahead(name: str) -> Iterator[None]:
 
 
 def get_greatest(*values: int) -> tuple[int, ...]:
-    """The greatest of each value among all processes, which call this at the same step."""
+    """Return the maximum of each value over all processes, which call this at the same step."""
     if jax.process_count() == 1:
         return values
     return tuple(multihost_utils.process_allgather(np.array(values, np.int32)).max(axis=0).tolist())
 
 
 def check_same(text: str, what: str) -> None:
-    """Raises `UserError`, on all processes, if they don't all give the same text."""
+    """Check that all processes pass the same text, which describes their `what`.
+
+    Raises:
+      UserError: in all processes, if they don't.
+    """
     digest = np.frombuffer(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest(), "u1")
     if jax.process_count() > 1:
         digests = multihost_utils.process_allgather(digest)

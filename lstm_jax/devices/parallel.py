@@ -1,11 +1,10 @@
-"""Many devices: each has its own part of the batch, and its own part of every large array.
+"""Train on many devices, each with its part of the batch and of every large array.
 
-The mesh has two axes. A batch is divided over all of its devices. Along the axis `DATA` the
-parameters, the optimizer's state and averaged weights are the same everywhere; along the axis
-`MODEL` their matrices are divided, and are put together for the step that multiplies by them, as
-fully sharded data parallelism does (Rajbhandari et al. 2020, "ZeRO"). That suits recurrent layers,
-whatever the cell: to divide their products instead, devices would have to exchange the hidden
-state at every position of the window.
+The mesh has two axes. A batch is divided over all of its devices. Along the axis `DATA`, the
+parameters, the optimizer state and averaged weights are replicated. Along the axis `MODEL`, their
+matrices are divided, and gathered for each step, as in fully sharded data parallelism (Rajbhandari
+et al. 2020, "ZeRO"). This suits recurrent layers of any kind: with divided matmuls, devices would
+have to exchange the hidden state at every position of the window.
 """
 
 import contextlib
@@ -26,58 +25,54 @@ DATA, MODEL = "data", "model"
 EVERYWHERE = PartitionSpec()
 DIVIDED = PartitionSpec((DATA, MODEL))
 
-# Where dividing a batch over the cores of a CPU was measured to be faster than multiplying each
-# matrix on all of them (`benchmarks/train_step.py`, two cores): products of small layers are over
-# sooner than several threads have shared them, those of large ones need every kernel twice.
+# Where dividing a batch over the cores of a CPU is faster than using all cores for each matmul, by
+# `benchmarks/train_step.py` on two cores. Matmuls of smaller layers end before threads can share
+# them; larger layers read each kernel from memory once per device.
 _SMALLEST_HIDDEN, _LARGEST_HIDDEN = 64, 768
 _SMALLEST_PART = 16
 
 
 def use_cores(config: ConfigDict) -> None:
-    """Lets JAX show as many CPU devices as this process may need to train with `config`.
+    """Let JAX make as many CPU devices as this process may need to train with `config`.
 
-    That is all of the mesh: how many other processes share it is known only when the devices are.
-    It must be called before anything else uses JAX; otherwise, and where there is a GPU or TPU, it
-    changes nothing.
+    That is the whole mesh, since the number of other processes is not known before the devices are.
+    Call it before anything else uses JAX; later, or with a GPU or TPU, it has no effect.
     """
-    devices = (config.mesh.data or _cores_to_use(config)) * config.mesh.model
-    with contextlib.suppress(RuntimeError):  # JAX has started: it keeps what devices it has.
+    devices = (config.mesh.data or _count_useful_cores(config)) * config.mesh.model
+    with contextlib.suppress(RuntimeError):  # JAX has made its devices already.
         jax.config.update("jax_num_cpu_devices", devices)
 
 
-def _cores_to_use(config: ConfigDict) -> int:
+def _count_useful_cores(config: ConfigDict) -> int:
     batch_size = config.batches.batch_size
     if not _SMALLEST_HIDDEN <= config.model.hidden_size <= _LARGEST_HIDDEN:
         return 1
-    return _largest_divisor(batch_size, min(count_cores(), max(batch_size // _SMALLEST_PART, 1)))
+    limit = min(count_cores(), max(batch_size // _SMALLEST_PART, 1))
+    return max(n for n in range(1, limit + 1) if batch_size % n == 0)
 
 
 def count_cores() -> int:
-    """The cores that this process may use."""
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def _largest_divisor(number: int, limit: int) -> int:
-    return max(n for n in range(1, limit + 1) if number % n == 0)
-
-
 def make_mesh(config: ConfigDict) -> Mesh:
-    """The devices that training with `config` uses, along the axes `DATA` and `MODEL`.
+    """Return the mesh of the devices that train with `config`, with the axes `DATA` and `MODEL`.
 
     Raises:
-      UserError: if there are fewer than `mesh.data` times `mesh.model`, they can't share the batch
-        equally, or the layers can't be divided so.
+      UserError: if there are fewer than `mesh.data` times `mesh.model` devices, or the batch or the
+        layers can't be divided equally among them.
     """
     processes, batch_size = jax.process_count(), config.batches.batch_size
     data, model, microbatches = config.mesh.data, config.mesh.model, config.optimizer.microbatches
-    # Those of one process stand side by side, and so do its rows of a batch.
+    # Devices of a process are neighbors, and so are its rows of a batch.
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     if max(data, 1) * model > len(devices):
         raise UserError(
             f"config.mesh.data is {data} and config.mesh.model {model}, and there are "
-            f"{len(devices)} devices here: lower them; data may be 0, for as many as can be used"
+            f"{len(devices)} devices here: lower them, or set data to 0 to use all useful devices"
         )
     if config.model.hidden_size % model:
         raise UserError(
@@ -86,8 +81,8 @@ def make_mesh(config: ConfigDict) -> Mesh:
         )
     if not data:
         usable = len(devices) // model
-        if devices[0].platform == "cpu":  # Where JAX had started before, there may be fewer.
-            usable = min(usable, _cores_to_use(config) * processes)
+        if devices[0].platform == "cpu":  # There may be fewer if JAX had started before.
+            usable = min(usable, _count_useful_cores(config) * processes)
         shares = batch_size // (model * microbatches)
         fitting = [n for n in range(1, usable + 1) if n * model % processes == 0]
         data = max((n for n in fitting if shares % n == 0), default=max(fitting, default=1))
@@ -105,18 +100,15 @@ def make_mesh(config: ConfigDict) -> Mesh:
             "multiple of the number of processes"
         )
     of_each = np.array(devices).reshape(processes, -1)[:, :share]
-    return Mesh(
-        of_each.reshape(data, model),
-        (DATA, MODEL),
-        axis_types=(jax.sharding.AxisType.Auto,) * 2,
-    )
+    auto = jax.sharding.AxisType.Auto
+    return Mesh(of_each.reshape(data, model), (DATA, MODEL), axis_types=(auto, auto))
 
 
 def get_storage_spec(array: Any, mesh: Mesh) -> PartitionSpec:
-    """How an array of the training state is stored, by its shape.
+    """Return how to store an array of the training state, by its shape.
 
-    A matrix is divided over the axis `MODEL` along its largest axis that can be; anything else is
-    everywhere. So what an optimizer keeps for a parameter is divided as that is.
+    A matrix is divided along its largest divisible axis over `MODEL`; other arrays are replicated.
+    So the optimizer state of a parameter is divided as the parameter is.
     """
     shape, number = array.shape, mesh.shape[MODEL]
     axes = [axis for axis, size in enumerate(shape) if size % number == 0]
@@ -126,14 +118,14 @@ def get_storage_spec(array: Any, mesh: Mesh) -> PartitionSpec:
 
 
 def place_state(tree: Any, mesh: Mesh) -> Any:
-    """The arrays of a tree on the devices of a mesh, each as `get_storage_spec` says."""
+    """Place each array of a tree on the devices of a mesh as `get_storage_spec` returns."""
     return jax.tree.map(lambda array: place(array, mesh, get_storage_spec(array, mesh)), tree)
 
 
 def place(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
-    """The arrays of a tree on the devices of a mesh: everywhere, or divided.
+    """Place the arrays of a tree on the devices of a mesh: replicated or divided.
 
-    Where the mesh has devices of other processes, each process gives the same whole arrays.
+    If the mesh has devices of other processes, all processes pass the same whole arrays.
     """
     sharding = NamedSharding(mesh, spec)
 
@@ -151,7 +143,7 @@ def place(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
 
 
 def place_local(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
-    """Arrays on the devices of a mesh, from what each process has of them: its rows, or all."""
+    """Place arrays on the devices of a mesh, from the part that each process has of them."""
     sharding = NamedSharding(mesh, spec)
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
@@ -161,11 +153,11 @@ def place_local(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
 
 
 def gather_on_one_device(tree: Any, mesh: Mesh) -> Any:
-    """Arrays of a mesh, whole on this process's first device; whole ones are not copied."""
-    gather_parts = jax.jit(_same, out_shardings=NamedSharding(mesh, EVERYWHERE))
+    """Return whole arrays on this process's first device; replicated ones are not copied."""
+    replicate = jax.jit(_same, out_shardings=NamedSharding(mesh, EVERYWHERE))
 
     def whole(array: jax.Array) -> jax.Array:
-        return (array if array.is_fully_replicated else gather_parts(array)).addressable_data(0)
+        return (array if array.is_fully_replicated else replicate(array)).addressable_data(0)
 
     return jax.tree.map(whole, tree)
 
@@ -175,17 +167,14 @@ def _same(array: jax.Array) -> jax.Array:
 
 
 def shard_map(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Any:
-    """`jax.shard_map`: runs `function` on each device, on its part of what is divided.
-
-    Results that are the same everywhere must be made so, by `mean_over_devices`.
-    """
+    """Return `jax.shard_map` of a function, without its check of which results are replicated."""
     return jax.shard_map(
         function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
 
 
 def gather_parts(tree: Any, specs: Any) -> Any:
-    """Within `shard_map`: the whole arrays, from the parts that the devices have."""
+    """Within `shard_map`: return whole arrays, from the parts on the devices."""
 
     def whole(part: jax.Array, spec: PartitionSpec) -> jax.Array:
         if spec == EVERYWHERE:
@@ -196,8 +185,8 @@ def gather_parts(tree: Any, specs: Any) -> Any:
 
 
 def mean_over_devices(tree: Any, specs: Any) -> Any:
-    """Within `shard_map`: the mean of all devices' arrays, or the part of it that a device stores."""
-    # Between processes on CPUs, gloo's reduce-scatter now and then gives wrong sums of arrays of
+    """Within `shard_map`: return means over all devices; of divided arrays, each device's part."""
+    # Between processes on CPUs, gloo's reduce-scatter sometimes returns wrong sums of arrays of
     # megabytes (jax-ml/jax#40830).
     scatters = jax.default_backend() != "cpu" or jax.process_count() == 1
 

@@ -1,7 +1,7 @@
-"""Ctrl-C, from the first line of a command to its last: one line, and exit code 130.
+"""Handle Ctrl-C from the first line of a command to its last: one line, and exit code 130.
 
-Python raises KeyboardInterrupt wherever the program is at that moment. That may be within the
-import of a library, or within a callback from which no exception gets out, so that it is lost.
+Python raises KeyboardInterrupt wherever the program is at that moment. That may be in an import, or
+in a callback from which no exception propagates, so that it is lost.
 """
 
 import contextlib
@@ -12,48 +12,48 @@ from types import FrameType
 from typing import NoReturn
 
 INTERRUPTED = 130  # The exit code that a shell reports for a command that Ctrl-C ended.
-# An interruption that nobody has answered after so long was lost, and is raised again.
+# An interrupt without an effect for this long was lost, and is raised again.
 _AGAIN_SECONDS = 5
 
-_came = False
+_pending = False
 
 
 def exit_at_once() -> None:
-    """Let Ctrl-C end the process where it is. To be called before anything is written.
+    """Let Ctrl-C end the process immediately; call it before anything is written.
 
-    Where SIGINT is ignored, as in a shell's background jobs, it stays ignored.
+    If SIGINT is ignored, as in background jobs of a shell, it stays ignored.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _exit)
 
 
 def raise_from_here() -> None:
-    """Let Ctrl-C raise KeyboardInterrupt from here on, again and again until it is answered."""
+    """Let Ctrl-C raise KeyboardInterrupt from here on, repeatedly until `answer` is called."""
     if signal.getsignal(signal.SIGINT) is _exit:
         signal.signal(signal.SIGALRM, _raise)
         signal.signal(signal.SIGINT, _raise)
 
 
 def answer() -> None:
-    """Note that an interruption has had its effect: the program continues."""
-    global _came
-    _came = False
+    """Note that an interrupt had its effect and the program continues."""
+    global _pending
+    _pending = False
     signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def end() -> bool:
-    """Ignore Ctrl-C from here on; return whether an interruption came that is not answered."""
+    """Ignore Ctrl-C from here on; return whether an interrupt is still unanswered."""
     if signal.getsignal(signal.SIGINT) is _raise:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    came = _came
+    pending = _pending
     answer()
-    return came
+    return pending
 
 
 def leave() -> NoReturn:
-    """End the process: one line, and exit code 130.
+    """End the process with one line and exit code 130.
 
-    What a library's threads wait for when an interruption came in between may never come.
+    It does not wait for threads of libraries: after an interrupt they may never end.
     """
     with contextlib.suppress(Exception):
         sys.stdout.flush()
@@ -67,7 +67,7 @@ def _exit(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _raise(number: int, frame: FrameType | None) -> NoReturn:
-    global _came
-    _came = True
+    global _pending
+    _pending = True
     signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
     raise KeyboardInterrupt

@@ -1,8 +1,6 @@
-"""A lock on a working directory, so that one process at a time trains in it."""
+"""Lock a working directory, so that one process at a time trains in it."""
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import socket
@@ -11,31 +9,31 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from lstm_jax.devices import hosts
 from lstm_jax.errors import UnavailableError, UserError
+from lstm_jax.run import files
 
 LOCK = ".lock"
-# Its holder touches the lock this often; one that was not touched for so long is nobody's.
+# The holder touches the lock this often; one that was not touched for a minute is stale.
 _BEAT_SECONDS = 10
 STALE_SECONDS = 60
-# What flock raises on file systems that have no locks.
-NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
+NO_LOCKS = files.NO_LOCKS
 
 
 @contextlib.contextmanager
 def hold_lock(directory: Path) -> Iterator[Callable[[], bool]]:
-    """Makes `directory` and holds its lock; takes away whatever it made that is empty at the end.
+    """Make `directory` and hold its lock; at the end, remove the directories it made if empty.
 
-    The operating system ends the lock with the process, however it dies. Between hosts, where a
-    file system may not pass locks on, a lock that was not touched for a minute counts as left
-    behind.
+    The operating system releases the lock with the process, however it ends. Between hosts, where
+    the file system may not share locks, a lock that was not touched for a minute counts as free.
 
     Yields:
-      A function that says whether the lock is still this process's: one that was suspended for
-      longer than a minute may have lost it to another host.
+      A function that returns whether this process still holds the lock: a process that was
+      suspended for more than a minute may have lost it to another host.
 
     Raises:
       UnavailableError: if another process holds the lock, naming it, or the directory can't be
@@ -52,7 +50,7 @@ def hold_lock(directory: Path) -> Iterator[Callable[[], bool]]:
 
     def beat() -> None:
         while not done.wait(_BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # A disk that fails now and then is no reason.
+            with contextlib.suppress(OSError):  # A disk may fail now and then.
                 os.utime(lock)
 
     thread = threading.Thread(target=beat, daemon=True)
@@ -72,21 +70,16 @@ def hold_lock(directory: Path) -> Iterator[Callable[[], bool]]:
 
 
 def _acquire(path: Path) -> int:
-    """The descriptor of the lock file, which this process now holds."""
+    """Return the descriptor of the lock file, which this process now holds."""
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
-            locked = True
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked = files.lock_file(lock)
             except BlockingIOError:
-                raise UnavailableError(_refusal(path.parent, _holder(lock))) from None
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
-                locked = False
+                raise _held(path, _read_holder(lock)) from None
             if _is_at(lock, path):
-                holder = _holder(lock)
+                holder = _read_holder(lock)
                 if not holder:
                     me = {
                         "host": socket.gethostname(),
@@ -95,9 +88,9 @@ def _acquire(path: Path) -> int:
                     }
                     os.pwrite(lock, (json.dumps(me) + "\n").encode(), 0)
                     return lock
-                if _is_alive(holder, locked, path):
-                    raise UnavailableError(_refusal(path.parent, holder))
-                # A new file, so that a holder that wakes up again sees that it was replaced.
+                if _may_be_alive(holder, locked, path):
+                    raise _held(path, holder)
+                # With a new file, a suspended holder can see that it lost the lock.
                 path.unlink()
         except BaseException:
             os.close(lock)
@@ -106,15 +99,15 @@ def _acquire(path: Path) -> int:
 
 
 def _is_at(lock: int, path: Path) -> bool:
-    """Whether an open lock file is still the one at `path`."""
+    """Return whether an open lock file is still the one at `path`."""
     try:
         return os.path.samestat(os.fstat(lock), os.stat(path, follow_symlinks=False))
     except FileNotFoundError:
         return False
 
 
-def _holder(lock: int) -> dict[str, object]:
-    """Who wrote a lock file: host, pid and since when; empty if nobody did."""
+def _read_holder(lock: int) -> dict[str, Any]:
+    """Return the host, pid and start time in a lock file; {} if it is empty."""
     text = os.pread(lock, 1000, 0)
     if not text:
         return {}
@@ -125,18 +118,18 @@ def _holder(lock: int) -> dict[str, object]:
     return holder if isinstance(holder, dict) else {"host": "an unknown host"}
 
 
-def _is_alive(holder: dict[str, object], locked: bool, path: Path) -> bool:
-    """Whether who wrote a lock file may still be at work, where flock gave us the lock or can't."""
+def _may_be_alive(holder: dict[str, Any], locked: bool, path: Path) -> bool:
+    """Return whether a lock's holder may still run; `locked`: whether flock gave us the file."""
     if holder.get("host") == socket.gethostname():
         pid = holder.get("pid")
-        # The system would not have given us what another process of this host holds.
+        # A living process of this host would still have the file locked.
         if locked or not isinstance(pid, int) or not _is_running(pid):
             return False
-    # Both times are the file system's, whose clock may not be this host's.
+    # Compare times of the file system: its clock may differ from this host's.
     with tempfile.TemporaryFile(dir=path.parent) as now:
         age = os.fstat(now.fileno()).st_mtime - path.stat().st_mtime
     if age < 0:
-        os.utime(path)  # Of a clock that was wrong: from now on it runs out as any other.
+        os.utime(path)  # The holder's clock was ahead: the minute starts now.
     return age < STALE_SECONDS
 
 
@@ -150,12 +143,12 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def _refusal(directory: Path, holder: dict[str, object]) -> str:
-    fields = {"pid": "unknown", "host": "an unknown host", "since": "a while ago", **holder}
-    return (
-        f"process {fields['pid']} on {fields['host']} is training in {directory} (since "
-        f"{fields['since']}): wait for its end, stop it, or name another --workdir; if it is no "
-        f"more, try again in {STALE_SECONDS} seconds"
+def _held(path: Path, holder: dict[str, Any]) -> UnavailableError:
+    fields = {"pid": "unknown", "host": "an unknown host", "since": "an unknown time", **holder}
+    return UnavailableError(
+        f"process {fields['pid']} on {fields['host']} is training in {path.parent} (since "
+        f"{fields['since']}): wait until it ends, stop it, or name another --workdir; if it is "
+        f"dead already, try again in {STALE_SECONDS} seconds"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run measured: metrics.jsonl, TensorBoard events, and the curves as a picture."""
+"""Write and read the losses of a run: metrics.jsonl, TensorBoard events, and a plot of them."""
 
 import functools
 import io
@@ -10,7 +10,6 @@ import time
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -22,38 +21,33 @@ from tensorboardX.summary import scalar
 from lstm_jax.errors import UserError
 from lstm_jax.run import files
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
-_COLOURS = {"train": "#0072B2", "validation": "#D55E00", "test": "#009E73"}
-# Bytes that are read of a metrics.jsonl, and those of a row, at the most.
+# From Okabe and Ito's palette, which color-blind readers can distinguish.
+_COLORS = {"train": "#0072B2", "validation": "#D55E00", "test": "#009E73"}
+# Limits in bytes of the part of metrics.jsonl that is read, and of a row.
 _LARGEST, _LONGEST_LINE = 2**26, 2**12
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl and to the TensorBoard events of a working directory."""
+    """Appends losses to metrics.jsonl and to TensorBoard events."""
 
     def __init__(self, path: Path, step: int) -> None:
-        """Opens both for a run that goes on after `step`.
+        """Open both for a run that starts or resumes after `step`.
 
         Args:
           path: of metrics.jsonl; the events are written beside it.
-          step: TensorBoard hides events of later steps, which an interrupted run left behind.
+          step: TensorBoard hides earlier events of later steps, from an interrupted run.
         """
         self._lines = files.open_append(path)
-        # A process that was killed, or a disk that was full, can leave half a line.
-        tail = files.read_tail(path, _LONGEST_LINE)
-        half = len(tail) - (tail.rfind(b"\n") + 1)
-        if half:
-            self._lines.truncate(path.stat().st_size - half)
-        # tensorboardX's usual writer has a thread of its own, which loses what it holds when the
-        # process is killed and waits for ever when the disk is full.
-        self._events = EventsWriter(
-            str(path.parent / "events"),
-            # A name that no other file has, and that nobody can have made a link of.
-            filename_suffix=f".{secrets.token_hex(8)}",
-        )
+        # A killed process or a full disk can leave half a line.
+        if half := files.read_tail(path, _LONGEST_LINE).rpartition(b"\n")[2]:
+            self._lines.truncate(path.stat().st_size - len(half))
+        # tensorboardX's SummaryWriter has a thread, which loses its queue when the process is
+        # killed and waits forever when the disk is full. The random end of the name makes the file
+        # a new one, at which nobody can have put a link.
+        suffix = f".{secrets.token_hex(8)}"
+        self._events = EventsWriter(str(path.parent / "events"), filename_suffix=suffix)
         if step:
-            start = SessionLog(status=SessionLog.START)
-            self._add(Event(step=step + 1, session_log=start))
+            self._add(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def _add(self, event: Event) -> None:
         event.wall_time = time.time()
@@ -61,14 +55,14 @@ class MetricsWriter:
         self._events.flush()
 
     def write(self, step: int, epoch: float, split: str, loss: float, **extra: float) -> None:
-        """Records a loss.
+        """Record a loss.
 
         Args:
-          step: training steps done.
-          epoch: passes over the training text done, with fractions.
+          step: number of training steps done.
+          epoch: number of passes over the training text done, with fractions.
           split: "train", "validation" or "test".
           loss: in nats per token.
-          **extra: other figures, such as tokens_per_second.
+          **extra: other numbers, such as tokens_per_second.
         """
         row = make_row(step, epoch, split, loss, **extra)
         self._lines.write(f"{json.dumps({**row, 'crc': _checksum(row)})}\n".encode())
@@ -79,12 +73,7 @@ class MetricsWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *unused: object) -> None:
         self._lines.close()
         self._events.close()
 
@@ -95,13 +84,13 @@ def make_row(step: int, epoch: float, split: str, loss: float, **extra: float) -
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a metrics.jsonl, without checksums; none where there is no such file.
+    """Return the rows of a metrics.jsonl without checksums; [] if the file does not exist.
 
-    Damaged lines are left out and counted in a warning. A last line that is still being written,
-    and all but the last 64 MiB of a file, are left out too.
+    Damaged lines are left out, with a warning. An incomplete last line, which is still being
+    written, and all but the last 64 MiB of the file are left out silently.
 
     Raises:
-      UserError: if it can't be read.
+      UserError: if the file can't be read.
     """
     try:
         content = files.read_tail(path, _LARGEST)
@@ -109,7 +98,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return []
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from None
-    if len(content) == _LARGEST:  # It may begin within a line.
+    if len(content) == _LARGEST:  # The first line may be incomplete.
         content = content[content.find(b"\n") + 1 :]
     rows, damaged = [], 0
     for line in content.splitlines(keepends=True):
@@ -118,19 +107,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         else:
             damaged += line.endswith(b"\n")
     if damaged:
-        _warn(path, damaged)
+        _warn(path, f"{damaged} damaged line{'s' * (damaged > 1)}")
     return rows
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """Return the row in a line, None if it is damaged; rows of old runs have no checksum."""
+    """Return the row in a line, or None if it is damaged; rows of old runs have no checksum."""
     try:
         row: dict[str, Any] = json.loads(line) if len(line) <= _LONGEST_LINE else {}
         valid = (
             isinstance(row["step"], int)
             and 0 <= row["step"] < 2**31
             and isinstance(row["loss"], float)
-            and row["split"] in _COLOURS
+            and row["split"] in _COLORS
         )
         crc = row.pop("crc", None)
         return row if valid and crc in (None, _checksum(row)) else None
@@ -142,33 +131,31 @@ def _checksum(row: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(row).encode()):08x}"
 
 
-@functools.cache  # Once a process: training reads its metrics after each epoch.
-def _warn(path: Path, damaged: int) -> None:
-    lines = "1 damaged line" if damaged == 1 else f"{damaged} damaged lines"
+@functools.cache  # Once per process: training reads its metrics after each epoch.
+def _warn(path: Path, lines: str) -> None:
     print(f"warning: left out {lines} of {path}", file=sys.stderr)
 
 
 def plot_metrics(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Writes `draw_metrics`'s picture as a PNG file, whole or not at all."""
+    """Write the figure of `draw_metrics` as a PNG file, whole or not at all."""
     picture = io.BytesIO()
     FigureCanvasAgg(draw_metrics(rows)).print_png(picture)
     files.write_file(path, picture.getvalue())
 
 
 def draw_metrics(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Draws the losses of all splits over steps."""
+    """Return a figure of the losses of all splits over steps."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    for split, style in (("train", "-"), ("validation", "o-"), ("test", "*")):
+    for split, style, size in (("train", "-", 0), ("validation", "o-", 4), ("test", "*", 12)):
         points = [
             (row["step"], row["loss"]) for row in rows if row["split"] == split and row["step"]
         ]
         if points:
             steps, losses = zip(*points, strict=True)
             label = f"{split}, last {losses[-1]:.3f}"
-            size = {"o-": 4.0, "*": 12.0}.get(style, 0.0)
-            axes.plot(steps, losses, style, markersize=size, color=_COLOURS[split], label=label)
-    # The first steps fall from ln(vocabulary) and would squeeze the rest against the bottom.
+            axes.plot(steps, losses, style, markersize=size, color=_COLORS[split], label=label)
+    # Cut off the first steps, which fall from ln(vocabulary size) and would flatten the rest.
     later = [row for row in rows if row["step"] and math.isfinite(row["loss"])]
     if ordered := sorted(row["loss"] for row in later):
         measured = [row["loss"] for row in later if row["split"] != "train"]

@@ -1,28 +1,28 @@
-"""A trace of a few training steps, for TensorBoard or xprof to open."""
+"""Trace a few training steps, to be opened in TensorBoard or xprof."""
 
 from pathlib import Path
 
 import jax
 
-# Steps left alone, in which things compile and buffers are first filled; and steps traced.
+# Steps before the trace, which compile and fill buffers, and traced steps.
 _WARM_UP, _STEPS = 3, 5
 
 
 class Profiler:
-    """Traces some steps of a run, once, soon after it starts or goes on."""
+    """Traces some steps of a run once, soon after it starts or resumes."""
 
     def __init__(self, directory: Path | None, step: int) -> None:
-        """Starts when `step` steps are done.
+        """Start when `step` steps are done.
 
         Args:
-          directory: below which the trace is written, as plugins/profile/TIME/; None for no trace.
-          step: training steps done.
+          directory: where the trace is written as plugins/profile/TIME/; None for no trace.
+          step: number of training steps done.
         """
         self._directory, self._first = directory, step + _WARM_UP
         self._is_tracing = False
 
     def keep(self, step: int, array: jax.Array) -> None:
-        """Begins or ends the trace if it is time to, after step `step`, which computes `array`."""
+        """Start or stop the trace if it is time to; `array` is a result of step `step`."""
         if self._directory is None or step < self._first:
             return
         if not self._is_tracing:
@@ -34,7 +34,7 @@ class Profiler:
             self.close()
 
     def close(self) -> None:
-        """Writes what was traced, if that was not done yet."""
+        """Write the trace if it is still recording."""
         if self._is_tracing:
             jax.profiler.stop_trace()
             self._directory, self._is_tracing = None, False

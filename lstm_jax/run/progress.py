@@ -1,4 +1,4 @@
-"""How far training is: a bar on a terminal, plain lines elsewhere."""
+"""Show the progress of training: a bar on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -11,12 +11,12 @@ _SECONDS_BETWEEN_LINES = 10
 class Progress:
     """Shows step, epoch, loss, speed and time left.
 
-    On a terminal a bar on standard error; elsewhere a plain line every ten seconds on standard
-    output.
+    On a terminal it is a bar on standard error; elsewhere a line on standard output every ten
+    seconds.
     """
 
     def __init__(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
-        """Starts at `step` of `total_steps`."""
+        """Start at `step` of `total_steps`."""
         self._first = self._step = self._clock_step = self._compiled_step = step
         self._total = total_steps
         self._steps_per_epoch = steps_per_epoch
@@ -31,10 +31,9 @@ class Progress:
         )
 
     def start_clock(self, step: int) -> None:
-        """Measure the speed anew from here, when `step` steps are done.
+        """Measure the speed from here on, with `step` steps done.
 
-        The time left is estimated from the first call that follows a step: what came before that
-        was compiling.
+        The time left is estimated from the first call after a step, since that step was compiling.
         """
         self._clock_step, self._clock = step, time.monotonic()
         if self._compiled_step == self._first:
@@ -42,14 +41,14 @@ class Progress:
         self._advance(step)
 
     def steps_per_second(self, step: int) -> float:
-        """The speed since the clock was last started, which it is again; 0 if no step was done."""
+        """Return the speed since the last call or `start_clock`; 0 if no step was done since."""
         now = time.monotonic()
         seconds, steps = now - self._clock, step - self._clock_step
         self._clock_step, self._clock = step, now
         return steps / seconds if steps else 0.0
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """Shows that `step` steps are done, at this training loss and speed."""
+        """Show that `step` steps are done, with this training loss and speed."""
         text = (
             f"step {step}/{self._total}, epoch {step / self._steps_per_epoch:.2f}, "
             f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s"
@@ -62,7 +61,7 @@ class Progress:
             print(", ".join(filter(None, [text, left])), flush=True)
 
     def _advance(self, step: int) -> str:
-        """Move the bar; return the time left, "" as long as nothing is known of it."""
+        """Move the bar; return the time left, or "" before it can be estimated."""
         left = ""
         if steps := step - self._compiled_step:
             seconds = (time.monotonic() - self._compiled) / steps * (self._total - step)
@@ -74,10 +73,10 @@ class Progress:
         return left
 
     def print(self, text: str) -> None:
-        """Prints to standard output, above the bar."""
+        """Print to standard output, above the bar."""
         with tqdm.external_write_mode(sys.stdout):
             print(text, flush=True)
 
     def close(self) -> None:
-        """Leaves the bar where it is."""
+        """Close the bar and leave it on the screen."""
         self._bar.close()

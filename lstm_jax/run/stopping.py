@@ -1,4 +1,4 @@
-"""Signals during training, and the pace at which it can stop."""
+"""Stop training on a signal, at the same step in all processes."""
 
 import contextlib
 import signal
@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import Self
 
 import jax
 
@@ -13,21 +14,21 @@ from lstm_jax.devices import hosts
 
 
 class Stopped(BaseException):
-    """A signal asked training to stop; no `except Exception` on its way may keep it."""
+    """A signal requested a stop; a BaseException, so that no `except Exception` catches it."""
 
 
 class StopRequest:
-    """Turns Ctrl-C (or SIGTERM) within its block into a request; more of them change nothing.
+    """Within its block, Ctrl-C or SIGTERM requests a stop; further signals change nothing.
 
     Attributes:
-      exit_code: None until a signal came, then what the command is to exit with.
+      exit_code: None until a signal arrives, then the exit code for the command.
     """
 
     exit_code: int | None = None
     _at_once = False
 
-    def __enter__(self) -> "StopRequest":
-        # Python gives signals to the main thread only, and lets only that set handlers.
+    def __enter__(self) -> Self:
+        # Python delivers signals to the main thread, and only that may set handlers.
         in_main = threading.current_thread() is threading.main_thread()
         numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
         self._before = {number: signal.signal(number, self._note) for number in numbers}
@@ -38,7 +39,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def check(self) -> None:
-        """Raises `Stopped` if a signal came, to whichever process."""
+        """Raise `Stopped` if a signal arrived in any process."""
         (code,) = hosts.get_greatest(self.exit_code or 0)
         if code:
             self.exit_code = code
@@ -46,9 +47,9 @@ class StopRequest:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within this block a signal raises `Stopped` wherever it comes.
+        """Within this block, let a signal raise `Stopped` immediately.
 
-        Not so where there are other processes, which are not to be left at different steps.
+        With several processes it does not, since they must all stop at the same step.
         """
         self._at_once = jax.process_count() == 1
         try:
@@ -68,19 +69,19 @@ class StopRequest:
 class Pacer:
     """Waits for the device about once a second.
 
-    JAX hands steps to the device and runs ahead, by tens of them. To stop, all that were handed
-    over must be waited for.
+    JAX dispatches steps asynchronously and may run tens of them ahead of the device. A stop has to
+    wait for all of them.
     """
 
     def __init__(self, step: int) -> None:
-        """Starts when `step` steps are done; the next one is waited for."""
+        """Start when `step` steps are done; the next one is waited for."""
         self._step, self._steps, self._clock = step, 1, time.monotonic()
 
     def keep(self, step: int, array: jax.Array) -> bool:
-        """Waits for `array`, which step `step` computes, if it is time to.
+        """Wait for `array`, a result of step `step`, if it is time to.
 
         Returns:
-          Whether processes may agree on something now: all do so at the same steps.
+          Whether processes may communicate now: all of them get True at the same steps.
         """
         if step - self._step < self._steps:
             return jax.process_count() == 1

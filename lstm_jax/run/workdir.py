@@ -1,4 +1,4 @@
-"""The working directory of a run: its config, its vocabulary and its checkpoints."""
+"""Read and write the working directory of a run: config, vocabulary, model and history."""
 
 import json
 import os
@@ -23,15 +23,15 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.txt"
 CURVES = "curves.png"
 CHANGES = "changes.jsonl"
-# Files that a run appends to, those of TensorBoard among them. A checkpoint holds their sizes, so
-# that a run that goes on from it first drops what was written after it.
+# Files that a run appends to, with those of TensorBoard. A checkpoint holds their sizes, so that a
+# run that resumes from it first drops what was appended later.
 HISTORY = (METRICS, SAMPLES, "events.out.tfevents.*")
-# Sizes in bytes that config and vocabulary have at the most.
+# Limits of file sizes in bytes.
 _CONFIG_LIMIT, _VOCABULARY_LIMIT = 2**20, 2**25
 
 
 def load_config(workdir: Path) -> ConfigDict:
-    """The config of the run in `workdir`.
+    """Return the config of the run in `workdir`.
 
     Raises:
       UserError: if there is no run, or its config is damaged.
@@ -50,7 +50,7 @@ def load_config(workdir: Path) -> ConfigDict:
 
 
 def load_vocabulary(workdir: Path) -> Vocabulary:
-    """The vocabulary of the run in `workdir`.
+    """Return the vocabulary of the run in `workdir`.
 
     Raises:
       UserError: if it is missing or damaged.
@@ -63,11 +63,11 @@ def load_vocabulary(workdir: Path) -> Vocabulary:
 
 
 def _reason(error: OSError | ValueError) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def load_params(workdir: Path, model: model_lib.LanguageModel) -> tuple[model_lib.Params, int]:
-    """The parameters of the best undamaged checkpoint by validation loss, and its step.
+    """Return the parameters of the best undamaged checkpoint by validation loss, and its step.
 
     Raises:
       UserError: if there is none, or it is of another model.
@@ -87,7 +87,7 @@ class Trained(NamedTuple):
 
 
 def load_trained(workdir: Path | str) -> Trained:
-    """The trained model in `workdir`: the best checkpoint by validation loss, else the latest.
+    """Load the model in `workdir`: its best checkpoint by validation loss, else its latest.
 
     Raises:
       UserError: if there is none.
@@ -95,44 +95,44 @@ def load_trained(workdir: Path | str) -> Trained:
     workdir = Path(workdir)
     config = load_config(workdir)
     vocabulary = load_vocabulary(workdir)
-    config.model.recurrence = "auto"  # The run's own may need another kind of device.
+    config.model.recurrence = "auto"  # The run may have used another kind of device.
     model = model_lib.make_model(config.model, len(vocabulary))
     params, step = load_params(workdir, model)
     return Trained(config, vocabulary, model, params, step)
 
 
 def save_config(workdir: Path, config: ConfigDict) -> None:
-    """Writes what `load_config` reads."""
+    """Write the file that `load_config` reads."""
     files.write_json(workdir / CONFIG, config.to_dict())
 
 
 def save_vocabulary(workdir: Path, vocabulary: Vocabulary) -> None:
-    """Writes what `load_vocabulary` reads."""
+    """Write the file that `load_vocabulary` reads."""
     files.write_json(workdir / VOCABULARY, json.loads(vocabulary.to_json()), indent=0)
 
 
 def append_changes(workdir: Path, step: int, changes: Mapping[str, tuple[Any, Any]]) -> None:
-    """Notes that fields of the config were changed after `step`: before and after, by field."""
+    """Record changes of config fields after `step`: by field, the values before and after."""
     with files.open_append(workdir / CHANGES) as file:
         file.write((json.dumps({"step": step, "changes": changes}) + "\n").encode())
 
 
 def history_sizes(workdir: Path) -> dict[str, int]:
-    """The sizes in bytes of the files that a run appends to, all safely on the disk."""
+    """Flush the files that a run appends to, and return their sizes in bytes by name."""
     sizes = {}
-    for path in _history(workdir):
+    for path in _list_history(workdir):
         with files.open_regular(path) as file:
             os.fsync(file.fileno())
             sizes[path.name] = os.fstat(file.fileno()).st_size
     return sizes
 
 
-def restore_history(workdir: Path, sizes: dict[str, int]) -> None:
-    """Drops what was written to the files of `history_sizes` after it returned `sizes`.
+def restore_history(workdir: Path, sizes: Mapping[str, int]) -> None:
+    """Drop what was appended since `history_sizes` returned `sizes`.
 
-    A file that has become shorter since, or is gone, is told on standard error.
+    A warning names each file that has become shorter since, or is missing.
     """
-    for path in _history(workdir):
+    for path in _list_history(workdir):
         size = sizes.get(path.name, 0)
         if size == 0:
             path.unlink()
@@ -141,20 +141,23 @@ def restore_history(workdir: Path, sizes: dict[str, int]) -> None:
     for name, size in sizes.items():
         path = workdir / Path(name).name
         if size > (path.stat().st_size if path.exists() else 0):
-            print(f"warning: {path} has lost some of what was in it", file=sys.stderr)
+            print(f"warning: {path} has lost some of its content", file=sys.stderr)
 
 
 def check_own_files(workdir: Path) -> None:
-    """Raises `UserError` if a run can't be trained in a directory for what else is there.
+    """Check that a directory holds only regular files and directories, before a run writes there.
 
-    Through a link others' files would be written; reading a pipe never ends.
+    Through a link it would write to files of others, and reading a pipe may never end.
+
+    Raises:
+      UserError: if there is anything else.
     """
     for path in [*workdir.iterdir(), *workdir.glob("plugins/**/")]:
         if path.is_symlink():
-            raise UserError(f"{path} is a link: a run is trained in files of its own, copy it")
+            raise UserError(f"{path} is a link: a run needs files of its own, so copy the target")
         if not (path.is_file() or path.is_dir()):
             raise UserError(f"{path} is not a regular file: move it away")
 
 
-def _history(workdir: Path) -> list[Path]:
+def _list_history(workdir: Path) -> list[Path]:
     return [path for pattern in HISTORY for path in sorted(workdir.glob(pattern))]

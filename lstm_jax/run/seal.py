@@ -1,0 +1,103 @@
+"""Seal a directory of arrays with checksums, and find what has changed in it since.
+
+A sealed directory may come from someone else. So before its arrays are read, its files are checked
+against the parameters that are expected: regular files, no links, and of a size that fits.
+"""
+
+import math
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lstm_jax.errors import one_line
+from lstm_jax.run import files
+
+SEAL = "SHA256SUMS"
+# Written after the checkpoint is sealed, so the seal does not cover it.
+VALIDATION = "validation.json"
+
+# Limits of file sizes in bytes: SHA256SUMS, and other files without arrays.
+_SEAL_LIMIT, _METADATA_LIMIT = 2**24, 2**24
+# Limit of a checkpoint's size: a multiple of its parameters (Adam's state has twice their size, a
+# moving average once), and bytes beyond that, which hold the carry of any batch.
+_PARAMS_MULTIPLE, _BYTES_BEYOND = 8, 2**30
+# Orbax compresses arrays. Trained parameters shrink by a tenth, by half if they were rounded to
+# bfloat16. Zeros would shrink to nothing, and need any amount of memory to read: so parameters of
+# more than `_SMALL` bytes must take at least this share of their size.
+_LEAST_SHARE, _SMALL = 1 / 8, 2**26
+
+
+def seal_checkpoint(checkpoint: Path) -> None:
+    """Flush every file of a checkpoint to disk, and write its checksum to SHA256SUMS."""
+    sums = {name: files.hash_file(checkpoint / name, sync=True) for name in _list(checkpoint)}
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
+    files.write_file(checkpoint / SEAL, lines.encode())
+
+
+def find_damage(checkpoint: Path, params: Any = None) -> str | None:
+    """Return how a checkpoint's files differ from those that were sealed; None if they don't.
+
+    Args:
+      checkpoint: its directory.
+      params: arrays that will be read from it, or `jax.ShapeDtypeStruct`s: file sizes that don't
+        fit these are damage too, and are found before the files are read.
+    """
+    try:
+        text = files.read_bytes(checkpoint / SEAL, _SEAL_LIMIT).decode()
+        sums = {
+            name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())
+        }
+        sizes = _list(checkpoint)
+        for name in [*sums, *sizes]:
+            if name not in sizes:
+                return f"{name} is missing"
+            if name not in sums:
+                return f"{SEAL} does not hold {name}"
+        if params is not None and (reason := _find_misfit(sizes, params)):
+            return reason
+        for name in sizes:
+            if files.hash_file(checkpoint / name) != sums[name]:
+                return f"{name} has changed"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        name = Path(error.filename or "").name
+        return f"{name}: {error.strerror}" if name else one_line(error)
+    except ValueError as error:
+        return one_line(error)
+    return None if sums else f"{SEAL} is empty"
+
+
+def _find_misfit(sizes: Mapping[str, int], params: Any) -> str | None:
+    """Return why files of these sizes, by name, can't hold such parameters; None if they can."""
+    for name, size in sizes.items():
+        is_data = "/d/" in name or name.endswith(".ocdbt")
+        if not is_data and size > _METADATA_LIMIT:
+            return f"{name} is too large, with {size:,} bytes"
+    needed = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(params))
+    held = sum(size for name, size in sizes.items() if name.startswith("params/"))
+    if needed > _SMALL and held < _LEAST_SHARE * needed:
+        return f"its {held:,} bytes can't hold the {needed:,} bytes of parameters that are wanted"
+    if (total := sum(sizes.values())) > _PARAMS_MULTIPLE * needed + _BYTES_BEYOND:
+        return f"its files are too large for such a model, with {total:,} bytes"
+    return None
+
+
+def _list(checkpoint: Path) -> dict[str, int]:
+    """Return the sizes of the files that a seal covers: not of hidden ones, as file managers make.
+
+    Raises:
+      ValueError: if there is anything but regular files and directories.
+    """
+    sizes = {}
+    for path in sorted(checkpoint.rglob("*")):
+        name, status = path.relative_to(checkpoint).as_posix(), path.lstat()
+        if stat.S_ISDIR(status.st_mode) or path.name.startswith("."):
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{name} is no regular file")
+        sizes[name] = status.st_size
+    return {name: size for name, size in sizes.items() if name not in (SEAL, VALIDATION)}
