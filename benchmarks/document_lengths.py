@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 
 from lstm_jax import generation
-from lstm_jax.data import corpus
+from lstm_jax.data.texts import read_splits
 from lstm_jax.run import workdir
 
 _PERCENTILES = (10, 25, 50, 75, 90)
@@ -35,7 +35,7 @@ def main() -> None:
         parser.error(f"{options.workdir} has no stop token: train with data.document_separator")
     documents = {
         f"{name} text": text.split(trained.vocabulary.stop)
-        for name, text in corpus.read_corpus(trained.config.data).items()
+        for name, text in read_splits(trained.config.data).items()
     }
     documents["written"] = generation.generate_texts(
         trained.model,

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from lstm_jax import model as model_lib
-from lstm_jax.data import texts
+from lstm_jax.vocabulary import Ids
 
 # Segments read by one call of the compiled function.
 _SEGMENTS = 32
@@ -55,7 +55,7 @@ class Settings(NamedTuple):
 
 
 def measure_gradient_sizes(
-    model: model_lib.LanguageModel, params: model_lib.Params, ids: texts.Ids, segment_length: int
+    model: model_lib.LanguageModel, params: model_lib.Params, ids: Ids, segment_length: int
 ) -> model_lib.Params:
     """The root mean square of each parameter's gradient over segments of a text, shaped as params.
 
@@ -95,7 +95,7 @@ def _gradient_sizes(
 def compute_dynamic_loss(
     model: model_lib.LanguageModel,
     params: model_lib.Params,
-    ids: texts.Ids,
+    ids: Ids,
     settings: Settings,
     sizes: model_lib.Params,
 ) -> float:
@@ -107,7 +107,7 @@ def compute_dynamic_loss(
 def compute_dynamic_losses(
     model: model_lib.LanguageModel,
     params: model_lib.Params,
-    ids: texts.Ids,
+    ids: Ids,
     settings: Settings,
     sizes: model_lib.Params,
 ) -> Iterator[np.ndarray]:

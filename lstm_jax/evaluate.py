@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags
 
 from lstm_jax import command, dynamic
-from lstm_jax.data import corpus, texts
+from lstm_jax.data import sources, texts
 from lstm_jax.errors import UserError
 from lstm_jax.loss import (
     PLACES,
@@ -35,9 +35,9 @@ def main() -> None:
     if values.workdir is None:
         raise UserError("name the trained model: --workdir DIR")
     names = values.split.split("+")
-    if unknown := [name for name in names if name not in corpus.SPLITS]:
+    if unknown := [name for name in names if name not in sources.SPLITS]:
         raise UserError(
-            f"there is no split {unknown[0]!r}: --split is {', '.join(corpus.SPLITS)}, or some of "
+            f"there is no split {unknown[0]!r}: --split is {', '.join(sources.SPLITS)}, or some of "
             "them with + between, read one after the other"
         )
     settings = dynamic.Settings(

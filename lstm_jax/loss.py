@@ -11,8 +11,7 @@ import numpy as np
 import optax
 
 from lstm_jax import model as model_lib
-from lstm_jax.data import texts
-from lstm_jax.vocabulary import Vocabulary
+from lstm_jax.vocabulary import Ids, Text, Vocabulary
 
 # Tokens of a text that one call of the compiled function reads.
 _CHUNK = 1024
@@ -58,7 +57,7 @@ def read_chunk(
 def compute_losses(
     model: model_lib.LanguageModel,
     params: model_lib.Params,
-    ids: texts.Ids,
+    ids: Ids,
     temperatures: np.ndarray,
 ) -> np.ndarray:
     """`compute_loss` with the logits divided by each of the temperatures, from one reading."""
@@ -78,12 +77,12 @@ def compute_losses(
     return total / (len(ids) - 1)
 
 
-def count_streams(ids: texts.Ids) -> int:
+def count_streams(ids: Ids) -> int:
     """How many parts of a text are read side by side: one unless it is very long."""
     return 1 if len(ids) <= LONGEST_IN_ONE else _STREAMS
 
 
-def iterate_chunks(ids: texts.Ids) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def iterate_chunks(ids: Ids) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Inputs, targets and which of them count, [streams, time] each, through a text.
 
     The last chunks are filled up, uncounted, so that one compiled function serves all.
@@ -104,7 +103,7 @@ def iterate_chunks(ids: texts.Ids) -> Iterator[tuple[np.ndarray, np.ndarray, np.
         yield windows[:, :-1], windows[:, 1:], counted
 
 
-def compute_loss(model: model_lib.LanguageModel, params: model_lib.Params, ids: texts.Ids) -> float:
+def compute_loss(model: model_lib.LanguageModel, params: model_lib.Params, ids: Ids) -> float:
     """The loss over a text read from its start to its end, in nats per token.
 
     The carry is handed on all the way, so every token is predicted from the whole text before it.
@@ -121,9 +120,7 @@ def compute_loss(model: model_lib.LanguageModel, params: model_lib.Params, ids: 
     return float(compute_losses(model, params, ids, np.ones(1))[0])
 
 
-def fit_temperature(
-    model: model_lib.LanguageModel, params: model_lib.Params, ids: texts.Ids
-) -> float:
+def fit_temperature(model: model_lib.LanguageModel, params: model_lib.Params, ids: Ids) -> float:
     """The softmax temperature, to a hundredth, at which the loss over a text is least."""
     losses = compute_losses(model, params, ids, _TEMPERATURES)
     return float(_TEMPERATURES[losses.argmin()])
@@ -155,7 +152,7 @@ class ZeroState(NamedTuple):
 
 
 def measure_zero_state(
-    model: model_lib.LanguageModel, params: model_lib.Params, ids: texts.Ids, places: int
+    model: model_lib.LanguageModel, params: model_lib.Params, ids: Ids, places: int
 ) -> ZeroState:
     """Measure how well a model recovers from the zero carry, with which every sample begins.
 
@@ -240,7 +237,7 @@ def compute_perplexity(loss: float) -> float:
 
 
 def compute_bits_per_character(
-    loss: float, vocabulary: Vocabulary, tokens: int, *parts: texts.Text
+    loss: float, vocabulary: Vocabulary, tokens: int, *parts: Text
 ) -> float:
     """What a loss costs for each Unicode character, so that units of any kind can be compared.
 
@@ -258,7 +255,7 @@ def compute_bits_per_character(
     return bits / sum(cost.characters for cost in costs)
 
 
-def describe_loss(loss: float, vocabulary: Vocabulary, text: texts.Text) -> str:
+def describe_loss(loss: float, vocabulary: Vocabulary, text: Text) -> str:
     """A loss on `text` in nats and bits per unit, as a perplexity, and in bits per character."""
     name = vocabulary.token_name
     description = (

@@ -24,7 +24,7 @@ from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.controls import Controls
-from lstm_jax.data import corpus, texts
+from lstm_jax.data import sources, texts
 from lstm_jax.devices import feeding, hosts, parallel
 from lstm_jax.errors import NotFiniteError, UnavailableError, UserError
 from lstm_jax.run import checkpoints as checkpoints_lib
@@ -32,7 +32,7 @@ from lstm_jax.run import files, lock, metrics, workdir
 from lstm_jax.run.profiler import Profiler
 from lstm_jax.run.progress import Progress
 from lstm_jax.train_step import TrainState, TrainStep, init_state, make_train_step
-from lstm_jax.vocabulary import Vocabulary, make_printable
+from lstm_jax.vocabulary import Ids, Vocabulary, make_printable
 
 # What a run may change when it goes on: all of these leave the arrays it has as they are.
 _CHANGEABLE = (
@@ -285,7 +285,7 @@ def _train(
         averaged=config.optimizer.average_decay > 0,
         trained=trained.params if trained else None,
         mesh=mesh,
-        counts=None if started else texts.count_tokens(ids["train"], len(vocabulary)),
+        counts=None if started else splits.texts["train"].count_tokens(vocabulary),
     )
     restored = checkpoints_lib.restore_latest(saved_in, state.evaluated, state.rest, iterator)
     if restored is None and (directory / workdir.METRICS).exists():
@@ -369,7 +369,7 @@ def _settle(
     config = config.copy_and_resolve_references()
     config.data.sha256 = splits.sha256
     if config.data.path:
-        config.data.path = corpus.make_absolute(config.data.path)
+        config.data.path = sources.make_absolute(config.data.path)
     if config.data.prepared:
         config.data.prepared = str(Path(config.data.prepared).absolute())
     if config.init_from:
@@ -465,7 +465,7 @@ class _Run(NamedTuple):
     model: model_lib.LanguageModel
     vocabulary: Vocabulary
     texts: dict[str, texts.Text]
-    ids: dict[str, texts.Ids]
+    ids: dict[str, Ids]
     steps_per_epoch: int
     mesh: jax.sharding.Mesh
     is_ours: Callable[[], bool]  # Whether the lock of the directory is still held.

@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import flags
 
 from lstm_jax import command
-from lstm_jax.data import corpus, texts
+from lstm_jax.data import sources, texts
 from lstm_jax.errors import UserError
 from lstm_jax.inspect import report
 from lstm_jax.run import files, workdir
@@ -32,7 +32,7 @@ def main() -> None:
     trained = workdir.load_trained(directory)
     any_bytes = trained.vocabulary.kind == "bytes"
     if values.text:
-        text = corpus.read_argument(values.text, "--text", any_bytes)
+        text = sources.read_argument(values.text, "--text", any_bytes)
         name = "standard input" if values.text == "-" else Path(values.text).name
     else:
         splits = texts.load_texts_of_run(

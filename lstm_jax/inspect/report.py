@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from lstm_jax.data import corpus
+from lstm_jax.data import sources
 from lstm_jax.errors import UserError
 from lstm_jax.inspect import activations, features
 from lstm_jax.inspect.activations import Reading
@@ -184,7 +184,7 @@ def _packed(values: np.ndarray, dtype: Any) -> dict[str, str]:
 def _curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
     """Steps and losses of each split; of a long curve, the means of stretches of it."""
     curves = {}
-    for split in corpus.SPLITS:
+    for split in sources.SPLITS:
         points = [
             (row["step"], row["loss"])
             for row in rows

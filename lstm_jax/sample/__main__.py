@@ -16,7 +16,7 @@ from absl import flags
 
 from lstm_jax import command, generation
 from lstm_jax.controls import Controls, can_end, make_control_arrays, make_stop_table
-from lstm_jax.data import corpus, texts
+from lstm_jax.data import sources, texts
 from lstm_jax.errors import UserError
 from lstm_jax.run import workdir
 from lstm_jax.sample import chat, novelty
@@ -44,7 +44,7 @@ def main() -> None:
     prompt = options.prompt
     if options.prompt_file:
         any_bytes = vocabulary.kind == "bytes"
-        prompt = corpus.read_argument(options.prompt_file, "--prompt_file", any_bytes)
+        prompt = sources.read_argument(options.prompt_file, "--prompt_file", any_bytes)
     if options.novelty:
         splits = texts.load_texts_of_run(
             trained.config.data, options.data_path, options.dataset, options.data_directory

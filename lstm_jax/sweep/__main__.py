@@ -24,7 +24,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from lstm_jax import command, config
-from lstm_jax.data import corpus, texts
+from lstm_jax.data import sources, texts
 from lstm_jax.devices import parallel
 from lstm_jax.errors import UserError
 from lstm_jax.sweep import population, report, search, space, study
@@ -88,7 +88,7 @@ def _main() -> int:
         trials = min(trials, math.prod(map(len, grid.values())))
     experiment.data.sha256 = texts.load_texts(experiment.data).sha256
     if experiment.data.path:  # So that best.py runs anywhere.
-        experiment.data.path = corpus.make_absolute(experiment.data.path)
+        experiment.data.path = sources.make_absolute(experiment.data.path)
     name = values.name or "_".join(filter(None, (path.stem, argument, what)))
     directory = Path(values.workdir or Path("runs", "sweeps", name))
     try:

@@ -26,13 +26,13 @@ from lstm_jax import config as config_lib
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
-from lstm_jax.data import corpus, texts
+from lstm_jax.data import sources, texts
 from lstm_jax.devices import parallel
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import checkpoints, lock, metrics, workdir
 from lstm_jax.train import check_recurrence, keep_freed_memory
 from lstm_jax.train_step import TrainState, init_state, make_step
-from lstm_jax.vocabulary import Vocabulary
+from lstm_jax.vocabulary import Ids, Vocabulary
 
 # The fields in which members may differ.
 TRACEABLE = (
@@ -92,7 +92,7 @@ def train_population(
     splits = texts.load_texts(configs[0].data)
     vocabulary = splits.texts["train"].vocabulary(configs[0].data)
     ids = splits.encode(vocabulary)
-    counts = texts.count_tokens(ids["train"], len(vocabulary))
+    counts = splits.texts["train"].count_tokens(vocabulary)
     with contextlib.ExitStack() as held:
         members, states = [], []
         for config, directory in zip(configs, directories, strict=True):
@@ -230,7 +230,7 @@ def _open(
     directory: Path,
     sha256: str,
     vocabulary: Vocabulary,
-    ids: texts.Ids,
+    ids: Ids,
     counts: np.ndarray,
 ) -> tuple[_Member, TrainState]:
     """A member with its working directory, and the state that it goes on from."""
@@ -238,7 +238,7 @@ def _open(
     config = config.copy_and_resolve_references()
     config.data.sha256 = sha256
     if config.data.path:
-        config.data.path = corpus.make_absolute(config.data.path)
+        config.data.path = sources.make_absolute(config.data.path)
     workdir.check_own_files(directory)
     workdir.save_vocabulary(directory, vocabulary)
     workdir.save_config(directory, config)
@@ -263,7 +263,7 @@ def _open(
 def _train_group(
     members: Sequence[_Member],
     states: Sequence[TrainState],
-    ids: dict[str, texts.Ids],
+    ids: dict[str, Ids],
     vocabulary_size: int,
     on_validation: Callable[[int, int, float], None],
 ) -> list[str]:
@@ -375,7 +375,7 @@ def _best(
 
 def _make_read(
     model: model_lib.LanguageModel, mesh: Mesh
-) -> Callable[[model_lib.Params, texts.Ids], np.ndarray]:
+) -> Callable[[model_lib.Params, Ids], np.ndarray]:
     """`loss_lib.compute_loss` of each member, from the parameters of all [members, ...] and ids."""
 
     def read_chunk(params: Any, carry: Any, chunk: Any) -> Any:
@@ -383,7 +383,7 @@ def _make_read(
 
     read_all = map_members(read_chunk, mesh, donated=(1,))
 
-    def read(params: model_lib.Params, ids: texts.Ids) -> np.ndarray:
+    def read(params: model_lib.Params, ids: Ids) -> np.ndarray:
         number = len(jax.tree.leaves(params)[0])
         carry = stack([model.initial_carry(loss_lib.count_streams(ids))] * number, mesh)
         total = np.zeros(number)
