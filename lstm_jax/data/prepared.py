@@ -427,55 +427,55 @@ def _merge(
 ) -> dict[str, dict[str, Any]]:
     """Join the encoded chunks of each split, with one table of tokens; return `Manifest.splits`."""
 
-    def load(number: int, chunk: list[Segment]) -> Part:
-        path = worker.get_part_path(unfinished, number)
-        part = worker.load_part(path, chunk, key)
-        if part is None:
-            path.unlink(missing_ok=True)
-            raise UserError(f"{path} was damaged and is removed: the same command resumes there")
-        return part
+    def load_parts() -> Iterator[tuple[str, list[Segment], Part]]:
+        numbers = itertools.count()
+        for name, of_split in zip(sources.SPLITS, chunks, strict=True):
+            for chunk in of_split:
+                path = worker.get_part_path(unfinished, next(numbers))
+                part = worker.load_part(path, chunk, key)
+                if part is None:
+                    path.unlink(missing_ok=True)
+                    raise UserError(
+                        f"{path} was damaged and is removed: the same command resumes from there"
+                    )
+                yield name, chunk, part
 
     index: dict[str, int] = {}
-    measured: dict[str, dict[str, Any]] = {}
-    numbers = itertools.count()
-    for name, of_split in zip(sources.SPLITS, chunks, strict=True):
-        split = {"bytes": 0, "characters": 0, "tokens": 0, "first": 0}
-        for chunk in of_split:
-            part = load(next(numbers), chunk)
-            places = [index.setdefault(token, len(index)) for token in part.tokens]
-            if not split["tokens"]:
-                split["first"] = places[part.ids[0]]
-            split["bytes"] += sources.count_bytes(chunk)
-            split["characters"] += part.characters
-            split["tokens"] += len(part.ids)
-        measured[name] = split
+    measured = {n: {"bytes": 0, "characters": 0, "tokens": 0, "first": 0} for n in sources.SPLITS}
+    for name, chunk, part in load_parts():
+        places = [index.setdefault(token, len(index)) for token in part.tokens]
+        split = measured[name]
+        if not split["tokens"]:
+            split["first"] = places[part.ids[0]]
+        split["bytes"] += sources.count_bytes(chunk)
+        split["characters"] += part.characters
+        split["tokens"] += len(part.ids)
     dtype = get_smallest_dtype(len(index))
-    counts = np.zeros((len(chunks), len(index)), np.int64)
-    numbers = itertools.count()
-    for row, (name, of_split) in enumerate(zip(sources.SPLITS, chunks, strict=True)):
-        with (unfinished / f"{name}.npy").open("xb") as file:
-            descr, shape = np.lib.format.dtype_to_descr(dtype), (measured[name]["tokens"],)
+    counts = {name: np.zeros(len(index), np.int64) for name in sources.SPLITS}
+    with contextlib.ExitStack() as held:
+        written = {}
+        for name, split in measured.items():
+            written[name] = held.enter_context(_create(unfinished / f"{name}.npy"))
+            descr, shape = np.lib.format.dtype_to_descr(dtype), (split["tokens"],)
             header = {"descr": descr, "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            for chunk in of_split:
-                part = load(next(numbers), chunk)
-                table = np.array([index[token] for token in part.tokens], dtype)
-                counts[row, table] += part.counts
-                file.write(table[part.ids].data)
-            _sync(file)
-    with (unfinished / _COUNTS).open("xb") as file:
-        np.save(file, counts)
-        _sync(file)
-    with (unfinished / _TOKENS).open("xb") as file:
-        file.writelines(json.dumps(token).encode() + b"\n" for token in index)
-        _sync(file)
+            np.lib.format.write_array_header_1_0(written[name], header)
+        for name, _, part in load_parts():
+            table = np.array([index[token] for token in part.tokens], dtype)
+            counts[name][table] += part.counts
+            written[name].write(table[part.ids].data)
+        np.save(held.enter_context(_create(unfinished / _COUNTS)), list(counts.values()))
+        tokens = held.enter_context(_create(unfinished / _TOKENS))
+        tokens.writelines(json.dumps(token).encode() + b"\n" for token in index)
     return measured
 
 
-def _sync(file: BinaryIO) -> None:
-    """Flush a file to the disk."""
-    file.flush()
-    os.fsync(file.fileno())
+@contextlib.contextmanager
+def _create(path: Path) -> Iterator[BinaryIO]:
+    """Create a file, and flush it to the disk at the end."""
+    with path.open("xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class PreparedText(Text):

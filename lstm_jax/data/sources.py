@@ -1,6 +1,11 @@
-"""Find and read the files of a text, as segments of bytes.
+"""Find, split and read the files of a text.
 
-A byte-order mark is not part of a text. Where each file is a document, `FILE_END` follows it.
+Arguments of several functions:
+
+    any_bytes   whether the tokens are bytes: then bytes that are not UTF-8 become surrogates, as in
+                Python's "surrogateescape". Otherwise they are an error, and a byte-order mark at
+                the start of a file is removed.
+    ends        whether each file is a document, with `FILE_END` after it.
 """
 
 import fnmatch
@@ -43,12 +48,7 @@ class Segment(NamedTuple):
 
 
 def find_files(paths: str) -> list[list[Path]]:
-    """Return the files that `data.path` names, in order: of one text, or of each split.
-
-    Raises:
-      UserError: if a file is missing, there are neither one nor three texts, or the patterns look
-        at too many files.
-    """
+    """Return the files that `data.path` names, in order: of one text, or of each split."""
     texts = paths.split(_BETWEEN_SPLITS)
     if len(texts) not in (1, 3):
         raise UserError(
@@ -132,16 +132,7 @@ def measure_files(paths: str) -> int:
 
 
 def list_segments(paths: Iterable[Path], any_bytes: bool, ends: bool) -> list[Segment]:
-    """Return the segments of the text that is in files, one after the other.
-
-    Args:
-      paths: the files.
-      any_bytes: whether a byte-order mark is kept, as all other bytes are.
-      ends: whether `FILE_END` follows each file.
-
-    Raises:
-      UserError: if a file is empty or can't be read.
-    """
+    """Return the segments of files, one after the other; raise `UserError` if one is empty."""
     found = []
     for path in paths:
         try:
@@ -170,13 +161,9 @@ def split_files(
     Args:
       paths: `data.path`, of three texts or of one to be split.
       fractions: the share of each split, see `find_cuts`.
-      any_bytes: whether the text is split at bytes, as the usual splits of enwik8 are, instead of
-        characters.
-      ends: whether `FILE_END` follows each file.
+      any_bytes: also whether to split at bytes, as the usual splits of enwik8 are.
+      ends: see above.
       hear: called with all bytes of the text, piece by piece, in order.
-
-    Raises:
-      UserError: if a file is missing or empty, or can't be read.
     """
     texts = [list_segments(found, any_bytes, ends) for found in find_files(paths)]
     pieces, lengths = [], []
@@ -258,12 +245,7 @@ def read_segment(segment: Segment) -> bytes:
 
 
 def read_segments(segments: Sequence[Segment], any_bytes: bool, ends: bool) -> str:
-    """Return the text of segments.
-
-    Args:
-      segments: none ends within a character, unless `any_bytes`.
-      any_bytes: whether bytes that are not UTF-8 are kept, as surrogates.
-      ends: whether `FILE_END` follows each file.
+    """Return the text of segments, of which none ends within a character unless `any_bytes`.
 
     Raises:
       UserError: if a segment can't be read or is not UTF-8, or a file holds `FILE_END` itself.
@@ -272,8 +254,7 @@ def read_segments(segments: Sequence[Segment], any_bytes: bool, ends: bool) -> s
         text = b"".join(map(read_segment, segments)).decode("utf-8", "surrogateescape")
     else:
         remedy = ", or learn its bytes with data.units=bytes"
-        parts = (_decode(read_segment(s), s.path, s.start, remedy) for s in segments)
-        text = "".join(parts)
+        text = "".join(_decode(read_segment(s), s.path, s.start, remedy) for s in segments)
     if ends:
         check_ends(text, sum(not s.path and s.stop - s.start == len(_FILE_END) for s in segments))
     return text
@@ -291,16 +272,7 @@ def check_ends(text: str, number: int) -> None:
 
 
 def read_argument(path: str, flag: str, any_bytes: bool) -> str:
-    """Return the text of the file that a flag of a command names; "-" is standard input.
-
-    Args:
-      path: the file.
-      flag: the flag, for the error message.
-      any_bytes: whether bytes that are not UTF-8 are kept, as surrogates.
-
-    Raises:
-      UserError: if it can't be read, is larger than a gigabyte, or is not UTF-8.
-    """
+    """Return the text of a file that `flag` of a command names; "-" is standard input."""
     try:
         if path == "-":
             content = sys.stdin.buffer.read(_MAX_ARGUMENT_BYTES + 1)
@@ -314,16 +286,7 @@ def read_argument(path: str, flag: str, any_bytes: bool) -> str:
 
 
 def decode_text(content: bytes, name: str, any_bytes: bool) -> str:
-    """Return the text of a whole file.
-
-    Args:
-      content: its bytes.
-      name: its name, for the error message.
-      any_bytes: whether bytes that are not UTF-8 are kept, as surrogates.
-
-    Raises:
-      UserError: if it is not UTF-8, with the first byte that is not.
-    """
+    """Return the text of a file, from its content; its name is for the error message."""
     if any_bytes:
         return content.decode("utf-8", "surrogateescape")
     return _decode(content, name).removeprefix("\ufeff")

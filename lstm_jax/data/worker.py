@@ -28,23 +28,15 @@ _SEAL_BYTES = 32
 
 def save_part(path: Path, part: Part, key: bytes) -> None:
     """Write an encoded chunk, whole or not at all, sealed with a key."""
-    tokens = np.frombuffer(json.dumps(part.tokens).encode(), np.uint8)
+    arrays = {"ids": part.ids, "counts": part.counts, "characters": part.characters}
+    arrays["units"] = np.frombuffer(json.dumps(part.tokens).encode(), np.uint8)
     content = io.BytesIO()
-    np.savez(
-        content,
-        ids=part.ids,
-        units=tokens,
-        counts=part.counts,
-        characters=np.int64(part.characters),
-    )
+    np.savez(content, **arrays)
     files.write_file(path, _seal(path, content.getvalue(), key) + content.getbuffer())
 
 
 def load_part(path: Path, chunk: list[sources.Segment], key: bytes) -> Part | None:
-    """Return the encoded chunk that `save_part` wrote; None if it is missing or damaged.
-
-    A file that was sealed with another key, or under another name, counts as damaged.
-    """
+    """Return the encoded chunk that `save_part` wrote with this key, or None."""
     try:
         # Ids, tokens and counts take less than 32 bytes for each byte of text.
         content = files.read_bytes(path, 2**16 + 32 * sources.count_bytes(chunk))
@@ -68,10 +60,9 @@ def get_part_path(directory: Path, number: int) -> Path:
 
 
 def main() -> None:
-    """Encode the chunks of this process, and print the number of bytes after each.
+    """Encode the chunks of this process; print the bytes of each, or an error as a JSON object.
 
-    The parent process handles Ctrl-C and kills this one. An error that the user can correct, or one
-    of the disk, is printed as a JSON object with the message.
+    The parent process handles Ctrl-C and kills this one.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     directory, number, total = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
