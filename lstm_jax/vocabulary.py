@@ -18,7 +18,6 @@ PADDING_ID, UNKNOWN_ID = 0, 1
 # Ids of no text, which are never sampled.
 SPECIAL_IDS = (PADDING_ID, UNKNOWN_ID)
 
-# The kinds of tokens.
 KINDS = ("characters", "graphemes", "words", "bytes")
 _PATTERNS = {
     # Characters as a reader sees them (Unicode Standard Annex 29): accents stay with their letters,
@@ -47,8 +46,7 @@ _CONTROL = regex.compile(r"(?!\r\n|[\n\t])\p{Cc}")
 class Ids(Protocol):
     """The ids of a text: the length and the slices of an int32 array [n].
 
-    Those of a training text also have windows, by an index int [batch, time] in which each row
-    counts up by one.
+    Those of a training text also take an index [batch, time] whose rows count up by one.
     """
 
     def __len__(self) -> int: ...
@@ -112,8 +110,7 @@ class Vocabulary:
     ) -> "Vocabulary":
         """Return the vocabulary of a text, from the number of occurrences of each token.
 
-        Raises:
-          UserError: if no token occurs often enough, or the stop token does not occur.
+        Raise `UserError` if none occurs often enough, or the stop token does not occur.
         """
         frequent, total, stops = set(), 0, 0
         for token, count in counts:
@@ -143,8 +140,7 @@ class Vocabulary:
     def extended(self, other: "Vocabulary") -> "Vocabulary":
         """Return a vocabulary of these tokens with their ids, and then the new ones of `other`.
 
-        Raises:
-          UserError: if the tokens are of another kind, or documents end with another stop token.
+        Raise `UserError` if the tokens are of another kind, or the stop token is another.
         """
         if self.kind != other.kind:
             raise UserError(
@@ -187,17 +183,11 @@ class Vocabulary:
 
     @property
     def token_name(self) -> str:
-        """The name of one token: "character", "word" and so on.
-
-        If the stop token has several characters, the name is "token".
-        """
+        """The name of a token: that of the kind, or "token" if the stop token is longer."""
         return "token" if len(self.stop) > 1 else self.kind[:-1]
 
     def split(self, text: str) -> list[str]:
-        """Return the tokens of `text`, known or not.
-
-        Joined they are `text` again, except for bytes above 127, which are one token each.
-        """
+        """Return the tokens of `text`, known or not; bytes above 127 are one token each."""
         return list(split_text(text, self.kind, self.stop))
 
     def look_up(self, tokens: Iterable[str]) -> np.ndarray:
@@ -216,7 +206,7 @@ class Vocabulary:
         """Return a `decode` for ids that come piece by piece.
 
         Its second argument says whether the ids are the last. Until then it keeps the bytes of a
-        character whose end is still to come; its texts, joined, are equal to that of `decode`.
+        character whose end is still to come.
         """
         if self.kind != "bytes":
             return lambda ids, final: "".join(self.tokens[int(i)] for i in ids)

@@ -188,6 +188,8 @@ def test_bytes_are_split_at_bytes(tmp_path: Path) -> None:
     assert len(parts[0]) == int(0.9 * len(content))
     # A cut in the middle of a character, at the first byte of two.
     (tmp_path / "file").write_text("é" * 10)
-    halves = sources.split_files(data.path, (0.45, 0.05, 0.5), any_bytes=True, ends=False)
+    halves = sources.split_files(
+        [[tmp_path / "file"]], (0.45, 0.05, 0.5), any_bytes=True, ends=False
+    )
     train = sources.read_segments(halves[0], any_bytes=True, ends=False)
     assert len(train.encode("utf-8", "surrogateescape")) == 9

@@ -6,7 +6,7 @@ import pytest
 
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
-from lstm_jax.data.texts import TextInMemory
+from lstm_jax.data.encoding import Text
 from lstm_jax.model import LanguageModel
 from lstm_jax.vocabulary import KINDS, Vocabulary
 
@@ -38,14 +38,14 @@ def test_bits_per_character_are_the_same_cost_in_any_unit() -> None:
         tokens = len(vocabulary.encode(text)) - 1
         # The first token is read, not predicted.
         characters = len(text) - len(vocabulary.split(text)[0])
-        bits = loss_lib.compute_bits_per_character(3.0, vocabulary, tokens, TextInMemory(text))
+        bits = loss_lib.compute_bits_per_character(3.0, vocabulary, tokens, Text(text))
         assert bits == pytest.approx(3.0 / math.log(2) * tokens / characters)
     assert bits_of_characters(3.0, text) == pytest.approx(3.0 / math.log(2))
 
 
 def bits_of_characters(loss: float, text: str) -> float:
     vocabulary = Vocabulary.from_text(text)
-    return loss_lib.compute_bits_per_character(loss, vocabulary, len(text) - 1, TextInMemory(text))
+    return loss_lib.compute_bits_per_character(loss, vocabulary, len(text) - 1, Text(text))
 
 
 def test_unknown_units_are_spelled_out() -> None:
@@ -54,7 +54,7 @@ def test_unknown_units_are_spelled_out() -> None:
     assert vocabulary.encode(text).tolist() == [1, 2, 1, 2]
     # The first unit is not predicted; " été" has six bytes, and one for its end.
     expected = (3 * 1.5 / math.log(2) + 7 * 8) / (len(text) - 1)
-    measured = TextInMemory(text)
+    measured = Text(text)
     bits = loss_lib.compute_bits_per_character(1.5, vocabulary, 3, measured)
     assert bits == pytest.approx(expected)
     assert loss_lib.describe_loss(1.5, vocabulary, measured) == (

@@ -33,7 +33,7 @@ def read_dataset(
       text_feature: the feature that holds the text.
       directory: TFDS's data directory; "" for its default.
       fractions: the shares of train, validation and test, in characters.
-      any_bytes: whether bytes that are not UTF-8 are kept, as surrogates.
+      any_bytes: see `sources`.
       ends: whether `FILE_END` follows each example, instead of line breaks between them.
 
     Raises:
@@ -52,13 +52,12 @@ def read_dataset(
     if "train" not in builder.info.splits:
         raise UserError(f"{name} has no split named train to learn from")
 
-    def read_split(split_name: str) -> str:
+    def read_split(split: str) -> str:
         try:
-            source = builder.as_data_source(split=split_name)
+            source = builder.as_data_source(split=split)
             examples = [source[i][text_feature] for i in range(len(source))]
         except Exception as error:  # It is damaged, or the code of one of its features fails.
-            reason = one_line(error)
-            raise UserError(f"can't read {name} under {data_dir}: {reason}") from None
+            raise UserError(f"can't read {name} under {data_dir}: {one_line(error)}") from None
         texts = [
             sources.decode_text(example, f"example {i} of {name}", any_bytes)
             for i, example in enumerate(examples)
@@ -92,8 +91,7 @@ def _prepare(builder: tfds.core.DatasetBuilder, name: str, data_dir: Path) -> No
     except UserError:
         raise
     except Exception as error:  # A builder is code of the dataset's own: it can raise anything.
-        reason = one_line(error)
-        raise UserError(f"can't prepare {name} under {data_dir}: {reason}") from None
+        raise UserError(f"can't prepare {name} under {data_dir}: {one_line(error)}") from None
 
 
 def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:

@@ -4,7 +4,6 @@ A text is first encoded as indices into its own different tokens, which takes lo
 and is done once. Its ids in a vocabulary are a look-up of these in a table.
 """
 
-import abc
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,7 +25,7 @@ class Part(NamedTuple):
     """An encoded text, or a chunk of one.
 
     Attributes:
-      ids: indices into `tokens`, [n].
+      ids: indices into `tokens`, [n], of the smallest dtype.
       tokens: the different tokens of the text.
       counts: how often each of them occurs, int64.
       characters: the length of the text.
@@ -39,21 +38,13 @@ class Part(NamedTuple):
 
 
 def encode_chunk(text: str, kind: str, stop: str) -> Part:
-    """Encode a text as indices of the smallest dtype.
-
-    Args:
-      text: the text.
-      kind: the kind of its tokens, one of `vocabulary.KINDS`.
-      stop: the stop token, or "".
-    """
+    """Encode a text with tokens of a kind (of `vocabulary.KINDS`) and a stop token, or ""."""
     if kind in ("words", "graphemes"):
         index: dict[str, int] = {}
-        ids = np.fromiter(
-            (index.setdefault(token, len(index)) for token in split_text(text, kind, stop)),
-            np.int32,
-        )
-        dtype = get_smallest_dtype(len(index))
-        return Part(ids.astype(dtype), list(index), np.bincount(ids), len(text))
+        numbers = (index.setdefault(token, len(index)) for token in split_text(text, kind, stop))
+        ids = np.fromiter(numbers, np.int32)
+        small = ids.astype(get_smallest_dtype(len(index)))
+        return Part(small, list(index), np.bincount(ids), len(text))
     single, end = text, stop
     if kind == "bytes":
         # In Latin-1 every byte is one character.
@@ -95,12 +86,8 @@ def iterate_chunks(text: Iterable[Segment], kind: str, size: int) -> Iterator[li
     """Cut a text into chunks that can be encoded one by one.
 
     A text is cut only at places that are borders between two tokens whatever is on both sides, so
-    that the tokens of its chunks, one after the other, are those of the whole text.
-
-    Args:
-      text: the segments of the text.
-      kind: the kind of its tokens, one of `vocabulary.KINDS`.
-      size: bytes of a chunk, about. A chunk in which there is no place to cut is longer.
+    that the tokens of its chunks, one after the other, are those of the whole text. A chunk has
+    about `size` bytes, or more if there is no such place.
     """
     pending: list[Segment] = []
     content = bytearray()
@@ -150,24 +137,31 @@ def find_last_cut(content: bytes | bytearray, kind: str) -> int:
     return 0
 
 
-class Text(abc.ABC):
-    """One split of a text, in memory or on the disk."""
+class Text:
+    """One split of a text, in memory as one chunk. Subclasses may keep it elsewhere."""
 
-    @abc.abstractmethod
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._indexed: tuple[str, str, Part] | None = None
+
     def index_tokens(self, kind: str, stop: str) -> Part:
         """Encode the text as indices into its own tokens; see `encode_chunk`."""
+        if self._indexed is None or self._indexed[:2] != (kind, stop):
+            self._indexed = kind, stop, encode_chunk(self._text, kind, stop)
+        return self._indexed[2]
 
-    @abc.abstractmethod
     def find_stop(self, separator: str) -> str:
         """Return the stop token of the text; see `find_stop_text`."""
+        return find_stop_text(separator, self._text)
 
-    @abc.abstractmethod
     def encode(self, vocabulary: Vocabulary) -> Ids:
         """Return the ids of the text."""
+        part = self.index_tokens(vocabulary.kind, vocabulary.stop)
+        return vocabulary.look_up(part.tokens)[part.ids]
 
-    @abc.abstractmethod
     def pieces(self, overlap: int) -> Iterator[str]:
-        """Yield the text in pieces of bounded size, each after the last characters before it."""
+        """Yield the text in pieces of bounded size, each after `overlap` characters before it."""
+        yield self._text
 
     def vocabulary(self, data: "ConfigDict") -> Vocabulary:
         """Return the vocabulary of the text for the `data` fields of a config."""
@@ -199,30 +193,3 @@ class Text(abc.ABC):
             if token_id == UNKNOWN_ID
         )
         return Costs(characters, unknown)
-
-
-class TextInMemory(Text):
-    """A text that is one chunk, in memory."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-        self._indexed: tuple[str, str, Part] | None = None
-
-    def index_tokens(self, kind: str, stop: str) -> Part:
-        """See `Text`."""
-        if self._indexed is None or self._indexed[:2] != (kind, stop):
-            self._indexed = kind, stop, encode_chunk(self._text, kind, stop)
-        return self._indexed[2]
-
-    def find_stop(self, separator: str) -> str:
-        """See `Text`."""
-        return find_stop_text(separator, self._text)
-
-    def encode(self, vocabulary: Vocabulary) -> np.ndarray:
-        """See `Text`: int32 [n]."""
-        part = self.index_tokens(vocabulary.kind, vocabulary.stop)
-        return vocabulary.look_up(part.tokens)[part.ids]
-
-    def pieces(self, overlap: int) -> Iterator[str]:
-        """See `Text`: all of it is one piece."""
-        yield self._text

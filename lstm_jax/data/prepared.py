@@ -1,20 +1,11 @@
 """Prepare texts too large for memory: encode them once, in parallel, into files of ids.
 
-A prepared corpus is a directory, most often in `.lstm_jax` beside the first file of its text:
+A prepared corpus is a directory with the ids of each split (train.npy, ...), the token of each id,
+how often each is in each split, and a manifest; docs/data.md describes the files. Its ids are those
+of all tokens of the text. A vocabulary is a table from them to its own ids.
 
-    train.npy, validation.npy, test.npy   the ids of each split, of the smallest dtype that holds
-                                          all tokens (numpy.load(..., mmap_mode="r") reads them)
-    units.jsonl                           the token of each id, a JSON string a line
-    counts.npy                            how often each is in each split, int64 [3, tokens]
-    prepared.json                         its sources and parameters, checksums, and a seal
-
-The seal is made with a key of the user's own (in `get_cache_directory`). A corpus that someone else
-made or changed is ignored: to check that its ids are those of the text would take as long as to
-encode the text again.
-
-Its ids are those of all tokens of the text, in the order of their first occurrence. The vocabulary
-of a run, with its minimum count and the tokens that an initial model has, is a table from them to
-its own ids.
+The manifest is sealed with a key of the user's own. A corpus that someone else made or changed is
+ignored: to check that its ids are those of the text would take as long as to encode it again.
 """
 
 import contextlib
@@ -86,12 +77,7 @@ class Manifest(NamedTuple):
 
     @classmethod
     def read(cls, directory: Path, limit: int) -> "Manifest":
-        """Read a manifest of at most `limit` bytes.
-
-        Raises:
-          OSError: if it can't be read.
-          ValueError: if it is not one that this user has written.
-        """
+        """Read a manifest; raise `OSError` or `ValueError` if it is not one of this user."""
         fields = files.read_json(directory / MANIFEST, limit)
         if fields.pop("seal", None) != _seal(directory, fields):
             raise ValueError("it is not sealed with this user's key")
@@ -218,14 +204,13 @@ def _locate(data: ConfigDict) -> tuple[list[list[Path]], _States, Path]:
 
 def _states(texts: list[list[Path]], directory: Path) -> _States:
     """Return the path of each file from `directory`, so that all can be moved, and its state."""
-
-    def of_file(path: Path) -> list[Any]:
-        try:
-            return [os.path.relpath(path.absolute(), directory), *_state(path.stat())]
-        except OSError as error:
-            raise UserError(f"can't read {path}: {error.strerror}") from None
-
-    return [list(map(of_file, text)) for text in texts]
+    try:
+        return [
+            [[os.path.relpath(path.absolute(), directory), *_state(path.stat())] for path in text]
+            for text in texts
+        ]
+    except OSError as error:
+        raise UserError(f"can't read {error.filename}: {error.strerror}") from None
 
 
 def _state(status: os.stat_result) -> list[int]:
@@ -243,12 +228,9 @@ def _fingerprint(path: Path, known: list[Any]) -> list[Any]:
 
 
 def _find(directory: Path, states: _States, save: bool = False) -> Manifest | None:
-    """Return the corpus in `directory` if it is complete, this user's own, and of this text.
+    """Return the corpus in `directory` if it is complete, this user's own, and of these files.
 
-    Args:
-      directory: of the corpus.
-      states: of the files of the text, now.
-      save: whether to save new times and inodes there, so that the next time is faster.
+    With `save`, write new times and inodes to the manifest, so that the next time is faster.
     """
     if not _is_directory(directory):
         return None
@@ -261,9 +243,8 @@ def _find(directory: Path, states: _States, save: bool = False) -> Manifest | No
     except (OSError, ValueError, TypeError, RecursionError):
         return None
     if states != manifest.sources:
-        if [[state[:2] for state in text] for text in states] != [
-            [state[:2] for state in text] for text in manifest.sources
-        ]:
+        names_and_sizes = [[state[:2] for state in text] for text in states]
+        if names_and_sizes != [[state[:2] for state in text] for text in manifest.sources]:
             return None
         digest = hashlib.sha256()
         for piece in sources.cut_pieces(manifest.list_segments(), CHUNK):
@@ -297,9 +278,7 @@ def _prepare(
     total = sum(state[1] for text in states for state in text)
     _print(f"Preparing {total / 1e6:,.0f} MB of text, once, in {directory}")
     digest, ends = hashlib.sha256(), data.document_separator == "file"
-    split = sources.split_files(
-        data.path, data.fractions, data.units == "bytes", ends, digest.update
-    )
+    split = sources.split_files(texts, data.fractions, data.units == "bytes", ends, digest.update)
     sources.check_unchanged(digest.hexdigest(), data.sha256)
     chunks = [list(iterate_chunks(text, data.units, CHUNK)) for text in split]
     plan = {
@@ -355,18 +334,16 @@ class _Content:
 
 
 def _begin(unfinished: Path, plan: dict[str, Any]) -> bytes:
-    """Make the directory to work in; keep the chunks of an earlier preparation of the same plan.
+    """Make the directory to work in, and return the key that seals the chunks of this plan.
 
-    Returns:
-      The key that seals the chunks of this plan, so that no others are used.
+    Chunks that are there from an earlier preparation of the same plan are kept.
     """
     content = json.dumps(plan).encode()
     path, parts = unfinished / worker.PLAN, unfinished / worker.PARTS
-    same = _is_directory(unfinished) and _is_directory(parts)
-    try:
-        same = same and files.read_bytes(path, len(content)) == content
-    except OSError:
-        same = False
+    same = False
+    with contextlib.suppress(OSError):
+        if _is_directory(unfinished) and _is_directory(parts):
+            same = files.read_bytes(path, len(content)) == content
     if not same:
         _remove(unfinished)
         parts.mkdir(parents=True)

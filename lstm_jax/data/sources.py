@@ -150,7 +150,7 @@ def list_segments(paths: Iterable[Path], any_bytes: bool, ends: bool) -> list[Se
 
 
 def split_files(
-    paths: str,
+    texts: Sequence[Sequence[Path]],
     fractions: Sequence[float],
     any_bytes: bool,
     ends: bool,
@@ -159,22 +159,22 @@ def split_files(
     """Return the segments of train, validation and test.
 
     Args:
-      paths: `data.path`, of three texts or of one to be split.
+      texts: the files of these, or of one text to be split.
       fractions: the share of each split, see `find_cuts`.
       any_bytes: also whether to split at bytes, as the usual splits of enwik8 are.
       ends: see above.
       hear: called with all bytes of the text, piece by piece, in order.
     """
-    texts = [list_segments(found, any_bytes, ends) for found in find_files(paths)]
+    found = [list_segments(paths, any_bytes, ends) for paths in texts]
     pieces, lengths = [], []
-    for piece in cut_pieces(itertools.chain.from_iterable(texts), _PIECE_BYTES):
+    for piece in cut_pieces(itertools.chain.from_iterable(found), _PIECE_BYTES):
         content = read_segment(piece)
         hear(content)
         pieces.append(piece)
         lengths.append(int(np.count_nonzero(_find_places(content, any_bytes))))
-    if len(texts) > 1:
-        return texts
-    rest, before, splits = texts[0], 0, []
+    if len(found) > 1:
+        return found
+    rest, before, splits = found[0], 0, []
     stops = np.cumsum(lengths)
     for cut in find_cuts(sum(lengths), fractions):
         i = int(np.searchsorted(stops, cut, side="right"))  # The piece of the cut.

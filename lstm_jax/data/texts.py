@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lstm_jax.data import sources
-from lstm_jax.data.encoding import Text, TextInMemory
+from lstm_jax.data.encoding import Text
 from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import Ids, Vocabulary
 
@@ -20,22 +20,13 @@ _MAX_BYTES_IN_MEMORY = 16 * 10**6
 
 
 class Splits(NamedTuple):
-    """The text of each split.
-
-    Attributes:
-      texts: by the names of the splits.
-      sha256: SHA-256 over the bytes of all of them, in hexadecimal.
-    """
+    """The text of each split, by its name, and SHA-256 over the bytes of all, in hexadecimal."""
 
     texts: dict[str, Text]
     sha256: str
 
     def encode(self, vocabulary: Vocabulary) -> dict[str, Ids]:
-        """Return the ids of each split.
-
-        Raises:
-          UserError: if a split has no token to read and one to predict.
-        """
+        """Return the ids of each split; raise `UserError` if it has fewer than two."""
         ids = {name: text.encode(vocabulary) for name, text in self.texts.items()}
         for name, of_split in ids.items():
             if len(of_split) < 2:
@@ -58,20 +49,20 @@ def load_texts(data: ConfigDict) -> Splits:
     if data.path and sources.measure_files(data.path) > data.memory_megabytes * 10**6:
         from lstm_jax.data import prepared  # Only for a large text.
 
-        return _open_corpus(data, prepared.prepare_corpus(data))
-    return _load_in_memory(data)
+        return _open_splits(data, prepared.prepare_corpus(data))
+    return _open_splits(data)
 
 
-def _load_in_memory(data: ConfigDict) -> Splits:
-    strings = read_splits(data)
-    sha256 = compute_checksum(strings)
-    sources.check_unchanged(sha256, data.sha256)
-    return Splits({name: TextInMemory(text) for name, text in strings.items()}, sha256)
-
-
-def _open_corpus(data: ConfigDict, manifest: "Manifest") -> Splits:
-    sources.check_unchanged(manifest.text_sha256, data.sha256)
-    return Splits(manifest.texts(), manifest.text_sha256)
+def _open_splits(data: ConfigDict, manifest: "Manifest | None" = None) -> Splits:
+    """Return the splits of a prepared corpus, or else read them into memory."""
+    if manifest:
+        splits = Splits(manifest.texts(), manifest.text_sha256)
+    else:
+        strings = read_splits(data)
+        texts = {name: Text(text) for name, text in strings.items()}
+        splits = Splits(texts, compute_checksum(strings))
+    sources.check_unchanged(splits.sha256, data.sha256)
+    return splits
 
 
 def load_texts_of_run(
@@ -108,13 +99,13 @@ def load_texts_of_run(
                 "trust it, name it with --dataset NAME, and with --data_directory DIR where it is "
                 "if it is not in TFDS's own directory"
             )
-        return _load_in_memory(data).texts
+        return _open_splits(data).texts
     try:
         size = sources.measure_files(data.path)
     except UserError as error:  # Here the path comes from the run, or from a flag.
         raise UserError(str(error).replace("in data.path", "with --data_path")) from None
     if size <= _MAX_BYTES_IN_MEMORY:
-        return _load_in_memory(data).texts
+        return _open_splits(data).texts
     from lstm_jax.data import prepared  # Only for a large text.
 
     found = prepared.find_corpus(data)
@@ -127,22 +118,19 @@ def load_texts_of_run(
             "and was not prepared by you: name it with --data_path FILE to prepare it in "
             f"{data.prepared}"
         )
-    return _open_corpus(data, found).texts
+    return _open_splits(data, found).texts
 
 
 def read_splits(data: ConfigDict) -> dict[str, str]:
     """Read the text of each split into memory, for the `data` fields of a config.
-
-    With `data.units` "bytes", a byte that is not part of UTF-8 becomes a surrogate, as in Python's
-    "surrogateescape". With `data.document_separator` "file", `FILE_END` follows each file, or each
-    example of a dataset.
 
     Raises:
       UserError: if a text is missing, not UTF-8, empty, or too short to be split.
     """
     any_bytes, ends = data.units == "bytes", data.document_separator == "file"
     if data.path:
-        found = sources.split_files(data.path, data.fractions, any_bytes, ends)
+        files = sources.find_files(data.path)
+        found = sources.split_files(files, data.fractions, any_bytes, ends)
         texts = [sources.read_segments(segments, any_bytes, ends) for segments in found]
         source = data.path
     else:

@@ -45,27 +45,22 @@ class TinyShakespeare(tfds.core.GeneratorBasedBuilder, skip_registration=True): 
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         text = self._text
-        train = int(len(text) * 0.9)
-        validation = train + int((len(text) - train) * 0.5)
-        return {
-            "train": self._generate_examples("train", text[:train]),
-            "validation": self._generate_examples("validation", text[train:validation]),
-            "test": self._generate_examples("test", text[validation:]),
+        validation, test = sources.find_cuts(len(text), (0.9, 0.05, 0.05))
+        parts = {
+            "train": text[:validation],
+            "validation": text[validation:test],
+            "test": text[test:],
         }
+        return {name: self._generate_examples(name, part) for name, part in parts.items()}
 
     def _generate_examples(self, key: str, text: str) -> Iterator[tuple[str, dict[str, str]]]:
         yield key, {"text": text}
 
 
 def prepare_dataset(data_dir: Path) -> None:
-    """Write the dataset as array_record files under `data_dir`.
-
-    Raises:
-      UserError: if no source has the text.
-    """
-    builder = TinyShakespeare(
-        text=_get_text(data_dir), data_dir=data_dir, file_format="array_record"
-    )
+    """Write the dataset as array_record; raise `UserError` if no source has the text."""
+    text = _get_text(data_dir)
+    builder = TinyShakespeare(text=text, data_dir=data_dir, file_format="array_record")
     builder.download_and_prepare()
 
 
