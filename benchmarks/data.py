@@ -1,4 +1,4 @@
-"""Measures what a text of any size costs: its preparation, its memory, and its batches.
+"""Measure the cost of a large text: its preparation, its memory, and its batches.
 
     python benchmarks/make_corpus.py --directory corpus --megabytes 1000
     python benchmarks/data.py --corpus corpus
@@ -24,7 +24,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 ROOT = Path(__file__).parents[1]
-# So that the evaluation before the first step is short.
+# The validation split is small, so that the evaluation before the first step is short.
 FRACTIONS = (0.9998, 0.0001, 0.0001)
 _PREPARE = """
 import sys
@@ -37,7 +37,7 @@ prepared.prepare_corpus(data)
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corpus", type=Path, required=True, help="A directory of text files.")
     parser.add_argument("--train_seconds", type=float, default=30.0)
@@ -76,7 +76,7 @@ def _measure_preparation(path: str, prepared: str, megabytes: float) -> None:
 
 
 def _peak(process: subprocess.Popen[bytes], is_over: Callable[[], bool]) -> float:
-    """The most memory that a process and its children had until then, in 10**6 bytes."""
+    """Return the peak memory of a process and its children until then, in 10**6 bytes."""
     peak = 0
     while not is_over():
         peak = max(peak, sum(map(_resident, [process.pid, *_children(process.pid)])))
@@ -156,8 +156,8 @@ def _measure_memory(path: str, scratch: str, seconds: float) -> None:
         peaks[name] = _peak(process, is_over)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    told = ", ".join(f"{peak:,.0f} MB on {name}" for name, peak in peaks.items())
-    print(f"training quick.py, peak memory: {told}", flush=True)
+    summary = ", ".join(f"{peak:,.0f} MB on {name}" for name, peak in peaks.items())
+    print(f"training quick.py, peak memory: {summary}", flush=True)
 
 
 def _measure_steps(data: ConfigDict, rounds: int) -> None:
@@ -177,14 +177,14 @@ def _measure_steps(data: ConfigDict, rounds: int) -> None:
         ("24 units, batch of 8, steps_per_call=10", tiny, 20, 10),
     ):
         ratios = _ratios(config, data, steps, per_call, rounds)
-        told = ", ".join(f"{kind} {ratio:.3f}" for kind, ratio in ratios.items())
-        print(f"a step with its data, of one on a constant batch, {name}: {told}", flush=True)
+        summary = ", ".join(f"{kind} {ratio:.3f}" for kind, ratio in ratios.items())
+        print(f"a step with its data, of one on a constant batch, {name}: {summary}", flush=True)
 
 
 def _ratios(
     config: ConfigDict, data: ConfigDict, calls: int, per_call: int, rounds: int
 ) -> dict[str, float]:
-    """How much longer steps take with their data, on the device and from files; medians."""
+    """Return the median time of steps with their data, relative to a constant batch."""
     import jax
 
     from lstm_jax import batches, model, optimizer, train, train_step

@@ -1,9 +1,9 @@
-"""Compares the lengths of the documents that a model writes with those of real ones.
+"""Compare the lengths of generated documents with those of real ones.
 
     python benchmarks/document_lengths.py --workdir runs/shakespeare_speeches
 
-The model must have learned a stop token (data.document_separator). It writes `--num_samples`
-documents at temperature 1, each until it ends it or `--length` units are written.
+The model must have a stop token (data.document_separator). `--num_samples` documents are generated
+at temperature 1, each until its stop token, or of `--length` tokens.
 """
 
 import argparse
@@ -21,7 +21,7 @@ _PERCENTILES = (10, 25, 50, 75, 90)
 
 
 def main() -> None:
-    """Measures and prints a Markdown table of lengths in characters."""
+    """Measure and print a Markdown table of lengths in characters."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--num_samples", type=int, default=500)

@@ -1,4 +1,4 @@
-"""Makes a large text by repeating and perturbing a real one.
+"""Make a large text by repeating and perturbing a real one.
 
     python benchmarks/make_corpus.py --directory corpus --megabytes 1000
 
@@ -19,7 +19,7 @@ _FILE_BYTES = 100_000_000
 
 
 def main() -> None:
-    """Writes the files."""
+    """Write the files."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--megabytes", type=int, default=1000)
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def make(directory: Path, size: int) -> None:
-    """Writes files of `size` bytes together, a repetition more or less, into `directory`."""
+    """Write files of about `size` bytes in total into `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     paragraphs = "".join(texts.read_splits(config.default().data).values()).split("\n\n")

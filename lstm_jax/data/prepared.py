@@ -498,7 +498,7 @@ class PreparedText(Text):
 
 
 class _Lines:
-    """The JSON strings of a file, read anew by each iteration."""
+    """The JSON strings of a file, which each iteration reads again."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
