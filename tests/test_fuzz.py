@@ -257,7 +257,7 @@ def test_working_directories(
             loaded = load(directory)
             if fields is None:
                 expected = load(trained)
-                assert getattr(loaded, "units", loaded) == getattr(expected, "units", expected)
+                assert getattr(loaded, "tokens", loaded) == getattr(expected, "tokens", expected)
         except UserError as error:
             one_line(error)
     path = directory / workdir.METRICS
