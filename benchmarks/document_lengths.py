@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 
 from lstm_jax import generation
-from lstm_jax.data import corpus
+from lstm_jax.data import texts
 from lstm_jax.run import workdir
 
 _PERCENTILES = (10, 25, 50, 75, 90)
@@ -35,7 +35,7 @@ def main() -> None:
         parser.error(f"{options.workdir} has no stop token: train with data.document_separator")
     documents = {
         f"{name} text": text.split(trained.vocabulary.stop)
-        for name, text in corpus.read_corpus(trained.config.data).items()
+        for name, text in texts.read_splits(trained.config.data).items()
     }
     documents["generated"] = generation.generate_texts(
         trained.model,
@@ -47,8 +47,8 @@ def main() -> None:
     )
     print(f"| | documents | {' | '.join(f'{p} %' for p in _PERCENTILES)} | mean |")
     print("| --- |" + " ---: |" * (len(_PERCENTILES) + 2))
-    for name, texts in documents.items():
-        lengths = [len(text) for text in texts]
+    for name, parts in documents.items():
+        lengths = [len(part) for part in parts]
         figures = [*np.percentile(lengths, _PERCENTILES), np.mean(lengths)]
         print(f"| {name} | {len(texts):,} | {' | '.join(f'{x:.0f}' for x in figures)} |")
 

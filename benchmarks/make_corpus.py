@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lstm_jax import config
-from lstm_jax.data import corpus
+from lstm_jax.data import texts
 
 _MANY_BYTES = np.array([ord(c) for c in "éñßøλжשあ日語🎭"], np.uint32)
 _FILE_BYTES = 100_000_000
@@ -31,7 +31,7 @@ def make(directory: Path, size: int) -> None:
     """Write files of `size` bytes in total, give or take a repetition, into `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    paragraphs = "".join(corpus.read_corpus(config.default().data).values()).split("\n\n")
+    paragraphs = "".join(texts.read_splits(config.default().data).values()).split("\n\n")
     written = number = 0
     while written < size:
         with (directory / f"part{number:03}.txt").open("wb") as file:

@@ -28,7 +28,7 @@ import jax
 import numpy as np
 
 from lstm_jax import config
-from lstm_jax.data import corpus
+from lstm_jax.data.texts import read_splits
 from lstm_jax.run import workdir
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +63,7 @@ def main() -> None:
     if not (options.nanogpt / "train.py").exists():
         parser.error(f"{options.nanogpt} has no train.py: clone nanoGPT and name its directory")
 
-    splits = corpus.read_corpus(config.default().data)
+    splits = read_splits(config.default().data)
     held_out = _write_dataset(options.nanogpt, splits)
     print("| | parameters | minutes | nats per character | otherwise |")
     print("| --- | ---: | ---: | ---: | --- |")

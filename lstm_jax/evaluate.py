@@ -16,7 +16,7 @@ from absl import flags
 
 from lstm_jax import command, dynamic
 from lstm_jax import loss as loss_lib
-from lstm_jax.data import corpus, texts
+from lstm_jax.data import sources, texts
 from lstm_jax.errors import UserError
 from lstm_jax.run import workdir
 
@@ -60,9 +60,9 @@ def main() -> None:
     if _WORKDIR.value is None:
         raise UserError("name the trained model: --workdir DIR")
     names = _SPLIT.value.split("+")
-    if unknown := [name for name in names if name not in corpus.SPLITS]:
+    if unknown := [name for name in names if name not in sources.SPLITS]:
         raise UserError(
-            f"there is no split {unknown[0]!r}: --split is {', '.join(corpus.SPLITS)}, or several "
+            f"there is no split {unknown[0]!r}: --split is {', '.join(sources.SPLITS)}, or several "
             "joined by +"
         )
     settings = dynamic.Settings(

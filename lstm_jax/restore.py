@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from lstm_jax import batches
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
-from lstm_jax.data import texts
+from lstm_jax.data.encoding import Text
 from lstm_jax.errors import UserError
 from lstm_jax.run import checkpoints, workdir
 from lstm_jax.train_step import TrainState, init_state
@@ -53,6 +53,7 @@ def restore_run(
     config: ConfigDict,
     directory: Path,
     vocabulary: Vocabulary,
+    text: Text,
     ids: Ids,
     mesh: jax.sharding.Mesh | None = None,
     places: bool = False,
@@ -63,7 +64,8 @@ def restore_run(
       config: a settled config (`resume.settle_run`).
       directory: the working directory.
       vocabulary: the vocabulary of the model.
-      ids: the training text.
+      text: the training text.
+      ids: its ids.
       mesh: the devices; None for the default device.
       places: whether the iterator yields places only, see `batches.make_batches`.
 
@@ -85,7 +87,7 @@ def restore_run(
         averaged=config.optimizer.average_decay > 0,
         trained=trained.params if trained else None,
         mesh=mesh,
-        counts=texts.count_tokens(ids, len(vocabulary)) if is_new else None,
+        counts=text.count_tokens(vocabulary) if is_new else None,
     )
     restored = checkpoints.restore_latest(saved_in, state.evaluated, state.rest, iterator)
     if restored is None:

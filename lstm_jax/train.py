@@ -95,7 +95,7 @@ class _Run:
         watch: Watch,
     ) -> None:
         config, vocabulary, changes = resume.settle_run(
-            splits.settle(config), directory, lambda: splits.make_vocabulary(config.data)
+            splits.settle(config), directory, lambda: splits.texts["train"].vocabulary(config.data)
         )
         self.config, self.vocabulary, self.texts = config, vocabulary, splits.texts
         self.directory, self.saved_in = directory, directory / workdir.CHECKPOINTS
@@ -108,7 +108,15 @@ class _Run:
             "config, text and working directory: start all with the same command",
         )
         self.on_devices = feeding.fits_on_device(self.ids["train"], len(vocabulary))
-        start = restore_run(config, directory, vocabulary, self.ids["train"], mesh, self.on_devices)
+        start = restore_run(
+            config,
+            directory,
+            vocabulary,
+            splits.texts["train"],
+            self.ids["train"],
+            mesh,
+            self.on_devices,
+        )
         self.model, self.state, self.step = start.model, start.state, start.step
         self.iterator, self.history = start.iterator, start.history
         self.steps_per_epoch, self.total_steps = start.steps_per_epoch, start.total_steps

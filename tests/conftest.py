@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
 from lstm_jax import train
-from lstm_jax.data import datasets
+from lstm_jax.data import datasets, sources
 
 # A shell that runs the tests in the background has SIGINT ignored, and so would every process that
 # they start have it.
@@ -44,7 +44,8 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shakespeare(data_dir: Path) -> dict[str, str]:
     """The splits of Tiny Shakespeare."""
-    return datasets.read_dataset("tiny_shakespeare", "text", str(data_dir), (0.9, 0.05, 0.05))
+    texts = datasets.read_dataset("tiny_shakespeare", "text", str(data_dir), (0.9, 0.05, 0.05))
+    return dict(zip(sources.SPLITS, texts, strict=True))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from lstm_jax import config as config_lib
-from lstm_jax.data import corpus, datasets
+from lstm_jax.data import datasets, sources, texts
 from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import FILE_END
 
@@ -17,7 +17,9 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 FRACTIONS = (0.9, 0.05, 0.05)
 
 
-def test_tiny_shakespeare_is_whole_and_split_as_tfds_splits_it(shakespeare: dict[str, str]) -> None:
+def test_tiny_shakespeare_is_whole_and_split_as_tfds_splits_it(
+    shakespeare: dict[str, str], tmp_path: Path
+) -> None:
     assert {name: len(text) for name, text in shakespeare.items()} == {
         "train": 1_003_854,
         "validation": 55_770,
@@ -25,31 +27,34 @@ def test_tiny_shakespeare_is_whole_and_split_as_tfds_splits_it(shakespeare: dict
     }
     joined = "".join(shakespeare.values())
     assert hashlib.sha256(joined.encode()).hexdigest() == SHAKESPEARE_SHA256
-    assert corpus.compute_checksum(shakespeare) == SHAKESPEARE_SHA256
+    assert texts.compute_checksum(shakespeare) == SHAKESPEARE_SHA256
     # A file with the same text is split at the same places.
-    assert corpus.split_by_position(joined, FRACTIONS) == shakespeare
+    (tmp_path / "text").write_text(joined)
+    data = config_lib.default().data
+    data.path = str(tmp_path / "text")
+    assert texts.read_splits(data) == shakespeare
 
 
 def test_files_are_read_in_the_order_named_and_globs_by_name(tmp_path: Path) -> None:
     for name, text in {"b.txt": "zwei\r\n", "a.txt": "\ufeffeins ", "c[1].txt": "drei"}.items():
         (tmp_path / name).write_bytes(text.encode())
-    (files,) = corpus.find_files(f"{tmp_path}/*.txt")
-    assert corpus.read_files(files) == "eins zwei\r\ndrei"
-    (files,) = corpus.find_files(f"{tmp_path}/c[1].txt,{tmp_path}/a.txt")
-    assert corpus.read_files(files) == "dreieins "
+    (files,) = sources.find_files(f"{tmp_path}/*.txt")
+    assert sources.read_files(files) == "eins zwei\r\ndrei"
+    (files,) = sources.find_files(f"{tmp_path}/c[1].txt,{tmp_path}/a.txt")
+    assert sources.read_files(files) == "dreieins "
 
 
 def test_any_file_is_bytes(tmp_path: Path) -> None:
     content = bytes(range(256)) * 4
     (tmp_path / "a.bin").write_bytes(b"\xef\xbb\xbf" + content)
-    text = corpus.read_files([tmp_path / "a.bin"], any_bytes=True)
+    text = sources.read_files([tmp_path / "a.bin"], any_bytes=True)
     assert text.encode("utf-8", "surrogateescape") == b"\xef\xbb\xbf" + content
     config = config_lib.default()
     config.data.path = str(tmp_path / "a.bin")
     config.data.units = "bytes"
-    splits = corpus.read_corpus(config.data)
+    splits = texts.read_splits(config.data)
     assert "".join(splits.values()) == text
-    assert corpus.compute_checksum(splits) == hashlib.sha256(b"\xef\xbb\xbf" + content).hexdigest()
+    assert texts.compute_checksum(splits) == hashlib.sha256(b"\xef\xbb\xbf" + content).hexdigest()
 
 
 def test_each_file_or_example_is_a_document(tmp_path: Path) -> None:
@@ -58,15 +63,13 @@ def test_each_file_or_example_is_a_document(tmp_path: Path) -> None:
     config = config_lib.default()
     config.data.path = f"{tmp_path}/*"
     config.data.document_separator = "file"
-    text = "".join(corpus.read_corpus(config.data).values())
+    text = "".join(texts.read_splits(config.data).values())
     assert text == "a" * 30 + FILE_END + "b" * 30 + FILE_END
     (tmp_path / "c").write_text(f"c{FILE_END}")
     with pytest.raises(UserError, match="holds U.FDD0"):
-        corpus.read_corpus(config.data)
+        texts.read_splits(config.data)
     splits = datasets.read_dataset("fables", "story", str(tmp_path), FRACTIONS, ends=True)
-    assert sorted("".join(splits.values()).split(FILE_END)[:-1]) == sorted(
-        f"story {i}" for i in range(50)
-    )
+    assert sorted("".join(splits).split(FILE_END)[:-1]) == sorted(f"story {i}" for i in range(50))
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:
@@ -79,8 +82,8 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         "": r"is a directory: name its files in data.path: .*[^/]/\*$",
     }.items():
         with pytest.raises(UserError, match=message):
-            corpus.read_files(
-                [path for text in corpus.find_files(f"{tmp_path}/{name}") for path in text]
+            sources.read_files(
+                [path for text in sources.find_files(f"{tmp_path}/{name}") for path in text]
             )
 
 
@@ -90,7 +93,7 @@ def test_a_text_too_short_to_split_is_refused(tmp_path: Path) -> None:
     config = config_lib.default()
     config.data.path = str(path)
     with pytest.raises(UserError, match="validation split has 1 characters"):
-        corpus.read_corpus(config.data)
+        texts.read_splits(config.data)
 
 
 class Fables(tfds.core.GeneratorBasedBuilder):
@@ -116,10 +119,10 @@ class Fables(tfds.core.GeneratorBasedBuilder):
 
 def test_any_tfds_dataset_with_a_text_feature(tmp_path: Path) -> None:
     splits = datasets.read_dataset("fables", "story", str(tmp_path), (0.8, 0.1, 0.1))
-    train = "".join(splits.values())
+    train = "".join(splits)
     # There is no validation split, so all three come from the 50 training examples.
     assert sorted(train.split("\n")) == sorted(f"story {i}" for i in range(50))
-    assert len(splits["train"]) == int(0.8 * len(train))
+    assert len(splits[0]) == int(0.8 * len(train))
     with pytest.raises(UserError, match="no text 'text' .*title, story"):
         datasets.read_dataset("fables", "text", str(tmp_path), (0.8, 0.1, 0.1))
     with pytest.raises(UserError, match="no text 'pages' .*title, story"):
@@ -155,11 +158,12 @@ def test_a_dataset_prepared_for_tensorflow_is_named(data_dir: Path, tmp_path: Pa
 def test_a_changed_text_is_noticed() -> None:
     data = config_lib.default().data
     splits = {"train": "abc", "validation": "d", "test": "e"}
-    corpus.check_unchanged(corpus.compute_checksum(splits), data)
-    data.sha256 = corpus.compute_checksum(splits)
-    corpus.check_unchanged(corpus.compute_checksum(splits), data)
+    sources.check_unchanged(texts.compute_checksum(splits), data.sha256)
+    data.sha256 = texts.compute_checksum(splits)
+    sources.check_unchanged(texts.compute_checksum(splits), data.sha256)
     with pytest.raises(UserError, match="not the one this run was trained on"):
-        corpus.check_unchanged(corpus.compute_checksum(splits | {"test": "f"}), data)
+        changed = texts.compute_checksum(splits | {"test": "f"})
+        sources.check_unchanged(changed, data.sha256)
 
 
 def test_each_split_may_have_files_of_its_own(tmp_path: Path) -> None:
@@ -167,11 +171,11 @@ def test_each_split_may_have_files_of_its_own(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     data = config_lib.default().data
     data.path = f"{tmp_path}/a,{tmp_path}/b;{tmp_path}/c;{tmp_path}/d"
-    assert corpus.make_absolute(data.path) == data.path
-    assert corpus.read_corpus(data) == {"train": "training", "validation": "valid", "test": "test"}
+    assert sources.make_absolute(data.path) == data.path
+    assert texts.read_splits(data) == {"train": "training", "validation": "valid", "test": "test"}
     data.path = f"{tmp_path}/a;{tmp_path}/b"
     with pytest.raises(UserError, match="is 2 texts: it must be one, or those of train"):
-        corpus.read_corpus(data)
+        texts.read_splits(data)
 
 
 def test_bytes_are_split_at_bytes(tmp_path: Path) -> None:
@@ -179,9 +183,13 @@ def test_bytes_are_split_at_bytes(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(content)
     data = config_lib.default().data
     data.path, data.units = str(tmp_path / "file"), "bytes"
-    parts = [text.encode("utf-8", "surrogateescape") for text in corpus.read_corpus(data).values()]
+    parts = [text.encode("utf-8", "surrogateescape") for text in texts.read_splits(data).values()]
     assert b"".join(parts) == content
     assert len(parts[0]) == int(0.9 * len(content))
     # A cut in the middle of a character, at the first byte of two.
-    halves = corpus.split_by_position("é" * 10, (0.45, 0.05, 0.5), any_bytes=True)
-    assert len(halves["train"].encode("utf-8", "surrogateescape")) == 9
+    (tmp_path / "file").write_text("é" * 10)
+    halves = sources.split_files(
+        [[tmp_path / "file"]], (0.45, 0.05, 0.5), any_bytes=True, ends=False
+    )
+    train = sources.read_segments(halves[0], any_bytes=True, ends=False)
+    assert len(train.encode("utf-8", "surrogateescape")) == 9

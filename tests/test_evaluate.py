@@ -6,7 +6,7 @@ import pytest
 
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
-from lstm_jax.data.texts import TextInMemory
+from lstm_jax.data.encoding import Text
 from lstm_jax.model import LanguageModel
 from lstm_jax.vocabulary import KINDS, Vocabulary
 
@@ -38,14 +38,14 @@ def test_bits_per_character_are_the_same_cost_for_tokens_of_any_kind() -> None:
         tokens = len(vocabulary.encode(text)) - 1
         # The first token is read, not predicted.
         characters = len(text) - len(vocabulary.split(text)[0])
-        costs = TextInMemory(text).costs(vocabulary, first=False)
+        costs = Text(text).costs(vocabulary, first=False)
         bits = loss_lib.compute_bits_per_character(3.0, tokens, [costs])
         assert bits == pytest.approx(3.0 / math.log(2) * tokens / characters)
     assert bits_of_characters(3.0, text) == pytest.approx(3.0 / math.log(2))
 
 
 def bits_of_characters(loss: float, text: str) -> float:
-    costs = TextInMemory(text).costs(Vocabulary.from_text(text), first=False)
+    costs = Text(text).costs(Vocabulary.from_text(text), first=False)
     return loss_lib.compute_bits_per_character(loss, len(text) - 1, [costs])
 
 
@@ -55,14 +55,14 @@ def test_unknown_tokens_are_spelled_out() -> None:
     assert vocabulary.encode(text).tolist() == [1, 2, 1, 2]
     # The first token is not predicted; " été" has six bytes, and one for its end.
     expected = (3 * 1.5 / math.log(2) + 7 * 8) / (len(text) - 1)
-    costs = TextInMemory(text).costs(vocabulary, first=False)
+    costs = Text(text).costs(vocabulary, first=False)
     assert loss_lib.compute_bits_per_character(1.5, 3, [costs]) == pytest.approx(expected)
     assert loss_lib.describe_loss(1.5, vocabulary.token_name, 3, costs) == (
         f"1.5000 nats per word, 2.1640 bits per word, perplexity 4.482, "
         f"{expected:.4f} bits per character"
     )
     characters = Vocabulary.from_text(text)
-    costs = TextInMemory(text).costs(characters, first=False)
+    costs = Text(text).costs(characters, first=False)
     assert loss_lib.describe_loss(1.5, characters.token_name, len(text) - 1, costs) == (
         "1.5000 nats per character, 2.1640 bits per character, perplexity 4.482"
     )

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from lstm_jax import batches, command, generation, main
 from lstm_jax import config as config_lib
-from lstm_jax.data import corpus
+from lstm_jax.data import texts
 from lstm_jax.errors import UserError
 from lstm_jax.run import checkpoints, files, metrics, workdir
 from lstm_jax.vocabulary import Vocabulary
@@ -76,7 +76,7 @@ def test_text_files(
         }
     )
     try:
-        splits = corpus.read_corpus(config.data)
+        splits = texts.read_splits(config.data)
         vocabulary = Vocabulary.from_text(splits["train"])
         ids = vocabulary.encode(splits["train"])
         assert vocabulary.decode(ids) == splits["train"]
@@ -257,7 +257,7 @@ def test_working_directories(
             loaded = load(directory)
             if fields is None:
                 expected = load(trained)
-                assert getattr(loaded, "units", loaded) == getattr(expected, "units", expected)
+                assert getattr(loaded, "tokens", loaded) == getattr(expected, "tokens", expected)
         except UserError as error:
             one_line(error)
     path = directory / workdir.METRICS

@@ -20,7 +20,7 @@ import runs
 from lstm_jax import config as config_lib
 from lstm_jax import loss as loss_lib
 from lstm_jax import train
-from lstm_jax.data import encoding, prepared, texts
+from lstm_jax.data import encoding, prepared, sources, texts, worker
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import files, workdir
 from lstm_jax.vocabulary import KINDS, Vocabulary, split_text
@@ -44,7 +44,7 @@ def data(
     tmp_path: Path, shakespeare: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> ConfigDict:
     """Three files, to be prepared in chunks of a kilobyte, in a directory of their own."""
-    monkeypatch.setattr(encoding, "CHUNK", 1000)
+    monkeypatch.setattr(prepared, "CHUNK", 1000)
     (tmp_path / "text").mkdir()
     text = shakespeare["train"]
     for i, name in enumerate(("a", "b", "c")):
@@ -137,7 +137,7 @@ def test_a_text_is_cut_only_where_its_units_come_apart(units: str) -> None:
         text = "".join(rng.choice(alphabet, 40))
         content = text.encode()
         stop = str(rng.choice(["", "\n\n", "\n", "\r\n\r\n"]))
-        at = encoding.last_cut(content, units)
+        at = encoding.find_last_cut(content, units)
         parts = [content[:at].decode(), content[at:].decode()]
         joined = [unit for part in parts for unit in split_text(part, units, stop)]
         assert joined == list(split_text(text, units, stop)), (text, at)
@@ -211,8 +211,8 @@ def test_a_corpus_is_made_again_only_if_its_text_is_another(
 def test_a_killed_preparation_goes_on(data: ConfigDict, tmp_path: Path) -> None:
     script = f"""
 from lstm_jax import config
-from lstm_jax.data import encoding, texts
-encoding.CHUNK = 100
+from lstm_jax.data import prepared, texts
+prepared.CHUNK = 100
 data = config.default().data
 data.path, data.memory_megabytes = {data.path!r}, 0
 texts.load_texts(data)
@@ -237,17 +237,17 @@ texts.load_texts(data)
 def test_what_is_encoded_of_the_same_plan_is_kept(tmp_path: Path) -> None:
     plan = {"sha256": "1", "chunks": []}
     key = prepared._begin(tmp_path / "work", plan)
-    path = encoding.part_path(tmp_path / "work", 0)
-    part, chunk = encoding.encode_chunk("text", "characters", ""), [encoding.Segment("a", 0, 4)]
-    encoding.save_part(path, part, key)
+    path = worker.get_part_path(tmp_path / "work", 0)
+    part, chunk = encoding.encode_chunk("text", "characters", ""), [sources.Segment("a", 0, 4)]
+    worker.save_part(path, part, key)
     assert prepared._begin(tmp_path / "work", plan) == key
-    kept = encoding.load_part(path, chunk, key)
-    assert kept is not None and (kept.units, kept.characters) == (part.units, 4)
-    assert encoding.load_part(path, chunk, bytes(32)) is None, "of another plan, or somebody else"
-    shutil.copyfile(path, encoding.part_path(tmp_path / "work", 1))
-    assert encoding.load_part(encoding.part_path(tmp_path / "work", 1), chunk, key) is None
+    kept = worker.load_part(path, chunk, key)
+    assert kept is not None and (kept.tokens, kept.characters) == (part.tokens, 4)
+    assert worker.load_part(path, chunk, bytes(32)) is None, "of another plan, or somebody else"
+    shutil.copyfile(path, worker.get_part_path(tmp_path / "work", 1))
+    assert worker.load_part(worker.get_part_path(tmp_path / "work", 1), chunk, key) is None
     path.write_bytes(path.read_bytes()[:-30])
-    assert encoding.load_part(path, chunk, key) is None, "half a part is none"
+    assert worker.load_part(path, chunk, key) is None, "half a part is none"
     assert prepared._begin(tmp_path / "work", {**plan, "sha256": "2"}) != key
     assert not path.exists()
 
@@ -282,7 +282,7 @@ def seal_again(directory: Path, **changed: Any) -> None:
     """Makes a manifest to fit the files beside it, as somebody without the user's key can."""
     fields = files.read_json(directory / prepared.MANIFEST, 2**20)
     names = {path.name for path in directory.iterdir()} - {prepared.MANIFEST}
-    fields["files"] = {name: prepared._sync(directory / name) for name in names}
+    fields["files"] = {name: prepared._fingerprint(directory / name, []) for name in names}
     files.write_json(directory / prepared.MANIFEST, fields | changed)
 
 
@@ -394,7 +394,7 @@ def test_another_user_prepares_anew(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     assert prepared.find_corpus(data) is None
     assert_same(data)
-    key = prepared.cache_directory() / "key"
+    key = prepared.get_cache_directory() / "key"
     assert key.stat().st_mode & 0o777 == 0o600
     assert prepared.find_corpus(data)
     # Where no key can be kept, a corpus is good for the process that has made it.
@@ -414,8 +414,9 @@ def test_a_file_that_changes_while_it_is_read_is_told(
     path = directory / "train.npy"
     size = path.stat().st_size
     os.truncate(path, size - 1)
-    np.testing.assert_array_equal(ids.cut(np.array([0, 3]), 5)[1], ids[3:8])
-    for read in (lambda: ids[:], lambda: ids.cut(np.array([0, len(ids) - 3]), 3)):
+    windows = np.array([[0], [3]]) + np.arange(5)
+    np.testing.assert_array_equal(ids[windows], [ids[:5], ids[3:8]])
+    for read in (lambda: ids[:], lambda: ids[np.array([[0], [len(ids) - 3]]) + np.arange(3)]):
         with pytest.raises(UserError, match="train.npy has changed while it was read"):
             read()
     path.write_bytes(b"\xff" * size)
@@ -443,7 +444,7 @@ def test_chunks_of_somebody_else_are_encoded_anew(
     parts = sorted((unfinished / "parts").iterdir())
     kept = parts[5].stat().st_ino
     wrong = encoding.encode_chunk("something else", "characters", "")
-    encoding.save_part(parts[0], wrong, bytes(32))
+    worker.save_part(parts[0], wrong, bytes(32))
     # Without any seal, as files of an npz only.
     parts[1].write_bytes(parts[1].read_bytes()[32:])
     # The user's own, in each other's places.
@@ -530,7 +531,7 @@ def test_nothing_is_written_through_links(
 def test_a_full_disk_is_no_mistake_of_the_text(
     data: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoding, "CHUNK", 2**20)  # So that a chunk is larger than the plan.
+    monkeypatch.setattr(prepared, "CHUNK", 2**20)  # So that a chunk is larger than the plan.
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
     try:
@@ -561,14 +562,19 @@ def test_chunks_of_any_size_have_the_ids_of_the_text(
     text = "".join(pieces)
     path = tmp_path_factory.getbasetemp() / "chunks.txt"
     path.write_bytes(text.encode())
-    found = list(encoding.iterate_chunks(encoding.list_segments([path], False, False), kind, size))
+    found = [
+        (chunk, b"".join(map(sources.read_segment, chunk)))
+        for chunk in encoding.iterate_chunks(
+            sources.list_segments([path], False, False), kind, size
+        )
+    ]
     assert b"".join(content for _, content in found) == text.encode()
     units: list[str] = []
     for chunk, content in found:
-        decoded = encoding.decode_chunk(chunk, kind == "bytes", False)
+        decoded = sources.read_segments(chunk, kind == "bytes", False)
         assert decoded.encode("utf-8", "surrogateescape") == content
         part = encoding.encode_chunk(decoded, kind, stop)
-        units += [part.units[i] for i in part.ids.tolist()]
+        units += [list(part.tokens)[i] for i in part.ids.tolist()]
     assert units == list(split_text(text, kind, stop))
 
 
@@ -578,7 +584,9 @@ def test_a_place_to_cut_at_the_border_of_a_chunk(kind: str, tmp_path: Path) -> N
     # is then more than a chunk.
     text = "x" * 19 + " " + "y" * 60
     (tmp_path / "text").write_text(text)
-    found = list(
-        encoding.iterate_chunks(encoding.list_segments([tmp_path / "text"], False, False), kind, 20)
-    )
-    assert [content.decode() for _, content in found] == ["x" * 19, " " + "y" * 60]
+    text_segments = sources.list_segments([tmp_path / "text"], False, False)
+    found = encoding.iterate_chunks(text_segments, kind, 20)
+    assert [sources.read_segments(chunk, False, False) for chunk in found] == [
+        "x" * 19,
+        " " + "y" * 60,
+    ]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lstm_jax.data import datasets, tiny_shakespeare
+from lstm_jax.data import datasets, sources, tiny_shakespeare
 from lstm_jax.errors import UserError
 
 
@@ -16,7 +16,8 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def read(data_dir: Path) -> dict[str, str]:
-    return datasets.read_dataset("tiny_shakespeare", "text", str(data_dir), (0.9, 0.05, 0.05))
+    texts = datasets.read_dataset("tiny_shakespeare", "text", str(data_dir), (0.9, 0.05, 0.05))
+    return dict(zip(sources.SPLITS, texts, strict=True))
 
 
 def test_offline_one_line_says_which_file_to_put_where(offline: None, tmp_path: Path) -> None:

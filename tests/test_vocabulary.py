@@ -129,7 +129,7 @@ def test_rare_units_become_unk() -> None:
     assert vocabulary.tokens == ("", "[UNK]", " be")
     assert vocabulary.decode(vocabulary.encode(text)) == "[UNK] be[UNK][UNK][UNK] be"
     assert vocabulary.unknown(text) == [" not", " or", " to", "to"]
-    with pytest.raises(UserError, match="none of the words .* stands there 3 times"):
+    with pytest.raises(UserError, match="none of the words .* occurs 3 times"):
         Vocabulary.from_text(text, "words", min_count=3)
     assert len(Vocabulary.from_text(text, "bytes", min_count=3)) == 258
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.convert import keras_weights, torch_weights, weights
-from lstm_jax.data import corpus
+from lstm_jax.data import sources, texts
 from lstm_jax.errors import UserError
 from lstm_jax.run import checkpoints, files, workdir
 from lstm_jax.vocabulary import PADDING, SEPARATORS, UNKNOWN, Vocabulary, find_stop_text
@@ -61,11 +61,11 @@ def import_weights(
         raise UserError(f"{directory} is not empty: name another --workdir")
     config = config_lib.default()
     if text_file is not None:
-        config.data.path = corpus.make_absolute(text_file)
+        config.data.path = sources.make_absolute(text_file)
     if vocabulary_file is not None:
         tokens, kind, stop = read_vocabulary(Path(vocabulary_file))
     else:
-        text = corpus.read_files(corpus.find_files(config.data.path)[0])
+        text = sources.read_files(sources.find_files(config.data.path)[0])
         tokens, kind, stop = [PADDING, UNKNOWN, *sorted(set(text))], "characters", ""
     try:
         with files.open_regular(source, follow=True) as file:
@@ -80,7 +80,7 @@ def import_weights(
     config.data.units = vocabulary.kind
     config.data.document_separator = _find_separator(vocabulary)
     if text_file is not None:
-        config.data.sha256 = corpus.compute_checksum(corpus.read_corpus(config.data))
+        config.data.sha256 = texts.compute_checksum(texts.read_splits(config.data))
     make_workdir(directory, config_lib.complete_config(config), vocabulary, params)
     print(f"{model_lib.format_parameters(params)}\n")
     if added:
@@ -144,7 +144,7 @@ def read_vocabulary(path: Path) -> tuple[list[str], str, str]:
         content = files.read_bytes(path, _MAX_VOCABULARY_BYTES, follow=True)
     except OSError as error:
         raise UserError(f"can't read {path} (--vocabulary): {error.strerror}") from None
-    text = corpus.decode_text(content, str(path), any_bytes=False)
+    text = sources.decode_text(content, str(path), any_bytes=False)
     kind, stop = "characters", ""
     try:
         tokens: Any = json.loads(text)

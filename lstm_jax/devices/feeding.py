@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from lstm_jax.batches import Batch, Places
-from lstm_jax.data.texts import Ids
 from lstm_jax.devices import parallel
+from lstm_jax.vocabulary import Ids
 
 # The share of a GPU's or TPU's memory that a text may take.
 _SHARE = 1 / 8

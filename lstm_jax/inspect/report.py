@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from lstm_jax.data import corpus, texts
+from lstm_jax.data import sources, texts
 from lstm_jax.errors import UserError
 from lstm_jax.inspect import activations, features
 from lstm_jax.run import files, metrics, workdir
@@ -52,7 +52,7 @@ def write_report(
     trained = workdir.load_trained(directory)
     kind = trained.vocabulary.kind
     if text_file:
-        text = corpus.read_argument(text_file, "--text", kind == "bytes")
+        text = sources.read_argument(text_file, "--text", kind == "bytes")
         name = "standard input" if text_file == "-" else Path(text_file).name
     else:
         splits = texts.load_texts_of_run(trained.config.data, *own_text)
@@ -202,7 +202,7 @@ def _pack(values: np.ndarray, dtype: Any) -> dict[str, str]:
 def _make_curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
     """Return steps and losses of each split, averaged over stretches of a long curve."""
     curves = {}
-    for split in corpus.SPLITS:
+    for split in sources.SPLITS:
         of_split = [row for row in rows if row["split"] == split and math.isfinite(row["loss"])]
         stretch = max(1, math.ceil(len(of_split) / _MAX_CURVE_POINTS))
         stretches = [of_split[k : k + stretch] for k in range(0, len(of_split), stretch)]

@@ -17,7 +17,7 @@ from absl import flags
 
 from lstm_jax import command, generation
 from lstm_jax.controls import Controls, can_end, make_control_arrays, make_stop_table
-from lstm_jax.data import corpus, texts
+from lstm_jax.data import sources, texts
 from lstm_jax.errors import UserError
 from lstm_jax.run import workdir
 from lstm_jax.sample import chat, novelty
@@ -79,7 +79,7 @@ def main() -> None:
     vocabulary = trained.vocabulary
     prompt = _PROMPT.value
     if path := _PROMPT_FILE.value:
-        prompt = corpus.read_argument(path, "--prompt_file", vocabulary.kind == "bytes")
+        prompt = sources.read_argument(path, "--prompt_file", vocabulary.kind == "bytes")
     if _NOVELTY.value:
         own_text = [flags.FLAGS[name].value for name in ("data_path", "dataset", "data_directory")]
         training_text = texts.load_texts_of_run(trained.config.data, *own_text)["train"]

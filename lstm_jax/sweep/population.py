@@ -73,16 +73,19 @@ def train_population(
     check_members(configs)
     keep_freed_memory()
     splits = texts.load_texts(configs[0].data)
+    training_text = splits.texts["train"]
     ids: dict[str, Ids] = {}
     with contextlib.ExitStack() as held:
         members = []
         for config, directory in zip(configs, directories, strict=True):
             is_ours = held.enter_context(lock.hold_lock(directory))
             config, vocabulary, changes = resume.settle_run(
-                splits.settle(config), directory, lambda: splits.make_vocabulary(configs[0].data)
+                splits.settle(config),
+                directory,
+                lambda: splits.texts["train"].vocabulary(configs[0].data),
             )
             ids = ids or splits.encode(vocabulary)
-            start = restore_run(config, directory, vocabulary, ids["train"])
+            start = restore_run(config, directory, vocabulary, training_text, ids["train"])
             resume.save_settled(directory, config, vocabulary, start.step, changes)
             writer = checkpoints.CheckpointWriter(directory / workdir.CHECKPOINTS)
             held.enter_context(writer)

@@ -16,7 +16,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from lstm_jax import train
-from lstm_jax.data import corpus, texts
+from lstm_jax.data import sources, texts
 from lstm_jax.errors import NotFiniteError, UnavailableError, UserError, one_line
 from lstm_jax.run import checkpoints, files, metrics, workdir
 from lstm_jax.sweep import population, report
@@ -90,7 +90,7 @@ def prepare_sweep(
         trials = min(trials, math.prod(map(len, grid.values())))
     experiment.data.sha256 = texts.load_texts(experiment.data).sha256
     if experiment.data.path:  # So that best.py works in every directory.
-        experiment.data.path = corpus.make_absolute(experiment.data.path)
+        experiment.data.path = sources.make_absolute(experiment.data.path)
     name = name or f"{experiment_name}_{space_name}"
     path = Path(directory or Path("runs", "sweeps", name))
     path.mkdir(parents=True, exist_ok=True)

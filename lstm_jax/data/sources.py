@@ -1,0 +1,318 @@
+"""Find, split and read the files of a text.
+
+Arguments of several functions:
+
+    any_bytes   whether the tokens are bytes: then bytes that are not UTF-8 become surrogates, as in
+                Python's "surrogateescape". Otherwise they are an error, and a byte-order mark at
+                the start of a file is removed.
+    ends        whether each file is a document, with `FILE_END` after it.
+"""
+
+import fnmatch
+import itertools
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lstm_jax.errors import UserError
+from lstm_jax.run import files
+from lstm_jax.vocabulary import FILE_END
+
+SPLITS = ("train", "validation", "test")
+# The TFDS dataset that `tiny_shakespeare` prepares.
+TINY_SHAKESPEARE = "tiny_shakespeare"
+# In data.path, between the files of train, validation and test.
+_BETWEEN_SPLITS = ";"
+# Files and directories that the patterns of a data.path may look at together. A pattern from
+# someone else's run could match the whole disk.
+_MAX_ENTRIES = 10**6
+# Bytes of a file that is named by a flag of a command.
+_MAX_ARGUMENT_BYTES = 10**9
+# Bytes that are read at a time where only a part of a text is in memory.
+_PIECE_BYTES = 2**20
+_FILE_END = FILE_END.encode()
+_BOM = b"\xef\xbb\xbf"
+
+
+class Segment(NamedTuple):
+    """Bytes `start` to `stop` of a file; of `FILE_END` if the path is ""."""
+
+    path: str
+    start: int
+    stop: int
+
+
+def find_files(paths: str) -> list[list[Path]]:
+    """Return the files that `data.path` names, in order: of one text, or of each split."""
+    texts = paths.split(_BETWEEN_SPLITS)
+    if len(texts) not in (1, 3):
+        raise UserError(
+            f"data.path {paths!r} is {len(texts)} texts: it must be one, or those of "
+            f"train, validation and test with {_BETWEEN_SPLITS} between"
+        )
+    looks = _limit_looks()
+    return [_find(text, looks) for text in texts]
+
+
+def _limit_looks() -> Iterator[None]:
+    """Yield once for each file or directory that may be looked at, then raise `UserError`."""
+    yield from itertools.repeat(None, _MAX_ENTRIES)
+    raise UserError(
+        f"the patterns of data.path look at more than {_MAX_ENTRIES:,} files and directories: "
+        "name narrower ones"
+    )
+
+
+def _find(paths: str, looks: Iterator[None]) -> list[Path]:
+    """Return the files that comma-separated paths and glob patterns name."""
+    named: list[Path] = []
+    for pattern in paths.split(","):
+        # A name with brackets may be both a file and a pattern: the file takes precedence.
+        found = [pattern] if os.path.exists(pattern) else sorted(_expand(pattern, looks))
+        if os.path.isdir(pattern):
+            inside = Path(pattern, "*")
+            raise UserError(f"{pattern} is a directory: name its files in data.path: {inside}")
+        found = [path for path in found if len(found) == 1 or os.path.isfile(path)]
+        if not found:
+            raise UserError(f"there is no text file {pattern}: name one that exists in data.path")
+        named += map(Path, found)
+    return named
+
+
+def _expand(pattern: str, looks: Iterator[None]) -> list[str]:
+    """Return the same as `glob.glob(pattern, recursive=True)`, within a number of looks."""
+    found = ["/" if pattern.startswith("/") else ""]
+    for part in re.split("/+", pattern.lstrip("/")):
+        parents, found = found, []
+        for parent in parents:
+            if part == "**":
+                below = [os.path.join(parent, "")] if os.path.isdir(parent or ".") else []
+                for path in below:  # The list grows during the loop.
+                    names = _list_names(path, looks)
+                    below += [os.path.join(path, n) for n in names if n[0] != "."]
+                found += below
+            elif set(part) & set("*?["):
+                names = fnmatch.filter(_list_names(parent, looks), part)
+                hidden = part.startswith(".")
+                found += [os.path.join(parent, n) for n in names if hidden or n[0] != "."]
+            else:
+                next(looks)
+                path = os.path.join(parent, part)
+                found += [path] if os.path.lexists(path) else []
+    return [path for path in found if path]
+
+
+def _list_names(directory: str, looks: Iterator[None]) -> list[str]:
+    """Return the names in a directory; none if it is not a directory or can't be read."""
+    try:
+        with os.scandir(directory or ".") as entries:
+            return [entry.name for entry, _ in zip(entries, looks, strict=False)]
+    except (OSError, ValueError):
+        return []
+
+
+def make_absolute(paths: str) -> str:
+    """Return the paths and patterns of a `data.path` as absolute ones."""
+
+    def of_text(paths: str) -> str:
+        return ",".join(str(Path(pattern).absolute()) for pattern in paths.split(","))
+
+    return _BETWEEN_SPLITS.join(map(of_text, paths.split(_BETWEEN_SPLITS)))
+
+
+def measure_files(paths: str) -> int:
+    """Return the bytes of all files in `data.path`; raise `UserError` if one is missing."""
+    found = itertools.chain.from_iterable(find_files(paths))
+    return sum(os.path.getsize(path) for path in found if os.path.isfile(path))
+
+
+def list_segments(paths: Iterable[Path], any_bytes: bool, ends: bool) -> list[Segment]:
+    """Return the segments of files, one after the other; raise `UserError` if one is empty."""
+    found = []
+    for path in paths:
+        try:
+            with files.open_regular(path, follow=True) as file:
+                has_bom = file.read(len(_BOM)) == _BOM
+                size = os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise UserError(f"can't read {path}: {error.strerror}") from None
+        if not size:
+            raise UserError(f"{path} is empty: data.path must name files with text in them")
+        found.append(Segment(str(path), len(_BOM) if has_bom and not any_bytes else 0, size))
+        if ends:
+            found.append(Segment("", 0, len(_FILE_END)))
+    return found
+
+
+def split_files(
+    texts: Sequence[Sequence[Path]],
+    fractions: Sequence[float],
+    any_bytes: bool,
+    ends: bool,
+    hear: Callable[[bytes], object] = len,
+) -> list[list[Segment]]:
+    """Return the segments of train, validation and test.
+
+    Args:
+      texts: the files of these, or of one text to be split.
+      fractions: the share of each split, see `find_cuts`.
+      any_bytes: also whether to split at bytes, as the usual splits of enwik8 are.
+      ends: see above.
+      hear: called with all bytes of the text, piece by piece, in order.
+    """
+    found = [list_segments(paths, any_bytes, ends) for paths in texts]
+    pieces, lengths = [], []
+    for piece in cut_pieces(itertools.chain.from_iterable(found), _PIECE_BYTES):
+        content = read_segment(piece)
+        hear(content)
+        pieces.append(piece)
+        lengths.append(int(np.count_nonzero(_find_places(content, any_bytes))))
+    if len(found) > 1:
+        return found
+    rest, before, splits = found[0], 0, []
+    stops = np.cumsum(lengths)
+    for cut in find_cuts(sum(lengths), fractions):
+        i = int(np.searchsorted(stops, cut, side="right"))  # The piece of the cut.
+        at = count_bytes(pieces[:i])
+        if i < len(pieces):
+            places = np.flatnonzero(_find_places(read_segment(pieces[i]), any_bytes))
+            at += int(places[cut - stops[i] + lengths[i]])
+        split, rest = cut_segments(rest, at - before)
+        splits.append(split)
+        before = at
+    return [*splits, rest]
+
+
+def _find_places(content: bytes, any_bytes: bool) -> np.ndarray:
+    """Return which bytes a text can be split at: all, or those that begin a character."""
+    # The others are 0b10xxxxxx, which are below -64 as int8.
+    return np.frombuffer(content, np.int8) >= (-128 if any_bytes else -64)
+
+
+def find_cuts(length: int, fractions: Sequence[float]) -> tuple[int, int]:
+    """Return where the validation and the test split of a text of this length begin.
+
+    Each share is cut from the rest and rounded down, as in TFDS's Tiny Shakespeare.
+    """
+    train = int(length * fractions[0])
+    return train, train + int((length - train) * (fractions[1] / (fractions[1] + fractions[2])))
+
+
+def cut_pieces(text: Iterable[Segment], size: int) -> Iterator[Segment]:
+    """Cut segments into pieces of at most `size` bytes."""
+    for path, start, stop in text:
+        for at in range(start, stop, size):
+            yield Segment(path, at, min(at + size, stop))
+
+
+def cut_segments(text: Iterable[Segment], at: int) -> tuple[list[Segment], list[Segment]]:
+    """Return the segments before byte `at` of a text, and those after it."""
+    before, after = [], []
+    for path, start, stop in text:
+        middle = min(max(start + at, start), stop)
+        if start < middle:
+            before.append(Segment(path, start, middle))
+        if middle < stop:
+            after.append(Segment(path, middle, stop))
+        at -= stop - start
+    return before, after
+
+
+def count_bytes(text: Iterable[Segment]) -> int:
+    """Return the number of bytes of segments."""
+    return sum(segment.stop - segment.start for segment in text)
+
+
+def read_segment(segment: Segment) -> bytes:
+    """Return the bytes of a segment; raise `UserError` if they can't be read."""
+    path, start, stop = segment
+    if not path:
+        return _FILE_END[start:stop]
+    try:
+        with files.open_regular(Path(path), follow=True) as file:
+            file.seek(start)
+            content = file.read(stop - start)
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}") from None
+    if len(content) < stop - start:
+        raise UserError(f"{path} has become shorter while it was read")
+    return content
+
+
+def read_segments(segments: Sequence[Segment], any_bytes: bool, ends: bool) -> str:
+    """Return the text of segments, of which none ends within a character unless `any_bytes`.
+
+    Raises:
+      UserError: if a segment can't be read or is not UTF-8, or a file holds `FILE_END` itself.
+    """
+    if any_bytes:
+        text = b"".join(map(read_segment, segments)).decode("utf-8", "surrogateescape")
+    else:
+        remedy = ", or learn its bytes with data.units=bytes"
+        text = "".join(_decode(read_segment(s), s.path, s.start, remedy) for s in segments)
+    if ends:
+        check_ends(text, sum(not s.path and s.stop - s.start == len(_FILE_END) for s in segments))
+    return text
+
+
+def read_files(paths: Iterable[Path], any_bytes: bool = False, ends: bool = False) -> str:
+    """Return the text of files, one after the other; see `list_segments` and `read_segments`."""
+    return read_segments(list_segments(paths, any_bytes, ends), any_bytes, ends)
+
+
+def check_ends(text: str, number: int) -> None:
+    """Raise `UserError` if `FILE_END` is in a text more often than at the ends of its files."""
+    if text.count(FILE_END) > number:
+        raise UserError("a file holds U+FDD0, which marks the end of a file here: remove it")
+
+
+def read_argument(path: str, flag: str, any_bytes: bool) -> str:
+    """Return the text of a file that `flag` of a command names; "-" is standard input."""
+    try:
+        if path == "-":
+            content = sys.stdin.buffer.read(_MAX_ARGUMENT_BYTES + 1)
+        else:
+            content = files.read_bytes(Path(path), _MAX_ARGUMENT_BYTES, follow=True)
+    except OSError as error:
+        raise UserError(f"can't read {path} ({flag}): {error.strerror}") from None
+    if len(content) > _MAX_ARGUMENT_BYTES:
+        raise UserError(f"can't read {path} ({flag}): it is larger than a gigabyte")
+    return decode_text(content, f"{path} ({flag})", any_bytes)
+
+
+def decode_text(content: bytes, name: str, any_bytes: bool) -> str:
+    """Return the text of a file, from its content; its name is for the error message."""
+    if any_bytes:
+        return content.decode("utf-8", "surrogateescape")
+    return _decode(content, name).removeprefix("\ufeff")
+
+
+def _decode(content: bytes, name: str, start: int = 0, remedy: str = "") -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{name} is not UTF-8 at byte {start + error.start}: convert it, for example with "
+            f"iconv -f LATIN1 -t UTF-8{remedy}"
+        ) from None
+
+
+def check_lengths(characters: Mapping[str, int], source: str) -> None:
+    """Raise `UserError` if a split of `source` has no token to read and one to predict."""
+    for name, length in characters.items():
+        if length < 2:
+            raise UserError(f"{source} is too short: its {name} split has {length} characters")
+
+
+def check_unchanged(sha256: str, expected: str) -> None:
+    """Raise `UserError` if the text is not the one that a run began with (`data.sha256`)."""
+    if expected and expected != sha256:
+        raise UserError(
+            f"the text is not the one this run was trained on (SHA-256 {expected} at that time, "
+            f"{sha256} now): bring that text back, or train anew in another --workdir"
+        )
