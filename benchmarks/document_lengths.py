@@ -50,7 +50,7 @@ def main() -> None:
     for name, parts in documents.items():
         lengths = [len(part) for part in parts]
         figures = [*np.percentile(lengths, _PERCENTILES), np.mean(lengths)]
-        print(f"| {name} | {len(texts):,} | {' | '.join(f'{x:.0f}' for x in figures)} |")
+        print(f"| {name} | {len(parts):,} | {' | '.join(f'{x:.0f}' for x in figures)} |")
 
 
 if __name__ == "__main__":

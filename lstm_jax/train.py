@@ -94,8 +94,9 @@ class _Run:
         is_ours: Callable[[], bool],
         watch: Watch,
     ) -> None:
+        text = splits.texts["train"]
         config, vocabulary, changes = resume.settle_run(
-            splits.settle(config), directory, lambda: splits.texts["train"].vocabulary(config.data)
+            splits.settle(config), directory, lambda: text.vocabulary(config.data)
         )
         self.config, self.vocabulary, self.texts = config, vocabulary, splits.texts
         self.directory, self.saved_in = directory, directory / workdir.CHECKPOINTS
@@ -108,15 +109,8 @@ class _Run:
             "config, text and working directory: start all with the same command",
         )
         self.on_devices = feeding.fits_on_device(self.ids["train"], len(vocabulary))
-        start = restore_run(
-            config,
-            directory,
-            vocabulary,
-            splits.texts["train"],
-            self.ids["train"],
-            mesh,
-            self.on_devices,
-        )
+        ids = self.ids["train"]
+        start = restore_run(config, directory, vocabulary, text, ids, mesh, self.on_devices)
         self.model, self.state, self.step = start.model, start.state, start.step
         self.iterator, self.history = start.iterator, start.history
         self.steps_per_epoch, self.total_steps = start.steps_per_epoch, start.total_steps

@@ -80,9 +80,7 @@ def train_population(
         for config, directory in zip(configs, directories, strict=True):
             is_ours = held.enter_context(lock.hold_lock(directory))
             config, vocabulary, changes = resume.settle_run(
-                splits.settle(config),
-                directory,
-                lambda: splits.texts["train"].vocabulary(configs[0].data),
+                splits.settle(config), directory, lambda: training_text.vocabulary(configs[0].data)
             )
             ids = ids or splits.encode(vocabulary)
             start = restore_run(config, directory, vocabulary, training_text, ids["train"])
