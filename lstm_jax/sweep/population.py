@@ -230,6 +230,10 @@ def _train_group(
     def read_losses(params: Any, split: str) -> list[float]:
         return [float(loss) for loss in read(params, ids[split])[: len(members)]]
 
+    if step == 0:  # Save before any metrics: metrics without a checkpoint can't be resumed.
+        _save(members, state, reasons, step)
+        for member in members:
+            member.checkpoints.wait()
     with contextlib.ExitStack() as held:
         writers = [
             held.enter_context(metrics.MetricsWriter(member.directory / workdir.METRICS, step))
@@ -245,8 +249,6 @@ def _train_group(
                     members[i].checkpoints.record_validation(step, loss)
                     on_validation(i, epoch, loss)
 
-        if step == 0:
-            _save(members, state, reasons, step)
         validate()
         while step < total_steps:
             parts = [next(member.start.iterator) for member in members]
