@@ -1,3 +1,3 @@
-"""LSTM language models in JAX and Flax: train on a text, measure, and let it write."""
+"""LSTM language models in JAX and Flax: train on a text, measure, and generate."""
 
 __version__ = "0.1.0"
