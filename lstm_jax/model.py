@@ -17,14 +17,14 @@ import threadpoolctl
 from ml_collections import ConfigDict
 
 from lstm_jax import fused
-from lstm_jax.cells import CELLS, HiddenCarry, LSTMCarry
+from lstm_jax.cells import CELLS
 from lstm_jax.cells.base import Gates
 from lstm_jax.fused import Lookup, StepArrays
 from lstm_jax.matmul import matmul
 
 Params = dict[str, Any]
 
-Carry = tuple[LSTMCarry | HiddenCarry, ...]  # One for each layer.
+Carry = tuple[Any, ...]  # The carry of each layer, an `LSTMCarry` or `HiddenCarry`.
 
 # Dropout masks, the same at every step: [batch, features] or None for the inputs of each layer and,
 # last, for the outputs of the last layer. `regularization.draw_masks` draws them.
@@ -37,14 +37,7 @@ _LARGEST = 1e18
 
 
 class Dense(nn.Module):
-    """The layer that computes logits from hidden states.
-
-    Attributes:
-      input_size: features of the inputs.
-      output_size: features of the outputs.
-      tied: whether the layer has no kernel of its own.
-      dtype: the dtype of the matmul.
-    """
+    """The layer that computes logits from hidden states; a tied one has no kernel of its own."""
 
     input_size: int
     output_size: int
@@ -111,9 +104,8 @@ class LanguageModel(nn.Module):
 
     def setup(self) -> None:
         """Declare the layers."""
-        self.embedding = nn.Embed(
-            self.vocabulary_size, self.embedding_size, embedding_init=_init_embedding
-        )
+        uniform = functools.partial(jax.random.uniform, minval=-0.05, maxval=0.05)
+        self.embedding = nn.Embed(self.vocabulary_size, self.embedding_size, embedding_init=uniform)
         setattr(self, self.cell, self._make_cells())  # Flax names them lstm_0, lstm_1, ...
         self.dense = Dense(self.sizes[-1], self.vocabulary_size, self.tie_embeddings, self.dtype)
 
@@ -159,47 +151,32 @@ class LanguageModel(nn.Module):
     ) -> tuple[jax.Array, Carry]:
         """Run the recurrent layers over ids [batch, time].
 
-        Returns:
-          The outputs of the last layer [batch, time, features], before the last of `masks`; and
-          the carry.
+        Return the outputs of the last layer [batch, time, features], before the last of `masks`,
+        and the carry.
         """
+        implementation = self.implementation()
         inputs: jax.Array | Lookup = Lookup(self.embedding.embedding, ids)
         carries = []
-        for i, (cell, layer_carry) in enumerate(zip(self.layers, carry, strict=True)):
+        for i, (cell, before) in enumerate(zip(self.layers, carry, strict=True)):
             if masks is not None and masks[i] is not None:
                 inputs = apply_mask(fused.get_rows(inputs), masks[i])
-            inputs, layer_carry = self._run_layer(cell, inputs, layer_carry)
-            carries.append(layer_carry)
+            if implementation == "fused":
+                options = self.dtype, self.rematerialize
+                inputs, after = fused.run_fused(cell.kernels(), inputs, before, *options)
+            elif implementation == "cudnn":
+                inputs, after = fused.run_cudnn(cell.kernels(), inputs, before)
+            else:
+                after, inputs = _scan(cell, before, fused.get_rows(inputs))
+            carries.append(after)
         return fused.get_rows(inputs), tuple(carries)
-
-    def _run_layer(
-        self, cell: Any, inputs: jax.Array | Lookup, carry: Any
-    ) -> tuple[jax.Array, LSTMCarry | HiddenCarry]:
-        """Run one layer over time: outputs [batch, time, hidden], and the carry."""
-        implementation = self.implementation()
-        if implementation == "fused":
-            return fused.run_fused(cell.kernels(), inputs, carry, self.dtype, self.rematerialize)
-        if implementation == "cudnn":
-            return fused.run_cudnn(cell.kernels(), inputs, carry)
-        scan = nn.scan(
-            lambda cell, carry, inputs: cell(carry, inputs),
-            variable_broadcast="params",
-            split_rngs={"params": False},
-            in_axes=1,
-            out_axes=1,
-        )
-        carry, outputs = scan(cell, carry, fused.get_rows(inputs))
-        return outputs, carry
 
     def run_step(
         self, ids: jax.Array, carry: Carry, gates: list[Gates] | None = None
     ) -> tuple[jax.Array, Carry]:
         """Run the recurrent layers over one token of each text, ids [batch].
 
-        If `gates` is a list, the gates of each layer are appended to it.
-
-        Returns:
-          The outputs of the last layer [batch, features], and the next carry.
+        Return the outputs of the last layer [batch, features] and the next carry. If `gates` is a
+        list, append the gates of each layer to it.
         """
         outputs, carries = self.embedding.embedding[ids], []
         for cell, layer_carry in zip(self.layers, carry, strict=True):
@@ -220,11 +197,33 @@ class LanguageModel(nn.Module):
     def implementation(self) -> str:
         """Return how the layers run over time: `recurrence`, with "auto" resolved.
 
+        "auto" is "fused", the fastest that was measured, or "scan" for cells that only it can run.
+
         Raises:
           ValueError: if `recurrence` can't run this model on this machine.
         """
-        plain = self.cell == "lstm" and not self.layer_norm
-        return fused.choose(self.recurrence, self.dtype, plain)
+        if self.cell != "lstm" or self.layer_norm:
+            if self.recurrence not in ("auto", "scan"):
+                raise ValueError(
+                    f"the recurrence {self.recurrence!r} runs LSTM cells without layer "
+                    "normalization only; 'auto' runs any"
+                )
+            return "scan"
+        if self.recurrence == "cudnn" and jax.default_backend() != "gpu":
+            raise ValueError("the recurrence 'cudnn' needs a GPU; 'auto' works anywhere")
+        if self.recurrence == "cudnn" and self.dtype != "float32":
+            raise ValueError("the recurrence 'cudnn' computes in float32 only")
+        return "fused" if self.recurrence == "auto" else self.recurrence
+
+
+# Runs a cell over inputs [batch, time, features]; returns the carry, and the outputs likewise.
+_scan = nn.scan(
+    lambda cell, carry, inputs: cell(carry, inputs),
+    variable_broadcast="params",
+    split_rngs={"params": False},
+    in_axes=1,
+    out_axes=1,
+)
 
 
 def apply_mask(x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -247,11 +246,8 @@ def init_params(model: LanguageModel, key: jax.Array, counts: np.ndarray | None 
     biases zero but for those of the forget gates, which are 1. With `initial_bias` "frequencies"
     an untrained model predicts the frequencies of the tokens in the training text.
 
-    Args:
-      model: the model.
-      key: PRNG key.
-      counts: how often each token occurs in the training text, int [vocabulary_size]; None: the
-        dense layer's bias is zero.
+    The counts are those of each token in the training text, int [vocabulary_size]. Without them
+    the dense layer's bias is zero.
     """
     ids, carry = jnp.zeros((1, 1), jnp.int32), model.initial_carry(1)
     # LAPACK makes the orthogonal kernels. Its threads wait for each other by spinning: if another
@@ -267,14 +263,10 @@ def init_params(model: LanguageModel, key: jax.Array, counts: np.ndarray | None 
     return params
 
 
-def _init_embedding(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    return jax.random.uniform(key, shape, dtype, -0.05, 0.05)
-
-
 def is_finite(params: Params) -> jax.Array:
     """Return whether a model can compute with all of the parameters: bool []."""
-    small = [(jnp.abs(array) < _LARGEST).all() for array in jax.tree.leaves(params)]
-    return functools.reduce(jnp.logical_and, small)
+    small = jax.tree.map(lambda x: (jnp.abs(x) < _LARGEST).all(), params)
+    return jax.tree.reduce(jnp.logical_and, small)
 
 
 def apply(
@@ -305,10 +297,9 @@ def prepare_step(model: LanguageModel, params: Params) -> Prepared:
 def apply_step(
     model: LanguageModel, arrays: Prepared, ids: jax.Array, carry: Carry
 ) -> tuple[jax.Array, Carry]:
-    """Run the model over one token of each text, faster than `apply` over windows of length 1.
+    """Run the model over one token of each text, ids [batch], faster than `apply` would.
 
-    Given arrays from `prepare_step` and ids [batch], it returns logits, float32
-    [batch, vocabulary_size], and the next carry.
+    Return logits, float32 [batch, vocabulary_size], and the next carry.
     """
     if isinstance(arrays, StepArrays):
         return fused.apply_step(arrays, ids, carry, model.dtype)
