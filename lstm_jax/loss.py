@@ -10,28 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lstm_jax import model as model_lib
+from lstm_jax.model import Carry, LanguageModel, Params, apply
 from lstm_jax.vocabulary import Costs, Ids
 
-# Tokens that one call of the compiled function reads.
-_CHUNK = 1024
+_CHUNK = 1024  # Tokens that one call of the compiled function reads.
 # A longer text is read as streams side by side, a chunk of each at a time.
 LONGEST_IN_ONE = 2**20
 _STREAMS, _STREAMS_CHUNK = 64, 64
-# Each stream first reads the end of the stream before it, without counting these tokens.
-_WARM_UP = 1024
-
-# Tokens that `measure_zero_state` counts at each place; and the places that `evaluate` measures.
-_PLACE_LENGTH = 512
-PLACES = 256
-
-# Two losses of one model, in nats per token, that differ by more are suspicious.
-_FAR = 0.7
-
+_WARM_UP = 1024  # Tokens of the stream before it that each stream reads first, uncounted.
+_PLACE_LENGTH = 512  # Tokens that `measure_zero_state` counts at each place.
+PLACES = 256  # The places that `evaluate` measures.
+_FAR = 0.7  # Losses of one model, in nats per token, that differ by more are suspicious.
 _TEMPERATURES = np.linspace(0.7, 1.5, 81)  # Those that `fit_temperature` compares.
 
 
-def compute_loss(model: model_lib.LanguageModel, params: model_lib.Params, ids: Ids) -> float:
+def compute_loss(model: LanguageModel, params: Params, ids: Ids) -> float:
     """Compute the mean loss over a text of two tokens or more, in nats per token.
 
     The text is read once, from start to end, with the carry kept. Every token but the first is
@@ -44,7 +37,7 @@ def compute_loss(model: model_lib.LanguageModel, params: model_lib.Params, ids: 
 
 
 def compute_losses(
-    model: model_lib.LanguageModel, params: model_lib.Params, ids: Ids, temperatures: np.ndarray
+    model: LanguageModel, params: Params, ids: Ids, temperatures: np.ndarray
 ) -> np.ndarray:
     """Compute `compute_loss` with the logits divided by each of the temperatures, in one pass."""
     carry = model.initial_carry(count_streams(ids))
@@ -91,22 +84,21 @@ def iterate_chunks(
 
 @functools.partial(jax.jit, static_argnames=("model", "axis"))
 def read_chunk(
-    model: model_lib.LanguageModel,
-    params: model_lib.Params,
+    model: LanguageModel,
+    params: Params,
     inputs: jax.Array,
     targets: jax.Array,
     counted: jax.Array,
-    carry: model_lib.Carry,
+    carry: Carry,
     temperatures: jax.Array,
     axis: int | None = None,
-) -> tuple[jax.Array, model_lib.Carry]:
+) -> tuple[jax.Array, Carry]:
     """Sum the losses of the `counted` targets [batch, time], in nats, over an axis or both.
 
-    Returns:
-      The sums for logits divided by each of the temperatures, [temperatures] or, for axis 1,
-      [temperatures, batch]; and the carry after the inputs.
+    Return the sums for logits divided by each of the temperatures, [temperatures] or, for axis 1,
+    [temperatures, batch]; and the carry after the inputs.
     """
-    logits, carry = model_lib.apply(model, params, inputs, carry)
+    logits, carry = apply(model, params, inputs, carry)
 
     def sum_losses(temperature: jax.Array) -> jax.Array:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits / temperature, targets)
@@ -115,7 +107,7 @@ def read_chunk(
     return jax.lax.map(sum_losses, temperatures), carry
 
 
-def fit_temperature(model: model_lib.LanguageModel, params: model_lib.Params, ids: Ids) -> float:
+def fit_temperature(model: LanguageModel, params: Params, ids: Ids) -> float:
     """Return the softmax temperature with the smallest loss over a text, to two decimals."""
     losses = compute_losses(model, params, ids, _TEMPERATURES)
     return float(_TEMPERATURES[losses.argmin()])
@@ -124,18 +116,12 @@ def fit_temperature(model: model_lib.LanguageModel, params: model_lib.Params, id
 class ZeroState(NamedTuple):
     """Losses of a model that starts from a zero carry in the middle of a text, in nats per token.
 
-    Each is a mean over the tokens that follow one place of the text.
-
-    Attributes:
-      mean: the mean over all places.
-      worst: the loss at the worst place.
-      excess: the largest difference to the loss of the same tokens with the carry from the text
-        before them.
+    The loss at a place of the text is the mean over the tokens that follow it.
     """
 
-    mean: float
-    worst: float
-    excess: float
+    mean: float  # Over all places.
+    worst: float  # At the worst place.
+    excess: float  # The largest difference to the loss with the carry from the text before.
 
     def describe(self, name: str) -> str:
         """Return a sentence about them, for the split of this name."""
@@ -146,9 +132,7 @@ class ZeroState(NamedTuple):
         )
 
 
-def measure_zero_state(
-    model: model_lib.LanguageModel, params: model_lib.Params, ids: Ids, places: int
-) -> ZeroState:
+def measure_zero_state(model: LanguageModel, params: Params, ids: Ids, places: int) -> ZeroState:
     """Measure how well a model recovers from the zero carry, with which every sample begins.
 
     Training on streams hardly ever starts from zero, and a model may have a state there that it
@@ -162,13 +146,12 @@ def measure_zero_state(
     windows = np.stack([ids[start - length : start + length + 1] for start in starts])
     counted, temperature = np.ones((len(starts), chunk), bool), jnp.ones(1)
 
-    def read(begin: int, carry: model_lib.Carry) -> tuple[np.ndarray, model_lib.Carry]:
+    def read(begin: int, carry: Carry) -> tuple[np.ndarray, Carry]:
         total = np.zeros(len(starts))
         for at in range(begin, begin + length, chunk):
             inputs, targets = windows[:, at : at + chunk], windows[:, at + 1 : at + chunk + 1]
-            losses, carry = read_chunk(
-                model, params, inputs, targets, counted, carry, temperature, axis=1
-            )
+            chunks = inputs, targets, counted
+            losses, carry = read_chunk(model, params, *chunks, carry, temperature, axis=1)
             total += np.asarray(losses[0], np.float64)
         return total / length, carry
 
@@ -215,10 +198,8 @@ def compute_bits_per_character(loss: float, tokens: int, costs: Sequence[Costs])
     A token that is not in the vocabulary is predicted as [UNK] only. Spelling it out adds eight
     bits for each byte of its UTF-8 and for an end mark.
 
-    Args:
-      loss: nats per token.
-      tokens: the number of tokens predicted.
-      costs: of the texts that the loss was measured on, without the very first token.
+    The loss is in nats per token, over this number of tokens; the costs are those of the texts
+    that it was measured on, without the very first token.
     """
     bits = loss / math.log(2) * tokens + 8 * sum(cost.unknown_bytes for cost in costs)
     return bits / sum(cost.characters for cost in costs)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from lstm_jax import model as model_lib
+from lstm_jax.model import LanguageModel, Masks, Params
 
 
 def is_random(rates: ConfigDict) -> bool:
@@ -23,9 +23,7 @@ def is_on(rate: float | jax.Array) -> bool:
     return isinstance(rate, jax.Array) or bool(rate)
 
 
-def draw_masks(
-    rates: ConfigDict, model: model_lib.LanguageModel, key: jax.Array, batch_size: int
-) -> model_lib.Masks:
+def draw_masks(rates: ConfigDict, model: LanguageModel, key: jax.Array, batch_size: int) -> Masks:
     """Draw masks for locked (variational) dropout (Gal & Ghahramani 2016).
 
     `input_dropout` applies to the inputs of the first layer, `hidden_dropout` between layers, and
@@ -43,9 +41,7 @@ def draw_masks(
     ]
 
 
-def drop_parameters(
-    rates: ConfigDict, params: model_lib.Params, key: jax.Array
-) -> model_lib.Params:
+def drop_parameters(rates: ConfigDict, params: Params, key: jax.Array) -> Params:
     """Set a random part of the parameters to zero (Merity et al. 2018).
 
     `embedding_dropout` drops rows of the embedding table, that is a token wherever it occurs (Gal &
