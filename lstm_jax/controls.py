@@ -100,28 +100,21 @@ def adjust_logits(logits: jax.Array, age: jax.Array, controls: ControlArrays) ->
     logits = jnp.where(logits > 0, logits / penalty, logits * penalty)
     logits = jnp.where(controls.forbidden, -jnp.inf, logits)
     greedy = controls.temperature == 0
-    gaps = logits.max(axis=-1, keepdims=True) - logits
+    gaps = logits.max(axis=-1, keepdims=True) - logits  # To the most probable token.
     gaps /= jnp.where(greedy, 1.0, controls.temperature)
+
+    def filter_top() -> jax.Array:
+        """Return which tokens top-k keeps, and top-p of these."""
+        keep = _filter_until(gaps, jnp.ones_like(gaps), controls.top_k)
+        weights = jnp.where(keep, jnp.exp(-gaps), 0)
+        limit = jnp.where(controls.top_p < 1, controls.top_p * weights.sum(axis=-1), jnp.inf)
+        return keep & _filter_until(gaps, weights, limit)
+
     filtered = ~greedy & ((controls.top_k < logits.shape[-1]) | (controls.top_p < 1))
-    keep = jax.lax.cond(
-        filtered,
-        lambda: _filter_top(gaps, controls.top_k, controls.top_p),
-        lambda: jnp.ones(gaps.shape, bool),
-    )
+    keep = jax.lax.cond(filtered, filter_top, lambda: jnp.ones(gaps.shape, bool))
     keep &= gaps <= -jnp.log(controls.min_p)
     first = jnp.arange(logits.shape[-1]) == jnp.argmin(gaps, axis=-1, keepdims=True)
     return jnp.where(jnp.where(greedy, first, keep), -gaps, -jnp.inf)
-
-
-def _filter_top(gaps: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Return which tokens top-k keeps, and top-p of these: bool [batch, vocabulary].
-
-    Gaps are the differences of the logits to the largest one, float32 [batch, vocabulary].
-    """
-    keep = _filter_until(gaps, jnp.ones_like(gaps), top_k)
-    weights = jnp.where(keep, jnp.exp(-gaps), 0)
-    limit = jnp.where(top_p < 1, top_p * weights.sum(axis=-1), jnp.inf)
-    return keep & _filter_until(gaps, weights, limit)
 
 
 def _filter_until(gaps: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
@@ -176,14 +169,14 @@ def make_stop_table(
     for token_id, token in enumerate(vocabulary.tokens if wanted else ()):
         if wanted in token:
             token = wanted
-        # Of a long token only its ends matter, which are apart.
+        # Of a long token only its ends matter: what is between them matches nothing.
         ends = token[:end] + token[max(end, len(token) - end) :]
         path = [number.get(character, other) for character in ends]
         if len(token) > 2 * end:
             path.insert(end, other)
         states = np.arange(last + 1)
-        for character_number in path:
-            states = steps[states, character_number]
+        for column in path:
+            states = steps[states, column]
         table[:, token_id] = states
     if stop_token and vocabulary.stop_id is not None:
         table[:, vocabulary.stop_id] = last

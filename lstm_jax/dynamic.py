@@ -95,7 +95,7 @@ def compute_dynamic_losses(
     state = params, model.initial_carry(1)
     for chunk in iterate_chunks(ids, _SEGMENTS * settings.segment_length):
         segments = [array.reshape(_SEGMENTS, -1) for array in chunk]
-        state, losses = _read_segments(model, params, sizes, state, *segments, settings)
+        state, losses = _read_segments(model, params, sizes, state, segments, settings)
         yield np.asarray(losses)[segments[2]]
 
 
@@ -105,12 +105,13 @@ def _read_segments(
     trained: Params,
     sizes: Params,
     state: tuple[Params, Carry],
-    inputs: jax.Array,
-    targets: jax.Array,
-    counted: jax.Array,
+    segments: list[np.ndarray],
     settings: Settings,
 ) -> tuple[tuple[Params, Carry], jax.Array]:
-    """Read segments [number, time]: the adapted parameters with the carry, and the losses."""
+    """Read segments, inputs, targets and which of them count, [number, time] each.
+
+    Return the adapted parameters with the carry, and the losses [number, time].
+    """
     leaves = jax.tree.leaves(sizes)
     mean = sum(leaf.sum() for leaf in leaves) / sum(leaf.size for leaf in leaves)
 
@@ -125,7 +126,7 @@ def _read_segments(
         grads, (losses, carry) = _compute_grads(model, params, carry, inputs, targets, counted)
         return (jax.tree.map(adapt, params, grads, trained, sizes), carry), losses
 
-    return jax.lax.scan(step, state, (inputs, targets, counted))
+    return jax.lax.scan(step, state, segments)
 
 
 def _compute_grads(

@@ -49,24 +49,16 @@ def run_fused(
     dtype: str = "float32",
     rematerialize: int = 0,
 ) -> tuple[jax.Array, LSTMCarry]:
-    """Run one LSTM layer over time.
+    """Run one LSTM layer over time: outputs [batch, time, hidden], and the last carry.
 
-    A lookup in a vocabulary not much larger than the embedding is folded into the recurrence: the
-    table is multiplied by the input kernel once, and the matmul of a step selects a row of the
-    result by a one-hot input. That saves the matmul of the inputs and its result of
-    [time, 4 * hidden, batch].
+    Inputs are [batch, time, features], or the lookup that they come from. A lookup in a vocabulary
+    not much larger than the embedding is folded into the recurrence: the table is multiplied by the
+    input kernel once, and the matmul of a step selects a row of the result by a one-hot input. That
+    saves the matmul of the inputs and its result of [time, 4 * hidden, batch].
 
-    Args:
-      kernels: the parameters.
-      inputs: [batch, time, features], or the lookup that they come from.
-      carry: the carry before the first step.
-      dtype: the dtype of matmuls; all else is float32.
-      rematerialize: if not 0, keep the state only once in this number of steps for the backward
-        pass, and recompute the steps between. Memory then grows with time / rematerialize +
-        rematerialize instead of time, and is least at the square root of time.
-
-    Returns:
-      Outputs [batch, time, hidden], and the carry after the last step.
+    If `rematerialize` is not 0, the forward pass keeps the state only once in this number of steps,
+    and the backward pass recomputes the steps between. Memory then grows with time / rematerialize
+    + rematerialize instead of time, and is least at the square root of time.
     """
     if isinstance(inputs, Lookup) and len(inputs.table) <= 1.5 * inputs.table.shape[1]:
         # The one-hot input needs two matmuls of this size, the embedded row three.
@@ -94,11 +86,7 @@ class StepArrays(NamedTuple):
 def prepare_step(
     layers: Sequence[Kernels], table: jax.Array, head: jax.Array, head_bias: jax.Array, dtype: str
 ) -> StepArrays:
-    """Compute what is the same at every step.
-
-    The arguments are the parameters of each layer, the embedding table [vocabulary, features], the
-    dense layer's kernel [hidden, vocabulary] and bias, and the dtype of matmuls.
-    """
+    """Compute what is the same at every step, from all parameters of a model; see `apply_step`."""
     first, *others = layers
     kernels = [first.recurrent, *(jnp.concatenate([k.input, k.recurrent]) for k in others)]
     return StepArrays(
@@ -252,9 +240,9 @@ def _recurrence_backward(
         stacked = jnp.concatenate([low(d) for d in d_gates])
         return gates, d_gates, d_cell * f, matmul_rounded(recurrent_kernel, stacked)
 
-    state = (gates, tuple(gate[-1] for gate in gates), d_last.cell, d_last.hidden)
+    state = gates, tuple(gate[-1] for gate in gates), d_last.cell, d_last.hidden
     gates, d_gates, d_cell, d_hidden = lax.fori_loop(0, steps, loop_step, state)
-    by_gate = [low(_put(gate, d, 0)) for gate, d in zip(gates, d_gates, strict=True)]
+    d_gates = [low(_put(gate, d, 0)) for gate, d in zip(gates, d_gates, strict=True)]
 
     previous_hidden = jnp.concatenate([first.hidden[None], outputs[:-1]])
     read = [low(x) for x in (inputs, jnp.ones_like(inputs[:, :1]), previous_hidden)]
@@ -262,13 +250,12 @@ def _recurrence_backward(
     stacked = stacked.reshape(len(stacked), -1)  # [features + 1 + hidden, time * batch].
     # A copy makes rows of time and batch, for a matmul without a transposed factor: only those are
     # fast in bfloat16 on XLA's CPU backend.
-    rows = [d.swapaxes(1, 2).reshape(-1, d.shape[1]) for d in by_gate]
+    rows = [d.swapaxes(1, 2).reshape(-1, d.shape[1]) for d in d_gates]
     d_kernel = jnp.concatenate([matmul_rounded(stacked, d) for d in rows], axis=1)
     d_input, d_bias, d_recurrent = jnp.split(d_kernel, [features, features + 1])
     # XLA drops these matmuls where their result is unused, as for one-hot inputs.
-    parts = zip(rows, jnp.split(low(kernels.input.T), 4), strict=True)
-    d_inputs = functools.reduce(jnp.add, [matmul_rounded(d, w) for d, w in parts])
-    d_inputs = d_inputs.reshape(steps, -1, features).swapaxes(1, 2)
+    by_gate = map(matmul_rounded, rows, jnp.split(low(kernels.input.T), 4))
+    d_inputs = functools.reduce(jnp.add, by_gate).reshape(steps, -1, features).swapaxes(1, 2)
     return Kernels(d_input, d_recurrent, d_bias[0]), d_inputs, LSTMCarry(d_cell, d_hidden)
 
 

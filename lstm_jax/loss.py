@@ -27,11 +27,9 @@ _TEMPERATURES = np.linspace(0.7, 1.5, 81)  # Those that `fit_temperature` compar
 def compute_loss(model: LanguageModel, params: Params, ids: Ids) -> float:
     """Compute the mean loss over a text of two tokens or more, in nats per token.
 
-    The text is read once, from start to end, with the carry kept. Every token but the first is
-    predicted once, from the whole text before it.
-
-    A text of more than `LONGEST_IN_ONE` tokens is read as 64 streams side by side. Each stream
-    starts 1,024 tokens early, so that every token is predicted from at least 1,024 others.
+    The text is read once with the carry kept: every token but the first is predicted once, from the
+    whole text before it. But a text of more than `LONGEST_IN_ONE` tokens is read as 64 streams side
+    by side, each from 1,024 tokens earlier, so that a token is predicted from 1,024 others or more.
     """
     return float(compute_losses(model, params, ids, np.ones(1))[0])
 
@@ -57,15 +55,10 @@ def count_streams(ids: Ids) -> int:
 def iterate_chunks(
     ids: Ids, length: int | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield a text in chunks of one shape.
+    """Yield a text in chunks of one shape, of a single stream for a `length`, else as for its loss.
 
-    Args:
-      ids: the text, int32 [n].
-      length: the length of a chunk, of a single stream; None: as `compute_loss` reads the text.
-
-    Yields:
-      Inputs and targets, int32 [streams, length], and which of the targets count, bool. The end of
-      a stream is padded, uncounted.
+    A chunk is inputs and targets, int32 [streams, length], and which of the targets count, bool.
+    The end of a stream is padded, uncounted.
     """
     streams, warm_up = (1, 0) if length else (count_streams(ids), _WARM_UP)
     length = length or (_CHUNK if streams == 1 else _STREAMS_CHUNK)
@@ -149,9 +142,8 @@ def measure_zero_state(model: LanguageModel, params: Params, ids: Ids, places: i
     def read(begin: int, carry: Carry) -> tuple[np.ndarray, Carry]:
         total = np.zeros(len(starts))
         for at in range(begin, begin + length, chunk):
-            inputs, targets = windows[:, at : at + chunk], windows[:, at + 1 : at + chunk + 1]
-            chunks = inputs, targets, counted
-            losses, carry = read_chunk(model, params, *chunks, carry, temperature, axis=1)
+            part = windows[:, at : at + chunk], windows[:, at + 1 : at + chunk + 1], counted
+            losses, carry = read_chunk(model, params, *part, carry, temperature, axis=1)
             total += np.asarray(losses[0], np.float64)
         return total / length, carry
 
@@ -198,7 +190,7 @@ def compute_bits_per_character(loss: float, tokens: int, costs: Sequence[Costs])
     A token that is not in the vocabulary is predicted as [UNK] only. Spelling it out adds eight
     bits for each byte of its UTF-8 and for an end mark.
 
-    The loss is in nats per token, over this number of tokens; the costs are those of the texts
+    The loss is in nats per token, over this number of tokens, and the costs are those of the texts
     that it was measured on, without the very first token.
     """
     bits = loss / math.log(2) * tokens + 8 * sum(cost.unknown_bytes for cost in costs)

@@ -30,8 +30,8 @@ Carry = tuple[Any, ...]  # The carry of each layer, an `LSTMCarry` or `HiddenCar
 # last, for the outputs of the last layer. `regularization.draw_masks` draws them.
 Masks = Sequence[jax.Array | None]
 
+# Logarithms of the tokens' frequencies in the training text, or zeros.
 INITIAL_BIASES = ("frequencies", "zeros")
-
 # Larger parameters count as infinite: sums of their squares overflow float32.
 _LARGEST = 1e18
 
@@ -63,38 +63,24 @@ class Dense(nn.Module):
 class LanguageModel(nn.Module):
     """Predicts the next token at every position.
 
-    Attributes:
-      vocabulary_size: the number of tokens; ids are below it.
-      embedding_size: features of an embedded token.
-      hidden_size: hidden units of each recurrent layer.
-      num_layers: the number of recurrent layers, each of which reads the outputs of the one below.
-      recurrence: how the layers run over time, one of `fused.IMPLEMENTATIONS`.
-      dtype: the dtype of matmuls, "float32" or "bfloat16". Parameters, cell states, softmax and
-        loss are float32 either way.
-      rematerialize: see `fused.run_fused`.
-      cell: the kind of the layers, a name in `cells.CELLS`.
-      layer_norm: whether the cells normalize the contributions to their gates.
-      mogrifier_rounds: the rounds of the cell "mogrifier".
-      tie_embeddings: whether the dense layer's kernel is the embedding table, transposed (Press &
-        Wolf 2017; Inan et al. 2017). The last layer then has `embedding_size` hidden units.
-      initial_scale: a factor of initial kernels and embeddings.
-      initial_bias: the dense layer's initial bias, one of `INITIAL_BIASES`: the logarithms of the
-        tokens' frequencies in the training text, or zeros.
+    Parameters, cell states, softmax and loss are float32, whatever the dtype of matmuls. Where
+    embeddings are tied, the dense layer's kernel is the embedding table, transposed (Press & Wolf
+    2017; Inan et al. 2017), and the last layer has `embedding_size` hidden units.
     """
 
-    vocabulary_size: int
-    embedding_size: int
-    hidden_size: int
-    num_layers: int = 1
-    recurrence: str = "auto"
-    dtype: str = "float32"
-    rematerialize: int = 0
-    cell: str = "lstm"
-    layer_norm: bool = False
-    mogrifier_rounds: int = 5
+    vocabulary_size: int  # The number of tokens; ids are below it.
+    embedding_size: int  # Features of an embedded token.
+    hidden_size: int  # Hidden units of each recurrent layer.
+    num_layers: int = 1  # The number of recurrent layers; each reads the outputs of the one below.
+    recurrence: str = "auto"  # How the layers run over time, one of `fused.IMPLEMENTATIONS`.
+    dtype: str = "float32"  # The dtype of matmuls, or "bfloat16".
+    rematerialize: int = 0  # See `fused.run_fused`.
+    cell: str = "lstm"  # The kind of the layers, a name in `cells.CELLS`.
+    layer_norm: bool = False  # Whether the cells normalize the contributions to their gates.
+    mogrifier_rounds: int = 5  # The rounds of the cell "mogrifier".
     tie_embeddings: bool = False
-    initial_scale: float = 1.0
-    initial_bias: str = "frequencies"
+    initial_scale: float = 1.0  # A factor of initial kernels and embeddings.
+    initial_bias: str = "frequencies"  # Of the dense layer, one of `INITIAL_BIASES`.
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -130,16 +116,11 @@ class LanguageModel(nn.Module):
     def __call__(
         self, ids: jax.Array, carry: Carry, masks: Masks | None = None
     ) -> tuple[jax.Array, Carry]:
-        """Predict the token after each of `ids`.
+        """Predict the token after each of `ids`, int32 [batch, time].
 
-        Args:
-          ids: int32 [batch, time].
-          carry: the state after the text before `ids`; `initial_carry` if there is none.
-          masks: dropout masks, in training.
-
-        Returns:
-          Logits, float32 [batch, time, vocabulary_size], where those at t predict the token after
-          ids[:, t]; and the carry after the last id.
+        Return logits, float32 [batch, time, vocabulary_size], where those at t predict the token
+        after ids[:, t]; and the carry after the last id. The carry before the first is that of the
+        text before, or `initial_carry`.
         """
         outputs, carry = self.run(ids, carry, masks)
         if masks is not None:

@@ -24,19 +24,12 @@ class HiddenCarry(NamedTuple):
 
 
 class Cell(nn.Module):
-    """The base class of all cells.
+    """The base class of all cells."""
 
-    Attributes:
-      input_size: features of the inputs.
-      hidden_size: the number of hidden units.
-      dtype: the dtype of matmuls, "float32" or "bfloat16".
-      layer_norm: whether to normalize x W and h U, each by itself (Ba et al. 2016).
-    """
-
-    input_size: int
-    hidden_size: int
-    dtype: str = "float32"
-    layer_norm: bool = False
+    input_size: int  # Features of the inputs.
+    hidden_size: int  # The number of hidden units.
+    dtype: str = "float32"  # The dtype of matmuls, or "bfloat16".
+    layer_norm: bool = False  # Whether to normalize x W and h U, each by itself (Ba et al. 2016).
 
     def declare_kernels(self, gates: int, bias: Any = nn.initializers.zeros) -> None:
         """Declare the kernels and the bias of this number of gates; call it in `setup`."""
