@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lstm_jax.loss import iterate_chunks
+from lstm_jax.loss import Chunk, iterate_chunks
 from lstm_jax.model import Carry, LanguageModel, Params, apply
 from lstm_jax.vocabulary import Ids
 
@@ -67,8 +67,8 @@ def _measure_gradient_sizes(
     model: LanguageModel, params: Params, inputs: jax.Array, targets: jax.Array
 ) -> Params:
     def add_squares(state: Any, segment: Any) -> Any:
-        (sums, carry), (inputs, targets) = state, segment
-        grads, (_, carry) = _compute_grads(model, params, carry, inputs, targets, True)
+        sums, carry = state
+        grads, (_, carry) = _compute_grads(model, params, carry, (*segment, True))
         return (jax.tree.map(lambda s, g: s + g**2, sums, grads), carry), None
 
     start = jax.tree.map(jnp.zeros_like, params), model.initial_carry(1)
@@ -94,7 +94,7 @@ def compute_dynamic_losses(
     """
     state = params, model.initial_carry(1)
     for chunk in iterate_chunks(ids, _SEGMENTS * settings.segment_length):
-        segments = [array.reshape(_SEGMENTS, -1) for array in chunk]
+        segments = jax.tree.map(lambda array: array.reshape(_SEGMENTS, -1), chunk)
         state, losses = _read_segments(model, params, sizes, state, segments, settings)
         yield np.asarray(losses)[segments[2]]
 
@@ -105,13 +105,10 @@ def _read_segments(
     trained: Params,
     sizes: Params,
     state: tuple[Params, Carry],
-    segments: list[np.ndarray],
+    segments: Chunk,
     settings: Settings,
 ) -> tuple[tuple[Params, Carry], jax.Array]:
-    """Read segments, inputs, targets and which of them count, [number, time] each.
-
-    Return the adapted parameters with the carry, and the losses [number, time].
-    """
+    """Read segments [number, time]: the adapted parameters with the carry, and the losses."""
     leaves = jax.tree.leaves(sizes)
     mean = sum(leaf.sum() for leaf in leaves) / sum(leaf.size for leaf in leaves)
 
@@ -123,21 +120,17 @@ def _read_segments(
         (params, carry), (inputs, targets, counted) = state, segment
         # A segment that is all padding comes after the last token: its results are not used.
         counted = counted | ~counted.any()
-        grads, (losses, carry) = _compute_grads(model, params, carry, inputs, targets, counted)
+        grads, (losses, carry) = _compute_grads(model, params, carry, (inputs, targets, counted))
         return (jax.tree.map(adapt, params, grads, trained, sizes), carry), losses
 
     return jax.lax.scan(step, state, segments)
 
 
 def _compute_grads(
-    model: LanguageModel,
-    params: Params,
-    carry: Carry,
-    inputs: jax.Array,
-    targets: jax.Array,
-    counted: jax.Array | bool,
+    model: LanguageModel, params: Params, carry: Carry, segment: Chunk
 ) -> tuple[Params, tuple[jax.Array, Carry]]:
     """Differentiate the mean loss of a segment; also return its losses [time] and the carry."""
+    inputs, targets, counted = segment
 
     def loss_fn(params: Params) -> Any:
         logits, after = apply(model, params, inputs[None], carry)

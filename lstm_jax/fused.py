@@ -77,7 +77,7 @@ class StepArrays(NamedTuple):
     """The parameters of a model of LSTM layers, prepared for `apply_step`, with kernels rounded."""
 
     tokens: jax.Array  # What each adds to the first layer's gates, [vocabulary, 4 * hidden].
-    kernels: list[jax.Array]  # [4 * hidden, n]; n counts hidden units and, above layer 0, inputs.
+    kernels: list[jax.Array]  # [4 * hidden, inputs + hidden]; in the first layer without inputs.
     biases: list[jax.Array]  # Of each layer but the first, [4 * hidden, 1].
     head: jax.Array  # The dense layer's kernel, [vocabulary, hidden].
     head_bias: jax.Array  # [vocabulary].
@@ -254,8 +254,9 @@ def _recurrence_backward(
     d_kernel = jnp.concatenate([matmul_rounded(stacked, d) for d in rows], axis=1)
     d_input, d_bias, d_recurrent = jnp.split(d_kernel, [features, features + 1])
     # XLA drops these matmuls where their result is unused, as for one-hot inputs.
-    by_gate = map(matmul_rounded, rows, jnp.split(low(kernels.input.T), 4))
-    d_inputs = functools.reduce(jnp.add, by_gate).reshape(steps, -1, features).swapaxes(1, 2)
+    pairs = zip(rows, jnp.split(low(kernels.input.T), 4), strict=True)
+    d_inputs = functools.reduce(jnp.add, [matmul_rounded(d, w) for d, w in pairs])
+    d_inputs = d_inputs.reshape(steps, -1, features).swapaxes(1, 2)
     return Kernels(d_input, d_recurrent, d_bias[0]), d_inputs, LSTMCarry(d_cell, d_hidden)
 
 

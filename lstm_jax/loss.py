@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,16 @@ PLACES = 256  # The places that `evaluate` measures.
 _FAR = 0.7  # Losses of one model, in nats per token, that differ by more are suspicious.
 _TEMPERATURES = np.linspace(0.7, 1.5, 81)  # Those that `fit_temperature` compares.
 
+# Inputs and targets, int32 [batch, time], and which of the targets count, bool [batch, time].
+Chunk = tuple[Any, Any, Any]
+
 
 def compute_loss(model: LanguageModel, params: Params, ids: Ids) -> float:
     """Compute the mean loss over a text of two tokens or more, in nats per token.
 
     The text is read once with the carry kept: every token but the first is predicted once, from the
-    whole text before it. But a text of more than `LONGEST_IN_ONE` tokens is read as 64 streams side
-    by side, each from 1,024 tokens earlier, so that a token is predicted from 1,024 others or more.
+    whole text before it. A text of more than `LONGEST_IN_ONE` tokens is read as 64 streams side by
+    side, each of which starts 1,024 tokens early: every token is predicted from as much text.
     """
     return float(compute_losses(model, params, ids, np.ones(1))[0])
 
@@ -42,7 +45,7 @@ def compute_losses(
     divisors = jnp.asarray(temperatures, jnp.float32)
     total = np.zeros(len(temperatures))
     for chunk in iterate_chunks(ids):
-        losses, carry = read_chunk(model, params, *chunk, carry, divisors)
+        losses, carry = read_chunk(model, params, chunk, carry, divisors)
         total += np.asarray(losses, np.float64)
     return total / (len(ids) - 1)
 
@@ -52,13 +55,11 @@ def count_streams(ids: Ids) -> int:
     return 1 if len(ids) <= LONGEST_IN_ONE else _STREAMS
 
 
-def iterate_chunks(
-    ids: Ids, length: int | None = None
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield a text in chunks of one shape, of a single stream for a `length`, else as for its loss.
+def iterate_chunks(ids: Ids, length: int | None = None) -> Iterator[Chunk]:
+    """Yield a text in chunks of one shape, [streams, time]; padding at its end does not count.
 
-    A chunk is inputs and targets, int32 [streams, length], and which of the targets count, bool.
-    The end of a stream is padded, uncounted.
+    With a `length`, chunks have one stream of that length; without, they are those of
+    `compute_loss`.
     """
     streams, warm_up = (1, 0) if length else (count_streams(ids), _WARM_UP)
     length = length or (_CHUNK if streams == 1 else _STREAMS_CHUNK)
@@ -79,18 +80,17 @@ def iterate_chunks(
 def read_chunk(
     model: LanguageModel,
     params: Params,
-    inputs: jax.Array,
-    targets: jax.Array,
-    counted: jax.Array,
+    chunk: Chunk,
     carry: Carry,
     temperatures: jax.Array,
     axis: int | None = None,
 ) -> tuple[jax.Array, Carry]:
-    """Sum the losses of the `counted` targets [batch, time], in nats, over an axis or both.
+    """Sum the losses of the targets that count, in nats, over an axis or both.
 
     Return the sums for logits divided by each of the temperatures, [temperatures] or, for axis 1,
     [temperatures, batch]; and the carry after the inputs.
     """
+    inputs, targets, counted = chunk
     logits, carry = apply(model, params, inputs, carry)
 
     def sum_losses(temperature: jax.Array) -> jax.Array:
@@ -143,7 +143,7 @@ def measure_zero_state(model: LanguageModel, params: Params, ids: Ids, places: i
         total = np.zeros(len(starts))
         for at in range(begin, begin + length, chunk):
             part = windows[:, at : at + chunk], windows[:, at + 1 : at + chunk + 1], counted
-            losses, carry = read_chunk(model, params, *part, carry, temperature, axis=1)
+            losses, carry = read_chunk(model, params, part, carry, temperature, axis=1)
             total += np.asarray(losses[0], np.float64)
         return total / length, carry
 

@@ -25,7 +25,7 @@ def matmul_rounded(a: jax.Array, b: jax.Array) -> jax.Array:
 def round_factor(x: jax.Array, dtype: str, native: bool = False) -> jax.Array:
     """Round a factor of `matmul_rounded`; a factor of many matmuls is best rounded once.
 
-    `native` says that XLA's CPU backend, too, has the matmuls that x will be a factor of.
+    `native` means that XLA's CPU backend, too, has the matmuls that x will be a factor of.
     """
     if dtype == "float32":
         return x
