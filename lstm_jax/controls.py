@@ -29,42 +29,30 @@ class Controls(NamedTuple):
 
     Top-k and top-p keep all tokens that tie with the last one kept. The token is then drawn from
     the tokens left, in proportion to their probabilities.
-
-    Attributes:
-      temperature: 0 always takes the most probable token.
-      top_k: a number of tokens; 0 keeps all.
-      top_p: in (0, 1]; 1 keeps all.
-      min_p: in [0, 1]; 0 keeps all.
-      repetition_penalty: 1 is no penalty.
-      repetition_window: a number of tokens, which may reach back into the prompt.
-      forbidden: ids.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    repetition_window: int = 64
-    forbidden: Iterable[int] = ()
+    temperature: float = 1.0  # 0 always takes the most probable token.
+    top_k: int = 0  # A number of tokens; 0 keeps all.
+    top_p: float = 1.0  # In (0, 1]; 1 keeps all.
+    min_p: float = 0.0  # In [0, 1]; 0 keeps all.
+    repetition_penalty: float = 1.0  # 1 is no penalty.
+    repetition_window: int = 64  # A number of tokens, which may reach back into the prompt.
+    forbidden: Iterable[int] = ()  # Ids.
 
 
 DEFAULT_CONTROLS = Controls()  # The model's own distribution, without "" and "[UNK]".
 
 
 class ControlArrays(NamedTuple):
-    """`Controls` as float32 and int32 scalars, so that one compiled function serves all values.
-
-    `top_k` is the size of the vocabulary to keep all; `forbidden` is bool [vocabulary].
-    """
+    """`Controls` as float32 and int32 scalars, so that one compiled function serves all values."""
 
     temperature: Any
-    top_k: Any
+    top_k: Any  # The size of the vocabulary to keep all.
     top_p: Any
     min_p: Any
     repetition_penalty: Any
     repetition_window: Any
-    forbidden: Any
+    forbidden: Any  # Bool [vocabulary].
 
 
 def make_control_arrays(controls: Controls, vocabulary_size: int) -> ControlArrays:
@@ -99,13 +87,10 @@ def make_control_arrays(controls: Controls, vocabulary_size: int) -> ControlArra
 
 
 def adjust_logits(logits: jax.Array, age: jax.Array, controls: ControlArrays) -> jax.Array:
-    """Apply the controls to the model's logits.
+    """Apply the controls to the model's logits, float32 [batch, vocabulary].
 
-    Args:
-      logits: the model's, float32 [batch, vocabulary].
-      age: how many tokens ago each token last occurred, 1 for the latest: int32
-        [batch, vocabulary].
-      controls: see `Controls`.
+    Age, int32 [batch, vocabulary], is the number of tokens since each token last occurred, 1 for
+    the latest.
 
     Returns:
       The logits to draw from, float32 [batch, vocabulary]: at most 0, and minus infinity for what
@@ -115,31 +100,21 @@ def adjust_logits(logits: jax.Array, age: jax.Array, controls: ControlArrays) ->
     logits = jnp.where(logits > 0, logits / penalty, logits * penalty)
     logits = jnp.where(controls.forbidden, -jnp.inf, logits)
     greedy = controls.temperature == 0
-    gaps = logits.max(axis=-1, keepdims=True) - logits
+    gaps = logits.max(axis=-1, keepdims=True) - logits  # To the most probable token.
     gaps /= jnp.where(greedy, 1.0, controls.temperature)
+
+    def filter_top() -> jax.Array:
+        """Return which tokens top-k keeps, and top-p of these."""
+        keep = _filter_until(gaps, jnp.ones_like(gaps), controls.top_k)
+        weights = jnp.where(keep, jnp.exp(-gaps), 0)
+        limit = jnp.where(controls.top_p < 1, controls.top_p * weights.sum(axis=-1), jnp.inf)
+        return keep & _filter_until(gaps, weights, limit)
+
     filtered = ~greedy & ((controls.top_k < logits.shape[-1]) | (controls.top_p < 1))
-    keep = jax.lax.cond(
-        filtered,
-        lambda: _filter_top(gaps, controls.top_k, controls.top_p),
-        lambda: jnp.ones(gaps.shape, bool),
-    )
+    keep = jax.lax.cond(filtered, filter_top, lambda: jnp.ones(gaps.shape, bool))
     keep &= gaps <= -jnp.log(controls.min_p)
     first = jnp.arange(logits.shape[-1]) == jnp.argmin(gaps, axis=-1, keepdims=True)
     return jnp.where(jnp.where(greedy, first, keep), -gaps, -jnp.inf)
-
-
-def _filter_top(gaps: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Return which tokens top-k keeps, and top-p of these: bool [batch, vocabulary].
-
-    Args:
-      gaps: the differences of the logits to the largest one, float32 [batch, vocabulary].
-      top_k: int32 [].
-      top_p: float32 [].
-    """
-    keep = _filter_until(gaps, jnp.ones_like(gaps), top_k)
-    weights = jnp.where(keep, jnp.exp(-gaps), 0)
-    limit = jnp.where(top_p < 1, top_p * weights.sum(axis=-1), jnp.inf)
-    return keep & _filter_until(gaps, weights, limit)
 
 
 def _filter_until(gaps: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
@@ -166,60 +141,46 @@ def _filter_until(gaps: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.
 def make_stop_table(
     vocabulary: Vocabulary, stop_token: bool = True, stop_at: str = ""
 ) -> np.ndarray:
-    """Make a finite automaton that recognizes the end of a text.
+    """Make a finite automaton that recognizes the end of a text: int32 [states, vocabulary].
 
     It starts in state 0, and each token takes it from state s to table[s, token]. In the last
-    state, which it never leaves, the text has ended. The number of states is a power of two, so
-    that one compiled function serves many stop texts.
+    state, which it never leaves, the text has ended: after the vocabulary's stop token, unless
+    `stop_token` is false, and after the string `stop_at`, unless it is empty, even where the string
+    starts or ends within a token.
 
-    Args:
-      vocabulary: the vocabulary.
-      stop_token: whether the vocabulary's stop token, if there is one, ends the text.
-      stop_at: a string whose last character ends the text, even if the string starts or ends within
-        a token; "" for none.
-
-    Returns:
-      The table, int32 [states, vocabulary].
+    The number of states is a power of two, so that one compiled function serves many stop texts.
     """
     wanted = "".join(vocabulary.split(stop_at))
-    number = {character: i for i, character in enumerate(dict.fromkeys(wanted))}
-    other, nothing = len(number), len(number) + 1
+    end = len(wanted)
+    last = max(MIN_STATES, 1 << end.bit_length()) - 1
     # Knuth, Morris & Pratt 1977: after s matching characters, the next takes state s to steps[s].
-    steps = np.zeros((len(wanted) + 1, len(number) + 2), np.int32)
+    number = {character: i for i, character in enumerate(dict.fromkeys(wanted))}
+    other = len(number)
+    steps = np.zeros((last + 1, other + 1), np.int32)
+    steps[last] = last
     fallback = 0
     for state, character in enumerate(wanted):
         steps[state] = steps[fallback]
-        steps[state, number[character]] = state + 1
+        steps[state, number[character]] = state + 1 if state + 1 < end else last
         fallback = steps[fallback, number[character]] if state else 0
-    steps[-1] = len(wanted)
-    steps[:, nothing] = np.arange(len(wanted) + 1)
 
-    # Of a long token only its ends matter, unless it contains the whole string. So memory does not
-    # grow with the longest token.
-    end = len(wanted)
-    longest = min(max(map(len, vocabulary.tokens)), 2 * end + 1)
-    spelled = np.full((len(vocabulary), longest), nothing)
-    for row, token in zip(spelled, vocabulary.tokens, strict=True):
+    table = np.zeros((last + 1, len(vocabulary)), np.int32)
+    table[last] = last
+    for token_id, token in enumerate(vocabulary.tokens if wanted else ()):
         if wanted in token:
             token = wanted
-        is_long = len(token) > 2 * end
-        ends = token[:end] + token[-end:] if is_long else token
-        numbers = [number.get(character, other) for character in ends]
-        if is_long:
-            numbers.insert(end, other)
-        row[: len(numbers)] = numbers
-    table = np.tile(np.arange(len(wanted) + 1)[:, None], len(vocabulary))
-    for characters in spelled.T:
-        table = steps[table, characters]
-
-    last = max(MIN_STATES, 1 << len(wanted).bit_length()) - 1
-    if wanted:
-        table = np.where(table == len(wanted), last, table)
-    table = np.pad(table, ((0, last + 1 - len(table)), (0, 0)))
-    table[last] = last
+        # Of a long token only its ends matter: what is between them matches nothing.
+        ends = token[:end] + token[max(end, len(token) - end) :]
+        path = [number.get(character, other) for character in ends]
+        if len(token) > 2 * end:
+            path.insert(end, other)
+        states = np.arange(last + 1)
+        for column in path:
+            states = steps[states, column]
+        table[:, token_id] = states
     if stop_token and vocabulary.stop_id is not None:
         table[:, vocabulary.stop_id] = last
-    return table.astype(np.int32)
+    return table
 
 
 def can_end(table: np.ndarray, forbidden: np.ndarray) -> bool:

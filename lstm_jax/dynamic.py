@@ -22,19 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lstm_jax import loss as loss_lib
-from lstm_jax import model as model_lib
+from lstm_jax.loss import Chunk, iterate_chunks
+from lstm_jax.model import Carry, LanguageModel, Params, apply
 from lstm_jax.vocabulary import Ids
 
-# Segments read by one call of the compiled function.
-_SEGMENTS = 32
-
+_SEGMENTS = 32  # Segments read by one call of the compiled function.
 # Tokens of the training text that gradients are measured on: the length of Tiny Shakespeare's
 # validation split, so that measuring takes no longer than evaluating.
-STATISTICS_TOKENS = 60_000
-
-# A share of m, added to s to bound the steps.
-_FLOOR = 0.1
+_STATISTICS_TOKENS = 60_000
 
 
 class Settings(NamedTuple):
@@ -43,28 +38,24 @@ class Settings(NamedTuple):
     The defaults are the best of a dozen settings on the validation split of experiments/quick.py:
     `python -m lstm_jax.evaluate --workdir runs/quick --split validation --dynamic` gives 1.359 nats
     per character, and without --dynamic 1.443.
-
-    Attributes:
-      learning_rate: the learning rate.
-      decay: the share of the distance to the trained parameters that each step takes back, for a
-        parameter with a gradient of mean size.
-      segment_length: tokens predicted between two steps.
     """
 
     learning_rate: float = 6e-4
+    # The share of the distance to the trained parameters that each step takes back, for a parameter
+    # with a gradient of mean size.
     decay: float = 0.003
-    segment_length: int = 50
+    segment_length: int = 50  # Tokens predicted between two steps.
 
 
 def measure_gradient_sizes(
-    model: model_lib.LanguageModel, params: model_lib.Params, ids: Ids, segment_length: int
-) -> model_lib.Params:
+    model: LanguageModel, params: Params, ids: Ids, segment_length: int
+) -> Params:
     """Compute the root mean square of each parameter's gradient over segments of the training text.
 
-    The carry is kept from segment to segment. At most `STATISTICS_TOKENS` tokens are read, and two
-    at least. The result has the shapes of `params`.
+    The carry is kept from segment to segment. Of the text, two tokens or more, at most 60,000 are
+    read. The result has the shapes of `params`.
     """
-    window = np.asarray(ids[: STATISTICS_TOKENS + 1])
+    window = np.asarray(ids[: _STATISTICS_TOKENS + 1])
     length = min(segment_length, len(window) - 1)
     end = (len(window) - 1) // length * length
     inputs, targets = window[:end].reshape(-1, length), window[1 : end + 1].reshape(-1, length)
@@ -73,14 +64,11 @@ def measure_gradient_sizes(
 
 @functools.partial(jax.jit, static_argnames="model")
 def _measure_gradient_sizes(
-    model: model_lib.LanguageModel,
-    params: model_lib.Params,
-    inputs: jax.Array,
-    targets: jax.Array,
-) -> model_lib.Params:
+    model: LanguageModel, params: Params, inputs: jax.Array, targets: jax.Array
+) -> Params:
     def add_squares(state: Any, segment: Any) -> Any:
-        (sums, carry), (inputs, targets) = state, segment
-        grads, (_, carry) = _compute_grads(model, params, carry, inputs, targets, True)
+        sums, carry = state
+        grads, (_, carry) = _compute_grads(model, params, carry, (*segment, True))
         return (jax.tree.map(lambda s, g: s + g**2, sums, grads), carry), None
 
     start = jax.tree.map(jnp.zeros_like, params), model.initial_carry(1)
@@ -89,11 +77,7 @@ def _measure_gradient_sizes(
 
 
 def compute_dynamic_loss(
-    model: model_lib.LanguageModel,
-    params: model_lib.Params,
-    ids: Ids,
-    settings: Settings,
-    sizes: model_lib.Params,
+    model: LanguageModel, params: Params, ids: Ids, settings: Settings, sizes: Params
 ) -> float:
     """Compute the mean of `compute_dynamic_losses`, without holding all of them in memory."""
     losses = compute_dynamic_losses(model, params, ids, settings, sizes)
@@ -101,72 +85,55 @@ def compute_dynamic_loss(
 
 
 def compute_dynamic_losses(
-    model: model_lib.LanguageModel,
-    params: model_lib.Params,
-    ids: Ids,
-    settings: Settings,
-    sizes: model_lib.Params,
+    model: LanguageModel, params: Params, ids: Ids, settings: Settings, sizes: Params
 ) -> Iterator[np.ndarray]:
     """Compute the loss of each token but the first, in nats, with the carry kept all the way.
 
-    Args:
-      model: the model.
-      params: its trained parameters.
-      ids: a text of n tokens, two or more.
-      settings: how the model adapts.
-      sizes: from `measure_gradient_sizes`.
-
-    Yields:
-      Float32 arrays, n - 1 losses in all.
+    Yield float32 arrays, n - 1 losses in all for n ids. `sizes` are those of
+    `measure_gradient_sizes`.
     """
     state = params, model.initial_carry(1)
-    for chunk in loss_lib.iterate_chunks(ids, _SEGMENTS * settings.segment_length):
-        segments = [array.reshape(_SEGMENTS, -1) for array in chunk]
-        state, losses = _read_segments(model, params, sizes, state, *segments, settings)
+    for chunk in iterate_chunks(ids, _SEGMENTS * settings.segment_length):
+        segments = jax.tree.map(lambda array: array.reshape(_SEGMENTS, -1), chunk)
+        state, losses = _read_segments(model, params, sizes, state, segments, settings)
         yield np.asarray(losses)[segments[2]]
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _read_segments(
-    model: model_lib.LanguageModel,
-    trained: model_lib.Params,
-    sizes: model_lib.Params,
-    state: tuple[model_lib.Params, model_lib.Carry],
-    inputs: jax.Array,
-    targets: jax.Array,
-    counted: jax.Array,
+    model: LanguageModel,
+    trained: Params,
+    sizes: Params,
+    state: tuple[Params, Carry],
+    segments: Chunk,
     settings: Settings,
-) -> tuple[tuple[model_lib.Params, model_lib.Carry], jax.Array]:
+) -> tuple[tuple[Params, Carry], jax.Array]:
     """Read segments [number, time]: the adapted parameters with the carry, and the losses."""
     leaves = jax.tree.leaves(sizes)
     mean = sum(leaf.sum() for leaf in leaves) / sum(leaf.size for leaf in leaves)
 
     def adapt(p: jax.Array, g: jax.Array, p0: jax.Array, size: jax.Array) -> jax.Array:
         back = jnp.minimum(settings.decay * size / mean, 1)
-        return p - settings.learning_rate * g / (size + _FLOOR * mean) + back * (p0 - p)
+        return p - settings.learning_rate * g / (size + 0.1 * mean) + back * (p0 - p)
 
     def step(state: Any, segment: Any) -> Any:
         (params, carry), (inputs, targets, counted) = state, segment
         # A segment that is all padding comes after the last token: its results are not used.
         counted = counted | ~counted.any()
-        grads, (losses, carry) = _compute_grads(model, params, carry, inputs, targets, counted)
+        grads, (losses, carry) = _compute_grads(model, params, carry, (inputs, targets, counted))
         return (jax.tree.map(adapt, params, grads, trained, sizes), carry), losses
 
-    return jax.lax.scan(step, state, (inputs, targets, counted))
+    return jax.lax.scan(step, state, segments)
 
 
 def _compute_grads(
-    model: model_lib.LanguageModel,
-    params: model_lib.Params,
-    carry: model_lib.Carry,
-    inputs: jax.Array,
-    targets: jax.Array,
-    counted: jax.Array | bool,
-) -> tuple[model_lib.Params, tuple[jax.Array, model_lib.Carry]]:
+    model: LanguageModel, params: Params, carry: Carry, segment: Chunk
+) -> tuple[Params, tuple[jax.Array, Carry]]:
     """Differentiate the mean loss of a segment; also return its losses [time] and the carry."""
+    inputs, targets, counted = segment
 
-    def loss_fn(params: model_lib.Params) -> Any:
-        logits, after = model_lib.apply(model, params, inputs[None], carry)
+    def loss_fn(params: Params) -> Any:
+        logits, after = apply(model, params, inputs[None], carry)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits[0], targets)
         return jnp.mean(losses, where=counted), (losses, after)
 

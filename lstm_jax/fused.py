@@ -31,49 +31,15 @@ IMPLEMENTATIONS = ("auto", "scan", "fused", "cudnn")
 
 
 class Lookup(NamedTuple):
-    """The inputs of a first layer: the rows `ids` of an embedding table.
+    """The inputs of a first layer: the rows `ids` of an embedding table."""
 
-    Attributes:
-      table: [vocabulary, features].
-      ids: int32 [batch, time].
-    """
-
-    table: jax.Array
-    ids: jax.Array
+    table: jax.Array  # [vocabulary, features].
+    ids: jax.Array  # Int32 [batch, time].
 
 
 def get_rows(inputs: jax.Array | Lookup) -> jax.Array:
     """Return inputs as an array [batch, time, features]."""
     return inputs.table[inputs.ids] if isinstance(inputs, Lookup) else inputs
-
-
-def choose(implementation: str, dtype: str, plain: bool = True) -> str:
-    """Return the implementation that a config asks for, with "auto" resolved.
-
-    "auto" is "fused", the fastest that was measured, or "scan" for the cells that only it can run.
-
-    Args:
-      implementation: one of `IMPLEMENTATIONS`.
-      dtype: the dtype of matmuls.
-      plain: whether the layers are `LSTMCell`s without layer normalization.
-
-    Raises:
-      ValueError: for "cudnn" on anything but a GPU, and in bfloat16; and for anything but "scan"
-        and "auto" where the layers are not plain.
-    """
-    if not plain:
-        if implementation not in ("auto", "scan"):
-            raise ValueError(
-                f"the recurrence {implementation!r} runs LSTM cells without layer normalization "
-                "only; 'auto' runs any"
-            )
-        return "scan"
-    if implementation == "cudnn":
-        if jax.default_backend() != "gpu":
-            raise ValueError("the recurrence 'cudnn' needs a GPU; 'auto' works anywhere")
-        if dtype != "float32":
-            raise ValueError("the recurrence 'cudnn' computes in float32 only")
-    return "fused" if implementation == "auto" else implementation
 
 
 def run_fused(
@@ -83,29 +49,23 @@ def run_fused(
     dtype: str = "float32",
     rematerialize: int = 0,
 ) -> tuple[jax.Array, LSTMCarry]:
-    """Run one LSTM layer over time.
+    """Run one LSTM layer over time: outputs [batch, time, hidden], and the last carry.
 
-    A lookup in a vocabulary not much larger than the embedding is folded into the recurrence: the
-    table is multiplied by the input kernel once, and the matmul of a step selects a row of the
-    result by a one-hot input. That saves the matmul of the inputs and its result of
-    [time, 4 * hidden, batch].
+    Inputs are [batch, time, features], or the lookup that they come from. A lookup in a vocabulary
+    not much larger than the embedding is folded into the recurrence: the table is multiplied by the
+    input kernel once, and the matmul of a step selects a row of the result by a one-hot input. That
+    saves the matmul of the inputs and its result of [time, 4 * hidden, batch].
 
-    Args:
-      kernels: the layer's parameters.
-      inputs: [batch, time, features], or the lookup that they come from.
-      carry: the state before the first step.
-      dtype: the dtype of matmuls; all else is float32.
-      rematerialize: if not 0, keep the state only once in this number of steps for the backward
-        pass, and recompute the steps between. Memory then grows with time / rematerialize +
-        rematerialize instead of time, and is least at the square root of time.
-
-    Returns:
-      Outputs [batch, time, hidden], and the carry after the last step.
+    If `rematerialize` is not 0, the forward pass keeps the state only once in this number of steps,
+    and the backward pass recomputes the steps between. Memory then grows with time / rematerialize
+    + rematerialize instead of time, and is least at the square root of time.
     """
     if isinstance(inputs, Lookup) and len(inputs.table) <= 1.5 * inputs.table.shape[1]:
         # The one-hot input needs two matmuls of this size, the embedded row three.
         kernels = kernels._replace(input=matmul(inputs.table, kernels.input, dtype))
-        features = _one_hot(inputs.ids.T, inputs.table)
+        features = jax.nn.one_hot(
+            inputs.ids.T, len(inputs.table), axis=-2, dtype=inputs.table.dtype
+        )
     else:
         features = get_rows(inputs).transpose(1, 2, 0)
     state = LSTMCarry(carry.cell.T, carry.hidden.T)
@@ -113,39 +73,20 @@ def run_fused(
     return outputs.transpose(2, 0, 1), LSTMCarry(state.cell.T, state.hidden.T)
 
 
-def _one_hot(ids: jax.Array, table: jax.Array) -> jax.Array:
-    """[..., batch] → [..., vocabulary, batch]."""
-    return jax.nn.one_hot(ids, len(table), axis=-2, dtype=table.dtype)
-
-
 class StepArrays(NamedTuple):
-    """The parameters of a model of LSTM layers, prepared for `apply_step`.
+    """The parameters of a model of LSTM layers, prepared for `apply_step`, with kernels rounded."""
 
-    Attributes:
-      projected: the contribution of each token to the first layer's gates,
-        [vocabulary, 4 * hidden].
-      kernels: for each layer, [4 * hidden, n], rounded; n counts the layer's inputs (except in the
-        first layer) and its hidden units.
-      biases: for each layer but the first, [4 * hidden, 1].
-      head: the dense layer's kernel, [vocabulary, hidden], rounded.
-      head_bias: [vocabulary].
-    """
-
-    projected: jax.Array
-    kernels: list[jax.Array]
-    biases: list[jax.Array]
-    head: jax.Array
-    head_bias: jax.Array
+    tokens: jax.Array  # What each adds to the first layer's gates, [vocabulary, 4 * hidden].
+    kernels: list[jax.Array]  # [4 * hidden, inputs + hidden]; in the first layer without inputs.
+    biases: list[jax.Array]  # Of each layer but the first, [4 * hidden, 1].
+    head: jax.Array  # The dense layer's kernel, [vocabulary, hidden].
+    head_bias: jax.Array  # [vocabulary].
 
 
 def prepare_step(
     layers: Sequence[Kernels], table: jax.Array, head: jax.Array, head_bias: jax.Array, dtype: str
 ) -> StepArrays:
-    """Compute what is the same at every step.
-
-    The arguments are the parameters of each layer, the embedding table [vocabulary, features], the
-    dense layer's kernel [hidden, vocabulary] and bias, and the dtype of matmuls.
-    """
+    """Compute what is the same at every step, from all parameters of a model; see `apply_step`."""
     first, *others = layers
     kernels = [first.recurrent, *(jnp.concatenate([k.input, k.recurrent]) for k in others)]
     return StepArrays(
@@ -162,7 +103,7 @@ def apply_step(
 ) -> tuple[jax.Array, tuple[LSTMCarry, ...]]:
     """Run the model over one token of each text; see `model.apply_step`."""
     states = [LSTMCarry(*(state.T for state in layer)) for layer in carry]
-    added = [arrays.projected[ids].T, *arrays.biases]
+    added = [arrays.tokens[ids].T, *arrays.biases]
     for layer, kernel in enumerate(arrays.kernels):
         inputs = states[layer].hidden
         if layer:
@@ -176,16 +117,11 @@ def apply_step(
 def _step(
     kernel: jax.Array, inputs: jax.Array, carry: LSTMCarry, added: Any = 0.0
 ) -> tuple[tuple[jax.Array, ...], LSTMCarry]:
-    """Compute one step, feature-major.
+    """Compute one step, feature-major: the activated gates i, f, g, o, and the next carry.
 
-    Args:
-      kernel: [4 * hidden, n], rounded by `round_factor`.
-      inputs: [n, batch], the layer's inputs and the hidden state, stacked and rounded.
-      carry: [hidden, batch] each.
-      added: [4 * hidden, batch], added to the gates before their activation.
-
-    Returns:
-      The activated gates i, f, g, o, and the next carry.
+    Inputs [n, batch] are the layer's inputs and the hidden state, stacked. They and the kernel
+    [4 * hidden, n] are rounded by `round_factor`. `added` [4 * hidden, batch] is added to the gates
+    before their activation.
     """
     i, f, g, o = jnp.split(matmul_rounded(kernel, inputs) + added, 4)
     i, f, g, o = _sigmoid(i), _sigmoid(f), jnp.tanh(g), _sigmoid(o)
@@ -246,19 +182,11 @@ def _in_chunks(
 def _recurrence(
     kernels: Kernels, inputs: jax.Array, carry: LSTMCarry, dtype: str
 ) -> tuple[jax.Array, LSTMCarry]:
-    """Run one layer, feature-major.
+    """Run one layer, feature-major: [time, features, batch] → [time, hidden, batch], and the carry.
 
-    Args:
-      kernels: the layer's parameters.
-      inputs: [time, features, batch].
-      carry: [hidden, batch] each.
-      dtype: the dtype of matmuls.
-
-    Returns:
-      Outputs [time, hidden, batch], and the carry.
+    The carry is [hidden, batch] before and after.
     """
-    (outputs, carry), _ = _recurrence_forward(kernels, inputs, carry, dtype)
-    return outputs, carry
+    return _recurrence_forward(kernels, inputs, carry, dtype)[0]
 
 
 def _recurrence_forward(
@@ -312,22 +240,22 @@ def _recurrence_backward(
         stacked = jnp.concatenate([low(d) for d in d_gates])
         return gates, d_gates, d_cell * f, matmul_rounded(recurrent_kernel, stacked)
 
-    state = (gates, tuple(gate[-1] for gate in gates), d_last.cell, d_last.hidden)
+    state = gates, tuple(gate[-1] for gate in gates), d_last.cell, d_last.hidden
     gates, d_gates, d_cell, d_hidden = lax.fori_loop(0, steps, loop_step, state)
-    pairs = zip(gates, d_gates, strict=True)
-    by_gate = [low(_put(gate, d, 0)) for gate, d in pairs]
+    d_gates = [low(_put(gate, d, 0)) for gate, d in zip(gates, d_gates, strict=True)]
 
     previous_hidden = jnp.concatenate([first.hidden[None], outputs[:-1]])
     read = [low(x) for x in (inputs, jnp.ones_like(inputs[:, :1]), previous_hidden)]
-    stacked = _flatten(jnp.concatenate(read, axis=1))
+    stacked = jnp.concatenate(read, axis=1).swapaxes(0, 1)
+    stacked = stacked.reshape(len(stacked), -1)  # [features + 1 + hidden, time * batch].
     # A copy makes rows of time and batch, for a matmul without a transposed factor: only those are
     # fast in bfloat16 on XLA's CPU backend.
-    rows = [d.swapaxes(1, 2).reshape(-1, d.shape[1]) for d in by_gate]
+    rows = [d.swapaxes(1, 2).reshape(-1, d.shape[1]) for d in d_gates]
     d_kernel = jnp.concatenate([matmul_rounded(stacked, d) for d in rows], axis=1)
     d_input, d_bias, d_recurrent = jnp.split(d_kernel, [features, features + 1])
     # XLA drops these matmuls where their result is unused, as for one-hot inputs.
-    parts = zip(rows, jnp.split(low(kernels.input.T), 4), strict=True)
-    d_inputs = functools.reduce(jnp.add, [matmul_rounded(d, w) for d, w in parts])
+    pairs = zip(rows, jnp.split(low(kernels.input.T), 4), strict=True)
+    d_inputs = functools.reduce(jnp.add, [matmul_rounded(d, w) for d, w in pairs])
     d_inputs = d_inputs.reshape(steps, -1, features).swapaxes(1, 2)
     return Kernels(d_input, d_recurrent, d_bias[0]), d_inputs, LSTMCarry(d_cell, d_hidden)
 
@@ -358,8 +286,3 @@ def _at(x: jax.Array, t: jax.Array) -> jax.Array:
 
 def _put(x: jax.Array, value: jax.Array, t: jax.Array | int) -> jax.Array:
     return lax.dynamic_update_index_in_dim(x, value, t, axis=0)
-
-
-def _flatten(x: jax.Array) -> jax.Array:
-    """[time, features, batch] → [features, time * batch]."""
-    return x.swapaxes(0, 1).reshape(x.shape[1], -1)

@@ -3,55 +3,49 @@
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lstm_jax import model as model_lib
+from lstm_jax.model import Carry, LanguageModel, Params, apply
 from lstm_jax.vocabulary import Costs, Ids
 
-# Tokens that one call of the compiled function reads.
-_CHUNK = 1024
+_CHUNK = 1024  # Tokens that one call of the compiled function reads.
 # A longer text is read as streams side by side, a chunk of each at a time.
 LONGEST_IN_ONE = 2**20
 _STREAMS, _STREAMS_CHUNK = 64, 64
-# Each stream first reads the end of the stream before it, without counting these tokens.
-_WARM_UP = 1024
-
-# Tokens that `measure_zero_state` counts at each place; and the places that `evaluate` measures.
-_PLACE_LENGTH = 512
-PLACES = 256
-
-# Two losses of one model, in nats per token, that differ by more are suspicious.
-_FAR = 0.7
-
+_WARM_UP = 1024  # Tokens of the stream before it that each stream reads first, uncounted.
+_PLACE_LENGTH = 512  # Tokens that `measure_zero_state` counts at each place.
+PLACES = 256  # The places that `evaluate` measures.
+_FAR = 0.7  # Losses of one model, in nats per token, that differ by more are suspicious.
 _TEMPERATURES = np.linspace(0.7, 1.5, 81)  # Those that `fit_temperature` compares.
 
+# Inputs and targets, int32 [batch, time], and which of the targets count, bool [batch, time].
+Chunk = tuple[Any, Any, Any]
 
-def compute_loss(model: model_lib.LanguageModel, params: model_lib.Params, ids: Ids) -> float:
+
+def compute_loss(model: LanguageModel, params: Params, ids: Ids) -> float:
     """Compute the mean loss over a text of two tokens or more, in nats per token.
 
-    The text is read once, from start to end, with the carry kept. Every token but the first is
-    predicted once, from the whole text before it.
-
-    A text of more than `LONGEST_IN_ONE` tokens is read as 64 streams side by side. Each stream
-    starts 1,024 tokens early, so that every token is predicted from at least 1,024 others.
+    The text is read once with the carry kept: every token but the first is predicted once, from the
+    whole text before it. A text of more than `LONGEST_IN_ONE` tokens is read as 64 streams side by
+    side, each of which starts 1,024 tokens early: every token is predicted from as much text.
     """
     return float(compute_losses(model, params, ids, np.ones(1))[0])
 
 
 def compute_losses(
-    model: model_lib.LanguageModel, params: model_lib.Params, ids: Ids, temperatures: np.ndarray
+    model: LanguageModel, params: Params, ids: Ids, temperatures: np.ndarray
 ) -> np.ndarray:
     """Compute `compute_loss` with the logits divided by each of the temperatures, in one pass."""
     carry = model.initial_carry(count_streams(ids))
     divisors = jnp.asarray(temperatures, jnp.float32)
     total = np.zeros(len(temperatures))
     for chunk in iterate_chunks(ids):
-        losses, carry = read_chunk(model, params, *chunk, carry, divisors)
+        losses, carry = read_chunk(model, params, chunk, carry, divisors)
         total += np.asarray(losses, np.float64)
     return total / (len(ids) - 1)
 
@@ -61,18 +55,11 @@ def count_streams(ids: Ids) -> int:
     return 1 if len(ids) <= LONGEST_IN_ONE else _STREAMS
 
 
-def iterate_chunks(
-    ids: Ids, length: int | None = None
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield a text in chunks of one shape.
+def iterate_chunks(ids: Ids, length: int | None = None) -> Iterator[Chunk]:
+    """Yield a text in chunks of one shape, [streams, time]; padding at its end does not count.
 
-    Args:
-      ids: the text, int32 [n].
-      length: the length of a chunk, of a single stream; None: as `compute_loss` reads the text.
-
-    Yields:
-      Inputs and targets, int32 [streams, length], and which of the targets count, bool. The end of
-      a stream is padded, uncounted.
+    With a `length`, chunks have one stream of that length; without, they are those of
+    `compute_loss`.
     """
     streams, warm_up = (1, 0) if length else (count_streams(ids), _WARM_UP)
     length = length or (_CHUNK if streams == 1 else _STREAMS_CHUNK)
@@ -91,22 +78,20 @@ def iterate_chunks(
 
 @functools.partial(jax.jit, static_argnames=("model", "axis"))
 def read_chunk(
-    model: model_lib.LanguageModel,
-    params: model_lib.Params,
-    inputs: jax.Array,
-    targets: jax.Array,
-    counted: jax.Array,
-    carry: model_lib.Carry,
+    model: LanguageModel,
+    params: Params,
+    chunk: Chunk,
+    carry: Carry,
     temperatures: jax.Array,
     axis: int | None = None,
-) -> tuple[jax.Array, model_lib.Carry]:
-    """Sum the losses of the `counted` targets [batch, time], in nats, over an axis or both.
+) -> tuple[jax.Array, Carry]:
+    """Sum the losses of the targets that count, in nats, over an axis or both.
 
-    Returns:
-      The sums for logits divided by each of the temperatures, [temperatures] or, for axis 1,
-      [temperatures, batch]; and the carry after the inputs.
+    Return the sums for logits divided by each of the temperatures, [temperatures] or, for axis 1,
+    [temperatures, batch]; and the carry after the inputs.
     """
-    logits, carry = model_lib.apply(model, params, inputs, carry)
+    inputs, targets, counted = chunk
+    logits, carry = apply(model, params, inputs, carry)
 
     def sum_losses(temperature: jax.Array) -> jax.Array:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits / temperature, targets)
@@ -115,7 +100,7 @@ def read_chunk(
     return jax.lax.map(sum_losses, temperatures), carry
 
 
-def fit_temperature(model: model_lib.LanguageModel, params: model_lib.Params, ids: Ids) -> float:
+def fit_temperature(model: LanguageModel, params: Params, ids: Ids) -> float:
     """Return the softmax temperature with the smallest loss over a text, to two decimals."""
     losses = compute_losses(model, params, ids, _TEMPERATURES)
     return float(_TEMPERATURES[losses.argmin()])
@@ -124,18 +109,12 @@ def fit_temperature(model: model_lib.LanguageModel, params: model_lib.Params, id
 class ZeroState(NamedTuple):
     """Losses of a model that starts from a zero carry in the middle of a text, in nats per token.
 
-    Each is a mean over the tokens that follow one place of the text.
-
-    Attributes:
-      mean: the mean over all places.
-      worst: the loss at the worst place.
-      excess: the largest difference to the loss of the same tokens with the carry from the text
-        before them.
+    The loss at a place of the text is the mean over the tokens that follow it.
     """
 
-    mean: float
-    worst: float
-    excess: float
+    mean: float  # Over all places.
+    worst: float  # At the worst place.
+    excess: float  # The largest difference to the loss with the carry from the text before.
 
     def describe(self, name: str) -> str:
         """Return a sentence about them, for the split of this name."""
@@ -146,9 +125,7 @@ class ZeroState(NamedTuple):
         )
 
 
-def measure_zero_state(
-    model: model_lib.LanguageModel, params: model_lib.Params, ids: Ids, places: int
-) -> ZeroState:
+def measure_zero_state(model: LanguageModel, params: Params, ids: Ids, places: int) -> ZeroState:
     """Measure how well a model recovers from the zero carry, with which every sample begins.
 
     Training on streams hardly ever starts from zero, and a model may have a state there that it
@@ -162,13 +139,11 @@ def measure_zero_state(
     windows = np.stack([ids[start - length : start + length + 1] for start in starts])
     counted, temperature = np.ones((len(starts), chunk), bool), jnp.ones(1)
 
-    def read(begin: int, carry: model_lib.Carry) -> tuple[np.ndarray, model_lib.Carry]:
+    def read(begin: int, carry: Carry) -> tuple[np.ndarray, Carry]:
         total = np.zeros(len(starts))
         for at in range(begin, begin + length, chunk):
-            inputs, targets = windows[:, at : at + chunk], windows[:, at + 1 : at + chunk + 1]
-            losses, carry = read_chunk(
-                model, params, inputs, targets, counted, carry, temperature, axis=1
-            )
+            part = windows[:, at : at + chunk], windows[:, at + 1 : at + chunk + 1], counted
+            losses, carry = read_chunk(model, params, part, carry, temperature, axis=1)
             total += np.asarray(losses[0], np.float64)
         return total / length, carry
 
@@ -215,10 +190,8 @@ def compute_bits_per_character(loss: float, tokens: int, costs: Sequence[Costs])
     A token that is not in the vocabulary is predicted as [UNK] only. Spelling it out adds eight
     bits for each byte of its UTF-8 and for an end mark.
 
-    Args:
-      loss: nats per token.
-      tokens: the number of tokens predicted.
-      costs: of the texts that the loss was measured on, without the very first token.
+    The loss is in nats per token, over this number of tokens, and the costs are those of the texts
+    that it was measured on, without the very first token.
     """
     bits = loss / math.log(2) * tokens + 8 * sum(cost.unknown_bytes for cost in costs)
     return bits / sum(cost.characters for cost in costs)

@@ -9,12 +9,9 @@ from jax import lax
 
 
 def matmul(a: jax.Array, b: jax.Array, dtype: str) -> jax.Array:
-    """Return a @ b, multiplied in `dtype` and summed in float32.
+    """Return a [..., m, k] @ b [k, n], multiplied in `dtype` and summed in float32.
 
-    Args:
-      a: [..., m, k].
-      b: [k, n].
-      dtype: "bfloat16", or "float32" for the arrays' own dtype.
+    `dtype` is "bfloat16", or "float32" for the arrays' own dtype.
     """
     return matmul_rounded(round_factor(a, dtype), round_factor(b, dtype))
 
@@ -28,10 +25,7 @@ def matmul_rounded(a: jax.Array, b: jax.Array) -> jax.Array:
 def round_factor(x: jax.Array, dtype: str, native: bool = False) -> jax.Array:
     """Round a factor of `matmul_rounded`; a factor of many matmuls is best rounded once.
 
-    Args:
-      x: any array.
-      dtype: see `matmul`.
-      native: whether XLA's CPU backend, too, has the matmuls that x will be a factor of.
+    `native` means that XLA's CPU backend, too, has the matmuls that x will be a factor of.
     """
     if dtype == "float32":
         return x

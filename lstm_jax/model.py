@@ -17,34 +17,27 @@ import threadpoolctl
 from ml_collections import ConfigDict
 
 from lstm_jax import fused
-from lstm_jax.cells import CELLS, HiddenCarry, LSTMCarry
+from lstm_jax.cells import CELLS
 from lstm_jax.cells.base import Gates
 from lstm_jax.fused import Lookup, StepArrays
 from lstm_jax.matmul import matmul
 
 Params = dict[str, Any]
 
-Carry = tuple[LSTMCarry | HiddenCarry, ...]  # One for each layer.
+Carry = tuple[Any, ...]  # The carry of each layer, an `LSTMCarry` or `HiddenCarry`.
 
 # Dropout masks, the same at every step: [batch, features] or None for the inputs of each layer and,
 # last, for the outputs of the last layer. `regularization.draw_masks` draws them.
 Masks = Sequence[jax.Array | None]
 
+# Logarithms of the tokens' frequencies in the training text, or zeros.
 INITIAL_BIASES = ("frequencies", "zeros")
-
 # Larger parameters count as infinite: sums of their squares overflow float32.
 _LARGEST = 1e18
 
 
 class Dense(nn.Module):
-    """The layer that computes logits from hidden states.
-
-    Attributes:
-      input_size: features of the inputs.
-      output_size: features of the outputs.
-      tied: whether the layer has no kernel of its own.
-      dtype: the dtype of the matmul.
-    """
+    """The layer that computes logits from hidden states; a tied one has no kernel of its own."""
 
     input_size: int
     output_size: int
@@ -70,38 +63,24 @@ class Dense(nn.Module):
 class LanguageModel(nn.Module):
     """Predicts the next token at every position.
 
-    Attributes:
-      vocabulary_size: the number of tokens; ids are below it.
-      embedding_size: features of an embedded token.
-      hidden_size: hidden units of each recurrent layer.
-      num_layers: the number of recurrent layers, each of which reads the outputs of the one below.
-      recurrence: how the layers run over time, one of `fused.IMPLEMENTATIONS`.
-      dtype: the dtype of matmuls, "float32" or "bfloat16". Parameters, cell states, softmax and
-        loss are float32 either way.
-      rematerialize: see `fused.run_fused`.
-      cell: the kind of the layers, a name in `cells.CELLS`.
-      layer_norm: whether the cells normalize the contributions to their gates.
-      mogrifier_rounds: the rounds of the cell "mogrifier".
-      tie_embeddings: whether the dense layer's kernel is the embedding table, transposed (Press &
-        Wolf 2017; Inan et al. 2017). The last layer then has `embedding_size` hidden units.
-      initial_scale: a factor of initial kernels and embeddings.
-      initial_bias: the dense layer's initial bias, one of `INITIAL_BIASES`: the logarithms of the
-        tokens' frequencies in the training text, or zeros.
+    Parameters, cell states, softmax and loss are float32, whatever the dtype of matmuls. Where
+    embeddings are tied, the dense layer's kernel is the embedding table, transposed (Press & Wolf
+    2017; Inan et al. 2017), and the last layer has `embedding_size` hidden units.
     """
 
-    vocabulary_size: int
-    embedding_size: int
-    hidden_size: int
-    num_layers: int = 1
-    recurrence: str = "auto"
-    dtype: str = "float32"
-    rematerialize: int = 0
-    cell: str = "lstm"
-    layer_norm: bool = False
-    mogrifier_rounds: int = 5
+    vocabulary_size: int  # The number of tokens; ids are below it.
+    embedding_size: int  # Features of an embedded token.
+    hidden_size: int  # Hidden units of each recurrent layer.
+    num_layers: int = 1  # The number of recurrent layers; each reads the outputs of the one below.
+    recurrence: str = "auto"  # How the layers run over time, one of `fused.IMPLEMENTATIONS`.
+    dtype: str = "float32"  # The dtype of matmuls, or "bfloat16".
+    rematerialize: int = 0  # See `fused.run_fused`.
+    cell: str = "lstm"  # The kind of the layers, a name in `cells.CELLS`.
+    layer_norm: bool = False  # Whether the cells normalize the contributions to their gates.
+    mogrifier_rounds: int = 5  # The rounds of the cell "mogrifier".
     tie_embeddings: bool = False
-    initial_scale: float = 1.0
-    initial_bias: str = "frequencies"
+    initial_scale: float = 1.0  # A factor of initial kernels and embeddings.
+    initial_bias: str = "frequencies"  # Of the dense layer, one of `INITIAL_BIASES`.
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -111,9 +90,8 @@ class LanguageModel(nn.Module):
 
     def setup(self) -> None:
         """Declare the layers."""
-        self.embedding = nn.Embed(
-            self.vocabulary_size, self.embedding_size, embedding_init=_init_embedding
-        )
+        uniform = functools.partial(jax.random.uniform, minval=-0.05, maxval=0.05)
+        self.embedding = nn.Embed(self.vocabulary_size, self.embedding_size, embedding_init=uniform)
         setattr(self, self.cell, self._make_cells())  # Flax names them lstm_0, lstm_1, ...
         self.dense = Dense(self.sizes[-1], self.vocabulary_size, self.tie_embeddings, self.dtype)
 
@@ -138,16 +116,11 @@ class LanguageModel(nn.Module):
     def __call__(
         self, ids: jax.Array, carry: Carry, masks: Masks | None = None
     ) -> tuple[jax.Array, Carry]:
-        """Predict the token after each of `ids`.
+        """Predict the token after each of `ids`, int32 [batch, time].
 
-        Args:
-          ids: int32 [batch, time].
-          carry: the state after the text before `ids`; `initial_carry` if there is none.
-          masks: dropout masks, in training.
-
-        Returns:
-          Logits, float32 [batch, time, vocabulary_size], where those at t predict the token after
-          ids[:, t]; and the carry after the last id.
+        Return logits, float32 [batch, time, vocabulary_size], where those at t predict the token
+        after ids[:, t]; and the carry after the last id. The carry before the first is that of the
+        text before, or `initial_carry`.
         """
         outputs, carry = self.run(ids, carry, masks)
         if masks is not None:
@@ -159,47 +132,32 @@ class LanguageModel(nn.Module):
     ) -> tuple[jax.Array, Carry]:
         """Run the recurrent layers over ids [batch, time].
 
-        Returns:
-          The outputs of the last layer [batch, time, features], before the last of `masks`; and
-          the carry.
+        Return the outputs of the last layer [batch, time, features], before the last of `masks`,
+        and the carry.
         """
+        implementation = self.implementation()
         inputs: jax.Array | Lookup = Lookup(self.embedding.embedding, ids)
         carries = []
-        for i, (cell, layer_carry) in enumerate(zip(self.layers, carry, strict=True)):
+        for i, (cell, before) in enumerate(zip(self.layers, carry, strict=True)):
             if masks is not None and masks[i] is not None:
                 inputs = apply_mask(fused.get_rows(inputs), masks[i])
-            inputs, layer_carry = self._run_layer(cell, inputs, layer_carry)
-            carries.append(layer_carry)
+            if implementation == "fused":
+                options = self.dtype, self.rematerialize
+                inputs, after = fused.run_fused(cell.kernels(), inputs, before, *options)
+            elif implementation == "cudnn":
+                inputs, after = fused.run_cudnn(cell.kernels(), inputs, before)
+            else:
+                after, inputs = _scan(cell, before, fused.get_rows(inputs))
+            carries.append(after)
         return fused.get_rows(inputs), tuple(carries)
-
-    def _run_layer(
-        self, cell: Any, inputs: jax.Array | Lookup, carry: Any
-    ) -> tuple[jax.Array, LSTMCarry | HiddenCarry]:
-        """Run one layer over time: outputs [batch, time, hidden], and the carry."""
-        implementation = self.implementation()
-        if implementation == "fused":
-            return fused.run_fused(cell.kernels(), inputs, carry, self.dtype, self.rematerialize)
-        if implementation == "cudnn":
-            return fused.run_cudnn(cell.kernels(), inputs, carry)
-        scan = nn.scan(
-            lambda cell, carry, inputs: cell(carry, inputs),
-            variable_broadcast="params",
-            split_rngs={"params": False},
-            in_axes=1,
-            out_axes=1,
-        )
-        carry, outputs = scan(cell, carry, fused.get_rows(inputs))
-        return outputs, carry
 
     def run_step(
         self, ids: jax.Array, carry: Carry, gates: list[Gates] | None = None
     ) -> tuple[jax.Array, Carry]:
         """Run the recurrent layers over one token of each text, ids [batch].
 
-        If `gates` is a list, the gates of each layer are appended to it.
-
-        Returns:
-          The outputs of the last layer [batch, features], and the next carry.
+        Return the outputs of the last layer [batch, features] and the next carry. If `gates` is a
+        list, append the gates of each layer to it.
         """
         outputs, carries = self.embedding.embedding[ids], []
         for cell, layer_carry in zip(self.layers, carry, strict=True):
@@ -220,11 +178,33 @@ class LanguageModel(nn.Module):
     def implementation(self) -> str:
         """Return how the layers run over time: `recurrence`, with "auto" resolved.
 
+        "auto" is "fused", the fastest that was measured, or "scan" for cells that only it can run.
+
         Raises:
           ValueError: if `recurrence` can't run this model on this machine.
         """
-        plain = self.cell == "lstm" and not self.layer_norm
-        return fused.choose(self.recurrence, self.dtype, plain)
+        if self.cell != "lstm" or self.layer_norm:
+            if self.recurrence not in ("auto", "scan"):
+                raise ValueError(
+                    f"the recurrence {self.recurrence!r} runs LSTM cells without layer "
+                    "normalization only; 'auto' runs any"
+                )
+            return "scan"
+        if self.recurrence == "cudnn" and jax.default_backend() != "gpu":
+            raise ValueError("the recurrence 'cudnn' needs a GPU; 'auto' works anywhere")
+        if self.recurrence == "cudnn" and self.dtype != "float32":
+            raise ValueError("the recurrence 'cudnn' computes in float32 only")
+        return "fused" if self.recurrence == "auto" else self.recurrence
+
+
+# Runs a cell over inputs [batch, time, features]; returns the carry, and the outputs likewise.
+_scan = nn.scan(
+    lambda cell, carry, inputs: cell(carry, inputs),
+    variable_broadcast="params",
+    split_rngs={"params": False},
+    in_axes=1,
+    out_axes=1,
+)
 
 
 def apply_mask(x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -247,11 +227,8 @@ def init_params(model: LanguageModel, key: jax.Array, counts: np.ndarray | None 
     biases zero but for those of the forget gates, which are 1. With `initial_bias` "frequencies"
     an untrained model predicts the frequencies of the tokens in the training text.
 
-    Args:
-      model: the model.
-      key: PRNG key.
-      counts: how often each token occurs in the training text, int [vocabulary_size]; None: the
-        dense layer's bias is zero.
+    The counts are those of each token in the training text, int [vocabulary_size]. Without them
+    the dense layer's bias is zero.
     """
     ids, carry = jnp.zeros((1, 1), jnp.int32), model.initial_carry(1)
     # LAPACK makes the orthogonal kernels. Its threads wait for each other by spinning: if another
@@ -267,14 +244,10 @@ def init_params(model: LanguageModel, key: jax.Array, counts: np.ndarray | None 
     return params
 
 
-def _init_embedding(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    return jax.random.uniform(key, shape, dtype, -0.05, 0.05)
-
-
 def is_finite(params: Params) -> jax.Array:
     """Return whether a model can compute with all of the parameters: bool []."""
-    small = [(jnp.abs(array) < _LARGEST).all() for array in jax.tree.leaves(params)]
-    return functools.reduce(jnp.logical_and, small)
+    small = jax.tree.map(lambda x: (jnp.abs(x) < _LARGEST).all(), params)
+    return jax.tree.reduce(jnp.logical_and, small)
 
 
 def apply(
@@ -305,10 +278,9 @@ def prepare_step(model: LanguageModel, params: Params) -> Prepared:
 def apply_step(
     model: LanguageModel, arrays: Prepared, ids: jax.Array, carry: Carry
 ) -> tuple[jax.Array, Carry]:
-    """Run the model over one token of each text, faster than `apply` over windows of length 1.
+    """Run the model over one token of each text, ids [batch], faster than `apply` would.
 
-    Given arrays from `prepare_step` and ids [batch], it returns logits, float32
-    [batch, vocabulary_size], and the next carry.
+    Return logits, float32 [batch, vocabulary_size], and the next carry.
     """
     if isinstance(arrays, StepArrays):
         return fused.apply_step(arrays, ids, carry, model.dtype)

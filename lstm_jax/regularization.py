@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from lstm_jax import model as model_lib
+from lstm_jax.model import LanguageModel, Masks, Params
 
 
 def is_random(rates: ConfigDict) -> bool:
@@ -23,16 +23,12 @@ def is_on(rate: float | jax.Array) -> bool:
     return isinstance(rate, jax.Array) or bool(rate)
 
 
-def draw_masks(
-    rates: ConfigDict, model: model_lib.LanguageModel, key: jax.Array, batch_size: int
-) -> model_lib.Masks:
+def draw_masks(rates: ConfigDict, model: LanguageModel, key: jax.Array, batch_size: int) -> Masks:
     """Draw masks for locked (variational) dropout (Gal & Ghahramani 2016).
 
     `input_dropout` applies to the inputs of the first layer, `hidden_dropout` between layers, and
-    `output_dropout` to the outputs of the last one. Each text of the batch has its own masks.
-
-    Returns:
-      `model.Masks`: float32 [batch_size, features], or None where the rate is 0.
+    `output_dropout` to the outputs of the last one. Each text of the batch has its own masks,
+    float32 [batch_size, features]; they are None where the rate is 0.
     """
     between = [rates.hidden_dropout] * (model.num_layers - 1)
     by_place = [rates.input_dropout, *between, rates.output_dropout]
@@ -43,9 +39,7 @@ def draw_masks(
     ]
 
 
-def drop_parameters(
-    rates: ConfigDict, params: model_lib.Params, key: jax.Array
-) -> model_lib.Params:
+def drop_parameters(rates: ConfigDict, params: Params, key: jax.Array) -> Params:
     """Set a random part of the parameters to zero (Merity et al. 2018).
 
     `embedding_dropout` drops rows of the embedding table, that is a token wherever it occurs (Gal &
@@ -70,14 +64,9 @@ def drop_parameters(
 def penalty(rates: ConfigDict, outputs: jax.Array, dropped: jax.Array) -> Any:
     """Compute activation and temporal activation regularization (Merity et al. 2017), in nats.
 
-    Args:
-      rates: the `regularization` fields.
-      outputs: of the last layer, [batch, time, features].
-      dropped: the same after dropout.
-
-    Returns:
-      `activation_penalty` times the mean square of `dropped`, plus `temporal_activation_penalty`
-      times the mean square of the difference between the outputs of consecutive steps.
+    From the outputs of the last layer, [batch, time, features], before and after dropout: the mean
+    square of those after, times `activation_penalty`, plus the mean square of the difference
+    between consecutive steps before, times `temporal_activation_penalty`.
     """
     total: Any = 0.0
     if is_on(rates.activation_penalty):

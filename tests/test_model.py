@@ -5,7 +5,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from lstm_jax import model as model_lib
-from lstm_jax.cells import LSTMCarry
+from lstm_jax.cells.lstm import LSTMCarry
 from lstm_jax.model import LanguageModel
 
 

@@ -11,7 +11,7 @@ from jax.experimental import rnn
 
 from lstm_jax import cells, fused, matmul
 from lstm_jax import model as model_lib
-from lstm_jax.cells import Kernels, LSTMCarry
+from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.fused import Lookup
 from lstm_jax.model import LanguageModel
 
@@ -227,7 +227,10 @@ def test_cudnn_agrees_with_the_reference() -> None:
 
 
 def test_auto_and_cudnn_are_resolved() -> None:
-    assert fused.choose("auto", "float32") == "fused"
-    assert fused.choose("scan", "bfloat16") == "scan"
+    def choose(recurrence: str, dtype: str) -> str:
+        return LanguageModel(11, 6, 9, recurrence=recurrence, dtype=dtype).implementation()
+
+    assert choose("auto", "float32") == "fused"
+    assert choose("scan", "bfloat16") == "scan"
     with pytest.raises(ValueError, match="needs a GPU|float32 only"):
-        fused.choose("cudnn", "bfloat16")
+        choose("cudnn", "bfloat16")

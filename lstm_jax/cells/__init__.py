@@ -3,7 +3,7 @@
 Every cell is a flax module with the same interface:
 
 - `cell(carry, inputs)` returns the next carry and the outputs [batch, hidden_size];
-- `cell.initial_carry(batch_size)` returns the carry at the start of a text;
+- `cell.initial_carry(batch_size)` returns the carry at the start of a text, zeros;
 - `cell.gates(carry, inputs)` and `cell.activation(carry)` return the gates and the activations of a
   step, for `lstm_jax.inspect`.
 
@@ -20,22 +20,10 @@ Layer normalization adds gates * h scales for the inputs, as many for the hidden
 
 from types import MappingProxyType
 
-from lstm_jax.cells.base import HiddenCarry
 from lstm_jax.cells.gru import GRUCell
-from lstm_jax.cells.lstm import Kernels, LSTMCarry, LSTMCell
+from lstm_jax.cells.lstm import LSTMCell
 from lstm_jax.cells.mogrifier import MogrifierLSTMCell
 from lstm_jax.cells.rnn import RNNCell
-
-__all__ = [
-    "CELLS",
-    "GRUCell",
-    "HiddenCarry",
-    "Kernels",
-    "LSTMCarry",
-    "LSTMCell",
-    "MogrifierLSTMCell",
-    "RNNCell",
-]
 
 # Read-only: a cell that a config file added would train, and no other command would know it.
 CELLS = MappingProxyType(

@@ -18,30 +18,18 @@ Gates = dict[str, jax.Array]
 
 
 class HiddenCarry(NamedTuple):
-    """The carry of a layer without a cell state.
+    """The carry of a layer without a cell state."""
 
-    Attributes:
-      hidden: float32 [batch, hidden], which is also the layer's output.
-    """
-
-    hidden: jax.Array
+    hidden: jax.Array  # Float32 [batch, hidden], which is also the layer's output.
 
 
 class Cell(nn.Module):
-    """The base class of all cells.
+    """The base class of all cells."""
 
-    Attributes:
-      input_size: features of the inputs.
-      hidden_size: the number of hidden units.
-      dtype: the dtype of matmuls, "float32" or "bfloat16".
-      layer_norm: whether to normalize the contributions of inputs and hidden state to the gates,
-        each by itself (Ba et al. 2016).
-    """
-
-    input_size: int
-    hidden_size: int
-    dtype: str = "float32"
-    layer_norm: bool = False
+    input_size: int  # Features of the inputs.
+    hidden_size: int  # The number of hidden units.
+    dtype: str = "float32"  # The dtype of matmuls, or "bfloat16".
+    layer_norm: bool = False  # Whether to normalize x W and h U, each by itself (Ba et al. 2016).
 
     def declare_kernels(self, gates: int, bias: Any = nn.initializers.zeros) -> None:
         """Declare the kernels and the bias of this number of gates; call it in `setup`."""
@@ -69,9 +57,9 @@ class Cell(nn.Module):
         """Return the activations of the hidden units, in ±1, [batch, hidden_size]."""
         return carry.hidden
 
-    def zeros(self, batch_size: int) -> jax.Array:
-        """Return an initial state, [batch_size, hidden_size]."""
-        return jnp.zeros((batch_size, self.hidden_size))
+    def initial_carry(self, batch_size: int) -> Any:
+        """Return zeros."""
+        return HiddenCarry(jnp.zeros((batch_size, self.hidden_size)))
 
 
 def normalize(x: jax.Array) -> jax.Array:

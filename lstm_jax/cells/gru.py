@@ -21,8 +21,8 @@ class GRUCell(Cell):
     def setup(self) -> None:
         """Declare the parameters."""
         self.declare_kernels(3)
-        shape = (self.hidden_size,)
-        self.recurrent_bias = self.param("recurrent_bias", nn.initializers.zeros, shape)
+        zeros = nn.initializers.zeros
+        self.recurrent_bias = self.param("recurrent_bias", zeros, (self.hidden_size,))
 
     def __call__(self, carry: HiddenCarry, inputs: jax.Array) -> tuple[HiddenCarry, jax.Array]:
         """Return the next carry and the outputs, for inputs [batch, input_size]."""
@@ -38,7 +38,3 @@ class GRUCell(Cell):
         reset = nn.sigmoid(xr + hr)
         candidate = jnp.tanh(xn + reset * (hn + self.recurrent_bias))
         return {"reset": reset, "update": nn.sigmoid(xz + hz), "candidate": candidate}
-
-    def initial_carry(self, batch_size: int) -> HiddenCarry:
-        """Return zeros."""
-        return HiddenCarry(self.zeros(batch_size))

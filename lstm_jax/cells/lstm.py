@@ -10,29 +10,18 @@ from lstm_jax.cells.base import Cell, Gates, normalize
 
 
 class Kernels(NamedTuple):
-    """Parameters of one LSTM layer; the last axis holds the gates i, f, g, o.
+    """Parameters of one LSTM layer; the last axis holds the gates i, f, g, o."""
 
-    Attributes:
-      input: [features, 4 * hidden].
-      recurrent: [hidden, 4 * hidden].
-      bias: [4 * hidden].
-    """
-
-    input: jax.Array
-    recurrent: jax.Array
-    bias: jax.Array
+    input: jax.Array  # W: [features, 4 * hidden].
+    recurrent: jax.Array  # U: [hidden, 4 * hidden].
+    bias: jax.Array  # [4 * hidden].
 
 
 class LSTMCarry(NamedTuple):
-    """The carry of one LSTM layer.
+    """The carry of one LSTM layer, float32 [batch, hidden] each."""
 
-    Attributes:
-      cell: float32 [batch, hidden], the cell state c.
-      hidden: float32 [batch, hidden], the hidden state h, which is also the layer's output.
-    """
-
-    cell: jax.Array
-    hidden: jax.Array
+    cell: jax.Array  # The cell state c.
+    hidden: jax.Array  # The hidden state h, which is also the layer's output.
 
 
 class LSTMCell(Cell):
@@ -59,15 +48,7 @@ class LSTMCell(Cell):
             self.cell_bias = self.param("cell_bias", nn.initializers.zeros, (self.hidden_size,))
 
     def __call__(self, carry: LSTMCarry, inputs: jax.Array) -> tuple[LSTMCarry, jax.Array]:
-        """Compute one step.
-
-        Args:
-          carry: the state before the step.
-          inputs: [batch, input_size].
-
-        Returns:
-          The next carry, and its hidden state as outputs [batch, hidden_size].
-        """
+        """Return the next carry and the outputs, which are its hidden state."""
         gates = self.gates(carry, inputs)
         cell = gates["forget"] * carry.cell + gates["input"] * gates["candidate"]
         hidden = gates["output"] * self.activation(carry._replace(cell=cell))
@@ -96,10 +77,10 @@ class LSTMCell(Cell):
 
     def initial_carry(self, batch_size: int) -> LSTMCarry:
         """Return zeros, a separate array for each state: a training step donates both."""
-        return LSTMCarry(self.zeros(batch_size), self.zeros(batch_size))
+        shape = (batch_size, self.hidden_size)
+        return LSTMCarry(jnp.zeros(shape), jnp.zeros(shape))
 
 
 def _forget_bias(key: jax.Array, shape: tuple[int], dtype: Any = jnp.float32) -> jax.Array:
-    """Initialize the bias of the forget gate with 1 (Jozefowicz et al. 2015), others with 0."""
-    gates = jnp.zeros((4, shape[0] // 4), dtype).at[1].set(1.0)
-    return gates.reshape(shape)
+    """Return 1 for the bias of the forget gate (Jozefowicz et al. 2015), 0 for the others."""
+    return jnp.zeros((4, shape[0] // 4), dtype).at[1].set(1.0).reshape(shape)

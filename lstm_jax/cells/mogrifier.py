@@ -15,12 +15,9 @@ class MogrifierLSTMCell(LSTMCell):
 
         x = 2 sigmoid(h Q_k) * x    for odd k
         h = 2 sigmoid(x R_k) * h    for even k
-
-    Attributes:
-      rounds: the number of rounds.
     """
 
-    rounds: int = 5
+    rounds: int = 5  # The number of rounds.
 
     def setup(self) -> None:
         """Declare the parameters: those of the LSTM, and a kernel for each round."""

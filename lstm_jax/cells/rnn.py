@@ -22,7 +22,3 @@ class RNNCell(Cell):
         """Return the candidate alone, which is the next hidden state: there is no gate."""
         sums = self.project_inputs(inputs) + self.project_hidden(carry.hidden)
         return {"candidate": jnp.tanh(sums)}
-
-    def initial_carry(self, batch_size: int) -> HiddenCarry:
-        """Return zeros."""
-        return HiddenCarry(self.zeros(batch_size))

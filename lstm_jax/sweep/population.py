@@ -321,7 +321,7 @@ def _make_read(
     """Make `loss.compute_loss` of all members, from their parameters [members, ...] and ids."""
 
     def read_chunk(params: Any, carry: Any, chunk: Any) -> Any:
-        return loss_lib.read_chunk(model, params, *chunk, carry, jnp.ones(1))
+        return loss_lib.read_chunk(model, params, chunk, carry, jnp.ones(1))
 
     read_all = map_members(read_chunk, mesh, donated=(1,))
 
