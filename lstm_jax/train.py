@@ -66,7 +66,7 @@ def train(config: ConfigDict, directory: Path | str, watch: Watch = lambda row: 
             stack.enter_context(contextlib.redirect_stdout(silence))
         with hosts.first_goes_ahead("text and lock"):
             splits = texts.load_texts(config.data)
-            is_ours = stack.enter_context(lock.hold_lock_for_all(directory))
+            is_ours = stack.enter_context(lock.hold_lock(directory))
         try:
             run = _Run(config, directory, splits, mesh, is_ours, watch)
             with run.checkpoints:
