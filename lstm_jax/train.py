@@ -213,8 +213,8 @@ class _Run:
                 return stop.exit_code or 0
 
     def _is_finished(self) -> bool:
-        validated = checkpoints_lib.is_validated(self.saved_in, self.step)
-        return self.step == self.total_steps and validated
+        loss = checkpoints_lib.read_validation_loss(self.saved_in, self.step)
+        return self.step == self.total_steps and loss is not None
 
     def _count_steps_of_call(self) -> int:
         """Return the number of steps that the next call runs: not past a log line or an epoch."""
