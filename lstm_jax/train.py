@@ -267,9 +267,7 @@ class _Run:
     def _record(
         self, writer: metrics.MetricsWriter, step: int, split: str, loss: float, **extra: float
     ) -> None:
-        row = metrics.make_row(step, step / self.steps_per_epoch, split, loss, **extra)
-        writer.write(**row)
-        self.watch(row)
+        self.watch(writer.write(step, step / self.steps_per_epoch, split, loss, **extra))
 
     # ---- Validate.
 
