@@ -19,11 +19,8 @@ from ml_collections import ConfigDict
 
 from lstm_jax.errors import UserError
 
-# The names of the mesh axes.
-DATA, MODEL = "data", "model"
-
-EVERYWHERE = PartitionSpec()
-DIVIDED = PartitionSpec((DATA, MODEL))
+DATA, MODEL = "data", "model"  # The names of the mesh axes.
+EVERYWHERE, DIVIDED = PartitionSpec(), PartitionSpec((DATA, MODEL))
 
 # Where dividing a batch over the cores of a CPU is faster than using all cores for each matmul, by
 # `benchmarks/train_step.py` on two cores. Matmuls of smaller layers end before threads can share
@@ -33,7 +30,7 @@ _SMALLEST_PART = 16
 
 
 def use_cores(config: ConfigDict) -> None:
-    """Let JAX make as many CPU devices as this process may need to train with `config`.
+    """Let JAX make the number of CPU devices that this process may need to train with `config`.
 
     That is the whole mesh, since the number of other processes is not known before the devices are.
     Call it before anything else uses JAX; later, or with a GPU or TPU, it has no effect.
@@ -62,8 +59,7 @@ def make_mesh(config: ConfigDict) -> Mesh:
     """Return the mesh of the devices that train with `config`, with the axes `DATA` and `MODEL`.
 
     Raises:
-      UserError: if there are fewer than `mesh.data` times `mesh.model` devices, or the batch or the
-        layers can't be divided equally among them.
+      UserError: if there are too few devices, or they can't share the batch or layers equally.
     """
     processes, batch_size = jax.process_count(), config.batches.batch_size
     data, model, microbatches = config.mesh.data, config.mesh.model, config.optimizer.microbatches
@@ -92,16 +88,14 @@ def make_mesh(config: ConfigDict) -> Mesh:
             f"config.batches.batch_size is {batch_size}: it must be a multiple of mesh.data times "
             f"mesh.model times optimizer.microbatches, {parts}"
         )
-    share, remainder = divmod(data * model, processes)
-    if remainder or share > len(devices) // processes:
+    if data * model % processes:
         raise UserError(
             f"config.mesh.data times config.mesh.model is {data * model}: {processes} processes "
             f"with {len(devices) // processes} devices each can't share that equally; choose a "
             "multiple of the number of processes"
         )
-    of_each = np.array(devices).reshape(processes, -1)[:, :share]
-    auto = jax.sharding.AxisType.Auto
-    return Mesh(of_each.reshape(data, model), (DATA, MODEL), axis_types=(auto, auto))
+    of_each = np.array(devices).reshape(processes, -1)[:, : data * model // processes]
+    return Mesh(of_each.reshape(data, model), (DATA, MODEL))
 
 
 def get_storage_spec(array: Any, mesh: Mesh) -> PartitionSpec:

@@ -29,16 +29,16 @@ def hold_lock(directory: Path) -> Iterator[Callable[[], bool]]:
 
     The operating system releases the lock with the process, however it ends. Between hosts, where
     the file system may not share locks, a lock that was not touched for a minute counts as free.
-    Process 0 holds the lock for all processes of a run; the others call this later.
+    Process 0 holds it for all processes of a run, which call this after it.
 
     Yields:
       A function that returns whether this process still holds the lock: a process that was
       suspended for more than a minute may have lost it to another host.
 
     Raises:
-      UnavailableError: if another run holds the lock, naming its process, or the directory can't be
+      UnavailableError: if a process of another run holds the lock, or the directory can't be
         written.
-      UserError: if another process of the run does not see the directory.
+      UserError: if another process of this run does not see the directory.
     """
     if not hosts.is_first():
         if not directory.exists():
