@@ -196,7 +196,7 @@ class _Run:
                         self._log()
                     saving = self.checkpoints.check()
                     waited = time.monotonic() - saved_at >= config.checkpoint_every_seconds
-                    due = in_step and bool(hosts.get_greatest(waited and not saving)[0])
+                    due = in_step and bool(hosts.get_greatest(waited and not saving))
                     if self.step % self.steps_per_epoch == 0 or due:
                         self._check_finite()
                         self._save()

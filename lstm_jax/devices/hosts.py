@@ -205,11 +205,11 @@ def first_goes_ahead(name: str) -> Iterator[None]:
         wait_for_all(name)
 
 
-def get_greatest(*values: int) -> tuple[int, ...]:
-    """Return the maximum of each value over all processes, which call this at the same step."""
+def get_greatest(value: int) -> int:
+    """Return the maximum of a value over all processes, which call this at the same step."""
     if jax.process_count() == 1:
-        return values
-    return tuple(multihost_utils.process_allgather(np.array(values, np.int32)).max(axis=0).tolist())
+        return value
+    return int(multihost_utils.process_allgather(np.int32(value)).max())
 
 
 def check_same(text: str, what: str) -> None:
