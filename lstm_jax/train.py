@@ -66,7 +66,7 @@ def train(config: ConfigDict, directory: Path | str, watch: Watch = lambda row: 
             stack.enter_context(contextlib.redirect_stdout(silence))
         with hosts.first_goes_ahead("text and lock"):
             splits = texts.load_texts(config.data)
-            is_ours = stack.enter_context(lock.hold_lock_for_all(directory))
+            is_ours = stack.enter_context(lock.hold_lock(directory))
         try:
             run = _Run(config, directory, splits, mesh, is_ours, watch)
             with run.checkpoints:
@@ -196,7 +196,7 @@ class _Run:
                         self._log()
                     saving = self.checkpoints.check()
                     waited = time.monotonic() - saved_at >= config.checkpoint_every_seconds
-                    due = in_step and bool(hosts.get_greatest(waited and not saving)[0])
+                    due = in_step and bool(hosts.get_greatest(waited and not saving))
                     if self.step % self.steps_per_epoch == 0 or due:
                         self._check_finite()
                         self._save()
@@ -213,8 +213,8 @@ class _Run:
                 return stop.exit_code or 0
 
     def _is_finished(self) -> bool:
-        validated = checkpoints_lib.is_validated(self.saved_in, self.step)
-        return self.step == self.total_steps and validated
+        loss = checkpoints_lib.read_validation_loss(self.saved_in, self.step)
+        return self.step == self.total_steps and loss is not None
 
     def _count_steps_of_call(self) -> int:
         """Return the number of steps that the next call runs: not past a log line or an epoch."""
@@ -267,9 +267,7 @@ class _Run:
     def _record(
         self, writer: metrics.MetricsWriter, step: int, split: str, loss: float, **extra: float
     ) -> None:
-        row = metrics.make_row(step, step / self.steps_per_epoch, split, loss, **extra)
-        writer.write(**row)
-        self.watch(row)
+        self.watch(writer.write(step, step / self.steps_per_epoch, split, loss, **extra))
 
     # ---- Validate.
 

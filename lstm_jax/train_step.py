@@ -70,7 +70,7 @@ class TrainState(NamedTuple):
 
     def place(self, mesh: Mesh) -> "TrainState":
         """Place the state on the devices of a mesh: the carry divided as a batch is."""
-        stored = parallel.place_state(self._replace(carry=()), mesh)
+        stored = parallel.place(self._replace(carry=()), mesh)
         return stored._replace(carry=parallel.place(self.carry, mesh, parallel.DIVIDED))
 
 
@@ -107,9 +107,8 @@ def init_state(
             lambda new, old: new.at[tuple(map(slice, old.shape))].set(old), params, trained
         )
     if mesh is not None:
-        params = parallel.place_state(
-            params, mesh
-        )  # First, so that nothing else of this size is whole on a device.
+        # First, so that nothing else of this size is whole on a device.
+        params = parallel.place(params, mesh)
     # Separate arrays, because a step donates each of them.
     step, loss_steps, skipped, first_skipped = (jnp.zeros((), jnp.int32) for _ in range(4))
     state = TrainState(
@@ -243,7 +242,7 @@ def make_step(
             everywhere, divided = parallel.EVERYWHERE, parallel.DIVIDED
             compute = parallel.shard_map(
                 functools.partial(compute_mean_grads, specs),
-                mesh,
+                mesh=mesh,
                 in_specs=(specs, everywhere, divided, divided, divided),
                 out_specs=((specs, everywhere), divided),
             )

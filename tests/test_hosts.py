@@ -172,7 +172,7 @@ with hosts.join_processes(address, 2, process, 60):
     shape, spec = (1024, 4096), parallel.PartitionSpec(None, parallel.MODEL)
     mean = jax.jit(parallel.shard_map(
         lambda x: parallel.mean_over_devices({"kernel": x[0]}, {"kernel": spec}),
-        mesh, in_specs=parallel.DIVIDED, out_specs={"kernel": spec},
+        mesh=mesh, in_specs=parallel.DIVIDED, out_specs={"kernel": spec},
     ))
     own = slice(2048 * process, 2048 * (process + 1))
     for seed in range(10):
@@ -259,4 +259,4 @@ def test_flags_that_cannot_be_meant_are_refused(
 
 def test_one_process_needs_no_others() -> None:
     with hosts.join_processes(None, None, None, 1):
-        assert hosts.is_first() and hosts.get_greatest(3, 4) == (3, 4)
+        assert hosts.is_first() and hosts.get_greatest(3) == 3 and hosts.get_greatest(4) == 4

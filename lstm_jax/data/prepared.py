@@ -9,7 +9,6 @@ ignored: to check that its ids are those of the text would take as long as to en
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import hmac
@@ -138,8 +137,7 @@ def _seal(directory: Path, fields: dict[str, Any]) -> str:
 def _lock(path: Path) -> Iterator[BinaryIO]:
     """Wait for a lock on a file and hold it; the operating system releases it with the process."""
     with files.open_append(path) as file:
-        with contextlib.suppress(OSError):  # A file system without locks.
-            fcntl.flock(file, fcntl.LOCK_EX)
+        files.lock_file(file, wait=True)
         yield file
 
 

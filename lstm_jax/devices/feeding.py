@@ -12,10 +12,8 @@ from lstm_jax.batches import Batch, Places
 from lstm_jax.devices import parallel
 from lstm_jax.vocabulary import Ids
 
-# The share of a GPU's or TPU's memory that a text may take.
-_SHARE = 1 / 8
-# Number of ids that are read at a time.
-_PIECE = 2**22
+_SHARE = 1 / 8  # Of a GPU's or TPU's memory, that a text may take.
+_PIECE = 2**22  # Number of ids that are read at a time.
 
 
 class Resident(NamedTuple):
@@ -40,8 +38,8 @@ def cut_batch(ids: jax.Array, places: Places, window_length: int) -> Batch:
 def fits_on_device(ids: Ids, vocabulary_size: int) -> bool:
     """Return whether to keep a text on the devices, where places are int32.
 
-    On a CPU it may stay there if it is in memory already; on other devices if it takes at most an
-    eighth of a device's memory.
+    A CPU keeps it if it is in memory already, another device if it takes at most an eighth of its
+    memory.
     """
     device = jax.local_devices()[0]
     if len(ids) >= 2**31:
@@ -65,20 +63,15 @@ class Feed:
 
     JAX dispatches steps asynchronously, so a batch is copied while the devices still compute the
     steps before it.
-
-    Attributes:
-      iterator: over training batches, or over their places if the text is on the devices.
     """
 
     def __init__(self, iterator: grain.DatasetIterator, mesh: Mesh, text: jax.Array | None) -> None:
         """Store the iterator, the mesh, and the text if the iterator yields places."""
-        self.iterator = iterator
-        self._mesh = mesh
-        self._text = text
+        self._iterator, self._mesh, self._text = iterator, mesh, text
 
     def next(self, steps: int = 1) -> Batch | Resident:
         """Return the next batch, or those of several steps stacked along a first axis."""
-        read = [next(self.iterator) for _ in range(steps)]
+        read = [next(self._iterator) for _ in range(steps)]
         if self._text is None:
             return self._place(read)
         narrow = [Places(places.begins.astype(np.int32), places.starts) for places in read]

@@ -22,11 +22,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lstm_jax.errors import UserError, one_line
 
-# After this silence JAX counts a process as lost, and ends all others.
-_HEARTBEAT_SECONDS = 30
-# The longest that one process waits for the others to end.
-_SHUTDOWN_SECONDS = 60
-
 _LOST = (
     "another process of this run has ended or can't be reached (its own output says why): start "
     "the same command for all processes, to resume from the last checkpoint"
@@ -37,19 +32,18 @@ _LOST_PATTERN = "Gloo|NCCL|[Cc]oordination|[Hh]eartbeat|[Bb]arrier|Connection (c
 # A program that reads what native code writes to standard error. When JAX ends the process, it
 # writes dozens of lines, instead of which the program prints its argument.
 _FILTER = """
-import sys
-for line in sys.stdin.buffer:
+import itertools, sys
+lines = sys.stdin.buffer
+for line in lines:
     text = line.decode(errors="replace")
     if "coordination" in text or "JAX distributed service" in text:
-        ended = "Terminating process" in text or any(
-            b"Terminating process" in later for later in sys.stdin.buffer)
-        if ended:
+        if any(b"Terminating process" in later for later in itertools.chain([line], lines)):
             print(sys.argv[1], file=sys.stderr, flush=True)
         break
     if not text.startswith("[Gloo]"):
         sys.stderr.write(text)
         sys.stderr.flush()
-for line in sys.stdin.buffer:
+for line in lines:
     pass
 """
 
@@ -63,18 +57,13 @@ def join_processes(
 ) -> Iterator[None]:
     """Join the other processes of a run, if there are any, and leave together with them.
 
-    If the first three arguments are None, they come from SLURM, Open MPI, Kubernetes or Cloud TPU.
-    Call it before anything else uses JAX. It starts no devices. An exception within the block ends
-    this process immediately, so that no other process waits for it.
-
-    Args:
-      coordinator_address: host and port at which process 0 listens.
-      num_processes: number of processes of the run.
-      process_id: index of this process, from 0.
-      timeout_seconds: how long to wait for the others.
+    Process 0 listens at `coordinator_address`, HOST:PORT. If the first three arguments are None,
+    they come from SLURM, Open MPI, Kubernetes or Cloud TPU. Call it before anything else uses JAX.
+    It starts no devices. An exception within the block ends this process immediately, so that no
+    other process waits for it.
 
     Raises:
-      UserError: if they can't be joined.
+      UserError: if the arguments don't fit together.
     """
     given = (coordinator_address, num_processes, process_id)
     if num_processes == 1 or (given == (None, None, None) and not _is_started_by_a_cluster()):
@@ -89,8 +78,8 @@ def join_processes(
         jax.distributed.initialize(
             *given,
             initialization_timeout=timeout_seconds,
-            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+            heartbeat_timeout_seconds=30,  # After this silence a process counts as lost.
+            shutdown_timeout_seconds=60,
         )
     except Exception as error:  # Detecting a cluster may raise anything.
         _leave(
@@ -101,11 +90,11 @@ def join_processes(
     try:
         yield
         _wait_for_devices()
-    except UserError as error:
-        _leave(_LOST if re.search(_LOST_PATTERN, str(error)) else str(error))
     except Exception as error:
         if re.search(_LOST_PATTERN, str(error)):
             _leave(_LOST)
+        if isinstance(error, UserError):
+            _leave(str(error))
         if isinstance(error, BrokenPipeError):  # As in `| head`.
             _leave("nobody reads the output any more")
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -180,12 +169,9 @@ def _wait_for_devices() -> None:
     `sync_global_devices` waits for the first device of each process only. If another one is behind,
     it may wait for a process that has left, and then Python can't end.
     """
-    devices = Mesh(jax.devices(), "all")
-    ones = jax.make_array_from_callback(
-        (devices.size,), NamedSharding(devices, PartitionSpec("all")), lambda part: np.ones(1)
-    )
-    everywhere = NamedSharding(devices, PartitionSpec())
-    jax.block_until_ready(jax.jit(jax.numpy.sum, out_shardings=everywhere)(ones))
+    divided = NamedSharding(Mesh(jax.devices(), "all"), PartitionSpec("all"))
+    ones = jax.make_array_from_process_local_data(divided, np.ones(jax.local_device_count()))
+    jax.block_until_ready(jax.jit(jax.numpy.sum)(ones))
 
 
 def _leave(message: str, code: int = 2) -> NoReturn:
@@ -206,8 +192,7 @@ def is_first() -> bool:
 
 def wait_for_all(name: str) -> None:
     """Wait until every process has called this with the same name."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+    multihost_utils.sync_global_devices(name)
 
 
 @contextlib.contextmanager
@@ -220,21 +205,16 @@ def first_goes_ahead(name: str) -> Iterator[None]:
         wait_for_all(name)
 
 
-def get_greatest(*values: int) -> tuple[int, ...]:
-    """Return the maximum of each value over all processes, which call this at the same step."""
+def get_greatest(value: int) -> int:
+    """Return the maximum of a value over all processes, which call this at the same step."""
     if jax.process_count() == 1:
-        return values
-    return tuple(multihost_utils.process_allgather(np.array(values, np.int32)).max(axis=0).tolist())
+        return value
+    return int(multihost_utils.process_allgather(np.int32(value)).max())
 
 
 def check_same(text: str, what: str) -> None:
-    """Check that all processes pass the same text, which describes their `what`.
-
-    Raises:
-      UserError: in all processes, if they don't.
-    """
-    digest = np.frombuffer(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest(), "u1")
-    if jax.process_count() > 1:
-        digests = multihost_utils.process_allgather(digest)
-        if (digests != digests[0]).any():
-            raise UserError(f"the processes of this run don't have the same {what}")
+    """Raise `UserError` in all processes if they don't pass the same text, about their `what`."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
+    digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
+    if (digests != digests[0]).any():
+        raise UserError(f"the processes of this run don't have the same {what}")

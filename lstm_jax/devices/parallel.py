@@ -8,8 +8,8 @@ have to exchange the hidden state at every position of the window.
 """
 
 import contextlib
+import functools
 import os
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,11 +19,8 @@ from ml_collections import ConfigDict
 
 from lstm_jax.errors import UserError
 
-# The names of the mesh axes.
-DATA, MODEL = "data", "model"
-
-EVERYWHERE = PartitionSpec()
-DIVIDED = PartitionSpec((DATA, MODEL))
+DATA, MODEL = "data", "model"  # The names of the mesh axes.
+EVERYWHERE, DIVIDED = PartitionSpec(), PartitionSpec((DATA, MODEL))
 
 # Where dividing a batch over the cores of a CPU is faster than using all cores for each matmul, by
 # `benchmarks/train_step.py` on two cores. Matmuls of smaller layers end before threads can share
@@ -33,7 +30,7 @@ _SMALLEST_PART = 16
 
 
 def use_cores(config: ConfigDict) -> None:
-    """Let JAX make as many CPU devices as this process may need to train with `config`.
+    """Let JAX make the number of CPU devices that this process may need to train with `config`.
 
     That is the whole mesh, since the number of other processes is not known before the devices are.
     Call it before anything else uses JAX; later, or with a GPU or TPU, it has no effect.
@@ -62,8 +59,7 @@ def make_mesh(config: ConfigDict) -> Mesh:
     """Return the mesh of the devices that train with `config`, with the axes `DATA` and `MODEL`.
 
     Raises:
-      UserError: if there are fewer than `mesh.data` times `mesh.model` devices, or the batch or the
-        layers can't be divided equally among them.
+      UserError: if there are too few devices, or they can't share the batch or layers equally.
     """
     processes, batch_size = jax.process_count(), config.batches.batch_size
     data, model, microbatches = config.mesh.data, config.mesh.model, config.optimizer.microbatches
@@ -92,16 +88,14 @@ def make_mesh(config: ConfigDict) -> Mesh:
             f"config.batches.batch_size is {batch_size}: it must be a multiple of mesh.data times "
             f"mesh.model times optimizer.microbatches, {parts}"
         )
-    share, remainder = divmod(data * model, processes)
-    if remainder or share > len(devices) // processes:
+    if data * model % processes:
         raise UserError(
             f"config.mesh.data times config.mesh.model is {data * model}: {processes} processes "
             f"with {len(devices) // processes} devices each can't share that equally; choose a "
             "multiple of the number of processes"
         )
-    of_each = np.array(devices).reshape(processes, -1)[:, :share]
-    auto = jax.sharding.AxisType.Auto
-    return Mesh(of_each.reshape(data, model), (DATA, MODEL), axis_types=(auto, auto))
+    of_each = np.array(devices).reshape(processes, -1)[:, : data * model // processes]
+    return Mesh(of_each.reshape(data, model), (DATA, MODEL))
 
 
 def get_storage_spec(array: Any, mesh: Mesh) -> PartitionSpec:
@@ -117,39 +111,29 @@ def get_storage_spec(array: Any, mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*[None] * max(axes, key=lambda axis: shape[axis]), MODEL)
 
 
-def place_state(tree: Any, mesh: Mesh) -> Any:
-    """Place each array of a tree on the devices of a mesh as `get_storage_spec` returns."""
-    return jax.tree.map(lambda array: place(array, mesh, get_storage_spec(array, mesh)), tree)
-
-
-def place(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
-    """Place the arrays of a tree on the devices of a mesh: replicated or divided.
+def place(tree: Any, mesh: Mesh, spec: PartitionSpec | None = None) -> Any:
+    """Place the arrays of a tree on the devices of a mesh, by `get_storage_spec` without a spec.
 
     If the mesh has devices of other processes, all processes pass the same whole arrays.
     """
-    sharding = NamedSharding(mesh, spec)
 
     def put(array: jax.Array) -> jax.Array:
-        if not array.is_fully_addressable:  # It is on the mesh already.
-            return jax.jit(_same, out_shardings=sharding)(array)
+        own_spec = get_storage_spec(array, mesh) if spec is None else spec
+        sharding = NamedSharding(mesh, own_spec)
+        if sharding.is_fully_addressable or not array.is_fully_addressable:
+            return jax.device_put(array, sharding)
         if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(put(jax.random.key_data(array)))
         whole = np.asarray(array)
         return jax.make_array_from_callback(array.shape, sharding, lambda part: whole[part])
 
-    if sharding.is_fully_addressable:
-        return jax.device_put(tree, sharding)
     return jax.tree.map(put, tree)
 
 
 def place_local(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
     """Place arrays on the devices of a mesh, from the part that each process has of them."""
-    sharding = NamedSharding(mesh, spec)
-    if sharding.is_fully_addressable:
-        return jax.device_put(tree, sharding)
-    return jax.tree.map(
-        lambda array: jax.make_array_from_process_local_data(sharding, np.asarray(array)), tree
-    )
+    parts = jax.tree.map(np.asarray, tree)
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), parts)
 
 
 def gather_on_one_device(tree: Any, mesh: Mesh) -> Any:
@@ -166,11 +150,8 @@ def _same(array: jax.Array) -> jax.Array:
     return array
 
 
-def shard_map(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Any:
-    """Return `jax.shard_map` of a function, without its check of which results are replicated."""
-    return jax.shard_map(
-        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-    )
+# Without its check of which results are replicated.
+shard_map = functools.partial(jax.shard_map, check_vma=False)
 
 
 def gather_parts(tree: Any, specs: Any) -> Any:

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -27,7 +27,7 @@ from lstm_jax.errors import UnavailableError, UserError, one_line
 from lstm_jax.run import files
 from lstm_jax.run.seal import VALIDATION, find_damage, seal_checkpoint
 
-_UNFINISHED, _DAMAGED = ".unfinished", ".damaged"
+_UNFINISHED = ".unfinished"
 _VALIDATION_LIMIT = 2**12  # bytes
 
 
@@ -47,10 +47,8 @@ class CheckpointWriter:
     def __init__(self, directory: Path) -> None:
         """Make the directory and remove unfinished checkpoints of killed processes.
 
-        Raises:
-          UserError: if something else is in the way of checkpoints.
+        Raise `UserError` if something else is in the way of checkpoints.
         """
-        _check_is_no_link(directory)
         self._directory = directory.resolve()
         with hosts.first_goes_ahead("checkpoints"):
             if hosts.is_first():
@@ -77,17 +75,11 @@ class CheckpointWriter:
         iterator: grain.DatasetIterator,
         history: Mapping[str, int],
     ) -> None:
-        """Start to save a checkpoint; the arrays may be donated as soon as this returns.
+        """Start to save a checkpoint after `step` training steps; its arrays may then be donated.
 
-        Args:
-          step: number of training steps done.
-          params: the model's parameters.
-          state: all other arrays of the training state.
-          iterator: over the training batches.
-          history: the sizes of the files that the run appends to.
-
-        Raises:
-          UnavailableError: if this checkpoint, or the one before, can't be written.
+        `state` is all of the training state but `params`, `iterator` is over the training batches,
+        and `history` holds the sizes of the files that the run appends to. Raise `UnavailableError`
+        if this checkpoint, or the one before, can't be written.
         """
         self.wait()
         path = self._directory / f"{step}{_UNFINISHED}"
@@ -188,28 +180,21 @@ def restore_latest(
 ) -> Restored | None:
     """Read the latest undamaged checkpoint; return None if there is no checkpoint.
 
-    Later ones, which are damaged, are renamed, each with a warning.
-
-    Args:
-      directory: of the checkpoints.
-      params: arrays of the expected shapes and dtypes, or `jax.ShapeDtypeStruct`s.
-      state: likewise.
-      iterator: over the training batches; it is moved to the checkpoint's position.
+    Later ones, which are damaged, are renamed, each with a warning. `params` and `state` are arrays
+    of the expected shapes and dtypes, or `jax.ShapeDtypeStruct`s. The iterator over the training
+    batches is moved to the checkpoint's position.
 
     Raises:
       UserError: if all are damaged, or one does not hold such `params` and `state`.
     """
-    items = {
-        "params": ocp.args.StandardRestore(_abstract(params)),
-        "state": ocp.args.StandardRestore(_abstract(state)),
-        "batches": ocp.args.JsonRestore(),
-        "history": ocp.args.JsonRestore(),
-    }
-
-    def find_latest_step(leave_out: Container[int]) -> int | None:
-        return max((s for s in list_steps(directory) if s not in leave_out), default=None)
-
-    step, restored, damaged = _restore_first(directory, find_latest_step, params, items)
+    step, restored, damaged = _restore_first(
+        directory,
+        int,  # The latest one has the highest rank.
+        params,
+        state=ocp.args.StandardRestore(_abstract(state)),
+        batches=ocp.args.JsonRestore(),
+        history=ocp.args.JsonRestore(),
+    )
     if step is None:
         return None
     try:
@@ -218,10 +203,9 @@ def restore_latest(
         raise UserError(
             f"the checkpoint {directory / str(step)} has no position in the text: {one_line(error)}"
         ) from None
-    for broken, damage in damaged.items() if hosts.is_first() else ():
-        path = directory / str(broken)
+    for path, damage in damaged.items() if hosts.is_first() else ():
         ends = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-        names = (path.with_name(f"{broken}{_DAMAGED}{end}") for end in ends)
+        names = (path.with_name(f"{path.name}.damaged{end}") for end in ends)
         path.rename(aside := next(name for name in names if not os.path.lexists(name)))
         _warn_damaged(path, damage, f"it is now {aside.name}")
     return Restored(step, restored.params, restored.state, restored.history)
@@ -231,22 +215,18 @@ def restore_best_params(directory: Path, params: Any) -> tuple[Any, int]:
     """Return the parameters of the best undamaged checkpoint by validation loss, and its step.
 
     If none has a validation loss, it is the latest. Nothing is written, the run may be saving
-    meanwhile, and each damaged checkpoint is reported with a warning.
-
-    Args:
-      directory: of the checkpoints.
-      params: arrays of the expected shapes and dtypes, or `jax.ShapeDtypeStruct`s.
+    meanwhile, and each damaged checkpoint is reported with a warning. `params` are arrays of the
+    expected shapes and dtypes, or `jax.ShapeDtypeStruct`s.
 
     Raises:
       UserError: if there is none, all are damaged, or one does not hold such `params`.
     """
-    items = {"params": ocp.args.StandardRestore(_abstract(params))}
-    find_step = functools.partial(find_best_step, directory)
-    step, restored, damaged = _restore_first(directory, find_step, params, items)
+    rank = functools.partial(_rank, directory)
+    step, restored, damaged = _restore_first(directory, rank, params)
     if step is None:
         raise UserError(f"there is no checkpoint in {directory} yet: train first")
-    for broken, damage in damaged.items():
-        _warn_damaged(directory / str(broken), damage, "another checkpoint is read")
+    for path, damage in damaged.items():
+        _warn_damaged(path, damage, "another checkpoint is read")
     return restored.params, step
 
 
@@ -260,57 +240,50 @@ def list_steps(directory: Path) -> list[int]:
     return sorted(number for number in numbers if number < 2**31)
 
 
-def find_best_step(directory: Path, leave_out: Container[int] = ()) -> int | None:
+def find_best_step(directory: Path) -> int | None:
     """Return the step with the best validation loss, else the latest, else None."""
-    steps = [step for step in list_steps(directory) if step not in leave_out]
-    losses = {step: read_validation_loss(directory, step) for step in steps}
-    measured = {step: loss for step, loss in losses.items() if loss is not None}
-    return min(measured, key=measured.__getitem__) if measured else max(steps, default=None)
+    return max(list_steps(directory), key=functools.partial(_rank, directory), default=None)
 
 
-def is_validated(directory: Path, step: int) -> bool:
-    """Return whether the checkpoint of `step` has a validation loss."""
-    return (directory / str(step) / VALIDATION).exists()
+def _rank(directory: Path, step: int) -> tuple[float, int]:
+    """Return a number pair that is greatest for the best checkpoint."""
+    loss = read_validation_loss(directory, step)
+    return (-np.inf, step) if loss is None else (-loss, 0)
 
 
 def read_validation_loss(directory: Path, step: int) -> float | None:
     """Return the validation loss of a checkpoint; None if it has no valid one."""
     try:
-        path = directory / str(step) / VALIDATION
-        loss = files.read_json(path, _VALIDATION_LIMIT)["loss"]
+        loss = files.read_json(directory / str(step) / VALIDATION, _VALIDATION_LIMIT)["loss"]
     except (OSError, ValueError, KeyError):
         return None
     return loss if isinstance(loss, float) and np.isfinite(loss) else None
 
 
 def _restore_first(
-    directory: Path,
-    find_step: Callable[[Container[int]], int | None],
-    params: Any,
-    items: Mapping[str, Any],
-) -> tuple[int | None, Any, dict[int, str]]:
-    """Return the first undamaged checkpoint's step and items, and how those before are damaged.
+    directory: Path, rank: Callable[[int], Any], params: Any, **other_items: Any
+) -> tuple[int | None, Any, dict[Path, str]]:
+    """Return step and items of the undamaged checkpoint of the highest rank, None if there is none.
 
-    Args:
-      directory: of the checkpoints.
-      find_step: returns the step to try next, given the damaged ones; None if there is no other.
-      params: as `restore_latest` takes them.
-      items: Orbax's arguments by the name of an item.
-
-    Raises:
-      UserError: if all are damaged, or one does not hold arrays of these names, shapes and dtypes.
+    Last in the tuple is how those of higher ranks are damaged. Raise `UserError` if all are, or one
+    does not hold arrays of these names, shapes and dtypes.
     """
-    _check_is_no_link(directory)
-    damaged: dict[int, str] = {}
-    while (step := find_step(damaged)) is not None:
+    params_item = ocp.args.StandardRestore(_abstract(params))
+    items = ocp.args.Composite(params=params_item, **other_items)
+    if directory.is_symlink():  # Perhaps to the checkpoints of another run.
+        raise UserError(
+            f"{directory} is a link: the checkpoints of a run are in its own working directory; "
+            "move that as a whole"
+        )
+    damaged: dict[Path, str] = {}
+    while steps := [s for s in list_steps(directory) if directory / str(s) not in damaged]:
+        step = max(steps, key=rank)
         path = directory / str(step)
         damage = find_damage(path, params)
         if damage is None:
             try:
                 with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-                    restored = checkpointer.restore(
-                        path.absolute(), args=ocp.args.Composite(**items)
-                    )
+                    restored = checkpointer.restore(path.absolute(), args=items)
             except Exception as error:  # Orbax passes on whatever its storage raises.
                 if not path.exists():
                     continue
@@ -322,9 +295,9 @@ def _restore_first(
         if damage is None:
             return step, restored, damaged
         if path.exists():  # Otherwise the run has replaced it by a newer one.
-            damaged[step] = damage
+            damaged[path] = damage
     if damaged:
-        reasons = "; ".join(f"step {step}: {damage}" for step, damage in damaged.items())
+        reasons = "; ".join(f"step {path.name}: {damage}" for path, damage in damaged.items())
         raise UserError(
             f"no checkpoint in {directory} is whole ({reasons}): bring one back from a copy, or "
             "name another --workdir"
@@ -348,15 +321,6 @@ def _find_disagreement(restored: ocp.args.Composite, step: int) -> str | None:
     if not all(isinstance(size, int) and size >= 0 for size in sizes):
         return "it has no sizes in its history"
     return None
-
-
-def _check_is_no_link(directory: Path) -> None:
-    """Raise `UserError` if `directory` is a link, perhaps to the checkpoints of another run."""
-    if directory.is_symlink():
-        raise UserError(
-            f"{directory} is a link: the checkpoints of a run are in its own working directory; "
-            "move that as a whole"
-        )
 
 
 def _abstract(tree: Any) -> Any:

@@ -19,64 +19,48 @@ from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import IO, Any
 
-# The end of the name of a file or directory that is still being written.
-PARTIAL = ".partial"
-_UNFINISHED = ".unfinished"
+# The ends of names of a file and of a directory that are still being written.
+_PARTIAL, _UNFINISHED = ".partial", ".unfinished"
 _MEGABYTE = 2**20
 # Errors of flock on file systems that have no locks.
-NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
+_NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
 
 
 def open_regular(path: Path, follow: bool = False) -> BufferedReader:
-    """Open a regular file for reading; never a pipe or a device, which may have no end.
+    """Open a regular file for reading; raise `OSError` if that fails or it is another kind of file.
 
-    Args:
-      path: of the file.
-      follow: whether the file may be a link, as one may that the user has named.
-
-    Raises:
-      OSError: if it is not a regular file, is a link, or can't be read.
+    Pipes and devices may have no end. If `follow`, it may be a link, as a file that the user names.
     """
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
     return _open(path, flags if follow else flags | os.O_NOFOLLOW, "rb")
 
 
 def open_append(path: Path) -> BufferedWriter:
-    """Open a regular file for appending; create it if it does not exist.
-
-    Raises:
-      OSError: if it is not a regular file, is a link, or can't be written.
-    """
+    """Open a regular file, or a new one, for appending; raise `OSError` if it is another kind."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
     return _open(path, flags, "ab")
 
 
 def _open(path: Path, flags: int, mode: str) -> Any:
+    not_regular = OSError(errno.EINVAL, "It is not a regular file", str(path))
     try:
         descriptor = os.open(path, flags, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP and path.is_symlink():
             raise OSError(errno.ELOOP, "It is a link, which is not followed", str(path)) from None
-        if error.errno == errno.ENXIO:  # A pipe without a reader, or a socket.
-            raise OSError(errno.EINVAL, "It is not a regular file", str(path)) from None
-        raise
-    try:
-        kind = os.fstat(descriptor).st_mode
-        if stat.S_ISDIR(kind):
-            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if not stat.S_ISREG(kind):
-            raise OSError(errno.EINVAL, "It is not a regular file", str(path))
-        return os.fdopen(descriptor, mode)
-    except BaseException:
+        # EISDIR: a directory; ENXIO: a pipe without a reader, or a socket.
+        raise not_regular if error.errno in (errno.EISDIR, errno.ENXIO) else error from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise
+        raise not_regular
+    return os.fdopen(descriptor, mode)
 
 
 def read_bytes(path: Path, limit: int, follow: bool = False) -> bytes:
     """Read a regular file; raise `OSError` if it has more than `limit` bytes."""
     with open_regular(path, follow) as file:
-        content = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
-    if content is None or len(content) > limit:
+        content = file.read(limit + 1)
+    if len(content) > limit:
         size = f"{limit / _MEGABYTE:g} MiB" if limit >= _MEGABYTE else f"{limit:,} bytes"
         raise OSError(errno.EFBIG, f"It is larger than {size}", str(path))
     return content
@@ -100,20 +84,13 @@ def hash_file(path: Path, sync: bool = False) -> str:
 def lock_file(file: int | IO[bytes], wait: bool = False) -> bool:
     """Lock an open file or directory until it is closed or the process ends, however it ends.
 
-    Args:
-      file: the open file, or its descriptor.
-      wait: whether to wait while another process holds the lock.
-
-    Returns:
-      True, or False if the file system has no locks.
-
-    Raises:
-      BlockingIOError: if another process holds the lock and `wait` is False.
+    If another process holds the lock, wait, or else raise `BlockingIOError`. Return False if the
+    file system has no locks.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in NO_LOCKS:
+        if error.errno in _NO_LOCKS:
             return False
         raise
     return True
@@ -121,13 +98,10 @@ def lock_file(file: int | IO[bytes], wait: bool = False) -> bool:
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, and flush it to disk. A link at `path` is replaced."""
-    if path.is_dir() and not path.is_symlink():
-        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     # A random name, at which nobody can have put a link.
-    partial = path.with_name(f".{secrets.token_hex(8)}{PARTIAL}")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    partial = path.with_name(f".{secrets.token_hex(8)}{_PARTIAL}")
     try:
-        with os.fdopen(os.open(partial, flags, 0o666), "wb") as file:
+        with partial.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -142,7 +116,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 def remove_partial(directory: Path) -> None:
     """Remove what `write_file` left in killed processes; no other process may be writing."""
-    for path in directory.glob(f".{'[0-9a-f]' * 16}{PARTIAL}"):
+    for path in directory.glob(f".{'[0-9a-f]' * 16}{_PARTIAL}"):
         path.unlink()
 
 
@@ -189,12 +163,7 @@ def write_json(path: Path, fields: Mapping[str, Any], indent: int = 2) -> None:
 
 
 def read_json(path: Path, limit: int) -> dict[str, Any]:
-    """Return the fields that `write_json` wrote, from a file of at most `limit` bytes.
-
-    Raises:
-      ValueError: if they don't have the checksum in the file.
-      OSError: as `read_bytes` does.
-    """
+    """Return the fields that `write_json` wrote; raise `ValueError` if the checksum differs."""
     try:
         # Earlier versions wrote bytes that are not UTF-8 unescaped.
         fields = json.loads(read_bytes(path, limit).decode("utf-8", "surrogateescape"))

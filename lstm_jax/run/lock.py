@@ -21,7 +21,6 @@ LOCK = ".lock"
 # The holder touches the lock this often; one that was not touched for a minute is stale.
 _BEAT_SECONDS = 10
 STALE_SECONDS = 60
-NO_LOCKS = files.NO_LOCKS
 
 
 @contextlib.contextmanager
@@ -30,15 +29,25 @@ def hold_lock(directory: Path) -> Iterator[Callable[[], bool]]:
 
     The operating system releases the lock with the process, however it ends. Between hosts, where
     the file system may not share locks, a lock that was not touched for a minute counts as free.
+    Process 0 holds it for all processes of a run, which call this after it.
 
     Yields:
       A function that returns whether this process still holds the lock: a process that was
       suspended for more than a minute may have lost it to another host.
 
     Raises:
-      UnavailableError: if another process holds the lock, naming it, or the directory can't be
+      UnavailableError: if a process of another run holds the lock, or the directory can't be
         written.
+      UserError: if another process of this run does not see the directory.
     """
+    if not hosts.is_first():
+        if not directory.exists():
+            raise UserError(
+                f"process {jax.process_index()} does not see {directory}, where process 0 trains: "
+                "name the same --workdir for all, on a disk that they share"
+            )
+        yield lambda: True
+        return
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     path = directory / LOCK
     try:
@@ -72,30 +81,26 @@ def hold_lock(directory: Path) -> Iterator[Callable[[], bool]]:
 def _acquire(path: Path) -> int:
     """Return the descriptor of the lock file, which this process now holds."""
     while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        try:
+        with contextlib.ExitStack() as opened:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            opened.callback(os.close, lock)
             try:
                 locked = files.lock_file(lock)
             except BlockingIOError:
                 raise _held(path, _read_holder(lock)) from None
-            if _is_at(lock, path):
-                holder = _read_holder(lock)
-                if not holder:
-                    me = {
-                        "host": socket.gethostname(),
-                        "pid": os.getpid(),
-                        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-                    }
-                    os.pwrite(lock, (json.dumps(me) + "\n").encode(), 0)
-                    return lock
-                if _may_be_alive(holder, locked, path):
-                    raise _held(path, holder)
-                # With a new file, a suspended holder can see that it lost the lock.
-                path.unlink()
-        except BaseException:
-            os.close(lock)
-            raise
-        os.close(lock)
+            if not _is_at(lock, path):
+                continue
+            holder = _read_holder(lock)
+            if not holder:
+                since = time.strftime("%Y-%m-%d %H:%M:%S")
+                me = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
+                os.pwrite(lock, (json.dumps(me) + "\n").encode(), 0)
+                opened.pop_all()
+                return lock
+            if _may_be_alive(holder, locked, path):
+                raise _held(path, holder)
+            # With a new file, a suspended holder can see that it lost the lock.
+            path.unlink()
 
 
 def _is_at(lock: int, path: Path) -> bool:
@@ -108,14 +113,11 @@ def _is_at(lock: int, path: Path) -> bool:
 
 def _read_holder(lock: int) -> dict[str, Any]:
     """Return the host, pid and start time in a lock file; {} if it is empty."""
-    text = os.pread(lock, 1000, 0)
-    if not text:
-        return {}
-    try:
-        holder = json.loads(text)
-    except ValueError:
-        holder = None
-    return holder if isinstance(holder, dict) else {"host": "an unknown host"}
+    with contextlib.suppress(ValueError, RecursionError):
+        holder = json.loads(os.pread(lock, 1000, 0) or b"{}")
+        if isinstance(holder, dict):
+            return holder
+    return {"host": "an unknown host"}
 
 
 def _may_be_alive(holder: dict[str, Any], locked: bool, path: Path) -> bool:
@@ -150,22 +152,6 @@ def _held(path: Path, holder: dict[str, Any]) -> UnavailableError:
         f"{fields['since']}): wait until it ends, stop it, or name another --workdir; if it is "
         f"dead already, try again in {STALE_SECONDS} seconds"
     )
-
-
-def hold_lock_for_all(directory: Path) -> contextlib.AbstractContextManager[Callable[[], bool]]:
-    """Return `hold_lock` of process 0, which holds the lock for all processes of a run.
-
-    Raises:
-      UserError: if another process does not see the directory.
-    """
-    if hosts.is_first():
-        return hold_lock(directory)
-    if not directory.exists():
-        raise UserError(
-            f"process {jax.process_index()} does not see {directory}, where process 0 trains: name "
-            "the same --workdir for all, on a disk that they share"
-        )
-    return contextlib.nullcontext(lambda: True)
 
 
 def read_holder(directory: Path) -> bytes:

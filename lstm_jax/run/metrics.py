@@ -1,5 +1,6 @@
 """Write and read the losses of a run: metrics.jsonl, TensorBoard events, and a plot of them."""
 
+import contextlib
 import functools
 import io
 import json
@@ -12,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -31,12 +31,7 @@ class MetricsWriter:
     """Appends losses to metrics.jsonl and to TensorBoard events."""
 
     def __init__(self, path: Path, step: int) -> None:
-        """Open both for a run that starts or resumes after `step`.
-
-        Args:
-          path: of metrics.jsonl; the events are written beside it.
-          step: TensorBoard hides earlier events of later steps, from an interrupted run.
-        """
+        """Open metrics.jsonl at `path`, and events beside it, for a run that is at `step`."""
         self._lines = files.open_append(path)
         # A killed process or a full disk can leave half a line.
         if half := files.read_tail(path, _LONGEST_LINE).rpartition(b"\n")[2]:
@@ -46,7 +41,7 @@ class MetricsWriter:
         # a new one, at which nobody can have put a link.
         suffix = f".{secrets.token_hex(8)}"
         self._events = EventsWriter(str(path.parent / "events"), filename_suffix=suffix)
-        if step:
+        if step:  # TensorBoard then hides earlier events of later steps, of an interrupted run.
             self._add(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def _add(self, event: Event) -> None:
@@ -54,21 +49,20 @@ class MetricsWriter:
         self._events.write_event(event)
         self._events.flush()
 
-    def write(self, step: int, epoch: float, split: str, loss: float, **extra: float) -> None:
-        """Record a loss.
+    def write(
+        self, step: int, epoch: float, split: str, loss: float, **extra: float
+    ) -> dict[str, Any]:
+        """Record a loss in nats per token; return its row of metrics.jsonl without the checksum.
 
-        Args:
-          step: number of training steps done.
-          epoch: number of passes over the training text done, with fractions.
-          split: "train", "validation" or "test".
-          loss: in nats per token.
-          **extra: other numbers, such as tokens_per_second.
+        `step` is the number of training steps done, `epoch` that of passes over the training text,
+        with fractions, and `split` is "train", "validation" or "test".
         """
-        row = make_row(step, epoch, split, loss, **extra)
+        row = {"step": step, "epoch": round(epoch, 6), "split": split, "loss": loss, **extra}
         self._lines.write(f"{json.dumps({**row, 'crc': _checksum(row)})}\n".encode())
         self._lines.flush()
         for name, value in {"loss": loss, **extra}.items():
             self._add(Event(step=step, summary=scalar(f"{split}/{name}", value)))
+        return row
 
     def __enter__(self) -> Self:
         return self
@@ -76,11 +70,6 @@ class MetricsWriter:
     def __exit__(self, *unused: object) -> None:
         self._lines.close()
         self._events.close()
-
-
-def make_row(step: int, epoch: float, split: str, loss: float, **extra: float) -> dict[str, Any]:
-    """Return a row of metrics.jsonl without its checksum; see `MetricsWriter.write`."""
-    return {"step": step, "epoch": round(epoch, 6), "split": split, "loss": loss, **extra}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -113,18 +102,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     """Return the row in a line, or None if it is damaged; rows of old runs have no checksum."""
-    try:
+    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
         row: dict[str, Any] = json.loads(line) if len(line) <= _LONGEST_LINE else {}
-        valid = (
-            isinstance(row["step"], int)
-            and 0 <= row["step"] < 2**31
-            and isinstance(row["loss"], float)
-            and row["split"] in _COLORS
-        )
+        valid = isinstance(row["step"], int) and 0 <= row["step"] < 2**31
+        valid = valid and isinstance(row["loss"], float) and row["split"] in _COLORS
         crc = row.pop("crc", None)
-        return row if valid and crc in (None, _checksum(row)) else None
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return None
+        if valid and crc in (None, _checksum(row)):
+            return row
+    return None
 
 
 def _checksum(row: Mapping[str, Any]) -> str:
@@ -139,32 +124,29 @@ def _warn(path: Path, lines: str) -> None:
 def plot_metrics(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Write the figure of `draw_metrics` as a PNG file, whole or not at all."""
     picture = io.BytesIO()
-    FigureCanvasAgg(draw_metrics(rows)).print_png(picture)
+    draw_metrics(rows).savefig(picture, format="png")
     files.write_file(path, picture.getvalue())
 
 
 def draw_metrics(rows: Sequence[dict[str, Any]]) -> Figure:
     """Return a figure of the losses of all splits over steps."""
     figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
+    axes = figure.add_subplot(xlabel="training step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    rows = [row for row in rows if row["step"]]
     for split, style, size in (("train", "-", 0), ("validation", "o-", 4), ("test", "*", 12)):
-        points = [
-            (row["step"], row["loss"]) for row in rows if row["split"] == split and row["step"]
-        ]
+        points = [(row["step"], row["loss"]) for row in rows if row["split"] == split]
         if points:
             steps, losses = zip(*points, strict=True)
             label = f"{split}, last {losses[-1]:.3f}"
             axes.plot(steps, losses, style, markersize=size, color=_COLORS[split], label=label)
+    if axes.lines:
+        axes.legend()
     # Cut off the first steps, which fall from ln(vocabulary size) and would flatten the rest.
-    later = [row for row in rows if row["step"] and math.isfinite(row["loss"])]
-    if ordered := sorted(row["loss"] for row in later):
-        measured = [row["loss"] for row in later if row["split"] != "train"]
+    finite = [row for row in rows if math.isfinite(row["loss"])]
+    if ordered := sorted(row["loss"] for row in finite):
+        measured = [row["loss"] for row in finite if row["split"] != "train"]
         top = max([ordered[int(0.97 * (len(ordered) - 1))], *measured])
         if top > ordered[0]:
             axes.set_ylim(top=top + 0.05 * (top - ordered[0]))
-    axes.set_xlabel("training step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
     return figure

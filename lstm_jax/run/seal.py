@@ -40,32 +40,23 @@ def seal_checkpoint(checkpoint: Path) -> None:
 def find_damage(checkpoint: Path, params: Any = None) -> str | None:
     """Return how a checkpoint's files differ from those that were sealed; None if they don't.
 
-    Args:
-      checkpoint: its directory.
-      params: arrays that will be read from it, or `jax.ShapeDtypeStruct`s: file sizes that don't
-        fit these are damage too, and are found before the files are read.
+    File sizes that don't fit `params`, the arrays or `jax.ShapeDtypeStruct`s that will be read, are
+    damage too, and are found before the files are read.
     """
     try:
-        text = files.read_bytes(checkpoint / SEAL, _SEAL_LIMIT).decode()
-        sums = {
-            name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())
-        }
+        lines = files.read_bytes(checkpoint / SEAL, _SEAL_LIMIT).decode().splitlines()
+        sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
         sizes = _list(checkpoint)
-        for name in [*sums, *sizes]:
-            if name not in sizes:
-                return f"{name} is missing"
-            if name not in sums:
-                return f"{SEAL} does not hold {name}"
+        if others := sums.keys() ^ sizes.keys():
+            name = min(others)
+            return f"{name} is missing" if name in sums else f"{SEAL} does not hold {name}"
         if params is not None and (reason := _find_misfit(sizes, params)):
             return reason
         for name in sizes:
             if files.hash_file(checkpoint / name) != sums[name]:
                 return f"{name} has changed"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
     except OSError as error:
-        name = Path(error.filename or "").name
-        return f"{name}: {error.strerror}" if name else one_line(error)
+        return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
     except ValueError as error:
         return one_line(error)
     return None if sums else f"{SEAL} is empty"
@@ -89,8 +80,7 @@ def _find_misfit(sizes: Mapping[str, int], params: Any) -> str | None:
 def _list(checkpoint: Path) -> dict[str, int]:
     """Return the sizes of the files that a seal covers: not of hidden ones, as file managers make.
 
-    Raises:
-      ValueError: if there is anything but regular files and directories.
+    Raise `ValueError` if there is anything but regular files and directories.
     """
     sizes = {}
     for path in sorted(checkpoint.rglob("*")):

@@ -31,11 +31,7 @@ _CONFIG_LIMIT, _VOCABULARY_LIMIT = 2**20, 2**25
 
 
 def load_config(workdir: Path) -> ConfigDict:
-    """Return the config of the run in `workdir`.
-
-    Raises:
-      UserError: if there is no run, or its config is damaged.
-    """
+    """Return the config of the run in `workdir`; raise `UserError` if there is no run."""
     if not (workdir / CONFIG).exists():
         raise UserError(
             f"there is no trained model in {workdir} (no {CONFIG}): name the --workdir of a "
@@ -50,11 +46,7 @@ def load_config(workdir: Path) -> ConfigDict:
 
 
 def load_vocabulary(workdir: Path) -> Vocabulary:
-    """Return the vocabulary of the run in `workdir`.
-
-    Raises:
-      UserError: if it is missing or damaged.
-    """
+    """Return the vocabulary of the run in `workdir`; raise `UserError` if it has none."""
     try:
         fields = files.read_json(workdir / VOCABULARY, _VOCABULARY_LIMIT)
         return Vocabulary.from_json(json.dumps(fields))
@@ -67,11 +59,7 @@ def _reason(error: OSError | ValueError) -> str:
 
 
 def load_params(workdir: Path, model: model_lib.LanguageModel) -> tuple[model_lib.Params, int]:
-    """Return the parameters of the best undamaged checkpoint by validation loss, and its step.
-
-    Raises:
-      UserError: if there is none, or it is of another model.
-    """
+    """Return what `checkpoints.restore_best_params` does of the run, for parameters of `model`."""
     abstract = jax.eval_shape(lambda: model_lib.init_params(model, jax.random.key(0)))
     return checkpoints.restore_best_params(workdir / CHECKPOINTS, abstract)
 
@@ -90,7 +78,7 @@ def load_trained(workdir: Path | str) -> Trained:
     """Load the model in `workdir`: its best checkpoint by validation loss, else its latest.
 
     Raises:
-      UserError: if there is none.
+      UserError: if there is none, or a file is damaged.
     """
     workdir = Path(workdir)
     config = load_config(workdir)
@@ -128,10 +116,7 @@ def history_sizes(workdir: Path) -> dict[str, int]:
 
 
 def restore_history(workdir: Path, sizes: Mapping[str, int]) -> None:
-    """Drop what was appended since `history_sizes` returned `sizes`.
-
-    A warning names each file that has become shorter since, or is missing.
-    """
+    """Drop what was appended since `history_sizes` returned `sizes`; warn of what was lost."""
     for path in _list_history(workdir):
         size = sizes.get(path.name, 0)
         if size == 0:
@@ -145,17 +130,14 @@ def restore_history(workdir: Path, sizes: Mapping[str, int]) -> None:
 
 
 def check_own_files(workdir: Path) -> None:
-    """Check that a directory holds only regular files and directories, before a run writes there.
+    """Raise `UserError` if a directory holds other than regular files and directories.
 
-    Through a link it would write to files of others, and reading a pipe may never end.
-
-    Raises:
-      UserError: if there is anything else.
+    Through a link, a run would write to files of others, and reading a pipe may never end.
     """
     for path in [*workdir.iterdir(), *workdir.glob("plugins/**/")]:
         if path.is_symlink():
             raise UserError(f"{path} is a link: a run needs files of its own, so copy the target")
-        if not (path.is_file() or path.is_dir()):
+        if not path.is_file() and not path.is_dir():
             raise UserError(f"{path} is not a regular file: move it away")
 
 

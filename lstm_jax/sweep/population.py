@@ -146,7 +146,7 @@ def map_members(function: Callable[..., Any], mesh: Mesh, donated: tuple[int, ..
             return jax.lax.map(lambda each: function(*each), arguments)
         return jax.vmap(function)(*arguments)
 
-    divided = parallel.shard_map(on_one_device, mesh, in_specs=_MEMBERS, out_specs=_MEMBERS)
+    divided = parallel.shard_map(on_one_device, mesh=mesh, in_specs=_MEMBERS, out_specs=_MEMBERS)
     return jax.jit(divided, donate_argnums=donated)
 
 

@@ -8,7 +8,6 @@ dropped.
 """
 
 import contextlib
-import fcntl
 import os
 import socket
 import stat
@@ -25,7 +24,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from lstm_jax.errors import UserError
-from lstm_jax.run import checkpoints, files, lock, workdir
+from lstm_jax.run import checkpoints, files, workdir
 from lstm_jax.sweep import study as study_lib
 from lstm_jax.sweep.study import is_closed, list_finished, list_running
 
@@ -80,11 +79,7 @@ class Worker:
     def __enter__(self) -> Self:
         make_directory(self._directory)
         self._lock = files.open_append(self._directory / self._name)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in lock.NO_LOCKS:
-                raise
+        if not files.lock_file(self._lock, wait=True):
             (self._directory / self._name).unlink()  # Then others go by the counter.
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
@@ -195,11 +190,11 @@ class Worker:
         if host == socket.gethostname() and path.is_file():
             try:
                 with files.open_append(path) as file:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
+                    if files.lock_file(file):
+                        return True
             except BlockingIOError:
                 return False
-            except OSError:  # It is a link, or the file system has no locks.
+            except OSError:  # It is a link.
                 pass
         # The time is measured by this process alone, so the clocks of hosts may differ.
         key, now = (trial.number, trial.user_attrs.get(study_lib.BEAT)), time.monotonic()
