@@ -70,9 +70,7 @@ def read_dataset(
 
     if all(split in builder.info.splits for split in sources.SPLITS):
         return [read_split(split) for split in sources.SPLITS]
-    text = read_split("train")
-    validation, test = sources.find_cuts(len(text), fractions)
-    return [text[:validation], text[validation:test], text[test:]]
+    return sources.cut_text(read_split("train"), fractions)
 
 
 def _prepare(builder: tfds.core.DatasetBuilder, name: str, data_dir: Path) -> None:

@@ -4,8 +4,9 @@ A text is first encoded as indices into its own different tokens, which takes lo
 and is done once. Its ids in a vocabulary are a look-up of these in a table.
 """
 
+import itertools
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -40,9 +41,9 @@ class Part(NamedTuple):
 def encode_chunk(text: str, kind: str, stop: str) -> Part:
     """Encode a text with tokens of a kind (of `vocabulary.KINDS`) and a stop token, or ""."""
     if kind in ("words", "graphemes"):
-        index: dict[str, int] = {}
-        numbers = (index.setdefault(token, len(index)) for token in split_text(text, kind, stop))
-        ids = np.fromiter(numbers, np.int32)
+        # It gives each new token the next number.
+        index = defaultdict[str, int](itertools.count().__next__)
+        ids = np.fromiter(map(index.__getitem__, split_text(text, kind, stop)), np.int32)
         small = ids.astype(get_smallest_dtype(len(index)))
         return Part(small, list(index), np.bincount(ids), len(text))
     single, end = text, stop
@@ -54,7 +55,11 @@ def encode_chunk(text: str, kind: str, stop: str) -> Part:
         # The stop token becomes one character that is not in the text.
         stop_code = next(code for code in range(0x100, 0x110000) if chr(code) not in single)
         single = single.replace(end, chr(stop_code))
-    codes = _get_code_points(single)
+    try:
+        codes = np.frombuffer(single.encode("latin-1"), np.uint8)
+    except UnicodeEncodeError:
+        # "surrogatepass": a surrogate is a code point like any other here.
+        codes = np.frombuffer(single.encode("utf-32-le", "surrogatepass"), np.uint32)
     counts = np.bincount(codes)
     present = np.flatnonzero(counts)
     table = np.zeros(len(counts), get_smallest_dtype(len(present)))
@@ -71,15 +76,6 @@ def encode_chunk(text: str, kind: str, stop: str) -> Part:
 def get_smallest_dtype(number: int) -> np.dtype:
     """Return the smallest dtype for indices below `number`."""
     return np.min_scalar_type(max(number - 1, 0))
-
-
-def _get_code_points(text: str) -> np.ndarray:
-    """Return the code points of a text: uint8 or uint32, [characters]."""
-    try:
-        return np.frombuffer(text.encode("latin-1"), np.uint8)
-    except UnicodeEncodeError:
-        # "surrogatepass": a surrogate is a code point like any other here.
-        return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
 def iterate_chunks(text: Iterable[Segment], kind: str, size: int) -> Iterator[list[Segment]]:
@@ -142,13 +138,13 @@ class Text:
 
     def __init__(self, text: str) -> None:
         self._text = text
-        self._indexed: tuple[str, str, Part] | None = None
+        self._indexed: dict[tuple[str, str], Part] = {}
 
     def index_tokens(self, kind: str, stop: str) -> Part:
         """Encode the text as indices into its own tokens; see `encode_chunk`."""
-        if self._indexed is None or self._indexed[:2] != (kind, stop):
-            self._indexed = kind, stop, encode_chunk(self._text, kind, stop)
-        return self._indexed[2]
+        if (kind, stop) not in self._indexed:
+            self._indexed = {(kind, stop): encode_chunk(self._text, kind, stop)}
+        return self._indexed[kind, stop]
 
     def find_stop(self, separator: str) -> str:
         """Return the stop token of the text; see `find_stop_text`."""
@@ -184,7 +180,7 @@ class Text:
         if not first:
             (index,) = part.ids[:1].tolist()
             counts[index] -= 1
-            characters -= len(next(islice(part.tokens, index, None)))
+            characters -= len(next(itertools.islice(part.tokens, index, None)))
         ids = vocabulary.look_up(part.tokens).tolist()
         unknown = sum(
             # The UTF-8 of the token, and one byte for its end.
