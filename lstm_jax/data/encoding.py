@@ -23,19 +23,12 @@ _NEAR = 2**16
 
 
 class Part(NamedTuple):
-    """An encoded text, or a chunk of one.
+    """An encoded text, or a chunk of one."""
 
-    Attributes:
-      ids: indices into `tokens`, [n], of the smallest dtype.
-      tokens: the different tokens of the text.
-      counts: how often each of them occurs, int64.
-      characters: the length of the text.
-    """
-
-    ids: Any
-    tokens: Iterable[str]
-    counts: np.ndarray
-    characters: int
+    ids: Any  # Indices into `tokens`: [n], of the smallest dtype.
+    tokens: Iterable[str]  # The different tokens of the text.
+    counts: np.ndarray  # How often each of them occurs: int64.
+    characters: int  # The length of the text.
 
 
 def encode_chunk(text: str, kind: str, stop: str) -> Part:
@@ -81,9 +74,9 @@ def get_smallest_dtype(number: int) -> np.dtype:
 def iterate_chunks(text: Iterable[Segment], kind: str, size: int) -> Iterator[list[Segment]]:
     """Cut a text into chunks that can be encoded one by one.
 
-    A text is cut only at places that are borders between two tokens whatever is on both sides, so
-    that the tokens of its chunks, one after the other, are those of the whole text. A chunk has
-    about `size` bytes, or more if there is no such place.
+    A text is cut only where two tokens are separate whatever is on both sides, so that the tokens
+    of its chunks are those of the whole text. A chunk has about `size` bytes, or more if there is
+    no such place.
     """
     pending: list[Segment] = []
     content = bytearray()

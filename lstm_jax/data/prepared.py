@@ -53,27 +53,16 @@ _States = list[list[list[Any]]]
 
 
 class Manifest(NamedTuple):
-    """The content of `prepared.json`, and its directory.
-
-    Attributes:
-      directory: the prepared corpus.
-      sources: the files of the text, see `_States`.
-      text_sha256: the checksum of the text, the same as `texts.compute_checksum` gives.
-      units: the kind of tokens, `data.units`.
-      ends: whether `vocabulary.FILE_END` follows each file.
-      stop: the stop token, or "".
-      splits: of each, `bytes`, `characters` and `tokens`.
-      files: SHA-256 and `_state` of each other file in the directory.
-    """
+    """The content of `prepared.json`, and its directory."""
 
     directory: Path
-    sources: _States
-    text_sha256: str
-    units: str
-    ends: bool
-    stop: str
-    splits: dict[str, dict[str, int]]
-    files: dict[str, list[Any]]
+    sources: _States  # The files of the text.
+    text_sha256: str  # The same as `texts.compute_checksum` gives.
+    units: str  # The kind of tokens.
+    ends: bool  # Whether `vocabulary.FILE_END` follows each file.
+    stop: str  # The stop token, or "".
+    splits: dict[str, dict[str, int]]  # Of each, `bytes`, `characters` and `tokens`.
+    files: dict[str, list[Any]]  # SHA-256 and `_state` of each other file in the directory.
 
     def write(self, directory: Path) -> None:
         """Write it with a seal, whole or not at all."""
@@ -125,8 +114,7 @@ def find_corpus(data: ConfigDict) -> Manifest | None:
     """Return the prepared corpus that the `data` fields of a config describe, or None.
 
     It is found if this user has made it, and its sources and its own files have the same sizes,
-    times and inodes as before. If only times or inodes differ, checksums decide. Raise `UserError`
-    if the text can't be read.
+    times and inodes as before. If only times or inodes differ, checksums decide.
     """
     _, states, directory = _locate(data)
     return _find(directory, states)
@@ -135,12 +123,8 @@ def find_corpus(data: ConfigDict) -> Manifest | None:
 def prepare_corpus(data: ConfigDict) -> Manifest:
     """Return the prepared corpus that the `data` fields of a config describe; make it if missing.
 
-    If another process is making it, wait for that. An interrupted preparation is resumed.
-
-    Raises:
-      UserError: if the text can't be read, is not UTF-8 or too short; or if it is not the one that
-        a run began with (`data.sha256`).
-      UnavailableError: if the directory can't be written.
+    If another process is making it, wait for that. An interrupted preparation is resumed. Raise
+    `UnavailableError` if the directory can't be written, and `UserError` as `texts.load_texts`.
     """
     texts, states, directory = _locate(data)
     base = directory.parent
@@ -210,10 +194,7 @@ def _fingerprint(path: Path, known: list[Any]) -> list[Any]:
 
 
 def _find(directory: Path, states: _States, save: bool = False) -> Manifest | None:
-    """Return the corpus in `directory` if it is complete, this user's own, and of these files.
-
-    With `save`, write new times and inodes to the manifest, so that the next time is faster.
-    """
+    """Return the corpus in `directory`, see `find_corpus`; `save` new times and inodes in it."""
     if not _is_directory(directory):
         return None
     try:
@@ -308,10 +289,7 @@ class _Content:
 
 
 def _begin(unfinished: Path, plan: dict[str, Any]) -> bytes:
-    """Make the directory to work in, and return the key that seals the chunks of this plan.
-
-    Chunks that are there from an earlier preparation of the same plan are kept.
-    """
+    """Make the directory to work in, or keep that of the same plan; return the key of its parts."""
     content = json.dumps(plan).encode()
     path, parts = unfinished / worker.PLAN, unfinished / worker.PARTS
     same = False

@@ -60,11 +60,8 @@ def get_part_path(directory: Path, number: int) -> Path:
 
 
 def main() -> None:
-    """Encode the chunks of this process; print the bytes of each, or an error as a JSON object.
-
-    The parent process handles Ctrl-C and kills this one.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Encode the chunks of this process; print the bytes of each, or an error as a JSON object."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent process handles it.
     directory, number, total = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     plan = json.loads((directory / PLAN).read_text(encoding="utf-8", errors="surrogateescape"))
     key = bytes.fromhex(os.environ[KEY])
