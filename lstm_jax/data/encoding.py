@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import regex
 
 from lstm_jax.data.sources import Segment, cut_pieces, cut_segments, read_segment
 from lstm_jax.vocabulary import UNKNOWN_ID, Costs, Ids, Vocabulary, find_stop_text, split_text
@@ -18,8 +19,17 @@ if TYPE_CHECKING:  # A process that encodes chunks imports little more than NumP
     from ml_collections import ConfigDict
 
 
-# A chunk ends at its last good place, which is most often within this distance of its end.
-_NEAR = 2**16
+# Places where a text can be cut, from the last one backwards ("r"): never within a character (a
+# fourth byte that continues one is not part of it), nor between two line breaks, which may be a
+# stop token together. Words and graphemes are separate at a line break, and at a space between two
+# ASCII letters, whatever else is around (Unicode Standard Annex 29, rules GB4, GB5, GB999, WB3a,
+# WB3b and WB999).
+_AFTER_BREAK = rb"(?<=[\r\n])(?=[^\r\n\x80-\xbf])"
+_BEFORE_BREAK = rb"(?<=[^\r\n])(?=[\r\n])"
+_SPACE = rb"(?<=[A-Za-z])(?= [A-Za-z])"
+_CHARACTER = rb"(?<=[^\r\n])(?=[^\x80-\xbf])|(?<=[\x80-\xbf]{3})(?=.)"
+_TOKEN_CUT = regex.compile(b"(?rs)(?<=...)(?:%b|%b|%b)" % (_AFTER_BREAK, _BEFORE_BREAK, _SPACE))
+_CHARACTER_CUT = regex.compile(b"(?rs)(?<=...)(?:%b|%b)" % (_AFTER_BREAK, _CHARACTER))
 
 
 class Part(NamedTuple):
@@ -80,50 +90,28 @@ def iterate_chunks(text: Iterable[Segment], kind: str, size: int) -> Iterator[li
     """
     pending: list[Segment] = []
     content = bytearray()
+    start = 0
     for piece in cut_pieces(text, size // 2):
         content += read_segment(piece)
         if pending and pending[-1].path == piece.path and pending[-1].stop == piece.start:
             # One segment again, as a character may be on both sides.
             piece = Segment(piece.path, pending.pop().start, piece.stop)
         pending.append(piece)
-        if len(content) >= size and (at := find_last_cut(content, kind)):
-            chunk, pending = cut_segments(pending, at)
-            yield chunk
-            del content[:at]
+        if len(content) >= size:
+            if at := find_last_cut(content, kind, start):
+                chunk, pending = cut_segments(pending, at)
+                yield chunk
+                del content[:at]
+            start = max(len(content) - 2, 0)  # All places up to there have been searched.
     if pending:
         yield pending
 
 
-def find_last_cut(content: bytes | bytearray, kind: str) -> int:
-    """Return the last place within a text where it can be cut; 0 if there is none.
-
-    A cut is never within a character, nor between two line breaks, which may be a stop token
-    together. Words and graphemes are separate at a line break, and at a space between two ASCII
-    letters, whatever else is around (Unicode Standard Annex 29, rules GB4, GB5, GB999, WB3a, WB3b
-    and WB999).
-    """
-    for near in (_NEAR, len(content)):
-        first = max(len(content) - near, 0)
-        text = np.frombuffer(bytes(content[first:]), np.uint8)
-        if len(text) < 5:
-            break
-        # All arrays are for the places that have three bytes before them: 3, 4, ...
-        continues = (text & 0xC0) == 0x80
-        # A fourth byte that continues a character is not part of it.
-        whole = ~continues[3:] | continues[2:-1] & continues[1:-2] & continues[:-3]
-        breaks = (text == ord("\n")) | (text == ord("\r"))
-        before, after = breaks[2:-1], breaks[3:]
-        if kind in ("words", "graphemes"):
-            letters = ((text | 0x20) - ord("a")) < 26  # Bytes below "a" wrap around.
-            next_is_letter = np.append(letters[4:], False)
-            spaces = letters[2:-1] & (text[3:] == ord(" ")) & next_is_letter
-            good = whole & ((before ^ after) | spaces)
-        else:
-            good = whole & ~(before & after)
-        places = np.flatnonzero(good)
-        if len(places):
-            return first + 3 + int(places[-1])
-    return 0
+def find_last_cut(content: bytes | bytearray, kind: str, start: int = 0) -> int:
+    """Return the last place after `start` where a text can be cut; 0 if there is none."""
+    pattern = _TOKEN_CUT if kind in ("words", "graphemes") else _CHARACTER_CUT
+    found = pattern.search(content, start)
+    return found.start() if found else 0
 
 
 class Text:
