@@ -70,11 +70,15 @@ class Manifest(NamedTuple):
         del fields["directory"]
         files.write_json(directory / MANIFEST, {**fields, "seal": _seal(self.directory, fields)})
 
-    def list_segments(self) -> list[Segment]:
-        """Return the segments of all splits."""
+    def list_segments(self) -> dict[str, list[Segment]]:
+        """Return the segments of each split."""
         names = itertools.chain.from_iterable(self.sources)
         paths = [Path(os.path.normpath(self.directory / name)) for name, *_ in names]
-        return sources.list_segments(paths, self.units == "bytes", self.ends)
+        rest = sources.list_segments(paths, self.units == "bytes", self.ends)
+        found = {}
+        for name in sources.SPLITS:
+            found[name], rest = sources.cut_segments(rest, self.splits[name]["bytes"])
+        return found
 
     def texts(self) -> dict[str, Text]:
         """Return the splits."""
@@ -213,7 +217,8 @@ def _find(directory: Path, states: _States, save: bool = False) -> Manifest | No
         if names_and_sizes != [[state[:2] for state in text] for text in manifest.sources]:
             return None
         digest = hashlib.sha256()
-        for piece in sources.cut_pieces(manifest.list_segments(), CHUNK):
+        text = itertools.chain.from_iterable(manifest.list_segments().values())
+        for piece in sources.cut_pieces(text, CHUNK):
             digest.update(sources.read_segment(piece))
         if digest.hexdigest() != manifest.text_sha256:
             return None
@@ -428,10 +433,7 @@ class PreparedText(Text):
     def pieces(self, overlap: int) -> Iterator[str]:
         """See `Text`."""
         manifest, any_bytes = self._manifest, self._manifest.units == "bytes"
-        earlier = sources.SPLITS[: sources.SPLITS.index(self._name)]
-        before = sum(manifest.splits[name]["bytes"] for name in earlier)
-        _, text = sources.cut_segments(manifest.list_segments(), before)
-        text, _ = sources.cut_segments(text, self._split["bytes"])
+        text = manifest.list_segments()[self._name]
         tail = ""
         for chunk in iterate_chunks(text, manifest.units, CHUNK):
             piece = tail + sources.read_segments(chunk, any_bytes, manifest.ends)
