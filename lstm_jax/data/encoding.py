@@ -157,16 +157,12 @@ class Text:
     def costs(self, vocabulary: Vocabulary, first: bool = True) -> Costs:
         """Return the costs of the text, with or without its first token."""
         part = self.index_tokens(vocabulary.kind, vocabulary.stop)
-        counts, characters = part.counts.tolist(), part.characters
+        counts, characters = part.counts.copy(), part.characters
         if not first:
-            (index,) = part.ids[:1].tolist()
+            index = int(part.ids[:1][0])
             counts[index] -= 1
             characters -= len(next(itertools.islice(part.tokens, index, None)))
-        ids = vocabulary.look_up(part.tokens).tolist()
-        unknown = sum(
-            # The UTF-8 of the token, and one byte for its end.
-            count * (len(token.encode("utf-8", "surrogateescape")) + 1)
-            for token, token_id, count in zip(part.tokens, ids, counts, strict=True)
-            if token_id == UNKNOWN_ID
-        )
-        return Costs(characters, unknown)
+        # The UTF-8 of each token, and one byte for its end.
+        sizes = (len(token.encode("utf-8", "surrogateescape")) + 1 for token in part.tokens)
+        is_unknown = vocabulary.look_up(part.tokens) == UNKNOWN_ID
+        return Costs(characters, int(counts @ (np.fromiter(sizes, np.int64) * is_unknown)))

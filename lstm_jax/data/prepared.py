@@ -360,43 +360,41 @@ def _merge(
 ) -> dict[str, dict[str, int]]:
     """Join the encoded chunks of each split, with one table of tokens; return `Manifest.splits`."""
 
-    def load_parts() -> Iterator[tuple[str, list[Segment], Part]]:
-        numbers = itertools.count()
-        for name, of_split in zip(sources.SPLITS, chunks, strict=True):
-            for chunk in of_split:
-                path = worker.get_part_path(unfinished, next(numbers))
-                part = worker.load_part(path, chunk, key)
-                if part is None:
-                    path.unlink(missing_ok=True)
-                    raise UserError(
-                        f"{path} was damaged and is removed: the same command resumes from there"
-                    )
-                yield name, chunk, part
+    def load_parts(split: int) -> Iterator[Part]:
+        first = sum(map(len, chunks[:split]))
+        for number, chunk in enumerate(chunks[split], first):
+            path = worker.get_part_path(unfinished, number)
+            part = worker.load_part(path, chunk, key)
+            if part is None:
+                path.unlink(missing_ok=True)
+                raise UserError(
+                    f"{path} was damaged and is removed: the same command resumes from there"
+                )
+            yield part
 
     index: dict[str, int] = {}
-    measured = {name: {"bytes": 0, "characters": 0, "tokens": 0} for name in sources.SPLITS}
-    for name, chunk, part in load_parts():
-        measured[name]["bytes"] += sources.count_bytes(chunk)
-        measured[name]["characters"] += part.characters
-        measured[name]["tokens"] += len(part.ids)
-        for token in part.tokens:
-            index.setdefault(token, len(index))
+    measured = {}
+    for i, name in enumerate(sources.SPLITS):
+        split = {"bytes": sum(map(sources.count_bytes, chunks[i])), "characters": 0, "tokens": 0}
+        for part in load_parts(i):
+            split["characters"] += part.characters
+            split["tokens"] += len(part.ids)
+            for token in part.tokens:
+                index.setdefault(token, len(index))
+        measured[name] = split
     dtype = get_smallest_dtype(len(index))
-    counts = {name: np.zeros(len(index), np.int64) for name in sources.SPLITS}
-    # "x": nothing is written through a link.
-    with contextlib.ExitStack() as opened:
-        written = {}
-        for name, split in measured.items():
-            written[name] = opened.enter_context((unfinished / f"{name}.npy").open("xb"))
+    counts = np.zeros((len(measured), len(index)), np.int64)
+    for i, (name, split) in enumerate(measured.items()):
+        with (unfinished / f"{name}.npy").open("xb") as file:  # "x": not through a link.
             descr, shape = np.lib.format.dtype_to_descr(dtype), (split["tokens"],)
             header = {"descr": descr, "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(written[name], header)
-        for name, _, part in load_parts():
-            table = np.array([index[token] for token in part.tokens], dtype)
-            counts[name][table] += part.counts
-            written[name].write(table[part.ids].data)
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in load_parts(i):
+                table = np.array([index[token] for token in part.tokens], dtype)
+                counts[i][table] += part.counts
+                file.write(table[part.ids].data)
     with (unfinished / _COUNTS).open("xb") as file:
-        np.save(file, list(counts.values()))
+        np.save(file, counts)
     with (unfinished / _TOKENS).open("xb") as file:
         file.writelines(json.dumps(token).encode() + b"\n" for token in index)
     return measured
@@ -406,8 +404,7 @@ class PreparedText(Text):
     """One split of a prepared corpus. Only the requested parts of it are in memory."""
 
     def __init__(self, manifest: Manifest, name: str) -> None:
-        self._manifest = manifest
-        self._name = name
+        self._manifest, self._name = manifest, name
         self._split = manifest.splits[name]
 
     def index_tokens(self, kind: str, stop: str) -> Part:

@@ -27,10 +27,7 @@ _WHEEL_SECONDS = 120
 
 
 class TinyShakespeare(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """TFDS's tiny_shakespeare 1.0.0: one example for each split, the text cut at 90 and 95 %.
-
-    TFDS's own builder reads the text with `tf.io`; this one takes it as an argument.
-    """
+    """TFDS's tiny_shakespeare 1.0.0: one example for each split. TFDS's own reads with `tf.io`."""
 
     name = NAME
     VERSION = tfds.core.Version("1.0.0")

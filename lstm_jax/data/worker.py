@@ -28,10 +28,9 @@ _SEAL_BYTES = 32
 
 def save_part(path: Path, part: Part, key: bytes) -> None:
     """Write an encoded chunk, whole or not at all, sealed with a key."""
-    arrays = {"ids": part.ids, "counts": part.counts, "characters": part.characters}
-    arrays["units"] = np.frombuffer(json.dumps(part.tokens).encode(), np.uint8)
+    tokens = np.frombuffer(json.dumps(part.tokens).encode(), np.uint8)
     content = io.BytesIO()
-    np.savez(content, **arrays)
+    np.savez(content, ids=part.ids, units=tokens, counts=part.counts, characters=part.characters)
     files.write_file(path, _seal(path, content.getvalue(), key) + content.getbuffer())
 
 
