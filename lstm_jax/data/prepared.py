@@ -275,7 +275,7 @@ def _prepare(
     manifest.write(unfinished)
     _remove(directory)  # A corpus of another text, or a damaged one.
     unfinished.rename(directory)
-    files.sync_directory(directory.parent)
+    files.sync_directory(directory.parent.resolve())  # The user may have named a link.
     seconds = time.monotonic() - began
     rate = f"{total / 1e6 / seconds:,.0f} MB/s"
     print(f"Prepared {total / 1e6:,.0f} MB in {seconds:.1f} s, {rate}", file=sys.stderr)
