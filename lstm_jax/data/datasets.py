@@ -26,18 +26,9 @@ def read_dataset(
 ) -> list[str]:
     """Return the train, validation and test text of a TFDS dataset, examples joined by line breaks.
 
-    If one of these splits is missing, all three are cut from the text of the train split.
-
-    Args:
-      name: the name in TFDS: "tiny_shakespeare", "wiki40b/en:1.3.0".
-      text_feature: the feature that holds the text.
-      directory: TFDS's data directory; "" for its default.
-      fractions: the shares of train, validation and test, in characters.
-      any_bytes: see `sources`.
-      ends: whether `FILE_END` follows each example, instead of line breaks between them.
-
-    Raises:
-      UserError: if there is no such dataset or feature, or preparing it needs TensorFlow.
+    If one of these splits is missing, all three are cut from the text of the train split. `ends`:
+    put `FILE_END` after each example, instead of line breaks between them. Raise `UserError` if
+    there is no such dataset or feature, or preparing it needs TensorFlow.
     """
     data_dir = Path(os.path.expanduser(directory or tfds.core.constants.DATA_DIR))
     builder = _open_builder(name, data_dir)
@@ -70,9 +61,7 @@ def read_dataset(
 
     if all(split in builder.info.splits for split in sources.SPLITS):
         return [read_split(split) for split in sources.SPLITS]
-    text = read_split("train")
-    validation, test = sources.find_cuts(len(text), fractions)
-    return [text[:validation], text[validation:test], text[test:]]
+    return sources.cut_text(read_split("train"), fractions)
 
 
 def _prepare(builder: tfds.core.DatasetBuilder, name: str, data_dir: Path) -> None:

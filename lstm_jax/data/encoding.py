@@ -4,11 +4,13 @@ A text is first encoded as indices into its own different tokens, which takes lo
 and is done once. Its ids in a vocabulary are a look-up of these in a table.
 """
 
+import itertools
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import regex
 
 from lstm_jax.data.sources import Segment, cut_pieces, cut_segments, read_segment
 from lstm_jax.vocabulary import UNKNOWN_ID, Costs, Ids, Vocabulary, find_stop_text, split_text
@@ -17,32 +19,34 @@ if TYPE_CHECKING:  # A process that encodes chunks imports little more than NumP
     from ml_collections import ConfigDict
 
 
-# A chunk ends at its last good place, which is most often within this distance of its end.
-_NEAR = 2**16
+# Places where a text can be cut, from the last one backwards ("r"): never within a character (a
+# fourth byte that continues one is not part of it), nor between two line breaks, which may be a
+# stop token together. Words and graphemes are separate at a line break, and at a space between two
+# ASCII letters, whatever else is around (Unicode Standard Annex 29, rules GB4, GB5, GB999, WB3a,
+# WB3b and WB999).
+_AFTER_BREAK = rb"(?<=[\r\n])(?=[^\r\n\x80-\xbf])"
+_BEFORE_BREAK = rb"(?<=[^\r\n])(?=[\r\n])"
+_SPACE = rb"(?<=[A-Za-z])(?= [A-Za-z])"
+_CHARACTER = rb"(?<=[^\r\n])(?=[^\x80-\xbf])|(?<=[\x80-\xbf]{3})(?=.)"
+_TOKEN_CUT = regex.compile(b"(?rs)(?<=...)(?:%b|%b|%b)" % (_AFTER_BREAK, _BEFORE_BREAK, _SPACE))
+_CHARACTER_CUT = regex.compile(b"(?rs)(?<=...)(?:%b|%b)" % (_AFTER_BREAK, _CHARACTER))
 
 
 class Part(NamedTuple):
-    """An encoded text, or a chunk of one.
+    """An encoded text, or a chunk of one."""
 
-    Attributes:
-      ids: indices into `tokens`, [n], of the smallest dtype.
-      tokens: the different tokens of the text.
-      counts: how often each of them occurs, int64.
-      characters: the length of the text.
-    """
-
-    ids: Any
-    tokens: Iterable[str]
-    counts: np.ndarray
-    characters: int
+    ids: Any  # Indices into `tokens`: [n], of the smallest dtype.
+    tokens: Iterable[str]  # The different tokens of the text.
+    counts: np.ndarray  # How often each of them occurs: int64.
+    characters: int  # The length of the text.
 
 
 def encode_chunk(text: str, kind: str, stop: str) -> Part:
     """Encode a text with tokens of a kind (of `vocabulary.KINDS`) and a stop token, or ""."""
     if kind in ("words", "graphemes"):
-        index: dict[str, int] = {}
-        numbers = (index.setdefault(token, len(index)) for token in split_text(text, kind, stop))
-        ids = np.fromiter(numbers, np.int32)
+        # It gives each new token the next number.
+        index = defaultdict[str, int](itertools.count().__next__)
+        ids = np.fromiter(map(index.__getitem__, split_text(text, kind, stop)), np.int32)
         small = ids.astype(get_smallest_dtype(len(index)))
         return Part(small, list(index), np.bincount(ids), len(text))
     single, end = text, stop
@@ -54,7 +58,11 @@ def encode_chunk(text: str, kind: str, stop: str) -> Part:
         # The stop token becomes one character that is not in the text.
         stop_code = next(code for code in range(0x100, 0x110000) if chr(code) not in single)
         single = single.replace(end, chr(stop_code))
-    codes = _get_code_points(single)
+    try:
+        codes = np.frombuffer(single.encode("latin-1"), np.uint8)
+    except UnicodeEncodeError:
+        # "surrogatepass": a surrogate is a code point like any other here.
+        codes = np.frombuffer(single.encode("utf-32-le", "surrogatepass"), np.uint32)
     counts = np.bincount(codes)
     present = np.flatnonzero(counts)
     table = np.zeros(len(counts), get_smallest_dtype(len(present)))
@@ -73,68 +81,37 @@ def get_smallest_dtype(number: int) -> np.dtype:
     return np.min_scalar_type(max(number - 1, 0))
 
 
-def _get_code_points(text: str) -> np.ndarray:
-    """Return the code points of a text: uint8 or uint32, [characters]."""
-    try:
-        return np.frombuffer(text.encode("latin-1"), np.uint8)
-    except UnicodeEncodeError:
-        # "surrogatepass": a surrogate is a code point like any other here.
-        return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-
-
 def iterate_chunks(text: Iterable[Segment], kind: str, size: int) -> Iterator[list[Segment]]:
     """Cut a text into chunks that can be encoded one by one.
 
-    A text is cut only at places that are borders between two tokens whatever is on both sides, so
-    that the tokens of its chunks, one after the other, are those of the whole text. A chunk has
-    about `size` bytes, or more if there is no such place.
+    A text is cut only where two tokens are separate whatever is on both sides, so that the tokens
+    of its chunks are those of the whole text. A chunk has about `size` bytes, or more if there is
+    no such place.
     """
     pending: list[Segment] = []
     content = bytearray()
+    start = 0
     for piece in cut_pieces(text, size // 2):
         content += read_segment(piece)
         if pending and pending[-1].path == piece.path and pending[-1].stop == piece.start:
             # One segment again, as a character may be on both sides.
             piece = Segment(piece.path, pending.pop().start, piece.stop)
         pending.append(piece)
-        if len(content) >= size and (at := find_last_cut(content, kind)):
-            chunk, pending = cut_segments(pending, at)
-            yield chunk
-            del content[:at]
+        if len(content) >= size:
+            if at := find_last_cut(content, kind, start):
+                chunk, pending = cut_segments(pending, at)
+                yield chunk
+                del content[:at]
+            start = max(len(content) - 2, 0)  # All places up to there have been searched.
     if pending:
         yield pending
 
 
-def find_last_cut(content: bytes | bytearray, kind: str) -> int:
-    """Return the last place within a text where it can be cut; 0 if there is none.
-
-    A cut is never within a character, nor between two line breaks, which may be a stop token
-    together. Words and graphemes are separate at a line break, and at a space between two ASCII
-    letters, whatever else is around (Unicode Standard Annex 29, rules GB4, GB5, GB999, WB3a, WB3b
-    and WB999).
-    """
-    for near in (_NEAR, len(content)):
-        first = max(len(content) - near, 0)
-        text = np.frombuffer(bytes(content[first:]), np.uint8)
-        if len(text) < 5:
-            break
-        # All arrays are for the places that have three bytes before them: 3, 4, ...
-        continues = (text & 0xC0) == 0x80
-        # A fourth byte that continues a character is not part of it.
-        whole = ~continues[3:] | continues[2:-1] & continues[1:-2] & continues[:-3]
-        breaks = (text == ord("\n")) | (text == ord("\r"))
-        before, after = breaks[2:-1], breaks[3:]
-        if kind in ("words", "graphemes"):
-            letters = ((text | 0x20) - ord("a")) < 26  # Bytes below "a" wrap around.
-            next_is_letter = np.append(letters[4:], False)
-            spaces = letters[2:-1] & (text[3:] == ord(" ")) & next_is_letter
-            good = whole & ((before ^ after) | spaces)
-        else:
-            good = whole & ~(before & after)
-        places = np.flatnonzero(good)
-        if len(places):
-            return first + 3 + int(places[-1])
-    return 0
+def find_last_cut(content: bytes | bytearray, kind: str, start: int = 0) -> int:
+    """Return the last place after `start` where a text can be cut; 0 if there is none."""
+    pattern = _TOKEN_CUT if kind in ("words", "graphemes") else _CHARACTER_CUT
+    found = pattern.search(content, start)
+    return found.start() if found else 0
 
 
 class Text:
@@ -142,13 +119,13 @@ class Text:
 
     def __init__(self, text: str) -> None:
         self._text = text
-        self._indexed: tuple[str, str, Part] | None = None
+        self._indexed: dict[tuple[str, str], Part] = {}
 
     def index_tokens(self, kind: str, stop: str) -> Part:
         """Encode the text as indices into its own tokens; see `encode_chunk`."""
-        if self._indexed is None or self._indexed[:2] != (kind, stop):
-            self._indexed = kind, stop, encode_chunk(self._text, kind, stop)
-        return self._indexed[2]
+        if (kind, stop) not in self._indexed:
+            self._indexed = {(kind, stop): encode_chunk(self._text, kind, stop)}
+        return self._indexed[kind, stop]
 
     def find_stop(self, separator: str) -> str:
         """Return the stop token of the text; see `find_stop_text`."""
@@ -180,16 +157,12 @@ class Text:
     def costs(self, vocabulary: Vocabulary, first: bool = True) -> Costs:
         """Return the costs of the text, with or without its first token."""
         part = self.index_tokens(vocabulary.kind, vocabulary.stop)
-        counts, characters = part.counts.tolist(), part.characters
+        counts, characters = part.counts.copy(), part.characters
         if not first:
-            (index,) = part.ids[:1].tolist()
+            index = int(part.ids[:1][0])
             counts[index] -= 1
-            characters -= len(next(islice(part.tokens, index, None)))
-        ids = vocabulary.look_up(part.tokens).tolist()
-        unknown = sum(
-            # The UTF-8 of the token, and one byte for its end.
-            count * (len(token.encode("utf-8", "surrogateescape")) + 1)
-            for token, token_id, count in zip(part.tokens, ids, counts, strict=True)
-            if token_id == UNKNOWN_ID
-        )
-        return Costs(characters, unknown)
+            characters -= len(next(itertools.islice(part.tokens, index, None)))
+        # The UTF-8 of each token, and one byte for its end.
+        sizes = (len(token.encode("utf-8", "surrogateescape")) + 1 for token in part.tokens)
+        is_unknown = vocabulary.look_up(part.tokens) == UNKNOWN_ID
+        return Costs(characters, int(counts @ (np.fromiter(sizes, np.int64) * is_unknown)))

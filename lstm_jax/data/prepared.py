@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -31,6 +31,7 @@ from tqdm import tqdm
 from lstm_jax.data import sources, worker
 from lstm_jax.data.encoding import Part, Text, get_smallest_dtype, iterate_chunks
 from lstm_jax.data.sources import Segment
+from lstm_jax.devices import parallel
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import files
 from lstm_jax.vocabulary import Vocabulary, find_stop_text
@@ -52,47 +53,32 @@ _States = list[list[list[Any]]]
 
 
 class Manifest(NamedTuple):
-    """The content of `prepared.json`, and its directory.
-
-    Attributes:
-      directory: the prepared corpus.
-      sources: the files of the text, see `_States`.
-      text_sha256: the checksum of the text, the same as `texts.compute_checksum` gives.
-      units: the kind of tokens, `data.units`.
-      ends: whether `vocabulary.FILE_END` follows each file.
-      stop: the stop token, or "".
-      splits: of each, `bytes`, `characters`, `tokens`, and the id of its `first` token.
-      files: SHA-256 and `_state` of each other file in the directory.
-    """
+    """The content of `prepared.json`, and its directory."""
 
     directory: Path
-    sources: _States
-    text_sha256: str
-    units: str
-    ends: bool
-    stop: str
-    splits: dict[str, dict[str, Any]]
-    files: dict[str, list[Any]]
-
-    @classmethod
-    def read(cls, directory: Path, limit: int) -> "Manifest":
-        """Read a manifest; raise `OSError` or `ValueError` if it is not one of this user."""
-        fields = files.read_json(directory / MANIFEST, limit)
-        if fields.pop("seal", None) != _seal(directory, fields):
-            raise ValueError("it is not sealed with this user's key")
-        return cls(directory, **fields)
+    sources: _States  # The files of the text.
+    text_sha256: str  # The same as `texts.compute_checksum` gives.
+    units: str  # The kind of tokens.
+    ends: bool  # Whether `vocabulary.FILE_END` follows each file.
+    stop: str  # The stop token, or "".
+    splits: dict[str, dict[str, int]]  # Of each, `bytes`, `characters` and `tokens`.
+    files: dict[str, list[Any]]  # SHA-256 and `_state` of each other file in the directory.
 
     def write(self, directory: Path) -> None:
-        """Write it, whole or not at all."""
+        """Write it with a seal, whole or not at all."""
         fields = self._asdict()
         del fields["directory"]
         files.write_json(directory / MANIFEST, {**fields, "seal": _seal(self.directory, fields)})
 
-    def list_segments(self) -> list[Segment]:
-        """Return the segments of all splits."""
+    def list_segments(self) -> dict[str, list[Segment]]:
+        """Return the segments of each split."""
         names = itertools.chain.from_iterable(self.sources)
         paths = [Path(os.path.normpath(self.directory / name)) for name, *_ in names]
-        return sources.list_segments(paths, self.units == "bytes", self.ends)
+        rest = sources.list_segments(paths, self.units == "bytes", self.ends)
+        found = {}
+        for name in sources.SPLITS:
+            found[name], rest = sources.cut_segments(rest, self.splits[name]["bytes"])
+        return found
 
     def texts(self) -> dict[str, Text]:
         """Return the splits."""
@@ -108,23 +94,18 @@ def get_cache_directory() -> Path:
 @functools.cache
 def _key(directory: Path) -> bytes:
     """Return the key in a cache directory; a temporary one if it can't be written there."""
+    path = directory / _KEY
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with _lock(directory / _KEY) as file:
+        with files.open_append(path) as file:
+            files.lock_file(file, wait=True)
             os.fchmod(file.fileno(), 0o600)  # Nobody else may read it.
             if os.fstat(file.fileno()).st_size != _KEY_BYTES:
                 file.truncate(0)
                 file.write(secrets.token_bytes(_KEY_BYTES))
-        return files.read_bytes(directory / _KEY, _KEY_BYTES)
+        return files.read_bytes(path, _KEY_BYTES)
     except OSError:
         return secrets.token_bytes(_KEY_BYTES)
-
-
-def _owner() -> str:
-    """Return an identifier of the user's key; "" if the key is temporary."""
-    directory = get_cache_directory()
-    key = _key(directory)
-    return hashlib.sha256(key).hexdigest() if (directory / _KEY).exists() else ""
 
 
 def _seal(directory: Path, fields: dict[str, Any]) -> str:
@@ -133,22 +114,11 @@ def _seal(directory: Path, fields: dict[str, Any]) -> str:
     return hmac.digest(_key(get_cache_directory()), content, "sha256").hex()
 
 
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[BinaryIO]:
-    """Wait for a lock on a file and hold it; the operating system releases it with the process."""
-    with files.open_append(path) as file:
-        files.lock_file(file, wait=True)
-        yield file
-
-
 def find_corpus(data: ConfigDict) -> Manifest | None:
     """Return the prepared corpus that the `data` fields of a config describe, or None.
 
     It is found if this user has made it, and its sources and its own files have the same sizes,
     times and inodes as before. If only times or inodes differ, checksums decide.
-
-    Raises:
-      UserError: if the text can't be read.
     """
     _, states, directory = _locate(data)
     return _find(directory, states)
@@ -157,12 +127,8 @@ def find_corpus(data: ConfigDict) -> Manifest | None:
 def prepare_corpus(data: ConfigDict) -> Manifest:
     """Return the prepared corpus that the `data` fields of a config describe; make it if missing.
 
-    If another process is making it, wait for that. An interrupted preparation is resumed.
-
-    Raises:
-      UserError: if the text can't be read, is not UTF-8 or too short; or if it is not the one that
-        a run began with (`data.sha256`).
-      UnavailableError: if the directory can't be written.
+    If another process is making it, wait for that. An interrupted preparation is resumed. Raise
+    `UnavailableError` if the directory can't be written, and `UserError` as `texts.load_texts`.
     """
     texts, states, directory = _locate(data)
     base = directory.parent
@@ -172,7 +138,8 @@ def prepare_corpus(data: ConfigDict) -> Manifest:
         if found := _find(directory, states, save=True):
             return found
         base.mkdir(parents=True, exist_ok=True)
-        with _lock(base / f".{directory.name}.lock"):
+        with files.open_append(base / f".{directory.name}.lock") as lock:
+            files.lock_file(lock, wait=True)
             # Another process may have made it during the wait.
             return _find(directory, states) or _prepare(data, texts, states, directory)
     except OSError as error:
@@ -187,9 +154,12 @@ def _locate(data: ConfigDict) -> tuple[list[list[Path]], _States, Path]:
     texts = sources.find_files(data.path)
     base = os.path.expanduser(data.prepared) or texts[0][0].absolute().parent / BESIDE
     base = Path(os.path.normpath(Path(base).absolute()))
+    cache = get_cache_directory()
+    key = _key(cache)
     what = {
         "format": _FORMAT,
-        "owner": _owner(),  # Several users or machines don't replace the corpora of each other.
+        # Several users or machines don't replace the corpora of each other. "": a temporary key.
+        "owner": hashlib.sha256(key).hexdigest() if (cache / _KEY).exists() else "",
         "sources": [[os.path.relpath(path.absolute(), base) for path in text] for text in texts],
         "units": data.units,
         "separator": data.document_separator,
@@ -217,35 +187,38 @@ def _state(status: os.stat_result) -> list[int]:
 
 
 def _fingerprint(path: Path, known: list[Any]) -> list[Any]:
-    """Return SHA-256 and state of a file, both as `known` if the state is."""
+    """Return SHA-256 and state of a file, both as `known` if the state is; flush a new file."""
     with files.open_regular(path) as file:
         state = _state(os.fstat(file.fileno()))
         if state == known[1:]:
             return known
+        if not known:
+            os.fsync(file.fileno())
         return [hashlib.file_digest(file, "sha256").hexdigest(), *state]
 
 
 def _find(directory: Path, states: _States, save: bool = False) -> Manifest | None:
-    """Return the corpus in `directory` if it is complete, this user's own, and of these files.
-
-    With `save`, write new times and inodes to the manifest, so that the next time is faster.
-    """
+    """Return the corpus in `directory`, see `find_corpus`; `save` new times and inodes in it."""
     if not _is_directory(directory):
         return None
     try:
-        manifest = Manifest.read(directory, limit=2**16 + 8 * len(json.dumps(states)))
+        fields = files.read_json(directory / MANIFEST, 2**16 + 8 * len(json.dumps(states)))
+        if fields.pop("seal", None) != _seal(directory, fields):
+            return None
+        manifest = Manifest(directory, **fields)
         before = manifest.files
         now = {name: _fingerprint(directory / name, known) for name, known in before.items()}
-        if any(now[name][:2] != before[name][:2] for name in before):
-            return None
     except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    if any(now[name][:2] != before[name][:2] for name in before):
         return None
     if states != manifest.sources:
         names_and_sizes = [[state[:2] for state in text] for text in states]
         if names_and_sizes != [[state[:2] for state in text] for text in manifest.sources]:
             return None
         digest = hashlib.sha256()
-        for piece in sources.cut_pieces(manifest.list_segments(), CHUNK):
+        text = itertools.chain.from_iterable(manifest.list_segments().values())
+        for piece in sources.cut_pieces(text, CHUNK):
             digest.update(sources.read_segment(piece))
         if digest.hexdigest() != manifest.text_sha256:
             return None
@@ -274,7 +247,7 @@ def _prepare(
     """Make the corpus in a directory beside its own, and rename that when it is complete."""
     began = time.monotonic()
     total = sum(state[1] for text in states for state in text)
-    _print(f"Preparing {total / 1e6:,.0f} MB of text, once, in {directory}")
+    print(f"Preparing {total / 1e6:,.0f} MB of text, once, in {directory}", file=sys.stderr)
     digest, ends = hashlib.sha256(), data.document_separator == "file"
     split = sources.split_files(texts, data.fractions, data.units == "bytes", ends, digest.update)
     sources.check_unchanged(digest.hexdigest(), data.sha256)
@@ -297,27 +270,16 @@ def _prepare(
     (unfinished / worker.PLAN).unlink()
     own = {path.name: _fingerprint(path, []) for path in unfinished.iterdir()}
     manifest = Manifest(
-        directory=directory,
-        sources=states,
-        text_sha256=plan["sha256"],
-        units=data.units,
-        ends=ends,
-        stop=plan["stop"],
-        splits=measured,
-        files=own,
+        directory, states, plan["sha256"], data.units, ends, plan["stop"], measured, own
     )
     manifest.write(unfinished)
     _remove(directory)  # A corpus of another text, or a damaged one.
     unfinished.rename(directory)
-    files.sync_directory(directory.parent)
+    files.sync_directory(directory.parent.resolve())  # The user may have named a link.
     seconds = time.monotonic() - began
-    _print(f"Prepared {total / 1e6:,.0f} MB in {seconds:.1f} s, {total / 1e6 / seconds:,.0f} MB/s")
+    rate = f"{total / 1e6 / seconds:,.0f} MB/s"
+    print(f"Prepared {total / 1e6:,.0f} MB in {seconds:.1f} s, {rate}", file=sys.stderr)
     return manifest
-
-
-def _print(message: str) -> None:
-    # Standard output is for the output of the command.
-    print(message, file=sys.stderr, flush=True)
 
 
 class _Content:
@@ -332,10 +294,7 @@ class _Content:
 
 
 def _begin(unfinished: Path, plan: dict[str, Any]) -> bytes:
-    """Make the directory to work in, and return the key that seals the chunks of this plan.
-
-    Chunks that are there from an earlier preparation of the same plan are kept.
-    """
+    """Make the directory to work in, or keep that of the same plan; return the key of its parts."""
     content = json.dumps(plan).encode()
     path, parts = unfinished / worker.PLAN, unfinished / worker.PARTS
     same = False
@@ -354,8 +313,7 @@ def _begin(unfinished: Path, plan: dict[str, Any]) -> bytes:
 
 def _run_processes(unfinished: Path, number: int, total: int, key: bytes) -> None:
     """Encode all chunks (`number` of them, of `total` bytes) on all cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = max(1, min(cores or 1, _MAX_PROCESSES, number))
+    workers = min(parallel.count_cores(), _MAX_PROCESSES, number)
     root = str(Path(worker.__file__).parents[2])
     environment = {
         **os.environ,
@@ -399,66 +357,54 @@ def _run_processes(unfinished: Path, number: int, total: int, key: bytes) -> Non
 
 def _merge(
     unfinished: Path, chunks: list[list[list[Segment]]], key: bytes
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, dict[str, int]]:
     """Join the encoded chunks of each split, with one table of tokens; return `Manifest.splits`."""
 
-    def load_parts() -> Iterator[tuple[str, list[Segment], Part]]:
-        numbers = itertools.count()
-        for name, of_split in zip(sources.SPLITS, chunks, strict=True):
-            for chunk in of_split:
-                path = worker.get_part_path(unfinished, next(numbers))
-                part = worker.load_part(path, chunk, key)
-                if part is None:
-                    path.unlink(missing_ok=True)
-                    raise UserError(
-                        f"{path} was damaged and is removed: the same command resumes from there"
-                    )
-                yield name, chunk, part
+    def load_parts(split: int) -> Iterator[Part]:
+        first = sum(map(len, chunks[:split]))
+        for number, chunk in enumerate(chunks[split], first):
+            path = worker.get_part_path(unfinished, number)
+            part = worker.load_part(path, chunk, key)
+            if part is None:
+                path.unlink(missing_ok=True)
+                raise UserError(
+                    f"{path} was damaged and is removed: the same command resumes from there"
+                )
+            yield part
 
     index: dict[str, int] = {}
-    measured = {n: {"bytes": 0, "characters": 0, "tokens": 0, "first": 0} for n in sources.SPLITS}
-    for name, chunk, part in load_parts():
-        places = [index.setdefault(token, len(index)) for token in part.tokens]
-        split = measured[name]
-        if not split["tokens"]:
-            split["first"] = places[part.ids[0]]
-        split["bytes"] += sources.count_bytes(chunk)
-        split["characters"] += part.characters
-        split["tokens"] += len(part.ids)
+    measured = {}
+    for i, name in enumerate(sources.SPLITS):
+        split = {"bytes": sum(map(sources.count_bytes, chunks[i])), "characters": 0, "tokens": 0}
+        for part in load_parts(i):
+            split["characters"] += part.characters
+            split["tokens"] += len(part.ids)
+            for token in part.tokens:
+                index.setdefault(token, len(index))
+        measured[name] = split
     dtype = get_smallest_dtype(len(index))
-    counts = {name: np.zeros(len(index), np.int64) for name in sources.SPLITS}
-    with contextlib.ExitStack() as held:
-        written = {}
-        for name, split in measured.items():
-            written[name] = held.enter_context(_create(unfinished / f"{name}.npy"))
+    counts = np.zeros((len(measured), len(index)), np.int64)
+    for i, (name, split) in enumerate(measured.items()):
+        with (unfinished / f"{name}.npy").open("xb") as file:  # "x": not through a link.
             descr, shape = np.lib.format.dtype_to_descr(dtype), (split["tokens"],)
             header = {"descr": descr, "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(written[name], header)
-        for name, _, part in load_parts():
-            table = np.array([index[token] for token in part.tokens], dtype)
-            counts[name][table] += part.counts
-            written[name].write(table[part.ids].data)
-        np.save(held.enter_context(_create(unfinished / _COUNTS)), list(counts.values()))
-        tokens = held.enter_context(_create(unfinished / _TOKENS))
-        tokens.writelines(json.dumps(token).encode() + b"\n" for token in index)
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in load_parts(i):
+                table = np.array([index[token] for token in part.tokens], dtype)
+                counts[i][table] += part.counts
+                file.write(table[part.ids].data)
+    with (unfinished / _COUNTS).open("xb") as file:
+        np.save(file, counts)
+    with (unfinished / _TOKENS).open("xb") as file:
+        file.writelines(json.dumps(token).encode() + b"\n" for token in index)
     return measured
-
-
-@contextlib.contextmanager
-def _create(path: Path) -> Iterator[BinaryIO]:
-    """Create a file, and flush it to the disk at the end."""
-    with path.open("xb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
 
 
 class PreparedText(Text):
     """One split of a prepared corpus. Only the requested parts of it are in memory."""
 
     def __init__(self, manifest: Manifest, name: str) -> None:
-        self._manifest = manifest
-        self._name = name
+        self._manifest, self._name = manifest, name
         self._split = manifest.splits[name]
 
     def index_tokens(self, kind: str, stop: str) -> Part:
@@ -484,10 +430,7 @@ class PreparedText(Text):
     def pieces(self, overlap: int) -> Iterator[str]:
         """See `Text`."""
         manifest, any_bytes = self._manifest, self._manifest.units == "bytes"
-        earlier = sources.SPLITS[: sources.SPLITS.index(self._name)]
-        before = sum(manifest.splits[name]["bytes"] for name in earlier)
-        _, text = sources.cut_segments(manifest.list_segments(), before)
-        text, _ = sources.cut_segments(text, self._split["bytes"])
+        text = manifest.list_segments()[self._name]
         tail = ""
         for chunk in iterate_chunks(text, manifest.units, CHUNK):
             piece = tail + sources.read_segments(chunk, any_bytes, manifest.ends)

@@ -26,8 +26,6 @@ from lstm_jax.vocabulary import FILE_END
 SPLITS = ("train", "validation", "test")
 # The TFDS dataset that `tiny_shakespeare` prepares.
 TINY_SHAKESPEARE = "tiny_shakespeare"
-# In data.path, between the files of train, validation and test.
-_BETWEEN_SPLITS = ";"
 # Files and directories that the patterns of a data.path may look at together. A pattern from
 # someone else's run could match the whole disk.
 _MAX_ENTRIES = 10**6
@@ -49,11 +47,11 @@ class Segment(NamedTuple):
 
 def find_files(paths: str) -> list[list[Path]]:
     """Return the files that `data.path` names, in order: of one text, or of each split."""
-    texts = paths.split(_BETWEEN_SPLITS)
+    texts = paths.split(";")
     if len(texts) not in (1, 3):
         raise UserError(
             f"data.path {paths!r} is {len(texts)} texts: it must be one, or those of "
-            f"train, validation and test with {_BETWEEN_SPLITS} between"
+            "train, validation and test with ; between"
         )
     looks = _limit_looks()
     return [_find(text, looks) for text in texts]
@@ -93,13 +91,10 @@ def _expand(pattern: str, looks: Iterator[None]) -> list[str]:
             if part == "**":
                 below = [os.path.join(parent, "")] if os.path.isdir(parent or ".") else []
                 for path in below:  # The list grows during the loop.
-                    names = _list_names(path, looks)
-                    below += [os.path.join(path, n) for n in names if n[0] != "."]
+                    below += _match_names(path, "*", looks)
                 found += below
             elif set(part) & set("*?["):
-                names = fnmatch.filter(_list_names(parent, looks), part)
-                hidden = part.startswith(".")
-                found += [os.path.join(parent, n) for n in names if hidden or n[0] != "."]
+                found += _match_names(parent, part, looks)
             else:
                 next(looks)
                 path = os.path.join(parent, part)
@@ -107,22 +102,20 @@ def _expand(pattern: str, looks: Iterator[None]) -> list[str]:
     return [path for path in found if path]
 
 
-def _list_names(directory: str, looks: Iterator[None]) -> list[str]:
-    """Return the names in a directory; none if it is not a directory or can't be read."""
+def _match_names(directory: str, pattern: str, looks: Iterator[None]) -> list[str]:
+    """Return the paths in a directory that match; none if it can't be read as a directory."""
     try:
         with os.scandir(directory or ".") as entries:
-            return [entry.name for entry, _ in zip(entries, looks, strict=False)]
+            names = [entry.name for entry, _ in zip(entries, looks, strict=False)]
     except (OSError, ValueError):
         return []
+    names = [name for name in names if pattern[0] == "." or name[0] != "."]
+    return [os.path.join(directory, name) for name in fnmatch.filter(names, pattern)]
 
 
 def make_absolute(paths: str) -> str:
     """Return the paths and patterns of a `data.path` as absolute ones."""
-
-    def of_text(paths: str) -> str:
-        return ",".join(str(Path(pattern).absolute()) for pattern in paths.split(","))
-
-    return _BETWEEN_SPLITS.join(map(of_text, paths.split(_BETWEEN_SPLITS)))
+    return re.sub("[^,;]+", lambda path: str(Path(path[0]).absolute()), paths)
 
 
 def measure_files(paths: str) -> int:
@@ -156,14 +149,10 @@ def split_files(
     ends: bool,
     hear: Callable[[bytes], object] = len,
 ) -> list[list[Segment]]:
-    """Return the segments of train, validation and test.
+    """Return the segments of train, validation and test, from their files or those of one text.
 
-    Args:
-      texts: the files of these, or of one text to be split.
-      fractions: the share of each split, see `find_cuts`.
-      any_bytes: also whether to split at bytes, as the usual splits of enwik8 are.
-      ends: see above.
-      hear: called with all bytes of the text, piece by piece, in order.
+    One text is split by `find_cuts`: between characters, or between bytes if `any_bytes`, as the
+    usual splits of enwik8 are. `hear` is called with all bytes of the text, piece by piece.
     """
     found = [list_segments(paths, any_bytes, ends) for paths in texts]
     pieces, lengths = [], []
@@ -174,18 +163,18 @@ def split_files(
         lengths.append(int(np.count_nonzero(_find_places(content, any_bytes))))
     if len(found) > 1:
         return found
-    rest, before, splits = found[0], 0, []
     stops = np.cumsum(lengths)
-    for cut in find_cuts(sum(lengths), fractions):
-        i = int(np.searchsorted(stops, cut, side="right"))  # The piece of the cut.
-        at = count_bytes(pieces[:i])
-        if i < len(pieces):
-            places = np.flatnonzero(_find_places(read_segment(pieces[i]), any_bytes))
-            at += int(places[cut - stops[i] + lengths[i]])
-        split, rest = cut_segments(rest, at - before)
-        splits.append(split)
-        before = at
-    return [*splits, rest]
+
+    def find_byte(place: int) -> int:
+        i = int(np.searchsorted(stops, place, side="right"))
+        if i == len(pieces):
+            return count_bytes(pieces)
+        places = np.flatnonzero(_find_places(read_segment(pieces[i]), any_bytes))
+        return count_bytes(pieces[:i]) + int(places[place - stops[i]])
+
+    validation, test = map(find_byte, find_cuts(sum(lengths), fractions))
+    train, rest = cut_segments(found[0], validation)
+    return [train, *cut_segments(rest, test - validation)]
 
 
 def _find_places(content: bytes, any_bytes: bool) -> np.ndarray:
@@ -201,6 +190,12 @@ def find_cuts(length: int, fractions: Sequence[float]) -> tuple[int, int]:
     """
     train = int(length * fractions[0])
     return train, train + int((length - train) * (fractions[1] / (fractions[1] + fractions[2])))
+
+
+def cut_text(text: str, fractions: Sequence[float]) -> list[str]:
+    """Return the train, validation and test part of a text, see `find_cuts`."""
+    validation, test = find_cuts(len(text), fractions)
+    return [text[:validation], text[validation:test], text[test:]]
 
 
 def cut_pieces(text: Iterable[Segment], size: int) -> Iterator[Segment]:
@@ -247,8 +242,7 @@ def read_segment(segment: Segment) -> bytes:
 def read_segments(segments: Sequence[Segment], any_bytes: bool, ends: bool) -> str:
     """Return the text of segments, of which none ends within a character unless `any_bytes`.
 
-    Raises:
-      UserError: if a segment can't be read or is not UTF-8, or a file holds `FILE_END` itself.
+    Raise `UserError` if one can't be read or is not UTF-8, or a file holds `FILE_END` itself.
     """
     if any_bytes:
         text = b"".join(map(read_segment, segments)).decode("utf-8", "surrogateescape")

@@ -3,18 +3,15 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from lstm_jax.data import sources
+from lstm_jax.data import prepared, sources
 from lstm_jax.data.encoding import Text
 from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import Ids, Vocabulary
-
-if TYPE_CHECKING:
-    from lstm_jax.data.prepared import Manifest
 
 # The text of someone else's run is read into memory up to this size, whatever its config says.
 _MAX_BYTES_IN_MEMORY = 16 * 10**6
@@ -51,20 +48,14 @@ def load_texts(data: ConfigDict) -> Splits:
     """Return the splits that the `data` fields of a config describe.
 
     Files of more than `data.memory_megabytes` together are prepared: encoded once into files, from
-    which only the requested ids are read. Everything else is read into memory.
-
-    Raises:
-      UserError: if a text is missing, not UTF-8, empty, or too short to be split; or if it is not
-        the one that a run began with.
+    which only the requested ids are read. Everything else is read into memory. Raise `UserError` if
+    a text is missing, not UTF-8, empty, too short, or not the one that a run began with.
     """
-    if data.path and sources.measure_files(data.path) > data.memory_megabytes * 10**6:
-        from lstm_jax.data import prepared  # Only for a large text.
-
-        return _open_splits(data, prepared.prepare_corpus(data))
-    return _open_splits(data)
+    large = data.path and sources.measure_files(data.path) > data.memory_megabytes * 10**6
+    return _open_splits(data, prepared.prepare_corpus(data) if large else None)
 
 
-def _open_splits(data: ConfigDict, manifest: "Manifest | None" = None) -> Splits:
+def _open_splits(data: ConfigDict, manifest: prepared.Manifest | None) -> Splits:
     """Return the splits of a prepared corpus, or else read them into memory."""
     if manifest:
         splits = Splits(manifest.texts(), manifest.text_sha256)
@@ -90,9 +81,9 @@ def load_texts_of_run(
 
     Args:
       data: the `data` fields of the run's config.
-      path: the current path of its text, if the user has named it.
-      dataset: the TFDS dataset with its text, if the user has named it.
-      directory: TFDS's data directory, if the user has named one.
+      path: the current path of its text, or None; this and the following are named by the user.
+      dataset: the TFDS dataset with its text.
+      directory: TFDS's data directory.
 
     Raises:
       UserError: as `load_texts` does; or if the user must name the text.
@@ -103,41 +94,38 @@ def load_texts_of_run(
     if path is not None:
         data.path = path
     data.directory = directory or ""
-    if not data.path:
-        if data.dataset not in (sources.TINY_SHAKESPEARE, dataset):
-            raise UserError(
-                f"the run was trained on the dataset {data.dataset!r}, which may be code: if you "
-                "trust it, name it with --dataset NAME, and with --data_directory DIR where it is "
-                "if it is not in TFDS's own directory"
-            )
-        return _open_splits(data).texts
-    try:
-        size = sources.measure_files(data.path)
-    except UserError as error:  # Here the path comes from the run, or from a flag.
-        raise UserError(str(error).replace("in data.path", "with --data_path")) from None
-    if size <= _MAX_BYTES_IN_MEMORY:
-        return _open_splits(data).texts
-    from lstm_jax.data import prepared  # Only for a large text.
-
-    found = prepared.find_corpus(data)
-    if not found:
-        data.prepared = str(prepared.get_cache_directory())
-        found = prepared.prepare_corpus(data) if path is not None else prepared.find_corpus(data)
-    if not found:
+    found = None
+    if data.path:
+        try:
+            size = sources.measure_files(data.path)
+        except UserError as error:  # Here the path comes from the run, or from a flag.
+            raise UserError(str(error).replace("in data.path", "with --data_path")) from None
+        if size > _MAX_BYTES_IN_MEMORY:
+            found = _find_prepared(data, make=path is not None)
+    elif data.dataset not in (sources.TINY_SHAKESPEARE, dataset):
         raise UserError(
-            f"the text of the run, {data.path}, is larger than {_MAX_BYTES_IN_MEMORY / 1e6:g} MB "
-            "and was not prepared by you: name it with --data_path FILE to prepare it in "
-            f"{data.prepared}"
+            f"the run was trained on the dataset {data.dataset!r}, which may be code: if you trust "
+            "it, name it with --dataset NAME, and with --data_directory DIR where it is if it is "
+            "not in TFDS's own directory"
         )
     return _open_splits(data, found).texts
 
 
-def read_splits(data: ConfigDict) -> dict[str, str]:
-    """Read the text of each split into memory, for the `data` fields of a config.
+def _find_prepared(data: ConfigDict, make: bool) -> prepared.Manifest:
+    """Return the prepared text of a run, from where it was trained or else the user's cache."""
+    if found := prepared.find_corpus(data):
+        return found
+    data.prepared = str(prepared.get_cache_directory())
+    if found := prepared.prepare_corpus(data) if make else prepared.find_corpus(data):
+        return found
+    raise UserError(
+        f"the text of the run, {data.path}, is larger than {_MAX_BYTES_IN_MEMORY / 1e6:g} MB and "
+        f"was not prepared by you: name it with --data_path FILE to prepare it in {data.prepared}"
+    )
 
-    Raises:
-      UserError: if a text is missing, not UTF-8, empty, or too short to be split.
-    """
+
+def read_splits(data: ConfigDict) -> dict[str, str]:
+    """Read the text of each split into memory, for the `data` fields of a config."""
     any_bytes, ends = data.units == "bytes", data.document_separator == "file"
     if data.path:
         files = sources.find_files(data.path)

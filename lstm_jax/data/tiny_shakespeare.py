@@ -27,10 +27,7 @@ _WHEEL_SECONDS = 120
 
 
 class TinyShakespeare(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """TFDS's tiny_shakespeare 1.0.0: one example for each split, the text cut at 90 and 95 %.
-
-    TFDS's own builder reads the text with `tf.io`; this one takes it as an argument.
-    """
+    """TFDS's tiny_shakespeare 1.0.0: one example for each split. TFDS's own reads with `tf.io`."""
 
     name = NAME
     VERSION = tfds.core.Version("1.0.0")
@@ -44,14 +41,9 @@ class TinyShakespeare(tfds.core.GeneratorBasedBuilder, skip_registration=True): 
         return tfds.core.DatasetInfo(builder=self, features=features)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        text = self._text
-        validation, test = sources.find_cuts(len(text), (0.9, 0.05, 0.05))
-        parts = {
-            "train": text[:validation],
-            "validation": text[validation:test],
-            "test": text[test:],
-        }
-        return {name: self._generate_examples(name, part) for name, part in parts.items()}
+        parts = sources.cut_text(self._text, (0.9, 0.05, 0.05))
+        named = zip(sources.SPLITS, parts, strict=True)
+        return {name: self._generate_examples(name, part) for name, part in named}
 
     def _generate_examples(self, key: str, text: str) -> Iterator[tuple[str, dict[str, str]]]:
         yield key, {"text": text}

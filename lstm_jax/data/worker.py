@@ -28,10 +28,9 @@ _SEAL_BYTES = 32
 
 def save_part(path: Path, part: Part, key: bytes) -> None:
     """Write an encoded chunk, whole or not at all, sealed with a key."""
-    arrays = {"ids": part.ids, "counts": part.counts, "characters": part.characters}
-    arrays["units"] = np.frombuffer(json.dumps(part.tokens).encode(), np.uint8)
+    tokens = np.frombuffer(json.dumps(part.tokens).encode(), np.uint8)
     content = io.BytesIO()
-    np.savez(content, **arrays)
+    np.savez(content, ids=part.ids, units=tokens, counts=part.counts, characters=part.characters)
     files.write_file(path, _seal(path, content.getvalue(), key) + content.getbuffer())
 
 
@@ -60,11 +59,8 @@ def get_part_path(directory: Path, number: int) -> Path:
 
 
 def main() -> None:
-    """Encode the chunks of this process; print the bytes of each, or an error as a JSON object.
-
-    The parent process handles Ctrl-C and kills this one.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Encode the chunks of this process; print the bytes of each, or an error as a JSON object."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent process handles it.
     directory, number, total = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     plan = json.loads((directory / PLAN).read_text(encoding="utf-8", errors="surrogateescape"))
     key = bytes.fromhex(os.environ[KEY])
