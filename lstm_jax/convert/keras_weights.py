@@ -65,8 +65,7 @@ def _unpack(archive: zipfile.ZipFile, name: str) -> bytes:
 
 def read_weights(file: BinaryIO) -> Weights:
     """Return the weights in a `.weights.h5` file, or raise `UserError` as `read_archive` does."""
-    with weights_lib.require("h5py"):
-        import h5py
+    h5py = weights_lib.require("h5py")
     groups: dict[str, list[np.ndarray]] = {}
 
     def visit(path: str, item: Any) -> None:
@@ -125,8 +124,7 @@ def write_archive(weights: Weights) -> bytes:
 
 def write_weights(weights: Weights) -> bytes:
     """Return a `.weights.h5` file, for `load_weights` of a Sequential or functional model."""
-    with weights_lib.require("h5py"):
-        import h5py
+    h5py = weights_lib.require("h5py")
     variables = {"embedding": [weights.embedding], "dense": [weights.kernel, weights.bias]}
     for name, layer in zip(_name_layers(weights), weights.layers, strict=True):
         arrays = [layer["input_kernel"], layer["recurrent_kernel"], layer["bias"]]

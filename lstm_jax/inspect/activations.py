@@ -80,12 +80,10 @@ def _read(
     targets: jax.Array,
     counted: jax.Array,
 ) -> tuple[model_lib.Carry, tuple[jax.Array, ...], list[Gates]]:
-    """Read inputs [time] and predict targets [time].
+    """Read inputs [time] and predict targets [time], of which those with `counted` are of the text.
 
-    Returns:
-      The carry; activations, guesses, probabilities and bits as in `Reading`, but [time, ...], and
-      bits at t for the target; and at how many of the counted inputs each gate was shut, and open,
-      [2, hidden_size].
+    Return the carry; activations, guesses, probabilities and bits as in `Reading`, but [time, ...],
+    and bits at t for the target; and how often each gate was shut, and open, [2, hidden_size].
     """
     bound = model.bind({"params": params})
 

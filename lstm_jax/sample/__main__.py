@@ -34,9 +34,7 @@ _TEMPERATURE = flags.DEFINE_float(
 )
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens; 0: from all.")
 _TOP_P = flags.DEFINE_float(
-    "top_p",
-    1.0,
-    "Nucleus sampling: draw from the smallest set of tokens with this cumulative probability.",
+    "top_p", 1.0, "Draw from the nucleus: the smallest set with this cumulative probability."
 )
 _MIN_P = flags.DEFINE_float(
     "min_p", 0.0, "Draw from tokens with at least this share of the highest probability."
@@ -58,7 +56,7 @@ _INTERACTIVE = flags.DEFINE_boolean(
 _NOVELTY = flags.DEFINE_boolean(
     "novelty", False, "Measure how much of the text is copied from the training text."
 )
-command.define_text_flags()
+_OWN_TEXT = command.define_text_flags()
 
 
 def main() -> None:
@@ -81,7 +79,7 @@ def main() -> None:
     if path := _PROMPT_FILE.value:
         prompt = sources.read_argument(path, "--prompt_file", vocabulary.kind == "bytes")
     if _NOVELTY.value:
-        own_text = [flags.FLAGS[name].value for name in ("data_path", "dataset", "data_directory")]
+        own_text = [flag.value for flag in _OWN_TEXT]
         training_text = texts.load_texts_of_run(trained.config.data, *own_text)["train"]
     _warn_of_unknown_tokens(vocabulary, "the prompt", prompt)
     _warn_of_unknown_tokens(vocabulary, "--forbid", _FORBID.value)

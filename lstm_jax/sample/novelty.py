@@ -25,14 +25,10 @@ class Novelty(NamedTuple):
 def measure_novelty(text: str, training_text: Iterable[str]) -> Novelty:
     """Find the parts of a text that are verbatim in the training text.
 
-    Args:
-      text: the generated text.
-      training_text: pieces. Each begins with the last `len(text)` characters before it.
+    The training text comes in pieces. Each begins with the last `len(text)` characters before it.
     """
-    ours = _Windows(text)
-    length = COMMON_RUN + 1
+    ours, length, longest = _Windows(text), COMMON_RUN + 1, ""
     covered = np.zeros(len(text) + 1, bool)
-    longest = ""
     for piece in training_text:
         theirs = _Windows(piece)
         copied = _find_copied(ours, theirs, length)
