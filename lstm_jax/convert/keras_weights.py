@@ -21,12 +21,8 @@ _MAX_RATIO, _SMALL = 8, 2**26
 # Layers without effect at prediction.
 _IGNORED = {"InputLayer", "Dropout", "SpatialDropout1D", "GaussianDropout", "GaussianNoise"}
 # The values of the fields of each class that have an equivalent here.
-_RECURRENT: dict[str, tuple[Any, ...]] = {
-    "activation": ("tanh",),
-    "return_sequences": (True,),
-    "go_backwards": (False,),
-}
-_SUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
+_RECURRENT = {"activation": ("tanh",), "return_sequences": (True,), "go_backwards": (False,)}
+_SUPPORTED: dict[str, dict[str, Any]] = {
     "LSTM": {**_RECURRENT, "recurrent_activation": ("sigmoid",)},
     "GRU": {**_RECURRENT, "recurrent_activation": ("sigmoid",), "reset_after": (True,)},
     "SimpleRNN": _RECURRENT,
@@ -84,9 +80,7 @@ def read_weights(file: BinaryIO) -> Weights:
 
     with weights_lib.parsing(".weights.h5 file of Keras 3"), h5py.File(file, "r") as content:
         if "layer_names" in content.attrs or "model_weights" in content:
-            raise UserError(
-                "it is a file of Keras 2: load it there, and save it with model.save('model.keras')"
-            )
+            raise UserError("it is from Keras 2: save it there with model.save('model.keras')")
         content.visititems(visit)
     layers = {}
     for path in [path for path in groups if path.endswith("/cell")]:
@@ -154,9 +148,7 @@ def _check_layers(layers: list[dict[str, Any]], functional: bool) -> None:
         if functional and before is not None:
             nodes = json.dumps(layer["inbound_nodes"])
             if re.findall(r'"keras_history": \["(.*?)", 0, (\d+)', nodes) != [(before, "0")]:
-                raise UserError(
-                    f"the inputs of the layer {name!r} are not just the layer before it"
-                )
+                raise UserError(f"the layer {name!r} has other inputs than the one before it")
         before = name
         if kind == "TimeDistributed":
             kind, config = config["layer"]["class_name"], config["layer"]["config"]

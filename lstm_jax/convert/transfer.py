@@ -80,10 +80,8 @@ def import_weights(
     print(f"{model_lib.format_parameters(params)}\n")
     if added:
         print(f"Added {' and '.join(map(repr, added))}, which it lacked, with logits of -30")
-    print(
-        f"Wrote the model of {source} to {directory}\n"
-        f"Generate text: python -m lstm_jax.sample --workdir {directory}"
-    )
+    print(f"Wrote the model of {source} to {directory}")
+    print(f"Generate text: python -m lstm_jax.sample --workdir {directory}")
 
 
 def export_weights(directory: Path, target: Path, drop_special: bool = False) -> None:
@@ -106,20 +104,18 @@ def export_weights(directory: Path, target: Path, drop_special: bool = False) ->
     _, embedding, _, kernel, bias = own
     own = own._replace(embedding=embedding[rows], kernel=kernel[:, rows], bias=bias[rows])
     content = write(own)
-    tokens = trained.vocabulary.tokens[rows]
-    vocabulary = {"kind": trained.vocabulary.kind, "stop": trained.vocabulary.stop, "units": tokens}
+    fields = json.loads(trained.vocabulary.to_json())
+    fields["units"] = fields["units"][rows]
     try:
-        files.write_file(beside, (json.dumps(vocabulary, indent=0) + "\n").encode())
+        files.write_file(beside, (json.dumps(fields, indent=0) + "\n").encode())
         files.write_file(target, content)
     except OSError as error:
         with contextlib.suppress(OSError):
             beside.unlink()
         raise UserError(f"can't write {target}: {error.strerror}") from None
     print(f"Wrote the model of {directory}, step {trained.step}, to {target}, tokens to {beside}")
-    if trained.model.dtype != "float32":
-        print(
-            f"Its matmuls here are in {trained.model.dtype}: logits in float32 differ by rounding"
-        )
+    if (dtype := trained.model.dtype) != "float32":
+        print(f"Its matmuls here are in {dtype}: logits in float32 differ by rounding")
 
 
 def read_vocabulary(path: Path) -> tuple[list[str], str, str]:

@@ -3,7 +3,7 @@
 import contextlib
 import importlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +15,6 @@ from lstm_jax.vocabulary import PADDING, UNKNOWN, Vocabulary
 
 # Gates in the kernels of each cell that Keras and PyTorch have.
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
-# The logit of a token for which a model from elsewhere has no row: in effect, never predicted.
-_NEVER = -30.0
 
 Layer = dict[str, np.ndarray]
 
@@ -112,7 +110,7 @@ def add_special_rows(
     picked = [row_of.get(token, rows) for token in vocabulary.tokens]  # Row `rows` is the new one.
     embedding = np.pad(weights.embedding, ((0, 1), (0, 0)))[picked]
     kernel = np.pad(weights.kernel, ((0, 0), (0, 1)))[:, picked]
-    bias = np.append(weights.bias, np.float32(_NEVER))[picked]
+    bias = np.append(weights.bias, np.float32(-30))[picked]  # In effect, never predicted.
     return weights._replace(embedding=embedding, kernel=kernel, bias=bias), vocabulary, added
 
 
@@ -170,17 +168,13 @@ def split_biases(layer: Layer) -> np.ndarray:
 
 
 def build_weights(
-    layers: Mapping[str, tuple[str, Layer]],
-    ends: Mapping[str, Sequence[np.ndarray]],
-    transposed: bool,
+    layers: dict[str, tuple[str, Layer]], ends: dict[str, list[np.ndarray]], transposed: bool
 ) -> Weights:
     """Build the weights of a model, or raise `UserError` if these layers don't make one.
 
-    Args:
-      layers: the cell and the arrays of each recurrent layer, by name, in any order.
-      ends: the arrays of every other layer, by name.
-      transposed: whether the kernel of a dense layer is [vocabulary, hidden]. If so, one matrix may
-        be both this kernel and the embedding.
+    The arguments are the recurrent layers by name, in any order; the arrays of every other layer;
+    and whether the kernel of a dense layer is [vocabulary, hidden]. If so, one matrix may be both
+    this kernel and the embedding.
     """
     if not layers:
         raise UserError("it has no recurrent layer")
@@ -205,7 +199,7 @@ def _numbers(name: str) -> list[list[int]]:
 
 
 def _match_ends(
-    ends: Mapping[str, Sequence[np.ndarray]], features: int, hidden: int, transposed: bool
+    ends: dict[str, list[np.ndarray]], features: int, hidden: int, transposed: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the embedding, and the kernel and bias of the dense layer."""
     arrays = [(name, array) for name, of_layer in ends.items() for array in of_layer]

@@ -53,21 +53,18 @@ def record_activations(
     """
     n, carry = len(ids), model.initial_carry(1)
     activations = np.empty((sum(model.sizes[1:]), n), np.int8)
-    guesses = np.empty((n, min(GUESSES, model.vocabulary_size)), np.int32)
-    probabilities = np.empty(guesses.shape, np.float32)
-    bits = np.empty(n, np.float32)
-    counts = []
+    predictions, counts = [], []
     # One more token makes the last one an input, too. Its loss is then left out.
     chunks = loss_lib.iterate_chunks(np.append(ids, 0), _CHUNK)
     for start, (inputs, targets, counted) in zip(range(0, n, _CHUNK), chunks, strict=True):
-        part = slice(start, start + _CHUNK)
         carry, records, count = _read(model, params, carry, inputs[0], targets[0], counted[0])
-        recorded = [np.asarray(record)[counted[0]] for record in records]
-        activations[:, part] = recorded[0].T
-        guesses[part], probabilities[part], bits[part] = recorded[1:]
-        counts.append(jax.tree.map(lambda number: np.asarray(number, np.float64), count))
-    saturation = jax.tree.map(lambda *numbers: sum(numbers) / n, *counts)
+        quantized, *predicted = (np.asarray(record)[counted[0]] for record in records)
+        activations[:, start : start + _CHUNK] = quantized.T
+        predictions.append(predicted)
+        counts.append(count)
+    guesses, probabilities, bits = map(np.concatenate, zip(*predictions, strict=True))
     bits = np.append(np.float32(0), bits[:-1])
+    saturation = jax.tree.map(lambda *numbers: np.sum(numbers, 0, np.float64) / n, *counts)
     return Reading(activations, saturation, guesses, probabilities, bits)
 
 

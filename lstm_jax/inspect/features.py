@@ -70,7 +70,6 @@ def compute_text_features(text: str) -> dict[str, np.ndarray]:
     # Speakers, as plays name them: a short line that begins a paragraph and ends in a colon.
     names = starts_paragraph & (codes[last_inked] == ord(":")) & (last_inked - first < _MAX_NAME)
     has_name = names[paragraph_line]
-    in_name = names[line] & (index < last_inked[line])
     line_number = np.where(blank, 0, np.arange(len(first)) - paragraph_line + ~has_name)
 
     # The last position before the word or the sentence of each character, -1 if there is none.
@@ -85,7 +84,7 @@ def compute_text_features(text: str) -> dict[str, np.ndarray]:
         "inside quotation marks": inside_quotes > 0,
         "inside brackets ( ) [ ]": _count_open(codes, "([", ")]", paragraph_start) > 0,
         "inside a tag < >": _count_open(codes, "<", ">", first[line]) > 0,
-        "inside a speaker's name": in_name,
+        "inside a speaker's name": names[line] & (index < last_inked[line]),
         "the line after a speaker's name": (line_number == 1)[line] & has_name[line],
         "a capital letter": upper,
         "in a capitalized word": alphanumeric & upper[np.minimum(before_word + 1, len(codes) - 1)],

@@ -29,7 +29,7 @@ REPORT = "report.html"
 _BUDGET = 16_000_000
 _UNITS_EACH = 3  # For a feature.
 _MAX_CURVE_POINTS = 400
-_MAX_SAMPLES = 200_000  # In characters. The last ones are kept.
+_MAX_SAMPLES = 200_000  # In bytes. The last ones are kept.
 
 
 def write_report(
@@ -37,12 +37,9 @@ def write_report(
 ) -> None:
     """Write the page about the model in a working directory, or raise `UserError`; print its path.
 
-    Args:
-      directory: the working directory.
-      text_file: the text to read, "-" for standard input; None: the run's validation split.
-      *own_text: from the user, for `texts.load_texts_of_run`.
-      out: the page; None: `REPORT` in the working directory.
-      length: the maximum number of tokens to read.
+    The text is that of `text_file` ("-" is standard input), or else the run's validation split,
+    for which `own_text` are the arguments of `texts.load_texts_of_run`. Its first `length` tokens
+    are read.
     """
     if out is not None and not out.parent.is_dir():
         raise UserError(f"there is no directory {out.parent}: make it, or name another --out")
@@ -197,15 +194,13 @@ def _make_curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, fl
 def _read_samples(path: Path) -> list[dict[str, str]]:
     """Return the samples that the run generated during training, by their titles."""
     try:
-        content = files.read_tail(path, 8 * _MAX_SAMPLES).decode("utf-8", "replace")
+        content = files.read_tail(path, _MAX_SAMPLES).decode("utf-8", "replace")
     except FileNotFoundError:
         return []
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from None
     parts = re.split(r"^=== (step \d+, temperature .*)\n", content, flags=re.MULTILINE)[1:]
-    samples = [
+    return [
         {"title": title, "text": text.rstrip("\n")}
         for title, text in zip(parts[::2], parts[1::2], strict=True)
     ]
-    sizes = np.cumsum([len(sample["text"]) for sample in reversed(samples)])
-    return samples[len(samples) - np.count_nonzero(sizes <= _MAX_SAMPLES) :]
