@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,7 @@ def import_weights(
         tokens, kind, stop = read_vocabulary(Path(vocabulary_file))
     else:
         text = sources.read_files(sources.find_files(config.data.path)[0])
-        vocabulary = vocabulary_lib.Vocabulary.from_text(text)
-        tokens, kind, stop = list(vocabulary.tokens), vocabulary.kind, vocabulary.stop
+        tokens, kind, stop = vocabulary_lib.Vocabulary.from_text(text).tokens, "characters", ""
     try:
         with files.open_regular(source, follow=True) as file:
             loaded = read(file)
@@ -68,12 +68,10 @@ def import_weights(
         raise UserError(f"{source} can't be converted: {error}") from None
     config.model.update(fields)
     config.data.units = vocabulary.kind
-    for name in vocabulary_lib.SEPARATORS:
-        if vocabulary_lib.find_stop_text(name, stop) == stop:
-            config.data.document_separator = name
-            break
-    else:
+    names = {vocabulary_lib.find_stop_text(name, stop): name for name in vocabulary_lib.SEPARATORS}
+    if stop not in names:
         raise UserError(f"there is no data.document_separator for the stop token {stop!r}")
+    config.data.document_separator = names[stop]
     if text_file is not None:
         config.data.sha256 = texts.compute_checksum(texts.read_splits(config.data))
     make_workdir(directory, config_lib.complete_config(config), vocabulary, params)
@@ -118,7 +116,7 @@ def export_weights(directory: Path, target: Path, drop_special: bool = False) ->
         print(f"Its matmuls here are in {dtype}: logits in float32 differ by rounding")
 
 
-def read_vocabulary(path: Path) -> tuple[list[str], str, str]:
+def read_vocabulary(path: Path) -> tuple[Sequence[str], str, str]:
     r"""Return the tokens of a vocabulary by id, their kind, and the stop token.
 
     The file is the vocabulary.json of a working directory or of `export_weights`; a JSON list of

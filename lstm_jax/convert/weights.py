@@ -20,22 +20,15 @@ Layer = dict[str, np.ndarray]
 
 
 class Weights(NamedTuple):
-    """Float32 arrays. Those of the layers have the names and the order of gates of `cells`.
+    """Float32 arrays. Those of the layers have the names and the order of gates of `cells`."""
 
-    Attributes:
-      cell: one of `GATES`.
-      embedding: [vocabulary, features].
-      layers: `input_kernel` [inputs, gates * hidden], `recurrent_kernel` [hidden, gates * hidden],
-        `bias` [gates * hidden] and, of a GRU, `recurrent_bias` [hidden]; the first layer first.
-      kernel: of the dense layer, [hidden, vocabulary].
-      bias: of the dense layer, [vocabulary].
-    """
-
-    cell: str
-    embedding: np.ndarray
+    cell: str  # One of `GATES`.
+    embedding: np.ndarray  # [vocabulary, features].
+    # `input_kernel` [inputs, gates * hidden], `recurrent_kernel` [hidden, gates * hidden], `bias`
+    # [gates * hidden] and, of a GRU, `recurrent_bias` [hidden]; the first layer first.
     layers: list[Layer]
-    kernel: np.ndarray
-    bias: np.ndarray
+    kernel: np.ndarray  # Of the dense layer, [hidden, vocabulary].
+    bias: np.ndarray  # Of the dense layer, [vocabulary].
 
     @property
     def hidden_sizes(self) -> list[int]:

@@ -25,23 +25,17 @@ GUESSES = 5
 
 
 class Reading(NamedTuple):
-    """A record of a model that reads a text of n tokens from start to end.
+    """A record of a model that reads a text of n tokens from start to end."""
 
-    Attributes:
-      activations: int8 [hidden units, n], in 1/127: the activation of each hidden unit after each
-        token, as `Cell.activation` defines it; layer by layer.
-      saturation: for each layer, by the name of the gate, float64 [2, hidden_size]: the share of
-        tokens at which it was below `SHUT`, and above `OPEN`.
-      guesses: int32 [n, at most `GUESSES`]: the most probable next tokens after each token.
-      probabilities: their probabilities, float32 of the same shape.
-      bits: float32 [n], the loss of each token, predicted from all before it; 0 for the first.
-    """
-
+    # int8 [hidden units, n], in 1/127: the activation of each hidden unit after each token, as
+    # `Cell.activation` defines it; layer by layer.
     activations: np.ndarray
+    # For each layer, by the name of the gate, float64 [2, hidden_size]: the share of tokens at
+    # which it was below `SHUT`, and above `OPEN`.
     saturation: list[dict[str, np.ndarray]]
-    guesses: np.ndarray
-    probabilities: np.ndarray
-    bits: np.ndarray
+    guesses: np.ndarray  # int32 [n, at most `GUESSES`]: the most probable tokens after each token.
+    probabilities: np.ndarray  # Their probabilities, float32 of the same shape.
+    bits: np.ndarray  # float32 [n], the loss of each token, given all before it; 0 for the first.
 
 
 def record_activations(

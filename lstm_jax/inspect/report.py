@@ -71,10 +71,9 @@ def write_report(
 
 
 def make_page(trained: workdir.Trained, text: str, name: str, directory: Path) -> bytes:
-    """Return the page about a model that reads `text`, two tokens or more, called `name`.
+    """Return the page about a model that reads a text of two tokens or more, called `name`.
 
-    The metrics and samples of the run come from its directory. Raise `UserError` if the model's
-    predictions are not finite.
+    Raise `UserError` if the model's predictions are not finite.
     """
     model, vocabulary = trained.model, trained.vocabulary
     layers = f"{model.num_layers} layer{'s' * (model.num_layers > 1)}"
