@@ -58,10 +58,8 @@ def compute_text_features(text: str) -> dict[str, np.ndarray]:
     line = np.cumsum(newline) - newline
     first = np.flatnonzero(np.append(True, newline[:-1]))
     end = np.append(first[1:], len(codes)) - 1  # A last line without a newline ends at its end.
-    inked = np.flatnonzero(~space)
-    last_inked, first_inked = np.full(len(first), -1), np.full(len(first), -1)
-    last_inked[line[inked]] = inked
-    first_inked[line[inked[::-1]]] = inked[::-1]
+    first_inked = np.minimum.reduceat(np.where(space, len(codes), index), first)
+    last_inked = np.maximum.reduceat(np.where(space, -1, index), first)
     blank = last_inked < 0
     starts_paragraph = ~blank & np.append(True, blank[:-1])
     paragraph_line = np.maximum.accumulate(np.where(starts_paragraph, np.arange(len(first)), 0))
