@@ -23,9 +23,7 @@ _FROM = flags.DEFINE_string("from", None, "File to make a working directory from
 _TO = flags.DEFINE_string("to", None, "File to write: .keras, .weights.h5 or .safetensors.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Working directory to make, or to read.")
 _VOCABULARY = flags.DEFINE_string(
-    "vocabulary",
-    None,
-    "Tokens of --from by id: a vocabulary.json, JSON list or object, or text.",
+    "vocabulary", None, "Tokens of --from by id: a vocabulary.json, JSON list or object, or text."
 )
 _TEXT = flags.DEFINE_string(
     "text", None, "Text that --from was trained on. Its characters are the default vocabulary."

@@ -21,12 +21,8 @@ _MAX_RATIO, _SMALL = 8, 2**26
 # Layers without effect at prediction.
 _IGNORED = {"InputLayer", "Dropout", "SpatialDropout1D", "GaussianDropout", "GaussianNoise"}
 # The values of the fields of each class that have an equivalent here.
-_RECURRENT: dict[str, tuple[Any, ...]] = {
-    "activation": ("tanh",),
-    "return_sequences": (True,),
-    "go_backwards": (False,),
-}
-_SUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
+_RECURRENT = {"activation": ("tanh",), "return_sequences": (True,), "go_backwards": (False,)}
+_SUPPORTED: dict[str, dict[str, Any]] = {
     "LSTM": {**_RECURRENT, "recurrent_activation": ("sigmoid",)},
     "GRU": {**_RECURRENT, "recurrent_activation": ("sigmoid",), "reset_after": (True,)},
     "SimpleRNN": _RECURRENT,
@@ -65,8 +61,7 @@ def _unpack(archive: zipfile.ZipFile, name: str) -> bytes:
 
 def read_weights(file: BinaryIO) -> Weights:
     """Return the weights in a `.weights.h5` file, or raise `UserError` as `read_archive` does."""
-    with weights_lib.require("h5py"):
-        import h5py
+    h5py = weights_lib.require("h5py")
     groups: dict[str, list[np.ndarray]] = {}
 
     def visit(path: str, item: Any) -> None:
@@ -85,9 +80,7 @@ def read_weights(file: BinaryIO) -> Weights:
 
     with weights_lib.parsing(".weights.h5 file of Keras 3"), h5py.File(file, "r") as content:
         if "layer_names" in content.attrs or "model_weights" in content:
-            raise UserError(
-                "it is a file of Keras 2: load it there, and save it with model.save('model.keras')"
-            )
+            raise UserError("it is from Keras 2: save it there with model.save('model.keras')")
         content.visititems(visit)
     layers = {}
     for path in [path for path in groups if path.endswith("/cell")]:
@@ -125,8 +118,7 @@ def write_archive(weights: Weights) -> bytes:
 
 def write_weights(weights: Weights) -> bytes:
     """Return a `.weights.h5` file, for `load_weights` of a Sequential or functional model."""
-    with weights_lib.require("h5py"):
-        import h5py
+    h5py = weights_lib.require("h5py")
     variables = {"embedding": [weights.embedding], "dense": [weights.kernel, weights.bias]}
     for name, layer in zip(_name_layers(weights), weights.layers, strict=True):
         arrays = [layer["input_kernel"], layer["recurrent_kernel"], layer["bias"]]
@@ -156,9 +148,7 @@ def _check_layers(layers: list[dict[str, Any]], functional: bool) -> None:
         if functional and before is not None:
             nodes = json.dumps(layer["inbound_nodes"])
             if re.findall(r'"keras_history": \["(.*?)", 0, (\d+)', nodes) != [(before, "0")]:
-                raise UserError(
-                    f"the inputs of the layer {name!r} are not just the layer before it"
-                )
+                raise UserError(f"the layer {name!r} has other inputs than the one before it")
         before = name
         if kind == "TimeDistributed":
             kind, config = config["layer"]["class_name"], config["layer"]["config"]

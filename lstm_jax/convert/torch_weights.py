@@ -22,14 +22,13 @@ def read_state_dict(file: BinaryIO) -> Weights:
 
     An `nn.RNN` is assumed to have its default activation, tanh.
     """
-    with weights_lib.require("safetensors"):
-        import safetensors.numpy
+    library = weights_lib.require("safetensors.numpy")
     with weights_lib.parsing("safetensors file"):
         # The file begins with the size of its header. If that is impossible, don't read the rest.
         start = file.read(8)
         if not 1 < int.from_bytes(start, "little") <= _MAX_HEADER_BYTES:
             raise UserError("it is no safetensors file")
-        loaded = safetensors.numpy.load(start + file.read())
+        loaded = library.load(start + file.read())
     layers: dict[str, dict[str, np.ndarray]] = {}
     ends: dict[str, list[np.ndarray]] = {}
     for name, array in loaded.items():
@@ -63,8 +62,7 @@ def write_state_dict(weights: Weights) -> bytes:
 
     Layers of different sizes become separate modules: `lstm.0`, `lstm.1`, ...
     """
-    with weights_lib.require("safetensors"):
-        import safetensors.numpy
+    library = weights_lib.require("safetensors.numpy")
     one_size = len(set(weights.hidden_sizes)) == 1
     arrays = {"embedding.weight": weights.embedding}
     for i, layer in enumerate(weights.layers):
@@ -78,4 +76,4 @@ def write_state_dict(weights: Weights) -> bytes:
         }
     arrays |= {"linear.weight": weights.kernel.T, "linear.bias": weights.bias}
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    return bytes(safetensors.numpy.save(contiguous, {"format": "pt"}))
+    return bytes(library.save(contiguous, {"format": "pt"}))

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,11 @@ from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
+from lstm_jax import vocabulary as vocabulary_lib
 from lstm_jax.convert import keras_weights, torch_weights, weights
 from lstm_jax.data import sources, texts
 from lstm_jax.errors import UserError
 from lstm_jax.run import checkpoints, files, workdir
-from lstm_jax.vocabulary import PADDING, SEPARATORS, UNKNOWN, Vocabulary, find_stop_text
 
 # Functions that read and write the content of a file, by the end of its name.
 _FORMATS = {
@@ -21,34 +22,23 @@ _FORMATS = {
     ".weights.h5": (keras_weights.read_weights, keras_weights.write_weights),
     ".safetensors": (torch_weights.read_state_dict, torch_weights.write_state_dict),
 }
-# What to do about other names, of a file to read and of one to write.
-_KERAS = (
-    "save it in Keras 3 with model.save('model.keras')",
-    "name a file that ends in .keras or .weights.h5",
-)
+# For files of other names: how to save their models, and the ends of names to choose instead.
+_KERAS = "save it in Keras 3 with model.save('model.keras')", ".keras or .weights.h5"
 _TORCH = (
     "save it with safetensors.torch.save_file(model.state_dict(), 'model.safetensors')",
-    "name a file that ends in .safetensors",
+    ".safetensors",
 )
-_REMEDIES = {".h5": _KERAS, ".hdf5": _KERAS, ".pt": _TORCH, ".pth": _TORCH}
-_MAX_VOCABULARY_BYTES = 2**25
+_OTHERS = {".h5": _KERAS, ".hdf5": _KERAS, ".pt": _TORCH, ".pth": _TORCH}
 _ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}  # Of a text, one token a line.
 
 
 def import_weights(
     source: Path, directory: Path, vocabulary_file: str | None, text_file: str | None
 ) -> None:
-    """Make a working directory from a file of weights.
+    """Make a working directory from a file of weights, or raise `UserError`.
 
-    Args:
-      source: the file.
-      directory: the working directory. It is made whole or not at all.
-      vocabulary_file: its tokens; see `read_vocabulary`.
-      text_file: the text that the model was trained on, for `evaluate`. Without a vocabulary file,
-        the tokens are its characters.
-
-    Raises:
-      UserError: if a file can't be read or converted, or the directory is not empty.
+    `text_file` is the text that the model was trained on, for `evaluate`. The tokens are those that
+    `read_vocabulary` finds in `vocabulary_file`, or else the characters of this text.
     """
     read, _ = _find_format(source, "--from")
     if vocabulary_file is None and text_file is None:
@@ -66,7 +56,7 @@ def import_weights(
         tokens, kind, stop = read_vocabulary(Path(vocabulary_file))
     else:
         text = sources.read_files(sources.find_files(config.data.path)[0])
-        tokens, kind, stop = [PADDING, UNKNOWN, *sorted(set(text))], "characters", ""
+        tokens, kind, stop = vocabulary_lib.Vocabulary.from_text(text).tokens, "characters", ""
     try:
         with files.open_regular(source, follow=True) as file:
             loaded = read(file)
@@ -78,31 +68,25 @@ def import_weights(
         raise UserError(f"{source} can't be converted: {error}") from None
     config.model.update(fields)
     config.data.units = vocabulary.kind
-    config.data.document_separator = _find_separator(vocabulary)
+    names = {vocabulary_lib.find_stop_text(name, stop): name for name in vocabulary_lib.SEPARATORS}
+    if stop not in names:
+        raise UserError(f"there is no data.document_separator for the stop token {stop!r}")
+    config.data.document_separator = names[stop]
     if text_file is not None:
         config.data.sha256 = texts.compute_checksum(texts.read_splits(config.data))
     make_workdir(directory, config_lib.complete_config(config), vocabulary, params)
     print(f"{model_lib.format_parameters(params)}\n")
     if added:
         print(f"Added {' and '.join(map(repr, added))}, which it lacked, with logits of -30")
-    print(
-        f"Wrote the model of {source} to {directory}\n"
-        f"Generate text: python -m lstm_jax.sample --workdir {directory}"
-    )
+    print(f"Wrote the model of {source} to {directory}")
+    print(f"Generate text: python -m lstm_jax.sample --workdir {directory}")
 
 
 def export_weights(directory: Path, target: Path, drop_special: bool = False) -> None:
-    """Write the best checkpoint of a working directory to a file of weights.
+    """Write the best checkpoint of a working directory to a file of weights, or raise `UserError`.
 
-    The vocabulary is written beside it, to a file with .vocabulary.json added to the name.
-
-    Args:
-      directory: the working directory.
-      target: the file.
-      drop_special: whether to leave out the rows of "" and "[UNK]".
-
-    Raises:
-      UserError: if the model can't be converted, or a file exists or can't be written.
+    The vocabulary is written beside it, to a file with .vocabulary.json added to the name. If
+    `drop_special`, the rows of "" and "[UNK]" are left out of both.
     """
     _, write = _find_format(target, "--to")
     beside = target.with_name(target.name + ".vocabulary.json")
@@ -114,37 +98,32 @@ def export_weights(directory: Path, target: Path, drop_special: bool = False) ->
         own = weights.from_model(trained.model, trained.params)
     except UserError as error:
         raise UserError(f"{directory} can't be converted: {error}") from None
-    tokens = list(trained.vocabulary.tokens)
-    if drop_special:
-        own, tokens = weights.drop_special_rows(own), tokens[2:]
+    rows = slice(len(vocabulary_lib.SPECIAL_IDS) if drop_special else 0, None)
+    _, embedding, _, kernel, bias = own
+    own = own._replace(embedding=embedding[rows], kernel=kernel[:, rows], bias=bias[rows])
     content = write(own)
-    vocabulary = {"kind": trained.vocabulary.kind, "stop": trained.vocabulary.stop, "units": tokens}
+    fields = json.loads(trained.vocabulary.to_json())
+    fields["units"] = fields["units"][rows]
     try:
-        files.write_file(beside, (json.dumps(vocabulary, indent=0) + "\n").encode())
+        files.write_file(beside, (json.dumps(fields, indent=0) + "\n").encode())
         files.write_file(target, content)
     except OSError as error:
         with contextlib.suppress(OSError):
             beside.unlink()
         raise UserError(f"can't write {target}: {error.strerror}") from None
     print(f"Wrote the model of {directory}, step {trained.step}, to {target}, tokens to {beside}")
-    if trained.model.dtype != "float32":
-        print(
-            f"Its matmuls here are in {trained.model.dtype}: logits in float32 differ by rounding"
-        )
+    if (dtype := trained.model.dtype) != "float32":
+        print(f"Its matmuls here are in {dtype}: logits in float32 differ by rounding")
 
 
-def read_vocabulary(path: Path) -> tuple[list[str], str, str]:
+def read_vocabulary(path: Path) -> tuple[Sequence[str], str, str]:
     r"""Return the tokens of a vocabulary by id, their kind, and the stop token.
 
     The file is the vocabulary.json of a working directory or of `export_weights`; a JSON list of
     characters, or object from characters to ids; or a text with one character a line, with the
     escapes \n, \r, \t and \\. For others, raise `UserError`.
     """
-    try:
-        content = files.read_bytes(path, _MAX_VOCABULARY_BYTES, follow=True)
-    except OSError as error:
-        raise UserError(f"can't read {path} (--vocabulary): {error.strerror}") from None
-    text = sources.decode_text(content, str(path), any_bytes=False)
+    text = sources.read_argument(str(path), "--vocabulary", any_bytes=False)
     kind, stop = "characters", ""
     try:
         tokens: Any = json.loads(text)
@@ -164,7 +143,10 @@ def read_vocabulary(path: Path) -> tuple[list[str], str, str]:
 
 
 def make_workdir(
-    directory: Path, config: ConfigDict, vocabulary: Vocabulary, params: model_lib.Params
+    directory: Path,
+    config: ConfigDict,
+    vocabulary: vocabulary_lib.Vocabulary,
+    params: model_lib.Params,
 ) -> None:
     """Make a working directory whole or not at all; raise `UserError` if it can't be written."""
     try:
@@ -181,13 +163,8 @@ def _find_format(path: Path, flag: str) -> tuple[Any, Any]:
     for suffix, functions in _FORMATS.items():
         if path.name.endswith(suffix):
             return functions
-    remedy = _REMEDIES.get(path.suffix, 2 * ["its name must end with one of these"])[flag == "--to"]
+    remedy = "its name must end with one of these"
+    if path.suffix in _OTHERS:
+        saving, ends = _OTHERS[path.suffix]
+        remedy = saving if flag == "--from" else f"name a file that ends in {ends}"
     raise UserError(f"{path} ({flag}) is none of {', '.join(_FORMATS)}: {remedy}")
-
-
-def _find_separator(vocabulary: Vocabulary) -> str:
-    """Return the `data.document_separator` that gives this stop token."""
-    for name in SEPARATORS:
-        if find_stop_text(name, vocabulary.stop) == vocabulary.stop:
-            return name
-    raise UserError(f"there is no data.document_separator for the stop token {vocabulary.stop!r}")

@@ -1,8 +1,9 @@
 """Weights as Keras and PyTorch have them too: an embedding, recurrent layers, a dense layer."""
 
 import contextlib
+import importlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,33 +11,24 @@ import numpy as np
 
 from lstm_jax.errors import UserError, one_line
 from lstm_jax.model import LanguageModel, Params
-from lstm_jax.vocabulary import PADDING, SPECIAL_IDS, UNKNOWN, Vocabulary
+from lstm_jax.vocabulary import PADDING, UNKNOWN, Vocabulary
 
 # Gates in the kernels of each cell that Keras and PyTorch have.
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
-# The logit of a token for which a model from elsewhere has no row: in effect, never predicted.
-_NEVER = -30.0
 
 Layer = dict[str, np.ndarray]
 
 
 class Weights(NamedTuple):
-    """Float32 arrays. Those of the layers have the names and the order of gates of `cells`.
+    """Float32 arrays. Those of the layers have the names and the order of gates of `cells`."""
 
-    Attributes:
-      cell: one of `GATES`.
-      embedding: [vocabulary, features].
-      layers: `input_kernel` [inputs, gates * hidden], `recurrent_kernel` [hidden, gates * hidden],
-        `bias` [gates * hidden] and, of a GRU, `recurrent_bias` [hidden]; the first layer first.
-      kernel: of the dense layer, [hidden, vocabulary].
-      bias: of the dense layer, [vocabulary].
-    """
-
-    cell: str
-    embedding: np.ndarray
+    cell: str  # One of `GATES`.
+    embedding: np.ndarray  # [vocabulary, features].
+    # `input_kernel` [inputs, gates * hidden], `recurrent_kernel` [hidden, gates * hidden], `bias`
+    # [gates * hidden] and, of a GRU, `recurrent_bias` [hidden]; the first layer first.
     layers: list[Layer]
-    kernel: np.ndarray
-    bias: np.ndarray
+    kernel: np.ndarray  # Of the dense layer, [hidden, vocabulary].
+    bias: np.ndarray  # Of the dense layer, [vocabulary].
 
     @property
     def hidden_sizes(self) -> list[int]:
@@ -87,19 +79,11 @@ def to_model(weights: Weights) -> tuple[dict[str, Any], Params]:
 def add_special_rows(
     weights: Weights, tokens: Sequence[str], kind: str, stop: str
 ) -> tuple[Weights, Vocabulary, list[str]]:
-    """Make "" and "[UNK]" rows 0 and 1, or raise `UserError` if the tokens are of another model.
+    """Make "" and "[UNK]" rows 0 and 1; return the weights, the vocabulary, and the added tokens.
 
-    Rows that the model lacks are added, with logits of -30.
-
-    Args:
-      weights: of a model made anywhere.
-      tokens: the text of its ids. If they include "" or "[UNK]", the model may lack "" or both, and
-        may have "[UNK]" first, as with Keras's StringLookup.
-      kind: see `Vocabulary`.
-      stop: see `Vocabulary`.
-
-    Returns:
-      The weights, their vocabulary, and the tokens that were added.
+    Rows that the model lacks are added, with logits of -30. If `tokens`, the text of its ids,
+    include "" or "[UNK]", the model may lack "" or both, and may have "[UNK]" first, as with
+    Keras's StringLookup. Raise `UserError` if the tokens are of another model.
     """
     proper = [token for token in tokens if token not in (PADDING, UNKNOWN)]
     orders = [list(tokens), [UNKNOWN, *proper], proper]
@@ -119,22 +103,16 @@ def add_special_rows(
     picked = [row_of.get(token, rows) for token in vocabulary.tokens]  # Row `rows` is the new one.
     embedding = np.pad(weights.embedding, ((0, 1), (0, 0)))[picked]
     kernel = np.pad(weights.kernel, ((0, 0), (0, 1)))[:, picked]
-    bias = np.append(weights.bias, np.float32(_NEVER))[picked]
+    bias = np.append(weights.bias, np.float32(-30))[picked]  # In effect, never predicted.
     return weights._replace(embedding=embedding, kernel=kernel, bias=bias), vocabulary, added
 
 
-def drop_special_rows(weights: Weights) -> Weights:
-    """Return the weights without the rows of "" and "[UNK]", for a vocabulary with neither."""
-    _, embedding, _, kernel, bias = weights
-    rows = slice(len(SPECIAL_IDS), None)
-    return weights._replace(embedding=embedding[rows], kernel=kernel[:, rows], bias=bias[rows])
-
-
-@contextlib.contextmanager
-def require(package: str) -> Iterator[None]:
-    """Raise `UserError` if the import of an optional package fails."""
+def require(module: str) -> Any:
+    """Import and return a module of an optional package, or raise `UserError`."""
+    package = module.partition(".")[0]
     try:
-        yield
+        importlib.import_module(package)
+        return importlib.import_module(module)
     except ImportError:
         raise UserError(f"this format needs {package}: pip install {package}") from None
 
@@ -155,12 +133,8 @@ def make_layer(
 ) -> tuple[str, Layer]:
     """Return the cell of a layer, and its arrays with one bias, or raise `UserError`.
 
-    Args:
-      name: of the layer, for errors.
-      kernel: [inputs, gates * hidden].
-      recurrent_kernel: [hidden, gates * hidden].
-      *biases: none, that of the inputs, or also that of the hidden state: [gates * hidden] each.
-        Both are added to the same sum, except in the candidate of a GRU.
+    The kernels are as in `Weights`. The biases, [gates * hidden] each, are those of the inputs and
+    of the hidden state: both are added to the same sum, except in the candidate of a GRU.
     """
     shape = recurrent_kernel.shape
     is_matrix = len(shape) == 2 and shape[0] > 0
@@ -187,23 +161,20 @@ def split_biases(layer: Layer) -> np.ndarray:
 
 
 def build_weights(
-    layers: Mapping[str, tuple[str, Layer]],
-    ends: Mapping[str, Sequence[np.ndarray]],
-    transposed: bool,
+    layers: dict[str, tuple[str, Layer]], ends: dict[str, list[np.ndarray]], transposed: bool
 ) -> Weights:
     """Build the weights of a model, or raise `UserError` if these layers don't make one.
 
-    Args:
-      layers: the cell and the arrays of each recurrent layer, by name, in any order.
-      ends: the arrays of every other layer, by name.
-      transposed: whether the kernel of a dense layer is [vocabulary, hidden]. If so, one matrix may
-        be both this kernel and the embedding.
+    The arguments are the recurrent layers by name, in any order; the arrays of every other layer;
+    and whether the kernel of a dense layer is [vocabulary, hidden]. If so, one matrix may be both
+    this kernel and the embedding.
     """
-    cells = {name: cell for name, (cell, _) in layers.items()}
-    if len(set(cells.values())) != 1:
-        listed = ", ".join(f"{name}: {cell}" for name, cell in cells.items())
-        several = f"its layers are of several kinds ({listed}): all must be of one kind"
-        raise UserError(several if cells else "it has no recurrent layer")
+    if not layers:
+        raise UserError("it has no recurrent layer")
+    cells = {cell for cell, _ in layers.values()}
+    if len(cells) > 1:
+        listed = ", ".join(f"{name}: {cell}" for name, (cell, _) in layers.items())
+        raise UserError(f"its layers are of several kinds ({listed}): all must be of one kind")
     if len({re.sub(r"_?\d+", "", name) for name in layers}) > 1:
         raise UserError(
             f"which of {', '.join(sorted(layers))} comes first can't be told from their names: "
@@ -212,7 +183,7 @@ def build_weights(
     ordered = [layers[name][1] for name in sorted(layers, key=_numbers)]
     features, hidden = len(ordered[0]["input_kernel"]), len(ordered[-1]["recurrent_kernel"])
     embedding, kernel, bias = _match_ends(ends, features, hidden, transposed)
-    return check_weights(Weights(min(cells.values()), embedding, ordered, kernel, bias))
+    return check_weights(Weights(cells.pop(), embedding, ordered, kernel, bias))
 
 
 def _numbers(name: str) -> list[list[int]]:
@@ -221,14 +192,14 @@ def _numbers(name: str) -> list[list[int]]:
 
 
 def _match_ends(
-    ends: Mapping[str, Sequence[np.ndarray]], features: int, hidden: int, transposed: bool
+    ends: dict[str, list[np.ndarray]], features: int, hidden: int, transposed: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the embedding, and the kernel and bias of the dense layer."""
     arrays = [(name, array) for name, of_layer in ends.items() for array in of_layer]
-    embeddings = {name: array for name, array in arrays if array.ndim == 2}
-    kernels = {name: array.T if transposed else array for name, array in embeddings.items()}
+    matrices = {name: array for name, array in arrays if array.ndim == 2}
+    kernels = {name: array.T if transposed else array for name, array in matrices.items()}
     biases = {name: array for name, array in arrays if array.ndim == 1}
-    names = sorted(kernels)
+    names = sorted(matrices)
     known = len(names) + len(biases) == len(arrays) and len(biases) <= 1
     known &= transposed or set(biases) <= set(names)
     if not known or len(names) not in ((1, 2) if transposed else (2,)):
@@ -237,20 +208,19 @@ def _match_ends(
             "only one embedding and one dense layer can be converted"
         )
 
-    def find_evidence(embedding: str, dense: str) -> tuple[bool, bool, bool]:
+    def find_evidence(pair: tuple[str, str]) -> tuple[bool, bool, bool]:
         """Return whether the bias, the sizes and the names say that it is this way around."""
-        fits = embeddings[embedding].shape[1] == features and len(kernels[dense]) == hidden
+        embedding, dense = pair
+        fits = matrices[embedding].shape[1] == features and len(kernels[dense]) == hidden
         named = "emb" in embedding or "encoder" in embedding or "dense" in dense
         return dense in biases, fits, named
 
-    embedding, dense = names[0], names[-1]
-    evidence, contrary = find_evidence(embedding, dense), find_evidence(dense, embedding)
-    if evidence == contrary and len(names) > 1:
+    pairs = (names[0], names[-1]), (names[-1], names[0])
+    embedding, dense = max(pairs, key=find_evidence)
+    if len(names) > 1 and find_evidence(pairs[0]) == find_evidence(pairs[1]):
         raise UserError(f"which of {embedding} and {dense} is the embedding can't be told")
-    if contrary > evidence:
-        embedding, dense = dense, embedding
     bias = next(iter(biases.values()), np.zeros(kernels[dense].shape[1], np.float32))
-    return embeddings[embedding], kernels[dense], bias
+    return matrices[embedding], kernels[dense], bias
 
 
 def check_weights(weights: Weights) -> Weights:

@@ -29,14 +29,14 @@ _LENGTH = flags.DEFINE_integer(
     lower_bound=2,
     upper_bound=10**6,
 )
-command.define_text_flags()
+_OWN_TEXT = command.define_text_flags()
 
 
 def main() -> None:
     """Write the page."""
     if _WORKDIR.value is None:
         raise UserError("name the trained model: --workdir DIR")
-    own_text = [flags.FLAGS[name].value for name in ("data_path", "dataset", "data_directory")]
+    own_text = [flag.value for flag in _OWN_TEXT]
     out = Path(_OUT.value) if _OUT.value else None
     report.write_report(Path(_WORKDIR.value), _TEXT.value, *own_text, out=out, length=_LENGTH.value)
 

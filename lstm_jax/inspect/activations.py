@@ -25,23 +25,17 @@ GUESSES = 5
 
 
 class Reading(NamedTuple):
-    """A record of a model that reads a text of n tokens from start to end.
+    """A record of a model that reads a text of n tokens from start to end."""
 
-    Attributes:
-      activations: int8 [hidden units, n], in 1/127: the activation of each hidden unit after each
-        token, as `Cell.activation` defines it; layer by layer.
-      saturation: for each layer, by the name of the gate, float64 [2, hidden_size]: the share of
-        tokens at which it was below `SHUT`, and above `OPEN`.
-      guesses: int32 [n, at most `GUESSES`]: the most probable next tokens after each token.
-      probabilities: their probabilities, float32 of the same shape.
-      bits: float32 [n], the loss of each token, predicted from all before it; 0 for the first.
-    """
-
+    # int8 [hidden units, n], in 1/127: the activation of each hidden unit after each token, as
+    # `Cell.activation` defines it; layer by layer.
     activations: np.ndarray
+    # For each layer, by the name of the gate, float64 [2, hidden_size]: the share of tokens at
+    # which it was below `SHUT`, and above `OPEN`.
     saturation: list[dict[str, np.ndarray]]
-    guesses: np.ndarray
-    probabilities: np.ndarray
-    bits: np.ndarray
+    guesses: np.ndarray  # int32 [n, at most `GUESSES`]: the most probable tokens after each token.
+    probabilities: np.ndarray  # Their probabilities, float32 of the same shape.
+    bits: np.ndarray  # float32 [n], the loss of each token, given all before it; 0 for the first.
 
 
 def record_activations(
@@ -53,21 +47,18 @@ def record_activations(
     """
     n, carry = len(ids), model.initial_carry(1)
     activations = np.empty((sum(model.sizes[1:]), n), np.int8)
-    guesses = np.empty((n, min(GUESSES, model.vocabulary_size)), np.int32)
-    probabilities = np.empty(guesses.shape, np.float32)
-    bits = np.empty(n, np.float32)
-    counts = []
+    predictions, counts = [], []
     # One more token makes the last one an input, too. Its loss is then left out.
     chunks = loss_lib.iterate_chunks(np.append(ids, 0), _CHUNK)
     for start, (inputs, targets, counted) in zip(range(0, n, _CHUNK), chunks, strict=True):
-        part = slice(start, start + _CHUNK)
         carry, records, count = _read(model, params, carry, inputs[0], targets[0], counted[0])
-        recorded = [np.asarray(record)[counted[0]] for record in records]
-        activations[:, part] = recorded[0].T
-        guesses[part], probabilities[part], bits[part] = recorded[1:]
-        counts.append(jax.tree.map(lambda number: np.asarray(number, np.float64), count))
-    saturation = jax.tree.map(lambda *numbers: sum(numbers) / n, *counts)
+        quantized, *predicted = (np.asarray(record)[counted[0]] for record in records)
+        activations[:, start : start + _CHUNK] = quantized.T
+        predictions.append(predicted)
+        counts.append(count)
+    guesses, probabilities, bits = map(np.concatenate, zip(*predictions, strict=True))
     bits = np.append(np.float32(0), bits[:-1])
+    saturation = jax.tree.map(lambda *numbers: np.sum(numbers, 0, np.float64) / n, *counts)
     return Reading(activations, saturation, guesses, probabilities, bits)
 
 
@@ -80,12 +71,10 @@ def _read(
     targets: jax.Array,
     counted: jax.Array,
 ) -> tuple[model_lib.Carry, tuple[jax.Array, ...], list[Gates]]:
-    """Read inputs [time] and predict targets [time].
+    """Read inputs [time] and predict targets [time], of which those with `counted` are of the text.
 
-    Returns:
-      The carry; activations, guesses, probabilities and bits as in `Reading`, but [time, ...], and
-      bits at t for the target; and at how many of the counted inputs each gate was shut, and open,
-      [2, hidden_size].
+    Return the carry; activations, guesses, probabilities and bits as in `Reading`, but [time, ...],
+    and bits at t for the target; and how often each gate was shut, and open, [2, hidden_size].
     """
     bound = model.bind({"params": params})
 

@@ -5,7 +5,7 @@ feature if the two are correlated. Of a thousand hidden units some are correlate
 chance, so they are chosen on the first half of a text and judged on the second.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -19,32 +19,28 @@ _BLOCK = 128  # Hidden units that are correlated at a time, to bound memory.
 
 
 class Follower(NamedTuple):
-    """A hidden unit that follows a feature.
+    """A hidden unit that follows a feature."""
 
-    Attributes:
-      feature: its index.
-      hidden_unit: its index.
-      searched: the correlation in the first half of the text, on which the hidden unit was chosen.
-      correlation: the correlation in the second half.
-      chance: the 99th percentile of the absolute correlation in the second half when the feature is
-        shifted against the text by any distance.
-    """
-
-    feature: int
-    hidden_unit: int
-    searched: float
-    correlation: float
+    feature: int  # Its index.
+    hidden_unit: int  # Its index.
+    searched: float  # The correlation in the first half of the text, by which it was chosen.
+    correlation: float  # In the second half.
+    # The 99th percentile of the absolute correlation in the second half when the feature is shifted
+    # against the text by any distance.
     chance: float
 
 
 def compute_features(text: str, vocabulary: Vocabulary) -> dict[str, np.ndarray]:
     """Return the features of the last character of each token of a text, by name: float32 [n]."""
-    sizes = [len(token.encode("utf-8", "surrogateescape")) for token in vocabulary.split(text)]
     # The last byte of each token, and the character of each byte, whatever the kind of token.
-    last_bytes = np.cumsum(sizes, dtype=np.int64) - 1
-    bytes_each = [len(character.encode("utf-8", "surrogateescape")) for character in text]
-    characters = np.repeat(np.arange(len(text)), bytes_each)[last_bytes]
+    last_bytes = np.cumsum(count_bytes(vocabulary.split(text))) - 1
+    characters = np.repeat(np.arange(len(text)), count_bytes(text))[last_bytes]
     return {name: values[characters] for name, values in compute_text_features(text).items()}
+
+
+def count_bytes(texts: Iterable[str]) -> np.ndarray:
+    """Return the number of bytes of each text: int64 [n]."""
+    return np.array([len(text.encode("utf-8", "surrogateescape")) for text in texts], np.int64)
 
 
 def compute_text_features(text: str) -> dict[str, np.ndarray]:
@@ -62,10 +58,8 @@ def compute_text_features(text: str) -> dict[str, np.ndarray]:
     line = np.cumsum(newline) - newline
     first = np.flatnonzero(np.append(True, newline[:-1]))
     end = np.append(first[1:], len(codes)) - 1  # A last line without a newline ends at its end.
-    inked = np.flatnonzero(~space)
-    last_inked, first_inked = np.full(len(first), -1), np.full(len(first), -1)
-    last_inked[line[inked]] = inked
-    first_inked[line[inked[::-1]]] = inked[::-1]
+    first_inked = np.minimum.reduceat(np.where(space, len(codes), index), first)
+    last_inked = np.maximum.reduceat(np.where(space, -1, index), first)
     blank = last_inked < 0
     starts_paragraph = ~blank & np.append(True, blank[:-1])
     paragraph_line = np.maximum.accumulate(np.where(starts_paragraph, np.arange(len(first)), 0))
@@ -74,7 +68,6 @@ def compute_text_features(text: str) -> dict[str, np.ndarray]:
     # Speakers, as plays name them: a short line that begins a paragraph and ends in a colon.
     names = starts_paragraph & (codes[last_inked] == ord(":")) & (last_inked - first < _MAX_NAME)
     has_name = names[paragraph_line]
-    in_name = names[line] & (index < last_inked[line])
     line_number = np.where(blank, 0, np.arange(len(first)) - paragraph_line + ~has_name)
 
     # The last position before the word or the sentence of each character, -1 if there is none.
@@ -89,7 +82,7 @@ def compute_text_features(text: str) -> dict[str, np.ndarray]:
         "inside quotation marks": inside_quotes > 0,
         "inside brackets ( ) [ ]": _count_open(codes, "([", ")]", paragraph_start) > 0,
         "inside a tag < >": _count_open(codes, "<", ">", first[line]) > 0,
-        "inside a speaker's name": in_name,
+        "inside a speaker's name": names[line] & (index < last_inked[line]),
         "the line after a speaker's name": (line_number == 1)[line] & has_name[line],
         "a capital letter": upper,
         "in a capitalized word": alphanumeric & upper[np.minimum(before_word + 1, len(codes) - 1)],
@@ -139,9 +132,7 @@ def _count_open(codes: np.ndarray, opens: str, closes: str, start: np.ndarray) -
 def compute_correlations(activations: np.ndarray, features: np.ndarray) -> np.ndarray:
     """Return Pearson's correlations, 0 where either is constant: float32 [features, hidden_units].
 
-    Args:
-      activations: [hidden_units, n], of any dtype and scale.
-      features: float32 [features, n].
+    Activations are [hidden_units, n], of any dtype and scale, features float32 [features, n].
     """
     standard = _standardize(features)
     blocks = [
@@ -176,17 +167,12 @@ def select_present(features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def find_followers(
     activations: np.ndarray, features: np.ndarray, each: int
 ) -> tuple[list[list[Follower]], np.ndarray]:
-    """Find the hidden units that follow each feature.
-
-    Args:
-      activations: [hidden_units, n].
-      features: float32 [features, n], those that are `select_present`.
-      each: the number of hidden units to choose for a feature, by absolute correlation.
+    """Find the hidden units that follow each feature; arguments as for `compute_correlations`.
 
     Returns:
-      For each feature, in the order of the first half, those of the chosen hidden units whose
-      correlation in the second half is beyond chance and has the same sign; and the correlations in
-      the second half, float32 [features, hidden_units].
+      For each feature, of the `each` hidden units with the largest absolute correlations in the
+      first half, largest first, those whose correlation in the second half is beyond chance and has
+      the same sign; and the correlations in the second half, float32 [features, hidden_units].
     """
     half = activations.shape[1] // 2
     searched = compute_correlations(activations[:, :half], features[:, :half])
@@ -195,11 +181,9 @@ def find_followers(
     for number, row in enumerate(searched):
         best = np.argsort(-np.abs(row), kind="stable")[:each]
         chance = _compute_chance(activations[best, half:], features[number, half:])
-        values = best, row[best], judged[number, best], chance
-        candidates = [Follower(number, *f) for f in zip(*(x.tolist() for x in values), strict=True)]
-        found.append(
-            [f for f in candidates if f.correlation * np.sign(f.searched) > max(f.chance, 0.0)]
-        )
+        values = zip(best, row[best], judged[number, best], chance, strict=True)
+        candidates = [Follower(number, *(x.item() for x in of_unit)) for of_unit in values]
+        found.append([f for f in candidates if f.correlation * np.sign(f.searched) > f.chance])
     return found, judged
 
 

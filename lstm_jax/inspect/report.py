@@ -29,7 +29,7 @@ REPORT = "report.html"
 _BUDGET = 16_000_000
 _UNITS_EACH = 3  # For a feature.
 _MAX_CURVE_POINTS = 400
-_MAX_SAMPLES = 200_000  # In characters. The last ones are kept.
+_MAX_SAMPLES = 200_000  # In bytes. The last ones are kept.
 
 
 def write_report(
@@ -37,12 +37,9 @@ def write_report(
 ) -> None:
     """Write the page about the model in a working directory, or raise `UserError`; print its path.
 
-    Args:
-      directory: the working directory.
-      text_file: the text to read, "-" for standard input; None: the run's validation split.
-      *own_text: what the user says about this split; see `texts.load_texts_of_run`.
-      out: the page; None: `REPORT` in the working directory.
-      length: the maximum number of tokens to read.
+    The text is that of `text_file` ("-" is standard input), or else the run's validation split,
+    for which `own_text` are the arguments of `texts.load_texts_of_run`. Its first `length` tokens
+    are read.
     """
     if out is not None and not out.parent.is_dir():
         raise UserError(f"there is no directory {out.parent}: make it, or name another --out")
@@ -74,13 +71,9 @@ def write_report(
 
 
 def make_page(trained: workdir.Trained, text: str, name: str, directory: Path) -> bytes:
-    """Return the page, or raise `UserError` if the model's predictions are not finite.
+    """Return the page about a model that reads a text of two tokens or more, called `name`.
 
-    Args:
-      trained: the model.
-      text: two tokens or more.
-      name: of the text.
-      directory: the working directory, with the metrics and samples of the run.
+    Raise `UserError` if the model's predictions are not finite.
     """
     model, vocabulary = trained.model, trained.vocabulary
     layers = f"{model.num_layers} layer{'s' * (model.num_layers > 1)}"
@@ -124,17 +117,21 @@ def _pack_tokens(
     vocabulary: Vocabulary, text: str, ids: np.ndarray, reading: activations.Reading
 ) -> dict[str, Any]:
     """Return the text and the predictions, as indices into a table of tokens."""
-    table = [_make_visible(token) for token in vocabulary.tokens]
-    # Unknown tokens are shown as they are. They follow those of the vocabulary.
-    numbers = {token: len(table) + k for k, token in enumerate(vocabulary.unknown(text))}
-    table += map(_make_visible, numbers)
+    added: dict[str, int] = {}  # Texts that follow the vocabulary in the table.
+
+    def add(text: str) -> int:
+        return added.setdefault(text, len(vocabulary) + len(added))
+
     split, tokens = vocabulary.split(text), ids.copy()
-    for position in np.flatnonzero(ids == UNKNOWN_ID):
-        tokens[position] = numbers[split[position]]
-    shown = tokens
-    if vocabulary.kind == "bytes":
-        shown, characters = _join_bytes(tokens, text, vocabulary.stop, len(table))
-        table += map(_make_visible, characters)
+    for position in np.flatnonzero(ids == UNKNOWN_ID):  # Unknown tokens are shown as they are.
+        tokens[position] = add(split[position])
+    # A token that is only a byte of a character: the first one shows the character, others "".
+    shown, sizes, widths = tokens.copy(), features.count_bytes(split), features.count_bytes(text)
+    characters = np.repeat(np.arange(len(text)), widths)[np.cumsum(sizes) - sizes]
+    starts = np.diff(characters, prepend=-1) > 0
+    for position in np.flatnonzero(sizes < widths[characters]):
+        shown[position] = add(text[characters[position]]) if starts[position] else PADDING_ID
+    table = [_make_visible(text) for text in (*vocabulary.tokens, *added)]
     dtype = np.min_scalar_type(len(table))
     return {
         "table": table,
@@ -145,25 +142,6 @@ def _pack_tokens(
         "probabilities": _pack(np.round(255 * reading.probabilities), np.uint8),
         "bits": _pack(np.minimum(np.round(1000 * reading.bits), 65535), np.uint16),
     }
-
-
-def _join_bytes(
-    tokens: np.ndarray, text: str, stop: str, first: int
-) -> tuple[np.ndarray, list[str]]:
-    """Return what to show for each byte of a text, and the characters of several bytes.
-
-    The first byte of such a character shows it, as index `first` or above; the others show "".
-    """
-    shown, numbers, at = tokens.copy(), dict[str, int](), 0
-    for number, part in enumerate(text.split(stop) if stop else [text]):
-        at += number > 0  # The stop token.
-        for character in part:
-            size = len(character.encode("utf-8", "surrogateescape"))
-            if size > 1:
-                shown[at] = numbers.setdefault(character, first + len(numbers))
-                shown[at + 1 : at + size] = PADDING_ID
-            at += size
-    return shown, list(numbers)
 
 
 def _make_visible(token: str) -> str:
@@ -215,15 +193,13 @@ def _make_curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, fl
 def _read_samples(path: Path) -> list[dict[str, str]]:
     """Return the samples that the run generated during training, by their titles."""
     try:
-        content = files.read_tail(path, 8 * _MAX_SAMPLES).decode("utf-8", "replace")
+        content = files.read_tail(path, _MAX_SAMPLES).decode("utf-8", "replace")
     except FileNotFoundError:
         return []
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from None
     parts = re.split(r"^=== (step \d+, temperature .*)\n", content, flags=re.MULTILINE)[1:]
-    samples = [
+    return [
         {"title": title, "text": text.rstrip("\n")}
         for title, text in zip(parts[::2], parts[1::2], strict=True)
     ]
-    sizes = np.cumsum([len(sample["text"]) for sample in reversed(samples)])
-    return samples[len(samples) - np.count_nonzero(sizes <= _MAX_SAMPLES) :]

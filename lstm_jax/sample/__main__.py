@@ -21,7 +21,7 @@ from lstm_jax.data import sources, texts
 from lstm_jax.errors import UserError
 from lstm_jax.run import workdir
 from lstm_jax.sample import chat, novelty
-from lstm_jax.vocabulary import Vocabulary, make_printable, make_printer
+from lstm_jax.vocabulary import make_printable, make_printer
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Working directory of a training run.")
 _PROMPT = flags.DEFINE_string("prompt", "", "Prompt to continue.")
@@ -29,14 +29,10 @@ _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File with the prompt; -
 _LENGTH = flags.DEFINE_integer(
     "length", 500, "Maximum number of tokens to generate.", lower_bound=1, upper_bound=10**6
 )
-_TEMPERATURE = flags.DEFINE_float(
-    "temperature", 0.8, "Divide the logits by this; 0: always take the most likely token."
-)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divide the logits by this; 0: greedy.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens; 0: from all.")
 _TOP_P = flags.DEFINE_float(
-    "top_p",
-    1.0,
-    "Nucleus sampling: draw from the smallest set of tokens with this cumulative probability.",
+    "top_p", 1.0, "Draw from the nucleus: the smallest set with this cumulative probability."
 )
 _MIN_P = flags.DEFINE_float(
     "min_p", 0.0, "Draw from tokens with at least this share of the highest probability."
@@ -58,7 +54,7 @@ _INTERACTIVE = flags.DEFINE_boolean(
 _NOVELTY = flags.DEFINE_boolean(
     "novelty", False, "Measure how much of the text is copied from the training text."
 )
-command.define_text_flags()
+_OWN_TEXT = command.define_text_flags()
 
 
 def main() -> None:
@@ -81,10 +77,13 @@ def main() -> None:
     if path := _PROMPT_FILE.value:
         prompt = sources.read_argument(path, "--prompt_file", vocabulary.kind == "bytes")
     if _NOVELTY.value:
-        own_text = [flags.FLAGS[name].value for name in ("data_path", "dataset", "data_directory")]
+        own_text = [flag.value for flag in _OWN_TEXT]
         training_text = texts.load_texts_of_run(trained.config.data, *own_text)["train"]
-    _warn_of_unknown_tokens(vocabulary, "the prompt", prompt)
-    _warn_of_unknown_tokens(vocabulary, "--forbid", _FORBID.value)
+    for where, text in (("the prompt", prompt), ("--forbid", _FORBID.value)):
+        if unknown := vocabulary.unknown(text):
+            named = ", ".join(map(repr, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
+            message = f"the model does not know {named} in {where} and reads [UNK] instead"
+            print(f"warning: {message}", file=sys.stderr)
     controls = controls._replace(forbidden=vocabulary.encode(_FORBID.value).tolist())
     forbidden = make_control_arrays(controls, len(vocabulary)).forbidden
     stops = make_stop_table(vocabulary, False, _STOP_AT.value)
@@ -92,13 +91,8 @@ def main() -> None:
         print(f"warning: the model can't generate {_STOP_AT.value!r} (--stop_at)", file=sys.stderr)
 
     key = jax.random.key(_SEED.value)
-    options: dict[str, Any] = {
-        "prompt": prompt,
-        "length": _LENGTH.value,
-        "controls": controls,
-        "stop_token": _STOP.value,
-        "stop_at": _STOP_AT.value,
-    }
+    options: Any = {"stop_token": _STOP.value, "stop_at": _STOP_AT.value}
+    options |= {"prompt": prompt, "length": _LENGTH.value, "controls": controls}
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
     if _INTERACTIVE.value:
         # Only a model of bytes knows bytes that are not UTF-8.
@@ -126,13 +120,6 @@ def main() -> None:
             f"{len(found.longest_run)}: {found.longest_run!r}",
             file=sys.stderr,
         )
-
-
-def _warn_of_unknown_tokens(vocabulary: Vocabulary, where: str, text: str) -> None:
-    if unknown := vocabulary.unknown(text):
-        named = ", ".join(map(repr, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
-        message = f"the model does not know {named} in {where} and reads [UNK] instead"
-        print(f"warning: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Chat with a model, line by line: `python -m lstm_jax.sample --interactive`."""
 
+import itertools
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,8 +10,8 @@ import numpy as np
 from lstm_jax import generation
 from lstm_jax.controls import Controls, make_control_arrays, make_stop_table
 from lstm_jax.errors import UserError
-from lstm_jax.generation import State, generate_chunks, text_decoder
-from lstm_jax.model import Params, StepArrays
+from lstm_jax.generation import State
+from lstm_jax.model import Prepared
 from lstm_jax.run import interrupts
 from lstm_jax.run.workdir import Trained
 from lstm_jax.vocabulary import make_printable, make_printer
@@ -44,37 +44,26 @@ def converse(
 ) -> None:
     """Read lines from standard input and print the continuation of each.
 
-    Ctrl-C ends the text that is being generated, or else the chat.
-
-    Args:
-      trained: the model.
-      key: PRNG key.
-      prompt: the text to continue before the first line, unless it is empty.
-      length: the maximum number of tokens after each line; a command changes it.
-      controls: how tokens are drawn; commands change them.
-      stop_token: see `generation.stream_texts`.
-      stop_at: see `generation.stream_texts`.
+    A prompt is continued before the first line. Commands change the length, which is for each line,
+    and the controls. Ctrl-C ends the text that is being generated, or else the chat. For the
+    arguments see `generation.stream_texts`.
     """
-    stops = make_stop_table(trained.vocabulary, stop_token, stop_at)
-    arrays = generation.prepare_params(trained.model, trained.params)
-    state = generation.initial_state(trained.model)
+    model, vocabulary = trained.model, trained.vocabulary
+    stops = make_stop_table(vocabulary, stop_token, stop_at)
+    arrays = generation.prepare_params(model, trained.params)
+    state = generation.initial_state(model)
     earlier: list[State] = []  # For /undo.
 
     def answer(line: str, turn: int) -> State:
         """Read a line and print the continuation; return the state after it."""
         last = _read_line(trained, arrays, state, line)
-        decode, show = text_decoder(trained.vocabulary, stop_token), make_printer()
-        chunks = generate_chunks(
-            trained.model,
-            arrays,
-            last,
-            jax.random.fold_in(key, turn),  # After /undo, the same line has another answer.
-            make_control_arrays(controls, len(trained.vocabulary)),
-            stops,
-            length,
-        )
+        decode, show = generation.text_decoder(vocabulary, stop_token), make_printer()
+        own_key = jax.random.fold_in(key, turn)  # After /undo, the same line has another answer.
+        own_controls = make_control_arrays(controls, len(vocabulary))
         try:
-            for ids, after in chunks:
+            for ids, after in generation.generate_chunks(
+                model, arrays, last, own_key, own_controls, stops, length
+            ):
                 print(show(decode(ids[0], False), False), end="", flush=True)
                 last = after
         except KeyboardInterrupt:
@@ -85,7 +74,11 @@ def converse(
     if prompt:
         print(make_printable(prompt), end="", flush=True)
         earlier, state = [state], answer(prompt, turn=0)
-    for turn, line in enumerate(_read_lines(), start=1):
+    for turn in itertools.count(1):
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
         name, _, value = line[1:].strip().partition(" ")
         if not line.startswith("/") or line.startswith("//"):
             earlier.append(state)
@@ -95,9 +88,12 @@ def converse(
         elif name == "help":
             print(HELP, flush=True)
         elif name == "next":
-            print(_format_next_tokens(trained, arrays, state), flush=True)
+            logits = _read_line(trained, arrays, state, "").logits[0]
+            probabilities = np.asarray(jax.nn.softmax(logits))
+            for i in np.argsort(-probabilities, kind="stable")[:5]:
+                print(f"{probabilities[i]:.4f}  {vocabulary.tokens[i]!r}", flush=True)
         elif name == "reset":
-            state, earlier = generation.initial_state(trained.model), []
+            state, earlier = generation.initial_state(model), []
         elif name == "undo" and earlier:
             state = earlier.pop()
         elif name == "undo":
@@ -111,20 +107,11 @@ def converse(
             _print_error(f"there is no command /{name}: /help lists all")
 
 
-def _read_lines() -> Iterator[str]:
-    """Yield the lines of standard input, with a prompt on a terminal."""
-    while True:
-        try:
-            yield input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-
-
 def _print_error(message: str) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
 
 
-def _read_line(trained: Trained, arrays: StepArrays | Params, state: State, line: str) -> State:
+def _read_line(trained: Trained, arrays: Prepared, state: State, line: str) -> State:
     """Return the state after a line; an empty first line is read as `encode_prompt` does."""
     if unknown := trained.vocabulary.unknown(line):
         _print_error(f"the model does not know {', '.join(map(repr, unknown))} and reads [UNK]")
@@ -132,13 +119,6 @@ def _read_line(trained: Trained, arrays: StepArrays | Params, state: State, line
         return state
     ids = generation.encode_prompt(trained.vocabulary, line)
     return generation.read_tokens(trained.model, arrays, state, ids[None])
-
-
-def _format_next_tokens(trained: Trained, arrays: StepArrays | Params, state: State) -> str:
-    """Return the five most likely next tokens, one a line, with the model's own probabilities."""
-    probabilities = np.asarray(jax.nn.softmax(_read_line(trained, arrays, state, "").logits[0]))
-    ids = np.argsort(-probabilities, kind="stable")[:5]
-    return "\n".join(f"{probabilities[i]:.4f}  {trained.vocabulary.tokens[i]!r}" for i in ids)
 
 
 def _change(length: int, controls: Controls, name: str, value: str) -> tuple[int, Controls]:

@@ -1,5 +1,6 @@
 """Measure how much of a text is copied verbatim from the training text."""
 
+import bisect
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -11,28 +12,19 @@ _BASE = 0x9E3779B97F4A7C15  # A large odd number.
 
 
 class Novelty(NamedTuple):
-    """The copied parts of a text.
+    """The copied parts of a text."""
 
-    Attributes:
-      longest_run: the longest run of characters that is also in the training text.
-      copied_share: the share of the characters in copied runs longer than `COMMON_RUN`.
-    """
-
-    longest_run: str
-    copied_share: float
+    longest_run: str  # The longest run of characters that is also in the training text.
+    copied_share: float  # The share of the characters in copied runs longer than `COMMON_RUN`.
 
 
 def measure_novelty(text: str, training_text: Iterable[str]) -> Novelty:
     """Find the parts of a text that are verbatim in the training text.
 
-    Args:
-      text: the generated text.
-      training_text: pieces. Each begins with the last `len(text)` characters before it.
+    The training text comes in pieces. Each begins with the last `len(text)` characters before it.
     """
-    ours = _Windows(text)
-    length = COMMON_RUN + 1
+    ours, length, longest = _Windows(text), COMMON_RUN + 1, ""
     covered = np.zeros(len(text) + 1, bool)
-    longest = ""
     for piece in training_text:
         theirs = _Windows(piece)
         copied = _find_copied(ours, theirs, length)
@@ -40,26 +32,15 @@ def measure_novelty(text: str, training_text: Iterable[str]) -> Novelty:
         np.add.at(changes, copied, 1)
         np.add.at(changes, copied + length, -1)
         covered |= np.cumsum(changes) > 0
-        longest = _find_longest_run(text, ours, theirs, longest)
+        # Most pieces have no run longer than the longest so far. Its length is found by
+        # bisection, since a run contains shorter runs of every length.
+        lengths = range(len(longest) + 1, len(text) + 1)
+        if len(_find_copied(ours, theirs, lengths.start)):
+            longer = bisect.bisect(lengths, 0, key=lambda n: not len(_find_copied(ours, theirs, n)))
+            found = lengths[longer - 1]
+            start = _find_copied(ours, theirs, found)[0]
+            longest = text[start : start + found]
     return Novelty(longest, np.count_nonzero(covered) / max(len(text), 1))
-
-
-def _find_longest_run(text: str, ours: "_Windows", theirs: "_Windows", longest: str) -> str:
-    """Return the longest run in both texts, if it is longer than `longest`, else `longest`."""
-    # By bisection, since a run contains shorter runs of every length. Most texts have no long runs,
-    # so the length doubles until no run is found. Most pieces have none longer than `longest`, so
-    # the first length is one more than that.
-    before, missing = len(longest), len(text) + 1
-    found = before
-    while missing - found > 1:
-        probe = found + 1 if found == before > 0 else max(2 * found, COMMON_RUN + 1)
-        probe = min(probe, (found + missing) // 2)
-        copied = _find_copied(ours, theirs, probe)
-        if len(copied):
-            found, longest = probe, text[copied[0] : copied[0] + probe]
-        else:
-            missing = probe
-    return longest
 
 
 class _Windows:
