@@ -8,7 +8,6 @@ dropped.
 """
 
 import contextlib
-import fcntl
 import os
 import socket
 import stat
@@ -25,7 +24,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from lstm_jax.errors import UserError
-from lstm_jax.run import checkpoints, files, lock, workdir
+from lstm_jax.run import checkpoints, files, workdir
 from lstm_jax.sweep import study as study_lib
 from lstm_jax.sweep.study import is_closed, list_finished, list_running
 
@@ -80,11 +79,7 @@ class Worker:
     def __enter__(self) -> Self:
         make_directory(self._directory)
         self._lock = files.open_append(self._directory / self._name)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in lock.NO_LOCKS:
-                raise
+        if not files.lock_file(self._lock, wait=True):
             (self._directory / self._name).unlink()  # Then others go by the counter.
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
@@ -184,9 +179,8 @@ class Worker:
 
     def _drop(self, trial: optuna.Trial) -> None:
         """Close a trial that is one too many."""
-        self._own.pop(trial.number, None)
         trial.set_user_attr(study_lib.DROPPED, True)
-        self.study.tell(trial, state=TrialState.FAIL)
+        self.tell(trial, TrialState.FAIL)
 
     def _is_dead(self, trial: FrozenTrial) -> bool:
         """Return whether the worker of a trial is dead."""
@@ -195,11 +189,11 @@ class Worker:
         if host == socket.gethostname() and path.is_file():
             try:
                 with files.open_append(path) as file:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
+                    if files.lock_file(file):
+                        return True
             except BlockingIOError:
                 return False
-            except OSError:  # It is a link, or the file system has no locks.
+            except OSError:  # It is a link, for example.
                 pass
         # The time is measured by this process alone, so the clocks of hosts may differ.
         key, now = (trial.number, trial.user_attrs.get(study_lib.BEAT)), time.monotonic()
