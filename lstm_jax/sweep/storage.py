@@ -42,11 +42,11 @@ _FIRST_BYTES, _MAX_RECORD_BYTES = b'{"op_code":', 2**24
 _NAMES_ANOTHER = bytes.fromhex("d9d505f920a163d7")
 
 
-# Returns the trial; raises `UserError` for one that no sweep makes.
-CheckTrial = Callable[[FrozenTrial], FrozenTrial]
+# Returns a trial; raises `UserError` for one that no sweep makes.
+_CheckTrial = Callable[[FrozenTrial], FrozenTrial]
 
 
-def open_storage(database: Path, location: str | None, check_trial: CheckTrial) -> BaseStorage:
+def open_storage(database: Path, location: str | None, check_trial: _CheckTrial) -> BaseStorage:
     """Open or make the storage of a study: at `location`, or else the SQLite file `database`.
 
     Raises `UserError` if it can't be reached or written, or is not safe to open.
@@ -55,7 +55,13 @@ def open_storage(database: Path, location: str | None, check_trial: CheckTrial) 
         path = Path(location.removeprefix("journal:")).resolve()
         place = f" in {path}"
         with convert_errors(place):
-            return cast(BaseStorage, _CheckedStorage(_open_journal(path), place, check_trial))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.open_append(path).close()
+            with files.open_regular(path) as file:
+                if not _FIRST_BYTES.startswith(file.read(len(_FIRST_BYTES))):
+                    raise UserError(f"{path} is not a journal of Optuna's: name another --study")
+            journal = JournalStorage(JournalFileBackend(str(path), _JournalLock(path)))
+        return cast(BaseStorage, _CheckedStorage(journal, place, check_trial))
     url = sqlalchemy.URL.create("sqlite", database=str(database.absolute()))
     place = ""
     try:
@@ -126,15 +132,6 @@ def _check_sqlite_files(path: Path) -> None:
                 raise OSError(errno.EINVAL, what, str(file))
 
 
-def _open_journal(path: Path) -> JournalStorage:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.open_append(path).close()
-    with files.open_regular(path) as file:
-        if not _FIRST_BYTES.startswith(file.read(len(_FIRST_BYTES))):
-            raise UserError(f"{path} is not a journal of Optuna's: name another --study")
-    return JournalStorage(JournalFileBackend(str(path), _JournalLock(path)))
-
-
 class _JournalLock(JournalFileOpenLock):
     """A lock on the journal itself, which the operating system releases if its holder dies.
 
@@ -173,7 +170,7 @@ class Guarded:
 class _CheckedStorage(Guarded):
     """A storage that checks each trial as it is read."""
 
-    def __init__(self, inner: BaseStorage, place: str, check_trial: CheckTrial) -> None:
+    def __init__(self, inner: BaseStorage, place: str, check_trial: _CheckTrial) -> None:
         super().__init__(inner, place)
         self._check_trial = check_trial
 
