@@ -62,19 +62,9 @@ def train_population(
 ) -> list[str]:
     """Train a model for each config, or resume from the working directories.
 
-    Each gets a working directory as if it was trained alone, but without samples and curves.
-
-    Args:
-      configs: complete configs of the same text, which differ in `config.TRACEABLE` fields.
-      directories: the working directory of each.
-      on_validation: called with the number of the member, the epoch and the validation loss.
-
-    Returns:
-      For each member the reason why it has no result; empty if it has one.
-
-    Raises:
-      UserError: if they differ in other fields, the text can't be read or is too short, or a
-        directory is in use.
+    Each gets a working directory as if it was trained alone, but without samples and curves. Call
+    `on_validation` with the number of a member, the epoch and the validation loss. Return for each
+    member the reason why it has no result, or "". Raise `UserError` as `train.train` does.
     """
     check_members(configs)
     keep_freed_memory()
@@ -147,17 +137,16 @@ def _map_members(function: Callable[..., Any], mesh: Mesh) -> Any:
 
 def hyperparameters(configs: Sequence[ConfigDict]) -> dict[str, jax.Array]:
     """Return the fields of the training step in which the configs differ, [members] each."""
-    columns: dict[str, list[Any]] = {}
-    for config in configs:
-        for field, value in config_lib.flatten(config):
-            if field in config_lib.TRACED_BY_STEP:
-                number = optimizer_lib.SCHEDULES.index(value) if isinstance(value, str) else value
-                columns.setdefault(field, []).append(number)
-    return {
-        field: jnp.asarray(column, jnp.int32 if isinstance(column[0], int) else jnp.float32)
-        for field, column in columns.items()
-        if len(set(column)) > 1
-    }
+    flat = [dict(config_lib.flatten(config)) for config in configs]
+    varied = {}
+    for field in config_lib.TRACED_BY_STEP:
+        column: list[Any] = [fields[field] for fields in flat]
+        if len(set(column)) > 1:
+            if isinstance(column[0], str):
+                column = [optimizer_lib.SCHEDULES.index(name) for name in column]
+            dtype = jnp.int32 if isinstance(column[0], int) else jnp.float32
+            varied[field] = jnp.asarray(column, dtype)
+    return varied
 
 
 def make_population_step(

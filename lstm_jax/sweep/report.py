@@ -1,4 +1,4 @@
-"""Write the results of a sweep: trials.jsonl, best.py, and a page with pictures."""
+"""Write the results of a sweep: trials.jsonl, best.py, and report.html, which runs nothing."""
 
 import html
 import json
@@ -20,43 +20,17 @@ from lstm_jax.errors import UserError, visible
 from lstm_jax.run import files, workdir
 from lstm_jax.sweep import plots
 from lstm_jax.sweep import study as study_lib
+from lstm_jax.sweep import table as table_lib
 from lstm_jax.sweep.space import Space, change_fields
-from lstm_jax.sweep.table import (
-    describe_progress,
-    describe_settings,
-    describe_state,
-    find_best_trial,
-    format_value,
-)
 
 TRIALS = "trials.jsonl"
 BEST = "best.py"
 PAGE = "report.html"
 
-# The page holds text and pictures: nothing in it runs, and it loads nothing.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-
 _HEAD = ("trial", "state", "epochs", "validation", "test", "seconds", "settings", "directory")
 
 # With fewer complete trials, importances are not computed, or only a hint.
 _MIN_TRIALS, _MIN_RELIABLE = 4, 30
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; margin: 0 auto; max-width: 68rem;
-  padding: 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
-svg { width: 100%; height: auto; display: block; } meter { width: 20rem; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(18rem, 100%), 1fr));
-  gap: 0.5rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 0.2rem 0.7rem 0.2rem 0; border-bottom: 1px solid #ddd;
-  vertical-align: top; white-space: nowrap; }
-td:nth-child(7) { white-space: normal; min-width: 26rem; }
-@media (max-width: 40rem) { td:nth-child(7) { min-width: 60rem; } }
-tr:has(strong) { background: #e8f3fa; }
-pre { background: #f4f4f4; padding: 0.7rem; overflow-x: auto; font-size: 0.85rem; }
-"""
 
 
 def check_paths(directory: Path) -> None:
@@ -71,7 +45,7 @@ def write_report(study: Study, directory: Path, experiment: ConfigDict, space: S
     """Write all results of a sweep, finished or not."""
     write_trials(study, directory)
     trials = list_trials(study)
-    best = find_best_trial(trials)
+    best = table_lib.find_best_trial(trials)
     if best and not _measure_spread(trials):
         # The fields come from the user's own space, not from the study.
         config = change_fields(experiment, space.replay(best))
@@ -93,7 +67,7 @@ def write_trials(study: Study, directory: Path) -> None:
     lines = [
         {
             "trial": trial.number,
-            "state": describe_state(trial),
+            "state": table_lib.describe_state(trial),
             "validation_loss": trial.value,
             "test_loss": trial.user_attrs.get(study_lib.TEST_LOSS),
             "losses_by_epoch": trial.intermediate_values,
@@ -109,13 +83,13 @@ def write_trials(study: Study, directory: Path) -> None:
 
 def list_trials(study: Study) -> list[FrozenTrial]:
     """Return all trials but those that another one resumes."""
-    return [trial for trial in study.get_trials(deepcopy=False) if describe_state(trial)]
+    return [trial for trial in study.get_trials(deepcopy=False) if table_lib.describe_state(trial)]
 
 
 def summarize_sweep(study: Study, directory: Path) -> str:
     """Return the text that the command prints at its end."""
     trials = list_trials(study)
-    best = find_best_trial(trials)
+    best = table_lib.find_best_trial(trials)
     if best is None:
         return f"No trial is complete. All trials: {directory / TRIALS}"
     if spread := _measure_spread(trials):
@@ -124,7 +98,7 @@ def summarize_sweep(study: Study, directory: Path) -> str:
         trained = shlex.quote(str(study_lib.get_trial_directory(directory, best)))
         lines = [
             f"Best of {len(trials)} trials: trial {best.number}, validation loss "
-            f"{best.value:.4f}: {visible(describe_settings(best))}",
+            f"{best.value:.4f}: {visible(table_lib.describe_settings(best))}",
             f"Train it: {_get_command(best, directory)}",
             f"Generate text: python -m lstm_jax.sample --workdir {trained}",
         ]
@@ -189,15 +163,20 @@ def get_config() -> ConfigDict:
 def make_page(study: Study, directory: Path) -> str:
     """Return the page with the best trial, pictures and a table of all trials."""
     trials = list_trials(study)
-    best, spread = find_best_trial(trials), _measure_spread(trials)
+    best, spread = table_lib.find_best_trial(trials), _measure_spread(trials)
     title = f"Sweep {html.escape(study.study_name)}"
-    parts = [f"<h1>{title}</h1><p>{html.escape(describe_progress(trials, len(trials)))}</p>"]
+    parts = [
+        f"<h1>{title}</h1><p>{html.escape(table_lib.describe_progress(trials, len(trials)))}</p>"
+    ]
     if best and spread:
         lines = "".join(f"<li>{split}: {text}</li>" for split, _, text in spread)
         parts.append(f"<h2>Spread over {spread[0][1]} seeds</h2><ul>{lines}</ul>")
     elif best:
         settings = best.user_attrs.get(study_lib.OVERRIDES, best.params).items()
-        rows = [(html.escape(name), html.escape(format_value(value))) for name, value in settings]
+        rows = [
+            (html.escape(name), html.escape(table_lib.format_value(value)))
+            for name, value in settings
+        ]
         test = best.user_attrs.get(study_lib.TEST_LOSS)
         test_loss = f", test loss {test:.4f}" if test is not None else ""
         parts.append(
@@ -225,13 +204,9 @@ def make_page(study: Study, directory: Path) -> str:
         )
     ordered = sorted(trials, key=lambda t: (math.inf if t.value is None else t.value, t.number))
     table = _make_table([_make_row(t, directory, t is best) for t in ordered], _HEAD)
-    return (
-        "<!doctype html><html lang=en><head><meta charset=utf-8>"
-        f'<meta http-equiv=Content-Security-Policy content="{_POLICY}">'
-        "<meta name=viewport content='width=device-width, initial-scale=1'>"
-        f"<title>{title}</title><style>{_STYLE}</style></head>"
-        f"<body>{''.join(parts)}<h2>Trials</h2>{table}</body></html>\n"
-    )
+    parts.append(f"<h2>Trials</h2>{table}")
+    page = Path(__file__).with_name(PAGE).read_text("utf-8")
+    return page.replace("<!--title-->", title).replace("<!--body-->", "".join(parts))
 
 
 def _make_table(rows: Iterable[Iterable[object]], head: Iterable[str] = ()) -> str:
@@ -248,12 +223,12 @@ def _make_row(trial: FrozenTrial, directory: Path, is_best: bool) -> Sequence[ob
     where = str(study_lib.get_trial_directory(directory, trial).relative_to(directory))
     return (
         f"<strong>{trial.number}</strong>" if is_best else trial.number,
-        describe_state(trial),
+        table_lib.describe_state(trial),
         max(trial.intermediate_values, default=0),
         f"{trial.value:.4f}" if trial.value is not None else "",
         f"{test:.4f}" if test is not None else "",
         f"{trial.duration.total_seconds():.0f}" if trial.duration else "",
-        html.escape(describe_settings(trial) + (f" ({reason})" if reason else "")),
+        html.escape(table_lib.describe_settings(trial) + (f" ({reason})" if reason else "")),
         f"<a href='{quote(f'{where}/{workdir.METRICS}')}'>{html.escape(where)}</a>",
     )
 

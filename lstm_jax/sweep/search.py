@@ -125,11 +125,7 @@ def run_sweep(sweep: Sweep) -> int:
 def run_worker(sweep: Sweep, worker: worker_lib.Worker, table: Table) -> int:
     """Train trials until all workers together have finished enough of them.
 
-    Returns:
-      The exit code: 0, or that of a signal, after which `worker` has trials to give back.
-
-    Raises:
-      UserError: if several trials in a row fail.
+    Return the exit code: 0, or that of a signal, after which `worker` has trials to give back.
     """
     failures: list[str] = []
     while True:
@@ -169,7 +165,6 @@ def _train_trials(sweep: Sweep, worker: worker_lib.Worker, trials: Sequence[Tria
             _fail(worker, trial, error)
             raise
         trial.set_user_attr(study_lib.OVERRIDES, overrides)
-    for trial in trials:
         directories.append(study_lib.get_trial_directory(sweep.directory, _freeze(trial)))
         worker_lib.claim_directory(directories[-1], _freeze(trial))
 

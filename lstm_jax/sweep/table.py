@@ -17,7 +17,6 @@ from lstm_jax.errors import visible
 from lstm_jax.sweep import study as study_lib
 
 _MAX_ROWS = 12
-_UPDATES_PER_SECOND = 0.5
 
 
 class Table:
@@ -32,7 +31,7 @@ class Table:
         self._live = Live(
             console=self._console,
             get_renderable=self._draw,
-            refresh_per_second=_UPDATES_PER_SECOND,
+            refresh_per_second=0.5,
             transient=True,
         )
 
