@@ -40,6 +40,9 @@ LARGEST = 16
 
 _MEMBERS = PartitionSpec("members")
 
+# Called with the number of a member, the epoch and the validation loss.
+_OnValidation = Callable[[int, int, float], None]
+
 
 @dataclasses.dataclass
 class _Member:
@@ -56,15 +59,12 @@ class _Member:
 
 
 def train_population(
-    configs: Sequence[ConfigDict],
-    directories: Sequence[Path],
-    on_validation: Callable[[int, int, float], None],
+    configs: Sequence[ConfigDict], directories: Sequence[Path], on_validation: _OnValidation
 ) -> list[str]:
     """Train a model for each config, or resume from the working directories.
 
-    Each gets a working directory as if it was trained alone, but without samples and curves. Call
-    `on_validation` with the number of a member, the epoch and the validation loss. Return for each
-    member the reason why it has no result, or "". Raise `UserError` as `train.train` does.
+    Each gets a working directory as if it was trained alone, but without samples and curves. Return
+    for each the reason why it has no result, or "". Raise `UserError` as `train.train` does.
     """
     check_members(configs)
     keep_freed_memory()
@@ -91,7 +91,7 @@ def train_population(
         # Members that a kill left at different epochs are trained in groups.
         for step in sorted({member.start.step for member in members}):
             group = [member for member in members if member.start.step == step]
-            _train_group(group, ids, len(vocabulary), on_validation)
+            _train_group(group, ids, on_validation)
     return [member.reason for member in members]
 
 
@@ -176,10 +176,7 @@ def stack(members: Sequence[Any], mesh: Mesh) -> Any:
 
 
 def _train_group(
-    members: Sequence[_Member],
-    ids: dict[str, Ids],
-    vocabulary_size: int,
-    on_validation: Callable[[int, int, float], None],
+    members: Sequence[_Member], ids: dict[str, Ids], on_validation: _OnValidation
 ) -> None:
     """Train members that are at the same step; see `train_population`."""
     config, first = members[0].config, members[0].start
@@ -196,7 +193,7 @@ def _train_group(
     state = stack(fill(states), mesh)
     traced = hyperparameters(fill([member.config for member in members]))
     traced = parallel.place(traced, mesh, _MEMBERS)
-    train_step = make_population_step(config, vocabulary_size, total_steps, mesh)
+    train_step = make_population_step(config, first.model.vocabulary_size, total_steps, mesh)
     compute_losses = _make_compute_losses(first.model, mesh)
     tokens_per_step = config.batches.batch_size * config.batches.window_length
     clock, logged = time.monotonic(), step

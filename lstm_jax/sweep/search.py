@@ -97,14 +97,10 @@ def prepare_sweep(
     for own in (worker_lib.WORKERS, study_lib.TRIALS):
         worker_lib.make_directory(path / own)
     report.check_paths(path)
+    own_sampler = study_lib.make_sampler(sampler, seed, grid)
+    own_pruner = study_lib.make_pruner(pruner, experiment.num_epochs)
     study = study_lib.open_study(
-        path,
-        location,
-        name,
-        experiment,
-        parameters,
-        study_lib.make_sampler(sampler, seed, grid),
-        study_lib.make_pruner(pruner, experiment.num_epochs),
+        path, location, name, experiment, parameters, own_sampler, own_pruner
     )
     study_lib.check_space(study, space)
     return Sweep(study, experiment, space, path, trials, members)

@@ -30,10 +30,6 @@ _DRIVERS = {
     "postgres": "postgresql+psycopg",
     "mysql": "mysql+pymysql",
 }
-_NO_URL = (
-    "--study is not the URL of a database, such as postgresql://user:password@host/database, "
-    "mysql://..., sqlite:///FILE or journal:FILE"
-)
 
 # A journal starts with this, and none of its records is longer.
 _FIRST_BYTES, _MAX_RECORD_BYTES = b'{"op_code":', 2**24
@@ -91,7 +87,10 @@ def open_storage(database: Path, location: str | None, check_trial: _CheckTrial)
             f"{backend} needs the module {error.name}: pip install 'lstm-jax[sweep-servers]'"
         ) from None
     except (sqlalchemy.exc.ArgumentError, ValueError, TypeError):
-        raise UserError(_NO_URL) from None  # The error may show a part of the password.
+        raise UserError(  # The error itself may show a part of the password.
+            "--study is not the URL of a database, such as postgresql://user:password@host/"
+            "database, mysql://..., sqlite:///FILE or journal:FILE"
+        ) from None
     except Exception as error:  # Drivers raise exceptions of any type.
         reason = _mask_secrets(_describe(error), location or "")
         raise UserError(f"can't use the database{place}: {reason}") from None

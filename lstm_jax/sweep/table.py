@@ -29,10 +29,7 @@ class Table:
         self._console = Console(file=sys.stderr)
         self._shown = Group()
         self._live = Live(
-            console=self._console,
-            get_renderable=self._draw,
-            refresh_per_second=0.5,
-            transient=True,
+            console=self._console, get_renderable=self._draw, refresh_per_second=0.5, transient=True
         )
 
     def __enter__(self) -> Self:
@@ -48,7 +45,7 @@ class Table:
         if self._live.is_started:
             return
         trials = self._study.get_trials(deepcopy=False)
-        (ended,) = (trial for trial in trials if trial.number == number)
+        ended = trials[number]
         text = f"trial {number} {describe_state(ended) or 'given back'}"
         if ended.value is not None:
             text += f" at {ended.value:.4f}"
