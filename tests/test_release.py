@@ -55,7 +55,7 @@ def test_the_wheel_holds_every_module_and_experiment_and_nothing_else(wheel: Pat
         (licence,) = (name for name in archive.namelist() if name.endswith("LICENSE"))
         assert b"Apache License" in archive.read(licence)
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "lstm_jax").rglob("*.py")}
-    modules.add("lstm_jax/inspect/report.html")
+    modules |= {"lstm_jax/inspect/report.html", "lstm_jax/sweep/report.html"}
     found = (ROOT / "experiments").rglob("*.py")
     experiments = {f"lstm_jax/{path.relative_to(ROOT)}" for path in found}
     assert names == modules | experiments

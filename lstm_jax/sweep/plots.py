@@ -39,10 +39,8 @@ def draw_losses(trials: Sequence[FrozenTrial], name: str | None = None) -> str:
         axes.margins(x=0.1)
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     others = [trial for trial in trials if trial.state != TrialState.COMPLETE]
-    for part, label, color in (
-        (others, "pruned or diverged", _GRAY),
-        (complete, "complete", _BLUE),
-    ):
+    kinds = ((others, "pruned or diverged", _GRAY), (complete, "complete", _BLUE))
+    for part, label, color in kinds:
         points = [(positions[t.number], t.values[0]) for t in part if t.number in positions]
         x, losses = np.array(points).reshape(-1, 2).T
         is_above = losses > top

@@ -7,11 +7,12 @@ together, under `jax.vmap`.
 """
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,8 @@ from lstm_jax.devices import parallel
 from lstm_jax.devices.memory import keep_freed_memory
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.restore import Start, check_recurrence, restore_run
-from lstm_jax.run import checkpoints, lock, metrics, resume, workdir
+from lstm_jax.run import checkpoints as checkpoints_lib
+from lstm_jax.run import lock, metrics, resume, workdir
 from lstm_jax.train_step import TrainState, make_step
 from lstm_jax.vocabulary import Ids
 
@@ -38,45 +40,39 @@ LARGEST = 16
 
 _MEMBERS = PartitionSpec("members")
 
+# Called with the number of a member, the epoch and the validation loss.
+_OnValidation = Callable[[int, int, float], None]
 
-class _Member(NamedTuple):
-    """A member: its config, working directory, first state and checkpoints."""
 
+@dataclasses.dataclass
+class _Member:
+    """A model in training. Once it has a `reason` to fail, nothing more of it is written."""
+
+    number: int
     config: ConfigDict
     directory: Path
     start: Start
-    checkpoints: checkpoints.CheckpointWriter
+    checkpoints: checkpoints_lib.CheckpointWriter
+    metrics: metrics.MetricsWriter
     is_ours: Callable[[], bool]
+    reason: str = ""
 
 
 def train_population(
-    configs: Sequence[ConfigDict],
-    directories: Sequence[Path],
-    on_validation: Callable[[int, int, float], None],
+    configs: Sequence[ConfigDict], directories: Sequence[Path], on_validation: _OnValidation
 ) -> list[str]:
     """Train a model for each config, or resume from the working directories.
 
-    Each gets a working directory as if it was trained alone, but without samples and curves.
-
-    Args:
-      configs: complete configs of the same text, which differ in `config.TRACEABLE` fields.
-      directories: the working directory of each.
-      on_validation: called with the member, the epoch and the validation loss.
-
-    Returns:
-      For each member the reason why it has no result; empty if it has one.
-
-    Raises:
-      UserError: if they differ in other fields, the text can't be read or is too short, or a
-        directory is in use.
+    Each gets a working directory as if it was trained alone, but without samples and curves. Return
+    for each the reason why it has no result, or "". Raise `UserError` as `train.train` does.
     """
     check_members(configs)
     keep_freed_memory()
     splits = texts.load_texts(configs[0].data)
     training_text = splits.texts["train"]
     ids: dict[str, Ids] = {}
+    members: list[_Member] = []
     with contextlib.ExitStack() as held:
-        members = []
         for config, directory in zip(configs, directories, strict=True):
             is_ours = held.enter_context(lock.hold_lock(directory))
             config, vocabulary, changes = resume.settle_run(
@@ -85,23 +81,18 @@ def train_population(
             ids = ids or splits.encode(vocabulary)
             start = restore_run(config, directory, vocabulary, training_text, ids["train"])
             resume.save_settled(directory, config, vocabulary, start.step, changes)
-            writer = checkpoints.CheckpointWriter(directory / workdir.CHECKPOINTS)
-            held.enter_context(writer)
+            saved_in = directory / workdir.CHECKPOINTS
+            saver = held.enter_context(checkpoints_lib.CheckpointWriter(saved_in))
             if start.history is not None:
                 workdir.restore_history(directory, start.history)
-            members.append(_Member(config, directory, start, writer, is_ours))
-        reasons = [""] * len(members)
+            writer = metrics.MetricsWriter(directory / workdir.METRICS, start.step)
+            held.enter_context(writer)
+            members.append(_Member(len(members), config, directory, start, saver, writer, is_ours))
         # Members that a kill left at different epochs are trained in groups.
         for step in sorted({member.start.step for member in members}):
-            group = [i for i, member in enumerate(members) if member.start.step == step]
-
-            def report(place: int, epoch: int, loss: float, group: list[int] = group) -> None:
-                on_validation(group[place], epoch, loss)
-
-            found = _train_group([members[i] for i in group], ids, len(vocabulary), report)
-            for i, reason in zip(group, found, strict=True):
-                reasons[i] = reason
-    return reasons
+            group = [member for member in members if member.start.step == step]
+            _train_group(group, ids, on_validation)
+    return [member.reason for member in members]
 
 
 def check_members(configs: Sequence[ConfigDict]) -> None:
@@ -131,14 +122,8 @@ def make_mesh(members: int) -> Mesh:
     )
 
 
-def map_members(function: Callable[..., Any], mesh: Mesh, donated: tuple[int, ...] = ()) -> Any:
-    """Jit a function of one member for all members, the first axis of all arrays.
-
-    Args:
-      function: the function, of any number of arguments.
-      mesh: from `make_mesh`; its size divides the number of members.
-      donated: the arguments that are donated.
-    """
+def _map_members(function: Callable[..., Any], mesh: Mesh) -> Any:
+    """Jit a function of one member for all, [members, ...]; the second argument is donated."""
     on_cpu = mesh.devices.flat[0].platform == "cpu"
 
     def on_one_device(*arguments: Any) -> Any:
@@ -147,22 +132,21 @@ def map_members(function: Callable[..., Any], mesh: Mesh, donated: tuple[int, ..
         return jax.vmap(function)(*arguments)
 
     divided = parallel.shard_map(on_one_device, mesh=mesh, in_specs=_MEMBERS, out_specs=_MEMBERS)
-    return jax.jit(divided, donate_argnums=donated)
+    return jax.jit(divided, donate_argnums=1)
 
 
 def hyperparameters(configs: Sequence[ConfigDict]) -> dict[str, jax.Array]:
     """Return the fields of the training step in which the configs differ, [members] each."""
-    columns: dict[str, list[Any]] = {}
-    for config in configs:
-        for field, value in config_lib.flatten(config):
-            if field in config_lib.TRACED_BY_STEP:
-                number = optimizer_lib.SCHEDULES.index(value) if isinstance(value, str) else value
-                columns.setdefault(field, []).append(number)
-    return {
-        field: jnp.asarray(column, jnp.int32 if isinstance(column[0], int) else jnp.float32)
-        for field, column in columns.items()
-        if len(set(column)) > 1
-    }
+    flat = [dict(config_lib.flatten(config)) for config in configs]
+    varied = {}
+    for field in config_lib.TRACED_BY_STEP:
+        column: list[Any] = [fields[field] for fields in flat]
+        if len(set(column)) > 1:
+            if isinstance(column[0], str):
+                column = [optimizer_lib.SCHEDULES.index(name) for name in column]
+            dtype = jnp.int32 if isinstance(column[0], int) else jnp.float32
+            varied[field] = jnp.asarray(column, dtype)
+    return varied
 
 
 def make_population_step(
@@ -170,20 +154,19 @@ def make_population_step(
 ) -> Callable[[dict[str, jax.Array], TrainState, batches.Batch], TrainState]:
     """Make a training step of all members, from their `hyperparameters`, states and batches.
 
-    Args:
-      config: the config of any member.
-      vocabulary_size: the size of the vocabulary.
-      total_steps: training steps until the end of the last epoch.
-      mesh: from `make_mesh`.
+    `config` is that of any member; `total_steps` are those until the end of the last epoch.
     """
 
     def step(traced: dict[str, jax.Array], state: TrainState, batch: batches.Batch) -> TrainState:
-        own = _with_arrays(config, traced)
+        own = ConfigDict(config.to_dict(), type_safe=False)
+        for field, array in traced.items():
+            part, _, name = field.partition(".")
+            own[part][name] = array
         model = model_lib.make_model(config.model, vocabulary_size)
         optimizer = optimizer_lib.make_optimizer(own.optimizer, total_steps)
         return make_step(model, optimizer, own, None)(state, batch)
 
-    return map_members(step, mesh, donated=(1,))
+    return _map_members(step, mesh)
 
 
 def stack(members: Sequence[Any], mesh: Mesh) -> Any:
@@ -192,109 +175,87 @@ def stack(members: Sequence[Any], mesh: Mesh) -> Any:
     return parallel.place(stacked, mesh, _MEMBERS)
 
 
-def _with_arrays(config: ConfigDict, traced: dict[str, jax.Array]) -> ConfigDict:
-    """Return the config with arrays in some of its fields."""
-    own = ConfigDict(config.to_dict(), type_safe=False)
-    for field, array in traced.items():
-        part, _, name = field.partition(".")
-        own[part][name] = array
-    return own
-
-
 def _train_group(
-    members: Sequence[_Member],
-    ids: dict[str, Ids],
-    vocabulary_size: int,
-    on_validation: Callable[[int, int, float], None],
-) -> list[str]:
+    members: Sequence[_Member], ids: dict[str, Ids], on_validation: _OnValidation
+) -> None:
     """Train members that are at the same step; see `train_population`."""
     config, first = members[0].config, members[0].start
     step, steps_per_epoch, total_steps = first.step, first.steps_per_epoch, first.total_steps
+    mesh = make_mesh(len(members))
+
+    def fill(each: list[Any]) -> list[Any]:
+        """Give each device the same number of members: the first one fills the empty places."""
+        return each + each[:1] * (-len(each) % mesh.size)
+
     states = [member.start.state for member in members]
     if any(member.config.optimizer.average_decay for member in members):
-        states = [s if s.average is not None else s._replace(average=s.params) for s in states]
-    mesh = make_mesh(len(members))
-    # Each device has the same number of members: the first member fills the empty places.
-    filled = [*range(len(members)), *[0] * (-len(members) % mesh.size)]
-    traced = hyperparameters([members[i].config for i in filled])
+        states = [state._replace(average=state.evaluated) for state in states]
+    state = stack(fill(states), mesh)
+    traced = hyperparameters(fill([member.config for member in members]))
     traced = parallel.place(traced, mesh, _MEMBERS)
-    state = stack([states[i] for i in filled], mesh)
-    train_step = make_population_step(config, vocabulary_size, total_steps, mesh)
-    model = model_lib.make_model(config.model, vocabulary_size)
+    train_step = make_population_step(config, first.model.vocabulary_size, total_steps, mesh)
+    compute_losses = _make_compute_losses(first.model, mesh)
     tokens_per_step = config.batches.batch_size * config.batches.window_length
-    reasons = [""] * len(members)
     clock, logged = time.monotonic(), step
 
-    read = _make_read(model, mesh)
-
-    def read_losses(params: Any, split: str) -> list[float]:
-        return [float(loss) for loss in read(params, ids[split])[: len(members)]]
+    def validate() -> None:
+        losses = compute_losses(state.evaluated, ids["validation"])
+        for member, loss in zip(members, losses, strict=False):
+            if not member.reason:
+                epoch = step // steps_per_epoch
+                member.metrics.write(step, epoch, "validation", loss)
+                member.checkpoints.record_validation(step, loss)
+                on_validation(member.number, epoch, loss)
 
     if step == 0:  # Save before any metrics: metrics without a checkpoint can't be resumed.
-        _save(members, state, reasons, step)
+        _save(members, state, step)
         for member in members:
             member.checkpoints.wait()
-    with contextlib.ExitStack() as held:
-        writers = [
-            held.enter_context(metrics.MetricsWriter(member.directory / workdir.METRICS, step))
-            for member in members
-        ]
-
-        def validate() -> None:
-            epoch = step // steps_per_epoch
-            losses = read_losses(state.evaluated, "validation")
-            for i, loss in enumerate(losses):
-                if not reasons[i]:
-                    writers[i].write(step, epoch, "validation", loss)
-                    members[i].checkpoints.record_validation(step, loss)
-                    on_validation(i, epoch, loss)
-
-        validate()
-        while step < total_steps:
-            parts = [next(member.start.iterator) for member in members]
-            batch: Any = jax.tree.map(lambda *arrays: np.stack(arrays), *[parts[i] for i in filled])
-            state = train_step(traced, state, batch)
-            step += 1
-            if step % config.log_every_steps == 0 or step % steps_per_epoch == 0:
-                skipped = np.asarray(state.skipped)
-                for i, member in enumerate(members):
-                    if skipped[i] > member.config.max_skipped_steps and not reasons[i]:
-                        bad = int(state.first_skipped[i])
-                        reasons[i] = (
-                            f"a parameter, the loss or a gradient of step {bad} is not finite"
-                        )
-            if step % config.log_every_steps == 0:
-                now = time.monotonic()
-                speed = round((step - logged) * tokens_per_step / (now - clock))
-                clock, logged = now, step
-                sums, counts = np.asarray(state.loss_sum), np.asarray(state.loss_steps)
-                for i, writer in enumerate(writers):
-                    if counts[i] and not reasons[i]:
-                        epoch, loss = step / steps_per_epoch, float(sums[i] / counts[i])
-                        writer.write(step, epoch, "train", loss, tokens_per_second=speed)
-                state = state._replace(
-                    loss_sum=jnp.zeros_like(state.loss_sum),
-                    loss_steps=jnp.zeros_like(state.loss_steps),
-                )
-            if step % steps_per_epoch == 0:
-                _save(members, state, reasons, step)
-                validate()
-        best = _best(members, model)
-        losses = read_losses(stack([best[i][0] for i in filled], mesh), "test")
-        for i, loss in enumerate(losses):
-            if math.isfinite(loss) and not reasons[i]:
-                at = best[i][1]
-                writers[i].write(at, at / steps_per_epoch, "test", loss)
-    return reasons
+    validate()
+    while step < total_steps:
+        parts = fill([next(member.start.iterator) for member in members])
+        state = train_step(traced, state, jax.tree.map(lambda *arrays: np.stack(arrays), *parts))
+        step += 1
+        logs, validates = step % config.log_every_steps == 0, step % steps_per_epoch == 0
+        if logs or validates:
+            skipped, bad = np.asarray(state.skipped), np.asarray(state.first_skipped)
+            for i, member in enumerate(members):
+                if skipped[i] > member.config.max_skipped_steps and not member.reason:
+                    member.reason = (
+                        f"a parameter, the loss or a gradient of step {bad[i]} is not finite"
+                    )
+        if logs:
+            now = time.monotonic()
+            speed = round((step - logged) * tokens_per_step / (now - clock))
+            clock, logged = now, step
+            sums, counts = np.asarray(state.loss_sum), np.asarray(state.loss_steps)
+            for i, member in enumerate(members):
+                if counts[i] and not member.reason:
+                    epoch, loss = step / steps_per_epoch, float(sums[i] / counts[i])
+                    member.metrics.write(step, epoch, "train", loss, tokens_per_second=speed)
+            state = state._replace(
+                loss_sum=jnp.zeros_like(state.loss_sum),
+                loss_steps=jnp.zeros_like(state.loss_steps),
+            )
+        if validates:
+            _save(members, state, step)
+            validate()
+    for member in members:
+        member.checkpoints.wait()
+    best = [workdir.load_params(member.directory, first.model) for member in members]
+    losses = compute_losses(stack(fill([params for params, _ in best]), mesh), ids["test"])
+    for member, (_, at), loss in zip(members, best, losses, strict=False):
+        if math.isfinite(loss) and not member.reason:
+            member.metrics.write(at, at / steps_per_epoch, "test", loss)
 
 
-def _save(members: Sequence[_Member], state: TrainState, reasons: Sequence[str], step: int) -> None:
+def _save(members: Sequence[_Member], state: TrainState, step: int) -> None:
     """Save a checkpoint of each member that has not failed and has none of this step."""
-    keys = jax.random.key_data(state.key)
-    arrays = jax.device_get(state._replace(key=keys))
+    arrays = jax.device_get(state._replace(key=jax.random.key_data(state.key)))
     for i, member in enumerate(members):
         # The first one may exist: the members of a group need not have started together.
-        if reasons[i] or step in checkpoints.list_steps(member.directory / workdir.CHECKPOINTS):
+        saved = checkpoints_lib.list_steps(member.directory / workdir.CHECKPOINTS)
+        if member.reason or step in saved:
             continue
         if not member.is_ours():
             raise UnavailableError(f"another process has taken over {member.directory}")
@@ -306,26 +267,17 @@ def _save(members: Sequence[_Member], state: TrainState, reasons: Sequence[str],
         member.checkpoints.save(step, own.evaluated, own.rest, member.start.iterator, sizes)
 
 
-def _best(
-    members: Sequence[_Member], model: model_lib.LanguageModel
-) -> list[tuple[model_lib.Params, int]]:
-    """Return the parameters of the best checkpoint of each member, and its step."""
-    for member in members:
-        member.checkpoints.wait()
-    return [workdir.load_params(member.directory, model) for member in members]
-
-
-def _make_read(
+def _make_compute_losses(
     model: model_lib.LanguageModel, mesh: Mesh
-) -> Callable[[model_lib.Params, Ids], np.ndarray]:
+) -> Callable[[model_lib.Params, Ids], list[float]]:
     """Make `loss.compute_loss` of all members, from their parameters [members, ...] and ids."""
 
     def read_chunk(params: Any, carry: Any, chunk: Any) -> Any:
         return loss_lib.read_chunk(model, params, chunk, carry, jnp.ones(1))
 
-    read_all = map_members(read_chunk, mesh, donated=(1,))
+    read_all = _map_members(read_chunk, mesh)
 
-    def read(params: model_lib.Params, ids: Ids) -> np.ndarray:
+    def compute_losses(params: model_lib.Params, ids: Ids) -> list[float]:
         number = len(jax.tree.leaves(params)[0])
         carry = stack([model.initial_carry(loss_lib.count_streams(ids))] * number, mesh)
         total = np.zeros(number)
@@ -333,6 +285,6 @@ def _make_read(
             everyone = tuple(np.broadcast_to(array, (number, *array.shape)) for array in chunk)
             losses, carry = read_all(params, carry, everyone)
             total += np.asarray(losses[:, 0], np.float64)
-        return total / (len(ids) - 1)
+        return [float(loss) for loss in total / (len(ids) - 1)]
 
-    return read
+    return compute_losses

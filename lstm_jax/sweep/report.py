@@ -1,4 +1,4 @@
-"""Write the results of a sweep: trials.jsonl, best.py, and a page with pictures."""
+"""Write the results of a sweep: trials.jsonl, best.py, and report.html, which runs nothing."""
 
 import html
 import json
@@ -20,37 +20,17 @@ from lstm_jax.errors import UserError, visible
 from lstm_jax.run import files, workdir
 from lstm_jax.sweep import plots
 from lstm_jax.sweep import study as study_lib
+from lstm_jax.sweep import table as table_lib
 from lstm_jax.sweep.space import Space, change_fields
-from lstm_jax.sweep.table import describe_progress, describe_settings, describe_state, format_value
 
 TRIALS = "trials.jsonl"
 BEST = "best.py"
 PAGE = "report.html"
 
-# The page holds text and pictures: nothing in it runs, and it loads nothing.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-
 _HEAD = ("trial", "state", "epochs", "validation", "test", "seconds", "settings", "directory")
 
-# With fewer complete trials, importances are only a hint.
-_MIN_RELIABLE = 30
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; margin: 0 auto; max-width: 68rem;
-  padding: 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
-svg { width: 100%; height: auto; display: block; } meter { width: 20rem; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(18rem, 100%), 1fr));
-  gap: 0.5rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 0.2rem 0.7rem 0.2rem 0; border-bottom: 1px solid #ddd;
-  vertical-align: top; white-space: nowrap; }
-td:nth-child(7) { white-space: normal; min-width: 26rem; }
-@media (max-width: 40rem) { td:nth-child(7) { min-width: 60rem; } }
-tr:has(strong) { background: #e8f3fa; }
-pre { background: #f4f4f4; padding: 0.7rem; overflow-x: auto; font-size: 0.85rem; }
-"""
+# With fewer complete trials, importances are not computed, or only a hint.
+_MIN_TRIALS, _MIN_RELIABLE = 4, 30
 
 
 def check_paths(directory: Path) -> None:
@@ -64,8 +44,9 @@ def check_paths(directory: Path) -> None:
 def write_report(study: Study, directory: Path, experiment: ConfigDict, space: Space) -> None:
     """Write all results of a sweep, finished or not."""
     write_trials(study, directory)
-    best = find_best_trial(study)
-    if best and not _varies_seeds_only(list_complete(study)):
+    trials = list_trials(study)
+    best = table_lib.find_best_trial(trials)
+    if best and not _measure_spread(trials):
         # The fields come from the user's own space, not from the study.
         config = change_fields(experiment, space.replay(best))
         _write(directory / BEST, _make_best_file(best, config, directory))
@@ -86,7 +67,7 @@ def write_trials(study: Study, directory: Path) -> None:
     lines = [
         {
             "trial": trial.number,
-            "state": describe_state(trial),
+            "state": table_lib.describe_state(trial),
             "validation_loss": trial.value,
             "test_loss": trial.user_attrs.get(study_lib.TEST_LOSS),
             "losses_by_epoch": trial.intermediate_values,
@@ -102,34 +83,22 @@ def write_trials(study: Study, directory: Path) -> None:
 
 def list_trials(study: Study) -> list[FrozenTrial]:
     """Return all trials but those that another one resumes."""
-    return [trial for trial in study.get_trials(deepcopy=False) if describe_state(trial)]
-
-
-def list_complete(study: Study) -> list[FrozenTrial]:
-    """Return the trials that were trained to their end."""
-    return [trial for trial in list_trials(study) if trial.state == TrialState.COMPLETE]
-
-
-def find_best_trial(study: Study) -> FrozenTrial | None:
-    """Return the complete trial with the lowest validation loss; None if there is none."""
-    return min(list_complete(study), key=lambda trial: trial.values[0], default=None)
+    return [trial for trial in study.get_trials(deepcopy=False) if table_lib.describe_state(trial)]
 
 
 def summarize_sweep(study: Study, directory: Path) -> str:
     """Return the text that the command prints at its end."""
-    complete, best = list_complete(study), find_best_trial(study)
+    trials = list_trials(study)
+    best = table_lib.find_best_trial(trials)
     if best is None:
         return f"No trial is complete. All trials: {directory / TRIALS}"
-    if _varies_seeds_only(complete):
-        lines = [
-            f"{split} loss of {len(losses)} seeds: {_describe_spread(losses)}"
-            for split, losses in _get_losses(complete).items()
-        ]
+    if spread := _measure_spread(trials):
+        lines = [f"{split} loss of {number} seeds: {text}" for split, number, text in spread]
     else:
         trained = shlex.quote(str(study_lib.get_trial_directory(directory, best)))
         lines = [
-            f"Best of {len(list_trials(study))} trials: trial {best.number}, validation loss "
-            f"{best.value:.4f}: {visible(describe_settings(best))}",
+            f"Best of {len(trials)} trials: trial {best.number}, validation loss "
+            f"{best.value:.4f}: {visible(table_lib.describe_settings(best))}",
             f"Train it: {_get_command(best, directory)}",
             f"Generate text: python -m lstm_jax.sample --workdir {trained}",
         ]
@@ -145,27 +114,24 @@ def _get_command(best: FrozenTrial, directory: Path) -> str:
     )
 
 
-def _varies_seeds_only(trials: Sequence[FrozenTrial]) -> bool:
-    return all(set(trial.params) == {"seed"} for trial in trials)
-
-
-def _get_losses(trials: Sequence[FrozenTrial]) -> dict[str, list[float]]:
-    """Return the validation and the test losses of trials."""
-    test = [trial.user_attrs.get(study_lib.TEST_LOSS) for trial in trials]
-    return {
-        "validation": [trial.values[0] for trial in trials],
-        "test": [loss for loss in test if loss is not None],
-    }
-
-
-def _describe_spread(losses: Sequence[float]) -> str:
-    if not losses:
-        return "none was measured"
-    deviation = statistics.stdev(losses) if len(losses) > 1 else 0.0
-    return (
-        f"mean {statistics.mean(losses):.4f}, standard deviation {deviation:.4f}, from "
-        f"{min(losses):.4f} to {max(losses):.4f}"
-    )
+def _measure_spread(trials: Sequence[FrozenTrial]) -> list[tuple[str, int, str]]:
+    """Return split, number and spread of the losses of trials; [] if more than seeds vary."""
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    if any(set(trial.params) != {"seed"} for trial in complete):
+        return []
+    tests = [trial.user_attrs.get(study_lib.TEST_LOSS) for trial in complete]
+    spread = []
+    for split, found in (("validation", [trial.value for trial in complete]), ("test", tests)):
+        losses = [loss for loss in found if loss is not None]
+        text = "none was measured"
+        if losses:
+            deviation = statistics.stdev(losses) if len(losses) > 1 else 0.0
+            text = (
+                f"mean {statistics.mean(losses):.4f}, standard deviation {deviation:.4f}, from "
+                f"{min(losses):.4f} to {max(losses):.4f}"
+            )
+        spread.append((split, len(losses), text))
+    return spread
 
 
 def _make_best_file(best: FrozenTrial, config: ConfigDict, directory: Path) -> str:
@@ -196,42 +162,35 @@ def get_config() -> ConfigDict:
 
 def make_page(study: Study, directory: Path) -> str:
     """Return the page with the best trial, pictures and a table of all trials."""
-    trials, complete, best = list_trials(study), list_complete(study), find_best_trial(study)
+    trials = list_trials(study)
+    best, spread = table_lib.find_best_trial(trials), _measure_spread(trials)
     title = f"Sweep {html.escape(study.study_name)}"
-    parts = [f"<h1>{title}</h1><p>{html.escape(describe_progress(trials, len(trials)))}</p>"]
-    if best and _varies_seeds_only(complete):
-        lines = "".join(
-            f"<li>{split}: {_describe_spread(losses)}</li>"
-            for split, losses in _get_losses(complete).items()
-        )
-        parts.append(f"<h2>Spread over {len(complete)} seeds</h2><ul>{lines}</ul>")
+    parts = [
+        f"<h1>{title}</h1><p>{html.escape(table_lib.describe_progress(trials, len(trials)))}</p>"
+    ]
+    if best and spread:
+        lines = "".join(f"<li>{split}: {text}</li>" for split, _, text in spread)
+        parts.append(f"<h2>Spread over {spread[0][1]} seeds</h2><ul>{lines}</ul>")
     elif best:
+        settings = best.user_attrs.get(study_lib.OVERRIDES, best.params).items()
+        rows = [
+            (html.escape(name), html.escape(table_lib.format_value(value)))
+            for name, value in settings
+        ]
         test = best.user_attrs.get(study_lib.TEST_LOSS)
         test_loss = f", test loss {test:.4f}" if test is not None else ""
-        settings = best.user_attrs.get(study_lib.OVERRIDES, best.params).items()
-        rows = [(html.escape(name), html.escape(format_value(value))) for name, value in settings]
         parts.append(
             f"<h2>Best</h2><p>Trial {best.number}: validation loss {best.value:.4f}{test_loss}, in "
             f"nats per token.</p>{_make_table(rows)}"
             f"<pre>{html.escape(_get_command(best, directory))}</pre>"
         )
-    ended = [trial for trial in trials if _get_loss(trial) < math.inf]
+    ended = [trial for trial in trials if trial.value is not None]
     if ended:
         parts.append(
             "<h2>History</h2><p>A caret is a trial with a loss above the picture.</p>"
             f"{plots.draw_losses(ended)}"
         )
-    if importances := _compute_importances(study, complete):
-        caution = ": too few for more than a hint" if len(complete) < _MIN_RELIABLE else ""
-        bars = [
-            (html.escape(name), f"{share:.2f}", f"<meter value={share:.3f}></meter>")
-            for name, share in importances.items()
-        ]
-        parts.append(
-            "<h2>Importance</h2><p>How much each setting distinguishes the best tenth of the "
-            "complete trials from all of them (PED-ANOVA, Watanabe et al. 2023), computed from "
-            f"{len(complete)} complete trials{caution}.</p>{_make_table(bars)}"
-        )
+    parts.append(_show_importances(study))
     names = sorted({name for trial in ended for name in trial.params})
     varied = [n for n in names if len({str(t.params[n]) for t in ended if n in t.params}) > 1]
     if varied:
@@ -243,16 +202,11 @@ def make_page(study: Study, directory: Path) -> str:
             f"</p><div class=wide><div style='min-width: {len(varied) + 1}in'>"
             f"{plots.draw_parallel_coordinates(ended, varied)}</div></div>"
         )
-    best_number = best.number if best else None
-    ordered = sorted(trials, key=lambda trial: (_get_loss(trial), trial.number))
-    all_rows = [_make_row(trial, directory, trial.number == best_number) for trial in ordered]
-    return (
-        "<!doctype html><html lang=en><head><meta charset=utf-8>"
-        f'<meta http-equiv=Content-Security-Policy content="{_POLICY}">'
-        "<meta name=viewport content='width=device-width, initial-scale=1'>"
-        f"<title>{title}</title><style>{_STYLE}</style></head>"
-        f"<body>{''.join(parts)}<h2>Trials</h2>{_make_table(all_rows, _HEAD)}</body></html>\n"
-    )
+    ordered = sorted(trials, key=lambda t: (math.inf if t.value is None else t.value, t.number))
+    table = _make_table([_make_row(t, directory, t is best) for t in ordered], _HEAD)
+    parts.append(f"<h2>Trials</h2>{table}")
+    page = Path(__file__).with_name(PAGE).read_text("utf-8")
+    return page.replace("<!--title-->", title).replace("<!--body-->", "".join(parts))
 
 
 def _make_table(rows: Iterable[Iterable[object]], head: Iterable[str] = ()) -> str:
@@ -265,33 +219,40 @@ def _make_table(rows: Iterable[Iterable[object]], head: Iterable[str] = ()) -> s
 
 def _make_row(trial: FrozenTrial, directory: Path, is_best: bool) -> Sequence[object]:
     """Return the cells of a trial; the style colors a row with a <strong>."""
-    loss, test = _get_loss(trial), trial.user_attrs.get(study_lib.TEST_LOSS)
+    test, reason = map(trial.user_attrs.get, (study_lib.TEST_LOSS, study_lib.REASON))
     where = str(study_lib.get_trial_directory(directory, trial).relative_to(directory))
-    reason = trial.user_attrs.get(study_lib.REASON)
     return (
         f"<strong>{trial.number}</strong>" if is_best else trial.number,
-        describe_state(trial),
+        table_lib.describe_state(trial),
         max(trial.intermediate_values, default=0),
-        f"{loss:.4f}" if loss < math.inf else "",
+        f"{trial.value:.4f}" if trial.value is not None else "",
         f"{test:.4f}" if test is not None else "",
         f"{trial.duration.total_seconds():.0f}" if trial.duration else "",
-        html.escape(describe_settings(trial) + (f" ({reason})" if reason else "")),
+        html.escape(table_lib.describe_settings(trial) + (f" ({reason})" if reason else "")),
         f"<a href='{quote(f'{where}/{workdir.METRICS}')}'>{html.escape(where)}</a>",
     )
 
 
-def _get_loss(trial: FrozenTrial) -> float:
-    """Return the validation loss; infinity if there is none."""
-    return trial.value if trial.value is not None and math.isfinite(trial.value) else math.inf
-
-
-def _compute_importances(study: Study, complete: Sequence[FrozenTrial]) -> dict[str, float]:
-    """Return the share of each parameter, the highest first; empty for too few trials."""
-    if len(complete) < 4:
-        return {}
+def _show_importances(study: Study) -> str:
+    """Return the section on the share of each parameter, the highest first, or ""."""
+    number = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+    if number < _MIN_TRIALS:
+        return ""
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()
     try:
         found = optuna.importance.get_param_importances(study, evaluator=evaluator)
     except Exception:  # The trials share no parameter, or none varies, for example.
-        return {}
-    return {name: share for name, share in found.items() if math.isfinite(share)}
+        return ""
+    bars = [
+        (html.escape(name), f"{share:.2f}", f"<meter value={share:.3f}></meter>")
+        for name, share in found.items()
+        if math.isfinite(share)
+    ]
+    if not bars:
+        return ""
+    caution = ": too few for more than a hint" if number < _MIN_RELIABLE else ""
+    return (
+        "<h2>Importance</h2><p>How much each setting distinguishes the best tenth of the complete "
+        "trials from all of them (PED-ANOVA, Watanabe et al. 2023), computed from "
+        f"{number} complete trials{caution}.</p>{_make_table(bars)}"
+    )

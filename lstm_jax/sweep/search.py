@@ -3,6 +3,7 @@
 import contextlib
 import io
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from lstm_jax import train
-from lstm_jax.data import sources, texts
+from lstm_jax.data import texts
 from lstm_jax.errors import NotFiniteError, UnavailableError, UserError, one_line
 from lstm_jax.run import checkpoints, files, metrics, workdir
 from lstm_jax.sweep import population, report
@@ -67,8 +68,8 @@ def prepare_sweep(
 ) -> Sweep:
     """Check the options of a sweep, which `python -m lstm_jax.sweep --help` explains, and open it.
 
-    The text's checksum and absolute path are set in `experiment`, a complete config.
-    `experiment_name` is a part of the default name. Raises `UserError` or `OSError`.
+    `experiment` is a complete config; its name is a part of the default name. Raises `UserError` or
+    `OSError`.
     """
     if space_file and not seeds:
         space, space_name = space_lib.load_space(Path(space_file)), Path(space_file).stem
@@ -85,26 +86,21 @@ def prepare_sweep(
     configs, parameters = space.check(experiment)
     if members > 1:
         population.check_members(configs)
-    grid = space.grid() if sampler == "grid" else None
-    if grid is not None:
+    grid = None
+    if sampler == "grid":
+        grid = space.grid()
         trials = min(trials, math.prod(map(len, grid.values())))
-    experiment.data.sha256 = texts.load_texts(experiment.data).sha256
-    if experiment.data.path:  # So that best.py works in every directory.
-        experiment.data.path = sources.make_absolute(experiment.data.path)
+    experiment = texts.load_texts(experiment.data).settle(experiment)
     name = name or f"{experiment_name}_{space_name}"
     path = Path(directory or Path("runs", "sweeps", name))
     path.mkdir(parents=True, exist_ok=True)
     for own in (worker_lib.WORKERS, study_lib.TRIALS):
         worker_lib.make_directory(path / own)
     report.check_paths(path)
+    own_sampler = study_lib.make_sampler(sampler, seed, grid)
+    own_pruner = study_lib.make_pruner(pruner, experiment.num_epochs)
     study = study_lib.open_study(
-        path,
-        location,
-        name,
-        experiment,
-        parameters,
-        study_lib.make_sampler(sampler, seed, grid),
-        study_lib.make_pruner(pruner, experiment.num_epochs),
+        path, location, name, experiment, parameters, own_sampler, own_pruner
     )
     study_lib.check_space(study, space)
     return Sweep(study, experiment, space, path, trials, members)
@@ -125,11 +121,7 @@ def run_sweep(sweep: Sweep) -> int:
 def run_worker(sweep: Sweep, worker: worker_lib.Worker, table: Table) -> int:
     """Train trials until all workers together have finished enough of them.
 
-    Returns:
-      The exit code: 0, or that of a signal after which the trials were given back.
-
-    Raises:
-      UserError: if several trials in a row fail.
+    Return the exit code: 0, or that of a signal, after which `worker` has trials to give back.
     """
     failures: list[str] = []
     while True:
@@ -137,30 +129,28 @@ def run_worker(sweep: Sweep, worker: worker_lib.Worker, table: Table) -> int:
         while len(trials) < sweep.population and (trial := worker.next()):
             trials.append(trial)
         if not trials:
-            if len(study_lib.list_finished(worker.study)) >= sweep.trials:
+            if len(study_lib.list_finished(sweep.study)) >= sweep.trials:
                 return 0
             time.sleep(_SECONDS_BETWEEN_LOOKS)  # Others are working on the last ones.
             continue
         try:
             reasons = _train_trials(sweep, worker, trials)
-        except (_InterruptedError, UpdateFinishedTrialError) as error:
+        except _InterruptedError as error:
+            return int(error.args[0])
+        except UpdateFinishedTrialError:  # Another worker has taken one of them over.
             for trial in trials:
-                worker.give_back(trial.number)
-            if isinstance(error, _InterruptedError):
-                return int(error.args[0])
-            reasons = [""] * len(trials)  # Another worker has taken one of them over.
+                worker.close(trial.number, study_lib.GIVEN_BACK)
+            reasons = [""] * len(trials)
         for trial, reason in zip(trials, reasons, strict=True):
             failures = [*failures, reason] if reason else []
             table.tell(trial.number)
-        report.write_trials(worker.study, sweep.directory)
+        report.write_trials(sweep.study, sweep.directory)
         jax.clear_caches()  # Each trial compiles its own functions.
         if len(failures) >= _MAX_FAILURES:
             raise UserError(f"{len(failures)} trials in a row failed, the last: {failures[-1]}")
 
 
-def _train_trials(
-    sweep: Sweep, worker: worker_lib.Worker, trials: Sequence[Trial]
-) -> Sequence[str]:
+def _train_trials(sweep: Sweep, worker: worker_lib.Worker, trials: Sequence[Trial]) -> list[str]:
     """Train trials and tell the study their results; return why each failed, or ""."""
     configs, directories = [], []
     for trial in trials:
@@ -171,20 +161,28 @@ def _train_trials(
             _fail(worker, trial, error)
             raise
         trial.set_user_attr(study_lib.OVERRIDES, overrides)
-    for trial in trials:
         directories.append(study_lib.get_trial_directory(sweep.directory, _freeze(trial)))
         worker_lib.claim_directory(directories[-1], _freeze(trial))
-    if sweep.population == 1:
-        return [_train_trial(worker, trials[0], configs[0], directories[0])]
 
     def report_loss(member: int, epoch: int, loss: float) -> None:
         with contextlib.suppress(UpdateFinishedTrialError):
             _report(trials[member], epoch, loss)
 
-    output = sweep.directory / OUTPUT
+    is_alone = sweep.population == 1
+    output = (directories[0] if is_alone else sweep.directory) / OUTPUT
     try:
-        with _append(output) as file, contextlib.redirect_stdout(file):
-            reasons = population.train_population(configs, directories, report_loss)
+        with (
+            _append(output) as file,
+            contextlib.redirect_stdout(file),
+            contextlib.redirect_stderr(file if is_alone else sys.stderr),
+        ):
+            if is_alone:
+                reasons = [_train_trial(trials[0], configs[0], directories[0])]
+            else:
+                reasons = population.train_population(configs, directories, report_loss)
+    except TrialPruned:
+        worker.tell(trials[0], TrialState.PRUNED)
+        return [""]
     except _FAILURES as error:
         return [_fail(worker, trial, error) for trial in trials]
     for trial, directory, reason in zip(trials, directories, reasons, strict=True):
@@ -195,10 +193,8 @@ def _train_trials(
     return [""] * len(trials)
 
 
-def _train_trial(
-    worker: worker_lib.Worker, trial: Trial, config: ConfigDict, directory: Path
-) -> str:
-    """Train one trial and tell the study its result; return why it failed, or ""."""
+def _train_trial(trial: Trial, config: ConfigDict, directory: Path) -> str:
+    """Train one trial; return the reason if it diverged, or ""."""
 
     def report_loss(row: Mapping[str, Any]) -> None:
         epoch = row["epoch"]
@@ -208,22 +204,11 @@ def _train_trial(
                 raise TrialPruned
 
     try:
-        with (
-            _append(directory / OUTPUT) as output,
-            contextlib.redirect_stdout(output),
-            contextlib.redirect_stderr(output),
-        ):
-            exit_code = train.train(config, directory, report_loss)
-    except TrialPruned:
-        worker.tell(trial, TrialState.PRUNED)
+        exit_code = train.train(config, directory, report_loss)
     except NotFiniteError as error:
-        worker.tell(trial, TrialState.PRUNED, reason=f"diverged: {error}")
-    except _FAILURES as error:
-        return _fail(worker, trial, error)
-    else:
-        if exit_code:
-            raise _InterruptedError(exit_code)
-        _complete(worker, trial, directory)
+        return str(error)
+    if exit_code:
+        raise _InterruptedError(exit_code)
     return ""
 
 

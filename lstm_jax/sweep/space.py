@@ -165,20 +165,19 @@ def _convert_errors(file: str) -> Iterator[None]:
     """Convert whatever code of a space file raises to a `UserError` with its line."""
     try:
         yield
+        return
+    except (UpdateFinishedTrialError, UserError):
+        raise
     except SystemExit as error:
         if type(error) is not SystemExit:  # A signal handler raised it.
             raise
-        raise UserError(f"space file {file}: it calls sys.exit({error.code!r:.80})") from None
+        reason = f": it calls sys.exit({error.code!r:.80})"
     except optuna.TrialPruned:
-        raise UserError(
-            f"{file}: it raised TrialPruned: return valid fields for every trial"
-        ) from None
-    except (UpdateFinishedTrialError, UserError):
-        raise
+        reason = ": it raised TrialPruned: return valid fields for every trial"
     except SyntaxError as error:
-        raise UserError(f"space file {error.filename}, line {error.lineno}: {error.msg}") from None
+        file, reason = str(error.filename), f", line {error.lineno}: {error.msg}"
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if frame.filename == file]
-        line = (own or frames)[-1].lineno
-        raise UserError(f"space file {file}, line {line}: {one_line(error)}") from None
+        reason = f", line {(own or frames)[-1].lineno}: {one_line(error)}"
+    raise UserError(f"space file {file}{reason}") from None

@@ -30,10 +30,6 @@ _DRIVERS = {
     "postgres": "postgresql+psycopg",
     "mysql": "mysql+pymysql",
 }
-_NO_URL = (
-    "--study is not the URL of a database, such as postgresql://user:password@host/database, "
-    "mysql://..., sqlite:///FILE or journal:FILE"
-)
 
 # A journal starts with this, and none of its records is longer.
 _FIRST_BYTES, _MAX_RECORD_BYTES = b'{"op_code":', 2**24
@@ -42,33 +38,35 @@ _FIRST_BYTES, _MAX_RECORD_BYTES = b'{"op_code":', 2**24
 _NAMES_ANOTHER = bytes.fromhex("d9d505f920a163d7")
 
 
-def open_storage(
-    database: Path, location: str | None, check_trial: Callable[[FrozenTrial], None]
-) -> BaseStorage:
-    """Open the storage of a study; make it if it does not exist.
+# Returns a trial; raises `UserError` for one that no sweep makes.
+_CheckTrial = Callable[[FrozenTrial], FrozenTrial]
 
-    Args:
-      database: an SQLite file, used if `location` is None.
-      location: the URL of a database, or journal:FILE.
-      check_trial: called with each trial that is read; raises `UserError` for a bad one.
 
-    Raises:
-      UserError: if the storage can't be reached or written, or is not safe to open.
+def open_storage(database: Path, location: str | None, check_trial: _CheckTrial) -> BaseStorage:
+    """Open or make the storage of a study: at `location`, or else the SQLite file `database`.
+
+    Raises `UserError` if it can't be reached or written, or is not safe to open.
     """
     if location and location.startswith("journal:"):
         path = Path(location.removeprefix("journal:")).resolve()
-        with convert_errors(f" in {path}"):
-            storage: BaseStorage = _open_journal(path)
-        return cast(BaseStorage, _CheckedStorage(storage, f" in {path}", check_trial))
+        place = f" in {path}"
+        with convert_errors(place):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.open_append(path).close()
+            with files.open_regular(path) as file:
+                if not _FIRST_BYTES.startswith(file.read(len(_FIRST_BYTES))):
+                    raise UserError(f"{path} is not a journal of Optuna's: name another --study")
+            journal = JournalStorage(JournalFileBackend(str(path), _JournalLock(path)))
+        return cast(BaseStorage, _CheckedStorage(journal, place, check_trial))
     url = sqlalchemy.URL.create("sqlite", database=str(database.absolute()))
     place = ""
     try:
         if location is not None:
             url = sqlalchemy.make_url(location)
         backend = url.get_backend_name()
-        settings = {"timeout": 60} if backend == "sqlite" else {"connect_timeout": 10}
+        settings = {"connect_timeout": 10}
         if backend == "sqlite":
-            place = f" in {url.database}"
+            settings, place = {"timeout": 60}, f" in {url.database}"
             if url.database:
                 # A file that the user names may be a link.
                 path = Path(url.database)
@@ -80,13 +78,19 @@ def open_storage(
         )
         with engine.connect() as connection:
             if backend == "sqlite":
-                _check_sqlite_schema(connection)
+                # Queries of its own may never end.
+                query = "SELECT name FROM sqlite_master WHERE type IN ('view', 'trigger')"
+                if found := connection.exec_driver_sql(query).first():
+                    raise OSError(errno.EINVAL, f"It has a view or trigger, {found[0]!r:.80}")
     except ModuleNotFoundError as error:
         raise UserError(
             f"{backend} needs the module {error.name}: pip install 'lstm-jax[sweep-servers]'"
         ) from None
     except (sqlalchemy.exc.ArgumentError, ValueError, TypeError):
-        raise UserError(_NO_URL) from None  # The error may show a part of the password.
+        raise UserError(  # The error itself may show a part of the password.
+            "--study is not the URL of a database, such as postgresql://user:password@host/"
+            "database, mysql://..., sqlite:///FILE or journal:FILE"
+        ) from None
     except Exception as error:  # Drivers raise exceptions of any type.
         reason = _mask_secrets(_describe(error), location or "")
         raise UserError(f"can't use the database{place}: {reason}") from None
@@ -97,7 +101,7 @@ def open_storage(
     return cast(BaseStorage, _CheckedStorage(get_storage(made), place, check_trial))
 
 
-def _make_tables(url: str, settings: dict[str, Any]) -> RDBStorage:
+def _make_tables(url: str, settings: dict[str, int]) -> RDBStorage:
     """Make Optuna's storage; retry, since several workers may make its tables at once."""
     for attempt in range(1, 10):
         with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError, StorageInternalError):
@@ -107,10 +111,9 @@ def _make_tables(url: str, settings: dict[str, Any]) -> RDBStorage:
 
 
 def _begin_immediately(engine: sqlalchemy.Engine) -> None:
-    """Make transactions of SQLite read only what no other process can change until they end.
+    """Let no other process write between what a transaction of SQLite reads and writes.
 
-    Without this recipe from SQLAlchemy's documentation, two processes that read the state of a
-    trial can both change it.
+    Without this recipe of SQLAlchemy's, two processes that read a trial can both change it.
     """
     engine.dispose()
     listen = sqlalchemy.event.listen
@@ -126,22 +129,6 @@ def _check_sqlite_files(path: Path) -> None:
             if files.read_tail(file, 8) == _NAMES_ANOTHER:
                 what = "It names another file, which SQLite would delete"
                 raise OSError(errno.EINVAL, what, str(file))
-
-
-def _check_sqlite_schema(connection: sqlalchemy.Connection) -> None:
-    """Raise `OSError` for a database with queries of its own, which may never end."""
-    query = "SELECT name FROM sqlite_master WHERE type IN ('view', 'trigger')"
-    if found := connection.exec_driver_sql(query).first():
-        raise OSError(errno.EINVAL, f"It has a view or trigger, {found[0]!r:.80}")
-
-
-def _open_journal(path: Path) -> JournalStorage:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.open_append(path).close()
-    with files.open_regular(path) as file:
-        if not _FIRST_BYTES.startswith(file.read(len(_FIRST_BYTES))):
-            raise UserError(f"{path} is not a journal of Optuna's: name another --study")
-    return JournalStorage(JournalFileBackend(str(path), _JournalLock(path)))
 
 
 class _JournalLock(JournalFileOpenLock):
@@ -165,7 +152,6 @@ class _JournalLock(JournalFileOpenLock):
         return True
 
     def release(self) -> None:
-        """Release the lock."""
         self._file.close()
 
 
@@ -183,24 +169,17 @@ class Guarded:
 class _CheckedStorage(Guarded):
     """A storage that checks each trial as it is read."""
 
-    def __init__(
-        self, inner: BaseStorage, place: str, check_trial: Callable[[FrozenTrial], None]
-    ) -> None:
+    def __init__(self, inner: BaseStorage, place: str, check_trial: _CheckTrial) -> None:
         super().__init__(inner, place)
         self._check_trial = check_trial
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
         with convert_errors(self._place):
-            trial: FrozenTrial = self._inner.get_trial(trial_id)
-            self._check_trial(trial)
-        return trial
+            return self._check_trial(self._inner.get_trial(trial_id))
 
     def get_all_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
         with convert_errors(self._place):
-            trials: list[FrozenTrial] = self._inner.get_all_trials(*args, **kwargs)
-            for trial in trials:
-                self._check_trial(trial)
-        return trials
+            return [self._check_trial(t) for t in self._inner.get_all_trials(*args, **kwargs)]
 
 
 @contextlib.contextmanager

@@ -57,19 +57,9 @@ def open_study(
     sampler: BaseSampler,
     pruner: optuna.pruners.BasePruner,
 ) -> Study:
-    """Open the study of a sweep; make it if it does not exist.
+    """Open or make the study of a sweep: at `location`, or else in the sweep's directory.
 
-    Args:
-      directory: of the sweep.
-      location: the URL of a database, or journal:FILE. None: an SQLite file in `directory`.
-      name: of the study.
-      experiment: the config that trials change.
-      parameters: the names of all parameters that trials draw.
-      sampler: from `make_sampler`.
-      pruner: from `make_pruner`.
-
-    Raises:
-      UserError: if it can't be reached or written, or was made for another experiment or space.
+    Raises `UserError` if it can't be reached or written, or is for another experiment or space.
     """
     study = optuna.create_study(
         storage=open_storage(directory / DATABASE, location, check_trial),
@@ -117,39 +107,43 @@ def check_space(study: Study, space: Space) -> None:
             )
 
 
-def check_trial(trial: FrozenTrial) -> None:
-    """Raise `UserError` for a trial with values that no sweep writes."""
-    attributes, losses, number = trial.user_attrs, trial.intermediate_values, trial.number
-    deaths = attributes.get(DEATHS, [0, []])
+def check_trial(trial: FrozenTrial) -> FrozenTrial:
+    """Return a trial; raise `UserError` if it has values that no sweep writes."""
+    losses, values, number = trial.intermediate_values, trial.values, trial.number
+    found = {
+        **trial.user_attrs,
+        "value": values,
+        "dict of losses": losses,
+        "dict of system attributes": trial.system_attrs,
+        "state": trial.state.name,
+    }
+    deaths = found.get(DEATHS, [0, []])
     is_valid = {
-        ORIGIN: _matches(attributes.get(ORIGIN), "[0-9a-f]{32}"),
-        WORKER: _matches(attributes.get(WORKER), "[^/]+/[0-9a-f]{32}/[0-9a-f]{32}"),
-        BEAT: _is_count(attributes.get(BEAT, 0)),
-        RESUMES: RESUMES not in attributes or _is_count(attributes[RESUMES], number - 1),
-        WORKDIR: _is_count(attributes.get(WORKDIR, 0), number),
-        PLACE: _is_count(attributes.get(PLACE, 0), number),
+        ORIGIN: _matches(found.get(ORIGIN), "[0-9a-f]{32}"),
+        WORKER: _matches(found.get(WORKER), "[^/]+/[0-9a-f]{32}/[0-9a-f]{32}"),
+        BEAT: _is_count(found.get(BEAT, 0)),
+        RESUMES: RESUMES not in found or _is_count(found[RESUMES], number - 1),
+        WORKDIR: _is_count(found.get(WORKDIR, 0), number),
+        PLACE: _is_count(found.get(PLACE, 0), number),
         DEATHS: isinstance(deaths, list)
         and [type(part) for part in deaths] == [int, list]
         and deaths[0] >= 0,
-        REASON: isinstance(attributes.get(REASON, ""), str),
-        OVERRIDES: isinstance(attributes.get(OVERRIDES, {}), dict),
-        TEST_LOSS: _is_loss(attributes.get(TEST_LOSS, 0)),
+        REASON: isinstance(found.get(REASON, ""), str),
+        OVERRIDES: isinstance(found.get(OVERRIDES, {}), dict),
+        TEST_LOSS: _is_loss(found.get(TEST_LOSS, 0)),
+        "value": values is None or (len(values) == 1 and _is_loss(values[0])),
+        "dict of losses": all(_is_count(epoch) and _is_loss(losses[epoch]) for epoch in losses),
+        "dict of system attributes": isinstance(trial.system_attrs, dict),
+        "state": trial.state != TrialState.WAITING,
     }
-    wrong = [f"{n} is {attributes.get(n)!r:.80}" for n, valid in is_valid.items() if not valid]
-    if not all(_is_count(epoch) and _is_loss(loss) for epoch, loss in losses.items()):
-        wrong.append(f"losses are {losses!r:.80}")
-    if trial.values is not None and not (len(trial.values) == 1 and _is_loss(trial.values[0])):
-        wrong.append(f"values are {trial.values!r:.80}")
-    if trial.state == TrialState.WAITING:
-        wrong.append("state is WAITING")
-    if not isinstance(trial.system_attrs, dict):
-        wrong.append(f"system attributes are {trial.system_attrs!r:.80}")
-    if wrong:
-        raise UserError(
-            f"trial {number} of the study was not made by a sweep (its {wrong[0]}): name another "
-            "study"
-        )
+    for name, valid in is_valid.items():
+        if not valid:
+            raise UserError(
+                f"trial {number} of the study was not made by a sweep (its {name} is "
+                f"{found.get(name)!r:.80}): name another study"
+            )
     trial._validate()
+    return trial
 
 
 def _is_count(value: Any, most: float = float("inf")) -> bool:
@@ -167,7 +161,7 @@ def _matches(value: Any, pattern: str) -> bool:
 
 def make_sampler(name: str, seed: int, grid: Mapping[str, list[Any]] | None = None) -> BaseSampler:
     """Return one of `SAMPLERS`; "grid" needs the values of each parameter."""
-    return cast(BaseSampler, _SeededSampler(name, seed, grid))
+    return cast(BaseSampler, _SeededSampler(name, seed, grid or {}))
 
 
 class _SeededSampler(Guarded):
@@ -177,7 +171,7 @@ class _SeededSampler(Guarded):
     however often the trial is resumed, and two workers never draw the same.
     """
 
-    def __init__(self, name: str, seed: int, grid: Mapping[str, list[Any]] | None) -> None:
+    def __init__(self, name: str, seed: int, grid: Mapping[str, list[Any]]) -> None:
         self._name, self._seed, self._grid = name, seed, grid
         super().__init__(self._make(0))
 
@@ -186,18 +180,16 @@ class _SeededSampler(Guarded):
         if self._name == "tpe":
             return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
         if self._name == "grid":
-            return optuna.samplers.GridSampler(self._grid or {}, seed=self._seed)
+            return optuna.samplers.GridSampler(self._grid, seed=self._seed)
         return optuna.samplers.RandomSampler(seed=seed)
 
+    @convert_errors()
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         self._inner = self._make(trial.user_attrs.get(PLACE, trial.number))
-        with convert_errors():
-            self._inner.before_trial(study, trial)
+        self._inner.before_trial(study, trial)
 
-    def after_trial(self, study: Study, trial: FrozenTrial, *outcome: Any) -> None:
-        if self._name != "grid":  # The grid's would only stop Optuna's own loop.
-            with convert_errors():
-                self._inner.after_trial(study, trial, *outcome)
+    def after_trial(self, *outcome: Any) -> None:
+        """Do nothing: the grid's method would stop Optuna's own loop, and the others do nothing."""
 
 
 def make_pruner(name: str, num_epochs: int) -> optuna.pruners.BasePruner:
@@ -211,9 +203,9 @@ def make_pruner(name: str, num_epochs: int) -> optuna.pruners.BasePruner:
 class _Hyperband(optuna.pruners.HyperbandPruner):
     """Hyperband that keeps a trial in its bracket when another worker resumes it."""
 
+    @convert_errors()
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        with convert_errors():
-            return super().prune(study, trial)
+        return super().prune(study, trial)
 
     def _get_bracket_id(self, study: Study, trial: FrozenTrial) -> int:
         first = copy.copy(trial)

@@ -3,7 +3,7 @@
 import collections
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Self
 
 from optuna.study import Study
@@ -17,7 +17,6 @@ from lstm_jax.errors import visible
 from lstm_jax.sweep import study as study_lib
 
 _MAX_ROWS = 12
-_UPDATES_PER_SECOND = 0.5
 
 
 class Table:
@@ -30,10 +29,7 @@ class Table:
         self._console = Console(file=sys.stderr)
         self._shown = Group()
         self._live = Live(
-            console=self._console,
-            get_renderable=self._draw,
-            refresh_per_second=_UPDATES_PER_SECOND,
-            transient=True,
+            console=self._console, get_renderable=self._draw, refresh_per_second=0.5, transient=True
         )
 
     def __enter__(self) -> Self:
@@ -49,38 +45,39 @@ class Table:
         if self._live.is_started:
             return
         trials = self._study.get_trials(deepcopy=False)
-        (ended,) = (trial for trial in trials if trial.number == number)
+        ended = trials[number]
         text = f"trial {number} {describe_state(ended) or 'given back'}"
         if ended.value is not None:
             text += f" at {ended.value:.4f}"
         if reason := ended.user_attrs.get(study_lib.REASON):
             text += f" ({reason})"
-        text = f"{visible(f'{text}: {describe_settings(ended)}')}; "
-        text += describe_progress(trials, self._trials)
+        text = visible(f"{text}: {describe_settings(ended)}")
+        text += f"; {describe_progress(trials, self._trials)}"
         self._console.print(text, soft_wrap=True, markup=False, highlight=False)
 
     def _draw(self) -> Group:
-        if self._console.is_terminal:
-            with contextlib.suppress(Exception):  # The database may be out of reach for a while.
-                self._shown = self._draw_now()
+        with contextlib.suppress(Exception):  # The database may be out of reach for a while.
+            trials = self._study.get_trials(deepcopy=False)
+            table = RichTable(box=None, pad_edge=False)
+            for name, width in (("trial", 5), ("state", 8), ("epochs", 6), ("loss", 6)):
+                table.add_column(name, no_wrap=True, min_width=width)
+            table.add_column("settings")
+            running = [t for t in trials if t.state == TrialState.RUNNING]
+            ended = [t for t in trials if t.state.is_finished() and describe_state(t)]
+            shown = [*ended, *running][-max(_MAX_ROWS, len(running)) :]
+            for trial in sorted(shown, key=lambda t: t.number):
+                losses = trial.intermediate_values
+                loss = f"{min(losses.values()):.4f}" if losses else ""
+                settings = visible(describe_settings(trial))
+                table.add_row(
+                    str(trial.number),
+                    describe_state(trial),
+                    str(max(losses, default=0)),
+                    loss,
+                    Text(settings, no_wrap=True, overflow="ellipsis"),
+                )
+            self._shown = Group(Text(describe_progress(trials, self._trials)), table)
         return self._shown
-
-    def _draw_now(self) -> Group:
-        trials = self._study.get_trials(deepcopy=False)
-        table = RichTable(box=None, pad_edge=False)
-        for name, width in (("trial", 5), ("state", 8), ("epochs", 6), ("loss", 6)):
-            table.add_column(name, no_wrap=True, min_width=width)
-        table.add_column("settings")
-        running = [t for t in trials if t.state == TrialState.RUNNING]
-        ended = [t for t in trials if t.state.is_finished() and describe_state(t)]
-        shown = [*running, *ended[-(_MAX_ROWS - len(running)) :]]
-        for trial in sorted(shown, key=lambda t: t.number):
-            losses = trial.intermediate_values
-            loss = f"{min(losses.values()):.4f}" if losses else ""
-            epochs = str(max(losses, default=0))
-            settings = Text(visible(describe_settings(trial)), no_wrap=True, overflow="ellipsis")
-            table.add_row(str(trial.number), describe_state(trial), epochs, loss, settings)
-        return Group(Text(describe_progress(trials, self._trials)), table)
 
 
 def describe_state(trial: FrozenTrial) -> str:
@@ -94,7 +91,7 @@ def describe_state(trial: FrozenTrial) -> str:
 
 
 def describe_settings(trial: FrozenTrial) -> str:
-    """Return what a trial changes, as field=value."""
+    """Return the fields that a trial changes, as field=value."""
     overrides = trial.user_attrs.get(study_lib.OVERRIDES, trial.params)
     return ", ".join(
         f"{name.rpartition('.')[2]}={format_value(v)}" for name, v in overrides.items()
@@ -106,18 +103,21 @@ def format_value(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def find_best_trial(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
+    """Return the complete trial with the lowest validation loss; None if there is none."""
+    complete = (trial for trial in trials if trial.state == TrialState.COMPLETE)
+    return min(complete, key=lambda trial: trial.values[0], default=None)
+
+
 def describe_progress(trials: Sequence[FrozenTrial], wanted: int) -> str:
     """Return the number of trials in each state, the best of them, and the remaining time."""
-    shown = [trial for trial in trials if describe_state(trial)]
-    counts = collections.Counter(map(describe_state, shown))
+    counts = collections.Counter(filter(None, map(describe_state, trials)))
     running = counts["running"]
-    ended = len(shown) - running
+    ended = counts.total() - running
     parts = [f"{ended} of {wanted} trials", *(f"{n} {name}" for name, n in counts.items())]
-    complete = [t for t in shown if t.state == TrialState.COMPLETE and t.value is not None]
-    if complete:
-        best = min(complete, key=lambda t: t.values[0])
+    if best := find_best_trial(trials):
         parts.append(f"best {best.value:.4f} (trial {best.number})")
-    seconds = [t.duration.total_seconds() for t in shown if t.duration is not None]
+    seconds = [t.duration.total_seconds() for t in trials if t.duration and describe_state(t)]
     if seconds and ended < wanted:
         left = sum(seconds) / len(seconds) * (wanted - ended) / max(1, running)
         hours, minutes = divmod(round(left / 60), 60)

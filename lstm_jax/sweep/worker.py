@@ -92,7 +92,7 @@ class Worker:
         # as those of a dead worker.
         with contextlib.suppress(UserError, OSError):
             for number in list(self._own):
-                self.give_back(number)
+                self.close(number, study_lib.GIVEN_BACK)
             (self._directory / self._name).unlink()
         self._lock.close()
 
@@ -110,7 +110,7 @@ class Worker:
         """Return a trial whose worker died, or else a new one; None if none is left."""
         for trial in list_running(self.study):
             if trial.number not in self._own and self._is_dead(trial):
-                self._close(trial.number)
+                self.close(trial.number)
         for orphan in self._find_orphans():
             if resumed := self._resume(orphan):
                 return resumed
@@ -118,17 +118,17 @@ class Worker:
             return None
         new = self._add({study_lib.ORIGIN: uuid.uuid4().hex})
         if sum(not is_closed(trial) for trial in self._before(new)) >= self._trials:
-            self._drop(new)
+            self.close(new.number, study_lib.DROPPED)
             return None
         return new
 
-    def give_back(self, number: int) -> None:
-        """Close a trial that this worker leaves, so that any worker can resume it."""
+    def close(self, number: int, mark: str = "") -> None:
+        """Close a trial without a result, unless it is finished; set `mark` if it is an own one."""
         trial_id = self._own.pop(number, None)
-        with contextlib.suppress(UpdateFinishedTrialError):
+        with contextlib.suppress(ValueError, UpdateFinishedTrialError):
             if trial_id is not None:
-                self.study._storage.set_trial_user_attr(trial_id, study_lib.GIVEN_BACK, True)
-            self._close(number)
+                self.study._storage.set_trial_user_attr(trial_id, mark, True)
+            self.study.tell(number, state=TrialState.FAIL)
 
     def tell(
         self, trial: optuna.Trial, state: TrialState, loss: float | None = None, reason: str = ""
@@ -146,18 +146,20 @@ class Worker:
     def _add(self, user_attrs: Mapping[str, Any], like: FrozenTrial | None = None) -> optuna.Trial:
         """Add a trial that belongs to this worker from the start."""
         ticket = f"{socket.gethostname()}/{self._name}/{uuid.uuid4().hex}"
+        like = like or optuna.trial.create_trial(state=TrialState.RUNNING)
+        system_attrs = {
+            name: value
+            for name, value in like.system_attrs.items()
+            if name in ("grid_id", "search_space") or name.startswith("completed_rung_")
+        }
         self.study.add_trial(
             optuna.trial.create_trial(
                 state=TrialState.RUNNING,
-                params=like.params if like else None,
-                distributions=like.distributions if like else None,
-                intermediate_values=like.intermediate_values if like else None,
+                params=like.params,
+                distributions=like.distributions,
+                intermediate_values=like.intermediate_values,
                 user_attrs={**user_attrs, study_lib.WORKER: ticket},
-                system_attrs={
-                    name: value
-                    for name, value in (like.system_attrs if like else {}).items()
-                    if name in ("grid_id", "search_space") or name.startswith("completed_rung_")
-                },
+                system_attrs=system_attrs,
             )
         )
         trials = self.study.get_trials(deepcopy=False)
@@ -171,17 +173,6 @@ class Worker:
 
     def _before(self, trial: optuna.Trial) -> list[FrozenTrial]:
         return [t for t in self.study.get_trials(deepcopy=False) if t.number < trial.number]
-
-    def _close(self, number: int) -> None:
-        """Close a trial without a result; do nothing if it is finished."""
-        with contextlib.suppress(ValueError, UpdateFinishedTrialError):
-            self.study.tell(number, state=TrialState.FAIL)
-
-    def _drop(self, trial: optuna.Trial) -> None:
-        """Close a trial that is one too many."""
-        self._own.pop(trial.number, None)
-        trial.set_user_attr(study_lib.DROPPED, True)
-        self.study.tell(trial, state=TrialState.FAIL)
 
     def _is_dead(self, trial: FrozenTrial) -> bool:
         """Return whether the worker of a trial is dead."""
@@ -229,7 +220,7 @@ class Worker:
         }
         trial = self._add(attributes, orphan)
         if any(t.user_attrs.get(study_lib.RESUMES) == orphan.number for t in self._before(trial)):
-            self._drop(trial)
+            self.close(trial.number, study_lib.DROPPED)
             return None
         if deaths >= _MAX_DEATHS:
             self.tell(trial, TrialState.FAIL, reason=f"{deaths} workers in a row died of it")
