@@ -27,8 +27,8 @@ from lstm_jax.run import files, lock, messages, metrics, resume, workdir
 from lstm_jax.run.profiler import Profiler
 from lstm_jax.run.progress import Progress
 from lstm_jax.run.stopping import Pacer, Stopped, StopRequest
+from lstm_jax.run.streams import make_printable
 from lstm_jax.train_step import make_train_step
-from lstm_jax.vocabulary import make_printable
 
 # Called with each row of metrics.jsonl, without its checksum.
 Watch = Callable[[Mapping[str, Any]], object]
