@@ -26,27 +26,16 @@ def check_recurrence(config: ConfigDict) -> None:
 
 
 class Start(NamedTuple):
-    """What training starts with, whether the run is new or restored.
-
-    Attributes:
-      model: the model.
-      state: the training state.
-      iterator: over training batches, or over their places where the text is on the devices.
-      step: training steps done.
-      steps_per_epoch: training steps in a pass over the text.
-      total_steps: training steps until the end of the last epoch.
-      history: sizes of the files that the run appends to, at the checkpoint; None for a new run.
-      trained: the run that a new run takes its first weights from, if any.
-    """
+    """What training starts with, whether the run is new or restored."""
 
     model: model_lib.LanguageModel
     state: TrainState
-    iterator: grain.DatasetIterator
-    step: int
+    iterator: grain.DatasetIterator  # Over training batches, or over their places.
+    step: int  # Training steps done.
     steps_per_epoch: int
-    total_steps: int
-    history: dict[str, int] | None
-    trained: workdir.Trained | None
+    total_steps: int  # Until the end of the last epoch.
+    history: dict[str, int] | None  # `workdir.history_sizes` when it was saved; None if it is new.
+    trained: workdir.Trained | None  # The run that a new run takes its first weights from, if any.
 
 
 def restore_run(
@@ -67,7 +56,7 @@ def restore_run(
       text: the training text.
       ids: its ids.
       mesh: the devices; None for the default device.
-      places: whether the iterator yields places only, see `batches.make_batches`.
+      places: see `batches.make_batches`.
 
     Raises:
       UserError: if the text is too short, or the working directory is damaged or has more epochs.
@@ -90,21 +79,18 @@ def restore_run(
         counts=text.count_tokens(vocabulary) if is_new else None,
     )
     restored = checkpoints.restore_latest(saved_in, state.evaluated, state.rest, iterator)
-    if restored is None:
-        if (directory / workdir.METRICS).exists():
-            raise UserError(
-                f"{directory} holds {workdir.METRICS} but no checkpoint: restore "
-                f"{workdir.CHECKPOINTS}/, or start a new run with another --workdir"
-            )
-        return Start(model, state, iterator, 0, steps_per_epoch, total_steps, None, trained)
-    if restored.step > total_steps:
+    step, history = 0, None
+    if restored:
+        step, history = restored.step, restored.history
+        state = TrainState.join(restored.params, restored.state)
+    elif (directory / workdir.METRICS).exists():
         raise UserError(
-            f"the run in {directory} has trained {restored.step / steps_per_epoch:g} epochs "
-            f"already, and --config.num_epochs={config.num_epochs} is fewer: name more, or another "
-            "--workdir"
+            f"{directory} holds {workdir.METRICS} but no checkpoint: restore "
+            f"{workdir.CHECKPOINTS}/, or start a new run with another --workdir"
         )
-    state = TrainState.join(restored.params, restored.state)
-    history = restored.history
-    return Start(
-        model, state, iterator, restored.step, steps_per_epoch, total_steps, history, trained
-    )
+    if step > total_steps:
+        raise UserError(
+            f"the run in {directory} has trained {step / steps_per_epoch:g} epochs already, and "
+            f"--config.num_epochs={config.num_epochs} is fewer: name more, or another --workdir"
+        )
+    return Start(model, state, iterator, step, steps_per_epoch, total_steps, history, trained)

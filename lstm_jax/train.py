@@ -108,8 +108,8 @@ class _Run:
             f"{config_lib.to_json(config)}",
             "config, text and working directory: start all with the same command",
         )
-        self.on_devices = feeding.fits_on_device(self.ids["train"], len(vocabulary))
         ids = self.ids["train"]
+        self.on_devices = feeding.fits_on_device(ids, len(vocabulary))
         start = restore_run(config, directory, vocabulary, text, ids, mesh, self.on_devices)
         self.model, self.state, self.step = start.model, start.state, start.step
         self.iterator, self.history = start.iterator, start.history
@@ -119,12 +119,10 @@ class _Run:
                 files.remove_partial(directory)
                 resume.save_settled(directory, config, vocabulary, start.step, changes)
         self.checkpoints = checkpoints_lib.CheckpointWriter(self.saved_in)
-        length, steps = config.batches.window_length, start.steps_per_epoch
-        params = self.state.params
-        print(messages.describe_setup(params, vocabulary, self.ids, length, steps), flush=True)
-        if start.trained:
-            source = messages.describe_source(config.init_from, start.trained, vocabulary)
-            print(source, flush=True)
+        self.saved, self.saved_at = start.step, time.monotonic()
+        messages.print_setup(
+            config, start.state.params, vocabulary, self.ids, start.steps_per_epoch, start.trained
+        )
         for field, (before, after) in changes.items():
             print(f"From step {self.step} on, {field} is {after!r}; it was {before!r}", flush=True)
 
@@ -140,7 +138,9 @@ class _Run:
         if self.history is None:
             self._save()
             self.checkpoints.wait()
-        elif self._is_finished():
+        elif self.step == self.total_steps and checkpoints_lib.is_validated(
+            self.saved_in, self.step
+        ):
             epochs = self.step / self.steps_per_epoch
             print(
                 f"The run in {directory} is finished, with {epochs:g} epochs. To train longer, "
@@ -157,8 +157,7 @@ class _Run:
         if self.on_devices:
             text = feeding.place_text(self.ids["train"], len(self.vocabulary), self.mesh)
         feed = feeding.Feed(self.iterator, self.mesh, text)
-        first_step = saved = self.step
-        saved_at, in_step = time.monotonic(), True
+        first_step, in_step = self.step, True
         profiled = directory if config.profile and self.is_first else None
         with (
             metrics.MetricsWriter(directory / workdir.METRICS, self.step)
@@ -185,25 +184,21 @@ class _Run:
                     # The step must not bring anything else to the devices.
                     with jax.transfer_guard("disallow"):
                         self.state = train_step(self.state, batch)
-                    compiled = self.step == first_step
                     self.step += steps
                     # Processes agree on signals and checkpoints only where all are at one step.
                     in_step = pacer.keep(self.step, self.state.loss_sum)
                     profiler.keep(self.step, self.state.loss_sum)
-                    if compiled:
+                    if self.step == first_step + steps:  # It was compiled.
                         self.progress.start_clock(self.step)
                     if self.step % config.log_every_steps == 0:
                         self._log()
                     saving = self.checkpoints.check()
-                    waited = time.monotonic() - saved_at >= config.checkpoint_every_seconds
+                    waited = time.monotonic() - self.saved_at >= config.checkpoint_every_seconds
                     due = in_step and bool(hosts.get_greatest(waited and not saving)[0])
                     if self.step % self.steps_per_epoch == 0 or due:
-                        self._check_finite()
                         self._save()
-                        saved, saved_at = self.step, time.monotonic()
             except Stopped:
-                if saved != self.step:
-                    self._check_finite()
+                if self.saved != self.step:
                     self._save()
                 self.checkpoints.wait()
                 self.progress.print(
@@ -211,10 +206,6 @@ class _Run:
                     f"{directory}: the same command resumes."
                 )
                 return stop.exit_code or 0
-
-    def _is_finished(self) -> bool:
-        validated = checkpoints_lib.is_validated(self.saved_in, self.step)
-        return self.step == self.total_steps and validated
 
     def _count_steps_of_call(self) -> int:
         """Return the number of steps that the next call runs: not past a log line or an epoch."""
@@ -254,15 +245,17 @@ class _Run:
         self.state = self.state._replace(first_skipped=_make_zero(self.state.first_skipped))
 
     def _save(self) -> None:
+        """Start to save a checkpoint, after checking that all numbers are finite."""
+        self._check_finite()
         if not self.is_ours():
             raise UnavailableError(
                 f"another process has taken over {self.directory}, because this one was suspended "
                 f"for more than {lock.STALE_SECONDS} seconds: nothing more is written"
             )
         sizes = workdir.history_sizes(self.directory)
-        self.checkpoints.save(
-            self.step, self.state.evaluated, self.state.rest, self.iterator, sizes
-        )
+        state = self.state
+        self.checkpoints.save(self.step, state.evaluated, state.rest, self.iterator, sizes)
+        self.saved, self.saved_at = self.step, time.monotonic()
 
     def _record(
         self, writer: metrics.MetricsWriter, step: int, split: str, loss: float, **extra: float
@@ -328,8 +321,9 @@ class _Run:
         path = self.directory / workdir.METRICS
         rows = metrics.read_metrics(path)
         measured = [row["loss"] for row in rows if (row["split"], row["step"]) == ("test", step)]
-        loss = measured[-1] if measured else None
-        if loss is None:
+        if measured:
+            loss = measured[-1]
+        else:
             loss = loss_lib.compute_loss(self.model, params, self.ids["test"])
         if not self.is_first:
             return 0

@@ -1,9 +1,11 @@
-"""What training prints about a run."""
+"""Print how training starts, and report numbers that are not finite."""
 
 import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+
+from ml_collections import ConfigDict
 
 from lstm_jax import model as model_lib
 from lstm_jax.batches import Batch
@@ -12,21 +14,23 @@ from lstm_jax.errors import NotFiniteError
 from lstm_jax.run import files, workdir
 from lstm_jax.vocabulary import Ids, Vocabulary
 
+# Tokens of the window that is printed.
 _LONGEST_WINDOW = 24
 
 
-def describe_setup(
+def print_setup(
+    config: ConfigDict,
     params: model_lib.Params,
     vocabulary: Vocabulary,
     ids: Mapping[str, Ids],
-    window_length: int,
     steps_per_epoch: int,
-) -> str:
-    """Describe the parameters, the sizes of the text, and its first window with the targets."""
-    window = ids["train"][: min(window_length, _LONGEST_WINDOW) + 1]
+    trained: workdir.Trained | None,
+) -> None:
+    """Print parameters, sizes and first window of the text, and `config.init_from` if `trained`."""
+    window = ids["train"][: min(config.batches.window_length, _LONGEST_WINDOW) + 1]
     inputs, targets = window[:-1], window[1:]
     counts = ", ".join(f"{len(of_split):,} {name}" for name, of_split in ids.items())
-    return (
+    print(
         f"{model_lib.format_parameters(params)}\n\n"
         f"{vocabulary.kind}: {counts}; vocabulary: {len(vocabulary)}; "
         f"steps per epoch: {steps_per_epoch:,}\n\n"
@@ -34,18 +38,17 @@ def describe_setup(
         f"  inputs  {vocabulary.decode(inputs)!r}\n"
         f"  targets {vocabulary.decode(targets)!r}\n"
         f"  inputs  {' '.join(map(str, inputs))}\n"
-        f"  targets {' '.join(map(str, targets))}\n"
+        f"  targets {' '.join(map(str, targets))}\n",
+        flush=True,
     )
-
-
-def describe_source(init_from: str, trained: workdir.Trained, vocabulary: Vocabulary) -> str:
-    """Describe where the first weights come from, and the tokens that are new to them."""
-    new = vocabulary.tokens[len(trained.vocabulary) :]
-    tokens = f"{len(new)} new tokens: {', '.join(map(repr, new))}" if new else "no new tokens"
-    return (
-        f"The first weights are those of step {trained.step} in {init_from}; the vocabulary has "
-        f"{tokens}\n"
-    )
+    if trained:
+        new = vocabulary.tokens[len(trained.vocabulary) :]
+        tokens = f"{len(new)} new tokens: {', '.join(map(repr, new))}" if new else "no new tokens"
+        print(
+            f"The first weights are those of step {trained.step} in {config.init_from}; the "
+            f"vocabulary has {tokens}\n",
+            flush=True,
+        )
 
 
 def report_nonfinite(
@@ -53,16 +56,7 @@ def report_nonfinite(
 ) -> None:
     """Save the batch of a step that was skipped because a number was not finite, and warn.
 
-    Args:
-      directory: the working directory.
-      step: the step.
-      batch: the batch of that step.
-      skipped: the number of steps skipped so far.
-      allowed: the number of steps that may be skipped.
-      last_saved: the step of the latest checkpoint.
-
-    Raises:
-      NotFiniteError: if more steps were skipped than are allowed.
+    Raise `NotFiniteError` if more steps were `skipped` so far than are `allowed`.
     """
     path = directory / f"nonfinite_step_{step}.json"
     ids = {"step": step, "inputs": batch.inputs.tolist(), "targets": batch.targets.tolist()}

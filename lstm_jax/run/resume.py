@@ -18,16 +18,12 @@ Changes = dict[str, tuple[Any, Any]]
 def settle_run(
     config: ConfigDict, directory: Path, make_vocabulary: Callable[[], Vocabulary]
 ) -> tuple[ConfigDict, Vocabulary, Changes]:
-    """Return the config and vocabulary to train with, new or those of the run in `directory`.
+    """Return config and vocabulary, new or of the run in `directory`, and the config's changes.
 
     Args:
       config: a complete config, with the checksum of the text.
       directory: the working directory.
       make_vocabulary: returns the vocabulary of the training text, for a new run.
-
-    Returns:
-      The config; the vocabulary; and the fields of the config that have changed since the run was
-      last trained.
 
     Raises:
       UserError: if the run has another text, or another config in a field that can't change.
