@@ -222,8 +222,7 @@ class _Run:
             tokens_per_step = self.config.batches.batch_size * self.config.batches.window_length
             speed = tokens_per_step * self.progress.steps_per_second(self.step)
             self.progress.update(self.step, loss, speed)
-            if self.writer:
-                self._record(self.writer, self.step, "train", loss, tokens_per_second=round(speed))
+            self._record(self.step, "train", loss, tokens_per_second=round(speed))
         self.state = state._replace(
             loss_sum=_make_zero(state.loss_sum), loss_steps=_make_zero(state.loss_steps)
         )
@@ -257,12 +256,11 @@ class _Run:
         self.checkpoints.save(self.step, state.evaluated, state.rest, self.iterator, sizes)
         self.saved, self.saved_at = self.step, time.monotonic()
 
-    def _record(
-        self, writer: metrics.MetricsWriter, step: int, split: str, loss: float, **extra: float
-    ) -> None:
-        row = metrics.make_row(step, step / self.steps_per_epoch, split, loss, **extra)
-        writer.write(**row)
-        self.watch(row)
+    def _record(self, step: int, split: str, loss: float, **extra: float) -> None:
+        if self.writer:
+            row = metrics.make_row(step, step / self.steps_per_epoch, split, loss, **extra)
+            self.writer.write(**row)
+            self.watch(row)
 
     # ---- Validate.
 
@@ -274,9 +272,9 @@ class _Run:
             )
             loss = loss_lib.compute_loss(self.model, params, self.ids["validation"])
             text = self._sample(params, jax.random.fold_in(key, self.step))
-        if not self.writer:
+        if not self.is_first:
             return
-        self._record(self.writer, self.step, "validation", loss)
+        self._record(self.step, "validation", loss)
         header = f"=== step {self.step}, temperature {self.config.sample.temperature}"
         with files.open_append(self.directory / workdir.SAMPLES) as file:
             file.write(f"{header}\n{text}\n\n".encode())
@@ -329,8 +327,8 @@ class _Run:
             return 0
         if not measured:
             latest = checkpoints_lib.list_steps(self.saved_in)[-1]
-            with metrics.MetricsWriter(path, latest) as writer:
-                self._record(writer, step, "test", loss)
+            with metrics.MetricsWriter(path, latest) as self.writer:
+                self._record(step, "test", loss)
             self._plot_curves()
         described = self._describe_loss(loss, "test")
         zero = loss_lib.measure_zero_state(self.model, params, self.ids["validation"], _PLACES)
