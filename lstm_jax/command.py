@@ -78,14 +78,12 @@ def _report(error: Exception) -> int:
     raise error
 
 
-def define_text_flags() -> tuple[flags.FlagHolder[str | None], ...]:
-    """Define and return --data_path, --dataset and --data_directory, which name a run's text."""
+def define_text_flags() -> None:
+    """Define --data_path, --dataset and --data_directory, which name a run's text."""
     define = flags.DEFINE_string
-    return (
-        define("data_path", None, "The text that the run was trained on, if it was moved."),
-        define("dataset", None, "The TFDS dataset of the run; TFDS runs the code of this dataset."),
-        define("data_directory", None, "Where TFDS keeps it. [default: ~/tensorflow_datasets]"),
-    )
+    define("data_path", None, "The text that the run was trained on, if it was moved.")
+    define("dataset", None, "The TFDS dataset of the run; TFDS runs the code of this dataset.")
+    define("data_directory", None, "Where TFDS keeps it. [default: ~/tensorflow_datasets]")
 
 
 def find_own_experiment(argument: str) -> str:
@@ -143,7 +141,7 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
     if isinstance(error, flags.UnrecognizedFlagError) and error.flagname.startswith("config."):
         return f"--{error.flagname} needs an experiment: add --config experiments/quick.py"
     if isinstance(error, flags.Error):
-        # config_flags reports a config file's own error as a traceback in the message.
+        # config_flags reports an error in a config file as a traceback in the message.
         _, in_config_file, trace = str(error).partition("Error whilst parsing config file:")
         message = f"config file: {trace.splitlines()[-1]}" if in_config_file else str(error)
         return message.replace("invalid literal for int() with base 10: ", "not an integer: ")

@@ -4,7 +4,6 @@ import codecs
 import json
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -30,7 +29,7 @@ _PATTERNS = {
 # The end of each file, or example of a dataset: a code point for internal use by programs.
 FILE_END = "\ufdd0"
 # The text between two documents, for each value of data.document_separator.
-SEPARATORS = MappingProxyType({"": "", "line": "\n", "blank_line": "\n\n", "file": FILE_END})
+SEPARATORS = {"": "", "line": "\n", "blank_line": "\n\n", "file": FILE_END}
 # The tokens of kind "bytes".
 _BYTES = bytes(range(256)).decode("ascii", "surrogateescape")
 # Tokens of one character, and all others.
@@ -215,15 +214,10 @@ class Vocabulary:
 
 
 class Costs(NamedTuple):
-    """The numbers of a text from which, with a loss, bits per character are computed.
+    """The numbers of a text from which, with a loss, bits per character are computed."""
 
-    Attributes:
-      characters: Unicode characters of the text.
-      unknown_bytes: bytes of all tokens not in the vocabulary, with one for the end of each.
-    """
-
-    characters: int
-    unknown_bytes: int
+    characters: int  # Unicode characters of the text.
+    unknown_bytes: int  # Bytes of all tokens not in the vocabulary, with one for the end of each.
 
 
 def find_stop_text(separator: str, text: Container[str]) -> str:
