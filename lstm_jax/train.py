@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lstm_jax import batches, generation
 from lstm_jax import config as config_lib
+from lstm_jax import generation
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
@@ -135,12 +135,11 @@ class _Run:
         between resumes with the validation.
         """
         config, directory = self.config, self.directory
+        measured = checkpoints_lib.read_validation_loss(self.saved_in, self.step)
         if self.history is None:
             self._save()
             self.checkpoints.wait()
-        elif self.step == self.total_steps and checkpoints_lib.is_validated(
-            self.saved_in, self.step
-        ):
+        elif self.step == self.total_steps and measured is not None:
             epochs = self.step / self.steps_per_epoch
             print(
                 f"The run in {directory} is finished, with {epochs:g} epochs. To train longer, "
@@ -228,20 +227,13 @@ class _Run:
         )
 
     def _check_finite(self) -> None:
-        """Report steps that were skipped because a number was not finite.
-
-        Raises:
-          NotFiniteError: if there are more of them than `max_skipped_steps`.
-        """
-        first, skipped = int(self.state.first_skipped), int(self.state.skipped)
-        if not first:
-            return
-        ids, fields = self.ids["train"], self.config.batches
-        places = batches.make_order(len(ids), fields, self.config.seed)[first - 1]
-        batch = batches.cut_batch(ids, places, fields.window_length)
-        allowed, saved = self.config.max_skipped_steps, checkpoints_lib.list_steps(self.saved_in)
-        messages.report_nonfinite(self.directory, first, batch, skipped, allowed, saved[-1])
-        self.state = self.state._replace(first_skipped=_make_zero(self.state.first_skipped))
+        """Report skipped steps; raise `NotFiniteError` if there are more than may be."""
+        if first := int(self.state.first_skipped):
+            skipped, last = int(self.state.skipped), checkpoints_lib.list_steps(self.saved_in)[-1]
+            messages.report_nonfinite(
+                self.directory, self.config, self.ids["train"], first, skipped, last
+            )
+            self.state = self.state._replace(first_skipped=_make_zero(self.state.first_skipped))
 
     def _save(self) -> None:
         """Start to save a checkpoint, after checking that all numbers are finite."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from lstm_jax import batches
 from lstm_jax import model as model_lib
-from lstm_jax.batches import Batch
 from lstm_jax.devices import hosts
 from lstm_jax.errors import NotFiniteError
 from lstm_jax.run import files, workdir
@@ -52,16 +52,19 @@ def print_setup(
 
 
 def report_nonfinite(
-    directory: Path, step: int, batch: Batch, skipped: int, allowed: int, last_saved: int
+    directory: Path, config: ConfigDict, ids: Ids, step: int, skipped: int, last_saved: int
 ) -> None:
     """Save the batch of a step that was skipped because a number was not finite, and warn.
 
-    Raise `NotFiniteError` if more steps were `skipped` so far than are `allowed`.
+    Raise `NotFiniteError` if more steps were `skipped` so far than `config.max_skipped_steps`.
     """
     path = directory / f"nonfinite_step_{step}.json"
-    ids = {"step": step, "inputs": batch.inputs.tolist(), "targets": batch.targets.tolist()}
     if hosts.is_first():
-        files.write_file(path, f"{json.dumps(ids)}\n".encode())
+        places = batches.make_order(len(ids), config.batches, config.seed)[step - 1]
+        batch = batches.cut_batch(ids, places, config.batches.window_length)
+        saved = {"step": step, "inputs": batch.inputs.tolist(), "targets": batch.targets.tolist()}
+        files.write_file(path, f"{json.dumps(saved)}\n".encode())
+    allowed = config.max_skipped_steps
     message = (
         f"a parameter, the loss or a gradient of step {step} is not finite (its batch is in {path})"
     )
