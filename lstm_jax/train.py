@@ -21,7 +21,6 @@ from lstm_jax.controls import Controls
 from lstm_jax.data import texts
 from lstm_jax.devices import feeding, hosts, memory, parallel
 from lstm_jax.errors import UnavailableError
-from lstm_jax.restore import check_recurrence, restore_run
 from lstm_jax.run import checkpoints as checkpoints_lib
 from lstm_jax.run import files, lock, messages, metrics, resume, workdir
 from lstm_jax.run.profiler import Profiler
@@ -57,7 +56,7 @@ def train(config: ConfigDict, directory: Path | str, watch: Watch = lambda row: 
     """
     config, directory = config_lib.complete_config(config), Path(directory)
     parallel.use_cores(config)
-    check_recurrence(config)
+    resume.check_recurrence(config)
     mesh = parallel.make_mesh(config)
     memory.keep_freed_memory()
     with contextlib.ExitStack() as stack:
@@ -110,7 +109,9 @@ class _Run:
         )
         ids = self.ids["train"]
         self.on_devices = feeding.fits_on_device(ids, len(vocabulary))
-        start = restore_run(config, directory, vocabulary, text, ids, mesh, self.on_devices)
+        start = resume.restore_run(
+            config, directory, vocabulary, ids, text.count_tokens, mesh, self.on_devices
+        )
         self.model, self.state, self.step = start.model, start.state, start.step
         self.iterator, self.history = start.iterator, start.history
         self.steps_per_epoch, self.total_steps = start.steps_per_epoch, start.total_steps

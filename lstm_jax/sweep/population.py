@@ -28,7 +28,6 @@ from lstm_jax.data import texts
 from lstm_jax.devices import parallel
 from lstm_jax.devices.memory import keep_freed_memory
 from lstm_jax.errors import UnavailableError, UserError
-from lstm_jax.restore import Start, check_recurrence, restore_run
 from lstm_jax.run import checkpoints, lock, metrics, resume, workdir
 from lstm_jax.train_step import TrainState, make_step
 from lstm_jax.vocabulary import Ids
@@ -44,7 +43,7 @@ class _Member(NamedTuple):
 
     config: ConfigDict
     directory: Path
-    start: Start
+    start: resume.Start
     checkpoints: checkpoints.CheckpointWriter
     is_ours: Callable[[], bool]
 
@@ -83,7 +82,9 @@ def train_population(
                 splits.settle(config), directory, lambda: training_text.vocabulary(configs[0].data)
             )
             ids = ids or splits.encode(vocabulary)
-            start = restore_run(config, directory, vocabulary, training_text, ids["train"])
+            start = resume.restore_run(
+                config, directory, vocabulary, ids["train"], training_text.count_tokens
+            )
             resume.save_settled(directory, config, vocabulary, start.step, changes)
             writer = checkpoints.CheckpointWriter(directory / workdir.CHECKPOINTS)
             held.enter_context(writer)
@@ -111,7 +112,7 @@ def check_members(configs: Sequence[ConfigDict]) -> None:
             "the members of a population start from fresh weights: leave out "
             "--config.init_from or --population"
         )
-    check_recurrence(configs[0])
+    resume.check_recurrence(configs[0])
     first = dict(config_lib.flatten(configs[0]))
     for config in configs[1:]:
         for field, value in config_lib.flatten(config):
