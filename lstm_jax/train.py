@@ -121,11 +121,7 @@ class _Run:
                 resume.save_settled(directory, config, vocabulary, start.step, changes)
         self.checkpoints = checkpoints_lib.CheckpointWriter(self.saved_in)
         self.saved, self.saved_at = start.step, time.monotonic()
-        messages.print_setup(
-            config, start.state.params, vocabulary, self.ids, start.steps_per_epoch, start.trained
-        )
-        for field, (before, after) in changes.items():
-            print(f"From step {self.step} on, {field} is {after!r}; it was {before!r}", flush=True)
+        messages.print_setup(config, vocabulary, self.ids, start, changes)
 
     # ---- The loop.
 

@@ -11,7 +11,7 @@ from lstm_jax import batches
 from lstm_jax import model as model_lib
 from lstm_jax.devices import hosts
 from lstm_jax.errors import NotFiniteError
-from lstm_jax.run import files, workdir
+from lstm_jax.run import files, resume
 from lstm_jax.vocabulary import Ids, Vocabulary
 
 # Tokens of the window that is printed.
@@ -20,20 +20,19 @@ _LONGEST_WINDOW = 24
 
 def print_setup(
     config: ConfigDict,
-    params: model_lib.Params,
     vocabulary: Vocabulary,
     ids: Mapping[str, Ids],
-    steps_per_epoch: int,
-    trained: workdir.Trained | None,
+    start: resume.Start,
+    changes: resume.Changes,
 ) -> None:
-    """Print parameters, sizes and first window of the text, and `config.init_from` if `trained`."""
+    """Print the model, the text with its first window, and what is special about the start."""
     window = ids["train"][: min(config.batches.window_length, _LONGEST_WINDOW) + 1]
     inputs, targets = window[:-1], window[1:]
     counts = ", ".join(f"{len(of_split):,} {name}" for name, of_split in ids.items())
     print(
-        f"{model_lib.format_parameters(params)}\n\n"
+        f"{model_lib.format_parameters(start.state.params)}\n\n"
         f"{vocabulary.kind}: {counts}; vocabulary: {len(vocabulary)}; "
-        f"steps per epoch: {steps_per_epoch:,}\n\n"
+        f"steps per epoch: {start.steps_per_epoch:,}\n\n"
         "The first window and its targets:\n"
         f"  inputs  {vocabulary.decode(inputs)!r}\n"
         f"  targets {vocabulary.decode(targets)!r}\n"
@@ -41,14 +40,16 @@ def print_setup(
         f"  targets {' '.join(map(str, targets))}\n",
         flush=True,
     )
-    if trained:
-        new = vocabulary.tokens[len(trained.vocabulary) :]
+    if start.trained:
+        new = vocabulary.tokens[len(start.trained.vocabulary) :]
         tokens = f"{len(new)} new tokens: {', '.join(map(repr, new))}" if new else "no new tokens"
         print(
-            f"The first weights are those of step {trained.step} in {config.init_from}; the "
+            f"The first weights are those of step {start.trained.step} in {config.init_from}; the "
             f"vocabulary has {tokens}\n",
             flush=True,
         )
+    for field, (before, after) in changes.items():
+        print(f"From step {start.step} on, {field} is {after!r}; it was {before!r}", flush=True)
 
 
 def report_nonfinite(
