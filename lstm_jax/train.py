@@ -94,34 +94,30 @@ class _Run:
         watch: Watch,
     ) -> None:
         text = splits.texts["train"]
-        config, vocabulary, changes = resume.settle_run(
+        settled = resume.settle_run(
             splits.settle(config), directory, lambda: text.vocabulary(config.data)
         )
-        self.config, self.vocabulary, self.texts = config, vocabulary, splits.texts
+        self.config, self.vocabulary, self.texts = settled.config, settled.vocabulary, splits.texts
         self.directory, self.saved_in = directory, directory / workdir.CHECKPOINTS
         self.mesh, self.is_ours, self.watch = mesh, is_ours, watch
         self.is_first = hosts.is_first()
-        self.ids = splits.encode(vocabulary)
+        self.ids = splits.encode(self.vocabulary)
         hosts.check_same(
             f"{lock.read_holder(directory)!r} {checkpoints_lib.list_steps(self.saved_in)} "
-            f"{config_lib.to_json(config)}",
+            f"{config_lib.to_json(self.config)}",
             "config, text and working directory: start all with the same command",
         )
         ids = self.ids["train"]
-        self.on_devices = feeding.fits_on_device(ids, len(vocabulary))
+        self.on_devices = feeding.fits_on_device(ids, len(self.vocabulary))
         start = resume.restore_run(
-            config, directory, vocabulary, ids, text.count_tokens, mesh, self.on_devices
+            settled, directory, ids, text.count_tokens, mesh, places=self.on_devices
         )
         self.model, self.state, self.step = start.model, start.state, start.step
         self.iterator, self.history = start.iterator, start.history
         self.steps_per_epoch, self.total_steps = start.steps_per_epoch, start.total_steps
-        with hosts.first_goes_ahead("config"):
-            if self.is_first:
-                files.remove_partial(directory)
-                resume.save_settled(directory, config, vocabulary, start.step, changes)
         self.checkpoints = checkpoints_lib.CheckpointWriter(self.saved_in)
         self.saved, self.saved_at = start.step, time.monotonic()
-        messages.print_setup(config, vocabulary, self.ids, start, changes)
+        messages.print_setup(settled, start, self.ids)
 
     # ---- The loop.
 

@@ -12,20 +12,15 @@ from lstm_jax import model as model_lib
 from lstm_jax.devices import hosts
 from lstm_jax.errors import NotFiniteError
 from lstm_jax.run import files, resume
-from lstm_jax.vocabulary import Ids, Vocabulary
+from lstm_jax.vocabulary import Ids
 
 # Tokens of the window that is printed.
 _LONGEST_WINDOW = 24
 
 
-def print_setup(
-    config: ConfigDict,
-    vocabulary: Vocabulary,
-    ids: Mapping[str, Ids],
-    start: resume.Start,
-    changes: resume.Changes,
-) -> None:
+def print_setup(settled: resume.Settled, start: resume.Start, ids: Mapping[str, Ids]) -> None:
     """Print the model, the text with its first window, and what is special about the start."""
+    config, vocabulary, changes = settled
     window = ids["train"][: min(config.batches.window_length, _LONGEST_WINDOW) + 1]
     inputs, targets = window[:-1], window[1:]
     counts = ", ".join(f"{len(of_split):,} {name}" for name, of_split in ids.items())

@@ -13,13 +13,22 @@ from lstm_jax import batches
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
+from lstm_jax.devices import hosts
 from lstm_jax.errors import UserError
-from lstm_jax.run import checkpoints, workdir
+from lstm_jax.run import checkpoints, files, workdir
 from lstm_jax.train_step import TrainState, init_state
 from lstm_jax.vocabulary import Ids, Vocabulary
 
 # The value before and the value now of each field that has changed, by dotted name.
-Changes = dict[str, tuple[Any, Any]]
+_Changes = dict[str, tuple[Any, Any]]
+
+
+class Settled(NamedTuple):
+    """What a run is trained with, and how its config has changed since it was last trained."""
+
+    config: ConfigDict
+    vocabulary: Vocabulary
+    changes: _Changes
 
 
 def check_recurrence(config: ConfigDict) -> None:
@@ -32,8 +41,8 @@ def check_recurrence(config: ConfigDict) -> None:
 
 def settle_run(
     config: ConfigDict, directory: Path, make_vocabulary: Callable[[], Vocabulary]
-) -> tuple[ConfigDict, Vocabulary, Changes]:
-    """Return config and vocabulary, new or of the run in `directory`, and the config's changes.
+) -> Settled:
+    """Return what to train with: new, or that of the run in `directory` with a changed config.
 
     Args:
       config: a complete config, with the checksum of the text.
@@ -51,7 +60,7 @@ def settle_run(
         before = workdir.load_config(directory)
         config.init_from = config.init_from or before.init_from
         changes = _compare(before, config, directory)
-        return config, workdir.load_vocabulary(directory), changes
+        return Settled(config, workdir.load_vocabulary(directory), changes)
     for name in (workdir.CHECKPOINTS, workdir.METRICS):
         if (directory / name).exists():
             raise UserError(
@@ -63,10 +72,10 @@ def settle_run(
         source = Path(config.init_from)
         _compare(workdir.load_config(source), config, source, only="model.")
         vocabulary = workdir.load_vocabulary(source).extended(vocabulary)
-    return config, vocabulary, {}
+    return Settled(config, vocabulary, {})
 
 
-def _compare(before: ConfigDict, config: ConfigDict, directory: Path, only: str = "") -> Changes:
+def _compare(before: ConfigDict, config: ConfigDict, directory: Path, only: str = "") -> _Changes:
     """Return the changed fields that start with `only`; raise `UserError` if one can't change."""
     old = dict(config_lib.flatten(before))
     changes = {
@@ -107,20 +116,18 @@ class Start(NamedTuple):
 
 
 def restore_run(
-    config: ConfigDict,
+    settled: Settled,
     directory: Path,
-    vocabulary: Vocabulary,
     ids: Ids,
     count_tokens: Callable[[Vocabulary], np.ndarray],
     mesh: jax.sharding.Mesh | None = None,
     places: bool = False,
 ) -> Start:
-    """Make model, state and batches, and restore them from the latest checkpoint if there is one.
+    """Make model, state and batches, or restore them from a checkpoint; save what was settled.
 
     Args:
-      config: from `settle_run`.
+      settled: from `settle_run`.
       directory: the working directory.
-      vocabulary: from `settle_run`.
       ids: those of the training text.
       count_tokens: returns the number of occurrences of each token there, for a new run.
       mesh: the devices; None for the default device.
@@ -129,6 +136,7 @@ def restore_run(
     Raises:
       UserError: if the text is too short, or the working directory is damaged or has more epochs.
     """
+    config, vocabulary, changes = settled
     part = (jax.process_index(), jax.process_count())
     iterator, steps_per_epoch = batches.make_batches(ids, config.batches, config.seed, places, part)
     total_steps = config.num_epochs * steps_per_epoch
@@ -161,14 +169,11 @@ def restore_run(
             f"the run in {directory} has trained {step / steps_per_epoch:g} epochs already, and "
             f"--config.num_epochs={config.num_epochs} is fewer: name more, or another --workdir"
         )
+    with hosts.first_goes_ahead("config"):
+        if hosts.is_first():
+            files.remove_partial(directory)
+            if changes:
+                workdir.append_changes(directory, step, changes)
+            workdir.save_vocabulary(directory, vocabulary)
+            workdir.save_config(directory, config)
     return Start(model, state, iterator, step, steps_per_epoch, total_steps, history, trained)
-
-
-def save_settled(
-    directory: Path, config: ConfigDict, vocabulary: Vocabulary, step: int, changes: Changes
-) -> None:
-    """Write config and vocabulary, and append the changes after `step` to changes.jsonl."""
-    if changes:
-        workdir.append_changes(directory, step, changes)
-    workdir.save_vocabulary(directory, vocabulary)
-    workdir.save_config(directory, config)

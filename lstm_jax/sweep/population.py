@@ -78,19 +78,16 @@ def train_population(
         members = []
         for config, directory in zip(configs, directories, strict=True):
             is_ours = held.enter_context(lock.hold_lock(directory))
-            config, vocabulary, changes = resume.settle_run(
+            settled = resume.settle_run(
                 splits.settle(config), directory, lambda: training_text.vocabulary(configs[0].data)
             )
-            ids = ids or splits.encode(vocabulary)
-            start = resume.restore_run(
-                config, directory, vocabulary, ids["train"], training_text.count_tokens
-            )
-            resume.save_settled(directory, config, vocabulary, start.step, changes)
+            ids = ids or splits.encode(settled.vocabulary)
+            start = resume.restore_run(settled, directory, ids["train"], training_text.count_tokens)
             writer = checkpoints.CheckpointWriter(directory / workdir.CHECKPOINTS)
             held.enter_context(writer)
             if start.history is not None:
                 workdir.restore_history(directory, start.history)
-            members.append(_Member(config, directory, start, writer, is_ours))
+            members.append(_Member(settled.config, directory, start, writer, is_ours))
         reasons = [""] * len(members)
         # Members that a kill left at different epochs are trained in groups.
         for step in sorted({member.start.step for member in members}):
@@ -99,7 +96,7 @@ def train_population(
             def report(place: int, epoch: int, loss: float, group: list[int] = group) -> None:
                 on_validation(group[place], epoch, loss)
 
-            found = _train_group([members[i] for i in group], ids, len(vocabulary), report)
+            found = _train_group([members[i] for i in group], ids, len(settled.vocabulary), report)
             for i, reason in zip(group, found, strict=True):
                 reasons[i] = reason
     return reasons
