@@ -128,11 +128,11 @@ class _Run:
         between resumes with the validation.
         """
         config, directory = self.config, self.directory
-        measured = checkpoints_lib.read_validation_loss(self.saved_in, self.step)
+        validated = checkpoints_lib.read_validation_loss(self.saved_in, self.step) is not None
         if self.history is None:
             self._save()
             self.checkpoints.wait()
-        elif self.step == self.total_steps and measured is not None:
+        elif self.step == self.total_steps and validated:
             epochs = self.step / self.steps_per_epoch
             print(
                 f"The run in {directory} is finished, with {epochs:g} epochs. To train longer, "
