@@ -14,29 +14,18 @@ from lstm_jax.vocabulary import Ids
 
 
 class Batch(NamedTuple):
-    """The data of one training step.
+    """The data of one training step."""
 
-    Attributes:
-      inputs: int32 [batch, time].
-      targets: int32 [batch, time], the inputs shifted by one: targets[b, t] follows inputs[b, t].
-      starts: bool [], whether a new text starts here, so that the carry must be zero.
-    """
-
-    inputs: np.ndarray
-    targets: np.ndarray
-    starts: np.bool_
+    inputs: np.ndarray  # int32 [batch, time].
+    targets: np.ndarray  # int32 [batch, time]: targets[b, t] follows inputs[b, t] in the text.
+    starts: np.bool_  # bool [], whether a new text starts here, so that the carry must be zero.
 
 
 class Places(NamedTuple):
-    """The places of the windows of a batch in the text, to be cut there.
+    """The places of the windows of a batch in the text, to be cut there."""
 
-    Attributes:
-      begins: int64 [batch], the place of the first input of each window.
-      starts: see `Batch`.
-    """
-
-    begins: np.ndarray
-    starts: np.bool_
+    begins: np.ndarray  # int64 [batch], the place of the first input of each window.
+    starts: np.bool_  # See `Batch`.
 
 
 class Windows:
@@ -47,10 +36,8 @@ class Windows:
     """
 
     def __init__(self, length: int, batch_size: int, window_length: int, seed: int) -> None:
-        self._batch_size = batch_size
-        self._window_length = window_length
+        self._batch_size, self._window_length, self._seed = batch_size, window_length, seed
         self._windows = (length - 1) // window_length
-        self._seed = seed
         self.steps_per_epoch = self._windows // batch_size
 
     def __getitem__(self, step: int) -> Places:
@@ -61,7 +48,7 @@ class Windows:
 
 
 def shuffle_places(places: np.ndarray, length: int, keys: np.ndarray) -> np.ndarray:
-    """Return the numbers at some places of a pseudorandom order of 0..length-1.
+    """Return the numbers at `places` of a pseudorandom order of 0..length-1, int64 [n].
 
     A Feistel network over pairs of digits, of which there are hardly more than numbers in the
     order; a result outside is put through it again until it is inside (Black & Rogaway 2002,
@@ -69,13 +56,8 @@ def shuffle_places(places: np.ndarray, length: int, keys: np.ndarray) -> np.ndar
     for the whole order, and Grain's `index_shuffle`, one place a call, takes longer than reading a
     window; either would change the order of batches in existing runs.
 
-    Args:
-      places: int [n], each below `length`.
-      length: of the order, at most 2**62.
-      keys: uint64 [rounds], which determine the order. Fewer than 8 bias orders of a dozen.
-
-    Returns:
-      int64 [n].
+    `length` is at most 2**62. The keys, uint64 [rounds], determine the order; fewer than 8 bias
+    orders of a dozen.
     """
     large = math.isqrt(length - 1) + 1
     digits = np.array([large, -(-length // large)], np.uint64)
@@ -113,9 +95,7 @@ class Streams:
     """
 
     def __init__(self, length: int, batch_size: int, window_length: int, seed: int) -> None:
-        self._batch_size = batch_size
-        self._window_length = window_length
-        self._seed = seed
+        self._batch_size, self._window_length, self._seed = batch_size, window_length, seed
         # One window is left out, as a minimum range for the offset.
         self.steps_per_epoch = (length - window_length) // (batch_size * window_length)
         self._stream_length = self.steps_per_epoch * window_length
@@ -156,8 +136,7 @@ def cut_batch(ids: Ids, places: Places, window_length: int) -> Batch:
 def make_order(length: int, batches: ConfigDict, seed: int) -> Windows | Streams:
     """Return the places of each training step in a text of `length` tokens; see `make_batches`."""
     size, window = batches.batch_size, batches.window_length
-    kind = Windows if batches.kind == "windows" else Streams
-    order = kind(length, size, window, seed)
+    order = (Windows if batches.kind == "windows" else Streams)(length, size, window, seed)
     if order.steps_per_epoch < 1:
         needed = size * window + (1 if batches.kind == "windows" else window)
         raise UserError(
@@ -193,8 +172,7 @@ def make_batches(
     order = make_order(len(ids), batches, seed)
     source = _Steps(order, None if places else ids, batches.window_length, part)
     # Places are computed faster than another thread could pass them on.
-    options = grain.ReadOptions(
-        num_threads=0 if places else 1, prefetch_buffer_size=0 if places else 8
-    )
-    dataset = grain.MapDataset.source(source)
-    return iter(dataset.to_iter_dataset(options)), order.steps_per_epoch
+    threads, ahead = (0, 0) if places else (1, 8)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+    dataset = grain.MapDataset.source(source).to_iter_dataset(options)
+    return iter(dataset), order.steps_per_epoch

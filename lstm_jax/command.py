@@ -143,7 +143,7 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
     if isinstance(error, flags.UnrecognizedFlagError) and error.flagname.startswith("config."):
         return f"--{error.flagname} needs an experiment: add --config experiments/quick.py"
     if isinstance(error, flags.Error):
-        # config_flags reports a config file's own error as a traceback in the message.
+        # config_flags reports an error in a config file as a traceback in the message.
         _, in_config_file, trace = str(error).partition("Error whilst parsing config file:")
         message = f"config file: {trace.splitlines()[-1]}" if in_config_file else str(error)
         return message.replace("invalid literal for int() with base 10: ", "not an integer: ")

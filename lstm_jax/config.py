@@ -257,18 +257,13 @@ def complete_config(fields: Any) -> ConfigDict:
         except (TypeError, ValueError, OverflowError):
             wanted = type(_BY_NAME[name].default).__name__
             raise UserError(f"config.{name} is {value!r}: it must be of type {wanted}") from None
-    _check_values(config)
-    return config
-
-
-def _check_values(config: ConfigDict) -> None:
-    """Raise `UserError` for the first field whose value is not allowed."""
     values = dict(flatten(config))
     rules = [(field.name, field.allowed, values[field.name]) for field in FIELDS]
     rules += [(field.name, field.fits, config) for field in FIELDS if field.fits]
     for name, rule, argument in rules:
         if not rule.holds(argument):
             raise UserError(f"config.{name} is {values[name]!r}: it must be {rule.words}")
+    return config
 
 
 def find_unused_fields(config: ConfigDict) -> list[str]:

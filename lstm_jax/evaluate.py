@@ -52,7 +52,7 @@ _DYNAMIC_DECAY = flags.DEFINE_float(
 _DYNAMIC_SEGMENT_LENGTH = flags.DEFINE_integer(
     "dynamic_segment_length", dynamic.Settings().segment_length, "Tokens in a step of --dynamic."
 )
-command.define_text_flags()
+_OWN_TEXT = command.define_text_flags()
 
 
 def main() -> None:
@@ -78,10 +78,8 @@ def main() -> None:
 
     trained = workdir.load_trained(Path(_WORKDIR.value))
     model, params, vocabulary = trained.model, trained.params, trained.vocabulary
-    values = flags.FLAGS
-    splits = texts.load_texts_of_run(
-        trained.config.data, values.data_path, values.dataset, values.data_directory
-    )
+    own_text = [flag.value for flag in _OWN_TEXT]
+    splits = texts.load_texts_of_run(trained.config.data, *own_text)
     ids = texts.Joined([splits[name].encode(vocabulary) for name in names])
     result: dict[str, Any] = {"split": _SPLIT.value}
     if _DYNAMIC.value:

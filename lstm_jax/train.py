@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lstm_jax import batches, generation
 from lstm_jax import config as config_lib
+from lstm_jax import generation
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
@@ -21,14 +21,13 @@ from lstm_jax.controls import Controls
 from lstm_jax.data import texts
 from lstm_jax.devices import feeding, hosts, memory, parallel
 from lstm_jax.errors import UnavailableError
-from lstm_jax.restore import check_recurrence, restore_run
 from lstm_jax.run import checkpoints as checkpoints_lib
 from lstm_jax.run import files, lock, messages, metrics, resume, workdir
 from lstm_jax.run.profiler import Profiler
 from lstm_jax.run.progress import Progress
 from lstm_jax.run.stopping import Pacer, Stopped, StopRequest
+from lstm_jax.run.streams import make_printable
 from lstm_jax.train_step import make_train_step
-from lstm_jax.vocabulary import make_printable
 
 # Called with each row of metrics.jsonl, without its checksum.
 Watch = Callable[[Mapping[str, Any]], object]
@@ -57,7 +56,7 @@ def train(config: ConfigDict, directory: Path | str, watch: Watch = lambda row: 
     """
     config, directory = config_lib.complete_config(config), Path(directory)
     parallel.use_cores(config)
-    check_recurrence(config)
+    resume.check_recurrence(config)
     mesh = parallel.make_mesh(config)
     memory.keep_freed_memory()
     with contextlib.ExitStack() as stack:
@@ -95,38 +94,30 @@ class _Run:
         watch: Watch,
     ) -> None:
         text = splits.texts["train"]
-        config, vocabulary, changes = resume.settle_run(
+        settled = resume.settle_run(
             splits.settle(config), directory, lambda: text.vocabulary(config.data)
         )
-        self.config, self.vocabulary, self.texts = config, vocabulary, splits.texts
+        self.config, self.vocabulary, self.texts = settled.config, settled.vocabulary, splits.texts
         self.directory, self.saved_in = directory, directory / workdir.CHECKPOINTS
         self.mesh, self.is_ours, self.watch = mesh, is_ours, watch
         self.is_first = hosts.is_first()
-        self.ids = splits.encode(vocabulary)
+        self.ids = splits.encode(self.vocabulary)
         hosts.check_same(
             f"{lock.read_holder(directory)!r} {checkpoints_lib.list_steps(self.saved_in)} "
-            f"{config_lib.to_json(config)}",
+            f"{config_lib.to_json(self.config)}",
             "config, text and working directory: start all with the same command",
         )
-        self.on_devices = feeding.fits_on_device(self.ids["train"], len(vocabulary))
         ids = self.ids["train"]
-        start = restore_run(config, directory, vocabulary, text, ids, mesh, self.on_devices)
+        self.on_devices = feeding.fits_on_device(ids, len(self.vocabulary))
+        start = resume.restore_run(
+            settled, directory, ids, text.count_tokens, mesh, places=self.on_devices
+        )
         self.model, self.state, self.step = start.model, start.state, start.step
         self.iterator, self.history = start.iterator, start.history
         self.steps_per_epoch, self.total_steps = start.steps_per_epoch, start.total_steps
-        with hosts.first_goes_ahead("config"):
-            if self.is_first:
-                files.remove_partial(directory)
-                resume.save_settled(directory, config, vocabulary, start.step, changes)
         self.checkpoints = checkpoints_lib.CheckpointWriter(self.saved_in)
-        length, steps = config.batches.window_length, start.steps_per_epoch
-        params = self.state.params
-        print(messages.describe_setup(params, vocabulary, self.ids, length, steps), flush=True)
-        if start.trained:
-            source = messages.describe_source(config.init_from, start.trained, vocabulary)
-            print(source, flush=True)
-        for field, (before, after) in changes.items():
-            print(f"From step {self.step} on, {field} is {after!r}; it was {before!r}", flush=True)
+        self.saved, self.saved_at = start.step, time.monotonic()
+        messages.print_setup(settled, start, self.ids)
 
     # ---- The loop.
 
@@ -137,10 +128,11 @@ class _Run:
         between resumes with the validation.
         """
         config, directory = self.config, self.directory
+        validated = checkpoints_lib.read_validation_loss(self.saved_in, self.step) is not None
         if self.history is None:
             self._save()
             self.checkpoints.wait()
-        elif self._is_finished():
+        elif self.step == self.total_steps and validated:
             epochs = self.step / self.steps_per_epoch
             print(
                 f"The run in {directory} is finished, with {epochs:g} epochs. To train longer, "
@@ -157,8 +149,7 @@ class _Run:
         if self.on_devices:
             text = feeding.place_text(self.ids["train"], len(self.vocabulary), self.mesh)
         feed = feeding.Feed(self.iterator, self.mesh, text)
-        first_step = saved = self.step
-        saved_at, in_step = time.monotonic(), True
+        first_step, in_step = self.step, True
         profiled = directory if config.profile and self.is_first else None
         with (
             metrics.MetricsWriter(directory / workdir.METRICS, self.step)
@@ -185,25 +176,21 @@ class _Run:
                     # The step must not bring anything else to the devices.
                     with jax.transfer_guard("disallow"):
                         self.state = train_step(self.state, batch)
-                    compiled = self.step == first_step
                     self.step += steps
                     # Processes agree on signals and checkpoints only where all are at one step.
                     in_step = pacer.keep(self.step, self.state.loss_sum)
                     profiler.keep(self.step, self.state.loss_sum)
-                    if compiled:
+                    if self.step == first_step + steps:  # It was compiled.
                         self.progress.start_clock(self.step)
                     if self.step % config.log_every_steps == 0:
                         self._log()
                     saving = self.checkpoints.check()
-                    waited = time.monotonic() - saved_at >= config.checkpoint_every_seconds
+                    waited = time.monotonic() - self.saved_at >= config.checkpoint_every_seconds
                     due = in_step and bool(hosts.get_greatest(waited and not saving))
                     if self.step % self.steps_per_epoch == 0 or due:
-                        self._check_finite()
                         self._save()
-                        saved, saved_at = self.step, time.monotonic()
             except Stopped:
-                if saved != self.step:
-                    self._check_finite()
+                if self.saved != self.step:
                     self._save()
                 self.checkpoints.wait()
                 self.progress.print(
@@ -211,10 +198,6 @@ class _Run:
                     f"{directory}: the same command resumes."
                 )
                 return stop.exit_code or 0
-
-    def _is_finished(self) -> bool:
-        loss = checkpoints_lib.read_validation_loss(self.saved_in, self.step)
-        return self.step == self.total_steps and loss is not None
 
     def _count_steps_of_call(self) -> int:
         """Return the number of steps that the next call runs: not past a log line or an epoch."""
@@ -231,43 +214,37 @@ class _Run:
             tokens_per_step = self.config.batches.batch_size * self.config.batches.window_length
             speed = tokens_per_step * self.progress.steps_per_second(self.step)
             self.progress.update(self.step, loss, speed)
-            if self.writer:
-                self._record(self.writer, self.step, "train", loss, tokens_per_second=round(speed))
+            self._record(self.step, "train", loss, tokens_per_second=round(speed))
         self.state = state._replace(
             loss_sum=_make_zero(state.loss_sum), loss_steps=_make_zero(state.loss_steps)
         )
 
     def _check_finite(self) -> None:
-        """Report steps that were skipped because a number was not finite.
-
-        Raises:
-          NotFiniteError: if there are more of them than `max_skipped_steps`.
-        """
-        first, skipped = int(self.state.first_skipped), int(self.state.skipped)
-        if not first:
-            return
-        ids, fields = self.ids["train"], self.config.batches
-        places = batches.make_order(len(ids), fields, self.config.seed)[first - 1]
-        batch = batches.cut_batch(ids, places, fields.window_length)
-        allowed, saved = self.config.max_skipped_steps, checkpoints_lib.list_steps(self.saved_in)
-        messages.report_nonfinite(self.directory, first, batch, skipped, allowed, saved[-1])
-        self.state = self.state._replace(first_skipped=_make_zero(self.state.first_skipped))
+        """Report skipped steps; raise `NotFiniteError` if there are more than may be."""
+        if first := int(self.state.first_skipped):
+            skipped, last = int(self.state.skipped), checkpoints_lib.list_steps(self.saved_in)[-1]
+            messages.report_nonfinite(
+                self.directory, self.config, self.ids["train"], first, skipped, last
+            )
+            self.state = self.state._replace(first_skipped=_make_zero(self.state.first_skipped))
 
     def _save(self) -> None:
+        """Start to save a checkpoint, after checking that all numbers are finite."""
+        self._check_finite()
         if not self.is_ours():
             raise UnavailableError(
                 f"another process has taken over {self.directory}, because this one was suspended "
                 f"for more than {lock.STALE_SECONDS} seconds: nothing more is written"
             )
         sizes = workdir.history_sizes(self.directory)
-        self.checkpoints.save(
-            self.step, self.state.evaluated, self.state.rest, self.iterator, sizes
-        )
+        state = self.state
+        self.checkpoints.save(self.step, state.evaluated, state.rest, self.iterator, sizes)
+        self.saved, self.saved_at = self.step, time.monotonic()
 
-    def _record(
-        self, writer: metrics.MetricsWriter, step: int, split: str, loss: float, **extra: float
-    ) -> None:
-        self.watch(writer.write(step, step / self.steps_per_epoch, split, loss, **extra))
+    def _record(self, step: int, split: str, loss: float, **extra: float) -> None:
+        if self.writer:
+            epoch = step / self.steps_per_epoch
+            self.watch(self.writer.write(step, epoch, split, loss, **extra))
 
     # ---- Validate.
 
@@ -279,9 +256,9 @@ class _Run:
             )
             loss = loss_lib.compute_loss(self.model, params, self.ids["validation"])
             text = self._sample(params, jax.random.fold_in(key, self.step))
-        if not self.writer:
+        if not self.is_first:
             return
-        self._record(self.writer, self.step, "validation", loss)
+        self._record(self.step, "validation", loss)
         header = f"=== step {self.step}, temperature {self.config.sample.temperature}"
         with files.open_append(self.directory / workdir.SAMPLES) as file:
             file.write(f"{header}\n{text}\n\n".encode())
@@ -326,15 +303,16 @@ class _Run:
         path = self.directory / workdir.METRICS
         rows = metrics.read_metrics(path)
         measured = [row["loss"] for row in rows if (row["split"], row["step"]) == ("test", step)]
-        loss = measured[-1] if measured else None
-        if loss is None:
+        if measured:
+            loss = measured[-1]
+        else:
             loss = loss_lib.compute_loss(self.model, params, self.ids["test"])
         if not self.is_first:
             return 0
         if not measured:
             latest = checkpoints_lib.list_steps(self.saved_in)[-1]
-            with metrics.MetricsWriter(path, latest) as writer:
-                self._record(writer, step, "test", loss)
+            with metrics.MetricsWriter(path, latest) as self.writer:
+                self._record(step, "test", loss)
             self._plot_curves()
         described = self._describe_loss(loss, "test")
         zero = loss_lib.measure_zero_state(self.model, params, self.ids["validation"], _PLACES)

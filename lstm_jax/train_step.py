@@ -17,32 +17,18 @@ from lstm_jax.devices import feeding, parallel
 
 
 class TrainState(NamedTuple):
-    """Everything that a training step reads and writes.
-
-    Attributes:
-      params: the parameters of the model.
-      average: the exponential moving average of the parameters, which evaluation and sampling use;
-        None without one.
-      opt_state: the state of the optimizer.
-      carry: the carry after the last batch.
-      key: the PRNG key of all random draws in training, together with the step.
-      step: int32 [], training steps done.
-      loss_sum: float32 [], nats per token, summed over the steps since the last log line.
-      loss_steps: int32 [], the number of these steps.
-      skipped: int32 [], the number of skipped steps, in which a number was not finite.
-      first_skipped: int32 [], the first skipped step that was not reported yet; 0 if none.
-    """
+    """Everything that a training step reads and writes."""
 
     params: model_lib.Params
-    average: model_lib.Params | None
+    average: model_lib.Params | None  # The exponential moving average of the parameters, if used.
     opt_state: optax.OptState
-    carry: model_lib.Carry
-    key: jax.Array
-    step: jax.Array
-    loss_sum: jax.Array
-    loss_steps: jax.Array
-    skipped: jax.Array
-    first_skipped: jax.Array
+    carry: model_lib.Carry  # After the last batch.
+    key: jax.Array  # The PRNG key of all random draws in training, together with the step.
+    step: jax.Array  # int32 [], training steps done.
+    loss_sum: jax.Array  # float32 [], nats per token, summed since the last log line.
+    loss_steps: jax.Array  # int32 [], the number of steps in this sum.
+    skipped: jax.Array  # int32 [], the number of steps skipped because a number was not finite.
+    first_skipped: jax.Array  # int32 [], the first of them that was not reported yet; 0 if none.
 
     @property
     def evaluated(self) -> model_lib.Params:
@@ -87,18 +73,11 @@ def init_state(
     mesh: Mesh | None = None,
     counts: np.ndarray | None = None,
 ) -> TrainState:
-    """Return the state before the first step.
+    """Return the state before the first step, on the devices of `mesh` or on the default device.
 
-    Args:
-      model: the model.
-      optimizer: from `optimizer.make_optimizer`.
-      key: PRNG key.
-      batch_size: the size of training batches.
-      averaged: whether to keep a moving average of the parameters.
-      trained: parameters to start from, of the same model with the same vocabulary or the first
-        part of it; the rows of new tokens are initialized.
-      mesh: the devices of the state; None for the default device.
-      counts: the number of occurrences of each token, see `model.init_params`.
+    `averaged` is for a state with a moving average of the parameters. `trained` are parameters to
+    start from, of the same model with the same vocabulary or the first part of it; the rows of new
+    tokens are initialized. For `counts`, see `model.init_params`.
     """
     init_key, key = jax.random.split(key)
     params = model_lib.init_params(model, init_key, counts)
@@ -106,22 +85,18 @@ def init_state(
         params = jax.tree.map(
             lambda new, old: new.at[tuple(map(slice, old.shape))].set(old), params, trained
         )
-    if mesh is not None:
-        # First, so that nothing else of this size is whole on a device.
+    if mesh is not None:  # First, so that nothing else of this size is whole on a device.
         params = parallel.place(params, mesh)
-    # Separate arrays, because a step donates each of them.
-    step, loss_steps, skipped, first_skipped = (jnp.zeros((), jnp.int32) for _ in range(4))
+    counters = ("step", "loss_steps", "skipped", "first_skipped")
     state = TrainState(
         params=params,
         average=jax.tree.map(jnp.copy, params) if averaged else None,
         opt_state=optimizer.init(params),
         carry=model.initial_carry(batch_size),
         key=key,
-        step=step,
         loss_sum=jnp.zeros(()),
-        loss_steps=loss_steps,
-        skipped=skipped,
-        first_skipped=first_skipped,
+        # Separate arrays, because a step donates each of them.
+        **{name: jnp.zeros((), jnp.int32) for name in counters},
     )
     return state if mesh is None else state.place(mesh)
 
@@ -134,8 +109,7 @@ def make_train_step(
 ) -> TrainStep:
     """Jit `make_step` for the batches of the training loop; the state is donated.
 
-    A batch whose arrays have an additional first axis holds several steps, which are run one after
-    the other.
+    A batch whose arrays have an additional first axis holds several steps, one after the other.
     """
     train_step = make_step(model, optimizer, config, mesh)
 
@@ -166,11 +140,8 @@ def make_step(
     batch, of which each device keeps the part that it stores. A step whose loss, gradient or
     updated parameters are not finite is counted and changes nothing else.
 
-    Args:
-      model: the model.
-      optimizer: from `optimizer.make_optimizer`.
-      config: a config; the rates of `regularization` and `optimizer.average_decay` may be arrays.
-      mesh: from `parallel.make_mesh`; None if the step is part of a program for one device.
+    In the config, the rates of `regularization` and `optimizer.average_decay` may be arrays. The
+    mesh (`parallel.make_mesh`) is None if the step is part of a program for one device.
     """
     rates, decay = config.regularization, config.optimizer.average_decay
 

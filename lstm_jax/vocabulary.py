@@ -4,7 +4,6 @@ import codecs
 import json
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -30,7 +29,7 @@ _PATTERNS = {
 # The end of each file, or example of a dataset: a code point for internal use by programs.
 FILE_END = "\ufdd0"
 # The text between two documents, for each value of data.document_separator.
-SEPARATORS = MappingProxyType({"": "", "line": "\n", "blank_line": "\n\n", "file": FILE_END})
+SEPARATORS = {"": "", "line": "\n", "blank_line": "\n\n", "file": FILE_END}
 # The tokens of kind "bytes".
 _BYTES = bytes(range(256)).decode("ascii", "surrogateescape")
 # Tokens of one character, and all others.
@@ -39,8 +38,6 @@ _SINGLE = {
     "bytes": regex.compile("[\0-\x7f\udc80-\udcff]"),
 }
 _UNICODE = regex.compile("[^\ud800-\udfff]+")
-# Characters that a terminal executes instead of showing them.
-_CONTROL = regex.compile(r"(?!\r\n|[\n\t])\p{Cc}")
 
 
 class Ids(Protocol):
@@ -71,12 +68,7 @@ class Vocabulary:
     """
 
     def __init__(self, tokens: Sequence[str], kind: str = "characters", stop: str = "") -> None:
-        """Make a vocabulary from the text of every id.
-
-        Raises:
-          ValueError: if the special tokens are not in front, the stop token is not a token, or a
-            token occurs twice or is not of the kind.
-        """
+        """Make a vocabulary from the text of every id; raise `ValueError` if they are not valid."""
         if list(tokens[: len(SPECIAL_IDS)]) != [PADDING, UNKNOWN]:
             raise ValueError(f"the first two tokens must be {PADDING!r} and {UNKNOWN!r}")
         proper = tokens[len(SPECIAL_IDS) :]
@@ -93,9 +85,7 @@ class Vocabulary:
             raise ValueError("a token occurs twice")
         if stop and stop not in proper:
             raise ValueError("the stop token is not among the tokens")
-        self.tokens = tuple(tokens)
-        self.kind = kind
-        self.stop = stop
+        self.tokens, self.kind, self.stop = tuple(tokens), kind, stop
 
     @classmethod
     def from_text(
@@ -118,12 +108,12 @@ class Vocabulary:
             stops += count if token == stop else 0
             if count >= min_count:
                 frequent.add(token)
-        if stop == FILE_END and not stops:
-            raise UserError(
-                "the training text has no end of a file: data.document_separator=file needs "
-                "several files, of which one ends within the training text"
-            )
         if stop and not stops:
+            if stop == FILE_END:
+                raise UserError(
+                    "the training text has no end of a file: data.document_separator=file needs "
+                    "several files, of which one ends within the training text"
+                )
             raise UserError(
                 f"the training text has no {stop!r}, which is to end its documents: "
                 "choose another data.document_separator"
@@ -208,12 +198,12 @@ class Vocabulary:
         Its second argument says whether the ids are the last. Until then it keeps the bytes of a
         character whose end is still to come.
         """
-        if self.kind != "bytes":
-            return lambda ids, final: "".join(self.tokens[int(i)] for i in ids)
         utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
 
         def decode(ids: Iterable[int], final: bool) -> str:
             text = "".join(self.tokens[int(i)] for i in ids)
+            if self.kind != "bytes":
+                return text
             return utf8.decode(text.encode("utf-8", "surrogateescape"), final)
 
         return decode
@@ -224,15 +214,10 @@ class Vocabulary:
 
 
 class Costs(NamedTuple):
-    """The numbers of a text from which, with a loss, bits per character are computed.
+    """The numbers of a text from which, with a loss, bits per character are computed."""
 
-    Attributes:
-      characters: Unicode characters of the text.
-      unknown_bytes: bytes of all tokens not in the vocabulary, with one for the end of each.
-    """
-
-    characters: int
-    unknown_bytes: int
+    characters: int  # Unicode characters of the text.
+    unknown_bytes: int  # Bytes of all tokens not in the vocabulary, with one for the end of each.
 
 
 def find_stop_text(separator: str, text: Container[str]) -> str:
@@ -253,38 +238,3 @@ def split_text(text: str, kind: str, stop: str) -> Iterator[str]:
             yield from part.encode("utf-8", "surrogateescape").decode("ascii", "surrogateescape")
         else:
             yield from part
-
-
-def make_printable(text: str) -> str:
-    r"""Return a text that a terminal shows as it is.
-
-    Bytes that are not UTF-8 become U+FFFD, control characters escapes such as \x1b (except for line
-    breaks and tabs), and the end of a file a blank line.
-    """
-    text = regex.sub("[\ud800-\udfff]", "\ufffd", escape_controls(text))
-    return text.replace(FILE_END, "\n\n")
-
-
-def make_printer() -> Callable[[str, bool], str]:
-    r"""Return a `make_printable` for a text that comes piece by piece.
-
-    Its second argument says whether the piece is the last. Until then it keeps a final \r, which is
-    half a line break if \n follows.
-    """
-    held = ""
-
-    def show(piece: str, final: bool) -> str:
-        nonlocal held
-        text = held + piece
-        held = "\r" if text.endswith("\r") and not final else ""
-        return make_printable(text.removesuffix(held))
-
-    return show
-
-
-def escape_controls(text: str) -> str:
-    r"""Return a text with escapes such as \x1b for control characters.
-
-    Line feeds, tabs and the \r before a line feed are kept.
-    """
-    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)

@@ -8,14 +8,8 @@ from hypothesis import strategies as st
 
 from lstm_jax.errors import UserError
 from lstm_jax.run import workdir
-from lstm_jax.vocabulary import (
-    FILE_END,
-    KINDS,
-    Vocabulary,
-    find_stop_text,
-    make_printable,
-    make_printer,
-)
+from lstm_jax.run.streams import make_printable, make_printer
+from lstm_jax.vocabulary import FILE_END, KINDS, Vocabulary, find_stop_text
 
 # Text out of all of Unicode's planes, and pieces that hang together or are often got wrong.
 TEXTS = st.lists(

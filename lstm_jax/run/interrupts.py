@@ -1,4 +1,4 @@
-"""Handle Ctrl-C from the first line of a command to its last: one line, and exit code 130.
+"""Answer Ctrl-C, at any moment of a command, with one line and exit code 130.
 
 Python raises KeyboardInterrupt wherever the program is at that moment. That may be in an import, or
 in a callback from which no exception propagates, so that it is lost.
@@ -8,10 +8,8 @@ import contextlib
 import os
 import signal
 import sys
-from types import FrameType
 from typing import NoReturn
 
-INTERRUPTED = 130  # The exit code that a shell reports for a command that Ctrl-C ended.
 # An interrupt without an effect for this long was lost, and is raised again.
 _AGAIN_SECONDS = 5
 
@@ -24,12 +22,12 @@ def exit_at_once() -> None:
     If SIGINT is ignored, as in background jobs of a shell, it stays ignored.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _exit)
+        signal.signal(signal.SIGINT, leave)
 
 
 def raise_from_here() -> None:
     """Let Ctrl-C raise KeyboardInterrupt from here on, repeatedly until `answer` is called."""
-    if signal.getsignal(signal.SIGINT) is _exit:
+    if signal.getsignal(signal.SIGINT) is leave:
         signal.signal(signal.SIGALRM, _raise)
         signal.signal(signal.SIGINT, _raise)
 
@@ -50,7 +48,7 @@ def end() -> bool:
     return pending
 
 
-def leave() -> NoReturn:
+def leave(*unused: object) -> NoReturn:
     """End the process with one line and exit code 130.
 
     It does not wait for threads of libraries: after an interrupt they may never end.
@@ -59,14 +57,10 @@ def leave() -> NoReturn:
         sys.stdout.flush()
     with contextlib.suppress(OSError):
         os.write(2, b"Interrupted.\n")
-    os._exit(INTERRUPTED)
+    os._exit(130)
 
 
-def _exit(number: int, frame: FrameType | None) -> NoReturn:
-    leave()
-
-
-def _raise(number: int, frame: FrameType | None) -> NoReturn:
+def _raise(*unused: object) -> NoReturn:
     global _pending
     _pending = True
     signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)

@@ -1,73 +1,66 @@
-"""What training prints about a run."""
+"""Print how training starts, and report numbers that are not finite."""
 
 import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
+from lstm_jax import batches
 from lstm_jax import model as model_lib
-from lstm_jax.batches import Batch
 from lstm_jax.devices import hosts
 from lstm_jax.errors import NotFiniteError
-from lstm_jax.run import files, workdir
-from lstm_jax.vocabulary import Ids, Vocabulary
+from lstm_jax.run import files, resume
+from lstm_jax.vocabulary import Ids
 
+# Tokens of the window that is printed.
 _LONGEST_WINDOW = 24
 
 
-def describe_setup(
-    params: model_lib.Params,
-    vocabulary: Vocabulary,
-    ids: Mapping[str, Ids],
-    window_length: int,
-    steps_per_epoch: int,
-) -> str:
-    """Describe the parameters, the sizes of the text, and its first window with the targets."""
-    window = ids["train"][: min(window_length, _LONGEST_WINDOW) + 1]
+def print_setup(settled: resume.Settled, start: resume.Start, ids: Mapping[str, Ids]) -> None:
+    """Print the model, the text with its first window, and what is special about the start."""
+    config, vocabulary, changes = settled
+    window = ids["train"][: min(config.batches.window_length, _LONGEST_WINDOW) + 1]
     inputs, targets = window[:-1], window[1:]
     counts = ", ".join(f"{len(of_split):,} {name}" for name, of_split in ids.items())
-    return (
-        f"{model_lib.format_parameters(params)}\n\n"
+    print(
+        f"{model_lib.format_parameters(start.state.params)}\n\n"
         f"{vocabulary.kind}: {counts}; vocabulary: {len(vocabulary)}; "
-        f"steps per epoch: {steps_per_epoch:,}\n\n"
+        f"steps per epoch: {start.steps_per_epoch:,}\n\n"
         "The first window and its targets:\n"
         f"  inputs  {vocabulary.decode(inputs)!r}\n"
         f"  targets {vocabulary.decode(targets)!r}\n"
         f"  inputs  {' '.join(map(str, inputs))}\n"
-        f"  targets {' '.join(map(str, targets))}\n"
+        f"  targets {' '.join(map(str, targets))}\n",
+        flush=True,
     )
-
-
-def describe_source(init_from: str, trained: workdir.Trained, vocabulary: Vocabulary) -> str:
-    """Describe where the first weights come from, and the tokens that are new to them."""
-    new = vocabulary.tokens[len(trained.vocabulary) :]
-    tokens = f"{len(new)} new tokens: {', '.join(map(repr, new))}" if new else "no new tokens"
-    return (
-        f"The first weights are those of step {trained.step} in {init_from}; the vocabulary has "
-        f"{tokens}\n"
-    )
+    if start.trained:
+        new = vocabulary.tokens[len(start.trained.vocabulary) :]
+        tokens = f"{len(new)} new tokens: {', '.join(map(repr, new))}" if new else "no new tokens"
+        print(
+            f"The first weights are those of step {start.trained.step} in {config.init_from}; the "
+            f"vocabulary has {tokens}\n",
+            flush=True,
+        )
+    for field, (before, after) in changes.items():
+        print(f"From step {start.step} on, {field} is {after!r}; it was {before!r}", flush=True)
 
 
 def report_nonfinite(
-    directory: Path, step: int, batch: Batch, skipped: int, allowed: int, last_saved: int
+    directory: Path, config: ConfigDict, ids: Ids, step: int, skipped: int, last_saved: int
 ) -> None:
     """Save the batch of a step that was skipped because a number was not finite, and warn.
 
-    Args:
-      directory: the working directory.
-      step: the step.
-      batch: the batch of that step.
-      skipped: the number of steps skipped so far.
-      allowed: the number of steps that may be skipped.
-      last_saved: the step of the latest checkpoint.
-
-    Raises:
-      NotFiniteError: if more steps were skipped than are allowed.
+    Raise `NotFiniteError` if more steps were `skipped` so far than `config.max_skipped_steps`.
     """
     path = directory / f"nonfinite_step_{step}.json"
-    ids = {"step": step, "inputs": batch.inputs.tolist(), "targets": batch.targets.tolist()}
     if hosts.is_first():
-        files.write_file(path, f"{json.dumps(ids)}\n".encode())
+        places = batches.make_order(len(ids), config.batches, config.seed)[step - 1]
+        batch = batches.cut_batch(ids, places, config.batches.window_length)
+        saved = {"step": step, "inputs": batch.inputs.tolist(), "targets": batch.targets.tolist()}
+        files.write_file(path, f"{json.dumps(saved)}\n".encode())
+    allowed = config.max_skipped_steps
     message = (
         f"a parameter, the loss or a gradient of step {step} is not finite (its batch is in {path})"
     )

@@ -1,4 +1,4 @@
-"""Trace a few training steps, to be opened in TensorBoard or xprof."""
+"""Trace a few training steps, for TensorBoard or xprof."""
 
 from pathlib import Path
 
@@ -12,14 +12,8 @@ class Profiler:
     """Traces some steps of a run once, soon after it starts or resumes."""
 
     def __init__(self, directory: Path | None, step: int) -> None:
-        """Start when `step` steps are done.
-
-        Args:
-          directory: where the trace is written as plugins/profile/TIME/; None for no trace.
-          step: number of training steps done.
-        """
-        self._directory, self._first = directory, step + _WARM_UP
-        self._is_tracing = False
+        """Start at `step`; trace into `directory`/plugins/profile/TIME/, or not at all if None."""
+        self._directory, self._first, self._is_tracing = directory, step + _WARM_UP, False
 
     def keep(self, step: int, array: jax.Array) -> None:
         """Start or stop the trace if it is time to; `array` is a result of step `step`."""

@@ -11,16 +11,16 @@ _SECONDS_BETWEEN_LINES = 10
 class Progress:
     """Shows step, epoch, loss, speed and time left.
 
-    On a terminal it is a bar on standard error; elsewhere a line on standard output every ten
-    seconds.
+    On a terminal it is a bar on standard error, elsewhere a line on standard output from time to
+    time.
     """
 
     def __init__(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
         """Start at `step` of `total_steps`."""
-        self._first = self._step = self._clock_step = self._compiled_step = step
-        self._total = total_steps
-        self._steps_per_epoch = steps_per_epoch
-        self._compiled = self._clock = self._last_line = time.monotonic()
+        self._first, self._total, self._steps_per_epoch = step, total_steps, steps_per_epoch
+        self._last_line = time.monotonic()
+        # Steps done and the time: where the speed and where the time left are measured from.
+        self._clock = self._start = step, self._last_line
         self._bar = tqdm(
             total=total_steps,
             initial=step,
@@ -35,16 +35,15 @@ class Progress:
 
         The time left is estimated from the first call after a step, since that step was compiling.
         """
-        self._clock_step, self._clock = step, time.monotonic()
-        if self._compiled_step == self._first:
-            self._compiled_step, self._compiled = step, self._clock
+        self._clock = step, time.monotonic()
+        if self._start[0] == self._first:
+            self._start = self._clock
         self._advance(step)
 
     def steps_per_second(self, step: int) -> float:
         """Return the speed since the last call or `start_clock`; 0 if no step was done since."""
-        now = time.monotonic()
-        seconds, steps = now - self._clock, step - self._clock_step
-        self._clock_step, self._clock = step, now
+        before, self._clock = self._clock, (step, time.monotonic())
+        steps, seconds = step - before[0], self._clock[1] - before[1]
         return steps / seconds if steps else 0.0
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
@@ -63,13 +62,12 @@ class Progress:
     def _advance(self, step: int) -> str:
         """Move the bar; return the time left, or "" before it can be estimated."""
         left = ""
-        if steps := step - self._compiled_step:
-            seconds = (time.monotonic() - self._compiled) / steps * (self._total - step)
+        if steps := step - self._start[0]:
+            seconds = (time.monotonic() - self._start[1]) / steps * (self._total - step)
             minutes, seconds = divmod(round(seconds), 60)
             left = f"{minutes}:{seconds:02} left"
         self._bar.set_postfix_str(left, refresh=False)
-        self._bar.update(step - self._step)
-        self._step = step
+        self._bar.update(step - self._bar.n)
         return left
 
     def print(self, text: str) -> None:

@@ -1,33 +1,53 @@
-"""Resume rules: which config and vocabulary a run is trained with, and what may have changed."""
+"""Start or resume a run: its config and vocabulary, and its model, state and batches."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import grain
+import jax
+import numpy as np
 from ml_collections import ConfigDict
 
+from lstm_jax import batches
 from lstm_jax import config as config_lib
+from lstm_jax import model as model_lib
+from lstm_jax import optimizer as optimizer_lib
+from lstm_jax.devices import hosts
 from lstm_jax.errors import UserError
-from lstm_jax.run import workdir
-from lstm_jax.vocabulary import Vocabulary
+from lstm_jax.run import checkpoints, files, metrics, workdir
+from lstm_jax.train_step import TrainState, init_state
+from lstm_jax.vocabulary import Ids, Vocabulary
 
 # The value before and the value now of each field that has changed, by dotted name.
-Changes = dict[str, tuple[Any, Any]]
+_Changes = dict[str, tuple[Any, Any]]
+
+
+class Settled(NamedTuple):
+    """What a run is trained with, and how its config has changed since it was last trained."""
+
+    config: ConfigDict
+    vocabulary: Vocabulary
+    changes: _Changes
+
+
+def check_recurrence(config: ConfigDict) -> None:
+    """Raise `UserError` if `model.recurrence` can't run on this device; it initializes JAX."""
+    try:
+        model_lib.make_model(config.model, 1).implementation()
+    except ValueError as error:
+        raise UserError(f"config.model.recurrence: {error}") from None
 
 
 def settle_run(
     config: ConfigDict, directory: Path, make_vocabulary: Callable[[], Vocabulary]
-) -> tuple[ConfigDict, Vocabulary, Changes]:
-    """Return the config and vocabulary to train with, new or those of the run in `directory`.
+) -> Settled:
+    """Return what to train with: new, or that of the run in `directory` with a changed config.
 
     Args:
       config: a complete config, with the checksum of the text.
       directory: the working directory.
       make_vocabulary: returns the vocabulary of the training text, for a new run.
-
-    Returns:
-      The config; the vocabulary; and the fields of the config that have changed since the run was
-      last trained.
 
     Raises:
       UserError: if the run has another text, or another config in a field that can't change.
@@ -40,7 +60,7 @@ def settle_run(
         before = workdir.load_config(directory)
         config.init_from = config.init_from or before.init_from
         changes = _compare(before, config, directory)
-        return config, workdir.load_vocabulary(directory), changes
+        return Settled(config, workdir.load_vocabulary(directory), changes)
     for name in (workdir.CHECKPOINTS, workdir.METRICS):
         if (directory / name).exists():
             raise UserError(
@@ -52,20 +72,10 @@ def settle_run(
         source = Path(config.init_from)
         _compare(workdir.load_config(source), config, source, only="model.")
         vocabulary = workdir.load_vocabulary(source).extended(vocabulary)
-    return config, vocabulary, {}
+    return Settled(config, vocabulary, {})
 
 
-def save_settled(
-    directory: Path, config: ConfigDict, vocabulary: Vocabulary, step: int, changes: Changes
-) -> None:
-    """Write config and vocabulary, and append the changes after `step` to changes.jsonl."""
-    if changes:
-        workdir.append_changes(directory, step, changes)
-    workdir.save_vocabulary(directory, vocabulary)
-    workdir.save_config(directory, config)
-
-
-def _compare(before: ConfigDict, config: ConfigDict, directory: Path, only: str = "") -> Changes:
+def _compare(before: ConfigDict, config: ConfigDict, directory: Path, only: str = "") -> _Changes:
     """Return the changed fields that start with `only`; raise `UserError` if one can't change."""
     old = dict(config_lib.flatten(before))
     changes = {
@@ -90,3 +100,80 @@ def _compare(before: ConfigDict, config: ConfigDict, directory: Path, only: str 
             "name another --workdir"
         )
     return changes
+
+
+class Start(NamedTuple):
+    """What training starts with, whether the run is new or restored."""
+
+    model: model_lib.LanguageModel
+    state: TrainState
+    iterator: grain.DatasetIterator  # Over training batches, or over their places.
+    step: int  # Training steps done.
+    steps_per_epoch: int
+    total_steps: int  # Until the end of the last epoch.
+    history: dict[str, int] | None  # `workdir.history_sizes` when it was saved; None if it is new.
+    trained: workdir.Trained | None  # The run that a new run takes its first weights from, if any.
+
+
+def restore_run(
+    settled: Settled,
+    directory: Path,
+    ids: Ids,
+    count_tokens: Callable[[Vocabulary], np.ndarray],
+    mesh: jax.sharding.Mesh | None = None,
+    places: bool = False,
+) -> Start:
+    """Make model, state and batches, or restore them from a checkpoint; save what was settled.
+
+    Args:
+      settled: from `settle_run`.
+      directory: the working directory.
+      ids: those of the training text.
+      count_tokens: returns the number of occurrences of each token there, for a new run.
+      mesh: the devices; None for the default device.
+      places: see `batches.make_batches`.
+
+    Raises:
+      UserError: if the text is too short, or the working directory is damaged or has more epochs.
+    """
+    config, vocabulary, changes = settled
+    part = (jax.process_index(), jax.process_count())
+    iterator, steps_per_epoch = batches.make_batches(ids, config.batches, config.seed, places, part)
+    total_steps = config.num_epochs * steps_per_epoch
+    model = model_lib.make_model(config.model, len(vocabulary))
+    saved_in = directory / workdir.CHECKPOINTS
+    is_new = not checkpoints.list_steps(saved_in)
+    trained = workdir.load_trained(config.init_from) if config.init_from and is_new else None
+    state = init_state(
+        model,
+        optimizer_lib.make_optimizer(config.optimizer, total_steps),
+        jax.random.key(config.seed),
+        config.batches.batch_size,
+        averaged=config.optimizer.average_decay > 0,
+        trained=trained.params if trained else None,
+        mesh=mesh,
+        counts=count_tokens(vocabulary) if is_new else None,
+    )
+    restored = checkpoints.restore_latest(saved_in, state.evaluated, state.rest, iterator)
+    step, history = 0, None
+    if restored:
+        step, history = restored.step, restored.history
+        state = TrainState.join(restored.params, restored.state)
+    elif metrics.read_metrics(directory / workdir.METRICS):
+        raise UserError(
+            f"{directory} holds {workdir.METRICS} but no checkpoint: restore "
+            f"{workdir.CHECKPOINTS}/, or start a new run with another --workdir"
+        )
+    if step > total_steps:
+        raise UserError(
+            f"the run in {directory} has trained {step / steps_per_epoch:g} epochs already, and "
+            f"--config.num_epochs={config.num_epochs} is fewer: name more, or another --workdir"
+        )
+    with hosts.first_goes_ahead("config"):
+        if hosts.is_first():
+            files.remove_partial(directory)
+            if changes:
+                workdir.append_changes(directory, step, changes)
+            workdir.save_vocabulary(directory, vocabulary)
+            workdir.save_config(directory, config)
+    return Start(model, state, iterator, step, steps_per_epoch, total_steps, history, trained)

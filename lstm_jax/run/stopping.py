@@ -5,7 +5,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from types import FrameType
 from typing import Self
 
 import jax
@@ -46,10 +45,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within this block, let a signal raise `Stopped` immediately.
-
-        With several processes it does not, since they must all stop at the same step.
-        """
+        """Let a signal raise `Stopped` immediately, but not where several processes must agree."""
         self._at_once = jax.process_count() == 1
         try:
             if self._at_once:
@@ -58,7 +54,7 @@ class StopRequest:
         finally:
             self._at_once = False
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int, unused: object) -> None:
         if self.exit_code is None:
             self.exit_code = 128 + number
             if self._at_once:
@@ -79,8 +75,7 @@ class Pacer:
     def keep(self, step: int, array: jax.Array) -> bool:
         """Wait for `array`, a result of step `step`, if it is time to.
 
-        Returns:
-          Whether processes may communicate now: all of them get True at the same steps.
+        Return whether processes may communicate now: all of them get True at the same steps.
         """
         if step - self._step < self._steps:
             return jax.process_count() == 1

@@ -1,21 +1,24 @@
-"""Protect the standard streams: any text can be printed, and failures get one clear message."""
+"""Print safely: any text can be shown, and a stream that fails gets one clear message."""
 
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import regex
+
 from lstm_jax.errors import UserError
+from lstm_jax.vocabulary import FILE_END
+
+# Characters that a terminal executes instead of showing them.
+_CONTROL = regex.compile(r"(?!\r\n|[\n\t])\p{Cc}")
 
 
 def protect_streams() -> None:
-    """Make the three standard streams safe to use; to be called once, when a command starts.
+    """Make the three standard streams safe to use; call it once, when a command starts.
 
-    Text that the encoding of standard output lacks is printed with escapes.
-
-    Raises:
-      UserError: if standard output is closed.
+    Raise `UserError` if standard output is closed. Text that its encoding lacks gets escapes.
     """
     for number in range(3):  # The next file to be opened would take the number of a closed one.
         try:
@@ -36,6 +39,41 @@ def protect_streams() -> None:
 def discard_output() -> None:
     """Discard what is still to be printed; Python would report it as an error at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def make_printable(text: str) -> str:
+    r"""Return a text that a terminal shows as it is.
+
+    Bytes that are not UTF-8 become U+FFFD, control characters escapes such as \x1b (except for line
+    breaks and tabs), and the end of a file a blank line.
+    """
+    text = regex.sub("[\ud800-\udfff]", "\ufffd", escape_controls(text))
+    return text.replace(FILE_END, "\n\n")
+
+
+def make_printer() -> Callable[[str, bool], str]:
+    r"""Return a `make_printable` for a text that comes piece by piece.
+
+    Its second argument says whether the piece is the last. Until then it keeps a final \r, which is
+    half a line break if \n follows.
+    """
+    held = ""
+
+    def show(piece: str, final: bool) -> str:
+        nonlocal held
+        text = held + piece
+        held = "\r" if text.endswith("\r") and not final else ""
+        return make_printable(text.removesuffix(held))
+
+    return show
+
+
+def escape_controls(text: str) -> str:
+    r"""Return a text with escapes such as \x1b for control characters.
+
+    Line feeds, tabs and the \r before a line feed are kept.
+    """
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 class _Output:

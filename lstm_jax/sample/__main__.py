@@ -20,8 +20,8 @@ from lstm_jax.controls import Controls, can_end, make_control_arrays, make_stop_
 from lstm_jax.data import sources, texts
 from lstm_jax.errors import UserError
 from lstm_jax.run import workdir
+from lstm_jax.run.streams import make_printable, make_printer
 from lstm_jax.sample import chat, novelty
-from lstm_jax.vocabulary import make_printable, make_printer
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Working directory of a training run.")
 _PROMPT = flags.DEFINE_string("prompt", "", "Prompt to continue.")

@@ -13,8 +13,8 @@ from lstm_jax.errors import UserError
 from lstm_jax.generation import State
 from lstm_jax.model import Prepared
 from lstm_jax.run import interrupts
+from lstm_jax.run.streams import make_printable, make_printer
 from lstm_jax.run.workdir import Trained
-from lstm_jax.vocabulary import make_printable, make_printer
 
 # The settings that commands change, and their types.
 _SETTINGS = {"length": int} | {

@@ -29,7 +29,6 @@ from lstm_jax.data import texts
 from lstm_jax.devices import parallel
 from lstm_jax.devices.memory import keep_freed_memory
 from lstm_jax.errors import UnavailableError, UserError
-from lstm_jax.restore import Start, check_recurrence, restore_run
 from lstm_jax.run import checkpoints as checkpoints_lib
 from lstm_jax.run import lock, metrics, resume, workdir
 from lstm_jax.train_step import TrainState, make_step
@@ -51,7 +50,7 @@ class _Member:
     number: int
     config: ConfigDict
     directory: Path
-    start: Start
+    start: resume.Start
     checkpoints: checkpoints_lib.CheckpointWriter
     metrics: metrics.MetricsWriter
     is_ours: Callable[[], bool]
@@ -75,19 +74,19 @@ def train_population(
     with contextlib.ExitStack() as held:
         for config, directory in zip(configs, directories, strict=True):
             is_ours = held.enter_context(lock.hold_lock(directory))
-            config, vocabulary, changes = resume.settle_run(
+            settled = resume.settle_run(
                 splits.settle(config), directory, lambda: training_text.vocabulary(configs[0].data)
             )
-            ids = ids or splits.encode(vocabulary)
-            start = restore_run(config, directory, vocabulary, training_text, ids["train"])
-            resume.save_settled(directory, config, vocabulary, start.step, changes)
+            ids = ids or splits.encode(settled.vocabulary)
+            start = resume.restore_run(settled, directory, ids["train"], training_text.count_tokens)
             saved_in = directory / workdir.CHECKPOINTS
             saver = held.enter_context(checkpoints_lib.CheckpointWriter(saved_in))
             if start.history is not None:
                 workdir.restore_history(directory, start.history)
             writer = metrics.MetricsWriter(directory / workdir.METRICS, start.step)
             held.enter_context(writer)
-            members.append(_Member(len(members), config, directory, start, saver, writer, is_ours))
+            number, own = len(members), settled.config
+            members.append(_Member(number, own, directory, start, saver, writer, is_ours))
         # Members that a kill left at different epochs are trained in groups.
         for step in sorted({member.start.step for member in members}):
             group = [member for member in members if member.start.step == step]
@@ -102,7 +101,7 @@ def check_members(configs: Sequence[ConfigDict]) -> None:
             "the members of a population start from fresh weights: leave out "
             "--config.init_from or --population"
         )
-    check_recurrence(configs[0])
+    resume.check_recurrence(configs[0])
     first = dict(config_lib.flatten(configs[0]))
     for config in configs[1:]:
         for field, value in config_lib.flatten(config):
