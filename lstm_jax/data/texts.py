@@ -3,15 +3,18 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from lstm_jax.data import prepared, sources
+from lstm_jax.data import sources
 from lstm_jax.data.encoding import Text
 from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import Ids, Vocabulary
+
+if TYPE_CHECKING:
+    from lstm_jax.data.prepared import Manifest
 
 # The text of someone else's run is read into memory up to this size, whatever its config says.
 _MAX_BYTES_IN_MEMORY = 16 * 10**6
@@ -51,11 +54,14 @@ def load_texts(data: ConfigDict) -> Splits:
     which only the requested ids are read. Everything else is read into memory. Raise `UserError` if
     a text is missing, not UTF-8, empty, too short, or not the one that a run began with.
     """
-    large = data.path and sources.measure_files(data.path) > data.memory_megabytes * 10**6
-    return _open_splits(data, prepared.prepare_corpus(data) if large else None)
+    if data.path and sources.measure_files(data.path) > data.memory_megabytes * 10**6:
+        from lstm_jax.data import prepared  # Only for a large text.
+
+        return _open_splits(data, prepared.prepare_corpus(data))
+    return _open_splits(data)
 
 
-def _open_splits(data: ConfigDict, manifest: prepared.Manifest | None) -> Splits:
+def _open_splits(data: ConfigDict, manifest: "Manifest | None" = None) -> Splits:
     """Return the splits of a prepared corpus, or else read them into memory."""
     if manifest:
         splits = Splits(manifest.texts(), manifest.text_sha256)
@@ -111,8 +117,10 @@ def load_texts_of_run(
     return _open_splits(data, found).texts
 
 
-def _find_prepared(data: ConfigDict, make: bool) -> prepared.Manifest:
+def _find_prepared(data: ConfigDict, make: bool) -> "Manifest":
     """Return the prepared text of a run, from where it was trained or else the user's cache."""
+    from lstm_jax.data import prepared
+
     if found := prepared.find_corpus(data):
         return found
     data.prepared = str(prepared.get_cache_directory())
