@@ -53,8 +53,8 @@ class _Member:
     directory: Path
     start: Start
     checkpoints: checkpoints_lib.CheckpointWriter
-    metrics: metrics.MetricsWriter
     is_ours: Callable[[], bool]
+    metrics: metrics.MetricsWriter = dataclasses.field(init=False)  # Open while it is trained.
     reason: str = ""
 
 
@@ -82,15 +82,16 @@ def train_population(
             start = restore_run(config, directory, vocabulary, training_text, ids["train"])
             resume.save_settled(directory, config, vocabulary, start.step, changes)
             saved_in = directory / workdir.CHECKPOINTS
-            saver = held.enter_context(checkpoints_lib.CheckpointWriter(saved_in))
+            writer = held.enter_context(checkpoints_lib.CheckpointWriter(saved_in))
             if start.history is not None:
                 workdir.restore_history(directory, start.history)
-            writer = metrics.MetricsWriter(directory / workdir.METRICS, start.step)
-            held.enter_context(writer)
-            members.append(_Member(len(members), config, directory, start, saver, writer, is_ours))
+            members.append(_Member(len(members), config, directory, start, writer, is_ours))
         # Members that a kill left at different epochs are trained in groups.
         for step in sorted({member.start.step for member in members}):
             group = [member for member in members if member.start.step == step]
+            for member in group:
+                path = member.directory / workdir.METRICS
+                member.metrics = held.enter_context(metrics.MetricsWriter(path, step))
             _train_group(group, ids, on_validation)
     return [member.reason for member in members]
 
