@@ -48,7 +48,7 @@ class LSTMCell(Cell):
             self.cell_bias = self.param("cell_bias", nn.initializers.zeros, (self.hidden_size,))
 
     def __call__(self, carry: LSTMCarry, inputs: jax.Array) -> tuple[LSTMCarry, jax.Array]:
-        """Return the next carry and the outputs, which are its hidden state."""
+        """Return the next carry and the outputs, for inputs [batch, input_size]."""
         gates = self.gates(carry, inputs)
         cell = gates["forget"] * carry.cell + gates["input"] * gates["candidate"]
         hidden = gates["output"] * self.activation(carry._replace(cell=cell))

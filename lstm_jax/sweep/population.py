@@ -52,8 +52,8 @@ class _Member:
     directory: Path
     start: resume.Start
     checkpoints: checkpoints_lib.CheckpointWriter
-    metrics: metrics.MetricsWriter
     is_ours: Callable[[], bool]
+    metrics: metrics.MetricsWriter = dataclasses.field(init=False)  # Open while it is trained.
     reason: str = ""
 
 
@@ -80,16 +80,23 @@ def train_population(
             ids = ids or splits.encode(settled.vocabulary)
             start = resume.restore_run(settled, directory, ids["train"], training_text.count_tokens)
             saved_in = directory / workdir.CHECKPOINTS
-            saver = held.enter_context(checkpoints_lib.CheckpointWriter(saved_in))
+            writer = held.enter_context(checkpoints_lib.CheckpointWriter(saved_in))
             if start.history is not None:
                 workdir.restore_history(directory, start.history)
+<<<<<<< HEAD
             writer = metrics.MetricsWriter(directory / workdir.METRICS, start.step)
             held.enter_context(writer)
             number, own = len(members), settled.config
             members.append(_Member(number, own, directory, start, saver, writer, is_ours))
+=======
+            members.append(_Member(len(members), config, directory, start, writer, is_ours))
+>>>>>>> csweep
         # Members that a kill left at different epochs are trained in groups.
         for step in sorted({member.start.step for member in members}):
             group = [member for member in members if member.start.step == step]
+            for member in group:
+                path = member.directory / workdir.METRICS
+                member.metrics = held.enter_context(metrics.MetricsWriter(path, step))
             _train_group(group, ids, on_validation)
     return [member.reason for member in members]
 
