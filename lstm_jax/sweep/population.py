@@ -83,14 +83,8 @@ def train_population(
             writer = held.enter_context(checkpoints_lib.CheckpointWriter(saved_in))
             if start.history is not None:
                 workdir.restore_history(directory, start.history)
-<<<<<<< HEAD
-            writer = metrics.MetricsWriter(directory / workdir.METRICS, start.step)
-            held.enter_context(writer)
             number, own = len(members), settled.config
-            members.append(_Member(number, own, directory, start, saver, writer, is_ours))
-=======
-            members.append(_Member(len(members), config, directory, start, writer, is_ours))
->>>>>>> csweep
+            members.append(_Member(number, own, directory, start, writer, is_ours))
         # Members that a kill left at different epochs are trained in groups.
         for step in sorted({member.start.step for member in members}):
             group = [member for member in members if member.start.step == step]
