@@ -30,7 +30,8 @@ from lstm_jax.devices import parallel
 from lstm_jax.devices.memory import keep_freed_memory
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import checkpoints as checkpoints_lib
-from lstm_jax.run import lock, metrics, resume, workdir
+from lstm_jax.run import lock, resume, workdir
+from lstm_jax.run.metrics import MetricsWriter
 from lstm_jax.train_step import TrainState, make_step
 from lstm_jax.vocabulary import Ids
 
@@ -53,7 +54,7 @@ class _Member:
     start: resume.Start
     checkpoints: checkpoints_lib.CheckpointWriter
     is_ours: Callable[[], bool]
-    metrics: metrics.MetricsWriter = dataclasses.field(init=False)  # Open while it is trained.
+    metrics: MetricsWriter = dataclasses.field(init=False)  # Open while it is trained.
     reason: str = ""
 
 
@@ -90,7 +91,7 @@ def train_population(
             group = [member for member in members if member.start.step == step]
             for member in group:
                 path = member.directory / workdir.METRICS
-                member.metrics = held.enter_context(metrics.MetricsWriter(path, step))
+                member.metrics = held.enter_context(MetricsWriter(path, step))
             _train_group(group, ids, on_validation)
     return [member.reason for member in members]
 
