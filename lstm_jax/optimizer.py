@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-OPTIMIZERS = ("adam", "sgd")
 SCHEDULES = ("constant", "cosine", "linear", "step")
 
 # The schedule "step" multiplies the learning rate by this at each of its steps.
@@ -23,17 +22,31 @@ def make_optimizer(optimizer: ConfigDict, total_steps: int) -> optax.GradientTra
     Every field but the name may be an array, so that one compiled program serves many values. The
     schedule is then an index into `SCHEDULES`.
     """
-    norm, decay = optimizer.max_gradient_norm, optimizer.weight_decay
+    norm = optimizer.max_gradient_norm
     # The state has the same structure either way, so that a resumed run may change the norm.
     if isinstance(norm, jax.Array):
         clip = optax.clip_by_global_norm(jnp.where(norm > 0, norm, jnp.inf))
     else:
         clip = optax.clip_by_global_norm(norm) if norm else optax.identity()
-    learning_rate = make_schedule(optimizer, total_steps)
-    if optimizer.name == "sgd":
-        add_decay = optax.add_decayed_weights(decay, mask=_is_matrix)
-        return optax.chain(clip, add_decay, optax.sgd(learning_rate, optimizer.momentum))
-    return optax.chain(clip, optax.adamw(learning_rate, weight_decay=decay, mask=_is_matrix))
+    make = OPTIMIZERS[optimizer.name]
+    return optax.chain(clip, *make(optimizer, make_schedule(optimizer, total_steps)))
+
+
+def _make_adam(
+    optimizer: ConfigDict, learning_rate: optax.Schedule
+) -> list[optax.GradientTransformation]:
+    return [optax.adamw(learning_rate, weight_decay=optimizer.weight_decay, mask=_is_matrix)]
+
+
+def _make_sgd(
+    optimizer: ConfigDict, learning_rate: optax.Schedule
+) -> list[optax.GradientTransformation]:
+    decay = optax.add_decayed_weights(optimizer.weight_decay, mask=_is_matrix)
+    return [decay, optax.sgd(learning_rate, optimizer.momentum)]
+
+
+# The values of the config field `optimizer.name`, and what follows the clipping of gradients.
+OPTIMIZERS = {"adam": _make_adam, "sgd": _make_sgd}
 
 
 def make_schedule(optimizer: ConfigDict, total_steps: int) -> optax.Schedule:
