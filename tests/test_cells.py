@@ -104,7 +104,7 @@ def test_a_step_agrees_with_the_equations(name: str, layer_norm: bool) -> None:
 
 @pytest.mark.parametrize("name", EQUATIONS)
 @pytest.mark.parametrize("layer_norm", [False, True])
-def test_a_model_of_any_cell_computes_the_same_token_by_token(name: str, layer_norm: bool) -> None:
+def test_every_cell_gives_the_same_logits_token_by_token(name: str, layer_norm: bool) -> None:
     model = model_lib.LanguageModel(
         11, 6, 9, 2, cell=name, layer_norm=layer_norm, tie_embeddings=True
     )
@@ -119,7 +119,7 @@ def test_a_model_of_any_cell_computes_the_same_token_by_token(name: str, layer_n
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), carry, last)
 
 
-def test_cells_that_only_a_scan_can_run_are_run_by_a_scan() -> None:
+def test_cells_without_a_fused_implementation_use_scan() -> None:
     assert model_lib.LanguageModel(11, 6, 9).implementation() == "fused"
     assert model_lib.LanguageModel(11, 6, 9, cell="gru").implementation() == "scan"
     assert model_lib.LanguageModel(11, 6, 9, layer_norm=True).implementation() == "scan"
@@ -141,6 +141,6 @@ def test_no_cell_ignores_layer_norm_or_recurrent_dropout(name: str) -> None:
     assert np.abs(outputs[0] - outputs[1]).max() > 1e-4
 
 
-def test_cells_that_other_commands_would_not_know_cannot_be_added() -> None:
+def test_the_table_of_cells_is_read_only() -> None:
     with pytest.raises(TypeError):
         cells.CELLS["peephole"] = cells.LSTMCell  # type: ignore[index]

@@ -82,7 +82,7 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [truncate, flip, Path.unlink], ids=["truncate", "flip", "delete"])
-def test_whatever_file_is_damaged_the_checkpoint_before_it_is_used(
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(
     harm: object,
     saved: Path,
     tmp_path: Path,
@@ -123,7 +123,7 @@ def snapshot(directory: Path) -> dict[str, bytes]:
     }
 
 
-def test_where_all_are_damaged_nothing_is_touched_and_each_is_named(
+def test_if_all_checkpoints_are_damaged_an_error_names_each_and_nothing_changes(
     saved: Path, tmp_path: Path, iterator: grain.DatasetIterator
 ) -> None:
     directory = tmp_path / "checkpoints"
@@ -143,7 +143,7 @@ def test_where_all_are_damaged_nothing_is_touched_and_each_is_named(
         checkpoints.restore_best_params(tmp_path / "none", PARAMS)
 
 
-def test_names_of_damaged_ones_are_never_taken_twice(
+def test_damaged_checkpoints_get_unique_names(
     saved: Path, tmp_path: Path, iterator: grain.DatasetIterator
 ) -> None:
     directory = tmp_path / "checkpoints"
@@ -155,7 +155,7 @@ def test_names_of_damaged_ones_are_never_taken_twice(
     assert {path.name for path in directory.iterdir()} == {"1", "2.damaged", "2.damaged-2"}
 
 
-def test_a_checkpoint_of_another_model_is_refused(
+def test_a_checkpoint_of_another_model_raises_an_error(
     saved: Path, iterator: grain.DatasetIterator
 ) -> None:
     for other in ({"w": jnp.zeros(4)}, {"v": jnp.zeros(3)}):
@@ -165,9 +165,7 @@ def test_a_checkpoint_of_another_model_is_refused(
             checkpoints.restore_latest(saved, other, STATE, iterator)
 
 
-def test_what_a_killed_save_left_is_cleared_away_and_never_read(
-    saved: Path, tmp_path: Path
-) -> None:
+def test_an_unfinished_save_is_deleted_and_never_read(saved: Path, tmp_path: Path) -> None:
     directory = tmp_path / "checkpoints"
     shutil.copytree(saved, directory)
     for name in ("3.unfinished", "4.unfinished.orbax-checkpoint-tmp"):
@@ -178,7 +176,7 @@ def test_what_a_killed_save_left_is_cleared_away_and_never_read(
     assert {path.name for path in directory.iterdir()} == {"1", "2", "notes.txt"}
 
 
-def test_the_seal_is_what_sha256sum_reads(saved: Path) -> None:
+def test_sha256sum_can_check_the_seal(saved: Path) -> None:
     sha256sum = shutil.which("sha256sum")
     if sha256sum is None:
         pytest.skip("there is no sha256sum here")
@@ -186,7 +184,7 @@ def test_the_seal_is_what_sha256sum_reads(saved: Path) -> None:
     subprocess.run(command, cwd=saved / "2", check=True)
 
 
-def test_who_reads_while_training_saves_sees_whole_checkpoints(
+def test_a_reader_sees_only_whole_checkpoints_while_training_saves(
     tmp_path: Path, iterator: grain.DatasetIterator, capsys: pytest.CaptureFixture[str]
 ) -> None:
     done = threading.Event()
@@ -218,7 +216,7 @@ def test_who_reads_while_training_saves_sees_whole_checkpoints(
     assert capsys.readouterr().err == "", "none was taken for damaged"
 
 
-def test_a_validation_loss_that_was_changed_counts_for_nothing(saved: Path, tmp_path: Path) -> None:
+def test_a_modified_validation_loss_is_ignored(saved: Path, tmp_path: Path) -> None:
     directory = tmp_path / "checkpoints"
     shutil.copytree(saved, directory)
     assert checkpoints.find_best_step(directory) == 1
@@ -229,7 +227,9 @@ def test_a_validation_loss_that_was_changed_counts_for_nothing(saved: Path, tmp_
 
 
 @pytest.mark.parametrize("name", ["5.unfinished", "7", "2147483648", "9" * 100])
-def test_what_is_in_the_way_of_checkpoints_is_named(name: str, saved: Path, tmp_path: Path) -> None:
+def test_a_file_in_the_place_of_a_checkpoint_raises_an_error(
+    name: str, saved: Path, tmp_path: Path
+) -> None:
     directory = tmp_path / "checkpoints"
     shutil.copytree(saved, directory)
     (directory / name).write_text("mine")
@@ -239,7 +239,7 @@ def test_what_is_in_the_way_of_checkpoints_is_named(name: str, saved: Path, tmp_
     assert checkpoints.list_steps(directory) == [1, 2]
 
 
-def test_a_checkpoint_whose_parameters_are_not_finite_is_passed_over(
+def test_a_checkpoint_with_nonfinite_parameters_is_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoints.save_params(tmp_path, 1, {"w": jnp.ones(3)})
@@ -249,7 +249,7 @@ def test_a_checkpoint_whose_parameters_are_not_finite_is_passed_over(
     assert "2 is damaged (its parameters are not finite)" in capsys.readouterr().err
 
 
-def test_few_bytes_do_not_become_many(tmp_path: Path) -> None:
+def test_a_small_checkpoint_does_not_decompress_to_a_large_one(tmp_path: Path) -> None:
     many = jnp.zeros((5000, 5000))
     checkpoints.save_params(tmp_path, 1, {"w": many})
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 10**5
@@ -257,7 +257,7 @@ def test_few_bytes_do_not_become_many(tmp_path: Path) -> None:
         checkpoints.restore_best_params(tmp_path, jax.eval_shape(lambda: {"w": many}))
 
 
-def test_what_a_step_accepts_is_read_again(tmp_path: Path) -> None:
+def test_large_finite_parameters_are_saved_and_restored(tmp_path: Path) -> None:
     # Their squares together are beyond float32, each is not.
     params = {"w": jnp.full(10_000, 9e17)}
     assert model_lib.is_finite(params)

@@ -57,7 +57,7 @@ ALL = {
 
 @pytest.mark.parametrize("controls", ALL.values(), ids=ALL)
 @pytest.mark.parametrize("size", [13, 3000])
-def test_distributions_are_those_of_sorting(controls: Controls, size: int) -> None:
+def test_distributions_match_a_sort_based_reference(controls: Controls, size: int) -> None:
     rng = np.random.default_rng(size)
     logits = rng.normal(0, 3, (8, size)).astype(np.float32)
     age = rng.integers(1, 30, (8, size)).astype(np.int32)
@@ -68,7 +68,7 @@ def test_distributions_are_those_of_sorting(controls: Controls, size: int) -> No
         np.testing.assert_allclose(row, expected, rtol=1e-4)
 
 
-def test_tokens_that_tie_are_kept_together() -> None:
+def test_tied_tokens_are_kept_together() -> None:
     logits = jnp.array([[9.0, 9.0, 2.0, 1.0, 1.0, 1.0, 0.0]])
     age = jnp.full(logits.shape, 99)
     for controls in (Controls(top_k=2), Controls(top_p=0.7)):
@@ -95,7 +95,7 @@ def test_tokens_that_tie_are_kept_together() -> None:
         ({"forbidden": [2, 3, 4]}, "every token of the vocabulary is forbidden"),
     ],
 )
-def test_controls_outside_their_range_are_named(changed: dict[str, Any], message: str) -> None:
+def test_an_error_names_a_control_out_of_range(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_control_arrays(Controls(**changed), 5)
 

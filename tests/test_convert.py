@@ -82,7 +82,7 @@ def save(own: weights.Weights, path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", STORED)
-def test_a_stored_model_gives_the_logits_that_its_library_gave(name: str, tmp_path: Path) -> None:
+def test_an_imported_model_reproduces_the_logits_of_its_library(name: str, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     transfer.import_weights(FIXTURES / name, directory, str(TOKENS), None)
     trained = workdir.load_trained(directory)
@@ -98,7 +98,7 @@ def test_a_stored_model_gives_the_logits_that_its_library_gave(name: str, tmp_pa
 
 @pytest.mark.parametrize("end", WRITERS)
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
-def test_what_is_written_is_read_again_as_it_was(end: str, cell: str, tmp_path: Path) -> None:
+def test_exported_weights_are_read_back_unchanged(end: str, cell: str, tmp_path: Path) -> None:
     own = made(tmp_path, cell=cell, num_layers=11)
     write, read = WRITERS[end]
     again = read(io.BytesIO(write(own)))
@@ -123,7 +123,7 @@ def test_tied_embeddings_stay_tied(end: str, tmp_path: Path) -> None:
     assert set(params["dense"]) == {"bias"}
 
 
-def test_a_run_goes_out_and_comes_back(trained: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_run_survives_export_and_import(trained: Path, text_file: Path, tmp_path: Path) -> None:
     before = workdir.load_trained(trained)
     text = text_file.read_text(encoding="utf-8")[:300]
     for end in WRITERS:
@@ -151,7 +151,7 @@ def evaluate_directory(directory: Path) -> float:
     return loss_lib.compute_loss(trained.model, trained.params, text.encode(trained.vocabulary))
 
 
-def test_training_starts_from_what_came_in(
+def test_training_starts_from_imported_weights(
     trained: Path, text_file: Path, tiny_config: Any, tmp_path: Path
 ) -> None:
     transfer.export_weights(trained, tmp_path / "model.keras")
@@ -189,7 +189,7 @@ def test_vocabularies_of_every_form(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", [1, 2])
-def test_rows_that_a_model_lacks_are_added_and_never_predicted(
+def test_missing_special_tokens_are_added_and_never_predicted(
     missing: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokens = ["", "[UNK]", *"abcd"][missing:]
@@ -210,7 +210,7 @@ def test_rows_that_a_model_lacks_are_added_and_never_predicted(
     assert (np.asarray(found)[..., :missing] == -30).all()
 
 
-def test_a_model_with_padding_and_no_unknown_is_told_what_was_added(tmp_path: Path) -> None:
+def test_only_the_unknown_token_is_added_to_a_model_with_padding(tmp_path: Path) -> None:
     tokens = ["", *"abcd"]
     own, vocabulary, added = weights.add_special_rows(
         made(tmp_path, tokens=len(tokens)), tokens, "characters", ""
@@ -256,7 +256,7 @@ def archive_with(content: bytes, change: Any) -> bytes:
         (2, None, "Dense", "its layers are Embedding, Dense, Dense: they must be"),
     ],
 )
-def test_a_keras_model_with_no_place_here_is_refused_by_name(
+def test_an_error_names_what_is_unsupported_in_a_keras_model(
     at: int, field: str | None, value: Any, message: str, tmp_path: Path
 ) -> None:
     def change(layers: list[dict[str, Any]]) -> None:
@@ -271,7 +271,7 @@ def test_a_keras_model_with_no_place_here_is_refused_by_name(
     assert message in str(caught.value)
 
 
-def test_a_gru_that_resets_before_the_matmul_is_refused(tmp_path: Path) -> None:
+def test_a_gru_that_resets_before_the_matmul_raises_an_error(tmp_path: Path) -> None:
     import h5py
 
     content = io.BytesIO(keras_weights.write_weights(made(tmp_path, cell="gru")))
@@ -313,7 +313,7 @@ def renamed(arrays: dict[str, np.ndarray], old: str, new: str) -> dict[str, np.n
         ),
     ],
 )
-def test_a_torch_model_with_no_place_here_is_refused_by_name(
+def test_an_error_names_what_is_unsupported_in_a_torch_model(
     change: Any, message: str, tmp_path: Path
 ) -> None:
     library = pytest.importorskip("safetensors.numpy")
@@ -324,7 +324,7 @@ def test_a_torch_model_with_no_place_here_is_refused_by_name(
     assert message in str(caught.value)
 
 
-def test_torch_layers_by_other_names_and_in_halves(tmp_path: Path) -> None:
+def test_torch_layers_with_other_names_and_in_float16(tmp_path: Path) -> None:
     library = pytest.importorskip("safetensors.numpy")
     own = made(tmp_path, num_layers=2)
     arrays = renamed(library.load(torch_weights.write_state_dict(own)), "embedding.", "encoder.")
@@ -348,7 +348,7 @@ def test_torch_layers_by_other_names_and_in_halves(tmp_path: Path) -> None:
     ]
 
 
-def test_layers_that_others_lack_are_refused_by_name(tmp_path: Path) -> None:
+def test_layers_that_other_libraries_lack_raise_an_error(tmp_path: Path) -> None:
     for fields, message in (({"cell": "mogrifier"}, "'mogrifier'"), ({"layer_norm": True}, "norm")):
         with pytest.raises(UserError, match=message):
             made(tmp_path, **fields)
@@ -370,7 +370,7 @@ def test_layers_that_others_lack_are_refused_by_name(tmp_path: Path) -> None:
         ("quick.bin", "must end with one of these", "must end with one of these"),
     ],
 )
-def test_files_of_other_names_are_told_what_to_do(
+def test_an_error_for_an_unknown_file_extension_names_the_remedy(
     name: str, read: str, written: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=read):
@@ -379,7 +379,9 @@ def test_files_of_other_names_are_told_what_to_do(
         transfer.export_weights(tmp_path / "run", tmp_path / name)
 
 
-def test_what_is_there_stays_and_nothing_is_half_written(trained: Path, tmp_path: Path) -> None:
+def test_existing_files_are_kept_and_nothing_partial_is_written(
+    trained: Path, tmp_path: Path
+) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "note").write_text("of the user's")
     (tmp_path / "there.keras").write_text("of the user's")
@@ -408,7 +410,7 @@ def test_what_is_there_stays_and_nothing_is_half_written(trained: Path, tmp_path
 
 
 @pytest.mark.parametrize(("module", "end"), [("h5py", ".keras"), ("safetensors", ".safetensors")])
-def test_a_missing_library_is_named(
+def test_an_error_names_a_missing_library(
     module: str, end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
@@ -416,7 +418,7 @@ def test_a_missing_library_is_named(
         WRITERS[end][0](made(tmp_path))
 
 
-def test_a_compressed_archive_with_one_wrong_byte_is_refused_or_read(tmp_path: Path) -> None:
+def test_a_compressed_archive_with_one_wrong_byte_raises_an_error(tmp_path: Path) -> None:
     """Decompressors raise many kinds of errors."""
     content = io.BytesIO()
     with (
@@ -442,7 +444,7 @@ def test_a_compressed_archive_with_one_wrong_byte_is_refused_or_read(tmp_path: P
         ("lstm/cell/vars/2", np.zeros(15), "don't fit each other"),
     ],
 )
-def test_arrays_of_odd_shapes_are_refused(
+def test_arrays_of_wrong_shapes_raise_an_error(
     name: str, array: np.ndarray, message: str, tmp_path: Path
 ) -> None:
     import h5py
@@ -455,7 +457,7 @@ def test_arrays_of_odd_shapes_are_refused(
         keras_weights.read_weights(io.BytesIO(content.getvalue()))
 
 
-def test_layers_that_are_numbered_without_a_line_come_in_order(tmp_path: Path) -> None:
+def test_layers_numbered_without_an_underscore_are_in_order(tmp_path: Path) -> None:
     """As the attributes of a subclassed model are."""
     import h5py
 
@@ -469,7 +471,7 @@ def test_layers_that_are_numbered_without_a_line_come_in_order(tmp_path: Path) -
         jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
+def test_corrupted_weights_are_read_or_raise_a_one_line_error(tmp_path: Path) -> None:
     draw = random.Random(0)
     for end, (write, read) in WRITERS.items():
         whole = write(made(tmp_path))
@@ -625,7 +627,7 @@ def test_torch_and_back(
     assert set(string.ascii_letters) < set(tokens)
 
 
-def test_what_a_killed_conversion_left_is_removed_by_the_next(
+def test_leftovers_of_a_killed_conversion_are_removed_by_the_next(
     trained: Path, tmp_path: Path
 ) -> None:
     file, target = tmp_path / "model.safetensors", tmp_path / "new"
@@ -650,9 +652,7 @@ transfer.import_weights(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], None)
 
 
 @pytest.mark.parametrize("end", WRITERS)
-def test_a_file_of_weights_that_holds_less_than_it_says_is_refused(
-    end: str, tmp_path: Path
-) -> None:
+def test_a_file_with_less_data_than_it_declares_raises_an_error(end: str, tmp_path: Path) -> None:
     path = tmp_path / f"model{end}"
     with path.open("wb") as file:
         file.truncate(2**33)

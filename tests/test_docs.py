@@ -168,7 +168,7 @@ def test_the_convention_finds_commands_and_comments(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_what_a_page_names_is_there(page: Path) -> None:
+def test_everything_that_a_page_names_exists(page: Path) -> None:
     content = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", content):
         if not re.match(r"\w+:", target):
@@ -191,7 +191,7 @@ def test_what_a_page_names_is_there(page: Path) -> None:
             assert any(f'"{n}"' in code or f'"--{n}"' in code for n in names), f"--{flag}"
 
 
-def test_every_test_that_the_table_of_what_is_survived_names_is_there() -> None:
+def test_every_test_named_in_reliability_md_exists() -> None:
     page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", page)
     assert len(named) > 20

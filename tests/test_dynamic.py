@@ -68,7 +68,7 @@ def test_gradients_are_measured_on_the_segments_of_the_training_text(
     )
 
 
-def test_updates_are_those_of_the_paper_segment_by_segment(
+def test_updates_match_those_of_the_paper(
     params: model_lib.Params, sizes: model_lib.Params
 ) -> None:
     ids = np.random.default_rng(1).integers(0, 11, 40).astype(np.int32)
@@ -91,7 +91,7 @@ def test_updates_are_those_of_the_paper_segment_by_segment(
     np.testing.assert_allclose(actual, np.concatenate(expected), atol=1e-5)
 
 
-def test_without_learning_it_is_the_ordinary_evaluation(
+def test_with_a_zero_learning_rate_it_equals_static_evaluation(
     params: model_lib.Params, sizes: model_lib.Params
 ) -> None:
     ids = np.random.default_rng(2).integers(0, 11, 500).astype(np.int32)
@@ -101,9 +101,7 @@ def test_without_learning_it_is_the_ordinary_evaluation(
     assert loss == pytest.approx(static, abs=1e-5)
 
 
-def test_a_text_that_repeats_itself_is_learned(
-    params: model_lib.Params, sizes: model_lib.Params
-) -> None:
+def test_a_repetitive_text_is_learned(params: model_lib.Params, sizes: model_lib.Params) -> None:
     ids = np.tile(np.array([3, 5, 8], np.int32), 200)
     settings = dynamic.Settings(0.003, decay=0.0, segment_length=20)
     losses = all_losses(params, ids, settings, sizes)

@@ -30,7 +30,7 @@ def splits(directory: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("name", ["enwik8", "shakespeare_gpu"])
-def test_it_steps_and_goes_on(name: str, text_file: Path, tmp_path: Path) -> None:
+def test_an_experiment_trains_and_resumes(name: str, text_file: Path, tmp_path: Path) -> None:
     # Names outside ASCII, as enwik8 has them: a byte model counts their bytes.
     text = text_file.read_text(encoding="utf-8").replace("Citizen", "Citoyén 市民")
     config = shrunk(name)

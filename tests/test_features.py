@@ -41,7 +41,7 @@ def marks(name: str, text: str) -> str:
         ("a punctuation mark", "a, b!", "-1--1"),
     ],
 )
-def test_what_is_true_or_not(name: str, text: str, expected: str) -> None:
+def test_binary_features(name: str, text: str, expected: str) -> None:
     assert marks(name, text) == expected
 
 
@@ -61,7 +61,7 @@ def test_what_is_true_or_not(name: str, text: str, expected: str) -> None:
         ),
     ],
 )
-def test_numbers(name: str, text: str, expected: list[int]) -> None:
+def test_numeric_features(name: str, text: str, expected: list[int]) -> None:
     assert features.compute_text_features(text)[name].tolist() == expected
 
 
@@ -88,7 +88,7 @@ def test_any_text_has_features(text: str) -> None:
     assert all(np.isfinite(values).all() and values.min() >= 0 for values in got.values())
 
 
-def test_correlations_are_pearsons() -> None:
+def test_correlations_match_numpy() -> None:
     rng = np.random.default_rng(0)
     activations = rng.integers(-127, 128, (300, 500)).astype(np.int8)
     activations[7] = 5
@@ -100,7 +100,7 @@ def test_correlations_are_pearsons() -> None:
     assert not got[2].any() and not got[:, 7].any()
 
 
-def test_hidden_units_that_follow_by_chance_are_not_found() -> None:
+def test_hidden_units_correlated_by_chance_are_not_found() -> None:
     rng = np.random.default_rng(0)
     lines = "".join("x" * rng.integers(5, 60) + "\n" for _ in range(150))
     place = features.compute_text_features(lines)["position in the line"]
@@ -116,7 +116,7 @@ def test_hidden_units_that_follow_by_chance_are_not_found() -> None:
     assert judged[0, 40] == pytest.approx(np.corrcoef(place[half:], activations[40, half:])[0, 1])
 
 
-def test_features_that_a_half_of_the_text_lacks_are_left_out() -> None:
+def test_features_absent_from_half_of_the_text_are_dropped() -> None:
     text = "ab 1\n" * 20 + "ab c\n" * 20
     present = features.select_present(features.compute_text_features(text))
     assert "a digit" not in present and "position in the line" in present

@@ -33,7 +33,7 @@ def test_a_text_on_the_device_gives_the_batches_of_the_pipeline(kind: str) -> No
 
 
 @pytest.mark.parametrize("kind", ["windows", "streams"])
-def test_several_steps_in_one_call_are_the_same_steps(
+def test_several_steps_in_one_call_give_the_same_losses(
     kind: str, tiny_config: ConfigDict, tmp_path: Any
 ) -> None:
     tiny_config.batches.kind = kind
@@ -50,7 +50,9 @@ def test_several_steps_in_one_call_are_the_same_steps(
     )
 
 
-def test_a_step_not_finite_among_several_is_named(tiny_config: ConfigDict, tmp_path: Any) -> None:
+def test_an_error_names_the_nonfinite_step_among_several(
+    tiny_config: ConfigDict, tmp_path: Any
+) -> None:
     tiny_config.optimizer.learning_rate = 8e17  # Twice that is too much.
     tiny_config.optimizer.warmup_steps = 0
     tiny_config.optimizer.max_gradient_norm = 0.0
@@ -60,7 +62,7 @@ def test_a_step_not_finite_among_several_is_named(tiny_config: ConfigDict, tmp_p
     assert (tmp_path / "nonfinite_step_2.json").exists()
 
 
-def test_a_transfer_that_nobody_asked_for_is_an_error(
+def test_an_implicit_transfer_to_the_device_raises_an_error(
     tiny_config: ConfigDict, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forget(self: feeding.Feed, read: list[Any]) -> Any:

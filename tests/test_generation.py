@@ -26,7 +26,7 @@ def one_long_pass(ids: np.ndarray) -> np.ndarray:
     return np.array(logits)
 
 
-def test_greedy_is_the_argmax_of_one_long_pass() -> None:
+def test_greedy_decoding_is_the_argmax_of_a_single_pass() -> None:
     prompts = np.array([[2, 3, 4], [8, 2, 2]], np.int32)
     generated = generation.generate_tokens(
         MODEL, PARAMS, prompts, jax.random.key(0), GREEDY, length=30
@@ -37,7 +37,7 @@ def test_greedy_is_the_argmax_of_one_long_pass() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 1000])
-def test_a_prompt_of_any_length_counts_as_in_one_long_pass(length: int) -> None:
+def test_a_prompt_of_any_length_gives_the_logits_of_a_single_pass(length: int) -> None:
     ids = np.random.default_rng(length).integers(2, 9, (2, length)).astype(np.int32)
     state = generation.read_tokens(MODEL, ARRAYS, generation.initial_state(MODEL, 2), ids)
     np.testing.assert_allclose(state.logits, one_long_pass(ids)[:, -1], rtol=1e-4, atol=1e-4)
@@ -64,7 +64,7 @@ def test_a_prompt_of_any_length_counts_as_in_one_long_pass(length: int) -> None:
         Controls(1.5, 6, 0.95, 0.02, 1.3, 2, [4]),
     ],
 )
-def test_draws_follow_the_exact_distribution(controls: Controls) -> None:
+def test_samples_follow_the_exact_distribution(controls: Controls) -> None:
     draws = 20_000
     prompts = np.tile(PROMPT, (draws, 1))
     ids = generation.generate_tokens(MODEL, PARAMS, prompts, jax.random.key(1), controls, length=2)
@@ -98,7 +98,7 @@ def compiled() -> tuple[int, int]:
     return generate._cache_size(), read._cache_size()  # type: ignore[attr-defined]
 
 
-def test_no_control_prompt_or_stop_compiles_anything_anew() -> None:
+def test_controls_prompts_and_stops_cause_no_recompilation() -> None:
     def run(controls: Controls, prompt_length: int, length: int, stop_at: str) -> None:
         prompts = np.full((1, prompt_length), 3, np.int32)
         stops = make_stop_table(VOCABULARY, stop_at=stop_at)
@@ -114,7 +114,7 @@ def test_no_control_prompt_or_stop_compiles_anything_anew() -> None:
     assert compiled() == sizes
 
 
-def test_a_stopped_text_stays_stopped_and_a_batch_ends_with_its_last_member() -> None:
+def test_a_stopped_text_stays_stopped_and_a_batch_ends_with_its_last_text() -> None:
     prompts = np.tile(PROMPT, (16, 1))
     stops = make_stop_table(VOCABULARY)
     key = jax.random.key(3)
@@ -137,7 +137,7 @@ def generate(**options: object) -> list[str]:
     return generation.generate_texts(MODEL, PARAMS, VOCABULARY, key, **options)  # type: ignore[arg-type]
 
 
-def test_a_member_does_not_depend_on_the_size_of_the_batch() -> None:
+def test_a_sample_does_not_depend_on_the_batch_size() -> None:
     options = {"prompt": "abc", "length": 20, "stop_token": False}
     three = generate(num_samples=3, **options)
     assert generate(**options) == three[:1]
@@ -145,7 +145,7 @@ def test_a_member_does_not_depend_on_the_size_of_the_batch() -> None:
     assert all(len(text) == 23 and text.startswith("abc") for text in three)
 
 
-def test_a_stream_is_the_text_in_pieces() -> None:
+def test_streamed_pieces_join_to_the_text() -> None:
     options = {"prompt": "ab", "length": 300, "stop_token": False}
     pieces = list(
         generation.stream_texts(
@@ -187,7 +187,7 @@ def test_a_text_of_bytes_never_splits_a_character() -> None:
     assert ["x" + text] == generation.generate_texts(model, params, vocabulary, key, **options)  # type: ignore[arg-type]
 
 
-def test_an_empty_prompt_starts_anew() -> None:
+def test_an_empty_prompt_is_replaced_by_one_token() -> None:
     assert generation.encode_prompt(Vocabulary.from_text("ab\n"), "").tolist() == [2]
     assert generation.encode_prompt(Vocabulary.from_text("ab"), "").tolist() == [2]
     assert generation.encode_prompt(Vocabulary.from_text("ab"), "b?").tolist() == [3, 1]
@@ -205,7 +205,7 @@ def test_a_bfloat16_model_generates(num_samples: int) -> None:
 
 
 @pytest.mark.parametrize("size", [130, 1000, 7552])
-def test_a_token_of_probability_zero_is_never_drawn(size: int) -> None:
+def test_a_token_of_probability_zero_is_never_sampled(size: int) -> None:
     # A parallel sum in float32 is not monotonic: it can pass a number at a token of probability
     # zero. For each row and each place at which its sum steps up without a probability, a number
     # that falls on it, of those that jax.random.uniform can give.

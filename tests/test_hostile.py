@@ -366,7 +366,7 @@ for _number in range(DRAWN):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_run_of_someone_else(
+def test_a_hostile_working_directory(
     name: str, place: Place, trained: Path, text_file: Path, tmp_path: Path
 ) -> None:
     change, command = CASES[name]

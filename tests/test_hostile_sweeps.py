@@ -251,7 +251,7 @@ def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
         yield from places(value[key], (*path, key))
 
 
-def test_any_value_anywhere_in_a_journal_is_read_or_gets_one_line(tmp_path: Path) -> None:
+def test_any_value_in_a_journal_is_read_or_gives_a_one_line_error(tmp_path: Path) -> None:
     """Also those of the attributes: worker, workdir, overrides and so on."""
     place = tmp_path / "sweep"
     journal = tmp_path / "study.journal"
@@ -298,7 +298,7 @@ def test_any_value_anywhere_in_a_journal_is_read_or_gets_one_line(tmp_path: Path
         (study.TEST_LOSS, "<script>", "its test_loss is '<script>'"),
     ],
 )
-def test_what_no_sweep_writes_into_a_trial_is_named(
+def test_an_error_names_an_invalid_attribute_of_a_trial(
     name: str, value: Any, message: str, tmp_path: Path
 ) -> None:
     location = f"journal:{tmp_path}/study.journal"
@@ -321,7 +321,7 @@ def test_what_no_sweep_writes_into_a_trial_is_named(
         ({"else": 1}, {"else": optuna.distributions.IntDistribution(0, 1)}),
     ],
 )
-def test_only_what_the_space_draws_is_trained(
+def test_parameters_outside_the_space_raise_an_error(
     params: dict[str, Any], distributions: dict[str, Any], tmp_path: Path
 ) -> None:
     record, _ = open_study(tmp_path)
@@ -352,7 +352,7 @@ BROKEN: dict[str, Callable[[Path], Any]] = {
 
 @pytest.mark.parametrize("kind", ["journal", "sqlite"])
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_file_that_is_no_study_gets_one_line(name: str, kind: str, tmp_path: Path) -> None:
+def test_an_invalid_study_file_gives_a_one_line_error(name: str, kind: str, tmp_path: Path) -> None:
     path = tmp_path / "study"
     BROKEN[name](path)
     before = path.read_bytes() if path.is_file() else None
@@ -363,7 +363,7 @@ def test_a_file_that_is_no_study_gets_one_line(name: str, kind: str, tmp_path: P
     assert before is None or path.read_bytes() == before
 
 
-def test_a_torn_record_is_dropped_and_no_link_beside_a_journal_is_waited_for(
+def test_a_truncated_record_is_dropped_and_a_linked_lock_does_not_block(
     tmp_path: Path,
 ) -> None:
     journal = tmp_path / "study.journal"
@@ -379,7 +379,7 @@ def test_a_torn_record_is_dropped_and_no_link_beside_a_journal_is_waited_for(
         json.loads(line)
 
 
-def test_a_database_deletes_and_runs_nothing(tmp_path: Path) -> None:
+def test_a_hostile_database_deletes_and_runs_nothing(tmp_path: Path) -> None:
     fill_study(tmp_path)
     outside, own = tmp_path / "outside.txt", tmp_path / study.DATABASE
     outside.write_text("precious")
@@ -441,7 +441,7 @@ def folder(path: Path, outside: Path) -> None:
         *("trials.jsonl", "best.py", "report.html", "workers/WORKER"),
     ],
 )
-def test_nothing_is_written_locked_or_waited_for_outside(
+def test_nothing_outside_the_sweep_is_written_or_locked(
     name: str,
     replace: Callable[[Path, Path], None],
     begun: tuple[Path, str],
@@ -494,7 +494,7 @@ QUOTES = [
 
 
 @pytest.mark.parametrize("name", QUOTES)
-def test_names_stay_names_in_what_a_sweep_writes(
+def test_names_are_quoted_in_the_files_of_a_sweep(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -531,7 +531,7 @@ class _Tags(html.parser.HTMLParser):
         assert not [name for name, _ in attrs if name.startswith("on")]
 
 
-def test_the_report_shows_names_as_they_are_and_runs_nothing(tmp_path: Path) -> None:
+def test_the_report_escapes_names(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>$\\foo$ <img src=x onerror=y>'\""
     searched = space.Space(
         evil,
@@ -566,7 +566,7 @@ def test_the_report_shows_names_as_they_are_and_runs_nothing(tmp_path: Path) -> 
         "import sys\ndef get_overrides(trial):\n    sys.exit(5)",
     ],
 )
-def test_a_space_that_exits_gets_one_line(
+def test_a_space_that_exits_gives_a_one_line_error(
     code: str, text_file: Path, tmp_path: Path, run: Run
 ) -> None:
     (tmp_path / "space.py").write_text(code)
@@ -601,7 +601,7 @@ def test_no_message_shows_a_password(
     assert "p4ss" not in str(caught.value) and "w0rd" not in str(caught.value)
 
 
-def test_seeds_have_no_best_one(tmp_path: Path) -> None:
+def test_a_sweep_of_seeds_has_no_best_trial(tmp_path: Path) -> None:
     searched = space.make_seed_space(0, 3)
     record = study.open_study(
         *(tmp_path, None, "seeds", config_lib.default(), ["seed"]),
@@ -626,7 +626,7 @@ def stopped(result: tuple[int, str, str]) -> bool:
     return code == 2
 
 
-def test_a_full_disk_costs_a_sweep_no_trial(
+def test_a_full_disk_loses_no_trial_of_a_sweep(
     swept: Path, text_file: Path, space_file: Path, tmp_path: Path, run: Run
 ) -> None:
     with disks.mounted(tmp_path / "disk", "-o", "size=300k") as disk:

@@ -98,7 +98,7 @@ def test_no_module_that_a_run_names_is_imported(
     assert (tmp_path / "imported").exists()
 
 
-def test_tiny_shakespeare_is_read_where_the_user_has_it(
+def test_tiny_shakespeare_is_read_from_the_directory_of_the_user(
     data: ConfigDict,
     hostile_directory: Path,
     data_dir: Path,
@@ -133,7 +133,7 @@ def test_the_user_may_name_another_source(data: ConfigDict, tmp_path: Path, data
     assert data.path == str(tmp_path / "a.txt"), "the run's own config is left as it is"
 
 
-def test_a_huge_text_costs_nothing(data: ConfigDict, tmp_path: Path) -> None:
+def test_a_huge_text_raises_an_error_before_it_is_read(data: ConfigDict, tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     path = tmp_path / "text" / "huge.txt"
     with path.open("wb") as file:
@@ -193,7 +193,7 @@ def special(tmp_path: Path) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("megabytes", [0, 16])
-def test_what_is_no_regular_file_is_no_text(
+def test_a_text_must_be_a_regular_file(
     megabytes: int, data: ConfigDict, special: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "text").write_text("To be, or not to be: " * 50)
@@ -218,7 +218,7 @@ def test_what_is_no_regular_file_is_no_text(
     assert sources.read_argument(str(tmp_path / "linked"), "--text", False).startswith("To be")
 
 
-def test_arguments_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_arguments_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (tmp_path / "huge").open("wb") as file:
         file.truncate(2**40)
     with pytest.raises(UserError, match=r"can't read .*huge \(--prompt_file\): .* larger than"):
@@ -231,7 +231,7 @@ def test_arguments_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         sources.read_argument("-", "--prompt_file", False)
 
 
-def test_paths_that_are_none(data: ConfigDict, tmp_path: Path) -> None:
+def test_invalid_paths_raise_an_error(data: ConfigDict, tmp_path: Path) -> None:
     for path in ("\0", "a\0*", "\ud800", "x" * 10**5, "*/" * 5000, "~nobody/x", "[", "", ","):
         data.path = path or ","
         for read in (lambda: texts.load_texts(data), lambda: texts.load_texts_of_run(data, None)):
@@ -244,7 +244,9 @@ def test_paths_that_are_none(data: ConfigDict, tmp_path: Path) -> None:
         assert prepared.find_corpus(data) is None
 
 
-def test_patterns_find_what_glob_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patterns_find_the_same_files_as_glob(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("a/b/c", "a/.h/x", "b[1]", ".hid/y", "a/b/.z", "e"):
         (tmp_path / name).mkdir(parents=True)
     names = ["a/1", "a/b/2", "a/b/c/3", "a/.h/x/4", "b[1]/5", ".hid/6", "7", ".8", "a/b/c[x]"]
@@ -269,7 +271,7 @@ def test_patterns_find_what_glob_finds(tmp_path: Path, monkeypatch: pytest.Monke
     assert number > 3000
 
 
-def test_a_pattern_that_means_the_whole_disk_is_refused(
+def test_a_pattern_that_visits_too_many_files_raises_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in itertools.product("abcdefghij", repeat=2):
@@ -303,13 +305,13 @@ def test_a_pattern_that_means_the_whole_disk_is_refused(
         ),
     ],
 )
-def test_names_of_no_dataset_are_told_in_one_line(name: str, tmp_path: Path) -> None:
+def test_an_invalid_dataset_name_gives_a_one_line_error(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.dataset") as error:
         datasets.read_dataset(name, "text", str(tmp_path), (0.9, 0.05, 0.05))
     assert "\n" not in str(error.value)
 
 
-def test_damaged_datasets_are_told_in_one_line(
+def test_a_damaged_dataset_is_read_or_gives_a_one_line_error(
     data_dir: Path, shakespeare: dict[str, str], tmp_path: Path
 ) -> None:
     (source,) = data_dir.glob("tiny_shakespeare/*")
@@ -335,7 +337,7 @@ def test_damaged_datasets_are_told_in_one_line(
 
 
 @pytest.mark.parametrize("kind", ["characters", "words", "bytes"])
-def test_memory_does_not_grow_with_the_longest_unit(kind: str) -> None:
+def test_memory_does_not_grow_with_the_longest_token(kind: str) -> None:
     # For bytes and characters only the stop token may be long.
     long = "x" * 10**7
     units = ["", "[UNK]", *map(chr, range(65, 91)), long]
@@ -350,7 +352,7 @@ def test_memory_does_not_grow_with_the_longest_unit(kind: str) -> None:
     assert without[0, -1] == 1 and without[1, 2] == len(without) - 1
 
 
-def test_stop_texts_in_long_units() -> None:
+def test_stop_texts_in_long_tokens() -> None:
     rng = np.random.default_rng(0)
     for _ in range(300):
         units = {"".join(rng.choice(list("ab"), rng.integers(1, 30))) for _ in range(8)}
@@ -376,7 +378,7 @@ def test_stop_texts_in_long_units() -> None:
         ("graphemes", "\udfff"),
     ],
 )
-def test_units_that_are_none_of_their_kind_are_refused(kind: str, unit: str) -> None:
+def test_tokens_of_another_kind_raise_an_error(kind: str, unit: str) -> None:
     with pytest.raises(ValueError, match=f"must be one of the {kind}"):
         Vocabulary(["", "[UNK]", "a", unit], kind)
     with pytest.raises(ValueError, match=f"must be one of the {kind}"):

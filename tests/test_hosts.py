@@ -90,7 +90,7 @@ def alone(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("count", "devices"), [(2, 4), FOUR])
-def test_many_processes_train_as_one_does(
+def test_many_processes_train_like_one(
     count: int, devices: int, alone: Path, text_file: Path, tmp_path: Path
 ) -> None:
     processes = start(text_file, tmp_path / "run", count, f"--config.mesh.data={devices}")
@@ -99,7 +99,7 @@ def test_many_processes_train_as_one_does(
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"samples.txt", "curves.png"}
 
 
-def test_a_run_goes_on_with_another_number_of_processes(
+def test_a_run_resumes_with_another_number_of_processes(
     alone: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """Two, which divide the parameters, then one, then two; each stopped by a signal to one."""
@@ -120,7 +120,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert_close(directory, alone)
 
 
-def test_a_run_goes_on_from_one_device_to_eight_and_back(
+def test_a_run_resumes_from_one_device_on_eight_and_back(
     alone: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """A signal stops each of the first two in the middle of an epoch."""
@@ -139,7 +139,7 @@ def test_a_run_goes_on_from_one_device_to_eight_and_back(
     assert_close(directory, alone)
 
 
-def test_a_lost_process_ends_the_others_and_the_same_command_goes_on(
+def test_a_lost_process_ends_the_others_and_the_same_command_resumes(
     alone: Path, text_file: Path, tmp_path: Path
 ) -> None:
     directory = tmp_path / "run"
@@ -183,7 +183,7 @@ with hosts.join_processes(address, 2, process, 60):
 """
 
 
-def test_the_mean_of_large_gradients_between_processes_is_right() -> None:
+def test_the_mean_of_large_gradients_over_processes_is_correct() -> None:
     """Gloo's reduce-scatter sometimes fails for arrays like the seed model's recurrent kernel.
 
     Each process has a second device, which takes no part. If it is behind at the end, the processes
@@ -211,9 +211,7 @@ def test_a_process_that_hangs_ends_the_others(text_file: Path, tmp_path: Path) -
     processes[1].communicate()
 
 
-def test_processes_with_different_working_directories_are_refused(
-    text_file: Path, tmp_path: Path
-) -> None:
+def test_processes_with_different_working_directories_fail(text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()  # As on a local disk, with a directory of that name.
     address = free_address()
     joined = ["--config.mesh.data=2", f"--coordinator_address={address}", "--num_processes=2"]
@@ -229,7 +227,7 @@ def test_processes_with_different_working_directories_are_refused(
     assert_refused(processes, "same config, text and working directory")
 
 
-def test_processes_that_do_not_fit_are_refused(text_file: Path, tmp_path: Path) -> None:
+def test_processes_that_do_not_fit_the_mesh_fail(text_file: Path, tmp_path: Path) -> None:
     processes = start(text_file, tmp_path / "run", 2, "--config.mesh.data=1")
     assert_refused(processes, "choose a multiple of the number of processes")
     assert not (tmp_path / "run").exists()
@@ -250,7 +248,7 @@ def test_processes_that_do_not_fit_are_refused(text_file: Path, tmp_path: Path) 
         (("localhost:1", 2, None), "belong together"),
     ],
 )
-def test_flags_that_cannot_be_meant_are_refused(
+def test_invalid_process_flags_raise_an_error(
     given: tuple[str | None, int | None, int | None], message: str
 ) -> None:
     with pytest.raises(UserError, match=message), hosts.join_processes(*given, timeout_seconds=1):

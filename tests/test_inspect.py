@@ -54,7 +54,7 @@ def test_the_command_reads_the_validation_split_and_writes_into_the_working_dire
     assert len(unpacked(data["tokens"])) == 900
 
 
-def test_the_page_holds_what_was_read(trained: Path, text_file: Path) -> None:
+def test_the_page_contains_the_recorded_data(trained: Path, text_file: Path) -> None:
     loaded = workdir.load_trained(trained)
     text = text_file.read_text()[:3000] + NASTY
     page = report.make_page(loaded, text, "<i>name</i>", trained)
@@ -85,7 +85,7 @@ def test_the_page_holds_what_was_read(trained: Path, text_file: Path) -> None:
     ]
 
 
-def test_a_large_model_is_kept_for_the_beginning_and_its_best_hidden_units_for_all(
+def test_a_large_model_keeps_only_its_best_hidden_units_for_the_whole_text(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(report, "_BUDGET", 4000)
@@ -101,7 +101,7 @@ def test_a_large_model_is_kept_for_the_beginning_and_its_best_hidden_units_for_a
     np.testing.assert_array_equal(unpacked(packed["whole_values"]).reshape(2, 1000), values[[7, 3]])
 
 
-def test_bytes_another_cell_and_a_run_without_history(tmp_path: Path) -> None:
+def test_a_byte_model_with_another_cell_and_no_history(tmp_path: Path) -> None:
     vocabulary = Vocabulary.from_text("", "bytes")
     model = LanguageModel(len(vocabulary), 4, 6, cell="gru")
     params = model_lib.init_params(model, jax.random.key(0))
@@ -127,14 +127,14 @@ def test_the_bytes_of_documents_are_shown_as_characters(tmp_path: Path) -> None:
     assert shown == ["é", "", "\r", "\n", "␄\n", "が", "", "", "␄\n"]
 
 
-def test_a_text_from_standard_input_is_called_that(trained: Path, tmp_path: Path) -> None:
+def test_the_page_names_standard_input(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     done = run("--workdir", str(trained), "--text", "-", "--out", str(out), given="To be, or not")
     assert done.returncode == 0, done.stderr
     assert data_of(out.read_bytes())["text"] == "standard input"
 
 
-def test_a_model_that_diverged_is_refused(tmp_path: Path) -> None:
+def test_a_diverged_model_raises_an_error(tmp_path: Path) -> None:
     vocabulary = Vocabulary.from_text("", "bytes")
     model = LanguageModel(len(vocabulary), 4, 6, cell="gru")
     params = jax.tree.map(lambda x: x * np.nan, model_lib.init_params(model, jax.random.key(0)))
@@ -154,7 +154,7 @@ def test_a_model_that_diverged_is_refused(tmp_path: Path) -> None:
         ("RUN", None, "RUN", "is a directory: --out must name a file"),
     ],
 )
-def test_mistakes_are_told_in_one_line(
+def test_mistakes_give_a_one_line_error(
     run: str, text: str | None, out: str | None, told: str, trained: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "short").write_text("a")

@@ -71,7 +71,7 @@ def whole(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 
 @pytest.mark.parametrize("number", range(KILLS))
-def test_a_run_killed_at_any_moment_ends_as_if_it_never_was(
+def test_a_run_killed_at_any_moment_ends_with_the_same_result(
     number: int, whole: tuple[Path, float], text_file: Path, tmp_path: Path
 ) -> None:
     expected, seconds = whole
@@ -131,7 +131,7 @@ def test_sigterm_stops_within_seconds_in_training_and_in_validation(
     runs.assert_same(whole[0], directory)
 
 
-def test_two_at_once_are_refused_and_reading_is_not(text_file: Path, tmp_path: Path) -> None:
+def test_a_second_process_fails_and_reading_works(text_file: Path, tmp_path: Path) -> None:
     arguments = command(text_file, tmp_path, "--config.num_epochs=10000")
     first = start(arguments)
     wait_for_rows(first, tmp_path, 3)
@@ -147,7 +147,7 @@ def test_two_at_once_are_refused_and_reading_is_not(text_file: Path, tmp_path: P
     first.communicate()
 
 
-def test_a_full_disk_stops_the_run_with_all_that_was_saved(
+def test_a_full_disk_stops_the_run_and_keeps_its_checkpoints(
     whole: tuple[Path, float], text_file: Path, tmp_path: Path
 ) -> None:
     with mounted(tmp_path / "disk", "-o", "size=8m") as disk:
@@ -175,7 +175,7 @@ def test_a_full_disk_stops_the_run_with_all_that_was_saved(
         runs.assert_same(whole[0], directory)
 
 
-def test_on_a_read_only_disk_training_is_refused_and_reading_works(
+def test_on_a_read_only_disk_training_fails_and_reading_works(
     trained: Path, text_file: Path, tmp_path: Path
 ) -> None:
     with mounted(tmp_path / "disk") as disk:

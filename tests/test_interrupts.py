@@ -19,7 +19,7 @@ PYTHON_SECONDS = 0.15
 
 
 @pytest.mark.parametrize("module", ["main", "sample", "evaluate", "sweep"])
-def test_an_interrupted_command_says_so_in_one_line(
+def test_an_interrupted_command_prints_one_line(
     module: str, trained: Path, text_file: Path, tmp_path: Path
 ) -> None:
     experiment = ("--config", f"{ROOT}/experiments/quick.py", f"--config.data.path={text_file}")
@@ -70,7 +70,7 @@ command.run_command(main)
 
 
 @pytest.mark.parametrize("caught", ["pass", "raise SystemError('lost on its way')"])
-def test_an_interruption_that_was_lost_is_raised_again(caught: str) -> None:
+def test_a_swallowed_interrupt_is_raised_again(caught: str) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", LOST.format(caught=caught)],
         stdout=subprocess.PIPE,

@@ -131,7 +131,7 @@ def test_initialized_as_keras_does() -> None:
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
-def test_one_token_at_a_time_is_the_same(num_layers: int) -> None:
+def test_one_token_at_a_time_gives_the_same_logits(num_layers: int) -> None:
     model = LanguageModel(11, 6, 9, num_layers)
     params = jax.tree.map(lambda x: 2 * x + 0.1, model_lib.init_params(model, jax.random.key(0)))
     ids = np.random.default_rng(1).integers(0, 11, (3, 8))

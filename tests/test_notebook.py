@@ -58,7 +58,7 @@ def test_its_numbers_are_right(lesson: nbformat.NotebookNode) -> None:
     assert float(trained) < 3
 
 
-def test_a_text_written_step_by_step_is_the_one_written_at_once(
+def test_text_generated_step_by_step_equals_text_generated_at_once(
     lesson: nbformat.NotebookNode,
 ) -> None:
     text = printed(lesson)

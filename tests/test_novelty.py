@@ -19,7 +19,7 @@ def by_hand(text: str, training_text: str) -> tuple[int, float]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_equals_a_search_by_hand(seed: int) -> None:
+def test_matches_a_brute_force_search(seed: int) -> None:
     rng = random.Random(seed)
     training_text = "".join(rng.choices("ab\n", k=3000))
     text = "".join(rng.choices("ab\n", k=150))

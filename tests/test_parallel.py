@@ -60,7 +60,7 @@ def run(data: int, model: int, cell: str) -> tuple[np.ndarray, list[np.ndarray]]
 @pytest.mark.parametrize(
     ("cell", "meshes"), [("lstm", [(8, 1), (2, 2), (4, 2)]), ("gru", [(1, 4)])]
 )
-def test_many_devices_train_as_one_does(cell: str, meshes: list[tuple[int, int]]) -> None:
+def test_many_devices_train_like_one(cell: str, meshes: list[tuple[int, int]]) -> None:
     """Dropout, penalties, microbatches, averaged weights and the carry included."""
     losses, params = run(1, 1, cell)
     for data, model in meshes:
@@ -70,7 +70,7 @@ def test_many_devices_train_as_one_does(cell: str, meshes: list[tuple[int, int]]
             np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_a_mesh_that_cannot_be_is_refused() -> None:
+def test_an_invalid_mesh_raises_an_error() -> None:
     config = config_lib.default()
     config.mesh.data = 1000
     with pytest.raises(UserError, match="there are 1 devices here"):

@@ -60,7 +60,7 @@ def together(
     return configs, directories, reasons, told
 
 
-def test_each_member_is_its_own_run(together: tuple, tmp_path: Path) -> None:
+def test_each_member_matches_a_single_run(together: tuple, tmp_path: Path) -> None:
     configs, directories, reasons, told = together
     assert reasons[:2] == ["", ""]
     for i, (config, directory) in enumerate(zip(configs[:2], directories, strict=False)):
@@ -73,14 +73,14 @@ def test_each_member_is_its_own_run(together: tuple, tmp_path: Path) -> None:
         assert [row[1] for row in told if row[0] == i] == [0, 1, 2]
 
 
-def test_a_member_that_diverges_is_told_and_hurts_no_other(together: tuple) -> None:
+def test_a_diverged_member_is_reported_and_does_not_affect_others(together: tuple) -> None:
     _, directories, reasons, told = together
     assert "is not finite" in reasons[2]
     assert ("test", 140) not in losses(directories[2])
     assert [row[1] for row in told if row[0] == 2] == [0]
 
 
-def test_members_that_a_kill_left_at_different_epochs_end_the_same(
+def test_members_killed_at_different_epochs_end_with_the_same_losses(
     together: tuple, tmp_path: Path
 ) -> None:
     configs, directories, _, _ = together
@@ -94,7 +94,7 @@ def test_members_that_a_kill_left_at_different_epochs_end_the_same(
         assert found == pytest.approx(expected, abs=1e-4)
 
 
-def test_members_that_were_stopped_before_the_first_epoch_begin_again(
+def test_members_stopped_before_the_first_epoch_start_again(
     tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     def stop(*row: Any) -> None:
@@ -109,20 +109,20 @@ def test_members_that_were_stopped_before_the_first_epoch_begin_again(
     ]
 
 
-def test_the_working_directory_of_a_member_is_read_like_any(together: tuple) -> None:
+def test_the_working_directory_of_a_member_is_read_like_any_other(together: tuple) -> None:
     _, directories, _, _ = together
     trained = workdir.load_trained(directories[0])
     assert trained.step in (70, 140)
     assert json.loads((directories[0] / workdir.CONFIG).read_text())["seed"] == 0
 
 
-def test_members_that_differ_in_more_are_refused(tiny_config: ConfigDict) -> None:
+def test_members_that_differ_in_other_fields_raise_an_error(tiny_config: ConfigDict) -> None:
     other = space_lib.change_fields(tiny_config, {"model.hidden_size": 32})
     with pytest.raises(UserError, match="can't differ in config.model.hidden_size"):
         population.check_members([tiny_config, other])
 
 
-def test_the_space_that_comes_with_it_varies_only_what_members_may_differ_in() -> None:
+def test_the_population_space_varies_only_allowed_fields() -> None:
     root = Path(__file__).parents[1] / "experiments"
     experiment = config_lib.complete_config(runpy.run_path(str(root / "quick.py"))["get_config"]())
     drawn, parameters = space_lib.load_space(root / "sweeps" / "population.py").check(experiment)

@@ -104,7 +104,7 @@ def assert_same(data: ConfigDict) -> None:
         ("bytes", 1, "file"),
     ],
 )
-def test_ids_are_those_of_the_text_in_memory(
+def test_ids_match_those_of_the_text_in_memory(
     units: str, min_count: int, separator: str, data: ConfigDict
 ) -> None:
     data.units, data.min_count, data.document_separator = units, min_count, separator
@@ -112,7 +112,7 @@ def test_ids_are_those_of_the_text_in_memory(
     assert_same(data)
 
 
-def test_splits_in_files_of_their_own(data: ConfigDict, tmp_path: Path) -> None:
+def test_splits_in_separate_files(data: ConfigDict, tmp_path: Path) -> None:
     data.path = ";".join(f"{tmp_path}/text/{name}.txt" for name in "abc")
     data.units = "words"
     assert_same(data)
@@ -130,7 +130,7 @@ def test_any_bytes_and_windows_line_breaks(data: ConfigDict, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("units", ["characters", "graphemes", "words"])
-def test_a_text_is_cut_only_where_its_units_come_apart(units: str) -> None:
+def test_a_text_is_cut_only_between_tokens(units: str) -> None:
     rng = np.random.default_rng(1)
     alphabet = [*"ab.'1é日👩🇩 ", " ", "\n", "\r", "\r\n", "\u0301", "\u200d"]
     for _ in range(300):
@@ -143,7 +143,7 @@ def test_a_text_is_cut_only_where_its_units_come_apart(units: str) -> None:
         assert joined == list(split_text(text, units, stop)), (text, at)
 
 
-def test_mistakes_are_told_as_in_memory(data: ConfigDict, tmp_path: Path) -> None:
+def test_mistakes_give_the_same_errors_as_in_memory(data: ConfigDict, tmp_path: Path) -> None:
     (tmp_path / "text" / "b.txt").write_bytes(b"x" * 5000 + b"caf\xe9 x" + b"y" * 50)
     with pytest.raises(UserError, match="b.txt is not UTF-8 at byte 5003"):
         texts.load_texts(data)
@@ -161,7 +161,7 @@ def test_mistakes_are_told_as_in_memory(data: ConfigDict, tmp_path: Path) -> Non
         texts.load_texts(data)
 
 
-def test_a_corpus_is_made_again_only_if_its_text_is_another(
+def test_a_corpus_is_prepared_again_only_if_its_text_changes(
     data: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def preparations() -> int:
@@ -208,7 +208,7 @@ def test_a_corpus_is_made_again_only_if_its_text_is_another(
     assert_same(data)
 
 
-def test_a_killed_preparation_goes_on(data: ConfigDict, tmp_path: Path) -> None:
+def test_a_killed_preparation_resumes(data: ConfigDict, tmp_path: Path) -> None:
     script = f"""
 from lstm_jax import config
 from lstm_jax.data import prepared, texts
@@ -234,7 +234,7 @@ texts.load_texts(data)
     assert_same(data)
 
 
-def test_what_is_encoded_of_the_same_plan_is_kept(tmp_path: Path) -> None:
+def test_encoded_chunks_of_the_same_plan_are_kept(tmp_path: Path) -> None:
     plan = {"sha256": "1", "chunks": []}
     key = prepared._begin(tmp_path / "work", plan)
     path = worker.get_part_path(tmp_path / "work", 0)
@@ -337,7 +337,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_somebody_else_has_changed_and_sealed_again_is_no_corpus(
+def test_a_changed_corpus_with_a_forged_manifest_is_ignored(
     name: str, prepared_once: tuple[ConfigDict, Path]
 ) -> None:
     data, directory = prepared_once
@@ -359,7 +359,7 @@ def prepared_once(data: ConfigDict) -> tuple[ConfigDict, Path]:
     return data, prepared.prepare_corpus(data).directory
 
 
-def test_a_manifest_of_other_numbers_is_none(
+def test_a_manifest_with_wrong_values_is_ignored(
     prepared_once: tuple[ConfigDict, Path],
 ) -> None:
     data, directory = prepared_once
@@ -385,7 +385,7 @@ def test_a_manifest_of_other_numbers_is_none(
     assert prepared.find_corpus(data) is None
 
 
-def test_another_user_prepares_anew(
+def test_another_user_prepares_the_text_again(
     prepared_once: tuple[ConfigDict, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, directory = prepared_once
@@ -405,7 +405,7 @@ def test_another_user_prepares_anew(
     assert prepared.find_corpus(data)
 
 
-def test_a_file_that_changes_while_it_is_read_is_told(
+def test_a_file_that_changes_while_it_is_read_raises_an_error(
     prepared_once: tuple[ConfigDict, Path],
 ) -> None:
     data, directory = prepared_once
@@ -437,7 +437,7 @@ def interrupted(data: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_chunks_of_somebody_else_are_encoded_anew(
+def test_chunks_of_someone_else_are_encoded_again(
     data: ConfigDict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unfinished = interrupted(data, monkeypatch)
@@ -528,7 +528,7 @@ def test_nothing_is_written_through_links(
     assert len(list(folder.glob("a-*/prepared.json"))) == 1
 
 
-def test_a_full_disk_is_no_mistake_of_the_text(
+def test_a_full_disk_raises_an_unavailable_error(
     data: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prepared, "CHUNK", 2**20)  # So that a chunk is larger than the plan.
@@ -579,7 +579,7 @@ def test_chunks_of_any_size_have_the_ids_of_the_text(
 
 
 @pytest.mark.parametrize("kind", ["words", "graphemes"])
-def test_a_place_to_cut_at_the_border_of_a_chunk(kind: str, tmp_path: Path) -> None:
+def test_a_cut_at_the_end_of_a_chunk(kind: str, tmp_path: Path) -> None:
     # That a letter follows the space is seen only in the next 20 bytes; what is left after the cut
     # is then more than a chunk.
     text = "x" * 19 + " " + "y" * 60

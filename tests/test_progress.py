@@ -5,7 +5,7 @@ import pytest
 from lstm_jax.run import progress
 
 
-def test_plain_lines_where_there_is_no_terminal(
+def test_plain_lines_without_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
@@ -25,7 +25,7 @@ def test_plain_lines_where_there_is_no_terminal(
     assert output.err == ""
 
 
-def test_compiling_does_not_count_in_the_time_left(
+def test_the_time_left_excludes_compilation(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0

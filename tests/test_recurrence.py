@@ -104,7 +104,7 @@ def test_a_lookup_agrees_with_the_reference(sizes: tuple[int, ...], vocabulary: 
     assert_close(both[0][1], both[1][1], 1e-4)
 
 
-def test_a_mask_the_carry_across_windows_and_a_second_call() -> None:
+def test_masks_and_the_carry_across_windows_and_calls() -> None:
     """Run two layers over two windows, with dropout of inputs and the recurrent kernel."""
 
     def loss(run: Any, kernels: Any, upper: Any, inputs: Any, carry: Any, masks: Any) -> jax.Array:
@@ -157,7 +157,7 @@ def test_bfloat16_matmuls_agree_with_rounded_float32(monkeypatch: pytest.MonkeyP
     assert_close(value_and_gradients(low, cotangents, *arguments), real, 1e-2)
 
 
-def test_bfloat16_models_agree_whatever_the_recurrence() -> None:
+def test_bfloat16_models_agree_for_all_recurrences() -> None:
     ids = np.random.default_rng(0).integers(0, 11, (2, 9))
     logits = {}
     for name in ("scan", "fused"):
@@ -196,7 +196,7 @@ def test_rematerialization_needs_less_memory() -> None:
     assert less < 0.5 * temporary_bytes(fused.run_fused, *arguments)
 
 
-def test_cudnn_gets_the_weights_as_it_packs_them() -> None:
+def test_weights_are_packed_in_the_layout_of_cudnn() -> None:
     """Compare with JAX's own reference for cuDNN, which needs no GPU."""
     kernels, inputs, carry, _ = make_problem(3, 5, 4, 6)
     unpacked = rnn.unpack_lstm_weights(fused.cudnn_weights(kernels), 4, 6, 1, False)

@@ -22,7 +22,7 @@ MODEL = model_lib.LanguageModel(vocabulary_size=40, embedding_size=50, hidden_si
 DROPOUTS = ("input_dropout", "hidden_dropout", "output_dropout")
 
 
-def test_all_is_off_by_default() -> None:
+def test_regularization_is_off_by_default() -> None:
     rates = make_rates()
     assert not regularization.is_random(rates)
     assert regularization.draw_masks(rates, MODEL, jax.random.key(0), 2) == [None] * 4

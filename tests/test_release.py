@@ -85,7 +85,7 @@ def test_the_first_command_works_where_the_wheel_is_installed(
     assert run(*sample, "--version", cwd=empty) == f"lstm-jax {lstm_jax.__version__}\n"
 
 
-def test_the_version_stands_in_one_place_and_the_changelog_and_citation_know_it() -> None:
+def test_the_changelog_and_the_citation_have_the_version_of_the_package() -> None:
     assert f'version = "{lstm_jax.__version__}"' not in (ROOT / "pyproject.toml").read_text()
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     latest = re.search(r"^## (\S+?),? ", changelog, re.MULTILINE)
@@ -94,7 +94,7 @@ def test_the_version_stands_in_one_place_and_the_changelog_and_citation_know_it(
     assert f"\nversion: {lstm_jax.__version__}\n" in citation
 
 
-def test_only_what_is_no_file_here_is_looked_for_in_the_package(
+def test_an_experiment_is_read_from_the_package_only_if_no_file_exists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = tmp_path / "lstm_jax" / "experiments"

@@ -193,7 +193,7 @@ def test_killed_workers_lose_no_finished_trial_and_duplicate_none(
     assert (directory / "report.html").exists()
 
 
-def test_one_worker_repeats_exactly_and_best_runs_as_it_is(
+def test_one_worker_is_reproducible_and_best_py_is_the_best_config(
     text_file: Path, space_file: Path, tmp_path: Path, compiled: Path
 ) -> None:
     results = []
@@ -237,7 +237,7 @@ def test_seeds_are_a_population(text_file: Path, tmp_path: Path, compiled: Path)
 
 
 @pytest.mark.parametrize("module", ["optuna", "sqlalchemy"])
-def test_a_missing_module_gets_one_line(module: str) -> None:
+def test_a_missing_module_gives_a_one_line_error(module: str) -> None:
     code = (
         f"import runpy, sys; sys.modules[{module!r}] = None; "
         "runpy.run_module('lstm_jax.sweep', run_name='__main__')"
@@ -258,9 +258,7 @@ def test_a_missing_module_gets_one_line(module: str) -> None:
         ({"seeds": 2, "pruner": "hyperband"}, "a population can't be pruned"),
     ],
 )
-def test_options_that_contradict_each_other_get_one_line(
-    options: dict[str, Any], message: str
-) -> None:
+def test_contradictory_options_raise_an_error(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         search.prepare_sweep(config_lib.default(), "quick", **options)
 
@@ -301,7 +299,9 @@ def test_a_sweep_is_prepared_from_options(
         ),
     ],
 )
-def test_a_broken_space_gets_one_line(code: str | None, message: str, tmp_path: Path) -> None:
+def test_a_broken_space_gives_a_one_line_error(
+    code: str | None, message: str, tmp_path: Path
+) -> None:
     path = tmp_path / "space.py"
     if code is not None:
         path.write_text(code)
@@ -310,7 +310,7 @@ def test_a_broken_space_gets_one_line(code: str | None, message: str, tmp_path: 
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_grid_needs_values_and_visits_each_once(tmp_path: Path) -> None:
+def test_a_grid_needs_finite_values_and_visits_each_once(tmp_path: Path) -> None:
     path = tmp_path / "space.py"
     path.write_text(SPACE)
     with pytest.raises(UserError, match="a grid needs a finite number of values of 'rate'"):
@@ -356,7 +356,7 @@ def dead(record: optuna.Study, directory: Path, trials: int) -> tuple[Worker, op
 
 
 @pytest.mark.parametrize("name", study.SAMPLERS)
-def test_samplers_follow_the_seed(name: str) -> None:
+def test_samplers_depend_only_on_the_seed(name: str) -> None:
     drawn = []
     for seed in (1, 1, 2):
         grid = {"x": [i / 20 for i in range(20)], "y": [0.0, 1.0]}
@@ -382,7 +382,7 @@ def test_samplers_follow_the_seed(name: str) -> None:
         ("journal:/proc/nothing/here", "the study in /proc/nothing/here can't be"),
     ],
 )
-def test_a_study_that_cannot_be_opened_gets_one_line(
+def test_a_study_that_cannot_be_opened_gives_a_one_line_error(
     location: str, message: str, tmp_path: Path
 ) -> None:
     if location.startswith("postgresql"):
@@ -476,9 +476,7 @@ def test_a_directory_in_use_does_not_fail_its_trial(
     assert study.list_finished(record) == [] == study.list_running(record)
 
 
-def test_trials_that_cannot_be_trained_fail_together(
-    tiny_config: ConfigDict, tmp_path: Path
-) -> None:
+def test_failed_trials_in_a_row_stop_the_sweep(tiny_config: ConfigDict, tmp_path: Path) -> None:
     tiny_config.batches.batch_size = 100_000
     record = make_study(tmp_path, study.make_sampler("random", 0))
     sweep = search.Sweep(record, tiny_config, rate_space(), tmp_path, 3, 3)
@@ -506,7 +504,7 @@ def test_a_trial_does_not_take_over_the_directory_of_another_study(tmp_path: Pat
         claim_directory(directory, record.trials[other.number])
 
 
-def test_a_study_of_another_space_or_of_no_sweep_is_an_error(tmp_path: Path) -> None:
+def test_a_study_of_another_space_or_of_no_sweep_raises_an_error(tmp_path: Path) -> None:
     sampler, pruner = study.make_sampler("random", 0), study.make_pruner("none", 1)
     for name, parameters in (("one", ["x"]), ("one", ["x"])):
         study.open_study(tmp_path, None, name, config_lib.default(), parameters, sampler, pruner)

@@ -31,7 +31,7 @@ from lstm_jax.train_step import TrainState, TrainStep
 
 @pytest.mark.parametrize("kind", ["windows", "streams"])
 @pytest.mark.parametrize("stop_after", [37, 70])  # In the first epoch, and at the end of it.
-def test_a_run_that_stopped_goes_on_bit_for_bit(
+def test_a_stopped_run_resumes_bit_for_bit(
     kind: str,
     stop_after: int,
     tiny_config: ConfigDict,
@@ -68,7 +68,7 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(
     runs.assert_same(whole, stopped)
 
 
-def test_a_run_leaves_all_that_it_promises(trained: Path) -> None:
+def test_a_run_writes_all_its_files(trained: Path) -> None:
     names = {path.name for path in trained.iterdir() if "tfevents" not in path.name}
     assert names == {
         "checkpoints",
@@ -116,7 +116,7 @@ def test_a_finished_run_says_so_and_can_be_trained_longer(
     assert [row[1] for row in runs.losses(tmp_path)].count("validation") == 3
 
 
-def test_who_watches_is_told_of_each_loss_once_it_can_be_read(
+def test_the_callback_gets_each_loss_after_it_is_written(
     tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     tiny_config.num_epochs = 1
@@ -132,7 +132,7 @@ def test_who_watches_is_told_of_each_loss_once_it_can_be_read(
     assert seen == [loss for *_, loss in runs.losses(tmp_path)]
 
 
-def test_another_model_or_text_in_the_same_directory_is_refused(
+def test_another_model_or_text_in_the_same_directory_raises_an_error(
     trained: Path, tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     tiny_config.model.hidden_size = 25
@@ -175,7 +175,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, *poisoned: int) -> None:
     monkeypatch.setattr(train, "make_train_step", make_poisoned)
 
 
-def test_a_run_leaves_so_many_steps_out_and_then_stops(
+def test_a_run_skips_max_skipped_steps_and_then_stops(
     tiny_config: ConfigDict,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -211,7 +211,7 @@ def test_a_run_leaves_so_many_steps_out_and_then_stops(
     assert all(np.isfinite(x).all() for x in restored[:-1])
 
 
-def test_numbers_that_explode_stop_the_run_and_a_lower_learning_rate_goes_on(
+def test_a_diverged_run_stops_and_resumes_with_a_lower_learning_rate(
     tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_config.optimizer.learning_rate = 1e38
@@ -236,7 +236,7 @@ def test_numbers_that_explode_stop_the_run_and_a_lower_learning_rate_goes_on(
     }
 
 
-def test_training_from_python_is_checked_silent_of_signals_and_tells_every_row(
+def test_training_from_python_works_in_a_thread_and_reports_every_row(
     tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     told: list[Mapping[str, Any]] = []
@@ -263,7 +263,7 @@ def test_training_from_python_is_checked_silent_of_signals_and_tells_every_row(
         train.train(ConfigDict({"model": {"hiden_size": 3}}), tmp_path / "other")
 
 
-def test_a_model_begins_with_the_frequencies_of_its_tokens(
+def test_the_initial_bias_matches_the_token_frequencies(
     tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     tiny_config.num_epochs = 1
@@ -323,7 +323,7 @@ def test_a_model_trained_on_streams_recovers_from_a_zero_state(
 @pytest.mark.parametrize(
     "field", ["optimizer.learning_rate", "optimizer.weight_decay", "model.initial_scale"]
 )
-def test_what_is_not_finite_is_never_saved(
+def test_nonfinite_parameters_are_never_saved(
     field: str, tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     part, name = field.split(".")
@@ -341,7 +341,7 @@ def test_what_is_not_finite_is_never_saved(
     assert all(np.isfinite(x).all() for x in saved[:-1])
 
 
-def test_fewer_epochs_than_a_run_has_had_are_refused(
+def test_fewer_epochs_than_a_run_has_had_raise_an_error(
     tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     assert train.train(tiny_config, tmp_path) == 0
@@ -422,7 +422,7 @@ def first_checkpoint(directory: Path) -> Path:
     return alone
 
 
-def test_weights_of_a_model_of_other_sizes_are_refused(
+def test_weights_of_a_model_of_other_sizes_raise_an_error(
     trained: Path, tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     tiny_config.init_from = str(trained)
@@ -444,7 +444,7 @@ def test_weights_of_a_model_of_other_sizes_are_refused(
         (workdir.CHECKPOINTS, "holds metrics.jsonl but no checkpoint"),
     ],
 )
-def test_a_run_of_which_a_part_is_gone_does_not_start_over(
+def test_a_run_with_missing_files_does_not_start_over(
     name: str, message: str, trained: Path, tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     directory = tmp_path / "run"
@@ -458,7 +458,7 @@ def test_a_run_of_which_a_part_is_gone_does_not_start_over(
     assert train.train(tiny_config, directory) == 0
 
 
-def test_a_damaged_latest_checkpoint_costs_only_what_came_after_the_one_before(
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
     trained: Path,
     tiny_config: ConfigDict,
     tmp_path: Path,
@@ -474,7 +474,7 @@ def test_a_damaged_latest_checkpoint_costs_only_what_came_after_the_one_before(
     runs.assert_same(trained, directory)
 
 
-def test_a_file_of_the_run_that_is_a_link_is_refused(
+def test_a_file_of_the_run_that_is_a_link_raises_an_error(
     trained: Path, tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     directory, target = tmp_path / "run", tmp_path / "target"

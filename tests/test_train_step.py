@@ -68,7 +68,7 @@ def test_one_step_is_adam_on_the_mean_loss(max_gradient_norm: float) -> None:
     assert float(after.loss_sum) == pytest.approx(np.log(11), abs=0.05)
 
 
-def test_microbatches_make_the_step_of_the_whole_batch() -> None:
+def test_microbatches_match_the_step_of_the_whole_batch() -> None:
     """Masks, penalties and the carry included, over several steps."""
     results = []
     for number in (1, 3):
@@ -124,7 +124,7 @@ def test_masks_differ_from_step_to_step_and_follow_the_seed() -> None:
     assert first != second != third
 
 
-def test_a_step_that_is_not_finite_changes_nothing() -> None:
+def test_a_nonfinite_step_changes_nothing() -> None:
     config = make_config()
     config.optimizer.average_decay = 0.9
     model = model_lib.make_model(config.model, 11)
@@ -139,7 +139,7 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
     jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
 
 
-def test_streams_begin_anew_by_chance_each_by_itself() -> None:
+def test_streams_are_reset_at_random_and_independently() -> None:
     config = make_config(40)
     config.optimizer.learning_rate = 1e-30  # So that only the carry differs.
     model = model_lib.make_model(config.model, 11)
