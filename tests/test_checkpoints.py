@@ -33,7 +33,7 @@ def save(writer: checkpoints.CheckpointWriter, step: int, iterator: grain.Datase
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return checkpoints of steps 1 and 2, of which step 1 has a validation loss."""
+    """Return checkpoints of steps 1 and 2; step 1 has a validation loss."""
     directory = tmp_path_factory.mktemp("saved")
     iterator, _ = batches.make_batches(np.zeros(10_000, np.int32), config_lib.default().batches, 0)
     with checkpoints.CheckpointWriter(directory) as writer:
@@ -75,15 +75,17 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def flip(path: Path) -> None:
+def flip_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0x01
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("harm", [truncate, flip, Path.unlink], ids=["truncate", "flip", "delete"])
+@pytest.mark.parametrize(
+    "damage", [truncate, flip_bit, Path.unlink], ids=["truncate", "flip", "delete"]
+)
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(
-    harm: object,
+    damage: object,
     saved: Path,
     tmp_path: Path,
     iterator: grain.DatasetIterator,
@@ -94,22 +96,22 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(
     for number, name in enumerate(names):
         directory = tmp_path / str(number)
         shutil.copytree(saved, directory)
-        harm(directory / name)  # type: ignore[operator]
+        damage(directory / name)  # type: ignore[operator]
         before = snapshot(directory)
 
-        # A reader whose best checkpoint is damaged reads another one and changes nothing.
+        # If the best checkpoint is damaged, a reader uses another one and changes nothing.
         (directory / "1" / checkpoints.VALIDATION).unlink()
         del before[f"1/{checkpoints.VALIDATION}"]
         params, step = checkpoints.restore_best_params(directory, PARAMS)
         assert step == 1 and float(params["w"][0]) == 1
-        told = capsys.readouterr().err
-        assert f"{directory / '2'} is damaged" in told and len(told.splitlines()) == 1
+        errors = capsys.readouterr().err
+        assert f"{directory / '2'} is damaged" in errors and len(errors.splitlines()) == 1
         assert snapshot(directory) == before
 
         restored = checkpoints.restore_latest(directory, PARAMS, STATE, iterator)
         assert restored is not None and restored.step == 1 and float(restored.params["w"][0]) == 1
-        told = capsys.readouterr().err
-        assert "it is now 2.damaged" in told and len(told.splitlines()) == 1
+        errors = capsys.readouterr().err
+        assert "it is now 2.damaged" in errors and len(errors.splitlines()) == 1
         moved = {name.replace("2/", "2.damaged/"): content for name, content in before.items()}
         assert snapshot(directory) == moved, "renamed, and nothing lost"
 
@@ -129,7 +131,7 @@ def test_if_all_checkpoints_are_damaged_an_error_names_each_and_nothing_changes(
     directory = tmp_path / "checkpoints"
     shutil.copytree(saved, directory)
     for step in (1, 2):
-        flip(directory / str(step) / "params" / "manifest.ocdbt")
+        flip_bit(directory / str(step) / "params" / "manifest.ocdbt")
     before = snapshot(directory)
     match = "step 2: params/manifest.ocdbt has changed; step 1: params/manifest.ocdbt"
     with pytest.raises(UserError, match=match):
@@ -213,7 +215,7 @@ def test_a_reader_sees_only_whole_checkpoints_while_training_saves(
         reader.join()
     assert not failures
     assert len(set(seen)) > 3 and seen == sorted(seen)
-    assert capsys.readouterr().err == "", "none was taken for damaged"
+    assert capsys.readouterr().err == "", "no checkpoint counts as damaged"
 
 
 def test_a_modified_validation_loss_is_ignored(saved: Path, tmp_path: Path) -> None:
@@ -258,7 +260,7 @@ def test_a_small_checkpoint_does_not_decompress_to_a_large_one(tmp_path: Path) -
 
 
 def test_large_finite_parameters_are_saved_and_restored(tmp_path: Path) -> None:
-    # Their squares together are beyond float32, each is not.
+    # The sum of the squares overflows float32, no single square does.
     params = {"w": jnp.full(10_000, 9e17)}
     assert model_lib.is_finite(params)
     checkpoints.save_params(tmp_path, 1, params)

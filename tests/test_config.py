@@ -27,7 +27,7 @@ def test_every_experiment_is_complete_and_survives_json(path: Path) -> None:
 
 
 def test_the_default_config_is_the_lesson() -> None:
-    # The default is what experiments/shakespeare.py spells out.
+    # experiments/shakespeare.py states these defaults.
     config = config_lib.default()
     assert (config.batches.kind, config.batches.batch_size) == ("windows", 64)
     assert (config.batches.window_length, config.num_epochs) == (100, 20)

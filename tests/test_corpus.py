@@ -28,7 +28,7 @@ def test_tiny_shakespeare_is_complete_and_split_as_in_tfds(
     joined = "".join(shakespeare.values())
     assert hashlib.sha256(joined.encode()).hexdigest() == SHAKESPEARE_SHA256
     assert texts.compute_checksum(shakespeare) == SHAKESPEARE_SHA256
-    # A file with the same text is split at the same places.
+    # A file with the same text is split at the same positions.
     (tmp_path / "text").write_text(joined)
     data = config_lib.default().data
     data.path = str(tmp_path / "text")
@@ -97,7 +97,7 @@ def test_a_text_too_short_to_split_raises_an_error(tmp_path: Path) -> None:
 
 
 class Fables(tfds.core.GeneratorBasedBuilder):
-    """A dataset of the tests' own, with a train and a test split."""
+    """A dataset with a train and a test split."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -120,7 +120,7 @@ class Fables(tfds.core.GeneratorBasedBuilder):
 def test_any_tfds_dataset_with_a_text_feature(tmp_path: Path) -> None:
     splits = datasets.read_dataset("fables", "story", str(tmp_path), (0.8, 0.1, 0.1))
     train = "".join(splits)
-    # There is no validation split, so all three come from the 50 training examples.
+    # Without a validation split, all three splits come from the 50 training examples.
     assert sorted(train.split("\n")) == sorted(f"story {i}" for i in range(50))
     assert len(splits[0]) == int(0.8 * len(train))
     with pytest.raises(UserError, match="no text 'text' .*title, story"):
@@ -186,7 +186,7 @@ def test_a_text_of_bytes_is_split_at_byte_offsets(tmp_path: Path) -> None:
     parts = [text.encode("utf-8", "surrogateescape") for text in texts.read_splits(data).values()]
     assert b"".join(parts) == content
     assert len(parts[0]) == int(0.9 * len(content))
-    # A cut in the middle of a character, at the first byte of two.
+    # A split in the middle of a two-byte character.
     (tmp_path / "file").write_text("é" * 10)
     halves = sources.split_files(
         [[tmp_path / "file"]], (0.45, 0.05, 0.5), any_bytes=True, ends=False

@@ -36,15 +36,15 @@ def test_bits_per_character_are_comparable_for_tokens_of_any_kind() -> None:
     for kind in KINDS:
         vocabulary = Vocabulary.from_text(text, kind)
         tokens = len(vocabulary.encode(text)) - 1
-        # The first token is read, not predicted.
+        # The first token is not predicted.
         characters = len(text) - len(vocabulary.split(text)[0])
         costs = Text(text).costs(vocabulary, first=False)
         bits = loss_lib.compute_bits_per_character(3.0, tokens, [costs])
         assert bits == pytest.approx(3.0 / math.log(2) * tokens / characters)
-    assert bits_of_characters(3.0, text) == pytest.approx(3.0 / math.log(2))
+    assert compute_bits(3.0, text) == pytest.approx(3.0 / math.log(2))
 
 
-def bits_of_characters(loss: float, text: str) -> float:
+def compute_bits(loss: float, text: str) -> float:
     costs = Text(text).costs(Vocabulary.from_text(text), first=False)
     return loss_lib.compute_bits_per_character(loss, len(text) - 1, [costs])
 
@@ -53,7 +53,7 @@ def test_unknown_tokens_cost_the_bits_of_their_bytes() -> None:
     vocabulary = Vocabulary.from_text("a b a b", "words", min_count=2)
     text = "a b été b"
     assert vocabulary.encode(text).tolist() == [1, 2, 1, 2]
-    # The first token is not predicted; " été" has six bytes, and one for its end.
+    # The first token is not predicted. " été" costs six bytes, and one for its end.
     expected = (3 * 1.5 / math.log(2) + 7 * 8) / (len(text) - 1)
     costs = Text(text).costs(vocabulary, first=False)
     assert loss_lib.compute_bits_per_character(1.5, 3, [costs]) == pytest.approx(expected)

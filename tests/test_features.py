@@ -15,7 +15,7 @@ ROMEO:
 
 
 def marks(name: str, text: str) -> str:
-    """Return "1" where a feature is 1, "-" elsewhere."""
+    """Return "1" where a feature is 1, and "-" elsewhere."""
     return "".join("-1"[int(x)] for x in features.compute_text_features(text)[name])
 
 
@@ -73,9 +73,9 @@ def test_a_token_has_the_features_of_its_last_character(kind: str, stop: str) ->
     got = features.compute_features(text, vocabulary)
     ends = np.cumsum([len(token) for token in vocabulary.split(text)]) - 1
     if kind == "bytes":
-        spelt = "".join(character * len(character.encode()) for character in text)
-        spelt = spelt.replace("\n\n", "\n") if stop else spelt
-        assert [spelt[k].isupper() for k in range(len(spelt))] == got["a capital letter"].tolist()
+        chars = "".join(character * len(character.encode()) for character in text)
+        chars = chars.replace("\n\n", "\n") if stop else chars
+        assert [chars[k].isupper() for k in range(len(chars))] == got["a capital letter"].tolist()
     else:
         for name, values in features.compute_text_features(text).items():
             assert got[name].tolist() == values[ends].tolist(), name
@@ -107,7 +107,7 @@ def test_hidden_units_correlated_by_chance_are_not_found() -> None:
     n = len(place)
     activations = rng.integers(-127, 128, (400, n)).astype(np.int8)
     activations[40] = np.clip(3 * place - 80, -127, 127)
-    # It follows in the first half only.
+    # This one follows in the first half only.
     activations[50, : n // 2] = -activations[40, : n // 2]
     found, judged = features.find_followers(activations, place[None], 3)
     (follower,) = found[0]

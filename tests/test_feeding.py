@@ -41,9 +41,9 @@ def test_several_steps_in_one_call_give_the_same_losses(
     tiny_config.num_epochs = 1
     tiny_config.regularization.output_dropout = 0.1
     assert train.train(tiny_config, tmp_path / "one") == 0
-    tiny_config.steps_per_call = 7  # 20 is two calls and six single steps.
+    tiny_config.steps_per_call = 7  # 20 steps are two calls and six single steps.
     assert train.train(tiny_config, tmp_path / "several") == 0
-    one, several = runs.losses(tmp_path / "one"), runs.losses(tmp_path / "several")
+    one, several = runs.read_losses(tmp_path / "one"), runs.read_losses(tmp_path / "several")
     assert [row[:2] for row in one] == [row[:2] for row in several]
     np.testing.assert_allclose(
         [row[2] for row in several], [row[2] for row in one], rtol=1e-6, atol=1e-6
@@ -53,7 +53,7 @@ def test_several_steps_in_one_call_give_the_same_losses(
 def test_an_error_names_the_nonfinite_step_among_several(
     tiny_config: ConfigDict, tmp_path: Any
 ) -> None:
-    tiny_config.optimizer.learning_rate = 8e17  # Twice that is too much.
+    tiny_config.optimizer.learning_rate = 8e17  # Twice this value overflows.
     tiny_config.optimizer.warmup_steps = 0
     tiny_config.optimizer.max_gradient_norm = 0.0
     tiny_config.steps_per_call = 5
@@ -65,9 +65,9 @@ def test_an_error_names_the_nonfinite_step_among_several(
 def test_an_implicit_transfer_to_the_device_raises_an_error(
     tiny_config: ConfigDict, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forget(self: feeding.Feed, read: list[Any]) -> Any:
+    def skip_placement(self: feeding.Feed, read: list[Any]) -> Any:
         return read[0]
 
-    monkeypatch.setattr(feeding.Feed, "_place", forget)
+    monkeypatch.setattr(feeding.Feed, "_place", skip_placement)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         train.train(tiny_config, tmp_path)

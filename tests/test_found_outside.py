@@ -1,4 +1,4 @@
-"""Test mistakes of users that were found by trying the commands."""
+"""Test mistakes that users made when they tried the commands."""
 
 import subprocess
 import sys
@@ -66,7 +66,7 @@ def test_no_control_character_reaches_the_terminal(tmp_path: Path) -> None:
     model = model_lib.make_model(config.model, len(vocabulary))
     params = model_lib.init_params(model, jax.random.key(0))
     transfer.make_workdir(tmp_path / "run", config, vocabulary, params)
-    # An untrained model generates any byte.
+    # An untrained model generates all bytes.
     options = [f"--workdir={tmp_path / 'run'}", "--temperature=1", "--num_samples=2"]
     result = run("lstm_jax.sample", *options, "--prompt=\x1b[31m\r\n")
     assert result.returncode == 0, result.stderr

@@ -20,7 +20,7 @@ with lock.hold_lock(Path(sys.argv[1])):
 """
 
 
-def holder(directory: Path) -> subprocess.Popen[str]:
+def start_holder(directory: Path) -> subprocess.Popen[str]:
     """Start another process that holds the lock."""
     command = [sys.executable, "-c", HOLD, str(directory)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -29,7 +29,7 @@ def holder(directory: Path) -> subprocess.Popen[str]:
 
 
 def test_a_second_process_fails_until_the_first_is_dead(tmp_path: Path) -> None:
-    first = holder(tmp_path)
+    first = start_holder(tmp_path)
     with pytest.raises(UserError, match=f"process {first.pid} on .* is training in"):
         lock.hold_lock(tmp_path).__enter__()
     first.kill()
@@ -61,7 +61,7 @@ def test_a_lock_from_the_future_expires(tmp_path: Path) -> None:
     os.utime(path, (ahead, ahead))
     with pytest.raises(UserError, match="is training in .* try again in 60 seconds"):
         lock.hold_lock(tmp_path).__enter__()
-    assert abs(path.stat().st_mtime - time.time()) < 5, "counted from now on"
+    assert abs(path.stat().st_mtime - time.time()) < 5, "its age is counted from now on"
     before = time.time() - lock.STALE_SECONDS - 1
     os.utime(path, (before, before))
     with lock.hold_lock(tmp_path):
@@ -74,7 +74,7 @@ def test_without_file_system_locks_the_process_id_decides(
     def flock(*unused: object) -> None:
         raise OSError(95, "Operation not supported")
 
-    first = holder(tmp_path)
+    first = start_holder(tmp_path)
     monkeypatch.setattr(files.fcntl, "flock", flock)
     with pytest.raises(UserError, match=f"process {first.pid} on"):
         lock.hold_lock(tmp_path).__enter__()

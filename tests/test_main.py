@@ -1,4 +1,4 @@
-"""Test the commands as users run them: processes, their output and exit codes."""
+"""Test the output and exit codes of the commands."""
 
 import ast
 import json
@@ -66,7 +66,7 @@ def test_train_interrupt_resume_sample_and_evaluate(text_file: Path, tmp_path: P
     ]
     assert steps == list(range(10, steps[-1] + 1, 10)), "each step once"
 
-    # sample and evaluate need the directory only, wherever it is.
+    # sample and evaluate need only the directory, which may be moved.
     moved = tmp_path / "elsewhere"
     directory.rename(moved)
     options = ["--workdir", str(moved), "--prompt", "ROMEO:", "--length", "50", "--seed", "3"]
@@ -128,7 +128,7 @@ def test_several_samples_are_separated_by_dashes(trained: Path) -> None:
 
 @pytest.fixture(scope="session")
 def words(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
-    """Train a tiny model of words, whose documents end at blank lines."""
+    """Train a tiny model of words, with blank lines between documents."""
     directory = tmp_path_factory.mktemp("words")
     arguments = [f"--config.data.path={text_file}", "--workdir=run", "--config.num_epochs=1"]
     units = ["--config.data.units=words", "--config.data.min_count=2"]
@@ -217,10 +217,10 @@ def test_a_conversation_in_a_pipe(trained: Path) -> None:
     greedy = run("sample", "--workdir", str(trained), "--length=30", "--temperature=0",
                  "--prompt=ROMEO:", cwd=ROOT).stdout.removeprefix("ROMEO:")  # fmt: skip
     assert result.stdout.count(greedy) == 2, "the same after /undo and after /reset"
-    likeliest = [line for line in result.stdout.splitlines() if re.match(r"0\.\d{4}  '", line)]
-    assert len(likeliest) == 10
-    shares = [float(line.split()[0]) for line in likeliest]
-    assert shares[:5] == sorted(shares[:5], reverse=True) and sum(shares[:5]) < 1
+    most_likely = [line for line in result.stdout.splitlines() if re.match(r"0\.\d{4}  '", line)]
+    assert len(most_likely) == 10
+    probs = [float(line.split()[0]) for line in most_likely]
+    assert probs[:5] == sorted(probs[:5], reverse=True) and sum(probs[:5]) < 1
 
 
 def test_text_is_streamed(trained: Path) -> None:

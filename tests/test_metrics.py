@@ -39,12 +39,12 @@ def test_the_plot_contains_the_curves(tmp_path: Path) -> None:
     rows += [{"step": 40, "split": "test", "loss": 0.2}]
     metrics.plot_metrics(rows, path)
     with Image.open(path) as picture:
-        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20) or []}
+        colors = {color for _, color in picture.convert("RGB").getcolors(1 << 20) or []}
     for hexadecimal in ("0072B2", "D55E00", "009E73"):
-        assert tuple(bytes.fromhex(hexadecimal)) in colours
+        assert tuple(bytes.fromhex(hexadecimal)) in colors
     assert list(tmp_path.iterdir()) == [path]
     for few in (rows[-1:], [], [{**rows[0], "loss": float("inf")}]):
-        metrics.plot_metrics(few, path)  # It does not fail without anything to draw.
+        metrics.plot_metrics(few, path)  # It does not fail if there is nothing to draw.
 
 
 def test_a_flipped_byte_is_detected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Compare several devices with one, in processes, since JAX makes its devices once."""
+"""Compare several devices with one. Each mesh needs a new process: JAX creates its devices once."""
 
 import json
 import subprocess
@@ -50,7 +50,7 @@ print(json.dumps([losses, [np.asarray(x).ravel().tolist() for x in jax.tree.leav
 
 
 def run(data: int, model: int, cell: str) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Return summed losses of 50 steps, then parameters and their averages."""
+    """Return the cumulative losses of 50 steps, then parameters and their averages."""
     command = [sys.executable, "-c", _SCRIPT, str(data), str(model), cell]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     losses, params = json.loads(result.stdout)
@@ -61,7 +61,7 @@ def run(data: int, model: int, cell: str) -> tuple[np.ndarray, list[np.ndarray]]
     ("cell", "meshes"), [("lstm", [(8, 1), (2, 2), (4, 2)]), ("gru", [(1, 4)])]
 )
 def test_many_devices_train_like_one(cell: str, meshes: list[tuple[int, int]]) -> None:
-    """Dropout, penalties, microbatches, averaged weights and the carry included."""
+    """Include dropout, penalties, microbatches, averaged weights and the carry."""
     losses, params = run(1, 1, cell)
     for data, model in meshes:
         more_losses, more_params = run(data, model, cell)

@@ -12,7 +12,7 @@ def test_plain_lines_without_a_terminal(
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     shown = progress.Progress(step=100, total_steps=300, steps_per_epoch=150)
     now = 1.0
-    shown.update(110, 2.5, 1234.5)  # Too soon after the start for a line.
+    shown.update(110, 2.5, 1234.5)  # Too early for a line.
     now = 50.0
     shown.update(200, 2.25, 4321.0)
     shown.print("by the way")

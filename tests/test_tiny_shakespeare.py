@@ -10,7 +10,7 @@ from lstm_jax.errors import UserError
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No source answers."""
+    """Make all sources unreachable."""
     monkeypatch.setattr(tiny_shakespeare, "_download", lambda url: None)
     monkeypatch.setattr(tiny_shakespeare, "_from_wheel", lambda: None)
 

@@ -11,7 +11,7 @@ from lstm_jax.run import workdir
 from lstm_jax.run.streams import make_printable, make_printer
 from lstm_jax.vocabulary import FILE_END, KINDS, Vocabulary, find_stop_text
 
-# Text out of all of Unicode's planes, and pieces that hang together or are often got wrong.
+# Text from all planes of Unicode, and strings that are often split or decoded wrongly.
 TEXTS = st.lists(
     st.text(max_size=8)
     | st.sampled_from(
@@ -52,7 +52,7 @@ def test_decode_inverts_encode_for_any_text(kind: str, stop: str, text: str) -> 
     assert again.tokens == vocabulary.tokens
     assert [again.tokens[i] for i in ids] == again.split(text)
     assert again.unknown(text) == []
-    # In pieces it is the same, and each piece is text.
+    # Decoding in pieces gives the same, and each piece is valid text.
     decode = again.decoder()
     pieces = [decode([i], False) for i in ids] + [decode([], True)]
     assert "".join(pieces) == text
@@ -84,7 +84,7 @@ def test_tiny_shakespeare_has_67_tokens_in_order(shakespeare: dict[str, str]) ->
 
 
 @pytest.mark.parametrize(
-    ("kind", "units"),
+    ("kind", "tokens"),
     [
         ("characters", ["e", "\u0301", " ", "o", "'", "e", "r", ",", "\r", "\n"]),
         ("graphemes", ["e\u0301", " ", "o", "'", "e", "r", ",", "\r\n"]),
@@ -92,11 +92,11 @@ def test_tiny_shakespeare_has_67_tokens_in_order(shakespeare: dict[str, str]) ->
         ("bytes", ["e", "\udccc", "\udc81", " ", "o", "'", "e", "r", ",", "\r", "\n"]),
     ],
 )
-def test_tokens_of_each_kind(kind: str, units: list[str]) -> None:
+def test_tokens_of_each_kind(kind: str, tokens: list[str]) -> None:
     text = "e\u0301 o'er,\r\n"
     vocabulary = Vocabulary.from_text(text, kind)
-    assert vocabulary.split(text) == units
-    assert [vocabulary.tokens[i] for i in vocabulary.encode(text)] == units
+    assert vocabulary.split(text) == tokens
+    assert [vocabulary.tokens[i] for i in vocabulary.encode(text)] == tokens
 
 
 def test_documents_end_with_the_stop_token() -> None:
