@@ -1,4 +1,4 @@
-"""Fixtures that tests share: the text, and one tiny trained model."""
+"""Shared fixtures: the text, and a tiny trained model."""
 
 import os
 import signal
@@ -13,12 +13,12 @@ from lstm_jax import config as config_lib
 from lstm_jax import train
 from lstm_jax.data import datasets, sources
 
-# A shell that runs the tests in the background has SIGINT ignored, and so would every process that
-# they start have it.
+# A shell that runs the tests in the background ignores SIGINT, and all processes that they start
+# would inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# What JAX compiles, kept while the tests run: they, and the processes that they start, compile the
-# same tiny models again and again.
+# A compilation cache for all tests and the processes that they start: they compile the same tiny
+# models many times.
 _compiled = tempfile.TemporaryDirectory(prefix="lstm-jax-compiled-")
 _CACHE = {
     "jax_compilation_cache_dir": _compiled.name,
@@ -30,27 +30,27 @@ for _name, _value in _CACHE.items():
     os.environ[_name.upper()] = str(_value)
 
 
-# The key that prepared corpora are sealed with, and whatever else is kept for a user.
+# The cache directory of the user, with the key that seals prepared corpora.
 _cache = tempfile.TemporaryDirectory(prefix="lstm-jax-cache-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
 
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data directory that starts out empty, so that the text is really fetched once."""
+    """Return an empty data directory, so that the text is fetched once."""
     return tmp_path_factory.mktemp("tensorflow_datasets")
 
 
 @pytest.fixture(scope="session")
 def shakespeare(data_dir: Path) -> dict[str, str]:
-    """The splits of Tiny Shakespeare."""
+    """Return the splits of Tiny Shakespeare."""
     texts = datasets.read_dataset("tiny_shakespeare", "text", str(data_dir), (0.9, 0.05, 0.05))
     return dict(zip(sources.SPLITS, texts, strict=True))
 
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory, shakespeare: dict[str, str]) -> Path:
-    """The first 20,000 characters of Tiny Shakespeare in a file."""
+    """Return a file with the first 20,000 characters of Tiny Shakespeare."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(shakespeare["train"][:20_000], encoding="utf-8")
     return path
@@ -58,12 +58,12 @@ def text_file(tmp_path_factory: pytest.TempPathFactory, shakespeare: dict[str, s
 
 @pytest.fixture
 def tiny_config(text_file: Path) -> ConfigDict:
-    """A model and a text on which a run takes a second or two."""
+    """Return a config whose run takes one or two seconds."""
     return make_tiny_config(text_file)
 
 
 def make_tiny_config(text_file: Path) -> ConfigDict:
-    """The config behind `tiny_config`."""
+    """Return the config of `tiny_config`."""
     config = config_lib.default()
     config.data.path = str(text_file)
     config.batches.kind = "streams"
@@ -82,7 +82,7 @@ def make_tiny_config(text_file: Path) -> ConfigDict:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
-    """The working directory of a finished tiny run."""
+    """Return the working directory of a finished tiny run."""
     directory = tmp_path_factory.mktemp("runs") / "tiny"
     assert train.train(make_tiny_config(text_file), directory) == 0
     return directory

@@ -1,4 +1,4 @@
-"""Small file systems, and full ones."""
+"""Mount small file systems and fill them."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ import pytest
 
 @contextlib.contextmanager
 def mounted(directory: Path, *options: str) -> Iterator[Path]:
-    """A file system in memory, of its own."""
+    """Mount a file system in memory."""
     directory.mkdir()
     mount = ["mount", "-t", "tmpfs", *options, "tmpfs", str(directory)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
@@ -23,12 +23,12 @@ def mounted(directory: Path, *options: str) -> Iterator[Path]:
 
 
 def resize(disk: Path, size: str) -> None:
-    """Gives the file system another size."""
+    """Change the size of the file system."""
     subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
 
 
 def fill(disk: Path) -> Path:
-    """Adds to a file, which it returns, until no byte of the disk is free."""
+    """Append to a file until the disk is full, and return the file."""
     filler = disk / "filler"
     with filler.open("ab", buffering=0) as file, contextlib.suppress(OSError):
         while True:

@@ -3,7 +3,7 @@
     pip install -e '.[bench,convert]'
     python tests/make_convert_fixtures.py
 
-Their weights are random and large, so that no gate is near its initial value.
+The weights are random and large, so that no gate is near its initial value.
 """
 
 import json
@@ -24,7 +24,7 @@ HIDDEN, FEATURES = 5, 4
 
 
 class Lesson(keras.Model):
-    """The lesson's model: a subclass, with the state as an output."""
+    """The lesson's model, a subclass whose layer also returns its state."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Lesson(keras.Model):
 
 
 class CharacterModel(torch.nn.Module):
-    """An embedding, a recurrent module, a linear layer."""
+    """An embedding, a recurrent module and a linear layer."""
 
     def __init__(self, layers: Any) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def main() -> None:
         safetensors.torch.save_file(torch_model.state_dict(), FIXTURES / name)
     (FIXTURES / "vocabulary.json").write_text(json.dumps(TOKENS) + "\n")
     (FIXTURES / "text.txt").write_text(TEXT)
-    # Every tenth position, to keep the file small. Each depends on all positions before it.
+    # Keep every tenth position for a small file. Each depends on all positions before it.
     tenth: dict[str, Any] = {
         name: array[0, ::10].astype(np.float32) for name, array in logits.items()
     }
@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def _compress(path: Path) -> None:
-    """Compress an archive of Keras, which is not compressed."""
+    """Compress a .keras archive, which Keras stores uncompressed."""
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:

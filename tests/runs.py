@@ -1,4 +1,4 @@
-"""What tests ask of the working directory of a tiny run."""
+"""Read and compare the working directories of tiny runs."""
 
 import struct
 from pathlib import Path
@@ -15,8 +15,8 @@ from lstm_jax.run import checkpoints, metrics, workdir
 from lstm_jax.train_step import init_state
 
 
-def final_state(directory: Path) -> list[Any]:
-    """Every array of the latest checkpoint, and where it is in the text."""
+def load_final_state(directory: Path) -> list[Any]:
+    """Return all arrays of the latest checkpoint, then its position in the text."""
     config = workdir.load_config(directory)
     vocabulary = workdir.load_vocabulary(directory)
     model = model_lib.make_model(config.model, len(vocabulary))
@@ -34,14 +34,14 @@ def final_state(directory: Path) -> list[Any]:
     return [np.asarray(x) for x in arrays] + [iterator.get_state()]
 
 
-def losses(directory: Path) -> list[tuple[int, str, float]]:
-    """The rows of metrics.jsonl but for how fast they came."""
+def read_losses(directory: Path) -> list[tuple[int, str, float]]:
+    """Return the rows of metrics.jsonl without their speeds."""
     rows = metrics.read_metrics(directory / workdir.METRICS)
     return [(row["step"], row["split"], row["loss"]) for row in rows]
 
 
-def events(directory: Path) -> list[tuple[int, str, float]]:
-    """The same rows as TensorBoard's files hold them, in order."""
+def read_events(directory: Path) -> list[tuple[int, str, float]]:
+    """Return the same rows from the TensorBoard files, sorted."""
     rows = []
     for path in directory.glob("events.out.tfevents.*"):
         content, at = path.read_bytes(), 0
@@ -65,19 +65,19 @@ def _assert_same_rows(
 
 
 def assert_same(one: Path, other: Path, rtol: float = 0) -> None:
-    """Both runs ended with the same parameters, state, metrics, events and samples, bit for bit.
+    """Assert that two runs have the same parameters, state, metrics, events and samples.
 
-    But for logged losses, which may differ by `rtol` where the runs are not of one program: XLA may
-    sum them in another order.
+    All are compared bit for bit, except for logged losses, which may differ by `rtol`: in another
+    program, XLA may sum them in another order.
     """
-    for a, b in zip(final_state(one), final_state(other), strict=True):
+    for a, b in zip(load_final_state(one), load_final_state(other), strict=True):
         np.testing.assert_array_equal(a, b)
-    _assert_same_rows(losses(one), losses(other), rtol)
+    _assert_same_rows(read_losses(one), read_losses(other), rtol)
     assert (one / workdir.SAMPLES).read_text() == (other / workdir.SAMPLES).read_text()
-    _assert_same_rows(events(one), events(other), rtol)
+    _assert_same_rows(read_events(one), read_events(other), rtol)
     np.testing.assert_allclose(
-        [loss for *_, loss in events(one)],
-        [loss for *_, loss in sorted(losses(one))],
-        rtol=1e-6,  # TensorBoard's are float32.
+        [loss for *_, loss in read_events(one)],
+        [loss for *_, loss in sorted(read_losses(one))],
+        rtol=1e-6,  # TensorBoard stores float32.
     )
-    assert len(set(losses(one))) == len(losses(one)), "each step once"
+    assert len(set(read_losses(one))) == len(read_losses(one)), "each step once"

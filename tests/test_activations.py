@@ -1,4 +1,4 @@
-"""Recorded activations against the equations, in NumPy with float64."""
+"""Compare recorded activations with the equations in NumPy, in float64."""
 
 from typing import Any
 
@@ -11,13 +11,13 @@ from lstm_jax import model as model_lib
 from lstm_jax.inspect import activations
 from test_cells import EQUATIONS, sigmoid
 
-LENGTH = 1100  # Two chunks, the last not full.
+LENGTH = 1100  # Two chunks, the second partial.
 
 
-def read(**fields: Any) -> tuple[Any, dict[str, Any], np.ndarray, activations.Reading]:
+def record(**fields: Any) -> tuple[Any, dict[str, Any], np.ndarray, activations.Reading]:
     model = model_lib.LanguageModel(11, 6, 9, **fields)
     params = jax.tree_util.tree_map_with_path(
-        # Larger recurrent kernels would make rounding errors grow from step to step.
+        # With larger recurrent kernels, rounding errors would grow from step to step.
         lambda path, x: x if "recurrent_kernel" in str(path) else 4 * x,
         model_lib.init_params(model, jax.random.key(0)),
     )
@@ -26,8 +26,10 @@ def read(**fields: Any) -> tuple[Any, dict[str, Any], np.ndarray, activations.Re
     return model, jax.tree.map(lambda x: np.asarray(x, np.float64), params), ids, reading
 
 
-def run(params: dict[str, Any], cell: str, layers: int, ids: np.ndarray) -> list[np.ndarray]:
-    """Inputs, hidden and cell states of each layer, [time, features] each."""
+def run_equations(
+    params: dict[str, Any], cell: str, layers: int, ids: np.ndarray
+) -> list[np.ndarray]:
+    """Return inputs, hidden and cell states of each layer, each [time, features]."""
     inputs, seen = params["embedding"]["embedding"][ids], []
     for layer in range(layers):
         h = c = np.zeros((1, 9))
@@ -41,29 +43,33 @@ def run(params: dict[str, Any], cell: str, layers: int, ids: np.ndarray) -> list
     return seen
 
 
-def sums(p: dict[str, np.ndarray], inputs: np.ndarray, hidden: np.ndarray) -> np.ndarray:
-    """What goes into the gates, [time, gates * hidden]."""
+def compute_gate_inputs(
+    p: dict[str, np.ndarray], inputs: np.ndarray, hidden: np.ndarray
+) -> np.ndarray:
+    """Return the inputs of the gates before their nonlinearity, [time, gates * hidden]."""
     before = np.concatenate([np.zeros((1, 9)), hidden[:-1]])
     return inputs @ p["input_kernel"] + before @ p["recurrent_kernel"] + p["bias"]
 
 
-def shares(gate: np.ndarray) -> np.ndarray:
+def compute_saturation(gate: np.ndarray) -> np.ndarray:
     return np.stack([(gate < 0.1).mean(axis=0), (gate > 0.9).mean(axis=0)])
 
 
 def test_an_lstm_of_two_layers() -> None:
-    model, params, ids, reading = read(num_layers=2)
-    x0, h0, c0, x1, h1, c1 = run(params, "lstm", 2, ids)
+    model, params, ids, reading = record(num_layers=2)
+    x0, h0, c0, x1, h1, c1 = run_equations(params, "lstm", 2, ids)
     expected = np.tanh(np.concatenate([c0, c1], axis=1)).T
     np.testing.assert_allclose(reading.activations / 127, expected, atol=0.5 / 127 + 1e-4)
 
     for layer, (x, h) in enumerate([(x0, h0), (x1, h1)]):
-        i, f, _, o = np.split(sigmoid(sums(params[f"lstm_{layer}"], x, h)), 4, axis=1)
+        i, f, _, o = np.split(
+            sigmoid(compute_gate_inputs(params[f"lstm_{layer}"], x, h)), 4, axis=1
+        )
         assert set(reading.saturation[layer]) == {"input", "forget", "output"}
         for name, gate in {"input": i, "forget": f, "output": o}.items():
-            # A gate within rounding of a limit may fall on either side of it.
+            # Rounding may move a gate across a threshold.
             np.testing.assert_allclose(
-                reading.saturation[layer][name], shares(gate), atol=2 / LENGTH
+                reading.saturation[layer][name], compute_saturation(gate), atol=2 / LENGTH
             )
 
     logits = h1 @ params["dense"]["kernel"] + params["dense"]["bias"]
@@ -82,8 +88,8 @@ def test_an_lstm_of_two_layers() -> None:
 
 @pytest.mark.parametrize("cell", ["gru", "rnn", "mogrifier"])
 def test_other_cells(cell: str) -> None:
-    _, params, ids, reading = read(cell=cell)
-    x, hidden, cells = run(params, cell, 1, ids)
+    _, params, ids, reading = record(cell=cell)
+    x, hidden, cells = run_equations(params, cell, 1, ids)
     held = np.tanh(cells) if cell == "mogrifier" else hidden
     np.testing.assert_allclose(reading.activations / 127, held.T, atol=0.5 / 127 + 1e-3)
     (gates,) = reading.saturation
@@ -96,6 +102,6 @@ def test_other_cells(cell: str) -> None:
         }[cell]
     )
     if cell == "gru":
-        r, z, _ = np.split(sigmoid(sums(params["gru_0"], x, hidden)), 3, axis=1)
-        np.testing.assert_allclose(gates["reset"], shares(r), atol=2 / LENGTH)
-        np.testing.assert_allclose(gates["update"], shares(z), atol=2 / LENGTH)
+        r, z, _ = np.split(sigmoid(compute_gate_inputs(params["gru_0"], x, hidden)), 3, axis=1)
+        np.testing.assert_allclose(gates["reset"], compute_saturation(r), atol=2 / LENGTH)
+        np.testing.assert_allclose(gates["update"], compute_saturation(z), atol=2 / LENGTH)

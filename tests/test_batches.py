@@ -16,10 +16,10 @@ def test_tiny_shakespeare_makes_156_steps_an_epoch(shakespeare: dict[str, str]) 
     assert steps == 156
 
 
-def test_windows_are_shuffled_anew_each_epoch_and_cover_the_text_once() -> None:
-    ids = np.arange(1000, dtype=np.int32)  # Each id tells its own position.
+def test_windows_are_reshuffled_each_epoch_and_cover_the_text_once() -> None:
+    ids = np.arange(1000, dtype=np.int32)  # Each id is its own position.
     iterator, steps = batches.make_batches(ids, fields("windows", 4, 10), seed=1)
-    assert steps == 24  # 99 windows, in fours.
+    assert steps == 24  # 99 windows, 4 in each batch.
     epochs = []
     for _ in range(2):
         epoch = [next(iterator) for _ in range(steps)]
@@ -37,7 +37,7 @@ def test_windows_are_shuffled_anew_each_epoch_and_cover_the_text_once() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 100, 101, 10_038])
-def test_a_shuffled_order_has_every_number_once(length: int) -> None:
+def test_a_shuffled_order_is_a_permutation(length: int) -> None:
     keys = np.random.default_rng(0).integers(2**63, size=8, dtype=np.uint64)
     order = batches.shuffle_places(np.arange(length), length, keys)
     assert order.dtype == np.int64
@@ -46,23 +46,23 @@ def test_a_shuffled_order_has_every_number_once(length: int) -> None:
     np.testing.assert_array_equal(batches.shuffle_places(some, length, keys), order[::3])
 
 
-def test_shuffled_orders_are_as_different_as_random_ones() -> None:
-    """Where a number lands, and what follows what, over many keys, against their expectations."""
+def test_shuffled_orders_are_uniformly_distributed() -> None:
+    """Compare positions and successors of numbers over many keys with a uniform distribution."""
     rng, length, trials = np.random.default_rng(0), 12, 6000
-    landed, followed = np.zeros((length, length)), np.zeros((length, length))
+    positions, successors = np.zeros((length, length)), np.zeros((length, length))
     for _ in range(trials):
         keys = rng.integers(2**63, size=8, dtype=np.uint64)
         order = batches.shuffle_places(np.arange(length), length, keys)
-        landed[np.arange(length), order] += 1
-        followed[order[:-1], order[1:]] += 1
-    for counts, cells in ((landed, length**2), (followed, length * (length - 1))):
-        expected = counts.sum() / cells
-        apart = counts if counts is landed else counts[~np.eye(length, dtype=bool)]
-        chi_squared = ((apart - expected) ** 2 / expected).sum()
-        assert abs(chi_squared - cells) < 5 * np.sqrt(2 * cells)
+        positions[np.arange(length), order] += 1
+        successors[order[:-1], order[1:]] += 1
+    for counts, num_categories in ((positions, length**2), (successors, length * (length - 1))):
+        expected = counts.sum() / num_categories
+        observed = counts if counts is positions else counts[~np.eye(length, dtype=bool)]
+        chi_squared = ((observed - expected) ** 2 / expected).sum()
+        assert abs(chi_squared - num_categories) < 5 * np.sqrt(2 * num_categories)
 
 
-def test_streams_are_contiguous_and_move_every_epoch() -> None:
+def test_streams_are_contiguous_and_shift_every_epoch() -> None:
     ids = np.arange(1000, dtype=np.int32)
     iterator, steps = batches.make_batches(ids, fields("streams", 4, 10), seed=1)
     assert steps == 24  # (1000 - 10) // 40
@@ -80,7 +80,7 @@ def test_streams_are_contiguous_and_move_every_epoch() -> None:
 
 
 @pytest.mark.parametrize("kind", ["windows", "streams"])
-def test_an_iterator_goes_on_from_its_saved_state(kind: str) -> None:
+def test_an_iterator_resumes_from_its_saved_state(kind: str) -> None:
     ids = np.random.default_rng(0).integers(0, 50, 2000).astype(np.int32)
     iterator, steps = batches.make_batches(ids, fields(kind, 3, 7), seed=5)
     for _ in range(steps + 3):

@@ -1,4 +1,4 @@
-"""Each cell against its equations, in NumPy with float64."""
+"""Compare each cell with its equations in NumPy, in float64."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-x))
 
 
-def norm(x: np.ndarray) -> np.ndarray:
+def normalize(x: np.ndarray) -> np.ndarray:
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
 
 
@@ -25,11 +25,11 @@ def lstm(p: dict[str, np.ndarray], x: np.ndarray, h: np.ndarray, c: np.ndarray) 
     xs, hs = x @ p["input_kernel"], h @ p["recurrent_kernel"]
     normalized = "cell_scale" in p
     if normalized:
-        xs, hs = norm(xs) * p["input_scale"], norm(hs) * p["recurrent_scale"]
+        xs, hs = normalize(xs) * p["input_scale"], normalize(hs) * p["recurrent_scale"]
     i, f, g, o = np.split(xs + hs + p["bias"], 4, axis=1)
     c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
-    shown = norm(c) * p["cell_scale"] + p["cell_bias"] if normalized else c
-    return sigmoid(o) * np.tanh(shown), c
+    output_cell = normalize(c) * p["cell_scale"] + p["cell_bias"] if normalized else c
+    return sigmoid(o) * np.tanh(output_cell), c
 
 
 def mogrifier(p: dict[str, np.ndarray], x: np.ndarray, h: np.ndarray, c: np.ndarray) -> Any:
@@ -45,7 +45,7 @@ def mogrifier(p: dict[str, np.ndarray], x: np.ndarray, h: np.ndarray, c: np.ndar
 def gru(p: dict[str, np.ndarray], x: np.ndarray, h: np.ndarray, c: np.ndarray) -> Any:
     xs, hs = x @ p["input_kernel"], h @ p["recurrent_kernel"]
     if "input_scale" in p:
-        xs, hs = norm(xs) * p["input_scale"], norm(hs) * p["recurrent_scale"]
+        xs, hs = normalize(xs) * p["input_scale"], normalize(hs) * p["recurrent_scale"]
     xr, xz, xn = np.split(xs + p["bias"], 3, axis=1)
     hr, hz, hn = np.split(hs, 3, axis=1)
     n = np.tanh(xn + sigmoid(xr + hr) * (hn + p["recurrent_bias"]))
@@ -56,14 +56,14 @@ def gru(p: dict[str, np.ndarray], x: np.ndarray, h: np.ndarray, c: np.ndarray) -
 def rnn(p: dict[str, np.ndarray], x: np.ndarray, h: np.ndarray, c: np.ndarray) -> Any:
     xs, hs = x @ p["input_kernel"], h @ p["recurrent_kernel"]
     if "input_scale" in p:
-        xs, hs = norm(xs) * p["input_scale"], norm(hs) * p["recurrent_scale"]
+        xs, hs = normalize(xs) * p["input_scale"], normalize(hs) * p["recurrent_scale"]
     return np.tanh(xs + hs + p["bias"]), c
 
 
 EQUATIONS = {"lstm": lstm, "mogrifier": mogrifier, "gru": gru, "rnn": rnn}
 
 
-def count(params: Any) -> int:
+def count_parameters(params: Any) -> int:
     return sum(x.size for x in jax.tree.leaves(params))
 
 
@@ -99,12 +99,12 @@ def test_a_step_agrees_with_the_equations(name: str, layer_norm: bool) -> None:
     expected += {"lstm": 0, "mogrifier": 5 * n * h_, "gru": h_, "rnn": 0}[name]
     if layer_norm:
         expected += 2 * gates * h_ + (2 * h_ if gates == 4 else 0)
-    assert count(params) == expected
+    assert count_parameters(params) == expected
 
 
 @pytest.mark.parametrize("name", EQUATIONS)
 @pytest.mark.parametrize("layer_norm", [False, True])
-def test_a_model_of_any_cell_computes_the_same_token_by_token(name: str, layer_norm: bool) -> None:
+def test_every_cell_gives_the_same_logits_token_by_token(name: str, layer_norm: bool) -> None:
     model = model_lib.LanguageModel(
         11, 6, 9, 2, cell=name, layer_norm=layer_norm, tie_embeddings=True
     )
@@ -119,7 +119,7 @@ def test_a_model_of_any_cell_computes_the_same_token_by_token(name: str, layer_n
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), carry, last)
 
 
-def test_cells_that_only_a_scan_can_run_are_run_by_a_scan() -> None:
+def test_cells_without_a_fused_implementation_use_scan() -> None:
     assert model_lib.LanguageModel(11, 6, 9).implementation() == "fused"
     assert model_lib.LanguageModel(11, 6, 9, cell="gru").implementation() == "scan"
     assert model_lib.LanguageModel(11, 6, 9, layer_norm=True).implementation() == "scan"
@@ -132,7 +132,7 @@ def test_no_cell_ignores_layer_norm_or_recurrent_dropout(name: str) -> None:
     model = model_lib.LanguageModel(11, 6, 9, cell=name)
     plain = model_lib.init_params(model, jax.random.key(0))
     normalized = model_lib.init_params(model.clone(layer_norm=True), jax.random.key(0))
-    assert count(normalized) > count(plain)
+    assert count_parameters(normalized) > count_parameters(plain)
     rates = config.default().regularization
     rates.recurrent_dropout = 0.5
     dropped = regularization.drop_parameters(rates, plain, jax.random.key(0))
@@ -141,6 +141,6 @@ def test_no_cell_ignores_layer_norm_or_recurrent_dropout(name: str) -> None:
     assert np.abs(outputs[0] - outputs[1]).max() > 1e-4
 
 
-def test_cells_that_other_commands_would_not_know_cannot_be_added() -> None:
+def test_the_table_of_cells_is_read_only() -> None:
     with pytest.raises(TypeError):
         cells.CELLS["peephole"] = cells.LSTMCell  # type: ignore[index]

@@ -33,7 +33,7 @@ def save(writer: checkpoints.CheckpointWriter, step: int, iterator: grain.Datase
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return checkpoints of steps 1 and 2, of which step 1 has a validation loss."""
+    """Return checkpoints of steps 1 and 2; step 1 has a validation loss."""
     directory = tmp_path_factory.mktemp("saved")
     iterator, _ = batches.make_batches(np.zeros(10_000, np.int32), config_lib.default().batches, 0)
     with checkpoints.CheckpointWriter(directory) as writer:
@@ -75,15 +75,17 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def flip(path: Path) -> None:
+def flip_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0x01
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("harm", [truncate, flip, Path.unlink], ids=["truncate", "flip", "delete"])
-def test_whatever_file_is_damaged_the_checkpoint_before_it_is_used(
-    harm: object,
+@pytest.mark.parametrize(
+    "damage", [truncate, flip_bit, Path.unlink], ids=["truncate", "flip", "delete"]
+)
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(
+    damage: object,
     saved: Path,
     tmp_path: Path,
     iterator: grain.DatasetIterator,
@@ -94,22 +96,22 @@ def test_whatever_file_is_damaged_the_checkpoint_before_it_is_used(
     for number, name in enumerate(names):
         directory = tmp_path / str(number)
         shutil.copytree(saved, directory)
-        harm(directory / name)  # type: ignore[operator]
+        damage(directory / name)  # type: ignore[operator]
         before = snapshot(directory)
 
-        # A reader whose best checkpoint is damaged reads another one and changes nothing.
+        # If the best checkpoint is damaged, a reader uses another one and changes nothing.
         (directory / "1" / checkpoints.VALIDATION).unlink()
         del before[f"1/{checkpoints.VALIDATION}"]
         params, step = checkpoints.restore_best_params(directory, PARAMS)
         assert step == 1 and float(params["w"][0]) == 1
-        told = capsys.readouterr().err
-        assert f"{directory / '2'} is damaged" in told and len(told.splitlines()) == 1
+        errors = capsys.readouterr().err
+        assert f"{directory / '2'} is damaged" in errors and len(errors.splitlines()) == 1
         assert snapshot(directory) == before
 
         restored = checkpoints.restore_latest(directory, PARAMS, STATE, iterator)
         assert restored is not None and restored.step == 1 and float(restored.params["w"][0]) == 1
-        told = capsys.readouterr().err
-        assert "it is now 2.damaged" in told and len(told.splitlines()) == 1
+        errors = capsys.readouterr().err
+        assert "it is now 2.damaged" in errors and len(errors.splitlines()) == 1
         moved = {name.replace("2/", "2.damaged/"): content for name, content in before.items()}
         assert snapshot(directory) == moved, "renamed, and nothing lost"
 
@@ -123,13 +125,13 @@ def snapshot(directory: Path) -> dict[str, bytes]:
     }
 
 
-def test_where_all_are_damaged_nothing_is_touched_and_each_is_named(
+def test_if_all_checkpoints_are_damaged_an_error_names_each_and_nothing_changes(
     saved: Path, tmp_path: Path, iterator: grain.DatasetIterator
 ) -> None:
     directory = tmp_path / "checkpoints"
     shutil.copytree(saved, directory)
     for step in (1, 2):
-        flip(directory / str(step) / "params" / "manifest.ocdbt")
+        flip_bit(directory / str(step) / "params" / "manifest.ocdbt")
     before = snapshot(directory)
     match = "step 2: params/manifest.ocdbt has changed; step 1: params/manifest.ocdbt"
     with pytest.raises(UserError, match=match):
@@ -143,7 +145,7 @@ def test_where_all_are_damaged_nothing_is_touched_and_each_is_named(
         checkpoints.restore_best_params(tmp_path / "none", PARAMS)
 
 
-def test_names_of_damaged_ones_are_never_taken_twice(
+def test_damaged_checkpoints_get_unique_names(
     saved: Path, tmp_path: Path, iterator: grain.DatasetIterator
 ) -> None:
     directory = tmp_path / "checkpoints"
@@ -155,7 +157,7 @@ def test_names_of_damaged_ones_are_never_taken_twice(
     assert {path.name for path in directory.iterdir()} == {"1", "2.damaged", "2.damaged-2"}
 
 
-def test_a_checkpoint_of_another_model_is_refused(
+def test_a_checkpoint_of_another_model_raises_an_error(
     saved: Path, iterator: grain.DatasetIterator
 ) -> None:
     for other in ({"w": jnp.zeros(4)}, {"v": jnp.zeros(3)}):
@@ -165,9 +167,7 @@ def test_a_checkpoint_of_another_model_is_refused(
             checkpoints.restore_latest(saved, other, STATE, iterator)
 
 
-def test_what_a_killed_save_left_is_cleared_away_and_never_read(
-    saved: Path, tmp_path: Path
-) -> None:
+def test_an_unfinished_save_is_deleted_and_never_read(saved: Path, tmp_path: Path) -> None:
     directory = tmp_path / "checkpoints"
     shutil.copytree(saved, directory)
     for name in ("3.unfinished", "4.unfinished.orbax-checkpoint-tmp"):
@@ -178,7 +178,7 @@ def test_what_a_killed_save_left_is_cleared_away_and_never_read(
     assert {path.name for path in directory.iterdir()} == {"1", "2", "notes.txt"}
 
 
-def test_the_seal_is_what_sha256sum_reads(saved: Path) -> None:
+def test_sha256sum_can_check_the_seal(saved: Path) -> None:
     sha256sum = shutil.which("sha256sum")
     if sha256sum is None:
         pytest.skip("there is no sha256sum here")
@@ -186,7 +186,7 @@ def test_the_seal_is_what_sha256sum_reads(saved: Path) -> None:
     subprocess.run(command, cwd=saved / "2", check=True)
 
 
-def test_who_reads_while_training_saves_sees_whole_checkpoints(
+def test_a_reader_sees_only_whole_checkpoints_while_training_saves(
     tmp_path: Path, iterator: grain.DatasetIterator, capsys: pytest.CaptureFixture[str]
 ) -> None:
     done = threading.Event()
@@ -215,10 +215,10 @@ def test_who_reads_while_training_saves_sees_whole_checkpoints(
         reader.join()
     assert not failures
     assert len(set(seen)) > 3 and seen == sorted(seen)
-    assert capsys.readouterr().err == "", "none was taken for damaged"
+    assert capsys.readouterr().err == "", "no checkpoint counts as damaged"
 
 
-def test_a_validation_loss_that_was_changed_counts_for_nothing(saved: Path, tmp_path: Path) -> None:
+def test_a_modified_validation_loss_is_ignored(saved: Path, tmp_path: Path) -> None:
     directory = tmp_path / "checkpoints"
     shutil.copytree(saved, directory)
     assert checkpoints.find_best_step(directory) == 1
@@ -229,7 +229,9 @@ def test_a_validation_loss_that_was_changed_counts_for_nothing(saved: Path, tmp_
 
 
 @pytest.mark.parametrize("name", ["5.unfinished", "7", "2147483648", "9" * 100])
-def test_what_is_in_the_way_of_checkpoints_is_named(name: str, saved: Path, tmp_path: Path) -> None:
+def test_a_file_in_the_place_of_a_checkpoint_raises_an_error(
+    name: str, saved: Path, tmp_path: Path
+) -> None:
     directory = tmp_path / "checkpoints"
     shutil.copytree(saved, directory)
     (directory / name).write_text("mine")
@@ -239,7 +241,7 @@ def test_what_is_in_the_way_of_checkpoints_is_named(name: str, saved: Path, tmp_
     assert checkpoints.list_steps(directory) == [1, 2]
 
 
-def test_a_checkpoint_whose_parameters_are_not_finite_is_passed_over(
+def test_a_checkpoint_with_nonfinite_parameters_is_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoints.save_params(tmp_path, 1, {"w": jnp.ones(3)})
@@ -249,7 +251,7 @@ def test_a_checkpoint_whose_parameters_are_not_finite_is_passed_over(
     assert "2 is damaged (its parameters are not finite)" in capsys.readouterr().err
 
 
-def test_few_bytes_do_not_become_many(tmp_path: Path) -> None:
+def test_a_small_checkpoint_does_not_decompress_to_a_large_one(tmp_path: Path) -> None:
     many = jnp.zeros((5000, 5000))
     checkpoints.save_params(tmp_path, 1, {"w": many})
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 10**5
@@ -257,8 +259,8 @@ def test_few_bytes_do_not_become_many(tmp_path: Path) -> None:
         checkpoints.restore_best_params(tmp_path, jax.eval_shape(lambda: {"w": many}))
 
 
-def test_what_a_step_accepts_is_read_again(tmp_path: Path) -> None:
-    # Their squares together are beyond float32, each is not.
+def test_large_finite_parameters_are_saved_and_restored(tmp_path: Path) -> None:
+    # The sum of the squares overflows float32, no single square does.
     params = {"w": jnp.full(10_000, 9e17)}
     assert model_lib.is_finite(params)
     checkpoints.save_params(tmp_path, 1, params)

@@ -21,7 +21,7 @@ def compile_with(**env: str) -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_what_is_compiled_is_kept_where_the_user_says(tmp_path: Path) -> None:
+def test_compiled_programs_are_cached_in_the_chosen_directory(tmp_path: Path) -> None:
     cache, named = tmp_path / "cache", tmp_path / "named"
     compile_with(XDG_CACHE_HOME=str(cache))
     (by_processor,) = (cache / "lstm-jax").iterdir()
@@ -32,7 +32,7 @@ def test_what_is_compiled_is_kept_where_the_user_says(tmp_path: Path) -> None:
     compile_with(XDG_CACHE_HOME=str(tmp_path / "file"))
 
 
-def test_what_was_damaged_there_is_compiled_anew_without_a_word(tmp_path: Path) -> None:
+def test_damaged_cache_entries_are_recompiled_without_a_message(tmp_path: Path) -> None:
     compile_with(JAX_COMPILATION_CACHE_DIR=str(tmp_path))
     entries = list(tmp_path.glob("jit_*-cache"))
     for path in entries:

@@ -16,7 +16,7 @@ EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_every_experiment_is_a_complete_config_that_json_keeps(path: Path) -> None:
+def test_every_experiment_is_complete_and_survives_json(path: Path) -> None:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -26,8 +26,8 @@ def test_every_experiment_is_a_complete_config_that_json_keeps(path: Path) -> No
     assert f"--config experiments/{path.name}" in path.read_text(encoding="utf-8")
 
 
-def test_shakespeare_is_the_lesson() -> None:
-    # The default is what experiments/shakespeare.py spells out.
+def test_the_default_config_is_the_lesson() -> None:
+    # experiments/shakespeare.py states these defaults.
     config = config_lib.default()
     assert (config.batches.kind, config.batches.batch_size) == ("windows", 64)
     assert (config.batches.window_length, config.num_epochs) == (100, 20)
@@ -69,12 +69,12 @@ def test_missing_fields_get_their_defaults() -> None:
         (None, "get_config.. returned NoneType"),
     ],
 )
-def test_bad_fields_are_named(fields: dict[str, object] | None, message: str) -> None:
+def test_an_error_names_a_bad_field(fields: dict[str, object] | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
         config_lib.complete_config(fields if fields is None else ConfigDict(fields))
 
 
-def test_the_page_of_the_docs_is_the_table() -> None:
+def test_docs_config_md_is_up_to_date() -> None:
     command = [sys.executable, "-m", "lstm_jax.config"]
     page = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert page == (ROOT / "docs" / "config.md").read_text(encoding="utf-8"), (
@@ -87,7 +87,7 @@ def test_the_page_of_the_docs_is_the_table() -> None:
         assert f"\n- `--config.{field.name}={field.default!r}`{marks}\n" in page
 
 
-def test_defaults_obey_the_rules_of_the_table() -> None:
+def test_defaults_are_valid() -> None:
     config = config_lib.default()
     assert config_lib.complete_config(config) == config
     assert config_lib.find_unused_fields(config) == []

@@ -13,8 +13,8 @@ from lstm_jax.vocabulary import KINDS, Vocabulary
 adjusted = jax.jit(adjust_logits)
 
 
-def by_hand(logits: np.ndarray, age: np.ndarray, controls: Controls) -> np.ndarray:
-    """Compute the probabilities for one text by sorting, in double precision."""
+def compute_reference(logits: np.ndarray, age: np.ndarray, controls: Controls) -> np.ndarray:
+    """Return the probabilities for one text, computed by sorting, in float64."""
     logits = logits.astype(np.float64).copy()
     recent = age <= controls.repetition_window
     factor = np.where(logits > 0, 1 / controls.repetition_penalty, controls.repetition_penalty)
@@ -57,18 +57,18 @@ ALL = {
 
 @pytest.mark.parametrize("controls", ALL.values(), ids=ALL)
 @pytest.mark.parametrize("size", [13, 3000])
-def test_distributions_are_those_of_sorting(controls: Controls, size: int) -> None:
+def test_distributions_match_a_sort_based_reference(controls: Controls, size: int) -> None:
     rng = np.random.default_rng(size)
     logits = rng.normal(0, 3, (8, size)).astype(np.float32)
     age = rng.integers(1, 30, (8, size)).astype(np.int32)
     result = adjusted(logits, age, make_control_arrays(controls, size))
     for row, one_logits, one_age in zip(jax.nn.softmax(result), logits, age, strict=True):
-        expected = by_hand(one_logits, one_age, controls)
+        expected = compute_reference(one_logits, one_age, controls)
         np.testing.assert_array_equal(row > 0, expected > 0)
         np.testing.assert_allclose(row, expected, rtol=1e-4)
 
 
-def test_tokens_that_tie_are_kept_together() -> None:
+def test_tied_tokens_are_kept_together() -> None:
     logits = jnp.array([[9.0, 9.0, 2.0, 1.0, 1.0, 1.0, 0.0]])
     age = jnp.full(logits.shape, 99)
     for controls in (Controls(top_k=2), Controls(top_p=0.7)):
@@ -95,13 +95,13 @@ def test_tokens_that_tie_are_kept_together() -> None:
         ({"forbidden": [2, 3, 4]}, "every token of the vocabulary is forbidden"),
     ],
 )
-def test_controls_outside_their_range_are_named(changed: dict[str, Any], message: str) -> None:
+def test_an_error_names_a_control_out_of_range(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_control_arrays(Controls(**changed), 5)
 
 
-def run(table: np.ndarray, vocabulary: Vocabulary, tokens: list[str]) -> list[bool]:
-    """Return whether the text has ended, after each token."""
+def find_ends(table: np.ndarray, vocabulary: Vocabulary, tokens: list[str]) -> list[bool]:
+    """Return, for each token, whether the text has ended after it."""
     state, ended = 0, []
     for token in tokens:
         state = table[state, vocabulary.tokens.index(token)]
@@ -120,16 +120,16 @@ def test_a_text_ends_with_the_stop_text(kind: str, stop_at: str) -> None:
     for token in tokens:
         generated += token
         expected.append("".join(vocabulary.split(stop_at)) in generated)
-    assert run(table, vocabulary, tokens) == expected
+    assert find_ends(table, vocabulary, tokens) == expected
     assert can_end(table, np.zeros(len(vocabulary), bool))
 
 
 def test_stop_token_and_stop_texts_that_cannot_be_generated() -> None:
     vocabulary = Vocabulary.from_text("a b\n\nc", stop="\n\n")
     tokens = ["a", "\n\n", "b", "c"]
-    assert run(make_stop_table(vocabulary), vocabulary, tokens) == [False, True, True, True]
-    assert run(make_stop_table(vocabulary, False), vocabulary, tokens) == [False] * 4
-    assert run(make_stop_table(vocabulary, True, "b"), vocabulary, tokens[2:]) == [True, True]
+    assert find_ends(make_stop_table(vocabulary), vocabulary, tokens) == [False, True, True, True]
+    assert find_ends(make_stop_table(vocabulary, False), vocabulary, tokens) == [False] * 4
+    assert find_ends(make_stop_table(vocabulary, True, "b"), vocabulary, tokens[2:]) == [True, True]
     allowed = np.zeros(len(vocabulary), bool)
     for stop_at, possible in {
         "c a": True,

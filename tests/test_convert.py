@@ -1,4 +1,4 @@
-"""Weights of Keras and PyTorch: from stored files, and from the libraries where installed."""
+"""Convert weights of Keras and PyTorch, from stored files and with the libraries if installed."""
 
 import io
 import json
@@ -45,14 +45,14 @@ WRITERS = {
 }
 
 
-def logits(trained: workdir.Trained, text: str) -> np.ndarray:
+def compute_logits(trained: workdir.Trained, text: str) -> np.ndarray:
     """Return the logits after each character, [time, vocabulary]."""
     ids = trained.vocabulary.encode(text)[None]
     carry = trained.model.initial_carry(1)
     return np.asarray(model_lib.apply(trained.model, trained.params, ids, carry)[0][0])
 
 
-def greedy(trained: workdir.Trained, prompt: str, length: int) -> str:
+def generate_greedily(trained: workdir.Trained, prompt: str, length: int) -> str:
     (text,) = generation.generate_texts(
         trained.model,
         trained.params,
@@ -65,8 +65,8 @@ def greedy(trained: workdir.Trained, prompt: str, length: int) -> str:
     return text.removeprefix(prompt)
 
 
-def made(tmp_path: Path, tokens: int = 30, **fields: Any) -> weights.Weights:
-    """Return weights drawn at random, biases included."""
+def make_weights(tmp_path: Path, tokens: int = 30, **fields: Any) -> weights.Weights:
+    """Return random weights, including biases."""
     model = model_lib.LanguageModel(tokens, fields.pop("embedding_size", 6), 5, **fields)
     shapes = jax.eval_shape(lambda: model_lib.init_params(model, jax.random.key(0)))
     draw = np.random.default_rng(0).normal
@@ -75,22 +75,22 @@ def made(tmp_path: Path, tokens: int = 30, **fields: Any) -> weights.Weights:
 
 
 def save(own: weights.Weights, path: Path) -> Path:
-    """Write weights in the format of the path's name."""
+    """Write weights in the format of the path's extension."""
     write, _ = next(functions for end, functions in WRITERS.items() if path.name.endswith(end))
     path.write_bytes(write(own))
     return path
 
 
 @pytest.mark.parametrize("name", STORED)
-def test_a_stored_model_gives_the_logits_that_its_library_gave(name: str, tmp_path: Path) -> None:
+def test_an_imported_model_reproduces_the_logits_of_its_library(name: str, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     transfer.import_weights(FIXTURES / name, directory, str(TOKENS), None)
     trained = workdir.load_trained(directory)
     assert (trained.model.cell, trained.model.num_layers, trained.step) == (*STORED[name], 0)
     with np.load(FIXTURES / "logits.npz") as expected:
-        ours = logits(trained, TEXT.read_text())[::10]
+        ours = compute_logits(trained, TEXT.read_text())[::10]
         np.testing.assert_allclose(ours, expected[name], rtol=0, atol=1e-5)
-    # Nothing partial is left beside it, and the text gives the same vocabulary.
+    # No partial directory is left, and the text gives the same vocabulary.
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     transfer.import_weights(FIXTURES / name, tmp_path / "by_text", None, str(TEXT))
     assert workdir.load_vocabulary(tmp_path / "by_text").tokens == trained.vocabulary.tokens
@@ -98,8 +98,8 @@ def test_a_stored_model_gives_the_logits_that_its_library_gave(name: str, tmp_pa
 
 @pytest.mark.parametrize("end", WRITERS)
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
-def test_what_is_written_is_read_again_as_it_was(end: str, cell: str, tmp_path: Path) -> None:
-    own = made(tmp_path, cell=cell, num_layers=11)
+def test_exported_weights_are_read_back_unchanged(end: str, cell: str, tmp_path: Path) -> None:
+    own = make_weights(tmp_path, cell=cell, num_layers=11)
     write, read = WRITERS[end]
     again = read(io.BytesIO(write(own)))
     assert again.cell == cell
@@ -109,8 +109,9 @@ def test_what_is_written_is_read_again_as_it_was(end: str, cell: str, tmp_path: 
 
 @pytest.mark.parametrize("end", WRITERS)
 def test_tied_embeddings_stay_tied(end: str, tmp_path: Path) -> None:
-    # Layers of 5, 5 and 6 hidden units: with tied embeddings, the last has the embedding's size.
-    own = made(tmp_path, num_layers=3, tie_embeddings=True)
+    # The layers have 5, 5 and 6 hidden units: with tied embeddings, the last is as large as the
+    # embedding.
+    own = make_weights(tmp_path, num_layers=3, tie_embeddings=True)
     write, read = WRITERS[end]
     fields, params = weights.to_model(read(io.BytesIO(write(own))))
     assert fields == {
@@ -123,7 +124,7 @@ def test_tied_embeddings_stay_tied(end: str, tmp_path: Path) -> None:
     assert set(params["dense"]) == {"bias"}
 
 
-def test_a_run_goes_out_and_comes_back(trained: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_run_survives_export_and_import(trained: Path, text_file: Path, tmp_path: Path) -> None:
     before = workdir.load_trained(trained)
     text = text_file.read_text(encoding="utf-8")[:300]
     for end in WRITERS:
@@ -135,12 +136,12 @@ def test_a_run_goes_out_and_comes_back(trained: Path, text_file: Path, tmp_path:
             transfer.import_weights(target, directory, beside, str(text_file))
             after = workdir.load_trained(directory)
             assert after.vocabulary.tokens == before.vocabulary.tokens
-            # Rows that were left out are added again, and never predicted.
-            ours, theirs = logits(before, text)[:, 2:], logits(after, text)
+            # Rows that were left out are added again and never predicted.
+            ours, theirs = compute_logits(before, text)[:, 2:], compute_logits(after, text)
             np.testing.assert_allclose(theirs[:, 2:], ours, rtol=0, atol=1e-5)
             if drop:
                 assert (theirs[:, :2] == -30).all()
-            assert greedy(after, "ROMEO:", 80) == greedy(before, "ROMEO:", 80)
+            assert generate_greedily(after, "ROMEO:", 80) == generate_greedily(before, "ROMEO:", 80)
     assert evaluate_directory(directory) == pytest.approx(evaluate_directory(trained), abs=1e-3)
 
 
@@ -151,7 +152,7 @@ def evaluate_directory(directory: Path) -> float:
     return loss_lib.compute_loss(trained.model, trained.params, text.encode(trained.vocabulary))
 
 
-def test_training_starts_from_what_came_in(
+def test_training_starts_from_imported_weights(
     trained: Path, text_file: Path, tiny_config: Any, tmp_path: Path
 ) -> None:
     transfer.export_weights(trained, tmp_path / "model.keras")
@@ -163,7 +164,7 @@ def test_training_starts_from_what_came_in(
 
 
 def test_vocabularies_of_every_form(tmp_path: Path) -> None:
-    own = made(tmp_path, tokens=6)
+    own = make_weights(tmp_path, tokens=6)
     model = save(own, tmp_path / "model.safetensors")
     tokens = ["\n", "\\", "b", "a"]
     forms: dict[str, Any] = {
@@ -177,7 +178,7 @@ def test_vocabularies_of_every_form(tmp_path: Path) -> None:
         path = tmp_path / name
         path.write_text(form if isinstance(form, str) else json.dumps(form))
         directory = tmp_path / f"run_{name}"
-        if name == "short.json":  # Only a model without "" and "[UNK]" has these tokens.
+        if name == "short.json":  # It fits only a model without "" and "[UNK]".
             with pytest.raises(UserError, match="the model has 6 tokens, and the vocabulary 4"):
                 transfer.import_weights(model, directory, str(path), None)
             assert not directory.exists()
@@ -189,14 +190,14 @@ def test_vocabularies_of_every_form(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", [1, 2])
-def test_rows_that_a_model_lacks_are_added_and_never_predicted(
+def test_missing_special_tokens_are_added_and_never_predicted(
     missing: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokens = ["", "[UNK]", *"abcd"][missing:]
-    own = made(tmp_path, tokens=len(tokens))
+    own = make_weights(tmp_path, tokens=len(tokens))
     model = save(own, tmp_path / "model.keras")
-    (tmp_path / "units.json").write_text(json.dumps(tokens))
-    transfer.import_weights(model, tmp_path / "run", str(tmp_path / "units.json"), None)
+    (tmp_path / "tokens.json").write_text(json.dumps(tokens))
+    transfer.import_weights(model, tmp_path / "run", str(tmp_path / "tokens.json"), None)
     names = "''" if missing == 1 else "'' and '[UNK]'"
     assert f"Added {names}, " in capsys.readouterr().out
     trained = workdir.load_trained(tmp_path / "run")
@@ -210,10 +211,10 @@ def test_rows_that_a_model_lacks_are_added_and_never_predicted(
     assert (np.asarray(found)[..., :missing] == -30).all()
 
 
-def test_a_model_with_padding_and_no_unknown_is_told_what_was_added(tmp_path: Path) -> None:
+def test_only_the_unknown_token_is_added_to_a_model_with_padding(tmp_path: Path) -> None:
     tokens = ["", *"abcd"]
     own, vocabulary, added = weights.add_special_rows(
-        made(tmp_path, tokens=len(tokens)), tokens, "characters", ""
+        make_weights(tmp_path, tokens=len(tokens)), tokens, "characters", ""
     )
     assert added == ["[UNK]"] and vocabulary.tokens == ("", "[UNK]", *"abcd")
     assert own.bias[1] == -30
@@ -221,14 +222,14 @@ def test_a_model_with_padding_and_no_unknown_is_told_what_was_added(tmp_path: Pa
 
 def test_documents_keep_their_stop_token(tmp_path: Path) -> None:
     vocabulary = Vocabulary.from_text("ab\n\nba\n\n", stop="\n\n")
-    model = save(made(tmp_path, tokens=len(vocabulary)), tmp_path / "model.keras")
+    model = save(make_weights(tmp_path, tokens=len(vocabulary)), tmp_path / "model.keras")
     (tmp_path / "vocabulary.json").write_text(vocabulary.to_json())
     transfer.import_weights(model, tmp_path / "run", str(tmp_path / "vocabulary.json"), None)
     assert workdir.load_trained(tmp_path / "run").vocabulary.stop == "\n\n"
     assert workdir.load_config(tmp_path / "run").data.document_separator == "blank_line"
 
 
-def archive_with(content: bytes, change: Any) -> bytes:
+def change_archive(content: bytes, change: Any) -> bytes:
     """Return a .keras file with its list of layers changed."""
     with zipfile.ZipFile(io.BytesIO(content)) as file:
         members = {name: file.read(name) for name in file.namelist()}
@@ -256,7 +257,7 @@ def archive_with(content: bytes, change: Any) -> bytes:
         (2, None, "Dense", "its layers are Embedding, Dense, Dense: they must be"),
     ],
 )
-def test_a_keras_model_with_no_place_here_is_refused_by_name(
+def test_an_error_names_what_is_unsupported_in_a_keras_model(
     at: int, field: str | None, value: Any, message: str, tmp_path: Path
 ) -> None:
     def change(layers: list[dict[str, Any]]) -> None:
@@ -265,16 +266,16 @@ def test_a_keras_model_with_no_place_here_is_refused_by_name(
         else:
             layers[at]["config"][field] = value
 
-    content = archive_with(keras_weights.write_archive(made(tmp_path)), change)
+    content = change_archive(keras_weights.write_archive(make_weights(tmp_path)), change)
     with pytest.raises(UserError) as caught:
         keras_weights.read_archive(io.BytesIO(content))
     assert message in str(caught.value)
 
 
-def test_a_gru_that_resets_before_the_matmul_is_refused(tmp_path: Path) -> None:
+def test_a_gru_that_resets_before_the_matmul_raises_an_error(tmp_path: Path) -> None:
     import h5py
 
-    content = io.BytesIO(keras_weights.write_weights(made(tmp_path, cell="gru")))
+    content = io.BytesIO(keras_weights.write_weights(make_weights(tmp_path, cell="gru")))
     with h5py.File(content, "a") as file:
         bias = file["layers/gru/cell/vars/2"][0]
         del file["layers/gru/cell/vars/2"]
@@ -283,7 +284,7 @@ def test_a_gru_that_resets_before_the_matmul_is_refused(tmp_path: Path) -> None:
         keras_weights.read_weights(io.BytesIO(content.getvalue()))
 
 
-def renamed(arrays: dict[str, np.ndarray], old: str, new: str) -> dict[str, np.ndarray]:
+def rename_arrays(arrays: dict[str, np.ndarray], old: str, new: str) -> dict[str, np.ndarray]:
     return {name.replace(old, new): array for name, array in arrays.items()}
 
 
@@ -294,7 +295,7 @@ def renamed(arrays: dict[str, np.ndarray], old: str, new: str) -> dict[str, np.n
         (lambda a: {**a, "lstm.weight_hr_l0": a["lstm.weight_hh_l0"]}, "projection"),
         (lambda a: {**a, "norm.weight": a["linear.bias"]}, "besides its recurrent layers it has"),
         (lambda a: {k: v for k, v in a.items() if "lstm" not in k}, "no recurrent layer"),
-        (lambda a: renamed(a, "lstm.weight_hh_l0", "x.y"), "lacks weight_ih or weight_hh"),
+        (lambda a: rename_arrays(a, "lstm.weight_hh_l0", "x.y"), "lacks weight_ih or weight_hh"),
         (lambda a: {**a, "lstm.weight_ih_l0": a["lstm.weight_ih_l0"][:, 1:]}, "takes 5 features"),
         (lambda a: {**a, "lstm.bias_ih_l0": a["lstm.bias_ih_l0"] * np.nan}, "not finite"),
         (
@@ -313,26 +314,28 @@ def renamed(arrays: dict[str, np.ndarray], old: str, new: str) -> dict[str, np.n
         ),
     ],
 )
-def test_a_torch_model_with_no_place_here_is_refused_by_name(
+def test_an_error_names_what_is_unsupported_in_a_torch_model(
     change: Any, message: str, tmp_path: Path
 ) -> None:
     library = pytest.importorskip("safetensors.numpy")
-    arrays = change(library.load(torch_weights.write_state_dict(made(tmp_path))))
+    arrays = change(library.load(torch_weights.write_state_dict(make_weights(tmp_path))))
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     with pytest.raises(UserError) as caught:
         torch_weights.read_state_dict(io.BytesIO(library.save(arrays)))
     assert message in str(caught.value)
 
 
-def test_torch_layers_by_other_names_and_in_halves(tmp_path: Path) -> None:
+def test_torch_layers_with_other_names_and_in_float16(tmp_path: Path) -> None:
     library = pytest.importorskip("safetensors.numpy")
-    own = made(tmp_path, num_layers=2)
-    arrays = renamed(library.load(torch_weights.write_state_dict(own)), "embedding.", "encoder.")
-    for i in range(2):  # Two modules of one layer each, as LSTMCell names them.
-        arrays = renamed(arrays, f"lstm.weight_ih_l{i}", f"rnn{i + 9}.weight_ih")
-        arrays = renamed(arrays, f"lstm.weight_hh_l{i}", f"rnn{i + 9}.weight_hh")
+    own = make_weights(tmp_path, num_layers=2)
+    arrays = rename_arrays(
+        library.load(torch_weights.write_state_dict(own)), "embedding.", "encoder."
+    )
+    for i in range(2):  # Two modules with one layer each, with the names of LSTMCell.
+        arrays = rename_arrays(arrays, f"lstm.weight_ih_l{i}", f"rnn{i + 9}.weight_ih")
+        arrays = rename_arrays(arrays, f"lstm.weight_hh_l{i}", f"rnn{i + 9}.weight_hh")
         del arrays[f"lstm.bias_hh_l{i}"]
-        arrays = renamed(arrays, f"lstm.bias_ih_l{i}", f"rnn{i + 9}.bias_ih")
+        arrays = rename_arrays(arrays, f"lstm.bias_ih_l{i}", f"rnn{i + 9}.bias_ih")
     del arrays["linear.bias"]
     halves = {name: array.astype(np.float16) for name, array in arrays.items()}
     again = torch_weights.read_state_dict(io.BytesIO(library.save(halves)))
@@ -340,20 +343,22 @@ def test_torch_layers_by_other_names_and_in_halves(tmp_path: Path) -> None:
     for one, other in zip(own.layers, again.layers, strict=True):
         for name, array in one.items():
             np.testing.assert_allclose(other[name], array, rtol=1e-3)
-    # The one matrix of tied weights may be there under one name only.
-    tied = library.load(torch_weights.write_state_dict(made(tmp_path, tie_embeddings=True)))
+    # A tied matrix may be stored under one name only.
+    tied = library.load(torch_weights.write_state_dict(make_weights(tmp_path, tie_embeddings=True)))
     del tied["linear.weight"]
     assert weights.to_model(torch_weights.read_state_dict(io.BytesIO(library.save(tied))))[0][
         "tie_embeddings"
     ]
 
 
-def test_layers_that_others_lack_are_refused_by_name(tmp_path: Path) -> None:
+def test_layers_that_other_libraries_lack_raise_an_error(tmp_path: Path) -> None:
     for fields, message in (({"cell": "mogrifier"}, "'mogrifier'"), ({"layer_norm": True}, "norm")):
         with pytest.raises(UserError, match=message):
-            made(tmp_path, **fields)
-    own = made(tmp_path, num_layers=2)
-    uneven = own._replace(layers=[own.layers[0], made(tmp_path, embedding_size=5).layers[0]])
+            make_weights(tmp_path, **fields)
+    own = make_weights(tmp_path, num_layers=2)
+    uneven = own._replace(
+        layers=[own.layers[0], make_weights(tmp_path, embedding_size=5).layers[0]]
+    )
     with pytest.raises(UserError, match="takes 5 features"):
         weights.check_weights(own._replace(layers=uneven.layers[::-1]))
     with pytest.raises(UserError, match="have 5, 6 hidden units: all layers"):
@@ -363,23 +368,25 @@ def test_layers_that_others_lack_are_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "read", "written"),
+    ("name", "import_error", "export_error"),
     [
         ("quick.pt", "save it with safetensors", "name a file that ends in .safetensors"),
         ("quick.h5", "save it in Keras 3", "name a file that ends in .keras or .weights.h5"),
         ("quick.bin", "must end with one of these", "must end with one of these"),
     ],
 )
-def test_files_of_other_names_are_told_what_to_do(
-    name: str, read: str, written: str, tmp_path: Path
+def test_an_error_for_an_unknown_file_extension_names_the_remedy(
+    name: str, import_error: str, export_error: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=read):
+    with pytest.raises(UserError, match=import_error):
         transfer.import_weights(tmp_path / name, tmp_path / "run", None, str(TEXT))
-    with pytest.raises(UserError, match=written):
+    with pytest.raises(UserError, match=export_error):
         transfer.export_weights(tmp_path / "run", tmp_path / name)
 
 
-def test_what_is_there_stays_and_nothing_is_half_written(trained: Path, tmp_path: Path) -> None:
+def test_existing_files_are_kept_and_nothing_partial_is_written(
+    trained: Path, tmp_path: Path
+) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "note").write_text("of the user's")
     (tmp_path / "there.keras").write_text("of the user's")
@@ -408,19 +415,19 @@ def test_what_is_there_stays_and_nothing_is_half_written(trained: Path, tmp_path
 
 
 @pytest.mark.parametrize(("module", "end"), [("h5py", ".keras"), ("safetensors", ".safetensors")])
-def test_a_missing_library_is_named(
+def test_an_error_names_a_missing_library(
     module: str, end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=f"pip install {module}"):
-        WRITERS[end][0](made(tmp_path))
+        WRITERS[end][0](make_weights(tmp_path))
 
 
-def test_a_compressed_archive_with_one_wrong_byte_is_refused_or_read(tmp_path: Path) -> None:
-    """Decompressors raise many kinds of errors."""
+def test_a_compressed_archive_with_one_wrong_byte_raises_an_error(tmp_path: Path) -> None:
+    """Check that all errors of the decompressor become a `UserError`."""
     content = io.BytesIO()
     with (
-        zipfile.ZipFile(io.BytesIO(keras_weights.write_archive(made(tmp_path)))) as stored,
+        zipfile.ZipFile(io.BytesIO(keras_weights.write_archive(make_weights(tmp_path)))) as stored,
         zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as file,
     ):
         for name in stored.namelist():
@@ -442,12 +449,12 @@ def test_a_compressed_archive_with_one_wrong_byte_is_refused_or_read(tmp_path: P
         ("lstm/cell/vars/2", np.zeros(15), "don't fit each other"),
     ],
 )
-def test_arrays_of_odd_shapes_are_refused(
+def test_arrays_of_wrong_shapes_raise_an_error(
     name: str, array: np.ndarray, message: str, tmp_path: Path
 ) -> None:
     import h5py
 
-    content = io.BytesIO(keras_weights.write_weights(made(tmp_path)))
+    content = io.BytesIO(keras_weights.write_weights(make_weights(tmp_path)))
     with h5py.File(content, "a") as file:
         del file[f"layers/{name}"]
         file[f"layers/{name}"] = array.astype(np.float32)
@@ -455,13 +462,13 @@ def test_arrays_of_odd_shapes_are_refused(
         keras_weights.read_weights(io.BytesIO(content.getvalue()))
 
 
-def test_layers_that_are_numbered_without_a_line_come_in_order(tmp_path: Path) -> None:
-    """As the attributes of a subclassed model are."""
+def test_layers_numbered_without_an_underscore_are_in_order(tmp_path: Path) -> None:
     import h5py
 
-    own = made(tmp_path, num_layers=2)
+    own = make_weights(tmp_path, num_layers=2)
     content = io.BytesIO(keras_weights.write_weights(own))
     with h5py.File(content, "a") as file:
+        # As the attributes of a subclassed model are named.
         for old, new in (("layers/lstm_1", "lstm2"), ("layers/lstm", "lstm1")):
             file.move(old, new)
     read = keras_weights.read_weights(io.BytesIO(content.getvalue()))
@@ -469,10 +476,10 @@ def test_layers_that_are_numbered_without_a_line_come_in_order(tmp_path: Path) -
         jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
+def test_corrupted_weights_are_read_or_raise_a_one_line_error(tmp_path: Path) -> None:
     draw = random.Random(0)
     for end, (write, read) in WRITERS.items():
-        whole = write(made(tmp_path))
+        whole = write(make_weights(tmp_path))
         for _ in range(60):
             broken = bytearray(whole)
             for _ in range(draw.randrange(1, 4)):
@@ -484,10 +491,10 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
                 assert "\n" not in str(error), end
 
 
-# From here on, with the libraries themselves.
+# The tests below use the libraries themselves.
 
 
-def lesson_in_keras(keras: Any, kind: str, num_layers: int, tokens: int) -> Any:
+def make_keras_lesson(keras: Any, kind: str, num_layers: int, tokens: int) -> Any:
     layer = {"lstm": keras.layers.LSTM, "gru": keras.layers.GRU, "rnn": keras.layers.SimpleRNN}
     recurrent = [layer[kind](32, return_sequences=True) for _ in range(num_layers)]
     return keras.Sequential(
@@ -496,10 +503,10 @@ def lesson_in_keras(keras: Any, kind: str, num_layers: int, tokens: int) -> Any:
 
 
 def continue_greedily(predict: Any, tokens: list[str], prompt: str, length: int) -> str:
-    """Return the greedy text of a model that gives logits [time, vocabulary] for ids [1, time]."""
+    """Return the greedy text of a function from ids [1, time] to logits [time, vocabulary]."""
     ids = [tokens.index(character) for character in prompt]
     for _ in range(length):
-        # A constant length, so that it compiles once; what follows has no effect.
+        # A constant length compiles once; the padding has no effect.
         padded = np.zeros((1, len(prompt) + length), np.int32)
         padded[0, : len(ids)] = ids
         last = np.array(predict(padded)[len(ids) - 1])
@@ -510,7 +517,7 @@ def continue_greedily(predict: Any, tokens: list[str], prompt: str, length: int)
 
 @pytest.fixture(scope="module")
 def windows(shakespeare: dict[str, str]) -> tuple[list[str], np.ndarray]:
-    """Return the lesson's tokens, and its windows of 101 ids of the text."""
+    """Return the lesson's tokens and its windows of 101 ids."""
     text = shakespeare["train"]
     tokens = ["", "[UNK]", *sorted(set(text))]
     ids = Vocabulary(tokens).encode(text[: 101 * 640])
@@ -529,34 +536,34 @@ def test_keras_and_back(
     keras: Any = pytest.importorskip("keras", reason="Keras is not installed (extra 'bench')")
     tokens, ids = windows
     keras.utils.set_random_seed(0)
-    model = lesson_in_keras(keras, cell, num_layers, len(tokens))
+    model = make_keras_lesson(keras, cell, num_layers, len(tokens))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=keras.optimizers.Adam(3e-3), loss=loss)
     model.fit(ids[:, :-1], ids[:, 1:], batch_size=32, epochs=10, verbose=0)
     model.save(tmp_path / "model.keras")
     model.save_weights(tmp_path / "model.weights.h5")
-    (tmp_path / "units.json").write_text(json.dumps(tokens))
+    (tmp_path / "tokens.json").write_text(json.dumps(tokens))
     text = shakespeare["test"][:400]
     theirs = np.asarray(model(Vocabulary(tokens).encode(text)[None]))[0]
-    written = continue_greedily(lambda x: np.asarray(model(x))[0], tokens, "ROMEO:", 60)
+    expected_text = continue_greedily(lambda x: np.asarray(model(x))[0], tokens, "ROMEO:", 60)
     for end in (".keras", ".weights.h5"):
         directory = tmp_path / f"run{end}"
         transfer.import_weights(
-            tmp_path / f"model{end}", directory, str(tmp_path / "units.json"), None
+            tmp_path / f"model{end}", directory, str(tmp_path / "tokens.json"), None
         )
         trained = workdir.load_trained(directory)
-        np.testing.assert_allclose(logits(trained, text), theirs, rtol=0, atol=1e-5)
-        assert greedy(trained, "ROMEO:", 60) == written
+        np.testing.assert_allclose(compute_logits(trained, text), theirs, rtol=0, atol=1e-5)
+        assert generate_greedily(trained, "ROMEO:", 60) == expected_text
     transfer.export_weights(directory, tmp_path / "back.keras")
     transfer.export_weights(directory, tmp_path / "back.weights.h5")
     back = keras.models.load_model(tmp_path / "back.keras")
-    fresh = lesson_in_keras(keras, cell, num_layers, len(tokens))
+    fresh = make_keras_lesson(keras, cell, num_layers, len(tokens))
     fresh(ids[:1])
     fresh.load_weights(tmp_path / "back.weights.h5")
     for one, other, third in zip(
         model.get_weights(), back.get_weights(), fresh.get_weights(), strict=True
     ):
-        if cell != "gru":  # Its two biases become one.
+        if cell != "gru":  # The import merges its two biases.
             np.testing.assert_array_equal(one, other)
         np.testing.assert_array_equal(other, third)
     again = np.asarray(back(Vocabulary(tokens).encode(text)[None]))[0]
@@ -574,9 +581,9 @@ def test_torch_and_back(
     torch: Any = pytest.importorskip("torch", reason="PyTorch is not installed (extra 'bench')")
     safetensors: Any = pytest.importorskip("safetensors.torch")
     tokens, ids = windows
-    tokens, ids = tokens[2:], ids - 2  # Without "" and "[UNK]", as is common.
+    tokens, ids = tokens[2:], ids - 2  # Most vocabularies have no "" and "[UNK]".
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # Threads slow down matmuls this small.
+    torch.set_num_threads(1)  # Threads slow down such small matmuls.
 
     class Model(torch.nn.Module):
         def __init__(self) -> None:
@@ -599,7 +606,7 @@ def test_torch_and_back(
         loss.backward()
         optimizer.step()
     safetensors.save_file(model.state_dict(), tmp_path / "model.safetensors")
-    (tmp_path / "units.json").write_text(json.dumps(tokens))
+    (tmp_path / "tokens.json").write_text(json.dumps(tokens))
     text = shakespeare["test"][:400]
     number = {token: i for i, token in enumerate(tokens)}
     read = np.array([[number[character] for character in text]])
@@ -611,13 +618,13 @@ def test_torch_and_back(
 
     directory = tmp_path / "run"
     transfer.import_weights(
-        tmp_path / "model.safetensors", directory, str(tmp_path / "units.json"), None
+        tmp_path / "model.safetensors", directory, str(tmp_path / "tokens.json"), None
     )
     trained = workdir.load_trained(directory)
-    ours, theirs = logits(trained, text)[:, 2:], predict(model, read)
+    ours, theirs = compute_logits(trained, text)[:, 2:], predict(model, read)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
-    written = continue_greedily(lambda ids: predict(model, ids), tokens, "ROMEO:", 60)
-    assert greedy(trained, "ROMEO:", 60) == written
+    expected_text = continue_greedily(lambda ids: predict(model, ids), tokens, "ROMEO:", 60)
+    assert generate_greedily(trained, "ROMEO:", 60) == expected_text
     transfer.export_weights(directory, tmp_path / "back.safetensors", drop_special=True)
     back = Model()
     back.load_state_dict(safetensors.load_file(tmp_path / "back.safetensors"))
@@ -625,13 +632,13 @@ def test_torch_and_back(
     assert set(string.ascii_letters) < set(tokens)
 
 
-def test_what_a_killed_conversion_left_is_removed_by_the_next(
+def test_leftovers_of_a_killed_conversion_are_removed_by_the_next(
     trained: Path, tmp_path: Path
 ) -> None:
     file, target = tmp_path / "model.safetensors", tmp_path / "new"
     transfer.export_weights(trained, file)
     beside = str(tmp_path / "model.safetensors.vocabulary.json")
-    # Kill it while it writes to the directory that it made.
+    # Kill the process while it writes to its directory.
     script = """
 import os, sys
 from pathlib import Path
@@ -643,16 +650,14 @@ transfer.import_weights(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], None)
     killed = subprocess.run([sys.executable, "-c", script, str(file), str(target), beside])
     assert killed.returncode == -9
     (left,) = tmp_path.glob(".new.*")
-    with files.unfinished_directory(target) as other:  # Of another process.
+    with files.unfinished_directory(target) as other:  # It belongs to another process.
         transfer.import_weights(file, target, beside, None)
         assert other.is_dir() and not left.exists()
     assert sorted(os.listdir(tmp_path)) == sorted(["model.safetensors", Path(beside).name, "new"])
 
 
 @pytest.mark.parametrize("end", WRITERS)
-def test_a_file_of_weights_that_holds_less_than_it_says_is_refused(
-    end: str, tmp_path: Path
-) -> None:
+def test_a_file_with_less_data_than_it_declares_raises_an_error(end: str, tmp_path: Path) -> None:
     path = tmp_path / f"model{end}"
     with path.open("wb") as file:
         file.truncate(2**33)

@@ -17,7 +17,7 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 FRACTIONS = (0.9, 0.05, 0.05)
 
 
-def test_tiny_shakespeare_is_whole_and_split_as_tfds_splits_it(
+def test_tiny_shakespeare_is_complete_and_split_as_in_tfds(
     shakespeare: dict[str, str], tmp_path: Path
 ) -> None:
     assert {name: len(text) for name, text in shakespeare.items()} == {
@@ -28,7 +28,7 @@ def test_tiny_shakespeare_is_whole_and_split_as_tfds_splits_it(
     joined = "".join(shakespeare.values())
     assert hashlib.sha256(joined.encode()).hexdigest() == SHAKESPEARE_SHA256
     assert texts.compute_checksum(shakespeare) == SHAKESPEARE_SHA256
-    # A file with the same text is split at the same places.
+    # A file with the same text is split at the same positions.
     (tmp_path / "text").write_text(joined)
     data = config_lib.default().data
     data.path = str(tmp_path / "text")
@@ -44,7 +44,7 @@ def test_files_are_read_in_the_order_named_and_globs_by_name(tmp_path: Path) -> 
     assert sources.read_files(files) == "dreieins "
 
 
-def test_any_file_is_bytes(tmp_path: Path) -> None:
+def test_any_file_can_be_read_as_bytes(tmp_path: Path) -> None:
     content = bytes(range(256)) * 4
     (tmp_path / "a.bin").write_bytes(b"\xef\xbb\xbf" + content)
     text = sources.read_files([tmp_path / "a.bin"], any_bytes=True)
@@ -72,7 +72,7 @@ def test_each_file_or_example_is_a_document(tmp_path: Path) -> None:
     assert sorted("".join(splits).split(FILE_END)[:-1]) == sorted(f"story {i}" for i in range(50))
 
 
-def test_bad_files_are_named(tmp_path: Path) -> None:
+def test_an_error_names_a_bad_file(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "latin.txt").write_bytes("plain, then caf\u00e9".encode("latin-1"))
     for name, message in {
@@ -87,7 +87,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
             )
 
 
-def test_a_text_too_short_to_split_is_refused(tmp_path: Path) -> None:
+def test_a_text_too_short_to_split_raises_an_error(tmp_path: Path) -> None:
     path = tmp_path / "short.txt"
     path.write_text("only a few words")
     config = config_lib.default()
@@ -97,7 +97,7 @@ def test_a_text_too_short_to_split_is_refused(tmp_path: Path) -> None:
 
 
 class Fables(tfds.core.GeneratorBasedBuilder):
-    """A dataset of the tests' own, with a train and a test split."""
+    """A dataset with a train and a test split."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -120,7 +120,7 @@ class Fables(tfds.core.GeneratorBasedBuilder):
 def test_any_tfds_dataset_with_a_text_feature(tmp_path: Path) -> None:
     splits = datasets.read_dataset("fables", "story", str(tmp_path), (0.8, 0.1, 0.1))
     train = "".join(splits)
-    # There is no validation split, so all three come from the 50 training examples.
+    # Without a validation split, all three splits come from the 50 training examples.
     assert sorted(train.split("\n")) == sorted(f"story {i}" for i in range(50))
     assert len(splits[0]) == int(0.8 * len(train))
     with pytest.raises(UserError, match="no text 'text' .*title, story"):
@@ -136,17 +136,17 @@ class Unpreparable(Fables):
         raise AssertionError("Download it\nby hand")
 
 
-def test_a_dataset_that_fails_to_be_prepared_is_one_line(tmp_path: Path) -> None:
+def test_a_failed_dataset_preparation_gives_a_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="can't prepare unpreparable .* Download it by hand"):
         datasets.read_dataset("unpreparable", "story", str(tmp_path), FRACTIONS)
 
 
-def test_an_unknown_dataset_is_named(tmp_path: Path) -> None:
+def test_an_error_names_an_unknown_dataset(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no dataset 'no_such_thing'"):
         datasets.read_dataset("no_such_thing", "text", str(tmp_path), FRACTIONS)
 
 
-def test_a_dataset_prepared_for_tensorflow_is_named(data_dir: Path, tmp_path: Path) -> None:
+def test_a_dataset_prepared_for_tensorflow_raises_an_error(data_dir: Path, tmp_path: Path) -> None:
     datasets.read_dataset("tiny_shakespeare", "text", str(data_dir), FRACTIONS)
     shutil.copytree(data_dir, tmp_path, dirs_exist_ok=True)
     (info,) = tmp_path.glob("tiny_shakespeare/*/dataset_info.json")
@@ -155,7 +155,7 @@ def test_a_dataset_prepared_for_tensorflow_is_named(data_dir: Path, tmp_path: Pa
         datasets.read_dataset("tiny_shakespeare", "text", str(tmp_path), FRACTIONS)
 
 
-def test_a_changed_text_is_noticed() -> None:
+def test_a_changed_text_raises_an_error() -> None:
     data = config_lib.default().data
     splits = {"train": "abc", "validation": "d", "test": "e"}
     sources.check_unchanged(texts.compute_checksum(splits), data.sha256)
@@ -166,7 +166,7 @@ def test_a_changed_text_is_noticed() -> None:
         sources.check_unchanged(changed, data.sha256)
 
 
-def test_each_split_may_have_files_of_its_own(tmp_path: Path) -> None:
+def test_each_split_may_have_its_own_files(tmp_path: Path) -> None:
     for name, text in (("a", "train"), ("b", "ing"), ("c", "valid"), ("d", "test")):
         (tmp_path / name).write_text(text)
     data = config_lib.default().data
@@ -178,7 +178,7 @@ def test_each_split_may_have_files_of_its_own(tmp_path: Path) -> None:
         texts.read_splits(data)
 
 
-def test_bytes_are_split_at_bytes(tmp_path: Path) -> None:
+def test_a_text_of_bytes_is_split_at_byte_offsets(tmp_path: Path) -> None:
     content = ("é€" * 50).encode() + bytes(range(256)) * 3
     (tmp_path / "file").write_bytes(content)
     data = config_lib.default().data
@@ -186,7 +186,7 @@ def test_bytes_are_split_at_bytes(tmp_path: Path) -> None:
     parts = [text.encode("utf-8", "surrogateescape") for text in texts.read_splits(data).values()]
     assert b"".join(parts) == content
     assert len(parts[0]) == int(0.9 * len(content))
-    # A cut in the middle of a character, at the first byte of two.
+    # A split in the middle of a two-byte character.
     (tmp_path / "file").write_text("é" * 10)
     halves = sources.split_files(
         [[tmp_path / "file"]], (0.45, 0.05, 0.5), any_bytes=True, ends=False

@@ -1,14 +1,14 @@
 """Test the docs: their commands run, and the flags, fields, links and tests that they name exist.
 
 In README.md and docs/*.md, every line of a fenced block that begins with `python -m lstm_jax.`
-(after `$ ` or not) is a command, up to a `#` that begins a comment; a backslash at its end
-continues it on the next line. The commands of each page are run in their order, in a directory for
-the page, and must succeed. In this directory,
+(with or without `$ ` before it) is a command. A `#` begins a comment, and a backslash at the end of
+a line continues the command. The commands of a page run in order, in one directory, and must
+succeed. In this directory,
 
-- `experiments/` is a copy of the clone's, `my.txt` and any other file named by --config.data.path
-  or --text is a text of 20,000 characters, and a JSON file named by --vocabulary is its vocabulary;
-- training is made short by the flags in `SIZES`, which are added to the command's own, and reads
-  4,000 characters where the command names no text;
+- `experiments/` is copied from the clone; `my.txt` and each file in --config.data.path or --text is
+  a text of 20,000 characters; the JSON file in --vocabulary is its vocabulary;
+- training is short: it gets the flags in `SIZES`, and reads 4,000 characters if the command names
+  no text;
 - a working directory that a command reads, and that no earlier command made, is a tiny trained run.
 
 An HTML comment on the line above a block changes that:
@@ -34,7 +34,7 @@ from lstm_jax import config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# Flags for a tiny run, added to commands that train. Pages add flags to other commands in comments.
+# Flags for a tiny run. Pages add flags to other commands in comments.
 SIZES = [
     "--config.model.embedding_size=8",
     "--config.model.hidden_size=24",
@@ -44,7 +44,7 @@ SIZES = [
     "--config.num_epochs=1",
     "--config.sample.length=20",
 ]
-# Flags whose value is a file to read.
+# Flags whose value is an input file.
 TEXTS = ("--config.data.path", "--text", "--data_path", "--prompt_file")
 
 
@@ -63,7 +63,7 @@ class Block(NamedTuple):
         return [shlex.split(match[1], comments=True) for match in found if match]
 
 
-def blocks(page: Path) -> list[Block]:
+def find_blocks(page: Path) -> list[Block]:
     """Return all fenced blocks of a page."""
     fence = re.compile(
         r"^(?:<!-- (?P<comment>.*?) -->\n)?\s*```[^\n]*\n(?P<text>.*?)^\s*```$", re.M | re.S
@@ -72,10 +72,10 @@ def blocks(page: Path) -> list[Block]:
     return [Block(page, match["comment"] or "", match["text"]) for match in fence.finditer(content)]
 
 
-def to_run(page: Path) -> list[list[str]]:
-    """Return the commands of a page that are run, with the flags that its comments add."""
+def find_commands(page: Path) -> list[list[str]]:
+    """Return the commands of a page to run, with the flags that its comments add."""
     found = []
-    for block in blocks(page):
+    for block in find_blocks(page):
         if block.comment.startswith("not run: "):
             continue
         extra = shlex.split(block.comment.removeprefix("run with: ")) if block.comment else []
@@ -85,7 +85,7 @@ def to_run(page: Path) -> list[list[str]]:
     return found
 
 
-def value(command: list[str], flag: str) -> str | None:
+def get_flag(command: list[str], flag: str) -> str | None:
     """Return the value of a flag of a command, from `--flag value` or `--flag=value`."""
     for argument, following in zip(command, [*command[1:], ""], strict=True):
         if argument == flag:
@@ -95,28 +95,30 @@ def value(command: list[str], flag: str) -> str | None:
     return None
 
 
-def prepare(command: list[str], directory: Path, text_file: Path, trained: Path) -> list[str]:
-    """Make the files that a command reads, and return the command to run."""
+def prepare_command(
+    command: list[str], directory: Path, text_file: Path, trained: Path
+) -> list[str]:
+    """Create the files that a command reads, and return the command to run."""
     module = command[2].removeprefix("lstm_jax.")
     for flag in TEXTS:
-        for name in re.split("[,;]", value(command, flag) or ""):
+        for name in re.split("[,;]", get_flag(command, flag) or ""):
             if name and name != "-":
                 name = name.replace("*", "all")
                 (directory / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(text_file, directory / name)
-    vocabulary = value(command, "--vocabulary")
+    vocabulary = get_flag(command, "--vocabulary")
     if vocabulary and not (directory / vocabulary).exists():
         shutil.copy(trained / "vocabulary.json", directory / vocabulary)
-    read = [value(command, "--init_from")]
-    makes_it = module in ("main", "sweep") or value(command, "--from") is not None
-    if not makes_it:
-        read.append(value(command, "--workdir"))
+    read = [get_flag(command, "--init_from")]
+    creates_workdir = module in ("main", "sweep") or get_flag(command, "--from") is not None
+    if not creates_workdir:
+        read.append(get_flag(command, "--workdir"))
     for name in read:
         if name and not (directory / name).exists():
             shutil.copytree(trained, directory / name)
     if module == "main":
         command = [*command, *SIZES]
-        if value(command, "--config.data.path") is None:
+        if get_flag(command, "--config.data.path") is None:
             text = text_file.read_text(encoding="utf-8")[:4000]
             (directory / "short.txt").write_text(text, encoding="utf-8")
             command.append("--config.data.path=short.txt")
@@ -141,9 +143,9 @@ def test_every_command_of_a_page_runs(
         **os.environ,
         "PYTHONPATH": str(ROOT),
     }
-    for command in to_run(page):
+    for command in find_commands(page):
         result = subprocess.run(
-            prepare(command, tmp_path, text_file, trained),
+            prepare_command(command, tmp_path, text_file, trained),
             capture_output=True,
             text=True,
             timeout=300,
@@ -161,25 +163,25 @@ def test_the_convention_finds_commands_and_comments(tmp_path: Path) -> None:
         "<!-- run with: --length=3 -->\n```bash\npython -m lstm_jax.sample \\\n    --workdir y\n"
         "pip install z\n```\n<!-- not run: two hosts -->\n```\npython -m lstm_jax.main\n```\n"
     )
-    assert to_run(page) == [
+    assert find_commands(page) == [
         ["python", "-m", "lstm_jax.sample", "--workdir", "x"],
         ["python", "-m", "lstm_jax.sample", "--workdir", "y", "--length=3"],
     ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_what_a_page_names_is_there(page: Path) -> None:
+def test_everything_that_a_page_names_exists(page: Path) -> None:
     content = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", content):
         if not re.match(r"\w+:", target):
             assert (page.parent / target).exists(), f"the link to {target}"
-    for block in blocks(page):
+    for block in find_blocks(page):
         for command in block.commands:
             if command[1].startswith(("benchmarks/", "tests/", "notebooks/")):
                 source = (ROOT / command[1]).read_text(encoding="utf-8")
                 for flag in re.findall(r"--([a-z_]+)", " ".join(command)):
                     assert f'"--{flag}"' in source or f'"{flag}"' in source, f"{command}: {flag}"
-    # In code between backticks: fields of a config, and flags of any command.
+    # Check fields and flags between backticks.
     sources = [*(ROOT / "lstm_jax").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     code = "".join(path.read_text(encoding="utf-8") for path in sources)
     for quoted in re.findall(r"`([^`\n]+)`", content):
@@ -191,7 +193,7 @@ def test_what_a_page_names_is_there(page: Path) -> None:
             assert any(f'"{n}"' in code or f'"--{n}"' in code for n in names), f"--{flag}"
 
 
-def test_every_test_that_the_table_of_what_is_survived_names_is_there() -> None:
+def test_every_test_named_in_reliability_md_exists() -> None:
     page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", page)
     assert len(named) > 20

@@ -24,13 +24,13 @@ def sizes(params: model_lib.Params) -> model_lib.Params:
     return dynamic.measure_gradient_sizes(MODEL, params, TRAIN_IDS, 7)
 
 
-def loss(p: model_lib.Params, carry: model_lib.Carry, x: Any, y: Any) -> Any:
+def loss_fn(p: model_lib.Params, carry: model_lib.Carry, x: Any, y: Any) -> Any:
     logits, carry = model_lib.apply(MODEL, p, x[None], carry)
     losses = -jax.nn.log_softmax(logits[0])[jnp.arange(len(y)), y]
     return losses.mean(), (losses, carry)
 
 
-def all_losses(
+def compute_losses(
     params: model_lib.Params, ids: np.ndarray, settings: dynamic.Settings, sizes: model_lib.Params
 ) -> np.ndarray:
     return np.concatenate(list(dynamic.compute_dynamic_losses(MODEL, params, ids, settings, sizes)))
@@ -41,14 +41,14 @@ def test_a_prediction_never_depends_on_its_token_or_a_later_one(
 ) -> None:
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 11, 60).astype(np.int32)
-    losses = all_losses(params, ids, SETTINGS, sizes)
+    losses = compute_losses(params, ids, SETTINGS, sizes)
     assert losses.shape == (59,)
     for position in (1, 7, 8, 30, 42, 59):
         changed = ids.copy()
         changed[position] = (ids[position] + 1) % 11
         changed[position + 1 :] = rng.integers(0, 11, 60 - position - 1)
-        others = all_losses(params, changed, SETTINGS, sizes)
-        # Losses of the tokens before it are the same to the last bit.
+        others = compute_losses(params, changed, SETTINGS, sizes)
+        # The losses of earlier tokens are equal bit for bit.
         np.testing.assert_array_equal(others[: position - 1], losses[: position - 1])
         assert others[position - 1] != losses[position - 1]
 
@@ -57,9 +57,9 @@ def test_gradients_are_measured_on_the_segments_of_the_training_text(
     params: model_lib.Params, sizes: model_lib.Params
 ) -> None:
     carry, sums = MODEL.initial_carry(1), jax.tree.map(np.zeros_like, params)
-    for start in range(0, 35, 7):  # A last segment that is not whole is left out.
+    for start in range(0, 35, 7):  # A partial last segment is left out.
         x, y = TRAIN_IDS[start : start + 7], TRAIN_IDS[start + 1 : start + 8]
-        grads, (_, carry) = jax.grad(loss, has_aux=True)(params, carry, x, y)
+        grads, (_, carry) = jax.grad(loss_fn, has_aux=True)(params, carry, x, y)
         sums = jax.tree.map(lambda s, g: s + np.asarray(g) ** 2, sums, grads)
     jax.tree.map(
         lambda size, s: np.testing.assert_allclose(size, np.sqrt(s / 5), rtol=1e-3, atol=1e-7),
@@ -68,7 +68,7 @@ def test_gradients_are_measured_on_the_segments_of_the_training_text(
     )
 
 
-def test_updates_are_those_of_the_paper_segment_by_segment(
+def test_updates_match_those_of_the_paper(
     params: model_lib.Params, sizes: model_lib.Params
 ) -> None:
     ids = np.random.default_rng(1).integers(0, 11, 40).astype(np.int32)
@@ -76,7 +76,7 @@ def test_updates_are_those_of_the_paper_segment_by_segment(
     mean = np.concatenate([np.ravel(size) for size in jax.tree.leaves(sizes)]).mean()
     for start in range(0, 39, 7):
         x, y = ids[:-1][start : start + 7], ids[1:][start : start + 7]
-        grads, (losses, carry) = jax.grad(loss, has_aux=True)(adapted, carry, x, y)
+        grads, (losses, carry) = jax.grad(loss_fn, has_aux=True)(adapted, carry, x, y)
         expected.append(losses)
         adapted = jax.tree.map(
             lambda p, g, p0, s: (
@@ -87,11 +87,11 @@ def test_updates_are_those_of_the_paper_segment_by_segment(
             params,
             sizes,
         )
-    actual = all_losses(params, ids, SETTINGS, sizes)
+    actual = compute_losses(params, ids, SETTINGS, sizes)
     np.testing.assert_allclose(actual, np.concatenate(expected), atol=1e-5)
 
 
-def test_without_learning_it_is_the_ordinary_evaluation(
+def test_with_a_zero_learning_rate_it_equals_static_evaluation(
     params: model_lib.Params, sizes: model_lib.Params
 ) -> None:
     ids = np.random.default_rng(2).integers(0, 11, 500).astype(np.int32)
@@ -101,10 +101,8 @@ def test_without_learning_it_is_the_ordinary_evaluation(
     assert loss == pytest.approx(static, abs=1e-5)
 
 
-def test_a_text_that_repeats_itself_is_learned(
-    params: model_lib.Params, sizes: model_lib.Params
-) -> None:
+def test_a_repetitive_text_is_learned(params: model_lib.Params, sizes: model_lib.Params) -> None:
     ids = np.tile(np.array([3, 5, 8], np.int32), 200)
     settings = dynamic.Settings(0.003, decay=0.0, segment_length=20)
-    losses = all_losses(params, ids, settings, sizes)
+    losses = compute_losses(params, ids, settings, sizes)
     assert losses[-60:].mean() < 0.6 * losses[:60].mean()

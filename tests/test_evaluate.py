@@ -12,7 +12,7 @@ from lstm_jax.vocabulary import KINDS, Vocabulary
 
 
 @pytest.mark.parametrize("length", [2, 600, 1025, 2500])
-def test_equals_one_long_pass_that_counts_every_target_once(length: int) -> None:
+def test_the_loss_equals_that_of_a_single_pass(length: int) -> None:
     model = LanguageModel(11, 6, 9)
     params = jax.tree.map(lambda x: 3 * x, model_lib.init_params(model, jax.random.key(0)))
     ids = np.random.default_rng(0).integers(0, 11, length).astype(np.int32)
@@ -23,7 +23,7 @@ def test_equals_one_long_pass_that_counts_every_target_once(length: int) -> None
     np.testing.assert_allclose(loss_lib.compute_loss(model, params, ids), expected, rtol=1e-5)
 
 
-def test_an_untrained_seed_model_is_as_good_as_guessing() -> None:
+def test_an_untrained_model_has_the_loss_of_uniform_guessing() -> None:
     model = LanguageModel(67, 256, 1024)
     params = model_lib.init_params(model, jax.random.key(0))
     ids = np.random.default_rng(0).integers(2, 67, 1024).astype(np.int32)
@@ -31,29 +31,29 @@ def test_an_untrained_seed_model_is_as_good_as_guessing() -> None:
     assert abs(loss - 4.20) < 0.03 and abs(loss - math.log(67)) < 0.03
 
 
-def test_bits_per_character_are_the_same_cost_for_tokens_of_any_kind() -> None:
+def test_bits_per_character_are_comparable_for_tokens_of_any_kind() -> None:
     text = "to be, or not to be\u0301: 日本語"
     for kind in KINDS:
         vocabulary = Vocabulary.from_text(text, kind)
         tokens = len(vocabulary.encode(text)) - 1
-        # The first token is read, not predicted.
+        # The first token is not predicted.
         characters = len(text) - len(vocabulary.split(text)[0])
         costs = Text(text).costs(vocabulary, first=False)
         bits = loss_lib.compute_bits_per_character(3.0, tokens, [costs])
         assert bits == pytest.approx(3.0 / math.log(2) * tokens / characters)
-    assert bits_of_characters(3.0, text) == pytest.approx(3.0 / math.log(2))
+    assert compute_bits(3.0, text) == pytest.approx(3.0 / math.log(2))
 
 
-def bits_of_characters(loss: float, text: str) -> float:
+def compute_bits(loss: float, text: str) -> float:
     costs = Text(text).costs(Vocabulary.from_text(text), first=False)
     return loss_lib.compute_bits_per_character(loss, len(text) - 1, [costs])
 
 
-def test_unknown_tokens_are_spelled_out() -> None:
+def test_unknown_tokens_cost_the_bits_of_their_bytes() -> None:
     vocabulary = Vocabulary.from_text("a b a b", "words", min_count=2)
     text = "a b été b"
     assert vocabulary.encode(text).tolist() == [1, 2, 1, 2]
-    # The first token is not predicted; " été" has six bytes, and one for its end.
+    # The first token is not predicted. " été" costs six bytes, and one for its end.
     expected = (3 * 1.5 / math.log(2) + 7 * 8) / (len(text) - 1)
     costs = Text(text).costs(vocabulary, first=False)
     assert loss_lib.compute_bits_per_character(1.5, 3, [costs]) == pytest.approx(expected)

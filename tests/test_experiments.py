@@ -1,4 +1,4 @@
-"""The experiments whose texts are not here, on slices of another in the same layout."""
+"""Run experiments whose texts need a download on slices of Tiny Shakespeare."""
 
 import runpy
 from pathlib import Path
@@ -13,8 +13,8 @@ from lstm_jax.run import metrics, workdir
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
 
-def shrunk(name: str) -> ConfigDict:
-    """The config of an experiment, with everything it sets but its size."""
+def make_small_config(name: str) -> ConfigDict:
+    """Return the config of an experiment with a smaller size."""
     config = config_lib.complete_config(
         runpy.run_path(str(EXPERIMENTS / f"{name}.py"))["get_config"]()
     )
@@ -25,21 +25,21 @@ def shrunk(name: str) -> ConfigDict:
     return config
 
 
-def splits(directory: Path) -> set[str]:
+def read_splits(directory: Path) -> set[str]:
     return {row["split"] for row in metrics.read_metrics(directory / workdir.METRICS)}
 
 
 @pytest.mark.parametrize("name", ["enwik8", "shakespeare_gpu"])
-def test_it_steps_and_goes_on(name: str, text_file: Path, tmp_path: Path) -> None:
-    # Names outside ASCII, as enwik8 has them: a byte model counts their bytes.
+def test_an_experiment_trains_and_resumes(name: str, text_file: Path, tmp_path: Path) -> None:
+    # enwik8 has names outside ASCII, of which a byte model reads the bytes.
     text = text_file.read_text(encoding="utf-8").replace("Citizen", "Citoyén 市民")
-    config = shrunk(name)
+    config = make_small_config(name)
     config.data.path = str(tmp_path / "text")
     Path(config.data.path).write_text(text, encoding="utf-8")
     assert train.train(config, tmp_path / "run") == 0
     config.num_epochs = 2
     assert train.train(config, tmp_path / "run") == 0
-    assert splits(tmp_path / "run") == {"train", "validation", "test"}
+    assert read_splits(tmp_path / "run") == {"train", "validation", "test"}
     if config.data.units == "bytes":
         vocabulary = workdir.load_vocabulary(tmp_path / "run")
         assert len(vocabulary.encode("é市")) == 5
@@ -52,7 +52,7 @@ def test_penn_treebank_reads_its_three_files(
     lengths = {"train": 6_000, "validation": 800, "test": 700}
     for split, name in {"train": "train", "validation": "valid", "test": "test"}.items():
         text = shakespeare[split][: lengths[split]]
-        # One sentence a line, words apart by spaces, everything in lower case.
+        # The files are in lower case.
         Path(f"ptb.{name}.txt").write_text(text.lower(), encoding="utf-8")
-    assert train.train(shrunk("penn_treebank"), tmp_path / "run") == 0
-    assert splits(tmp_path / "run") == {"train", "validation", "test"}
+    assert train.train(make_small_config("penn_treebank"), tmp_path / "run") == 0
+    assert read_splits(tmp_path / "run") == {"train", "validation", "test"}

@@ -15,7 +15,7 @@ ROMEO:
 
 
 def marks(name: str, text: str) -> str:
-    """Return "1" where a feature is 1, "-" elsewhere."""
+    """Return "1" where a feature is 1, and "-" elsewhere."""
     return "".join("-1"[int(x)] for x in features.compute_text_features(text)[name])
 
 
@@ -41,7 +41,7 @@ def marks(name: str, text: str) -> str:
         ("a punctuation mark", "a, b!", "-1--1"),
     ],
 )
-def test_what_is_true_or_not(name: str, text: str, expected: str) -> None:
+def test_binary_features(name: str, text: str, expected: str) -> None:
     assert marks(name, text) == expected
 
 
@@ -61,7 +61,7 @@ def test_what_is_true_or_not(name: str, text: str, expected: str) -> None:
         ),
     ],
 )
-def test_numbers(name: str, text: str, expected: list[int]) -> None:
+def test_numeric_features(name: str, text: str, expected: list[int]) -> None:
     assert features.compute_text_features(text)[name].tolist() == expected
 
 
@@ -73,9 +73,9 @@ def test_a_token_has_the_features_of_its_last_character(kind: str, stop: str) ->
     got = features.compute_features(text, vocabulary)
     ends = np.cumsum([len(token) for token in vocabulary.split(text)]) - 1
     if kind == "bytes":
-        spelt = "".join(character * len(character.encode()) for character in text)
-        spelt = spelt.replace("\n\n", "\n") if stop else spelt
-        assert [spelt[k].isupper() for k in range(len(spelt))] == got["a capital letter"].tolist()
+        chars = "".join(character * len(character.encode()) for character in text)
+        chars = chars.replace("\n\n", "\n") if stop else chars
+        assert [chars[k].isupper() for k in range(len(chars))] == got["a capital letter"].tolist()
     else:
         for name, values in features.compute_text_features(text).items():
             assert got[name].tolist() == values[ends].tolist(), name
@@ -88,7 +88,7 @@ def test_any_text_has_features(text: str) -> None:
     assert all(np.isfinite(values).all() and values.min() >= 0 for values in got.values())
 
 
-def test_correlations_are_pearsons() -> None:
+def test_correlations_match_numpy() -> None:
     rng = np.random.default_rng(0)
     activations = rng.integers(-127, 128, (300, 500)).astype(np.int8)
     activations[7] = 5
@@ -100,14 +100,14 @@ def test_correlations_are_pearsons() -> None:
     assert not got[2].any() and not got[:, 7].any()
 
 
-def test_hidden_units_that_follow_by_chance_are_not_found() -> None:
+def test_hidden_units_correlated_by_chance_are_not_found() -> None:
     rng = np.random.default_rng(0)
     lines = "".join("x" * rng.integers(5, 60) + "\n" for _ in range(150))
     place = features.compute_text_features(lines)["position in the line"]
     n = len(place)
     activations = rng.integers(-127, 128, (400, n)).astype(np.int8)
     activations[40] = np.clip(3 * place - 80, -127, 127)
-    # It follows in the first half only.
+    # This one follows in the first half only.
     activations[50, : n // 2] = -activations[40, : n // 2]
     found, judged = features.find_followers(activations, place[None], 3)
     (follower,) = found[0]
@@ -116,7 +116,7 @@ def test_hidden_units_that_follow_by_chance_are_not_found() -> None:
     assert judged[0, 40] == pytest.approx(np.corrcoef(place[half:], activations[40, half:])[0, 1])
 
 
-def test_features_that_a_half_of_the_text_lacks_are_left_out() -> None:
+def test_features_absent_from_half_of_the_text_are_dropped() -> None:
     text = "ab 1\n" * 20 + "ab c\n" * 20
     present = features.select_present(features.compute_text_features(text))
     assert "a digit" not in present and "position in the line" in present

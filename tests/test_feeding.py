@@ -33,7 +33,7 @@ def test_a_text_on_the_device_gives_the_batches_of_the_pipeline(kind: str) -> No
 
 
 @pytest.mark.parametrize("kind", ["windows", "streams"])
-def test_several_steps_in_one_call_are_the_same_steps(
+def test_several_steps_in_one_call_give_the_same_losses(
     kind: str, tiny_config: ConfigDict, tmp_path: Any
 ) -> None:
     tiny_config.batches.kind = kind
@@ -41,17 +41,19 @@ def test_several_steps_in_one_call_are_the_same_steps(
     tiny_config.num_epochs = 1
     tiny_config.regularization.output_dropout = 0.1
     assert train.train(tiny_config, tmp_path / "one") == 0
-    tiny_config.steps_per_call = 7  # 20 is two calls and six single steps.
+    tiny_config.steps_per_call = 7  # 20 steps are two calls and six single steps.
     assert train.train(tiny_config, tmp_path / "several") == 0
-    one, several = runs.losses(tmp_path / "one"), runs.losses(tmp_path / "several")
+    one, several = runs.read_losses(tmp_path / "one"), runs.read_losses(tmp_path / "several")
     assert [row[:2] for row in one] == [row[:2] for row in several]
     np.testing.assert_allclose(
         [row[2] for row in several], [row[2] for row in one], rtol=1e-6, atol=1e-6
     )
 
 
-def test_a_step_not_finite_among_several_is_named(tiny_config: ConfigDict, tmp_path: Any) -> None:
-    tiny_config.optimizer.learning_rate = 8e17  # Twice that is too much.
+def test_an_error_names_the_nonfinite_step_among_several(
+    tiny_config: ConfigDict, tmp_path: Any
+) -> None:
+    tiny_config.optimizer.learning_rate = 8e17  # Twice this value overflows.
     tiny_config.optimizer.warmup_steps = 0
     tiny_config.optimizer.max_gradient_norm = 0.0
     tiny_config.steps_per_call = 5
@@ -60,12 +62,12 @@ def test_a_step_not_finite_among_several_is_named(tiny_config: ConfigDict, tmp_p
     assert (tmp_path / "nonfinite_step_2.json").exists()
 
 
-def test_a_transfer_that_nobody_asked_for_is_an_error(
+def test_an_implicit_transfer_to_the_device_raises_an_error(
     tiny_config: ConfigDict, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forget(self: feeding.Feed, read: list[Any]) -> Any:
+    def skip_placement(self: feeding.Feed, read: list[Any]) -> Any:
         return read[0]
 
-    monkeypatch.setattr(feeding.Feed, "_place", forget)
+    monkeypatch.setattr(feeding.Feed, "_place", skip_placement)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         train.train(tiny_config, tmp_path)

@@ -1,4 +1,4 @@
-"""Test mistakes of users that were found by trying the commands."""
+"""Test mistakes that users made when they tried the commands."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
-def test_a_cell_of_a_config_file_is_refused_before_training(tmp_path: Path) -> None:
+def test_a_config_file_cannot_add_a_cell(tmp_path: Path) -> None:
     own = tmp_path / "own.py"
     own.write_text(
         "from lstm_jax import cells, config\n"
@@ -35,7 +35,7 @@ def test_a_cell_of_a_config_file_is_refused_before_training(tmp_path: Path) -> N
     assert "does not support item assignment" in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_the_package_lists_its_commands_at_once() -> None:
+def test_the_package_lists_its_commands_quickly() -> None:
     started = time.monotonic()
     result = run("lstm_jax")
     assert time.monotonic() - started < 2
@@ -52,7 +52,7 @@ def test_the_package_lists_its_commands_at_once() -> None:
         assert f"python -m lstm_jax.{name} " in result.stdout
 
 
-def test_a_conversation_is_not_measured_for_novelty() -> None:
+def test_novelty_in_a_conversation_is_an_error() -> None:
     result = run("lstm_jax.sample", "--workdir=.", "--interactive", "--novelty")
     assert result.returncode == 2
     assert "leave out --interactive" in result.stderr and result.stderr.count("\n") == 1
@@ -66,7 +66,7 @@ def test_no_control_character_reaches_the_terminal(tmp_path: Path) -> None:
     model = model_lib.make_model(config.model, len(vocabulary))
     params = model_lib.init_params(model, jax.random.key(0))
     transfer.make_workdir(tmp_path / "run", config, vocabulary, params)
-    # An untrained model generates any byte.
+    # An untrained model generates all bytes.
     options = [f"--workdir={tmp_path / 'run'}", "--temperature=1", "--num_samples=2"]
     result = run("lstm_jax.sample", *options, "--prompt=\x1b[31m\r\n")
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""Input of any kind: what is not accepted is refused in one line (`UserError`), nothing else."""
+"""Test random input: it is accepted, or raises a `UserError` of one line."""
 
 import contextlib
 import io
@@ -33,12 +33,12 @@ settings.register_profile(
 settings.load_profile("lstm_jax")
 
 
-def one_line(error: UserError) -> None:
-    """What a command tells of the error is one line."""
-    told = io.StringIO()
-    with contextlib.redirect_stderr(told), pytest.raises(SystemExit):
+def assert_one_line(error: UserError) -> None:
+    """Assert that a command prints the error as one line."""
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr), pytest.raises(SystemExit):
         command._fail(str(error))
-    assert len(told.getvalue().splitlines()) == 1
+    assert len(stderr.getvalue().splitlines()) == 1
 
 
 CONTENTS = st.one_of(
@@ -88,7 +88,7 @@ def test_text_files(
         batch = next(iterator)
         assert batch.inputs.shape == batch.targets.shape == (batch_size, window_length)
     except UserError as error:
-        one_line(error)
+        assert_one_line(error)
     finally:
         shutil.rmtree(directory)
 
@@ -107,8 +107,8 @@ VALUES = st.one_of(
 NAMES = st.one_of(st.sampled_from(FIELDS), st.text(max_size=12), st.sampled_from(["model", ""]))
 
 
-def nested(fields: dict[str, Any]) -> dict[str, Any]:
-    """{"a.b": 1} as {"a": {"b": 1}}, as far as that goes."""
+def nest_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return {"a.b": 1} as {"a": {"b": 1}}; a field in a value that is not a dict is dropped."""
     tree: dict[str, Any] = {}
     for name, value in fields.items():
         *parents, last = name.split(".")
@@ -125,9 +125,9 @@ def nested(fields: dict[str, Any]) -> dict[str, Any]:
 @given(fields=st.dictionaries(NAMES, VALUES, max_size=4))
 def test_config_fields(fields: dict[str, Any]) -> None:
     try:
-        config = config_lib.complete_config(nested(fields))
+        config = config_lib.complete_config(nest_fields(fields))
     except UserError as error:
-        one_line(error)
+        assert_one_line(error)
     else:
         assert config_lib.complete_config(json.loads(config_lib.to_json(config))) == config
 
@@ -147,7 +147,7 @@ def test_command_line_overrides(name: str, value: str, capsys: pytest.CaptureFix
         command._parse_flags(["main", "--config", QUICK, f"--config.{name}={value}"])
         config_lib.complete_config(main._CONFIG.value)
     except UserError as error:
-        one_line(error)
+        assert_one_line(error)
     except SystemExit as end:
         assert end.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
     finally:
@@ -166,7 +166,7 @@ def test_prompts(prompt: str) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two checkpoints, of the steps 1 and 2."""
+    """Return checkpoints of steps 1 and 2."""
     directory = tmp_path_factory.mktemp("saved")
     iterator, _ = batches.make_batches(np.zeros(10_000, np.int32), config_lib.default().batches, 0)
     with checkpoints.CheckpointWriter(directory) as writer:
@@ -180,9 +180,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 EDITS = st.lists(
     st.tuples(
-        st.integers(0, 1000),  # Which file.
+        st.integers(0, 1000),  # The index of the file.
         st.sampled_from(["flip", "cut", "grow", "delete", "replace", "directory"]),
-        st.integers(0, 100_000),  # Where in it.
+        st.integers(0, 100_000),  # The position in the file.
         st.binary(min_size=1, max_size=20),
     ),
     min_size=1,
@@ -190,7 +190,7 @@ EDITS = st.lists(
 )
 
 
-def edit(paths: list[Path], edits: list[tuple[int, str, int, bytes]]) -> None:
+def edit_files(paths: list[Path], edits: list[tuple[int, str, int, bytes]]) -> None:
     for number, kind, at, new in edits:
         path = paths[number % len(paths)]
         if not path.is_file():
@@ -219,20 +219,20 @@ def test_checkpoint_directories(
 ) -> None:
     directory = tmp_path_factory.mktemp("fuzz") / "checkpoints"
     shutil.copytree(saved, directory)
-    edit(sorted(path for path in directory.rglob("*") if path.is_file()), edits)
+    edit_files(sorted(path for path in directory.rglob("*") if path.is_file()), edits)
     iterator, _ = batches.make_batches(np.zeros(10_000, np.int32), config_lib.default().batches, 0)
     params, state = {"w": jnp.zeros(3)}, {"count": jnp.int32(0)}
     try:
         read, step = checkpoints.restore_best_params(directory, params)
         np.testing.assert_array_equal(read["w"], np.full(3, float(step)))
     except UserError as error:
-        one_line(error)
+        assert_one_line(error)
     try:
         restored = checkpoints.restore_latest(directory, params, state, iterator)
         assert restored is not None and restored.history == {"metrics.jsonl": restored.step}
         assert float(restored.params["w"][0]) == int(restored.state["count"]) == restored.step
     except UserError as error:
-        one_line(error)
+        assert_one_line(error)
     shutil.rmtree(directory)
 
 
@@ -248,9 +248,9 @@ def test_working_directories(
     for name in names:
         shutil.copy(trained / name, directory)
     if fields is None:
-        edit([directory / name for name in names], edits)
-    else:  # Made by someone who knows about the checksum.
-        files.write_json(directory / workdir.CONFIG, nested(fields))
+        edit_files([directory / name for name in names], edits)
+    else:  # Write a valid checksum.
+        files.write_json(directory / workdir.CONFIG, nest_fields(fields))
         files.write_json(directory / workdir.VOCABULARY, {**fields, "units": list(fields.values())})
     for load in (workdir.load_config, workdir.load_vocabulary):
         try:
@@ -259,7 +259,7 @@ def test_working_directories(
                 expected = load(trained)
                 assert getattr(loaded, "tokens", loaded) == getattr(expected, "tokens", expected)
         except UserError as error:
-            one_line(error)
+            assert_one_line(error)
     path = directory / workdir.METRICS
     if not path.is_dir():
         metrics.read_metrics(path)

@@ -12,7 +12,7 @@ from lstm_jax.model import LanguageModel
 from lstm_jax.vocabulary import Vocabulary
 
 MODEL = LanguageModel(9, 6, 12, 2)
-# Scaled up, so that the distributions are far from uniform.
+# Large weights make the distributions far from uniform.
 PARAMS = jax.tree.map(lambda x: 4 * x, model_lib.init_params(MODEL, jax.random.key(0)))
 ARRAYS = generation.prepare_params(MODEL, PARAMS)
 VOCABULARY = Vocabulary.from_text("abcdef\n", stop="\n")
@@ -20,28 +20,28 @@ PROMPT = np.array([[2, 3, 4]], np.int32)
 GREEDY = Controls(temperature=0)
 
 
-def one_long_pass(ids: np.ndarray) -> np.ndarray:
-    """Logits after each of the ids [batch, time]: [batch, time, vocabulary]."""
+def compute_logits(ids: np.ndarray) -> np.ndarray:
+    """Return the logits [batch, time, vocabulary] after each of the ids [batch, time]."""
     logits, _ = model_lib.apply(MODEL, PARAMS, ids, MODEL.initial_carry(len(ids)))
     return np.array(logits)
 
 
-def test_greedy_is_the_argmax_of_one_long_pass() -> None:
+def test_greedy_decoding_is_the_argmax_of_a_single_pass() -> None:
     prompts = np.array([[2, 3, 4], [8, 2, 2]], np.int32)
     generated = generation.generate_tokens(
         MODEL, PARAMS, prompts, jax.random.key(0), GREEDY, length=30
     )
-    logits = one_long_pass(np.concatenate([prompts, generated], axis=1))
+    logits = compute_logits(np.concatenate([prompts, generated], axis=1))
     logits[..., :2] = -np.inf
     np.testing.assert_array_equal(generated, logits.argmax(axis=-1)[:, 2:-1])
 
 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 1000])
-def test_a_prompt_of_any_length_counts_as_in_one_long_pass(length: int) -> None:
+def test_a_prompt_of_any_length_gives_the_logits_of_a_single_pass(length: int) -> None:
     ids = np.random.default_rng(length).integers(2, 9, (2, length)).astype(np.int32)
     state = generation.read_tokens(MODEL, ARRAYS, generation.initial_state(MODEL, 2), ids)
-    np.testing.assert_allclose(state.logits, one_long_pass(ids)[:, -1], rtol=1e-4, atol=1e-4)
-    # Read in two parts it is the same.
+    np.testing.assert_allclose(state.logits, compute_logits(ids)[:, -1], rtol=1e-4, atol=1e-4)
+    # Reading in two parts gives the same.
     halfway = generation.read_tokens(MODEL, ARRAYS, generation.initial_state(MODEL, 2), ids[:, :1])
     if length > 1:
         again = generation.read_tokens(MODEL, ARRAYS, halfway, ids[:, 1:])
@@ -64,41 +64,41 @@ def test_a_prompt_of_any_length_counts_as_in_one_long_pass(length: int) -> None:
         Controls(1.5, 6, 0.95, 0.02, 1.3, 2, [4]),
     ],
 )
-def test_draws_follow_the_exact_distribution(controls: Controls) -> None:
+def test_samples_follow_the_exact_distribution(controls: Controls) -> None:
     draws = 20_000
     prompts = np.tile(PROMPT, (draws, 1))
     ids = generation.generate_tokens(MODEL, PARAMS, prompts, jax.random.key(1), controls, length=2)
     # Tokens 2, 3 and 4 occurred three, two and one tokens ago.
     age = jnp.full((1, 9), 1000).at[0, jnp.array([2, 3, 4])].set(jnp.array([3, 2, 1]))
-    logits = jnp.asarray(one_long_pass(PROMPT)[:, -1])
-    check(ids[:, 0], adjust_logits(logits, age, make_control_arrays(controls, 9))[0])
-    # Then the draw is read in its turn: the same for those that drew the likeliest first.
+    logits = jnp.asarray(compute_logits(PROMPT)[:, -1])
+    assert_distribution(ids[:, 0], adjust_logits(logits, age, make_control_arrays(controls, 9))[0])
+    # The model then reads the sample: check the second one after the most frequent first one.
     first = np.bincount(ids[:, 0]).argmax()
     age = (age + 1).at[0, first].set(1)
     after = np.concatenate([PROMPT, [[first]]], axis=1).astype(np.int32)
-    logits = jnp.asarray(one_long_pass(after)[:, -1])
-    check(
+    logits = jnp.asarray(compute_logits(after)[:, -1])
+    assert_distribution(
         ids[ids[:, 0] == first, 1], adjust_logits(logits, age, make_control_arrays(controls, 9))[0]
     )
 
 
-def check(ids: np.ndarray, logits: jax.Array) -> None:
-    """Chi-squared of draws against softmax(logits)."""
+def assert_distribution(ids: np.ndarray, logits: jax.Array) -> None:
+    """Assert that samples follow softmax(logits), with a chi-squared test."""
     expected = len(ids) * np.asarray(jax.nn.softmax(logits), np.float64)
     counts = np.bincount(ids, minlength=9)
     possible = expected > 0
     assert not counts[~possible].any() and not counts[:2].any()
-    # With 6 degrees of freedom it exceeds 27.9 once in ten thousand times, with fewer less often.
+    # With 6 degrees of freedom, it exceeds 27.9 with probability 1e-4; with fewer, less often.
     assert ((counts - expected)[possible] ** 2 / expected[possible]).sum() < 27.9
 
 
-def compiled() -> tuple[int, int]:
+def count_compiled() -> tuple[int, int]:
     """Return the number of compiled versions of the two jitted functions."""
     generate, read = generation._generate, generation._read
     return generate._cache_size(), read._cache_size()  # type: ignore[attr-defined]
 
 
-def test_no_control_prompt_or_stop_compiles_anything_anew() -> None:
+def test_controls_prompts_and_stops_cause_no_recompilation() -> None:
     def run(controls: Controls, prompt_length: int, length: int, stop_at: str) -> None:
         prompts = np.full((1, prompt_length), 3, np.int32)
         stops = make_stop_table(VOCABULARY, stop_at=stop_at)
@@ -108,13 +108,13 @@ def test_no_control_prompt_or_stop_compiles_anything_anew() -> None:
         )
 
     run(Controls(), 3, 20, "")
-    sizes = compiled()
+    sizes = count_compiled()
     run(Controls(0, 3, 0.5, 1, 2, 5, [3]), 16, 7, "")
     run(Controls(2.5, 0, 1.0, 0, 1, 0), 1, 3000, "abc")
-    assert compiled() == sizes
+    assert count_compiled() == sizes
 
 
-def test_a_stopped_text_stays_stopped_and_a_batch_ends_with_its_last_member() -> None:
+def test_a_stopped_text_stays_stopped_and_a_batch_ends_with_its_last_text() -> None:
     prompts = np.tile(PROMPT, (16, 1))
     stops = make_stop_table(VOCABULARY)
     key = jax.random.key(3)
@@ -125,7 +125,7 @@ def test_a_stopped_text_stays_stopped_and_a_batch_ends_with_its_last_member() ->
     for row, whole, end in zip(ids, on, ends, strict=True):
         np.testing.assert_array_equal(row[: end + 1], whole[: end + 1])
         assert not row[end + 1 :].any()
-    # A step costs time only until then.
+    # No step runs after that.
     state = generation.read_tokens(MODEL, ARRAYS, generation.initial_state(MODEL, 16), prompts)
     controls = make_control_arrays(Controls(), 9)
     chunks = list(generation.generate_chunks(MODEL, ARRAYS, state, key, controls, stops, 5000))
@@ -137,7 +137,7 @@ def generate(**options: object) -> list[str]:
     return generation.generate_texts(MODEL, PARAMS, VOCABULARY, key, **options)  # type: ignore[arg-type]
 
 
-def test_a_member_does_not_depend_on_the_size_of_the_batch() -> None:
+def test_a_sample_does_not_depend_on_the_batch_size() -> None:
     options = {"prompt": "abc", "length": 20, "stop_token": False}
     three = generate(num_samples=3, **options)
     assert generate(**options) == three[:1]
@@ -145,7 +145,7 @@ def test_a_member_does_not_depend_on_the_size_of_the_batch() -> None:
     assert all(len(text) == 23 and text.startswith("abc") for text in three)
 
 
-def test_a_stream_is_the_text_in_pieces() -> None:
+def test_streamed_pieces_join_to_the_text() -> None:
     options = {"prompt": "ab", "length": 300, "stop_token": False}
     pieces = list(
         generation.stream_texts(
@@ -176,7 +176,7 @@ def test_a_text_of_bytes_never_splits_a_character() -> None:
     model = LanguageModel(258, 4, 8)
     params = model_lib.init_params(model, jax.random.key(0))
     vocabulary = Vocabulary.from_text("", "bytes")
-    # Of two-byte characters only: a lead byte and a continuation byte by turns, or not.
+    # Allow only a lead byte and a continuation byte, in any order.
     allowed = vocabulary.encode("é").tolist()
     controls = Controls(forbidden=[i for i in range(258) if i not in allowed])
     options = {"prompt": "x", "length": 400, "controls": controls}
@@ -187,7 +187,7 @@ def test_a_text_of_bytes_never_splits_a_character() -> None:
     assert ["x" + text] == generation.generate_texts(model, params, vocabulary, key, **options)  # type: ignore[arg-type]
 
 
-def test_an_empty_prompt_starts_anew() -> None:
+def test_an_empty_prompt_is_replaced_by_one_token() -> None:
     assert generation.encode_prompt(Vocabulary.from_text("ab\n"), "").tolist() == [2]
     assert generation.encode_prompt(Vocabulary.from_text("ab"), "").tolist() == [2]
     assert generation.encode_prompt(Vocabulary.from_text("ab"), "b?").tolist() == [3, 1]
@@ -205,10 +205,9 @@ def test_a_bfloat16_model_generates(num_samples: int) -> None:
 
 
 @pytest.mark.parametrize("size", [130, 1000, 7552])
-def test_a_token_of_probability_zero_is_never_drawn(size: int) -> None:
-    # A parallel sum in float32 is not monotonic: it can pass a number at a token of probability
-    # zero. For each row and each place at which its sum steps up without a probability, a number
-    # that falls on it, of those that jax.random.uniform can give.
+def test_a_token_of_probability_zero_is_never_sampled(size: int) -> None:
+    # A parallel cumulative sum in float32 is not monotonic: it can increase at a token of
+    # probability zero. Test the values of jax.random.uniform near all such increases.
     draw = np.random.default_rng(size)
     rows = draw.normal(0, 3, (40, size)).astype(np.float32)
     rows[draw.random(rows.shape) < 0.5] = -np.inf

@@ -1,8 +1,8 @@
 """Run commands on working directories from someone else: each works, or fails with one line.
 
-None of their code runs, nothing outside of them changes, and no command needs long or much memory.
-Each case is a run in which one thing was replaced, and a command that reads it. Some cases always
-run; LSTM_JAX_HOSTILE is the number of random ones, and LSTM_JAX_HOSTILE_SEED their seed.
+No code from the directory runs, nothing outside of it changes, and time and memory are bounded.
+Each case changes one thing in a run and reads the run with a command. Some cases always run;
+LSTM_JAX_HOSTILE is the number of random cases, and LSTM_JAX_HOSTILE_SEED their seed.
 """
 
 import json
@@ -29,7 +29,7 @@ DRAWN = int(os.environ.get("LSTM_JAX_HOSTILE", "12"))
 SEED = int(os.environ.get("LSTM_JAX_HOSTILE_SEED", "0"))
 SECONDS, MEGABYTES = 60, 2000
 
-# Imports everything once, then runs each command in a forked process.
+# Import everything once, then run each command in a forked process.
 SERVER = """
 import contextlib, json, os, runpy, sys, time, warnings
 import tensorflow_datasets, grain, h5py, safetensors.numpy
@@ -90,10 +90,10 @@ class Place(NamedTuple):
     """The directories and the server of all cases.
 
     Attributes:
-      process: the server.
-      run: the working directory, made anew for each case.
-      outside: a directory that no command may change.
-      seen: the file in which the server records what must not happen.
+      process: The server.
+      run: The working directory, replaced for each case.
+      outside: A directory that no command may change.
+      seen: The file in which the server records forbidden events.
     """
 
     process: subprocess.Popen[str]
@@ -150,7 +150,7 @@ def link_outside(path: Path, outside: Path) -> None:
 
 
 def link_to_its_like(path: Path, outside: Path) -> None:
-    """Link to the undamaged file of that name of another run."""
+    """Link to the undamaged file of this name in another run."""
     path.symlink_to(outside / "other" / path.name)
 
 
@@ -189,7 +189,7 @@ NAMES = (
     "checkpoints/140/.validation.json.partial", ".report.html.partial",
 )  # fmt: skip
 
-# Values for a field of JSON.
+# Values of a JSON field.
 VALUES: tuple[Any, ...] = (
     "../../outside/place", "/dev/zero", "FIFO", "/**/*x*", "a" * 300, "a\0b", '"""', "\x1b[31m",
     "\udcff", "http://localhost:1/x", "", None, True, -1, 0, 2**31, 2**70, 1e308, float("inf"), [],
@@ -198,7 +198,7 @@ VALUES: tuple[Any, ...] = (
 FIELDS = [field for field, _ in config_lib.flatten(config_lib.default())]
 
 
-def replaced(name: str, kind: Kind) -> Callable[[Place], None]:
+def replace(name: str, kind: Kind) -> Callable[[Place], None]:
     def change(place: Place) -> None:
         path = place.run / name
         if path.is_dir():
@@ -210,7 +210,7 @@ def replaced(name: str, kind: Kind) -> Callable[[Place], None]:
     return change
 
 
-def with_fields(changes: Mapping[str, Any]) -> Callable[[Place], None]:
+def change_fields(changes: Mapping[str, Any]) -> Callable[[Place], None]:
     """Change fields of the config, with a valid checksum."""
 
     def change(place: Place) -> None:
@@ -233,17 +233,17 @@ def with_fields(changes: Mapping[str, Any]) -> Callable[[Place], None]:
     return change
 
 
-def with_vocabulary(change_units: Callable[[dict[str, Any]], object]) -> Callable[[Place], None]:
+def change_vocabulary(edit: Callable[[dict[str, Any]], object]) -> Callable[[Place], None]:
     def change(place: Place) -> None:
         fields = files.read_json(place.run / workdir.VOCABULARY, 2**25)
-        change_units(fields)
+        edit(fields)
         files.write_json(place.run / workdir.VOCABULARY, fields)
 
     return change
 
 
-def evil_dataset(place: Place) -> None:
-    """Add a prepared dataset to the run, whose features are a class in the run's directory."""
+def add_evil_dataset(place: Place) -> None:
+    """Add a prepared dataset whose features are a class in the directory of the run."""
     name = "evil"
     data = place.run / "data" / name / "1.0.0"
     data.mkdir(parents=True)
@@ -253,21 +253,21 @@ def evil_dataset(place: Place) -> None:
     (data / "features.json").write_text(json.dumps(feature))
     info = {"name": name, "version": "1.0.0", "fileFormat": "array_record"}
     (data / "dataset_info.json").write_text(json.dumps(info))
-    with_fields({"data.dataset": name})(place)
-    with_fields({"data.directory": str(place.run / "data")})(place)
+    change_fields({"data.dataset": name})(place)
+    change_fields({"data.directory": str(place.run / "data")})(place)
 
 
-def evil_tiny_shakespeare(place: Place) -> None:
-    evil_dataset(place)
+def add_evil_tiny_shakespeare(place: Place) -> None:
+    add_evil_dataset(place)
     os.rename(place.run / "data" / "evil", place.run / "data" / "tiny_shakespeare")
-    with_fields({"data.dataset": "tiny_shakespeare"})(place)
+    change_fields({"data.dataset": "tiny_shakespeare"})(place)
 
 
-def renamed(place: Place) -> None:
+def rename_checkpoint(place: Place) -> None:
     (place.run / "checkpoints" / "140").rename(place.run / "checkpoints" / "999999")
 
 
-def with_history(content: str, item: str = "history") -> Callable[[Place], None]:
+def change_history(content: str, item: str = "history") -> Callable[[Place], None]:
     def change(place: Place) -> None:
         checkpoint = place.run / "checkpoints" / "140"
         (checkpoint / item / "metadata").write_text(content)
@@ -276,9 +276,9 @@ def with_history(content: str, item: str = "history") -> Callable[[Place], None]
     return change
 
 
-def zeros(place: Place) -> None:
-    """Replace the checkpoint by some kilobytes that decompress to a hundred megabytes."""
-    with_fields({"model.hidden_size": 2400})(place)
+def save_zeros(place: Place) -> None:
+    """Replace the checkpoint by a few kilobytes that decompress to a hundred megabytes."""
+    change_fields({"model.hidden_size": 2400})(place)
     config = workdir.load_config(place.run)
     model = model_lib.make_model(config.model, len(workdir.load_vocabulary(place.run)))
     shapes = jax.eval_shape(lambda: model_lib.init_params(model, jax.random.key(0)))
@@ -287,7 +287,7 @@ def zeros(place: Place) -> None:
     checkpoints.save_params(place.run / "checkpoints", 140, params)
 
 
-def not_finite(place: Place) -> None:
+def save_nonfinite(place: Place) -> None:
     config = workdir.load_config(place.run)
     model = model_lib.make_model(config.model, len(workdir.load_vocabulary(place.run)))
     params = jax.tree.map(
@@ -309,26 +309,26 @@ COMMANDS: dict[str, list[str]] = {
 
 Change = Callable[[Place], object]
 CASES: dict[str, tuple[Change, str]] = {
-    "evil dataset": (evil_dataset, "evaluate"),
-    "evil dataset, novelty": (evil_dataset, "novelty"),
-    "evil dataset, inspect": (evil_dataset, "inspect"),
-    "evil tiny_shakespeare": (evil_tiny_shakespeare, "evaluate"),
+    "evil dataset": (add_evil_dataset, "evaluate"),
+    "evil dataset, novelty": (add_evil_dataset, "novelty"),
+    "evil dataset, inspect": (add_evil_dataset, "inspect"),
+    "evil tiny_shakespeare": (add_evil_tiny_shakespeare, "evaluate"),
     "prepared outside": (
-        with_fields({"data.prepared": "../../outside/place", "data.memory_megabytes": 0}),
+        change_fields({"data.prepared": "../../outside/place", "data.memory_megabytes": 0}),
         "evaluate",
     ),
-    "zeros": (zeros, "sample"),
-    "not finite": (not_finite, "evaluate"),
-    "renamed": (renamed, "main"),
-    "checkpoints of another run": (replaced("checkpoints", link_to_its_like), "main"),
-    "history of numbers": (with_history('{"metrics.jsonl": -5, "../x": 1e400}'), "main"),
-    "no position": (with_history('{"next_index": 1e99}', "batches"), "main"),
+    "zeros": (save_zeros, "sample"),
+    "not finite": (save_nonfinite, "evaluate"),
+    "renamed": (rename_checkpoint, "main"),
+    "checkpoints of another run": (replace("checkpoints", link_to_its_like), "main"),
+    "history of numbers": (change_history('{"metrics.jsonl": -5, "../x": 1e400}'), "main"),
+    "no position": (change_history('{"next_index": 1e99}', "batches"), "main"),
     "a token of 10 MB": (
-        with_vocabulary(lambda v: v.update(kind="words", units=[*v["units"][:-1], "x" * 10**7])),
+        change_vocabulary(lambda v: v.update(kind="words", units=[*v["units"][:-1], "x" * 10**7])),
         "sample",
     ),
     "bytes with a surrogate": (
-        with_vocabulary(lambda v: v.update(kind="bytes", units=["", "[UNK]", *"\ud800abc"])),
+        change_vocabulary(lambda v: v.update(kind="bytes", units=["", "[UNK]", *"\ud800abc"])),
         "sample",
     ),
     "steps beyond numbers": (
@@ -339,16 +339,16 @@ CASES: dict[str, tuple[Change, str]] = {
     ),
 }  # fmt: skip
 _kind: Kind
-# Each name as a pipe and as a link, with the command that uses most of them.
+# Replace each file by a pipe and by a link, and run the command that uses most files.
 for _name in NAMES:
     for _kind in (fifo, link_outside):
-        CASES[f"{_name}: {_kind.__name__}"] = (replaced(_name, _kind), "main")
+        CASES[f"{_name}: {_kind.__name__}"] = (replace(_name, _kind), "main")
 for _name in (workdir.CONFIG, workdir.VOCABULARY, "checkpoints/140/SHA256SUMS"):
     for _kind in (fifo, link_to_its_like, endless, sparse):
-        CASES[f"{_name}: {_kind.__name__}, read"] = (replaced(_name, _kind), "sample")
+        CASES[f"{_name}: {_kind.__name__}, read"] = (replace(_name, _kind), "sample")
 for _name in (workdir.METRICS, workdir.SAMPLES, "text.txt", ".report.html.partial"):
     for _kind in (fifo, endless, sparse):
-        CASES[f"{_name}: {_kind.__name__}, inspected"] = (replaced(_name, _kind), "inspect")
+        CASES[f"{_name}: {_kind.__name__}, inspected"] = (replace(_name, _kind), "inspect")
 
 _random = random.Random(SEED)
 for _number in range(DRAWN):
@@ -356,17 +356,17 @@ for _number in range(DRAWN):
     if _random.random() < 0.5:
         _name, _kind = _random.choice(NAMES), _random.choice(KINDS)
         CASES[f"{_number}: {_name} {_kind.__name__}, {_command}"] = (
-            replaced(_name, _kind), _command,
+            replace(_name, _kind), _command,
         )  # fmt: skip
     else:
         _field, _value = _random.choice(FIELDS), _random.choice(VALUES)
         CASES[f"{_number}: {_field} {ascii(_value)[:20]}, {_command}"] = (
-            with_fields({_field: _value}), _command,
+            change_fields({_field: _value}), _command,
         )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_run_of_someone_else(
+def test_a_hostile_working_directory(
     name: str, place: Place, trained: Path, text_file: Path, tmp_path: Path
 ) -> None:
     change, command = CASES[name]
@@ -378,8 +378,8 @@ def test_a_run_of_someone_else(
     (place.outside / "canary.txt").write_text("nobody may change this")
     shutil.copytree(trained, place.outside / "other")
     shutil.copy(text_file, place.run / "text.txt")
-    with_fields({"data.path": str(place.run / "text.txt")})(place)
-    flags = tiny_flags(workdir.load_config(place.run))
+    change_fields({"data.path": str(place.run / "text.txt")})(place)
+    flags = list_flags(workdir.load_config(place.run))
     change(place)
     before = snapshot(place.outside)
 
@@ -389,15 +389,15 @@ def test_a_run_of_someone_else(
         arguments.append(f"--init_from={place.run}")
     if module == "main":
         arguments += [*flags, "--config.num_epochs=3"]
-    code, seconds, megabytes = ask(place, module, arguments)
+    code, seconds, megabytes = run_command(place, module, arguments)
 
-    told = Path(f"{place.seen}.err").read_text(errors="replace").splitlines()
+    lines = Path(f"{place.seen}.err").read_text(errors="replace").splitlines()
     assert not place.seen.exists(), place.seen.read_text()
     assert snapshot(place.outside) == before
-    errors = [line for line in told if not line.startswith(("warning: ", "reading ", "novelty: "))]
-    assert code in (0, 2), told
-    assert len(errors) == (code == 2) and all(line.startswith("error: ") for line in errors), told
-    assert all(line.isprintable() for line in told)
+    errors = [line for line in lines if not line.startswith(("warning: ", "reading ", "novelty: "))]
+    assert code in (0, 2), lines
+    assert len(errors) == (code == 2) and all(line.startswith("error: ") for line in errors), lines
+    assert all(line.isprintable() for line in lines)
     assert seconds < SECONDS and megabytes < MEGABYTES
     if command == "evaluate" and code == 0:
         json.loads(
@@ -405,7 +405,7 @@ def test_a_run_of_someone_else(
         )
 
 
-def ask(place: Place, module: str, arguments: list[str]) -> list[Any]:
+def run_command(place: Place, module: str, arguments: list[str]) -> list[Any]:
     """Run a command; return its exit code, seconds and megabytes."""
     assert place.process.stdin is not None and place.process.stdout is not None
     place.process.stdin.write(json.dumps([module, *arguments]) + "\n")
@@ -414,7 +414,7 @@ def ask(place: Place, module: str, arguments: list[str]) -> list[Any]:
     return result
 
 
-def tiny_flags(config: ConfigDict) -> list[str]:
+def list_flags(config: ConfigDict) -> list[str]:
     """Return the fields of the run as flags."""
     fields = config_lib.flatten(config)
     return [f"--config.{name}={value}" for name, value in fields if name != "data.sha256"]

@@ -1,8 +1,8 @@
 """Test sweeps made by someone else, on full disks, and with paths that are hard to quote.
 
-A study is data: whatever is in it, it is read or leads to an error of one line, no code of it runs,
-and nothing outside of the sweep's directory changes. LSTM_JAX_HOSTILE is the number of random
-mutations of a journal, and LSTM_JAX_HOSTILE_SEED their seed.
+A study is data: any content is read or gives an error of one line, none of it runs as code, and
+nothing outside of the sweep's directory changes. LSTM_JAX_HOSTILE is the number of random mutations
+of a journal, and LSTM_JAX_HOSTILE_SEED their seed.
 """
 
 import copy
@@ -32,7 +32,7 @@ from lstm_jax import config as config_lib
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.sweep import plots, report, search, space, study
 from lstm_jax.sweep.worker import Worker, claim_directory
-from test_sweep import command, dead, rows
+from test_sweep import command, make_dead_worker, rows
 
 DRAWN = int(os.environ.get("LSTM_JAX_HOSTILE", "40"))
 SEED = int(os.environ.get("LSTM_JAX_HOSTILE_SEED", "0"))
@@ -46,7 +46,7 @@ def get_overrides(trial):
     }
 """
 
-# Imports everything once, then runs each sweep in a process of its own.
+# Import everything once, then run each sweep in a forked process.
 SERVER = """
 import json, os, runpy, signal, sys, traceback, warnings
 import lstm_jax.sweep.search
@@ -86,7 +86,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
         def answer(arguments: list[str]) -> tuple[int, str, str]:
             assert server.stdin and server.stdout
-            # The first three start the program, which runs already.
+            # The first three start the program, which the server does.
             server.stdin.write(json.dumps([str(errors), *arguments[3:]]) + "\n")
             server.stdin.flush()
             code = int(server.stdout.readline())
@@ -107,7 +107,7 @@ def space_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def swept(
     tmp_path_factory: pytest.TempPathFactory, text_file: Path, space_file: Path, run: Run
 ) -> Path:
-    """An undisturbed sweep of four trials."""
+    """Return the directory of an undisturbed sweep of four trials."""
     directory = tmp_path_factory.mktemp("swept") / "sweep"
     code, _, errors = run(arguments(text_file, directory, space_file))
     assert code == 0, errors
@@ -122,7 +122,7 @@ def arguments(text_file: Path, directory: Path, space_file: Path, *more: str) ->
 
 
 def get_error(result: tuple[int, str, str]) -> str:
-    """Return the one line that a command failed with."""
+    """Return the error of a command, which must be one line."""
     code, output, errors = result
     assert code == 2 and output == "" and len(errors.splitlines()) == 1, errors
     return errors
@@ -147,7 +147,7 @@ def open_study(directory: Path, location: str | None = None) -> tuple[optuna.Stu
 
 
 def fill_study(directory: Path, location: str | None = None, trials: int = 3) -> optuna.Study:
-    """Make a study with complete trials, none of them trained, and one that was given back."""
+    """Make a study with complete trials, none of them trained, and one released trial."""
     record, searched = open_study(directory, location)
     with Worker(record, directory, trials + 1) as worker:
         for number in range(trials + 1):
@@ -162,7 +162,7 @@ def fill_study(directory: Path, location: str | None = None, trials: int = 3) ->
     return record
 
 
-def use(directory: Path, location: str | None = None) -> None:
+def use_study(directory: Path, location: str | None = None) -> None:
     """Do everything that a worker does with a study, except for training."""
     record, searched = open_study(directory, location)
     with Worker(record, directory, 5) as worker:
@@ -213,11 +213,11 @@ def test_nothing_in_a_study_is_unpickled(kind: str, tmp_path: Path) -> None:
             assert trial is not None
             searched.overrides(trial)
             worker.tell(trial, TrialState.PRUNED)
-    use(tmp_path, location)
+    use_study(tmp_path, location)
     assert not (tmp_path / "ran").exists()
 
 
-# What JSON can hold in the place of anything else.
+# JSON values to replace others with.
 STRANGE: list[Any] = [
     *(None, True, -1, 0, 1, 10**400, 1.5, -0.0, float("nan"), float("inf"), 1e300),
     *("", "x", "../../outside", "a/../../b", "<script>$\\foo$", "\ud800", "\x1b[2J", [], {}),
@@ -243,16 +243,16 @@ ATTRIBUTES = [
 ]
 
 
-def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
+def iterate_paths(value: Any, path: tuple = ()) -> Iterator[tuple]:
     """Yield the paths of all values within a record."""
     yield path
     keys = range(len(value)) if isinstance(value, list) else value
     for key in keys if isinstance(value, dict | list) else ():
-        yield from places(value[key], (*path, key))
+        yield from iterate_paths(value[key], (*path, key))
 
 
-def test_any_value_anywhere_in_a_journal_is_read_or_gets_one_line(tmp_path: Path) -> None:
-    """Also those of the attributes: worker, workdir, overrides and so on."""
+def test_any_value_in_a_journal_is_read_or_gives_a_one_line_error(tmp_path: Path) -> None:
+    """Change random values of records, and attributes such as worker, workdir and overrides."""
     place = tmp_path / "sweep"
     journal = tmp_path / "study.journal"
     fill_study(place, f"journal:{journal}")
@@ -268,23 +268,23 @@ def test_any_value_anywhere_in_a_journal_is_read_or_gets_one_line(tmp_path: Path
     for _ in range(DRAWN):
         changed = copy.deepcopy(records)
         number = chance.randrange(len(records))
-        path = chance.choice([p for p in places(changed[number]) if p])
+        path = chance.choice([p for p in iterate_paths(changed[number]) if p])
         part = changed[number]
         for key in path[:-1]:
             part = part[key]
         part[path[-1]] = chance.choice(STRANGE)
         cases.append(changed)
-    refused = 0
+    num_errors = 0
     for case in cases:
         shutil.rmtree(place)
         journal.write_text("".join(json.dumps(record) + "\n" for record in case))
         try:
-            use(place, f"journal:{journal}")
+            use_study(place, f"journal:{journal}")
         except UserError as error:
-            refused += 1
+            num_errors += 1
             assert len(str(error).splitlines()) == 1
         assert {path.name for path in tmp_path.iterdir()} == {"sweep", "study.journal"}
-    assert 0 < refused < len(cases)
+    assert 0 < num_errors < len(cases)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_any_value_anywhere_in_a_journal_is_read_or_gets_one_line(tmp_path: Path
         (study.TEST_LOSS, "<script>", "its test_loss is '<script>'"),
     ],
 )
-def test_what_no_sweep_writes_into_a_trial_is_named(
+def test_an_error_names_an_invalid_attribute_of_a_trial(
     name: str, value: Any, message: str, tmp_path: Path
 ) -> None:
     location = f"journal:{tmp_path}/study.journal"
@@ -309,7 +309,7 @@ def test_what_no_sweep_writes_into_a_trial_is_named(
         assert trial is not None
         inner.set_trial_user_attr(trial._trial_id, name, value)
     with pytest.raises(UserError, match=message) as caught:
-        use(tmp_path, location)
+        use_study(tmp_path, location)
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -321,7 +321,7 @@ def test_what_no_sweep_writes_into_a_trial_is_named(
         ({"else": 1}, {"else": optuna.distributions.IntDistribution(0, 1)}),
     ],
 )
-def test_only_what_the_space_draws_is_trained(
+def test_parameters_outside_the_space_raise_an_error(
     params: dict[str, Any], distributions: dict[str, Any], tmp_path: Path
 ) -> None:
     record, _ = open_study(tmp_path)
@@ -335,14 +335,14 @@ def test_only_what_the_space_draws_is_trained(
 
 
 BROKEN: dict[str, Callable[[Path], Any]] = {
-    "no journal": lambda path: path.write_text("a diary\n"),
+    "not a journal": lambda path: path.write_text("a diary\n"),
     "a diary without an end": lambda path: path.write_text("a diary"),
-    "no JSON": lambda path: path.write_text('{"op_code":\n{"op_code":0}\n'),
-    "no UTF-8": lambda path: path.write_bytes(b'{"op_code":"\xff\xfe"}\n'),
+    "invalid JSON": lambda path: path.write_text('{"op_code":\n{"op_code":0}\n'),
+    "invalid UTF-8": lambda path: path.write_bytes(b'{"op_code":"\xff\xfe"}\n'),
     "an unknown record": lambda path: path.write_text('{"op_code":99}\n'),
-    "a lack": lambda path: path.write_text('{"op_code":0}\n'),
+    "a missing field": lambda path: path.write_text('{"op_code":0}\n'),
     "another type": lambda path: path.write_text('{"op_code":{}}\n'),
-    "depth": lambda path: path.write_text('{"op_code":' + "[" * 100_000 + "\n"),
+    "deep nesting": lambda path: path.write_text('{"op_code":' + "[" * 100_000 + "\n"),
     "a pipe": os.mkfifo,
     "a directory": os.mkdir,
     "a device": lambda path: path.symlink_to("/dev/null"),
@@ -352,39 +352,39 @@ BROKEN: dict[str, Callable[[Path], Any]] = {
 
 @pytest.mark.parametrize("kind", ["journal", "sqlite"])
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_file_that_is_no_study_gets_one_line(name: str, kind: str, tmp_path: Path) -> None:
+def test_an_invalid_study_file_gives_a_one_line_error(name: str, kind: str, tmp_path: Path) -> None:
     path = tmp_path / "study"
     BROKEN[name](path)
     before = path.read_bytes() if path.is_file() else None
     location = f"journal:{path}" if kind == "journal" else f"sqlite:///{path}"
     with pytest.raises(UserError, match=r"/study|/dev/") as caught:
-        use(tmp_path / "sweep", location)
+        use_study(tmp_path / "sweep", location)
     assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 600
     assert before is None or path.read_bytes() == before
 
 
-def test_a_torn_record_is_dropped_and_no_link_beside_a_journal_is_waited_for(
+def test_a_truncated_record_is_dropped_and_a_linked_lock_does_not_block(
     tmp_path: Path,
 ) -> None:
     journal = tmp_path / "study.journal"
     fill_study(tmp_path, f"journal:{journal}")
     whole = journal.read_bytes()
-    # As a full disk leaves it.
+    # A full disk leaves such a record.
     journal.write_bytes(whole + b'{"op_code":8,"worker_id":"me","trial')
     (tmp_path / "study.journal.lock").symlink_to(tmp_path / "nowhere")
-    use(tmp_path, f"journal:{journal}")
-    use(tmp_path, f"journal:{journal}")
+    use_study(tmp_path, f"journal:{journal}")
+    use_study(tmp_path, f"journal:{journal}")
     assert journal.read_bytes().startswith(whole)
     for line in journal.read_text().splitlines():
         json.loads(line)
 
 
-def test_a_database_deletes_and_runs_nothing(tmp_path: Path) -> None:
+def test_a_hostile_database_deletes_and_runs_nothing(tmp_path: Path) -> None:
     fill_study(tmp_path)
     outside, own = tmp_path / "outside.txt", tmp_path / study.DATABASE
     outside.write_text("precious")
     saved = own.read_bytes()
-    # An unfinished transaction of several databases: SQLite deletes the file that is named in it.
+    # An unfinished transaction of several databases: SQLite deletes the file that it names.
     with sqlite3.connect(own, isolation_level=None) as open_one:
         open_one.execute("pragma cache_size=2")
         open_one.execute("begin immediate")
@@ -399,7 +399,7 @@ def test_a_database_deletes_and_runs_nothing(tmp_path: Path) -> None:
     own.write_bytes(changed)
     Path(f"{own}-journal").write_bytes(journal + named + bytes.fromhex("d9d505f920a163d7"))
     with pytest.raises(UserError, match="It names another file"):
-        use(tmp_path)
+        use_study(tmp_path)
     assert outside.read_text() == "precious"
     Path(f"{own}-journal").unlink()
     own.write_bytes(saved)
@@ -408,15 +408,15 @@ def test_a_database_deletes_and_runs_nothing(tmp_path: Path) -> None:
         connection.execute(f"CREATE VIEW endless AS {endless}")
     connection.close()
     with pytest.raises(UserError, match="It has a view or trigger, 'endless'"):
-        use(tmp_path)
+        use_study(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Return the directory of a sweep whose only worker is dead, and the worker's name."""
+    """Return the directory of a sweep whose only worker is dead, and the name of the worker."""
     directory = tmp_path_factory.mktemp("begun")
     record, _ = open_study(directory)
-    worker, _ = dead(record, directory, 5)
+    worker, _ = make_dead_worker(record, directory, 5)
     return directory, worker._name
 
 
@@ -441,14 +441,14 @@ def folder(path: Path, outside: Path) -> None:
         *("trials.jsonl", "best.py", "report.html", "workers/WORKER"),
     ],
 )
-def test_nothing_is_written_locked_or_waited_for_outside(
+def test_nothing_outside_the_sweep_is_written_or_locked(
     name: str,
     replace: Callable[[Path, Path], None],
     begun: tuple[Path, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for picture in ("draw_losses", "draw_parallel_coordinates"):  # They take a second.
+    for picture in ("draw_losses", "draw_parallel_coordinates"):  # Each takes a second.
         monkeypatch.setattr(plots, picture, lambda *arguments: "")
     directory, outside = tmp_path / "sweep", tmp_path / "outside"
     shutil.copytree(begun[0], directory)
@@ -464,7 +464,7 @@ def test_nothing_is_written_locked_or_waited_for_outside(
 
     def run_all() -> None:
         report.check_paths(directory)
-        use(directory)
+        use_study(directory)
         (directory / "trials" / "0000").mkdir(exist_ok=True)
         for output in (directory / search.OUTPUT, directory / "trials" / "0000" / search.OUTPUT):
             search._append(output).close()
@@ -472,7 +472,7 @@ def test_nothing_is_written_locked_or_waited_for_outside(
     replaced = name in ("trials.jsonl", "best.py", "report.html") and replace is not folder
     if replaced or name.startswith("workers/") or (is_directory and replace is folder):
         run_all()
-        # No other file decides that its worker is dead: its counter must first stay unchanged.
+        # The link does not show that the worker is dead: its counter must stay unchanged first.
         record, _ = open_study(directory)
         assert len(study.list_running(record)) == name.startswith("workers")
     else:
@@ -494,7 +494,7 @@ QUOTES = [
 
 
 @pytest.mark.parametrize("name", QUOTES)
-def test_names_stay_names_in_what_a_sweep_writes(
+def test_names_are_quoted_in_the_files_of_a_sweep(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -517,7 +517,7 @@ def test_names_stay_names_in_what_a_sweep_writes(
 
 
 class _Tags(html.parser.HTMLParser):
-    """Collects the names of all elements and the targets of links."""
+    """Collect the names of all elements and the targets of links."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -531,7 +531,7 @@ class _Tags(html.parser.HTMLParser):
         assert not [name for name, _ in attrs if name.startswith("on")]
 
 
-def test_the_report_shows_names_as_they_are_and_runs_nothing(tmp_path: Path) -> None:
+def test_the_report_escapes_names(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>$\\foo$ <img src=x onerror=y>'\""
     searched = space.Space(
         evil,
@@ -566,7 +566,7 @@ def test_the_report_shows_names_as_they_are_and_runs_nothing(tmp_path: Path) -> 
         "import sys\ndef get_overrides(trial):\n    sys.exit(5)",
     ],
 )
-def test_a_space_that_exits_gets_one_line(
+def test_a_space_that_exits_gives_a_one_line_error(
     code: str, text_file: Path, tmp_path: Path, run: Run
 ) -> None:
     (tmp_path / "space.py").write_text(code)
@@ -590,7 +590,7 @@ def test_no_message_shows_a_password(
     location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(url: sqlalchemy.URL, **settings: Any) -> None:
-        # Messages of drivers contain everything that they were given.
+        # Error messages of database drivers can contain the whole URL.
         shown = url.render_as_string(hide_password=False)
         raise sqlalchemy.exc.OperationalError("SELECT", {}, Exception(f"no host {shown} is there"))
 
@@ -601,7 +601,7 @@ def test_no_message_shows_a_password(
     assert "p4ss" not in str(caught.value) and "w0rd" not in str(caught.value)
 
 
-def test_seeds_have_no_best_one(tmp_path: Path) -> None:
+def test_a_sweep_of_seeds_has_no_best_trial(tmp_path: Path) -> None:
     searched = space.make_seed_space(0, 3)
     record = study.open_study(
         *(tmp_path, None, "seeds", config_lib.default(), ["seed"]),
@@ -617,24 +617,24 @@ def test_seeds_have_no_best_one(tmp_path: Path) -> None:
     assert "of 3 seeds" in written and "best.py" not in written
 
 
-def stopped(result: tuple[int, str, str]) -> bool:
-    """Return whether a command failed for a full disk; check that it printed one line for it."""
+def is_stopped(result: tuple[int, str, str]) -> bool:
+    """Return whether a full disk stopped a command; check that it printed one line."""
     code, _, errors = result
     assert code in (0, 2) and " failed" not in errors and errors.count("error: ") == (code == 2)
-    # SQLite has words of its own for it.
+    # SQLite has its own message.
     assert code == 0 or re.search("No space left|disk is full", errors.splitlines()[-1]), errors
     return code == 2
 
 
-def test_a_full_disk_costs_a_sweep_no_trial(
+def test_a_full_disk_loses_no_trial_of_a_sweep(
     swept: Path, text_file: Path, space_file: Path, tmp_path: Path, run: Run
 ) -> None:
     with disks.mounted(tmp_path / "disk", "-o", "size=300k") as disk:
         given = arguments(text_file, disk / "sweep", space_file)
-        results = [stopped(run(given))]
+        results = [is_stopped(run(given))]
         for size in ("400k", "800k", "1200k", "64m"):
             disks.resize(disk, size)
-            results.append(stopped(run(given)))
+            results.append(is_stopped(run(given)))
         found = rows(disk / "sweep")
     assert results[0] and results[1] and not results[-1]
     for row, expected in zip(found, rows(swept), strict=True):
@@ -648,14 +648,14 @@ def test_a_full_disk_loses_no_member_of_a_population(
 ) -> None:
     with disks.mounted(tmp_path / "disk", "-o", "size=500k") as disk:
         given = arguments(text_file, disk / "sweep", space_file, "--population=4")
-        assert stopped(run(given))
+        assert is_stopped(run(given))
         disks.resize(disk, "64m")
-        assert not stopped(run(given))
+        assert not is_stopped(run(given))
         assert [row["state"] for row in rows(disk / "sweep")] == ["complete"] * 4
 
 
 def test_a_full_disk_under_the_study_loses_no_trial(tmp_path: Path) -> None:
-    """A worker counts as dead if it can't even write that it gives its trial back."""
+    """Check that a worker that can't even write to release its trial counts as dead."""
     place, failures = tmp_path / "sweep", 0
     with disks.mounted(tmp_path / "disk", "-o", "size=8m") as disk:
         location = f"journal:{disk}/study.journal"
@@ -663,7 +663,7 @@ def test_a_full_disk_under_the_study_loses_no_trial(tmp_path: Path) -> None:
         filler = disks.fill(disk)
         while True:
             try:
-                use(place, location)
+                use_study(place, location)
                 break
             except UnavailableError as error:
                 failures += 1
@@ -671,5 +671,5 @@ def test_a_full_disk_under_the_study_loses_no_trial(tmp_path: Path) -> None:
                 assert len(str(error).splitlines()) == 1
                 os.truncate(filler, filler.stat().st_size - 4096)
         record, _ = open_study(place, location)
-        ended = [trial.state for trial in study.list_finished(record)]
-    assert failures >= 2 and ended == [TrialState.COMPLETE] * 5
+        states = [trial.state for trial in study.list_finished(record)]
+    assert failures >= 2 and states == [TrialState.COMPLETE] * 5

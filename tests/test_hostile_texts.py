@@ -1,4 +1,4 @@
-"""Texts that somebody else's run names: what reading it again may cost and do."""
+"""Test that reading the text of a run from someone else is safe and has bounded cost."""
 
 import glob
 import io
@@ -28,7 +28,7 @@ from lstm_jax.vocabulary import Vocabulary
 
 @pytest.fixture(autouse=True)
 def in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Ends a test that hangs, which has a cache directory of its own."""
+    """Stop a test that hangs, and give each test its own cache directory."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def expire(number: int, frame: FrameType | None) -> None:
@@ -46,7 +46,7 @@ def data() -> ConfigDict:
     return config_lib.default().data
 
 
-def listing(directory: Path) -> list[str]:
+def list_files(directory: Path) -> list[str]:
     return sorted(str(path) for path in directory.rglob("*"))
 
 
@@ -54,7 +54,7 @@ def listing(directory: Path) -> list[str]:
 def hostile_directory(
     tmp_path: Path, shakespeare: dict[str, str], data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """A data directory whose datasets import a module that leaves a file behind."""
+    """Return a data directory whose datasets import a module that writes a file."""
     (tmp_path / "lib").mkdir()
     code = f"open({str(tmp_path / 'imported')!r}, 'w')"
     (tmp_path / "lib" / "hostile_module.py").write_text(code)
@@ -88,17 +88,17 @@ def test_no_module_that_a_run_names_is_imported(
         with pytest.raises(UserError, match="if you trust it, name it with --dataset NAME") as e:
             texts.load_texts_of_run(data, None)
         assert "\n" not in str(e.value) and "--data_directory" in str(e.value)
-        # That the directory is named, too, does not mean the dataset.
+        # The directory alone does not allow it.
         with pytest.raises(UserError, match="--dataset NAME"):
             texts.load_texts_of_run(data, None, None, str(hostile_directory))
     assert not (tmp_path / "imported").exists()
-    # What the user names is read by TFDS, with all that this means.
+    # TFDS opens a dataset that the user names, and imports its modules.
     with pytest.raises(UserError, match="can't open the dataset 'mine'"):
         texts.load_texts_of_run(data, None, "mine", str(hostile_directory))
     assert (tmp_path / "imported").exists()
 
 
-def test_tiny_shakespeare_is_read_where_the_user_has_it(
+def test_tiny_shakespeare_is_read_from_the_directory_of_the_user(
     data: ConfigDict,
     hostile_directory: Path,
     data_dir: Path,
@@ -107,12 +107,12 @@ def test_tiny_shakespeare_is_read_where_the_user_has_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(data_dir))
-    before = listing(hostile_directory)
+    before = list_files(hostile_directory)
     for directory in (hostile_directory, tmp_path / "new", "~nobody", "\0", "/dev/null"):
         data.directory = str(directory)
         read = texts.load_texts_of_run(data, None)
         assert {name: next(text.pieces(0)) for name, text in read.items()} == shakespeare
-    assert listing(hostile_directory) == before and not (tmp_path / "new").exists()
+    assert list_files(hostile_directory) == before and not (tmp_path / "new").exists()
     assert not (tmp_path / "imported").exists()
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "elsewhere"))
     read = texts.load_texts_of_run(data, None, None, str(data_dir))
@@ -133,7 +133,7 @@ def test_the_user_may_name_another_source(data: ConfigDict, tmp_path: Path, data
     assert data.path == str(tmp_path / "a.txt"), "the run's own config is left as it is"
 
 
-def test_a_huge_text_costs_nothing(data: ConfigDict, tmp_path: Path) -> None:
+def test_a_huge_text_raises_an_error_before_it_is_read(data: ConfigDict, tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     path = tmp_path / "text" / "huge.txt"
     with path.open("wb") as file:
@@ -146,7 +146,7 @@ def test_a_huge_text_costs_nothing(data: ConfigDict, tmp_path: Path) -> None:
         data.path = named
         with pytest.raises(UserError, match="larger than 16 MB .* name it with --data_path FILE"):
             texts.load_texts_of_run(data, None)
-    assert listing(tmp_path / "text") == [str(path), str(small)]
+    assert list_files(tmp_path / "text") == [str(path), str(small)]
 
 
 def test_a_large_text_is_prepared_in_the_cache_if_the_user_names_it(
@@ -160,12 +160,12 @@ def test_a_large_text_is_prepared_in_the_cache_if_the_user_names_it(
     expected = texts.read_splits(data)
     with pytest.raises(UserError, match=f"--data_path FILE.*{prepared.get_cache_directory()}"):
         texts.load_texts_of_run(data, None)
-    for named in (str(path), None):  # Once it is there, it need not be named.
+    for named in (str(path), None):  # Once it is prepared, its name can be left out.
         read = texts.load_texts_of_run(data, named)
         assert isinstance(read["train"], prepared.PreparedText)
         assert {name: next(text.pieces(0)) for name, text in read.items()} == expected
-    assert listing(tmp_path / "text") == [str(path)] and not (tmp_path / "prepared").exists()
-    # What was prepared for training is read where it is, and nothing is written there.
+    assert list_files(tmp_path / "text") == [str(path)] and not (tmp_path / "prepared").exists()
+    # A corpus that was prepared for training is read in place, and nothing is written there.
     data.fractions = (0.8, 0.1, 0.1)
     data.memory_megabytes = 0
     expected = {name: next(text.pieces(0)) for name, text in texts.load_texts(data).texts.items()}
@@ -174,7 +174,7 @@ def test_a_large_text_is_prepared_in_the_cache_if_the_user_names_it(
     read = texts.load_texts_of_run(data, None)
     assert {name: next(text.pieces(0)) for name, text in read.items()} == expected
     assert {path: path.read_bytes() for path in before} == before and len(before) == 1
-    # It is told which text that is not.
+    # Another text raises an error.
     data.sha256 = "0" * 64
     with pytest.raises(UserError, match="not the one this run was trained on"):
         texts.load_texts_of_run(data, str(path))
@@ -182,7 +182,7 @@ def test_a_large_text_is_prepared_in_the_cache_if_the_user_names_it(
 
 @pytest.fixture
 def special(tmp_path: Path) -> Iterator[list[str]]:
-    """Paths of what is no regular file."""
+    """Return paths that are not regular files."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "directory").mkdir()
     (tmp_path / "link").symlink_to("pipe")
@@ -193,7 +193,7 @@ def special(tmp_path: Path) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("megabytes", [0, 16])
-def test_what_is_no_regular_file_is_no_text(
+def test_a_text_must_be_a_regular_file(
     megabytes: int, data: ConfigDict, special: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "text").write_text("To be, or not to be: " * 50)
@@ -211,14 +211,14 @@ def test_what_is_no_regular_file_is_no_text(
         for any_bytes in (False, True):
             with pytest.raises(UserError, match=r"can't read .* \(--text\): "):
                 sources.read_argument(path, "--text", any_bytes)
-    # A link that the user has made to a text is one.
+    # A link to a text is a text.
     (tmp_path / "linked").symlink_to("text")
     data.path, data.memory_megabytes = str(tmp_path / "linked"), 16
     assert next(texts.load_texts(data).texts["train"].pieces(0)).startswith("To be")
     assert sources.read_argument(str(tmp_path / "linked"), "--text", False).startswith("To be")
 
 
-def test_arguments_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_arguments_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (tmp_path / "huge").open("wb") as file:
         file.truncate(2**40)
     with pytest.raises(UserError, match=r"can't read .*huge \(--prompt_file\): .* larger than"):
@@ -231,7 +231,7 @@ def test_arguments_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         sources.read_argument("-", "--prompt_file", False)
 
 
-def test_paths_that_are_none(data: ConfigDict, tmp_path: Path) -> None:
+def test_invalid_paths_raise_an_error(data: ConfigDict, tmp_path: Path) -> None:
     for path in ("\0", "a\0*", "\ud800", "x" * 10**5, "*/" * 5000, "~nobody/x", "[", "", ","):
         data.path = path or ","
         for read in (lambda: texts.load_texts(data), lambda: texts.load_texts_of_run(data, None)):
@@ -244,7 +244,9 @@ def test_paths_that_are_none(data: ConfigDict, tmp_path: Path) -> None:
         assert prepared.find_corpus(data) is None
 
 
-def test_patterns_find_what_glob_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patterns_find_the_same_files_as_glob(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("a/b/c", "a/.h/x", "b[1]", ".hid/y", "a/b/.z", "e"):
         (tmp_path / name).mkdir(parents=True)
     names = ["a/1", "a/b/2", "a/b/c/3", "a/.h/x/4", "b[1]/5", ".hid/6", "7", ".8", "a/b/c[x]"]
@@ -269,7 +271,7 @@ def test_patterns_find_what_glob_finds(tmp_path: Path, monkeypatch: pytest.Monke
     assert number > 3000
 
 
-def test_a_pattern_that_means_the_whole_disk_is_refused(
+def test_a_pattern_that_visits_too_many_files_raises_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in itertools.product("abcdefghij", repeat=2):
@@ -303,13 +305,13 @@ def test_a_pattern_that_means_the_whole_disk_is_refused(
         ),
     ],
 )
-def test_names_of_no_dataset_are_told_in_one_line(name: str, tmp_path: Path) -> None:
+def test_an_invalid_dataset_name_gives_a_one_line_error(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.dataset") as error:
         datasets.read_dataset(name, "text", str(tmp_path), (0.9, 0.05, 0.05))
     assert "\n" not in str(error.value)
 
 
-def test_damaged_datasets_are_told_in_one_line(
+def test_a_damaged_dataset_is_read_or_gives_a_one_line_error(
     data_dir: Path, shakespeare: dict[str, str], tmp_path: Path
 ) -> None:
     (source,) = data_dir.glob("tiny_shakespeare/*")
@@ -335,12 +337,12 @@ def test_damaged_datasets_are_told_in_one_line(
 
 
 @pytest.mark.parametrize("kind", ["characters", "words", "bytes"])
-def test_memory_does_not_grow_with_the_longest_unit(kind: str) -> None:
-    # For bytes and characters only the stop token may be long.
+def test_memory_does_not_grow_with_the_longest_token(kind: str) -> None:
+    # For bytes and characters, only the stop token may be long.
     long = "x" * 10**7
-    units = ["", "[UNK]", *map(chr, range(65, 91)), long]
+    tokens = ["", "[UNK]", *map(chr, range(65, 91)), long]
     tracemalloc.start()
-    vocabulary = Vocabulary(units, kind, long)
+    vocabulary = Vocabulary(tokens, kind, long)
     tables = [make_stop_table(vocabulary, stop_at=text) for text in ("", "AB", "xx", "x" * 50)]
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -350,21 +352,21 @@ def test_memory_does_not_grow_with_the_longest_unit(kind: str) -> None:
     assert without[0, -1] == 1 and without[1, 2] == len(without) - 1
 
 
-def test_stop_texts_in_long_units() -> None:
+def test_stop_texts_in_long_tokens() -> None:
     rng = np.random.default_rng(0)
     for _ in range(300):
-        units = {"".join(rng.choice(list("ab"), rng.integers(1, 30))) for _ in range(8)}
+        tokens = {"".join(rng.choice(list("ab"), rng.integers(1, 30))) for _ in range(8)}
         stop = "".join(rng.choice(list("ab"), rng.integers(1, 6)))
-        vocabulary = Vocabulary(["", "[UNK]", *sorted(units)], "words")
+        vocabulary = Vocabulary(["", "[UNK]", *sorted(tokens)], "words")
         table = make_stop_table(vocabulary, stop_at=stop)
-        state, written = 0, ""
-        for unit_id in rng.integers(2, len(vocabulary), 6).tolist():
-            state, written = table[state, unit_id], written + vocabulary.tokens[unit_id]
-            assert (state == len(table) - 1) == (stop in written), (stop, written)
+        state, generated = 0, ""
+        for token_id in rng.integers(2, len(vocabulary), 6).tolist():
+            state, generated = table[state, token_id], generated + vocabulary.tokens[token_id]
+            assert (state == len(table) - 1) == (stop in generated), (stop, generated)
 
 
 @pytest.mark.parametrize(
-    ("kind", "unit"),
+    ("kind", "token"),
     [
         ("bytes", "\ud800"),
         ("bytes", "é"),
@@ -376,10 +378,10 @@ def test_stop_texts_in_long_units() -> None:
         ("graphemes", "\udfff"),
     ],
 )
-def test_units_that_are_none_of_their_kind_are_refused(kind: str, unit: str) -> None:
+def test_tokens_of_another_kind_raise_an_error(kind: str, token: str) -> None:
     with pytest.raises(ValueError, match=f"must be one of the {kind}"):
-        Vocabulary(["", "[UNK]", "a", unit], kind)
+        Vocabulary(["", "[UNK]", "a", token], kind)
     with pytest.raises(ValueError, match=f"must be one of the {kind}"):
-        Vocabulary(["", "[UNK]", "a", unit + "\ud800"], kind, unit + "\ud800")
+        Vocabulary(["", "[UNK]", "a", token + "\ud800"], kind, token + "\ud800")
     with pytest.raises(ValueError, match="nested too deeply"):
         Vocabulary.from_json("[" * 100_000)

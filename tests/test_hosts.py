@@ -1,4 +1,4 @@
-"""Train in several processes on this machine, which communicate by gloo as hosts do."""
+"""Train in several processes on this machine, which communicate with Gloo as hosts do."""
 
 import os
 import signal
@@ -18,14 +18,14 @@ from lstm_jax.devices import hosts
 from lstm_jax.errors import UserError
 from lstm_jax.run import checkpoints, workdir
 
-# Four processes at once, and one that hangs, take minutes on two cores.
+# Tests with four processes, and with one that hangs, take minutes on two cores.
 SLOW = os.environ.get("LSTM_JAX_HOSTS") == "all"
 
 
 FOUR = pytest.param(4, 4, marks=pytest.mark.skipif(not SLOW, reason="LSTM_JAX_HOSTS=all runs it"))
 
 
-def free_address() -> str:
+def find_free_address() -> str:
     """Return an address at which no process listens."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -36,26 +36,26 @@ def start(
     text_file: Path, directory: Path, processes: int, *more: str
 ) -> list[subprocess.Popen[str]]:
     """Start all processes of a run."""
-    address = free_address()
+    address = find_free_address()
     arguments = test_interruption.command(text_file, directory, f"--config.mesh.data={processes}")
-    joined = [f"--coordinator_address={address}", f"--num_processes={processes}", *more]
+    join_flags = [f"--coordinator_address={address}", f"--num_processes={processes}", *more]
     return [
-        test_interruption.start([*arguments, *joined, f"--process_id={k}"])
+        test_interruption.start([*arguments, *join_flags, f"--process_id={k}"])
         for k in range(processes)
     ]
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
-    """Wait for all of them; return their exit codes and standard error."""
+    """Wait for all processes, and return their exit codes and standard errors."""
     return [(p.returncode, errors) for p in processes for _, errors in [p.communicate(timeout=150)]]
 
 
-def finish_well(processes: list[subprocess.Popen[str]]) -> None:
+def assert_succeeds(processes: list[subprocess.Popen[str]]) -> None:
     assert finish(processes) == [(0, "")] * len(processes)
 
 
-def assert_refused(processes: list[subprocess.Popen[str]], message: str) -> None:
-    """Check that each prints the reason in one line, or that another process has ended."""
+def assert_fails(processes: list[subprocess.Popen[str]], message: str) -> None:
+    """Assert that each process prints in one line the reason, or that another process has ended."""
     ends = finish(processes)
     assert any(code == 2 and message in errors for code, errors in ends), ends
     for code, errors in ends:
@@ -64,24 +64,26 @@ def assert_refused(processes: list[subprocess.Popen[str]], message: str) -> None
 
 
 def assert_close(one: Path, other: Path) -> None:
-    """Check that two runs have the same losses to 1e-5 and the same parameters to 5e-5.
+    """Assert that two runs have the same losses to 1e-5 and the same parameters to 5e-5.
 
-    Devices sum in another order, and 280 steps multiply the difference.
+    Several devices sum in another order, and the difference grows over 280 steps.
     """
-    for (*a, loss), (*b, other_loss) in zip(runs.losses(one), runs.losses(other), strict=True):
+    for (*a, loss), (*b, other_loss) in zip(
+        runs.read_losses(one), runs.read_losses(other), strict=True
+    ):
         assert a == b and abs(loss - other_loss) < 1e-5
-    *arrays, position = runs.final_state(one)
-    *others, other_position = runs.final_state(other)
+    *arrays, position = runs.load_final_state(one)
+    *others, other_position = runs.load_final_state(other)
     assert position == other_position
     parameters = len(jax.tree.leaves(workdir.load_trained(one).params))
     for k, (a, b) in enumerate(zip(arrays, others, strict=True)):
-        # The carry and the optimizer's moments have other sizes than 1.
+        # The carry and the optimizer's moments have larger values.
         np.testing.assert_allclose(a, b, atol=5e-5 if k < parameters else 1e-3)
 
 
 @pytest.fixture(scope="module")
-def alone(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a run of one process with one device."""
+def single_run(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of a run of one process with one device."""
     directory = tmp_path_factory.mktemp("alone")
     arguments = test_interruption.command(text_file, directory, "--config.mesh.data=1")
     result = test_interruption.finish(arguments)
@@ -90,19 +92,19 @@ def alone(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("count", "devices"), [(2, 4), FOUR])
-def test_many_processes_train_as_one_does(
-    count: int, devices: int, alone: Path, text_file: Path, tmp_path: Path
+def test_many_processes_train_like_one(
+    count: int, devices: int, single_run: Path, text_file: Path, tmp_path: Path
 ) -> None:
     processes = start(text_file, tmp_path / "run", count, f"--config.mesh.data={devices}")
-    finish_well(processes)
-    assert_close(tmp_path / "run", alone)
+    assert_succeeds(processes)
+    assert_close(tmp_path / "run", single_run)
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"samples.txt", "curves.png"}
 
 
-def test_a_run_goes_on_with_another_number_of_processes(
-    alone: Path, text_file: Path, tmp_path: Path
+def test_a_run_resumes_with_another_number_of_processes(
+    single_run: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    """Two, which divide the parameters, then one, then two; each stopped by a signal to one."""
+    """Use two processes, which divide the parameters, then one, then two, stopped by signals."""
     directory = tmp_path / "run"
     divided = ("--config.mesh.data=1", "--config.mesh.model=2")
     processes = start(text_file, directory, 2, *divided)
@@ -111,19 +113,19 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert finish(processes) == [(143, "")] * 2
     arguments = test_interruption.command(text_file, directory, "--config.mesh.data=1")
     process = test_interruption.start(arguments)
-    rows = len(runs.losses(directory))
+    rows = len(runs.read_losses(directory))
     test_interruption.wait_for_rows(process, directory, rows + 2)
     process.send_signal(signal.SIGINT)
     assert finish([process]) == [(130, "")]
     assert checkpoints.list_steps(directory / workdir.CHECKPOINTS)[-1] < 280
-    finish_well(start(text_file, directory, 2, *divided))
-    assert_close(directory, alone)
+    assert_succeeds(start(text_file, directory, 2, *divided))
+    assert_close(directory, single_run)
 
 
-def test_a_run_goes_on_from_one_device_to_eight_and_back(
-    alone: Path, text_file: Path, tmp_path: Path
+def test_a_run_resumes_from_one_device_on_eight_and_back(
+    single_run: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    """A signal stops each of the first two in the middle of an epoch."""
+    """Stop the first two runs with a signal, in the middle of an epoch."""
     directory = tmp_path / "run"
     for mesh, code in (("1,1", 143), ("4,2", 143), ("1,1", 0)):
         data, model = mesh.split(",")
@@ -132,20 +134,20 @@ def test_a_run_goes_on_from_one_device_to_eight_and_back(
             test_interruption.command(text_file, directory, *arguments)
         )
         if code:
-            rows = len(runs.losses(directory)) if directory.exists() else 0
+            rows = len(runs.read_losses(directory)) if directory.exists() else 0
             test_interruption.wait_for_rows(process, directory, rows + 3)
             process.send_signal(signal.SIGTERM)
         assert finish([process]) == [(code, "")]
-    assert_close(directory, alone)
+    assert_close(directory, single_run)
 
 
-def test_a_lost_process_ends_the_others_and_the_same_command_goes_on(
-    alone: Path, text_file: Path, tmp_path: Path
+def test_a_lost_process_ends_the_others_and_the_same_command_resumes(
+    single_run: Path, text_file: Path, tmp_path: Path
 ) -> None:
     directory = tmp_path / "run"
     for victim, other in ((1, 0), (0, 1)):
         processes = start(text_file, directory, 2)
-        rows = len(runs.losses(directory)) if directory.exists() else 0
+        rows = len(runs.read_losses(directory)) if directory.exists() else 0
         test_interruption.wait_for_rows(processes[0], directory, rows + 3)
         processes[victim].kill()
         began = time.monotonic()
@@ -153,8 +155,8 @@ def test_a_lost_process_ends_the_others_and_the_same_command_goes_on(
         assert time.monotonic() - began < 60 and processes[other].returncode != 0
         assert len(errors.splitlines()) == 1 and "another process of this run" in errors
         processes[victim].communicate()
-    finish_well(start(text_file, directory, 2))
-    assert_close(directory, alone)
+    assert_succeeds(start(text_file, directory, 2))
+    assert_close(directory, single_run)
 
 
 _MEAN = """
@@ -183,22 +185,22 @@ with hosts.join_processes(address, 2, process, 60):
 """
 
 
-def test_the_mean_of_large_gradients_between_processes_is_right() -> None:
-    """Gloo's reduce-scatter sometimes fails for arrays like the seed model's recurrent kernel.
+def test_the_mean_of_large_gradients_over_processes_is_correct() -> None:
+    """Test two failures that do not occur every time.
 
-    Each process has a second device, which takes no part. If it is behind at the end, the processes
-    must wait for it. Neither happens every time.
+    Gloo's reduce-scatter sometimes fails for arrays as large as the lesson's recurrent kernel. Each
+    process has a second, unused device; if it is late at the end, the processes must wait for it.
     """
     for _ in range(4):
-        address = free_address()
+        address = find_free_address()
         processes = [
             test_interruption.start([sys.executable, "-c", _MEAN, address, str(k)])
             for k in range(2)
         ]
-        finish_well(processes)
+        assert_succeeds(processes)
 
 
-@pytest.mark.skipif(not SLOW, reason="it takes as long as a heartbeat may be late")
+@pytest.mark.skipif(not SLOW, reason="it waits for the heartbeat timeout")
 def test_a_process_that_hangs_ends_the_others(text_file: Path, tmp_path: Path) -> None:
     processes = start(text_file, tmp_path, 2, "--config.num_epochs=10000")
     test_interruption.wait_for_rows(processes[0], tmp_path, 3)
@@ -211,27 +213,25 @@ def test_a_process_that_hangs_ends_the_others(text_file: Path, tmp_path: Path) -
     processes[1].communicate()
 
 
-def test_processes_with_different_working_directories_are_refused(
-    text_file: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "1").mkdir()  # As on a local disk, with a directory of that name.
-    address = free_address()
-    joined = ["--config.mesh.data=2", f"--coordinator_address={address}", "--num_processes=2"]
+def test_processes_with_different_working_directories_fail(text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "1").mkdir()  # As on a local disk where the directory exists.
+    address = find_free_address()
+    join_flags = ["--config.mesh.data=2", f"--coordinator_address={address}", "--num_processes=2"]
     processes = [
         test_interruption.start(
             [
-                *test_interruption.command(text_file, tmp_path / str(k), *joined),
+                *test_interruption.command(text_file, tmp_path / str(k), *join_flags),
                 f"--process_id={k}",
             ]
         )
         for k in range(2)
     ]
-    assert_refused(processes, "same config, text and working directory")
+    assert_fails(processes, "same config, text and working directory")
 
 
-def test_processes_that_do_not_fit_are_refused(text_file: Path, tmp_path: Path) -> None:
+def test_processes_that_do_not_fit_the_mesh_fail(text_file: Path, tmp_path: Path) -> None:
     processes = start(text_file, tmp_path / "run", 2, "--config.mesh.data=1")
-    assert_refused(processes, "choose a multiple of the number of processes")
+    assert_fails(processes, "choose a multiple of the number of processes")
     assert not (tmp_path / "run").exists()
     arguments = test_interruption.command(text_file, tmp_path / "run")
     unreachable = "--coordinator_address=localhost:1", "--num_processes=2", "--process_id=1"
@@ -250,7 +250,7 @@ def test_processes_that_do_not_fit_are_refused(text_file: Path, tmp_path: Path) 
         (("localhost:1", 2, None), "belong together"),
     ],
 )
-def test_flags_that_cannot_be_meant_are_refused(
+def test_invalid_process_flags_raise_an_error(
     given: tuple[str | None, int | None, int | None], message: str
 ) -> None:
     with pytest.raises(UserError, match=message), hosts.join_processes(*given, timeout_seconds=1):

@@ -24,13 +24,13 @@ from lstm_jax.vocabulary import FILE_END, Vocabulary
 NASTY = '</script><script>document.title="owned"</script><!-- & <b>"x"</b>\u2028ﷺ\n'
 
 
-def data_of(page: bytes) -> dict[str, Any]:
-    """Return the data of the page, as its script reads them."""
+def read_data(page: bytes) -> dict[str, Any]:
+    """Return the data that the script of the page reads."""
     line = next(line for line in page.decode().splitlines() if line.startswith("const data = {"))
     return json.loads(line.removeprefix("const data = ").removesuffix(";"))
 
 
-def unpacked(packed: dict[str, str]) -> np.ndarray:
+def unpack(packed: dict[str, str]) -> np.ndarray:
     dtype = np.dtype(packed["type"].removesuffix("Array").lower()).newbyteorder("<")
     return np.frombuffer(gzip.decompress(base64.b64decode(packed["base64"])), dtype)
 
@@ -49,34 +49,34 @@ def test_the_command_reads_the_validation_split_and_writes_into_the_working_dire
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{directory / 'report.html'} (")
     assert "reading the first 900 of 1,000 characters" in done.stderr
-    data = data_of((directory / "report.html").read_bytes())
+    data = read_data((directory / "report.html").read_bytes())
     assert data["text"] == "the validation split" and data["layers"] == [24]
-    assert len(unpacked(data["tokens"])) == 900
+    assert len(unpack(data["tokens"])) == 900
 
 
-def test_the_page_holds_what_was_read(trained: Path, text_file: Path) -> None:
+def test_the_page_contains_the_recorded_data(trained: Path, text_file: Path) -> None:
     loaded = workdir.load_trained(trained)
     text = text_file.read_text()[:3000] + NASTY
     page = report.make_page(loaded, text, "<i>name</i>", trained)
     assert b"</script><script>doc" not in page and b"<i>name" not in page
-    data = data_of(page)
-    tokens = unpacked(data["tokens"])
+    data = read_data(page)
+    tokens = unpack(data["tokens"])
     assert "".join(data["table"][token] for token in tokens) == text
-    assert tokens.max() >= data["known"], "tokens that the model doesn't know are there as they are"
+    assert tokens.max() >= data["known"], "the page keeps unknown tokens"
     ids = loaded.vocabulary.encode(text)
     reading = activations.record_activations(loaded.model, loaded.params, ids)
-    held = unpacked(data["beginning_values"]).reshape(24, len(ids))
+    held = unpack(data["beginning_values"]).reshape(24, len(ids))
     np.testing.assert_array_equal(held, reading.activations)
-    np.testing.assert_allclose(unpacked(data["bits"]) / 1000, reading.bits, atol=6e-4)
-    np.testing.assert_array_equal(unpacked(data["guesses"]), reading.guesses.ravel())
+    np.testing.assert_allclose(unpack(data["bits"]) / 1000, reading.bits, atol=6e-4)
+    np.testing.assert_array_equal(unpack(data["guesses"]), reading.guesses.ravel())
     np.testing.assert_allclose(
-        unpacked(data["probabilities"]) / 255, reading.probabilities.ravel(), atol=2.1e-3
+        unpack(data["probabilities"]) / 255, reading.probabilities.ravel(), atol=2.1e-3
     )
-    forget = unpacked(data["saturation"][0]["forget"]).reshape(2, 24) / 1000
+    forget = unpack(data["saturation"][0]["forget"]).reshape(2, 24) / 1000
     np.testing.assert_allclose(forget, reading.saturation[0]["forget"], atol=6e-4)
     present = features.select_present(features.compute_text_features(text))
     assert data["features"] == list(present)
-    assert len(unpacked(data["correlations"])) == 24 * len(present)
+    assert len(unpack(data["correlations"])) == 24 * len(present)
     rows = metrics.read_metrics(trained / workdir.METRICS)
     validation = [[row["step"], row["loss"]] for row in rows if row["split"] == "validation"]
     assert data["curves"]["validation"] == validation
@@ -85,7 +85,7 @@ def test_the_page_holds_what_was_read(trained: Path, text_file: Path) -> None:
     ]
 
 
-def test_a_large_model_is_kept_for_the_beginning_and_its_best_hidden_units_for_all(
+def test_a_large_model_keeps_only_its_best_hidden_units_for_the_whole_text(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(report, "_BUDGET", 4000)
@@ -96,18 +96,18 @@ def test_a_large_model_is_kept_for_the_beginning_and_its_best_hidden_units_for_a
     ]
     packed = report._pack_activations(values, followers)
     assert packed["beginning"] == 100 and packed["whole"] == [7, 3]
-    beginning = unpacked(packed["beginning_values"]).reshape(20, 100)
+    beginning = unpack(packed["beginning_values"]).reshape(20, 100)
     np.testing.assert_array_equal(beginning, values[:, :100])
-    np.testing.assert_array_equal(unpacked(packed["whole_values"]).reshape(2, 1000), values[[7, 3]])
+    np.testing.assert_array_equal(unpack(packed["whole_values"]).reshape(2, 1000), values[[7, 3]])
 
 
-def test_bytes_another_cell_and_a_run_without_history(tmp_path: Path) -> None:
+def test_a_byte_model_with_another_cell_and_no_history(tmp_path: Path) -> None:
     vocabulary = Vocabulary.from_text("", "bytes")
     model = LanguageModel(len(vocabulary), 4, 6, cell="gru")
     params = model_lib.init_params(model, jax.random.key(0))
     untrained = workdir.Trained(ConfigDict(), vocabulary, model, params, 0)
-    data = data_of(report.make_page(untrained, "Né\udcff!\0が\x9b\xad", "text", tmp_path))
-    tokens, shown = ([data["table"][i] for i in unpacked(data[k])] for k in ("tokens", "shown"))
+    data = read_data(report.make_page(untrained, "Né\udcff!\0が\x9b\xad", "text", tmp_path))
+    tokens, shown = ([data["table"][i] for i in unpack(data[k])] for k in ("tokens", "shown"))
     assert tokens[:6] == ["N", "\\xc3", "\\xa9", "\\xff", "!", "\\x00"]
     assert tokens[6:9] == ["\\xe3", "\\x81", "\\x8c"]
     several = ["が", "", "", "\\x9b", "", "\xad", ""]
@@ -122,19 +122,19 @@ def test_the_bytes_of_documents_are_shown_as_characters(tmp_path: Path) -> None:
     model = LanguageModel(len(vocabulary), 4, 6)
     params = model_lib.init_params(model, jax.random.key(0))
     untrained = workdir.Trained(ConfigDict(), vocabulary, model, params, 0)
-    data = data_of(report.make_page(untrained, text, "text", tmp_path))
-    shown = [data["table"][i] for i in unpacked(data["shown"])]
+    data = read_data(report.make_page(untrained, text, "text", tmp_path))
+    shown = [data["table"][i] for i in unpack(data["shown"])]
     assert shown == ["é", "", "\r", "\n", "␄\n", "が", "", "", "␄\n"]
 
 
-def test_a_text_from_standard_input_is_called_that(trained: Path, tmp_path: Path) -> None:
+def test_the_page_names_standard_input(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     done = run("--workdir", str(trained), "--text", "-", "--out", str(out), given="To be, or not")
     assert done.returncode == 0, done.stderr
-    assert data_of(out.read_bytes())["text"] == "standard input"
+    assert read_data(out.read_bytes())["text"] == "standard input"
 
 
-def test_a_model_that_diverged_is_refused(tmp_path: Path) -> None:
+def test_a_diverged_model_raises_an_error(tmp_path: Path) -> None:
     vocabulary = Vocabulary.from_text("", "bytes")
     model = LanguageModel(len(vocabulary), 4, 6, cell="gru")
     params = jax.tree.map(lambda x: x * np.nan, model_lib.init_params(model, jax.random.key(0)))
@@ -144,7 +144,7 @@ def test_a_model_that_diverged_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("run", "text", "out", "told"),
+    ("run", "text", "out", "message"),
     [
         ("/nowhere", None, None, "there is no trained model in /nowhere"),
         ("RUN", "/nowhere/a.txt", None, "can't read /nowhere/a.txt (--text)"),
@@ -154,8 +154,8 @@ def test_a_model_that_diverged_is_refused(tmp_path: Path) -> None:
         ("RUN", None, "RUN", "is a directory: --out must name a file"),
     ],
 )
-def test_mistakes_are_told_in_one_line(
-    run: str, text: str | None, out: str | None, told: str, trained: Path, tmp_path: Path
+def test_mistakes_give_a_one_line_error(
+    run: str, text: str | None, out: str | None, message: str, trained: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "short").write_text("a")
     (tmp_path / "latin").write_bytes(b"a\xe9b")
@@ -165,7 +165,7 @@ def test_mistakes_are_told_in_one_line(
         report.write_report(
             Path(str(directory)), text, None, out=Path(path) if path else None, length=1000
         )
-    assert told in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
     assert not list(trained.glob("report*"))
 
 
@@ -183,7 +183,7 @@ def browser() -> Iterator[Any]:
     options.binary_location = programs[0]
     for argument in ("--headless=new", "--disable-dev-shm-usage", "--window-size=1280,900"):
         options.add_argument(argument)
-    if os.getuid() == 0:  # Chromium's sandbox refuses root.
+    if os.getuid() == 0:  # Chromium's sandbox does not run as root.
         options.add_argument("--no-sandbox")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     service = selenium.ChromeService(programs[1])
@@ -218,7 +218,7 @@ def test_the_page_in_a_browser(
     assert browser.title == "What tiny has learned"
     assert "<i>name</i>, 4,0" in find("#about").text
 
-    # The whole text is there, one part at a time, and its markup stays text.
+    # The page shows the text in parts, and markup in it stays text.
     assert script("document.querySelectorAll('#text b').length") == 0
     shown = script("Array.from(document.querySelectorAll('#text > span'), s => s.textContent)")
     assert len(shown) == 3000 and "".join(shown).replace("↵", "") == text[:3000]
@@ -229,7 +229,7 @@ def test_the_page_in_a_browser(
         )
         return float(color.rpartition("/")[2].rstrip("); "))
 
-    # Any hidden unit, by its number.
+    # Choose a hidden unit by its number.
     find("#unit").send_keys(Keys.CONTROL, "a")
     find("#unit").send_keys("11")
     assert "Activation of hidden unit 11 after" in find("#what").text
@@ -237,7 +237,7 @@ def test_the_page_in_a_browser(
         expected = abs(reading.activations[11, position]) / 127
         assert alpha(position) == pytest.approx(expected, abs=0.01)
 
-    # By keyboard alone: through the text, with the five most likely tokens.
+    # Move through the text with the keyboard; the five most likely tokens are shown.
     area = find("#text")
     area.send_keys(Keys.HOME, *[Keys.ARROW_RIGHT] * 10)
     assert "character 11 of" in find("#now").text
@@ -254,7 +254,7 @@ def test_the_page_in_a_browser(
         and script("+document.querySelector('#part').value") == 2
     )
 
-    # By keyboard: through the hidden units that follow a feature.
+    # Move through the hidden units that follow a feature with the keyboard.
     followers = find("#found")
     followers.send_keys(Keys.HOME, Keys.ARROW_DOWN)
     chosen = find("#found [aria-selected=true]")
@@ -265,7 +265,7 @@ def test_the_page_in_a_browser(
     outline = script("getComputedStyle(document.activeElement).outlineStyle")
     assert outline == "solid", "the focus is visible"
 
-    # By surprisal.
+    # Color by surprisal.
     find("#color").send_keys("s")
     assert "Surprisal of each character" in find("#what").text
     assert alpha(5) == pytest.approx(min(reading.bits[3005] / 8, 1), abs=0.01)
@@ -278,7 +278,7 @@ def test_the_page_in_a_browser(
     assert script("ticks(1.44, 1.6).map(([, label]) => label)") == ["1.45", "1.50", "1.55", "1.60"]
     assert script("ticks(0, 1957, 1).map(([, label]) => label)") == ["0", "500", "1,000", "1,500"]
     assert script("ticks(0, 2, 1).map(([, label]) => label)") == ["0", "1", "2"]
-    # Losses on validation and test text are never above the picture.
+    # Losses on validation and test text are always inside the plot.
     heights = [
         float(dot.get_attribute("cy"))
         for dot in browser.find_elements("css selector", "#curves circle")
@@ -294,7 +294,7 @@ def test_the_page_in_a_browser(
     WebDriverWait(browser, 30).until(lambda _: find("body").get_attribute("data-ready"))
     assert "character 3,011 of" in find("#now").text
 
-    # On a phone nothing is wider than the screen.
+    # On a phone, nothing is wider than the screen.
     phone = {"width": 360, "height": 780, "deviceScaleFactor": 2, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
     assert script("document.documentElement.scrollWidth") <= 360

@@ -1,4 +1,4 @@
-"""Real processes, killed, stopped, starved of disk space, two at once."""
+"""Test training processes that are killed, stopped, concurrent, or on a full disk."""
 
 import os
 import random
@@ -17,10 +17,10 @@ from disks import fill, mounted
 from lstm_jax.run import checkpoints, metrics, workdir
 
 ROOT = Path(__file__).parents[1]
-# How many runs are killed, and which random moments: more than a few take minutes.
+# The number of runs to kill, and the seed of the moments. More than a few runs take minutes.
 KILLS = int(os.environ.get("LSTM_JAX_KILLS", "2"))
 SEED = int(os.environ.get("LSTM_JAX_KILLS_SEED", "0"))
-# What one process has compiled, the others need not.
+# A compilation cache that all processes share.
 _COMPILED = tempfile.TemporaryDirectory()
 ENV = {
     **os.environ,
@@ -31,7 +31,7 @@ ENV = {
 
 
 def command(text_file: Path, directory: Path, *more: str) -> list[str]:
-    """Trains a tiny model for 4 epochs of 70 steps, and saves whenever it can."""
+    """Return a command that trains for 4 epochs of 70 steps and saves as often as possible."""
     return [
         *(sys.executable, "-m", "lstm_jax.main", "--config", f"{ROOT}/experiments/quick.py"),
         *(f"--workdir={directory}", f"--config.data.path={text_file}"),
@@ -53,7 +53,7 @@ def finish(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def wait_for_rows(process: subprocess.Popen[str], directory: Path, number: int) -> None:
-    """Returns when the run has written so many lines of metrics."""
+    """Wait until the run has written `number` lines of metrics."""
     deadline = time.monotonic() + 100
     while len(metrics.read_metrics(directory / workdir.METRICS)) < number:
         assert process.poll() is None and time.monotonic() < deadline
@@ -62,7 +62,7 @@ def wait_for_rows(process: subprocess.Popen[str], directory: Path, number: int) 
 
 @pytest.fixture(scope="module")
 def whole(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """A run that was never stopped, and how many seconds it took."""
+    """Return the directory of an uninterrupted run, and its duration in seconds."""
     directory = tmp_path_factory.mktemp("whole")
     began = time.monotonic()
     result = finish(command(text_file, directory))
@@ -71,11 +71,11 @@ def whole(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 
 @pytest.mark.parametrize("number", range(KILLS))
-def test_a_run_killed_at_any_moment_ends_as_if_it_never_was(
+def test_a_run_killed_at_any_moment_ends_with_the_same_result(
     number: int, whole: tuple[Path, float], text_file: Path, tmp_path: Path
 ) -> None:
     expected, seconds = whole
-    # The moments are spread evenly over a whole run, each at random within its share.
+    # Divide the run into KILLS equal parts; the moment is random within one of them.
     moment = seconds * (number + random.Random(f"{SEED} {number}").random()) / KILLS
     arguments = command(text_file, tmp_path / "run")
     process = start(arguments)
@@ -91,7 +91,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_never_was(
 def test_sigterm_stops_within_seconds_in_training_and_in_validation(
     whole: tuple[Path, float], text_file: Path, tmp_path: Path
 ) -> None:
-    # A validation that takes a minute or so.
+    # The validation takes about a minute.
     text = text_file.read_text(encoding="utf-8")
     long = tmp_path / "long.txt"
     long.write_text(text * 50, encoding="utf-8")
@@ -110,7 +110,7 @@ def test_sigterm_stops_within_seconds_in_training_and_in_validation(
         time.sleep(0.02)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGTERM)  # Schedulers send it more than once.
+    process.send_signal(signal.SIGTERM)  # Schedulers may send it more than once.
     sent = time.monotonic()
     output, errors = process.communicate(timeout=60)
     assert time.monotonic() - sent < 10
@@ -131,7 +131,7 @@ def test_sigterm_stops_within_seconds_in_training_and_in_validation(
     runs.assert_same(whole[0], directory)
 
 
-def test_two_at_once_are_refused_and_reading_is_not(text_file: Path, tmp_path: Path) -> None:
+def test_a_second_process_fails_and_reading_works(text_file: Path, tmp_path: Path) -> None:
     arguments = command(text_file, tmp_path, "--config.num_epochs=10000")
     first = start(arguments)
     wait_for_rows(first, tmp_path, 3)
@@ -142,12 +142,12 @@ def test_two_at_once_are_refused_and_reading_is_not(text_file: Path, tmp_path: P
         [sys.executable, "-m", "lstm_jax.sample", f"--workdir={tmp_path}", "--length=9"]
     )
     assert sampled.returncode == 0 and sampled.stderr == "" and len(sampled.stdout) == 10
-    assert first.poll() is None, "it went on all the while"
+    assert first.poll() is None, "it still runs"
     first.kill()
     first.communicate()
 
 
-def test_a_full_disk_stops_the_run_with_all_that_was_saved(
+def test_a_full_disk_stops_the_run_and_keeps_its_checkpoints(
     whole: tuple[Path, float], text_file: Path, tmp_path: Path
 ) -> None:
     with mounted(tmp_path / "disk", "-o", "size=8m") as disk:
@@ -164,7 +164,8 @@ def test_a_full_disk_stops_the_run_with_all_that_was_saved(
             checkpoints.find_damage(directory / workdir.CHECKPOINTS / str(step)) is None
             for step in kept
         )
-        # Still full, of what the run itself has freed too: told again, and nothing is lost.
+        # The disk is still full, including the space that the run has freed: the same error, and
+        # nothing is lost.
         fill(disk)
         again = finish(arguments)
         assert again.returncode == 2 and "No space left" in again.stderr
@@ -175,7 +176,7 @@ def test_a_full_disk_stops_the_run_with_all_that_was_saved(
         runs.assert_same(whole[0], directory)
 
 
-def test_on_a_read_only_disk_training_is_refused_and_reading_works(
+def test_on_a_read_only_disk_training_fails_and_reading_works(
     trained: Path, text_file: Path, tmp_path: Path
 ) -> None:
     with mounted(tmp_path / "disk") as disk:

@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment of a command: one line and exit code 130, never a traceback."""
+"""Test that Ctrl-C at any moment gives one line and exit code 130, never a traceback."""
 
 import os
 import random
@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# More moments take minutes.
+# The number of moments to try. More than a few take minutes.
 MOMENTS = int(os.environ.get("LSTM_JAX_INTERRUPTS", "4"))
 SEED = int(os.environ.get("LSTM_JAX_INTERRUPTS_SEED", "0"))
-# Python itself starts in it; what runs after it is this package's.
+# The time in which Python itself starts, before this package runs.
 PYTHON_SECONDS = 0.15
 
 
 @pytest.mark.parametrize("module", ["main", "sample", "evaluate", "sweep"])
-def test_an_interrupted_command_says_so_in_one_line(
+def test_an_interrupted_command_prints_one_line(
     module: str, trained: Path, text_file: Path, tmp_path: Path
 ) -> None:
     experiment = ("--config", f"{ROOT}/experiments/quick.py", f"--config.data.path={text_file}")
@@ -31,7 +31,7 @@ def test_an_interrupted_command_says_so_in_one_line(
         "sweep": (*experiment, *tiny, "--seeds=2", f"--workdir={tmp_path / 'sweep'}"),
     }[module]
     for number in range(MOMENTS):
-        # Spread evenly over the first four seconds, each at random within its share.
+        # Divide the first four seconds into equal parts; the moment is random within one of them.
         share = number + random.Random(f"{SEED} {module} {number}").random()
         moment = PYTHON_SECONDS + share / MOMENTS * 4
         process = subprocess.Popen(
@@ -42,18 +42,18 @@ def test_an_interrupted_command_says_so_in_one_line(
             cwd=ROOT,
         )
         time.sleep(moment)
-        if process.poll() is not None:  # It was faster than that.
+        if process.poll() is not None:  # The command has already finished.
             process.communicate()
             continue
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)
-        told = f"{module} after {moment:.2f} s: {errors}"
-        assert process.returncode == 130, told
-        # Training saves first, and says so on standard output.
-        assert errors == ("" if "Stopped at step" in output else "Interrupted.\n"), told
+        message = f"{module} after {moment:.2f} s: {errors}"
+        assert process.returncode == 130, message
+        # Training first saves, and prints this on standard output.
+        assert errors == ("" if "Stopped at step" in output else "Interrupted.\n"), message
 
 
-LOST = """
+SWALLOWED = """
 import time
 from lstm_jax.run import interrupts
 interrupts.exit_at_once()
@@ -70,9 +70,9 @@ command.run_command(main)
 
 
 @pytest.mark.parametrize("caught", ["pass", "raise SystemError('lost on its way')"])
-def test_an_interruption_that_was_lost_is_raised_again(caught: str) -> None:
+def test_a_swallowed_interrupt_is_raised_again(caught: str) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", LOST.format(caught=caught)],
+        [sys.executable, "-c", SWALLOWED.format(caught=caught)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

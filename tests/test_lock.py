@@ -20,7 +20,7 @@ with lock.hold_lock(Path(sys.argv[1])):
 """
 
 
-def holder(directory: Path) -> subprocess.Popen[str]:
+def start_holder(directory: Path) -> subprocess.Popen[str]:
     """Start another process that holds the lock."""
     command = [sys.executable, "-c", HOLD, str(directory)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -28,8 +28,8 @@ def holder(directory: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
-    first = holder(tmp_path)
+def test_a_second_process_fails_until_the_first_is_dead(tmp_path: Path) -> None:
+    first = start_holder(tmp_path)
     with pytest.raises(UserError, match=f"process {first.pid} on .* is training in"):
         lock.hold_lock(tmp_path).__enter__()
     first.kill()
@@ -42,7 +42,7 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("content", ['{"host": "elsewhere", "pid": 1, "since": "noon"}', "garbage"])
-def test_a_lock_of_another_host_runs_out(content: str, tmp_path: Path) -> None:
+def test_a_lock_of_another_host_expires(content: str, tmp_path: Path) -> None:
     path = tmp_path / lock.LOCK
     path.write_text(content)
     with pytest.raises(UserError, match="is training in .* try again in 60 seconds"):
@@ -54,27 +54,27 @@ def test_a_lock_of_another_host_runs_out(content: str, tmp_path: Path) -> None:
         assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
-def test_a_lock_from_the_future_runs_out_as_any_other(tmp_path: Path) -> None:
+def test_a_lock_from_the_future_expires(tmp_path: Path) -> None:
     path = tmp_path / lock.LOCK
     path.write_text('{"host": "elsewhere", "pid": 1, "since": "noon"}')
     ahead = time.time() + 365 * 24 * 3600
     os.utime(path, (ahead, ahead))
     with pytest.raises(UserError, match="is training in .* try again in 60 seconds"):
         lock.hold_lock(tmp_path).__enter__()
-    assert abs(path.stat().st_mtime - time.time()) < 5, "counted from now on"
+    assert abs(path.stat().st_mtime - time.time()) < 5, "its age is counted from now on"
     before = time.time() - lock.STALE_SECONDS - 1
     os.utime(path, (before, before))
     with lock.hold_lock(tmp_path):
         assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
-def test_without_locks_in_the_file_system_the_process_itself_decides(
+def test_without_file_system_locks_the_process_id_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def flock(*unused: object) -> None:
         raise OSError(95, "Operation not supported")
 
-    first = holder(tmp_path)
+    first = start_holder(tmp_path)
     monkeypatch.setattr(files.fcntl, "flock", flock)
     with pytest.raises(UserError, match=f"process {first.pid} on"):
         lock.hold_lock(tmp_path).__enter__()
@@ -84,7 +84,7 @@ def test_without_locks_in_the_file_system_the_process_itself_decides(
         assert is_ours()
 
 
-def test_who_lost_the_lock_while_suspended_knows(tmp_path: Path) -> None:
+def test_a_process_that_lost_the_lock_detects_it(tmp_path: Path) -> None:
     with lock.hold_lock(tmp_path) as is_ours:
         path = tmp_path / lock.LOCK
         path.unlink()
@@ -93,7 +93,7 @@ def test_who_lost_the_lock_while_suspended_knows(tmp_path: Path) -> None:
     assert path.read_text() == "of another", "it is not ours to remove"
 
 
-def test_a_held_lock_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_held_lock_is_refreshed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "_BEAT_SECONDS", 0.01)
     with lock.hold_lock(tmp_path):
         path = tmp_path / lock.LOCK
@@ -104,7 +104,7 @@ def test_a_held_lock_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert time.time() - path.stat().st_mtime < 60
 
 
-def test_directories_that_stay_empty_are_taken_away(tmp_path: Path) -> None:
+def test_directories_that_stay_empty_are_removed(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     with lock.hold_lock(tmp_path / "mine" / "runs" / "a"):
         pass
@@ -114,7 +114,7 @@ def test_directories_that_stay_empty_are_taken_away(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "runs" / "a" / "kept").exists()
 
 
-def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_an_error_names_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="can't write to .*file/run: Not a directory"):
         lock.hold_lock(tmp_path / "file" / "run").__enter__()

@@ -1,4 +1,4 @@
-"""Test the commands as users run them: processes, their output and exit codes."""
+"""Test the output and exit codes of the commands."""
 
 import ast
 import json
@@ -38,7 +38,7 @@ TINY = [
 ]
 
 
-def test_train_interrupt_go_on_sample_and_evaluate(text_file: Path, tmp_path: Path) -> None:
+def test_train_interrupt_resume_sample_and_evaluate(text_file: Path, tmp_path: Path) -> None:
     arguments = [*TINY, f"--config.data.path={text_file}", "--config.num_epochs=200"]
     command = [sys.executable, "-m", "lstm_jax.main", *arguments]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
@@ -66,7 +66,7 @@ def test_train_interrupt_go_on_sample_and_evaluate(text_file: Path, tmp_path: Pa
     ]
     assert steps == list(range(10, steps[-1] + 1, 10)), "each step once"
 
-    # sample and evaluate need the directory only, wherever it is.
+    # sample and evaluate need only the directory, which may be moved.
     moved = tmp_path / "elsewhere"
     directory.rename(moved)
     options = ["--workdir", str(moved), "--prompt", "ROMEO:", "--length", "50", "--seed", "3"]
@@ -95,7 +95,7 @@ def test_train_interrupt_go_on_sample_and_evaluate(text_file: Path, tmp_path: Pa
     assert result["loss"] == pytest.approx(recorded[result["step"]], abs=1e-6)
 
 
-def test_a_text_that_moved_can_be_named(trained: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_flag_names_a_text_that_moved(trained: Path, text_file: Path, tmp_path: Path) -> None:
     other = tmp_path / "moved.txt"
     other.write_text(text_file.read_text(encoding="utf-8"), encoding="utf-8")
     result = run("evaluate", "--workdir", str(trained), "--data_path", str(other), cwd=tmp_path)
@@ -105,13 +105,13 @@ def test_a_text_that_moved_can_be_named(trained: Path, text_file: Path, tmp_path
     assert result.returncode == 2 and "not the one this run was trained on" in result.stderr
 
 
-def test_a_text_that_is_gone_is_named_by_its_flag(trained: Path, tmp_path: Path) -> None:
+def test_the_error_for_a_missing_text_names_its_flag(trained: Path, tmp_path: Path) -> None:
     result = run("evaluate", f"--workdir={trained}", "--data_path=gone.txt", cwd=tmp_path)
     assert result.returncode == 2
     assert "no text file gone.txt: name one that exists with --data_path" in result.stderr
 
 
-def test_a_prompt_of_unknown_characters_is_warned_of_and_goes_on(trained: Path) -> None:
+def test_unknown_characters_in_a_prompt_give_a_warning(trained: Path) -> None:
     result = run("sample", "--workdir", str(trained), "--prompt", "日本", "--length=9", cwd=ROOT)
     assert result.returncode == 0
     assert result.stderr.splitlines() == [
@@ -120,7 +120,7 @@ def test_a_prompt_of_unknown_characters_is_warned_of_and_goes_on(trained: Path) 
     assert result.stdout.startswith("日本") and len(result.stdout) == 2 + 9 + 1
 
 
-def test_several_samples_stand_between_dashes(trained: Path) -> None:
+def test_several_samples_are_separated_by_dashes(trained: Path) -> None:
     result = run("sample", "--workdir", str(trained), "--num_samples=3", "--length=30", cwd=ROOT)
     texts = result.stdout.removesuffix("\n").split(f"\n{'-' * 20}\n")
     assert len(set(texts)) == 3 and {len(text) for text in texts} == {30}
@@ -128,7 +128,7 @@ def test_several_samples_stand_between_dashes(trained: Path) -> None:
 
 @pytest.fixture(scope="session")
 def words(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
-    """Train a tiny model of words, whose documents end at blank lines."""
+    """Train a tiny model of words, with blank lines between documents."""
     directory = tmp_path_factory.mktemp("words")
     arguments = [f"--config.data.path={text_file}", "--workdir=run", "--config.num_epochs=1"]
     units = ["--config.data.units=words", "--config.data.min_count=2"]
@@ -217,13 +217,13 @@ def test_a_conversation_in_a_pipe(trained: Path) -> None:
     greedy = run("sample", "--workdir", str(trained), "--length=30", "--temperature=0",
                  "--prompt=ROMEO:", cwd=ROOT).stdout.removeprefix("ROMEO:")  # fmt: skip
     assert result.stdout.count(greedy) == 2, "the same after /undo and after /reset"
-    likeliest = [line for line in result.stdout.splitlines() if re.match(r"0\.\d{4}  '", line)]
-    assert len(likeliest) == 10
-    shares = [float(line.split()[0]) for line in likeliest]
-    assert shares[:5] == sorted(shares[:5], reverse=True) and sum(shares[:5]) < 1
+    most_likely = [line for line in result.stdout.splitlines() if re.match(r"0\.\d{4}  '", line)]
+    assert len(most_likely) == 10
+    probs = [float(line.split()[0]) for line in most_likely]
+    assert probs[:5] == sorted(probs[:5], reverse=True) and sum(probs[:5]) < 1
 
 
-def test_text_appears_before_all_of_it_is_made(trained: Path) -> None:
+def test_text_is_streamed(trained: Path) -> None:
     command = [sys.executable, "-m", "lstm_jax.sample", "--workdir", str(trained)]
     process = subprocess.Popen(
         [*command, "--length=1000000"], stdout=subprocess.PIPE, cwd=ROOT, bufsize=0
@@ -234,7 +234,7 @@ def test_text_appears_before_all_of_it_is_made(trained: Path) -> None:
     assert process.wait(timeout=30) == 130
 
 
-def test_a_reader_that_closes_early_is_no_error(trained: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(trained: Path) -> None:
     command = f"{sys.executable} -m lstm_jax.sample --workdir {trained} --length 100000 | head -c 5"
     result = subprocess.run(
         ["bash", "-o", "pipefail", "-c", command], capture_output=True, timeout=120, cwd=ROOT
@@ -250,7 +250,7 @@ def test_a_reader_that_closes_early_is_no_error(trained: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("module", ["sample", "evaluate", "main"])
-def test_an_output_that_cannot_be_written_is_told(
+def test_an_output_that_cannot_be_written_gives_an_error(
     module: str, redirection: str, message: str, trained: Path, text_file: Path, tmp_path: Path
 ) -> None:
     workdir = tmp_path / "run" if module == "main" else trained
@@ -299,7 +299,7 @@ def test_help_lists_each_field_within_the_width_of_the_terminal() -> None:
     assert max(map(len, lines)) <= 60
 
 
-def test_a_field_without_effect_is_warned_of(text_file: Path, tmp_path: Path) -> None:
+def test_a_field_without_effect_gives_a_warning(text_file: Path, tmp_path: Path) -> None:
     arguments = [*TINY, f"--config.data.path={text_file}", "--config.num_epochs=1"]
     result = run("main", *arguments, "--config.model.mogrifier_rounds=3", cwd=tmp_path)
     assert result.returncode == 0
@@ -309,7 +309,7 @@ def test_a_field_without_effect_is_warned_of(text_file: Path, tmp_path: Path) ->
     )
 
 
-def test_a_library_says_which_command_is_meant() -> None:
+def test_running_a_library_module_names_the_command() -> None:
     result = run("train", cwd=ROOT)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr == "error: train with python -m lstm_jax.main --config FILE\n"
@@ -407,7 +407,7 @@ BAD_CONFIGS = {
     ],
     ids=lambda value: " ".join(value).replace(QUICK, "quick") if isinstance(value, list) else "",
 )
-def test_a_mistake_gets_one_line_and_exit_code_2(
+def test_a_mistake_gives_a_one_line_error_and_exit_code_2(
     arguments: list[str], message: str, tmp_path: Path, text_file: Path
 ) -> None:
     for name, content in BAD_CONFIGS.items():

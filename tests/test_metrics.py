@@ -22,7 +22,7 @@ def test_rows_are_read_back_and_appended_to(tmp_path: Path) -> None:
     assert b"train/loss" in b"".join(event.read_bytes() for event in events)
 
 
-def test_half_a_line_is_dropped_and_damaged_lines_are_left_out(tmp_path: Path) -> None:
+def test_partial_and_damaged_lines_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     row = {"step": 10, "epoch": 0.5, "split": "train", "loss": 2.5}
     path.write_bytes(json.dumps(row).encode() + b"\n\xff\xfe{\n[1]\n{}\n" + b'{"step": 20, "lo')
@@ -32,22 +32,22 @@ def test_half_a_line_is_dropped_and_damaged_lines_are_left_out(tmp_path: Path) -
     metrics.plot_metrics([{**row, "loss": float("nan")}, row], tmp_path / "curves.png")
 
 
-def test_the_plot_is_a_picture_with_curves_on_it(tmp_path: Path) -> None:
+def test_the_plot_contains_the_curves(tmp_path: Path) -> None:
     path = tmp_path / "curves.png"
     rows = [{"step": s, "split": "train", "loss": 4 / (1 + s)} for s in range(1, 50)]
     rows += [{"step": s, "split": "validation", "loss": 4 / s} for s in (10, 20, 40)]
     rows += [{"step": 40, "split": "test", "loss": 0.2}]
     metrics.plot_metrics(rows, path)
     with Image.open(path) as picture:
-        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20) or []}
+        colors = {color for _, color in picture.convert("RGB").getcolors(1 << 20) or []}
     for hexadecimal in ("0072B2", "D55E00", "009E73"):
-        assert tuple(bytes.fromhex(hexadecimal)) in colours
+        assert tuple(bytes.fromhex(hexadecimal)) in colors
     assert list(tmp_path.iterdir()) == [path]
     for few in (rows[-1:], [], [{**rows[0], "loss": float("inf")}]):
-        metrics.plot_metrics(few, path)  # It does not fail without anything to draw.
+        metrics.plot_metrics(few, path)  # It does not fail if there is nothing to draw.
 
 
-def test_a_flipped_byte_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_flipped_byte_is_detected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "metrics.jsonl"
     with metrics.MetricsWriter(path, 0) as writer:
         writer.write(10, 0.5, "train", 1.5707, tokens_per_second=1000)
@@ -68,7 +68,7 @@ def test_a_flipped_byte_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture
     assert metrics.read_metrics(path) == rows and capsys.readouterr().err == ""
 
 
-def test_rows_of_older_runs_have_no_checksum(
+def test_rows_without_a_checksum_are_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "metrics.jsonl"

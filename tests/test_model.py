@@ -13,10 +13,10 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-x))
 
 
-def numpy_model(
+def apply_in_numpy(
     params: model_lib.Params, ids: np.ndarray, carry: model_lib.Carry, num_layers: int
 ) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
-    """Compute the equations of the LSTM gate by gate, in float64."""
+    """Return logits and the last carry, computed gate by gate in float64."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     batch, time = ids.shape
     features = params["embedding"]["embedding"][ids]
@@ -39,7 +39,7 @@ def numpy_model(
     return features @ params["dense"]["kernel"] + params["dense"]["bias"], last
 
 
-def random_carry(key: jax.Array, model: LanguageModel, batch: int) -> model_lib.Carry:
+def make_random_carry(key: jax.Array, model: LanguageModel, batch: int) -> model_lib.Carry:
     keys = jax.random.split(key, 2 * model.num_layers)
     arrays = [jax.random.normal(k, (batch, model.hidden_size)) for k in keys]
     return tuple(map(LSTMCarry, arrays[::2], arrays[1::2]))
@@ -50,12 +50,12 @@ def random_carry(key: jax.Array, model: LanguageModel, batch: int) -> model_lib.
 def test_agrees_with_the_equations_in_numpy(num_layers: int, recurrence: str) -> None:
     model = LanguageModel(11, 6, 9, num_layers, recurrence)
     params = model_lib.init_params(model, jax.random.key(0))
-    # With different biases a mixed-up gate shows.
+    # Different biases reveal gates in the wrong order.
     params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape), params)
     ids = np.random.default_rng(0).integers(0, 11, (3, 20))
-    carry = random_carry(jax.random.key(2), model, 3)
+    carry = make_random_carry(jax.random.key(2), model, 3)
     logits, last = model_lib.apply(model, params, ids, carry)
-    expected_logits, expected_last = numpy_model(params, ids, carry, num_layers)
+    expected_logits, expected_last = apply_in_numpy(params, ids, carry, num_layers)
     np.testing.assert_allclose(logits, expected_logits, atol=1e-5)
     for got, (cell, hidden) in zip(last, expected_last, strict=True):
         assert isinstance(got, LSTMCarry)
@@ -64,7 +64,7 @@ def test_agrees_with_the_equations_in_numpy(num_layers: int, recurrence: str) ->
 
 
 @pytest.mark.parametrize("recurrence", ["scan", "fused"])
-# A small vocabulary is folded into the recurrence, a large one is looked up.
+# A small vocabulary is folded into the recurrence; a large one is looked up.
 @pytest.mark.parametrize("embedding_size", [3, 6])
 def test_gradients_agree_with_finite_differences(embedding_size: int, recurrence: str) -> None:
     with jax.enable_x64(True):
@@ -74,7 +74,7 @@ def test_gradients_agree_with_finite_differences(embedding_size: int, recurrence
             model_lib.init_params(model, jax.random.key(0)),
         )
         carry = jax.tree.map(
-            lambda x: x.astype(jnp.float64), random_carry(jax.random.key(1), model, 2)
+            lambda x: x.astype(jnp.float64), make_random_carry(jax.random.key(1), model, 2)
         )
         ids = jnp.array([[1, 2, 3, 4, 5], [6, 0, 2, 2, 1]])
 
@@ -131,11 +131,11 @@ def test_initialized_as_keras_does() -> None:
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
-def test_one_token_at_a_time_is_the_same(num_layers: int) -> None:
+def test_one_token_at_a_time_gives_the_same_logits(num_layers: int) -> None:
     model = LanguageModel(11, 6, 9, num_layers)
     params = jax.tree.map(lambda x: 2 * x + 0.1, model_lib.init_params(model, jax.random.key(0)))
     ids = np.random.default_rng(1).integers(0, 11, (3, 8))
-    carry = random_carry(jax.random.key(2), model, 3)
+    carry = make_random_carry(jax.random.key(2), model, 3)
     whole, last = model_lib.apply(model, params, ids, carry)
     step = jax.jit(model_lib.make_step(model, params))
     for t in range(8):

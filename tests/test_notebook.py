@@ -1,4 +1,4 @@
-"""The lesson runs from its first cell to its last, and what it says is so."""
+"""Run the notebook of the lesson and check its results."""
 
 import math
 import re
@@ -12,8 +12,8 @@ from nbclient import NotebookClient
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "lstm_and_sequence_generation.ipynb"
 
 
-def printed(notebook: nbformat.NotebookNode) -> dict[str, str]:
-    """What each code cell printed on standard output, by the cell's id."""
+def get_printed_text(notebook: nbformat.NotebookNode) -> dict[str, str]:
+    """Return the standard output of each code cell, by the id of the cell."""
     return {
         cell.id: "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
         for cell in notebook.cells
@@ -21,8 +21,8 @@ def printed(notebook: nbformat.NotebookNode) -> dict[str, str]:
     }
 
 
-def pictures(notebook: nbformat.NotebookNode) -> list[str]:
-    """The PNG files among the outputs, in base 64."""
+def list_images(notebook: nbformat.NotebookNode) -> list[str]:
+    """Return the PNG images among the outputs, in base 64."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     return [o.data["image/png"] for o in outputs if "image/png" in o.get("data", {})]
 
@@ -31,7 +31,7 @@ def pictures(notebook: nbformat.NotebookNode) -> list[str]:
 def lesson(
     tmp_path_factory: pytest.TempPathFactory, data_dir: Path, shakespeare: dict[str, str]
 ) -> Iterator[nbformat.NotebookNode]:
-    """The notebook as it is after a run at the small size; a cell that fails raises."""
+    """Run the notebook at the small size; a cell that fails raises an error."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     folder = tmp_path_factory.mktemp("notebook")
     with pytest.MonkeyPatch.context() as patch:
@@ -45,11 +45,11 @@ def lesson(
 
 def test_it_runs_and_draws(lesson: nbformat.NotebookNode) -> None:
     assert not [o for c in lesson.cells for o in c.get("outputs", []) if o.get("name") == "stderr"]
-    assert len(pictures(lesson)) == 10
+    assert len(list_images(lesson)) == 10
 
 
 def test_its_numbers_are_right(lesson: nbformat.NotebookNode) -> None:
-    text = printed(lesson)
+    text = get_printed_text(lesson)
     assert "agree: True" in text["run-lstm"]
     assert "the same logits? True" in text["make-model"]
     (loss,) = re.findall(r"untrained loss ([\d.]+)", text["untrained-loss"])
@@ -58,16 +58,16 @@ def test_its_numbers_are_right(lesson: nbformat.NotebookNode) -> None:
     assert float(trained) < 3
 
 
-def test_a_text_written_step_by_step_is_the_one_written_at_once(
+def test_text_generated_step_by_step_equals_text_generated_at_once(
     lesson: nbformat.NotebookNode,
 ) -> None:
-    text = printed(lesson)
+    text = get_printed_text(lesson)
     assert text["write-step"].startswith("ROMEO:")
     assert "the same text? True" in text["write-whole"]
 
 
 def test_the_gradient_of_the_trained_rnn_vanishes_faster(lesson: nbformat.NotebookNode) -> None:
-    found = re.findall(r"k = (\d+): .* is (\S+) times", printed(lesson)["gradient-ratio"])
+    found = re.findall(r"k = (\d+): .* is (\S+) times", get_printed_text(lesson)["gradient-ratio"])
     ratios = {int(k): float(ratio) for k, ratio in found}
     assert 1 < ratios[20] < ratios[50] < ratios[100] < math.inf
     assert ratios[50] > 100
@@ -78,6 +78,6 @@ def test_it_is_stored_with_its_outputs_and_small() -> None:
     nbformat.validate(notebook)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    assert len(pictures(notebook)) == 10
-    assert "the same text? True" in printed(notebook)["write-whole"]
+    assert len(list_images(notebook)) == 10
+    assert "the same text? True" in get_printed_text(notebook)["write-whole"]
     assert NOTEBOOK.stat().st_size < 1.5e6

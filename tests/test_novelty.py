@@ -6,7 +6,7 @@ import pytest
 from lstm_jax.sample import novelty
 
 
-def by_hand(text: str, training_text: str) -> tuple[int, float]:
+def measure_naively(text: str, training_text: str) -> tuple[int, float]:
     longest, copied = 0, set()
     for start in range(len(text)):
         end = start
@@ -19,7 +19,7 @@ def by_hand(text: str, training_text: str) -> tuple[int, float]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_equals_a_search_by_hand(seed: int) -> None:
+def test_matches_a_brute_force_search(seed: int) -> None:
     rng = random.Random(seed)
     training_text = "".join(rng.choices("ab\n", k=3000))
     text = "".join(rng.choices("ab\n", k=150))
@@ -27,7 +27,7 @@ def test_equals_a_search_by_hand(seed: int) -> None:
         start = rng.randrange(2900)
         text += training_text[start : start + length] + rng.choice(["", "c"])
     found = novelty.measure_novelty(text, [training_text])
-    assert (len(found.longest_run), found.copied_share) == by_hand(text, training_text)
+    assert (len(found.longest_run), found.copied_share) == measure_naively(text, training_text)
     assert found.longest_run in text and found.longest_run in training_text
 
 
@@ -35,7 +35,7 @@ def test_equals_a_search_by_hand(seed: int) -> None:
 def test_short_texts(text: str) -> None:
     for training_text in ("", "b", "ab" * 11, "a😀\ud800"):
         found = novelty.measure_novelty(text, [training_text])
-        assert (len(found.longest_run), found.copied_share) == by_hand(text, training_text)
+        assert (len(found.longest_run), found.copied_share) == measure_naively(text, training_text)
 
 
 def test_a_megabyte_takes_less_than_a_second(shakespeare: dict[str, str]) -> None:

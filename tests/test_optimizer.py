@@ -9,21 +9,21 @@ from lstm_jax import optimizer as optimizer_lib
 
 
 def make_fields(**fields: object) -> ConfigDict:
-    """Return the `optimizer` fields with some changed."""
+    """Return the `optimizer` fields with some values changed."""
     optimizer = config_lib.default().optimizer
     optimizer.update(fields)
     return optimizer
 
 
-_SHARE = np.arange(100) / 100  # Of the steps after warm-up.
+_PROGRESS = np.arange(100) / 100  # The fraction of the steps after warm-up.
 
 
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
         ("constant", np.ones(100)),
-        ("cosine", 0.5 * (1 + np.cos(np.pi * _SHARE))),
-        ("linear", 1 - _SHARE),
+        ("cosine", 0.5 * (1 + np.cos(np.pi * _PROGRESS))),
+        ("linear", 1 - _PROGRESS),
         ("step", np.repeat([1, 0.1, 0.01], [45, 44, 11])),
     ],
 )
@@ -34,7 +34,7 @@ def test_the_learning_rate_warms_up_and_decays(schedule: str, expected: np.ndarr
     state = optimizer.init(params)
     sizes = []
     for _ in range(110):
-        # A constant gradient makes Adam's step the learning rate itself.
+        # With a constant gradient, the size of Adam's step is the learning rate.
         update, state = optimizer.update(np.ones(1, np.float32), state, params)
         sizes.append(-float(np.asarray(update)[0]))
     np.testing.assert_allclose(sizes[:11], np.arange(11) / 10, atol=1e-4)
@@ -42,7 +42,7 @@ def test_the_learning_rate_warms_up_and_decays(schedule: str, expected: np.ndarr
 
 
 def run(fields: ConfigDict, grads: list[np.ndarray], start: np.ndarray) -> np.ndarray:
-    """Return the parameters after a step with each of the gradients."""
+    """Return the parameters after one step with each gradient."""
     optimizer = optimizer_lib.make_optimizer(fields, 10)
     params = jnp.asarray(start, jnp.float32)
     state = optimizer.init(params)

@@ -1,4 +1,4 @@
-"""Compare several devices with one, in processes, since JAX makes its devices once."""
+"""Compare several devices with one. Each mesh needs a new process: JAX creates its devices once."""
 
 import json
 import subprocess
@@ -50,7 +50,7 @@ print(json.dumps([losses, [np.asarray(x).ravel().tolist() for x in jax.tree.leav
 
 
 def run(data: int, model: int, cell: str) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Return summed losses of 50 steps, then parameters and their averages."""
+    """Return the cumulative losses of 50 steps, then parameters and their averages."""
     command = [sys.executable, "-c", _SCRIPT, str(data), str(model), cell]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     losses, params = json.loads(result.stdout)
@@ -60,8 +60,8 @@ def run(data: int, model: int, cell: str) -> tuple[np.ndarray, list[np.ndarray]]
 @pytest.mark.parametrize(
     ("cell", "meshes"), [("lstm", [(8, 1), (2, 2), (4, 2)]), ("gru", [(1, 4)])]
 )
-def test_many_devices_train_as_one_does(cell: str, meshes: list[tuple[int, int]]) -> None:
-    """Dropout, penalties, microbatches, averaged weights and the carry included."""
+def test_many_devices_train_like_one(cell: str, meshes: list[tuple[int, int]]) -> None:
+    """Include dropout, penalties, microbatches, averaged weights and the carry."""
     losses, params = run(1, 1, cell)
     for data, model in meshes:
         more_losses, more_params = run(data, model, cell)
@@ -70,7 +70,7 @@ def test_many_devices_train_as_one_does(cell: str, meshes: list[tuple[int, int]]
             np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_a_mesh_that_cannot_be_is_refused() -> None:
+def test_an_invalid_mesh_raises_an_error() -> None:
     config = config_lib.default()
     config.mesh.data = 1000
     with pytest.raises(UserError, match="there are 1 devices here"):

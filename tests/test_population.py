@@ -15,7 +15,7 @@ from lstm_jax.run import metrics, workdir
 from lstm_jax.sweep import population
 from lstm_jax.sweep import space as space_lib
 
-# Every traceable field varies; the schedule too.
+# Every traceable field varies, and the schedule.
 MEMBERS: list[dict[str, Any]] = [
     {
         "optimizer.learning_rate": 0.005,
@@ -39,7 +39,7 @@ MEMBERS: list[dict[str, Any]] = [
 ]
 
 
-def losses(directory: Path) -> dict[tuple[str, int], float]:
+def read_losses(directory: Path) -> dict[tuple[str, int], float]:
     rows = metrics.read_metrics(directory / workdir.METRICS)
     return {(row["split"], row["step"]): row["loss"] for row in rows}
 
@@ -48,39 +48,39 @@ def losses(directory: Path) -> dict[tuple[str, int], float]:
 def together(
     tmp_path_factory: pytest.TempPathFactory, text_file: Path
 ) -> tuple[list[ConfigDict], list[Path], list[str], list[tuple[int, int, float]]]:
-    """Two members and one that explodes, trained at once."""
-    explodes: dict[str, Any] = {"optimizer.learning_rate": 1e30, "optimizer.max_gradient_norm": 0.0}
+    """Train three members at once, the last of which diverges."""
+    diverges: dict[str, Any] = {"optimizer.learning_rate": 1e30, "optimizer.max_gradient_norm": 0.0}
     configs = [
-        space_lib.change_fields(make_tiny_config(text_file), m) for m in [*MEMBERS, explodes]
+        space_lib.change_fields(make_tiny_config(text_file), m) for m in [*MEMBERS, diverges]
     ]
     root = tmp_path_factory.mktemp("population")
     directories = [root / str(i) for i in range(len(configs))]
-    told: list[tuple[int, int, float]] = []
-    reasons = population.train_population(configs, directories, lambda *row: told.append(row))
-    return configs, directories, reasons, told
+    reported: list[tuple[int, int, float]] = []
+    reasons = population.train_population(configs, directories, lambda *row: reported.append(row))
+    return configs, directories, reasons, reported
 
 
-def test_each_member_is_its_own_run(together: tuple, tmp_path: Path) -> None:
-    configs, directories, reasons, told = together
+def test_each_member_matches_a_single_run(together: tuple, tmp_path: Path) -> None:
+    configs, directories, reasons, reported = together
     assert reasons[:2] == ["", ""]
     for i, (config, directory) in enumerate(zip(configs[:2], directories, strict=False)):
         alone = tmp_path / str(i)
         assert train.train(config, alone) == 0
-        expected, found = losses(alone), losses(directory)
+        expected, found = read_losses(alone), read_losses(directory)
         assert found.keys() == expected.keys()
         for key, loss in expected.items():
             assert found[key] == pytest.approx(loss, abs=1e-4), (i, key)
-        assert [row[1] for row in told if row[0] == i] == [0, 1, 2]
+        assert [row[1] for row in reported if row[0] == i] == [0, 1, 2]
 
 
-def test_a_member_that_diverges_is_told_and_hurts_no_other(together: tuple) -> None:
-    _, directories, reasons, told = together
+def test_a_diverged_member_is_reported_and_does_not_affect_others(together: tuple) -> None:
+    _, directories, reasons, reported = together
     assert "is not finite" in reasons[2]
-    assert ("test", 140) not in losses(directories[2])
-    assert [row[1] for row in told if row[0] == 2] == [0]
+    assert ("test", 140) not in read_losses(directories[2])
+    assert [row[1] for row in reported if row[0] == 2] == [0]
 
 
-def test_members_that_a_kill_left_at_different_epochs_end_the_same(
+def test_members_killed_at_different_epochs_end_with_the_same_losses(
     together: tuple, tmp_path: Path
 ) -> None:
     configs, directories, _, _ = together
@@ -90,11 +90,11 @@ def test_members_that_a_kill_left_at_different_epochs_end_the_same(
     shutil.rmtree(copies[1] / workdir.CHECKPOINTS / "140")
     assert population.train_population(configs[:2], copies, lambda *row: None) == ["", ""]
     for directory, copy in zip(directories, copies, strict=False):
-        expected, found = losses(directory), losses(copy)
+        expected, found = read_losses(directory), read_losses(copy)
         assert found == pytest.approx(expected, abs=1e-4)
 
 
-def test_members_that_were_stopped_before_the_first_epoch_begin_again(
+def test_members_stopped_before_the_first_epoch_start_again(
     tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     def stop(*row: Any) -> None:
@@ -109,20 +109,20 @@ def test_members_that_were_stopped_before_the_first_epoch_begin_again(
     ]
 
 
-def test_the_working_directory_of_a_member_is_read_like_any(together: tuple) -> None:
+def test_the_working_directory_of_a_member_is_read_like_any_other(together: tuple) -> None:
     _, directories, _, _ = together
     trained = workdir.load_trained(directories[0])
     assert trained.step in (70, 140)
     assert json.loads((directories[0] / workdir.CONFIG).read_text())["seed"] == 0
 
 
-def test_members_that_differ_in_more_are_refused(tiny_config: ConfigDict) -> None:
+def test_members_that_differ_in_other_fields_raise_an_error(tiny_config: ConfigDict) -> None:
     other = space_lib.change_fields(tiny_config, {"model.hidden_size": 32})
     with pytest.raises(UserError, match="can't differ in config.model.hidden_size"):
         population.check_members([tiny_config, other])
 
 
-def test_the_space_that_comes_with_it_varies_only_what_members_may_differ_in() -> None:
+def test_the_population_space_varies_only_allowed_fields() -> None:
     root = Path(__file__).parents[1] / "experiments"
     experiment = config_lib.complete_config(runpy.run_path(str(root / "quick.py"))["get_config"]())
     drawn, parameters = space_lib.load_space(root / "sweeps" / "population.py").check(experiment)

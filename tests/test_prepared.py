@@ -25,7 +25,7 @@ from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import files, workdir
 from lstm_jax.vocabulary import KINDS, Vocabulary, split_text
 
-# Two, three and four bytes a character; marks, joined emoji, flags and line breaks of both kinds.
+# Characters of 2, 3 and 4 bytes, combining marks, joined emoji, flags and both line breaks.
 MANY = (
     "Καλημέρα κόσμε, e\u0301te\u0301 na\u00efve.\r\n\r\n日本語の文章です。\n\n\n"
     "👩\u200d👩\u200d👧 🇩🇪🇫🇷 ha-ha don't 3.14\n\r\n \u200dx  y\t"
@@ -34,7 +34,7 @@ MANY = (
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's cache directory of each test's own."""
+    """Give each test its own cache directory."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "lstm-jax" / "prepared"
 
@@ -43,7 +43,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def data(
     tmp_path: Path, shakespeare: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> ConfigDict:
-    """Three files, to be prepared in chunks of a kilobyte, in a directory of their own."""
+    """Return the config of three files, to be prepared in chunks of a kilobyte."""
     monkeypatch.setattr(prepared, "CHUNK", 1000)
     (tmp_path / "text").mkdir()
     text = shakespeare["train"]
@@ -57,21 +57,21 @@ def data(
     return data
 
 
-def in_memory(data: ConfigDict) -> texts.Splits:
-    """The same texts, read the other way."""
+def load_in_memory(data: ConfigDict) -> texts.Splits:
+    """Return the same texts, read into memory."""
     data = data.copy_and_resolve_references()
     data.memory_megabytes = 16
     return texts.load_texts(data)
 
 
 def assert_same(data: ConfigDict) -> None:
-    """Vocabulary, ids, costs, text and checksum are those of the text in memory."""
-    ours, theirs = texts.load_texts(data), in_memory(data)
+    """Assert that vocabulary, ids, costs, text and checksum equal those of the text in memory."""
+    ours, theirs = texts.load_texts(data), load_in_memory(data)
     assert isinstance(ours.texts["train"], prepared.PreparedText)
     assert ours.sha256 == theirs.sha256
     vocabulary = theirs.texts["train"].vocabulary(data)
     assert ours.texts["train"].vocabulary(data).to_json() == vocabulary.to_json()
-    # A model that knew other units before, some of them too rare in this text.
+    # The vocabulary of an earlier model, with tokens that are too rare in this text.
     known = Vocabulary.from_text(
         "日本zebra 3.14 κόσμε, 👩\u200d👩\u200d👧" + vocabulary.stop, data.units
     )
@@ -104,7 +104,7 @@ def assert_same(data: ConfigDict) -> None:
         ("bytes", 1, "file"),
     ],
 )
-def test_ids_are_those_of_the_text_in_memory(
+def test_ids_match_those_of_the_text_in_memory(
     units: str, min_count: int, separator: str, data: ConfigDict
 ) -> None:
     data.units, data.min_count, data.document_separator = units, min_count, separator
@@ -112,7 +112,7 @@ def test_ids_are_those_of_the_text_in_memory(
     assert_same(data)
 
 
-def test_splits_in_files_of_their_own(data: ConfigDict, tmp_path: Path) -> None:
+def test_splits_in_separate_files(data: ConfigDict, tmp_path: Path) -> None:
     data.path = ";".join(f"{tmp_path}/text/{name}.txt" for name in "abc")
     data.units = "words"
     assert_same(data)
@@ -130,7 +130,7 @@ def test_any_bytes_and_windows_line_breaks(data: ConfigDict, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("units", ["characters", "graphemes", "words"])
-def test_a_text_is_cut_only_where_its_units_come_apart(units: str) -> None:
+def test_a_text_is_cut_only_between_tokens(units: str) -> None:
     rng = np.random.default_rng(1)
     alphabet = [*"ab.'1é日👩🇩 ", " ", "\n", "\r", "\r\n", "\u0301", "\u200d"]
     for _ in range(300):
@@ -139,11 +139,11 @@ def test_a_text_is_cut_only_where_its_units_come_apart(units: str) -> None:
         stop = str(rng.choice(["", "\n\n", "\n", "\r\n\r\n"]))
         at = encoding.find_last_cut(content, units)
         parts = [content[:at].decode(), content[at:].decode()]
-        joined = [unit for part in parts for unit in split_text(part, units, stop)]
+        joined = [token for part in parts for token in split_text(part, units, stop)]
         assert joined == list(split_text(text, units, stop)), (text, at)
 
 
-def test_mistakes_are_told_as_in_memory(data: ConfigDict, tmp_path: Path) -> None:
+def test_mistakes_give_the_same_errors_as_in_memory(data: ConfigDict, tmp_path: Path) -> None:
     (tmp_path / "text" / "b.txt").write_bytes(b"x" * 5000 + b"caf\xe9 x" + b"y" * 50)
     with pytest.raises(UserError, match="b.txt is not UTF-8 at byte 5003"):
         texts.load_texts(data)
@@ -161,7 +161,7 @@ def test_mistakes_are_told_as_in_memory(data: ConfigDict, tmp_path: Path) -> Non
         texts.load_texts(data)
 
 
-def test_a_corpus_is_made_again_only_if_its_text_is_another(
+def test_a_corpus_is_prepared_again_only_if_its_text_changes(
     data: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def preparations() -> int:
@@ -171,7 +171,7 @@ def test_a_corpus_is_made_again_only_if_its_text_is_another(
     assert preparations() == 1 and preparations() == 0
     os.utime(tmp_path / "text" / "a.txt", ns=(1, 1))
     assert preparations() == 0
-    # Text and corpus, moved together.
+    # Move text and corpus together.
     (tmp_path / "text").rename(tmp_path / "moved")
     data.path = f"{tmp_path}/moved/*.txt"
     assert preparations() == 0
@@ -179,7 +179,7 @@ def test_a_corpus_is_made_again_only_if_its_text_is_another(
     data.path = f"{tmp_path}/copied/*.txt"
     assert preparations() == 0
     data.path = f"{tmp_path}/moved/*.txt"
-    # Another text of the same size, with the time of the one before.
+    # Change the text, but not its size and time.
     source = tmp_path / "moved" / "c.txt"
     content, before = source.read_bytes(), source.stat()
     source.write_bytes(content.replace(b"e", b"E", 1))
@@ -195,7 +195,7 @@ def test_a_corpus_is_made_again_only_if_its_text_is_another(
     data.sha256 = ""
     capsys.readouterr()
     assert preparations() == 1 and preparations() == 0
-    # One bit of the ids.
+    # Flip one bit of the ids.
     (ids,) = tmp_path.glob("moved/.lstm_jax/*/train.npy")
     damaged, before = bytearray(ids.read_bytes()), ids.stat()
     damaged[5000] ^= 1
@@ -208,7 +208,7 @@ def test_a_corpus_is_made_again_only_if_its_text_is_another(
     assert_same(data)
 
 
-def test_a_killed_preparation_goes_on(data: ConfigDict, tmp_path: Path) -> None:
+def test_a_killed_preparation_resumes(data: ConfigDict, tmp_path: Path) -> None:
     script = f"""
 from lstm_jax import config
 from lstm_jax.data import prepared, texts
@@ -223,8 +223,8 @@ texts.load_texts(data)
         assert process.poll() is None and time.monotonic() < deadline
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert not list(tmp_path.glob("text/.lstm_jax/*/prepared.json")), "nothing looks whole"
-    time.sleep(0.5)  # The processes of the killed one end at their next chunk.
+    assert not list(tmp_path.glob("text/.lstm_jax/*/prepared.json")), "no corpus looks complete"
+    time.sleep(0.5)  # The worker processes end at their next chunk.
     parts = sorted(tmp_path.glob("text/.lstm_jax/*.unfinished/parts/*.npz"))
     assert len(parts) >= len(found)
     parts[1].write_bytes(parts[1].read_bytes()[:-9])
@@ -234,7 +234,7 @@ texts.load_texts(data)
     assert_same(data)
 
 
-def test_what_is_encoded_of_the_same_plan_is_kept(tmp_path: Path) -> None:
+def test_encoded_chunks_of_the_same_plan_are_kept(tmp_path: Path) -> None:
     plan = {"sha256": "1", "chunks": []}
     key = prepared._begin(tmp_path / "work", plan)
     path = worker.get_part_path(tmp_path / "work", 0)
@@ -243,11 +243,11 @@ def test_what_is_encoded_of_the_same_plan_is_kept(tmp_path: Path) -> None:
     assert prepared._begin(tmp_path / "work", plan) == key
     kept = worker.load_part(path, chunk, key)
     assert kept is not None and (kept.tokens, kept.characters) == (part.tokens, 4)
-    assert worker.load_part(path, chunk, bytes(32)) is None, "of another plan, or somebody else"
+    assert worker.load_part(path, chunk, bytes(32)) is None, "of another plan, or of another user"
     shutil.copyfile(path, worker.get_part_path(tmp_path / "work", 1))
     assert worker.load_part(worker.get_part_path(tmp_path / "work", 1), chunk, key) is None
     path.write_bytes(path.read_bytes()[:-30])
-    assert worker.load_part(path, chunk, key) is None, "half a part is none"
+    assert worker.load_part(path, chunk, key) is None, "a truncated part is ignored"
     assert prepared._begin(tmp_path / "work", {**plan, "sha256": "2"}) != key
     assert not path.exists()
 
@@ -260,7 +260,7 @@ def test_training_is_the_same_from_memory_and_from_files(
     assert train.train(tiny_config, tmp_path / "memory") == 0
     tiny_config.data.memory_megabytes = 0
     assert train.train(tiny_config, tmp_path / "files") == 0
-    # Batches that are cut on the device are part of another program than those that are fed.
+    # Batches that are cut on the device use another program than those from the host.
     runs.assert_same(tmp_path / "memory", tmp_path / "files", rtol=1e-6)
     trained = workdir.load_trained(tmp_path / "files")
     splits = texts.load_texts_of_run(trained.config.data, None)
@@ -270,7 +270,7 @@ def test_training_is_the_same_from_memory_and_from_files(
     np.testing.assert_array_equal(ids[900:1100], whole[900:1100])
     expected = loss_lib.compute_loss(trained.model, trained.params, whole)
     assert loss_lib.compute_loss(trained.model, trained.params, ids) == pytest.approx(expected)
-    # A long text, side by side: all but the same.
+    # A long text is evaluated in parallel streams, with almost the same loss.
     monkeypatch.setattr(loss_lib, "LONGEST_IN_ONE", 1500)
     monkeypatch.setattr(loss_lib, "_STREAMS", 3)
     monkeypatch.setattr(loss_lib, "_WARM_UP", 200)
@@ -278,15 +278,15 @@ def test_training_is_the_same_from_memory_and_from_files(
     assert side_by_side != expected and side_by_side == pytest.approx(expected, rel=1e-3)
 
 
-def seal_again(directory: Path, **changed: Any) -> None:
-    """Makes a manifest to fit the files beside it, as somebody without the user's key can."""
+def forge_manifest(directory: Path, **changed: Any) -> None:
+    """Write a manifest that matches the files, as someone without the user's key can."""
     fields = files.read_json(directory / prepared.MANIFEST, 2**20)
     names = {path.name for path in directory.iterdir()} - {prepared.MANIFEST}
     fields["files"] = {name: prepared._fingerprint(directory / name, []) for name in names}
     files.write_json(directory / prepared.MANIFEST, fields | changed)
 
 
-def replace(name: str, old: bytes, new: bytes) -> Callable[[Path], None]:
+def replace_bytes(name: str, old: bytes, new: bytes) -> Callable[[Path], None]:
     def change(directory: Path) -> None:
         content = (directory / name).read_bytes()
         assert old in content
@@ -295,15 +295,15 @@ def replace(name: str, old: bytes, new: bytes) -> Callable[[Path], None]:
     return change
 
 
-def write(name: str, content: bytes) -> Callable[[Path], None]:
+def write_bytes(name: str, content: bytes) -> Callable[[Path], None]:
     return lambda directory: files.write_file(directory / name, content)
 
 
-def save(name: str, array: np.ndarray) -> Callable[[Path], None]:
+def save_array(name: str, array: np.ndarray) -> Callable[[Path], None]:
     return lambda directory: np.save(directory / name, array, allow_pickle=True)
 
 
-def instead(name: str, make: Callable[[Path], Any]) -> Callable[[Path], None]:
+def replace_file(name: str, make: Callable[[Path], Any]) -> Callable[[Path], None]:
     def change(directory: Path) -> None:
         (directory / name).unlink()
         make(directory / name)
@@ -317,27 +317,27 @@ def sparse(path: Path) -> None:
 
 
 CHANGES = {
-    "units swapped": replace("units.jsonl", b'"a"\n', b'"b"\n'),
-    "no text": replace("units.jsonl", b'"a"\n', b"[1]\n"),
-    "a unit more": replace("units.jsonl", b'"a"\n', b'"a"\n"!!"\n'),
-    "other ids": replace("train.npy", b"\x03.", b".\x03"),
-    "ids too large": replace("train.npy", b"\x03.", b"\xff\xff"),
-    "objects": save("train.npy", np.array([{}], object)),
-    "two axes": save("test.npy", np.zeros((3, 4), np.uint8, "F")),
-    "short": save("validation.npy", np.zeros(1, np.uint8)),
-    "no array": write("train.npy", b""),
-    "counts": save("counts.npy", np.ones((3, 7), np.int64)),
-    "no manifest": write("prepared.json", b"{}"),
-    "no JSON": write("prepared.json", b"\xff"),
-    "nested": write("prepared.json", b"[" * 60_000),
-    "endless": instead("prepared.json", sparse),
-    "a pipe for a manifest": instead("prepared.json", os.mkfifo),
-    "a directory for a manifest": instead("prepared.json", Path.mkdir),
+    "tokens swapped": replace_bytes("units.jsonl", b'"a"\n', b'"b"\n'),
+    "no text": replace_bytes("units.jsonl", b'"a"\n', b"[1]\n"),
+    "an extra token": replace_bytes("units.jsonl", b'"a"\n', b'"a"\n"!!"\n'),
+    "other ids": replace_bytes("train.npy", b"\x03.", b".\x03"),
+    "ids too large": replace_bytes("train.npy", b"\x03.", b"\xff\xff"),
+    "objects": save_array("train.npy", np.array([{}], object)),
+    "two axes": save_array("test.npy", np.zeros((3, 4), np.uint8, "F")),
+    "short": save_array("validation.npy", np.zeros(1, np.uint8)),
+    "no array": write_bytes("train.npy", b""),
+    "counts": save_array("counts.npy", np.ones((3, 7), np.int64)),
+    "no manifest": write_bytes("prepared.json", b"{}"),
+    "no JSON": write_bytes("prepared.json", b"\xff"),
+    "nested": write_bytes("prepared.json", b"[" * 60_000),
+    "endless": replace_file("prepared.json", sparse),
+    "a pipe for a manifest": replace_file("prepared.json", os.mkfifo),
+    "a directory for a manifest": replace_file("prepared.json", Path.mkdir),
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_somebody_else_has_changed_and_sealed_again_is_no_corpus(
+def test_a_changed_corpus_with_a_forged_manifest_is_ignored(
     name: str, prepared_once: tuple[ConfigDict, Path]
 ) -> None:
     data, directory = prepared_once
@@ -345,8 +345,8 @@ def test_what_somebody_else_has_changed_and_sealed_again_is_no_corpus(
     shutil.copytree(directory, before)
     assert prepared.find_corpus(data)
     CHANGES[name](directory)
-    with contextlib.suppress(OSError, ValueError):  # Of some the manifest itself is none.
-        seal_again(directory)
+    with contextlib.suppress(OSError, ValueError):  # In some cases, there is no valid manifest.
+        forge_manifest(directory)
     assert prepared.find_corpus(data) is None
     shutil.rmtree(directory)
     before.rename(directory)
@@ -355,11 +355,11 @@ def test_what_somebody_else_has_changed_and_sealed_again_is_no_corpus(
 
 @pytest.fixture
 def prepared_once(data: ConfigDict) -> tuple[ConfigDict, Path]:
-    """A text that is prepared, and where."""
+    """Return the config of a prepared text, and the directory of its corpus."""
     return data, prepared.prepare_corpus(data).directory
 
 
-def test_a_manifest_of_other_numbers_is_none(
+def test_a_manifest_with_wrong_values_is_ignored(
     prepared_once: tuple[ConfigDict, Path],
 ) -> None:
     data, directory = prepared_once
@@ -373,11 +373,11 @@ def test_a_manifest_of_other_numbers_is_none(
             changes.append({"splits": splits | {"train": splits["train"] | {name: value}}})
     for changed in changes:
         (directory / prepared.MANIFEST).write_bytes(manifest)
-        seal_again(directory, **changed)
+        forge_manifest(directory, **changed)
         assert prepared.find_corpus(data) is None, changed
     (directory / prepared.MANIFEST).write_bytes(manifest)
     assert prepared.find_corpus(data)
-    # A corpus of the user's own, but of other units.
+    # The user's own corpus, but with another kind of tokens.
     data.units = "bytes"
     other = prepared.prepare_corpus(data).directory
     shutil.rmtree(other)
@@ -385,19 +385,19 @@ def test_a_manifest_of_other_numbers_is_none(
     assert prepared.find_corpus(data) is None
 
 
-def test_another_user_prepares_anew(
+def test_another_user_prepares_the_text_again(
     prepared_once: tuple[ConfigDict, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, directory = prepared_once
-    replace("units.jsonl", b'"a"\n', b'"b"\n')(directory)
-    seal_again(directory)
+    replace_bytes("units.jsonl", b'"a"\n', b'"b"\n')(directory)
+    forge_manifest(directory)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     assert prepared.find_corpus(data) is None
     assert_same(data)
     key = prepared.get_cache_directory() / "key"
     assert key.stat().st_mode & 0o777 == 0o600
     assert prepared.find_corpus(data)
-    # Where no key can be kept, a corpus is good for the process that has made it.
+    # If the key can't be stored, only the process that prepared a corpus trusts it.
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert prepared.find_corpus(data) is None
@@ -405,7 +405,7 @@ def test_another_user_prepares_anew(
     assert prepared.find_corpus(data)
 
 
-def test_a_file_that_changes_while_it_is_read_is_told(
+def test_a_file_that_changes_while_it_is_read_raises_an_error(
     prepared_once: tuple[ConfigDict, Path],
 ) -> None:
     data, directory = prepared_once
@@ -424,8 +424,8 @@ def test_a_file_that_changes_while_it_is_read_is_told(
         ids[:9]
 
 
-def interrupted(data: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The directory of a preparation that was killed before its chunks were joined."""
+def interrupt_preparation(data: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the directory of a preparation that was stopped before its chunks were merged."""
 
     def kill(*args: object) -> None:
         raise KeyboardInterrupt
@@ -437,17 +437,17 @@ def interrupted(data: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_chunks_of_somebody_else_are_encoded_anew(
+def test_chunks_of_someone_else_are_encoded_again(
     data: ConfigDict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unfinished = interrupted(data, monkeypatch)
+    unfinished = interrupt_preparation(data, monkeypatch)
     parts = sorted((unfinished / "parts").iterdir())
     kept = parts[5].stat().st_ino
     wrong = encoding.encode_chunk("something else", "characters", "")
     worker.save_part(parts[0], wrong, bytes(32))
-    # Without any seal, as files of an npz only.
+    # Without a seal, only the bytes of the npz file.
     parts[1].write_bytes(parts[1].read_bytes()[32:])
-    # The user's own, in each other's places.
+    # Swap two of the user's own chunks.
     parts[2].rename(unfinished / "x")
     parts[3].rename(parts[2])
     (unfinished / "x").rename(parts[3])
@@ -455,13 +455,13 @@ def test_chunks_of_somebody_else_are_encoded_anew(
     inodes: list[int] = []
     run = prepared._run_processes
 
-    def note(*args: Any) -> None:
+    def record_inode(*args: Any) -> None:
         run(*args)
         inodes.append(parts[5].stat().st_ino)
 
-    monkeypatch.setattr(prepared, "_run_processes", note)
+    monkeypatch.setattr(prepared, "_run_processes", record_inode)
     assert_same(data)
-    assert inodes == [kept], "what this user has encoded is kept"
+    assert inodes == [kept], "the chunks of this user are kept"
 
 
 def test_nothing_is_written_through_links(
@@ -476,7 +476,7 @@ def test_nothing_is_written_through_links(
         written = {path.name: path.read_text() for path in folder.iterdir()}
         return victim.read_text() == "precious" and written == {"file": "precious, too"}
 
-    unfinished = interrupted(data, monkeypatch)
+    unfinished = interrupt_preparation(data, monkeypatch)
     directory = unfinished.with_suffix("")
     lock = unfinished.with_name(f".{directory.name}.lock")
     for name in ("train.npy", "validation.npy", "counts.npy", "units.jsonl", "prepared.json"):
@@ -523,15 +523,15 @@ def test_nothing_is_written_through_links(
     with pytest.raises(UserError, match="lstm_jax is a link: name .* data.prepared"):
         prepared.prepare_corpus(data)
     assert is_untouched()
-    data.prepared = str(base)  # Said by the user, it may be.
+    data.prepared = str(base)  # The user may name the link.
     prepared.prepare_corpus(data)
     assert len(list(folder.glob("a-*/prepared.json"))) == 1
 
 
-def test_a_full_disk_is_no_mistake_of_the_text(
+def test_a_full_disk_raises_an_unavailable_error(
     data: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepared, "CHUNK", 2**20)  # So that a chunk is larger than the plan.
+    monkeypatch.setattr(prepared, "CHUNK", 2**20)  # A chunk must be larger than the plan.
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
     try:
@@ -569,19 +569,19 @@ def test_chunks_of_any_size_have_the_ids_of_the_text(
         )
     ]
     assert b"".join(content for _, content in found) == text.encode()
-    units: list[str] = []
+    tokens: list[str] = []
     for chunk, content in found:
         decoded = sources.read_segments(chunk, kind == "bytes", False)
         assert decoded.encode("utf-8", "surrogateescape") == content
         part = encoding.encode_chunk(decoded, kind, stop)
-        units += [list(part.tokens)[i] for i in part.ids.tolist()]
-    assert units == list(split_text(text, kind, stop))
+        tokens += [list(part.tokens)[i] for i in part.ids.tolist()]
+    assert tokens == list(split_text(text, kind, stop))
 
 
 @pytest.mark.parametrize("kind", ["words", "graphemes"])
-def test_a_place_to_cut_at_the_border_of_a_chunk(kind: str, tmp_path: Path) -> None:
-    # That a letter follows the space is seen only in the next 20 bytes; what is left after the cut
-    # is then more than a chunk.
+def test_a_cut_at_the_end_of_a_chunk(kind: str, tmp_path: Path) -> None:
+    # The letter after the space is in the next 20 bytes. The rest after the cut is then longer than
+    # a chunk.
     text = "x" * 19 + " " + "y" * 60
     (tmp_path / "text").write_text(text)
     text_segments = sources.list_segments([tmp_path / "text"], False, False)

@@ -5,14 +5,14 @@ import pytest
 from lstm_jax.run import progress
 
 
-def test_plain_lines_where_there_is_no_terminal(
+def test_plain_lines_without_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     shown = progress.Progress(step=100, total_steps=300, steps_per_epoch=150)
     now = 1.0
-    shown.update(110, 2.5, 1234.5)  # Too soon after the start for a line.
+    shown.update(110, 2.5, 1234.5)  # Too early for a line.
     now = 50.0
     shown.update(200, 2.25, 4321.0)
     shown.print("by the way")
@@ -25,7 +25,7 @@ def test_plain_lines_where_there_is_no_terminal(
     assert output.err == ""
 
 
-def test_compiling_does_not_count_in_the_time_left(
+def test_the_time_left_excludes_compilation(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0

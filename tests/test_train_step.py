@@ -14,7 +14,7 @@ from lstm_jax.devices import parallel
 
 
 def make_config(batch_size: int = 2) -> ConfigDict:
-    """A tiny model and Adam at 0.1."""
+    """Return the config of a tiny model, with Adam at 0.1."""
     config = config_lib.default()
     config.batches.batch_size = batch_size
     config.model.embedding_size = 6
@@ -26,7 +26,7 @@ def make_config(batch_size: int = 2) -> ConfigDict:
 def set_up(
     model: model_lib.LanguageModel, config: ConfigDict
 ) -> tuple[train_step.TrainState, train_step.TrainStep]:
-    """The first state, and the step."""
+    """Return the initial state and the step."""
     optimizer = optimizer_lib.make_optimizer(config.optimizer, 10)
     mesh = parallel.make_mesh(config)
     averaged = config.optimizer.average_decay > 0
@@ -37,7 +37,7 @@ def set_up(
 
 
 def make_batch(batch_size: int, time: int, seed: int = 0, starts: bool = True) -> batches.Batch:
-    """Random ids below 11."""
+    """Return a batch of random ids below 11."""
     ids = np.random.default_rng(seed).integers(0, 11, (batch_size, time + 1)).astype(np.int32)
     return batches.Batch(ids[:, :-1], ids[:, 1:], np.bool_(starts))
 
@@ -68,8 +68,8 @@ def test_one_step_is_adam_on_the_mean_loss(max_gradient_norm: float) -> None:
     assert float(after.loss_sum) == pytest.approx(np.log(11), abs=0.05)
 
 
-def test_microbatches_make_the_step_of_the_whole_batch() -> None:
-    """Masks, penalties and the carry included, over several steps."""
+def test_microbatches_match_the_step_of_the_whole_batch() -> None:
+    """Compare several steps, with masks, penalties and the carry."""
     results = []
     for number in (1, 3):
         config = make_config(6)
@@ -124,7 +124,7 @@ def test_masks_differ_from_step_to_step_and_follow_the_seed() -> None:
     assert first != second != third
 
 
-def test_a_step_that_is_not_finite_changes_nothing() -> None:
+def test_a_nonfinite_step_changes_nothing() -> None:
     config = make_config()
     config.optimizer.average_decay = 0.9
     model = model_lib.make_model(config.model, 11)
@@ -139,7 +139,7 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
     jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
 
 
-def test_streams_begin_anew_by_chance_each_by_itself() -> None:
+def test_streams_are_reset_at_random_and_independently() -> None:
     config = make_config(40)
     config.optimizer.learning_rate = 1e-30  # So that only the carry differs.
     model = model_lib.make_model(config.model, 11)
@@ -151,9 +151,9 @@ def test_streams_begin_anew_by_chance_each_by_itself() -> None:
         carries[kind, chance] = np.asarray(state.carry[0].hidden)
     kept = carries["streams", 0.0]
     state, step = set_up(model, config)
-    anew = np.asarray(step(state, make_batch(40, 8, 1)).carry[0].hidden)
+    reset = np.asarray(step(state, make_batch(40, 8, 1)).carry[0].hidden)
     by_chance = carries["streams", 0.5]
     is_kept = np.isclose(by_chance, kept, atol=1e-6).all(axis=1)
-    is_anew = np.isclose(by_chance, anew, atol=1e-6).all(axis=1)
-    assert (is_kept != is_anew).all() and 8 < is_anew.sum() < 32
+    is_reset = np.isclose(by_chance, reset, atol=1e-6).all(axis=1)
+    assert (is_kept != is_reset).all() and 8 < is_reset.sum() < 32
     np.testing.assert_allclose(carries["windows", 0.5], kept, atol=1e-6)

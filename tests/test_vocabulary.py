@@ -11,7 +11,7 @@ from lstm_jax.run import workdir
 from lstm_jax.run.streams import make_printable, make_printer
 from lstm_jax.vocabulary import FILE_END, KINDS, Vocabulary, find_stop_text
 
-# Text out of all of Unicode's planes, and pieces that hang together or are often got wrong.
+# Text from all planes of Unicode, and strings that are often split or decoded wrongly.
 TEXTS = st.lists(
     st.text(max_size=8)
     | st.sampled_from(
@@ -42,7 +42,7 @@ TEXTS = st.lists(
 @pytest.mark.parametrize("stop", ["", "\n", "\n\n"])
 @settings(max_examples=100, deadline=None)
 @given(text=TEXTS)
-def test_encode_then_decode_gives_any_text_back(kind: str, stop: str, text: str) -> None:
+def test_decode_inverts_encode_for_any_text(kind: str, stop: str, text: str) -> None:
     text += stop
     vocabulary = Vocabulary.from_text(text, kind, stop=stop)
     again = Vocabulary.from_json(vocabulary.to_json())
@@ -52,7 +52,7 @@ def test_encode_then_decode_gives_any_text_back(kind: str, stop: str, text: str)
     assert again.tokens == vocabulary.tokens
     assert [again.tokens[i] for i in ids] == again.split(text)
     assert again.unknown(text) == []
-    # In pieces it is the same, and each piece is text.
+    # Decoding in pieces gives the same, and each piece is valid text.
     decode = again.decoder()
     pieces = [decode([i], False) for i in ids] + [decode([], True)]
     assert "".join(pieces) == text
@@ -73,7 +73,7 @@ def test_bytes_hold_any_file_and_no_character_is_split(content: bytes) -> None:
     assert "".join(pieces).encode("utf-8", "surrogateescape") == content
 
 
-def test_tiny_shakespeare_has_67_units_in_order(shakespeare: dict[str, str]) -> None:
+def test_tiny_shakespeare_has_67_tokens_in_order(shakespeare: dict[str, str]) -> None:
     vocabulary = Vocabulary.from_text(shakespeare["train"])
     assert len(vocabulary) == 67
     assert list(vocabulary.tokens[:4]) == ["", "[UNK]", "\n", " "]
@@ -84,7 +84,7 @@ def test_tiny_shakespeare_has_67_units_in_order(shakespeare: dict[str, str]) -> 
 
 
 @pytest.mark.parametrize(
-    ("kind", "units"),
+    ("kind", "tokens"),
     [
         ("characters", ["e", "\u0301", " ", "o", "'", "e", "r", ",", "\r", "\n"]),
         ("graphemes", ["e\u0301", " ", "o", "'", "e", "r", ",", "\r\n"]),
@@ -92,11 +92,11 @@ def test_tiny_shakespeare_has_67_units_in_order(shakespeare: dict[str, str]) -> 
         ("bytes", ["e", "\udccc", "\udc81", " ", "o", "'", "e", "r", ",", "\r", "\n"]),
     ],
 )
-def test_what_a_unit_is(kind: str, units: list[str]) -> None:
+def test_tokens_of_each_kind(kind: str, tokens: list[str]) -> None:
     text = "e\u0301 o'er,\r\n"
     vocabulary = Vocabulary.from_text(text, kind)
-    assert vocabulary.split(text) == units
-    assert [vocabulary.tokens[i] for i in vocabulary.encode(text)] == units
+    assert vocabulary.split(text) == tokens
+    assert [vocabulary.tokens[i] for i in vocabulary.encode(text)] == tokens
 
 
 def test_documents_end_with_the_stop_token() -> None:
@@ -117,7 +117,7 @@ def test_documents_end_with_the_stop_token() -> None:
         Vocabulary.from_text("ab", stop="\n")
 
 
-def test_rare_units_become_unk() -> None:
+def test_rare_tokens_become_unk() -> None:
     text = "to be or not to be"
     vocabulary = Vocabulary.from_text(text, "words", min_count=2)
     assert vocabulary.tokens == ("", "[UNK]", " be")
@@ -145,7 +145,7 @@ def test_unknown_characters_become_unk() -> None:
     assert vocabulary.unknown("zaxz") == ["x", "z"]
 
 
-def test_what_can_not_be_shown_is_replaced() -> None:
+def test_unprintable_text_is_replaced() -> None:
     assert make_printable(b"caf\xe9 \xc3\xa9".decode("utf-8", "surrogateescape")) == "caf\ufffd é"
     assert make_printable(f"a{FILE_END}b") == "a\n\nb"
 
@@ -156,13 +156,13 @@ def test_control_characters_are_escaped() -> None:
 
 
 @given(text=TEXTS, cut=st.integers(0, 40))
-def test_a_text_in_pieces_is_shown_as_the_whole(text: str, cut: int) -> None:
+def test_printing_in_pieces_equals_printing_at_once(text: str, cut: int) -> None:
     show = make_printer()
     pieces = [show(text[:cut], False), show(text[cut:], False), show("", True)]
     assert "".join(pieces) == make_printable(text)
 
 
-def test_what_a_run_of_bytes_writes_is_json_for_everybody(tmp_path: Path) -> None:
+def test_the_vocabulary_of_bytes_is_ascii_json(tmp_path: Path) -> None:
     vocabulary = Vocabulary.from_text("", "bytes")
     workdir.save_vocabulary(tmp_path, vocabulary)
     content = (tmp_path / workdir.VOCABULARY).read_bytes()
@@ -184,7 +184,7 @@ def test_what_a_run_of_bytes_writes_is_json_for_everybody(tmp_path: Path) -> Non
         ({"more": 1}, "does not hold"),
     ],
 )
-def test_a_damaged_file_is_refused(changed: dict[str, object], message: str) -> None:
+def test_a_damaged_vocabulary_raises_an_error(changed: dict[str, object], message: str) -> None:
     content = json.loads(Vocabulary.from_text("a\n", stop="\n").to_json())
     with pytest.raises(ValueError, match=message):
         Vocabulary.from_json(json.dumps(content | changed))

@@ -7,13 +7,13 @@ from lstm_jax.errors import UserError
 from lstm_jax.run import workdir
 
 
-def test_the_best_of_a_run_is_loaded(trained: Path) -> None:
+def test_the_best_checkpoint_of_a_run_is_loaded(trained: Path) -> None:
     loaded = workdir.load_trained(trained)
     assert loaded.step > 0
     assert loaded.params["lstm_0"]["recurrent_kernel"].shape == (24, 96)
 
 
-def test_what_is_missing_or_damaged_is_named(tmp_path: Path, trained: Path) -> None:
+def test_an_error_names_a_missing_or_damaged_file(tmp_path: Path, trained: Path) -> None:
     with pytest.raises(UserError, match="no trained model in .*no config.json"):
         workdir.load_trained(tmp_path)
     (tmp_path / workdir.CONFIG).write_text("{")
@@ -28,9 +28,7 @@ def test_what_is_missing_or_damaged_is_named(tmp_path: Path, trained: Path) -> N
 
 
 @pytest.mark.parametrize("name", [workdir.CONFIG, workdir.VOCABULARY])
-def test_a_byte_that_was_flipped_anywhere_is_noticed(
-    name: str, tmp_path: Path, trained: Path
-) -> None:
+def test_any_flipped_byte_is_detected(name: str, tmp_path: Path, trained: Path) -> None:
     load = {workdir.CONFIG: workdir.load_config, workdir.VOCABULARY: workdir.load_vocabulary}[name]
     content = (trained / name).read_bytes()
     expected = json.loads(content)
@@ -48,7 +46,7 @@ def test_a_byte_that_was_flipped_anywhere_is_noticed(
     assert noticed > 0.6 * len(content)
 
 
-def test_restoring_drops_the_history_written_later_and_tells_of_what_is_lost(
+def test_restoring_drops_later_history_and_warns_about_lost_content(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / workdir.METRICS).write_text("first\n")
