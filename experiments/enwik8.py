@@ -1,4 +1,4 @@
-"""Train on enwik8 or text8, the first 100 MB of Wikipedia, by bytes, with AWD-LSTM's settings."""
+"""Train on the bytes of enwik8 or text8, 100 MB of Wikipedia, with AWD-LSTM's settings."""
 # python -m lstm_jax.main --config experiments/enwik8.py --config.data.path=enwik8
 #
 # The file is the usual one of 100,000,000 bytes. The first 90 % are for training, the next 5 % for

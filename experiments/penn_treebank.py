@@ -1,4 +1,4 @@
-"""Train on Penn Treebank by characters, with AWD-LSTM's settings."""
+"""Train on the characters of Penn Treebank, with AWD-LSTM's settings."""
 # python -m lstm_jax.main --config experiments/penn_treebank.py
 #
 # It reads the usual three files, ptb.train.txt, ptb.valid.txt and ptb.test.txt, in the current

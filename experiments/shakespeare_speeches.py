@@ -1,10 +1,10 @@
-"""Train on Tiny Shakespeare by speeches: the model learns to generate one and to stop."""
+"""Train on the speeches of Tiny Shakespeare: the model learns to generate one and to stop."""
 # python -m lstm_jax.main --config experiments/shakespeare_speeches.py
 #
 # 3 min 58 s on two cores of an AMD EPYC (Zen 5), start-up and all evaluations included.
-# Validation 1.453, test 1.561 nats per token, that is 2.079 and 2.232 bits per character.
+# Validation 1.453, test 1.561 nats per token, or 2.079 and 2.232 bits per character.
 # benchmarks/document_lengths.py compares the lengths of generated speeches with those of the text.
-# All with --config.model.initial_bias=zeros --config.batches.reset_probability=0.
+# Measured with --config.model.initial_bias=zeros --config.batches.reset_probability=0.
 
 from ml_collections import ConfigDict
 

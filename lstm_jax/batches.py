@@ -1,4 +1,4 @@
-"""Make training batches of ids, with Grain iterators that can be checkpointed."""
+"""Make training batches of token ids, with Grain iterators that can be checkpointed."""
 
 import dataclasses
 import functools
@@ -22,14 +22,14 @@ class Batch(NamedTuple):
 
 
 class Places(NamedTuple):
-    """The places of the windows of a batch in the text, to be cut there."""
+    """The positions of a batch's windows in the text."""
 
-    begins: np.ndarray  # int64 [batch], the place of the first input of each window.
+    begins: np.ndarray  # int64 [batch], the position of each window's first input.
     starts: np.bool_  # See `Batch`.
 
 
 class Windows:
-    """Non-overlapping windows of one text, shuffled anew every epoch.
+    """Non-overlapping windows of one text, reshuffled every epoch.
 
     Window k is ids[k*T : (k+1)*T + 1]: T inputs and their T targets, so that each target of the
     text is in exactly one window (except for a remainder shorter than a window).
@@ -48,16 +48,16 @@ class Windows:
 
 
 def shuffle_places(places: np.ndarray, length: int, keys: np.ndarray) -> np.ndarray:
-    """Return the numbers at `places` of a pseudorandom order of 0..length-1, int64 [n].
+    """Return the entries at `places` of a pseudorandom permutation of 0..length-1, int64 [n].
 
-    A Feistel network over pairs of digits, of which there are hardly more than numbers in the
-    order; a result outside is put through it again until it is inside (Black & Rogaway 2002,
+    A Feistel network permutes pairs of digits, of which there are slightly more than `length`. A
+    result of `length` or more passes through it again until it is smaller (Black & Rogaway 2002,
     "Ciphers with Arbitrary Finite Domains"). `numpy.random.Generator.permutation` would need memory
-    for the whole order, and Grain's `index_shuffle`, one place a call, takes longer than reading a
-    window; either would change the order of batches in existing runs.
+    for the whole permutation, and Grain's `index_shuffle`, one entry per call, is slower than
+    reading a window. Either would change the order of batches in existing runs.
 
-    `length` is at most 2**62. The keys, uint64 [rounds], determine the order; fewer than 8 bias
-    orders of a dozen.
+    `length` is at most 2**62. The keys, uint64 [rounds], determine the permutation; with fewer than
+    8 keys, permutations of a dozen entries are biased.
     """
     large = math.isqrt(length - 1) + 1
     digits = np.array([large, -(-length // large)], np.uint64)
@@ -75,7 +75,7 @@ def shuffle_places(places: np.ndarray, length: int, keys: np.ndarray) -> np.ndar
 
 
 def _hash(x: np.ndarray) -> np.ndarray:
-    """Map uint64 to uint64 below 2**32, each bit of which depends on all of x."""
+    """Hash uint64 to uint64 below 2**32; each bit depends on all bits of x."""
     x = x * np.uint64(0x9E3779B97F4A7C15)
     return ((x ^ (x >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)) >> np.uint64(32)
 
@@ -86,17 +86,17 @@ def _keys(seed: int, epoch: int) -> np.ndarray:
 
 
 class Streams:
-    """Contiguous streams of one text, read side by side.
+    """Contiguous streams of one text, read in parallel.
 
     The text is cut into `batch_size` streams of equal length. Step k of an epoch reads the k-th
-    window of each, so that the carry after a step is the right one for the next. Every epoch draws
-    a new offset of the first stream, so that windows begin at other places and another remainder is
-    in no stream.
+    window of each stream, so that the next step continues from the carry. Every epoch draws a new
+    offset of the first stream, so that windows begin at other positions and another remainder is
+    left out.
     """
 
     def __init__(self, length: int, batch_size: int, window_length: int, seed: int) -> None:
         self._batch_size, self._window_length, self._seed = batch_size, window_length, seed
-        # One window is left out, as a minimum range for the offset.
+        # At least one window is left out, so that the offset can vary.
         self.steps_per_epoch = (length - window_length) // (batch_size * window_length)
         self._stream_length = self.steps_per_epoch * window_length
         self._slack = length - 1 - batch_size * self._stream_length
@@ -110,7 +110,7 @@ class Streams:
 
 @dataclasses.dataclass(frozen=True)
 class _Steps:
-    """The part (k, n) of each training step, the k-th of n equal ones, as a source for Grain."""
+    """A Grain source of the part (k, n) of each batch: the k-th of n equal parts."""
 
     order: Windows | Streams
     ids: Ids | None
@@ -118,7 +118,7 @@ class _Steps:
     part: tuple[int, int]
 
     def __len__(self) -> int:
-        # Grain counts epochs itself only if every epoch has the same elements.
+        # Endless: Grain's own epochs would all have the same elements.
         return 2**31
 
     def __getitem__(self, step: int) -> Batch | Places:
@@ -134,14 +134,14 @@ def cut_batch(ids: Ids, places: Places, window_length: int) -> Batch:
 
 
 def make_order(length: int, batches: ConfigDict, seed: int) -> Windows | Streams:
-    """Return the places of each training step in a text of `length` tokens; see `make_batches`."""
+    """Return the windows of each training step in a text of `length` tokens; see `make_batches`."""
     size, window = batches.batch_size, batches.window_length
     order = (Windows if batches.kind == "windows" else Streams)(length, size, window, seed)
     if order.steps_per_epoch < 1:
         needed = size * window + (1 if batches.kind == "windows" else window)
         raise UserError(
             f"the training text is too short: {size} {batches.kind} of {window} need {needed} "
-            f"tokens and it has {length}; lower batches.batch_size or batches.window_length"
+            f"tokens, but it has {length}; lower batches.batch_size or batches.window_length"
         )
     return order
 
@@ -153,25 +153,25 @@ def make_batches(
     places: bool = False,
     part: tuple[int, int] = (0, 1),
 ) -> tuple[grain.DatasetIterator, int]:
-    """Return an endless iterator over training batches, and the number of steps an epoch.
+    """Return an endless iterator over training batches, and the number of steps per epoch.
 
     Args:
       ids: the training text.
       batches: the `batches` fields of a config.
-      seed: which determines the order.
-      places: whether to return only the places of the windows.
-      part: (k, n) for the k-th of n equal parts of each batch; only that is read.
+      seed: determines the order.
+      places: whether to return only the positions of the windows.
+      part: (k, n) for the k-th of n equal parts of each batch; only this part is read.
 
     Returns:
-      An iterator over `Batch`, which Grain reads ahead of the training loop, or over `Places`; both
-      have the same states. And the number of steps.
+      An iterator over `Batch`, which Grain prefetches, or over `Places`, with the same state in
+      checkpoints; and the number of steps per epoch.
 
     Raises:
       UserError: if the text is shorter than one batch.
     """
     order = make_order(len(ids), batches, seed)
     source = _Steps(order, None if places else ids, batches.window_length, part)
-    # Places are computed faster than another thread could pass them on.
+    # Computing positions is faster than receiving them from another thread.
     threads, ahead = (0, 0) if places else (1, 8)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     dataset = grain.MapDataset.source(source).to_iter_dataset(options)

@@ -1,4 +1,4 @@
-"""Run a command: parse its flags, print a mistake as one line, and answer Ctrl-C."""
+"""Run a command: parse its flags, print a user's mistake as one line, and handle Ctrl-C."""
 
 import contextlib
 import re
@@ -18,12 +18,12 @@ from lstm_jax.devices import compilation_cache
 from lstm_jax.errors import UserError, one_line, visible
 from lstm_jax.run import interrupts, streams
 
-# --help of a command lists the flags that it defines with functions of this module.
+# Flags that functions of this module define are those of the command that calls them.
 flags.disclaim_key_flags()
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Parse the flags, call `main`, and exit with the code that it returns (None is 0).
+    """Parse the flags, call `main`, and exit with the code that it returns (None means 0).
 
     A user's mistake (`UserError`, a bad flag, a config file that fails) is printed as one line on
     standard error, with exit code 2. Ctrl-C exits with code 130.
@@ -33,7 +33,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         if len(argv) > 1:
             _fail(f"stray argument {argv[1]!r}: every argument is a flag, see --help")
         compilation_cache.use_cache()
-        logging.set_verbosity(logging.FATAL)  # app.run raises it once flags are parsed.
+        logging.set_verbosity(logging.FATAL)  # app.run increases it after parsing.
         interrupted = False
         try:
             try:
@@ -43,7 +43,7 @@ def run_command(main: Callable[[], int | None]) -> None:
             finally:
                 interrupted = interrupts.end()
         except BaseException as error:
-            # An interruption in a callback of a library can come out as any other exception.
+            # An interrupt in a library's callback can surface as any other exception.
             if interrupted or isinstance(error, KeyboardInterrupt):
                 interrupts.leave()
             if not isinstance(error, Exception):
@@ -61,14 +61,14 @@ def run_command(main: Callable[[], int | None]) -> None:
 
 
 def _report(error: Exception) -> int:
-    """Exit with one line for a user's mistake; raise any other error again."""
+    """Exit with one line for a user's mistake; re-raise any other error."""
     if isinstance(error, UserError):
         _fail(str(error))
     is_of_jax = isinstance(error, jax.errors.JaxRuntimeError)
     if isinstance(error, MemoryError) or (is_of_jax and "RESOURCE_EXHAUSTED" in str(error)):
         _fail(
-            f"this needs more memory than there is ({one_line(error)[:200]}): lower the sizes "
-            "of the model, or batches.batch_size"
+            f"there is not enough memory ({one_line(error)[:200]}): lower the sizes of the model, "
+            "or batches.batch_size"
         )
     if isinstance(error, BrokenPipeError):  # The reader, for example `| head`, has closed the pipe.
         streams.discard_output()
@@ -83,16 +83,16 @@ def define_text_flags() -> tuple[flags.FlagHolder[str | None], ...]:
     define = flags.DEFINE_string
     return (
         define("data_path", None, "The text that the run was trained on, if it was moved."),
-        define("dataset", None, "The TFDS dataset of the run; TFDS runs the code of this dataset."),
-        define("data_directory", None, "Where TFDS keeps it. [default: ~/tensorflow_datasets]"),
+        define("dataset", None, "The TFDS dataset of the run; TFDS executes its code."),
+        define("data_directory", None, "TFDS's data directory. [default: ~/tensorflow_datasets]"),
     )
 
 
 def find_own_experiment(argument: str) -> str:
-    """Replace the name of an experiment of the package by its path, where no such file is here.
+    """Replace the name of a packaged experiment by its path, unless such a file is here.
 
-    So `--config experiments/quick.py` is the same command in a clone and in any other directory.
-    `argument` is a flag with its value, or a value.
+    So `--config experiments/quick.py` works in a clone and in any other directory.
+    `argument` is `--flag=value`, or a value.
     """
     flag, equals, value = argument.rpartition("=")
     name, colon, word = value.partition(":")
@@ -112,7 +112,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     if {"--version", "-version"} & set(argv):
         print(f"lstm-jax {lstm_jax.__version__}")
         sys.exit(0)
-    # Orbax, Grain and TFDS log a lot. Where one of them fails, its exception is reported.
+    # Orbax, Grain and TFDS log a lot. If one of them fails, its exception is reported.
     logging.set_verbosity(logging.FATAL)
     for argument in argv:
         if re.search("[\ud800-\udfff]", argument):
@@ -154,7 +154,7 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
 
 
 def _fail(message: str) -> NoReturn:
-    # One line, whatever a name or a value in it holds.
+    # Names and values in the message may contain line breaks.
     with contextlib.suppress(OSError):
         print("error:", visible(message), file=sys.stderr)
     sys.exit(2)

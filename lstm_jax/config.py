@@ -1,7 +1,7 @@
-"""Define each config field once: default, allowed values, meaning, and where it may differ.
+"""Define each config field once: default, allowed values, meaning, and when it may change.
 
-An experiment is a Python file with `get_config()`, which takes `default()` and sets the fields that
-it changes. Every field can also be set on the command line: `--config.model.hidden_size=512`.
+An experiment is a Python file with `get_config()`, which takes `default()` and changes some
+fields. Every field can also be set on the command line: `--config.model.hidden_size=512`.
 `python -m lstm_jax.config > docs/config.md` writes the table as a page.
 """
 
@@ -38,8 +38,8 @@ class Field(NamedTuple):
     # Members of a population may differ in it: the compiled step reads it as an array ("step"), or
     # only the initial parameters and the order of the text depend on it ("start").
     population: Literal["", "start", "step"] = ""
-    compared: bool = True  # A study is for one value of it.
-    fits: Rule | None = None  # A rule for the whole config, which must hold.
+    compared: bool = True  # All runs of a study have the same value.
+    fits: Rule | None = None  # A rule that the whole config must satisfy.
     used_with: Rule | None = None  # The field has no effect on a config that breaks this rule.
 
 
@@ -55,7 +55,7 @@ def one_of(*words: str) -> Rule:
 
 
 def is_set_to(name: str, value: Any) -> Rule:
-    """Require a config with `value` in the field `name`."""
+    """Require that the field `name` is `value`."""
     section, _, last = name.partition(".")
     return Rule(f"{name}={value!r}", lambda config: config[section][last] == value)
 
@@ -64,11 +64,11 @@ _TEXT = Rule("any text", lambda value: True)
 _SWITCH = Rule("True or False", lambda value: True)
 _SHARE = Rule("0 or more, and below 1", lambda value: 0 <= value < 1)
 _SHARES = Rule(
-    "shares between 0 and 1",
+    "fractions between 0 and 1",
     lambda values: all(isinstance(share, int | float) and 0 < share < 1 for share in values),
 )
 _FRACTIONS = Rule(
-    "three positive shares (train, validation, test) that add up to 1",
+    "three positive fractions (train, validation, test) that add up to 1",
     lambda values: len(values) == 3 and _SHARES.holds(values) and abs(sum(values) - 1) < 1e-6,
 )
 # Larger sizes are mistakes, or attempts to exhaust the memory.
@@ -78,42 +78,42 @@ _COUNT, _POSITIVE_COUNT = between(0, 2**31 - 1), between(1, 2**31 - 1)
 # fmt: off
 FIELDS = (
     Field("seed", 0, between(0, 2**32 - 1),
-          "Determines initial parameters, text order and samples.", population="start"),
+          "Random seed of initial parameters, batches and samples.", population="start"),
     Field("init_from", "", _TEXT,
-          "Working directory of a run with the initial parameters (set by --init_from)."),
+          "Start from the parameters of the run in this directory (set by --init_from)."),
     Field("num_epochs", 20, between(1, 10**6), "Passes over the training text.", resume=True),
     Field("steps_per_call", 1, between(1, 10**4),
-          "Steps in one compiled call; more are faster for tiny models.", resume=True,
+          "Training steps per compiled call; more are faster for tiny models.", resume=True,
           fits=Rule("at most log_every_steps", lambda c: c.steps_per_call <= c.log_every_steps)),
     Field("log_every_steps", 10, _POSITIVE_COUNT,
-          "Steps between two training losses in metrics.jsonl.", resume=True),
+          "Steps between training losses in metrics.jsonl.", resume=True),
     Field("checkpoint_every_seconds", 300.0, between(0, 10**9),
-          "Interval of checkpoints within epochs. 0: every step.", resume=True, compared=False),
+          "Seconds between checkpoints in an epoch. 0: every step.", resume=True, compared=False),
     Field("max_skipped_steps", 0, _COUNT,
-          "Steps with a loss or gradient that is not finite to skip before stopping.", resume=True),
+          "Skip at most this number of steps whose loss or gradient is not finite.", resume=True),
     Field("profile", False, _SWITCH, "Trace a few steps for TensorBoard's profiler.", resume=True),
 
     Field("data.path", "", _TEXT,
-          "UTF-8 text files: paths and globs with commas between; semicolons separate the files of "
+          "UTF-8 text files: paths and glob patterns, separated by commas; semicolons separate "
           "train, validation and test. Empty: a TFDS dataset.", resume=True, compared=False),
     Field("data.dataset", "tiny_shakespeare", _TEXT,
           "Name of a TFDS dataset.", used_with=is_set_to("data.path", "")),
     Field("data.text_feature", "text", _TEXT,
           "Feature of the dataset that holds the text.", used_with=is_set_to("data.path", "")),
     Field("data.directory", "", _TEXT,
-          "Where TFDS keeps datasets. Empty: TFDS's own default.", resume=True, compared=False),
+          "Directory of TFDS datasets. Empty: TFDS's default.", resume=True, compared=False),
     Field("data.fractions", (0.9, 0.05, 0.05), _FRACTIONS,
-          "Shares of train, validation and test in a text without splits, by position."),
+          "Fractions of train, validation and test, in this order, in a text without splits."),
     Field("data.units", "characters", one_of(*vocabulary.KINDS),
           "Kind of tokens: characters (Unicode code points), graphemes (letters with their "
           "accents, whole emoji), words (with the space before each) or bytes (of any file)."),
     Field("data.min_count", 1, _POSITIVE_COUNT,
-          "Read tokens that occur less often in the training text as [UNK]; bytes are kept."),
+          "Replace tokens that occur less often in the training text by [UNK]; keep all bytes."),
     Field("data.document_separator", "", one_of(*vocabulary.SEPARATORS),
           "End of a document, where the model learns to stop. file: the end of each file, or of "
-          "each example of a dataset. Empty: the text is one document without end."),
+          "each example of a dataset. Empty: the text is one document."),
     Field("data.memory_megabytes", 16, between(0, 10**9),
-          "Files larger than this (in 10**6 bytes) are not read into memory: they are encoded "
+          "Texts larger than this (in 10**6 bytes) are not read into memory: they are encoded "
           "once into files of ids, which training reads in parts.", resume=True),
     Field("data.prepared", "", _TEXT,
           "Directory for these files. Empty: .lstm_jax beside the first text file.", resume=True),
@@ -123,39 +123,39 @@ FIELDS = (
     Field("batches.kind", "windows", one_of("windows", "streams"),
           "windows: shuffled windows, each from a zero carry. streams: contiguous streams that "
           "keep their carry between steps (truncated backpropagation through time)."),
-    Field("batches.batch_size", 64, _SIZE, "Windows or streams in a batch.",
+    Field("batches.batch_size", 64, _SIZE, "Windows or streams per batch.",
           fits=Rule("a multiple of mesh.data times mesh.model",
                     lambda c: c.batches.batch_size % (max(c.mesh.data, 1) * c.mesh.model) == 0)),
-    Field("batches.window_length", 100, _SIZE, "Tokens of each of them in a training step."),
+    Field("batches.window_length", 100, _SIZE, "Tokens of each window or stream per step."),
     Field("batches.reset_probability", 0.02, _SHARE,
           "Probability that a stream starts a step from a zero carry, as evaluation does.",
           resume=True, used_with=is_set_to("batches.kind", "streams")),
 
-    Field("model.embedding_size", 256, _SIZE, "Features of an embedded token."),
+    Field("model.embedding_size", 256, _SIZE, "Size of token embeddings."),
     Field("model.hidden_size", 1024, _SIZE, "Hidden units of each layer."),
     Field("model.num_layers", 1, between(1, 100), "Recurrent layers."),
     Field("model.cell", "lstm", one_of(*cells.CELLS),
-          "Kind of layers. mogrifier: an LSTM whose inputs and hidden state scale each other "
-          "first. rnn: the simple recurrent network."),
-    Field("model.mogrifier_rounds", 5, between(0, 100), "Rounds in which they scale each other.",
+          "Kind of recurrent layers. mogrifier: an LSTM whose inputs and hidden state scale each "
+          "other first. rnn: the simple recurrent network."),
+    Field("model.mogrifier_rounds", 5, between(0, 100), "Rounds of this scaling.",
           used_with=is_set_to("model.cell", "mogrifier")),
-    Field("model.layer_norm", False, _SWITCH, "Normalize the inputs of the gates."),
+    Field("model.layer_norm", False, _SWITCH, "Layer normalization of the inputs of the gates."),
     Field("model.tie_embeddings", False, _SWITCH,
-          "Use the embedding table as the dense layer's kernel; the last layer has its width."),
+          "Use the embedding table as the dense layer's kernel; sets the last layer's width."),
     Field("model.initial_scale", 1.0, Rule("above 0, up to 1000", lambda value: 0 < value <= 1000),
           "Factor of the initial kernels and embedding table.", population="start"),
     Field("model.initial_bias", "frequencies", one_of(*model_lib.INITIAL_BIASES),
-          "Initial bias of the logits. frequencies: the logarithm of each token's share of the "
-          "training text, which the model then need not learn."),
+          "Initial bias of the logits. frequencies: the logarithm of each token's frequency in "
+          "the training text, which the model then does not have to learn."),
     Field("model.recurrence", "auto", one_of(*fused.IMPLEMENTATIONS),
-          "How the layers run over time. scan: the readable reference. fused: the same with a "
+          "Implementation of the recurrence. scan: the readable reference. fused: the same with a "
           "custom VJP. cudnn: on a GPU, in float32. auto: the fastest.", resume=True),
     Field("model.dtype", "float32", one_of("float32", "bfloat16"),
-          "Dtype of the factors of matmuls; parameters, cell states, softmax and loss are float32. "
+          "Dtype of matmul operands; parameters, cell states, softmax and loss are float32. "
           "bfloat16 is for GPUs, TPUs, and CPUs with instructions for it.", resume=True),
     Field("model.rematerialize", 0, _SIZE_OR_ZERO,
-          "Steps between the states kept for the backward pass, which recomputes the others to "
-          "save memory. 0: keep all.", resume=True, used_with=is_set_to("model.cell", "lstm")),
+          "Steps between the states stored for the backward pass, which recomputes the others to "
+          "save memory. 0: store all.", resume=True, used_with=is_set_to("model.cell", "lstm")),
 
     Field("optimizer.name", "adam", one_of(*optimizer_lib.OPTIMIZERS), "AdamW or momentum SGD."),
     Field("optimizer.momentum", 0.9, _SHARE, "Momentum of SGD.",
@@ -165,19 +165,20 @@ FIELDS = (
     Field("optimizer.warmup_steps", 0, _COUNT,
           "Steps of a linear rise to the peak learning rate.", resume=True, population="step"),
     Field("optimizer.schedule", "constant", one_of(*optimizer_lib.SCHEDULES),
-          "Learning rate after warm-up. cosine, linear: it falls to zero at the end of the last "
-          "epoch. step: it is divided by ten at each of step_at.", resume=True, population="step"),
+          "Learning rate after warm-up. cosine, linear: decay to zero at the end of the last "
+          "epoch. step: divide by ten at each of step_at.", resume=True, population="step"),
     Field("optimizer.step_at", (0.5, 0.75), _SHARES,
-          "Shares of all steps.", resume=True, used_with=is_set_to("optimizer.schedule", "step")),
+          "Fractions of all steps.", resume=True,
+          used_with=is_set_to("optimizer.schedule", "step")),
     Field("optimizer.weight_decay", 0.0, Rule("from 0 to 1e38", lambda value: 0 <= value <= 1e38),
-          "Decay of kernels and embedding per learning rate.", resume=True, population="step"),
+          "Weight decay, of kernels and embedding only.", resume=True, population="step"),
     Field("optimizer.max_gradient_norm", 0.0, between(0, 10**9),
-          "Scale gradients down to this global norm. 0: never.", resume=True, population="step"),
+          "Clip gradients to this global norm. 0: no clipping.", resume=True, population="step"),
     Field("optimizer.average_decay", 0.0, _SHARE,
-          "Evaluate and sample with an exponential moving average of the parameters, of which "
-          "each step keeps this share. 0: with the parameters.", population="step"),
+          "Decay of an exponential moving average of the parameters, which evaluation and sampling "
+          "then use. 0: no average.", population="step"),
     Field("optimizer.microbatches", 1, _SIZE,
-          "Parts of a batch that are computed one after the other, to save memory.", resume=True,
+          "Parts of a batch, computed one after the other to save memory.", resume=True,
           fits=Rule("a divisor of batches.batch_size",
                     lambda c: c.batches.batch_size % c.optimizer.microbatches == 0)),
 
@@ -193,20 +194,21 @@ FIELDS = (
     Field("regularization.recurrent_dropout", 0.0, _SHARE,
           "DropConnect of the recurrent kernels.", resume=True, population="step"),
     Field("regularization.activation_penalty", 0.0, between(0, 10**9),
-          "Weight in the loss of the outputs' mean square.", resume=True, population="step"),
+          "Weight of the outputs' mean square in the loss.", resume=True, population="step"),
     Field("regularization.temporal_activation_penalty", 0.0, between(0, 10**9),
-          "Weight in the loss of their mean squared change.", resume=True, population="step"),
+          "Weight of their mean squared change in the loss.", resume=True, population="step"),
 
     Field("mesh.data", 0, _SIZE_OR_ZERO,
           "A batch is divided over mesh.data times mesh.model devices. 0: all GPUs or TPUs; on a "
-          "CPU, the number of cores that is fastest.", resume=True, compared=False),
+          "CPU, the fastest number of cores.", resume=True, compared=False),
     Field("mesh.model", 1, _SIZE,
-          "Devices that also divide the matrices of parameters and optimizer state between them, "
-          "for models that are too large for one.", resume=True, compared=False),
+          "Devices that also share the matrices of parameters and optimizer state, for models that "
+          "are too large for one.", resume=True, compared=False),
 
     Field("sample.length", 300, between(1, 10**6),
-          "Tokens of the sample that follows each epoch.", resume=True, compared=False),
-    Field("sample.temperature", 0.8, between(0, 1000), "0: greedy.", resume=True, compared=False),
+          "Tokens of the sample after each epoch.", resume=True, compared=False),
+    Field("sample.temperature", 0.8, between(0, 1000),
+          "Temperature of this sample. 0: greedy.", resume=True, compared=False),
 )
 # fmt: on
 
@@ -215,7 +217,7 @@ _LEGEND = (
     "Numbers are written as in Python: 1_000 is 1000. A run may change the fields marked [resume] "
     "when it resumes; the members of a population may differ in those marked [population]."
 )
-# Names of fields by the columns of the table.
+# Names of fields by property.
 CHANGEABLE = tuple(field.name for field in FIELDS if field.resume)
 TRACEABLE = tuple(field.name for field in FIELDS if field.population)
 TRACED_BY_STEP = tuple(field.name for field in FIELDS if field.population == "step")
@@ -232,7 +234,7 @@ def default() -> ConfigDict:
 
 
 def complete_config(fields: Any) -> ConfigDict:
-    """Return a complete, checked config with some fields given and the others at their defaults.
+    """Return a checked config with the given fields, and defaults for all others.
 
     Args:
       fields: a ConfigDict or nested dict.
@@ -251,7 +253,7 @@ def complete_config(fields: Any) -> ConfigDict:
         if message := describe_unknown_field(name):
             raise UserError(message)
         try:
-            if value is None:  # ConfigDict takes it for any field.
+            if value is None:  # ConfigDict accepts it for any field.
                 raise TypeError
             config.update_from_flattened_dict({name: value})
         except (TypeError, ValueError, OverflowError):
@@ -277,7 +279,7 @@ def find_unused_fields(config: ConfigDict) -> list[str]:
 
 
 def describe_unknown_field(name: str) -> str | None:
-    """Return a message about a dotted name that is no field, or None for a field."""
+    """Return an error message if a dotted name is not a field, else None."""
     if name in _BY_NAME:
         return None
     section, _, last = name.rpartition(".")
@@ -307,7 +309,7 @@ def to_json(config: ConfigDict) -> str:
 
 
 def describe_fields(width: int, quote: str = "") -> str:
-    """Return the table in lines of `width` columns, with `quote` around names and defaults."""
+    """Return the table, wrapped at `width` columns, with `quote` around names and defaults."""
     lines = textwrap.wrap(_LEGEND, width)
     for section, fields in itertools.groupby(FIELDS, lambda field: field.name.rpartition(".")[0]):
         lines += ["", section or "run", "-" * len(section or "run"), ""]
@@ -322,4 +324,4 @@ def describe_fields(width: int, quote: str = "") -> str:
 
 
 if __name__ == "__main__":
-    print("# Config fields\n\nWritten by lstm_jax/config.py.\n", describe_fields(99, "`"), sep="\n")
+    print("# Config fields\n\nGenerated from config.py.\n", describe_fields(99, "`"), sep="\n")

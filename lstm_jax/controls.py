@@ -1,4 +1,4 @@
-"""Controls of generation: which tokens may be drawn, how likely they are, and where a text ends."""
+"""Sampling controls: which tokens may be drawn, how probable they are, and where a text ends."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -14,9 +14,9 @@ MIN_STATES = 16  # The smallest number of states in `make_stop_table`.
 
 
 class Controls(NamedTuple):
-    """How to draw the next token from the model's logits.
+    """Settings for drawing the next token from the model's logits.
 
-    They apply in this order, which is the usual one:
+    They are applied in the usual order:
 
     1. `forbidden` tokens, "" and "[UNK]" are never drawn.
     2. `repetition_penalty` makes recent tokens less likely: it divides the positive and multiplies
@@ -27,16 +27,16 @@ class Controls(NamedTuple):
        cumulative probability of at least p (Holtzman et al. 2020).
     6. `min_p` keeps tokens at least p times as probable as the most probable (Nguyen et al. 2024).
 
-    Top-k and top-p keep all tokens that tie with the last one kept. The token is then drawn from
-    the tokens left, in proportion to their probabilities.
+    Top-k and top-p keep all tokens that tie with the last one kept. The next token is then
+    drawn from the remaining ones, in proportion to their probabilities.
     """
 
-    temperature: float = 1.0  # 0 always takes the most probable token.
+    temperature: float = 1.0  # 0 is greedy decoding.
     top_k: int = 0  # A number of tokens; 0 keeps all.
     top_p: float = 1.0  # In (0, 1]; 1 keeps all.
     min_p: float = 0.0  # In [0, 1]; 0 keeps all.
     repetition_penalty: float = 1.0  # 1 is no penalty.
-    repetition_window: int = 64  # A number of tokens, which may reach back into the prompt.
+    repetition_window: int = 64  # A number of tokens, including the prompt's.
     forbidden: Iterable[int] = ()  # Ids.
 
 
@@ -47,7 +47,7 @@ class ControlArrays(NamedTuple):
     """`Controls` as float32 and int32 scalars, so that one compiled function serves all values."""
 
     temperature: Any
-    top_k: Any  # The size of the vocabulary to keep all.
+    top_k: Any  # The vocabulary size keeps all.
     top_p: Any
     min_p: Any
     repetition_penalty: Any
@@ -93,8 +93,8 @@ def adjust_logits(logits: jax.Array, age: jax.Array, controls: ControlArrays) ->
     the latest.
 
     Returns:
-      The logits to draw from, float32 [batch, vocabulary]: at most 0, and minus infinity for what
-      is never drawn. At temperature 0 only the first of the most probable tokens is left.
+      The logits to draw from, float32 [batch, vocabulary]: at most 0, and minus infinity for tokens
+      that are never drawn. At temperature 0 only the first of the most probable tokens is left.
     """
     penalty = jnp.where(age <= controls.repetition_window, controls.repetition_penalty, 1.0)
     logits = jnp.where(logits > 0, logits / penalty, logits * penalty)
@@ -104,7 +104,7 @@ def adjust_logits(logits: jax.Array, age: jax.Array, controls: ControlArrays) ->
     gaps /= jnp.where(greedy, 1.0, controls.temperature)
 
     def filter_top() -> jax.Array:
-        """Return which tokens top-k keeps, and top-p of these."""
+        """Return a mask of the tokens that top-k and then top-p keep."""
         keep = _filter_until(gaps, jnp.ones_like(gaps), controls.top_k)
         weights = jnp.where(keep, jnp.exp(-gaps), 0)
         limit = jnp.where(controls.top_p < 1, controls.top_p * weights.sum(axis=-1), jnp.inf)
@@ -143,17 +143,17 @@ def make_stop_table(
 ) -> np.ndarray:
     """Make a finite automaton that recognizes the end of a text: int32 [states, vocabulary].
 
-    It starts in state 0, and each token takes it from state s to table[s, token]. In the last
-    state, which it never leaves, the text has ended: after the vocabulary's stop token, unless
-    `stop_token` is false, and after the string `stop_at`, unless it is empty, even where the string
-    starts or ends within a token.
+    It starts in state 0, and each token moves it from state s to table[s, token]. The last state is
+    absorbing: the text has ended. The vocabulary's stop token leads there, unless `stop_token` is
+    false, and so does the string `stop_at`, unless it is empty, even if the string starts or ends
+    within a token.
 
     The number of states is a power of two, so that one compiled function serves many stop texts.
     """
     wanted = "".join(vocabulary.split(stop_at))
     end = len(wanted)
     last = max(MIN_STATES, 1 << end.bit_length()) - 1
-    # Knuth, Morris & Pratt 1977: after s matching characters, the next takes state s to steps[s].
+    # Knuth, Morris & Pratt 1977: after s matching characters, the next leads to one of steps[s].
     number = {character: i for i, character in enumerate(dict.fromkeys(wanted))}
     other = len(number)
     steps = np.zeros((last + 1, other + 1), np.int32)
@@ -169,7 +169,7 @@ def make_stop_table(
     for token_id, token in enumerate(vocabulary.tokens if wanted else ()):
         if wanted in token:
             token = wanted
-        # Of a long token only its ends matter: what is between them matches nothing.
+        # Only the two ends of a long token matter: the middle can't match.
         ends = token[:end] + token[max(end, len(token) - end) :]
         path = [number.get(character, other) for character in ends]
         if len(token) > 2 * end:
@@ -184,7 +184,7 @@ def make_stop_table(
 
 
 def can_end(table: np.ndarray, forbidden: np.ndarray) -> bool:
-    """Return whether a `make_stop_table` can end without `forbidden` tokens, bool [vocabulary]."""
+    """Return whether a text can end, by `table`, without `forbidden` tokens, bool [vocabulary]."""
     reached = np.zeros(1, np.int64)
     while True:
         further = np.union1d(reached, table[reached][:, ~forbidden])

@@ -1,8 +1,8 @@
-"""Dynamic evaluation: the model keeps learning from a text while it reads it (Krause et al. 2018).
+"""Dynamic evaluation: train the model on a text while measuring its loss (Krause et al. 2018).
 
 The text is read in segments. The model first predicts a segment, and then takes a gradient step on
-its loss and a step back towards the trained parameters. So no prediction depends on its own token
-or on a later one.
+its loss and a step back towards the trained parameters. So no prediction depends on the token
+that it predicts, or on a later one.
 
 The update is the one that the paper calls RMS with an RMS global prior. With s the root mean square
 of a parameter's gradient over segments of the training text, and m the mean of s over all
@@ -33,7 +33,7 @@ _STATISTICS_TOKENS = 60_000
 
 
 class Settings(NamedTuple):
-    """How the model adapts.
+    """Settings of dynamic evaluation.
 
     The defaults are the best of a dozen settings on the validation split of experiments/quick.py:
     `python -m lstm_jax.evaluate --workdir runs/quick --split validation --dynamic` gives 1.359 nats
@@ -41,10 +41,10 @@ class Settings(NamedTuple):
     """
 
     learning_rate: float = 6e-4
-    # The share of the distance to the trained parameters that each step takes back, for a parameter
+    # The fraction of the distance to the trained parameters that each step removes, for a parameter
     # with a gradient of mean size.
     decay: float = 0.003
-    segment_length: int = 50  # Tokens predicted between two steps.
+    segment_length: int = 50  # Tokens predicted between two gradient steps.
 
 
 def measure_gradient_sizes(
@@ -52,8 +52,8 @@ def measure_gradient_sizes(
 ) -> Params:
     """Compute the root mean square of each parameter's gradient over segments of the training text.
 
-    The carry is kept from segment to segment. Of the text, two tokens or more, at most 60,000 are
-    read. The result has the shapes of `params`.
+    The carry is kept between segments. The text has at least two tokens, of which at most 60,000
+    are read. The result has the shapes of `params`.
     """
     window = np.asarray(ids[: _STATISTICS_TOKENS + 1])
     length = min(segment_length, len(window) - 1)
@@ -87,7 +87,7 @@ def compute_dynamic_loss(
 def compute_dynamic_losses(
     model: LanguageModel, params: Params, ids: Ids, settings: Settings, sizes: Params
 ) -> Iterator[np.ndarray]:
-    """Compute the loss of each token but the first, in nats, with the carry kept all the way.
+    """Compute the loss of each token but the first, in nats, with the carry kept throughout.
 
     Yield float32 arrays, n - 1 losses in all for n ids. `sizes` are those of
     `measure_gradient_sizes`.
@@ -108,7 +108,7 @@ def _read_segments(
     segments: Chunk,
     settings: Settings,
 ) -> tuple[tuple[Params, Carry], jax.Array]:
-    """Read segments [number, time]: the adapted parameters with the carry, and the losses."""
+    """Read segments [number, time]; return the adapted parameters, the carry, and the losses."""
     leaves = jax.tree.leaves(sizes)
     mean = sum(leaf.sum() for leaf in leaves) / sum(leaf.size for leaf in leaves)
 

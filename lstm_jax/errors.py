@@ -26,7 +26,7 @@ def one_line(error: Exception) -> str:
 
 
 def visible(text: str) -> str:
-    """Return a text in one line, with escapes for characters that could control a terminal."""
+    """Return a text on one line, with escapes for characters that could control a terminal."""
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode()
         for c in " ".join(text.split())

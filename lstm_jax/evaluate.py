@@ -24,7 +24,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Working directory of a training
 _SPLIT = flags.DEFINE_string(
     "split",
     "test",
-    "The split to measure: train, validation or test; validation+test is both, joined to one text.",
+    "The split to measure: train, validation or test; validation+test joins both to one text.",
 )
 _FIT_TEMPERATURE = flags.DEFINE_bool(
     "fit_temperature",
@@ -34,12 +34,12 @@ _FIT_TEMPERATURE = flags.DEFINE_bool(
 _ZERO_STATE = flags.DEFINE_bool(
     "zero_state",
     False,
-    f"Also measure {loss_lib.PLACES} places of the split, each read from a zero state.",
+    f"Also measure the loss from a zero state, at {loss_lib.PLACES} places of the split.",
 )
 _DYNAMIC = flags.DEFINE_bool(
     "dynamic",
     False,
-    "Dynamic evaluation: the model learns from each segment of the text after predicting it.",
+    "Dynamic evaluation: train the model on each segment of the text after predicting it.",
 )
 _DYNAMIC_LEARNING_RATE = flags.DEFINE_float(
     "dynamic_learning_rate", dynamic.Settings().learning_rate, "Learning rate of --dynamic."
@@ -47,10 +47,10 @@ _DYNAMIC_LEARNING_RATE = flags.DEFINE_float(
 _DYNAMIC_DECAY = flags.DEFINE_float(
     "dynamic_decay",
     dynamic.Settings().decay,
-    "Share of the distance to the trained parameters that each step of --dynamic takes back.",
+    "Fraction of the distance to the trained parameters that each step of --dynamic removes.",
 )
 _DYNAMIC_SEGMENT_LENGTH = flags.DEFINE_integer(
-    "dynamic_segment_length", dynamic.Settings().segment_length, "Tokens in a step of --dynamic."
+    "dynamic_segment_length", dynamic.Settings().segment_length, "Tokens per step of --dynamic."
 )
 _OWN_TEXT = command.define_text_flags()
 
@@ -74,7 +74,7 @@ def main() -> None:
             "--dynamic_decay 0 or more"
         )
     if _DYNAMIC.value and _FIT_TEMPERATURE.value:
-        raise UserError("--fit_temperature measures the model as trained: leave out --dynamic")
+        raise UserError("--fit_temperature and --dynamic exclude each other: leave one out")
 
     trained = workdir.load_trained(Path(_WORKDIR.value))
     model, params, vocabulary = trained.model, trained.params, trained.vocabulary

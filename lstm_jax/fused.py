@@ -1,18 +1,18 @@
-"""The recurrence of `LSTMCell` with a custom VJP: the same numbers as under a scan, faster.
+"""The recurrence of `LSTMCell` with a custom VJP: the same results as a scan, faster.
 
 It is fast for these reasons:
 
-- Reverse mode through a scan adds up a gradient of the whole recurrent kernel at every step. Here
-  the backward loop yields gradients of the gates only, and one matmul over time and batch after it
-  computes the gradient of the kernel.
+- Reverse-mode differentiation of a scan accumulates the gradient of the whole recurrent kernel at
+  every step. Here the backward loop computes gradients of the gates only, and one matmul over time
+  and batch then computes the gradient of the kernel.
 - Arrays are feature-major, [features, batch]: XLA's CPU matmuls are fastest as
   [4 * hidden, features] @ [features, batch].
-- Inputs, a constant one (for the bias) and the hidden state are stacked, so that one matmul a step
+- Inputs, a row of ones (for the bias) and the hidden state are stacked, so that one matmul a step
   computes all gates.
 - The backward loop writes the gradient of each gate into the memory of its activation. Page faults
-  of fresh memory cost more time than all elementwise operations.
+  of newly allocated memory would take longer than all elementwise operations.
 
-`benchmarks/train_step.py` measures it.
+`benchmarks/train_step.py` measures the speed.
 """
 
 import functools
@@ -49,16 +49,16 @@ def run_fused(
     dtype: str = "float32",
     rematerialize: int = 0,
 ) -> tuple[jax.Array, LSTMCarry]:
-    """Run one LSTM layer over time: outputs [batch, time, hidden], and the last carry.
+    """Run one LSTM layer over time; return outputs [batch, time, hidden] and the last carry.
 
     Inputs are [batch, time, features], or the lookup that they come from. A lookup in a vocabulary
     not much larger than the embedding is folded into the recurrence: the table is multiplied by the
     input kernel once, and the matmul of a step selects a row of the result by a one-hot input. That
     saves the matmul of the inputs and its result of [time, 4 * hidden, batch].
 
-    If `rematerialize` is not 0, the forward pass keeps the state only once in this number of steps,
+    If `rematerialize` is not 0, the forward pass stores the state only every `rematerialize` steps,
     and the backward pass recomputes the steps between. Memory then grows with time / rematerialize
-    + rematerialize instead of time, and is least at the square root of time.
+    + rematerialize instead of time, and is smallest at the square root of time.
     """
     if isinstance(inputs, Lookup) and len(inputs.table) <= 1.5 * inputs.table.shape[1]:
         # The one-hot input needs two matmuls of this size, the embedded row three.
@@ -76,8 +76,8 @@ def run_fused(
 class StepArrays(NamedTuple):
     """The parameters of a model of LSTM layers, prepared for `apply_step`, with kernels rounded."""
 
-    tokens: jax.Array  # What each adds to the first layer's gates, [vocabulary, 4 * hidden].
-    kernels: list[jax.Array]  # [4 * hidden, inputs + hidden]; in the first layer without inputs.
+    tokens: jax.Array  # Each token's term in the first layer's gates, [vocabulary, 4 * hidden].
+    kernels: list[jax.Array]  # [4 * hidden, inputs + hidden]; the first has no inputs.
     biases: list[jax.Array]  # Of each layer but the first, [4 * hidden, 1].
     head: jax.Array  # The dense layer's kernel, [vocabulary, hidden].
     head_bias: jax.Array  # [vocabulary].
@@ -86,7 +86,7 @@ class StepArrays(NamedTuple):
 def prepare_step(
     layers: Sequence[Kernels], table: jax.Array, head: jax.Array, head_bias: jax.Array, dtype: str
 ) -> StepArrays:
-    """Compute what is the same at every step, from all parameters of a model; see `apply_step`."""
+    """Precompute what is the same at every step, from all parameters; see `apply_step`."""
     first, *others = layers
     kernels = [first.recurrent, *(jnp.concatenate([k.input, k.recurrent]) for k in others)]
     return StepArrays(
@@ -117,7 +117,7 @@ def apply_step(
 def _step(
     kernel: jax.Array, inputs: jax.Array, carry: LSTMCarry, added: Any = 0.0
 ) -> tuple[tuple[jax.Array, ...], LSTMCarry]:
-    """Compute one step, feature-major: the activated gates i, f, g, o, and the next carry.
+    """Compute one step, feature-major; return the activated gates i, f, g, o and the next carry.
 
     Inputs [n, batch] are the layer's inputs and the hidden state, stacked. They and the kernel
     [4 * hidden, n] are rounded by `round_factor`. `added` [4 * hidden, batch] is added to the gates
@@ -132,7 +132,7 @@ def _step(
 def run_cudnn(
     kernels: Kernels, inputs: jax.Array | Lookup, carry: LSTMCarry
 ) -> tuple[jax.Array, LSTMCarry]:
-    """Run one LSTM layer over time by cuDNN, on a GPU, in float32; see `run_fused`."""
+    """Run one LSTM layer over time with cuDNN, on a GPU, in float32; see `run_fused`."""
     rows = get_rows(inputs)
     batch, time, features = rows.shape
     outputs, hidden, cell = rnn.lstm(
@@ -151,7 +151,7 @@ def run_cudnn(
 
 
 def cudnn_weights(kernels: Kernels) -> jax.Array:
-    """Pack the parameters for cuDNN, flat: transposed kernels, and a second bias of zeros."""
+    """Pack the parameters for cuDNN, flat: transposed kernels, bias, and a second bias of zeros."""
     parts = (kernels.input.T, kernels.recurrent.T, kernels.bias, jnp.zeros_like(kernels.bias))
     return jnp.concatenate([part.reshape(-1) for part in parts])
 
@@ -194,8 +194,8 @@ def _recurrence_forward(
 ) -> tuple[tuple[jax.Array, LSTMCarry], tuple[Any, ...]]:
     """Run `_recurrence`; also return the residuals: gates and cells [time, hidden, batch]."""
     low = _rounding(inputs, dtype)
-    # Transposed here, not at every step, and each part by itself: XLA's CPU backend copies several
-    # times more slowly when it concatenates and transposes at once.
+    # Transpose here, not at every step, and each part separately: XLA's CPU backend is several
+    # times slower when it concatenates and transposes in one copy.
     parts = kernels.input.T, kernels.bias[:, None], kernels.recurrent.T
     kernel = jnp.concatenate([low(part) for part in parts], axis=1)
     one = jnp.ones_like(inputs[0, :1])
@@ -203,7 +203,7 @@ def _recurrence_forward(
     def scan_step(carry: LSTMCarry, x: jax.Array) -> tuple[LSTMCarry, tuple[Any, ...]]:
         stacked = jnp.concatenate([low(part) for part in (x, one, carry.hidden)])
         gates, carry = _step(kernel, stacked, carry)
-        # Stacked as six arrays: concatenating the gates first costs a slow copy at every step.
+        # The scan stacks six arrays: to concatenate the gates would be a slow copy at every step.
         return carry, (carry.hidden, carry.cell, gates)
 
     last, (outputs, cells, gates) = lax.scan(scan_step, carry, inputs)
@@ -222,9 +222,9 @@ def _recurrence_backward(
     def loop_step(k: jax.Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
         gates, d_gates, d_cell, d_hidden = state
         t = steps - 1 - k
-        # Gradients are written into the memory of the gates, one step late: before the next gates
-        # are read, so that XLA needs no copy. (The first write, at step T, is clamped to T - 1,
-        # where its values came from.)
+        # Write the gradients into the memory of the gates one step late, before the next gates are
+        # read, so that XLA needs no copy. (The first write, at step T, is clamped to T - 1, where
+        # its values came from.)
         gates = tuple(_put(x, d, t + 1) for x, d in zip(gates, d_gates, strict=True))
         i, f, g, o = (_at(gate, t) for gate in gates)
         previous_cell = jnp.where(t == 0, first.cell, _at(cells, jnp.maximum(t - 1, 0)))
@@ -248,12 +248,12 @@ def _recurrence_backward(
     read = [low(x) for x in (inputs, jnp.ones_like(inputs[:, :1]), previous_hidden)]
     stacked = jnp.concatenate(read, axis=1).swapaxes(0, 1)
     stacked = stacked.reshape(len(stacked), -1)  # [features + 1 + hidden, time * batch].
-    # A copy makes rows of time and batch, for a matmul without a transposed factor: only those are
+    # Copy the gradients to rows of time and batch: only matmuls without a transposed factor are
     # fast in bfloat16 on XLA's CPU backend.
     rows = [d.swapaxes(1, 2).reshape(-1, d.shape[1]) for d in d_gates]
     d_kernel = jnp.concatenate([matmul_rounded(stacked, d) for d in rows], axis=1)
     d_input, d_bias, d_recurrent = jnp.split(d_kernel, [features, features + 1])
-    # XLA drops these matmuls where their result is unused, as for one-hot inputs.
+    # XLA removes these matmuls if their result is unused, as for one-hot inputs.
     pairs = zip(rows, jnp.split(low(kernels.input.T), 4), strict=True)
     d_inputs = functools.reduce(jnp.add, [matmul_rounded(d, w) for d, w in pairs])
     d_inputs = d_inputs.reshape(steps, -1, features).swapaxes(1, 2)
@@ -264,11 +264,11 @@ _recurrence.defvjp(_recurrence_forward, _recurrence_backward)
 
 
 def _rounding(inputs: jax.Array, dtype: str) -> Callable[[jax.Array], jax.Array]:
-    """Return the rounding of factors within the recurrence, for its inputs.
+    """Return the function that rounds factors in the recurrence over `inputs`.
 
     XLA's CPU backend has no bfloat16 matmuls with a transposed first factor. There are none here,
-    unless the loop has a single step, which XLA merges with the code around it, or the batch has
-    a single text, whose transposing copies are dropped.
+    unless the loop has a single step, which XLA fuses with the code around it, or the batch has a
+    single text, for which XLA removes the transposing copies.
     """
     steps, _, batch = inputs.shape
     native = has_bfloat16_instructions() and steps > 1 and batch > 1

@@ -13,11 +13,11 @@ import optax
 from lstm_jax.model import Carry, LanguageModel, Params, apply
 from lstm_jax.vocabulary import Costs, Ids
 
-_CHUNK = 1024  # Tokens that one call of the compiled function reads.
-# A longer text is read as streams side by side, a chunk of each at a time.
+_CHUNK = 1024  # Tokens per call of the compiled function.
+# A longer text is read as parallel streams, a chunk of each at a time.
 LONGEST_IN_ONE = 2**20
 _STREAMS, _STREAMS_CHUNK = 64, 64
-_WARM_UP = 1024  # Tokens of the stream before it that each stream reads first, uncounted.
+_WARM_UP = 1024  # Tokens before its start that each stream reads first, uncounted.
 _PLACE_LENGTH = 512  # Tokens that `measure_zero_state` counts at each place.
 PLACES = 256  # The places that `evaluate` measures.
 _FAR = 0.7  # Losses of one model, in nats per token, that differ by more are suspicious.
@@ -31,8 +31,8 @@ def compute_loss(model: LanguageModel, params: Params, ids: Ids) -> float:
     """Compute the mean loss over a text of two tokens or more, in nats per token.
 
     The text is read once with the carry kept: every token but the first is predicted once, from the
-    whole text before it. A text of more than `LONGEST_IN_ONE` tokens is read as 64 streams side by
-    side, each of which starts 1,024 tokens early: every token is predicted from as much text.
+    whole text before it. A text of more than `LONGEST_IN_ONE` tokens is read as 64 parallel
+    streams, each of which reads the 1,024 tokens before its start first, as context.
     """
     return float(compute_losses(model, params, ids, np.ones(1))[0])
 
@@ -114,10 +114,10 @@ class ZeroState(NamedTuple):
 
     mean: float  # Over all places.
     worst: float  # At the worst place.
-    excess: float  # The largest difference to the loss with the carry from the text before.
+    excess: float  # The largest increase over the loss with the carry of the text before.
 
     def describe(self, name: str) -> str:
-        """Return a sentence about them, for the split of this name."""
+        """Return a sentence with these losses, for the split of this name."""
         return (
             f"From a zero state within the {name} text: {self.mean:.4f} nats per token, "
             f"{self.worst:.4f} at the worst place; at most {self.excess:+.4f} against reading the "
@@ -128,9 +128,9 @@ class ZeroState(NamedTuple):
 def measure_zero_state(model: LanguageModel, params: Params, ids: Ids, places: int) -> ZeroState:
     """Measure how well a model recovers from the zero carry, with which every sample begins.
 
-    Training on streams hardly ever starts from zero, and a model may have a state there that it
-    does not leave again. The mean loss over a text, read once from its start, does not show it.
-    The places are spread evenly over the text, of four tokens or more.
+    Training on streams rarely starts from a zero carry, and a model may fail there and not recover.
+    The mean loss over a text, read once from its start, does not show this. The places are evenly
+    spaced in the text, which has at least four tokens.
     """
     length = min(_PLACE_LENGTH, (len(ids) - 1) // 3)
     chunk = min(_STREAMS_CHUNK, length)
@@ -173,7 +173,7 @@ def find_suspicion(
         )
     if zero is not None and zero.excess > _FAR:
         return (
-            f"from a zero state the model loses up to {zero.excess:.3f} nats per token more than "
+            f"from a zero state the loss is up to {zero.excess:.3f} nats per token higher than "
             "with the text before it: raise batches.reset_probability"
         )
     return None
@@ -185,13 +185,13 @@ def compute_perplexity(loss: float) -> float:
 
 
 def compute_bits_per_character(loss: float, tokens: int, costs: Sequence[Costs]) -> float:
-    """Convert a loss to bits per Unicode character, which compares tokens of any kind.
+    """Convert a loss to bits per Unicode character, to compare tokens of any kind.
 
-    A token that is not in the vocabulary is predicted as [UNK] only. Spelling it out adds eight
+    A token that is not in the vocabulary is predicted only as [UNK]. Spelling it out adds eight
     bits for each byte of its UTF-8 and for an end mark.
 
-    The loss is in nats per token, over this number of tokens, and the costs are those of the texts
-    that it was measured on, without the very first token.
+    The loss is in nats per token, over `tokens` tokens, and the costs are those of the measured
+    texts, without the very first token.
     """
     bits = loss / math.log(2) * tokens + 8 * sum(cost.unknown_bytes for cost in costs)
     return bits / sum(cost.characters for cost in costs)

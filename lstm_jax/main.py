@@ -33,7 +33,7 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of these processes.")
 _PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "Number of this process, from 0. SLURM, Open MPI and others set all three."
+    "process_id", None, "Index of this process, from 0. SLURM, Open MPI and others set all three."
 )
 _JOIN_SECONDS = flags.DEFINE_integer(
     "join_seconds", 300, "Seconds to wait for the other processes.", lower_bound=1

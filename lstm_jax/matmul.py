@@ -1,4 +1,4 @@
-"""Matmuls in float32 or bfloat16, with sums in float32."""
+"""Matmuls in float32 or bfloat16, with float32 accumulation."""
 
 import functools
 from pathlib import Path
@@ -9,7 +9,7 @@ from jax import lax
 
 
 def matmul(a: jax.Array, b: jax.Array, dtype: str) -> jax.Array:
-    """Return a [..., m, k] @ b [k, n], multiplied in `dtype` and summed in float32.
+    """Return a [..., m, k] @ b [k, n], multiplied in `dtype` and accumulated in float32.
 
     `dtype` is "bfloat16", or "float32" for the arrays' own dtype.
     """
@@ -23,14 +23,14 @@ def matmul_rounded(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def round_factor(x: jax.Array, dtype: str, native: bool = False) -> jax.Array:
-    """Round a factor of `matmul_rounded`; a factor of many matmuls is best rounded once.
+    """Round a factor of `matmul_rounded`; round a factor of many matmuls only once.
 
-    `native` means that XLA's CPU backend, too, has the matmuls that x will be a factor of.
+    `native` means that XLA's CPU backend, too, supports these matmuls in bfloat16.
     """
     if dtype == "float32":
         return x
     if jax.default_backend() == "cpu" and not native:
-        # That backend lacks some bfloat16 matmuls and is slow at the others: round to the mantissa
+        # This backend lacks some bfloat16 matmuls and is slow at the others: round to the mantissa
         # of bfloat16 and multiply in float32, which is what other devices compute.
         return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
     return x.astype(dtype)

@@ -37,7 +37,7 @@ _LARGEST = 1e18
 
 
 class Dense(nn.Module):
-    """The layer that computes logits from hidden states; a tied one has no kernel of its own."""
+    """The layer that computes logits from hidden states; if tied, it has no kernel parameter."""
 
     input_size: int
     output_size: int
@@ -54,7 +54,7 @@ class Dense(nn.Module):
     def __call__(self, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
         """Return inputs [batch, time, input_size] @ kernel + bias: [batch, time, output_size]."""
         batch, time, features = inputs.shape
-        # One matmul, feature-major like the recurrence, whose outputs then need no transposing.
+        # One matmul, feature-major like the recurrence, whose outputs then need no transpose.
         flat = inputs.transpose(2, 1, 0).reshape(features, time * batch)
         outputs = matmul(kernel.T, flat, self.dtype) + self.bias[:, None]
         return outputs.reshape(self.output_size, time, batch).transpose(2, 1, 0)
@@ -63,7 +63,7 @@ class Dense(nn.Module):
 class LanguageModel(nn.Module):
     """Predicts the next token at every position.
 
-    Parameters, cell states, softmax and loss are float32, whatever the dtype of matmuls. Where
+    Parameters, cell states, softmax and loss are float32; only matmuls may have another dtype. If
     embeddings are tied, the dense layer's kernel is the embedding table, transposed (Press & Wolf
     2017; Inan et al. 2017), and the last layer has `embedding_size` hidden units.
     """
@@ -73,9 +73,9 @@ class LanguageModel(nn.Module):
     hidden_size: int  # Hidden units of each recurrent layer.
     num_layers: int = 1  # The number of recurrent layers; each reads the outputs of the one below.
     recurrence: str = "auto"  # How the layers run over time, one of `fused.IMPLEMENTATIONS`.
-    dtype: str = "float32"  # The dtype of matmuls, or "bfloat16".
+    dtype: str = "float32"  # The dtype of matmul operands, "float32" or "bfloat16".
     rematerialize: int = 0  # See `fused.run_fused`.
-    cell: str = "lstm"  # The kind of the layers, a name in `cells.CELLS`.
+    cell: str = "lstm"  # The kind of recurrent layer, a name in `cells.CELLS`.
     layer_norm: bool = False  # Whether the cells normalize the contributions to their gates.
     mogrifier_rounds: int = 5  # The rounds of the cell "mogrifier".
     tie_embeddings: bool = False
@@ -95,7 +95,7 @@ class LanguageModel(nn.Module):
         setattr(self, self.cell, self._make_cells())  # Flax names them lstm_0, lstm_1, ...
         self.dense = Dense(self.sizes[-1], self.vocabulary_size, self.tie_embeddings, self.dtype)
 
-    @nn.nowrap  # So that a model without parameters can call it.
+    @nn.nowrap  # So that an unbound model can call it.
     def _make_cells(self) -> list[Any]:
         own: Any = {"rounds": self.mogrifier_rounds} if self.cell == "mogrifier" else {}
         return [
@@ -119,8 +119,8 @@ class LanguageModel(nn.Module):
         """Predict the token after each of `ids`, int32 [batch, time].
 
         Return logits, float32 [batch, time, vocabulary_size], where those at t predict the token
-        after ids[:, t]; and the carry after the last id. The carry before the first is that of the
-        text before, or `initial_carry`.
+        after ids[:, t]; and the carry after the last id. `carry` is that of the preceding
+        text, or `initial_carry`.
         """
         outputs, carry = self.run(ids, carry, masks)
         if masks is not None:
@@ -178,7 +178,7 @@ class LanguageModel(nn.Module):
     def implementation(self) -> str:
         """Return how the layers run over time: `recurrence`, with "auto" resolved.
 
-        "auto" is "fused", the fastest that was measured, or "scan" for cells that only it can run.
+        "auto" is "fused", the fastest in measurements, or "scan" where only it can run the model.
 
         Raises:
           ValueError: if `recurrence` can't run this model on this machine.
@@ -186,18 +186,18 @@ class LanguageModel(nn.Module):
         if self.cell != "lstm" or self.layer_norm:
             if self.recurrence not in ("auto", "scan"):
                 raise ValueError(
-                    f"the recurrence {self.recurrence!r} runs LSTM cells without layer "
-                    "normalization only; 'auto' runs any"
+                    f"the recurrence {self.recurrence!r} supports only LSTM cells without layer "
+                    "normalization; 'auto' supports any"
                 )
             return "scan"
         if self.recurrence == "cudnn" and jax.default_backend() != "gpu":
             raise ValueError("the recurrence 'cudnn' needs a GPU; 'auto' works anywhere")
         if self.recurrence == "cudnn" and self.dtype != "float32":
-            raise ValueError("the recurrence 'cudnn' computes in float32 only")
+            raise ValueError("the recurrence 'cudnn' supports only float32")
         return "fused" if self.recurrence == "auto" else self.recurrence
 
 
-# Runs a cell over inputs [batch, time, features]; returns the carry, and the outputs likewise.
+# Run a cell over inputs [batch, time, features]; return the carry and [batch, time, hidden].
 _scan = nn.scan(
     lambda cell, carry, inputs: cell(carry, inputs),
     variable_broadcast="params",
@@ -211,7 +211,7 @@ def apply_mask(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Multiply x [batch, time, features] by a mask [batch, features], the same at every step."""
     if mask is None:
         return x
-    # Feature-major, as the recurrence computes x: XLA then needs to transpose nothing.
+    # Feature-major, as the recurrence computes x: XLA then needs no transpose.
     return (x.transpose(1, 2, 0) * mask.T).transpose(2, 0, 1)
 
 
@@ -221,31 +221,31 @@ def make_model(model: ConfigDict, vocabulary_size: int) -> LanguageModel:
 
 
 def init_params(model: LanguageModel, key: jax.Array, counts: np.ndarray | None = None) -> Params:
-    """Draw initial parameters, as Keras does but for the bias of the dense layer.
+    """Draw initial parameters, as Keras does except for the bias of the dense layer.
 
-    Embeddings are uniform in ±0.05, kernels Glorot uniform, recurrent kernels orthogonal, and
-    biases zero but for those of the forget gates, which are 1. With `initial_bias` "frequencies"
-    an untrained model predicts the frequencies of the tokens in the training text.
+    Embeddings are uniform in ±0.05, kernels Glorot uniform, and recurrent kernels orthogonal.
+    Biases are 1 for forget gates and 0 for the others. With `initial_bias` "frequencies" an
+    untrained model predicts the frequencies of the tokens in the training text.
 
-    The counts are those of each token in the training text, int [vocabulary_size]. Without them
-    the dense layer's bias is zero.
+    `counts` holds the number of occurrences of each token in the training text, int
+    [vocabulary_size]. Without it the dense layer's bias is zero.
     """
     ids, carry = jnp.zeros((1, 1), jnp.int32), model.initial_carry(1)
-    # LAPACK makes the orthogonal kernels. Its threads wait for each other by spinning: if another
-    # process occupies the cores, 0.2 s become 15.
+    # LAPACK makes the orthogonal kernels. Its threads spin while they wait for each other: if
+    # another process occupies the cores, 0.2 s become 15 s.
     with threadpoolctl.threadpool_limits(1, user_api="blas"):
         params = jax.block_until_ready(jax.jit(model.init)(key, ids, carry)["params"])
     if model.initial_scale != 1:
         params = jax.tree.map(lambda x: x * model.initial_scale if x.ndim > 1 else x, params)
     if model.initial_bias == "frequencies" and counts is not None:
-        # Each token is counted once more, so that none has probability zero.
+        # Add-one smoothing, so that no token has probability zero.
         frequencies = (counts + 1) / (counts + 1).sum()
         params["dense"]["bias"] = jnp.asarray(np.log(frequencies), jnp.float32)
     return params
 
 
 def is_finite(params: Params) -> jax.Array:
-    """Return whether a model can compute with all of the parameters: bool []."""
+    """Return whether all parameters are finite, and small enough to compute with: bool []."""
     small = jax.tree.map(lambda x: (jnp.abs(x) < _LARGEST).all(), params)
     return jax.tree.reduce(jnp.logical_and, small)
 
@@ -266,7 +266,7 @@ Prepared = StepArrays | Params
 
 
 def prepare_step(model: LanguageModel, params: Params) -> Prepared:
-    """Compute what `apply_step` needs of the parameters, once before the first step."""
+    """Prepare the parameters for `apply_step`; call it once, before the first step."""
     bound = model.bind({"params": params})
     if bound.implementation() == "scan":
         return params
@@ -278,7 +278,7 @@ def prepare_step(model: LanguageModel, params: Params) -> Prepared:
 def apply_step(
     model: LanguageModel, arrays: Prepared, ids: jax.Array, carry: Carry
 ) -> tuple[jax.Array, Carry]:
-    """Run the model over one token of each text, ids [batch], faster than `apply` would.
+    """Run the model over one token of each text, ids [batch], faster than `apply`.
 
     Return logits, float32 [batch, vocabulary_size], and the next carry.
     """

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 SCHEDULES = ("constant", "cosine", "linear", "step")
 
-# The schedule "step" multiplies the learning rate by this at each of its steps.
+# The schedule "step" multiplies the learning rate by this at each of `step_at`.
 _STEP_FACTOR = 0.1
 
 
@@ -19,7 +19,7 @@ def make_optimizer(optimizer: ConfigDict, total_steps: int) -> optax.GradientTra
     Weight decay applies to kernels and the embedding, not to biases. In Adam it is decoupled from
     the gradient (AdamW, Loshchilov & Hutter 2019); in SGD it is added to the gradient.
 
-    Every field but the name may be an array, so that one compiled program serves many values. The
+    Every field but the name may be an array, so that one compiled program serves many values. A
     schedule is then an index into `SCHEDULES`.
     """
     norm = optimizer.max_gradient_norm
@@ -52,8 +52,8 @@ OPTIMIZERS = {"adam": _make_adam, "sgd": _make_sgd}
 def make_schedule(optimizer: ConfigDict, total_steps: int) -> optax.Schedule:
     """Make the learning rate as a function of the step: linear warm-up, then `schedule`.
 
-    Optax's schedules branch in Python on the number of steps. These are arithmetic only, so that
-    `warmup_steps` and the schedule itself may be arrays in a population.
+    Optax's schedules branch in Python on the number of steps. This one has array operations only,
+    so that `warmup_steps` and the schedule itself may be arrays in a population.
     """
     peak, warmup_steps = optimizer.learning_rate, optimizer.warmup_steps
     decay_steps = jnp.maximum(total_steps - warmup_steps, 1)

@@ -1,7 +1,7 @@
 """Regularization during training, from the `regularization` fields of a config.
 
-Dropout masks are drawn once a step and are the same at every position of its windows. What is kept
-is divided by the probability of keeping it, so that expectations do not change.
+Dropout masks are drawn once per step and are the same at every position of its windows. Kept values
+are divided by the probability of keeping them, so that expectations do not change.
 """
 
 from typing import Any
@@ -14,12 +14,12 @@ from lstm_jax.model import LanguageModel, Masks, Params
 
 
 def is_random(rates: ConfigDict) -> bool:
-    """Return whether any of the fields draws masks."""
+    """Return whether any of the rates draws masks."""
     return any(is_on(value) for name, value in rates.items() if name.endswith("_dropout"))
 
 
 def is_on(rate: float | jax.Array) -> bool:
-    """Return whether a rate has an effect; an array, which the compiled program reads, may have."""
+    """Return whether a rate may have an effect: it is not 0, or an array of any value."""
     return isinstance(rate, jax.Array) or bool(rate)
 
 
@@ -42,8 +42,8 @@ def draw_masks(rates: ConfigDict, model: LanguageModel, key: jax.Array, batch_si
 def drop_parameters(rates: ConfigDict, params: Params, key: jax.Array) -> Params:
     """Set a random part of the parameters to zero (Merity et al. 2018).
 
-    `embedding_dropout` drops rows of the embedding table, that is a token wherever it occurs (Gal &
-    Ghahramani 2016). `recurrent_dropout` drops single weights of the recurrent kernels
+    `embedding_dropout` drops rows of the embedding table, that is all occurrences of a token (Gal &
+    Ghahramani 2016). `recurrent_dropout` drops individual weights of the recurrent kernels
     (DropConnect, Wan et al. 2013).
     """
     dropped = dict(params)
@@ -64,9 +64,9 @@ def drop_parameters(rates: ConfigDict, params: Params, key: jax.Array) -> Params
 def penalty(rates: ConfigDict, outputs: jax.Array, dropped: jax.Array) -> Any:
     """Compute activation and temporal activation regularization (Merity et al. 2017), in nats.
 
-    From the outputs of the last layer, [batch, time, features], before and after dropout: the mean
-    square of those after, times `activation_penalty`, plus the mean square of the difference
-    between consecutive steps before, times `temporal_activation_penalty`.
+    `outputs` and `dropped` are the outputs of the last layer, [batch, time, features], before and
+    after dropout. Add the mean square of `dropped` times `activation_penalty`, and the mean squared
+    difference between consecutive steps of `outputs` times `temporal_activation_penalty`.
     """
     total: Any = 0.0
     if is_on(rates.activation_penalty):
@@ -78,5 +78,5 @@ def penalty(rates: ConfigDict, outputs: jax.Array, dropped: jax.Array) -> Any:
 
 
 def _draw_mask(key: jax.Array, rate: float | jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Draw zeros with probability `rate`, and 1 / (1 - rate) else."""
+    """Draw 0 with probability `rate`, otherwise 1 / (1 - rate)."""
     return jax.random.bernoulli(key, 1 - rate, shape) / (1 - rate)

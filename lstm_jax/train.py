@@ -41,18 +41,18 @@ def train(config: ConfigDict, directory: Path | str, watch: Watch = lambda row: 
 
     Args:
       config: a config, which is completed and checked (`config.complete_config`).
-      directory: the working directory, which all processes see.
-      watch: called with each loss after it was recorded, as a row of metrics.jsonl without its
-        checksum: for example to plot it in a notebook. An exception from it ends the run, which
-        can resume.
+      directory: the working directory, which all processes share.
+      watch: called with each recorded loss, as a row of metrics.jsonl without its checksum, for
+        example to plot it in a notebook. If it raises an exception, the run ends, and can be
+        resumed.
 
     Returns:
       The exit code: 0, or 130 after Ctrl-C (143 after SIGTERM) with everything saved.
 
     Raises:
       UserError: if the config is invalid; the text can't be read or is too short; the working
-        directory holds another run or a damaged one, is in use, or can't be written; or numbers
-        are no longer finite.
+        directory holds another run or a damaged one, is in use, or can't be written; or the
+        loss, a gradient or a parameter is not finite.
     """
     config, directory = config_lib.complete_config(config), Path(directory)
     parallel.use_cores(config)
@@ -74,13 +74,13 @@ def train(config: ConfigDict, directory: Path | str, watch: Watch = lambda row: 
             raise
         except OSError as error:
             raise UnavailableError(
-                f"can't write to {error.filename or directory} ({error.strerror}): make room or "
-                "make it writable, and the same command resumes from the last checkpoint"
+                f"can't write to {error.filename or directory} ({error.strerror}): free space or "
+                "make it writable, then resume from the last checkpoint with the same command"
             ) from None
 
 
 class _Run:
-    """A run whose lock is held: what is fixed for it, and the state that training changes."""
+    """A run that holds its lock: its fixed settings, and the state that training changes."""
 
     # ---- Set up and restore.
 
@@ -124,7 +124,7 @@ class _Run:
     def train(self) -> int:
         """Train to the last step; return 0, or the exit code of a signal that ended it earlier.
 
-        The checkpoint of an epoch is saved first and validated then: a run that was stopped in
+        The checkpoint of an epoch is saved before it is validated, so that a run that is stopped in
         between resumes with the validation.
         """
         config, directory = self.config, self.directory
@@ -135,7 +135,7 @@ class _Run:
         elif self.step == self.total_steps and validated:
             epochs = self.step / self.steps_per_epoch
             print(
-                f"The run in {directory} is finished, with {epochs:g} epochs. To train longer, "
+                f"The run in {directory} is finished after {epochs:g} epochs. To train longer, "
                 f"add for example --config.num_epochs={2 * config.num_epochs}"
             )
             return 0
@@ -173,14 +173,14 @@ class _Run:
                         stop.check()
                     steps = self._count_steps_of_call()
                     batch = feed.next(steps)
-                    # The step must not bring anything else to the devices.
+                    # The step must not transfer anything else to the devices.
                     with jax.transfer_guard("disallow"):
                         self.state = train_step(self.state, batch)
                     self.step += steps
-                    # Processes agree on signals and checkpoints only where all are at one step.
+                    # Processes agree on signals and checkpoints only when all are at one step.
                     in_step = pacer.keep(self.step, self.state.loss_sum)
                     profiler.keep(self.step, self.state.loss_sum)
-                    if self.step == first_step + steps:  # It was compiled.
+                    if self.step == first_step + steps:  # The first call compiled it.
                         self.progress.start_clock(self.step)
                     if self.step % config.log_every_steps == 0:
                         self._log()
@@ -200,13 +200,13 @@ class _Run:
                 return stop.exit_code or 0
 
     def _count_steps_of_call(self) -> int:
-        """Return the number of steps that the next call runs: not past a log line or an epoch."""
+        """Return the number of steps of the next call, which must not cross a log line or epoch."""
         number = self.config.steps_per_call
         ends = (self.config.log_every_steps, self.steps_per_epoch)
         return number if all(self.step % n + number <= n for n in ends) else 1
 
     def _log(self) -> None:
-        """Record the mean training loss of the steps since it was last recorded."""
+        """Record the mean training loss of the steps since the last record."""
         self._check_finite()
         state = self.state
         if loss_steps := int(state.loss_steps):
@@ -220,7 +220,7 @@ class _Run:
         )
 
     def _check_finite(self) -> None:
-        """Report skipped steps; raise `NotFiniteError` if there are more than may be."""
+        """Report skipped steps; raise `NotFiniteError` if there are more than allowed."""
         if first := int(self.state.first_skipped):
             skipped, last = int(self.state.skipped), checkpoints_lib.list_steps(self.saved_in)[-1]
             messages.report_nonfinite(
@@ -229,7 +229,7 @@ class _Run:
             self.state = self.state._replace(first_skipped=_make_zero(self.state.first_skipped))
 
     def _save(self) -> None:
-        """Start to save a checkpoint, after checking that all numbers are finite."""
+        """Start saving a checkpoint, after checking that all numbers are finite."""
         self._check_finite()
         if not self.is_ours():
             raise UnavailableError(
@@ -297,7 +297,7 @@ class _Run:
     # ---- Finish.
 
     def finish(self) -> int:
-        """Measure the best checkpoint on the test split, sample from it, and print where all is."""
+        """Measure the best checkpoint on the test split, sample from it, and list the files."""
         hosts.wait_for_all("all is saved")
         params, step = workdir.load_params(self.directory, self.model)
         path = self.directory / workdir.METRICS
@@ -334,7 +334,7 @@ class _Run:
 
 
 def _make_zero(array: jax.Array) -> jax.Array:
-    """Return a zero where a scalar array is: on the same devices, without a transfer in a step."""
+    """Return a zero on the devices of a scalar array, without a transfer in a step."""
     zero = np.zeros((), array.dtype)
     return jax.make_array_from_callback((), array.sharding, lambda part: zero[part])
 

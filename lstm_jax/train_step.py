@@ -23,12 +23,12 @@ class TrainState(NamedTuple):
     average: model_lib.Params | None  # The exponential moving average of the parameters, if used.
     opt_state: optax.OptState
     carry: model_lib.Carry  # After the last batch.
-    key: jax.Array  # The PRNG key of all random draws in training, together with the step.
+    key: jax.Array  # The PRNG key of all random draws in training.
     step: jax.Array  # int32 [], training steps done.
     loss_sum: jax.Array  # float32 [], nats per token, summed since the last log line.
     loss_steps: jax.Array  # int32 [], the number of steps in this sum.
     skipped: jax.Array  # int32 [], the number of steps skipped because a number was not finite.
-    first_skipped: jax.Array  # int32 [], the first of them that was not reported yet; 0 if none.
+    first_skipped: jax.Array  # int32 [], the first of them not yet reported; 0 if none.
 
     @property
     def evaluated(self) -> model_lib.Params:
@@ -47,7 +47,7 @@ class TrainState(NamedTuple):
 
     @classmethod
     def join(cls, evaluated: model_lib.Params, rest: dict[str, Any]) -> "TrainState":
-        """Return the state of which these are `evaluated` and `rest`."""
+        """Return the state with these `evaluated` and `rest`."""
         fields = {**rest, "opt_state": rest["optimizer"]}
         del fields["optimizer"]
         if "params" in fields:
@@ -55,7 +55,7 @@ class TrainState(NamedTuple):
         return cls(params=evaluated, average=None, **fields)
 
     def place(self, mesh: Mesh) -> "TrainState":
-        """Place the state on the devices of a mesh: the carry divided as a batch is."""
+        """Place the state on the devices of a mesh, with the carry divided like a batch."""
         stored = parallel.place(self._replace(carry=()), mesh)
         return stored._replace(carry=parallel.place(self.carry, mesh, parallel.DIVIDED))
 
@@ -75,9 +75,9 @@ def init_state(
 ) -> TrainState:
     """Return the state before the first step, on the devices of `mesh` or on the default device.
 
-    `averaged` is for a state with a moving average of the parameters. `trained` are parameters to
-    start from, of the same model with the same vocabulary or the first part of it; the rows of new
-    tokens are initialized. For `counts`, see `model.init_params`.
+    If `averaged`, the state has a moving average of the parameters. `trained` holds parameters to
+    start from, of the same model; if `model` has more tokens, parameters of new tokens are drawn.
+    For `counts`, see `model.init_params`.
     """
     init_key, key = jax.random.split(key)
     params = model_lib.init_params(model, init_key, counts)
@@ -85,7 +85,7 @@ def init_state(
         params = jax.tree.map(
             lambda new, old: new.at[tuple(map(slice, old.shape))].set(old), params, trained
         )
-    if mesh is not None:  # First, so that nothing else of this size is whole on a device.
+    if mesh is not None:  # Before the other arrays of this size, which are then divided, too.
         params = parallel.place(params, mesh)
     counters = ("step", "loss_steps", "skipped", "first_skipped")
     state = TrainState(
@@ -109,7 +109,7 @@ def make_train_step(
 ) -> TrainStep:
     """Jit `make_step` for the batches of the training loop; the state is donated.
 
-    A batch whose arrays have an additional first axis holds several steps, one after the other.
+    A batch whose arrays have an additional leading axis holds several consecutive steps.
     """
     train_step = make_step(model, optimizer, config, mesh)
 
@@ -152,7 +152,7 @@ def make_step(
         masks: model_lib.Masks | None,
         key: jax.Array | None,
     ) -> tuple[jax.Array, tuple[jax.Array, model_lib.Carry]]:
-        """Return the loss with penalties; and the loss without them, with the carry."""
+        """Return the loss with penalties; and (the loss without them, the carry)."""
         if key is not None:
             params = regularization.drop_parameters(rates, params, key)
         inputs, targets = batch
@@ -190,7 +190,7 @@ def make_step(
     def compute_mean_grads(
         specs: Any, params: model_lib.Params, key: jax.Array | None, *divided: Any
     ) -> Any:
-        """Return the mean of grads and losses over all devices, as they are stored; the carry."""
+        """Return the mean grads and loss over all devices, divided for storage; and the carry."""
         means, carry = compute_grads(parallel.gather_parts(params, specs), key, *divided)
         return parallel.mean_over_devices(means, (specs, parallel.EVERYWHERE)), carry
 
@@ -223,7 +223,7 @@ def make_step(
         step = state.step + 1
         average = state.average
         if average is not None:
-            # A smaller decay at first forgets the initial weights soon.
+            # With a smaller decay at first, the initial parameters are forgotten soon.
             kept = jnp.minimum(decay, (1 + step) / (10 + step))
             average = jax.tree.map(lambda a, p: kept * a + (1 - kept) * p, average, params)
         # Finite gradients times a learning rate or weight decay can be infinite.

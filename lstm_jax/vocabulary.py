@@ -14,25 +14,25 @@ from lstm_jax.errors import UserError
 PADDING = ""
 UNKNOWN = "[UNK]"
 PADDING_ID, UNKNOWN_ID = 0, 1
-# Ids of no text, which are never sampled.
+# Ids without a text, which are never sampled.
 SPECIAL_IDS = (PADDING_ID, UNKNOWN_ID)
 
 KINDS = ("characters", "graphemes", "words", "bytes")
 _PATTERNS = {
     # Characters as a reader sees them (Unicode Standard Annex 29): accents stay with their letters,
-    # and emoji whole.
+    # and emoji stay whole.
     "graphemes": regex.compile(r"\X"),
     # Words by the same annex, each with the space before it, and graphemes between words.
     "words": regex.compile(r"(?ws) ?\b\w.*?\b|\X"),
 }
 
-# The end of each file, or example of a dataset: a code point for internal use by programs.
+# The end of each file, or example of a dataset: a noncharacter of Unicode, for internal use.
 FILE_END = "\ufdd0"
 # The text between two documents, for each value of data.document_separator.
 SEPARATORS = {"": "", "line": "\n", "blank_line": "\n\n", "file": FILE_END}
 # The tokens of kind "bytes".
 _BYTES = bytes(range(256)).decode("ascii", "surrogateescape")
-# Tokens of one character, and all others.
+# Patterns of tokens of one character, and of all others.
 _SINGLE = {
     "characters": regex.compile("[^\ud800-\udfff]"),
     "bytes": regex.compile("[\0-\x7f\udc80-\udcff]"),
@@ -41,9 +41,9 @@ _UNICODE = regex.compile("[^\ud800-\udfff]+")
 
 
 class Ids(Protocol):
-    """The ids of a text: the length and the slices of an int32 array [n].
+    """The ids of a text, with the length and the slices of an int32 array [n].
 
-    Those of a training text also take an index [batch, time] whose rows count up by one.
+    Those of a training text also accept an index array [batch, time] whose rows are consecutive.
     """
 
     def __len__(self) -> int: ...
@@ -58,8 +58,8 @@ class Vocabulary:
     follow in code-point order. If the text consists of documents, one token is the stop token: the
     text between two of them, such as a blank line.
 
-    A byte that is not part of UTF-8 is a surrogate in a `str`, as in Python's "surrogateescape", so
-    that any file can be a text. The tokens of kind "bytes" are always the 256 bytes.
+    A byte that is not valid UTF-8 becomes a surrogate, as in Python's "surrogateescape", so that
+    any file can be a text. The tokens of kind "bytes" are always the 256 bytes.
 
     Attributes:
       tokens: the text of each id, special ones included.
@@ -68,7 +68,7 @@ class Vocabulary:
     """
 
     def __init__(self, tokens: Sequence[str], kind: str = "characters", stop: str = "") -> None:
-        """Make a vocabulary from the text of every id; raise `ValueError` if they are not valid."""
+        """Make a vocabulary from the token of every id; raise `ValueError` if one is not valid."""
         if list(tokens[: len(SPECIAL_IDS)]) != [PADDING, UNKNOWN]:
             raise ValueError(f"the first two tokens must be {PADDING!r} and {UNKNOWN!r}")
         proper = tokens[len(SPECIAL_IDS) :]
@@ -115,8 +115,8 @@ class Vocabulary:
                     "several files, of which one ends within the training text"
                 )
             raise UserError(
-                f"the training text has no {stop!r}, which is to end its documents: "
-                "choose another data.document_separator"
+                f"the training text has no {stop!r} to end its documents: choose another "
+                "data.document_separator"
             )
         if kind == "bytes":
             frequent = set(_BYTES)
@@ -128,19 +128,19 @@ class Vocabulary:
         return cls([PADDING, UNKNOWN, *sorted(frequent | {stop} - {""})], kind, stop)
 
     def extended(self, other: "Vocabulary") -> "Vocabulary":
-        """Return a vocabulary of these tokens with their ids, and then the new ones of `other`.
+        """Return a vocabulary of these tokens with their ids, and then the new tokens of `other`.
 
-        Raise `UserError` if the tokens are of another kind, or the stop token is another.
+        Raise `UserError` if the kind of tokens or the stop token differs.
         """
         if self.kind != other.kind:
             raise UserError(
-                f"the initial weights are those of a model of {self.kind}: set "
-                f"data.units={self.kind}, or start from others"
+                f"the initial model was trained on {self.kind}: set data.units={self.kind}, or "
+                "start from another model"
             )
         if self.stop not in ("", other.stop):
             raise UserError(
-                f"documents of the initial model end with {self.stop!r}: set "
-                "data.document_separator as it was there, or start from another model"
+                f"documents of the initial model end with {self.stop!r}: set the same "
+                "data.document_separator, or start from another model"
             )
         new = (token for token in other.tokens if token not in self._ids)
         return Vocabulary([*self.tokens, *new], self.kind, other.stop)
@@ -155,7 +155,7 @@ class Vocabulary:
         if not isinstance(content, dict) or set(content) != {"kind", "stop", "units"}:
             raise ValueError("it does not hold a kind, a stop token and units")
         if not isinstance(content["units"], list) or not isinstance(content["stop"], str):
-            raise ValueError("its units are no list, or its stop token is no text")
+            raise ValueError("its units are not a list, or its stop token is not text")
         return cls(content["units"], content["kind"], content["stop"])
 
     def to_json(self) -> str:
@@ -189,14 +189,14 @@ class Vocabulary:
         return self.look_up(split_text(text, self.kind, self.stop))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`; "" is left out, "[UNK]" is written as that."""
+        """Return the text of `ids`; "" is left out, "[UNK]" is kept."""
         return self.decoder()(ids, True)
 
     def decoder(self) -> Callable[[Iterable[int], bool], str]:
-        """Return a `decode` for ids that come piece by piece.
+        """Return a function like `decode`, for ids that arrive in pieces.
 
-        Its second argument says whether the ids are the last. Until then it keeps the bytes of a
-        character whose end is still to come.
+        Its second argument is true for the last piece. Until then it holds back the bytes of an
+        incomplete character.
         """
         utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
 
@@ -209,19 +209,19 @@ class Vocabulary:
         return decode
 
     def unknown(self, text: str) -> list[str]:
-        """Return the different tokens of `text` that are not in the vocabulary, sorted."""
+        """Return the distinct tokens of `text` that are not in the vocabulary, sorted."""
         return sorted(set(split_text(text, self.kind, self.stop)) - set(self._ids))
 
 
 class Costs(NamedTuple):
-    """The numbers of a text from which, with a loss, bits per character are computed."""
+    """The numbers of a text that, with a loss, give bits per character."""
 
     characters: int  # Unicode characters of the text.
     unknown_bytes: int  # Bytes of all tokens not in the vocabulary, with one for the end of each.
 
 
 def find_stop_text(separator: str, text: Container[str]) -> str:
-    """Return the end of a document of `text`, for a name out of `SEPARATORS`."""
+    """Return the separator of the documents in `text`, for a name in `SEPARATORS`."""
     stop = SEPARATORS[separator]
     windows = stop.replace("\n", "\r\n")
     return windows if stop != windows and stop not in text and windows in text else stop

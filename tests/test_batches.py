@@ -96,7 +96,7 @@ def test_an_iterator_resumes_from_its_saved_state(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["windows", "streams"])
 def test_the_shortest_text_that_makes_one_batch(kind: str) -> None:
-    with pytest.raises(UserError, match="too short: .* need (\\d+) tokens and it has 20") as error:
+    with pytest.raises(UserError, match="too short: .* need (\\d+) tokens, but it has 20") as error:
         batches.make_batches(np.zeros(20, np.int32), fields(kind, 4, 10), seed=0)
     needed = int(str(error.value).split(" need ")[1].split()[0])
     _, steps = batches.make_batches(np.zeros(needed, np.int32), fields(kind, 4, 10), seed=0)

@@ -123,7 +123,7 @@ def test_cells_without_a_fused_implementation_use_scan() -> None:
     assert model_lib.LanguageModel(11, 6, 9).implementation() == "fused"
     assert model_lib.LanguageModel(11, 6, 9, cell="gru").implementation() == "scan"
     assert model_lib.LanguageModel(11, 6, 9, layer_norm=True).implementation() == "scan"
-    with pytest.raises(ValueError, match="without layer normalization only"):
+    with pytest.raises(ValueError, match="only LSTM cells without layer normalization"):
         model_lib.LanguageModel(11, 6, 9, cell="rnn", recurrence="fused").implementation()
 
 

@@ -174,7 +174,7 @@ def test_each_split_may_have_its_own_files(tmp_path: Path) -> None:
     assert sources.make_absolute(data.path) == data.path
     assert texts.read_splits(data) == {"train": "training", "validation": "valid", "test": "test"}
     data.path = f"{tmp_path}/a;{tmp_path}/b"
-    with pytest.raises(UserError, match="is 2 texts: it must be one, or those of train"):
+    with pytest.raises(UserError, match="has 2 texts: it must have one, or three .train"):
         texts.read_splits(data)
 
 

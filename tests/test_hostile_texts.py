@@ -85,7 +85,7 @@ def test_no_module_that_a_run_names_is_imported(
     data.directory = str(hostile_directory)
     for name in ("mine", "mine:1.0.0", "tiny_shakespeare:9.9.9", "huggingface:x/y", "", "a b"):
         data.dataset = name
-        with pytest.raises(UserError, match="if you trust it, name it with --dataset NAME") as e:
+        with pytest.raises(UserError, match="if you trust it, add --dataset NAME") as e:
             texts.load_texts_of_run(data, None)
         assert "\n" not in str(e.value) and "--data_directory" in str(e.value)
         # The directory alone does not allow it.
@@ -283,7 +283,7 @@ def test_a_pattern_that_visits_too_many_files_raises_an_error(
     with pytest.raises(UserError, match="there is no text file"):
         sources.find_files(f"{tmp_path}/*/x")
     for pattern in ("**/*x*", "*/*/*/*/*", f"*/{'loop/aa/' * 100}x", ",".join(["*/f"] * 100)):
-        with pytest.raises(UserError, match="look at more than 5,000 files and directories: name"):
+        with pytest.raises(UserError, match="visit more than 5,000 files and directories: use"):
             sources.find_files(",".join(f"{tmp_path}/{p}" for p in pattern.split(",")))
 
 

@@ -108,7 +108,7 @@ def test_a_flag_names_a_text_that_moved(trained: Path, text_file: Path, tmp_path
 def test_the_error_for_a_missing_text_names_its_flag(trained: Path, tmp_path: Path) -> None:
     result = run("evaluate", f"--workdir={trained}", "--data_path=gone.txt", cwd=tmp_path)
     assert result.returncode == 2
-    assert "no text file gone.txt: name one that exists with --data_path" in result.stderr
+    assert "no text file gone.txt: name an existing one with --data_path" in result.stderr
 
 
 def test_unknown_characters_in_a_prompt_give_a_warning(trained: Path) -> None:
@@ -246,7 +246,7 @@ def test_a_closed_pipe_is_not_an_error(trained: Path) -> None:
     ("redirection", "message"),
     [
         (">/dev/full", "can't write to standard output: No space left on device"),
-        (">&-", "standard output is closed: send it to a file, or to /dev/null"),
+        (">&-", "standard output is closed: redirect it to a file, or to /dev/null"),
     ],
 )
 @pytest.mark.parametrize("module", ["sample", "evaluate", "main"])
@@ -341,10 +341,10 @@ BAD_CONFIGS = {
         (["main", "--config", QUICK, "--config.model.cell=gur"], "model.cell is 'gur'"),
         (
             ["main", *TINY, "--config.model.cell=gru", "--config.model.recurrence=fused"],
-            "without layer normalization only",
+            "only LSTM cells without layer normalization",
         ),
         (["main", "--config", QUICK, "--config.mesh.data=5"], "must be a multiple of mesh.data"),
-        (["evaluate", "--workdir=.", "--dynamic", "--fit_temperature"], "leave out --dynamic"),
+        (["evaluate", "--workdir=.", "--dynamic", "--fit_temperature"], "leave one out"),
         (["evaluate", "--workdir=.", "--dynamic_segment_length=0"], "must be 1 or more"),
         (["main", "--config", QUICK, "--config.model.hiden_size=3"], "did you mean model.hidden"),
         (["main", "--config", QUICK, "--config.model.hidden_size=3.5"], "'3.5'"),
@@ -372,7 +372,7 @@ BAD_CONFIGS = {
         (["main", *TINY, "--config.data.path=good.txt", "--workdir=zero.txt/run"], "can't write"),
         (
             ["main", *TINY, "--config.data.path=good.txt", "--config.model.hidden_size=300000"],
-            "more memory than there is",
+            "there is not enough memory",
         ),
         (["sample"], "--workdir DIR"),
         (["sample", "--workdir=.", "--prompt=caf\udce9"], "is not UTF-8"),

@@ -76,7 +76,7 @@ def test_an_invalid_mesh_raises_an_error() -> None:
     with pytest.raises(UserError, match="there are 1 devices here"):
         parallel.make_mesh(config)
     config.mesh.data, config.mesh.model = 0, 2
-    with pytest.raises(UserError, match="mesh.model 2, and there are 1 devices here"):
+    with pytest.raises(UserError, match="mesh.model 2, but there are 1 devices here"):
         parallel.make_mesh(config)
     config.mesh.data, config.mesh.model = 1, 1
     config.optimizer.microbatches = 7

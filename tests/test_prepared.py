@@ -535,7 +535,7 @@ def test_a_full_disk_raises_an_unavailable_error(
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
     try:
-        with pytest.raises(UnavailableError, match="can't prepare the text in .* too large.*room"):
+        with pytest.raises(UnavailableError, match="can't prepare the text in .* too large.*space"):
             prepared.prepare_corpus(data)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -233,5 +233,5 @@ def test_auto_and_cudnn_are_resolved() -> None:
 
     assert choose("auto", "float32") == "fused"
     assert choose("scan", "bfloat16") == "scan"
-    with pytest.raises(ValueError, match="needs a GPU|float32 only"):
+    with pytest.raises(ValueError, match="needs a GPU|only float32"):
         choose("cudnn", "bfloat16")

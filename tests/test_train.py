@@ -108,7 +108,7 @@ def test_a_finished_run_says_so_and_can_be_trained_longer(
     capsys.readouterr()
     assert train.train(tiny_config, tmp_path) == 0
     output = capsys.readouterr().out
-    assert "is finished, with 1 epochs" in output and "--config.num_epochs=2" in output
+    assert "is finished after 1 epochs" in output and "--config.num_epochs=2" in output
     assert (tmp_path / workdir.METRICS).read_bytes() == before
     tiny_config.num_epochs = 2
     assert train.train(tiny_config, tmp_path) == 0
@@ -317,7 +317,7 @@ def test_a_model_trained_on_streams_recovers_from_a_zero_state(
     if is_on:
         assert zero.excess < 0.1 and output.err == ""
     else:  # The measurement must detect this.
-        assert zero.excess > 2 and "from a zero state the model loses up to" in output.err
+        assert zero.excess > 2 and "from a zero state the loss is up to" in output.err
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_documents_end_with_the_stop_token() -> None:
     assert Vocabulary.from_text(text).stop_id is None
     assert find_stop_text("blank_line", "a\r\n\r\nb") == "\r\n\r\n"
     assert find_stop_text("blank_line", text) == "\n\n"
-    with pytest.raises(UserError, match="no '\\\\n', which is to end its documents"):
+    with pytest.raises(UserError, match="no '\\\\n' to end its documents"):
         Vocabulary.from_text("ab", stop="\n")
 
 

@@ -1,4 +1,4 @@
-"""Space for a population, whose members may differ in optimizer, dropout and initial weights."""
+"""Search space of a population, whose members differ in optimizer, dropout and initial weights."""
 # python -m lstm_jax.sweep --config experiments/quick.py --space experiments/sweeps/population.py \
 #     --trials 40 --population 8
 
@@ -8,7 +8,7 @@ import optuna
 
 
 def get_overrides(trial: optuna.Trial) -> dict[str, Any]:
-    """Return fields that a compiled program reads as arrays, so that it trains many at once."""
+    """Return fields that a compiled program reads as arrays, to train all members at once."""
     return {
         "model.initial_scale": trial.suggest_float("initial_scale", 0.5, 2.0, log=True),
         "optimizer.learning_rate": trial.suggest_float("learning_rate", 1e-3, 1.6e-2, log=True),

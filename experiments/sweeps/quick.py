@@ -1,4 +1,4 @@
-"""Space for quick.py at the same training time: the same model reads the same text."""
+"""Search space for quick.py at the same training time: model and text stay the same."""
 # python -m lstm_jax.sweep --config experiments/quick.py --space experiments/sweeps/quick.py \
 #     --trials 40
 
@@ -10,8 +10,8 @@ import optuna
 def get_overrides(trial: optuna.Trial) -> dict[str, Any]:
     """Return the optimizer, the dropout, and the shape of a batch of 3,072 characters.
 
-    Model and epochs stay the same, so that a trial takes as long as quick.py. Layer normalization,
-    another cell or another size would take longer.
+    Model and epochs stay the same, so that a trial takes the same time as quick.py. Layer
+    normalization, another cell or another size would take longer.
     """
     batch_size = trial.suggest_categorical("batch_size", [16, 32, 48])
     return {

@@ -1,4 +1,4 @@
-"""Recurrent cells: one step each, in plain equations, which a scan runs over time.
+"""Recurrent cells: each computes one step, in plain equations; a scan runs it over time.
 
 Every cell is a flax module with the same interface:
 
@@ -14,8 +14,8 @@ Every cell is a flax module with the same interface:
 | gru       | r, z, n    | 3h (n + h + 1) + h                           |
 | rnn       | the output | h (n + h + 1)                                |
 
-Layer normalization adds gates * h scales for the inputs, as many for the hidden state, and another
-2h for the cell state of an LSTM.
+Layer normalization adds gates * h scales for the inputs, the same number for the hidden state, and
+2h parameters for the cell state of an LSTM.
 """
 
 from types import MappingProxyType
@@ -25,7 +25,7 @@ from lstm_jax.cells.lstm import LSTMCell
 from lstm_jax.cells.mogrifier import MogrifierLSTMCell
 from lstm_jax.cells.rnn import RNNCell
 
-# Read-only: a cell that a config file added would train, and no other command would know it.
+# Read-only: a cell that a config file adds would be unknown to all other commands.
 CELLS = MappingProxyType(
     {"lstm": LSTMCell, "mogrifier": MogrifierLSTMCell, "gru": GRUCell, "rnn": RNNCell}
 )

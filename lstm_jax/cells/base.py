@@ -1,4 +1,4 @@
-"""What all cells share: kernels, and the sums from which gates are computed.
+"""The base of all cells: kernels, and the matmuls from which gates are computed.
 
 Gates are side by side in `input_kernel` [in, gates * hidden_size], `recurrent_kernel`
 [hidden_size, gates * hidden_size] and `bias` [gates * hidden_size].
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from lstm_jax.matmul import matmul
 
-# Values of one step by name, [batch, hidden_size] each: gates in 0..1, and the "candidate" in ±1,
-# which is not a gate.
+# Values of one step by name, [batch, hidden_size] each: gates in [0, 1], and the "candidate" in
+# [-1, 1], which is not a gate.
 Gates = dict[str, jax.Array]
 
 
@@ -28,11 +28,11 @@ class Cell(nn.Module):
 
     input_size: int  # Features of the inputs.
     hidden_size: int  # The number of hidden units.
-    dtype: str = "float32"  # The dtype of matmuls, or "bfloat16".
-    layer_norm: bool = False  # Whether to normalize x W and h U, each by itself (Ba et al. 2016).
+    dtype: str = "float32"  # The dtype of matmul operands, "float32" or "bfloat16".
+    layer_norm: bool = False  # Whether to normalize x W and h U, separately (Ba et al. 2016).
 
     def declare_kernels(self, gates: int, bias: Any = nn.initializers.zeros) -> None:
-        """Declare the kernels and the bias of this number of gates; call it in `setup`."""
+        """Declare the kernels and the bias for this number of gates; call it in `setup`."""
         size = gates * self.hidden_size
         glorot, orthogonal = nn.initializers.glorot_uniform(), nn.initializers.orthogonal()
         self.input_kernel = self.param("input_kernel", glorot, (self.input_size, size))
@@ -54,11 +54,11 @@ class Cell(nn.Module):
         return normalize(projected) * self.recurrent_scale if self.layer_norm else projected
 
     def activation(self, carry: Any) -> jax.Array:
-        """Return the activations of the hidden units, in ±1, [batch, hidden_size]."""
+        """Return the activations of the hidden units, in [-1, 1], [batch, hidden_size]."""
         return carry.hidden
 
     def initial_carry(self, batch_size: int) -> Any:
-        """Return zeros."""
+        """Return the carry at the start of a text: zeros."""
         return HiddenCarry(jnp.zeros((batch_size, self.hidden_size)))
 
 

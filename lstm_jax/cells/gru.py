@@ -8,10 +8,10 @@ from lstm_jax.cells.base import Cell, Gates, HiddenCarry
 
 
 class GRUCell(Cell):
-    """One step of a gated recurrent unit (Cho et al. 2014), its reset gate after the matmul.
+    """One step of a gated recurrent unit (Cho et al. 2014) with the reset gate after the matmul.
 
         r = sigmoid(x Wr + h Ur + br)            reset gate
-        z = sigmoid(x Wz + h Uz + bz)            update gate: how much is kept
+        z = sigmoid(x Wz + h Uz + bz)            update gate: how much of h is kept
         n = tanh(x Wn + bn + r * (h Un + un))    candidate; un is `recurrent_bias` [hidden_size]
         h' = (1 - z) * n + z * h
 

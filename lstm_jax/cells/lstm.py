@@ -34,8 +34,8 @@ class LSTMCell(Cell):
         c' = f * c + i * g
         h' = o * tanh(c')
 
-    The cell state passes through time without an activation, so that gradients last. `layer_norm`
-    normalizes x W, h U, and c' where h' is computed from it.
+    The cell state passes through time without an activation, so that gradients vanish slowly.
+    `layer_norm` normalizes x W, h U, and c' in the equation of h'.
 
     This is the readable reference; `fused.run_fused` computes the same from the same parameters.
     """
@@ -66,7 +66,7 @@ class LSTMCell(Cell):
         }
 
     def activation(self, carry: LSTMCarry) -> jax.Array:
-        """Return the cell state in ±1, before the output gate: [batch, hidden_size]."""
+        """Return the activation of the cell state, in [-1, 1], [batch, hidden_size]."""
         if self.layer_norm:
             return jnp.tanh(normalize(carry.cell) * self.cell_scale + self.cell_bias)
         return jnp.tanh(carry.cell)

@@ -12,7 +12,7 @@ from lstm_jax.data import sources, tiny_shakespeare
 from lstm_jax.errors import UserError, one_line
 from lstm_jax.vocabulary import FILE_END
 
-# Its bars are for downloads of gigabytes; here they would bury the output of a command.
+# The progress bars would bury the output of a command.
 tfds.disable_progress_bar()
 
 
@@ -26,9 +26,9 @@ def read_dataset(
 ) -> list[str]:
     """Return the train, validation and test text of a TFDS dataset, examples joined by line breaks.
 
-    If one of these splits is missing, all three are cut from the text of the train split. `ends`:
-    put `FILE_END` after each example, instead of line breaks between them. Raise `UserError` if
-    there is no such dataset or feature, or preparing it needs TensorFlow.
+    If one of these splits is missing, all three are cut from the text of the train split. If
+    `ends`, put `FILE_END` after each example instead of line breaks between them. Raise `UserError`
+    if there is no such dataset or feature, or preparing it needs TensorFlow.
     """
     data_dir = Path(os.path.expanduser(directory or tfds.core.constants.DATA_DIR))
     builder = _open_builder(name, data_dir)
@@ -41,7 +41,7 @@ def read_dataset(
         known = ", ".join(texts) or "none"
         raise UserError(f"{name} has no text {text_feature!r} (data.text_feature); it has {known}")
     if "train" not in builder.info.splits:
-        raise UserError(f"{name} has no split named train to learn from")
+        raise UserError(f"{name} has no train split: choose another data.dataset")
 
     def read_split(split: str) -> str:
         try:
@@ -74,12 +74,12 @@ def _prepare(builder: tfds.core.DatasetBuilder, name: str, data_dir: Path) -> No
                 builder.download_and_prepare()
     except ImportError as error:
         raise UserError(
-            f"preparing {name} needs {error.name}, which is not here: prepare it as "
+            f"preparing {name} needs {error.name}, which is not installed: prepare it as "
             f"array_record elsewhere and copy it to {data_dir}"
         ) from None
     except UserError:
         raise
-    except Exception as error:  # A builder is code of the dataset's own: it can raise anything.
+    except Exception as error:  # A builder is the dataset's own code: it can raise anything.
         raise UserError(f"can't prepare {name} under {data_dir}: {one_line(error)}") from None
 
 
@@ -87,7 +87,7 @@ def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
     try:
         return tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
-        raise UserError(f"TFDS knows no dataset {name!r}: correct data.dataset") from None
+        raise UserError(f"TFDS has no dataset {name!r}: correct data.dataset") from None
     except Exception as error:  # TFDS raises many types, for bad names and damaged files.
         if "File format is already set" not in str(error):
             reason = one_line(error)

@@ -1,7 +1,7 @@
-"""Encode a text: the same way for a text in memory and for each chunk of a larger one.
+"""Encode a text in memory, or each chunk of a larger one.
 
-A text is first encoded as indices into its own different tokens, which takes long for a large text
-and is done once. Its ids in a vocabulary are a look-up of these in a table.
+A text is first encoded as indices into its own distinct tokens. That is slow for a large text, and
+done once. A table then maps the indices to ids of a vocabulary.
 """
 
 import itertools
@@ -19,11 +19,10 @@ if TYPE_CHECKING:  # A process that encodes chunks imports little more than NumP
     from ml_collections import ConfigDict
 
 
-# Places where a text can be cut, from the last one backwards ("r"): never within a character (a
-# fourth byte that continues one is not part of it), nor between two line breaks, which may be a
-# stop token together. Words and graphemes are separate at a line break, and at a space between two
-# ASCII letters, whatever else is around (Unicode Standard Annex 29, rules GB4, GB5, GB999, WB3a,
-# WB3b and WB999).
+# Places where a text can be cut, from the last one backwards ("r"): never within a character (which
+# has at most three continuation bytes), nor between two line breaks, which may form a stop token.
+# Words and graphemes end at a line break, and before a space between two ASCII letters, in any
+# context (Unicode Standard Annex 29, rules GB4, GB5, GB999, WB3a, WB3b and WB999).
 _AFTER_BREAK = rb"(?<=[\r\n])(?=[^\r\n\x80-\xbf])"
 _BEFORE_BREAK = rb"(?<=[^\r\n])(?=[\r\n])"
 _SPACE = rb"(?<=[A-Za-z])(?= [A-Za-z])"
@@ -36,15 +35,15 @@ class Part(NamedTuple):
     """An encoded text, or a chunk of one."""
 
     ids: Any  # Indices into `tokens`: [n], of the smallest dtype.
-    tokens: Iterable[str]  # The different tokens of the text.
-    counts: np.ndarray  # How often each of them occurs: int64.
+    tokens: Iterable[str]  # The distinct tokens of the text.
+    counts: np.ndarray  # The number of occurrences of each token: int64.
     characters: int  # The length of the text.
 
 
 def encode_chunk(text: str, kind: str, stop: str) -> Part:
-    """Encode a text with tokens of a kind (of `vocabulary.KINDS`) and a stop token, or ""."""
+    """Encode a text, with tokens of one of `vocabulary.KINDS` and a stop token or ""."""
     if kind in ("words", "graphemes"):
-        # It gives each new token the next number.
+        # A look-up gives each new token the next number.
         index = defaultdict[str, int](itertools.count().__next__)
         ids = np.fromiter(map(index.__getitem__, split_text(text, kind, stop)), np.int32)
         small = ids.astype(get_smallest_dtype(len(index)))
@@ -84,9 +83,8 @@ def get_smallest_dtype(number: int) -> np.dtype:
 def iterate_chunks(text: Iterable[Segment], kind: str, size: int) -> Iterator[list[Segment]]:
     """Cut a text into chunks that can be encoded one by one.
 
-    A text is cut only where two tokens are separate whatever is on both sides, so that the tokens
-    of its chunks are those of the whole text. A chunk has about `size` bytes, or more if there is
-    no such place.
+    A text is cut only where a token ends in any context, so that the tokens of its chunks are those
+    of the whole text. A chunk has about `size` bytes, or more if there is no such place.
     """
     pending: list[Segment] = []
     content = bytearray()
@@ -94,7 +92,7 @@ def iterate_chunks(text: Iterable[Segment], kind: str, size: int) -> Iterator[li
     for piece in cut_pieces(text, size // 2):
         content += read_segment(piece)
         if pending and pending[-1].path == piece.path and pending[-1].stop == piece.start:
-            # One segment again, as a character may be on both sides.
+            # Join both segments, as a character may be split between them.
             piece = Segment(piece.path, pending.pop().start, piece.stop)
         pending.append(piece)
         if len(content) >= size:
@@ -137,7 +135,7 @@ class Text:
         return vocabulary.look_up(part.tokens)[part.ids]
 
     def pieces(self, overlap: int) -> Iterator[str]:
-        """Yield the text in pieces of bounded size, each after `overlap` characters before it."""
+        """Yield the text in pieces of bounded size, each after the `overlap` characters before."""
         yield self._text
 
     def vocabulary(self, data: "ConfigDict") -> Vocabulary:
@@ -148,7 +146,7 @@ class Text:
         return Vocabulary.from_counts(counts, data.units, data.min_count, stop)
 
     def count_tokens(self, vocabulary: Vocabulary) -> np.ndarray:
-        """Return how often each token of a vocabulary is in the text: int64 [vocabulary]."""
+        """Return the number of occurrences of each token of a vocabulary: int64 [vocabulary]."""
         part = self.index_tokens(vocabulary.kind, vocabulary.stop)
         counts = np.zeros(len(vocabulary), np.int64)
         np.add.at(counts, vocabulary.look_up(part.tokens), part.counts)

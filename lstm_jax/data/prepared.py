@@ -1,11 +1,11 @@
 """Prepare texts too large for memory: encode them once, in parallel, into files of ids.
 
 A prepared corpus is a directory with the ids of each split (train.npy, ...), the token of each id,
-how often each is in each split, and a manifest; docs/data.md describes the files. Its ids are those
-of all tokens of the text. A vocabulary is a table from them to its own ids.
+the counts of each token in each split, and a manifest; docs/data.md describes the files. Its ids
+number all distinct tokens of the text. A table maps them to the ids of a vocabulary.
 
-The manifest is sealed with a key of the user's own. A corpus that someone else made or changed is
-ignored: to check that its ids are those of the text would take as long as to encode it again.
+The manifest is sealed with a key that belongs to the user. A corpus that someone else made or
+changed is ignored: checking its ids would take as long as encoding the text again.
 """
 
 import contextlib
@@ -45,10 +45,10 @@ _UNFINISHED = ".unfinished"
 _FORMAT = 2
 _KEY, _KEY_BYTES = "key", 32
 _MAX_PROCESSES = 16
-# Bytes of a chunk, about. To encode it takes about thirty times as much memory.
+# Approximate bytes of a chunk. Encoding it takes about thirty times this memory.
 CHUNK = 2 * 2**20
 
-# Of the one text, or of each split: the path of each file from the corpus, and its `_state`.
+# For one text, or each split: each file's path relative to the corpus, and its `_state`.
 _States = list[list[list[Any]]]
 
 
@@ -57,7 +57,7 @@ class Manifest(NamedTuple):
 
     directory: Path
     sources: _States  # The files of the text.
-    text_sha256: str  # The same as `texts.compute_checksum` gives.
+    text_sha256: str  # See `texts.compute_checksum`.
     units: str  # The kind of tokens.
     ends: bool  # Whether `vocabulary.FILE_END` follows each file.
     stop: str  # The stop token, or "".
@@ -65,7 +65,7 @@ class Manifest(NamedTuple):
     files: dict[str, list[Any]]  # SHA-256 and `_state` of each other file in the directory.
 
     def write(self, directory: Path) -> None:
-        """Write it with a seal, whole or not at all."""
+        """Write it atomically, with a seal."""
         fields = self._asdict()
         del fields["directory"]
         files.write_json(directory / MANIFEST, {**fields, "seal": _seal(self.directory, fields)})
@@ -81,7 +81,7 @@ class Manifest(NamedTuple):
         return found
 
     def texts(self) -> dict[str, Text]:
-        """Return the splits."""
+        """Return the text of each split."""
         return {name: PreparedText(self, name) for name in sources.SPLITS}
 
 
@@ -127,13 +127,13 @@ def find_corpus(data: ConfigDict) -> Manifest | None:
 def prepare_corpus(data: ConfigDict) -> Manifest:
     """Return the prepared corpus that the `data` fields of a config describe; make it if missing.
 
-    If another process is making it, wait for that. An interrupted preparation is resumed. Raise
+    If another process is making it, wait. An interrupted preparation is resumed. Raise
     `UnavailableError` if the directory can't be written, and `UserError` as `texts.load_texts`.
     """
     texts, states, directory = _locate(data)
     base = directory.parent
     if not data.prepared and base.is_symlink():
-        raise UserError(f"{base} is a link: name the directory to prepare in with data.prepared")
+        raise UserError(f"{base} is a link: name the directory to use in data.prepared")
     try:
         if found := _find(directory, states, save=True):
             return found
@@ -144,7 +144,7 @@ def prepare_corpus(data: ConfigDict) -> Manifest:
             return _find(directory, states) or _prepare(data, texts, states, directory)
     except OSError as error:
         raise UnavailableError(
-            f"can't prepare the text in {base} ({error.strerror}): make room or make it writable, "
+            f"can't prepare the text in {base} ({error.strerror}): free space or make it writable, "
             "or name another directory in data.prepared"
         ) from None
 
@@ -156,22 +156,22 @@ def _locate(data: ConfigDict) -> tuple[list[list[Path]], _States, Path]:
     base = Path(os.path.normpath(Path(base).absolute()))
     cache = get_cache_directory()
     key = _key(cache)
-    what = {
+    identity = {
         "format": _FORMAT,
-        # Several users or machines don't replace the corpora of each other. "": a temporary key.
+        # Several users or machines don't replace each other's corpora. "": a temporary key.
         "owner": hashlib.sha256(key).hexdigest() if (cache / _KEY).exists() else "",
         "sources": [[os.path.relpath(path.absolute(), base) for path in text] for text in texts],
         "units": data.units,
         "separator": data.document_separator,
         "fractions": list(data.fractions) if len(texts) == 1 else None,
     }
-    name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+    name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     directory = base / f"{texts[0][0].stem[:50]}-{name}"
     return texts, _states(texts, directory), directory
 
 
 def _states(texts: list[list[Path]], directory: Path) -> _States:
-    """Return the path of each file from `directory`, so that all can be moved, and its state."""
+    """Return each file's path relative to `directory`, so that all can be moved, and its state."""
     try:
         return [
             [[os.path.relpath(path.absolute(), directory), *_state(path.stat())] for path in text]
@@ -182,12 +182,12 @@ def _states(texts: list[list[Path]], directory: Path) -> _States:
 
 
 def _state(status: os.stat_result) -> list[int]:
-    """Return numbers that differ after a file was changed; no program can set `ctime`."""
+    """Return numbers that change when the file changes; no program can set `ctime`."""
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def _fingerprint(path: Path, known: list[Any]) -> list[Any]:
-    """Return SHA-256 and state of a file, both as `known` if the state is; flush a new file."""
+    """Return SHA-256 and state of a file, `known` if its state is unchanged; flush a new file."""
     with files.open_regular(path) as file:
         state = _state(os.fstat(file.fileno()))
         if state == known[1:]:
@@ -198,7 +198,7 @@ def _fingerprint(path: Path, known: list[Any]) -> list[Any]:
 
 
 def _find(directory: Path, states: _States, save: bool = False) -> Manifest | None:
-    """Return the corpus in `directory`, see `find_corpus`; `save` new times and inodes in it."""
+    """Return the corpus in `directory`, see `find_corpus`; if `save`, save new times and inodes."""
     if not _is_directory(directory):
         return None
     try:
@@ -244,7 +244,7 @@ def _remove(path: Path) -> None:
 def _prepare(
     data: ConfigDict, texts: list[list[Path]], states: _States, directory: Path
 ) -> Manifest:
-    """Make the corpus in a directory beside its own, and rename that when it is complete."""
+    """Make the corpus in a temporary directory, and rename that when it is complete."""
     began = time.monotonic()
     total = sum(state[1] for text in states for state in text)
     print(f"Preparing {total / 1e6:,.0f} MB of text, once, in {directory}", file=sys.stderr)
@@ -283,7 +283,7 @@ def _prepare(
 
 
 class _Content:
-    """The text of chunks, for `in`. No chunk ends within a stop token."""
+    """The text of chunks, for the operator `in`. No chunk ends within a stop token."""
 
     def __init__(self, chunks: list[list[Segment]]) -> None:
         self._chunks = chunks
@@ -294,7 +294,7 @@ class _Content:
 
 
 def _begin(unfinished: Path, plan: dict[str, Any]) -> bytes:
-    """Make the directory to work in, or keep that of the same plan; return the key of its parts."""
+    """Make the directory to work in, or keep one of the same plan; return the key of its parts."""
     content = json.dumps(plan).encode()
     path, parts = unfinished / worker.PLAN, unfinished / worker.PARTS
     same = False
@@ -346,7 +346,7 @@ def _run_processes(unfinished: Path, number: int, total: int, key: bytes) -> Non
                     raise OSError(0, printed["unavailable"])
         if any(process.wait() for process in processes):
             raise UserError(
-                "a process that prepared the text has ended too early, perhaps out of memory: the "
+                "a process that prepared the text has ended early, perhaps out of memory: the "
                 "same command resumes from there"
             )
     finally:
@@ -368,7 +368,7 @@ def _merge(
             if part is None:
                 path.unlink(missing_ok=True)
                 raise UserError(
-                    f"{path} was damaged and is removed: the same command resumes from there"
+                    f"{path} was damaged and has been removed: the same command resumes from there"
                 )
             yield part
 
@@ -401,7 +401,7 @@ def _merge(
 
 
 class PreparedText(Text):
-    """One split of a prepared corpus. Only the requested parts of it are in memory."""
+    """One split of a prepared corpus. Only the requested parts of it are read into memory."""
 
     def __init__(self, manifest: Manifest, name: str) -> None:
         self._manifest, self._name = manifest, name
@@ -450,10 +450,10 @@ class _Lines:
 
 
 class FileIds:
-    """`Ids` that are read from a file when they are requested, and looked up in a table.
+    """`Ids` that are read from a file on demand, and looked up in a table.
 
-    They are not kept, so that memory is constant for a file of any size. The pages of a mapped file
-    would count as memory of the process.
+    They are not cached, so that memory is constant for a file of any size. The pages of a
+    memory-mapped file would count as memory of the process.
     """
 
     def __init__(self, path: Path, length: int, table: np.ndarray) -> None:
@@ -477,7 +477,7 @@ class FileIds:
         """Return `length` ids from each place: int32 [starts, length]."""
         file, width = self._file.fileno(), self._dtype.itemsize
         places = (self._first + starts * width).tolist()
-        # Safe in several threads at once; less than 2 GiB from each place.
+        # `pread` is thread-safe; it reads less than 2 GiB from each place.
         content = b"".join([os.pread(file, length * width, place) for place in places])
         try:
             ids = self._table.take(np.frombuffer(content, self._dtype))

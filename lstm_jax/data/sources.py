@@ -26,10 +26,10 @@ from lstm_jax.vocabulary import FILE_END
 SPLITS = ("train", "validation", "test")
 # The TFDS dataset that `tiny_shakespeare` prepares.
 TINY_SHAKESPEARE = "tiny_shakespeare"
-# Files and directories that the patterns of a data.path may look at together. A pattern from
-# someone else's run could match the whole disk.
+# Files and directories that the patterns of a data.path may visit. A pattern from someone else's
+# run could match the whole disk.
 _MAX_ENTRIES = 10**6
-# Bytes of a file that is named by a flag of a command.
+# Largest size in bytes of a file that a command's flag names.
 _MAX_ARGUMENT_BYTES = 10**9
 # Bytes that are read at a time where only a part of a text is in memory.
 _PIECE_BYTES = 2**20
@@ -50,40 +50,40 @@ def find_files(paths: str) -> list[list[Path]]:
     texts = paths.split(";")
     if len(texts) not in (1, 3):
         raise UserError(
-            f"data.path {paths!r} is {len(texts)} texts: it must be one, or those of "
-            "train, validation and test with ; between"
+            f"data.path {paths!r} has {len(texts)} texts: it must have one, or three (train, "
+            "validation and test) separated by ;"
         )
-    looks = _limit_looks()
-    return [_find(text, looks) for text in texts]
+    visits = _limit_visits()
+    return [_find(text, visits) for text in texts]
 
 
-def _limit_looks() -> Iterator[None]:
-    """Yield once for each file or directory that may be looked at, then raise `UserError`."""
+def _limit_visits() -> Iterator[None]:
+    """Yield once for each file or directory that may be visited, then raise `UserError`."""
     yield from itertools.repeat(None, _MAX_ENTRIES)
     raise UserError(
-        f"the patterns of data.path look at more than {_MAX_ENTRIES:,} files and directories: "
-        "name narrower ones"
+        f"the patterns of data.path visit more than {_MAX_ENTRIES:,} files and directories: use "
+        "narrower ones"
     )
 
 
-def _find(paths: str, looks: Iterator[None]) -> list[Path]:
+def _find(paths: str, visits: Iterator[None]) -> list[Path]:
     """Return the files that comma-separated paths and glob patterns name."""
     named: list[Path] = []
     for pattern in paths.split(","):
         # A name with brackets may be both a file and a pattern: the file takes precedence.
-        found = [pattern] if os.path.exists(pattern) else sorted(_expand(pattern, looks))
+        found = [pattern] if os.path.exists(pattern) else sorted(_expand(pattern, visits))
         if os.path.isdir(pattern):
             inside = Path(pattern, "*")
             raise UserError(f"{pattern} is a directory: name its files in data.path: {inside}")
         found = [path for path in found if len(found) == 1 or os.path.isfile(path)]
         if not found:
-            raise UserError(f"there is no text file {pattern}: name one that exists in data.path")
+            raise UserError(f"there is no text file {pattern}: name an existing one in data.path")
         named += map(Path, found)
     return named
 
 
-def _expand(pattern: str, looks: Iterator[None]) -> list[str]:
-    """Return the same as `glob.glob(pattern, recursive=True)`, within a number of looks."""
+def _expand(pattern: str, visits: Iterator[None]) -> list[str]:
+    """Expand a pattern like `glob.glob(pattern, recursive=True)`, within a number of visits."""
     found = ["/" if pattern.startswith("/") else ""]
     for part in re.split("/+", pattern.lstrip("/")):
         parents, found = found, []
@@ -91,22 +91,22 @@ def _expand(pattern: str, looks: Iterator[None]) -> list[str]:
             if part == "**":
                 below = [os.path.join(parent, "")] if os.path.isdir(parent or ".") else []
                 for path in below:  # The list grows during the loop.
-                    below += _match_names(path, "*", looks)
+                    below += _match_names(path, "*", visits)
                 found += below
             elif set(part) & set("*?["):
-                found += _match_names(parent, part, looks)
+                found += _match_names(parent, part, visits)
             else:
-                next(looks)
+                next(visits)
                 path = os.path.join(parent, part)
                 found += [path] if os.path.lexists(path) else []
     return [path for path in found if path]
 
 
-def _match_names(directory: str, pattern: str, looks: Iterator[None]) -> list[str]:
+def _match_names(directory: str, pattern: str, visits: Iterator[None]) -> list[str]:
     """Return the paths in a directory that match; none if it can't be read as a directory."""
     try:
         with os.scandir(directory or ".") as entries:
-            names = [entry.name for entry, _ in zip(entries, looks, strict=False)]
+            names = [entry.name for entry, _ in zip(entries, visits, strict=False)]
     except (OSError, ValueError):
         return []
     names = [name for name in names if pattern[0] == "." or name[0] != "."]
@@ -147,18 +147,18 @@ def split_files(
     fractions: Sequence[float],
     any_bytes: bool,
     ends: bool,
-    hear: Callable[[bytes], object] = len,
+    consume: Callable[[bytes], object] = len,
 ) -> list[list[Segment]]:
     """Return the segments of train, validation and test, from their files or those of one text.
 
-    One text is split by `find_cuts`: between characters, or between bytes if `any_bytes`, as the
-    usual splits of enwik8 are. `hear` is called with all bytes of the text, piece by piece.
+    One text is split by `find_cuts`: between characters, or between bytes if `any_bytes`, like the
+    usual splits of enwik8. `consume` is called with all bytes of the text, piece by piece.
     """
     found = [list_segments(paths, any_bytes, ends) for paths in texts]
     pieces, lengths = [], []
     for piece in cut_pieces(itertools.chain.from_iterable(found), _PIECE_BYTES):
         content = read_segment(piece)
-        hear(content)
+        consume(content)
         pieces.append(piece)
         lengths.append(int(np.count_nonzero(_find_places(content, any_bytes))))
     if len(found) > 1:
@@ -178,7 +178,7 @@ def split_files(
 
 
 def _find_places(content: bytes, any_bytes: bool) -> np.ndarray:
-    """Return which bytes a text can be split at: all, or those that begin a character."""
+    """Return a mask of the bytes before which a text can be split: all, or starts of characters."""
     # The others are 0b10xxxxxx, which are below -64 as int8.
     return np.frombuffer(content, np.int8) >= (-128 if any_bytes else -64)
 
@@ -186,14 +186,14 @@ def _find_places(content: bytes, any_bytes: bool) -> np.ndarray:
 def find_cuts(length: int, fractions: Sequence[float]) -> tuple[int, int]:
     """Return where the validation and the test split of a text of this length begin.
 
-    Each share is cut from the rest and rounded down, as in TFDS's Tiny Shakespeare.
+    Each split is cut from the rest, with its length rounded down, as in TFDS's Tiny Shakespeare.
     """
     train = int(length * fractions[0])
     return train, train + int((length - train) * (fractions[1] / (fractions[1] + fractions[2])))
 
 
 def cut_text(text: str, fractions: Sequence[float]) -> list[str]:
-    """Return the train, validation and test part of a text, see `find_cuts`."""
+    """Return the train, validation and test parts of a text; see `find_cuts`."""
     validation, test = find_cuts(len(text), fractions)
     return [text[:validation], text[validation:test], text[test:]]
 
@@ -247,7 +247,7 @@ def read_segments(segments: Sequence[Segment], any_bytes: bool, ends: bool) -> s
     if any_bytes:
         text = b"".join(map(read_segment, segments)).decode("utf-8", "surrogateescape")
     else:
-        remedy = ", or learn its bytes with data.units=bytes"
+        remedy = ", or train on its bytes with data.units=bytes"
         text = "".join(_decode(read_segment(s), s.path, s.start, remedy) for s in segments)
     if ends:
         check_ends(text, sum(not s.path and s.stop - s.start == len(_FILE_END) for s in segments))
@@ -260,7 +260,7 @@ def read_files(paths: Iterable[Path], any_bytes: bool = False, ends: bool = Fals
 
 
 def check_ends(text: str, number: int) -> None:
-    """Raise `UserError` if `FILE_END` is in a text more often than at the ends of its files."""
+    """Raise `UserError` if a text has `FILE_END` other than at the ends of its files."""
     if text.count(FILE_END) > number:
         raise UserError("a file holds U+FDD0, which marks the end of a file here: remove it")
 
@@ -297,7 +297,7 @@ def _decode(content: bytes, name: str, start: int = 0, remedy: str = "") -> str:
 
 
 def check_lengths(characters: Mapping[str, int], source: str) -> None:
-    """Raise `UserError` if a split of `source` has no token to read and one to predict."""
+    """Raise `UserError` if a split of `source` has fewer than two characters."""
     for name, length in characters.items():
         if length < 2:
             raise UserError(f"{source} is too short: its {name} split has {length} characters")
@@ -308,5 +308,5 @@ def check_unchanged(sha256: str, expected: str) -> None:
     if expected and expected != sha256:
         raise UserError(
             f"the text is not the one this run was trained on (SHA-256 {expected} at that time, "
-            f"{sha256} now): bring that text back, or train anew in another --workdir"
+            f"{sha256} now): restore that text, or start a new run in another --workdir"
         )

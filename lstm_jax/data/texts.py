@@ -1,4 +1,4 @@
-"""Load the splits of a text: small ones in memory, larger ones prepared on the disk."""
+"""Load the splits of a text: read small ones into memory, prepare larger ones on disk."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from lstm_jax.vocabulary import Ids, Vocabulary
 if TYPE_CHECKING:
     from lstm_jax.data.prepared import Manifest
 
-# The text of someone else's run is read into memory up to this size, whatever its config says.
+# Limit of the text of someone else's run in memory; its config can't change it.
 _MAX_BYTES_IN_MEMORY = 16 * 10**6
 
 
@@ -83,11 +83,11 @@ def load_texts_of_run(
 
     The run may be someone else's. So the text that its config names is only read, at a bounded
     cost, and nothing is written outside the user's cache. TFDS imports modules that the files of a
-    dataset name, so it opens only datasets that the user has named, and Tiny Shakespeare.
+    dataset name, so only datasets that the user has named, and Tiny Shakespeare, are opened.
 
     Args:
       data: the `data` fields of the run's config.
-      path: the current path of its text, or None; this and the following are named by the user.
+      path: the current path of its text, or None; this and the next two come from the user.
       dataset: the TFDS dataset with its text.
       directory: TFDS's data directory.
 
@@ -110,9 +110,9 @@ def load_texts_of_run(
             found = _find_prepared(data, make=path is not None)
     elif data.dataset not in (sources.TINY_SHAKESPEARE, dataset):
         raise UserError(
-            f"the run was trained on the dataset {data.dataset!r}, which may be code: if you trust "
-            "it, name it with --dataset NAME, and with --data_directory DIR where it is if it is "
-            "not in TFDS's own directory"
+            f"the run was trained on the dataset {data.dataset!r}, which may execute code: if you "
+            "trust it, add --dataset NAME, and --data_directory DIR if it is not in TFDS's default "
+            "directory"
         )
     return _open_splits(data, found).texts
 

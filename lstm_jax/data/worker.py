@@ -27,7 +27,7 @@ _SEAL_BYTES = 32
 
 
 def save_part(path: Path, part: Part, key: bytes) -> None:
-    """Write an encoded chunk, whole or not at all, sealed with a key."""
+    """Write an encoded chunk atomically, sealed with a key."""
     tokens = np.frombuffer(json.dumps(part.tokens).encode(), np.uint8)
     content = io.BytesIO()
     np.savez(content, ids=part.ids, units=tokens, counts=part.counts, characters=part.characters)
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def _print(content: Any) -> None:
-    # With one call, as all processes write to the same pipe.
+    # In one call, as all processes write to the same pipe.
     os.write(sys.stdout.fileno(), f"{json.dumps(content)}\n".encode())
 
 

@@ -11,7 +11,7 @@ import jax
 
 
 def use_cache() -> None:
-    """Let JAX cache what it compiles in JAX_COMPILATION_CACHE_DIR, else in the user's directory.
+    """Cache compiled functions in JAX_COMPILATION_CACHE_DIR, else in the user's cache directory.
 
     There is one directory for each kind of processor: what XLA compiles for one CPU may crash on
     another, and a home directory may be shared. JAX_ENABLE_COMPILATION_CACHE=false turns the cache

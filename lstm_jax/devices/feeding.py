@@ -1,4 +1,4 @@
-"""Bring batches to the devices: cut there from a text that fits, else copied ahead of the step."""
+"""Feed batches to the devices: cut them there from a text that fits, else copy them in advance."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from lstm_jax.batches import Batch, Places
 from lstm_jax.devices import parallel
 from lstm_jax.vocabulary import Ids
 
-_SHARE = 1 / 8  # Of a GPU's or TPU's memory, that a text may take.
+_SHARE = 1 / 8  # Fraction of a GPU's or TPU's memory that a text may take.
 _PIECE = 2**22  # Number of ids that are read at a time.
 
 
@@ -70,7 +70,7 @@ class Feed:
         self._iterator, self._mesh, self._text = iterator, mesh, text
 
     def next(self, steps: int = 1) -> Batch | Resident:
-        """Return the next batch, or those of several steps stacked along a first axis."""
+        """Return the next batch, or those of several steps stacked along a leading axis."""
         read = [next(self._iterator) for _ in range(steps)]
         if self._text is None:
             return self._place(read)

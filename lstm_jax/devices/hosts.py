@@ -30,7 +30,7 @@ _LOST = (
 _LOST_PATTERN = "Gloo|NCCL|[Cc]oordination|[Hh]eartbeat|[Bb]arrier|Connection (closed|reset)"
 
 # A program that reads what native code writes to standard error. When JAX ends the process, it
-# writes dozens of lines, instead of which the program prints its argument.
+# writes dozens of lines, which the program replaces by its argument.
 _FILTER = """
 import itertools, sys
 lines = sys.stdin.buffer
@@ -59,8 +59,8 @@ def join_processes(
 
     Process 0 listens at `coordinator_address`, HOST:PORT. If the first three arguments are None,
     they come from SLURM, Open MPI, Kubernetes or Cloud TPU. Call it before anything else uses JAX.
-    It starts no devices. An exception within the block ends this process immediately, so that no
-    other process waits for it.
+    It initializes no devices. An exception within the block ends this process immediately, so that
+    no other process waits for it.
 
     Raises:
       UserError: if the arguments don't fit together.
@@ -96,7 +96,7 @@ def join_processes(
         if isinstance(error, UserError):
             _leave(str(error))
         if isinstance(error, BrokenPipeError):  # As in `| head`.
-            _leave("nobody reads the output any more")
+            _leave("the reader of standard output has closed it")
         if "RESOURCE_EXHAUSTED" not in str(error):
             traceback.print_exc()
         _leave(f"process {jax.process_index()} failed: {one_line(error)[:300]}")
@@ -116,7 +116,7 @@ def _is_started_by_a_cluster() -> bool:
 
 
 def _is_in_a_tpu_pod() -> bool:
-    """Return whether the metadata server names other Cloud TPU machines besides this one."""
+    """Return whether the metadata server names other Cloud TPU machines."""
     if importlib.util.find_spec("libtpu") is None or "TPU_SKIP_MDS_QUERY" in os.environ:
         return False
     import requests
@@ -146,8 +146,7 @@ def _check_flags(address: str | None, number: int | None, process: int | None) -
         )
     if None in (address, number, process) and not _is_started_by_a_cluster():
         raise UserError(
-            "--coordinator_address, --num_processes and --process_id belong together: give all "
-            "three"
+            "--coordinator_address, --num_processes and --process_id belong together: set all three"
         )
 
 
@@ -175,7 +174,7 @@ def _wait_for_devices() -> None:
 
 
 def _leave(message: str, code: int = 2) -> NoReturn:
-    """End this process without waiting for the others, which notice that it is gone."""
+    """End this process without waiting for the others, which detect that it has ended."""
     if message == _LOST:  # JAX may report it at the same time: the filter prints it once.
         os.write(2, b"coordination: Terminating process\n")
     else:
@@ -213,7 +212,7 @@ def get_greatest(value: int) -> int:
 
 
 def check_same(text: str, what: str) -> None:
-    """Raise `UserError` in all processes if they don't pass the same text, about their `what`."""
+    """Raise `UserError` in all processes if their texts differ; `what` is for the message."""
     digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
     digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
     if (digests != digests[0]).any():

@@ -22,7 +22,7 @@ from lstm_jax.errors import UserError
 DATA, MODEL = "data", "model"  # The names of the mesh axes.
 EVERYWHERE, DIVIDED = PartitionSpec(), PartitionSpec((DATA, MODEL))
 
-# Where dividing a batch over the cores of a CPU is faster than using all cores for each matmul, by
+# Sizes for which dividing a batch over CPU cores is faster than using all cores for each matmul, in
 # `benchmarks/train_step.py` on two cores. Matmuls of smaller layers end before threads can share
 # them; larger layers read each kernel from memory once per device.
 _SMALLEST_HIDDEN, _LARGEST_HIDDEN = 64, 768
@@ -30,9 +30,9 @@ _SMALLEST_PART = 16
 
 
 def use_cores(config: ConfigDict) -> None:
-    """Let JAX make the number of CPU devices that this process may need to train with `config`.
+    """Set the number of CPU devices that this process may need to train with `config`.
 
-    That is the whole mesh, since the number of other processes is not known before the devices are.
+    That is the whole mesh, since the number of other processes is unknown until devices exist.
     Call it before anything else uses JAX; later, or with a GPU or TPU, it has no effect.
     """
     devices = (config.mesh.data or _count_useful_cores(config)) * config.mesh.model
@@ -63,11 +63,11 @@ def make_mesh(config: ConfigDict) -> Mesh:
     """
     processes, batch_size = jax.process_count(), config.batches.batch_size
     data, model, microbatches = config.mesh.data, config.mesh.model, config.optimizer.microbatches
-    # Devices of a process are neighbors, and so are its rows of a batch.
+    # Devices of a process are adjacent, and so are its rows of a batch.
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     if max(data, 1) * model > len(devices):
         raise UserError(
-            f"config.mesh.data is {data} and config.mesh.model {model}, and there are "
+            f"config.mesh.data is {data} and config.mesh.model {model}, but there are "
             f"{len(devices)} devices here: lower them, or set data to 0 to use all useful devices"
         )
     if config.model.hidden_size % model:
@@ -99,7 +99,7 @@ def make_mesh(config: ConfigDict) -> Mesh:
 
 
 def get_storage_spec(array: Any, mesh: Mesh) -> PartitionSpec:
-    """Return how to store an array of the training state, by its shape.
+    """Return the spec for storing an array of the training state, by its shape.
 
     A matrix is divided along its largest divisible axis over `MODEL`; other arrays are replicated.
     So the optimizer state of a parameter is divided as the parameter is.
@@ -112,7 +112,7 @@ def get_storage_spec(array: Any, mesh: Mesh) -> PartitionSpec:
 
 
 def place(tree: Any, mesh: Mesh, spec: PartitionSpec | None = None) -> Any:
-    """Place the arrays of a tree on the devices of a mesh, by `get_storage_spec` without a spec.
+    """Place the arrays of a tree on the devices of a mesh, by default as `get_storage_spec` says.
 
     If the mesh has devices of other processes, all processes pass the same whole arrays.
     """
@@ -131,7 +131,7 @@ def place(tree: Any, mesh: Mesh, spec: PartitionSpec | None = None) -> Any:
 
 
 def place_local(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
-    """Place arrays on the devices of a mesh, from the part that each process has of them."""
+    """Place arrays on the devices of a mesh, from the part that each process holds."""
     parts = jax.tree.map(np.asarray, tree)
     return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), parts)
 
@@ -166,7 +166,7 @@ def gather_parts(tree: Any, specs: Any) -> Any:
 
 
 def mean_over_devices(tree: Any, specs: Any) -> Any:
-    """Within `shard_map`: return means over all devices; of divided arrays, each device's part."""
+    """Within `shard_map`: return means over all devices; for divided arrays, each device's part."""
     # Between processes on CPUs, gloo's reduce-scatter sometimes returns wrong sums of arrays of
     # megabytes (jax-ml/jax#40830).
     scatters = jax.default_backend() != "cpu" or jax.process_count() == 1

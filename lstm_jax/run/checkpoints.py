@@ -38,7 +38,7 @@ class CheckpointWriter:
     All of them call the same methods in the same order.
     """
 
-    # Orbax's CheckpointManager with LatestN and BestN would lose three promises: SHA256SUMS is
+    # Orbax's CheckpointManager with LatestN and BestN would break three guarantees: SHA256SUMS is
     # written before a checkpoint gets its name, the validation loss is added after the save, and a
     # checkpoint is renamed before its files are removed, so that a reader never sees half of it.
     # Each save adds about 45 KiB to the process: TensorStore 0.1.86 leaks the results of its
@@ -47,7 +47,7 @@ class CheckpointWriter:
     def __init__(self, directory: Path) -> None:
         """Make the directory and remove unfinished checkpoints of killed processes.
 
-        Raise `UserError` if something else is in the way of checkpoints.
+        Raise `UserError` if anything else has the name of a checkpoint.
         """
         self._directory = directory.resolve()
         with hosts.first_goes_ahead("checkpoints"):
@@ -65,7 +65,7 @@ class CheckpointWriter:
             if unfinished and path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif unfinished or (path.name.isdecimal() and path.name not in known):
-                raise UserError(f"{path} is no checkpoint: move it away")
+                raise UserError(f"{path} is not a checkpoint: move it away")
 
     def save(
         self,
@@ -75,7 +75,7 @@ class CheckpointWriter:
         iterator: grain.DatasetIterator,
         history: Mapping[str, int],
     ) -> None:
-        """Start to save a checkpoint after `step` training steps; its arrays may then be donated.
+        """Start saving a checkpoint after `step` training steps; its arrays may then be donated.
 
         `state` is all of the training state but `params`, `iterator` is over the training batches,
         and `history` holds the sizes of the files that the run appends to. Raise `UnavailableError`
@@ -93,7 +93,7 @@ class CheckpointWriter:
                     history=ocp.args.JsonSave(dict(history)),
                 ),
             )
-        except Exception as error:  # Orbax passes on whatever its storage raises.
+        except Exception as error:  # Orbax re-raises any exception of its storage.
             raise self._failed(step, error) from None
         self._saving = step, self._thread.submit(self._finish, path, step)
 
@@ -132,7 +132,7 @@ class CheckpointWriter:
                 raise self._failed(step, error) from None
 
     def _failed(self, step: int, error: Exception) -> UnavailableError:
-        """Remove what was written of a checkpoint; return the error to raise."""
+        """Remove an incomplete checkpoint; return the error to raise."""
         for remains in self._directory.glob(f"{step}{_UNFINISHED}*"):
             shutil.rmtree(remains, ignore_errors=True)
         last = list_steps(self._directory)
@@ -140,7 +140,7 @@ class CheckpointWriter:
         reason = error.strerror if isinstance(error, OSError) else one_line(error)
         return UnavailableError(
             f"can't write the checkpoint of step {step} in {self._directory} ({reason}); {before}: "
-            "make room or make it writable, and resume from there with the same command"
+            "free space or make it writable, then resume from there with the same command"
         )
 
     def __enter__(self) -> Self:
@@ -182,7 +182,7 @@ def restore_latest(
 
     Later ones, which are damaged, are renamed, each with a warning. `params` and `state` are arrays
     of the expected shapes and dtypes, or `jax.ShapeDtypeStruct`s. The iterator over the training
-    batches is moved to the checkpoint's position.
+    batches is set to the checkpoint's position.
 
     Raises:
       UserError: if all are damaged, or one does not hold such `params` and `state`.
@@ -199,7 +199,7 @@ def restore_latest(
         return None
     try:
         iterator.set_state(restored.batches)
-    except Exception as error:  # Grain passes on whatever its transformations raise.
+    except Exception as error:  # Grain re-raises any exception of its transformations.
         raise UserError(
             f"the checkpoint {directory / str(step)} has no position in the text: {one_line(error)}"
         ) from None
@@ -214,9 +214,9 @@ def restore_latest(
 def restore_best_params(directory: Path, params: Any) -> tuple[Any, int]:
     """Return the parameters of the best undamaged checkpoint by validation loss, and its step.
 
-    If none has a validation loss, it is the latest. Nothing is written, the run may be saving
-    meanwhile, and each damaged checkpoint is reported with a warning. `params` are arrays of the
-    expected shapes and dtypes, or `jax.ShapeDtypeStruct`s.
+    If none has a validation loss, it is the latest. Nothing is written, and the run may save
+    checkpoints at the same time. Each damaged checkpoint is reported with a warning. `params` are
+    arrays of the expected shapes and dtypes, or `jax.ShapeDtypeStruct`s.
 
     Raises:
       UserError: if there is none, all are damaged, or one does not hold such `params`.
@@ -246,7 +246,7 @@ def find_best_step(directory: Path) -> int | None:
 
 
 def _rank(directory: Path, step: int) -> tuple[float, int]:
-    """Return a number pair that is greatest for the best checkpoint."""
+    """Return a pair of numbers that is greatest for the best checkpoint."""
     loss = read_validation_loss(directory, step)
     return (-np.inf, step) if loss is None else (-loss, 0)
 
@@ -263,17 +263,17 @@ def read_validation_loss(directory: Path, step: int) -> float | None:
 def _restore_first(
     directory: Path, rank: Callable[[int], Any], params: Any, **other_items: Any
 ) -> tuple[int | None, Any, dict[Path, str]]:
-    """Return step and items of the undamaged checkpoint of the highest rank, None if there is none.
+    """Return step and items of the highest-ranked undamaged checkpoint; None if there is none.
 
-    Last in the tuple is how those of higher ranks are damaged. Raise `UserError` if all are, or one
-    does not hold arrays of these names, shapes and dtypes.
+    The last item describes the damage of those ranked higher. Raise `UserError` if all are damaged,
+    or one does not hold arrays of these names, shapes and dtypes.
     """
     params_item = ocp.args.StandardRestore(_abstract(params))
     items = ocp.args.Composite(params=params_item, **other_items)
     if directory.is_symlink():  # Perhaps to the checkpoints of another run.
         raise UserError(
-            f"{directory} is a link: the checkpoints of a run are in its own working directory; "
-            "move that as a whole"
+            f"{directory} is a link: the checkpoints of a run must be in its own working "
+            "directory; move that as a whole"
         )
     damaged: dict[Path, str] = {}
     while steps := [s for s in list_steps(directory) if directory / str(s) not in damaged]:
@@ -284,7 +284,7 @@ def _restore_first(
             try:
                 with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
                     restored = checkpointer.restore(path.absolute(), args=items)
-            except Exception as error:  # Orbax passes on whatever its storage raises.
+            except Exception as error:  # Orbax re-raises any exception of its storage.
                 if not path.exists():
                     continue
                 raise UserError(
@@ -299,13 +299,13 @@ def _restore_first(
     if damaged:
         reasons = "; ".join(f"step {path.name}: {damage}" for path, damage in damaged.items())
         raise UserError(
-            f"no checkpoint in {directory} is whole ({reasons}): bring one back from a copy, or "
+            f"every checkpoint in {directory} is damaged ({reasons}): restore one from a copy, or "
             "name another --workdir"
         )
     return None, None, damaged
 
 
-# Jitted, so that it works on arrays of which each process has a part.
+# Jitted, so that it works on arrays that are divided over processes.
 _is_finite = jax.jit(model_lib.is_finite)
 
 

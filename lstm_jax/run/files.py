@@ -1,4 +1,4 @@
-"""Write files whole or not at all, read them with a size limit, lock and hash them.
+"""Write files atomically, read them with a size limit, lock and hash them.
 
 A working directory, a study or a prepared corpus may come from someone else. So only regular files
 of a limited size are read, never links, and nothing is written through a link that already exists.
@@ -19,7 +19,7 @@ from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import IO, Any
 
-# The ends of names of a file and of a directory that are still being written.
+# Suffixes of a file and a directory that are still being written.
 _PARTIAL, _UNFINISHED = ".partial", ".unfinished"
 _MEGABYTE = 2**20
 # Errors of flock on file systems that have no locks.
@@ -29,7 +29,7 @@ _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.
 def open_regular(path: Path, follow: bool = False) -> BufferedReader:
     """Open a regular file for reading; raise `OSError` if that fails or it is another kind of file.
 
-    Pipes and devices may have no end. If `follow`, it may be a link, as a file that the user names.
+    Pipes and devices may have no end. If `follow`, it may be a link, for files that the user names.
     """
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
     return _open(path, flags if follow else flags | os.O_NOFOLLOW, "rb")
@@ -97,8 +97,8 @@ def lock_file(file: int | IO[bytes], wait: bool = False) -> bool:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, and flush it to disk. A link at `path` is replaced."""
-    # A random name, at which nobody can have put a link.
+    """Write a file atomically, and flush it to disk. A link at `path` is replaced."""
+    # A random name, so that nobody can put a link there.
     partial = path.with_name(f".{secrets.token_hex(8)}{_PARTIAL}")
     try:
         with partial.open("xb") as file:
@@ -115,7 +115,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def remove_partial(directory: Path) -> None:
-    """Remove what `write_file` left in killed processes; no other process may be writing."""
+    """Remove files that `write_file` left when it was killed; no other process may be writing."""
     for path in directory.glob(f".{'[0-9a-f]' * 16}{_PARTIAL}"):
         path.unlink()
 
@@ -170,7 +170,7 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(fields, dict) or fields.pop("sha256", None) != _checksum(fields):
-        raise ValueError("its fields don't have the checksum that it holds")
+        raise ValueError("its checksum does not match its fields")
     return fields
 
 

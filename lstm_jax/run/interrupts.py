@@ -1,6 +1,6 @@
-"""Answer Ctrl-C, at any moment of a command, with one line and exit code 130.
+"""Handle Ctrl-C at any time of a command: print one line and exit with code 130.
 
-Python raises KeyboardInterrupt wherever the program is at that moment. That may be in an import, or
+Python raises KeyboardInterrupt wherever the program is at that time. That may be in an import, or
 in a callback from which no exception propagates, so that it is lost.
 """
 
@@ -10,7 +10,7 @@ import signal
 import sys
 from typing import NoReturn
 
-# An interrupt without an effect for this long was lost, and is raised again.
+# An interrupt that had no effect for this time was lost, and is raised again.
 _AGAIN_SECONDS = 5
 
 _pending = False
@@ -33,14 +33,14 @@ def raise_from_here() -> None:
 
 
 def answer() -> None:
-    """Note that an interrupt had its effect and the program continues."""
+    """Record that an interrupt was handled and the program continues."""
     global _pending
     _pending = False
     signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def end() -> bool:
-    """Ignore Ctrl-C from here on; return whether an interrupt is still unanswered."""
+    """Ignore Ctrl-C from here on; return whether an interrupt is not handled yet."""
     if signal.getsignal(signal.SIGINT) is _raise:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     pending = _pending

@@ -59,7 +59,7 @@ def hold_lock(directory: Path) -> Iterator[Callable[[], bool]]:
 
     def beat() -> None:
         while not done.wait(_BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # A disk may fail now and then.
+            with contextlib.suppress(OSError):  # A disk may fail temporarily.
                 os.utime(lock)
 
     thread = threading.Thread(target=beat, daemon=True)
@@ -121,7 +121,7 @@ def _read_holder(lock: int) -> dict[str, Any]:
 
 
 def _may_be_alive(holder: dict[str, Any], locked: bool, path: Path) -> bool:
-    """Return whether a lock's holder may still run; `locked`: whether flock gave us the file."""
+    """Return whether a lock's holder may still run; `locked`: whether flock succeeded."""
     if holder.get("host") == socket.gethostname():
         pid = holder.get("pid")
         # A living process of this host would still have the file locked.

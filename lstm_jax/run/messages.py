@@ -19,7 +19,7 @@ _LONGEST_WINDOW = 24
 
 
 def print_setup(settled: resume.Settled, start: resume.Start, ids: Mapping[str, Ids]) -> None:
-    """Print the model, the text with its first window, and what is special about the start."""
+    """Print the model, the text with its first window, and initial weights or changed fields."""
     config, vocabulary, changes = settled
     window = ids["train"][: min(config.batches.window_length, _LONGEST_WINDOW) + 1]
     inputs, targets = window[:-1], window[1:]
@@ -39,8 +39,8 @@ def print_setup(settled: resume.Settled, start: resume.Start, ids: Mapping[str, 
         new = vocabulary.tokens[len(start.trained.vocabulary) :]
         tokens = f"{len(new)} new tokens: {', '.join(map(repr, new))}" if new else "no new tokens"
         print(
-            f"The first weights are those of step {start.trained.step} in {config.init_from}; the "
-            f"vocabulary has {tokens}\n",
+            f"The initial weights are those of step {start.trained.step} in {config.init_from}; "
+            f"the vocabulary has {tokens}\n",
             flush=True,
         )
     for field, (before, after) in changes.items():

@@ -37,8 +37,8 @@ class MetricsWriter:
         if half := files.read_tail(path, _LONGEST_LINE).rpartition(b"\n")[2]:
             self._lines.truncate(path.stat().st_size - len(half))
         # tensorboardX's SummaryWriter has a thread, which loses its queue when the process is
-        # killed and waits forever when the disk is full. The random end of the name makes the file
-        # a new one, at which nobody can have put a link.
+        # killed and waits forever when the disk is full. The random suffix makes the file
+        # a new one, not a link that somebody put there.
         suffix = f".{secrets.token_hex(8)}"
         self._events = EventsWriter(str(path.parent / "events"), filename_suffix=suffix)
         if step:  # TensorBoard then hides earlier events of later steps, of an interrupted run.
@@ -116,13 +116,13 @@ def _checksum(row: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(row).encode()):08x}"
 
 
-@functools.cache  # Once per process: training reads its metrics after each epoch.
+@functools.cache  # Warn once per process: training reads its metrics after each epoch.
 def _warn(path: Path, lines: str) -> None:
     print(f"warning: left out {lines} of {path}", file=sys.stderr)
 
 
 def plot_metrics(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write the figure of `draw_metrics` as a PNG file, whole or not at all."""
+    """Write the figure of `draw_metrics` as a PNG file, atomically."""
     picture = io.BytesIO()
     draw_metrics(rows).savefig(picture, format="png")
     files.write_file(path, picture.getvalue())

@@ -9,17 +9,17 @@ _SECONDS_BETWEEN_LINES = 10
 
 
 class Progress:
-    """Shows step, epoch, loss, speed and time left.
+    """Shows step, epoch, loss, speed and remaining time.
 
-    On a terminal it is a bar on standard error, elsewhere a line on standard output from time to
-    time.
+    On a terminal it is a bar on standard error, elsewhere a line on standard output every ten
+    seconds.
     """
 
     def __init__(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
         """Start at `step` of `total_steps`."""
         self._first, self._total, self._steps_per_epoch = step, total_steps, steps_per_epoch
         self._last_line = time.monotonic()
-        # Steps done and the time: where the speed and where the time left are measured from.
+        # (Steps done, time), from which the speed and the remaining time are measured.
         self._clock = self._start = step, self._last_line
         self._bar = tqdm(
             total=total_steps,
@@ -33,7 +33,7 @@ class Progress:
     def start_clock(self, step: int) -> None:
         """Measure the speed from here on, with `step` steps done.
 
-        The time left is estimated from the first call after a step, since that step was compiling.
+        The remaining time is estimated from the first call after a step, as that step compiles.
         """
         self._clock = step, time.monotonic()
         if self._start[0] == self._first:
@@ -60,7 +60,7 @@ class Progress:
             print(", ".join(filter(None, [text, left])), flush=True)
 
     def _advance(self, step: int) -> str:
-        """Move the bar; return the time left, or "" before it can be estimated."""
+        """Move the bar; return the remaining time, or "" before it can be estimated."""
         left = ""
         if steps := step - self._start[0]:
             seconds = (time.monotonic() - self._start[1]) / steps * (self._total - step)

@@ -24,7 +24,7 @@ _Changes = dict[str, tuple[Any, Any]]
 
 
 class Settled(NamedTuple):
-    """What a run is trained with, and how its config has changed since it was last trained."""
+    """The config and vocabulary of a run, and changes of the config since it was last trained."""
 
     config: ConfigDict
     vocabulary: Vocabulary
@@ -32,7 +32,7 @@ class Settled(NamedTuple):
 
 
 def check_recurrence(config: ConfigDict) -> None:
-    """Raise `UserError` if `model.recurrence` can't run on this device; it initializes JAX."""
+    """Raise `UserError` if `model.recurrence` can't run on this device; this initializes JAX."""
     try:
         model_lib.make_model(config.model, 1).implementation()
     except ValueError as error:
@@ -42,7 +42,7 @@ def check_recurrence(config: ConfigDict) -> None:
 def settle_run(
     config: ConfigDict, directory: Path, make_vocabulary: Callable[[], Vocabulary]
 ) -> Settled:
-    """Return what to train with: new, or that of the run in `directory` with a changed config.
+    """Return config and vocabulary of a new run, or of the run in `directory` with its changes.
 
     Args:
       config: a complete config, with the checksum of the text.
@@ -50,7 +50,7 @@ def settle_run(
       make_vocabulary: returns the vocabulary of the training text, for a new run.
 
     Raises:
-      UserError: if the run has another text, or another config in a field that can't change.
+      UserError: if the run has another text, or another value of a field that can't change.
     """
     config = config.copy_and_resolve_references()
     if config.init_from:
@@ -87,8 +87,8 @@ def _compare(before: ConfigDict, config: ConfigDict, directory: Path, only: str 
     if "data.sha256" in fixed:
         text = before.data.path or f"the dataset {before.data.dataset}"
         raise UserError(
-            f"{directory} holds a run that was trained on another text ({text}): bring that back, "
-            "or name another --workdir"
+            f"{directory} holds a run that was trained on another text ({text}): restore "
+            "that text, or name another --workdir"
         )
     if fixed and only:
         own = " ".join(f"--config.{field}={was!r}" for field, (was, _) in fixed.items())
@@ -96,14 +96,14 @@ def _compare(before: ConfigDict, config: ConfigDict, directory: Path, only: str 
     if fixed:
         listed = "; ".join(f"{f} was {was!r} and is {now!r}" for f, (was, now) in fixed.items())
         raise UserError(
-            f"{directory} holds a run with another config ({listed}): continue with its own, or "
+            f"{directory} holds a run with another config ({listed}): resume with its own, or "
             "name another --workdir"
         )
     return changes
 
 
 class Start(NamedTuple):
-    """What training starts with, whether the run is new or restored."""
+    """The state that training starts from, new or restored."""
 
     model: model_lib.LanguageModel
     state: TrainState
@@ -112,7 +112,7 @@ class Start(NamedTuple):
     steps_per_epoch: int
     total_steps: int  # Until the end of the last epoch.
     history: dict[str, int] | None  # `workdir.history_sizes` when it was saved; None if it is new.
-    trained: workdir.Trained | None  # The run that a new run takes its first weights from, if any.
+    trained: workdir.Trained | None  # The model whose parameters a new run starts from, if any.
 
 
 def restore_run(
@@ -123,7 +123,7 @@ def restore_run(
     mesh: jax.sharding.Mesh | None = None,
     places: bool = False,
 ) -> Start:
-    """Make model, state and batches, or restore them from a checkpoint; save what was settled.
+    """Make model, state and batches, or restore them from a checkpoint; save `settled`.
 
     Args:
       settled: from `settle_run`.
@@ -134,7 +134,7 @@ def restore_run(
       places: see `batches.make_batches`.
 
     Raises:
-      UserError: if the text is too short, or the working directory is damaged or has more epochs.
+      UserError: if the text is too short, or the run is damaged or was trained for more epochs.
     """
     config, vocabulary, changes = settled
     part = (jax.process_index(), jax.process_count())
@@ -167,7 +167,7 @@ def restore_run(
     if step > total_steps:
         raise UserError(
             f"the run in {directory} has trained {step / steps_per_epoch:g} epochs already, and "
-            f"--config.num_epochs={config.num_epochs} is fewer: name more, or another --workdir"
+            f"--config.num_epochs={config.num_epochs} is fewer: set more, or name another --workdir"
         )
     with hosts.first_goes_ahead("config"):
         if hosts.is_first():

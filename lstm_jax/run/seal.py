@@ -1,4 +1,4 @@
-"""Seal a directory of arrays with checksums, and find what has changed in it since.
+"""Seal a directory of arrays with checksums, and find later changes.
 
 A sealed directory may come from someone else. So before its arrays are read, its files are checked
 against the parameters that are expected: regular files, no links, and of a size that fits.
@@ -25,7 +25,7 @@ _SEAL_LIMIT, _METADATA_LIMIT = 2**24, 2**24
 # moving average once), and bytes beyond that, which hold the carry of any batch.
 _PARAMS_MULTIPLE, _BYTES_BEYOND = 8, 2**30
 # Orbax compresses arrays. Trained parameters shrink by a tenth, by half if they were rounded to
-# bfloat16. Zeros would shrink to nothing, and need any amount of memory to read: so parameters of
+# bfloat16. Zeros would shrink to nothing, and a small file could fill the memory: so parameters of
 # more than `_SMALL` bytes must take at least this share of their size.
 _LEAST_SHARE, _SMALL = 1 / 8, 2**26
 
@@ -71,14 +71,14 @@ def _find_misfit(sizes: Mapping[str, int], params: Any) -> str | None:
     needed = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(params))
     held = sum(size for name, size in sizes.items() if name.startswith("params/"))
     if needed > _SMALL and held < _LEAST_SHARE * needed:
-        return f"its {held:,} bytes can't hold the {needed:,} bytes of parameters that are wanted"
+        return f"its {held:,} bytes can't hold the {needed:,} bytes of the expected parameters"
     if (total := sum(sizes.values())) > _PARAMS_MULTIPLE * needed + _BYTES_BEYOND:
         return f"its files are too large for such a model, with {total:,} bytes"
     return None
 
 
 def _list(checkpoint: Path) -> dict[str, int]:
-    """Return the sizes of the files that a seal covers: not of hidden ones, as file managers make.
+    """Return the sizes of the files that a seal covers: all but hidden ones of file managers.
 
     Raise `ValueError` if there is anything but regular files and directories.
     """
@@ -88,6 +88,6 @@ def _list(checkpoint: Path) -> dict[str, int]:
         if stat.S_ISDIR(status.st_mode) or path.name.startswith("."):
             continue
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{name} is no regular file")
+            raise ValueError(f"{name} is not a regular file")
         sizes[name] = status.st_size
     return {name: size for name, size in sizes.items() if name not in (SEAL, VALIDATION)}

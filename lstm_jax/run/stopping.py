@@ -64,12 +64,12 @@ class StopRequest:
 class Pacer:
     """Waits for the device about once a second.
 
-    JAX dispatches steps asynchronously and may run tens of them ahead of the device. A stop has to
+    JAX dispatches steps asynchronously and may be tens of them ahead of the device. A stop has to
     wait for all of them.
     """
 
     def __init__(self, step: int) -> None:
-        """Start when `step` steps are done; the next one is waited for."""
+        """Start when `step` steps are done; wait for the next one."""
         self._step, self._steps, self._clock = step, 1, time.monotonic()
 
     def keep(self, step: int, array: jax.Array) -> bool:

@@ -1,4 +1,4 @@
-"""Print safely: any text can be shown, and a stream that fails gets one clear message."""
+"""Print safely: any text can be shown, and a stream that fails causes one clear message."""
 
 import contextlib
 import os
@@ -18,9 +18,9 @@ _CONTROL = regex.compile(r"(?!\r\n|[\n\t])\p{Cc}")
 def protect_streams() -> None:
     """Make the three standard streams safe to use; call it once, when a command starts.
 
-    Raise `UserError` if standard output is closed. Text that its encoding lacks gets escapes.
+    Raise `UserError` if standard output is closed. Characters that its encoding lacks are escaped.
     """
-    for number in range(3):  # The next file to be opened would take the number of a closed one.
+    for number in range(3):  # The next opened file would get the number of a closed stream.
         try:
             os.fstat(number)
         except OSError:
@@ -30,14 +30,14 @@ def protect_streams() -> None:
     if sys.stderr is None:
         sys.stderr = os.fdopen(2, "w")
     if sys.stdout is None:
-        raise UserError("standard output is closed: send it to a file, or to /dev/null")
+        raise UserError("standard output is closed: redirect it to a file, or to /dev/null")
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sys.stdout = _Output(sys.stdout)
     sys.unraisablehook = _report_unraisable
 
 
 def discard_output() -> None:
-    """Discard what is still to be printed; Python would report it as an error at exit."""
+    """Discard buffered output, which Python would report as an error at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
@@ -52,9 +52,9 @@ def make_printable(text: str) -> str:
 
 
 def make_printer() -> Callable[[str, bool], str]:
-    r"""Return a `make_printable` for a text that comes piece by piece.
+    r"""Return a function like `make_printable`, for a text that arrives in pieces.
 
-    Its second argument says whether the piece is the last. Until then it keeps a final \r, which is
+    Its second argument is true for the last piece. Until then it holds back a final \r, which is
     half a line break if \n follows.
     """
     held = ""
@@ -79,7 +79,8 @@ def escape_controls(text: str) -> str:
 class _Output:
     """Standard output that raises `UserError` when it can't be written.
 
-    An `OSError` would look like one of a run's own files. `BrokenPipeError` is raised as it is.
+    An `OSError` would look like a failure of the run's own files. `BrokenPipeError` is raised as it
+    is.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -110,8 +111,8 @@ class _Output:
 def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
     """Report an unraisable exception, unless it is reported elsewhere.
 
-    That is an exception of Orbax's threads after one of them has failed, and an interruption, which
-    `interrupts` raises again.
+    Exceptions of Orbax's threads after one of them has failed are reported with that one, and
+    `interrupts` raises interrupts again.
     """
     follows_failure = str(unraisable.exc_value) == "Event loop is closed"
     if not follows_failure and not isinstance(unraisable.exc_value, KeyboardInterrupt):

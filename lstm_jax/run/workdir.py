@@ -24,7 +24,7 @@ SAMPLES = "samples.txt"
 CURVES = "curves.png"
 CHANGES = "changes.jsonl"
 # Files that a run appends to, with those of TensorBoard. A checkpoint holds their sizes, so that a
-# run that resumes from it first drops what was appended later.
+# run that resumes from it first removes what was appended later.
 HISTORY = (METRICS, SAMPLES, "events.out.tfevents.*")
 # Limits of file sizes in bytes.
 _CONFIG_LIMIT, _VOCABULARY_LIMIT = 2**20, 2**25
@@ -59,7 +59,7 @@ def _reason(error: OSError | ValueError) -> str:
 
 
 def load_params(workdir: Path, model: model_lib.LanguageModel) -> tuple[model_lib.Params, int]:
-    """Return what `checkpoints.restore_best_params` does of the run, for parameters of `model`."""
+    """Return the best parameters of `model` in the run, and their step."""
     abstract = jax.eval_shape(lambda: model_lib.init_params(model, jax.random.key(0)))
     return checkpoints.restore_best_params(workdir / CHECKPOINTS, abstract)
 
@@ -116,7 +116,7 @@ def history_sizes(workdir: Path) -> dict[str, int]:
 
 
 def restore_history(workdir: Path, sizes: Mapping[str, int]) -> None:
-    """Drop what was appended since `history_sizes` returned `sizes`; warn of what was lost."""
+    """Remove what was appended since `history_sizes` returned `sizes`; warn if content is lost."""
     for path in _list_history(workdir):
         size = sizes.get(path.name, 0)
         if size == 0:
@@ -130,13 +130,13 @@ def restore_history(workdir: Path, sizes: Mapping[str, int]) -> None:
 
 
 def check_own_files(workdir: Path) -> None:
-    """Raise `UserError` if a directory holds other than regular files and directories.
+    """Raise `UserError` if a directory holds anything but regular files and directories.
 
-    Through a link, a run would write to files of others, and reading a pipe may never end.
+    A run would write through a link to a file elsewhere, and reading a pipe may never end.
     """
     for path in [*workdir.iterdir(), *workdir.glob("plugins/**/")]:
         if path.is_symlink():
-            raise UserError(f"{path} is a link: a run needs files of its own, so copy the target")
+            raise UserError(f"{path} is a link: a run needs its own files; copy the target")
         if not path.is_file() and not path.is_dir():
             raise UserError(f"{path} is not a regular file: move it away")
 
