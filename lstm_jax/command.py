@@ -16,7 +16,7 @@ import lstm_jax
 from lstm_jax import config
 from lstm_jax.devices import compilation_cache
 from lstm_jax.errors import UserError, one_line, visible
-from lstm_jax.run import interrupts, streams
+from lstm_jax.run import interrupts
 
 # Flags that functions of this module define are those of the command that calls them.
 flags.disclaim_key_flags()
@@ -54,7 +54,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         return code
 
     try:
-        streams.protect_streams()
+        console.protect_streams()
     except UserError as error:
         _fail(str(error))
     app.run(guarded, flags_parser=_parse_flags)
@@ -71,7 +71,7 @@ def _report(error: Exception) -> int:
             "or batches.batch_size"
         )
     if isinstance(error, BrokenPipeError):  # The reader, for example `| head`, has closed the pipe.
-        streams.discard_output()
+        console.discard_output()
         return 0
     if isinstance(error, OSError):
         _fail(f"can't read or write {error.filename or 'a file'}: {error.strerror or error}")

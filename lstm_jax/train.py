@@ -23,10 +23,10 @@ from lstm_jax.devices import feeding, hosts, memory, parallel
 from lstm_jax.errors import UnavailableError
 from lstm_jax.run import checkpoints as checkpoints_lib
 from lstm_jax.run import files, lock, messages, metrics, resume, workdir
+from lstm_jax.run.console import make_printable
 from lstm_jax.run.profiler import Profiler
 from lstm_jax.run.progress import Progress
-from lstm_jax.run.stopping import Pacer, Stopped, StopRequest
-from lstm_jax.run.streams import make_printable
+from lstm_jax.run.signals import Pacer, Stopped, StopRequest
 from lstm_jax.train_step import make_train_step
 
 # Called with each row of metrics.jsonl, without its checksum.

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lstm_jax.errors import UserError
 from lstm_jax.run import workdir
-from lstm_jax.run.streams import make_printable, make_printer
+from lstm_jax.run.console import make_printable, make_printer
 from lstm_jax.vocabulary import FILE_END, KINDS, Vocabulary, find_stop_text
 
 # Text from all planes of Unicode, and strings that are often split or decoded wrongly.

@@ -20,7 +20,7 @@ from lstm_jax.data import sources, texts
 from lstm_jax.errors import UserError
 from lstm_jax.inspect import activations, features
 from lstm_jax.run import files, metrics, workdir
-from lstm_jax.run.streams import escape_controls
+from lstm_jax.run.console import escape_controls
 from lstm_jax.vocabulary import FILE_END, PADDING_ID, UNKNOWN_ID, Vocabulary
 
 REPORT = "report.html"

@@ -20,7 +20,7 @@ from lstm_jax.controls import Controls, can_end, make_control_arrays, make_stop_
 from lstm_jax.data import sources, texts
 from lstm_jax.errors import UserError
 from lstm_jax.run import workdir
-from lstm_jax.run.streams import make_printable, make_printer
+from lstm_jax.run.console import make_printable, make_printer
 from lstm_jax.sample import chat, novelty
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Working directory of a training run.")

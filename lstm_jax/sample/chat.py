@@ -13,7 +13,7 @@ from lstm_jax.errors import UserError
 from lstm_jax.generation import State
 from lstm_jax.model import Prepared
 from lstm_jax.run import interrupts
-from lstm_jax.run.streams import make_printable, make_printer
+from lstm_jax.run.console import make_printable, make_printer
 from lstm_jax.run.workdir import Trained
 
 # The settings that commands change, and their types.
