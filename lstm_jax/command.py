@@ -16,7 +16,7 @@ import lstm_jax
 from lstm_jax import config
 from lstm_jax.devices import compilation_cache
 from lstm_jax.errors import UserError, one_line, visible
-from lstm_jax.run import interrupts
+from lstm_jax.run import console, interrupts
 
 # Flags that functions of this module define are those of the command that calls them.
 flags.disclaim_key_flags()
