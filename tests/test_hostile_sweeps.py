@@ -330,7 +330,7 @@ def test_only_what_the_space_draws_is_trained(
     )
     with Worker(record, tmp_path, 1) as worker:
         worker._add({study.ORIGIN: "0" * 32}, like)
-    with pytest.raises(UserError, match="it does not draw '(rate|else)' = "):
+    with pytest.raises(UserError, match="does not draw '(rate|else)' = "):
         open_study(tmp_path)
 
 
