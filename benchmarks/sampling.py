@@ -4,7 +4,7 @@
     python benchmarks/sampling.py --num_samples 64
 
 Each reads one token, then repeats `--length` times: draw a token other than "" and "[UNK]" from
-softmax(logits / temperature), and read it. The other libraries call the step from Python, as is usual.
+softmax(logits / temperature), and read it. The other libraries call the step from Python.
 `pip install -e '.[bench]'` installs them; a line is printed for each that is missing.
 """
 

@@ -221,8 +221,8 @@ def print_table(
         print(f"| {' | '.join(cells)} |")
     print(
         f"\n/ {ours}: the median divided by that of {ours}; above 1 is slower. temp: memory that "
-        "the compiled program allocates.\nRSS: the peak resident memory of the contestant's process, "
-        "including libraries and compilation."
+        "the compiled program allocates.\nRSS: the peak resident memory of the process, including "
+        "libraries and compilation."
     )
 
 
