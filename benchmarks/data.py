@@ -3,7 +3,7 @@
     python benchmarks/make_corpus.py --directory corpus --megabytes 1000
     python benchmarks/data.py --corpus corpus
 
-Memory is the sum of the resident pages of all processes, sampled.
+Memory is the sampled sum of the resident pages of all processes.
 """
 
 import argparse
@@ -37,7 +37,7 @@ prepared.prepare_corpus(data)
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print preparation, loading, memory, and steps."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corpus", type=Path, required=True, help="A directory of text files.")
     parser.add_argument("--train_seconds", type=float, default=30.0)
@@ -184,7 +184,7 @@ def _measure_steps(data: ConfigDict, rounds: int) -> None:
 def _ratios(
     config: ConfigDict, data: ConfigDict, calls: int, per_call: int, rounds: int
 ) -> dict[str, float]:
-    """Return the time of steps with their data relative to a constant batch; medians."""
+    """Return the median times of steps with their data, relative to a constant batch."""
     import jax
 
     from lstm_jax import batches, model, optimizer, train_step
@@ -228,7 +228,7 @@ def _ratios(
         for name, read in readers.items():
             seconds[name].append(run(read))
     base = seconds.pop("constant")
-    # The ratios are per round, because the machine's speed changes between rounds.
+    # Compute ratios per round, because the machine's speed changes between rounds.
     return {
         name: statistics.median(a / b for a, b in zip(times, base, strict=True))
         for name, times in seconds.items()

@@ -2,7 +2,7 @@
 
     python benchmarks/document_lengths.py --workdir runs/shakespeare_speeches
 
-The model must have learned a stop token (data.document_separator). It generates `--num_samples`
+The model must have a stop token (data.document_separator). It generates `--num_samples`
 documents at temperature 1, each up to its stop token or to `--length` tokens.
 """
 

@@ -1,8 +1,8 @@
-"""Compute lower bounds of a training step; prints the tables of docs/scale.md.
+"""Compute lower bounds of the time of a training step; print the tables of docs/scale.md.
 
     python benchmarks/limits.py
 
-Every time follows from published peaks; nothing is measured. For a model of P parameters in L
+All times follow from published peaks; nothing is measured. For a model of P parameters in L
 layers of H hidden units, with kernels of K numbers, a vocabulary of V, and batches of B windows of
 T tokens, on n devices with a batch of b = B / n each:
 
@@ -14,8 +14,8 @@ T tokens, on n devices with a batch of b = B / n each:
 - collectives: a ring all-reduce of the gradient, 2 (n - 1) / n * 4 P bytes over a device's link.
 - input: 8 bytes per token at 16 GB/s, the rate of PCI Express 3.0 x16.
 
-Not included: the loops run 2 T L positions one after the other, each with the device's latency, a
-few microseconds on accelerators, where it often is the largest part.
+Not included: the latency of the 2 T L sequential positions of the loops, a few microseconds each on
+accelerators, where it is often the largest part.
 """
 
 from typing import NamedTuple
@@ -57,7 +57,7 @@ class Device(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """A number of equal devices."""
+    """A number of identical devices."""
 
     device: Device
     number: int
@@ -65,7 +65,7 @@ class Machine(NamedTuple):
 
 MODELS = (Model("1 x 1024", 1, 1024, 64, 100), Model("3 x 1840", 3, 1840, 128, 200))
 # AMD's figures for EPYC 9654: two 256-bit multiply-adds a cycle at 3.7 GHz, and 460.8 GB/s for 96
-# cores, of which two have at least their share. Both cores are one device.
+# cores, of which two get at least their share. Both cores count as one device.
 CPU = Device("2 cores, EPYC 9654", 2 * 32 * 3.7e9, 2 / 96 * 460.8e9, float("inf"), 4)
 # NVIDIA's H100 SXM data sheet: bfloat16 without sparsity; NVLink 900 GB/s, half of it each way.
 H100 = Device("H100", 989e12, 3.35e12, 450e9, 2)

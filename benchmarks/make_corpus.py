@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def make(directory: Path, size: int) -> None:
-    """Write files of `size` bytes in total, give or take a repetition, into `directory`."""
+    """Write files of about `size` bytes in total into `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     paragraphs = "".join(texts.read_splits(config.default().data).values()).split("\n\n")

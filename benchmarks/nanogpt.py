@@ -1,15 +1,15 @@
-"""Compare loss and minutes of nanoGPT's Transformer and of experiments on one machine.
+"""Compare the loss and training time of nanoGPT's Transformer and of experiments on one machine.
 
     python benchmarks/nanogpt.py --nanogpt ../nanoGPT
     python benchmarks/nanogpt.py --nanogpt ../nanoGPT --iterations 2000 --configs shakespeare_best
 
 `--nanogpt` is a checkout of github.com/karpathy/nanoGPT, whose train.py runs with the settings that
-its README gives for a CPU, for 2,000 iterations and more; it needs PyTorch, which the extra `bench`
-installs. All train on the same 90 % of Tiny Shakespeare, one after the other; nanoGPT reads it as a
-dataset in its data/. Minutes are those of the whole process. The losses are of the last 10 %, the
-validation and test splits as one text. nanoGPT's own measure is the mean over windows without
-context before them; the last column has the mean over characters with at least three quarters of a
-window before them.
+its README gives for a CPU, for the given numbers of iterations; it needs PyTorch, which the extra
+`bench` installs. All train in turn on the same 90 % of Tiny Shakespeare, which nanoGPT reads as a
+dataset in its data/. Minutes are those of the whole process. Losses are of the last 10 %, the
+validation and test splits as one text. nanoGPT measures the mean over windows without context
+before them; the last column has the mean over characters with at least three quarters of a window
+before them.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from lstm_jax.data.texts import read_splits
 from lstm_jax.run import workdir
 
 ROOT = Path(__file__).parents[1]
-# The dataset's directory in nanoGPT's data/, beside those that it has.
+# The dataset's directory in nanoGPT's data/.
 DATASET = "lstm_jax_shakespeare"
 # The settings that nanoGPT's README gives for a machine without a GPU.
 SETTINGS = {
@@ -50,7 +50,7 @@ SETTINGS = {
 
 
 def main() -> None:
-    """Train all in turn and print a row of the table after each."""
+    """Train all models in turn; print a row of the table after each."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -138,7 +138,7 @@ def _train_nanogpt(nanogpt: Path, out: Path, iterations: int) -> float:
 
 
 def _measure_nanogpt(nanogpt: Path, out: Path, ids: np.ndarray) -> tuple[int, float, float]:
-    """Return parameters, loss over whole windows, and over the last quarter of overlapping ones."""
+    """Return the number of parameters, and the losses of whole windows and of last quarters."""
     import torch
 
     sys.path.insert(0, str(nanogpt))

@@ -3,9 +3,9 @@
     python benchmarks/population.py
     python benchmarks/population.py --members 8 --steps 200 --hidden_sizes 64,128
 
-Both compute training steps like those of quick.py on random text, in turn. Every round compiles
-again. A single run is computed as in `lstm_jax.main`, with its batch divided over the cores if that
-is faster.
+Both compute training steps like those of quick.py on random text, in turn. Every round recompiles.
+A single run is computed as in `lstm_jax.main`, with its batch divided over the cores if that is
+faster.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="[default: 3]")
     parser.add_argument("--hidden_sizes", default="64,128", help="[default: 64,128]")
     options = parser.parse_args()
-    # Every compilation counts.
+    # Measure every compilation.
     jax.config.update("jax_enable_compilation_cache", False)
     jax.config.update("jax_num_cpu_devices", parallel.count_cores())
     memory.keep_freed_memory()

@@ -3,8 +3,8 @@
     python benchmarks/sampling.py
     python benchmarks/sampling.py --num_samples 64
 
-All read one token and then draw `--length` others from softmax(logits / temperature), never "" or
-"[UNK]", and read each. The other libraries do so step by step from Python, as their users do.
+Each reads one token, then repeats `--length` times: draw a token other than "" and "[UNK]" from
+softmax(logits / temperature), and read it. The other libraries call the step from Python.
 `pip install -e '.[bench]'` installs them; a line is printed for each that is missing.
 """
 

@@ -1,8 +1,7 @@
-"""Time the same work in several libraries: one process each, in turn, one run at a time.
+"""Time the same work in several libraries, in one process each, one run at a time.
 
-All contestants start first, each waiting on a pipe; then the rounds alternate between them. So
-other load on the machine affects all alike, and no library runs on the thread pools or in the freed
-memory of another.
+All processes start first and wait; then the rounds alternate between them. So other load on the
+machine affects all libraries equally, and none uses the thread pools or freed memory of another.
 """
 
 import argparse
@@ -30,14 +29,14 @@ _LIBRARIES = ("jax", "jaxlib", "flax", "dm-haiku", "torch", "keras", "tensorflow
 
 
 class Work(NamedTuple):
-    """The work of a contestant, made in its own process.
+    """The work of a contestant, created in its own process.
 
     Attributes:
       run: does the work once and waits for the result.
       device: "cpu", or the accelerator's name.
       compile_seconds: the time for tracing and compiling, in JAX.
       temporary_bytes: memory that the compiled program allocates, without arguments and results.
-      runs_per_turn: more than one for short work.
+      runs_per_turn: the number of runs, more than one for short work.
       flops: operations of a run, for the work that measures the peak.
     """
 
@@ -64,7 +63,7 @@ class Measurement(NamedTuple):
 
 
 def parse_options(description: str | None, **sizes: int) -> argparse.Namespace:
-    """Parse the command line: an option for each size, and the options of both benchmarks."""
+    """Parse the command line: an option for each size, and the common options."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -87,11 +86,11 @@ def parse_options(description: str | None, **sizes: int) -> argparse.Namespace:
 def measure(
     contestants: Mapping[str, Callable[[], Work]], options: argparse.Namespace
 ) -> dict[str, Measurement]:
-    """Run all contestants that can run here, and print which were left out and why.
+    """Run all contestants that can run here; print the others, with the reasons.
 
     Args:
-      contestants: makers of work, by name; a maker must be picklable. The first one always runs,
-        and its device decides: contestants that run on another kind are left out.
+      contestants: picklable functions that make the work, by name. The first one always runs;
+        contestants that run on another kind of device are skipped.
       options: from `parse_options`.
 
     Returns:
@@ -114,13 +113,13 @@ def measure(
         except EOFError:
             work = "its process died"
         if isinstance(work, str):
-            print(f"{name} is left out: {work}", flush=True)
+            print(f"{name} is skipped: {work}", flush=True)
             continue
         if not works:
             _print_header(work.device, options)
             on_cpu = work.device == "cpu"
         if (work.device == "cpu") != on_cpu:
-            print(f"{name} is left out: it runs on {work.device}", flush=True)
+            print(f"{name} is skipped: it runs on {work.device}", flush=True)
             pipe.close()
             continue
         pipes[name], works[name] = pipe, work
@@ -138,12 +137,12 @@ def measure(
 
 
 def _serve(pipe: Connection, make: Callable[[], Work]) -> None:
-    """Make the work in a contestant's process and run it as often as the pipe requests."""
+    """Make the work in a contestant's process; run it when the pipe requests it."""
     try:
         work = make()
         for _ in range(2):
             work.run()
-    except Exception as error:  # A peer that is not installed, or does not fit this device.
+    except Exception as error:  # The library is not installed, or does not support this device.
         message = str(error).partition("\n")[0]
         pipe.send(f"{type(error).__name__}: {message}")
         return
@@ -157,7 +156,7 @@ def _serve(pipe: Connection, make: Callable[[], Work]) -> None:
 
 
 def _nothing() -> None:
-    """Replace a function that stays in its process."""
+    """Replace `Work.run`, which can't leave its process."""
 
 
 def _time(run: Callable[[], object]) -> float:
@@ -201,7 +200,7 @@ def print_table(
 
     Args:
       measurements: by contestant.
-      ours: the contestant whose median the medians are divided by.
+      ours: the contestant whose median divides all medians.
       rate_name: the header of a column.
       rate: returns the text of that column from the median in seconds.
     """
@@ -221,9 +220,9 @@ def print_table(
         )
         print(f"| {' | '.join(cells)} |")
     print(
-        f"\n/ {ours}: the median over that of {ours}; above 1 is slower. temp: the memory that the "
-        "compiled program allocates.\nRSS: the peak resident memory of the contestant's process, "
-        "including libraries and compilation."
+        f"\n/ {ours}: the median divided by that of {ours}; above 1 is slower. temp: memory that "
+        "the compiled program allocates.\nRSS: the peak resident memory of the process, including "
+        "libraries and compilation."
     )
 
 
@@ -255,7 +254,7 @@ def torch_device() -> tuple[Any, str]:
 
 
 def keras_device(dtype: str) -> str:
-    """Set the dtype of Keras layers made after it; return the device for `Work`."""
+    """Set the dtype of new Keras layers; return the device for `Work`."""
     import keras
     import tensorflow as tf
 

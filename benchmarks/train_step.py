@@ -3,7 +3,7 @@
     python benchmarks/train_step.py
     python benchmarks/train_step.py --hidden_size 512 --num_layers 2 --batch_size 32
 
-A step is: embedding, LSTM layers, dense layer, mean cross-entropy, gradients, Adam.
+A step consists of embedding, LSTM layers, dense layer, mean cross-entropy, gradients and Adam.
 `pip install -e '.[bench]'` installs the other libraries; a line is printed for each that is
 missing.
 """
@@ -48,7 +48,7 @@ def main() -> None:
     measurements = side_by_side.measure(contestants, options)
     matmul = measurements.pop("matmul")
     peak = matmul.work.flops / min(matmul.seconds)
-    print(f"peak, the fastest square {options.dtype} matmul in between: {peak / 1e9:,.0f} GFLOP/s")
+    print(f"peak, the fastest square {options.dtype} matmul: {peak / 1e9:,.0f} GFLOP/s")
     necessary = necessary_flops(options)
     side_by_side.print_table(
         measurements, ours, "share of peak", lambda seconds: f"{necessary / seconds / peak:.2f}"
@@ -56,12 +56,12 @@ def main() -> None:
 
 
 def necessary_flops(options: argparse.Namespace) -> int:
-    """Return the operations of the matmuls that no implementation of the step can avoid.
+    """Return the operations of the matmuls that every implementation of the step needs.
 
     For each token: the recurrent matmul of each layer, the input matmul of each layer but the
     first, and the dense layer's. The first layer's input is a lookup, so it needs only the matmul
-    of embedding table and input kernel, once per step. Each of these matmuls takes two more of its
-    size for the gradients, one with respect to its input and one with respect to its kernel.
+    of embedding table and input kernel, once per step. Each of these matmuls has two more of its
+    size for the gradients, with respect to its input and to its kernel.
     """
     gates = 4 * options.hidden_size
     layers = (2 * options.num_layers - 1) * options.hidden_size * gates

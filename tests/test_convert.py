@@ -178,8 +178,8 @@ def test_vocabularies_of_every_form(tmp_path: Path) -> None:
         path = tmp_path / name
         path.write_text(form if isinstance(form, str) else json.dumps(form))
         directory = tmp_path / f"run_{name}"
-        if name == "short.json":  # It fits only a model without "" and "[UNK]".
-            with pytest.raises(UserError, match="the model has 6 tokens, and the vocabulary 4"):
+        if name == "short.json":  # Only a model without "" and "[UNK]" has these tokens.
+            with pytest.raises(UserError, match="the model has 6 tokens, but the vocabulary has 4"):
                 transfer.import_weights(model, directory, str(path), None)
             assert not directory.exists()
             continue
@@ -252,8 +252,8 @@ def change_archive(content: bytes, change: Any) -> bytes:
         (2, "go_backwards", True, "go_backwards=True"),
         (1, "mask_zero", True, "mask_zero=True"),
         (3, "activation", "relu", "'dense' has activation='relu'"),
-        (2, None, "Bidirectional", "'lstm' is a Bidirectional: there is none here"),
-        (2, None, "LayerNormalization", "'lstm' is a LayerNormalization"),
+        (2, None, "Bidirectional", "'lstm' can't be converted: it is a Bidirectional"),
+        (2, None, "LayerNormalization", "it is a LayerNormalization"),
         (2, None, "Dense", "its layers are Embedding, Dense, Dense: they must be"),
     ],
 )
@@ -293,24 +293,30 @@ def rename_arrays(arrays: dict[str, np.ndarray], old: str, new: str) -> dict[str
     [
         (lambda a: {**a, "lstm.weight_ih_l0_reverse": a["lstm.weight_ih_l0"]}, "bidirectional"),
         (lambda a: {**a, "lstm.weight_hr_l0": a["lstm.weight_hh_l0"]}, "projection"),
-        (lambda a: {**a, "norm.weight": a["linear.bias"]}, "besides its recurrent layers it has"),
+        (
+            lambda a: {**a, "norm.weight": a["linear.bias"]},
+            "layers with weights are embedding, linear, norm",
+        ),
         (lambda a: {k: v for k, v in a.items() if "lstm" not in k}, "no recurrent layer"),
         (lambda a: rename_arrays(a, "lstm.weight_hh_l0", "x.y"), "lacks weight_ih or weight_hh"),
         (lambda a: {**a, "lstm.weight_ih_l0": a["lstm.weight_ih_l0"][:, 1:]}, "takes 5 features"),
         (lambda a: {**a, "lstm.bias_ih_l0": a["lstm.bias_ih_l0"] * np.nan}, "not finite"),
         (
             lambda a: {**a, "lstm.bias_ih_l0": a["lstm.bias_ih_l0"][1:]},
-            "biases of lstm (layer 0) don't fit",
+            "biases of lstm (layer 0) don't match",
         ),
         (
             lambda a: {**a, "lstm.weight_hh_l0": a["lstm.bias_ih_l0"]},
             "its recurrent kernel is [20]",
         ),
         (lambda a: {**a, "linear.bias": a["linear.bias"].astype(np.int8)}, "int8, not floating"),
-        (lambda a: {**a, "embedding.weight": a["embedding.weight"][1:]}, "of the same vocabulary"),
+        (
+            lambda a: {**a, "embedding.weight": a["embedding.weight"][1:]},
+            "the same vocabulary",
+        ),
         (
             lambda a: {**a, **{k.replace("lstm", "up"): v for k, v in a.items() if "lstm" in k}},
-            "which of lstm (layer 0), up (layer 0) comes first can't be told",
+            "names of lstm (layer 0), up (layer 0) don't determine their order",
         ),
     ],
 )
@@ -372,7 +378,7 @@ def test_layers_that_other_libraries_lack_raise_an_error(tmp_path: Path) -> None
     [
         ("quick.pt", "save it with safetensors", "name a file that ends in .safetensors"),
         ("quick.h5", "save it in Keras 3", "name a file that ends in .keras or .weights.h5"),
-        ("quick.bin", "must end with one of these", "must end with one of these"),
+        ("quick.bin", "must end in one of these", "must end in one of these"),
     ],
 )
 def test_an_error_for_an_unknown_file_extension_names_the_remedy(
@@ -398,7 +404,7 @@ def test_existing_files_are_kept_and_nothing_partial_is_written(
         ((model, tmp_path / "new", None, None), "give --vocabulary FILE, or --text FILE"),
         ((model, tmp_path / "new", str(tmp_path / "words.json"), None), "the model has"),
         ((model, tmp_path / "new", "nothing.json", None), "can't read nothing.json"),
-        ((tmp_path / "broken.keras", tmp_path / "new", str(TOKENS), None), "no .keras file"),
+        ((tmp_path / "broken.keras", tmp_path / "new", str(TOKENS), None), "not a .keras file"),
         ((tmp_path / "model.pt", tmp_path / "new", str(TOKENS), None), "safetensors.torch.save"),
         ((tmp_path / "model.h5", tmp_path / "new", str(TOKENS), None), "model.save"),
     ):
@@ -445,8 +451,8 @@ def test_a_compressed_archive_with_one_wrong_byte_raises_an_error(tmp_path: Path
     [
         ("lstm/cell/vars/1", np.zeros((5, 16)), r"its recurrent kernel is \[5, 16\]"),
         ("lstm/cell/vars/1", np.zeros((0, 16)), r"its recurrent kernel is \[0, 16\]"),
-        ("lstm/cell/vars/0", np.zeros((6, 15)), "don't fit each other"),
-        ("lstm/cell/vars/2", np.zeros(15), "don't fit each other"),
+        ("lstm/cell/vars/0", np.zeros((6, 15)), "kernels and biases of .* don't match"),
+        ("lstm/cell/vars/2", np.zeros(15), "kernels and biases of .* don't match"),
     ],
 )
 def test_arrays_of_wrong_shapes_raise_an_error(
@@ -661,7 +667,7 @@ def test_a_file_with_less_data_than_it_declares_raises_an_error(end: str, tmp_pa
     path = tmp_path / f"model{end}"
     with path.open("wb") as file:
         file.truncate(2**33)
-    with pytest.raises(UserError, match="it is no "):
+    with pytest.raises(UserError, match="it is not a "):
         transfer.import_weights(path, tmp_path / "new", None, __file__)
     if end == ".safetensors":
         return

@@ -330,7 +330,7 @@ def test_parameters_outside_the_space_raise_an_error(
     )
     with Worker(record, tmp_path, 1) as worker:
         worker._add({study.ORIGIN: "0" * 32}, like)
-    with pytest.raises(UserError, match="it does not draw '(rate|else)' = "):
+    with pytest.raises(UserError, match="does not draw '(rate|else)' = "):
         open_study(tmp_path)
 
 

@@ -139,7 +139,7 @@ def test_a_diverged_model_raises_an_error(tmp_path: Path) -> None:
     model = LanguageModel(len(vocabulary), 4, 6, cell="gru")
     params = jax.tree.map(lambda x: x * np.nan, model_lib.init_params(model, jax.random.key(0)))
     diverged = workdir.Trained(ConfigDict(), vocabulary, model, params, 0)
-    with pytest.raises(UserError, match="its training has diverged"):
+    with pytest.raises(UserError, match="its training diverged"):
         report.make_page(diverged, "abc", "text", tmp_path)
 
 

@@ -176,7 +176,7 @@ def test_controls_warnings_and_novelty(trained: Path, text_file: Path) -> None:
     unknown, never, novelty = result.stderr.splitlines()
     assert "does not know '日' in --forbid" in unknown
     assert never == "warning: the model can't generate 'z\u00e9' (--stop_at)"
-    longest = novelty.partition("the longest copied run has ")[2].partition(": ")[2]
+    longest = novelty.partition("the longest run has ")[2].partition(": ")[2]
     assert ast.literal_eval(longest) in text_file.read_text(encoding="utf-8")
     ended = run(*options, "--stop_at=a", cwd=ROOT).stdout
     assert ended.index("a") == len(ended) - 2

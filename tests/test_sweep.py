@@ -433,7 +433,7 @@ def test_a_trial_that_kills_every_worker_fails(tmp_path: Path) -> None:
     with Worker(record, tmp_path, 1) as worker:
         assert worker.next() is None
     (failed,) = study.list_finished(record)
-    assert failed.user_attrs[study.REASON] == "5 workers in a row died of it"
+    assert failed.user_attrs[study.REASON] == "5 workers in a row died training it"
 
 
 def test_diverged_trials_are_pruned_with_their_reason(
@@ -502,7 +502,7 @@ def test_a_trial_does_not_take_over_the_directory_of_another_study(tmp_path: Pat
     (tmp_path / study.DATABASE).unlink()
     record = make_study(tmp_path, study.make_sampler("random", 0))
     _, other = make_dead_worker(record, tmp_path, 1)
-    with pytest.raises(UserError, match="holds a trial of another study"):
+    with pytest.raises(UserError, match="contains a trial of another study"):
         claim_directory(directory, record.trials[other.number])
 
 
@@ -511,12 +511,12 @@ def test_a_study_of_another_space_or_of_no_sweep_raises_an_error(tmp_path: Path)
     for name, parameters in (("one", ["x"]), ("one", ["x"])):
         study.open_study(tmp_path, None, name, config_lib.default(), parameters, sampler, pruner)
     with pytest.raises(
-        UserError, match=r"made for a space of \['x'\], and this one is of \['x', 'y'\]"
+        UserError, match=r"made for a space with \['x'\], but this one has \['x', 'y'\]"
     ):
         study.open_study(tmp_path, None, "one", config_lib.default(), ["x", "y"], sampler, pruner)
     url = f"sqlite:///{tmp_path / study.DATABASE}"
     optuna.create_study(storage=url, study_name="two", direction="maximize")
-    with pytest.raises(UserError, match="'two' exists, but no sweep made it"):
+    with pytest.raises(UserError, match="'two' exists, but is not from a sweep"):
         study.open_study(tmp_path, None, "two", config_lib.default(), ["x"], sampler, pruner)
 
 
@@ -528,4 +528,4 @@ def test_importances_of_few_trials_are_called_a_hint(
     record.optimize(lambda trial: trial.suggest_float("rate", 0, 1), trials)
     page = report.make_page(record, tmp_path)
     assert f"from {trials} complete trials" in page
-    assert ("too few for more than a hint" in page) == hint
+    assert ("too few to rely on" in page) == hint

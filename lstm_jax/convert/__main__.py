@@ -3,7 +3,7 @@
     python -m lstm_jax.convert --from model.keras --vocabulary vocabulary.json --workdir runs/new
     python -m lstm_jax.convert --workdir runs/quick --to model.safetensors
 
-The name of a file gives its format: .keras, .weights.h5 (both Keras 3) or .safetensors (PyTorch).
+The suffix of a file is its format: .keras, .weights.h5 (both Keras 3) or .safetensors (PyTorch).
 """
 
 if __name__ == "__main__":
@@ -32,7 +32,7 @@ _DROP_SPECIAL = flags.DEFINE_boolean("drop_special", False, "Omit the rows of ''
 
 
 def main() -> None:
-    """Convert in the direction that the flags give."""
+    """Convert in the direction that the flags specify."""
     if _WORKDIR.value is None:
         raise UserError("name the working directory: --workdir DIR")
     if (_FROM.value is None) == (_TO.value is None):

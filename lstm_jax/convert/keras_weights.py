@@ -1,6 +1,7 @@
-"""Read and write the weights of Keras 3: files named .keras and .weights.h5.
+"""Read and write the weights of Keras 3 in .keras and .weights.h5 files.
 
-Keras orders the gates of an LSTM as `cells` does, and those of a GRU as z, r, n instead of r, z, n.
+Keras has the gates of an LSTM in the order of `lstm_jax.cells`, and those of a GRU in the order
+z, r, n instead of r, z, n.
 """
 
 import io
@@ -16,11 +17,11 @@ from lstm_jax.convert.weights import Layer, Weights
 from lstm_jax.errors import UserError
 
 _CLASSES = {"lstm": "LSTM", "gru": "GRU", "rnn": "SimpleRNN"}
-# Compressed data may unpack to this many times its size plus this many bytes.
+# Data may have at most this many times its compressed size, plus this many bytes.
 _MAX_RATIO, _SMALL = 8, 2**26
 # Layers without effect at prediction.
 _IGNORED = {"InputLayer", "Dropout", "SpatialDropout1D", "GaussianDropout", "GaussianNoise"}
-# The values of the fields of each class that have an equivalent here.
+# For each supported class, the values of its fields that can be converted.
 _RECURRENT = {"activation": ("tanh",), "return_sequences": (True,), "go_backwards": (False,)}
 _SUPPORTED: dict[str, dict[str, Any]] = {
     "LSTM": {**_RECURRENT, "recurrent_activation": ("sigmoid",)},
@@ -35,7 +36,7 @@ _SUPPORTED: dict[str, dict[str, Any]] = {
 
 
 def read_archive(file: BinaryIO) -> Weights:
-    """Return the weights in a `.keras` file, or raise `UserError` if there is no such model here.
+    """Return the weights in a `.keras` file, or raise `UserError` if they can't be converted.
 
     The config of a subclassed model does not describe its layers. They are assumed to have the
     default activations of Keras.
@@ -50,7 +51,7 @@ def read_archive(file: BinaryIO) -> Weights:
 
 
 def _unpack(archive: zipfile.ZipFile, name: str) -> bytes:
-    """Return the content of a file in an archive, unless that is far larger than the archive."""
+    """Return the content of a file in an archive, or raise `UserError` if it is far too large."""
     member = archive.getinfo(name)
     with archive.open(member) as file:
         content = file.read(_MAX_RATIO * member.compress_size + _SMALL)
@@ -65,18 +66,18 @@ def read_weights(file: BinaryIO) -> Weights:
     groups: dict[str, list[np.ndarray]] = {}
 
     def visit(path: str, item: Any) -> None:
-        """Add a variable to those of its layer or cell; leave out those of the optimizer."""
+        """Add a variable to those of its layer or cell; skip those of the optimizer."""
         parent, _, number = path.rpartition("/vars/")
         if not parent or not number.isdigit() or path.startswith("optimizer"):
             return
         if not isinstance(item, h5py.Dataset) or item.external or item.is_virtual:
-            raise UserError(f"{path} is no array, or kept in another file")
+            raise UserError(f"{path} is not an array, or is stored in another file")
         if item.nbytes > _MAX_RATIO * item.id.get_storage_size() + _SMALL:
             raise UserError(f"the {item.nbytes:,} bytes of {path} are not in the file")
         if item.dtype.kind == "f":
             groups.setdefault(parent, []).append(np.asarray(item, np.float32))
-        elif "seed_generator" not in parent:  # Dropout has a state of its random numbers.
-            raise UserError(f"{parent} holds {item.dtype}, not floating-point numbers")
+        elif "seed_generator" not in parent:  # Dropout stores its random state.
+            raise UserError(f"{parent} contains {item.dtype}, not floating-point numbers")
 
     with weights_lib.parsing(".weights.h5 file of Keras 3"), h5py.File(file, "r") as content:
         if "layer_names" in content.attrs or "model_weights" in content:
@@ -140,7 +141,7 @@ def _name_layers(weights: Weights) -> list[str]:
 
 
 def _check_layers(layers: list[dict[str, Any]], functional: bool) -> None:
-    """Raise `UserError` for the first layer of a config that has no equivalent here."""
+    """Raise `UserError` for the first layer of a config that can't be converted."""
     classes, before = [], None
     for layer in layers:
         kind, config = layer["class_name"], layer["config"]
@@ -148,14 +149,14 @@ def _check_layers(layers: list[dict[str, Any]], functional: bool) -> None:
         if functional and before is not None:
             nodes = json.dumps(layer["inbound_nodes"])
             if re.findall(r'"keras_history": \["(.*?)", 0, (\d+)', nodes) != [(before, "0")]:
-                raise UserError(f"the layer {name!r} has other inputs than the one before it")
+                raise UserError(f"the layer {name!r} has inputs other than the layer before it")
         before = name
         if kind == "TimeDistributed":
             kind, config = config["layer"]["class_name"], config["layer"]["config"]
         if kind in _IGNORED:
             continue
         if kind not in _SUPPORTED:
-            raise UserError(f"the layer {name!r} is a {kind}: there is none here")
+            raise UserError(f"the layer {name!r} can't be converted: it is a {kind}")
         for field, allowed in _SUPPORTED[kind].items():
             if config.get(field, allowed[0]) not in allowed:
                 raise UserError(
@@ -171,9 +172,9 @@ def _check_layers(layers: list[dict[str, Any]], functional: bool) -> None:
 
 
 def _make_layer(arrays: list[np.ndarray], name: str) -> tuple[str, Layer]:
-    """Return the cell of a layer, and its arrays in the order of gates of `cells`."""
+    """Return the cell of a layer, and its arrays in the gate order of `lstm_jax.cells`."""
     if len(arrays) not in (2, 3):
-        raise UserError(f"{name} is no LSTM, GRU or SimpleRNN")
+        raise UserError(f"{name} is not an LSTM, GRU or SimpleRNN")
     kernel, recurrent_kernel, *biases = arrays
     if biases and biases[0].ndim == 2:
         biases = list(biases[0])

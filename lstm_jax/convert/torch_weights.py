@@ -1,6 +1,7 @@
 """Read and write PyTorch's weights: the `state_dict` of Embedding, LSTM (GRU, RNN), Linear.
 
-PyTorch's kernels are transposed; its gates have the order of `cells`. Files are safetensors.
+PyTorch's kernels are transposed; its gates have the order of `lstm_jax.cells`. Files are
+safetensors.
 """
 
 import re
@@ -18,7 +19,7 @@ _RECURRENT = re.compile(r"(.*?)\.?((?:weight|bias)_[ih]h)(?:_l(\d{1,9}))?(_rever
 
 
 def read_state_dict(file: BinaryIO) -> Weights:
-    """Return the weights in a file, or raise `UserError` if there is no such model here.
+    """Return the weights in a file, or raise `UserError` if they can't be converted.
 
     An `nn.RNN` is assumed to have its default activation, tanh.
     """
@@ -27,17 +28,17 @@ def read_state_dict(file: BinaryIO) -> Weights:
         # The file begins with the size of its header. If that is impossible, don't read the rest.
         start = file.read(8)
         if not 1 < int.from_bytes(start, "little") <= _MAX_HEADER_BYTES:
-            raise UserError("it is no safetensors file")
+            raise UserError("it is not a safetensors file")
         loaded = library.load(start + file.read())
     layers: dict[str, dict[str, np.ndarray]] = {}
     ends: dict[str, list[np.ndarray]] = {}
     for name, array in loaded.items():
         # bfloat16 is not one of NumPy's own types.
         if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
-            raise UserError(f"{name} holds {array.dtype}, not floating-point numbers")
+            raise UserError(f"{name} contains {array.dtype}, not floating-point numbers")
         module, _, attribute = name.rpartition(".")
         if attribute.startswith("weight_hr"):
-            raise UserError(f"{name}: there are no layers with a projection (proj_size) here")
+            raise UserError(f"{name}: a layer with a projection (proj_size) can't be converted")
         if match := _RECURRENT.fullmatch(name):
             module, attribute, layer, reverse = match.groups()
             if reverse:

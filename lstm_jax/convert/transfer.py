@@ -22,7 +22,7 @@ _FORMATS = {
     ".weights.h5": (keras_weights.read_weights, keras_weights.write_weights),
     ".safetensors": (torch_weights.read_state_dict, torch_weights.write_state_dict),
 }
-# For files of other names: how to save their models, and the ends of names to choose instead.
+# For other suffixes: how to save such a model, and the suffixes to use instead.
 _KERAS = "save it in Keras 3 with model.save('model.keras')", ".keras or .weights.h5"
 _TORCH = (
     "save it with safetensors.torch.save_file(model.state_dict(), 'model.safetensors')",
@@ -43,8 +43,8 @@ def import_weights(
     read, _ = _find_format(source, "--from")
     if vocabulary_file is None and text_file is None:
         raise UserError(
-            f"{source} does not hold its vocabulary: give --vocabulary FILE, or --text FILE with "
-            "the text whose characters are the tokens"
+            f"{source} does not contain its vocabulary: give --vocabulary FILE, or --text FILE "
+            "with the text whose characters are the tokens"
         )
     directory = directory.absolute()
     if directory.is_dir() and any(directory.iterdir()):
@@ -77,7 +77,7 @@ def import_weights(
     make_workdir(directory, config_lib.complete_config(config), vocabulary, params)
     print(f"{model_lib.format_parameters(params)}\n")
     if added:
-        print(f"Added {' and '.join(map(repr, added))}, which it lacked, with logits of -30")
+        print(f"Added {' and '.join(map(repr, added))}, which the model lacked, with logits of -30")
     print(f"Wrote the model of {source} to {directory}")
     print(f"Generate text: python -m lstm_jax.sample --workdir {directory}")
 
@@ -113,7 +113,7 @@ def export_weights(directory: Path, target: Path, drop_special: bool = False) ->
         raise UserError(f"can't write {target}: {error.strerror}") from None
     print(f"Wrote the model of {directory}, step {trained.step}, to {target}, tokens to {beside}")
     if (dtype := trained.model.dtype) != "float32":
-        print(f"Its matmuls here are in {dtype}: logits in float32 differ by rounding")
+        print(f"Its matmuls here are in {dtype}: float32 logits differ by rounding")
 
 
 def read_vocabulary(path: Path) -> tuple[Sequence[str], str, str]:
@@ -129,7 +129,7 @@ def read_vocabulary(path: Path) -> tuple[Sequence[str], str, str]:
         tokens: Any = json.loads(text)
     except (ValueError, RecursionError):
         if path.suffix == ".json":
-            raise UserError(f"{path} (--vocabulary) is no JSON") from None
+            raise UserError(f"{path} (--vocabulary) is not JSON") from None
         tokens = [_ESCAPES.get(line, line) for line in text.removesuffix("\n").split("\n")]
     if isinstance(tokens, dict) and {"kind", "stop", "units"} <= set(tokens):
         kind, stop, tokens = tokens["kind"], tokens["stop"], tokens["units"]
@@ -138,7 +138,7 @@ def read_vocabulary(path: Path) -> tuple[Sequence[str], str, str]:
             raise UserError(f"{path} (--vocabulary): its ids are not 0 to {len(tokens) - 1}")
         tokens = sorted(tokens, key=tokens.__getitem__)
     if not isinstance(tokens, list) or not all(isinstance(x, str) for x in [kind, stop, *tokens]):
-        raise UserError(f"{path} (--vocabulary) is no list of tokens, nor a vocabulary.json")
+        raise UserError(f"{path} (--vocabulary) is neither a list of tokens nor a vocabulary.json")
     return tokens, kind, stop
 
 
@@ -148,7 +148,7 @@ def make_workdir(
     vocabulary: vocabulary_lib.Vocabulary,
     params: model_lib.Params,
 ) -> None:
-    """Make a working directory whole or not at all; raise `UserError` if it can't be written."""
+    """Make a complete working directory or none; raise `UserError` if it can't be written."""
     try:
         with files.unfinished_directory(directory) as partial:
             workdir.save_config(partial, config)
@@ -163,7 +163,7 @@ def _find_format(path: Path, flag: str) -> tuple[Any, Any]:
     for suffix, functions in _FORMATS.items():
         if path.name.endswith(suffix):
             return functions
-    remedy = "its name must end with one of these"
+    remedy = "its name must end in one of these"
     if path.suffix in _OTHERS:
         saving, ends = _OTHERS[path.suffix]
         remedy = saving if flag == "--from" else f"name a file that ends in {ends}"

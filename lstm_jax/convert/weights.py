@@ -1,4 +1,4 @@
-"""Weights as Keras and PyTorch have them too: an embedding, recurrent layers, a dense layer."""
+"""Represent weights that Keras and PyTorch share: embedding, recurrent layers, dense layer."""
 
 import contextlib
 import importlib
@@ -13,14 +13,14 @@ from lstm_jax.errors import UserError, one_line
 from lstm_jax.model import LanguageModel, Params
 from lstm_jax.vocabulary import PADDING, UNKNOWN, Vocabulary
 
-# Gates in the kernels of each cell that Keras and PyTorch have.
+# The number of gates in the kernels of each cell that Keras and PyTorch support.
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 
 Layer = dict[str, np.ndarray]
 
 
 class Weights(NamedTuple):
-    """Float32 arrays. Those of the layers have the names and the order of gates of `cells`."""
+    """Float32 arrays. Layers have the names and the gate order of `lstm_jax.cells`."""
 
     cell: str  # One of `GATES`.
     embedding: np.ndarray  # [vocabulary, features].
@@ -32,12 +32,12 @@ class Weights(NamedTuple):
 
     @property
     def hidden_sizes(self) -> list[int]:
-        """The number of hidden units of each layer."""
+        """Return the number of hidden units of each layer."""
         return [len(layer["recurrent_kernel"]) for layer in self.layers]
 
 
 def from_model(model: LanguageModel, params: Params) -> Weights:
-    """Return the weights of a model, or raise `UserError` if others have no such model."""
+    """Return the weights of a model; raise `UserError` if Keras and PyTorch have no such cell."""
     if model.cell not in GATES or model.layer_norm:
         named = "model.layer_norm=True" if model.layer_norm else f"model.cell={model.cell!r}"
         raise UserError(f"Keras and PyTorch have no layer with {named}")
@@ -55,7 +55,7 @@ def from_model(model: LanguageModel, params: Params) -> Weights:
 def to_model(weights: Weights) -> tuple[dict[str, Any], Params]:
     """Return the `model` fields of a config, and the parameters, or raise `UserError`.
 
-    Embeddings are tied if the kernel of the dense layer is the same matrix.
+    Embeddings are tied if the kernel of the dense layer is the embedding, transposed.
     """
     sizes = weights.hidden_sizes
     tied = np.array_equal(weights.embedding.T, weights.kernel)
@@ -81,9 +81,9 @@ def add_special_rows(
 ) -> tuple[Weights, Vocabulary, list[str]]:
     """Make "" and "[UNK]" rows 0 and 1; return the weights, the vocabulary, and the added tokens.
 
-    Rows that the model lacks are added, with logits of -30. If `tokens`, the text of its ids,
-    include "" or "[UNK]", the model may lack "" or both, and may have "[UNK]" first, as with
-    Keras's StringLookup. Raise `UserError` if the tokens are of another model.
+    Rows that the model lacks are added, with logits of -30. Even if `tokens`, by id, include "" or
+    "[UNK]", the model may lack "" or both, and may have "[UNK]" first, as with Keras's
+    StringLookup. Raise `UserError` if the number of tokens does not fit the model.
     """
     proper = [token for token in tokens if token not in (PADDING, UNKNOWN)]
     orders = [list(tokens), [UNKNOWN, *proper], proper]
@@ -91,7 +91,7 @@ def add_special_rows(
     order = next((order for order in orders if len(order) == rows), None)
     if order is None:
         raise UserError(
-            f"the model has {rows} tokens, and the vocabulary {len(proper)} besides '' and "
+            f"the model has {rows} tokens, but the vocabulary has {len(proper)} apart from '' and "
             f"{UNKNOWN!r}: name the vocabulary that it was trained with"
         )
     try:
@@ -119,13 +119,13 @@ def require(module: str) -> Any:
 
 @contextlib.contextmanager
 def parsing(format_name: str) -> Iterator[None]:
-    """Raise `UserError` for any error: a damaged file makes libraries raise many kinds."""
+    """Convert any exception to `UserError`: libraries raise many kinds for a damaged file."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"it is no {format_name} ({one_line(error)[:200]})") from None
+        raise UserError(f"it is not a {format_name} ({one_line(error)[:200]})") from None
 
 
 def make_layer(
@@ -140,11 +140,11 @@ def make_layer(
     is_matrix = len(shape) == 2 and shape[0] > 0
     cells = [cell for cell, gates in GATES.items() if is_matrix and shape[1] == gates * shape[0]]
     if not cells:
-        raise UserError(f"{name} is no LSTM, GRU or RNN: its recurrent kernel is {list(shape)}")
+        raise UserError(f"{name} is not an LSTM, GRU or RNN: its recurrent kernel is {list(shape)}")
     hidden, size = shape
     first, second = [*biases, *np.zeros((2, size), np.float32)][:2]
     if len(biases) > 2 or not kernel.shape[1:] == first.shape == second.shape == (size,):
-        raise UserError(f"the kernels and biases of {name} don't fit each other")
+        raise UserError(f"the shapes of the kernels and biases of {name} don't match")
     layer = {"input_kernel": kernel, "recurrent_kernel": recurrent_kernel, "bias": first + second}
     if cells == ["gru"]:
         layer["bias"][-hidden:] = first[-hidden:]
@@ -163,7 +163,7 @@ def split_biases(layer: Layer) -> np.ndarray:
 def build_weights(
     layers: dict[str, tuple[str, Layer]], ends: dict[str, list[np.ndarray]], transposed: bool
 ) -> Weights:
-    """Build the weights of a model, or raise `UserError` if these layers don't make one.
+    """Build the weights of a model, or raise `UserError` if these layers don't form one.
 
     The arguments are the recurrent layers by name, in any order; the arrays of every other layer;
     and whether the kernel of a dense layer is [vocabulary, hidden]. If so, one matrix may be both
@@ -177,7 +177,7 @@ def build_weights(
         raise UserError(f"its layers are of several kinds ({listed}): all must be of one kind")
     if len({re.sub(r"_?\d+", "", name) for name in layers}) > 1:
         raise UserError(
-            f"which of {', '.join(sorted(layers))} comes first can't be told from their names: "
+            f"the names of {', '.join(sorted(layers))} don't determine their order: "
             "number them, as in lstm1 and lstm2"
         )
     ordered = [layers[name][1] for name in sorted(layers, key=_numbers)]
@@ -204,12 +204,12 @@ def _match_ends(
     known &= transposed or set(biases) <= set(names)
     if not known or len(names) not in ((1, 2) if transposed else (2,)):
         raise UserError(
-            f"besides its recurrent layers it has weights in {', '.join(sorted(ends)) or 'none'}: "
+            f"its other layers with weights are {', '.join(sorted(ends)) or 'none'}: "
             "only one embedding and one dense layer can be converted"
         )
 
     def find_evidence(pair: tuple[str, str]) -> tuple[bool, bool, bool]:
-        """Return whether the bias, the sizes and the names say that it is this way around."""
+        """Return whether the bias, the sizes and the names support this assignment."""
         embedding, dense = pair
         fits = matrices[embedding].shape[1] == features and len(kernels[dense]) == hidden
         named = "emb" in embedding or "encoder" in embedding or "dense" in dense
@@ -218,7 +218,7 @@ def _match_ends(
     pairs = (names[0], names[-1]), (names[-1], names[0])
     embedding, dense = max(pairs, key=find_evidence)
     if len(names) > 1 and find_evidence(pairs[0]) == find_evidence(pairs[1]):
-        raise UserError(f"which of {embedding} and {dense} is the embedding can't be told")
+        raise UserError(f"it is not clear which of {embedding} and {dense} is the embedding")
     bias = next(iter(biases.values()), np.zeros(kernels[dense].shape[1], np.float32))
     return matrices[embedding], kernels[dense], bias
 
@@ -233,7 +233,7 @@ def check_weights(weights: Weights) -> Weights:
     if weights.kernel.shape != (features, vocabulary) or weights.bias.shape != (vocabulary,):
         raise UserError(
             f"the kernel of its dense layer is {list(weights.kernel.shape)}, not "
-            f"{[features, vocabulary]}: embedding and logits must be of the same vocabulary"
+            f"{[features, vocabulary]}: embedding and logits must have the same vocabulary"
         )
     if not all(np.isfinite(array).all() for array in jax.tree.leaves(weights[1:])):
         raise UserError("some of its weights are not finite")

@@ -1,7 +1,7 @@
 """Show what a model has learned: `python -m lstm_jax.inspect --workdir DIR --text FILE`.
 
-It writes one page about the activations of the model while it reads a text, after Karpathy, Johnson
-& Fei-Fei 2015, "Visualizing and Understanding Recurrent Networks". The page needs only a browser.
+Write one page about the activations of the model while it reads a text, after Karpathy, Johnson &
+Fei-Fei 2015, "Visualizing and Understanding Recurrent Networks". The page needs only a browser.
 """
 
 if __name__ == "__main__":
@@ -25,7 +25,7 @@ _OUT = flags.DEFINE_string("out", None, f"Page to write. [default: {report.REPOR
 _LENGTH = flags.DEFINE_integer(
     "length",
     100_000,
-    "Maximum number of tokens to read. Each takes one byte of memory for each hidden unit.",
+    "Maximum number of tokens to read. Each takes one byte of memory per hidden unit.",
     lower_bound=2,
     upper_bound=10**6,
 )

@@ -1,4 +1,4 @@
-"""Record a model while it reads a text: hidden units, gates, predictions, and losses."""
+"""Record the activations, gates, predictions and losses of a model while it reads a text."""
 
 import functools
 from typing import Any, NamedTuple
@@ -12,26 +12,26 @@ from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.cells.base import Gates
 
-# Tokens read by one call of the compiled function, which bounds the memory for gates.
+# The number of tokens for one compiled call, which bounds the memory for gates.
 _CHUNK = 1024
 
-# A gate counts as shut below the one, as open above the other.
-SHUT, OPEN = 0.1, 0.9
+# A gate below `CLOSED` counts as closed, a gate above `OPEN` as open.
+CLOSED, OPEN = 0.1, 0.9
 
-# Activations are stored as int8, in units of 1 / SCALE.
+# Activations are stored as int8, in steps of 1 / SCALE.
 SCALE = 127
 
 GUESSES = 5
 
 
 class Reading(NamedTuple):
-    """A record of a model that reads a text of n tokens from start to end."""
+    """A record of a model that read a text of n tokens from start to end."""
 
     # int8 [hidden units, n], in 1/127: the activation of each hidden unit after each token, as
     # `Cell.activation` defines it; layer by layer.
     activations: np.ndarray
     # For each layer, by the name of the gate, float64 [2, hidden_size]: the share of tokens at
-    # which it was below `SHUT`, and above `OPEN`.
+    # which it was below `CLOSED`, and above `OPEN`.
     saturation: list[dict[str, np.ndarray]]
     guesses: np.ndarray  # int32 [n, at most `GUESSES`]: the most probable tokens after each token.
     probabilities: np.ndarray  # Their probabilities, float32 of the same shape.
@@ -41,14 +41,14 @@ class Reading(NamedTuple):
 def record_activations(
     model: model_lib.LanguageModel, params: model_lib.Params, ids: np.ndarray
 ) -> Reading:
-    """Read a text, int32 [n], once with the carry kept all the way, and record the model.
+    """Read a text, int32 [n], with one carry from start to end, and record the model.
 
-    This needs a byte of memory for each hidden unit and token, and about 0.1 GB besides.
+    This needs one byte of memory per hidden unit and token, plus about 0.1 GB.
     """
     n, carry = len(ids), model.initial_carry(1)
     activations = np.empty((sum(model.sizes[1:]), n), np.int8)
     predictions, counts = [], []
-    # One more token makes the last one an input, too. Its loss is then left out.
+    # An extra token makes the last one an input, too. Its loss is dropped below.
     chunks = loss_lib.iterate_chunks(np.append(ids, 0), _CHUNK)
     for start, (inputs, targets, counted) in zip(range(0, n, _CHUNK), chunks, strict=True):
         carry, records, count = _read(model, params, carry, inputs[0], targets[0], counted[0])
@@ -71,10 +71,11 @@ def _read(
     targets: jax.Array,
     counted: jax.Array,
 ) -> tuple[model_lib.Carry, tuple[jax.Array, ...], list[Gates]]:
-    """Read inputs [time] and predict targets [time], of which those with `counted` are of the text.
+    """Read inputs [time] and predict targets [time]; `counted` [time] is False for padding.
 
     Return the carry; activations, guesses, probabilities and bits as in `Reading`, but [time, ...],
-    and bits at t for the target; and how often each gate was shut, and open, [2, hidden_size].
+    with the bits of the target at t; and the number of steps at which each gate was closed, and
+    open, [2, hidden_size].
     """
     bound = model.bind({"params": params})
 
@@ -94,7 +95,7 @@ def _read(
     quantized = jnp.round(SCALE * activations).astype(jnp.int8)
 
     def count(gate: jax.Array) -> jax.Array:
-        saturated = (gate < SHUT, gate > OPEN)
+        saturated = (gate < CLOSED, gate > OPEN)
         return jnp.stack([jnp.sum(x, 0, where=counted[:, None]) for x in saturated])
 
     counts = [

@@ -1,8 +1,8 @@
-"""Features of a text, such as the position in the line, and hidden units that follow them.
+"""Compute features of a text, such as the position in a line; find hidden units that follow them.
 
 A feature is a number for each character, computed from the text alone. A hidden unit follows a
-feature if the two are correlated. Of a thousand hidden units some are correlated with anything by
-chance, so they are chosen on the first half of a text and judged on the second.
+feature if the two are correlated. Of a thousand hidden units, some are correlated with any feature
+by chance, so they are selected on the first half of a text and evaluated on the second.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,10 +12,11 @@ import numpy as np
 
 from lstm_jax.vocabulary import Vocabulary
 
-# Positions in each half that must have the most common value of a feature, and other values.
+# The minimum number of positions in each half with the most common value of a feature, and with
+# other values.
 _MIN_POSITIONS = 10
 _MAX_NAME = 40  # Characters of a speaker's name.
-_BLOCK = 128  # Hidden units that are correlated at a time, to bound memory.
+_BLOCK = 128  # The number of hidden units to correlate at a time, to bound memory.
 
 
 class Follower(NamedTuple):
@@ -23,7 +24,7 @@ class Follower(NamedTuple):
 
     feature: int  # Its index.
     hidden_unit: int  # Its index.
-    searched: float  # The correlation in the first half of the text, by which it was chosen.
+    searched: float  # The correlation in the first half of the text, by which it was selected.
     correlation: float  # In the second half.
     # The 99th percentile of the absolute correlation in the second half when the feature is shifted
     # against the text by any distance.
@@ -32,7 +33,7 @@ class Follower(NamedTuple):
 
 def compute_features(text: str, vocabulary: Vocabulary) -> dict[str, np.ndarray]:
     """Return the features of the last character of each token of a text, by name: float32 [n]."""
-    # The last byte of each token, and the character of each byte, whatever the kind of token.
+    # The last byte of each token, and the character of each byte, for tokens of any kind.
     last_bytes = np.cumsum(count_bytes(vocabulary.split(text))) - 1
     characters = np.repeat(np.arange(len(text)), count_bytes(text))[last_bytes]
     return {name: values[characters] for name, values in compute_text_features(text).items()}
@@ -130,7 +131,7 @@ def _count_open(codes: np.ndarray, opens: str, closes: str, start: np.ndarray) -
 
 
 def compute_correlations(activations: np.ndarray, features: np.ndarray) -> np.ndarray:
-    """Return Pearson's correlations, 0 where either is constant: float32 [features, hidden_units].
+    """Return Pearson correlations, 0 where either is constant: float32 [features, hidden_units].
 
     Activations are [hidden_units, n], of any dtype and scale, features float32 [features, n].
     """

@@ -1,6 +1,6 @@
 """Write a page about the activations of a model while it reads a text.
 
-The page is `report.html` with its data filled in. It loads nothing.
+The page is `report.html` with its data filled in. It loads nothing from elsewhere.
 """
 
 import base64
@@ -25,10 +25,10 @@ from lstm_jax.vocabulary import FILE_END, PADDING_ID, UNKNOWN_ID, Vocabulary
 
 REPORT = "report.html"
 
-# Activations in a page, one byte each before compression: one half for the hidden units that follow
-# a feature, over the whole text; the other for all hidden units, over its beginning.
+# The number of activations in a page, one byte each before compression: one half for the hidden
+# units that follow a feature, over the whole text; the other for all hidden units, over its start.
 _BUDGET = 16_000_000
-_UNITS_EACH = 3  # For a feature.
+_MAX_FOLLOWERS = 3  # Of each feature.
 _MAX_CURVE_POINTS = 400
 _MAX_SAMPLES = 200_000  # In bytes. The last ones are kept.
 
@@ -83,12 +83,12 @@ def make_page(trained: workdir.Trained, text: str, name: str, directory: Path) -
     reading = activations.record_activations(model, trained.params, ids)
     if not np.isfinite(reading.bits).all():
         raise UserError(
-            f"the predictions of the model of step {trained.step} are not finite: its training has "
-            "diverged, train it again with a lower optimizer.learning_rate"
+            f"the predictions of the model of step {trained.step} are not finite: its training "
+            "diverged; train again with a lower optimizer.learning_rate"
         )
     present = features.select_present(features.compute_features(text, vocabulary))
     matrix = np.stack(list(present.values())) if present else np.zeros((0, len(ids)), np.float32)
-    followers, correlations = features.find_followers(reading.activations, matrix, _UNITS_EACH)
+    followers, correlations = features.find_followers(reading.activations, matrix, _MAX_FOLLOWERS)
     data = {
         "workdir": directory.resolve().name,
         "model": f"{model.cell}, {layers} of {sizes} hidden units, step {trained.step:,}",
@@ -109,7 +109,7 @@ def make_page(trained: workdir.Trained, text: str, name: str, directory: Path) -
         "samples": _read_samples(directory / workdir.SAMPLES),
     }
     template = resources.files("lstm_jax.inspect").joinpath(REPORT).read_text(encoding="utf-8")
-    # ASCII without "<" is safe in a script, whatever the text.
+    # ASCII without "<" is safe in a script.
     in_script = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     return template.replace("null/*data*/", in_script).encode()
 
@@ -126,7 +126,7 @@ def _pack_tokens(
     split, tokens = vocabulary.split(text), ids.copy()
     for position in np.flatnonzero(ids == UNKNOWN_ID):  # Unknown tokens are shown as they are.
         tokens[position] = add(split[position])
-    # A token that is only a byte of a character: the first one shows the character, others "".
+    # If a token is only a byte of a character, the first byte shows the character, the others "".
     shown, sizes, widths = tokens.copy(), features.count_bytes(split), features.count_bytes(text)
     characters = np.repeat(np.arange(len(text)), widths)[np.cumsum(sizes) - sizes]
     starts = np.diff(characters, prepend=-1) > 0
@@ -179,14 +179,14 @@ def _pack(values: np.ndarray, dtype: Any) -> dict[str, str]:
 
 
 def _make_curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """Return steps and losses of each split, averaged over stretches of a long curve."""
+    """Return the steps and losses of each split, averaged over intervals of a long curve."""
     curves = {}
     for split in sources.SPLITS:
         of_split = [row for row in rows if row["split"] == split and math.isfinite(row["loss"])]
-        stretch = max(1, math.ceil(len(of_split) / _MAX_CURVE_POINTS))
-        stretches = [of_split[k : k + stretch] for k in range(0, len(of_split), stretch)]
+        interval = max(1, math.ceil(len(of_split) / _MAX_CURVE_POINTS))
+        intervals = [of_split[k : k + interval] for k in range(0, len(of_split), interval)]
         curves[split] = [
-            (part[-1]["step"], sum(row["loss"] for row in part) / len(part)) for part in stretches
+            (part[-1]["step"], sum(row["loss"] for row in part) / len(part)) for part in intervals
         ]
     return curves
 

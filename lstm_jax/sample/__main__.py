@@ -116,7 +116,7 @@ def main() -> None:
         found = novelty.measure_novelty(text, training_text.pieces(overlap=len(text)))
         print(
             f"novelty: {found.copied_share:.1%} of the characters are in runs of more than "
-            f"{novelty.COMMON_RUN} copied from the training text; the longest copied run has "
+            f"{novelty.COMMON_RUN} characters copied from the training text; the longest run has "
             f"{len(found.longest_run)}: {found.longest_run!r}",
             file=sys.stderr,
         )

@@ -22,7 +22,7 @@ _SETTINGS = {"length": int} | {
 }
 HELP = """\
 The model reads each line and continues the whole text so far. After an empty line it continues
-without reading anything. A line that begins with a slash is a command:
+without new input. A line that begins with a slash is a command:
   /temperature 0.5  sets the temperature; likewise /length, /top_k, /top_p, /min_p,
                     /repetition_penalty, /repetition_window
   /next             shows the five most likely next tokens and their probabilities
@@ -44,9 +44,9 @@ def converse(
 ) -> None:
     """Read lines from standard input and print the continuation of each.
 
-    A prompt is continued before the first line. Commands change the length, which is for each line,
-    and the controls. Ctrl-C ends the text that is being generated, or else the chat. For the
-    arguments see `generation.stream_texts`.
+    The model continues a prompt before the first line. Commands change the controls and the length,
+    which applies to each line. Ctrl-C ends the text that is being generated, or else the chat. For
+    the arguments see `generation.stream_texts`.
     """
     model, vocabulary = trained.model, trained.vocabulary
     stops = make_stop_table(vocabulary, stop_token, stop_at)
@@ -58,7 +58,7 @@ def converse(
         """Read a line and print the continuation; return the state after it."""
         last = _read_line(trained, arrays, state, line)
         decode, show = generation.text_decoder(vocabulary, stop_token), make_printer()
-        own_key = jax.random.fold_in(key, turn)  # After /undo, the same line has another answer.
+        own_key = jax.random.fold_in(key, turn)  # After /undo, the same line gets another answer.
         own_controls = make_control_arrays(controls, len(vocabulary))
         try:
             for ids, after in generation.generate_chunks(

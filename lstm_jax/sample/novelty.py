@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Longer runs count as copied. Any two texts in one language share runs up to this length.
+# Longer runs count as copied. Any two texts in one language share runs of up to this length.
 COMMON_RUN = 20
 _BASE = 0x9E3779B97F4A7C15  # A large odd number.
 
@@ -21,7 +21,7 @@ class Novelty(NamedTuple):
 def measure_novelty(text: str, training_text: Iterable[str]) -> Novelty:
     """Find the parts of a text that are verbatim in the training text.
 
-    The training text comes in pieces. Each begins with the last `len(text)` characters before it.
+    The training text is in pieces. Each begins with the last `len(text)` characters before it.
     """
     ours, length, longest = _Windows(text), COMMON_RUN + 1, ""
     covered = np.zeros(len(text) + 1, bool)

@@ -1,10 +1,10 @@
-r"""Search for good settings of an experiment, or measure its spread over seeds.
+r"""Search the hyperparameters of an experiment, or train it with several seeds.
 
     python -m lstm_jax.sweep --config experiments/quick.py \
         --space experiments/sweeps/quick.py --trials 40
     python -m lstm_jax.sweep --config experiments/quick.py --seeds 8
 
-The same command resumes a sweep. Any number of processes may run it at once.
+The same command resumes a sweep. Any number of processes may run it at the same time.
 """
 
 if __name__ == "__main__":
@@ -43,7 +43,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 _SPACE = flags.DEFINE_string(
     "space",
     None,
-    f"Fields to vary: a Python file with {space.FUNCTION}(trial), which returns fields by name.",
+    f"Search space: a Python file with {space.FUNCTION}(trial), which returns config fields.",
 )
 _SEEDS = flags.DEFINE_integer(
     "seeds",
@@ -52,30 +52,30 @@ _SEEDS = flags.DEFINE_integer(
     lower_bound=1,
 )
 _TRIALS = flags.DEFINE_integer(
-    "trials", 40, "Number of trials to finish, by all workers together.", lower_bound=1
+    "trials", 40, "Total number of trials, over all workers.", lower_bound=1
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Directory of all files. [default: runs/sweeps/<name>]"
+    "workdir", None, "Directory for the study, trials and report. [default: runs/sweeps/<name>]"
 )
 _STUDY = flags.DEFINE_string(
     "study",
     None,
-    "The study that the workers share: postgresql://..., mysql://..., sqlite:///FILE or "
+    "Storage that the workers share: postgresql://..., mysql://..., sqlite:///FILE or "
     f"journal:FILE. [default: {study.DATABASE} in the working directory]",
 )
 _NAME = flags.DEFINE_string("name", None, "Name of the study. [default: <config>_<space>]")
-_SAMPLER = flags.DEFINE_enum("sampler", "tpe", study.SAMPLERS, "Algorithm that chooses settings.")
+_SAMPLER = flags.DEFINE_enum("sampler", "tpe", study.SAMPLERS, "Algorithm that samples settings.")
 _PRUNER = flags.DEFINE_enum(
     "pruner",
     None,
     study.PRUNERS,
-    "Algorithm that ends trials early. [default: hyperband; none for seeds and populations]",
+    "Algorithm that stops trials early. [default: hyperband; none for seeds and populations]",
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampler.")
 _POPULATION = flags.DEFINE_integer(
     "population",
     None,
-    "Number of trials to train at once in one program; they may differ only in "
+    "Number of trials to train together in one program; they may differ only in "
     f"{', '.join(config.TRACEABLE)}. [default: 1; for --seeds all of them, at most "
     f"{population.LARGEST}]",
     lower_bound=1,
@@ -83,7 +83,7 @@ _POPULATION = flags.DEFINE_integer(
 
 
 class _TerminatedError(SystemExit):
-    """SIGTERM came between two trials."""
+    """Raised when SIGTERM arrives between two trials."""
 
 
 def _terminate(number: int, frame: object) -> None:
@@ -100,8 +100,8 @@ def main() -> int:
     if not path.is_file():
         raise UserError(f"there is no config file {path}")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    # One device for each core, so that a trial depends on nothing that ran before it in its
-    # process. RuntimeError: JAX has started already and keeps its devices.
+    # One device for each core, so that a trial does not depend on earlier trials in its process.
+    # RuntimeError: JAX is already initialized and keeps its devices.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", parallel.count_cores())
     sweep = search.prepare_sweep(

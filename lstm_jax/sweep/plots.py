@@ -1,8 +1,8 @@
 """Draw the pictures of a sweep's report as SVG.
 
-Optuna's own (`optuna.visualization.matplotlib`) would break promises of the report: they omit
-pruned and diverged trials, one loss far above the rest squashes the others, labels of logarithmic
-axes overlap, names with $ turn into formulas, and each warns that it is experimental.
+Optuna's own plots (`optuna.visualization.matplotlib`) don't fit this report: they omit pruned and
+diverged trials, one outlier compresses the axis for all other losses, labels of logarithmic axes
+overlap, names with $ become formulas, and each plot warns that it is experimental.
 """
 
 import io
@@ -27,7 +27,7 @@ _as_text = matplotlib.rc_context({"text.parse_math": False})
 
 @_as_text
 def draw_losses(trials: Sequence[FrozenTrial], name: str | None = None) -> str:
-    """Draw losses against a parameter, or in the order of the trials with the best so far."""
+    """Draw losses against a parameter, or against trial numbers with the best loss so far."""
     figure = Figure(figsize=(4, 3) if name else (6.5, 3.2), layout="constrained")
     axes = figure.add_subplot(xlabel=name or "trial", ylabel="validation loss")
     axes.grid(alpha=0.3)
@@ -90,7 +90,7 @@ def _to_svg(figure: Figure) -> str:
 
 
 def _get_top(trials: Sequence[FrozenTrial]) -> float:
-    """Return the highest loss to show: one far above the rest would squash the others."""
+    """Return the highest loss to show, so that outliers don't compress the axis."""
     complete = sorted(t.values[0] for t in trials if t.state == TrialState.COMPLETE)
     losses = complete or sorted(t.values[0] for t in trials)
     low, middle, high = losses[0], losses[len(losses) // 2], losses[-1]

@@ -1,4 +1,4 @@
-"""Train many models at once with one compiled program, each as if it was trained alone.
+"""Train many models at once in one compiled program, each as if it were trained alone.
 
 The members of a population differ in config fields that the program reads as arrays. They are
 divided over the devices. A CPU has a device per core, which computes its members one after the
@@ -35,7 +35,7 @@ from lstm_jax.run.metrics import MetricsWriter
 from lstm_jax.train_step import TrainState, make_step
 from lstm_jax.vocabulary import Ids
 
-# The default size of a population of seeds, at most.
+# The largest default size of a population of seeds.
 LARGEST = 16
 
 _MEMBERS = PartitionSpec("members")
@@ -46,7 +46,7 @@ _OnValidation = Callable[[int, int, float], None]
 
 @dataclasses.dataclass
 class _Member:
-    """A model in training. Once it has a `reason` to fail, nothing more of it is written."""
+    """A model in training. Once `reason` is set, it has failed, and no more is written."""
 
     number: int
     config: ConfigDict
@@ -63,8 +63,8 @@ def train_population(
 ) -> list[str]:
     """Train a model for each config, or resume from the working directories.
 
-    Each gets a working directory as if it was trained alone, but without samples and curves. Return
-    for each the reason why it has no result, or "". Raise `UserError` as `train.train` does.
+    Each working directory is that of a single run, but without samples and curves. Return the
+    reason why each model failed, or "". Raise `UserError` as `train.train` does.
     """
     check_members(configs)
     keep_freed_memory()
@@ -86,7 +86,7 @@ def train_population(
                 workdir.restore_history(directory, start.history)
             number, own = len(members), settled.config
             members.append(_Member(number, own, directory, start, writer, is_ours))
-        # Members that a kill left at different epochs are trained in groups.
+        # Members that were killed at different epochs are trained in groups.
         for step in sorted({member.start.step for member in members}):
             group = [member for member in members if member.start.step == step]
             for member in group:
@@ -124,7 +124,7 @@ def make_mesh(members: int) -> Mesh:
 
 
 def _map_members(function: Callable[..., Any], mesh: Mesh) -> Any:
-    """Jit a function of one member for all, [members, ...]; the second argument is donated."""
+    """Map a function over all members, and jit it; the second argument is donated."""
     on_cpu = mesh.devices.flat[0].platform == "cpu"
 
     def on_one_device(*arguments: Any) -> Any:
@@ -155,7 +155,7 @@ def make_population_step(
 ) -> Callable[[dict[str, jax.Array], TrainState, batches.Batch], TrainState]:
     """Make a training step of all members, from their `hyperparameters`, states and batches.
 
-    `config` is that of any member; `total_steps` are those until the end of the last epoch.
+    `config` is that of any member; `total_steps` is the number of steps of all epochs.
     """
 
     def step(traced: dict[str, jax.Array], state: TrainState, batch: batches.Batch) -> TrainState:
@@ -185,7 +185,7 @@ def _train_group(
     mesh = make_mesh(len(members))
 
     def fill(each: list[Any]) -> list[Any]:
-        """Give each device the same number of members: the first one fills the empty places."""
+        """Pad with copies of the first member, to the same number of members on each device."""
         return each + each[:1] * (-len(each) % mesh.size)
 
     states = [member.start.state for member in members]
@@ -283,8 +283,8 @@ def _make_compute_losses(
         carry = stack([model.initial_carry(loss_lib.count_streams(ids))] * number, mesh)
         total = np.zeros(number)
         for chunk in loss_lib.iterate_chunks(ids):
-            everyone = tuple(np.broadcast_to(array, (number, *array.shape)) for array in chunk)
-            losses, carry = read_all(params, carry, everyone)
+            replicated = tuple(np.broadcast_to(array, (number, *array.shape)) for array in chunk)
+            losses, carry = read_all(params, carry, replicated)
             total += np.asarray(losses[:, 0], np.float64)
         return [float(loss) for loss in total / (len(ids) - 1)]
 

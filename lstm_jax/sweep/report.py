@@ -1,4 +1,4 @@
-"""Write the results of a sweep: trials.jsonl, best.py, and report.html, which runs nothing."""
+"""Write the results of a sweep: trials.jsonl, best.py, and report.html, without scripts."""
 
 import html
 import json
@@ -29,12 +29,12 @@ PAGE = "report.html"
 
 _HEAD = ("trial", "state", "epochs", "validation", "test", "seconds", "settings", "directory")
 
-# With fewer complete trials, importances are not computed, or only a hint.
+# With fewer complete trials, importances are not computed, or are only a hint.
 _MIN_TRIALS, _MIN_RELIABLE = 4, 30
 
 
 def check_paths(directory: Path) -> None:
-    """Raise `UserError` if a directory is in the place of a result; a link will be replaced."""
+    """Raise `UserError` if a directory has the name of a result file; links are replaced."""
     for name in (TRIALS, BEST, PAGE):
         path = directory / name
         if path.is_dir() and not path.is_symlink():
@@ -50,8 +50,8 @@ def write_report(study: Study, directory: Path, experiment: ConfigDict, space: S
         # The fields come from the user's own space, not from the study.
         config = change_fields(experiment, space.replay(best))
         _write(directory / BEST, _make_best_file(best, config, directory))
-    # Optuna warns that PED-ANOVA is experimental, Matplotlib about characters that its font lacks
-    # and about axes without an extent.
+    # Optuna warns that PED-ANOVA is experimental, Matplotlib about missing glyphs and about axes of
+    # zero length.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         page = make_page(study, directory)
@@ -82,7 +82,7 @@ def write_trials(study: Study, directory: Path) -> None:
 
 
 def list_trials(study: Study) -> list[FrozenTrial]:
-    """Return all trials but those that another one resumes."""
+    """Return all trials except those that another one resumes."""
     return [trial for trial in study.get_trials(deepcopy=False) if table_lib.describe_state(trial)]
 
 
@@ -106,7 +106,7 @@ def summarize_sweep(study: Study, directory: Path) -> str:
 
 
 def _get_command(best: FrozenTrial, directory: Path) -> str:
-    """Return the command that trains the best trial again, in a directory named by its number."""
+    """Return the command that trains the best trial again, in a directory with its number."""
     config, own = directory / BEST, directory / f"best-{best.number:04}"
     return (
         f"python -m lstm_jax.main --config {shlex.quote(str(config))} "
@@ -115,7 +115,7 @@ def _get_command(best: FrozenTrial, directory: Path) -> str:
 
 
 def _measure_spread(trials: Sequence[FrozenTrial]) -> list[tuple[str, int, str]]:
-    """Return split, number and spread of the losses of trials; [] if more than seeds vary."""
+    """Return (split, number of losses, spread), or [] if trials differ in more than the seed."""
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     if any(set(trial.params) != {"seed"} for trial in complete):
         return []
@@ -187,7 +187,7 @@ def make_page(study: Study, directory: Path) -> str:
     ended = [trial for trial in trials if trial.value is not None]
     if ended:
         parts.append(
-            "<h2>History</h2><p>A caret is a trial with a loss above the picture.</p>"
+            "<h2>History</h2><p>A triangle marks a trial whose loss is above the plot.</p>"
             f"{plots.draw_losses(ended)}"
         )
     parts.append(_show_importances(study))
@@ -195,10 +195,10 @@ def make_page(study: Study, directory: Path) -> str:
     varied = [n for n in names if len({str(t.params[n]) for t in ended if n in t.params}) > 1]
     if varied:
         pictures = "".join(plots.draw_losses(ended, name) for name in varied)
-        parts.append(f"<h2>Loss against each</h2><div class=pictures>{pictures}</div>")
+        parts.append(f"<h2>Loss against each parameter</h2><div class=pictures>{pictures}</div>")
     if len(varied) > 1:
         parts.append(
-            "<h2>Parallel coordinates</h2><p>Each line is a trial: the darker, the lower its loss."
+            "<h2>Parallel coordinates</h2><p>Each line is a trial. Darker lines have lower losses."
             f"</p><div class=wide><div style='min-width: {len(varied) + 1}in'>"
             f"{plots.draw_parallel_coordinates(ended, varied)}</div></div>"
         )
@@ -234,7 +234,7 @@ def _make_row(trial: FrozenTrial, directory: Path, is_best: bool) -> Sequence[ob
 
 
 def _show_importances(study: Study) -> str:
-    """Return the section on the share of each parameter, the highest first, or ""."""
+    """Return the section on the importance of each parameter, highest first, or ""."""
     number = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
     if number < _MIN_TRIALS:
         return ""
@@ -250,7 +250,7 @@ def _show_importances(study: Study) -> str:
     ]
     if not bars:
         return ""
-    caution = ": too few for more than a hint" if number < _MIN_RELIABLE else ""
+    caution = ": too few to rely on" if number < _MIN_RELIABLE else ""
     return (
         "<h2>Importance</h2><p>How much each setting distinguishes the best tenth of the complete "
         "trials from all of them (PED-ANOVA, Watanabe et al. 2023), computed from "

@@ -29,22 +29,22 @@ from lstm_jax.sweep.table import Table
 # The output of training, in the working directory of a trial.
 OUTPUT = "output.txt"
 
-# A worker ends after this many failed trials in a row. A diverged trial is not a failed one.
+# A worker stops after this many failed trials in a row. A diverged trial is not a failed one.
 _MAX_FAILURES = 3
-_SECONDS_BETWEEN_LOOKS = 2
-# Errors that the settings of a trial cause, or the memory of this machine; but see `_fail`.
+_POLL_SECONDS = 2
+# Errors caused by the settings of a trial or by too little memory; see also `_fail`.
 _FAILURES = (UserError, jax.errors.JaxRuntimeError, MemoryError)
 
 
 class Sweep(NamedTuple):
-    """A sweep as every worker sees it."""
+    """The sweep that a worker takes part in."""
 
     study: Study
     experiment: ConfigDict  # The config that trials change.
     space: space_lib.Space
     directory: Path
-    trials: int  # How many to finish, by all workers together.
-    population: int  # How many a worker trains at once.
+    trials: int  # The total number to finish, over all workers.
+    population: int  # The number that a worker trains at once.
 
 
 class _InterruptedError(Exception):
@@ -66,10 +66,10 @@ def prepare_sweep(
     seed: int = 0,
     members: int | None = None,
 ) -> Sweep:
-    """Check the options of a sweep, which `python -m lstm_jax.sweep --help` explains, and open it.
+    """Check the options of a sweep (see `python -m lstm_jax.sweep --help`), and open it.
 
-    `experiment` is a complete config; its name is a part of the default name. Raises `UserError` or
-    `OSError`.
+    `experiment` is a complete config; `experiment_name` is part of the default `name`. Raise
+    `UserError` or `OSError`.
     """
     if space_file and not seeds:
         space, space_name = space_lib.load_space(Path(space_file)), Path(space_file).stem
@@ -119,9 +119,9 @@ def run_sweep(sweep: Sweep) -> int:
 
 
 def run_worker(sweep: Sweep, worker: worker_lib.Worker, table: Table) -> int:
-    """Train trials until all workers together have finished enough of them.
+    """Train trials until all workers together have finished `sweep.trials`.
 
-    Return the exit code: 0, or that of a signal, after which `worker` has trials to give back.
+    Return the exit code: 0, or that of a signal; then `worker` still has trials to give back.
     """
     failures: list[str] = []
     while True:
@@ -131,7 +131,7 @@ def run_worker(sweep: Sweep, worker: worker_lib.Worker, table: Table) -> int:
         if not trials:
             if len(study_lib.list_finished(sweep.study)) >= sweep.trials:
                 return 0
-            time.sleep(_SECONDS_BETWEEN_LOOKS)  # Others are working on the last ones.
+            time.sleep(_POLL_SECONDS)  # Other workers train the last trials.
             continue
         try:
             reasons = _train_trials(sweep, worker, trials)
@@ -151,11 +151,11 @@ def run_worker(sweep: Sweep, worker: worker_lib.Worker, table: Table) -> int:
 
 
 def _train_trials(sweep: Sweep, worker: worker_lib.Worker, trials: Sequence[Trial]) -> list[str]:
-    """Train trials and tell the study their results; return why each failed, or ""."""
+    """Train trials and record their results; return the reason of each failure, or ""."""
     configs, directories = [], []
     for trial in trials:
         try:
-            overrides = sweep.space.overrides(trial)  # Draws the parameters if they are not yet.
+            overrides = sweep.space.overrides(trial)  # Draws the parameters of a new trial.
             configs.append(sweep.space.apply(sweep.experiment, overrides))
         except UserError as error:
             _fail(worker, trial, error)
@@ -194,7 +194,7 @@ def _train_trials(sweep: Sweep, worker: worker_lib.Worker, trials: Sequence[Tria
 
 
 def _train_trial(trial: Trial, config: ConfigDict, directory: Path) -> str:
-    """Train one trial; return the reason if it diverged, or ""."""
+    """Train one trial; if it diverged, return the reason, else ""."""
 
     def report_loss(row: Mapping[str, Any]) -> None:
         epoch = row["epoch"]
@@ -213,7 +213,7 @@ def _train_trial(trial: Trial, config: ConfigDict, directory: Path) -> str:
 
 
 def _fail(worker: worker_lib.Worker, trial: Trial, error: Exception) -> str:
-    """Tell the study that a trial can't be trained; return why."""
+    """Record that a trial can't be trained; return the reason."""
     if isinstance(error, UnavailableError):
         raise error  # A later attempt may succeed, so the trial is given back.
     reason = str(error) if isinstance(error, UserError) else one_line(error)[:300]
@@ -222,7 +222,7 @@ def _fail(worker: worker_lib.Worker, trial: Trial, error: Exception) -> str:
 
 
 def _complete(worker: worker_lib.Worker, trial: Trial, directory: Path) -> None:
-    """Tell the study the validation loss of the best checkpoint of a trained trial."""
+    """Record the validation loss of the best checkpoint of a trained trial."""
     saved_in = directory / workdir.CHECKPOINTS
     best = checkpoints.find_best_step(saved_in)
     loss = checkpoints.read_validation_loss(saved_in, best) if best is not None else None
@@ -241,7 +241,7 @@ def _append(path: Path) -> io.TextIOWrapper:
 
 
 def _report(trial: Trial, epoch: int, loss: float) -> None:
-    """Report a validation loss, once: a resumed trial measures its last one again."""
+    """Report a validation loss once; a resumed trial measures its last one again."""
     if math.isfinite(loss) and epoch not in _freeze(trial).intermediate_values:
         trial.report(loss, epoch)
 

@@ -1,4 +1,4 @@
-"""Read the space of a sweep: a Python file with a function from a trial to config overrides."""
+"""Load the search space of a sweep: a Python file that maps a trial to config overrides."""
 
 import contextlib
 import functools
@@ -20,12 +20,12 @@ from lstm_jax import config as config_lib
 from lstm_jax.errors import UserError, one_line
 
 FUNCTION = "get_overrides"
-# Draws to try before anything is trained, so that mistakes are reported early.
+# The number of draws to check before training, so that mistakes are reported early.
 _NUM_PROBES = 20
 
 
 class Space(NamedTuple):
-    """The fields that trials vary. Its methods raise `UserError` for mistakes in its file."""
+    """The search space of a sweep. Its methods raise `UserError` for mistakes in its file."""
 
     name: str  # Of the file, for messages.
     get_overrides: Callable[[Any], Mapping[str, Any]]  # From a trial to fields by dotted name.
@@ -49,9 +49,9 @@ class Space(NamedTuple):
         return made
 
     def replay(self, trial: FrozenTrial) -> dict[str, Any]:
-        """Return the overrides for the parameters of a trial; missing parameters get any value.
+        """Return the overrides for the parameters of a trial; missing ones get any value.
 
-        Raises `UserError` if this space can't have drawn them.
+        Raise `UserError` if this space can't have drawn them.
         """
         replayed = _ReplayedTrial(self.name, trial.params, trial.distributions)
         overrides = self.overrides(replayed)
@@ -67,13 +67,13 @@ class Space(NamedTuple):
             raise UserError(f"{self.name}: {error}") from None
 
     def check(self, experiment: ConfigDict) -> tuple[list[ConfigDict], list[str]]:
-        """Return the configs of some draws, always the same, and the names of all parameters."""
+        """Return the configs of a fixed set of random draws, and the names of all parameters."""
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         configs = [self.apply(experiment, self.overrides(study.ask())) for _ in range(_NUM_PROBES)]
         return configs, sorted({name for trial in study.trials for name in trial.params})
 
     def grid(self) -> dict[str, list[Any]]:
-        """Return the values of each parameter; raise `UserError` if they are not finitely many."""
+        """Return the values of each parameter; raise `UserError` if their number is infinite."""
         trial = _ReplayedTrial(self.name, {}, {})
         self.overrides(trial)
         return {name: self._list_values(name, drawn) for name, drawn in trial.distributions.items()}
@@ -87,12 +87,12 @@ class Space(NamedTuple):
                 f"{self.name}: a grid needs a finite number of values of {name!r}: give it a step, "
                 "or suggest_categorical"
             )
-        # Rounding may lift the last value above `high`.
+        # Rounding may raise the last value above `high`.
         return [min(low + i * step, high) for i in range(round((high - low) / step) + 1)]
 
 
 class _ReplayedTrial(optuna.trial.FixedTrial):
-    """A trial with known parameters; any others get their first value."""
+    """A trial with known parameters; all others get their first value."""
 
     def __init__(
         self, space: str, params: dict[str, Any], drawn: Mapping[str, BaseDistribution]
@@ -114,7 +114,7 @@ class _ReplayedTrial(optuna.trial.FixedTrial):
 
     def not_drawn(self, name: str) -> UserError:
         return UserError(
-            f"{self._space}: it does not draw {name!r:.80} = {self._params[name]!r:.80}, which a "
+            f"{self._space} does not draw {name!r:.80} = {self._params[name]!r:.80}, which a "
             "trial of the study has: name another --workdir"
         )
 
@@ -147,9 +147,9 @@ def make_seed_space(first: int, number: int) -> Space:
 
 
 def change_fields(experiment: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
-    """Return the complete config with some fields, by dotted name, changed.
+    """Return the complete config with the overrides, by dotted field name, applied.
 
-    Raises `UserError` for an unknown field or an invalid value.
+    Raise `UserError` for an unknown field or an invalid value.
     """
     fields = experiment.to_dict()
     for field, value in overrides.items():
@@ -162,7 +162,7 @@ def change_fields(experiment: ConfigDict, overrides: Mapping[str, Any]) -> Confi
 
 @contextlib.contextmanager
 def _convert_errors(file: str) -> Iterator[None]:
-    """Convert whatever code of a space file raises to a `UserError` with its line."""
+    """Convert any exception of a space file to a `UserError` with the line number."""
     try:
         yield
         return

@@ -1,8 +1,8 @@
-"""Open the storage of a study that somebody else may have made.
+"""Open the storage of a study, which may be untrusted.
 
-A study is data. A journal or an SQLite file must be a regular file that makes SQLite use no other
-one, trials are checked whenever they are read, no message shows a password, and each exception that
-Optuna or a database raises becomes one line.
+A study is data: no code from it runs. A journal or SQLite file must be a regular file that does not
+make SQLite open other files. Trials are checked when they are read, no message shows a password,
+and exceptions of Optuna and databases become errors of one line.
 """
 
 import contextlib
@@ -38,14 +38,14 @@ _FIRST_BYTES, _MAX_RECORD_BYTES = b'{"op_code":', 2**24
 _NAMES_ANOTHER = bytes.fromhex("d9d505f920a163d7")
 
 
-# Returns a trial; raises `UserError` for one that no sweep makes.
+# Returns the trial, or raises `UserError` if no sweep can have written it.
 _CheckTrial = Callable[[FrozenTrial], FrozenTrial]
 
 
 def open_storage(database: Path, location: str | None, check_trial: _CheckTrial) -> BaseStorage:
-    """Open or make the storage of a study: at `location`, or else the SQLite file `database`.
+    """Open or create the storage of a study: `location`, or by default an SQLite file, `database`.
 
-    Raises `UserError` if it can't be reached or written, or is not safe to open.
+    Raise `UserError` if it can't be reached or written, or is not safe to open.
     """
     if location and location.startswith("journal:"):
         path = Path(location.removeprefix("journal:")).resolve()
@@ -55,7 +55,7 @@ def open_storage(database: Path, location: str | None, check_trial: _CheckTrial)
             files.open_append(path).close()
             with files.open_regular(path) as file:
                 if not _FIRST_BYTES.startswith(file.read(len(_FIRST_BYTES))):
-                    raise UserError(f"{path} is not a journal of Optuna's: name another --study")
+                    raise UserError(f"{path} is not an Optuna journal: name another --study")
             journal = JournalStorage(JournalFileBackend(str(path), _JournalLock(path)))
         return cast(BaseStorage, _CheckedStorage(journal, place, check_trial))
     url = sqlalchemy.URL.create("sqlite", database=str(database.absolute()))
@@ -72,13 +72,13 @@ def open_storage(database: Path, location: str | None, check_trial: _CheckTrial)
                 path = Path(url.database)
                 _check_sqlite_files(path.resolve() if location else path)
         url = url.set(drivername=_DRIVERS.get(url.drivername, url.drivername))
-        # Connect once before Optuna does, whose message for a failure has many lines.
+        # Connect before Optuna does: its error messages have many lines.
         engine = sqlalchemy.create_engine(
             url, connect_args=settings, poolclass=sqlalchemy.pool.NullPool
         )
         with engine.connect() as connection:
             if backend == "sqlite":
-                # Queries of its own may never end.
+                # A view or trigger may run a query that never ends.
                 query = "SELECT name FROM sqlite_master WHERE type IN ('view', 'trigger')"
                 if found := connection.exec_driver_sql(query).first():
                     raise OSError(errno.EINVAL, f"It has a view or trigger, {found[0]!r:.80}")
@@ -102,7 +102,7 @@ def open_storage(database: Path, location: str | None, check_trial: _CheckTrial)
 
 
 def _make_tables(url: str, settings: dict[str, int]) -> RDBStorage:
-    """Make Optuna's storage; retry, since several workers may make its tables at once."""
+    """Create Optuna's storage; retry, because several workers may create its tables at once."""
     for attempt in range(1, 10):
         with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError, StorageInternalError):
             return RDBStorage(url, engine_kwargs={"connect_args": settings})
@@ -111,9 +111,9 @@ def _make_tables(url: str, settings: dict[str, int]) -> RDBStorage:
 
 
 def _begin_immediately(engine: sqlalchemy.Engine) -> None:
-    """Let no other process write between what a transaction of SQLite reads and writes.
+    """Make SQLite lock the database at the start of a transaction, by a recipe of SQLAlchemy.
 
-    Without this recipe of SQLAlchemy's, two processes that read a trial can both change it.
+    Otherwise two processes can read the same trial and both change it.
     """
     engine.dispose()
     listen = sqlalchemy.event.listen
@@ -125,24 +125,24 @@ def _check_sqlite_files(path: Path) -> None:
     """Raise `OSError` for a database that makes SQLite use other files."""
     for end in ("", "-journal", "-wal", "-shm"):
         file = path.with_name(path.name + end)
-        with contextlib.suppress(FileNotFoundError):  # Other workers make and delete them.
+        with contextlib.suppress(FileNotFoundError):  # Other workers create and delete them.
             if files.read_tail(file, 8) == _NAMES_ANOTHER:
                 what = "It names another file, which SQLite would delete"
                 raise OSError(errno.EINVAL, what, str(file))
 
 
 class _JournalLock(JournalFileOpenLock):
-    """A lock on the journal itself, which the operating system releases if its holder dies.
+    """An `flock` on the journal, which the operating system releases when the process dies.
 
-    Optuna's own locks are files beside the journal. A dangling link in their place would make
-    every worker wait forever.
+    Optuna's own locks are separate files. A dangling link with the name of one would make every
+    worker wait forever.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def acquire(self) -> bool:
-        """Wait for the lock, then remove an incomplete last record, which a full disk leaves."""
+        """Wait for the lock, then remove an incomplete last record, which a full disk can cause."""
         self._file = files.open_append(self._path)
         fcntl.flock(self._file, fcntl.LOCK_EX)
         if files.read_tail(self._path, 1) not in (b"", b"\n"):
@@ -156,7 +156,7 @@ class _JournalLock(JournalFileOpenLock):
 
 
 class Guarded:
-    """A proxy for an object of Optuna's whose methods raise errors of one line."""
+    """A proxy for an Optuna object whose methods raise errors of one line."""
 
     def __init__(self, inner: Any, place: str = "") -> None:
         self._inner, self._place = inner, place
@@ -167,7 +167,7 @@ class Guarded:
 
 
 class _CheckedStorage(Guarded):
-    """A storage that checks each trial as it is read."""
+    """A storage that checks each trial when it is read."""
 
     def __init__(self, inner: BaseStorage, place: str, check_trial: _CheckTrial) -> None:
         super().__init__(inner, place)
@@ -184,7 +184,7 @@ class _CheckedStorage(Guarded):
 
 @contextlib.contextmanager
 def convert_errors(place: str = "") -> Iterator[None]:
-    """Convert whatever Optuna raises for an unusable study to an `UnavailableError` of one line."""
+    """Convert any exception of Optuna to an `UnavailableError` of one line."""
     try:
         yield
     except (UserError, DuplicatedStudyError, UpdateFinishedTrialError):
@@ -204,7 +204,7 @@ def _describe(error: Exception) -> str:
 
 
 def _mask_secrets(text: str, location: str) -> str:
-    """Mask all words of a URL that may belong to a password, however malformed the URL is."""
+    """Mask all words of a URL, even a malformed one, that may be part of a password."""
     secret = f"{location.partition('://')[2].partition(':')[2]} {location.partition('?')[2]}"
     words = set(re.findall(r"\w+", f"{secret} {unquote_plus(secret)}".casefold()))
     return re.sub(r"\w+", lambda w: "***" if w[0].casefold() in words else w[0], text)

@@ -1,7 +1,7 @@
 """The Optuna study that the workers of a sweep share: attributes, checks, sampler and pruner.
 
-A study may come from somebody else. Its trials are checked as they are read (`check_trial`), and
-their parameters must be ones that the user's own space draws (`check_space`).
+A study may be untrusted: `check_trial` checks each trial when it is read, and `check_space` checks
+that the user's own space can draw its parameters.
 """
 
 import copy
@@ -21,7 +21,7 @@ from lstm_jax.errors import UserError
 from lstm_jax.sweep.space import Space
 from lstm_jax.sweep.storage import Guarded, convert_errors, open_storage
 
-# Optuna's CMA-ES is missing: it unpickles its state from the study, which can run any code.
+# Optuna's CMA-ES is not supported: it unpickles its state from the study, which can run any code.
 SAMPLERS = ("tpe", "random", "grid")
 PRUNERS = ("hyperband", "none")
 
@@ -29,16 +29,16 @@ PRUNERS = ("hyperband", "none")
 DATABASE = "study.db"
 TRIALS = "trials"
 
-# Attributes of a trial. Only the process that works on a trial writes them.
+# Attributes of a trial. Only the process that runs the trial writes them.
 WORKER = "worker"  # host/name/ticket, where the ticket is unique.
 BEAT = "beat"  # A counter that the worker increments.
 RESUMES = "resumes"  # The number of the trial that this one resumes.
 WORKDIR = "workdir"  # The number that names its working directory.
-PLACE = "place"  # How many other trials were started before it; the sampler's seed depends on it.
+PLACE = "place"  # The number of other trials that started before it; determines the sampler's seed.
 ORIGIN = "origin"  # Identifies its working directory among those of other studies.
-DEATHS = "deaths"  # How many workers died since it last made progress, and that progress.
-GIVEN_BACK = "given_back"  # Its worker closed it on purpose.
-DROPPED = "dropped"  # It was closed because it was one too many.
+DEATHS = "deaths"  # The number of workers that died since its last progress, and that progress.
+GIVEN_BACK = "given_back"  # Its worker stopped before it ended.
+DROPPED = "dropped"  # It was closed as a duplicate or surplus trial.
 REASON = "reason"  # Why it failed. A trial whose worker died has none.
 OVERRIDES = "overrides"
 TEST_LOSS = "test_loss"
@@ -57,9 +57,9 @@ def open_study(
     sampler: BaseSampler,
     pruner: optuna.pruners.BasePruner,
 ) -> Study:
-    """Open or make the study of a sweep: at `location`, or else in the sweep's directory.
+    """Open or create the study of a sweep, at `location` or in the sweep's directory.
 
-    Raises `UserError` if it can't be reached or written, or is for another experiment or space.
+    Raise `UserError` if it can't be reached or written, or is for another experiment or space.
     """
     study = optuna.create_study(
         storage=open_storage(directory / DATABASE, location, check_trial),
@@ -78,7 +78,7 @@ def open_study(
     if is_minimized and before is None and not study.get_trials(deepcopy=False):
         study.set_user_attr(_EXPERIMENT, before := fields)
     if not is_minimized or not isinstance(before, dict):
-        raise UserError(f"the study {name!r} exists, but no sweep made it: choose another --name")
+        raise UserError(f"the study {name!r} exists, but is not from a sweep: use another --name")
     if differing := [f for f in fields if before.get(f) != fields[f]]:
         first = differing[0]
         others = f" and {len(differing) - 1} more" if differing[1:] else ""
@@ -90,14 +90,14 @@ def open_study(
         study.set_user_attr(_PARAMETERS, sorted(parameters))
     elif known != sorted(parameters):
         raise UserError(
-            f"the study {name!r} was made for a space of {known!r:.200}, and this one is of "
+            f"the study {name!r} was made for a space with {known!r:.200}, but this one has "
             f"{sorted(parameters)}: name another --workdir"
         )
     return study
 
 
 def check_space(study: Study, space: Space) -> None:
-    """Raise `UserError` unless a space gives each trial the overrides that the study holds."""
+    """Raise `UserError` unless a space reproduces the overrides of each trial of a study."""
     for trial in study.get_trials(deepcopy=False):
         overrides = space.replay(trial)
         if trial.user_attrs.get(OVERRIDES, overrides) != overrides:
@@ -151,7 +151,7 @@ def _is_count(value: Any, most: float = float("inf")) -> bool:
 
 
 def _is_loss(value: Any) -> bool:
-    """Return whether it is a number that fits into float32."""
+    """Return whether a value is a number that fits into float32."""
     return type(value) in (int, float) and abs(value) < 3.5e38
 
 
@@ -165,10 +165,10 @@ def make_sampler(name: str, seed: int, grid: Mapping[str, list[Any]] | None = No
 
 
 class _SeededSampler(Guarded):
-    """A sampler with a new seed for each trial, which depends on the trial's place.
+    """A sampler with a separate seed for each trial, derived from the trial's place.
 
-    So the parameters follow from the seed and the trials before, whichever process draws them and
-    however often the trial is resumed, and two workers never draw the same.
+    The parameters depend only on the seed and the earlier trials, not on the process that draws
+    them or on how often the trial is resumed, and two workers never draw the same.
     """
 
     def __init__(self, name: str, seed: int, grid: Mapping[str, list[Any]]) -> None:
@@ -189,13 +189,13 @@ class _SeededSampler(Guarded):
         self._inner.before_trial(study, trial)
 
     def after_trial(self, *outcome: Any) -> None:
-        """Do nothing: the grid's method would stop Optuna's own loop, and the others do nothing."""
+        """Do nothing: GridSampler would stop Optuna's own loop, and the others do nothing."""
 
 
 def make_pruner(name: str, num_epochs: int) -> optuna.pruners.BasePruner:
     """Return one of `PRUNERS`.
 
-    Hyperband (Li et al. 2018) counts epochs and runs successive halving in each bracket.
+    Hyperband (Li et al. 2018) runs successive halving over epochs in each bracket.
     """
     return optuna.pruners.NopPruner() if name == "none" else _Hyperband(1, num_epochs, 3)
 
@@ -214,18 +214,18 @@ class _Hyperband(optuna.pruners.HyperbandPruner):
 
 
 def list_finished(study: Study) -> list[FrozenTrial]:
-    """Return the trials that are complete, pruned, or failed for a reason."""
+    """Return the trials that are complete, pruned, or failed with a reason."""
     trials = study.get_trials(deepcopy=False)
     return [trial for trial in trials if trial.state.is_finished() and not is_closed(trial)]
 
 
 def list_running(study: Study) -> list[FrozenTrial]:
-    """Return the trials that a worker is working on, dead workers not yet noticed included."""
+    """Return the running trials, including those of dead workers not yet detected."""
     return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
 
 def is_closed(trial: FrozenTrial) -> bool:
-    """Return whether a trial was closed without a result, so that another may resume it."""
+    """Return whether a trial was closed without a result, so that another one may resume it."""
     return trial.state == TrialState.FAIL and REASON not in trial.user_attrs
 
 

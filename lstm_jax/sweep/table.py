@@ -20,12 +20,12 @@ _MAX_ROWS = 12
 
 
 class Table:
-    """The running trials, how the others ended, the best one and the remaining time."""
+    """A live table of the trials, with the best one and the remaining time."""
 
     def __init__(self, study: Study, trials: int) -> None:
-        """Take the study and the number of trials to finish in all."""
+        """Prepare the table of a study with `trials` to finish in total."""
         self._study, self._trials = study, trials
-        # Standard error as it is now; it is redirected while a trial trains.
+        # Keep the current standard error: it is redirected while a trial trains.
         self._console = Console(file=sys.stderr)
         self._shown = Group()
         self._live = Live(
@@ -56,7 +56,7 @@ class Table:
         self._console.print(text, soft_wrap=True, markup=False, highlight=False)
 
     def _draw(self) -> Group:
-        with contextlib.suppress(Exception):  # The database may be out of reach for a while.
+        with contextlib.suppress(Exception):  # The database may be temporarily unreachable.
             trials = self._study.get_trials(deepcopy=False)
             table = RichTable(box=None, pad_edge=False)
             for name, width in (("trial", 5), ("state", 8), ("epochs", 6), ("loss", 6)):
@@ -81,7 +81,7 @@ class Table:
 
 
 def describe_state(trial: FrozenTrial) -> str:
-    """Return the state of a trial in a word; empty if another trial resumes it."""
+    """Return the state of a trial in one word, or "" if another trial may resume it."""
     reason = trial.user_attrs.get(study_lib.REASON, "")
     if trial.state == TrialState.PRUNED:
         return "diverged" if reason.startswith("diverged") else "pruned"

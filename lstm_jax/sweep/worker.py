@@ -1,10 +1,9 @@
-"""Decide which worker works on which trial.
+"""Assign trials to workers.
 
-Each running trial names its worker, which increments a counter in it every few seconds. A trial
-whose worker died is closed, and the first worker to notice resumes it: under a new number, in the
-same working directory, with the same parameters and reported losses. No step needs a lock. If two
-workers resume the same trial, or start one too many, the lower number stays and the other is
-dropped.
+Each running trial names its worker, which increments a counter in the trial every few seconds. The
+first worker that detects a dead one closes its trial and resumes it under a new number, with the
+same working directory, parameters and reported losses. This needs no lock: if two workers resume
+the same trial, or start a trial too many, the trial with the higher number is dropped.
 """
 
 import contextlib
@@ -28,7 +27,7 @@ from lstm_jax.run import checkpoints, files, workdir
 from lstm_jax.sweep import study as study_lib
 from lstm_jax.sweep.study import is_closed, list_finished, list_running
 
-# In the directory of a sweep: a file for each living worker, which it holds a lock on.
+# In the directory of a sweep: a file for each live worker, which holds a lock on it.
 WORKERS = "workers"
 # In the working directory of a trial: the attribute `study.ORIGIN` of all trials that may use it.
 OWNER = "trial"
@@ -41,7 +40,7 @@ _MAX_DEATHS = 5
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory; raise `UserError` if a file or a link is in its place."""
+    """Make a directory; raise `UserError` if a file or a link has its name."""
     with contextlib.suppress(FileExistsError):
         path.mkdir()
     if not stat.S_ISDIR(path.lstat().st_mode):
@@ -56,23 +55,23 @@ def claim_directory(directory: Path, trial: FrozenTrial) -> None:
     if not os.path.lexists(path) and not os.path.lexists(directory / workdir.CONFIG):
         files.write_file(path, own)
     elif not os.path.lexists(path) or files.read_bytes(path, 100) != own:
-        raise UserError(f"{directory} holds a trial of another study: name another --workdir")
+        raise UserError(f"{directory} contains a trial of another study: name another --workdir")
 
 
 class Worker:
-    """One process that works on the trials of a study.
+    """A process that trains trials of a study.
 
-    It holds a lock on a file of its own in the sweep's directory as long as it lives. Workers on
-    the same host notice its death by the lock, those on other hosts by its counter.
+    While it runs, it holds a lock on its own file in the sweep's directory. Workers on the same
+    host detect its death by the lock, workers on other hosts by its counter.
     """
 
     def __init__(self, study: Study, directory: Path, trials: int) -> None:
-        """Take the study, the sweep's directory and the number of trials to finish in all."""
+        """Prepare to train trials in the sweep's directory until `trials` are finished in total."""
         self.study = study
         self._trials = trials
         self._directory = directory / WORKERS
         self._name = uuid.uuid4().hex
-        self._own: dict[int, int] = {}  # The trials that it works on: number and id.
+        self._own: dict[int, int] = {}  # The trials that it trains: number and id.
         self._seen: dict[tuple[int, Any], float] = {}  # When each counter was first seen.
         self._done = threading.Event()
 
@@ -80,7 +79,7 @@ class Worker:
         make_directory(self._directory)
         self._lock = files.open_append(self._directory / self._name)
         if not files.lock_file(self._lock, wait=True):
-            (self._directory / self._name).unlink()  # Then others go by the counter.
+            (self._directory / self._name).unlink()  # Others then rely on the counter.
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
         return self
@@ -88,8 +87,8 @@ class Worker:
     def __exit__(self, *exception: object) -> None:
         self._done.set()
         self._thread.join()
-        # If the study can't be written, the file stays without its lock: the trials are resumed
-        # as those of a dead worker.
+        # If the study can't be written, the file remains without a lock, and others resume the
+        # trials as those of a dead worker.
         with contextlib.suppress(UserError, OSError):
             for number in list(self._own):
                 self.close(number, study_lib.GIVEN_BACK)
@@ -101,13 +100,13 @@ class Worker:
         while not self._done.wait(_BEAT_SECONDS):
             beat += 1
             for trial_id in list(self._own.values()):
-                # The database may be out of reach for a while. If a trial was closed meanwhile,
-                # the next report of its loss fails.
+                # The database may be temporarily unreachable. If a trial was closed meanwhile, the
+                # next report of its loss fails.
                 with contextlib.suppress(Exception):
                     self.study._storage.set_trial_user_attr(trial_id, study_lib.BEAT, beat)
 
     def next(self) -> optuna.Trial | None:
-        """Return a trial whose worker died, or else a new one; None if none is left."""
+        """Return a trial to train: one whose worker died, or a new one; None if none is left."""
         for trial in list_running(self.study):
             if trial.number not in self._own and self._is_dead(trial):
                 self.close(trial.number)
@@ -123,7 +122,7 @@ class Worker:
         return new
 
     def close(self, number: int, mark: str = "") -> None:
-        """Close a trial without a result, unless it is finished; set `mark` if it is an own one."""
+        """Close a trial without a result, unless it is finished; set `mark` if it is our own."""
         trial_id = self._own.pop(number, None)
         with contextlib.suppress(ValueError, UpdateFinishedTrialError):
             if trial_id is not None:
@@ -133,7 +132,7 @@ class Worker:
     def tell(
         self, trial: optuna.Trial, state: TrialState, loss: float | None = None, reason: str = ""
     ) -> None:
-        """Record the result of a trial; do nothing if another worker has taken the trial over."""
+        """Record the result of a trial; do nothing if another worker has taken it over."""
         try:
             if reason:
                 trial.set_user_attr(study_lib.REASON, reason)
@@ -187,25 +186,25 @@ class Worker:
                 return False
             except OSError:  # It is a link.
                 pass
-        # The time is measured by this process alone, so the clocks of hosts may differ.
+        # Only the clock of this process is used, so the clocks of hosts may differ.
         key, now = (trial.number, trial.user_attrs.get(study_lib.BEAT)), time.monotonic()
         return now - self._seen.setdefault(key, now) > _STALE_SECONDS
 
     def _find_orphans(self) -> Iterator[FrozenTrial]:
         """Yield the trials that were closed without a result and that no other trial resumes."""
         trials = self.study.get_trials(deepcopy=False)
-        resumed: dict[int, int] = {}  # The first trial that resumes each.
+        resumed: dict[int, int] = {}  # For each trial, the first one that resumes it.
         for trial in trials:
             resumed.setdefault(trial.user_attrs.get(study_lib.RESUMES, -1), trial.number)
         for trial in trials:
-            # The second of two that resume the same trial is one too many, whatever its state.
+            # If two trials resume the same one, the second is a duplicate in any state.
             first = resumed.get(trial.user_attrs.get(study_lib.RESUMES, -2), trial.number)
             dropped = study_lib.DROPPED in trial.user_attrs or first < trial.number
             if is_closed(trial) and trial.number not in resumed and not dropped:
                 yield trial
 
     def _resume(self, orphan: FrozenTrial) -> optuna.Trial | None:
-        """Add a trial that resumes another; None if another worker did, or if it has to fail."""
+        """Add a trial that resumes another; return None if another worker did, or if it fails."""
         old = orphan.user_attrs
         saved_in = study_lib.get_trial_directory(self._directory.parent, orphan)
         steps = checkpoints.list_steps(saved_in / workdir.CHECKPOINTS)
@@ -223,6 +222,6 @@ class Worker:
             self.close(trial.number, study_lib.DROPPED)
             return None
         if deaths >= _MAX_DEATHS:
-            self.tell(trial, TrialState.FAIL, reason=f"{deaths} workers in a row died of it")
+            self.tell(trial, TrialState.FAIL, reason=f"{deaths} workers in a row died training it")
             return None
         return trial
