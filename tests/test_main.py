@@ -352,7 +352,7 @@ BAD_CONFIGS = {
             ["main", "--config.num_epochs=3"],
             "--config.num_epochs needs an experiment: add --config",
         ),
-        (["main", f"--config={ROOT}/experiments/cells.py:foo"], "lstm, gru, rnn are"),
+        (["main", f"--config={ROOT}/experiments/cells.py:foo"], "choose from lstm, gru, rnn"),
         (["main", "--config", QUICK, "--config.optimizer.lr=1"], "optimizer.learning_rate, "),
         (["main", "--config", QUICK, "--config.num_epochs=three"], "not an integer: 'three'"),
         (["main", "--config", QUICK, "--config.optimizer.step_at=('a','b')"], "between 0 and 1"),

@@ -132,7 +132,7 @@ def test_another_vocabulary_is_appended() -> None:
     first, second = Vocabulary.from_text("bd"), Vocabulary.from_text("abc\n\n", stop="\n\n")
     both = first.extended(second)
     assert both.tokens == ("", "[UNK]", "b", "d", "\n\n", "a", "c") and both.stop == "\n\n"
-    with pytest.raises(UserError, match="of a model of characters: set data.units=characters"):
+    with pytest.raises(UserError, match="was trained on characters: set data.units=characters"):
         first.extended(Vocabulary.from_text("abc", "words"))
     with pytest.raises(UserError, match="end with '.n.n': set data.document_separator"):
         second.extended(first)
@@ -172,7 +172,7 @@ def test_the_vocabulary_of_bytes_is_ascii_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"units": 3}, "no list"),
+        ({"units": 3}, "not a list"),
         ({"units": ["a", "b"]}, "first two"),
         ({"units": ["", "[UNK]", "ab"]}, "one of the characters"),
         ({"units": ["", "[UNK]", "a", "a"]}, "twice"),
@@ -180,7 +180,7 @@ def test_the_vocabulary_of_bytes_is_ascii_json(tmp_path: Path) -> None:
         ({"kind": "syllables"}, "kind"),
         ({"kind": ["words"]}, "kind"),
         ({"stop": "b"}, "not among"),
-        ({"stop": None}, "no text"),
+        ({"stop": None}, "not text"),
         ({"more": 1}, "does not hold"),
     ],
 )
