@@ -17,11 +17,14 @@ from lstm_jax.data import datasets, sources
 # would inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A compilation cache for all tests and the processes that they start: they compile the same tiny
-# models many times.
-_compiled = tempfile.TemporaryDirectory(prefix="lstm-jax-compiled-")
+# A compilation cache for all tests, the workers that run them, and the processes that they start:
+# they compile the same tiny models many times.
+_SHARED = "LSTM_JAX_TEST_CACHE"
+if _SHARED not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="lstm-jax-compiled-")
+    os.environ[_SHARED] = _compiled.name
 _CACHE = {
-    "jax_compilation_cache_dir": _compiled.name,
+    "jax_compilation_cache_dir": os.environ[_SHARED],
     "jax_persistent_cache_min_compile_time_secs": 0,
     "jax_persistent_cache_min_entry_size_bytes": 0,
 }
