@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
+from ml_collections import ConfigDict
 
 import lstm_jax
 from lstm_jax import config
@@ -78,14 +79,39 @@ def _report(error: Exception) -> int:
     raise error
 
 
-def define_text_flags() -> tuple[flags.FlagHolder[str | None], ...]:
-    """Define and return --data_path, --dataset and --data_directory, which name a run's text."""
+def read_experiment() -> tuple[ConfigDict, str]:
+    """Return the config that --config names, complete, and a name for its runs."""
+    flag = flags.FLAGS["config"]
+    if not flag.present:
+        raise UserError("name an experiment: --config experiments/quick.py")
+    # FILE:WORD, as in experiments/cells.py:gru.
+    name, _, word = flag.config_filename.partition(":")
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"there is no config file {path}")
+    return config.complete_config(flag.value), f"{path.stem}_{word}" if word else path.stem
+
+
+def define_run_flags() -> Callable[[], tuple[Path, list[str | None]]]:
+    """Define the flags that name a trained run and its text; return a function that reads them.
+
+    It returns --workdir, without which it raises `UserError`, and the last three arguments of
+    `texts.load_texts_of_run`: --data_path, --dataset and --data_directory.
+    """
     define = flags.DEFINE_string
-    return (
+    workdir = define("workdir", None, "Working directory of a training run.")
+    own_text = (
         define("data_path", None, "The text that the run was trained on, if it was moved."),
         define("dataset", None, "The TFDS dataset of the run; TFDS executes its code."),
         define("data_directory", None, "TFDS's data directory. [default: ~/tensorflow_datasets]"),
     )
+
+    def read() -> tuple[Path, list[str | None]]:
+        if workdir.value is None:
+            raise UserError("name the trained model: --workdir DIR")
+        return Path(workdir.value), [flag.value for flag in own_text]
+
+    return read
 
 
 def find_own_experiment(argument: str) -> str:

@@ -8,7 +8,6 @@ if __name__ == "__main__":
 import json
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from lstm_jax.data import sources, texts
 from lstm_jax.errors import UserError
 from lstm_jax.run import workdir
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Working directory of a training run.")
+_RUN = command.define_run_flags()
 _SPLIT = flags.DEFINE_string(
     "split",
     "test",
@@ -52,13 +51,11 @@ _DYNAMIC_DECAY = flags.DEFINE_float(
 _DYNAMIC_SEGMENT_LENGTH = flags.DEFINE_integer(
     "dynamic_segment_length", dynamic.Settings().segment_length, "Tokens per step of --dynamic."
 )
-_OWN_TEXT = command.define_text_flags()
 
 
 def main() -> None:
     """Print the loss of a trained model on a split, as one JSON object."""
-    if _WORKDIR.value is None:
-        raise UserError("name the trained model: --workdir DIR")
+    directory, own_text = _RUN()
     names = _SPLIT.value.split("+")
     if unknown := [name for name in names if name not in sources.SPLITS]:
         raise UserError(
@@ -76,9 +73,8 @@ def main() -> None:
     if _DYNAMIC.value and _FIT_TEMPERATURE.value:
         raise UserError("--fit_temperature and --dynamic exclude each other: leave one out")
 
-    trained = workdir.load_trained(Path(_WORKDIR.value))
+    trained = workdir.load_trained(directory)
     model, params, vocabulary = trained.model, trained.params, trained.vocabulary
-    own_text = [flag.value for flag in _OWN_TEXT]
     splits = texts.load_texts_of_run(trained.config.data, *own_text)
     ids = texts.Joined([splits[name].encode(vocabulary) for name in names])
     result: dict[str, Any] = {"split": _SPLIT.value}
@@ -96,7 +92,7 @@ def main() -> None:
         loss = loss_lib.compute_loss(model, params, ids)
     if math.isnan(loss):
         raise UserError(
-            f"the loss is not a number: the model of step {trained.step} in {_WORKDIR.value} has "
+            f"the loss is not a number: the model of step {trained.step} in {directory} has "
             "diverged; train again with a lower optimizer.learning_rate"
         )
     tokens = len(ids) - 1

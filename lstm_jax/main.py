@@ -17,9 +17,8 @@ from ml_collections import config_flags
 
 from lstm_jax import command, config, train
 from lstm_jax.devices import hosts
-from lstm_jax.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file(
+config_flags.DEFINE_config_file(
     "config", None, "Python file with get_config(); FILE:WORD calls get_config('WORD')."
 )
 _WORKDIR = flags.DEFINE_string(
@@ -42,23 +41,14 @@ _JOIN_SECONDS = flags.DEFINE_integer(
 
 def main() -> int:
     """Train as the flags say, and return the exit code."""
-    flag = flags.FLAGS["config"]
-    if not flag.present:
-        raise UserError("name an experiment: --config experiments/quick.py")
-    # FILE:WORD, as in experiments/cells.py:gru.
-    name, _, word = flag.config_filename.partition(":")
-    path = Path(name)
-    if not path.is_file():
-        raise UserError(f"there is no config file {path}")
-    directory = Path(_WORKDIR.value or Path("runs", f"{path.stem}_{word}" if word else path.stem))
-    experiment = config.complete_config(_CONFIG.value)
+    experiment, name = command.read_experiment()
     if _INIT_FROM.value is not None:
         experiment.init_from = _INIT_FROM.value
     for message in config.find_unused_fields(experiment):
         print(f"warning: {message}", file=sys.stderr)
     processes = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     with hosts.join_processes(*processes, _JOIN_SECONDS.value):
-        return train.train(experiment, directory)
+        return train.train(experiment, _WORKDIR.value or Path("runs", name))
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def test_command_line_overrides(name: str, value: str, capsys: pytest.CaptureFix
     flags = main.flags.FLAGS
     try:
         command._parse_flags(["main", "--config", QUICK, f"--config.{name}={value}"])
-        config_lib.complete_config(main._CONFIG.value)
+        command.read_experiment()
     except UserError as error:
         assert_one_line(error)
     except SystemExit as end:

@@ -14,10 +14,9 @@ from pathlib import Path
 from absl import flags
 
 from lstm_jax import command
-from lstm_jax.errors import UserError
 from lstm_jax.inspect import report
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Working directory of a training run.")
+_RUN = command.define_run_flags()
 _TEXT = flags.DEFINE_string(
     "text", None, "Text to read; - is standard input. [default: the run's validation split]"
 )
@@ -29,16 +28,13 @@ _LENGTH = flags.DEFINE_integer(
     lower_bound=2,
     upper_bound=10**6,
 )
-_OWN_TEXT = command.define_text_flags()
 
 
 def main() -> None:
     """Write the page."""
-    if _WORKDIR.value is None:
-        raise UserError("name the trained model: --workdir DIR")
-    own_text = [flag.value for flag in _OWN_TEXT]
+    directory, own_text = _RUN()
     out = Path(_OUT.value) if _OUT.value else None
-    report.write_report(Path(_WORKDIR.value), _TEXT.value, *own_text, out=out, length=_LENGTH.value)
+    report.write_report(directory, _TEXT.value, *own_text, out=out, length=_LENGTH.value)
 
 
 if __name__ == "__main__":

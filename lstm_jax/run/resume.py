@@ -15,7 +15,7 @@ from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.devices import hosts
 from lstm_jax.errors import UserError
-from lstm_jax.run import checkpoints, files, metrics, workdir
+from lstm_jax.run import checkpoints, files, workdir
 from lstm_jax.train_step import TrainState, init_state
 from lstm_jax.vocabulary import Ids, Vocabulary
 
@@ -159,7 +159,7 @@ def restore_run(
     if restored:
         step, history = restored.step, restored.history
         state = TrainState.join(restored.params, restored.state)
-    elif metrics.read_metrics(directory / workdir.METRICS):
+    elif (directory / workdir.METRICS).exists():
         raise UserError(
             f"{directory} holds {workdir.METRICS} but no checkpoint: restore "
             f"{workdir.CHECKPOINTS}/, or start a new run with another --workdir"

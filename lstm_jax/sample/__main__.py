@@ -9,7 +9,6 @@ if __name__ == "__main__":
     interrupts.exit_at_once()  # While the rest is imported, which takes seconds.
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from lstm_jax.run import workdir
 from lstm_jax.run.console import make_printable, make_printer
 from lstm_jax.sample import chat, novelty
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Working directory of a training run.")
+_RUN = command.define_run_flags()
 _PROMPT = flags.DEFINE_string("prompt", "", "Prompt to continue.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File with the prompt; - is stdin.")
 _LENGTH = flags.DEFINE_integer(
@@ -54,13 +53,11 @@ _INTERACTIVE = flags.DEFINE_boolean(
 _NOVELTY = flags.DEFINE_boolean(
     "novelty", False, "Measure how much of the text is copied from the training text."
 )
-_OWN_TEXT = command.define_text_flags()
 
 
 def main() -> None:
     """Print samples of a trained model, or chat."""
-    if _WORKDIR.value is None:
-        raise UserError("name the trained model: --workdir DIR")
+    directory, own_text = _RUN()
     if _PROMPT.value and _PROMPT_FILE.value:
         raise UserError("give either --prompt or --prompt_file")
     if _INTERACTIVE.value and (_NUM_SAMPLES.value > 1 or _PROMPT_FILE.value == "-"):
@@ -71,13 +68,12 @@ def main() -> None:
     controls = Controls(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _MIN_P.value, *penalty)
     make_control_arrays(controls, vocabulary_size=3)  # Check the values before loading the model.
 
-    trained = workdir.load_trained(Path(_WORKDIR.value))
+    trained = workdir.load_trained(directory)
     vocabulary = trained.vocabulary
     prompt = _PROMPT.value
     if path := _PROMPT_FILE.value:
         prompt = sources.read_argument(path, "--prompt_file", vocabulary.kind == "bytes")
     if _NOVELTY.value:
-        own_text = [flag.value for flag in _OWN_TEXT]
         training_text = texts.load_texts_of_run(trained.config.data, *own_text)["train"]
     for where, text in (("the prompt", prompt), ("--forbid", _FORBID.value)):
         if unknown := vocabulary.unknown(text):

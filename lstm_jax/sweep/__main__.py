@@ -15,7 +15,6 @@ if __name__ == "__main__":
 import contextlib
 import signal
 import sys
-from pathlib import Path
 
 import jax
 from absl import flags
@@ -23,7 +22,6 @@ from ml_collections import config_flags
 
 from lstm_jax import command, config
 from lstm_jax.devices import parallel
-from lstm_jax.errors import UserError
 
 try:
     import optuna
@@ -37,7 +35,7 @@ except ModuleNotFoundError as error:
     print(message, file=sys.stderr)
     sys.exit(2)
 
-_CONFIG = config_flags.DEFINE_config_file(
+config_flags.DEFINE_config_file(
     "config", None, "Experiment to start from: a Python file with get_config()."
 )
 _SPACE = flags.DEFINE_string(
@@ -92,21 +90,15 @@ def _terminate(number: int, frame: object) -> None:
 
 def main() -> int:
     """Run one worker of the sweep that the flags describe."""
-    flag = flags.FLAGS["config"]
-    if not flag.present:
-        raise UserError("name an experiment: --config experiments/quick.py")
-    file, _, argument = flag.config_filename.partition(":")
-    path = Path(file)
-    if not path.is_file():
-        raise UserError(f"there is no config file {path}")
+    experiment, name = command.read_experiment()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     # One device for each core, so that a trial does not depend on earlier trials in its process.
     # RuntimeError: JAX is already initialized and keeps its devices.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", parallel.count_cores())
     sweep = search.prepare_sweep(
-        config.complete_config(_CONFIG.value),
-        f"{path.stem}_{argument}" if argument else path.stem,
+        experiment,
+        name,
         space_file=_SPACE.value,
         seeds=_SEEDS.value,
         trials=_TRIALS.value,

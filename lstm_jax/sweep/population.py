@@ -82,7 +82,12 @@ def train_population(
             start = resume.restore_run(settled, directory, ids["train"], training_text.count_tokens)
             saved_in = directory / workdir.CHECKPOINTS
             writer = held.enter_context(checkpoints_lib.CheckpointWriter(saved_in))
-            if start.history is not None:
+            if start.history is None:
+                # Save before any metrics: metrics without a checkpoint can't be resumed.
+                state, sizes = start.state, workdir.history_sizes(directory)
+                writer.save(0, state.evaluated, state.rest, start.iterator, sizes)
+                writer.wait()
+            else:
                 workdir.restore_history(directory, start.history)
             number, own = len(members), settled.config
             members.append(_Member(number, own, directory, start, writer, is_ours))
@@ -208,10 +213,6 @@ def _train_group(
                 member.checkpoints.record_validation(step, loss)
                 on_validation(member.number, epoch, loss)
 
-    if step == 0:  # Save before any metrics: metrics without a checkpoint can't be resumed.
-        _save(members, state, step)
-        for member in members:
-            member.checkpoints.wait()
     validate()
     while step < total_steps:
         parts = fill([next(member.start.iterator) for member in members])
@@ -251,12 +252,10 @@ def _train_group(
 
 
 def _save(members: Sequence[_Member], state: TrainState, step: int) -> None:
-    """Save a checkpoint of each member that has not failed and has none of this step."""
+    """Save a checkpoint of each member that has not failed."""
     arrays = jax.device_get(state._replace(key=jax.random.key_data(state.key)))
     for i, member in enumerate(members):
-        # The first one may exist: the members of a group need not have started together.
-        saved = checkpoints_lib.list_steps(member.directory / workdir.CHECKPOINTS)
-        if member.reason or step in saved:
+        if member.reason:
             continue
         if not member.is_ours():
             raise UnavailableError(f"another process has taken over {member.directory}")
