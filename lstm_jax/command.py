@@ -52,6 +52,8 @@ def run_command(main: Callable[[], int | None]) -> None:
             code = _report(error)
         if interrupted:
             interrupts.leave()
+        if code:  # A signal stopped training, which has saved and said so.
+            interrupts.exit_now(code)
         return code
 
     try:

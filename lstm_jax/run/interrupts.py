@@ -49,15 +49,20 @@ def end() -> bool:
 
 
 def leave(*unused: object) -> NoReturn:
-    """End the process with one line and exit code 130.
+    """End the process with one line and exit code 130."""
+    with contextlib.suppress(OSError):
+        os.write(2, b"Interrupted.\n")
+    exit_now(130)
 
-    It does not wait for threads of libraries: after an interrupt they may never end.
+
+def exit_now(code: int) -> NoReturn:
+    """End the process without waiting for threads of libraries.
+
+    After an interrupt they may never end, or still compute on arrays that Python would free.
     """
     with contextlib.suppress(Exception):
         sys.stdout.flush()
-    with contextlib.suppress(OSError):
-        os.write(2, b"Interrupted.\n")
-    os._exit(130)
+    os._exit(code)
 
 
 def _raise(*unused: object) -> NoReturn:
