@@ -4,6 +4,7 @@
 generation uses, over one token at a time.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from lstm_jax import fused
 from lstm_jax.cells import CELLS
 from lstm_jax.cells.base import Gates
 from lstm_jax.fused import Lookup, StepArrays
-from lstm_jax.matmul import matmul
+from lstm_jax.matmul import has_bfloat16_instructions, matmul
 
 Params = dict[str, Any]
 
@@ -216,8 +217,19 @@ def apply_mask(x: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 
 def make_model(model: ConfigDict, vocabulary_size: int) -> LanguageModel:
-    """Make the model that the `model` fields of a config describe."""
-    return LanguageModel(vocabulary_size=vocabulary_size, **model)
+    """Make the model that the `model` fields of a config describe, for this machine.
+
+    The dtype "auto" becomes "bfloat16" where matmuls in bfloat16 are faster: on GPUs and TPUs, and
+    in fused layers on processors that have instructions for it. Elsewhere it becomes "float32".
+    """
+    made = LanguageModel(vocabulary_size=vocabulary_size, **model)
+    if made.dtype != "auto":
+        return made
+    on_cpu = jax.default_backend() == "cpu"
+    slow = on_cpu and not (has_bfloat16_instructions() and made.implementation() == "fused")
+    return dataclasses.replace(
+        made, dtype="float32" if slow or made.recurrence == "cudnn" else "bfloat16"
+    )
 
 
 def init_params(model: LanguageModel, key: jax.Array, counts: np.ndarray | None = None) -> Params:
