@@ -142,6 +142,8 @@ FIELDS = (
     Field("model.layer_norm", False, _SWITCH, "Layer normalization of the inputs of the gates."),
     Field("model.tie_embeddings", False, _SWITCH,
           "Use the embedding table as the dense layer's kernel; sets the last layer's width."),
+    Field("model.initial_embedding", 0.05, Rule("above 0, up to 1000", lambda x: 0 < x <= 1000),
+          "Initial embeddings are uniform between minus and plus this.", population="start"),
     Field("model.initial_scale", 1.0, Rule("above 0, up to 1000", lambda value: 0 < value <= 1000),
           "Factor of the initial kernels and embedding table.", population="start"),
     Field("model.initial_bias", "frequencies", one_of(*model_lib.INITIAL_BIASES),

@@ -80,6 +80,7 @@ class LanguageModel(nn.Module):
     layer_norm: bool = False  # Whether the cells normalize the contributions to their gates.
     mogrifier_rounds: int = 5  # The rounds of the cell "mogrifier".
     tie_embeddings: bool = False
+    initial_embedding: float = 0.05  # Initial embeddings are uniform in ± this.
     initial_scale: float = 1.0  # A factor of initial kernels and embeddings.
     initial_bias: str = "frequencies"  # Of the dense layer, one of `INITIAL_BIASES`.
 
@@ -91,7 +92,8 @@ class LanguageModel(nn.Module):
 
     def setup(self) -> None:
         """Declare the layers."""
-        uniform = functools.partial(jax.random.uniform, minval=-0.05, maxval=0.05)
+        bound = self.initial_embedding
+        uniform = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
         self.embedding = nn.Embed(self.vocabulary_size, self.embedding_size, embedding_init=uniform)
         setattr(self, self.cell, self._make_cells())  # Flax names them lstm_0, lstm_1, ...
         self.dense = Dense(self.sizes[-1], self.vocabulary_size, self.tie_embeddings, self.dtype)
@@ -235,7 +237,8 @@ def make_model(model: ConfigDict, vocabulary_size: int) -> LanguageModel:
 def init_params(model: LanguageModel, key: jax.Array, counts: np.ndarray | None = None) -> Params:
     """Draw initial parameters, as Keras does except for the bias of the dense layer.
 
-    Embeddings are uniform in ±0.05, kernels Glorot uniform, and recurrent kernels orthogonal.
+    Embeddings are uniform in ±`initial_embedding`, kernels Glorot uniform, and recurrent kernels
+    orthogonal.
     Biases are 1 for forget gates and 0 for the others. With `initial_bias` "frequencies" an
     untrained model predicts the frequencies of the tokens in the training text.
 

@@ -122,10 +122,11 @@ def test_muon_updates_recurrent_layers_and_adam_the_rest() -> None:
         "embedding": {"embedding": (3, 5)},
     }
     params, *gradients = (
-        {
-            layer: {name: jnp.asarray(rng.normal(size=shape)) for name, shape in arrays.items()}
-            for layer, arrays in shapes.items()
-        }
+        jax.tree.map(
+            lambda shape: jnp.asarray(rng.normal(size=shape)),
+            shapes,
+            is_leaf=lambda x: isinstance(x, tuple),
+        )
         for _ in range(3)
     )
     settings = {"learning_rate": 0.1, "weight_decay": 0.5, "b2": 0.9}
