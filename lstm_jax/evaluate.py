@@ -5,9 +5,11 @@ if __name__ == "__main__":
 
     interrupts.exit_at_once()  # While the rest is imported, which takes seconds.
 
+import io
 import json
 import math
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,13 +19,22 @@ from lstm_jax import command, dynamic
 from lstm_jax import loss as loss_lib
 from lstm_jax.data import sources, texts
 from lstm_jax.errors import UserError
-from lstm_jax.run import workdir
+from lstm_jax.run import files, workdir
 
 _RUN = command.define_run_flags()
 _SPLIT = flags.DEFINE_string(
     "split",
     "test",
     "The split to measure: train, validation or test; validation+test joins both to one text.",
+)
+_CONTEXT = flags.DEFINE_integer(
+    "context",
+    None,
+    "Read the text in consecutive windows of this number of tokens, each from a zero state.",
+    lower_bound=1,
+)
+_BY_POSITION = flags.DEFINE_string(
+    "by_position", None, "PNG file for a plot of the loss by position in the window of --context."
 )
 _FIT_TEMPERATURE = flags.DEFINE_bool(
     "fit_temperature",
@@ -70,8 +81,15 @@ def main() -> None:
             "--dynamic_segment_length must be 1 or more, --dynamic_learning_rate and "
             "--dynamic_decay 0 or more"
         )
-    if _DYNAMIC.value and _FIT_TEMPERATURE.value:
-        raise UserError("--fit_temperature and --dynamic exclude each other: leave one out")
+    if bool(_CONTEXT.value) + _FIT_TEMPERATURE.value + _DYNAMIC.value > 1:
+        raise UserError(
+            "--context, --fit_temperature and --dynamic exclude each other: leave one out"
+        )
+    plot = Path(_BY_POSITION.value) if _BY_POSITION.value else None
+    if plot and not _CONTEXT.value:
+        raise UserError("--by_position plots the windows of --context: add --context 256")
+    if plot and (plot.suffix != ".png" or not plot.parent.is_dir()):
+        raise UserError(f"--by_position is {plot}: name a .png file in an existing directory")
 
     trained = workdir.load_trained(directory)
     model, params, vocabulary = trained.model, trained.params, trained.vocabulary
@@ -88,6 +106,10 @@ def main() -> None:
         temperature = loss_lib.fit_temperature(model, params, validation)
         loss = float(loss_lib.compute_losses(model, params, ids, np.array([temperature]))[0])
         result["temperature"] = temperature
+    elif _CONTEXT.value:
+        losses = loss_lib.compute_token_losses(model, params, ids, _CONTEXT.value)
+        loss = float(losses.mean(dtype=np.float64))
+        result["context"] = _CONTEXT.value
     else:
         loss = loss_lib.compute_loss(model, params, ids)
     if math.isnan(loss):
@@ -105,6 +127,11 @@ def main() -> None:
         "tokens": tokens,
         "step": trained.step,
     }
+    if plot:
+        by_position = loss_lib.average_by_position(losses, _CONTEXT.value)
+        kept = loss_lib.compute_loss(model, params, ids)
+        result |= {"loss_with_carry": kept, "by_position": by_position.round(6).tolist()}
+        _plot_positions(by_position, kept, plot)
     zero = None
     if _ZERO_STATE.value:
         zero = loss_lib.measure_zero_state(model, params, ids, loss_lib.PLACES)
@@ -113,6 +140,32 @@ def main() -> None:
         print(f"warning: {warning}", file=sys.stderr)
     # JSON has no infinity.
     print(json.dumps({name: None if v == math.inf else v for name, v in result.items()}))
+
+
+def _plot_positions(losses: np.ndarray, kept: float, path: Path) -> None:
+    """Plot losses by position, and the loss with the carry kept, as a PNG file."""
+    from matplotlib.figure import Figure  # Only here: importing it takes time.
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="position in the window", ylabel="loss (nats per token)")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.grid(alpha=0.3)
+    positions = np.arange(1, len(losses) + 1)
+    axes.plot(positions, losses, ".", color="#56B4E9", alpha=0.6, label="each position")
+    # Means over ranges of positions, which grow by a factor of about the square root of two.
+    number = 2 * len(losses).bit_length()
+    ranges = np.geomspace(1, len(losses) + 1, number, endpoint=False)
+    starts = np.unique(ranges.astype(int)) - 1
+    sizes = np.diff(np.append(starts, len(losses)))
+    means = [np.add.reduceat(values, starts) / sizes for values in (positions, losses)]
+    axes.plot(*means, "o-", color="#0072B2", label="mean over a range of positions")
+    label = f"carry kept throughout the text: {kept:.3f}"
+    axes.axhline(kept, linestyle="--", color="#D55E00", label=label)
+    axes.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    files.write_file(path, picture.getvalue())
 
 
 if __name__ == "__main__":

@@ -50,6 +50,50 @@ def compute_losses(
     return total / (len(ids) - 1)
 
 
+def compute_token_losses(
+    model: LanguageModel,
+    params: Params,
+    ids: Ids,
+    context: int | None = None,
+    temperature: float = 1.0,
+) -> np.ndarray:
+    """Compute the loss of each token but the first, in nats, for a text of two tokens or more.
+
+    Without a `context` the text is read as by `compute_loss`. With one it is cut into consecutive
+    windows of that number of inputs, of which the last may have fewer, and each is read from a zero
+    carry. The logits are divided by the temperature.
+
+    Return float32 [n - 1] for n ids.
+    """
+    found = []
+    for chunks in _iterate_windows(ids, context) if context else [iterate_chunks(ids)]:
+        carry, losses, counted = None, [], []
+        for chunk in chunks:
+            carry = model.initial_carry(len(chunk[0])) if carry is None else carry
+            sums, carry = read_chunk(model, params, chunk, carry, jnp.array([temperature]), axis=())
+            losses.append(np.asarray(sums[0]))
+            counted.append(chunk[2])
+        # In the order of the text: stream by stream.
+        found.append(np.concatenate(losses, axis=1)[np.concatenate(counted, axis=1)])
+    return np.concatenate(found)
+
+
+def _iterate_windows(ids: Ids, context: int) -> Iterator[Iterator[Chunk]]:
+    """Yield the chunks of each batch of consecutive windows of a text."""
+    end = len(ids) - 1
+    number = min(_STREAMS, -(-end // context))
+    length = -(-context // -(-context // _STREAMS_CHUNK))  # Equal chunks, of 64 tokens at most.
+    for start in range(0, end, number * context):
+        bounds = np.minimum(start + context * np.arange(number + 1), end)
+        yield _cut_chunks(ids, bounds[:-1], bounds, length)
+
+
+def average_by_position(losses: np.ndarray, context: int) -> np.ndarray:
+    """Average the losses of `compute_token_losses` by position in the window, float64 [context]."""
+    positions = np.arange(len(losses)) % context
+    return np.bincount(positions, losses) / np.bincount(positions)
+
+
 def count_streams(ids: Ids) -> int:
     """Return the number of streams that a text is read as."""
     return 1 if len(ids) <= LONGEST_IN_ONE else _STREAMS
@@ -63,11 +107,17 @@ def iterate_chunks(ids: Ids, length: int | None = None) -> Iterator[Chunk]:
     """
     streams, warm_up = (1, 0) if length else (count_streams(ids), _WARM_UP)
     length = length or (_CHUNK if streams == 1 else _STREAMS_CHUNK)
-    # Stream s predicts the targets from bounds[s] to bounds[s + 1], and begins earlier.
     bounds = (len(ids) - 1) * np.arange(streams + 1) // streams
-    begins = np.maximum(bounds[:-1] - warm_up, 0)
+    return _cut_chunks(ids, np.maximum(bounds[:-1] - warm_up, 0), bounds, length)
+
+
+def _cut_chunks(ids: Ids, begins: np.ndarray, bounds: np.ndarray, length: int) -> Iterator[Chunk]:
+    """Yield chunks of parallel streams.
+
+    Stream s predicts the targets from bounds[s] to bounds[s + 1], and begins at begins[s] or there.
+    """
     for start in range(0, int((bounds[1:] - begins).max()), length):
-        windows = np.zeros((streams, length + 1), np.int32)
+        windows = np.zeros((len(begins), length + 1), np.int32)
         for window, begin, end in zip(windows, begins + start, bounds[1:], strict=True):
             part = ids[begin : max(begin, min(begin + length, end) + 1)]
             window[: len(part)] = part
@@ -83,12 +133,13 @@ def read_chunk(
     chunk: Chunk,
     carry: Carry,
     temperatures: jax.Array,
-    axis: int | None = None,
+    axis: int | tuple[()] | None = None,
 ) -> tuple[jax.Array, Carry]:
-    """Sum the losses of the targets that count, in nats, over an axis or both.
+    """Sum the losses of the targets that count, in nats, over an axis, both, or none.
 
     Return the sums for logits divided by each of the temperatures, [temperatures] or, for axis 1,
-    [temperatures, batch]; and the carry after the inputs.
+    [temperatures, batch] or, for axis (), [temperatures, batch, time]; and the carry after the
+    inputs.
     """
     inputs, targets, counted = chunk
     logits, carry = apply(model, params, inputs, carry)
