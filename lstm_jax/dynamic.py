@@ -76,14 +76,6 @@ def _measure_gradient_sizes(
     return jax.tree.map(lambda s: jnp.sqrt(s / len(inputs)), sums)
 
 
-def compute_dynamic_loss(
-    model: LanguageModel, params: Params, ids: Ids, settings: Settings, sizes: Params
-) -> float:
-    """Compute the mean of `compute_dynamic_losses`, without holding all of them in memory."""
-    losses = compute_dynamic_losses(model, params, ids, settings, sizes)
-    return sum(float(part.sum(dtype=np.float64)) for part in losses) / (len(ids) - 1)
-
-
 def compute_dynamic_losses(
     model: LanguageModel, params: Params, ids: Ids, settings: Settings, sizes: Params
 ) -> Iterator[np.ndarray]:

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,22 @@ from absl import flags
 from lstm_jax import command, dynamic
 from lstm_jax import loss as loss_lib
 from lstm_jax.data import sources, texts
+from lstm_jax.data.encoding import Text
 from lstm_jax.errors import UserError
 from lstm_jax.run import files, workdir
+from lstm_jax.vocabulary import FILE_END, UNKNOWN_ID, Ids, Vocabulary
 
 _RUN = command.define_run_flags()
 _SPLIT = flags.DEFINE_string(
     "split",
     "test",
     "The split to measure: train, validation or test; validation+test joins both to one text.",
+)
+_TEXT = flags.DEFINE_string(
+    "text", None, "Instead of --split: a file with any text to measure; - is standard input."
+)
+_JSON_LINES = flags.DEFINE_bool(
+    "json_lines", False, "First print each token and its log-probability, as a line of JSON each."
 )
 _CONTEXT = flags.DEFINE_integer(
     "context",
@@ -65,8 +74,10 @@ _DYNAMIC_SEGMENT_LENGTH = flags.DEFINE_integer(
 
 
 def main() -> None:
-    """Print the loss of a trained model on a split, as one JSON object."""
+    """Print the loss of a trained model on a text, as one JSON object."""
     directory, own_text = _RUN()
+    if _TEXT.value and flags.FLAGS["split"].present:
+        raise UserError("--text and --split exclude each other: leave one out")
     names = _SPLIT.value.split("+")
     if unknown := [name for name in names if name not in sources.SPLITS]:
         raise UserError(
@@ -93,33 +104,30 @@ def main() -> None:
 
     trained = workdir.load_trained(directory)
     model, params, vocabulary = trained.model, trained.params, trained.vocabulary
-    splits = texts.load_texts_of_run(trained.config.data, *own_text)
-    ids = texts.Joined([splits[name].encode(vocabulary) for name in names])
-    result: dict[str, Any] = {"split": _SPLIT.value}
-    if _DYNAMIC.value:
-        train_ids = splits["train"].encode(vocabulary)
-        sizes = dynamic.measure_gradient_sizes(model, params, train_ids, settings.segment_length)
-        loss = dynamic.compute_dynamic_loss(model, params, ids, settings, sizes)
-        result["dynamic"] = settings._asdict()
-    elif _FIT_TEMPERATURE.value:
-        validation = splits["validation"].encode(vocabulary)
-        temperature = loss_lib.fit_temperature(model, params, validation)
-        loss = float(loss_lib.compute_losses(model, params, ids, np.array([temperature]))[0])
-        result["temperature"] = temperature
-    elif _CONTEXT.value:
-        losses = loss_lib.compute_token_losses(model, params, ids, _CONTEXT.value)
-        loss = float(losses.mean(dtype=np.float64))
-        result["context"] = _CONTEXT.value
-    else:
-        loss = loss_lib.compute_loss(model, params, ids)
+    splits: dict[str, Text] = {}
+    if not _TEXT.value or _DYNAMIC.value or _FIT_TEMPERATURE.value:
+        splits = texts.load_texts_of_run(trained.config.data, *own_text)
+    measured = [read_text(_TEXT.value, vocabulary)] if _TEXT.value else [splits[n] for n in names]
+    ids = texts.Joined([text.encode(vocabulary) for text in measured])
+    name = "standard input" if _TEXT.value == "-" else _TEXT.value or _SPLIT.value
+    result: dict[str, Any] = {"text" if _TEXT.value else "split": name}
+    if len(ids) < (needed := 4 if _ZERO_STATE.value else 2):
+        raise UserError(
+            f"{name} is too short: it has {len(ids)} {vocabulary.kind}, and {needed} are needed"
+        )
+    if _TEXT.value:
+        result["unknown_tokens"] = int(np.count_nonzero(ids[:] == UNKNOWN_ID))
+        if result["unknown_tokens"] == len(ids):
+            raise UserError(f"the model knows none of the {vocabulary.kind} in {name}")
+    loss, losses, used = measure_loss(trained, ids, splits, settings)
     if math.isnan(loss):
         raise UserError(
             f"the loss is not a number: the model of step {trained.step} in {directory} has "
             "diverged; train again with a lower optimizer.learning_rate"
         )
     tokens = len(ids) - 1
-    costs = [splits[name].costs(vocabulary, first=i > 0) for i, name in enumerate(names)]
-    result |= {
+    costs = [text.costs(vocabulary, first=i > 0) for i, text in enumerate(measured)]
+    result |= used | {
         "loss": loss,
         "bits_per_token": loss / math.log(2),
         "bits_per_character": loss_lib.compute_bits_per_character(loss, tokens, costs),
@@ -136,10 +144,58 @@ def main() -> None:
     if _ZERO_STATE.value:
         zero = loss_lib.measure_zero_state(model, params, ids, loss_lib.PLACES)
         result["zero_state"] = zero._asdict()
-    if warning := loss_lib.find_suspicion({_SPLIT.value: loss}, len(vocabulary), zero):
+    if warning := loss_lib.find_suspicion({name: loss}, len(vocabulary), zero):
         print(f"warning: {warning}", file=sys.stderr)
+    if _JSON_LINES.value:
+        print_tokens([vocabulary.tokens[i] for i in ids[:]], losses)
     # JSON has no infinity.
-    print(json.dumps({name: None if v == math.inf else v for name, v in result.items()}))
+    print(json.dumps({key: None if v == math.inf else v for key, v in result.items()}))
+
+
+def measure_loss(
+    trained: workdir.Trained, ids: Ids, splits: Mapping[str, Text], settings: dynamic.Settings
+) -> tuple[float, np.ndarray, dict[str, Any]]:
+    """Measure the loss in the way that the flags choose.
+
+    Return the mean loss, that of each token if it is computed or needed, else [], and the settings
+    that were used.
+    """
+    model, params, vocabulary = trained.model, trained.params, trained.vocabulary
+    if _DYNAMIC.value:
+        train_ids = splits["train"].encode(vocabulary)
+        sizes = dynamic.measure_gradient_sizes(model, params, train_ids, settings.segment_length)
+        parts = [*dynamic.compute_dynamic_losses(model, params, ids, settings, sizes)]
+        total = sum(float(part.sum(dtype=np.float64)) for part in parts)
+        return total / (len(ids) - 1), np.concatenate(parts), {"dynamic": settings._asdict()}
+    if _CONTEXT.value:
+        losses = loss_lib.compute_token_losses(model, params, ids, _CONTEXT.value)
+        return float(losses.mean(dtype=np.float64)), losses, {"context": _CONTEXT.value}
+    temperature, used = 1.0, {}
+    if _FIT_TEMPERATURE.value:
+        validation = splits["validation"].encode(vocabulary)
+        temperature = loss_lib.fit_temperature(model, params, validation)
+        used = {"temperature": temperature}
+    loss = float(loss_lib.compute_losses(model, params, ids, np.array([temperature]))[0])
+    losses = np.zeros(0)
+    if _JSON_LINES.value:
+        losses = loss_lib.compute_token_losses(model, params, ids, temperature=temperature)
+    return loss, losses, used
+
+
+def read_text(path: str, vocabulary: Vocabulary) -> Text:
+    """Read a text from a file or standard input, as a run with this vocabulary reads its own."""
+    text = sources.read_argument(path, "--text", vocabulary.kind == "bytes")
+    if vocabulary.stop == FILE_END:
+        sources.check_ends(text, 0)
+        text += FILE_END
+    return Text(text)
+
+
+def print_tokens(tokens: Sequence[str], losses: np.ndarray) -> None:
+    """Print a line of JSON for each token; the first one is not predicted."""
+    for token, loss in zip(tokens, [None, *losses.tolist()], strict=True):
+        line = {"token": token, "log_probability": None if loss is None else round(-loss, 6)}
+        print(json.dumps(line).replace("\x7f", "\\u007f"))  # The only control character left.
 
 
 def _plot_positions(losses: np.ndarray, kept: float, path: Path) -> None:
