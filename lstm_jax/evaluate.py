@@ -75,7 +75,7 @@ _DYNAMIC_SEGMENT_LENGTH = flags.DEFINE_integer(
 
 def main() -> None:
     """Print the loss of a trained model on a text, as one JSON object."""
-    directory, own_text = _RUN()
+    directories, own_text = _RUN()
     if _TEXT.value and flags.FLAGS["split"].present:
         raise UserError("--text and --split exclude each other: leave one out")
     names = _SPLIT.value.split("+")
@@ -102,7 +102,7 @@ def main() -> None:
     if plot and (plot.suffix != ".png" or not plot.parent.is_dir()):
         raise UserError(f"--by_position is {plot}: name a .png file in an existing directory")
 
-    trained = workdir.load_trained(directory)
+    trained, steps = workdir.load_ensemble(directories)
     model, params, vocabulary = trained.model, trained.params, trained.vocabulary
     splits: dict[str, Text] = {}
     if not _TEXT.value or _DYNAMIC.value or _FIT_TEMPERATURE.value:
@@ -122,7 +122,7 @@ def main() -> None:
     loss, losses, used = measure_loss(trained, ids, splits, settings)
     if math.isnan(loss):
         raise UserError(
-            f"the loss is not a number: the model of step {trained.step} in {directory} has "
+            f"the loss is not a number: the model in {' or '.join(map(str, directories))} has "
             "diverged; train again with a lower optimizer.learning_rate"
         )
     tokens = len(ids) - 1
@@ -133,7 +133,7 @@ def main() -> None:
         "bits_per_character": loss_lib.compute_bits_per_character(loss, tokens, costs),
         "perplexity": loss_lib.compute_perplexity(loss),
         "tokens": tokens,
-        "step": trained.step,
+        "step": steps[0] if len(steps) == 1 else steps,
     }
     if plot:
         by_position = loss_lib.average_by_position(losses, _CONTEXT.value)
@@ -163,8 +163,7 @@ def measure_loss(
     model, params, vocabulary = trained.model, trained.params, trained.vocabulary
     if _DYNAMIC.value:
         train_ids = splits["train"].encode(vocabulary)
-        sizes = dynamic.measure_gradient_sizes(model, params, train_ids, settings.segment_length)
-        parts = [*dynamic.compute_dynamic_losses(model, params, ids, settings, sizes)]
+        parts = [*dynamic.adapt_to_text(model, params, train_ids, ids, settings)]
         total = sum(float(part.sum(dtype=np.float64)) for part in parts)
         return total / (len(ids) - 1), np.concatenate(parts), {"dynamic": settings._asdict()}
     if _CONTEXT.value:

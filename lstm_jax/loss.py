@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lstm_jax.model import Carry, LanguageModel, Params, apply
+from lstm_jax.ensemble import Model, apply
+from lstm_jax.model import Carry, Params
 from lstm_jax.vocabulary import Costs, Ids
 
 _CHUNK = 1024  # Tokens per call of the compiled function.
@@ -27,7 +28,7 @@ _TEMPERATURES = np.linspace(0.7, 1.5, 81)  # Those that `fit_temperature` compar
 Chunk = tuple[Any, Any, Any]
 
 
-def compute_loss(model: LanguageModel, params: Params, ids: Ids) -> float:
+def compute_loss(model: Model, params: Params, ids: Ids) -> float:
     """Compute the mean loss over a text of two tokens or more, in nats per token.
 
     The text is read once with the carry kept: every token but the first is predicted once, from the
@@ -37,9 +38,7 @@ def compute_loss(model: LanguageModel, params: Params, ids: Ids) -> float:
     return float(compute_losses(model, params, ids, np.ones(1))[0])
 
 
-def compute_losses(
-    model: LanguageModel, params: Params, ids: Ids, temperatures: np.ndarray
-) -> np.ndarray:
+def compute_losses(model: Model, params: Params, ids: Ids, temperatures: np.ndarray) -> np.ndarray:
     """Compute `compute_loss` with the logits divided by each of the temperatures, in one pass."""
     carry = model.initial_carry(count_streams(ids))
     divisors = jnp.asarray(temperatures, jnp.float32)
@@ -51,7 +50,7 @@ def compute_losses(
 
 
 def compute_token_losses(
-    model: LanguageModel,
+    model: Model,
     params: Params,
     ids: Ids,
     context: int | None = None,
@@ -128,7 +127,7 @@ def _cut_chunks(ids: Ids, begins: np.ndarray, bounds: np.ndarray, length: int) -
 
 @functools.partial(jax.jit, static_argnames=("model", "axis"))
 def read_chunk(
-    model: LanguageModel,
+    model: Model,
     params: Params,
     chunk: Chunk,
     carry: Carry,
@@ -151,7 +150,7 @@ def read_chunk(
     return jax.lax.map(sum_losses, temperatures), carry
 
 
-def fit_temperature(model: LanguageModel, params: Params, ids: Ids) -> float:
+def fit_temperature(model: Model, params: Params, ids: Ids) -> float:
     """Return the softmax temperature with the smallest loss over a text, to two decimals."""
     losses = compute_losses(model, params, ids, _TEMPERATURES)
     return float(_TEMPERATURES[losses.argmin()])
@@ -176,7 +175,7 @@ class ZeroState(NamedTuple):
         )
 
 
-def measure_zero_state(model: LanguageModel, params: Params, ids: Ids, places: int) -> ZeroState:
+def measure_zero_state(model: Model, params: Params, ids: Ids, places: int) -> ZeroState:
     """Measure how well a model recovers from the zero carry, with which every sample begins.
 
     Training on streams rarely starts from a zero carry, and a model may fail there and not recover.
