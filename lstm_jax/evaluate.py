@@ -41,6 +41,7 @@ _CONTEXT = flags.DEFINE_integer(
     None,
     "Read the text in consecutive windows of this number of tokens, each from a zero state.",
     lower_bound=1,
+    upper_bound=10**9,
 )
 _BY_POSITION = flags.DEFINE_string(
     "by_position", None, "PNG file for a plot of the loss by position in the window of --context."
@@ -107,7 +108,7 @@ def main() -> None:
     splits: dict[str, Text] = {}
     if not _TEXT.value or _DYNAMIC.value or _FIT_TEMPERATURE.value:
         splits = texts.load_texts_of_run(trained.config.data, *own_text)
-    measured = [read_text(_TEXT.value, vocabulary)] if _TEXT.value else [splits[n] for n in names]
+    measured = [_read_text(_TEXT.value, vocabulary)] if _TEXT.value else [splits[n] for n in names]
     ids = texts.Joined([text.encode(vocabulary) for text in measured])
     name = "standard input" if _TEXT.value == "-" else _TEXT.value or _SPLIT.value
     result: dict[str, Any] = {"text" if _TEXT.value else "split": name}
@@ -119,7 +120,7 @@ def main() -> None:
         result["unknown_tokens"] = int(np.count_nonzero(ids[:] == UNKNOWN_ID))
         if result["unknown_tokens"] == len(ids):
             raise UserError(f"the model knows none of the {vocabulary.kind} in {name}")
-    loss, losses, used = measure_loss(trained, ids, splits, settings)
+    loss, losses, used = _measure_loss(trained, ids, splits, settings)
     if math.isnan(loss):
         raise UserError(
             f"the loss is not a number: the model in {' or '.join(map(str, directories))} has "
@@ -139,7 +140,6 @@ def main() -> None:
         by_position = loss_lib.average_by_position(losses, _CONTEXT.value)
         kept = loss_lib.compute_loss(model, params, ids)
         result |= {"loss_with_carry": kept, "by_position": by_position.round(6).tolist()}
-        _plot_positions(by_position, kept, plot)
     zero = None
     if _ZERO_STATE.value:
         zero = loss_lib.measure_zero_state(model, params, ids, loss_lib.PLACES)
@@ -147,18 +147,20 @@ def main() -> None:
     if warning := loss_lib.find_suspicion({name: loss}, len(vocabulary), zero):
         print(f"warning: {warning}", file=sys.stderr)
     if _JSON_LINES.value:
-        print_tokens([vocabulary.tokens[i] for i in ids[:]], losses)
+        _print_tokens([vocabulary.tokens[i] for i in ids[:]], losses)
     # JSON has no infinity.
     print(json.dumps({key: None if v == math.inf else v for key, v in result.items()}))
+    if plot:
+        _plot_positions(by_position, kept, plot)
 
 
-def measure_loss(
+def _measure_loss(
     trained: workdir.Trained, ids: Ids, splits: Mapping[str, Text], settings: dynamic.Settings
 ) -> tuple[float, np.ndarray, dict[str, Any]]:
     """Measure the loss in the way that the flags choose.
 
-    Return the mean loss, that of each token if it is computed or needed, else [], and the settings
-    that were used.
+    Return the mean loss, the loss of each token, and the fields of the result that name the
+    settings. Without need for them the losses of tokens are [].
     """
     model, params, vocabulary = trained.model, trained.params, trained.vocabulary
     if _DYNAMIC.value:
@@ -181,7 +183,7 @@ def measure_loss(
     return loss, losses, used
 
 
-def read_text(path: str, vocabulary: Vocabulary) -> Text:
+def _read_text(path: str, vocabulary: Vocabulary) -> Text:
     """Read a text from a file or standard input, as a run with this vocabulary reads its own."""
     text = sources.read_argument(path, "--text", vocabulary.kind == "bytes")
     if vocabulary.stop == FILE_END:
@@ -190,7 +192,7 @@ def read_text(path: str, vocabulary: Vocabulary) -> Text:
     return Text(text)
 
 
-def print_tokens(tokens: Sequence[str], losses: np.ndarray) -> None:
+def _print_tokens(tokens: Sequence[str], losses: np.ndarray) -> None:
     """Print a line of JSON for each token; the first one is not predicted."""
     for token, loss in zip(tokens, [None, *losses.tolist()], strict=True):
         line = {"token": token, "log_probability": None if loss is None else round(-loss, 6)}

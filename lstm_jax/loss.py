@@ -56,15 +56,13 @@ def compute_token_losses(
     context: int | None = None,
     temperature: float = 1.0,
 ) -> np.ndarray:
-    """Compute the loss of each token but the first, in nats, for a text of two tokens or more.
+    """Compute the loss of each token of a text but the first, in nats: float32 [n - 1] for n ids.
 
     Without a `context` the text is read as by `compute_loss`. With one it is cut into consecutive
     windows of that number of inputs, of which the last may have fewer, and each is read from a zero
     carry. The logits are divided by the temperature.
-
-    Return float32 [n - 1] for n ids.
     """
-    found = []
+    found = [np.zeros(0, np.float32)]
     for chunks in _iterate_windows(ids, context) if context else [iterate_chunks(ids)]:
         carry, losses, counted = None, [], []
         for chunk in chunks:
@@ -72,8 +70,8 @@ def compute_token_losses(
             sums, carry = read_chunk(model, params, chunk, carry, jnp.array([temperature]), axis=())
             losses.append(np.asarray(sums[0]))
             counted.append(chunk[2])
-        # In the order of the text: stream by stream.
-        found.append(np.concatenate(losses, axis=1)[np.concatenate(counted, axis=1)])
+        if losses:  # In the order of the text: stream by stream.
+            found.append(np.concatenate(losses, axis=1)[np.concatenate(counted, axis=1)])
     return np.concatenate(found)
 
 

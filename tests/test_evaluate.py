@@ -60,6 +60,7 @@ def test_token_losses_sum_to_the_loss(longest: int, monkeypatch: pytest.MonkeyPa
     logits, _ = model_lib.apply(model, params, ids[None, :-1], model.initial_carry(1))
     log_probabilities = np.asarray(jax.nn.log_softmax(logits[0]))
     np.testing.assert_allclose(losses, -log_probabilities[np.arange(4999), ids[1:]], atol=1e-5)
+    assert loss_lib.compute_token_losses(model, params, ids[:1]).shape == (0,)
     softer = jax.nn.log_softmax(logits[0] / 1.5)
     losses = loss_lib.compute_token_losses(model, params, ids, temperature=1.5)
     np.testing.assert_allclose(losses, -softer[np.arange(4999), ids[1:]], atol=1e-5)
