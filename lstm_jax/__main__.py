@@ -6,7 +6,8 @@ COMMANDS = {
     "evaluate": "measure a trained model on a text",
     "sample": "generate text with a trained model",
     "inspect": "show what the hidden units of a trained model respond to, as a page",
-    "convert": "read and write the weights of Keras and PyTorch",
+    "convert": "read and write the weights of Keras and PyTorch, and write ONNX",
+    "export": "put a trained model into a web page, where it generates text",
     "sweep": "search for good settings, or train several seeds",
 }
 
