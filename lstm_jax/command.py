@@ -94,24 +94,28 @@ def read_experiment() -> tuple[ConfigDict, str]:
     return config.complete_config(flag.value), f"{path.stem}_{word}" if word else path.stem
 
 
-def define_run_flags() -> Callable[[], tuple[Path, list[str | None]]]:
+def define_run_flags() -> Callable[[], tuple[list[Path], list[str | None]]]:
     """Define the flags that name a trained run and its text; return a function that reads them.
 
-    It returns --workdir, without which it raises `UserError`, and the last three arguments of
+    It returns every --workdir, without which it raises `UserError`, and the last three arguments of
     `texts.load_texts_of_run`: --data_path, --dataset and --data_directory.
     """
     define = flags.DEFINE_string
-    workdir = define("workdir", None, "Working directory of a training run.")
+    workdir = flags.DEFINE_multi_string(
+        "workdir",
+        None,
+        "Working directory of a training run; evaluate and sample accept several, as an ensemble.",
+    )
     own_text = (
         define("data_path", None, "The text that the run was trained on, if it was moved."),
         define("dataset", None, "The TFDS dataset of the run; TFDS executes its code."),
         define("data_directory", None, "TFDS's data directory. [default: ~/tensorflow_datasets]"),
     )
 
-    def read() -> tuple[Path, list[str | None]]:
-        if workdir.value is None:
+    def read() -> tuple[list[Path], list[str | None]]:
+        if not workdir.value:
             raise UserError("name the trained model: --workdir DIR")
-        return Path(workdir.value), [flag.value for flag in own_text]
+        return [*map(Path, workdir.value)], [flag.value for flag in own_text]
 
     return read
 

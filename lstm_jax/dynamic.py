@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lstm_jax.ensemble import Model, list_members, mix_losses
 from lstm_jax.loss import Chunk, iterate_chunks
 from lstm_jax.model import Carry, LanguageModel, Params, apply
 from lstm_jax.vocabulary import Ids
@@ -45,6 +46,20 @@ class Settings(NamedTuple):
     # with a gradient of mean size.
     decay: float = 0.003
     segment_length: int = 50  # Tokens predicted between two gradient steps.
+
+
+def adapt_to_text(
+    model: Model, params: Params, train_ids: Ids, ids: Ids, settings: Settings
+) -> Iterator[np.ndarray]:
+    """Compute the losses of `compute_dynamic_losses` for a model or an ensemble.
+
+    Each member of an ensemble adapts to the text on its own, with the gradients of its own loss.
+    """
+    members = []
+    for member in list_members(model, params):
+        sizes = measure_gradient_sizes(*member, train_ids, settings.segment_length)
+        members.append(compute_dynamic_losses(*member, ids, settings, sizes))
+    return map(mix_losses, zip(*members, strict=True))
 
 
 def measure_gradient_sizes(
@@ -74,14 +89,6 @@ def _measure_gradient_sizes(
     start = jax.tree.map(jnp.zeros_like, params), model.initial_carry(1)
     (sums, _), _ = jax.lax.scan(add_squares, start, (inputs, targets))
     return jax.tree.map(lambda s: jnp.sqrt(s / len(inputs)), sums)
-
-
-def compute_dynamic_loss(
-    model: LanguageModel, params: Params, ids: Ids, settings: Settings, sizes: Params
-) -> float:
-    """Compute the mean of `compute_dynamic_losses`, without holding all of them in memory."""
-    losses = compute_dynamic_losses(model, params, ids, settings, sizes)
-    return sum(float(part.sum(dtype=np.float64)) for part in losses) / (len(ids) - 1)
 
 
 def compute_dynamic_losses(

@@ -5,9 +5,12 @@ if __name__ == "__main__":
 
     interrupts.exit_at_once()  # While the rest is imported, which takes seconds.
 
+import io
 import json
 import math
 import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,14 +19,32 @@ from absl import flags
 from lstm_jax import command, dynamic
 from lstm_jax import loss as loss_lib
 from lstm_jax.data import sources, texts
+from lstm_jax.data.encoding import Text
 from lstm_jax.errors import UserError
-from lstm_jax.run import workdir
+from lstm_jax.run import files, workdir
+from lstm_jax.vocabulary import FILE_END, UNKNOWN_ID, Ids, Vocabulary
 
 _RUN = command.define_run_flags()
 _SPLIT = flags.DEFINE_string(
     "split",
     "test",
     "The split to measure: train, validation or test; validation+test joins both to one text.",
+)
+_TEXT = flags.DEFINE_string(
+    "text", None, "Instead of --split: a file with any text to measure; - is standard input."
+)
+_JSON_LINES = flags.DEFINE_bool(
+    "json_lines", False, "First print each token and its log-probability, as a line of JSON each."
+)
+_CONTEXT = flags.DEFINE_integer(
+    "context",
+    None,
+    "Read the text in consecutive windows of this number of tokens, each from a zero state.",
+    lower_bound=1,
+    upper_bound=10**9,
+)
+_BY_POSITION = flags.DEFINE_string(
+    "by_position", None, "PNG file for a plot of the loss by position in the window of --context."
 )
 _FIT_TEMPERATURE = flags.DEFINE_bool(
     "fit_temperature",
@@ -54,8 +75,10 @@ _DYNAMIC_SEGMENT_LENGTH = flags.DEFINE_integer(
 
 
 def main() -> None:
-    """Print the loss of a trained model on a split, as one JSON object."""
-    directory, own_text = _RUN()
+    """Print the loss of a trained model on a text, as one JSON object."""
+    directories, own_text = _RUN()
+    if _TEXT.value and flags.FLAGS["split"].present:
+        raise UserError("--text and --split exclude each other: leave one out")
     names = _SPLIT.value.split("+")
     if unknown := [name for name in names if name not in sources.SPLITS]:
         raise UserError(
@@ -70,49 +93,136 @@ def main() -> None:
             "--dynamic_segment_length must be 1 or more, --dynamic_learning_rate and "
             "--dynamic_decay 0 or more"
         )
-    if _DYNAMIC.value and _FIT_TEMPERATURE.value:
-        raise UserError("--fit_temperature and --dynamic exclude each other: leave one out")
+    if bool(_CONTEXT.value) + _FIT_TEMPERATURE.value + _DYNAMIC.value > 1:
+        raise UserError(
+            "--context, --fit_temperature and --dynamic exclude each other: leave one out"
+        )
+    plot = Path(_BY_POSITION.value) if _BY_POSITION.value else None
+    if plot and not _CONTEXT.value:
+        raise UserError("--by_position plots the windows of --context: add --context 256")
+    if plot and (plot.suffix != ".png" or not plot.parent.is_dir()):
+        raise UserError(f"--by_position is {plot}: name a .png file in an existing directory")
 
-    trained = workdir.load_trained(directory)
+    trained, steps = workdir.load_ensemble(directories)
     model, params, vocabulary = trained.model, trained.params, trained.vocabulary
-    splits = texts.load_texts_of_run(trained.config.data, *own_text)
-    ids = texts.Joined([splits[name].encode(vocabulary) for name in names])
-    result: dict[str, Any] = {"split": _SPLIT.value}
-    if _DYNAMIC.value:
-        train_ids = splits["train"].encode(vocabulary)
-        sizes = dynamic.measure_gradient_sizes(model, params, train_ids, settings.segment_length)
-        loss = dynamic.compute_dynamic_loss(model, params, ids, settings, sizes)
-        result["dynamic"] = settings._asdict()
-    elif _FIT_TEMPERATURE.value:
-        validation = splits["validation"].encode(vocabulary)
-        temperature = loss_lib.fit_temperature(model, params, validation)
-        loss = float(loss_lib.compute_losses(model, params, ids, np.array([temperature]))[0])
-        result["temperature"] = temperature
-    else:
-        loss = loss_lib.compute_loss(model, params, ids)
+    splits: dict[str, Text] = {}
+    if not _TEXT.value or _DYNAMIC.value or _FIT_TEMPERATURE.value:
+        splits = texts.load_texts_of_run(trained.config.data, *own_text)
+    measured = [_read_text(_TEXT.value, vocabulary)] if _TEXT.value else [splits[n] for n in names]
+    ids = texts.Joined([text.encode(vocabulary) for text in measured])
+    name = "standard input" if _TEXT.value == "-" else _TEXT.value or _SPLIT.value
+    result: dict[str, Any] = {"text" if _TEXT.value else "split": name}
+    if len(ids) < (needed := 4 if _ZERO_STATE.value else 2):
+        raise UserError(
+            f"{name} is too short: it has {len(ids)} {vocabulary.kind}, and {needed} are needed"
+        )
+    if _TEXT.value:
+        result["unknown_tokens"] = int(np.count_nonzero(ids[:] == UNKNOWN_ID))
+        if result["unknown_tokens"] == len(ids):
+            raise UserError(f"the model knows none of the {vocabulary.kind} in {name}")
+    loss, losses, used = _measure_loss(trained, ids, splits, settings)
     if math.isnan(loss):
         raise UserError(
-            f"the loss is not a number: the model of step {trained.step} in {directory} has "
+            f"the loss is not a number: the model in {' or '.join(map(str, directories))} has "
             "diverged; train again with a lower optimizer.learning_rate"
         )
     tokens = len(ids) - 1
-    costs = [splits[name].costs(vocabulary, first=i > 0) for i, name in enumerate(names)]
-    result |= {
+    costs = [text.costs(vocabulary, first=i > 0) for i, text in enumerate(measured)]
+    result |= used | {
         "loss": loss,
         "bits_per_token": loss / math.log(2),
         "bits_per_character": loss_lib.compute_bits_per_character(loss, tokens, costs),
         "perplexity": loss_lib.compute_perplexity(loss),
         "tokens": tokens,
-        "step": trained.step,
+        "step": steps[0] if len(steps) == 1 else steps,
     }
+    if plot:
+        by_position = loss_lib.average_by_position(losses, _CONTEXT.value)
+        kept = loss_lib.compute_loss(model, params, ids)
+        result |= {"loss_with_carry": kept, "by_position": by_position.round(6).tolist()}
     zero = None
     if _ZERO_STATE.value:
         zero = loss_lib.measure_zero_state(model, params, ids, loss_lib.PLACES)
         result["zero_state"] = zero._asdict()
-    if warning := loss_lib.find_suspicion({_SPLIT.value: loss}, len(vocabulary), zero):
+    if warning := loss_lib.find_suspicion({name: loss}, len(vocabulary), zero):
         print(f"warning: {warning}", file=sys.stderr)
+    if _JSON_LINES.value:
+        _print_tokens([vocabulary.tokens[i] for i in ids[:]], losses)
     # JSON has no infinity.
-    print(json.dumps({name: None if v == math.inf else v for name, v in result.items()}))
+    print(json.dumps({key: None if v == math.inf else v for key, v in result.items()}))
+    if plot:
+        _plot_positions(by_position, kept, plot)
+
+
+def _measure_loss(
+    trained: workdir.Trained, ids: Ids, splits: Mapping[str, Text], settings: dynamic.Settings
+) -> tuple[float, np.ndarray, dict[str, Any]]:
+    """Measure the loss in the way that the flags choose.
+
+    Return the mean loss, the loss of each token, and the fields of the result that name the
+    settings. Without need for them the losses of tokens are [].
+    """
+    model, params, vocabulary = trained.model, trained.params, trained.vocabulary
+    if _DYNAMIC.value:
+        train_ids = splits["train"].encode(vocabulary)
+        parts = [*dynamic.adapt_to_text(model, params, train_ids, ids, settings)]
+        total = sum(float(part.sum(dtype=np.float64)) for part in parts)
+        return total / (len(ids) - 1), np.concatenate(parts), {"dynamic": settings._asdict()}
+    if _CONTEXT.value:
+        losses = loss_lib.compute_token_losses(model, params, ids, _CONTEXT.value)
+        return float(losses.mean(dtype=np.float64)), losses, {"context": _CONTEXT.value}
+    temperature, used = 1.0, {}
+    if _FIT_TEMPERATURE.value:
+        validation = splits["validation"].encode(vocabulary)
+        temperature = loss_lib.fit_temperature(model, params, validation)
+        used = {"temperature": temperature}
+    loss = float(loss_lib.compute_losses(model, params, ids, np.array([temperature]))[0])
+    losses = np.zeros(0)
+    if _JSON_LINES.value:
+        losses = loss_lib.compute_token_losses(model, params, ids, temperature=temperature)
+    return loss, losses, used
+
+
+def _read_text(path: str, vocabulary: Vocabulary) -> Text:
+    """Read a text from a file or standard input, as a run with this vocabulary reads its own."""
+    text = sources.read_argument(path, "--text", vocabulary.kind == "bytes")
+    if vocabulary.stop == FILE_END:
+        sources.check_ends(text, 0)
+        text += FILE_END
+    return Text(text)
+
+
+def _print_tokens(tokens: Sequence[str], losses: np.ndarray) -> None:
+    """Print a line of JSON for each token; the first one is not predicted."""
+    for token, loss in zip(tokens, [None, *losses.tolist()], strict=True):
+        line = {"token": token, "log_probability": None if loss is None else round(-loss, 6)}
+        print(json.dumps(line).replace("\x7f", "\\u007f"))  # The only control character left.
+
+
+def _plot_positions(losses: np.ndarray, kept: float, path: Path) -> None:
+    """Plot losses by position, and the loss with the carry kept, as a PNG file."""
+    from matplotlib.figure import Figure  # Only here: importing it takes time.
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="position in the window", ylabel="loss (nats per token)")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.grid(alpha=0.3)
+    positions = np.arange(1, len(losses) + 1)
+    axes.plot(positions, losses, ".", color="#56B4E9", alpha=0.6, label="each position")
+    # Means over ranges of positions, which grow by a factor of about the square root of two.
+    number = 2 * len(losses).bit_length()
+    ranges = np.geomspace(1, len(losses) + 1, number, endpoint=False)
+    starts = np.unique(ranges.astype(int)) - 1
+    sizes = np.diff(np.append(starts, len(losses)))
+    means = [np.add.reduceat(values, starts) / sizes for values in (positions, losses)]
+    axes.plot(*means, "o-", color="#0072B2", label="mean over a range of positions")
+    label = f"carry kept throughout the text: {kept:.3f}"
+    axes.axhline(kept, linestyle="--", color="#D55E00", label=label)
+    axes.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    files.write_file(path, picture.getvalue())
 
 
 if __name__ == "__main__":

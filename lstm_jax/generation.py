@@ -17,8 +17,9 @@ from lstm_jax.controls import (
     make_control_arrays,
     make_stop_table,
 )
+from lstm_jax.ensemble import Model, apply_step, prepare_step
 from lstm_jax.errors import NotFiniteError
-from lstm_jax.model import Carry, LanguageModel, Params, Prepared, apply_step, prepare_step
+from lstm_jax.model import Carry, Params, Prepared
 from lstm_jax.vocabulary import PADDING_ID, SPECIAL_IDS, Vocabulary
 
 # Tokens per call of the compiled function: few at first, so that text appears soon.
@@ -37,7 +38,7 @@ class State(NamedTuple):
     progress: jax.Array  # The state of the `make_stop_table` automaton, int32 [batch].
 
 
-def initial_state(model: LanguageModel, batch_size: int = 1) -> State:
+def initial_state(model: Model, batch_size: int = 1) -> State:
     """Return the state before the first token, whose logits are zeros."""
     shape = (batch_size, model.vocabulary_size)
     return State(
@@ -49,7 +50,7 @@ def initial_state(model: LanguageModel, batch_size: int = 1) -> State:
     )
 
 
-def read_tokens(model: LanguageModel, arrays: Prepared, state: State, ids: np.ndarray) -> State:
+def read_tokens(model: Model, arrays: Prepared, state: State, ids: np.ndarray) -> State:
     """Read ids [batch, time] of any length, with arrays from `prepare_params`.
 
     All lengths up to the same power of two share one compiled function.
@@ -60,16 +61,14 @@ def read_tokens(model: LanguageModel, arrays: Prepared, state: State, ids: np.nd
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _read(
-    model: LanguageModel, arrays: Prepared, state: State, ids: jax.Array, count: jax.Array
-) -> State:
+def _read(model: Model, arrays: Prepared, state: State, ids: jax.Array, count: jax.Array) -> State:
     """Read the first `count` of the ids [batch, time]."""
     return jax.lax.fori_loop(
         0, count, lambda t, state: _read_one(model, arrays, state, ids[:, t]), state
     )
 
 
-def _read_one(model: LanguageModel, arrays: Prepared, state: State, ids: jax.Array) -> State:
+def _read_one(model: Model, arrays: Prepared, state: State, ids: jax.Array) -> State:
     """Read one token of each text, ids [batch]."""
     logits, carry = apply_step(model, arrays, ids, state.carry)
     last_seen = state.last_seen.at[jnp.arange(len(ids)), ids].set(state.position)
@@ -83,7 +82,7 @@ _Loop = tuple[jax.Array, jax.Array, State]  # Ids, the number of tokens generate
 
 @functools.partial(jax.jit, static_argnames="model")
 def _generate(
-    model: LanguageModel,
+    model: Model,
     arrays: Prepared,
     state: State,
     key: jax.Array,
@@ -141,7 +140,7 @@ def draw_tokens(logits: jax.Array, uniform: jax.Array) -> jax.Array:
 
 
 def generate_chunks(
-    model: LanguageModel,
+    model: Model,
     arrays: Prepared,
     state: State,
     key: jax.Array,
@@ -177,7 +176,7 @@ def generate_chunks(
 
 
 def generate_tokens(
-    model: LanguageModel,
+    model: Model,
     params: Params,
     prompts: np.ndarray,
     key: jax.Array,
@@ -221,7 +220,7 @@ def encode_prompt(vocabulary: Vocabulary, prompt: str) -> np.ndarray:
 
 
 def stream_texts(
-    model: LanguageModel,
+    model: Model,
     params: Params,
     vocabulary: Vocabulary,
     key: jax.Array,
@@ -265,7 +264,7 @@ def text_decoder(vocabulary: Vocabulary, stop_token: bool) -> Callable[[Iterable
 
 
 def generate_texts(
-    model: LanguageModel,
+    model: Model,
     params: Params,
     vocabulary: Vocabulary,
     key: jax.Array,

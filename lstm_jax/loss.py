@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lstm_jax.model import Carry, LanguageModel, Params, apply
+from lstm_jax.ensemble import Model, apply
+from lstm_jax.model import Carry, Params
 from lstm_jax.vocabulary import Costs, Ids
 
 _CHUNK = 1024  # Tokens per call of the compiled function.
@@ -27,7 +28,7 @@ _TEMPERATURES = np.linspace(0.7, 1.5, 81)  # Those that `fit_temperature` compar
 Chunk = tuple[Any, Any, Any]
 
 
-def compute_loss(model: LanguageModel, params: Params, ids: Ids) -> float:
+def compute_loss(model: Model, params: Params, ids: Ids) -> float:
     """Compute the mean loss over a text of two tokens or more, in nats per token.
 
     The text is read once with the carry kept: every token but the first is predicted once, from the
@@ -37,9 +38,7 @@ def compute_loss(model: LanguageModel, params: Params, ids: Ids) -> float:
     return float(compute_losses(model, params, ids, np.ones(1))[0])
 
 
-def compute_losses(
-    model: LanguageModel, params: Params, ids: Ids, temperatures: np.ndarray
-) -> np.ndarray:
+def compute_losses(model: Model, params: Params, ids: Ids, temperatures: np.ndarray) -> np.ndarray:
     """Compute `compute_loss` with the logits divided by each of the temperatures, in one pass."""
     carry = model.initial_carry(count_streams(ids))
     divisors = jnp.asarray(temperatures, jnp.float32)
@@ -48,6 +47,48 @@ def compute_losses(
         losses, carry = read_chunk(model, params, chunk, carry, divisors)
         total += np.asarray(losses, np.float64)
     return total / (len(ids) - 1)
+
+
+def compute_token_losses(
+    model: Model,
+    params: Params,
+    ids: Ids,
+    context: int | None = None,
+    temperature: float = 1.0,
+) -> np.ndarray:
+    """Compute the loss of each token of a text but the first, in nats: float32 [n - 1] for n ids.
+
+    Without a `context` the text is read as by `compute_loss`. With one it is cut into consecutive
+    windows of that number of inputs, of which the last may have fewer, and each is read from a zero
+    carry. The logits are divided by the temperature.
+    """
+    found = [np.zeros(0, np.float32)]
+    for chunks in _iterate_windows(ids, context) if context else [iterate_chunks(ids)]:
+        carry, losses, counted = None, [], []
+        for chunk in chunks:
+            carry = model.initial_carry(len(chunk[0])) if carry is None else carry
+            sums, carry = read_chunk(model, params, chunk, carry, jnp.array([temperature]), axis=())
+            losses.append(np.asarray(sums[0]))
+            counted.append(chunk[2])
+        if losses:  # In the order of the text: stream by stream.
+            found.append(np.concatenate(losses, axis=1)[np.concatenate(counted, axis=1)])
+    return np.concatenate(found)
+
+
+def _iterate_windows(ids: Ids, context: int) -> Iterator[Iterator[Chunk]]:
+    """Yield the chunks of each batch of consecutive windows of a text."""
+    end = len(ids) - 1
+    number = min(_STREAMS, -(-end // context))
+    length = -(-context // -(-context // _STREAMS_CHUNK))  # Equal chunks, of 64 tokens at most.
+    for start in range(0, end, number * context):
+        bounds = np.minimum(start + context * np.arange(number + 1), end)
+        yield _cut_chunks(ids, bounds[:-1], bounds, length)
+
+
+def average_by_position(losses: np.ndarray, context: int) -> np.ndarray:
+    """Average the losses of `compute_token_losses` by position in the window, float64 [context]."""
+    positions = np.arange(len(losses)) % context
+    return np.bincount(positions, losses) / np.bincount(positions)
 
 
 def count_streams(ids: Ids) -> int:
@@ -63,11 +104,17 @@ def iterate_chunks(ids: Ids, length: int | None = None) -> Iterator[Chunk]:
     """
     streams, warm_up = (1, 0) if length else (count_streams(ids), _WARM_UP)
     length = length or (_CHUNK if streams == 1 else _STREAMS_CHUNK)
-    # Stream s predicts the targets from bounds[s] to bounds[s + 1], and begins earlier.
     bounds = (len(ids) - 1) * np.arange(streams + 1) // streams
-    begins = np.maximum(bounds[:-1] - warm_up, 0)
+    return _cut_chunks(ids, np.maximum(bounds[:-1] - warm_up, 0), bounds, length)
+
+
+def _cut_chunks(ids: Ids, begins: np.ndarray, bounds: np.ndarray, length: int) -> Iterator[Chunk]:
+    """Yield chunks of parallel streams.
+
+    Stream s predicts the targets from bounds[s] to bounds[s + 1], and begins at begins[s] or there.
+    """
     for start in range(0, int((bounds[1:] - begins).max()), length):
-        windows = np.zeros((streams, length + 1), np.int32)
+        windows = np.zeros((len(begins), length + 1), np.int32)
         for window, begin, end in zip(windows, begins + start, bounds[1:], strict=True):
             part = ids[begin : max(begin, min(begin + length, end) + 1)]
             window[: len(part)] = part
@@ -78,17 +125,18 @@ def iterate_chunks(ids: Ids, length: int | None = None) -> Iterator[Chunk]:
 
 @functools.partial(jax.jit, static_argnames=("model", "axis"))
 def read_chunk(
-    model: LanguageModel,
+    model: Model,
     params: Params,
     chunk: Chunk,
     carry: Carry,
     temperatures: jax.Array,
-    axis: int | None = None,
+    axis: int | tuple[()] | None = None,
 ) -> tuple[jax.Array, Carry]:
-    """Sum the losses of the targets that count, in nats, over an axis or both.
+    """Sum the losses of the targets that count, in nats, over an axis, both, or none.
 
     Return the sums for logits divided by each of the temperatures, [temperatures] or, for axis 1,
-    [temperatures, batch]; and the carry after the inputs.
+    [temperatures, batch] or, for axis (), [temperatures, batch, time]; and the carry after the
+    inputs.
     """
     inputs, targets, counted = chunk
     logits, carry = apply(model, params, inputs, carry)
@@ -100,7 +148,7 @@ def read_chunk(
     return jax.lax.map(sum_losses, temperatures), carry
 
 
-def fit_temperature(model: LanguageModel, params: Params, ids: Ids) -> float:
+def fit_temperature(model: Model, params: Params, ids: Ids) -> float:
     """Return the softmax temperature with the smallest loss over a text, to two decimals."""
     losses = compute_losses(model, params, ids, _TEMPERATURES)
     return float(_TEMPERATURES[losses.argmin()])
@@ -125,7 +173,7 @@ class ZeroState(NamedTuple):
         )
 
 
-def measure_zero_state(model: LanguageModel, params: Params, ids: Ids, places: int) -> ZeroState:
+def measure_zero_state(model: Model, params: Params, ids: Ids, places: int) -> ZeroState:
     """Measure how well a model recovers from the zero carry, with which every sample begins.
 
     Training on streams rarely starts from a zero carry, and a model may fail there and not recover.

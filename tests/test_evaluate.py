@@ -23,6 +23,49 @@ def test_the_loss_equals_that_of_a_single_pass(length: int) -> None:
     np.testing.assert_allclose(loss_lib.compute_loss(model, params, ids), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("length", "context"), [(2, 5), (30, 1), (101, 10), (700, 7), (700, 150), (9000, 131)]
+)
+def test_windows_are_each_read_from_a_zero_carry(length: int, context: int) -> None:
+    model = LanguageModel(11, 6, 9)
+    params = jax.tree.map(lambda x: 3 * x, model_lib.init_params(model, jax.random.key(0)))
+    ids = np.random.default_rng(0).integers(0, 11, length).astype(np.int32)
+    expected: list[float] = []
+    for start in range(0, length - 1, context):
+        window = ids[start : start + context + 1]
+        logits, _ = model_lib.apply(model, params, window[None, :-1], model.initial_carry(1))
+        log_probabilities = np.asarray(jax.nn.log_softmax(logits[0]))
+        expected += [*-log_probabilities[np.arange(len(window) - 1), window[1:]]]
+    losses = loss_lib.compute_token_losses(model, params, ids, context)
+    np.testing.assert_allclose(losses, expected, atol=1e-3)  # Rounding errors grow with time.
+    by_position = loss_lib.average_by_position(losses, context)
+    assert len(by_position) == min(context, length - 1)
+    np.testing.assert_allclose(by_position[0], np.mean(expected[::context]), atol=1e-3)
+    np.testing.assert_allclose(
+        by_position[-1], np.mean(expected[len(by_position) - 1 :: context]), atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("longest", [10**6, 100])
+def test_token_losses_sum_to_the_loss(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_lib, "LONGEST_IN_ONE", longest)  # Parallel streams, if it is 100.
+    model = LanguageModel(11, 6, 9)
+    params = model_lib.init_params(model, jax.random.key(0))
+    ids = np.random.default_rng(0).integers(0, 11, 5000).astype(np.int32)
+    losses = loss_lib.compute_token_losses(model, params, ids)
+    assert losses.shape == (4999,) and losses.dtype == np.float32
+    total = loss_lib.compute_loss(model, params, ids) * 4999
+    assert losses.sum(dtype=np.float64) == pytest.approx(total, rel=1e-6)
+    # In the order of the text.
+    logits, _ = model_lib.apply(model, params, ids[None, :-1], model.initial_carry(1))
+    log_probabilities = np.asarray(jax.nn.log_softmax(logits[0]))
+    np.testing.assert_allclose(losses, -log_probabilities[np.arange(4999), ids[1:]], atol=1e-5)
+    assert loss_lib.compute_token_losses(model, params, ids[:1]).shape == (0,)
+    softer = jax.nn.log_softmax(logits[0] / 1.5)
+    losses = loss_lib.compute_token_losses(model, params, ids, temperature=1.5)
+    np.testing.assert_allclose(losses, -softer[np.arange(4999), ids[1:]], atol=1e-5)
+
+
 def test_an_untrained_model_has_the_loss_of_uniform_guessing() -> None:
     model = LanguageModel(67, 256, 1024)
     params = model_lib.init_params(model, jax.random.key(0))

@@ -242,6 +242,71 @@ def test_a_closed_pipe_is_not_an_error(trained: Path) -> None:
     assert (result.returncode, result.stderr, len(result.stdout)) == (0, b"", 5)
 
 
+def test_any_text_is_measured_like_a_split(trained: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "validation.txt").write_bytes(text_file.read_bytes()[18_000:19_000])
+    split = json.loads(
+        run("evaluate", f"--workdir={trained}", "--split=validation", cwd=tmp_path).stdout
+    )
+    lines = run(
+        "evaluate",
+        f"--workdir={trained}",
+        "--text=validation.txt",
+        "--json_lines",
+        cwd=tmp_path,
+    ).stdout.splitlines()
+    text = json.loads(lines.pop())
+    assert text.pop("text") == "validation.txt" and text.pop("unknown_tokens") == 0
+    assert split.pop("split") == "validation" and text == split
+    tokens = [json.loads(line) for line in lines]
+    assert "".join(line["token"] for line in tokens) == (tmp_path / "validation.txt").read_text()
+    assert tokens[0]["log_probability"] is None
+    total = -sum(line["log_probability"] for line in tokens[1:])
+    assert total == pytest.approx(999 * text["loss"], rel=1e-6)
+
+    # The mean over windows, in which the first tokens are harder to predict.
+    arguments = f"--workdir={trained}", "--text=validation.txt", "--context=32"
+    result = run("evaluate", *arguments, "--by_position=plot.png", cwd=tmp_path)
+    windows = json.loads(result.stdout)
+    by_position = windows["by_position"]
+    assert len(by_position) == windows["context"] == 32 and windows["tokens"] == 999
+    assert windows["loss"] > windows["loss_with_carry"] == split["loss"]
+    assert 32 * sum(by_position[:7]) + 31 * sum(by_position[7:]) == pytest.approx(
+        999 * windows["loss"], rel=1e-5
+    )
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "standard input is too short: it has 0 characters"),
+        (b"a", "standard input is too short: it has 1 characters"),
+        ("日本語".encode(), "the model knows none of the characters in standard input"),
+        (b"caf\xe9", "is not UTF-8 at byte 3"),
+    ],
+)
+def test_a_text_that_cannot_be_measured_gives_one_line(
+    content: bytes, message: str, trained: Path
+) -> None:
+    command = [sys.executable, "-m", "lstm_jax.evaluate", f"--workdir={trained}", "--text=-"]
+    result = subprocess.run(command, capture_output=True, timeout=120, input=content)
+    assert result.returncode == 2 and not result.stdout
+    assert message in result.stderr.decode() and result.stderr.count(b"\n") == 1
+
+
+def test_unknown_tokens_and_control_characters_of_a_text(trained: Path, tmp_path: Path) -> None:
+    text = "To \x1b\x7f日!\n"
+    result = run(
+        "evaluate", f"--workdir={trained}", "--text=-", "--json_lines", cwd=tmp_path, given=text
+    )
+    *lines, last = map(json.loads, result.stdout.splitlines())
+    assert [line["token"] for line in lines] == [*"To ", *["[UNK]"] * 3, "!", "\n"]
+    assert last["unknown_tokens"] == 3
+    # Each unknown token costs the bits of its UTF-8, and of a byte for its end.
+    bits = (last["bits_per_token"] * 7 + 8 * (2 + 2 + 4)) / 7
+    assert last["bits_per_character"] == pytest.approx(bits)
+
+
 @pytest.mark.parametrize(
     ("redirection", "message"),
     [
@@ -346,6 +411,10 @@ BAD_CONFIGS = {
         (["main", "--config", QUICK, "--config.mesh.data=5"], "must be a multiple of mesh.data"),
         (["evaluate", "--workdir=.", "--dynamic", "--fit_temperature"], "leave one out"),
         (["evaluate", "--workdir=.", "--dynamic_segment_length=0"], "must be 1 or more"),
+        (["evaluate", "--workdir=.", "--context=9", "--dynamic"], "leave one out"),
+        (["evaluate", "--workdir=.", "--text=good.txt", "--split=test"], "leave one out"),
+        (["evaluate", "--workdir=.", "--by_position=a.png"], "add --context 256"),
+        (["evaluate", "--workdir=.", "--context=9", "--by_position=a/b.png"], "name a .png file"),
         (["main", "--config", QUICK, "--config.model.hiden_size=3"], "did you mean model.hidden"),
         (["main", "--config", QUICK, "--config.model.hidden_size=3.5"], "'3.5'"),
         (

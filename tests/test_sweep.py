@@ -5,6 +5,7 @@ import json
 import os
 import random
 import runpy
+import shlex
 import shutil
 import signal
 import socket
@@ -234,6 +235,10 @@ def test_seeds_are_a_population(text_file: Path, tmp_path: Path, compiled: Path)
     assert code == 0, errors
     assert "validation loss of 3 seeds: mean " in output and "test loss of 3 seeds: " in output
     assert sorted(row["overrides"]["seed"] for row in rows(tmp_path)) == [0, 1, 2]
+    line = next(line for line in output.splitlines() if line.startswith("Measure their ensemble: "))
+    assert "python -m lstm_jax.evaluate --workdir " in line
+    loaded, steps = workdir.load_ensemble(shlex.split(line.partition("evaluate")[2])[1::2])
+    assert len(loaded.model.members) == len(steps) == 3
 
 
 @pytest.mark.parametrize("module", ["optuna", "sqlalchemy"])

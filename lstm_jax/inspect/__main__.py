@@ -14,6 +14,7 @@ from pathlib import Path
 from absl import flags
 
 from lstm_jax import command
+from lstm_jax.errors import UserError
 from lstm_jax.inspect import report
 
 _RUN = command.define_run_flags()
@@ -32,9 +33,11 @@ _LENGTH = flags.DEFINE_integer(
 
 def main() -> None:
     """Write the page."""
-    directory, own_text = _RUN()
+    directories, own_text = _RUN()
+    if len(directories) > 1:
+        raise UserError("the page is about one model: give --workdir once")
     out = Path(_OUT.value) if _OUT.value else None
-    report.write_report(directory, _TEXT.value, *own_text, out=out, length=_LENGTH.value)
+    report.write_report(directories[0], _TEXT.value, *own_text, out=out, length=_LENGTH.value)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ _NOVELTY = flags.DEFINE_boolean(
 
 def main() -> None:
     """Print samples of a trained model, or chat."""
-    directory, own_text = _RUN()
+    directories, own_text = _RUN()
     if _PROMPT.value and _PROMPT_FILE.value:
         raise UserError("give either --prompt or --prompt_file")
     if _INTERACTIVE.value and (_NUM_SAMPLES.value > 1 or _PROMPT_FILE.value == "-"):
@@ -68,7 +68,7 @@ def main() -> None:
     controls = Controls(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _MIN_P.value, *penalty)
     make_control_arrays(controls, vocabulary_size=3)  # Check the values before loading the model.
 
-    trained = workdir.load_trained(directory)
+    trained, _ = workdir.load_ensemble(directories)
     vocabulary = trained.vocabulary
     prompt = _PROMPT.value
     if path := _PROMPT_FILE.value:

@@ -94,6 +94,9 @@ def summarize_sweep(study: Study, directory: Path) -> str:
         return f"No trial is complete. All trials: {directory / TRIALS}"
     if spread := _measure_spread(trials):
         lines = [f"{split} loss of {number} seeds: {text}" for split, number, text in spread]
+        complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+        if len(complete) > 1:
+            lines.append(f"Measure their ensemble: {_get_ensemble_command(complete, directory)}")
     else:
         trained = shlex.quote(str(study_lib.get_trial_directory(directory, best)))
         lines = [
@@ -112,6 +115,13 @@ def _get_command(best: FrozenTrial, directory: Path) -> str:
         f"python -m lstm_jax.main --config {shlex.quote(str(config))} "
         f"--workdir {shlex.quote(str(own))}"
     )
+
+
+def _get_ensemble_command(trials: Sequence[FrozenTrial], directory: Path) -> str:
+    """Return the command that measures the ensemble of trials."""
+    members = [study_lib.get_trial_directory(directory, trial) for trial in trials]
+    flags = " ".join(f"--workdir {shlex.quote(str(member))}" for member in members)
+    return f"python -m lstm_jax.evaluate {flags}"
 
 
 def _measure_spread(trials: Sequence[FrozenTrial]) -> list[tuple[str, int, str]]:

@@ -1,0 +1,166 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from lstm_jax import dynamic, ensemble, generation, train
+from lstm_jax import loss as loss_lib
+from lstm_jax import model as model_lib
+from lstm_jax.controls import Controls
+from lstm_jax.errors import UserError
+from lstm_jax.model import LanguageModel
+from lstm_jax.run import workdir
+
+SETTINGS = dynamic.Settings(learning_rate=0.01, decay=0.05, segment_length=7)
+
+
+def make_member(model: LanguageModel, seed: int) -> tuple[LanguageModel, model_lib.Params]:
+    # Large weights make the distributions far from uniform.
+    params = model_lib.init_params(model, jax.random.key(seed))
+    return model, jax.tree.map(lambda x: 3 * x, params)
+
+
+# Of different sizes and cells.
+MEMBERS = [
+    make_member(LanguageModel(11, 6, 9), 0),
+    make_member(LanguageModel(11, 4, 12, 2), 1),
+    make_member(LanguageModel(11, 5, 7, cell="gru"), 2),
+]
+JOINED = ensemble.join_models(MEMBERS)
+ONE = ensemble.join_models(MEMBERS[:1])
+
+
+def make_ids(length: int) -> np.ndarray:
+    return np.random.default_rng(length).integers(2, 11, length).astype(np.int32)
+
+
+def compute_probabilities(ids: np.ndarray) -> np.ndarray:
+    """Return the mean probabilities of the next token after each id, float64 [n, vocabulary]."""
+    found = []
+    for model, params in MEMBERS:
+        logits, _ = model_lib.apply(model, params, ids[None], model.initial_carry(1))
+        odds = np.exp(np.asarray(logits[0], np.float64))
+        found.append(odds / odds.sum(axis=-1, keepdims=True))
+    return np.mean(found, axis=0)
+
+
+def test_the_loss_is_that_of_the_mean_probabilities() -> None:
+    ids = make_ids(300)
+    expected = -np.log(compute_probabilities(ids[:-1])[np.arange(299), ids[1:]])
+    losses = loss_lib.compute_token_losses(*JOINED, ids)
+    np.testing.assert_allclose(losses, expected, atol=1e-4)
+    assert loss_lib.compute_loss(*JOINED, ids) == pytest.approx(expected.mean(), rel=1e-5)
+    of_members = [loss_lib.compute_token_losses(*member, ids) for member in MEMBERS]
+    np.testing.assert_allclose(ensemble.mix_losses(of_members), expected, atol=1e-4)
+    # In the windows of --context.
+    expected = -np.log(compute_probabilities(ids[100:150])[np.arange(50), ids[101:151]])
+    windows = loss_lib.compute_token_losses(*JOINED, ids, context=50)
+    np.testing.assert_allclose(windows[100:150], expected, atol=1e-4)
+
+
+def test_a_step_predicts_the_mean_probabilities() -> None:
+    model, params = JOINED
+    ids = make_ids(40)
+    arrays = generation.prepare_params(model, params)
+    state = generation.read_tokens(model, arrays, generation.initial_state(model), ids[None])
+    np.testing.assert_allclose(
+        np.exp(state.logits[0]), compute_probabilities(ids)[-1], rtol=1e-4, atol=1e-6
+    )
+    greedy = generation.generate_tokens(
+        model, params, ids[None], jax.random.key(0), Controls(temperature=0), length=20
+    )
+    probabilities = compute_probabilities(np.append(ids, greedy))[39:-1]
+    np.testing.assert_array_equal(greedy[0], probabilities[:, 2:].argmax(axis=-1) + 2)
+
+
+def test_an_ensemble_of_one_equals_its_member() -> None:
+    prompts, ids = make_ids(12).reshape(2, 6), make_ids(100)
+    key, controls = jax.random.key(5), Controls(temperature=0.9, top_p=0.95)
+    pairs: list[tuple[ensemble.Model, model_lib.Params]] = [MEMBERS[0], ONE]
+    single, joined = (
+        generation.generate_tokens(*pair, prompts, key, controls, length=100) for pair in pairs
+    )
+    np.testing.assert_array_equal(single, joined)
+    single, joined = (
+        np.concatenate([*dynamic.adapt_to_text(*pair, prompts[0], ids, SETTINGS)]) for pair in pairs
+    )
+    np.testing.assert_array_equal(single, joined)
+    assert loss_lib.compute_loss(*ONE, ids) == pytest.approx(
+        loss_lib.compute_loss(*MEMBERS[0], ids), rel=1e-6
+    )
+
+
+def test_each_member_adapts_on_its_own_loss() -> None:
+    train_ids, ids, probabilities = make_ids(50), make_ids(90), np.zeros(89)
+    for model, params in MEMBERS:
+        sizes = dynamic.measure_gradient_sizes(model, params, train_ids, 7)
+        own = dynamic.compute_dynamic_losses(model, params, ids, SETTINGS, sizes)
+        probabilities += np.exp(-np.concatenate([*own], dtype=np.float64)) / len(MEMBERS)
+    losses = np.concatenate([*dynamic.adapt_to_text(*JOINED, train_ids, ids, SETTINGS)])
+    np.testing.assert_allclose(losses, -np.log(probabilities), atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
+    """Return the working directory of a run on the text of `trained`, with another cell."""
+    config = workdir.load_config(trained)
+    config.model.cell, config.model.hidden_size, config.num_epochs = "gru", 16, 1
+    directory = tmp_path_factory.mktemp("runs") / "other"
+    assert train.train(config, directory) == 0
+    return directory
+
+
+def run(module: str, *directories: Path, given: str = "", options: str = "") -> str:
+    command: list[Any] = [sys.executable, "-m", f"lstm_jax.{module}", *options.split()]
+    command += [f"--workdir={directory}" for directory in directories]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, input=given)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_commands_mix_several_runs(trained: Path, other: Path) -> None:
+    mixed = json.loads(run("evaluate", trained, other))
+    runs = [workdir.load_trained(directory) for directory in (trained, other)]
+    assert mixed["step"] == [loaded.step for loaded in runs]
+    for options in ("", " --temperature=0"):
+        text = run("sample", trained, other, options=f"--prompt=ROMEO: --length=30{options}")
+        assert text.startswith("ROMEO:") and len(text) == 6 + 30 + 1
+    # The chat gives the same probabilities.
+    shown = run("sample", trained, other, options="--interactive", given="/next\n/quit\n")
+    loaded, _ = workdir.load_ensemble([trained, other])
+    ids = generation.encode_prompt(loaded.vocabulary, "")
+    carry = loaded.model.initial_carry(1)
+    logits, _ = ensemble.apply(loaded.model, loaded.params, ids[None], carry)
+    best = int(logits[0, -1].argmax())
+    expected = f"{np.exp(logits[0, -1, best]):.4f}  {loaded.vocabulary.tokens[best]!r}"
+    assert shown.splitlines()[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"units": "words"}, "different vocabularies"),
+        ({"path": "another.txt"}, "different texts"),
+        ({"fractions": (0.8, 0.1, 0.1)}, "different splits"),
+    ],
+)
+def test_members_need_one_text_and_vocabulary(
+    changes: dict[str, Any], message: str, trained: Path, tmp_path: Path, text_file: Path
+) -> None:
+    config: ConfigDict = workdir.load_config(trained)
+    config.data.sha256 = ""
+    # The same characters, so the same vocabulary.
+    text = text_file.read_text()
+    another = tmp_path / "another.txt"
+    another.write_text(text[10:17_000] + text[:10] + text[17_000:])
+    config.data.update({**changes, "path": str(another)} if "path" in changes else changes)
+    config.num_epochs = 1
+    assert train.train(config, tmp_path / "run") == 0
+    with pytest.raises(UserError, match=f"{trained} and {tmp_path / 'run'} have {message}"):
+        workdir.load_ensemble([trained, tmp_path / "run"])
