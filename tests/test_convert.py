@@ -477,9 +477,7 @@ def test_a_run_becomes_a_graph(trained: Path, text_file: Path, tmp_path: Path) -
     tokens = json.loads((tmp_path / "tiny.onnx.vocabulary.json").read_text())["units"]
     session = runtime.InferenceSession(tmp_path / "tiny.onnx")
     ids = np.array([[tokens.index(character) for character in text]])
-    given = {
-        put.name: np.zeros((1, put.shape[1]), np.float32) for put in session.get_inputs()[1:]
-    }
+    given = {put.name: np.zeros((1, put.shape[1]), np.float32) for put in session.get_inputs()[1:]}
     logits = session.run(["logits"], {"ids": ids, **given})[0]
     np.testing.assert_allclose(logits[0], compute_logits(own, text), atol=1e-4)
 

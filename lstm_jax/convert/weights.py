@@ -1,4 +1,4 @@
-"""Represent weights that Keras, PyTorch and ONNX share: embedding, recurrent layers, dense layer."""
+"""Represent the weights that all formats share: embedding, recurrent layers, dense layer."""
 
 import contextlib
 import importlib
