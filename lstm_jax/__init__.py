@@ -1,3 +1,23 @@
 """LSTM language models in JAX and Flax: train on a text, measure, and generate."""
 
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+# What `import lstm_jax` offers, by the module that has it. They are imported when they are used, as
+# JAX takes seconds.
+_PUBLIC = {"load": "library", "Controls": "controls", "UserError": "errors"}
+_MODULES = ("config", "train")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"lstm_jax.{name}")
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"lstm_jax.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_PUBLIC, *_MODULES]

@@ -1,4 +1,7 @@
-"""List the commands: `python -m lstm_jax`."""
+"""List the commands, or run one: `python -m lstm_jax`, `lstm-jax sample --workdir DIR`."""
+
+import runpy
+import sys
 
 # Their names and purposes are written here, because importing the commands takes seconds.
 COMMANDS = {
@@ -6,11 +9,29 @@ COMMANDS = {
     "evaluate": "measure a trained model on a text",
     "sample": "generate text with a trained model",
     "inspect": "show what the hidden units of a trained model respond to, as a page",
-    "convert": "read and write the weights of Keras and PyTorch",
+    "convert": "read and write the weights of Keras and PyTorch, and write ONNX",
+    "export": "put a trained model into a web page, where it generates text",
     "sweep": "search for good settings, or train several seeds",
 }
 
-if __name__ == "__main__":
+
+def main() -> None:
+    """List the commands, or run the one that the first argument names."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    module = "main" if name == "train" else name
+    if module in COMMANDS:
+        sys.argv[1:] = arguments
+        runpy.run_module(f"lstm_jax.{module}", run_name="__main__", alter_sys=True)
+        return
+    if name not in ("--help", "-h", "-?"):
+        print(f"error: there is no command {name!r}: python -m lstm_jax lists all", file=sys.stderr)
+        sys.exit(2)
     for name, purpose in COMMANDS.items():
         print(f"python -m lstm_jax.{name:<10}{purpose}")
-    print("\nEach explains its flags with --help.")
+    print(
+        "\nEach explains its flags with --help. lstm-jax train, lstm-jax sample, ... do the same."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -18,9 +18,13 @@ from lstm_jax.controls import (
     make_stop_table,
 )
 from lstm_jax.ensemble import Model, apply_step, prepare_step
-from lstm_jax.errors import NotFiniteError
+from lstm_jax.errors import NotFiniteError, UserError
 from lstm_jax.model import Carry, Params, Prepared
 from lstm_jax.vocabulary import PADDING_ID, SPECIAL_IDS, Vocabulary
+
+# Called before each token is drawn, with the ids so far, int32 [batch, time], and the logits of the
+# next token, float32 [batch, vocabulary]; returns the logits to use instead.
+LogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 # Tokens per call of the compiled function: few at first, so that text appears soon.
 _FIRST_CHUNK, _CHUNK = 16, 1024
@@ -147,32 +151,55 @@ def generate_chunks(
     controls: ControlArrays,
     stops: np.ndarray,
     length: int,
+    process_logits: LogitsProcessor | None = None,
 ) -> Iterator[tuple[np.ndarray, State]]:
     """Continue texts chunk by chunk, until all have ended or have `length` more tokens.
 
     The tokens of text b depend on `key`, b and the position in the text, but not on the size of
     the batch or the chunks. Arguments come from `prepare_params`, `read_tokens`,
-    `make_control_arrays` and `make_stop_table`; new values need no compilation.
+    `make_control_arrays` and `make_stop_table`; new values need no compilation. `process_logits` is
+    called with the tokens after the prompts; a chunk is then one token.
 
     Yield the ids of a chunk, int32 [batch, n], where texts that have ended are padded with id 0,
     and the state after it. Raise `NotFiniteError` if the model's logits are not finite.
     """
     state = state._replace(progress=jnp.zeros_like(state.progress))
-    chunk = _FIRST_CHUNK
+    chunk, found = _FIRST_CHUNK, np.zeros((len(state.logits), 0), np.int32)
     while length > 0:
         if not np.isfinite(state.logits).all():
             raise NotFiniteError(
                 "the model's predictions are not finite: training has diverged; train again with a "
                 "lower optimizer.learning_rate"
             )
+        if process_logits:
+            logits = _check_logits(process_logits(found, np.asarray(state.logits)), state, controls)
+            state, chunk = state._replace(logits=logits), 1
         count = min(chunk, length)
         ids, number, state = _generate(model, arrays, state, key, controls, stops, np.int32(count))
         if number:
-            yield np.asarray(ids)[:, : int(number)], state
+            new = np.asarray(ids)[:, : int(number)]
+            found = np.concatenate([found, new], axis=1) if process_logits else found
+            yield new, state
         if number < count:
             return
         length -= count
         chunk = min(4 * chunk, _CHUNK)
+
+
+def _check_logits(processed: Any, state: State, controls: ControlArrays) -> np.ndarray:
+    """Return the result of a logits processor, or raise `UserError` if no token can be drawn."""
+    logits = np.asarray(processed, np.float32)
+    if logits.shape != state.logits.shape:
+        raise UserError(
+            f"process_logits returned an array {list(logits.shape)}: it must return the logits "
+            f"{list(state.logits.shape)} of the next token"
+        )
+    if not (logits < np.inf).all() or not np.isfinite(logits[:, ~controls.forbidden]).any(1).all():
+        raise UserError(
+            "process_logits returned logits with which no token can be drawn: at least one allowed "
+            "token needs a finite logit, and none may be NaN or infinity"
+        )
+    return logits
 
 
 def generate_tokens(
@@ -231,11 +258,12 @@ def stream_texts(
     num_samples: int = 1,
     stop_token: bool = True,
     stop_at: str = "",
+    process_logits: LogitsProcessor | None = None,
 ) -> Iterator[list[str]]:
     """Generate different continuations of a prompt, of up to `length` tokens, piece by piece.
 
     A text ends after the string `stop_at`, unless it is empty, and before the stop token, unless
-    `stop_token` is false.
+    `stop_token` is false. `process_logits` gets the ids with the prompt.
 
     Yields:
       The next piece of each text. No piece ends within a character.
@@ -251,7 +279,12 @@ def stream_texts(
     if num_samples > 1:  # The prompt is read once for all.
         state = jax.tree.map(lambda x: jnp.repeat(x, num_samples, 0) if x.ndim else x, state)
     decoders = [text_decoder(vocabulary, stop_token) for _ in range(num_samples)]
-    for chunk, _ in generate_chunks(model, arrays, state, key, control_arrays, stops, length):
+    prompts = np.repeat(ids[None], num_samples, axis=0)
+    process = process_logits and (
+        lambda found, logits: process_logits(np.concatenate([prompts, found], axis=1), logits)
+    )
+    chunks = generate_chunks(model, arrays, state, key, control_arrays, stops, length, process)
+    for chunk, _ in chunks:
         yield [decode(row, False) for decode, row in zip(decoders, chunk, strict=True)]
     yield [decode((), True) for decode in decoders]
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import time
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from lstm_jax.devices import feeding, hosts, memory, parallel
 from lstm_jax.errors import UnavailableError
 from lstm_jax.run import checkpoints as checkpoints_lib
 from lstm_jax.run import files, lock, messages, metrics, resume, workdir
-from lstm_jax.run.console import make_printable
+from lstm_jax.run.console import make_printable, mute
 from lstm_jax.run.profiler import Profiler
 from lstm_jax.run.progress import Progress
 from lstm_jax.run.signals import Pacer, Stopped, StopRequest
@@ -36,7 +37,12 @@ Watch = Callable[[Mapping[str, Any]], object]
 _PLACES = 64
 
 
-def train(config: ConfigDict, directory: Path | str, watch: Watch = lambda row: None) -> int:
+def train(
+    config: ConfigDict,
+    directory: Path | str,
+    watch: Watch = lambda row: None,
+    quiet: bool = False,
+) -> int:
     """Train the model that `config` describes, or resume the run in `directory`.
 
     Args:
@@ -45,6 +51,7 @@ def train(config: ConfigDict, directory: Path | str, watch: Watch = lambda row: 
       watch: called with each recorded loss, as a row of metrics.jsonl without its checksum, for
         example to plot it in a notebook. If it raises an exception, the run ends, and can be
         resumed.
+      quiet: whether to print nothing, neither progress nor warnings.
 
     Returns:
       The exit code: 0, or 130 after Ctrl-C (143 after SIGTERM) with everything saved.
@@ -60,6 +67,8 @@ def train(config: ConfigDict, directory: Path | str, watch: Watch = lambda row: 
     mesh = parallel.make_mesh(config)
     memory.keep_freed_memory()
     with contextlib.ExitStack() as stack:
+        if quiet:
+            stack.enter_context(mute())
         if not hosts.is_first():
             silence = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(silence))
@@ -338,6 +347,14 @@ def _make_zero(array: jax.Array) -> jax.Array:
     zero = np.zeros((), array.dtype)
     return jax.make_array_from_callback((), array.sharding, lambda part: zero[part])
 
+
+class _Module(types.ModuleType):
+    """This module, which can be called as its function: `lstm_jax.train(config, directory)`."""
+
+    __call__ = staticmethod(train)
+
+
+sys.modules[__name__].__class__ = _Module
 
 if __name__ == "__main__":
     print("error: train with python -m lstm_jax.main --config FILE", file=sys.stderr)

@@ -1,9 +1,12 @@
 """Shared fixtures: the text, and a tiny trained model."""
 
 import os
+import shutil
 import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -89,3 +92,27 @@ def trained(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     directory = tmp_path_factory.mktemp("runs") / "tiny"
     assert train.train(make_tiny_config(text_file), directory) == 0
     return directory
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Start Chromium without a window and without a network."""
+    selenium = pytest.importorskip("selenium.webdriver", reason="selenium isn't installed")
+    programs = [
+        next(filter(None, map(shutil.which, names)), None)
+        for names in (("chromium", "chromium-browser", "google-chrome"), ("chromedriver",))
+    ]
+    if None in programs:
+        pytest.skip("there is no Chromium with its chromedriver (apt install chromium-driver)")
+    options = selenium.ChromeOptions()
+    options.binary_location = programs[0]
+    for argument in ("--headless=new", "--disable-dev-shm-usage", "--window-size=1280,900"):
+        options.add_argument(argument)
+    if os.getuid() == 0:  # Chromium's sandbox does not run as root.
+        options.add_argument("--no-sandbox")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = selenium.ChromeService(programs[1])
+    with selenium.Chrome(options=options, service=service) as driver:
+        driver.execute_cdp_cmd("Network.enable", {})
+        driver.set_network_conditions(offline=True, latency=0, throughput=0)
+        yield driver

@@ -19,7 +19,7 @@ from lstm_jax import config, generation, train
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.controls import Controls
-from lstm_jax.convert import keras_weights, torch_weights, transfer, weights
+from lstm_jax.convert import keras_weights, onnx_graph, torch_weights, transfer, weights
 from lstm_jax.data import texts
 from lstm_jax.errors import UserError
 from lstm_jax.run import files, workdir
@@ -420,13 +420,66 @@ def test_existing_files_are_kept_and_nothing_partial_is_written(
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
-@pytest.mark.parametrize(("module", "end"), [("h5py", ".keras"), ("safetensors", ".safetensors")])
+@pytest.mark.parametrize(
+    ("module", "write"),
+    [
+        ("h5py", keras_weights.write_archive),
+        ("safetensors", torch_weights.write_state_dict),
+        ("onnx", onnx_graph.write_graph),
+    ],
+)
 def test_an_error_names_a_missing_library(
-    module: str, end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: str, write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=f"pip install {module}"):
-        WRITERS[end][0](make_weights(tmp_path))
+        write(make_weights(tmp_path))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_a_graph_has_the_same_logits_in_onnx_runtime(cell: str, tied: bool) -> None:
+    onnx = pytest.importorskip("onnx")
+    runtime: Any = pytest.importorskip("onnxruntime")
+    model = model_lib.LanguageModel(30, 6, 5, num_layers=3, cell=cell, tie_embeddings=tied)
+    shapes = jax.eval_shape(lambda: model_lib.init_params(model, jax.random.key(0)))
+    draw = np.random.default_rng(0).normal
+    params = jax.tree.map(lambda x: draw(size=x.shape).astype(np.float32), shapes)
+    graph = onnx_graph.write_graph(weights.from_model(model, params))
+    onnx.checker.check_model(graph, full_check=True)
+    session = runtime.InferenceSession(graph)
+    names = [output.name for output in session.get_outputs()]
+    assert names[0] == "logits" and session.get_inputs()[0].name == "ids"
+    # Two texts, in parts of several lengths, from a carry that is not zero.
+    ids = np.random.default_rng(1).integers(0, 30, (2, 12))
+    carry = jax.tree.map(lambda x: x + 0.3, model.initial_carry(2))
+    given = {
+        f"{state}_{i}": np.asarray(array)
+        for i, layer in enumerate(carry)
+        for state, array in layer._asdict().items()
+    }
+    for part in np.split(ids, [7, 8], axis=1):
+        expected, carry = model_lib.apply(model, params, part, carry)
+        results = dict(zip(names, session.run(names, {"ids": part, **given}), strict=True))
+        np.testing.assert_allclose(results.pop("logits"), expected, atol=1e-4)
+        given = {name.removeprefix("next_"): array for name, array in results.items()}
+        for i, layer in enumerate(carry):
+            for state, array in layer._asdict().items():
+                np.testing.assert_allclose(given[f"{state}_{i}"], array, atol=1e-4)
+
+
+def test_a_run_becomes_a_graph(trained: Path, text_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    runtime: Any = pytest.importorskip("onnxruntime")
+    transfer.export_weights(trained, tmp_path / "tiny.onnx")
+    own = workdir.load_trained(trained)
+    text = text_file.read_text(encoding="utf-8")[:300]
+    tokens = json.loads((tmp_path / "tiny.onnx.vocabulary.json").read_text())["units"]
+    session = runtime.InferenceSession(tmp_path / "tiny.onnx")
+    ids = np.array([[tokens.index(character) for character in text]])
+    given = {put.name: np.zeros((1, put.shape[1]), np.float32) for put in session.get_inputs()[1:]}
+    logits = session.run(["logits"], {"ids": ids, **given})[0]
+    np.testing.assert_allclose(logits[0], compute_logits(own, text), atol=1e-4)
 
 
 def test_a_compressed_archive_with_one_wrong_byte_raises_an_error(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_the_package_lists_its_commands_quickly() -> None:
         for path in sources
         if "\n    command.run_command(" in path.read_text(encoding="utf-8")
     }
-    assert set(commands.COMMANDS) == runnable and len(runnable) == 6
+    assert set(commands.COMMANDS) == runnable and len(runnable) == 7
     for name in runnable:
         assert f"python -m lstm_jax.{name} " in result.stdout
 

@@ -1,11 +1,9 @@
 import base64
 import gzip
 import json
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -167,30 +165,6 @@ def test_mistakes_give_a_one_line_error(
         )
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not list(trained.glob("report*"))
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Start Chromium without a window and without a network."""
-    selenium = pytest.importorskip("selenium.webdriver", reason="selenium isn't installed")
-    programs = [
-        next(filter(None, map(shutil.which, names)), None)
-        for names in (("chromium", "chromium-browser", "google-chrome"), ("chromedriver",))
-    ]
-    if None in programs:
-        pytest.skip("there is no Chromium with its chromedriver (apt install chromium-driver)")
-    options = selenium.ChromeOptions()
-    options.binary_location = programs[0]
-    for argument in ("--headless=new", "--disable-dev-shm-usage", "--window-size=1280,900"):
-        options.add_argument(argument)
-    if os.getuid() == 0:  # Chromium's sandbox does not run as root.
-        options.add_argument("--no-sandbox")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = selenium.ChromeService(programs[1])
-    with selenium.Chrome(options=options, service=service) as driver:
-        driver.execute_cdp_cmd("Network.enable", {})
-        driver.set_network_conditions(offline=True, latency=0, throughput=0)
-        yield driver
 
 
 def test_the_page_in_a_browser(

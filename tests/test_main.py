@@ -468,6 +468,7 @@ BAD_CONFIGS = {
         (["convert"], "name the working directory: --workdir DIR"),
         (["convert", "--workdir=x"], "give either --from FILE"),
         (["convert", "--workdir=x", "--from=good.txt"], "none of .keras, .weights.h5"),
+        (["convert", "--workdir=x", "--from=a.onnx"], "weights are read from Keras and PyTorch"),
         (["convert", "--workdir=x", "--from=nothing.keras", "--text=good.txt"], "No such file"),
         (["convert", "--workdir=x", "--to=new.keras", "--text=good.txt"], "are for --from"),
         (["convert", "--workdir=x", "--from=a.keras", "--drop_special"], "is for --to"),

@@ -1,9 +1,10 @@
-"""Convert weights from and to Keras and PyTorch.
+"""Convert weights from and to Keras and PyTorch, and to ONNX.
 
     python -m lstm_jax.convert --from model.keras --vocabulary vocabulary.json --workdir runs/new
     python -m lstm_jax.convert --workdir runs/quick --to model.safetensors
 
-The suffix of a file is its format: .keras, .weights.h5 (both Keras 3) or .safetensors (PyTorch).
+The suffix of a file is its format: .keras, .weights.h5 (both Keras 3), .safetensors (PyTorch)
+or .onnx (a graph, which can only be written).
 """
 
 if __name__ == "__main__":
@@ -20,7 +21,7 @@ from lstm_jax.convert import transfer
 from lstm_jax.errors import UserError
 
 _FROM = flags.DEFINE_string("from", None, "File to make a working directory from.")
-_TO = flags.DEFINE_string("to", None, "File to write: .keras, .weights.h5 or .safetensors.")
+_TO = flags.DEFINE_string("to", None, "File to write: .keras, .weights.h5, .safetensors or .onnx.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Working directory to make, or to read.")
 _VOCABULARY = flags.DEFINE_string(
     "vocabulary", None, "Tokens of --from by id: a vocabulary.json, JSON list or object, or text."

@@ -11,16 +11,17 @@ from ml_collections import ConfigDict
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import vocabulary as vocabulary_lib
-from lstm_jax.convert import keras_weights, torch_weights, weights
+from lstm_jax.convert import keras_weights, onnx_graph, torch_weights, weights
 from lstm_jax.data import sources, texts
 from lstm_jax.errors import UserError
 from lstm_jax.run import checkpoints, files, workdir
 
 # Functions that read and write the content of a file, by the end of its name.
-_FORMATS = {
+_FORMATS: dict[str, tuple[Any, Any]] = {
     ".keras": (keras_weights.read_archive, keras_weights.write_archive),
     ".weights.h5": (keras_weights.read_weights, keras_weights.write_weights),
     ".safetensors": (torch_weights.read_state_dict, torch_weights.write_state_dict),
+    ".onnx": (None, onnx_graph.write_graph),
 }
 # For other suffixes: how to save such a model, and the suffixes to use instead.
 _KERAS = "save it in Keras 3 with model.save('model.keras')", ".keras or .weights.h5"
@@ -41,6 +42,8 @@ def import_weights(
     `read_vocabulary` finds in `vocabulary_file`, or else the characters of this text.
     """
     read, _ = _find_format(source, "--from")
+    if read is None:
+        raise UserError(f"{source} (--from) is a graph: weights are read from Keras and PyTorch")
     if vocabulary_file is None and text_file is None:
         raise UserError(
             f"{source} does not contain its vocabulary: give --vocabulary FILE, or --text FILE "

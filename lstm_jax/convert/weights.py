@@ -1,4 +1,4 @@
-"""Represent weights that Keras and PyTorch share: embedding, recurrent layers, dense layer."""
+"""Represent the weights that all formats share: embedding, recurrent layers, dense layer."""
 
 import contextlib
 import importlib
@@ -13,7 +13,7 @@ from lstm_jax.errors import UserError, one_line
 from lstm_jax.model import LanguageModel, Params
 from lstm_jax.vocabulary import PADDING, UNKNOWN, Vocabulary
 
-# The number of gates in the kernels of each cell that Keras and PyTorch support.
+# The number of gates in the kernels of each cell that all of them support.
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 
 Layer = dict[str, np.ndarray]
@@ -37,10 +37,10 @@ class Weights(NamedTuple):
 
 
 def from_model(model: LanguageModel, params: Params) -> Weights:
-    """Return the weights of a model; raise `UserError` if Keras and PyTorch have no such cell."""
+    """Return the weights of a model; raise `UserError` if no format has its cell."""
     if model.cell not in GATES or model.layer_norm:
         named = "model.layer_norm=True" if model.layer_norm else f"model.cell={model.cell!r}"
-        raise UserError(f"Keras and PyTorch have no layer with {named}")
+        raise UserError(f"Keras, PyTorch and ONNX have no layer with {named}")
     arrays: Any = jax.tree.map(lambda array: np.asarray(array, np.float32), params)
     embedding = arrays["embedding"]["embedding"]
     return Weights(

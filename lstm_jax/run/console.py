@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -74,6 +75,31 @@ def escape_controls(text: str) -> str:
     Line feeds, tabs and the \r before a line feed are kept.
     """
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+@contextlib.contextmanager
+def mute() -> Iterator[None]:
+    """Drop what this thread prints, to either stream, until the end of the block."""
+    streams = _Muted(sys.stdout), _Muted(sys.stderr)
+    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+        yield
+
+
+class _Muted:
+    """A stream that drops what one thread writes, and that is not a terminal."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._thread = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        muted = threading.get_ident() == self._thread
+        return len(text) if muted else int(self._stream.write(text))
+
+    def isatty(self) -> bool:
+        return False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class _Output:

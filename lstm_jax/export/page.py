@@ -1,0 +1,94 @@
+"""Write a page that contains a trained model and runs it in the browser.
+
+The page is `page.html` with the model filled in. It loads nothing from elsewhere.
+"""
+
+import base64
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lstm_jax.errors import UserError
+from lstm_jax.run import files, workdir
+
+# The cells that the page implements.
+CELLS = ("lstm", "gru", "rnn")
+
+
+def write_page(directory: Path, target: Path, bits: int = 16) -> None:
+    """Write the page of the model in a working directory, or raise `UserError`; print its path."""
+    if target.suffix != ".html":
+        raise UserError(f"{target} (--to) is not the name of a page: it must end in .html")
+    trained = workdir.load_trained(directory)
+    page = make_page(trained, directory.resolve().name, bits)
+    try:
+        files.write_file(target, page)
+    except OSError as error:
+        raise UserError(f"can't write {target} (--to): {error.strerror}") from None
+    print(f"{target} ({len(page) / 1e6:.1f} MB): open it in a browser")
+    if (dtype := trained.model.dtype) != "float32":
+        print(f"Its matmuls here are in {dtype}: the page computes in float32")
+
+
+def make_page(trained: workdir.Trained, name: str, bits: int = 16) -> bytes:
+    """Return the page of a model called `name`, with 8 or 16 bits for each weight.
+
+    Raise `UserError` if the page can't run the model, or a weight is not finite.
+    """
+    model, vocabulary = trained.model, trained.vocabulary
+    if model.cell not in CELLS:
+        raise UserError(f"a page can run the cells {', '.join(CELLS)}, not {model.cell}")
+    finite = jax.tree.map(lambda array: bool(np.isfinite(array).all()), trained.params)
+    if not all(jax.tree.leaves(finite)):
+        raise UserError(
+            f"some weights of step {trained.step} are not finite: its training diverged; train "
+            "again with a lower optimizer.learning_rate"
+        )
+
+    def pack(array: Any) -> dict[str, Any]:
+        """Return a kernel with its outputs as rows, or a vector."""
+        if array.ndim == 1:
+            return pack_floats(np.asarray(array))
+        return pack_rows(np.asarray(array.T, order="C"), bits)
+
+    layers = [trained.params[f"{model.cell}_{i}"] for i in range(model.num_layers)]
+    data = {
+        "name": name,
+        "step": trained.step,
+        "parameters": sum(array.size for array in jax.tree.leaves(trained.params)),
+        "cell": model.cell,
+        "tokens": vocabulary.tokens,
+        "kind": vocabulary.kind,
+        "tokenName": vocabulary.token_name,
+        "stop": vocabulary.stop,
+        # A row for each token, as in the kernel of the dense layer.
+        "embedding": pack(trained.params["embedding"]["embedding"].T),
+        "layers": jax.tree.map(pack, layers),
+        "dense": jax.tree.map(pack, trained.params["dense"]),
+    }
+    template = resources.files("lstm_jax.export").joinpath("page.html").read_text(encoding="utf-8")
+    # ASCII without "<" is safe in a script.
+    in_script = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+    return template.replace("null/*data*/", in_script).encode()
+
+
+def pack_rows(matrix: np.ndarray, bits: int) -> dict[str, Any]:
+    """Return a matrix as integers with a scale for each row, as the page reads it."""
+    limit = 2 ** (bits - 1) - 1
+    largest = np.abs(matrix).max(axis=1, keepdims=True)
+    scales = np.where(largest > 0, largest, 1) / np.float32(limit)
+    integers = np.round(matrix / scales).astype(f"<i{bits // 8}")
+    return {"bits": bits, "values": _encode(integers), "scales": pack_floats(scales[:, 0])}
+
+
+def pack_floats(vector: np.ndarray) -> dict[str, Any]:
+    """Return a vector as float32, as the page reads it."""
+    return {"bits": 32, "values": _encode(vector.astype("<f4"))}
+
+
+def _encode(array: np.ndarray) -> str:
+    return base64.b64encode(array.tobytes()).decode("ascii")

@@ -1,0 +1,228 @@
+"""Load a trained model and use it from Python: generate, score, look inside, search."""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lstm_jax import generation
+from lstm_jax import loss as loss_lib
+from lstm_jax import model as model_lib
+from lstm_jax.controls import Controls
+from lstm_jax.run import workdir
+from lstm_jax.vocabulary import PADDING_ID, SPECIAL_IDS
+
+# Called before each token is drawn, with the ids so far, int32 [n] with the prompt, and the logits
+# of the next token, float32 [vocabulary]; returns the logits to use instead.
+LogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+_SHORTEST_CHUNK, _LONGEST_CHUNK = 16, 1024  # Tokens per call of a compiled function.
+
+
+class TextCarry(NamedTuple):
+    """The state of a model that has read a text, from which `Run.score` continues."""
+
+    carry: model_lib.Carry  # Before the last token.
+    last: int  # The id of the last token.
+
+
+class Scores(NamedTuple):
+    """The log-probabilities of the tokens of a text."""
+
+    tokens: list[str]  # Those that were predicted.
+    log_probs: np.ndarray  # Natural logarithms, float32 [tokens].
+    carry: TextCarry | None  # After the text; None if nothing was read.
+
+
+class Run:
+    """A trained model, from a working directory.
+
+    Texts that contain tokens that the model does not know are read with [UNK] in their place; all
+    methods but `score` and `hidden_states` warn.
+
+    Attributes:
+      config: the config of the run, an `ml_collections.ConfigDict`.
+      vocabulary: its `Vocabulary`.
+      model: its `LanguageModel`.
+      params: the parameters of the checkpoint with the best validation loss.
+      step: the training step of this checkpoint.
+    """
+
+    def __init__(self, trained: workdir.Trained) -> None:
+        """Use a model that `workdir.load_trained` has loaded."""
+        self.config, self.vocabulary, self.model, self.params, self.step = trained
+        self._arrays = generation.prepare_params(self.model, self.params)
+
+    def generate(self, prompt: str = "", **options: Any) -> str:
+        """Return the prompt and its continuation; see `stream`, which takes the same options."""
+        return prompt + "".join(self.stream(prompt, **options))
+
+    def stream(
+        self,
+        prompt: str = "",
+        *,
+        length: int = 500,
+        seed: int = 0,
+        stop_token: bool = True,
+        stop_at: str = "",
+        process_logits: LogitsProcessor | None = None,
+        temperature: float = 0.8,
+        **controls: Any,
+    ) -> Iterator[str]:
+        """Continue a prompt, and yield the generated text piece by piece.
+
+        Args:
+          prompt: the text to continue.
+          length: the maximum number of tokens.
+          seed: the random seed; the same seed generates the same text.
+          stop_token: whether the stop token of a model of documents ends the text.
+          stop_at: a string that ends the text.
+          process_logits: changes the logits before the controls do.
+          temperature: divides the logits.
+          **controls: the other fields of `Controls`: top_k, top_p, min_p, repetition_penalty,
+            repetition_window, forbidden.
+
+        Raises:
+          UserError: if a control is outside its range.
+        """
+        self._warn_of_unknown(prompt)
+        process = process_logits and (
+            lambda ids, logits: np.asarray(process_logits(ids[0], logits[0]))[None]
+        )
+        pieces = generation.stream_texts(
+            self.model,
+            self.params,
+            self.vocabulary,
+            jax.random.key(seed),
+            prompt=prompt,
+            length=length,
+            controls=Controls(temperature, **controls),
+            stop_token=stop_token,
+            stop_at=stop_at,
+            process_logits=process,
+        )
+        for (piece,) in pieces:
+            yield piece
+
+    def score(self, text: str, carry: TextCarry | None = None) -> Scores:
+        """Compute the log-probability of each token of a text, given all before it.
+
+        The first token is predicted only with a carry, that of an earlier `Scores`, whose text
+        precedes this one.
+        """
+        tokens, ids = self.vocabulary.split(text), self.vocabulary.encode(text)
+        own = self.model.initial_carry(1)
+        if carry:
+            own, ids = carry.carry, np.append(np.int32(carry.last), ids)
+        else:
+            tokens = tokens[1:]
+        if not len(ids):
+            return Scores([], np.zeros(0, np.float32), None)
+        length = min(_choose_length(len(ids) - 1), _LONGEST_CHUNK)
+        log_probs, start, before = [np.zeros(0, np.float32)], 0, own
+        for number, chunk in enumerate(loss_lib.iterate_chunks(ids, length)):
+            start, before = number * length, own
+            temperatures = jnp.ones(1)
+            losses, own = loss_lib.read_chunk(
+                self.model, self.params, chunk, own, temperatures, axis=()
+            )
+            log_probs.append(-np.asarray(losses[0])[chunk[2]])
+        # The last chunk is read again, without the padding at its end, which changes the carry.
+        state = generation.initial_state(self.model)._replace(carry=before)
+        if len(rest := ids[start:-1]):
+            state = generation.read_tokens(self.model, self._arrays, state, rest[None])
+        return Scores(tokens, np.concatenate(log_probs), TextCarry(state.carry, int(ids[-1])))
+
+    def hidden_states(self, text: str) -> list[np.ndarray]:
+        """Return the hidden states after each token, for each layer float32 [tokens, hidden]."""
+        ids = self.vocabulary.encode(text)
+        padding = _choose_length(len(ids)) - len(ids)
+        hidden = _compute_hidden(self.model, self.params, np.pad(ids, (0, padding)))
+        return [np.asarray(layer)[: len(ids)] for layer in hidden]
+
+    def next(self, text: str, n: int = 10) -> list[tuple[str, float]]:
+        """Return the n most probable tokens after a text, with their probabilities."""
+        probabilities = np.asarray(jax.nn.softmax(self._read(text).logits[0]))
+        best = np.argsort(-probabilities, kind="stable")[:n]
+        return [(self.vocabulary.tokens[i], float(probabilities[i])) for i in best]
+
+    def beam_search(
+        self, prompt: str = "", *, length: int = 100, beams: int = 5
+    ) -> list[tuple[str, float]]:
+        """Search for the most probable continuations of a prompt, of up to `length` tokens.
+
+        Each step keeps the most probable texts. A text that ends with the stop token is kept as it
+        is. Return the texts with the prompt, and the logarithms of the probabilities of their
+        continuations, the most probable first.
+        """
+        state = self._read(prompt)
+        state = jax.tree.map(lambda x: jnp.repeat(x, beams, 0) if x.ndim else x, state)
+        totals = np.full(beams, -np.inf)
+        totals[0] = 0  # All others are copies of the first.
+        found, ended = np.zeros((beams, 0), np.int32), np.zeros(beams, bool)
+        for _ in range(length):
+            log_probs = np.array(jax.nn.log_softmax(state.logits), np.float64)
+            log_probs[:, SPECIAL_IDS] = -np.inf
+            log_probs[ended] = -np.inf
+            log_probs[ended, PADDING_ID] = 0
+            sums = totals[:, None] + log_probs
+            best = np.argsort(-sums, axis=None, kind="stable")[:beams]
+            parents, ids = np.divmod(best.astype(np.int32), np.int32(sums.shape[1]))
+            totals = sums.ravel()[best]
+            found = np.column_stack([found[parents], ids])
+            ended = ended[parents] | (ids == self.vocabulary.stop_id)
+            if ended.all():
+                break
+            state = jax.tree.map(lambda x, parents=parents: x[parents] if x.ndim else x, state)
+            state = generation.read_tokens(self.model, self._arrays, state, ids[:, None])
+        texts = []
+        for row in found[np.isfinite(totals)]:
+            decode = generation.text_decoder(self.vocabulary, stop_token=True)
+            texts.append(prompt + decode(row, True))
+        return list(zip(texts, totals.tolist(), strict=False))
+
+    def _read(self, text: str) -> generation.State:
+        """Return the state after a text; an empty one is read as by `encode_prompt`."""
+        self._warn_of_unknown(text)
+        ids = generation.encode_prompt(self.vocabulary, text)
+        state = generation.initial_state(self.model)
+        return generation.read_tokens(self.model, self._arrays, state, ids[None])
+
+    def _warn_of_unknown(self, text: str) -> None:
+        if unknown := self.vocabulary.unknown(text):
+            named = ", ".join(map(repr, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
+            message = f"the model does not know {named} and reads [UNK] instead"
+            warnings.warn(message, stacklevel=3)
+
+
+def load(directory: Path | str) -> Run:
+    """Load the trained model in a working directory.
+
+    Raises:
+      UserError: if there is none, or a file is damaged.
+    """
+    return Run(workdir.load_trained(directory))
+
+
+def _choose_length(number: int) -> int:
+    """Return a power of two that is at least `number`, so that few lengths are compiled."""
+    return max(_SHORTEST_CHUNK, 1 << max(number - 1, 0).bit_length())
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _compute_hidden(
+    model: model_lib.LanguageModel, params: model_lib.Params, ids: jax.Array
+) -> list[jax.Array]:
+    """Return the hidden states of each layer after each of ids [time]: [time, hidden]."""
+    bound = model.bind({"params": params})
+
+    def step(carry: model_lib.Carry, token: jax.Array) -> tuple[model_lib.Carry, list[jax.Array]]:
+        _, carry = bound.run_step(token[None], carry)
+        return carry, [layer.hidden[0] for layer in carry]
+
+    return jax.lax.scan(step, model.initial_carry(1), ids)[1]

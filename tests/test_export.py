@@ -1,0 +1,317 @@
+"""Export models as pages, and run the pages in a browser."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from lstm_jax import model as model_lib
+from lstm_jax.errors import UserError
+from lstm_jax.export import page
+from lstm_jax.model import LanguageModel
+from lstm_jax.run import workdir
+from lstm_jax.vocabulary import FILE_END, Vocabulary
+
+# Words of several scripts, numbers, contractions, several spaces, emoji of several code points.
+TEXT = (
+    "It can't be 3.14  or won\u2019t,\n\n it? naïve e\u0301 한국어 日本語のテキスト ภาษาไทย "
+    "Ελληνικά кошка_2 👩‍👩‍👧 🇫🇷🇩🇪 </script><b>&amp; \t\x07 x"
+)
+
+
+def make_trained(
+    kind: str, stop: str = "", seed: int = 0, text: str = TEXT, **fields: Any
+) -> workdir.Trained:
+    """Return a model with random parameters, large enough for predictions that vary."""
+    vocabulary = Vocabulary.from_text(text + stop + text, kind, stop=stop)
+    model = LanguageModel(len(vocabulary), 5, 7, **fields)
+    params = model_lib.init_params(model, jax.random.key(seed))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    noise = [jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    changed = [leaf + x for leaf, x in zip(leaves, noise, strict=True)]
+    return workdir.Trained(ConfigDict(), vocabulary, model, jax.tree.unflatten(tree, changed), 7)
+
+
+def compute_probabilities(trained: workdir.Trained, text: str) -> np.ndarray:
+    """Return the probabilities after each token of a text: float32 [n, vocabulary]."""
+    ids = trained.vocabulary.encode(text)[None]
+    carry = trained.model.initial_carry(1)
+    logits, _ = model_lib.apply(trained.model, trained.params, jnp.asarray(ids), carry)
+    return np.asarray(jax.nn.softmax(logits[0]))
+
+
+def open_page(browser: Any, trained: workdir.Trained, path: Path, bits: int = 16) -> None:
+    path.write_bytes(page.make_page(trained, "<i>name</i>", bits))
+    browser.get(path.as_uri())
+    assert browser.execute_script("return document.body.dataset.ready") == "yes"
+
+
+def wait_until_idle(browser: Any) -> None:
+    """Wait until the page has read, or generated, all of the text."""
+    deadline = time.monotonic() + 60
+    while browser.execute_script("return scheduled || queue.length || remaining"):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "lstm, characters": {"kind": "characters"},
+    "lstm of three layers": {"kind": "words", "num_layers": 3},
+    "lstm with layer_norm": {"kind": "graphemes", "layer_norm": True, "num_layers": 2},
+    "gru, tied": {"kind": "words", "cell": "gru", "tie_embeddings": True, "num_layers": 2},
+    "gru with layer_norm": {"kind": "bytes", "cell": "gru", "layer_norm": True},
+    "rnn, bytes of documents": {"kind": "bytes", "cell": "rnn", "stop": FILE_END},
+    "lstm, documents": {"kind": "characters", "stop": "\n\n"},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_probabilities_in_a_browser_equal_those_in_python(
+    browser: Any, name: str, tmp_path: Path
+) -> None:
+    trained = make_trained(**MODELS[name])
+    text = TEXT + "an unknown ¿ ≈\n\nend" + trained.vocabulary.stop + "x"
+    open_page(browser, trained, tmp_path / "page.html")
+    ids = browser.execute_script("return lstm.encode(arguments[0]).map(({id}) => id)", text)
+    np.testing.assert_array_equal(ids, trained.vocabulary.encode(text))
+    found = browser.execute_script("return lstm.probabilities(arguments[0])", text)
+    expected = compute_probabilities(trained, text)
+    assert expected.max(axis=1).std() > 0.03, "a model whose predictions vary"
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    assert not browser.get_log("browser")
+
+
+def test_eight_bits_have_a_scale_for_each_row(browser: Any, tmp_path: Path) -> None:
+    trained = make_trained("characters")
+    # One large row must not cost the others their precision.
+    trained.params["dense"]["kernel"] = trained.params["dense"]["kernel"].at[:, 5].multiply(1000)
+    open_page(browser, trained, tmp_path / "page.html", bits=8)
+    found = browser.execute_script("return lstm.probabilities(arguments[0])", TEXT[:20])
+    np.testing.assert_allclose(found, compute_probabilities(trained, TEXT[:20]), atol=0.1)
+    matrix = np.array([[3.0, -1.5, 0.0], [0.0, 0.0, 0.0], [1e-3, 1e-4, -1e-3]], np.float32)
+    packed = page.pack_rows(matrix, 8)
+    assert packed["bits"] == 8 and json.dumps(packed)
+
+
+def read_bars(browser: Any) -> dict[int, float]:
+    """Return the probabilities that the page shows, by id."""
+    return {
+        int(bar.get_attribute("value")): float(bar.text.split()[-2]) / 100
+        for bar in browser.find_elements("css selector", "#next button:not([hidden])")
+    }
+
+
+def check_bars(browser: Any, trained: workdir.Trained) -> None:
+    """Assert that the page shows the probabilities after the text, without special tokens."""
+    wait_until_idle(browser)
+    text = browser.execute_script("return area.value")
+    expected = compute_probabilities(trained, text)[-1] * (np.arange(len(trained.vocabulary)) > 1)
+    expected /= expected.sum()
+    for token, probability in read_bars(browser).items():
+        assert probability == pytest.approx(expected[token], abs=2e-3)
+
+
+def test_the_page_in_a_browser(
+    browser: Any, trained: Path, text_file: Path, tmp_path: Path
+) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    loaded = workdir.load_trained(trained)
+    done = subprocess.run(
+        [sys.executable, "-m", "lstm_jax.export", "--workdir", trained, "--to", "page.html"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("page.html (0.0 MB)")
+    started = time.monotonic()
+    browser.get((tmp_path / "page.html").as_uri())
+    assert time.monotonic() - started < 20
+    assert browser.title == "tiny: a language model in a page"
+
+    def find(selector: str) -> Any:
+        return browser.find_element("css selector", selector)
+
+    def script(code: str) -> Any:
+        return browser.execute_script(f"return {code}")
+
+    def colored(kind: str) -> str:
+        return script(f"[...document.querySelectorAll('#colored {kind}')].map(s => s.textContent)")
+
+    # The cursor is in the text at once; gray text is ahead of what is typed.
+    area = browser.switch_to.active_element
+    assert area.get_attribute("id") == "text"
+    script("byId('temperature').value = 1, byId('temperature').dispatchEvent(new Event('input'))")
+    area.send_keys("ROMEO:¿")
+    check_bars(browser, loaded)
+    assert "".join(colored(".typed")) == "ROMEO:¿" and colored(".unknown") == ["¿"]
+    ahead = "".join(colored(".ahead"))
+    assert len(ahead) == 80
+    assert find("#count").text.startswith("7 characters, ")
+
+    # A change in the middle is read from there; predictions at the cursor are marked.
+    area.send_keys(Keys.BACKSPACE, "\nBut, soft! what light", *[Keys.ARROW_LEFT] * 6, "X")
+    wait_until_idle(browser)
+    assert script("area.value") == "ROMEO:\nBut, soft! whatX light"
+    assert find("#next-title").text == "Next character at the cursor"
+    area.send_keys(Keys.BACKSPACE, Keys.END, Keys.CONTROL, Keys.END)
+    area.send_keys(Keys.NULL)
+    check_bars(browser, loaded)
+    assert find("#next-title").text == "Next character"
+
+    # The keyboard takes a word of the text ahead, and generates; the text is what was ahead.
+    ahead = "".join(colored(".ahead"))
+    area.send_keys(Keys.ARROW_RIGHT)
+    taken = script("area.value").removeprefix("ROMEO:\nBut, soft! what light")
+    assert taken and ahead.startswith(taken)
+    script("byId('length').value = 150")
+    area.send_keys(Keys.CONTROL, Keys.ENTER)
+    area.send_keys(Keys.NULL)
+    wait_until_idle(browser)
+    text = script("area.value")
+    assert text.startswith("ROMEO:\nBut, soft! what light" + ahead)
+    assert len(text) == len("ROMEO:\nBut, soft! what light" + taken) + 150
+    assert "characters per second" in find("#status").text
+    assert "".join(colored("span:not(.ahead)")) == text
+    check_bars(browser, loaded)
+
+    # Colors: surprise in bits, then a hidden unit.
+    ids = loaded.vocabulary.encode(text)
+    expected = compute_probabilities(loaded, text)
+    bits = -np.log2(expected[np.arange(len(ids) - 1), ids[1:]])
+    mean = float(find("#count").text.split(", ")[1].split()[0])
+    assert mean == pytest.approx(bits.mean(), abs=0.01)
+
+    def alphas() -> list[float]:
+        styles = script("records.slice(0, accepted).map(r => r.span.style.background)")
+        return [float(style.rpartition("/")[2].rstrip(")")) for style in styles]
+
+    np.testing.assert_allclose(alphas()[1:], np.minimum(bits / 8, 1), atol=0.01)
+    find("#unit").send_keys(Keys.CONTROL, "a")
+    find("#unit").send_keys("11")
+    _, carry = model_lib.apply(
+        loaded.model, loaded.params, ids[None], loaded.model.initial_carry(1)
+    )
+    assert alphas()[-1] == pytest.approx(abs(float(np.tanh(carry[0].cell[0, 11]))), abs=0.01)
+    wait_until_idle(browser)
+    assert "Hidden unit 11 of layer 1" in find("#state").get_attribute("aria-label")
+    script("byId('state').scrollIntoView()")
+    find("[value='']").click()
+    assert set(script("records.map(r => r.span.style.background)")) == {""}
+
+    # A likely token is appended by its button, with the keyboard.
+    find("#next button:nth-child(2)").send_keys(Keys.ENTER)
+    wait_until_idle(browser)
+    assert len(script("area.value")) == len(text) + 1
+    check_bars(browser, loaded)
+    # Another continuation of what was typed; then an empty text.
+    find("#another").click()
+    wait_until_idle(browser)
+    find("#clear").click()
+    wait_until_idle(browser)
+    assert script("area.value") == "" and len("".join(colored(".ahead"))) == 80
+    assert script("document.activeElement.id") == "text"
+
+    # Every control has an accessible name; on a phone nothing is wider than the screen.
+    controls = browser.find_elements("css selector", "button, input, select, textarea, canvas")
+    assert all(control.accessible_name for control in controls if control.is_displayed())
+    phone = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    assert script("document.documentElement.scrollWidth") <= 390
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert not browser.get_log("browser"), "no error, and no request to the network"
+
+
+def test_special_tokens_are_never_generated_and_a_stop_token_ends_the_text(
+    browser: Any, tmp_path: Path
+) -> None:
+    trained = make_trained("characters", stop="\n\n")
+    stop_id = trained.vocabulary.stop_id
+    likely = trained.params["dense"]["bias"].at[:2].set(30)
+    trained.params["dense"]["bias"] = likely.at[stop_id].set(-30)
+    open_page(browser, trained, tmp_path / "page.html")
+    drawn = "(controls.temperature = arguments[0], controls.topP = arguments[1], new Set("
+    drawn += "Array.from({length: 500}, (_, k) => (seed = k, draw()))))"
+    wait_until_idle(browser)
+    for temperature, top_p in ((0, 1), (0.8, 1), (1.5, 1), (1.5, 0.5)):
+        ids = set(browser.execute_script(f"return [...{drawn}]", temperature, top_p))
+        assert ids and min(ids) >= 2
+        if not temperature:
+            assert len(ids) == 1
+    trained.params["dense"]["bias"] = likely.at[stop_id].set(60)
+    open_page(browser, trained, tmp_path / "page.html")
+    browser.find_element("css selector", "#text").send_keys("It")
+    browser.find_element("css selector", "#generate").click()
+    wait_until_idle(browser)
+    assert browser.execute_script("return area.value") == "It"
+    assert browser.find_element("css selector", "#status").text.endswith("to an end.")
+
+
+def test_draws_follow_the_probabilities(browser: Any, tmp_path: Path) -> None:
+    trained = make_trained("characters", text="abcdef")
+    open_page(browser, trained, tmp_path / "page.html")
+    wait_until_idle(browser)
+    drawn = browser.execute_script(
+        "controls.temperature = 1; controls.topP = 1;"
+        "return Array.from({length: 20000}, (_, k) => (seed = k, draw()))"
+    )
+    shares = browser.execute_script("return [...distribution(logits)]")
+    frequencies = np.bincount(drawn, minlength=len(shares)) / len(drawn)
+    np.testing.assert_allclose(frequencies, shares, atol=0.02)
+
+
+def test_a_byte_model_shows_characters(browser: Any, tmp_path: Path) -> None:
+    trained = make_trained("bytes")
+    open_page(browser, trained, tmp_path / "page.html")
+    area = browser.find_element("css selector", "#text")
+    browser.execute_script(
+        "controls.temperature = 1; area.value = arguments[0]; readText()", "Né日本👍\n"
+    )
+    check_bars(browser, trained)
+    spans = "[...document.querySelectorAll('#colored .typed')].map(s => s.textContent)"
+    shown = browser.execute_script(f"return {spans}")
+    assert shown == ["N", "é", "", "日", "", "", "本", "", "", "👍", "", "", "", "\n"]
+    area.send_keys("é")
+    check_bars(browser, trained)
+    browser.execute_script("byId('length').value = 300; generate()")
+    wait_until_idle(browser)
+    text = browser.execute_script("return area.value")
+    assert text.startswith("Né日本👍\né") and "\ufffd" in text
+    area.send_keys("x")
+    wait_until_idle(browser)
+    assert browser.execute_script("return area.value") == text + "x"
+
+
+@pytest.mark.parametrize(
+    ("fields", "to", "message"),
+    [
+        ({"cell": "mogrifier"}, "page.html", "the cells lstm, gru, rnn, not mogrifier"),
+        ({}, "page.txt", "it must end in .html"),
+        ({}, "nowhere/page.html", "can't write"),
+    ],
+)
+def test_mistakes_give_a_one_line_error(
+    fields: dict[str, Any], to: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(workdir, "load_trained", lambda _: make_trained("characters", **fields))
+    with pytest.raises(UserError) as error:
+        page.write_page(tmp_path, tmp_path / to)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_diverged_model_raises_an_error(trained: Path, tmp_path: Path) -> None:
+    loaded = workdir.load_trained(trained)
+    loaded.params["dense"]["bias"] = loaded.params["dense"]["bias"].at[3].set(np.inf)
+    with pytest.raises(UserError, match="its training diverged"):
+        page.make_page(loaded, "name")

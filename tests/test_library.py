@@ -1,0 +1,274 @@
+"""Use the package from Python: `import lstm_jax`, trained models, and training."""
+
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import lstm_jax
+from lstm_jax import library
+from lstm_jax import model as model_lib
+from lstm_jax.errors import UserError
+from lstm_jax.model import LanguageModel
+from lstm_jax.run import metrics, workdir
+from lstm_jax.vocabulary import Vocabulary
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def run(trained: Path) -> library.Run:
+    return lstm_jax.load(str(trained))
+
+
+def make_run(text: str = "abc", stop: str = "", **fields: Any) -> library.Run:
+    """Return a model with random parameters."""
+    vocabulary = Vocabulary.from_text(text, stop=stop)
+    model = LanguageModel(len(vocabulary), 5, 7, **fields)
+    shapes = jax.eval_shape(lambda: model_lib.init_params(model, jax.random.key(0)))
+    draw = np.random.default_rng(0).normal
+    params = jax.tree.map(lambda x: jnp.asarray(draw(size=x.shape), jnp.float32), shapes)
+    return library.Run(workdir.Trained(ConfigDict(), vocabulary, model, params, 0))
+
+
+def compute_log_probs(run: library.Run, text: str) -> np.ndarray:
+    """Return the log-probabilities of all tokens after each token: [n, vocabulary]."""
+    ids = run.vocabulary.encode(text)[None]
+    logits, _ = model_lib.apply(run.model, run.params, ids, run.model.initial_carry(1))
+    return np.asarray(jax.nn.log_softmax(logits[0]), np.float64)
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    code = (
+        "import sys, lstm_jax; print('jax' in sys.modules, 'load' in dir(lstm_jax));"
+        "print(lstm_jax.train, lstm_jax.config.default().num_epochs, lstm_jax.load.__module__);"
+        "from lstm_jax import train; print(train.train is not train, callable(train))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second, third = done.stdout.splitlines()
+    assert first == "False True" and "lstm_jax/train.py" in second and third == "True True"
+    assert second.endswith("20 lstm_jax.library")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = lstm_jax.nothing
+
+
+def test_the_blocks_of_the_page_run(
+    trained: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    assert len(blocks) == 10
+    shutil.copytree(trained, tmp_path / "runs" / "quick")
+    shutil.copy(text_file, tmp_path / "my.txt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["exit_code"] == 0 and names["own"].step > 0
+    assert {row["split"] for row in names["rows"]} == {"train", "validation", "test"}
+    assert names["rows"] == metrics.read_metrics(tmp_path / "runs" / "mine" / workdir.METRICS)
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_generated_text_is_that_of_the_command(run: library.Run, trained: Path) -> None:
+    options = ["--length=60", "--seed=3", "--top_k=8", "--prompt=The "]
+    done = subprocess.run(
+        [sys.executable, "-m", "lstm_jax", "sample", f"--workdir={trained}", *options],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert run.generate("The ", length=60, seed=3, top_k=8) + "\n" == done.stdout
+    assert "The " + "".join(run.stream("The ", length=60, seed=3, top_k=8)) + "\n" == done.stdout
+    with pytest.raises(UserError, match="top_k is -1"):
+        run.generate(top_k=-1)
+    with pytest.warns(UserWarning, match="does not know '¿'"):
+        run.generate("¿", length=1)
+
+
+def test_a_logits_processor_sees_the_text_so_far_and_changes_what_is_drawn() -> None:
+    run = make_run("abcdefgh")
+    seen = []
+
+    def follow(ids: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        seen.append((ids.copy(), logits.copy()))
+        wanted = np.full_like(logits, -np.inf)
+        wanted[2 + (ids[-1] - 1) % 8] = 0  # The next letter.
+        return wanted
+
+    assert run.generate("gh", length=10, process_logits=follow) == "ghabcdefghab"
+    assert [len(ids) for ids, _ in seen] == list(range(2, 12))
+    expected = compute_log_probs(run, "ghabcdefghab")
+    for ids, logits in seen:
+        log_probs = np.asarray(jax.nn.log_softmax(logits))
+        np.testing.assert_allclose(log_probs, expected[len(ids) - 1], atol=1e-5)
+    # Without a change the text is that without a processor; controls still apply.
+    unchanged = run.generate("a", length=50, process_logits=lambda ids, logits: logits)
+    assert unchanged == run.generate("a", length=50)
+    greedy = run.generate("a", length=5, temperature=0, process_logits=lambda ids, logits: -logits)
+    ids = run.vocabulary.encode(greedy)
+    for n in range(1, 6):
+        assert compute_log_probs(run, greedy[:n])[-1][2:].argmin() == ids[n] - 2
+    for wrong in (np.full(10, -np.inf), np.full(10, np.nan), np.full(10, np.inf)):
+        with pytest.raises(UserError, match="no token can be drawn"):
+            run.generate(length=3, process_logits=lambda ids, logits, wrong=wrong: wrong)
+    only_special = np.where(np.arange(10) < 2, 0, -np.inf)
+    with pytest.raises(UserError, match="no token can be drawn"):
+        run.generate(length=3, process_logits=lambda ids, logits: only_special)
+    with pytest.raises(UserError, match=r"an array \[1, 3\]"):
+        run.generate(length=3, process_logits=lambda ids, logits: logits[:3])
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_scores_are_those_of_the_model_in_one_part_or_several(cell: str) -> None:
+    run = make_run("abcdefgh", cell=cell, num_layers=2)
+    text = "".join(np.random.default_rng(1).choice(list("abcdefgh"), 2500))
+    expected = compute_log_probs(run, text)[np.arange(2499), run.vocabulary.encode(text)[1:]]
+    whole = run.score(text)
+    assert whole.tokens == list(text[1:])
+    np.testing.assert_allclose(whole.log_probs, expected, atol=1e-4)
+    parts: list[np.ndarray] = []
+    carry = None
+    for part in (text[:1], text[1:1026], "", text[1026:1027], text[1027:1100], text[1100:]):
+        scores = run.score(part, carry)
+        carry = scores.carry
+        assert scores.tokens == list(part if parts else part[1:])
+        parts.append(scores.log_probs)
+    np.testing.assert_allclose(np.concatenate(parts), expected, atol=1e-4)
+    assert run.score("").tokens == [] and run.score("").carry is None
+
+
+def test_the_mean_score_is_the_loss_of_evaluate(
+    run: library.Run, trained: Path, text_file: Path, tmp_path: Path
+) -> None:
+    text = text_file.read_text(encoding="utf-8")[-3000:]
+    (tmp_path / "part.txt").write_text(text, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "lstm_jax.evaluate", f"--workdir={trained}", "--text=part.txt"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    loss = json.loads(done.stdout.splitlines()[-1])["loss"]
+    assert -run.score(text).log_probs.mean(dtype=np.float64) == pytest.approx(loss, abs=1e-6)
+
+
+def test_hidden_states_are_those_from_which_the_logits_follow() -> None:
+    run = make_run("abcdefgh", num_layers=2)
+    text = "hagfbceddd"
+    first, last = run.hidden_states(text)
+    assert first.shape == last.shape == (10, 7)
+    dense = run.params["dense"]
+    log_probs = jax.nn.log_softmax(last @ dense["kernel"] + dense["bias"])
+    np.testing.assert_allclose(log_probs, compute_log_probs(run, text), atol=1e-5)
+    # Those of a beginning do not depend on what follows.
+    np.testing.assert_allclose(run.hidden_states(text[:3])[0], first[:3], atol=1e-6)
+
+
+def test_the_next_tokens_are_sorted_by_probability(run: library.Run) -> None:
+    found = run.next("The", n=7)
+    expected = np.exp(compute_log_probs(run, "The")[-1])
+    best = np.argsort(-expected)[:7]
+    assert [token for token, _ in found] == [run.vocabulary.tokens[i] for i in best]
+    np.testing.assert_allclose([p for _, p in found], expected[best], rtol=1e-4)
+
+
+def test_a_beam_search_of_all_texts_finds_the_most_probable() -> None:
+    run = make_run("abc")
+    totals = {}
+    for letters in itertools.product("abc", repeat=4):
+        text = "b" + "".join(letters)
+        log_probs = compute_log_probs(run, text)[np.arange(4), run.vocabulary.encode(text)[1:]]
+        totals[text] = log_probs.sum()
+    ordered = sorted(totals, key=totals.__getitem__, reverse=True)
+    found = run.beam_search("b", length=4, beams=27)
+    assert [text for text, _ in found[:10]] == ordered[:10]
+    for text, total in found:
+        assert total == pytest.approx(totals[text], abs=1e-4)
+    # One beam is greedy decoding.
+    ((greedy, _),) = run.beam_search("b", length=30, beams=1)
+    assert greedy == run.generate("b", length=30, temperature=0)
+
+
+def test_a_beam_ends_with_the_stop_token() -> None:
+    run = make_run("ab.ab.", stop=".")
+    found = dict(run.beam_search("a", length=3, beams=40))
+    total = 0.0
+    for text, log_prob in found.items():
+        assert "." not in text
+        ids = run.vocabulary.encode(text + ("." if len(text) < 4 else ""))
+        log_probs = compute_log_probs(run, run.vocabulary.decode(ids))
+        assert log_prob == pytest.approx(
+            log_probs[np.arange(len(ids) - 1), ids[1:]].sum(), abs=1e-4
+        )
+        total += np.exp(log_prob)
+    # All texts, but those with special tokens.
+    assert {len(text) for text in found} == {1, 2, 3, 4} and len(found) == 1 + 2 + 4 + 8
+    assert total < 1
+
+
+def test_training_in_a_thread_is_silent_while_others_print(
+    tiny_config: ConfigDict, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[Any] = []
+    results: list[Any] = []
+    printed = threading.Event()
+
+    def watch(row: Any) -> None:
+        rows.append(row)
+        printed.wait(60)
+
+    def train() -> None:
+        results.append(lstm_jax.train(tiny_config, str(tmp_path / "run"), watch, quiet=True))
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    while not rows and thread.is_alive():
+        thread.join(0.1)
+    print("from the main thread")
+    printed.set()
+    thread.join()
+    assert results == [0]
+    assert capfd.readouterr() == ("from the main thread\n", "")
+    assert rows[-1]["split"] == "test"
+    assert rows == metrics.read_metrics(tmp_path / "run" / workdir.METRICS)
+    with pytest.raises(UserError, match="num_epochs"):
+        lstm_jax.train(ConfigDict({"num_epochs": -1}), tmp_path / "other", quiet=True)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_console_script_runs_the_commands(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        code = "import sys; sys.argv[0] = 'lstm-jax'; from lstm_jax.__main__ import main; main()"
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment
+        )
+
+    assert "python -m lstm_jax.export" in call().stdout
+    unknown = call("trian")
+    assert unknown.returncode == 2 and unknown.stdout == ""
+    assert unknown.stderr == "error: there is no command 'trian': python -m lstm_jax lists all\n"
+    train = call("train", "--workdir=x")
+    assert train.returncode == 2 and train.stderr.startswith("error: name an experiment: --config")
+    evaluate = call("evaluate", "--workdir=x")
+    assert evaluate.returncode == 2 and "no trained model in x" in evaluate.stderr
+    scripts = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert '\nlstm-jax = "lstm_jax.__main__:main"\n' in scripts
