@@ -15,8 +15,8 @@ def get_config() -> ConfigDict:
     config = config_lib.default()
 
     config.batches.kind = "streams"
-    config.batches.batch_size = 32
-    config.batches.window_length = 48
+    config.batches.batch_size = 64
+    config.batches.window_length = 32
 
     config.model.embedding_size = 128
     config.model.hidden_size = 512
@@ -32,5 +32,5 @@ def get_config() -> ConfigDict:
     config.regularization.embedding_dropout = 0.03
     config.regularization.output_dropout = 0.1
 
-    config.num_epochs = 6
+    config.num_epochs = 7
     return config
