@@ -183,7 +183,7 @@ class LanguageModel(nn.Module):
         """Run the recurrent layers over one token of each text, ids [batch].
 
         Return the outputs of the last layer [batch, features] and the next carry. If `records` is a
-        list, append to it the gates and activations of each layer.
+        list, append to it the gates, activations and outputs of each layer.
         """
         outputs, carries = self.embedding.embedding[ids], []
         for cell, before in zip(self.layers, carry, strict=True):
@@ -191,7 +191,7 @@ class LanguageModel(nn.Module):
             after, outputs = cell(before, inputs)
             if records is not None:
                 gates = get_gates(cell, before, inputs)
-                records.append((gates, get_activation(cell, after, outputs)))
+                records.append((gates, get_activation(cell, after, outputs), outputs))
             carries.append(after)
         return outputs, tuple(carries)
 

@@ -82,7 +82,7 @@ def _read(
     def step(carry: model_lib.Carry, token: jax.Array) -> tuple[model_lib.Carry, Any]:
         records: list[Any] = []
         outputs, carry = bound.run_step(token[None], carry, records)
-        gates, activations = zip(*jax.tree.map(lambda x: x[0], records), strict=True)
+        gates, activations, _ = zip(*jax.tree.map(lambda x: x[0], records), strict=True)
         return carry, (outputs[0], jnp.concatenate(activations), gates)
 
     carry, (outputs, activations, gates) = jax.lax.scan(step, carry, inputs)
