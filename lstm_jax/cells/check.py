@@ -48,7 +48,7 @@ def check_cell(
       UserError: with the name, file and line of the cell, and what failed.
     """
     made: Any = cell
-    if isinstance(cell, type):
+    if not isinstance(cell, nn.Module):
         made = make_cell(cell, input_size, hidden_size, options=options)
     for batch in (1, _BATCH):
         trace_cell(made, batch)
@@ -65,7 +65,7 @@ def _check_values(cell: Any) -> None:
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
     inputs, carry = draw(_BATCH, _TIME, cell.input_size), cell.initial_carry(_BATCH)
-    variables = cell.init(jax.random.key(0), carry, inputs[:, 0])
+    variables = jax.jit(cell.init)(jax.random.key(0), carry, inputs[:, 0])
     variables = jax.tree.map(lambda x: x + 0.1 * draw(*x.shape), variables)
     # From the state after another text, in which no part of the carry has its first value.
     carry, _ = _run(cell, variables, carry, draw(_BATCH, _TIME, cell.input_size))
@@ -73,9 +73,9 @@ def _check_values(cell: Any) -> None:
     whole = _run(cell, variables, carry, inputs)
     if not all(np.isfinite(x).all() for x in jax.tree.leaves(whole)):
         raise _failure(cell, "__call__", "its outputs or its carry are not finite")
-    after, outputs = carry, []
+    after, outputs, step = carry, [], jax.jit(cell.apply)
     for t in range(_TIME):
-        after, output = cell.apply(variables, after, inputs[:, t])
+        after, output = step(variables, after, inputs[:, t])
         outputs.append(output)
     steps = after, jnp.stack(outputs, axis=1)
     _compare(cell, "__call__", "single steps differ from a scan", steps, whole, _SAME)
@@ -125,7 +125,7 @@ def _check_gradients(cell: Any) -> None:
 
     inputs = jnp.asarray(rng.normal(size=(_BATCH, _TIME, cell.input_size)))
     carry = jax.tree.map(to_float64, cell.initial_carry(_BATCH))
-    variables = cell.init(jax.random.key(0), carry, inputs[:, 0])
+    variables = jax.jit(cell.init)(jax.random.key(0), carry, inputs[:, 0])
     variables = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape), variables)
     _, outputs = jax.eval_shape(cell.apply, variables, carry, inputs[:, 0])
     if outputs.dtype != jnp.float64:

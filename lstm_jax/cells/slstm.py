@@ -108,4 +108,5 @@ def count_per_head(hidden_size: int, heads: int) -> int:
 def _forget_bias(key: jax.Array, shape: tuple[int], dtype: Any = jnp.float32) -> jax.Array:
     """Return 3 to 6 for the hidden units' forget gates, which remember for long; 0 for others."""
     size = shape[0] // 4
-    return jnp.zeros((4, size), dtype).at[1].set(jnp.linspace(3, 6, size)).reshape(shape)
+    opened = jnp.linspace(3, 6, size, dtype=dtype)
+    return jnp.zeros((4, size), dtype).at[1].set(opened).reshape(shape)

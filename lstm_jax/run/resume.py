@@ -1,6 +1,5 @@
 """Start or resume a run: its config and vocabulary, and its model, state and batches."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,14 +103,12 @@ def _compare(before: ConfigDict, config: ConfigDict, directory: Path, only: str 
     same_class = cell_file.get_class_name(before) == cell_file.get_class_name(config)
     if config.model.cell_sha256 and same_class:
         changes.pop("model.cell", None)  # The file may move.
-        if changes.pop("model.cell_sha256", None):
-            message = f"{config.model.cell} has changed since the run in {directory} began"
-            if not only:
-                raise UserError(
-                    f"{message}: restore it, or start a new run from the parameters, with another "
-                    f"--workdir and --init_from {directory}"
-                )
-            print(f"warning: {message}: it may compute something else", file=sys.stderr)
+        if changes.pop("model.cell_sha256", None) and not only:
+            raise UserError(
+                f"{config.model.cell} has changed since the run in {directory} began: restore it, "
+                "or start a new run from the parameters, with another --workdir and --init_from "
+                f"{directory}"
+            )
     fixed = {f: values for f, values in changes.items() if f not in config_lib.CHANGEABLE}
     if "data.sha256" in fixed:
         text = before.data.path or f"the dataset {before.data.dataset}"
