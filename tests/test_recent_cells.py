@@ -186,15 +186,14 @@ def test_outputs_and_gradients_agree_with_the_paper(
         _, outputs = cell.apply({"params": params}, carry, x, parallel, method=run_cell)
         return (outputs * weights).sum(), outputs
 
-    flat, unflatten = ravel_pytree(params)
     forms = (False, True) if hasattr(cell, "run_parallel") else (False,)
     for parallel in forms:
         _, outputs = jax.jit(loss, static_argnums=(1, 2))(params, parallel, jnp.float32)
         np.testing.assert_allclose(outputs, expected, atol=1e-5)
     rng = np.random.default_rng(1)
     with jax.enable_x64(True):
-        flat, unflatten = ravel_pytree(params)
-        flat = np.asarray(flat)
+        raveled, unflatten = ravel_pytree(params)
+        flat = np.asarray(raveled)
         for parallel in forms:
             gradients, _ = jax.jit(jax.grad(loss, has_aux=True), static_argnums=(1, 2))(
                 params, parallel, jnp.float64

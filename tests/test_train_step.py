@@ -150,7 +150,7 @@ def test_a_stream_starts_from_the_initial_carry_of_its_cell() -> None:
         state, step = set_up(model, config)
         fresh = step(state, make_batch(4, 8, 1)).carry
         state, _ = set_up(model, config)
-        starts = np.array([True, False, True, False])
+        starts: Any = np.array([True, False, True, False])
         mixed = step(
             step(state, make_batch(4, 8, 0)), make_batch(4, 8, 1)._replace(starts=starts)
         ).carry
