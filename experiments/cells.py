@@ -31,7 +31,7 @@ _MODELS = {
 
 
 def get_config(name: str = "lstm") -> ConfigDict:
-    """Return the config of quick.py with the given model and half the learning rate."""
+    """Return a config of the given model, with Adam and a cosine schedule."""
     if name not in _MODELS:
         raise ValueError(f"there is no cells.py:{name}: choose from {', '.join(_MODELS)}")
     config = config_lib.default()

@@ -203,7 +203,7 @@ def test_outputs_and_gradients_agree_with_the_paper(
                 step = 1e-5 * rng.standard_normal(flat.shape)
                 above, below = (
                     (REFERENCES[name](jax.tree.map(np.asarray, unflatten(x)), inputs) * weights)
-                    for x in (flat + step, flat - step)
+                    for x in map(jnp.asarray, (flat + step, flat - step))
                 )
                 numeric = (above.sum() - below.sum()) / 2
                 np.testing.assert_allclose(gradient @ step, numeric, rtol=1e-5)
