@@ -14,6 +14,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from lstm_jax import cells
+from lstm_jax.cells import linear
 from lstm_jax.cells import mlstm as mlstm_lib
 from lstm_jax.cells.block import Block
 from lstm_jax.cells.protocol import make_cell, run_cell
@@ -228,3 +229,17 @@ def test_large_gates_stay_finite(name: str) -> None:
         for parallel in (False, name == "mlstm"):
             outputs, gradients = jax.value_and_grad(lambda g, p=parallel: run(g, p).sum())(given)
             assert all(np.isfinite(x).all() for x in jax.tree.leaves((outputs, gradients)))
+
+
+@pytest.mark.parametrize("time", [1, 2, 13, 64])
+def test_both_ways_to_run_a_linear_recurrence_agree(time: int) -> None:
+    rng = np.random.default_rng(time)
+    a = rng.uniform(size=(3, time, 4))
+    b, first = rng.normal(size=(3, time, 4)), rng.normal(size=(3, 4))
+    expected, h = [], first
+    for t in range(time):
+        h = a[:, t] * h + b[:, t]
+        expected.append(h)
+    for run in (linear.scan_linear, linear.compose_linear):
+        got = run(*(jnp.asarray(x, jnp.float32) for x in (a, b, first)))
+        np.testing.assert_allclose(got, np.stack(expected, 1), atol=1e-5)

@@ -1,17 +1,18 @@
 """The minLSTM cell."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lstm_jax.cells.base import HiddenCarry
-from lstm_jax.cells.linear import run_linear
+from lstm_jax.cells.linear import LinearCell
 from lstm_jax.cells.mingru import make_positive
 from lstm_jax.cells.protocol import Gates
 from lstm_jax.matmul import matmul
 
 
-class MinLSTMCell(nn.Module):
+class MinLSTMCell(LinearCell):
     """One step of a minLSTM (Feng et al. 2024): an LSTM whose gates see the input only.
 
         f = sigmoid(x Wf + bf)          forget gate
@@ -22,30 +23,18 @@ class MinLSTMCell(nn.Module):
     The two weights of a step add up to 1, so that the scale of h does not grow with time.
     """
 
-    input_size: int
-    hidden_size: int
-    dtype: str = "float32"
-
     def setup(self) -> None:
         """Declare the parameters; f, i, n are side by side."""
         shape = (self.input_size, 3 * self.hidden_size)
         self.input_kernel = self.param("input_kernel", nn.initializers.glorot_uniform(), shape)
         self.bias = self.param("bias", nn.initializers.zeros, shape[1:])
 
-    def __call__(self, carry: HiddenCarry, inputs: jax.Array) -> tuple[HiddenCarry, jax.Array]:
-        """Return the next carry and the outputs, for inputs [batch, input_size]."""
-        gates = self.gates(carry, inputs)
-        hidden = gates["forget"] * carry.hidden + gates["input"] * gates["candidate"]
-        return HiddenCarry(hidden), hidden
+    def coefficients(self, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return f / (f + i) and i / (f + i) * n of one or all steps."""
+        gates = self.gates(None, inputs)
+        return gates["forget"], gates["input"] * gates["candidate"]
 
-    def run_parallel(self, carry: HiddenCarry, inputs: jax.Array) -> tuple[HiddenCarry, jax.Array]:
-        """Return the last carry and all outputs, for inputs [batch, time, input_size]."""
-        gates = self.gates(carry, inputs)
-        added = gates["input"] * gates["candidate"]
-        hidden = run_linear(gates["forget"], added, carry.hidden)
-        return HiddenCarry(hidden[:, -1]), hidden
-
-    def gates(self, carry: HiddenCarry, inputs: jax.Array) -> Gates:
+    def gates(self, carry: Any, inputs: jax.Array) -> Gates:
         """Return the gates of one or all steps, with forget and input gate divided by their sum."""
         sums = matmul(inputs, self.input_kernel, self.dtype) + self.bias
         f, i, n = jnp.split(sums, 3, axis=-1)
@@ -56,7 +45,3 @@ class MinLSTMCell(nn.Module):
             "input": nn.sigmoid(-ratio),
             "candidate": make_positive(n),
         }
-
-    def initial_carry(self, batch_size: int) -> HiddenCarry:
-        """Return the carry at the start of a text: zeros."""
-        return HiddenCarry(jnp.zeros((batch_size, self.hidden_size)))
