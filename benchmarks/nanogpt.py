@@ -1,7 +1,7 @@
 """Compare the loss and training time of nanoGPT's Transformer and of experiments on one machine.
 
     python benchmarks/nanogpt.py --nanogpt ../nanoGPT
-    python benchmarks/nanogpt.py --nanogpt ../nanoGPT --iterations 2000 --configs shakespeare_best
+    python benchmarks/nanogpt.py --nanogpt ../nanoGPT --configs quick,shakespeare_best
 
 `--nanogpt` is a checkout of github.com/karpathy/nanoGPT, whose train.py runs with the settings that
 its README gives for a CPU, for the given numbers of iterations; it needs PyTorch, which the extra
@@ -56,9 +56,7 @@ def main() -> None:
     )
     parser.add_argument("--nanogpt", type=Path, required=True)
     parser.add_argument("--iterations", default="2000,5000", help="[default: 2000,5000]")
-    parser.add_argument(
-        "--configs", default="quick,quick_tuned", help="[default: quick,quick_tuned]"
-    )
+    parser.add_argument("--configs", default="quick", help="[default: quick]")
     options = parser.parse_args()
     if not (options.nanogpt / "train.py").exists():
         parser.error(f"{options.nanogpt} has no train.py: clone nanoGPT and name its directory")

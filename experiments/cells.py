@@ -1,4 +1,4 @@
-"""Compare LSTM, GRU and simple RNN at equal numbers of parameters and steps."""
+"""Compare cells at equal numbers of parameters and steps, each in the block of its paper."""
 # python -m lstm_jax.main --config experiments/cells.py:lstm
 # python -m lstm_jax.main --config experiments/cells.py:gru
 # python -m lstm_jax.main --config experiments/cells.py:rnn
@@ -7,28 +7,43 @@
 # 1.650. With --config.optimizer.learning_rate=4e-3, which is too high for the RNN: LSTM 1.443 and
 # 1.553, GRU 1.426 and 1.557, RNN 1.582 and 1.689.
 # Measured with --config.model.initial_bias=zeros --config.batches.reset_probability=0.
+#
+# python benchmarks/cells.py tunes and trains all of them.
 
 from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
 
-# Hidden units for a model of 0.72 million parameters.
-_HIDDEN_SIZES = {"lstm": 384, "gru": 446, "rnn": 782}
+# Fields of models of 0.72 million parameters: cell, layers, hidden units, block.
+_MODELS = {
+    "lstm": ("lstm", 1, 384, "none"),
+    "gru": ("gru", 1, 446, "none"),
+    "rnn": ("rnn", 1, 782, "none"),
+    "peephole": ("peephole", 1, 384, "none"),
+    "mogrifier": ("mogrifier", 1, 350, "none"),
+    "lstm_block": ("lstm", 3, 129, "residual"),
+    "minlstm": ("minlstm", 3, 160, "residual"),
+    "mingru": ("mingru", 3, 169, "residual"),
+    "rglru": ("rglru", 3, 160, "residual"),
+    "slstm": ("slstm", 3, 144, "residual"),
+    "mlstm": ("mlstm", 3, 152, "residual"),
+}
 
 
-def get_config(cell: str = "lstm") -> ConfigDict:
-    """Return the config of quick.py with the given cell and half the learning rate."""
-    if cell not in _HIDDEN_SIZES:
-        raise ValueError(f"there is no cells.py:{cell}: choose from {', '.join(_HIDDEN_SIZES)}")
+def get_config(name: str = "lstm") -> ConfigDict:
+    """Return a config of the given model, with Adam and a cosine schedule."""
+    if name not in _MODELS:
+        raise ValueError(f"there is no cells.py:{name}: choose from {', '.join(_MODELS)}")
     config = config_lib.default()
 
     config.batches.kind = "streams"
     config.batches.batch_size = 32
     config.batches.window_length = 96
 
-    config.model.cell = cell
+    cell, layers, hidden_size, block = _MODELS[name]
+    config.model.cell, config.model.block = cell, block
     config.model.embedding_size = 64
-    config.model.hidden_size = _HIDDEN_SIZES[cell]
+    config.model.num_layers, config.model.hidden_size = layers, hidden_size
 
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 50

@@ -7,17 +7,17 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 import lstm_jax
 from lstm_jax import config
 from lstm_jax.devices import compilation_cache
 from lstm_jax.errors import UserError, one_line, visible
-from lstm_jax.run import console, interrupts
+from lstm_jax.run import cell_file, console, interrupts
 
 # Flags that functions of this module define are those of the command that calls them.
 flags.disclaim_key_flags()
@@ -81,6 +81,12 @@ def _report(error: Exception) -> int:
     raise error
 
 
+def define_config_flag(meaning: str) -> None:
+    """Define --config, and a flag for each field; `config.complete_config` checks their names."""
+    options: Any = {"lock_config": False, "accept_new_attributes": True}
+    config_flags.DEFINE_config_file("config", None, meaning, **options)
+
+
 def read_experiment() -> tuple[ConfigDict, str]:
     """Return the config that --config names, complete, and a name for its runs."""
     flag = flags.FLAGS["config"]
@@ -98,13 +104,16 @@ def define_run_flags() -> Callable[[], tuple[list[Path], list[str | None]]]:
     """Define the flags that name a trained run and its text; return a function that reads them.
 
     It returns every --workdir, without which it raises `UserError`, and the last three arguments of
-    `texts.load_texts_of_run`: --data_path, --dataset and --data_directory.
+    `texts.load_texts_of_run`: --data_path, --dataset and --data_directory. It loads --cell.
     """
     define = flags.DEFINE_string
     workdir = flags.DEFINE_multi_string(
         "workdir",
         None,
         "Working directory of a training run; evaluate and sample accept several, as an ensemble.",
+    )
+    cell = flags.DEFINE_multi_string(
+        "cell", [], "FILE.py:CLASS of the run's cell, if it has your own."
     )
     own_text = (
         define("data_path", None, "The text that the run was trained on, if it was moved."),
@@ -115,6 +124,8 @@ def define_run_flags() -> Callable[[], tuple[list[Path], list[str | None]]]:
     def read() -> tuple[list[Path], list[str | None]]:
         if not workdir.value:
             raise UserError("name the trained model: --workdir DIR")
+        for name in cell.value:
+            cell_file.load_cell(name)
         return [*map(Path, workdir.value)], [flag.value for flag in own_text]
 
     return read

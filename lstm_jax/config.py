@@ -8,13 +8,14 @@ fields. Every field can also be set on the command line: `--config.model.hidden_
 import difflib
 import itertools
 import json
+import re
 import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 from ml_collections import ConfigDict
 
-from lstm_jax import cells, fused, vocabulary
+from lstm_jax import cells, vocabulary
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.errors import UserError
@@ -70,6 +71,14 @@ _SHARES = Rule(
 _FRACTIONS = Rule(
     "three positive fractions (train, validation, test) that add up to 1",
     lambda values: len(values) == 3 and _SHARES.holds(values) and abs(sum(values) - 1) < 1e-6,
+)
+_CELL = Rule(
+    f"one of {', '.join(cells.CELLS)}, or FILE.py:CLASS",
+    lambda name: name in cells.CELLS or re.fullmatch(r".+\.py:\w+", name) is not None,
+)
+_OPTIONS = Rule(
+    "numbers, strings and booleans, by name",
+    lambda options: all(isinstance(value, bool | int | float | str) for value in options.values()),
 )
 # Larger sizes are mistakes, or attempts to exhaust the memory.
 _SIZE, _SIZE_OR_ZERO = between(1, 2**20), between(0, 2**20)
@@ -134,32 +143,51 @@ FIELDS = (
     Field("model.embedding_size", 256, _SIZE, "Size of token embeddings."),
     Field("model.hidden_size", 1024, _SIZE, "Hidden units of each layer."),
     Field("model.num_layers", 1, between(1, 100), "Recurrent layers."),
-    Field("model.cell", "lstm", one_of(*cells.CELLS),
-          "Kind of recurrent layers. mogrifier: an LSTM whose inputs and hidden state scale each "
-          "other first. rnn: the simple recurrent network."),
-    Field("model.mogrifier_rounds", 5, between(0, 100), "Rounds of this scaling.",
+    Field("model.cell", "lstm", _CELL,
+          "Kind of recurrent layers, or the file of your own (docs/cells.md)."),
+    Field("model.options", {}, _OPTIONS,
+          "Options that the cell declares, as in --config.model.options.rounds=3."),
+    Field("model.cell_sha256", "", _TEXT,
+          "Checksum of the cell's file, set when a run begins. The run resumes with it only."),
+    Field("model.mogrifier_rounds", 5, between(0, 100),
+          "Default of the option rounds of the cell mogrifier.",
           used_with=is_set_to("model.cell", "mogrifier")),
+    Field("model.block", "none", one_of(*cells.BLOCKS),
+          "residual: each cell is in a block with normalization, a short convolution, a gated MLP "
+          "and residual branches."),
     Field("model.layer_norm", False, _SWITCH, "Layer normalization of the inputs of the gates."),
     Field("model.tie_embeddings", False, _SWITCH,
           "Use the embedding table as the dense layer's kernel; sets the last layer's width."),
+    Field("model.initial_embedding", 0.05, Rule("above 0, up to 1000", lambda x: 0 < x <= 1000),
+          "Initial embeddings are uniform between minus and plus this.", population="start"),
     Field("model.initial_scale", 1.0, Rule("above 0, up to 1000", lambda value: 0 < value <= 1000),
           "Factor of the initial kernels and embedding table.", population="start"),
     Field("model.initial_bias", "frequencies", one_of(*model_lib.INITIAL_BIASES),
           "Initial bias of the logits. frequencies: the logarithm of each token's frequency in "
           "the training text, which the model then does not have to learn."),
-    Field("model.recurrence", "auto", one_of(*fused.IMPLEMENTATIONS),
-          "Implementation of the recurrence. scan: the readable reference. fused: the same with a "
-          "custom VJP. cudnn: on a GPU, in float32. auto: the fastest.", resume=True),
-    Field("model.dtype", "float32", one_of("float32", "bfloat16"),
+    Field("model.recurrence", "auto", one_of(*model_lib.RECURRENCES),
+          "Implementation of the recurrence. scan: the readable reference. parallel: all steps "
+          "at once, for cells with such a form. fused, of LSTMs: with a custom VJP. cudnn, of "
+          "LSTMs: on a GPU, in float32. auto: the fastest.", resume=True),
+    Field("model.dtype", "float32", one_of("float32", "bfloat16", "auto"),
           "Dtype of matmul operands; parameters, cell states, softmax and loss are float32. "
-          "bfloat16 is for GPUs, TPUs, and CPUs with instructions for it.", resume=True),
+          "auto: bfloat16 on GPUs, TPUs, and CPUs with instructions for it.", resume=True),
     Field("model.rematerialize", 0, _SIZE_OR_ZERO,
           "Steps between the states stored for the backward pass, which recomputes the others to "
           "save memory. 0: store all.", resume=True, used_with=is_set_to("model.cell", "lstm")),
 
-    Field("optimizer.name", "adam", one_of(*optimizer_lib.OPTIMIZERS), "AdamW or momentum SGD."),
-    Field("optimizer.momentum", 0.9, _SHARE, "Momentum of SGD.",
-          resume=True, population="step", used_with=is_set_to("optimizer.name", "sgd")),
+    Field("optimizer.name", "adam", one_of(*optimizer_lib.OPTIMIZERS),
+          "AdamW; Lion; Muon for the kernels of recurrent layers with AdamW for the rest; or SGD."),
+    Field("optimizer.b1", 0.9, _SHARE, "Decay of the gradients' mean in Adam and Lion.",
+          resume=True, population="step"),
+    Field("optimizer.b2", 0.999, _SHARE, "Decay of their mean square in Adam, of the mean in Lion.",
+          resume=True, population="step"),
+    Field("optimizer.epsilon", 1e-8, Rule("above 0, up to 1", lambda value: 0 < value <= 1),
+          "Added to the root mean square in Adam.", resume=True, population="step"),
+    Field("optimizer.momentum", 0.9, _SHARE, "Momentum of SGD and Muon.",
+          resume=True, population="step",
+          used_with=Rule("optimizer.name='sgd' or 'muon'",
+                         lambda c: c.optimizer.name in ("sgd", "muon"))),
     Field("optimizer.learning_rate", 1e-4, Rule("above 0, up to 1e38", lambda x: 0 < x <= 1e38),
           "Peak learning rate.", resume=True, population="step"),
     Field("optimizer.warmup_steps", 0, _COUNT,
@@ -217,6 +245,8 @@ _LEGEND = (
     "Numbers are written as in Python: 1_000 is 1000. A run may change the fields marked [resume] "
     "when it resumes; the members of a population may differ in those marked [population]."
 )
+# A field whose value is a dict with any names.
+_OPEN = "model.options"
 # Names of fields by property.
 CHANGEABLE = tuple(field.name for field in FIELDS if field.resume)
 TRACEABLE = tuple(field.name for field in FIELDS if field.population)
@@ -280,7 +310,7 @@ def find_unused_fields(config: ConfigDict) -> list[str]:
 
 def describe_unknown_field(name: str) -> str | None:
     """Return an error message if a dotted name is not a field, else None."""
-    if name in _BY_NAME:
+    if name in _BY_NAME or name.startswith(_OPEN + "."):
         return None
     section, _, last = name.rpartition(".")
     others = {other.rpartition(".")[2]: other for other in _BY_NAME if section + "." in other}
@@ -297,7 +327,9 @@ def describe_unknown_field(name: str) -> str | None:
 def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every field as (dotted name, value)."""
     for name, value in config.items():
-        if isinstance(value, ConfigDict):
+        if prefix + name == _OPEN and isinstance(value, ConfigDict):
+            yield _OPEN, value.to_dict()
+        elif isinstance(value, ConfigDict):
             yield from flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

@@ -173,7 +173,7 @@ def generate_chunks(
             )
         if process_logits:
             logits = _check_logits(process_logits(found, np.asarray(state.logits)), state, controls)
-            state, chunk = state._replace(logits=logits), 1
+            state, chunk = state._replace(logits=jnp.asarray(logits)), 1
         count = min(chunk, length)
         ids, number, state = _generate(model, arrays, state, key, controls, stops, np.int32(count))
         if number:

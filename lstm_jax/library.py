@@ -222,7 +222,8 @@ def _compute_hidden(
     bound = model.bind({"params": params})
 
     def step(carry: model_lib.Carry, token: jax.Array) -> tuple[model_lib.Carry, list[jax.Array]]:
-        _, carry = bound.run_step(token[None], carry)
-        return carry, [layer.hidden[0] for layer in carry]
+        records: list[Any] = []
+        _, carry = bound.run_step(token[None], carry, records)
+        return carry, [outputs[0] for _, _, outputs in records]
 
     return jax.lax.scan(step, model.initial_carry(1), ids)[1]

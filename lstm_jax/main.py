@@ -13,14 +13,11 @@ import sys
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from lstm_jax import command, config, train
 from lstm_jax.devices import hosts
 
-config_flags.DEFINE_config_file(
-    "config", None, "Python file with get_config(); FILE:WORD calls get_config('WORD')."
-)
+command.define_config_flag("Python file with get_config(); FILE:WORD calls get_config('WORD').")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Working directory of the run. [default: runs/<name of the config file>]"
 )

@@ -6,7 +6,7 @@ generation uses, over one token at a time.
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -14,22 +14,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import threadpoolctl
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from lstm_jax import fused
-from lstm_jax.cells import CELLS
-from lstm_jax.cells.base import Gates
+from lstm_jax.cells import CELLS, find_cell
+from lstm_jax.cells.block import Block
+from lstm_jax.cells.protocol import get_activation, get_gates, make_cell, run_cell
 from lstm_jax.fused import Lookup, StepArrays
-from lstm_jax.matmul import matmul
+from lstm_jax.matmul import has_bfloat16_instructions, matmul
 
 Params = dict[str, Any]
 
-Carry = tuple[Any, ...]  # The carry of each layer, an `LSTMCarry` or `HiddenCarry`.
+Carry = tuple[Any, ...]  # The carry of each layer, as its cell defines it.
 
 # Dropout masks, the same at every step: [batch, features] or None for the inputs of each layer and,
 # last, for the outputs of the last layer. `regularization.draw_masks` draws them.
 Masks = Sequence[jax.Array | None]
 
+# How the layers run over time: one step after the other, or in the parallel form of the cell; fused
+# and cudnn are for LSTMs.
+RECURRENCES = (*fused.IMPLEMENTATIONS, "parallel")
 # Logarithms of the tokens' frequencies in the training text, or zeros.
 INITIAL_BIASES = ("frequencies", "zeros")
 # Larger parameters count as infinite: sums of their squares overflow float32.
@@ -72,13 +77,15 @@ class LanguageModel(nn.Module):
     embedding_size: int  # Features of an embedded token.
     hidden_size: int  # Hidden units of each recurrent layer.
     num_layers: int = 1  # The number of recurrent layers; each reads the outputs of the one below.
-    recurrence: str = "auto"  # How the layers run over time, one of `fused.IMPLEMENTATIONS`.
+    recurrence: str = "auto"  # How the layers run over time, one of `RECURRENCES`.
     dtype: str = "float32"  # The dtype of matmul operands, "float32" or "bfloat16".
     rematerialize: int = 0  # See `fused.run_fused`.
-    cell: str = "lstm"  # The kind of recurrent layer, a name in `cells.CELLS`.
+    cell: str | type[nn.Module] = "lstm"  # The kind of recurrent layer, in `cells.CELLS` or not.
     layer_norm: bool = False  # Whether the cells normalize the contributions to their gates.
-    mogrifier_rounds: int = 5  # The rounds of the cell "mogrifier".
+    options: Mapping[str, Any] = nn.FrozenDict()  # Other fields of the cells.
+    block: str = "none"  # What is around each cell, one of `cells.BLOCKS`.
     tie_embeddings: bool = False
+    initial_embedding: float = 0.05  # Initial embeddings are uniform in ± this.
     initial_scale: float = 1.0  # A factor of initial kernels and embeddings.
     initial_bias: str = "frequencies"  # Of the dense layer, one of `INITIAL_BIASES`.
 
@@ -90,28 +97,46 @@ class LanguageModel(nn.Module):
 
     def setup(self) -> None:
         """Declare the layers."""
-        uniform = functools.partial(jax.random.uniform, minval=-0.05, maxval=0.05)
+        bound = self.initial_embedding
+        uniform = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
         self.embedding = nn.Embed(self.vocabulary_size, self.embedding_size, embedding_init=uniform)
-        setattr(self, self.cell, self._make_cells())  # Flax names them lstm_0, lstm_1, ...
+        for i, cell in enumerate(self.make_cells()):
+            setattr(self, f"{self.cell_name}_{i}", cell)  # Flax names them lstm_0, lstm_1, ...
         self.dense = Dense(self.sizes[-1], self.vocabulary_size, self.tie_embeddings, self.dtype)
 
+    @property
+    def cell_name(self) -> str:
+        """The name of the kind of recurrent layer."""
+        return self.cell if isinstance(self.cell, str) else self.cell.__name__
+
+    @property
+    def cell_class(self) -> type[nn.Module]:
+        """The class of the recurrent layers."""
+        return CELLS[self.cell] if isinstance(self.cell, str) else self.cell
+
     @nn.nowrap  # So that an unbound model can call it.
-    def _make_cells(self) -> list[Any]:
-        own: Any = {"rounds": self.mogrifier_rounds} if self.cell == "mogrifier" else {}
+    def make_cells(self) -> list[Any]:
+        """Make the recurrent layers."""
+        make = functools.partial(make_cell, self.cell_class)
+        given = self.dtype, self.layer_norm, self.options
+        sizes = itertools.pairwise(self.sizes)
+        if self.block == "none":
+            return [make(inputs, hidden, *given) for inputs, hidden in sizes]
         return [
-            CELLS[self.cell](*sizes, self.dtype, self.layer_norm, **own)
-            for sizes in itertools.pairwise(self.sizes)
+            Block(inputs, hidden, make(hidden, hidden, *given), self.dtype)
+            for inputs, hidden in sizes
         ]
 
     @property
     def layers(self) -> list[Any]:
         """The recurrent layers of a bound model."""
-        return getattr(self, self.cell)
+        return [getattr(self, f"{self.cell_name}_{i}") for i in range(self.num_layers)]
 
     @nn.nowrap
     def initial_carry(self, batch_size: int) -> Carry:
-        """Return the carry at the start of a text: zeros."""
-        return tuple(cell.initial_carry(batch_size) for cell in self._make_cells())
+        """Return the carry at the start of a text."""
+        carry = tuple(cell.initial_carry(batch_size) for cell in self.make_cells())
+        return jax.tree.map(jnp.array, carry)  # Copies: a training step donates each array.
 
     def __call__(
         self, ids: jax.Array, carry: Carry, masks: Masks | None = None
@@ -147,24 +172,27 @@ class LanguageModel(nn.Module):
             elif implementation == "cudnn":
                 inputs, after = fused.run_cudnn(cell.kernels(), inputs, before)
             else:
-                after, inputs = _scan(cell, before, fused.get_rows(inputs))
+                parallel = implementation == "parallel"
+                after, inputs = run_cell(cell, before, fused.get_rows(inputs), parallel)
             carries.append(after)
         return fused.get_rows(inputs), tuple(carries)
 
     def run_step(
-        self, ids: jax.Array, carry: Carry, gates: list[Gates] | None = None
+        self, ids: jax.Array, carry: Carry, records: list[Any] | None = None
     ) -> tuple[jax.Array, Carry]:
         """Run the recurrent layers over one token of each text, ids [batch].
 
-        Return the outputs of the last layer [batch, features] and the next carry. If `gates` is a
-        list, append the gates of each layer to it.
+        Return the outputs of the last layer [batch, features] and the next carry. If `records` is a
+        list, append to it the gates, activations and outputs of each layer.
         """
         outputs, carries = self.embedding.embedding[ids], []
-        for cell, layer_carry in zip(self.layers, carry, strict=True):
-            if gates is not None:
-                gates.append(cell.gates(layer_carry, outputs))
-            layer_carry, outputs = cell(layer_carry, outputs)
-            carries.append(layer_carry)
+        for cell, before in zip(self.layers, carry, strict=True):
+            inputs = outputs
+            after, outputs = cell(before, inputs)
+            if records is not None:
+                gates = get_gates(cell, before, inputs)
+                records.append((gates, get_activation(cell, after, outputs), outputs))
+            carries.append(after)
         return outputs, tuple(carries)
 
     def predict(self, outputs: jax.Array) -> jax.Array:
@@ -178,33 +206,34 @@ class LanguageModel(nn.Module):
     def implementation(self) -> str:
         """Return how the layers run over time: `recurrence`, with "auto" resolved.
 
-        "auto" is "fused", the fastest in measurements, or "scan" where only it can run the model.
+        "auto" is "fused" for an LSTM, "parallel" for a cell with a parallel form, otherwise "scan":
+        the fastest in measurements (`benchmarks/cells.py --speed`).
 
         Raises:
           ValueError: if `recurrence` can't run this model on this machine.
         """
-        if self.cell != "lstm" or self.layer_norm:
-            if self.recurrence not in ("auto", "scan"):
-                raise ValueError(
-                    f"the recurrence {self.recurrence!r} supports only LSTM cells without layer "
-                    "normalization; 'auto' supports any"
-                )
-            return "scan"
-        if self.recurrence == "cudnn" and jax.default_backend() != "gpu":
+        chosen = self.recurrence
+        has_block = self.block != "none"
+        has_parallel = has_block or hasattr(self.cell_class, "run_parallel")
+        if self.cell == "lstm" and not self.layer_norm and not has_block:
+            chosen = "fused" if chosen == "auto" else chosen
+        elif chosen in ("fused", "cudnn"):
+            raise ValueError(
+                f"the recurrence {chosen!r} supports only LSTM cells without layer normalization "
+                "or a block; 'auto' supports any"
+            )
+        elif chosen == "auto":
+            chosen = "parallel" if has_parallel else "scan"
+        if chosen == "parallel" and not has_parallel:
+            raise ValueError(
+                f"the recurrence 'parallel' needs a cell with a method run_parallel, which "
+                f"{self.cell_name} lacks; 'auto' supports any"
+            )
+        if chosen == "cudnn" and jax.default_backend() != "gpu":
             raise ValueError("the recurrence 'cudnn' needs a GPU; 'auto' works anywhere")
-        if self.recurrence == "cudnn" and self.dtype != "float32":
+        if chosen == "cudnn" and self.dtype != "float32":
             raise ValueError("the recurrence 'cudnn' supports only float32")
-        return "fused" if self.recurrence == "auto" else self.recurrence
-
-
-# Run a cell over inputs [batch, time, features]; return the carry and [batch, time, hidden].
-_scan = nn.scan(
-    lambda cell, carry, inputs: cell(carry, inputs),
-    variable_broadcast="params",
-    split_rngs={"params": False},
-    in_axes=1,
-    out_axes=1,
-)
+        return chosen
 
 
 def apply_mask(x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -216,14 +245,37 @@ def apply_mask(x: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 
 def make_model(model: ConfigDict, vocabulary_size: int) -> LanguageModel:
-    """Make the model that the `model` fields of a config describe."""
-    return LanguageModel(vocabulary_size=vocabulary_size, **model)
+    """Make the model that the `model` fields of a config describe, for this machine.
+
+    The dtype "auto" becomes "bfloat16" where matmuls in bfloat16 are faster: on GPUs and TPUs, and
+    in fused layers on processors that have instructions for it. Elsewhere it becomes "float32".
+
+    Raises:
+      UserError: if the cell is in a file that was not loaded (`run.cell_file`).
+      ValueError: if `recurrence` can't run this model.
+    """
+    fields = model.to_dict()
+    del fields["cell_sha256"]
+    rounds, options = fields.pop("mogrifier_rounds"), fields.pop("options")
+    if model.cell == "mogrifier":  # Earlier versions had no options.
+        options = {"rounds": rounds, **options}
+    if model.cell not in CELLS:
+        fields["cell"] = find_cell(model.cell)
+    made = LanguageModel(vocabulary_size, options=nn.FrozenDict(options), **fields)
+    if made.dtype != "auto":
+        return made
+    made = made.clone(dtype="float32")
+    fast = has_bfloat16_instructions() and made.implementation() == "fused"
+    if made.recurrence != "cudnn" and (fast or jax.default_backend() != "cpu"):
+        return made.clone(dtype="bfloat16")
+    return made
 
 
 def init_params(model: LanguageModel, key: jax.Array, counts: np.ndarray | None = None) -> Params:
     """Draw initial parameters, as Keras does except for the bias of the dense layer.
 
-    Embeddings are uniform in ±0.05, kernels Glorot uniform, and recurrent kernels orthogonal.
+    Embeddings are uniform in ±`initial_embedding`, kernels Glorot uniform, and recurrent kernels
+    orthogonal.
     Biases are 1 for forget gates and 0 for the others. With `initial_bias` "frequencies" an
     untrained model predicts the frequencies of the tokens in the training text.
 
@@ -268,7 +320,7 @@ Prepared = StepArrays | Params
 def prepare_step(model: LanguageModel, params: Params) -> Prepared:
     """Prepare the parameters for `apply_step`; call it once, before the first step."""
     bound = model.bind({"params": params})
-    if bound.implementation() == "scan":
+    if bound.implementation() in ("scan", "parallel"):
         return params
     kernels = [cell.kernels() for cell in bound.layers]
     table, head, bias = bound.embedding.embedding, bound.head_kernel(), bound.dense.bias
@@ -300,7 +352,7 @@ def format_parameters(params: Params) -> str:
     """Return a table of the shapes and sizes of all parameters, with a sum for each layer."""
     rows: list[tuple[str, str, int]] = []
     for layer in sorted(params, key=lambda name: (name != "embedding", name == "dense", name)):
-        arrays = params[layer]
+        arrays = flatten_dict(params[layer], sep="/")
         rows.append((layer, "", sum(array.size for array in arrays.values())))
         rows += [(f"  {name}", str([*array.shape]), array.size) for name, array in arrays.items()]
     rows.append(("total", "", sum(array.size for array in jax.tree.leaves(params))))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
+from optax import contrib
 
 SCHEDULES = ("constant", "cosine", "linear", "step")
 
@@ -14,10 +15,10 @@ _STEP_FACTOR = 0.1
 
 
 def make_optimizer(optimizer: ConfigDict, total_steps: int) -> optax.GradientTransformation:
-    """Make Adam (Kingma & Ba 2015) or SGD with momentum, after clipping by the global norm.
+    """Make one of `OPTIMIZERS`, after clipping by the global norm.
 
-    Weight decay applies to kernels and the embedding, not to biases. In Adam it is decoupled from
-    the gradient (AdamW, Loshchilov & Hutter 2019); in SGD it is added to the gradient.
+    Weight decay applies to kernels and the embedding, not to biases. It is decoupled from the
+    gradient (Loshchilov & Hutter 2019), except in SGD, where it is added to the gradient.
 
     Every field but the name may be an array, so that one compiled program serves many values. A
     schedule is then an index into `SCHEDULES`.
@@ -35,18 +36,44 @@ def make_optimizer(optimizer: ConfigDict, total_steps: int) -> optax.GradientTra
 def _make_adam(
     optimizer: ConfigDict, learning_rate: optax.Schedule
 ) -> list[optax.GradientTransformation]:
-    return [optax.adamw(learning_rate, weight_decay=optimizer.weight_decay, mask=_is_matrix)]
+    """Adam (Kingma & Ba 2015) with decoupled weight decay."""
+    b1, b2, epsilon = optimizer.b1, optimizer.b2, optimizer.epsilon
+    decay = optimizer.weight_decay
+    return [optax.adamw(learning_rate, b1, b2, epsilon, weight_decay=decay, mask=_is_matrix)]
+
+
+def _make_lion(
+    optimizer: ConfigDict, learning_rate: optax.Schedule
+) -> list[optax.GradientTransformation]:
+    """Lion (Chen et al. 2023): the sign of a momentum; its learning rates are about 10x smaller."""
+    b1, b2, decay = optimizer.b1, optimizer.b2, optimizer.weight_decay
+    return [optax.lion(learning_rate, b1, b2, weight_decay=decay, mask=_is_matrix)]
+
+
+def _make_muon(
+    optimizer: ConfigDict, learning_rate: optax.Schedule
+) -> list[optax.GradientTransformation]:
+    """Muon (Jordan et al. 2024) for the kernels of the recurrent layers, Adam for the others.
+
+    Updates are scaled to the root mean square of Adam's (Liu et al. 2025, "Muon is Scalable for LLM
+    Training"), so that both use the same learning rate and weight decay.
+    """
+    beta, decay = optimizer.momentum, optimizer.weight_decay
+    muon = contrib.muon(learning_rate, beta=beta, weight_decay=decay, consistent_rms=0.2)
+    adam = _make_adam(optimizer, learning_rate)[0]
+    return [optax.partition({"muon": muon, "adam": adam}, _find_recurrent_kernels)]
 
 
 def _make_sgd(
     optimizer: ConfigDict, learning_rate: optax.Schedule
 ) -> list[optax.GradientTransformation]:
+    """SGD with momentum."""
     decay = optax.add_decayed_weights(optimizer.weight_decay, mask=_is_matrix)
     return [decay, optax.sgd(learning_rate, optimizer.momentum)]
 
 
 # The values of the config field `optimizer.name`, and what follows the clipping of gradients.
-OPTIMIZERS = {"adam": _make_adam, "sgd": _make_sgd}
+OPTIMIZERS = {"adam": _make_adam, "lion": _make_lion, "muon": _make_muon, "sgd": _make_sgd}
 
 
 def make_schedule(optimizer: ConfigDict, total_steps: int) -> optax.Schedule:
@@ -82,3 +109,11 @@ def make_schedule(optimizer: ConfigDict, total_steps: int) -> optax.Schedule:
 
 def _is_matrix(params: optax.Params) -> optax.Params:
     return jax.tree.map(lambda array: array.ndim > 1, params)
+
+
+def _find_recurrent_kernels(params: optax.Params) -> optax.Params:
+    """Name the optimizer of each parameter: Muon updates all matrices of recurrent layers."""
+    others = ("embedding", "dense")
+    return jax.tree_util.tree_map_with_path(
+        lambda path, array: "adam" if array.ndim != 2 or path[0].key in others else "muon", params
+    )

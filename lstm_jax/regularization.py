@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from lstm_jax.errors import UserError
 from lstm_jax.model import LanguageModel, Masks, Params
 
 
@@ -44,7 +45,7 @@ def drop_parameters(rates: ConfigDict, params: Params, key: jax.Array) -> Params
 
     `embedding_dropout` drops rows of the embedding table, that is all occurrences of a token (Gal &
     Ghahramani 2016). `recurrent_dropout` drops individual weights of the recurrent kernels
-    (DropConnect, Wan et al. 2013).
+    (DropConnect, Wan et al. 2013), in any layer; raise `UserError` if there are none.
     """
     dropped = dict(params)
     if is_on(rates.embedding_dropout):
@@ -52,12 +53,18 @@ def drop_parameters(rates: ConfigDict, params: Params, key: jax.Array) -> Params
         mask = _draw_mask(jax.random.fold_in(key, 0), rates.embedding_dropout, (len(table), 1))
         dropped["embedding"] = {"embedding": table * mask}
     if is_on(rates.recurrent_dropout):
-        layers = [name for name in params if "recurrent_kernel" in params[name]]
-        for number, name in enumerate(sorted(layers), start=1):
-            kernel = params[name]["recurrent_kernel"]
+        leaves, structure = jax.tree_util.tree_flatten_with_path(dropped)
+        found = [i for i, (path, _) in enumerate(leaves) if path[-1].key == "recurrent_kernel"]
+        if not found:
+            raise UserError(
+                "config.regularization.recurrent_dropout needs a cell with a parameter "
+                "recurrent_kernel: set it to 0"
+            )
+        arrays = [array for _, array in leaves]
+        for number, i in enumerate(found, start=1):
             layer_key = jax.random.fold_in(key, number)
-            mask = _draw_mask(layer_key, rates.recurrent_dropout, kernel.shape)
-            dropped[name] = {**params[name], "recurrent_kernel": kernel * mask}
+            arrays[i] *= _draw_mask(layer_key, rates.recurrent_dropout, arrays[i].shape)
+        dropped = jax.tree.unflatten(structure, arrays)
     return dropped
 
 

@@ -63,7 +63,7 @@ def train(
     """
     config, directory = config_lib.complete_config(config), Path(directory)
     parallel.use_cores(config)
-    resume.check_recurrence(config)
+    resume.settle_model(config)
     mesh = parallel.make_mesh(config)
     memory.keep_freed_memory()
     with contextlib.ExitStack() as stack:

@@ -201,7 +201,11 @@ def make_step(
             # A separate key, so that masks are the same whether or not streams are reset.
             reset_key = jax.random.fold_in(state.key, state.step)
             starts |= jax.random.bernoulli(reset_key, chance, starts.shape)
-        carry = jax.tree.map(lambda x: jnp.where(starts[:, None], 0, x), state.carry)
+        carry = jax.tree.map(
+            lambda first, x: jnp.where(starts.reshape(-1, *[1] * (x.ndim - 1)), first, x),
+            model.initial_carry(len(starts)),
+            state.carry,
+        )
         key, masks, parameter_key = state.key, None, None
         if regularization.is_random(rates):
             key, mask_key, parameter_key = jax.random.split(state.key, 3)

@@ -9,6 +9,7 @@ import pytest
 
 from lstm_jax import cells, config, regularization
 from lstm_jax import model as model_lib
+from lstm_jax.errors import UserError
 
 BATCH, INPUTS, HIDDEN = 4, 5, 7
 
@@ -119,22 +120,57 @@ def test_every_cell_gives_the_same_logits_token_by_token(name: str, layer_norm: 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), carry, last)
 
 
+@pytest.mark.parametrize("block", cells.BLOCKS)
+@pytest.mark.parametrize("name", [name for name in cells.CELLS if name not in EQUATIONS])
+def test_every_execution_gives_the_same_logits(name: str, block: str) -> None:
+    models = [
+        model_lib.LanguageModel(11, 4, 8, 2, recurrence, cell=name, block=block)
+        for recurrence in ("scan", "parallel")
+    ]
+    params = model_lib.init_params(models[0], jax.random.key(0))
+    ids, carry = np.random.default_rng(0).integers(0, 11, (3, 8)), models[0].initial_carry(3)
+    logits, last = model_lib.apply(models[0], params, ids, carry)
+    step = jax.jit(model_lib.make_step(models[0], params))
+    for t in range(8):
+        one, carry = step(ids[:, t], carry)
+        np.testing.assert_allclose(one, logits[:, t], atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), carry, last)
+    if block == "none" and not hasattr(models[1].cell_class, "run_parallel"):
+        with pytest.raises(ValueError, match="needs a cell with a method run_parallel"):
+            models[1].implementation()
+    else:
+        other, _ = model_lib.apply(models[1], params, ids, models[1].initial_carry(3))
+        np.testing.assert_allclose(other, logits, atol=1e-5)
+
+
 def test_cells_without_a_fused_implementation_use_scan() -> None:
     assert model_lib.LanguageModel(11, 6, 9).implementation() == "fused"
     assert model_lib.LanguageModel(11, 6, 9, cell="gru").implementation() == "scan"
     assert model_lib.LanguageModel(11, 6, 9, layer_norm=True).implementation() == "scan"
+    assert model_lib.LanguageModel(11, 6, 9, cell="mingru").implementation() == "parallel"
+    assert model_lib.LanguageModel(11, 6, 9, block="residual").implementation() == "parallel"
     with pytest.raises(ValueError, match="only LSTM cells without layer normalization"):
         model_lib.LanguageModel(11, 6, 9, cell="rnn", recurrence="fused").implementation()
 
 
+@pytest.mark.parametrize("block", cells.BLOCKS)
 @pytest.mark.parametrize("name", cells.CELLS)
-def test_no_cell_ignores_layer_norm_or_recurrent_dropout(name: str) -> None:
-    model = model_lib.LanguageModel(11, 6, 9, cell=name)
+def test_no_cell_ignores_layer_norm_or_recurrent_dropout(name: str, block: str) -> None:
+    model = model_lib.LanguageModel(11, 6, 8, cell=name, block=block)
     plain = model_lib.init_params(model, jax.random.key(0))
-    normalized = model_lib.init_params(model.clone(layer_norm=True), jax.random.key(0))
-    assert count_parameters(normalized) > count_parameters(plain)
+    normalized = model.clone(layer_norm=True)
+    if name in ("lstm", "peephole", "mogrifier", "gru", "rnn"):
+        params = model_lib.init_params(normalized, jax.random.key(0))
+        assert count_parameters(params) > count_parameters(plain)
+    else:
+        with pytest.raises(UserError, match="has no field layer_norm"):
+            model_lib.init_params(normalized, jax.random.key(0))
     rates = config.default().regularization
     rates.recurrent_dropout = 0.5
+    if name in ("minlstm", "mingru", "rglru", "mlstm"):
+        with pytest.raises(UserError, match="needs a cell with a parameter recurrent_kernel"):
+            regularization.drop_parameters(rates, plain, jax.random.key(0))
+        return
     dropped = regularization.drop_parameters(rates, plain, jax.random.key(0))
     ids, carry = np.arange(8)[None], model.initial_carry(1)
     outputs = [model_lib.apply(model, params, ids, carry)[0] for params in (plain, dropped)]

@@ -7,6 +7,7 @@ succeed. In this directory,
 
 - `experiments/` is copied from the clone; `my.txt` and each file in --config.data.path or --text is
   a text of 20,000 characters; the JSON file in --vocabulary is its vocabulary;
+- a block whose first line is `# NAME.py` is the file of that name;
 - training is short: it gets the flags in `SIZES`, and reads 4,000 characters if the command names
   no text;
 - a working directory that a command reads, and that no earlier command made, is a tiny trained run.
@@ -143,6 +144,9 @@ def test_every_command_of_a_page_runs(
         **os.environ,
         "PYTHONPATH": str(ROOT),
     }
+    for block in find_blocks(page):
+        if name := re.match(r"# (\w+\.py)\n", block.text):
+            (tmp_path / name[1]).write_text(block.text, encoding="utf-8")
     for command in find_commands(page):
         result = subprocess.run(
             prepare_command(command, tmp_path, text_file, trained),

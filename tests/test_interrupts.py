@@ -48,6 +48,9 @@ def test_an_interrupted_command_prints_one_line(
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)
         message = f"{module} after {moment:.2f} s: {errors}"
+        if process.returncode == 0:  # It had printed its result, and Python was shutting down.
+            assert module == "evaluate" and output.endswith("}\n") and not errors, message
+            continue
         assert process.returncode == 130, message
         # Training first saves, and prints this on standard output.
         assert errors == ("" if "Stopped at step" in output else "Interrupted.\n"), message

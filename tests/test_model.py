@@ -118,6 +118,10 @@ def test_initialized_as_keras_does() -> None:
     params = model_lib.init_params(model, jax.random.key(3))
     embedding = np.asarray(params["embedding"]["embedding"])
     assert -0.05 <= embedding.min() < -0.045 and 0.045 < embedding.max() <= 0.05
+    wide = model_lib.init_params(
+        LanguageModel(67, 40, 64, initial_embedding=0.5), jax.random.key(3)
+    )
+    np.testing.assert_allclose(wide["embedding"]["embedding"], 10 * embedding, rtol=1e-5)
     lstm = params["lstm_0"]
     limit = np.sqrt(6 / (40 + 4 * 64))
     assert 0.98 * limit < np.abs(lstm["input_kernel"]).max() <= limit

@@ -92,3 +92,56 @@ def test_gradients_are_clipped_to_the_global_norm() -> None:
     gradient = np.full((3, 2), 2.0)
     fields = make_fields(name="sgd", learning_rate=1.0, max_gradient_norm=0.5)
     assert np.linalg.norm(run(fields, [gradient], start)) == pytest.approx(0.5, rel=1e-5)
+
+
+def test_lion() -> None:
+    rng = np.random.default_rng(0)
+    start, *gradients = rng.normal(size=(4, 3, 2))
+    params, mean = start, np.zeros((3, 2))
+    for gradient in gradients:
+        sign = np.sign(0.8 * mean + 0.2 * gradient)
+        params = params - 0.1 * (sign + 0.5 * params)
+        mean = 0.7 * mean + 0.3 * gradient
+    fields = make_fields(name="lion", learning_rate=0.1, b1=0.8, b2=0.7, weight_decay=0.5)
+    np.testing.assert_allclose(run(fields, gradients, start), params, atol=1e-6)
+
+
+def orthogonalize(matrix: np.ndarray) -> np.ndarray:
+    """Apply Muon's polynomial to the singular values of a matrix, five times."""
+    u, s, v = np.linalg.svd(matrix / np.linalg.norm(matrix), full_matrices=False)
+    for _ in range(5):
+        s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+    return u * s @ v
+
+
+def test_muon_updates_recurrent_layers_and_adam_the_rest() -> None:
+    rng = np.random.default_rng(0)
+    shapes = {
+        "lstm_0": {"input_kernel": (5, 8), "recurrent_kernel": (2, 8), "bias": (8,)},
+        "dense": {"kernel": (2, 3), "bias": (3,)},
+        "embedding": {"embedding": (3, 5)},
+    }
+    params, *gradients = (
+        jax.tree.map(
+            lambda shape: jnp.asarray(rng.normal(size=shape)),
+            shapes,
+            is_leaf=lambda x: isinstance(x, tuple),
+        )
+        for _ in range(3)
+    )
+    settings = {"learning_rate": 0.1, "weight_decay": 0.5, "b2": 0.9}
+    muon = optimizer_lib.make_optimizer(make_fields(name="muon", momentum=0.8, **settings), 10)
+    adam = optimizer_lib.make_optimizer(make_fields(**settings), 10)
+    state, adam_state = muon.init(params), adam.init(params)
+    mean = jax.tree.map(jnp.zeros_like, params)
+    for t, gradient in enumerate(gradients, start=1):
+        updates, state = muon.update(gradient, state, params)
+        expected, adam_state = adam.update(gradient, adam_state, params)
+        mean = jax.tree.map(lambda m, g: 0.8 * m + 0.2 * g, mean, gradient)
+        for name in ("input_kernel", "recurrent_kernel"):
+            # Nesterov's momentum, with the bias of its two terms corrected.
+            ahead = 0.8 * mean["lstm_0"][name] / (1 - 0.8 ** (t + 1))
+            ahead += 0.2 * gradient["lstm_0"][name] / (1 - 0.8**t)
+            scaled = 0.2 * np.sqrt(8) * orthogonalize(np.asarray(ahead))
+            expected["lstm_0"][name] = -0.1 * (scaled + 0.5 * params["lstm_0"][name])
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), updates, expected)

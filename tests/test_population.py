@@ -27,6 +27,10 @@ MEMBERS: list[dict[str, Any]] = [
     {
         "seed": 1,
         "model.initial_scale": 0.5,
+        "model.initial_embedding": 0.3,
+        "optimizer.b1": 0.8,
+        "optimizer.b2": 0.99,
+        "optimizer.epsilon": 1e-4,
         "optimizer.schedule": "step",
         "optimizer.weight_decay": 0.3,
         "optimizer.max_gradient_norm": 0.0,

@@ -139,6 +139,26 @@ def test_a_nonfinite_step_changes_nothing() -> None:
     jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
 
 
+def test_a_stream_starts_from_the_initial_carry_of_its_cell() -> None:
+    """Test a stabilizer, which does not start at zero, and a memory, which has four axes."""
+    for cell in ("slstm", "mlstm"):
+        config = make_config(4)
+        config.model.cell, config.model.hidden_size = cell, 8
+        config.batches.kind, config.batches.reset_probability = "streams", 0.0
+        config.optimizer.learning_rate = 1e-30  # So that only the carry differs.
+        model = model_lib.make_model(config.model, 11)
+        state, step = set_up(model, config)
+        fresh = step(state, make_batch(4, 8, 1)).carry
+        state, _ = set_up(model, config)
+        starts: Any = np.array([True, False, True, False])
+        mixed = step(
+            step(state, make_batch(4, 8, 0)), make_batch(4, 8, 1)._replace(starts=starts)
+        ).carry
+        for a, b in zip(*map(jax.tree.leaves, (fresh, mixed)), strict=True):
+            np.testing.assert_allclose(a[::2], b[::2], atol=1e-6)
+            assert not np.allclose(a[1::2], b[1::2], atol=1e-3)
+
+
 def test_streams_are_reset_at_random_and_independently() -> None:
     config = make_config(40)
     config.optimizer.learning_rate = 1e-30  # So that only the carry differs.

@@ -1,4 +1,4 @@
-"""The base of all cells: kernels, and the matmuls from which gates are computed.
+"""A base for cells whose gates read the inputs and the hidden state: kernels and matmuls.
 
 Gates are side by side in `input_kernel` [in, gates * hidden_size], `recurrent_kernel`
 [hidden_size, gates * hidden_size] and `bias` [gates * hidden_size].
@@ -12,10 +12,6 @@ import jax.numpy as jnp
 
 from lstm_jax.matmul import matmul
 
-# Values of one step by name, [batch, hidden_size] each: gates in [0, 1], and the "candidate" in
-# [-1, 1], which is not a gate.
-Gates = dict[str, jax.Array]
-
 
 class HiddenCarry(NamedTuple):
     """The carry of a layer without a cell state."""
@@ -24,7 +20,7 @@ class HiddenCarry(NamedTuple):
 
 
 class Cell(nn.Module):
-    """The base class of all cells."""
+    """A convenience: the protocol (`cells.protocol`) does not ask for it."""
 
     input_size: int  # Features of the inputs.
     hidden_size: int  # The number of hidden units.

@@ -4,7 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lstm_jax.cells.base import Cell, Gates, HiddenCarry
+from lstm_jax.cells.base import Cell, HiddenCarry
+from lstm_jax.cells.protocol import Gates
 
 
 class GRUCell(Cell):

@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lstm_jax.cells.base import Cell, Gates, normalize
+from lstm_jax.cells.base import Cell, normalize
+from lstm_jax.cells.protocol import Gates
 
 
 class Kernels(NamedTuple):
@@ -76,9 +77,9 @@ class LSTMCell(Cell):
         return Kernels(self.input_kernel, self.recurrent_kernel, self.bias)
 
     def initial_carry(self, batch_size: int) -> LSTMCarry:
-        """Return zeros, a separate array for each state: a training step donates both."""
-        shape = (batch_size, self.hidden_size)
-        return LSTMCarry(jnp.zeros(shape), jnp.zeros(shape))
+        """Return the carry at the start of a text: zeros."""
+        zeros = jnp.zeros((batch_size, self.hidden_size))
+        return LSTMCarry(zeros, zeros)
 
 
 def _forget_bias(key: jax.Array, shape: tuple[int], dtype: Any = jnp.float32) -> jax.Array:

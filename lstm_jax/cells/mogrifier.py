@@ -3,8 +3,8 @@
 import flax.linen as nn
 import jax
 
-from lstm_jax.cells.base import Gates
 from lstm_jax.cells.lstm import LSTMCarry, LSTMCell
+from lstm_jax.cells.protocol import Gates
 from lstm_jax.matmul import matmul
 
 

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from lstm_jax.cells.base import Cell, Gates, HiddenCarry
+from lstm_jax.cells.base import Cell, HiddenCarry
+from lstm_jax.cells.protocol import Gates
 
 
 class RNNCell(Cell):

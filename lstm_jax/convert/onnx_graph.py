@@ -49,8 +49,8 @@ def write_graph(weights: Weights) -> bytes:
         # [time, batch, features], as the operators have it.
         make_node("Transpose", ["embedded"], ["outputs"], perm=[1, 0, 2]),
     ]
-    inputs = [("ids", numbers.INT64, ["batch", "time"])]
-    outputs = [("logits", numbers.FLOAT, ["batch", "time", len(weights.bias)])]
+    inputs: list[Any] = [("ids", numbers.INT64, ["batch", "time"])]
+    outputs: list[Any] = [("logits", numbers.FLOAT, ["batch", "time", len(weights.bias)])]
     below = "outputs"
     for i, layer in enumerate(weights.layers):
         both = [reorder(bias) for bias in weights_lib.split_biases(layer)]

@@ -38,8 +38,9 @@ class Weights(NamedTuple):
 
 def from_model(model: LanguageModel, params: Params) -> Weights:
     """Return the weights of a model; raise `UserError` if no format has its cell."""
-    if model.cell not in GATES or model.layer_norm:
-        named = "model.layer_norm=True" if model.layer_norm else f"model.cell={model.cell!r}"
+    if model.cell not in GATES or model.layer_norm or model.block != "none":
+        named = "model.layer_norm=True" if model.layer_norm else f"model.cell={model.cell_name!r}"
+        named = named if model.block == "none" else f"model.block={model.block!r}"
         raise UserError(f"Keras, PyTorch and ONNX have no layer with {named}")
     arrays: Any = jax.tree.map(lambda array: np.asarray(array, np.float32), params)
     embedding = arrays["embedding"]["embedding"]

@@ -40,8 +40,9 @@ def make_page(trained: workdir.Trained, name: str, bits: int = 16) -> bytes:
     Raise `UserError` if the page can't run the model, or a weight is not finite.
     """
     model, vocabulary = trained.model, trained.vocabulary
-    if model.cell not in CELLS:
-        raise UserError(f"a page can run the cells {', '.join(CELLS)}, not {model.cell}")
+    if model.cell not in CELLS or model.block != "none":
+        named = model.cell_name if model.block == "none" else f"model.block={model.block}"
+        raise UserError(f"a page can run the cells {', '.join(CELLS)}, not {named}")
     finite = jax.tree.map(lambda array: bool(np.isfinite(array).all()), trained.params)
     if not all(jax.tree.leaves(finite)):
         raise UserError(

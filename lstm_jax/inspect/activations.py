@@ -10,7 +10,7 @@ import optax
 
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
-from lstm_jax.cells.base import Gates
+from lstm_jax.cells.protocol import Gates
 
 # The number of tokens for one compiled call, which bounds the memory for gates.
 _CHUNK = 1024
@@ -28,7 +28,7 @@ class Reading(NamedTuple):
     """A record of a model that read a text of n tokens from start to end."""
 
     # int8 [hidden units, n], in 1/127: the activation of each hidden unit after each token, as
-    # `Cell.activation` defines it; layer by layer.
+    # `protocol.get_activation` defines it; layer by layer.
     activations: np.ndarray
     # For each layer, by the name of the gate, float64 [2, hidden_size]: the share of tokens at
     # which it was below `CLOSED`, and above `OPEN`.
@@ -80,11 +80,9 @@ def _read(
     bound = model.bind({"params": params})
 
     def step(carry: model_lib.Carry, token: jax.Array) -> tuple[model_lib.Carry, Any]:
-        gates: list[Gates] = []
-        outputs, carry = bound.run_step(token[None], carry, gates)
-        layers = zip(bound.layers, carry, strict=True)
-        activations = [cell.activation(layer_carry)[0] for cell, layer_carry in layers]
-        gates = jax.tree.map(lambda gate: gate[0], gates)
+        records: list[Any] = []
+        outputs, carry = bound.run_step(token[None], carry, records)
+        gates, activations, _ = zip(*jax.tree.map(lambda x: x[0], records), strict=True)
         return carry, (outputs[0], jnp.concatenate(activations), gates)
 
     carry, (outputs, activations, gates) = jax.lax.scan(step, carry, inputs)
@@ -92,7 +90,7 @@ def _read(
     number = min(GUESSES, model.vocabulary_size)
     probabilities, guesses = jax.lax.top_k(jax.nn.softmax(logits), number)
     bits = optax.softmax_cross_entropy_with_integer_labels(logits, targets) / jnp.log(2.0)
-    quantized = jnp.round(SCALE * activations).astype(jnp.int8)
+    quantized = jnp.round(SCALE * jnp.clip(activations, -1, 1)).astype(jnp.int8)
 
     def count(gate: jax.Array) -> jax.Array:
         saturated = (gate < CLOSED, gate > OPEN)

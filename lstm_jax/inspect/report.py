@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from lstm_jax.cells.base import Cell
+from lstm_jax.cells.lstm import LSTMCell
 from lstm_jax.data import sources, texts
 from lstm_jax.errors import UserError
 from lstm_jax.inspect import activations, features
@@ -91,13 +93,13 @@ def make_page(trained: workdir.Trained, text: str, name: str, directory: Path) -
     followers, correlations = features.find_followers(reading.activations, matrix, _MAX_FOLLOWERS)
     data = {
         "workdir": directory.resolve().name,
-        "model": f"{model.cell}, {layers} of {sizes} hidden units, step {trained.step:,}",
+        "model": f"{model.cell_name}, {layers} of {sizes} hidden units, step {trained.step:,}",
         "text": name,
         "token_name": vocabulary.token_name,
         **_pack_tokens(vocabulary, text, ids, reading),
         **_pack_activations(reading.activations, followers),
         "layers": list(model.sizes[1:]),
-        "cell": model.cell,
+        "activation": _describe_activation(model.cell_class),
         "features": list(present),
         "followers": [[follower._asdict() for follower in row] for row in followers],
         "correlations": _pack(np.round(correlations * 1000), np.int16),
@@ -112,6 +114,15 @@ def make_page(trained: workdir.Trained, text: str, name: str, directory: Path) -
     # ASCII without "<" is safe in a script.
     in_script = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     return template.replace("null/*data*/", in_script).encode()
+
+
+def _describe_activation(cell: type) -> str:
+    """Return the name of the values that `protocol.get_activation` returns for a cell."""
+    if issubclass(cell, LSTMCell):
+        return "tanh of the cell state"
+    if issubclass(cell, Cell):
+        return "the hidden state"
+    return "as its cell defines it" if hasattr(cell, "activation") else "tanh of the outputs"
 
 
 def _pack_tokens(

@@ -27,7 +27,8 @@ def print_setup(settled: resume.Settled, start: resume.Start, ids: Mapping[str, 
     print(
         f"{model_lib.format_parameters(start.state.params)}\n\n"
         f"{vocabulary.kind}: {counts}; vocabulary: {len(vocabulary)}; "
-        f"steps per epoch: {start.steps_per_epoch:,}\n\n"
+        f"steps per epoch: {start.steps_per_epoch:,}; "
+        f"recurrence: {start.model.implementation()}, matmuls in {start.model.dtype}\n\n"
         "The first window and its targets:\n"
         f"  inputs  {vocabulary.decode(inputs)!r}\n"
         f"  targets {vocabulary.decode(targets)!r}\n"

@@ -13,9 +13,11 @@ from lstm_jax import batches
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
+from lstm_jax.cells.protocol import trace_cell
 from lstm_jax.devices import hosts
 from lstm_jax.errors import UserError
-from lstm_jax.run import checkpoints, files, workdir
+from lstm_jax.regularization import drop_parameters
+from lstm_jax.run import cell_file, checkpoints, files, workdir
 from lstm_jax.train_step import TrainState, init_state
 from lstm_jax.vocabulary import Ids, Vocabulary
 
@@ -31,12 +33,27 @@ class Settled(NamedTuple):
     changes: _Changes
 
 
-def check_recurrence(config: ConfigDict) -> None:
-    """Raise `UserError` if `model.recurrence` can't run on this device; this initializes JAX."""
+def settle_model(config: ConfigDict) -> None:
+    """Load the cell of a training config, and check the model; this initializes JAX.
+
+    Set the checksum of the cell's file in the config.
+
+    Raises:
+      UserError: if the cell can't be loaded or breaks the protocol, or if `model.recurrence` can't
+        run on this device, or a rate of `regularization` does not apply.
+    """
+    cell_file.settle_cell(config)
     try:
-        model_lib.make_model(config.model, 1).implementation()
+        model = model_lib.make_model(config.model, 1)
+        model.implementation()
     except ValueError as error:
         raise UserError(f"config.model.recurrence: {error}") from None
+    for cell in set(model.clone(block="none").make_cells()):
+        trace_cell(cell)
+    key = jax.random.key(0)
+    jax.eval_shape(
+        lambda: drop_parameters(config.regularization, model_lib.init_params(model, key), key)
+    )
 
 
 def settle_run(
@@ -83,6 +100,15 @@ def _compare(before: ConfigDict, config: ConfigDict, directory: Path, only: str 
         for field, value in config_lib.flatten(config)
         if field.startswith(only) and value != old[field]
     }
+    same_class = cell_file.get_class_name(before) == cell_file.get_class_name(config)
+    if config.model.cell_sha256 and same_class:
+        changes.pop("model.cell", None)  # The file may move.
+        if changes.pop("model.cell_sha256", None) and not only:
+            raise UserError(
+                f"{config.model.cell} has changed since the run in {directory} began: restore it, "
+                "or start a new run from the parameters, with another --workdir and --init_from "
+                f"{directory}"
+            )
     fixed = {f: values for f, values in changes.items() if f not in config_lib.CHANGEABLE}
     if "data.sha256" in fixed:
         text = before.data.path or f"the dataset {before.data.dataset}"

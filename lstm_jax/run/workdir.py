@@ -14,7 +14,7 @@ from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.ensemble import join_models
 from lstm_jax.errors import UserError
-from lstm_jax.run import checkpoints, files
+from lstm_jax.run import cell_file, checkpoints, files
 from lstm_jax.vocabulary import Vocabulary
 
 CONFIG = "config.json"
@@ -79,10 +79,12 @@ def load_trained(workdir: Path | str) -> Trained:
     """Load the model in `workdir`: its best checkpoint by validation loss, else its latest.
 
     Raises:
-      UserError: if there is none, or a file is damaged.
+      UserError: if there is none, or a file is damaged, or its cell is in a file that was not
+        loaded (`cell_file.load_cell`).
     """
     workdir = Path(workdir)
     config = load_config(workdir)
+    cell_file.use_loaded_cell(config, workdir)
     vocabulary = load_vocabulary(workdir)
     config.model.recurrence = "auto"  # The run may have used another kind of device.
     model = model_lib.make_model(config.model, len(vocabulary))

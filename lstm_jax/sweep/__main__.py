@@ -18,7 +18,6 @@ import sys
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 from lstm_jax import command, config
 from lstm_jax.devices import parallel
@@ -35,9 +34,7 @@ except ModuleNotFoundError as error:
     print(message, file=sys.stderr)
     sys.exit(2)
 
-config_flags.DEFINE_config_file(
-    "config", None, "Experiment to start from: a Python file with get_config()."
-)
+command.define_config_flag("Experiment to start from: a Python file with get_config().")
 _SPACE = flags.DEFINE_string(
     "space",
     None,

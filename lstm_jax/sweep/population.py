@@ -29,8 +29,8 @@ from lstm_jax.data import texts
 from lstm_jax.devices import parallel
 from lstm_jax.devices.memory import keep_freed_memory
 from lstm_jax.errors import UnavailableError, UserError
+from lstm_jax.run import cell_file, lock, resume, workdir
 from lstm_jax.run import checkpoints as checkpoints_lib
-from lstm_jax.run import lock, resume, workdir
 from lstm_jax.run.metrics import MetricsWriter
 from lstm_jax.train_step import TrainState, make_step
 from lstm_jax.vocabulary import Ids
@@ -108,7 +108,9 @@ def check_members(configs: Sequence[ConfigDict]) -> None:
             "the members of a population start from fresh weights: leave out "
             "--config.init_from or --population"
         )
-    resume.check_recurrence(configs[0])
+    for config in configs:
+        cell_file.settle_cell(config)
+    resume.settle_model(configs[0])
     first = dict(config_lib.flatten(configs[0]))
     for config in configs[1:]:
         for field, value in config_lib.flatten(config):

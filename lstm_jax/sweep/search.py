@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from lstm_jax import train
 from lstm_jax.data import texts
 from lstm_jax.errors import NotFiniteError, UnavailableError, UserError, one_line
-from lstm_jax.run import checkpoints, files, metrics, workdir
+from lstm_jax.run import cell_file, checkpoints, files, metrics, workdir
 from lstm_jax.sweep import population, report
 from lstm_jax.sweep import space as space_lib
 from lstm_jax.sweep import study as study_lib
@@ -90,6 +90,7 @@ def prepare_sweep(
     if sampler == "grid":
         grid = space.grid()
         trials = min(trials, math.prod(map(len, grid.values())))
+    cell_file.settle_cell(experiment)
     experiment = texts.load_texts(experiment.data).settle(experiment)
     name = name or f"{experiment_name}_{space_name}"
     path = Path(directory or Path("runs", "sweeps", name))

@@ -1,0 +1,119 @@
+"""The residual block around a cell, which is a cell itself."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lstm_jax.cells.protocol import Gates, get_gates, run_cell
+from lstm_jax.matmul import matmul
+
+_WIDTH = 4  # Inputs that a step of the convolution reads.
+_EXPANSION = 2  # Hidden units of the MLP, in units of hidden_size.
+
+
+class BlockCarry(NamedTuple):
+    """The carry of a block."""
+
+    before: jax.Array  # The last inputs of the convolution: [batch, _WIDTH - 1, hidden].
+    cell: Any  # The carry of the cell.
+
+
+class Block(nn.Module):
+    """A block in which recent papers use a cell, with two residual branches.
+
+        x = x P                                         only if x has not hidden_size features
+        u_t = sum over j of K_j * norm(x)_(t - j) + b   causal convolution of each feature
+        y = x + cell(u)
+        outputs = y + (gelu(norm(y) A) * (norm(y) B)) O     gated MLP
+        norm(x) = s * x / sqrt(mean(x ** 2))            RMSNorm, with separate scales s
+
+    Griffin (De et al. 2024), xLSTM (Beck et al. 2024) and the language models of minGRU and minLSTM
+    (Feng et al. 2024) share this plan: normalization before each branch (Zhang & Sennrich 2019), a
+    convolution over the last 4 inputs, the cell, a gated MLP (Shazeer 2020). They differ in the
+    width of the MLP and in a gate beside the cell. Here the MLP has 2 * hidden_size hidden units,
+    and the last block is followed by the dense layer without another normalization.
+
+    The carry is the last inputs of the convolution and the carry of the cell.
+    """
+
+    input_size: int
+    hidden_size: int
+    cell: Any  # With hidden_size inputs and hidden units.
+    dtype: str = "float32"
+
+    def setup(self) -> None:
+        """Declare the parameters."""
+        size, glorot = self.hidden_size, nn.initializers.glorot_uniform()
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+        if self.input_size != size:
+            self.input_kernel = self.param("input_kernel", glorot, (self.input_size, size))
+        self.cell_scale = self.param("cell_scale", ones, (size,))
+        self.convolution = self.param("convolution", fan_in, (_WIDTH, size))
+        self.convolution_bias = self.param("convolution_bias", zeros, (size,))
+        self.mlp_scale = self.param("mlp_scale", ones, (size,))
+        self.mlp_kernel = self.param("mlp_kernel", glorot, (size, 2 * _EXPANSION * size))
+        self.output_kernel = self.param("output_kernel", glorot, (_EXPANSION * size, size))
+
+    def __call__(self, carry: BlockCarry, inputs: jax.Array) -> tuple[BlockCarry, jax.Array]:
+        """Return the next carry and the outputs, for inputs [batch, input_size]."""
+
+        def step(carry: Any, inputs: jax.Array) -> tuple[Any, jax.Array]:
+            after, outputs = self.cell(carry, inputs[:, 0])
+            return after, outputs[:, None]
+
+        after, outputs = self._run(carry, inputs[:, None], step)
+        return after, outputs[:, 0]
+
+    def run_parallel(self, carry: BlockCarry, inputs: jax.Array) -> tuple[BlockCarry, jax.Array]:
+        """Return the last carry and all outputs, for inputs [batch, time, input_size].
+
+        Only a cell without a parallel form runs step by step.
+        """
+        return self._run(carry, inputs, functools.partial(run_cell, self.cell, parallel=True))
+
+    def _run(
+        self,
+        carry: BlockCarry,
+        inputs: jax.Array,
+        run: Callable[[Any, jax.Array], tuple[Any, jax.Array]],
+    ) -> tuple[BlockCarry, jax.Array]:
+        """Compute the block over inputs [batch, time, input_size], with `run` for the cell."""
+        x, before, u = self._convolve(carry, inputs)
+        cell, outputs = run(carry.cell, u)
+        y = x + outputs
+        gate, value = jnp.split(
+            matmul(normalize_rms(y) * self.mlp_scale, self.mlp_kernel, self.dtype), 2, axis=-1
+        )
+        mlp = matmul(nn.gelu(gate) * value, self.output_kernel, self.dtype)
+        return BlockCarry(before, cell), y + mlp
+
+    def _convolve(
+        self, carry: BlockCarry, inputs: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return x, the next inputs to keep for the convolution, and u; see the equations."""
+        x, time = inputs, inputs.shape[1]
+        if self.input_size != self.hidden_size:
+            x = matmul(inputs, self.input_kernel, self.dtype)
+        read = jnp.concatenate([carry.before, normalize_rms(x) * self.cell_scale], axis=1)
+        taps = [read[:, j : j + time] * self.convolution[j] for j in range(_WIDTH)]
+        return x, read[:, time:], sum(taps, self.convolution_bias)
+
+    def gates(self, carry: BlockCarry, inputs: jax.Array) -> Gates:
+        """Return the gates of the cell."""
+        _, _, u = self._convolve(carry, inputs[:, None])
+        return get_gates(self.cell, carry.cell, u[:, 0])
+
+    def initial_carry(self, batch_size: int) -> BlockCarry:
+        """Return the carry at the start of a text: zeros, and the first carry of the cell."""
+        before = jnp.zeros((batch_size, _WIDTH - 1, self.hidden_size))
+        return BlockCarry(before, self.cell.initial_carry(batch_size))
+
+
+def normalize_rms(x: jax.Array) -> jax.Array:
+    """Divide by the root of the mean square over the last axis (Zhang & Sennrich 2019)."""
+    return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)

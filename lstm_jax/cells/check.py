@@ -1,0 +1,189 @@
+"""Hold a cell to the protocol: `check_cell`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from lstm_jax.cells.protocol import (
+    blaming,
+    describe_place,
+    get_activation,
+    get_gates,
+    make_cell,
+    run_cell,
+    trace_cell,
+)
+from lstm_jax.errors import UserError
+
+_BATCH, _TIME, _CUT = 3, 7, 3
+# Differences relative to the largest value.
+_SAME, _GRADIENT, _BFLOAT16 = 1e-5, 1e-6, 5e-2
+
+
+def check_cell(
+    cell: type[nn.Module] | nn.Module,
+    input_size: int = 5,
+    hidden_size: int = 8,
+    options: Mapping[str, Any] | None = None,
+) -> None:
+    """Hold a cell to the protocol of `lstm_jax.cells.protocol`, with random parameters and inputs.
+
+    Check shapes and dtypes; single steps against a sequence, and the parallel form against both; a
+    sequence against its two parts with the carry kept; that texts of a batch are independent;
+    gradients against finite differences, in float64; bfloat16 against float32, if the cell has a
+    field dtype; and gates and activations, if it has any.
+
+    Args:
+      cell: a class, made with the other arguments, or an unbound module.
+      input_size: the number of inputs.
+      hidden_size: the number of hidden units.
+      options: other fields of the cell.
+
+    Raises:
+      UserError: with the name, file and line of the cell, and what failed.
+    """
+    made: Any = cell
+    if not isinstance(cell, nn.Module):
+        made = make_cell(cell, input_size, hidden_size, options=options)
+    for batch in (1, _BATCH):
+        trace_cell(made, batch)
+    with blaming(type(made)):
+        _check_values(made)
+        with jax.enable_x64(True):
+            _check_gradients(made)
+
+
+def _check_values(cell: Any) -> None:
+    rng = np.random.default_rng(0)
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    inputs, carry = draw(_BATCH, _TIME, cell.input_size), cell.initial_carry(_BATCH)
+    variables = jax.jit(cell.init)(jax.random.key(0), carry, inputs[:, 0])
+    variables = jax.tree.map(lambda x: x + 0.1 * draw(*x.shape), variables)
+    # From the state after another text, in which no part of the carry has its first value.
+    carry, _ = _run(cell, variables, carry, draw(_BATCH, _TIME, cell.input_size))
+
+    whole = _run(cell, variables, carry, inputs)
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(whole)):
+        raise _failure(cell, "__call__", "its outputs or its carry are not finite")
+    after, outputs, step = carry, [], jax.jit(cell.apply)
+    for t in range(_TIME):
+        after, output = step(variables, after, inputs[:, t])
+        outputs.append(output)
+    steps = after, jnp.stack(outputs, axis=1)
+    _compare(cell, "__call__", "single steps differ from a scan", steps, whole, _SAME)
+
+    for parallel in (False, True) if hasattr(cell, "run_parallel") else (False,):
+        method, name = ("run_parallel", "the parallel form") if parallel else ("__call__", "a scan")
+
+        def run(carry: Any, inputs: jax.Array, parallel: bool = parallel) -> Any:
+            return _run(cell, variables, carry, inputs, parallel)
+
+        if parallel:
+            _compare(cell, method, f"{name} differs from a scan", run(carry, inputs), whole, _SAME)
+        between, first = run(carry, inputs[:, :_CUT])
+        last, second = run(between, inputs[:, _CUT:])
+        parts = last, jnp.concatenate([first, second], axis=1)
+        message = f"{name} of two parts, with the carry kept, differs from {name} of the whole"
+        _compare(cell, method, message, parts, whole, _SAME)
+        one = run(jax.tree.map(lambda x: x[:1], carry), inputs[:1])
+        message = f"in {name}, the results of a text depend on the other texts of its batch"
+        _compare(cell, method, message, one, jax.tree.map(lambda x: x[:1], whole), _SAME)
+
+    if hasattr(cell, "dtype"):
+        low = _run(cell.clone(dtype="bfloat16"), variables, carry, inputs)
+        _compare(cell, "__call__", "bfloat16 is far from float32", low, whole, _BFLOAT16)
+
+    def inspect(cell: Any) -> Any:
+        after, output = cell(carry, inputs[:, 0])
+        return get_gates(cell, carry, inputs[:, 0]), get_activation(cell, after, output)
+
+    gates, activation = nn.apply(inspect, cell)(variables)
+    for name, value in [*gates.items(), ("activation", activation)]:
+        method = "activation" if name == "activation" else "gates"
+        if value.shape != (_BATCH, cell.hidden_size):
+            raise _failure(
+                cell, method, f"{name} is {list(value.shape)}: it must be [batch, hidden_size]"
+            )
+        low_end = 0 if method == "gates" else -1
+        if name != "candidate" and not ((value >= low_end) & (value <= 1)).all():
+            raise _failure(cell, method, f"{name} has values outside of [{low_end}, 1]")
+
+
+def _check_gradients(cell: Any) -> None:
+    rng = np.random.default_rng(1)
+
+    def to_float64(x: jax.Array) -> jax.Array:
+        return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    inputs = jnp.asarray(rng.normal(size=(_BATCH, _TIME, cell.input_size)))
+    carry = jax.tree.map(to_float64, cell.initial_carry(_BATCH))
+    variables = jax.jit(cell.init)(jax.random.key(0), carry, inputs[:, 0])
+    variables = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape), variables)
+    _, outputs = jax.eval_shape(cell.apply, variables, carry, inputs[:, 0])
+    if outputs.dtype != jnp.float64:
+        raise _failure(
+            cell,
+            "__call__",
+            f"its outputs are {outputs.dtype} for inputs and parameters in float64, so that its "
+            "gradients can't be checked: keep the dtype of the inputs",
+        )
+    for parallel in (False, True) if hasattr(cell, "run_parallel") else (False,):
+        method = "run_parallel" if parallel else "__call__"
+
+        def loss(variables: Any, inputs: jax.Array, parallel: bool = parallel) -> jax.Array:
+            after, outputs = _run(cell, variables, carry, inputs, parallel)
+            states = [x for x in jax.tree.leaves(after) if jnp.issubdtype(x.dtype, jnp.floating)]
+            weights = jnp.cos(jnp.arange(outputs.size)).reshape(outputs.shape)
+            return (weights * outputs).sum() + sum(jnp.sin(x).sum() for x in states)
+
+        flat, unflatten = ravel_pytree((variables, inputs))
+        gradient = ravel_pytree(jax.grad(loss, argnums=(0, 1))(variables, inputs))[0]
+        evaluate: Callable[..., Any] = jax.jit(lambda flat: loss(*unflatten(flat)))  # noqa: B023
+        for _ in range(5):
+            step = 1e-5 * rng.standard_normal(flat.shape)
+            numeric = (evaluate(flat + step) - evaluate(flat - step)) / 2
+            exact = gradient @ step
+            if not abs(exact - numeric) <= _GRADIENT * max(abs(numeric), 1e-4):
+                raise _failure(
+                    cell,
+                    method,
+                    f"its gradient differs from finite differences: {float(exact / 1e-5):.8g} "
+                    f"instead of {float(numeric / 1e-5):.8g} in a random direction",
+                )
+
+
+def _run(cell: Any, variables: Any, carry: Any, inputs: jax.Array, parallel: bool = False) -> Any:
+    """Run a cell with these parameters over inputs [batch, time, features]."""
+    run = nn.apply(lambda cell: run_cell(cell, carry, inputs, parallel), cell)
+    return jax.jit(run)(variables)
+
+
+def _compare(
+    cell: Any, method: str, message: str, actual: Any, expected: Any, tolerance: float
+) -> None:
+    """Raise an error with this message if two pytrees differ in a shape, dtype or value."""
+    leaves = [jax.tree.leaves(tree) for tree in (actual, expected)]
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (actual, expected)]
+    same = structures[0] == structures[1] and all(
+        (a.shape, a.dtype) == (e.shape, e.dtype) for a, e in zip(*leaves, strict=True)
+    )
+    if not same:
+        raise _failure(cell, method, f"{message} in structure, shapes or dtypes")
+    for a, e in zip(*leaves, strict=True):
+        difference, scale = float(abs(a - e).max()), float(abs(e).max())
+        if not difference <= tolerance * max(scale, 1):
+            raise _failure(
+                cell, method, f"{message}: by {difference:.2g}, of values up to {scale:.2g}"
+            )
+
+
+def _failure(cell: Any, method: str, message: str) -> UserError:
+    return UserError(f"{describe_place(cell, method)}: {message}")

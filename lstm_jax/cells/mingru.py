@@ -1,0 +1,61 @@
+"""The minGRU cell."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lstm_jax.cells.base import HiddenCarry
+from lstm_jax.cells.linear import run_linear
+from lstm_jax.cells.protocol import Gates
+from lstm_jax.matmul import matmul
+
+
+class MinGRUCell(nn.Module):
+    """One step of a minGRU (Feng et al. 2024): a GRU whose gate and candidate see the input only.
+
+        z = sigmoid(x Wz + bz)          update gate
+        n = g(x Wn + bn)                candidate, with g(x) = x + 1/2 for x >= 0, else sigmoid(x)
+        h' = (1 - z) * h + z * n
+
+    The paper computes the logarithm of h, for which g keeps candidates positive. Composing steps
+    (`cells.linear`) multiplies numbers in [0, 1] only, and needs no logarithms for the same result.
+    """
+
+    input_size: int
+    hidden_size: int
+    dtype: str = "float32"
+
+    def setup(self) -> None:
+        """Declare the parameters; z, n are side by side."""
+        shape = (self.input_size, 2 * self.hidden_size)
+        self.input_kernel = self.param("input_kernel", nn.initializers.glorot_uniform(), shape)
+        self.bias = self.param("bias", nn.initializers.zeros, shape[1:])
+
+    def __call__(self, carry: HiddenCarry, inputs: jax.Array) -> tuple[HiddenCarry, jax.Array]:
+        """Return the next carry and the outputs, for inputs [batch, input_size]."""
+        gates = self.gates(carry, inputs)
+        z, n = gates["update"], gates["candidate"]
+        hidden = (1 - z) * carry.hidden + z * n
+        return HiddenCarry(hidden), hidden
+
+    def run_parallel(self, carry: HiddenCarry, inputs: jax.Array) -> tuple[HiddenCarry, jax.Array]:
+        """Return the last carry and all outputs, for inputs [batch, time, input_size]."""
+        gates = self.gates(carry, inputs)
+        z, n = gates["update"], gates["candidate"]
+        hidden = run_linear(1 - z, z * n, carry.hidden)
+        return HiddenCarry(hidden[:, -1]), hidden
+
+    def gates(self, carry: HiddenCarry, inputs: jax.Array) -> Gates:
+        """Return the gates of one or all steps, which do not depend on the carry."""
+        sums = matmul(inputs, self.input_kernel, self.dtype) + self.bias
+        z, n = jnp.split(sums, 2, axis=-1)
+        return {"update": nn.sigmoid(z), "candidate": make_positive(n)}
+
+    def initial_carry(self, batch_size: int) -> HiddenCarry:
+        """Return the carry at the start of a text: zeros."""
+        return HiddenCarry(jnp.zeros((batch_size, self.hidden_size)))
+
+
+def make_positive(x: jax.Array) -> jax.Array:
+    """Return g(x): x + 1/2 for x >= 0, and sigmoid(x) below (Feng et al. 2024, appendix B)."""
+    return jnp.where(x >= 0, x + 0.5, nn.sigmoid(x))

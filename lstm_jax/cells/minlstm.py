@@ -1,0 +1,62 @@
+"""The minLSTM cell."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lstm_jax.cells.base import HiddenCarry
+from lstm_jax.cells.linear import run_linear
+from lstm_jax.cells.mingru import make_positive
+from lstm_jax.cells.protocol import Gates
+from lstm_jax.matmul import matmul
+
+
+class MinLSTMCell(nn.Module):
+    """One step of a minLSTM (Feng et al. 2024): an LSTM whose gates see the input only.
+
+        f = sigmoid(x Wf + bf)          forget gate
+        i = sigmoid(x Wi + bi)          input gate
+        n = g(x Wn + bn)                candidate, with g(x) = x + 1/2 for x >= 0, else sigmoid(x)
+        h' = f / (f + i) * h + i / (f + i) * n
+
+    The two weights of a step add up to 1, so that the scale of h does not grow with time.
+    """
+
+    input_size: int
+    hidden_size: int
+    dtype: str = "float32"
+
+    def setup(self) -> None:
+        """Declare the parameters; f, i, n are side by side."""
+        shape = (self.input_size, 3 * self.hidden_size)
+        self.input_kernel = self.param("input_kernel", nn.initializers.glorot_uniform(), shape)
+        self.bias = self.param("bias", nn.initializers.zeros, shape[1:])
+
+    def __call__(self, carry: HiddenCarry, inputs: jax.Array) -> tuple[HiddenCarry, jax.Array]:
+        """Return the next carry and the outputs, for inputs [batch, input_size]."""
+        gates = self.gates(carry, inputs)
+        hidden = gates["forget"] * carry.hidden + gates["input"] * gates["candidate"]
+        return HiddenCarry(hidden), hidden
+
+    def run_parallel(self, carry: HiddenCarry, inputs: jax.Array) -> tuple[HiddenCarry, jax.Array]:
+        """Return the last carry and all outputs, for inputs [batch, time, input_size]."""
+        gates = self.gates(carry, inputs)
+        added = gates["input"] * gates["candidate"]
+        hidden = run_linear(gates["forget"], added, carry.hidden)
+        return HiddenCarry(hidden[:, -1]), hidden
+
+    def gates(self, carry: HiddenCarry, inputs: jax.Array) -> Gates:
+        """Return the gates of one or all steps, with forget and input gate divided by their sum."""
+        sums = matmul(inputs, self.input_kernel, self.dtype) + self.bias
+        f, i, n = jnp.split(sums, 3, axis=-1)
+        # f / (f + i) is a sigmoid itself, of log f - log i, and so never 0 / 0.
+        ratio = nn.log_sigmoid(f) - nn.log_sigmoid(i)
+        return {
+            "forget": nn.sigmoid(ratio),
+            "input": nn.sigmoid(-ratio),
+            "candidate": make_positive(n),
+        }
+
+    def initial_carry(self, batch_size: int) -> HiddenCarry:
+        """Return the carry at the start of a text: zeros."""
+        return HiddenCarry(jnp.zeros((batch_size, self.hidden_size)))

@@ -1,0 +1,37 @@
+"""The peephole LSTM cell."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lstm_jax.cells.lstm import LSTMCarry, LSTMCell
+from lstm_jax.cells.protocol import Gates
+
+
+class PeepholeLSTMCell(LSTMCell):
+    """An LSTM whose gates see the cell state (Gers & Schmidhuber 2000).
+
+        i = sigmoid(x Wi + h Ui + pi * c + bi)      input gate
+        f = sigmoid(x Wf + h Uf + pf * c + bf)      forget gate
+        g = tanh(x Wg + h Ug + bg)                  candidate
+        c' = f * c + i * g
+        o = sigmoid(x Wo + h Uo + po * c' + bo)     output gate, which sees the new cell state
+        h' = o * tanh(c')
+
+    The peephole weights pi, pf, po are the rows of `peepholes` [3, hidden_size]. `layer_norm`
+    normalizes x W, h U, and c' in the equation of h'.
+    """
+
+    def setup(self) -> None:
+        """Declare the parameters: those of the LSTM, and the peephole weights, initially 0."""
+        super().setup()
+        self.peepholes = self.param("peepholes", nn.initializers.zeros, (3, self.hidden_size))
+
+    def gates(self, carry: LSTMCarry, inputs: jax.Array) -> Gates:
+        """Return the gates of a step."""
+        pi, pf, po = self.peepholes
+        sums = self.project_inputs(inputs) + self.project_hidden(carry.hidden)
+        i, f, g, o = jnp.split(sums, 4, axis=-1)
+        i, f, g = nn.sigmoid(i + pi * carry.cell), nn.sigmoid(f + pf * carry.cell), jnp.tanh(g)
+        o = nn.sigmoid(o + po * (f * carry.cell + i * g))
+        return {"input": i, "forget": f, "candidate": g, "output": o}

@@ -1,0 +1,112 @@
+"""The sLSTM cell."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lstm_jax.cells.protocol import Gates
+from lstm_jax.errors import UserError
+from lstm_jax.matmul import matmul
+
+# The stabilizer before the first step, at which nothing is kept: its exponential is 0.
+NEVER = -1e30
+
+
+class SLSTMCarry(NamedTuple):
+    """The carry of one sLSTM layer, float32 [batch, hidden] each."""
+
+    cell: jax.Array  # c / exp(m).
+    normalizer: jax.Array  # n / exp(m).
+    hidden: jax.Array  # h, which is also the layer's output.
+    stabilizer: jax.Array  # m.
+
+
+class SLSTMCell(nn.Module):
+    """One step of an sLSTM: an LSTM with an exponential input gate (Beck et al. 2024).
+
+        i = exp(x Wi + h Ri + bi)           input gate, of any size
+        f = sigmoid(x Wf + h Rf + bf)       forget gate
+        z = tanh(x Wz + h Rz + bz)          candidate
+        o = sigmoid(x Wo + h Ro + bo)       output gate
+        c' = f * c + i * z
+        n' = f * n + i                      normalizer: the sum of what c averages
+        h' = o * c' / n'
+
+    c and n are divided by exp(m), with the stabilizer m' = max(log f + m, log i), so that no
+    exponential overflows; h' is the same for any m. The kernels R are block-diagonal: each of the
+    heads has hidden_size / heads hidden units, which read those of their own head.
+    `recurrent_kernel` is [heads, hidden_size / heads, 4 * hidden_size / heads].
+    """
+
+    input_size: int
+    hidden_size: int
+    dtype: str = "float32"
+    heads: int = 4
+
+    def setup(self) -> None:
+        """Declare the parameters; i, f, z, o are side by side."""
+        per_head = count_per_head(self.hidden_size, self.heads)
+        glorot, orthogonal = nn.initializers.glorot_uniform(), nn.initializers.orthogonal()
+        size = 4 * self.hidden_size
+        self.input_kernel = self.param("input_kernel", glorot, (self.input_size, size))
+        shape = (self.heads, per_head, 4 * per_head)
+        self.recurrent_kernel = self.param("recurrent_kernel", orthogonal, shape)
+        self.bias = self.param("bias", _forget_bias, (size,))
+
+    def __call__(self, carry: SLSTMCarry, inputs: jax.Array) -> tuple[SLSTMCarry, jax.Array]:
+        """Return the next carry and the outputs, for inputs [batch, input_size]."""
+        gates, stabilizer = self._compute(carry, inputs)
+        cell = gates["forget"] * carry.cell + gates["input"] * gates["candidate"]
+        normalizer = gates["forget"] * carry.normalizer + gates["input"]
+        hidden = gates["output"] * cell / normalizer
+        return SLSTMCarry(cell, normalizer, hidden, stabilizer), hidden
+
+    def gates(self, carry: SLSTMCarry, inputs: jax.Array) -> Gates:
+        """Return the gates of a step; those of input and forgetting are divided by exp(m')."""
+        return self._compute(carry, inputs)[0]
+
+    def _compute(self, carry: SLSTMCarry, inputs: jax.Array) -> tuple[Gates, jax.Array]:
+        """Return the gates, and the next stabilizer."""
+        batch = len(inputs)
+        by_head = carry.hidden.reshape(batch, self.heads, -1).swapaxes(0, 1)
+        recurrent = matmul(by_head, self.recurrent_kernel, self.dtype)  # [heads, batch, 4 * d].
+        recurrent = recurrent.reshape(self.heads, batch, 4, -1).transpose(1, 2, 0, 3)
+        sums = matmul(inputs, self.input_kernel, self.dtype) + self.bias
+        i, f, z, o = jnp.split(sums + recurrent.reshape(batch, -1), 4, axis=-1)
+        kept = nn.log_sigmoid(f) + carry.stabilizer
+        stabilizer = jnp.maximum(kept, i)
+        gates = {
+            "input": jnp.exp(i - stabilizer),
+            "forget": jnp.exp(kept - stabilizer),
+            "candidate": jnp.tanh(z),
+            "output": nn.sigmoid(o),
+        }
+        return gates, stabilizer
+
+    def activation(self, carry: SLSTMCarry) -> jax.Array:
+        """Return c / n, a weighted mean of candidates, in [-1, 1], [batch, hidden_size]."""
+        return carry.cell / carry.normalizer
+
+    def initial_carry(self, batch_size: int) -> SLSTMCarry:
+        """Return the carry at the start of a text: zeros, and a stabilizer of minus infinity."""
+        zeros = jnp.zeros((batch_size, self.hidden_size))
+        return SLSTMCarry(zeros, zeros, zeros, jnp.full_like(zeros, NEVER))
+
+
+def count_per_head(hidden_size: int, heads: int) -> int:
+    """Return the number of hidden units of each head; raise `UserError` if it is not whole."""
+    if heads < 1 or hidden_size % heads:
+        raise UserError(
+            f"config.model.options.heads is {heads}: it must divide the hidden units of each "
+            f"layer, {hidden_size}"
+        )
+    return hidden_size // heads
+
+
+def _forget_bias(key: jax.Array, shape: tuple[int], dtype: Any = jnp.float32) -> jax.Array:
+    """Return 3 to 6 for the hidden units' forget gates, which remember for long; 0 for others."""
+    size = shape[0] // 4
+    opened = jnp.linspace(3, 6, size, dtype=dtype)
+    return jnp.zeros((4, size), dtype).at[1].set(opened).reshape(shape)

@@ -1,0 +1,351 @@
+# ruff: noqa: D101, D102
+"""Train with cells in files of a user: the example of docs/cells.md, and broken ones."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import lstm_jax
+from lstm_jax import cells, train
+from lstm_jax import config as config_lib
+from lstm_jax import model as model_lib
+from lstm_jax.cells.block import Block
+from lstm_jax.cells.protocol import make_cell
+from lstm_jax.errors import UserError
+from lstm_jax.inspect import activations
+from lstm_jax.run import cell_file, resume, workdir
+from runs import assert_same
+from test_docs import find_blocks
+
+PAGE = Path(__file__).parents[1] / "docs" / "cells.md"
+
+
+@pytest.fixture
+def own_file(tmp_path: Path) -> Path:
+    """Return a file with the example."""
+    (source,) = (block.text for block in find_blocks(PAGE) if block.text.startswith("# my_cells"))
+    assert len(source.splitlines()) <= 60
+    path = tmp_path / "my_cells.py"
+    path.write_text(source)
+    return path
+
+
+def name_cell(config: ConfigDict, path: Path, kind: str = "CoupledLSTM") -> str:
+    config.model.cell = f"{path}:{kind}"
+    return config.model.cell
+
+
+class _KilledError(Exception):
+    pass
+
+
+def test_the_example_trains_and_resumes_bit_for_bit(
+    own_file: Path, tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    name_cell(tiny_config, own_file)
+    tiny_config.model.num_layers = 2
+    tiny_config.model.options = {"forget_bias": 0.5}
+    tiny_config.optimizer.microbatches = 2
+    for field in tiny_config.regularization:
+        tiny_config.regularization[field] = 0.1
+    assert train.train(tiny_config, tmp_path / "whole") == 0
+
+    def die(row: Any) -> None:
+        if row["step"] > 80 and row["split"] == "train":
+            raise _KilledError
+
+    with pytest.raises(_KilledError):
+        train.train(tiny_config, tmp_path / "cut", die)
+    moved = own_file.rename(own_file.with_name("moved.py"))
+    name_cell(tiny_config, moved)  # A file may move.
+    assert train.train(tiny_config, tmp_path / "cut") == 0
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+    rows = [workdir.load_config(tmp_path / name).model for name in ("whole", "cut")]
+    assert rows[0].cell_sha256 == rows[1].cell_sha256 and len(rows[0].cell_sha256) == 64
+    assert [row.cell for row in rows] == [f"{own_file}:CoupledLSTM", f"{moved}:CoupledLSTM"]
+
+    # Neither another option nor another file may continue it.
+    tiny_config.num_epochs = 3
+    tiny_config.model.options = {}
+    with pytest.raises(UserError, match="model.options was {'forget_bias': 0.5} and is {}"):
+        train.train(tiny_config, tmp_path / "cut")
+    tiny_config.model.options = {"forget_bias": 0.5}
+    moved.write_text(moved.read_text() + "\n")
+    with pytest.raises(UserError, match="has changed since the run .* began: restore it, or"):
+        train.train(tiny_config, tmp_path / "cut")
+    tiny_config.num_epochs, tiny_config.init_from = 1, str(tmp_path / "cut")
+    assert train.train(tiny_config, tmp_path / "new") == 0
+
+
+def test_reading_a_run_runs_only_the_file_that_the_user_names(
+    own_file: Path, tiny_config: ConfigDict, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tiny_config.num_epochs = 1
+    name = name_cell(tiny_config, own_file)
+    assert train.train(tiny_config, tmp_path / "run") == 0
+    mark = tmp_path / "mark"
+    own_file.write_text(f"open({str(mark)!r}, 'w')\n" + own_file.read_text())
+    capfd.readouterr()
+
+    def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", f"lstm_jax.{module}", "--workdir", str(tmp_path / "run")]
+        return subprocess.run([*command, *arguments], capture_output=True, text=True)
+
+    refused = run("sample", "--length=5")
+    assert refused.returncode == 2 and not mark.exists()
+    assert refused.stderr.count("\n") == 1 and refused.stderr.endswith(f"add --cell {name}\n")
+    done = run("sample", "--length=5", "--cell", name)
+    assert done.returncode == 0 and mark.exists()
+    assert "has changed since the model" in done.stderr
+    other = run("sample", "--cell", f"{own_file}:Other")
+    assert other.returncode == 2 and "its classes are CoupledLSTM" in other.stderr
+
+
+HEADER = """import flax.linen as nn
+import jax.numpy as jnp
+class Mine(nn.Module):
+    input_size: int
+    hidden_size: int
+    scale: float = 1.0
+    def initial_carry(self, batch_size):
+        return jnp.zeros((batch_size, self.hidden_size))
+    @nn.compact
+    def __call__(self, carry, inputs):
+"""
+GOOD = "        return carry, nn.Dense(self.hidden_size)(inputs) + carry\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "message"),
+    [
+        ("import nothing_like_it\n", "Mine", r"cell file .*own.py, line 1: ModuleNotFoundError"),
+        ("def f(:\n", "Mine", "cell file .*own.py, line 1: invalid syntax"),
+        (HEADER + GOOD, "Other", "has no flax module Other: its classes are Mine"),
+        ("class Mine: pass\n", "Mine", "has no flax module Mine"),
+        (
+            "import flax.linen as nn\nclass Mine(nn.Module):\n    hidden_size: int\n",
+            "Mine",
+            "Mine .*own.py, line 2.* has no field input_size",
+        ),
+        (
+            HEADER.replace("initial_carry", "first_carry") + GOOD,
+            "Mine",
+            "line 3.* has no method initial_carry",
+        ),
+        (
+            HEADER + "        return nn.Dense(self.hidden_size)(inputs)\n",
+            "Mine",
+            "line 9.*: it must return a tuple of the next carry and the outputs",
+        ),
+        (
+            HEADER + "        return carry, inputs\n",
+            "Mine",
+            r"its outputs are float32\[3, 8\]: they must be \[batch, hidden_size\], here \[3, 24\]",
+        ),
+        (
+            HEADER + "        return (carry, carry), carry\n",
+            "Mine",
+            r"a carry \(float32.*\): it must have the structure of initial_carry, float32\[3, 24\]",
+        ),
+        (
+            HEADER + "        return carry.astype(jnp.float16), carry\n",
+            "Mine",
+            r"the next carry is float16\[3, 24\]: it must be as in initial_carry, float32\[3, 24\]",
+        ),
+        (
+            HEADER.replace("(batch_size, self", "(1, self") + GOOD,
+            "Mine",
+            r"line 7.*initial_carry\(3\) returned float32\[1, 24\]: the first axis",
+        ),
+        (
+            HEADER + "        x = inputs + 1\n        return carry, x @ x\n",
+            "Mine",
+            "own.py, line 12.*: TypeError: dot_general",
+        ),
+        (
+            HEADER + "        for _ in range(2): self.param('a', nn.initializers.ones, (2,))\n",
+            "Mine",
+            "own.py, line 11.*: NameInUseError",
+        ),
+        (
+            HEADER + "        self.variable('memory', 'x', jnp.zeros, ())\n" + GOOD,
+            "Mine",
+            "variables in the collection 'memory': return all state in the carry",
+        ),
+    ],
+)
+def test_a_mistake_in_a_cell_is_one_line(
+    source: str, kind: str, message: str, tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(source)
+    name_cell(tiny_config, path, kind)
+    with pytest.raises(UserError, match=message) as error:
+        train.train(tiny_config, tmp_path / "run")
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model.options": {"size": 3}}, "Mine has no option size: its options are scale"),
+        ({"model.options": {"scale": "a"}}, "scale of the cell Mine is 'a': .* of type float"),
+        ({"model.dtype": "bfloat16"}, "Mine has no field dtype: leave it 'float32'"),
+        ({"model.layer_norm": True}, "Mine has no field layer_norm: leave it False"),
+        ({"model.recurrence": "parallel"}, "needs a cell with a method run_parallel, which Mine"),
+        ({"model.recurrence": "fused"}, "only LSTM cells without layer normalization or a block"),
+        (
+            {"regularization.recurrent_dropout": 0.1},
+            "recurrent_dropout needs a cell with a parameter recurrent_kernel: set it to 0",
+        ),
+    ],
+)
+def test_a_field_that_a_cell_does_not_support_is_one_line(
+    fields: dict[str, Any], message: str, tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(HEADER + GOOD)
+    name_cell(tiny_config, path, "Mine")
+    tiny_config.update_from_flattened_dict(fields)
+    with pytest.raises(UserError, match=message):
+        resume.settle_model(config_lib.complete_config(tiny_config))
+
+
+def test_options_are_fields_of_a_config() -> None:
+    config = config_lib.complete_config({"model": {"options": {"heads": 2, "soft": True}}})
+    assert dict(config_lib.flatten(config))["model.options"] == {"heads": 2, "soft": True}
+    assert config_lib.describe_unknown_field("model.options.heads") is None
+    with pytest.raises(UserError, match="model.options is .*: it must be numbers, strings and"):
+        config_lib.complete_config({"model": {"options": {"sizes": [1, 2]}}})
+
+
+def test_the_rounds_of_a_mogrifier_are_an_option_and_a_field() -> None:
+    config = config_lib.default().model
+    config.cell, config.mogrifier_rounds = "mogrifier", 3
+    old = model_lib.make_model(config, 11)
+    config.mogrifier_rounds, config.options = 5, {"rounds": 3}
+    assert old == model_lib.make_model(config, 11) and old.options == {"rounds": 3}
+
+
+def test_a_cell_without_gates_has_a_report_of_its_outputs(own_file: Path) -> None:
+    class Plain(nn.Module):
+        input_size: int
+        hidden_size: int
+
+        def initial_carry(self, batch_size: int) -> jax.Array:
+            return jnp.zeros((batch_size, self.hidden_size))
+
+        @nn.compact
+        def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+            carry = 0.5 * carry + 9 * nn.Dense(self.hidden_size)(inputs)
+            return carry, carry
+
+    model = model_lib.LanguageModel(11, 6, 8, cell=Plain)
+    params = model_lib.init_params(model, jax.random.key(0))
+    ids = np.arange(50, dtype=np.int32) % 11
+    reading = activations.record_activations(model, params, ids)
+    outputs, _ = model.apply({"params": params}, ids[None], model.initial_carry(1), method="run")
+    np.testing.assert_allclose(reading.activations / 127, np.tanh(outputs[0]).T, atol=0.5 / 127)
+    assert reading.saturation == [{}]
+
+
+@pytest.mark.parametrize("name", [*cells.CELLS, "block"])
+def test_the_cells_of_the_package_follow_the_protocol(name: str) -> None:
+    inner = make_cell(cells.CELLS["gru"], 8, 8)
+    lstm_jax.check_cell(Block(5, 8, inner) if name == "block" else cells.CELLS[name])
+
+
+def test_the_example_follows_the_protocol(own_file: Path) -> None:
+    cell_file.load_cell(f"{own_file}:CoupledLSTM")
+    lstm_jax.check_cell(cells.find_cell(f"{own_file}:CoupledLSTM"), options={"forget_bias": 0.0})
+
+
+class Sum(nn.Module):
+    """A cell that the tests below break: h' = h / 2 + x W."""
+
+    input_size: int
+    hidden_size: int
+    dtype: str = "float32"
+
+    def setup(self) -> None:
+        shape = (self.input_size, self.hidden_size)
+        self.kernel = self.param("kernel", nn.initializers.ones, shape)
+
+    def initial_carry(self, batch_size: int) -> jax.Array:
+        return jnp.zeros((batch_size, self.hidden_size))
+
+    def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        carry = 0.5 * carry + inputs @ self.kernel
+        return carry, carry
+
+    def run_parallel(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        outputs = []
+        for t in range(inputs.shape[1]):
+            carry, output = self(carry, inputs[:, t])
+            outputs.append(output)
+        return carry, jnp.stack(outputs, axis=1)
+
+
+class Mixing(Sum):
+    def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return super().__call__(carry + carry.mean(axis=0), inputs)
+
+
+class Forgetting(Sum):
+    def run_parallel(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return super().run_parallel(jnp.zeros_like(carry), inputs)
+
+
+class WrongGradient(Sum):
+    def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return super().__call__(jax.lax.stop_gradient(carry), inputs)
+
+
+class Coarse(Sum):
+    def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return super().__call__(carry, inputs * (1.0 if self.dtype == "float32" else 1.5))
+
+
+class Infinite(Sum):
+    def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return super().__call__(carry, inputs / 0)
+
+
+class WrongGate(Sum):
+    def gates(self, carry: jax.Array, inputs: jax.Array) -> dict[str, jax.Array]:
+        return {"input": 2 + carry}
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (Mixing, "the results of a text depend on the other texts"),
+        (Forgetting, "the parallel form differs from a scan: by"),
+        (WrongGradient, "its gradient differs from finite differences"),
+        (Coarse, "bfloat16 is far from float32"),
+        (Infinite, "are not finite"),
+        (WrongGate, r"input has values outside of \[0, 1\]"),
+        (lambda: None, "is not a class of flax modules"),
+    ],
+)
+def test_check_cell_names_what_is_wrong(cell: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        lstm_jax.check_cell(cell)
+    assert "\n" not in str(error.value)
+    if isinstance(cell, type):
+        place = rf"the cell {cell.__name__} \(.*test_own_cells.py, line \d+\)"
+        assert re.match(place, str(error.value))
+
+
+def test_the_package_is_imported_quickly() -> None:
+    code = "import sys, lstm_jax; lstm_jax.__version__; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
