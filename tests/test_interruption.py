@@ -37,6 +37,7 @@ def command(text_file: Path, directory: Path, *more: str) -> list[str]:
         *(f"--workdir={directory}", f"--config.data.path={text_file}"),
         *("--config.batches.batch_size=8", "--config.batches.window_length=32"),
         *("--config.model.embedding_size=8", "--config.model.hidden_size=24"),
+        "--config.model.dtype=float32",
         *("--config.num_epochs=4", "--config.sample.length=40"),
         *("--config.checkpoint_every_seconds=0", *more),
     ]

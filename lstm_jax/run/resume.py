@@ -116,6 +116,8 @@ def _compare(before: ConfigDict, config: ConfigDict, directory: Path, only: str 
             f"{directory} holds a run that was trained on another text ({text}): restore "
             "that text, or name another --workdir"
         )
+    if only:  # The given parameters replace the initial ones.
+        fixed = {f: values for f, values in fixed.items() if not f.startswith("model.initial_")}
     if fixed and only:
         own = " ".join(f"--config.{field}={was!r}" for field, (was, _) in fixed.items())
         raise UserError(f"the model in {directory} has other sizes: add {own}")
