@@ -185,7 +185,7 @@ def test_outputs_and_gradients_agree_with_the_paper(
         params, x = jax.tree.map(lambda x: jnp.asarray(x, dtype), (params, inputs))
         carry = jax.tree.map(lambda x: x.astype(dtype), cell.initial_carry(BATCH))
         _, outputs = cell.apply({"params": params}, carry, x, parallel, method=run_cell)
-        return (outputs * weights).sum(), outputs
+        return (outputs * jnp.asarray(weights, dtype)).sum(), outputs
 
     forms = (False, True) if hasattr(cell, "run_parallel") else (False,)
     for parallel in forms:
