@@ -162,10 +162,10 @@ def fill_study(directory: Path, location: str | None = None, trials: int = 3) ->
     return record
 
 
-def use_study(directory: Path, location: str | None = None) -> None:
+def use_study(directory: Path, location: str | None = None, trials: int = 5) -> None:
     """Do everything that a worker does with a study, except for training."""
     record, searched = open_study(directory, location)
-    with Worker(record, directory, 5) as worker:
+    with Worker(record, directory, trials) as worker:
         while trial := worker.next():
             frozen = trial.storage.get_trial(trial._trial_id)
             claim_directory(study.get_trial_directory(directory, frozen), frozen)
@@ -663,7 +663,7 @@ def test_a_full_disk_under_the_study_loses_no_trial(tmp_path: Path) -> None:
         filler = disks.fill(disk)
         while True:
             try:
-                use_study(place, location)
+                use_study(place, location, trials=12)
                 break
             except UnavailableError as error:
                 failures += 1
@@ -672,4 +672,4 @@ def test_a_full_disk_under_the_study_loses_no_trial(tmp_path: Path) -> None:
                 os.truncate(filler, filler.stat().st_size - 4096)
         record, _ = open_study(place, location)
         states = [trial.state for trial in study.list_finished(record)]
-    assert failures >= 2 and states == [TrialState.COMPLETE] * 5
+    assert failures >= 2 and states == [TrialState.COMPLETE] * 12

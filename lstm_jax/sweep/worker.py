@@ -163,11 +163,12 @@ class Worker:
         )
         trials = self.study.get_trials(deepcopy=False)
         (own,) = (trial for trial in trials if trial.user_attrs[study_lib.WORKER] == ticket)
+        # Before the next write, which may fail: `__exit__` must know of the trial.
+        self._own[own.number] = own._trial_id
         if study_lib.PLACE not in own.user_attrs:
             first = own.user_attrs.get(study_lib.WORKDIR, own.number)
             place = sum(t.number < first and study_lib.RESUMES not in t.user_attrs for t in trials)
             self.study._storage.set_trial_user_attr(own._trial_id, study_lib.PLACE, place)
-        self._own[own.number] = own._trial_id
         return optuna.Trial(self.study, own._trial_id)
 
     def _before(self, trial: optuna.Trial) -> list[FrozenTrial]:
