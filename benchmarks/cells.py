@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
@@ -185,24 +184,13 @@ def measure(trial: dict[str, Any]) -> Measured:
     return Measured(
         trial["validation_loss"],
         trial["test_loss"],
-        measure_windows(trained, ids),
+        float(loss_lib.compute_token_losses(trained.model, trained.params, ids, WINDOW).mean()),
         trained.config.num_epochs,
         trial["seconds"],
         statistics.median(speeds),
         measure_generation(trained),
         sum(array.size for array in jax.tree.leaves(trained.params)),
     )
-
-
-def measure_windows(trained: workdir.Trained, ids: np.ndarray) -> float:
-    """Return the mean loss of the targets of whole windows, each read from a zero carry."""
-    length = min(WINDOW, len(ids) - 1)
-    number = (len(ids) - 1) // length
-    starts = length * np.arange(number)[:, None] + np.arange(length)
-    chunk = ids[starts], ids[starts + 1], np.ones(starts.shape, bool)
-    carry = trained.model.initial_carry(number)
-    total, _ = loss_lib.read_chunk(trained.model, trained.params, chunk, carry, jnp.ones(1))
-    return float(total[0]) / chunk[0].size
 
 
 def measure_generation(trained: workdir.Trained) -> float:
@@ -274,7 +262,7 @@ def draw_losses(
 def time_recurrences(experiments: Any, names: Sequence[str], lengths: str, rounds: int) -> None:
     """Print the milliseconds of loss and gradient, by cell, recurrence and length of the window.
 
-    A batch has 3,072 tokens, as in quick.py, or one window that is longer.
+    A batch has 3,072 tokens, as in experiments/cells.py, or one window that is longer.
     """
     print(f"{jax.devices()[0].device_kind}, {len(jax.devices())} devices\n")
     print("| cell | window | recurrence | ms |\n| --- | ---: | --- | ---: |")

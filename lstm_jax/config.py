@@ -44,6 +44,11 @@ class Field(NamedTuple):
     used_with: Rule | None = None  # The field has no effect on a config that breaks this rule.
 
 
+def names_cell_file(name: str) -> bool:
+    """Return whether a name has the form FILE.py:CLASS."""
+    return re.fullmatch(r".+\.py:\w+", name) is not None
+
+
 def between(low: int, high: int) -> Rule:
     """Allow numbers from `low` to `high`, both included."""
     return Rule(f"from {low:,} to {high:,}", lambda value: low <= value <= high)
@@ -74,7 +79,7 @@ _FRACTIONS = Rule(
 )
 _CELL = Rule(
     f"one of {', '.join(cells.CELLS)}, or FILE.py:CLASS",
-    lambda name: name in cells.CELLS or re.fullmatch(r".+\.py:\w+", name) is not None,
+    lambda name: name in cells.CELLS or names_cell_file(name),
 )
 _OPTIONS = Rule(
     "numbers, strings and booleans, by name",

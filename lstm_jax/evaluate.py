@@ -5,7 +5,6 @@ if __name__ == "__main__":
 
     interrupts.exit_at_once()  # While the rest is imported, which takes seconds.
 
-import io
 import json
 import math
 import sys
@@ -21,7 +20,7 @@ from lstm_jax import loss as loss_lib
 from lstm_jax.data import sources, texts
 from lstm_jax.data.encoding import Text
 from lstm_jax.errors import UserError
-from lstm_jax.run import files, workdir
+from lstm_jax.run import workdir
 from lstm_jax.vocabulary import FILE_END, UNKNOWN_ID, Ids, Vocabulary
 
 _RUN = command.define_run_flags()
@@ -165,9 +164,12 @@ def _measure_loss(
     model, params, vocabulary = trained.model, trained.params, trained.vocabulary
     if _DYNAMIC.value:
         train_ids = splits["train"].encode(vocabulary)
-        parts = [*dynamic.adapt_to_text(model, params, train_ids, ids, settings)]
-        total = sum(float(part.sum(dtype=np.float64)) for part in parts)
-        return total / (len(ids) - 1), np.concatenate(parts), {"dynamic": settings._asdict()}
+        total, kept = 0.0, [np.zeros(0, np.float32)]
+        for part in dynamic.adapt_to_text(model, params, train_ids, ids, settings):
+            total += float(part.sum(dtype=np.float64))
+            if _JSON_LINES.value:
+                kept.append(part)
+        return total / (len(ids) - 1), np.concatenate(kept), {"dynamic": settings._asdict()}
     if _CONTEXT.value:
         losses = loss_lib.compute_token_losses(model, params, ids, _CONTEXT.value)
         return float(losses.mean(dtype=np.float64)), losses, {"context": _CONTEXT.value}
@@ -201,7 +203,10 @@ def _print_tokens(tokens: Sequence[str], losses: np.ndarray) -> None:
 
 def _plot_positions(losses: np.ndarray, kept: float, path: Path) -> None:
     """Plot losses by position, and the loss with the carry kept, as a PNG file."""
-    from matplotlib.figure import Figure  # Only here: importing it takes time.
+    # Only here: importing them takes time.
+    from matplotlib.figure import Figure
+
+    from lstm_jax.run import metrics
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="position in the window", ylabel="loss (nats per token)")
@@ -220,9 +225,7 @@ def _plot_positions(losses: np.ndarray, kept: float, path: Path) -> None:
     label = f"carry kept throughout the text: {kept:.3f}"
     axes.axhline(kept, linestyle="--", color="#D55E00", label=label)
     axes.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
-    files.write_file(path, picture.getvalue())
+    metrics.save_figure(figure, path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -60,8 +60,13 @@ def read_tokens(model: Model, arrays: Prepared, state: State, ids: np.ndarray) -
     All lengths up to the same power of two share one compiled function.
     """
     time = ids.shape[1]
-    padding = max(16, 1 << (time - 1).bit_length()) - time
+    padding = round_length(time) - time
     return _read(model, arrays, state, np.pad(ids, ((0, 0), (0, padding))), np.int32(time))
+
+
+def round_length(time: int) -> int:
+    """Return the power of two from 16 that is at least `time`, so that few lengths are compiled."""
+    return max(16, 1 << max(time - 1, 0).bit_length())
 
 
 @functools.partial(jax.jit, static_argnames="model")

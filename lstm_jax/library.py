@@ -21,7 +21,7 @@ from lstm_jax.vocabulary import PADDING_ID, SPECIAL_IDS
 # of the next token, float32 [vocabulary]; returns the logits to use instead.
 LogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
-_SHORTEST_CHUNK, _LONGEST_CHUNK = 16, 1024  # Tokens per call of a compiled function.
+_LONGEST_CHUNK = 1024  # Tokens per call of the compiled function that scores.
 
 
 class TextCarry(NamedTuple):
@@ -123,7 +123,7 @@ class Run:
             tokens = tokens[1:]
         if not len(ids):
             return Scores([], np.zeros(0, np.float32), None)
-        length = min(_choose_length(len(ids) - 1), _LONGEST_CHUNK)
+        length = min(generation.round_length(len(ids) - 1), _LONGEST_CHUNK)
         log_probs, start, before = [np.zeros(0, np.float32)], 0, own
         for number, chunk in enumerate(loss_lib.iterate_chunks(ids, length)):
             start, before = number * length, own
@@ -141,7 +141,7 @@ class Run:
     def hidden_states(self, text: str) -> list[np.ndarray]:
         """Return the hidden states after each token, for each layer float32 [tokens, hidden]."""
         ids = self.vocabulary.encode(text)
-        padding = _choose_length(len(ids)) - len(ids)
+        padding = generation.round_length(len(ids)) - len(ids)
         hidden = _compute_hidden(self.model, self.params, np.pad(ids, (0, padding)))
         return [np.asarray(layer)[: len(ids)] for layer in hidden]
 
@@ -194,8 +194,7 @@ class Run:
         return generation.read_tokens(self.model, self._arrays, state, ids[None])
 
     def _warn_of_unknown(self, text: str) -> None:
-        if unknown := self.vocabulary.unknown(text):
-            named = ", ".join(map(repr, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
+        if named := self.vocabulary.name_unknown(text):
             message = f"the model does not know {named} and reads [UNK] instead"
             warnings.warn(message, stacklevel=3)
 
@@ -207,11 +206,6 @@ def load(directory: Path | str) -> Run:
       UserError: if there is none, or a file is damaged.
     """
     return Run(workdir.load_trained(directory))
-
-
-def _choose_length(number: int) -> int:
-    """Return a power of two that is at least `number`, so that few lengths are compiled."""
-    return max(_SHORTEST_CHUNK, 1 << max(number - 1, 0).bit_length())
 
 
 @functools.partial(jax.jit, static_argnames="model")

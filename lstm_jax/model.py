@@ -275,9 +275,8 @@ def init_params(model: LanguageModel, key: jax.Array, counts: np.ndarray | None 
     """Draw initial parameters, as Keras does except for the bias of the dense layer.
 
     Embeddings are uniform in ±`initial_embedding`, kernels Glorot uniform, and recurrent kernels
-    orthogonal.
-    Biases are 1 for forget gates and 0 for the others. With `initial_bias` "frequencies" an
-    untrained model predicts the frequencies of the tokens in the training text.
+    orthogonal. Biases are 1 for forget gates and 0 for the others. With `initial_bias`
+    "frequencies" an untrained model predicts the frequencies of the tokens in the training text.
 
     `counts` holds the number of occurrences of each token in the training text, int
     [vocabulary_size]. Without it the dense layer's bias is zero.

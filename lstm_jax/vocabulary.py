@@ -212,6 +212,11 @@ class Vocabulary:
         """Return the distinct tokens of `text` that are not in the vocabulary, sorted."""
         return sorted(set(split_text(text, self.kind, self.stop)) - set(self._ids))
 
+    def name_unknown(self, text: str) -> str:
+        """Return the first ten of these tokens, as a person reads them; "" if there are none."""
+        unknown = self.unknown(text)
+        return ", ".join(map(repr, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
+
 
 class Costs(NamedTuple):
     """The numbers of a text that, with a loss, give bits per character."""

@@ -64,9 +64,7 @@ def add_cell(name: str, cell: type[nn.Module]) -> None:
 
 
 def find_cell(name: str) -> type[nn.Module]:
-    """Return the cell of this name; raise `UserError` for one of a file that was not loaded."""
-    if name in CELLS:
-        return CELLS[name]
+    """Return the cell FILE.py:CLASS; raise `UserError` if its file was not loaded."""
     if name not in _OWN:
         raise UserError(
             f"the cell {name} is in a file, whose code runs only if you name it: add --cell {name}"

@@ -4,8 +4,6 @@ The page is `page.html` with the model filled in. It loads nothing from elsewher
 """
 
 import base64
-import json
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import jax
 import numpy as np
 
 from lstm_jax.errors import UserError
-from lstm_jax.run import files, workdir
+from lstm_jax.run import files, pages, workdir
 
 # The cells that the page implements.
 CELLS = ("lstm", "gru", "rnn")
@@ -37,18 +35,12 @@ def write_page(directory: Path, target: Path, bits: int = 16) -> None:
 def make_page(trained: workdir.Trained, name: str, bits: int = 16) -> bytes:
     """Return the page of a model called `name`, with 8 or 16 bits for each weight.
 
-    Raise `UserError` if the page can't run the model, or a weight is not finite.
+    Raise `UserError` if the page can't run the model.
     """
     model, vocabulary = trained.model, trained.vocabulary
     if model.cell not in CELLS or model.block != "none":
         named = model.cell_name if model.block == "none" else f"model.block={model.block}"
         raise UserError(f"a page can run the cells {', '.join(CELLS)}, not {named}")
-    finite = jax.tree.map(lambda array: bool(np.isfinite(array).all()), trained.params)
-    if not all(jax.tree.leaves(finite)):
-        raise UserError(
-            f"some weights of step {trained.step} are not finite: its training diverged; train "
-            "again with a lower optimizer.learning_rate"
-        )
 
     def pack(array: Any) -> dict[str, Any]:
         """Return a kernel with its outputs as rows, or a vector."""
@@ -71,10 +63,7 @@ def make_page(trained: workdir.Trained, name: str, bits: int = 16) -> bytes:
         "layers": jax.tree.map(pack, layers),
         "dense": jax.tree.map(pack, trained.params["dense"]),
     }
-    template = resources.files("lstm_jax.export").joinpath("page.html").read_text(encoding="utf-8")
-    # ASCII without "<" is safe in a script.
-    in_script = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-    return template.replace("null/*data*/", in_script).encode()
+    return pages.fill_page("lstm_jax.export", "page.html", data)
 
 
 def pack_rows(matrix: np.ndarray, bits: int) -> dict[str, Any]:

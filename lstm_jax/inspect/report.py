@@ -5,12 +5,10 @@ The page is `report.html` with its data filled in. It loads nothing from elsewhe
 
 import base64
 import gzip
-import json
 import math
 import re
 import sys
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from lstm_jax.cells.lstm import LSTMCell
 from lstm_jax.data import sources, texts
 from lstm_jax.errors import UserError
 from lstm_jax.inspect import activations, features
-from lstm_jax.run import files, metrics, workdir
+from lstm_jax.run import files, metrics, pages, workdir
 from lstm_jax.run.console import escape_controls
 from lstm_jax.vocabulary import FILE_END, PADDING_ID, UNKNOWN_ID, Vocabulary
 
@@ -110,10 +108,7 @@ def make_page(trained: workdir.Trained, text: str, name: str, directory: Path) -
         "curves": _make_curves(metrics.read_metrics(directory / workdir.METRICS)),
         "samples": _read_samples(directory / workdir.SAMPLES),
     }
-    template = resources.files("lstm_jax.inspect").joinpath(REPORT).read_text(encoding="utf-8")
-    # ASCII without "<" is safe in a script.
-    in_script = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-    return template.replace("null/*data*/", in_script).encode()
+    return pages.fill_page("lstm_jax.inspect", REPORT, data)
 
 
 def _describe_activation(cell: type) -> str:

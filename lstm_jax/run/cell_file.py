@@ -6,7 +6,6 @@ directory is only compared with those loaded.
 """
 
 import hashlib
-import re
 import sys
 import traceback
 import types
@@ -17,6 +16,7 @@ import flax.linen as nn
 from ml_collections import ConfigDict
 
 from lstm_jax import cells
+from lstm_jax.config import names_cell_file
 from lstm_jax.errors import UserError, one_line
 from lstm_jax.run import files
 
@@ -45,7 +45,7 @@ def settle_cell(config: ConfigDict) -> None:
 def load_cell(name: str) -> str:
     """Run the file of FILE.py:CLASS, make its cell available, and return the file's checksum."""
     file, _, kind = name.rpartition(":")
-    if not re.fullmatch(r".+\.py:\w+", name):
+    if not names_cell_file(name):
         raise UserError(f"the cell {name!r} is not FILE.py:CLASS, as in my_cells.py:MyCell")
     try:
         source = files.read_bytes(Path(file), _LIMIT, follow=True)

@@ -123,8 +123,13 @@ def _warn(path: Path, lines: str) -> None:
 
 def plot_metrics(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Write the figure of `draw_metrics` as a PNG file, atomically."""
+    save_figure(draw_metrics(rows), path)
+
+
+def save_figure(figure: Figure, path: Path, **options: Any) -> None:
+    """Write a figure as a PNG file, atomically, with these options of `Figure.savefig`."""
     picture = io.BytesIO()
-    draw_metrics(rows).savefig(picture, format="png")
+    figure.savefig(picture, format="png", **options)
     files.write_file(path, picture.getvalue())
 
 

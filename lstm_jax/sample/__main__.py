@@ -76,8 +76,7 @@ def main() -> None:
     if _NOVELTY.value:
         training_text = texts.load_texts_of_run(trained.config.data, *own_text)["train"]
     for where, text in (("the prompt", prompt), ("--forbid", _FORBID.value)):
-        if unknown := vocabulary.unknown(text):
-            named = ", ".join(map(repr, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
+        if named := vocabulary.name_unknown(text):
             message = f"the model does not know {named} in {where} and reads [UNK] instead"
             print(f"warning: {message}", file=sys.stderr)
     controls = controls._replace(forbidden=vocabulary.encode(_FORBID.value).tolist())
