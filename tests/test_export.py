@@ -308,10 +308,3 @@ def test_mistakes_give_a_one_line_error(
         page.write_page(tmp_path, tmp_path / to)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_diverged_model_raises_an_error(trained: Path, tmp_path: Path) -> None:
-    loaded = workdir.load_trained(trained)
-    loaded.params["dense"]["bias"] = loaded.params["dense"]["bias"].at[3].set(np.inf)
-    with pytest.raises(UserError, match="its training diverged"):
-        page.make_page(loaded, "name")
