@@ -192,31 +192,45 @@ def _recurrence(
 def _recurrence_forward(
     kernels: Kernels, inputs: jax.Array, carry: LSTMCarry, dtype: str
 ) -> tuple[tuple[jax.Array, LSTMCarry], tuple[Any, ...]]:
-    """Run `_recurrence`; also return the residuals: gates and cells [time, hidden, batch]."""
+    """Run `_recurrence`; also return the residuals, among them gates, [time, hidden, batch].
+
+    `columns` [features + 1 + hidden, time * batch] are the factors of the matmuls of all steps.
+    They are written step by step, because XLA's CPU backend is slow at transposing them later.
+    """
     low = _rounding(inputs, dtype)
     # Transpose here, not at every step, and each part separately: XLA's CPU backend is several
     # times slower when it concatenates and transposes in one copy.
     parts = kernels.input.T, kernels.bias[:, None], kernels.recurrent.T
     kernel = jnp.concatenate([low(part) for part in parts], axis=1)
+    steps, _, batch = inputs.shape
     one = jnp.ones_like(inputs[0, :1])
+    # Not in bfloat16: the backend can't write a slice of such an array in place.
+    columns = jnp.zeros(
+        (kernel.shape[1], steps * batch), jnp.promote_types(kernel.dtype, "float32")
+    )
 
-    def scan_step(carry: LSTMCarry, x: jax.Array) -> tuple[LSTMCarry, tuple[Any, ...]]:
+    def scan_step(
+        state: tuple[LSTMCarry, jax.Array], read: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[LSTMCarry, jax.Array], tuple[Any, ...]]:
+        (carry, columns), (t, x) = state, read
         stacked = jnp.concatenate([low(part) for part in (x, one, carry.hidden)])
+        columns = lax.dynamic_update_slice(columns, stacked.astype(columns.dtype), (0, t * batch))
         gates, carry = _step(kernel, stacked, carry)
         # The scan stacks six arrays: to concatenate the gates would be a slow copy at every step.
-        return carry, (carry.hidden, carry.cell, gates)
+        return (carry, columns), (carry.hidden, carry.cell, gates)
 
-    last, (outputs, cells, gates) = lax.scan(scan_step, carry, inputs)
-    return (outputs, last), (kernels, inputs, carry, outputs, cells, gates)
+    state, read = (carry, columns), (jnp.arange(steps), inputs)
+    (last, columns), (outputs, cells, gates) = lax.scan(scan_step, state, read)
+    return (outputs, last), (kernels, carry, columns, cells, gates)
 
 
 def _recurrence_backward(
     dtype: str, residuals: tuple[Any, ...], cotangents: tuple[jax.Array, LSTMCarry]
 ) -> tuple[Kernels, jax.Array, LSTMCarry]:
-    kernels, inputs, first, outputs, cells, gates = residuals
+    kernels, first, columns, cells, gates = residuals
     d_outputs, d_last = cotangents
-    steps, features, _ = inputs.shape
-    low = _rounding(inputs, dtype)
+    steps, features = len(cells), len(kernels.input)
+    low = _rounding(cells, dtype)
     recurrent_kernel = low(kernels.recurrent)
 
     def loop_step(k: jax.Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -244,14 +258,10 @@ def _recurrence_backward(
     gates, d_gates, d_cell, d_hidden = lax.fori_loop(0, steps, loop_step, state)
     d_gates = [low(_put(gate, d, 0)) for gate, d in zip(gates, d_gates, strict=True)]
 
-    previous_hidden = jnp.concatenate([first.hidden[None], outputs[:-1]])
-    read = [low(x) for x in (inputs, jnp.ones_like(inputs[:, :1]), previous_hidden)]
-    stacked = jnp.concatenate(read, axis=1).swapaxes(0, 1)
-    stacked = stacked.reshape(len(stacked), -1)  # [features + 1 + hidden, time * batch].
     # Copy the gradients to rows of time and batch: only matmuls without a transposed factor are
     # fast in bfloat16 on XLA's CPU backend.
     rows = [d.swapaxes(1, 2).reshape(-1, d.shape[1]) for d in d_gates]
-    d_kernel = jnp.concatenate([matmul_rounded(stacked, d) for d in rows], axis=1)
+    d_kernel = jnp.concatenate([matmul_rounded(low(columns), d) for d in rows], axis=1)
     d_input, d_bias, d_recurrent = jnp.split(d_kernel, [features, features + 1])
     # XLA removes these matmuls if their result is unused, as for one-hot inputs.
     pairs = zip(rows, jnp.split(low(kernels.input.T), 4), strict=True)

@@ -24,6 +24,7 @@ settings.model.embedding_size, settings.model.hidden_size, settings.model.num_la
 settings.model.cell, settings.model.layer_norm = cell, cell != "lstm"
 settings.optimizer.learning_rate, settings.optimizer.average_decay = 0.01, 0.9
 settings.optimizer.microbatches = 2
+settings.optimizer.epsilon = 1e-3  # Adam otherwise amplifies the rounding of tiny gradients.
 for name in settings.regularization:
     settings.regularization[name] = 0.2
 parallel.use_cores(settings)
@@ -38,6 +39,7 @@ for k in range(50):
     ids = rng.integers(0, 30, (16, 13)).astype(np.int32)
     state = step(state, batches.Batch(ids[:, :-1], ids[:, 1:], np.bool_(k % 10 == 0)))
     losses.append(float(state.loss_sum))
+    state = state._replace(loss_sum=0 * state.loss_sum)
 kept = (state.params, state.average, state.opt_state)
 matrices = [x for x in jax.tree.leaves(kept) if x.ndim > 1]
 for x in matrices:
@@ -50,7 +52,7 @@ print(json.dumps([losses, [np.asarray(x).ravel().tolist() for x in jax.tree.leav
 
 
 def run(data: int, model: int, cell: str) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Return the cumulative losses of 50 steps, then parameters and their averages."""
+    """Return the losses of 50 steps, then parameters and their averages."""
     command = [sys.executable, "-c", _SCRIPT, str(data), str(model), cell]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     losses, params = json.loads(result.stdout)
@@ -65,7 +67,7 @@ def test_many_devices_train_like_one(cell: str, meshes: list[tuple[int, int]]) -
     losses, params = run(1, 1, cell)
     for data, model in meshes:
         more_losses, more_params = run(data, model, cell)
-        np.testing.assert_allclose(np.diff(more_losses), np.diff(losses), atol=1e-5)
+        np.testing.assert_allclose(more_losses, losses, atol=1e-5)
         for a, b in zip(more_params, params, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
 
