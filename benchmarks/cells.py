@@ -98,7 +98,10 @@ def main() -> None:
     for name in names:
         of_epoch = statistics.mean(run.seconds / run.epochs for run in by_steps[name])
         epochs = max(round(allowed / of_epoch), 1)
-        by_seconds[name] = train(name, options, fields, "seconds", epochs)
+        runs = by_steps[name]
+        if epochs != runs[0].epochs:
+            runs = train(name, options, fields, "seconds", epochs)
+        by_seconds[name] = runs
     table = make_table(by_steps, by_seconds, options)
     (options.out / "cells.md").write_text(table)
     draw_losses(by_steps, by_seconds).savefig(options.out / "cells.svg")
