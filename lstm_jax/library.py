@@ -132,6 +132,8 @@ class Run:
                 self.model, self.params, chunk, own, temperatures, axis=()
             )
             log_probs.append(-np.asarray(losses[0])[chunk[2]])
+        if not carry and loss_lib.count_streams(ids) > 1:  # As `evaluate` reads a long text.
+            log_probs = [-loss_lib.compute_token_losses(self.model, self.params, ids)]
         # The last chunk is read again, without the padding at its end, which changes the carry.
         state = generation.initial_state(self.model)._replace(carry=before)
         if len(rest := ids[start:-1]):

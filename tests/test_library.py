@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 import lstm_jax
 from lstm_jax import library
+from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
 from lstm_jax.model import LanguageModel
@@ -272,3 +273,19 @@ def test_the_console_script_runs_the_commands(tmp_path: Path) -> None:
     assert evaluate.returncode == 2 and "no trained model in x" in evaluate.stderr
     scripts = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert '\nlstm-jax = "lstm_jax.__main__:main"\n' in scripts
+
+
+def test_the_score_of_a_long_text_is_its_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check a text that `evaluate` reads as parallel streams."""
+    monkeypatch.setattr(loss_lib, "LONGEST_IN_ONE", 100)
+    run = make_run("abcdefgh")
+    text = "".join(np.random.default_rng(0).choice(list("abcdefgh"), 3000))
+    scores = run.score(text)
+    assert len(scores.log_probs) == len(scores.tokens) == 2999
+    loss = loss_lib.compute_loss(run.model, run.params, run.vocabulary.encode(text))
+    np.testing.assert_allclose(-scores.log_probs.mean(dtype=np.float64), loss, rtol=1e-6)
+    # The carry after it is that of the whole text.
+    expected = compute_log_probs(run, text + "abc")[-4:-1]
+    expected = expected[range(3), run.vocabulary.encode("abc")]
+    more = run.score("abc", carry=scores.carry)
+    np.testing.assert_allclose(more.log_probs, expected, atol=1e-5)
