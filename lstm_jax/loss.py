@@ -16,8 +16,8 @@ from lstm_jax.vocabulary import Costs, Ids
 
 _CHUNK = 1024  # Tokens per call of the compiled function.
 # A longer text is read as parallel streams, a chunk of each at a time. For the validation split of
-# Tiny Shakespeare and quick.py's model that is 2 to 8 times as fast, depending on the processor. The
-# loss changes by at most 2e-5 nats, as it does by rounding to bfloat16.
+# Tiny Shakespeare and quick.py's model that is 2 to 8 times as fast, depending on the processor.
+# It changes the loss by at most 2e-5 nats, as rounding to bfloat16 does.
 LONGEST_IN_ONE = 2**14
 _STREAMS, _STREAMS_CHUNK = 64, 64
 _WARM_UP = 512  # Tokens before its start that each stream reads first, uncounted.
