@@ -70,15 +70,21 @@ def _receive_rest(file: Download, part: Path, done: int) -> int:
     with _network_errors():
         request = urllib.request.Request(file.address, headers=headers)
         response = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
-    with response, files.open_append(part) as output:
+    with response:
         if response.status != HTTPStatus.PARTIAL_CONTENT:
-            output.truncate(0)
             done = 0
+        # Not known from every server. A page to sign in to a network has another size.
+        if response.length is not None and (size := done + response.length) != file.size:
+            raise DownloadError(f"it has {size:,} bytes there instead of {file.size:,}")
         if done:
             print(f"Resuming {file.name} at byte {done:,} of {file.size:,}", file=sys.stderr)
         hidden = not sys.stderr.isatty()
         shown = {"desc": file.name, "unit": "B", "unit_scale": True, "leave": False}
-        with tqdm(total=file.size, initial=done, disable=hidden, **shown) as bar:
+        with (
+            files.open_append(part) as output,
+            tqdm(total=file.size, initial=done, disable=hidden, **shown) as bar,
+        ):
+            output.truncate(done)
             while done <= file.size:
                 with _network_errors():
                     chunk = response.read1(_CHUNK_BYTES)
