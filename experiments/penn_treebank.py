@@ -1,8 +1,12 @@
 """Train on the characters of Penn Treebank, with AWD-LSTM's settings."""
 # python -m lstm_jax.main --config experiments/penn_treebank.py
 #
-# It reads the usual three files, ptb.train.txt, ptb.valid.txt and ptb.test.txt, in the current
-# directory (--config.data.path names others). For a GPU; not yet run to the end.
+# Downloads the text. Aims at the published 1.175 bits per character on the test split, with 13.8
+# million parameters (Merity et al. 2018); this model has 13,779,252. Not yet run to the end.
+#
+# Estimated time: 2.3 hours on an H100, 12 days on two CPU cores. This is not a measurement, but 6
+# operations per parameter and character, for 500 epochs of 5,017,482 characters, divided by an
+# assumed 25 TFLOP/s for the H100 and 200 GFLOP/s for the cores, in bfloat16.
 
 from ml_collections import ConfigDict
 
@@ -12,12 +16,12 @@ from lstm_jax import config as config_lib
 def get_config() -> ConfigDict:
     """Return a config of three layers with 1,000 hidden units.
 
-    The settings are those of Merity et al. 2018, "An Analysis of Neural Language Modeling", but
-    weight decay is decoupled from the gradient here.
+    The settings are those of Merity et al. 2018, "An Analysis of Neural Language Modeling at
+    Multiple Scales", but weight decay is decoupled from the gradient here.
     """
     config = config_lib.default()
 
-    config.data.path = "ptb.train.txt;ptb.valid.txt;ptb.test.txt"
+    config.data.dataset = "penn_treebank"
 
     config.batches.kind = "streams"
     config.batches.batch_size = 128

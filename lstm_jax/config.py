@@ -109,13 +109,14 @@ FIELDS = (
 
     Field("data.path", "", _TEXT,
           "UTF-8 text files: paths and glob patterns, separated by commas; semicolons separate "
-          "train, validation and test. Empty: a TFDS dataset.", resume=True, compared=False),
+          "train, validation and test. Empty: data.dataset.", resume=True, compared=False),
     Field("data.dataset", "tiny_shakespeare", _TEXT,
-          "Name of a TFDS dataset.", used_with=is_set_to("data.path", "")),
+          "Name of a standard text (docs/data.md) or of a TFDS dataset.",
+          used_with=is_set_to("data.path", "")),
     Field("data.text_feature", "text", _TEXT,
           "Feature of the dataset that holds the text.", used_with=is_set_to("data.path", "")),
     Field("data.directory", "", _TEXT,
-          "Directory of TFDS datasets. Empty: TFDS's default.", resume=True, compared=False),
+          "Directory of datasets. Empty: TFDS's default.", resume=True, compared=False),
     Field("data.fractions", (0.9, 0.05, 0.05), _FRACTIONS,
           "Fractions of train, validation and test, in this order, in a text without splits."),
     Field("data.units", "characters", one_of(*vocabulary.KINDS),

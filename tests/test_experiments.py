@@ -1,4 +1,4 @@
-"""Run experiments whose texts need a download on slices of Tiny Shakespeare."""
+"""Run experiments that take hours, or download their text, on a slice of Tiny Shakespeare."""
 
 import runpy
 from pathlib import Path
@@ -29,7 +29,7 @@ def read_splits(directory: Path) -> set[str]:
     return {row["split"] for row in metrics.read_metrics(directory / workdir.METRICS)}
 
 
-@pytest.mark.parametrize("name", ["enwik8", "shakespeare_gpu"])
+@pytest.mark.parametrize("name", ["enwik8", "penn_treebank_words", "shakespeare_gpu"])
 def test_an_experiment_trains_and_resumes(name: str, text_file: Path, tmp_path: Path) -> None:
     # enwik8 has names outside ASCII, of which a byte model reads the bytes.
     text = text_file.read_text(encoding="utf-8").replace("Citizen", "Citoyén 市民")
@@ -43,16 +43,3 @@ def test_an_experiment_trains_and_resumes(name: str, text_file: Path, tmp_path: 
     if config.data.units == "bytes":
         vocabulary = workdir.load_vocabulary(tmp_path / "run")
         assert len(vocabulary.encode("é市")) == 5
-
-
-def test_penn_treebank_reads_its_three_files(
-    shakespeare: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    lengths = {"train": 6_000, "validation": 800, "test": 700}
-    for split, name in {"train": "train", "validation": "valid", "test": "test"}.items():
-        text = shakespeare[split][: lengths[split]]
-        # The files are in lower case.
-        Path(f"ptb.{name}.txt").write_text(text.lower(), encoding="utf-8")
-    assert train.train(make_small_config("penn_treebank"), tmp_path / "run") == 0
-    assert read_splits(tmp_path / "run") == {"train", "validation", "test"}

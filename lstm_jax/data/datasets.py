@@ -9,6 +9,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from lstm_jax.data import sources, tiny_shakespeare
+from lstm_jax.data.standard_texts import STANDARD_TEXTS
 from lstm_jax.errors import UserError, one_line
 from lstm_jax.vocabulary import FILE_END
 
@@ -87,7 +88,10 @@ def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
     try:
         return tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
-        raise UserError(f"TFDS has no dataset {name!r}: correct data.dataset") from None
+        raise UserError(
+            f"TFDS has no dataset {name!r}, and it is not one of {', '.join(STANDARD_TEXTS)}: "
+            "correct data.dataset"
+        ) from None
     except Exception as error:  # TFDS raises many types, for bad names and damaged files.
         if "File format is already set" not in str(error):
             reason = one_line(error)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from lstm_jax.data import sources
+from lstm_jax.data import sources, standard_texts
 from lstm_jax.data.encoding import Text
 from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import Ids, Vocabulary
@@ -54,6 +54,7 @@ def load_texts(data: ConfigDict) -> Splits:
     which only the requested ids are read. Everything else is read into memory. Raise `UserError` if
     a text is missing, not UTF-8, empty, too short, or not the one that a run began with.
     """
+    data = standard_texts.find_standard_text(data)
     if data.path and sources.measure_files(data.path) > data.memory_megabytes * 10**6:
         from lstm_jax.data import prepared  # Only for a large text.
 
@@ -83,7 +84,8 @@ def load_texts_of_run(
 
     The run may be someone else's. So the text that its config names is only read, at a bounded
     cost, and nothing is written outside the user's cache. TFDS imports modules that the files of a
-    dataset name, so only datasets that the user has named, and Tiny Shakespeare, are opened.
+    dataset name, so only datasets that the user has named, and Tiny Shakespeare, are opened. A
+    standard text is the same for everybody, so it is downloaded and prepared like the user's own.
 
     Args:
       data: the `data` fields of the run's config.
@@ -100,6 +102,8 @@ def load_texts_of_run(
     if path is not None:
         data.path = path
     data.directory = directory or ""
+    standard = standard_texts.find_standard_text(data)
+    make, data = path is not None or standard is not data, standard
     found = None
     if data.path:
         try:
@@ -107,7 +111,7 @@ def load_texts_of_run(
         except UserError as error:  # Here the path comes from the run, or from a flag.
             raise UserError(str(error).replace("in data.path", "with --data_path")) from None
         if size > _MAX_BYTES_IN_MEMORY:
-            found = _find_prepared(data, make=path is not None)
+            found = _find_prepared(data, make)
     elif data.dataset not in (sources.TINY_SHAKESPEARE, dataset):
         raise UserError(
             f"the run was trained on the dataset {data.dataset!r}, which may execute code: if you "
@@ -134,6 +138,7 @@ def _find_prepared(data: ConfigDict, make: bool) -> "Manifest":
 
 def read_splits(data: ConfigDict) -> dict[str, str]:
     """Read the text of each split into memory, for the `data` fields of a config."""
+    data = standard_texts.find_standard_text(data)
     any_bytes, ends = data.units == "bytes", data.document_separator == "file"
     if data.path:
         files = sources.find_files(data.path)

