@@ -121,9 +121,15 @@ FIELDS = (
           "Fractions of train, validation and test, in this order, in a text without splits."),
     Field("data.units", "characters", one_of(*vocabulary.KINDS),
           "Kind of tokens: characters (Unicode code points), graphemes (letters with their "
-          "accents, whole emoji), words (with the space before each) or bytes (of any file)."),
+          "accents, whole emoji), words (with the space before each), bytes (of any file) or bpe "
+          "(parts of words, by byte-pair encoding)."),
+    Field("data.vocabulary_size", vocabulary.DEFAULT_SIZE, between(259, 2**20),
+          "Maximum number of tokens: two special ones, the 256 bytes, a stop token, and those that "
+          "byte-pair encoding learns from the training text.",
+          used_with=is_set_to("data.units", "bpe")),
     Field("data.min_count", 1, _POSITIVE_COUNT,
-          "Replace tokens that occur less often in the training text by [UNK]; keep all bytes."),
+          "Replace tokens that occur less often in the training text by [UNK]; keep all bytes. "
+          "bpe: learn no token that would."),
     Field("data.document_separator", "", one_of(*vocabulary.SEPARATORS),
           "End of a document, where the model learns to stop. file: the end of each file, or of "
           "each example of a dataset. Empty: the text is one document."),

@@ -150,28 +150,28 @@ def make_stop_table(
 
     The number of states is a power of two, so that one compiled function serves many stop texts.
     """
-    wanted = "".join(vocabulary.split(stop_at))
+    wanted = _spell(stop_at)
     end = len(wanted)
     last = max(MIN_STATES, 1 << end.bit_length()) - 1
-    # Knuth, Morris & Pratt 1977: after s matching characters, the next leads to one of steps[s].
-    number = {character: i for i, character in enumerate(dict.fromkeys(wanted))}
+    # Knuth, Morris & Pratt 1977: after s matching bytes, the next leads to one of steps[s].
+    number = {byte: i for i, byte in enumerate(dict.fromkeys(wanted))}
     other = len(number)
     steps = np.zeros((last + 1, other + 1), np.int32)
     steps[last] = last
     fallback = 0
-    for state, character in enumerate(wanted):
+    for state, byte in enumerate(wanted):
         steps[state] = steps[fallback]
-        steps[state, number[character]] = state + 1 if state + 1 < end else last
-        fallback = steps[fallback, number[character]] if state else 0
+        steps[state, number[byte]] = state + 1 if state + 1 < end else last
+        fallback = steps[fallback, number[byte]] if state else 0
 
     table = np.zeros((last + 1, len(vocabulary)), np.int32)
     table[last] = last
-    for token_id, token in enumerate(vocabulary.tokens if wanted else ()):
+    for token_id, token in enumerate(map(_spell, vocabulary.tokens) if wanted else ()):
         if wanted in token:
             token = wanted
         # Only the two ends of a long token matter: the middle can't match.
         ends = token[:end] + token[max(end, len(token) - end) :]
-        path = [number.get(character, other) for character in ends]
+        path = [number.get(byte, other) for byte in ends]
         if len(token) > 2 * end:
             path.insert(end, other)
         states = np.arange(last + 1)
@@ -181,6 +181,11 @@ def make_stop_table(
     if stop_token and vocabulary.stop_id is not None:
         table[:, vocabulary.stop_id] = last
     return table
+
+
+def _spell(text: str) -> bytes:
+    """Return the bytes of a text, in which tokens of any kind can be compared."""
+    return text.encode("utf-8", "surrogateescape")
 
 
 def can_end(table: np.ndarray, forbidden: np.ndarray) -> bool:

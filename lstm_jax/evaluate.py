@@ -113,12 +113,13 @@ def main() -> None:
     result: dict[str, Any] = {"text" if _TEXT.value else "split": name}
     if len(ids) < (needed := 4 if _ZERO_STATE.value else 2):
         raise UserError(
-            f"{name} is too short: it has {len(ids)} {vocabulary.kind}, and {needed} are needed"
+            f"{name} is too short: it has {len(ids)} {vocabulary.token_name}s, and {needed} "
+            "are needed"
         )
     if _TEXT.value:
         result["unknown_tokens"] = int(np.count_nonzero(ids[:] == UNKNOWN_ID))
         if result["unknown_tokens"] == len(ids):
-            raise UserError(f"the model knows none of the {vocabulary.kind} in {name}")
+            raise UserError(f"the model knows none of the {vocabulary.token_name}s in {name}")
     loss, losses, used = _measure_loss(trained, ids, splits, settings)
     if math.isnan(loss):
         raise UserError(

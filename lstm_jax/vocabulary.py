@@ -1,14 +1,16 @@
-"""Convert text to token ids and back, for characters, graphemes, words or bytes."""
+"""Convert text to token ids and back, for characters, graphemes, words, bytes or subwords."""
 
 import codecs
+import functools
 import json
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import regex
 
+from lstm_jax import bpe
 from lstm_jax.errors import UserError
 
 PADDING = ""
@@ -17,25 +19,29 @@ PADDING_ID, UNKNOWN_ID = 0, 1
 # Ids without a text, which are never sampled.
 SPECIAL_IDS = (PADDING_ID, UNKNOWN_ID)
 
-KINDS = ("characters", "graphemes", "words", "bytes")
+KINDS = ("characters", "graphemes", "words", "bytes", "bpe")
+# The size of a vocabulary of kind "bpe", without another.
+DEFAULT_SIZE = 1024
 _PATTERNS = {
     # Characters as a reader sees them (Unicode Standard Annex 29): accents stay with their letters,
     # and emoji stay whole.
     "graphemes": regex.compile(r"\X"),
     # Words by the same annex, each with the space before it, and graphemes between words.
     "words": regex.compile(r"(?ws) ?\b\w.*?\b|\X"),
+    "bpe": bpe.WORDS,
 }
 
 # The end of each file, or example of a dataset: a noncharacter of Unicode, for internal use.
 FILE_END = "\ufdd0"
 # The text between two documents, for each value of data.document_separator.
 SEPARATORS = {"": "", "line": "\n", "blank_line": "\n\n", "file": FILE_END}
-# The tokens of kind "bytes".
+# The tokens of kind "bytes", and the first ones of kind "bpe".
 _BYTES = bytes(range(256)).decode("ascii", "surrogateescape")
-# Patterns of tokens of one character, and of all others.
-_SINGLE = {
+# Patterns of the tokens of some kinds, and of all others.
+_TOKENS = {
     "characters": regex.compile("[^\ud800-\udfff]"),
     "bytes": regex.compile("[\0-\x7f\udc80-\udcff]"),
+    "bpe": regex.compile("[^\ud800-\udc7f\udd00-\udfff]+"),
 }
 _UNICODE = regex.compile("[^\ud800-\udfff]+")
 
@@ -59,7 +65,8 @@ class Vocabulary:
     text between two of them, such as a blank line.
 
     A byte that is not valid UTF-8 becomes a surrogate, as in Python's "surrogateescape", so that
-    any file can be a text. The tokens of kind "bytes" are always the 256 bytes.
+    any file can be a text. The tokens of kind "bytes" are always the 256 bytes. Those of kind "bpe"
+    are the bytes, and then parts of words in the order in which they were learned.
 
     Attributes:
       tokens: the text of each id, special ones included.
@@ -77,7 +84,7 @@ class Vocabulary:
         if not all(isinstance(token, str) and token for token in proper):
             raise ValueError("every token after the first two must be text")
         for token in proper:
-            allowed = _UNICODE if token == stop else _SINGLE.get(kind, _UNICODE)
+            allowed = _UNICODE if token == stop else _TOKENS.get(kind, _UNICODE)
             if not allowed.fullmatch(token):
                 raise ValueError(f"every token after the first two must be one of the {kind}")
         self._ids = {token: i for i, token in enumerate(tokens)}
@@ -89,26 +96,28 @@ class Vocabulary:
 
     @classmethod
     def from_text(
-        cls, text: str, kind: str = "characters", min_count: int = 1, stop: str = ""
+        cls,
+        text: str,
+        kind: str = "characters",
+        min_count: int = 1,
+        stop: str = "",
+        size: int = DEFAULT_SIZE,
     ) -> "Vocabulary":
-        """Return the vocabulary of all tokens that occur in `text` at least `min_count` times."""
-        return cls.from_counts(Counter(split_text(text, kind, stop)).items(), kind, min_count, stop)
+        """Return the vocabulary of a text; see `from_counts`."""
+        return cls.from_counts(Counter(split_text(text, kind, stop)), kind, min_count, stop, size)
 
     @classmethod
     def from_counts(
-        cls, counts: Iterable[tuple[str, int]], kind: str, min_count: int, stop: str
+        cls, counts: Mapping[str, int], kind: str, min_count: int, stop: str, size: int
     ) -> "Vocabulary":
         """Return the vocabulary of a text, from the number of occurrences of each token.
 
+        The tokens are those that occur at least `min_count` times; of kind "bytes", all bytes. For
+        kind "bpe", the counts are those of words, and `size` is the maximum number of tokens.
+
         Raise `UserError` if none occurs often enough, or the stop token does not occur.
         """
-        frequent, total, stops = set(), 0, 0
-        for token, count in counts:
-            total += count
-            stops += count if token == stop else 0
-            if count >= min_count:
-                frequent.add(token)
-        if stop and not stops:
+        if stop and not counts.get(stop):
             if stop == FILE_END:
                 raise UserError(
                     "the training text has no end of a file: data.document_separator=file needs "
@@ -118,17 +127,24 @@ class Vocabulary:
                 f"the training text has no {stop!r} to end its documents: choose another "
                 "data.document_separator"
             )
-        if kind == "bytes":
+        frequent = {token for token, count in counts.items() if count >= min_count}
+        if kind in ("bytes", "bpe"):
             frequent = set(_BYTES)
-        if total and not frequent:
+        if counts and not frequent:
             raise UserError(
                 f"none of the {kind} of the training text occurs {min_count} times: "
                 "lower data.min_count"
             )
-        return cls([PADDING, UNKNOWN, *sorted(frequent | {stop} - {""})], kind, stop)
+        tokens = [PADDING, UNKNOWN, *sorted(frequent | {stop} - {""})]
+        if kind == "bpe":
+            words = {word: count for word, count in counts.items() if word != stop}
+            tokens += bpe.learn_tokens(words, size - len(tokens), min_count)
+        return cls(tokens, kind, stop)
 
     def extended(self, other: "Vocabulary") -> "Vocabulary":
         """Return a vocabulary of these tokens with their ids, and then the new tokens of `other`.
+
+        Of kind "bpe", only a new stop token is added, since these tokens can spell any word.
 
         Raise `UserError` if the kind of tokens or the stop token differs.
         """
@@ -142,7 +158,8 @@ class Vocabulary:
                 f"documents of the initial model end with {self.stop!r}: set the same "
                 "data.document_separator, or start from another model"
             )
-        new = (token for token in other.tokens if token not in self._ids)
+        added = filter(None, [other.stop]) if self.kind == "bpe" else other.tokens
+        new = (token for token in added if token not in self._ids)
         return Vocabulary([*self.tokens, *new], self.kind, other.stop)
 
     @classmethod
@@ -166,6 +183,9 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def __contains__(self, token: str) -> bool:
+        return token in self._ids
+
     @property
     def stop_id(self) -> int | None:
         """The id of the stop token, or None."""
@@ -173,12 +193,24 @@ class Vocabulary:
 
     @property
     def token_name(self) -> str:
-        """The name of a token: that of the kind, or "token" if the stop token is longer."""
-        return "token" if len(self.stop) > 1 else self.kind[:-1]
+        """The name of a token: that of the kind, or "token" if some are longer."""
+        return "token" if self.kind == "bpe" or len(self.stop) > 1 else self.kind[:-1]
+
+    def divide(self, word: str) -> tuple[str, ...]:
+        """Return the tokens of a word from `split_text`: itself, unless the kind is "bpe"."""
+        if self.kind != "bpe" or word in self._ids:
+            return (word,)
+        return self._divide_word(word)
+
+    @functools.cached_property
+    def _divide_word(self) -> Callable[[str], tuple[str, ...]]:
+        ids = {token.encode("utf-8", "surrogateescape"): i for token, i in self._ids.items()}
+        return functools.lru_cache(maxsize=2**20)(functools.partial(bpe.divide_word, ids=ids))
 
     def split(self, text: str) -> list[str]:
         """Return the tokens of `text`, known or not; bytes above 127 are one token each."""
-        return list(split_text(text, self.kind, self.stop))
+        words = split_text(text, self.kind, self.stop)
+        return [token for word in words for token in self.divide(word)]
 
     def look_up(self, tokens: Iterable[str]) -> np.ndarray:
         """Return the id of each token: int32 [n], "[UNK]" for those not in the vocabulary."""
@@ -186,7 +218,7 @@ class Vocabulary:
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of `text`: int32 [n], "[UNK]" for tokens not in the vocabulary."""
-        return self.look_up(split_text(text, self.kind, self.stop))
+        return self.look_up(self.split(text))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`; "" is left out, "[UNK]" is kept."""
@@ -202,15 +234,13 @@ class Vocabulary:
 
         def decode(ids: Iterable[int], final: bool) -> str:
             text = "".join(self.tokens[int(i)] for i in ids)
-            if self.kind != "bytes":
-                return text
             return utf8.decode(text.encode("utf-8", "surrogateescape"), final)
 
         return decode
 
     def unknown(self, text: str) -> list[str]:
         """Return the distinct tokens of `text` that are not in the vocabulary, sorted."""
-        return sorted(set(split_text(text, self.kind, self.stop)) - set(self._ids))
+        return sorted(set(self.split(text)) - set(self._ids))
 
     def name_unknown(self, text: str) -> str:
         """Return the first ten of these tokens, as a person reads them; "" if there are none."""
@@ -233,7 +263,7 @@ def find_stop_text(separator: str, text: Container[str]) -> str:
 
 
 def split_text(text: str, kind: str, stop: str) -> Iterator[str]:
-    """Yield the tokens of a text."""
+    """Yield the tokens of a text; of kind "bpe", words, which `Vocabulary.divide` divides."""
     for number, part in enumerate(text.split(stop) if stop else [text]):
         if number:
             yield stop

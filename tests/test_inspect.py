@@ -125,6 +125,18 @@ def test_the_bytes_of_documents_are_shown_as_characters(tmp_path: Path) -> None:
     assert shown == ["é", "", "\r", "\n", "␄\n", "が", "", "", "␄\n"]
 
 
+def test_characters_that_tokens_divide_are_shown_whole(tmp_path: Path) -> None:
+    known = Vocabulary.from_text("", "bpe").tokens
+    vocabulary = Vocabulary([*known, "\udce2\udc80", " \udce2\udc80"], "bpe")
+    model = LanguageModel(len(vocabulary), 4, 6)
+    params = model_lib.init_params(model, jax.random.key(0))
+    untrained = workdir.Trained(ConfigDict(), vocabulary, model, params, 0)
+    data = read_data(report.make_page(untrained, "a —“", "text", tmp_path))
+    tokens, shown = ([data["table"][i] for i in unpack(data[k])] for k in ("tokens", "shown"))
+    assert tokens == ["a", " \\xe2\\x80", "\\x94", "\\xe2\\x80", "\\x9c"]
+    assert shown == ["a", " —", "", "“", ""]
+
+
 def test_the_page_names_standard_input(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     done = run("--workdir", str(trained), "--text", "-", "--out", str(out), given="To be, or not")

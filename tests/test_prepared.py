@@ -45,6 +45,7 @@ def data(
 ) -> ConfigDict:
     """Return the config of three files, to be prepared in chunks of a kilobyte."""
     monkeypatch.setattr(prepared, "CHUNK", 1000)
+    monkeypatch.setattr(prepared, "_BLOCKS", 3)
     (tmp_path / "text").mkdir()
     text = shakespeare["train"]
     for i, name in enumerate(("a", "b", "c")):
@@ -81,6 +82,10 @@ def assert_same(data: ConfigDict) -> None:
             assert len(ids) == len(expected)
             np.testing.assert_array_equal(ids[:], expected)
             np.testing.assert_array_equal(ids[7:90], expected[7:90])
+            np.testing.assert_array_equal(ids[len(ids) - 1 :], expected[-1:])
+            assert len(ids[90:90]) == len(ids[len(ids) :]) == 0
+            rows = np.array([[300], [0], [len(ids) - 40]]) + np.arange(40)
+            np.testing.assert_array_equal(ids[rows], expected[rows])
             for first in (True, False):
                 assert ours.texts[name].costs(encoder, first) == text.costs(encoder, first)
     for name, text in theirs.texts.items():
@@ -102,6 +107,8 @@ def assert_same(data: ConfigDict) -> None:
         ("words", 1, "file"),
         ("bytes", 1, "blank_line"),
         ("bytes", 1, "file"),
+        ("bpe", 1, ""),
+        ("bpe", 2, "blank_line"),
     ],
 )
 def test_ids_match_those_of_the_text_in_memory(
@@ -549,7 +556,7 @@ def test_a_full_disk_raises_an_unavailable_error(
 @settings(max_examples=150, deadline=None)
 @given(
     pieces=st.lists(
-        st.sampled_from([*"ab '\n\ré日👩🇩\u0301\u200d", "b ", "xxxxxxxx", " y"]),
+        st.sampled_from([*"ab '\n\r\t\u3000é日👩🇩\u0301\u200d", "b ", "xxxxxxxx", " y"]),
         min_size=1,
         max_size=60,
     ),
@@ -578,7 +585,7 @@ def test_chunks_of_any_size_have_the_ids_of_the_text(
     assert tokens == list(split_text(text, kind, stop))
 
 
-@pytest.mark.parametrize("kind", ["words", "graphemes"])
+@pytest.mark.parametrize("kind", ["words", "graphemes", "bpe"])
 def test_a_cut_at_the_end_of_a_chunk(kind: str, tmp_path: Path) -> None:
     # The letter after the space is in the next 20 bytes. The rest after the cut is then longer than
     # a chunk.

@@ -1,7 +1,8 @@
 """Encode a text in memory, or each chunk of a larger one.
 
 A text is first encoded as indices into its own distinct tokens. That is slow for a large text, and
-done once. A table then maps the indices to ids of a vocabulary.
+done once. A table then maps the indices to ids of a vocabulary. Of kind "bpe", the tokens depend on
+the vocabulary; so a text is encoded as indices into its words, each of which has several ids.
 """
 
 import itertools
@@ -13,7 +14,7 @@ import numpy as np
 import regex
 
 from lstm_jax.data.sources import Segment, cut_pieces, cut_segments, read_segment
-from lstm_jax.vocabulary import UNKNOWN_ID, Costs, Ids, Vocabulary, find_stop_text, split_text
+from lstm_jax.vocabulary import Costs, Ids, Vocabulary, find_stop_text, split_text
 
 if TYPE_CHECKING:  # A process that encodes chunks imports little more than NumPy.
     from ml_collections import ConfigDict
@@ -22,27 +23,52 @@ if TYPE_CHECKING:  # A process that encodes chunks imports little more than NumP
 # Places where a text can be cut, from the last one backwards ("r"): never within a character (which
 # has at most three continuation bytes), nor between two line breaks, which may form a stop token.
 # Words and graphemes end at a line break, and before a space between two ASCII letters, in any
-# context (Unicode Standard Annex 29, rules GB4, GB5, GB999, WB3a, WB3b and WB999).
+# context (Unicode Standard Annex 29, rules GB4, GB5, GB999, WB3a, WB3b and WB999); those of "bpe",
+# between anything else and white space.
 _AFTER_BREAK = rb"(?<=[\r\n])(?=[^\r\n\x80-\xbf])"
 _BEFORE_BREAK = rb"(?<=[^\r\n])(?=[\r\n])"
 _SPACE = rb"(?<=[A-Za-z])(?= [A-Za-z])"
 _CHARACTER = rb"(?<=[^\r\n])(?=[^\x80-\xbf])|(?<=[\x80-\xbf]{3})(?=.)"
 _TOKEN_CUT = regex.compile(b"(?rs)(?<=...)(?:%b|%b|%b)" % (_AFTER_BREAK, _BEFORE_BREAK, _SPACE))
 _CHARACTER_CUT = regex.compile(b"(?rs)(?<=...)(?:%b|%b)" % (_AFTER_BREAK, _CHARACTER))
+_WIDE_SPACES = "|".join(regex.findall(r"\s", "".join(map(chr, range(0x80, 0xD800))))).encode()
+_WORD_CUT = regex.compile(b"(?rs)(?<=...)(?<=[!-~\x80-\xbf])(?<!%b)(?=[ \t\r\n])" % _WIDE_SPACES)
 
 
 class Part(NamedTuple):
     """An encoded text, or a chunk of one."""
 
     ids: Any  # Indices into `tokens`: [n], of the smallest dtype.
-    tokens: Iterable[str]  # The distinct tokens of the text.
+    tokens: Iterable[str]  # The distinct tokens of the text; of kind "bpe", its distinct words.
     counts: np.ndarray  # The number of occurrences of each token: int64.
     characters: int  # The length of the text.
 
 
+class Table(NamedTuple):
+    """The ids of each of the `tokens` of a `Part`: one, or several for a word of kind "bpe"."""
+
+    ids: np.ndarray  # Those of all tokens, one after the other: int32.
+    sizes: np.ndarray  # The number of ids of each token: int64.
+
+    def look_up(self, indices: np.ndarray) -> np.ndarray:
+        """Return the ids of a text, for the indices of its tokens."""
+        if len(self.ids) == len(self.sizes):
+            return self.ids[indices]
+        sizes, firsts = self.sizes[indices], np.cumsum(self.sizes) - self.sizes
+        starts = np.cumsum(sizes) - sizes
+        return self.ids[np.arange(sizes.sum()) + np.repeat(firsts[indices] - starts, sizes)]
+
+
+def make_table(tokens: Iterable[str], vocabulary: Vocabulary) -> Table:
+    """Return the ids of each token, or word, of a text in a vocabulary."""
+    divided = [vocabulary.divide(token) for token in tokens]
+    ids = vocabulary.look_up(itertools.chain.from_iterable(divided))
+    return Table(ids, np.fromiter(map(len, divided), np.int64))
+
+
 def encode_chunk(text: str, kind: str, stop: str) -> Part:
     """Encode a text, with tokens of one of `vocabulary.KINDS` and a stop token or ""."""
-    if kind in ("words", "graphemes"):
+    if kind not in ("characters", "bytes"):
         # A look-up gives each new token the next number.
         index = defaultdict[str, int](itertools.count().__next__)
         ids = np.fromiter(map(index.__getitem__, split_text(text, kind, stop)), np.int32)
@@ -107,8 +133,8 @@ def iterate_chunks(text: Iterable[Segment], kind: str, size: int) -> Iterator[li
 
 def find_last_cut(content: bytes | bytearray, kind: str, start: int = 0) -> int:
     """Return the last place after `start` where a text can be cut; 0 if there is none."""
-    pattern = _TOKEN_CUT if kind in ("words", "graphemes") else _CHARACTER_CUT
-    found = pattern.search(content, start)
+    patterns = {"characters": _CHARACTER_CUT, "bytes": _CHARACTER_CUT, "bpe": _WORD_CUT}
+    found = patterns.get(kind, _TOKEN_CUT).search(content, start)
     return found.start() if found else 0
 
 
@@ -132,7 +158,7 @@ class Text:
     def encode(self, vocabulary: Vocabulary) -> Ids:
         """Return the ids of the text."""
         part = self.index_tokens(vocabulary.kind, vocabulary.stop)
-        return vocabulary.look_up(part.tokens)[part.ids]
+        return make_table(part.tokens, vocabulary).look_up(part.ids)
 
     def pieces(self, overlap: int) -> Iterator[str]:
         """Yield the text in pieces of bounded size, each after the `overlap` characters before."""
@@ -142,25 +168,32 @@ class Text:
         """Return the vocabulary of the text for the `data` fields of a config."""
         stop = self.find_stop(data.document_separator)
         part = self.index_tokens(data.units, stop)
-        counts = zip(part.tokens, part.counts.tolist(), strict=True)
-        return Vocabulary.from_counts(counts, data.units, data.min_count, stop)
+        counts = dict(zip(part.tokens, part.counts.tolist(), strict=True))
+        size = data.vocabulary_size
+        return Vocabulary.from_counts(counts, data.units, data.min_count, stop, size)
 
     def count_tokens(self, vocabulary: Vocabulary) -> np.ndarray:
         """Return the number of occurrences of each token of a vocabulary: int64 [vocabulary]."""
         part = self.index_tokens(vocabulary.kind, vocabulary.stop)
+        table = make_table(part.tokens, vocabulary)
         counts = np.zeros(len(vocabulary), np.int64)
-        np.add.at(counts, vocabulary.look_up(part.tokens), part.counts)
+        np.add.at(counts, table.ids, np.repeat(part.counts, table.sizes))
         return counts
 
     def costs(self, vocabulary: Vocabulary, first: bool = True) -> Costs:
         """Return the costs of the text, with or without its first token."""
+
+        def count_unknown(tokens: Iterable[str]) -> int:
+            """Count the bytes of the UTF-8 of unknown tokens, with one for the end of each."""
+            unknown = (token for token in tokens if token not in vocabulary)
+            return sum(len(token.encode("utf-8", "surrogateescape")) + 1 for token in unknown)
+
         part = self.index_tokens(vocabulary.kind, vocabulary.stop)
-        counts, characters = part.counts.copy(), part.characters
+        each = (count_unknown(vocabulary.divide(token)) for token in part.tokens)
+        unknown, characters = int(part.counts @ np.fromiter(each, np.int64)), part.characters
         if not first:
-            index = int(part.ids[:1][0])
-            counts[index] -= 1
-            characters -= len(next(itertools.islice(part.tokens, index, None)))
-        # The UTF-8 of each token, and one byte for its end.
-        sizes = (len(token.encode("utf-8", "surrogateescape")) + 1 for token in part.tokens)
-        is_unknown = vocabulary.look_up(part.tokens) == UNKNOWN_ID
-        return Costs(characters, int(counts @ (np.fromiter(sizes, np.int64) * is_unknown)))
+            start = next(itertools.islice(part.tokens, int(part.ids[:1][0]), None))
+            token = vocabulary.divide(start)[0]
+            characters -= len(token)
+            unknown -= count_unknown([token])
+        return Costs(characters, unknown)

@@ -2,7 +2,8 @@
 
 A prepared corpus is a directory with the ids of each split (train.npy, ...), the token of each id,
 the counts of each token in each split, and a manifest; docs/data.md describes the files. Its ids
-number all distinct tokens of the text. A table maps them to the ids of a vocabulary.
+number all distinct tokens of the text, or words for data.units=bpe. A table maps them to the ids of
+a vocabulary.
 
 The manifest is sealed with a key that belongs to the user. A corpus that someone else made or
 changed is ignored: checking its ids would take as long as encoding the text again.
@@ -29,12 +30,19 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from lstm_jax.data import sources, worker
-from lstm_jax.data.encoding import Part, Text, get_smallest_dtype, iterate_chunks
+from lstm_jax.data.encoding import (
+    Part,
+    Table,
+    Text,
+    get_smallest_dtype,
+    iterate_chunks,
+    make_table,
+)
 from lstm_jax.data.sources import Segment
 from lstm_jax.devices import parallel
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import files
-from lstm_jax.vocabulary import Vocabulary, find_stop_text
+from lstm_jax.vocabulary import Ids, Vocabulary, find_stop_text
 
 # The directory beside a text. It is hidden, so that patterns like books/** do not match it.
 BESIDE = ".lstm_jax"
@@ -47,6 +55,8 @@ _KEY, _KEY_BYTES = "key", 32
 _MAX_PROCESSES = 16
 # Approximate bytes of a chunk. Encoding it takes about thirty times this memory.
 CHUNK = 2 * 2**20
+# Words in a block, of which `DividedIds` counts the tokens, and blocks that it reads at a time.
+_BLOCK, _BLOCKS = 256, 4096
 
 # For one text, or each split: each file's path relative to the corpus, and its `_state`.
 _States = list[list[list[Any]]]
@@ -419,9 +429,12 @@ class PreparedText(Text):
         """See `Text`."""
         return self._manifest.stop
 
-    def encode(self, vocabulary: Vocabulary) -> "FileIds":
+    def encode(self, vocabulary: Vocabulary) -> Ids:
         """See `Text`."""
-        return self._open_ids(vocabulary.look_up(_Lines(self._manifest.directory / _TOKENS)))
+        table = make_table(_Lines(self._manifest.directory / _TOKENS), vocabulary)
+        if vocabulary.kind != "bpe":
+            return self._open_ids(table.ids)
+        return DividedIds(self._open_ids(np.arange(len(table.sizes), dtype=np.int32)), table)
 
     def _open_ids(self, table: np.ndarray) -> "FileIds":
         path = self._manifest.directory / f"{self._name}.npy"
@@ -484,3 +497,30 @@ class FileIds:
             return ids.reshape(len(starts), length)
         except (IndexError, ValueError):  # The file is shorter, or has other numbers.
             raise UserError(f"{self._path} has changed while it was read: start again") from None
+
+
+class DividedIds:
+    """`Ids` of a text of words with several tokens each, which are read as `FileIds` are."""
+
+    def __init__(self, words: FileIds, table: Table) -> None:
+        """Look the words up in the table, once, to count the tokens in each block of words."""
+        self._words, self._table = words, table
+        counts = [np.zeros(1, np.int64)]
+        for start in range(0, len(words), _BLOCK * _BLOCKS):
+            sizes = table.sizes[words[start : start + _BLOCK * _BLOCKS]]
+            counts.append(np.add.reduceat(sizes, np.arange(0, len(sizes), _BLOCK)))
+        # Block k has the tokens from self._bounds[k] to self._bounds[k + 1].
+        self._bounds = np.cumsum(np.concatenate(counts))
+
+    def __len__(self) -> int:
+        return int(self._bounds[-1])
+
+    def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
+        if isinstance(index, np.ndarray):
+            time = index.shape[1]
+            return np.stack([self[start : start + time] for start in index[:, 0].tolist()])
+        start, stop, step = index.indices(len(self))
+        first, last = np.searchsorted(self._bounds, [start, stop - 1], side="right") - 1
+        ids = self._table.look_up(self._words[first * _BLOCK : (last + 1) * _BLOCK])
+        begin = self._bounds[first]
+        return ids[start - begin : max(stop - begin, 0) : step]

@@ -41,9 +41,8 @@ class Splits(NamedTuple):
         ids = {name: text.encode(vocabulary) for name, text in self.texts.items()}
         for name, of_split in ids.items():
             if len(of_split) < 2:
-                raise UserError(
-                    f"the {name} split is too short: it has {len(of_split)} {vocabulary.kind}"
-                )
+                length = f"{len(of_split)} {vocabulary.token_name}s"
+                raise UserError(f"the {name} split is too short: it has {length}")
         return ids
 
 

@@ -41,6 +41,10 @@ def make_page(trained: workdir.Trained, name: str, bits: int = 16) -> bytes:
     if model.cell not in CELLS or model.block != "none":
         named = model.cell_name if model.block == "none" else f"model.block={model.block}"
         raise UserError(f"a page can run the cells {', '.join(CELLS)}, not {named}")
+    if vocabulary.kind == "bpe":
+        raise UserError(
+            "a page can run models of characters, graphemes, words and bytes, not of data.units=bpe"
+        )
 
     def pack(array: Any) -> dict[str, Any]:
         """Return a kernel with its outputs as rows, or a vector."""

@@ -48,21 +48,22 @@ def write_report(
     if out.is_dir():
         raise UserError(f"{out} is a directory: --out must name a file, such as {out / REPORT}")
     trained = workdir.load_trained(directory)
-    kind = trained.vocabulary.kind
+    vocabulary = trained.vocabulary
     if text_file:
-        text = sources.read_argument(text_file, "--text", kind == "bytes")
+        text = sources.read_argument(text_file, "--text", vocabulary.kind == "bytes")
         name = "standard input" if text_file == "-" else Path(text_file).name
     else:
         splits = texts.load_texts_of_run(trained.config.data, *own_text)
         text, name = next(splits["validation"].pieces(0)), "the validation split"
-    tokens = trained.vocabulary.split(text)
+    tokens = vocabulary.split(text)
     if len(tokens) < 2:
         raise UserError(f"{name} is too short: --text must name a file of two tokens or more")
     if len(tokens) > length:
-        print(f"reading the first {length:,} of {len(tokens):,} {kind} (--length)", file=sys.stderr)
-        text = "".join(tokens[:length])
-        if kind == "bytes":  # The last character may be incomplete.
-            text = text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+        described = f"{length:,} of {len(tokens):,} {vocabulary.token_name}s"
+        print(f"reading the first {described} (--length)", file=sys.stderr)
+        # The last character may be incomplete.
+        spelled = "".join(tokens[:length]).encode("utf-8", "surrogateescape")
+        text = spelled.decode("utf-8", "surrogateescape")
     page = make_page(trained, text, name, directory)
     try:
         files.write_file(out, page)
@@ -132,12 +133,14 @@ def _pack_tokens(
     split, tokens = vocabulary.split(text), ids.copy()
     for position in np.flatnonzero(ids == UNKNOWN_ID):  # Unknown tokens are shown as they are.
         tokens[position] = add(split[position])
-    # If a token is only a byte of a character, the first byte shows the character, the others "".
-    shown, sizes, widths = tokens.copy(), features.count_bytes(split), features.count_bytes(text)
-    characters = np.repeat(np.arange(len(text)), widths)[np.cumsum(sizes) - sizes]
-    starts = np.diff(characters, prepend=-1) > 0
-    for position in np.flatnonzero(sizes < widths[characters]):
-        shown[position] = add(text[characters[position]]) if starts[position] else PADDING_ID
+    # A token that begins or ends within a character shows the characters whose first bytes it has.
+    shown, ends = tokens.copy(), np.cumsum(np.append(0, features.count_bytes(split)))
+    starts = np.cumsum(np.append(0, features.count_bytes(text)))
+    characters = np.searchsorted(starts, ends)
+    is_within = starts[characters] != ends
+    for position in np.flatnonzero(is_within[:-1] | is_within[1:]):
+        part = text[characters[position] : characters[position + 1]]
+        shown[position] = add(part) if part else PADDING_ID
     table = [_make_visible(text) for text in (*vocabulary.tokens, *added)]
     dtype = np.min_scalar_type(len(table))
     return {

@@ -26,7 +26,7 @@ def print_setup(settled: resume.Settled, start: resume.Start, ids: Mapping[str, 
     counts = ", ".join(f"{len(of_split):,} {name}" for name, of_split in ids.items())
     print(
         f"{model_lib.format_parameters(start.state.params)}\n\n"
-        f"{vocabulary.kind}: {counts}; vocabulary: {len(vocabulary)}; "
+        f"{vocabulary.token_name}s: {counts}; vocabulary: {len(vocabulary)}; "
         f"steps per epoch: {start.steps_per_epoch:,}; "
         f"recurrence: {start.model.implementation()}, matmuls in {start.model.dtype}\n\n"
         "The first window and its targets:\n"

@@ -1,0 +1,174 @@
+"""Byte-pair encoding: learn tokens, divide words, train on them, and read the run again."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+
+import lstm_jax
+from conftest import make_tiny_config
+from lstm_jax import bpe, train
+from lstm_jax import loss as loss_lib
+from lstm_jax.convert import transfer
+from lstm_jax.errors import UserError
+from lstm_jax.export import page
+from lstm_jax.inspect import report
+from lstm_jax.run import workdir
+from lstm_jax.vocabulary import FILE_END, Vocabulary
+from runs import assert_same
+from test_vocabulary import TEXTS
+
+
+@pytest.fixture(scope="module")
+def vocabulary(text_file: Path) -> Vocabulary:
+    """Return the tokens of a text in English, without most characters of Unicode."""
+    return Vocabulary.from_text(text_file.read_text(), "bpe", size=600)
+
+
+def test_the_most_frequent_pairs_are_joined_first() -> None:
+    # The example of Sennrich et al. 2016.
+    counts = {"low": 5, "lower": 2, "newest": 6, "widest": 3}
+    assert bpe.learn_tokens(counts, 4, 1) == ["es", "est", "lo", "low"]
+    assert "wid" not in bpe.learn_tokens(counts, 100, 4)
+    ids = {token: i for i, token in enumerate([b"es", b"est", b"lo", b"low"])}
+    assert bpe.divide_word("lowest", ids) == ("low", "est")
+    assert bpe.divide_word("désert", ids) == ("d", "\udcc3", "\udca9", "s", "e", "r", "t")
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=TEXTS | st.text(max_size=200) | st.binary(max_size=60))
+def test_any_text_is_decoded_exactly(text: str | bytes, vocabulary: Vocabulary) -> None:
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "surrogateescape")
+    again = Vocabulary.from_json(vocabulary.to_json())
+    ids = again.encode(text)
+    assert again.decode(ids) == text
+    assert not np.isin(ids, [0, 1]).any() and again.unknown(text) == []
+    decode = again.decoder()
+    pieces = [decode([i], False) for i in ids] + [decode([], True)]
+    assert "".join(pieces) == text
+
+
+def test_learning_is_deterministic(text_file: Path, vocabulary: Vocabulary) -> None:
+    code = (
+        "import sys; from lstm_jax.vocabulary import Vocabulary;"
+        "text = open(sys.argv[1]).read(); print(Vocabulary.from_text(text, 'bpe', size=600).tokens)"
+    )
+    for seed in "12":
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": seed}
+        command = [sys.executable, "-c", code, str(text_file)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.stdout == f"{vocabulary.tokens}\n", done.stderr
+
+
+def test_the_size_includes_all_tokens(text_file: Path) -> None:
+    text = text_file.read_text()
+    for stop in ("", "\n", "\n\n"):
+        for size in (259, 300):
+            found = Vocabulary.from_text(text, "bpe", stop=stop, size=size)
+            assert len(found) == size and found.stop == stop
+            assert not any(stop in token for token in found.tokens if stop and token != stop)
+    assert len(Vocabulary.from_text("ab ab", "bpe")) == 258 + len(["ab", " ab"])
+
+
+def test_another_text_has_the_same_tokens(vocabulary: Vocabulary) -> None:
+    other = Vocabulary.from_text(f"日本語 日本語{FILE_END}", "bpe", stop=FILE_END)
+    assert "日本語" in other and "日本語" not in vocabulary
+    assert vocabulary.extended(other).tokens == (*vocabulary.tokens, FILE_END)
+    assert vocabulary.extended(vocabulary).tokens == vocabulary.tokens
+
+
+def test_a_missing_package_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    tiny_config.data.units = "bpe"
+    with pytest.raises(UserError, match=r"needs .* tokenizers .*: pip install 'lstm-jax\[bpe\]'$"):
+        train.train(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def make_config(text_file: Path, directory: Path) -> ConfigDict:
+    text = text_file.read_text().replace("Citizen", "Citoyén 市民 👩‍👩‍👧‍👦")
+    path = directory / "text.txt"
+    path.write_text(text, encoding="utf-8")
+    config = make_tiny_config(path)
+    config.data.units, config.data.vocabulary_size = "bpe", 400
+    config.data.document_separator = "blank_line"
+    return config
+
+
+@pytest.fixture(scope="module")
+def bpe_run(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """Return the working directory of a tiny run."""
+    directory = tmp_path_factory.mktemp("bpe")
+    assert train.train(make_config(text_file, directory), directory / "run") == 0
+    return directory / "run"
+
+
+def test_a_text_on_disk_gives_the_same_run(bpe_run: Path, text_file: Path, tmp_path: Path) -> None:
+    config = make_config(text_file, tmp_path)
+    config.data.memory_megabytes = 0
+    assert train.train(config, tmp_path / "run") == 0
+    assert (tmp_path / ".lstm_jax").exists()
+    assert_same(bpe_run, tmp_path / "run", rtol=1e-6)
+    # A run resumes with its own tokens.
+    config.num_epochs += 1
+    assert train.train(config, tmp_path / "run") == 0
+    config.data.vocabulary_size = 300
+    with pytest.raises(UserError, match="vocabulary_size was 400 and is 300"):
+        train.train(config, tmp_path / "run")
+
+
+def test_a_run_generates_and_scores(bpe_run: Path) -> None:
+    run = lstm_jax.load(bpe_run)
+    assert len(run.vocabulary) == 400 and run.vocabulary.stop == "\n\n"
+    options: Any = {"length": 300, "temperature": 1.5, "stop_token": False}
+    pieces = list(run.stream("市", **options))
+    text = "".join(pieces)
+    assert len(pieces) > 2 and run.generate("市", **options) == "市" + text
+    # A byte that is no part of a character is a surrogate; no other character is divided.
+    assert text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape") == text
+    text = "Speak, citoyén!\n\nNaïve ≠"
+    scores = run.score(text)
+    assert "".join(run.vocabulary.split(text)).endswith("".join(scores.tokens))
+    loss = loss_lib.compute_loss(run.model, run.params, run.vocabulary.encode(text))
+    assert -scores.log_probs.mean() == pytest.approx(loss, rel=1e-5)
+    first = run.score("Speak, cit")
+    assert len(run.score("oyén", first.carry).tokens) == len(run.vocabulary.split("oyén"))
+
+
+def test_commands_read_a_run(bpe_run: Path, tmp_path: Path) -> None:
+    def sample(*arguments: str, given: str = "") -> str:
+        command = [sys.executable, "-m", "lstm_jax.sample", "--workdir", str(bpe_run), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, input=given)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    options = ("--length=40", "--temperature=2", "--nostop", "--novelty")
+    assert sample("--prompt=Zoë, 市民", *options).startswith("Zoë, 市民")
+    answer = sample("--interactive", "--length=5", given="Citoyén\n/next\n")
+    assert sum(line[:2] == "0." for line in answer.splitlines()) == 5
+    report.write_report(bpe_run, None, None, out=tmp_path / "report.html", length=500)
+    target = tmp_path / "model.safetensors"
+    transfer.export_weights(bpe_run, target)
+    tokens = f"{target}.vocabulary.json"
+    transfer.import_weights(target, tmp_path / "again", tokens, None)
+    ours, theirs = (workdir.load_trained(path) for path in (bpe_run, tmp_path / "again"))
+    assert ours.vocabulary.to_json() == theirs.vocabulary.to_json()
+    with pytest.raises(UserError, match=r"a page can run models of .*, not of data.units=bpe"):
+        page.write_page(bpe_run, tmp_path / "page.html")
+
+
+def test_the_end_of_a_file_is_a_token(text_file: Path) -> None:
+    text = "a b\n" + FILE_END + "c" + FILE_END
+    vocabulary = Vocabulary.from_text(text, "bpe", stop=FILE_END)
+    ids = vocabulary.encode(text)
+    assert np.count_nonzero(ids == vocabulary.stop_id) == 2 and vocabulary.decode(ids) == text
