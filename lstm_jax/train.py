@@ -106,11 +106,12 @@ class _Run:
         settled = resume.settle_run(
             splits.settle(config), directory, lambda: text.vocabulary(config.data)
         )
-        self.config, self.vocabulary, self.texts = settled.config, settled.vocabulary, splits.texts
+        self.config, self.vocabulary = settled.config, settled.vocabulary
         self.directory, self.saved_in = directory, directory / workdir.CHECKPOINTS
         self.mesh, self.is_ours, self.watch = mesh, is_ours, watch
         self.is_first = hosts.is_first()
         self.ids = splits.encode(self.vocabulary)
+        self.costs = splits.measure_costs(self.vocabulary)
         hosts.check_same(
             f"{lock.read_holder(directory)!r} {checkpoints_lib.list_steps(self.saved_in)} "
             f"{config_lib.to_json(self.config)}",
@@ -123,7 +124,7 @@ class _Run:
         )
         self.model, self.state, self.step = start.model, start.state, start.step
         self.iterator, self.history = start.iterator, start.history
-        self.steps_per_epoch, self.total_steps = start.steps_per_epoch, start.total_steps
+        self.plan, self.total_steps = start.plan, start.plan.total_steps
         self.checkpoints = checkpoints_lib.CheckpointWriter(self.saved_in)
         self.saved, self.saved_at = start.step, time.monotonic()
         messages.print_setup(settled, start, self.ids)
@@ -142,9 +143,9 @@ class _Run:
             self._save()
             self.checkpoints.wait()
         elif self.step == self.total_steps and validated:
-            epochs = self.step / self.steps_per_epoch
             print(
-                f"The run in {directory} is finished after {epochs:g} epochs. To train longer, "
+                f"The run in {directory} is finished after "
+                f"{self.plan.count_epochs(self.step):g} epochs. To train longer, "
                 f"add for example --config.num_epochs={2 * config.num_epochs}"
             )
             return 0
@@ -166,21 +167,21 @@ class _Run:
             else contextlib.nullcontext() as self.writer,
             contextlib.closing(Profiler(profiled, self.step)) as profiler,
             contextlib.closing(
-                Progress(self.step, self.total_steps, self.steps_per_epoch)
+                Progress(self.step, self.total_steps, self.plan.steps_per_epoch)
             ) as self.progress,
             StopRequest() as stop,
         ):
             pacer = Pacer(self.step)
             try:
                 while True:
-                    if self.step % self.steps_per_epoch == 0:
+                    if self.plan.validates_at(self.step):
                         self._validate(stop)
                         self.progress.start_clock(self.step)
                     if self.step == self.total_steps:
                         return 0
                     if in_step:
                         stop.check()
-                    steps = self._count_steps_of_call()
+                    steps = self.plan.count_steps_of_call(self.step)
                     batch = feed.next(steps)
                     # The step must not transfer anything else to the devices.
                     with jax.transfer_guard("disallow"):
@@ -196,7 +197,7 @@ class _Run:
                     saving = self.checkpoints.check()
                     waited = time.monotonic() - self.saved_at >= config.checkpoint_every_seconds
                     due = in_step and bool(hosts.get_greatest(waited and not saving))
-                    if self.step % self.steps_per_epoch == 0 or due:
+                    if self.plan.validates_at(self.step) or due:
                         self._save()
             except Stopped:
                 if self.saved != self.step:
@@ -208,25 +209,24 @@ class _Run:
                 )
                 return stop.exit_code or 0
 
-    def _count_steps_of_call(self) -> int:
-        """Return the number of steps of the next call, which must not cross a log line or epoch."""
-        number = self.config.steps_per_call
-        ends = (self.config.log_every_steps, self.steps_per_epoch)
-        return number if all(self.step % n + number <= n for n in ends) else 1
-
     def _log(self) -> None:
         """Record the mean training loss of the steps since the last record."""
         self._check_finite()
         state = self.state
-        if loss_steps := int(state.loss_steps):
-            loss = float(state.loss_sum) / loss_steps
+        if number := int(state.loss_steps):
+            loss = float(state.loss_sum) / number
+            numbers = {
+                "learning_rate": self.plan.get_learning_rate(self.step, int(state.skipped)),
+                "gradient_norm": float(state.norm_sum) / number,
+            }
             tokens_per_step = self.config.batches.batch_size * self.config.batches.window_length
-            speed = tokens_per_step * self.progress.steps_per_second(self.step)
+            if speed := self.progress.steps_per_second(self.step) * tokens_per_step:
+                numbers["tokens_per_second"] = round(speed)
             self.progress.update(self.step, loss, speed)
-            self._record(self.step, "train", loss, tokens_per_second=round(speed))
-        self.state = state._replace(
-            loss_sum=_make_zero(state.loss_sum), loss_steps=_make_zero(state.loss_steps)
-        )
+            self._record(self.step, "train", loss, **numbers)
+        sums = (state.loss_sum, state.norm_sum, state.loss_steps)
+        loss_sum, norm_sum, loss_steps = map(_make_zero, sums)
+        self.state = state._replace(loss_sum=loss_sum, norm_sum=norm_sum, loss_steps=loss_steps)
 
     def _check_finite(self) -> None:
         """Report skipped steps; raise `NotFiniteError` if there are more than allowed."""
@@ -252,7 +252,11 @@ class _Run:
 
     def _record(self, step: int, split: str, loss: float, **extra: float) -> None:
         if self.writer:
-            epoch = step / self.steps_per_epoch
+            if split != "train":
+                tokens, costs = len(self.ids[split]) - 1, [self.costs[split]]
+                bits = loss_lib.compute_bits_per_character(loss, tokens, costs)
+                extra["bits_per_character"] = bits
+            epoch = self.plan.count_epochs(step)
             self.watch(self.writer.write(step, epoch, split, loss, **extra))
 
     # ---- Validate.
@@ -272,7 +276,7 @@ class _Run:
         with files.open_append(self.directory / workdir.SAMPLES) as file:
             file.write(f"{header}\n{text}\n\n".encode())
         self.checkpoints.record_validation(self.step, loss)
-        epoch = self.step // self.steps_per_epoch
+        epoch = self.step // self.plan.steps_per_epoch
         name = f"epoch {epoch} of {self.config.num_epochs}" if self.step else "untrained"
         described = self._describe_loss(loss, "validation")
         self.progress.print(f"\n=== {name}: validation loss {described}\n{text}\n")
@@ -299,9 +303,8 @@ class _Run:
         return make_printable(text)
 
     def _describe_loss(self, loss: float, split: str) -> str:
-        costs = self.texts[split].costs(self.vocabulary, first=False)
-        tokens = len(self.ids[split]) - 1
-        return loss_lib.describe_loss(loss, self.vocabulary.token_name, tokens, costs)
+        name, tokens = self.vocabulary.token_name, len(self.ids[split]) - 1
+        return loss_lib.describe_loss(loss, name, tokens, self.costs[split])
 
     # ---- Finish.
 

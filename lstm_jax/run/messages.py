@@ -27,7 +27,7 @@ def print_setup(settled: resume.Settled, start: resume.Start, ids: Mapping[str, 
     print(
         f"{model_lib.format_parameters(start.state.params)}\n\n"
         f"{vocabulary.kind}: {counts}; vocabulary: {len(vocabulary)}; "
-        f"steps per epoch: {start.steps_per_epoch:,}; "
+        f"steps per epoch: {start.plan.steps_per_epoch:,}; "
         f"recurrence: {start.model.implementation()}, matmuls in {start.model.dtype}\n\n"
         "The first window and its targets:\n"
         f"  inputs  {vocabulary.decode(inputs)!r}\n"
