@@ -30,7 +30,8 @@ from lstm_jax.run.progress import Progress
 from lstm_jax.run.signals import Pacer, Stopped, StopRequest
 from lstm_jax.train_step import make_train_step
 
-# Called with each row of metrics.jsonl, without its checksum.
+# Called with each row of metrics.jsonl, without its checksum. Those of validations also have a
+# `sample`, the generated text.
 Watch = Callable[[Mapping[str, Any]], object]
 
 # Places of the validation text that are read from a zero state after training.
@@ -49,8 +50,8 @@ def train(
       config: a config, which is completed and checked (`config.complete_config`).
       directory: the working directory, which all processes share.
       watch: called with each recorded loss, as a row of metrics.jsonl without its checksum, for
-        example to plot it in a notebook. If it raises an exception, the run ends, and can be
-        resumed.
+        example to plot it in a notebook; that of a validation also has the generated text, as
+        `sample`. If it raises an exception, the run ends, and can be resumed.
       quiet: whether to print nothing, neither progress nor warnings.
 
     Returns:
@@ -162,7 +163,7 @@ class _Run:
         first_step, in_step = self.step, True
         profiled = directory if config.profile and self.is_first else None
         with (
-            metrics.MetricsWriter(directory / workdir.METRICS, self.step)
+            metrics.MetricsWriter(directory / workdir.METRICS, self.step, config)
             if self.is_first
             else contextlib.nullcontext() as self.writer,
             contextlib.closing(Profiler(profiled, self.step)) as profiler,
@@ -215,7 +216,7 @@ class _Run:
         state = self.state
         if number := int(state.loss_steps):
             loss = float(state.loss_sum) / number
-            numbers = {
+            numbers: dict[str, Any] = {
                 "learning_rate": self.plan.get_learning_rate(self.step, int(state.skipped)),
                 "gradient_norm": float(state.norm_sum) / number,
             }
@@ -250,14 +251,17 @@ class _Run:
         self.checkpoints.save(self.step, state.evaluated, state.rest, self.iterator, sizes)
         self.saved, self.saved_at = self.step, time.monotonic()
 
-    def _record(self, step: int, split: str, loss: float, **extra: float) -> None:
+    def _record(
+        self, step: int, split: str, loss: float, sample: str | None = None, **extra: Any
+    ) -> None:
         if self.writer:
             if split != "train":
                 tokens, costs = len(self.ids[split]) - 1, [self.costs[split]]
                 bits = loss_lib.compute_bits_per_character(loss, tokens, costs)
                 extra["bits_per_character"] = bits
             epoch = self.plan.count_epochs(step)
-            self.watch(self.writer.write(step, epoch, split, loss, **extra))
+            row = self.writer.write(step, epoch, split, loss, sample, **extra)
+            self.watch(row if sample is None else {**row, "sample": sample})
 
     # ---- Validate.
 
@@ -271,7 +275,7 @@ class _Run:
             text = self._sample(params, jax.random.fold_in(key, self.step))
         if not self.is_first:
             return
-        self._record(self.step, "validation", loss)
+        self._record(self.step, "validation", loss, text)
         header = f"=== step {self.step}, temperature {self.config.sample.temperature}"
         with files.open_append(self.directory / workdir.SAMPLES) as file:
             file.write(f"{header}\n{text}\n\n".encode())

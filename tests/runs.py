@@ -1,6 +1,7 @@
 """Read and compare the working directories of tiny runs."""
 
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +53,24 @@ def read_numbers(directory: Path) -> list[tuple[int, str, float]]:
     ]
 
 
-def read_events(directory: Path) -> list[tuple[int, str, float]]:
-    """Return the same numbers from the TensorBoard files, sorted."""
-    rows = []
+def iterate_events(directory: Path) -> Iterator[Event]:
+    """Yield the events in the TensorBoard files."""
     for path in directory.glob("events.out.tfevents.*"):
         content, at = path.read_bytes(), 0
         while at < len(content):
             (length,) = struct.unpack_from("<Q", content, at)
-            event = Event.FromString(content[at + 12 : at + 12 + length])
+            yield Event.FromString(content[at + 12 : at + 12 + length])
             at += length + 16
-            for value in event.summary.value:
-                if value.tag.partition("/")[2] not in metrics.TIMES:
-                    rows.append((event.step, value.tag, value.simple_value))
+
+
+def read_events(directory: Path) -> list[tuple[int, str, float]]:
+    """Return the same numbers from the TensorBoard files, sorted."""
+    rows = []
+    for event in iterate_events(directory):
+        for value in event.summary.value:
+            name, kind = value.tag.partition("/")[2], value.WhichOneof("value")
+            if kind == "simple_value" and name not in metrics.TIMES:
+                rows.append((event.step, value.tag, value.simple_value))
     return sorted(rows)
 
 

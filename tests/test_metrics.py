@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
+import runs
 from lstm_jax.run import metrics
 
 
@@ -26,6 +28,24 @@ def test_rows_are_read_back_and_appended_to(tmp_path: Path) -> None:
     ]
     events = sorted(tmp_path.glob("events.out.tfevents.*"))
     assert b"train/loss" in b"".join(event.read_bytes() for event in events)
+
+
+def test_tensorboard_has_the_config_and_the_samples(trained: Path) -> None:
+    values = {
+        (value.tag, event.step): value
+        for event in runs.iterate_events(trained)
+        for value in event.summary.value
+    }
+    plugin = values["_hparams_/session_start_info", 0].metadata.plugin_data
+    fields = HParamsPluginData.FromString(plugin.content).session_start_info.hparams
+    assert fields["optimizer.learning_rate"].number_value == 0.02
+    assert fields["batches.kind"].string_value == "streams"
+    assert fields["model.layer_norm"].bool_value is False
+    assert fields["data.fractions"].string_value == "(0.9, 0.05, 0.05)"
+    for step in (0, 70, 140):
+        (shown,) = values["validation/sample/text_summary", step].tensor.string_val
+        lines = [line.removeprefix("    ") for line in shown.decode().split("\n")]
+        assert "\n".join(lines) in (trained / "samples.txt").read_text()
 
 
 def test_the_seconds_of_training_continue_when_a_run_resumes(

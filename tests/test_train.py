@@ -259,9 +259,10 @@ def test_training_from_python_works_in_a_thread_and_reports_every_row(
     thread.join()
     assert ended == [0]
     rows = metrics.read_metrics(tmp_path / workdir.METRICS)
-    assert [dict(row) for row in reported] == [
-        {name: value for name, value in row.items() if name != "crc"} for row in rows
-    ]
+    assert [{k: v for k, v in row.items() if k != "sample"} for row in reported] == rows
+    samples = [row["sample"] for row in reported if row["split"] == "validation"]
+    assert all(sample in (tmp_path / workdir.SAMPLES).read_text() for sample in samples)
+    assert sum("sample" in row for row in reported) == len(samples) == 3
     assert {row["split"] for row in reported} == {"train", "validation", "test"}
     assert all("tokens_per_second" in row for row in reported if row["split"] == "train")
     assert workdir.load_trained(str(tmp_path)).step == 140

@@ -7,6 +7,7 @@ import json
 import math
 import secrets
 import sys
+import textwrap
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -15,10 +16,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
+from tensorboardX.summary import hparams, scalar, text
 
+from lstm_jax import config as config_lib
 from lstm_jax.errors import UserError
 from lstm_jax.run import files
 
@@ -26,17 +29,19 @@ from lstm_jax.run import files
 _COLORS = {"train": "#0072B2", "validation": "#D55E00", "test": "#009E73"}
 # Limits in bytes of the part of metrics.jsonl that is read, and of a row.
 _LARGEST, _LONGEST_LINE = 2**26, 2**12
+_SCALARS = (bool, int, float, str)  # Types of hyperparameters in TensorBoard.
 # Fields of a row that differ when a run is repeated.
 TIMES = ("tokens_per_second", "seconds", "time")
 
 
 class MetricsWriter:
-    """Appends losses to metrics.jsonl and to TensorBoard events."""
+    """Appends losses to metrics.jsonl, and losses and samples to TensorBoard events."""
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, config: ConfigDict | None = None) -> None:
         """Open metrics.jsonl at `path`, and events beside it, for a run that is at `step`.
 
-        The seconds of training continue from those of the last row.
+        TensorBoard shows the config as hyperparameters. The seconds of training continue from those
+        of the last row.
         """
         self._lines = files.open_append(path)
         # A killed process or a full disk can leave half a line.
@@ -51,6 +56,11 @@ class MetricsWriter:
         self._events = EventsWriter(str(path.parent / "events"), filename_suffix=suffix)
         if step:  # TensorBoard then hides earlier events of later steps, of an interrupted run.
             self._add(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+        if config is not None:
+            values = dict(config_lib.flatten(config))
+            fields = {k: v if isinstance(v, _SCALARS) else str(v) for k, v in values.items()}
+            for summary in hparams(fields, [f"{split}/loss" for split in _COLORS])[:2]:
+                self._add(Event(summary=summary))
 
     def _add(self, event: Event, now: float | None = None) -> None:
         event.wall_time = now or time.time()
@@ -58,13 +68,20 @@ class MetricsWriter:
         self._events.flush()
 
     def write(
-        self, step: int, epoch: float, split: str, loss: float, **extra: float
+        self,
+        step: int,
+        epoch: float,
+        split: str,
+        loss: float,
+        sample: str | None = None,
+        **extra: float,
     ) -> dict[str, Any]:
         """Record a loss in nats per token; return its row of metrics.jsonl without the checksum.
 
         `step` is the number of training steps done, `epoch` that of passes over the training text,
-        with fractions, and `split` is "train", "validation" or "test". `extra` holds more numbers.
-        The row also has the seconds of training so far, and the time in UTC.
+        with fractions, and `split` is "train", "validation" or "test". A `sample` of generated text
+        is shown in TensorBoard only. `extra` holds more numbers. The row also has the seconds of
+        training so far, and the time in UTC.
         """
         now = time.time()
         numbers = {"loss": loss, **extra, "seconds": round(time.monotonic() - self._start, 3)}
@@ -74,6 +91,9 @@ class MetricsWriter:
         self._lines.flush()
         for name, value in numbers.items():
             self._add(Event(step=step, summary=scalar(f"{split}/{name}", value)), now)
+        if sample is not None:  # Indented, Markdown shows it as it is.
+            summary = text(f"{split}/sample", textwrap.indent(sample, "    ", lambda line: True))
+            self._add(Event(step=step, summary=summary), now)
         return row
 
     def __enter__(self) -> Self:

@@ -98,7 +98,7 @@ def train_population(
             group = [member for member in members if member.start.step == step]
             for member in group:
                 path = member.directory / workdir.METRICS
-                member.metrics = held.enter_context(MetricsWriter(path, step))
+                member.metrics = held.enter_context(MetricsWriter(path, step, member.config))
             _train_group(group, ids, costs, on_validation)
     return [member.reason for member in members]
 
@@ -211,7 +211,7 @@ def _train_group(
     tokens_per_step = config.batches.batch_size * config.batches.window_length
     clock, logged = time.monotonic(), step
 
-    def record(member: _Member, step: int, split: str, loss: float, **extra: float) -> None:
+    def record(member: _Member, step: int, split: str, loss: float, **extra: Any) -> None:
         if split != "train":
             tokens = len(ids[split]) - 1
             bits = loss_lib.compute_bits_per_character(loss, tokens, [costs[split]])
