@@ -22,8 +22,8 @@ from lstm_jax.controls import Controls
 from lstm_jax.data import texts
 from lstm_jax.devices import feeding, hosts, memory, parallel
 from lstm_jax.errors import UnavailableError
+from lstm_jax.run import advice, lock, messages, metrics, plan, resume, workdir
 from lstm_jax.run import checkpoints as checkpoints_lib
-from lstm_jax.run import files, lock, messages, metrics, resume, workdir
 from lstm_jax.run.console import make_printable, mute
 from lstm_jax.run.profiler import Profiler
 from lstm_jax.run.progress import Progress
@@ -112,6 +112,7 @@ class _Run:
         self.mesh, self.is_ours, self.watch = mesh, is_ours, watch
         self.is_first = hosts.is_first()
         self.ids = splits.encode(self.vocabulary)
+        self.validation_ids = plan.cut_validation(self.config, self.ids)
         self.costs = splits.measure_costs(self.vocabulary)
         hosts.check_same(
             f"{lock.read_holder(directory)!r} {checkpoints_lib.list_steps(self.saved_in)} "
@@ -143,12 +144,8 @@ class _Run:
         if self.history is None:
             self._save()
             self.checkpoints.wait()
-        elif self.step == self.total_steps and validated:
-            print(
-                f"The run in {directory} is finished after "
-                f"{self.plan.count_epochs(self.step):g} epochs. To train longer, "
-                f"add for example --config.num_epochs={2 * config.num_epochs}"
-            )
+        elif validated and (self.step == self.total_steps or self._is_out_of_patience()):
+            print(messages.describe_end(directory, config, self.plan, self.step))
             return 0
         else:
             if self.is_first:
@@ -161,6 +158,8 @@ class _Run:
             text = feeding.place_text(self.ids["train"], len(self.vocabulary), self.mesh)
         feed = feeding.Feed(self.iterator, self.mesh, text)
         first_step, in_step = self.step, True
+        # A checkpoint may have been validated where the plan, if it has changed, does not.
+        validates = validated or self.plan.validates_at(self.step)
         profiled = directory if config.profile and self.is_first else None
         with (
             metrics.MetricsWriter(directory / workdir.METRICS, self.step, config)
@@ -175,9 +174,17 @@ class _Run:
             pacer = Pacer(self.step)
             try:
                 while True:
-                    if self.plan.validates_at(self.step):
+                    if validates:
                         self._validate(stop)
                         self.progress.start_clock(self.step)
+                        if self.step < self.total_steps and self._is_out_of_patience():
+                            self.progress.print(
+                                f"Training ends at step {self.step} of {self.total_steps}: the "
+                                "validation loss has not improved for "
+                                f"{config.patience} validations"
+                            )
+                            self.progress.finish(self.step)
+                            return 0
                     if self.step == self.total_steps:
                         return 0
                     if in_step:
@@ -185,7 +192,7 @@ class _Run:
                     steps = self.plan.count_steps_of_call(self.step)
                     batch = feed.next(steps)
                     # The step must not transfer anything else to the devices.
-                    with jax.transfer_guard("disallow"):
+                    with jax.transfer_guard("disallow"), profiler.annotate(self.step):
                         self.state = train_step(self.state, batch)
                     self.step += steps
                     # Processes agree on signals and checkpoints only when all are at one step.
@@ -198,7 +205,8 @@ class _Run:
                     saving = self.checkpoints.check()
                     waited = time.monotonic() - self.saved_at >= config.checkpoint_every_seconds
                     due = in_step and bool(hosts.get_greatest(waited and not saving))
-                    if self.plan.validates_at(self.step) or due:
+                    validates = self.plan.validates_at(self.step)
+                    if validates or due:
                         self._save()
             except Stopped:
                 if self.saved != self.step:
@@ -271,17 +279,16 @@ class _Run:
             params, key = parallel.gather_on_one_device(
                 (self.state.evaluated, self.state.key), self.mesh
             )
-            loss = loss_lib.compute_loss(self.model, params, self.ids["validation"])
+            loss = loss_lib.compute_loss(self.model, params, self.validation_ids)
             text = self._sample(params, jax.random.fold_in(key, self.step))
         if not self.is_first:
             return
         self._record(self.step, "validation", loss, text)
-        header = f"=== step {self.step}, temperature {self.config.sample.temperature}"
-        with files.open_append(self.directory / workdir.SAMPLES) as file:
-            file.write(f"{header}\n{text}\n\n".encode())
+        temperature = self.config.sample.temperature
+        workdir.append_sample(self.directory, self.step, temperature, text)
         self.checkpoints.record_validation(self.step, loss)
-        epoch = self.step // self.plan.steps_per_epoch
-        name = f"epoch {epoch} of {self.config.num_epochs}" if self.step else "untrained"
+        done, total = map(self.plan.count_epochs, (self.step, self.total_steps))
+        name = f"epoch {round(done, 2):g} of {round(total, 2):g}" if self.step else "untrained"
         described = self._describe_loss(loss, "validation")
         self.progress.print(f"\n=== {name}: validation loss {described}\n{text}\n")
         if self.step:
@@ -289,6 +296,11 @@ class _Run:
             warning = loss_lib.find_suspicion({"validation": loss}, len(self.vocabulary))
             if warning:
                 self.progress.print(f"warning: {warning}\n")
+
+    def _is_out_of_patience(self) -> bool:
+        """Return whether to end early, by the rows of metrics.jsonl; the first process decides."""
+        rows = metrics.read_metrics(self.directory / workdir.METRICS) if self.is_first else []
+        return bool(hosts.get_greatest(advice.is_out_of_patience(rows, self.config.patience)))
 
     def _plot_curves(self) -> None:
         rows = metrics.read_metrics(self.directory / workdir.METRICS)
@@ -335,11 +347,11 @@ class _Run:
         print(
             f"\n{self._sample(params, jax.random.key(self.config.seed))}\n\n"
             f"Test loss of step {step}, the best by validation loss: {described}\n"
-            f"{zero.describe('validation')}\n"
-            f"Everything is in {self.directory}: {workdir.CHECKPOINTS}/, {workdir.METRICS}, "
-            f"{workdir.SAMPLES}, {workdir.CURVES}, TensorBoard events\n"
-            f"Generate text: python -m lstm_jax.sample --workdir {self.directory}"
+            f"{zero.describe('validation')}"
         )
+        if sentence := advice.advise(rows):
+            print(sentence)
+        print(messages.list_files(self.directory))
         losses = {"test": loss}
         best = checkpoints_lib.read_validation_loss(self.saved_in, step)
         if best is not None:

@@ -29,7 +29,6 @@ from lstm_jax.run import files
 _COLORS = {"train": "#0072B2", "validation": "#D55E00", "test": "#009E73"}
 # Limits in bytes of the part of metrics.jsonl that is read, and of a row.
 _LARGEST, _LONGEST_LINE = 2**26, 2**12
-_SCALARS = (bool, int, float, str)  # Types of hyperparameters in TensorBoard.
 # Fields of a row that differ when a run is repeated.
 TIMES = ("tokens_per_second", "seconds", "time")
 
@@ -57,9 +56,8 @@ class MetricsWriter:
         if step:  # TensorBoard then hides earlier events of later steps, of an interrupted run.
             self._add(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
         if config is not None:
-            values = dict(config_lib.flatten(config))
-            fields = {k: v if isinstance(v, _SCALARS) else str(v) for k, v in values.items()}
-            for summary in hparams(fields, [f"{split}/loss" for split in _COLORS])[:2]:
+            losses = [f"{split}/loss" for split in _COLORS]
+            for summary in hparams(list_hyperparameters(config), losses)[:2]:
                 self._add(Event(summary=summary))
 
     def _add(self, event: Event, now: float | None = None) -> None:
@@ -91,9 +89,10 @@ class MetricsWriter:
         self._lines.flush()
         for name, value in numbers.items():
             self._add(Event(step=step, summary=scalar(f"{split}/{name}", value)), now)
-        if sample is not None:  # Indented, Markdown shows it as it is.
-            summary = text(f"{split}/sample", textwrap.indent(sample, "    ", lambda line: True))
-            self._add(Event(step=step, summary=summary), now)
+        if sample is not None:
+            self._add(
+                Event(step=step, summary=text(f"{split}/sample", quote_markdown(sample))), now
+            )
         return row
 
     def __enter__(self) -> Self:
@@ -102,6 +101,19 @@ class MetricsWriter:
     def __exit__(self, *unused: object) -> None:
         self._lines.close()
         self._events.close()
+
+
+def list_hyperparameters(config: ConfigDict) -> dict[str, bool | int | float | str]:
+    """Return the fields of a config by name, with values of other types as strings."""
+    return {
+        name: value if isinstance(value, bool | int | float | str) else str(value)
+        for name, value in config_lib.flatten(config)
+    }
+
+
+def quote_markdown(text: str) -> str:
+    """Return Markdown that shows a text as it is: every line indented."""
+    return textwrap.indent(text, "    ", lambda line: True)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -194,8 +194,9 @@ def restore_run(
         )
     if step > plan.total_steps:
         raise UserError(
-            f"the run in {directory} has trained {plan.count_epochs(step):g} epochs already, and "
-            f"--config.num_epochs={config.num_epochs} is fewer: set more, or name another --workdir"
+            f"the run in {directory} has trained {plan.describe_length(step)} already, and "
+            f"--config.{plan.limit}={config[plan.limit]} is fewer: set more, or name another "
+            "--workdir"
         )
     with hosts.first_goes_ahead("config"):
         if hosts.is_first():

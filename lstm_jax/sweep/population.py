@@ -32,6 +32,7 @@ from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import cell_file, lock, resume, workdir
 from lstm_jax.run import checkpoints as checkpoints_lib
 from lstm_jax.run.metrics import MetricsWriter
+from lstm_jax.run.plan import cut_validation
 from lstm_jax.train_step import TrainState, make_step
 from lstm_jax.vocabulary import Costs, Ids
 
@@ -109,6 +110,11 @@ def check_members(configs: Sequence[ConfigDict]) -> None:
         raise UserError(
             "the members of a population start from fresh weights: leave out "
             "--config.init_from or --population"
+        )
+    if configs[0].patience:
+        raise UserError(
+            "the members of a population all end at the same step: leave out --config.patience, or "
+            "train one at a time with --population=1"
         )
     for config in configs:
         cell_file.settle_cell(config)
@@ -209,6 +215,7 @@ def _train_group(
     train_step = make_population_step(config, first.model.vocabulary_size, total_steps, mesh)
     compute_losses = _make_compute_losses(first.model, mesh)
     tokens_per_step = config.batches.batch_size * config.batches.window_length
+    validation = cut_validation(config, ids)
     clock, logged = time.monotonic(), step
 
     def record(member: _Member, step: int, split: str, loss: float, **extra: Any) -> None:
@@ -219,12 +226,13 @@ def _train_group(
         member.metrics.write(step, first.plan.count_epochs(step), split, loss, **extra)
 
     def validate() -> None:
-        losses = compute_losses(state.evaluated, ids["validation"])
+        losses = compute_losses(state.evaluated, validation)
         for member, loss in zip(members, losses, strict=False):
             if not member.reason:
                 record(member, step, "validation", loss)
                 member.checkpoints.record_validation(step, loss)
-                on_validation(member.number, step // first.plan.steps_per_epoch, loss)
+                if step % first.plan.steps_per_epoch == 0:
+                    on_validation(member.number, step // first.plan.steps_per_epoch, loss)
 
     validate()
     while step < total_steps:
