@@ -96,6 +96,18 @@ FIELDS = (
     Field("init_from", "", _TEXT,
           "Start from the parameters of the run in this directory (set by --init_from)."),
     Field("num_epochs", 20, between(1, 10**6), "Passes over the training text.", resume=True),
+    Field("max_steps", 0, _COUNT,
+          "Training ends after this number of steps, if num_epochs has more. 0: no limit.",
+          resume=True),
+    Field("validate_every_steps", 0, _COUNT,
+          "Steps between validations within an epoch, which also ends with one. 0: only there.",
+          resume=True),
+    Field("validation_tokens", 0,
+          Rule("0, or from 4 to 2,147,483,647", lambda value: value == 0 or 4 <= value < 2**31),
+          "Validate on the first tokens of a long validation text, this number. 0: on all of it."),
+    Field("patience", 0, _COUNT,
+          "Training ends when the validation loss has not improved for this number of validations. "
+          "0: no such limit.", resume=True),
     Field("steps_per_call", 1, between(1, 10**4),
           "Training steps per compiled call; more are faster for tiny models.", resume=True,
           fits=Rule("at most log_every_steps", lambda c: c.steps_per_call <= c.log_every_steps)),
@@ -205,8 +217,8 @@ FIELDS = (
     Field("optimizer.warmup_steps", 0, _COUNT,
           "Steps of a linear rise to the peak learning rate.", resume=True, population="step"),
     Field("optimizer.schedule", "constant", one_of(*optimizer_lib.SCHEDULES),
-          "Learning rate after warm-up. cosine, linear: decay to zero at the end of the last "
-          "epoch. step: divide by ten at each of step_at.", resume=True, population="step"),
+          "Learning rate after warm-up. cosine, linear: decay to zero at the end of training. "
+          "step: divide by ten at each of step_at.", resume=True, population="step"),
     Field("optimizer.step_at", (0.5, 0.75), _SHARES,
           "Fractions of all steps.", resume=True,
           used_with=is_set_to("optimizer.schedule", "step")),
@@ -246,7 +258,7 @@ FIELDS = (
           "are too large for one.", resume=True, compared=False),
 
     Field("sample.length", 300, between(1, 10**6),
-          "Tokens of the sample after each epoch.", resume=True, compared=False),
+          "Tokens of the sample of each validation.", resume=True, compared=False),
     Field("sample.temperature", 0.8, between(0, 1000),
           "Temperature of this sample. 0: greedy.", resume=True, compared=False),
 )

@@ -22,15 +22,16 @@ from lstm_jax.controls import Controls
 from lstm_jax.data import texts
 from lstm_jax.devices import feeding, hosts, memory, parallel
 from lstm_jax.errors import UnavailableError
+from lstm_jax.run import advice, lock, messages, metrics, plan, resume, workdir
 from lstm_jax.run import checkpoints as checkpoints_lib
-from lstm_jax.run import files, lock, messages, metrics, resume, workdir
 from lstm_jax.run.console import make_printable, mute
 from lstm_jax.run.profiler import Profiler
 from lstm_jax.run.progress import Progress
 from lstm_jax.run.signals import Pacer, Stopped, StopRequest
 from lstm_jax.train_step import make_train_step
 
-# Called with each row of metrics.jsonl, without its checksum.
+# Called with each row of metrics.jsonl, without its checksum. Those of validations also have a
+# `sample`, the generated text.
 Watch = Callable[[Mapping[str, Any]], object]
 
 # Places of the validation text that are read from a zero state after training.
@@ -49,8 +50,8 @@ def train(
       config: a config, which is completed and checked (`config.complete_config`).
       directory: the working directory, which all processes share.
       watch: called with each recorded loss, as a row of metrics.jsonl without its checksum, for
-        example to plot it in a notebook. If it raises an exception, the run ends, and can be
-        resumed.
+        example to plot it in a notebook; that of a validation also has the generated text, as
+        `sample`. If it raises an exception, the run ends, and can be resumed.
       quiet: whether to print nothing, neither progress nor warnings.
 
     Returns:
@@ -106,11 +107,13 @@ class _Run:
         settled = resume.settle_run(
             splits.settle(config), directory, lambda: text.vocabulary(config.data)
         )
-        self.config, self.vocabulary, self.texts = settled.config, settled.vocabulary, splits.texts
+        self.config, self.vocabulary = settled.config, settled.vocabulary
         self.directory, self.saved_in = directory, directory / workdir.CHECKPOINTS
         self.mesh, self.is_ours, self.watch = mesh, is_ours, watch
         self.is_first = hosts.is_first()
         self.ids = splits.encode(self.vocabulary)
+        self.validation_ids = plan.cut_validation(self.config, self.ids)
+        self.costs = splits.measure_costs(self.vocabulary)
         hosts.check_same(
             f"{lock.read_holder(directory)!r} {checkpoints_lib.list_steps(self.saved_in)} "
             f"{config_lib.to_json(self.config)}",
@@ -123,7 +126,7 @@ class _Run:
         )
         self.model, self.state, self.step = start.model, start.state, start.step
         self.iterator, self.history = start.iterator, start.history
-        self.steps_per_epoch, self.total_steps = start.steps_per_epoch, start.total_steps
+        self.plan, self.total_steps = start.plan, start.plan.total_steps
         self.checkpoints = checkpoints_lib.CheckpointWriter(self.saved_in)
         self.saved, self.saved_at = start.step, time.monotonic()
         messages.print_setup(settled, start, self.ids)
@@ -141,12 +144,8 @@ class _Run:
         if self.history is None:
             self._save()
             self.checkpoints.wait()
-        elif self.step == self.total_steps and validated:
-            epochs = self.step / self.steps_per_epoch
-            print(
-                f"The run in {directory} is finished after {epochs:g} epochs. To train longer, "
-                f"add for example --config.num_epochs={2 * config.num_epochs}"
-            )
+        elif validated and (self.step == self.total_steps or self._is_out_of_patience()):
+            print(messages.describe_end(directory, config, self.plan, self.step))
             return 0
         else:
             if self.is_first:
@@ -159,31 +158,41 @@ class _Run:
             text = feeding.place_text(self.ids["train"], len(self.vocabulary), self.mesh)
         feed = feeding.Feed(self.iterator, self.mesh, text)
         first_step, in_step = self.step, True
+        # A checkpoint may have been validated where the plan, if it has changed, does not.
+        validates = validated or self.plan.validates_at(self.step)
         profiled = directory if config.profile and self.is_first else None
         with (
-            metrics.MetricsWriter(directory / workdir.METRICS, self.step)
+            metrics.MetricsWriter(directory / workdir.METRICS, self.step, config)
             if self.is_first
             else contextlib.nullcontext() as self.writer,
             contextlib.closing(Profiler(profiled, self.step)) as profiler,
             contextlib.closing(
-                Progress(self.step, self.total_steps, self.steps_per_epoch)
+                Progress(self.step, self.total_steps, self.plan.steps_per_epoch)
             ) as self.progress,
             StopRequest() as stop,
         ):
             pacer = Pacer(self.step)
             try:
                 while True:
-                    if self.step % self.steps_per_epoch == 0:
+                    if validates:
                         self._validate(stop)
                         self.progress.start_clock(self.step)
+                        if self.step < self.total_steps and self._is_out_of_patience():
+                            self.progress.print(
+                                f"Training ends at step {self.step} of {self.total_steps}: the "
+                                "validation loss has not improved for "
+                                f"{config.patience} validations"
+                            )
+                            self.progress.finish(self.step)
+                            return 0
                     if self.step == self.total_steps:
                         return 0
                     if in_step:
                         stop.check()
-                    steps = self._count_steps_of_call()
+                    steps = self.plan.count_steps_of_call(self.step)
                     batch = feed.next(steps)
                     # The step must not transfer anything else to the devices.
-                    with jax.transfer_guard("disallow"):
+                    with jax.transfer_guard("disallow"), profiler.annotate(self.step):
                         self.state = train_step(self.state, batch)
                     self.step += steps
                     # Processes agree on signals and checkpoints only when all are at one step.
@@ -196,7 +205,8 @@ class _Run:
                     saving = self.checkpoints.check()
                     waited = time.monotonic() - self.saved_at >= config.checkpoint_every_seconds
                     due = in_step and bool(hosts.get_greatest(waited and not saving))
-                    if self.step % self.steps_per_epoch == 0 or due:
+                    validates = self.plan.validates_at(self.step)
+                    if validates or due:
                         self._save()
             except Stopped:
                 if self.saved != self.step:
@@ -208,25 +218,24 @@ class _Run:
                 )
                 return stop.exit_code or 0
 
-    def _count_steps_of_call(self) -> int:
-        """Return the number of steps of the next call, which must not cross a log line or epoch."""
-        number = self.config.steps_per_call
-        ends = (self.config.log_every_steps, self.steps_per_epoch)
-        return number if all(self.step % n + number <= n for n in ends) else 1
-
     def _log(self) -> None:
         """Record the mean training loss of the steps since the last record."""
         self._check_finite()
         state = self.state
-        if loss_steps := int(state.loss_steps):
-            loss = float(state.loss_sum) / loss_steps
+        if number := int(state.loss_steps):
+            loss = float(state.loss_sum) / number
+            numbers: dict[str, Any] = {
+                "learning_rate": self.plan.get_learning_rate(self.step, int(state.skipped)),
+                "gradient_norm": float(state.norm_sum) / number,
+            }
             tokens_per_step = self.config.batches.batch_size * self.config.batches.window_length
-            speed = tokens_per_step * self.progress.steps_per_second(self.step)
+            if speed := self.progress.steps_per_second(self.step) * tokens_per_step:
+                numbers["tokens_per_second"] = round(speed)
             self.progress.update(self.step, loss, speed)
-            self._record(self.step, "train", loss, tokens_per_second=round(speed))
-        self.state = state._replace(
-            loss_sum=_make_zero(state.loss_sum), loss_steps=_make_zero(state.loss_steps)
-        )
+            self._record(self.step, "train", loss, **numbers)
+        sums = (state.loss_sum, state.norm_sum, state.loss_steps)
+        loss_sum, norm_sum, loss_steps = map(_make_zero, sums)
+        self.state = state._replace(loss_sum=loss_sum, norm_sum=norm_sum, loss_steps=loss_steps)
 
     def _check_finite(self) -> None:
         """Report skipped steps; raise `NotFiniteError` if there are more than allowed."""
@@ -250,10 +259,17 @@ class _Run:
         self.checkpoints.save(self.step, state.evaluated, state.rest, self.iterator, sizes)
         self.saved, self.saved_at = self.step, time.monotonic()
 
-    def _record(self, step: int, split: str, loss: float, **extra: float) -> None:
+    def _record(
+        self, step: int, split: str, loss: float, sample: str | None = None, **extra: Any
+    ) -> None:
         if self.writer:
-            epoch = step / self.steps_per_epoch
-            self.watch(self.writer.write(step, epoch, split, loss, **extra))
+            if split != "train":
+                tokens, costs = len(self.ids[split]) - 1, [self.costs[split]]
+                bits = loss_lib.compute_bits_per_character(loss, tokens, costs)
+                extra["bits_per_character"] = bits
+            epoch = self.plan.count_epochs(step)
+            row = self.writer.write(step, epoch, split, loss, sample, **extra)
+            self.watch(row if sample is None else {**row, "sample": sample})
 
     # ---- Validate.
 
@@ -263,17 +279,16 @@ class _Run:
             params, key = parallel.gather_on_one_device(
                 (self.state.evaluated, self.state.key), self.mesh
             )
-            loss = loss_lib.compute_loss(self.model, params, self.ids["validation"])
+            loss = loss_lib.compute_loss(self.model, params, self.validation_ids)
             text = self._sample(params, jax.random.fold_in(key, self.step))
         if not self.is_first:
             return
-        self._record(self.step, "validation", loss)
-        header = f"=== step {self.step}, temperature {self.config.sample.temperature}"
-        with files.open_append(self.directory / workdir.SAMPLES) as file:
-            file.write(f"{header}\n{text}\n\n".encode())
+        self._record(self.step, "validation", loss, text)
+        temperature = self.config.sample.temperature
+        workdir.append_sample(self.directory, self.step, temperature, text)
         self.checkpoints.record_validation(self.step, loss)
-        epoch = self.step // self.steps_per_epoch
-        name = f"epoch {epoch} of {self.config.num_epochs}" if self.step else "untrained"
+        done, total = map(self.plan.count_epochs, (self.step, self.total_steps))
+        name = f"epoch {round(done, 2):g} of {round(total, 2):g}" if self.step else "untrained"
         described = self._describe_loss(loss, "validation")
         self.progress.print(f"\n=== {name}: validation loss {described}\n{text}\n")
         if self.step:
@@ -281,6 +296,11 @@ class _Run:
             warning = loss_lib.find_suspicion({"validation": loss}, len(self.vocabulary))
             if warning:
                 self.progress.print(f"warning: {warning}\n")
+
+    def _is_out_of_patience(self) -> bool:
+        """Return whether to end early, by the rows of metrics.jsonl; the first process decides."""
+        rows = metrics.read_metrics(self.directory / workdir.METRICS) if self.is_first else []
+        return bool(hosts.get_greatest(advice.is_out_of_patience(rows, self.config.patience)))
 
     def _plot_curves(self) -> None:
         rows = metrics.read_metrics(self.directory / workdir.METRICS)
@@ -299,9 +319,8 @@ class _Run:
         return make_printable(text)
 
     def _describe_loss(self, loss: float, split: str) -> str:
-        costs = self.texts[split].costs(self.vocabulary, first=False)
-        tokens = len(self.ids[split]) - 1
-        return loss_lib.describe_loss(loss, self.vocabulary.token_name, tokens, costs)
+        name, tokens = self.vocabulary.token_name, len(self.ids[split]) - 1
+        return loss_lib.describe_loss(loss, name, tokens, self.costs[split])
 
     # ---- Finish.
 
@@ -328,11 +347,11 @@ class _Run:
         print(
             f"\n{self._sample(params, jax.random.key(self.config.seed))}\n\n"
             f"Test loss of step {step}, the best by validation loss: {described}\n"
-            f"{zero.describe('validation')}\n"
-            f"Everything is in {self.directory}: {workdir.CHECKPOINTS}/, {workdir.METRICS}, "
-            f"{workdir.SAMPLES}, {workdir.CURVES}, TensorBoard events\n"
-            f"Generate text: python -m lstm_jax.sample --workdir {self.directory}"
+            f"{zero.describe('validation')}"
         )
+        if sentence := advice.advise(rows):
+            print(sentence)
+        print(messages.list_files(self.directory))
         losses = {"test": loss}
         best = checkpoints_lib.read_validation_loss(self.saved_in, step)
         if best is not None:

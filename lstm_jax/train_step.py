@@ -15,6 +15,9 @@ from lstm_jax import batches, regularization
 from lstm_jax import model as model_lib
 from lstm_jax.devices import feeding, parallel
 
+# Fields of the state that checkpoints of earlier versions lack.
+ADDED = ("norm_sum",)
+
 
 class TrainState(NamedTuple):
     """Everything that a training step reads and writes."""
@@ -26,7 +29,8 @@ class TrainState(NamedTuple):
     key: jax.Array  # The PRNG key of all random draws in training.
     step: jax.Array  # int32 [], training steps done.
     loss_sum: jax.Array  # float32 [], nats per token, summed since the last log line.
-    loss_steps: jax.Array  # int32 [], the number of steps in this sum.
+    norm_sum: jax.Array  # float32 [], global norms of the gradients before clipping, summed, too.
+    loss_steps: jax.Array  # int32 [], the number of steps in these sums.
     skipped: jax.Array  # int32 [], the number of steps skipped because a number was not finite.
     first_skipped: jax.Array  # int32 [], the first of them not yet reported; 0 if none.
 
@@ -94,8 +98,9 @@ def init_state(
         opt_state=optimizer.init(params),
         carry=model.initial_carry(batch_size),
         key=key,
-        loss_sum=jnp.zeros(()),
         # Separate arrays, because a step donates each of them.
+        loss_sum=jnp.zeros(()),
+        norm_sum=jnp.zeros(()),
         **{name: jnp.zeros((), jnp.int32) for name in counters},
     )
     return state if mesh is None else state.place(mesh)
@@ -230,8 +235,9 @@ def make_step(
             # With a smaller decay at first, the initial parameters are forgotten soon.
             kept = jnp.minimum(decay, (1 + step) / (10 + step))
             average = jax.tree.map(lambda a, p: kept * a + (1 - kept) * p, average, params)
+        norm = optax.tree.norm(grads)
         # Finite gradients times a learning rate or weight decay can be infinite.
-        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         finite &= model_lib.is_finite(params)
         # Leaf by leaf, XLA fuses the selection with the computation of the new values.
         params, average, opt_state, carry = jax.tree.map(
@@ -248,6 +254,7 @@ def make_step(
             key=key,
             step=step,
             loss_sum=state.loss_sum + jnp.where(finite, loss, 0),
+            norm_sum=state.norm_sum + jnp.where(finite, norm, 0),
             loss_steps=state.loss_steps + finite,
             skipped=state.skipped + ~finite,
             first_skipped=first_skipped,

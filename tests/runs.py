@@ -1,6 +1,7 @@
 """Read and compare the working directories of tiny runs."""
 
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +36,41 @@ def load_final_state(directory: Path) -> list[Any]:
 
 
 def read_losses(directory: Path) -> list[tuple[int, str, float]]:
-    """Return the rows of metrics.jsonl without their speeds."""
+    """Return the losses of metrics.jsonl."""
     rows = metrics.read_metrics(directory / workdir.METRICS)
     return [(row["step"], row["split"], row["loss"]) for row in rows]
 
 
-def read_events(directory: Path) -> list[tuple[int, str, float]]:
-    """Return the same rows from the TensorBoard files, sorted."""
-    rows = []
+def read_numbers(directory: Path) -> list[tuple[int, str, float]]:
+    """Return all numbers of metrics.jsonl that don't depend on the time, as in `read_events`."""
+    others = ("step", "epoch", "split", *metrics.TIMES)
+    rows = metrics.read_metrics(directory / workdir.METRICS)
+    return [
+        (row["step"], f"{row['split']}/{name}", value)
+        for row in rows
+        for name, value in row.items()
+        if name not in others
+    ]
+
+
+def iterate_events(directory: Path) -> Iterator[Event]:
+    """Yield the events in the TensorBoard files."""
     for path in directory.glob("events.out.tfevents.*"):
         content, at = path.read_bytes(), 0
         while at < len(content):
             (length,) = struct.unpack_from("<Q", content, at)
-            event = Event.FromString(content[at + 12 : at + 12 + length])
+            yield Event.FromString(content[at + 12 : at + 12 + length])
             at += length + 16
-            for value in event.summary.value:
-                split, _, name = value.tag.partition("/")
-                if name == "loss":
-                    rows.append((event.step, split, value.simple_value))
+
+
+def read_events(directory: Path) -> list[tuple[int, str, float]]:
+    """Return the same numbers from the TensorBoard files, sorted."""
+    rows = []
+    for event in iterate_events(directory):
+        for value in event.summary.value:
+            name, kind = value.tag.partition("/")[2], value.WhichOneof("value")
+            if kind == "simple_value" and name not in metrics.TIMES:
+                rows.append((event.step, value.tag, value.simple_value))
     return sorted(rows)
 
 
@@ -60,24 +78,24 @@ def _assert_same_rows(
     one: list[tuple[int, str, float]], other: list[tuple[int, str, float]], rtol: float
 ) -> None:
     assert [row[:2] for row in one] == [row[:2] for row in other]
-    ours, theirs = ([loss for *_, loss in rows] for rows in (one, other))
+    ours, theirs = ([number for *_, number in rows] for rows in (one, other))
     np.testing.assert_allclose(ours, theirs, rtol=rtol, equal_nan=False)
 
 
 def assert_same(one: Path, other: Path, rtol: float = 0) -> None:
     """Assert that two runs have the same parameters, state, metrics, events and samples.
 
-    All are compared bit for bit, except for logged losses, which may differ by `rtol`: in another
+    All are compared bit for bit, except for logged numbers, which may differ by `rtol`: in another
     program, XLA may sum them in another order.
     """
     for a, b in zip(load_final_state(one), load_final_state(other), strict=True):
         np.testing.assert_array_equal(a, b)
-    _assert_same_rows(read_losses(one), read_losses(other), rtol)
+    _assert_same_rows(read_numbers(one), read_numbers(other), rtol)
     assert (one / workdir.SAMPLES).read_text() == (other / workdir.SAMPLES).read_text()
     _assert_same_rows(read_events(one), read_events(other), rtol)
     np.testing.assert_allclose(
-        [loss for *_, loss in read_events(one)],
-        [loss for *_, loss in sorted(read_losses(one))],
+        [number for *_, number in read_events(one)],
+        [number for *_, number in sorted(read_numbers(one))],
         rtol=1e-6,  # TensorBoard stores float32.
     )
     assert len(set(read_losses(one))) == len(read_losses(one)), "each step once"

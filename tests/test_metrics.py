@@ -1,10 +1,18 @@
 import json
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
+import runs
 from lstm_jax.run import metrics
+
+
+def drop_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in ("seconds", "time")} for row in rows]
 
 
 def test_rows_are_read_back_and_appended_to(tmp_path: Path) -> None:
@@ -14,12 +22,53 @@ def test_rows_are_read_back_and_appended_to(tmp_path: Path) -> None:
         writer.write(10, 0.5, "train", 2.5, tokens_per_second=1000)
     with metrics.MetricsWriter(path, 10) as writer:
         writer.write(20, 1, "validation", 2.25)
-    assert metrics.read_metrics(path) == [
+    assert drop_times(metrics.read_metrics(path)) == [
         {"step": 10, "epoch": 0.5, "split": "train", "loss": 2.5, "tokens_per_second": 1000},
         {"step": 20, "epoch": 1, "split": "validation", "loss": 2.25},
     ]
     events = sorted(tmp_path.glob("events.out.tfevents.*"))
     assert b"train/loss" in b"".join(event.read_bytes() for event in events)
+
+
+def test_tensorboard_has_the_config_and_the_samples(trained: Path) -> None:
+    values = {
+        (value.tag, event.step): value
+        for event in runs.iterate_events(trained)
+        for value in event.summary.value
+    }
+    plugin = values["_hparams_/session_start_info", 0].metadata.plugin_data
+    fields = HParamsPluginData.FromString(plugin.content).session_start_info.hparams
+    assert fields["optimizer.learning_rate"].number_value == 0.02
+    assert fields["batches.kind"].string_value == "streams"
+    assert fields["model.layer_norm"].bool_value is False
+    assert fields["data.fractions"].string_value == "(0.9, 0.05, 0.05)"
+    for step in (0, 70, 140):
+        (shown,) = values["validation/sample/text_summary", step].tensor.string_val
+        lines = [line.removeprefix("    ") for line in shown.decode().split("\n")]
+        assert "\n".join(lines) in (trained / "samples.txt").read_text()
+
+
+def test_the_seconds_of_training_continue_when_a_run_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "epoch": 0.0, "split": "validation", "loss": 4.2}\n')
+    now = 1000.0
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
+    with metrics.MetricsWriter(path, 0) as writer:  # After a row of an earlier version.
+        now += 5
+        writer.write(10, 0.5, "train", 2.5)
+        now += 2.5
+        writer.write(20, 1, "validation", 2.25)
+    now = 3.0  # Another process, with another clock.
+    with metrics.MetricsWriter(path, 20) as writer:
+        now += 1
+        writer.write(30, 1.5, "train", 2.0)
+    rows = metrics.read_metrics(path)
+    assert [row.get("seconds") for row in rows] == [None, 5.0, 7.5, 8.5]
+    times = [datetime.fromisoformat(row["time"]) for row in rows[1:]]
+    assert times == sorted(times)
+    assert abs((datetime.now(UTC) - times[0]).total_seconds()) < 600
 
 
 def test_partial_and_damaged_lines_are_dropped(tmp_path: Path) -> None:
@@ -28,7 +77,8 @@ def test_partial_and_damaged_lines_are_dropped(tmp_path: Path) -> None:
     path.write_bytes(json.dumps(row).encode() + b"\n\xff\xfe{\n[1]\n{}\n" + b'{"step": 20, "lo')
     with metrics.MetricsWriter(path, 10) as writer:
         writer.write(20, 1, "train", 2.25)
-    assert metrics.read_metrics(path) == [row, {**row, "step": 20, "epoch": 1, "loss": 2.25}]
+    rows = drop_times(metrics.read_metrics(path))
+    assert rows == [row, {**row, "step": 20, "epoch": 1, "loss": 2.25}]
     metrics.plot_metrics([{**row, "loss": float("nan")}, row], tmp_path / "curves.png")
 
 

@@ -9,4 +9,5 @@ def test_a_profiled_run_leaves_a_trace(tiny_config: ConfigDict, tmp_path: Path) 
     tiny_config.profile, tiny_config.num_epochs = True, 1
     assert train.train(tiny_config, tmp_path) == 0
     (trace,) = tmp_path.glob("plugins/profile/*/*.xplane.pb")
-    assert b"train_step" in trace.read_bytes()
+    content = trace.read_bytes()
+    assert b"train_step" in content and b"step_num" in content  # The functions, and the steps.

@@ -39,23 +39,30 @@ def test_the_time_left_excludes_compilation(
     shown.update(21, 2.25, 4321.0)
     shown.close()
     lines = capsys.readouterr().out.splitlines()
-    assert [line.rpartition("tokens/s")[2] for line in lines] == [", 50:00 left", ", 1:20 left"]
+    assert [line.partition("loss ")[2] for line in lines] == [
+        "2.500, 50:00 left",  # The speed was not measured yet.
+        "2.250, 4,321 tokens/s, 1:20 left",
+    ]
 
 
+@pytest.mark.parametrize("early", [False, True])
 def test_the_bar_ends_at_100_percent(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    early: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    shown = progress.Progress(step=0, total_steps=205, steps_per_epoch=205)
+    shown = progress.Progress(step=0, total_steps=410 if early else 205, steps_per_epoch=205)
     now = 30.0
     shown.start_clock(5)
     now = 40.0
     shown.update(105, 2.25, 4321.0)
     shown.update(195, 2.0, 4321.0)
     shown.start_clock(205)
+    if early:
+        shown.finish(205)
     shown.close()
     output = capsys.readouterr()
     last = output.err.split("\r")[-1]
-    assert "100%" in last and "0:00 left" in last and output.out == ""
+    assert last.startswith("step 205/205, epoch 1.00, loss 2.000, 4,321 tokens/s 100%")
+    assert "0:00 left" in last and output.out == ""

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import math
 import platform
 import random
 import shutil
@@ -84,6 +85,15 @@ def test_a_run_writes_all_its_files(trained: Path) -> None:
     train_rows = [row for row in rows if row["split"] == "train"]
     assert [row["step"] for row in train_rows] == list(range(10, train_rows[-1]["step"] + 1, 10))
     assert all(row["tokens_per_second"] > 0 for row in train_rows)
+    assert all(0 < row["gradient_norm"] < 10 for row in train_rows)
+    # The warm-up ends at the eleventh step, and the cosine ends at zero.
+    rates = [row["learning_rate"] for row in train_rows]
+    assert rates[0] == 0.018 and rates[1:] == sorted(rates[1:], reverse=True) and rates[-1] < 1e-5
+    for row in rows:
+        if row["split"] != "train":
+            assert row["bits_per_character"] == pytest.approx(row["loss"] / math.log(2))
+    seconds = [row["seconds"] for row in rows]
+    assert seconds == sorted(seconds) and seconds[0] > 0 and all("time" in row for row in rows)
     assert train_rows[-1]["loss"] < train_rows[0]["loss"] - 0.5, "it learns"
     assert (trained / workdir.SAMPLES).read_text().count("=== step ") == 3
 
@@ -249,9 +259,10 @@ def test_training_from_python_works_in_a_thread_and_reports_every_row(
     thread.join()
     assert ended == [0]
     rows = metrics.read_metrics(tmp_path / workdir.METRICS)
-    assert [dict(row) for row in reported] == [
-        {name: value for name, value in row.items() if name != "crc"} for row in rows
-    ]
+    assert [{k: v for k, v in row.items() if k != "sample"} for row in reported] == rows
+    samples = [row["sample"] for row in reported if row["split"] == "validation"]
+    assert all(sample in (tmp_path / workdir.SAMPLES).read_text() for sample in samples)
+    assert sum("sample" in row for row in reported) == len(samples) == 3
     assert {row["split"] for row in reported} == {"train", "validation", "test"}
     assert all("tokens_per_second" in row for row in reported if row["split"] == "train")
     assert workdir.load_trained(str(tmp_path)).step == 140

@@ -66,6 +66,7 @@ def test_one_step_is_adam_on_the_mean_loss(max_gradient_norm: float) -> None:
     after = train_step(state, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), after.params, expected)
     assert float(after.loss_sum) == pytest.approx(np.log(11), abs=0.05)
+    assert float(after.norm_sum) == pytest.approx(norm, rel=1e-4)  # Before clipping.
 
 
 def test_microbatches_match_the_step_of_the_whole_batch() -> None:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from lstm_jax.data import sources, standard_texts
 from lstm_jax.data.encoding import Text
 from lstm_jax.errors import UserError
-from lstm_jax.vocabulary import Ids, Vocabulary
+from lstm_jax.vocabulary import Costs, Ids, Vocabulary
 
 if TYPE_CHECKING:
     from lstm_jax.data.prepared import Manifest
@@ -44,6 +44,10 @@ class Splits(NamedTuple):
                 length = f"{len(of_split)} {vocabulary.token_name}s"
                 raise UserError(f"the {name} split is too short: it has {length}")
         return ids
+
+    def measure_costs(self, vocabulary: Vocabulary) -> dict[str, Costs]:
+        """Return the costs of each split, without its first token, which is not predicted."""
+        return {name: text.costs(vocabulary, first=False) for name, text in self.texts.items()}
 
 
 def load_texts(data: ConfigDict) -> Splits:

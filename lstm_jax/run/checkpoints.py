@@ -26,6 +26,7 @@ from lstm_jax.devices import hosts
 from lstm_jax.errors import UnavailableError, UserError, one_line
 from lstm_jax.run import files
 from lstm_jax.run.seal import VALIDATION, find_damage, seal_checkpoint
+from lstm_jax.train_step import ADDED
 
 _UNFINISHED = ".unfinished"
 _VALIDATION_LIMIT = 2**12  # bytes
@@ -181,8 +182,9 @@ def restore_latest(
     """Read the latest undamaged checkpoint; return None if there is no checkpoint.
 
     Later ones, which are damaged, are renamed, each with a warning. `params` and `state` are arrays
-    of the expected shapes and dtypes, or `jax.ShapeDtypeStruct`s. The iterator over the training
-    batches is set to the checkpoint's position.
+    of the expected shapes and dtypes, or `jax.ShapeDtypeStruct`s; the restored state lacks fields
+    that were added since the checkpoint was saved (`train_step.ADDED`). The iterator over the
+    training batches is set to the checkpoint's position.
 
     Raises:
       UserError: if all are damaged, or one does not hold such `params` and `state`.
@@ -191,7 +193,7 @@ def restore_latest(
         directory,
         int,  # The latest one has the highest rank.
         params,
-        state=ocp.args.StandardRestore(_abstract(state)),
+        state,
         batches=ocp.args.JsonRestore(),
         history=ocp.args.JsonRestore(),
     )
@@ -261,15 +263,18 @@ def read_validation_loss(directory: Path, step: int) -> float | None:
 
 
 def _restore_first(
-    directory: Path, rank: Callable[[int], Any], params: Any, **other_items: Any
+    directory: Path,
+    rank: Callable[[int], Any],
+    params: Any,
+    state: Any = None,
+    **other_items: Any,
 ) -> tuple[int | None, Any, dict[Path, str]]:
     """Return step and items of the highest-ranked undamaged checkpoint; None if there is none.
 
     The last item describes the damage of those ranked higher. Raise `UserError` if all are damaged,
     or one does not hold arrays of these names, shapes and dtypes.
     """
-    params_item = ocp.args.StandardRestore(_abstract(params))
-    items = ocp.args.Composite(params=params_item, **other_items)
+    items = {"params": ocp.args.StandardRestore(_abstract(params)), **other_items}
     if directory.is_symlink():  # Perhaps to the checkpoints of another run.
         raise UserError(
             f"{directory} is a link: the checkpoints of a run must be in its own working "
@@ -282,8 +287,12 @@ def _restore_first(
         damage = find_damage(path, params)
         if damage is None:
             try:
+                if state is not None:
+                    items["state"] = ocp.args.StandardRestore(_abstract(_find_saved(path, state)))
                 with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-                    restored = checkpointer.restore(path.absolute(), args=items)
+                    restored = checkpointer.restore(
+                        path.absolute(), args=ocp.args.Composite(**items)
+                    )
             except Exception as error:  # Orbax re-raises any exception of its storage.
                 if not path.exists():
                     continue
@@ -303,6 +312,12 @@ def _restore_first(
             "name another --workdir"
         )
     return None, None, damaged
+
+
+def _find_saved(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `state` without the fields that were added since a checkpoint was saved."""
+    saved = ocp.StandardCheckpointHandler().metadata(path.absolute() / "state").tree
+    return {name: part for name, part in state.items() if name in saved or name not in ADDED}
 
 
 # Jitted, so that it works on arrays that are divided over processes.

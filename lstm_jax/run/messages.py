@@ -1,4 +1,4 @@
-"""Print how training starts, and report numbers that are not finite."""
+"""Print how training starts and ends, and report numbers that are not finite."""
 
 import json
 import sys
@@ -11,7 +11,8 @@ from lstm_jax import batches
 from lstm_jax import model as model_lib
 from lstm_jax.devices import hosts
 from lstm_jax.errors import NotFiniteError
-from lstm_jax.run import files, resume
+from lstm_jax.run import files, resume, workdir
+from lstm_jax.run.plan import Plan
 from lstm_jax.vocabulary import Ids
 
 # Tokens of the window that is printed.
@@ -27,7 +28,7 @@ def print_setup(settled: resume.Settled, start: resume.Start, ids: Mapping[str, 
     print(
         f"{model_lib.format_parameters(start.state.params)}\n\n"
         f"{vocabulary.token_name}s: {counts}; vocabulary: {len(vocabulary)}; "
-        f"steps per epoch: {start.steps_per_epoch:,}; "
+        f"steps per epoch: {start.plan.steps_per_epoch:,}; "
         f"recurrence: {start.model.implementation()}, matmuls in {start.model.dtype}\n\n"
         "The first window and its targets:\n"
         f"  inputs  {vocabulary.decode(inputs)!r}\n"
@@ -46,6 +47,27 @@ def print_setup(settled: resume.Settled, start: resume.Start, ids: Mapping[str, 
         )
     for field, (before, after) in changes.items():
         print(f"From step {start.step} on, {field} is {after!r}; it was {before!r}", flush=True)
+
+
+def describe_end(directory: Path, config: ConfigDict, plan: Plan, step: int) -> str:
+    """Return that the run in a directory has ended after `step` steps, and how to train longer."""
+    field, reason = plan.limit, ""
+    if step < plan.total_steps:
+        field = "patience"
+        reason = f", without a lower validation loss in the last {config.patience} validations"
+    return (
+        f"The run in {directory} is finished after {plan.describe_length(step)}{reason}. To train "
+        f"longer, add for example --config.{field}={2 * config[field]}"
+    )
+
+
+def list_files(directory: Path) -> str:
+    """Return lines about the files of a run, and the command that generates text."""
+    return (
+        f"Everything is in {directory}: {workdir.CHECKPOINTS}/, {workdir.METRICS}, "
+        f"{workdir.SAMPLES}, {workdir.CURVES}, TensorBoard events\n"
+        f"Generate text: python -m lstm_jax.sample --workdir {directory}"
+    )
 
 
 def report_nonfinite(

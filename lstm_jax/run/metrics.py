@@ -7,17 +7,21 @@ import json
 import math
 import secrets
 import sys
+import textwrap
 import time
 import zlib
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
 from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
+from tensorboardX.summary import hparams, scalar, text
 
+from lstm_jax import config as config_lib
 from lstm_jax.errors import UserError
 from lstm_jax.run import files
 
@@ -25,17 +29,25 @@ from lstm_jax.run import files
 _COLORS = {"train": "#0072B2", "validation": "#D55E00", "test": "#009E73"}
 # Limits in bytes of the part of metrics.jsonl that is read, and of a row.
 _LARGEST, _LONGEST_LINE = 2**26, 2**12
+# Fields of a row that differ when a run is repeated.
+TIMES = ("tokens_per_second", "seconds", "time")
 
 
 class MetricsWriter:
-    """Appends losses to metrics.jsonl and to TensorBoard events."""
+    """Appends losses to metrics.jsonl, and losses and samples to TensorBoard events."""
 
-    def __init__(self, path: Path, step: int) -> None:
-        """Open metrics.jsonl at `path`, and events beside it, for a run that is at `step`."""
+    def __init__(self, path: Path, step: int, config: ConfigDict | None = None) -> None:
+        """Open metrics.jsonl at `path`, and events beside it, for a run that is at `step`.
+
+        TensorBoard shows the config as hyperparameters. The seconds of training continue from those
+        of the last row.
+        """
         self._lines = files.open_append(path)
         # A killed process or a full disk can leave half a line.
         if half := files.read_tail(path, _LONGEST_LINE).rpartition(b"\n")[2]:
             self._lines.truncate(path.stat().st_size - len(half))
+        rows = read_metrics(path)
+        self._start = time.monotonic() - (rows[-1].get("seconds", 0.0) if rows else 0.0)
         # tensorboardX's SummaryWriter has a thread, which loses its queue when the process is
         # killed and waits forever when the disk is full. The random suffix makes the file
         # a new one, not a link that somebody put there.
@@ -43,25 +55,44 @@ class MetricsWriter:
         self._events = EventsWriter(str(path.parent / "events"), filename_suffix=suffix)
         if step:  # TensorBoard then hides earlier events of later steps, of an interrupted run.
             self._add(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+        if config is not None:
+            losses = [f"{split}/loss" for split in _COLORS]
+            for summary in hparams(list_hyperparameters(config), losses)[:2]:
+                self._add(Event(summary=summary))
 
-    def _add(self, event: Event) -> None:
-        event.wall_time = time.time()
+    def _add(self, event: Event, now: float | None = None) -> None:
+        event.wall_time = now or time.time()
         self._events.write_event(event)
         self._events.flush()
 
     def write(
-        self, step: int, epoch: float, split: str, loss: float, **extra: float
+        self,
+        step: int,
+        epoch: float,
+        split: str,
+        loss: float,
+        sample: str | None = None,
+        **extra: float,
     ) -> dict[str, Any]:
         """Record a loss in nats per token; return its row of metrics.jsonl without the checksum.
 
         `step` is the number of training steps done, `epoch` that of passes over the training text,
-        with fractions, and `split` is "train", "validation" or "test".
+        with fractions, and `split` is "train", "validation" or "test". A `sample` of generated text
+        is shown in TensorBoard only. `extra` holds more numbers. The row also has the seconds of
+        training so far, and the time in UTC.
         """
-        row = {"step": step, "epoch": round(epoch, 6), "split": split, "loss": loss, **extra}
+        now = time.time()
+        numbers = {"loss": loss, **extra, "seconds": round(time.monotonic() - self._start, 3)}
+        at = datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds")
+        row = {"step": step, "epoch": round(epoch, 6), "split": split, **numbers, "time": at}
         self._lines.write(f"{json.dumps({**row, 'crc': _checksum(row)})}\n".encode())
         self._lines.flush()
-        for name, value in {"loss": loss, **extra}.items():
-            self._add(Event(step=step, summary=scalar(f"{split}/{name}", value)))
+        for name, value in numbers.items():
+            self._add(Event(step=step, summary=scalar(f"{split}/{name}", value)), now)
+        if sample is not None:
+            self._add(
+                Event(step=step, summary=text(f"{split}/sample", quote_markdown(sample))), now
+            )
         return row
 
     def __enter__(self) -> Self:
@@ -70,6 +101,19 @@ class MetricsWriter:
     def __exit__(self, *unused: object) -> None:
         self._lines.close()
         self._events.close()
+
+
+def list_hyperparameters(config: ConfigDict) -> dict[str, bool | int | float | str]:
+    """Return the fields of a config by name, with values of other types as strings."""
+    return {
+        name: value if isinstance(value, bool | int | float | str) else str(value)
+        for name, value in config_lib.flatten(config)
+    }
+
+
+def quote_markdown(text: str) -> str:
+    """Return Markdown that shows a text as it is: every line indented."""
+    return textwrap.indent(text, "    ", lambda line: True)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -106,6 +150,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         row: dict[str, Any] = json.loads(line) if len(line) <= _LONGEST_LINE else {}
         valid = isinstance(row["step"], int) and 0 <= row["step"] < 2**31
         valid = valid and isinstance(row["loss"], float) and row["split"] in _COLORS
+        valid = valid and isinstance(row.get("seconds", 0.0), float)
         crc = row.pop("crc", None)
         if valid and crc in (None, _checksum(row)):
             return row

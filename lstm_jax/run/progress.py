@@ -18,6 +18,7 @@ class Progress:
     def __init__(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
         """Start at `step` of `total_steps`."""
         self._first, self._total, self._steps_per_epoch = step, total_steps, steps_per_epoch
+        self._measured = ""  # The last training loss and speed.
         self._last_line = time.monotonic()
         # (Steps done, time), from which the speed and the remaining time are measured.
         self._clock = self._start = step, self._last_line
@@ -47,17 +48,24 @@ class Progress:
         return steps / seconds if steps else 0.0
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """Show that `step` steps are done, with this training loss and speed."""
-        text = (
-            f"step {step}/{self._total}, epoch {step / self._steps_per_epoch:.2f}, "
-            f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s"
-        )
-        self._bar.set_description_str(text, refresh=False)
+        """Show that `step` steps are done, with this training loss and speed (0 if unknown)."""
+        self._measured = f", loss {loss:.3f}"
+        if tokens_per_second:
+            self._measured += f", {tokens_per_second:,.0f} tokens/s"
         left = self._advance(step)
         now = time.monotonic()
         if self._bar.disable and now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
-            print(", ".join(filter(None, [text, left])), flush=True)
+            print(", ".join(filter(None, [self._describe(step), left])), flush=True)
+
+    def finish(self, step: int) -> None:
+        """Show that the run ends at `step`, before all steps are done."""
+        self._total = self._bar.total = step
+        self._advance(step)
+
+    def _describe(self, step: int) -> str:
+        epoch = step / self._steps_per_epoch
+        return f"step {step}/{self._total}, epoch {epoch:.2f}{self._measured}"
 
     def _advance(self, step: int) -> str:
         """Move the bar; return the remaining time, or "" before it can be estimated."""
@@ -66,6 +74,7 @@ class Progress:
             seconds = (time.monotonic() - self._start[1]) / steps * (self._total - step)
             minutes, seconds = divmod(round(seconds), 60)
             left = f"{minutes}:{seconds:02} left"
+        self._bar.set_description_str(self._describe(step), refresh=False)
         self._bar.set_postfix_str(left, refresh=False)
         self._bar.update(step - self._bar.n)
         return left

@@ -18,6 +18,7 @@ from lstm_jax.devices import hosts
 from lstm_jax.errors import UserError
 from lstm_jax.regularization import drop_parameters
 from lstm_jax.run import cell_file, checkpoints, files, workdir
+from lstm_jax.run.plan import Plan
 from lstm_jax.train_step import TrainState, init_state
 from lstm_jax.vocabulary import Ids, Vocabulary
 
@@ -137,8 +138,7 @@ class Start(NamedTuple):
     state: TrainState
     iterator: grain.DatasetIterator  # Over training batches, or over their places.
     step: int  # Training steps done.
-    steps_per_epoch: int
-    total_steps: int  # Until the end of the last epoch.
+    plan: Plan
     history: dict[str, int] | None  # `workdir.history_sizes` when it was saved; None if it is new.
     trained: workdir.Trained | None  # The model whose parameters a new run starts from, if any.
 
@@ -167,14 +167,14 @@ def restore_run(
     config, vocabulary, changes = settled
     part = (jax.process_index(), jax.process_count())
     iterator, steps_per_epoch = batches.make_batches(ids, config.batches, config.seed, places, part)
-    total_steps = config.num_epochs * steps_per_epoch
+    plan = Plan(config, steps_per_epoch)
     model = model_lib.make_model(config.model, len(vocabulary))
     saved_in = directory / workdir.CHECKPOINTS
     is_new = not checkpoints.list_steps(saved_in)
     trained = workdir.load_trained(config.init_from) if config.init_from and is_new else None
     state = init_state(
         model,
-        optimizer_lib.make_optimizer(config.optimizer, total_steps),
+        optimizer_lib.make_optimizer(config.optimizer, plan.total_steps),
         jax.random.key(config.seed),
         config.batches.batch_size,
         averaged=config.optimizer.average_decay > 0,
@@ -186,16 +186,17 @@ def restore_run(
     step, history = 0, None
     if restored:
         step, history = restored.step, restored.history
-        state = TrainState.join(restored.params, restored.state)
+        state = TrainState.join(restored.params, {**state.rest, **restored.state})
     elif (directory / workdir.METRICS).exists():
         raise UserError(
             f"{directory} holds {workdir.METRICS} but no checkpoint: restore "
             f"{workdir.CHECKPOINTS}/, or start a new run with another --workdir"
         )
-    if step > total_steps:
+    if step > plan.total_steps:
         raise UserError(
-            f"the run in {directory} has trained {step / steps_per_epoch:g} epochs already, and "
-            f"--config.num_epochs={config.num_epochs} is fewer: set more, or name another --workdir"
+            f"the run in {directory} has trained {plan.describe_length(step)} already, and "
+            f"--config.{plan.limit}={config[plan.limit]} is fewer: set more, or name another "
+            "--workdir"
         )
     with hosts.first_goes_ahead("config"):
         if hosts.is_first():
@@ -204,4 +205,4 @@ def restore_run(
                 workdir.append_changes(directory, step, changes)
             workdir.save_vocabulary(directory, vocabulary)
             workdir.save_config(directory, config)
-    return Start(model, state, iterator, step, steps_per_epoch, total_steps, history, trained)
+    return Start(model, state, iterator, step, plan, history, trained)

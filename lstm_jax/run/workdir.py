@@ -132,6 +132,12 @@ def append_changes(workdir: Path, step: int, changes: Mapping[str, tuple[Any, An
         file.write((json.dumps({"step": step, "changes": changes}) + "\n").encode())
 
 
+def append_sample(workdir: Path, step: int, temperature: float, text: str) -> None:
+    """Record the text that was generated after `step`."""
+    with files.open_append(workdir / SAMPLES) as file:
+        file.write(f"=== step {step}, temperature {temperature}\n{text}\n\n".encode())
+
+
 def history_sizes(workdir: Path) -> dict[str, int]:
     """Flush the files that a run appends to, and return their sizes in bytes by name."""
     sizes = {}

@@ -32,8 +32,9 @@ from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import cell_file, lock, resume, workdir
 from lstm_jax.run import checkpoints as checkpoints_lib
 from lstm_jax.run.metrics import MetricsWriter
+from lstm_jax.run.plan import cut_validation
 from lstm_jax.train_step import TrainState, make_step
-from lstm_jax.vocabulary import Ids
+from lstm_jax.vocabulary import Costs, Ids
 
 # The largest default size of a population of seeds.
 LARGEST = 16
@@ -71,6 +72,7 @@ def train_population(
     splits = texts.load_texts(configs[0].data)
     training_text = splits.texts["train"]
     ids: dict[str, Ids] = {}
+    costs: dict[str, Costs] = {}
     members: list[_Member] = []
     with contextlib.ExitStack() as held:
         for config, directory in zip(configs, directories, strict=True):
@@ -79,6 +81,7 @@ def train_population(
                 splits.settle(config), directory, lambda: training_text.vocabulary(configs[0].data)
             )
             ids = ids or splits.encode(settled.vocabulary)
+            costs = costs or splits.measure_costs(settled.vocabulary)
             start = resume.restore_run(settled, directory, ids["train"], training_text.count_tokens)
             saved_in = directory / workdir.CHECKPOINTS
             writer = held.enter_context(checkpoints_lib.CheckpointWriter(saved_in))
@@ -96,8 +99,8 @@ def train_population(
             group = [member for member in members if member.start.step == step]
             for member in group:
                 path = member.directory / workdir.METRICS
-                member.metrics = held.enter_context(MetricsWriter(path, step))
-            _train_group(group, ids, on_validation)
+                member.metrics = held.enter_context(MetricsWriter(path, step, member.config))
+            _train_group(group, ids, costs, on_validation)
     return [member.reason for member in members]
 
 
@@ -107,6 +110,11 @@ def check_members(configs: Sequence[ConfigDict]) -> None:
         raise UserError(
             "the members of a population start from fresh weights: leave out "
             "--config.init_from or --population"
+        )
+    if configs[0].patience:
+        raise UserError(
+            "the members of a population all end at the same step: leave out --config.patience, or "
+            "train one at a time with --population=1"
         )
     for config in configs:
         cell_file.settle_cell(config)
@@ -184,11 +192,14 @@ def stack(members: Sequence[Any], mesh: Mesh) -> Any:
 
 
 def _train_group(
-    members: Sequence[_Member], ids: dict[str, Ids], on_validation: _OnValidation
+    members: Sequence[_Member],
+    ids: dict[str, Ids],
+    costs: dict[str, Costs],
+    on_validation: _OnValidation,
 ) -> None:
     """Train members that are at the same step; see `train_population`."""
     config, first = members[0].config, members[0].start
-    step, steps_per_epoch, total_steps = first.step, first.steps_per_epoch, first.total_steps
+    step, total_steps = first.step, first.plan.total_steps
     mesh = make_mesh(len(members))
 
     def fill(each: list[Any]) -> list[Any]:
@@ -204,23 +215,31 @@ def _train_group(
     train_step = make_population_step(config, first.model.vocabulary_size, total_steps, mesh)
     compute_losses = _make_compute_losses(first.model, mesh)
     tokens_per_step = config.batches.batch_size * config.batches.window_length
+    validation = cut_validation(config, ids)
     clock, logged = time.monotonic(), step
 
+    def record(member: _Member, step: int, split: str, loss: float, **extra: Any) -> None:
+        if split != "train":
+            tokens = len(ids[split]) - 1
+            bits = loss_lib.compute_bits_per_character(loss, tokens, [costs[split]])
+            extra["bits_per_character"] = bits
+        member.metrics.write(step, first.plan.count_epochs(step), split, loss, **extra)
+
     def validate() -> None:
-        losses = compute_losses(state.evaluated, ids["validation"])
+        losses = compute_losses(state.evaluated, validation)
         for member, loss in zip(members, losses, strict=False):
             if not member.reason:
-                epoch = step // steps_per_epoch
-                member.metrics.write(step, epoch, "validation", loss)
+                record(member, step, "validation", loss)
                 member.checkpoints.record_validation(step, loss)
-                on_validation(member.number, epoch, loss)
+                if step % first.plan.steps_per_epoch == 0:
+                    on_validation(member.number, step // first.plan.steps_per_epoch, loss)
 
     validate()
     while step < total_steps:
         parts = fill([next(member.start.iterator) for member in members])
         state = train_step(traced, state, jax.tree.map(lambda *arrays: np.stack(arrays), *parts))
         step += 1
-        logs, validates = step % config.log_every_steps == 0, step % steps_per_epoch == 0
+        logs, validates = step % config.log_every_steps == 0, first.plan.validates_at(step)
         if logs or validates:
             skipped, bad = np.asarray(state.skipped), np.asarray(state.first_skipped)
             for i, member in enumerate(members):
@@ -232,13 +251,19 @@ def _train_group(
             now = time.monotonic()
             speed = round((step - logged) * tokens_per_step / (now - clock))
             clock, logged = now, step
-            sums, counts = np.asarray(state.loss_sum), np.asarray(state.loss_steps)
+            sums, norms = np.asarray(state.loss_sum), np.asarray(state.norm_sum)
+            counts = np.asarray(state.loss_steps)
             for i, member in enumerate(members):
                 if counts[i] and not member.reason:
-                    epoch, loss = step / steps_per_epoch, float(sums[i] / counts[i])
-                    member.metrics.write(step, epoch, "train", loss, tokens_per_second=speed)
+                    record(
+                        *(member, step, "train", float(sums[i] / counts[i])),
+                        learning_rate=member.start.plan.get_learning_rate(step, int(skipped[i])),
+                        gradient_norm=float(norms[i] / counts[i]),
+                        tokens_per_second=speed,
+                    )
             state = state._replace(
                 loss_sum=jnp.zeros_like(state.loss_sum),
+                norm_sum=jnp.zeros_like(state.norm_sum),
                 loss_steps=jnp.zeros_like(state.loss_steps),
             )
         if validates:
@@ -250,7 +275,7 @@ def _train_group(
     losses = compute_losses(stack(fill([params for params, _ in best]), mesh), ids["test"])
     for member, (_, at), loss in zip(members, best, losses, strict=False):
         if math.isfinite(loss) and not member.reason:
-            member.metrics.write(at, at / steps_per_epoch, "test", loss)
+            record(member, at, "test", loss)
 
 
 def _save(members: Sequence[_Member], state: TrainState, step: int) -> None:

@@ -199,7 +199,7 @@ def _train_trial(trial: Trial, config: ConfigDict, directory: Path) -> str:
 
     def report_loss(row: Mapping[str, Any]) -> None:
         epoch = row["epoch"]
-        if row["split"] == "validation" and epoch:
+        if row["split"] == "validation" and epoch and epoch.is_integer():
             _report(trial, epoch, row["loss"])
             if epoch < config.num_epochs and trial.should_prune():
                 raise TrialPruned

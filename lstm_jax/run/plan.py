@@ -1,0 +1,62 @@
+"""Plan a run: at which steps it logs and validates, on what, where it ends; its learning rate."""
+
+from collections.abc import Mapping
+
+import jax
+from ml_collections import ConfigDict
+
+from lstm_jax import optimizer as optimizer_lib
+from lstm_jax.vocabulary import Ids
+
+
+def cut_validation(config: ConfigDict, ids: Mapping[str, Ids]) -> Ids:
+    """Return the ids on which a run validates, from those of its splits."""
+    number = config.validation_tokens
+    return ids["validation"][:number] if number else ids["validation"]
+
+
+class Plan:
+    """The steps of a run with this config, for a text with this number of steps per epoch.
+
+    Attributes:
+      steps_per_epoch: the number of steps per epoch.
+      total_steps: the number of steps until the end of the run, unless `patience` ends it earlier.
+      limit: the field that determines it, "num_epochs" or "max_steps".
+    """
+
+    def __init__(self, config: ConfigDict, steps_per_epoch: int) -> None:
+        self._config, self.steps_per_epoch = config, steps_per_epoch
+        self.total_steps, self.limit = config.num_epochs * steps_per_epoch, "num_epochs"
+        if 0 < config.max_steps < self.total_steps:
+            self.total_steps, self.limit = config.max_steps, "max_steps"
+        # Jitted, because a schedule is many operations.
+        self._schedule = jax.jit(optimizer_lib.make_schedule(config.optimizer, self.total_steps))
+
+    def count_epochs(self, step: int) -> float:
+        """Return the number of passes over the training text after `step` steps."""
+        return step / self.steps_per_epoch
+
+    def describe_length(self, step: int) -> str:
+        """Return how long a run is after `step` steps, in the unit of its limit."""
+        if self.limit == "max_steps":
+            return f"{step} steps"
+        return f"{self.count_epochs(step):g} epochs"
+
+    def validates_at(self, step: int) -> bool:
+        """Return whether the run validates after `step` steps."""
+        every = self._config.validate_every_steps or self.steps_per_epoch
+        return not step % every or not step % self.steps_per_epoch or step == self.total_steps
+
+    def count_steps_of_call(self, step: int) -> int:
+        """Return the number of steps of the next call, which must not cross a log or validation."""
+        config, number = self._config, self._config.steps_per_call
+        every = (config.log_every_steps, config.validate_every_steps, self.steps_per_epoch)
+        next_ends = [self.total_steps, *(step + n - step % n for n in every if n)]
+        return number if step + number <= min(next_ends) else 1
+
+    def get_learning_rate(self, step: int, skipped: int) -> float:
+        """Return the learning rate of a step, the first of which is 1; `skipped` are not counted.
+
+        It has six digits, because it was computed in float32.
+        """
+        return float(f"{float(self._schedule(step - skipped - 1)):.6g}")
