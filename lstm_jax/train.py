@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import sys
 import time
 import types
@@ -22,8 +23,8 @@ from lstm_jax.controls import Controls
 from lstm_jax.data import texts
 from lstm_jax.devices import feeding, hosts, memory, parallel
 from lstm_jax.errors import UnavailableError
+from lstm_jax.run import cell_file, files, lock, messages, metrics, resume, workdir
 from lstm_jax.run import checkpoints as checkpoints_lib
-from lstm_jax.run import files, lock, messages, metrics, resume, workdir
 from lstm_jax.run.console import make_printable, mute
 from lstm_jax.run.profiler import Profiler
 from lstm_jax.run.progress import Progress
@@ -331,7 +332,8 @@ class _Run:
             f"{zero.describe('validation')}\n"
             f"Everything is in {self.directory}: {workdir.CHECKPOINTS}/, {workdir.METRICS}, "
             f"{workdir.SAMPLES}, {workdir.CURVES}, TensorBoard events\n"
-            f"Generate text: python -m lstm_jax.sample --workdir {self.directory}"
+            f"Generate text: python -m lstm_jax.sample --workdir {shlex.quote(str(self.directory))}"
+            f"{cell_file.make_flag(self.config)}"
         )
         losses = {"test": loss}
         best = checkpoints_lib.read_validation_loss(self.saved_in, step)
