@@ -183,6 +183,11 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
         return f"can't read the config file: {str(error).rpartition(']')[2].strip()}"
     if isinstance(error, SyntaxError):
         return f"config file {error.filename}, line {error.lineno}: {error.msg}"
+    if isinstance(error, flags.UnrecognizedFlagError) and error.flagname == "cell":
+        return (
+            "this command has no --cell: main and sweep take --config.model.cell=FILE.py:CLASS, "
+            "and convert and export support only cells of the package"
+        )
     if isinstance(error, flags.UnrecognizedFlagError) and error.flagname.startswith("config."):
         return f"--{error.flagname} needs an experiment: add --config experiments/quick.py"
     if isinstance(error, flags.Error):

@@ -20,7 +20,7 @@ class UnavailableError(UserError):
     """
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Return the type and the message of an exception, with spaces for line breaks."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 

@@ -351,7 +351,7 @@ class _Run:
         )
         if sentence := advice.advise(rows):
             print(sentence)
-        print(messages.list_files(self.directory))
+        print(messages.list_files(self.directory, self.config))
         losses = {"test": loss}
         best = checkpoints_lib.read_validation_loss(self.saved_in, step)
         if best is not None:

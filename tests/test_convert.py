@@ -358,9 +358,12 @@ def test_torch_layers_with_other_names_and_in_float16(tmp_path: Path) -> None:
 
 
 def test_layers_that_other_libraries_lack_raise_an_error(tmp_path: Path) -> None:
-    for fields, message in (({"cell": "mogrifier"}, "'mogrifier'"), ({"layer_norm": True}, "norm")):
-        with pytest.raises(UserError, match=message):
-            make_weights(tmp_path, **fields)
+    for field, value in (("cell", "mogrifier"), ("layer_norm", True), ("block", "residual")):
+        model = config.default().model
+        weights.check_model(model)
+        model[field] = value
+        with pytest.raises(UserError, match=f"have no layer with model.{field}={value!r}"):
+            weights.check_model(model)
     own = make_weights(tmp_path, num_layers=2)
     uneven = own._replace(
         layers=[own.layers[0], make_weights(tmp_path, embedding_size=5).layers[0]]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
 from lstm_jax.export import page
@@ -296,6 +297,8 @@ def test_a_byte_model_shows_characters(browser: Any, tmp_path: Path) -> None:
     ("fields", "to", "message"),
     [
         ({"cell": "mogrifier"}, "page.html", "the cells lstm, gru, rnn, not mogrifier"),
+        ({"cell": "my.py:Cell"}, "page.html", "the cells lstm, gru, rnn, not my.py:Cell"),
+        ({"block": "residual"}, "page.html", "the cells lstm, gru, rnn, not model.block=residual"),
         ({}, "page.txt", "it must end in .html"),
         ({}, "nowhere/page.html", "can't write"),
     ],
@@ -303,7 +306,10 @@ def test_a_byte_model_shows_characters(browser: Any, tmp_path: Path) -> None:
 def test_mistakes_give_a_one_line_error(
     fields: dict[str, Any], to: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(workdir, "load_trained", lambda _: make_trained("characters", **fields))
+    config = config_lib.default()
+    config.model.update(fields)
+    monkeypatch.setattr(workdir, "load_config", lambda _: config)
+    monkeypatch.setattr(workdir, "load_trained", lambda _: make_trained("characters"))
     with pytest.raises(UserError) as error:
         page.write_page(tmp_path, tmp_path / to)
     assert message in str(error.value) and "\n" not in str(error.value)

@@ -174,7 +174,7 @@ def use_study(directory: Path, location: str | None = None, trials: int = 5) -> 
             trial.should_prune()
             worker.tell(trial, TrialState.COMPLETE, 2.5)
     report.write_report(record, directory, config_lib.default(), searched)
-    report.summarize_sweep(record, directory)
+    report.summarize_sweep(record, directory, config_lib.default(), searched)
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "journal"])
@@ -507,7 +507,7 @@ def test_names_are_quoted_in_the_files_of_a_sweep(
     found = runpy.run_path(str(directory / report.BEST))["get_config"]()
     assert found.data.path == f"/{name}" and found.optimizer.schedule in ("cosine", "linear")
     assert not (tmp_path / "ran").exists() and not (directory / "ran").exists()
-    summary = report.summarize_sweep(record, directory)
+    summary = report.summarize_sweep(record, directory, experiment, searched)
     offered = shlex.split(summary.partition("Train it: ")[2].partition("\nGenerate text")[0])
     best = min(rows(directory), key=lambda row: row["validation_loss"] or 9e9)["trial"]
     assert offered == [
@@ -611,9 +611,10 @@ def test_a_sweep_of_seeds_has_no_best_trial(tmp_path: Path) -> None:
         while trial := worker.next():
             trial.set_user_attr(study.OVERRIDES, searched.overrides(trial))
             worker.tell(trial, TrialState.COMPLETE, 2.0)
-    report.write_report(record, tmp_path, config_lib.default(), searched)
+    results = record, tmp_path, config_lib.default(), searched
+    report.write_report(*results)
     assert not (tmp_path / report.BEST).exists()
-    written = report.summarize_sweep(record, tmp_path) + (tmp_path / report.PAGE).read_text()
+    written = report.summarize_sweep(*results) + (tmp_path / report.PAGE).read_text()
     assert "of 3 seeds" in written and "best.py" not in written
 
 

@@ -1,9 +1,13 @@
 # ruff: noqa: D101, D102
 """Train with cells in files of a user: the example of docs/cells.md, and broken ones."""
 
+import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +24,17 @@ from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.cells.block import Block
 from lstm_jax.cells.protocol import make_cell
+from lstm_jax.convert import transfer
 from lstm_jax.errors import UserError
+from lstm_jax.export import page
 from lstm_jax.inspect import activations
-from lstm_jax.run import cell_file, resume, workdir
+from lstm_jax.run import cell_file, metrics, resume, workdir
 from runs import assert_same
 from test_docs import find_blocks
 
-PAGE = Path(__file__).parents[1] / "docs" / "cells.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "cells.md"
+FOREIGN = ROOT / "tests" / "fixtures" / "delta_cell.py"
 
 
 @pytest.fixture
@@ -86,6 +94,73 @@ def test_the_example_trains_and_resumes_bit_for_bit(
     assert train.train(tiny_config, tmp_path / "new") == 0
 
 
+SPACE = """
+def get_overrides(trial):
+    return {"model.options.keys": trial.suggest_int("keys", 2, 4)}
+"""
+
+
+def test_a_cell_of_somebody_else_needs_only_flags(text_file: Path, tmp_path: Path) -> None:
+    their_file = tmp_path / "their cell.py"
+    shutil.copy(FOREIGN, their_file)
+    assert len(their_file.read_text().splitlines()) <= 60
+    cell = f"{their_file}:DeltaCell"
+    fields = [f"--config={ROOT}/experiments/quick.py", f"--config.data.path={text_file}"]
+    fields += [f"--config.model.cell={cell}", "--config.model.options.warm_up=3.0"]
+    fields += ["--config.model.embedding_size=8", "--config.model.hidden_size=24"]
+    fields += ["--config.batches.batch_size=8", "--config.checkpoint_every_seconds=0"]
+    fields += ["--config.num_epochs=1", "--config.sample.length=20"]
+
+    def start(module: str, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", f"lstm_jax.{module}", *arguments]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path)
+
+    def finish(process: subprocess.Popen[str]) -> str:
+        output, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        return output
+
+    printed = finish(start("main", *fields, "--workdir=whole"))
+    cut = start("main", *fields, "--workdir=cut")
+    while len(metrics.read_metrics(tmp_path / "cut" / workdir.METRICS)) < 4:
+        assert cut.poll() is None
+        time.sleep(0.02)
+    cut.kill()
+    cut.communicate()
+    assert "Resuming from step" in finish(start("main", *fields, "--workdir=cut"))
+    cell_file.load_cell(cell)
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+    # The commands that a run and a sweep print work.
+    def generate(printed: str) -> str:
+        command = shlex.split(printed.partition("Generate text: ")[2].partition("\n")[0])
+        assert command[:3] == ["python", "-m", "lstm_jax.sample"]
+        return finish(start("sample", *command[3:], "--length=9"))
+
+    assert len(generate(printed)) == 9 + 1
+    finish(start("inspect", "--workdir=whole", f"--cell={cell}", "--length=500"))
+    assert '"rate"' in (tmp_path / "whole" / "report.html").read_text()
+    (tmp_path / "space.py").write_text(SPACE)
+    sweep = [*fields, "--space=space.py", "--trials=3", "--workdir=sweep"]
+    for worker in [start("sweep", *sweep) for _ in range(2)]:
+        printed = finish(worker)
+    rows = (tmp_path / "sweep" / "trials.jsonl").read_text().splitlines()
+    assert [json.loads(row)["state"] for row in rows] == 3 * ["complete"]
+    assert len(generate(printed)) == 9 + 1
+
+
+def test_commands_for_the_cells_of_the_package_name_them(
+    own_file: Path, tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    name = name_cell(tiny_config, own_file)
+    workdir.save_config(tmp_path, tiny_config)
+    with pytest.raises(UserError, match=f"ONNX have no layer with model.cell='{name}'"):
+        transfer.export_weights(tmp_path, tmp_path / "model.onnx")
+    with pytest.raises(UserError, match=f"a page can run the cells lstm, gru, rnn, not {name}"):
+        page.write_page(tmp_path, tmp_path / "page.html")
+
+
 def test_reading_a_run_runs_only_the_file_that_the_user_names(
     own_file: Path, tiny_config: ConfigDict, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,8 +204,10 @@ GOOD = "        return carry, nn.Dense(self.hidden_size)(inputs) + carry\n"
     [
         ("import nothing_like_it\n", "Mine", r"cell file .*own.py, line 1: ModuleNotFoundError"),
         ("def f(:\n", "Mine", "cell file .*own.py, line 1: invalid syntax"),
-        (HEADER + GOOD, "Other", "has no flax module Other: its classes are Mine"),
-        ("class Mine: pass\n", "Mine", "has no flax module Mine"),
+        ("\0", "Mine", "cell file .*own.py: source code string cannot contain null bytes"),
+        ("import sys\nsys.exit(1)\n", "Mine", "cell file .*own.py, line 2: SystemExit: 1"),
+        (HEADER + GOOD, "Other", "has no class Other: its classes are Mine"),
+        ("class Mine: pass\n", "Mine", "Mine in .*own.py is no flax module"),
         (
             "import flax.linen as nn\nclass Mine(nn.Module):\n    hidden_size: int\n",
             "Mine",
@@ -149,7 +226,52 @@ GOOD = "        return carry, nn.Dense(self.hidden_size)(inputs) + carry\n"
         (
             HEADER + "        return carry, inputs\n",
             "Mine",
-            r"its outputs are float32\[3, 8\]: they must be \[batch, hidden_size\], here \[3, 24\]",
+            r"its outputs are float32\[3, 8\]: it must return floats .* here \[3, 24\]",
+        ),
+        (
+            HEADER + "        return carry, carry.astype(int)\n",
+            "Mine",
+            r"its outputs are int32\[3, 24\]: it must return floats \[batch, hidden_size\]",
+        ),
+        (
+            HEADER.replace("scale: float = 1.0", "scale: float") + GOOD,
+            "Mine",
+            "own.py, line 3.*: its field scale needs a default",
+        ),
+        (
+            HEADER.partition("    @nn.compact")[0],
+            "Mine",
+            "own.py, line 3.* has no method __call__",
+        ),
+        (
+            HEADER.replace("(self, carry, inputs)", "(self, carry)") + GOOD,
+            "Mine",
+            r"own.py, line 9.*: the arguments of __call__ must be \(self, carry, inputs\)",
+        ),
+        (
+            HEADER.replace("return jnp.zeros(", "jnp.zeros(") + GOOD,
+            "Mine",
+            r"own.py, line 7.*: initial_carry\(3\) returned None: it must return arrays",
+        ),
+        (
+            HEADER.replace("jnp.zeros(", "self.param('a', nn.initializers.ones, ") + GOOD,
+            "Mine",
+            "own.py, line 8.*: AssertionError: initial_carry depends on the fields alone",
+        ),
+        (
+            HEADER + GOOD + "    def run_parallel(self, carry, inputs):\n        return inputs\n",
+            "Mine",
+            "own.py, line 12.*: it must return a tuple of the next carry and the outputs",
+        ),
+        (
+            HEADER + GOOD + "    def gates(self, carry, inputs):\n        return {'a': inputs}\n",
+            "Mine",
+            r"own.py, line 12.*: a is float32\[3, 8\]: it must return floats",
+        ),
+        (
+            HEADER + GOOD + "    def activation(self, carry):\n        return carry[0]\n",
+            "Mine",
+            r"own.py, line 12.*: activation is float32\[24\]: it must return floats",
         ),
         (
             HEADER + "        return (carry, carry), carry\n",
@@ -192,6 +314,27 @@ def test_a_mistake_in_a_cell_is_one_line(
     with pytest.raises(UserError, match=message) as error:
         train.train(tiny_config, tmp_path / "run")
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_a_run_is_read_with_the_file_that_it_was_trained_with(
+    tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_config.num_epochs = 1
+    for name in ("one", "two"):
+        path = tmp_path / f"{name}.py"
+        path.write_text(HEADER + GOOD + f"# {name}\n")
+        name_cell(tiny_config, path, "Mine")
+        assert train.train(tiny_config, tmp_path / name, quiet=True) == 0
+    for name in ("one", "two"):
+        trained = workdir.load_trained(tmp_path / name)
+        assert trained.config.model.cell == f"{tmp_path / name}.py:Mine"
+    assert capsys.readouterr().err == ""
+    # A mistake in a file that has changed is one line, too.
+    path.write_text(HEADER + "        return carry, inputs\n")
+    cell_file.load_cell(f"{path}:Mine")
+    with pytest.raises(UserError, match=r"two.py, line 9.*: its outputs are float32\[3, 8\]"):
+        workdir.load_trained(tmp_path / "two")
+    assert "has changed since the model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,17 +12,21 @@ from lstm_jax import config as config_lib
 from lstm_jax.devices import parallel
 from lstm_jax.errors import UserError
 
+# A cell in a file of its own, whose carry has a matrix and an integer for each text.
+OWN_CELL = f"{Path(__file__).parent}/fixtures/delta_cell.py:DeltaCell"
 _SCRIPT = """
 import json, sys
 import jax, numpy as np
 from lstm_jax import batches, config, model, optimizer, train_step
 from lstm_jax.devices import parallel
+from lstm_jax.run import cell_file
 
 settings = config.default()
 settings.mesh.data, settings.mesh.model, cell = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 settings.batches.batch_size = 16
 settings.model.embedding_size, settings.model.hidden_size, settings.model.num_layers = 6, 20, 2
-settings.model.cell, settings.model.layer_norm = cell, cell != "lstm"
+settings.model.cell, settings.model.layer_norm = cell, cell == "gru"
+cell_file.settle_cell(settings)
 settings.optimizer.learning_rate, settings.optimizer.average_decay = 0.01, 0.9
 settings.optimizer.microbatches = 2
 settings.optimizer.epsilon = 1e-3  # Adam otherwise amplifies the rounding of tiny gradients.
@@ -60,7 +65,8 @@ def run(data: int, model: int, cell: str) -> tuple[np.ndarray, list[np.ndarray]]
 
 
 @pytest.mark.parametrize(
-    ("cell", "meshes"), [("lstm", [(8, 1), (2, 2), (4, 2)]), ("gru", [(1, 4)])]
+    ("cell", "meshes"),
+    [("lstm", [(8, 1), (2, 2), (4, 2)]), ("gru", [(1, 4)]), (OWN_CELL, [(2, 1), (1, 2)])],
 )
 def test_many_devices_train_like_one(cell: str, meshes: list[tuple[int, int]]) -> None:
     """Include dropout, penalties, microbatches, averaged weights and the carry."""

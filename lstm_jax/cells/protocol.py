@@ -23,8 +23,9 @@ Recurrent dropout (DropConnect) applies to every parameter named `recurrent_kern
 import contextlib
 import dataclasses
 import inspect
+import re
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -38,7 +39,15 @@ from lstm_jax.errors import UserError, one_line
 Gates = dict[str, jax.Array]
 
 _FIELDS = ("input_size", "hidden_size")
-_METHODS = ("initial_carry", "__call__")
+_OTHER_FIELDS = ("dtype", "layer_norm", "parent", "name")
+# The arguments of the methods, of which the first two are required.
+_METHODS = {
+    "initial_carry": ("batch_size",),
+    "__call__": ("carry", "inputs"),
+    "run_parallel": ("carry", "inputs"),
+    "gates": ("carry", "inputs"),
+    "activation": ("carry",),
+}
 
 
 def make_cell(
@@ -59,8 +68,25 @@ def make_cell(
     fields = {field.name: field.default for field in dataclasses.fields(cell)}
     if missing := [name for name in _FIELDS if name not in fields]:
         raise UserError(f"{describe_place(cell)} has no field {missing[0]}: it must be an int")
-    if missing := [name for name in _METHODS if not callable(getattr(cell, name, None))]:
-        raise UserError(f"{describe_place(cell)} has no method {missing[0]}: see docs/cells.md")
+    own = list_options(cell)
+    if others := [name for name in fields if name not in (*own, *_FIELDS, *_OTHER_FIELDS)]:
+        raise UserError(
+            f"{describe_place(cell)}: its field {others[0]} needs a default, as all fields but "
+            f"{' and '.join(_FIELDS)} do"
+        )
+    for name, arguments in _METHODS.items():
+        # Not `hasattr`: every class has a __call__, which makes an instance.
+        if not any(name in vars(base) for base in cell.__mro__):
+            if name in ("initial_carry", "__call__"):
+                raise UserError(f"{describe_place(cell)} has no method {name}: see docs/cells.md")
+            continue
+        try:
+            inspect.signature(getattr(cell, name)).bind(cell, *arguments)
+        except TypeError:
+            listed = ", ".join(("self", *arguments))
+            raise UserError(
+                f"{describe_place(cell, name)}: the arguments of {name} must be ({listed})"
+            ) from None
     given: dict[str, Any] = {}
     for name, value, default in (
         ("dtype", dtype, "float32"),
@@ -70,7 +96,6 @@ def make_cell(
             given[name] = value
         elif value != default:
             raise UserError(f"the cell {cell.__name__} has no field {name}: leave it {default!r}")
-    own = list_options(cell)
     for name, value in (options or {}).items():
         if name not in own:
             known = ", ".join(own) or "none"
@@ -90,7 +115,7 @@ def make_cell(
 
 def list_options(cell: type[nn.Module]) -> dict[str, Any]:
     """Return the options of a cell by name, with their defaults."""
-    others = (*_FIELDS, "dtype", "layer_norm", "parent", "name")
+    others = (*_FIELDS, *_OTHER_FIELDS)
     fields = [field for field in dataclasses.fields(cell) if field.name not in others]
     return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
 
@@ -134,33 +159,57 @@ def trace_cell(cell: Any, batch: int = 3) -> Any:
     Return its parameters as `jax.ShapeDtypeStruct`s. Raise `UserError` with the file and line of a
     mistake.
     """
-    with blaming(type(cell)):
+    kind = type(cell)
+    with blaming(kind, "initial_carry depends on the fields alone, not on parameters"):
         carry = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, cell.initial_carry(batch)))
+    where = f"{describe_place(cell, 'initial_carry')}: initial_carry({batch}) returned"
+    if carry is None:
+        raise UserError(f"{where} None: it must return arrays [batch_size, ...], or () for none")
     for path, leaf in jax.tree_util.tree_leaves_with_path(carry):
         if leaf.shape[:1] != (batch,):
             raise UserError(
-                f"{describe_place(cell, 'initial_carry')}: initial_carry({batch}) returned "
-                f"{_describe(leaf)}{_at(path)}: the first axis of every array must be the batch"
+                f"{where} {_describe(leaf)}{_at(path)}: the first axis of every array must be the "
+                "batch"
             )
     inputs = jax.ShapeDtypeStruct((batch, cell.input_size), jnp.float32)
-    with blaming(type(cell)):
+    with blaming(kind):
         variables = jax.eval_shape(cell.init, jax.random.key(0), carry, inputs)
-        result = jax.eval_shape(cell.apply, variables, carry, inputs)
-    where = describe_place(cell, "__call__")
+
+    def trace(run: Callable[..., Any], inputs: Any = inputs) -> Any:
+        with blaming(kind):
+            return jax.eval_shape(nn.apply(run, cell), variables, carry, inputs)
+
     if others := [name for name in variables if name != "params"]:
         raise UserError(
-            f"{where}: it has variables in the collection {others[0]!r}: return all state in the "
-            "carry, and declare parameters with self.param"
+            f"{describe_place(cell, '__call__')}: it has variables in the collection "
+            f"{others[0]!r}: return all state in the carry, and declare parameters with self.param"
         )
+    _check_step(cell, "__call__", trace(kind.__call__), carry, (batch,))
+    if hasattr(cell, "run_parallel"):
+        several = jax.ShapeDtypeStruct((batch, 2, cell.input_size), jnp.float32)
+        _check_step(cell, "run_parallel", trace(kind.run_parallel, several), carry, (batch, 2))
+    if hasattr(cell, "gates"):
+        where = describe_place(cell, "gates")
+        # As for the report: of a cell that has run the step.
+        gates, _ = trace(lambda cell, *read: (cell.gates(*read), cell(*read)))
+        if not isinstance(gates, dict):
+            raise UserError(f"{where}: it must return a dict from the names of gates to arrays")
+        for name, gate in gates.items():
+            _check_outputs(f"{where}: {name} is", gate, (batch, cell.hidden_size))
+    if hasattr(cell, "activation"):
+        where = f"{describe_place(cell, 'activation')}: activation is"
+        activation = trace(lambda cell, *read: cell.activation(cell(*read)[0]))
+        _check_outputs(where, activation, (batch, cell.hidden_size))
+    return variables.get("params", {})
+
+
+def _check_step(cell: Any, method: str, result: Any, carry: Any, leading: tuple[int, ...]) -> None:
+    """Raise `UserError` unless a method returned a carry like this one, and outputs."""
+    where = describe_place(cell, method)
     if not (isinstance(result, tuple) and len(result) == 2):
         raise UserError(f"{where}: it must return a tuple of the next carry and the outputs")
     after, outputs = result
-    wanted = (batch, cell.hidden_size)
-    if getattr(outputs, "shape", None) != wanted:
-        raise UserError(
-            f"{where}: its outputs are {_describe(outputs)}: they must be [batch, hidden_size], "
-            f"here {list(wanted)}"
-        )
+    _check_outputs(f"{where}: its outputs are", outputs, (*leading, cell.hidden_size))
     structures: list[Any] = [jax.tree.structure(tree) for tree in (after, carry)]
     if structures[0] != structures[1]:
         raise UserError(
@@ -174,12 +223,22 @@ def trace_cell(cell: Any, batch: int = 3) -> Any:
                 f"{where}: the next carry is {_describe(new)}{_at(path)}: it must be as in "
                 f"initial_carry, {_describe(old)}"
             )
-    return variables.get("params", {})
+
+
+def _check_outputs(where: str, outputs: Any, shape: tuple[int, ...]) -> None:
+    """Raise `UserError` unless this is a floating-point array of this shape."""
+    if getattr(outputs, "shape", None) != shape or not jnp.issubdtype(outputs.dtype, jnp.floating):
+        axes = "batch, time, hidden_size" if len(shape) == 3 else "batch, hidden_size"
+        wanted = f"floats [{axes}], here {list(shape)}"
+        raise UserError(f"{where} {_describe(outputs)}: it must return {wanted}")
 
 
 @contextlib.contextmanager
-def blaming(cell: type[nn.Module]) -> Iterator[None]:
-    """Convert any exception to a `UserError` with the line in the file of a cell."""
+def blaming(cell: type[nn.Module], hint: str = "") -> Iterator[None]:
+    """Convert any exception to a `UserError` with the line in the file of a cell.
+
+    The hint is what an exception without a message may mean.
+    """
     try:
         yield
     except UserError:
@@ -188,9 +247,12 @@ def blaming(cell: type[nn.Module]) -> Iterator[None]:
         file, _ = find_source(cell)
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == file]
-        raise UserError(
-            f"{describe_place(cell, line=lines[-1] if lines else None)}: {one_line(error)[:400]}"
-        ) from error
+        place = describe_place(cell, line=lines[-1] if lines else None)
+        # Without the links and the internals of Flax and JAX.
+        message, *_ = re.split(r" \(https?:| The error occurred while", one_line(error))
+        if not str(error):
+            message += f" {hint}"
+        raise UserError(f"{place}: {message[:400]}") from error
 
 
 def describe_place(cell: Any, method: str = "", line: int | None = None) -> str:

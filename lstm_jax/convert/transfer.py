@@ -96,11 +96,12 @@ def export_weights(directory: Path, target: Path, drop_special: bool = False) ->
     for path in (target, beside):
         if path.exists():
             raise UserError(f"{path} exists: remove it, or name another --to")
-    trained = workdir.load_trained(directory)
     try:
-        own = weights.from_model(trained.model, trained.params)
+        weights.check_model(workdir.load_config(directory).model)
     except UserError as error:
         raise UserError(f"{directory} can't be converted: {error}") from None
+    trained = workdir.load_trained(directory)
+    own = weights.from_model(trained.model, trained.params)
     rows = slice(len(vocabulary_lib.SPECIAL_IDS) if drop_special else 0, None)
     _, embedding, _, kernel, bias = own
     own = own._replace(embedding=embedding[rows], kernel=kernel[:, rows], bias=bias[rows])

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from lstm_jax.errors import UserError, one_line
 from lstm_jax.model import LanguageModel, Params
@@ -36,16 +37,20 @@ class Weights(NamedTuple):
         return [len(layer["recurrent_kernel"]) for layer in self.layers]
 
 
-def from_model(model: LanguageModel, params: Params) -> Weights:
-    """Return the weights of a model; raise `UserError` if no format has its cell."""
+def check_model(model: ConfigDict) -> None:
+    """Raise `UserError` if no format has layers with these `model` fields of a config."""
     if model.cell not in GATES or model.layer_norm or model.block != "none":
-        named = "model.layer_norm=True" if model.layer_norm else f"model.cell={model.cell_name!r}"
+        named = "model.layer_norm=True" if model.layer_norm else f"model.cell={model.cell!r}"
         named = named if model.block == "none" else f"model.block={model.block!r}"
         raise UserError(f"Keras, PyTorch and ONNX have no layer with {named}")
+
+
+def from_model(model: LanguageModel, params: Params) -> Weights:
+    """Return the weights of a model that passes `check_model`."""
     arrays: Any = jax.tree.map(lambda array: np.asarray(array, np.float32), params)
     embedding = arrays["embedding"]["embedding"]
     return Weights(
-        model.cell,
+        model.cell_name,
         embedding,
         [arrays[f"{model.cell}_{i}"] for i in range(model.num_layers)],
         embedding.T if model.tie_embeddings else arrays["dense"]["kernel"],

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from lstm_jax.errors import UserError
 from lstm_jax.run import files, pages, workdir
@@ -21,6 +22,7 @@ def write_page(directory: Path, target: Path, bits: int = 16) -> None:
     """Write the page of the model in a working directory, or raise `UserError`; print its path."""
     if target.suffix != ".html":
         raise UserError(f"{target} (--to) is not the name of a page: it must end in .html")
+    check_config(workdir.load_config(directory))
     trained = workdir.load_trained(directory)
     page = make_page(trained, directory.resolve().name, bits)
     try:
@@ -32,19 +34,24 @@ def write_page(directory: Path, target: Path, bits: int = 16) -> None:
         print(f"Its matmuls here are in {dtype}: the page computes in float32")
 
 
-def make_page(trained: workdir.Trained, name: str, bits: int = 16) -> bytes:
-    """Return the page of a model called `name`, with 8 or 16 bits for each weight.
-
-    Raise `UserError` if the page can't run the model.
-    """
-    model, vocabulary = trained.model, trained.vocabulary
+def check_config(config: ConfigDict) -> None:
+    """Raise `UserError` if a page can't run a model with this config."""
+    model = config.model
     if model.cell not in CELLS or model.block != "none":
-        named = model.cell_name if model.block == "none" else f"model.block={model.block}"
+        named = model.cell if model.block == "none" else f"model.block={model.block}"
         raise UserError(f"a page can run the cells {', '.join(CELLS)}, not {named}")
-    if vocabulary.kind == "bpe":
+    if config.data.units == "bpe":
         raise UserError(
             "a page can run models of characters, graphemes, words and bytes, not of data.units=bpe"
         )
+
+
+def make_page(trained: workdir.Trained, name: str, bits: int = 16) -> bytes:
+    """Return the page of a model called `name`, with 8 or 16 bits for each weight.
+
+    Its config must pass `check_config`.
+    """
+    model, vocabulary = trained.model, trained.vocabulary
 
     def pack(array: Any) -> dict[str, Any]:
         """Return a kernel with its outputs as rows, or a vector."""

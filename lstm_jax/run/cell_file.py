@@ -6,11 +6,11 @@ directory is only compared with those loaded.
 """
 
 import hashlib
+import shlex
 import sys
 import traceback
 import types
 from pathlib import Path
-from typing import NamedTuple
 
 import flax.linen as nn
 from ml_collections import ConfigDict
@@ -23,13 +23,8 @@ from lstm_jax.run import files
 _LIMIT = 2**20  # Of the size of a file, in bytes.
 
 
-class _Loaded(NamedTuple):
-    name: str  # FILE.py:CLASS.
-    sha256: str  # Of the file.
-
-
-# By the name of the class, since the file may have moved.
-_LOADED: dict[str, _Loaded] = {}
+# The checksum of each loaded file, by FILE.py:CLASS, the last one loaded last.
+_LOADED: dict[str, str] = {}
 
 
 def settle_cell(config: ConfigDict) -> None:
@@ -52,7 +47,8 @@ def load_cell(name: str) -> str:
     except OSError as error:
         raise UserError(f"can't read the file of the cell {name}: {error.strerror}") from None
     sha256 = hashlib.sha256(source).hexdigest()
-    if _LOADED.get(kind) == _Loaded(name, sha256):
+    if _LOADED.pop(name, "") == sha256:
+        _LOADED[name] = sha256
         return sha256
     # Under a name of its own, so that it hides no other module. Dataclasses look modules up.
     module = types.ModuleType(f"cell_file_{sha256}")
@@ -62,8 +58,9 @@ def load_cell(name: str) -> str:
     try:
         exec(compile(source, file, "exec"), module.__dict__)
     except SyntaxError as error:
-        raise UserError(f"cell file {error.filename}, line {error.lineno}: {error.msg}") from None
-    except Exception as error:
+        line = f", line {error.lineno}" if error.lineno else ""
+        raise UserError(f"cell file {error.filename or file}{line}: {error.msg}") from None
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if frame.filename == file]
         raise UserError(
@@ -72,17 +69,17 @@ def load_cell(name: str) -> str:
     finally:
         sys.path.pop(0)
     cell = getattr(module, kind, None)
-    if not (isinstance(cell, type) and issubclass(cell, nn.Module)):
+    if cell is None:
         found = [
             key
             for key, value in vars(module).items()
             if isinstance(value, type) and value.__module__ == module.__name__
         ]
-        raise UserError(
-            f"{file} has no flax module {kind}: its classes are {', '.join(found) or 'none'}"
-        )
+        raise UserError(f"{file} has no class {kind}: its classes are {', '.join(found) or 'none'}")
+    if not (isinstance(cell, type) and issubclass(cell, nn.Module)):
+        raise UserError(f"{kind} in {file} is no flax module: make it a class of flax.linen.Module")
     cells.add_cell(name, cell)
-    _LOADED[kind] = _Loaded(name, sha256)
+    _LOADED[name] = sha256
     return sha256
 
 
@@ -95,19 +92,28 @@ def use_loaded_cell(config: ConfigDict, workdir: Path) -> None:
     name = config.model.cell
     if name in cells.CELLS:
         return
-    loaded = _LOADED.get(get_class_name(config))
-    if loaded is None:
+    # The file may have moved, so the names of the classes are compared.
+    named = [cell for cell in _LOADED if cell.endswith(f":{get_class_name(config)}")]
+    if not named:
         raise UserError(
             f"the model in {workdir} has the cell {name}. This file is code, which runs only if "
-            f"you name it: add --cell {name}"
+            f"you name it: add --cell {shlex.quote(name)}"
         )
-    if loaded.sha256 != config.model.cell_sha256:
+    same = [cell for cell in named if _LOADED[cell] == config.model.cell_sha256]
+    loaded = (same or named)[-1]
+    if not same:
         print(
-            f"warning: {loaded.name} has changed since the model in {workdir} was trained with it: "
+            f"warning: {loaded} has changed since the model in {workdir} was trained with it: "
             "it may compute something else",
             file=sys.stderr,
         )
-    config.model.cell = loaded.name
+    config.model.cell = loaded
+
+
+def make_flag(config: ConfigDict) -> str:
+    """Return the flag, after a space, that a command needs to read the run; "" if it needs none."""
+    name = config.model.cell
+    return f" --cell {shlex.quote(name)}" if names_cell_file(name) else ""
 
 
 def get_class_name(config: ConfigDict) -> str:

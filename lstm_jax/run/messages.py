@@ -2,6 +2,7 @@
 
 import json
 import sys
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from lstm_jax import batches
 from lstm_jax import model as model_lib
 from lstm_jax.devices import hosts
 from lstm_jax.errors import NotFiniteError
-from lstm_jax.run import files, resume, workdir
+from lstm_jax.run import cell_file, files, resume, workdir
 from lstm_jax.run.plan import Plan
 from lstm_jax.vocabulary import Ids
 
@@ -61,12 +62,13 @@ def describe_end(directory: Path, config: ConfigDict, plan: Plan, step: int) -> 
     )
 
 
-def list_files(directory: Path) -> str:
+def list_files(directory: Path, config: ConfigDict) -> str:
     """Return lines about the files of a run, and the command that generates text."""
     return (
         f"Everything is in {directory}: {workdir.CHECKPOINTS}/, {workdir.METRICS}, "
         f"{workdir.SAMPLES}, {workdir.CURVES}, TensorBoard events\n"
-        f"Generate text: python -m lstm_jax.sample --workdir {directory}"
+        f"Generate text: python -m lstm_jax.sample --workdir {shlex.quote(str(directory))}"
+        f"{cell_file.make_flag(config)}"
     )
 
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
+from lstm_jax.cells.protocol import trace_cell
 from lstm_jax.ensemble import join_models
 from lstm_jax.errors import UserError
 from lstm_jax.run import cell_file, checkpoints, files
@@ -88,6 +89,9 @@ def load_trained(workdir: Path | str) -> Trained:
     vocabulary = load_vocabulary(workdir)
     config.model.recurrence = "auto"  # The run may have used another kind of device.
     model = model_lib.make_model(config.model, len(vocabulary))
+    if config.model.cell_sha256:
+        for cell in set(model.clone(block="none").make_cells()):
+            trace_cell(cell)
     params, step = load_params(workdir, model)
     return Trained(config, vocabulary, model, params, step)
 

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lstm_jax import config as config_lib
 from lstm_jax.errors import UserError, visible
-from lstm_jax.run import files, workdir
+from lstm_jax.run import cell_file, files, workdir
 from lstm_jax.sweep import plots
 from lstm_jax.sweep import study as study_lib
 from lstm_jax.sweep import table as table_lib
@@ -86,7 +86,7 @@ def list_trials(study: Study) -> list[FrozenTrial]:
     return [trial for trial in study.get_trials(deepcopy=False) if table_lib.describe_state(trial)]
 
 
-def summarize_sweep(study: Study, directory: Path) -> str:
+def summarize_sweep(study: Study, directory: Path, experiment: ConfigDict, space: Space) -> str:
     """Return the text that the command prints at its end."""
     trials = list_trials(study)
     best = table_lib.find_best_trial(trials)
@@ -96,14 +96,16 @@ def summarize_sweep(study: Study, directory: Path) -> str:
         lines = [f"{split} loss of {number} seeds: {text}" for split, number, text in spread]
         complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
         if len(complete) > 1:
-            lines.append(f"Measure their ensemble: {_get_ensemble_command(complete, directory)}")
+            command = _get_ensemble_command(complete, directory) + cell_file.make_flag(experiment)
+            lines.append(f"Measure their ensemble: {command}")
     else:
         trained = shlex.quote(str(study_lib.get_trial_directory(directory, best)))
+        cell = cell_file.make_flag(change_fields(experiment, space.replay(best)))
         lines = [
             f"Best of {len(trials)} trials: trial {best.number}, validation loss "
             f"{best.value:.4f}: {visible(table_lib.describe_settings(best))}",
             f"Train it: {_get_command(best, directory)}",
-            f"Generate text: python -m lstm_jax.sample --workdir {trained}",
+            f"Generate text: python -m lstm_jax.sample --workdir {trained}{cell}",
         ]
     return "\n".join([*lines, f"Report: {directory / PAGE}; all trials: {directory / TRIALS}"])
 

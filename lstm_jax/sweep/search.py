@@ -114,8 +114,9 @@ def run_sweep(sweep: Sweep) -> int:
         worker_lib.Worker(sweep.study, sweep.directory, sweep.trials) as worker,
     ):
         exit_code = run_worker(sweep, worker, table)
-    report.write_report(sweep.study, sweep.directory, sweep.experiment, sweep.space)
-    print(report.summarize_sweep(sweep.study, sweep.directory))
+    results = sweep.study, sweep.directory, sweep.experiment, sweep.space
+    report.write_report(*results)
+    print(report.summarize_sweep(*results))
     return exit_code
 
 
