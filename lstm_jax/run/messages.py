@@ -1,8 +1,8 @@
 """Print how training starts and ends, and report numbers that are not finite."""
 
 import json
-import sys
 import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
