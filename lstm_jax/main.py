@@ -16,6 +16,7 @@ from absl import flags
 
 from lstm_jax import command, config, train
 from lstm_jax.devices import hosts
+from lstm_jax.run import trackers
 
 command.define_config_flag("Python file with get_config(); FILE:WORD calls get_config('WORD').")
 _WORKDIR = flags.DEFINE_string(
@@ -23,6 +24,12 @@ _WORKDIR = flags.DEFINE_string(
 )
 _INIT_FROM = flags.DEFINE_string(
     "init_from", None, "Working directory of a run whose parameters a new run starts from."
+)
+_TRACK = flags.DEFINE_multi_string(
+    "track",
+    [],
+    "Where metrics, samples and the config also go: wandb, mlflow, trackio, or a function as "
+    "package.module:function, which is called with each row of metrics. May be repeated.",
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of the first of several processes that train together."
@@ -43,9 +50,13 @@ def main() -> int:
         experiment.init_from = _INIT_FROM.value
     for message in config.find_unused_fields(experiment):
         print(f"warning: {message}", file=sys.stderr)
+    directory = Path(_WORKDIR.value or Path("runs", name))
     processes = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    with hosts.join_processes(*processes, _JOIN_SECONDS.value):
-        return train.train(experiment, _WORKDIR.value or Path("runs", name))
+    with (
+        hosts.join_processes(*processes, _JOIN_SECONDS.value),
+        trackers.open_trackers(_TRACK.value, directory) as watch,
+    ):
+        return train.train(experiment, directory, watch)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,236 @@
+"""Test what --track passes on; trackers that are not installed are skipped."""
+
+import html
+import importlib.util
+import json
+import sqlite3
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import runs
+from conftest import make_tiny_config
+from lstm_jax import train
+from lstm_jax.errors import UserError
+from lstm_jax.run import metrics, trackers, workdir
+
+ROOT = Path(__file__).parents[1]
+OWN = """
+import json
+rows = []
+def write(row):
+    rows.append(row)
+    with open("rows.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\\n")
+def fail(row):
+    raise ValueError("the server\\nis down")
+number = 5
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Write a module of a user's functions; return its name."""
+    (tmp_path / "own_tracker.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    yield "own_tracker"
+    sys.modules.pop("own_tracker", None)
+
+
+def make_row(step: int, split: str, **more: Any) -> dict[str, Any]:
+    return {"step": step, "epoch": step / 70, "split": split, "loss": 2.0, "time": "now", **more}
+
+
+def test_a_function_gets_each_row_and_one_that_fails_is_left_out(
+    own: str, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [make_row(0, "validation", sample="O"), make_row(10, "train"), make_row(20, "train")]
+    with trackers.open_trackers([f"{own}:fail", f"{own}:write"], trained) as watch:
+        for row in rows:
+            watch(row)
+    assert sys.modules[own].rows == rows
+    assert capsys.readouterr().err == (
+        "warning: --track=own_tracker:fail failed and ends (ValueError: the server is down)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nothing", "--track is 'nothing': it must be wandb, mlflow, trackio, or"),
+        ("os.path:", "--track is 'os.path:'"),
+        ("own_tracker:number", "--track=own_tracker:number is not a function"),
+        ("own_tracker:none", "can't be imported: AttributeError: .* has no attribute 'none'"),
+        ("no.module:f", "can't be imported: ModuleNotFoundError: No module named 'no'"),
+    ],
+)
+def test_a_wrong_name_raises_an_error(name: str, message: str, own: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message), trackers.open_trackers([name], tmp_path):
+        pytest.fail("it was opened")
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
+def test_a_missing_package_raises_an_error_that_names_the_command(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with (
+        pytest.raises(UserError, match=rf"needs .* {name}: pip install 'lstm-jax\[track-{name}\]'"),
+        trackers.open_trackers([name], tmp_path),
+    ):
+        pytest.fail("it was opened")
+
+
+def test_a_tracker_that_cannot_be_opened_ends_the_run_with_one_line(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(run: Any) -> Any:
+        raise RuntimeError("there is\nno key")
+
+    monkeypatch.setitem(trackers._TRACKERS, "json", refuse)  # The name of a package.
+    config = workdir.load_config(trained)
+    config.max_steps = 10
+    with (
+        pytest.raises(UserError, match=r"--track=json failed \(RuntimeError: there is no key\)"),
+        trackers.open_trackers(["json"], tmp_path / "run") as watch,
+    ):
+        train.train(config, tmp_path / "run", watch)
+    assert train.train(config, tmp_path / "run") == 0, "it resumes"
+
+
+def test_the_flag_passes_rows_to_a_function(own: str, text_file: Path, tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "lstm_jax.main", f"--config={ROOT}/experiments/quick.py"),
+        *(f"--config.data.path={text_file}", "--config.batches.batch_size=8"),
+        *("--config.model.embedding_size=8", "--config.model.hidden_size=24"),
+        *("--config.sample.length=20", "--config.max_steps=20", "--workdir=run"),
+        *(f"--track={own}:write", "--track", f"{own}:fail"),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0 and result.stderr.count("\n") == 1, result.stderr
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    samples = [row.pop("sample") for row in rows if "sample" in row]
+    assert rows == metrics.read_metrics(tmp_path / "run" / workdir.METRICS)
+    assert len(samples) == 2
+
+
+def train_tracked(name: str, text_file: Path, directory: Path) -> tuple[list, list]:
+    """Train with a tracker, and resume; return the losses, and those before it resumed."""
+    config = make_tiny_config(text_file)
+    before: list = []
+    for config.max_steps in (20, 40):
+        with trackers.open_trackers([name], directory) as watch:
+            assert train.train(config, directory, watch) == 0
+        before = before or runs.read_losses(directory)
+    return runs.read_losses(directory), before
+
+
+def read_wandb(path: Path) -> Iterator[Any]:
+    """Yield the records of a file of W&B: a log in LevelDB's format after seven bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, at, record = path.read_bytes(), 7, b""
+    while at + 7 < len(content):
+        if at % 2**15 > 2**15 - 7:  # The rest of a block.
+            at += -at % 2**15
+        _, length, kind = struct.unpack_from("<IHB", content, at)
+        record += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # Whole, or the last part.
+            yield Record.FromString(record)
+            record = b""
+
+
+def test_wandb_gets_metrics_config_and_samples(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed (extra 'track-wandb')")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    directory = tmp_path / "run"
+    losses, before = train_tracked("wandb", text_file, directory)
+    logged, fields, identities = [], {}, set()
+    paths = directory.glob("wandb/offline-run-*/*.wandb")
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime):
+        for record in read_wandb(path):
+            for item in record.config.update:
+                fields[item.key or item.nested_key[0]] = json.loads(item.value_json)
+            if record.HasField("run"):
+                identities.add(record.run.run_id)
+            if record.HasField("history"):
+                items = record.history.item
+                values = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}
+                logged += [
+                    (values["step"], split, values[f"{split}/loss"])
+                    for split in ("train", "validation", "test")
+                    if f"{split}/loss" in values
+                ]
+    assert logged[: len(before)] == before and set(losses) <= set(logged)
+    assert fields["model.hidden_size"] == 24 and fields["max_steps"] == 40
+    assert len(identities) == 1
+    pages = directory.glob("wandb/offline-run-*/files/media/**/*.html")
+    shown = [html.unescape(page.read_text()) for page in pages]
+    assert len(shown) == 4  # That of step 20 again when the run resumed.
+    sample = (directory / workdir.SAMPLES).read_text().split("\n")[1]
+    assert any(sample.strip() in text for text in shown)
+
+
+def test_mlflow_gets_metrics_config_and_samples(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow: Any = pytest.importorskip(
+        "mlflow", reason="mlflow is not installed (extra 'track-mlflow')"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "tiny")
+    directory = tmp_path / "run"
+    losses, before = train_tracked("mlflow", text_file, directory)
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("tiny")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.run_name == "run" and run.info.status == "FINISHED"
+    assert run.data.params["model.hidden_size"] == "24"
+    logged = {
+        (metric.step, split, metric.value)
+        for split in ("train", "validation", "test")
+        for metric in client.get_metric_history(run.info.run_id, f"{split}/loss")
+    }
+    assert {*losses, *before} == logged
+    artifacts = [artifact.path for artifact in client.list_artifacts(run.info.run_id, "samples")]
+    assert artifacts == [f"samples/step_{step:09}.txt" for step in (0, 20, 40)]
+    text = mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/{artifacts[-1]}")
+    assert text in (directory / workdir.SAMPLES).read_text()
+
+
+def test_trackio_gets_metrics_config_and_samples(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # Read when it is imported.
+    pytest.importorskip("trackio", reason="trackio is not installed (extra 'track-trackio')")
+    directory = tmp_path / "run"
+    losses, before = train_tracked("trackio", text_file, directory)
+    with sqlite3.connect(tmp_path / "trackio" / "lstm-jax.db") as database:
+        rows = database.execute("SELECT step, metrics FROM metrics ORDER BY id").fetchall()
+        names = database.execute("SELECT DISTINCT run_name FROM metrics").fetchall()
+        (fields,) = database.execute("SELECT config FROM configs").fetchone()
+    logged, samples = set(), {}
+    for step, content in rows:
+        values = json.loads(content)
+        for split in ("train", "validation", "test"):
+            if f"{split}/loss" in values:
+                logged.add((step, split, values[f"{split}/loss"]))
+        if "validation/sample" in values:
+            samples[step] = values["validation/sample"]["_value"]
+    assert {*losses, *before} == logged
+    assert len(names) == 1 and names[0][0].startswith("run-")
+    assert json.loads(fields)["model.hidden_size"] == 24
+    assert list(samples) == [0, 20, 40]
+    lines = [line.removeprefix("    ") for line in samples[40].split("\n")]
+    assert "\n".join(lines) in (directory / workdir.SAMPLES).read_text()
