@@ -40,7 +40,7 @@ class Plan:
         """Return how long a run is after `step` steps, in the unit of its limit."""
         if self.limit == "max_steps":
             return f"{step} steps"
-        return f"{self.count_epochs(step):g} epochs"
+        return f"{round(self.count_epochs(step), 2):g} epochs"
 
     def validates_at(self, step: int) -> bool:
         """Return whether the run validates after `step` steps."""
