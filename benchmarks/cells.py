@@ -1,13 +1,15 @@
 """Tune and train every cell of experiments/cells.py, and write the table and the picture.
 
     python benchmarks/cells.py --out runs/cells
-    python benchmarks/cells.py --out runs/cells --cells lstm,mingru --trials 5 --seeds 3
+    python benchmarks/cells.py --out runs/cells --cells lstm,mingru --sampler grid \
+        --space experiments/sweeps/learning_rate.py --trials 4
     python benchmarks/cells.py --speed
 
-The same command continues what was cut off. For each cell it
+The same command continues what was cut off, and several processes may run it at the same time. For
+each cell it
 
-1. tunes with `lstm_jax.sweep` on the validation split: the same space for all
-   (experiments/sweeps/cells.py), the same number of trials, and at most the same seconds;
+1. tunes with `lstm_jax.sweep` on the validation split: the same space for all, the same number of
+   trials, and at most the same seconds;
 2. trains the best settings with several seeds, for the same number of epochs;
 3. trains them again for the number of epochs that takes the cell as long as the first cell took in
    step 2, at least one;
@@ -73,6 +75,10 @@ def main() -> None:
         "--out", type=Path, default=Path("runs/cells"), help="[default: runs/cells]"
     )
     parser.add_argument("--cells", help="names in experiments/cells.py [default: all]")
+    parser.add_argument(
+        "--space", type=Path, default=SPACE, help="[default: experiments/sweeps/cells.py]"
+    )
+    parser.add_argument("--sampler", default="tpe", help="of lstm_jax.sweep [default: tpe]")
     parser.add_argument("--trials", type=int, default=20, help="of each cell [default: 20]")
     parser.add_argument(
         "--tune_seconds", type=float, default=7200, help="of each cell [default: 7200]"
@@ -144,9 +150,10 @@ def tune(name: str, options: argparse.Namespace, fields: Sequence[str]) -> None:
         return
     start = time.monotonic()
     config = f"{EXPERIMENT}:{name}"
-    given = ("--space", SPACE, "--trials", options.trials, "--pruner", "none", "--workdir", out)
+    search = ("--space", options.space, "--sampler", options.sampler, "--pruner", "none")
+    given = ("--config", config, *search, "--trials", options.trials, "--workdir", out)
     try:
-        sweep("--config", config, *given, *fields, seconds=max(options.tune_seconds - used, 1))
+        sweep(*given, *fields, seconds=max(options.tune_seconds - used, 1))
     finally:
         clock.write_text(json.dumps(used + time.monotonic() - start))
     if not (out / "best.py").exists():
@@ -237,8 +244,9 @@ def make_table(
     seeds = len(next(iter(by_steps.values())))
     device = jax.devices()[0].device_kind
     start = (
-        f"Tuned with at most {options.trials} trials and {options.tune_seconds:g} seconds for each "
-        f"cell, on validation; {seeds} seeds; {device}. Losses in nats per character.\n"
+        f"Tuned with {options.space.name}, at most {options.trials} trials and "
+        f"{options.tune_seconds:g} seconds for each cell, on validation; {seeds} seeds; {device}. "
+        "Losses in nats per character.\n"
     )
     return start + "\n".join(lines) + "\n"
 
