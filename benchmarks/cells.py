@@ -2,7 +2,7 @@
 
     python benchmarks/cells.py --out runs/cells
     python benchmarks/cells.py --out runs/cells --cells lstm,mingru --sampler grid \
-        --space experiments/sweeps/learning_rate.py --trials 4
+        --space experiments/sweeps/learning_rate.py --trials 5 --tune_epochs 2
     python benchmarks/cells.py --speed
 
 The same command continues what was cut off, and several processes may run it at the same time. For
@@ -10,7 +10,7 @@ each cell it
 
 1. tunes with `lstm_jax.sweep` on the validation split: the same space for all, the same number of
    trials, and at most the same seconds;
-2. trains the best settings with several seeds, for the same number of epochs;
+2. trains the best settings with several seeds, each for --epochs;
 3. trains them again for the number of epochs that takes the cell as long as the first cell took in
    step 2, at least one;
 4. measures each trained model: the loss of the test split with the carry kept, and by windows of
@@ -80,9 +80,11 @@ def main() -> None:
     )
     parser.add_argument("--sampler", default="tpe", help="of lstm_jax.sweep [default: tpe]")
     parser.add_argument("--trials", type=int, default=20, help="of each cell [default: 20]")
+    parser.add_argument("--tune_epochs", type=int, help="of a trial [default: --epochs]")
     parser.add_argument(
         "--tune_seconds", type=float, default=7200, help="of each cell [default: 7200]"
     )
+    parser.add_argument("--epochs", type=int, default=6, help="[default: 6]")
     parser.add_argument("--seeds", type=int, default=3, help="[default: 3]")
     parser.add_argument("--speed", action="store_true", help="time the recurrences")
     parser.add_argument("--lengths", default="96,512,4096", help="[default: 96,512,4096]")
@@ -98,7 +100,7 @@ def main() -> None:
         return
     for name in names:
         tune(name, options, fields)
-    by_steps = {name: train(name, options, fields, "steps", None) for name in names}
+    by_steps = {name: train(name, options, fields, "steps", options.epochs) for name in names}
     allowed = statistics.mean(run.seconds for run in by_steps[names[0]])
     by_seconds = {}
     for name in names:
@@ -152,8 +154,9 @@ def tune(name: str, options: argparse.Namespace, fields: Sequence[str]) -> None:
     config = f"{EXPERIMENT}:{name}"
     search = ("--space", options.space, "--sampler", options.sampler, "--pruner", "none")
     given = ("--config", config, *search, "--trials", options.trials, "--workdir", out)
+    length = f"--config.num_epochs={options.tune_epochs or options.epochs}"
     try:
-        sweep(*given, *fields, seconds=max(options.tune_seconds - used, 1))
+        sweep(*given, *fields, length, seconds=max(options.tune_seconds - used, 1))
     finally:
         clock.write_text(json.dumps(used + time.monotonic() - start))
     if not (out / "best.py").exists():
@@ -161,14 +164,13 @@ def tune(name: str, options: argparse.Namespace, fields: Sequence[str]) -> None:
 
 
 def train(
-    name: str, options: argparse.Namespace, fields: Sequence[str], budget: str, epochs: int | None
+    name: str, options: argparse.Namespace, fields: Sequence[str], budget: str, epochs: int
 ) -> list[Measured]:
     """Train the best settings of a cell with several seeds, and measure them."""
     out = options.out / budget / name
     best = options.out / "tune" / name / "best.py"
-    more = [*fields, *([f"--config.num_epochs={epochs}"] if epochs else [])]
     given = ("--seeds", options.seeds, "--population", 1, "--workdir", out)
-    sweep("--config", best, *given, *more)
+    sweep("--config", best, *given, *fields, f"--config.num_epochs={epochs}")
     return list(measure_trials(out))
 
 
@@ -244,9 +246,9 @@ def make_table(
     seeds = len(next(iter(by_steps.values())))
     device = jax.devices()[0].device_kind
     start = (
-        f"Tuned with {options.space.name}, at most {options.trials} trials and "
-        f"{options.tune_seconds:g} seconds for each cell, on validation; {seeds} seeds; {device}. "
-        "Losses in nats per character.\n"
+        f"Tuned with {options.space.name}, at most {options.trials} trials of "
+        f"{options.tune_epochs or options.epochs} epochs for each cell, on validation; {seeds} "
+        f"seeds; {device}. Losses in nats per character.\n"
     )
     return start + "\n".join(lines) + "\n"
 
