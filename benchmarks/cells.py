@@ -2,7 +2,7 @@
 
     python benchmarks/cells.py --out runs/cells
     python benchmarks/cells.py --out runs/cells --cells lstm,mingru --sampler grid \
-        --space experiments/sweeps/learning_rate.py --trials 5 --tune_epochs 2
+        --space experiments/sweeps/learning_rate.py --trials 5 --tune_epochs 1
     python benchmarks/cells.py --speed
 
 The same command continues what was cut off, and several processes may run it at the same time. For
@@ -11,8 +11,7 @@ each cell it
 1. tunes with `lstm_jax.sweep` on the validation split: the same space for all, the same number of
    trials, and at most the same seconds;
 2. trains the best settings with several seeds, each for --epochs;
-3. trains them again for the number of epochs that takes the cell as long as the first cell took in
-   step 2, at least one;
+3. trains them again for the number of steps that takes --seconds, at the speed of step 2;
 4. measures each trained model: the loss of the test split with the carry kept, and by windows of
    256 from a zero carry; characters a second in training, and in generation of one text.
 
@@ -59,7 +58,7 @@ class Measured(NamedTuple):
     validation: float  # Nats per character with the carry kept, like `test`.
     test: float
     windows: float  # The test loss by windows, each from a zero carry.
-    epochs: float
+    steps: float
     seconds: float  # Of training, evaluations included.
     training_speed: float  # Characters a second.
     generation_speed: float
@@ -85,6 +84,9 @@ def main() -> None:
         "--tune_seconds", type=float, default=7200, help="of each cell [default: 7200]"
     )
     parser.add_argument("--epochs", type=int, default=6, help="[default: 6]")
+    parser.add_argument(
+        "--seconds", type=float, help="[default: what the first cell takes for --epochs]"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="[default: 3]")
     parser.add_argument("--speed", action="store_true", help="time the recurrences")
     parser.add_argument("--lengths", default="96,512,4096", help="[default: 96,512,4096]")
@@ -100,16 +102,12 @@ def main() -> None:
         return
     for name in names:
         tune(name, options, fields)
-    by_steps = {name: train(name, options, fields, "steps", options.epochs) for name in names}
-    allowed = statistics.mean(run.seconds for run in by_steps[names[0]])
+    by_steps = {name: train(name, "steps", options, fields) for name in names}
+    seconds = options.seconds or statistics.mean(run.seconds for run in by_steps[names[0]])
     by_seconds = {}
     for name in names:
-        of_epoch = statistics.mean(run.seconds / run.epochs for run in by_steps[name])
-        epochs = max(round(allowed / of_epoch), 1)
-        runs = by_steps[name]
-        if epochs != runs[0].epochs:
-            runs = train(name, options, fields, "seconds", epochs)
-        by_seconds[name] = runs
+        steps = count_steps(by_steps[name], seconds)
+        by_seconds[name] = train(name, "seconds", options, [*fields, f"--config.max_steps={steps}"])
     table = make_table(by_steps, by_seconds, options)
     (options.out / "cells.md").write_text(table)
     draw_losses(by_steps, by_seconds).savefig(options.out / "cells.svg")
@@ -164,14 +162,28 @@ def tune(name: str, options: argparse.Namespace, fields: Sequence[str]) -> None:
 
 
 def train(
-    name: str, options: argparse.Namespace, fields: Sequence[str], budget: str, epochs: int
+    name: str, budget: str, options: argparse.Namespace, fields: Sequence[str]
 ) -> list[Measured]:
     """Train the best settings of a cell with several seeds, and measure them."""
     out = options.out / budget / name
     best = options.out / "tune" / name / "best.py"
     given = ("--seeds", options.seeds, "--population", 1, "--workdir", out)
-    sweep("--config", best, *given, *fields, f"--config.num_epochs={epochs}")
+    # An equal number of seconds is an equal number of steps, whatever the epochs.
+    epochs = options.epochs if budget == "steps" else 1000
+    sweep("--config", best, *given, f"--config.num_epochs={epochs}", *fields)
     return list(measure_trials(out))
+
+
+def count_steps(runs: Sequence[Measured], seconds: float) -> int:
+    """Return the steps that a training of this many seconds has, by trainings that were measured.
+
+    What they took besides steps (start, compilation, validation) is taken to be the same.
+    """
+    batches = load_experiments().get_config().batches
+    tokens = batches.batch_size * batches.window_length
+    of_step = statistics.mean(tokens / run.training_speed for run in runs)
+    others = statistics.mean(run.seconds - run.steps * of_step for run in runs)
+    return max(round((seconds - others) / of_step), 1)
 
 
 def measure_trials(out: Path) -> Iterator[Measured]:
@@ -197,7 +209,7 @@ def measure(trial: dict[str, Any]) -> Measured:
         trial["validation_loss"],
         trial["test_loss"],
         float(loss_lib.compute_token_losses(trained.model, trained.params, ids, WINDOW).mean()),
-        trained.config.num_epochs,
+        max(row["step"] for row in rows),
         trial["seconds"],
         statistics.median(speeds),
         measure_generation(trained),
@@ -229,7 +241,7 @@ def make_table(
         return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
 
     head = (
-        "cell, parameters, epochs, seconds, validation, test, test by windows, characters a second "
+        "cell, parameters, steps, seconds, validation, test, test by windows, characters a second "
         "in training, in generation"
     )
     lines = []
@@ -239,7 +251,7 @@ def make_table(
             mean = Measured(*map(statistics.mean, zip(*runs, strict=True)))
             validation, test, windows = (spread(list(x)) for x in list(zip(*runs, strict=True))[:3])
             lines.append(
-                f"| {name} | {mean.parameters:,.0f} | {mean.epochs:g} | {mean.seconds:.0f} | "
+                f"| {name} | {mean.parameters:,.0f} | {mean.steps:,.0f} | {mean.seconds:.0f} | "
                 f"{validation} | {test} | {windows} | {mean.training_speed:,.0f} | "
                 f"{mean.generation_speed:,.0f} |"
             )

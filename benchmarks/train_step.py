@@ -35,14 +35,16 @@ def main() -> None:
     ours = "lstm-jax fused"
     contestants = {
         "matmul": functools.partial(_matmul, options.dtype),
-        ours: functools.partial(_lstm_jax, options, "fused"),
-        "lstm-jax fused, all regularizers": functools.partial(_lstm_jax, options, "fused", True),
-        "lstm-jax scan": functools.partial(_lstm_jax, options, "scan"),
-        "lstm-jax cudnn": functools.partial(_lstm_jax, options, "cudnn"),
+        ours: functools.partial(make_lstm_jax, options, "fused"),
+        "lstm-jax fused, all regularizers": functools.partial(
+            make_lstm_jax, options, "fused", True
+        ),
+        "lstm-jax scan": functools.partial(make_lstm_jax, options, "scan"),
+        "lstm-jax cudnn": functools.partial(make_lstm_jax, options, "cudnn"),
         "Flax LSTMCell": functools.partial(_flax, options, "LSTMCell"),
         "Flax OptimizedLSTMCell": functools.partial(_flax, options, "OptimizedLSTMCell"),
         "Haiku": functools.partial(_haiku, options),
-        "PyTorch": functools.partial(_torch, options),
+        "PyTorch": functools.partial(make_torch, options),
         "Keras": functools.partial(_keras, options),
     }
     measurements = side_by_side.measure(contestants, options)
@@ -107,7 +109,8 @@ def _jax_work(step: Any, state: Any, batch: Any) -> Work:
     return Work(run, side_by_side.jax_device(), seconds, temporary_bytes)
 
 
-def _lstm_jax(options: argparse.Namespace, recurrence: str, regularized: bool = False) -> Work:
+def make_lstm_jax(options: argparse.Namespace, recurrence: str, regularized: bool = False) -> Work:
+    """Return the step of this package."""
     import jax
 
     from lstm_jax import batches, config, model, optimizer, train_step
@@ -194,7 +197,8 @@ def _haiku(options: argparse.Namespace) -> Work:
     return _jax_peer(options, model.init, model.apply)
 
 
-def _torch(options: argparse.Namespace) -> Work:
+def make_torch(options: argparse.Namespace) -> Work:
+    """Return the step in PyTorch."""
     import torch
 
     device, name = side_by_side.torch_device()

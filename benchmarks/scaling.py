@@ -1,0 +1,106 @@
+"""Time a training step by the sizes of the model and of the batch, and draw it.
+
+    python benchmarks/scaling.py --out runs/scaling
+
+One size varies at a time: hidden units from 64 to 2,048, tokens a window, windows a batch, and
+layers. Each point is the median of alternating rounds of this package (what `auto` chooses) and of
+PyTorch, as in train_step.py. The same command continues what was cut off: OUT/scaling.json has the
+points. OUT/scaling.svg is the picture; the table has the ratios.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import side_by_side
+import train_step
+
+BASE = {
+    "batch_size": 32,
+    "window_length": 128,
+    "embedding_size": 256,
+    "hidden_size": 512,
+    "num_layers": 1,
+    "vocabulary_size": 67,
+}
+SIZES = {
+    "hidden_size": (64, 128, 256, 512, 1024, 2048),
+    "window_length": (32, 64, 128, 256, 512),
+    "batch_size": (8, 16, 32, 64, 128),
+    "num_layers": (1, 2, 3, 4),
+}
+LABELS = ("lstm-jax", "PyTorch")
+DTYPES = ("float32", "bfloat16")
+Points = dict[str, list[float]]  # Seconds of the two libraries, by dtype, axis and size.
+
+
+def main() -> None:
+    """Measure what is left to measure; print the table and draw the picture."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/scaling"))
+    parser.add_argument("--rounds", type=int, default=5, help="[default: 5]")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "scaling.json"
+    points: Points = json.loads(file.read_text()) if file.exists() else {}
+    for dtype in DTYPES:
+        for axis, sizes in SIZES.items():
+            for size in sizes:
+                key = f"{dtype} {axis} {size}"
+                if key not in points:
+                    points[key] = measure({**BASE, axis: size}, dtype, options.rounds)
+                    file.write_text(json.dumps(points))
+    print_ratios(points)
+    draw(points).savefig(options.out / "scaling.svg")
+    print(f"\nWrote {options.out / 'scaling.svg'}")
+
+
+def measure(sizes: dict[str, int], dtype: str, rounds: int) -> list[float]:
+    """Return the median seconds of a step in this package and in PyTorch."""
+    options = argparse.Namespace(**sizes, dtype=dtype, rounds=rounds, only="")
+    contestants = {
+        LABELS[0]: functools.partial(train_step.make_lstm_jax, options, "auto"),
+        LABELS[1]: functools.partial(train_step.make_torch, options),
+    }
+    measured = side_by_side.measure(contestants, options)
+    return [statistics.median(measured[label].seconds) for label in LABELS]
+
+
+def print_ratios(points: Points) -> None:
+    """Print the milliseconds of both, and their ratio, as a Markdown table."""
+    print("\n| | lstm-jax, ms | PyTorch, ms | ratio |\n| --- | ---: | ---: | ---: |")
+    for key, (ours, theirs) in points.items():
+        print(f"| {key} | {1000 * ours:.1f} | {1000 * theirs:.1f} | {ours / theirs:.2f} |")
+
+
+def draw(points: Points) -> Figure:
+    """Draw milliseconds by size, with the growth that the arithmetic has as a thin line."""
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    axes = figure.subplots(len(DTYPES), len(SIZES), sharex="col", squeeze=False)
+    for row, dtype in zip(axes, DTYPES, strict=True):
+        for plot, (axis, sizes) in zip(row, SIZES.items(), strict=True):
+            seconds = np.array([points[f"{dtype} {axis} {size}"] for size in sizes])
+            for label, color, values in zip(LABELS, ("#0072B2", "#D55E00"), seconds.T, strict=True):
+                plot.loglog(sizes, 1000 * values, "o-", markersize=3, color=color, label=label)
+            power = 2 if axis == "hidden_size" else 1
+            growth = (np.array(sizes) / sizes[-1]) ** power
+            plot.loglog(sizes, 1000 * seconds[-1, 0] * growth, ":", color="#888888", linewidth=1)
+            plot.set_xticks(sizes, [str(size) for size in sizes], fontsize=7)
+            plot.minorticks_off()
+            plot.grid(alpha=0.3)
+        row[0].set_ylabel(f"{dtype}, ms a step")
+    for plot, axis in zip(axes[-1], SIZES, strict=True):
+        plot.set_xlabel(axis.replace("_", " "))
+    axes[0, 0].legend(fontsize=8)
+    return figure
+
+
+if __name__ == "__main__":
+    main()
