@@ -15,10 +15,12 @@ from lstm_jax.errors import UserError
 # The words, whose ends no token crosses, much as in GPT-2 (Radford et al. 2019): letters with their
 # accents, digits or other characters, each with the space before them; line breaks with the white
 # space before them; and other white space. They have 32 characters at most, to bound the time of
-# `divide_word` in texts without spaces.
+# `divide_word` in texts without spaces. JavaScript reads the same pattern (`export`), but it takes
+# other characters than Python for `\s`.
 WORDS = regex.compile(
-    r"'(?:s|t|re|ve|m|ll|d)| ?[\p{L}\p{M}]{1,32}| ?\p{N}{1,32}| ?[^\s\p{L}\p{M}\p{N}]{1,32}"
-    r"|\s{0,31}[\r\n]|\s{1,32}(?!\S)|\s{1,32}"
+    r"'(?:s|t|re|ve|m|ll|d)| ?[\p{L}\p{M}]{1,32}| ?\p{N}{1,32}"
+    r"| ?[^\p{White_Space}\p{L}\p{M}\p{N}]{1,32}|\p{White_Space}{0,31}[\r\n]"
+    r"|\p{White_Space}{1,32}(?!\P{White_Space})|\p{White_Space}{1,32}"
 )
 _END = "\u0100"  # Between words; the characters up to U+00FF are the 256 bytes.
 _REPEATED = 1000  # Copies of a word that are passed at a time.

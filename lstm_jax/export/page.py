@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from lstm_jax import bpe
 from lstm_jax.errors import UserError
 from lstm_jax.run import files, pages, workdir
 
@@ -40,10 +41,6 @@ def check_config(config: ConfigDict) -> None:
     if model.cell not in CELLS or model.block != "none":
         named = model.cell if model.block == "none" else f"model.block={model.block}"
         raise UserError(f"a page can run the cells {', '.join(CELLS)}, not {named}")
-    if config.data.units == "bpe":
-        raise UserError(
-            "a page can run models of characters, graphemes, words and bytes, not of data.units=bpe"
-        )
 
 
 def make_page(trained: workdir.Trained, name: str, bits: int = 16) -> bytes:
@@ -67,6 +64,7 @@ def make_page(trained: workdir.Trained, name: str, bits: int = 16) -> bytes:
         "cell": model.cell,
         "tokens": vocabulary.tokens,
         "kind": vocabulary.kind,
+        "words": bpe.WORDS.pattern,  # What `bpe` divides into tokens.
         "tokenName": vocabulary.token_name,
         "stop": vocabulary.stop,
         # A row for each token, as in the kernel of the dense layer.
