@@ -50,6 +50,22 @@ def print_setup(settled: resume.Settled, start: resume.Start, ids: Mapping[str, 
         print(f"From step {start.step} on, {field} is {after!r}; it was {before!r}", flush=True)
 
 
+def describe_early_end(config: ConfigDict, plan: Plan, step: int) -> str:
+    """Return that training ends after `step` steps by `patience`."""
+    return (
+        f"Training ends at step {step} of {plan.total_steps}: the validation loss has not improved "
+        f"for {config.patience} validations"
+    )
+
+
+def describe_stop(directory: Path, plan: Plan, step: int) -> str:
+    """Return that a signal has stopped training after `step` steps."""
+    return (
+        f"\nStopped at step {step} of {plan.total_steps}. Everything is saved in {directory}: the "
+        "same command resumes."
+    )
+
+
 def describe_end(directory: Path, config: ConfigDict, plan: Plan, step: int) -> str:
     """Return that the run in a directory has ended after `step` steps, and how to train longer."""
     field, reason = plan.limit, ""
