@@ -128,14 +128,13 @@ def main() -> None:
             f"the loss is not a number: the model in {' or '.join(map(str, directories))} has "
             "diverged; train again with a lower optimizer.learning_rate"
         )
-    tokens = len(ids) - 1
     costs = [text.costs(vocabulary, first=i > 0) for i, text in enumerate(measured)]
     result |= used | {
         "loss": loss,
         "bits_per_token": loss / math.log(2),
-        "bits_per_character": loss_lib.compute_bits_per_character(loss, tokens, costs),
+        "bits_per_character": loss_lib.compute_bits_per_character(loss, costs),
         "perplexity": loss_lib.compute_perplexity(loss),
-        "tokens": tokens,
+        "tokens": len(ids) - 1,
         "step": steps[0] if len(steps) == 1 else steps,
     }
     if plot:
@@ -161,10 +160,10 @@ def main() -> None:
 def _measure_loss(
     trained: workdir.Trained, ids: Ids, splits: Mapping[str, Text], settings: dynamic.Settings
 ) -> tuple[float, np.ndarray, dict[str, Any]]:
-    """Measure the loss in the way that the flags choose.
+    """Measure the loss as the flags specify.
 
-    Return the mean loss, the loss of each token, and the fields of the result that name the
-    settings. Without need for them the losses of tokens are [].
+    Return the mean loss, the loss of each token ([] unless a flag needs it), and the fields of the
+    result that name the settings.
     """
     model, params, vocabulary = trained.model, trained.params, trained.vocabulary
     if _DYNAMIC.value:

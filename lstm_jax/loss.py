@@ -159,26 +159,14 @@ def compute_perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def compute_bits_per_character(loss: float, tokens: int, costs: Sequence[Costs]) -> float:
+def compute_bits_per_character(loss: float, costs: Sequence[Costs]) -> float:
     """Convert a loss to bits per Unicode character, to compare tokens of any kind.
 
     A token that is not in the vocabulary is predicted only as [UNK]. Spelling it out adds eight
     bits for each byte of its UTF-8 and for an end mark.
 
-    The loss is in nats per token, over `tokens` tokens, and the costs are those of the measured
-    texts, without the very first token.
+    The loss is in nats per token, and the costs are those of the measured texts, without the very
+    first token.
     """
-    bits = loss / math.log(2) * tokens + 8 * sum(cost.unknown_bytes for cost in costs)
-    return bits / sum(cost.characters for cost in costs)
-
-
-def describe_loss(loss: float, token_name: str, tokens: int, costs: Costs) -> str:
-    """Return a loss in nats and bits per token, as a perplexity, and in bits per character."""
-    description = (
-        f"{loss:.4f} nats per {token_name}, {loss / math.log(2):.4f} bits per {token_name}, "
-        f"perplexity {compute_perplexity(loss):.3f}"
-    )
-    if token_name != "character":
-        bits = compute_bits_per_character(loss, tokens, [costs])
-        description += f", {bits:.4f} bits per character"
-    return description
+    tokens, characters, unknown_bytes = map(sum, zip(*costs, strict=True))
+    return (loss / math.log(2) * tokens + 8 * unknown_bytes) / characters

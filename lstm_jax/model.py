@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import threadpoolctl
-from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from lstm_jax import fused
@@ -341,15 +340,3 @@ def make_step(
 ) -> Callable[[jax.Array, Carry], tuple[jax.Array, Carry]]:
     """Return `apply_step` as a function of ids and carry; call it once, outside of the loop."""
     return functools.partial(model.apply_step, model.prepare_step(params))
-
-
-def format_parameters(params: Params) -> str:
-    """Return a table of the shapes and sizes of all parameters, with a sum for each layer."""
-    rows: list[tuple[str, str, int]] = []
-    for layer in sorted(params, key=lambda name: (name != "embedding", name == "dense", name)):
-        arrays = flatten_dict(params[layer], sep="/")
-        rows.append((layer, "", sum(array.size for array in arrays.values())))
-        rows += [(f"  {name}", str([*array.shape]), array.size) for name, array in arrays.items()]
-    rows.append(("total", "", sum(array.size for array in jax.tree.leaves(params))))
-    width = max(len(name) for name, _, _ in rows)
-    return "\n".join(f"{name:<{width}}  {shape:>14}  {count:>12,}" for name, shape, count in rows)

@@ -254,8 +254,7 @@ class _Run:
     ) -> None:
         if self.writer:
             if split != "train":
-                tokens, costs = len(self.ids[split]) - 1, [self.costs[split]]
-                bits = loss_lib.compute_bits_per_character(loss, tokens, costs)
+                bits = loss_lib.compute_bits_per_character(loss, [self.costs[split]])
                 extra["bits_per_character"] = bits
             epoch = self.plan.count_epochs(step)
             row = self.writer.write(step, epoch, split, loss, sample, **extra)
@@ -309,8 +308,7 @@ class _Run:
         return make_printable(text)
 
     def _describe_loss(self, loss: float, split: str) -> str:
-        name, tokens = self.vocabulary.token_name, len(self.ids[split]) - 1
-        return loss_lib.describe_loss(loss, name, tokens, self.costs[split])
+        return messages.describe_loss(loss, self.vocabulary.token_name, self.costs[split])
 
     # ---- Finish.
 

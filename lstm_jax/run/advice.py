@@ -31,7 +31,7 @@ def advise(rows: _Rows) -> str | None:
     - Too short: the last validation loss is the lowest, and at least 1 % below that after four
       fifths of the run.
 
-    Nothing is clear before the third validation, without that of the untrained model.
+    Nothing is clear before the third validation, not counting that of the untrained model.
     """
     validations = [row for row in rows if row["split"] == "validation" and row["step"]]
     if len(validations) < 3:

@@ -220,8 +220,7 @@ def _train_group(
 
     def record(member: _Member, step: int, split: str, loss: float, **extra: Any) -> None:
         if split != "train":
-            tokens = len(ids[split]) - 1
-            bits = loss_lib.compute_bits_per_character(loss, tokens, [costs[split]])
+            bits = loss_lib.compute_bits_per_character(loss, [costs[split]])
             extra["bits_per_character"] = bits
         member.metrics.write(step, first.plan.count_epochs(step), split, loss, **extra)
 
