@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 # What `import lstm_jax` offers, by the module that has it. They are imported when they are used, as
 # JAX takes seconds.
 _PUBLIC = {
-    "load": "library",
+    "load": "run.library",
     "check_cell": "cells.check",
     "Controls": "controls",
     "UserError": "errors",

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lstm_jax.ensemble import Model, list_members, mix_losses
 from lstm_jax.loss import Chunk, iterate_chunks
 from lstm_jax.model import Carry, LanguageModel, Params, apply
 from lstm_jax.vocabulary import Ids
@@ -46,20 +45,6 @@ class Settings(NamedTuple):
     # with a gradient of mean size.
     decay: float = 0.003
     segment_length: int = 50  # Tokens predicted between two gradient steps.
-
-
-def adapt_to_text(
-    model: Model, params: Params, train_ids: Ids, ids: Ids, settings: Settings
-) -> Iterator[np.ndarray]:
-    """Compute the losses of `compute_dynamic_losses` for a model or an ensemble.
-
-    Each member of an ensemble adapts to the text on its own, with the gradients of its own loss.
-    """
-    members = []
-    for member in list_members(model, params):
-        sizes = measure_gradient_sizes(*member, train_ids, settings.segment_length)
-        members.append(compute_dynamic_losses(*member, ids, settings, sizes))
-    return map(mix_losses, zip(*members, strict=True))
 
 
 def measure_gradient_sizes(

@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from lstm_jax import command, dynamic
+from lstm_jax import dynamic
 from lstm_jax import loss as loss_lib
 from lstm_jax.data import sources, texts
 from lstm_jax.data.encoding import Text
 from lstm_jax.errors import UserError
-from lstm_jax.run import workdir
+from lstm_jax.run import advice, command, ensemble, workdir, zero_state
 from lstm_jax.vocabulary import FILE_END, UNKNOWN_ID, Ids, Vocabulary
+
+_PLACES = 256  # Those that --zero_state measures.
 
 _RUN = command.define_run_flags()
 _SPLIT = flags.DEFINE_string(
@@ -53,7 +55,7 @@ _FIT_TEMPERATURE = flags.DEFINE_bool(
 _ZERO_STATE = flags.DEFINE_bool(
     "zero_state",
     False,
-    f"Also measure the loss from a zero state, at {loss_lib.PLACES} places of the split.",
+    f"Also measure the loss from a zero state, at {_PLACES} places of the split.",
 )
 _DYNAMIC = flags.DEFINE_bool(
     "dynamic",
@@ -102,7 +104,7 @@ def main() -> None:
     if plot and (plot.suffix != ".png" or not plot.parent.is_dir()):
         raise UserError(f"--by_position is {plot}: name a .png file in an existing directory")
 
-    trained, steps = workdir.load_ensemble(directories)
+    trained, steps = ensemble.load_ensemble(directories)
     model, params, vocabulary = trained.model, trained.params, trained.vocabulary
     splits: dict[str, Text] = {}
     if not _TEXT.value or _DYNAMIC.value or _FIT_TEMPERATURE.value:
@@ -126,14 +128,13 @@ def main() -> None:
             f"the loss is not a number: the model in {' or '.join(map(str, directories))} has "
             "diverged; train again with a lower optimizer.learning_rate"
         )
-    tokens = len(ids) - 1
     costs = [text.costs(vocabulary, first=i > 0) for i, text in enumerate(measured)]
     result |= used | {
         "loss": loss,
         "bits_per_token": loss / math.log(2),
-        "bits_per_character": loss_lib.compute_bits_per_character(loss, tokens, costs),
+        "bits_per_character": loss_lib.compute_bits_per_character(loss, costs),
         "perplexity": loss_lib.compute_perplexity(loss),
-        "tokens": tokens,
+        "tokens": len(ids) - 1,
         "step": steps[0] if len(steps) == 1 else steps,
     }
     if plot:
@@ -142,31 +143,33 @@ def main() -> None:
         result |= {"loss_with_carry": kept, "by_position": by_position.round(6).tolist()}
     zero = None
     if _ZERO_STATE.value:
-        zero = loss_lib.measure_zero_state(model, params, ids, loss_lib.PLACES)
+        zero = zero_state.measure_zero_state(model, params, ids, _PLACES)
         result["zero_state"] = zero._asdict()
-    if warning := loss_lib.find_suspicion({name: loss}, len(vocabulary), zero):
+    if warning := advice.find_suspicion({name: loss}, len(vocabulary), zero):
         print(f"warning: {warning}", file=sys.stderr)
     if _JSON_LINES.value:
         _print_tokens([vocabulary.tokens[i] for i in ids[:]], losses)
     # JSON has no infinity.
     print(json.dumps({key: None if v == math.inf else v for key, v in result.items()}))
     if plot:
-        _plot_positions(by_position, kept, plot)
+        from lstm_jax.run import figures  # Only here: importing it takes time.
+
+        figures.plot_positions(by_position, kept, plot)
 
 
 def _measure_loss(
     trained: workdir.Trained, ids: Ids, splits: Mapping[str, Text], settings: dynamic.Settings
 ) -> tuple[float, np.ndarray, dict[str, Any]]:
-    """Measure the loss in the way that the flags choose.
+    """Measure the loss as the flags specify.
 
-    Return the mean loss, the loss of each token, and the fields of the result that name the
-    settings. Without need for them the losses of tokens are [].
+    Return the mean loss, the loss of each token ([] unless a flag needs it), and the fields of the
+    result that name the settings.
     """
     model, params, vocabulary = trained.model, trained.params, trained.vocabulary
     if _DYNAMIC.value:
         train_ids = splits["train"].encode(vocabulary)
         total, kept = 0.0, [np.zeros(0, np.float32)]
-        for part in dynamic.adapt_to_text(model, params, train_ids, ids, settings):
+        for part in ensemble.adapt_to_text(model, params, train_ids, ids, settings):
             total += float(part.sum(dtype=np.float64))
             if _JSON_LINES.value:
                 kept.append(part)
@@ -200,33 +203,6 @@ def _print_tokens(tokens: Sequence[str], losses: np.ndarray) -> None:
     for token, loss in zip(tokens, [None, *losses.tolist()], strict=True):
         line = {"token": token, "log_probability": None if loss is None else round(-loss, 6)}
         print(json.dumps(line).replace("\x7f", "\\u007f"))  # The only control character left.
-
-
-def _plot_positions(losses: np.ndarray, kept: float, path: Path) -> None:
-    """Plot losses by position, and the loss with the carry kept, as a PNG file."""
-    # Only here: importing them takes time.
-    from matplotlib.figure import Figure
-
-    from lstm_jax.run import metrics
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot(xlabel="position in the window", ylabel="loss (nats per token)")
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.grid(alpha=0.3)
-    positions = np.arange(1, len(losses) + 1)
-    axes.plot(positions, losses, ".", color="#56B4E9", alpha=0.6, label="each position")
-    # Means over ranges of positions, which grow by a factor of about the square root of two.
-    number = 2 * len(losses).bit_length()
-    ranges = np.geomspace(1, len(losses) + 1, number, endpoint=False)
-    starts = np.unique(ranges.astype(int)) - 1
-    sizes = np.diff(np.append(starts, len(losses)))
-    means = [np.add.reduceat(values, starts) / sizes for values in (positions, losses)]
-    axes.plot(*means, "o-", color="#0072B2", label="mean over a range of positions")
-    label = f"carry kept throughout the text: {kept:.3f}"
-    axes.axhline(kept, linestyle="--", color="#D55E00", label=label)
-    axes.legend()
-    metrics.save_figure(figure, path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,8 @@ from lstm_jax.controls import (
     make_control_arrays,
     make_stop_table,
 )
-from lstm_jax.ensemble import Model, apply_step, prepare_step
 from lstm_jax.errors import NotFiniteError, UserError
-from lstm_jax.model import Carry, Params, Prepared
+from lstm_jax.model import Carry, LanguageModel, Params, Prepared
 from lstm_jax.vocabulary import PADDING_ID, SPECIAL_IDS, Vocabulary
 
 # Called before each token is drawn, with the ids so far, int32 [batch, time], and the logits of the
@@ -28,8 +27,6 @@ LogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 # Tokens per call of the compiled function: few at first, so that text appears soon.
 _FIRST_CHUNK, _CHUNK = 16, 1024
-
-prepare_params = jax.jit(prepare_step, static_argnames="model")
 
 
 class State(NamedTuple):
@@ -42,7 +39,13 @@ class State(NamedTuple):
     progress: jax.Array  # The state of the `make_stop_table` automaton, int32 [batch].
 
 
-def initial_state(model: Model, batch_size: int = 1) -> State:
+@functools.partial(jax.jit, static_argnames="model")
+def prepare_params(model: LanguageModel, params: Params) -> Prepared:
+    """Prepare the parameters of a model, or of an `Ensemble`, for the functions below."""
+    return model.prepare_step(params)
+
+
+def initial_state(model: LanguageModel, batch_size: int = 1) -> State:
     """Return the state before the first token, whose logits are zeros."""
     shape = (batch_size, model.vocabulary_size)
     return State(
@@ -54,7 +57,7 @@ def initial_state(model: Model, batch_size: int = 1) -> State:
     )
 
 
-def read_tokens(model: Model, arrays: Prepared, state: State, ids: np.ndarray) -> State:
+def read_tokens(model: LanguageModel, arrays: Prepared, state: State, ids: np.ndarray) -> State:
     """Read ids [batch, time] of any length, with arrays from `prepare_params`.
 
     All lengths up to the same power of two share one compiled function.
@@ -70,16 +73,18 @@ def round_length(time: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _read(model: Model, arrays: Prepared, state: State, ids: jax.Array, count: jax.Array) -> State:
+def _read(
+    model: LanguageModel, arrays: Prepared, state: State, ids: jax.Array, count: jax.Array
+) -> State:
     """Read the first `count` of the ids [batch, time]."""
     return jax.lax.fori_loop(
         0, count, lambda t, state: _read_one(model, arrays, state, ids[:, t]), state
     )
 
 
-def _read_one(model: Model, arrays: Prepared, state: State, ids: jax.Array) -> State:
+def _read_one(model: LanguageModel, arrays: Prepared, state: State, ids: jax.Array) -> State:
     """Read one token of each text, ids [batch]."""
-    logits, carry = apply_step(model, arrays, ids, state.carry)
+    logits, carry = model.apply_step(arrays, ids, state.carry)
     last_seen = state.last_seen.at[jnp.arange(len(ids)), ids].set(state.position)
     return state._replace(
         logits=logits, carry=carry, last_seen=last_seen, position=state.position + 1
@@ -91,7 +96,7 @@ _Loop = tuple[jax.Array, jax.Array, State]  # Ids, the number of tokens generate
 
 @functools.partial(jax.jit, static_argnames="model")
 def _generate(
-    model: Model,
+    model: LanguageModel,
     arrays: Prepared,
     state: State,
     key: jax.Array,
@@ -149,7 +154,7 @@ def draw_tokens(logits: jax.Array, uniform: jax.Array) -> jax.Array:
 
 
 def generate_chunks(
-    model: Model,
+    model: LanguageModel,
     arrays: Prepared,
     state: State,
     key: jax.Array,
@@ -208,7 +213,7 @@ def _check_logits(processed: Any, state: State, controls: ControlArrays) -> np.n
 
 
 def generate_tokens(
-    model: Model,
+    model: LanguageModel,
     params: Params,
     prompts: np.ndarray,
     key: jax.Array,
@@ -252,7 +257,7 @@ def encode_prompt(vocabulary: Vocabulary, prompt: str) -> np.ndarray:
 
 
 def stream_texts(
-    model: Model,
+    model: LanguageModel,
     params: Params,
     vocabulary: Vocabulary,
     key: jax.Array,
@@ -302,7 +307,7 @@ def text_decoder(vocabulary: Vocabulary, stop_token: bool) -> Callable[[Iterable
 
 
 def generate_texts(
-    model: Model,
+    model: LanguageModel,
     params: Params,
     vocabulary: Vocabulary,
     key: jax.Array,

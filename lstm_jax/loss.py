@@ -1,17 +1,16 @@
-"""The loss of a model on a text, and measures derived from it."""
+"""The loss of a model, or of an `Ensemble`, on a text, and measures derived from it."""
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lstm_jax.ensemble import Model, apply
-from lstm_jax.model import Carry, Params
+from lstm_jax.model import Carry, LanguageModel, Params, apply
 from lstm_jax.vocabulary import Costs, Ids
 
 _CHUNK = 1024  # Tokens per call of the compiled function.
@@ -21,16 +20,13 @@ _CHUNK = 1024  # Tokens per call of the compiled function.
 LONGEST_IN_ONE = 2**14
 _STREAMS, _STREAMS_CHUNK = 64, 64
 _WARM_UP = 512  # Tokens before its start that each stream reads first, uncounted.
-_PLACE_LENGTH = 512  # Tokens that `measure_zero_state` counts at each place.
-PLACES = 256  # The places that `evaluate` measures.
-_FAR = 0.7  # Losses of one model, in nats per token, that differ by more are suspicious.
 _TEMPERATURES = np.linspace(0.7, 1.5, 81)  # Those that `fit_temperature` compares.
 
 # Inputs and targets, int32 [batch, time], and which of the targets count, bool [batch, time].
 Chunk = tuple[Any, Any, Any]
 
 
-def compute_loss(model: Model, params: Params, ids: Ids) -> float:
+def compute_loss(model: LanguageModel, params: Params, ids: Ids) -> float:
     """Compute the mean loss over a text of two tokens or more, in nats per token.
 
     The text is read once with the carry kept: every token but the first is predicted once, from the
@@ -40,7 +36,9 @@ def compute_loss(model: Model, params: Params, ids: Ids) -> float:
     return float(compute_losses(model, params, ids, np.ones(1))[0])
 
 
-def compute_losses(model: Model, params: Params, ids: Ids, temperatures: np.ndarray) -> np.ndarray:
+def compute_losses(
+    model: LanguageModel, params: Params, ids: Ids, temperatures: np.ndarray
+) -> np.ndarray:
     """Compute `compute_loss` with the logits divided by each of the temperatures, in one pass."""
     carry = model.initial_carry(count_streams(ids))
     divisors = jnp.asarray(temperatures, jnp.float32)
@@ -52,7 +50,7 @@ def compute_losses(model: Model, params: Params, ids: Ids, temperatures: np.ndar
 
 
 def compute_token_losses(
-    model: Model,
+    model: LanguageModel,
     params: Params,
     ids: Ids,
     context: int | None = None,
@@ -127,7 +125,7 @@ def _cut_chunks(ids: Ids, begins: np.ndarray, bounds: np.ndarray, length: int) -
 
 @functools.partial(jax.jit, static_argnames=("model", "axis"))
 def read_chunk(
-    model: Model,
+    model: LanguageModel,
     params: Params,
     chunk: Chunk,
     carry: Carry,
@@ -150,83 +148,10 @@ def read_chunk(
     return jax.lax.map(sum_losses, temperatures), carry
 
 
-def fit_temperature(model: Model, params: Params, ids: Ids) -> float:
+def fit_temperature(model: LanguageModel, params: Params, ids: Ids) -> float:
     """Return the softmax temperature with the smallest loss over a text, to two decimals."""
     losses = compute_losses(model, params, ids, _TEMPERATURES)
     return float(_TEMPERATURES[losses.argmin()])
-
-
-class ZeroState(NamedTuple):
-    """Losses of a model that starts from a zero carry in the middle of a text, in nats per token.
-
-    The loss at a place of the text is the mean over the tokens that follow it.
-    """
-
-    mean: float  # Over all places.
-    worst: float  # At the worst place.
-    excess: float  # The largest increase over the loss with the carry of the text before.
-
-    def describe(self, name: str) -> str:
-        """Return a sentence with these losses, for the split of this name."""
-        return (
-            f"From a zero state within the {name} text: {self.mean:.4f} nats per token, "
-            f"{self.worst:.4f} at the worst place; at most {self.excess:+.4f} against reading the "
-            "text before it"
-        )
-
-
-def measure_zero_state(model: Model, params: Params, ids: Ids, places: int) -> ZeroState:
-    """Measure how well a model recovers from the zero carry, with which every sample begins.
-
-    Training on streams rarely starts from a zero carry, and a model may fail there and not recover.
-    The mean loss over a text, read once from its start, does not show this. The places are evenly
-    spaced in the text, which has at least four tokens.
-    """
-    length = min(_PLACE_LENGTH, (len(ids) - 1) // 3)
-    chunk = min(_STREAMS_CHUNK, length)
-    length -= length % chunk
-    starts = np.unique(np.linspace(length, len(ids) - 1 - length, places).astype(int))
-    windows = np.stack([ids[start - length : start + length + 1] for start in starts])
-    counted, temperature = np.ones((len(starts), chunk), bool), jnp.ones(1)
-
-    def read(begin: int, carry: Carry) -> tuple[np.ndarray, Carry]:
-        total = np.zeros(len(starts))
-        for at in range(begin, begin + length, chunk):
-            part = windows[:, at : at + chunk], windows[:, at + 1 : at + chunk + 1], counted
-            losses, carry = read_chunk(model, params, part, carry, temperature, axis=1)
-            total += np.asarray(losses[0], np.float64)
-        return total / length, carry
-
-    zero = model.initial_carry(len(starts))
-    cold, _ = read(length, zero)
-    _, carry = read(0, zero)
-    warm, _ = read(length, carry)
-    return ZeroState(float(cold.mean()), float(cold.max()), float((cold - warm).max()))
-
-
-def find_suspicion(
-    losses: Mapping[str, float], vocabulary_size: int, zero: ZeroState | None = None
-) -> str | None:
-    """Return a warning if the losses of a trained model, by split, are suspicious, else None."""
-    guessing = math.log(vocabulary_size)
-    for name, loss in losses.items():
-        if loss > guessing:
-            return (
-                f"the {name} loss, {loss:.3f} nats per token, is worse than guessing among the "
-                f"{vocabulary_size:,} tokens ({guessing:.3f})"
-            )
-    validation, test = losses.get("validation"), losses.get("test")
-    if validation is not None and test is not None and abs(test - validation) > _FAR:
-        return (
-            f"the test loss, {test:.3f} nats per token, is far from the validation loss, "
-            f"{validation:.3f}: either the texts differ, or the model fails on one of them"
-        )
-    if zero is not None and zero.excess > _FAR:
-        return (
-            f"from a zero state the loss is up to {zero.excess:.3f} nats per token higher than "
-            "with the text before it: raise batches.reset_probability"
-        )
-    return None
 
 
 def compute_perplexity(loss: float) -> float:
@@ -234,26 +159,14 @@ def compute_perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def compute_bits_per_character(loss: float, tokens: int, costs: Sequence[Costs]) -> float:
+def compute_bits_per_character(loss: float, costs: Sequence[Costs]) -> float:
     """Convert a loss to bits per Unicode character, to compare tokens of any kind.
 
     A token that is not in the vocabulary is predicted only as [UNK]. Spelling it out adds eight
     bits for each byte of its UTF-8 and for an end mark.
 
-    The loss is in nats per token, over `tokens` tokens, and the costs are those of the measured
-    texts, without the very first token.
+    The loss is in nats per token, and the costs are those of the measured texts, without the very
+    first token.
     """
-    bits = loss / math.log(2) * tokens + 8 * sum(cost.unknown_bytes for cost in costs)
-    return bits / sum(cost.characters for cost in costs)
-
-
-def describe_loss(loss: float, token_name: str, tokens: int, costs: Costs) -> str:
-    """Return a loss in nats and bits per token, as a perplexity, and in bits per character."""
-    description = (
-        f"{loss:.4f} nats per {token_name}, {loss / math.log(2):.4f} bits per {token_name}, "
-        f"perplexity {compute_perplexity(loss):.3f}"
-    )
-    if token_name != "character":
-        bits = compute_bits_per_character(loss, tokens, [costs])
-        description += f", {bits:.4f} bits per character"
-    return description
+    tokens, characters, unknown_bytes = map(sum, zip(*costs, strict=True))
+    return (loss / math.log(2) * tokens + 8 * unknown_bytes) / characters

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from absl import flags
 
-from lstm_jax import command, config, train
+from lstm_jax import config, train
 from lstm_jax.devices import hosts
-from lstm_jax.run import trackers
+from lstm_jax.run import command, trackers
 
 command.define_config_flag("Python file with get_config(); FILE:WORD calls get_config('WORD').")
 _WORKDIR = flags.DEFINE_string(

@@ -1,7 +1,7 @@
 """The language model: embedding, recurrent layers, dense layer, as pure functions of parameters.
 
-`init_params` draws parameters, `apply` runs the model over windows of text, and `apply_step`, which
-generation uses, over one token at a time.
+`init_params` draws parameters, `apply` runs the model over windows of text, and
+`LanguageModel.apply_step`, which generation uses, over one token at a time.
 """
 
 import functools
@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import threadpoolctl
-from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from lstm_jax import fused
@@ -25,6 +24,7 @@ from lstm_jax.fused import Lookup, StepArrays
 from lstm_jax.matmul import has_bfloat16_instructions, matmul
 
 Params = dict[str, Any]
+Prepared = StepArrays | Params  # From `LanguageModel.prepare_step`.
 
 Carry = tuple[Any, ...]  # The carry of each layer, as its cell defines it.
 
@@ -203,6 +203,28 @@ class LanguageModel(nn.Module):
         """Return the kernel of the dense layer, [features, vocabulary_size]."""
         return self.embedding.embedding.T if self.tie_embeddings else self.dense.kernel
 
+    @nn.nowrap
+    def prepare_step(self, params: Params) -> Prepared:
+        """Prepare the parameters for `apply_step`; call it once, before the first step."""
+        bound = self.bind({"params": params})
+        if bound.implementation() in ("scan", "parallel"):
+            return params
+        kernels = [cell.kernels() for cell in bound.layers]
+        table, head, bias = bound.embedding.embedding, bound.head_kernel(), bound.dense.bias
+        return fused.prepare_step(kernels, table, head, bias, self.dtype)
+
+    @nn.nowrap
+    def apply_step(self, arrays: Prepared, ids: jax.Array, carry: Carry) -> tuple[jax.Array, Carry]:
+        """Run the model over one token of each text, ids [batch], faster than `apply`.
+
+        Return logits, float32 [batch, vocabulary_size], and the next carry.
+        """
+        if isinstance(arrays, StepArrays):
+            return fused.apply_step(arrays, ids, carry, self.dtype)
+        bound = self.bind({"params": arrays})
+        outputs, carry = bound.run_step(ids, carry)
+        return bound.predict(outputs[:, None])[:, 0], carry
+
     def implementation(self) -> str:
         """Return how the layers run over time: `recurrence`, with "auto" resolved.
 
@@ -313,47 +335,8 @@ def apply(
     return outputs
 
 
-Prepared = StepArrays | Params
-
-
-def prepare_step(model: LanguageModel, params: Params) -> Prepared:
-    """Prepare the parameters for `apply_step`; call it once, before the first step."""
-    bound = model.bind({"params": params})
-    if bound.implementation() in ("scan", "parallel"):
-        return params
-    kernels = [cell.kernels() for cell in bound.layers]
-    table, head, bias = bound.embedding.embedding, bound.head_kernel(), bound.dense.bias
-    return fused.prepare_step(kernels, table, head, bias, model.dtype)
-
-
-def apply_step(
-    model: LanguageModel, arrays: Prepared, ids: jax.Array, carry: Carry
-) -> tuple[jax.Array, Carry]:
-    """Run the model over one token of each text, ids [batch], faster than `apply`.
-
-    Return logits, float32 [batch, vocabulary_size], and the next carry.
-    """
-    if isinstance(arrays, StepArrays):
-        return fused.apply_step(arrays, ids, carry, model.dtype)
-    bound = model.bind({"params": arrays})
-    outputs, carry = bound.run_step(ids, carry)
-    return bound.predict(outputs[:, None])[:, 0], carry
-
-
 def make_step(
     model: LanguageModel, params: Params
 ) -> Callable[[jax.Array, Carry], tuple[jax.Array, Carry]]:
     """Return `apply_step` as a function of ids and carry; call it once, outside of the loop."""
-    return functools.partial(apply_step, model, prepare_step(model, params))
-
-
-def format_parameters(params: Params) -> str:
-    """Return a table of the shapes and sizes of all parameters, with a sum for each layer."""
-    rows: list[tuple[str, str, int]] = []
-    for layer in sorted(params, key=lambda name: (name != "embedding", name == "dense", name)):
-        arrays = flatten_dict(params[layer], sep="/")
-        rows.append((layer, "", sum(array.size for array in arrays.values())))
-        rows += [(f"  {name}", str([*array.shape]), array.size) for name, array in arrays.items()]
-    rows.append(("total", "", sum(array.size for array in jax.tree.leaves(params))))
-    width = max(len(name) for name, _, _ in rows)
-    return "\n".join(f"{name:<{width}}  {shape:>14}  {count:>12,}" for name, shape, count in rows)
+    return functools.partial(model.apply_step, model.prepare_step(params))

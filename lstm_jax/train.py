@@ -22,7 +22,7 @@ from lstm_jax.controls import Controls
 from lstm_jax.data import texts
 from lstm_jax.devices import feeding, hosts, memory, parallel
 from lstm_jax.errors import UnavailableError
-from lstm_jax.run import advice, lock, messages, metrics, plan, resume, workdir
+from lstm_jax.run import advice, figures, lock, messages, metrics, plan, resume, workdir, zero_state
 from lstm_jax.run import checkpoints as checkpoints_lib
 from lstm_jax.run.console import make_printable, mute
 from lstm_jax.run.profiler import Profiler
@@ -75,9 +75,9 @@ def train(
             stack.enter_context(contextlib.redirect_stdout(silence))
         with hosts.first_goes_ahead("text and lock"):
             splits = texts.load_texts(config.data)
-            is_ours = stack.enter_context(lock.hold_lock(directory))
+            check_lock = stack.enter_context(lock.hold_lock(directory))
         try:
-            run = _Run(config, directory, splits, mesh, is_ours, watch)
+            run = _Run(config, directory, splits, mesh, check_lock, watch)
             with run.checkpoints:
                 return run.train() or run.finish()
         except BrokenPipeError:
@@ -100,7 +100,7 @@ class _Run:
         directory: Path,
         splits: texts.Splits,
         mesh: jax.sharding.Mesh,
-        is_ours: Callable[[], bool],
+        check_lock: Callable[[], None],
         watch: Watch,
     ) -> None:
         text = splits.texts["train"]
@@ -109,7 +109,7 @@ class _Run:
         )
         self.config, self.vocabulary = settled.config, settled.vocabulary
         self.directory, self.saved_in = directory, directory / workdir.CHECKPOINTS
-        self.mesh, self.is_ours, self.watch = mesh, is_ours, watch
+        self.mesh, self.check_lock, self.watch = mesh, check_lock, watch
         self.is_first = hosts.is_first()
         self.ids = splits.encode(self.vocabulary)
         self.validation_ids = plan.cut_validation(self.config, self.ids)
@@ -178,11 +178,8 @@ class _Run:
                         self._validate(stop)
                         self.progress.start_clock(self.step)
                         if self.step < self.total_steps and self._is_out_of_patience():
-                            self.progress.print(
-                                f"Training ends at step {self.step} of {self.total_steps}: the "
-                                "validation loss has not improved for "
-                                f"{config.patience} validations"
-                            )
+                            early = messages.describe_early_end(config, self.plan, self.step)
+                            self.progress.print(early)
                             self.progress.finish(self.step)
                             return 0
                     if self.step == self.total_steps:
@@ -212,10 +209,7 @@ class _Run:
                 if self.saved != self.step:
                     self._save()
                 self.checkpoints.wait()
-                self.progress.print(
-                    f"\nStopped at step {self.step} of {self.total_steps}. Everything is saved in "
-                    f"{directory}: the same command resumes."
-                )
+                self.progress.print(messages.describe_stop(directory, self.plan, self.step))
                 return stop.exit_code or 0
 
     def _log(self) -> None:
@@ -249,11 +243,7 @@ class _Run:
     def _save(self) -> None:
         """Start saving a checkpoint, after checking that all numbers are finite."""
         self._check_finite()
-        if not self.is_ours():
-            raise UnavailableError(
-                f"another process has taken over {self.directory}, because this one was suspended "
-                f"for more than {lock.STALE_SECONDS} seconds: nothing more is written"
-            )
+        self.check_lock()
         sizes = workdir.history_sizes(self.directory)
         state = self.state
         self.checkpoints.save(self.step, state.evaluated, state.rest, self.iterator, sizes)
@@ -264,8 +254,7 @@ class _Run:
     ) -> None:
         if self.writer:
             if split != "train":
-                tokens, costs = len(self.ids[split]) - 1, [self.costs[split]]
-                bits = loss_lib.compute_bits_per_character(loss, tokens, costs)
+                bits = loss_lib.compute_bits_per_character(loss, [self.costs[split]])
                 extra["bits_per_character"] = bits
             epoch = self.plan.count_epochs(step)
             row = self.writer.write(step, epoch, split, loss, sample, **extra)
@@ -293,7 +282,7 @@ class _Run:
         self.progress.print(f"\n=== {name}: validation loss {described}\n{text}\n")
         if self.step:
             self._plot_curves()
-            warning = loss_lib.find_suspicion({"validation": loss}, len(self.vocabulary))
+            warning = advice.find_suspicion({"validation": loss}, len(self.vocabulary))
             if warning:
                 self.progress.print(f"warning: {warning}\n")
 
@@ -304,7 +293,7 @@ class _Run:
 
     def _plot_curves(self) -> None:
         rows = metrics.read_metrics(self.directory / workdir.METRICS)
-        metrics.plot_metrics(rows, self.directory / workdir.CURVES)
+        figures.plot_metrics(rows, self.directory / workdir.CURVES)
 
     def _sample(self, params: model_lib.Params, key: jax.Array) -> str:
         (text,) = generation.generate_texts(
@@ -319,8 +308,7 @@ class _Run:
         return make_printable(text)
 
     def _describe_loss(self, loss: float, split: str) -> str:
-        name, tokens = self.vocabulary.token_name, len(self.ids[split]) - 1
-        return loss_lib.describe_loss(loss, name, tokens, self.costs[split])
+        return messages.describe_loss(loss, self.vocabulary.token_name, self.costs[split])
 
     # ---- Finish.
 
@@ -343,7 +331,7 @@ class _Run:
                 self._record(step, "test", loss)
             self._plot_curves()
         described = self._describe_loss(loss, "test")
-        zero = loss_lib.measure_zero_state(self.model, params, self.ids["validation"], _PLACES)
+        zero = zero_state.measure_zero_state(self.model, params, self.ids["validation"], _PLACES)
         print(
             f"\n{self._sample(params, jax.random.key(self.config.seed))}\n\n"
             f"Test loss of step {step}, the best by validation loss: {described}\n"
@@ -352,11 +340,9 @@ class _Run:
         if sentence := advice.advise(rows):
             print(sentence)
         print(messages.list_files(self.directory, self.config))
-        losses = {"test": loss}
         best = checkpoints_lib.read_validation_loss(self.saved_in, step)
-        if best is not None:
-            losses["validation"] = best
-        if warning := loss_lib.find_suspicion(losses, len(self.vocabulary), zero):
+        losses = {"test": loss, "validation": best}
+        if warning := advice.find_suspicion(losses, len(self.vocabulary), zero):
             print(f"warning: {warning}", file=sys.stderr)
         return 0
 

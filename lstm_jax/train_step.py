@@ -15,9 +15,6 @@ from lstm_jax import batches, regularization
 from lstm_jax import model as model_lib
 from lstm_jax.devices import feeding, parallel
 
-# Fields of the state that checkpoints of earlier versions lack.
-ADDED = ("norm_sum",)
-
 
 class TrainState(NamedTuple):
     """Everything that a training step reads and writes."""

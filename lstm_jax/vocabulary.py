@@ -251,6 +251,7 @@ class Vocabulary:
 class Costs(NamedTuple):
     """The numbers of a text that, with a loss, give bits per character."""
 
+    tokens: int
     characters: int  # Unicode characters of the text.
     unknown_bytes: int  # Bytes of all tokens not in the vocabulary, with one for the end of each.
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from lstm_jax import dynamic, ensemble, generation, train
+from lstm_jax import dynamic, generation, train
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.controls import Controls
 from lstm_jax.errors import UserError
 from lstm_jax.model import LanguageModel
-from lstm_jax.run import workdir
+from lstm_jax.run import ensemble, workdir
 
 SETTINGS = dynamic.Settings(learning_rate=0.01, decay=0.05, segment_length=7)
 
@@ -82,13 +82,14 @@ def test_a_step_predicts_the_mean_probabilities() -> None:
 def test_an_ensemble_of_one_equals_its_member() -> None:
     prompts, ids = make_ids(12).reshape(2, 6), make_ids(100)
     key, controls = jax.random.key(5), Controls(temperature=0.9, top_p=0.95)
-    pairs: list[tuple[ensemble.Model, model_lib.Params]] = [MEMBERS[0], ONE]
+    pairs: list[tuple[Any, model_lib.Params]] = [MEMBERS[0], ONE]
     single, joined = (
         generation.generate_tokens(*pair, prompts, key, controls, length=100) for pair in pairs
     )
     np.testing.assert_array_equal(single, joined)
     single, joined = (
-        np.concatenate([*dynamic.adapt_to_text(*pair, prompts[0], ids, SETTINGS)]) for pair in pairs
+        np.concatenate([*ensemble.adapt_to_text(*pair, prompts[0], ids, SETTINGS)])
+        for pair in pairs
     )
     np.testing.assert_array_equal(single, joined)
     assert loss_lib.compute_loss(*ONE, ids) == pytest.approx(
@@ -102,7 +103,7 @@ def test_each_member_adapts_on_its_own_loss() -> None:
         sizes = dynamic.measure_gradient_sizes(model, params, train_ids, 7)
         own = dynamic.compute_dynamic_losses(model, params, ids, SETTINGS, sizes)
         probabilities += np.exp(-np.concatenate([*own], dtype=np.float64)) / len(MEMBERS)
-    losses = np.concatenate([*dynamic.adapt_to_text(*JOINED, train_ids, ids, SETTINGS)])
+    losses = np.concatenate([*ensemble.adapt_to_text(*JOINED, train_ids, ids, SETTINGS)])
     np.testing.assert_allclose(losses, -np.log(probabilities), atol=1e-5)
 
 
@@ -133,10 +134,10 @@ def test_the_commands_mix_several_runs(trained: Path, other: Path) -> None:
         assert text.startswith("ROMEO:") and len(text) == 6 + 30 + 1
     # The chat gives the same probabilities.
     shown = run("sample", trained, other, options="--interactive", given="/next\n/quit\n")
-    loaded, _ = workdir.load_ensemble([trained, other])
+    loaded, _ = ensemble.load_ensemble([trained, other])
     ids = generation.encode_prompt(loaded.vocabulary, "")
     carry = loaded.model.initial_carry(1)
-    logits, _ = ensemble.apply(loaded.model, loaded.params, ids[None], carry)
+    logits, _ = model_lib.apply(loaded.model, loaded.params, ids[None], carry)
     best = int(logits[0, -1].argmax())
     expected = f"{np.exp(logits[0, -1, best]):.4f}  {loaded.vocabulary.tokens[best]!r}"
     assert shown.splitlines()[0] == expected
@@ -163,4 +164,4 @@ def test_members_need_one_text_and_vocabulary(
     config.num_epochs = 1
     assert train.train(config, tmp_path / "run") == 0
     with pytest.raises(UserError, match=f"{trained} and {tmp_path / 'run'} have {message}"):
-        workdir.load_ensemble([trained, tmp_path / "run"])
+        ensemble.load_ensemble([trained, tmp_path / "run"])

@@ -8,6 +8,7 @@ from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.data.encoding import Text
 from lstm_jax.model import LanguageModel
+from lstm_jax.run import messages
 from lstm_jax.vocabulary import KINDS, Vocabulary
 
 
@@ -82,14 +83,15 @@ def test_bits_per_character_are_comparable_for_tokens_of_any_kind() -> None:
         # The first token is not predicted.
         characters = len(text) - len(vocabulary.split(text)[0])
         costs = Text(text).costs(vocabulary, first=False)
-        bits = loss_lib.compute_bits_per_character(3.0, tokens, [costs])
+        assert costs.tokens == tokens
+        bits = loss_lib.compute_bits_per_character(3.0, [costs])
         assert bits == pytest.approx(3.0 / math.log(2) * tokens / characters)
     assert compute_bits(3.0, text) == pytest.approx(3.0 / math.log(2))
 
 
 def compute_bits(loss: float, text: str) -> float:
     costs = Text(text).costs(Vocabulary.from_text(text), first=False)
-    return loss_lib.compute_bits_per_character(loss, len(text) - 1, [costs])
+    return loss_lib.compute_bits_per_character(loss, [costs])
 
 
 def test_unknown_tokens_cost_the_bits_of_their_bytes() -> None:
@@ -99,13 +101,13 @@ def test_unknown_tokens_cost_the_bits_of_their_bytes() -> None:
     # The first token is not predicted. " été" costs six bytes, and one for its end.
     expected = (3 * 1.5 / math.log(2) + 7 * 8) / (len(text) - 1)
     costs = Text(text).costs(vocabulary, first=False)
-    assert loss_lib.compute_bits_per_character(1.5, 3, [costs]) == pytest.approx(expected)
-    assert loss_lib.describe_loss(1.5, vocabulary.token_name, 3, costs) == (
+    assert loss_lib.compute_bits_per_character(1.5, [costs]) == pytest.approx(expected)
+    assert messages.describe_loss(1.5, vocabulary.token_name, costs) == (
         f"1.5000 nats per word, 2.1640 bits per word, perplexity 4.482, "
         f"{expected:.4f} bits per character"
     )
     characters = Vocabulary.from_text(text)
     costs = Text(text).costs(characters, first=False)
-    assert loss_lib.describe_loss(1.5, characters.token_name, len(text) - 1, costs) == (
+    assert messages.describe_loss(1.5, characters.token_name, costs) == (
         "1.5000 nats per character, 2.1640 bits per character, perplexity 4.482"
     )

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lstm_jax import batches, command, generation, main
+from lstm_jax import batches, generation, main
 from lstm_jax import config as config_lib
 from lstm_jax.data import texts
 from lstm_jax.errors import UserError
-from lstm_jax.run import checkpoints, files, metrics, workdir
+from lstm_jax.run import checkpoints, command, files, metrics, workdir
 from lstm_jax.vocabulary import Vocabulary
 
 QUICK = str(Path(__file__).parents[1] / "experiments" / "quick.py")

@@ -60,7 +60,7 @@ SWALLOWED = """
 import time
 from lstm_jax.run import interrupts
 interrupts.exit_at_once()
-from lstm_jax import command
+from lstm_jax.run import command
 def main():
     print("ready", flush=True)
     try:

@@ -18,12 +18,11 @@ import pytest
 from ml_collections import ConfigDict
 
 import lstm_jax
-from lstm_jax import library
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
 from lstm_jax.model import LanguageModel
-from lstm_jax.run import metrics, workdir
+from lstm_jax.run import library, metrics, workdir
 from lstm_jax.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parents[1]
@@ -61,7 +60,7 @@ def test_importing_the_package_imports_nothing_else() -> None:
     assert done.returncode == 0, done.stderr
     first, second, third = done.stdout.splitlines()
     assert first == "False True" and "lstm_jax/train.py" in second and third == "True True"
-    assert second.endswith("20 lstm_jax.library")
+    assert second.endswith("20 lstm_jax.run.library")
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = lstm_jax.nothing
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lstm_jax.errors import UserError
+from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import files, lock
 
 HOLD = """
@@ -35,9 +35,9 @@ def test_a_second_process_fails_until_the_first_is_dead(tmp_path: Path) -> None:
     first.kill()
     first.wait()
     assert (tmp_path / lock.LOCK).exists()
-    with lock.hold_lock(tmp_path) as is_ours:
+    with lock.hold_lock(tmp_path) as check_held:
         assert json.loads((tmp_path / lock.LOCK).read_text())["pid"] == os.getpid()
-        assert is_ours()
+        check_held()
     assert not (tmp_path / lock.LOCK).exists()
 
 
@@ -80,16 +80,17 @@ def test_without_file_system_locks_the_process_id_decides(
         lock.hold_lock(tmp_path).__enter__()
     first.kill()
     first.wait()
-    with lock.hold_lock(tmp_path) as is_ours:
-        assert is_ours()
+    with lock.hold_lock(tmp_path) as check_held:
+        check_held()
 
 
 def test_a_process_that_lost_the_lock_detects_it(tmp_path: Path) -> None:
-    with lock.hold_lock(tmp_path) as is_ours:
+    with lock.hold_lock(tmp_path) as check_held:
         path = tmp_path / lock.LOCK
         path.unlink()
         path.write_text("of another")
-        assert not is_ours()
+        with pytest.raises(UnavailableError, match="has taken over .*: nothing more is written"):
+            check_held()
     assert path.read_text() == "of another", "it is not ours to remove"
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 import runs
-from lstm_jax.run import metrics
+from lstm_jax.run import figures, metrics
 
 
 def drop_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -79,7 +79,7 @@ def test_partial_and_damaged_lines_are_dropped(tmp_path: Path) -> None:
         writer.write(20, 1, "train", 2.25)
     rows = drop_times(metrics.read_metrics(path))
     assert rows == [row, {**row, "step": 20, "epoch": 1, "loss": 2.25}]
-    metrics.plot_metrics([{**row, "loss": float("nan")}, row], tmp_path / "curves.png")
+    figures.plot_metrics([{**row, "loss": float("nan")}, row], tmp_path / "curves.png")
 
 
 def test_the_plot_contains_the_curves(tmp_path: Path) -> None:
@@ -87,14 +87,14 @@ def test_the_plot_contains_the_curves(tmp_path: Path) -> None:
     rows = [{"step": s, "split": "train", "loss": 4 / (1 + s)} for s in range(1, 50)]
     rows += [{"step": s, "split": "validation", "loss": 4 / s} for s in (10, 20, 40)]
     rows += [{"step": 40, "split": "test", "loss": 0.2}]
-    metrics.plot_metrics(rows, path)
+    figures.plot_metrics(rows, path)
     with Image.open(path) as picture:
         colors = {color for _, color in picture.convert("RGB").getcolors(1 << 20) or []}
     for hexadecimal in ("0072B2", "D55E00", "009E73"):
         assert tuple(bytes.fromhex(hexadecimal)) in colors
     assert list(tmp_path.iterdir()) == [path]
     for few in (rows[-1:], [], [{**rows[0], "loss": float("inf")}]):
-        metrics.plot_metrics(few, path)  # It does not fail if there is nothing to draw.
+        figures.plot_metrics(few, path)  # It does not fail if there is nothing to draw.
 
 
 def test_a_flipped_byte_is_detected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,7 +131,7 @@ def test_the_plot_shows_every_validation_and_test_point() -> None:
     rows = [{"step": s, "split": "train", "loss": 2 + 9 / s} for s in range(1, 200)]
     rows += [{"step": s, "split": "validation", "loss": 3.0} for s in (0, 100)]
     rows += [{"step": 100, "split": "test", "loss": 8.93}]
-    low, high = metrics.draw_metrics(rows).axes[0].get_ylim()
+    low, high = figures.draw_metrics(rows).axes[0].get_ylim()
     assert low < 2.05 and 8.93 < high < 11
-    low, high = metrics.draw_metrics(rows[:-1]).axes[0].get_ylim()
+    low, high = figures.draw_metrics(rows[:-1]).axes[0].get_ylim()
     assert high < 5, "the first steps are cut off"

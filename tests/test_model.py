@@ -7,6 +7,7 @@ from jax.flatten_util import ravel_pytree
 from lstm_jax import model as model_lib
 from lstm_jax.cells.lstm import LSTMCarry
 from lstm_jax.model import LanguageModel
+from lstm_jax.run import messages
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -103,7 +104,7 @@ def test_the_seed_model_has_5332803_parameters_in_three_groups() -> None:
         for part, arrays in params.items()
     }
     assert counts == {"embedding": 17_152, "lstm_0": 5_246_976, "dense": 68_675}
-    table = model_lib.format_parameters(params)
+    table = messages.format_parameters(params)
     assert "5,332,803" in table.splitlines()[-1]
     assert [line.split()[0] for line in table.splitlines() if not line.startswith(" ")] == [
         "embedding",

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 import lstm_jax
-from lstm_jax import command
-from lstm_jax.run import workdir
+from lstm_jax.run import command, workdir
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,7 +101,7 @@ def test_an_experiment_is_read_from_the_package_only_if_no_file_exists(
     (own / "sweeps").mkdir(parents=True)
     (own / "quick.py").write_text("")
     (own / "sweeps" / "quick.py").write_text("")
-    monkeypatch.setattr(command, "__file__", str(own.parent / "command.py"))
+    monkeypatch.setattr(lstm_jax, "__file__", str(own.parent / "__init__.py"))
     monkeypatch.chdir(tmp_path)
     found = str(own / "quick.py")
     assert command.find_own_experiment("experiments/quick.py") == found

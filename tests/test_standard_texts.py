@@ -111,7 +111,7 @@ def content() -> bytes:
 def archive(server: Server, content: bytes, monkeypatch: pytest.MonkeyPatch) -> Download:
     """Return the archive of a text of 100,000 bytes, in the place of enwik8."""
     archive = server.add("enwik8.zip", make_archive({"enwik8": content}))
-    text = StandardText((archive,), ("enwik8",), None, "bytes", (90_000, 5_000, 5_000))
+    text = StandardText((archive,), (90_000, 5_000, 5_000), members=("enwik8",))
     monkeypatch.setitem(STANDARD_TEXTS, "enwik8", text)
     return archive
 

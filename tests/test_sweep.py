@@ -23,7 +23,7 @@ from optuna.trial import TrialState
 
 from lstm_jax import config as config_lib
 from lstm_jax.errors import UnavailableError, UserError
-from lstm_jax.run import lock, metrics, workdir
+from lstm_jax.run import ensemble, lock, metrics, workdir
 from lstm_jax.sweep import report, search, space, study, table
 from lstm_jax.sweep.worker import Worker, claim_directory
 
@@ -237,7 +237,7 @@ def test_seeds_are_a_population(text_file: Path, tmp_path: Path, compiled: Path)
     assert sorted(row["overrides"]["seed"] for row in rows(tmp_path)) == [0, 1, 2]
     line = next(line for line in output.splitlines() if line.startswith("Measure their ensemble: "))
     assert "python -m lstm_jax.evaluate --workdir " in line
-    loaded, steps = workdir.load_ensemble(shlex.split(line.partition("evaluate")[2])[1::2])
+    loaded, steps = ensemble.load_ensemble(shlex.split(line.partition("evaluate")[2])[1::2])
     assert len(loaded.model.members) == len(steps) == 3
 
 

@@ -26,7 +26,7 @@ from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.data import texts
 from lstm_jax.errors import UserError
-from lstm_jax.run import checkpoints, metrics, workdir
+from lstm_jax.run import checkpoints, metrics, workdir, zero_state
 from lstm_jax.train_step import TrainState, TrainStep
 
 
@@ -323,7 +323,7 @@ def test_a_model_trained_on_streams_recovers_from_a_zero_state(
     output = capsys.readouterr()
     trained = workdir.load_trained(tmp_path / "run")
     ids = texts.load_texts_of_run(trained.config.data, None)["train"].encode(trained.vocabulary)
-    zero = loss_lib.measure_zero_state(trained.model, trained.params, ids, 256)
+    zero = zero_state.measure_zero_state(trained.model, trained.params, ids, 256)
     assert "From a zero state within the validation text" in output.out
     if is_on:
         assert zero.excess < 0.1 and output.err == ""

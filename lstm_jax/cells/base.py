@@ -20,7 +20,7 @@ class HiddenCarry(NamedTuple):
 
 
 class Cell(nn.Module):
-    """A convenience: the protocol (`cells.protocol`) does not ask for it."""
+    """A base class, which the protocol (`cells.protocol`) does not require."""
 
     input_size: int  # Features of the inputs.
     hidden_size: int  # The number of hidden units.

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from absl import flags
 
-from lstm_jax import command
 from lstm_jax.convert import transfer
 from lstm_jax.errors import UserError
+from lstm_jax.run import command
 
 _FROM = flags.DEFINE_string("from", None, "File to make a working directory from.")
 _TO = flags.DEFINE_string("to", None, "File to write: .keras, .weights.h5, .safetensors or .onnx.")

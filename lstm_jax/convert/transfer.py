@@ -14,7 +14,7 @@ from lstm_jax import vocabulary as vocabulary_lib
 from lstm_jax.convert import keras_weights, onnx_graph, torch_weights, weights
 from lstm_jax.data import sources, texts
 from lstm_jax.errors import UserError
-from lstm_jax.run import checkpoints, files, workdir
+from lstm_jax.run import checkpoints, files, messages, workdir
 
 # Functions that read and write the content of a file, by the end of its name.
 _FORMATS: dict[str, tuple[Any, Any]] = {
@@ -78,7 +78,7 @@ def import_weights(
     if text_file is not None:
         config.data.sha256 = texts.compute_checksum(texts.read_splits(config.data))
     make_workdir(directory, config_lib.complete_config(config), vocabulary, params)
-    print(f"{model_lib.format_parameters(params)}\n")
+    print(f"{messages.format_parameters(params)}\n")
     if added:
         print(f"Added {' and '.join(map(repr, added))}, which the model lacked, with logits of -30")
     print(f"Wrote the model of {source} to {directory}")

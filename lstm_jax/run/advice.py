@@ -1,12 +1,16 @@
-"""Read the losses of a run: when it has stopped improving, and what to change in the next run."""
+"""Read the losses of a run: has it stopped improving, what to change next, what is suspicious."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from lstm_jax.run.zero_state import ZeroState
 
 _Rows = Sequence[Mapping[str, Any]]  # Those of metrics.jsonl.
 
 # Fractions of a loss. Runs that differ only in their seed differ by a few thousandths.
 _RISE, _FALL = 0.005, 0.01
+_FAR = 0.7  # Losses of one model, in nats per token, that differ by more are suspicious.
 
 
 def is_out_of_patience(rows: _Rows, patience: int) -> bool:
@@ -27,7 +31,7 @@ def advise(rows: _Rows) -> str | None:
     - Too short: the last validation loss is the lowest, and at least 1 % below that after four
       fifths of the run.
 
-    Nothing is clear before the third validation, without that of the untrained model.
+    Nothing is clear before the third validation, not counting that of the untrained model.
     """
     validations = [row for row in rows if row["split"] == "validation" and row["step"]]
     if len(validations) < 3:
@@ -57,3 +61,28 @@ def _average_training_loss(rows: _Rows, step: int) -> float | None:
         row["loss"] for row in rows if row["split"] == "train" and start < row["step"] <= step
     ]
     return sum(losses) / len(losses) if losses else None
+
+
+def find_suspicion(
+    losses: Mapping[str, float | None], vocabulary_size: int, zero: ZeroState | None = None
+) -> str | None:
+    """Return a warning if the losses of a trained model, by split, are suspicious, else None."""
+    guessing = math.log(vocabulary_size)
+    for name, loss in losses.items():
+        if loss is not None and loss > guessing:
+            return (
+                f"the {name} loss, {loss:.3f} nats per token, is worse than guessing among the "
+                f"{vocabulary_size:,} tokens ({guessing:.3f})"
+            )
+    validation, test = losses.get("validation"), losses.get("test")
+    if validation is not None and test is not None and abs(test - validation) > _FAR:
+        return (
+            f"the test loss, {test:.3f} nats per token, is far from the validation loss, "
+            f"{validation:.3f}: either the texts differ, or the model fails on one of them"
+        )
+    if zero is not None and zero.excess > _FAR:
+        return (
+            f"from a zero state the loss is up to {zero.excess:.3f} nats per token higher than "
+            "with the text before it: raise batches.reset_probability"
+        )
+    return None

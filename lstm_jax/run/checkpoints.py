@@ -26,9 +26,10 @@ from lstm_jax.devices import hosts
 from lstm_jax.errors import UnavailableError, UserError, one_line
 from lstm_jax.run import files
 from lstm_jax.run.seal import VALIDATION, find_damage, seal_checkpoint
-from lstm_jax.train_step import ADDED
 
 _UNFINISHED = ".unfinished"
+# Fields of the training state that checkpoints of earlier versions lack.
+_ADDED = ("norm_sum",)
 _VALIDATION_LIMIT = 2**12  # bytes
 
 
@@ -183,8 +184,8 @@ def restore_latest(
 
     Later ones, which are damaged, are renamed, each with a warning. `params` and `state` are arrays
     of the expected shapes and dtypes, or `jax.ShapeDtypeStruct`s; the restored state lacks fields
-    that were added since the checkpoint was saved (`train_step.ADDED`). The iterator over the
-    training batches is set to the checkpoint's position.
+    that were added since the checkpoint was saved. The iterator over the training batches is set to
+    the checkpoint's position.
 
     Raises:
       UserError: if all are damaged, or one does not hold such `params` and `state`.
@@ -317,7 +318,7 @@ def _restore_first(
 def _find_saved(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     """Return `state` without the fields that were added since a checkpoint was saved."""
     saved = ocp.StandardCheckpointHandler().metadata(path.absolute() / "state").tree
-    return {name: part for name, part in state.items() if name in saved or name not in ADDED}
+    return {name: part for name, part in state.items() if name in saved or name not in _ADDED}
 
 
 # Jitted, so that it works on arrays that are divided over processes.

@@ -24,7 +24,7 @@ STALE_SECONDS = 60
 
 
 @contextlib.contextmanager
-def hold_lock(directory: Path) -> Iterator[Callable[[], bool]]:
+def hold_lock(directory: Path) -> Iterator[Callable[[], None]]:
     """Make `directory` and hold its lock; at the end, remove the directories it made if empty.
 
     The operating system releases the lock with the process, however it ends. Between hosts, where
@@ -32,8 +32,8 @@ def hold_lock(directory: Path) -> Iterator[Callable[[], bool]]:
     Process 0 holds it for all processes of a run, which call this after it.
 
     Yields:
-      A function that returns whether this process still holds the lock: a process that was
-      suspended for more than a minute may have lost it to another host.
+      A function to call before writing. It raises `UnavailableError` if this process has lost the
+      lock to another host, as it can if it was suspended for more than a minute.
 
     Raises:
       UnavailableError: if a process of another run holds the lock, or the directory can't be
@@ -46,7 +46,7 @@ def hold_lock(directory: Path) -> Iterator[Callable[[], bool]]:
                 f"process {jax.process_index()} does not see {directory}, where process 0 trains: "
                 "name the same --workdir for all, on a disk that they share"
             )
-        yield lambda: True
+        yield lambda: None
         return
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     path = directory / LOCK
@@ -57,6 +57,13 @@ def hold_lock(directory: Path) -> Iterator[Callable[[], bool]]:
         raise UnavailableError(f"can't write to {directory}: {error.strerror}") from None
     done = threading.Event()
 
+    def check_held() -> None:
+        if not _is_at(lock, path):
+            raise UnavailableError(
+                f"another process has taken over {directory}, because this one was suspended for "
+                f"more than {STALE_SECONDS} seconds: nothing more is written"
+            )
+
     def beat() -> None:
         while not done.wait(_BEAT_SECONDS):
             with contextlib.suppress(OSError):  # A disk may fail temporarily.
@@ -65,7 +72,7 @@ def hold_lock(directory: Path) -> Iterator[Callable[[], bool]]:
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     try:
-        yield lambda: _is_at(lock, path)
+        yield check_held
     finally:
         done.set()
         thread.join()

@@ -1,20 +1,24 @@
-"""Print how training starts and ends, and report numbers that are not finite."""
+"""Describe a model, its loss, and the start and the end of training; report non-finite numbers."""
 
 import json
+import math
 import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from lstm_jax import batches
+from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.devices import hosts
 from lstm_jax.errors import NotFiniteError
 from lstm_jax.run import cell_file, files, resume, workdir
 from lstm_jax.run.plan import Plan
-from lstm_jax.vocabulary import Ids
+from lstm_jax.vocabulary import Costs, Ids
 
 # Tokens of the window that is printed.
 _LONGEST_WINDOW = 24
@@ -27,7 +31,7 @@ def print_setup(settled: resume.Settled, start: resume.Start, ids: Mapping[str, 
     inputs, targets = window[:-1], window[1:]
     counts = ", ".join(f"{len(of_split):,} {name}" for name, of_split in ids.items())
     print(
-        f"{model_lib.format_parameters(start.state.params)}\n\n"
+        f"{format_parameters(start.state.params)}\n\n"
         f"{vocabulary.token_name}s: {counts}; vocabulary: {len(vocabulary)}; "
         f"steps per epoch: {start.plan.steps_per_epoch:,}; "
         f"recurrence: {start.model.implementation()}, matmuls in {start.model.dtype}\n\n"
@@ -48,6 +52,46 @@ def print_setup(settled: resume.Settled, start: resume.Start, ids: Mapping[str, 
         )
     for field, (before, after) in changes.items():
         print(f"From step {start.step} on, {field} is {after!r}; it was {before!r}", flush=True)
+
+
+def format_parameters(params: model_lib.Params) -> str:
+    """Return a table of the shapes and sizes of all parameters, with a sum for each layer."""
+    rows: list[tuple[str, str, int]] = []
+    for layer in sorted(params, key=lambda name: (name != "embedding", name == "dense", name)):
+        arrays = flatten_dict(params[layer], sep="/")
+        rows.append((layer, "", sum(array.size for array in arrays.values())))
+        rows += [(f"  {name}", str([*array.shape]), array.size) for name, array in arrays.items()]
+    rows.append(("total", "", sum(array.size for array in jax.tree.leaves(params))))
+    width = max(len(name) for name, _, _ in rows)
+    return "\n".join(f"{name:<{width}}  {shape:>14}  {count:>12,}" for name, shape, count in rows)
+
+
+def describe_loss(loss: float, token_name: str, costs: Costs) -> str:
+    """Return a loss in nats and bits per token, as a perplexity, and in bits per character."""
+    description = (
+        f"{loss:.4f} nats per {token_name}, {loss / math.log(2):.4f} bits per {token_name}, "
+        f"perplexity {loss_lib.compute_perplexity(loss):.3f}"
+    )
+    if token_name != "character":
+        bits = loss_lib.compute_bits_per_character(loss, [costs])
+        description += f", {bits:.4f} bits per character"
+    return description
+
+
+def describe_early_end(config: ConfigDict, plan: Plan, step: int) -> str:
+    """Return that training ends after `step` steps by `patience`."""
+    return (
+        f"Training ends at step {step} of {plan.total_steps}: the validation loss has not improved "
+        f"for {config.patience} validations"
+    )
+
+
+def describe_stop(directory: Path, plan: Plan, step: int) -> str:
+    """Return that a signal has stopped training after `step` steps."""
+    return (
+        f"\nStopped at step {step} of {plan.total_steps}. Everything is saved in {directory}: the "
+        "same command resumes."
+    )
 
 
 def describe_end(directory: Path, config: ConfigDict, plan: Plan, step: int) -> str:

@@ -1,21 +1,18 @@
-"""Write and read the losses of a run: metrics.jsonl, TensorBoard events, and a plot of them."""
+"""Write and read the losses of a run: metrics.jsonl and TensorBoard events."""
 
 import contextlib
 import functools
-import io
 import json
-import math
 import secrets
 import sys
 import textwrap
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -25,8 +22,7 @@ from lstm_jax import config as config_lib
 from lstm_jax.errors import UserError
 from lstm_jax.run import files
 
-# From Okabe and Ito's palette, which color-blind readers can distinguish.
-_COLORS = {"train": "#0072B2", "validation": "#D55E00", "test": "#009E73"}
+_SPLITS = ("train", "validation", "test")
 # Limits in bytes of the part of metrics.jsonl that is read, and of a row.
 _LARGEST, _LONGEST_LINE = 2**26, 2**12
 # Fields of a row that differ when a run is repeated.
@@ -56,7 +52,7 @@ class MetricsWriter:
         if step:  # TensorBoard then hides earlier events of later steps, of an interrupted run.
             self._add(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
         if config is not None:
-            losses = [f"{split}/loss" for split in _COLORS]
+            losses = [f"{split}/loss" for split in _SPLITS]
             for summary in hparams(list_hyperparameters(config), losses)[:2]:
                 self._add(Event(summary=summary))
 
@@ -149,7 +145,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
         row: dict[str, Any] = json.loads(line) if len(line) <= _LONGEST_LINE else {}
         valid = isinstance(row["step"], int) and 0 <= row["step"] < 2**31
-        valid = valid and isinstance(row["loss"], float) and row["split"] in _COLORS
+        valid = valid and isinstance(row["loss"], float) and row["split"] in _SPLITS
         valid = valid and isinstance(row.get("seconds", 0.0), float)
         crc = row.pop("crc", None)
         if valid and crc in (None, _checksum(row)):
@@ -164,39 +160,3 @@ def _checksum(row: Mapping[str, Any]) -> str:
 @functools.cache  # Warn once per process: training reads its metrics after each epoch.
 def _warn(path: Path, lines: str) -> None:
     print(f"warning: left out {lines} of {path}", file=sys.stderr)
-
-
-def plot_metrics(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write the figure of `draw_metrics` as a PNG file, atomically."""
-    save_figure(draw_metrics(rows), path)
-
-
-def save_figure(figure: Figure, path: Path, **options: Any) -> None:
-    """Write a figure as a PNG file, atomically, with these options of `Figure.savefig`."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", **options)
-    files.write_file(path, picture.getvalue())
-
-
-def draw_metrics(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Return a figure of the losses of all splits over steps."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot(xlabel="training step", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.3)
-    rows = [row for row in rows if row["step"]]
-    for split, style, size in (("train", "-", 0), ("validation", "o-", 4), ("test", "*", 12)):
-        points = [(row["step"], row["loss"]) for row in rows if row["split"] == split]
-        if points:
-            steps, losses = zip(*points, strict=True)
-            label = f"{split}, last {losses[-1]:.3f}"
-            axes.plot(steps, losses, style, markersize=size, color=_COLORS[split], label=label)
-    if axes.lines:
-        axes.legend()
-    # Cut off the first steps, which fall from ln(vocabulary size) and would flatten the rest.
-    finite = [row for row in rows if math.isfinite(row["loss"])]
-    if ordered := sorted(row["loss"] for row in finite):
-        measured = [row["loss"] for row in finite if row["split"] != "train"]
-        top = max([ordered[int(0.97 * (len(ordered) - 1))], *measured])
-        if top > ordered[0]:
-            axes.set_ylim(top=top + 0.05 * (top - ordered[0]))
-    return figure

@@ -1,9 +1,13 @@
-"""Fill the data of a page into its template, which is a file of a package."""
+"""Make a page: fill data into its template, which is a file of a package, and write it."""
 
 import json
 from collections.abc import Mapping
 from importlib import resources
+from pathlib import Path
 from typing import Any
+
+from lstm_jax.errors import UserError
+from lstm_jax.run import files
 
 
 def fill_page(package: str, name: str, data: Mapping[str, Any]) -> bytes:
@@ -12,3 +16,12 @@ def fill_page(package: str, name: str, data: Mapping[str, Any]) -> bytes:
     # ASCII without "<" is safe in a script.
     in_script = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     return template.replace("null/*data*/", in_script).encode()
+
+
+def write_page(path: Path, flag: str, page: bytes) -> None:
+    """Write a page to the path that a flag names, and print its size; raise `UserError`."""
+    try:
+        files.write_file(path, page)
+    except OSError as error:
+        raise UserError(f"can't write {path} ({flag}): {error.strerror}") from None
+    print(f"{path} ({len(page) / 1e6:.1f} MB): open it in a browser")

@@ -25,7 +25,7 @@ _Row = Mapping[str, Any]
 
 
 class _Run(NamedTuple):
-    """What a tracker is told about a run when it is opened."""
+    """The name, the identity and the config of a run, with which a tracker is opened."""
 
     directory: Path
     identity: str  # The same whenever the run resumes.
@@ -165,7 +165,7 @@ _TRACKERS: dict[str, Callable[[_Run], _Tracker]] = {
 
 @contextlib.contextmanager
 def open_trackers(names: Sequence[str], directory: Path) -> Iterator[Callable[[_Row], None]]:
-    """Yield a callback for `train.train` that passes the rows of the run in `directory` on.
+    """Yield a callback for `train.train` that sends the rows of the run in `directory` to trackers.
 
     Trackers are opened with the first row, when nothing can be wrong with the run any more. One
     that fails later gets no more rows, with a warning, and training continues.

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.cells.protocol import trace_cell
-from lstm_jax.ensemble import join_models
 from lstm_jax.errors import UserError
 from lstm_jax.run import cell_file, checkpoints, files
 from lstm_jax.vocabulary import Vocabulary
@@ -94,30 +93,6 @@ def load_trained(workdir: Path | str) -> Trained:
             trace_cell(cell)
     params, step = load_params(workdir, model)
     return Trained(config, vocabulary, model, params, step)
-
-
-def load_ensemble(workdirs: Sequence[Path | str]) -> tuple[Trained, list[int]]:
-    """Load the model in each directory: the only one, or an `Ensemble` of all; return their steps.
-
-    Raises:
-      UserError: as `load_trained`, or if the vocabulary, the text or its splits differ.
-    """
-    first, *others = members = [load_trained(path) for path in workdirs]
-    for path, other in zip(workdirs[1:], others, strict=True):
-        for name, own, theirs in (
-            ("vocabularies", first.vocabulary.to_json(), other.vocabulary.to_json()),
-            ("texts", first.config.data.sha256, other.config.data.sha256),
-            ("splits", first.config.data.fractions, other.config.data.fractions),
-        ):
-            if own != theirs:
-                raise UserError(
-                    f"{workdirs[0]} and {path} have different {name}: the models of an ensemble "
-                    "must be trained on one text, with one vocabulary"
-                )
-    if others:
-        model, params = join_models([(member.model, member.params) for member in members])
-        first = first._replace(model=model, params=params)
-    return first, [member.step for member in members]
 
 
 def save_config(workdir: Path, config: ConfigDict) -> None:

@@ -14,11 +14,11 @@ from typing import Any
 import jax
 from absl import flags
 
-from lstm_jax import command, generation
+from lstm_jax import generation
 from lstm_jax.controls import Controls, can_end, make_control_arrays, make_stop_table
 from lstm_jax.data import sources, texts
 from lstm_jax.errors import UserError
-from lstm_jax.run import workdir
+from lstm_jax.run import command, ensemble
 from lstm_jax.run.console import make_printable, make_printer
 from lstm_jax.sample import chat, novelty
 
@@ -68,7 +68,7 @@ def main() -> None:
     controls = Controls(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _MIN_P.value, *penalty)
     make_control_arrays(controls, vocabulary_size=3)  # Check the values before loading the model.
 
-    trained, _ = workdir.load_ensemble(directories)
+    trained, _ = ensemble.load_ensemble(directories)
     vocabulary = trained.vocabulary
     prompt = _PROMPT.value
     if path := _PROMPT_FILE.value:

@@ -19,8 +19,9 @@ import sys
 import jax
 from absl import flags
 
-from lstm_jax import command, config
+from lstm_jax import config
 from lstm_jax.devices import parallel
+from lstm_jax.run import command
 
 try:
     import optuna

@@ -28,7 +28,7 @@ from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.data import texts
 from lstm_jax.devices import parallel
 from lstm_jax.devices.memory import keep_freed_memory
-from lstm_jax.errors import UnavailableError, UserError
+from lstm_jax.errors import UserError
 from lstm_jax.run import cell_file, lock, resume, workdir
 from lstm_jax.run import checkpoints as checkpoints_lib
 from lstm_jax.run.metrics import MetricsWriter
@@ -54,7 +54,7 @@ class _Member:
     directory: Path
     start: resume.Start
     checkpoints: checkpoints_lib.CheckpointWriter
-    is_ours: Callable[[], bool]
+    check_lock: Callable[[], None]
     metrics: MetricsWriter = dataclasses.field(init=False)  # Open while it is trained.
     reason: str = ""
 
@@ -76,7 +76,7 @@ def train_population(
     members: list[_Member] = []
     with contextlib.ExitStack() as held:
         for config, directory in zip(configs, directories, strict=True):
-            is_ours = held.enter_context(lock.hold_lock(directory))
+            check_lock = held.enter_context(lock.hold_lock(directory))
             settled = resume.settle_run(
                 splits.settle(config), directory, lambda: training_text.vocabulary(configs[0].data)
             )
@@ -93,7 +93,7 @@ def train_population(
             else:
                 workdir.restore_history(directory, start.history)
             number, own = len(members), settled.config
-            members.append(_Member(number, own, directory, start, writer, is_ours))
+            members.append(_Member(number, own, directory, start, writer, check_lock))
         # Members that were killed at different epochs are trained in groups.
         for step in sorted({member.start.step for member in members}):
             group = [member for member in members if member.start.step == step]
@@ -220,8 +220,7 @@ def _train_group(
 
     def record(member: _Member, step: int, split: str, loss: float, **extra: Any) -> None:
         if split != "train":
-            tokens = len(ids[split]) - 1
-            bits = loss_lib.compute_bits_per_character(loss, tokens, [costs[split]])
+            bits = loss_lib.compute_bits_per_character(loss, [costs[split]])
             extra["bits_per_character"] = bits
         member.metrics.write(step, first.plan.count_epochs(step), split, loss, **extra)
 
@@ -284,8 +283,7 @@ def _save(members: Sequence[_Member], state: TrainState, step: int) -> None:
     for i, member in enumerate(members):
         if member.reason:
             continue
-        if not member.is_ours():
-            raise UnavailableError(f"another process has taken over {member.directory}")
+        member.check_lock()
         own = jax.tree.map(lambda array, i=i: jnp.asarray(array[i]), arrays)
         own = own._replace(key=jax.random.wrap_key_data(own.key))
         if not member.config.optimizer.average_decay:

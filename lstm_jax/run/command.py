@@ -139,7 +139,7 @@ def find_own_experiment(argument: str) -> str:
     """
     flag, equals, value = argument.rpartition("=")
     name, colon, word = value.partition(":")
-    own = Path(__file__).parent / name
+    own = Path(lstm_jax.__file__).parent / name
     if not name.startswith("experiments/") or Path(name).exists() or not own.is_file():
         return argument
     return f"{flag}{equals}{own}{colon}{word}"

@@ -1,0 +1,120 @@
+"""Ensembles: several trained models whose probabilities are averaged at every step."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lstm_jax import dynamic
+from lstm_jax.errors import UserError
+from lstm_jax.model import Carry, LanguageModel, Params, Prepared
+from lstm_jax.run import workdir
+from lstm_jax.vocabulary import Ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Ensemble:
+    """Several models with one vocabulary, of any sizes and cells.
+
+    It has the methods of a `LanguageModel` that measuring a loss and generating text need. Its
+    parameters are a dict of those of its members, "0", "1", and so on. Its carry is a tuple of
+    theirs. Its logits are the logarithms of the arithmetic means of their probabilities.
+    """
+
+    members: tuple[LanguageModel, ...]
+
+    @property
+    def vocabulary_size(self) -> int:
+        """The number of tokens."""
+        return self.members[0].vocabulary_size
+
+    def initial_carry(self, batch_size: int) -> Carry:
+        """Return the carry at the start of a text."""
+        return tuple(member.initial_carry(batch_size) for member in self.members)
+
+    def apply(
+        self, variables: Mapping[str, Params], ids: jax.Array, carry: Carry, masks: None = None
+    ) -> tuple[jax.Array, Carry]:
+        """Run the members over ids [batch, time]; see `LanguageModel.__call__`."""
+        pairs = zip(self.pair_with(variables["params"]), carry, strict=True)
+        return _mix(member.apply({"params": own}, ids, before) for (member, own), before in pairs)
+
+    def prepare_step(self, params: Params) -> Prepared:
+        """Prepare the parameters for `apply_step`."""
+        pairs = self.pair_with(params)
+        return {str(i): member.prepare_step(own) for i, (member, own) in enumerate(pairs)}
+
+    def apply_step(self, arrays: Prepared, ids: jax.Array, carry: Carry) -> tuple[jax.Array, Carry]:
+        """Run the members over one token of each text, ids [batch]."""
+        pairs = zip(self.pair_with(arrays), carry, strict=True)
+        return _mix(member.apply_step(own, ids, before) for (member, own), before in pairs)
+
+    def pair_with(self, params: Any) -> list[tuple[LanguageModel, Any]]:
+        """Return each member with its parameters."""
+        return [(member, params[str(i)]) for i, member in enumerate(self.members)]
+
+
+def load_ensemble(workdirs: Sequence[Path | str]) -> tuple[workdir.Trained, list[int]]:
+    """Load the model in each directory: the only one, or an `Ensemble` of all; return their steps.
+
+    Raises:
+      UserError: as `workdir.load_trained`, or if the vocabulary, the text or its splits differ.
+    """
+    first, *others = members = [workdir.load_trained(path) for path in workdirs]
+    for path, other in zip(workdirs[1:], others, strict=True):
+        for name, own, theirs in (
+            ("vocabularies", first.vocabulary.to_json(), other.vocabulary.to_json()),
+            ("texts", first.config.data.sha256, other.config.data.sha256),
+            ("splits", first.config.data.fractions, other.config.data.fractions),
+        ):
+            if own != theirs:
+                raise UserError(
+                    f"{workdirs[0]} and {path} have different {name}: the models of an ensemble "
+                    "must be trained on one text, with one vocabulary"
+                )
+    if others:
+        model, params = join_models([(member.model, member.params) for member in members])
+        first = first._replace(model=model, params=params)
+    return first, [member.step for member in members]
+
+
+def join_models(models: Sequence[tuple[LanguageModel, Params]]) -> tuple[Any, Params]:
+    """Return the `Ensemble` of several models, and its parameters."""
+    members, params = zip(*models, strict=True)
+    return Ensemble(members), {str(i): own for i, own in enumerate(params)}
+
+
+def adapt_to_text(
+    model: LanguageModel | Ensemble,
+    params: Params,
+    train_ids: Ids,
+    ids: Ids,
+    settings: dynamic.Settings,
+) -> Iterator[np.ndarray]:
+    """Compute the losses of `dynamic.compute_dynamic_losses` for a model or an ensemble.
+
+    Each member of an ensemble adapts to the text on its own, with the gradients of its own loss.
+    """
+    members = model.pair_with(params) if isinstance(model, Ensemble) else [(model, params)]
+    losses = []
+    for member, own in members:
+        sizes = dynamic.measure_gradient_sizes(member, own, train_ids, settings.segment_length)
+        losses.append(dynamic.compute_dynamic_losses(member, own, ids, settings, sizes))
+    return map(mix_losses, zip(*losses, strict=True))
+
+
+def mix_losses(losses: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the losses of an ensemble for the same tokens, from those of its members, in nats."""
+    return math.log(len(losses)) - np.logaddexp.reduce(-np.stack(losses))
+
+
+def _mix(outputs: Iterable[Any]) -> tuple[jax.Array, Carry]:
+    """Average the probabilities of members; return the logarithms and all carries."""
+    logits, carries = zip(*outputs, strict=True)
+    log_probabilities = jnp.stack([jax.nn.log_softmax(own) for own in logits])
+    return jax.nn.logsumexp(log_probabilities, axis=0) - math.log(len(logits)), carries

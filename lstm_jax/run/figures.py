@@ -1,0 +1,73 @@
+"""Plot losses: over the steps of a run, and by position in a window."""
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from lstm_jax.run import files
+
+# From Okabe and Ito's palette, which color-blind readers can distinguish.
+_COLORS = {"train": "#0072B2", "validation": "#D55E00", "test": "#009E73"}
+
+
+def plot_metrics(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write the figure of `draw_metrics` as a PNG file, atomically."""
+    save_figure(draw_metrics(rows), path)
+
+
+def save_figure(figure: Figure, path: Path, **options: Any) -> None:
+    """Write a figure as a PNG file, atomically, with these options of `Figure.savefig`."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", **options)
+    files.write_file(path, picture.getvalue())
+
+
+def draw_metrics(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Return a figure of the losses of all splits over steps."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="training step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    rows = [row for row in rows if row["step"]]
+    for split, style, size in (("train", "-", 0), ("validation", "o-", 4), ("test", "*", 12)):
+        points = [(row["step"], row["loss"]) for row in rows if row["split"] == split]
+        if points:
+            steps, losses = zip(*points, strict=True)
+            label = f"{split}, last {losses[-1]:.3f}"
+            axes.plot(steps, losses, style, markersize=size, color=_COLORS[split], label=label)
+    if axes.lines:
+        axes.legend()
+    # Cut off the first steps, which fall from ln(vocabulary size) and would flatten the rest.
+    finite = [row for row in rows if math.isfinite(row["loss"])]
+    if ordered := sorted(row["loss"] for row in finite):
+        measured = [row["loss"] for row in finite if row["split"] != "train"]
+        top = max([ordered[int(0.97 * (len(ordered) - 1))], *measured])
+        if top > ordered[0]:
+            axes.set_ylim(top=top + 0.05 * (top - ordered[0]))
+    return figure
+
+
+def plot_positions(losses: np.ndarray, kept: float, path: Path) -> None:
+    """Plot losses by position, and the loss with the carry kept, as a PNG file."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="position in the window", ylabel="loss (nats per token)")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.grid(alpha=0.3)
+    positions = np.arange(1, len(losses) + 1)
+    axes.plot(positions, losses, ".", color="#56B4E9", alpha=0.6, label="each position")
+    # Means over ranges of positions, which grow by a factor of about the square root of two.
+    number = 2 * len(losses).bit_length()
+    ranges = np.geomspace(1, len(losses) + 1, number, endpoint=False)
+    starts = np.unique(ranges.astype(int)) - 1
+    sizes = np.diff(np.append(starts, len(losses)))
+    means = [np.add.reduceat(values, starts) / sizes for values in (positions, losses)]
+    axes.plot(*means, "o-", color="#0072B2", label="mean over a range of positions")
+    label = f"carry kept throughout the text: {kept:.3f}"
+    axes.axhline(kept, linestyle="--", color="#D55E00", label=label)
+    axes.legend()
+    save_figure(figure, path, dpi=150)
