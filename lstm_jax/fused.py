@@ -24,8 +24,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import rnn
 
+from lstm_jax import native
 from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.matmul import has_bfloat16_instructions, matmul, matmul_rounded, round_factor
+from lstm_jax.native.recurrence import LANES, run_recurrence
 
 IMPLEMENTATIONS = ("auto", "scan", "fused", "cudnn")
 
@@ -63,14 +65,27 @@ def run_fused(
     if isinstance(inputs, Lookup) and len(inputs.table) <= 1.5 * inputs.table.shape[1]:
         # The one-hot input needs two matmuls of this size, the embedded row three.
         kernels = kernels._replace(input=matmul(inputs.table, kernels.input, dtype))
-        features = jax.nn.one_hot(
-            inputs.ids.T, len(inputs.table), axis=-2, dtype=inputs.table.dtype
-        )
+        rows = jax.nn.one_hot(inputs.ids, len(inputs.table), dtype=inputs.table.dtype)
     else:
-        features = get_rows(inputs).transpose(1, 2, 0)
-    state = LSTMCarry(carry.cell.T, carry.hidden.T)
-    outputs, state = _in_chunks(kernels, features, state, dtype, rematerialize)
+        rows = get_rows(inputs)
+    if _is_native(rows, carry, dtype):
+        inputs = rows.swapaxes(0, 1)
+        outputs, carry = _in_chunks(run_recurrence, kernels, inputs, carry, rematerialize)
+        return outputs.swapaxes(0, 1), carry
+    recurrence = functools.partial(_recurrence, dtype=dtype)
+    inputs, state = rows.transpose(1, 2, 0), LSTMCarry(carry.cell.T, carry.hidden.T)
+    outputs, state = _in_chunks(recurrence, kernels, inputs, state, rematerialize)
     return outputs.transpose(2, 0, 1), LSTMCarry(state.cell.T, state.hidden.T)
+
+
+def _is_native(inputs: jax.Array, carry: LSTMCarry, dtype: str) -> bool:
+    """Return whether to run the recurrence by the library `native`, which is faster."""
+    return (
+        dtype == "bfloat16"
+        and inputs.dtype == carry.cell.dtype == jnp.float32
+        and carry.cell.shape[1] % LANES == 0
+        and native.is_available()
+    )
 
 
 class StepArrays(NamedTuple):
@@ -157,12 +172,16 @@ def cudnn_weights(kernels: Kernels) -> jax.Array:
 
 
 def _in_chunks(
-    kernels: Kernels, inputs: jax.Array, carry: LSTMCarry, dtype: str, chunk: int
+    recurrence: Callable[..., tuple[jax.Array, LSTMCarry]],
+    kernels: Kernels,
+    inputs: jax.Array,
+    carry: LSTMCarry,
+    chunk: int,
 ) -> tuple[jax.Array, LSTMCarry]:
-    """Run `_recurrence` in chunks; the backward pass keeps only the carries between them."""
+    """Run a recurrence in chunks; the backward pass keeps only the carries between them."""
     if not chunk or chunk >= len(inputs):
-        return _recurrence(kernels, inputs, carry, dtype)
-    recurrence = jax.checkpoint(functools.partial(_recurrence, dtype=dtype))
+        return recurrence(kernels, inputs, carry)
+    recurrence = jax.checkpoint(recurrence)
 
     def run_chunk(carry: LSTMCarry, inputs: jax.Array) -> tuple[LSTMCarry, jax.Array]:
         outputs, carry = recurrence(kernels, inputs, carry)

@@ -36,11 +36,15 @@ def round_factor(x: jax.Array, dtype: str, native: bool = False) -> jax.Array:
     return x.astype(dtype)
 
 
-@functools.cache
 def has_bfloat16_instructions() -> bool:
     """Return whether this processor multiplies bfloat16 matrices itself (AMX, AVX-512)."""
+    return not {"amx_bf16", "avx512_bf16"}.isdisjoint(read_cpu_features())
+
+
+@functools.cache
+def read_cpu_features() -> frozenset[str]:
+    """Return the names of this processor's instruction sets; none where /proc is missing."""
     try:
-        features = Path("/proc/cpuinfo").read_text()
-        return "amx_bf16" in features or "avx512_bf16" in features
+        return frozenset(Path("/proc/cpuinfo").read_text().split())
     except OSError:
-        return False
+        return frozenset()

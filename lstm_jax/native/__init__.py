@@ -1,0 +1,88 @@
+"""The LSTM's recurrence in C, for CPUs with AVX-512 BF16: an optional library.
+
+`python -m lstm_jax.native` compiles it, with a C compiler. `fused` computes the same without it.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+import jax
+import jaxlib
+
+from lstm_jax.errors import UserError
+from lstm_jax.matmul import read_cpu_features
+
+_SOURCE = Path(__file__).with_name("lstm.c")
+_FLAGS = [f"-mavx512{name}" for name in ("f", "bw", "vl", "dq", "bf16")]
+_FLAGS += ["-mfma", "-O3", "-std=gnu11", "-shared", "-fPIC"]
+_FUNCTIONS = ("matmul", "forward", "backward")
+
+
+def is_available() -> bool:
+    """Return whether the library can run here, with a core for each device.
+
+    It has no threads: XLA shares the work of a single device among all cores.
+    """
+    return (
+        jax.default_backend() == "cpu"
+        and load_library()
+        and jax.local_device_count() >= len(os.sched_getaffinity(0))
+    )
+
+
+@functools.cache
+def load_library() -> bool:
+    """Register the library's functions with XLA; return whether it exists and can run."""
+    if not is_supported():
+        return False
+    try:
+        library = ctypes.CDLL(str(get_path()))
+    except OSError:
+        return False
+    for name in _FUNCTIONS:
+        function = jax.ffi.pycapsule(library[f"lstm_{name}"])
+        jax.ffi.register_ffi_target(get_target(name), function, platform="cpu")
+    return True
+
+
+def get_target(name: str) -> str:
+    """Return the name by which compiled programs, also cached ones, call a function."""
+    return f"{get_path().stem}-{name}"
+
+
+def is_supported() -> bool:
+    """Return whether this processor has the instructions, on Linux."""
+    return "avx512_bf16" in read_cpu_features()
+
+
+def get_path() -> Path:
+    """Return the path of the library. Its name has a hash of its source and of jaxlib's version."""
+    parts = _SOURCE.read_text(), *_FLAGS, jaxlib.__version__
+    name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    return _SOURCE.with_name(f"lstm-{name}.so")
+
+
+def build_library() -> Path:
+    """Compile the library in place of older versions, and return its path."""
+    path = get_path()
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            built = Path(folder, path.name)
+            command = ["cc", *_FLAGS, "-I", jax.ffi.include_dir(), str(_SOURCE), "-o", str(built)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            for old in path.parent.glob("lstm-*.so"):
+                old.unlink()
+            built.rename(path)
+    except subprocess.CalledProcessError as error:
+        reason = next((line for line in error.stderr.splitlines() if "error" in line), "it fails")
+        raise UserError(f"the C compiler cc can't compile {_SOURCE}: {reason}") from None
+    except FileNotFoundError:
+        raise UserError("there is no C compiler here: install gcc or clang, as cc") from None
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror}") from None
+    return path

@@ -1,0 +1,300 @@
+"""Test the recurrence in C: against NumPy, in every transformation of JAX, and without it."""
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from lstm_jax import fused, native
+from lstm_jax.cells.lstm import Kernels, LSTMCarry
+from lstm_jax.errors import UserError
+from lstm_jax.fused import Lookup
+from test_recurrence import assert_close, make_problem, value_and_gradients
+
+pytestmark = [
+    pytest.mark.skipif(not native.is_supported(), reason="this CPU has no AVX-512 BF16"),
+    pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler"),
+]
+
+low = functools.partial(fused.run_fused, dtype="bfloat16")
+
+
+@pytest.fixture(autouse=True)
+def library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Build the library if it is missing, and use it with any number of devices."""
+    if not native.get_path().exists():
+        native.build_library()
+        native.load_library.cache_clear()
+    assert native.load_library()
+    monkeypatch.setattr(native, "is_available", lambda: True)
+
+
+def without_library(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function as it is without the library."""
+
+    def call(*arguments: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native, "is_available", lambda: False)
+            return function(*arguments)
+
+    return call
+
+
+def uses_library(function: Callable[..., Any], *arguments: Any) -> bool:
+    return "ffi_call" in str(jax.make_jaxpr(lambda *a: function(*a))(*arguments))
+
+
+def run_numpy(
+    arguments: Any, cotangents: Any, rounded: Callable[[np.ndarray], np.ndarray]
+) -> tuple[Any, Any]:
+    """Return outputs and gradients in float64, as `value_and_gradients` does."""
+    arrays: Any = [np.asarray(x, np.float64) for x in jax.tree.leaves((arguments, cotangents))]
+    w, u, bias, x, c, h, d_outputs, d_c, d_h = arrays
+    steps = []
+    for t in range(x.shape[1]):
+        z = rounded(x[:, t]) @ rounded(w) + rounded(h) @ rounded(u) + rounded(bias)
+        z_i, z_f, z_g, z_o = np.split(z, 4, axis=1)
+        i, f, o = (1 / (1 + np.exp(-z)) for z in (z_i, z_f, z_o))
+        g, c_before, h_before = np.tanh(z_g), c, h
+        c = f * c + i * g
+        h = o * np.tanh(c)
+        steps.append((i, f, g, o, c_before, h_before, c, h))
+    outputs: Any = np.stack([step[-1] for step in steps], axis=1), LSTMCarry(c, h)
+
+    d_w, d_u, d_bias, d_x = (np.zeros_like(array) for array in (w, u, bias, x))
+    for t, (i, f, g, o, c_before, h_before, c, _) in reversed(list(enumerate(steps))):
+        d_h = d_h + d_outputs[:, t]
+        d_c = d_c + d_h * o * (1 - np.tanh(c) ** 2)
+        d_i, d_f, d_g = d_c * g * i * (1 - i), d_c * c_before * f * (1 - f), d_c * i * (1 - g**2)
+        d_z = rounded(np.concatenate([d_i, d_f, d_g, d_h * np.tanh(c) * o * (1 - o)], axis=1))
+        d_w += rounded(x[:, t]).T @ d_z
+        d_u += rounded(h_before).T @ d_z
+        d_bias += d_z.sum(0)
+        d_x[:, t] = d_z @ rounded(w).T
+        d_c, d_h = d_c * f, d_z @ rounded(u).T
+    gradients: Any = Kernels(d_w, d_u, d_bias), d_x, LSTMCarry(d_c, d_h)
+    return outputs, gradients
+
+
+def to_bfloat16(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
+
+
+def measure_errors(actual: Any, expected: Any) -> Any:
+    """Return the relative error of each array."""
+
+    def measure(a: jax.Array, e: np.ndarray) -> float:
+        assert a.dtype == jnp.float32 and a.shape == e.shape
+        return float(np.linalg.norm(a - e) / np.linalg.norm(e))
+
+    return jax.tree.map(measure, actual, expected)
+
+
+# (batch, time, features, hidden): parts of tiles and of registers, one row, odd and even depths.
+SIZES = [(1, 1, 1, 16), (5, 7, 33, 80), (16, 20, 48, 64), (64, 3, 130, 48)]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_outputs_and_gradients_agree_with_numpy(sizes: tuple[int, ...]) -> None:
+    *arguments, cotangents = make_problem(*sizes)
+    results = jax.jit(lambda *a: value_and_gradients(low, cotangents, *a))(*arguments)
+    expected = run_numpy(arguments, cotangents, to_bfloat16)
+    # A hidden state whose last bit in float32 differs may be rounded differently.
+    assert max(jax.tree.leaves(measure_errors(results, expected))) < 2e-3
+
+
+def test_rounding_errors_are_those_of_the_other_implementation() -> None:
+    *arguments, cotangents = make_problem(16, 20, 48, 64)
+    exact = run_numpy(arguments, cotangents, lambda x: x)
+
+    def measure() -> list[float]:
+        results = jax.jit(lambda *a: value_and_gradients(low, cotangents, *a))(*arguments)
+        return jax.tree.leaves(measure_errors(results, exact))
+
+    for error, other in zip(measure(), without_library(measure)(), strict=True):
+        assert 1e-4 < error < 1.1 * other
+
+
+def test_activations_are_accurate_to_the_rounding_of_float32() -> None:
+    """Choose the gates by their bias, with kernels of zero: o tanh(i g), saturated or not."""
+    g = np.concatenate([np.geomspace(1e-30, 1e3, 500), [0, 1e38, np.inf, np.nan], -np.arange(8.0)])
+    g = to_bfloat16(g)
+    bias = jnp.asarray([np.full(512, 40.0), g, g, g], jnp.float32).reshape(-1)  # i, f, g, o
+    kernels = Kernels(jnp.zeros((2, 2048)), jnp.zeros((512, 2048)), bias)
+    carry = LSTMCarry(jnp.zeros((1, 512)), jnp.zeros((1, 512)))
+    _, last = low(kernels, jnp.zeros((1, 1, 2)), carry)
+    with np.errstate(over="ignore"):
+        np.testing.assert_allclose(last.cell[0], np.tanh(g), rtol=1e-6)
+        hidden = np.tanh(np.tanh(g)) / (1 + np.exp(-g))
+    np.testing.assert_allclose(last.hidden[0], hidden, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("vocabulary", [11, 300])  # Folded into the recurrence, or looked up.
+def test_a_lookup_agrees_with_its_rows(vocabulary: int) -> None:
+    kernels, _, carry, cotangents = make_problem(6, 5, 24, 32)
+    rng = np.random.default_rng(1)
+    table = jnp.asarray(rng.normal(size=(vocabulary, 24)), jnp.float32)
+    ids = jnp.asarray(rng.integers(0, vocabulary, (6, 5)))
+
+    def run(kernels: Kernels, table: jax.Array, carry: LSTMCarry) -> Any:
+        return low(kernels, Lookup(table, ids), carry)
+
+    def compute() -> Any:
+        differentiated = jax.jit(lambda *a: value_and_gradients(run, cotangents, *a))
+        return differentiated(kernels, table, carry)
+
+    assert uses_library(run, kernels, table, carry)
+    assert_close(compute(), without_library(compute)(), 1e-2)
+
+
+def test_rematerialized_gradients_are_the_same() -> None:
+    *arguments, cotangents = make_problem(5, 7, 33, 48)
+    whole, chunks = (
+        jax.jit(lambda *a, run=run: value_and_gradients(run, cotangents, *a))(*arguments)
+        for run in (low, functools.partial(low, rematerialize=3))
+    )
+    assert_close(chunks, whole, 1e-5)
+
+
+def test_two_windows_with_a_carry_are_one() -> None:
+    kernels, inputs, carry, _ = make_problem(5, 12, 7, 48)
+    outputs, last = low(kernels, inputs, carry)
+    first, middle = low(kernels, inputs[:, :5], carry)
+    second, end = low(kernels, inputs[:, 5:], middle)
+    np.testing.assert_array_equal(np.concatenate([first, second], axis=1), outputs)
+    jax.tree.map(np.testing.assert_array_equal, end, last)
+
+
+def test_results_are_the_same_in_every_call_and_batch() -> None:
+    """A text's results don't depend on the number of texts beside it."""
+    kernels, inputs, carry, cotangents = make_problem(17, 6, 9, 32)
+    run = jax.jit(lambda *a: value_and_gradients(low, cotangents, *a))
+    first, second = (run(kernels, inputs, carry) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    outputs, _ = low(kernels, inputs, carry)
+    part, _ = low(kernels, inputs[4:7], LSTMCarry(carry.cell[4:7], carry.hidden[4:7]))
+    np.testing.assert_array_equal(part, outputs[4:7])
+
+
+def test_populations_and_donated_carries() -> None:
+    problems = [make_problem(3, 4, 5, 16, seed) for seed in range(3)]
+    together = jax.tree.map(lambda *arrays: jnp.stack(arrays), *problems)
+    run = jax.jit(jax.vmap(lambda *a: value_and_gradients(low, a[-1], *a[:-1])))
+    results = run(*together)
+    for i, (*arguments, cotangents) in enumerate(problems):
+        alone = value_and_gradients(low, cotangents, *arguments)
+        assert_close(jax.tree.map(lambda x, i=i: x[i], results), alone, 1e-6)
+
+    kernels, inputs, carry, _ = problems[0]
+    expected = low(kernels, inputs, carry)
+    donating = jax.jit(low, donate_argnums=2)
+    jax.tree.map(np.testing.assert_array_equal, donating(kernels, inputs, carry), expected)
+
+
+def test_only_float32_arrays_in_whole_registers_use_the_library() -> None:
+    problem = make_problem(3, 4, 5, 32)[:3]
+    assert uses_library(low, *problem)
+    assert not uses_library(fused.run_fused, *problem)
+    assert not without_library(uses_library)(low, *problem)
+    assert not uses_library(low, *make_problem(3, 4, 5, 24)[:3])
+
+
+_TRAIN = """
+import os, sys
+import jax, numpy as np
+from lstm_jax import batches, config, model, native, optimizer, train_step
+from lstm_jax.devices import parallel
+settings = config.default()
+settings.mesh.data, with_library = int(sys.argv[1]), sys.argv[2] == "library"
+os.sched_getaffinity = lambda process: range(settings.mesh.data)  # A core for each.
+if not with_library:
+    native.load_library = lambda: False
+settings.batches.batch_size = 12
+settings.model.embedding_size, settings.model.hidden_size, settings.model.num_layers = 24, 32, 2
+settings.model.dtype = "bfloat16"
+settings.optimizer.learning_rate, settings.optimizer.epsilon = 0.01, 1e-3
+parallel.use_cores(settings)
+mesh = parallel.make_mesh(settings)
+assert native.is_available() == with_library
+lstm = model.make_model(settings.model, 30)
+adam = optimizer.make_optimizer(settings.optimizer, 40)
+state = train_step.init_state(lstm, adam, jax.random.key(0), 12, mesh=mesh).place(mesh)
+step = train_step.make_train_step(lstm, adam, settings, mesh)
+ids = np.random.default_rng(0).integers(0, 30, (12, 10)).astype(np.int32)
+for k in range(40):
+    state = step(state, batches.Batch(ids[:, :-1], ids[:, 1:], np.bool_(k == 0)))
+    if k in (0, 39):
+        print(float(state.loss_sum))
+    state = state._replace(loss_sum=0 * state.loss_sum)
+"""
+
+
+def test_devices_train_alike_with_the_library_and_without() -> None:
+    losses = []
+    for arguments in ("1 none", "2 library"):
+        command = [sys.executable, "-c", _TRAIN, *arguments.split()]
+        result = subprocess.run(command, check=True, capture_output=True, text=True)
+        losses.append([float(line) for line in result.stdout.split()])
+    assert losses[0][1] < losses[0][0] - 0.2  # It learns.
+    np.testing.assert_allclose(losses[1], losses[0], rtol=5e-3)
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a copy of the source, beside which the library is built."""
+    copy = tmp_path / "lstm.c"
+    shutil.copy(native._SOURCE, copy)
+    monkeypatch.setattr(native, "_SOURCE", copy)
+    return copy
+
+
+def test_a_library_of_another_source_is_replaced(source: Path) -> None:
+    old = native.build_library()
+    source.write_text(source.read_text() + "// Changed.\n")
+    native.load_library.cache_clear()
+    assert not native.load_library()
+    new = native.build_library()
+    native.load_library.cache_clear()
+    assert native.load_library() and new != old
+    assert sorted(source.parent.iterdir()) == sorted([source, new])
+
+
+def test_a_library_that_can_not_be_loaded_is_ignored(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native.get_path().write_bytes(b"not a library")
+    native.load_library.cache_clear()
+    assert not native.load_library()
+    native.build_library()
+    monkeypatch.setattr(native, "read_cpu_features", lambda: frozenset({"avx2"}))
+    native.load_library.cache_clear()
+    assert not native.load_library()
+    native.load_library.cache_clear()
+
+
+def test_mistakes_of_the_compiler_are_named(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source.write_text("int main( {}")
+    with pytest.raises(UserError, match=r"cc can't compile .*lstm\.c: .*error"):
+        native.build_library()
+    assert list(source.parent.iterdir()) == [source]
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="no C compiler here: install"):
+        native.build_library()
+
+
+def test_the_command_names_a_missing_compiler() -> None:
+    command = [sys.executable, "-m", "lstm_jax.native"]
+    environment = {**os.environ, "PATH": ""}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: there is no C compiler here: install gcc or clang, as cc\n"
