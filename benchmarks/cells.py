@@ -11,7 +11,8 @@ each cell it
 1. tunes with `lstm_jax.sweep` on the validation split: the same space for all, the same number of
    trials, and at most the same seconds;
 2. trains the best settings with several seeds, each for --epochs;
-3. trains them again for the number of steps that takes --seconds, at the speed of step 2;
+3. trains them again, each for the number of steps that takes --seconds, at the speed of the fastest
+   trial of step 1; start, compilation and validation are not counted;
 4. measures each trained model: the loss of the test split with the carry kept, and by windows of
    256 from a zero carry; characters a second in training, and in generation of one text.
 
@@ -65,6 +66,9 @@ class Measured(NamedTuple):
     parameters: int
 
 
+Results = dict[str, dict[str, list[Measured]]]  # By budget and cell: a run for each seed.
+
+
 def main() -> None:
     """Do what is left to do, and write the results."""
     parser = argparse.ArgumentParser(
@@ -84,8 +88,9 @@ def main() -> None:
         "--tune_seconds", type=float, default=7200, help="of each cell [default: 7200]"
     )
     parser.add_argument("--epochs", type=int, default=6, help="[default: 6]")
+    parser.add_argument("--seconds", type=float, default=180, help="[default: 180]")
     parser.add_argument(
-        "--seconds", type=float, help="[default: what the first cell takes for --epochs]"
+        "--budgets", default="steps,seconds", help="what is equal [default: steps,seconds]"
     )
     parser.add_argument("--seeds", type=int, default=3, help="[default: 3]")
     parser.add_argument("--speed", action="store_true", help="time the recurrences")
@@ -102,15 +107,13 @@ def main() -> None:
         return
     for name in names:
         tune(name, options, fields)
-    by_steps = {name: train(name, "steps", options, fields) for name in names}
-    seconds = options.seconds or statistics.mean(run.seconds for run in by_steps[names[0]])
-    by_seconds = {}
-    for name in names:
-        steps = count_steps(by_steps[name], seconds)
-        by_seconds[name] = train(name, "seconds", options, [*fields, f"--config.max_steps={steps}"])
-    table = make_table(by_steps, by_seconds, options)
+    results: Results = {budget: {} for budget in options.budgets.split(",")}
+    for budget, runs in results.items():
+        for name in names:
+            runs[name] = train(name, budget, options, fields)
+    table = make_table(results, options)
     (options.out / "cells.md").write_text(table)
-    draw_losses(by_steps, by_seconds).savefig(options.out / "cells.svg")
+    draw_losses(results).savefig(options.out / "cells.svg")
     print(f"{table}\nWrote {options.out / 'cells.md'} and {options.out / 'cells.svg'}")
 
 
@@ -168,22 +171,25 @@ def train(
     out = options.out / budget / name
     best = options.out / "tune" / name / "best.py"
     given = ("--seeds", options.seeds, "--population", 1, "--workdir", out)
-    # An equal number of seconds is an equal number of steps, whatever the epochs.
-    epochs = options.epochs if budget == "steps" else 1000
-    sweep("--config", best, *given, f"--config.num_epochs={epochs}", *fields)
+    length = [f"--config.num_epochs={options.epochs}"]
+    if budget == "seconds":
+        steps = count_steps(options.out / "tune" / name, options.seconds)
+        length = ["--config.num_epochs=1000", f"--config.max_steps={steps}"]
+    sweep("--config", best, *given, *length, *fields)
     return list(measure_trials(out))
 
 
-def count_steps(runs: Sequence[Measured], seconds: float) -> int:
-    """Return the steps that a training of this many seconds has, by trainings that were measured.
-
-    What they took besides steps (start, compilation, validation) is taken to be the same.
-    """
+def count_steps(tuned: Path, seconds: float) -> int:
+    """Return the number of steps that take these seconds in the fastest trial of a sweep."""
     batches = load_experiments().get_config().batches
-    tokens = batches.batch_size * batches.window_length
-    of_step = statistics.mean(tokens / run.training_speed for run in runs)
-    others = statistics.mean(run.seconds - run.steps * of_step for run in runs)
-    return max(round((seconds - others) / of_step), 1)
+    speeds = [measure_speed(path.parent) for path in tuned.glob(f"trials/*/{workdir.METRICS}")]
+    return max(round(seconds * max(speeds) / (batches.batch_size * batches.window_length)), 1)
+
+
+def measure_speed(directory: Path) -> float:
+    """Return the median of the tokens a second that a run logged in training."""
+    rows = metrics.read_metrics(directory / workdir.METRICS)
+    return statistics.median(row["tokens_per_second"] for row in rows if row["split"] == "train")
 
 
 def measure_trials(out: Path) -> Iterator[Measured]:
@@ -204,14 +210,13 @@ def measure(trial: dict[str, Any]) -> Measured:
     rows = metrics.read_metrics(Path(trial["workdir"]) / workdir.METRICS)
     splits = texts.load_texts_of_run(trained.config.data, None, None, None)
     ids = np.asarray(splits["test"].encode(trained.vocabulary)[:])
-    speeds = [row["tokens_per_second"] for row in rows if row["split"] == "train"]
     return Measured(
         trial["validation_loss"],
         trial["test_loss"],
         float(loss_lib.compute_token_losses(trained.model, trained.params, ids, WINDOW).mean()),
         max(row["step"] for row in rows),
         trial["seconds"],
-        statistics.median(speeds),
+        measure_speed(Path(trial["workdir"])),
         measure_generation(trained),
         sum(array.size for array in jax.tree.leaves(trained.params)),
     )
@@ -229,12 +234,8 @@ def measure_generation(trained: workdir.Trained) -> float:
     return GENERATED / min(seconds)
 
 
-def make_table(
-    by_steps: dict[str, list[Measured]],
-    by_seconds: dict[str, list[Measured]],
-    options: argparse.Namespace,
-) -> str:
-    """Return both tables in Markdown: means and standard deviations over seeds."""
+def make_table(results: Results, options: argparse.Namespace) -> str:
+    """Return the tables in Markdown: means and standard deviations over seeds."""
 
     def spread(values: list[float]) -> str:
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -245,9 +246,9 @@ def make_table(
         "in training, in generation"
     )
     lines = []
-    for title, results in (("Equal steps", by_steps), ("Equal seconds", by_seconds)):
-        lines += [f"\n{title}:\n", f"| {head.replace(', ', ' | ')} |", "|" + " --- |" * 9]
-        for name, runs in results.items():
+    for budget, of_cells in results.items():
+        lines += [f"\nEqual {budget}:\n", f"| {head.replace(', ', ' | ')} |", "|" + " --- |" * 9]
+        for name, runs in of_cells.items():
             mean = Measured(*map(statistics.mean, zip(*runs, strict=True)))
             validation, test, windows = (spread(list(x)) for x in list(zip(*runs, strict=True))[:3])
             lines.append(
@@ -255,29 +256,26 @@ def make_table(
                 f"{validation} | {test} | {windows} | {mean.training_speed:,.0f} | "
                 f"{mean.generation_speed:,.0f} |"
             )
-    seeds = len(next(iter(by_steps.values())))
     device = jax.devices()[0].device_kind
     start = (
         f"Tuned with {options.space.name}, at most {options.trials} trials of "
-        f"{options.tune_epochs or options.epochs} epochs for each cell, on validation; {seeds} "
-        f"seeds; {device}. Losses in nats per character.\n"
+        f"{options.tune_epochs or options.epochs} epochs for each cell, on validation; "
+        f"{options.seeds} seeds; {device}. Losses in nats per character.\n"
     )
     return start + "\n".join(lines) + "\n"
 
 
-def draw_losses(
-    by_steps: dict[str, list[Measured]], by_seconds: dict[str, list[Measured]]
-) -> Figure:
+def draw_losses(results: Results) -> Figure:
     """Draw the test loss of every seed, by cell."""
-    figure = Figure(figsize=(7, 0.35 * len(by_steps) + 1.2), layout="constrained")
+    cells = list(next(iter(results.values())))
+    figure = Figure(figsize=(7, 0.35 * len(cells) + 1.2), layout="constrained")
     axes = figure.add_subplot(xlabel="test loss, nats per character")
-    for results, label, color, shift in (
-        (by_steps, "equal steps", "#0072B2", -0.12),
-        (by_seconds, "equal seconds", "#D55E00", 0.12),
-    ):
-        points = [(run.test, i + shift) for i, runs in enumerate(results.values()) for run in runs]
+    for (budget, of_cells), color in zip(results.items(), ("#0072B2", "#D55E00"), strict=False):
+        shift = 0.12 if budget == "seconds" else -0.12
+        points = [(run.test, i + shift) for i, runs in enumerate(of_cells.values()) for run in runs]
+        label = f"equal {budget}"
         axes.plot(*zip(*points, strict=True), "o", markersize=4, color=color, label=label)
-    axes.set_yticks(range(len(by_steps)), list(by_steps))
+    axes.set_yticks(range(len(cells)), cells)
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize=8)
