@@ -22,7 +22,7 @@ from lstm_jax.fused import Lookup
 from test_recurrence import assert_close, make_problem, value_and_gradients
 
 pytestmark = [
-    pytest.mark.skipif(not native.is_supported(), reason="this CPU has no AVX-512 BF16"),
+    pytest.mark.skipif(not native.is_supported(), reason="no AVX-512 BF16 here, or AMX"),
     pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler"),
 ]
 

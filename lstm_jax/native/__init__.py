@@ -56,8 +56,9 @@ def get_target(name: str) -> str:
 
 
 def is_supported() -> bool:
-    """Return whether this processor has the instructions, on Linux."""
-    return "avx512_bf16" in read_cpu_features()
+    """Return whether this processor has AVX-512 BF16, but not AMX, whose matmuls XLA can use."""
+    features = read_cpu_features()
+    return "avx512_bf16" in features and "amx_bf16" not in features
 
 
 def get_path() -> Path:

@@ -9,7 +9,7 @@ from lstm_jax.errors import UserError
 def main() -> None:
     """Compile the library and print its path."""
     if not native.is_supported():
-        print("this processor has no AVX-512 BF16, so there is nothing to compile")
+        print("nothing to compile: this is for processors with AVX-512 BF16 and without AMX")
         return
     try:
         print(native.build_library())
