@@ -4,7 +4,7 @@
     python benchmarks/units.py --config my_config.py --config.data.path=my.txt
 
 For each kind of token a short run measures the time of a step, and a second one has the number of
-steps that takes --seconds, start and validation included. OUT/units.md has the table, in bits per
+steps that takes --seconds; start, compilation and validation are not counted. OUT/units.md has the table, in bits per
 character, which can be compared. The same command continues what was cut off; all other flags are
 passed to every run.
 """
@@ -52,8 +52,8 @@ def main() -> None:
     ]
     for unit, own in UNITS.items():
         given = [f"--config={options.config}", *own, *flags]
-        seconds = train(options.out / f"{unit}_short", [*given, f"--config.max_steps={SHORT}"])
-        steps = count_steps(options.out / f"{unit}_short", seconds, options.seconds)
+        train(options.out / f"{unit}_short", [*given, f"--config.max_steps={SHORT}"])
+        steps = count_steps(options.out / f"{unit}_short", options.seconds)
         length = [f"--config.max_steps={steps}", "--config.num_epochs=1000"]
         runs = []
         for seed in range(options.seeds):
@@ -76,13 +76,12 @@ def train(directory: Path, flags: Sequence[str]) -> float:
     return float(json.loads(done.read_text()))
 
 
-def count_steps(short: Path, seconds: float, allowed: float) -> int:
-    """Return the steps that take the allowed seconds, by the short run, which took `seconds`."""
+def count_steps(short: Path, seconds: float) -> int:
+    """Return the number of steps that take these seconds, by the short run."""
     batches = workdir.load_trained(str(short)).config.batches
     rows = metrics.read_metrics(short / workdir.METRICS)
     speed = statistics.median(row["tokens_per_second"] for row in rows if row["split"] == "train")
-    of_step = batches.batch_size * batches.window_length / speed
-    return max(round((allowed - (seconds - SHORT * of_step)) / of_step), 1)
+    return max(round(seconds * speed / (batches.batch_size * batches.window_length)), 1)
 
 
 def describe(directory: Path, seconds: float) -> list[float]:
