@@ -4,9 +4,9 @@
     python benchmarks/units.py --config my_config.py --config.data.path=my.txt
 
 For each kind of token a short run measures the time of a step, and a second one has the number of
-steps that takes --seconds; start, compilation and validation are not counted. OUT/units.md has the table, in bits per
-character, which can be compared. The same command continues what was cut off; all other flags are
-passed to every run.
+steps that takes --seconds; start, compilation and validation are not counted. OUT/units.md has the
+table, in bits per character, which can be compared. The same command continues what was cut off;
+all other flags are passed to every run.
 """
 
 import argparse
