@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import cells
 from lstm_jax.run import metrics, workdir
 
 SHORT = 40  # Steps of the run that measures the time of a step.
@@ -78,10 +79,9 @@ def train(directory: Path, flags: Sequence[str]) -> float:
 
 def count_steps(short: Path, seconds: float) -> int:
     """Return the number of steps that take these seconds, by the short run."""
-    batches = workdir.load_trained(str(short)).config.batches
-    rows = metrics.read_metrics(short / workdir.METRICS)
-    speed = statistics.median(row["tokens_per_second"] for row in rows if row["split"] == "train")
-    return max(round(seconds * speed / (batches.batch_size * batches.window_length)), 1)
+    batches = workdir.load_config(short).batches
+    tokens = seconds * cells.measure_speed(short)
+    return max(round(tokens / (batches.batch_size * batches.window_length)), 1)
 
 
 def describe(directory: Path, seconds: float) -> list[float]:
