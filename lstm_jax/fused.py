@@ -85,6 +85,7 @@ def _is_native(inputs: jax.Array, carry: LSTMCarry, dtype: str) -> bool:
         and inputs.dtype == carry.cell.dtype == jnp.float32
         and carry.cell.shape[1] % LANES == 0
         and native.is_available()
+        and native.uses_every_device()
     )
 
 

@@ -37,6 +37,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> None:
         native.load_library.cache_clear()
     assert native.load_library()
     monkeypatch.setattr(native, "is_available", lambda: True)
+    monkeypatch.setattr(native, "uses_every_device", lambda: True)
 
 
 def without_library(function: Callable[..., Any]) -> Callable[..., Any]:

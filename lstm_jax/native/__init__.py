@@ -35,6 +35,14 @@ def is_available() -> bool:
     )
 
 
+def uses_every_device() -> bool:
+    """Return whether the program being traced runs on all devices, as a training step does.
+
+    On one of several devices, as in a validation, the library would leave the other cores idle.
+    """
+    return max(jax.sharding.get_abstract_mesh().size, 1) >= jax.local_device_count()
+
+
 @functools.cache
 def load_library() -> bool:
     """Register the library's functions with XLA; return whether it exists and can run."""
