@@ -30,20 +30,23 @@ _LOST = (
 _LOST_PATTERN = "Gloo|NCCL|[Cc]oordination|[Hh]eartbeat|[Bb]arrier|Connection (closed|reset)"
 
 # A program that reads what native code writes to standard error. When JAX ends the process, it
-# writes dozens of lines, which the program replaces by its argument.
+# writes dozens of lines, which the program replaces by its argument. The process's own last line
+# also goes through it, so that only the first of the two reasons is printed.
 _FILTER = """
-import itertools, sys
-lines = sys.stdin.buffer
-for line in lines:
+import sys
+quiet = False
+for line in sys.stdin.buffer:
     text = line.decode(errors="replace")
-    if "coordination" in text or "JAX distributed service" in text:
-        if any(b"Terminating process" in later for later in itertools.chain([line], lines)):
-            print(sys.argv[1], file=sys.stderr, flush=True)
+    if text.startswith("error: "):
+        print(text, end="", file=sys.stderr, flush=True)
         break
-    if not text.startswith("[Gloo]"):
-        sys.stderr.write(text)
-        sys.stderr.flush()
-for line in lines:
+    quiet = quiet or "coordination" in text or "JAX distributed service" in text
+    if quiet and "Terminating process" in text:
+        print(sys.argv[1], file=sys.stderr, flush=True)
+        break
+    if not quiet and not text.startswith("[Gloo]"):
+        print(text, end="", file=sys.stderr, flush=True)
+for line in sys.stdin.buffer:
     pass
 """
 
@@ -175,10 +178,8 @@ def _wait_for_devices() -> None:
 
 def _leave(message: str, code: int = 2) -> NoReturn:
     """End this process without waiting for the others, which detect that it has ended."""
-    if message == _LOST:  # JAX may report it at the same time: the filter prints it once.
-        os.write(2, b"coordination: Terminating process\n")
-    else:
-        print("error:", " ".join(message.split()), file=sys.stderr, flush=True)
+    line = f"error: {' '.join(message.split())}\n"
+    os.write(2, line.encode("utf-8", "backslashreplace"))
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
     os._exit(code)
