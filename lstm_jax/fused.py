@@ -27,7 +27,7 @@ from jax.experimental import rnn
 from lstm_jax import native
 from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.matmul import has_bfloat16_instructions, matmul, matmul_rounded, round_factor
-from lstm_jax.native.recurrence import LANES, run_recurrence
+from lstm_jax.native import recurrence as in_c
 
 IMPLEMENTATIONS = ("auto", "scan", "fused", "cudnn")
 
@@ -68,9 +68,9 @@ def run_fused(
         rows = jax.nn.one_hot(inputs.ids, len(inputs.table), dtype=inputs.table.dtype)
     else:
         rows = get_rows(inputs)
-    if _is_native(rows, carry, dtype):
+    if rows.dtype == carry.cell.dtype == jnp.float32 and uses_library(carry.cell.shape[1], dtype):
         inputs = rows.swapaxes(0, 1)
-        outputs, carry = _in_chunks(run_recurrence, kernels, inputs, carry, rematerialize)
+        outputs, carry = _in_chunks(in_c.run_recurrence, kernels, inputs, carry, rematerialize)
         return outputs.swapaxes(0, 1), carry
     recurrence = functools.partial(_recurrence, dtype=dtype)
     inputs, state = rows.transpose(1, 2, 0), LSTMCarry(carry.cell.T, carry.hidden.T)
@@ -78,15 +78,14 @@ def run_fused(
     return outputs.transpose(2, 0, 1), LSTMCarry(state.cell.T, state.hidden.T)
 
 
-def _is_native(inputs: jax.Array, carry: LSTMCarry, dtype: str) -> bool:
-    """Return whether to run the recurrence by the library `native`, which is faster."""
-    return (
-        dtype == "bfloat16"
-        and inputs.dtype == carry.cell.dtype == jnp.float32
-        and carry.cell.shape[1] % LANES == 0
-        and native.is_available()
-        and native.uses_every_device()
-    )
+def uses_library(hidden_size: int, dtype: str) -> bool:
+    """Return whether the library `native` computes layers of this size: it is faster."""
+    return dtype == "bfloat16" and fits_library(hidden_size) and jax.default_backend() == "cpu"
+
+
+def fits_library(hidden_size: int) -> bool:
+    """Return whether the library exists, and supports layers of this size."""
+    return hidden_size % in_c.LANES == 0 and native.load_library()
 
 
 class StepArrays(NamedTuple):
@@ -94,7 +93,7 @@ class StepArrays(NamedTuple):
 
     tokens: jax.Array  # Each token's term in the first layer's gates, [vocabulary, 4 * hidden].
     kernels: list[jax.Array]  # [4 * hidden, inputs + hidden]; the first has no inputs.
-    biases: list[jax.Array]  # Of each layer but the first, [4 * hidden, 1].
+    biases: list[jax.Array]  # Of each layer but the first, [4 * hidden].
     head: jax.Array  # The dense layer's kernel, [vocabulary, hidden].
     head_bias: jax.Array  # [vocabulary].
 
@@ -105,10 +104,14 @@ def prepare_step(
     """Precompute what is the same at every step, from all parameters; see `apply_step`."""
     first, *others = layers
     kernels = [first.recurrent, *(jnp.concatenate([k.input, k.recurrent]) for k in others)]
+    if uses_library(len(first.recurrent), dtype):
+        kernels = [in_c.pack_gates(kernel) for kernel in kernels]
+    else:
+        kernels = [round_factor(kernel.T, dtype) for kernel in kernels]
     return StepArrays(
         matmul(table, first.input, dtype) + first.bias,
-        [round_factor(kernel.T, dtype) for kernel in kernels],
-        [k.bias[:, None] for k in others],
+        kernels,
+        [k.bias for k in others],
         round_factor(head.T, dtype),
         head_bias,
     )
@@ -118,16 +121,29 @@ def apply_step(
     arrays: StepArrays, ids: jax.Array, carry: Sequence[Any], dtype: str
 ) -> tuple[jax.Array, tuple[LSTMCarry, ...]]:
     """Run the model over one token of each text; see `model.apply_step`."""
-    states = [LSTMCarry(*(state.T for state in layer)) for layer in carry]
-    added = [arrays.tokens[ids].T, *arrays.biases]
-    for layer, kernel in enumerate(arrays.kernels):
-        inputs = states[layer].hidden
-        if layer:
-            inputs = jnp.concatenate([states[layer - 1].hidden, inputs])
-        inputs = round_factor(inputs, dtype)
-        _, states[layer] = _step(kernel, inputs, states[layer], added[layer])
-    logits = matmul(arrays.head, states[-1].hidden, dtype).T + arrays.head_bias
-    return logits, tuple(LSTMCarry(cell.T, hidden.T) for cell, hidden in states)
+    run_step: Callable[..., LSTMCarry] = functools.partial(_run_step, dtype=dtype)
+    if uses_library(carry[0].cell.shape[1], dtype):
+        run_step = in_c.run_step
+    added = [arrays.tokens[ids], *(bias[None] for bias in arrays.biases)]
+    states: list[LSTMCarry] = []
+    for kernel, own, term in zip(arrays.kernels, carry, added, strict=True):
+        inputs = [*(state.hidden for state in states[-1:]), own.hidden]
+        states.append(run_step(kernel, inputs, own, term))
+    logits = matmul(arrays.head, states[-1].hidden.T, dtype).T + arrays.head_bias
+    return logits, tuple(states)
+
+
+def _run_step(
+    kernel: jax.Array,
+    inputs: Sequence[jax.Array],
+    carry: LSTMCarry,
+    added: jax.Array,
+    dtype: str,
+) -> LSTMCarry:
+    """Run one step of a layer, as `native.recurrence.run_step` does."""
+    columns = round_factor(jnp.concatenate([x.T for x in inputs]), dtype)
+    _, (cell, hidden) = _step(kernel, columns, LSTMCarry(carry.cell.T, carry.hidden.T), added.T)
+    return LSTMCarry(cell.T, hidden.T)
 
 
 def _step(

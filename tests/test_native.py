@@ -15,10 +15,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lstm_jax import fused, native
+from lstm_jax import config, fused, model, native
 from lstm_jax.cells.lstm import Kernels, LSTMCarry
+from lstm_jax.devices import parallel
 from lstm_jax.errors import UserError
 from lstm_jax.fused import Lookup
+from lstm_jax.native import recurrence
 from test_recurrence import assert_close, make_problem, value_and_gradients
 
 pytestmark = [
@@ -30,14 +32,12 @@ low = functools.partial(fused.run_fused, dtype="bfloat16")
 
 
 @pytest.fixture(autouse=True)
-def library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Build the library if it is missing, and use it with any number of devices."""
+def library() -> None:
+    """Build the library if it is missing."""
     if not native.get_path().exists():
         native.build_library()
         native.load_library.cache_clear()
     assert native.load_library()
-    monkeypatch.setattr(native, "is_available", lambda: True)
-    monkeypatch.setattr(native, "uses_every_device", lambda: True)
 
 
 def without_library(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,7 +45,7 @@ def without_library(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(*arguments: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(native, "is_available", lambda: False)
+            patch.setattr(native, "load_library", lambda: False)
             return function(*arguments)
 
     return call
@@ -187,6 +187,60 @@ def test_results_are_the_same_in_every_call_and_batch() -> None:
     np.testing.assert_array_equal(part, outputs[4:7])
 
 
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_results_do_not_depend_on_the_number_of_threads(
+    batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Use one, as many as there are cores, and more than there are texts, tiles or cores."""
+    problem = make_problem(batch, 6, 9, 48)
+    results = []
+    for threads in (1, 2, 100):
+        monkeypatch.setattr(recurrence, "count_threads", lambda threads=threads: threads)
+        run = jax.jit(lambda *a: value_and_gradients(low, a[-1], *a[:-1]))
+        results += [run(*problem) for _ in range(20)]
+    for other in results[1:]:
+        jax.tree.map(np.testing.assert_array_equal, results[0], other)
+
+
+def test_threads_are_those_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8))
+    assert native.count_threads() == 8
+    devices = jax.make_mesh((jax.local_device_count(),), ("data",))
+    found = []
+
+    def record(x: jax.Array) -> jax.Array:
+        found.append(native.count_threads())
+        return x
+
+    spec = jax.sharding.PartitionSpec()
+    jax.jit(jax.shard_map(record, mesh=devices, in_specs=spec, out_specs=spec))(1.0)
+    assert found[0] == max(8 // jax.local_device_count(), 1)
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+def test_steps_agree_with_windows(batch: int) -> None:
+    """Read a text token by token, as generation does, and at once."""
+    lstm = model.LanguageModel(30, 24, 48, num_layers=3, dtype="bfloat16")
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape) / 4, x.dtype),
+        model.init_params(lstm, jax.random.key(0)),
+    )
+    ids = jnp.asarray(rng.integers(0, 30, (batch, 12)))
+    expected = model.apply(lstm, params, ids, lstm.initial_carry(batch))
+
+    def read() -> Any:
+        step, carry, logits = model.make_step(lstm, params), lstm.initial_carry(batch), []
+        for t in range(12):
+            found, carry = step(ids[:, t], carry)
+            logits.append(found)
+        return jnp.stack(logits, axis=1), carry
+
+    assert uses_library(read) and not without_library(uses_library)(read)
+    assert_close(read(), expected, 1e-2)
+    assert_close(without_library(read)(), expected, 1e-2)
+
+
 def test_populations_and_donated_carries() -> None:
     problems = [make_problem(3, 4, 5, 16, seed) for seed in range(3)]
     together = jax.tree.map(lambda *arrays: jnp.stack(arrays), *problems)
@@ -213,11 +267,11 @@ def test_only_float32_arrays_in_whole_registers_use_the_library() -> None:
 _TRAIN = """
 import os, sys
 import jax, numpy as np
-from lstm_jax import batches, config, model, native, optimizer, train_step
+from lstm_jax import batches, config, fused, model, native, optimizer, train_step
 from lstm_jax.devices import parallel
 settings = config.default()
 settings.mesh.data, with_library = int(sys.argv[1]), sys.argv[2] == "library"
-os.sched_getaffinity = lambda process: range(settings.mesh.data)  # A core for each.
+os.sched_getaffinity = lambda process: range(2)
 if not with_library:
     native.load_library = lambda: False
 settings.batches.batch_size = 12
@@ -226,7 +280,7 @@ settings.model.dtype = "bfloat16"
 settings.optimizer.learning_rate, settings.optimizer.epsilon = 0.01, 1e-3
 parallel.use_cores(settings)
 mesh = parallel.make_mesh(settings)
-assert native.is_available() == with_library
+assert fused.uses_library(32, "bfloat16") == with_library
 lstm = model.make_model(settings.model, 30)
 adam = optimizer.make_optimizer(settings.optimizer, 40)
 state = train_step.init_state(lstm, adam, jax.random.key(0), 12, mesh=mesh).place(mesh)
@@ -242,12 +296,32 @@ for k in range(40):
 
 def test_devices_train_alike_with_the_library_and_without() -> None:
     losses = []
-    for arguments in ("1 none", "2 library"):
+    for arguments in ("1 none", "1 library", "2 library"):
         command = [sys.executable, "-c", _TRAIN, *arguments.split()]
         result = subprocess.run(command, check=True, capture_output=True, text=True)
         losses.append([float(line) for line in result.stdout.split()])
     assert losses[0][1] < losses[0][0] - 0.2  # It learns.
-    np.testing.assert_allclose(losses[1], losses[0], rtol=5e-3)
+    for other in losses[1:]:
+        np.testing.assert_allclose(other, losses[0], rtol=5e-3)
+
+
+def test_devices_share_only_what_the_library_does_not_share_better(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(parallel, "count_cores", lambda: 2)
+
+    def count(**fields: Any) -> int:
+        settings = config.default()
+        settings.batches.batch_size = 32
+        settings.model.update({"dtype": "auto", "hidden_size": 512, **fields})
+        return parallel._count_useful_cores(settings)
+
+    assert count() == count(dtype="bfloat16") == 1
+    others: Any = {"hidden_size": 256, "dtype": "float32", "cell": "gru", "recurrence": "scan"}
+    for field, value in {**others, "layer_norm": True, "block": "residual"}.items():
+        assert count(**{field: value}) == 2
+    assert count(hidden_size=500) == 2
+    assert without_library(count)() == 2
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from lstm_jax import fused
 from lstm_jax.errors import UserError
 
 DATA, MODEL = "data", "model"  # The names of the mesh axes.
@@ -24,8 +25,9 @@ EVERYWHERE, DIVIDED = PartitionSpec(), PartitionSpec((DATA, MODEL))
 
 # Sizes for which dividing a batch over CPU cores is faster than using all cores for each matmul, in
 # `benchmarks/train_step.py` on two cores. Matmuls of smaller layers end before threads can share
-# them; larger layers read each kernel from memory once per device.
-_SMALLEST_HIDDEN, _LARGEST_HIDDEN = 64, 768
+# them; larger layers read each kernel from memory once per device. The library divides the work of
+# a layer itself, so that devices need not exchange gradients.
+_SMALLEST_HIDDEN, _LARGEST_HIDDEN, _LARGEST_HIDDEN_IN_C = 64, 768, 256
 _SMALLEST_PART = 16
 
 
@@ -41,8 +43,12 @@ def use_cores(config: ConfigDict) -> None:
 
 
 def _count_useful_cores(config: ConfigDict) -> int:
-    batch_size = config.batches.batch_size
-    if not _SMALLEST_HIDDEN <= config.model.hidden_size <= _LARGEST_HIDDEN:
+    batch_size, model = config.batches.batch_size, config.model
+    is_fused = model.cell == "lstm" and model.recurrence in ("auto", "fused")
+    is_fused = is_fused and model.block == "none" and not model.layer_norm
+    in_c = is_fused and model.dtype != "float32" and fused.fits_library(model.hidden_size)
+    largest = _LARGEST_HIDDEN_IN_C if in_c else _LARGEST_HIDDEN
+    if not _SMALLEST_HIDDEN <= model.hidden_size <= largest:
         return 1
     limit = min(count_cores(), max(batch_size // _SMALLEST_PART, 1))
     return max(n for n in range(1, limit + 1) if batch_size % n == 0)

@@ -20,27 +20,13 @@ from lstm_jax.matmul import read_cpu_features
 _SOURCE = Path(__file__).with_name("lstm.c")
 _FLAGS = [f"-mavx512{name}" for name in ("f", "bw", "vl", "dq", "bf16")]
 _FLAGS += ["-mfma", "-O3", "-std=gnu11", "-shared", "-fPIC"]
-_FUNCTIONS = ("matmul", "forward", "backward")
+_FUNCTIONS = ("matmul", "pack", "step", "forward", "backward")
 
 
-def is_available() -> bool:
-    """Return whether the library can run here, with a core for each device.
-
-    It has no threads: XLA shares the work of a single device among all cores.
-    """
-    return (
-        jax.default_backend() == "cpu"
-        and load_library()
-        and jax.local_device_count() >= len(os.sched_getaffinity(0))
-    )
-
-
-def uses_every_device() -> bool:
-    """Return whether the program being traced runs on all devices, as a training step does.
-
-    On one of several devices, as in a validation, the library would leave the other cores idle.
-    """
-    return max(jax.sharding.get_abstract_mesh().size, 1) >= jax.local_device_count()
+def count_threads() -> int:
+    """Return how many threads each device may use in the program that is being traced."""
+    devices = min(max(jax.sharding.get_abstract_mesh().size, 1), jax.local_device_count())
+    return max(len(os.sched_getaffinity(0)) // devices, 1)
 
 
 @functools.cache

@@ -1,5 +1,5 @@
 // The recurrence of an LSTM layer for processors with AVX-512 BF16, as custom calls of XLA. Each
-// runs on the core that calls it.
+// divides its work into parts, for the threads of XLA.
 //
 // A matmul is computed in tiles: up to ROWS rows by 4 vectors of 16 columns, whose sums stay in
 // registers. The right factor is packed by tile, so that a tile reads it in order. Both factors are
@@ -9,6 +9,9 @@
 // The hidden size is a multiple of 16, and every depth is even.
 
 #include <immintrin.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "xla/ffi/api/c_api.h"
@@ -96,121 +99,196 @@ static void pack(const bfloat16 *b, size_t depth, size_t width, size_t apart, si
       }
 }
 
-// Compute a [rows, depth] @ b [depth, width]. A tile is packed in `packed` [depth, 64].
-static void matmul(size_t rows, size_t depth, size_t width, const bfloat16 *a, const bfloat16 *b,
-                   float *result, pair *packed) {
-  for (size_t j = 0; j < width; j += TILE) {
-    pack(b + j, depth, width, LANES, width - j, packed);
-    for (size_t i = 0, n; i < rows; i += n) {
-      n = next_rows(rows - i);
+// Return where a part begins if `size` is divided into equal parts of whole `units`.
+static size_t begin(size_t part, size_t parts, size_t size, size_t unit) {
+  size_t units = (size + unit - 1) / unit, at = part * units / parts * unit;
+  return at < size ? at : size;
+}
+
+typedef struct {
+  size_t depth, width, apart;
+  const bfloat16 *b;
+  pair *packed;  // [tiles, depth, 64].
+} Pack;
+
+// Pack b [depth, width]; a part is a range of tiles. Their 4 vectors are adjacent, or `apart`.
+static void pack_tiles(const void *work, size_t part, size_t parts) {
+  const Pack p = *(const Pack *)work;
+  size_t tiles = (p.width + TILE - 1) / TILE, end = begin(part + 1, parts, tiles, 1);
+  for (size_t tile = begin(part, parts, tiles, 1); tile < end; tile++) {
+    size_t j = tile * (p.apart == LANES ? TILE : LANES);
+    pack(p.b + j, p.depth, p.width, p.apart, p.width - j, p.packed + tile * TILE * p.depth / 2);
+  }
+}
+
+typedef struct {
+  size_t rows, depth, width;
+  const bfloat16 *a, *b;
+  float *result;
+  pair *packed;  // [parts, depth, 64]: each part has its own memory for a tile.
+} Matmul;
+
+// Compute a [rows, depth] @ b [depth, width]; a part is a range of columns.
+static void matmul(const void *work, size_t part, size_t parts) {
+  const Matmul m = *(const Matmul *)work;
+  pair *packed = m.packed + part * m.depth * TILE / 2;
+  size_t end = begin(part + 1, parts, m.width, TILE);
+  for (size_t j = begin(part, parts, m.width, TILE); j < end; j += TILE) {
+    pack(m.b + j, m.depth, m.width, LANES, m.width - j, packed);
+    for (size_t i = 0, n; i < m.rows; i += n) {
+      n = next_rows(m.rows - i);
       sums sum;
-      multiply(n, a + i * depth, depth, depth, packed, sum);
+      multiply(n, m.a + i * m.depth, m.depth, m.depth, packed, sum);
       for (size_t r = 0; r < n; r++)
-        for (size_t v = 0, at = j; v < VECTORS && at < width; v++, at += LANES)
-          _mm512_mask_storeu_ps(result + (i + r) * width + at, first_lanes(width - at), sum[r][v]);
+        for (size_t v = 0, at = j; v < VECTORS && at < m.width; v++, at += LANES)
+          _mm512_mask_storeu_ps(m.result + (i + r) * m.width + at, first_lanes(m.width - at),
+                                sum[r][v]);
     }
   }
 }
 
-// Run the layer: inputs [time, batch, features] to cells and outputs [time, batch, hidden].
-//
-// The kernel [depth, 4 * hidden] consists of the recurrent kernel, the input kernel, the bias, and
-// zeros if the depth is odd otherwise. Results are also the activated gates
-// [time, batch, 4 * hidden], and rows [time, batch, depth], the rounded factors of the kernel:
-// the hidden state, the inputs, and 1. `packed` is [depth, 4 * hidden].
-static void forward(size_t time, size_t batch, size_t features, size_t hidden, size_t depth,
-                    const float *inputs, const bfloat16 *kernel, const float *first_cell,
-                    const float *first_hidden, float *gates, float *cells, float *outputs,
-                    bfloat16 *rows, pair *packed) {
-  size_t width = 4 * hidden;
-  for (size_t j = 0; j < hidden; j += LANES)  // A tile has the four gates of 16 hidden units.
-    pack(kernel + j, depth, width, hidden, width, packed + j * VECTORS * depth / 2);
-  for (size_t row = 0; row < time * batch; row++) {
-    const float *from = inputs + row * features;
-    bfloat16 *to = rows + row * depth;
-    if (row < batch)
-      for (size_t j = 0; j < hidden; j += LANES)
-        store_rounded(to + j, _mm512_loadu_ps(first_hidden + row * hidden + j));
-    to += hidden;
-    for (size_t j = 0; j < features; j += LANES) {
-      __mmask16 mask = first_lanes(features - j);
-      __m256i x = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, from + j));
-      _mm256_mask_storeu_epi16(to + j, mask, x);
-    }
-    to[features] = 0x3f80;  // 1.
-    if (hidden + features + 1 < depth) to[features + 1] = 0;
-  }
+// The gates of 16 hidden units, and their next state.
+typedef struct {
+  __m512 i, f, g, o, cell, output;
+} Units;
 
-  for (size_t t = 0; t < time; t++) {
-    const float *previous = t ? cells + (t - 1) * batch * hidden : first_cell;
-    for (size_t j = 0; j < hidden; j += LANES)
-      for (size_t b = 0, n; b < batch; b += n) {
-        n = next_rows(batch - b);
+static inline Units next_state(const __m512 *z, __m512 cell) {
+  Units to = {sigmoid(z[0]), sigmoid(z[1]), tanh_lanes(z[2]), sigmoid(z[3])};
+  to.cell = to.f * cell + to.i * to.g;
+  to.output = to.o * tanh_lanes(to.cell);
+  return to;
+}
+
+typedef struct {
+  size_t batch, depth, hidden;
+  const bfloat16 *rows;  // [batch, depth]: inputs and the hidden state.
+  const pair *packed;    // The kernel, [depth, 4 * hidden], by gates.
+  size_t stride;         // Between rows of `added`, 0 if all are the same.
+  const float *added;    // To the gates before their activation.
+  const float *previous;
+  float *cell, *output;  // [batch, hidden].
+} Step;
+
+// Run one step; a part is a range of hidden units.
+static void step(const void *work, size_t part, size_t parts) {
+  const Step s = *(const Step *)work;
+  size_t end = begin(part + 1, parts, s.hidden, LANES);
+  for (size_t j = begin(part, parts, s.hidden, LANES); j < end; j += LANES)
+    for (size_t b = 0, n; b < s.batch; b += n) {
+      n = next_rows(s.batch - b);
+      sums sum;
+      multiply(n, s.rows + b * s.depth, s.depth, s.depth, s.packed + j * VECTORS * s.depth / 2,
+               sum);
+      for (size_t r = 0; r < n; r++) {
+        size_t at = (b + r) * s.hidden + j;
+        for (size_t v = 0; v < VECTORS; v++)
+          sum[r][v] += _mm512_loadu_ps(s.added + (b + r) * s.stride + v * s.hidden + j);
+        Units to = next_state(sum[r], _mm512_loadu_ps(s.previous + at));
+        _mm512_storeu_ps(s.cell + at, to.cell);
+        _mm512_storeu_ps(s.output + at, to.output);
+      }
+    }
+}
+
+typedef struct {
+  size_t time, batch, features, hidden, depth;
+  const float *inputs, *first_cell, *first_hidden;
+  const pair *packed;      // The kernel, [depth, 4 * hidden], by gates.
+  float *gates;            // Activated, [time, batch, 4 * hidden].
+  float *cells, *outputs;  // [time, batch, hidden].
+  bfloat16 *rows;          // [time, batch, depth].
+} Forward;
+
+// Run the layer over inputs [time, batch, features]; a part is a range of texts.
+//
+// The kernel consists of the recurrent kernel, the input kernel, the bias, and zeros if the depth
+// is odd otherwise. `rows` are its rounded factors: the hidden state, the inputs, and 1.
+static void forward(const void *work, size_t part, size_t parts) {
+  const Forward l = *(const Forward *)work;
+  size_t first = begin(part, parts, l.batch, 1), end = begin(part + 1, parts, l.batch, 1);
+  for (size_t t = 0; t < l.time; t++)
+    for (size_t b = first; b < end; b++) {
+      const float *from = l.inputs + (t * l.batch + b) * l.features;
+      bfloat16 *to = l.rows + (t * l.batch + b) * l.depth;
+      if (t == 0)
+        for (size_t j = 0; j < l.hidden; j += LANES)
+          store_rounded(to + j, _mm512_loadu_ps(l.first_hidden + b * l.hidden + j));
+      to += l.hidden;
+      for (size_t j = 0; j < l.features; j += LANES) {
+        __mmask16 mask = first_lanes(l.features - j);
+        __m256i x = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, from + j));
+        _mm256_mask_storeu_epi16(to + j, mask, x);
+      }
+      to[l.features] = 0x3f80;  // 1.
+      if (l.hidden + l.features + 1 < l.depth) to[l.features + 1] = 0;
+    }
+
+  for (size_t t = 0; t < l.time; t++) {
+    const float *previous = t ? l.cells + (t - 1) * l.batch * l.hidden : l.first_cell;
+    for (size_t j = 0; j < l.hidden; j += LANES)
+      for (size_t b = first, n; b < end; b += n) {
+        n = next_rows(end - b);
         sums sum;
-        multiply(n, rows + (t * batch + b) * depth, depth, depth, packed + j * VECTORS * depth / 2,
-                 sum);
+        multiply(n, l.rows + (t * l.batch + b) * l.depth, l.depth, l.depth,
+                 l.packed + j * VECTORS * l.depth / 2, sum);
         for (size_t r = 0; r < n; r++) {
-          __m512 i = sigmoid(sum[r][0]), f = sigmoid(sum[r][1]);
-          __m512 g = tanh_lanes(sum[r][2]), o = sigmoid(sum[r][3]);
-          __m512 cell = f * _mm512_loadu_ps(previous + (b + r) * hidden + j) + i * g;
-          __m512 output = o * tanh_lanes(cell);
-          size_t row = t * batch + b + r;
-          float *gate = gates + row * width + j;
-          _mm512_storeu_ps(gate, i);
-          _mm512_storeu_ps(gate + hidden, f);
-          _mm512_storeu_ps(gate + 2 * hidden, g);
-          _mm512_storeu_ps(gate + 3 * hidden, o);
-          _mm512_storeu_ps(cells + row * hidden + j, cell);
-          _mm512_storeu_ps(outputs + row * hidden + j, output);
-          if (t + 1 < time) store_rounded(rows + (row + batch) * depth + j, output);
+          Units to = next_state(sum[r], _mm512_loadu_ps(previous + (b + r) * l.hidden + j));
+          size_t row = t * l.batch + b + r;
+          float *gate = l.gates + row * 4 * l.hidden + j;
+          _mm512_storeu_ps(gate, to.i);
+          _mm512_storeu_ps(gate + l.hidden, to.f);
+          _mm512_storeu_ps(gate + 2 * l.hidden, to.g);
+          _mm512_storeu_ps(gate + 3 * l.hidden, to.o);
+          _mm512_storeu_ps(l.cells + row * l.hidden + j, to.cell);
+          _mm512_storeu_ps(l.outputs + row * l.hidden + j, to.output);
+          if (t + 1 < l.time) store_rounded(l.rows + (row + l.batch) * l.depth + j, to.output);
         }
       }
   }
 }
 
-// Compute the rounded gradients of the gates before their activation, [time, batch, 4 * hidden].
-//
-// kernel [hidden, 4 * hidden] is the recurrent kernel. d_cell and d_hidden [batch, hidden] are the
-// gradients of the last state, and then those of the first. `packed` is [4 * hidden, hidden], with
-// the hidden size rounded up to whole tiles.
-static void backward(size_t time, size_t batch, size_t hidden, const float *gates,
-                     const bfloat16 *kernel, const float *first_cell, const float *cells,
-                     const float *d_outputs, bfloat16 *d_gates, float *d_cell, float *d_hidden,
-                     pair *packed) {
-  size_t width = 4 * hidden;
-  const __m512 one = _mm512_set1_ps(1);
-  pair *to = packed;
-  for (size_t j = 0; j < hidden; j += TILE)  // Pack the transposed kernel.
-    for (size_t k = 0; k < width; k += 2)
-      for (size_t i = j; i < j + TILE; i++)
-        *to++ = i < hidden ? *(const pair *)(kernel + i * width + k) : 0;
+typedef struct {
+  size_t time, batch, hidden;
+  const float *gates, *first_cell, *cells, *d_outputs;
+  const pair *packed;        // The transposed recurrent kernel, [4 * hidden, hidden].
+  bfloat16 *d_gates;         // Before their activation, [time, batch, 4 * hidden].
+  float *d_cell, *d_hidden;  // [batch, hidden], of the last state, and then of the first.
+} Backward;
 
-  for (size_t t = time; t-- > 0;) {
-    const float *previous = t ? cells + (t - 1) * batch * hidden : first_cell;
-    for (size_t b = 0; b < batch; b++)
+// Compute the rounded gradients of the gates, and those of the state; a part is a range of texts.
+static void backward(const void *work, size_t part, size_t parts) {
+  const Backward l = *(const Backward *)work;
+  size_t first = begin(part, parts, l.batch, 1), end = begin(part + 1, parts, l.batch, 1);
+  size_t hidden = l.hidden, width = 4 * hidden;
+  const __m512 one = _mm512_set1_ps(1);
+  for (size_t t = l.time; t-- > 0;) {
+    const float *previous = t ? l.cells + (t - 1) * l.batch * hidden : l.first_cell;
+    for (size_t b = first; b < end; b++)
       for (size_t j = 0; j < hidden; j += LANES) {
-        size_t row = t * batch + b, at = b * hidden + j;
-        const float *gate = gates + row * width + j;
+        size_t row = t * l.batch + b, at = b * hidden + j;
+        const float *gate = l.gates + row * width + j;
         __m512 i = _mm512_loadu_ps(gate), f = _mm512_loadu_ps(gate + hidden);
         __m512 g = _mm512_loadu_ps(gate + 2 * hidden), o = _mm512_loadu_ps(gate + 3 * hidden);
-        __m512 tanh_cell = tanh_lanes(_mm512_loadu_ps(cells + row * hidden + j));
-        __m512 dh = _mm512_loadu_ps(d_hidden + at) + _mm512_loadu_ps(d_outputs + row * hidden + j);
-        __m512 dc = _mm512_loadu_ps(d_cell + at) + dh * o * (one - tanh_cell * tanh_cell);
-        bfloat16 *d_gate = d_gates + row * width + j;
+        __m512 tanh_cell = tanh_lanes(_mm512_loadu_ps(l.cells + row * hidden + j));
+        __m512 d_output = _mm512_loadu_ps(l.d_outputs + row * hidden + j);
+        __m512 dh = _mm512_loadu_ps(l.d_hidden + at) + d_output;
+        __m512 dc = _mm512_loadu_ps(l.d_cell + at) + dh * o * (one - tanh_cell * tanh_cell);
+        bfloat16 *d_gate = l.d_gates + row * width + j;
         store_rounded(d_gate, dc * g * i * (one - i));
         store_rounded(d_gate + hidden, dc * _mm512_loadu_ps(previous + at) * f * (one - f));
         store_rounded(d_gate + 2 * hidden, dc * i * (one - g * g));
         store_rounded(d_gate + 3 * hidden, dh * tanh_cell * o * (one - o));
-        _mm512_storeu_ps(d_cell + at, dc * f);
+        _mm512_storeu_ps(l.d_cell + at, dc * f);
       }
     for (size_t j = 0; j < hidden; j += TILE)
-      for (size_t b = 0, n; b < batch; b += n) {
-        n = next_rows(batch - b);
+      for (size_t b = first, n; b < end; b += n) {
+        n = next_rows(end - b);
         sums sum;
-        multiply(n, d_gates + (t * batch + b) * width, width, width, packed + j * width / 2, sum);
+        multiply(n, l.d_gates + (t * l.batch + b) * width, width, width,
+                 l.packed + j * width / 2, sum);
         for (size_t r = 0; r < n; r++)
           for (size_t v = 0, at = j; v < VECTORS && at < hidden; v++, at += LANES)
-            _mm512_storeu_ps(d_hidden + (b + r) * hidden + at, sum[r][v]);
+            _mm512_storeu_ps(l.d_hidden + (b + r) * hidden + at, sum[r][v]);
       }
   }
 }
@@ -219,6 +297,54 @@ static void *data(void **buffers, int i) { return ((XLA_FFI_Buffer *)buffers[i])
 
 static size_t size(void **buffers, int i, int axis) {
   return ((XLA_FFI_Buffer *)buffers[i])->dims[axis];
+}
+
+// Return an integer attribute of a call; they are in the order of their names.
+static size_t attribute(XLA_FFI_CallFrame *frame, int i) {
+  return *(int64_t *)((XLA_FFI_Scalar *)frame->attrs.attrs[i])->value;
+}
+
+typedef void task(const void *work, size_t part, size_t parts);
+
+// A task that threads work on. It is freed by the last of them, which may begin after its end.
+typedef struct {
+  task *run;
+  const void *work;
+  size_t parts;
+  atomic_size_t begun, done, threads;
+} Job;
+
+static void leave(Job *job) {
+  if (atomic_fetch_sub(&job->threads, 1) == 1) free(job);
+}
+
+static void run_parts(void *data) {
+  Job *job = data;
+  for (size_t part; (part = atomic_fetch_add(&job->begun, 1)) < job->parts;) {
+    job->run(job->work, part, job->parts);
+    atomic_fetch_add(&job->done, 1);
+  }
+  leave(job);
+}
+
+// Run a task in parts, as many as an attribute of the call says, and wait for their end.
+static void run(XLA_FFI_CallFrame *frame, task *task, const void *work) {
+  size_t parts = attribute(frame, frame->attrs.size - 1);
+  Job *job = malloc(sizeof(Job));
+  *job = (Job){task, work, parts};
+  atomic_init(&job->threads, parts + 1);
+  for (size_t i = 1; i < parts; i++) {
+    XLA_FFI_ThreadPool_Schedule_Args args = {sizeof(args), NULL, frame->ctx, run_parts, job};
+    XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_Schedule(&args);
+    if (error) {  // There is no other thread: this one does all parts.
+      XLA_FFI_Error_Destroy_Args destroy = {sizeof(destroy), NULL, error};
+      frame->api->XLA_FFI_Error_Destroy(&destroy);
+      leave(job);
+    }
+  }
+  run_parts(job);
+  while (atomic_load(&job->done) < parts) sched_yield();
+  leave(job);
 }
 
 // Return whether this call asks only for the version of the interface, after answering it.
@@ -234,17 +360,37 @@ static int is_query(XLA_FFI_CallFrame *frame) {
 XLA_FFI_Error *lstm_matmul(XLA_FFI_CallFrame *frame) {
   if (is_query(frame)) return NULL;
   void **in = frame->args.args, **out = frame->rets.rets;
-  matmul(size(in, 0, 0), size(in, 0, 1), size(in, 1, 1), data(in, 0), data(in, 1), data(out, 0),
-         data(out, 1));
+  Matmul work = {size(in, 0, 0), size(in, 0, 1), size(in, 1, 1), data(in, 0),
+                 data(in, 1),    data(out, 0),   data(out, 1)};
+  run(frame, matmul, &work);
+  return NULL;
+}
+
+XLA_FFI_Error *lstm_pack(XLA_FFI_CallFrame *frame) {
+  if (is_query(frame)) return NULL;
+  void **in = frame->args.args, **out = frame->rets.rets;
+  Pack work = {size(in, 0, 0), size(in, 0, 1), attribute(frame, 0), data(in, 0), data(out, 0)};
+  run(frame, pack_tiles, &work);
+  return NULL;
+}
+
+XLA_FFI_Error *lstm_step(XLA_FFI_CallFrame *frame) {
+  if (is_query(frame)) return NULL;
+  void **in = frame->args.args, **out = frame->rets.rets;
+  size_t hidden = size(in, 3, 1), stride = size(in, 2, 0) == 1 ? 0 : 4 * hidden;
+  Step work = {size(in, 0, 0), size(in, 0, 1), hidden,      data(in, 0),  data(in, 1),
+               stride,         data(in, 2),    data(in, 3), data(out, 0), data(out, 1)};
+  run(frame, step, &work);
   return NULL;
 }
 
 XLA_FFI_Error *lstm_forward(XLA_FFI_CallFrame *frame) {
   if (is_query(frame)) return NULL;
   void **in = frame->args.args, **out = frame->rets.rets;
-  forward(size(in, 0, 0), size(in, 0, 1), size(in, 0, 2), size(in, 2, 1), size(in, 1, 0),
-          data(in, 0), data(in, 1), data(in, 2), data(in, 3), data(out, 0), data(out, 1),
-          data(out, 2), data(out, 3), data(out, 4));
+  Forward work = {size(in, 0, 0), size(in, 0, 1), size(in, 0, 2), size(in, 2, 1), size(out, 3, 2),
+                  data(in, 0),    data(in, 2),    data(in, 3),    data(in, 1),    data(out, 0),
+                  data(out, 1),   data(out, 2),   data(out, 3)};
+  run(frame, forward, &work);
   return NULL;
 }
 
@@ -254,7 +400,8 @@ XLA_FFI_Error *lstm_backward(XLA_FFI_CallFrame *frame) {
   size_t batch = size(in, 2, 0), hidden = size(in, 2, 1);
   for (int i = 0; i < 2; i++)  // The gradients of the last state.
     memcpy(data(out, 1 + i), data(in, 5 + i), batch * hidden * sizeof(float));
-  backward(size(in, 0, 0), batch, hidden, data(in, 0), data(in, 1), data(in, 2), data(in, 3),
-           data(in, 4), data(out, 0), data(out, 1), data(out, 2), data(out, 3));
+  Backward work = {size(in, 0, 0), batch,       hidden,      data(in, 0),  data(in, 2), data(in, 3),
+                   data(in, 4),    data(in, 1), data(out, 0), data(out, 1), data(out, 2)};
+  run(frame, backward, &work);
   return NULL;
 }

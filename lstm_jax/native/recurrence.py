@@ -1,13 +1,15 @@
 """One LSTM layer over time, by the library's functions, with a custom VJP."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.matmul import matmul_rounded
-from lstm_jax.native import get_target
+from lstm_jax.native import count_threads, get_target
 
 LANES, _TILE = 16, 64  # As in lstm.c.
 
@@ -24,6 +26,24 @@ def run_recurrence(
     return _forward(kernels, inputs, carry)[0]
 
 
+def pack_gates(kernel: jax.Array) -> jax.Array:
+    """Round a kernel [depth, 4 * hidden], and arrange it in tiles of four gates."""
+    return _pack(kernel, apart=kernel.shape[1] // 4)
+
+
+def run_step(
+    packed: jax.Array, inputs: Sequence[jax.Array], carry: LSTMCarry, added: jax.Array
+) -> LSTMCarry:
+    """Run one step of a layer, with a kernel from `pack_gates`, and return the next carry.
+
+    `inputs` are the layer's, unless they are in `added` already, and the hidden state, [batch, n]
+    each. `added` [batch or 1, 4 * hidden] is added to the gates before their activation.
+    """
+    rows = jnp.concatenate(inputs, axis=1).astype("bfloat16")
+    shape = (carry.cell.shape, "float32")
+    return LSTMCarry(*_call("step", (rows, packed, added, carry.cell), shape, shape))
+
+
 def _forward(
     kernels: Kernels, inputs: jax.Array, carry: LSTMCarry
 ) -> tuple[tuple[jax.Array, LSTMCarry], tuple[Any, ...]]:
@@ -38,14 +58,13 @@ def _forward(
     kernel = jnp.concatenate([part.astype("bfloat16") for part in parts])
     kernel = jnp.pad(kernel, ((0, len(kernel) % 2), (0, 0)))
     depth, width = kernel.shape
-    gates, cells, outputs, rows, _ = _call(
+    gates, cells, outputs, rows = _call(
         "forward",
-        (inputs, kernel, *carry),
+        (inputs, pack_gates(kernel), *carry),
         ((time, batch, width), "float32"),
         ((time, batch, hidden), "float32"),
         ((time, batch, hidden), "float32"),
         ((time, batch, depth), "bfloat16"),
-        ((depth, width), "bfloat16"),
     )
     return (outputs, LSTMCarry(cells[-1], outputs[-1])), (kernels, carry.cell, gates, cells, rows)
 
@@ -57,13 +76,12 @@ def _backward(
     d_outputs, d_last = cotangents
     time, batch, depth = rows.shape
     features, hidden = len(kernels.input), len(kernels.recurrent)
-    d_gates, d_cell, d_hidden, _ = _call(
+    d_gates, d_cell, d_hidden = _call(
         "backward",
-        (gates, kernels.recurrent.astype("bfloat16"), first_cell, cells, d_outputs, *d_last),
+        (gates, _pack(kernels.recurrent.T), first_cell, cells, d_outputs, *d_last),
         (gates.shape, "bfloat16"),
         (first_cell.shape, "float32"),
         (first_cell.shape, "float32"),
-        ((4 * hidden, -(-hidden // _TILE) * _TILE), "bfloat16"),
     )
     d_gates = d_gates.reshape(time * batch, -1)
     d_kernel = _matmul(rows.reshape(time * batch, depth).T, d_gates)
@@ -77,17 +95,27 @@ def _backward(
 run_recurrence.defvjp(_forward, _backward)
 
 
+def _pack(b: jax.Array, apart: int = LANES) -> jax.Array:
+    """Round b [depth, width], and arrange it in tiles of four vectors, adjacent or `apart`."""
+    depth, width = b.shape
+    shape = -(-width // _TILE), depth, _TILE
+    (packed,) = _call("pack", (b.astype("bfloat16"),), (shape, "bfloat16"), apart=np.int64(apart))
+    return packed
+
+
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     """Return a @ b in float32, for bfloat16 factors."""
     depth = a.shape[1]
     if depth % 2:
         return matmul_rounded(a, b)
-    shape = len(a), b.shape[1]
-    return _call("matmul", (a, b), (shape, "float32"), ((depth, _TILE), "bfloat16"))[0]
+    result, working_memory = (len(a), b.shape[1]), (count_threads(), depth, _TILE)
+    return _call("matmul", (a, b), (result, "float32"), (working_memory, "bfloat16"))[0]
 
 
-def _call(name: str, arguments: tuple[jax.Array, ...], *results: tuple[Any, str]) -> Any:
-    """Call a function of the library. Its last result is its working memory."""
+def _call(
+    name: str, arguments: tuple[jax.Array, ...], *results: tuple[Any, str], **attributes: np.int64
+) -> Any:
+    """Call a function of the library, which divides its work into a part for each thread."""
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results]
-    target = get_target(name)
-    return jax.ffi.ffi_call(target, shapes, vmap_method="sequential")(*arguments)
+    call = jax.ffi.ffi_call(get_target(name), shapes, vmap_method="sequential")
+    return call(*arguments, parts=np.int64(count_threads()), **attributes)

@@ -11,7 +11,7 @@ import jax
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from lstm_jax import batches
+from lstm_jax import batches, fused
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.devices import hosts
@@ -29,12 +29,16 @@ def print_setup(settled: resume.Settled, start: resume.Start, ids: Mapping[str, 
     config, vocabulary, changes = settled
     window = ids["train"][: min(config.batches.window_length, _LONGEST_WINDOW) + 1]
     inputs, targets = window[:-1], window[1:]
+    model = start.model
+    recurrence = model.implementation()
+    if recurrence == "fused" and fused.uses_library(model.hidden_size, model.dtype):
+        recurrence = "fused, in C"
     counts = ", ".join(f"{len(of_split):,} {name}" for name, of_split in ids.items())
     print(
         f"{format_parameters(start.state.params)}\n\n"
         f"{vocabulary.token_name}s: {counts}; vocabulary: {len(vocabulary)}; "
         f"steps per epoch: {start.plan.steps_per_epoch:,}; "
-        f"recurrence: {start.model.implementation()}, matmuls in {start.model.dtype}\n\n"
+        f"recurrence: {recurrence}, matmuls in {model.dtype}\n\n"
         "The first window and its targets:\n"
         f"  inputs  {vocabulary.decode(inputs)!r}\n"
         f"  targets {vocabulary.decode(targets)!r}\n"
