@@ -26,6 +26,7 @@ from lstm_jax.vocabulary import FILE_END, UNKNOWN_ID, Ids, Vocabulary
 _PLACES = 256  # Those that --zero_state measures.
 
 _RUN = command.define_run_flags()
+_DTYPE = command.define_dtype_flag()
 _SPLIT = flags.DEFINE_string(
     "split",
     "test",
@@ -104,7 +105,7 @@ def main() -> None:
     if plot and (plot.suffix != ".png" or not plot.parent.is_dir()):
         raise UserError(f"--by_position is {plot}: name a .png file in an existing directory")
 
-    trained, steps = ensemble.load_ensemble(directories)
+    trained, steps = ensemble.load_ensemble(directories, _DTYPE.value)
     model, params, vocabulary = trained.model, trained.params, trained.vocabulary
     splits: dict[str, Text] = {}
     if not _TEXT.value or _DYNAMIC.value or _FIT_TEMPERATURE.value:

@@ -85,20 +85,30 @@ def test_the_blocks_of_the_page_run(
     assert (tmp_path / "loss.png").exists()
 
 
-def test_generated_text_is_that_of_the_command(run: library.Run, trained: Path) -> None:
-    options = ["--length=60", "--seed=3", "--top_k=8", "--prompt=The "]
+def test_generated_text_is_that_of_the_command(trained: Path) -> None:
+    options = ["--length=60", "--seed=3", "--top_k=8", "--prompt=The ", "--dtype=bfloat16"]
     done = subprocess.run(
         [sys.executable, "-m", "lstm_jax", "sample", f"--workdir={trained}", *options],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    run = lstm_jax.load(str(trained), dtype="bfloat16")
     assert run.generate("The ", length=60, seed=3, top_k=8) + "\n" == done.stdout
     assert "The " + "".join(run.stream("The ", length=60, seed=3, top_k=8)) + "\n" == done.stdout
     with pytest.raises(UserError, match="top_k is -1"):
         run.generate(top_k=-1)
     with pytest.warns(UserWarning, match="does not know '¿'"):
         run.generate("¿", length=1)
+
+
+def test_a_model_is_loaded_in_another_dtype(run: library.Run, trained: Path) -> None:
+    assert run.model.dtype == "float32"
+    rounded = lstm_jax.load(trained, dtype="bfloat16")
+    scores = (loaded.score("The text").log_probs for loaded in (rounded, run))
+    assert 0 < np.abs(np.subtract(*scores)).max() < 0.05
+    with pytest.raises(UserError, match="config.model.dtype is 'half': it must be"):
+        lstm_jax.load(trained, dtype="half")
 
 
 def test_a_logits_processor_sees_the_text_so_far_and_changes_what_is_drawn() -> None:

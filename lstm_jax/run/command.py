@@ -131,6 +131,16 @@ def define_run_flags() -> Callable[[], tuple[list[Path], list[str | None]]]:
     return read
 
 
+def define_dtype_flag() -> flags.FlagHolder[str | None]:
+    """Define the flag --dtype, for commands that run a trained model."""
+    return flags.DEFINE_enum(
+        "dtype",
+        None,
+        ["auto", "bfloat16", "float32"],
+        "Dtype of matmul operands, instead of the run's; auto: the fastest.",
+    )
+
+
 def find_own_experiment(argument: str) -> str:
     """Replace the name of a packaged experiment by its path, unless such a file is here.
 

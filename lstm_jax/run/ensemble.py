@@ -59,13 +59,17 @@ class Ensemble:
         return [(member, params[str(i)]) for i, member in enumerate(self.members)]
 
 
-def load_ensemble(workdirs: Sequence[Path | str]) -> tuple[workdir.Trained, list[int]]:
+def load_ensemble(
+    workdirs: Sequence[Path | str], dtype: str | None = None
+) -> tuple[workdir.Trained, list[int]]:
     """Load the model in each directory: the only one, or an `Ensemble` of all; return their steps.
+
+    `dtype` is that of `workdir.load_trained`.
 
     Raises:
       UserError: as `workdir.load_trained`, or if the vocabulary, the text or its splits differ.
     """
-    first, *others = members = [workdir.load_trained(path) for path in workdirs]
+    first, *others = members = [workdir.load_trained(path, dtype) for path in workdirs]
     for path, other in zip(workdirs[1:], others, strict=True):
         for name, own, theirs in (
             ("vocabularies", first.vocabulary.to_json(), other.vocabulary.to_json()),

@@ -201,13 +201,16 @@ class Run:
             warnings.warn(message, stacklevel=3)
 
 
-def load(directory: Path | str) -> Run:
+def load(directory: Path | str, dtype: str | None = None) -> Run:
     """Load the trained model in a working directory.
+
+    Its matmuls are in `dtype`, "float32" or "bfloat16", or the faster one on this machine with
+    "auto"; by default as in training.
 
     Raises:
       UserError: if there is none, or a file is damaged.
     """
-    return Run(workdir.load_trained(directory))
+    return Run(workdir.load_trained(directory, dtype))
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -75,8 +75,10 @@ class Trained(NamedTuple):
     step: int
 
 
-def load_trained(workdir: Path | str) -> Trained:
+def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
     """Load the model in `workdir`: its best checkpoint by validation loss, else its latest.
+
+    Its matmuls are in `dtype`, a value of `config.model.dtype`; by default as in training.
 
     Raises:
       UserError: if there is none, or a file is damaged, or its cell is in a file that was not
@@ -84,6 +86,9 @@ def load_trained(workdir: Path | str) -> Trained:
     """
     workdir = Path(workdir)
     config = load_config(workdir)
+    if dtype:
+        config.model.dtype = dtype
+        config = config_lib.complete_config(config)
     cell_file.use_loaded_cell(config, workdir)
     vocabulary = load_vocabulary(workdir)
     config.model.recurrence = "auto"  # The run may have used another kind of device.

@@ -23,6 +23,7 @@ from lstm_jax.run.console import make_printable, make_printer
 from lstm_jax.sample import chat, novelty
 
 _RUN = command.define_run_flags()
+_DTYPE = command.define_dtype_flag()
 _PROMPT = flags.DEFINE_string("prompt", "", "Prompt to continue.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File with the prompt; - is stdin.")
 _LENGTH = flags.DEFINE_integer(
@@ -68,7 +69,7 @@ def main() -> None:
     controls = Controls(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _MIN_P.value, *penalty)
     make_control_arrays(controls, vocabulary_size=3)  # Check the values before loading the model.
 
-    trained, _ = ensemble.load_ensemble(directories)
+    trained, _ = ensemble.load_ensemble(directories, _DTYPE.value)
     vocabulary = trained.vocabulary
     prompt = _PROMPT.value
     if path := _PROMPT_FILE.value:
