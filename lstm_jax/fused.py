@@ -92,7 +92,8 @@ class StepArrays(NamedTuple):
     """The parameters of a model of LSTM layers, prepared for `apply_step`, with kernels rounded."""
 
     tokens: jax.Array  # Each token's term in the first layer's gates, [vocabulary, 4 * hidden].
-    kernels: list[jax.Array]  # [4 * hidden, inputs + hidden]; the first has no inputs.
+    # [4 * hidden, inputs + hidden], or as the library packs it. The first has no inputs.
+    kernels: list[jax.Array]
     biases: list[jax.Array]  # Of each layer but the first, [4 * hidden].
     head: jax.Array  # The dense layer's kernel, [vocabulary, hidden].
     head_bias: jax.Array  # [vocabulary].
@@ -104,31 +105,34 @@ def prepare_step(
     """Precompute what is the same at every step, from all parameters; see `apply_step`."""
     first, *others = layers
     kernels = [first.recurrent, *(jnp.concatenate([k.input, k.recurrent]) for k in others)]
-    if uses_library(len(first.recurrent), dtype):
-        kernels = [in_c.pack_gates(kernel) for kernel in kernels]
-    else:
-        kernels = [round_factor(kernel.T, dtype) for kernel in kernels]
     return StepArrays(
         matmul(table, first.input, dtype) + first.bias,
-        kernels,
+        [_prepare_kernel(kernel, dtype) for kernel in kernels],
         [k.bias for k in others],
         round_factor(head.T, dtype),
         head_bias,
     )
 
 
+def _prepare_kernel(kernel: jax.Array, dtype: str) -> jax.Array:
+    depth, width = kernel.shape
+    if uses_library(width // 4, dtype) and depth % 2 == 0 and kernel.dtype == jnp.float32:
+        return in_c.pack_gates(kernel)
+    return round_factor(kernel.T, dtype)
+
+
 def apply_step(
     arrays: StepArrays, ids: jax.Array, carry: Sequence[Any], dtype: str
 ) -> tuple[jax.Array, tuple[LSTMCarry, ...]]:
     """Run the model over one token of each text; see `model.apply_step`."""
-    run_step: Callable[..., LSTMCarry] = functools.partial(_run_step, dtype=dtype)
-    if uses_library(carry[0].cell.shape[1], dtype):
-        run_step = in_c.run_step
     added = [arrays.tokens[ids], *(bias[None] for bias in arrays.biases)]
     states: list[LSTMCarry] = []
     for kernel, own, term in zip(arrays.kernels, carry, added, strict=True):
         inputs = [*(state.hidden for state in states[-1:]), own.hidden]
-        states.append(run_step(kernel, inputs, own, term))
+        if kernel.ndim == 3:
+            states.append(in_c.run_step(kernel, inputs, own, term))
+        else:
+            states.append(_run_step(kernel, inputs, own, term, dtype))
     logits = matmul(arrays.head, states[-1].hidden.T, dtype).T + arrays.head_bias
     return logits, tuple(states)
 

@@ -27,7 +27,7 @@ EVERYWHERE, DIVIDED = PartitionSpec(), PartitionSpec((DATA, MODEL))
 # `benchmarks/train_step.py` on two cores. Matmuls of smaller layers end before threads can share
 # them; larger layers read each kernel from memory once per device. The library divides the work of
 # a layer itself, so that devices need not exchange gradients.
-_SMALLEST_HIDDEN, _LARGEST_HIDDEN, _LARGEST_HIDDEN_IN_C = 64, 768, 256
+_SMALLEST_HIDDEN, _LARGEST_HIDDEN, _LARGEST_HIDDEN_IN_C = 64, 768, 448
 _SMALLEST_PART = 16
 
 

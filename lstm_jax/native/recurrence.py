@@ -40,8 +40,9 @@ def run_step(
     each. `added` [batch or 1, 4 * hidden] is added to the gates before their activation.
     """
     rows = jnp.concatenate(inputs, axis=1).astype("bfloat16")
-    shape = (carry.cell.shape, "float32")
-    return LSTMCarry(*_call("step", (rows, packed, added, carry.cell), shape, shape))
+    arguments = rows, packed, added.astype("float32"), carry.cell.astype("float32")
+    result = (carry.cell.shape, "float32")
+    return LSTMCarry(*_call("step", arguments, result, result))
 
 
 def _forward(
