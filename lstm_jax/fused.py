@@ -85,7 +85,7 @@ def uses_library(hidden_size: int, dtype: str) -> bool:
 
 def fits_library(hidden_size: int) -> bool:
     """Return whether the library exists, and supports layers of this size."""
-    return hidden_size % in_c.LANES == 0 and native.load_library()
+    return hidden_size % in_c.LANES == 0 and bool(native.load_library())
 
 
 class StepArrays(NamedTuple):

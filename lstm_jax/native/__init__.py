@@ -25,28 +25,29 @@ _FUNCTIONS = ("matmul", "pack", "step", "forward", "backward")
 
 def count_threads() -> int:
     """Return how many threads each device may use in the program that is being traced."""
-    devices = min(max(jax.sharding.get_abstract_mesh().size, 1), jax.local_device_count())
+    devices = max(jax.sharding.get_abstract_mesh().size // jax.process_count(), 1)
     return max(len(os.sched_getaffinity(0)) // devices, 1)
 
 
 @functools.cache
-def load_library() -> bool:
-    """Register the library's functions with XLA; return whether it exists and can run."""
+def load_library() -> str:
+    """Register the library's functions with XLA; return its name, "" if there is none to run."""
+    path = get_path()
     if not is_supported():
-        return False
+        return ""
     try:
-        library = ctypes.CDLL(str(get_path()))
+        library = ctypes.CDLL(str(path))
     except OSError:
-        return False
+        return ""
     for name in _FUNCTIONS:
         function = jax.ffi.pycapsule(library[f"lstm_{name}"])
-        jax.ffi.register_ffi_target(get_target(name), function, platform="cpu")
-    return True
+        jax.ffi.register_ffi_target(f"{path.stem}-{name}", function, platform="cpu")
+    return path.stem
 
 
 def get_target(name: str) -> str:
     """Return the name by which compiled programs, also cached ones, call a function."""
-    return f"{get_path().stem}-{name}"
+    return f"{load_library()}-{name}"
 
 
 def is_supported() -> bool:

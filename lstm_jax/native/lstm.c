@@ -99,7 +99,7 @@ static void pack(const bfloat16 *b, size_t depth, size_t width, size_t apart, si
       }
 }
 
-// Return where a part begins if `size` is divided into equal parts of whole `units`.
+// Return where a part begins, if `size` is divided into nearly equal parts of whole units.
 static size_t begin(size_t part, size_t parts, size_t size, size_t unit) {
   size_t units = (size + unit - 1) / unit, at = part * units / parts * unit;
   return at < size ? at : size;
@@ -306,7 +306,7 @@ static size_t attribute(XLA_FFI_CallFrame *frame, int i) {
 
 typedef void task(const void *work, size_t part, size_t parts);
 
-// A task that threads work on. It is freed by the last of them, which may begin after its end.
+// A task that threads work on. The last of them frees it: one may begin after the task has ended.
 typedef struct {
   task *run;
   const void *work;
@@ -336,7 +336,7 @@ static void run(XLA_FFI_CallFrame *frame, task *task, const void *work) {
   for (size_t i = 1; i < parts; i++) {
     XLA_FFI_ThreadPool_Schedule_Args args = {sizeof(args), NULL, frame->ctx, run_parts, job};
     XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_Schedule(&args);
-    if (error) {  // There is no other thread: this one does all parts.
+    if (error) {  // The other threads do the parts of this one.
       XLA_FFI_Error_Destroy_Args destroy = {sizeof(destroy), NULL, error};
       frame->api->XLA_FFI_Error_Destroy(&destroy);
       leave(job);

@@ -1,4 +1,4 @@
-"""One LSTM layer over time, by the library's functions, with a custom VJP."""
+"""One LSTM layer by the library's functions: over time, with a custom VJP, and a single step."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -42,7 +42,9 @@ def run_step(
     rows = jnp.concatenate(inputs, axis=1).astype("bfloat16")
     arguments = rows, packed, added.astype("float32"), carry.cell.astype("float32")
     result = (carry.cell.shape, "float32")
-    return LSTMCarry(*_call("step", arguments, result, result))
+    return LSTMCarry(
+        *(x.astype(carry.cell.dtype) for x in _call("step", arguments, result, result))
+    )
 
 
 def _forward(

@@ -31,7 +31,8 @@ def print_setup(settled: resume.Settled, start: resume.Start, ids: Mapping[str, 
     inputs, targets = window[:-1], window[1:]
     model = start.model
     recurrence = model.implementation()
-    if recurrence == "fused" and fused.uses_library(model.hidden_size, model.dtype):
+    in_c = all(fused.uses_library(size, model.dtype) for size in model.sizes[1:])
+    if recurrence == "fused" and in_c:
         recurrence = "fused, in C"
     counts = ", ".join(f"{len(of_split):,} {name}" for name, of_split in ids.items())
     print(

@@ -73,9 +73,11 @@ def open_study(
         for field, value in config_lib.flatten(experiment)
         if field in config_lib.COMPARED
     }
+    # Read the trials first: another worker may add one now, but only after the attributes.
+    is_empty = not study.get_trials(deepcopy=False)
     before, known = study.user_attrs.get(_EXPERIMENT), study.user_attrs.get(_PARAMETERS)
     is_minimized = study.directions == [StudyDirection.MINIMIZE]
-    if is_minimized and before is None and not study.get_trials(deepcopy=False):
+    if is_minimized and before is None and is_empty:
         study.set_user_attr(_EXPERIMENT, before := fields)
     if not is_minimized or not isinstance(before, dict):
         raise UserError(f"the study {name!r} exists, but is not from a sweep: use another --name")
