@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from lstm_jax import batches, config, model, optimizer, train_step
 from lstm_jax.devices import memory, parallel
+from lstm_jax.matmul import count_cores
 from lstm_jax.sweep import population
 
 VOCABULARY_SIZE = 67
@@ -37,7 +38,7 @@ def main() -> None:
     options = parser.parse_args()
     # Measure every compilation.
     jax.config.update("jax_enable_compilation_cache", False)
-    jax.config.update("jax_num_cpu_devices", parallel.count_cores())
+    jax.config.update("jax_num_cpu_devices", count_cores())
     memory.keep_freed_memory()
     device = jax.devices()[0].device_kind
     print(

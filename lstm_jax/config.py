@@ -193,7 +193,7 @@ FIELDS = (
           "Implementation of the recurrence. scan: the readable reference. parallel: all steps "
           "at once, for cells with such a form. fused, of LSTMs: with a custom VJP. cudnn, of "
           "LSTMs: on a GPU, in float32. auto: the fastest.", resume=True),
-    Field("model.dtype", "float32", one_of("float32", "bfloat16", "auto"),
+    Field("model.dtype", "float32", one_of(*model_lib.DTYPES),
           "Dtype of matmul operands; parameters, cell states, softmax and loss are float32. "
           "auto: bfloat16 on GPUs, TPUs, and CPUs with instructions for it.", resume=True),
     Field("model.rematerialize", 0, _SIZE_OR_ZERO,

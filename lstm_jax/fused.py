@@ -78,6 +78,11 @@ def run_fused(
     return outputs.transpose(2, 0, 1), LSTMCarry(state.cell.T, state.hidden.T)
 
 
+def supports(model: Any) -> bool:
+    """Return whether this can run a `LanguageModel`, or one of the `model` fields of a config."""
+    return model.cell == "lstm" and not model.layer_norm and model.block == "none"
+
+
 def uses_library(hidden_size: int, dtype: str) -> bool:
     """Return whether the library `native` computes layers of this size: it is faster."""
     return dtype == "bfloat16" and fits_library(hidden_size) and jax.default_backend() == "cpu"

@@ -1,6 +1,7 @@
 """Matmuls in float32 or bfloat16, with float32 accumulation."""
 
 import functools
+import os
 from pathlib import Path
 
 import jax
@@ -48,3 +49,10 @@ def read_cpu_features() -> frozenset[str]:
         return frozenset(Path("/proc/cpuinfo").read_text().split())
     except OSError:
         return frozenset()
+
+
+def count_cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -37,6 +37,7 @@ Masks = Sequence[jax.Array | None]
 RECURRENCES = (*fused.IMPLEMENTATIONS, "parallel")
 # Logarithms of the tokens' frequencies in the training text, or zeros.
 INITIAL_BIASES = ("frequencies", "zeros")
+DTYPES = ("float32", "bfloat16", "auto")  # Of matmuls; `make_model` resolves "auto".
 # Larger parameters count as infinite: sums of their squares overflow float32.
 _LARGEST = 1e18
 
@@ -237,7 +238,7 @@ class LanguageModel(nn.Module):
         chosen = self.recurrence
         has_block = self.block != "none"
         has_parallel = has_block or hasattr(self.cell_class, "run_parallel")
-        if self.cell == "lstm" and not self.layer_norm and not has_block:
+        if fused.supports(self):
             chosen = "fused" if chosen == "auto" else chosen
         elif chosen in ("fused", "cudnn"):
             raise ValueError(

@@ -39,8 +39,8 @@ from lstm_jax.data.encoding import (
     make_table,
 )
 from lstm_jax.data.sources import Segment
-from lstm_jax.devices import parallel
 from lstm_jax.errors import UnavailableError, UserError
+from lstm_jax.matmul import count_cores
 from lstm_jax.run import files
 from lstm_jax.vocabulary import Ids, Vocabulary, find_stop_text
 
@@ -323,7 +323,7 @@ def _begin(unfinished: Path, plan: dict[str, Any]) -> bytes:
 
 def _run_processes(unfinished: Path, number: int, total: int, key: bytes) -> None:
     """Encode all chunks (`number` of them, of `total` bytes) on all cores."""
-    workers = min(parallel.count_cores(), _MAX_PROCESSES, number)
+    workers = min(count_cores(), _MAX_PROCESSES, number)
     root = str(Path(worker.__file__).parents[2])
     environment = {
         **os.environ,

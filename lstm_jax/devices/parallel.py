@@ -9,7 +9,6 @@ have to exchange the hidden state at every position of the window.
 
 import contextlib
 import functools
-import os
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from ml_collections import ConfigDict
 
 from lstm_jax import fused
 from lstm_jax.errors import UserError
+from lstm_jax.matmul import count_cores
 
 DATA, MODEL = "data", "model"  # The names of the mesh axes.
 EVERYWHERE, DIVIDED = PartitionSpec(), PartitionSpec((DATA, MODEL))
@@ -44,21 +44,13 @@ def use_cores(config: ConfigDict) -> None:
 
 def _count_useful_cores(config: ConfigDict) -> int:
     batch_size, model = config.batches.batch_size, config.model
-    is_fused = model.cell == "lstm" and model.recurrence in ("auto", "fused")
-    is_fused = is_fused and model.block == "none" and not model.layer_norm
+    is_fused = model.recurrence in ("auto", "fused") and fused.supports(model)
     in_c = is_fused and model.dtype != "float32" and fused.fits_library(model.hidden_size)
     largest = _LARGEST_HIDDEN_IN_C if in_c else _LARGEST_HIDDEN
     if not _SMALLEST_HIDDEN <= model.hidden_size <= largest:
         return 1
     limit = min(count_cores(), max(batch_size // _SMALLEST_PART, 1))
     return max(n for n in range(1, limit + 1) if batch_size % n == 0)
-
-
-def count_cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def make_mesh(config: ConfigDict) -> Mesh:

@@ -6,7 +6,6 @@
 import ctypes
 import functools
 import hashlib
-import os
 import subprocess
 import tempfile
 from pathlib import Path
@@ -15,7 +14,7 @@ import jax
 import jaxlib
 
 from lstm_jax.errors import UserError
-from lstm_jax.matmul import read_cpu_features
+from lstm_jax.matmul import count_cores, read_cpu_features
 
 _SOURCE = Path(__file__).with_name("lstm.c")
 _FLAGS = [f"-mavx512{name}" for name in ("f", "bw", "vl", "dq", "bf16")]
@@ -26,7 +25,7 @@ _FUNCTIONS = ("matmul", "pack", "step", "forward", "backward")
 def count_threads() -> int:
     """Return how many threads each device may use in the program that is being traced."""
     devices = max(jax.sharding.get_abstract_mesh().size // jax.process_count(), 1)
-    return max(len(os.sched_getaffinity(0)) // devices, 1)
+    return max(count_cores() // devices, 1)
 
 
 @functools.cache

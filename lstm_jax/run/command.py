@@ -14,7 +14,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import lstm_jax
-from lstm_jax import config
+from lstm_jax import config, model
 from lstm_jax.devices import compilation_cache
 from lstm_jax.errors import UserError, one_line, visible
 from lstm_jax.run import cell_file, console, interrupts
@@ -136,7 +136,7 @@ def define_dtype_flag() -> flags.FlagHolder[str | None]:
     return flags.DEFINE_enum(
         "dtype",
         None,
-        ["auto", "bfloat16", "float32"],
+        model.DTYPES,
         "Dtype of matmul operands, instead of the run's; auto: the fastest.",
     )
 

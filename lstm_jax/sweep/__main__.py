@@ -20,7 +20,7 @@ import jax
 from absl import flags
 
 from lstm_jax import config
-from lstm_jax.devices import parallel
+from lstm_jax.matmul import count_cores
 from lstm_jax.run import command
 
 try:
@@ -93,7 +93,7 @@ def main() -> int:
     # One device for each core, so that a trial does not depend on earlier trials in its process.
     # RuntimeError: JAX is already initialized and keeps its devices.
     with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", parallel.count_cores())
+        jax.config.update("jax_num_cpu_devices", count_cores())
     sweep = search.prepare_sweep(
         experiment,
         name,
