@@ -1,15 +1,24 @@
-"""Compare the loss and training time of nanoGPT's Transformer and of experiments on one machine.
+"""Compare nanoGPT's Transformer and experiments by minutes of training, on one machine.
 
-    python benchmarks/nanogpt.py --nanogpt ../nanoGPT
-    python benchmarks/nanogpt.py --nanogpt ../nanoGPT --configs quick,shakespeare_best
+    python benchmarks/nanogpt.py --nanogpt ../nanoGPT --out runs/nanogpt
+    python benchmarks/nanogpt.py --nanogpt ../nanoGPT --models nanogpt:2000,quick:2 --seeds 1
 
 `--nanogpt` is a checkout of github.com/karpathy/nanoGPT, whose train.py runs with the settings that
-its README gives for a CPU, for the given numbers of iterations; it needs PyTorch, which the extra
-`bench` installs. All train in turn on the same 90 % of Tiny Shakespeare, which nanoGPT reads as a
-dataset in its data/. Minutes are those of the whole process. Losses are of the last 10 %, the
-validation and test splits as one text. nanoGPT measures the mean over windows without context
-before them; the last column has the mean over characters with at least three quarters of a window
-before them.
+its README gives for a CPU; it needs PyTorch, which the extra `bench` installs. `nanogpt:N` is its
+Transformer after N iterations, `NAME:N` is experiments/NAME.py with N epochs, and `NAME` the same
+with its own number of epochs. All train in turn on the same 90 % of Tiny Shakespeare, which nanoGPT
+reads as a dataset in its data/; a learning rate schedule ends with the training. Minutes are those
+of the whole process.
+
+Losses are of the last 10 %, the validation and test splits as one text:
+
+- by windows: the mean over windows of 64 tokens, the length that nanoGPT trains with here, without
+  context before them;
+- with context: nanoGPT reads windows that begin every 16 tokens, and the last 16 of each count, so
+  that every token has at least 48 before it. An LSTM keeps its carry through the whole text.
+
+OUT/nanogpt.md and OUT/nanogpt.svg have the results, as means over seeds. The same command continues
+what was cut off. The minutes of a run that was cut off are not counted.
 """
 
 import argparse
@@ -17,83 +26,102 @@ import contextlib
 import importlib
 import json
 import pickle
+import shutil
+import statistics
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from lstm_jax import config
 from lstm_jax.data.texts import read_splits
 from lstm_jax.run import workdir
 
 ROOT = Path(__file__).parents[1]
-# The dataset's directory in nanoGPT's data/.
-DATASET = "lstm_jax_shakespeare"
+MODELS = "nanogpt:2000,nanogpt:5000,nanogpt:10000,quick:2,quick:4,quick:6,shakespeare_best"
+DATASET = "lstm_jax_shakespeare"  # The dataset's directory in nanoGPT's data/.
+WINDOW = 64  # Tokens.
 # The settings that nanoGPT's README gives for a machine without a GPU.
 SETTINGS = {
     "device": "cpu",
     "compile": False,
     "eval_iters": 20,
     "log_interval": 1,
-    "block_size": 64,
+    "block_size": WINDOW,
     "batch_size": 12,
     "n_layer": 4,
     "n_head": 4,
     "n_embd": 128,
     "dropout": 0.0,
 }
+# train.py with another seed than its own: the first argument.
+RUN = (
+    "import runpy, sys, torch; set_seed, seed = torch.manual_seed, int(sys.argv.pop(1)); "
+    "torch.manual_seed = lambda own: set_seed(seed); "
+    "runpy.run_path('train.py', run_name='__main__')"
+)
+COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
+
+
+class Measured(NamedTuple):
+    """Measurements of one trained model."""
+
+    parameters: int
+    by_windows: float  # Nats per character, like `with_context`.
+    with_context: float
+
+
+class Point(NamedTuple):
+    """A model after some training, with all of its seeds."""
+
+    model: str
+    amount: int | None  # Iterations or epochs; None is what the experiment says.
+    minutes: list[float]
+    measured: list[Measured]
 
 
 def main() -> None:
-    """Train all models in turn; print a row of the table after each."""
+    """Do what is left to do, and write the table and the picture."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--nanogpt", type=Path, required=True)
-    parser.add_argument("--iterations", default="2000,5000", help="[default: 2000,5000]")
-    parser.add_argument("--configs", default="quick", help="[default: quick]")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/nanogpt"), help="[default: runs/nanogpt]"
+    )
+    parser.add_argument("--models", default=MODELS, help=f"[default: {MODELS}]")
+    parser.add_argument("--seeds", type=int, default=3, help="[default: 3]")
     options = parser.parse_args()
     if not (options.nanogpt / "train.py").exists():
         parser.error(f"{options.nanogpt} has no train.py: clone nanoGPT and name its directory")
 
-    splits = read_splits(config.default().data)
-    held_out = _write_dataset(options.nanogpt, splits)
-    print("| | parameters | minutes | nats per character | otherwise |")
-    print("| --- | ---: | ---: | ---: | --- |")
-    with tempfile.TemporaryDirectory() as directory:
-        for number in map(int, options.iterations.split(",")):
-            out = Path(directory, f"nanogpt_{number}")
-            minutes = _train_nanogpt(options.nanogpt, out, number)
-            parameters, loss, with_context = _measure_nanogpt(options.nanogpt, out, held_out)
-            _print(
-                f"nanoGPT, {number:,} iterations",
-                parameters,
-                minutes,
-                loss,
-                f"{with_context:.3f} with 3/4 of a window before each",
-            )
-        for name in options.configs.split(","):
-            out = Path(directory, name)
-            words = ("--config", f"experiments/{name}.py", "--workdir", out)
-            minutes = _minutes(ROOT, "-m", "lstm_jax.main", *words)
-            loss, dynamic = _measure_own(out), _measure_own(out, "--dynamic")
-            parameters = sum(
-                array.size for array in jax.tree.leaves(workdir.load_trained(out).params)
-            )
-            _print(name, parameters, minutes, loss, f"{dynamic:.3f} with dynamic evaluation")
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    held_out = write_dataset(options.nanogpt, read_splits(config.default().data))
+    points = []
+    for name in options.models.split(","):
+        model, _, amount = name.partition(":")
+        point = Point(model, int(amount) if amount else None, [], [])
+        for seed in range(options.seeds):
+            path = out / f"{name.replace(':', '_')}_{seed}"
+            if minutes := train(point, seed, path, options.nanogpt):
+                point.minutes.append(minutes)
+            point.measured.append(measure(point, path, options.nanogpt, held_out))
+        points.append(point)
+        print(make_row(point), flush=True)
+    (out / "nanogpt.md").write_text("\n".join([*HEAD, *map(make_row, points)]) + "\n")
+    draw_losses(points).savefig(out / "nanogpt.svg")
+    print(f"Wrote {out / 'nanogpt.md'} and {out / 'nanogpt.svg'}")
 
 
-def _print(name: str, parameters: int, minutes: float, loss: float, otherwise: str) -> None:
-    million = f"{parameters / 1e6:.2f} M"
-    print(f"| {name} | {million} | {minutes:.1f} | {loss:.3f} | {otherwise} |", flush=True)
-
-
-def _write_dataset(nanogpt: Path, splits: dict[str, str]) -> np.ndarray:
+def write_dataset(nanogpt: Path, splits: dict[str, str]) -> np.ndarray:
     """Write the files that nanoGPT reads; return the ids of its validation text, the last 10 %."""
     directory = nanogpt / "data" / DATASET
     directory.mkdir(exist_ok=True)
@@ -108,7 +136,31 @@ def _write_dataset(nanogpt: Path, splits: dict[str, str]) -> np.ndarray:
     return ids["val"]
 
 
-def _run(directory: Path, *words: object) -> str:
+def train(point: Point, seed: int, path: Path, nanogpt: Path) -> float | None:
+    """Train a model into a directory; return the minutes, or None where it was cut off."""
+    done = path.with_suffix(".json")
+    if done.exists():
+        return json.loads(done.read_text())
+    whole = not path.exists()
+    start = time.perf_counter()
+    if point.model == "nanogpt":
+        shutil.rmtree(path, ignore_errors=True)  # It can't resume with the same random numbers.
+        whole = True
+        length = {"max_iters": point.amount, "lr_decay_iters": point.amount}
+        settings = {**SETTINGS, **length, "dataset": DATASET, "out_dir": path}
+        flags = [f"--{name}={value}" for name, value in settings.items()]
+        run(nanogpt, "-c", RUN, seed, "config/train_shakespeare_char.py", *flags)
+    else:
+        flags = [f"--config=experiments/{point.model}.py", f"--config.seed={seed}"]
+        if point.amount:
+            flags.append(f"--config.num_epochs={point.amount}")
+        run(ROOT, "-m", "lstm_jax.main", *flags, "--workdir", path)
+    minutes = (time.perf_counter() - start) / 60 if whole else None
+    done.write_text(json.dumps(minutes))
+    return minutes
+
+
+def run(directory: Path, *words: object) -> str:
     """Run a Python command and return its standard output."""
     command = [sys.executable, *map(str, words)]
     return subprocess.run(
@@ -116,40 +168,40 @@ def _run(directory: Path, *words: object) -> str:
     ).stdout
 
 
-def _minutes(directory: Path, *words: object) -> float:
-    """Return the minutes that a Python command takes."""
-    start = time.perf_counter()
-    _run(directory, *words)
-    return (time.perf_counter() - start) / 60
+def measure(point: Point, path: Path, nanogpt: Path, ids: np.ndarray) -> Measured:
+    """Measure a trained model once, and keep the result beside it."""
+    done = path.with_suffix(".measured.json")
+    if not done.exists():
+        is_own = point.model != "nanogpt"
+        measured = measure_own(path) if is_own else measure_nanogpt(nanogpt, path, ids)
+        done.write_text(json.dumps(measured._asdict()))
+    return Measured(**json.loads(done.read_text()))
 
 
-def _train_nanogpt(nanogpt: Path, out: Path, iterations: int) -> float:
-    settings = {
-        **SETTINGS,
-        "dataset": DATASET,
-        "out_dir": out,
-        "max_iters": iterations,
-        "lr_decay_iters": iterations,
-    }
-    flags = [f"--{name}={value}" for name, value in settings.items()]
-    return _minutes(nanogpt, "train.py", "config/train_shakespeare_char.py", *flags)
+def measure_own(path: Path) -> Measured:
+    """Measure a run of this project."""
+    words = ("-m", "lstm_jax.evaluate", "--workdir", path, "--split", "validation+test")
+    losses = [
+        json.loads(run(ROOT, *words, *flags))["loss"] for flags in (["--context", WINDOW], [])
+    ]
+    params = workdir.load_trained(path).params
+    return Measured(sum(array.size for array in jax.tree.leaves(params)), *losses)
 
 
-def _measure_nanogpt(nanogpt: Path, out: Path, ids: np.ndarray) -> tuple[int, float, float]:
-    """Return the number of parameters, and the losses of whole windows and of last quarters."""
+def measure_nanogpt(nanogpt: Path, path: Path, ids: np.ndarray) -> Measured:
+    """Measure a checkpoint of nanoGPT."""
     import torch
 
     sys.path.insert(0, str(nanogpt))
     gpt: Any = importlib.import_module("model")
-    saved = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=False)
+    saved = torch.load(path / "ckpt.pt", map_location="cpu", weights_only=False)
     with contextlib.redirect_stdout(sys.stderr):  # It prints its number of parameters.
         model = gpt.GPT(gpt.GPTConfig(**saved["model_args"]))
     model.load_state_dict(saved["model"])
     model.eval()
-    length = saved["model_args"]["block_size"]
 
     def loss(counted: int) -> float:
-        windows = np.lib.stride_tricks.sliding_window_view(ids, length + 1)[::counted]
+        windows = np.lib.stride_tricks.sliding_window_view(ids, WINDOW + 1)[::counted]
         losses = []
         with torch.no_grad():
             for some in np.array_split(windows, len(windows) // 256 + 1):
@@ -164,12 +216,66 @@ def _measure_nanogpt(nanogpt: Path, out: Path, ids: np.ndarray) -> tuple[int, fl
         return float(np.concatenate(losses).mean())
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return parameters, loss(length), loss(length // 4)
+    return Measured(parameters, loss(WINDOW), loss(WINDOW // 4))
 
 
-def _measure_own(out: Path, *flags: str) -> float:
-    words = ("--workdir", out, "--split", "validation+test", *flags)
-    return json.loads(_run(ROOT, "-m", "lstm_jax.evaluate", *words))["loss"]
+HEAD = (
+    f"| | parameters | minutes | by windows of {WINDOW} | with context |",
+    "| --- | ---: | ---: | ---: | ---: |",
+)
+
+
+def make_row(point: Point) -> str:
+    """Return a row of the table in Markdown: means and standard deviations over seeds."""
+
+    def spread(values: Sequence[float], digits: int) -> str:
+        deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+    parameters, by_windows, with_context = zip(*point.measured, strict=True)
+    minutes = spread(point.minutes, 2) if point.minutes else "-"
+    return (
+        f"| {describe(point)} | {parameters[0] / 1e6:.2f} M | {minutes} | "
+        f"{spread(by_windows, 3)} | {spread(with_context, 3)} |"
+    )
+
+
+def describe(point: Point) -> str:
+    """Return the words for a point in the table."""
+    name = "nanoGPT" if point.model == "nanogpt" else f"`{point.model}.py`"
+    of = "iterations" if point.model == "nanogpt" else "epochs"
+    return f"{name}, {point.amount:,} {of}" if point.amount else name
+
+
+def draw_losses(points: list[Point]) -> Figure:
+    """Draw the mean losses by minutes: a line for each model and protocol."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot(
+        xlabel="minutes of training on this machine, logarithmic",
+        ylabel="loss of the last 10 %, nats per character",
+        xscale="log",
+    )
+    models = dict.fromkeys(point.model for point in points if point.minutes)
+    for model, color in zip(models, COLORS, strict=False):
+        own = [point for point in points if point.model == model and point.minutes]
+        minutes = [statistics.mean(point.minutes) for point in own]
+        name = "nanoGPT" if model == "nanogpt" else f"{model}.py"
+        for field, style, words in (
+            ("with_context", "o-", "with context"),
+            ("by_windows", "o:", f"by windows of {WINDOW}"),
+        ):
+            of_seeds = [[getattr(x, field) for x in point.measured] for point in own]
+            means = [statistics.mean(losses) for losses in of_seeds]
+            spreads = [statistics.stdev(x) if len(x) > 1 else 0 for x in of_seeds]
+            label = f"{name}, {words}"
+            axes.errorbar(
+                minutes, means, spreads, fmt=style, color=color, markersize=4, label=label
+            )
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    return figure
 
 
 if __name__ == "__main__":

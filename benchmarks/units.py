@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import cells
+import compare
 from lstm_jax.run import metrics, workdir
 
 SHORT = 40  # Steps of the run that measures the time of a step.
@@ -80,7 +80,7 @@ def train(directory: Path, flags: Sequence[str]) -> float:
 def count_steps(short: Path, seconds: float) -> int:
     """Return the number of steps that take these seconds, by the short run."""
     batches = workdir.load_config(short).batches
-    tokens = seconds * cells.measure_speed(short)
+    tokens = seconds * compare.measure_speed(short)
     return max(round(tokens / (batches.batch_size * batches.window_length)), 1)
 
 

@@ -3,14 +3,14 @@
 # python -m lstm_jax.main --config experiments/cells.py:gru
 # python -m lstm_jax.main --config experiments/cells.py:rnn
 #
-# python benchmarks/cells.py tunes and trains all of them.
+# python benchmarks/compare.py tunes and trains all of them.
 
 from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
 
 # Fields of models of 0.72 million parameters: cell, layers, hidden units, block.
-_MODELS = {
+VARIANTS = {
     "lstm": ("lstm", 1, 384, "none"),
     "gru": ("gru", 1, 446, "none"),
     "rnn": ("rnn", 1, 782, "none"),
@@ -27,15 +27,15 @@ _MODELS = {
 
 def get_config(name: str = "lstm") -> ConfigDict:
     """Return a config of the given model, trained as experiments/quick.py trains its LSTM."""
-    if name not in _MODELS:
-        raise ValueError(f"there is no cells.py:{name}: choose from {', '.join(_MODELS)}")
+    if name not in VARIANTS:
+        raise ValueError(f"there is no cells.py:{name}: choose from {', '.join(VARIANTS)}")
     config = config_lib.default()
 
     config.batches.kind = "streams"
     config.batches.batch_size = 64
     config.batches.window_length = 64
 
-    cell, layers, hidden_size, block = _MODELS[name]
+    cell, layers, hidden_size, block = VARIANTS[name]
     config.model.cell, config.model.block = cell, block
     config.model.embedding_size = 64
     config.model.num_layers, config.model.hidden_size = layers, hidden_size

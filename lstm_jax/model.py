@@ -230,7 +230,7 @@ class LanguageModel(nn.Module):
         """Return how the layers run over time: `recurrence`, with "auto" resolved.
 
         "auto" is "fused" for an LSTM, "parallel" for a cell with a parallel form, otherwise "scan":
-        the fastest in measurements (`benchmarks/cells.py --speed`).
+        the fastest in measurements (`benchmarks/recurrences.py`).
 
         Raises:
           ValueError: if `recurrence` can't run this model on this machine.

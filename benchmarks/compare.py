@@ -1,12 +1,15 @@
-"""Tune and train every cell of experiments/cells.py, and write the table and the picture.
+"""Tune and train every variant of an experiment alike, and write the table and the picture.
 
-    python benchmarks/cells.py --out runs/cells
-    python benchmarks/cells.py --out runs/cells --cells lstm,mingru --sampler grid \
+    python benchmarks/compare.py --out runs/cells
+    python benchmarks/compare.py --out runs/cells --variants lstm,mingru --sampler grid \
         --space experiments/sweeps/learning_rate.py --trials 5 --tune_epochs 1
-    python benchmarks/cells.py --speed
+    python benchmarks/compare.py --out runs/optimizers --experiment experiments/optimizers.py \
+        --space experiments/sweeps/optimizers.py --sampler grid --trials 10 --tune_epochs 1 \
+        --budgets seconds
 
-The same command continues what was cut off, and several processes may run it at the same time. For
-each cell it
+The variants of an experiment, experiments/cells.py by default, are the names in its VARIANTS. The
+same command continues what was cut off, and several processes may run it at the same time. For each
+variant it
 
 1. tunes with `lstm_jax.sweep` on the validation split: the same space for all, the same number of
    trials, and at most the same seconds;
@@ -16,11 +19,8 @@ each cell it
 4. measures each trained model: the loss of the test split with the carry kept, and by windows of
    256 from a zero carry; characters a second in training, and in generation of one text.
 
-OUT/cells.md and OUT/cells.svg have the results, OUT/tune/CELL/report.html all trials of a cell.
---config.FIELD=VALUE flags are passed to every training, for example for a small test.
-
---speed instead times a training step of each cell's layers with every recurrence that it has, by
-the length of the window.
+OUT/compare.md and OUT/compare.svg have the results, OUT/tune/VARIANT/report.html all trials of a
+variant. --config.FIELD=VALUE flags are passed to every training, for example for a small test.
 """
 
 import argparse
@@ -36,21 +36,17 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from matplotlib.figure import Figure
 
-from lstm_jax import config as config_lib
-from lstm_jax import generation, model
+from lstm_jax import generation
 from lstm_jax import loss as loss_lib
 from lstm_jax.data import texts
 from lstm_jax.devices import memory
 from lstm_jax.run import metrics, workdir
 
-ROOT = Path(__file__).parents[1]
-EXPERIMENT, SPACE = ROOT / "experiments" / "cells.py", ROOT / "experiments" / "sweeps" / "cells.py"
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 WINDOW = 256  # Tokens.
 GENERATED = 1000  # Tokens.
-VOCABULARY_SIZE = 67  # Of --speed.
 
 
 class Measured(NamedTuple):
@@ -66,7 +62,7 @@ class Measured(NamedTuple):
     parameters: int
 
 
-Results = dict[str, dict[str, list[Measured]]]  # By budget and cell: a run for each seed.
+Results = dict[str, dict[str, list[Measured]]]  # By budget and variant: a run for each seed.
 
 
 def main() -> None:
@@ -77,15 +73,24 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/cells"), help="[default: runs/cells]"
     )
-    parser.add_argument("--cells", help="names in experiments/cells.py [default: all]")
     parser.add_argument(
-        "--space", type=Path, default=SPACE, help="[default: experiments/sweeps/cells.py]"
+        "--experiment",
+        type=Path,
+        default=EXPERIMENTS / "cells.py",
+        help="[default: experiments/cells.py]",
+    )
+    parser.add_argument("--variants", help="names in its VARIANTS [default: all]")
+    parser.add_argument(
+        "--space",
+        type=Path,
+        default=EXPERIMENTS / "sweeps" / "cells.py",
+        help="[default: experiments/sweeps/cells.py]",
     )
     parser.add_argument("--sampler", default="tpe", help="of lstm_jax.sweep [default: tpe]")
-    parser.add_argument("--trials", type=int, default=20, help="of each cell [default: 20]")
+    parser.add_argument("--trials", type=int, default=20, help="of each variant [default: 20]")
     parser.add_argument("--tune_epochs", type=int, help="of a trial [default: --epochs]")
     parser.add_argument(
-        "--tune_seconds", type=float, default=7200, help="of each cell [default: 7200]"
+        "--tune_seconds", type=float, default=7200, help="of each variant [default: 7200]"
     )
     parser.add_argument("--epochs", type=int, default=6, help="[default: 6]")
     parser.add_argument("--seconds", type=float, default=180, help="[default: 180]")
@@ -93,18 +98,12 @@ def main() -> None:
         "--budgets", default="steps,seconds", help="what is equal [default: steps,seconds]"
     )
     parser.add_argument("--seeds", type=int, default=3, help="[default: 3]")
-    parser.add_argument("--speed", action="store_true", help="time the recurrences")
-    parser.add_argument("--lengths", default="96,512,4096", help="[default: 96,512,4096]")
-    parser.add_argument("--rounds", type=int, default=5, help="of --speed [default: 5]")
     options, fields = parser.parse_known_args()
     if unknown := [field for field in fields if not field.startswith("--config.")]:
         parser.error(f"unknown flag {unknown[0]}")
-    experiments = load_experiments()
-    names = options.cells.split(",") if options.cells else list(experiments._MODELS)
+    chosen = options.variants
+    names = chosen.split(",") if chosen else list(load_module(options.experiment).VARIANTS)
     memory.keep_freed_memory()
-    if options.speed:
-        time_recurrences(experiments, names, options.lengths, options.rounds)
-        return
     for name in names:
         tune(name, options, fields)
     results: Results = {budget: {} for budget in options.budgets.split(",")}
@@ -112,14 +111,14 @@ def main() -> None:
         for name in names:
             runs[name] = train(name, budget, options, fields)
     table = make_table(results, options)
-    (options.out / "cells.md").write_text(table)
-    draw_losses(results).savefig(options.out / "cells.svg")
-    print(f"{table}\nWrote {options.out / 'cells.md'} and {options.out / 'cells.svg'}")
+    (options.out / "compare.md").write_text(table)
+    draw_losses(results).savefig(options.out / "compare.svg")
+    print(f"{table}\nWrote {options.out / 'compare.md'} and {options.out / 'compare.svg'}")
 
 
-def load_experiments() -> Any:
-    """Return the module experiments/cells.py."""
-    spec = importlib.util.spec_from_file_location("experiments_cells", EXPERIMENT)
+def load_module(path: Path) -> Any:
+    """Return the module in the file of an experiment."""
+    spec = importlib.util.spec_from_file_location(f"experiments_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -144,7 +143,7 @@ def sweep(*arguments: object, seconds: float | None = None) -> None:
 
 
 def tune(name: str, options: argparse.Namespace, fields: Sequence[str]) -> None:
-    """Tune a cell, or continue, until its trials are done or its seconds are used."""
+    """Tune a variant, or continue, until its trials are done or its seconds are used."""
     out = options.out / "tune" / name
     out.mkdir(parents=True, exist_ok=True)
     clock = out / "seconds.json"
@@ -152,7 +151,7 @@ def tune(name: str, options: argparse.Namespace, fields: Sequence[str]) -> None:
     if used >= options.tune_seconds and (out / "best.py").exists():
         return
     start = time.monotonic()
-    config = f"{EXPERIMENT}:{name}"
+    config = f"{options.experiment}:{name}"
     search = ("--space", options.space, "--sampler", options.sampler, "--pruner", "none")
     given = ("--config", config, *search, "--trials", options.trials, "--workdir", out)
     length = f"--config.num_epochs={options.tune_epochs or options.epochs}"
@@ -167,7 +166,7 @@ def tune(name: str, options: argparse.Namespace, fields: Sequence[str]) -> None:
 def train(
     name: str, budget: str, options: argparse.Namespace, fields: Sequence[str]
 ) -> list[Measured]:
-    """Train the best settings of a cell with several seeds, and measure them."""
+    """Train the best settings of a variant with several seeds, and measure them."""
     out = options.out / budget / name
     best = options.out / "tune" / name / "best.py"
     given = ("--seeds", options.seeds, "--population", 1, "--workdir", out)
@@ -181,8 +180,9 @@ def train(
 
 def count_steps(tuned: Path, seconds: float) -> int:
     """Return the number of steps that take these seconds in the fastest trial of a sweep."""
-    batches = load_experiments().get_config().batches
-    speeds = [measure_speed(path.parent) for path in tuned.glob(f"trials/*/{workdir.METRICS}")]
+    trials = [path.parent for path in tuned.glob(f"trials/*/{workdir.METRICS}")]
+    batches = workdir.load_config(trials[0]).batches
+    speeds = [measure_speed(trial) for trial in trials]
     return max(round(seconds * max(speeds) / (batches.batch_size * batches.window_length)), 1)
 
 
@@ -242,13 +242,13 @@ def make_table(results: Results, options: argparse.Namespace) -> str:
         return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
 
     head = (
-        "cell, parameters, steps, seconds, validation, test, test by windows, characters a second "
-        "in training, in generation"
+        "variant, parameters, steps, seconds, validation, test, test by windows, "
+        "characters a second in training, in generation"
     )
     lines = []
-    for budget, of_cells in results.items():
+    for budget, of_variants in results.items():
         lines += [f"\nEqual {budget}:\n", f"| {head.replace(', ', ' | ')} |", "|" + " --- |" * 9]
-        for name, runs in of_cells.items():
+        for name, runs in of_variants.items():
             mean = Measured(*map(statistics.mean, zip(*runs, strict=True)))
             validation, test, windows = (spread(list(x)) for x in list(zip(*runs, strict=True))[:3])
             lines.append(
@@ -259,68 +259,29 @@ def make_table(results: Results, options: argparse.Namespace) -> str:
     device = jax.devices()[0].device_kind
     start = (
         f"Tuned with {options.space.name}, at most {options.trials} trials of "
-        f"{options.tune_epochs or options.epochs} epochs for each cell, on validation; "
+        f"{options.tune_epochs or options.epochs} epochs for each variant, on validation; "
         f"{options.seeds} seeds; {device}. Losses in nats per character.\n"
     )
     return start + "\n".join(lines) + "\n"
 
 
 def draw_losses(results: Results) -> Figure:
-    """Draw the test loss of every seed, by cell."""
-    cells = list(next(iter(results.values())))
-    figure = Figure(figsize=(7, 0.35 * len(cells) + 1.2), layout="constrained")
+    """Draw the test loss of every seed, by variant."""
+    variants = list(next(iter(results.values())))
+    figure = Figure(figsize=(7, 0.35 * len(variants) + 1.2), layout="constrained")
     axes = figure.add_subplot(xlabel="test loss, nats per character")
-    for (budget, of_cells), color in zip(results.items(), ("#0072B2", "#D55E00"), strict=False):
+    for (budget, of_variants), color in zip(results.items(), ("#0072B2", "#D55E00"), strict=False):
         shift = 0.12 if budget == "seconds" else -0.12
-        points = [(run.test, i + shift) for i, runs in enumerate(of_cells.values()) for run in runs]
+        points = [
+            (run.test, i + shift) for i, runs in enumerate(of_variants.values()) for run in runs
+        ]
         label = f"equal {budget}"
         axes.plot(*zip(*points, strict=True), "o", markersize=4, color=color, label=label)
-    axes.set_yticks(range(len(cells)), cells)
+    axes.set_yticks(range(len(variants)), variants)
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize=8)
     return figure
-
-
-def time_recurrences(experiments: Any, names: Sequence[str], lengths: str, rounds: int) -> None:
-    """Print the milliseconds of loss and gradient, by cell, recurrence and length of the window.
-
-    A batch has 3,072 tokens, as in experiments/cells.py, or one window that is longer.
-    """
-    print(f"{jax.devices()[0].device_kind}, {len(jax.devices())} devices\n")
-    print("| cell | window | recurrence | ms |\n| --- | ---: | --- | ---: |")
-    for name in names:
-        config = config_lib.complete_config(experiments.get_config(name))
-        for length in map(int, lengths.split(",")):
-            shape = (max(3072 // length, 1), length)
-            ids = np.random.default_rng(0).integers(VOCABULARY_SIZE, size=shape)
-            for recurrence in ("scan", "parallel", "fused"):
-                config.model.recurrence = recurrence
-                made = model.make_model(config.model, VOCABULARY_SIZE)
-                try:
-                    made.implementation()
-                except ValueError:  # The cell has no such form.
-                    continue
-                seconds = time_step(made, ids, rounds)
-                print(f"| {name} | {length} | {recurrence} | {1000 * seconds:.1f} |", flush=True)
-
-
-def time_step(made: model.LanguageModel, ids: np.ndarray, rounds: int) -> float:
-    """Return the median seconds of a loss and its gradient."""
-
-    def compute_loss(params: model.Params) -> jax.Array:
-        logits, _ = model.apply(made, params, ids, made.initial_carry(len(ids)))
-        return optax.softmax_cross_entropy_with_integer_labels(logits, ids).mean()
-
-    params = model.init_params(made, jax.random.key(0))
-    step = jax.jit(jax.value_and_grad(compute_loss))
-    jax.block_until_ready(step(params))
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        jax.block_until_ready(step(params))
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
 
 
 if __name__ == "__main__":

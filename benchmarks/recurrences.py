@@ -1,0 +1,83 @@
+"""Time a training step of every cell with each recurrence that it has, by the length of the window.
+
+    python benchmarks/recurrences.py
+    python benchmarks/recurrences.py --variants mingru,mlstm --lengths 512,4096
+
+The models are those of experiments/cells.py. A batch has 4,096 tokens, as there, or one window that
+is longer.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import optax
+
+from compare import EXPERIMENTS, load_module
+from lstm_jax import config as config_lib
+from lstm_jax import model
+from lstm_jax.devices import memory
+
+VOCABULARY_SIZE = 67
+TOKENS = 4096  # Of a batch.
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--variants", help="names in experiments/cells.py [default: all]")
+    parser.add_argument("--lengths", default="96,512,4096", help="[default: 96,512,4096]")
+    parser.add_argument("--rounds", type=int, default=5, help="[default: 5]")
+    options = parser.parse_args()
+    chosen = options.variants
+    names = chosen.split(",") if chosen else list(load_module(EXPERIMENTS / "cells.py").VARIANTS)
+    memory.keep_freed_memory()
+    time_recurrences(names, [int(length) for length in options.lengths.split(",")], options.rounds)
+
+
+def time_recurrences(names: Sequence[str], lengths: Sequence[int], rounds: int) -> None:
+    """Print the milliseconds of loss and gradient, by cell, recurrence and length of the window."""
+    experiment = load_module(EXPERIMENTS / "cells.py")
+    print(f"{jax.devices()[0].device_kind}, {len(jax.devices())} devices\n")
+    print("| cell | window | recurrence | ms |\n| --- | ---: | --- | ---: |")
+    for name in names:
+        config = config_lib.complete_config(experiment.get_config(name))
+        for length in lengths:
+            shape = (max(TOKENS // length, 1), length)
+            ids = np.random.default_rng(0).integers(VOCABULARY_SIZE, size=shape)
+            for recurrence in ("scan", "parallel", "fused"):
+                config.model.recurrence = recurrence
+                try:
+                    made = model.make_model(config.model, VOCABULARY_SIZE)
+                    made.implementation()
+                except ValueError:  # The cell has no such form.
+                    continue
+                seconds = time_step(made, ids, rounds)
+                print(f"| {name} | {length} | {recurrence} | {1000 * seconds:.1f} |", flush=True)
+
+
+def time_step(made: model.LanguageModel, ids: np.ndarray, rounds: int) -> float:
+    """Return the median seconds of a loss and its gradient."""
+
+    def compute_loss(params: model.Params) -> jax.Array:
+        logits, _ = model.apply(made, params, ids, made.initial_carry(len(ids)))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, ids).mean()
+
+    params = model.init_params(made, jax.random.key(0))
+    step = jax.jit(jax.value_and_grad(compute_loss))
+    jax.block_until_ready(step(params))
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        jax.block_until_ready(step(params))
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+if __name__ == "__main__":
+    main()
