@@ -195,7 +195,8 @@ FIELDS = (
           "LSTMs: on a GPU, in float32. auto: the fastest.", resume=True),
     Field("model.dtype", "float32", one_of(*model_lib.DTYPES),
           "Dtype of matmul operands; parameters, cell states, softmax and loss are float32. "
-          "auto: bfloat16 on GPUs, TPUs, and CPUs with instructions for it.", resume=True),
+          "auto: bfloat16 on GPUs and TPUs, and for fused layers on CPUs with instructions for it.",
+          resume=True),
     Field("model.rematerialize", 0, _SIZE_OR_ZERO,
           "Steps between the states stored for the backward pass, which recomputes the others to "
           "save memory. 0: store all.", resume=True, used_with=is_set_to("model.cell", "lstm")),
@@ -254,8 +255,9 @@ FIELDS = (
           "A batch is divided over mesh.data times mesh.model devices. 0: all GPUs or TPUs; on a "
           "CPU, the fastest number of cores.", resume=True, compared=False),
     Field("mesh.model", 1, _SIZE,
-          "Devices that also share the matrices of parameters and optimizer state, for models that "
-          "are too large for one.", resume=True, compared=False),
+          "Devices that also divide the matrices of parameters and optimizer state between steps. "
+          "Within a step, each still holds all parameters and gradients.",
+          resume=True, compared=False),
 
     Field("sample.length", 300, between(1, 10**6),
           "Tokens of the sample of each validation.", resume=True, compared=False),
