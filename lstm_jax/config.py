@@ -7,7 +7,6 @@ fields. Every field can also be set on the command line: `--config.model.hidden_
 
 import difflib
 import itertools
-import json
 import re
 import textwrap
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from ml_collections import ConfigDict
 
-from lstm_jax import cells, vocabulary
+from lstm_jax import cells, fused, vocabulary
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.errors import UserError
@@ -199,7 +198,10 @@ FIELDS = (
           resume=True),
     Field("model.rematerialize", 0, _SIZE_OR_ZERO,
           "Steps between the states stored for the backward pass, which recomputes the others to "
-          "save memory. 0: store all.", resume=True, used_with=is_set_to("model.cell", "lstm")),
+          "save memory. 0: store all.", resume=True,
+          used_with=Rule("model.cell='lstm' without layer_norm or block, recurrence auto or fused",
+                         lambda c: fused.supports(c.model)
+                         and c.model.recurrence in ("auto", "fused"))),
 
     Field("optimizer.name", "adam", one_of(*optimizer_lib.OPTIMIZERS),
           "AdamW; Lion; Muon for the kernels of recurrent layers with AdamW for the rest; or SGD."),
@@ -338,8 +340,9 @@ def describe_unknown_field(name: str) -> str | None:
     """Return an error message if a dotted name is not a field, else None."""
     if name in _BY_NAME or name.startswith(_OPEN + "."):
         return None
-    section, _, last = name.rpartition(".")
-    others = {other.rpartition(".")[2]: other for other in _BY_NAME if section + "." in other}
+    section, dot, last = name.rpartition(".")
+    within = [other for other in _BY_NAME if other.startswith(section + dot)]
+    others = {other.rpartition(".")[2]: other for other in within}
     if near := difflib.get_close_matches(last, others, n=1):
         hint = f": did you mean {others[near[0]]}?"
     elif section and others:
@@ -359,11 +362,6 @@ def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
-
-
-def to_json(config: ConfigDict) -> str:
-    """Return the config as JSON text."""
-    return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
 def describe_fields(width: int, quote: str = "") -> str:

@@ -90,10 +90,10 @@ def main() -> None:
     settings = dynamic.Settings(
         _DYNAMIC_LEARNING_RATE.value, _DYNAMIC_DECAY.value, _DYNAMIC_SEGMENT_LENGTH.value
     )
-    if settings.segment_length < 1 or min(settings) < 0:
+    if settings.segment_length < 1 or not all(0 <= number < math.inf for number in settings):
         raise UserError(
             "--dynamic_segment_length must be 1 or more, --dynamic_learning_rate and "
-            "--dynamic_decay 0 or more"
+            "--dynamic_decay 0 or more, and finite"
         )
     if bool(_CONTEXT.value) + _FIT_TEMPERATURE.value + _DYNAMIC.value > 1:
         raise UserError(

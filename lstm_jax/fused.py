@@ -137,22 +137,11 @@ def apply_step(
         if kernel.ndim == 3:
             states.append(in_c.run_step(kernel, inputs, own, term))
         else:
-            states.append(_run_step(kernel, inputs, own, term, dtype))
+            columns = round_factor(jnp.concatenate([x.T for x in inputs]), dtype)
+            _, after = _step(kernel, columns, LSTMCarry(own.cell.T, own.hidden.T), term.T)
+            states.append(LSTMCarry(after.cell.T, after.hidden.T))
     logits = matmul(arrays.head, states[-1].hidden.T, dtype).T + arrays.head_bias
     return logits, tuple(states)
-
-
-def _run_step(
-    kernel: jax.Array,
-    inputs: Sequence[jax.Array],
-    carry: LSTMCarry,
-    added: jax.Array,
-    dtype: str,
-) -> LSTMCarry:
-    """Run one step of a layer, as `native.recurrence.run_step` does."""
-    columns = round_factor(jnp.concatenate([x.T for x in inputs]), dtype)
-    _, (cell, hidden) = _step(kernel, columns, LSTMCarry(carry.cell.T, carry.hidden.T), added.T)
-    return LSTMCarry(cell.T, hidden.T)
 
 
 def _step(

@@ -239,7 +239,7 @@ def generate_tokens(
     arrays = prepare_params(model, params)
     state = read_tokens(model, arrays, initial_state(model, len(prompts)), prompts)
     chunks = generate_chunks(model, arrays, state, key, control_arrays, stops, length)
-    return np.concatenate([ids for ids, _ in chunks], axis=1)
+    return np.concatenate([prompts[:, :0], *(ids for ids, _ in chunks)], axis=1)
 
 
 def encode_prompt(vocabulary: Vocabulary, prompt: str) -> np.ndarray:

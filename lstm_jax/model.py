@@ -139,18 +139,14 @@ class LanguageModel(nn.Module):
         carry = tuple(cell.initial_carry(batch_size) for cell in self.make_cells())
         return jax.tree.map(jnp.array, carry)  # Copies: a training step donates each array.
 
-    def __call__(
-        self, ids: jax.Array, carry: Carry, masks: Masks | None = None
-    ) -> tuple[jax.Array, Carry]:
+    def __call__(self, ids: jax.Array, carry: Carry) -> tuple[jax.Array, Carry]:
         """Predict the token after each of `ids`, int32 [batch, time].
 
         Return logits, float32 [batch, time, vocabulary_size], where those at t predict the token
         after ids[:, t]; and the carry after the last id. `carry` is that of the preceding
         text, or `initial_carry`.
         """
-        outputs, carry = self.run(ids, carry, masks)
-        if masks is not None:
-            outputs = apply_mask(outputs, masks[-1])
+        outputs, carry = self.run(ids, carry)
         return self.predict(outputs), carry
 
     def run(
@@ -325,14 +321,10 @@ def is_finite(params: Params) -> jax.Array:
 
 
 def apply(
-    model: LanguageModel,
-    params: Params,
-    ids: jax.typing.ArrayLike,
-    carry: Carry,
-    masks: Masks | None = None,
+    model: LanguageModel, params: Params, ids: jax.typing.ArrayLike, carry: Carry
 ) -> tuple[jax.Array, Carry]:
     """Run the model over ids [batch, time]; see `LanguageModel.__call__`."""
-    outputs: Any = model.apply({"params": params}, ids, carry, masks)
+    outputs: Any = model.apply({"params": params}, ids, carry)
     return outputs
 
 

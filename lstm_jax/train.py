@@ -80,9 +80,10 @@ def train(
             run = _Run(config, directory, splits, mesh, check_lock, watch)
             with run.checkpoints:
                 return run.train() or run.finish()
-        except BrokenPipeError:
-            raise
         except OSError as error:
+            # A closed pipe, or a failed connection of `watch`, is not about the files of the run.
+            if error.errno is None or isinstance(error, BrokenPipeError):
+                raise
             raise UnavailableError(
                 f"can't write to {error.filename or directory} ({error.strerror}): free space or "
                 "make it writable, then resume from the last checkpoint with the same command"
@@ -116,7 +117,7 @@ class _Run:
         self.costs = splits.measure_costs(self.vocabulary)
         hosts.check_same(
             f"{lock.read_holder(directory)!r} {checkpoints_lib.list_steps(self.saved_in)} "
-            f"{config_lib.to_json(self.config)}",
+            f"{self.config.to_dict()}",
             "config, text and working directory: start all with the same command",
         )
         ids = self.ids["train"]
@@ -140,7 +141,8 @@ class _Run:
         between resumes with the validation.
         """
         config, directory = self.config, self.directory
-        validated = checkpoints_lib.read_validation_loss(self.saved_in, self.step) is not None
+        recorded = checkpoints_lib.read_validation_loss(self.saved_in, self.step) is not None
+        validated = bool(hosts.get_greatest(recorded))  # A fast process may just have recorded it.
         if self.history is None:
             self._save()
             self.checkpoints.wait()

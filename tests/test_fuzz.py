@@ -129,7 +129,7 @@ def test_config_fields(fields: dict[str, Any]) -> None:
     except UserError as error:
         assert_one_line(error)
     else:
-        assert config_lib.complete_config(json.loads(config_lib.to_json(config))) == config
+        assert config_lib.complete_config(json.loads(json.dumps(config.to_dict()))) == config
 
 
 @given(

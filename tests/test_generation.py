@@ -31,6 +31,8 @@ def test_greedy_decoding_is_the_argmax_of_a_single_pass() -> None:
     generated = generation.generate_tokens(
         MODEL, PARAMS, prompts, jax.random.key(0), GREEDY, length=30
     )
+    none = generation.generate_tokens(MODEL, PARAMS, prompts, jax.random.key(0), length=0)
+    assert none.shape == (2, 0)
     logits = compute_logits(np.concatenate([prompts, generated], axis=1))
     logits[..., :2] = -np.inf
     np.testing.assert_array_equal(generated, logits.argmax(axis=-1)[:, 2:-1])

@@ -57,7 +57,9 @@ def test_locked_dropout_is_the_same_at_every_step(recurrence: str) -> None:
     rates = make_rates(**dict.fromkeys(DROPOUTS, 0.4))
     masks = regularization.draw_masks(rates, model, jax.random.key(1), 3)
     ids = np.random.default_rng(0).integers(0, 11, (3, 20))
-    logits, _ = model_lib.apply(model, params, ids, model.initial_carry(3), masks)
+    bound = model.bind({"params": params})
+    outputs, _ = bound.run(jnp.asarray(ids), model.initial_carry(3), masks)
+    logits = bound.predict(model_lib.apply_mask(outputs, masks[-1]))
 
     def layer(name: str, inputs: np.ndarray) -> np.ndarray:
         p = {key: np.asarray(value, np.float64) for key, value in params[name].items()}

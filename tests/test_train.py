@@ -9,6 +9,7 @@ import string
 import subprocess
 import sys
 import threading
+import urllib.error
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,27 @@ def test_a_text_too_short_leaves_no_directory(tiny_config: ConfigDict, tmp_path:
     with pytest.raises(UserError, match="too short: 1000 streams of 32"):
         train.train(tiny_config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_validation_text_too_short_is_refused_before_training(
+    tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    for name, text in (("validation", "abc"), ("test", "ab")):
+        (tmp_path / name).write_text(text)
+    tiny_config.data.path = f"{tiny_config.data.path};{tmp_path}/validation;{tmp_path}/test"
+    with pytest.raises(UserError, match="validation split is too short: it has 3 .*, and needs 4"):
+        train.train(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run" / workdir.METRICS).exists()
+
+
+def test_an_error_of_the_callback_is_not_about_the_disk(
+    tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    def watch(row: Mapping[str, Any]) -> None:
+        raise urllib.error.URLError("the server is down")
+
+    with pytest.raises(urllib.error.URLError, match="the server is down"):
+        train.train(tiny_config, tmp_path, watch)
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, *poisoned: int) -> None:

@@ -37,11 +37,12 @@ class Splits(NamedTuple):
         return config
 
     def encode(self, vocabulary: Vocabulary) -> dict[str, Ids]:
-        """Return the ids of each split; raise `UserError` if it has fewer than two."""
+        """Return the ids of each split; raise `UserError` if one is too short."""
         ids = {name: text.encode(vocabulary) for name, text in self.texts.items()}
         for name, of_split in ids.items():
-            if len(of_split) < 2:
-                length = f"{len(of_split)} {vocabulary.token_name}s"
+            needed = 4 if name == "validation" else 2  # The former is what `zero_state` needs.
+            if len(of_split) < needed:
+                length = f"{len(of_split)} {vocabulary.token_name}s, and needs {needed}"
                 raise UserError(f"the {name} split is too short: it has {length}")
         return ids
 

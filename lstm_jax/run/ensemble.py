@@ -38,7 +38,7 @@ class Ensemble:
         return tuple(member.initial_carry(batch_size) for member in self.members)
 
     def apply(
-        self, variables: Mapping[str, Params], ids: jax.Array, carry: Carry, masks: None = None
+        self, variables: Mapping[str, Params], ids: jax.Array, carry: Carry
     ) -> tuple[jax.Array, Carry]:
         """Run the members over ids [batch, time]; see `LanguageModel.__call__`."""
         pairs = zip(self.pair_with(variables["params"]), carry, strict=True)
