@@ -338,7 +338,7 @@ def find_unused_fields(config: ConfigDict) -> list[str]:
 
 def describe_unknown_field(name: str) -> str | None:
     """Return an error message if a dotted name is not a field, else None."""
-    if name in _BY_NAME or name.startswith(_OPEN + "."):
+    if name in _BY_NAME or re.fullmatch(rf"{re.escape(_OPEN)}\.\w+", name):
         return None
     section, dot, last = name.rpartition(".")
     within = [other for other in _BY_NAME if other.startswith(section + dot)]

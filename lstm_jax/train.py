@@ -255,6 +255,7 @@ class _Run:
         self, step: int, split: str, loss: float, sample: str | None = None, **extra: Any
     ) -> None:
         if self.writer:
+            self.check_lock()
             if split != "train":
                 bits = loss_lib.compute_bits_per_character(loss, [self.costs[split]])
                 extra["bits_per_character"] = bits
@@ -317,7 +318,8 @@ class _Run:
     def finish(self) -> int:
         """Measure the best checkpoint on the test split, sample from it, and list the files."""
         hosts.wait_for_all("all is saved")
-        params, step = workdir.load_params(self.directory, self.model)
+        batch_size = self.config.batches.batch_size
+        params, step = workdir.load_params(self.directory, self.model, batch_size)
         path = self.directory / workdir.METRICS
         rows = metrics.read_metrics(path)
         measured = [row["loss"] for row in rows if (row["split"], row["step"]) == ("test", step)]

@@ -270,6 +270,18 @@ def test_a_small_checkpoint_does_not_decompress_to_a_large_one(tmp_path: Path) -
         checkpoints.restore_best_params(tmp_path, jax.eval_shape(lambda: {"w": many}))
 
 
+def test_a_large_carry_makes_a_checkpoint_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints.save_params(tmp_path, 1, PARAMS)
+    monkeypatch.setattr(seal, "_BYTES_BEYOND", 0)
+    monkeypatch.setattr(seal, "_PARAMS_MULTIPLE", 0)
+    with pytest.raises(UserError, match="too large for such a model"):
+        checkpoints.restore_best_params(tmp_path, PARAMS)
+    carry = jax.ShapeDtypeStruct((1000, 1000), jnp.float32)
+    assert checkpoints.restore_best_params(tmp_path, PARAMS, carry)[1] == 1
+
+
 def test_large_finite_parameters_are_saved_and_restored(tmp_path: Path) -> None:
     # The sum of the squares overflows float32, no single square does.
     params = {"w": jnp.full(10_000, 9e17)}

@@ -244,6 +244,18 @@ def test_invalid_paths_raise_an_error(data: ConfigDict, tmp_path: Path) -> None:
         assert prepared.find_corpus(data) is None
 
 
+@pytest.mark.parametrize("name", ["a,b", "a;b", "[x]", "plain"])
+def test_a_run_in_a_directory_of_any_name_finds_its_text_again(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "1.txt").write_text("a text")
+    monkeypatch.chdir(tmp_path / name)
+    for path in ("1.txt", "*.txt"):
+        (found,) = sources.find_files(sources.make_absolute(path))
+        assert [file.resolve() for file in found] == [tmp_path / name / "1.txt"]
+
+
 def test_patterns_find_the_same_files_as_glob(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,7 +46,7 @@ def test_the_command_reads_the_validation_split_and_writes_into_the_working_dire
     done = run("--workdir", str(directory), "--length", "900")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{directory / 'report.html'} (")
-    assert "reading the first 900 of 1,000 characters" in done.stderr
+    assert "reading the first 900 characters" in done.stderr
     data = read_data((directory / "report.html").read_bytes())
     assert data["text"] == "the validation split" and data["layers"] == [24]
     assert len(unpack(data["tokens"])) == 900

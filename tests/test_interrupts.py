@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from lstm_jax.run import signals
+
 ROOT = Path(__file__).parents[1]
 # The number of moments to try. More than a few take minutes.
 MOMENTS = int(os.environ.get("LSTM_JAX_INTERRUPTS", "4"))
@@ -85,3 +87,13 @@ def test_a_swallowed_interrupt_is_raised_again(caught: str) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130 and errors == "Interrupted.\n"
+
+
+def test_a_stop_request_leaves_an_ignored_signal_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals.StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.exit_code is None and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

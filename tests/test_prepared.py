@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import os
 import resource
 import shutil
@@ -410,6 +411,32 @@ def test_another_user_prepares_the_text_again(
     assert prepared.find_corpus(data) is None
     assert_same(data)
     assert prepared.find_corpus(data)
+
+
+def test_a_key_on_a_read_only_disk_is_used(
+    prepared_once: tuple[ConfigDict, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, _ = prepared_once
+    prepared.prepare_corpus(data)
+    prepared._key.cache_clear()
+
+    def fail(path: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(files, "open_append", fail)
+    assert prepared.find_corpus(data)
+
+
+def test_the_recorded_directory_has_no_tilde(
+    prepared_once: tuple[ConfigDict, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    data, _ = prepared_once
+    config = config_lib.default()
+    config.data = data.copy_and_resolve_references()
+    config.data.prepared = "~/corpora"
+    splits = texts.Splits({}, "0" * 64)
+    assert splits.settle(config).data.prepared == "/home/somebody/corpora"
 
 
 def test_a_file_that_changes_while_it_is_read_raises_an_error(

@@ -534,3 +534,28 @@ def test_importances_of_few_trials_are_called_a_hint(
     page = report.make_page(record, tmp_path)
     assert f"from {trials} complete trials" in page
     assert ("too few to rely on" in page) == hint
+
+
+def test_a_study_of_another_grid_is_refused() -> None:
+    made = optuna.create_study(sampler=study.make_sampler("grid", -1, {"seed": [0, 1]}))
+    for _ in range(2):
+        made.ask()
+    study.check_grid(made, {"seed": [0, 1]})
+    with pytest.raises(UserError, match="another grid or number of seeds"):
+        study.check_grid(made, {"seed": [0, 1, 2, 3]})
+
+
+def test_no_point_of_a_grid_is_drawn_twice_after_a_resumed_trial() -> None:
+    """Trials that resume others use up numbers, but not places."""
+    grid = {"seed": [0, 1, 2, 3]}
+    made = optuna.create_study(sampler=study.make_sampler("grid", 0, grid))
+    drawn = []
+    for number in range(8):
+        made.add_trial(
+            optuna.trial.create_trial(
+                state=optuna.trial.TrialState.WAITING, user_attrs={study.PLACE: number // 2}
+            )
+        )
+        trial = made.ask()
+        drawn.append(trial.suggest_categorical("seed", grid["seed"]))
+    assert drawn[::2] == drawn[1::2] and sorted(drawn[::2]) == grid["seed"]

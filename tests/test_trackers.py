@@ -106,7 +106,8 @@ def test_a_tracker_that_cannot_be_opened_ends_the_run_with_one_line(
 
 def test_the_flag_passes_rows_to_a_function(own: str, text_file: Path, tmp_path: Path) -> None:
     command = [
-        *(sys.executable, "-m", "lstm_jax.main", f"--config={ROOT}/experiments/quick.py"),
+        # -P: like the script `lstm-jax`, it does not find modules in the current directory.
+        *(sys.executable, "-P", "-m", "lstm_jax.main", f"--config={ROOT}/experiments/quick.py"),
         *(f"--config.data.path={text_file}", "--config.batches.batch_size=8"),
         *("--config.model.embedding_size=8", "--config.model.hidden_size=24"),
         *("--config.sample.length=20", "--config.max_steps=20", "--workdir=run"),

@@ -26,8 +26,8 @@ from lstm_jax import config as config_lib
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.data import texts
-from lstm_jax.errors import UserError
-from lstm_jax.run import checkpoints, metrics, workdir, zero_state
+from lstm_jax.errors import UnavailableError, UserError
+from lstm_jax.run import checkpoints, lock, metrics, workdir, zero_state
 from lstm_jax.train_step import TrainState, TrainStep
 
 
@@ -183,6 +183,17 @@ def test_an_error_of_the_callback_is_not_about_the_disk(
 
     with pytest.raises(urllib.error.URLError, match="the server is down"):
         train.train(tiny_config, tmp_path, watch)
+
+
+def test_a_run_that_lost_its_lock_writes_no_further_row(
+    tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    def watch(row: Mapping[str, Any]) -> None:
+        (tmp_path / lock.LOCK).unlink(missing_ok=True)
+
+    with pytest.raises(UnavailableError, match="has taken over"):
+        train.train(tiny_config, tmp_path, watch)
+    assert len(runs.read_losses(tmp_path)) == 1
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, *poisoned: int) -> None:

@@ -26,7 +26,7 @@ class Block(nn.Module):
     """A block in which recent papers use a cell, with two residual branches.
 
         x = x P                                         only if x has not hidden_size features
-        u_t = sum over j of K_j * norm(x)_(t - j) + b   causal convolution of each feature
+        u_t = sum of K_j * norm(x)_(t - 3 + j) + b      causal convolution of each feature, j = 0..3
         y = x + cell(u)
         outputs = y + (gelu(norm(y) A) * (norm(y) B)) O     gated MLP
         norm(x) = s * x / sqrt(mean(x ** 2))            RMSNorm, with separate scales s

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def import_weights(
     if added:
         print(f"Added {' and '.join(map(repr, added))}, which the model lacked, with logits of -30")
     print(f"Wrote the model of {source} to {directory}")
-    print(f"Generate text: python -m lstm_jax.sample --workdir {directory}")
+    print(f"Generate text: python -m lstm_jax.sample --workdir {shlex.quote(str(directory))}")
 
 
 def export_weights(directory: Path, target: Path, drop_special: bool = False) -> None:

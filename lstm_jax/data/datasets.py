@@ -34,8 +34,14 @@ def read_dataset(
     data_dir = Path(os.path.expanduser(directory or tfds.core.constants.DATA_DIR))
     builder = _open_builder(name, data_dir)
     if not builder.is_prepared():
-        _prepare(builder, name, data_dir)
+        failure = None
+        try:
+            _prepare(builder, name, data_dir)
+        except UserError as error:
+            failure = error
         builder = _open_builder(name, data_dir)
+        if failure and not builder.is_prepared():  # Otherwise another process has prepared it.
+            raise failure
     features = builder.info.features
     texts = [key for key in features if isinstance(features[key], tfds.features.Text)]
     if text_feature not in texts:

@@ -105,6 +105,11 @@ def get_cache_directory() -> Path:
 def _key(directory: Path) -> bytes:
     """Return the key in a cache directory; a temporary one if it can't be written there."""
     path = directory / _KEY
+    with contextlib.suppress(OSError), files.open_regular(path) as file:
+        status = os.fstat(file.fileno())
+        is_own = status.st_uid == os.geteuid() and not status.st_mode & 0o077
+        if is_own and status.st_size == _KEY_BYTES:  # Also on a disk that is read-only.
+            return file.read()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with files.open_append(path) as file:
@@ -448,7 +453,7 @@ class PreparedText(Text):
         for chunk in iterate_chunks(text, manifest.units, CHUNK):
             piece = tail + sources.read_segments(chunk, any_bytes, manifest.ends)
             yield piece
-            tail = piece[len(piece) - overlap :] if overlap else ""
+            tail = piece[max(len(piece) - overlap, 0) :]
 
 
 class _Lines:

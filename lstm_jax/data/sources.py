@@ -9,6 +9,7 @@ Arguments of several functions:
 """
 
 import fnmatch
+import glob
 import itertools
 import os
 import re
@@ -114,8 +115,15 @@ def _match_names(directory: str, pattern: str, visits: Iterator[None]) -> list[s
 
 
 def make_absolute(paths: str) -> str:
-    """Return the paths and patterns of a `data.path` as absolute ones."""
-    return re.sub("[^,;]+", lambda path: str(Path(path[0]).absolute()), paths)
+    """Return the paths and patterns of a `data.path` as absolute ones, if that is possible."""
+    here = os.getcwd()
+    if set(here) & set(",;"):  # They would separate paths.
+        return paths
+
+    def join(path: re.Match[str]) -> str:
+        return str(Path(here if os.path.exists(path[0]) else glob.escape(here), path[0]))
+
+    return re.sub("[^,;]+", join, paths)
 
 
 def measure_files(paths: str) -> int:

@@ -1,6 +1,7 @@
 """Load the splits of a text: read small ones into memory, prepare larger ones on disk."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -33,7 +34,7 @@ class Splits(NamedTuple):
         if config.data.path:
             config.data.path = sources.make_absolute(config.data.path)
         if config.data.prepared:
-            config.data.prepared = str(Path(config.data.prepared).absolute())
+            config.data.prepared = str(Path(os.path.expanduser(config.data.prepared)).absolute())
         return config
 
     def encode(self, vocabulary: Vocabulary) -> dict[str, Ids]:

@@ -1,6 +1,7 @@
 """Get the text of Tiny Shakespeare, and prepare its TFDS dataset without TensorFlow."""
 
 import hashlib
+import http.client
 import subprocess
 import sys
 import tempfile
@@ -87,7 +88,7 @@ def _download(url: str) -> bytes | None:
         try:
             with urllib.request.urlopen(url, timeout=_DOWNLOAD_SECONDS) as response:
                 content.append(response.read(_BYTES + 1))
-        except OSError:
+        except (OSError, http.client.HTTPException):
             pass  # Offline: the next source may have it.
 
     # A name server that does not answer can block for longer than the socket's timeout.

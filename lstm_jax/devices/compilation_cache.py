@@ -20,7 +20,9 @@ def use_cache() -> None:
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if cache.startswith("~"):  # This user has no home directory.
+        return
     digest = hashlib.sha256(_describe_processor().encode()).hexdigest()
     directory = Path(cache, "lstm-jax", f"compiled-{digest[:16]}")
     with contextlib.suppress(OSError):

@@ -9,6 +9,7 @@ have to exchange the hidden state at every position of the window.
 
 import contextlib
 import functools
+from collections import Counter
 from typing import Any
 
 import jax
@@ -63,6 +64,12 @@ def make_mesh(config: ConfigDict) -> Mesh:
     data, model, microbatches = config.mesh.data, config.mesh.model, config.optimizer.microbatches
     # Devices of a process are adjacent, and so are its rows of a batch.
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    of_each = Counter(device.process_index for device in devices)
+    if len(set(of_each.values())) > 1:
+        raise UserError(
+            f"the processes have different numbers of devices, {sorted(of_each.values())}: give "
+            "all of them the same; on CPUs, set config.mesh.data"
+        )
     if max(data, 1) * model > len(devices):
         raise UserError(
             f"config.mesh.data is {data} and config.mesh.model {model}, but there are "
@@ -92,8 +99,8 @@ def make_mesh(config: ConfigDict) -> Mesh:
             f"with {len(devices) // processes} devices each can't share that equally; choose a "
             "multiple of the number of processes"
         )
-    of_each = np.array(devices).reshape(processes, -1)[:, : data * model // processes]
-    return Mesh(of_each.reshape(data, model), (DATA, MODEL))
+    used = np.array(devices).reshape(processes, -1)[:, : data * model // processes]
+    return Mesh(used.reshape(data, model), (DATA, MODEL))
 
 
 def get_storage_spec(array: Any, mesh: Mesh) -> PartitionSpec:

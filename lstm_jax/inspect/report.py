@@ -54,13 +54,16 @@ def write_report(
         name = "standard input" if text_file == "-" else Path(text_file).name
     else:
         splits = texts.load_texts_of_run(trained.config.data, *own_text)
-        text, name = next(splits["validation"].pieces(0)), "the validation split"
+        text, name = "", "the validation split"
+        for piece in splits["validation"].pieces(0):  # A prepared text has many.
+            text += piece
+            if len(vocabulary.split(text)) > length:
+                break
     tokens = vocabulary.split(text)
     if len(tokens) < 2:
         raise UserError(f"{name} is too short: --text must name a file of two tokens or more")
     if len(tokens) > length:
-        described = f"{length:,} of {len(tokens):,} {vocabulary.token_name}s"
-        print(f"reading the first {described} (--length)", file=sys.stderr)
+        print(f"reading the first {length:,} {vocabulary.token_name}s (--length)", file=sys.stderr)
         # The last character may be incomplete.
         spelled = "".join(tokens[:length]).encode("utf-8", "surrogateescape")
         text = spelled.decode("utf-8", "surrogateescape")
@@ -94,7 +97,7 @@ def make_page(trained: workdir.Trained, text: str, name: str, directory: Path) -
         **_pack_tokens(vocabulary, text, ids, reading),
         **_pack_activations(reading.activations, followers),
         "layers": list(model.sizes[1:]),
-        "activation": _describe_activation(model.cell_class),
+        "activation": _describe_activation(type(model.make_cells()[0])),
         "features": list(present),
         "followers": [[follower._asdict() for follower in row] for row in followers],
         "correlations": _pack(np.round(correlations * 1000), np.int16),

@@ -194,6 +194,7 @@ def restore_latest(
         directory,
         int,  # The latest one has the highest rank.
         params,
+        state.get("carry", ()),
         state,
         batches=ocp.args.JsonRestore(),
         history=ocp.args.JsonRestore(),
@@ -214,18 +215,19 @@ def restore_latest(
     return Restored(step, restored.params, restored.state, restored.history)
 
 
-def restore_best_params(directory: Path, params: Any) -> tuple[Any, int]:
+def restore_best_params(directory: Path, params: Any, carry: Any = ()) -> tuple[Any, int]:
     """Return the parameters of the best undamaged checkpoint by validation loss, and its step.
 
     If none has a validation loss, it is the latest. Nothing is written, and the run may save
     checkpoints at the same time. Each damaged checkpoint is reported with a warning. `params` are
-    arrays of the expected shapes and dtypes, or `jax.ShapeDtypeStruct`s.
+    arrays of the expected shapes and dtypes, or `jax.ShapeDtypeStruct`s, and so is `carry`, which
+    is not read, but may make the checkpoint large.
 
     Raises:
       UserError: if there is none, all are damaged, or one does not hold such `params`.
     """
     rank = functools.partial(_rank, directory)
-    step, restored, damaged = _restore_first(directory, rank, params)
+    step, restored, damaged = _restore_first(directory, rank, params, carry)
     if step is None:
         raise UserError(f"there is no checkpoint in {directory} yet: train first")
     for path, damage in damaged.items():
@@ -267,6 +269,7 @@ def _restore_first(
     directory: Path,
     rank: Callable[[int], Any],
     params: Any,
+    carry: Any,
     state: Any = None,
     **other_items: Any,
 ) -> tuple[int | None, Any, dict[Path, str]]:
@@ -285,7 +288,7 @@ def _restore_first(
     while steps := [s for s in list_steps(directory) if directory / str(s) not in damaged]:
         step = max(steps, key=rank)
         path = directory / str(step)
-        damage = find_damage(path, params)
+        damage = find_damage(path, params, carry)
         if damage is None:
             try:
                 if state is not None:

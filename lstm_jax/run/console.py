@@ -80,19 +80,36 @@ def escape_controls(text: str) -> str:
 @contextlib.contextmanager
 def mute() -> Iterator[None]:
     """Drop what this thread prints, to either stream, until the end of the block."""
-    streams = _Muted(sys.stdout), _Muted(sys.stderr)
-    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+    with _lock:
+        if not _muted:
+            sys.stdout, sys.stderr = _Muted(sys.stdout), _Muted(sys.stderr)
+        _muted.append(threading.get_ident())
+    try:
         yield
+    finally:
+        with _lock:
+            _muted.remove(threading.get_ident())
+            if not _muted:
+                sys.stdout, sys.stderr = map(_Muted.unwrap, (sys.stdout, sys.stderr))
+
+
+# The threads that are muted now; blocks of several may end in any order.
+_muted: list[int] = []
+_lock = threading.Lock()
 
 
 class _Muted:
-    """A stream that drops what one thread writes, and that is not a terminal."""
+    """A stream that drops what muted threads write, and that is not a terminal."""
 
     def __init__(self, stream: Any) -> None:
-        self._stream, self._thread = stream, threading.get_ident()
+        self._stream = stream
+
+    @staticmethod
+    def unwrap(stream: Any) -> Any:
+        return stream._stream if isinstance(stream, _Muted) else stream
 
     def write(self, text: str) -> int:
-        muted = threading.get_ident() == self._thread
+        muted = threading.get_ident() in _muted
         return len(text) if muted else int(self._stream.write(text))
 
     def isatty(self) -> bool:

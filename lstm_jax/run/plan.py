@@ -11,8 +11,8 @@ from lstm_jax.vocabulary import Ids
 
 def cut_validation(config: ConfigDict, ids: Mapping[str, Ids]) -> Ids:
     """Return the ids on which a run validates, from those of its splits."""
-    number = config.validation_tokens
-    return ids["validation"][:number] if number else ids["validation"]
+    number, own = config.validation_tokens, ids["validation"]
+    return own[:number] if 0 < number < len(own) else own
 
 
 class Plan:

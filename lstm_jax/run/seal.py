@@ -22,8 +22,9 @@ VALIDATION = "validation.json"
 # Limits of file sizes in bytes: SHA256SUMS, and other files without arrays.
 _SEAL_LIMIT, _METADATA_LIMIT = 2**24, 2**24
 # Limit of a checkpoint's size: a multiple of its parameters (Adam's state has twice their size, a
-# moving average once), and bytes beyond that, which hold the carry of any batch.
-_PARAMS_MULTIPLE, _BYTES_BEYOND = 8, 2**30
+# moving average once), twice its carry, and bytes beyond that. A carry counts up to a bound: a
+# config from someone else may have any batch size.
+_PARAMS_MULTIPLE, _CARRY_LIMIT, _BYTES_BEYOND = 8, 2**36, 2**30
 # Orbax compresses arrays. Trained parameters shrink by a tenth, by half if they were rounded to
 # bfloat16. Zeros would shrink to nothing, and a small file could fill the memory: so parameters of
 # more than `_SMALL` bytes must take at least this share of their size.
@@ -37,11 +38,11 @@ def seal_checkpoint(checkpoint: Path) -> None:
     files.write_file(checkpoint / SEAL, lines.encode())
 
 
-def find_damage(checkpoint: Path, params: Any = None) -> str | None:
+def find_damage(checkpoint: Path, params: Any = None, carry: Any = ()) -> str | None:
     """Return how a checkpoint's files differ from those that were sealed; None if they don't.
 
-    File sizes that don't fit `params`, the arrays or `jax.ShapeDtypeStruct`s that will be read, are
-    damage too, and are found before the files are read.
+    File sizes that don't fit `params` and `carry`, the arrays or `jax.ShapeDtypeStruct`s of a run,
+    are damage too, and are found before the files are read.
     """
     try:
         lines = files.read_bytes(checkpoint / SEAL, _SEAL_LIMIT).decode().splitlines()
@@ -50,7 +51,7 @@ def find_damage(checkpoint: Path, params: Any = None) -> str | None:
         if others := sums.keys() ^ sizes.keys():
             name = min(others)
             return f"{name} is missing" if name in sums else f"{SEAL} does not hold {name}"
-        if params is not None and (reason := _find_misfit(sizes, params)):
+        if params is not None and (reason := _find_misfit(sizes, params, carry)):
             return reason
         for name in sizes:
             if files.hash_file(checkpoint / name) != sums[name]:
@@ -62,19 +63,24 @@ def find_damage(checkpoint: Path, params: Any = None) -> str | None:
     return None if sums else f"{SEAL} is empty"
 
 
-def _find_misfit(sizes: Mapping[str, int], params: Any) -> str | None:
-    """Return why files of these sizes, by name, can't hold such parameters; None if they can."""
+def _find_misfit(sizes: Mapping[str, int], params: Any, carry: Any) -> str | None:
+    """Return why files of these sizes, by name, can't be those of a run; None if they can."""
     for name, size in sizes.items():
         is_data = "/d/" in name or name.endswith(".ocdbt")
         if not is_data and size > _METADATA_LIMIT:
             return f"{name} is too large, with {size:,} bytes"
-    needed = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(params))
+    needed = _count_bytes(params)
     held = sum(size for name, size in sizes.items() if name.startswith("params/"))
     if needed > _SMALL and held < _LEAST_SHARE * needed:
         return f"its {held:,} bytes can't hold the {needed:,} bytes of the expected parameters"
-    if (total := sum(sizes.values())) > _PARAMS_MULTIPLE * needed + _BYTES_BEYOND:
+    limit = _PARAMS_MULTIPLE * needed + min(2 * _count_bytes(carry), _CARRY_LIMIT) + _BYTES_BEYOND
+    if (total := sum(sizes.values())) > limit:
         return f"its files are too large for such a model, with {total:,} bytes"
     return None
+
+
+def _count_bytes(tree: Any) -> int:
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
 def _list(checkpoint: Path) -> dict[str, int]:

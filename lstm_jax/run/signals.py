@@ -30,7 +30,13 @@ class StopRequest:
         # Python delivers signals to the main thread, and only that may set handlers.
         in_main = threading.current_thread() is threading.main_thread()
         numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
-        self._before = {number: signal.signal(number, self._note) for number in numbers}
+        # Not those that are ignored, or that native code handles, which Python can't restore.
+        kept = (signal.SIG_IGN, None)
+        self._before = {
+            number: signal.signal(number, self._note)
+            for number in numbers
+            if signal.getsignal(number) not in kept
+        }
         return self
 
     def __exit__(self, *unused: object) -> None:

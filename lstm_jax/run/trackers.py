@@ -226,6 +226,8 @@ def _find_tracker(name: str) -> Callable[[_Run], _Tracker]:
             "package.module:function"
         )
     path, _, function_name = name.partition(":")
+    if os.getcwd() not in sys.path:  # It is not, in the script `lstm-jax`.
+        sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(path), function_name)
     except Exception as error:  # The module is a user's code.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,7 +38,7 @@ def load_config(workdir: Path) -> ConfigDict:
         raise UserError(
             f"there is no trained model in {workdir} (no {CONFIG}): name the --workdir of a "
             f"training run, or train one with python -m lstm_jax.main --config "
-            f"experiments/quick.py --workdir {workdir}"
+            f"experiments/quick.py --workdir {shlex.quote(str(workdir))}"
         )
     try:
         fields = files.read_json(workdir / CONFIG, _CONFIG_LIMIT)
@@ -59,10 +60,13 @@ def _reason(error: OSError | ValueError) -> str:
     return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
-def load_params(workdir: Path, model: model_lib.LanguageModel) -> tuple[model_lib.Params, int]:
-    """Return the best parameters of `model` in the run, and their step."""
+def load_params(
+    workdir: Path, model: model_lib.LanguageModel, batch_size: int
+) -> tuple[model_lib.Params, int]:
+    """Return the best parameters of `model` in a run with this batch size, and their step."""
     abstract = jax.eval_shape(lambda: model_lib.init_params(model, jax.random.key(0)))
-    return checkpoints.restore_best_params(workdir / CHECKPOINTS, abstract)
+    carry = jax.eval_shape(lambda: model.initial_carry(batch_size))
+    return checkpoints.restore_best_params(workdir / CHECKPOINTS, abstract, carry)
 
 
 class Trained(NamedTuple):
@@ -96,7 +100,7 @@ def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
     if config.model.cell_sha256:
         for cell in set(model.clone(block="none").make_cells()):
             trace_cell(cell)
-    params, step = load_params(workdir, model)
+    params, step = load_params(workdir, model, config.batches.batch_size)
     return Trained(config, vocabulary, model, params, step)
 
 

@@ -76,7 +76,8 @@ def main() -> None:
         prompt = sources.read_argument(path, "--prompt_file", vocabulary.kind == "bytes")
     if _NOVELTY.value:
         training_text = texts.load_texts_of_run(trained.config.data, *own_text)["train"]
-    for where, text in (("the prompt", prompt), ("--forbid", _FORBID.value)):
+    read = "" if _INTERACTIVE.value else prompt  # A chat names unknown tokens itself.
+    for where, text in (("the prompt", read), ("--forbid", _FORBID.value)):
         if named := vocabulary.name_unknown(text):
             message = f"the model does not know {named} in {where} and reads [UNK] instead"
             print(f"warning: {message}", file=sys.stderr)

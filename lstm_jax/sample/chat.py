@@ -113,8 +113,8 @@ def _print_error(message: str) -> None:
 
 def _read_line(trained: Trained, arrays: Prepared, state: State, line: str) -> State:
     """Return the state after a line; an empty first line is read as `encode_prompt` does."""
-    if unknown := trained.vocabulary.unknown(line):
-        _print_error(f"the model does not know {', '.join(map(repr, unknown))} and reads [UNK]")
+    if named := trained.vocabulary.name_unknown(line):
+        _print_error(f"the model does not know {named} and reads [UNK]")
     if state.position and not line:
         return state
     ids = generation.encode_prompt(trained.vocabulary, line)

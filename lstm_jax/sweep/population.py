@@ -109,7 +109,7 @@ def check_members(configs: Sequence[ConfigDict]) -> None:
     if configs[0].init_from:
         raise UserError(
             "the members of a population start from fresh weights: leave out "
-            "--config.init_from or --population"
+            "--config.init_from, or train one at a time with --population=1"
         )
     if configs[0].patience:
         raise UserError(
@@ -270,7 +270,8 @@ def _train_group(
             validate()
     for member in members:
         member.checkpoints.wait()
-    best = [workdir.load_params(member.directory, first.model) for member in members]
+    batch_size = config.batches.batch_size
+    best = [workdir.load_params(member.directory, first.model, batch_size) for member in members]
     losses = compute_losses(stack(fill([params for params, _ in best]), mesh), ids["test"])
     for member, (_, at), loss in zip(members, best, losses, strict=False):
         if math.isfinite(loss) and not member.reason:

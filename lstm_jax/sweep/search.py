@@ -104,6 +104,8 @@ def prepare_sweep(
         path, location, name, experiment, parameters, own_sampler, own_pruner
     )
     study_lib.check_space(study, space)
+    if grid is not None:
+        study_lib.check_grid(study, grid)
     return Sweep(study, experiment, space, path, trials, members)
 
 

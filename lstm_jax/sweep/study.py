@@ -161,6 +161,16 @@ def _matches(value: Any, pattern: str) -> bool:
     return isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
+def check_grid(study: Study, grid: Mapping[str, list[Any]]) -> None:
+    """Raise `UserError` if a trial of a study was drawn from another grid."""
+    for trial in study.get_trials(deepcopy=False):
+        if trial.system_attrs.get("search_space", grid) != grid:
+            raise UserError(
+                f"the study {study.study_name!r} was made for another grid or number of seeds: "
+                "name another study and --workdir"
+            )
+
+
 def make_sampler(name: str, seed: int, grid: Mapping[str, list[Any]] | None = None) -> BaseSampler:
     """Return one of `SAMPLERS`; "grid" needs the values of each parameter."""
     return cast(BaseSampler, _SeededSampler(name, seed, grid or {}))
@@ -182,13 +192,15 @@ class _SeededSampler(Guarded):
         if self._name == "tpe":
             return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
         if self._name == "grid":
-            return optuna.samplers.GridSampler(self._grid, seed=self._seed)
+            return optuna.samplers.GridSampler(self._grid, seed=self._seed % 2**32)
         return optuna.samplers.RandomSampler(seed=seed)
 
     @convert_errors()
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        self._inner = self._make(trial.user_attrs.get(PLACE, trial.number))
-        self._inner.before_trial(study, trial)
+        own = copy.copy(trial)  # GridSampler takes the point of this number.
+        own.number = trial.user_attrs.get(PLACE, trial.number)
+        self._inner = self._make(own.number)
+        self._inner.before_trial(study, own)
 
     def after_trial(self, *outcome: Any) -> None:
         """Do nothing: GridSampler would stop Optuna's own loop, and the others do nothing."""

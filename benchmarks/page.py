@@ -1,0 +1,69 @@
+"""Measure an exported page in headless Chromium: how long it takes to open, and to generate.
+
+    python benchmarks/page.py --workdir runs/quick
+
+It needs Chromium, its driver and Selenium (the extra `dev`). The page is opened and generates
+--length tokens --rounds times; the medians are printed, with the size of the page relative to that
+of its weights.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+from selenium import webdriver
+
+from lstm_jax.export import page
+from lstm_jax.run import workdir
+
+
+def main() -> None:
+    """Print a line for each number of bits of the weights."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--length", type=int, default=2000, help="tokens [default: 2000]")
+    parser.add_argument("--rounds", type=int, default=5, help="[default: 5]")
+    options = parser.parse_args()
+    trained = workdir.load_trained(options.workdir)
+    count = sum(array.size for array in jax.tree.leaves(trained.params))
+    arguments = webdriver.ChromeOptions()
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        arguments.add_argument(argument)
+    browser = webdriver.Chrome(options=arguments)
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            for bits in (16, 8):
+                path = Path(directory, f"{bits}.html")
+                path.write_bytes(page.make_page(trained, "page", bits))
+                size, weights = path.stat().st_size, count * bits // 8
+                pairs = [measure(browser, path, options.length) for _ in range(options.rounds)]
+                opened, speed = (statistics.median(values) for values in zip(*pairs, strict=True))
+                print(
+                    f"{bits} bits: opened in {opened:.2f} s, {speed:,.0f} tokens per second, "
+                    f"{size / 1e6:.1f} MB, {size / weights:.2f} of its weights"
+                )
+    finally:
+        browser.quit()
+
+
+def measure(browser: webdriver.Chrome, path: Path, length: int) -> tuple[float, float]:
+    """Return the seconds until the page is ready, and the tokens that it generates a second."""
+    start = time.perf_counter()
+    browser.get(path.as_uri())
+    while browser.execute_script("return document.body.dataset.ready") != "yes":
+        time.sleep(0.01)
+    opened = time.perf_counter() - start
+    browser.execute_script(f"byId('length').value = {length}; generate()")
+    while browser.execute_script("return scheduled || queue.length || remaining"):
+        time.sleep(0.05)
+    status = str(browser.execute_script("return byId('status').textContent"))
+    return opened, float("".join(filter(str.isdigit, status)))
+
+
+if __name__ == "__main__":
+    main()
