@@ -8,6 +8,7 @@ of its weights.
 """
 
 import argparse
+import shutil
 import statistics
 import tempfile
 import time
@@ -31,10 +32,15 @@ def main() -> None:
     options = parser.parse_args()
     trained = workdir.load_trained(options.workdir)
     count = sum(array.size for array in jax.tree.leaves(trained.params))
-    arguments = webdriver.ChromeOptions()
+    driver = shutil.which("chromedriver")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if not driver or not chromium:
+        parser.error("there is no Chromium with its chromedriver (apt install chromium-driver)")
+    settings = webdriver.ChromeOptions()
+    settings.binary_location = chromium
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
-        arguments.add_argument(argument)
-    browser = webdriver.Chrome(options=arguments)
+        settings.add_argument(argument)
+    browser = webdriver.Chrome(settings, webdriver.ChromeService(driver))
     try:
         with tempfile.TemporaryDirectory() as directory:
             for bits in (16, 8):
