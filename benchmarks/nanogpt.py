@@ -141,11 +141,11 @@ def train(point: Point, seed: int, path: Path, nanogpt: Path) -> float | None:
     done = path.with_suffix(".json")
     if done.exists():
         return json.loads(done.read_text())
-    whole = not path.exists()
+    is_own = point.model != "nanogpt"
+    whole = not (is_own and path.exists())
     start = time.perf_counter()
-    if point.model == "nanogpt":
+    if not is_own:
         shutil.rmtree(path, ignore_errors=True)  # It can't resume with the same random numbers.
-        whole = True
         length = {"max_iters": point.amount, "lr_decay_iters": point.amount}
         settings = {**SETTINGS, **length, "dataset": DATASET, "out_dir": path}
         flags = [f"--{name}={value}" for name, value in settings.items()]
