@@ -129,7 +129,9 @@ FIELDS = (
     Field("data.directory", "", _TEXT,
           "Directory of datasets. Empty: TFDS's default.", resume=True, compared=False),
     Field("data.fractions", (0.9, 0.05, 0.05), _FRACTIONS,
-          "Fractions of train, validation and test, in this order, in a text without splits."),
+          "Fractions of train, validation and test, in this order, in a text without splits.",
+          used_with=Rule("a text without splits", lambda c: ";" not in c.data.path
+                         if c.data.path else c.data.dataset != "tiny_shakespeare")),
     Field("data.units", "characters", one_of(*vocabulary.KINDS),
           "Kind of tokens: characters (Unicode code points), graphemes (letters with their "
           "accents, whole emoji), words (with the space before each), bytes (of any file) or bpe "
