@@ -3,9 +3,10 @@
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -127,9 +128,10 @@ class _Steps:
         return places if self.ids is None else cut_batch(self.ids, places, self.window_length)
 
 
-def cut_batch(ids: Ids, places: Places, window_length: int) -> Batch:
-    """Return the batch whose windows are at `places`."""
-    windows = ids[places.begins[:, None] + np.arange(window_length + 1)]
+def cut_batch(ids: Ids | jax.Array, places: Places, window_length: int) -> Batch:
+    """Return the batch whose windows begin at `places`, on the host or on the device."""
+    columns = np.arange(window_length + 1, dtype=np.int32)
+    windows: Any = ids[places.begins[:, None] + columns].astype(np.int32, copy=False)
     return Batch(windows[:, :-1], windows[:, 1:], places.starts)
 
 

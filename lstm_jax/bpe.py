@@ -1,8 +1,8 @@
 """Byte-pair encoding: learn the tokens of a text, and divide its words into them.
 
-Sennrich et al. 2016, with bytes as the smallest tokens. To learn, join the most frequent pair of
+Sennrich et al. 2016, with bytes as the smallest tokens. To learn, merge the most frequent pair of
 neighboring tokens within words to a new token, and repeat. To divide a word, start from its bytes
-and join neighbors, always those whose joined token was learned first.
+and merge neighbors, always those whose merged token was learned first.
 """
 
 import itertools
@@ -15,19 +15,19 @@ from lstm_jax.errors import UserError
 # The words, whose ends no token crosses, much as in GPT-2 (Radford et al. 2019): letters with their
 # accents, digits or other characters, each with the space before them; line breaks with the white
 # space before them; and other white space. They have 32 characters at most, to bound the time of
-# `divide_word` in texts without spaces. JavaScript reads the same pattern (`export`), but it takes
-# other characters than Python for `\s`.
+# `divide_word` in texts without spaces. JavaScript reads the same pattern (`export`), but its `\s`
+# matches other characters than Python's.
 WORDS = regex.compile(
     r"'(?:s|t|re|ve|m|ll|d)| ?[\p{L}\p{M}]{1,32}| ?\p{N}{1,32}"
     r"| ?[^\p{White_Space}\p{L}\p{M}\p{N}]{1,32}|\p{White_Space}{0,31}[\r\n]"
     r"|\p{White_Space}{1,32}(?!\P{White_Space})|\p{White_Space}{1,32}"
 )
 _END = "\u0100"  # Between words; the characters up to U+00FF are the 256 bytes.
-_REPEATED = 1000  # Copies of a word that are passed at a time.
+_REPEATED = 1000  # Copies of a word passed to the trainer at a time.
 
 
 def learn_tokens(counts: Mapping[str, int], number: int, min_count: int) -> list[str]:
-    """Learn up to `number` tokens of two or more bytes, in the order in which words join them.
+    """Learn up to `number` tokens of two or more bytes, in the order of their merges.
 
     Args:
       counts: the number of occurrences of each word.
@@ -73,11 +73,11 @@ def divide_word(word: str, ids: Mapping[bytes, int]) -> tuple[str, ...]:
     """
     tokens = [bytes([byte]) for byte in word.encode("utf-8", "surrogateescape")]
     none = len(ids)
-    joined = [ids.get(a + b, none) for a, b in itertools.pairwise(tokens)]
-    while joined and (first := min(joined)) < none:
-        at = joined.index(first)
+    merged = [ids.get(a + b, none) for a, b in itertools.pairwise(tokens)]
+    while merged and (first := min(merged)) < none:
+        at = merged.index(first)
         tokens[at : at + 2] = [tokens[at] + tokens[at + 1]]
-        del joined[at]
-        for i in range(max(at - 1, 0), min(at + 1, len(joined))):
-            joined[i] = ids.get(tokens[i] + tokens[i + 1], none)
+        del merged[at]
+        for i in range(max(at - 1, 0), min(at + 1, len(merged))):
+            merged[i] = ids.get(tokens[i] + tokens[i + 1], none)
     return tuple(token.decode("utf-8", "surrogateescape") for token in tokens)

@@ -76,6 +76,7 @@ _FRACTIONS = Rule(
     "three positive fractions (train, validation, test) that add up to 1",
     lambda values: len(values) == 3 and _SHARES.holds(values) and abs(sum(values) - 1) < 1e-6,
 )
+_OTHER_THAN_SGD = Rule("another optimizer than 'sgd'", lambda c: c.optimizer.name != "sgd")
 _CELL = Rule(
     f"one of {', '.join(cells.CELLS)}, or FILE.py:CLASS",
     lambda name: name in cells.CELLS or names_cell_file(name),
@@ -208,11 +209,13 @@ FIELDS = (
     Field("optimizer.name", "adam", one_of(*optimizer_lib.OPTIMIZERS),
           "AdamW; Lion; Muon for the kernels of recurrent layers with AdamW for the rest; or SGD."),
     Field("optimizer.b1", 0.9, _SHARE, "Decay of the gradients' mean in Adam and Lion.",
-          resume=True, population="step"),
+          resume=True, population="step", used_with=_OTHER_THAN_SGD),
     Field("optimizer.b2", 0.999, _SHARE, "Decay of their mean square in Adam, of the mean in Lion.",
-          resume=True, population="step"),
+          resume=True, population="step", used_with=_OTHER_THAN_SGD),
     Field("optimizer.epsilon", 1e-8, Rule("above 0, up to 1", lambda value: 0 < value <= 1),
-          "Added to the root mean square in Adam.", resume=True, population="step"),
+          "Added to the root mean square in Adam.", resume=True, population="step",
+          used_with=Rule("optimizer.name='adam' or 'muon'",
+                         lambda c: c.optimizer.name in ("adam", "muon"))),
     Field("optimizer.momentum", 0.9, _SHARE, "Momentum of SGD and Muon.",
           resume=True, population="step",
           used_with=Rule("optimizer.name='sgd' or 'muon'",

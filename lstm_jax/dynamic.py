@@ -85,8 +85,10 @@ def compute_dynamic_losses(
     `measure_gradient_sizes`.
     """
     state = params, model.initial_carry(1)
-    for chunk in iterate_chunks(ids, _SEGMENTS * settings.segment_length):
-        segments = jax.tree.map(lambda array: array.reshape(_SEGMENTS, -1), chunk)
+    length = min(settings.segment_length, len(ids) - 1)
+    number = min(_SEGMENTS, -(-(len(ids) - 1) // length))
+    for chunk in iterate_chunks(ids, number * length):
+        segments = jax.tree.map(lambda array: array.reshape(number, -1), chunk)
         state, losses = _read_segments(model, params, sizes, state, segments, settings)
         yield np.asarray(losses)[segments[2]]
 

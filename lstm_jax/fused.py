@@ -22,14 +22,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import rnn
 
-from lstm_jax import native
 from lstm_jax.cells.lstm import Kernels, LSTMCarry
-from lstm_jax.matmul import has_bfloat16_instructions, matmul, matmul_rounded, round_factor
+from lstm_jax.matmul import matmul, matmul_rounded, round_factor
 from lstm_jax.native import recurrence as in_c
-
-IMPLEMENTATIONS = ("auto", "scan", "fused", "cudnn")
+from lstm_jax.native.cpu import has_bfloat16_instructions
 
 
 class Lookup(NamedTuple):
@@ -68,7 +65,7 @@ def run_fused(
         rows = jax.nn.one_hot(inputs.ids, len(inputs.table), dtype=inputs.table.dtype)
     else:
         rows = get_rows(inputs)
-    if rows.dtype == carry.cell.dtype == jnp.float32 and uses_library(carry.cell.shape[1], dtype):
+    if rows.dtype == carry.cell.dtype == jnp.float32 and in_c.is_used(carry.cell.shape[1], dtype):
         inputs = rows.swapaxes(0, 1)
         outputs, carry = _in_chunks(in_c.run_recurrence, kernels, inputs, carry, rematerialize)
         return outputs.swapaxes(0, 1), carry
@@ -79,25 +76,15 @@ def run_fused(
 
 
 def supports(model: Any) -> bool:
-    """Return whether this can run a `LanguageModel`, or one of the `model` fields of a config."""
+    """Return whether `run_fused` supports a `LanguageModel`, or the `model` fields of a config."""
     return model.cell == "lstm" and not model.layer_norm and model.block == "none"
-
-
-def uses_library(hidden_size: int, dtype: str) -> bool:
-    """Return whether the library `native` computes layers of this size: it is faster."""
-    return dtype == "bfloat16" and fits_library(hidden_size) and jax.default_backend() == "cpu"
-
-
-def fits_library(hidden_size: int) -> bool:
-    """Return whether the library exists, and supports layers of this size."""
-    return hidden_size % in_c.LANES == 0 and bool(native.load_library())
 
 
 class StepArrays(NamedTuple):
     """The parameters of a model of LSTM layers, prepared for `apply_step`, with kernels rounded."""
 
     tokens: jax.Array  # Each token's term in the first layer's gates, [vocabulary, 4 * hidden].
-    # [4 * hidden, inputs + hidden], or as the library packs it. The first has no inputs.
+    # [4 * hidden, inputs + hidden], or as the library packs it; for the first layer, no inputs.
     kernels: list[jax.Array]
     biases: list[jax.Array]  # Of each layer but the first, [4 * hidden].
     head: jax.Array  # The dense layer's kernel, [vocabulary, hidden].
@@ -121,7 +108,7 @@ def prepare_step(
 
 def _prepare_kernel(kernel: jax.Array, dtype: str) -> jax.Array:
     depth, width = kernel.shape
-    if uses_library(width // 4, dtype) and depth % 2 == 0 and kernel.dtype == jnp.float32:
+    if in_c.is_used(width // 4, dtype) and depth % 2 == 0 and kernel.dtype == jnp.float32:
         return in_c.pack_gates(kernel)
     return round_factor(kernel.T, dtype)
 
@@ -157,33 +144,6 @@ def _step(
     i, f, g, o = _sigmoid(i), _sigmoid(f), jnp.tanh(g), _sigmoid(o)
     cell = f * carry.cell + i * g
     return (i, f, g, o), LSTMCarry(cell, o * jnp.tanh(cell))
-
-
-def run_cudnn(
-    kernels: Kernels, inputs: jax.Array | Lookup, carry: LSTMCarry
-) -> tuple[jax.Array, LSTMCarry]:
-    """Run one LSTM layer over time with cuDNN, on a GPU, in float32; see `run_fused`."""
-    rows = get_rows(inputs)
-    batch, time, features = rows.shape
-    outputs, hidden, cell = rnn.lstm(
-        rows,
-        carry.hidden[None],
-        carry.cell[None],
-        cudnn_weights(kernels),
-        jnp.full(batch, time, jnp.int32),
-        input_size=features,
-        hidden_size=carry.hidden.shape[1],
-        num_layers=1,
-        dropout=0.0,
-        bidirectional=False,
-    )
-    return outputs, LSTMCarry(cell[0], hidden[0])
-
-
-def cudnn_weights(kernels: Kernels) -> jax.Array:
-    """Pack the parameters for cuDNN, flat: transposed kernels, bias, and a second bias of zeros."""
-    parts = (kernels.input.T, kernels.recurrent.T, kernels.bias, jnp.zeros_like(kernels.bias))
-    return jnp.concatenate([part.reshape(-1) for part in parts])
 
 
 def _in_chunks(

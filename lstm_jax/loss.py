@@ -20,7 +20,6 @@ _CHUNK = 1024  # Tokens per call of the compiled function.
 LONGEST_IN_ONE = 2**14
 _STREAMS, _STREAMS_CHUNK = 64, 64
 _WARM_UP = 512  # Tokens before its start that each stream reads first, uncounted.
-_TEMPERATURES = np.linspace(0.7, 1.5, 81)  # Those that `fit_temperature` compares.
 
 # Inputs and targets, int32 [batch, time], and which of the targets count, bool [batch, time].
 Chunk = tuple[Any, Any, Any]
@@ -33,42 +32,29 @@ def compute_loss(model: LanguageModel, params: Params, ids: Ids) -> float:
     whole text before it. A text of more than `LONGEST_IN_ONE` tokens is read as 64 parallel
     streams, each of which reads the 512 tokens before its start first, as context.
     """
-    return float(compute_losses(model, params, ids, np.ones(1))[0])
-
-
-def compute_losses(
-    model: LanguageModel, params: Params, ids: Ids, temperatures: np.ndarray
-) -> np.ndarray:
-    """Compute `compute_loss` with the logits divided by each of the temperatures, in one pass."""
-    carry = model.initial_carry(count_streams(ids))
-    divisors = jnp.asarray(temperatures, jnp.float32)
-    total = np.zeros(len(temperatures))
+    carry, total = model.initial_carry(count_streams(ids)), 0.0
     for chunk in iterate_chunks(ids):
-        losses, carry = read_chunk(model, params, chunk, carry, divisors)
-        total += np.asarray(losses, np.float64)
+        losses, carry = read_chunk(model, params, chunk, carry)
+        total += float(np.asarray(losses).sum(dtype=np.float64))
     return total / (len(ids) - 1)
 
 
 def compute_token_losses(
-    model: LanguageModel,
-    params: Params,
-    ids: Ids,
-    context: int | None = None,
-    temperature: float = 1.0,
+    model: LanguageModel, params: Params, ids: Ids, context: int | None = None
 ) -> np.ndarray:
     """Compute the loss of each token of a text but the first, in nats: float32 [n - 1] for n ids.
 
     Without a `context` the text is read as by `compute_loss`. With one it is cut into consecutive
     windows of that number of inputs, of which the last may have fewer, and each is read from a zero
-    carry. The logits are divided by the temperature.
+    carry.
     """
     found = [np.zeros(0, np.float32)]
     for chunks in _iterate_windows(ids, context) if context else [iterate_chunks(ids)]:
         carry, losses, counted = None, [], []
         for chunk in chunks:
             carry = model.initial_carry(len(chunk[0])) if carry is None else carry
-            sums, carry = read_chunk(model, params, chunk, carry, jnp.array([temperature]), axis=())
-            losses.append(np.asarray(sums[0]))
+            of_chunk, carry = read_chunk(model, params, chunk, carry)
+            losses.append(np.asarray(of_chunk))
             counted.append(chunk[2])
         if losses:  # In the order of the text: stream by stream.
             found.append(np.concatenate(losses, axis=1)[np.concatenate(counted, axis=1)])
@@ -123,35 +109,18 @@ def _cut_chunks(ids: Ids, begins: np.ndarray, bounds: np.ndarray, length: int) -
         yield windows[:, :-1], windows[:, 1:], counted
 
 
-@functools.partial(jax.jit, static_argnames=("model", "axis"))
+@functools.partial(jax.jit, static_argnames="model")
 def read_chunk(
-    model: LanguageModel,
-    params: Params,
-    chunk: Chunk,
-    carry: Carry,
-    temperatures: jax.Array,
-    axis: int | tuple[()] | None = None,
+    model: LanguageModel, params: Params, chunk: Chunk, carry: Carry
 ) -> tuple[jax.Array, Carry]:
-    """Sum the losses of the targets that count, in nats, over an axis, both, or none.
+    """Return the losses of a chunk in nats, [batch, time], 0 for targets that do not count.
 
-    Return the sums for logits divided by each of the temperatures, [temperatures] or, for axis 1,
-    [temperatures, batch] or, for axis (), [temperatures, batch, time]; and the carry after the
-    inputs.
+    Also return the carry after its inputs.
     """
     inputs, targets, counted = chunk
     logits, carry = apply(model, params, inputs, carry)
-
-    def sum_losses(temperature: jax.Array) -> jax.Array:
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits / temperature, targets)
-        return jnp.sum(losses, axis, where=counted)
-
-    return jax.lax.map(sum_losses, temperatures), carry
-
-
-def fit_temperature(model: LanguageModel, params: Params, ids: Ids) -> float:
-    """Return the softmax temperature with the smallest loss over a text, to two decimals."""
-    losses = compute_losses(model, params, ids, _TEMPERATURES)
-    return float(_TEMPERATURES[losses.argmin()])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return jnp.where(counted, losses, 0), carry
 
 
 def compute_perplexity(loss: float) -> float:

@@ -9,13 +9,13 @@ if __name__ == "__main__":
 
     interrupts.exit_at_once()  # While the rest is imported, which takes seconds.
 
-import sys
 from pathlib import Path
 
 from absl import flags
 
 from lstm_jax import config, train
 from lstm_jax.devices import hosts
+from lstm_jax.errors import warn
 from lstm_jax.run import command, trackers
 
 command.define_config_flag("Python file with get_config(); FILE:WORD calls get_config('WORD').")
@@ -49,7 +49,7 @@ def main() -> int:
     if _INIT_FROM.value is not None:
         experiment.init_from = _INIT_FROM.value
     for message in config.find_unused_fields(experiment):
-        print(f"warning: {message}", file=sys.stderr)
+        warn(message)
     directory = Path(_WORKDIR.value or Path("runs", name))
     processes = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     with (

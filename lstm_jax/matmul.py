@@ -1,9 +1,5 @@
 """Matmuls in float32 or bfloat16, with float32 accumulation."""
 
-import functools
-import os
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -35,24 +31,3 @@ def round_factor(x: jax.Array, dtype: str, native: bool = False) -> jax.Array:
         # of bfloat16 and multiply in float32, which is what other devices compute.
         return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
     return x.astype(dtype)
-
-
-def has_bfloat16_instructions() -> bool:
-    """Return whether this processor multiplies bfloat16 matrices itself (AMX, AVX-512)."""
-    return not {"amx_bf16", "avx512_bf16"}.isdisjoint(read_cpu_features())
-
-
-@functools.cache
-def read_cpu_features() -> frozenset[str]:
-    """Return the names of this processor's instruction sets; none where /proc is missing."""
-    try:
-        return frozenset(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return frozenset()
-
-
-def count_cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

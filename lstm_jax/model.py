@@ -6,7 +6,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,11 +17,13 @@ import threadpoolctl
 from ml_collections import ConfigDict
 
 from lstm_jax import fused
-from lstm_jax.cells import CELLS, find_cell
+from lstm_jax.cells import CELLS, LOADED
 from lstm_jax.cells.block import Block
 from lstm_jax.cells.protocol import get_activation, get_gates, make_cell, run_cell
 from lstm_jax.fused import Lookup, StepArrays
-from lstm_jax.matmul import has_bfloat16_instructions, matmul
+from lstm_jax.matmul import matmul
+from lstm_jax.native import cudnn
+from lstm_jax.native.cpu import has_bfloat16_instructions
 
 Params = dict[str, Any]
 Prepared = StepArrays | Params  # From `LanguageModel.prepare_step`.
@@ -34,7 +36,7 @@ Masks = Sequence[jax.Array | None]
 
 # How the layers run over time: one step after the other, or in the parallel form of the cell; fused
 # and cudnn are for LSTMs.
-RECURRENCES = (*fused.IMPLEMENTATIONS, "parallel")
+RECURRENCES = ("auto", "scan", "fused", "cudnn", "parallel")
 # Logarithms of the tokens' frequencies in the training text, or zeros.
 INITIAL_BIASES = ("frequencies", "zeros")
 DTYPES = ("float32", "bfloat16", "auto")  # Of matmuls; `make_model` resolves "auto".
@@ -167,7 +169,7 @@ class LanguageModel(nn.Module):
                 options = self.dtype, self.rematerialize
                 inputs, after = fused.run_fused(cell.kernels(), inputs, before, *options)
             elif implementation == "cudnn":
-                inputs, after = fused.run_cudnn(cell.kernels(), inputs, before)
+                inputs, after = cudnn.run_recurrence(cell.kernels(), fused.get_rows(inputs), before)
             else:
                 parallel = implementation == "parallel"
                 after, inputs = run_cell(cell, before, fused.get_rows(inputs), parallel)
@@ -231,27 +233,21 @@ class LanguageModel(nn.Module):
         Raises:
           ValueError: if `recurrence` can't run this model on this machine.
         """
-        chosen = self.recurrence
-        has_block = self.block != "none"
-        has_parallel = has_block or hasattr(self.cell_class, "run_parallel")
-        if fused.supports(self):
-            chosen = "fused" if chosen == "auto" else chosen
-        elif chosen in ("fused", "cudnn"):
-            raise ValueError(
-                f"the recurrence {chosen!r} supports only LSTM cells without layer normalization "
-                "or a block; 'auto' supports any"
-            )
-        elif chosen == "auto":
-            chosen = "parallel" if has_parallel else "scan"
-        if chosen == "parallel" and not has_parallel:
-            raise ValueError(
-                f"the recurrence 'parallel' needs a cell with a method run_parallel, which "
-                f"{self.cell_name} lacks; 'auto' supports any"
-            )
-        if chosen == "cudnn" and jax.default_backend() != "gpu":
-            raise ValueError("the recurrence 'cudnn' needs a GPU; 'auto' works anywhere")
-        if chosen == "cudnn" and self.dtype != "float32":
-            raise ValueError("the recurrence 'cudnn' supports only float32")
+        chosen, is_lstm = self.recurrence, fused.supports(self)
+        has_parallel = self.block != "none" or hasattr(self.cell_class, "run_parallel")
+        if chosen == "auto":
+            return "fused" if is_lstm else "parallel" if has_parallel else "scan"
+        limit = None
+        if chosen in ("fused", "cudnn") and not is_lstm:
+            limit = "supports only LSTM cells without layer normalization or a block"
+        elif chosen == "parallel" and not has_parallel:
+            limit = f"needs a cell with a method run_parallel, which {self.cell_name} lacks"
+        elif chosen == "cudnn" and jax.default_backend() != "gpu":
+            limit = "needs a GPU"
+        elif chosen == "cudnn" and self.dtype != "float32":
+            limit = "supports only float32"
+        if limit:
+            raise ValueError(f"the recurrence {chosen!r} {limit}; 'auto' supports any model")
         return chosen
 
 
@@ -270,7 +266,7 @@ def make_model(model: ConfigDict, vocabulary_size: int) -> LanguageModel:
     in fused layers on processors that have instructions for it. Elsewhere it becomes "float32".
 
     Raises:
-      UserError: if the cell is in a file that was not loaded (`run.cell_file`).
+      KeyError: if the cell is in a file that was not loaded (`run.cell_file`).
       ValueError: if `recurrence` can't run this model.
     """
     fields = model.to_dict()
@@ -279,7 +275,7 @@ def make_model(model: ConfigDict, vocabulary_size: int) -> LanguageModel:
     if model.cell == "mogrifier":  # Earlier versions had no options.
         options = {"rounds": rounds, **options}
     if model.cell not in CELLS:
-        fields["cell"] = find_cell(model.cell)
+        fields["cell"] = LOADED[model.cell][0]
     made = LanguageModel(vocabulary_size, options=nn.FrozenDict(options), **fields)
     if made.dtype != "auto":
         return made
@@ -326,10 +322,3 @@ def apply(
     """Run the model over ids [batch, time]; see `LanguageModel.__call__`."""
     outputs: Any = model.apply({"params": params}, ids, carry)
     return outputs
-
-
-def make_step(
-    model: LanguageModel, params: Params
-) -> Callable[[jax.Array, Carry], tuple[jax.Array, Carry]]:
-    """Return `apply_step` as a function of ids and carry; call it once, outside of the loop."""
-    return functools.partial(model.apply_step, model.prepare_step(params))

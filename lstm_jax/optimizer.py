@@ -10,6 +10,8 @@ from optax import contrib
 
 SCHEDULES = ("constant", "cosine", "linear", "step")
 
+_Chain = list[optax.GradientTransformation]
+
 # The schedule "step" multiplies the learning rate by this at each of `step_at`.
 _STEP_FACTOR = 0.1
 
@@ -33,26 +35,20 @@ def make_optimizer(optimizer: ConfigDict, total_steps: int) -> optax.GradientTra
     return optax.chain(clip, *make(optimizer, make_schedule(optimizer, total_steps)))
 
 
-def _make_adam(
-    optimizer: ConfigDict, learning_rate: optax.Schedule
-) -> list[optax.GradientTransformation]:
+def _make_adam(optimizer: ConfigDict, learning_rate: optax.Schedule) -> _Chain:
     """Adam (Kingma & Ba 2015) with decoupled weight decay."""
     b1, b2, epsilon = optimizer.b1, optimizer.b2, optimizer.epsilon
     decay = optimizer.weight_decay
     return [optax.adamw(learning_rate, b1, b2, epsilon, weight_decay=decay, mask=_is_matrix)]
 
 
-def _make_lion(
-    optimizer: ConfigDict, learning_rate: optax.Schedule
-) -> list[optax.GradientTransformation]:
+def _make_lion(optimizer: ConfigDict, learning_rate: optax.Schedule) -> _Chain:
     """Lion (Chen et al. 2023): the sign of a momentum; its learning rates are about 10x smaller."""
     b1, b2, decay = optimizer.b1, optimizer.b2, optimizer.weight_decay
     return [optax.lion(learning_rate, b1, b2, weight_decay=decay, mask=_is_matrix)]
 
 
-def _make_muon(
-    optimizer: ConfigDict, learning_rate: optax.Schedule
-) -> list[optax.GradientTransformation]:
+def _make_muon(optimizer: ConfigDict, learning_rate: optax.Schedule) -> _Chain:
     """Muon (Jordan et al. 2024) for the kernels of the recurrent layers, Adam for the others.
 
     Updates are scaled to the root mean square of Adam's (Liu et al. 2025, "Muon is Scalable for LLM
@@ -64,9 +60,7 @@ def _make_muon(
     return [optax.partition({"muon": muon, "adam": adam}, _find_recurrent_kernels)]
 
 
-def _make_sgd(
-    optimizer: ConfigDict, learning_rate: optax.Schedule
-) -> list[optax.GradientTransformation]:
+def _make_sgd(optimizer: ConfigDict, learning_rate: optax.Schedule) -> _Chain:
     """SGD with momentum."""
     decay = optax.add_decayed_weights(optimizer.weight_decay, mask=_is_matrix)
     return [decay, optax.sgd(learning_rate, optimizer.momentum)]

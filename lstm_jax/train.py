@@ -1,7 +1,6 @@
 """Training, from text to a trained model: set up, restore, loop, validate, finish."""
 
 import contextlib
-import os
 import sys
 import time
 import types
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
@@ -21,17 +19,27 @@ from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.controls import Controls
 from lstm_jax.data import texts
 from lstm_jax.devices import feeding, hosts, memory, parallel
-from lstm_jax.errors import UnavailableError
-from lstm_jax.run import advice, figures, lock, messages, metrics, plan, resume, workdir, zero_state
+from lstm_jax.errors import warn
+from lstm_jax.run import (
+    advice,
+    console,
+    figures,
+    lock,
+    messages,
+    metrics,
+    plan,
+    resume,
+    workdir,
+    zero_state,
+)
 from lstm_jax.run import checkpoints as checkpoints_lib
-from lstm_jax.run.console import make_printable, mute
+from lstm_jax.run.files import name_failed_writes
 from lstm_jax.run.profiler import Profiler
 from lstm_jax.run.progress import Progress
 from lstm_jax.run.signals import Pacer, Stopped, StopRequest
 from lstm_jax.train_step import make_train_step
 
-# Called with each row of metrics.jsonl, without its checksum. Those of validations also have a
-# `sample`, the generated text.
+# See the argument of `train`.
 Watch = Callable[[Mapping[str, Any]], object]
 
 # Places of the validation text that are read from a zero state after training.
@@ -64,30 +72,17 @@ def train(
     """
     config, directory = config_lib.complete_config(config), Path(directory)
     parallel.use_cores(config)
-    resume.settle_model(config)
-    mesh = parallel.make_mesh(config)
-    memory.keep_freed_memory()
-    with contextlib.ExitStack() as stack:
-        if quiet:
-            stack.enter_context(mute())
-        if not hosts.is_first():
-            silence = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(silence))
+    with console.quieten(quiet), contextlib.ExitStack() as stack:
+        resume.settle_model(config)
+        mesh = parallel.make_mesh(config)
+        memory.keep_freed_memory()
         with hosts.first_goes_ahead("text and lock"):
             splits = texts.load_texts(config.data)
             check_lock = stack.enter_context(lock.hold_lock(directory))
-        try:
-            run = _Run(config, directory, splits, mesh, check_lock, watch)
-            with run.checkpoints:
-                return run.train() or run.finish()
-        except OSError as error:
-            # A closed pipe, or a failed connection of `watch`, is not about the files of the run.
-            if error.errno is None or isinstance(error, BrokenPipeError):
-                raise
-            raise UnavailableError(
-                f"can't write to {error.filename or directory} ({error.strerror}): free space or "
-                "make it writable, then resume from the last checkpoint with the same command"
-            ) from None
+        stack.enter_context(name_failed_writes(directory))
+        run = _Run(config, directory, splits, mesh, check_lock, watch)
+        with run.checkpoints:
+            return run.train() or run.finish()
 
 
 class _Run:
@@ -190,8 +185,9 @@ class _Run:
                         stop.check()
                     steps = self.plan.count_steps_of_call(self.step)
                     batch = feed.next(steps)
+                    traced = jax.profiler.StepTraceAnnotation("train", step_num=self.step + 1)
                     # The step must not transfer anything else to the devices.
-                    with jax.transfer_guard("disallow"), profiler.annotate(self.step):
+                    with jax.transfer_guard("disallow"), traced:
                         self.state = train_step(self.state, batch)
                     self.step += steps
                     # Processes agree on signals and checkpoints only when all are at one step.
@@ -230,7 +226,7 @@ class _Run:
             self.progress.update(self.step, loss, speed)
             self._record(self.step, "train", loss, **numbers)
         sums = (state.loss_sum, state.norm_sum, state.loss_steps)
-        loss_sum, norm_sum, loss_steps = map(_make_zero, sums)
+        loss_sum, norm_sum, loss_steps = map(parallel.make_zero_like, sums)
         self.state = state._replace(loss_sum=loss_sum, norm_sum=norm_sum, loss_steps=loss_steps)
 
     def _check_finite(self) -> None:
@@ -240,7 +236,8 @@ class _Run:
             messages.report_nonfinite(
                 self.directory, self.config, self.ids["train"], first, skipped, last
             )
-            self.state = self.state._replace(first_skipped=_make_zero(self.state.first_skipped))
+            zero = parallel.make_zero_like(self.state.first_skipped)
+            self.state = self.state._replace(first_skipped=zero)
 
     def _save(self) -> None:
         """Start saving a checkpoint, after checking that all numbers are finite."""
@@ -291,7 +288,8 @@ class _Run:
 
     def _is_out_of_patience(self) -> bool:
         """Return whether to end early, by the rows of metrics.jsonl; the first process decides."""
-        rows = metrics.read_metrics(self.directory / workdir.METRICS) if self.is_first else []
+        used = self.is_first and self.config.patience
+        rows = metrics.read_metrics(self.directory / workdir.METRICS) if used else []
         return bool(hosts.get_greatest(advice.is_out_of_patience(rows, self.config.patience)))
 
     def _plot_curves(self) -> None:
@@ -308,7 +306,7 @@ class _Run:
             controls=Controls(temperature=self.config.sample.temperature),
             stop_token=False,
         )
-        return make_printable(text)
+        return console.make_printable(text)
 
     def _describe_loss(self, loss: float, split: str) -> str:
         return messages.describe_loss(loss, self.vocabulary.token_name, self.costs[split])
@@ -347,14 +345,8 @@ class _Run:
         best = checkpoints_lib.read_validation_loss(self.saved_in, step)
         losses = {"test": loss, "validation": best}
         if warning := advice.find_suspicion(losses, len(self.vocabulary), zero):
-            print(f"warning: {warning}", file=sys.stderr)
+            warn(warning)
         return 0
-
-
-def _make_zero(array: jax.Array) -> jax.Array:
-    """Return a zero on the devices of a scalar array, without a transfer in a step."""
-    zero = np.zeros((), array.dtype)
-    return jax.make_array_from_callback((), array.sharding, lambda part: zero[part])
 
 
 class _Module(types.ModuleType):

@@ -1,6 +1,5 @@
 """One jitted training step: from a state and a batch to the next state, on any devices."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ class TrainState(NamedTuple):
     key: jax.Array  # The PRNG key of all random draws in training.
     step: jax.Array  # int32 [], training steps done.
     loss_sum: jax.Array  # float32 [], nats per token, summed since the last log line.
-    norm_sum: jax.Array  # float32 [], global norms of the gradients before clipping, summed, too.
+    norm_sum: jax.Array  # float32 [], the same sum of the gradients' norms before clipping.
     loss_steps: jax.Array  # int32 [], the number of steps in these sums.
     skipped: jax.Array  # int32 [], the number of steps skipped because a number was not finite.
     first_skipped: jax.Array  # int32 [], the first of them not yet reported; 0 if none.
@@ -86,7 +85,7 @@ def init_state(
         params = jax.tree.map(
             lambda new, old: new.at[tuple(map(slice, old.shape))].set(old), params, trained
         )
-    if mesh is not None:  # Before the other arrays of this size, which are then divided, too.
+    if mesh is not None:  # First: arrays made from the parameters are then divided like them.
         params = parallel.place(params, mesh)
     counters = ("step", "loss_steps", "skipped", "first_skipped")
     state = TrainState(
@@ -109,24 +108,9 @@ def make_train_step(
     config: ConfigDict,
     mesh: Mesh,
 ) -> TrainStep:
-    """Jit `make_step` for the batches of the training loop; the state is donated.
-
-    A batch whose arrays have an additional leading axis holds several consecutive steps.
-    """
+    """Jit `make_step` for the batches of the training loop; the state is donated."""
     train_step = make_step(model, optimizer, config, mesh)
-
-    def train_steps(state: TrainState, batch: batches.Batch | feeding.Resident) -> TrainState:
-        def one(state: TrainState, step: Any) -> tuple[TrainState, None]:
-            if isinstance(batch, feeding.Resident):
-                step = feeding.cut_batch(batch.ids, step, config.batches.window_length)
-            return train_step(state, step), None
-
-        steps = batch.places if isinstance(batch, feeding.Resident) else batch
-        if steps.starts.ndim:
-            return jax.lax.scan(one, state, steps)[0]
-        return one(state, steps)[0]
-
-    return jax.jit(train_steps, donate_argnums=0)
+    return feeding.jit_steps(train_step, config.batches.window_length)
 
 
 def make_step(
@@ -189,13 +173,6 @@ def make_step(
             carry = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry)
         return means, carry
 
-    def compute_mean_grads(
-        specs: Any, params: model_lib.Params, key: jax.Array | None, *divided: Any
-    ) -> Any:
-        """Return the mean grads and loss over all devices, divided for storage; and the carry."""
-        means, carry = compute_grads(parallel.gather_parts(params, specs), key, *divided)
-        return parallel.mean_over_devices(means, (specs, parallel.EVERYWHERE)), carry
-
     def train_step(state: TrainState, batch: batches.Batch) -> TrainState:
         starts = jnp.broadcast_to(batch.starts, len(batch.inputs))
         chance = config.batches.reset_probability
@@ -215,14 +192,7 @@ def make_step(
         read = batch.inputs, batch.targets
         compute = compute_grads
         if mesh is not None:
-            specs = jax.tree.map(lambda array: parallel.get_storage_spec(array, mesh), state.params)
-            everywhere, divided = parallel.EVERYWHERE, parallel.DIVIDED
-            compute = parallel.shard_map(
-                functools.partial(compute_mean_grads, specs),
-                mesh=mesh,
-                in_specs=(specs, everywhere, divided, divided, divided),
-                out_specs=((specs, everywhere), divided),
-            )
+            compute = parallel.divide_over_devices(compute_grads, state.params, mesh)
         (grads, loss), carry = compute(state.params, parameter_key, read, carry, masks)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -2,16 +2,14 @@
 
 import codecs
 import functools
-import json
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import regex
 
 from lstm_jax import bpe
-from lstm_jax.errors import UserError
 
 PADDING = ""
 UNKNOWN = "[UNK]"
@@ -20,7 +18,7 @@ PADDING_ID, UNKNOWN_ID = 0, 1
 SPECIAL_IDS = (PADDING_ID, UNKNOWN_ID)
 
 KINDS = ("characters", "graphemes", "words", "bytes", "bpe")
-# The size of a vocabulary of kind "bpe", without another.
+# The default maximum size of a vocabulary of kind "bpe".
 DEFAULT_SIZE = 1024
 _PATTERNS = {
     # Characters as a reader sees them (Unicode Standard Annex 29): accents stay with their letters,
@@ -37,7 +35,7 @@ FILE_END = "\ufdd0"
 SEPARATORS = {"": "", "line": "\n", "blank_line": "\n\n", "file": FILE_END}
 # The tokens of kind "bytes", and the first ones of kind "bpe".
 _BYTES = bytes(range(256)).decode("ascii", "surrogateescape")
-# Patterns of the tokens of some kinds, and of all others.
+# The pattern of a token, by kind; `_UNICODE` for the other kinds.
 _TOKENS = {
     "characters": regex.compile("[^\ud800-\udfff]"),
     "bytes": regex.compile("[\0-\x7f\udc80-\udcff]"),
@@ -112,73 +110,31 @@ class Vocabulary:
     ) -> "Vocabulary":
         """Return the vocabulary of a text, from the number of occurrences of each token.
 
-        The tokens are those that occur at least `min_count` times; of kind "bytes", all bytes. For
-        kind "bpe", the counts are those of words, and `size` is the maximum number of tokens.
-
-        Raise `UserError` if none occurs often enough, or the stop token does not occur.
+        The tokens are those that occur at least `min_count` times, and the stop token; of kind
+        "bytes", all bytes. For kind "bpe", the counts are those of words, and `size` is the maximum
+        number of tokens.
         """
-        if stop and not counts.get(stop):
-            if stop == FILE_END:
-                raise UserError(
-                    "the training text has no end of a file: data.document_separator=file needs "
-                    "several files, of which one ends within the training text"
-                )
-            raise UserError(
-                f"the training text has no {stop!r} to end its documents: choose another "
-                "data.document_separator"
-            )
         frequent = {token for token, count in counts.items() if count >= min_count}
         if kind in ("bytes", "bpe"):
             frequent = set(_BYTES)
-        if counts and not frequent:
-            raise UserError(
-                f"none of the {kind} of the training text occurs {min_count} times: "
-                "lower data.min_count"
-            )
         tokens = [PADDING, UNKNOWN, *sorted(frequent | {stop} - {""})]
         if kind == "bpe":
             words = {word: count for word, count in counts.items() if word != stop}
             tokens += bpe.learn_tokens(words, size - len(tokens), min_count)
         return cls(tokens, kind, stop)
 
-    def extended(self, other: "Vocabulary") -> "Vocabulary":
-        """Return a vocabulary of these tokens with their ids, and then the new tokens of `other`.
-
-        Of kind "bpe", only a new stop token is added, since these tokens can spell any word.
-
-        Raise `UserError` if the kind of tokens or the stop token differs.
-        """
-        if self.kind != other.kind:
-            raise UserError(
-                f"the initial model was trained on {self.kind}: set data.units={self.kind}, or "
-                "start from another model"
-            )
-        if self.stop not in ("", other.stop):
-            raise UserError(
-                f"documents of the initial model end with {self.stop!r}: set the same "
-                "data.document_separator, or start from another model"
-            )
-        added = filter(None, [other.stop]) if self.kind == "bpe" else other.tokens
-        new = (token for token in added if token not in self._ids)
-        return Vocabulary([*self.tokens, *new], self.kind, other.stop)
-
     @classmethod
-    def from_json(cls, text: str) -> "Vocabulary":
-        """Return the vocabulary that `to_json` wrote; raise `ValueError` if `text` is not one."""
-        try:
-            content = json.loads(text)
-        except RecursionError:
-            raise ValueError("it is nested too deeply") from None
-        if not isinstance(content, dict) or set(content) != {"kind", "stop", "units"}:
+    def from_fields(cls, fields: Mapping[str, Any]) -> "Vocabulary":
+        """Return the vocabulary with these fields of JSON; raise `ValueError` if one is wrong."""
+        if set(fields) != {"kind", "stop", "units"}:
             raise ValueError("it does not hold a kind, a stop token and units")
-        if not isinstance(content["units"], list) or not isinstance(content["stop"], str):
+        if not isinstance(fields["units"], list) or not isinstance(fields["stop"], str):
             raise ValueError("its units are not a list, or its stop token is not text")
-        return cls(content["units"], content["kind"], content["stop"])
+        return cls(fields["units"], fields["kind"], fields["stop"])
 
-    def to_json(self) -> str:
-        """Return the vocabulary as JSON text, in ASCII."""
-        content = {"kind": self.kind, "stop": self.stop, "units": self.tokens}
-        return json.dumps(content, indent=0) + "\n"
+    def to_fields(self) -> dict[str, Any]:
+        """Return the vocabulary as fields of JSON, which `from_fields` reads."""
+        return {"kind": self.kind, "stop": self.stop, "units": list(self.tokens)}
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -254,13 +210,6 @@ class Costs(NamedTuple):
     tokens: int
     characters: int  # Unicode characters of the text.
     unknown_bytes: int  # Bytes of all tokens not in the vocabulary, with one for the end of each.
-
-
-def find_stop_text(separator: str, text: Container[str]) -> str:
-    """Return the separator of the documents in `text`, for a name in `SEPARATORS`."""
-    stop = SEPARATORS[separator]
-    windows = stop.replace("\n", "\r\n")
-    return windows if stop != windows and stop not in text and windows in text else stop
 
 
 def split_text(text: str, kind: str, stop: str) -> Iterator[str]:

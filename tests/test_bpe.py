@@ -1,5 +1,6 @@
 """Byte-pair encoding: learn tokens, divide words, train on them, and read the run again."""
 
+import json
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from lstm_jax.errors import UserError
 from lstm_jax.export import page
 from lstm_jax.inspect import report
 from lstm_jax.run import workdir
+from lstm_jax.run.resume import extend_vocabulary
 from lstm_jax.vocabulary import FILE_END, Vocabulary
 from runs import assert_same
 from test_vocabulary import TEXTS
@@ -32,7 +34,7 @@ def vocabulary(text_file: Path) -> Vocabulary:
     return Vocabulary.from_text(text_file.read_text(), "bpe", size=600)
 
 
-def test_the_most_frequent_pairs_are_joined_first() -> None:
+def test_the_most_frequent_pairs_are_merged_first() -> None:
     # The example of Sennrich et al. 2016.
     counts = {"low": 5, "lower": 2, "newest": 6, "widest": 3}
     assert bpe.learn_tokens(counts, 4, 1) == ["es", "est", "lo", "low"]
@@ -47,7 +49,7 @@ def test_the_most_frequent_pairs_are_joined_first() -> None:
 def test_any_text_is_decoded_exactly(text: str | bytes, vocabulary: Vocabulary) -> None:
     if isinstance(text, bytes):
         text = text.decode("utf-8", "surrogateescape")
-    again = Vocabulary.from_json(vocabulary.to_json())
+    again = Vocabulary.from_fields(json.loads(json.dumps(vocabulary.to_fields())))
     ids = again.encode(text)
     assert again.decode(ids) == text
     assert not np.isin(ids, [0, 1]).any() and again.unknown(text) == []
@@ -81,8 +83,8 @@ def test_the_size_includes_all_tokens(text_file: Path) -> None:
 def test_another_text_has_the_same_tokens(vocabulary: Vocabulary) -> None:
     other = Vocabulary.from_text(f"日本語 日本語{FILE_END}", "bpe", stop=FILE_END)
     assert "日本語" in other and "日本語" not in vocabulary
-    assert vocabulary.extended(other).tokens == (*vocabulary.tokens, FILE_END)
-    assert vocabulary.extended(vocabulary).tokens == vocabulary.tokens
+    assert extend_vocabulary(vocabulary, other).tokens == (*vocabulary.tokens, FILE_END)
+    assert extend_vocabulary(vocabulary, vocabulary).tokens == vocabulary.tokens
 
 
 def test_a_missing_package_is_one_line(
@@ -162,7 +164,7 @@ def test_commands_read_a_run(bpe_run: Path, tmp_path: Path) -> None:
     tokens = f"{target}.vocabulary.json"
     transfer.import_weights(target, tmp_path / "again", tokens, None)
     ours, theirs = (workdir.load_trained(path) for path in (bpe_run, tmp_path / "again"))
-    assert ours.vocabulary.to_json() == theirs.vocabulary.to_json()
+    assert ours.vocabulary.to_fields() == theirs.vocabulary.to_fields()
     page.write_page(bpe_run, tmp_path / "page.html")
 
 

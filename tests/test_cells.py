@@ -1,5 +1,6 @@
 """Compare each cell with its equations in NumPy, in float64."""
 
+import functools
 from typing import Any
 
 import jax
@@ -93,7 +94,7 @@ def test_a_step_agrees_with_the_equations(name: str, layer_norm: bool) -> None:
     if hasattr(last, "cell"):
         np.testing.assert_allclose(last.cell, c, atol=1e-5)
 
-    # The table in the docstring of `lstm_jax.cells`.
+    # The table in docs/cells.md.
     n, h_ = INPUTS, HIDDEN
     gates = {"lstm": 4, "mogrifier": 4, "gru": 3, "rnn": 1}[name]
     expected = gates * h_ * (n + h_ + 1)
@@ -113,7 +114,8 @@ def test_every_cell_gives_the_same_logits_token_by_token(name: str, layer_norm: 
     assert "kernel" not in params["dense"]
     ids = np.random.default_rng(0).integers(0, 11, (3, 8))
     logits, last = model_lib.apply(model, params, ids, model.initial_carry(3))
-    step, carry = jax.jit(model_lib.make_step(model, params)), model.initial_carry(3)
+    step = jax.jit(functools.partial(model.apply_step, model.prepare_step(params)))
+    carry = model.initial_carry(3)
     for t in range(8):
         one, carry = step(ids[:, t], carry)
         np.testing.assert_allclose(one, logits[:, t], atol=1e-5)
@@ -130,7 +132,7 @@ def test_every_execution_gives_the_same_logits(name: str, block: str) -> None:
     params = model_lib.init_params(models[0], jax.random.key(0))
     ids, carry = np.random.default_rng(0).integers(0, 11, (3, 8)), models[0].initial_carry(3)
     logits, last = model_lib.apply(models[0], params, ids, carry)
-    step = jax.jit(model_lib.make_step(models[0], params))
+    step = jax.jit(functools.partial(models[0].apply_step, models[0].prepare_step(params)))
     for t in range(8):
         one, carry = step(ids[:, t], carry)
         np.testing.assert_allclose(one, logits[:, t], atol=1e-5)

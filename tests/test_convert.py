@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import shutil
 import string
 import subprocess
 import sys
@@ -223,10 +224,20 @@ def test_only_the_unknown_token_is_added_to_a_model_with_padding(tmp_path: Path)
 def test_documents_keep_their_stop_token(tmp_path: Path) -> None:
     vocabulary = Vocabulary.from_text("ab\n\nba\n\n", stop="\n\n")
     model = save(make_weights(tmp_path, tokens=len(vocabulary)), tmp_path / "model.keras")
-    (tmp_path / "vocabulary.json").write_text(vocabulary.to_json())
+    (tmp_path / "vocabulary.json").write_text(json.dumps(vocabulary.to_fields()))
     transfer.import_weights(model, tmp_path / "run", str(tmp_path / "vocabulary.json"), None)
     assert workdir.load_trained(tmp_path / "run").vocabulary.stop == "\n\n"
     assert workdir.load_config(tmp_path / "run").data.document_separator == "blank_line"
+
+
+def test_the_characters_of_all_splits_are_the_vocabulary(tmp_path: Path) -> None:
+    for name, text in (("train", "ab"), ("valid", "ca"), ("test", "db")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    model = save(make_weights(tmp_path, tokens=4), tmp_path / "model.safetensors")
+    text_files = ";".join(f"{tmp_path}/{name}.txt" for name in ("train", "valid", "test"))
+    transfer.import_weights(model, tmp_path / "run", None, text_files)
+    assert workdir.load_vocabulary(tmp_path / "run").tokens == ("", "[UNK]", *"abcd")
+    assert workdir.load_config(tmp_path / "run").data.path == text_files
 
 
 def change_archive(content: bytes, change: Any) -> bytes:
@@ -391,6 +402,27 @@ def test_an_error_for_an_unknown_file_extension_names_the_remedy(
         transfer.import_weights(tmp_path / name, tmp_path / "run", None, str(TEXT))
     with pytest.raises(UserError, match=export_error):
         transfer.export_weights(tmp_path / "run", tmp_path / name)
+
+
+def test_a_diverged_model_is_not_exported(trained: Path, tmp_path: Path) -> None:
+    loaded = workdir.load_trained(trained)
+    params = jax.tree.map(lambda array: array * np.nan, loaded.params)
+    transfer.make_workdir(tmp_path / "run", loaded.config, loaded.vocabulary, params)
+    with pytest.raises(UserError, match="its parameters are not finite"):
+        transfer.export_weights(tmp_path / "run", tmp_path / "model.keras")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_an_error_says_why_a_model_is_not_exported(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"^there is no trained model in {tmp_path}/nothing"):
+        transfer.export_weights(tmp_path / "nothing", tmp_path / "model.keras")
+    shutil.copytree(trained, tmp_path / "run")
+    changed = workdir.load_config(trained)
+    changed.model.cell = "mogrifier"
+    workdir.save_config(tmp_path / "run", changed)
+    with pytest.raises(UserError, match=f"^{tmp_path}/run can't be converted: .* have no layer"):
+        transfer.export_weights(tmp_path / "run", tmp_path / "model.keras")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_existing_files_are_kept_and_nothing_partial_is_written(

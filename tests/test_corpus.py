@@ -17,6 +17,12 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 FRACTIONS = (0.9, 0.05, 0.05)
 
 
+def read_files(paths: list[Path], any_bytes: bool = False) -> str:
+    """Return the text of files, one after the other."""
+    segments = sources.list_segments(paths, any_bytes, ends=False)
+    return sources.read_segments(segments, any_bytes, ends=False)
+
+
 def test_tiny_shakespeare_is_complete_and_split_as_in_tfds(
     shakespeare: dict[str, str], tmp_path: Path
 ) -> None:
@@ -39,15 +45,15 @@ def test_files_are_read_in_the_order_named_and_globs_by_name(tmp_path: Path) -> 
     for name, text in {"b.txt": "zwei\r\n", "a.txt": "\ufeffeins ", "c[1].txt": "drei"}.items():
         (tmp_path / name).write_bytes(text.encode())
     (files,) = sources.find_files(f"{tmp_path}/*.txt")
-    assert sources.read_files(files) == "eins zwei\r\ndrei"
+    assert read_files(files) == "eins zwei\r\ndrei"
     (files,) = sources.find_files(f"{tmp_path}/c[1].txt,{tmp_path}/a.txt")
-    assert sources.read_files(files) == "dreieins "
+    assert read_files(files) == "dreieins "
 
 
 def test_any_file_can_be_read_as_bytes(tmp_path: Path) -> None:
     content = bytes(range(256)) * 4
     (tmp_path / "a.bin").write_bytes(b"\xef\xbb\xbf" + content)
-    text = sources.read_files([tmp_path / "a.bin"], any_bytes=True)
+    text = read_files([tmp_path / "a.bin"], any_bytes=True)
     assert text.encode("utf-8", "surrogateescape") == b"\xef\xbb\xbf" + content
     config = config_lib.default()
     config.data.path = str(tmp_path / "a.bin")
@@ -74,17 +80,17 @@ def test_each_file_or_example_is_a_document(tmp_path: Path) -> None:
 
 def test_an_error_names_a_bad_file(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "mark.txt").write_bytes(b"\xef\xbb\xbf")
     (tmp_path / "latin.txt").write_bytes("plain, then caf\u00e9".encode("latin-1"))
     for name, message in {
         "missing.txt": "no text file .*missing.txt",
         "empty.txt": "empty.txt is empty",
+        "mark.txt": "mark.txt is empty",
         "latin.txt": "latin.txt is not UTF-8 at byte 15",
         "": r"is a directory: name its files in data.path: .*[^/]/\*$",
     }.items():
         with pytest.raises(UserError, match=message):
-            sources.read_files(
-                [path for text in sources.find_files(f"{tmp_path}/{name}") for path in text]
-            )
+            read_files([path for text in sources.find_files(f"{tmp_path}/{name}") for path in text])
 
 
 def test_a_text_too_short_to_split_raises_an_error(tmp_path: Path) -> None:

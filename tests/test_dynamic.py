@@ -91,6 +91,15 @@ def test_updates_match_those_of_the_paper(
     np.testing.assert_allclose(actual, np.concatenate(expected), atol=1e-5)
 
 
+@pytest.mark.parametrize("segment_length", [39, 40, 10**9])
+def test_a_segment_of_the_whole_text_is_only_predicted(
+    params: model_lib.Params, sizes: model_lib.Params, segment_length: int
+) -> None:
+    ids = np.random.default_rng(1).integers(0, 11, 40).astype(np.int32)
+    actual = compute_losses(params, ids, SETTINGS._replace(segment_length=segment_length), sizes)
+    np.testing.assert_allclose(actual, loss_lib.compute_token_losses(MODEL, params, ids), atol=1e-6)
+
+
 def test_with_a_zero_learning_rate_it_equals_static_evaluation(
     params: model_lib.Params, sizes: model_lib.Params
 ) -> None:

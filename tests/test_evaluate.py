@@ -7,6 +7,7 @@ import pytest
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.data.encoding import Text
+from lstm_jax.evaluate.temperature import Tempered
 from lstm_jax.model import LanguageModel
 from lstm_jax.run import messages
 from lstm_jax.vocabulary import KINDS, Vocabulary
@@ -63,7 +64,7 @@ def test_token_losses_sum_to_the_loss(longest: int, monkeypatch: pytest.MonkeyPa
     np.testing.assert_allclose(losses, -log_probabilities[np.arange(4999), ids[1:]], atol=1e-5)
     assert loss_lib.compute_token_losses(model, params, ids[:1]).shape == (0,)
     softer = jax.nn.log_softmax(logits[0] / 1.5)
-    losses = loss_lib.compute_token_losses(model, params, ids, temperature=1.5)
+    losses = loss_lib.compute_token_losses(Tempered(model, 1.5), params, ids)  # type: ignore[arg-type]
     np.testing.assert_allclose(losses, -softer[np.arange(4999), ids[1:]], atol=1e-5)
 
 

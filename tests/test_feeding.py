@@ -24,7 +24,7 @@ def test_a_text_on_the_device_gives_the_batches_of_the_pipeline(kind: str) -> No
     for _ in range(2 * steps + 5):
         expected, resident, put = next(pipeline), feed.next(), whole.next()
         assert isinstance(resident, feeding.Resident) and resident.ids.dtype == np.uint16
-        cut = feeding.cut_batch(resident.ids, resident.places, 7)
+        cut = batches.cut_batch(resident.ids, resident.places, 7)
         jax.tree.map(np.testing.assert_array_equal, cut, expected)
         jax.tree.map(np.testing.assert_array_equal, put, expected)
         assert places.get_state() == pipeline.get_state()

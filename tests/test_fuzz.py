@@ -81,8 +81,8 @@ def test_text_files(
         ids = vocabulary.encode(splits["train"])
         assert vocabulary.decode(ids) == splits["train"]
         vocabulary.encode(splits["test"])
-        files.write_json(directory / "v.json", json.loads(vocabulary.to_json()))
-        read = Vocabulary.from_json(json.dumps(files.read_json(directory / "v.json", 2**20)))
+        workdir.save_vocabulary(directory, vocabulary)
+        read = workdir.load_vocabulary(directory)
         assert read.tokens == vocabulary.tokens
         iterator, _ = batches.make_batches(ids, config.batches, 0)
         batch = next(iterator)

@@ -279,7 +279,7 @@ def test_patterns_find_the_same_files_as_glob(
             assert sources.find_files(pattern) == [found], pattern
         elif not found:
             with pytest.raises(UserError):
-                sources.read_files(sources.find_files(pattern)[0])
+                sources.list_segments(sources.find_files(pattern)[0], any_bytes=False, ends=False)
     assert number > 3000
 
 
@@ -395,5 +395,3 @@ def test_tokens_of_another_kind_raise_an_error(kind: str, token: str) -> None:
         Vocabulary(["", "[UNK]", "a", token], kind)
     with pytest.raises(ValueError, match=f"must be one of the {kind}"):
         Vocabulary(["", "[UNK]", "a", token + "\ud800"], kind, token + "\ud800")
-    with pytest.raises(ValueError, match="nested too deeply"):
-        Vocabulary.from_json("[" * 100_000)

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -142,7 +144,7 @@ def test_one_token_at_a_time_gives_the_same_logits(num_layers: int) -> None:
     ids = np.random.default_rng(1).integers(0, 11, (3, 8))
     carry = make_random_carry(jax.random.key(2), model, 3)
     whole, last = model_lib.apply(model, params, ids, carry)
-    step = jax.jit(model_lib.make_step(model, params))
+    step = jax.jit(functools.partial(model.apply_step, model.prepare_step(params)))
     for t in range(8):
         logits, carry = step(ids[:, t], carry)
         np.testing.assert_allclose(logits, whole[:, t], atol=1e-5)

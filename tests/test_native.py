@@ -20,7 +20,6 @@ from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.devices import parallel
 from lstm_jax.errors import UserError
 from lstm_jax.fused import Lookup
-from lstm_jax.native import recurrence
 from test_recurrence import assert_close, make_problem, value_and_gradients
 
 pytestmark = [
@@ -195,7 +194,7 @@ def test_results_do_not_depend_on_the_number_of_threads(
     problem = make_problem(batch, 6, 9, 48)
     results = []
     for threads in (1, 2, 100):
-        monkeypatch.setattr(recurrence, "count_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(native, "count_threads", lambda threads=threads: threads)
         run = jax.jit(lambda *a: value_and_gradients(low, a[-1], *a[:-1]))
         results += [run(*problem) for _ in range(20)]
     for other in results[1:]:
@@ -244,9 +243,9 @@ def test_steps_agree_with_windows(
     expected = model.apply(lstm, params, ids, lstm.initial_carry(batch))
 
     def read() -> Any:
-        step, carry, logits = model.make_step(lstm, params), lstm.initial_carry(batch), []
+        arrays, carry, logits = lstm.prepare_step(params), lstm.initial_carry(batch), []
         for t in range(12):
-            found, carry = step(ids[:, t], carry)
+            found, carry = lstm.apply_step(arrays, ids[:, t], carry)
             logits.append(found)
         return jnp.stack(logits, axis=1), carry
 
@@ -282,8 +281,9 @@ def test_only_float32_arrays_in_whole_registers_use_the_library() -> None:
 _TRAIN = """
 import os, sys
 import jax, numpy as np
-from lstm_jax import batches, config, fused, model, native, optimizer, train_step
+from lstm_jax import batches, config, model, native, optimizer, train_step
 from lstm_jax.devices import parallel
+from lstm_jax.native import recurrence
 settings = config.default()
 settings.mesh.data, with_library = int(sys.argv[1]), sys.argv[2] == "library"
 os.sched_getaffinity = lambda process: range(2)
@@ -295,7 +295,7 @@ settings.model.dtype = "bfloat16"
 settings.optimizer.learning_rate, settings.optimizer.epsilon = 0.01, 1e-3
 parallel.use_cores(settings)
 mesh = parallel.make_mesh(settings)
-assert fused.uses_library(32, "bfloat16") == with_library
+assert recurrence.is_used(32, "bfloat16") == with_library
 lstm = model.make_model(settings.model, 30)
 adam = optimizer.make_optimizer(settings.optimizer, 40)
 state = train_step.init_state(lstm, adam, jax.random.key(0), 12, mesh=mesh).place(mesh)

@@ -276,7 +276,7 @@ GOOD = "        return carry, nn.Dense(self.hidden_size)(inputs) + carry\n"
         (
             HEADER + "        return (carry, carry), carry\n",
             "Mine",
-            r"a carry \(float32.*\): it must have the structure of initial_carry, float32\[3, 24\]",
+            r"the next carry is \(float32.*\): it must be as in initial_carry, float32\[3, 24\]",
         ),
         (
             HEADER + "        return carry.astype(jnp.float16), carry\n",
@@ -409,7 +409,7 @@ def test_the_cells_of_the_package_follow_the_protocol(name: str) -> None:
 
 def test_the_example_follows_the_protocol(own_file: Path) -> None:
     cell_file.load_cell(f"{own_file}:CoupledLSTM")
-    lstm_jax.check_cell(cells.find_cell(f"{own_file}:CoupledLSTM"), options={"forget_bias": 0.0})
+    lstm_jax.check_cell(cells.LOADED[f"{own_file}:CoupledLSTM"][0], options={"forget_bias": 0.0})
 
 
 class Sum(nn.Module):
@@ -436,6 +436,28 @@ class Sum(nn.Module):
             carry, output = self(carry, inputs[:, t])
             outputs.append(output)
         return carry, jnp.stack(outputs, axis=1)
+
+
+class Counting(Sum):
+    """A cell with other dtypes in its carry, one of which is a little lower in bfloat16."""
+
+    def initial_carry(self, batch_size: int) -> Any:
+        return {
+            "sum": super().initial_carry(batch_size),
+            "begun": jnp.zeros((batch_size,), bool),
+            "count": jnp.zeros((batch_size,), jnp.uint32),
+            "nothing": jnp.zeros((batch_size, 0)),
+        }
+
+    def __call__(self, carry: Any, inputs: jax.Array) -> tuple[Any, jax.Array]:
+        hidden, outputs = super().__call__(carry["sum"], inputs)
+        count = carry["count"] + (1000 if self.dtype == "float32" else 999)
+        begun = jnp.ones_like(carry["begun"])
+        return {**carry, "sum": hidden, "begun": begun, "count": count}, outputs
+
+
+def test_a_carry_may_have_any_dtype() -> None:
+    lstm_jax.check_cell(Counting)
 
 
 class Mixing(Sum):

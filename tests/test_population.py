@@ -3,6 +3,7 @@ import runpy
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from ml_collections import ConfigDict
@@ -11,6 +12,7 @@ import runs
 from conftest import make_tiny_config
 from lstm_jax import config as config_lib
 from lstm_jax import train
+from lstm_jax.data import texts
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import metrics, workdir
 from lstm_jax.sweep import population
@@ -116,6 +118,28 @@ def test_members_stopped_before_the_first_epoch_start_again(
         "",
         "",
     ]
+
+
+def test_the_speed_is_that_of_steps_after_the_first(
+    tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    tiny_config.log_every_steps, tiny_config.max_steps = 1, 3
+    population.train_population([tiny_config], [tmp_path], lambda *row: None)
+    rows = metrics.read_metrics(tmp_path / workdir.METRICS)
+    trained = [row for row in rows if row["split"] == "train"]
+    assert ["tokens_per_second" in row for row in trained] == [False, True, True]
+
+
+def test_members_share_one_vocabulary(
+    tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = type(texts.load_texts(tiny_config.data).texts["train"])
+    learn = mock.Mock(side_effect=text.vocabulary)
+    monkeypatch.setattr(text, "vocabulary", lambda *given: learn(*given))
+    tiny_config.max_steps = 1
+    directories = [tmp_path / "0", tmp_path / "1"]
+    population.train_population([tiny_config] * 2, directories, lambda *row: None)
+    assert learn.call_count == 1
 
 
 def test_the_working_directory_of_a_member_is_read_like_any_other(together: tuple) -> None:

@@ -140,7 +140,7 @@ REFERENCES: dict[str, Callable[[Arrays, np.ndarray], np.ndarray]] = {
     "block": block,
 }
 N, H = INPUTS, HIDDEN
-# The table in the docstring of `lstm_jax.cells`.
+# The table in docs/cells.md.
 PARAMETERS = {
     "peephole": 4 * H * (N + H + 1) + 3 * H,
     "mingru": 2 * H * (N + 1),

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from jax.experimental import rnn
 
-from lstm_jax import cells, fused, matmul
+from lstm_jax import cells, fused
 from lstm_jax import model as model_lib
 from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.fused import Lookup
 from lstm_jax.model import LanguageModel
+from lstm_jax.native import cpu, cudnn
 
 
 def reference(
@@ -146,7 +147,7 @@ def test_bfloat16_rounds_matmuls_and_keeps_float32_state(sizes: tuple[int, ...])
 
 
 @pytest.mark.skipif(
-    not matmul.has_bfloat16_instructions(), reason="this CPU has no bfloat16 instructions"
+    not cpu.has_bfloat16_instructions(), reason="this CPU has no bfloat16 instructions"
 )
 def test_bfloat16_matmuls_agree_with_rounded_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare this CPU's instructions with the emulation for CPUs without them."""
@@ -200,7 +201,7 @@ def test_rematerialization_needs_less_memory() -> None:
 def test_weights_are_packed_in_the_layout_of_cudnn() -> None:
     """Compare with JAX's reference for cuDNN, which needs no GPU."""
     kernels, inputs, carry, _ = make_problem(3, 5, 4, 6)
-    unpacked = rnn.unpack_lstm_weights(fused.cudnn_weights(kernels), 4, 6, 1, False)
+    unpacked = rnn.unpack_lstm_weights(cudnn.pack_weights(kernels), 4, 6, 1, False)
     outputs, hidden, cell = rnn.lstm_ref(
         inputs,
         carry.hidden[None],
@@ -221,7 +222,7 @@ def test_weights_are_packed_in_the_layout_of_cudnn() -> None:
 def test_cudnn_agrees_with_the_reference() -> None:
     *arguments, cotangents = make_problem(3, 20, 16, 32)
     with jax.default_matmul_precision("float32"):
-        outputs, gradients = value_and_gradients(fused.run_cudnn, cotangents, *arguments)
+        outputs, gradients = value_and_gradients(cudnn.run_recurrence, cotangents, *arguments)
         expected, expected_gradients = value_and_gradients(reference, cotangents, *arguments)
     assert_close(outputs, expected, 1e-5)
     assert_close(gradients, expected_gradients, 1e-4)

@@ -34,7 +34,7 @@ class Server(ThreadingHTTPServer):
 
     Attributes:
       contents: the files, by name.
-      ranges: whether it can send the rest of a file only.
+      ranges: whether it can send the rest of a file only, and refuses to send none of it.
       sized: whether it says how much it sends.
       stop_at: the byte of a file where it stops sending, or None.
       hang: whether it then keeps the connection open.
@@ -68,6 +68,9 @@ class _Handler(BaseHTTPRequestHandler):
         content, start = self.server.contents[name], 0
         if wanted and self.server.ranges:
             start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            if start >= len(content):
+                self.send_error(416)
+                return
         self.send_response(206 if start else 200)
         if self.server.sized:
             self.send_header("Content-Length", str(len(content) - start))
@@ -207,6 +210,22 @@ def test_a_killed_download_is_resumed(server: Server, content: bytes, tmp_path: 
     download_file(file, path)
     assert path.read_bytes() == content
     assert server.requests == [("file", None), ("file", f"bytes={len(kept)}-")]
+
+
+def test_a_part_longer_than_the_file_is_removed(
+    archive: Download, content: bytes, server: Server, tmp_path: Path
+) -> None:
+    server.stop_at = 40_000
+    with pytest.raises(UserError, match="ended after 40,000"):
+        get_splits(tmp_path)
+    right = server.contents["enwik8.zip"]
+    server.stop_at, server.contents["enwik8.zip"] = None, right[:30_000]
+    with pytest.raises(UserError, match=f"it has 30,000 bytes there instead of {archive.size:,}"):
+        get_splits(tmp_path)
+    assert [wanted for _, wanted in server.requests] == [None, "bytes=40000-", None]
+    assert list_files(tmp_path) == set()
+    server.contents["enwik8.zip"] = right
+    assert b"".join(get_splits(tmp_path)) == content
 
 
 @pytest.mark.parametrize("sized", [True, False])

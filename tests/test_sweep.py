@@ -230,6 +230,31 @@ def test_one_worker_is_reproducible_and_best_py_is_the_best_config(
     assert "made for another experiment (config.num_epochs was 2 and is 3)" in errors
 
 
+@pytest.mark.parametrize("population", [1, 2])
+def test_sigterm_between_trials_writes_the_report_and_gives_the_next_ones_back(
+    population: int, text_file: Path, space_file: Path, tmp_path: Path, compiled: Path
+) -> None:
+    trials = 2 * population
+    more = f"--space={space_file}", f"--population={population}", f"--trials={trials}"
+    arguments = command(text_file, tmp_path, *more, "--config.num_epochs=1")
+    worker = start(arguments, compiled)
+    while not (tmp_path / report.TRIALS).exists():  # Written after the first trials.
+        assert worker.poll() is None
+        time.sleep(0.01)
+    worker.terminate()
+    output, errors = worker.communicate(timeout=60)
+    assert worker.returncode == 143, errors
+    assert "Best of " in output and "Traceback" not in errors
+    before = [row for row in rows(tmp_path) if row["state"] == "complete"]
+    assert len(before) == population
+    for name in (report.BEST, report.PAGE):
+        assert (tmp_path / name).exists()
+    code, _, errors = finish(arguments, compiled)
+    assert code == 0, errors
+    found = rows(tmp_path)
+    assert [row["state"] for row in found] == ["complete"] * trials and found[:population] == before
+
+
 def test_seeds_are_a_population(text_file: Path, tmp_path: Path, compiled: Path) -> None:
     code, output, errors = finish(command(text_file, tmp_path, "--seeds=3"), compiled)
     assert code == 0, errors
@@ -296,7 +321,7 @@ def test_a_sweep_is_prepared_from_options(
         ("def get_overrides(trial):\n    return {'seed': 'a'}", "must be of type int"),
         (
             "import optuna\ndef get_overrides(trial):\n    raise optuna.TrialPruned",
-            "it raised TrialPruned",
+            r"get_overrides\(trial\) raised TrialPruned: return valid fields",
         ),
         (
             "def get_overrides(t):\n    return {'num_epochs': t.suggest_int('n', -3, 1)}",
@@ -335,6 +360,29 @@ def test_a_grid_needs_finite_values_and_visits_each_once(tmp_path: Path) -> None
     record = optuna.create_study(sampler=study.make_sampler("grid", 0, found.grid()))
     drawn = [found.overrides(record.ask()) for _ in range(6)]
     assert len({tuple(overrides.values()) for overrides in drawn}) == 6
+
+
+def test_a_grid_over_parameters_of_some_trials_raises_an_error(
+    tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    path = tmp_path / "space.py"
+    path.write_text(
+        "def get_overrides(t):\n"
+        "    name = t.suggest_categorical('name', ['adam', 'sgd'])\n"
+        "    if name == 'adam':\n"
+        "        return {'optimizer.name': name}\n"
+        "    return {'optimizer.name': name,\n"
+        "            'optimizer.momentum': t.suggest_categorical('momentum', [0.8, 0.9])}"
+    )
+    directory = tmp_path / "sweep"
+    with pytest.raises(UserError, match="only some trials have the parameters momentum, but a gr"):
+        search.prepare_sweep(
+            *(tiny_config, "tiny"),
+            space_file=str(path),
+            sampler="grid",
+            directory=str(directory),
+        )
+    assert not directory.exists()
 
 
 def make_study(directory: Path, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
@@ -453,12 +501,11 @@ def test_diverged_trials_are_pruned_with_their_reason(
     )
     record = make_study(tmp_path, study.make_sampler("random", 0))
     with Worker(record, tmp_path, 1) as worker:
-        result = search.run_worker(
+        search.run_worker(
             search.Sweep(record, tiny_config, searched, tmp_path, 1, 1),
             worker,
             table.Table(record, 1),
         )
-    assert result == 0
     (row,) = rows(tmp_path)
     assert row["state"] == "diverged" and "is not finite" in row["reason"]
 
@@ -493,6 +540,35 @@ def test_failed_trials_in_a_row_stop_the_sweep(tiny_config: ConfigDict, tmp_path
     ):
         search.run_worker(sweep, worker, table.Table(record, 3))
     assert [row["state"] for row in rows(tmp_path)] == ["failed"] * 3
+
+
+def test_a_damaged_member_fails_no_trial_of_its_population(
+    tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_config.max_steps = 2
+    record = make_study(tmp_path, study.make_sampler("random", 0))
+    sweep = search.Sweep(record, tiny_config, make_rate_space(), tmp_path, 2, 2)
+
+    def run() -> None:
+        with Worker(record, tmp_path, 2) as worker:
+            search.run_worker(sweep, worker, table.Table(record, 2))
+
+    def stop(*unused: Any) -> None:
+        raise search.Stopped(143)
+
+    with monkeypatch.context() as patched, pytest.raises(search.Stopped):
+        patched.setattr(search, "_report", stop)  # After the first checkpoint.
+        run()
+    member = tmp_path / "trials" / "0001"
+    sums = member / workdir.CHECKPOINTS / "0" / "SHA256SUMS"
+    content = sums.read_bytes()
+    sums.write_bytes(b"")
+    with pytest.raises(UnavailableError, match=f"can't resume the training in {member}: every ch"):
+        run()
+    assert study.list_finished(record) == [] == study.list_running(record)
+    sums.write_bytes(content)
+    run()
+    assert [row["state"] for row in rows(tmp_path)] == ["complete"] * 2
 
 
 def test_a_trial_does_not_take_over_the_directory_of_another_study(tmp_path: Path) -> None:

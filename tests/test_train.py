@@ -27,7 +27,7 @@ from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.data import texts
 from lstm_jax.errors import UnavailableError, UserError
-from lstm_jax.run import checkpoints, lock, metrics, workdir, zero_state
+from lstm_jax.run import checkpoints, lock, metrics, resume, workdir, zero_state
 from lstm_jax.train_step import TrainState, TrainStep
 
 
@@ -478,6 +478,21 @@ def test_weights_of_a_model_of_other_sizes_raise_an_error(
     with pytest.raises(UserError, match="there is no trained model in"):
         train.train(tiny_config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_options_of_the_cell_of_given_weights_are_named_as_flags(
+    tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    before = tiny_config.copy_and_resolve_references()
+    before.model.cell, before.model.options = "mogrifier", {"rounds": 3}
+    with pytest.raises(UserError) as caught:
+        resume._compare(before, tiny_config, tmp_path, only="model.")
+    flags = "--config.model.cell=mogrifier --config.model.options.rounds=3"
+    assert str(caught.value).endswith(f"other sizes: add {flags}")
+    before = tiny_config.copy_and_resolve_references()
+    tiny_config.model.options = {"rounds": 3}
+    with pytest.raises(UserError, match=r"other sizes: leave out config\.model\.options"):
+        resume._compare(before, tiny_config, tmp_path, only="model.")
 
 
 @pytest.mark.parametrize(

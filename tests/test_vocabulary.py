@@ -6,10 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lstm_jax import config as config_lib
+from lstm_jax.data.encoding import Text, find_stop_text
 from lstm_jax.errors import UserError
-from lstm_jax.run import workdir
+from lstm_jax.run import files, workdir
 from lstm_jax.run.console import make_printable, make_printer
-from lstm_jax.vocabulary import FILE_END, KINDS, Vocabulary, find_stop_text
+from lstm_jax.run.resume import extend_vocabulary
+from lstm_jax.vocabulary import FILE_END, KINDS, Vocabulary
 
 # Text from all planes of Unicode, and strings that are often split or decoded wrongly.
 TEXTS = st.lists(
@@ -45,7 +48,7 @@ TEXTS = st.lists(
 def test_decode_inverts_encode_for_any_text(kind: str, stop: str, text: str) -> None:
     text += stop
     vocabulary = Vocabulary.from_text(text, kind, stop=stop)
-    again = Vocabulary.from_json(vocabulary.to_json())
+    again = Vocabulary.from_fields(json.loads(json.dumps(vocabulary.to_fields())))
     ids = again.encode(text)
     assert again.decode(ids) == text
     assert ids.dtype == np.int32 and not np.isin(ids, [0, 1]).any()
@@ -111,10 +114,15 @@ def test_documents_end_with_the_stop_token() -> None:
     # A stop token of one character is that character.
     assert Vocabulary.from_text(text, stop="\n").tokens == ("", "[UNK]", "\n", "a", "b", "c", "d")
     assert Vocabulary.from_text(text).stop_id is None
-    assert find_stop_text("blank_line", "a\r\n\r\nb") == "\r\n\r\n"
-    assert find_stop_text("blank_line", text) == "\n\n"
+    assert find_stop_text("blank_line", "a\r\n\r\nb".__contains__) == "\r\n\r\n"
+    assert find_stop_text("blank_line", text.__contains__) == "\n\n"
+    data = config_lib.default().data
+    data.document_separator = "line"
     with pytest.raises(UserError, match="no '\\\\n' to end its documents"):
-        Vocabulary.from_text("ab", stop="\n")
+        Text("ab").vocabulary(data)
+    data.document_separator = "file"
+    with pytest.raises(UserError, match="has no end of a file"):
+        Text("ab").vocabulary(data)
 
 
 def test_rare_tokens_become_unk() -> None:
@@ -123,19 +131,23 @@ def test_rare_tokens_become_unk() -> None:
     assert vocabulary.tokens == ("", "[UNK]", " be")
     assert vocabulary.decode(vocabulary.encode(text)) == "[UNK] be[UNK][UNK][UNK] be"
     assert vocabulary.unknown(text) == [" not", " or", " to", "to"]
+    data = config_lib.default().data
+    data.units, data.min_count = "words", 3
     with pytest.raises(UserError, match="none of the words .* occurs 3 times"):
-        Vocabulary.from_text(text, "words", min_count=3)
+        Text(text).vocabulary(data)
+    data.units, data.min_count = "bytes", 9
+    assert Text(text).vocabulary(data).tokens == Vocabulary.from_text(text, "bytes").tokens
     assert len(Vocabulary.from_text(text, "bytes", min_count=3)) == 258
 
 
 def test_another_vocabulary_is_appended() -> None:
     first, second = Vocabulary.from_text("bd"), Vocabulary.from_text("abc\n\n", stop="\n\n")
-    both = first.extended(second)
+    both = extend_vocabulary(first, second)
     assert both.tokens == ("", "[UNK]", "b", "d", "\n\n", "a", "c") and both.stop == "\n\n"
     with pytest.raises(UserError, match="was trained on characters: set data.units=characters"):
-        first.extended(Vocabulary.from_text("abc", "words"))
+        extend_vocabulary(first, Vocabulary.from_text("abc", "words"))
     with pytest.raises(UserError, match="end with '.n.n': set the same data.document_separator"):
-        second.extended(first)
+        extend_vocabulary(second, first)
 
 
 def test_unknown_characters_become_unk() -> None:
@@ -185,9 +197,24 @@ def test_the_vocabulary_of_bytes_is_ascii_json(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_vocabulary_raises_an_error(changed: dict[str, object], message: str) -> None:
-    content = json.loads(Vocabulary.from_text("a\n", stop="\n").to_json())
+    fields = Vocabulary.from_text("a\n", stop="\n").to_fields()
     with pytest.raises(ValueError, match=message):
-        Vocabulary.from_json(json.dumps(content | changed))
-    for damaged in ("", "[]", "{}"):
-        with pytest.raises(ValueError):
-            Vocabulary.from_json(damaged)
+        Vocabulary.from_fields(fields | changed)
+    with pytest.raises(ValueError, match="does not hold"):
+        Vocabulary.from_fields({})
+
+
+def test_a_damaged_vocabulary_file_raises_an_error(tmp_path: Path) -> None:
+    workdir.save_vocabulary(tmp_path, Vocabulary.from_text("a\n", stop="\n"))
+    path = tmp_path / workdir.VOCABULARY
+    changed = path.read_text().replace('"characters"', '"words"')
+    for damaged in ("", "[]", "{}", changed):
+        path.write_text(damaged)
+        with pytest.raises(UserError, match="vocabulary.json is missing or damaged"):
+            workdir.load_vocabulary(tmp_path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is missing or damaged: it is nested too deeply"):
+        workdir.load_vocabulary(tmp_path)
+    files.write_json(path, {"kind": "characters", "stop": ""})
+    with pytest.raises(UserError, match="is missing or damaged: it does not hold a kind"):
+        workdir.load_vocabulary(tmp_path)

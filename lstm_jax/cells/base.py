@@ -58,6 +58,19 @@ class Cell(nn.Module):
         return HiddenCarry(jnp.zeros((batch_size, self.hidden_size)))
 
 
+def forget_bias(gates: int, opened: float | jax.Array) -> nn.initializers.Initializer:
+    """Return an initializer of the biases of gates, the second of which is a forget gate.
+
+    Its biases are `opened`, a number or one for each, so that it remembers at first; others are 0.
+    """
+
+    def initialize(key: jax.Array, shape: tuple[int], dtype: Any = jnp.float32) -> jax.Array:
+        biases = jnp.zeros((gates, shape[0] // gates), dtype)
+        return biases.at[1].set(jnp.asarray(opened, dtype)).reshape(shape)
+
+    return initialize
+
+
 def normalize(x: jax.Array) -> jax.Array:
     """Scale to mean 0 and variance 1 over the last axis (Ba et al. 2016), without gain and bias."""
     return nn.standardize(x, axis=-1, epsilon=1e-5)

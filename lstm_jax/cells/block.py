@@ -1,7 +1,5 @@
 """The residual block around a cell, which is a cell itself."""
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -61,36 +59,18 @@ class Block(nn.Module):
 
     def __call__(self, carry: BlockCarry, inputs: jax.Array) -> tuple[BlockCarry, jax.Array]:
         """Return the next carry and the outputs, for inputs [batch, input_size]."""
-
-        def step(carry: Any, inputs: jax.Array) -> tuple[Any, jax.Array]:
-            after, outputs = self.cell(carry, inputs[:, 0])
-            return after, outputs[:, None]
-
-        after, outputs = self._run(carry, inputs[:, None], step)
-        return after, outputs[:, 0]
+        x, before, u = self._convolve(carry, inputs[:, None])
+        cell, outputs = self.cell(carry.cell, u[:, 0])
+        return BlockCarry(before, cell), self._add_mlp(x[:, 0] + outputs)
 
     def run_parallel(self, carry: BlockCarry, inputs: jax.Array) -> tuple[BlockCarry, jax.Array]:
         """Return the last carry and all outputs, for inputs [batch, time, input_size].
 
         Only a cell without a parallel form runs step by step.
         """
-        return self._run(carry, inputs, functools.partial(run_cell, self.cell, parallel=True))
-
-    def _run(
-        self,
-        carry: BlockCarry,
-        inputs: jax.Array,
-        run: Callable[[Any, jax.Array], tuple[Any, jax.Array]],
-    ) -> tuple[BlockCarry, jax.Array]:
-        """Compute the block over inputs [batch, time, input_size], with `run` for the cell."""
         x, before, u = self._convolve(carry, inputs)
-        cell, outputs = run(carry.cell, u)
-        y = x + outputs
-        gate, value = jnp.split(
-            matmul(normalize_rms(y) * self.mlp_scale, self.mlp_kernel, self.dtype), 2, axis=-1
-        )
-        mlp = matmul(nn.gelu(gate) * value, self.output_kernel, self.dtype)
-        return BlockCarry(before, cell), y + mlp
+        cell, outputs = run_cell(self.cell, carry.cell, u, parallel=True)
+        return BlockCarry(before, cell), self._add_mlp(x + outputs)
 
     def _convolve(
         self, carry: BlockCarry, inputs: jax.Array
@@ -102,6 +82,12 @@ class Block(nn.Module):
         read = jnp.concatenate([carry.before, normalize_rms(x) * self.cell_scale], axis=1)
         taps = [read[:, j : j + time] * self.convolution[j] for j in range(_WIDTH)]
         return x, read[:, time:], sum(taps, self.convolution_bias)
+
+    def _add_mlp(self, y: jax.Array) -> jax.Array:
+        """Return y with the gated MLP added, of one or all steps."""
+        sums = matmul(normalize_rms(y) * self.mlp_scale, self.mlp_kernel, self.dtype)
+        gate, value = jnp.split(sums, 2, axis=-1)
+        return y + matmul(nn.gelu(gate) * value, self.output_kernel, self.dtype)
 
     def gates(self, carry: BlockCarry, inputs: jax.Array) -> Gates:
         """Return the gates of the cell."""

@@ -1,12 +1,12 @@
 """The LSTM cell."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lstm_jax.cells.base import Cell, normalize
+from lstm_jax.cells.base import Cell, forget_bias, normalize
 from lstm_jax.cells.protocol import Gates
 
 
@@ -43,7 +43,7 @@ class LSTMCell(Cell):
 
     def setup(self) -> None:
         """Declare the parameters."""
-        self.declare_kernels(4, _forget_bias)
+        self.declare_kernels(4, forget_bias(4, 1.0))  # 1 by Jozefowicz et al. 2015.
         if self.layer_norm:
             self.cell_scale = self.param("cell_scale", nn.initializers.ones, (self.hidden_size,))
             self.cell_bias = self.param("cell_bias", nn.initializers.zeros, (self.hidden_size,))
@@ -80,8 +80,3 @@ class LSTMCell(Cell):
         """Return the carry at the start of a text: zeros."""
         zeros = jnp.zeros((batch_size, self.hidden_size))
         return LSTMCarry(zeros, zeros)
-
-
-def _forget_bias(key: jax.Array, shape: tuple[int], dtype: Any = jnp.float32) -> jax.Array:
-    """Return 1 for the bias of the forget gate (Jozefowicz et al. 2015), 0 for the others."""
-    return jnp.zeros((4, shape[0] // 4), dtype).at[1].set(1.0).reshape(shape)

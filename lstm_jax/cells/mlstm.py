@@ -1,15 +1,16 @@
 """The mLSTM cell."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lstm_jax.cells.base import forget_bias
 from lstm_jax.cells.protocol import Gates
-from lstm_jax.cells.slstm import NEVER, count_per_head
+from lstm_jax.cells.slstm import NEVER, count_per_head, stabilize
 from lstm_jax.matmul import matmul
 
 _CHUNK = 64  # Steps of the parallel form whose mutual weights are one matrix.
@@ -55,12 +56,13 @@ class MLSTMCell(nn.Module):
         self.input_kernel = self.param("input_kernel", glorot, (self.input_size, size))
         self.bias = self.param("bias", zeros, (size,))
         self.gate_kernel = self.param("gate_kernel", zeros, (self.input_size, 2 * self.heads))
-        self.gate_bias = self.param("gate_bias", _forget_bias, (2 * self.heads,))
+        remembering = forget_bias(2, jnp.linspace(3, 6, self.heads))
+        self.gate_bias = self.param("gate_bias", remembering, (2 * self.heads,))
 
     def __call__(self, carry: MLSTMCarry, inputs: jax.Array) -> tuple[MLSTMCarry, jax.Array]:
         """Return the next carry and the outputs, for inputs [batch, input_size]."""
         q, k, v, o, i, log_f = (x[..., 0, :] for x in self._project(inputs[:, None]))
-        f, i, stabilizer = _stabilize(carry, i[..., 0], log_f[..., 0])
+        f, i, stabilizer = stabilize(carry.stabilizer, i[..., 0], log_f[..., 0])
         written = i[..., None, None] * k[..., :, None] * v[..., None, :]
         memory = f[..., None, None] * carry.memory + written
         normalizer = f[..., None] * carry.normalizer + i[..., None] * k
@@ -104,7 +106,7 @@ class MLSTMCell(nn.Module):
     def gates(self, carry: MLSTMCarry, inputs: jax.Array) -> Gates:
         """Return the gates of a step; those of input and forgetting are divided by exp(m')."""
         *_, o, i, log_f = (x[..., 0, :] for x in self._project(inputs[:, None]))
-        f, i, _ = _stabilize(carry, i[..., 0], log_f[..., 0])
+        f, i, _ = stabilize(carry.stabilizer, i[..., 0], log_f[..., 0])
         of_heads = {"input": i[..., None], "forget": f[..., None], "output": o}
         return {
             name: jnp.broadcast_to(gate, o.shape).reshape(len(inputs), -1)
@@ -118,15 +120,6 @@ class MLSTMCell(nn.Module):
         return MLSTMCarry(
             jnp.zeros((*shape, size, size)), jnp.zeros((*shape, size)), jnp.full(shape, NEVER)
         )
-
-
-def _stabilize(
-    carry: MLSTMCarry, i: jax.Array, log_f: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return f, and i for log i, both divided by exp(m'); and m'. All are [batch, heads]."""
-    kept = log_f + carry.stabilizer
-    stabilizer = jnp.maximum(kept, i)
-    return jnp.exp(kept - stabilizer), jnp.exp(i - stabilizer), stabilizer
 
 
 def _run_chunk(carry: MLSTMCarry, steps: tuple[jax.Array, ...]) -> tuple[MLSTMCarry, jax.Array]:
@@ -153,9 +146,3 @@ def _run_chunk(carry: MLSTMCarry, steps: tuple[jax.Array, ...]) -> tuple[MLSTMCa
     memory = after[..., None, None] * carry.memory + written.swapaxes(-1, -2) @ v
     normalizer = after[..., None] * carry.normalizer + written.sum(-2)
     return MLSTMCarry(memory, normalizer, last), found
-
-
-def _forget_bias(key: jax.Array, shape: tuple[int], dtype: Any = jnp.float32) -> jax.Array:
-    """Return 3 to 6 for the heads' forget gates, which remember for long; 0 for input gates."""
-    heads = shape[0] // 2
-    return jnp.concatenate([jnp.zeros(heads), jnp.linspace(3, 6, heads)]).astype(dtype)

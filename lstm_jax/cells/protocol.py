@@ -68,8 +68,9 @@ def make_cell(
     fields = {field.name: field.default for field in dataclasses.fields(cell)}
     if missing := [name for name in _FIELDS if name not in fields]:
         raise UserError(f"{describe_place(cell)} has no field {missing[0]}: it must be an int")
-    own = list_options(cell)
-    if others := [name for name in fields if name not in (*own, *_FIELDS, *_OTHER_FIELDS)]:
+    known = (*_FIELDS, *_OTHER_FIELDS)
+    own = {name: default for name, default in fields.items() if name not in known}
+    if others := [name for name, default in own.items() if default is dataclasses.MISSING]:
         raise UserError(
             f"{describe_place(cell)}: its field {others[0]} needs a default, as all fields but "
             f"{' and '.join(_FIELDS)} do"
@@ -98,9 +99,9 @@ def make_cell(
             raise UserError(f"the cell {cell.__name__} has no field {name}: leave it {default!r}")
     for name, value in (options or {}).items():
         if name not in own:
-            known = ", ".join(own) or "none"
+            listed = ", ".join(own) or "none"
             raise UserError(
-                f"the cell {cell.__name__} has no option {name}: its options are {known}"
+                f"the cell {cell.__name__} has no option {name}: its options are {listed}"
             )
         kinds = (int, float) if isinstance(own[name], float) else type(own[name])
         if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(own[name], bool):
@@ -111,13 +112,6 @@ def make_cell(
         given[name] = value
     with blaming(cell):
         return cell(input_size=input_size, hidden_size=hidden_size, parent=None, **given)
-
-
-def list_options(cell: type[nn.Module]) -> dict[str, Any]:
-    """Return the options of a cell by name, with their defaults."""
-    others = (*_FIELDS, *_OTHER_FIELDS)
-    fields = [field for field in dataclasses.fields(cell) if field.name not in others]
-    return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
 
 
 def run_cell(
@@ -153,11 +147,10 @@ def get_activation(cell: Any, carry: Any, outputs: jax.Array) -> jax.Array:
     return cell.activation(carry) if hasattr(cell, "activation") else jnp.tanh(outputs)
 
 
-def trace_cell(cell: Any, batch: int = 3) -> Any:
+def trace_cell(cell: Any, batch: int = 3) -> None:
     """Hold the shapes and dtypes of a cell to the protocol, without computing anything.
 
-    Return its parameters as `jax.ShapeDtypeStruct`s. Raise `UserError` with the file and line of a
-    mistake.
+    Raise `UserError` with the file and line of a mistake.
     """
     kind = type(cell)
     with blaming(kind, "initial_carry depends on the fields alone, not on parameters"):
@@ -165,12 +158,10 @@ def trace_cell(cell: Any, batch: int = 3) -> Any:
     where = f"{describe_place(cell, 'initial_carry')}: initial_carry({batch}) returned"
     if carry is None:
         raise UserError(f"{where} None: it must return arrays [batch_size, ...], or () for none")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(carry):
-        if leaf.shape[:1] != (batch,):
-            raise UserError(
-                f"{where} {_describe(leaf)}{_at(path)}: the first axis of every array must be the "
-                "batch"
-            )
+    if any(leaf.shape[:1] != (batch,) for leaf in jax.tree.leaves(carry)):
+        raise UserError(
+            f"{where} {_describe(carry)}: the first axis of every array must be the batch"
+        )
     inputs = jax.ShapeDtypeStruct((batch, cell.input_size), jnp.float32)
     with blaming(kind):
         variables = jax.eval_shape(cell.init, jax.random.key(0), carry, inputs)
@@ -200,7 +191,6 @@ def trace_cell(cell: Any, batch: int = 3) -> Any:
         where = f"{describe_place(cell, 'activation')}: activation is"
         activation = trace(lambda cell, *read: cell.activation(cell(*read)[0]))
         _check_outputs(where, activation, (batch, cell.hidden_size))
-    return variables.get("params", {})
 
 
 def _check_step(cell: Any, method: str, result: Any, carry: Any, leading: tuple[int, ...]) -> None:
@@ -210,19 +200,17 @@ def _check_step(cell: Any, method: str, result: Any, carry: Any, leading: tuple[
         raise UserError(f"{where}: it must return a tuple of the next carry and the outputs")
     after, outputs = result
     _check_outputs(f"{where}: its outputs are", outputs, (*leading, cell.hidden_size))
-    structures: list[Any] = [jax.tree.structure(tree) for tree in (after, carry)]
-    if structures[0] != structures[1]:
+    if get_types(after) != get_types(carry):
         raise UserError(
-            f"{where}: it returned a carry {_describe(after)}: it must have the structure of "
-            f"initial_carry, {_describe(carry)}"
+            f"{where}: the next carry is {_describe(after)}: it must be as in initial_carry, "
+            f"{_describe(carry)}"
         )
-    pairs = zip(jax.tree_util.tree_leaves_with_path(carry), jax.tree.leaves(after), strict=True)
-    for (path, old), new in pairs:
-        if (old.shape, old.dtype) != (new.shape, new.dtype):
-            raise UserError(
-                f"{where}: the next carry is {_describe(new)}{_at(path)}: it must be as in "
-                f"initial_carry, {_describe(old)}"
-            )
+
+
+def get_types(tree: Any) -> tuple[Any, list[Any]]:
+    """Return the structure of a pytree, and the shapes and dtypes of its leaves."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
 def _check_outputs(where: str, outputs: Any, shape: tuple[int, ...]) -> None:
@@ -275,7 +263,3 @@ def _describe(tree: Any) -> str:
     """Return the shapes and dtypes of a pytree, briefly."""
     described = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", tree)
     return str(described).replace("'", "")
-
-
-def _at(path: Any) -> str:
-    return f" at {jax.tree_util.keystr(path)}" if path else ""

@@ -1,11 +1,12 @@
 """The sLSTM cell."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lstm_jax.cells.base import forget_bias
 from lstm_jax.cells.protocol import Gates
 from lstm_jax.errors import UserError
 from lstm_jax.matmul import matmul
@@ -53,7 +54,8 @@ class SLSTMCell(nn.Module):
         self.input_kernel = self.param("input_kernel", glorot, (self.input_size, size))
         shape = (self.heads, per_head, 4 * per_head)
         self.recurrent_kernel = self.param("recurrent_kernel", orthogonal, shape)
-        self.bias = self.param("bias", _forget_bias, (size,))
+        remembering = forget_bias(4, jnp.linspace(3, 6, self.hidden_size))
+        self.bias = self.param("bias", remembering, (size,))
 
     def __call__(self, carry: SLSTMCarry, inputs: jax.Array) -> tuple[SLSTMCarry, jax.Array]:
         """Return the next carry and the outputs, for inputs [batch, input_size]."""
@@ -75,14 +77,8 @@ class SLSTMCell(nn.Module):
         recurrent = recurrent.reshape(self.heads, batch, 4, -1).transpose(1, 2, 0, 3)
         sums = matmul(inputs, self.input_kernel, self.dtype) + self.bias
         i, f, z, o = jnp.split(sums + recurrent.reshape(batch, -1), 4, axis=-1)
-        kept = nn.log_sigmoid(f) + carry.stabilizer
-        stabilizer = jnp.maximum(kept, i)
-        gates = {
-            "input": jnp.exp(i - stabilizer),
-            "forget": jnp.exp(kept - stabilizer),
-            "candidate": jnp.tanh(z),
-            "output": nn.sigmoid(o),
-        }
+        f, i, stabilizer = stabilize(carry.stabilizer, i, nn.log_sigmoid(f))
+        gates = {"input": i, "forget": f, "candidate": jnp.tanh(z), "output": nn.sigmoid(o)}
         return gates, stabilizer
 
     def activation(self, carry: SLSTMCarry) -> jax.Array:
@@ -105,8 +101,10 @@ def count_per_head(hidden_size: int, heads: int) -> int:
     return hidden_size // heads
 
 
-def _forget_bias(key: jax.Array, shape: tuple[int], dtype: Any = jnp.float32) -> jax.Array:
-    """Return 3 to 6 for the hidden units' forget gates, which remember for long; 0 for others."""
-    size = shape[0] // 4
-    opened = jnp.linspace(3, 6, size, dtype=dtype)
-    return jnp.zeros((4, size), dtype).at[1].set(opened).reshape(shape)
+def stabilize(
+    before: jax.Array, i: jax.Array, log_f: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return f, and i for log i, both divided by exp(m'); and m', for m before the step."""
+    kept = log_f + before
+    stabilizer = jnp.maximum(kept, i)
+    return jnp.exp(kept - stabilizer), jnp.exp(i - stabilizer), stabilizer

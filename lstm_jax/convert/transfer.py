@@ -13,7 +13,7 @@ from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import vocabulary as vocabulary_lib
 from lstm_jax.convert import keras_weights, onnx_graph, torch_weights, weights
-from lstm_jax.data import sources, texts
+from lstm_jax.data import encoding, sources, texts
 from lstm_jax.errors import UserError
 from lstm_jax.run import checkpoints, files, messages, workdir
 
@@ -59,7 +59,7 @@ def import_weights(
     if vocabulary_file is not None:
         tokens, kind, stop = read_vocabulary(Path(vocabulary_file))
     else:
-        text = sources.read_files(sources.find_files(config.data.path)[0])
+        text = "".join(texts.read_splits(config.data).values())
         tokens, kind, stop = vocabulary_lib.Vocabulary.from_text(text).tokens, "characters", ""
     try:
         with files.open_regular(source, follow=True) as file:
@@ -72,7 +72,9 @@ def import_weights(
         raise UserError(f"{source} can't be converted: {error}") from None
     config.model.update(fields)
     config.data.units = vocabulary.kind
-    names = {vocabulary_lib.find_stop_text(name, stop): name for name in vocabulary_lib.SEPARATORS}
+    names = {
+        encoding.find_stop_text(name, stop.__contains__): name for name in vocabulary_lib.SEPARATORS
+    }
     if stop not in names:
         raise UserError(f"there is no data.document_separator for the stop token {stop!r}")
     config.data.document_separator = names[stop]
@@ -97,8 +99,9 @@ def export_weights(directory: Path, target: Path, drop_special: bool = False) ->
     for path in (target, beside):
         if path.exists():
             raise UserError(f"{path} exists: remove it, or name another --to")
+    config = workdir.load_config(directory)
     try:
-        weights.check_model(workdir.load_config(directory).model)
+        weights.check_model(config.model)
     except UserError as error:
         raise UserError(f"{directory} can't be converted: {error}") from None
     trained = workdir.load_trained(directory)
@@ -107,7 +110,7 @@ def export_weights(directory: Path, target: Path, drop_special: bool = False) ->
     _, embedding, _, kernel, bias = own
     own = own._replace(embedding=embedding[rows], kernel=kernel[:, rows], bias=bias[rows])
     content = write(own)
-    fields = json.loads(trained.vocabulary.to_json())
+    fields = trained.vocabulary.to_fields()
     fields["units"] = fields["units"][rows]
     try:
         files.write_file(beside, (json.dumps(fields, indent=0) + "\n").encode())

@@ -66,10 +66,14 @@ def _receive_rest(file: Download, part: Path, done: int) -> int:
 
     Return the size, which is larger than that of the file if more than the file is sent.
     """
-    headers = {**_HEADERS, "Range": f"bytes={done}-"} if done else _HEADERS
     with _network_errors():
-        request = urllib.request.Request(file.address, headers=headers)
-        response = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
+        try:
+            response = _request(file, done)
+        except urllib.error.HTTPError as error:
+            if not done or error.code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                raise
+            part.unlink()  # The file there is shorter.
+            response = _request(file, 0)
     with response:
         if response.status != HTTPStatus.PARTIAL_CONTENT:
             done = 0
@@ -94,6 +98,13 @@ def _receive_rest(file: Download, part: Path, done: int) -> int:
                 done += len(chunk)
                 bar.update(len(chunk))
     return done
+
+
+def _request(file: Download, done: int) -> http.client.HTTPResponse:
+    """Request what follows the first `done` bytes of a file; the server may send all of it."""
+    headers = {**_HEADERS, "Range": f"bytes={done}-"} if done else _HEADERS
+    request = urllib.request.Request(file.address, headers=headers)
+    return urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
 
 
 @contextlib.contextmanager

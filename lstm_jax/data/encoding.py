@@ -7,14 +7,15 @@ the vocabulary; so a text is encoded as indices into its words, each of which ha
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import regex
 
 from lstm_jax.data.sources import Segment, cut_pieces, cut_segments, read_segment
-from lstm_jax.vocabulary import Costs, Ids, Vocabulary, find_stop_text, split_text
+from lstm_jax.errors import UserError
+from lstm_jax.vocabulary import FILE_END, SEPARATORS, Costs, Ids, Vocabulary, split_text
 
 if TYPE_CHECKING:  # A process that encodes chunks imports little more than NumPy.
     from ml_collections import ConfigDict
@@ -39,7 +40,7 @@ class Part(NamedTuple):
     """An encoded text, or a chunk of one."""
 
     ids: Any  # Indices into `tokens`: [n], of the smallest dtype.
-    tokens: Iterable[str]  # The distinct tokens of the text; of kind "bpe", its distinct words.
+    tokens: list[str]  # The distinct tokens of the text; of kind "bpe", its distinct words.
     counts: np.ndarray  # The number of occurrences of each token: int64.
     characters: int  # The length of the text.
 
@@ -64,6 +65,16 @@ def make_table(tokens: Iterable[str], vocabulary: Vocabulary) -> Table:
     divided = [vocabulary.divide(token) for token in tokens]
     ids = vocabulary.look_up(itertools.chain.from_iterable(divided))
     return Table(ids, np.fromiter(map(len, divided), np.int64))
+
+
+def find_stop_text(separator: str, contains: Callable[[str], bool]) -> str:
+    """Return the stop token of a text, for a name in `SEPARATORS`.
+
+    `contains` returns whether the text contains a string.
+    """
+    stop = SEPARATORS[separator]
+    windows = stop.replace("\n", "\r\n")
+    return windows if stop != windows and not contains(stop) and contains(windows) else stop
 
 
 def encode_chunk(text: str, kind: str, stop: str) -> Part:
@@ -153,7 +164,7 @@ class Text:
 
     def find_stop(self, separator: str) -> str:
         """Return the stop token of the text; see `find_stop_text`."""
-        return find_stop_text(separator, self._text)
+        return find_stop_text(separator, self._text.__contains__)
 
     def encode(self, vocabulary: Vocabulary) -> Ids:
         """Return the ids of the text."""
@@ -165,12 +176,29 @@ class Text:
         yield self._text
 
     def vocabulary(self, data: "ConfigDict") -> Vocabulary:
-        """Return the vocabulary of the text for the `data` fields of a config."""
-        stop = self.find_stop(data.document_separator)
-        part = self.index_tokens(data.units, stop)
+        """Return the vocabulary of the text for the `data` fields of a config.
+
+        Raise `UserError` if the stop token does not occur, or no token occurs often enough.
+        """
+        kind, min_count, stop = data.units, data.min_count, self.find_stop(data.document_separator)
+        part = self.index_tokens(kind, stop)
         counts = dict(zip(part.tokens, part.counts.tolist(), strict=True))
-        size = data.vocabulary_size
-        return Vocabulary.from_counts(counts, data.units, data.min_count, stop, size)
+        if stop and not counts.get(stop):
+            if stop == FILE_END:
+                raise UserError(
+                    "the training text has no end of a file: data.document_separator=file needs "
+                    "several files, of which one ends within the training text"
+                )
+            raise UserError(
+                f"the training text has no {stop!r} to end its documents: choose another "
+                "data.document_separator"
+            )
+        if kind not in ("bytes", "bpe") and max(counts.values()) < min_count:
+            raise UserError(
+                f"none of the {kind} of the training text occurs {min_count} times: "
+                "lower data.min_count"
+            )
+        return Vocabulary.from_counts(counts, kind, min_count, stop, data.vocabulary_size)
 
     def count_tokens(self, vocabulary: Vocabulary) -> np.ndarray:
         """Return the number of occurrences of each token of a vocabulary: int64 [vocabulary]."""

@@ -34,15 +34,16 @@ from lstm_jax.data.encoding import (
     Part,
     Table,
     Text,
+    find_stop_text,
     get_smallest_dtype,
     iterate_chunks,
     make_table,
 )
 from lstm_jax.data.sources import Segment
 from lstm_jax.errors import UnavailableError, UserError
-from lstm_jax.matmul import count_cores
+from lstm_jax.native.cpu import count_cores
 from lstm_jax.run import files
-from lstm_jax.vocabulary import Ids, Vocabulary, find_stop_text
+from lstm_jax.vocabulary import Ids, Vocabulary
 
 # The directory beside a text. It is hidden, so that patterns like books/** do not match it.
 BESIDE = ".lstm_jax"
@@ -267,11 +268,17 @@ def _prepare(
     split = sources.split_files(texts, data.fractions, data.units == "bytes", ends, digest.update)
     sources.check_unchanged(digest.hexdigest(), data.sha256)
     chunks = [list(iterate_chunks(text, data.units, CHUNK)) for text in split]
+
+    def contains(part: str) -> bool:
+        """Return whether the training text contains a string; no chunk ends within a stop token."""
+        contents = (b"".join(map(sources.read_segment, chunk)) for chunk in chunks[0])
+        return any(part.encode() in content for content in contents)
+
     plan = {
         "sha256": digest.hexdigest(),
         "units": data.units,
         "ends": ends,
-        "stop": find_stop_text(data.document_separator, _Content(chunks[0])),
+        "stop": find_stop_text(data.document_separator, contains),
         "chunks": list(itertools.chain.from_iterable(chunks)),
     }
     unfinished = directory.with_name(directory.name + _UNFINISHED)
@@ -295,17 +302,6 @@ def _prepare(
     rate = f"{total / 1e6 / seconds:,.0f} MB/s"
     print(f"Prepared {total / 1e6:,.0f} MB in {seconds:.1f} s, {rate}", file=sys.stderr)
     return manifest
-
-
-class _Content:
-    """The text of chunks, for the operator `in`. No chunk ends within a stop token."""
-
-    def __init__(self, chunks: list[list[Segment]]) -> None:
-        self._chunks = chunks
-
-    def __contains__(self, text: object) -> bool:
-        contents = (b"".join(map(sources.read_segment, chunk)) for chunk in self._chunks)
-        return any(str(text).encode() in content for content in contents)
 
 
 def _begin(unfinished: Path, plan: dict[str, Any]) -> bytes:
@@ -424,10 +420,12 @@ class PreparedText(Text):
 
     def index_tokens(self, kind: str, stop: str) -> Part:
         """See `Text`; the kind and the stop token are those that it was prepared with."""
-        with files.open_regular(self._manifest.directory / _COUNTS) as file:
+        directory = self._manifest.directory
+        with files.open_regular(directory / _COUNTS) as file:
             counts = np.load(file)[sources.SPLITS.index(self._name)]
-        ids = self._open_ids(np.arange(len(counts), dtype=np.int32))
-        tokens = _Lines(self._manifest.directory / _TOKENS)
+        with files.open_regular(directory / _TOKENS) as lines:
+            tokens = list(map(json.loads, lines))
+        ids = self._open_ids(np.arange(len(tokens), dtype=np.int32))
         return Part(ids, tokens, counts, self._split["characters"])
 
     def find_stop(self, separator: str) -> str:
@@ -436,10 +434,11 @@ class PreparedText(Text):
 
     def encode(self, vocabulary: Vocabulary) -> Ids:
         """See `Text`."""
-        table = make_table(_Lines(self._manifest.directory / _TOKENS), vocabulary)
-        if vocabulary.kind != "bpe":
-            return self._open_ids(table.ids)
-        return DividedIds(self._open_ids(np.arange(len(table.sizes), dtype=np.int32)), table)
+        part = self.index_tokens(vocabulary.kind, vocabulary.stop)
+        table = make_table(part.tokens, vocabulary)
+        if vocabulary.kind == "bpe":
+            return DividedIds(part.ids, table)
+        return self._open_ids(table.ids)
 
     def _open_ids(self, table: np.ndarray) -> "FileIds":
         path = self._manifest.directory / f"{self._name}.npy"
@@ -454,17 +453,6 @@ class PreparedText(Text):
             piece = tail + sources.read_segments(chunk, any_bytes, manifest.ends)
             yield piece
             tail = piece[max(len(piece) - overlap, 0) :]
-
-
-class _Lines:
-    """The JSON strings of a file, which each iteration reads again."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __iter__(self) -> Iterator[str]:
-        with files.open_regular(self._path) as lines:
-            yield from map(json.loads, lines)
 
 
 class FileIds:

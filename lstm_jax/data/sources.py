@@ -142,9 +142,10 @@ def list_segments(paths: Iterable[Path], any_bytes: bool, ends: bool) -> list[Se
                 size = os.fstat(file.fileno()).st_size
         except OSError as error:
             raise UserError(f"can't read {path}: {error.strerror}") from None
-        if not size:
+        start = len(_BOM) if has_bom and not any_bytes else 0
+        if size <= start:
             raise UserError(f"{path} is empty: data.path must name files with text in them")
-        found.append(Segment(str(path), len(_BOM) if has_bom and not any_bytes else 0, size))
+        found.append(Segment(str(path), start, size))
         if ends:
             found.append(Segment("", 0, len(_FILE_END)))
     return found
@@ -260,11 +261,6 @@ def read_segments(segments: Sequence[Segment], any_bytes: bool, ends: bool) -> s
     if ends:
         check_ends(text, sum(not s.path and s.stop - s.start == len(_FILE_END) for s in segments))
     return text
-
-
-def read_files(paths: Iterable[Path], any_bytes: bool = False, ends: bool = False) -> str:
-    """Return the text of files, one after the other; see `list_segments` and `read_segments`."""
-    return read_segments(list_segments(paths, any_bytes, ends), any_bytes, ends)
 
 
 def check_ends(text: str, number: int) -> None:

@@ -21,8 +21,6 @@ from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import files
 
 _LOCK = ".lstm_jax.lock"
-# No file in an archive is larger. One byte more is read, so that a larger file has a wrong size.
-_MAX_MEMBER_BYTES = 100_000_000
 
 
 class StandardText(NamedTuple):
@@ -175,7 +173,9 @@ def _read_splits(text: StandardText, data_dir: Path) -> list[bytes]:
     """Return the splits of a text, from its downloads in a directory."""
     contents = [_read_verified(file, data_dir / file.name) for file in text.downloads]
     if text.members:
-        contents = _read_members(contents[0], text)
+        # Only these are read, and nothing is extracted to disk.
+        with zipfile.ZipFile(io.BytesIO(contents[0])) as archive:
+            contents = [archive.read(name) for name in text.members]
     if text.clean:
         contents = [b"\n".join(map(text.clean, content.split(b"\n"))) for content in contents]
     if len(contents) > 1:
@@ -195,16 +195,6 @@ def _read_verified(file: Download, path: Path) -> bytes:
             f"{file.address}"
         )
     return content
-
-
-def _read_members(archive: bytes, text: StandardText) -> list[bytes]:
-    """Return the texts in a zip archive. Only these are read, and nothing is extracted to disk."""
-    contents = []
-    with zipfile.ZipFile(io.BytesIO(archive)) as opened:
-        for name in text.members:
-            with opened.open(name) as member:
-                contents.append(member.read(_MAX_MEMBER_BYTES + 1))
-    return contents
 
 
 def _measure(content: bytes, unit: str) -> int:

@@ -1,14 +1,14 @@
 """Feed batches to the devices: cut them there from a text that fits, else copy them in advance."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from lstm_jax.batches import Batch, Places
+from lstm_jax.batches import Batch, Places, cut_batch
 from lstm_jax.devices import parallel
 from lstm_jax.vocabulary import Ids
 
@@ -28,11 +28,26 @@ class Resident(NamedTuple):
     places: Places
 
 
-def cut_batch(ids: jax.Array, places: Places, window_length: int) -> Batch:
-    """Return the batch whose windows begin at `places`, on the device."""
-    columns = jnp.arange(window_length + 1, dtype=jnp.int32)
-    windows: Any = ids[places.begins[:, None] + columns].astype(jnp.int32)
-    return Batch(windows[:, :-1], windows[:, 1:], places.starts)
+def jit_steps(
+    train_step: Callable[[Any, Batch], Any], window_length: int
+) -> Callable[[Any, Batch | Resident], Any]:
+    """Jit a training step for the batches of a `Feed`, with donation of the state.
+
+    A batch whose arrays have an additional leading axis holds several consecutive steps.
+    """
+
+    def train_steps(state: Any, batch: Batch | Resident) -> Any:
+        def one(state: Any, step: Any) -> tuple[Any, None]:
+            if isinstance(batch, Resident):
+                step = cut_batch(batch.ids, step, window_length)
+            return train_step(state, step), None
+
+        steps = batch.places if isinstance(batch, Resident) else batch
+        if steps.starts.ndim:
+            return jax.lax.scan(one, state, steps)[0]
+        return one(state, steps)[0]
+
+    return jax.jit(train_steps, donate_argnums=0)
 
 
 def fits_on_device(ids: Ids, vocabulary_size: int) -> bool:

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lstm_jax.errors import UserError, one_line
+from lstm_jax.errors import UserError, one_line, visible
 
 _LOST = (
     "another process of this run has ended or can't be reached (its own output says why): start "
@@ -178,7 +178,7 @@ def _wait_for_devices() -> None:
 
 def _leave(message: str, code: int = 2) -> NoReturn:
     """End this process without waiting for the others, which detect that it has ended."""
-    line = f"error: {' '.join(message.split())}\n"
+    line = f"error: {visible(message)}\n"
     os.write(2, line.encode("utf-8", "backslashreplace"))
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()

@@ -10,16 +10,19 @@ have to exchange the hidden state at every position of the window.
 import contextlib
 import functools
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from lstm_jax import fused
 from lstm_jax.errors import UserError
-from lstm_jax.matmul import count_cores
+from lstm_jax.native import recurrence as in_c
+from lstm_jax.native.cpu import count_cores
 
 DATA, MODEL = "data", "model"  # The names of the mesh axes.
 EVERYWHERE, DIVIDED = PartitionSpec(), PartitionSpec((DATA, MODEL))
@@ -46,8 +49,8 @@ def use_cores(config: ConfigDict) -> None:
 def _count_useful_cores(config: ConfigDict) -> int:
     batch_size, model = config.batches.batch_size, config.model
     is_fused = model.recurrence in ("auto", "fused") and fused.supports(model)
-    in_c = is_fused and model.dtype != "float32" and fused.fits_library(model.hidden_size)
-    largest = _LARGEST_HIDDEN_IN_C if in_c else _LARGEST_HIDDEN
+    uses_c = is_fused and model.dtype != "float32" and in_c.fits(model.hidden_size)
+    largest = _LARGEST_HIDDEN_IN_C if uses_c else _LARGEST_HIDDEN
     if not _SMALLEST_HIDDEN <= model.hidden_size <= largest:
         return 1
     limit = min(count_cores(), max(batch_size // _SMALLEST_PART, 1))
@@ -143,7 +146,7 @@ def place_local(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
 
 def gather_on_one_device(tree: Any, mesh: Mesh) -> Any:
     """Return whole arrays on this process's first device; replicated ones are not copied."""
-    replicate = jax.jit(_same, out_shardings=NamedSharding(mesh, EVERYWHERE))
+    replicate = jax.jit(jnp.copy, out_shardings=NamedSharding(mesh, EVERYWHERE))
 
     def whole(array: jax.Array) -> jax.Array:
         return (array if array.is_fully_replicated else replicate(array)).addressable_data(0)
@@ -151,12 +154,36 @@ def gather_on_one_device(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(whole, tree)
 
 
-def _same(array: jax.Array) -> jax.Array:
-    return array
+def make_zero_like(array: jax.Array) -> jax.Array:
+    """Return a zero on the devices of a scalar array, without a transfer in a step."""
+    zero = np.zeros((), array.dtype)
+    return jax.make_array_from_callback((), array.sharding, lambda part: zero[part])
 
 
 # Without its check of which results are replicated.
 shard_map = functools.partial(jax.shard_map, check_vma=False)
+
+
+def divide_over_devices(
+    compute_grads: Callable[..., Any], params: Any, mesh: Mesh
+) -> Callable[..., Any]:
+    """Return a function like `compute_grads(params, key, batch, carry, masks)`, for a whole mesh.
+
+    Its parameters are as stored on the mesh; batch, carry and masks are divided over the devices.
+    It returns the means of grads and loss over all devices, divided for storage; and the carry.
+    """
+    specs = jax.tree.map(lambda array: get_storage_spec(array, mesh), params)
+
+    def compute_mean_grads(params: Any, key: jax.Array | None, *divided: Any) -> Any:
+        means, carry = compute_grads(gather_parts(params, specs), key, *divided)
+        return mean_over_devices(means, (specs, EVERYWHERE)), carry
+
+    return shard_map(
+        compute_mean_grads,
+        mesh=mesh,
+        in_specs=(specs, EVERYWHERE, DIVIDED, DIVIDED, DIVIDED),
+        out_specs=((specs, EVERYWHERE), DIVIDED),
+    )
 
 
 def gather_parts(tree: Any, specs: Any) -> Any:

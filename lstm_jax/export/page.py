@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from lstm_jax import bpe
 from lstm_jax.errors import UserError
@@ -23,7 +22,10 @@ def write_page(directory: Path, target: Path, bits: int = 16) -> None:
     """Write the page of the model in a working directory, or raise `UserError`; print its path."""
     if target.suffix != ".html":
         raise UserError(f"{target} (--to) is not the name of a page: it must end in .html")
-    check_config(workdir.load_config(directory))
+    model = workdir.load_config(directory).model
+    if model.cell not in CELLS or model.block != "none":
+        named = model.cell if model.block == "none" else f"model.block={model.block}"
+        raise UserError(f"a page can run the cells {', '.join(CELLS)}, not {named}")
     trained = workdir.load_trained(directory)
     page = make_page(trained, directory.resolve().name, bits)
     pages.write_page(target, "--to", page)
@@ -31,18 +33,10 @@ def write_page(directory: Path, target: Path, bits: int = 16) -> None:
         print(f"Its matmuls here are in {dtype}: the page computes in float32")
 
 
-def check_config(config: ConfigDict) -> None:
-    """Raise `UserError` if a page can't run a model with this config."""
-    model = config.model
-    if model.cell not in CELLS or model.block != "none":
-        named = model.cell if model.block == "none" else f"model.block={model.block}"
-        raise UserError(f"a page can run the cells {', '.join(CELLS)}, not {named}")
-
-
 def make_page(trained: workdir.Trained, name: str, bits: int = 16) -> bytes:
     """Return the page of a model called `name`, with 8 or 16 bits for each weight.
 
-    Its config must pass `check_config`.
+    Its cell must be one of `CELLS`, without blocks.
     """
     model, vocabulary = trained.model, trained.vocabulary
 

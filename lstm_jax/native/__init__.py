@@ -1,6 +1,7 @@
-"""The LSTM's recurrence in C, for CPUs with AVX-512 BF16: an optional library.
+"""The LSTM's recurrence in native code: cuDNN, and an optional library in C for AVX-512 BF16.
 
-`python -m lstm_jax.native` compiles it, with a C compiler. `fused` computes the same without it.
+`python -m lstm_jax.native` compiles the library, with a C compiler. `fused` computes the same
+without it.
 """
 
 import ctypes
@@ -14,7 +15,7 @@ import jax
 import jaxlib
 
 from lstm_jax.errors import UserError
-from lstm_jax.matmul import count_cores, read_cpu_features
+from lstm_jax.native.cpu import count_cores, read_cpu_features
 
 _SOURCE = Path(__file__).with_name("lstm.c")
 _FLAGS = [f"-mavx512{name}" for name in ("f", "bw", "vl", "dq", "bf16")]

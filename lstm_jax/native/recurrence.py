@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lstm_jax import native
 from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.matmul import matmul_rounded
-from lstm_jax.native import count_threads, get_target
 
 LANES, _TILE = 16, 64  # As in lstm.c.
 
@@ -45,6 +45,16 @@ def run_step(
     return LSTMCarry(
         *(x.astype(carry.cell.dtype) for x in _call("step", arguments, result, result))
     )
+
+
+def is_used(hidden_size: int, dtype: str) -> bool:
+    """Return whether the library is used for layers of this size, because it is faster."""
+    return dtype == "bfloat16" and fits(hidden_size) and jax.default_backend() == "cpu"
+
+
+def fits(hidden_size: int) -> bool:
+    """Return whether the library exists, and supports layers of this size."""
+    return hidden_size % LANES == 0 and bool(native.load_library())
 
 
 def _forward(
@@ -111,7 +121,7 @@ def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     depth = a.shape[1]
     if depth % 2:
         return matmul_rounded(a, b)
-    result, working_memory = (len(a), b.shape[1]), (count_threads(), depth, _TILE)
+    result, working_memory = (len(a), b.shape[1]), (native.count_threads(), depth, _TILE)
     return _call("matmul", (a, b), (result, "float32"), (working_memory, "bfloat16"))[0]
 
 
@@ -120,5 +130,5 @@ def _call(
 ) -> Any:
     """Call a function of the library, which divides its work into a part for each thread."""
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results]
-    call = jax.ffi.ffi_call(get_target(name), shapes, vmap_method="sequential")
-    return call(*arguments, parts=np.int64(count_threads()), **attributes)
+    call = jax.ffi.ffi_call(native.get_target(name), shapes, vmap_method="sequential")
+    return call(*arguments, parts=np.int64(native.count_threads()), **attributes)

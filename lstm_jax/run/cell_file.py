@@ -8,7 +8,6 @@ directory is only compared with those loaded.
 import hashlib
 import shlex
 import sys
-import traceback
 import types
 from pathlib import Path
 
@@ -17,14 +16,10 @@ from ml_collections import ConfigDict
 
 from lstm_jax import cells
 from lstm_jax.config import names_cell_file
-from lstm_jax.errors import UserError, one_line
+from lstm_jax.errors import UserError, blaming_file, warn
 from lstm_jax.run import files
 
 _LIMIT = 2**20  # Of the size of a file, in bytes.
-
-
-# The checksum of each loaded file, by FILE.py:CLASS, the last one loaded last.
-_LOADED: dict[str, str] = {}
 
 
 def settle_cell(config: ConfigDict) -> None:
@@ -39,7 +34,7 @@ def settle_cell(config: ConfigDict) -> None:
 
 def load_cell(name: str) -> str:
     """Run the file of FILE.py:CLASS, make its cell available, and return the file's checksum."""
-    file, _, kind = name.rpartition(":")
+    file, _, class_name = name.rpartition(":")
     if not names_cell_file(name):
         raise UserError(f"the cell {name!r} is not FILE.py:CLASS, as in my_cells.py:MyCell")
     try:
@@ -47,40 +42,39 @@ def load_cell(name: str) -> str:
     except OSError as error:
         raise UserError(f"can't read the file of the cell {name}: {error.strerror}") from None
     sha256 = hashlib.sha256(source).hexdigest()
-    if _LOADED.pop(name, "") == sha256:
-        _LOADED[name] = sha256
-        return sha256
+    loaded = cells.LOADED.pop(name, None)
+    if loaded is None or loaded[1] != sha256:
+        loaded = _run_file(file, class_name, source, sha256), sha256
+    cells.LOADED[name] = loaded
+    return sha256
+
+
+def _run_file(file: str, class_name: str, source: bytes, sha256: str) -> type[nn.Module]:
+    """Run the source of a file, and return its class of this name."""
     # Under a name of its own, so that it hides no other module. Dataclasses look modules up.
     module = types.ModuleType(f"cell_file_{sha256}")
     module.__file__ = file
     sys.modules[module.__name__] = module
     sys.path.insert(0, str(Path(file).parent))
     try:
-        exec(compile(source, file, "exec"), module.__dict__)
-    except SyntaxError as error:
-        line = f", line {error.lineno}" if error.lineno else ""
-        raise UserError(f"cell file {error.filename or file}{line}: {error.msg}") from None
-    except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if frame.filename == file]
-        raise UserError(
-            f"cell file {file}, line {(own or frames)[-1].lineno}: {one_line(error)}"
-        ) from None
+        with blaming_file("cell file", file):
+            exec(compile(source, file, "exec"), module.__dict__)
     finally:
         sys.path.pop(0)
-    cell = getattr(module, kind, None)
+    cell = getattr(module, class_name, None)
     if cell is None:
         found = [
             key
             for key, value in vars(module).items()
             if isinstance(value, type) and value.__module__ == module.__name__
         ]
-        raise UserError(f"{file} has no class {kind}: its classes are {', '.join(found) or 'none'}")
+        listed = ", ".join(found) or "none"
+        raise UserError(f"{file} has no class {class_name}: its classes are {listed}")
     if not (isinstance(cell, type) and issubclass(cell, nn.Module)):
-        raise UserError(f"{kind} in {file} is no flax module: make it a class of flax.linen.Module")
-    cells.add_cell(name, cell)
-    _LOADED[name] = sha256
-    return sha256
+        raise UserError(
+            f"{class_name} in {file} is no flax module: make it a class of flax.linen.Module"
+        )
+    return cell
 
 
 def use_loaded_cell(config: ConfigDict, workdir: Path) -> None:
@@ -93,19 +87,18 @@ def use_loaded_cell(config: ConfigDict, workdir: Path) -> None:
     if name in cells.CELLS:
         return
     # The file may have moved, so the names of the classes are compared.
-    named = [cell for cell in _LOADED if cell.endswith(f":{get_class_name(config)}")]
+    named = [cell for cell in cells.LOADED if cell.endswith(f":{get_class_name(config)}")]
     if not named:
         raise UserError(
             f"the model in {workdir} has the cell {name}. This file is code, which runs only if "
             f"you name it: add --cell {shlex.quote(name)}"
         )
-    same = [cell for cell in named if _LOADED[cell] == config.model.cell_sha256]
+    same = [cell for cell in named if cells.LOADED[cell][1] == config.model.cell_sha256]
     loaded = (same or named)[-1]
     if not same:
-        print(
-            f"warning: {loaded} has changed since the model in {workdir} was trained with it: "
-            "it may compute something else",
-            file=sys.stderr,
+        warn(
+            f"{loaded} has changed since the model in {workdir} was trained with it: it may "
+            "compute something else"
         )
     config.model.cell = loaded
 

@@ -10,7 +10,6 @@ import itertools
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +22,7 @@ import orbax.checkpoint as ocp
 
 from lstm_jax import model as model_lib
 from lstm_jax.devices import hosts
-from lstm_jax.errors import UnavailableError, UserError, one_line
+from lstm_jax.errors import UnavailableError, UserError, one_line, warn
 from lstm_jax.run import files
 from lstm_jax.run.seal import VALIDATION, find_damage, seal_checkpoint
 
@@ -211,7 +210,7 @@ def restore_latest(
         ends = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
         names = (path.with_name(f"{path.name}.damaged{end}") for end in ends)
         path.rename(aside := next(name for name in names if not os.path.lexists(name)))
-        _warn_damaged(path, damage, f"it is now {aside.name}")
+        warn(f"{path} is damaged ({damage}): it is now {aside.name}")
     return Restored(step, restored.params, restored.state, restored.history)
 
 
@@ -231,7 +230,7 @@ def restore_best_params(directory: Path, params: Any, carry: Any = ()) -> tuple[
     if step is None:
         raise UserError(f"there is no checkpoint in {directory} yet: train first")
     for path, damage in damaged.items():
-        _warn_damaged(path, damage, "another checkpoint is read")
+        warn(f"{path} is damaged ({damage}): another checkpoint is read")
     return restored.params, step
 
 
@@ -351,7 +350,3 @@ def _abstract(tree: Any) -> Any:
         ),
         tree,
     )
-
-
-def _warn_damaged(path: Path, damage: str, outcome: str) -> None:
-    print(f"warning: {path} is damaged ({damage}): {outcome}", file=sys.stderr)

@@ -9,6 +9,7 @@ from typing import Any
 
 import regex
 
+from lstm_jax.devices import hosts
 from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import FILE_END
 
@@ -91,6 +92,18 @@ def mute() -> Iterator[None]:
             _muted.remove(threading.get_ident())
             if not _muted:
                 sys.stdout, sys.stderr = map(_Muted.unwrap, (sys.stdout, sys.stderr))
+
+
+@contextlib.contextmanager
+def quieten(quiet: bool) -> Iterator[None]:
+    """Print nothing in the block if `quiet`, and only errors in all processes but the first."""
+    with contextlib.ExitStack() as stack:
+        if quiet:
+            stack.enter_context(mute())
+        if not hosts.is_first():
+            silence = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(silence))
+        yield
 
 
 # The threads that are muted now; blocks of several may end in any order.

@@ -72,7 +72,7 @@ def load_ensemble(
     first, *others = members = [workdir.load_trained(path, dtype) for path in workdirs]
     for path, other in zip(workdirs[1:], others, strict=True):
         for name, own, theirs in (
-            ("vocabularies", first.vocabulary.to_json(), other.vocabulary.to_json()),
+            ("vocabularies", first.vocabulary.to_fields(), other.vocabulary.to_fields()),
             ("texts", first.config.data.sha256, other.config.data.sha256),
             ("splits", first.config.data.fractions, other.config.data.fractions),
         ):

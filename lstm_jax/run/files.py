@@ -19,11 +19,28 @@ from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import IO, Any
 
+from lstm_jax.errors import UnavailableError
+
 # Suffixes of a file and a directory that are still being written.
 _PARTIAL, _UNFINISHED = ".partial", ".unfinished"
 _MEGABYTE = 2**20
 # Errors of flock on file systems that have no locks.
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
+
+
+@contextlib.contextmanager
+def name_failed_writes(directory: Path) -> Iterator[None]:
+    """Convert failed writes to the files of a run to `UnavailableError`."""
+    try:
+        yield
+    except OSError as error:
+        # A closed pipe, or a failed connection of a watch, is not about the files of the run.
+        if error.errno is None or isinstance(error, BrokenPipeError):
+            raise
+        raise UnavailableError(
+            f"can't write to {error.filename or directory} ({error.strerror}): free space or make "
+            "it writable, then resume from the last checkpoint with the same command"
+        ) from None
 
 
 def open_regular(path: Path, follow: bool = False) -> BufferedReader:

@@ -3,7 +3,6 @@
 import json
 import math
 import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,11 +10,12 @@ import jax
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from lstm_jax import batches, fused
+from lstm_jax import batches
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.devices import hosts
-from lstm_jax.errors import NotFiniteError
+from lstm_jax.errors import NotFiniteError, warn
+from lstm_jax.native import recurrence as in_c
 from lstm_jax.run import cell_file, files, resume, workdir
 from lstm_jax.run.plan import Plan
 from lstm_jax.vocabulary import Costs, Ids
@@ -31,8 +31,8 @@ def print_setup(settled: resume.Settled, start: resume.Start, ids: Mapping[str, 
     inputs, targets = window[:-1], window[1:]
     model = start.model
     recurrence = model.implementation()
-    in_c = all(fused.uses_library(size, model.dtype) for size in model.sizes[1:])
-    if recurrence == "fused" and in_c:
+    is_in_c = all(in_c.is_used(size, model.dtype) for size in model.sizes[1:])
+    if recurrence == "fused" and is_in_c:
         recurrence = "fused, in C"
     counts = ", ".join(f"{len(of_split):,} {name}" for name, of_split in ids.items())
     print(
@@ -144,4 +144,4 @@ def report_nonfinite(
             "with a lower --config.optimizer.learning_rate, --config.optimizer.max_gradient_norm=1,"
             f" or more than {allowed} in --config.max_skipped_steps"
         )
-    print(f"warning: {message}; skipped {skipped} of at most {allowed}", file=sys.stderr)
+    warn(f"{message}; skipped {skipped} of at most {allowed}")

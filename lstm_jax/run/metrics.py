@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import secrets
-import sys
 import textwrap
 import time
 import zlib
@@ -19,7 +18,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import hparams, scalar, text
 
 from lstm_jax import config as config_lib
-from lstm_jax.errors import UserError
+from lstm_jax.errors import UserError, warn
 from lstm_jax.run import files
 
 _SPLITS = ("train", "validation", "test")
@@ -159,4 +158,4 @@ def _checksum(row: Mapping[str, Any]) -> str:
 
 @functools.cache  # Warn once per process: training reads its metrics after each epoch.
 def _warn(path: Path, lines: str) -> None:
-    print(f"warning: left out {lines} of {path}", file=sys.stderr)
+    warn(f"left out {lines} of {path}")

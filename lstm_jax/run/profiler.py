@@ -1,7 +1,5 @@
 """Trace a few training steps, for TensorBoard or xprof."""
 
-import contextlib
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import jax
@@ -28,12 +26,6 @@ class Profiler:
         elif step >= self._first + _STEPS:
             jax.block_until_ready(array)
             self.close()
-
-    def annotate(self, step: int) -> AbstractContextManager[object]:
-        """Mark what the block does as the training step after `step`, if it is traced."""
-        if not self._is_tracing:
-            return contextlib.nullcontext()
-        return jax.profiler.StepTraceAnnotation("train", step_num=step + 1)
 
     def close(self) -> None:
         """Write the trace if it is still recording."""

@@ -5,6 +5,8 @@ import time
 
 from tqdm import tqdm
 
+from lstm_jax.devices import hosts
+
 _SECONDS_BETWEEN_LINES = 10
 
 
@@ -27,7 +29,7 @@ class Progress:
             initial=step,
             unit="step",
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=not (sys.stderr.isatty() and hosts.is_first()),
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}{postfix}",
         )
 

@@ -1,5 +1,6 @@
 """Start or resume a run: its config and vocabulary, and its model, state and batches."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,8 +90,30 @@ def settle_run(
     if config.init_from:
         source = Path(config.init_from)
         _compare(workdir.load_config(source), config, source, only="model.")
-        vocabulary = workdir.load_vocabulary(source).extended(vocabulary)
+        vocabulary = extend_vocabulary(workdir.load_vocabulary(source), vocabulary)
     return Settled(config, vocabulary, {})
+
+
+def extend_vocabulary(first: Vocabulary, second: Vocabulary) -> Vocabulary:
+    """Return a vocabulary of the tokens of `first` with their ids, and then new ones of `second`.
+
+    Of kind "bpe", only a new stop token is added, since the tokens of `first` can spell any word.
+
+    Raise `UserError` if the kind of tokens or the stop token differs.
+    """
+    if first.kind != second.kind:
+        raise UserError(
+            f"the initial model was trained on {first.kind}: set data.units={first.kind}, or "
+            "start from another model"
+        )
+    if first.stop not in ("", second.stop):
+        raise UserError(
+            f"documents of the initial model end with {first.stop!r}: set the same "
+            "data.document_separator, or start from another model"
+        )
+    added = filter(None, [second.stop]) if first.kind == "bpe" else second.tokens
+    new = (token for token in added if token not in first)
+    return Vocabulary([*first.tokens, *new], first.kind, second.stop)
 
 
 def _compare(before: ConfigDict, config: ConfigDict, directory: Path, only: str = "") -> _Changes:
@@ -120,8 +143,13 @@ def _compare(before: ConfigDict, config: ConfigDict, directory: Path, only: str 
     if only:  # The given parameters replace the initial ones.
         fixed = {f: values for f, values in fixed.items() if not f.startswith("model.initial_")}
     if fixed and only:
-        own = " ".join(f"--config.{field}={was!r}" for field, (was, _) in fixed.items())
-        raise UserError(f"the model in {directory} has other sizes: add {own}")
+        fixed.pop("model.cell_sha256", None)  # It follows from the cell.
+        wanted = {field: was for field, (was, _) in fixed.items()}
+        options = wanted.pop("model.options", {})
+        wanted |= {f"model.options.{name}": value for name, value in options.items()}
+        flags = (f"--config.{field}={shlex.quote(str(value))}" for field, value in wanted.items())
+        remedy = " ".join(["add", *flags]) if wanted else "leave out config.model.options"
+        raise UserError(f"the model in {directory} has other sizes: {remedy}")
     if fixed:
         listed = "; ".join(f"{f} was {was!r} and is {now!r}" for f, (was, now) in fixed.items())
         raise UserError(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from lstm_jax.errors import UserError, one_line
+from lstm_jax.errors import UserError, one_line, warn
 from lstm_jax.run import files, metrics, workdir
 
 # The file of a tracked run that holds its identity, with a limit of its size in bytes.
@@ -28,13 +28,9 @@ class _Run(NamedTuple):
     """The name, the identity and the config of a run, with which a tracker is opened."""
 
     directory: Path
+    name: str  # The name that people see.
     identity: str  # The same whenever the run resumes.
     config: dict[str, bool | int | float | str]
-
-    @property
-    def name(self) -> str:
-        """Return the name that people see."""
-        return self.directory.resolve().name
 
 
 class _Tracker(Protocol):
@@ -182,7 +178,8 @@ def open_trackers(names: Sequence[str], directory: Path) -> Iterator[Callable[[_
 
     def watch(row: _Row) -> None:
         if makers:
-            run = _describe_run(directory)
+            config = metrics.list_hyperparameters(workdir.load_config(directory))
+            run = _Run(directory, directory.resolve().name, _get_identity(directory), config)
             for name in list(makers):
                 try:
                     opened[name] = makers.pop(name)(run)
@@ -196,8 +193,7 @@ def open_trackers(names: Sequence[str], directory: Path) -> Iterator[Callable[[_
                 tracker.write(row)
             except Exception as error:
                 del opened[name]
-                reason = one_line(error)[:300]
-                print(f"warning: --track={name} failed and ends ({reason})", file=sys.stderr)
+                warn(f"--track={name} failed and ends ({one_line(error)[:300]})")
 
     failed = True
     try:
@@ -208,8 +204,7 @@ def open_trackers(names: Sequence[str], directory: Path) -> Iterator[Callable[[_
             try:
                 tracker.close(failed)
             except Exception as error:
-                reason = one_line(error)[:300]
-                print(f"warning: --track={name} did not end well ({reason})", file=sys.stderr)
+                warn(f"--track={name} did not end well ({one_line(error)[:300]})")
 
 
 def _find_tracker(name: str) -> Callable[[_Run], _Tracker]:
@@ -235,11 +230,6 @@ def _find_tracker(name: str) -> Callable[[_Run], _Tracker]:
     if not callable(function):
         raise UserError(f"--track={name} is not a function")
     return lambda run: _Function(function)
-
-
-def _describe_run(directory: Path) -> _Run:
-    config = metrics.list_hyperparameters(workdir.load_config(directory))
-    return _Run(directory, _get_identity(directory), config)
 
 
 def _get_identity(directory: Path) -> str:

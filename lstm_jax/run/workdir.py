@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from ml_collections import ConfigDict
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.cells.protocol import trace_cell
-from lstm_jax.errors import UserError
+from lstm_jax.errors import UserError, warn
 from lstm_jax.run import cell_file, checkpoints, files
 from lstm_jax.vocabulary import Vocabulary
 
@@ -50,8 +49,7 @@ def load_config(workdir: Path) -> ConfigDict:
 def load_vocabulary(workdir: Path) -> Vocabulary:
     """Return the vocabulary of the run in `workdir`; raise `UserError` if it has none."""
     try:
-        fields = files.read_json(workdir / VOCABULARY, _VOCABULARY_LIMIT)
-        return Vocabulary.from_json(json.dumps(fields))
+        return Vocabulary.from_fields(files.read_json(workdir / VOCABULARY, _VOCABULARY_LIMIT))
     except (OSError, ValueError) as error:
         raise UserError(f"{workdir / VOCABULARY} is missing or damaged: {_reason(error)}") from None
 
@@ -111,7 +109,7 @@ def save_config(workdir: Path, config: ConfigDict) -> None:
 
 def save_vocabulary(workdir: Path, vocabulary: Vocabulary) -> None:
     """Write the file that `load_vocabulary` reads."""
-    files.write_json(workdir / VOCABULARY, json.loads(vocabulary.to_json()), indent=0)
+    files.write_json(workdir / VOCABULARY, vocabulary.to_fields(), indent=0)
 
 
 def append_changes(workdir: Path, step: int, changes: Mapping[str, tuple[Any, Any]]) -> None:
@@ -147,7 +145,7 @@ def restore_history(workdir: Path, sizes: Mapping[str, int]) -> None:
     for name, size in sizes.items():
         path = workdir / Path(name).name
         if size > (path.stat().st_size if path.exists() else 0):
-            print(f"warning: {path} has lost some of its content", file=sys.stderr)
+            warn(f"{path} has lost some of its content")
 
 
 def check_own_files(workdir: Path) -> None:

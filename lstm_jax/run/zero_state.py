@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from lstm_jax.loss import read_chunk
@@ -44,14 +43,14 @@ def measure_zero_state(model: LanguageModel, params: Params, ids: Ids, places: i
     length -= length % chunk
     starts = np.unique(np.linspace(length, len(ids) - 1 - length, places).astype(int))
     windows = np.stack([ids[start - length : start + length + 1] for start in starts])
-    counted, temperature = np.ones((len(starts), chunk), bool), jnp.ones(1)
+    counted = np.ones((len(starts), chunk), bool)
 
     def read(begin: int, carry: Carry) -> tuple[np.ndarray, Carry]:
         total = np.zeros(len(starts))
         for at in range(begin, begin + length, chunk):
             part = windows[:, at : at + chunk], windows[:, at + 1 : at + chunk + 1], counted
-            losses, carry = read_chunk(model, params, part, carry, temperature, axis=1)
-            total += np.asarray(losses[0], np.float64)
+            losses, carry = read_chunk(model, params, part, carry)
+            total += np.asarray(losses).sum(axis=1, dtype=np.float64)
         return total / length, carry
 
     zero = model.initial_carry(len(starts))

@@ -17,7 +17,7 @@ from absl import flags
 from lstm_jax import generation
 from lstm_jax.controls import Controls, can_end, make_control_arrays, make_stop_table
 from lstm_jax.data import sources, texts
-from lstm_jax.errors import UserError
+from lstm_jax.errors import UserError, warn
 from lstm_jax.run import command, ensemble
 from lstm_jax.run.console import make_printable, make_printer
 from lstm_jax.sample import chat, novelty
@@ -79,13 +79,12 @@ def main() -> None:
     read = "" if _INTERACTIVE.value else prompt  # A chat names unknown tokens itself.
     for where, text in (("the prompt", read), ("--forbid", _FORBID.value)):
         if named := vocabulary.name_unknown(text):
-            message = f"the model does not know {named} in {where} and reads [UNK] instead"
-            print(f"warning: {message}", file=sys.stderr)
+            warn(f"the model does not know {named} in {where} and reads [UNK] instead")
     controls = controls._replace(forbidden=vocabulary.encode(_FORBID.value).tolist())
     forbidden = make_control_arrays(controls, len(vocabulary)).forbidden
     stops = make_stop_table(vocabulary, False, _STOP_AT.value)
     if _STOP_AT.value and not can_end(stops, forbidden):
-        print(f"warning: the model can't generate {_STOP_AT.value!r} (--stop_at)", file=sys.stderr)
+        warn(f"the model can't generate {_STOP_AT.value!r} (--stop_at)")
 
     key = jax.random.key(_SEED.value)
     options: Any = {"stop_token": _STOP.value, "stop_at": _STOP_AT.value}

@@ -15,12 +15,13 @@ if __name__ == "__main__":
 import contextlib
 import signal
 import sys
+from typing import NoReturn
 
 import jax
 from absl import flags
 
 from lstm_jax import config
-from lstm_jax.matmul import count_cores
+from lstm_jax.native.cpu import count_cores
 from lstm_jax.run import command
 
 try:
@@ -78,12 +79,8 @@ _POPULATION = flags.DEFINE_integer(
 )
 
 
-class _TerminatedError(SystemExit):
-    """Raised when SIGTERM arrives between two trials."""
-
-
-def _terminate(number: int, frame: object) -> None:
-    raise _TerminatedError(128 + number)
+def _stop(number: int, frame: object) -> NoReturn:
+    raise search.Stopped(128 + number)
 
 
 def main() -> int:
@@ -108,7 +105,7 @@ def main() -> int:
         seed=_SEED.value,
         members=_POPULATION.value,
     )
-    signal.signal(signal.SIGTERM, _terminate)  # Between two trials.
+    signal.signal(signal.SIGTERM, _stop)  # The loop of a single run has its own handler.
     return search.run_sweep(sweep)
 
 

@@ -8,9 +8,10 @@ together, under `jax.vmap`.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.data import texts
 from lstm_jax.devices import parallel
 from lstm_jax.devices.memory import keep_freed_memory
-from lstm_jax.errors import UserError
+from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import cell_file, lock, resume, workdir
 from lstm_jax.run import checkpoints as checkpoints_lib
 from lstm_jax.run.metrics import MetricsWriter
@@ -71,27 +72,28 @@ def train_population(
     keep_freed_memory()
     splits = texts.load_texts(configs[0].data)
     training_text = splits.texts["train"]
+    make_vocabulary = functools.cache(lambda: training_text.vocabulary(configs[0].data))
     ids: dict[str, Ids] = {}
     costs: dict[str, Costs] = {}
     members: list[_Member] = []
     with contextlib.ExitStack() as held:
         for config, directory in zip(configs, directories, strict=True):
             check_lock = held.enter_context(lock.hold_lock(directory))
-            settled = resume.settle_run(
-                splits.settle(config), directory, lambda: training_text.vocabulary(configs[0].data)
-            )
-            ids = ids or splits.encode(settled.vocabulary)
-            costs = costs or splits.measure_costs(settled.vocabulary)
-            start = resume.restore_run(settled, directory, ids["train"], training_text.count_tokens)
-            saved_in = directory / workdir.CHECKPOINTS
-            writer = held.enter_context(checkpoints_lib.CheckpointWriter(saved_in))
-            if start.history is None:
-                # Save before any metrics: metrics without a checkpoint can't be resumed.
-                state, sizes = start.state, workdir.history_sizes(directory)
-                writer.save(0, state.evaluated, state.rest, start.iterator, sizes)
-                writer.wait()
-            else:
-                workdir.restore_history(directory, start.history)
+            with _naming_resumed(directory):
+                settled = resume.settle_run(splits.settle(config), directory, make_vocabulary)
+                ids = ids or splits.encode(settled.vocabulary)
+                costs = costs or splits.measure_costs(settled.vocabulary)
+                count_tokens = training_text.count_tokens
+                start = resume.restore_run(settled, directory, ids["train"], count_tokens)
+                saved_in = directory / workdir.CHECKPOINTS
+                writer = held.enter_context(checkpoints_lib.CheckpointWriter(saved_in))
+                if start.history is None:
+                    # Save before any metrics: metrics without a checkpoint can't be resumed.
+                    state, sizes = start.state, workdir.history_sizes(directory)
+                    writer.save(0, state.evaluated, state.rest, start.iterator, sizes)
+                    writer.wait()
+                else:
+                    workdir.restore_history(directory, start.history)
             number, own = len(members), settled.config
             members.append(_Member(number, own, directory, start, writer, check_lock))
         # Members that were killed at different epochs are trained in groups.
@@ -102,6 +104,21 @@ def train_population(
                 member.metrics = held.enter_context(MetricsWriter(path, step, member.config))
             _train_group(group, ids, costs, on_validation)
     return [member.reason for member in members]
+
+
+@contextlib.contextmanager
+def _naming_resumed(directory: Path) -> Iterator[None]:
+    """Convert a `UserError` about a resumed member to an `UnavailableError` that names it.
+
+    The user can repair that member, and the others have not failed.
+    """
+    is_resumed = any((directory / name).exists() for name in (workdir.CONFIG, workdir.CHECKPOINTS))
+    try:
+        yield
+    except UserError as error:
+        if not is_resumed:
+            raise
+        raise UnavailableError(f"can't resume the training in {directory}: {error}") from None
 
 
 def check_members(configs: Sequence[ConfigDict]) -> None:
@@ -132,10 +149,7 @@ def check_members(configs: Sequence[ConfigDict]) -> None:
 
 def make_mesh(members: int) -> Mesh:
     """Return the devices that members are divided over, along the axis "members"."""
-    devices = jax.devices()[:members]
-    return jax.make_mesh(
-        (len(devices),), ("members",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices
-    )
+    return Mesh(np.array(jax.devices()[:members]), ("members",))
 
 
 def _map_members(function: Callable[..., Any], mesh: Mesh) -> Any:
@@ -175,9 +189,7 @@ def make_population_step(
 
     def step(traced: dict[str, jax.Array], state: TrainState, batch: batches.Batch) -> TrainState:
         own = ConfigDict(config.to_dict(), type_safe=False)
-        for field, array in traced.items():
-            part, _, name = field.partition(".")
-            own[part][name] = array
+        own.update_from_flattened_dict(traced)
         model = model_lib.make_model(config.model, vocabulary_size)
         optimizer = optimizer_lib.make_optimizer(own.optimizer, total_steps)
         return make_step(model, optimizer, own, None)(state, batch)
@@ -216,7 +228,7 @@ def _train_group(
     compute_losses = _make_compute_losses(first.model, mesh)
     tokens_per_step = config.batches.batch_size * config.batches.window_length
     validation = cut_validation(config, ids)
-    clock, logged = time.monotonic(), step
+    clock, timed = time.monotonic(), step  # From when, and which step, the speed is measured.
 
     def record(member: _Member, step: int, split: str, loss: float, **extra: Any) -> None:
         if split != "train":
@@ -238,6 +250,9 @@ def _train_group(
         parts = fill([next(member.start.iterator) for member in members])
         state = train_step(traced, state, jax.tree.map(lambda *arrays: np.stack(arrays), *parts))
         step += 1
+        if step == first.step + 1:  # The first call compiled it.
+            jax.block_until_ready(state.loss_sum)
+            clock, timed = time.monotonic(), step
         logs, validates = step % config.log_every_steps == 0, first.plan.validates_at(step)
         if logs or validates:
             skipped, bad = np.asarray(state.skipped), np.asarray(state.first_skipped)
@@ -248,8 +263,11 @@ def _train_group(
                     )
         if logs:
             now = time.monotonic()
-            speed = round((step - logged) * tokens_per_step / (now - clock))
-            clock, logged = now, step
+            speed: dict[str, Any] = {}
+            if step > timed:
+                tokens = (step - timed) * tokens_per_step
+                speed["tokens_per_second"] = round(tokens / (now - clock))
+            clock, timed = now, step
             sums, norms = np.asarray(state.loss_sum), np.asarray(state.norm_sum)
             counts = np.asarray(state.loss_steps)
             for i, member in enumerate(members):
@@ -258,7 +276,7 @@ def _train_group(
                         *(member, step, "train", float(sums[i] / counts[i])),
                         learning_rate=member.start.plan.get_learning_rate(step, int(skipped[i])),
                         gradient_norm=float(norms[i] / counts[i]),
-                        tokens_per_second=speed,
+                        **speed,
                     )
             state = state._replace(
                 loss_sum=jnp.zeros_like(state.loss_sum),
@@ -268,6 +286,7 @@ def _train_group(
         if validates:
             _save(members, state, step)
             validate()
+            clock, timed = time.monotonic(), step
     for member in members:
         member.checkpoints.wait()
     batch_size = config.batches.batch_size
@@ -299,7 +318,7 @@ def _make_compute_losses(
     """Make `loss.compute_loss` of all members, from their parameters [members, ...] and ids."""
 
     def read_chunk(params: Any, carry: Any, chunk: Any) -> Any:
-        return loss_lib.read_chunk(model, params, chunk, carry, jnp.ones(1))
+        return loss_lib.read_chunk(model, params, chunk, carry)
 
     read_all = _map_members(read_chunk, mesh)
 
@@ -310,7 +329,7 @@ def _make_compute_losses(
         for chunk in loss_lib.iterate_chunks(ids):
             replicated = tuple(np.broadcast_to(array, (number, *array.shape)) for array in chunk)
             losses, carry = read_all(params, carry, replicated)
-            total += np.asarray(losses[:, 0], np.float64)
+            total += np.asarray(losses).sum(axis=(1, 2), dtype=np.float64)
         return [float(loss) for loss in total / (len(ids) - 1)]
 
     return compute_losses

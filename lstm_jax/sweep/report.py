@@ -41,21 +41,40 @@ def check_paths(directory: Path) -> None:
             raise UserError(f"{path} must be a file, but is a directory: move it away")
 
 
-def write_report(study: Study, directory: Path, experiment: ConfigDict, space: Space) -> None:
-    """Write all results of a sweep, finished or not."""
+def write_report(study: Study, directory: Path, experiment: ConfigDict, space: Space) -> str:
+    """Write all results of a sweep, finished or not; return the text for the user."""
     write_trials(study, directory)
     trials = list_trials(study)
-    best = table_lib.find_best_trial(trials)
-    if best and not _measure_spread(trials):
+    best, spread = table_lib.find_best_trial(trials), _measure_spread(trials)
+    if best is None:
+        lines = ["No trial is complete."]
+    elif spread:
+        lines = [f"{split} loss of {number} seeds: {text}" for split, number, text in spread]
+        complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+        members = [str(study_lib.get_trial_directory(directory, trial)) for trial in complete]
+        if len(members) > 1:
+            named = [argument for member in members for argument in ("--workdir", member)]
+            command = shlex.join(["python", "-m", "lstm_jax.evaluate", *named])
+            lines.append(f"Measure their ensemble: {command}{cell_file.make_flag(experiment)}")
+    else:
         # The fields come from the user's own space, not from the study.
         config = change_fields(experiment, space.replay(best))
         _write(directory / BEST, _make_best_file(best, config, directory))
+        trained = str(study_lib.get_trial_directory(directory, best))
+        command = shlex.join(["python", "-m", "lstm_jax.sample", "--workdir", trained])
+        lines = [
+            f"Best of {len(trials)} trials: trial {best.number}, validation loss "
+            f"{best.value:.4f}: {visible(table_lib.describe_settings(best))}",
+            f"Train it: {_get_command(best, directory)}",
+            f"Generate text: {command}{cell_file.make_flag(config)}",
+        ]
     # Optuna warns that PED-ANOVA is experimental, Matplotlib about missing glyphs and about axes of
     # zero length.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         page = make_page(study, directory)
     _write(directory / PAGE, page)
+    return "\n".join([*lines, f"Report: {directory / PAGE}; all trials: {directory / TRIALS}"])
 
 
 def _write(path: Path, text: str) -> None:
@@ -86,44 +105,11 @@ def list_trials(study: Study) -> list[FrozenTrial]:
     return [trial for trial in study.get_trials(deepcopy=False) if table_lib.describe_state(trial)]
 
 
-def summarize_sweep(study: Study, directory: Path, experiment: ConfigDict, space: Space) -> str:
-    """Return the text that the command prints at its end."""
-    trials = list_trials(study)
-    best = table_lib.find_best_trial(trials)
-    if best is None:
-        return f"No trial is complete. All trials: {directory / TRIALS}"
-    if spread := _measure_spread(trials):
-        lines = [f"{split} loss of {number} seeds: {text}" for split, number, text in spread]
-        complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-        if len(complete) > 1:
-            command = _get_ensemble_command(complete, directory) + cell_file.make_flag(experiment)
-            lines.append(f"Measure their ensemble: {command}")
-    else:
-        trained = shlex.quote(str(study_lib.get_trial_directory(directory, best)))
-        cell = cell_file.make_flag(change_fields(experiment, space.replay(best)))
-        lines = [
-            f"Best of {len(trials)} trials: trial {best.number}, validation loss "
-            f"{best.value:.4f}: {visible(table_lib.describe_settings(best))}",
-            f"Train it: {_get_command(best, directory)}",
-            f"Generate text: python -m lstm_jax.sample --workdir {trained}{cell}",
-        ]
-    return "\n".join([*lines, f"Report: {directory / PAGE}; all trials: {directory / TRIALS}"])
-
-
 def _get_command(best: FrozenTrial, directory: Path) -> str:
     """Return the command that trains the best trial again, in a directory with its number."""
     config, own = directory / BEST, directory / f"best-{best.number:04}"
-    return (
-        f"python -m lstm_jax.main --config {shlex.quote(str(config))} "
-        f"--workdir {shlex.quote(str(own))}"
-    )
-
-
-def _get_ensemble_command(trials: Sequence[FrozenTrial], directory: Path) -> str:
-    """Return the command that measures the ensemble of trials."""
-    members = [study_lib.get_trial_directory(directory, trial) for trial in trials]
-    flags = " ".join(f"--workdir {shlex.quote(str(member))}" for member in members)
-    return f"python -m lstm_jax.evaluate {flags}"
+    given = ["--config", str(config), "--workdir", str(own)]
+    return shlex.join(["python", "-m", "lstm_jax.main", *given])
 
 
 def _measure_spread(trials: Sequence[FrozenTrial]) -> list[tuple[str, int, str]]:

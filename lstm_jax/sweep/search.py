@@ -3,6 +3,7 @@
 import contextlib
 import io
 import math
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -47,8 +48,10 @@ class Sweep(NamedTuple):
     population: int  # The number that a worker trains at once.
 
 
-class _InterruptedError(Exception):
-    """A signal ended the training of a trial. Its argument is the exit code."""
+class Stopped(SystemExit):
+    """A signal ended this worker. The argument is the exit code."""
+
+    code: int
 
 
 def prepare_sweep(
@@ -89,6 +92,11 @@ def prepare_sweep(
     grid = None
     if sampler == "grid":
         grid = space.grid()
+        if missing := [name for name in parameters if name not in grid]:
+            raise UserError(
+                f"{space.name}: only some trials have the parameters {', '.join(missing)}, but a "
+                "grid needs the same in all: draw them in every trial, or use another --sampler"
+            )
         trials = min(trials, math.prod(map(len, grid.values())))
     cell_file.settle_cell(experiment)
     experiment = texts.load_texts(experiment.data).settle(experiment)
@@ -110,22 +118,29 @@ def prepare_sweep(
 
 
 def run_sweep(sweep: Sweep) -> int:
-    """Call `run_worker`, write the report and print a summary; return the exit code."""
-    with (
-        Table(sweep.study, sweep.trials) as table,
-        worker_lib.Worker(sweep.study, sweep.directory, sweep.trials) as worker,
-    ):
-        exit_code = run_worker(sweep, worker, table)
-    results = sweep.study, sweep.directory, sweep.experiment, sweep.space
-    report.write_report(*results)
-    print(report.summarize_sweep(*results))
+    """Call `run_worker`, write the report and print a summary; return the exit code.
+
+    A signal handler may raise `Stopped` at any time: the trials are then given back, so that the
+    same command resumes them.
+    """
+    exit_code = 0
+    try:
+        with (
+            Table(sweep.study, sweep.trials) as table,
+            worker_lib.Worker(sweep.study, sweep.directory, sweep.trials) as worker,
+        ):
+            run_worker(sweep, worker, table)
+    except Stopped as stopped:
+        exit_code = stopped.code
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # For the seconds that the report takes.
+    print(report.write_report(sweep.study, sweep.directory, sweep.experiment, sweep.space))
     return exit_code
 
 
-def run_worker(sweep: Sweep, worker: worker_lib.Worker, table: Table) -> int:
+def run_worker(sweep: Sweep, worker: worker_lib.Worker, table: Table) -> None:
     """Train trials until all workers together have finished `sweep.trials`.
 
-    Return the exit code: 0, or that of a signal; then `worker` still has trials to give back.
+    Raise `Stopped` after a signal; then `worker` still has trials to give back.
     """
     failures: list[str] = []
     while True:
@@ -134,13 +149,11 @@ def run_worker(sweep: Sweep, worker: worker_lib.Worker, table: Table) -> int:
             trials.append(trial)
         if not trials:
             if len(study_lib.list_finished(sweep.study)) >= sweep.trials:
-                return 0
+                return
             time.sleep(_POLL_SECONDS)  # Other workers train the last trials.
             continue
         try:
             reasons = _train_trials(sweep, worker, trials)
-        except _InterruptedError as error:
-            return int(error.args[0])
         except UpdateFinishedTrialError:  # Another worker has taken one of them over.
             for trial in trials:
                 worker.close(trial.number, study_lib.GIVEN_BACK)
@@ -212,7 +225,7 @@ def _train_trial(trial: Trial, config: ConfigDict, directory: Path) -> str:
     except NotFiniteError as error:
         return str(error)
     if exit_code:
-        raise _InterruptedError(exit_code)
+        raise Stopped(exit_code)
     return ""
 
 

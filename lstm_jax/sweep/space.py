@@ -5,8 +5,7 @@ import functools
 import json
 import runpy
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial
 
 from lstm_jax import config as config_lib
-from lstm_jax.errors import UserError, one_line
+from lstm_jax.errors import UserError, blaming_file, one_line
 
 FUNCTION = "get_overrides"
 # The number of draws to check before training, so that mistakes are reported early.
@@ -32,8 +31,14 @@ class Space(NamedTuple):
 
     def overrides(self, trial: Any) -> dict[str, Any]:
         """Return the fields that a trial changes, with lists for tuples, as in JSON."""
-        with _convert_errors(self.name):
-            overrides = self.get_overrides(trial)
+        with blaming_file("space file", self.name, (UserError, UpdateFinishedTrialError)):
+            try:
+                overrides = self.get_overrides(trial)
+            except optuna.TrialPruned:
+                raise UserError(
+                    f"{self.name}: {FUNCTION}(trial) raised TrialPruned: return valid fields for "
+                    "every trial"
+                ) from None
         if not isinstance(overrides, Mapping):
             raise UserError(
                 f"{self.name}: {FUNCTION}(trial) returned {type(overrides).__name__}, not a dict "
@@ -125,7 +130,7 @@ def load_space(path: Path) -> Space:
         raise UserError(f"there is no space file {path}")
     sys.path.insert(0, str(path.parent))
     try:
-        with _convert_errors(str(path)):
+        with blaming_file("space file", str(path)):
             names = runpy.run_path(str(path))
     finally:
         sys.path.remove(str(path.parent))
@@ -158,26 +163,3 @@ def change_fields(experiment: ConfigDict, overrides: Mapping[str, Any]) -> Confi
         *parents, name = field.split(".")
         functools.reduce(dict.__getitem__, parents, fields)[name] = value
     return config_lib.complete_config(fields)
-
-
-@contextlib.contextmanager
-def _convert_errors(file: str) -> Iterator[None]:
-    """Convert any exception of a space file to a `UserError` with the line number."""
-    try:
-        yield
-        return
-    except (UpdateFinishedTrialError, UserError):
-        raise
-    except SystemExit as error:
-        if type(error) is not SystemExit:  # A signal handler raised it.
-            raise
-        reason = f": it calls sys.exit({error.code!r:.80})"
-    except optuna.TrialPruned:
-        reason = ": it raised TrialPruned: return valid fields for every trial"
-    except SyntaxError as error:
-        file, reason = str(error.filename), f", line {error.lineno}: {error.msg}"
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if frame.filename == file]
-        reason = f", line {(own or frames)[-1].lineno}: {one_line(error)}"
-    raise UserError(f"space file {file}{reason}") from None

@@ -7,7 +7,6 @@ if __name__ == "__main__":
 
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,12 @@ from lstm_jax import dynamic
 from lstm_jax import loss as loss_lib
 from lstm_jax.data import sources, texts
 from lstm_jax.data.encoding import Text
-from lstm_jax.errors import UserError
+from lstm_jax.errors import UserError, warn
+from lstm_jax.evaluate.temperature import Tempered, fit_temperature
 from lstm_jax.run import advice, command, ensemble, workdir, zero_state
 from lstm_jax.vocabulary import FILE_END, UNKNOWN_ID, Ids, Vocabulary
 
-_PLACES = 256  # Those that --zero_state measures.
+_PLACES = 256  # The number of places that --zero_state measures.
 
 _RUN = command.define_run_flags()
 _DTYPE = command.define_dtype_flag()
@@ -72,7 +72,11 @@ _DYNAMIC_DECAY = flags.DEFINE_float(
     "Fraction of the distance to the trained parameters that each step of --dynamic removes.",
 )
 _DYNAMIC_SEGMENT_LENGTH = flags.DEFINE_integer(
-    "dynamic_segment_length", dynamic.Settings().segment_length, "Tokens per step of --dynamic."
+    "dynamic_segment_length",
+    dynamic.Settings().segment_length,
+    "Tokens per step of --dynamic.",
+    lower_bound=1,
+    upper_bound=10**9,
 )
 
 
@@ -90,11 +94,8 @@ def main() -> None:
     settings = dynamic.Settings(
         _DYNAMIC_LEARNING_RATE.value, _DYNAMIC_DECAY.value, _DYNAMIC_SEGMENT_LENGTH.value
     )
-    if settings.segment_length < 1 or not all(0 <= number < math.inf for number in settings):
-        raise UserError(
-            "--dynamic_segment_length must be 1 or more, --dynamic_learning_rate and "
-            "--dynamic_decay 0 or more, and finite"
-        )
+    if not all(0 <= number < math.inf for number in settings):
+        raise UserError("--dynamic_learning_rate and --dynamic_decay must be 0 or more, and finite")
     if bool(_CONTEXT.value) + _FIT_TEMPERATURE.value + _DYNAMIC.value > 1:
         raise UserError(
             "--context, --fit_temperature and --dynamic exclude each other: leave one out"
@@ -147,7 +148,7 @@ def main() -> None:
         zero = zero_state.measure_zero_state(model, params, ids, _PLACES)
         result["zero_state"] = zero._asdict()
     if warning := advice.find_suspicion({name: loss}, len(vocabulary), zero):
-        print(f"warning: {warning}", file=sys.stderr)
+        warn(warning)
     if _JSON_LINES.value:
         _print_tokens([vocabulary.tokens[i] for i in ids[:]], losses)
     # JSON has no infinity.
@@ -178,16 +179,16 @@ def _measure_loss(
     if _CONTEXT.value:
         losses = loss_lib.compute_token_losses(model, params, ids, _CONTEXT.value)
         return float(losses.mean(dtype=np.float64)), losses, {"context": _CONTEXT.value}
-    temperature, used = 1.0, {}
+    measured: Any = model
+    used: dict[str, Any] = {}
     if _FIT_TEMPERATURE.value:
         validation = splits["validation"].encode(vocabulary)
-        temperature = loss_lib.fit_temperature(model, params, validation)
-        used = {"temperature": temperature}
-    loss = float(loss_lib.compute_losses(model, params, ids, np.array([temperature]))[0])
-    losses = np.zeros(0)
+        used = {"temperature": fit_temperature(model, params, validation)}
+        measured = Tempered(model, used["temperature"])
     if _JSON_LINES.value:
-        losses = loss_lib.compute_token_losses(model, params, ids, temperature=temperature)
-    return loss, losses, used
+        losses = loss_lib.compute_token_losses(measured, params, ids)
+        return float(losses.mean(dtype=np.float64)), losses, used
+    return loss_lib.compute_loss(measured, params, ids), np.zeros(0), used
 
 
 def _read_text(path: str, vocabulary: Vocabulary) -> Text:
