@@ -410,7 +410,7 @@ BAD_CONFIGS = {
         ),
         (["main", "--config", QUICK, "--config.mesh.data=5"], "must be a multiple of mesh.data"),
         (["evaluate", "--workdir=.", "--dynamic", "--fit_temperature"], "leave one out"),
-        (["evaluate", "--workdir=.", "--dynamic_segment_length=0"], "range \\[1, 1000000000"),
+        (["evaluate", "--workdir=.", "--dynamic_segment_length=0"], "range [1, 1000000000]"),
         (["evaluate", "--workdir=.", "--dynamic_learning_rate=nan"], "0 or more, and finite"),
         (["evaluate", "--workdir=.", "--context=9", "--dynamic"], "leave one out"),
         (["evaluate", "--workdir=.", "--text=good.txt", "--split=test"], "leave one out"),
