@@ -6,16 +6,18 @@
 
 import runpy
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 # Fields of each optimizer; all others are those of quick.py.
-VARIANTS: dict[str, dict[str, float]] = {
-    "adam": {},
-    "adam_b2_99": {"b2": 0.99},
-    "lion": {"b2": 0.99},
-    "muon": {"momentum": 0.95},
-    "sgd": {"momentum": 0.9},
+VARIANTS: dict[str, dict[str, Any]] = {
+    "adam": {"name": "adam"},
+    "adam_b2_99": {"name": "adam", "b2": 0.99},
+    "lion": {"name": "lion", "b2": 0.99},
+    "muon": {"name": "muon", "momentum": 0.95},
+    "schedule_free": {"name": "schedule_free", "schedule": "constant"},
+    "sgd": {"name": "sgd", "momentum": 0.9},
 }
 
 
@@ -25,6 +27,5 @@ def get_config(name: str = "adam") -> ConfigDict:
         raise ValueError(f"there is no optimizers.py:{name}: choose from {', '.join(VARIANTS)}")
     quick = runpy.run_path(str(Path(__file__).with_name("quick.py")))
     config: ConfigDict = quick["get_config"]()
-    config.optimizer.name = name.partition("_")[0]
     config.optimizer.update(VARIANTS[name])
     return config

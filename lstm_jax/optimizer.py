@@ -66,8 +66,49 @@ def _make_sgd(optimizer: ConfigDict, learning_rate: optax.Schedule) -> _Chain:
     return [decay, optax.sgd(learning_rate, optimizer.momentum)]
 
 
+def _make_schedule_free(optimizer: ConfigDict, learning_rate: optax.Schedule) -> _Chain:
+    """AdamW that averages its iterates (Defazio et al. 2024), and so needs no learning rate decay.
+
+    The gradient is that at `b1` times the average plus 1 - `b1` times the last iterate.
+    """
+    b2, epsilon, decay = optimizer.b2, optimizer.epsilon, optimizer.weight_decay
+    adam = optax.adamw(learning_rate, 0.0, b2, epsilon, weight_decay=decay, mask=_is_matrix)
+    return [contrib.schedule_free(adam, learning_rate, optimizer.b1)]
+
+
 # The values of the config field `optimizer.name`, and what follows the clipping of gradients.
-OPTIMIZERS = {"adam": _make_adam, "lion": _make_lion, "muon": _make_muon, "sgd": _make_sgd}
+OPTIMIZERS = {
+    "adam": _make_adam,
+    "lion": _make_lion,
+    "muon": _make_muon,
+    "schedule_free": _make_schedule_free,
+    "sgd": _make_sgd,
+}
+
+
+def has_average(optimizer: ConfigDict) -> bool:
+    """Return whether evaluation and sampling use an average of the parameters."""
+    return optimizer.name == "schedule_free" or optimizer.average_decay > 0
+
+
+def update_average(
+    optimizer: ConfigDict,
+    average: optax.Params,
+    params: optax.Params,
+    opt_state: optax.OptState,
+    step: jax.Array,
+) -> optax.Params:
+    """Return the average of the parameters after `step` steps, from the one before.
+
+    It is an exponential moving average with `average_decay`, or that of the optimizer.
+    """
+    if optimizer.name == "schedule_free":
+        _, (*_, iterates) = opt_state
+        b1 = optimizer.b1
+        return jax.tree.map(lambda y, z: (y - (1 - b1) * z) / b1, params, iterates)
+    # With a smaller decay at first, the initial parameters are forgotten soon.
+    kept = jnp.minimum(optimizer.average_decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda a, p: kept * a + (1 - kept) * p, average, params)
 
 
 def make_schedule(optimizer: ConfigDict, total_steps: int) -> optax.Schedule:

@@ -13,13 +13,14 @@ from ml_collections import ConfigDict
 from lstm_jax import batches, regularization
 from lstm_jax import model as model_lib
 from lstm_jax.devices import feeding, parallel
+from lstm_jax.optimizer import update_average
 
 
 class TrainState(NamedTuple):
     """Everything that a training step reads and writes."""
 
     params: model_lib.Params
-    average: model_lib.Params | None  # The exponential moving average of the parameters, if used.
+    average: model_lib.Params | None  # The average of the parameters, if evaluation uses one.
     opt_state: optax.OptState
     carry: model_lib.Carry  # After the last batch.
     key: jax.Array  # The PRNG key of all random draws in training.
@@ -75,7 +76,7 @@ def init_state(
 ) -> TrainState:
     """Return the state before the first step, on the devices of `mesh` or on the default device.
 
-    If `averaged`, the state has a moving average of the parameters. `trained` holds parameters to
+    If `averaged`, the state has an average of the parameters. `trained` holds parameters to
     start from, of the same model; if `model` has more tokens, parameters of new tokens are drawn.
     For `counts`, see `model.init_params`.
     """
@@ -126,10 +127,10 @@ def make_step(
     batch, of which each device keeps the part that it stores. A step whose loss, gradient or
     updated parameters are not finite is counted and changes nothing else.
 
-    In the config, the rates of `regularization` and `optimizer.average_decay` may be arrays. The
+    In the config, the rates of `regularization` and fields of `optimizer` may be arrays. The
     mesh (`parallel.make_mesh`) is None if the step is part of a program for one device.
     """
-    rates, decay = config.regularization, config.optimizer.average_decay
+    rates = config.regularization
 
     def loss_fn(
         params: model_lib.Params,
@@ -199,9 +200,7 @@ def make_step(
         step = state.step + 1
         average = state.average
         if average is not None:
-            # With a smaller decay at first, the initial parameters are forgotten soon.
-            kept = jnp.minimum(decay, (1 + step) / (10 + step))
-            average = jax.tree.map(lambda a, p: kept * a + (1 - kept) * p, average, params)
+            average = update_average(config.optimizer, average, params, opt_state, step)
         norm = optax.tree.norm(grads)
         # Finite gradients times a learning rate or weight decay can be infinite.
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)

@@ -22,7 +22,7 @@ def load_final_state(directory: Path) -> list[Any]:
     vocabulary = workdir.load_vocabulary(directory)
     model = model_lib.make_model(config.model, len(vocabulary))
     optimizer = optimizer_lib.make_optimizer(config.optimizer, 1)
-    averaged = config.optimizer.average_decay > 0
+    averaged = optimizer_lib.has_average(config.optimizer)
     batch_size = config.batches.batch_size
     state = init_state(model, optimizer, jax.random.key(0), batch_size, averaged)
     iterator, _ = batches.make_batches(np.zeros(18_000, np.int32), config.batches, 0)

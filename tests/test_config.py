@@ -57,6 +57,7 @@ def test_missing_fields_get_their_defaults() -> None:
         ),
         ({"data": {"fractions": (0.9, 0.2, 0.1)}}, "data.fractions is .* add up to 1"),
         ({"data": {"fractions": (1.0,)}}, "data.fractions"),
+        ({"optimizer": {"name": "schedule_free", "b1": 0.0}}, "b1 is 0.0: .* above 0 for"),
         ({"optimizer": {"learning_rate": float("nan")}}, "optimizer.learning_rate is nan"),
         ({"sample": {"temperature": -0.1}}, "sample.temperature is -0.1: it must be from 0 to"),
         ({"data": {"units": "letters"}}, "data.units is 'letters': it must be one of char"),

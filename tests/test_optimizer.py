@@ -106,6 +106,30 @@ def test_lion() -> None:
     np.testing.assert_allclose(run(fields, gradients, start), params, atol=1e-6)
 
 
+def test_schedule_free() -> None:
+    rng = np.random.default_rng(0)
+    start, *gradients = rng.normal(size=(6, 3, 2))
+    given = {"learning_rate": 0.1, "b1": 0.8, "b2": 0.7, "weight_decay": 0.5, "warmup_steps": 2}
+    fields = make_fields(name="schedule_free", **given)
+    average, last, square, total = start, start, np.zeros((3, 2)), 0.0
+    optimizer = optimizer_lib.make_optimizer(fields, 10)
+    params, found = jnp.asarray(start, jnp.float32), jnp.asarray(start, jnp.float32)
+    state = optimizer.init(params)
+    for t, gradient in enumerate(gradients, start=1):
+        at = 0.8 * average + 0.2 * last
+        square = 0.7 * square + 0.3 * gradient**2
+        scaled = gradient / (np.sqrt(square / (1 - 0.7**t)) + 1e-8)
+        last = last - 0.1 * min((t - 1) / 2, 1) * (scaled + 0.5 * at)
+        weight = (0.1 * min(t / 2, 1)) ** 2  # Of the greatest rate so far.
+        total += weight
+        average = average + weight / total * (last - average)
+        updates, state = optimizer.update(jnp.asarray(gradient, jnp.float32), state, params)
+        params = params + jnp.asarray(updates)
+        found = optimizer_lib.update_average(fields, found, params, state, jnp.asarray(t))
+        np.testing.assert_allclose(params, 0.8 * average + 0.2 * last, atol=1e-5)
+        np.testing.assert_allclose(found, average, atol=1e-5)
+
+
 def orthogonalize(matrix: np.ndarray) -> np.ndarray:
     """Apply Muon's polynomial to the singular values of a matrix, five times."""
     u, s, v = np.linalg.svd(matrix / np.linalg.norm(matrix), full_matrices=False)

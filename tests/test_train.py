@@ -31,7 +31,7 @@ from lstm_jax.run import checkpoints, lock, metrics, resume, workdir, zero_state
 from lstm_jax.train_step import TrainState, TrainStep
 
 
-@pytest.mark.parametrize("kind", ["windows", "streams"])
+@pytest.mark.parametrize("kind", ["windows", "streams", "schedule_free"])
 @pytest.mark.parametrize("stop_after", [37, 70])  # In the first epoch, and at the end of it.
 def test_a_stopped_run_resumes_bit_for_bit(
     kind: str,
@@ -41,7 +41,10 @@ def test_a_stopped_run_resumes_bit_for_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    tiny_config.batches.kind = kind
+    if kind == "schedule_free":
+        tiny_config.optimizer.name = kind
+    else:
+        tiny_config.batches.kind = kind
     if kind == "streams":
         # With all regularization, and with averaged weights.
         for name in tiny_config.regularization:

@@ -205,7 +205,7 @@ def restore_run(
         optimizer_lib.make_optimizer(config.optimizer, plan.total_steps),
         jax.random.key(config.seed),
         config.batches.batch_size,
-        averaged=config.optimizer.average_decay > 0,
+        averaged=optimizer_lib.has_average(config.optimizer),
         trained=trained.params if trained else None,
         mesh=mesh,
         counts=count_tokens(vocabulary) if is_new else None,

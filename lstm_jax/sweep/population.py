@@ -219,7 +219,7 @@ def _train_group(
         return each + each[:1] * (-len(each) % mesh.size)
 
     states = [member.start.state for member in members]
-    if any(member.config.optimizer.average_decay for member in members):
+    if any(optimizer_lib.has_average(member.config.optimizer) for member in members):
         states = [state._replace(average=state.evaluated) for state in states]
     state = stack(fill(states), mesh)
     traced = hyperparameters(fill([member.config for member in members]))
@@ -306,7 +306,7 @@ def _save(members: Sequence[_Member], state: TrainState, step: int) -> None:
         member.check_lock()
         own = jax.tree.map(lambda array, i=i: jnp.asarray(array[i]), arrays)
         own = own._replace(key=jax.random.wrap_key_data(own.key))
-        if not member.config.optimizer.average_decay:
+        if not optimizer_lib.has_average(member.config.optimizer):
             own = own._replace(average=None)
         sizes = workdir.history_sizes(member.directory)
         member.checkpoints.save(step, own.evaluated, own.rest, member.start.iterator, sizes)
