@@ -9,7 +9,6 @@ have to exchange the hidden state at every position of the window.
 
 import contextlib
 import functools
-import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -33,9 +32,7 @@ EVERYWHERE, DIVIDED = PartitionSpec(), PartitionSpec((DATA, MODEL))
 # them; larger layers read each kernel from memory once per device. The library divides the work of
 # a layer itself, so that devices need not exchange gradients.
 _SMALLEST_HIDDEN, _LARGEST_HIDDEN, _LARGEST_HIDDEN_IN_C = 64, 768, 448
-# The smallest part of a batch that a device computes as fast: in texts, and in tokens for each
-# hidden unit, because devices also exchange the gradients of all parameters.
-_TEXTS, _TOKENS_PER_UNIT = 8, 2
+_SMALLEST_PART = 16
 
 
 def use_cores(config: ConfigDict) -> None:
@@ -56,8 +53,7 @@ def _count_useful_cores(config: ConfigDict) -> int:
     largest = _LARGEST_HIDDEN_IN_C if uses_c else _LARGEST_HIDDEN
     if not _SMALLEST_HIDDEN <= model.hidden_size <= largest:
         return 1
-    texts = math.ceil(_TOKENS_PER_UNIT * model.hidden_size / config.batches.window_length)
-    limit = min(count_cores(), max(batch_size // max(texts, _TEXTS), 1))
+    limit = min(count_cores(), max(batch_size // _SMALLEST_PART, 1))
     return max(n for n in range(1, limit + 1) if batch_size % n == 0)
 
 
