@@ -17,7 +17,7 @@ from lstm_jax.controls import (
     make_control_arrays,
     make_stop_table,
 )
-from lstm_jax.errors import NotFiniteError
+from lstm_jax.errors import NotFiniteError, UserError
 from lstm_jax.model import Carry, LanguageModel, Params, Prepared
 from lstm_jax.vocabulary import PADDING_ID, SPECIAL_IDS, Vocabulary
 
@@ -182,8 +182,8 @@ def generate_chunks(
                 "lower optimizer.learning_rate"
             )
         if process_logits:
-            logits = process_logits(found, np.asarray(state.logits))
-            state, chunk = state._replace(logits=jnp.asarray(logits, jnp.float32)), 1
+            logits = _check_logits(process_logits(found, np.asarray(state.logits)), state, controls)
+            state, chunk = state._replace(logits=jnp.asarray(logits)), 1
         count = min(chunk, length)
         ids, number, state = _generate(model, arrays, state, key, controls, stops, np.int32(count))
         if number:
@@ -194,6 +194,22 @@ def generate_chunks(
             return
         length -= count
         chunk = min(4 * chunk, _CHUNK)
+
+
+def _check_logits(processed: Any, state: State, controls: ControlArrays) -> np.ndarray:
+    """Return the result of a logits processor, or raise `UserError` if no token can be drawn."""
+    logits = np.asarray(processed, np.float32)
+    if logits.shape != state.logits.shape:
+        raise UserError(
+            f"process_logits returned an array {list(logits.shape)}: it must return the logits "
+            f"{list(state.logits.shape)} of the next token"
+        )
+    if not (logits < np.inf).all() or not np.isfinite(logits[:, ~controls.forbidden]).any(1).all():
+        raise UserError(
+            "process_logits returned logits with which no token can be drawn: at least one allowed "
+            "token needs a finite logit, and none may be NaN or infinity"
+        )
+    return logits
 
 
 def generate_tokens(

@@ -1,6 +1,7 @@
 """The optimizer and its learning rate, from the `optimizer` fields of a config."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +96,7 @@ def update_average(
     optimizer: ConfigDict,
     average: optax.Params,
     params: optax.Params,
-    opt_state: optax.OptState,
+    opt_state: Any,
     step: jax.Array,
 ) -> optax.Params:
     """Return the average of the parameters after `step` steps, from the one before.
@@ -103,9 +104,8 @@ def update_average(
     It is an exponential moving average with `average_decay`, or that of the optimizer.
     """
     if optimizer.name == "schedule_free":
-        _, (*_, iterates) = opt_state
-        b1 = optimizer.b1
-        return jax.tree.map(lambda y, z: (y - (1 - b1) * z) / b1, params, iterates)
+        b1, state = optimizer.b1, opt_state[-1]
+        return jax.tree.map(lambda y, z: (y - (1 - b1) * z) / b1, params, state.z)
     # With a smaller decay at first, the initial parameters are forgotten soon.
     kept = jnp.minimum(optimizer.average_decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda a, p: kept * a + (1 - kept) * p, average, params)

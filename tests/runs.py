@@ -12,6 +12,7 @@ from tensorboardX.proto.event_pb2 import Event
 from lstm_jax import batches
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
+from lstm_jax.convert import transfer
 from lstm_jax.run import checkpoints, metrics, workdir
 from lstm_jax.train_step import init_state
 
@@ -33,6 +34,13 @@ def load_final_state(directory: Path) -> list[Any]:
     restored.state["key"] = jax.random.key_data(restored.state["key"])
     arrays = jax.tree.leaves((restored.params, restored.state))
     return [np.asarray(x) for x in arrays] + [iterator.get_state()]
+
+
+def make_diverged_run(trained: Path, directory: Path) -> None:
+    """Make a working directory with the model of another one, whose parameters are all NaN."""
+    loaded = workdir.load_trained(trained)
+    params = jax.tree.map(lambda array: array * np.nan, loaded.params)
+    transfer.make_workdir(directory, loaded.config, loaded.vocabulary, params)
 
 
 def read_losses(directory: Path) -> list[tuple[int, str, float]]:

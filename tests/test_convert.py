@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 
+import runs
 from lstm_jax import config, generation, train
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
@@ -405,9 +406,7 @@ def test_an_error_for_an_unknown_file_extension_names_the_remedy(
 
 
 def test_a_diverged_model_is_not_exported(trained: Path, tmp_path: Path) -> None:
-    loaded = workdir.load_trained(trained)
-    params = jax.tree.map(lambda array: array * np.nan, loaded.params)
-    transfer.make_workdir(tmp_path / "run", loaded.config, loaded.vocabulary, params)
+    runs.make_diverged_run(trained, tmp_path / "run")
     with pytest.raises(UserError, match="its parameters are not finite"):
         transfer.export_weights(tmp_path / "run", tmp_path / "model.keras")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

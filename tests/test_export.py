@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+import runs
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
-from lstm_jax.convert import transfer
 from lstm_jax.errors import UserError
 from lstm_jax.export import page
 from lstm_jax.model import LanguageModel
@@ -324,9 +324,7 @@ def test_a_model_of_parts_of_words_shows_characters(browser: Any, tmp_path: Path
 
 
 def test_a_diverged_model_gives_no_page(trained: Path, tmp_path: Path) -> None:
-    loaded = workdir.load_trained(trained)
-    params = jax.tree.map(lambda array: array * np.nan, loaded.params)
-    transfer.make_workdir(tmp_path / "run", loaded.config, loaded.vocabulary, params)
+    runs.make_diverged_run(trained, tmp_path / "run")
     with pytest.raises(UserError, match="its parameters are not finite"):
         page.write_page(tmp_path / "run", tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()

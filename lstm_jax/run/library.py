@@ -13,8 +13,7 @@ import numpy as np
 from lstm_jax import generation
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
-from lstm_jax.controls import Controls, make_control_arrays
-from lstm_jax.errors import UserError
+from lstm_jax.controls import Controls
 from lstm_jax.run import workdir
 from lstm_jax.vocabulary import PADDING_ID, SPECIAL_IDS
 
@@ -92,10 +91,8 @@ class Run:
           UserError: if a control is outside its range.
         """
         self._warn_of_unknown(prompt)
-        controls["temperature"] = temperature
-        forbidden = make_control_arrays(Controls(**controls), len(self.vocabulary)).forbidden
         process = process_logits and (
-            lambda ids, logits: _check_logits(process_logits(ids[0], logits[0]), ~forbidden)[None]
+            lambda ids, logits: np.asarray(process_logits(ids[0], logits[0]))[None]
         )
         pieces = generation.stream_texts(
             self.model,
@@ -104,7 +101,7 @@ class Run:
             jax.random.key(seed),
             prompt=prompt,
             length=length,
-            controls=Controls(**controls),
+            controls=Controls(temperature, **controls),
             stop_token=stop_token,
             stop_at=stop_at,
             process_logits=process,
@@ -211,22 +208,6 @@ def load(directory: Path | str, dtype: str | None = None) -> Run:
       UserError: if there is none, or a file is damaged.
     """
     return Run(workdir.load_trained(directory, dtype))
-
-
-def _check_logits(logits: Any, allowed: np.ndarray) -> np.ndarray:
-    """Return the result of a logits processor, or raise `UserError` if no token can be drawn."""
-    logits = np.asarray(logits, np.float32)
-    if logits.shape != allowed.shape:
-        raise UserError(
-            f"process_logits returned an array {list(logits.shape)}: it must return the logits "
-            f"{list(allowed.shape)} of the next token"
-        )
-    if not (logits < np.inf).all() or not np.isfinite(logits[allowed]).any():
-        raise UserError(
-            "process_logits returned logits with which no token can be drawn: at least one allowed "
-            "token needs a finite logit, and none may be NaN or infinity"
-        )
-    return logits
 
 
 @functools.partial(jax.jit, static_argnames="model")
