@@ -10,6 +10,7 @@ import numpy as np
 import regex
 
 from lstm_jax import bpe
+from lstm_jax.errors import UserError
 
 PADDING = ""
 UNKNOWN = "[UNK]"
@@ -110,13 +111,29 @@ class Vocabulary:
     ) -> "Vocabulary":
         """Return the vocabulary of a text, from the number of occurrences of each token.
 
-        The tokens are those that occur at least `min_count` times, and the stop token; of kind
-        "bytes", all bytes. For kind "bpe", the counts are those of words, and `size` is the maximum
-        number of tokens.
+        The tokens are those that occur at least `min_count` times; of kind "bytes", all bytes. For
+        kind "bpe", the counts are those of words, and `size` is the maximum number of tokens.
+
+        Raise `UserError` if none occurs often enough, or the stop token does not occur.
         """
+        if stop and not counts.get(stop):
+            if stop == FILE_END:
+                raise UserError(
+                    "the training text has no end of a file: data.document_separator=file needs "
+                    "several files, of which one ends within the training text"
+                )
+            raise UserError(
+                f"the training text has no {stop!r} to end its documents: choose another "
+                "data.document_separator"
+            )
         frequent = {token for token, count in counts.items() if count >= min_count}
         if kind in ("bytes", "bpe"):
             frequent = set(_BYTES)
+        if counts and not frequent:
+            raise UserError(
+                f"none of the {kind} of the training text occurs {min_count} times: "
+                "lower data.min_count"
+            )
         tokens = [PADDING, UNKNOWN, *sorted(frequent | {stop} - {""})]
         if kind == "bpe":
             words = {word: count for word, count in counts.items() if word != stop}

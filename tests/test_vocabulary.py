@@ -119,6 +119,8 @@ def test_documents_end_with_the_stop_token() -> None:
     data = config_lib.default().data
     data.document_separator = "line"
     with pytest.raises(UserError, match="no '\\\\n' to end its documents"):
+        Vocabulary.from_text("ab", stop="\n")
+    with pytest.raises(UserError, match="no '\\\\n' to end its documents"):
         Text("ab").vocabulary(data)
     data.document_separator = "file"
     with pytest.raises(UserError, match="has no end of a file"):
@@ -133,6 +135,8 @@ def test_rare_tokens_become_unk() -> None:
     assert vocabulary.unknown(text) == [" not", " or", " to", "to"]
     data = config_lib.default().data
     data.units, data.min_count = "words", 3
+    with pytest.raises(UserError, match="none of the words .* occurs 3 times"):
+        Vocabulary.from_text(text, "words", min_count=3)
     with pytest.raises(UserError, match="none of the words .* occurs 3 times"):
         Text(text).vocabulary(data)
     data.units, data.min_count = "bytes", 9

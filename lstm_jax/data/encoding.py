@@ -14,8 +14,7 @@ import numpy as np
 import regex
 
 from lstm_jax.data.sources import Segment, cut_pieces, cut_segments, read_segment
-from lstm_jax.errors import UserError
-from lstm_jax.vocabulary import FILE_END, SEPARATORS, Costs, Ids, Vocabulary, split_text
+from lstm_jax.vocabulary import SEPARATORS, Costs, Ids, Vocabulary, split_text
 
 if TYPE_CHECKING:  # A process that encodes chunks imports little more than NumPy.
     from ml_collections import ConfigDict
@@ -176,29 +175,12 @@ class Text:
         yield self._text
 
     def vocabulary(self, data: "ConfigDict") -> Vocabulary:
-        """Return the vocabulary of the text for the `data` fields of a config.
-
-        Raise `UserError` if the stop token does not occur, or no token occurs often enough.
-        """
-        kind, min_count, stop = data.units, data.min_count, self.find_stop(data.document_separator)
-        part = self.index_tokens(kind, stop)
+        """Return the vocabulary of the text for the `data` fields of a config."""
+        stop = self.find_stop(data.document_separator)
+        part = self.index_tokens(data.units, stop)
         counts = dict(zip(part.tokens, part.counts.tolist(), strict=True))
-        if stop and not counts.get(stop):
-            if stop == FILE_END:
-                raise UserError(
-                    "the training text has no end of a file: data.document_separator=file needs "
-                    "several files, of which one ends within the training text"
-                )
-            raise UserError(
-                f"the training text has no {stop!r} to end its documents: choose another "
-                "data.document_separator"
-            )
-        if kind not in ("bytes", "bpe") and max(counts.values()) < min_count:
-            raise UserError(
-                f"none of the {kind} of the training text occurs {min_count} times: "
-                "lower data.min_count"
-            )
-        return Vocabulary.from_counts(counts, kind, min_count, stop, data.vocabulary_size)
+        size = data.vocabulary_size
+        return Vocabulary.from_counts(counts, data.units, data.min_count, stop, size)
 
     def count_tokens(self, vocabulary: Vocabulary) -> np.ndarray:
         """Return the number of occurrences of each token of a vocabulary: int64 [vocabulary]."""
