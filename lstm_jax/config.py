@@ -76,6 +76,7 @@ _FRACTIONS = Rule(
     "three positive fractions (train, validation, test) that add up to 1",
     lambda values: len(values) == 3 and _SHARES.holds(values) and abs(sum(values) - 1) < 1e-6,
 )
+_SEVERAL_LAYERS = Rule("model.num_layers above 1", lambda c: c.model.num_layers > 1)
 _OTHER_THAN_SGD = Rule("another optimizer than 'sgd'", lambda c: c.optimizer.name != "sgd")
 _CELL = Rule(
     f"one of {', '.join(cells.CELLS)}, or FILE.py:CLASS",
@@ -184,6 +185,12 @@ FIELDS = (
     Field("model.layer_norm", False, _SWITCH, "Layer normalization of the inputs of the gates."),
     Field("model.tie_embeddings", False, _SWITCH,
           "Use the embedding table as the dense layer's kernel; sets the last layer's width."),
+    Field("model.skip_connections", False, _SWITCH,
+          "Each layer but the first adds its inputs, without dropout, to its outputs.",
+          used_with=_SEVERAL_LAYERS,
+          fits=Rule("False with tie_embeddings, unless embedding_size equals hidden_size",
+                    lambda c: not (c.model.skip_connections and c.model.tie_embeddings)
+                    or c.model.embedding_size == c.model.hidden_size)),
     Field("model.initial_embedding", 0.05, Rule("above 0, up to 1000", lambda x: 0 < x <= 1000),
           "Initial embeddings are uniform between minus and plus this.", population="start"),
     Field("model.initial_scale", 1.0, Rule("above 0, up to 1000", lambda value: 0 < value <= 1000),
@@ -253,8 +260,7 @@ FIELDS = (
     Field("regularization.input_dropout", 0.0, _SHARE,
           "Dropout of the inputs of the first layer.", resume=True, population="step"),
     Field("regularization.hidden_dropout", 0.0, _SHARE, "Dropout between layers.", resume=True,
-          population="step",
-          used_with=Rule("model.num_layers above 1", lambda c: c.model.num_layers > 1)),
+          population="step", used_with=_SEVERAL_LAYERS),
     Field("regularization.output_dropout", 0.0, _SHARE,
           "Dropout of the outputs of the last layer.", resume=True, population="step"),
     Field("regularization.recurrent_dropout", 0.0, _SHARE,

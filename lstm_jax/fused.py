@@ -114,20 +114,25 @@ def _prepare_kernel(kernel: jax.Array, dtype: str) -> jax.Array:
 
 
 def apply_step(
-    arrays: StepArrays, ids: jax.Array, carry: Sequence[Any], dtype: str
+    arrays: StepArrays, ids: jax.Array, carry: Sequence[Any], dtype: str, skip: bool
 ) -> tuple[jax.Array, tuple[LSTMCarry, ...]]:
-    """Run the model over one token of each text; see `model.apply_step`."""
+    """Run the model over one token of each text; see `model.apply_step`.
+
+    `skip` tells whether each layer but the first adds its inputs to its outputs.
+    """
     added = [arrays.tokens[ids], *(bias[None] for bias in arrays.biases)]
     states: list[LSTMCarry] = []
+    below: list[jax.Array] = []  # The outputs of the layer below, if there is one.
     for kernel, own, term in zip(arrays.kernels, carry, added, strict=True):
-        inputs = [*(state.hidden for state in states[-1:]), own.hidden]
+        inputs = [*below, own.hidden]
         if kernel.ndim == 3:
             states.append(in_c.run_step(kernel, inputs, own, term))
         else:
             columns = round_factor(jnp.concatenate([x.T for x in inputs]), dtype)
             _, after = _step(kernel, columns, LSTMCarry(own.cell.T, own.hidden.T), term.T)
             states.append(LSTMCarry(after.cell.T, after.hidden.T))
-    logits = matmul(arrays.head, states[-1].hidden.T, dtype).T + arrays.head_bias
+        below = [sum(below, states[-1].hidden) if skip else states[-1].hidden]
+    logits = matmul(arrays.head, below[0].T, dtype).T + arrays.head_bias
     return logits, tuple(states)
 
 

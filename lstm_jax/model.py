@@ -88,6 +88,7 @@ class LanguageModel(nn.Module):
     options: Mapping[str, Any] = nn.FrozenDict()  # Other fields of the cells.
     block: str = "none"  # What is around each cell, one of `cells.BLOCKS`.
     tie_embeddings: bool = False
+    skip_connections: bool = False  # Add inputs to outputs in each layer but the first.
     initial_embedding: float = 0.05  # Initial embeddings are uniform in ± this.
     initial_scale: float = 1.0  # A factor of initial kernels and embeddings.
     initial_bias: str = "frequencies"  # Of the dense layer, one of `INITIAL_BIASES`.
@@ -160,21 +161,24 @@ class LanguageModel(nn.Module):
         and the carry.
         """
         implementation = self.implementation()
-        inputs: jax.Array | Lookup = Lookup(self.embedding.embedding, ids)
+        below: jax.Array | Lookup = Lookup(self.embedding.embedding, ids)
         carries = []
         for i, (cell, before) in enumerate(zip(self.layers, carry, strict=True)):
+            inputs = below
             if masks is not None and masks[i] is not None:
-                inputs = apply_mask(fused.get_rows(inputs), masks[i])
+                inputs = apply_mask(fused.get_rows(below), masks[i])
             if implementation == "fused":
                 options = self.dtype, self.rematerialize
-                inputs, after = fused.run_fused(cell.kernels(), inputs, before, *options)
+                outputs, after = fused.run_fused(cell.kernels(), inputs, before, *options)
             elif implementation == "cudnn":
-                inputs, after = cudnn.run_recurrence(cell.kernels(), fused.get_rows(inputs), before)
+                rows = fused.get_rows(inputs)
+                outputs, after = cudnn.run_recurrence(cell.kernels(), rows, before)
             else:
                 parallel = implementation == "parallel"
-                after, inputs = run_cell(cell, before, fused.get_rows(inputs), parallel)
+                after, outputs = run_cell(cell, before, fused.get_rows(inputs), parallel)
             carries.append(after)
-        return fused.get_rows(inputs), tuple(carries)
+            below = outputs + fused.get_rows(below) if self.skip_connections and i else outputs
+        return fused.get_rows(below), tuple(carries)
 
     def run_step(
         self, ids: jax.Array, carry: Carry, records: list[Any] | None = None
@@ -182,17 +186,17 @@ class LanguageModel(nn.Module):
         """Run the recurrent layers over one token of each text, ids [batch].
 
         Return the outputs of the last layer [batch, features] and the next carry. If `records` is a
-        list, append to it the gates, activations and outputs of each layer.
+        list, append to it the gates, activations and outputs of each cell.
         """
-        outputs, carries = self.embedding.embedding[ids], []
-        for cell, before in zip(self.layers, carry, strict=True):
-            inputs = outputs
-            after, outputs = cell(before, inputs)
+        below, carries = self.embedding.embedding[ids], []
+        for i, (cell, before) in enumerate(zip(self.layers, carry, strict=True)):
+            after, outputs = cell(before, below)
             if records is not None:
-                gates = get_gates(cell, before, inputs)
+                gates = get_gates(cell, before, below)
                 records.append((gates, get_activation(cell, after, outputs), outputs))
             carries.append(after)
-        return outputs, tuple(carries)
+            below = outputs + below if self.skip_connections and i else outputs
+        return below, tuple(carries)
 
     def predict(self, outputs: jax.Array) -> jax.Array:
         """Return the logits [batch, time, vocabulary_size] for outputs [batch, time, features]."""
@@ -219,7 +223,7 @@ class LanguageModel(nn.Module):
         Return logits, float32 [batch, vocabulary_size], and the next carry.
         """
         if isinstance(arrays, StepArrays):
-            return fused.apply_step(arrays, ids, carry, self.dtype)
+            return fused.apply_step(arrays, ids, carry, self.dtype, self.skip_connections)
         bound = self.bind({"params": arrays})
         outputs, carry = bound.run_step(ids, carry)
         return bound.predict(outputs[:, None])[:, 0], carry

@@ -68,6 +68,10 @@ def test_missing_fields_get_their_defaults() -> None:
         ({"mesh": {"model": 0}}, "mesh.model is 0: it must be from 1"),
         ({"mesh": {"data": 5}}, "batches.batch_size is 64: it must be a multiple of mesh.data"),
         ({"steps_per_call": 11}, "steps_per_call is 11: it must be at most log_every_steps"),
+        (
+            {"model": {"skip_connections": True, "tie_embeddings": True}},
+            "skip_connections is True: it must be False with tie_embeddings, unless",
+        ),
         (None, "get_config.. returned NoneType"),
     ],
 )
@@ -102,6 +106,7 @@ def test_defaults_are_valid() -> None:
     [
         ({"model.mogrifier_rounds": 3}, {"model.cell": "mogrifier"}),
         ({"regularization.hidden_dropout": 0.5}, {"model.num_layers": 2}),
+        ({"model.skip_connections": True}, {"model.num_layers": 2}),
         ({"optimizer.momentum": 0.5}, {"optimizer.name": "sgd"}),
         ({"optimizer.step_at": (0.1, 0.2)}, {"optimizer.schedule": "step"}),
         ({"batches.reset_probability": 0.5}, {"batches.kind": "streams"}),

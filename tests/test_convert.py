@@ -370,12 +370,18 @@ def test_torch_layers_with_other_names_and_in_float16(tmp_path: Path) -> None:
 
 
 def test_layers_that_other_libraries_lack_raise_an_error(tmp_path: Path) -> None:
-    for field, value in (("cell", "mogrifier"), ("layer_norm", True), ("block", "residual")):
+    lacking = {"cell": "mogrifier", "layer_norm": True, "block": "residual"}
+    for field, value in [*lacking.items(), ("skip_connections", True)]:
         model = config.default().model
         weights.check_model(model)
         model[field] = value
-        with pytest.raises(UserError, match=f"have no layer with model.{field}={value!r}"):
+        with pytest.raises(UserError, match=f"PyTorch have no layer with model.{field}={value!r}"):
             weights.check_model(model)
+        if field in lacking:
+            with pytest.raises(UserError, match=f"graphs have no layer with model.{field}="):
+                weights.check_model(model, graph=True)
+        else:
+            weights.check_model(model, graph=True)
     own = make_weights(tmp_path, num_layers=2)
     uneven = own._replace(
         layers=[own.layers[0], make_weights(tmp_path, embedding_size=5).layers[0]]
@@ -470,12 +476,14 @@ def test_an_error_names_a_missing_library(
         write(make_weights(tmp_path))
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("tied", "skip"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
-def test_a_graph_has_the_same_logits_in_onnx_runtime(cell: str, tied: bool) -> None:
+def test_a_graph_has_the_same_logits_in_onnx_runtime(cell: str, tied: bool, skip: bool) -> None:
     onnx = pytest.importorskip("onnx")
     runtime: Any = pytest.importorskip("onnxruntime")
-    model = model_lib.LanguageModel(30, 6, 5, num_layers=3, cell=cell, tie_embeddings=tied)
+    model = model_lib.LanguageModel(
+        30, 6, 5, num_layers=3, cell=cell, tie_embeddings=tied, skip_connections=skip
+    )
     shapes = jax.eval_shape(lambda: model_lib.init_params(model, jax.random.key(0)))
     draw = np.random.default_rng(0).normal
     params = jax.tree.map(lambda x: draw(size=x.shape).astype(np.float32), shapes)

@@ -68,6 +68,12 @@ def wait_until_idle(browser: Any) -> None:
 MODELS: dict[str, dict[str, Any]] = {
     "lstm, characters": {"kind": "characters"},
     "lstm of three layers": {"kind": "words", "num_layers": 3},
+    "gru with skip connections": {
+        "kind": "words",
+        "cell": "gru",
+        "num_layers": 3,
+        "skip_connections": True,
+    },
     "lstm with layer_norm": {"kind": "graphemes", "layer_norm": True, "num_layers": 2},
     "gru, tied": {"kind": "words", "cell": "gru", "tie_embeddings": True, "num_layers": 2},
     "gru with layer_norm": {"kind": "bytes", "cell": "gru", "layer_norm": True},

@@ -17,7 +17,11 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def apply_in_numpy(
-    params: model_lib.Params, ids: np.ndarray, carry: model_lib.Carry, num_layers: int
+    params: model_lib.Params,
+    ids: np.ndarray,
+    carry: model_lib.Carry,
+    num_layers: int,
+    skip_connections: bool = False,
 ) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
     """Return logits and the last carry, computed gate by gate in float64."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
@@ -37,7 +41,7 @@ def apply_in_numpy(
             c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
             h = sigmoid(o) * np.tanh(c)
             outputs[:, t] = h
-        features = outputs
+        features = outputs + features if skip_connections and layer else outputs
         last.append((c, h))
     return features @ params["dense"]["kernel"] + params["dense"]["bias"], last
 
@@ -49,16 +53,16 @@ def make_random_carry(key: jax.Array, model: LanguageModel, batch: int) -> model
 
 
 @pytest.mark.parametrize("recurrence", ["scan", "fused"])
-@pytest.mark.parametrize("num_layers", [1, 2])
-def test_agrees_with_the_equations_in_numpy(num_layers: int, recurrence: str) -> None:
-    model = LanguageModel(11, 6, 9, num_layers, recurrence)
+@pytest.mark.parametrize(("num_layers", "skip"), [(1, False), (2, False), (3, True)])
+def test_agrees_with_the_equations_in_numpy(num_layers: int, skip: bool, recurrence: str) -> None:
+    model = LanguageModel(11, 6, 9, num_layers, recurrence, skip_connections=skip)
     params = model_lib.init_params(model, jax.random.key(0))
     # Different biases reveal gates in the wrong order.
     params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape), params)
     ids = np.random.default_rng(0).integers(0, 11, (3, 20))
     carry = make_random_carry(jax.random.key(2), model, 3)
     logits, last = model_lib.apply(model, params, ids, carry)
-    expected_logits, expected_last = apply_in_numpy(params, ids, carry, num_layers)
+    expected_logits, expected_last = apply_in_numpy(params, ids, carry, num_layers, skip)
     np.testing.assert_allclose(logits, expected_logits, atol=1e-5)
     for got, (cell, hidden) in zip(last, expected_last, strict=True):
         assert isinstance(got, LSTMCarry)
@@ -71,7 +75,7 @@ def test_agrees_with_the_equations_in_numpy(num_layers: int, recurrence: str) ->
 @pytest.mark.parametrize("embedding_size", [3, 6])
 def test_gradients_agree_with_finite_differences(embedding_size: int, recurrence: str) -> None:
     with jax.enable_x64(True):
-        model = LanguageModel(7, embedding_size, 4, 2, recurrence)
+        model = LanguageModel(7, embedding_size, 4, 2, recurrence, skip_connections=True)
         params = jax.tree.map(
             lambda x: jax.random.normal(jax.random.key(x.size), x.shape, jnp.float64) * 0.5,
             model_lib.init_params(model, jax.random.key(0)),
@@ -137,9 +141,12 @@ def test_initialized_as_keras_does() -> None:
     assert not np.asarray(params["dense"]["bias"]).any()
 
 
-@pytest.mark.parametrize("num_layers", [1, 3])
-def test_one_token_at_a_time_gives_the_same_logits(num_layers: int) -> None:
-    model = LanguageModel(11, 6, 9, num_layers)
+@pytest.mark.parametrize("recurrence", ["scan", "fused"])
+@pytest.mark.parametrize(("num_layers", "skip"), [(1, False), (3, False), (3, True)])
+def test_one_token_at_a_time_gives_the_same_logits(
+    num_layers: int, skip: bool, recurrence: str
+) -> None:
+    model = LanguageModel(11, 6, 9, num_layers, recurrence, skip_connections=skip)
     params = jax.tree.map(lambda x: 2 * x + 0.1, model_lib.init_params(model, jax.random.key(0)))
     ids = np.random.default_rng(1).integers(0, 11, (3, 8))
     carry = make_random_carry(jax.random.key(2), model, 3)

@@ -49,10 +49,11 @@ def test_masks_keep_the_expectation(rate: float) -> None:
     assert (np.asarray(masks[1]) != np.asarray(masks[2])).any()
 
 
+@pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("recurrence", ["scan", "fused"])
-def test_locked_dropout_is_the_same_at_every_step(recurrence: str) -> None:
+def test_locked_dropout_is_the_same_at_every_step(recurrence: str, skip: bool) -> None:
     """Compare a model whose masks are constant over time with NumPy."""
-    model = model_lib.LanguageModel(11, 6, 9, 2, recurrence)
+    model = model_lib.LanguageModel(11, 6, 9, 2, recurrence, skip_connections=skip)
     params = model_lib.init_params(model, jax.random.key(0))
     rates = make_rates(**dict.fromkeys(DROPOUTS, 0.4))
     masks = regularization.draw_masks(rates, model, jax.random.key(1), 3)
@@ -76,7 +77,8 @@ def test_locked_dropout_is_the_same_at_every_step(recurrence: str) -> None:
 
     m = [np.asarray(mask)[:, None] for mask in masks]
     embedded = np.asarray(params["embedding"]["embedding"])[ids] * m[0]
-    outputs = layer("lstm_1", layer("lstm_0", embedded) * m[1]) * m[2]
+    first = layer("lstm_0", embedded)
+    outputs = (layer("lstm_1", first * m[1]) + skip * first) * m[2]
     expected = outputs @ np.asarray(params["dense"]["kernel"])
     np.testing.assert_allclose(logits, expected, atol=1e-5)
 

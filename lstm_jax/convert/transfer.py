@@ -101,14 +101,15 @@ def export_weights(directory: Path, target: Path, drop_special: bool = False) ->
             raise UserError(f"{path} exists: remove it, or name another --to")
     config = workdir.load_config(directory)
     try:
-        weights.check_model(config.model)
+        weights.check_model(config.model, graph=target.suffix == ".onnx")
     except UserError as error:
         raise UserError(f"{directory} can't be converted: {error}") from None
     trained = workdir.load_trained(directory)
     own = weights.from_model(trained.model, trained.params)
     rows = slice(len(vocabulary_lib.SPECIAL_IDS) if drop_special else 0, None)
-    _, embedding, _, kernel, bias = own
-    own = own._replace(embedding=embedding[rows], kernel=kernel[:, rows], bias=bias[rows])
+    own = own._replace(
+        embedding=own.embedding[rows], kernel=own.kernel[:, rows], bias=own.bias[rows]
+    )
     content = write(own)
     fields = trained.vocabulary.to_fields()
     fields["units"] = fields["units"][rows]

@@ -30,6 +30,7 @@ class Weights(NamedTuple):
     layers: list[Layer]
     kernel: np.ndarray  # Of the dense layer, [hidden, vocabulary].
     bias: np.ndarray  # Of the dense layer, [vocabulary].
+    skip_connections: bool = False  # As in `LanguageModel`.
 
     @property
     def hidden_sizes(self) -> list[int]:
@@ -37,12 +38,20 @@ class Weights(NamedTuple):
         return [len(layer["recurrent_kernel"]) for layer in self.layers]
 
 
-def check_model(model: ConfigDict) -> None:
-    """Raise `UserError` if no format has layers with these `model` fields of a config."""
-    if model.cell not in GATES or model.layer_norm or model.block != "none":
-        named = "model.layer_norm=True" if model.layer_norm else f"model.cell={model.cell!r}"
-        named = named if model.block == "none" else f"model.block={model.block!r}"
-        raise UserError(f"Keras, PyTorch and ONNX have no layer with {named}")
+def check_model(model: ConfigDict, graph: bool = False) -> None:
+    """Raise `UserError` if a format can't have layers with these `model` fields of a config.
+
+    A graph can have skip connections; the layers of a file of weights can't.
+    """
+    plain = {"layer_norm": False, "block": "none"}
+    if not graph:
+        plain["skip_connections"] = False
+    others = ["cell"] * (model.cell not in GATES)
+    others += [name for name, value in plain.items() if model[name] != value]
+    if others:
+        libraries = "ONNX graphs" if graph else "Keras and PyTorch"
+        named = f"model.{others[0]}={model[others[0]]!r}"
+        raise UserError(f"{libraries} have no layer with {named}")
 
 
 def from_model(model: LanguageModel, params: Params) -> Weights:
@@ -55,6 +64,7 @@ def from_model(model: LanguageModel, params: Params) -> Weights:
         [arrays[f"{model.cell}_{i}"] for i in range(model.num_layers)],
         embedding.T if model.tie_embeddings else arrays["dense"]["kernel"],
         arrays["dense"]["bias"],
+        model.skip_connections,
     )
 
 

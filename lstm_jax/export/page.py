@@ -52,6 +52,7 @@ def make_page(trained: workdir.Trained, name: str, bits: int = 16) -> bytes:
         "step": trained.step,
         "parameters": sum(array.size for array in jax.tree.leaves(trained.params)),
         "cell": model.cell,
+        "skipConnections": model.skip_connections,
         "tokens": vocabulary.tokens,
         "kind": vocabulary.kind,
         "words": bpe.WORDS.pattern,  # What `bpe` divides into tokens.
