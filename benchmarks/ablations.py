@@ -1,7 +1,7 @@
 """Train variants of an experiment with several seeds, and print their losses.
 
     python benchmarks/ablations.py
-    python benchmarks/ablations.py --seeds 1 --only "learning rate 4e-3,no weight decay"
+    python benchmarks/ablations.py --seeds 1 --only "learning rate 4e-3" "no weight decay"
 
 Each variant changes fields of experiments/quick.py. A row has means over seeds: the validation
 loss, by which variants are compared; the loss of the last 10 % of the text, validation and test as
@@ -39,7 +39,13 @@ VARIANTS = {
         "regularization.output_dropout=0.0",
     ],
     "output dropout 0.3": ["regularization.output_dropout=0.3"],
-    "384 hidden units, 10 epochs": ["model.hidden_size=384", "num_epochs=10"],
+    "two layers of 288": ["model.num_layers=2", "model.hidden_size=288"],
+    "two layers of 288 with skip connections": [
+        "model.num_layers=2",
+        "model.hidden_size=288",
+        "model.skip_connections=True",
+    ],
+    "384 hidden units for 10 epochs": ["model.hidden_size=384", "num_epochs=10"],
     "averaged weights": ["optimizer.average_decay=0.998"],
     "float32": ["model.dtype=float32"],
 }
@@ -51,15 +57,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=3, help="[default: 3]")
-    parser.add_argument("--only", default=",".join(VARIANTS), help="names, separated by commas")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="VARIANT")
     parser.add_argument("--workdir", type=Path, default=ROOT / "runs/ablations")
     parser.add_argument("--text", help="another text file [default: Tiny Shakespeare]")
     options = parser.parse_args()
-    if unknown := set(options.only.split(",")) - set(VARIANTS):
-        parser.error(f"there is no variant {', '.join(unknown)}")
     print("| | seeds | validation | last 10 % | windows of 256 | minutes |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for name in options.only.split(","):
+    for name in options.only:
         flags = [f"--config.{field}" for field in VARIANTS[name]]
         if options.text:
             flags.append(f"--config.data.path={options.text}")
