@@ -36,6 +36,7 @@ def main() -> None:
     ours = "lstm-jax"
     contestants = {
         ours: functools.partial(_lstm_jax, options),
+        "lstm-jax int8": functools.partial(_lstm_jax, options, int8=True),
         "lstm-jax top-k 20": functools.partial(_lstm_jax, options, top_k=20),
         "lstm-jax top-p 0.9": functools.partial(_lstm_jax, options, top_p=0.9),
         "lstm-jax top-k and top-p": functools.partial(_lstm_jax, options, top_k=20, top_p=0.9),
@@ -60,10 +61,10 @@ def _mask(options: argparse.Namespace) -> np.ndarray:
     return mask
 
 
-def _lstm_jax(options: argparse.Namespace, **controls: Any) -> Work:
+def _lstm_jax(options: argparse.Namespace, int8: bool = False, **controls: Any) -> Work:
     import jax
 
-    from lstm_jax import generation, model
+    from lstm_jax import fused, generation, model
     from lstm_jax.controls import Controls
 
     lstm = model.LanguageModel(
@@ -71,8 +72,11 @@ def _lstm_jax(options: argparse.Namespace, **controls: Any) -> Work:
         options.embedding_size,
         options.hidden_size,
         options.num_layers,
-        dtype=options.dtype,
+        dtype="bfloat16" if int8 else options.dtype,
+        int8_steps=int8,
     )
+    if int8 and not fused.supports_int8(lstm):
+        raise ValueError("it needs the library in C, and a multiple of 16 hidden units")
     key = jax.random.key(0)
     params = model.init_params(lstm, key)
     prompts = np.full((options.num_samples, 1), FIRST_ID, np.int32)

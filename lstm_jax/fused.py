@@ -27,6 +27,7 @@ from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.matmul import matmul, matmul_rounded, round_factor
 from lstm_jax.native import recurrence as in_c
 from lstm_jax.native.cpu import has_bfloat16_instructions
+from lstm_jax.native.recurrence import Int8Kernel
 
 
 class Lookup(NamedTuple):
@@ -80,30 +81,47 @@ def supports(model: Any) -> bool:
     return model.cell == "lstm" and not model.layer_norm and model.block == "none"
 
 
+def supports_int8(model: Any) -> bool:
+    """Return whether the steps of a `LanguageModel` can multiply in 8 bits here."""
+    return supports(model) and all(in_c.is_used(size, "bfloat16") for size in model.sizes[1:])
+
+
 class StepArrays(NamedTuple):
     """The parameters of a model of LSTM layers, prepared for `apply_step`, with kernels rounded."""
 
     tokens: jax.Array  # Each token's term in the first layer's gates, [vocabulary, 4 * hidden].
     # [4 * hidden, inputs + hidden], or as the library packs it; for the first layer, no inputs.
-    kernels: list[jax.Array]
+    kernels: list[jax.Array | Int8Kernel]
     biases: list[jax.Array]  # Of each layer but the first, [4 * hidden].
     head: jax.Array  # The dense layer's kernel, [vocabulary, hidden].
     head_bias: jax.Array  # [vocabulary].
 
 
 def prepare_step(
-    layers: Sequence[Kernels], table: jax.Array, head: jax.Array, head_bias: jax.Array, dtype: str
+    layers: Sequence[Kernels],
+    table: jax.Array,
+    head: jax.Array,
+    head_bias: jax.Array,
+    dtype: str,
+    int8: bool,
+    skip: bool,
 ) -> StepArrays:
-    """Precompute what is the same at every step, from all parameters; see `apply_step`."""
+    """Precompute what is the same at every step, from all parameters; see `apply_step`.
+
+    `int8` tells whether steps multiply in 8 bits, which `supports_int8` must allow.
+    """
     first, *others = layers
     kernels = [first.recurrent, *(jnp.concatenate([k.input, k.recurrent]) for k in others)]
-    return StepArrays(
-        matmul(table, first.input, dtype) + first.bias,
-        [_prepare_kernel(kernel, dtype) for kernel in kernels],
-        [k.bias for k in others],
-        round_factor(head.T, dtype),
-        head_bias,
-    )
+    terms = [matmul(table, first.input, dtype) + first.bias, *(k.bias for k in others)]
+    if int8:
+        # Outputs are within ±1. With skip connections, layer i reads the sum of those of i layers.
+        bounds = [max(i, 1) if skip else 1 for i in range(len(layers))]
+        quantized = map(in_c.quantize_gates, kernels, bounds)
+        packed, offsets = map(list, zip(*quantized, strict=True))
+        terms = [term + offset for term, offset in zip(terms, offsets, strict=True)]
+    else:
+        packed = [_prepare_kernel(kernel, dtype) for kernel in kernels]
+    return StepArrays(terms[0], packed, terms[1:], round_factor(head.T, dtype), head_bias)
 
 
 def _prepare_kernel(kernel: jax.Array, dtype: str) -> jax.Array:
@@ -125,7 +143,7 @@ def apply_step(
     below: list[jax.Array] = []  # The outputs of the layer below, if there is one.
     for kernel, own, term in zip(arrays.kernels, carry, added, strict=True):
         inputs = [*below, own.hidden]
-        if kernel.ndim == 3:
+        if isinstance(kernel, Int8Kernel) or kernel.ndim == 3:
             states.append(in_c.run_step(kernel, inputs, own, term))
         else:
             columns = round_factor(jnp.concatenate([x.T for x in inputs]), dtype)

@@ -82,6 +82,7 @@ class LanguageModel(nn.Module):
     num_layers: int = 1  # The number of recurrent layers; each reads the outputs of the one below.
     recurrence: str = "auto"  # How the layers run over time, one of `RECURRENCES`.
     dtype: str = "float32"  # The dtype of matmul operands, "float32" or "bfloat16".
+    int8_steps: bool = False  # Whether `apply_step` multiplies in 8 bits; `fused.supports_int8`.
     rematerialize: int = 0  # See `fused.run_fused`.
     cell: str | type[nn.Module] = "lstm"  # The kind of recurrent layer, in `cells.CELLS` or not.
     layer_norm: bool = False  # Whether the cells normalize the contributions to their gates.
@@ -214,7 +215,8 @@ class LanguageModel(nn.Module):
             return params
         kernels = [cell.kernels() for cell in bound.layers]
         table, head, bias = bound.embedding.embedding, bound.head_kernel(), bound.dense.bias
-        return fused.prepare_step(kernels, table, head, bias, self.dtype)
+        options = self.dtype, self.int8_steps, self.skip_connections
+        return fused.prepare_step(kernels, table, head, bias, *options)
 
     @nn.nowrap
     def apply_step(self, arrays: Prepared, ids: jax.Array, carry: Carry) -> tuple[jax.Array, Carry]:

@@ -109,6 +109,8 @@ def test_a_model_is_loaded_in_another_dtype(run: library.Run, trained: Path) -> 
     assert 0 < np.abs(np.subtract(*scores)).max() < 0.05
     with pytest.raises(UserError, match="config.model.dtype is 'half': it must be"):
         lstm_jax.load(trained, dtype="half")
+    with pytest.raises(UserError, match="int8 needs LSTM layers with a multiple of 16 hidden"):
+        lstm_jax.load(trained, dtype="int8")  # This model has 24 hidden units.
 
 
 def test_a_logits_processor_sees_the_text_so_far_and_changes_what_is_drawn() -> None:

@@ -15,11 +15,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import lstm_jax
 from lstm_jax import config, fused, model, native
 from lstm_jax.cells.lstm import Kernels, LSTMCarry
+from lstm_jax.convert import transfer
 from lstm_jax.devices import parallel
 from lstm_jax.errors import UserError
 from lstm_jax.fused import Lookup
+from lstm_jax.native import recurrence
+from lstm_jax.vocabulary import Vocabulary
 from test_recurrence import assert_close, make_problem, value_and_gradients
 
 pytestmark = [
@@ -253,6 +257,79 @@ def test_steps_agree_with_windows(
     assert not without_library(uses_library)(read)
     assert_close(read(), expected, 1e-2)
     assert_close(without_library(read)(), expected, 1e-2)
+
+
+@pytest.mark.parametrize(("features", "bound"), [(0, 1), (32, 1), (32, 3)])
+@pytest.mark.parametrize("batch", [1, 5, 64])
+def test_a_step_in_8_bits_agrees_with_numpy(batch: int, features: int, bound: int) -> None:
+    hidden, draw = 48, np.random.default_rng(0)
+    kernel = draw.normal(size=(features + hidden, 4 * hidden)).astype("float32") / 4
+    kernel[:, 5] = 0  # A column without a largest number.
+    inputs = draw.uniform(-bound, bound, (batch, features)).astype("float32")
+    state = draw.uniform(-1, 1, (batch, hidden)).astype("float32")
+    cell, added = (draw.normal(size=(batch, n)).astype("float32") for n in (hidden, 4 * hidden))
+    quantized, offset = recurrence.quantize_gates(jnp.asarray(kernel), bound)
+    carry = LSTMCarry(jnp.asarray(cell), jnp.asarray(state))
+    parts = [jnp.asarray(inputs), carry.hidden]
+    found = recurrence.run_step(quantized, parts, carry, jnp.asarray(added) + offset)
+
+    units = np.concatenate([np.full(features, bound), np.ones(hidden)]) / 127
+    rows = np.round(np.concatenate([inputs, state], axis=1) / units)
+    scaled = kernel * units[:, None]
+    scales = np.abs(scaled).max(axis=0) / 127 + (np.arange(4 * hidden) == 5)
+    sums = rows @ np.round(scaled / scales) * scales
+    i, f, g, o = np.split(sums + added, 4, axis=1)
+    i, f, o = (1 / (1 + np.exp(-z)) for z in (i, f, o))
+    expected = f * cell + i * np.tanh(g)
+    # A number halfway between two integers may be rounded to the other one.
+    np.testing.assert_allclose(found.cell, expected, atol=2e-3)
+    np.testing.assert_allclose(found.hidden, o * np.tanh(expected), atol=2e-3)
+    assert np.abs(found.cell - expected).mean() < 1e-5
+    exact = np.concatenate([inputs, state], axis=1) @ kernel
+    assert 1e-3 < np.linalg.norm(sums - exact) / np.linalg.norm(exact) < 2e-2
+
+
+@pytest.mark.parametrize(("num_layers", "skip"), [(1, False), (3, False), (3, True)])
+def test_steps_in_8_bits_predict_nearly_the_same(num_layers: int, skip: bool) -> None:
+    lstm = model.LanguageModel(30, 24, 64, num_layers, skip_connections=skip)
+    draw = np.random.default_rng(0).normal
+    shapes = jax.eval_shape(lambda: model.init_params(lstm, jax.random.key(0)))
+    params = jax.tree.map(lambda x: jnp.asarray(draw(size=x.shape) / 4, x.dtype), shapes)
+    ids = np.random.default_rng(1).integers(0, 30, (5, 40))
+    logits, _ = model.apply(lstm, params, ids, lstm.initial_carry(5))
+    expected = np.asarray(jax.nn.log_softmax(logits))
+
+    def compute_divergence(steps: model.LanguageModel) -> float:
+        step = jax.jit(functools.partial(steps.apply_step, steps.prepare_step(params)))
+        carry, total = steps.initial_carry(5), 0.0
+        for t in range(40):
+            found, carry = step(ids[:, t], carry)
+            log_probabilities = np.asarray(jax.nn.log_softmax(found))
+            difference = expected[:, t] - log_probabilities
+            total += (np.exp(expected[:, t]) * difference).sum(axis=1).mean()
+        return total / 40
+
+    low = lstm.clone(dtype="bfloat16")
+    assert fused.supports_int8(low)
+    coarse = low.clone(int8_steps=True)
+    assert "i8[" in str(jax.make_jaxpr(lambda: coarse.prepare_step(params))())
+    assert compute_divergence(low) < compute_divergence(coarse) < 2e-3
+
+
+def test_a_trained_model_generates_in_8_bits(tmp_path: Path) -> None:
+    settings, vocabulary = config.default(), Vocabulary.from_text("abcdefgh")
+    settings.model.update({"embedding_size": 24, "hidden_size": 48})
+    lstm = model.make_model(settings.model, len(vocabulary))
+    params = model.init_params(lstm, jax.random.key(0))
+    transfer.make_workdir(tmp_path / "run", settings, vocabulary, params)
+    texts = []
+    for dtype in ("float32", "int8"):
+        run = lstm_jax.load(tmp_path / "run", dtype)
+        assert run.model.int8_steps == (dtype == "int8")
+        texts.append(run.generate("abc", length=50))
+    assert len(texts[1]) == 53 and set(texts[1]) <= set("abcdefgh")
+    with pytest.raises(UserError, match="the dtype int8 needs .* on a CPU with AVX-512 BF16"):
+        without_library(lstm_jax.load)(tmp_path / "run", "int8")
 
 
 def test_populations_and_donated_carries() -> None:

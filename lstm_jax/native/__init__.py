@@ -18,7 +18,7 @@ from lstm_jax.errors import UserError
 from lstm_jax.native.cpu import count_cores, read_cpu_features
 
 _SOURCE = Path(__file__).with_name("lstm.c")
-_FLAGS = [f"-mavx512{name}" for name in ("f", "bw", "vl", "dq", "bf16")]
+_FLAGS = [f"-mavx512{name}" for name in ("f", "bw", "vl", "dq", "bf16", "vnni")]
 _FLAGS += ["-mfma", "-O3", "-std=gnu11", "-shared", "-fPIC"]
 _FUNCTIONS = ("matmul", "pack", "step", "forward", "backward")
 
@@ -53,7 +53,7 @@ def get_target(name: str) -> str:
 def is_supported() -> bool:
     """Return whether this processor has AVX-512 BF16, but not AMX, whose matmuls XLA can use."""
     features = read_cpu_features()
-    return "avx512_bf16" in features and "amx_bf16" not in features
+    return {"avx512_bf16", "avx512_vnni"} <= features and "amx_bf16" not in features
 
 
 def get_path() -> Path:

@@ -4,9 +4,10 @@
 // A matmul is computed in tiles: up to ROWS rows by 4 vectors of 16 columns, whose sums stay in
 // registers. The right factor is packed by tile, so that a tile reads it in order. Both factors are
 // read in pairs along their common axis, the depth: one instruction multiplies the two numbers of
-// each pair and adds both products to a float32 sum.
+// each pair and adds both products to a float32 sum. A step of generation can also multiply numbers
+// of 8 bits, four at a time, with sums in int32.
 //
-// The hidden size is a multiple of 16, and every depth is even.
+// The hidden size is a multiple of 16, and every depth is even, or for 8 bits a multiple of 4.
 
 #include <immintrin.h>
 #include <sched.h>
@@ -20,6 +21,7 @@ enum { ROWS = 6, LANES = 16, VECTORS = 4, TILE = LANES * VECTORS };
 
 typedef uint16_t bfloat16;  // Its bits.
 typedef uint32_t pair __attribute__((aligned(2), may_alias));
+typedef uint32_t four __attribute__((aligned(1), may_alias));  // Numbers of 8 bits.
 typedef __m512 sums[ROWS][VECTORS];
 
 static __mmask16 first_lanes(size_t n) { return n < LANES ? (1 << n) - 1 : 0xffff; }
@@ -70,16 +72,44 @@ static inline __attribute__((always_inline)) void multiply_rows(int rows, const 
   memcpy(result, sum, rows * sizeof(sum[0]));
 }
 
+// Compute the same for 8 bits, unsigned in `a`, signed in the packed factor; the sums are int32.
+static inline __attribute__((always_inline)) void multiply_bytes(int rows, const uint8_t *a,
+                                                                 size_t depth, const four *packed,
+                                                                 sums result) {
+  __m512i sum[ROWS][VECTORS] = {0};
+  for (size_t k = 0; k < depth; k += 4, packed += TILE) {
+    __m512i b[VECTORS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) b[v] = _mm512_loadu_si512(packed + v * LANES);
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++) {
+      __m512i x = _mm512_set1_epi32(*(const four *)(a + r * depth + k));
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; v++) sum[r][v] = _mm512_dpbusd_epi32(sum[r][v], x, b[v]);
+    }
+  }
+  memcpy(result, sum, rows * sizeof(sum[0]));
+}
+
+// The compiler makes a loop for each number of rows, with the sums in registers.
+#define CALL_WITH_ROWS(function, rows, ...)     \
+  switch (rows) {                               \
+    case 1: return function(1, __VA_ARGS__);    \
+    case 2: return function(2, __VA_ARGS__);    \
+    case 3: return function(3, __VA_ARGS__);    \
+    case 4: return function(4, __VA_ARGS__);    \
+    case 5: return function(5, __VA_ARGS__);    \
+    case 6: return function(6, __VA_ARGS__);    \
+  }
+
 static void multiply(int rows, const bfloat16 *a, size_t stride, size_t depth, const pair *packed,
                      sums result) {
-  switch (rows) {  // The compiler makes a loop for each number, with the sums in registers.
-    case 1: return multiply_rows(1, a, stride, depth, packed, result);
-    case 2: return multiply_rows(2, a, stride, depth, packed, result);
-    case 3: return multiply_rows(3, a, stride, depth, packed, result);
-    case 4: return multiply_rows(4, a, stride, depth, packed, result);
-    case 5: return multiply_rows(5, a, stride, depth, packed, result);
-    case 6: return multiply_rows(6, a, stride, depth, packed, result);
-  }
+  CALL_WITH_ROWS(multiply_rows, rows, a, stride, depth, packed, result)
+}
+
+static void multiply_int8(int rows, const uint8_t *a, size_t depth, const four *packed,
+                          sums result) {
+  CALL_WITH_ROWS(multiply_bytes, rows, a, depth, packed, result)
 }
 
 // Return the number of rows of the next tile: tiles share the rows that are left equally.
@@ -161,10 +191,11 @@ static inline Units next_state(const __m512 *z, __m512 cell) {
 
 typedef struct {
   size_t batch, depth, hidden;
-  const bfloat16 *rows;  // [batch, depth]: inputs and the hidden state.
-  const pair *packed;    // The kernel, [depth, 4 * hidden], by gates.
-  size_t stride;         // Between rows of `added`, 0 if all are the same.
-  const float *added;    // To the gates before their activation.
+  const void *rows;     // [batch, depth]: inputs and the hidden state, in bfloat16 or 8 bits.
+  const void *packed;   // The kernel, [depth, 4 * hidden], by gates.
+  const float *scales;  // Of its columns, or NULL if it is in bfloat16.
+  size_t stride;        // Between rows of `added`, 0 if all are the same.
+  const float *added;   // To the gates before their activation.
   const float *previous;
   float *cell, *output;  // [batch, hidden].
 } Step;
@@ -177,12 +208,20 @@ static void step(const void *work, size_t part, size_t parts) {
     for (size_t b = 0, n; b < s.batch; b += n) {
       n = next_rows(s.batch - b);
       sums sum;
-      multiply(n, s.rows + b * s.depth, s.depth, s.depth, s.packed + j * VECTORS * s.depth / 2,
-               sum);
+      if (s.scales)
+        multiply_int8(n, (const uint8_t *)s.rows + b * s.depth, s.depth,
+                      (const four *)s.packed + j * VECTORS * s.depth / 4, sum);
+      else
+        multiply(n, (const bfloat16 *)s.rows + b * s.depth, s.depth, s.depth,
+                 (const pair *)s.packed + j * VECTORS * s.depth / 2, sum);
       for (size_t r = 0; r < n; r++) {
         size_t at = (b + r) * s.hidden + j;
-        for (size_t v = 0; v < VECTORS; v++)
-          sum[r][v] += _mm512_loadu_ps(s.added + (b + r) * s.stride + v * s.hidden + j);
+        for (size_t v = 0; v < VECTORS; v++) {
+          size_t column = v * s.hidden + j;
+          if (s.scales)
+            sum[r][v] = _mm512_cvtepi32_ps((__m512i)sum[r][v]) * _mm512_loadu_ps(s.scales + column);
+          sum[r][v] += _mm512_loadu_ps(s.added + (b + r) * s.stride + column);
+        }
         Units to = next_state(sum[r], _mm512_loadu_ps(s.previous + at));
         _mm512_storeu_ps(s.cell + at, to.cell);
         _mm512_storeu_ps(s.output + at, to.output);
@@ -378,8 +417,9 @@ XLA_FFI_Error *lstm_step(XLA_FFI_CallFrame *frame) {
   if (is_query(frame)) return NULL;
   void **in = frame->args.args, **out = frame->rets.rets;
   size_t hidden = size(in, 3, 1), stride = size(in, 2, 0) == 1 ? 0 : 4 * hidden;
-  Step work = {size(in, 0, 0), size(in, 0, 1), hidden,      data(in, 0),  data(in, 1),
-               stride,         data(in, 2),    data(in, 3), data(out, 0), data(out, 1)};
+  const float *scales = frame->args.size == 5 ? data(in, 4) : NULL;
+  Step work = {size(in, 0, 0), size(in, 0, 1), hidden,       data(in, 0), data(in, 1), scales,
+               stride,         data(in, 2),    data(in, 3),  data(out, 0), data(out, 1)};
   run(frame, step, &work);
   return NULL;
 }

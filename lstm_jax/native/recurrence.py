@@ -1,7 +1,7 @@
 """One LSTM layer by the library's functions: over time, with a custom VJP, and a single step."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,16 +31,48 @@ def pack_gates(kernel: jax.Array) -> jax.Array:
     return _pack(kernel, apart=kernel.shape[1] // 4)
 
 
-def run_step(
-    packed: jax.Array, inputs: Sequence[jax.Array], carry: LSTMCarry, added: jax.Array
-) -> LSTMCarry:
-    """Run one step of a layer, with a kernel from `pack_gates`, and return the next carry.
+class Int8Kernel(NamedTuple):
+    """A kernel of `run_step` that is rounded to 8 bits."""
 
-    `inputs` are the layer's, unless they are in `added` already, and the hidden state, [batch, n]
-    each. `added` [batch or 1, 4 * hidden] is added to the gates before their activation.
+    values: jax.Array  # Int8, in tiles [hidden / 16, depth / 4, 4 gates, 16, 4].
+    scales: jax.Array  # What 1 stands for in the products of each column, [4 * hidden].
+    factors: jax.Array  # Multiply the inputs before they are rounded, [depth].
+
+
+def quantize_gates(kernel: jax.Array, bound: float) -> tuple[Int8Kernel, jax.Array]:
+    """Round a kernel [inputs + hidden, 4 * hidden] to 8 bits, with a scale for each column.
+
+    Inputs are between minus and plus `bound`, hidden states between -1 and 1. `run_step` rounds
+    both to integers from 1 to 255. Also return what is to be added to the gates for that, because
+    128 stands for 0: [4 * hidden]. The number of rows is a multiple of 4.
     """
-    rows = jnp.concatenate(inputs, axis=1).astype("bfloat16")
-    arguments = rows, packed, added.astype("float32"), carry.cell.astype("float32")
+    depth, width = kernel.shape
+    factors = jnp.where(jnp.arange(depth) < depth - width // 4, 127 / bound, 127)
+    kernel = kernel / factors[:, None]
+    scales = jnp.abs(kernel).max(axis=0) / 127
+    scales = jnp.where(scales > 0, scales, 1)
+    values = jnp.round(kernel / scales).astype("int8")
+    offset = -128 * scales * values.sum(axis=0, dtype="int32")
+    tiles = values.reshape(depth // 4, 4, 4, -1, LANES).transpose(3, 0, 2, 4, 1)
+    return Int8Kernel(tiles, scales, factors), offset
+
+
+def run_step(
+    packed: jax.Array | Int8Kernel, inputs: Sequence[jax.Array], carry: LSTMCarry, added: jax.Array
+) -> LSTMCarry:
+    """Run one step of a layer and return the next carry.
+
+    The kernel is from `pack_gates` or `quantize_gates`. `inputs` are the layer's, unless they are
+    in `added` already, and the hidden state, [batch, n] each. `added` [batch or 1, 4 * hidden] is
+    added to the gates before their activation.
+    """
+    rows = jnp.concatenate(inputs, axis=1)
+    arguments = [added.astype("float32"), carry.cell.astype("float32")]
+    if isinstance(packed, Int8Kernel):
+        rows = jnp.round(rows * packed.factors + 128).astype("uint8")
+        arguments = [rows, packed.values, *arguments, packed.scales]
+    else:
+        arguments = [rows.astype("bfloat16"), packed, *arguments]
     result = (carry.cell.shape, "float32")
     return LSTMCarry(
         *(x.astype(carry.cell.dtype) for x in _call("step", arguments, result, result))
@@ -126,7 +158,7 @@ def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _call(
-    name: str, arguments: tuple[jax.Array, ...], *results: tuple[Any, str], **attributes: np.int64
+    name: str, arguments: Sequence[jax.Array], *results: tuple[Any, str], **attributes: np.int64
 ) -> Any:
     """Call a function of the library, which divides its work into a part for each thread."""
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results]

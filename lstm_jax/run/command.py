@@ -131,12 +131,12 @@ def define_run_flags() -> Callable[[], tuple[list[Path], list[str | None]]]:
     return read
 
 
-def define_dtype_flag() -> flags.FlagHolder[str | None]:
-    """Define the flag --dtype, for commands that run a trained model."""
+def define_dtype_flag(*more: str) -> flags.FlagHolder[str | None]:
+    """Define the flag --dtype, for commands that run a trained model; `more` are other dtypes."""
     return flags.DEFINE_enum(
         "dtype",
         None,
-        model.DTYPES,
+        [*model.DTYPES, *more],
         "Dtype of matmul operands, instead of the run's; auto: the fastest.",
     )
 

@@ -11,6 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
+from lstm_jax import fused
 from lstm_jax import model as model_lib
 from lstm_jax.cells.protocol import trace_cell
 from lstm_jax.errors import UserError, warn
@@ -80,21 +81,29 @@ class Trained(NamedTuple):
 def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
     """Load the model in `workdir`: its best checkpoint by validation loss, else its latest.
 
-    Its matmuls are in `dtype`, a value of `config.model.dtype`; by default as in training.
+    Its matmuls are in `dtype`, a value of `config.model.dtype`; by default as in training. "int8"
+    is bfloat16 with 8 bits in the matmuls of the steps that generate text.
 
     Raises:
       UserError: if there is none, or a file is damaged, or its cell is in a file that was not
-        loaded (`cell_file.load_cell`).
+        loaded (`cell_file.load_cell`), or int8 is not possible.
     """
     workdir = Path(workdir)
     config = load_config(workdir)
     if dtype:
-        config.model.dtype = dtype
+        config.model.dtype = "bfloat16" if dtype == "int8" else dtype
         config = config_lib.complete_config(config)
     cell_file.use_loaded_cell(config, workdir)
     vocabulary = load_vocabulary(workdir)
     config.model.recurrence = "auto"  # The run may have used another kind of device.
     model = model_lib.make_model(config.model, len(vocabulary))
+    if dtype == "int8":
+        if not fused.supports_int8(model):
+            raise UserError(
+                "the dtype int8 needs LSTM layers with a multiple of 16 hidden units, and the "
+                "library that python -m lstm_jax.native compiles, on a CPU with AVX-512 BF16"
+            )
+        model = model.clone(int8_steps=True)
     if config.model.cell_sha256:
         for cell in set(model.clone(block="none").make_cells()):
             trace_cell(cell)

@@ -23,7 +23,7 @@ from lstm_jax.run.console import make_printable, make_printer
 from lstm_jax.sample import chat, novelty
 
 _RUN = command.define_run_flags()
-_DTYPE = command.define_dtype_flag()
+_DTYPE = command.define_dtype_flag("int8")
 _PROMPT = flags.DEFINE_string("prompt", "", "Prompt to continue.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File with the prompt; - is stdin.")
 _LENGTH = flags.DEFINE_integer(

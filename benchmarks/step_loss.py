@@ -1,0 +1,61 @@
+"""Measure what the dtype of generation changes in the predictions of a trained model.
+
+    python benchmarks/step_loss.py --workdir runs/quick
+
+Reads the beginning of each of 64 parts of the validation text, token by token, as generation reads
+what it has generated. Prints, in nats per token, the loss and the Kullback-Leibler divergence of
+the predictions in each dtype from those in float32. int8 needs the library in C.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lstm_jax import generation
+from lstm_jax.data import texts
+from lstm_jax.run import workdir
+
+PARTS = 64
+
+
+def main() -> None:
+    """Read the text in each dtype; print a row of the table after each."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--length", type=int, default=600, help="of each part [default: 600]")
+    options = parser.parse_args()
+    trained = workdir.load_trained(options.workdir)
+    text = "".join(texts.read_splits(trained.config.data)["validation"])
+    ids = trained.vocabulary.encode(text)
+    ids = np.asarray(ids[: len(ids) // PARTS * PARTS]).reshape(PARTS, -1)[:, : options.length]
+    print("| | loss | divergence from float32 |\n| --- | ---: | ---: |")
+    exact = None
+    for dtype in ("float32", "bfloat16", "int8"):
+        found = predict(workdir.load_trained(options.workdir, dtype), ids)
+        exact = found if exact is None else exact
+        loss = -np.take_along_axis(found[:-1], ids.T[1:, :, None], axis=2).mean(dtype=np.float64)
+        divergence = (np.exp(exact) * (exact - found)).sum(axis=2).mean(dtype=np.float64)
+        print(f"| {dtype} | {loss:.4f} | {divergence:.1e} |", flush=True)
+
+
+def predict(trained: workdir.Trained, ids: np.ndarray) -> np.ndarray:
+    """Return the log-probabilities after each of ids [parts, time]: [time, parts, vocabulary]."""
+    model = trained.model
+    arrays = generation.prepare_params(model, trained.params)
+
+    def step(carry: Any, token: jax.Array) -> tuple[Any, jax.Array]:
+        logits, carry = model.apply_step(arrays, token, carry)
+        return carry, jax.nn.log_softmax(logits)
+
+    _, log_probabilities = jax.lax.scan(step, model.initial_carry(len(ids)), jnp.asarray(ids.T))
+    return np.asarray(log_probabilities)
+
+
+if __name__ == "__main__":
+    main()
