@@ -59,15 +59,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="[default: 3]")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="VARIANT")
     parser.add_argument("--workdir", type=Path, default=ROOT / "runs/ablations")
-    parser.add_argument("--text", help="another text file [default: Tiny Shakespeare]")
+    parser.add_argument("--text", type=Path, help="another text file [default: Tiny Shakespeare]")
     options = parser.parse_args()
     print("| | seeds | validation | last 10 % | windows of 256 | minutes |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name in options.only:
         flags = [f"--config.{field}" for field in VARIANTS[name]]
-        if options.text:
-            flags.append(f"--config.data.path={options.text}")
         directory = options.workdir / name.replace(" ", "_")
+        if options.text:
+            flags.append(f"--config.data.path={options.text.absolute()}")
+            directory = options.workdir / options.text.stem / directory.name
         rows = [_measure(directory / str(seed), seed, flags) for seed in range(options.seeds)]
         losses = (_describe([row[key] for row in rows]) for key in ("validation", "all", "windows"))
         minutes = statistics.mean(row["minutes"] for row in rows)

@@ -31,8 +31,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=600, help="of each part [default: 600]")
     options = parser.parse_args()
     trained = workdir.load_trained(options.workdir)
-    text = "".join(texts.read_splits(trained.config.data)["validation"])
-    ids = trained.vocabulary.encode(text)
+    ids = trained.vocabulary.encode(texts.read_splits(trained.config.data)["validation"])
     ids = np.asarray(ids[: len(ids) // PARTS * PARTS]).reshape(PARTS, -1)[:, : options.length]
     print("| | loss | divergence from float32 |\n| --- | ---: | ---: |")
     exact = None

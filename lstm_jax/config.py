@@ -389,7 +389,7 @@ def describe_fields(width: int, quote: str = "") -> str:
         for field in fields:
             marks = " [resume]" * field.resume + " [population]" * bool(field.population)
             lines.append(f"- {quote}--config.{field.name}={field.default!r}{quote}{marks}")
-            allowed = " and ".join(rule.words for rule in (field.allowed, field.fits) if rule)
+            allowed = "; ".join(rule.words for rule in (field.allowed, field.fits) if rule)
             only = f" Needs {field.used_with.words}." if field.used_with else ""
             text = f"{field.meaning} Allowed: {allowed}.{only}"
             lines += textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="  ")

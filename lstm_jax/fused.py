@@ -119,6 +119,8 @@ def prepare_step(
         quantized = map(in_c.quantize_gates, kernels, bounds)
         packed, offsets = map(list, zip(*quantized, strict=True))
         terms = [term + offset for term, offset in zip(terms, offsets, strict=True)]
+        # A byte can't be NaN: parameters that are not finite must reach the logits in another way.
+        head_bias += 0 * sum(term.sum() for term in terms)
     else:
         packed = [_prepare_kernel(kernel, dtype) for kernel in kernels]
     return StepArrays(terms[0], packed, terms[1:], round_factor(head.T, dtype), head_bias)

@@ -82,7 +82,7 @@ class LanguageModel(nn.Module):
     num_layers: int = 1  # The number of recurrent layers; each reads the outputs of the one below.
     recurrence: str = "auto"  # How the layers run over time, one of `RECURRENCES`.
     dtype: str = "float32"  # The dtype of matmul operands, "float32" or "bfloat16".
-    int8_steps: bool = False  # Whether `apply_step` multiplies in 8 bits; `fused.supports_int8`.
+    int8_steps: bool = False  # Whether layers multiply 8 bits in `apply_step`; see `fused`.
     rematerialize: int = 0  # See `fused.run_fused`.
     cell: str | type[nn.Module] = "lstm"  # The kind of recurrent layer, in `cells.CELLS` or not.
     layer_norm: bool = False  # Whether the cells normalize the contributions to their gates.

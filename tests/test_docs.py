@@ -173,12 +173,21 @@ def test_the_convention_finds_commands_and_comments(tmp_path: Path) -> None:
     ]
 
 
+def find_anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    words = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.replace(" ", "-") for heading in words}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_everything_that_a_page_names_exists(page: Path) -> None:
     content = page.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", content):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?[^)]*\)", content):
         if not re.match(r"\w+:", target):
-            assert (page.parent / target).exists(), f"the link to {target}"
+            linked = page.parent / target if target else page
+            assert linked.exists(), f"the link to {target}"
+            assert not anchor or anchor in find_anchors(linked), f"the link to {target}#{anchor}"
     for block in find_blocks(page):
         for command in block.commands:
             if command[1].startswith(("benchmarks/", "tests/", "notebooks/")):

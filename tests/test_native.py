@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 import lstm_jax
-from lstm_jax import config, fused, model, native
+from lstm_jax import config, fused, generation, model, native
 from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.convert import transfer
 from lstm_jax.devices import parallel
-from lstm_jax.errors import UserError
+from lstm_jax.errors import NotFiniteError, UserError
 from lstm_jax.fused import Lookup
 from lstm_jax.native import recurrence
 from lstm_jax.vocabulary import Vocabulary
@@ -289,12 +289,18 @@ def test_a_step_in_8_bits_agrees_with_numpy(batch: int, features: int, bound: in
     assert 1e-3 < np.linalg.norm(sums - exact) / np.linalg.norm(exact) < 2e-2
 
 
-@pytest.mark.parametrize(("num_layers", "skip"), [(1, False), (3, False), (3, True)])
-def test_steps_in_8_bits_predict_nearly_the_same(num_layers: int, skip: bool) -> None:
-    lstm = model.LanguageModel(30, 24, 64, num_layers, skip_connections=skip)
+@pytest.mark.parametrize(
+    ("num_layers", "fields"),
+    [(1, {}), (3, {}), (3, {"skip_connections": True}), (2, {"tie_embeddings": True})],
+)
+def test_steps_in_8_bits_predict_nearly_the_same(num_layers: int, fields: dict[str, Any]) -> None:
+    lstm = model.LanguageModel(30, 32, 64, num_layers, **fields)
     draw = np.random.default_rng(0).normal
     shapes = jax.eval_shape(lambda: model.init_params(lstm, jax.random.key(0)))
     params = jax.tree.map(lambda x: jnp.asarray(draw(size=x.shape) / 4, x.dtype), shapes)
+    for i in range(num_layers - 1):  # Open gates: with skip connections, sums then exceed 1.
+        bias = params[f"lstm_{i}"]["bias"].reshape(4, -1)
+        params[f"lstm_{i}"]["bias"] = (bias + np.array([[5], [0], [5], [5]])).reshape(-1)
     ids = np.random.default_rng(1).integers(0, 30, (5, 40))
     logits, _ = model.apply(lstm, params, ids, lstm.initial_carry(5))
     expected = np.asarray(jax.nn.log_softmax(logits))
@@ -313,7 +319,20 @@ def test_steps_in_8_bits_predict_nearly_the_same(num_layers: int, skip: bool) ->
     assert fused.supports_int8(low)
     coarse = low.clone(int8_steps=True)
     assert "i8[" in str(jax.make_jaxpr(lambda: coarse.prepare_step(params))())
-    assert compute_divergence(low) < compute_divergence(coarse) < 2e-3
+    assert compute_divergence(low) < compute_divergence(coarse) < 3e-4
+
+
+@pytest.mark.parametrize("place", ["embedding", "lstm_0", "lstm_1", "dense"])
+def test_parameters_that_are_not_finite_are_found_in_8_bits(place: str) -> None:
+    lstm = model.LanguageModel(9, 16, 16, 2, dtype="bfloat16", int8_steps=True)
+    params = model.init_params(lstm, jax.random.key(0))
+    for name, array in params[place].items():
+        for value in (np.nan, np.inf):
+            index = (3,) * array.ndim
+            changed = {**params, place: {**params[place], name: array.at[index].set(value)}}
+            prompts = np.full((1, 1), 3, np.int32)
+            with pytest.raises(NotFiniteError):
+                generation.generate_tokens(lstm, changed, prompts, jax.random.key(0), length=9)
 
 
 def test_a_trained_model_generates_in_8_bits(tmp_path: Path) -> None:
@@ -322,13 +341,11 @@ def test_a_trained_model_generates_in_8_bits(tmp_path: Path) -> None:
     lstm = model.make_model(settings.model, len(vocabulary))
     params = model.init_params(lstm, jax.random.key(0))
     transfer.make_workdir(tmp_path / "run", settings, vocabulary, params)
-    texts = []
-    for dtype in ("float32", "int8"):
-        run = lstm_jax.load(tmp_path / "run", dtype)
-        assert run.model.int8_steps == (dtype == "int8")
-        texts.append(run.generate("abc", length=50))
-    assert len(texts[1]) == 53 and set(texts[1]) <= set("abcdefgh")
-    with pytest.raises(UserError, match="the dtype int8 needs .* on a CPU with AVX-512 BF16"):
+    run = lstm_jax.load(tmp_path / "run", "int8")
+    assert run.model.int8_steps
+    text = run.generate("abc", length=50)
+    assert len(text) == 53 and set(text) <= set("abcdefgh")
+    with pytest.raises(UserError, match="can't use int8 here: .* with AVX-512 BF16"):
         without_library(lstm_jax.load)(tmp_path / "run", "int8")
 
 

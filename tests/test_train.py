@@ -475,7 +475,7 @@ def test_weights_of_a_model_of_other_sizes_raise_an_error(
     tiny_config.init_from = str(trained)
     tiny_config.model.hidden_size = 25
     tiny_config.batches.batch_size = 4  # The batch size may differ.
-    with pytest.raises(UserError, match=r"other sizes: add --config.model.hidden_size=24$"):
+    with pytest.raises(UserError, match=r"other settings: add --config.model.hidden_size=24$"):
         train.train(tiny_config, tmp_path / "run")
     tiny_config.init_from = str(tmp_path)
     with pytest.raises(UserError, match="there is no trained model in"):
@@ -491,10 +491,10 @@ def test_options_of_the_cell_of_given_weights_are_named_as_flags(
     with pytest.raises(UserError) as caught:
         resume._compare(before, tiny_config, tmp_path, only="model.")
     flags = "--config.model.cell=mogrifier --config.model.options.rounds=3"
-    assert str(caught.value).endswith(f"other sizes: add {flags}")
+    assert str(caught.value).endswith(f"other settings: add {flags}")
     before = tiny_config.copy_and_resolve_references()
     tiny_config.model.options = {"rounds": 3}
-    with pytest.raises(UserError, match=r"other sizes: leave out config\.model\.options"):
+    with pytest.raises(UserError, match=r"other settings: leave out config\.model\.options"):
         resume._compare(before, tiny_config, tmp_path, only="model.")
 
 

@@ -43,15 +43,15 @@ def check_model(model: ConfigDict, graph: bool = False) -> None:
 
     A graph can have skip connections; the layers of a file of weights can't.
     """
-    plain = {"layer_norm": False, "block": "none"}
-    if not graph:
-        plain["skip_connections"] = False
+    if model.skip_connections and not graph:
+        raise UserError(
+            "Keras and PyTorch have no layer with model.skip_connections=True: write a .onnx file"
+        )
     others = ["cell"] * (model.cell not in GATES)
-    others += [name for name, value in plain.items() if model[name] != value]
+    others += ["layer_norm"] * model.layer_norm + ["block"] * (model.block != "none")
     if others:
-        libraries = "ONNX graphs" if graph else "Keras and PyTorch"
         named = f"model.{others[0]}={model[others[0]]!r}"
-        raise UserError(f"{libraries} have no layer with {named}")
+        raise UserError(f"Keras, PyTorch and ONNX have no layer with {named}")
 
 
 def from_model(model: LanguageModel, params: Params) -> Weights:

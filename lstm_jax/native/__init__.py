@@ -51,7 +51,7 @@ def get_target(name: str) -> str:
 
 
 def is_supported() -> bool:
-    """Return whether this processor has AVX-512 BF16, but not AMX, whose matmuls XLA can use."""
+    """Return whether this processor has AVX-512 BF16 and VNNI, but not AMX, which XLA can use."""
     features = read_cpu_features()
     return {"avx512_bf16", "avx512_vnni"} <= features and "amx_bf16" not in features
 

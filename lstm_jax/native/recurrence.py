@@ -48,9 +48,9 @@ def quantize_gates(kernel: jax.Array, bound: float) -> tuple[Int8Kernel, jax.Arr
     """
     depth, width = kernel.shape
     factors = jnp.where(jnp.arange(depth) < depth - width // 4, 127 / bound, 127)
-    kernel = kernel / factors[:, None]
+    kernel = kernel.astype("float32") / factors[:, None]
     scales = jnp.abs(kernel).max(axis=0) / 127
-    scales = jnp.where(scales > 0, scales, 1)
+    scales = jnp.where(scales == 0, 1, scales)
     values = jnp.round(kernel / scales).astype("int8")
     offset = -128 * scales * values.sum(axis=0, dtype="int32")
     tiles = values.reshape(depth // 4, 4, 4, -1, LANES).transpose(3, 0, 2, 4, 1)

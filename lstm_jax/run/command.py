@@ -137,7 +137,7 @@ def define_dtype_flag(*more: str) -> flags.FlagHolder[str | None]:
         "dtype",
         None,
         [*model.DTYPES, *more],
-        "Dtype of matmul operands, instead of the run's; auto: the fastest.",
+        "Dtype of matmul operands, instead of the run's; auto: the faster of float32 and bfloat16.",
     )
 
 

@@ -149,7 +149,7 @@ def _compare(before: ConfigDict, config: ConfigDict, directory: Path, only: str 
         wanted |= {f"model.options.{name}": value for name, value in options.items()}
         flags = (f"--config.{field}={shlex.quote(str(value))}" for field, value in wanted.items())
         remedy = " ".join(["add", *flags]) if wanted else "leave out config.model.options"
-        raise UserError(f"the model in {directory} has other sizes: {remedy}")
+        raise UserError(f"the model in {directory} has other settings: {remedy}")
     if fixed:
         listed = "; ".join(f"{f} was {was!r} and is {now!r}" for f, (was, now) in fixed.items())
         raise UserError(

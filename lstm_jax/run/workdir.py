@@ -82,7 +82,8 @@ def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
     """Load the model in `workdir`: its best checkpoint by validation loss, else its latest.
 
     Its matmuls are in `dtype`, a value of `config.model.dtype`; by default as in training. "int8"
-    is bfloat16 with 8 bits in the matmuls of the steps that generate text.
+    is bfloat16, with kernels and hidden states of the recurrent layers rounded to 8 bits where
+    tokens are read one by one.
 
     Raises:
       UserError: if there is none, or a file is damaged, or its cell is in a file that was not
@@ -100,8 +101,9 @@ def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
     if dtype == "int8":
         if not fused.supports_int8(model):
             raise UserError(
-                "the dtype int8 needs LSTM layers with a multiple of 16 hidden units, and the "
-                "library that python -m lstm_jax.native compiles, on a CPU with AVX-512 BF16"
+                f"the model in {workdir} can't use int8 here: that needs LSTM layers of a multiple "
+                "of 16 hidden units, without layer normalization or a block, and the library that "
+                "python -m lstm_jax.native compiles on CPUs with AVX-512 BF16 and without AMX"
             )
         model = model.clone(int8_steps=True)
     if config.model.cell_sha256:
