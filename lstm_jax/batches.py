@@ -1,6 +1,5 @@
 """Make training batches of token ids, with Grain iterators that can be checkpointed."""
 
-import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -109,25 +108,6 @@ class Streams:
         return Places(starts + step_in_epoch * self._window_length, np.bool_(step_in_epoch == 0))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Steps:
-    """A Grain source of the part (k, n) of each batch: the k-th of n equal parts."""
-
-    order: Windows | Streams
-    ids: Ids | None
-    window_length: int
-    part: tuple[int, int]
-
-    def __len__(self) -> int:
-        # Endless: Grain's own epochs would all have the same elements.
-        return 2**31
-
-    def __getitem__(self, step: int) -> Batch | Places:
-        places, (index, number) = self.order[step], self.part
-        places = places._replace(begins=places.begins.reshape(number, -1)[index])
-        return places if self.ids is None else cut_batch(self.ids, places, self.window_length)
-
-
 def cut_batch(ids: Ids | jax.Array, places: Places, window_length: int) -> Batch:
     """Return the batch whose windows begin at `places`, on the host or on the device."""
     columns = np.arange(window_length + 1, dtype=np.int32)
@@ -171,10 +151,17 @@ def make_batches(
     Raises:
       UserError: if the text is shorter than one batch.
     """
-    order = make_order(len(ids), batches, seed)
-    source = _Steps(order, None if places else ids, batches.window_length, part)
+    order, window_length = make_order(len(ids), batches, seed), batches.window_length
+    index, number = part
+
+    def read_step(step: int) -> Batch | Places:
+        found = order[step]
+        found = found._replace(begins=found.begins.reshape(number, -1)[index])
+        return found if places else cut_batch(ids, found, window_length)
+
     # Computing positions is faster than receiving them from another thread.
     threads, ahead = (0, 0) if places else (1, 8)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-    dataset = grain.MapDataset.source(source).to_iter_dataset(options)
+    # Endless: Grain's own epochs would all have the same elements.
+    dataset = grain.MapDataset.range(2**31).map(read_step).to_iter_dataset(options)
     return iter(dataset), order.steps_per_epoch

@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
+from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from lstm_jax import cells, fused, vocabulary
@@ -301,11 +302,7 @@ COMPARED = tuple(field.name for field in FIELDS if field.compared)
 
 def default() -> ConfigDict:
     """Return the default config: the lesson's model and training on Tiny Shakespeare."""
-    config: dict[str, Any] = {}
-    for field in FIELDS:
-        section, _, name = field.name.rpartition(".")
-        (config.setdefault(section, {}) if section else config)[name] = field.default
-    return ConfigDict(config)
+    return ConfigDict(unflatten_dict({field.name: field.default for field in FIELDS}, sep="."))
 
 
 def complete_config(fields: Any) -> ConfigDict:

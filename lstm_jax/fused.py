@@ -97,25 +97,18 @@ class StepArrays(NamedTuple):
     head_bias: jax.Array  # [vocabulary].
 
 
-def prepare_step(
-    layers: Sequence[Kernels],
-    table: jax.Array,
-    head: jax.Array,
-    head_bias: jax.Array,
-    dtype: str,
-    int8: bool,
-    skip: bool,
-) -> StepArrays:
-    """Precompute what is the same at every step, from all parameters; see `apply_step`.
+def prepare_step(model: Any) -> StepArrays:
+    """Precompute what is the same at every step, from all parameters of a bound `LanguageModel`.
 
-    `int8` tells whether steps multiply in 8 bits, which `supports_int8` must allow.
+    If its steps multiply in 8 bits (`int8_steps`), `supports_int8` must allow it.
     """
-    first, *others = layers
+    first, *others = [cell.kernels() for cell in model.layers]
     kernels = [first.recurrent, *(jnp.concatenate([k.input, k.recurrent]) for k in others)]
+    table, head_bias, dtype = model.embedding.embedding, model.dense.bias, model.dtype
     terms = [matmul(table, first.input, dtype) + first.bias, *(k.bias for k in others)]
-    if int8:
+    if model.int8_steps:
         # Outputs are within ±1. With skip connections, layer i reads the sum of those of i layers.
-        bounds = [max(i, 1) if skip else 1 for i in range(len(layers))]
+        bounds = [max(i, 1) if model.skip_connections else 1 for i in range(len(kernels))]
         quantized = map(in_c.quantize_gates, kernels, bounds)
         packed, offsets = map(list, zip(*quantized, strict=True))
         terms = [term + offset for term, offset in zip(terms, offsets, strict=True)]
@@ -123,7 +116,8 @@ def prepare_step(
         head_bias += 0 * sum(term.sum() for term in terms)
     else:
         packed = [_prepare_kernel(kernel, dtype) for kernel in kernels]
-    return StepArrays(terms[0], packed, terms[1:], round_factor(head.T, dtype), head_bias)
+    head = round_factor(model.head_kernel().T, dtype)
+    return StepArrays(terms[0], packed, terms[1:], head, head_bias)
 
 
 def _prepare_kernel(kernel: jax.Array, dtype: str) -> jax.Array:
@@ -134,12 +128,9 @@ def _prepare_kernel(kernel: jax.Array, dtype: str) -> jax.Array:
 
 
 def apply_step(
-    arrays: StepArrays, ids: jax.Array, carry: Sequence[Any], dtype: str, skip: bool
+    model: Any, arrays: StepArrays, ids: jax.Array, carry: Sequence[Any]
 ) -> tuple[jax.Array, tuple[LSTMCarry, ...]]:
-    """Run the model over one token of each text; see `model.apply_step`.
-
-    `skip` tells whether each layer but the first adds its inputs to its outputs.
-    """
+    """Run a `LanguageModel` over one token of each text; see its method `apply_step`."""
     added = [arrays.tokens[ids], *(bias[None] for bias in arrays.biases)]
     states: list[LSTMCarry] = []
     below: list[jax.Array] = []  # The outputs of the layer below, if there is one.
@@ -148,11 +139,12 @@ def apply_step(
         if isinstance(kernel, Int8Kernel) or kernel.ndim == 3:
             states.append(in_c.run_step(kernel, inputs, own, term))
         else:
-            columns = round_factor(jnp.concatenate([x.T for x in inputs]), dtype)
+            columns = round_factor(jnp.concatenate([x.T for x in inputs]), model.dtype)
             _, after = _step(kernel, columns, LSTMCarry(own.cell.T, own.hidden.T), term.T)
             states.append(LSTMCarry(after.cell.T, after.hidden.T))
-        below = [sum(below, states[-1].hidden) if skip else states[-1].hidden]
-    logits = matmul(arrays.head, below[0].T, dtype).T + arrays.head_bias
+        hidden = states[-1].hidden
+        below = [sum(below, hidden) if model.skip_connections else hidden]
+    logits = matmul(arrays.head, below[0].T, model.dtype).T + arrays.head_bias
     return logits, tuple(states)
 
 

@@ -162,12 +162,10 @@ class LanguageModel(nn.Module):
         and the carry.
         """
         implementation = self.implementation()
-        below: jax.Array | Lookup = Lookup(self.embedding.embedding, ids)
+        below: Any = Lookup(self.embedding.embedding, ids)
         carries = []
         for i, (cell, before) in enumerate(zip(self.layers, carry, strict=True)):
-            inputs = below
-            if masks is not None and masks[i] is not None:
-                inputs = apply_mask(fused.get_rows(below), masks[i])
+            inputs = apply_mask(below, masks[i]) if masks else below
             if implementation == "fused":
                 options = self.dtype, self.rematerialize
                 outputs, after = fused.run_fused(cell.kernels(), inputs, before, *options)
@@ -178,8 +176,8 @@ class LanguageModel(nn.Module):
                 parallel = implementation == "parallel"
                 after, outputs = run_cell(cell, before, fused.get_rows(inputs), parallel)
             carries.append(after)
-            below = outputs + fused.get_rows(below) if self.skip_connections and i else outputs
-        return fused.get_rows(below), tuple(carries)
+            below = outputs + below if self.skip_connections and i else outputs
+        return below, tuple(carries)
 
     def run_step(
         self, ids: jax.Array, carry: Carry, records: list[Any] | None = None
@@ -213,10 +211,7 @@ class LanguageModel(nn.Module):
         bound = self.bind({"params": params})
         if bound.implementation() in ("scan", "parallel"):
             return params
-        kernels = [cell.kernels() for cell in bound.layers]
-        table, head, bias = bound.embedding.embedding, bound.head_kernel(), bound.dense.bias
-        options = self.dtype, self.int8_steps, self.skip_connections
-        return fused.prepare_step(kernels, table, head, bias, *options)
+        return fused.prepare_step(bound)
 
     @nn.nowrap
     def apply_step(self, arrays: Prepared, ids: jax.Array, carry: Carry) -> tuple[jax.Array, Carry]:
@@ -225,7 +220,7 @@ class LanguageModel(nn.Module):
         Return logits, float32 [batch, vocabulary_size], and the next carry.
         """
         if isinstance(arrays, StepArrays):
-            return fused.apply_step(arrays, ids, carry, self.dtype, self.skip_connections)
+            return fused.apply_step(self, arrays, ids, carry)
         bound = self.bind({"params": arrays})
         outputs, carry = bound.run_step(ids, carry)
         return bound.predict(outputs[:, None])[:, 0], carry
@@ -257,12 +252,12 @@ class LanguageModel(nn.Module):
         return chosen
 
 
-def apply_mask(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+def apply_mask(x: jax.Array | Lookup, mask: jax.Array | None) -> Any:
     """Multiply x [batch, time, features] by a mask [batch, features], the same at every step."""
     if mask is None:
         return x
     # Feature-major, as the recurrence computes x: XLA then needs no transpose.
-    return (x.transpose(1, 2, 0) * mask.T).transpose(2, 0, 1)
+    return (fused.get_rows(x).transpose(1, 2, 0) * mask.T).transpose(2, 0, 1)
 
 
 def make_model(model: ConfigDict, vocabulary_size: int) -> LanguageModel:

@@ -154,25 +154,22 @@ def make_step(
         """Return grads, loss and carry for the part of one device, [batch / devices, ...]."""
 
         def one(batch: Any, carry: model_lib.Carry, masks: Any) -> Any:
-            grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-            (_, (loss, carry)), grads = grad_fn(params, carry, batch, masks, key)
+            grads, (loss, carry) = jax.grad(loss_fn, has_aux=True)(params, carry, batch, masks, key)
             return (grads, loss), carry
 
         number = config.optimizer.microbatches
         if number == 1:
-            means, carry = one(*divided)
-        else:
+            return one(*divided)
 
-            def add(sums: Any, part: Any) -> Any:
-                more, carry = one(*part)
-                return jax.tree.map(jnp.add, sums, more), carry
+        def add(sums: Any, part: Any) -> Any:
+            more, carry = one(*part)
+            return jax.tree.map(jnp.add, sums, more), carry
 
-            parts = jax.tree.map(lambda x: x.reshape(number, -1, *x.shape[1:]), divided)
-            zeros = jax.tree.map(jnp.zeros_like, params), jnp.zeros(())
-            sums, carry = jax.lax.scan(add, zeros, parts)
-            means = jax.tree.map(lambda x: x / number, sums)
-            carry = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry)
-        return means, carry
+        parts = jax.tree.map(lambda x: x.reshape(number, -1, *x.shape[1:]), divided)
+        zeros = jax.tree.map(jnp.zeros_like, params), jnp.zeros(())
+        sums, carry = jax.lax.scan(add, zeros, parts)
+        means = jax.tree.map(lambda x: x / number, sums)
+        return means, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry)
 
     def train_step(state: TrainState, batch: batches.Batch) -> TrainState:
         starts = jnp.broadcast_to(batch.starts, len(batch.inputs))
