@@ -30,8 +30,8 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--length", type=int, default=600, help="of each part [default: 600]")
     options = parser.parse_args()
-    trained = workdir.load_trained(options.workdir)
-    ids = trained.vocabulary.encode(texts.read_splits(trained.config.data)["validation"])
+    text = texts.read_splits(workdir.load_config(options.workdir).data)["validation"]
+    ids = workdir.load_vocabulary(options.workdir).encode(text)
     ids = np.asarray(ids[: len(ids) // PARTS * PARTS]).reshape(PARTS, -1)[:, : options.length]
     print("| | loss | divergence from float32 |\n| --- | ---: | ---: |")
     exact = None

@@ -68,10 +68,12 @@ def write_graph(weights: Weights) -> bytes:
         arguments = [*kernels, *(f"{name}_1" for name in before)]
         nodes.append(make_node(operator, arguments, results, hidden_size=size, **attributes))
         nodes += [make_node("Squeeze", [f"{name}_1", "first"], [name]) for name in after]
-        nodes.append(make_node("Squeeze", [f"outputs_{i}_1", "second"], [f"outputs_{i}"]))
+        above = f"outputs_{i}"
+        nodes.append(make_node("Squeeze", [f"{above}_1", "second"], [above]))
         if weights.skip_connections and i:
-            nodes.append(make_node("Add", [f"outputs_{i}", below], [f"sum_{i}"]))
-        below = f"sum_{i}" if weights.skip_connections and i else f"outputs_{i}"
+            nodes.append(make_node("Add", [above, below], [f"sum_{i}"]))
+            above = f"sum_{i}"
+        below = above
         inputs += [(name, numbers.FLOAT, ["batch", size]) for name in before]
         outputs += [(name, numbers.FLOAT, ["batch", size]) for name in after]
     nodes += [

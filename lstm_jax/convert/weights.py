@@ -47,11 +47,15 @@ def check_model(model: ConfigDict, graph: bool = False) -> None:
         raise UserError(
             "Keras and PyTorch have no layer with model.skip_connections=True: write a .onnx file"
         )
-    others = ["cell"] * (model.cell not in GATES)
-    others += ["layer_norm"] * model.layer_norm + ["block"] * (model.block != "none")
-    if others:
-        named = f"model.{others[0]}={model[others[0]]!r}"
-        raise UserError(f"Keras, PyTorch and ONNX have no layer with {named}")
+    lacking = {
+        "cell": model.cell not in GATES,
+        "layer_norm": model.layer_norm,
+        "block": model.block != "none",
+    }
+    for field, lacks in lacking.items():
+        if lacks:
+            named = f"model.{field}={model[field]!r}"
+            raise UserError(f"Keras, PyTorch and ONNX have no layer with {named}")
 
 
 def from_model(model: LanguageModel, params: Params) -> Weights:

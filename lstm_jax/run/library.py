@@ -202,8 +202,8 @@ def load(directory: Path | str, dtype: str | None = None) -> Run:
     """Load the trained model in a working directory.
 
     Its matmuls are in `dtype`, "float32" or "bfloat16", or the faster one on this machine with
-    "auto"; by default as in training. "int8" rounds more where tokens are read one
-    by one (`workdir.load_trained`).
+    "auto"; by default as in training. "int8" rounds more where tokens are read one by
+    one (`workdir.load_trained`).
 
     Raises:
       UserError: if there is none, or a file is damaged, or int8 is not possible.
