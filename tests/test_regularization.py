@@ -109,6 +109,28 @@ def test_recurrent_dropout_drops_single_weights() -> None:
     assert (kept[0] != kept[1]).any()
 
 
+@pytest.mark.parametrize("rate", [0.02, 0.5, 0.9])
+def test_weights_are_dropped_independently(rate: float) -> None:
+    params = {"lstm_0": {"recurrent_kernel": jnp.ones((301, 400))}}
+    rates = make_rates(recurrent_dropout=rate)
+    dropped = regularization.drop_parameters(rates, params, jax.random.key(2))
+    mask = np.asarray(dropped["lstm_0"]["recurrent_kernel"], np.float64) * (1 - rate)
+    np.testing.assert_allclose(np.unique(mask), [0, 1], atol=1e-4)
+
+    def check_mean(numbers: np.ndarray, chance: float) -> None:
+        deviation = np.sqrt(chance * (1 - chance) / numbers.size)
+        assert abs(numbers.mean() - chance) < 5 * deviation
+
+    check_mean(mask, 1 - rate)
+    # Neighbors, and weights whose bits are of the same word.
+    for first, second in (
+        (mask[:, 1:], mask[:, :-1]),
+        (mask[1:], mask[:-1]),
+        (mask[:150], mask[151:]),
+    ):
+        check_mean(first * second, (1 - rate) ** 2)
+
+
 def test_activation_penalties() -> None:
     outputs, dropped = np.random.default_rng(0).normal(size=(2, 3, 5, 7)).astype(np.float32)
     rates = make_rates(activation_penalty=2.0)
