@@ -66,9 +66,12 @@ def run_fused(
         rows = jax.nn.one_hot(inputs.ids, len(inputs.table), dtype=inputs.table.dtype)
     else:
         rows = get_rows(inputs)
-    if rows.dtype == carry.cell.dtype == jnp.float32 and in_c.is_used(carry.cell.shape[1], dtype):
+    batch_size, hidden_size = carry.cell.shape
+    in_float32 = rows.dtype == carry.cell.dtype == jnp.float32
+    if in_float32 and in_c.runs_windows(hidden_size, dtype, batch_size):
+        recurrence = functools.partial(in_c.run_recurrence, dtype=dtype)
         inputs = rows.swapaxes(0, 1)
-        outputs, carry = _in_chunks(in_c.run_recurrence, kernels, inputs, carry, rematerialize)
+        outputs, carry = _in_chunks(recurrence, kernels, inputs, carry, rematerialize)
         return outputs.swapaxes(0, 1), carry
     recurrence = functools.partial(_recurrence, dtype=dtype)
     inputs, state = rows.transpose(1, 2, 0), LSTMCarry(carry.cell.T, carry.hidden.T)
@@ -122,8 +125,9 @@ def prepare_step(model: Any) -> StepArrays:
 
 def _prepare_kernel(kernel: jax.Array, dtype: str) -> jax.Array:
     depth, width = kernel.shape
-    if in_c.is_used(width // 4, dtype) and depth % 2 == 0 and kernel.dtype == jnp.float32:
-        return in_c.pack_gates(kernel)
+    fits = kernel.dtype == jnp.float32 and depth % in_c.IN_WORD[dtype] == 0
+    if fits and in_c.is_used(width // 4, dtype):
+        return in_c.pack_gates(kernel.astype(dtype))
     return round_factor(kernel.T, dtype)
 
 
@@ -136,7 +140,7 @@ def apply_step(
     below: list[jax.Array] = []  # The outputs of the layer below, if there is one.
     for kernel, own, term in zip(arrays.kernels, carry, added, strict=True):
         inputs = [*below, own.hidden]
-        if isinstance(kernel, Int8Kernel) or kernel.ndim == 3:
+        if isinstance(kernel, Int8Kernel) or kernel.ndim == 5:
             states.append(in_c.run_step(kernel, inputs, own, term))
         else:
             columns = round_factor(jnp.concatenate([x.T for x in inputs]), model.dtype)

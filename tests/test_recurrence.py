@@ -69,8 +69,8 @@ def value_and_gradients(function: Any, cotangents: Any, *arguments: Any) -> tupl
 
 
 # (batch, time, features, hidden), with windows of 1, batches of 1, and sizes that are not multiples
-# of the width of a register.
-SIZES = [(3, 5, 4, 6), (1, 1, 3, 5), (1, 17, 8, 130), (2, 33, 129, 67), (64, 3, 16, 128)]
+# of the width of a register. The last one is: the library in C supports it, but none of the others.
+SIZES = [(3, 5, 4, 6), (1, 1, 3, 5), (1, 17, 8, 130), (2, 33, 129, 67), (64, 6, 16, 128)]
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -151,7 +151,7 @@ def test_bfloat16_rounds_matmuls_and_keeps_float32_state(sizes: tuple[int, ...])
 )
 def test_bfloat16_matmuls_agree_with_rounded_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare this CPU's instructions with the emulation for CPUs without them."""
-    *arguments, cotangents = make_problem(16, 20, 48, 64)
+    *arguments, cotangents = make_problem(16, 20, 48, 60)  # Without the library in C.
     low = functools.partial(fused.run_fused, dtype="bfloat16")
     real = value_and_gradients(low, cotangents, *arguments)
     monkeypatch.setattr(fused, "has_bfloat16_instructions", lambda: False)
@@ -183,15 +183,15 @@ def count_temp_bytes(function: Any, *arguments: Any) -> int:
 
 def test_the_backward_pass_writes_in_place() -> None:
     """Check that XLA does not copy the gates."""
-    arguments = make_problem(8, 256, 64, 64)[:3]
-    array = 8 * 256 * 64 * 4
+    arguments = make_problem(8, 256, 60, 60)[:3]  # Without the library in C.
+    array = 8 * 256 * 60 * 4
     # Outputs, cell states, four gates, and the stacked inputs twice; the reference stores more.
     assert count_temp_bytes(fused.run_fused, *arguments) < 13 * array
     assert count_temp_bytes(fused.run_fused, *arguments) < count_temp_bytes(reference, *arguments)
 
 
 def test_rematerialization_needs_less_memory() -> None:
-    arguments = make_problem(8, 256, 8, 64)[:3]
+    arguments = make_problem(8, 256, 8, 60)[:3]  # Without the library in C.
 
     rematerialized = functools.partial(fused.run_fused, rematerialize=16)
     less = count_temp_bytes(rematerialized, *arguments)

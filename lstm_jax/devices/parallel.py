@@ -49,7 +49,7 @@ def use_cores(config: ConfigDict) -> None:
 def _count_useful_cores(config: ConfigDict) -> int:
     batch_size, model = config.batches.batch_size, config.model
     is_fused = model.recurrence in ("auto", "fused") and fused.supports(model)
-    uses_c = is_fused and model.dtype != "float32" and in_c.fits(model.hidden_size)
+    uses_c = is_fused and in_c.is_faster(model.hidden_size, model.dtype)
     largest = _LARGEST_HIDDEN_IN_C if uses_c else _LARGEST_HIDDEN
     if not _SMALLEST_HIDDEN <= model.hidden_size <= largest:
         return 1

@@ -20,7 +20,7 @@ from lstm_jax.native.cpu import count_cores, read_cpu_features
 _SOURCE = Path(__file__).with_name("lstm.c")
 _FLAGS = [f"-mavx512{name}" for name in ("f", "bw", "vl", "dq", "bf16", "vnni")]
 _FLAGS += ["-mfma", "-O3", "-std=gnu11", "-shared", "-fPIC"]
-_FUNCTIONS = ("matmul", "pack", "step", "forward", "backward")
+_FUNCTIONS = ("matmul", "step", "forward", "backward")
 
 
 def count_threads() -> int:

@@ -3,11 +3,11 @@
 //
 // A matmul is computed in tiles: up to ROWS rows by 4 vectors of 16 columns, whose sums stay in
 // registers. The right factor is packed by tile, so that a tile reads it in order. Both factors are
-// read in pairs along their common axis, the depth: one instruction multiplies the two numbers of
-// each pair and adds both products to a float32 sum. A step of generation can also multiply numbers
-// of 8 bits, four at a time, with sums in int32.
+// read in words of 32 bits along their common axis, the depth. A word is one float32, two bfloat16,
+// or in steps of generation four numbers of 8 bits: one instruction multiplies the numbers of 16
+// pairs of words, and adds the products to 16 sums, in float32, or in int32 for 8 bits.
 //
-// The hidden size is a multiple of 16, and every depth is even, or for 8 bits a multiple of 4.
+// The hidden size is a multiple of 16, and every depth is a whole number of words.
 
 #include <immintrin.h>
 #include <sched.h>
@@ -19,15 +19,21 @@
 
 enum { ROWS = 6, LANES = 16, VECTORS = 4, TILE = LANES * VECTORS };
 
-typedef uint16_t bfloat16;  // Its bits.
-typedef uint32_t pair __attribute__((aligned(2), may_alias));
-typedef uint32_t four __attribute__((aligned(1), may_alias));  // Numbers of 8 bits.
+enum { FLOAT32 = 1, BFLOAT16 = 2, INT8 = 4 };  // Numbers in a word.
+
+typedef uint32_t word __attribute__((may_alias));
+typedef uint16_t bits16 __attribute__((may_alias));
 typedef __m512 sums[ROWS][VECTORS];
 
 static __mmask16 first_lanes(size_t n) { return n < LANES ? (1 << n) - 1 : 0xffff; }
 
-static void store_rounded(bfloat16 *to, __m512 x) {
-  _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x));
+// Store the first `n` of 16 numbers as factors of a matmul, in float32 or bfloat16.
+static inline void store(int numbers, void *to, size_t at, __m512 x, size_t n) {
+  __mmask16 mask = first_lanes(n);
+  if (numbers == FLOAT32)
+    _mm512_mask_storeu_ps((float *)to + at, mask, x);
+  else
+    _mm256_mask_storeu_epi16((bits16 *)to + at, mask, (__m256i)_mm512_cvtneps_pbh(x));
 }
 
 // Compute tanh by the rational approximation that XLA uses, too.
@@ -53,63 +59,41 @@ static __m512 sigmoid(__m512 x) {
   return _mm512_fmadd_ps(half, tanh_lanes(half * x), half);
 }
 
-// Compute a tile: `rows` rows of `a`, `stride` numbers apart, times the packed right factor.
-static inline __attribute__((always_inline)) void multiply_rows(int rows, const bfloat16 *a,
-                                                                size_t stride, size_t depth,
-                                                                const pair *packed, sums result) {
-  sums sum = {0};
-  for (size_t k = 0; k < depth; k += 2, packed += TILE) {
-    __m512bh b[VECTORS];
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; v++) b[v] = (__m512bh)_mm512_loadu_si512(packed + v * LANES);
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; r++) {
-      __m512bh x = (__m512bh)_mm512_set1_epi32(*(const pair *)(a + r * stride + k));
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; v++) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], b[v], x);
-    }
-  }
-  memcpy(result, sum, rows * sizeof(sum[0]));
+static inline __attribute__((always_inline)) __m512 add_products(int numbers, __m512 sum,
+                                                                 __m512i a, __m512i b) {
+  if (numbers == FLOAT32) return _mm512_fmadd_ps((__m512)a, (__m512)b, sum);
+  if (numbers == BFLOAT16) return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  return (__m512)_mm512_dpbusd_epi32((__m512i)sum, a, b);  // `a` is unsigned, `b` is signed.
 }
 
-// Compute the same for 8 bits, unsigned in `a`, signed in the packed factor; the sums are int32.
-static inline __attribute__((always_inline)) void multiply_bytes(int rows, const uint8_t *a,
-                                                                 size_t depth, const four *packed,
-                                                                 sums result) {
-  __m512i sum[ROWS][VECTORS] = {0};
-  for (size_t k = 0; k < depth; k += 4, packed += TILE) {
+// Compute a tile: `rows` rows of `a`, of `words` words each, times the packed right factor.
+static inline __attribute__((always_inline)) void multiply_rows(int numbers, int rows,
+                                                                const word *a, size_t words,
+                                                                const word *packed, sums result) {
+  sums sum = {0};
+  for (size_t k = 0; k < words; k++, packed += TILE) {
     __m512i b[VECTORS];
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; v++) b[v] = _mm512_loadu_si512(packed + v * LANES);
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++) {
-      __m512i x = _mm512_set1_epi32(*(const four *)(a + r * depth + k));
+      __m512i x = _mm512_set1_epi32(a[r * words + k]);
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; v++) sum[r][v] = _mm512_dpbusd_epi32(sum[r][v], x, b[v]);
+      for (int v = 0; v < VECTORS; v++) sum[r][v] = add_products(numbers, sum[r][v], x, b[v]);
     }
   }
   memcpy(result, sum, rows * sizeof(sum[0]));
 }
 
 // The compiler makes a loop for each number of rows, with the sums in registers.
-#define CALL_WITH_ROWS(function, rows, ...)     \
-  switch (rows) {                               \
-    case 1: return function(1, __VA_ARGS__);    \
-    case 2: return function(2, __VA_ARGS__);    \
-    case 3: return function(3, __VA_ARGS__);    \
-    case 4: return function(4, __VA_ARGS__);    \
-    case 5: return function(5, __VA_ARGS__);    \
-    case 6: return function(6, __VA_ARGS__);    \
-  }
+#define CASE(numbers, rows) \
+  case 8 * numbers + rows:  \
+    return multiply_rows(numbers, rows, a, words, packed, result);
+#define CASES(n) CASE(n, 1) CASE(n, 2) CASE(n, 3) CASE(n, 4) CASE(n, 5) CASE(n, 6)
 
-static void multiply(int rows, const bfloat16 *a, size_t stride, size_t depth, const pair *packed,
+static void multiply(int numbers, int rows, const word *a, size_t words, const word *packed,
                      sums result) {
-  CALL_WITH_ROWS(multiply_rows, rows, a, stride, depth, packed, result)
-}
-
-static void multiply_int8(int rows, const uint8_t *a, size_t depth, const four *packed,
-                          sums result) {
-  CALL_WITH_ROWS(multiply_bytes, rows, a, depth, packed, result)
+  switch (8 * numbers + rows) { CASES(FLOAT32) CASES(BFLOAT16) CASES(INT8) }
 }
 
 // Return the number of rows of the next tile: tiles share the rows that are left equally.
@@ -118,57 +102,37 @@ static size_t next_rows(size_t left) {
   return (left + tiles - 1) / tiles;
 }
 
-// Pack a tile of `b` [depth, width]: columns from 4 places, `apart`. From `end` on it is zero.
-static void pack(const bfloat16 *b, size_t depth, size_t width, size_t apart, size_t end,
-                 pair *packed) {
-  for (size_t k = 0; k < depth; k += 2, b += 2 * width)
-    for (size_t v = 0; v < VECTORS; v++)
-      for (size_t lane = 0; lane < LANES; lane++) {
-        size_t i = v * apart + lane;
-        *packed++ = i < end ? b[i] | (uint32_t)b[width + i] << 16 : 0;
-      }
-}
-
 // Return where a part begins, if `size` is divided into nearly equal parts of whole units.
 static size_t begin(size_t part, size_t parts, size_t size, size_t unit) {
   size_t units = (size + unit - 1) / unit, at = part * units / parts * unit;
   return at < size ? at : size;
 }
 
-typedef struct {
-  size_t depth, width, apart;
-  const bfloat16 *b;
-  pair *packed;  // [tiles, depth, 64].
-} Pack;
-
-// Pack b [depth, width]; a part is a range of tiles. Their 4 vectors are adjacent, or `apart`.
-static void pack_tiles(const void *work, size_t part, size_t parts) {
-  const Pack p = *(const Pack *)work;
-  size_t tiles = (p.width + TILE - 1) / TILE, end = begin(part + 1, parts, tiles, 1);
-  for (size_t tile = begin(part, parts, tiles, 1); tile < end; tile++) {
-    size_t j = tile * (p.apart == LANES ? TILE : LANES);
-    pack(p.b + j, p.depth, p.width, p.apart, p.width - j, p.packed + tile * TILE * p.depth / 2);
-  }
+// Pack 64 columns of b [depth, width] in bfloat16. Columns from `end` on are zero.
+static void pack(const bits16 *b, size_t depth, size_t width, size_t end, word *packed) {
+  for (size_t k = 0; k < depth; k += BFLOAT16, b += BFLOAT16 * width)
+    for (size_t i = 0; i < TILE; i++) *packed++ = i < end ? b[i] | (word)b[width + i] << 16 : 0;
 }
 
 typedef struct {
   size_t rows, depth, width;
-  const bfloat16 *a, *b;
+  const word *a;
+  const bits16 *b;
   float *result;
-  pair *packed;  // [parts, depth, 64]: each part has its own memory for a tile.
+  word *packed;  // [parts, words, 64]: each part has its own memory for a tile.
 } Matmul;
 
-// Compute a [rows, depth] @ b [depth, width]; a part is a range of columns.
+// Compute a [rows, depth] @ b [depth, width] in bfloat16; a part is a range of columns.
 static void matmul(const void *work, size_t part, size_t parts) {
   const Matmul m = *(const Matmul *)work;
-  pair *packed = m.packed + part * m.depth * TILE / 2;
-  size_t end = begin(part + 1, parts, m.width, TILE);
+  size_t words = m.depth / BFLOAT16, end = begin(part + 1, parts, m.width, TILE);
+  word *packed = m.packed + part * words * TILE;
   for (size_t j = begin(part, parts, m.width, TILE); j < end; j += TILE) {
-    pack(m.b + j, m.depth, m.width, LANES, m.width - j, packed);
+    pack(m.b + j, m.depth, m.width, m.width - j, packed);
     for (size_t i = 0, n; i < m.rows; i += n) {
       n = next_rows(m.rows - i);
       sums sum;
-      multiply(n, m.a + i * m.depth, m.depth, m.depth, packed, sum);
+      multiply(BFLOAT16, n, m.a + i * words, words, packed, sum);
       for (size_t r = 0; r < n; r++)
         for (size_t v = 0, at = j; v < VECTORS && at < m.width; v++, at += LANES)
           _mm512_mask_storeu_ps(m.result + (i + r) * m.width + at, first_lanes(m.width - at),
@@ -190,10 +154,11 @@ static inline Units next_state(const __m512 *z, __m512 cell) {
 }
 
 typedef struct {
-  size_t batch, depth, hidden;
-  const void *rows;     // [batch, depth]: inputs and the hidden state, in bfloat16 or 8 bits.
-  const void *packed;   // The kernel, [depth, 4 * hidden], by gates.
-  const float *scales;  // Of its columns, or NULL if it is in bfloat16.
+  int numbers;
+  size_t batch, words, hidden;
+  const word *rows;     // [batch, words]: inputs and the hidden state.
+  const word *packed;   // The kernel, [depth, 4 * hidden], by gates.
+  const float *scales;  // Of its columns, if it has 8 bits.
   size_t stride;        // Between rows of `added`, 0 if all are the same.
   const float *added;   // To the gates before their activation.
   const float *previous;
@@ -208,17 +173,12 @@ static void step(const void *work, size_t part, size_t parts) {
     for (size_t b = 0, n; b < s.batch; b += n) {
       n = next_rows(s.batch - b);
       sums sum;
-      if (s.scales)
-        multiply_int8(n, (const uint8_t *)s.rows + b * s.depth, s.depth,
-                      (const four *)s.packed + j * VECTORS * s.depth / 4, sum);
-      else
-        multiply(n, (const bfloat16 *)s.rows + b * s.depth, s.depth, s.depth,
-                 (const pair *)s.packed + j * VECTORS * s.depth / 2, sum);
+      multiply(s.numbers, n, s.rows + b * s.words, s.words, s.packed + j * VECTORS * s.words, sum);
       for (size_t r = 0; r < n; r++) {
         size_t at = (b + r) * s.hidden + j;
         for (size_t v = 0; v < VECTORS; v++) {
           size_t column = v * s.hidden + j;
-          if (s.scales)
+          if (s.numbers == INT8)
             sum[r][v] = _mm512_cvtepi32_ps((__m512i)sum[r][v]) * _mm512_loadu_ps(s.scales + column);
           sum[r][v] += _mm512_loadu_ps(s.added + (b + r) * s.stride + column);
         }
@@ -230,36 +190,35 @@ static void step(const void *work, size_t part, size_t parts) {
 }
 
 typedef struct {
+  int numbers;
   size_t time, batch, features, hidden, depth;
   const float *inputs, *first_cell, *first_hidden;
-  const pair *packed;      // The kernel, [depth, 4 * hidden], by gates.
+  const word *packed;      // The kernel, [depth, 4 * hidden], by gates.
   float *gates;            // Activated, [time, batch, 4 * hidden].
   float *cells, *outputs;  // [time, batch, hidden].
-  bfloat16 *rows;          // [time, batch, depth].
+  word *rows;              // Of numbers [time, batch, depth].
 } Forward;
 
 // Run the layer over inputs [time, batch, features]; a part is a range of texts.
 //
-// The kernel consists of the recurrent kernel, the input kernel, the bias, and zeros if the depth
-// is odd otherwise. `rows` are its rounded factors: the hidden state, the inputs, and 1.
+// The kernel consists of the recurrent kernel, the input kernel, the bias, and zeros that fill the
+// last word. `rows` are its factors: the hidden state, the inputs, 1, and zeros.
 static void forward(const void *work, size_t part, size_t parts) {
   const Forward l = *(const Forward *)work;
   size_t first = begin(part, parts, l.batch, 1), end = begin(part + 1, parts, l.batch, 1);
+  size_t words = l.depth / l.numbers, bias = l.hidden + l.features;
+  const __m512 one = _mm512_setr_ps(1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
   for (size_t t = 0; t < l.time; t++)
     for (size_t b = first; b < end; b++) {
       const float *from = l.inputs + (t * l.batch + b) * l.features;
-      bfloat16 *to = l.rows + (t * l.batch + b) * l.depth;
-      if (t == 0)
-        for (size_t j = 0; j < l.hidden; j += LANES)
-          store_rounded(to + j, _mm512_loadu_ps(l.first_hidden + b * l.hidden + j));
-      to += l.hidden;
+      size_t to = (t * l.batch + b) * l.depth;
+      for (size_t j = 0; t == 0 && j < l.hidden; j += LANES)
+        store(l.numbers, l.rows, to + j, _mm512_loadu_ps(l.first_hidden + b * l.hidden + j), LANES);
       for (size_t j = 0; j < l.features; j += LANES) {
-        __mmask16 mask = first_lanes(l.features - j);
-        __m256i x = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, from + j));
-        _mm256_mask_storeu_epi16(to + j, mask, x);
+        __m512 x = _mm512_maskz_loadu_ps(first_lanes(l.features - j), from + j);
+        store(l.numbers, l.rows, to + l.hidden + j, x, l.features - j);
       }
-      to[l.features] = 0x3f80;  // 1.
-      if (l.hidden + l.features + 1 < l.depth) to[l.features + 1] = 0;
+      store(l.numbers, l.rows, to + bias, one, l.depth - bias);
     }
 
   for (size_t t = 0; t < l.time; t++) {
@@ -268,8 +227,8 @@ static void forward(const void *work, size_t part, size_t parts) {
       for (size_t b = first, n; b < end; b += n) {
         n = next_rows(end - b);
         sums sum;
-        multiply(n, l.rows + (t * l.batch + b) * l.depth, l.depth, l.depth,
-                 l.packed + j * VECTORS * l.depth / 2, sum);
+        multiply(l.numbers, n, l.rows + (t * l.batch + b) * words, words,
+                 l.packed + j * VECTORS * words, sum);
         for (size_t r = 0; r < n; r++) {
           Units to = next_state(sum[r], _mm512_loadu_ps(previous + (b + r) * l.hidden + j));
           size_t row = t * l.batch + b + r;
@@ -280,25 +239,27 @@ static void forward(const void *work, size_t part, size_t parts) {
           _mm512_storeu_ps(gate + 3 * l.hidden, to.o);
           _mm512_storeu_ps(l.cells + row * l.hidden + j, to.cell);
           _mm512_storeu_ps(l.outputs + row * l.hidden + j, to.output);
-          if (t + 1 < l.time) store_rounded(l.rows + (row + l.batch) * l.depth + j, to.output);
+          if (t + 1 < l.time)
+            store(l.numbers, l.rows, (row + l.batch) * l.depth + j, to.output, LANES);
         }
       }
   }
 }
 
 typedef struct {
+  int numbers;
   size_t time, batch, hidden;
   const float *gates, *first_cell, *cells, *d_outputs;
-  const pair *packed;        // The transposed recurrent kernel, [4 * hidden, hidden].
-  bfloat16 *d_gates;         // Before their activation, [time, batch, 4 * hidden].
+  const word *packed;        // The transposed recurrent kernel, [4 * hidden, hidden].
+  word *d_gates;             // Before their activation, of numbers [time, batch, 4 * hidden].
   float *d_cell, *d_hidden;  // [batch, hidden], of the last state, and then of the first.
 } Backward;
 
-// Compute the rounded gradients of the gates, and those of the state; a part is a range of texts.
+// Compute the gradients of the gates, and those of the state; a part is a range of texts.
 static void backward(const void *work, size_t part, size_t parts) {
   const Backward l = *(const Backward *)work;
   size_t first = begin(part, parts, l.batch, 1), end = begin(part + 1, parts, l.batch, 1);
-  size_t hidden = l.hidden, width = 4 * hidden;
+  size_t hidden = l.hidden, width = 4 * hidden, words = width / l.numbers;
   const __m512 one = _mm512_set1_ps(1);
   for (size_t t = l.time; t-- > 0;) {
     const float *previous = t ? l.cells + (t - 1) * l.batch * hidden : l.first_cell;
@@ -312,19 +273,20 @@ static void backward(const void *work, size_t part, size_t parts) {
         __m512 d_output = _mm512_loadu_ps(l.d_outputs + row * hidden + j);
         __m512 dh = _mm512_loadu_ps(l.d_hidden + at) + d_output;
         __m512 dc = _mm512_loadu_ps(l.d_cell + at) + dh * o * (one - tanh_cell * tanh_cell);
-        bfloat16 *d_gate = l.d_gates + row * width + j;
-        store_rounded(d_gate, dc * g * i * (one - i));
-        store_rounded(d_gate + hidden, dc * _mm512_loadu_ps(previous + at) * f * (one - f));
-        store_rounded(d_gate + 2 * hidden, dc * i * (one - g * g));
-        store_rounded(d_gate + 3 * hidden, dh * tanh_cell * o * (one - o));
+        const __m512 d_gate[] = {dc * g * i * (one - i),
+                                 dc * _mm512_loadu_ps(previous + at) * f * (one - f),
+                                 dc * i * (one - g * g), dh * tanh_cell * o * (one - o)};
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++)
+          store(l.numbers, l.d_gates, row * width + v * hidden + j, d_gate[v], LANES);
         _mm512_storeu_ps(l.d_cell + at, dc * f);
       }
     for (size_t j = 0; j < hidden; j += TILE)
       for (size_t b = first, n; b < end; b += n) {
         n = next_rows(end - b);
         sums sum;
-        multiply(n, l.d_gates + (t * l.batch + b) * width, width, width,
-                 l.packed + j * width / 2, sum);
+        multiply(l.numbers, n, l.d_gates + (t * l.batch + b) * words, words, l.packed + j * words,
+                 sum);
         for (size_t r = 0; r < n; r++)
           for (size_t v = 0, at = j; v < VECTORS && at < hidden; v++, at += LANES)
             _mm512_storeu_ps(l.d_hidden + (b + r) * hidden + at, sum[r][v]);
@@ -338,9 +300,10 @@ static size_t size(void **buffers, int i, int axis) {
   return ((XLA_FFI_Buffer *)buffers[i])->dims[axis];
 }
 
-// Return an integer attribute of a call; they are in the order of their names.
-static size_t attribute(XLA_FFI_CallFrame *frame, int i) {
-  return *(int64_t *)((XLA_FFI_Scalar *)frame->attrs.attrs[i])->value;
+// Return how many numbers of an array in float32, bfloat16 or 8 bits a word has.
+static int numbers(void **buffers, int i) {
+  XLA_FFI_DataType dtype = ((XLA_FFI_Buffer *)buffers[i])->dtype;
+  return dtype == XLA_FFI_DataType_F32 ? FLOAT32 : dtype == XLA_FFI_DataType_BF16 ? BFLOAT16 : INT8;
 }
 
 typedef void task(const void *work, size_t part, size_t parts);
@@ -366,9 +329,9 @@ static void run_parts(void *data) {
   leave(job);
 }
 
-// Run a task in parts, as many as an attribute of the call says, and wait for their end.
+// Run a task in parts, as many as the attribute of the call says, and wait for their end.
 static void run(XLA_FFI_CallFrame *frame, task *task, const void *work) {
-  size_t parts = attribute(frame, frame->attrs.size - 1);
+  size_t parts = *(int64_t *)((XLA_FFI_Scalar *)frame->attrs.attrs[0])->value;
   Job *job = malloc(sizeof(Job));
   *job = (Job){task, work, parts};
   atomic_init(&job->threads, parts + 1);
@@ -405,21 +368,15 @@ XLA_FFI_Error *lstm_matmul(XLA_FFI_CallFrame *frame) {
   return NULL;
 }
 
-XLA_FFI_Error *lstm_pack(XLA_FFI_CallFrame *frame) {
-  if (is_query(frame)) return NULL;
-  void **in = frame->args.args, **out = frame->rets.rets;
-  Pack work = {size(in, 0, 0), size(in, 0, 1), attribute(frame, 0), data(in, 0), data(out, 0)};
-  run(frame, pack_tiles, &work);
-  return NULL;
-}
-
 XLA_FFI_Error *lstm_step(XLA_FFI_CallFrame *frame) {
   if (is_query(frame)) return NULL;
   void **in = frame->args.args, **out = frame->rets.rets;
   size_t hidden = size(in, 3, 1), stride = size(in, 2, 0) == 1 ? 0 : 4 * hidden;
   const float *scales = frame->args.size == 5 ? data(in, 4) : NULL;
-  Step work = {size(in, 0, 0), size(in, 0, 1), hidden,       data(in, 0), data(in, 1), scales,
-               stride,         data(in, 2),    data(in, 3),  data(out, 0), data(out, 1)};
+  int in_word = numbers(in, 0);
+  Step work = {in_word,     size(in, 0, 0), size(in, 0, 1) / in_word, hidden, data(in, 0),
+               data(in, 1), scales,         stride,                   data(in, 2),
+               data(in, 3), data(out, 0),   data(out, 1)};
   run(frame, step, &work);
   return NULL;
 }
@@ -427,9 +384,9 @@ XLA_FFI_Error *lstm_step(XLA_FFI_CallFrame *frame) {
 XLA_FFI_Error *lstm_forward(XLA_FFI_CallFrame *frame) {
   if (is_query(frame)) return NULL;
   void **in = frame->args.args, **out = frame->rets.rets;
-  Forward work = {size(in, 0, 0), size(in, 0, 1), size(in, 0, 2), size(in, 2, 1), size(out, 3, 2),
-                  data(in, 0),    data(in, 2),    data(in, 3),    data(in, 1),    data(out, 0),
-                  data(out, 1),   data(out, 2),   data(out, 3)};
+  Forward work = {numbers(out, 3), size(in, 0, 0), size(in, 0, 1), size(in, 0, 2), size(in, 2, 1),
+                  size(out, 3, 2), data(in, 0),    data(in, 2),    data(in, 3),    data(in, 1),
+                  data(out, 0),    data(out, 1),   data(out, 2),   data(out, 3)};
   run(frame, forward, &work);
   return NULL;
 }
@@ -440,8 +397,9 @@ XLA_FFI_Error *lstm_backward(XLA_FFI_CallFrame *frame) {
   size_t batch = size(in, 2, 0), hidden = size(in, 2, 1);
   for (int i = 0; i < 2; i++)  // The gradients of the last state.
     memcpy(data(out, 1 + i), data(in, 5 + i), batch * hidden * sizeof(float));
-  Backward work = {size(in, 0, 0), batch,       hidden,      data(in, 0),  data(in, 2), data(in, 3),
-                   data(in, 4),    data(in, 1), data(out, 0), data(out, 1), data(out, 2)};
+  Backward work = {numbers(out, 0), size(in, 0, 0), batch,       hidden,       data(in, 0),
+                   data(in, 2),     data(in, 3),    data(in, 4), data(in, 1), data(out, 0),
+                   data(out, 1),    data(out, 2)};
   run(frame, backward, &work);
   return NULL;
 }

@@ -1,5 +1,6 @@
 """One LSTM layer by the library's functions: over time, with a custom VJP, and a single step."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,29 +13,34 @@ from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.matmul import matmul_rounded
 
 LANES, _TILE = 16, 64  # As in lstm.c.
+IN_WORD = {"float32": 1, "bfloat16": 2, "int8": 4}  # Numbers in a word of 32 bits.
+# Each thread reads the whole kernel at every step: in float32, XLA is faster for larger layers.
+_LARGEST_IN_FLOAT32 = 1024
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def run_recurrence(
-    kernels: Kernels, inputs: jax.Array, carry: LSTMCarry
+    kernels: Kernels, inputs: jax.Array, carry: LSTMCarry, dtype: str
 ) -> tuple[jax.Array, LSTMCarry]:
     """Run one layer: [time, batch, features] → [time, batch, hidden], and the carry.
 
-    All arrays are float32, the factors of matmuls are rounded to bfloat16, and the hidden size is a
-    multiple of `LANES`.
+    All arrays are float32, the factors of matmuls are rounded to `dtype`, and the hidden size is a
+    multiple of `LANES`. The gradient can't be differentiated again.
     """
-    return _forward(kernels, inputs, carry)[0]
+    return _forward(kernels, inputs, carry, dtype)[0]
 
 
 def pack_gates(kernel: jax.Array) -> jax.Array:
-    """Round a kernel [depth, 4 * hidden], and arrange it in tiles of four gates."""
-    return _pack(kernel, apart=kernel.shape[1] // 4)
+    """Arrange a kernel [depth, 4 * hidden] in tiles: [hidden / 16, words, gate, 16, in a word]."""
+    numbers = IN_WORD[kernel.dtype.name]
+    words = kernel.reshape(len(kernel) // numbers, numbers, 4, -1, LANES)
+    return words.transpose(3, 0, 2, 4, 1)
 
 
 class Int8Kernel(NamedTuple):
     """A kernel of `run_step` that is rounded to 8 bits."""
 
-    values: jax.Array  # Int8, in tiles [hidden / 16, depth / 4, 4 gates, 16, 4].
+    values: jax.Array  # Int8, from `pack_gates`.
     scales: jax.Array  # What 1 stands for in the products of each column, [4 * hidden].
     factors: jax.Array  # Multiply the inputs before they are rounded, [depth].
 
@@ -53,8 +59,7 @@ def quantize_gates(kernel: jax.Array, bound: float) -> tuple[Int8Kernel, jax.Arr
     scales = jnp.where(scales == 0, 1, scales)
     values = jnp.round(kernel / scales).astype("int8")
     offset = -128 * scales * values.sum(axis=0, dtype="int32")
-    tiles = values.reshape(depth // 4, 4, 4, -1, LANES).transpose(3, 0, 2, 4, 1)
-    return Int8Kernel(tiles, scales, factors), offset
+    return Int8Kernel(pack_gates(values), scales, factors), offset
 
 
 def run_step(
@@ -62,35 +67,63 @@ def run_step(
 ) -> LSTMCarry:
     """Run one step of a layer and return the next carry.
 
-    The kernel is from `pack_gates` or `quantize_gates`. `inputs` are the layer's, unless they are
-    in `added` already, and the hidden state, [batch, n] each. `added` [batch or 1, 4 * hidden] is
-    added to the gates before their activation.
+    The kernel is from `pack_gates` or `quantize_gates`; with the latter, the step can't be
+    differentiated. `inputs` are the layer's, unless they are in `added` already, and the hidden
+    state, [batch, n] each. `added` [batch or 1, 4 * hidden] is added to the gates before their
+    activation.
     """
     rows = jnp.concatenate(inputs, axis=1)
-    arguments = [added.astype("float32"), carry.cell.astype("float32")]
+    added, cell = added.astype("float32"), carry.cell.astype("float32")
     if isinstance(packed, Int8Kernel):
         rows = jnp.round(rows * packed.factors + 128).astype("uint8")
-        arguments = [rows, packed.values, *arguments, packed.scales]
+        result = (cell.shape, "float32")
+        state = _call("step", (rows, packed.values, added, cell, packed.scales), result, result)
     else:
-        arguments = [rows.astype("bfloat16"), packed, *arguments]
-    result = (carry.cell.shape, "float32")
-    return LSTMCarry(
-        *(x.astype(carry.cell.dtype) for x in _call("step", arguments, result, result))
-    )
+        state = _run_step(packed, rows.astype(packed.dtype), added, cell)
+    return LSTMCarry(*(x.astype(carry.cell.dtype) for x in state))
+
+
+@jax.custom_jvp
+def _run_step(packed: jax.Array, rows: jax.Array, added: jax.Array, cell: jax.Array) -> Any:
+    result = (cell.shape, "float32")
+    return _call("step", (rows, packed, added, cell), result, result)
+
+
+@_run_step.defjvp
+def _differentiate_step(primals: Sequence[jax.Array], tangents: Sequence[jax.Array]) -> Any:
+    """Differentiate the same computed by JAX."""
+
+    def run(packed: jax.Array, rows: jax.Array, added: jax.Array, cell: jax.Array) -> Any:
+        kernel = packed.transpose(1, 4, 2, 0, 3).reshape(rows.shape[1], -1)
+        i, f, g, o = jnp.split(matmul_rounded(rows, kernel) + added, 4, axis=1)
+        cell = jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
+        return [cell, jax.nn.sigmoid(o) * jnp.tanh(cell)]
+
+    return jax.jvp(run, primals, tangents)
+
+
+def runs_windows(hidden_size: int, dtype: str, batch_size: int) -> bool:
+    """Return whether `run_recurrence` is used.
+
+    It divides texts between threads: in float32, XLA is faster for fewer texts than threads.
+    """
+    enough = dtype == "bfloat16" or batch_size >= native.count_threads()
+    return enough and is_used(hidden_size, dtype)
 
 
 def is_used(hidden_size: int, dtype: str) -> bool:
-    """Return whether the library is used for layers of this size, because it is faster."""
-    return dtype == "bfloat16" and fits(hidden_size) and jax.default_backend() == "cpu"
+    """Return whether the library is used for layers of this size."""
+    return is_faster(hidden_size, dtype) and jax.default_backend() == "cpu"
 
 
-def fits(hidden_size: int) -> bool:
-    """Return whether the library exists, and supports layers of this size."""
-    return hidden_size % LANES == 0 and bool(native.load_library())
+def is_faster(hidden_size: int, dtype: str) -> bool:
+    """Return whether the library would be used on a CPU: it exists, and is faster at this size."""
+    fits = hidden_size % LANES == 0 and (dtype != "float32" or hidden_size <= _LARGEST_IN_FLOAT32)
+    return fits and bool(native.load_library())
 
 
 def _forward(
-    kernels: Kernels, inputs: jax.Array, carry: LSTMCarry
+    kernels: Kernels, inputs: jax.Array, carry: LSTMCarry, dtype: str
 ) -> tuple[tuple[jax.Array, LSTMCarry], tuple[Any, ...]]:
     """Run `run_recurrence`; also return the residuals.
 
@@ -100,8 +133,8 @@ def _forward(
     time, batch, _ = inputs.shape
     hidden = len(kernels.recurrent)
     parts = kernels.recurrent, kernels.input, kernels.bias[None]
-    kernel = jnp.concatenate([part.astype("bfloat16") for part in parts])
-    kernel = jnp.pad(kernel, ((0, len(kernel) % 2), (0, 0)))
+    kernel = jnp.concatenate([part.astype(dtype) for part in parts])
+    kernel = jnp.pad(kernel, ((0, -len(kernel) % IN_WORD[dtype]), (0, 0)))
     depth, width = kernel.shape
     gates, cells, outputs, rows = _call(
         "forward",
@@ -109,22 +142,23 @@ def _forward(
         ((time, batch, width), "float32"),
         ((time, batch, hidden), "float32"),
         ((time, batch, hidden), "float32"),
-        ((time, batch, depth), "bfloat16"),
+        ((time, batch, depth), dtype),
     )
     return (outputs, LSTMCarry(cells[-1], outputs[-1])), (kernels, carry.cell, gates, cells, rows)
 
 
 def _backward(
-    residuals: tuple[Any, ...], cotangents: tuple[jax.Array, LSTMCarry]
+    dtype: str, residuals: tuple[Any, ...], cotangents: tuple[jax.Array, LSTMCarry]
 ) -> tuple[Kernels, jax.Array, LSTMCarry]:
     kernels, first_cell, gates, cells, rows = residuals
     d_outputs, d_last = cotangents
     time, batch, depth = rows.shape
     features, hidden = len(kernels.input), len(kernels.recurrent)
+    packed = _pack_transposed(kernels.recurrent.astype(dtype))
     d_gates, d_cell, d_hidden = _call(
         "backward",
-        (gates, _pack(kernels.recurrent.T), first_cell, cells, d_outputs, *d_last),
-        (gates.shape, "bfloat16"),
+        (gates, packed, first_cell, cells, d_outputs, *d_last),
+        (gates.shape, dtype),
         (first_cell.shape, "float32"),
         (first_cell.shape, "float32"),
     )
@@ -133,34 +167,32 @@ def _backward(
     bias = hidden + features
     d_kernels = Kernels(d_kernel[hidden:bias], d_kernel[:hidden], d_kernel[bias])
     # XLA removes this matmul if its result is unused, as for one-hot inputs.
-    d_inputs = _matmul(d_gates, kernels.input.T.astype("bfloat16"))
+    d_inputs = _matmul(d_gates, kernels.input.T.astype(dtype))
     return d_kernels, d_inputs.reshape(time, batch, features), LSTMCarry(d_cell, d_hidden)
 
 
 run_recurrence.defvjp(_forward, _backward)
 
 
-def _pack(b: jax.Array, apart: int = LANES) -> jax.Array:
-    """Round b [depth, width], and arrange it in tiles of four vectors, adjacent or `apart`."""
-    depth, width = b.shape
-    shape = -(-width // _TILE), depth, _TILE
-    (packed,) = _call("pack", (b.astype("bfloat16"),), (shape, "bfloat16"), apart=np.int64(apart))
-    return packed
+def _pack_transposed(kernel: jax.Array) -> jax.Array:
+    """Arrange kernel.T in tiles of 64 columns: [tiles, words, 64, in a word]."""
+    numbers = IN_WORD[kernel.dtype.name]
+    rows = jnp.pad(kernel, ((0, -len(kernel) % _TILE), (0, 0)))
+    words = rows.reshape(-1, _TILE, kernel.shape[1] // numbers, numbers)
+    return words.transpose(0, 2, 1, 3)
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return a @ b in float32, for bfloat16 factors."""
+    """Return a @ b in float32, for factors in float32 or bfloat16."""
     depth = a.shape[1]
-    if depth % 2:
+    if a.dtype == jnp.float32 or depth % 2:
         return matmul_rounded(a, b)
     result, working_memory = (len(a), b.shape[1]), (native.count_threads(), depth, _TILE)
     return _call("matmul", (a, b), (result, "float32"), (working_memory, "bfloat16"))[0]
 
 
-def _call(
-    name: str, arguments: Sequence[jax.Array], *results: tuple[Any, str], **attributes: np.int64
-) -> Any:
+def _call(name: str, arguments: Sequence[jax.Array], *results: tuple[Any, str]) -> Any:
     """Call a function of the library, which divides its work into a part for each thread."""
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results]
     call = jax.ffi.ffi_call(native.get_target(name), shapes, vmap_method="sequential")
-    return call(*arguments, parts=np.int64(native.count_threads()), **attributes)
+    return call(*arguments, parts=np.int64(native.count_threads()))
