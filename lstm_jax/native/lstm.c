@@ -29,11 +29,15 @@ static __mmask16 first_lanes(size_t n) { return n < LANES ? (1 << n) - 1 : 0xfff
 
 // Store the first `n` of 16 numbers as factors of a matmul, in float32 or bfloat16.
 static inline void store(int numbers, void *to, size_t at, __m512 x, size_t n) {
-  __mmask16 mask = first_lanes(n);
-  if (numbers == FLOAT32)
-    _mm512_mask_storeu_ps((float *)to + at, mask, x);
-  else
-    _mm256_mask_storeu_epi16((bits16 *)to + at, mask, (__m256i)_mm512_cvtneps_pbh(x));
+  if (numbers == FLOAT32) {
+    _mm512_mask_storeu_ps((float *)to + at, first_lanes(n), x);
+    return;
+  }
+  __m256i rounded = (__m256i)_mm512_cvtneps_pbh(x);
+  if (n < LANES)
+    _mm256_mask_storeu_epi16((bits16 *)to + at, first_lanes(n), rounded);
+  else  // Without a mask, in the inner loops.
+    _mm256_storeu_si256((__m256i *)((bits16 *)to + at), rounded);
 }
 
 // Compute tanh by the rational approximation that XLA uses, too.
@@ -85,7 +89,7 @@ static inline __attribute__((always_inline)) void multiply_rows(int numbers, int
   memcpy(result, sum, rows * sizeof(sum[0]));
 }
 
-// The compiler makes a loop for each number of rows, with the sums in registers.
+// The compiler makes a loop for each dtype and number of rows, with the sums in registers.
 #define CASE(numbers, rows) \
   case 8 * numbers + rows:  \
     return multiply_rows(numbers, rows, a, words, packed, result);

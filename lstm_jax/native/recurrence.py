@@ -76,24 +76,27 @@ def run_step(
     added, cell = added.astype("float32"), carry.cell.astype("float32")
     if isinstance(packed, Int8Kernel):
         rows = jnp.round(rows * packed.factors + 128).astype("uint8")
-        result = (cell.shape, "float32")
-        state = _call("step", (rows, packed.values, added, cell, packed.scales), result, result)
+        state = _call_step(rows, packed.values, added, cell, packed.scales)
     else:
-        state = _run_step(packed, rows.astype(packed.dtype), added, cell)
+        state = _differentiable_step(rows.astype(packed.dtype), packed, added, cell)
     return LSTMCarry(*(x.astype(carry.cell.dtype) for x in state))
 
 
-@jax.custom_jvp
-def _run_step(packed: jax.Array, rows: jax.Array, added: jax.Array, cell: jax.Array) -> Any:
+def _call_step(
+    rows: jax.Array, packed: jax.Array, added: jax.Array, cell: jax.Array, *scales: jax.Array
+) -> Any:
     result = (cell.shape, "float32")
-    return _call("step", (rows, packed, added, cell), result, result)
+    return _call("step", (rows, packed, added, cell, *scales), result, result)
 
 
-@_run_step.defjvp
+_differentiable_step = jax.custom_jvp(_call_step)
+
+
+@_differentiable_step.defjvp
 def _differentiate_step(primals: Sequence[jax.Array], tangents: Sequence[jax.Array]) -> Any:
     """Differentiate the same computed by JAX."""
 
-    def run(packed: jax.Array, rows: jax.Array, added: jax.Array, cell: jax.Array) -> Any:
+    def run(rows: jax.Array, packed: jax.Array, added: jax.Array, cell: jax.Array) -> Any:
         kernel = packed.transpose(1, 4, 2, 0, 3).reshape(rows.shape[1], -1)
         i, f, g, o = jnp.split(matmul_rounded(rows, kernel) + added, 4, axis=1)
         cell = jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)

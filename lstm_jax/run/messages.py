@@ -31,7 +31,8 @@ def print_setup(settled: resume.Settled, start: resume.Start, ids: Mapping[str, 
     inputs, targets = window[:-1], window[1:]
     model = start.model
     recurrence = model.implementation()
-    is_in_c = all(in_c.is_used(size, model.dtype) for size in model.sizes[1:])
+    batch_size, sizes = config.batches.batch_size, model.sizes[1:]
+    is_in_c = all(in_c.runs_windows(size, model.dtype, batch_size) for size in sizes)
     if recurrence == "fused" and is_in_c:
         recurrence = "fused, in C"
     counts = ", ".join(f"{len(of_split):,} {name}" for name, of_split in ids.items())
