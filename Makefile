@@ -23,12 +23,12 @@ lint: $(VENV)/installed-dev
 clean:
 	rm -rf $(VENV) build dist *.egg-info
 
-$(VENV)/installed: pyproject.toml lstm_jax/native/lstm.c
+$(VENV)/installed: pyproject.toml lstm_jax/recurrences/lstm.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "lstm-jax needs Python 3.11 or newer; name one with: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
-	$(BIN)/python -m lstm_jax.native || echo "lstm-jax works without this library." >&2
+	$(BIN)/python -m lstm_jax.recurrences.native || echo "lstm-jax works without this library." >&2
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

@@ -64,8 +64,9 @@ def _mask(options: argparse.Namespace) -> np.ndarray:
 def _lstm_jax(options: argparse.Namespace, int8: bool = False, **controls: Any) -> Work:
     import jax
 
-    from lstm_jax import fused, generation, model
+    from lstm_jax import generation, model
     from lstm_jax.controls import Controls
+    from lstm_jax.recurrences import fused
 
     lstm = model.LanguageModel(
         options.vocabulary_size,

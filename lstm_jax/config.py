@@ -15,10 +15,11 @@ from typing import Any, Literal, NamedTuple
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
-from lstm_jax import cells, fused, vocabulary
+from lstm_jax import cells, vocabulary
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.errors import UserError
+from lstm_jax.recurrences import fused
 
 
 class Rule(NamedTuple):

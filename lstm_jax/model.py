@@ -16,14 +16,13 @@ import numpy as np
 import threadpoolctl
 from ml_collections import ConfigDict
 
-from lstm_jax import fused
 from lstm_jax.cells import CELLS, LOADED
 from lstm_jax.cells.block import Block
 from lstm_jax.cells.protocol import get_activation, get_gates, make_cell, run_cell
-from lstm_jax.fused import Lookup, StepArrays
 from lstm_jax.matmul import matmul
-from lstm_jax.native import cudnn
-from lstm_jax.native.cpu import has_bfloat16_instructions
+from lstm_jax.recurrences import cudnn, fused
+from lstm_jax.recurrences.cpu import has_bfloat16_instructions
+from lstm_jax.recurrences.fused import Lookup, StepArrays
 
 Params = dict[str, Any]
 Prepared = StepArrays | Params  # From `LanguageModel.prepare_step`.

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 
 import lstm_jax
-from lstm_jax import config, fused, generation, model, native
+from lstm_jax import config, generation, model
 from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.convert import transfer
 from lstm_jax.devices import parallel
 from lstm_jax.errors import NotFiniteError, UserError
-from lstm_jax.fused import Lookup
-from lstm_jax.native import recurrence
+from lstm_jax.recurrences import fused, in_c, native
+from lstm_jax.recurrences.fused import Lookup
 from lstm_jax.vocabulary import Vocabulary
 from test_recurrence import assert_close, make_problem, value_and_gradients
 
@@ -188,7 +188,7 @@ def test_results_are_the_same_in_every_call_and_batch(
     run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A text's results don't depend on the number of texts beside it."""
-    monkeypatch.setattr(recurrence, "runs_windows", lambda *sizes: True)  # In float32, too.
+    monkeypatch.setattr(in_c, "runs_windows", lambda *sizes: True)  # In float32, too.
     kernels, inputs, carry, cotangents = make_problem(17, 6, 9, 32)
     differentiate = jax.jit(lambda *a: value_and_gradients(run, cotangents, *a))
     first, second = (differentiate(kernels, inputs, carry) for _ in range(2))
@@ -204,7 +204,7 @@ def test_results_do_not_depend_on_the_number_of_threads(
     batch: int, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Use one, as many as there are cores, and more than there are texts, tiles or cores."""
-    monkeypatch.setattr(recurrence, "runs_windows", lambda *sizes: True)  # In float32, too.
+    monkeypatch.setattr(in_c, "runs_windows", lambda *sizes: True)  # In float32, too.
     problem = make_problem(batch, 6, 9, 48)
     results = []
     for threads in (1, 2, 100):
@@ -300,10 +300,10 @@ def test_a_step_in_8_bits_agrees_with_numpy(batch: int, features: int, bound: in
     inputs = draw.uniform(-bound, bound, (batch, features)).astype("float32")
     state = draw.uniform(-1, 1, (batch, hidden)).astype("float32")
     cell, added = (draw.normal(size=(batch, n)).astype("float32") for n in (hidden, 4 * hidden))
-    quantized, offset = recurrence.quantize_gates(jnp.asarray(kernel), bound)
+    quantized, offset = in_c.quantize_gates(jnp.asarray(kernel), bound)
     carry = LSTMCarry(jnp.asarray(cell), jnp.asarray(state))
     parts = [jnp.asarray(inputs), carry.hidden]
-    found = recurrence.run_step(quantized, parts, carry, jnp.asarray(added) + offset)
+    found = in_c.run_step(quantized, parts, carry, jnp.asarray(added) + offset)
 
     units = np.concatenate([np.full(features, bound), np.ones(hidden)]) / 127
     rows = np.round(np.concatenate([inputs, state], axis=1) / units)
@@ -404,8 +404,8 @@ def test_layers_of_whole_registers_use_the_library(monkeypatch: pytest.MonkeyPat
         assert not without_library(uses_library)(run, *problem)
         assert not uses_library(run, *make_problem(3, 4, 5, 24)[:3])
     # In float32, XLA is faster at large layers, and for fewer texts than threads.
-    assert recurrence.is_used(1024, "float32") and recurrence.is_used(1040, "bfloat16")
-    assert not recurrence.is_used(1040, "float32")
+    assert in_c.is_used(1024, "float32") and in_c.is_used(1040, "bfloat16")
+    assert not in_c.is_used(1040, "float32")
     alone = make_problem(1, 4, 5, 32)[:3]
     assert uses_library(low, *alone) and not uses_library(fused.run_fused, *alone)
 
@@ -413,9 +413,9 @@ def test_layers_of_whole_registers_use_the_library(monkeypatch: pytest.MonkeyPat
 _TRAIN = """
 import os, sys
 import jax, numpy as np
-from lstm_jax import batches, config, model, native, optimizer, train_step
+from lstm_jax import batches, config, model, optimizer, train_step
 from lstm_jax.devices import parallel
-from lstm_jax.native import recurrence
+from lstm_jax.recurrences import in_c, native
 settings = config.default()
 settings.mesh.data, with_library = int(sys.argv[1]), sys.argv[2] == "library"
 os.sched_getaffinity = lambda process: range(2)
@@ -429,7 +429,7 @@ mesh = parallel.make_mesh(settings)
 adam = optimizer.make_optimizer(settings.optimizer, 40)
 ids = np.random.default_rng(0).integers(0, 30, (12, 10)).astype(np.int32)
 for settings.model.dtype in ("float32", "bfloat16"):
-    assert recurrence.is_used(32, settings.model.dtype) == with_library
+    assert in_c.is_used(32, settings.model.dtype) == with_library
     lstm = model.make_model(settings.model, 30)
     state = train_step.init_state(lstm, adam, jax.random.key(0), 12, mesh=mesh).place(mesh)
     step = train_step.make_train_step(lstm, adam, settings, mesh)
@@ -517,7 +517,7 @@ def test_mistakes_of_the_compiler_are_named(source: Path, monkeypatch: pytest.Mo
 
 
 def test_the_command_names_a_missing_compiler() -> None:
-    command = [sys.executable, "-m", "lstm_jax.native"]
+    command = [sys.executable, "-m", "lstm_jax.recurrences.native"]
     environment = {**os.environ, "PATH": ""}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (result.returncode, result.stdout) == (2, "")

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from jax.experimental import rnn
 
-from lstm_jax import cells, fused
+from lstm_jax import cells
 from lstm_jax import model as model_lib
 from lstm_jax.cells.lstm import Kernels, LSTMCarry
-from lstm_jax.fused import Lookup
 from lstm_jax.model import LanguageModel
-from lstm_jax.native import cpu, cudnn
+from lstm_jax.recurrences import cpu, cudnn, fused
+from lstm_jax.recurrences.fused import Lookup
 
 
 def reference(

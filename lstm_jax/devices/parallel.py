@@ -19,10 +19,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from lstm_jax import fused
 from lstm_jax.errors import UserError
-from lstm_jax.native import recurrence as in_c
-from lstm_jax.native.cpu import count_cores
+from lstm_jax.recurrences import fused, in_c
+from lstm_jax.recurrences.cpu import count_cores
 
 DATA, MODEL = "data", "model"  # The names of the mesh axes.
 EVERYWHERE, DIVIDED = PartitionSpec(), PartitionSpec((DATA, MODEL))

@@ -15,7 +15,7 @@ from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.devices import hosts
 from lstm_jax.errors import NotFiniteError, warn
-from lstm_jax.native import recurrence as in_c
+from lstm_jax.recurrences import in_c
 from lstm_jax.run import cell_file, files, resume, workdir
 from lstm_jax.run.plan import Plan
 from lstm_jax.vocabulary import Costs, Ids

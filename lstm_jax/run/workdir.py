@@ -11,10 +11,10 @@ import jax
 from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
-from lstm_jax import fused
 from lstm_jax import model as model_lib
 from lstm_jax.cells.protocol import trace_cell
 from lstm_jax.errors import UserError, warn
+from lstm_jax.recurrences import fused
 from lstm_jax.run import cell_file, checkpoints, files
 from lstm_jax.vocabulary import Vocabulary
 
@@ -103,7 +103,8 @@ def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
             raise UserError(
                 f"the model in {workdir} can't use int8 here: that needs LSTM layers of a multiple "
                 "of 16 hidden units, without layer normalization or a block, and the library that "
-                "python -m lstm_jax.native compiles on CPUs with AVX-512 BF16 and without AMX"
+                "python -m lstm_jax.recurrences.native compiles on CPUs with AVX-512 BF16 and "
+                "without AMX"
             )
         model = model.clone(int8_steps=True)
     if config.model.cell_sha256:

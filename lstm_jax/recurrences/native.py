@@ -1,13 +1,14 @@
-"""The LSTM's recurrence in native code: cuDNN, and an optional library in C for AVX-512 BF16.
+"""Compile lstm.c, an optional library for CPUs with AVX-512 BF16, and load it.
 
-`python -m lstm_jax.native` compiles the library, with a C compiler. `fused` computes the same
-without it.
+`python -m lstm_jax.recurrences.native` compiles it, with a C compiler. `in_c` calls its functions;
+`fused` computes the same without it.
 """
 
 import ctypes
 import functools
 import hashlib
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import jax
 import jaxlib
 
 from lstm_jax.errors import UserError
-from lstm_jax.native.cpu import count_cores, read_cpu_features
+from lstm_jax.recurrences.cpu import count_cores, read_cpu_features
 
 _SOURCE = Path(__file__).with_name("lstm.c")
 _FLAGS = [f"-mavx512{name}" for name in ("f", "bw", "vl", "dq", "bf16", "vnni")]
@@ -82,3 +83,19 @@ def build_library() -> Path:
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror}") from None
     return path
+
+
+def main() -> None:
+    """Compile the library and print its path."""
+    if not is_supported():
+        print("nothing to compile: this is for processors with AVX-512 BF16 and without AMX")
+        return
+    try:
+        print(build_library())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

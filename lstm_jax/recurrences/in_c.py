@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lstm_jax import native
 from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.matmul import matmul_rounded
+from lstm_jax.recurrences import native
 
 LANES, _TILE = 16, 64  # As in lstm.c.
 IN_WORD = {"float32": 1, "bfloat16": 2, "int8": 4}  # Numbers in a word of 32 bits.
