@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from lstm_jax import batches, config, model, optimizer, train_step
 from lstm_jax.devices import memory, parallel
-from lstm_jax.recurrences.cpu import count_cores
+from lstm_jax.recurrences.processor import count_cores
 from lstm_jax.sweep import population
 
 VOCABULARY_SIZE = 67

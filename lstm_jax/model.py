@@ -21,8 +21,8 @@ from lstm_jax.cells.block import Block
 from lstm_jax.cells.protocol import get_activation, get_gates, make_cell, run_cell
 from lstm_jax.matmul import matmul
 from lstm_jax.recurrences import cudnn, fused
-from lstm_jax.recurrences.cpu import has_bfloat16_instructions
 from lstm_jax.recurrences.fused import Lookup, StepArrays
+from lstm_jax.recurrences.processor import has_bfloat16_instructions
 
 Params = dict[str, Any]
 Prepared = StepArrays | Params  # From `LanguageModel.prepare_step`.

@@ -13,7 +13,7 @@ from lstm_jax import cells
 from lstm_jax import model as model_lib
 from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.model import LanguageModel
-from lstm_jax.recurrences import cpu, cudnn, fused
+from lstm_jax.recurrences import cudnn, fused, processor
 from lstm_jax.recurrences.fused import Lookup
 
 
@@ -147,7 +147,7 @@ def test_bfloat16_rounds_matmuls_and_keeps_float32_state(sizes: tuple[int, ...])
 
 
 @pytest.mark.skipif(
-    not cpu.has_bfloat16_instructions(), reason="this CPU has no bfloat16 instructions"
+    not processor.has_bfloat16_instructions(), reason="this CPU has no bfloat16 instructions"
 )
 def test_bfloat16_matmuls_agree_with_rounded_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare this CPU's instructions with the emulation for CPUs without them."""

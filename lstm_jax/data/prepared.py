@@ -41,7 +41,7 @@ from lstm_jax.data.encoding import (
 )
 from lstm_jax.data.sources import Segment
 from lstm_jax.errors import UnavailableError, UserError
-from lstm_jax.recurrences.cpu import count_cores
+from lstm_jax.recurrences.processor import count_cores
 from lstm_jax.run import files
 from lstm_jax.vocabulary import Ids, Vocabulary
 

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from lstm_jax.errors import UserError
 from lstm_jax.recurrences import fused, in_c
-from lstm_jax.recurrences.cpu import count_cores
+from lstm_jax.recurrences.processor import count_cores
 
 DATA, MODEL = "data", "model"  # The names of the mesh axes.
 EVERYWHERE, DIVIDED = PartitionSpec(), PartitionSpec((DATA, MODEL))

@@ -26,8 +26,8 @@ from jax import lax
 from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.matmul import matmul, matmul_rounded, round_factor
 from lstm_jax.recurrences import in_c
-from lstm_jax.recurrences.cpu import has_bfloat16_instructions
 from lstm_jax.recurrences.in_c import Int8Kernel
+from lstm_jax.recurrences.processor import has_bfloat16_instructions
 
 
 class Lookup(NamedTuple):

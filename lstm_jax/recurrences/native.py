@@ -16,7 +16,7 @@ import jax
 import jaxlib
 
 from lstm_jax.errors import UserError
-from lstm_jax.recurrences.cpu import count_cores, read_cpu_features
+from lstm_jax.recurrences.processor import count_cores, read_cpu_features
 
 _SOURCE = Path(__file__).with_name("lstm.c")
 _FLAGS = [f"-mavx512{name}" for name in ("f", "bw", "vl", "dq", "bf16", "vnni")]

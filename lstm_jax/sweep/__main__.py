@@ -21,7 +21,7 @@ import jax
 from absl import flags
 
 from lstm_jax import config
-from lstm_jax.recurrences.cpu import count_cores
+from lstm_jax.recurrences.processor import count_cores
 from lstm_jax.run import command
 
 try:
