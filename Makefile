@@ -12,7 +12,7 @@ train: env
 	$(BIN)/python -m lstm_jax.main --config $(CONFIG)
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -41,6 +41,16 @@ _cache = tempfile.TemporaryDirectory(prefix="lstm-jax-cache-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
 
 
+# These files take a minute and more, in parts that wait for other processes.
+_SLOW = ("hosts", "own_cells", "sweep", "docs", "cells", "train", "main", "hostile", "parallel")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the slowest files first, so that no worker runs one alone at the end."""
+    files = {f"test_{name}.py": place for place, name in enumerate(_SLOW)}
+    items.sort(key=lambda item: files.get(item.path.name, len(files)))
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an empty data directory, so that the text is fetched once."""

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
+import forks
 import lstm_jax
 from conftest import make_tiny_config
 from lstm_jax import bpe, train
@@ -150,7 +151,7 @@ def test_a_run_generates_and_scores(bpe_run: Path) -> None:
 def test_commands_read_a_run(bpe_run: Path, tmp_path: Path) -> None:
     def sample(*arguments: str, given: str = "") -> str:
         command = [sys.executable, "-m", "lstm_jax.sample", "--workdir", str(bpe_run), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, input=given)
+        done = forks.run(command, capture_output=True, text=True, input=given)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

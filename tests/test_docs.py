@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 import pytest
 
+import forks
 from lstm_jax import config
 
 ROOT = Path(__file__).parents[1]
@@ -126,29 +127,18 @@ def prepare_command(
     return [sys.executable, *command[1:]]
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return a compilation cache for all commands."""
-    return str(tmp_path_factory.mktemp("compiled"))
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_of_a_page_runs(
-    page: Path, text_file: Path, trained: Path, compiled: str, tmp_path: Path
+    page: Path, text_file: Path, trained: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
     shutil.copy(text_file, tmp_path / "my.txt")
-    environment = {
-        "JAX_COMPILATION_CACHE_DIR": compiled,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-    }
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for block in find_blocks(page):
         if name := re.match(r"# (\w+\.py)\n", block.text):
             (tmp_path / name[1]).write_text(block.text, encoding="utf-8")
     for command in find_commands(page):
-        result = subprocess.run(
+        result = forks.run(
             prepare_command(command, tmp_path, text_file, trained),
             capture_output=True,
             text=True,

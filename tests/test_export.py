@@ -1,7 +1,6 @@
 """Export models as pages, and run the pages in a browser."""
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+import forks
 import runs
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
@@ -136,8 +136,8 @@ def test_the_page_in_a_browser(
     from selenium.webdriver.common.keys import Keys
 
     loaded = workdir.load_trained(trained)
-    done = subprocess.run(
-        [sys.executable, "-m", "lstm_jax.export", "--workdir", trained, "--to", "page.html"],
+    done = forks.run(
+        [sys.executable, "-m", "lstm_jax.export", "--workdir", str(trained), "--to", "page.html"],
         capture_output=True,
         text=True,
         cwd=tmp_path,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+import forks
 import lstm_jax
 from lstm_jax import __main__ as commands
 from lstm_jax import config as config_lib
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return forks.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
 def test_a_config_file_cannot_add_a_cell(tmp_path: Path) -> None:

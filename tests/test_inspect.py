@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+import forks
 from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
 from lstm_jax.inspect import activations, features, report
@@ -35,7 +36,7 @@ def unpack(packed: dict[str, str]) -> np.ndarray:
 
 def run(*arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "lstm_jax.inspect", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, input=given)
+    return forks.run(command, capture_output=True, text=True, input=given)
 
 
 def test_the_command_reads_the_validation_split_and_writes_into_the_working_directory(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import forks
 import runs
 from disks import fill, mounted
 from lstm_jax.run import checkpoints, metrics, workdir
@@ -44,13 +45,13 @@ def command(text_file: Path, directory: Path, *more: str) -> list[str]:
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    return forks.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENV
     )
 
 
 def finish(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=200, cwd=ROOT, env=ENV)
+    return forks.run(arguments, capture_output=True, text=True, timeout=200, cwd=ROOT, env=ENV)
 
 
 def wait_for_rows(process: subprocess.Popen[str], directory: Path, number: int) -> None:

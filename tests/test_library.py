@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+import forks
 import lstm_jax
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
@@ -87,7 +88,7 @@ def test_the_blocks_of_the_page_run(
 
 def test_generated_text_is_that_of_the_command(trained: Path) -> None:
     options = ["--length=60", "--seed=3", "--top_k=8", "--prompt=The ", "--dtype=bfloat16"]
-    done = subprocess.run(
+    done = forks.run(
         [sys.executable, "-m", "lstm_jax", "sample", f"--workdir={trained}", *options],
         capture_output=True,
         text=True,
@@ -170,7 +171,7 @@ def test_the_mean_score_is_the_loss_of_evaluate(
 ) -> None:
     text = text_file.read_text(encoding="utf-8")[-3000:]
     (tmp_path / "part.txt").write_text(text, encoding="utf-8")
-    done = subprocess.run(
+    done = forks.run(
         [sys.executable, "-m", "lstm_jax.evaluate", f"--workdir={trained}", "--text=part.txt"],
         capture_output=True,
         text=True,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import forks
 from lstm_jax import config
 from lstm_jax.run import metrics, workdir
 
@@ -23,9 +24,7 @@ def run(
     module: str, *arguments: str, cwd: Path, given: str = ""
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", f"lstm_jax.{module}", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, cwd=cwd, input=given
-    )
+    return forks.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, input=given)
 
 
 TINY = [
@@ -41,7 +40,7 @@ TINY = [
 def test_train_interrupt_resume_sample_and_evaluate(text_file: Path, tmp_path: Path) -> None:
     arguments = [*TINY, f"--config.data.path={text_file}", "--config.num_epochs=200"]
     command = [sys.executable, "-m", "lstm_jax.main", *arguments]
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    first = forks.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     directory = tmp_path / "runs" / "quick"  # The default of --workdir.
     deadline = time.monotonic() + 100
     while (
@@ -225,7 +224,7 @@ def test_a_conversation_in_a_pipe(trained: Path) -> None:
 
 def test_text_is_streamed(trained: Path) -> None:
     command = [sys.executable, "-m", "lstm_jax.sample", "--workdir", str(trained)]
-    process = subprocess.Popen(
+    process = forks.Popen(
         [*command, "--length=1000000"], stdout=subprocess.PIPE, cwd=ROOT, bufsize=0
     )
     assert process.stdout is not None and len(process.stdout.read(5)) > 0
@@ -289,7 +288,7 @@ def test_a_text_that_cannot_be_measured_gives_one_line(
     content: bytes, message: str, trained: Path
 ) -> None:
     command = [sys.executable, "-m", "lstm_jax.evaluate", f"--workdir={trained}", "--text=-"]
-    result = subprocess.run(command, capture_output=True, timeout=120, input=content)
+    result = forks.run(command, capture_output=True, timeout=120, input=content)
     assert result.returncode == 2 and not result.stdout
     assert message in result.stderr.decode() and result.stderr.count(b"\n") == 1
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+import forks
 import lstm_jax
 from lstm_jax import cells, train
 from lstm_jax import config as config_lib
@@ -114,7 +115,7 @@ def test_a_cell_of_somebody_else_needs_only_flags(text_file: Path, tmp_path: Pat
     def start(module: str, *arguments: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", f"lstm_jax.{module}", *arguments]
         pipe = subprocess.PIPE
-        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path)
+        return forks.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path)
 
     def finish(process: subprocess.Popen[str]) -> str:
         output, errors = process.communicate(timeout=300)
@@ -173,7 +174,7 @@ def test_reading_a_run_runs_only_the_file_that_the_user_names(
 
     def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", f"lstm_jax.{module}", "--workdir", str(tmp_path / "run")]
-        return subprocess.run([*command, *arguments], capture_output=True, text=True)
+        return forks.run([*command, *arguments], capture_output=True, text=True)
 
     refused = run("sample", "--length=5")
     assert refused.returncode == 2 and not mark.exists()

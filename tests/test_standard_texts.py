@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from ml_collections import ConfigDict
 
+import forks
 from lstm_jax import config as config_lib
 from lstm_jax.data import prepared, standard_texts, texts
 from lstm_jax.data.download import Download, download_file
@@ -382,7 +383,7 @@ def test_one_command_trains_from_nothing(
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def run() -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+        return forks.run(
             command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120
         )
 

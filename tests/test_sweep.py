@@ -21,6 +21,7 @@ import pytest
 from ml_collections import ConfigDict
 from optuna.trial import TrialState
 
+import forks
 from lstm_jax import config as config_lib
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import ensemble, lock, metrics, workdir
@@ -75,7 +76,7 @@ def start(arguments: list[str], compiled: Path) -> subprocess.Popen[str]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    return subprocess.Popen(
+    return forks.Popen(
         arguments,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
