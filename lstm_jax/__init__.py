@@ -5,8 +5,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# What `import lstm_jax` offers, by the module that has it. They are imported when they are used, as
-# JAX takes seconds.
+# The public names of the package, by the module that defines them. They are imported on first use,
+# because importing JAX takes seconds.
 _PUBLIC = {
     "load": "run.library",
     "check_cell": "cells.check",

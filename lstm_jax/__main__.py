@@ -8,7 +8,7 @@ COMMANDS = {
     "main": "train a model",
     "evaluate": "measure a trained model on a text",
     "sample": "generate text with a trained model",
-    "inspect": "show what the hidden units of a trained model respond to, as a page",
+    "inspect": "show on a page what the hidden units of a trained model respond to",
     "convert": "read and write the weights of Keras and PyTorch, and write ONNX",
     "export": "put a trained model into a web page, where it generates text",
     "sweep": "search for good settings, or train several seeds",

@@ -129,11 +129,7 @@ def make_order(length: int, batches: ConfigDict, seed: int) -> Windows | Streams
 
 
 def make_batches(
-    ids: Ids,
-    batches: ConfigDict,
-    seed: int,
-    places: bool = False,
-    part: tuple[int, int] = (0, 1),
+    ids: Ids, batches: ConfigDict, seed: int, places: bool = False, part: tuple[int, int] = (0, 1)
 ) -> tuple[grain.DatasetIterator, int]:
     """Return an endless iterator over training batches, and the number of steps per epoch.
 

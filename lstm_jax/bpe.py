@@ -67,7 +67,7 @@ def learn_tokens(counts: Mapping[str, int], number: int, min_count: int) -> list
 
 
 def divide_word(word: str, ids: Mapping[bytes, int]) -> tuple[str, ...]:
-    """Return the tokens of a word, for the id of each token's bytes; a lower id was learned first.
+    """Return the tokens of a word. `ids`, by a token's bytes: the lowest was learned first.
 
     A byte that is not part of a complete character is a surrogate.
     """

@@ -103,11 +103,11 @@ FIELDS = (
           "Training ends after this number of steps, if num_epochs has more. 0: no limit.",
           resume=True),
     Field("validate_every_steps", 0, _COUNT,
-          "Steps between validations within an epoch, which also ends with one. 0: only there.",
+          "Steps between validations within an epoch; each epoch also ends with one. 0: no others.",
           resume=True),
     Field("validation_tokens", 0,
           Rule("0, or from 4 to 2,147,483,647", lambda value: value == 0 or 4 <= value < 2**31),
-          "Validate on the first tokens of a long validation text, this number. 0: on all of it."),
+          "Number of tokens at the start of the validation text to validate on. 0: all of it."),
     Field("patience", 0, _COUNT,
           "Training ends when the validation loss has not improved for this number of validations. "
           "0: no such limit.", resume=True),
@@ -145,8 +145,8 @@ FIELDS = (
           "byte-pair encoding learns from the training text.",
           used_with=is_set_to("data.units", "bpe")),
     Field("data.min_count", 1, _POSITIVE_COUNT,
-          "Replace tokens that occur less often in the training text by [UNK]; keep all bytes. "
-          "bpe: learn no token that would."),
+          "Replace tokens that occur less often in the training text by [UNK], except bytes. "
+          "bpe: learn only tokens that occur at least this often."),
     Field("data.document_separator", "", one_of(*vocabulary.SEPARATORS),
           "End of a document, where the model learns to stop. file: the end of each file, or of "
           "each example of a dataset. Empty: the text is one document."),
@@ -154,7 +154,7 @@ FIELDS = (
           "Texts larger than this (in 10**6 bytes) are not read into memory: they are encoded "
           "once into files of ids, which training reads in parts.", resume=True),
     Field("data.prepared", "", _TEXT,
-          "Directory for these files. Empty: .lstm_jax beside the first text file.", resume=True),
+          "Directory for encoded texts. Empty: .lstm_jax beside the first text file.", resume=True),
     Field("data.sha256", "", _TEXT,
           "Checksum of the text, set when a run begins. The run resumes with this text only."),
 
@@ -173,7 +173,7 @@ FIELDS = (
     Field("model.hidden_size", 1024, _SIZE, "Hidden units of each layer."),
     Field("model.num_layers", 1, between(1, 100), "Recurrent layers."),
     Field("model.cell", "lstm", _CELL,
-          "Kind of recurrent layers, or the file of your own (docs/cells.md)."),
+          "Kind of recurrent layers, or a file with your own cell (docs/cells.md)."),
     Field("model.options", {}, _OPTIONS,
           "Options that the cell declares, as in --config.model.options.rounds=3."),
     Field("model.cell_sha256", "", _TEXT,
@@ -202,8 +202,8 @@ FIELDS = (
           "the training text, which the model then does not have to learn."),
     Field("model.recurrence", "auto", one_of(*model_lib.RECURRENCES),
           "Implementation of the recurrence. scan: the readable reference. parallel: all steps "
-          "at once, for cells with such a form. fused, of LSTMs: with a custom VJP. cudnn, of "
-          "LSTMs: on a GPU, in float32. auto: the fastest.", resume=True),
+          "at once, for cells that support it. fused: LSTMs with a custom VJP. cudnn: LSTMs with "
+          "cuDNN on a GPU, in float32. auto: the fastest.", resume=True),
     Field("model.dtype", "float32", one_of(*model_lib.DTYPES),
           "Dtype of matmul operands; parameters, cell states, softmax and loss are float32. "
           "auto: bfloat16 on GPUs and TPUs, and for fused layers on CPUs with instructions for it.",
@@ -223,7 +223,8 @@ FIELDS = (
           "that schedule_free trains.", resume=True, population="step", used_with=_OTHER_THAN_SGD,
           fits=Rule("above 0 for optimizer.name='schedule_free'",
                     lambda c: c.optimizer.b1 > 0 or c.optimizer.name != "schedule_free")),
-    Field("optimizer.b2", 0.999, _SHARE, "Decay of their mean square in Adam, of the mean in Lion.",
+    Field("optimizer.b2", 0.999, _SHARE,
+          "Decay of the gradients' mean square in Adam, and of their mean in Lion.",
           resume=True, population="step", used_with=_OTHER_THAN_SGD),
     Field("optimizer.epsilon", 1e-8, Rule("above 0, up to 1", lambda value: 0 < value <= 1),
           "Added to the root mean square in Adam.", resume=True, population="step",
@@ -270,7 +271,8 @@ FIELDS = (
     Field("regularization.activation_penalty", 0.0, between(0, 10**9),
           "Weight of the outputs' mean square in the loss.", resume=True, population="step"),
     Field("regularization.temporal_activation_penalty", 0.0, between(0, 10**9),
-          "Weight of their mean squared change in the loss.", resume=True, population="step"),
+          "Weight of the outputs' mean squared change per step in the loss.", resume=True,
+          population="step"),
 
     Field("mesh.data", 0, _SIZE_OR_ZERO,
           "A batch is divided over mesh.data times mesh.model devices. 0: all GPUs or TPUs; on a "

@@ -1,9 +1,6 @@
 """The exception for a user's mistake, and one-line messages."""
 
-import contextlib
 import sys
-import traceback
-from collections.abc import Iterator
 
 
 class UserError(Exception):
@@ -30,37 +27,10 @@ def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-@contextlib.contextmanager
-def blaming_file(
-    kind: str, file: str, passing: type[Exception] | tuple[type[Exception], ...] = UserError
-) -> Iterator[None]:
-    """Convert any exception of a user's Python file to a `UserError` that names file and line.
-
-    `kind` is what the message calls the file. Exceptions of the types `passing` are not converted,
-    nor those of signal handlers.
-    """
-    try:
-        yield
-    except passing:
-        raise
-    except SyntaxError as error:
-        line = f", line {error.lineno}" if error.lineno else ""
-        raise UserError(f"{kind} {error.filename or file}{line}: {error.msg}") from None
-    except (Exception, SystemExit) as error:
-        if isinstance(error, SystemExit) and type(error) is not SystemExit:
-            raise  # A signal handler raised it.
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if frame.filename == file]
-        line = f"line {(own or frames)[-1].lineno}"
-        raise UserError(f"{kind} {file}, {line}: {one_line(error)}") from None
-
-
 def visible(text: str) -> str:
     """Return a text on one line, with escapes for characters that could control a terminal."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode()
-        for c in " ".join(text.split())
-    )
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def warn(message: str) -> None:

@@ -8,15 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lstm_jax.controls import (
-    DEFAULT_CONTROLS,
-    MIN_STATES,
-    ControlArrays,
-    Controls,
-    adjust_logits,
-    make_control_arrays,
-    make_stop_table,
-)
+from lstm_jax import controls as controls_lib
+from lstm_jax.controls import ControlArrays, Controls, adjust_logits
 from lstm_jax.errors import NotFiniteError, UserError
 from lstm_jax.model import Carry, LanguageModel, Params, Prepared
 from lstm_jax.vocabulary import PADDING_ID, SPECIAL_IDS, Vocabulary
@@ -68,7 +61,7 @@ def read_tokens(model: LanguageModel, arrays: Prepared, state: State, ids: np.nd
 
 
 def round_length(time: int) -> int:
-    """Return the power of two from 16 that is at least `time`, so that few lengths are compiled."""
+    """Round `time` up to a power of two, at least 16, so that few lengths are compiled."""
     return max(16, 1 << max(time - 1, 0).bit_length())
 
 
@@ -86,9 +79,7 @@ def _read_one(model: LanguageModel, arrays: Prepared, state: State, ids: jax.Arr
     """Read one token of each text, ids [batch]."""
     logits, carry = model.apply_step(arrays, ids, state.carry)
     last_seen = state.last_seen.at[jnp.arange(len(ids)), ids].set(state.position)
-    return state._replace(
-        logits=logits, carry=carry, last_seen=last_seen, position=state.position + 1
-    )
+    return State(logits, carry, last_seen, state.position + 1, state.progress)
 
 
 _Loop = tuple[jax.Array, jax.Array, State]  # Ids, the number of tokens generated, the state.
@@ -217,7 +208,7 @@ def generate_tokens(
     params: Params,
     prompts: np.ndarray,
     key: jax.Array,
-    controls: Controls = DEFAULT_CONTROLS,
+    controls: Controls = controls_lib.DEFAULT_CONTROLS,
     *,
     length: int,
     stops: np.ndarray | None = None,
@@ -233,9 +224,9 @@ def generate_tokens(
     Raises:
       UserError: if a control is outside its range.
     """
-    control_arrays = make_control_arrays(controls, model.vocabulary_size)
+    control_arrays = controls_lib.make_control_arrays(controls, model.vocabulary_size)
     if stops is None:
-        stops = np.zeros((MIN_STATES, model.vocabulary_size), np.int32)
+        stops = np.zeros((controls_lib.MIN_STATES, model.vocabulary_size), np.int32)
     arrays = prepare_params(model, params)
     state = read_tokens(model, arrays, initial_state(model, len(prompts)), prompts)
     chunks = generate_chunks(model, arrays, state, key, control_arrays, stops, length)
@@ -264,7 +255,7 @@ def stream_texts(
     *,
     prompt: str = "",
     length: int,
-    controls: Controls = DEFAULT_CONTROLS,
+    controls: Controls = controls_lib.DEFAULT_CONTROLS,
     num_samples: int = 1,
     stop_token: bool = True,
     stop_at: str = "",
@@ -281,8 +272,8 @@ def stream_texts(
     Raises:
       UserError: if a control is outside its range.
     """
-    control_arrays = make_control_arrays(controls, len(vocabulary))
-    stops = make_stop_table(vocabulary, stop_token, stop_at)
+    control_arrays = controls_lib.make_control_arrays(controls, len(vocabulary))
+    stops = controls_lib.make_stop_table(vocabulary, stop_token, stop_at)
     arrays = prepare_params(model, params)
     ids = encode_prompt(vocabulary, prompt)
     state = read_tokens(model, arrays, initial_state(model), ids[None])

@@ -1,4 +1,4 @@
-"""The loss of a model, or of an `Ensemble`, on a text, and measures derived from it."""
+"""Compute the loss of a model, or of an `Ensemble`, on a text, and measures derived from it."""
 
 import functools
 import math

@@ -28,8 +28,8 @@ _INIT_FROM = flags.DEFINE_string(
 _TRACK = flags.DEFINE_multi_string(
     "track",
     [],
-    "Where metrics, samples and the config also go: wandb, mlflow, trackio, or a function as "
-    "package.module:function, which is called with each row of metrics. May be repeated.",
+    "Tracker that also receives metrics, samples and the config: wandb, mlflow, trackio, or a "
+    "function package.module:function, called with each row of metrics. May be repeated.",
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of the first of several processes that train together."

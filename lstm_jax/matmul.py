@@ -20,7 +20,7 @@ def matmul_rounded(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def round_factor(x: jax.Array, dtype: str, native: bool = False) -> jax.Array:
-    """Round a factor of `matmul_rounded`; round a factor of many matmuls only once.
+    """Round a factor for `matmul_rounded`, only once if several matmuls share it.
 
     `native` means that XLA's CPU backend, too, supports these matmuls in bfloat16.
     """

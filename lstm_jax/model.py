@@ -86,7 +86,7 @@ class LanguageModel(nn.Module):
     cell: str | type[nn.Module] = "lstm"  # The kind of recurrent layer, in `cells.CELLS` or not.
     layer_norm: bool = False  # Whether the cells normalize the contributions to their gates.
     options: Mapping[str, Any] = nn.FrozenDict()  # Other fields of the cells.
-    block: str = "none"  # What is around each cell, one of `cells.BLOCKS`.
+    block: str = "none"  # The block around each cell, one of `cells.BLOCKS`.
     tie_embeddings: bool = False
     skip_connections: bool = False  # Add inputs to outputs in each layer but the first.
     initial_embedding: float = 0.05  # Initial embeddings are uniform in ± this.
@@ -95,7 +95,7 @@ class LanguageModel(nn.Module):
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Features of the embedding and of the outputs of each layer."""
+        """Return the number of features of the embedding and of the outputs of each layer."""
         last = self.embedding_size if self.tie_embeddings else self.hidden_size
         return (self.embedding_size, *[self.hidden_size] * (self.num_layers - 1), last)
 
@@ -110,12 +110,12 @@ class LanguageModel(nn.Module):
 
     @property
     def cell_name(self) -> str:
-        """The name of the kind of recurrent layer."""
+        """Return the name of the kind of recurrent layer."""
         return self.cell if isinstance(self.cell, str) else self.cell.__name__
 
     @property
     def cell_class(self) -> type[nn.Module]:
-        """The class of the recurrent layers."""
+        """Return the class of the recurrent layers."""
         return CELLS[self.cell] if isinstance(self.cell, str) else self.cell
 
     @nn.nowrap  # So that an unbound model can call it.
@@ -133,7 +133,7 @@ class LanguageModel(nn.Module):
 
     @property
     def layers(self) -> list[Any]:
-        """The recurrent layers of a bound model."""
+        """Return the recurrent layers of a bound model."""
         return [getattr(self, f"{self.cell_name}_{i}") for i in range(self.num_layers)]
 
     @nn.nowrap
@@ -277,12 +277,11 @@ def make_model(model: ConfigDict, vocabulary_size: int) -> LanguageModel:
     if model.cell not in CELLS:
         fields["cell"] = LOADED[model.cell][0]
     made = LanguageModel(vocabulary_size, options=nn.FrozenDict(options), **fields)
-    if made.dtype != "auto":
-        return made
-    made = made.clone(dtype="float32")
-    fast = has_bfloat16_instructions() and made.implementation() == "fused"
-    if made.recurrence != "cudnn" and (fast or jax.default_backend() != "cpu"):
-        return made.clone(dtype="bfloat16")
+    if made.dtype == "auto":
+        made = made.clone(dtype="float32")
+        fast = has_bfloat16_instructions() and made.implementation() == "fused"
+        if made.recurrence != "cudnn" and (fast or jax.default_backend() != "cpu"):
+            made = made.clone(dtype="bfloat16")
     return made
 
 

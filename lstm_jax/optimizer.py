@@ -1,4 +1,4 @@
-"""The optimizer and its learning rate, from the `optimizer` fields of a config."""
+"""Make the optimizer and its learning rate from the `optimizer` fields of a config."""
 
 import math
 from typing import Any
@@ -12,9 +12,6 @@ from optax import contrib
 SCHEDULES = ("constant", "cosine", "linear", "step")
 
 _Chain = list[optax.GradientTransformation]
-
-# The schedule "step" multiplies the learning rate by this at each of `step_at`.
-_STEP_FACTOR = 0.1
 
 
 def make_optimizer(optimizer: ConfigDict, total_steps: int) -> optax.GradientTransformation:
@@ -37,20 +34,20 @@ def make_optimizer(optimizer: ConfigDict, total_steps: int) -> optax.GradientTra
 
 
 def _make_adam(optimizer: ConfigDict, learning_rate: optax.Schedule) -> _Chain:
-    """Adam (Kingma & Ba 2015) with decoupled weight decay."""
+    """Make Adam (Kingma & Ba 2015) with decoupled weight decay."""
     b1, b2, epsilon = optimizer.b1, optimizer.b2, optimizer.epsilon
     decay = optimizer.weight_decay
     return [optax.adamw(learning_rate, b1, b2, epsilon, weight_decay=decay, mask=_is_matrix)]
 
 
 def _make_lion(optimizer: ConfigDict, learning_rate: optax.Schedule) -> _Chain:
-    """Lion (Chen et al. 2023): the sign of a momentum; its learning rates are about 10x smaller."""
+    """Make Lion (Chen et al. 2023): the sign of a momentum. Its rates are about 10x smaller."""
     b1, b2, decay = optimizer.b1, optimizer.b2, optimizer.weight_decay
     return [optax.lion(learning_rate, b1, b2, weight_decay=decay, mask=_is_matrix)]
 
 
 def _make_muon(optimizer: ConfigDict, learning_rate: optax.Schedule) -> _Chain:
-    """Muon (Jordan et al. 2024) for the kernels of the recurrent layers, Adam for the others.
+    """Make Muon (Jordan et al. 2024) for the kernels of recurrent layers, and Adam for the rest.
 
     Updates are scaled to the root mean square of Adam's (Liu et al. 2025, "Muon is Scalable for LLM
     Training"), so that both use the same learning rate and weight decay.
@@ -62,13 +59,13 @@ def _make_muon(optimizer: ConfigDict, learning_rate: optax.Schedule) -> _Chain:
 
 
 def _make_sgd(optimizer: ConfigDict, learning_rate: optax.Schedule) -> _Chain:
-    """SGD with momentum."""
+    """Make SGD with momentum."""
     decay = optax.add_decayed_weights(optimizer.weight_decay, mask=_is_matrix)
     return [decay, optax.sgd(learning_rate, optimizer.momentum)]
 
 
 def _make_schedule_free(optimizer: ConfigDict, learning_rate: optax.Schedule) -> _Chain:
-    """AdamW that averages its iterates (Defazio et al. 2024), and so needs no learning rate decay.
+    """Make AdamW that averages its iterates (Defazio et al. 2024): it needs no learning rate decay.
 
     The gradient is that at `b1` times the average plus 1 - `b1` times the last iterate.
     """
@@ -77,7 +74,7 @@ def _make_schedule_free(optimizer: ConfigDict, learning_rate: optax.Schedule) ->
     return [contrib.schedule_free(adam, learning_rate, optimizer.b1)]
 
 
-# The values of the config field `optimizer.name`, and what follows the clipping of gradients.
+# The values of the config field `optimizer.name`, and the transformations after clipping.
 OPTIMIZERS = {
     "adam": _make_adam,
     "lion": _make_lion,
@@ -122,10 +119,7 @@ def make_schedule(optimizer: ConfigDict, total_steps: int) -> optax.Schedule:
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
         after = jnp.clip(jnp.asarray(count) - warmup_steps, 0, decay_steps)
-        drops = [
-            jnp.where(count >= round(share * total_steps), _STEP_FACTOR, 1)
-            for share in optimizer.step_at
-        ]
+        drops = [jnp.where(count >= round(s * total_steps), 0.1, 1) for s in optimizer.step_at]
         rates = {
             "constant": peak,
             "cosine": peak * (0.5 * (1 + jnp.cos(jnp.pi * after / decay_steps))),

@@ -1,4 +1,4 @@
-"""Regularization during training, from the `regularization` fields of a config.
+"""Regularize training, from the `regularization` fields of a config.
 
 Dropout masks are drawn once per step and are the same at every position of its windows. Kept values
 are divided by the probability of keeping them, so that expectations do not change.
@@ -92,9 +92,9 @@ def _draw_mask(key: jax.Array, rate: float | jax.Array, shape: tuple[int, ...]) 
 
 
 def _draw_large_mask(key: jax.Array, rate: float | jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Draw the same from 16 random bits for each number, to which the rate is rounded.
+    """Draw the same from 16 random bits for each entry; the rate is rounded to 16 bits.
 
-    JAX draws as many words for 16 bits as for 32, so each word is cut in two. For the kernel of a
+    JAX draws a word of 32 bits even for 16, so each word is split in two. For the kernel of a
     layer with 1,024 hidden units this takes 9 ms on a core, and `jax.random.bernoulli` 26.
     """
     words = jax.random.bits(key, (-(-shape[0] // 2), *shape[1:]), "uint32")

@@ -1,4 +1,4 @@
-"""Training, from text to a trained model: set up, restore, loop, validate, finish."""
+"""Train a model, from its text to the test loss: set up, restore, loop, validate, finish."""
 
 import contextlib
 import sys
@@ -20,37 +20,24 @@ from lstm_jax.controls import Controls
 from lstm_jax.data import texts
 from lstm_jax.devices import feeding, hosts, memory, parallel
 from lstm_jax.errors import warn
-from lstm_jax.run import (
-    advice,
-    console,
-    figures,
-    lock,
-    messages,
-    metrics,
-    plan,
-    resume,
-    workdir,
-    zero_state,
-)
+from lstm_jax.run import advice, console, figures, lock, messages, metrics, plan, resume, workdir
 from lstm_jax.run import checkpoints as checkpoints_lib
 from lstm_jax.run.files import name_failed_writes
 from lstm_jax.run.profiler import Profiler
 from lstm_jax.run.progress import Progress
 from lstm_jax.run.signals import Pacer, Stopped, StopRequest
+from lstm_jax.run.zero_state import measure_zero_state
 from lstm_jax.train_step import make_train_step
 
 # See the argument of `train`.
 Watch = Callable[[Mapping[str, Any]], object]
 
-# Places of the validation text that are read from a zero state after training.
+# Positions of the validation text from which it is read, with a zero state, after training.
 _PLACES = 64
 
 
 def train(
-    config: ConfigDict,
-    directory: Path | str,
-    watch: Watch = lambda row: None,
-    quiet: bool = False,
+    config: ConfigDict, directory: Path | str, watch: Watch = lambda row: None, quiet: bool = False
 ) -> int:
     """Train the model that `config` describes, or resume the run in `directory`.
 
@@ -58,7 +45,7 @@ def train(
       config: a config, which is completed and checked (`config.complete_config`).
       directory: the working directory, which all processes share.
       watch: called with each recorded loss, as a row of metrics.jsonl without its checksum, for
-        example to plot it in a notebook; that of a validation also has the generated text, as
+        example to plot it in a notebook; rows of validations also have the generated text, as
         `sample`. If it raises an exception, the run ends, and can be resumed.
       quiet: whether to print nothing, neither progress nor warnings.
 
@@ -265,9 +252,8 @@ class _Run:
     def _validate(self, stop: StopRequest) -> None:
         """Measure the validation loss and generate a sample; print and record both."""
         with stop.at_once():  # Every process measures, so that none waits for another.
-            params, key = parallel.gather_on_one_device(
-                (self.state.evaluated, self.state.key), self.mesh
-            )
+            wanted = self.state.evaluated, self.state.key
+            params, key = parallel.gather_on_one_device(wanted, self.mesh)
             loss = loss_lib.compute_loss(self.model, params, self.validation_ids)
             text = self._sample(params, jax.random.fold_in(key, self.step))
         if not self.is_first:
@@ -282,8 +268,7 @@ class _Run:
         self.progress.print(f"\n=== {name}: validation loss {described}\n{text}\n")
         if self.step:
             self._plot_curves()
-            warning = advice.find_suspicion({"validation": loss}, len(self.vocabulary))
-            if warning:
+            if warning := advice.find_suspicion({"validation": loss}, len(self.vocabulary)):
                 self.progress.print(f"warning: {warning}\n")
 
     def _is_out_of_patience(self) -> bool:
@@ -333,11 +318,11 @@ class _Run:
                 self._record(step, "test", loss)
             self._plot_curves()
         described = self._describe_loss(loss, "test")
-        zero = zero_state.measure_zero_state(self.model, params, self.ids["validation"], _PLACES)
+        zero = measure_zero_state(self.model, params, self.ids["validation"], _PLACES)
         print(
             f"\n{self._sample(params, jax.random.key(self.config.seed))}\n\n"
-            f"Test loss of step {step}, the best by validation loss: {described}\n"
-            f"{zero.describe('validation')}"
+            f"Test loss at step {step}, the step with the best validation loss: {described}\n"
+            f"{zero.describe()}"
         )
         if sentence := advice.advise(rows):
             print(sentence)
@@ -350,7 +335,7 @@ class _Run:
 
 
 class _Module(types.ModuleType):
-    """This module, which can be called as its function: `lstm_jax.train(config, directory)`."""
+    """A module that can be called like its function: `lstm_jax.train(config, directory)`."""
 
     __call__ = staticmethod(train)
 

@@ -1,4 +1,4 @@
-"""One jitted training step: from a state and a batch to the next state, on any devices."""
+"""Make one jitted training step: from a state and a batch to the next state, on any devices."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,7 +17,10 @@ from lstm_jax.optimizer import update_average
 
 
 class TrainState(NamedTuple):
-    """Everything that a training step reads and writes."""
+    """Everything that a training step reads and writes.
+
+    A step that is not finite changes none of the first four fields.
+    """
 
     params: model_lib.Params
     average: model_lib.Params | None  # The average of the parameters, if evaluation uses one.
@@ -49,11 +52,9 @@ class TrainState(NamedTuple):
     @classmethod
     def join(cls, evaluated: model_lib.Params, rest: dict[str, Any]) -> "TrainState":
         """Return the state with these `evaluated` and `rest`."""
-        fields = {**rest, "opt_state": rest["optimizer"]}
-        del fields["optimizer"]
-        if "params" in fields:
-            return cls(average=evaluated, **fields)
-        return cls(params=evaluated, average=None, **fields)
+        average = evaluated if "params" in rest else None
+        fields = {"params": evaluated, "average": average, **rest}
+        return cls(opt_state=fields.pop("optimizer"), **fields)
 
     def place(self, mesh: Mesh) -> "TrainState":
         """Place the state on the devices of a mesh, with the carry divided like a batch."""
@@ -187,11 +188,10 @@ def make_step(
         if regularization.is_random(rates):
             key, mask_key, parameter_key = jax.random.split(state.key, 3)
             masks = regularization.draw_masks(rates, model, mask_key, len(batch.inputs))
-        read = batch.inputs, batch.targets
         compute = compute_grads
         if mesh is not None:
             compute = parallel.divide_over_devices(compute_grads, state.params, mesh)
-        (grads, loss), carry = compute(state.params, parameter_key, read, carry, masks)
+        (grads, loss), carry = compute(state.params, parameter_key, batch[:2], carry, masks)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
@@ -200,21 +200,14 @@ def make_step(
             average = update_average(config.optimizer, average, params, opt_state, step)
         norm = optax.tree.norm(grads)
         # Finite gradients times a learning rate or weight decay can be infinite.
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        finite &= model_lib.is_finite(params)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & model_lib.is_finite(params)
         # Leaf by leaf, XLA fuses the selection with the computation of the new values.
-        params, average, opt_state, carry = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, average, opt_state, carry),
-            (state.params, state.average, state.opt_state, state.carry),
-        )
+        new = params, average, opt_state, carry
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state[:4])
+        params, average, opt_state, carry = kept
         first_skipped = jnp.where(finite | (state.first_skipped > 0), state.first_skipped, step)
         return TrainState(
-            params=params,
-            average=average,
-            opt_state=opt_state,
-            carry=carry,
-            key=key,
+            *(params, average, opt_state, carry, key),
             step=step,
             loss_sum=state.loss_sum + jnp.where(finite, loss, 0),
             norm_sum=state.norm_sum + jnp.where(finite, norm, 0),

@@ -111,7 +111,7 @@ class Vocabulary:
     ) -> "Vocabulary":
         """Return the vocabulary of a text, from the number of occurrences of each token.
 
-        The tokens are those that occur at least `min_count` times; of kind "bytes", all bytes. For
+        The tokens are those that occur at least `min_count` times; for kind "bytes", all bytes. For
         kind "bpe", the counts are those of words, and `size` is the maximum number of tokens.
 
         Raise `UserError` if none occurs often enough, or the stop token does not occur.
@@ -161,12 +161,12 @@ class Vocabulary:
 
     @property
     def stop_id(self) -> int | None:
-        """The id of the stop token, or None."""
+        """Return the id of the stop token, or None."""
         return self._ids[self.stop] if self.stop else None
 
     @property
     def token_name(self) -> str:
-        """The name of a token: that of the kind, or "token" if some are longer."""
+        """Return the name of a token in the singular: that of its kind, or "token"."""
         return "token" if self.kind == "bpe" or len(self.stop) > 1 else self.kind[:-1]
 
     def divide(self, word: str) -> tuple[str, ...]:

@@ -129,9 +129,9 @@ def test_any_tfds_dataset_with_a_text_feature(tmp_path: Path) -> None:
     # Without a validation split, all three splits come from the 50 training examples.
     assert sorted(train.split("\n")) == sorted(f"story {i}" for i in range(50))
     assert len(splits[0]) == int(0.8 * len(train))
-    with pytest.raises(UserError, match="no text 'text' .*title, story"):
+    with pytest.raises(UserError, match="no text feature 'text' .*title, story"):
         datasets.read_dataset("fables", "text", str(tmp_path), (0.8, 0.1, 0.1))
-    with pytest.raises(UserError, match="no text 'pages' .*title, story"):
+    with pytest.raises(UserError, match="no text feature 'pages' .*title, story"):
         datasets.read_dataset("fables", "pages", str(tmp_path), (0.8, 0.1, 0.1))
 
 
@@ -157,7 +157,7 @@ def test_a_dataset_prepared_for_tensorflow_raises_an_error(data_dir: Path, tmp_p
     shutil.copytree(data_dir, tmp_path, dirs_exist_ok=True)
     (info,) = tmp_path.glob("tiny_shakespeare/*/dataset_info.json")
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(UserError, match=r"only TensorFlow reads: name another data.directory"):
+    with pytest.raises(UserError, match=r"only TensorFlow reads: use another data.directory"):
         datasets.read_dataset("tiny_shakespeare", "text", str(tmp_path), FRACTIONS)
 
 

@@ -195,7 +195,7 @@ def test_the_page_in_a_browser(
     assert "".join(colored("span:not(.ahead)")) == text
     check_bars(browser, loaded)
 
-    # Colors: surprise in bits, then a hidden unit.
+    # Colors: surprisal in bits, then a hidden unit.
     ids = loaded.vocabulary.encode(text)
     expected = compute_probabilities(loaded, text)
     bits = -np.log2(expected[np.arange(len(ids) - 1), ids[1:]])
@@ -264,7 +264,7 @@ def test_special_tokens_are_never_generated_and_a_stop_token_ends_the_text(
     browser.find_element("css selector", "#generate").click()
     wait_until_idle(browser)
     assert browser.execute_script("return area.value") == "It"
-    assert browser.find_element("css selector", "#status").text.endswith("to an end.")
+    assert browser.find_element("css selector", "#status").text.endswith("the text has ended.")
 
 
 def test_draws_follow_the_probabilities(browser: Any, tmp_path: Path) -> None:

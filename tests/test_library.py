@@ -282,7 +282,9 @@ def test_the_console_script_runs_the_commands(tmp_path: Path) -> None:
     assert unknown.returncode == 2 and unknown.stdout == ""
     assert unknown.stderr == "error: there is no command 'trian': python -m lstm_jax lists all\n"
     train = call("train", "--workdir=x")
-    assert train.returncode == 2 and train.stderr.startswith("error: name an experiment: --config")
+    assert train.returncode == 2 and train.stderr.startswith(
+        "error: specify an experiment: --config"
+    )
     evaluate = call("evaluate", "--workdir=x")
     assert evaluate.returncode == 2 and "no trained model in x" in evaluate.stderr
     scripts = (ROOT / "pyproject.toml").read_text(encoding="utf-8")

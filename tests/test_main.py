@@ -57,7 +57,7 @@ def test_train_interrupt_resume_sample_and_evaluate(text_file: Path, tmp_path: P
     second = run("main", *arguments[:-1], f"--config.num_epochs={epochs}", cwd=tmp_path)
     assert second.returncode == 0, second.stderr
     assert f"Resuming from step {stopped_at} of " in second.stdout
-    assert "Test loss of step" in second.stdout and second.stderr == ""
+    assert "Test loss at step" in second.stdout and second.stderr == ""
     steps = [
         r["step"]
         for r in metrics.read_metrics(directory / workdir.METRICS)
@@ -392,7 +392,7 @@ BAD_CONFIGS = {
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["main"], "name an experiment: --config experiments/quick.py"),
+        (["main"], "specify an experiment: --config experiments/quick.py"),
         (["main", "--config=nothing.py"], "nothing.py"),
         (["main", "--config=nothing.py", "--config.seed=1"], "nothing.py"),
         (["main", "--config=raises.py"], "raises.py, line 2: ZeroDivisionError"),
@@ -408,10 +408,10 @@ BAD_CONFIGS = {
             "only LSTM cells without layer normalization",
         ),
         (["main", "--config", QUICK, "--config.mesh.data=5"], "must be a multiple of mesh.data"),
-        (["evaluate", "--workdir=.", "--dynamic", "--fit_temperature"], "leave one out"),
+        (["evaluate", "--workdir=.", "--dynamic", "--fit_temperature"], "use only one of them"),
         (["evaluate", "--workdir=.", "--dynamic_segment_length=0"], "range [1, 1000000000]"),
         (["evaluate", "--workdir=.", "--dynamic_learning_rate=nan"], "0 or more, and finite"),
-        (["evaluate", "--workdir=.", "--context=9", "--dynamic"], "leave one out"),
+        (["evaluate", "--workdir=.", "--context=9", "--dynamic"], "use only one of them"),
         (["evaluate", "--workdir=.", "--text=good.txt", "--split=test"], "leave one out"),
         (["evaluate", "--workdir=.", "--by_position=a.png"], "add --context 256"),
         (["evaluate", "--workdir=.", "--context=9", "--by_position=a/b.png"], "name a .png file"),
@@ -464,8 +464,8 @@ BAD_CONFIGS = {
         (["sample", f"--workdir={'n' * 300}"], "config.json: File name too long"),
         (["main", "--config", QUICK, f"--config.data.path={'n' * 300}"], "no text file nnn"),
         (["main", *TINY, "--config.data.path=good.txt", f"--workdir={'n' * 300}"], "too long"),
-        (["inspect"], "name the trained model: --workdir DIR"),
-        (["convert"], "name the working directory: --workdir DIR"),
+        (["inspect"], "specify the trained model: --workdir DIR"),
+        (["convert"], "specify the working directory: --workdir DIR"),
         (["convert", "--workdir=x"], "give either --from FILE"),
         (["convert", "--workdir=x", "--from=good.txt"], "none of .keras, .weights.h5"),
         (["convert", "--workdir=x", "--from=a.onnx"], "weights are read from Keras and PyTorch"),

@@ -512,7 +512,7 @@ def test_mistakes_of_the_compiler_are_named(source: Path, monkeypatch: pytest.Mo
         native.build_library()
     assert list(source.parent.iterdir()) == [source]
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match="no C compiler here: install"):
+    with pytest.raises(UserError, match="no C compiler named cc: install"):
         native.build_library()
 
 
@@ -521,4 +521,4 @@ def test_the_command_names_a_missing_compiler() -> None:
     environment = {**os.environ, "PATH": ""}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "error: there is no C compiler here: install gcc or clang, as cc\n"
+    assert result.stderr == "error: there is no C compiler named cc: install gcc or clang\n"

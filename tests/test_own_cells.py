@@ -208,7 +208,7 @@ GOOD = "        return carry, nn.Dense(self.hidden_size)(inputs) + carry\n"
         ("\0", "Mine", "cell file .*own.py: source code string cannot contain null bytes"),
         ("import sys\nsys.exit(1)\n", "Mine", "cell file .*own.py, line 2: SystemExit: 1"),
         (HEADER + GOOD, "Other", "has no class Other: its classes are Mine"),
-        ("class Mine: pass\n", "Mine", "Mine in .*own.py is no flax module"),
+        ("class Mine: pass\n", "Mine", "Mine in .*own.py is not a Flax module"),
         (
             "import flax.linen as nn\nclass Mine(nn.Module):\n    hidden_size: int\n",
             "Mine",
@@ -343,8 +343,8 @@ def test_a_run_is_read_with_the_file_that_it_was_trained_with(
     [
         ({"model.options": {"size": 3}}, "Mine has no option size: its options are scale"),
         ({"model.options": {"scale": "a"}}, "scale of the cell Mine is 'a': .* of type float"),
-        ({"model.dtype": "bfloat16"}, "Mine has no field dtype: leave it 'float32'"),
-        ({"model.layer_norm": True}, "Mine has no field layer_norm: leave it False"),
+        ({"model.dtype": "bfloat16"}, "Mine has no field dtype: it must be 'float32'"),
+        ({"model.layer_norm": True}, "Mine has no field layer_norm: it must be False"),
         ({"model.recurrence": "parallel"}, "needs a cell with a method run_parallel, which Mine"),
         ({"model.recurrence": "fused"}, "only LSTM cells without layer normalization or a block"),
         (
@@ -500,7 +500,7 @@ class WrongGate(Sum):
         (Coarse, "bfloat16 is far from float32"),
         (Infinite, "are not finite"),
         (WrongGate, r"input has values outside of \[0, 1\]"),
-        (lambda: None, "is not a class of flax modules"),
+        (lambda: None, "is not a subclass of flax.linen.Module"),
     ],
 )
 def test_check_cell_names_what_is_wrong(cell: Any, message: str) -> None:

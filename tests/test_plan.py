@@ -135,7 +135,7 @@ def test_patience_ends_a_run_at_the_same_step_whether_or_not_it_was_killed(
         f"Training ends at step {last} of 1400: the validation loss has not improved for 3 "
         "validations\n"
     ) in output
-    assert f"Test loss of step {best}, the best by validation loss" in output
+    assert f"Test loss at step {best}, the step with the best validation loss" in output
     assert list_steps(whole, "test") == [best]
 
     # Before a validation, and during the last one, whose loss is lost.

@@ -277,7 +277,7 @@ def test_without_a_server_the_user_can_provide_the_file(
 
 def test_a_directory_that_cannot_be_written(archive: Download, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UnavailableError, match=f"{tmp_path}/file.*name another data directory"):
+    with pytest.raises(UnavailableError, match=f"{tmp_path}/file.*use another data directory"):
         get_splits(tmp_path / "file")
 
 
@@ -401,6 +401,6 @@ def test_one_command_trains_from_nothing(
     finished = run()
     assert finished.returncode == 0, finished.stderr
     assert f"characters: {len(clean[0]):,} train, {len(clean[1])} validation" in finished.stdout
-    assert "Test loss of step" in finished.stdout
+    assert "Test loss at step" in finished.stdout
     names = [name for name, _ in server.requests]
     assert names == ["ptb.train.txt", "ptb.valid.txt", "ptb.test.txt", "ptb.test.txt"]

@@ -56,7 +56,8 @@ def test_a_function_gets_each_row_and_one_that_fails_is_left_out(
             watch(row)
     assert sys.modules[own].rows == rows
     assert capsys.readouterr().err == (
-        "warning: --track=own_tracker:fail failed and ends (ValueError: the server is down)\n"
+        "warning: --track=own_tracker:fail failed and gets no more rows "
+        "(ValueError: the server is down)\n"
     )
 
 

@@ -156,7 +156,7 @@ def test_another_model_or_text_in_the_same_directory_raises_an_error(
     other = tmp_path / "other.txt"
     other.write_text(Path(tiny_config.data.path).read_text() + ".")
     tiny_config.data.path = str(other)
-    with pytest.raises(UserError, match="was trained on another text .*name another --workdir"):
+    with pytest.raises(UserError, match="was trained on another text .*use another --workdir"):
         train.train(tiny_config, trained)
 
 

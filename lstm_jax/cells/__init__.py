@@ -1,6 +1,6 @@
-"""Recurrent cells: each computes one step, in plain equations; a scan runs it over time.
+"""Define recurrent cells: each computes one step, in plain equations; a scan runs it over time.
 
-A cell is a flax module in a file of its own, here or anywhere; `cells.protocol` defines it.
+A cell is a flax module in its own file, here or anywhere; `cells.protocol` defines its methods.
 docs/cells.md has a table of the cells here, with their numbers of parameters and their sources.
 """
 

@@ -61,7 +61,8 @@ class Cell(nn.Module):
 def forget_bias(gates: int, opened: float | jax.Array) -> nn.initializers.Initializer:
     """Return an initializer of the biases of gates, the second of which is a forget gate.
 
-    Its biases are `opened`, a number or one for each, so that it remembers at first; others are 0.
+    Its biases are `opened`, one number or one for each hidden unit, so that it remembers at first.
+    All others are 0.
     """
 
     def initialize(key: jax.Array, shape: tuple[int], dtype: Any = jnp.float32) -> jax.Array:
@@ -72,5 +73,5 @@ def forget_bias(gates: int, opened: float | jax.Array) -> nn.initializers.Initia
 
 
 def normalize(x: jax.Array) -> jax.Array:
-    """Scale to mean 0 and variance 1 over the last axis (Ba et al. 2016), without gain and bias."""
+    """Normalize to mean 0, variance 1 over the last axis (Ba et al. 2016), without gain or bias."""
     return nn.standardize(x, axis=-1, epsilon=1e-5)

@@ -1,4 +1,4 @@
-"""The residual block around a cell, which is a cell itself."""
+"""Define the residual block around a cell, which is itself a cell."""
 
 from typing import Any, NamedTuple
 
@@ -21,16 +21,16 @@ class BlockCarry(NamedTuple):
 
 
 class Block(nn.Module):
-    """A block in which recent papers use a cell, with two residual branches.
+    """A block with two residual branches, in which recent papers use a cell.
 
-        x = x P                                         only if x has not hidden_size features
+        x = x P                                         only if x has another number of features
         u_t = sum of K_j * norm(x)_(t - 3 + j) + b      causal convolution of each feature, j = 0..3
         y = x + cell(u)
         outputs = y + (gelu(norm(y) A) * (norm(y) B)) O     gated MLP
         norm(x) = s * x / sqrt(mean(x ** 2))            RMSNorm, with separate scales s
 
     Griffin (De et al. 2024), xLSTM (Beck et al. 2024) and the language models of minGRU and minLSTM
-    (Feng et al. 2024) share this plan: normalization before each branch (Zhang & Sennrich 2019), a
+    (Feng et al. 2024) share this order: normalization before each branch (Zhang & Sennrich 2019), a
     convolution over the last 4 inputs, the cell, a gated MLP (Shazeer 2020). They differ in the
     width of the MLP and in a gate beside the cell. Here the MLP has 2 * hidden_size hidden units,
     and the last block is followed by the dense layer without another normalization.

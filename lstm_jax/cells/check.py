@@ -1,4 +1,4 @@
-"""Hold a cell to the protocol: `check_cell`."""
+"""Check that a cell follows the protocol: `check_cell`."""
 
 import functools
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ def check_cell(
     hidden_size: int = 8,
     options: Mapping[str, Any] | None = None,
 ) -> None:
-    """Hold a cell to the protocol of `lstm_jax.cells.protocol`, with random parameters and inputs.
+    """Check that a cell follows `lstm_jax.cells.protocol`, with random parameters and inputs.
 
     Check shapes and dtypes; single steps against a sequence, and the parallel form against both; a
     sequence against its two parts with the carry kept; that texts of a batch are independent;

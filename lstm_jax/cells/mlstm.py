@@ -99,12 +99,11 @@ class MLSTMCell(nn.Module):
         sums = matmul(inputs, self.input_kernel, self.dtype) + self.bias
         gates = matmul(inputs, self.gate_kernel, self.dtype) + self.gate_bias
         parts = [*jnp.split(sums, 4, axis=-1), *jnp.split(gates, 2, axis=-1)]
-        by_head = [x.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2) for x in parts]
-        q, k, v, o, i, f = by_head
+        q, k, v, o, i, f = (x.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2) for x in parts)
         return [q, k / math.sqrt(k.shape[-1]), v, nn.sigmoid(o), i, nn.log_sigmoid(f)]
 
     def gates(self, carry: MLSTMCarry, inputs: jax.Array) -> Gates:
-        """Return the gates of a step; those of input and forgetting are divided by exp(m')."""
+        """Return the gates of a step; the input and forget gates are divided by exp(m')."""
         *_, o, i, log_f = (x[..., 0, :] for x in self._project(inputs[:, None]))
         f, i, _ = stabilize(carry.stabilizer, i[..., 0], log_f[..., 0])
         of_heads = {"input": i[..., None], "forget": f[..., None], "output": o}

@@ -64,7 +64,7 @@ def make_cell(
       UserError: if it lacks a field or method of the protocol, or an option.
     """
     if not (isinstance(cell, type) and issubclass(cell, nn.Module)):
-        raise UserError(f"the cell {cell!r} is not a class of flax modules (flax.linen.Module)")
+        raise UserError(f"the cell {cell!r} is not a subclass of flax.linen.Module")
     fields = {field.name: field.default for field in dataclasses.fields(cell)}
     if missing := [name for name in _FIELDS if name not in fields]:
         raise UserError(f"{describe_place(cell)} has no field {missing[0]}: it must be an int")
@@ -89,14 +89,11 @@ def make_cell(
                 f"{describe_place(cell, name)}: the arguments of {name} must be ({listed})"
             ) from None
     given: dict[str, Any] = {}
-    for name, value, default in (
-        ("dtype", dtype, "float32"),
-        ("layer_norm", layer_norm, False),
-    ):
+    for name, value, default in (("dtype", dtype, "float32"), ("layer_norm", layer_norm, False)):
         if name in fields:
             given[name] = value
         elif value != default:
-            raise UserError(f"the cell {cell.__name__} has no field {name}: leave it {default!r}")
+            raise UserError(f"the cell {cell.__name__} has no field {name}: it must be {default!r}")
     for name, value in (options or {}).items():
         if name not in own:
             listed = ", ".join(own) or "none"
@@ -122,8 +119,7 @@ def run_cell(
     If `parallel`, use the parallel form of a cell that has one, otherwise a scan over time.
     """
     if parallel and hasattr(cell, "run_parallel"):
-        after: tuple[Any, jax.Array] = cell.run_parallel(carry, inputs)
-        return after
+        return cell.run_parallel(carry, inputs)
     return _scan(cell, carry, inputs)
 
 
@@ -138,8 +134,7 @@ _scan = nn.scan(
 
 def get_gates(cell: Any, carry: Any, inputs: jax.Array) -> Gates:
     """Return the gates of a step; none for a cell without the method."""
-    gates: Gates = cell.gates(carry, inputs) if hasattr(cell, "gates") else {}
-    return gates
+    return cell.gates(carry, inputs) if hasattr(cell, "gates") else {}
 
 
 def get_activation(cell: Any, carry: Any, outputs: jax.Array) -> jax.Array:
@@ -148,7 +143,7 @@ def get_activation(cell: Any, carry: Any, outputs: jax.Array) -> jax.Array:
 
 
 def trace_cell(cell: Any, batch: int = 3) -> None:
-    """Hold the shapes and dtypes of a cell to the protocol, without computing anything.
+    """Check the shapes and dtypes of a cell against the protocol, without computing anything.
 
     Raise `UserError` with the file and line of a mistake.
     """
@@ -225,7 +220,7 @@ def _check_outputs(where: str, outputs: Any, shape: tuple[int, ...]) -> None:
 def blaming(cell: type[nn.Module], hint: str = "") -> Iterator[None]:
     """Convert any exception to a `UserError` with the line in the file of a cell.
 
-    The hint is what an exception without a message may mean.
+    The hint explains an exception that has no message.
     """
     try:
         yield

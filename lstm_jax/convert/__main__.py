@@ -35,7 +35,7 @@ _DROP_SPECIAL = flags.DEFINE_boolean("drop_special", False, "Omit the rows of ''
 def main() -> None:
     """Convert in the direction that the flags specify."""
     if _WORKDIR.value is None:
-        raise UserError("name the working directory: --workdir DIR")
+        raise UserError("specify the working directory: --workdir DIR")
     if (_FROM.value is None) == (_TO.value is None):
         raise UserError("give either --from FILE, to make the --workdir, or --to FILE, to read it")
     directory = Path(_WORKDIR.value)

@@ -52,7 +52,7 @@ def import_weights(
         )
     directory = directory.absolute()
     if directory.is_dir() and any(directory.iterdir()):
-        raise UserError(f"{directory} is not empty: name another --workdir")
+        raise UserError(f"{directory} is not empty: use another --workdir")
     config = config_lib.default()
     if text_file is not None:
         config.data.path = sources.make_absolute(text_file)
@@ -98,7 +98,7 @@ def export_weights(directory: Path, target: Path, drop_special: bool = False) ->
     beside = target.with_name(target.name + ".vocabulary.json")
     for path in (target, beside):
         if path.exists():
-            raise UserError(f"{path} exists: remove it, or name another --to")
+            raise UserError(f"{path} exists: remove it, or use another --to")
     config = workdir.load_config(directory)
     try:
         weights.check_model(config.model, graph=target.suffix == ".onnx")
@@ -122,7 +122,7 @@ def export_weights(directory: Path, target: Path, drop_special: bool = False) ->
         raise UserError(f"can't write {target}: {error.strerror}") from None
     print(f"Wrote the model of {directory}, step {trained.step}, to {target}, tokens to {beside}")
     if (dtype := trained.model.dtype) != "float32":
-        print(f"Its matmuls here are in {dtype}: float32 logits differ by rounding")
+        print(f"Its matmuls use {dtype} in this package: logits in float32 differ by rounding")
 
 
 def read_vocabulary(path: Path) -> tuple[Sequence[str], str, str]:

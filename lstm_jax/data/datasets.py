@@ -46,7 +46,9 @@ def read_dataset(
     texts = [key for key in features if isinstance(features[key], tfds.features.Text)]
     if text_feature not in texts:
         known = ", ".join(texts) or "none"
-        raise UserError(f"{name} has no text {text_feature!r} (data.text_feature); it has {known}")
+        raise UserError(
+            f"{name} has no text feature {text_feature!r} (data.text_feature); it has {known}"
+        )
     if "train" not in builder.info.splits:
         raise UserError(f"{name} has no train split: choose another data.dataset")
 
@@ -75,7 +77,7 @@ def _prepare(builder: tfds.core.DatasetBuilder, name: str, data_dir: Path) -> No
     try:
         # TFDS prints its progress on standard output, which is for the output of the command.
         with contextlib.redirect_stdout(sys.stderr):
-            if name.partition(":")[0] == tiny_shakespeare.NAME:
+            if name.partition(":")[0] == sources.TINY_SHAKESPEARE:
                 tiny_shakespeare.prepare_dataset(data_dir)
             else:
                 builder.download_and_prepare()
@@ -103,6 +105,6 @@ def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
             reason = one_line(error)
             raise UserError(f"can't open the dataset {name!r} (data.dataset): {reason}") from None
         raise UserError(
-            f"{name} is prepared under {data_dir} in a format that only TensorFlow reads: name "
+            f"{name} is prepared under {data_dir} in a format that only TensorFlow reads: use "
             "another data.directory to prepare it there as array_record"
         ) from None

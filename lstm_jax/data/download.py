@@ -14,10 +14,8 @@ from tqdm import tqdm
 
 from lstm_jax.run import files
 
-# The suffix of a file that is not complete yet.
-PART = ".part"
 _CHUNK_BYTES = 2**16
-# A server that sends nothing for this time is given up.
+# Give up on a server that sends nothing for this time.
 _TIMEOUT_SECONDS = 30
 # Some servers refuse urllib's own name.
 _HEADERS = {"User-Agent": "lstm-jax"}
@@ -32,7 +30,7 @@ class Download(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name of the file."""
+        """Return the name of the file."""
         return self.address.rpartition("/")[2]
 
 
@@ -41,13 +39,13 @@ class DownloadError(Exception):
 
 
 def download_file(file: Download, path: Path) -> None:
-    """Download a file to `path`; no other process may do the same at this time.
+    """Download a file to `path`; no other process may do so at the same time.
 
     An incomplete file stays at `path` + ".part", where the next call continues, if the server can
-    send the rest only. Raise `DownloadError` if the download ends early or is another file, and
+    send only the rest. Raise `DownloadError` if the download ends early or is another file, and
     `OSError` if it can't be written.
     """
-    part = path.with_name(path.name + PART)
+    part = path.with_name(f"{path.name}.part")
     size = part.stat().st_size if part.exists() else 0
     if size < file.size:
         size = _receive_rest(file, part, size)
@@ -82,11 +80,10 @@ def _receive_rest(file: Download, part: Path, done: int) -> int:
             raise DownloadError(f"it has {size:,} bytes there instead of {file.size:,}")
         if done:
             print(f"Resuming {file.name} at byte {done:,} of {file.size:,}", file=sys.stderr)
-        hidden = not sys.stderr.isatty()
         shown = {"desc": file.name, "unit": "B", "unit_scale": True, "leave": False}
         with (
             files.open_append(part) as output,
-            tqdm(total=file.size, initial=done, disable=hidden, **shown) as bar,
+            tqdm(total=file.size, initial=done, disable=None, **shown) as bar,
         ):
             output.truncate(done)
             while done <= file.size:

@@ -1,8 +1,9 @@
 """Encode a text in memory, or each chunk of a larger one.
 
-A text is first encoded as indices into its own distinct tokens. That is slow for a large text, and
-done once. A table then maps the indices to ids of a vocabulary. Of kind "bpe", the tokens depend on
-the vocabulary; so a text is encoded as indices into its words, each of which has several ids.
+A text is first encoded as indices into its own distinct tokens. This is slow for a large text, and
+done only once. A table then maps the indices to ids of a vocabulary. For kind "bpe", the tokens
+depend on the vocabulary; so a text is encoded as indices into its words, each of which has several
+ids.
 """
 
 import itertools
@@ -39,7 +40,7 @@ class Part(NamedTuple):
     """An encoded text, or a chunk of one."""
 
     ids: Any  # Indices into `tokens`: [n], of the smallest dtype.
-    tokens: list[str]  # The distinct tokens of the text; of kind "bpe", its distinct words.
+    tokens: list[str]  # The distinct tokens of the text; for kind "bpe", its distinct words.
     counts: np.ndarray  # The number of occurrences of each token: int64.
     characters: int  # The length of the text.
 

@@ -161,7 +161,7 @@ def prepare_corpus(data: ConfigDict) -> Manifest:
     except OSError as error:
         raise UnavailableError(
             f"can't prepare the text in {base} ({error.strerror}): free space or make it writable, "
-            "or name another directory in data.prepared"
+            "or set another directory in data.prepared"
         ) from None
 
 
@@ -341,11 +341,10 @@ def _run_processes(unfinished: Path, number: int, total: int, key: bytes) -> Non
         for i in range(workers)
     ]
     os.close(writer)
-    hidden = not sys.stderr.isatty()
     try:
         with (
             os.fdopen(reader) as lines,
-            tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=hidden) as bar,
+            tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar,
         ):
             for line in lines:  # Of all processes, until the last has ended.
                 printed = json.loads(line)

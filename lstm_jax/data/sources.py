@@ -127,7 +127,7 @@ def make_absolute(paths: str) -> str:
 
 
 def measure_files(paths: str) -> int:
-    """Return the bytes of all files in `data.path`; raise `UserError` if one is missing."""
+    """Return the size in bytes of all files in `data.path`; raise `UserError` if one is missing."""
     found = itertools.chain.from_iterable(find_files(paths))
     return sum(os.path.getsize(path) for path in found if os.path.isfile(path))
 

@@ -118,7 +118,7 @@ def find_standard_text(data: ConfigDict) -> ConfigDict:
     except OSError as error:
         raise UnavailableError(
             f"can't read or write {error.filename or directory} ({error.strerror}): free space or "
-            "make it writable, or name another data directory"
+            "make it writable, or use another data directory"
         ) from None
     data = data.copy_and_resolve_references()
     data.path = ";".join(str(directory / f"{split}.txt") for split in SPLITS)

@@ -18,7 +18,6 @@ from lstm_jax.data import sources
 from lstm_jax.errors import UserError
 from lstm_jax.run import files
 
-NAME = sources.TINY_SHAKESPEARE
 # A distribution whose wheel holds the text in three files. It is neither installed nor run.
 _WHEEL = "dm-sonnet==1.36"
 _WHEEL_FILES = tuple(f"sonnet/examples/data/ts.{part}.txt" for part in ("train", "valid", "test"))
@@ -30,7 +29,7 @@ _WHEEL_SECONDS = 120
 class TinyShakespeare(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """TFDS's tiny_shakespeare 1.0.0: one example for each split. TFDS's builder uses `tf.io`."""
 
-    name = NAME
+    name = sources.TINY_SHAKESPEARE
     VERSION = tfds.core.Version("1.0.0")
 
     def __init__(self, *, text: str, **kwargs: Any) -> None:
@@ -59,7 +58,7 @@ def prepare_dataset(data_dir: Path) -> None:
 
 def _get_text(data_dir: Path) -> str:
     """Return the text from the first source that has it with the right checksum."""
-    ((url, info),) = tfds.builder_cls(NAME).url_infos.items()
+    ((url, info),) = tfds.builder_cls(sources.TINY_SHAKESPEARE).url_infos.items()
     by_hand = data_dir / "tiny_shakespeare.txt"
     if by_hand.exists():
         try:

@@ -17,15 +17,10 @@ _PIECE = 2**22  # Number of ids that are read at a time.
 
 
 class Resident(NamedTuple):
-    """A batch that is still to be cut from a text on the device.
+    """A batch that is still to be cut from a text on the device."""
 
-    Attributes:
-      ids: the whole text, [n], in the smallest dtype that holds the vocabulary.
-      places: where the batch's windows begin, int32 [batch].
-    """
-
-    ids: jax.Array
-    places: Places
+    ids: jax.Array  # The whole text, [n], in the smallest dtype that holds the vocabulary.
+    places: Places  # Where the batch's windows begin, int32 [batch].
 
 
 def jit_steps(

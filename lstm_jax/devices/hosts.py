@@ -29,7 +29,7 @@ _LOST = (
 # Parts of JAX's error messages when a process is lost.
 _LOST_PATTERN = "Gloo|NCCL|[Cc]oordination|[Hh]eartbeat|[Bb]arrier|Connection (closed|reset)"
 
-# A program that reads what native code writes to standard error. When JAX ends the process, it
+# A program that filters the standard error of native code. When JAX ends the process, it
 # writes dozens of lines, which the program replaces by its argument. The process's own last line
 # also goes through it, so that only the first of the two reasons is printed.
 _FILTER = """

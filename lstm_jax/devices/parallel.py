@@ -173,8 +173,13 @@ def divide_over_devices(
     """
     specs = jax.tree.map(lambda array: get_storage_spec(array, mesh), params)
 
+    def gather(part: jax.Array, spec: PartitionSpec) -> jax.Array:
+        if spec == EVERYWHERE:
+            return part
+        return jax.lax.all_gather(part, MODEL, axis=len(spec) - 1, tiled=True)
+
     def compute_mean_grads(params: Any, key: jax.Array | None, *divided: Any) -> Any:
-        means, carry = compute_grads(gather_parts(params, specs), key, *divided)
+        means, carry = compute_grads(jax.tree.map(gather, params, specs), key, *divided)
         return mean_over_devices(means, (specs, EVERYWHERE)), carry
 
     return shard_map(
@@ -185,19 +190,8 @@ def divide_over_devices(
     )
 
 
-def gather_parts(tree: Any, specs: Any) -> Any:
-    """Within `shard_map`: return whole arrays, from the parts on the devices."""
-
-    def whole(part: jax.Array, spec: PartitionSpec) -> jax.Array:
-        if spec == EVERYWHERE:
-            return part
-        return jax.lax.all_gather(part, MODEL, axis=len(spec) - 1, tiled=True)
-
-    return jax.tree.map(whole, tree, specs)
-
-
 def mean_over_devices(tree: Any, specs: Any) -> Any:
-    """Within `shard_map`: return means over all devices; for divided arrays, each device's part."""
+    """Return means over all devices, or this device's part of them; call it in `shard_map`."""
     # Between processes on CPUs, gloo's reduce-scatter sometimes returns wrong sums of arrays of
     # megabytes (jax-ml/jax#40830).
     scatters = jax.default_backend() != "cpu" or jax.process_count() == 1

@@ -56,7 +56,7 @@ _FIT_TEMPERATURE = flags.DEFINE_bool(
 _ZERO_STATE = flags.DEFINE_bool(
     "zero_state",
     False,
-    f"Also measure the loss from a zero state, at {_PLACES} places of the split.",
+    f"Also measure the loss from a zero state, at {_PLACES} positions of the split.",
 )
 _DYNAMIC = flags.DEFINE_bool(
     "dynamic",
@@ -84,7 +84,7 @@ def main() -> None:
     """Print the loss of a trained model on a text, as one JSON object."""
     directories, own_text = _RUN()
     if _TEXT.value and flags.FLAGS["split"].present:
-        raise UserError("--text and --split exclude each other: leave one out")
+        raise UserError("--text and --split can't be combined: leave one out")
     names = _SPLIT.value.split("+")
     if unknown := [name for name in names if name not in sources.SPLITS]:
         raise UserError(
@@ -98,11 +98,11 @@ def main() -> None:
         raise UserError("--dynamic_learning_rate and --dynamic_decay must be 0 or more, and finite")
     if bool(_CONTEXT.value) + _FIT_TEMPERATURE.value + _DYNAMIC.value > 1:
         raise UserError(
-            "--context, --fit_temperature and --dynamic exclude each other: leave one out"
+            "--context, --fit_temperature and --dynamic can't be combined: use only one of them"
         )
     plot = Path(_BY_POSITION.value) if _BY_POSITION.value else None
     if plot and not _CONTEXT.value:
-        raise UserError("--by_position plots the windows of --context: add --context 256")
+        raise UserError("--by_position needs windows: add --context 256")
     if plot and (plot.suffix != ".png" or not plot.parent.is_dir()):
         raise UserError(f"--by_position is {plot}: name a .png file in an existing directory")
 

@@ -19,7 +19,7 @@ _TEMPERATURES = np.linspace(0.7, 1.5, 81)  # Those that `fit_temperature` compar
 
 @dataclasses.dataclass(frozen=True)
 class Tempered:
-    """A model, or an ensemble, with its logits divided by a temperature; it can be measured."""
+    """A model, or an ensemble, whose logits are divided by a temperature, to measure its loss."""
 
     model: LanguageModel
     temperature: float

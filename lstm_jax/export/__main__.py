@@ -24,9 +24,9 @@ _BITS = flags.DEFINE_enum("bits", "16", ["8", "16"], "Bits of each weight in the
 def main() -> None:
     """Write the page."""
     if _WORKDIR.value is None:
-        raise UserError("name the trained model: --workdir DIR")
+        raise UserError("specify the trained model: --workdir DIR")
     if _TO.value is None:
-        raise UserError("name the page to write: --to page.html")
+        raise UserError("specify the page to write: --to page.html")
     page.write_page(Path(_WORKDIR.value), Path(_TO.value), int(_BITS.value))
 
 

@@ -30,7 +30,7 @@ def write_page(directory: Path, target: Path, bits: int = 16) -> None:
     page = make_page(trained, directory.resolve().name, bits)
     pages.write_page(target, "--to", page)
     if (dtype := trained.model.dtype) != "float32":
-        print(f"Its matmuls here are in {dtype}: the page computes in float32")
+        print(f"In Python its matmuls use {dtype}, but the page computes in float32")
 
 
 def make_page(trained: workdir.Trained, name: str, bits: int = 16) -> bytes:

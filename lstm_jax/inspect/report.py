@@ -43,7 +43,7 @@ def write_report(
     are read.
     """
     if out is not None and not out.parent.is_dir():
-        raise UserError(f"there is no directory {out.parent}: make it, or name another --out")
+        raise UserError(f"there is no directory {out.parent}: make it, or use another --out")
     out = out or directory / REPORT
     if out.is_dir():
         raise UserError(f"{out} is a directory: --out must name a file, such as {out / REPORT}")

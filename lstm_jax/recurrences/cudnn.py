@@ -1,4 +1,4 @@
-"""One LSTM layer over time by cuDNN, on a GPU, in float32."""
+"""Run one LSTM layer over time with cuDNN, on a GPU, in float32."""
 
 import jax
 import jax.numpy as jnp

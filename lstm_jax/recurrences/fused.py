@@ -1,4 +1,4 @@
-"""The recurrence of `LSTMCell` with a custom VJP: the same results as a scan, faster.
+"""Run the recurrence of `LSTMCell` with a custom VJP: the same results as a scan, faster.
 
 It is fast for these reasons:
 

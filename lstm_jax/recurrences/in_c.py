@@ -1,4 +1,4 @@
-"""One LSTM layer by the library's functions: over time, with a custom VJP, and a single step."""
+"""Run one LSTM layer with the library in C: over time, with a custom VJP, or for a single step."""
 
 import functools
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ class Int8Kernel(NamedTuple):
     """A kernel of `run_step` that is rounded to 8 bits."""
 
     values: jax.Array  # Int8, from `pack_gates`.
-    scales: jax.Array  # What 1 stands for in the products of each column, [4 * hidden].
+    scales: jax.Array  # Multiply the integer products of each column, [4 * hidden].
     factors: jax.Array  # Multiply the inputs before they are rounded, [depth].
 
 
@@ -49,8 +49,8 @@ def quantize_gates(kernel: jax.Array, bound: float) -> tuple[Int8Kernel, jax.Arr
     """Round a kernel [inputs + hidden, 4 * hidden] to 8 bits, with a scale for each column.
 
     Inputs are between minus and plus `bound`, hidden states between -1 and 1. `run_step` rounds
-    both to integers from 1 to 255. Also return what is to be added to the gates for that, because
-    128 stands for 0: [4 * hidden]. The number of rows is a multiple of 4.
+    both to integers from 1 to 255, where 128 represents 0. Also return the offset to add to the
+    gates, which corrects for that: [4 * hidden]. The number of rows is a multiple of 4.
     """
     depth, width = kernel.shape
     factors = jnp.where(jnp.arange(depth) < depth - width // 4, 127 / bound, 127)
@@ -68,9 +68,9 @@ def run_step(
     """Run one step of a layer and return the next carry.
 
     The kernel is from `pack_gates` or `quantize_gates`; with the latter, the step can't be
-    differentiated. `inputs` are the layer's, unless they are in `added` already, and the hidden
-    state, [batch, n] each. `added` [batch or 1, 4 * hidden] is added to the gates before their
-    activation.
+    differentiated. `inputs` holds the inputs of the layer, unless `added` includes their product
+    with the kernel already, and the hidden state, [batch, n] each. `added` [batch or 1, 4 * hidden]
+    is added to the gates before their activation.
     """
     rows = jnp.concatenate(inputs, axis=1)
     added, cell = added.astype("float32"), carry.cell.astype("float32")
@@ -94,7 +94,7 @@ _differentiable_step = jax.custom_jvp(_call_step)
 
 @_differentiable_step.defjvp
 def _differentiate_step(primals: Sequence[jax.Array], tangents: Sequence[jax.Array]) -> Any:
-    """Differentiate the same computed by JAX."""
+    """Differentiate the same step, computed by JAX."""
 
     def run(rows: jax.Array, packed: jax.Array, added: jax.Array, cell: jax.Array) -> Any:
         kernel = packed.transpose(1, 4, 2, 0, 3).reshape(rows.shape[1], -1)

@@ -100,7 +100,7 @@ static void multiply(int numbers, int rows, const word *a, size_t words, const w
   switch (8 * numbers + rows) { CASES(FLOAT32) CASES(BFLOAT16) CASES(INT8) }
 }
 
-// Return the number of rows of the next tile: tiles share the rows that are left equally.
+// Return the number of rows of the next tile: the remaining rows are shared equally.
 static size_t next_rows(size_t left) {
   size_t tiles = (left + ROWS - 1) / ROWS;
   return (left + tiles - 1) / tiles;
@@ -333,7 +333,7 @@ static void run_parts(void *data) {
   leave(job);
 }
 
-// Run a task in parts, as many as the attribute of the call says, and wait for their end.
+// Run a task in the number of parts that the attribute of the call specifies; wait for all.
 static void run(XLA_FFI_CallFrame *frame, task *task, const void *work) {
   size_t parts = *(int64_t *)((XLA_FFI_Scalar *)frame->attrs.attrs[0])->value;
   Job *job = malloc(sizeof(Job));

@@ -47,7 +47,7 @@ def load_library() -> str:
 
 
 def get_target(name: str) -> str:
-    """Return the name by which compiled programs, also cached ones, call a function."""
+    """Return the name by which compiled programs, including cached ones, call a function."""
     return f"{load_library()}-{name}"
 
 
@@ -79,7 +79,7 @@ def build_library() -> Path:
         reason = next((line for line in error.stderr.splitlines() if "error" in line), "it fails")
         raise UserError(f"the C compiler cc can't compile {_SOURCE}: {reason}") from None
     except FileNotFoundError:
-        raise UserError("there is no C compiler here: install gcc or clang, as cc") from None
+        raise UserError("there is no C compiler named cc: install gcc or clang") from None
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror}") from None
     return path

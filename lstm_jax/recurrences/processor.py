@@ -1,4 +1,4 @@
-"""The processor: its instruction sets, and the cores that this process may use."""
+"""Query the processor: its instruction sets, and the cores that this process may use."""
 
 import functools
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def has_bfloat16_instructions() -> bool:
-    """Return whether this processor multiplies bfloat16 matrices itself (AMX, AVX-512)."""
+    """Return whether this processor has instructions for bfloat16 matmuls (AMX, AVX-512)."""
     return not {"amx_bf16", "avx512_bf16"}.isdisjoint(read_cpu_features())
 
 

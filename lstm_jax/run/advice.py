@@ -14,10 +14,10 @@ _FAR = 0.7  # Losses of one model, in nats per token, that differ by more are su
 
 
 def is_out_of_patience(rows: _Rows, patience: int) -> bool:
-    """Return whether the last `patience` validations, not 0, did not improve on those before.
+    """Return whether the last `patience` > 0 validations did not improve on those before.
 
-    The rows of a run that was stopped or killed and has resumed are those of one that never was, so
-    both end at the same step.
+    A run that was stopped or killed and has resumed has the same rows as one that was not, so both
+    end at the same step.
     """
     losses = [row["loss"] for row in rows if row["split"] == "validation"]
     return 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])

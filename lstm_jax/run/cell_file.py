@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from lstm_jax import cells
 from lstm_jax.config import names_cell_file
-from lstm_jax.errors import UserError, blaming_file, warn
+from lstm_jax.errors import UserError, warn
 from lstm_jax.run import files
 
 _LIMIT = 2**20  # Of the size of a file, in bytes.
@@ -51,13 +51,13 @@ def load_cell(name: str) -> str:
 
 def _run_file(file: str, class_name: str, source: bytes, sha256: str) -> type[nn.Module]:
     """Run the source of a file, and return its class of this name."""
-    # Under a name of its own, so that it hides no other module. Dataclasses look modules up.
+    # Under a unique name, so that it hides no other module. Dataclasses look modules up.
     module = types.ModuleType(f"cell_file_{sha256}")
     module.__file__ = file
     sys.modules[module.__name__] = module
     sys.path.insert(0, str(Path(file).parent))
     try:
-        with blaming_file("cell file", file):
+        with files.blaming_file("cell file", file):
             exec(compile(source, file, "exec"), module.__dict__)
     finally:
         sys.path.pop(0)
@@ -72,7 +72,7 @@ def _run_file(file: str, class_name: str, source: bytes, sha256: str) -> type[nn
         raise UserError(f"{file} has no class {class_name}: its classes are {listed}")
     if not (isinstance(cell, type) and issubclass(cell, nn.Module)):
         raise UserError(
-            f"{class_name} in {file} is no flax module: make it a class of flax.linen.Module"
+            f"{class_name} in {file} is not a Flax module: derive it from flax.linen.Module"
         )
     return cell
 

@@ -312,7 +312,7 @@ def _restore_first(
         reasons = "; ".join(f"step {path.name}: {damage}" for path, damage in damaged.items())
         raise UserError(
             f"every checkpoint in {directory} is damaged ({reasons}): restore one from a copy, or "
-            "name another --workdir"
+            "use another --workdir"
         )
     return None, None, damaged
 
@@ -345,8 +345,5 @@ def _abstract(tree: Any) -> Any:
     """Return shapes, dtypes and shardings; the default is this process's first device."""
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(
-            a.shape, a.dtype, sharding=getattr(a, "sharding", None) or first
-        ),
-        tree,
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or first), tree
     )

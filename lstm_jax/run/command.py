@@ -52,7 +52,7 @@ def run_command(main: Callable[[], int | None]) -> None:
             code = _report(error)
         if interrupted:
             interrupts.leave()
-        if code:  # A signal stopped training, which has saved and said so.
+        if code:  # A signal stopped training, which has saved and reported this.
             interrupts.exit_now(code)
         return code
 
@@ -91,7 +91,7 @@ def read_experiment() -> tuple[ConfigDict, str]:
     """Return the config that --config names, complete, and a name for its runs."""
     flag = flags.FLAGS["config"]
     if not flag.present:
-        raise UserError("name an experiment: --config experiments/quick.py")
+        raise UserError("specify an experiment: --config experiments/quick.py")
     # FILE:WORD, as in experiments/cells.py:gru.
     name, _, word = flag.config_filename.partition(":")
     path = Path(name)
@@ -123,7 +123,7 @@ def define_run_flags() -> Callable[[], tuple[list[Path], list[str | None]]]:
 
     def read() -> tuple[list[Path], list[str | None]]:
         if not workdir.value:
-            raise UserError("name the trained model: --workdir DIR")
+            raise UserError("specify the trained model: --workdir DIR")
         for name in cell.value:
             cell_file.load_cell(name)
         return [*map(Path, workdir.value)], [flag.value for flag in own_text]

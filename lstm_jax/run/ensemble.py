@@ -1,4 +1,4 @@
-"""Ensembles: several trained models whose probabilities are averaged at every step."""
+"""Average the probabilities of several trained models at every step: ensembles."""
 
 import dataclasses
 import math
@@ -30,7 +30,7 @@ class Ensemble:
 
     @property
     def vocabulary_size(self) -> int:
-        """The number of tokens."""
+        """Return the number of tokens."""
         return self.members[0].vocabulary_size
 
     def initial_carry(self, batch_size: int) -> Carry:

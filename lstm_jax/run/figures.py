@@ -66,8 +66,8 @@ def plot_positions(losses: np.ndarray, kept: float, path: Path) -> None:
     starts = np.unique(ranges.astype(int)) - 1
     sizes = np.diff(np.append(starts, len(losses)))
     means = [np.add.reduceat(values, starts) / sizes for values in (positions, losses)]
-    axes.plot(*means, "o-", color="#0072B2", label="mean over a range of positions")
+    axes.plot(*means, "o-", color=_COLORS["train"], label="mean over a range of positions")
     label = f"carry kept throughout the text: {kept:.3f}"
-    axes.axhline(kept, linestyle="--", color="#D55E00", label=label)
+    axes.axhline(kept, linestyle="--", color=_COLORS["validation"], label=label)
     axes.legend()
     save_figure(figure, path, dpi=150)

@@ -14,16 +14,16 @@ import os
 import secrets
 import shutil
 import stat
+import traceback
 from collections.abc import Iterator, Mapping
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import IO, Any
 
-from lstm_jax.errors import UnavailableError
+from lstm_jax.errors import UnavailableError, UserError, one_line
 
 # Suffixes of a file and a directory that are still being written.
 _PARTIAL, _UNFINISHED = ".partial", ".unfinished"
-_MEGABYTE = 2**20
 # Errors of flock on file systems that have no locks.
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
 
@@ -78,7 +78,7 @@ def read_bytes(path: Path, limit: int, follow: bool = False) -> bytes:
     with open_regular(path, follow) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
-        size = f"{limit / _MEGABYTE:g} MiB" if limit >= _MEGABYTE else f"{limit:,} bytes"
+        size = f"{limit / 2**20:g} MiB" if limit >= 2**20 else f"{limit:,} bytes"
         raise OSError(errno.EFBIG, f"It is larger than {size}", str(path))
     return content
 
@@ -141,7 +141,7 @@ def remove_partial(directory: Path) -> None:
 def unfinished_directory(target: Path) -> Iterator[Path]:
     """Make a directory beside `target` to work in; remove it at the end unless it was renamed.
 
-    Those of killed processes are removed first: a living process holds a lock on its own.
+    Directories of killed processes are removed first; a live process holds a lock on its directory.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     left = f".{glob.escape(target.name)}.{'[0-9a-f]' * 16}{_UNFINISHED}"
@@ -193,3 +193,28 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
 
 def _checksum(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def blaming_file(
+    kind: str, file: str, passing: type[Exception] | tuple[type[Exception], ...] = UserError
+) -> Iterator[None]:
+    """Convert any exception of a user's Python file to a `UserError` that names file and line.
+
+    `kind` is what the message calls the file. Exceptions of the types `passing` are not converted,
+    nor those of signal handlers.
+    """
+    try:
+        yield
+    except passing:
+        raise
+    except SyntaxError as error:
+        line = f", line {error.lineno}" if error.lineno else ""
+        raise UserError(f"{kind} {error.filename or file}{line}: {error.msg}") from None
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and type(error) is not SystemExit:
+            raise  # A signal handler raised it.
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if frame.filename == file]
+        line = f"line {(own or frames)[-1].lineno}"
+        raise UserError(f"{kind} {file}, {line}: {one_line(error)}") from None

@@ -44,7 +44,7 @@ def hold_lock(directory: Path) -> Iterator[Callable[[], None]]:
         if not directory.exists():
             raise UserError(
                 f"process {jax.process_index()} does not see {directory}, where process 0 trains: "
-                "name the same --workdir for all, on a disk that they share"
+                "pass the same --workdir to all, on a disk that they share"
             )
         yield lambda: None
         return
@@ -156,7 +156,7 @@ def _held(path: Path, holder: dict[str, Any]) -> UnavailableError:
     fields = {"pid": "unknown", "host": "an unknown host", "since": "an unknown time", **holder}
     return UnavailableError(
         f"process {fields['pid']} on {fields['host']} is training in {path.parent} (since "
-        f"{fields['since']}): wait until it ends, stop it, or name another --workdir; if it is "
+        f"{fields['since']}): wait until it ends, stop it, or use another --workdir; if it is "
         f"dead already, try again in {STALE_SECONDS} seconds"
     )
 

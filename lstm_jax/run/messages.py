@@ -85,7 +85,7 @@ def describe_loss(loss: float, token_name: str, costs: Costs) -> str:
 
 
 def describe_early_end(config: ConfigDict, plan: Plan, step: int) -> str:
-    """Return that training ends after `step` steps by `patience`."""
+    """Return the message that `patience` ends training after `step` steps."""
     return (
         f"Training ends at step {step} of {plan.total_steps}: the validation loss has not improved "
         f"for {config.patience} validations"
@@ -93,7 +93,7 @@ def describe_early_end(config: ConfigDict, plan: Plan, step: int) -> str:
 
 
 def describe_stop(directory: Path, plan: Plan, step: int) -> str:
-    """Return that a signal has stopped training after `step` steps."""
+    """Return the message that a signal has stopped training after `step` steps."""
     return (
         f"\nStopped at step {step} of {plan.total_steps}. Everything is saved in {directory}: the "
         "same command resumes."
@@ -101,7 +101,7 @@ def describe_stop(directory: Path, plan: Plan, step: int) -> str:
 
 
 def describe_end(directory: Path, config: ConfigDict, plan: Plan, step: int) -> str:
-    """Return that the run in a directory has ended after `step` steps, and how to train longer."""
+    """Return the message that a run has ended after `step` steps, and how to train it longer."""
     field, reason = plan.limit, ""
     if step < plan.total_steps:
         field = "patience"

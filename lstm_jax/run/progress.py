@@ -18,7 +18,6 @@ class Progress:
     """
 
     def __init__(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
-        """Start at `step` of `total_steps`."""
         self._first, self._total, self._steps_per_epoch = step, total_steps, steps_per_epoch
         self._measured = ""  # The last training loss and speed.
         self._last_line = time.monotonic()

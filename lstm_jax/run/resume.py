@@ -97,7 +97,7 @@ def settle_run(
 def extend_vocabulary(first: Vocabulary, second: Vocabulary) -> Vocabulary:
     """Return a vocabulary of the tokens of `first` with their ids, and then new ones of `second`.
 
-    Of kind "bpe", only a new stop token is added, since the tokens of `first` can spell any word.
+    For kind "bpe", only a new stop token is added, since the tokens of `first` can spell any word.
 
     Raise `UserError` if the kind of tokens or the stop token differs.
     """
@@ -138,7 +138,7 @@ def _compare(before: ConfigDict, config: ConfigDict, directory: Path, only: str 
         text = before.data.path or f"the dataset {before.data.dataset}"
         raise UserError(
             f"{directory} holds a run that was trained on another text ({text}): restore "
-            "that text, or name another --workdir"
+            "that text, or use another --workdir"
         )
     if only:  # The given parameters replace the initial ones.
         fixed = {f: values for f, values in fixed.items() if not f.startswith("model.initial_")}
@@ -153,8 +153,8 @@ def _compare(before: ConfigDict, config: ConfigDict, directory: Path, only: str 
     if fixed:
         listed = "; ".join(f"{f} was {was!r} and is {now!r}" for f, (was, now) in fixed.items())
         raise UserError(
-            f"{directory} holds a run with another config ({listed}): resume with its own, or "
-            "name another --workdir"
+            f"{directory} holds a run with another config ({listed}): resume with that config, or "
+            "use another --workdir"
         )
     return changes
 
@@ -223,7 +223,7 @@ def restore_run(
     if step > plan.total_steps:
         raise UserError(
             f"the run in {directory} has trained {plan.describe_length(step)} already, and "
-            f"--config.{plan.limit}={config[plan.limit]} is fewer: set more, or name another "
+            f"--config.{plan.limit}={config[plan.limit]} is fewer: set more, or use another "
             "--workdir"
         )
     with hosts.first_goes_ahead("config"):

@@ -17,13 +17,9 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """Within its block, Ctrl-C or SIGTERM requests a stop; further signals change nothing.
+    """Within its block, Ctrl-C or SIGTERM requests a stop; further signals change nothing."""
 
-    Attributes:
-      exit_code: None until a signal arrives, then the exit code for the command.
-    """
-
-    exit_code: int | None = None
+    exit_code: int | None = None  # Of the command; None until a signal arrives.
     _at_once = False
 
     def __enter__(self) -> Self:

@@ -2,7 +2,6 @@
 
 import contextlib
 import html
-import importlib
 import importlib.util
 import os
 import re
@@ -34,13 +33,13 @@ class _Run(NamedTuple):
 
 
 class _Tracker(Protocol):
-    """Shows the rows of one run somewhere; it is made from a `_Run`, new or resumed."""
+    """A destination for the rows of one run; it is made from a `_Run`, new or resumed."""
 
     def write(self, row: _Row, /) -> object:
         """Add a row of metrics.jsonl; those of validations also have a `sample`."""
 
     def close(self, failed: bool) -> None:
-        """Send what is left, and end."""
+        """Send the remaining rows, and close the tracker."""
 
 
 def _list_numbers(row: _Row) -> dict[str, float]:
@@ -193,7 +192,7 @@ def open_trackers(names: Sequence[str], directory: Path) -> Iterator[Callable[[_
                 tracker.write(row)
             except Exception as error:
                 del opened[name]
-                warn(f"--track={name} failed and ends ({one_line(error)[:300]})")
+                warn(f"--track={name} failed and gets no more rows ({one_line(error)[:300]})")
 
     failed = True
     try:
@@ -204,7 +203,7 @@ def open_trackers(names: Sequence[str], directory: Path) -> Iterator[Callable[[_
             try:
                 tracker.close(failed)
             except Exception as error:
-                warn(f"--track={name} did not end well ({one_line(error)[:300]})")
+                warn(f"--track={name} failed to close ({one_line(error)[:300]})")
 
 
 def _find_tracker(name: str) -> Callable[[_Run], _Tracker]:

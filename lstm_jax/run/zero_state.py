@@ -22,17 +22,17 @@ class ZeroState(NamedTuple):
     worst: float  # At the worst place.
     excess: float  # The largest increase over the loss with the carry of the text before.
 
-    def describe(self, name: str) -> str:
-        """Return a sentence with these losses, for the split of this name."""
+    def describe(self) -> str:
+        """Return a sentence with these losses, for the validation split."""
         return (
-            f"From a zero state within the {name} text: {self.mean:.4f} nats per token, "
-            f"{self.worst:.4f} at the worst place; at most {self.excess:+.4f} against reading the "
-            "text before it"
+            f"From a zero state within the validation text: {self.mean:.4f} nats per token, "
+            f"{self.worst:.4f} at the worst position; at most {self.excess:+.4f} compared with "
+            "reading the preceding text first"
         )
 
 
 def measure_zero_state(model: LanguageModel, params: Params, ids: Ids, places: int) -> ZeroState:
-    """Measure how well a model recovers from the zero carry at evenly spaced places of a text.
+    """Measure how well a model recovers from a zero carry at evenly spaced positions in a text.
 
     Training on streams rarely starts from a zero carry, and a model may fail there and not recover.
     The mean loss over a text, read once from its start, does not show this. The text has at

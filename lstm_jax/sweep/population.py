@@ -71,8 +71,8 @@ def train_population(
     check_members(configs)
     keep_freed_memory()
     splits = texts.load_texts(configs[0].data)
-    training_text = splits.texts["train"]
-    make_vocabulary = functools.cache(lambda: training_text.vocabulary(configs[0].data))
+    text = splits.texts["train"]
+    make_vocabulary = functools.cache(lambda: text.vocabulary(configs[0].data))
     ids: dict[str, Ids] = {}
     costs: dict[str, Costs] = {}
     members: list[_Member] = []
@@ -83,8 +83,7 @@ def train_population(
                 settled = resume.settle_run(splits.settle(config), directory, make_vocabulary)
                 ids = ids or splits.encode(settled.vocabulary)
                 costs = costs or splits.measure_costs(settled.vocabulary)
-                count_tokens = training_text.count_tokens
-                start = resume.restore_run(settled, directory, ids["train"], count_tokens)
+                start = resume.restore_run(settled, directory, ids["train"], text.count_tokens)
                 saved_in = directory / workdir.CHECKPOINTS
                 writer = held.enter_context(checkpoints_lib.CheckpointWriter(saved_in))
                 if start.history is None:
@@ -268,8 +267,8 @@ def _train_group(
                 tokens = (step - timed) * tokens_per_step
                 speed["tokens_per_second"] = round(tokens / (now - clock))
             clock, timed = now, step
-            sums, norms = np.asarray(state.loss_sum), np.asarray(state.norm_sum)
-            counts = np.asarray(state.loss_steps)
+            measured = state.loss_sum, state.norm_sum, state.loss_steps
+            sums, norms, counts = map(np.asarray, measured)
             for i, member in enumerate(members):
                 if counts[i] and not member.reason:
                     record(
@@ -278,11 +277,8 @@ def _train_group(
                         gradient_norm=float(norms[i] / counts[i]),
                         **speed,
                     )
-            state = state._replace(
-                loss_sum=jnp.zeros_like(state.loss_sum),
-                norm_sum=jnp.zeros_like(state.norm_sum),
-                loss_steps=jnp.zeros_like(state.loss_steps),
-            )
+            loss_sum, norm_sum, loss_steps = map(jnp.zeros_like, measured)
+            state = state._replace(loss_sum=loss_sum, norm_sum=norm_sum, loss_steps=loss_steps)
         if validates:
             _save(members, state, step)
             validate()
@@ -316,11 +312,9 @@ def _make_compute_losses(
     model: model_lib.LanguageModel, mesh: Mesh
 ) -> Callable[[model_lib.Params, Ids], list[float]]:
     """Make `loss.compute_loss` of all members, from their parameters [members, ...] and ids."""
-
-    def read_chunk(params: Any, carry: Any, chunk: Any) -> Any:
-        return loss_lib.read_chunk(model, params, chunk, carry)
-
-    read_all = _map_members(read_chunk, mesh)
+    read_all = _map_members(
+        lambda params, carry, chunk: loss_lib.read_chunk(model, params, chunk, carry), mesh
+    )
 
     def compute_losses(params: model_lib.Params, ids: Ids) -> list[float]:
         number = len(jax.tree.leaves(params)[0])

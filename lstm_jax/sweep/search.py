@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from optuna import Trial, TrialPruned
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from lstm_jax import train
 from lstm_jax.data import texts
@@ -120,7 +120,7 @@ def prepare_sweep(
 def run_sweep(sweep: Sweep) -> int:
     """Call `run_worker`, write the report and print a summary; return the exit code.
 
-    A signal handler may raise `Stopped` at any time: the trials are then given back, so that the
+    A signal handler may raise `Stopped` at any time: the trials are then released, so that the
     same command resumes them.
     """
     exit_code = 0
@@ -140,7 +140,7 @@ def run_sweep(sweep: Sweep) -> int:
 def run_worker(sweep: Sweep, worker: worker_lib.Worker, table: Table) -> None:
     """Train trials until all workers together have finished `sweep.trials`.
 
-    Raise `Stopped` after a signal; then `worker` still has trials to give back.
+    Raise `Stopped` after a signal; then `worker` still has trials to release.
     """
     failures: list[str] = []
     while True:
@@ -178,8 +178,8 @@ def _train_trials(sweep: Sweep, worker: worker_lib.Worker, trials: Sequence[Tria
             _fail(worker, trial, error)
             raise
         trial.set_user_attr(study_lib.OVERRIDES, overrides)
-        directories.append(study_lib.get_trial_directory(sweep.directory, _freeze(trial)))
-        worker_lib.claim_directory(directories[-1], _freeze(trial))
+        directories.append(study_lib.get_trial_directory(sweep.directory, trial))
+        worker_lib.claim_directory(directories[-1], trial)
 
     def report_loss(member: int, epoch: int, loss: float) -> None:
         with contextlib.suppress(UpdateFinishedTrialError):
@@ -232,7 +232,7 @@ def _train_trial(trial: Trial, config: ConfigDict, directory: Path) -> str:
 def _fail(worker: worker_lib.Worker, trial: Trial, error: Exception) -> str:
     """Record that a trial can't be trained; return the reason."""
     if isinstance(error, UnavailableError):
-        raise error  # A later attempt may succeed, so the trial is given back.
+        raise error  # A later attempt may succeed, so the trial is released.
     reason = str(error) if isinstance(error, UserError) else one_line(error)[:300]
     worker.tell(trial, TrialState.FAIL, reason=reason)
     return reason
@@ -259,9 +259,6 @@ def _append(path: Path) -> io.TextIOWrapper:
 
 def _report(trial: Trial, epoch: int, loss: float) -> None:
     """Report a validation loss once; a resumed trial measures its last one again."""
-    if math.isfinite(loss) and epoch not in _freeze(trial).intermediate_values:
+    reported = trial.storage.get_trial(trial._trial_id).intermediate_values
+    if math.isfinite(loss) and epoch not in reported:
         trial.report(loss, epoch)
-
-
-def _freeze(trial: Trial) -> FrozenTrial:
-    return trial.storage.get_trial(trial._trial_id)

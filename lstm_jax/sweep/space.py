@@ -16,7 +16,8 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial
 
 from lstm_jax import config as config_lib
-from lstm_jax.errors import UserError, blaming_file, one_line
+from lstm_jax.errors import UserError, one_line
+from lstm_jax.run.files import blaming_file
 
 FUNCTION = "get_overrides"
 # The number of draws to check before training, so that mistakes are reported early.
@@ -120,7 +121,7 @@ class _ReplayedTrial(optuna.trial.FixedTrial):
     def not_drawn(self, name: str) -> UserError:
         return UserError(
             f"{self._space} does not draw {name!r:.80} = {self._params[name]!r:.80}, which a "
-            "trial of the study has: name another --workdir"
+            "trial of the study has: use another --workdir"
         )
 
 

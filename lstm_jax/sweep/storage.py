@@ -2,7 +2,7 @@
 
 A study is data: no code from it runs. A journal or SQLite file must be a regular file that does not
 make SQLite open other files. Trials are checked when they are read, no message shows a password,
-and exceptions of Optuna and databases become errors of one line.
+and exceptions of Optuna and databases become one-line errors.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ def open_storage(database: Path, location: str | None, check_trial: _CheckTrial)
             files.open_append(path).close()
             with files.open_regular(path) as file:
                 if not _FIRST_BYTES.startswith(file.read(len(_FIRST_BYTES))):
-                    raise UserError(f"{path} is not an Optuna journal: name another --study")
+                    raise UserError(f"{path} is not an Optuna journal: use another --study")
             journal = JournalStorage(JournalFileBackend(str(path), _JournalLock(path)))
         return cast(BaseStorage, _CheckedStorage(journal, place, check_trial))
     url = sqlalchemy.URL.create("sqlite", database=str(database.absolute()))
@@ -156,7 +156,7 @@ class _JournalLock(JournalFileOpenLock):
 
 
 class Guarded:
-    """A proxy for an Optuna object whose methods raise errors of one line."""
+    """A proxy for an Optuna object whose methods raise one-line errors."""
 
     def __init__(self, inner: Any, place: str = "") -> None:
         self._inner, self._place = inner, place
@@ -184,7 +184,7 @@ class _CheckedStorage(Guarded):
 
 @contextlib.contextmanager
 def convert_errors(place: str = "") -> Iterator[None]:
-    """Convert any exception of Optuna to an `UnavailableError` of one line."""
+    """Convert any exception of Optuna to a one-line `UnavailableError`."""
     try:
         yield
     except (UserError, DuplicatedStudyError, UpdateFinishedTrialError):

@@ -14,7 +14,7 @@ import optuna
 from ml_collections import ConfigDict
 from optuna.samplers import BaseSampler
 from optuna.study import Study, StudyDirection
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import BaseTrial, FrozenTrial, TrialState
 
 from lstm_jax import config as config_lib
 from lstm_jax.errors import UserError
@@ -86,14 +86,14 @@ def open_study(
         others = f" and {len(differing) - 1} more" if differing[1:] else ""
         raise UserError(
             f"the study {name!r} was made for another experiment (config.{first} was "
-            f"{before.get(first)!r:.80} and is {fields[first]!r}{others}): name another --workdir"
+            f"{before.get(first)!r:.80} and is {fields[first]!r}{others}): use another --workdir"
         )
     if known is None:
         study.set_user_attr(_PARAMETERS, sorted(parameters))
     elif known != sorted(parameters):
         raise UserError(
             f"the study {name!r} was made for a space with {known!r:.200}, but this one has "
-            f"{sorted(parameters)}: name another --workdir"
+            f"{sorted(parameters)}: use another --workdir"
         )
     return study
 
@@ -105,7 +105,7 @@ def check_space(study: Study, space: Space) -> None:
         if trial.user_attrs.get(OVERRIDES, overrides) != overrides:
             raise UserError(
                 f"{space.name}: its fields for the parameters of trial {trial.number} differ from "
-                "those in the study: name another --workdir"
+                "those in the study: use another --workdir"
             )
 
 
@@ -142,7 +142,7 @@ def check_trial(trial: FrozenTrial) -> FrozenTrial:
         if not valid:
             raise UserError(
                 f"trial {number} of the study was not made by a sweep (its {name} is "
-                f"{found.get(name)!r:.80}): name another study"
+                f"{found.get(name)!r:.80}): use another study"
             )
     trial._validate()
     return trial
@@ -167,7 +167,7 @@ def check_grid(study: Study, grid: Mapping[str, list[Any]]) -> None:
         if trial.system_attrs.get("search_space", grid) != grid:
             raise UserError(
                 f"the study {study.study_name!r} was made for another grid or number of seeds: "
-                "name another study and --workdir"
+                "use another study and --workdir"
             )
 
 
@@ -243,6 +243,6 @@ def is_closed(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.FAIL and REASON not in trial.user_attrs
 
 
-def get_trial_directory(directory: Path, trial: FrozenTrial) -> Path:
+def get_trial_directory(directory: Path, trial: BaseTrial) -> Path:
     """Return the working directory of a trial."""
     return directory / TRIALS / f"{trial.user_attrs.get(WORKDIR, trial.number):04}"

@@ -46,7 +46,7 @@ class Table:
             return
         trials = self._study.get_trials(deepcopy=False)
         ended = trials[number]
-        text = f"trial {number} {describe_state(ended) or 'given back'}"
+        text = f"trial {number} {describe_state(ended) or 'released'}"
         if ended.value is not None:
             text += f" at {ended.value:.4f}"
         if reason := ended.user_attrs.get(study_lib.REASON):

@@ -3,7 +3,7 @@
 Each running trial names its worker, which increments a counter in the trial every few seconds. The
 first worker that detects a dead one closes its trial and resumes it under a new number, with the
 same working directory, parameters and reported losses. This needs no lock: if two workers resume
-the same trial, or start a trial too many, the trial with the higher number is dropped.
+the same trial, or start one trial too many, the trial with the higher number is dropped.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from typing import Any, Self
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import BaseTrial, FrozenTrial, TrialState
 
 from lstm_jax.errors import UserError
 from lstm_jax.run import checkpoints, files, workdir
@@ -47,7 +47,7 @@ def make_directory(path: Path) -> None:
         raise UserError(f"{path} must be a directory, but is a link or a file: move it away")
 
 
-def claim_directory(directory: Path, trial: FrozenTrial) -> None:
+def claim_directory(directory: Path, trial: BaseTrial) -> None:
     """Make the working directory of a trial; raise `UserError` if another study's trial uses it."""
     make_directory(directory.parent)
     make_directory(directory)
@@ -55,7 +55,7 @@ def claim_directory(directory: Path, trial: FrozenTrial) -> None:
     if not os.path.lexists(path) and not os.path.lexists(directory / workdir.CONFIG):
         files.write_file(path, own)
     elif not os.path.lexists(path) or files.read_bytes(path, 100) != own:
-        raise UserError(f"{directory} contains a trial of another study: name another --workdir")
+        raise UserError(f"{directory} contains a trial of another study: use another --workdir")
 
 
 class Worker:
@@ -124,22 +124,19 @@ class Worker:
     def close(self, number: int, mark: str = "") -> None:
         """Close a trial without a result, unless it is finished; set `mark` if it is our own."""
         trial_id = self._own.pop(number, None)
-        with contextlib.suppress(ValueError, UpdateFinishedTrialError):
+        with contextlib.suppress(UpdateFinishedTrialError):
             if trial_id is not None:
                 self.study._storage.set_trial_user_attr(trial_id, mark, True)
-            self.study.tell(number, state=TrialState.FAIL)
+            self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
 
     def tell(
         self, trial: optuna.Trial, state: TrialState, loss: float | None = None, reason: str = ""
     ) -> None:
         """Record the result of a trial; do nothing if another worker has taken it over."""
-        try:
+        with contextlib.suppress(UpdateFinishedTrialError):
             if reason:
                 trial.set_user_attr(study_lib.REASON, reason)
-            self.study.tell(trial, loss, state)
-        except (ValueError, UpdateFinishedTrialError):
-            if not trial.storage.get_trial(trial._trial_id).state.is_finished():
-                raise
+            self.study.tell(trial, loss, state, skip_if_finished=True)
         self._own.pop(trial.number, None)
 
     def _add(self, user_attrs: Mapping[str, Any], like: FrozenTrial | None = None) -> optuna.Trial:
