@@ -1,4 +1,4 @@
-"""Tune and train every variant of an experiment alike, and write the table and the picture.
+"""Tune and train every variant of an experiment in the same way; write a table and a plot.
 
     python benchmarks/compare.py --out runs/cells
     python benchmarks/compare.py --out runs/cells --variants lstm,mingru --sampler grid \
@@ -8,8 +8,8 @@
         --budgets seconds
 
 The variants of an experiment, experiments/cells.py by default, are the names in its VARIANTS. The
-same command continues what was cut off, and several processes may run it at the same time. For each
-variant it
+same command resumes an interrupted comparison, and several processes may run it at the same time.
+For each variant it
 
 1. tunes with `lstm_jax.sweep` on the validation split: the same space for all, the same number of
    trials, and at most the same seconds;
@@ -66,7 +66,7 @@ Results = dict[str, dict[str, list[Measured]]]  # By budget and variant: a run f
 
 
 def main() -> None:
-    """Do what is left to do, and write the results."""
+    """Do the remaining work, and write the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -79,23 +79,23 @@ def main() -> None:
         default=EXPERIMENTS / "cells.py",
         help="[default: experiments/cells.py]",
     )
-    parser.add_argument("--variants", help="names in its VARIANTS [default: all]")
+    parser.add_argument("--variants", help="variants to compare, by name [default: all]")
     parser.add_argument(
         "--space",
         type=Path,
         default=EXPERIMENTS / "sweeps" / "cells.py",
         help="[default: experiments/sweeps/cells.py]",
     )
-    parser.add_argument("--sampler", default="tpe", help="of lstm_jax.sweep [default: tpe]")
-    parser.add_argument("--trials", type=int, default=20, help="of each variant [default: 20]")
-    parser.add_argument("--tune_epochs", type=int, help="of a trial [default: --epochs]")
+    parser.add_argument("--sampler", default="tpe", help="sampler of lstm_jax.sweep [default: tpe]")
+    parser.add_argument("--trials", type=int, default=20, help="trials per variant [default: 20]")
+    parser.add_argument("--tune_epochs", type=int, help="epochs per trial [default: --epochs]")
     parser.add_argument(
-        "--tune_seconds", type=float, default=7200, help="of each variant [default: 7200]"
+        "--tune_seconds", type=float, default=7200, help="limit per variant [default: 7200]"
     )
     parser.add_argument("--epochs", type=int, default=6, help="[default: 6]")
     parser.add_argument("--seconds", type=float, default=180, help="[default: 180]")
     parser.add_argument(
-        "--budgets", default="steps,seconds", help="what is equal [default: steps,seconds]"
+        "--budgets", default="steps,seconds", help="budgets to equalize [default: steps,seconds]"
     )
     parser.add_argument("--seeds", type=int, default=3, help="[default: 3]")
     options, fields = parser.parse_known_args()

@@ -17,8 +17,8 @@ Losses are of the last 10 %, the validation and test splits as one text:
 - with context: nanoGPT reads windows that begin every 16 tokens, and the last 16 of each count, so
   that every token has at least 48 before it. An LSTM keeps its carry through the whole text.
 
-OUT/nanogpt.md and OUT/nanogpt.svg have the results, as means over seeds. The same command continues
-what was cut off. The minutes of a run that was cut off are not counted.
+OUT/nanogpt.md and OUT/nanogpt.svg have the results, as means over seeds. The same command resumes
+after an interruption; the minutes of an interrupted run are not counted.
 """
 
 import argparse
@@ -88,7 +88,7 @@ class Point(NamedTuple):
 
 
 def main() -> None:
-    """Do what is left to do, and write the table and the picture."""
+    """Do the remaining work, and write the table and the plot."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,10 +1,10 @@
-"""Time a training step of every cell with each recurrence that it has, by the length of the window.
+"""Time a training step of every cell with each recurrence that it supports, by window length.
 
     python benchmarks/recurrences.py
     python benchmarks/recurrences.py --variants mingru,mlstm --lengths 512,4096
 
-The models are those of experiments/cells.py. A batch has 4,096 tokens, as there, or one window that
-is longer.
+The models are those of experiments/cells.py. A batch has 4,096 tokens, as there, or is a single
+longer window.
 """
 
 import argparse

@@ -2,10 +2,10 @@
 
     python benchmarks/scaling.py --out runs/scaling
 
-One size varies at a time: hidden units from 64 to 2,048, tokens a window, windows a batch, and
-layers. Each point is the median of alternating rounds of this package (what `auto` chooses) and of
-PyTorch, as in train_step.py. The same command continues what was cut off: OUT/scaling.json has the
-points. OUT/scaling.svg is the picture; the table has the ratios.
+One size varies at a time: hidden units from 64 to 2,048, tokens per window, windows per batch, and
+layers. Each point is the median of alternating rounds of this package (with `auto`) and of PyTorch,
+as in train_step.py. The same command resumes an interrupted benchmark: OUT/scaling.json has the
+points. OUT/scaling.svg is the plot; the table has the ratios.
 """
 
 import argparse
@@ -40,7 +40,7 @@ Points = dict[str, list[float]]  # Seconds of the two libraries, by dtype, axis 
 
 
 def main() -> None:
-    """Measure what is left to measure; print the table and draw the picture."""
+    """Measure the remaining points; print the table and draw the plot."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

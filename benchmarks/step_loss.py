@@ -1,9 +1,9 @@
-"""Measure what the dtype of generation changes in the predictions of a trained model.
+"""Measure how the dtype of generation affects the predictions of a trained model.
 
     python benchmarks/step_loss.py --workdir runs/quick
 
-Reads the beginning of each of 64 parts of the validation text, token by token, as generation reads
-what it has generated. Prints, in nats per token, the loss and the Kullback-Leibler divergence of
+Read the beginning of each of 64 parts of the validation text, token by token, as generation reads
+its own text. Print, in nats per token, the loss and the Kullback-Leibler divergence of
 the predictions in each dtype from those in float32. int8 needs the library in C.
 """
 

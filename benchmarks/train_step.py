@@ -115,7 +115,7 @@ def _jax_work(step: Any, state: Any, batch: Any) -> Work:
 def make_lstm_jax(
     options: argparse.Namespace, recurrence: str, regularized: bool = False, skipped: str = ""
 ) -> Work:
-    """Return the step of this package, perhaps with every regularizer but one."""
+    """Return the step of this package, optionally with every regularizer, or all but one."""
     import jax
 
     from lstm_jax import batches, config, model, optimizer, train_step

@@ -3,10 +3,10 @@
     python benchmarks/units.py --out runs/units --seconds 180
     python benchmarks/units.py --config my_config.py --config.data.path=my.txt
 
-For each kind of token a short run measures the time of a step, and a second one has the number of
-steps that takes --seconds; start, compilation and validation are not counted. OUT/units.md has the
-table, in bits per character, which can be compared. The same command continues what was cut off;
-all other flags are passed to every run.
+For each kind of token a short run measures the time of a step, and a second run trains for the
+number of steps that take --seconds; start, compilation and validation are not counted. OUT/units.md
+has the table, in bits per character, which can be compared. The same command resumes an interrupted
+comparison; all other flags are passed to every run.
 """
 
 import argparse
@@ -38,7 +38,7 @@ UNITS = {
 
 
 def main() -> None:
-    """Do what is left to do, and write the table."""
+    """Do the remaining work, and write the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -9,7 +9,7 @@ from lstm_jax import config as config_lib
 
 
 def get_config() -> ConfigDict:
-    """Return a config of two layers with 1,024 hidden units, and much dropout."""
+    """Return a config of two layers with 1,024 hidden units, and strong dropout."""
     config = config_lib.default()
 
     config.batches.kind = "streams"

@@ -1,4 +1,4 @@
-"""Search space for experiments/cells.py: what a cell's best training depends on."""
+"""Search space for experiments/cells.py: the fields that matter most for training a cell."""
 # python -m lstm_jax.sweep --config experiments/cells.py:gru --space experiments/sweeps/cells.py \
 #     --trials 20
 
