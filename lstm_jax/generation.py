@@ -11,7 +11,7 @@ import numpy as np
 from lstm_jax import controls as controls_lib
 from lstm_jax.controls import ControlArrays, Controls, adjust_logits
 from lstm_jax.errors import NotFiniteError, UserError
-from lstm_jax.model import Carry, LanguageModel, Params, Prepared
+from lstm_jax.model import Carry, LanguageModel, Params, Prepared, place_beside
 from lstm_jax.vocabulary import PADDING_ID, SPECIAL_IDS, Vocabulary
 
 # Called before each token is drawn, with the ids so far, int32 [batch, time], and the logits of the
@@ -56,8 +56,8 @@ def read_tokens(model: LanguageModel, arrays: Prepared, state: State, ids: np.nd
     All lengths up to the same power of two share one compiled function.
     """
     time = ids.shape[1]
-    padding = round_length(time) - time
-    return _read(model, arrays, state, np.pad(ids, ((0, 0), (0, padding))), np.int32(time))
+    padded = np.pad(ids, ((0, 0), (0, round_length(time) - time)))
+    return _read(model, arrays, place_beside(arrays, state), padded, np.int32(time))
 
 
 def round_length(time: int) -> int:
@@ -165,6 +165,7 @@ def generate_chunks(
     and the state after it. Raise `NotFiniteError` if the model's logits are not finite.
     """
     state = state._replace(progress=jnp.zeros_like(state.progress))
+    key = place_beside(arrays, key)
     chunk, found = _FIRST_CHUNK, np.zeros((len(state.logits), 0), np.int32)
     while length > 0:
         if not np.isfinite(state.logits).all():
@@ -174,7 +175,7 @@ def generate_chunks(
             )
         if process_logits:
             logits = _check_logits(process_logits(found, np.asarray(state.logits)), state, controls)
-            state, chunk = state._replace(logits=jnp.asarray(logits)), 1
+            state, chunk = state._replace(logits=place_beside(arrays, jnp.asarray(logits))), 1
         count = min(chunk, length)
         ids, number, state = _generate(model, arrays, state, key, controls, stops, np.int32(count))
         if number:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lstm_jax.model import Carry, LanguageModel, Params, apply
+from lstm_jax.model import Carry, LanguageModel, Params, apply, place_beside
 from lstm_jax.vocabulary import Costs, Ids
 
 _CHUNK = 1024  # Tokens per call of the compiled function.
@@ -32,7 +32,7 @@ def compute_loss(model: LanguageModel, params: Params, ids: Ids) -> float:
     whole text before it. A text of more than `LONGEST_IN_ONE` tokens is read as 64 parallel
     streams, each of which reads the 512 tokens before its start first, as context.
     """
-    carry, total = model.initial_carry(count_streams(ids)), 0.0
+    carry, total = place_beside(params, model.initial_carry(count_streams(ids))), 0.0
     for chunk in iterate_chunks(ids):
         losses, carry = read_chunk(model, params, chunk, carry)
         total += float(np.asarray(losses).sum(dtype=np.float64))
@@ -52,7 +52,8 @@ def compute_token_losses(
     for chunks in _iterate_windows(ids, context) if context else [iterate_chunks(ids)]:
         carry, losses, counted = None, [], []
         for chunk in chunks:
-            carry = model.initial_carry(len(chunk[0])) if carry is None else carry
+            if carry is None:
+                carry = place_beside(params, model.initial_carry(len(chunk[0])))
             of_chunk, carry = read_chunk(model, params, chunk, carry)
             losses.append(np.asarray(of_chunk))
             counted.append(chunk[2])

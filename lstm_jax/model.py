@@ -309,6 +309,18 @@ def init_params(model: LanguageModel, key: jax.Array, counts: np.ndarray | None 
     return params
 
 
+def place_beside(params: Any, tree: Any) -> Any:
+    """Commit arrays to the device of `params`, if these are committed to one.
+
+    A jitted function returns its results there. If it begins with other arrays, it is compiled once
+    for them, and again for its results.
+    """
+    leaf = jax.tree.leaves(params)[0]
+    if getattr(leaf, "committed", False) and len(leaf.devices()) == 1:
+        return jax.device_put(tree, *leaf.devices())
+    return tree
+
+
 def is_finite(params: Params) -> jax.Array:
     """Return whether all parameters are finite, and small enough to compute with: bool []."""
     small = jax.tree.map(lambda x: (jnp.abs(x) < _LARGEST).all(), params)

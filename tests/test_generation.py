@@ -1,11 +1,12 @@
 from collections import Counter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lstm_jax import generation
+from lstm_jax import generation, loss
 from lstm_jax import model as model_lib
 from lstm_jax.controls import Controls, adjust_logits, make_control_arrays, make_stop_table
 from lstm_jax.model import LanguageModel
@@ -229,3 +230,22 @@ def test_a_token_of_probability_zero_is_never_sampled(size: int) -> None:
             )
         )
         assert np.isfinite(row[drawn]).all()
+
+
+def test_parameters_on_a_device_compile_each_function_once() -> None:
+    """Results of a jitted function stay on the device of the parameters of a loaded run."""
+    model = LanguageModel(9, 7, 11)
+    device = jax.devices()[0]
+    params = jax.device_put(model_lib.init_params(model, jax.random.key(0)), device)
+    functions: list[Any] = [loss.read_chunk, generation._read, generation._generate]
+    before = [function._cache_size() for function in functions]
+    for length in (500, 3000, 5000):  # One chunk, and several.
+        loss.compute_loss(model, params, np.arange(length) % 7 + 2)
+    state = generation.initial_state(model)
+    arrays = generation.prepare_params(model, params)
+    controls, stops = make_control_arrays(Controls(), 9), make_stop_table(VOCABULARY, False, "")
+    for key in (jax.random.key(1), jax.device_put(jax.random.key(1), device)):
+        state = generation.read_tokens(model, arrays, state, PROMPT)
+        for _ in generation.generate_chunks(model, arrays, state, key, controls, stops, 30):
+            pass
+    assert [function._cache_size() for function in functions] == [size + 1 for size in before]

@@ -116,7 +116,7 @@ class Run:
         precedes this one.
         """
         tokens, ids = self.vocabulary.split(text), self.vocabulary.encode(text)
-        own = self.model.initial_carry(1)
+        own = model_lib.place_beside(self.params, self.model.initial_carry(1))
         if carry:
             own, ids = carry.carry, np.append(np.int32(carry.last), ids)
         else:
