@@ -137,7 +137,7 @@ def write_dataset(nanogpt: Path, splits: dict[str, str]) -> np.ndarray:
 
 
 def train(point: Point, seed: int, path: Path, nanogpt: Path) -> float | None:
-    """Train a model into a directory; return the minutes, or None where it was cut off."""
+    """Train a model into a directory; return the minutes, or None if it was interrupted."""
     done = path.with_suffix(".json")
     if done.exists():
         return json.loads(done.read_text())

@@ -3,8 +3,8 @@
     python benchmarks/step_loss.py --workdir runs/quick
 
 Read the beginning of each of 64 parts of the validation text, token by token, as generation reads
-its own text. Print, in nats per token, the loss and the Kullback-Leibler divergence of
-the predictions in each dtype from those in float32. int8 needs the library in C.
+its own text. Print, in nats per token, the loss and the Kullback-Leibler divergence of the
+predictions in each dtype from those in float32. int8 needs the library in C.
 """
 
 import argparse

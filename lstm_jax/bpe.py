@@ -67,8 +67,9 @@ def learn_tokens(counts: Mapping[str, int], number: int, min_count: int) -> list
 
 
 def divide_word(word: str, ids: Mapping[bytes, int]) -> tuple[str, ...]:
-    """Return the tokens of a word. `ids`, by a token's bytes: the lowest was learned first.
+    """Divide a word into its tokens.
 
+    `ids` maps the bytes of each token to its id; a lower id was learned earlier.
     A byte that is not part of a complete character is a surrogate.
     """
     tokens = [bytes([byte]) for byte in word.encode("utf-8", "surrogateescape")]

@@ -312,11 +312,12 @@ def init_params(model: LanguageModel, key: jax.Array, counts: np.ndarray | None 
 def place_beside(params: Any, tree: Any) -> Any:
     """Commit arrays to the device of `params`, if these are committed to one.
 
-    A jitted function returns its results there. If it begins with other arrays, it is compiled once
-    for them, and again for its results.
+    A jitted function returns its results committed to that device. If its first arguments are not,
+    it is compiled for them, and again for its own results.
     """
     leaf = jax.tree.leaves(params)[0]
-    if getattr(leaf, "committed", False) and len(leaf.devices()) == 1:
+    is_concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+    if is_concrete and leaf.committed and len(leaf.devices()) == 1:
         return jax.device_put(tree, *leaf.devices())
     return tree
 

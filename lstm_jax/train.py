@@ -32,7 +32,7 @@ from lstm_jax.train_step import make_train_step
 # See the argument of `train`.
 Watch = Callable[[Mapping[str, Any]], object]
 
-# Positions of the validation text from which it is read, with a zero state, after training.
+# Number of positions in the validation text that are read from a zero state after training.
 _PLACES = 64
 
 

@@ -126,7 +126,8 @@ def make_step(
     Every device of the mesh gathers the parameters and computes the gradient for its part of the
     batch, one microbatch after the other. The mean over the devices is the gradient for the whole
     batch, of which each device keeps the part that it stores. A step whose loss, gradient or
-    updated parameters are not finite is counted and changes nothing else.
+    updated parameters are not finite is counted, and changes no parameter, average, optimizer state
+    or carry.
 
     In the config, the rates of `regularization` and fields of `optimizer` may be arrays. The
     mesh (`parallel.make_mesh`) is None if the step is part of a program for one device.

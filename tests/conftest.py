@@ -41,7 +41,7 @@ _cache = tempfile.TemporaryDirectory(prefix="lstm-jax-cache-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
 
 
-# These files take a minute and more, in parts that wait for other processes.
+# These files take a minute or more, and partly wait for other processes.
 _SLOW = ("hosts", "own_cells", "sweep", "docs", "cells", "train", "main", "hostile", "parallel")
 
 

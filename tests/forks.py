@@ -3,8 +3,8 @@
 `Popen` and `run` are those of `subprocess`, but a command `[sys.executable, "-m", MODULE, ...]` is
 forked. It is still a process of its own and a child of the one that starts it, with its own
 arguments, environment, streams, working directory and signals, and it imports the package itself.
-Only the imports of other libraries, about a second of processor time, are shared. Tests of the
-start itself use `subprocess`.
+Only the imports of other libraries, about a second of processor time, and the seed of `hash` are
+shared. Tests of the start itself, and of exact resumption, use `subprocess`.
 """
 
 import ctypes
@@ -44,14 +44,17 @@ class Popen(subprocess.Popen):
             super()._execute_child(args, *rest)  # type: ignore[misc]
             return
         executable, preexec, _, descriptors, cwd, env, _, _, shell, *pipes = rest[:15]
-        assert not (executable or preexec or descriptors or shell), "not supported here"
+        new_session = rest[20]
+        assert not (executable or preexec or descriptors or shell or new_session), "unsupported"
         server = _get_server(dict(os.environ if env is None else env))
         message = json.dumps([os.fspath(cwd or os.getcwd()), *map(os.fspath, args[2:])]).encode()
         streams = [fd if fd != -1 else own for own, fd in enumerate((pipes[0], *pipes[3::2]))]
         _adopt_orphans(True)  # The parent of the new process exits, and this process replaces it.
         try:
             socket.send_fds(server, [message], streams)
-            self.pid = int(server.recv(100))
+            if not (pid := server.recv(100)):
+                raise RuntimeError("the process to fork has ended, see its error above")
+            self.pid = int(pid)
             server.recv(100)
         finally:
             _adopt_orphans(False)
@@ -84,7 +87,7 @@ def _get_server(environment: dict[str, str]) -> socket.socket:
     """Return the socket of the server with this environment; start it if there is none."""
     environment.pop("PYTEST_CURRENT_TEST", None)
     key = frozenset(environment.items())
-    if key not in _servers:
+    if key not in _servers or _servers[key][0].poll() is not None:
         while len(_servers) >= 2:  # Each holds 200 MB.
             process, ours = _servers.pop(next(iter(_servers)))
             ours.close()
@@ -141,6 +144,7 @@ def _open_streams() -> None:
             binary,
             of_server.encoding,
             of_server.errors,
+            newline="\n",
             line_buffering=own == 2 or os.isatty(own),
         )
         setattr(sys, name, stream)

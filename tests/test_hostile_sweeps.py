@@ -1,6 +1,6 @@
 """Test sweeps made by someone else, on full disks, and with paths that are hard to quote.
 
-A study is data: any content is read or gives an error of one line, none of it runs as code, and
+A study is data: any content is read or gives a one-line error, none of it runs as code, and
 nothing outside of the sweep's directory changes. LSTM_JAX_HOSTILE is the number of random mutations
 of a journal, and LSTM_JAX_HOSTILE_SEED their seed.
 """

@@ -23,7 +23,7 @@ class BlockCarry(NamedTuple):
 class Block(nn.Module):
     """A block with two residual branches, in which recent papers use a cell.
 
-        x = x P                                         only if x has another number of features
+        x = x P                                         only if input_size is not hidden_size
         u_t = sum of K_j * norm(x)_(t - 3 + j) + b      causal convolution of each feature, j = 0..3
         y = x + cell(u)
         outputs = y + (gelu(norm(y) A) * (norm(y) B)) O     gated MLP

@@ -103,7 +103,7 @@ class MLSTMCell(nn.Module):
         return [q, k / math.sqrt(k.shape[-1]), v, nn.sigmoid(o), i, nn.log_sigmoid(f)]
 
     def gates(self, carry: MLSTMCarry, inputs: jax.Array) -> Gates:
-        """Return the gates of a step; the input and forget gates are divided by exp(m')."""
+        """Return the gates of a step, the first two as i exp(-m') and f exp(m - m')."""
         *_, o, i, log_f = (x[..., 0, :] for x in self._project(inputs[:, None]))
         f, i, _ = stabilize(carry.stabilizer, i[..., 0], log_f[..., 0])
         of_heads = {"input": i[..., None], "forget": f[..., None], "output": o}

@@ -66,7 +66,7 @@ class SLSTMCell(nn.Module):
         return SLSTMCarry(cell, normalizer, hidden, stabilizer), hidden
 
     def gates(self, carry: SLSTMCarry, inputs: jax.Array) -> Gates:
-        """Return the gates of a step; the input and forget gates are divided by exp(m')."""
+        """Return the gates of a step, the first two as i exp(-m') and f exp(m - m')."""
         return self._compute(carry, inputs)[0]
 
     def _compute(self, carry: SLSTMCarry, inputs: jax.Array) -> tuple[Gates, jax.Array]:
@@ -104,7 +104,7 @@ def count_per_head(hidden_size: int, heads: int) -> int:
 def stabilize(
     before: jax.Array, i: jax.Array, log_f: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return f and i, both divided by exp(m'), and m', from m (`before`), log i (`i`) and log f."""
+    """Return f exp(m - m'), i exp(-m') and m', from m (`before`), log i (`i`) and log f."""
     kept = log_f + before
     stabilizer = jnp.maximum(kept, i)
     return jnp.exp(kept - stabilizer), jnp.exp(i - stabilizer), stabilizer

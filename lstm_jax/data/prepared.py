@@ -149,7 +149,7 @@ def prepare_corpus(data: ConfigDict) -> Manifest:
     texts, states, directory = _locate(data)
     base = directory.parent
     if not data.prepared and base.is_symlink():
-        raise UserError(f"{base} is a link: name the directory to use in data.prepared")
+        raise UserError(f"{base} is a link: set data.prepared to the directory itself")
     try:
         if found := _find(directory, states, save=True):
             return found

@@ -23,7 +23,7 @@ from lstm_jax.evaluate.temperature import Tempered, fit_temperature
 from lstm_jax.run import advice, command, ensemble, workdir, zero_state
 from lstm_jax.vocabulary import FILE_END, UNKNOWN_ID, Ids, Vocabulary
 
-_PLACES = 256  # The number of places that --zero_state measures.
+_PLACES = 256  # The number of positions that --zero_state measures.
 
 _RUN = command.define_run_flags()
 _DTYPE = command.define_dtype_flag()

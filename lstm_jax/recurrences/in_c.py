@@ -68,7 +68,7 @@ def run_step(
     """Run one step of a layer and return the next carry.
 
     The kernel is from `pack_gates` or `quantize_gates`; with the latter, the step can't be
-    differentiated. `inputs` holds the inputs of the layer, unless `added` includes their product
+    differentiated. `inputs` holds the inputs of the layer, unless `added` includes their matmul
     with the kernel already, and the hidden state, [batch, n] each. `added` [batch or 1, 4 * hidden]
     is added to the gates before their activation.
     """

@@ -36,7 +36,7 @@ def load_config(workdir: Path) -> ConfigDict:
     """Return the config of the run in `workdir`; raise `UserError` if there is no run."""
     if not (workdir / CONFIG).exists():
         raise UserError(
-            f"there is no trained model in {workdir} (no {CONFIG}): name the --workdir of a "
+            f"there is no trained model in {workdir} (no {CONFIG}): specify the --workdir of a "
             f"training run, or train one with python -m lstm_jax.main --config "
             f"experiments/quick.py --workdir {shlex.quote(str(workdir))}"
         )

@@ -8,18 +8,18 @@ from lstm_jax.loss import read_chunk
 from lstm_jax.model import Carry, LanguageModel, Params, place_beside
 from lstm_jax.vocabulary import Ids
 
-_PLACE_LENGTH = 512  # Tokens that count at each place.
+_PLACE_LENGTH = 512  # Tokens that count at each position.
 _CHUNK = 64  # Tokens per call of the compiled function.
 
 
 class ZeroState(NamedTuple):
     """Losses of a model that starts from a zero carry in the middle of a text, in nats per token.
 
-    The loss at a place of the text is the mean over the tokens that follow it.
+    The loss at a position in the text is the mean over the tokens that follow it.
     """
 
-    mean: float  # Over all places.
-    worst: float  # At the worst place.
+    mean: float  # Over all positions.
+    worst: float  # At the worst position.
     excess: float  # The largest increase over the loss with the carry of the text before.
 
     def describe(self) -> str:
