@@ -17,10 +17,7 @@ from lstm_jax.optimizer import update_average
 
 
 class TrainState(NamedTuple):
-    """Everything that a training step reads and writes.
-
-    A step that is not finite changes none of the first four fields.
-    """
+    """Everything that a training step reads and writes."""
 
     params: model_lib.Params
     average: model_lib.Params | None  # The average of the parameters, if evaluation uses one.
@@ -52,9 +49,11 @@ class TrainState(NamedTuple):
     @classmethod
     def join(cls, evaluated: model_lib.Params, rest: dict[str, Any]) -> "TrainState":
         """Return the state with these `evaluated` and `rest`."""
-        average = evaluated if "params" in rest else None
-        fields = {"params": evaluated, "average": average, **rest}
-        return cls(opt_state=fields.pop("optimizer"), **fields)
+        fields = {**rest, "opt_state": rest["optimizer"]}
+        del fields["optimizer"]
+        if "params" in fields:
+            return cls(average=evaluated, **fields)
+        return cls(params=evaluated, average=None, **fields)
 
     def place(self, mesh: Mesh) -> "TrainState":
         """Place the state on the devices of a mesh, with the carry divided like a batch."""
@@ -203,12 +202,18 @@ def make_step(
         # Finite gradients times a learning rate or weight decay can be infinite.
         finite = jnp.isfinite(loss) & jnp.isfinite(norm) & model_lib.is_finite(params)
         # Leaf by leaf, XLA fuses the selection with the computation of the new values.
-        new = params, average, opt_state, carry
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state[:4])
-        params, average, opt_state, carry = kept
+        params, average, opt_state, carry = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, average, opt_state, carry),
+            (state.params, state.average, state.opt_state, state.carry),
+        )
         first_skipped = jnp.where(finite | (state.first_skipped > 0), state.first_skipped, step)
         return TrainState(
-            *(params, average, opt_state, carry, key),
+            params=params,
+            average=average,
+            opt_state=opt_state,
+            carry=carry,
+            key=key,
             step=step,
             loss_sum=state.loss_sum + jnp.where(finite, loss, 0),
             norm_sum=state.norm_sum + jnp.where(finite, norm, 0),
