@@ -3,16 +3,23 @@ PYTHON ?= python3
 CONFIG ?= experiments/quick.py
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=worksteal
 
-.PHONY: env train test lint clean
+.PHONY: env train check test thorough lint clean
 
 env: $(VENV)/installed
 
 train: env
 	$(BIN)/python -m lstm_jax.main --config $(CONFIG)
 
+check: lint
+	$(PYTEST) -m "not process and not slow"
+
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+thorough: $(VENV)/installed-dev
+	LSTM_JAX_DRAWS=25 $(PYTEST) -m drawn
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -3,31 +3,33 @@
 import os
 import shutil
 import signal
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib
 import pytest
 from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
 from lstm_jax import train
 from lstm_jax.data import datasets, sources
+from lstm_jax.devices import compilation_cache
 
 # A shell that runs the tests in the background ignores SIGINT, and all processes that they start
 # would inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A compilation cache for all tests, the workers that run them, and the processes that they start:
-# they compile the same tiny models many times.
-_SHARED = "LSTM_JAX_TEST_CACHE"
-if _SHARED not in os.environ:
-    _compiled = tempfile.TemporaryDirectory(prefix="lstm-jax-compiled-")
-    os.environ[_SHARED] = _compiled.name
+# Compiled programs are kept for the next run of the tests: compiling takes most of their time.
+# `pytest --cache-clear` removes them.
+_KEY = f"{jaxlib.__version__}-{compilation_cache.hash_processor()}"
+_COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "d" / f"compiled-{_KEY}"
+_MOST_BYTES = 2**31
 _CACHE = {
-    "jax_compilation_cache_dir": os.environ[_SHARED],
+    "jax_compilation_cache_dir": str(_COMPILED),
     "jax_persistent_cache_min_compile_time_secs": 0,
     "jax_persistent_cache_min_entry_size_bytes": 0,
 }
@@ -41,14 +43,43 @@ _cache = tempfile.TemporaryDirectory(prefix="lstm-jax-cache-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
 
 
-# These files take a minute or more, and partly wait for other processes.
-_SLOW = ("hosts", "own_cells", "sweep", "docs", "cells", "train", "main", "hostile", "parallel")
+# Events of starting a process: a test that causes one needs the marker `process`.
+_STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system"}
+_may_start = True
+
+
+def _audit(event: str, arguments: tuple[object, ...]) -> None:
+    if event in _STARTS and not _may_start:
+        raise AssertionError(f"{event} of {arguments[:2]} in a test without the marker `process`")
+
+
+sys.addaudithook(_audit)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Let only tests with the marker `process` start processes."""
+    global _may_start
+    _may_start = item.get_closest_marker("process") is not None
+    try:
+        return (yield)
+    finally:
+        _may_start = True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the slowest files first, so that no worker runs one alone at the end."""
-    files = {f"test_{name}.py": place for place, name in enumerate(_SLOW)}
-    items.sort(key=lambda item: files.get(item.path.name, len(files)))
+    """Run the slowest tests first, so that no worker runs one alone at the end."""
+    items.sort(key=lambda item: not any(map(item.get_closest_marker, ("process", "slow"))))
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Remove compiled programs of other versions, and all of them when there are too many."""
+    if hasattr(session.config, "workerinput"):
+        return
+    for path in _COMPILED.parent.glob("compiled-*"):
+        too_large = sum(file.stat().st_size for file in path.iterdir()) > _MOST_BYTES
+        if path != _COMPILED or too_large:
+            shutil.rmtree(path)
 
 
 @pytest.fixture(scope="session")

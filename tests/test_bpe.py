@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-import forks
+import commands
 import lstm_jax
 from conftest import make_tiny_config
 from lstm_jax import bpe, train
@@ -59,6 +59,7 @@ def test_any_text_is_decoded_exactly(text: str | bytes, vocabulary: Vocabulary) 
     assert "".join(pieces) == text
 
 
+@pytest.mark.process
 def test_learning_is_deterministic(text_file: Path, vocabulary: Vocabulary) -> None:
     code = (
         "import sys; from lstm_jax.vocabulary import Vocabulary;"
@@ -150,8 +151,7 @@ def test_a_run_generates_and_scores(bpe_run: Path) -> None:
 
 def test_commands_read_a_run(bpe_run: Path, tmp_path: Path) -> None:
     def sample(*arguments: str, given: str = "") -> str:
-        command = [sys.executable, "-m", "lstm_jax.sample", "--workdir", str(bpe_run), *arguments]
-        done = forks.run(command, capture_output=True, text=True, input=given)
+        done = commands.run("sample", "--workdir", bpe_run, *arguments, given=given)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -189,6 +189,7 @@ def test_an_unfinished_save_is_deleted_and_never_read(saved: Path, tmp_path: Pat
     assert {path.name for path in directory.iterdir()} == {"1", "2", "notes.txt"}
 
 
+@pytest.mark.process
 def test_sha256sum_can_check_the_seal(saved: Path) -> None:
     sha256sum = shutil.which("sha256sum")
     if sha256sum is None:

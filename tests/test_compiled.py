@@ -3,7 +3,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.process
+
+
 SCRIPT = """
+import pytest
 import jax
 from lstm_jax.devices import compilation_cache
 compilation_cache.use_cache()

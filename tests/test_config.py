@@ -80,6 +80,7 @@ def test_an_error_names_a_bad_field(fields: dict[str, object] | None, message: s
         config_lib.complete_config(fields if fields is None else ConfigDict(fields))
 
 
+@pytest.mark.process
 def test_docs_config_md_is_up_to_date() -> None:
     command = [sys.executable, "-m", "lstm_jax.config"]
     page = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout

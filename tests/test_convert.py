@@ -733,6 +733,7 @@ def test_torch_and_back(
     assert set(string.ascii_letters) < set(tokens)
 
 
+@pytest.mark.process
 def test_leftovers_of_a_killed_conversion_are_removed_by_the_next(
     trained: Path, tmp_path: Path
 ) -> None:

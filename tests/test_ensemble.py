@@ -1,5 +1,4 @@
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-import forks
+import commands
 from lstm_jax import dynamic, generation, train
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
@@ -118,9 +117,8 @@ def other(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
 
 
 def run(module: str, *directories: Path, given: str = "", options: str = "") -> str:
-    command: list[Any] = [sys.executable, "-m", f"lstm_jax.{module}", *options.split()]
-    command += [f"--workdir={directory}" for directory in directories]
-    result = forks.run(command, capture_output=True, text=True, timeout=120, input=given)
+    workdirs = [f"--workdir={directory}" for directory in directories]
+    result = commands.run(module, *options.split(), *workdirs, given=given)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

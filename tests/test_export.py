@@ -1,7 +1,6 @@
 """Export models as pages, and run the pages in a browser."""
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-import forks
+import commands
 import runs
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
@@ -84,6 +83,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", MODELS)
 def test_probabilities_in_a_browser_equal_those_in_python(
     browser: Any, name: str, tmp_path: Path
@@ -100,6 +100,7 @@ def test_probabilities_in_a_browser_equal_those_in_python(
     assert not browser.get_log("browser")
 
 
+@pytest.mark.process
 def test_eight_bits_have_a_scale_for_each_row(browser: Any, tmp_path: Path) -> None:
     trained = make_trained("characters")
     # One large row must not cost the others their precision.
@@ -130,18 +131,14 @@ def check_bars(browser: Any, trained: workdir.Trained) -> None:
         assert probability == pytest.approx(expected[token], abs=2e-3)
 
 
+@pytest.mark.process
 def test_the_page_in_a_browser(
     browser: Any, trained: Path, text_file: Path, tmp_path: Path
 ) -> None:
     from selenium.webdriver.common.keys import Keys
 
     loaded = workdir.load_trained(trained)
-    done = forks.run(
-        [sys.executable, "-m", "lstm_jax.export", "--workdir", str(trained), "--to", "page.html"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    done = commands.run("export", "--workdir", trained, "--to", "page.html", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("page.html (0.0 MB)")
     started = time.monotonic()
@@ -242,6 +239,7 @@ def test_the_page_in_a_browser(
     assert not browser.get_log("browser"), "no error, and no request to the network"
 
 
+@pytest.mark.process
 def test_special_tokens_are_never_generated_and_a_stop_token_ends_the_text(
     browser: Any, tmp_path: Path
 ) -> None:
@@ -267,6 +265,7 @@ def test_special_tokens_are_never_generated_and_a_stop_token_ends_the_text(
     assert browser.find_element("css selector", "#status").text.endswith("the text has ended.")
 
 
+@pytest.mark.process
 def test_draws_follow_the_probabilities(browser: Any, tmp_path: Path) -> None:
     trained = make_trained("characters", text="abcdef")
     open_page(browser, trained, tmp_path / "page.html")
@@ -280,6 +279,7 @@ def test_draws_follow_the_probabilities(browser: Any, tmp_path: Path) -> None:
     np.testing.assert_allclose(frequencies, shares, atol=0.02)
 
 
+@pytest.mark.process
 def test_a_byte_model_shows_characters(browser: Any, tmp_path: Path) -> None:
     trained = make_trained("bytes")
     open_page(browser, trained, tmp_path / "page.html")
@@ -302,6 +302,7 @@ def test_a_byte_model_shows_characters(browser: Any, tmp_path: Path) -> None:
     assert browser.execute_script("return area.value") == text + "x"
 
 
+@pytest.mark.process
 def test_a_model_of_parts_of_words_shows_characters(browser: Any, tmp_path: Path) -> None:
     # Learn the first two bytes of the three of each character, and words.
     trained = make_trained("bpe", text=TEXT + " water waters 日 旦 旧 早 旬 時" * 9)

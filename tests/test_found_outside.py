@@ -8,9 +8,10 @@ import unicodedata
 from pathlib import Path
 
 import jax
+import pytest
 
-import forks
 import lstm_jax
+from commands import run
 from lstm_jax import __main__ as commands
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
@@ -18,11 +19,6 @@ from lstm_jax.convert import transfer
 from lstm_jax.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parents[1]
-
-
-def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", module, *arguments]
-    return forks.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
 def test_a_config_file_cannot_add_a_cell(tmp_path: Path) -> None:
@@ -33,14 +29,16 @@ def test_a_config_file_cannot_add_a_cell(tmp_path: Path) -> None:
         "def get_config():\n"
         "    return config.default()\n"
     )
-    result = run("lstm_jax.main", f"--config={own}", f"--workdir={tmp_path / 'run'}")
+    result = run("main", f"--config={own}", f"--workdir={tmp_path / 'run'}")
     assert result.returncode == 2 and not (tmp_path / "run").exists()
     assert "does not support item assignment" in result.stderr and result.stderr.count("\n") == 1
 
 
+@pytest.mark.process
 def test_the_package_lists_its_commands_quickly() -> None:
     started = time.monotonic()
-    result = run("lstm_jax")
+    command = [sys.executable, "-m", "lstm_jax"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert time.monotonic() - started < 2
     assert result.returncode == 0 and result.stderr == ""
     package = ROOT / "lstm_jax"
@@ -56,7 +54,7 @@ def test_the_package_lists_its_commands_quickly() -> None:
 
 
 def test_novelty_in_a_conversation_is_an_error() -> None:
-    result = run("lstm_jax.sample", "--workdir=.", "--interactive", "--novelty")
+    result = run("sample", "--workdir=.", "--interactive", "--novelty")
     assert result.returncode == 2
     assert "leave out --interactive" in result.stderr and result.stderr.count("\n") == 1
 
@@ -71,7 +69,7 @@ def test_no_control_character_reaches_the_terminal(tmp_path: Path) -> None:
     transfer.make_workdir(tmp_path / "run", config, vocabulary, params)
     # An untrained model generates all bytes.
     options = [f"--workdir={tmp_path / 'run'}", "--temperature=1", "--num_samples=2"]
-    result = run("lstm_jax.sample", *options, "--prompt=\x1b[31m\r\n")
+    result = run("sample", *options, "--prompt=\x1b[31m\r\n")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("\\x1b[31m\n"), "Python reads \\r\\n as a line break"
     assert not [c for c in result.stdout if unicodedata.category(c) == "Cc" and c not in "\n\t"]

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import draws
 from lstm_jax import batches, generation, main
 from lstm_jax import config as config_lib
 from lstm_jax.data import texts
@@ -21,13 +21,15 @@ from lstm_jax.errors import UserError
 from lstm_jax.run import checkpoints, command, files, metrics, workdir
 from lstm_jax.vocabulary import Vocabulary
 
+pytestmark = pytest.mark.drawn
+
 QUICK = str(Path(__file__).parents[1] / "experiments" / "quick.py")
 
 settings.register_profile(
     "lstm_jax",
-    max_examples=int(os.environ.get("LSTM_JAX_FUZZ", "60")),
+    max_examples=60 * draws.TIMES,
     deadline=None,
-    derandomize="LSTM_JAX_FUZZ" not in os.environ,
+    derandomize=draws.TIMES == 1,
     suppress_health_check=list(HealthCheck),
 )
 settings.load_profile("lstm_jax")

@@ -2,7 +2,7 @@
 
 No code from the directory runs, nothing outside of it changes, and time and memory are bounded.
 Each case changes one thing in a run and reads the run with a command. Some cases always run;
-LSTM_JAX_HOSTILE is the number of random cases, and LSTM_JAX_HOSTILE_SEED their seed.
+`draws` says how many random cases there are.
 """
 
 import json
@@ -19,14 +19,17 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
+import draws
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.run import checkpoints, files, seal, workdir
 
+pytestmark = pytest.mark.process
+
+
 ROOT = Path(__file__).parents[1]
 QUICK = str(ROOT / "experiments" / "quick.py")
-DRAWN = int(os.environ.get("LSTM_JAX_HOSTILE", "12"))
-SEED = int(os.environ.get("LSTM_JAX_HOSTILE_SEED", "0"))
+DRAWN = 12 * draws.TIMES
 SECONDS, MEGABYTES = 60, 2000
 
 # Import everything once, then run each command in a forked process.
@@ -350,7 +353,7 @@ for _name in (workdir.METRICS, workdir.SAMPLES, "text.txt", ".report.html.partia
     for _kind in (fifo, endless, sparse):
         CASES[f"{_name}: {_kind.__name__}, inspected"] = (replace(_name, _kind), "inspect")
 
-_random = random.Random(SEED)
+_random = random.Random(draws.SEED)
 for _number in range(DRAWN):
     _command = _random.choice(list(COMMANDS))
     if _random.random() < 0.5:
@@ -366,6 +369,7 @@ for _number in range(DRAWN):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.drawn
 def test_a_hostile_working_directory(
     name: str, place: Place, trained: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -1,8 +1,7 @@
 """Test sweeps made by someone else, on full disks, and with paths that are hard to quote.
 
 A study is data: any content is read or gives a one-line error, none of it runs as code, and
-nothing outside of the sweep's directory changes. LSTM_JAX_HOSTILE is the number of random mutations
-of a journal, and LSTM_JAX_HOSTILE_SEED their seed.
+nothing outside of the sweep's directory changes. `draws` says how many random mutations there are.
 """
 
 import copy
@@ -28,14 +27,14 @@ import sqlalchemy
 from optuna.trial import TrialState
 
 import disks
+import draws
 from lstm_jax import config as config_lib
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.sweep import plots, report, search, space, study
 from lstm_jax.sweep.worker import Worker, claim_directory
 from test_sweep import command, make_dead_worker, rows
 
-DRAWN = int(os.environ.get("LSTM_JAX_HOSTILE", "40"))
-SEED = int(os.environ.get("LSTM_JAX_HOSTILE_SEED", "0"))
+DRAWN = 40 * draws.TIMES
 
 SPACE = """
 def get_overrides(trial):
@@ -250,13 +249,14 @@ def iterate_paths(value: Any, path: tuple = ()) -> Iterator[tuple]:
         yield from iterate_paths(value[key], (*path, key))
 
 
+@pytest.mark.drawn
 def test_any_value_in_a_journal_is_read_or_gives_a_one_line_error(tmp_path: Path) -> None:
     """Change random values of records, and attributes such as worker, workdir and overrides."""
     place = tmp_path / "sweep"
     journal = tmp_path / "study.journal"
     fill_study(place, f"journal:{journal}")
     records = [json.loads(line) for line in journal.read_text().splitlines()]
-    chance = random.Random(SEED)
+    chance = random.Random(draws.SEED)
     cases: list[list[Any]] = []
     for name in ATTRIBUTES:
         for value in STRANGE:
@@ -557,6 +557,7 @@ def test_the_report_escapes_names(tmp_path: Path) -> None:
     assert "content=\"default-src 'none'; style-src 'unsafe-inline'\"" in page
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "code",
     [
@@ -625,6 +626,7 @@ def is_stopped(result: tuple[int, str, str]) -> bool:
     return code == 2
 
 
+@pytest.mark.process
 def test_a_full_disk_loses_no_trial_of_a_sweep(
     swept: Path, text_file: Path, space_file: Path, tmp_path: Path, run: Run
 ) -> None:
@@ -642,6 +644,7 @@ def test_a_full_disk_loses_no_trial_of_a_sweep(
     assert [row["state"] for row in found] == ["complete"] * 4
 
 
+@pytest.mark.process
 def test_a_full_disk_loses_no_member_of_a_population(
     text_file: Path, space_file: Path, tmp_path: Path, run: Run
 ) -> None:
@@ -653,6 +656,7 @@ def test_a_full_disk_loses_no_member_of_a_population(
         assert [row["state"] for row in rows(disk / "sweep")] == ["complete"] * 4
 
 
+@pytest.mark.process
 def test_a_full_disk_under_the_study_loses_no_trial(tmp_path: Path) -> None:
     """Check that a worker that can't even write to release its trial counts as dead."""
     place, failures = tmp_path / "sweep", 0

@@ -1,6 +1,5 @@
 """Train in several processes on this machine, which communicate with Gloo as hosts do."""
 
-import os
 import signal
 import socket
 import subprocess
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+import draws
 import runs
 import test_interruption
 from lstm_jax.devices import hosts
@@ -19,10 +19,10 @@ from lstm_jax.errors import UserError
 from lstm_jax.run import checkpoints, workdir
 
 # Tests with four processes, and with one that hangs, take minutes on two cores.
-SLOW = os.environ.get("LSTM_JAX_HOSTS") == "all"
+SLOW = draws.TIMES > 1
 
 
-FOUR = pytest.param(4, 4, marks=pytest.mark.skipif(not SLOW, reason="LSTM_JAX_HOSTS=all runs it"))
+FOUR = pytest.param(4, 4, marks=pytest.mark.skipif(not SLOW, reason="LSTM_JAX_DRAWS=2 runs it"))
 
 
 def find_free_address() -> str:

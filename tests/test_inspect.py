@@ -2,8 +2,6 @@ import base64
 import gzip
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-import forks
+import commands
 from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
 from lstm_jax.inspect import activations, features, report
@@ -34,9 +32,8 @@ def unpack(packed: dict[str, str]) -> np.ndarray:
     return np.frombuffer(gzip.decompress(base64.b64decode(packed["base64"])), dtype)
 
 
-def run(*arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lstm_jax.inspect", *arguments]
-    return forks.run(command, capture_output=True, text=True, input=given)
+def run(*arguments: str, given: str = "") -> commands.Done:
+    return commands.run("inspect", *arguments, given=given)
 
 
 def test_the_command_reads_the_validation_split_and_writes_into_the_working_directory(
@@ -180,6 +177,7 @@ def test_mistakes_give_a_one_line_error(
     assert not list(trained.glob("report*"))
 
 
+@pytest.mark.process
 def test_the_page_in_a_browser(
     browser: Any, trained: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -12,14 +12,17 @@ from pathlib import Path
 
 import pytest
 
+import draws
 import runs
 from disks import fill, mounted
 from lstm_jax.run import checkpoints, metrics, workdir
 
+pytestmark = pytest.mark.process
+
+
 ROOT = Path(__file__).parents[1]
-# The number of runs to kill, and the seed of the moments. More than a few runs take minutes.
-KILLS = int(os.environ.get("LSTM_JAX_KILLS", "2"))
-SEED = int(os.environ.get("LSTM_JAX_KILLS_SEED", "0"))
+# The number of runs to kill.
+KILLS = 2 * draws.TIMES
 # A compilation cache that all processes share.
 _COMPILED = tempfile.TemporaryDirectory()
 ENV = {
@@ -73,12 +76,13 @@ def whole(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 
 @pytest.mark.parametrize("number", range(KILLS))
+@pytest.mark.drawn
 def test_a_run_killed_at_any_moment_ends_with_the_same_result(
     number: int, whole: tuple[Path, float], text_file: Path, tmp_path: Path
 ) -> None:
     expected, seconds = whole
     # Divide the run into KILLS equal parts; the moment is random within one of them.
-    moment = seconds * (number + random.Random(f"{SEED} {number}").random()) / KILLS
+    moment = seconds * (number + random.Random(f"{draws.SEED} {number}").random()) / KILLS
     arguments = command(text_file, tmp_path / "run")
     process = start(arguments)
     time.sleep(moment)

@@ -10,17 +10,19 @@ from pathlib import Path
 
 import pytest
 
+import draws
 from lstm_jax.run import signals
 
 ROOT = Path(__file__).parents[1]
-# The number of moments to try. More than a few take minutes.
-MOMENTS = int(os.environ.get("LSTM_JAX_INTERRUPTS", "4"))
-SEED = int(os.environ.get("LSTM_JAX_INTERRUPTS_SEED", "0"))
+# The number of moments to try.
+MOMENTS = 4 * draws.TIMES
 # The time in which Python itself starts, before this package runs.
 PYTHON_SECONDS = 0.15
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("module", ["main", "sample", "evaluate", "sweep"])
+@pytest.mark.drawn
 def test_an_interrupted_command_prints_one_line(
     module: str, trained: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -34,7 +36,7 @@ def test_an_interrupted_command_prints_one_line(
     }[module]
     for number in range(MOMENTS):
         # Divide the first four seconds into equal parts; the moment is random within one of them.
-        share = number + random.Random(f"{SEED} {module} {number}").random()
+        share = number + random.Random(f"{draws.SEED} {module} {number}").random()
         moment = PYTHON_SECONDS + share / MOMENTS * 4
         process = subprocess.Popen(
             [sys.executable, "-m", f"lstm_jax.{module}", *arguments],
@@ -74,6 +76,7 @@ command.run_command(main)
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("caught", ["pass", "raise SystemError('lost on its way')"])
 def test_a_swallowed_interrupt_is_raised_again(caught: str) -> None:
     process = subprocess.Popen(

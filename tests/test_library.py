@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-import forks
+import commands
 import lstm_jax
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
@@ -51,6 +51,7 @@ def compute_log_probs(run: library.Run, text: str) -> np.ndarray:
     return np.asarray(jax.nn.log_softmax(logits[0]), np.float64)
 
 
+@pytest.mark.process
 def test_importing_the_package_imports_nothing_else() -> None:
     code = (
         "import sys, lstm_jax; print('jax' in sys.modules, 'load' in dir(lstm_jax));"
@@ -88,11 +89,7 @@ def test_the_blocks_of_the_page_run(
 
 def test_generated_text_is_that_of_the_command(trained: Path) -> None:
     options = ["--length=60", "--seed=3", "--top_k=8", "--prompt=The ", "--dtype=bfloat16"]
-    done = forks.run(
-        [sys.executable, "-m", "lstm_jax", "sample", f"--workdir={trained}", *options],
-        capture_output=True,
-        text=True,
-    )
+    done = commands.run("sample", f"--workdir={trained}", *options)
     assert done.returncode == 0, done.stderr
     run = lstm_jax.load(str(trained), dtype="bfloat16")
     assert run.generate("The ", length=60, seed=3, top_k=8) + "\n" == done.stdout
@@ -171,12 +168,7 @@ def test_the_mean_score_is_the_loss_of_evaluate(
 ) -> None:
     text = text_file.read_text(encoding="utf-8")[-3000:]
     (tmp_path / "part.txt").write_text(text, encoding="utf-8")
-    done = forks.run(
-        [sys.executable, "-m", "lstm_jax.evaluate", f"--workdir={trained}", "--text=part.txt"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    done = commands.run("evaluate", f"--workdir={trained}", "--text=part.txt", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     loss = json.loads(done.stdout.splitlines()[-1])["loss"]
     assert -run.score(text).log_probs.mean(dtype=np.float64) == pytest.approx(loss, abs=1e-6)
@@ -267,6 +259,7 @@ def test_training_in_a_thread_is_silent_while_others_print(
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.process
 def test_the_console_script_runs_the_commands(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 

@@ -28,6 +28,7 @@ def start_holder(directory: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.process
 def test_a_second_process_fails_until_the_first_is_dead(tmp_path: Path) -> None:
     first = start_holder(tmp_path)
     with pytest.raises(UserError, match=f"process {first.pid} on .* is training in"):
@@ -68,6 +69,7 @@ def test_a_lock_from_the_future_expires(tmp_path: Path) -> None:
         assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
+@pytest.mark.process
 def test_without_file_system_locks_the_process_id_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,19 +12,12 @@ from pathlib import Path
 
 import pytest
 
-import forks
+from commands import run
 from lstm_jax import config
 from lstm_jax.run import metrics, workdir
 
 ROOT = Path(__file__).parents[1]
 QUICK = str(ROOT / "experiments" / "quick.py")
-
-
-def run(
-    module: str, *arguments: str, cwd: Path, given: str = ""
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", f"lstm_jax.{module}", *arguments]
-    return forks.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, input=given)
 
 
 TINY = [
@@ -37,10 +30,11 @@ TINY = [
 ]
 
 
+@pytest.mark.process
 def test_train_interrupt_resume_sample_and_evaluate(text_file: Path, tmp_path: Path) -> None:
     arguments = [*TINY, f"--config.data.path={text_file}", "--config.num_epochs=200"]
     command = [sys.executable, "-m", "lstm_jax.main", *arguments]
-    first = forks.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     directory = tmp_path / "runs" / "quick"  # The default of --workdir.
     deadline = time.monotonic() + 100
     while (
@@ -222,9 +216,10 @@ def test_a_conversation_in_a_pipe(trained: Path) -> None:
     assert probs[:5] == sorted(probs[:5], reverse=True) and sum(probs[:5]) < 1
 
 
+@pytest.mark.process
 def test_text_is_streamed(trained: Path) -> None:
     command = [sys.executable, "-m", "lstm_jax.sample", "--workdir", str(trained)]
-    process = forks.Popen(
+    process = subprocess.Popen(
         [*command, "--length=1000000"], stdout=subprocess.PIPE, cwd=ROOT, bufsize=0
     )
     assert process.stdout is not None and len(process.stdout.read(5)) > 0
@@ -233,6 +228,7 @@ def test_text_is_streamed(trained: Path) -> None:
     assert process.wait(timeout=30) == 130
 
 
+@pytest.mark.process
 def test_a_closed_pipe_is_not_an_error(trained: Path) -> None:
     command = f"{sys.executable} -m lstm_jax.sample --workdir {trained} --length 100000 | head -c 5"
     result = subprocess.run(
@@ -287,10 +283,9 @@ def test_any_text_is_measured_like_a_split(trained: Path, text_file: Path, tmp_p
 def test_a_text_that_cannot_be_measured_gives_one_line(
     content: bytes, message: str, trained: Path
 ) -> None:
-    command = [sys.executable, "-m", "lstm_jax.evaluate", f"--workdir={trained}", "--text=-"]
-    result = forks.run(command, capture_output=True, timeout=120, input=content)
+    result = run("evaluate", f"--workdir={trained}", "--text=-", given=content)
     assert result.returncode == 2 and not result.stdout
-    assert message in result.stderr.decode() and result.stderr.count(b"\n") == 1
+    assert message in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_unknown_tokens_and_control_characters_of_a_text(trained: Path, tmp_path: Path) -> None:
@@ -306,6 +301,7 @@ def test_unknown_tokens_and_control_characters_of_a_text(trained: Path, tmp_path
     assert last["bits_per_character"] == pytest.approx(bits)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("redirection", "message"),
     [
@@ -326,6 +322,7 @@ def test_an_output_that_cannot_be_written_gives_an_error(
     assert (result.returncode, result.stderr) == (2, f"error: {message}\n")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_any_name_is_printed_in_any_encoding(encoding: str, trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "caf\u00e9 \u732b.html"
@@ -349,6 +346,7 @@ def test_help(module: str) -> None:
     assert ("--data_path: " in result.stdout) == takes_text, "flags that commands share"
 
 
+@pytest.mark.process
 def test_help_lists_each_field_within_the_width_of_the_terminal() -> None:
     command = [sys.executable, "-m", "lstm_jax.main", "--help"]
     environment = {**os.environ, "COLUMNS": "60"}

@@ -441,6 +441,7 @@ for settings.model.dtype in ("float32", "bfloat16"):
 """
 
 
+@pytest.mark.process
 def test_devices_train_alike_with_the_library_and_without() -> None:
     losses = []
     for arguments in ("1 none", "1 library", "2 library"):
@@ -516,6 +517,7 @@ def test_mistakes_of_the_compiler_are_named(source: Path, monkeypatch: pytest.Mo
         native.build_library()
 
 
+@pytest.mark.process
 def test_the_command_names_a_missing_compiler() -> None:
     command = [sys.executable, "-m", "lstm_jax.recurrences.native"]
     environment = {**os.environ, "PATH": ""}

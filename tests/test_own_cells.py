@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-import forks
+import commands
 import lstm_jax
 from lstm_jax import cells, train
 from lstm_jax import config as config_lib
@@ -101,6 +101,7 @@ def get_overrides(trial):
 """
 
 
+@pytest.mark.process
 def test_a_cell_of_somebody_else_needs_only_flags(text_file: Path, tmp_path: Path) -> None:
     their_file = tmp_path / "their cell.py"
     shutil.copy(FOREIGN, their_file)
@@ -115,7 +116,7 @@ def test_a_cell_of_somebody_else_needs_only_flags(text_file: Path, tmp_path: Pat
     def start(module: str, *arguments: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", f"lstm_jax.{module}", *arguments]
         pipe = subprocess.PIPE
-        return forks.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path)
+        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path)
 
     def finish(process: subprocess.Popen[str]) -> str:
         output, errors = process.communicate(timeout=300)
@@ -172,9 +173,8 @@ def test_reading_a_run_runs_only_the_file_that_the_user_names(
     own_file.write_text(f"open({str(mark)!r}, 'w')\n" + own_file.read_text())
     capfd.readouterr()
 
-    def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", f"lstm_jax.{module}", "--workdir", str(tmp_path / "run")]
-        return forks.run([*command, *arguments], capture_output=True, text=True)
+    def run(module: str, *arguments: str) -> commands.Done:
+        return commands.run(module, "--workdir", tmp_path / "run", *arguments)
 
     refused = run("sample", "--length=5")
     assert refused.returncode == 2 and not mark.exists()
@@ -512,6 +512,7 @@ def test_check_cell_names_what_is_wrong(cell: Any, message: str) -> None:
         assert re.match(place, str(error.value))
 
 
+@pytest.mark.process
 def test_the_package_is_imported_quickly() -> None:
     code = "import sys, lstm_jax; lstm_jax.__version__; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -64,6 +64,7 @@ def run(data: int, model: int, cell: str) -> tuple[np.ndarray, list[np.ndarray]]
     return np.array(losses), [np.array(x) for x in params]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("cell", "meshes"),
     [("lstm", [(8, 1), (2, 2), (4, 2)]), ("gru", [(1, 4)]), (OWN_CELL, [(2, 1), (1, 2)])],

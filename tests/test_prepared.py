@@ -218,6 +218,7 @@ def test_a_corpus_is_prepared_again_only_if_its_text_changes(
     assert_same(data)
 
 
+@pytest.mark.process
 def test_a_killed_preparation_resumes(data: ConfigDict, tmp_path: Path) -> None:
     script = f"""
 from lstm_jax import config

@@ -47,6 +47,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.process
 def test_the_wheel_holds_every_module_and_experiment_and_nothing_else(wheel: Path) -> None:
     assert wheel.name == f"lstm_jax-{lstm_jax.__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
@@ -61,6 +62,7 @@ def test_the_wheel_holds_every_module_and_experiment_and_nothing_else(wheel: Pat
     assert names == modules | experiments
 
 
+@pytest.mark.process
 def test_the_first_command_works_where_the_wheel_is_installed(
     wheel: Path, text_file: Path, tmp_path: Path
 ) -> None:

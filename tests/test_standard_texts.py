@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 import random
 import re
 import shutil
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 from ml_collections import ConfigDict
 
-import forks
+import commands
 from lstm_jax import config as config_lib
 from lstm_jax.data import prepared, standard_texts, texts
 from lstm_jax.data.download import Download, download_file
@@ -194,6 +193,7 @@ def test_a_download_that_ends_early_is_resumed(
     assert list_files(tmp_path) == {"enwik8", "enwik8.zip"}
 
 
+@pytest.mark.process
 def test_a_killed_download_is_resumed(server: Server, content: bytes, tmp_path: Path) -> None:
     file, path = server.add("file", content), tmp_path / "file"
     code = "import sys, pathlib; from lstm_jax.data.download import *; "
@@ -379,13 +379,9 @@ def test_one_command_trains_from_nothing(
         experiment=ROOT / "experiments" / "penn_treebank.py",
     )
     (tmp_path / "ptb.py").write_text(experiment)
-    command = [sys.executable, "-m", "lstm_jax.main", "--config=ptb.py", "--workdir=run"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
-    def run() -> subprocess.CompletedProcess[str]:
-        return forks.run(
-            command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120
-        )
+    def run() -> commands.Done:
+        return commands.run("main", "--config=ptb.py", "--workdir=run", cwd=tmp_path)
 
     # The third file is missing.
     content = server.contents.pop("ptb.test.txt")

@@ -21,7 +21,7 @@ import pytest
 from ml_collections import ConfigDict
 from optuna.trial import TrialState
 
-import forks
+import draws
 from lstm_jax import config as config_lib
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import ensemble, lock, metrics, workdir
@@ -30,8 +30,7 @@ from lstm_jax.sweep.worker import Worker, claim_directory
 
 ROOT = Path(__file__).parents[1]
 # The number of workers to kill for each kind of study, and the seed of the moments.
-KILLS = int(os.environ.get("LSTM_JAX_KILLS", "2"))
-SEED = int(os.environ.get("LSTM_JAX_KILLS_SEED", "0"))
+KILLS = 2 * draws.TIMES
 # Enough trials for one to run at every kill: the other worker finishes two or three of them while a
 # killed worker restarts.
 TRIALS = 4 + 3 * KILLS
@@ -76,7 +75,7 @@ def start(arguments: list[str], compiled: Path) -> subprocess.Popen[str]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    return forks.Popen(
+    return subprocess.Popen(
         arguments,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -151,7 +150,9 @@ def wait_for_work(directory: Path, worker: subprocess.Popen[str]) -> None:
     pytest.fail("a worker got no trial")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["sqlite", "journal", "postgresql"])
+@pytest.mark.drawn
 def test_killed_workers_lose_no_finished_trial_and_duplicate_none(
     kind: str,
     text_file: Path,
@@ -168,7 +169,7 @@ def test_killed_workers_lose_no_finished_trial_and_duplicate_none(
     directory = tmp_path / "sweep"
     arguments = command(text_file, directory, f"--space={space_file}", *where)
     workers = [start(arguments, compiled) for _ in range(2)]
-    chance = random.Random(f"{SEED} {kind}")
+    chance = random.Random(f"{draws.SEED} {kind}")
     before: dict[int, dict] = {}
     for _ in range(KILLS):
         place = chance.randrange(2)
@@ -195,6 +196,7 @@ def test_killed_workers_lose_no_finished_trial_and_duplicate_none(
     assert (directory / "report.html").exists()
 
 
+@pytest.mark.process
 def test_one_worker_is_reproducible_and_best_py_is_the_best_config(
     text_file: Path, space_file: Path, tmp_path: Path, compiled: Path
 ) -> None:
@@ -231,6 +233,7 @@ def test_one_worker_is_reproducible_and_best_py_is_the_best_config(
     assert "made for another experiment (config.num_epochs was 2 and is 3)" in errors
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("population", [1, 2])
 def test_sigterm_between_trials_writes_the_report_and_gives_the_next_ones_back(
     population: int, text_file: Path, space_file: Path, tmp_path: Path, compiled: Path
@@ -256,6 +259,7 @@ def test_sigterm_between_trials_writes_the_report_and_gives_the_next_ones_back(
     assert [row["state"] for row in found] == ["complete"] * trials and found[:population] == before
 
 
+@pytest.mark.process
 def test_seeds_are_a_population(text_file: Path, tmp_path: Path, compiled: Path) -> None:
     code, output, errors = finish(command(text_file, tmp_path, "--seeds=3"), compiled)
     assert code == 0, errors
@@ -267,6 +271,7 @@ def test_seeds_are_a_population(text_file: Path, tmp_path: Path, compiled: Path)
     assert len(loaded.model.members) == len(steps) == 3
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("module", ["optuna", "sqlalchemy"])
 def test_a_missing_module_gives_a_one_line_error(module: str) -> None:
     code = (

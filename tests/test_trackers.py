@@ -105,6 +105,7 @@ def test_a_tracker_that_cannot_be_opened_ends_the_run_with_one_line(
     assert train.train(config, tmp_path / "run") == 0, "it resumes"
 
 
+@pytest.mark.process
 def test_the_flag_passes_rows_to_a_function(own: str, text_file: Path, tmp_path: Path) -> None:
     command = [
         # -P: like the script `lstm-jax`, it does not find modules in the current directory.

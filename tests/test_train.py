@@ -550,6 +550,7 @@ def test_a_file_of_the_run_that_is_a_link_raises_an_error(
     assert target.read_text() == before
 
 
+@pytest.mark.process
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is about glibc")
 def test_freed_memory_is_kept_for_the_next_step() -> None:
     script = """

@@ -23,17 +23,18 @@ def use_cache() -> None:
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if cache.startswith("~"):  # This user has no home directory.
         return
-    digest = hashlib.sha256(_describe_processor().encode()).hexdigest()
-    directory = Path(cache, "lstm-jax", f"compiled-{digest[:16]}")
+    directory = Path(cache, "lstm-jax", f"compiled-{hash_processor()}")
     with contextlib.suppress(OSError):
         directory.mkdir(parents=True, exist_ok=True)
         if os.access(directory, os.W_OK):
             jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
-def _describe_processor() -> str:
-    """Return the processor's model and instruction sets, as far as the system knows them."""
+def hash_processor() -> str:
+    """Return a hash of the processor's model and instruction sets, as the system knows them."""
+    description = f"{platform.machine()} {platform.processor()}"
     names = ("model name", "flags", "Features", "CPU part")
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        return "".join(sorted({line for line in file if line.partition(":")[0].strip() in names}))
-    return f"{platform.machine()} {platform.processor()}"
+        lines = {line for line in file if line.partition(":")[0].strip() in names}
+        description = "".join(sorted(lines))
+    return hashlib.sha256(description.encode()).hexdigest()[:16]

@@ -1,0 +1,95 @@
+"""Run a command of the package in this process: its flags, output and exit code."""
+
+import contextlib
+import io
+import runpy
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import pytest
+from absl import flags, logging
+
+from lstm_jax.run import interrupts
+
+
+class Done(NamedTuple):
+    """The result of a command.
+
+    Attributes:
+      returncode: Its exit code.
+      stdout: The text on standard output, with universal newlines.
+      stderr: The text on standard error.
+    """
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(
+    module: str,
+    *arguments: object,
+    cwd: Path | None = None,
+    given: str | bytes = "",
+    env: dict[str, str] | None = None,
+) -> Done:
+    """Run `python -m lstm_jax.MODULE ARGUMENTS...` here, with `given` on standard input.
+
+    The modules that the command imports stay imported, and what it compiles stays compiled. What
+    belongs to a process (signals, descriptors, the end of other threads) needs a process.
+    """
+    content = given.encode() if isinstance(given, str) else given
+    stdin = io.TextIOWrapper(io.BytesIO(content), "utf-8")
+    stdout, stderr = (
+        io.TextIOWrapper(io.BytesIO(), "utf-8", errors, write_through=True)
+        for errors in ("strict", "backslashreplace")
+    )
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        stack.enter_context(_keep_process_state())
+        stack.enter_context(warnings.catch_warnings())
+        patch.chdir(cwd or Path.cwd())
+        patch.setattr(sys, "argv", [f"{module}.py", *map(str, arguments)])
+        for name, stream in (("stdin", stdin), ("stdout", stdout), ("stderr", stderr)):
+            patch.setattr(sys, name, stream)
+        for name, value in (env or {}).items():
+            patch.setenv(name, value)
+        patch.setattr(interrupts, "exit_now", _exit)
+        warnings.filterwarnings("ignore", ".*found in sys.modules")  # By runpy.
+        code: Any = 0
+        try:
+            runpy.run_module(f"lstm_jax.{module}", run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            code = end.code or 0
+    texts = (stream.buffer.getvalue().decode() for stream in (stdout, stderr))
+    return Done(code, *(text.replace("\r\n", "\n") for text in texts))
+
+
+@contextlib.contextmanager
+def _keep_process_state() -> Any:
+    """Restore what a command sets for its whole process: flags, signals, hooks."""
+    known = set(flags.FLAGS)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    verbosity, hook = logging.get_verbosity(), sys.unraisablehook
+    try:
+        yield
+    finally:
+        # A library defines its flags once, when it is imported; a command, which is a file, again.
+        sys.modules.pop("config_config", None)  # The config file.
+        for name in set(flags.FLAGS) - known:
+            module = flags.FLAGS.find_module_defining_flag(name)
+            if module.endswith(".py") or name.startswith("config."):
+                delattr(flags.FLAGS, name)
+        flags.FLAGS.unparse_flags()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        logging.set_verbosity(verbosity)
+        sys.unraisablehook = hook
+
+
+def _exit(code: int) -> NoReturn:
+    sys.exit(code)
