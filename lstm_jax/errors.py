@@ -1,6 +1,37 @@
 """The exception for a user's mistake, and one-line messages."""
 
+import shlex
 import sys
+from typing import Any
+
+_names_flags = False
+
+
+def name_flags() -> None:
+    """Let the messages of this process name flags from now on: it runs a command."""
+    global _names_flags
+    _names_flags = True
+
+
+def for_caller(command: str, python: str) -> str:
+    """Return the part of a message for the user of a command, or for a caller in Python."""
+    return command if _names_flags else python
+
+
+def another_directory() -> str:
+    """Return the remedy of a working directory that can't be used, as a message names it."""
+    return for_caller("another --workdir", "another directory")
+
+
+def same_again() -> str:
+    """Return the start that resumes a run, as a message names it."""
+    return for_caller("the same command", "the same call")
+
+
+def set_field(name: str, value: Any) -> str:
+    """Return the assignment of a field of a config, as a message names it."""
+    flag = f"--config.{name}={shlex.quote(str(value))}"
+    return for_caller(flag, f"config.{name} = {value!r}")
 
 
 class UserError(Exception):

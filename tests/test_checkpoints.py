@@ -1,3 +1,4 @@
+import gc
 import json
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import disks
 from lstm_jax import batches
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
@@ -290,3 +292,51 @@ def test_large_finite_parameters_are_saved_and_restored(tmp_path: Path) -> None:
     checkpoints.save_params(tmp_path, 1, params)
     _, step = checkpoints.restore_best_params(tmp_path, params)
     assert step == 1
+
+
+def test_runs_in_one_process_save_at_the_same_time(
+    tmp_path: Path, iterator: grain.DatasetIterator
+) -> None:
+    errors: list[UserError] = []
+
+    def save_all(directory: Path) -> None:
+        try:
+            for number in range(20):
+                with checkpoints.CheckpointWriter(directory) as writer:
+                    save(writer, number, iterator)
+        except UserError as error:
+            errors.append(error)
+
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    threads = [
+        threading.Thread(target=save_all, args=(tmp_path / name,), daemon=True) for name in "ab"
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not errors
+    assert [checkpoints.list_steps(tmp_path / name) for name in "ab"] == [[18, 19]] * 2
+
+
+def test_a_save_that_fails_prints_nothing_and_says_what_to_do(
+    tmp_path: Path, iterator: grain.DatasetIterator, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        disks.mounted(tmp_path / "disk", "-o", "size=1m") as disk,
+        checkpoints.CheckpointWriter(disk / "checkpoints") as writer,
+    ):
+        save(writer, 1, iterator)
+        writer.wait()
+        for step, advice in (
+            (2, "the last good one is step 1: .*, then resume from there with the same call$"),
+            (3, "there is none before it: .*, then start again with the same call$"),
+        ):
+            disks.fill(disk)
+            with pytest.raises(UserError, match=advice):
+                save(writer, step, iterator)
+                writer.wait()
+            shutil.rmtree(disk / "checkpoints" / "1", ignore_errors=True)
+    gc.collect()  # asyncio logs the exception of a future that nobody asked for.
+    assert not caplog.records

@@ -183,7 +183,7 @@ def test_a_download_that_ends_early_is_resumed(
     archive: Download, content: bytes, server: Server, ranges: bool, tmp_path: Path
 ) -> None:
     server.stop_at, server.ranges = 40_000, ranges
-    with pytest.raises(UserError, match="ended after 40,000 of 1.*same command again") as error:
+    with pytest.raises(UserError, match="ended after 40,000 of 1.*same call again") as error:
         get_splits(tmp_path)
     assert "\n" not in str(error.value)
     assert list_files(tmp_path) == {"enwik8.zip.part"}
@@ -263,7 +263,7 @@ def test_without_a_server_the_user_can_provide_the_file(
     dead = archive._replace(address="http://localhost:1/enwik8.zip")
     text = STANDARD_TEXTS["enwik8"]._replace(downloads=(dead,))
     monkeypatch.setitem(STANDARD_TEXTS, "enwik8", text)
-    with pytest.raises(UserError, match="Connection refused.*same command again"):
+    with pytest.raises(UserError, match="Connection refused.*same call again"):
         get_splits(tmp_path)
     assert list_files(tmp_path) == set()
     path = tmp_path / "enwik8.zip"

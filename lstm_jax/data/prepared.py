@@ -40,7 +40,7 @@ from lstm_jax.data.encoding import (
     make_table,
 )
 from lstm_jax.data.sources import Segment
-from lstm_jax.errors import UnavailableError, UserError
+from lstm_jax.errors import UnavailableError, UserError, same_again
 from lstm_jax.recurrences.processor import count_cores
 from lstm_jax.run import files
 from lstm_jax.vocabulary import Ids, Vocabulary
@@ -356,8 +356,8 @@ def _run_processes(unfinished: Path, number: int, total: int, key: bytes) -> Non
                     raise OSError(0, printed["unavailable"])
         if any(process.wait() for process in processes):
             raise UserError(
-                "a process that prepared the text has ended early, perhaps out of memory: the "
-                "same command resumes from there"
+                "a process that prepared the text has ended early, perhaps out of memory: "
+                f"{same_again()} resumes from there"
             )
     finally:
         for process in processes:
@@ -378,7 +378,7 @@ def _merge(
             if part is None:
                 path.unlink(missing_ok=True)
                 raise UserError(
-                    f"{path} was damaged and has been removed: the same command resumes from there"
+                    f"{path} was damaged and has been removed: {same_again()} resumes from there"
                 )
             yield part
 

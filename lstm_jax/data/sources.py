@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lstm_jax.errors import UserError
+from lstm_jax.errors import UserError, another_directory
 from lstm_jax.run import files
 from lstm_jax.vocabulary import FILE_END
 
@@ -312,5 +312,5 @@ def check_unchanged(sha256: str, expected: str) -> None:
     if expected and expected != sha256:
         raise UserError(
             f"the text is not the one this run was trained on (SHA-256 {expected} at that time, "
-            f"{sha256} now): restore that text, or start a new run in another --workdir"
+            f"{sha256} now): restore that text, or start a new run in {another_directory()}"
         )

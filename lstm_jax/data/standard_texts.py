@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from lstm_jax.data.download import Download, DownloadError, download_file
 from lstm_jax.data.sources import SPLITS
-from lstm_jax.errors import UnavailableError, UserError
+from lstm_jax.errors import UnavailableError, UserError, same_again
 from lstm_jax.run import files
 
 _LOCK = ".lstm_jax.lock"
@@ -164,7 +164,7 @@ def _download_files(missing: list[Download], data_dir: Path) -> None:
         except DownloadError as error:
             addresses = ", ".join(file.address for file in missing[i:])
             raise UserError(
-                f"can't download {file.address} ({error}): try the same command again, or download "
+                f"can't download {file.address} ({error}): try {same_again()} again, or download "
                 f"{addresses} in another way and put it in {data_dir}"
             ) from None
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from lstm_jax import cells
 from lstm_jax.config import names_cell_file
-from lstm_jax.errors import UserError, warn
+from lstm_jax.errors import UserError, for_caller, warn
 from lstm_jax.run import files
 
 _LIMIT = 2**20  # Of the size of a file, in bytes.
@@ -89,9 +89,10 @@ def use_loaded_cell(config: ConfigDict, workdir: Path) -> None:
     # The file may have moved, so the names of the classes are compared.
     named = [cell for cell in cells.LOADED if cell.endswith(f":{get_class_name(config)}")]
     if not named:
+        remedy = for_caller(f"--cell {shlex.quote(name)}", f"cell={name!r}")
         raise UserError(
             f"the model in {workdir} has the cell {name}. This file is code, which runs only if "
-            f"you name it: add --cell {shlex.quote(name)}"
+            f"you name it: add {remedy}"
         )
     same = [cell for cell in named if cells.LOADED[cell][1] == config.model.cell_sha256]
     loaded = (same or named)[-1]

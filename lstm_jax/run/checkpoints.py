@@ -7,9 +7,11 @@ text; SHA256SUMS holds the checksum of each file (`sha256sum -c SHA256SUMS` veri
 import contextlib
 import functools
 import itertools
+import logging
 import os
 import re
 import shutil
+import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +24,14 @@ import orbax.checkpoint as ocp
 
 from lstm_jax import model as model_lib
 from lstm_jax.devices import hosts
-from lstm_jax.errors import UnavailableError, UserError, one_line, warn
+from lstm_jax.errors import (
+    UnavailableError,
+    UserError,
+    another_directory,
+    one_line,
+    same_again,
+    warn,
+)
 from lstm_jax.run import files
 from lstm_jax.run.seal import VALIDATION, find_damage, seal_checkpoint
 
@@ -30,6 +39,28 @@ _UNFINISHED = ".unfinished"
 # Fields of the training state that checkpoints of earlier versions lack.
 _ADDED = ("norm_sum",)
 _VALIDATION_LIMIT = 2**12  # bytes
+# Where Orbax makes directories in the background, the threads of a save signal each other under a
+# number that is the latest of the whole process. If two runs in one process save at the same time,
+# a thread may thus wait for a directory of the other run.
+# So they are made before `save` returns, and nothing is signalled.
+_OPTIONS = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    trace = record.exc_info[2] if record.exc_info else None
+    names = [record.pathname, *(frame.filename for frame in traceback.extract_tb(trace))]
+    return not any(name.startswith(_ORBAX) for name in names)
+
+
+# The threads of a save log every exception with its traceback; `CheckpointWriter` raises it.
+_ORBAX = str(Path(ocp.__file__).parent)
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_is_not_of_orbax)
+
+
+def _make_handler() -> ocp.CompositeCheckpointHandler:
+    options = ocp.CompositeOptions(async_options=_OPTIONS)
+    return ocp.CompositeCheckpointHandler(composite_options=options)
 
 
 class CheckpointWriter:
@@ -55,7 +86,7 @@ class CheckpointWriter:
             if hosts.is_first():
                 self._directory.mkdir(exist_ok=True)
                 self._clear()
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._orbax = ocp.AsyncCheckpointer(_make_handler(), async_options=_OPTIONS)
         self._thread = ThreadPoolExecutor(1)
         self._saving: tuple[int, Future[None]] | None = None
 
@@ -138,10 +169,11 @@ class CheckpointWriter:
             shutil.rmtree(remains, ignore_errors=True)
         last = list_steps(self._directory)
         before = f"the last good one is step {last[-1]}" if last else "there is none before it"
+        verb = "resume from there" if last else "start again"
         reason = error.strerror if isinstance(error, OSError) else one_line(error)
         return UnavailableError(
             f"can't write the checkpoint of step {step} in {self._directory} ({reason}); {before}: "
-            "free space or make it writable, then resume from there with the same command"
+            f"free space or make it writable, then {verb} with {same_again()}"
         )
 
     def __enter__(self) -> Self:
@@ -162,7 +194,7 @@ class CheckpointWriter:
 def save_params(directory: Path, step: int, params: Any) -> None:
     """Write a checkpoint of parameters only, as `step` in `directory`, for a converted model."""
     path = directory.absolute() / str(step)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with ocp.Checkpointer(_make_handler()) as checkpointer:
         checkpointer.save(path, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
     seal_checkpoint(path)
 
@@ -312,7 +344,7 @@ def _restore_first(
         reasons = "; ".join(f"step {path.name}: {damage}" for path, damage in damaged.items())
         raise UserError(
             f"every checkpoint in {directory} is damaged ({reasons}): restore one from a copy, or "
-            "use another --workdir"
+            f"use {another_directory()}"
         )
     return None, None, damaged
 

@@ -14,7 +14,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import lstm_jax
-from lstm_jax import config, model
+from lstm_jax import config, errors, model
 from lstm_jax.devices import compilation_cache
 from lstm_jax.errors import UserError, one_line, visible
 from lstm_jax.run import cell_file, console, interrupts
@@ -56,6 +56,7 @@ def run_command(main: Callable[[], int | None]) -> None:
             interrupts.exit_now(code)
         return code
 
+    errors.name_flags()
     try:
         console.protect_streams()
     except UserError as error:

@@ -20,7 +20,7 @@ from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import IO, Any
 
-from lstm_jax.errors import UnavailableError, UserError, one_line
+from lstm_jax.errors import UnavailableError, UserError, one_line, same_again
 
 # Suffixes of a file and a directory that are still being written.
 _PARTIAL, _UNFINISHED = ".partial", ".unfinished"
@@ -39,7 +39,7 @@ def name_failed_writes(directory: Path) -> Iterator[None]:
             raise
         raise UnavailableError(
             f"can't write to {error.filename or directory} ({error.strerror}): free space or make "
-            "it writable, then resume from the last checkpoint with the same command"
+            f"it writable, then resume from the last checkpoint with {same_again()}"
         ) from None
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from lstm_jax.devices import hosts
-from lstm_jax.errors import UnavailableError, UserError
+from lstm_jax.errors import UnavailableError, UserError, another_directory
 from lstm_jax.run import files
 
 LOCK = ".lock"
@@ -44,7 +44,7 @@ def hold_lock(directory: Path) -> Iterator[Callable[[], None]]:
         if not directory.exists():
             raise UserError(
                 f"process {jax.process_index()} does not see {directory}, where process 0 trains: "
-                "pass the same --workdir to all, on a disk that they share"
+                "name the same directory for all, on a disk that they share"
             )
         yield lambda: None
         return
@@ -156,7 +156,7 @@ def _held(path: Path, holder: dict[str, Any]) -> UnavailableError:
     fields = {"pid": "unknown", "host": "an unknown host", "since": "an unknown time", **holder}
     return UnavailableError(
         f"process {fields['pid']} on {fields['host']} is training in {path.parent} (since "
-        f"{fields['since']}): wait until it ends, stop it, or use another --workdir; if it is "
+        f"{fields['since']}): wait until it ends, stop it, or use {another_directory()}; if it is "
         f"dead already, try again in {STALE_SECONDS} seconds"
     )
 

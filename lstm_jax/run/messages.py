@@ -14,7 +14,7 @@ from lstm_jax import batches
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.devices import hosts
-from lstm_jax.errors import NotFiniteError, warn
+from lstm_jax.errors import NotFiniteError, same_again, set_field, warn
 from lstm_jax.recurrences import in_c
 from lstm_jax.run import cell_file, files, resume, workdir
 from lstm_jax.run.plan import Plan
@@ -95,8 +95,8 @@ def describe_early_end(config: ConfigDict, plan: Plan, step: int) -> str:
 def describe_stop(directory: Path, plan: Plan, step: int) -> str:
     """Return the message that a signal has stopped training after `step` steps."""
     return (
-        f"\nStopped at step {step} of {plan.total_steps}. Everything is saved in {directory}: the "
-        "same command resumes."
+        f"\nStopped at step {step} of {plan.total_steps}. Everything is saved in {directory}: "
+        f"{same_again()} resumes."
     )
 
 
@@ -108,7 +108,7 @@ def describe_end(directory: Path, config: ConfigDict, plan: Plan, step: int) -> 
         reason = f", without a lower validation loss in the last {config.patience} validations"
     return (
         f"The run in {directory} is finished after {plan.describe_length(step)}{reason}. To train "
-        f"longer, add for example --config.{field}={2 * config[field]}"
+        f"longer, set for example {set_field(field, 2 * config[field])}"
     )
 
 
@@ -142,7 +142,7 @@ def report_nonfinite(
     if skipped > allowed:
         raise NotFiniteError(
             f"{message}: the last good checkpoint is that of step {last_saved}; resume from it "
-            "with a lower --config.optimizer.learning_rate, --config.optimizer.max_gradient_norm=1,"
-            f" or more than {allowed} in --config.max_skipped_steps"
+            f"with a lower optimizer.learning_rate, {set_field('optimizer.max_gradient_norm', 1)}, "
+            f"or more than {allowed} in max_skipped_steps"
         )
     warn(f"{message}; skipped {skipped} of at most {allowed}")

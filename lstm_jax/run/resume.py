@@ -16,7 +16,7 @@ from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.cells.protocol import trace_cell
 from lstm_jax.devices import hosts
-from lstm_jax.errors import UserError
+from lstm_jax.errors import UserError, another_directory, for_caller, set_field
 from lstm_jax.regularization import drop_parameters
 from lstm_jax.run import cell_file, checkpoints, files, workdir
 from lstm_jax.run.plan import Plan
@@ -84,7 +84,7 @@ def settle_run(
         if (directory / name).exists():
             raise UserError(
                 f"{directory} holds {name} but no {workdir.CONFIG}: restore that file, or start a "
-                "new run with another --workdir"
+                f"new run in {another_directory()}"
             )
     vocabulary = make_vocabulary()
     if config.init_from:
@@ -128,17 +128,20 @@ def _compare(before: ConfigDict, config: ConfigDict, directory: Path, only: str 
     if config.model.cell_sha256 and same_class:
         changes.pop("model.cell", None)  # The file may move.
         if changes.pop("model.cell_sha256", None) and not only:
+            initial = for_caller(
+                f"--init_from {shlex.quote(str(directory))}",
+                f"config.init_from = {str(directory)!r}",
+            )
             raise UserError(
                 f"{config.model.cell} has changed since the run in {directory} began: restore it, "
-                "or start a new run from the parameters, with another --workdir and --init_from "
-                f"{directory}"
+                f"or start a new run from the parameters, with {another_directory()} and {initial}"
             )
     fixed = {f: values for f, values in changes.items() if f not in config_lib.CHANGEABLE}
     if "data.sha256" in fixed:
         text = before.data.path or f"the dataset {before.data.dataset}"
         raise UserError(
             f"{directory} holds a run that was trained on another text ({text}): restore "
-            "that text, or use another --workdir"
+            f"that text, or use {another_directory()}"
         )
     if only:  # The given parameters replace the initial ones.
         fixed = {f: values for f, values in fixed.items() if not f.startswith("model.initial_")}
@@ -147,14 +150,14 @@ def _compare(before: ConfigDict, config: ConfigDict, directory: Path, only: str 
         wanted = {field: was for field, (was, _) in fixed.items()}
         options = wanted.pop("model.options", {})
         wanted |= {f"model.options.{name}": value for name, value in options.items()}
-        flags = (f"--config.{field}={shlex.quote(str(value))}" for field, value in wanted.items())
-        remedy = " ".join(["add", *flags]) if wanted else "leave out config.model.options"
+        set_all = for_caller(" ", "; ").join(set_field(*item) for item in wanted.items())
+        remedy = f"add {set_all}" if wanted else "leave out config.model.options"
         raise UserError(f"the model in {directory} has other settings: {remedy}")
     if fixed:
         listed = "; ".join(f"{f} was {was!r} and is {now!r}" for f, (was, now) in fixed.items())
         raise UserError(
             f"{directory} holds a run with another config ({listed}): resume with that config, or "
-            "use another --workdir"
+            f"use {another_directory()}"
         )
     return changes
 
@@ -218,13 +221,12 @@ def restore_run(
     elif (directory / workdir.METRICS).exists():
         raise UserError(
             f"{directory} holds {workdir.METRICS} but no checkpoint: restore "
-            f"{workdir.CHECKPOINTS}/, or start a new run with another --workdir"
+            f"{workdir.CHECKPOINTS}/, or start a new run in {another_directory()}"
         )
     if step > plan.total_steps:
         raise UserError(
             f"the run in {directory} has trained {plan.describe_length(step)} already, and "
-            f"--config.{plan.limit}={config[plan.limit]} is fewer: set more, or use another "
-            "--workdir"
+            f"{plan.limit}={config[plan.limit]} is fewer: set more, or use {another_directory()}"
         )
     with hosts.first_goes_ahead("config"):
         if hosts.is_first():

@@ -1,5 +1,6 @@
 """Read and write the working directory of a run: config, vocabulary, model and history."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.cells.protocol import trace_cell
-from lstm_jax.errors import UserError, warn
+from lstm_jax.errors import UserError, for_caller, warn
 from lstm_jax.recurrences import fused
 from lstm_jax.run import cell_file, checkpoints, files
 from lstm_jax.vocabulary import Vocabulary
@@ -32,14 +33,31 @@ HISTORY = (METRICS, SAMPLES, "events.out.tfevents.*")
 _CONFIG_LIMIT, _VOCABULARY_LIMIT = 2**20, 2**25
 
 
+def check_path(directory: Path | str) -> Path:
+    """Return the path of a working directory, which may not exist; raise `UserError` if none can.
+
+    The system limits the length of a name, and allows no NUL in it.
+    """
+    try:
+        path = Path(directory)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            path.stat()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"directory is {directory!r:.100}: it must be a path ({error})") from None
+    except OSError as error:
+        raise UserError(f"directory is {str(directory)!r:.100}: {error.strerror}") from None
+    return path
+
+
 def load_config(workdir: Path) -> ConfigDict:
     """Return the config of the run in `workdir`; raise `UserError` if there is no run."""
     if not (workdir / CONFIG).exists():
-        raise UserError(
-            f"there is no trained model in {workdir} (no {CONFIG}): specify the --workdir of a "
-            f"training run, or train one with python -m lstm_jax.main --config "
-            f"experiments/quick.py --workdir {shlex.quote(str(workdir))}"
+        remedy = for_caller(
+            command="specify the --workdir of a training run, or train one with python -m "
+            f"lstm_jax.main --config experiments/quick.py --workdir {shlex.quote(str(workdir))}",
+            python="name the directory of a training run, or train one with lstm_jax.train",
         )
+        raise UserError(f"there is no trained model in {workdir} (no {CONFIG}): {remedy}")
     try:
         fields = files.read_json(workdir / CONFIG, _CONFIG_LIMIT)
     except (OSError, ValueError) as error:
@@ -89,7 +107,7 @@ def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
       UserError: if there is none, or a file is damaged, or its cell is in a file that was not
         loaded (`cell_file.load_cell`), or int8 is not possible.
     """
-    workdir = Path(workdir)
+    workdir = check_path(workdir)
     config = load_config(workdir)
     if dtype:
         config.model.dtype = "bfloat16" if dtype == "int8" else dtype
