@@ -1,28 +1,39 @@
 """LSTM language models in JAX and Flax: train on a text, measure, and generate."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lstm_jax import config
+    from lstm_jax.cells.check import check_cell
+    from lstm_jax.controls import Controls
+    from lstm_jax.errors import UserError
+    from lstm_jax.run.library import Run, load
+    from lstm_jax.training import train
 
 __version__ = "0.1.0"
 
-# The public names of the package, by the module that defines them. They are imported on first use,
-# because importing JAX takes seconds.
-_PUBLIC = {
-    "load": "run.library",
-    "check_cell": "cells.check",
+__all__ = ["Controls", "Run", "UserError", "check_cell", "config", "load", "train"]
+
+# The modules of the public names. They are imported on first use, because importing JAX takes
+# seconds.
+_MODULES = {
     "Controls": "controls",
+    "Run": "run.library",
     "UserError": "errors",
+    "check_cell": "cells.check",
+    "load": "run.library",
+    "train": "training",
 }
-_MODULES = ("config", "train")
 
 
 def __getattr__(name: str) -> Any:
+    if name == "config":
+        return importlib.import_module("lstm_jax.config")
     if name in _MODULES:
-        return importlib.import_module(f"lstm_jax.{name}")
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(f"lstm_jax.{_PUBLIC[name]}"), name)
+        return getattr(importlib.import_module(f"lstm_jax.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_PUBLIC, *_MODULES]
+    return sorted({*globals(), *__all__})

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from absl import flags
 
-from lstm_jax import config, train
+from lstm_jax import config, training
 from lstm_jax.devices import hosts
 from lstm_jax.errors import warn
 from lstm_jax.run import command, trackers
@@ -56,7 +56,7 @@ def main() -> int:
         hosts.join_processes(*processes, _JOIN_SECONDS.value),
         trackers.open_trackers(_TRACK.value, directory) as watch,
     ):
-        return train.train(experiment, directory, watch)
+        return training.train(experiment, directory, watch)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
-from lstm_jax import train
+from lstm_jax import training
 from lstm_jax.data import datasets, sources
 from lstm_jax.devices import compilation_cache
 
@@ -131,7 +131,7 @@ def make_tiny_config(text_file: Path) -> ConfigDict:
 def trained(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """Return the working directory of a finished tiny run."""
     directory = tmp_path_factory.mktemp("runs") / "tiny"
-    assert train.train(make_tiny_config(text_file), directory) == 0
+    assert training.train(make_tiny_config(text_file), directory) == 0
     return directory
 
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 import commands
 import lstm_jax
 from conftest import make_tiny_config
-from lstm_jax import bpe, train
+from lstm_jax import bpe, training
 from lstm_jax import loss as loss_lib
 from lstm_jax.convert import transfer
 from lstm_jax.errors import UserError
@@ -95,7 +95,7 @@ def test_a_missing_package_is_one_line(
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     tiny_config.data.units = "bpe"
     with pytest.raises(UserError, match=r"needs .* tokenizers .*: pip install 'lstm-jax\[bpe\]'$"):
-        train.train(tiny_config, tmp_path / "run")
+        training.train(tiny_config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -113,22 +113,22 @@ def make_config(text_file: Path, directory: Path) -> ConfigDict:
 def bpe_run(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """Return the working directory of a tiny run."""
     directory = tmp_path_factory.mktemp("bpe")
-    assert train.train(make_config(text_file, directory), directory / "run") == 0
+    assert training.train(make_config(text_file, directory), directory / "run") == 0
     return directory / "run"
 
 
 def test_a_text_on_disk_gives_the_same_run(bpe_run: Path, text_file: Path, tmp_path: Path) -> None:
     config = make_config(text_file, tmp_path)
     config.data.memory_megabytes = 0
-    assert train.train(config, tmp_path / "run") == 0
+    assert training.train(config, tmp_path / "run") == 0
     assert (tmp_path / ".lstm_jax").exists()
     assert_same(bpe_run, tmp_path / "run", rtol=1e-6)
     # A run resumes with its own tokens.
     config.num_epochs += 1
-    assert train.train(config, tmp_path / "run") == 0
+    assert training.train(config, tmp_path / "run") == 0
     config.data.vocabulary_size = 300
     with pytest.raises(UserError, match="vocabulary_size was 400 and is 300"):
-        train.train(config, tmp_path / "run")
+        training.train(config, tmp_path / "run")
 
 
 def test_a_run_generates_and_scores(bpe_run: Path) -> None:

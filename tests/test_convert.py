@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import runs
-from lstm_jax import config, generation, train
+from lstm_jax import config, generation, training
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.controls import Controls
@@ -162,7 +162,7 @@ def test_training_starts_from_imported_weights(
     transfer.import_weights(tmp_path / "model.keras", tmp_path / "in", beside, None)
     tiny_config.init_from = str(tmp_path / "in")
     tiny_config.num_epochs = 1
-    assert train.train(config.complete_config(tiny_config), tmp_path / "run") == 0
+    assert training.train(config.complete_config(tiny_config), tmp_path / "run") == 0
 
 
 def test_vocabularies_of_every_form(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import commands
-from lstm_jax import dynamic, generation, train
+from lstm_jax import dynamic, generation, training
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.controls import Controls
@@ -112,7 +112,7 @@ def other(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
     config = workdir.load_config(trained)
     config.model.cell, config.model.hidden_size, config.num_epochs = "gru", 16, 1
     directory = tmp_path_factory.mktemp("runs") / "other"
-    assert train.train(config, directory) == 0
+    assert training.train(config, directory) == 0
     return directory
 
 
@@ -160,6 +160,6 @@ def test_members_need_one_text_and_vocabulary(
     another.write_text(text[10:17_000] + text[:10] + text[17_000:])
     config.data.update({**changes, "path": str(another)} if "path" in changes else changes)
     config.num_epochs = 1
-    assert train.train(config, tmp_path / "run") == 0
+    assert training.train(config, tmp_path / "run") == 0
     with pytest.raises(UserError, match=f"{trained} and {tmp_path / 'run'} have {message}"):
         ensemble.load_ensemble([trained, tmp_path / "run"])

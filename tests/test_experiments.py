@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
-from lstm_jax import train
+from lstm_jax import training
 from lstm_jax.run import metrics, workdir
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -36,9 +36,9 @@ def test_an_experiment_trains_and_resumes(name: str, text_file: Path, tmp_path: 
     config = make_small_config(name)
     config.data.path = str(tmp_path / "text")
     Path(config.data.path).write_text(text, encoding="utf-8")
-    assert train.train(config, tmp_path / "run") == 0
+    assert training.train(config, tmp_path / "run") == 0
     config.num_epochs = 2
-    assert train.train(config, tmp_path / "run") == 0
+    assert training.train(config, tmp_path / "run") == 0
     assert read_splits(tmp_path / "run") == {"train", "validation", "test"}
     if config.data.units == "bytes":
         vocabulary = workdir.load_vocabulary(tmp_path / "run")

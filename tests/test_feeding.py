@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import runs
-from lstm_jax import batches, config, train
+from lstm_jax import batches, config, training
 from lstm_jax.devices import feeding, parallel
 from lstm_jax.errors import UserError
 
@@ -40,9 +40,9 @@ def test_several_steps_in_one_call_give_the_same_losses(
     tiny_config.log_every_steps = 20
     tiny_config.num_epochs = 1
     tiny_config.regularization.output_dropout = 0.1
-    assert train.train(tiny_config, tmp_path / "one") == 0
+    assert training.train(tiny_config, tmp_path / "one") == 0
     tiny_config.steps_per_call = 7  # 20 steps are two calls and six single steps.
-    assert train.train(tiny_config, tmp_path / "several") == 0
+    assert training.train(tiny_config, tmp_path / "several") == 0
     one, several = runs.read_losses(tmp_path / "one"), runs.read_losses(tmp_path / "several")
     assert [row[:2] for row in one] == [row[:2] for row in several]
     np.testing.assert_allclose(
@@ -58,7 +58,7 @@ def test_an_error_names_the_nonfinite_step_among_several(
     tiny_config.optimizer.max_gradient_norm = 0.0
     tiny_config.steps_per_call = 5
     with pytest.raises(UserError, match="gradient of step 2 is not finite"):
-        train.train(tiny_config, tmp_path)
+        training.train(tiny_config, tmp_path)
     assert (tmp_path / "nonfinite_step_2.json").exists()
 
 
@@ -70,4 +70,4 @@ def test_an_implicit_transfer_to_the_device_raises_an_error(
 
     monkeypatch.setattr(feeding.Feed, "_place", skip_placement)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
-        train.train(tiny_config, tmp_path)
+        training.train(tiny_config, tmp_path)

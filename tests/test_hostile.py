@@ -36,7 +36,7 @@ SECONDS, MEGABYTES = 60, 2000
 SERVER = """
 import contextlib, json, os, runpy, sys, time, warnings
 import tensorflow_datasets, grain, h5py, safetensors.numpy
-import lstm_jax.train, lstm_jax.sample.chat, lstm_jax.sample.novelty
+import lstm_jax.training, lstm_jax.sample.chat, lstm_jax.sample.novelty
 import lstm_jax.inspect.report, lstm_jax.convert.transfer
 run, outside, seen = sys.argv[1:]
 

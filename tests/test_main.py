@@ -371,12 +371,6 @@ def test_a_field_without_effect_gives_a_warning(text_file: Path, tmp_path: Path)
     )
 
 
-def test_running_a_library_module_names_the_command() -> None:
-    result = run("train", cwd=ROOT)
-    assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr == "error: train with python -m lstm_jax.main --config FILE\n"
-
-
 BAD_CONFIGS = {
     "raises.py": "def get_config():\n    return 1 / 0\n",
     "syntax.py": "def get_config(:\n",

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 import commands
 import lstm_jax
-from lstm_jax import cells, train
+from lstm_jax import cells, training
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.cells.block import Block
@@ -66,17 +66,17 @@ def test_the_example_trains_and_resumes_bit_for_bit(
     tiny_config.optimizer.microbatches = 2
     for field in tiny_config.regularization:
         tiny_config.regularization[field] = 0.1
-    assert train.train(tiny_config, tmp_path / "whole") == 0
+    assert training.train(tiny_config, tmp_path / "whole") == 0
 
     def die(row: Any) -> None:
         if row["step"] > 80 and row["split"] == "train":
             raise _KilledError
 
     with pytest.raises(_KilledError):
-        train.train(tiny_config, tmp_path / "cut", die)
+        training.train(tiny_config, tmp_path / "cut", die)
     moved = own_file.rename(own_file.with_name("moved.py"))
     name_cell(tiny_config, moved)  # A file may move.
-    assert train.train(tiny_config, tmp_path / "cut") == 0
+    assert training.train(tiny_config, tmp_path / "cut") == 0
     assert_same(tmp_path / "whole", tmp_path / "cut")
     rows = [workdir.load_config(tmp_path / name).model for name in ("whole", "cut")]
     assert rows[0].cell_sha256 == rows[1].cell_sha256 and len(rows[0].cell_sha256) == 64
@@ -86,13 +86,13 @@ def test_the_example_trains_and_resumes_bit_for_bit(
     tiny_config.num_epochs = 3
     tiny_config.model.options = {}
     with pytest.raises(UserError, match="model.options was {'forget_bias': 0.5} and is {}"):
-        train.train(tiny_config, tmp_path / "cut")
+        training.train(tiny_config, tmp_path / "cut")
     tiny_config.model.options = {"forget_bias": 0.5}
     moved.write_text(moved.read_text() + "\n")
     with pytest.raises(UserError, match="has changed since the run .* began: restore it, or"):
-        train.train(tiny_config, tmp_path / "cut")
+        training.train(tiny_config, tmp_path / "cut")
     tiny_config.num_epochs, tiny_config.init_from = 1, str(tmp_path / "cut")
-    assert train.train(tiny_config, tmp_path / "new") == 0
+    assert training.train(tiny_config, tmp_path / "new") == 0
 
 
 SPACE = """
@@ -168,7 +168,7 @@ def test_reading_a_run_runs_only_the_file_that_the_user_names(
 ) -> None:
     tiny_config.num_epochs = 1
     name = name_cell(tiny_config, own_file)
-    assert train.train(tiny_config, tmp_path / "run") == 0
+    assert training.train(tiny_config, tmp_path / "run") == 0
     mark = tmp_path / "mark"
     own_file.write_text(f"open({str(mark)!r}, 'w')\n" + own_file.read_text())
     capfd.readouterr()
@@ -313,7 +313,7 @@ def test_a_mistake_in_a_cell_is_one_line(
     path.write_text(source)
     name_cell(tiny_config, path, kind)
     with pytest.raises(UserError, match=message) as error:
-        train.train(tiny_config, tmp_path / "run")
+        training.train(tiny_config, tmp_path / "run")
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
@@ -325,7 +325,7 @@ def test_a_run_is_read_with_the_file_that_it_was_trained_with(
         path = tmp_path / f"{name}.py"
         path.write_text(HEADER + GOOD + f"# {name}\n")
         name_cell(tiny_config, path, "Mine")
-        assert train.train(tiny_config, tmp_path / name, quiet=True) == 0
+        assert training.train(tiny_config, tmp_path / name, quiet=True) == 0
     for name in ("one", "two"):
         trained = workdir.load_trained(tmp_path / name)
         assert trained.config.model.cell == f"{tmp_path / name}.py:Mine"

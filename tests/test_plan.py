@@ -12,7 +12,7 @@ import runs
 from lstm_jax import config as config_lib
 from lstm_jax import loss as loss_lib
 from lstm_jax import optimizer as optimizer_lib
-from lstm_jax import train
+from lstm_jax import training
 from lstm_jax.errors import UserError
 from lstm_jax.run import checkpoints, metrics, workdir
 from lstm_jax.run.plan import Plan
@@ -24,7 +24,7 @@ class KilledError(Exception):
 
 
 def kill_at(step: int, split: str) -> Callable[[Mapping[str, Any]], None]:
-    """Return a callback for `train.train` that ends the run after this row."""
+    """Return a callback for `training.train` that ends the run after this row."""
 
     def watch(row: Mapping[str, Any]) -> None:
         if (row["step"], row["split"]) == (step, split):
@@ -69,8 +69,8 @@ def test_validating_more_often_does_not_change_training(
 ) -> None:
     tiny_config.validate_every_steps = 30
     with pytest.raises(KilledError):
-        train.train(tiny_config, tmp_path, kill_at(90, "validation"))
-    assert train.train(tiny_config, tmp_path) == 0
+        training.train(tiny_config, tmp_path, kill_at(90, "validation"))
+    assert training.train(tiny_config, tmp_path) == 0
     assert list_steps(tmp_path) == [0, 30, 60, 70, 90, 120, 140]
     found = runs.read_numbers(tmp_path)
     assert len(set(found)) == len(found), "each step once"
@@ -84,7 +84,7 @@ def test_max_steps_ends_the_run_and_its_schedule(
 ) -> None:
     tiny_config.max_steps = 103
     tiny_config.log_every_steps = 1
-    assert train.train(tiny_config, tmp_path) == 0
+    assert training.train(tiny_config, tmp_path) == 0
     assert "=== epoch 1.47 of 1.47: validation loss" in capsys.readouterr().out
     assert list_steps(tmp_path) == [0, 70, 103]
     assert checkpoints.list_steps(tmp_path / workdir.CHECKPOINTS) == [70, 103]
@@ -98,16 +98,16 @@ def test_max_steps_ends_the_run_and_its_schedule(
     assert rates[60] == pytest.approx(float(schedule(59)), rel=1e-5)
 
     before = (tmp_path / workdir.METRICS).read_bytes()
-    assert train.train(tiny_config, tmp_path) == 0
+    assert training.train(tiny_config, tmp_path) == 0
     output = capsys.readouterr().out
     assert "is finished after 103 steps. To train longer" in output
     assert "--config.max_steps=206" in output
     assert (tmp_path / workdir.METRICS).read_bytes() == before
     tiny_config.max_steps = 50
     with pytest.raises(UserError, match=r"trained 103 steps already, and .*max_steps=50 is fewer"):
-        train.train(tiny_config, tmp_path)
+        training.train(tiny_config, tmp_path)
     tiny_config.max_steps = 0
-    assert train.train(tiny_config, tmp_path) == 0
+    assert training.train(tiny_config, tmp_path) == 0
     assert list_steps(tmp_path) == [0, 70, 103, 140]
 
 
@@ -125,7 +125,7 @@ def test_patience_ends_a_run_at_the_same_step_whether_or_not_it_was_killed(
     patient_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert train.train(patient_config, whole) == 0
+    assert training.train(patient_config, whole) == 0
     output = capsys.readouterr().out
     losses = {s: loss for s, split, loss in runs.read_losses(whole) if split == "validation"}
     *_, before, last = steps = list(losses)
@@ -141,26 +141,26 @@ def test_patience_ends_a_run_at_the_same_step_whether_or_not_it_was_killed(
     # Before a validation, and during the last one, whose loss is lost.
     for step, split in ((before // 10 * 10, "train"), (last, "validation")):
         with pytest.raises(KilledError):
-            train.train(patient_config, killed, kill_at(step, split))
-    assert train.train(patient_config, killed) == 0
+            training.train(patient_config, killed, kill_at(step, split))
+    assert training.train(patient_config, killed) == 0
     runs.assert_same(whole, killed)
 
     # It is finished, and more patience resumes it.
     content = (whole / workdir.METRICS).read_bytes()
     capsys.readouterr()
-    assert train.train(patient_config, whole) == 0
+    assert training.train(patient_config, whole) == 0
     output = capsys.readouterr().out
     assert "without a lower validation loss in the last 3 validations" in output
     assert "--config.patience=6" in output
     assert (whole / workdir.METRICS).read_bytes() == content
     patient_config.patience, patient_config.max_steps = 0, last + 5
-    assert train.train(patient_config, whole) == 0
+    assert training.train(patient_config, whole) == 0
     assert list_steps(whole)[: len(steps)] == steps and list_steps(whole)[-1] == last + 5
 
 
 def test_validation_reads_the_first_tokens_only(tiny_config: ConfigDict, tmp_path: Path) -> None:
     tiny_config.max_steps, tiny_config.validation_tokens = 20, 300
-    assert train.train(tiny_config, tmp_path) == 0
+    assert training.train(tiny_config, tmp_path) == 0
     trained = workdir.load_trained(tmp_path)
     text = Path(tiny_config.data.path).read_text(encoding="utf-8")
     ids = trained.vocabulary.encode(text[18_000:18_300])
@@ -169,10 +169,10 @@ def test_validation_reads_the_first_tokens_only(tiny_config: ConfigDict, tmp_pat
     assert losses[20] == pytest.approx(expected, rel=1e-6)
     tiny_config.validation_tokens = 0
     with pytest.raises(UserError, match="validation_tokens was 300 and is 0"):
-        train.train(tiny_config, tmp_path)
+        training.train(tiny_config, tmp_path)
     tiny_config.validation_tokens = 1
     with pytest.raises(UserError, match="validation_tokens is 1: it must be 0, or from 4"):
-        train.train(tiny_config, tmp_path / "other")
+        training.train(tiny_config, tmp_path / "other")
 
 
 def test_a_population_validates_and_ends_as_a_single_run_does(
@@ -181,7 +181,7 @@ def test_a_population_validates_and_ends_as_a_single_run_does(
     tiny_config.max_steps, tiny_config.validate_every_steps = 85, 40
     tiny_config.validation_tokens = 300
     alone, directories = tmp_path / "alone", [tmp_path / "0", tmp_path / "1"]
-    assert train.train(tiny_config, alone) == 0
+    assert training.train(tiny_config, alone) == 0
     reported = []
     population.train_population(
         [tiny_config] * 2, directories, lambda member, epoch, loss: reported.append((member, epoch))

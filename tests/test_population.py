@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 import runs
 from conftest import make_tiny_config
 from lstm_jax import config as config_lib
-from lstm_jax import train
+from lstm_jax import training
 from lstm_jax.data import texts
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import metrics, workdir
@@ -76,7 +76,7 @@ def test_each_member_matches_a_single_run(together: tuple, tmp_path: Path) -> No
     assert reasons[:2] == ["", ""]
     for i, (config, directory) in enumerate(zip(configs[:2], directories, strict=False)):
         alone = tmp_path / str(i)
-        assert train.train(config, alone) == 0
+        assert training.train(config, alone) == 0
         expected, found = read_numbers(alone), read_numbers(directory)
         assert found.keys() == expected.keys()
         for key, number in expected.items():

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 import runs
 from lstm_jax import config as config_lib
 from lstm_jax import loss as loss_lib
-from lstm_jax import train
+from lstm_jax import training
 from lstm_jax.data import encoding, prepared, sources, texts, worker
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import files, workdir
@@ -268,9 +268,9 @@ def test_training_is_the_same_from_memory_and_from_files(
 ) -> None:
     tiny_config.num_epochs = 1
     tiny_config.data.prepared = str(tmp_path / "prepared")
-    assert train.train(tiny_config, tmp_path / "memory") == 0
+    assert training.train(tiny_config, tmp_path / "memory") == 0
     tiny_config.data.memory_megabytes = 0
-    assert train.train(tiny_config, tmp_path / "files") == 0
+    assert training.train(tiny_config, tmp_path / "files") == 0
     # Batches that are cut on the device use another program than those from the host.
     runs.assert_same(tmp_path / "memory", tmp_path / "files", rtol=1e-6)
     trained = workdir.load_trained(tmp_path / "files")

@@ -2,12 +2,12 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from lstm_jax import train
+from lstm_jax import training
 
 
 def test_a_profiled_run_leaves_a_trace(tiny_config: ConfigDict, tmp_path: Path) -> None:
     tiny_config.profile, tiny_config.num_epochs = True, 1
-    assert train.train(tiny_config, tmp_path) == 0
+    assert training.train(tiny_config, tmp_path) == 0
     (trace,) = tmp_path.glob("plugins/profile/*/*.xplane.pb")
     content = trace.read_bytes()
     assert b"train_step" in content and b"step_num" in content  # The functions, and the steps.

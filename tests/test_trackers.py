@@ -15,7 +15,7 @@ import pytest
 
 import runs
 from conftest import make_tiny_config
-from lstm_jax import train
+from lstm_jax import training
 from lstm_jax.errors import UserError
 from lstm_jax.run import metrics, trackers, workdir
 
@@ -101,8 +101,8 @@ def test_a_tracker_that_cannot_be_opened_ends_the_run_with_one_line(
         pytest.raises(UserError, match=r"--track=json failed \(RuntimeError: there is no key\)"),
         trackers.open_trackers(["json"], tmp_path / "run") as watch,
     ):
-        train.train(config, tmp_path / "run", watch)
-    assert train.train(config, tmp_path / "run") == 0, "it resumes"
+        training.train(config, tmp_path / "run", watch)
+    assert training.train(config, tmp_path / "run") == 0, "it resumes"
 
 
 @pytest.mark.process
@@ -129,7 +129,7 @@ def train_tracked(name: str, text_file: Path, directory: Path) -> tuple[list, li
     before: list = []
     for config.max_steps in (20, 40):
         with trackers.open_trackers([name], directory) as watch:
-            assert train.train(config, directory, watch) == 0
+            assert training.train(config, directory, watch) == 0
         before = before or runs.read_losses(directory)
     return runs.read_losses(directory), before
 

@@ -21,7 +21,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import runs
-from lstm_jax import batches, train
+from lstm_jax import batches, training
 from lstm_jax import config as config_lib
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
@@ -50,10 +50,10 @@ def test_a_stopped_run_resumes_bit_for_bit(
         for name in tiny_config.regularization:
             tiny_config.regularization[name] = 0.1
         tiny_config.optimizer.average_decay = 0.9
-    assert train.train(tiny_config, whole) == 0
+    assert training.train(tiny_config, whole) == 0
 
     steps = 0
-    make = train.make_train_step
+    make = training.make_train_step
 
     def make_stopping(*args: Any) -> TrainStep:
         step = make(*args)
@@ -67,9 +67,9 @@ def test_a_stopped_run_resumes_bit_for_bit(
 
         return stopping
 
-    monkeypatch.setattr(train, "make_train_step", make_stopping)
-    assert train.train(tiny_config, stopped) == 130
-    assert train.train(tiny_config, stopped) == 0
+    monkeypatch.setattr(training, "make_train_step", make_stopping)
+    assert training.train(tiny_config, stopped) == 130
+    assert training.train(tiny_config, stopped) == 0
     runs.assert_same(whole, stopped)
 
 
@@ -117,15 +117,15 @@ def test_a_finished_run_says_so_and_can_be_trained_longer(
     tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_config.num_epochs = 1
-    assert train.train(tiny_config, tmp_path) == 0
+    assert training.train(tiny_config, tmp_path) == 0
     before = (tmp_path / workdir.METRICS).read_bytes()
     capsys.readouterr()
-    assert train.train(tiny_config, tmp_path) == 0
+    assert training.train(tiny_config, tmp_path) == 0
     output = capsys.readouterr().out
-    assert "is finished after 1 epochs" in output and "--config.num_epochs=2" in output
+    assert "is finished after 1 epochs" in output and "config.num_epochs = 2" in output
     assert (tmp_path / workdir.METRICS).read_bytes() == before
     tiny_config.num_epochs = 2
-    assert train.train(tiny_config, tmp_path) == 0
+    assert training.train(tiny_config, tmp_path) == 0
     assert "Resuming from step" in capsys.readouterr().out
     assert [row[1] for row in runs.read_losses(tmp_path)].count("validation") == 3
 
@@ -140,7 +140,7 @@ def test_the_callback_gets_each_loss_after_it_is_written(
         assert runs.read_losses(tmp_path)[-1] == (row["step"], row["split"], row["loss"])
         seen.append(row["loss"])
 
-    assert train.train(tiny_config, tmp_path, watch) == 0
+    assert training.train(tiny_config, tmp_path, watch) == 0
     *_, test = runs.read_losses(tmp_path)
     assert test[1] == "test"
     assert seen == [loss for *_, loss in runs.read_losses(tmp_path)]
@@ -151,19 +151,19 @@ def test_another_model_or_text_in_the_same_directory_raises_an_error(
 ) -> None:
     tiny_config.model.hidden_size = 25
     with pytest.raises(UserError, match="model.hidden_size was 24 and is 25"):
-        train.train(tiny_config, trained)
+        training.train(tiny_config, trained)
     tiny_config.model.hidden_size = 24
     other = tmp_path / "other.txt"
     other.write_text(Path(tiny_config.data.path).read_text() + ".")
     tiny_config.data.path = str(other)
-    with pytest.raises(UserError, match="was trained on another text .*use another --workdir"):
-        train.train(tiny_config, trained)
+    with pytest.raises(UserError, match="was trained on another text .*use another directory"):
+        training.train(tiny_config, trained)
 
 
 def test_a_text_too_short_leaves_no_directory(tiny_config: ConfigDict, tmp_path: Path) -> None:
     tiny_config.batches.batch_size = 1000
     with pytest.raises(UserError, match="too short: 1000 streams of 32"):
-        train.train(tiny_config, tmp_path / "run")
+        training.train(tiny_config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -174,7 +174,7 @@ def test_a_validation_text_too_short_is_refused_before_training(
         (tmp_path / name).write_text(text)
     tiny_config.data.path = f"{tiny_config.data.path};{tmp_path}/validation;{tmp_path}/test"
     with pytest.raises(UserError, match="validation split is too short: it has 3 .*, and needs 4"):
-        train.train(tiny_config, tmp_path / "run")
+        training.train(tiny_config, tmp_path / "run")
     assert not (tmp_path / "run" / workdir.METRICS).exists()
 
 
@@ -185,7 +185,7 @@ def test_an_error_of_the_callback_is_not_about_the_disk(
         raise urllib.error.URLError("the server is down")
 
     with pytest.raises(urllib.error.URLError, match="the server is down"):
-        train.train(tiny_config, tmp_path, watch)
+        training.train(tiny_config, tmp_path, watch)
 
 
 def test_a_run_that_lost_its_lock_writes_no_further_row(
@@ -195,14 +195,14 @@ def test_a_run_that_lost_its_lock_writes_no_further_row(
         (tmp_path / lock.LOCK).unlink(missing_ok=True)
 
     with pytest.raises(UnavailableError, match="has taken over"):
-        train.train(tiny_config, tmp_path, watch)
+        training.train(tiny_config, tmp_path, watch)
     assert len(runs.read_losses(tmp_path)) == 1
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, *poisoned: int) -> None:
     """Make the carry of these steps infinite, counted over all runs of the test."""
     steps = 0
-    make = train.make_train_step
+    make = training.make_train_step
 
     def make_poisoned(*args: Any) -> TrainStep:
         step = make(*args)
@@ -218,7 +218,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, *poisoned: int) -> None:
 
         return poisoned_step
 
-    monkeypatch.setattr(train, "make_train_step", make_poisoned)
+    monkeypatch.setattr(training, "make_train_step", make_poisoned)
 
 
 def test_a_run_skips_max_skipped_steps_and_then_stops(
@@ -230,7 +230,7 @@ def test_a_run_skips_max_skipped_steps_and_then_stops(
     tiny_config.max_skipped_steps = 3
     poison(monkeypatch, 15, 16, 93, 95, 96)
     with pytest.raises(UserError, match="gradient of step 93 is not finite") as caught:
-        train.train(tiny_config, tmp_path)
+        training.train(tiny_config, tmp_path)
     for word in ("step 70", "learning_rate", "max_gradient_norm", "max_skipped_steps"):
         assert word in str(caught.value)
     lines = capsys.readouterr().err.splitlines()
@@ -252,7 +252,7 @@ def test_a_run_skips_max_skipped_steps_and_then_stops(
     np.testing.assert_array_equal(ids["inputs"], batch.inputs)
     np.testing.assert_array_equal(ids["targets"], batch.targets)
 
-    assert train.train(tiny_config, tmp_path) == 0, "without the poison, the step is finite"
+    assert training.train(tiny_config, tmp_path) == 0, "without the poison, the step is finite"
     restored = runs.load_final_state(tmp_path)
     assert all(np.isfinite(x).all() for x in restored[:-1])
 
@@ -264,11 +264,11 @@ def test_a_diverged_run_stops_and_resumes_with_a_lower_learning_rate(
     tiny_config.optimizer.warmup_steps = 0
     tiny_config.optimizer.max_gradient_norm = 0.0
     with pytest.raises(UserError, match="gradient of step 1 is not finite .* that of step 0"):
-        train.train(tiny_config, tmp_path)
+        training.train(tiny_config, tmp_path)
     tiny_config.optimizer.learning_rate = 0.01
     tiny_config.optimizer.max_gradient_norm = 1.0
     capsys.readouterr()
-    assert train.train(tiny_config, tmp_path) == 0
+    assert training.train(tiny_config, tmp_path) == 0
     assert (
         "From step 0 on, optimizer.learning_rate is 0.01; it was 1e+38" in capsys.readouterr().out
     )
@@ -289,7 +289,7 @@ def test_training_from_python_works_in_a_thread_and_reports_every_row(
     ended: list[int] = []
     # Python allows signal handlers only in the main thread.
     thread = threading.Thread(
-        target=lambda: ended.append(train.train(tiny_config, str(tmp_path), reported.append))
+        target=lambda: ended.append(training.train(tiny_config, str(tmp_path), reported.append))
     )
     thread.start()
     thread.join()
@@ -305,9 +305,9 @@ def test_training_from_python_works_in_a_thread_and_reports_every_row(
 
     tiny_config.optimizer.learning_rate = -1.0
     with pytest.raises(UserError, match="optimizer.learning_rate is -1.0"):
-        train.train(tiny_config, tmp_path / "other")
+        training.train(tiny_config, tmp_path / "other")
     with pytest.raises(UserError, match="no field config.model.hiden_size"):
-        train.train(ConfigDict({"model": {"hiden_size": 3}}), tmp_path / "other")
+        training.train(ConfigDict({"model": {"hiden_size": 3}}), tmp_path / "other")
 
 
 def test_the_initial_bias_matches_the_token_frequencies(
@@ -318,7 +318,7 @@ def test_the_initial_bias_matches_the_token_frequencies(
     first: dict[str, float] = {}
     for kind in ("frequencies", "zeros"):
         tiny_config.model.initial_bias = kind
-        train.train(tiny_config, tmp_path / kind)
+        training.train(tiny_config, tmp_path / kind)
         rows = metrics.read_metrics(tmp_path / kind / workdir.METRICS)
         first[kind] = next(row["loss"] for row in rows if row["split"] == "validation")
     vocabulary = workdir.load_vocabulary(tmp_path / "zeros")
@@ -355,7 +355,7 @@ def test_a_model_trained_on_streams_recovers_from_a_zero_state(
     tiny_config.num_epochs = 1
     if not is_on:
         tiny_config.model.initial_bias, tiny_config.batches.reset_probability = "zeros", 0.0
-    assert train.train(tiny_config, tmp_path / "run") == 0
+    assert training.train(tiny_config, tmp_path / "run") == 0
     output = capsys.readouterr()
     trained = workdir.load_trained(tmp_path / "run")
     ids = texts.load_texts_of_run(trained.config.data, None)["train"].encode(trained.vocabulary)
@@ -383,7 +383,7 @@ def test_nonfinite_parameters_are_never_saved(
     largest = 1000.0 if field == "model.initial_scale" else 1e38
     tiny_config.update_from_flattened_dict({field: largest})
     with contextlib.suppress(UserError):
-        train.train(tiny_config, tmp_path)
+        training.train(tiny_config, tmp_path)
     saved = runs.load_final_state(tmp_path)
     assert all(np.isfinite(x).all() for x in saved[:-1])
 
@@ -391,23 +391,23 @@ def test_nonfinite_parameters_are_never_saved(
 def test_fewer_epochs_than_a_run_has_had_raise_an_error(
     tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
-    assert train.train(tiny_config, tmp_path) == 0
+    assert training.train(tiny_config, tmp_path) == 0
     before = (tmp_path / workdir.CONFIG).read_bytes()
     # As if it had stopped before the last validation.
     (tmp_path / workdir.CHECKPOINTS / "140" / checkpoints.VALIDATION).unlink()
     tiny_config.num_epochs = 1
     with pytest.raises(UserError, match=r"trained 2 epochs already, and .*num_epochs=1 is fewer"):
-        train.train(tiny_config, tmp_path)
+        training.train(tiny_config, tmp_path)
     assert (tmp_path / workdir.CONFIG).read_bytes() == before
 
 
 def test_a_checkpoint_under_the_name_of_another_step_is_set_aside(
     tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train.train(tiny_config, tmp_path) == 0
+    assert training.train(tiny_config, tmp_path) == 0
     saved_in = tmp_path / workdir.CHECKPOINTS
     (saved_in / "140").rename(saved_in / "2000000000")
-    assert train.train(tiny_config, tmp_path) == 0
+    assert training.train(tiny_config, tmp_path) == 0
     output = capsys.readouterr()
     assert "2000000000 is damaged (it is the checkpoint of step 140)" in output.err
     assert "Resuming from step 70 of 140" in output.out
@@ -426,7 +426,7 @@ def test_a_new_run_starts_from_the_weights_of_another(
     tiny_config.data.path = str(new)
     tiny_config.init_from = str(trained)
     tiny_config.num_epochs = 1
-    assert train.train(tiny_config, tmp_path / "run") == 0
+    assert training.train(tiny_config, tmp_path / "run") == 0
     source = workdir.load_trained(trained)
     output = capsys.readouterr().out
     assert f"those of step {source.step} in {trained}" in output
@@ -455,11 +455,11 @@ def test_a_new_run_starts_from_the_weights_of_another(
 
     # The run resumes with or without `init_from`; another value raises an error.
     tiny_config.init_from = ""
-    assert train.train(tiny_config, tmp_path / "run") == 0
+    assert training.train(tiny_config, tmp_path / "run") == 0
     assert workdir.load_config(tmp_path / "run").init_from == str(trained)
     tiny_config.init_from = str(tmp_path)
     with pytest.raises(UserError, match="init_from was"):
-        train.train(tiny_config, tmp_path / "run")
+        training.train(tiny_config, tmp_path / "run")
 
 
 def copy_first_checkpoint(directory: Path) -> Path:
@@ -475,11 +475,11 @@ def test_weights_of_a_model_of_other_sizes_raise_an_error(
     tiny_config.init_from = str(trained)
     tiny_config.model.hidden_size = 25
     tiny_config.batches.batch_size = 4  # The batch size may differ.
-    with pytest.raises(UserError, match=r"other settings: add --config.model.hidden_size=24$"):
-        train.train(tiny_config, tmp_path / "run")
+    with pytest.raises(UserError, match=r"other settings: add config.model.hidden_size = 24$"):
+        training.train(tiny_config, tmp_path / "run")
     tiny_config.init_from = str(tmp_path)
     with pytest.raises(UserError, match="there is no trained model in"):
-        train.train(tiny_config, tmp_path / "run")
+        training.train(tiny_config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -514,10 +514,10 @@ def test_a_run_with_missing_files_does_not_start_over(
     (directory / name).rename(tmp_path / name)
     before = sorted(directory.rglob("*"))
     with pytest.raises(UserError, match=message):
-        train.train(tiny_config, directory)
+        training.train(tiny_config, directory)
     assert sorted(directory.rglob("*")) == before
     (tmp_path / name).rename(directory / name)
-    assert train.train(tiny_config, directory) == 0
+    assert training.train(tiny_config, directory) == 0
 
 
 def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
@@ -529,7 +529,7 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
     directory = tmp_path / "run"
     shutil.copytree(trained, directory)
     (directory / workdir.CHECKPOINTS / "140" / "state" / "manifest.ocdbt").unlink()
-    assert train.train(tiny_config, directory) == 0
+    assert training.train(tiny_config, directory) == 0
     output = capsys.readouterr()
     assert "Resuming from step 70 of 140" in output.out
     assert "140 is damaged (state/manifest.ocdbt is missing): it is now 140.damaged" in output.err
@@ -546,7 +546,7 @@ def test_a_file_of_the_run_that_is_a_link_raises_an_error(
     before = target.read_text()
     tiny_config.num_epochs = 3
     with pytest.raises(UserError, match="samples.txt is a link"):
-        train.train(tiny_config, directory)
+        training.train(tiny_config, directory)
     assert target.read_text() == before
 
 

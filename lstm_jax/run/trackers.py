@@ -160,7 +160,7 @@ _TRACKERS: dict[str, Callable[[_Run], _Tracker]] = {
 
 @contextlib.contextmanager
 def open_trackers(names: Sequence[str], directory: Path) -> Iterator[Callable[[_Row], None]]:
-    """Yield a callback for `train.train` that sends the rows of the run in `directory` to trackers.
+    """Yield a callback for `train` that sends the rows of the run in `directory` to trackers.
 
     Trackers are opened with the first row, when nothing can be wrong with the run any more. One
     that fails later gets no more rows, with a warning, and training continues.

@@ -66,7 +66,7 @@ def train_population(
     """Train a model for each config, or resume from the working directories.
 
     Each working directory is that of a single run, but without samples and curves. Return the
-    reason why each model failed, or "". Raise `UserError` as `train.train` does.
+    reason why each model failed, or "". Raise `UserError` as `training.train` does.
     """
     check_members(configs)
     keep_freed_memory()

@@ -17,7 +17,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study
 from optuna.trial import TrialState
 
-from lstm_jax import train
+from lstm_jax import training
 from lstm_jax.data import texts
 from lstm_jax.errors import NotFiniteError, UnavailableError, UserError, one_line
 from lstm_jax.run import cell_file, checkpoints, files, metrics, workdir
@@ -221,7 +221,7 @@ def _train_trial(trial: Trial, config: ConfigDict, directory: Path) -> str:
                 raise TrialPruned
 
     try:
-        exit_code = train.train(config, directory, report_loss)
+        exit_code = training.train(config, directory, report_loss)
     except NotFiniteError as error:
         return str(error)
     if exit_code:

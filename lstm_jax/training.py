@@ -1,9 +1,7 @@
 """Train a model, from its text to the test loss: set up, restore, loop, validate, finish."""
 
 import contextlib
-import sys
 import time
-import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +55,7 @@ def train(
         directory holds another run or a damaged one, is in use, or can't be written; or the
         loss, a gradient or a parameter is not finite.
     """
-    config, directory = config_lib.complete_config(config), Path(directory)
+    config, directory = config_lib.complete_config(config), workdir.check_path(directory)
     parallel.use_cores(config)
     with console.quieten(quiet), contextlib.ExitStack() as stack:
         resume.settle_model(config)
@@ -332,16 +330,3 @@ class _Run:
         if warning := advice.find_suspicion(losses, len(self.vocabulary), zero):
             warn(warning)
         return 0
-
-
-class _Module(types.ModuleType):
-    """A module that can be called like its function: `lstm_jax.train(config, directory)`."""
-
-    __call__ = staticmethod(train)
-
-
-sys.modules[__name__].__class__ = _Module
-
-if __name__ == "__main__":
-    print("error: train with python -m lstm_jax.main --config FILE", file=sys.stderr)
-    sys.exit(2)
