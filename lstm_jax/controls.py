@@ -1,7 +1,8 @@
 """Sampling controls: which tokens may be drawn, how probable they are, and where a text ends."""
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from numbers import Integral, Real
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,61 @@ class Controls(NamedTuple):
     forbidden: Iterable[int] = ()  # Ids.
 
 
+class ControlOptions(TypedDict, total=False):
+    """The fields of `Controls` as keyword arguments."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    repetition_window: int
+    forbidden: Iterable[int]
+
+
 DEFAULT_CONTROLS = Controls()  # The model's own distribution, without "" and "[UNK]".
+
+
+# The numbers that flags and functions take: the type, which values are allowed, in words.
+_NUMBERS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+    "temperature": (Real, lambda x: 0 <= x < np.inf, "0 or more"),
+    "top_k": (Integral, lambda x: x >= 0, "0 (all tokens) or more"),
+    "top_p": (Real, lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    "min_p": (Real, lambda x: 0 <= x <= 1, "between 0 and 1"),
+    "repetition_penalty": (Real, lambda x: 0 < x < np.inf, "above 0 (1 is none)"),
+    "repetition_window": (Integral, lambda x: x >= 0, "0 or more"),
+    "length": (Integral, lambda x: 1 <= x <= 10**6, "from 1 to 1,000,000"),
+    "piece_length": (Integral, lambda x: 1 <= x <= 1024, "from 1 to 1,024"),
+    "seed": (Integral, lambda x: 0 <= x < 2**32, "from 0 to 4,294,967,295"),
+    "num_samples": (Integral, lambda x: 1 <= x <= 10**5, "from 1 to 100,000"),
+    "beams": (Integral, lambda x: 1 <= x <= 10**5, "from 1 to 100,000"),
+    "n": (Integral, lambda x: x >= 1, "1 or more"),
+}
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise `UserError` if `value` is not allowed for the flag or argument `name`."""
+    kind, holds, words = _NUMBERS[name]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        words = "a whole number" if kind is Integral else "a number"
+    elif holds(value):
+        return
+    raise UserError(f"{name} is {value!r}: it must be {words}")
+
+
+def make_controls(**options: Any) -> Controls:
+    """Return the controls with these fields.
+
+    Raises:
+      UserError: if there is no such field, or `forbidden` is not iterable.
+    """
+    for name in options:
+        if name not in Controls._fields:
+            raise UserError(f"there is no {name!r}: the controls are {', '.join(Controls._fields)}")
+    controls = Controls(**options)
+    if not isinstance(controls.forbidden, Iterable):
+        raise UserError(f"forbidden is {controls.forbidden!r}: it must be a list of ids of tokens")
+    return controls._replace(forbidden=tuple(controls.forbidden))
 
 
 class ControlArrays(NamedTuple):
@@ -61,18 +116,18 @@ def make_control_arrays(controls: Controls, vocabulary_size: int) -> ControlArra
     Raises:
       UserError: if one is outside its range, or if every token is forbidden.
     """
-    for name, holds, allowed in (
-        ("temperature", controls.temperature >= 0, "0 or more"),
-        ("top_k", controls.top_k >= 0, "0 (all tokens) or more"),
-        ("top_p", 0 < controls.top_p <= 1, "above 0 and at most 1"),
-        ("min_p", 0 <= controls.min_p <= 1, "between 0 and 1"),
-        ("repetition_penalty", 0 < controls.repetition_penalty < np.inf, "above 0 (1 is none)"),
-        ("repetition_window", controls.repetition_window >= 0, "0 or more"),
-    ):
-        if not holds:
-            raise UserError(f"{name} is {getattr(controls, name)}: it must be {allowed}")
+    for name, value in controls._asdict().items():
+        if name != "forbidden":
+            check_number(name, value)
+    ids = [*controls.forbidden]
+    for token_id in ids:
+        if not isinstance(token_id, Integral) or not 0 <= int(token_id) < vocabulary_size:
+            raise UserError(
+                f"forbidden has {token_id!r}: it must be a list of ids of tokens, from 0 to "
+                f"{vocabulary_size - 1}"
+            )
     forbidden = np.zeros(vocabulary_size, bool)
-    forbidden[[*SPECIAL_IDS, *controls.forbidden]] = True
+    forbidden[[*SPECIAL_IDS, *ids]] = True
     if forbidden.all():
         raise UserError("every token of the vocabulary is forbidden: allow at least one")
     return ControlArrays(

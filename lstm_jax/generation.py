@@ -153,20 +153,22 @@ def generate_chunks(
     stops: np.ndarray,
     length: int,
     process_logits: LogitsProcessor | None = None,
+    chunk_length: int | None = None,
 ) -> Iterator[tuple[np.ndarray, State]]:
     """Continue texts chunk by chunk, until all have ended or have `length` more tokens.
 
     The tokens of text b depend on `key`, b and the position in the text, but not on the size of
     the batch or the chunks. Arguments come from `prepare_params`, `read_tokens`,
     `make_control_arrays` and `make_stop_table`; new values need no compilation. `process_logits` is
-    called with the tokens after the prompts; a chunk is then one token.
+    called with the tokens after the prompts; a chunk is then one token. Else it has `chunk_length`
+    tokens, at most 1,024, or by default 16 at first and later more.
 
     Yield the ids of a chunk, int32 [batch, n], where texts that have ended are padded with id 0,
     and the state after it. Raise `NotFiniteError` if the model's logits are not finite.
     """
     state = state._replace(progress=jnp.zeros_like(state.progress))
     key = place_beside(arrays, key)
-    chunk, found = _FIRST_CHUNK, np.zeros((len(state.logits), 0), np.int32)
+    chunk, found = chunk_length or _FIRST_CHUNK, np.zeros((len(state.logits), 0), np.int32)
     while length > 0:
         if not np.isfinite(state.logits).all():
             raise NotFiniteError(
@@ -185,7 +187,7 @@ def generate_chunks(
         if number < count:
             return
         length -= count
-        chunk = min(4 * chunk, _CHUNK)
+        chunk = chunk_length or min(4 * chunk, _CHUNK)
 
 
 def _check_logits(processed: Any, state: State, controls: ControlArrays) -> np.ndarray:
@@ -261,11 +263,13 @@ def stream_texts(
     stop_token: bool = True,
     stop_at: str = "",
     process_logits: LogitsProcessor | None = None,
+    piece_length: int | None = None,
 ) -> Iterator[list[str]]:
     """Generate different continuations of a prompt, of up to `length` tokens, piece by piece.
 
     A text ends after the string `stop_at`, unless it is empty, and before the stop token, unless
-    `stop_token` is false. `process_logits` gets the ids with the prompt.
+    `stop_token` is false. `process_logits` gets the ids with the prompt. `piece_length` is
+    the `chunk_length` of `generate_chunks`.
 
     Yields:
       The next piece of each text. No piece ends within a character.
@@ -285,7 +289,9 @@ def stream_texts(
     process = process_logits and (
         lambda found, logits: process_logits(np.concatenate([prompts, found], axis=1), logits)
     )
-    chunks = generate_chunks(model, arrays, state, key, control_arrays, stops, length, process)
+    chunks = generate_chunks(
+        model, arrays, state, key, control_arrays, stops, length, process, piece_length
+    )
     for chunk, _ in chunks:
         yield [decode(row, False) for decode, row in zip(decoders, chunk, strict=True)]
     yield [decode((), True) for decode in decoders]

@@ -92,6 +92,13 @@ def test_tied_tokens_are_kept_together() -> None:
         ({"min_p": -0.1}, "min_p is -0.1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
         ({"repetition_window": -1}, "repetition_window is -1"),
+        ({"temperature": "hot"}, "temperature is 'hot': it must be a number"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"top_k": 1.5}, "top_k is 1.5: it must be a whole number"),
+        ({"top_k": True}, "top_k is True: it must be a whole number"),
+        ({"forbidden": [-1]}, "forbidden has -1: it must be a list of ids of tokens, from 0 to 4"),
+        ({"forbidden": [2, 5]}, "forbidden has 5"),
+        ({"forbidden": "a"}, "forbidden has 'a'"),
         ({"forbidden": [2, 3, 4]}, "every token of the vocabulary is forbidden"),
     ],
 )

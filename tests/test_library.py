@@ -3,11 +3,13 @@
 import itertools
 import json
 import os
+import pydoc
 import re
 import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from ml_collections import ConfigDict
 
 import commands
 import lstm_jax
+from lstm_jax import cells
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
@@ -56,12 +59,13 @@ def test_importing_the_package_imports_nothing_else() -> None:
     code = (
         "import sys, lstm_jax; print('jax' in sys.modules, 'load' in dir(lstm_jax));"
         "print(lstm_jax.train, lstm_jax.config.default().num_epochs, lstm_jax.load.__module__);"
-        "from lstm_jax import train; print(train.train is not train, callable(train))"
+        "from lstm_jax import train; import lstm_jax.training;"
+        "print(train is lstm_jax.training.train is lstm_jax.train)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     first, second, third = done.stdout.splitlines()
-    assert first == "False True" and "lstm_jax/train.py" in second and third == "True True"
+    assert first == "False True" and second.startswith("<function train at ") and third == "True"
     assert second.endswith("20 lstm_jax.run.library")
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = lstm_jax.nothing
@@ -298,3 +302,113 @@ def test_the_score_of_a_long_text_is_its_loss(monkeypatch: pytest.MonkeyPatch) -
     expected = expected[range(3), run.vocabulary.encode("abc")]
     more = run.score("abc", carry=scores.carry)
     np.testing.assert_allclose(more.log_probs, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"length": -1}, "length is -1: it must be from 1 to 1,000,000"),
+        ({"length": 1.0}, "length is 1.0: it must be a whole number"),
+        ({"seed": 2**32}, "seed is 4294967296: it must be from 0 to 4,294,967,295"),
+        ({"seed": -1}, "seed is -1"),
+        ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"forbidden": [-1]}, "forbidden has -1"),
+        ({"forbidden": [10**6]}, "forbidden has 1000000: .* from 0 to 4"),
+        ({"forbidden": 3}, "forbidden is 3: it must be a list"),
+        ({"temprature": 1}, "there is no 'temprature': the controls are temperature, top_k"),
+        ({"stop_at": 3}, "stop_at is 3: it must be a string"),
+        ({"stop_at": "\ud800"}, "stop_at has the lone surrogate"),
+        ({"prompt": None}, "prompt is None: it must be a string"),
+        ({"prompt": "a\ud800"}, r"prompt has the lone surrogate .*ud800' at position 1"),
+    ],
+)
+def test_an_error_names_the_argument(options: dict[str, Any], message: str) -> None:
+    run = make_run()
+    for call in (run.generate, run.stream):  # Before the first piece.
+        with pytest.raises(UserError, match=message):
+            call(**options)
+
+
+def test_an_error_names_the_argument_of_other_methods() -> None:
+    run = make_run()
+    calls: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
+        (run.stream, {"piece_length": 0}, "piece_length is 0: it must be from 1 to 1,024"),
+        (run.next, {"text": "a", "n": -1}, "n is -1: it must be 1 or more"),
+        (run.beam_search, {"beams": 0}, "beams is 0"),
+        (run.beam_search, {"length": 0}, "length is 0"),
+        (run.beam_search, {"prompt": "\udc80"}, "prompt has the lone surrogate"),
+        (run.score, {"text": b"a"}, "text is b'a': it must be a string"),
+        (run.hidden_states, {"text": "\ud800"}, "text has the lone surrogate"),
+        (lstm_jax.load, {"directory": "a" * 5000}, "directory is 'aaaa.*: File name too long"),
+        (lstm_jax.load, {"directory": "a\0b"}, "directory is 'a.*b': it must be a path"),
+        (lstm_jax.load, {"directory": None}, "directory is None: it must be a path"),
+        (lstm_jax.load, {"directory": []}, r"directory is \[\]: it must be a path, or a list"),
+        (lstm_jax.load, {"directory": "nothing"}, "name the directory of a training run"),
+        (lstm_jax.load, {"directory": "x", "cell": "Cell"}, "'Cell' is not FILE.py:CLASS"),
+        (lstm_jax.train, {"config": {}, "directory": "a" * 5000}, "File name too long"),
+        (lstm_jax.train, {"config": {}, "directory": "a\0"}, "it must be a path"),
+    ]
+    for call, arguments, message in calls:
+        with pytest.raises(UserError, match=message):
+            call(**arguments)
+
+
+def test_bytes_that_are_not_utf_8_can_be_read_by_a_model_of_bytes() -> None:
+    vocabulary = Vocabulary.from_text("", "bytes")
+    model = LanguageModel(len(vocabulary), 5, 7)
+    params = model_lib.init_params(model, jax.random.key(0))
+    run = library.Run(workdir.Trained(ConfigDict(), vocabulary, model, params, 0))
+    assert run.generate("\udc80", length=1).startswith("\udc80")
+    with pytest.raises(UserError, match="prompt has the lone surrogate"):
+        run.generate("\ud800")
+
+
+def test_a_warning_points_to_the_line_of_the_caller() -> None:
+    run = make_run()
+    for call in (run.generate, run.stream, run.next, run.beam_search):
+        with pytest.warns(UserWarning, match="does not know '¿'") as caught:
+            call("¿")
+        assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_no_piece_is_empty_and_their_length_can_be_chosen() -> None:
+    run = make_run("abcdefgh")
+    whole = run.generate(length=200)
+    for piece_length, lengths in ((16, [16] * 12 + [8]), (1, [1] * 200), (150, [150, 50])):
+        pieces = [*run.stream(length=200, piece_length=piece_length)]
+        assert [len(piece) for piece in pieces] == lengths and "".join(pieces) == whole
+    assert [len(piece) for piece in run.stream(length=40)] == [16, 16, 8]
+    ended = make_run("ab.ab.", stop=".")
+    assert "" not in [*ended.stream(length=500, piece_length=1)]
+
+
+def test_print_and_help_say_what_a_run_and_the_functions_are() -> None:
+    run = make_run("abc", num_layers=2)
+    assert str(run) == "<lstm_jax.Run: lstm 2x7; 849 parameters; 5 characters; step 0>"
+    shown = pydoc.plain(pydoc.render_doc(lstm_jax.train))
+    assert "train(config:" in shown and "quiet: bool = False) -> int" in shown
+    assert "ModuleType" not in shown
+
+
+def test_a_list_of_directories_is_an_ensemble(run: library.Run, trained: Path) -> None:
+    twice = lstm_jax.load([str(trained), trained])
+    assert str(twice).startswith("<lstm_jax.Run: lstm 1x24, lstm 1x24; ")
+    text = "The king is dead."
+    np.testing.assert_allclose(
+        twice.score(text).log_probs, run.score(text).log_probs, rtol=1e-4, atol=1e-5
+    )
+    assert twice.generate("The", length=20, temperature=0) == run.generate(
+        "The", length=20, temperature=0
+    )
+    with pytest.raises(UserError, match="an ensemble has no hidden states"):
+        twice.hidden_states(text)
+
+
+def test_a_cell_of_a_file_is_named_as_in_python(tiny_config: ConfigDict, tmp_path: Path) -> None:
+    cell = f"{ROOT / 'tests' / 'fixtures' / 'delta_cell.py'}:DeltaCell"
+    tiny_config.model.cell, tiny_config.max_steps, tiny_config.num_epochs = cell, 1, 1
+    assert lstm_jax.train(tiny_config, tmp_path / "run", quiet=True) == 0
+    cells.LOADED.clear()
+    with pytest.raises(UserError, match=rf"which runs only if you name it: add cell='{cell}'$"):
+        lstm_jax.load(tmp_path / "run")
+    assert "DeltaCell" in str(lstm_jax.load(tmp_path / "run", cell=cell))

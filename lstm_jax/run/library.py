@@ -1,20 +1,22 @@
 """Load a trained model and use it from Python: generate, score, look inside, search."""
 
 import functools
+import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lstm_jax import generation
+from lstm_jax import controls, generation
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
-from lstm_jax.controls import Controls
-from lstm_jax.run import workdir
+from lstm_jax.controls import ControlOptions
+from lstm_jax.errors import UserError
+from lstm_jax.run import cell_file, ensemble, workdir
 from lstm_jax.vocabulary import PADDING_ID, SPECIAL_IDS
 
 # Called before each token is drawn, with the ids so far, int32 [n] with the prompt, and the logits
@@ -22,6 +24,16 @@ from lstm_jax.vocabulary import PADDING_ID, SPECIAL_IDS
 LogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 _LONGEST_CHUNK = 1024  # Tokens per call of the compiled function that scores.
+
+
+class Options(ControlOptions, total=False):
+    """The options of `Run.generate` and `Run.stream`, beside the controls; see there."""
+
+    length: int
+    seed: int
+    stop_token: bool
+    stop_at: str
+    process_logits: LogitsProcessor | None
 
 
 class TextCarry(NamedTuple):
@@ -40,15 +52,16 @@ class Scores(NamedTuple):
 
 
 class Run:
-    """A trained model, from a working directory.
+    """A trained model, from a working directory, or an ensemble of several.
 
     Texts that contain tokens that the model does not know are read with [UNK] in their place; all
     methods but `score` and `hidden_states` warn.
 
     Attributes:
-      config: the config of the run, an `ml_collections.ConfigDict`.
+      config: the config of the run, an `ml_collections.ConfigDict`; of an ensemble, that of the
+        first, like step.
       vocabulary: its `Vocabulary`.
-      model: its `LanguageModel`.
+      model: its `LanguageModel`, or an `Ensemble`.
       params: the parameters of the checkpoint with the best validation loss.
       step: the training step of this checkpoint.
     """
@@ -58,39 +71,66 @@ class Run:
         self.config, self.vocabulary, self.model, self.params, self.step = trained
         self._arrays = generation.prepare_params(self.model, self.params)
 
-    def generate(self, prompt: str = "", **options: Any) -> str:
+    def __repr__(self) -> str:
+        """Return a description, for example of a notebook's output."""
+        members = getattr(self.model, "members", [self.model])
+        models = ", ".join(f"{m.cell_name} {m.num_layers}x{m.hidden_size}" for m in members)
+        count = sum(array.size for array in jax.tree.leaves(self.params))
+        return (
+            f"<lstm_jax.Run: {models}; {count:,} parameters; {len(self.vocabulary)} "
+            f"{self.vocabulary.token_name}s; step {self.step:,}>"
+        )
+
+    def generate(self, prompt: str = "", **options: Unpack[Options]) -> str:
         """Return the prompt and its continuation; see `stream`, which takes the same options."""
-        return prompt + "".join(self.stream(prompt, **options))
+        self._check_prompt(prompt)
+        return prompt + "".join(self._stream(prompt, None, **options))
 
     def stream(
+        self, prompt: str = "", *, piece_length: int = 16, **options: Unpack[Options]
+    ) -> Iterator[str]:
+        """Continue a prompt, and yield the generated text piece by piece.
+
+        No piece is empty, and none ends within a character.
+
+        Args:
+          prompt: the text to continue.
+          piece_length: the number of tokens of a piece, at most 1,024; with `process_logits` it
+            is 1.
+          **options: the following, of which none is needed.
+            length: the maximum number of tokens, by default 500.
+            seed: the random seed, by default 0; the same seed generates the same text.
+            stop_token: whether the stop token of a model of documents ends the text (by default).
+            stop_at: a string that ends the text.
+            process_logits: changes the logits before the controls do.
+            temperature: divides the logits, by default 0.8; 0 is greedy decoding.
+            top_k, top_p, min_p, repetition_penalty, repetition_window, forbidden: see `Controls`.
+
+        Raises:
+          UserError: if there is no such option, or its value is not allowed.
+        """
+        self._check_prompt(prompt)
+        controls.check_number("piece_length", piece_length)
+        return self._stream(prompt, piece_length, **options)
+
+    def _stream(
         self,
-        prompt: str = "",
+        prompt: str,
+        piece_length: int | None,
         *,
         length: int = 500,
         seed: int = 0,
         stop_token: bool = True,
         stop_at: str = "",
         process_logits: LogitsProcessor | None = None,
-        temperature: float = 0.8,
-        **controls: Any,
+        **options: Unpack[ControlOptions],
     ) -> Iterator[str]:
-        """Continue a prompt, and yield the generated text piece by piece.
-
-        Args:
-          prompt: the text to continue.
-          length: the maximum number of tokens.
-          seed: the random seed; the same seed generates the same text.
-          stop_token: whether the stop token of a model of documents ends the text.
-          stop_at: a string that ends the text.
-          process_logits: changes the logits before the controls do.
-          temperature: divides the logits.
-          **controls: the other fields of `Controls`: top_k, top_p, min_p, repetition_penalty,
-            repetition_window, forbidden.
-
-        Raises:
-          UserError: if a control is outside its range.
-        """
-        self._warn_of_unknown(prompt)
+        """Check the options, and return the pieces."""
+        own = controls.make_controls(**{"temperature": 0.8, **options})
+        controls.make_control_arrays(own, len(self.vocabulary))
+        controls.check_number("length", length)
+        controls.check_number("seed", seed)
+        self._check_text("stop_at", stop_at)
         process = process_logits and (
             lambda ids, logits: np.asarray(process_logits(ids[0], logits[0]))[None]
         )
@@ -98,16 +138,16 @@ class Run:
             self.model,
             self.params,
             self.vocabulary,
-            jax.random.key(seed),
+            jax.random.key(int(seed)),
             prompt=prompt,
-            length=length,
-            controls=Controls(temperature, **controls),
+            length=int(length),
+            controls=own,
             stop_token=stop_token,
             stop_at=stop_at,
             process_logits=process,
+            piece_length=piece_length,
         )
-        for (piece,) in pieces:
-            yield piece
+        return (piece for (piece,) in pieces if piece)
 
     def score(self, text: str, carry: TextCarry | None = None) -> Scores:
         """Compute the log-probability of each token of a text, given all before it.
@@ -115,6 +155,7 @@ class Run:
         The first token is predicted only with a carry, that of an earlier `Scores`, whose text
         precedes this one.
         """
+        self._check_text("text", text)
         tokens, ids = self.vocabulary.split(text), self.vocabulary.encode(text)
         own = model_lib.place_beside(self.params, self.model.initial_carry(1))
         if carry:
@@ -138,7 +179,14 @@ class Run:
         return Scores(tokens, np.concatenate(log_probs), TextCarry(state.carry, int(ids[-1])))
 
     def hidden_states(self, text: str) -> list[np.ndarray]:
-        """Return the hidden states after each token, for each layer float32 [tokens, hidden]."""
+        """Return the hidden states after each token, for each layer float32 [tokens, hidden].
+
+        Raises:
+          UserError: if the text is not one, or this is an ensemble.
+        """
+        if isinstance(self.model, ensemble.Ensemble):
+            raise UserError("an ensemble has no hidden states of its own: load one of its models")
+        self._check_text("text", text)
         ids = self.vocabulary.encode(text)
         padding = generation.round_length(len(ids)) - len(ids)
         hidden = _compute_hidden(self.model, self.params, np.pad(ids, (0, padding)))
@@ -146,6 +194,8 @@ class Run:
 
     def next(self, text: str, n: int = 10) -> list[tuple[str, float]]:
         """Return the n most probable tokens after a text, with their probabilities."""
+        controls.check_number("n", n)
+        self._check_prompt(text)
         probabilities = np.asarray(jax.nn.softmax(self._read(text).logits[0]))
         best = np.argsort(-probabilities, kind="stable")[:n]
         return [(self.vocabulary.tokens[i], float(probabilities[i])) for i in best]
@@ -159,6 +209,9 @@ class Run:
         is. Return the texts with the prompt, and the logarithms of the probabilities of their
         continuations, the most probable first.
         """
+        controls.check_number("length", length)
+        controls.check_number("beams", beams)
+        self._check_prompt(prompt)
         state = self._read(prompt)
         state = jax.tree.map(lambda x: jnp.repeat(x, beams, 0) if x.ndim else x, state)
         totals = np.full(beams, -np.inf)
@@ -187,28 +240,57 @@ class Run:
 
     def _read(self, text: str) -> generation.State:
         """Return the state after a text; an empty one is read as by `encode_prompt`."""
-        self._warn_of_unknown(text)
         ids = generation.encode_prompt(self.vocabulary, text)
         state = generation.initial_state(self.model)
         return generation.read_tokens(self.model, self._arrays, state, ids[None])
 
-    def _warn_of_unknown(self, text: str) -> None:
+    def _check_text(self, name: str, text: str) -> None:
+        """Raise `UserError` if the argument `name` is not a text that the model can read."""
+        any_bytes = self.vocabulary.kind in ("bytes", "bpe")
+        try:
+            text.encode("utf-8", "surrogateescape" if any_bytes else "strict")
+        except (AttributeError, TypeError):
+            raise UserError(f"{name} is {text!r}: it must be a string") from None
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{name} has the lone surrogate {text[error.start]!r} at position {error.start}, "
+                "which is not a character: remove it"
+            ) from None
+
+    def _check_prompt(self, text: str) -> None:
+        """Check a prompt, and warn of unknown tokens on the line that called a public method."""
+        self._check_text("prompt", text)
         if named := self.vocabulary.name_unknown(text):
             message = f"the model does not know {named} and reads [UNK] instead"
             warnings.warn(message, stacklevel=3)
 
 
-def load(directory: Path | str, dtype: str | None = None) -> Run:
-    """Load the trained model in a working directory.
+def load(
+    directory: Path | str | Sequence[Path | str],
+    dtype: str | None = None,
+    cell: str | Sequence[str] = (),
+) -> Run:
+    """Load the trained model in a working directory, or an ensemble.
 
-    Its matmuls are in `dtype`, "float32" or "bfloat16", or the faster one on this machine with
-    "auto"; by default as in training. "int8" rounds more where tokens are read one by
-    one (`workdir.load_trained`).
+    Args:
+      directory: the working directory; or several, whose models are an ensemble: it averages their
+        probabilities at every step.
+      dtype: that of the matmuls, "float32" or "bfloat16", or the faster one on this machine with
+        "auto"; by default as in training. "int8" rounds more where tokens are read one by one
+        (`workdir.load_trained`).
+      cell: FILE.py:CLASS of the run's cell, if it has your own, or several. The file is code, and
+        runs.
 
     Raises:
-      UserError: if there is none, or a file is damaged, or int8 is not possible.
+      UserError: if there is no model, or a file is damaged, or int8 is not possible, or the models
+        of an ensemble were trained on different texts.
     """
-    return Run(workdir.load_trained(directory, dtype))
+    for name in [cell] if isinstance(cell, str) else cell:
+        cell_file.load_cell(name)
+    paths = [directory] if isinstance(directory, str | os.PathLike) else directory
+    if not isinstance(paths, Sequence) or not paths:
+        raise UserError(f"directory is {directory!r}: it must be a path, or a list of paths")
+    return Run(ensemble.load_ensemble(paths, dtype)[0])
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -15,7 +15,13 @@ import jax
 from absl import flags
 
 from lstm_jax import generation
-from lstm_jax.controls import Controls, can_end, make_control_arrays, make_stop_table
+from lstm_jax.controls import (
+    Controls,
+    can_end,
+    check_number,
+    make_control_arrays,
+    make_stop_table,
+)
 from lstm_jax.data import sources, texts
 from lstm_jax.errors import UserError, warn
 from lstm_jax.run import command, ensemble
@@ -26,9 +32,7 @@ _RUN = command.define_run_flags()
 _DTYPE = command.define_dtype_flag("int8")
 _PROMPT = flags.DEFINE_string("prompt", "", "Prompt to continue.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File with the prompt; - is stdin.")
-_LENGTH = flags.DEFINE_integer(
-    "length", 500, "Maximum number of tokens to generate.", lower_bound=1, upper_bound=10**6
-)
+_LENGTH = flags.DEFINE_integer("length", 500, "Maximum number of tokens to generate.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divide the logits by this; 0: greedy.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens; 0: from all.")
 _TOP_P = flags.DEFINE_float(
@@ -44,10 +48,8 @@ _REPETITION_WINDOW = flags.DEFINE_integer("repetition_window", 64, "Recent token
 _FORBID = flags.DEFINE_string("forbid", "", "Never generate the tokens of this text.")
 _STOP = flags.DEFINE_boolean("stop", True, "End at the stop token, if the model has one.")
 _STOP_AT = flags.DEFINE_string("stop_at", "", "End when this text has been generated.")
-_SEED = flags.DEFINE_integer("seed", 0, "Random seed.", lower_bound=0, upper_bound=2**32 - 1)
-_NUM_SAMPLES = flags.DEFINE_integer(
-    "num_samples", 1, "Number of texts, with dashes between.", lower_bound=1, upper_bound=10**5
-)
+_SEED = flags.DEFINE_integer("seed", 0, "Random seed.")
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Number of texts, with dashes between.")
 _INTERACTIVE = flags.DEFINE_boolean(
     "interactive", False, "Chat: answer each line of standard input; /help lists the commands."
 )
@@ -65,6 +67,8 @@ def main() -> None:
         raise UserError("--interactive generates one text and reads lines from standard input")
     if _INTERACTIVE.value and _NOVELTY.value:
         raise UserError("--novelty measures whole texts: leave out --interactive")
+    for flag in (_LENGTH, _SEED, _NUM_SAMPLES):
+        check_number(flag.name, flag.value)
     penalty = _REPETITION_PENALTY.value, _REPETITION_WINDOW.value
     controls = Controls(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _MIN_P.value, *penalty)
     make_control_arrays(controls, vocabulary_size=3)  # Check the values before loading the model.

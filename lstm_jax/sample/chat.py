@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from lstm_jax import generation
-from lstm_jax.controls import Controls, make_control_arrays, make_stop_table
+from lstm_jax.controls import Controls, check_number, make_control_arrays, make_stop_table
 from lstm_jax.errors import UserError
 from lstm_jax.generation import State
 from lstm_jax.model import Prepared
@@ -132,6 +132,5 @@ def _change(length: int, controls: Controls, name: str, value: str) -> tuple[int
         controls = controls._replace(**{name: number})
         make_control_arrays(controls._replace(forbidden=()), vocabulary_size=3)
         return length, controls
-    if number < 1:
-        raise UserError(f"length is {number}: it must be 1 or more")
+    check_number("length", number)
     return number, controls
