@@ -334,6 +334,7 @@ def test_an_error_names_the_argument_of_other_methods() -> None:
     calls: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
         (run.stream, {"piece_length": 0}, "piece_length is 0: it must be from 1 to 1,024"),
         (run.next, {"text": "a", "n": -1}, "n is -1: it must be 1 or more"),
+        (run.next, {"text": "\ud800"}, "text has the lone surrogate"),
         (run.beam_search, {"beams": 0}, "beams is 0"),
         (run.beam_search, {"length": 0}, "length is 0"),
         (run.beam_search, {"prompt": "\udc80"}, "prompt has the lone surrogate"),

@@ -117,6 +117,7 @@ class Run:
         self,
         prompt: str,
         piece_length: int | None,
+        /,
         *,
         length: int = 500,
         seed: int = 0,
@@ -195,7 +196,7 @@ class Run:
     def next(self, text: str, n: int = 10) -> list[tuple[str, float]]:
         """Return the n most probable tokens after a text, with their probabilities."""
         controls.check_number("n", n)
-        self._check_prompt(text)
+        self._check_prompt(text, "text")
         probabilities = np.asarray(jax.nn.softmax(self._read(text).logits[0]))
         best = np.argsort(-probabilities, kind="stable")[:n]
         return [(self.vocabulary.tokens[i], float(probabilities[i])) for i in best]
@@ -257,9 +258,9 @@ class Run:
                 "which is not a character: remove it"
             ) from None
 
-    def _check_prompt(self, text: str) -> None:
+    def _check_prompt(self, text: str, name: str = "prompt") -> None:
         """Check a prompt, and warn of unknown tokens on the line that called a public method."""
-        self._check_text("prompt", text)
+        self._check_text(name, text)
         if named := self.vocabulary.name_unknown(text):
             message = f"the model does not know {named} and reads [UNK] instead"
             warnings.warn(message, stacklevel=3)
