@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -29,6 +29,7 @@ from lstm_jax.convert import transfer
 from lstm_jax.errors import UserError
 from lstm_jax.export import page
 from lstm_jax.inspect import activations
+from lstm_jax.matmul import matmul
 from lstm_jax.run import cell_file, metrics, resume, workdir
 from runs import assert_same
 from test_docs import find_blocks
@@ -207,6 +208,7 @@ GOOD = "        return carry, nn.Dense(self.hidden_size)(inputs) + carry\n"
         ("def f(:\n", "Mine", "cell file .*own.py, line 1: invalid syntax"),
         ("\0", "Mine", "cell file .*own.py: source code string cannot contain null bytes"),
         ("import sys\nsys.exit(1)\n", "Mine", "cell file .*own.py, line 2: SystemExit: 1"),
+        ("raise BaseException('no')\n", "Mine", "own.py, line 1: BaseException: no"),
         (HEADER + GOOD, "Other", "has no class Other: its classes are Mine"),
         ("class Mine: pass\n", "Mine", "Mine in .*own.py is not a Flax module"),
         (
@@ -263,6 +265,11 @@ GOOD = "        return carry, nn.Dense(self.hidden_size)(inputs) + carry\n"
             HEADER + GOOD + "    def run_parallel(self, carry, inputs):\n        return inputs\n",
             "Mine",
             "own.py, line 12.*: it must return a tuple of the next carry and the outputs",
+        ),
+        (
+            HEADER + GOOD + "    run_parallel = None\n",
+            "Mine",
+            r"own.py, line 3\): run_parallel is None: make it a method",
         ),
         (
             HEADER + GOOD + "    def gates(self, carry, inputs):\n        return {'a': inputs}\n",
@@ -364,6 +371,52 @@ def test_a_field_that_a_cell_does_not_support_is_one_line(
         resume.settle_model(config_lib.complete_config(tiny_config))
 
 
+class Annotated(nn.Module):
+    """A cell whose options have annotations that say more than their defaults."""
+
+    input_size: int
+    hidden_size: int
+    order: int | None = None
+    scale: "float | None" = None
+    kind: Literal["a", "b"] = "a"
+    free: Any = None
+
+    def initial_carry(self, batch_size: int) -> None:
+        raise NotImplementedError
+
+    def __call__(self, carry: Any, inputs: jax.Array) -> None:
+        raise NotImplementedError
+
+
+class Unknown(Annotated):
+    later: "Undefined" = 1.0  # type: ignore[name-defined] # noqa: F821
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "wrong", "types"),
+    [
+        ("order", [3], 0.5, "int"),
+        ("order", [3], True, "int"),
+        ("scale", [3, 0.5], "a", "float"),
+        ("kind", ["b"], 3, "str"),
+        ("free", [True, 3, 0.5, "a"], None, "bool or int or float or str"),
+    ],
+)
+def test_the_annotation_of_an_option_decides_its_type(
+    name: str, values: list[Any], wrong: Any, types: str
+) -> None:
+    for value in values:
+        assert getattr(make_cell(Annotated, 3, 4, options={name: value}), name) == value
+    with pytest.raises(UserError, match=f"{name} of the cell Annotated .* of type {types}$"):
+        make_cell(Annotated, 3, 4, options={name: wrong})
+
+
+def test_an_option_without_a_readable_annotation_has_the_type_of_its_default() -> None:
+    assert make_cell(Unknown, 3, 4, options={"later": 2}).later == 2
+    with pytest.raises(UserError, match="later of the cell Unknown is 'a': .* of type float"):
+        make_cell(Unknown, 3, 4, options={"later": "a"})
+
+
 def test_options_are_fields_of_a_config() -> None:
     config = config_lib.complete_config({"model": {"options": {"heads": 2, "soft": True}}})
     assert dict(config_lib.flatten(config))["model.options"] == {"heads": 2, "soft": True}
@@ -428,7 +481,7 @@ class Sum(nn.Module):
         return jnp.zeros((batch_size, self.hidden_size))
 
     def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
-        carry = 0.5 * carry + inputs @ self.kernel
+        carry = 0.5 * carry + matmul(inputs, self.kernel, self.dtype)
         return carry, carry
 
     def run_parallel(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -491,9 +544,43 @@ class WrongGate(Sum):
         return {"input": 2 + carry}
 
 
+class ForgottenDtype(cells.GRUCell):
+    def __call__(self, carry: Any, inputs: jax.Array) -> Any:
+        sums = inputs @ self.input_kernel + carry.hidden @ self.recurrent_kernel + self.bias
+        r, z, n = jnp.split(sums, 3, axis=-1)
+        hidden = nn.sigmoid(z) * carry.hidden + nn.sigmoid(r) * jnp.tanh(n)
+        return carry._replace(hidden=hidden), hidden
+
+
+class ForgottenLayerNorm(ForgottenDtype):
+    def __call__(self, carry: Any, inputs: jax.Array) -> Any:
+        return super().__call__(carry, matmul(inputs, jnp.eye(self.input_size), self.dtype))
+
+
+class ForgottenGates(cells.GRUCell):
+    def __call__(self, carry: Any, inputs: jax.Array) -> Any:
+        projected = self.project_inputs(inputs) + self.project_hidden(carry.hidden)
+        r, z, n = jnp.split(projected, 3, axis=-1)
+        hidden = nn.sigmoid(z) * carry.hidden + nn.sigmoid(r) * jnp.tanh(n)
+        return carry._replace(hidden=hidden), hidden
+
+
+class InheritedGates(cells.LSTMCell):
+    """A cell with its own equation of the state, and the gates of the LSTM."""
+
+    def __call__(self, carry: Any, inputs: jax.Array) -> Any:
+        gates = self.gates(carry, inputs)
+        cell = gates["forget"] * carry.cell + (1 - gates["forget"]) * gates["candidate"]
+        hidden = gates["output"] * jnp.tanh(cell)
+        return carry._replace(cell=cell, hidden=hidden), hidden
+
+
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
+        (ForgottenDtype, "dtype has no effect on its outputs: use lstm_jax.matmul"),
+        (ForgottenLayerNorm, "layer_norm has no effect on its outputs: normalize if"),
+        (ForgottenGates, "the method gates has no effect on its outputs: override gates too"),
         (Mixing, "the results of a text depend on the other texts"),
         (Forgetting, "the parallel form differs from a scan: by"),
         (WrongGradient, "its gradient differs from finite differences"),
@@ -510,6 +597,10 @@ def test_check_cell_names_what_is_wrong(cell: Any, message: str) -> None:
     if isinstance(cell, type):
         place = rf"the cell {cell.__name__} \(.*test_own_cells.py, line \d+\)"
         assert re.match(place, str(error.value))
+
+
+def test_a_subclass_may_use_the_gates_that_it_inherits() -> None:
+    lstm_jax.check_cell(InheritedGates)
 
 
 @pytest.mark.process

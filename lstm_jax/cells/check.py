@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.test_util import check_grads
 
 from lstm_jax.cells.protocol import (
@@ -38,7 +39,8 @@ def check_cell(
     Check shapes and dtypes; single steps against a sequence, and the parallel form against both; a
     sequence against its two parts with the carry kept; that texts of a batch are independent;
     gradients against finite differences, in float64; bfloat16 against float32, if the cell has a
-    field dtype; and gates and activations, if it has any.
+    field dtype; and gates and activations, if it has any. The fields dtype and layer_norm must
+    have an effect, and so must gates that a class with its own `__call__` inherits.
 
     Args:
       cell: a class, made with the other arguments, or an unbound module.
@@ -99,6 +101,22 @@ def _check_values(cell: Any) -> None:
     if hasattr(cell, "dtype"):
         low = _run(cell.clone(dtype="bfloat16"), variables, carry, inputs)
         _compare(cell, "__call__", "bfloat16 is far from float32", low, whole, _BFLOAT16)
+        _require_effect(cell, "dtype", low, whole, "use lstm_jax.matmul.matmul(a, b, self.dtype)")
+
+    def run_step(cell: Any, variables: Any = variables) -> Any:
+        return cell.apply(variables, carry, inputs[:, 0])
+
+    if hasattr(cell, "layer_norm"):
+        pair = [cell.clone(layer_norm=is_on) for is_on in (False, True)]
+        found = [flatten_dict(c.init(jax.random.key(0), carry, inputs[:, 0])) for c in pair]
+        both = unflatten_dict({**found[0], **found[1]})  # A cell ignores parameters of the other.
+        plain, normalized = (run_step(c, both) for c in pair)
+        _require_effect(cell, "layer_norm", normalized, plain, "normalize if self.layer_norm")
+    if _has_own_call(type(cell)):
+        with nn.intercept_methods(_halve_gates):
+            halved = run_step(cell)
+        remedy = "override gates too, or call it"
+        _require_effect(cell, "the method gates", halved, run_step(cell), remedy)
 
     def inspect(cell: Any) -> Any:
         after, output = cell(carry, inputs[:, 0])
@@ -150,6 +168,27 @@ def _run(cell: Any, variables: Any, carry: Any, inputs: jax.Array, parallel: boo
     """Run a cell with these parameters over inputs [batch, time, features]."""
     run = nn.apply(lambda cell: run_cell(cell, carry, inputs, parallel), cell)
     return jax.jit(run)(variables)
+
+
+def _has_own_call(kind: type[nn.Module]) -> bool:
+    """Return whether `__call__` is of a class that inherits `gates` from another one."""
+    call, gates = (
+        next((i for i, base in enumerate(kind.__mro__) if name in vars(base)), 0)
+        for name in ("__call__", "gates")
+    )
+    return call < gates
+
+
+def _halve_gates(run: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    gates = run(*args, **kwargs)
+    return jax.tree.map(lambda x: x / 2, gates) if context.method_name == "gates" else gates
+
+
+def _require_effect(cell: Any, name: str, changed: Any, whole: Any, remedy: str) -> None:
+    """Raise an error if the outputs and the carry are the same with a part of a cell changed."""
+    pairs = zip(jax.tree.leaves(changed), jax.tree.leaves(whole), strict=True)
+    if all(np.array_equal(*pair) for pair in pairs):
+        raise _failure(cell, "__call__", f"{name} has no effect on its outputs: {remedy}")
 
 
 def _compare(

@@ -10,7 +10,8 @@ A cell is a flax module with the fields `input_size` and `hidden_size` and two m
 It may also have
 
 - a field `dtype`, "float32" or "bfloat16", for its matmuls; a field `layer_norm`; and any other
-  field with a default, which is an option: `--config.model.options.NAME=VALUE`;
+  field with a default, which is an option: `--config.model.options.NAME=VALUE`, with a value of the
+  types in its annotation: bool, int, float, str, or several of them;
 - `run_parallel(carry, inputs)`, which returns the carry after inputs [batch, time, input_size] and
   the outputs [batch, time, hidden_size] of all steps;
 - `gates(carry, inputs)`, which returns the gates of a step by name, [batch, hidden_size] each, and
@@ -25,6 +26,7 @@ import dataclasses
 import inspect
 import re
 import traceback
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -40,6 +42,7 @@ Gates = dict[str, jax.Array]
 
 _FIELDS = ("input_size", "hidden_size")
 _OTHER_FIELDS = ("dtype", "layer_norm", "parent", "name")
+_OPTION_TYPES: tuple[type, ...] = (bool, int, float, str)  # Those of the values in `model.options`.
 # The arguments of the methods, of which the first two are required.
 _METHODS = {
     "initial_carry": ("batch_size",),
@@ -81,8 +84,10 @@ def make_cell(
             if name in ("initial_carry", "__call__"):
                 raise UserError(f"{describe_place(cell)} has no method {name}: see docs/cells.md")
             continue
+        if not callable(method := getattr(cell, name)):
+            raise UserError(f"{describe_place(cell)}: {name} is {method!r}: make it a method")
         try:
-            inspect.signature(getattr(cell, name)).bind(cell, *arguments)
+            inspect.signature(method).bind(cell, *arguments)
         except TypeError:
             listed = ", ".join(("self", *arguments))
             raise UserError(
@@ -100,15 +105,27 @@ def make_cell(
             raise UserError(
                 f"the cell {cell.__name__} has no option {name}: its options are {listed}"
             )
-        kinds = (int, float) if isinstance(own[name], float) else type(own[name])
-        if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(own[name], bool):
+        kinds = _get_option_types(cell, name, own[name])
+        if type(value) not in kinds and not (type(value) is int and float in kinds):
+            listed = " or ".join(kind.__name__ for kind in kinds)
             raise UserError(
                 f"the option {name} of the cell {cell.__name__} is {value!r}: it must be of type "
-                f"{type(own[name]).__name__}"
+                f"{listed}"
             )
         given[name] = value
     with blaming(cell):
         return cell(input_size=input_size, hidden_size=hidden_size, parent=None, **given)
+
+
+def _get_option_types(cell: type[nn.Module], name: str, default: Any) -> list[type]:
+    """Return the types of an option's values: those of its annotation, else that of its default."""
+    try:
+        hint = typing.get_type_hints(cell)[name]
+    except Exception:  # An annotation is a string with names that aren't defined, for example.
+        hint = type(default)
+    hints = typing.get_args(hint) or (hint,)
+    kinds = [kind for kind in _OPTION_TYPES if kind in hints or Any in hints]
+    return kinds or [type(default)]
 
 
 def run_cell(

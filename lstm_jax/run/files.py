@@ -211,9 +211,10 @@ def blaming_file(
     except SyntaxError as error:
         line = f", line {error.lineno}" if error.lineno else ""
         raise UserError(f"{kind} {error.filename or file}{line}: {error.msg}") from None
-    except (Exception, SystemExit) as error:
-        if isinstance(error, SystemExit) and type(error) is not SystemExit:
-            raise  # A signal handler raised it.
+    except BaseException as error:
+        # Those of signal handlers: Ctrl-C, and exceptions of this package.
+        if isinstance(error, KeyboardInterrupt) or type(error).__module__.startswith("lstm_jax."):
+            raise
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if frame.filename == file]
         line = f"line {(own or frames)[-1].lineno}"
