@@ -3,6 +3,8 @@
 import runpy
 import sys
 
+from lstm_jax import __version__
+
 # Their names and purposes are written here, because importing the commands takes seconds.
 COMMANDS = {
     "main": "train a model",
@@ -22,6 +24,9 @@ def main() -> None:
     if module in COMMANDS:
         sys.argv[1:] = arguments
         runpy.run_module(f"lstm_jax.{module}", run_name="__main__", alter_sys=True)
+        return
+    if name == "--version":
+        print(f"lstm-jax {__version__}")
         return
     if name not in ("--help", "-h", "-?"):
         print(f"error: there is no command {name!r}: python -m lstm_jax lists all", file=sys.stderr)

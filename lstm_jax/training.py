@@ -319,8 +319,7 @@ class _Run:
         zero = measure_zero_state(self.model, params, self.ids["validation"], _PLACES)
         print(
             f"\n{self._sample(params, jax.random.key(self.config.seed))}\n\n"
-            f"Test loss at step {step}, the step with the best validation loss: {described}\n"
-            f"{zero.describe()}"
+            f"Test loss at step {step}, the step with the best validation loss: {described}"
         )
         if sentence := advice.advise(rows):
             print(sentence)

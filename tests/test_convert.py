@@ -472,7 +472,7 @@ def test_an_error_names_a_missing_library(
     module: str, write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=f"pip install {module}"):
+    with pytest.raises(UserError, match=rf"needs {module}: pip install 'lstm-jax\[convert\]'$"):
         write(make_weights(tmp_path))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from absl import flags
 
 import lstm_jax
 from commands import run
@@ -16,6 +17,10 @@ from lstm_jax import __main__ as commands
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.convert import transfer
+from lstm_jax.data import sources
+from lstm_jax.errors import UserError
+from lstm_jax.evaluate import temperature
+from lstm_jax.run import command
 from lstm_jax.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +56,37 @@ def test_the_package_lists_its_commands_quickly() -> None:
     assert set(commands.COMMANDS) == runnable and len(runnable) == 7
     for name in runnable:
         assert f"python -m lstm_jax.{name} " in result.stdout
+
+
+def test_the_version_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lstm-jax", "--version"])
+    commands.main()
+    assert capsys.readouterr().out == f"lstm-jax {lstm_jax.__version__}\n"
+
+
+def test_a_field_without_its_section_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = flags.FlagValues()
+    flags.DEFINE_string("config", None, "", flag_values=values)
+    monkeypatch.setattr(flags, "FLAGS", values)
+    for argument in ("--hidden_size=512", "--hidden_size"):
+        with pytest.raises(SystemExit):
+            command._parse_flags(["main", argument, "512"])
+        error = "there is no flag --hidden_size: did you mean --config.model.hidden_size?"
+        assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_temperatures_have_two_decimals() -> None:
+    for value in temperature._TEMPERATURES.tolist():
+        assert len(str(value)) <= 4
+
+
+def test_a_text_in_another_encoding_has_its_own_in_the_remedy() -> None:
+    with pytest.raises(UserError, match="iconv -f ENCODING -t UTF-8, where ENCODING is its own"):
+        sources.decode_text("吾輩は猫である".encode("euc-jp"), "cat.txt", any_bytes=False)
 
 
 def test_novelty_in_a_conversation_is_an_error() -> None:

@@ -92,6 +92,19 @@ def test_a_swallowed_interrupt_is_raised_again(caught: str) -> None:
     assert process.returncode == 130 and errors == "Interrupted.\n"
 
 
+@pytest.mark.parametrize(
+    ("number", "message"), [(signal.SIGINT, "Interrupted."), (signal.SIGTERM, "Terminated.")]
+)
+def test_a_signal_during_the_imports_prints_one_line(number: signal.Signals, message: str) -> None:
+    code = (
+        "import os; from lstm_jax.run import interrupts\n"
+        f"interrupts.exit_at_once(); os.kill(os.getpid(), {number.value})"
+    )
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (process.returncode, process.stderr) == (128 + number, f"{message}\n")
+
+
 def test_a_stop_request_leaves_an_ignored_signal_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -118,3 +119,12 @@ def test_an_experiment_is_read_from_the_package_only_if_no_file_exists(
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "quick.py").write_text("")
     assert command.find_own_experiment("experiments/quick.py") == "experiments/quick.py"
+
+    # An editable package has them beside it, in the clone.
+    clone = tmp_path / "clone"
+    (clone / "lstm_jax").mkdir(parents=True)
+    shutil.copytree(own, clone / "experiments")
+    (tmp_path / "experiments" / "quick.py").unlink()
+    monkeypatch.setattr(lstm_jax, "__file__", str(clone / "lstm_jax" / "__init__.py"))
+    found = str(clone / "experiments" / "quick.py")
+    assert command.find_own_experiment("experiments/quick.py") == found

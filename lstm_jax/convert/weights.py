@@ -134,7 +134,7 @@ def require(module: str) -> Any:
         importlib.import_module(package)
         return importlib.import_module(module)
     except ImportError:
-        raise UserError(f"this format needs {package}: pip install {package}") from None
+        raise UserError(f"this format needs {package}: pip install 'lstm-jax[convert]'") from None
 
 
 @contextlib.contextmanager

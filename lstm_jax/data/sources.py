@@ -295,8 +295,9 @@ def _decode(content: bytes, name: str, start: int = 0, remedy: str = "") -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{name} is not UTF-8 at byte {start + error.start}: convert it, for example with "
-            f"iconv -f LATIN1 -t UTF-8{remedy}"
+            f"{name} is not UTF-8 at byte {start + error.start}: convert it with iconv -f "
+            "ENCODING -t UTF-8, where ENCODING is its own (LATIN1, EUC-JP, GB18030 or another)"
+            f"{remedy}"
         ) from None
 
 

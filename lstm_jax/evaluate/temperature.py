@@ -14,7 +14,7 @@ from lstm_jax import loss as loss_lib
 from lstm_jax.model import Carry, LanguageModel, Params, apply, place_beside
 from lstm_jax.vocabulary import Ids
 
-_TEMPERATURES = np.linspace(0.7, 1.5, 81)  # Those that `fit_temperature` compares.
+_TEMPERATURES = np.linspace(0.7, 1.5, 81).round(2)  # Those that `fit_temperature` compares.
 
 
 @dataclasses.dataclass(frozen=True)

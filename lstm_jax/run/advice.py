@@ -82,7 +82,8 @@ def find_suspicion(
         )
     if zero is not None and zero.excess > _FAR:
         return (
-            f"from a zero state the loss is up to {zero.excess:.3f} nats per token higher than "
-            "with the text before it: raise batches.reset_probability"
+            "the model starts badly: without the text before it, as at the start of each sample, "
+            f"the loss is up to {zero.excess:.3f} nats per token higher: raise "
+            "batches.reset_probability"
         )
     return None

@@ -145,12 +145,14 @@ def define_dtype_flag(*more: str) -> flags.FlagHolder[str | None]:
 def find_own_experiment(argument: str) -> str:
     """Replace the name of a packaged experiment by its path, unless such a file is here.
 
-    So `--config experiments/quick.py` works in a clone and in any other directory.
+    So `--config experiments/quick.py` works in a clone and in any other directory. An installed
+    package has experiments/ within it, and an editable one beside it.
     `argument` is `--flag=value`, or a value.
     """
     flag, equals, value = argument.rpartition("=")
     name, colon, word = value.partition(":")
-    own = Path(lstm_jax.__file__).parent / name
+    package = Path(lstm_jax.__file__).parent
+    own = (package if (package / "experiments").is_dir() else package.parent) / name
     if not name.startswith("experiments/") or Path(name).exists() or not own.is_file():
         return argument
     return f"{flag}{equals}{own}{colon}{word}"
@@ -201,6 +203,10 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
         )
     if isinstance(error, flags.UnrecognizedFlagError) and error.flagname.startswith("config."):
         return f"--{error.flagname} needs an experiment: add --config experiments/quick.py"
+    if isinstance(error, flags.UnrecognizedFlagError) and "config" in flags.FLAGS:
+        suffix = f".{error.flagname}"
+        if fields := [f"--config.{f.name}" for f in config.FIELDS if f.name.endswith(suffix)]:
+            return f"there is no flag --{error.flagname}: did you mean {' or '.join(fields)}?"
     if isinstance(error, flags.Error):
         # config_flags reports an error in a config file as a traceback in the message.
         _, in_config_file, trace = str(error).partition("Error whilst parsing config file:")

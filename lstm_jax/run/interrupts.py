@@ -1,4 +1,4 @@
-"""Handle Ctrl-C at any time of a command: print one line and exit with code 130.
+"""Handle Ctrl-C and SIGTERM at any time of a command: print one line, exit with code 130 or 143.
 
 Python raises KeyboardInterrupt wherever the program is at that time. That may be in an import, or
 in a callback from which no exception propagates, so that it is lost.
@@ -17,12 +17,13 @@ _pending = False
 
 
 def exit_at_once() -> None:
-    """Let Ctrl-C end the process immediately; call it before anything is written.
+    """Let Ctrl-C and SIGTERM end the process immediately; call it before anything is written.
 
-    If SIGINT is ignored, as in background jobs of a shell, it stays ignored.
+    If one is ignored, as SIGINT in background jobs of a shell, it stays ignored.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, leave)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
+            signal.signal(number, leave)
 
 
 def raise_from_here() -> None:
@@ -48,11 +49,11 @@ def end() -> bool:
     return pending
 
 
-def leave(*unused: object) -> NoReturn:
-    """End the process with one line and exit code 130."""
+def leave(number: int = signal.SIGINT, *unused: object) -> NoReturn:
+    """End the process with one line and the exit code of a signal."""
     with contextlib.suppress(OSError):
-        os.write(2, b"Interrupted.\n")
-    exit_now(130)
+        os.write(2, b"Interrupted.\n" if number == signal.SIGINT else b"Terminated.\n")
+    exit_now(128 + number)
 
 
 def exit_now(code: int) -> NoReturn:

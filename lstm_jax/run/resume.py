@@ -25,6 +25,8 @@ from lstm_jax.vocabulary import Ids, Vocabulary
 
 # The value before and the value now of each field that has changed, by dotted name.
 _Changes = dict[str, tuple[Any, Any]]
+# Fields that a run and the one whose parameters it starts from must share.
+_OF_MODEL = ("model.", "data.units", "data.document_separator")
 
 
 class Settled(NamedTuple):
@@ -89,7 +91,7 @@ def settle_run(
     vocabulary = make_vocabulary()
     if config.init_from:
         source = Path(config.init_from)
-        _compare(workdir.load_config(source), config, source, only="model.")
+        _compare(workdir.load_config(source), config, source, of_model=True)
         vocabulary = extend_vocabulary(workdir.load_vocabulary(source), vocabulary)
     return Settled(config, vocabulary, {})
 
@@ -116,18 +118,20 @@ def extend_vocabulary(first: Vocabulary, second: Vocabulary) -> Vocabulary:
     return Vocabulary([*first.tokens, *new], first.kind, second.stop)
 
 
-def _compare(before: ConfigDict, config: ConfigDict, directory: Path, only: str = "") -> _Changes:
-    """Return the changed fields that start with `only`; raise `UserError` if one can't change."""
+def _compare(
+    before: ConfigDict, config: ConfigDict, directory: Path, of_model: bool = False
+) -> _Changes:
+    """Return the changed fields, or those `_OF_MODEL`; raise `UserError` if one can't change."""
     old = dict(config_lib.flatten(before))
     changes = {
         field: (old[field], value)
         for field, value in config_lib.flatten(config)
-        if field.startswith(only) and value != old[field]
+        if field.startswith(_OF_MODEL if of_model else "") and value != old[field]
     }
     same_class = cell_file.get_class_name(before) == cell_file.get_class_name(config)
     if config.model.cell_sha256 and same_class:
         changes.pop("model.cell", None)  # The file may move.
-        if changes.pop("model.cell_sha256", None) and not only:
+        if changes.pop("model.cell_sha256", None) and not of_model:
             initial = for_caller(
                 f"--init_from {shlex.quote(str(directory))}",
                 f"config.init_from = {str(directory)!r}",
@@ -143,9 +147,11 @@ def _compare(before: ConfigDict, config: ConfigDict, directory: Path, only: str 
             f"{directory} holds a run that was trained on another text ({text}): restore "
             f"that text, or use {another_directory()}"
         )
-    if only:  # The given parameters replace the initial ones.
+    if of_model:  # The given parameters replace the initial ones.
         fixed = {f: values for f, values in fixed.items() if not f.startswith("model.initial_")}
-    if fixed and only:
+        if not before.data.document_separator:  # The vocabulary gets the stop token.
+            fixed.pop("data.document_separator", None)
+    if fixed and of_model:
         fixed.pop("model.cell_sha256", None)  # It follows from the cell.
         wanted = {field: was for field, (was, _) in fixed.items()}
         options = wanted.pop("model.options", {})

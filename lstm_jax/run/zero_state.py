@@ -22,14 +22,6 @@ class ZeroState(NamedTuple):
     worst: float  # At the worst position.
     excess: float  # The largest increase over the loss with the carry of the text before.
 
-    def describe(self) -> str:
-        """Return a sentence with these losses, for the validation split."""
-        return (
-            f"From a zero state within the validation text: {self.mean:.4f} nats per token, "
-            f"{self.worst:.4f} at the worst position; at most {self.excess:+.4f} compared with "
-            "reading the preceding text first"
-        )
-
 
 def measure_zero_state(model: LanguageModel, params: Params, ids: Ids, places: int) -> ZeroState:
     """Measure how well a model recovers from a zero carry at evenly spaced positions in a text.
