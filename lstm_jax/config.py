@@ -12,14 +12,12 @@ import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
-from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
-from lstm_jax import cells, vocabulary
-from lstm_jax import model as model_lib
-from lstm_jax import optimizer as optimizer_lib
+from lstm_jax import vocabulary
 from lstm_jax.errors import UserError
-from lstm_jax.recurrences import fused
+
+# Nothing here imports JAX, which takes a second: `--help` and a mistake in a flag don't need it.
 
 
 class Rule(NamedTuple):
@@ -80,9 +78,25 @@ _FRACTIONS = Rule(
 )
 _SEVERAL_LAYERS = Rule("model.num_layers above 1", lambda c: c.model.num_layers > 1)
 _OTHER_THAN_SGD = Rule("another optimizer than 'sgd'", lambda c: c.optimizer.name != "sgd")
+# The keys of `cells.CELLS` and of `optimizer.OPTIMIZERS`, and `optimizer.SCHEDULES`.
+CELLS = (
+    "lstm",
+    "peephole",
+    "mogrifier",
+    "gru",
+    "rnn",
+    "minlstm",
+    "mingru",
+    "rglru",
+    "slstm",
+    "mlstm",
+)
+OPTIMIZERS = ("adam", "lion", "muon", "schedule_free", "sgd")
+SCHEDULES = ("constant", "cosine", "linear", "step")
+DTYPES = ("float32", "bfloat16", "auto")  # Of matmuls; `model.make_model` resolves "auto".
 _CELL = Rule(
-    f"one of {', '.join(cells.CELLS)}, or FILE.py:CLASS",
-    lambda name: name in cells.CELLS or names_cell_file(name),
+    f"one of {', '.join(CELLS)}, or FILE.py:CLASS",
+    lambda name: name in CELLS or names_cell_file(name),
 )
 _OPTIONS = Rule(
     "numbers, strings and booleans, by name",
@@ -181,7 +195,7 @@ FIELDS = (
     Field("model.mogrifier_rounds", 5, between(0, 100),
           "Default of the option rounds of the cell mogrifier.",
           used_with=is_set_to("model.cell", "mogrifier")),
-    Field("model.block", "none", one_of(*cells.BLOCKS),
+    Field("model.block", "none", one_of("none", "residual"),
           "residual: each cell is in a block with normalization, a short convolution, a gated MLP "
           "and residual branches."),
     Field("model.layer_norm", False, _SWITCH, "Layer normalization of the inputs of the gates."),
@@ -197,14 +211,14 @@ FIELDS = (
           "Initial embeddings are uniform between minus and plus this.", population="start"),
     Field("model.initial_scale", 1.0, Rule("above 0, up to 1000", lambda value: 0 < value <= 1000),
           "Factor of the initial kernels and embedding table.", population="start"),
-    Field("model.initial_bias", "frequencies", one_of(*model_lib.INITIAL_BIASES),
+    Field("model.initial_bias", "frequencies", one_of("frequencies", "zeros"),
           "Initial bias of the logits. frequencies: the logarithm of each token's frequency in "
           "the training text, which the model then does not have to learn."),
-    Field("model.recurrence", "auto", one_of(*model_lib.RECURRENCES),
+    Field("model.recurrence", "auto", one_of("auto", "scan", "fused", "cudnn", "parallel"),
           "Implementation of the recurrence. scan: the readable reference. parallel: all steps "
           "at once, for cells that support it. fused: LSTMs with a custom VJP. cudnn: LSTMs with "
           "cuDNN on a GPU, in float32. auto: the fastest.", resume=True),
-    Field("model.dtype", "float32", one_of(*model_lib.DTYPES),
+    Field("model.dtype", "float32", one_of(*DTYPES),
           "Dtype of matmul operands; parameters, cell states, softmax and loss are float32. "
           "auto: bfloat16 on GPUs and TPUs, and for fused layers on CPUs with instructions for it.",
           resume=True),
@@ -212,10 +226,10 @@ FIELDS = (
           "Steps between the states stored for the backward pass, which recomputes the others to "
           "save memory. 0: store all.", resume=True,
           used_with=Rule("model.cell='lstm' without layer_norm or block, recurrence auto or fused",
-                         lambda c: fused.supports(c.model)
-                         and c.model.recurrence in ("auto", "fused"))),
+                         lambda c: c.model.cell == "lstm" and not c.model.layer_norm
+                         and c.model.block == "none" and c.model.recurrence in ("auto", "fused"))),
 
-    Field("optimizer.name", "adam", one_of(*optimizer_lib.OPTIMIZERS),
+    Field("optimizer.name", "adam", one_of(*OPTIMIZERS),
           "AdamW; Lion; Muon for the kernels of recurrent layers with AdamW for the rest; "
           "schedule-free AdamW; or SGD."),
     Field("optimizer.b1", 0.9, _SHARE,
@@ -238,7 +252,7 @@ FIELDS = (
           "Peak learning rate.", resume=True, population="step"),
     Field("optimizer.warmup_steps", 0, _COUNT,
           "Steps of a linear rise to the peak learning rate.", resume=True, population="step"),
-    Field("optimizer.schedule", "constant", one_of(*optimizer_lib.SCHEDULES),
+    Field("optimizer.schedule", "constant", one_of(*SCHEDULES),
           "Learning rate after warm-up. cosine, linear: decay to zero at the end of training. "
           "step: divide by ten at each of step_at.", resume=True, population="step"),
     Field("optimizer.step_at", (0.5, 0.75), _SHARES,
@@ -305,7 +319,11 @@ COMPARED = tuple(field.name for field in FIELDS if field.compared)
 
 def default() -> ConfigDict:
     """Return the default config: the lesson's model and training on Tiny Shakespeare."""
-    return ConfigDict(unflatten_dict({field.name: field.default for field in FIELDS}, sep="."))
+    fields: dict[str, Any] = {}
+    for field in FIELDS:
+        section, _, name = field.name.rpartition(".")
+        (fields.setdefault(section, {}) if section else fields)[name] = field.default
+    return ConfigDict(fields)
 
 
 def complete_config(fields: Any) -> ConfigDict:

@@ -13,10 +13,9 @@ from pathlib import Path
 
 from absl import flags
 
-from lstm_jax import config, training
-from lstm_jax.devices import hosts
+from lstm_jax import config
 from lstm_jax.errors import warn
-from lstm_jax.run import command, trackers
+from lstm_jax.run import command
 
 command.define_config_flag("Python file with get_config(); FILE:WORD calls get_config('WORD').")
 _WORKDIR = flags.DEFINE_string(
@@ -51,6 +50,11 @@ def main() -> int:
     for message in config.find_unused_fields(experiment):
         warn(message)
     directory = Path(_WORKDIR.value or Path("runs", name))
+    # Here, because they import JAX, which --help does not need.
+    from lstm_jax import training
+    from lstm_jax.devices import hosts
+    from lstm_jax.run import trackers
+
     processes = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     with (
         hosts.join_processes(*processes, _JOIN_SECONDS.value),

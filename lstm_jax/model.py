@@ -33,12 +33,6 @@ Carry = tuple[Any, ...]  # The carry of each layer, as its cell defines it.
 # last, for the outputs of the last layer. `regularization.draw_masks` draws them.
 Masks = Sequence[jax.Array | None]
 
-# How the layers run over time: one step after the other, or in the parallel form of the cell; fused
-# and cudnn are for LSTMs.
-RECURRENCES = ("auto", "scan", "fused", "cudnn", "parallel")
-# Logarithms of the tokens' frequencies in the training text, or zeros.
-INITIAL_BIASES = ("frequencies", "zeros")
-DTYPES = ("float32", "bfloat16", "auto")  # Of matmuls; `make_model` resolves "auto".
 # Larger parameters count as infinite: sums of their squares overflow float32.
 _LARGEST = 1e18
 
@@ -79,19 +73,23 @@ class LanguageModel(nn.Module):
     embedding_size: int  # Features of an embedded token.
     hidden_size: int  # Hidden units of each recurrent layer.
     num_layers: int = 1  # The number of recurrent layers; each reads the outputs of the one below.
-    recurrence: str = "auto"  # How the layers run over time, one of `RECURRENCES`.
+    # How the layers run over time: "scan", one step after the other; "parallel", in the parallel
+    # form of the cell; "fused" or "cudnn", for LSTMs; or "auto", the fastest.
+    recurrence: str = "auto"
     dtype: str = "float32"  # The dtype of matmul operands, "float32" or "bfloat16".
     int8_steps: bool = False  # Whether layers multiply 8 bits in `apply_step`; see `fused`.
     rematerialize: int = 0  # See `fused.run_fused`.
     cell: str | type[nn.Module] = "lstm"  # The kind of recurrent layer, in `cells.CELLS` or not.
     layer_norm: bool = False  # Whether the cells normalize the contributions to their gates.
     options: Mapping[str, Any] = nn.FrozenDict()  # Other fields of the cells.
-    block: str = "none"  # The block around each cell, one of `cells.BLOCKS`.
+    block: str = "none"  # The block around each cell: "none" or "residual".
     tie_embeddings: bool = False
     skip_connections: bool = False  # Add inputs to outputs in each layer but the first.
     initial_embedding: float = 0.05  # Initial embeddings are uniform in ± this.
     initial_scale: float = 1.0  # A factor of initial kernels and embeddings.
-    initial_bias: str = "frequencies"  # Of the dense layer, one of `INITIAL_BIASES`.
+    # Of the dense layer: the logarithms of the tokens' "frequencies" in the training text, or
+    # "zeros".
+    initial_bias: str = "frequencies"
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -122,7 +122,7 @@ def test_every_cell_gives_the_same_logits_token_by_token(name: str, layer_norm: 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), carry, last)
 
 
-@pytest.mark.parametrize("block", cells.BLOCKS)
+@pytest.mark.parametrize("block", ["none", "residual"])
 @pytest.mark.parametrize("name", [name for name in cells.CELLS if name not in EQUATIONS])
 def test_every_execution_gives_the_same_logits(name: str, block: str) -> None:
     models = [
@@ -155,7 +155,7 @@ def test_cells_without_a_fused_implementation_use_scan() -> None:
         model_lib.LanguageModel(11, 6, 9, cell="rnn", recurrence="fused").implementation()
 
 
-@pytest.mark.parametrize("block", cells.BLOCKS)
+@pytest.mark.parametrize("block", ["none", "residual"])
 @pytest.mark.parametrize("name", cells.CELLS)
 def test_no_cell_ignores_layer_norm_or_recurrent_dropout(name: str, block: str) -> None:
     model = model_lib.LanguageModel(11, 6, 8, cell=name, block=block)

@@ -14,6 +14,7 @@ from absl import flags
 import lstm_jax
 from commands import run
 from lstm_jax import __main__ as commands
+from lstm_jax import cells, optimizer
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.convert import transfer
@@ -87,6 +88,35 @@ def test_temperatures_have_two_decimals() -> None:
 def test_a_text_in_another_encoding_has_its_own_in_the_remedy() -> None:
     with pytest.raises(UserError, match="iconv -f ENCODING -t UTF-8, where ENCODING is its own"):
         sources.decode_text("吾輩は猫である".encode("euc-jp"), "cat.txt", any_bytes=False)
+
+
+def list_imports(code: str) -> set[str]:
+    """Return the packages that a process with this code has imported when it ends."""
+    code = f"import atexit, sys; atexit.register(lambda: print(*sys.modules)); {code}"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert process.returncode == 0, process.stderr
+    return {name.partition(".")[0] for name in process.stdout.splitlines()[-1].split()}
+
+
+@pytest.mark.parametrize("module", ["main", "sample", "inspect", "convert", "export"])
+def test_help_imports_no_jax(module: str) -> None:
+    run = (
+        "import runpy; sys.argv[1:] = ['--help']; "
+        f"runpy.run_module('lstm_jax.{module}', run_name='__main__')"
+    )
+    heavy = {"flax", "grain", "jax", "matplotlib", "optax", "orbax", "tensorboardX", "torch"}
+    assert not heavy & list_imports(run)
+
+
+def test_the_tables_of_the_config_are_those_of_the_code() -> None:
+    assert tuple(cells.CELLS) == config_lib.CELLS
+    assert tuple(optimizer.OPTIMIZERS) == config_lib.OPTIMIZERS
+    assert config_lib.SCHEDULES == optimizer.SCHEDULES
+
+
+def test_training_imports_no_library_before_it_uses_it() -> None:
+    late = {"matplotlib", "tensorflow_datasets", "tokenizers", "torch"}
+    assert not late & list_imports("import lstm_jax.train")
 
 
 def test_novelty_in_a_conversation_is_an_error() -> None:

@@ -35,8 +35,6 @@ CELLS: Mapping[str, type[nn.Module]] = MappingProxyType(
         "mlstm": MLSTMCell,
     }
 )
-# The values of the config field `model.block`.
-BLOCKS = ("none", "residual")
 # Cells of files that a user has named, by FILE.py:CLASS, with the files' checksums, the last one
 # loaded last; see `run.cell_file`.
 LOADED: dict[str, tuple[type[nn.Module], str]] = {}

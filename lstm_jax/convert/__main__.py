@@ -16,7 +16,6 @@ from pathlib import Path
 
 from absl import flags
 
-from lstm_jax.convert import transfer
 from lstm_jax.errors import UserError
 from lstm_jax.run import command
 
@@ -38,6 +37,9 @@ def main() -> None:
         raise UserError("specify the working directory: --workdir DIR")
     if (_FROM.value is None) == (_TO.value is None):
         raise UserError("give either --from FILE, to make the --workdir, or --to FILE, to read it")
+    # Here, because it imports JAX, which --help does not need.
+    from lstm_jax.convert import transfer
+
     directory = Path(_WORKDIR.value)
     if _FROM.value is not None:
         if _DROP_SPECIAL.value:

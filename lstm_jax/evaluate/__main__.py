@@ -20,7 +20,7 @@ from lstm_jax.data import sources, texts
 from lstm_jax.data.encoding import Text
 from lstm_jax.errors import UserError, warn
 from lstm_jax.evaluate.temperature import Tempered, fit_temperature
-from lstm_jax.run import advice, command, ensemble, workdir, zero_state
+from lstm_jax.run import advice, command, ensemble, figures, workdir, zero_state
 from lstm_jax.vocabulary import FILE_END, UNKNOWN_ID, Ids, Vocabulary
 
 _PLACES = 256  # The number of positions that --zero_state measures.
@@ -154,8 +154,6 @@ def main() -> None:
     # JSON has no infinity.
     print(json.dumps({key: None if v == math.inf else v for key, v in result.items()}))
     if plot:
-        from lstm_jax.run import figures  # Only here: importing it takes time.
-
         figures.plot_positions(by_position, kept, plot)
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from absl import flags
 
 from lstm_jax.errors import UserError
-from lstm_jax.export import page
 from lstm_jax.run import command
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Working directory of a training run.")
@@ -27,6 +26,9 @@ def main() -> None:
         raise UserError("specify the trained model: --workdir DIR")
     if _TO.value is None:
         raise UserError("specify the page to write: --to page.html")
+    # Here, because it imports JAX, which --help does not need.
+    from lstm_jax.export import page
+
     page.write_page(Path(_WORKDIR.value), Path(_TO.value), int(_BITS.value))
 
 

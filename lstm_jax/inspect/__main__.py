@@ -14,14 +14,13 @@ from pathlib import Path
 from absl import flags
 
 from lstm_jax.errors import UserError
-from lstm_jax.inspect import report
 from lstm_jax.run import command
 
 _RUN = command.define_run_flags()
 _TEXT = flags.DEFINE_string(
     "text", None, "Text to read; - is standard input. [default: the run's validation split]"
 )
-_OUT = flags.DEFINE_string("out", None, f"Page to write. [default: {report.REPORT} in --workdir]")
+_OUT = flags.DEFINE_string("out", None, "Page to write. [default: report.html in --workdir]")
 _LENGTH = flags.DEFINE_integer(
     "length",
     100_000,
@@ -34,6 +33,9 @@ _LENGTH = flags.DEFINE_integer(
 def main() -> None:
     """Write the page."""
     directories, own_text = _RUN()
+    # Here, because it imports JAX, which --help does not need.
+    from lstm_jax.inspect import report
+
     if len(directories) > 1:
         raise UserError("the page is about one model: give --workdir once")
     out = Path(_OUT.value) if _OUT.value else None

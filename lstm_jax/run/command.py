@@ -9,15 +9,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import lstm_jax
-from lstm_jax import config, errors, model
-from lstm_jax.devices import compilation_cache
+from lstm_jax import config, errors
 from lstm_jax.errors import UserError, one_line, visible
-from lstm_jax.run import cell_file, console, interrupts
+from lstm_jax.run import console, interrupts
+
+# What imports JAX is imported in functions: `--help` and a mistake in a flag don't need it.
 
 # Flags that functions of this module define are those of the command that calls them.
 flags.disclaim_key_flags()
@@ -33,6 +33,8 @@ def run_command(main: Callable[[], int | None]) -> None:
     def guarded(argv: Sequence[str]) -> int | None:
         if len(argv) > 1:
             _fail(f"stray argument {argv[1]!r}: every argument is a flag, see --help")
+        from lstm_jax.devices import compilation_cache
+
         compilation_cache.use_cache()
         logging.set_verbosity(logging.FATAL)  # app.run increases it after parsing.
         interrupted = False
@@ -68,6 +70,8 @@ def _report(error: Exception) -> int:
     """Exit with one line for a user's mistake; re-raise any other error."""
     if isinstance(error, UserError):
         _fail(str(error))
+    import jax
+
     is_of_jax = isinstance(error, jax.errors.JaxRuntimeError)
     if isinstance(error, MemoryError) or (is_of_jax and "RESOURCE_EXHAUSTED" in str(error)):
         _fail(
@@ -125,6 +129,8 @@ def define_run_flags() -> Callable[[], tuple[list[Path], list[str | None]]]:
     def read() -> tuple[list[Path], list[str | None]]:
         if not workdir.value:
             raise UserError("specify the trained model: --workdir DIR")
+        from lstm_jax.run import cell_file
+
         for name in cell.value:
             cell_file.load_cell(name)
         return [*map(Path, workdir.value)], [flag.value for flag in own_text]
@@ -137,7 +143,7 @@ def define_dtype_flag(*more: str) -> flags.FlagHolder[str | None]:
     return flags.DEFINE_enum(
         "dtype",
         None,
-        [*model.DTYPES, *more],
+        [*config.DTYPES, *more],
         "Dtype of matmul operands, instead of the run's; auto: the faster of float32 and bfloat16.",
     )
 

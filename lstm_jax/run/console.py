@@ -9,7 +9,6 @@ from typing import Any
 
 import regex
 
-from lstm_jax.devices import hosts
 from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import FILE_END
 
@@ -100,6 +99,8 @@ def quieten(quiet: bool) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if quiet:
             stack.enter_context(mute())
+        from lstm_jax.devices import hosts  # It imports JAX.
+
         if not hosts.is_first():
             silence = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(silence))

@@ -4,12 +4,15 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from lstm_jax.run import files
+
+if TYPE_CHECKING:  # Importing it takes half a second: the first plot does.
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # From Okabe and Ito's palette, which color-blind readers can distinguish.
 _COLORS = {"train": "#0072B2", "validation": "#D55E00", "test": "#009E73"}
@@ -20,18 +23,26 @@ def plot_metrics(rows: Sequence[dict[str, Any]], path: Path) -> None:
     save_figure(draw_metrics(rows), path)
 
 
-def save_figure(figure: Figure, path: Path, **options: Any) -> None:
+def save_figure(figure: "Figure", path: Path, **options: Any) -> None:
     """Write a figure as a PNG file, atomically, with these options of `Figure.savefig`."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", **options)
     files.write_file(path, picture.getvalue())
 
 
-def draw_metrics(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Return a figure of the losses of all splits over steps."""
+def _make_figure(xlabel: str) -> tuple["Figure", "Axes"]:
+    """Return a figure of losses with its axes."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot(xlabel="training step", ylabel="loss (nats per token)")
+    axes = figure.add_subplot(xlabel=xlabel, ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def draw_metrics(rows: Sequence[dict[str, Any]]) -> "Figure":
+    """Return a figure of the losses of all splits over steps."""
+    figure, axes = _make_figure("training step")
     rows = [row for row in rows if row["step"]]
     for split, style, size in (("train", "-", 0), ("validation", "o-", 4), ("test", "*", 12)):
         points = [(row["step"], row["loss"]) for row in rows if row["split"] == split]
@@ -53,11 +64,9 @@ def draw_metrics(rows: Sequence[dict[str, Any]]) -> Figure:
 
 def plot_positions(losses: np.ndarray, kept: float, path: Path) -> None:
     """Plot losses by position, and the loss with the carry kept, as a PNG file."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot(xlabel="position in the window", ylabel="loss (nats per token)")
+    figure, axes = _make_figure("position in the window")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.grid(alpha=0.3)
     positions = np.arange(1, len(losses) + 1)
     axes.plot(positions, losses, ".", color="#56B4E9", alpha=0.6, label="each position")
     # Means over ranges of positions, which grow by a factor of about the square root of two.

@@ -11,22 +11,11 @@ if __name__ == "__main__":
 import sys
 from typing import Any
 
-import jax
 from absl import flags
 
-from lstm_jax import generation
-from lstm_jax.controls import (
-    Controls,
-    can_end,
-    check_number,
-    make_control_arrays,
-    make_stop_table,
-)
-from lstm_jax.data import sources, texts
 from lstm_jax.errors import UserError, warn
-from lstm_jax.run import command, ensemble
+from lstm_jax.run import command
 from lstm_jax.run.console import make_printable, make_printer
-from lstm_jax.sample import chat, novelty
 
 _RUN = command.define_run_flags()
 _DTYPE = command.define_dtype_flag("int8")
@@ -67,6 +56,21 @@ def main() -> None:
         raise UserError("--interactive generates one text and reads lines from standard input")
     if _INTERACTIVE.value and _NOVELTY.value:
         raise UserError("--novelty measures whole texts: leave out --interactive")
+    # Here, because they import JAX, which --help does not need.
+    import jax
+
+    from lstm_jax import generation
+    from lstm_jax.controls import (
+        Controls,
+        can_end,
+        check_number,
+        make_control_arrays,
+        make_stop_table,
+    )
+    from lstm_jax.data import sources, texts
+    from lstm_jax.run import ensemble
+    from lstm_jax.sample import chat, novelty
+
     for flag in (_LENGTH, _SEED, _NUM_SAMPLES):
         check_number(flag.name, flag.value)
     penalty = _REPETITION_PENALTY.value, _REPETITION_WINDOW.value
