@@ -618,6 +618,25 @@ def test_importances_of_few_trials_are_called_a_hint(
     assert ("too few to rely on" in page) == hint
 
 
+def test_the_text_of_pictures_has_the_size_of_the_page_on_any_screen(
+    tmp_path: Path, browser: Any
+) -> None:
+    record = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    record.optimize(lambda t: t.suggest_float("rate", 0, 1) * t.suggest_float("decay", 0, 1), 9)
+    page = tmp_path / "report.html"
+    page.write_text(report.make_page(record, tmp_path))
+    shown = "return [...document.querySelectorAll('svg')].map(x => [x.getBoundingClientRect().width"
+    for width in (360, 768, 1280):
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        browser.get(page.as_uri())
+        pictures = browser.execute_script(f"{shown}, x.viewBox.baseVal.width])")
+        scales = [points and pixels / points for pixels, points in pictures if pixels]
+        # The text of axes has 10 points.
+        assert len(scales) == 4 and all(10 <= 10 * scale <= 16 for scale in scales), (width, scales)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+
+
 def test_a_study_of_another_grid_is_refused() -> None:
     made = optuna.create_study(sampler=study.make_sampler("grid", -1, {"seed": [0, 1]}))
     for _ in range(2):

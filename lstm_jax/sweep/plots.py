@@ -26,9 +26,12 @@ _as_text = matplotlib.rc_context({"text.parse_math": False})
 
 
 @_as_text
-def draw_losses(trials: Sequence[FrozenTrial], name: str | None = None) -> str:
-    """Draw losses against a parameter, or against trial numbers with the best loss so far."""
-    figure = Figure(figsize=(4, 3) if name else (6.5, 3.2), layout="constrained")
+def draw_losses(trials: Sequence[FrozenTrial], name: str | None = None, width: float = 4) -> str:
+    """Draw losses against a parameter, or against trial numbers with the best loss so far.
+
+    The picture is `width` inches wide; the page shows it at this size, or smaller if it must.
+    """
+    figure = Figure(figsize=(width, 3), layout="constrained")
     axes = figure.add_subplot(xlabel=name or "trial", ylabel="validation loss")
     axes.grid(alpha=0.3)
     top = _get_top(trials)
@@ -51,14 +54,14 @@ def draw_losses(trials: Sequence[FrozenTrial], name: str | None = None) -> str:
         numbers = [t.number for t in complete]
         axes.step(numbers, best, where="post", color=_ORANGE, label="best so far")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(fontsize=8)
+        figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     return _to_svg(figure)
 
 
 @_as_text
 def draw_parallel_coordinates(trials: Sequence[FrozenTrial], names: Sequence[str]) -> str:
     """Draw a line for each trial across an axis for each parameter and one for the loss."""
-    figure = Figure(figsize=(len(names) + 1, 4.2), layout="constrained")
+    figure = Figure(figsize=(1.4 * (len(names) + 1), 4.2), layout="constrained")
     axes = figure.add_subplot(xlim=(-0.4, len(names) + 0.4), ylim=(-0.1, 1.1))
     ranked = sorted(trials, key=lambda t: t.values[0], reverse=True)
     losses = {t.number: t.values[0] for t in ranked if t.values[0] <= _get_top(trials)}
@@ -69,7 +72,7 @@ def draw_parallel_coordinates(trials: Sequence[FrozenTrial], names: Sequence[str
         axes.axvline(len(heights), 1 / 12, 11 / 12, color="#444444", linewidth=1)
         for value, text in labels.items():
             place = len(heights), (value - low) / span
-            axes.annotate(text, place, (3, 3), textcoords="offset points", fontsize=7)
+            axes.annotate(text, place, (3, 3), textcoords="offset points", fontsize=8)
         heights.append({number: (value - low) / span for number, value in values.items()})
     for rank, trial in enumerate(ranked, 1):
         points = [(i, h[trial.number]) for i, h in enumerate(heights) if trial.number in h]
@@ -77,7 +80,7 @@ def draw_parallel_coordinates(trials: Sequence[FrozenTrial], names: Sequence[str
         axes.plot(*zip(*points, strict=True), color=color, alpha=alpha)
     axes.lines[-1].set_color(_ORANGE)  # The best trial.
     axis_names = [name.rpartition(".")[2].replace("_", "\n") for name in names]
-    axes.set_xticks(range(len(names) + 1), [*axis_names, "loss"], fontsize=8)
+    axes.set_xticks(range(len(names) + 1), [*axis_names, "loss"], fontsize=9)
     axes.yaxis.set_visible(False)
     axes.spines[:].set_visible(False)
     return _to_svg(figure)

@@ -186,7 +186,8 @@ def make_page(study: Study, directory: Path) -> str:
     if ended:
         parts.append(
             "<h2>History</h2><p>A triangle marks a trial whose loss is above the plot.</p>"
-            f"{plots.draw_losses(ended)}"
+            f"<div class=large>{plots.draw_losses(ended, width=10.5)}</div>"
+            f"<div class=small>{plots.draw_losses(ended)}</div>"
         )
     parts.append(_show_importances(study))
     names = sorted({name for trial in ended for name in trial.params})
@@ -197,8 +198,7 @@ def make_page(study: Study, directory: Path) -> str:
     if len(varied) > 1:
         parts.append(
             "<h2>Parallel coordinates</h2><p>Each line is a trial. Darker lines have lower losses."
-            f"</p><div class=wide><div style='min-width: {len(varied) + 1}in'>"
-            f"{plots.draw_parallel_coordinates(ended, varied)}</div></div>"
+            f"</p><div class=wide>{plots.draw_parallel_coordinates(ended, varied)}</div>"
         )
     ordered = sorted(trials, key=lambda t: (math.inf if t.value is None else t.value, t.number))
     table = _make_table([_make_row(t, directory, t is best) for t in ordered], _HEAD)
