@@ -21,12 +21,18 @@ SPECIAL_IDS = (PADDING_ID, UNKNOWN_ID)
 KINDS = ("characters", "graphemes", "words", "bytes", "bpe")
 # The default maximum size of a vocabulary of kind "bpe".
 DEFAULT_SIZE = 1024
+# The maximum length of a token in characters. It bounds the text that a few tokens generate.
+MAX_TOKEN_LENGTH = 1024
+# A grapheme, as `\X`. That alone takes quadratic time on flags: before each, it counts the regional
+# indicators from the start of the run. Here no flag but the last of a run is left to it.
+_GRAPHEME = r"\p{GCB=Regional_Indicator}{2}(?=\p{GCB=Regional_Indicator})|\X"
 _PATTERNS = {
     # Characters as a reader sees them (Unicode Standard Annex 29): accents stay with their letters,
     # and emoji stay whole.
-    "graphemes": regex.compile(r"\X"),
-    # Words by the same annex, each with the space before it, and graphemes between words.
-    "words": regex.compile(r"(?ws) ?\b\w.*?\b|\X"),
+    "graphemes": regex.compile(_GRAPHEME),
+    # Words by the same annex, each with the space before it, and graphemes between words. The first
+    # `\w` also keeps `\b` from counting regional indicators.
+    "words": regex.compile(rf"(?ws) ?(?=\w)\b.+?\b|{_GRAPHEME}"),
     "bpe": bpe.WORDS,
 }
 
@@ -89,6 +95,10 @@ class Vocabulary:
         self._ids = {token: i for i, token in enumerate(tokens)}
         if len(self._ids) != len(tokens):
             raise ValueError("a token occurs twice")
+        if (longest := max(map(len, tokens))) > MAX_TOKEN_LENGTH:
+            raise ValueError(
+                f"a token has {longest:,} characters: {MAX_TOKEN_LENGTH:,} are the maximum"
+            )
         if stop and stop not in proper:
             raise ValueError("the stop token is not among the tokens")
         self.tokens, self.kind, self.stop = tuple(tokens), kind, stop
@@ -111,8 +121,9 @@ class Vocabulary:
     ) -> "Vocabulary":
         """Return the vocabulary of a text, from the number of occurrences of each token.
 
-        The tokens are those that occur at least `min_count` times; for kind "bytes", all bytes. For
-        kind "bpe", the counts are those of words, and `size` is the maximum number of tokens.
+        The tokens are those that occur at least `min_count` times and have at most
+        `MAX_TOKEN_LENGTH` characters; for kind "bytes", all bytes. For kind "bpe", the counts are
+        those of words, and `size` is the maximum number of tokens.
 
         Raise `UserError` if none occurs often enough, or the stop token does not occur.
         """
@@ -126,13 +137,17 @@ class Vocabulary:
                 f"the training text has no {stop!r} to end its documents: choose another "
                 "data.document_separator"
             )
-        frequent = {token for token, count in counts.items() if count >= min_count}
+        frequent = {
+            token
+            for token, count in counts.items()
+            if count >= min_count and len(token) <= MAX_TOKEN_LENGTH
+        }
         if kind in ("bytes", "bpe"):
             frequent = set(_BYTES)
         if counts and not frequent:
             raise UserError(
-                f"none of the {kind} of the training text occurs {min_count} times: "
-                "lower data.min_count"
+                f"none of the {kind} of the training text, up to {MAX_TOKEN_LENGTH:,} characters "
+                f"long, occurs {min_count} times: lower data.min_count, or choose other data.units"
             )
         tokens = [PADDING, UNKNOWN, *sorted(frequent | {stop} - {""})]
         if kind == "bpe":

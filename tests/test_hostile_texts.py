@@ -9,7 +9,6 @@ import random
 import signal
 import socket
 import sys
-import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -346,22 +345,6 @@ def test_a_damaged_dataset_is_read_or_gives_a_one_line_error(
             assert read == list(shakespeare.values())
         except UserError as error:
             assert "\n" not in str(error)
-
-
-@pytest.mark.parametrize("kind", ["characters", "words", "bytes"])
-def test_memory_does_not_grow_with_the_longest_token(kind: str) -> None:
-    # For bytes and characters, only the stop token may be long.
-    long = "x" * 10**7
-    tokens = ["", "[UNK]", *map(chr, range(65, 91)), long]
-    tracemalloc.start()
-    vocabulary = Vocabulary(tokens, kind, long)
-    tables = [make_stop_table(vocabulary, stop_at=text) for text in ("", "AB", "xx", "x" * 50)]
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 50e6
-    assert [table[0, -1] == len(table) - 1 for table in tables] == [True] * 4
-    without = make_stop_table(vocabulary, False, stop_at="xA")
-    assert without[0, -1] == 1 and without[1, 2] == len(without) - 1
 
 
 def test_stop_texts_in_long_tokens() -> None:

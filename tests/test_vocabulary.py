@@ -1,8 +1,10 @@
 import json
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +14,7 @@ from lstm_jax.errors import UserError
 from lstm_jax.run import files, workdir
 from lstm_jax.run.console import make_printable, make_printer
 from lstm_jax.run.resume import extend_vocabulary
-from lstm_jax.vocabulary import FILE_END, KINDS, Vocabulary
+from lstm_jax.vocabulary import FILE_END, KINDS, MAX_TOKEN_LENGTH, Vocabulary, split_text
 
 # Text from all planes of Unicode, and strings that are often split or decoded wrongly.
 TEXTS = st.lists(
@@ -102,6 +104,30 @@ def test_tokens_of_each_kind(kind: str, tokens: list[str]) -> None:
     assert [vocabulary.tokens[i] for i in vocabulary.encode(text)] == tokens
 
 
+# A regional indicator, of which two are a flag, several times, and one of most other classes of
+# Unicode Standard Annex 29.
+BREAKS = [
+    *"🇦🇧🇨",
+    *"\u0301\u200d😀a1:,'\"אア_ #\xad\u0600\u0903क\u094dᄀ\u1161\u11a8\n\r\u0e33\u0d4e",
+]
+
+
+@settings(max_examples=500, deadline=None)
+@given(text=st.lists(st.sampled_from([*"🇦🇧🇨🇩🇪", *BREAKS]), max_size=30).map("".join))
+def test_words_and_graphemes_are_those_of_unicode(text: str) -> None:
+    assert list(split_text(text, "graphemes", "")) == regex.findall(r"\X", text)
+    assert list(split_text(text, "words", "")) == regex.findall(r"(?ws) ?\b\w.*?\b|\X", text)
+
+
+@pytest.mark.parametrize("kind", ["graphemes", "words", "bpe"])
+@pytest.mark.parametrize("repeated", ["🇦", "🇦\u0301", "🇦\xad", "a\u0301", "😀\u200d", "a'"])
+def test_the_time_to_split_a_text_is_linear(kind: str, repeated: str) -> None:
+    # In quadratic time, 40,000 flags take 5 s, and 80,000 take 20; in linear time, 10 ms.
+    began = time.process_time()
+    assert "".join(split_text(repeated * 40_000, kind, "")) == repeated * 40_000
+    assert time.process_time() - began < 1
+
+
 def test_documents_end_with_the_stop_token() -> None:
     text = "ab\n\nc\n\n\nd"
     for kind in KINDS:
@@ -142,6 +168,19 @@ def test_rare_tokens_become_unk() -> None:
     data.units, data.min_count = "bytes", 9
     assert Text(text).vocabulary(data).tokens == Vocabulary.from_text(text, "bytes").tokens
     assert len(Vocabulary.from_text(text, "bytes", min_count=3)) == 258
+
+
+@pytest.mark.parametrize("kind", ["graphemes", "words"])
+def test_tokens_have_a_maximum_length(kind: str) -> None:
+    longest = "a" + "\u0301" * (MAX_TOKEN_LENGTH - 1)
+    text = f"{longest},{longest}\u0301"
+    vocabulary = Vocabulary.from_text(text, kind)
+    assert vocabulary.tokens == ("", "[UNK]", ",", longest)
+    assert vocabulary.decode(vocabulary.encode(text)) == f"{longest},[UNK]"
+    with pytest.raises(ValueError, match="a token has 1,025 characters: 1,024 are the maximum"):
+        Vocabulary(["", "[UNK]", longest + "\u0301"], kind)
+    with pytest.raises(UserError, match=f"none of the {kind} .* up to 1,024 characters long"):
+        Vocabulary.from_text(longest + "\u0301", kind)
 
 
 def test_another_vocabulary_is_appended() -> None:

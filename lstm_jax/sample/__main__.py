@@ -103,7 +103,7 @@ def main() -> None:
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
         chat.converse(trained, key, **options)
         return
-    generated = [""] * _NUM_SAMPLES.value
+    generated: list[list[str]] = []
     show = make_printer()
     print(show(prompt, False), end="", flush=True)
     for pieces in generation.stream_texts(
@@ -111,12 +111,13 @@ def main() -> None:
     ):
         # Print the first text as it is generated, the others at the end.
         print(show(pieces[0], False), end="", flush=True)
-        generated = [text + piece for text, piece in zip(generated, pieces, strict=True)]
+        generated.append(pieces)
     print(show("", True))
-    for text in generated[1:]:
+    samples = ["".join(text) for text in zip(*generated, strict=True)]
+    for text in samples[1:]:
         print(f"{'-' * 20}\n{make_printable(prompt + text)}")
     sys.stdout.flush()
-    for text in generated if _NOVELTY.value else []:
+    for text in samples if _NOVELTY.value else []:
         found = novelty.measure_novelty(text, training_text.pieces(overlap=len(text)))
         print(
             f"novelty: {found.copied_share:.1%} of the characters are in runs of more than "
