@@ -18,7 +18,14 @@ from ml_collections import ConfigDict
 
 from lstm_jax.cells import CELLS, LOADED
 from lstm_jax.cells.block import Block
-from lstm_jax.cells.protocol import get_activation, get_gates, make_cell, run_cell
+from lstm_jax.cells.protocol import (
+    count_operations,
+    get_activation,
+    get_gates,
+    make_cell,
+    run_cell,
+)
+from lstm_jax.errors import UserError
 from lstm_jax.matmul import matmul
 from lstm_jax.recurrences import cudnn, fused
 from lstm_jax.recurrences.fused import Lookup, StepArrays
@@ -35,6 +42,8 @@ Masks = Sequence[jax.Array | None]
 
 # Larger parameters count as infinite: sums of their squares overflow float32.
 _LARGEST = 1e18
+# The maximum of `count_operations` over all layers, which take about a minute to compile.
+_MAX_OPERATIONS = 40_000
 
 
 class Dense(nn.Module):
@@ -281,6 +290,17 @@ def make_model(model: ConfigDict, vocabulary_size: int) -> LanguageModel:
         if made.recurrence != "cudnn" and (fast or jax.default_backend() != "cpu"):
             made = made.clone(dtype="bfloat16")
     return made
+
+
+def check_operations(model: LanguageModel) -> None:
+    """Raise `UserError` if the layers have too many operations to compile them."""
+    operations = sum(map(count_operations, model.make_cells()))
+    if operations > _MAX_OPERATIONS:
+        raise UserError(
+            f"the {model.num_layers} layers of cell {model.cell_name} have {operations:,} "
+            f"operations, and {_MAX_OPERATIONS:,} are the maximum: lower model.num_layers, or an "
+            "option of the cell"
+        )
 
 
 def init_params(model: LanguageModel, key: jax.Array, counts: np.ndarray | None = None) -> Params:

@@ -5,6 +5,7 @@ Each case changes one thing in a run and reads the run with a command. Some case
 `draws` says how many random cases there are.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -341,6 +342,41 @@ CASES: dict[str, tuple[Change, str]] = {
         "inspect",
     ),
 }  # fmt: skip
+
+
+def replace_text(text: str) -> Change:
+    """Replace the text of the run by one of graphemes, most of which is the test split."""
+
+    def change(place: Place) -> None:
+        (place.run / "text.txt").write_text(text)
+        sha256 = hashlib.sha256(text.encode()).hexdigest()
+        data = {"units": "graphemes", "fractions": [0.01, 0.01, 0.98], "sha256": sha256}
+        change_fields({f"data.{name}": value for name, value in data.items()})(place)
+        change_vocabulary(lambda v: v.update(kind="graphemes"))(place)
+
+    return change
+
+
+def add_rounds(rounds: int, layers: int) -> Change:
+    fields = {"cell": "mogrifier", "options": {"rounds": rounds}, "num_layers": layers}
+    return change_fields({f"model.{name}": value for name, value in fields.items()})
+
+
+# What a few bytes of a config or a text may cost.
+COMMANDS["sample 500"] = ["sample", "--length=500"]
+CASES |= {
+    "tokens of 30 MB": (
+        change_vocabulary(
+            lambda v: v.update(
+                kind="words", units=[" " + "x" * (3 * 10**7) if u == " " else u for u in v["units"]]
+            )
+        ),
+        "sample 500",
+    ),
+    "flags": (replace_text("🇦" * 250_000), "evaluate"),
+    "endless rounds": (add_rounds(10**5, 1), "sample"),
+    "rounds and layers": (add_rounds(100, 100), "sample"),
+}
 _kind: Kind
 # Replace each file by a pipe and by a link, and run the command that uses most files.
 for _name in NAMES:

@@ -607,3 +607,19 @@ def test_a_subclass_may_use_the_gates_that_it_inherits() -> None:
 def test_the_package_is_imported_quickly() -> None:
     code = "import sys, lstm_jax; lstm_jax.__version__; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_options_and_operations_are_bounded(tiny_config: ConfigDict) -> None:
+    model = tiny_config.model
+    model.cell, model.options = "mogrifier", {"rounds": 100_000}
+    with pytest.raises(UserError, match="rounds of the cell .* 100000: it must be from 0 to 100$"):
+        resume.settle_model(tiny_config)
+    model.num_layers, model.options = 100, {"rounds": 100}
+    with pytest.raises(UserError, match="the 100 layers of cell mogrifier have 2.* 40,000 are the"):
+        resume.settle_model(tiny_config)
+    # The most layers of the largest cell with its own options.
+    model.options, model.block = {}, "residual"
+    model_lib.check_operations(model_lib.make_model(model, 9))
+    model.cell, model.options = "slstm", {"heads": 2**20 + 1}
+    with pytest.raises(UserError, match="heads of .*: it must be from -1,048,576 to 1,048,576$"):
+        model_lib.make_model(model, 9).make_cells()

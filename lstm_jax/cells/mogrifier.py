@@ -1,5 +1,7 @@
 """The Mogrifier LSTM cell."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 
@@ -17,7 +19,8 @@ class MogrifierLSTMCell(LSTMCell):
         h = 2 sigmoid(x R_k) * h    for even k
     """
 
-    rounds: int = 5  # The number of rounds.
+    # The number of rounds.
+    rounds: int = dataclasses.field(default=5, metadata={"allowed": (0, 100)})
 
     def setup(self) -> None:
         """Declare the parameters: those of the LSTM, and a kernel for each round."""

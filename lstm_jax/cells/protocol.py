@@ -11,7 +11,8 @@ It may also have
 
 - a field `dtype`, "float32" or "bfloat16", for its matmuls; a field `layer_norm`; and any other
   field with a default, which is an option: `--config.model.options.NAME=VALUE`, with a value of the
-  types in its annotation: bool, int, float, str, or several of them;
+  types in its annotation: bool, int, float, str, or several of them. Integers are between ±2**20,
+  or in the range of the field: `dataclasses.field(default=5, metadata={"allowed": (0, 100)})`;
 - `run_parallel(carry, inputs)`, which returns the carry after inputs [batch, time, input_size] and
   the outputs [batch, time, hidden_size] of all steps;
 - `gates(carry, inputs)`, which returns the gates of a step by name, [batch, hidden_size] each, and
@@ -23,6 +24,7 @@ Recurrent dropout (DropConnect) applies to every parameter named `recurrent_kern
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import re
 import traceback
@@ -43,6 +45,7 @@ Gates = dict[str, jax.Array]
 _FIELDS = ("input_size", "hidden_size")
 _OTHER_FIELDS = ("dtype", "layer_norm", "parent", "name")
 _OPTION_TYPES: tuple[type, ...] = (bool, int, float, str)  # Those of the values in `model.options`.
+_OPTION_RANGE = (-(2**20), 2**20)  # Of integers, unless their field has another one.
 # The arguments of the methods, of which the first two are required.
 _METHODS = {
     "initial_carry": ("batch_size",),
@@ -69,6 +72,7 @@ def make_cell(
     if not (isinstance(cell, type) and issubclass(cell, nn.Module)):
         raise UserError(f"the cell {cell!r} is not a subclass of flax.linen.Module")
     fields = {field.name: field.default for field in dataclasses.fields(cell)}
+    ranges = {field.name: field.metadata for field in dataclasses.fields(cell)}
     if missing := [name for name in _FIELDS if name not in fields]:
         raise UserError(f"{describe_place(cell)} has no field {missing[0]}: it must be an int")
     known = (*_FIELDS, *_OTHER_FIELDS)
@@ -111,6 +115,12 @@ def make_cell(
             raise UserError(
                 f"the option {name} of the cell {cell.__name__} is {value!r}: it must be of type "
                 f"{listed}"
+            )
+        low, high = ranges[name].get("allowed", _OPTION_RANGE)
+        if isinstance(value, int) and not low <= value <= high:
+            raise UserError(
+                f"the option {name} of the cell {cell.__name__} is {value!r}: it must be from "
+                f"{low:,} to {high:,}"
             )
         given[name] = value
     with blaming(cell):
@@ -203,6 +213,23 @@ def trace_cell(cell: Any, batch: int = 3) -> None:
         where = f"{describe_place(cell, 'activation')}: activation is"
         activation = trace(lambda cell, *read: cell.activation(cell(*read)[0]))
         _check_outputs(where, activation, (batch, cell.hidden_size))
+
+
+@functools.lru_cache
+def count_operations(cell: Any) -> int:
+    """Return the number of operations that initialize a cell and compute one step.
+
+    The time to compile it is about proportional to them.
+    """
+
+    def count(jaxpr: Any) -> int:
+        params = jax.tree.leaves([list(equation.params.values()) for equation in jaxpr.eqns])
+        inner = [getattr(value, "jaxpr", value) for value in params]
+        return len(jaxpr.eqns) + sum(count(value) for value in inner if hasattr(value, "eqns"))
+
+    inputs = jax.ShapeDtypeStruct((1, cell.input_size), jnp.float32)
+    carry = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, cell.initial_carry(1)))
+    return count(jax.make_jaxpr(cell.init_with_output)(jax.random.key(0), carry, inputs))
 
 
 def _check_step(cell: Any, method: str, result: Any, carry: Any, leading: tuple[int, ...]) -> None:

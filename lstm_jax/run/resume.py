@@ -54,6 +54,7 @@ def settle_model(config: ConfigDict) -> None:
         raise UserError(f"config.model.recurrence: {error}") from None
     for cell in set(model.clone(block="none").make_cells()):
         trace_cell(cell)
+    model_lib.check_operations(model)
     key = jax.random.key(0)
     jax.eval_shape(
         lambda: drop_parameters(config.regularization, model_lib.init_params(model, key), key)

@@ -128,6 +128,7 @@ def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
     if config.model.cell_sha256:
         for cell in set(model.clone(block="none").make_cells()):
             trace_cell(cell)
+    model_lib.check_operations(model)
     params, step = load_params(workdir, model, config.batches.batch_size)
     return Trained(config, vocabulary, model, params, step)
 
