@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import regex
 
+from lstm_jax.background import call_in_thread
 from lstm_jax.errors import UserError
 
 # The words, whose ends no token crosses, much as in GPT-2 (Radford et al. 2019): letters with their
@@ -60,7 +61,7 @@ def learn_tokens(counts: Mapping[str, int], number: int, min_count: int) -> list
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(repeat_words(), trainer)
+    call_in_thread(tokenizer.train_from_iterator, repeat_words(), trainer)
     ids = tokenizer.get_vocab()
     learned = sorted(ids.keys() - set(alphabet), key=ids.__getitem__)
     return [token.encode("latin-1").decode("utf-8", "surrogateescape") for token in learned]

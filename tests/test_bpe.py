@@ -2,8 +2,11 @@
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +83,23 @@ def test_the_size_includes_all_tokens(text_file: Path) -> None:
             assert len(found) == size and found.stop == stop
             assert not any(stop in token for token in found.tokens if stop and token != stop)
     assert len(Vocabulary.from_text("ab ab", "bpe")) == 258 + len(["ab", " ab"])
+
+
+def test_ctrl_c_ends_the_learning_of_tokens() -> None:
+    letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=400_000)
+    counts = {"".join(letters[i : i + 16]): 1 for i in range(0, len(letters), 16)}
+    before, handler = set(threading.enumerate()), signal.getsignal(signal.SIGALRM)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            bpe.learn_tokens(counts, 20_000, 1)
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+    # The trainer itself can't be interrupted, and ends with the process.
+    (learning,) = set(threading.enumerate()) - before
+    assert learning.daemon
+    learning.join()
 
 
 def test_another_text_has_the_same_tokens(vocabulary: Vocabulary) -> None:
