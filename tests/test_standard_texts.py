@@ -1,5 +1,6 @@
 """Test the standard texts with small ones in their place, on a server of this machine."""
 
+import contextlib
 import hashlib
 import io
 import random
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict
 
 import commands
 from lstm_jax import config as config_lib
-from lstm_jax.data import prepared, standard_texts, texts
+from lstm_jax.data import download, prepared, standard_texts, texts
 from lstm_jax.data.download import Download, download_file
 from lstm_jax.data.standard_texts import STANDARD_TEXTS, StandardText
 from lstm_jax.errors import UnavailableError, UserError
@@ -38,6 +39,8 @@ class Server(ThreadingHTTPServer):
       sized: whether it says how much it sends.
       stop_at: the byte of a file where it stops sending, or None.
       hang: whether it then keeps the connection open.
+      dripped: what it sends without end: instead of an answer, or after the content of a file.
+      location: where it redirects every request to, or "".
       requests: name and range of each request.
     """
 
@@ -46,6 +49,7 @@ class Server(ThreadingHTTPServer):
         self.contents: dict[str, bytes] = {}
         self.ranges, self.sized, self.hang = True, True, False
         self.stop_at: int | None = None
+        self.dripped, self.location = b"", ""
         self.requests: list[tuple[str, str | None]] = []
         self.closing = threading.Event()
 
@@ -62,6 +66,14 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         name, wanted = self.path.strip("/"), self.headers["Range"]
         self.server.requests.append((name, wanted))
+        if self.server.location:
+            self.send_response(302)
+            self.send_header("Location", self.server.location)
+            self.end_headers()
+            return
+        if self.server.dripped.startswith(b"HTTP"):
+            self.drip()
+            return
         if name not in self.server.contents:
             self.send_error(404)
             return
@@ -78,6 +90,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content[start : self.server.stop_at])
         if self.server.hang:
             self.server.closing.wait(60)
+        if self.server.dripped:
+            self.drip()
+
+    def drip(self) -> None:
+        """Send the same bytes until the server closes."""
+        with contextlib.suppress(OSError):
+            while not self.server.closing.wait(0.02):
+                self.wfile.write(self.server.dripped)
 
     def log_message(self, *args: Any) -> None:
         """Print nothing."""
@@ -248,6 +268,45 @@ def test_another_file_is_not_kept(
             get_splits(tmp_path)
     assert list_files(tmp_path) == set()
     assert b"".join(get_splits(tmp_path)) == content
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "ftp://127.0.0.1/x",
+        "http://[x/",
+        f"http://{'a' * 70}/",
+        "http://a..b/",
+        "http:///x",
+        "http://\xe9.localhost/",
+        "http://127.0.0.1:port/",
+    ],
+)
+def test_a_redirect_to_an_odd_address_is_one_line(
+    address: str, archive: Download, server: Server, tmp_path: Path
+) -> None:
+    server.location = address
+    with pytest.raises(UserError, match="can't download .*same command again") as error:
+        get_splits(tmp_path)
+    assert "\n" not in str(error.value) and list_files(tmp_path) == set()
+
+
+@pytest.mark.parametrize("dripped", [b"x", b"HTTP/1.1 100 Continue\r\n\r\n"])
+def test_a_slow_download_is_given_up(
+    dripped: bytes,
+    archive: Download,
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(download, "_START_SECONDS", 0.5)
+    monkeypatch.setattr(download, "_LEAST_SPEED", 10**6)
+    server.dripped, server.stop_at = dripped, 500
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"\(the server is too slow.*same command again"):
+        get_splits(tmp_path)
+    assert time.monotonic() - began < 20
+    assert list_files(tmp_path) <= {"enwik8.zip.part"}
 
 
 def test_without_a_server_the_user_can_provide_the_file(

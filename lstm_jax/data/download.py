@@ -3,20 +3,27 @@
 import contextlib
 import http.client
 import sys
+import time
 import urllib.error
+import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from lstm_jax.background import call_in_thread
 from lstm_jax.run import files
 
 _CHUNK_BYTES = 2**16
 # Give up on a server that sends nothing for this time.
 _TIMEOUT_SECONDS = 30
+# Give up on a slow server: after this time, it must have sent this number of bytes per second since
+# then, at any moment.
+_START_SECONDS, _LEAST_SPEED = 60, 10_000
 # Some servers refuse urllib's own name.
 _HEADERS = {"User-Agent": "lstm-jax"}
 
@@ -64,17 +71,24 @@ def _receive_rest(file: Download, part: Path, done: int) -> int:
 
     Return the size, which is larger than that of the file if more than the file is sent.
     """
-    with _network_errors():
+    began, first = time.monotonic(), done
+
+    def wait_for(function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function that waits for the server, for the rest of the time."""
+        allowed = _START_SECONDS + (done - first) / _LEAST_SPEED
+        return call_in_thread(function, *arguments, seconds=began + allowed - time.monotonic())
+
+    with network_errors():
         try:
-            response = _request(file, done)
+            response = wait_for(_request, file, done)
         except urllib.error.HTTPError as error:
             if not done or error.code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                 raise
             part.unlink()  # The file there is shorter.
-            response = _request(file, 0)
-    with response:
+            response = wait_for(_request, file, 0)
+    try:
         if response.status != HTTPStatus.PARTIAL_CONTENT:
-            done = 0
+            done = first = 0
         # Not known from every server. A page to sign in to a network has another size.
         if response.length is not None and (size := done + response.length) != file.size:
             raise DownloadError(f"it has {size:,} bytes there instead of {file.size:,}")
@@ -87,29 +101,51 @@ def _receive_rest(file: Download, part: Path, done: int) -> int:
         ):
             output.truncate(done)
             while done <= file.size:
-                with _network_errors():
-                    chunk = response.read1(_CHUNK_BYTES)
+                with network_errors():
+                    chunk = wait_for(response.read1, _CHUNK_BYTES)
                 if not chunk:
                     break
                 output.write(chunk)
                 done += len(chunk)
                 bar.update(len(chunk))
+    finally:
+        with contextlib.suppress(TimeoutError):  # A thread that still reads has locked it.
+            call_in_thread(response.close, seconds=1)
     return done
 
 
 def _request(file: Download, done: int) -> http.client.HTTPResponse:
     """Request what follows the first `done` bytes of a file; the server may send all of it."""
-    headers = {**_HEADERS, "Range": f"bytes={done}-"} if done else _HEADERS
-    request = urllib.request.Request(file.address, headers=headers)
-    return urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
+    return open_address(file.address, _TIMEOUT_SECONDS, {"Range": f"bytes={done}-"} if done else {})
+
+
+def open_address(
+    address: str, timeout: float, headers: Mapping[str, str] = MappingProxyType({})
+) -> http.client.HTTPResponse:
+    """Request a file by HTTP; give up if nothing is received for `timeout` seconds."""
+    request = urllib.request.Request(address, headers={**_HEADERS, **headers})
+    return urllib.request.build_opener(_Redirects).open(request, timeout=timeout)
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, but not to FTP, whose answers are other objects."""
+
+    def redirect_request(
+        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        if urllib.parse.urlsplit(newurl).scheme not in ("http", "https"):
+            raise DownloadError("it redirects to an address that is not http or https")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 @contextlib.contextmanager
-def _network_errors() -> Iterator[None]:
+def network_errors() -> Iterator[None]:
     """Raise `DownloadError` for any error of the network or the server."""
     try:
         yield
-    except (OSError, http.client.HTTPException) as error:
+    except TimeoutError:
+        raise DownloadError("the server is too slow, or does not answer") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:  # The last: an invalid URL.
         cause = error.reason if type(error) is urllib.error.URLError else error
         reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
         raise DownloadError(" ".join(reason.split())) from None

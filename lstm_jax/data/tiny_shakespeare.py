@@ -1,12 +1,9 @@
 """Get the text of Tiny Shakespeare, and prepare its TFDS dataset without TensorFlow."""
 
 import hashlib
-import http.client
 import subprocess
 import sys
 import tempfile
-import threading
-import urllib.request
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +11,8 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from lstm_jax.data import sources
+from lstm_jax.background import call_in_thread
+from lstm_jax.data import download, sources
 from lstm_jax.errors import UserError
 from lstm_jax.run import files
 
@@ -81,20 +79,17 @@ def _get_text(data_dir: Path) -> str:
 
 def _download(url: str) -> bytes | None:
     """Return the content of `url`, or None if it can't be downloaded within seconds."""
-    content: list[bytes] = []
 
-    def fetch() -> None:
-        try:
-            with urllib.request.urlopen(url, timeout=_DOWNLOAD_SECONDS) as response:
-                content.append(response.read(_BYTES + 1))
-        except (OSError, http.client.HTTPException):
-            pass  # Offline: the next source may have it.
+    def fetch() -> bytes:
+        with download.open_address(url, _DOWNLOAD_SECONDS) as response:
+            return response.read(_BYTES + 1)
 
-    # A name server that does not answer can block for longer than the socket's timeout.
-    thread = threading.Thread(target=fetch, daemon=True)
-    thread.start()
-    thread.join(2 * _DOWNLOAD_SECONDS)
-    return content[0] if content else None
+    try:
+        with download.network_errors():
+            # A name server that does not answer can block for longer than the socket's timeout.
+            return call_in_thread(fetch, seconds=2 * _DOWNLOAD_SECONDS)
+    except download.DownloadError:
+        return None  # Offline: the next source may have it.
 
 
 def _from_wheel() -> bytes | None:
