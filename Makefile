@@ -1,9 +1,13 @@
 # `make train` and `make test` need nothing but Python 3.11 or newer and a reachable package index.
 PYTHON ?= python3
 CONFIG ?= experiments/quick.py
-VENV := .venv
+# A file with exact versions, such as constraints/oldest.txt; without one, the newest are installed.
+CONSTRAINTS :=
+VENV := .venv$(addprefix -,$(basename $(notdir $(CONSTRAINTS))))
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=worksteal
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check \
+	$(addprefix --constraint ,$(CONSTRAINTS)) --editable
 
 .PHONY: env train check test thorough lint clean
 
@@ -30,14 +34,14 @@ lint: $(VENV)/installed-dev
 clean:
 	rm -rf $(VENV) build dist *.egg-info
 
-$(VENV)/installed: pyproject.toml lstm_jax/recurrences/lstm.c
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS) lstm_jax/recurrences/lstm.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "lstm-jax needs Python 3.11 or newer; name one with: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	$(INSTALL) .
 	$(BIN)/python -m lstm_jax.recurrences.native || echo "lstm-jax works without this library." >&2
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(INSTALL) '.[dev]'
 	touch $@

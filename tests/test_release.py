@@ -6,11 +6,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import lstm_jax
 from lstm_jax.run import command, workdir
@@ -95,6 +98,20 @@ def test_the_changelog_and_the_citation_have_the_version_of_the_package() -> Non
     assert latest is not None and latest[1] == lstm_jax.__version__
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\nversion: {lstm_jax.__version__}\n" in citation
+
+
+@pytest.mark.parametrize("name", ["oldest", "newest"])
+def test_constraints_have_an_allowed_version_of_each_requirement(name: str) -> None:
+    lines = (ROOT / "constraints" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    versions = {canonicalize_name(package): version for package, version in pins.items()}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [project["optional-dependencies"][extra] for extra in ("bpe", "convert", "sweep")]
+    own, *dev = project["optional-dependencies"]["dev"]
+    assert own == "lstm-jax[bpe,convert,sweep]"
+    for requirement in map(Requirement, [*project["dependencies"], *sum(extras, dev)]):
+        version = versions[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), f"{requirement}: {version}"
 
 
 def test_an_experiment_is_read_from_the_package_only_if_no_file_exists(

@@ -202,7 +202,7 @@ def _compare(
         a, e = (np.asarray(x, np.float64) for x in pair)
         if not a.size:
             continue
-        difference, scale = abs(a - e).max(), abs(e).max()
+        difference, scale = float(abs(a - e).max()), float(abs(e).max())
         if not difference <= tolerance * max(scale, 1):
             raise _failure(
                 cell, method, f"{message}: by {difference:.2g}, of values up to {scale:.2g}"
