@@ -59,8 +59,8 @@ def test_the_wheel_holds_every_module_and_experiment_and_nothing_else(wheel: Pat
         (license_file,) = (name for name in archive.namelist() if name.endswith("LICENSE"))
         assert b"Apache License" in archive.read(license_file)
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "lstm_jax").rglob("*.py")}
-    others = ("export/page.html", "inspect/report.html", "recurrences/lstm.c", "sweep/report.html")
-    modules |= {f"lstm_jax/{name}" for name in others}
+    others = ("export/page.html", "inspect/report.html", "py.typed", "recurrences/lstm.c")
+    modules |= {f"lstm_jax/{name}" for name in (*others, "sweep/report.html")}
     found = (ROOT / "experiments").rglob("*.py")
     experiments = {f"lstm_jax/{path.relative_to(ROOT)}" for path in found}
     assert names == modules | experiments

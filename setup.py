@@ -1,0 +1,10 @@
+"""Find the packages; everything else is in pyproject.toml."""
+
+from setuptools import find_namespace_packages, find_packages, setup
+
+# An installed package has experiments/ within it, where `command.find_own_experiment` finds it.
+experiments = find_namespace_packages(include=["experiments*"], exclude=["*.__pycache__"])
+setup(
+    packages=find_packages(include=["lstm_jax*"]) + [f"lstm_jax.{name}" for name in experiments],
+    package_dir={"lstm_jax.experiments": "experiments"},
+)
