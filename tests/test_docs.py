@@ -1,9 +1,9 @@
 """Test the docs: their commands run, and the flags, fields, links and tests that they name exist.
 
-In README.md and docs/*.md, every line of a fenced block that begins with `python -m lstm_jax.`
-(with or without `$ ` before it) is a command. A `#` begins a comment, and a backslash at the end of
-a line continues the command. The commands of a page run in order, in one directory, and must
-succeed. In this directory,
+In README.md, CONTRIBUTING.md, SECURITY.md and docs/*.md, every line of a fenced block that begins
+with `python -m lstm_jax.` (with or without `$ ` before it) is a command. A `#` begins a comment,
+and a backslash at the end of a line continues the command. The commands of a page run in order, in
+one directory, and must succeed. In this directory,
 
 - `experiments/` is copied from the clone; `my.txt` and each file in --config.data.path or --text is
   a text of 20,000 characters; the JSON file in --vocabulary is its vocabulary;
@@ -32,7 +32,8 @@ import commands
 from lstm_jax import config
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FRONT = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
+PAGES = [*FRONT, *sorted((ROOT / "docs").glob("*.md"))]
 # Flags for a tiny run. Pages add flags to other commands in comments.
 SIZES = [
     "--config.model.embedding_size=8",

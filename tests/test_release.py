@@ -114,6 +114,14 @@ def test_constraints_have_an_allowed_version_of_each_requirement(name: str) -> N
         assert requirement.specifier.contains(version), f"{requirement}: {version}"
 
 
+def test_the_workflow_runs_the_oldest_and_the_newest_python_of_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    versions = re.findall(r"Python :: (3\.\d+)", "\n".join(project["classifiers"]))
+    assert project["requires-python"] == f">={versions[0]}"
+    workflow = (ROOT / ".github" / "workflows" / "check.yml").read_text()
+    assert re.findall(r'python: "(.*)"', workflow) == [versions[0], versions[-1]]
+
+
 def test_an_experiment_is_read_from_the_package_only_if_no_file_exists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
