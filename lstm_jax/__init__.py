@@ -27,12 +27,14 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name == "config":
-        return importlib.import_module("lstm_jax.config")
-    if name in _MODULES:
-        return getattr(importlib.import_module(f"lstm_jax.{_MODULES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # With it, mypy would accept every name.
+
+    def __getattr__(name: str) -> Any:
+        if name == "config":
+            return importlib.import_module("lstm_jax.config")
+        if name in _MODULES:
+            return getattr(importlib.import_module(f"lstm_jax.{_MODULES[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
