@@ -1,9 +1,14 @@
 import os
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import pytest
+
+from lstm_jax.devices import compilation_cache
 
 pytestmark = pytest.mark.process
 
@@ -45,3 +50,40 @@ def test_damaged_cache_entries_are_recompiled_without_a_message(tmp_path: Path) 
         path.write_bytes(path.read_bytes()[:100])
     assert entries
     compile_with(JAX_COMPILATION_CACHE_DIR=str(tmp_path))
+
+
+def give_away(directory: Path) -> None:
+    if os.geteuid() == 0:
+        os.chown(directory, 12345, 12345)
+    else:
+        directory.chmod(0o777)
+
+
+def replace_by_link(directory: Path) -> None:
+    directory.rename(directory.with_name("elsewhere"))
+    directory.symlink_to("elsewhere")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [give_away, lambda path: path.chmod(0o770), replace_by_link],
+    ids=["given", "group", "link"],
+)
+def test_a_cache_that_others_can_write_is_not_used(
+    change: Callable[[Path], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    used: list[str] = []
+    monkeypatch.setattr(jax.config, "update", lambda _, directory: used.append(directory))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(warnings, "filterwarnings", lambda *_: None)
+    compilation_cache.use_cache()
+    (directory,) = (tmp_path / "lstm-jax").iterdir()
+    assert used == [str(directory)] and capsys.readouterr().err == ""
+    change(directory)
+    compilation_cache.use_cache()
+    assert used == [str(directory)]
+    assert f"others can write to {directory}, so compiled" in capsys.readouterr().err

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import jax
 
+from lstm_jax.errors import warn
+
 
 def use_cache() -> None:
     """Cache compiled functions in JAX_COMPILATION_CACHE_DIR, else in the user's cache directory.
 
     There is one directory for each kind of processor: what XLA compiles for one CPU may crash on
     another, and a home directory may be shared. JAX_ENABLE_COMPILATION_CACHE=false turns the cache
-    off, as does a directory that can't be written. Damaged entries are silently compiled again.
+    off, as does a directory that can't be written, and with a warning one that others can write:
+    entries are machine code. Damaged entries are silently compiled again.
     """
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
@@ -25,8 +28,14 @@ def use_cache() -> None:
         return
     directory = Path(cache, "lstm-jax", f"compiled-{hash_processor()}")
     with contextlib.suppress(OSError):
-        directory.mkdir(parents=True, exist_ok=True)
-        if os.access(directory, os.W_OK):
+        directory.mkdir(0o700, parents=True, exist_ok=True)
+        status = directory.lstat()  # A link may lead to a directory of someone else.
+        if status.st_uid != os.geteuid() or status.st_mode & 0o022 or directory.is_symlink():
+            warn(
+                f"others can write to {directory}, so compiled functions are not kept there: remove "
+                "it, or set another directory in JAX_COMPILATION_CACHE_DIR"
+            )
+        elif os.access(directory, os.W_OK):
             jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
