@@ -32,8 +32,8 @@ def use_cache() -> None:
         status = directory.lstat()  # A link may lead to a directory of someone else.
         if status.st_uid != os.geteuid() or status.st_mode & 0o022 or directory.is_symlink():
             warn(
-                f"others can write to {directory}, so compiled functions are not kept there: remove "
-                "it, or set another directory in JAX_COMPILATION_CACHE_DIR"
+                f"others can write to {directory}, so compiled functions are not kept there: "
+                "remove it, or set another directory in JAX_COMPILATION_CACHE_DIR"
             )
         elif os.access(directory, os.W_OK):
             jax.config.update("jax_compilation_cache_dir", str(directory))
