@@ -4,19 +4,21 @@ import shutil
 import subprocess
 import threading
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore as ts
 
 import disks
 from lstm_jax import batches
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
-from lstm_jax.run import checkpoints, seal
+from lstm_jax.run import checkpoints, seal, stored_arrays
 
 PARAMS = {"w": jnp.zeros(3)}
 STATE = {"key": jax.random.key(0), "count": jnp.int32(0)}
@@ -271,6 +273,87 @@ def test_a_small_checkpoint_does_not_decompress_to_a_large_one(tmp_path: Path) -
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 10**5
     with pytest.raises(UserError, match="can't hold the 100,000,000 bytes of the expected"):
         checkpoints.restore_best_params(tmp_path, jax.eval_shape(lambda: {"w": many}))
+
+
+def save_and_change(directory: Path, changes: dict[str, bytes]) -> str:
+    """Save an array `w` of zeros, change the database, seal it; return the damage that is found."""
+    checkpoints.save_params(directory, 1, PARAMS)
+    base = f"file://{directory}/1/params/"
+    database = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    with ts.Transaction() as transaction:
+        for key, value in changes.items():
+            database.with_transaction(transaction)[key] = value
+    seal.seal_checkpoint(directory / "1")
+    return str(seal.find_damage(directory / "1", PARAMS))
+
+
+def make_metadata(**changes: Any) -> bytes:
+    metadata = {"shape": [3], "chunks": [3], "dtype": "<f4", "zarr_format": 2, "order": "C"}
+    also = {"compressor": {"id": "zstd", "level": 1}, "filters": None, "fill_value": None}
+    return json.dumps({**metadata, **also, **changes}).encode()
+
+
+@pytest.mark.parametrize(
+    ("changes", "damage"),
+    [
+        ({}, "None"),
+        ({"other": b"1"}, "None"),
+        ({"w/.zarray": make_metadata(chunks=[4])}, "chunks of w are larger than the array"),
+        ({"w/.zarray": make_metadata(shape=[2**40], chunks=[2**40])}, "arrays of params are too"),
+        ({"w/.zarray": make_metadata(shape=[2**17], chunks=[1])}, "w has too many chunks"),
+        ({"w/.zarray": make_metadata(compressor=None)}, "w is not compressed by zstd"),
+        ({"w/.zarray": make_metadata(compressor={"id": "blosc"})}, "w is not compressed by zstd"),
+        ({"w/.zarray": make_metadata() + 2**17 * b" "}, "metadata of w are too large"),
+        ({f"{i}/.zarray": b"" for i in range(2**12)}, "params has too many arrays"),
+        ({f"{i}": b"" for i in range(2**16)}, "params has too many values"),
+        ({60_000 * "x" + f"{i}": b"" for i in range(300)}, "a key of params is too long"),
+    ],
+)  # fmt: skip
+def test_arrays_that_could_fill_the_memory_are_damage(
+    changes: dict[str, bytes], damage: str, tmp_path: Path
+) -> None:
+    assert damage in save_and_change(tmp_path, changes)
+
+
+def test_a_large_node_is_first_read_with_limited_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nodes with long names for many arrays are larger than 64 KiB.
+    arrays = {f"{number:0>100}": np.zeros(3, np.float32) for number in range(500)}
+    checkpoints.save_params(tmp_path, 1, arrays)
+    assert seal.find_damage(tmp_path / "1", arrays) is None
+    monkeypatch.setattr(stored_arrays, "_MEMORY", 2**10)
+    assert "can't be read within 1,024 bytes" in str(seal.find_damage(tmp_path / "1", arrays))
+
+
+def test_arrays_of_any_kind_are_no_damage(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    text = np.tile(np.frombuffer(Path(__file__).read_bytes()[:8000], np.uint8), 500)
+    arrays = {
+        "noise": draw.normal(size=10**6).astype(np.float32),
+        "zeros": np.zeros((3, 10**6), np.float32),
+        "mixed": np.where(np.arange(10**6) // 10_000 % 2, draw.normal(size=10**6), 0.0),
+        "text": text,
+        "small": np.arange(51, dtype=np.float32),
+        "scalar": np.float32(1),
+        "half": jnp.ones(1000, jnp.bfloat16),
+        **{f"{i}": np.full(300, i, np.float32) for i in range(500)},
+    }
+    checkpoints.save_params(tmp_path, 1, arrays)
+    assert seal.find_damage(tmp_path / "1", arrays) is None
+
+
+def test_hidden_files_are_checked_but_need_no_checksum(tmp_path: Path) -> None:
+    checkpoints.save_params(tmp_path, 1, PARAMS)
+    hidden = tmp_path / "1" / "params" / ".DS_Store"
+    hidden.write_bytes(b"of a file manager")
+    assert seal.find_damage(tmp_path / "1", PARAMS) is None
+    with hidden.open("r+b") as file:
+        file.truncate(2**34)
+    assert "is too large" in str(seal.find_damage(tmp_path / "1", PARAMS))
+    hidden.unlink()
+    hidden.symlink_to(__file__)
+    assert "is not a regular file" in str(seal.find_damage(tmp_path / "1", PARAMS))
 
 
 def test_a_large_carry_makes_a_checkpoint_large(

@@ -14,7 +14,6 @@ pytestmark = pytest.mark.process
 
 
 SCRIPT = """
-import pytest
 import jax
 from lstm_jax.devices import compilation_cache
 compilation_cache.use_cache()

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import pytest
+import tensorstore as ts
 from ml_collections import ConfigDict
 
 import draws
@@ -301,6 +302,67 @@ def save_nonfinite(place: Place) -> None:
     checkpoints.save_params(place.run / "checkpoints", 140, params)
 
 
+def change_values(change_one: Callable[[ts.KvStore, str], object]) -> Callable[[Place], None]:
+    """Change the database of the parameters, with a valid seal."""
+
+    def change(place: Place) -> None:
+        checkpoint = place.run / "checkpoints" / "140"
+        base = f"file://{checkpoint}/params/"
+        database = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
+        change_one(database, "lstm_0.bias")
+        seal.seal_checkpoint(checkpoint)
+
+    return change
+
+
+def write_large_chunks(database: ts.KvStore, name: str) -> None:
+    metadata = json.loads(database[f"{name}/.zarray"])
+    database[f"{name}/.zarray"] = json.dumps({**metadata, "chunks": [2**33]})
+
+
+def make_bomb(blocks: int) -> bytes:
+    """Return a frame of zstd with 128 KiB of zeros in each of its blocks of 4 bytes."""
+    block = (2**17 << 3 | 1 << 1).to_bytes(3, "little") + b"\0"
+    return b"\x28\xb5\x2f\xfd\0\x38" + blocks * block + b"\1\0\0"
+
+
+def write_bomb(database: ts.KvStore, name: str) -> None:
+    database[f"{name}/0"] = make_bomb(2**15)
+
+
+def write_compressed_chunks(database: ts.KvStore, name: str) -> None:
+    """Write a chunk of 4 GB of zeros for an array of some numbers."""
+    metadata = json.loads(database[f"{name}/.zarray"])
+    database[f"{name}/.zarray"] = json.dumps({**metadata, "chunks": [2**30]})
+    database[f"{name}/0"] = make_bomb(2**15)
+
+
+def replace_manifest(place: Place) -> None:
+    """Replace a manifest by one of 1 MB that unpacks to 32 GB: the list of its files has no end."""
+    checkpoint = place.run / "checkpoints" / "140"
+    body = b"\0\1" + make_bomb(2**18)
+    content = b"\x0c\xdb\x3a\x2a" + (len(body) + 16).to_bytes(8, "little") + body
+    (checkpoint / "params" / "manifest.ocdbt").write_bytes(content + bytes(4))
+    seal.seal_checkpoint(checkpoint)
+
+
+def store_hidden(kind: Kind) -> Callable[[Place], None]:
+    """Make Orbax read one hidden file for each array, with a valid seal."""
+
+    def change(place: Place) -> None:
+        checkpoint = place.run / "checkpoints" / "140"
+        item = checkpoint / "params"
+        fields = json.loads((item / "_METADATA").read_text())
+        (item / "_METADATA").write_text(json.dumps({**fields, "use_ocdbt": False}))
+        for key in fields["tree_metadata"].values():
+            name = ".".join(part["key"] for part in key["key_metadata"])
+            (item / name).mkdir()
+            kind(item / name / ".zarray", place.outside)
+        seal.seal_checkpoint(checkpoint)
+
+    return change
+
+
 COMMANDS: dict[str, list[str]] = {
     "sample": ["sample", "--length=9"],
     "novelty": ["sample", "--length=9", "--novelty"],
@@ -335,6 +397,11 @@ CASES: dict[str, tuple[Change, str]] = {
         change_vocabulary(lambda v: v.update(kind="bytes", units=["", "[UNK]", *"\ud800abc"])),
         "sample",
     ),
+    "chunks of 2**33": (change_values(write_large_chunks), "sample"),
+    "a chunk that unpacks to 4 GB": (change_values(write_compressed_chunks), "sample"),
+    "a chunk that unpacks to 4 GB, trained": (change_values(write_compressed_chunks), "main"),
+    "a frame of 4 GB in a small chunk": (change_values(write_bomb), "sample"),
+    "a manifest that unpacks to 32 GB": (replace_manifest, "sample"),
     "steps beyond numbers": (
         lambda place: (place.run / workdir.METRICS).write_text(
             '{"step": 1' + "0" * 400 + ', "epoch": 1, "split": "train", "loss": 1.0}\n'
@@ -388,6 +455,10 @@ for _name in (workdir.CONFIG, workdir.VOCABULARY, "checkpoints/140/SHA256SUMS"):
 for _name in (workdir.METRICS, workdir.SAMPLES, "text.txt", ".report.html.partial"):
     for _kind in (fifo, endless, sparse):
         CASES[f"{_name}: {_kind.__name__}, inspected"] = (replace(_name, _kind), "inspect")
+
+for _kind in (fifo, link_outside, sparse):
+    for _command in ("sample", "main"):
+        CASES[f"hidden: {_kind.__name__}, {_command}"] = (store_hidden(_kind), _command)
 
 _random = random.Random(draws.SEED)
 for _number in range(DRAWN):

@@ -1,7 +1,8 @@
 """Seal a directory of arrays with checksums, and find later changes.
 
 A sealed directory may come from someone else. So before its arrays are read, its files are checked
-against the parameters that are expected: regular files, no links, and of a size that fits.
+against the parameters that are expected: regular files, no links, and of a size that fits, before
+and after they are unpacked.
 """
 
 import math
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 
 from lstm_jax.errors import one_line
-from lstm_jax.run import files
+from lstm_jax.run import files, stored_arrays
 
 SEAL = "SHA256SUMS"
 # Written after the checkpoint is sealed, so the seal does not cover it.
@@ -24,7 +25,7 @@ _SEAL_LIMIT, _METADATA_LIMIT = 2**24, 2**24
 # Limit of a checkpoint's size: a multiple of its parameters (Adam's state has twice their size, a
 # moving average once), twice its carry, and bytes beyond that. A carry counts up to a bound: a
 # config from someone else may have any batch size.
-_PARAMS_MULTIPLE, _CARRY_LIMIT, _BYTES_BEYOND = 8, 2**36, 2**30
+_PARAMS_MULTIPLE, _CARRY_LIMIT, _BYTES_BEYOND = 8, 2**36, 2**28
 # Orbax compresses arrays. Trained parameters shrink by a tenth, by half if they were rounded to
 # bfloat16. Zeros would shrink to nothing, and a small file could fill the memory: so parameters of
 # more than `_SMALL` bytes must take at least this share of their size.
@@ -33,7 +34,8 @@ _LEAST_SHARE, _SMALL = 1 / 8, 2**26
 
 def seal_checkpoint(checkpoint: Path) -> None:
     """Flush every file of a checkpoint to disk, and write its checksum to SHA256SUMS."""
-    sums = {name: files.hash_file(checkpoint / name, sync=True) for name in _list(checkpoint)}
+    names = [name for name in _list(checkpoint) if not _is_hidden(name)]
+    sums = {name: files.hash_file(checkpoint / name, sync=True) for name in names}
     lines = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
     files.write_file(checkpoint / SEAL, lines.encode())
 
@@ -41,25 +43,30 @@ def seal_checkpoint(checkpoint: Path) -> None:
 def find_damage(checkpoint: Path, params: Any = None, carry: Any = ()) -> str | None:
     """Return how a checkpoint's files differ from those that were sealed; None if they don't.
 
-    File sizes that don't fit `params` and `carry`, the arrays or `jax.ShapeDtypeStruct`s of a run,
-    are damage too, and are found before the files are read.
+    Hidden files need no checksum: file managers add them. Sizes that don't fit `params` and
+    `carry`, the arrays or `jax.ShapeDtypeStruct`s of a run, are damage too: those of the files are
+    found before they are read, those of the arrays before they are unpacked.
     """
     try:
         lines = files.read_bytes(checkpoint / SEAL, _SEAL_LIMIT).decode().splitlines()
         sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
         sizes = _list(checkpoint)
-        if others := sums.keys() ^ sizes.keys():
+        others = sums.keys() ^ sizes.keys()
+        if others := {name for name in others if name in sums or not _is_hidden(name)}:
             name = min(others)
             return f"{name} is missing" if name in sums else f"{SEAL} does not hold {name}"
         if params is not None and (reason := _find_misfit(sizes, params, carry)):
             return reason
-        for name in sizes:
+        for name in sums:
             if files.hash_file(checkpoint / name) != sums[name]:
                 return f"{name} has changed"
+        if params is not None:
+            for name in {name.partition("/")[0] for name in sizes if name.endswith("/_METADATA")}:
+                stored_arrays.check_item(checkpoint / name, _limit(params, carry))
     except OSError as error:
         return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
-    except ValueError as error:
-        return one_line(error)
+    except Exception as error:  # TensorStore raises many kinds.
+        return one_line(error)[:300]
     return None if sums else f"{SEAL} is empty"
 
 
@@ -73,10 +80,15 @@ def _find_misfit(sizes: Mapping[str, int], params: Any, carry: Any) -> str | Non
     held = sum(size for name, size in sizes.items() if name.startswith("params/"))
     if needed > _SMALL and held < _LEAST_SHARE * needed:
         return f"its {held:,} bytes can't hold the {needed:,} bytes of the expected parameters"
-    limit = _PARAMS_MULTIPLE * needed + min(2 * _count_bytes(carry), _CARRY_LIMIT) + _BYTES_BEYOND
-    if (total := sum(sizes.values())) > limit:
+    if (total := sum(sizes.values())) > _limit(params, carry):
         return f"its files are too large for such a model, with {total:,} bytes"
     return None
+
+
+def _limit(params: Any, carry: Any) -> int:
+    """Return the limit of the bytes of a checkpoint, and of the arrays of each of its items."""
+    beyond = min(2 * _count_bytes(carry), _CARRY_LIMIT) + _BYTES_BEYOND
+    return _PARAMS_MULTIPLE * _count_bytes(params) + beyond
 
 
 def _count_bytes(tree: Any) -> int:
@@ -84,16 +96,20 @@ def _count_bytes(tree: Any) -> int:
 
 
 def _list(checkpoint: Path) -> dict[str, int]:
-    """Return the sizes of the files that a seal covers: all but hidden ones of file managers.
+    """Return the sizes of all files but the seal and the validation loss, by name.
 
     Raise `ValueError` if there is anything but regular files and directories.
     """
     sizes = {}
     for path in sorted(checkpoint.rglob("*")):
         name, status = path.relative_to(checkpoint).as_posix(), path.lstat()
-        if stat.S_ISDIR(status.st_mode) or path.name.startswith("."):
+        if stat.S_ISDIR(status.st_mode):
             continue
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{name} is not a regular file")
         sizes[name] = status.st_size
     return {name: size for name, size in sizes.items() if name not in (SEAL, VALIDATION)}
+
+
+def _is_hidden(name: str) -> bool:
+    return name.rpartition("/")[2].startswith(".")
