@@ -149,6 +149,11 @@ def main() -> None:
         result["zero_state"] = zero._asdict()
     if warning := advice.find_suspicion({name: loss}, len(vocabulary), zero):
         warn(warning)
+    if _FIT_TEMPERATURE.value and not _TEXT.value and "validation" in names:
+        warn(
+            "the temperature was fitted on the validation split, so the loss there is too low: "
+            "measure with --split test"
+        )
     if _JSON_LINES.value:
         _print_tokens([vocabulary.tokens[i] for i in ids[:]], losses)
     # JSON has no infinity.
