@@ -5,12 +5,14 @@
 
 `--nanogpt` is a checkout of github.com/karpathy/nanoGPT, whose train.py runs with the settings that
 its README gives for a CPU; it needs PyTorch, which the extra `bench` installs. `nanogpt:N` is its
-Transformer after N iterations, `NAME:N` is experiments/NAME.py with N epochs, and `NAME` the same
-with its own number of epochs. All train in turn on the same 90 % of Tiny Shakespeare, which nanoGPT
-reads as a dataset in its data/; a learning rate schedule ends with the training. Minutes are those
-of the whole process.
+Transformer after N iterations, in float32; `nanogpt_compiled:N` the same with torch.compile, which
+needs a C++ compiler, and autocast to bfloat16, which its train.py leaves out on a CPU. `NAME:N` is
+experiments/NAME.py with N epochs, and `NAME` the same with its own number of epochs. All train in
+turn on the same 90 % of Tiny Shakespeare, which nanoGPT reads as a dataset in its data/; a learning
+rate schedule ends with the training. Minutes are those of the whole process.
 
-Losses are of the last 10 %, the validation and test splits as one text:
+Losses are of the last 10 %, the validation and test splits as one text. All these runs keep the
+checkpoint with the best validation loss, nanoGPT's on this whole text:
 
 - by windows: the mean over windows of 64 tokens, the length that nanoGPT trains with here, without
   context before them;
@@ -44,14 +46,16 @@ from lstm_jax.data.texts import read_splits
 from lstm_jax.run import workdir
 
 ROOT = Path(__file__).parents[1]
-MODELS = "nanogpt:2000,nanogpt:5000,nanogpt:10000,quick:2,quick:4,quick:6,shakespeare_best"
+MODELS = (
+    "nanogpt:2000,nanogpt:5000,nanogpt:10000,nanogpt_compiled:5000,"
+    "quick:2,quick:4,quick:6,shakespeare_best"
+)
 DATASET = "lstm_jax_shakespeare"  # The dataset's directory in nanoGPT's data/.
 WINDOW = 64  # Tokens.
 PUBLISHED = 1.4697  # The loss that nanoGPT's README gives for its larger model.
 # The settings that nanoGPT's README gives for a machine without a GPU.
 SETTINGS = {
     "device": "cpu",
-    "compile": False,
     "eval_iters": 20,
     "log_interval": 1,
     "block_size": WINDOW,
@@ -61,11 +65,16 @@ SETTINGS = {
     "n_embd": 128,
     "dropout": 0.0,
 }
-# train.py with another seed than its own: the first argument.
+NANOGPT = {  # Settings, and the words of the table, by name.
+    "nanogpt": ({"compile": False, "dtype": "float32"}, "nanoGPT, float32, untuned"),
+    "nanogpt_compiled": ({"compile": True, "dtype": "bfloat16"}, "nanoGPT, compiled, bfloat16"),
+}
+# train.py with another seed than its own, the first argument, and with autocast on a CPU too.
 RUN = (
-    "import runpy, sys, torch; set_seed, seed = torch.manual_seed, int(sys.argv.pop(1)); "
-    "torch.manual_seed = lambda own: set_seed(seed); "
-    "runpy.run_path('train.py', run_name='__main__')"
+    "import sys, torch; set_seed, seed = torch.manual_seed, int(sys.argv.pop(1)); "
+    "torch.manual_seed = lambda own: set_seed(seed); sys.path.insert(0, '.'); "
+    "text = open('train.py').read().replace(\"nullcontext() if device_type == 'cpu' else\", ''); "
+    "exec(compile(text, 'train.py', 'exec'), {'__name__': '__main__'})"
 )
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
 
@@ -141,13 +150,14 @@ def train(point: Point, seed: int, path: Path, nanogpt: Path) -> float | None:
     done = path.with_suffix(".json")
     if done.exists():
         return json.loads(done.read_text())
-    is_own = point.model != "nanogpt"
+    is_own = point.model not in NANOGPT
     whole = not (is_own and path.exists())
     start = time.perf_counter()
     if not is_own:
         shutil.rmtree(path, ignore_errors=True)  # It can't resume with the same random numbers.
         length = {"max_iters": point.amount, "lr_decay_iters": point.amount}
-        settings = {**SETTINGS, **length, "dataset": DATASET, "out_dir": path}
+        own, _ = NANOGPT[point.model]
+        settings = {**SETTINGS, **own, **length, "dataset": DATASET, "out_dir": path}
         flags = [f"--{name}={value}" for name, value in settings.items()]
         run(nanogpt, "-c", RUN, seed, "config/train_shakespeare_char.py", *flags)
     else:
@@ -172,7 +182,7 @@ def measure(point: Point, path: Path, nanogpt: Path, ids: np.ndarray) -> Measure
     """Measure a trained model once, and keep the result beside it."""
     done = path.with_suffix(".measured.json")
     if not done.exists():
-        is_own = point.model != "nanogpt"
+        is_own = point.model not in NANOGPT
         measured = measure_own(path) if is_own else measure_nanogpt(nanogpt, path, ids)
         done.write_text(json.dumps(measured._asdict()))
     return Measured(**json.loads(done.read_text()))
@@ -197,7 +207,8 @@ def measure_nanogpt(nanogpt: Path, path: Path, ids: np.ndarray) -> Measured:
     saved = torch.load(path / "ckpt.pt", map_location="cpu", weights_only=False)
     with contextlib.redirect_stdout(sys.stderr):  # It prints its number of parameters.
         model = gpt.GPT(gpt.GPTConfig(**saved["model_args"]))
-    model.load_state_dict(saved["model"])
+    # The names of a compiled model have a prefix.
+    model.load_state_dict({key.removeprefix("_orig_mod."): x for key, x in saved["model"].items()})
     model.eval()
 
     def loss(counted: int) -> float:
@@ -242,9 +253,14 @@ def make_row(point: Point) -> str:
 
 def describe(point: Point) -> str:
     """Return the words for a point in the table."""
-    name = "nanoGPT" if point.model == "nanogpt" else f"`{point.model}.py`"
-    of = "iterations" if point.model == "nanogpt" else "epochs"
+    of = "iterations" if point.model in NANOGPT else "epochs"
+    name = name_model(point.model, "`{}.py`")
     return f"{name}, {point.amount:,} {of}" if point.amount else name
+
+
+def name_model(model: str, own: str = "{}.py") -> str:
+    """Return the words for a model, with a format for those of this project."""
+    return NANOGPT[model][1] if model in NANOGPT else own.format(model)
 
 
 def draw_losses(points: list[Point]) -> Figure:
@@ -252,14 +268,14 @@ def draw_losses(points: list[Point]) -> Figure:
     figure = Figure(figsize=(7, 4.8), layout="constrained")
     axes = figure.add_subplot(
         xlabel="minutes of training",
-        ylabel="loss of the last 10 %, nats per character",
+        ylabel="loss of validation + test, nats per character",
         xscale="log",
     )
     models = dict.fromkeys(point.model for point in points if point.minutes)
     for model, color in zip(models, COLORS, strict=False):
         own = [point for point in points if point.model == model and point.minutes]
         minutes = [statistics.mean(point.minutes) for point in own]
-        name = "nanoGPT" if model == "nanogpt" else f"{model}.py"
+        name = name_model(model)
         for field, style, words in (
             ("with_context", "o-", "with context"),
             ("by_windows", "o:", f"by windows of {WINDOW}"),
