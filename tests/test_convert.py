@@ -774,9 +774,30 @@ def test_a_file_with_less_data_than_it_declares_raises_an_error(end: str, tmp_pa
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("config.json", '{"class_name": "Mine"}')
             archive.writestr("model.weights.h5", content.getvalue() + bytes(2**28))
-        message = "unpacks to many times its size"
+        message = "its model.weights.h5 has 268,4.* bytes, which is too large"
     else:
         path.write_bytes(content.getvalue())
         message = "the 3,600,000,000 bytes of .* are not in the file"
     with pytest.raises(UserError, match=message):
         transfer.import_weights(path, tmp_path / "new", None, __file__)
+
+
+def test_arrays_in_chunks_raise_an_error(tmp_path: Path) -> None:
+    import h5py
+
+    content = io.BytesIO(keras_weights.write_weights(make_weights(tmp_path)))
+    with h5py.File(content, "a") as file:
+        del file["layers/dense/vars/1"]
+        file.create_dataset(
+            "layers/dense/vars/1", data=np.zeros(30, np.float32), compression="gzip"
+        )
+    with pytest.raises(UserError, match="dense/vars/1 is stored in chunks"):
+        keras_weights.read_weights(content)
+
+
+def test_an_archive_compressed_as_keras_never_does_raises_an_error(tmp_path: Path) -> None:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("config.json", "{}")
+    with pytest.raises(UserError, match="its config.json is compressed in a way"):
+        keras_weights.read_archive(content)

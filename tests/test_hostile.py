@@ -12,6 +12,8 @@ import random
 import shutil
 import subprocess
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -514,6 +516,64 @@ def test_a_hostile_working_directory(
         json.loads(
             Path(f"{place.seen}.out").read_text(), parse_constant=lambda word: pytest.fail(word)
         )
+
+
+def write_arrays_without_storage(path: Path) -> None:
+    """Write 120 arrays of 64 MB, of which the file has nothing."""
+    with pytest.importorskip("h5py").File(path, "w") as file:
+        for number in range(120):
+            file.create_dataset(f"layers/dense/vars/{number}", (2**24,), "f4")
+
+
+def deflate_zeros(megabytes: int) -> bytes:
+    """Return a thousandth of this size, which a decompressor unpacks to zeros."""
+    packer = zlib.compressobj(wbits=-15)
+    return (packer.compress(bytes(2**20)) + packer.flush(zlib.Z_FULL_FLUSH)) * megabytes
+
+
+def write_chunks_larger_than_arrays(path: Path) -> None:
+    """Write an array of 51 numbers in a chunk that unpacks to 3 GB."""
+    with pytest.importorskip("h5py").File(path, "w") as file:
+        made = {"shape": (51,), "maxshape": (None,), "chunks": (2**28,), "compression": "gzip"}
+        array = file.create_dataset("layers/dense/vars/0", dtype="f4", **made)
+        array.id.write_direct_chunk((0,), b"\x78\x9c" + deflate_zeros(3000))
+
+
+def write_archive_with_lying_sizes(path: Path) -> None:
+    """Write an archive of 4 MB that unpacks to 4 GB, and says that it isn't compressed so much."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("config.json", '{"class_name": "Mine"}')
+        archive.writestr("model.weights.h5", deflate_zeros(4096))
+        member = archive.getinfo("model.weights.h5")
+        member.compress_type, member.file_size = zipfile.ZIP_DEFLATED, 2**32
+        member.compress_size = 2**31
+
+
+def write_archive_with_a_large_config(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("config.json", "[" + 21_000_000 * "{}," + "{}]")
+        archive.writestr("model.weights.h5", "")
+
+
+WEIGHTS: dict[str, Callable[[Path], None]] = {
+    "storage.weights.h5": write_arrays_without_storage,
+    "chunks.weights.h5": write_chunks_larger_than_arrays,
+    "lying.keras": write_archive_with_lying_sizes,
+    "config.keras": write_archive_with_a_large_config,
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_hostile_file_of_weights(name: str, place: Place, tmp_path: Path) -> None:
+    WEIGHTS[name](tmp_path / name)
+    (tmp_path / "tokens.txt").write_text("a\nb\n")
+    arguments = [f"--from={tmp_path / name}", f"--vocabulary={tmp_path / 'tokens.txt'}"]
+    code, seconds, megabytes = run_command(
+        place, "convert", [*arguments, f"--workdir={tmp_path / 'new'}"]
+    )
+    (line,) = Path(f"{place.seen}.err").read_text().splitlines()
+    assert code == 2 and line.startswith("error: ") and not (tmp_path / "new").exists()
+    assert seconds < SECONDS and megabytes < MEGABYTES, line
 
 
 def run_command(place: Place, module: str, arguments: list[str]) -> list[Any]:

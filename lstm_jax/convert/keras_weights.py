@@ -17,8 +17,9 @@ from lstm_jax.convert.weights import Layer, Weights
 from lstm_jax.errors import UserError
 
 _CLASSES = {"lstm": "LSTM", "gru": "GRU", "rnn": "SimpleRNN"}
-# Data may have at most this many times its compressed size, plus this many bytes.
-_MAX_RATIO, _SMALL = 8, 2**26
+# Limits in bytes of what an archive's files unpack to: the config, and the weights as a multiple of
+# the archive (Keras doesn't compress them), plus bytes beyond.
+_CONFIG_LIMIT, _MAX_RATIO, _SMALL = 2**20, 8, 2**26
 # Layers without effect at prediction.
 _IGNORED = {"InputLayer", "Dropout", "SpatialDropout1D", "GaussianDropout", "GaussianNoise"}
 # For each supported class, the values of its fields that can be converted.
@@ -43,37 +44,44 @@ def read_archive(file: BinaryIO) -> Weights:
     """
     with weights_lib.parsing(".keras file of Keras 3"):
         with zipfile.ZipFile(file) as archive:
-            config = json.loads(_unpack(archive, "config.json"))
-            weights = io.BytesIO(_unpack(archive, "model.weights.h5"))
+            limit = _MAX_RATIO * file.seek(0, io.SEEK_END) + _SMALL
+            config = json.loads(_unpack(archive, "config.json", _CONFIG_LIMIT))
+            weights = io.BytesIO(_unpack(archive, "model.weights.h5", limit))
         if config["class_name"] in ("Sequential", "Functional"):
             _check_layers(config["config"]["layers"], config["class_name"] == "Functional")
     return read_weights(weights)
 
 
-def _unpack(archive: zipfile.ZipFile, name: str) -> bytes:
+def _unpack(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
     """Return the content of a file in an archive, or raise `UserError` if it is far too large."""
     member = archive.getinfo(name)
-    with archive.open(member) as file:
-        content = file.read(_MAX_RATIO * member.compress_size + _SMALL)
-        if file.read(1):
-            raise UserError(f"its {name} unpacks to many times its size")
-    return content
+    # The other methods unpack without a limit.
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise UserError(f"its {name} is compressed in a way that Keras does not use")
+    if member.file_size > limit:  # No more than this is unpacked.
+        raise UserError(f"its {name} has {member.file_size:,} bytes, which is too large")
+    return archive.read(member)
 
 
 def read_weights(file: BinaryIO) -> Weights:
     """Return the weights in a `.weights.h5` file, or raise `UserError` as `read_archive` does."""
     h5py = weights_lib.require("h5py")
     groups: dict[str, list[np.ndarray]] = {}
+    left = file.seek(0, io.SEEK_END)  # Bytes that arrays may have.
 
     def visit(path: str, item: Any) -> None:
         """Add a variable to those of its layer or cell; skip those of the optimizer."""
+        nonlocal left
         parent, _, number = path.rpartition("/vars/")
         if not parent or not number.isdigit() or path.startswith("optimizer"):
             return
         if not isinstance(item, h5py.Dataset) or item.external or item.is_virtual:
             raise UserError(f"{path} is not an array, or is stored in another file")
-        if item.nbytes > _MAX_RATIO * item.id.get_storage_size() + _SMALL:
+        left -= item.nbytes
+        if left < 0:
             raise UserError(f"the {item.nbytes:,} bytes of {path} are not in the file")
+        if item.chunks:  # Only chunks can be compressed.
+            raise UserError(f"{path} is stored in chunks, which Keras does not write")
         if item.dtype.kind == "f":
             groups.setdefault(parent, []).append(np.asarray(item, np.float32))
         elif "seed_generator" not in parent:  # Dropout stores its random state.
@@ -148,7 +156,7 @@ def _check_layers(layers: list[dict[str, Any]], functional: bool) -> None:
         name = config["name"]
         if functional and before is not None:
             nodes = json.dumps(layer["inbound_nodes"])
-            if re.findall(r'"keras_history": \["(.*?)", 0, (\d+)', nodes) != [(before, "0")]:
+            if re.findall(r'"keras_history": \["([^"]*)", 0, (\d+)', nodes) != [(before, "0")]:
                 raise UserError(f"the layer {name!r} has inputs other than the layer before it")
         before = name
         if kind == "TimeDistributed":
