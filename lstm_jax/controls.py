@@ -153,7 +153,7 @@ def adjust_logits(logits: jax.Array, age: jax.Array, controls: ControlArrays) ->
     """
     penalty = jnp.where(age <= controls.repetition_window, controls.repetition_penalty, 1.0)
     logits = jnp.where(logits > 0, logits / penalty, logits * penalty)
-    logits = jnp.where(controls.forbidden, -jnp.inf, logits)
+    logits = jnp.where(controls.forbidden[None], -jnp.inf, logits)
     greedy = controls.temperature == 0
     gaps = logits.max(axis=-1, keepdims=True) - logits  # To the most probable token.
     gaps /= jnp.where(greedy, 1.0, controls.temperature)
@@ -168,7 +168,7 @@ def adjust_logits(logits: jax.Array, age: jax.Array, controls: ControlArrays) ->
     filtered = ~greedy & ((controls.top_k < logits.shape[-1]) | (controls.top_p < 1))
     keep = jax.lax.cond(filtered, filter_top, lambda: jnp.ones(gaps.shape, bool))
     keep &= gaps <= -jnp.log(controls.min_p)
-    first = jnp.arange(logits.shape[-1]) == jnp.argmin(gaps, axis=-1, keepdims=True)
+    first = jnp.arange(logits.shape[-1])[None] == jnp.argmin(gaps, axis=-1, keepdims=True)
     return jnp.where(jnp.where(greedy, first, keep), -gaps, -jnp.inf)
 
 

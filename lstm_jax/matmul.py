@@ -5,12 +5,13 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def matmul(a: jax.Array, b: jax.Array, dtype: str) -> jax.Array:
-    """Return a [..., m, k] @ b [k, n], multiplied in `dtype` and accumulated in float32.
+def matmul(a: jax.Array, b: jax.Array, dtype: str, bias: jax.Array | None = None) -> jax.Array:
+    """Return a [..., m, k] @ b [k, n] + bias [n], multiplied in `dtype`, accumulated in float32.
 
     `dtype` is "bfloat16", or "float32" for the arrays' own dtype.
     """
-    return matmul_rounded(round_factor(a, dtype), round_factor(b, dtype))
+    product = matmul_rounded(round_factor(a, dtype), round_factor(b, dtype))
+    return product if bias is None else product + jnp.broadcast_to(bias, product.shape)
 
 
 def matmul_rounded(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -263,7 +263,7 @@ def apply_mask(x: jax.Array | Lookup, mask: jax.Array | None) -> Any:
     if mask is None:
         return x
     # Feature-major, as the recurrence computes x: XLA then needs no transpose.
-    return (fused.get_rows(x).transpose(1, 2, 0) * mask.T).transpose(2, 0, 1)
+    return (fused.get_rows(x).transpose(1, 2, 0) * mask.T[None]).transpose(2, 0, 1)
 
 
 def make_model(model: ConfigDict, vocabulary_size: int) -> LanguageModel:

@@ -82,6 +82,36 @@ def pytest_sessionstart(session: pytest.Session) -> None:
             shutil.rmtree(path)
 
 
+# Tests of the numeric core.
+_CORE = {
+    f"test_{name}.py"
+    for name in (
+        "batches",
+        "cells",
+        "controls",
+        "dynamic",
+        "generation",
+        "model",
+        "native",
+        "optimizer",
+        "recent_cells",
+        "recurrence",
+        "regularization",
+        "train_step",
+    )
+}
+
+
+@pytest.fixture(autouse=True)
+def strict_core(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In tests of the numeric core, raise an error at NaN, and if shapes differ in rank."""
+    if request.path.name not in _CORE:
+        yield
+        return
+    with jax.numpy_rank_promotion("raise"), jax.debug_nans(True):
+        yield
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an empty data directory, so that the text is fetched once."""

@@ -36,6 +36,12 @@ def compute_losses(
     return np.concatenate(list(dynamic.compute_dynamic_losses(MODEL, params, ids, settings, sizes)))
 
 
+def test_no_tracer_leaks_from_dynamic_evaluation(params: model_lib.Params) -> None:
+    with jax.checking_leaks():
+        sizes = dynamic.measure_gradient_sizes(MODEL, params, TRAIN_IDS, 7)
+        assert len(compute_losses(params, TRAIN_IDS, SETTINGS, sizes)) == 39
+
+
 def test_a_prediction_never_depends_on_its_token_or_a_later_one(
     params: model_lib.Params, sizes: model_lib.Params
 ) -> None:

@@ -132,6 +132,7 @@ def test_rounding_errors_are_those_of_the_other_implementation() -> None:
         assert 1e-4 < error < 1.1 * other
 
 
+@jax.debug_nans(False)
 def test_activations_are_accurate_to_the_rounding_of_float32() -> None:
     """Choose the gates by their bias, with kernels of zero: o tanh(i g), saturated or not."""
     g = np.concatenate([np.geomspace(1e-30, 1e3, 500), [0, 1e38, np.inf, np.nan], -np.arange(8.0)])
@@ -355,6 +356,7 @@ def test_steps_in_8_bits_predict_nearly_the_same(num_layers: int, fields: dict[s
 
 
 @pytest.mark.parametrize("place", ["embedding", "lstm_0", "lstm_1", "dense"])
+@jax.debug_nans(False)
 def test_parameters_that_are_not_finite_are_found_in_8_bits(place: str) -> None:
     lstm = model.LanguageModel(9, 16, 16, 2, dtype="bfloat16", int8_steps=True)
     params = model.init_params(lstm, jax.random.key(0))

@@ -10,6 +10,7 @@ from lstm_jax import batches, train_step
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
+from lstm_jax.cells import CELLS
 from lstm_jax.devices import parallel
 
 
@@ -125,6 +126,21 @@ def test_masks_differ_from_step_to_step_and_follow_the_seed() -> None:
     assert first != second != third
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_no_tracer_leaks_from_a_step(cell: str) -> None:
+    config = make_config()
+    config.model.update({"cell": cell, "hidden_size": 8, "num_layers": 2})
+    config.regularization.output_dropout = 0.5
+    model = model_lib.make_model(config.model, 11)
+    optimizer = optimizer_lib.make_optimizer(config.optimizer, 10)
+    state = train_step.init_state(model, optimizer, jax.random.key(0), 2, False)
+    with jax.checking_leaks():
+        jax.eval_shape(
+            train_step.make_step(model, optimizer, config, None), state, make_batch(2, 7)
+        )
+
+
+@jax.debug_nans(False)
 def test_a_nonfinite_step_changes_nothing() -> None:
     config = make_config()
     config.optimizer.average_decay = 0.9

@@ -41,13 +41,13 @@ class Cell(nn.Module):
     def project_inputs(self, inputs: jax.Array) -> jax.Array:
         """Return x W + b: [batch, gates * hidden_size]."""
         projected = matmul(inputs, self.input_kernel, self.dtype)
-        scaled = normalize(projected) * self.input_scale if self.layer_norm else projected
-        return scaled + self.bias
+        scaled = normalize(projected) * self.input_scale[None] if self.layer_norm else projected
+        return scaled + self.bias[None]
 
     def project_hidden(self, hidden: jax.Array) -> jax.Array:
         """Return h U: [batch, gates * hidden_size]."""
         projected = matmul(hidden, self.recurrent_kernel, self.dtype)
-        return normalize(projected) * self.recurrent_scale if self.layer_norm else projected
+        return normalize(projected) * self.recurrent_scale[None] if self.layer_norm else projected
 
     def activation(self, carry: Any) -> jax.Array:
         """Return the activations of the hidden units, in [-1, 1], [batch, hidden_size]."""

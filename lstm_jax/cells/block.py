@@ -79,13 +79,13 @@ class Block(nn.Module):
         x, time = inputs, inputs.shape[1]
         if self.input_size != self.hidden_size:
             x = matmul(inputs, self.input_kernel, self.dtype)
-        read = jnp.concatenate([carry.before, normalize_rms(x) * self.cell_scale], axis=1)
-        taps = [read[:, j : j + time] * self.convolution[j] for j in range(_WIDTH)]
-        return x, read[:, time:], sum(taps, self.convolution_bias)
+        read = jnp.concatenate([carry.before, normalize_rms(x, self.cell_scale)], axis=1)
+        taps = [read[:, j : j + time] * self.convolution[j, None, None] for j in range(_WIDTH)]
+        return x, read[:, time:], sum(taps, self.convolution_bias[None, None])
 
     def _add_mlp(self, y: jax.Array) -> jax.Array:
         """Return y with the gated MLP added, of one or all steps."""
-        sums = matmul(normalize_rms(y) * self.mlp_scale, self.mlp_kernel, self.dtype)
+        sums = matmul(normalize_rms(y, self.mlp_scale), self.mlp_kernel, self.dtype)
         gate, value = jnp.split(sums, 2, axis=-1)
         return y + matmul(nn.gelu(gate) * value, self.output_kernel, self.dtype)
 
@@ -100,6 +100,7 @@ class Block(nn.Module):
         return BlockCarry(before, self.cell.initial_carry(batch_size))
 
 
-def normalize_rms(x: jax.Array) -> jax.Array:
-    """Divide by the root of the mean square over the last axis (Zhang & Sennrich 2019)."""
-    return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+def normalize_rms(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """Divide by the root mean square over the last axis, and scale (Zhang & Sennrich 2019)."""
+    normalized = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+    return normalized * jnp.broadcast_to(scale, x.shape)

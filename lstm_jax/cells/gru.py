@@ -37,5 +37,5 @@ class GRUCell(Cell):
         xr, xz, xn = jnp.split(self.project_inputs(inputs), 3, axis=-1)
         hr, hz, hn = jnp.split(self.project_hidden(carry.hidden), 3, axis=-1)
         reset = nn.sigmoid(xr + hr)
-        candidate = jnp.tanh(xn + reset * (hn + self.recurrent_bias))
+        candidate = jnp.tanh(xn + reset * (hn + self.recurrent_bias[None]))
         return {"reset": reset, "update": nn.sigmoid(xz + hz), "candidate": candidate}

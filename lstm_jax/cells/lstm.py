@@ -69,7 +69,7 @@ class LSTMCell(Cell):
     def activation(self, carry: LSTMCarry) -> jax.Array:
         """Return the activation of the cell state, in [-1, 1], [batch, hidden_size]."""
         if self.layer_norm:
-            return jnp.tanh(normalize(carry.cell) * self.cell_scale + self.cell_bias)
+            return jnp.tanh(normalize(carry.cell) * self.cell_scale[None] + self.cell_bias[None])
         return jnp.tanh(carry.cell)
 
     def kernels(self) -> Kernels:

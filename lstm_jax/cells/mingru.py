@@ -35,7 +35,7 @@ class MinGRUCell(LinearCell):
 
     def gates(self, carry: Any, inputs: jax.Array) -> Gates:
         """Return the gates of one or all steps, which do not depend on the carry."""
-        sums = matmul(inputs, self.input_kernel, self.dtype) + self.bias
+        sums = matmul(inputs, self.input_kernel, self.dtype, self.bias)
         z, n = jnp.split(sums, 2, axis=-1)
         return {"update": nn.sigmoid(z), "candidate": make_positive(n)}
 

@@ -36,7 +36,7 @@ class MinLSTMCell(LinearCell):
 
     def gates(self, carry: Any, inputs: jax.Array) -> Gates:
         """Return the gates of one or all steps, with forget and input gate divided by their sum."""
-        sums = matmul(inputs, self.input_kernel, self.dtype) + self.bias
+        sums = matmul(inputs, self.input_kernel, self.dtype, self.bias)
         f, i, n = jnp.split(sums, 3, axis=-1)
         # f / (f + i) is a sigmoid itself, of log f - log i, and so never 0 / 0.
         ratio = nn.log_sigmoid(f) - nn.log_sigmoid(i)

@@ -96,8 +96,8 @@ class MLSTMCell(nn.Module):
 
     def _project(self, inputs: jax.Array) -> list[jax.Array]:
         """Return q, k, v, o [batch, heads, time, d], and log i, log f [batch, heads, time, 1]."""
-        sums = matmul(inputs, self.input_kernel, self.dtype) + self.bias
-        gates = matmul(inputs, self.gate_kernel, self.dtype) + self.gate_bias
+        sums = matmul(inputs, self.input_kernel, self.dtype, self.bias)
+        gates = matmul(inputs, self.gate_kernel, self.dtype, self.gate_bias)
         parts = [*jnp.split(sums, 4, axis=-1), *jnp.split(gates, 2, axis=-1)]
         q, k, v, o, i, f = (x.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2) for x in parts)
         return [q, k / math.sqrt(k.shape[-1]), v, nn.sigmoid(o), i, nn.log_sigmoid(f)]

@@ -29,7 +29,7 @@ class PeepholeLSTMCell(LSTMCell):
 
     def gates(self, carry: LSTMCarry, inputs: jax.Array) -> Gates:
         """Return the gates of a step."""
-        pi, pf, po = self.peepholes
+        pi, pf, po = self.peepholes[:, None]
         sums = self.project_inputs(inputs) + self.project_hidden(carry.hidden)
         i, f, g, o = jnp.split(sums, 4, axis=-1)
         i, f, g = nn.sigmoid(i + pi * carry.cell), nn.sigmoid(f + pf * carry.cell), jnp.tanh(g)

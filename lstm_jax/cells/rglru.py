@@ -53,13 +53,13 @@ class RGLRUCell(LinearCell):
 
     def _project(self, inputs: jax.Array) -> list[jax.Array]:
         """Return u, r and i."""
-        u = matmul(inputs, self.input_kernel, self.dtype) + self.bias
-        sums = matmul(u, self.gate_kernel, self.dtype) + self.gate_bias
+        u = matmul(inputs, self.input_kernel, self.dtype, self.bias)
+        sums = matmul(u, self.gate_kernel, self.dtype, self.gate_bias)
         return [u, *jnp.split(nn.sigmoid(sums), 2, axis=-1)]
 
     def _log_decay(self, r: jax.Array) -> jax.Array:
         """Return the logarithm of a."""
-        return _SHARPNESS * r * nn.log_sigmoid(self.decay)
+        return _SHARPNESS * r * jnp.broadcast_to(nn.log_sigmoid(self.decay), r.shape)
 
 
 def _draw_decay(key: jax.Array, shape: tuple[int], dtype: Any = jnp.float32) -> jax.Array:

@@ -95,7 +95,7 @@ class StepArrays(NamedTuple):
     tokens: jax.Array  # Each token's term in the first layer's gates, [vocabulary, 4 * hidden].
     # [4 * hidden, inputs + hidden], or as the library packs it; for the first layer, no inputs.
     kernels: list[jax.Array | Int8Kernel]
-    biases: list[jax.Array]  # Of each layer but the first, [4 * hidden].
+    biases: list[jax.Array]  # Of each layer but the first, [1, 4 * hidden].
     head: jax.Array  # The dense layer's kernel, [vocabulary, hidden].
     head_bias: jax.Array  # [vocabulary].
 
@@ -108,13 +108,13 @@ def prepare_step(model: Any) -> StepArrays:
     first, *others = [cell.kernels() for cell in model.layers]
     kernels = [first.recurrent, *(jnp.concatenate([k.input, k.recurrent]) for k in others)]
     table, head_bias, dtype = model.embedding.embedding, model.dense.bias, model.dtype
-    terms = [matmul(table, first.input, dtype) + first.bias, *(k.bias for k in others)]
+    terms = [matmul(table, first.input, dtype, first.bias), *(k.bias[None] for k in others)]
     if model.int8_steps:
         # Outputs are within ±1. With skip connections, layer i reads the sum of those of i layers.
         bounds = [max(i, 1) if model.skip_connections else 1 for i in range(len(kernels))]
         quantized = map(in_c.quantize_gates, kernels, bounds)
         packed, offsets = map(list, zip(*quantized, strict=True))
-        terms = [term + offset for term, offset in zip(terms, offsets, strict=True)]
+        terms = [term + offset[None] for term, offset in zip(terms, offsets, strict=True)]
         # A byte can't be NaN: parameters that are not finite must reach the logits in another way.
         head_bias += 0 * sum(term.sum() for term in terms)
     else:
@@ -135,7 +135,7 @@ def apply_step(
     model: Any, arrays: StepArrays, ids: jax.Array, carry: Sequence[Any]
 ) -> tuple[jax.Array, tuple[LSTMCarry, ...]]:
     """Run a `LanguageModel` over one token of each text; see its method `apply_step`."""
-    added = [arrays.tokens[ids], *(bias[None] for bias in arrays.biases)]
+    added = [arrays.tokens[ids], *arrays.biases]
     states: list[LSTMCarry] = []
     below: list[jax.Array] = []  # The outputs of the layer below, if there is one.
     for kernel, own, term in zip(arrays.kernels, carry, added, strict=True):
@@ -148,7 +148,7 @@ def apply_step(
             states.append(LSTMCarry(after.cell.T, after.hidden.T))
         hidden = states[-1].hidden
         below = [sum(below, hidden) if model.skip_connections else hidden]
-    logits = matmul(arrays.head, below[0].T, model.dtype).T + arrays.head_bias
+    logits = matmul(arrays.head, below[0].T, model.dtype).T + arrays.head_bias[None]
     return logits, tuple(states)
 
 

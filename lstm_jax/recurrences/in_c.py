@@ -57,7 +57,7 @@ def quantize_gates(kernel: jax.Array, bound: float) -> tuple[Int8Kernel, jax.Arr
     kernel = kernel.astype("float32") / factors[:, None]
     scales = jnp.abs(kernel).max(axis=0) / 127
     scales = jnp.where(scales == 0, 1, scales)
-    values = jnp.round(kernel / scales).astype("int8")
+    values = jnp.round(kernel / scales[None]).astype("int8")
     offset = -128 * scales * values.sum(axis=0, dtype="int32")
     return Int8Kernel(pack_gates(values), scales, factors), offset
 
@@ -75,7 +75,7 @@ def run_step(
     rows = jnp.concatenate(inputs, axis=1)
     added, cell = added.astype("float32"), carry.cell.astype("float32")
     if isinstance(packed, Int8Kernel):
-        rows = jnp.round(rows * packed.factors + 128).astype("uint8")
+        rows = jnp.round(rows * packed.factors[None] + 128).astype("uint8")
         state = _call_step(rows, packed.values, added, cell, packed.scales)
     else:
         state = _differentiable_step(rows.astype(packed.dtype), packed, added, cell)
