@@ -181,11 +181,11 @@ def _torch(options: argparse.Namespace, layer: str) -> Work:
     dense = torch.nn.Linear(options.hidden_size, options.vocabulary_size, device=device)
     mask = torch.tensor(_mask(options), device=device)
     first = torch.full((options.num_samples,), FIRST_ID, device=device)
-    bfloat16 = options.dtype == "bfloat16"
 
     if layer == "LSTMCell":
         sizes = [options.embedding_size] + [options.hidden_size] * (options.num_layers - 1)
         cells = [torch.nn.LSTMCell(size, options.hidden_size, device=device) for size in sizes]
+        layers = [embedding, *cells, dense]
 
         def read(hidden: Any, states: Any) -> Any:
             last = []
@@ -198,20 +198,23 @@ def _torch(options: argparse.Namespace, layer: str) -> Work:
         lstm = torch.nn.LSTM(
             options.embedding_size, options.hidden_size, options.num_layers, device=device
         )
+        layers = [embedding, lstm, dense]
 
         def read(hidden: Any, states: Any) -> Any:
             outputs, states = lstm(hidden[None], states)
             return outputs[0], states
+
+    # Parameters in this dtype: autocast would convert all of them again for every token.
+    for module in layers:
+        module.to(getattr(torch, options.dtype))
 
     @torch.inference_mode()
     def run() -> np.ndarray:
         ids, states = first, None
         drawn = []
         for _ in range(options.length):
-            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                hidden, states = read(embedding(ids), states)
-                logits = dense(hidden)
-            probabilities = torch.softmax(logits.float() / TEMPERATURE + mask, dim=-1)
+            hidden, states = read(embedding(ids), states)
+            probabilities = torch.softmax(dense(hidden).float() / TEMPERATURE + mask, dim=-1)
             ids = torch.multinomial(probabilities, 1)[:, 0]
             drawn.append(ids)
         return torch.stack(drawn, dim=1).cpu().numpy()

@@ -3,7 +3,8 @@
     python benchmarks/train_step.py
     python benchmarks/train_step.py --hidden_size 512 --num_layers 2 --batch_size 32
 
-A step consists of embedding, LSTM layers, dense layer, mean cross-entropy, gradients and Adam.
+A step consists of embedding, LSTM layers, dense layer, mean cross-entropy, gradients and Adam. The
+processes of all libraries keep the memory that a step frees (lstm_jax/devices/memory.py).
 `pip install -e '.[bench]'` installs the other libraries; a line is printed for each that is
 missing.
 """
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 import side_by_side
+from lstm_jax.devices import memory
 from side_by_side import Work
 
 LEARNING_RATE = 1e-4
@@ -48,6 +50,7 @@ def main() -> None:
         "Flax OptimizedLSTMCell": functools.partial(_flax, options, "OptimizedLSTMCell"),
         "Haiku": functools.partial(_haiku, options),
         "PyTorch": functools.partial(make_torch, options),
+        "PyTorch compiled": functools.partial(make_torch, options, compiled=True),
         "Keras": functools.partial(_keras, options),
     }
     measurements = side_by_side.measure(contestants, options)
@@ -102,6 +105,7 @@ def _jax_work(step: Any, state: Any, batch: Any) -> Work:
     """Return the work of a jitted step that donates its state."""
     import jax
 
+    memory.keep_freed_memory()
     batch = jax.device_put(batch)
     compiled, seconds, temporary_bytes = side_by_side.compile_jax(step, state, batch)
 
@@ -119,7 +123,7 @@ def make_lstm_jax(
     import jax
 
     from lstm_jax import batches, config, model, optimizer, train_step
-    from lstm_jax.devices import memory, parallel
+    from lstm_jax.devices import parallel
 
     settings = config.default()
     settings.batches.batch_size = options.batch_size
@@ -130,9 +134,7 @@ def make_lstm_jax(
     settings.model.dtype = options.dtype
     for name in settings.regularization if regularized else ():
         settings.regularization[name] = 0.1 * (name != skipped)
-    # As in a training run.
-    parallel.use_cores(settings)
-    memory.keep_freed_memory()
+    parallel.use_cores(settings)  # As in a training run.
     mesh = parallel.make_mesh(settings)
     lstm = model.make_model(settings.model, options.vocabulary_size)
     adam = optimizer.make_optimizer(settings.optimizer, total_steps=1)
@@ -201,10 +203,11 @@ def _haiku(options: argparse.Namespace) -> Work:
     return _jax_peer(options, model.init, model.apply)
 
 
-def make_torch(options: argparse.Namespace) -> Work:
-    """Return the step in PyTorch."""
+def make_torch(options: argparse.Namespace, compiled: bool = False) -> Work:
+    """Return the step in PyTorch, optionally with `torch.compile`."""
     import torch
 
+    memory.keep_freed_memory()
     device, name = side_by_side.torch_device()
     embedding = torch.nn.Embedding(options.vocabulary_size, options.embedding_size)
     lstm = torch.nn.LSTM(
@@ -212,15 +215,20 @@ def make_torch(options: argparse.Namespace) -> Work:
     )
     dense = torch.nn.Linear(options.hidden_size, options.vocabulary_size)
     layers = torch.nn.ModuleList([embedding, lstm, dense]).to(device)
-    optimizer = torch.optim.Adam(layers.parameters(), LEARNING_RATE)
+    optimizer = torch.optim.Adam(layers.parameters(), LEARNING_RATE, fused=True)
     inputs, targets = torch.tensor(_batch(options), dtype=torch.long, device=device)
     bfloat16 = options.dtype == "bfloat16"
 
-    def run() -> float:
-        optimizer.zero_grad()
+    def compute_loss() -> Any:
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits = dense(lstm(embedding(inputs))[0])
-        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    forward: Callable[[], Any] = torch.compile(compute_loss) if compiled else compute_loss
+
+    def run() -> float:
+        optimizer.zero_grad()
+        loss = forward()
         loss.backward()
         optimizer.step()
         if device.type == "cuda":
@@ -233,6 +241,7 @@ def make_torch(options: argparse.Namespace) -> Work:
 def _keras(options: argparse.Namespace) -> Work:
     import keras
 
+    memory.keep_freed_memory()
     device = side_by_side.keras_device(options.dtype)
     lstm = [
         keras.layers.LSTM(options.hidden_size, return_sequences=True)

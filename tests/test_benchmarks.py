@@ -1,8 +1,12 @@
-"""The benchmark of recurrences runs, at a small size."""
+"""Benchmarks run at a small size, and treat other libraries like this one."""
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 import pytest
 
@@ -10,6 +14,21 @@ pytestmark = pytest.mark.process
 
 
 ROOT = Path(__file__).parents[1]
+SIZES = {
+    "batch_size": 2,
+    "window_length": 3,
+    "num_samples": 2,
+    "length": 3,
+    "embedding_size": 4,
+    "hidden_size": 5,
+    "num_layers": 2,
+    "vocabulary_size": 7,
+}
+
+
+@pytest.fixture(autouse=True)
+def import_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 
 def test_every_recurrence_of_a_cell_is_timed() -> None:
@@ -25,3 +44,26 @@ def test_every_recurrence_of_a_cell_is_timed() -> None:
         ("mingru", "parallel"),
     ]
     assert all(float(milliseconds) > 0 for *_, milliseconds in rows[2:])
+
+
+def test_every_library_keeps_the_memory_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    import train_step
+
+    calls: list[str] = []
+    monkeypatch.setattr(train_step.memory, "keep_freed_memory", lambda: calls.append("kept"))
+    options = argparse.Namespace(**SIZES, dtype="float32")
+    train_step._flax(options, "OptimizedLSTMCell").run()
+    assert calls == ["kept"]
+    pytest.importorskip("torch")
+    train_step.make_torch(options).run()
+    assert calls == ["kept", "kept"]
+
+
+@pytest.mark.parametrize("layer", ["LSTM", "LSTMCell"])
+def test_pytorch_converts_its_parameters_once(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch: Any = pytest.importorskip("torch")
+    import sampling
+
+    monkeypatch.delattr(torch, "autocast")
+    options = argparse.Namespace(**SIZES, dtype="bfloat16")
+    assert sampling._torch(options, layer).run().shape == (2, 3)
