@@ -490,7 +490,7 @@ def test_all_settings_of_given_weights_are_named_in_one_line(
     before.data.units = "words"
     with pytest.raises(UserError) as caught:
         resume._compare(before, tiny_config, tmp_path, of_model=True)
-    flags = "--config.data.units=words --config.data.document_separator=blank_line"
+    flags = "--config.data.document_separator=blank_line --config.data.units=words"
     assert str(caught.value).endswith(f"other settings: add {flags} --config.model.num_layers=2")
     # A model without a stop token gets one.
     tiny_config.data.document_separator = "blank_line"
