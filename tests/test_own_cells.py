@@ -615,10 +615,10 @@ def test_options_and_operations_are_bounded(tiny_config: ConfigDict) -> None:
     with pytest.raises(UserError, match="rounds of the cell .* 100000: it must be from 0 to 100$"):
         resume.settle_model(tiny_config)
     model.num_layers, model.options = 100, {"rounds": 100}
-    with pytest.raises(UserError, match="the 100 layers of cell mogrifier have 2.* 40,000 are the"):
+    with pytest.raises(UserError, match="the 100 layers of cell mogrifier have 2.* 25,000 are the"):
         resume.settle_model(tiny_config)
-    # The most layers of the largest cell with its own options.
-    model.options, model.block = {}, "residual"
+    # The most layers, of a common cell.
+    model.cell, model.options, model.block = "lstm", {}, "residual"
     model_lib.check_operations(model_lib.make_model(model, 9))
     model.cell, model.options = "slstm", {"heads": 2**20 + 1}
     with pytest.raises(UserError, match="heads of .*: it must be from -1,048,576 to 1,048,576$"):
