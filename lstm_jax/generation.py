@@ -85,7 +85,7 @@ def _read_one(model: LanguageModel, arrays: Prepared, state: State, ids: jax.Arr
 _Loop = tuple[jax.Array, jax.Array, State]  # Ids, the number of tokens generated, the state.
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@functools.partial(jax.jit, static_argnames=("model", "size"))
 def _generate(
     model: LanguageModel,
     arrays: Prepared,
@@ -94,13 +94,14 @@ def _generate(
     controls: ControlArrays,
     stops: jax.Array,
     count: jax.Array,
+    size: int,
 ) -> _Loop:
-    """Generate `count` tokens, or fewer if all texts end earlier; ids are [batch, _CHUNK]."""
+    """Generate `count` tokens, or fewer if all texts end earlier; ids are [batch, size]."""
     batch_size = len(state.logits)
     end = len(stops) - 1
     # Drawing all at once is nearly free. In the loop, on a CPU, it would take half as long as a
     # step of a model with 1,024 hidden units.
-    uniform = random_numbers(key, batch_size, state.position + jnp.arange(_CHUNK))
+    uniform = random_numbers(key, batch_size, state.position + jnp.arange(size))
 
     def is_unfinished(loop: _Loop) -> jax.Array:
         _, t, state = loop
@@ -115,7 +116,7 @@ def _generate(
         state = state._replace(progress=stops[state.progress, drawn])
         return ids.at[:, t].set(drawn), t + 1, state
 
-    ids = jnp.full((batch_size, _CHUNK), PADDING_ID, jnp.int32)
+    ids = jnp.full((batch_size, size), PADDING_ID, jnp.int32)
     start = ids, jnp.zeros((), jnp.int32), state
     return jax.lax.while_loop(is_unfinished, generate_one, start)
 
@@ -168,6 +169,7 @@ def generate_chunks(
     """
     state = state._replace(progress=jnp.zeros_like(state.progress))
     key = place_beside(arrays, key)
+    size = round_length(chunk_length) if chunk_length else _CHUNK
     chunk, found = chunk_length or _FIRST_CHUNK, np.zeros((len(state.logits), 0), np.int32)
     while length > 0:
         if not np.isfinite(state.logits).all():
@@ -179,7 +181,9 @@ def generate_chunks(
             logits = _check_logits(process_logits(found, np.asarray(state.logits)), state, controls)
             state, chunk = state._replace(logits=place_beside(arrays, jnp.asarray(logits))), 1
         count = min(chunk, length)
-        ids, number, state = _generate(model, arrays, state, key, controls, stops, np.int32(count))
+        ids, number, state = _generate(
+            model, arrays, state, key, controls, stops, np.int32(count), size
+        )
         if number:
             new = np.asarray(ids)[:, : int(number)]
             found = np.concatenate([found, new], axis=1) if process_logits else found
