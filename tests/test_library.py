@@ -68,7 +68,7 @@ def test_importing_the_package_imports_nothing_else() -> None:
     assert first == "False True" and second.startswith("<function train at ") and third == "True"
     assert second.endswith("20 lstm_jax.run.library")
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = lstm_jax.nothing
+        _ = lstm_jax.nothing  # type: ignore[attr-defined]
 
 
 def test_the_blocks_of_the_page_run(
