@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-import pytest
-
 pytestmark = pytest.mark.process
 
 
