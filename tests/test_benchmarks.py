@@ -64,4 +64,5 @@ def test_pytorch_converts_its_parameters_once(layer: str, monkeypatch: pytest.Mo
 
     monkeypatch.delattr(torch, "autocast")
     options = argparse.Namespace(**SIZES, dtype="bfloat16")
-    assert sampling._torch(options, layer).run().shape == (2, 3)
+    generated: Any = sampling._torch(options, layer).run()
+    assert generated.shape == (2, 3)

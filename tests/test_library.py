@@ -1,5 +1,6 @@
 """Use the package from Python: `import lstm_jax`, trained models, and training."""
 
+import functools
 import itertools
 import json
 import os
@@ -139,8 +140,9 @@ def test_a_logits_processor_sees_the_text_so_far_and_changes_what_is_drawn() -> 
     for n in range(1, 6):
         assert compute_log_probs(run, greedy[:n])[-1][2:].argmin() == ids[n] - 2
     for wrong in (np.full(10, -np.inf), np.full(10, np.nan), np.full(10, np.inf)):
+        constant = functools.partial(lambda wrong, ids, logits: wrong, wrong)
         with pytest.raises(UserError, match="no token can be drawn"):
-            run.generate(length=3, process_logits=lambda ids, logits, wrong=wrong: wrong)
+            run.generate(length=3, process_logits=constant)
     only_special = np.where(np.arange(10) < 2, 0, -np.inf)
     with pytest.raises(UserError, match="no token can be drawn"):
         run.generate(length=3, process_logits=lambda ids, logits: only_special)
