@@ -1,6 +1,5 @@
 """Use the package from Python: `import lstm_jax`, trained models, and training."""
 
-import functools
 import itertools
 import json
 import os
@@ -139,10 +138,13 @@ def test_a_logits_processor_sees_the_text_so_far_and_changes_what_is_drawn() -> 
     ids = run.vocabulary.encode(greedy)
     for n in range(1, 6):
         assert compute_log_probs(run, greedy[:n])[-1][2:].argmin() == ids[n] - 2
-    for wrong in (np.full(10, -np.inf), np.full(10, np.nan), np.full(10, np.inf)):
-        constant = functools.partial(lambda wrong, ids, logits: wrong, wrong)
+
+    def fill(value: float) -> library.LogitsProcessor:
+        return lambda ids, logits: np.full(10, value)
+
+    for value in (-np.inf, np.nan, np.inf):
         with pytest.raises(UserError, match="no token can be drawn"):
-            run.generate(length=3, process_logits=constant)
+            run.generate(length=3, process_logits=fill(value))
     only_special = np.where(np.arange(10) < 2, 0, -np.inf)
     with pytest.raises(UserError, match="no token can be drawn"):
         run.generate(length=3, process_logits=lambda ids, logits: only_special)
