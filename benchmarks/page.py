@@ -1,10 +1,11 @@
-"""Measure an exported page in headless Chromium: how long it takes to open, and to generate.
+"""Measure an exported page in headless Chromium: its speed, and its error by rounded weights.
 
     python benchmarks/page.py --workdir runs/quick
 
 It needs Chromium, its driver and Selenium (the extra `dev`). The page is opened and generates
 --length tokens --rounds times; the medians are printed, with the size of the page relative to that
-of its weights.
+of its weights, and the largest difference between a probability in the page and in Python, both in
+float32, over the first --length characters of the test text.
 """
 
 import argparse
@@ -15,8 +16,11 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 from selenium import webdriver
 
+from lstm_jax import model
+from lstm_jax.data import texts
 from lstm_jax.export import page
 from lstm_jax.run import workdir
 
@@ -30,7 +34,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2000, help="tokens [default: 2000]")
     parser.add_argument("--rounds", type=int, default=5, help="[default: 5]")
     options = parser.parse_args()
-    trained = workdir.load_trained(options.workdir)
+    trained = workdir.load_trained(options.workdir, "float32")
+    text = texts.read_splits(trained.config.data)["test"][: options.length]
+    ids = np.asarray(trained.vocabulary.encode(text))
+    carry = trained.model.initial_carry(1)
+    logits, _ = model.apply(trained.model, trained.params, ids[None], carry)
+    expected = np.asarray(jax.nn.softmax(logits[0]))
     count = sum(array.size for array in jax.tree.leaves(trained.params))
     driver = shutil.which("chromedriver")
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
@@ -48,10 +57,12 @@ def main() -> None:
                 path.write_bytes(page.make_page(trained, "page", bits))
                 size, weights = path.stat().st_size, count * bits // 8
                 pairs = [measure(browser, path, options.length) for _ in range(options.rounds)]
+                found = browser.execute_script("return lstm.probabilities(arguments[0])", text)
                 opened, speed = (statistics.median(values) for values in zip(*pairs, strict=True))
                 print(
                     f"{bits} bits: opened in {opened:.2f} s, {speed:,.0f} tokens per second, "
-                    f"{size / 1e6:.1f} MB, {size / weights:.2f} of its weights"
+                    f"{size / 1e6:.1f} MB, {size / weights:.2f} of its weights, "
+                    f"probabilities differ by at most {np.abs(found - expected).max():.1e}"
                 )
     finally:
         browser.quit()
