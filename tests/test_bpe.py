@@ -137,6 +137,7 @@ def bpe_run(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     return directory / "run"
 
 
+@pytest.mark.process
 def test_a_text_on_disk_gives_the_same_run(bpe_run: Path, text_file: Path, tmp_path: Path) -> None:
     config = make_config(text_file, tmp_path)
     config.data.memory_megabytes = 0

@@ -293,6 +293,7 @@ def make_metadata(**changes: Any) -> bytes:
     return json.dumps({**metadata, **also, **changes}).encode()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("changes", "damage"),
     [
@@ -315,17 +316,19 @@ def test_arrays_that_could_fill_the_memory_are_damage(
     assert damage in save_and_change(tmp_path, changes)
 
 
+@pytest.mark.process
 def test_a_large_node_is_first_read_with_limited_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Nodes with long names for many arrays are larger than 64 KiB.
-    arrays = {f"{number:0>100}": np.zeros(3, np.float32) for number in range(500)}
+    # Nodes with long names for many arrays are larger than a block of zstd.
+    arrays = {f"{number:0>100}": np.zeros(3, np.float32) for number in range(1000)}
     checkpoints.save_params(tmp_path, 1, arrays)
     assert seal.find_damage(tmp_path / "1", arrays) is None
     monkeypatch.setattr(stored_arrays, "_MEMORY", 2**10)
     assert "can't be read within 1,024 bytes" in str(seal.find_damage(tmp_path / "1", arrays))
 
 
+@pytest.mark.process
 def test_arrays_of_any_kind_are_no_damage(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     text = np.tile(np.frombuffer(Path(__file__).read_bytes()[:8000], np.uint8), 500)

@@ -448,7 +448,7 @@ def test_nothing_outside_the_sweep_is_written_or_locked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for picture in ("draw_losses", "draw_parallel_coordinates"):  # Each takes a second.
-        monkeypatch.setattr(plots, picture, lambda *arguments: "")
+        monkeypatch.setattr(plots, picture, lambda *arguments, **options: "")
     directory, outside = tmp_path / "sweep", tmp_path / "outside"
     shutil.copytree(begun[0], directory)
     name = name.replace("WORKER", begun[1])

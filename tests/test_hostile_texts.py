@@ -55,7 +55,7 @@ def hostile_directory(
 ) -> Path:
     """Return a data directory whose datasets import a module that writes a file."""
     (tmp_path / "lib").mkdir()
-    code = f"open({str(tmp_path / 'imported')!r}, 'w')"
+    code = f"import pathlib; pathlib.Path({str(tmp_path / 'imported')!r}).touch()"
     (tmp_path / "lib" / "hostile_module.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path / "lib"))
     (source,) = data_dir.glob("tiny_shakespeare/*")
@@ -148,6 +148,7 @@ def test_a_huge_text_raises_an_error_before_it_is_read(data: ConfigDict, tmp_pat
     assert list_files(tmp_path / "text") == [str(path), str(small)]
 
 
+@pytest.mark.process
 def test_a_large_text_is_prepared_in_the_cache_if_the_user_names_it(
     data: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

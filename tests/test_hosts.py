@@ -21,6 +21,7 @@ from lstm_jax.run import checkpoints, workdir
 # Tests with four processes, and with one that hangs, take minutes on two cores.
 SLOW = draws.TIMES > 1
 
+pytestmark = [pytest.mark.process, pytest.mark.drawn]
 
 FOUR = pytest.param(4, 4, marks=pytest.mark.skipif(not SLOW, reason="LSTM_JAX_DRAWS=2 runs it"))
 

@@ -95,6 +95,7 @@ def test_a_swallowed_interrupt_is_raised_again(caught: str) -> None:
 @pytest.mark.parametrize(
     ("number", "message"), [(signal.SIGINT, "Interrupted."), (signal.SIGTERM, "Terminated.")]
 )
+@pytest.mark.process
 def test_a_signal_during_the_imports_prints_one_line(number: signal.Signals, message: str) -> None:
     code = (
         "import os; from lstm_jax.run import interrupts\n"

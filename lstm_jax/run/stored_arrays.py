@@ -19,8 +19,9 @@ import tensorstore as ts
 from lstm_jax.run import files
 
 # Limits in bytes: of the file about an item; of the metadata of an array; of a key; of a small
-# node, unpacked, whose keys take 150 MB at most; of the memory in which other nodes are tried.
-_ITEM, _METADATA, _KEY, _SMALL_NODE, _MEMORY = 2**24, 2**16, 2**10, 2**16, 2**29
+# node, unpacked: a block of zstd, whose keys take 600 MB at most; of the memory in which other
+# nodes are tried.
+_ITEM, _METADATA, _KEY, _SMALL_NODE, _MEMORY = 2**24, 2**16, 2**10, 2**17, 2**29
 # Limits of the nodes, values and arrays of an item, and of the chunks of an array, of which each
 # device writes one.
 _NODES, _VALUES, _ARRAYS, _CHUNKS = 2**6, 2**16, 2**12, 2**16
@@ -106,17 +107,16 @@ def _measure_values(item: Path, base: ts.KvStore) -> dict[bytes, int]:
 def _is_small(node: bytes) -> bool:
     """Return whether a node or a manifest unpacks to at most `_SMALL_NODE` bytes.
 
-    It does if it is one block of zstd (RFC 8878), and the frame around it has a size that small.
+    It does if it is one frame of zstd with one block, which is not a run of one byte (RFC 8878).
     """
     # A magic number, the length, the version (0), the compression (1 is zstd), the frame.
     if node[12:18] != b"\0\1\x28\xb5\x2f\xfd":
         return False
-    width = {0x20: 1, 0x60: 2}.get(node[18] & ~4)  # The window is as large as the data.
-    if width is None:
-        return False
-    size = int.from_bytes(node[19 : 19 + width], "little") + 256 * (width - 1)
-    is_last = node[19 + width] & 1
-    return bool(is_last) and size <= _SMALL_NODE
+    flags = node[18]
+    single, width = flags >> 5 & 1, flags >> 6  # Whether there is no window; the size's width.
+    header = 19 + (1 - single) + (2**width if width else single)
+    is_last, kind = node[header] & 1, node[header] >> 1 & 3
+    return not flags & 3 and bool(is_last) and kind in (0, 2)  # No dictionary; raw or compressed.
 
 
 def _try_to_read(item: Path, place: str) -> None:
