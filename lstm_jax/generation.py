@@ -20,6 +20,9 @@ LogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 # Tokens per call of the compiled function: few at first, so that text appears soon.
 _FIRST_CHUNK, _CHUNK = 16, 1024
+# The same where a reader waits for the text. Each call prepares the kernels anew, which takes as
+# long as about ten tokens.
+_STREAMED_CHUNK = 256
 
 
 class State(NamedTuple):
@@ -154,23 +157,22 @@ def generate_chunks(
     stops: np.ndarray,
     length: int,
     process_logits: LogitsProcessor | None = None,
-    chunk_length: int | None = None,
+    longest: int = _CHUNK,
 ) -> Iterator[tuple[np.ndarray, State]]:
     """Continue texts chunk by chunk, until all have ended or have `length` more tokens.
 
     The tokens of text b depend on `key`, b and the position in the text, but not on the size of
     the batch or the chunks. Arguments come from `prepare_params`, `read_tokens`,
     `make_control_arrays` and `make_stop_table`; new values need no compilation. `process_logits` is
-    called with the tokens after the prompts; a chunk is then one token. Else it has `chunk_length`
-    tokens, at most 1,024, or by default 16 at first and later more.
+    called with the tokens after the prompts; a chunk is then one token. Else it has 16
+    tokens at first, and later `longest`.
 
     Yield the ids of a chunk, int32 [batch, n], where texts that have ended are padded with id 0,
     and the state after it. Raise `NotFiniteError` if the model's logits are not finite.
     """
     state = state._replace(progress=jnp.zeros_like(state.progress))
     key = place_beside(arrays, key)
-    size = round_length(chunk_length) if chunk_length else _CHUNK
-    chunk, found = chunk_length or _FIRST_CHUNK, np.zeros((len(state.logits), 0), np.int32)
+    chunk, found = _FIRST_CHUNK, np.zeros((len(state.logits), 0), np.int32)
     while length > 0:
         if not np.isfinite(state.logits).all():
             raise NotFiniteError(
@@ -182,7 +184,7 @@ def generate_chunks(
             state, chunk = state._replace(logits=place_beside(arrays, jnp.asarray(logits))), 1
         count = min(chunk, length)
         ids, number, state = _generate(
-            model, arrays, state, key, controls, stops, np.int32(count), size
+            model, arrays, state, key, controls, stops, np.int32(count), longest
         )
         if number:
             new = np.asarray(ids)[:, : int(number)]
@@ -191,7 +193,7 @@ def generate_chunks(
         if number < count:
             return
         length -= count
-        chunk = chunk_length or min(4 * chunk, _CHUNK)
+        chunk = min(4 * chunk, longest)
 
 
 def _check_logits(processed: Any, state: State, controls: ControlArrays) -> np.ndarray:
@@ -272,11 +274,11 @@ def stream_texts(
     """Generate different continuations of a prompt, of up to `length` tokens, piece by piece.
 
     A text ends after the string `stop_at`, unless it is empty, and before the stop token, unless
-    `stop_token` is false. `process_logits` gets the ids with the prompt. `piece_length` is
-    the `chunk_length` of `generate_chunks`.
+    `stop_token` is false. `process_logits` gets the ids with the prompt.
 
     Yields:
-      The next piece of each text. No piece ends within a character.
+      The next piece of each text, of `piece_length` tokens, or of more and more by default; the
+      last may be empty. No piece ends within a character.
 
     Raises:
       UserError: if a control is outside its range.
@@ -293,12 +295,28 @@ def stream_texts(
     process = process_logits and (
         lambda found, logits: process_logits(np.concatenate([prompts, found], axis=1), logits)
     )
-    chunks = generate_chunks(
-        model, arrays, state, key, control_arrays, stops, length, process, piece_length
+    longest = _STREAMED_CHUNK if piece_length else _CHUNK
+    chunks: Iterable[np.ndarray] = (
+        ids
+        for ids, _ in generate_chunks(
+            model, arrays, state, key, control_arrays, stops, length, process, longest
+        )
     )
-    for chunk, _ in chunks:
-        yield [decode(row, False) for decode, row in zip(decoders, chunk, strict=True)]
+    for piece in _cut_pieces(chunks, piece_length) if piece_length else chunks:
+        yield [decode(row, False) for decode, row in zip(decoders, piece, strict=True)]
     yield [decode((), True) for decode in decoders]
+
+
+def _cut_pieces(chunks: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
+    """Yield the columns of chunks [batch, n] in pieces [batch, length]; the last may be shorter."""
+    waiting = None
+    for chunk in chunks:
+        waiting = chunk if waiting is None else np.concatenate([waiting, chunk], axis=1)
+        while waiting.shape[1] >= length:
+            yield waiting[:, :length]
+            waiting = waiting[:, length:]
+    if waiting is not None and waiting.size:
+        yield waiting
 
 
 def text_decoder(vocabulary: Vocabulary, stop_token: bool) -> Callable[[Iterable[int], bool], str]:
