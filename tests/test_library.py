@@ -1,6 +1,5 @@
 """Use the package from Python: `import lstm_jax`, trained models, and training."""
 
-import functools
 import itertools
 import json
 import os

@@ -21,7 +21,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import runs
-from lstm_jax import batches, training
+from lstm_jax import batches, errors, training
 from lstm_jax import config as config_lib
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
@@ -483,8 +483,9 @@ def test_weights_of_a_model_of_other_sizes_raise_an_error(
 
 
 def test_all_settings_of_given_weights_are_named_in_one_line(
-    tiny_config: ConfigDict, tmp_path: Path
+    tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(errors, "_names_flags", True)
     before = tiny_config.copy_and_resolve_references()
     before.data.document_separator, before.model.num_layers = "blank_line", 2
     before.data.units = "words"
@@ -499,15 +500,19 @@ def test_all_settings_of_given_weights_are_named_in_one_line(
     resume._compare(before, tiny_config, tmp_path, of_model=True)
 
 
-def test_options_of_the_cell_of_given_weights_are_named_as_flags(
-    tiny_config: ConfigDict, tmp_path: Path
+def test_options_of_the_cell_of_given_weights_are_named(
+    tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = tiny_config.copy_and_resolve_references()
     before.model.cell, before.model.options = "mogrifier", {"rounds": 3}
-    with pytest.raises(UserError) as caught:
-        resume._compare(before, tiny_config, tmp_path, of_model=True)
-    flags = "--config.model.cell=mogrifier --config.model.options.rounds=3"
-    assert str(caught.value).endswith(f"other settings: add {flags}")
+    for is_command, settings in (
+        (False, "config.model.cell = 'mogrifier'; config.model.options.rounds = 3"),
+        (True, "--config.model.cell=mogrifier --config.model.options.rounds=3"),
+    ):
+        monkeypatch.setattr(errors, "_names_flags", is_command)
+        with pytest.raises(UserError) as caught:
+            resume._compare(before, tiny_config, tmp_path, of_model=True)
+        assert str(caught.value).endswith(f"other settings: add {settings}")
     before = tiny_config.copy_and_resolve_references()
     tiny_config.model.options = {"rounds": 3}
     with pytest.raises(UserError, match=r"other settings: leave out config\.model\.options"):

@@ -38,14 +38,15 @@ def check_path(directory: Path | str) -> Path:
 
     The system limits the length of a name, and allows no NUL in it.
     """
+    name = for_caller("--workdir", "directory")
     try:
         path = Path(directory)
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             path.stat()
     except (TypeError, ValueError) as error:
-        raise UserError(f"directory is {directory!r:.100}: it must be a path ({error})") from None
+        raise UserError(f"{name} is {directory!r:.100}: it must be a path ({error})") from None
     except OSError as error:
-        raise UserError(f"directory is {str(directory)!r:.100}: {error.strerror}") from None
+        raise UserError(f"{name} is {str(directory)!r:.100}: {error.strerror}") from None
     return path
 
 
