@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 import pytest
 from absl import flags, logging
 
+from lstm_jax import errors
 from lstm_jax.run import interrupts
 
 
@@ -58,6 +59,7 @@ def run(
         for name, value in (env or {}).items():
             patch.setenv(name, value)
         patch.setattr(interrupts, "exit_now", _exit)
+        patch.setattr(errors, "_names_flags", False)  # A command sets it.
         warnings.filterwarnings("ignore", ".*found in sys.modules")  # By runpy.
         code: Any = 0
         try:
