@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 import pytest
 from absl import flags, logging
 
-from lstm_jax import errors
+from lstm_jax import cells, errors
 from lstm_jax.run import interrupts
 
 
@@ -72,8 +72,9 @@ def run(
 
 @contextlib.contextmanager
 def _keep_process_state() -> Any:
-    """Restore what a command sets for its whole process: flags, signals, hooks."""
-    known = set(flags.FLAGS)
+    """Restore what a command sets for its whole process: flags, loaded cells, signals, hooks."""
+    known, loaded = set(flags.FLAGS), dict(cells.LOADED)
+    cells.LOADED.clear()
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
     handlers = {number: signal.getsignal(number) for number in numbers}
     verbosity, hook = logging.get_verbosity(), sys.unraisablehook
@@ -87,6 +88,8 @@ def _keep_process_state() -> Any:
             if module.endswith(".py") or name.startswith("config."):
                 delattr(flags.FLAGS, name)
         flags.FLAGS.unparse_flags()
+        cells.LOADED.clear()
+        cells.LOADED.update(loaded)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         logging.set_verbosity(verbosity)

@@ -304,7 +304,7 @@ def test_a_step_in_8_bits_agrees_with_numpy(batch: int, features: int, bound: in
     quantized, offset = in_c.quantize_gates(jnp.asarray(kernel), bound)
     carry = LSTMCarry(jnp.asarray(cell), jnp.asarray(state))
     parts = [jnp.asarray(inputs), carry.hidden]
-    found = in_c.run_step(quantized, parts, carry, jnp.asarray(added) + offset)
+    found = in_c.run_step(quantized, parts, carry, jnp.asarray(added) + offset[None])
 
     units = np.concatenate([np.full(features, bound), np.ones(hidden)]) / 127
     rows = np.round(np.concatenate([inputs, state], axis=1) / units)
@@ -384,6 +384,7 @@ def test_a_trained_model_generates_in_8_bits(tmp_path: Path) -> None:
 
 
 @in_both
+@jax.debug_nans(False)  # Its check of bfloat16 warns.
 def test_populations_and_donated_carries(run: Any) -> None:
     problems = [make_problem(3, 4, 5, 16, seed) for seed in range(3)]
     together = jax.tree.map(lambda *arrays: jnp.stack(arrays), *problems)
@@ -485,6 +486,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return copy
 
 
+@pytest.mark.process
 def test_a_library_of_another_source_is_replaced(source: Path) -> None:
     old = native.build_library()
     source.write_text(source.read_text() + "// Changed.\n")
@@ -496,6 +498,7 @@ def test_a_library_of_another_source_is_replaced(source: Path) -> None:
     assert sorted(source.parent.iterdir()) == sorted([source, new])
 
 
+@pytest.mark.process
 def test_a_library_that_can_not_be_loaded_is_ignored(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -509,6 +512,7 @@ def test_a_library_that_can_not_be_loaded_is_ignored(
     native.load_library.cache_clear()
 
 
+@pytest.mark.process
 def test_mistakes_of_the_compiler_are_named(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source.write_text("int main( {}")
     with pytest.raises(UserError, match=r"cc can't compile .*lstm\.c: .*error"):

@@ -27,6 +27,8 @@ from lstm_jax.run import files, workdir
 from lstm_jax.run.resume import extend_vocabulary
 from lstm_jax.vocabulary import KINDS, Vocabulary, split_text
 
+pytestmark = pytest.mark.process  # Texts are encoded by several processes.
+
 # Characters of 2, 3 and 4 bytes, combining marks, joined emoji, flags and both line breaks.
 MANY = (
     "Καλημέρα κόσμε, e\u0301te\u0301 na\u00efve.\r\n\r\n日本語の文章です。\n\n\n"
@@ -218,7 +220,6 @@ def test_a_corpus_is_prepared_again_only_if_its_text_changes(
     assert_same(data)
 
 
-@pytest.mark.process
 def test_a_killed_preparation_resumes(data: ConfigDict, tmp_path: Path) -> None:
     script = f"""
 from lstm_jax import config

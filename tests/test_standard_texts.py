@@ -286,7 +286,7 @@ def test_a_redirect_to_an_odd_address_is_one_line(
     address: str, archive: Download, server: Server, tmp_path: Path
 ) -> None:
     server.location = address
-    with pytest.raises(UserError, match="can't download .*same command again") as error:
+    with pytest.raises(UserError, match="can't download .*same call again") as error:
         get_splits(tmp_path)
     assert "\n" not in str(error.value) and list_files(tmp_path) == set()
 
@@ -303,7 +303,7 @@ def test_a_slow_download_is_given_up(
     monkeypatch.setattr(download, "_LEAST_SPEED", 10**6)
     server.dripped, server.stop_at = dripped, 500
     began = time.monotonic()
-    with pytest.raises(UserError, match=r"\(the server is too slow.*same command again"):
+    with pytest.raises(UserError, match=r"\(the server is too slow.*same call again"):
         get_splits(tmp_path)
     assert time.monotonic() - began < 20
     assert list_files(tmp_path) <= {"enwik8.zip.part"}
@@ -378,6 +378,7 @@ def test_a_file_of_the_same_name_has_another_field(
     assert texts.read_splits(data)["train"].startswith("my own file")
 
 
+@pytest.mark.process
 def test_a_run_finds_its_text_again(
     archive: Download, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

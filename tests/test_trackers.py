@@ -48,10 +48,10 @@ def make_row(step: int, split: str, **more: Any) -> dict[str, Any]:
 
 
 def test_a_function_gets_each_row_and_one_that_fails_is_left_out(
-    own: str, trained: Path, capsys: pytest.CaptureFixture[str]
+    own: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [make_row(0, "validation", sample="O"), make_row(10, "train"), make_row(20, "train")]
-    with trackers.open_trackers([f"{own}:fail", f"{own}:write"], trained) as watch:
+    with trackers.open_trackers([f"{own}:fail", f"{own}:write"], tmp_path) as watch:
         for row in rows:
             watch(row)
     assert sys.modules[own].rows == rows
