@@ -96,6 +96,7 @@ def flip_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage", [truncate, flip_bit, Path.unlink], ids=["truncate", "flip", "delete"]
 )
@@ -202,6 +203,7 @@ def test_sha256sum_can_check_the_seal(saved: Path) -> None:
     subprocess.run(command, cwd=saved / "2", check=True)
 
 
+@pytest.mark.slow
 def test_a_reader_sees_only_whole_checkpoints_while_training_saves(
     tmp_path: Path, iterator: grain.DatasetIterator, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -380,6 +382,7 @@ def test_large_finite_parameters_are_saved_and_restored(tmp_path: Path) -> None:
     assert step == 1
 
 
+@pytest.mark.slow
 def test_runs_in_one_process_save_at_the_same_time(
     tmp_path: Path, iterator: grain.DatasetIterator
 ) -> None:
@@ -406,6 +409,7 @@ def test_runs_in_one_process_save_at_the_same_time(
     assert [checkpoints.list_steps(tmp_path / name) for name in "ab"] == [[18, 19]] * 2
 
 
+@pytest.mark.process
 def test_a_save_that_fails_prints_nothing_and_says_what_to_do(
     tmp_path: Path, iterator: grain.DatasetIterator, caplog: pytest.LogCaptureFixture
 ) -> None:

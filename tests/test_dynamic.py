@@ -36,6 +36,7 @@ def compute_losses(
     return np.concatenate(list(dynamic.compute_dynamic_losses(MODEL, params, ids, settings, sizes)))
 
 
+@pytest.mark.slow
 def test_no_tracer_leaks_from_dynamic_evaluation(params: model_lib.Params) -> None:
     with jax.checking_leaks():
         sizes = dynamic.measure_gradient_sizes(MODEL, params, TRAIN_IDS, 7)

@@ -49,6 +49,7 @@ def compute_probabilities(ids: np.ndarray) -> np.ndarray:
     return np.mean(found, axis=0)
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_mean_probabilities() -> None:
     ids = make_ids(300)
     expected = -np.log(compute_probabilities(ids[:-1])[np.arange(299), ids[1:]])
@@ -63,6 +64,7 @@ def test_the_loss_is_that_of_the_mean_probabilities() -> None:
     np.testing.assert_allclose(windows[100:150], expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_step_predicts_the_mean_probabilities() -> None:
     model, params = JOINED
     ids = make_ids(40)
@@ -78,6 +80,7 @@ def test_a_step_predicts_the_mean_probabilities() -> None:
     np.testing.assert_array_equal(greedy[0], probabilities[:, 2:].argmax(axis=-1) + 2)
 
 
+@pytest.mark.slow
 def test_an_ensemble_of_one_equals_its_member() -> None:
     prompts, ids = make_ids(12).reshape(2, 6), make_ids(100)
     key, controls = jax.random.key(5), Controls(temperature=0.9, top_p=0.95)
@@ -96,6 +99,7 @@ def test_an_ensemble_of_one_equals_its_member() -> None:
     )
 
 
+@pytest.mark.slow
 def test_each_member_adapts_on_its_own_loss() -> None:
     train_ids, ids, probabilities = make_ids(50), make_ids(90), np.zeros(89)
     for model, params in MEMBERS:
@@ -123,6 +127,7 @@ def run(module: str, *directories: Path, given: str = "", options: str = "") -> 
     return result.stdout
 
 
+@pytest.mark.slow
 def test_the_commands_mix_several_runs(trained: Path, other: Path) -> None:
     mixed = json.loads(run("evaluate", trained, other))
     runs = [workdir.load_trained(directory) for directory in (trained, other)]
@@ -141,6 +146,7 @@ def test_the_commands_mix_several_runs(trained: Path, other: Path) -> None:
     assert shown.splitlines()[0] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

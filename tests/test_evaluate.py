@@ -25,6 +25,7 @@ def test_the_loss_equals_that_of_a_single_pass(length: int) -> None:
     np.testing.assert_allclose(loss_lib.compute_loss(model, params, ids), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "context"), [(2, 5), (30, 1), (101, 10), (700, 7), (700, 150), (9000, 131)]
 )
@@ -68,6 +69,7 @@ def test_token_losses_sum_to_the_loss(longest: int, monkeypatch: pytest.MonkeyPa
     np.testing.assert_allclose(losses, -softer[np.arange(4999), ids[1:]], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_untrained_model_has_the_loss_of_uniform_guessing() -> None:
     model = LanguageModel(67, 256, 1024)
     params = model_lib.init_params(model, jax.random.key(0))

@@ -29,6 +29,7 @@ def read_splits(directory: Path) -> set[str]:
     return {row["split"] for row in metrics.read_metrics(directory / workdir.METRICS)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["enwik8", "penn_treebank_words", "shakespeare_gpu"])
 def test_an_experiment_trains_and_resumes(name: str, text_file: Path, tmp_path: Path) -> None:
     # enwik8 has names outside ASCII, of which a byte model reads the bytes.

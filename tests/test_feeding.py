@@ -32,6 +32,7 @@ def test_a_text_on_the_device_gives_the_batches_of_the_pipeline(kind: str) -> No
     assert isinstance(several, feeding.Resident) and several.places.begins.shape == (3, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["windows", "streams"])
 def test_several_steps_in_one_call_give_the_same_losses(
     kind: str, tiny_config: ConfigDict, tmp_path: Any

@@ -98,6 +98,7 @@ def list_imports(code: str) -> set[str]:
     return {name.partition(".")[0] for name in process.stdout.splitlines()[-1].split()}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("module", ["main", "sample", "inspect", "convert", "export"])
 def test_help_imports_no_jax(module: str) -> None:
     run = (
@@ -114,6 +115,7 @@ def test_the_tables_of_the_config_are_those_of_the_code() -> None:
     assert config_lib.SCHEDULES == optimizer.SCHEDULES
 
 
+@pytest.mark.process
 def test_training_imports_no_library_before_it_uses_it() -> None:
     late = {"matplotlib", "tensorflow_datasets", "tokenizers", "torch"}
     assert not late & list_imports("import lstm_jax.train")
@@ -141,6 +143,7 @@ def test_no_control_character_reaches_the_terminal(tmp_path: Path) -> None:
     assert not [c for c in result.stdout if unicodedata.category(c) == "Cc" and c not in "\n\t"]
 
 
+@pytest.mark.slow
 def test_samples_after_an_epoch_are_not_garbage(
     shakespeare: dict[str, str], tmp_path: Path
 ) -> None:

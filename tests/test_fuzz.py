@@ -209,6 +209,7 @@ def edit_files(paths: list[Path], edits: list[tuple[int, str, int, bytes]]) -> N
             path.write_bytes(content)
 
 
+@pytest.mark.slow
 @given(edits=EDITS)
 def test_checkpoint_directories(
     edits: list[tuple[int, str, int, bytes]],

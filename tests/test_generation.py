@@ -213,6 +213,7 @@ def test_a_bfloat16_model_generates(num_samples: int) -> None:
     assert ids.shape == (num_samples, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [130, 1000, 7552])
 def test_a_token_of_probability_zero_is_never_sampled(size: int) -> None:
     # A parallel cumulative sum in float32 is not monotonic: it can increase at a token of

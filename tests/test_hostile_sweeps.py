@@ -175,6 +175,7 @@ def use_study(directory: Path, location: str | None = None, trials: int = 5) -> 
     report.write_report(record, directory, config_lib.default(), searched)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sqlite", "journal"])
 def test_nothing_in_a_study_is_unpickled(kind: str, tmp_path: Path) -> None:
     class Payload:
@@ -249,6 +250,7 @@ def iterate_paths(value: Any, path: tuple = ()) -> Iterator[tuple]:
         yield from iterate_paths(value[key], (*path, key))
 
 
+@pytest.mark.slow
 @pytest.mark.drawn
 def test_any_value_in_a_journal_is_read_or_gives_a_one_line_error(tmp_path: Path) -> None:
     """Change random values of records, and attributes such as worker, workdir and overrides."""
@@ -492,6 +494,7 @@ QUOTES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUOTES)
 def test_names_are_quoted_in_the_files_of_a_sweep(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

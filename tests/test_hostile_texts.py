@@ -218,6 +218,7 @@ def test_a_text_must_be_a_regular_file(
     assert sources.read_argument(str(tmp_path / "linked"), "--text", False).startswith("To be")
 
 
+@pytest.mark.slow
 def test_the_size_of_arguments_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (tmp_path / "huge").open("wb") as file:
         file.truncate(2**40)
@@ -299,6 +300,7 @@ def test_a_pattern_that_visits_too_many_files_raises_an_error(
             sources.find_files(",".join(f"{tmp_path}/{p}" for p in pattern.split(",")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -71,6 +71,7 @@ def test_importing_the_package_imports_nothing_else() -> None:
         _ = lstm_jax.nothing  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_the_blocks_of_the_page_run(
     trained: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +120,7 @@ def replace_logits(new: np.ndarray, ids: np.ndarray, logits: np.ndarray) -> np.n
     return new
 
 
+@pytest.mark.slow
 def test_a_logits_processor_sees_the_text_so_far_and_changes_what_is_drawn() -> None:
     run = make_run("abcdefgh")
     seen = []
@@ -206,6 +208,7 @@ def test_the_next_tokens_are_sorted_by_probability(run: library.Run) -> None:
     np.testing.assert_allclose([p for _, p in found], expected[best], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_beam_search_of_all_texts_finds_the_most_probable() -> None:
     run = make_run("abc")
     totals = {}
@@ -240,6 +243,7 @@ def test_a_beam_ends_with_the_stop_token() -> None:
     assert total < 1
 
 
+@pytest.mark.slow
 def test_training_in_a_thread_is_silent_while_others_print(
     tiny_config: ConfigDict, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -413,6 +417,7 @@ def test_a_list_of_directories_is_an_ensemble(run: library.Run, trained: Path) -
         twice.hidden_states(text)
 
 
+@pytest.mark.slow
 def test_a_cell_of_a_file_is_named_as_in_python(tiny_config: ConfigDict, tmp_path: Path) -> None:
     cell = f"{ROOT / 'tests' / 'fixtures' / 'delta_cell.py'}:DeltaCell"
     tiny_config.model.cell, tiny_config.max_steps, tiny_config.num_epochs = cell, 1, 1

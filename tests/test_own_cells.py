@@ -58,6 +58,7 @@ class _KilledError(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_the_example_trains_and_resumes_bit_for_bit(
     own_file: Path, tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
@@ -164,6 +165,7 @@ def test_commands_for_the_cells_of_the_package_name_them(
         page.write_page(tmp_path, tmp_path / "page.html")
 
 
+@pytest.mark.slow
 def test_reading_a_run_runs_only_the_file_that_the_user_names(
     own_file: Path, tiny_config: ConfigDict, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -324,6 +326,7 @@ def test_a_mistake_in_a_cell_is_one_line(
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_is_read_with_the_file_that_it_was_trained_with(
     tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -455,6 +458,7 @@ def test_a_cell_without_gates_has_a_report_of_its_outputs(own_file: Path) -> Non
     assert reading.saturation == [{}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*cells.CELLS, "block"])
 def test_the_cells_of_the_package_follow_the_protocol(name: str) -> None:
     inner = make_cell(cells.CELLS["gru"], 8, 8)

@@ -64,6 +64,7 @@ def test_calls_of_several_steps_end_at_each_log_line_validation_and_the_end() ->
     assert {20, 30, 40, 60, 70, 80, 90, 100, 101} <= ends and len(ends) < 60
 
 
+@pytest.mark.slow
 def test_validating_more_often_does_not_change_training(
     trained: Path, tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
@@ -79,6 +80,7 @@ def test_validating_more_often_does_not_change_training(
     assert samples.count("=== step ") == 7 and "=== step 30," in samples
 
 
+@pytest.mark.slow
 def test_max_steps_ends_the_run_and_its_schedule(
     tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,6 +123,7 @@ def patient_config(tiny_config: ConfigDict) -> ConfigDict:
     return tiny_config
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_at_the_same_step_whether_or_not_it_was_killed(
     patient_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,6 +178,7 @@ def test_validation_reads_the_first_tokens_only(tiny_config: ConfigDict, tmp_pat
         training.train(tiny_config, tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_a_population_validates_and_ends_as_a_single_run_does(
     tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
@@ -199,6 +203,7 @@ def test_a_population_validates_and_ends_as_a_single_run_does(
         population.check_members([tiny_config] * 2)
 
 
+@pytest.mark.slow
 def test_a_trial_of_a_sweep_reports_validations_after_epochs(
     tiny_config: ConfigDict, tmp_path: Path
 ) -> None:

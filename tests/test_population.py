@@ -71,6 +71,7 @@ def together(
     return configs, directories, reasons, reported
 
 
+@pytest.mark.slow
 def test_each_member_matches_a_single_run(together: tuple, tmp_path: Path) -> None:
     configs, directories, reasons, reported = together
     assert reasons[:2] == ["", ""]
@@ -91,6 +92,7 @@ def test_a_diverged_member_is_reported_and_does_not_affect_others(together: tupl
     assert [row[1] for row in reported if row[0] == 2] == [0]
 
 
+@pytest.mark.slow
 def test_members_killed_at_different_epochs_end_with_the_same_losses(
     together: tuple, tmp_path: Path
 ) -> None:
@@ -105,6 +107,7 @@ def test_members_killed_at_different_epochs_end_with_the_same_losses(
         assert found == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_members_stopped_before_the_first_epoch_start_again(
     tiny_config: ConfigDict, tmp_path: Path
 ) -> None:

@@ -1,10 +1,12 @@
 from pathlib import Path
 
+import pytest
 from ml_collections import ConfigDict
 
 from lstm_jax import training
 
 
+@pytest.mark.slow
 def test_a_profiled_run_leaves_a_trace(tiny_config: ConfigDict, tmp_path: Path) -> None:
     tiny_config.profile, tiny_config.num_epochs = True, 1
     assert training.train(tiny_config, tmp_path) == 0

@@ -422,6 +422,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow
 def test_one_command_trains_from_nothing(
     server: Server, shakespeare: dict[str, str], tmp_path: Path
 ) -> None:

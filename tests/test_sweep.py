@@ -548,6 +548,7 @@ def test_failed_trials_in_a_row_stop_the_sweep(tiny_config: ConfigDict, tmp_path
     assert [row["state"] for row in rows(tmp_path)] == ["failed"] * 3
 
 
+@pytest.mark.slow
 def test_a_damaged_member_fails_no_trial_of_its_population(
     tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

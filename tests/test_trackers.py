@@ -3,6 +3,7 @@
 import html
 import importlib.util
 import json
+import shutil
 import sqlite3
 import struct
 import subprocess
@@ -48,10 +49,11 @@ def make_row(step: int, split: str, **more: Any) -> dict[str, Any]:
 
 
 def test_a_function_gets_each_row_and_one_that_fails_is_left_out(
-    own: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    own: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    directory = shutil.copytree(trained, tmp_path / "run")
     rows = [make_row(0, "validation", sample="O"), make_row(10, "train"), make_row(20, "train")]
-    with trackers.open_trackers([f"{own}:fail", f"{own}:write"], tmp_path) as watch:
+    with trackers.open_trackers([f"{own}:fail", f"{own}:write"], directory) as watch:
         for row in rows:
             watch(row)
     assert sys.modules[own].rows == rows
@@ -88,6 +90,7 @@ def test_a_missing_package_raises_an_error_that_names_the_command(
         pytest.fail("it was opened")
 
 
+@pytest.mark.slow
 def test_a_tracker_that_cannot_be_opened_ends_the_run_with_one_line(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

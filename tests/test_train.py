@@ -31,6 +31,7 @@ from lstm_jax.run import checkpoints, lock, metrics, resume, workdir, zero_state
 from lstm_jax.train_step import TrainState, TrainStep
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["windows", "streams", "schedule_free"])
 @pytest.mark.parametrize("stop_after", [37, 70])  # In the first epoch, and at the end of it.
 def test_a_stopped_run_resumes_bit_for_bit(
@@ -113,6 +114,7 @@ def test_the_test_loss_is_that_of_the_best_checkpoint(trained: Path) -> None:
     assert loss_lib.compute_loss(loaded.model, loaded.params, ids) == pytest.approx(test["loss"])
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_can_be_trained_longer(
     tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,6 +132,7 @@ def test_a_finished_run_says_so_and_can_be_trained_longer(
     assert [row[1] for row in runs.read_losses(tmp_path)].count("validation") == 3
 
 
+@pytest.mark.slow
 def test_the_callback_gets_each_loss_after_it_is_written(
     tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
@@ -221,6 +224,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, *poisoned: int) -> None:
     monkeypatch.setattr(training, "make_train_step", make_poisoned)
 
 
+@pytest.mark.slow
 def test_a_run_skips_max_skipped_steps_and_then_stops(
     tiny_config: ConfigDict,
     tmp_path: Path,
@@ -257,6 +261,7 @@ def test_a_run_skips_max_skipped_steps_and_then_stops(
     assert all(np.isfinite(x).all() for x in restored[:-1])
 
 
+@pytest.mark.slow
 def test_a_diverged_run_stops_and_resumes_with_a_lower_learning_rate(
     tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -282,6 +287,7 @@ def test_a_diverged_run_stops_and_resumes_with_a_lower_learning_rate(
     }
 
 
+@pytest.mark.slow
 def test_training_from_python_works_in_a_thread_and_reports_every_row(
     tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
@@ -310,6 +316,7 @@ def test_training_from_python_works_in_a_thread_and_reports_every_row(
         training.train(ConfigDict({"model": {"hiden_size": 3}}), tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_the_initial_bias_matches_the_token_frequencies(
     tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
@@ -342,6 +349,7 @@ def make_text_of_two_scripts(length: int) -> str:
     return text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_on", [True, False])
 def test_a_model_trained_on_streams_recovers_from_a_zero_state(
     is_on: bool, tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -366,6 +374,7 @@ def test_a_model_trained_on_streams_recovers_from_a_zero_state(
         assert zero.excess > 2 and "the model starts badly" in output.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "field", ["optimizer.learning_rate", "optimizer.weight_decay", "model.initial_scale"]
 )
@@ -400,6 +409,7 @@ def test_fewer_epochs_than_a_run_has_had_raise_an_error(
     assert (tmp_path / workdir.CONFIG).read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_checkpoint_under_the_name_of_another_step_is_set_aside(
     tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -413,6 +423,7 @@ def test_a_checkpoint_under_the_name_of_another_step_is_set_aside(
     assert checkpoints.list_steps(saved_in) == [70, 140]
 
 
+@pytest.mark.slow
 def test_a_new_run_starts_from_the_weights_of_another(
     trained: Path,
     tiny_config: ConfigDict,

@@ -126,6 +126,7 @@ def test_masks_differ_from_step_to_step_and_follow_the_seed() -> None:
     assert first != second != third
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", CELLS)
 def test_no_tracer_leaks_from_a_step(cell: str) -> None:
     config = make_config()

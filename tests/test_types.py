@@ -52,6 +52,7 @@ raise lstm_jax.UserError.message  # error: attr-defined
 """
 
 
+@pytest.mark.slow
 def test_mypy_names_the_mistakes_of_a_script_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
