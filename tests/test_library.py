@@ -399,7 +399,8 @@ def test_print_and_help_say_what_a_run_and_the_functions_are() -> None:
     run = make_run("abc", num_layers=2)
     assert str(run) == "<lstm_jax.Run: lstm 2x7; 849 parameters; 5 characters; step 0>"
     shown = pydoc.plain(pydoc.render_doc(lstm_jax.train))
-    assert "train(config:" in shown and "quiet: bool = False) -> int" in shown
+    assert "function train in module lstm_jax.training" in shown
+    assert "quiet: bool = False" in shown
     assert "ModuleType" not in shown
 
 

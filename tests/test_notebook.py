@@ -9,6 +9,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+pytestmark = pytest.mark.process  # Of Jupyter.
+
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "lstm_and_sequence_generation.ipynb"
 
 

@@ -355,7 +355,7 @@ static void run(XLA_FFI_CallFrame *frame, task *task, const void *work) {
 
 // Return whether this call asks only for the version of the interface, after answering it.
 static int is_query(XLA_FFI_CallFrame *frame) {
-  XLA_FFI_Extension_Base *extension = frame->extension_start;
+  __auto_type extension = frame->extension_start;  // Its type has another name in JAX 0.12.
   if (!extension || extension->type != XLA_FFI_Extension_Metadata) return 0;
   XLA_FFI_Api_Version *version = &((XLA_FFI_Metadata_Extension *)extension)->metadata->api_version;
   version->major_version = XLA_FFI_API_MAJOR;

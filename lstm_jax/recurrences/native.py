@@ -58,21 +58,20 @@ def is_supported() -> bool:
 
 
 def get_path() -> Path:
-    """Return the path of the library. Its name has a hash of its source and of jaxlib's version."""
-    parts = _SOURCE.read_text(), *_FLAGS, jaxlib.__version__
-    name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    return _SOURCE.with_name(f"lstm-{name}.so")
+    """Return the path of the library. Its name has jaxlib's version and a hash of its source."""
+    digest = hashlib.sha256("\n".join((_SOURCE.read_text(), *_FLAGS)).encode()).hexdigest()
+    return _SOURCE.with_name(f"lstm-{jaxlib.__version__}-{digest[:16]}.so")
 
 
 def build_library() -> Path:
-    """Compile the library in place of older versions, and return its path."""
+    """Compile the library in place of older ones for this jaxlib, and return its path."""
     path = get_path()
     try:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             built = Path(folder, path.name)
             command = ["cc", *_FLAGS, "-I", jax.ffi.include_dir(), str(_SOURCE), "-o", str(built)]
             subprocess.run(command, check=True, capture_output=True, text=True)
-            for old in path.parent.glob("lstm-*.so"):
+            for old in path.parent.glob(f"lstm-{jaxlib.__version__}-*.so"):
                 old.unlink()
             built.rename(path)
     except subprocess.CalledProcessError as error:
