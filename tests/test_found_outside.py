@@ -118,7 +118,7 @@ def test_the_tables_of_the_config_are_those_of_the_code() -> None:
 @pytest.mark.process
 def test_training_imports_no_library_before_it_uses_it() -> None:
     late = {"matplotlib", "tensorflow_datasets", "tokenizers", "torch"}
-    assert not late & list_imports("import lstm_jax.train")
+    assert not late & list_imports("import lstm_jax.training")
 
 
 def test_novelty_in_a_conversation_is_an_error() -> None:
