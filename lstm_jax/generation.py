@@ -20,8 +20,8 @@ LogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 # Tokens per call of the compiled function: few at first, so that text appears soon.
 _FIRST_CHUNK, _CHUNK = 16, 1024
-# The same where a reader waits for the text. Each call prepares the kernels anew, which takes as
-# long as about ten tokens.
+# The longest where a reader waits for the text. Each call prepares the kernels anew, so it is not
+# shorter.
 _STREAMED_CHUNK = 256
 
 
