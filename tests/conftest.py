@@ -73,12 +73,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Remove compiled programs of other versions, and all of them when there are too many."""
+    """Remove the compiled programs when there are too many."""
     if hasattr(session.config, "workerinput"):
         return
     for path in _COMPILED.parent.glob("compiled-*"):
-        too_large = sum(file.stat().st_size for file in path.iterdir()) > _MOST_BYTES
-        if path != _COMPILED or too_large:
+        if sum(file.stat().st_size for file in path.iterdir()) > _MOST_BYTES:
             shutil.rmtree(path)
 
 
