@@ -35,7 +35,6 @@ def run(
     *arguments: object,
     cwd: Path | None = None,
     given: str | bytes = "",
-    env: dict[str, str] | None = None,
 ) -> Done:
     """Run `python -m lstm_jax.MODULE ARGUMENTS...` here, with `given` on standard input.
 
@@ -56,8 +55,6 @@ def run(
         patch.setattr(sys, "argv", [f"{module}.py", *map(str, arguments)])
         for name, stream in (("stdin", stdin), ("stdout", stdout), ("stderr", stderr)):
             patch.setattr(sys, name, stream)
-        for name, value in (env or {}).items():
-            patch.setenv(name, value)
         patch.setattr(interrupts, "exit_now", _exit)
         patch.setattr(errors, "_names_flags", False)  # A command sets it.
         warnings.filterwarnings("ignore", ".*found in sys.modules")  # By runpy.
