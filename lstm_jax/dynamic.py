@@ -33,18 +33,13 @@ _STATISTICS_TOKENS = 60_000
 
 
 class Settings(NamedTuple):
-    """Settings of dynamic evaluation.
+    """Settings of dynamic evaluation."""
 
-    The defaults are the best of a dozen settings on the validation split of experiments/quick.py:
-    `python -m lstm_jax.evaluate --workdir runs/quick --split validation --dynamic` gives 1.259 nats
-    per character, and without --dynamic 1.349.
-    """
-
-    learning_rate: float = 1e-3
+    learning_rate: float
     # The fraction of the distance to the trained parameters that each step removes, for a parameter
     # with a gradient of mean size.
-    decay: float = 0.003
-    segment_length: int = 50  # Tokens predicted between two gradient steps.
+    decay: float
+    segment_length: int  # Tokens predicted between two gradient steps.
 
 
 def measure_gradient_sizes(

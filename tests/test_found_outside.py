@@ -99,13 +99,25 @@ def list_imports(code: str) -> set[str]:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("module", ["main", "sample", "inspect", "convert", "export"])
+@pytest.mark.parametrize(
+    "module", ["main", "sample", "evaluate", "sweep", "inspect", "convert", "export"]
+)
 def test_help_imports_no_jax(module: str) -> None:
     run = (
         "import runpy; sys.argv[1:] = ['--help']; "
         f"runpy.run_module('lstm_jax.{module}', run_name='__main__')"
     )
-    heavy = {"flax", "grain", "jax", "matplotlib", "optax", "orbax", "tensorboardX", "torch"}
+    heavy = {
+        "flax",
+        "grain",
+        "jax",
+        "matplotlib",
+        "optax",
+        "optuna",
+        "orbax",
+        "tensorboardX",
+        "torch",
+    }
     assert not heavy & list_imports(run)
 
 

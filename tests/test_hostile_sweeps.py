@@ -30,7 +30,7 @@ import disks
 import draws
 from lstm_jax import config as config_lib
 from lstm_jax.errors import UnavailableError, UserError
-from lstm_jax.sweep import plots, report, search, space, study
+from lstm_jax.sweep import options, plots, report, search, space, study
 from lstm_jax.sweep.worker import Worker, claim_directory
 from test_sweep import command, make_dead_worker, rows
 
@@ -382,7 +382,7 @@ def test_a_truncated_record_is_dropped_and_a_linked_lock_does_not_block(
 
 def test_a_hostile_database_deletes_and_runs_nothing(tmp_path: Path) -> None:
     fill_study(tmp_path)
-    outside, own = tmp_path / "outside.txt", tmp_path / study.DATABASE
+    outside, own = tmp_path / "outside.txt", tmp_path / options.DATABASE
     outside.write_text("precious")
     saved = own.read_bytes()
     # An unfinished transaction of several databases: SQLite deletes the file that it names.

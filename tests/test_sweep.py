@@ -25,7 +25,7 @@ import draws
 from lstm_jax import config as config_lib
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import ensemble, lock, metrics, workdir
-from lstm_jax.sweep import report, search, space, study, table
+from lstm_jax.sweep import options, report, search, space, study, table
 from lstm_jax.sweep.worker import Worker, claim_directory
 
 ROOT = Path(__file__).parents[1]
@@ -276,6 +276,7 @@ def test_seeds_are_a_population(text_file: Path, tmp_path: Path, compiled: Path)
 def test_a_missing_module_gives_a_one_line_error(module: str) -> None:
     code = (
         f"import runpy, sys; sys.modules[{module!r}] = None; "
+        "sys.argv[1:] = ['--config=experiments/quick.py', '--seeds=1']; "
         "runpy.run_module('lstm_jax.sweep', run_name='__main__')"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -416,7 +417,7 @@ def make_dead_worker(
     return worker, trial
 
 
-@pytest.mark.parametrize("name", study.SAMPLERS)
+@pytest.mark.parametrize("name", options.SAMPLERS)
 def test_samplers_depend_only_on_the_seed(name: str) -> None:
     drawn = []
     for seed in (1, 1, 2):
@@ -587,7 +588,7 @@ def test_a_trial_does_not_take_over_the_directory_of_another_study(tmp_path: Pat
         resumed = worker.next()
         assert resumed is not None
         claim_directory(directory, record.trials[resumed.number])
-    (tmp_path / study.DATABASE).unlink()
+    (tmp_path / options.DATABASE).unlink()
     record = make_study(tmp_path, study.make_sampler("random", 0))
     _, other = make_dead_worker(record, tmp_path, 1)
     with pytest.raises(UserError, match="contains a trial of another study"):
@@ -602,7 +603,7 @@ def test_a_study_of_another_space_or_of_no_sweep_raises_an_error(tmp_path: Path)
         UserError, match=r"made for a space with \['x'\], but this one has \['x', 'y'\]"
     ):
         study.open_study(tmp_path, None, "one", config_lib.default(), ["x", "y"], sampler, pruner)
-    url = f"sqlite:///{tmp_path / study.DATABASE}"
+    url = f"sqlite:///{tmp_path / options.DATABASE}"
     optuna.create_study(storage=url, study_name="two", direction="maximize")
     with pytest.raises(UserError, match="'two' exists, but is not from a sweep"):
         study.open_study(tmp_path, None, "two", config_lib.default(), ["x"], sampler, pruner)

@@ -37,9 +37,6 @@ from lstm_jax.run.plan import cut_validation
 from lstm_jax.train_step import TrainState, make_step
 from lstm_jax.vocabulary import Costs, Ids
 
-# The largest default size of a population of seeds.
-LARGEST = 16
-
 _MEMBERS = PartitionSpec("members")
 
 # Called with the number of a member, the epoch and the validation loss.

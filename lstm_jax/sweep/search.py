@@ -21,7 +21,7 @@ from lstm_jax import training
 from lstm_jax.data import texts
 from lstm_jax.errors import NotFiniteError, UnavailableError, UserError, one_line
 from lstm_jax.run import cell_file, checkpoints, files, metrics, workdir
-from lstm_jax.sweep import population, report
+from lstm_jax.sweep import options, population, report
 from lstm_jax.sweep import space as space_lib
 from lstm_jax.sweep import study as study_lib
 from lstm_jax.sweep import worker as worker_lib
@@ -80,7 +80,7 @@ def prepare_sweep(
     elif seeds and not space_file:
         space, space_name = space_lib.make_seed_space(experiment.seed, seeds), f"seeds{seeds}"
         trials, sampler = seeds, "grid"
-        members = members or min(seeds, population.LARGEST)
+        members = members or min(seeds, options.LARGEST)
     else:
         raise UserError("use either --space experiments/sweeps/quick.py or --seeds 8")
     pruner = pruner or ("none" if members > 1 or seeds else "hyperband")

@@ -18,8 +18,8 @@ from optuna.trial import FrozenTrial
 from lstm_jax import config as config_lib
 from lstm_jax.errors import UserError, one_line
 from lstm_jax.run.files import blaming_file
+from lstm_jax.sweep.options import FUNCTION
 
-FUNCTION = "get_overrides"
 # The number of draws to check before training, so that mistakes are reported early.
 _NUM_PROBES = 20
 

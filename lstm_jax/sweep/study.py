@@ -18,15 +18,11 @@ from optuna.trial import BaseTrial, FrozenTrial, TrialState
 
 from lstm_jax import config as config_lib
 from lstm_jax.errors import UserError
+from lstm_jax.sweep import options
 from lstm_jax.sweep.space import Space
 from lstm_jax.sweep.storage import Guarded, convert_errors, open_storage
 
-# Optuna's CMA-ES is not supported: it unpickles its state from the study, which can run any code.
-SAMPLERS = ("tpe", "random", "grid")
-PRUNERS = ("hyperband", "none")
-
-# In the directory of a sweep: the study, unless --study names another, and the trials.
-DATABASE = "study.db"
+# The trials, in the directory of a sweep.
 TRIALS = "trials"
 
 # Attributes of a trial. Only the process that runs the trial writes them.
@@ -62,7 +58,7 @@ def open_study(
     Raise `UserError` if it can't be reached or written, or is for another experiment or space.
     """
     study = optuna.create_study(
-        storage=open_storage(directory / DATABASE, location, check_trial),
+        storage=open_storage(directory / options.DATABASE, location, check_trial),
         study_name=name,
         sampler=sampler,
         pruner=pruner,
@@ -207,7 +203,7 @@ class _SeededSampler(Guarded):
 
 
 def make_pruner(name: str, num_epochs: int) -> optuna.pruners.BasePruner:
-    """Return one of `PRUNERS`.
+    """Return one of `options.PRUNERS`.
 
     Hyperband (Li et al. 2018) runs successive halving over epochs in each bracket.
     """
