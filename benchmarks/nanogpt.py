@@ -67,7 +67,7 @@ SETTINGS = {
 }
 NANOGPT = {  # Settings, and the words of the table, by name.
     "nanogpt": ({"compile": False, "dtype": "float32"}, "nanoGPT, float32, untuned"),
-    "nanogpt_compiled": ({"compile": True, "dtype": "bfloat16"}, "nanoGPT, compiled, bfloat16"),
+    "nanogpt_compiled": ({"compile": True, "dtype": "bfloat16"}, "nanoGPT, compiled, bfloat16, untuned"),
 }
 # train.py with another seed than its own, the first argument, and with autocast on a CPU too.
 RUN = (
