@@ -198,7 +198,7 @@ def _ratios(
     ids = text.encode(text.vocabulary(data))
     size = len(text.vocabulary(data))
     short = np.asarray(ids[:1_000_000])
-    on_device, _ = batches.make_batches(short, config.batches, 0, places=True)
+    on_device, _ = batches.make_batches(short, config.batches, 0, only_offsets=True)
     from_files, _ = batches.make_batches(ids, config.batches, 0)
     feeds = {
         "on the device": feeding.Feed(on_device, mesh, feeding.place_text(short, size, mesh)),

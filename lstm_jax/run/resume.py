@@ -174,7 +174,7 @@ class Start(NamedTuple):
 
     model: model_lib.LanguageModel
     state: TrainState
-    iterator: grain.DatasetIterator  # Over training batches, or over their places.
+    iterator: grain.DatasetIterator  # Over training batches, or over their offsets.
     step: int  # Training steps done.
     plan: Plan
     history: dict[str, int] | None  # `workdir.history_sizes` when it was saved; None if it is new.
@@ -187,7 +187,7 @@ def restore_run(
     ids: Ids,
     count_tokens: Callable[[Vocabulary], np.ndarray],
     mesh: jax.sharding.Mesh | None = None,
-    places: bool = False,
+    only_offsets: bool = False,
 ) -> Start:
     """Make model, state and batches, or restore them from a checkpoint; save `settled`.
 
@@ -197,14 +197,16 @@ def restore_run(
       ids: those of the training text.
       count_tokens: returns the number of occurrences of each token there, for a new run.
       mesh: the devices; None for the default device.
-      places: see `batches.make_batches`.
+      only_offsets: see `batches.make_batches`.
 
     Raises:
       UserError: if the text is too short, or the run is damaged or was trained for more epochs.
     """
     config, vocabulary, changes = settled
     part = (jax.process_index(), jax.process_count())
-    iterator, steps_per_epoch = batches.make_batches(ids, config.batches, config.seed, places, part)
+    iterator, steps_per_epoch = batches.make_batches(
+        ids, config.batches, config.seed, only_offsets, part
+    )
     plan = Plan(config, steps_per_epoch)
     model = model_lib.make_model(config.model, len(vocabulary))
     saved_in = directory / workdir.CHECKPOINTS
