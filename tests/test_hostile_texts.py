@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
-from lstm_jax.controls import make_stop_table
+from lstm_jax.controls import StopSearch, make_stops
 from lstm_jax.data import datasets, prepared, sources, texts
 from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import Vocabulary
@@ -356,11 +356,13 @@ def test_stop_texts_in_long_tokens() -> None:
         tokens = {"".join(rng.choice(list("ab"), rng.integers(1, 30))) for _ in range(8)}
         stop = "".join(rng.choice(list("ab"), rng.integers(1, 6)))
         vocabulary = Vocabulary(["", "[UNK]", *sorted(tokens)], "words")
-        table = make_stop_table(vocabulary, stop_at=stop)
-        state, generated = 0, ""
-        for token_id in rng.integers(2, len(vocabulary), 6).tolist():
-            state, generated = table[state, token_id], generated + vocabulary.tokens[token_id]
-            assert (state == len(table) - 1) == (stop in generated), (stop, generated)
+        search, generated = StopSearch(make_stops(vocabulary, stop_at=stop)), ""
+        for token_id in rng.integers(2, len(vocabulary), 6):
+            generated += vocabulary.tokens[token_id]
+            end = search.find_end(np.array([token_id]))
+            assert (end == 1) == (stop in generated), (stop, generated)
+            if end:
+                break
 
 
 @pytest.mark.parametrize(

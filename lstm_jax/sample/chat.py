@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from lstm_jax import generation
-from lstm_jax.controls import Controls, check_number, make_control_arrays, make_stop_table
+from lstm_jax.controls import Controls, check_number, make_control_arrays, make_stops
 from lstm_jax.errors import UserError
 from lstm_jax.generation import State
 from lstm_jax.model import Prepared
@@ -49,7 +49,7 @@ def converse(
     the arguments see `generation.stream_texts`.
     """
     model, vocabulary = trained.model, trained.vocabulary
-    stops = make_stop_table(vocabulary, stop_token, stop_at)
+    stops = make_stops(vocabulary, stop_token, stop_at)
     arrays = generation.prepare_params(model, trained.params)
     state = generation.initial_state(model)
     earlier: list[State] = []  # For /undo.
