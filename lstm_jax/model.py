@@ -18,13 +18,8 @@ from ml_collections import ConfigDict
 
 from lstm_jax.cells import CELLS, LOADED
 from lstm_jax.cells.block import Block
-from lstm_jax.cells.protocol import (
-    count_operations,
-    get_activation,
-    get_gates,
-    make_cell,
-    run_cell,
-)
+from lstm_jax.cells.making import count_operations, make_cell
+from lstm_jax.cells.protocol import get_activation, get_gates, run_cell
 from lstm_jax.errors import UserError
 from lstm_jax.matmul import matmul
 from lstm_jax.recurrences import cudnn, fused

@@ -11,16 +11,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.test_util import check_grads
 
-from lstm_jax.cells.protocol import (
-    blaming,
+from lstm_jax.cells.making import (
     describe_place,
-    get_activation,
-    get_gates,
     get_types,
     make_cell,
-    run_cell,
+    raise_user_error,
     trace_cell,
 )
+from lstm_jax.cells.protocol import get_activation, get_gates, run_cell
 from lstm_jax.errors import UserError, visible
 
 _BATCH, _TIME, _CUT = 3, 7, 3
@@ -56,7 +54,7 @@ def check_cell(
         made = make_cell(cell, input_size, hidden_size, options=options)
     for batch in (1, _BATCH):
         trace_cell(made, batch)
-    with blaming(type(made)):
+    with raise_user_error(type(made)):
         _check_values(made)
         with jax.enable_x64(True):
             _check_gradients(made)

@@ -196,13 +196,13 @@ def _checksum(fields: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def blaming_file(
+def raise_user_error(
     kind: str, file: str, passing: type[Exception] | tuple[type[Exception], ...] = UserError
 ) -> Iterator[None]:
-    """Convert any exception of a user's Python file to a `UserError` that names file and line.
+    """Raise any exception in a user's Python file as a `UserError` that names file and line.
 
-    `kind` is what the message calls the file. Exceptions of the types `passing` are not converted,
-    nor those of signal handlers.
+    `kind` is what the message calls the file. Exceptions of the types `passing` are raised as they
+    are, and so are those of signal handlers.
     """
     try:
         yield

@@ -14,7 +14,7 @@ from lstm_jax import batches
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
-from lstm_jax.cells.protocol import trace_cell
+from lstm_jax.cells.making import trace_cell
 from lstm_jax.devices import hosts
 from lstm_jax.errors import UserError, another_directory, for_caller, set_field
 from lstm_jax.regularization import drop_parameters
