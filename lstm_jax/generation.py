@@ -18,7 +18,7 @@ from lstm_jax.controls import (
     make_stops,
 )
 from lstm_jax.errors import NotFiniteError, UserError
-from lstm_jax.model import Carry, LanguageModel, Params, Prepared, place_beside
+from lstm_jax.model import Carry, LanguageModel, Params, Prepared
 from lstm_jax.vocabulary import PADDING_ID, SPECIAL_IDS, Vocabulary
 
 # Called before each token is drawn, with the ids so far, int32 [batch, time], and the logits of the
@@ -50,8 +50,9 @@ def prepare_params(model: LanguageModel, params: Params) -> Prepared:
     return model.prepare_step(params)
 
 
-def initial_state(model: LanguageModel, batch_size: int = 1) -> State:
-    """Return the state before the first token, whose logits are zeros."""
+@functools.partial(jax.jit, static_argnames=("model", "batch_size"), keep_unused=True)
+def initial_state(model: LanguageModel, arrays: Prepared, batch_size: int = 1) -> State:
+    """Return the state before the first token, whose logits are zeros; see `model.first_carry`."""
     shape = (batch_size, model.vocabulary_size)
     return State(
         jnp.zeros(shape),
@@ -69,7 +70,7 @@ def read_tokens(model: LanguageModel, arrays: Prepared, state: State, ids: np.nd
     """
     time = ids.shape[1]
     padded = np.pad(ids, ((0, 0), (0, round_length(time) - time)))
-    return _read(model, arrays, place_beside(arrays, state), padded, np.int32(time))
+    return _read(model, arrays, state, padded, np.int32(time))
 
 
 def round_length(time: int) -> int:
@@ -179,7 +180,6 @@ def generate_chunks(
     and the state after it. Raise `NotFiniteError` if the model's logits are not finite.
     """
     state = state._replace(ended=jnp.zeros_like(state.ended))
-    key = place_beside(arrays, key)
     searches = [StopSearch(stops) for _ in range(len(state.ended))] if stops.text else []
     chunk, generated = _FIRST_CHUNK, np.zeros((len(state.logits), 0), np.int32)
     while length > 0:
@@ -191,7 +191,7 @@ def generate_chunks(
         if process_logits:
             logits = process_logits(generated, np.asarray(state.logits))
             logits = _check_logits(logits, state, controls)
-            state, chunk = state._replace(logits=place_beside(arrays, jnp.asarray(logits))), 1
+            state, chunk = state._replace(logits=jnp.asarray(logits)), 1
         run = functools.partial(
             _generate, model, arrays, state, key, controls, np.int32(stops.token_id), size=longest
         )
@@ -205,7 +205,7 @@ def generate_chunks(
             if new.shape[1] < number:  # Generate them again, for the state after them.
                 *_, state = run(count=np.int32(new.shape[1]))
         elif searches:
-            state = state._replace(ended=place_beside(arrays, jnp.asarray(ended)))
+            state = state._replace(ended=state.ended | ended)
         yield new, state
         if ended.all():
             return
@@ -254,7 +254,7 @@ def generate_tokens(
     """
     control_arrays = controls_lib.make_control_arrays(controls, model.vocabulary_size)
     arrays = prepare_params(model, params)
-    state = read_tokens(model, arrays, initial_state(model, len(prompts)), prompts)
+    state = read_tokens(model, arrays, initial_state(model, arrays, len(prompts)), prompts)
     chunks = generate_chunks(model, arrays, state, key, control_arrays, stops, length)
     return np.concatenate([prompts[:, :0], *(ids for ids, _ in chunks)], axis=1)
 
@@ -304,7 +304,7 @@ def stream_texts(
     stops = make_stops(vocabulary, stop_token, stop_at)
     arrays = prepare_params(model, params)
     ids = encode_prompt(vocabulary, prompt)
-    state = read_tokens(model, arrays, initial_state(model), ids[None])
+    state = read_tokens(model, arrays, initial_state(model, arrays), ids[None])
     if num_samples > 1:  # The prompt is read once for all.
         state = jax.tree.map(lambda x: jnp.repeat(x, num_samples, 0) if x.ndim else x, state)
     decoders = [text_decoder(vocabulary, stop_token) for _ in range(num_samples)]

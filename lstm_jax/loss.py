@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lstm_jax.model import Carry, LanguageModel, Params, apply, place_beside
+from lstm_jax.model import Carry, LanguageModel, Params, apply, first_carry
 from lstm_jax.vocabulary import Costs, Ids
 
 _CHUNK = 1024  # Tokens per call of the compiled function.
@@ -32,7 +32,7 @@ def compute_loss(model: LanguageModel, params: Params, ids: Ids) -> float:
     whole text before it. A text of more than `LONGEST_IN_ONE` tokens is read as 64 parallel
     streams, each of which reads the 512 tokens before its start first, as context.
     """
-    carry, total = place_beside(params, model.initial_carry(count_streams(ids))), 0.0
+    carry, total = first_carry(model, params, count_streams(ids)), 0.0
     for chunk in iterate_chunks(ids):
         losses, carry = read_chunk(model, params, chunk, carry)
         total += float(np.asarray(losses).sum(dtype=np.float64))
@@ -53,7 +53,7 @@ def compute_token_losses(
         carry, losses, counted = None, [], []
         for chunk in chunks:
             if carry is None:
-                carry = place_beside(params, model.initial_carry(len(chunk[0])))
+                carry = first_carry(model, params, len(chunk[0]))
             of_chunk, carry = read_chunk(model, params, chunk, carry)
             losses.append(np.asarray(of_chunk))
             counted.append(chunk[2])

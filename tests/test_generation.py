@@ -48,10 +48,12 @@ def test_no_tracer_leaks_from_generation() -> None:
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 1000])
 def test_a_prompt_of_any_length_gives_the_logits_of_a_single_pass(length: int) -> None:
     ids = np.random.default_rng(length).integers(2, 9, (2, length)).astype(np.int32)
-    state = generation.read_tokens(MODEL, ARRAYS, generation.initial_state(MODEL, 2), ids)
+    state = generation.read_tokens(MODEL, ARRAYS, generation.initial_state(MODEL, ARRAYS, 2), ids)
     np.testing.assert_allclose(state.logits, compute_logits(ids)[:, -1], rtol=1e-4, atol=1e-4)
     # Reading in two parts gives the same.
-    halfway = generation.read_tokens(MODEL, ARRAYS, generation.initial_state(MODEL, 2), ids[:, :1])
+    halfway = generation.read_tokens(
+        MODEL, ARRAYS, generation.initial_state(MODEL, ARRAYS, 2), ids[:, :1]
+    )
     if length > 1:
         again = generation.read_tokens(MODEL, ARRAYS, halfway, ids[:, 1:])
         np.testing.assert_allclose(again.logits, state.logits, rtol=1e-4, atol=1e-4)
@@ -135,7 +137,9 @@ def test_a_stopped_text_stays_stopped_and_a_batch_ends_with_its_last_text() -> N
         np.testing.assert_array_equal(row[: end + 1], whole[: end + 1])
         assert not row[end + 1 :].any()
     # No step runs after that.
-    state = generation.read_tokens(MODEL, ARRAYS, generation.initial_state(MODEL, 16), prompts)
+    state = generation.read_tokens(
+        MODEL, ARRAYS, generation.initial_state(MODEL, ARRAYS, 16), prompts
+    )
     controls = make_control_arrays(Controls(), 9)
     chunks = list(generation.generate_chunks(MODEL, ARRAYS, state, key, controls, stops, 5000))
     assert chunks[-1][1].position == 3 + ids.shape[1]
@@ -188,7 +192,7 @@ def test_texts_end_at_the_stop_token_or_the_stop_text() -> None:
 def test_the_state_after_a_stop_text_is_that_of_its_last_token() -> None:
     stops, key = make_stops(VOCABULARY, False, "da"), jax.random.key(0)
     controls = make_control_arrays(Controls(), 9)
-    state = generation.read_tokens(MODEL, ARRAYS, generation.initial_state(MODEL), PROMPT)
+    state = generation.read_tokens(MODEL, ARRAYS, generation.initial_state(MODEL, ARRAYS), PROMPT)
     chunks = list(generation.generate_chunks(MODEL, ARRAYS, state, key, controls, stops, 2000))
     ids = np.concatenate([chunk for chunk, _ in chunks], axis=1)
     assert VOCABULARY.decode(ids[0]).endswith("da")
@@ -264,10 +268,10 @@ def test_parameters_on_a_device_compile_each_function_once() -> None:
     before = [function._cache_size() for function in functions]
     for length in (500, 3000, 5000):  # One chunk, and several.
         loss.compute_loss(model, params, np.arange(length) % 7 + 2)
-    state = generation.initial_state(model)
     arrays = generation.prepare_params(model, params)
+    state = generation.initial_state(model, arrays)
     controls, stops = make_control_arrays(Controls(), 9), make_stops(VOCABULARY, False, "")
-    for key in (jax.random.key(1), jax.device_put(jax.random.key(1), device)):
+    for key in map(jax.random.key, (1, 2)):
         state = generation.read_tokens(model, arrays, state, PROMPT)
         for _ in generation.generate_chunks(model, arrays, state, key, controls, stops, 30):
             pass

@@ -79,14 +79,15 @@ def run_fused(
     return outputs.transpose(2, 0, 1), LSTMCarry(state.cell.T, state.hidden.T)
 
 
-def supports(model: Any) -> bool:
-    """Return whether `run_fused` supports a `LanguageModel`, or the `model` fields of a config."""
-    return model.cell == "lstm" and not model.layer_norm and model.block == "none"
+def supports(cell: Any, layer_norm: bool, block: str) -> bool:
+    """Return whether `run_fused` supports a model with these fields of a `LanguageModel`."""
+    return cell == "lstm" and not layer_norm and block == "none"
 
 
 def supports_int8(model: Any) -> bool:
     """Return whether the steps of a `LanguageModel` can multiply in 8 bits here."""
-    return supports(model) and all(in_c.is_used(size, "bfloat16") for size in model.sizes[1:])
+    is_lstm = supports(model.cell, model.layer_norm, model.block)
+    return is_lstm and all(in_c.is_used(size, "bfloat16") for size in model.sizes[1:])
 
 
 class StepArrays(NamedTuple):

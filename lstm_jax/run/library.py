@@ -158,7 +158,7 @@ class Run:
         """
         self._check_text("text", text)
         tokens, ids = self.vocabulary.split(text), self.vocabulary.encode(text)
-        own = model_lib.place_beside(self.params, self.model.initial_carry(1))
+        own = model_lib.first_carry(self.model, self.params, 1)
         if carry:
             own, ids = carry.carry, np.append(np.int32(carry.last), ids)
         else:
@@ -174,7 +174,7 @@ class Run:
         if not carry and loss_lib.count_streams(ids) > 1:  # As `evaluate` reads a long text.
             log_probs = [-loss_lib.compute_token_losses(self.model, self.params, ids)]
         # The last chunk is read again, without the padding at its end, which changes the carry.
-        state = generation.initial_state(self.model)._replace(carry=before)
+        state = generation.initial_state(self.model, self._arrays)._replace(carry=before)
         if len(rest := ids[start:-1]):
             state = generation.read_tokens(self.model, self._arrays, state, rest[None])
         return Scores(tokens, np.concatenate(log_probs), TextCarry(state.carry, int(ids[-1])))
@@ -242,7 +242,7 @@ class Run:
     def _read(self, text: str) -> generation.State:
         """Return the state after a text; an empty one is read as by `encode_prompt`."""
         ids = generation.encode_prompt(self.vocabulary, text)
-        state = generation.initial_state(self.model)
+        state = generation.initial_state(self.model, self._arrays)
         return generation.read_tokens(self.model, self._arrays, state, ids[None])
 
     def _check_text(self, name: str, text: str) -> None:

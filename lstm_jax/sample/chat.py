@@ -51,7 +51,7 @@ def converse(
     model, vocabulary = trained.model, trained.vocabulary
     stops = make_stops(vocabulary, stop_token, stop_at)
     arrays = generation.prepare_params(model, trained.params)
-    state = generation.initial_state(model)
+    state = generation.initial_state(model, arrays)
     earlier: list[State] = []  # For /undo.
 
     def answer(line: str, turn: int) -> State:
@@ -93,7 +93,7 @@ def converse(
             for i in np.argsort(-probabilities, kind="stable")[:5]:
                 print(f"{probabilities[i]:.4f}  {vocabulary.tokens[i]!r}", flush=True)
         elif name == "reset":
-            state, earlier = generation.initial_state(model), []
+            state, earlier = generation.initial_state(model, arrays), []
         elif name == "undo" and earlier:
             state = earlier.pop()
         elif name == "undo":
