@@ -182,8 +182,7 @@ def write_json(path: Path, fields: Mapping[str, Any], indent: int = 2) -> None:
 def read_json(path: Path, limit: int) -> dict[str, Any]:
     """Return the fields that `write_json` wrote; raise `ValueError` if the checksum differs."""
     try:
-        # Earlier versions wrote bytes that are not UTF-8 unescaped.
-        fields = json.loads(read_bytes(path, limit).decode("utf-8", "surrogateescape"))
+        fields = json.loads(read_bytes(path, limit).decode("ascii"))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(fields, dict) or fields.pop("sha256", None) != _checksum(fields):

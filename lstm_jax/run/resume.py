@@ -226,7 +226,7 @@ def restore_run(
     step, history = 0, None
     if restored:
         step, history = restored.step, restored.history
-        state = TrainState.join(restored.params, {**state.rest, **restored.state})
+        state = TrainState.join(restored.params, restored.state)
     elif (directory / workdir.METRICS).exists():
         raise UserError(
             f"{directory} holds {workdir.METRICS} but no checkpoint: restore "
