@@ -8,7 +8,6 @@ A single run is computed as in `lstm_jax.main`, with its batch divided over the 
 faster.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from frame import parse_flags
 from lstm_jax import batches, config, model, optimizer, train_step
 from lstm_jax.devices import memory, parallel
 from lstm_jax.recurrences.processor import count_cores
@@ -28,14 +28,7 @@ VOCABULARY_SIZE = 67
 
 def main() -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--members", type=int, default=8, help="[default: 8]")
-    parser.add_argument("--steps", type=int, default=200, help="[default: 200]")
-    parser.add_argument("--rounds", type=int, default=3, help="[default: 3]")
-    parser.add_argument("--hidden_sizes", default="64,128", help="[default: 64,128]")
-    options = parser.parse_args()
+    options = parse_flags(__doc__, members=8, steps=200, rounds=3, hidden_sizes="64,128")
     # Measure every compilation.
     jax.config.update("jax_enable_compilation_cache", False)
     jax.config.update("jax_num_cpu_devices", count_cores())
