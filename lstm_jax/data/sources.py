@@ -25,8 +25,6 @@ from lstm_jax.run import files
 from lstm_jax.vocabulary import FILE_END
 
 SPLITS = ("train", "validation", "test")
-# The TFDS dataset that `tiny_shakespeare` prepares.
-TINY_SHAKESPEARE = "tiny_shakespeare"
 # Files and directories that the patterns of a data.path may visit. A pattern from someone else's
 # run could match the whole disk.
 _MAX_ENTRIES = 10**6

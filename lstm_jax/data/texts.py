@@ -89,8 +89,8 @@ def load_texts_of_run(
 
     The run may be someone else's. So the text that its config names is only read, at a bounded
     cost, and nothing is written outside the user's cache. TFDS imports modules that the files of a
-    dataset name, so only datasets that the user has named, and Tiny Shakespeare, are opened. A
-    standard text is the same for everybody, so it is downloaded and prepared like the user's own.
+    dataset name, so only datasets that the user has named are opened. A standard text is the same
+    for everybody, so it is downloaded and prepared like the user's own.
 
     Args:
       data: the `data` fields of the run's config.
@@ -117,7 +117,7 @@ def load_texts_of_run(
             raise UserError(str(error).replace("in data.path", "with --data_path")) from None
         if size > _MAX_BYTES_IN_MEMORY:
             found = _find_prepared(data, make)
-    elif data.dataset not in (sources.TINY_SHAKESPEARE, dataset):
+    elif data.dataset not in (*standard_texts.STANDARD_TEXTS, dataset):
         raise UserError(
             f"the run was trained on the dataset {data.dataset!r}, which may execute code: if you "
             "trust it, add --dataset NAME, and --data_directory DIR if it is not in TFDS's default "
