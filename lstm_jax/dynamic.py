@@ -81,7 +81,7 @@ def compute_dynamic_losses(
 ) -> Iterator[np.ndarray]:
     """Compute the loss of each token but the first, in nats, with the carry kept throughout.
 
-    Yield float32 arrays, n - 1 losses in all for n ids. `sizes` are those of
+    Yield float32 arrays, n - 1 losses in all for n ids. `sizes` come from
     `measure_gradient_sizes`.
     """
     state = params, first_carry(model, params, 1)

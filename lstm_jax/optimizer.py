@@ -98,7 +98,7 @@ def update_average(
 ) -> optax.Params:
     """Return the average of the parameters after `step` steps, from the one before.
 
-    It is an exponential moving average with `average_decay`, or that of the optimizer.
+    It is an exponential moving average with `average_decay`, or the optimizer's average.
     """
     if optimizer.name == "schedule_free":
         state = opt_state[-1]._replace(b1=optimizer.b1)  # A run that resumes may change it.

@@ -106,8 +106,8 @@ def _check_values(cell: Any) -> None:
 
     if hasattr(cell, "layer_norm"):
         pair = [cell.clone(layer_norm=is_on) for is_on in (False, True)]
-        found = [flatten_dict(c.init(jax.random.key(0), carry, inputs[:, 0])) for c in pair]
-        both = unflatten_dict({**found[0], **found[1]})  # A cell ignores parameters of the other.
+        drawn = [flatten_dict(c.init(jax.random.key(0), carry, inputs[:, 0])) for c in pair]
+        both = unflatten_dict({**drawn[0], **drawn[1]})  # A cell ignores parameters of the other.
         plain, normalized = (run_step(c, both) for c in pair)
         _require_effect(cell, "layer_norm", normalized, plain, "normalize if self.layer_norm")
     if _has_own_call(type(cell)):
@@ -196,7 +196,7 @@ def _compare(
     if get_types(actual) != get_types(expected):
         raise _failure(cell, method, f"{message} in structure, shapes or dtypes")
     for pair in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        # In float64, because booleans have no difference, and that of unsigned integers wraps.
+        # In float64: booleans can't be subtracted, and unsigned integers wrap.
         a, e = (np.asarray(x, np.float64) for x in pair)
         if not a.size:
             continue

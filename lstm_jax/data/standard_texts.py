@@ -1,6 +1,6 @@
 """Get the standard texts of language modeling, by name and with their usual splits.
 
-A text is downloaded once into the data directory, which is that of TFDS, and verified. Its splits
+A text is downloaded once into TFDS's data directory, and verified. Its splits
 are then in files: enwik8/train.txt, enwik8/validation.txt and enwik8/test.txt.
 """
 

@@ -80,7 +80,7 @@ class Feed:
         self._iterator, self._mesh, self._text = iterator, mesh, text
 
     def next(self, steps: int = 1) -> Batch | Resident:
-        """Return the next batch, or those of several steps stacked along a leading axis."""
+        """Return the next batch, or the batches of several steps stacked along a leading axis."""
         read = [next(self._iterator) for _ in range(steps)]
         if self._text is None:
             return self._place(read)

@@ -126,8 +126,7 @@ def place(tree: Any, mesh: Mesh, spec: PartitionSpec | None = None) -> Any:
     """
 
     def put(array: jax.Array) -> jax.Array:
-        own_spec = get_storage_spec(array, mesh) if spec is None else spec
-        sharding = NamedSharding(mesh, own_spec)
+        sharding = NamedSharding(mesh, get_storage_spec(array, mesh) if spec is None else spec)
         if sharding.is_fully_addressable or not array.is_fully_addressable:
             return jax.device_put(array, sharding)
         if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):

@@ -111,11 +111,11 @@ def main() -> None:
         print(f"{'-' * 20}\n{make_printable(prompt + text)}")
     sys.stdout.flush()
     for text in samples if _NOVELTY.value else []:
-        found = novelty.measure_novelty(text, training_text.pieces(overlap=len(text)))
+        copied = novelty.measure_novelty(text, training_text.pieces(overlap=len(text)))
         print(
-            f"novelty: {found.copied_share:.1%} of the characters are in runs of more than "
+            f"novelty: {copied.copied_share:.1%} of the characters are in runs of more than "
             f"{novelty.COMMON_RUN} characters copied from the training text; the longest run has "
-            f"{len(found.longest_run)}: {found.longest_run!r}",
+            f"{len(copied.longest_run)}: {copied.longest_run!r}",
             file=sys.stderr,
         )
 

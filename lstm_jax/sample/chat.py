@@ -58,11 +58,11 @@ def converse(
         """Read a line and print the continuation; return the state after it."""
         last = _read_line(trained, arrays, state, line)
         decode, show = generation.text_decoder(vocabulary, stop_token), make_printer()
-        own_key = jax.random.fold_in(key, turn)  # After /undo, the same line gets another answer.
-        own_controls = make_control_arrays(controls, len(vocabulary))
+        turn_key = jax.random.fold_in(key, turn)  # After /undo, a line gets another answer.
+        arrays_of_controls = make_control_arrays(controls, len(vocabulary))
         try:
             for ids, after in generation.generate_chunks(
-                model, arrays, last, own_key, own_controls, stops, length
+                model, arrays, last, turn_key, arrays_of_controls, stops, length
             ):
                 print(show(decode(ids[0], False), False), end="", flush=True)
                 last = after
