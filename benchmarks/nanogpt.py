@@ -5,10 +5,11 @@
 
 `--nanogpt` is a checkout of github.com/karpathy/nanoGPT, whose train.py runs with the settings that
 its README gives for a CPU; it needs PyTorch, which the extra `bench` installs. `nanogpt:N` is its
-Transformer after N iterations, `NAME:N` experiments/NAME.py with N epochs, and `NAME` the same with
-its own number. All train in turn on the same 90 % of Tiny Shakespeare, which nanoGPT reads as a
-dataset in its data/; a learning rate schedule ends with the training. Minutes are those of the
-whole process.
+Transformer after N iterations, in float32; `nanogpt_compiled:N` the same with torch.compile, which
+needs a C++ compiler, and autocast to bfloat16, which its train.py leaves out on a CPU. `NAME:N` is
+experiments/NAME.py with N epochs, and `NAME` the same with its own number. All train in turn on the
+same 90 % of Tiny Shakespeare, which nanoGPT reads as a dataset in its data/; a learning rate
+schedule ends with the training. Minutes are those of the whole process.
 
 Losses are of the last 10 %, the validation and test splits as one text. All these runs keep the
 checkpoint with the best validation loss, nanoGPT's on this whole text:
@@ -42,16 +43,20 @@ from lstm_jax import config
 from lstm_jax.data.texts import read_splits
 from lstm_jax.run import workdir
 
-MODELS = "nanogpt:2000,nanogpt:5000,nanogpt:10000,quick:2,quick:4,quick:6,shakespeare_best"
-OWN = "nanogpt"  # The name of nanoGPT's model.
+MODELS = (
+    "nanogpt:2000,nanogpt:5000,nanogpt:10000,nanogpt_compiled:5000,"
+    "quick:2,quick:4,quick:6,shakespeare_best"
+)
+NANOGPT = {  # Settings, and the words of the plot, by name.
+    "nanogpt": ({"compile": False, "dtype": "float32"}, "nanoGPT, float32, untuned"),
+    "nanogpt_compiled": ({"compile": True, "dtype": "bfloat16"}, "nanoGPT, compiled, bfloat16"),
+}
 DATASET = "lstm_jax_shakespeare"  # The dataset's directory in nanoGPT's data/.
 WINDOW = 64  # Tokens.
 PUBLISHED = 1.4697  # The loss that nanoGPT's README gives for its larger model.
 # The settings that nanoGPT's README gives for a machine without a GPU.
 SETTINGS = {
     "device": "cpu",
-    "dtype": "float32",
-    "compile": False,
     "eval_iters": 20,
     "log_interval": 1,
     "block_size": WINDOW,
@@ -62,11 +67,12 @@ SETTINGS = {
     "dropout": 0.0,
     "dataset": DATASET,
 }
-# train.py with another seed than its own, the first argument.
+# train.py with another seed than its own, the first argument, and with autocast on a CPU too.
 RUN = (
     "import sys, torch; set_seed, seed = torch.manual_seed, int(sys.argv.pop(1)); "
     "torch.manual_seed = lambda own: set_seed(seed); sys.path.insert(0, '.'); "
-    "exec(compile(open('train.py').read(), 'train.py', 'exec'), {'__name__': '__main__'})"
+    "text = open('train.py').read().replace(\"nullcontext() if device_type == 'cpu' else\", ''); "
+    "exec(compile(text, 'train.py', 'exec'), {'__name__': '__main__'})"
 )
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
 
@@ -97,7 +103,7 @@ def main() -> None:
         points[name] = []
         for seed in range(options.seeds):
             path = out / f"{name.replace(':', '_')}_{seed}"
-            if name.startswith(f"{OWN}:"):
+            if name.partition(":")[0] in NANOGPT:
                 measured = run_nanogpt(name, seed, path, options.nanogpt, held_out)
             else:
                 measured = run_experiment(name, seed, path)
@@ -140,8 +146,9 @@ def run_nanogpt(name: str, seed: int, path: Path, nanogpt: Path, ids: np.ndarray
     done = path.with_suffix(".json")
     if not done.exists():
         shutil.rmtree(path, ignore_errors=True)  # It can't resume with the same random numbers.
-        number = name.partition(":")[2]
-        settings = {**SETTINGS, "max_iters": number, "lr_decay_iters": number, "out_dir": path}
+        model, _, number = name.partition(":")
+        length = {"max_iters": number, "lr_decay_iters": number, "out_dir": path}
+        settings = {**SETTINGS, **NANOGPT[model][0], **length}
         flags = [f"--{key}={value}" for key, value in settings.items()]
         start = time.perf_counter()
         shakespeare = "config/train_shakespeare_char.py"
@@ -159,7 +166,8 @@ def measure_nanogpt(nanogpt: Path, path: Path, ids: np.ndarray) -> tuple[int, fl
     saved = torch.load(path / "ckpt.pt", map_location="cpu", weights_only=False)
     with contextlib.redirect_stdout(sys.stderr):  # It prints its number of parameters.
         model = gpt.GPT(gpt.GPTConfig(**saved["model_args"]))
-    model.load_state_dict(saved["model"])
+    # The names of a compiled model have a prefix.
+    model.load_state_dict({key.removeprefix("_orig_mod."): x for key, x in saved["model"].items()})
     model.eval()
 
     def loss(counted: int) -> float:
@@ -200,7 +208,7 @@ def draw_losses(points: Points) -> Figure:
             losses = [[getattr(run, field) for run in of_seeds] for of_seeds in runs]
             means = [statistics.mean(x) for x in losses]
             spreads = [statistics.stdev(x) if len(x) > 1 else 0 for x in losses]
-            label = f"{'nanoGPT, float32, untuned' if model == OWN else model + '.py'}, {words}"
+            label = f"{NANOGPT[model][1] if model in NANOGPT else model + '.py'}, {words}"
             axes.errorbar(
                 minutes, means, spreads, fmt=style, color=color, markersize=4, label=label
             )

@@ -40,23 +40,22 @@ def main() -> None:
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
         settings.add_argument(argument)
     service = webdriver.ChromeService(shutil.which("chromedriver"))
-    browser = webdriver.Chrome(settings, service)
-    try:
-        with tempfile.TemporaryDirectory() as directory:
-            for bits in (16, 8):
-                path = Path(directory, f"{bits}.html")
-                path.write_bytes(page.make_page(trained, "page", bits))
-                size, weights = path.stat().st_size, count * bits // 8
-                pairs = [measure(browser, path, options.length) for _ in range(options.rounds)]
-                found = browser.execute_script("return lstm.probabilities(arguments[0])", text)
-                opened, speed = (statistics.median(values) for values in zip(*pairs, strict=True))
-                print(
-                    f"{bits} bits: opened in {opened:.2f} s, {speed:,.0f} tokens per second, "
-                    f"{size / 1e6:.1f} MB, {size / weights:.2f} of its weights, "
-                    f"probabilities differ by at most {np.abs(found - expected).max():.1e}"
-                )
-    finally:
-        browser.quit()
+    with (
+        webdriver.Chrome(settings, service) as browser,
+        tempfile.TemporaryDirectory() as directory,
+    ):
+        for bits in (16, 8):
+            path = Path(directory, f"{bits}.html")
+            path.write_bytes(page.make_page(trained, "page", bits))
+            size, weights = path.stat().st_size, count * bits // 8
+            pairs = [measure(browser, path, options.length) for _ in range(options.rounds)]
+            found = browser.execute_script("return lstm.probabilities(arguments[0])", text)
+            opened, speed = (statistics.median(values) for values in zip(*pairs, strict=True))
+            print(
+                f"{bits} bits: opened in {opened:.2f} s, {speed:,.0f} tokens per second, "
+                f"{size / 1e6:.1f} MB, {size / weights:.2f} of its weights, "
+                f"probabilities differ by at most {np.abs(found - expected).max():.1e}"
+            )
 
 
 def measure(browser: webdriver.Chrome, path: Path, length: int) -> tuple[float, float]:

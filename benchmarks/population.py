@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from frame import parse_flags
+from frame import parse_flags, print_head, print_row
 from lstm_jax import batches, config, model, optimizer, train_step
 from lstm_jax.devices import memory, parallel
 from lstm_jax.recurrences.processor import count_cores
@@ -34,23 +34,18 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", count_cores())
     memory.keep_freed_memory()
     device = jax.devices()[0].device_kind
-    print(
-        f"{device}, {len(jax.devices())} devices, {options.members} members, {options.steps} steps"
-    )
-    print("\n| hidden units | a single run, s | a member of the population, s | ratio |")
-    print("| ---: | ---: | ---: | ---: |")
+    sizes = f"{options.members} members, {options.steps} steps"
+    print(f"{device}, {len(jax.devices())} devices, {sizes}\n")
+    print_head("hidden units", "a single run, s", "a member of the population, s", "ratio")
     for hidden_size in map(int, options.hidden_sizes.split(",")):
         alone, member = [], []
         for _ in range(options.rounds):
             alone.append(_time(_alone, hidden_size, options.steps))
             seconds = _time(_together, hidden_size, options.steps, options.members)
             member.append(seconds / options.members)
-        ratio = statistics.median(m / a for m, a in zip(member, alone, strict=True))
-        print(
-            f"| {hidden_size} | {statistics.median(alone):.2f} | {statistics.median(member):.2f} "
-            f"| {ratio:.2f} |",
-            flush=True,
-        )
+        ratios = [m / a for m, a in zip(member, alone, strict=True)]
+        medians = map(statistics.median, (alone, member, ratios))
+        print_row(hidden_size, *(f"{median:.2f}" for median in medians))
 
 
 def _time(run: Callable[..., None], *sizes: int) -> float:
