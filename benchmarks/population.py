@@ -8,7 +8,6 @@ A single run is computed as in `lstm_jax.main`, with its batch divided over the 
 faster.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from frame import parse_flags, print_head, print_row
 from lstm_jax import batches, config, model, optimizer, train_step
 from lstm_jax.devices import memory, parallel
 from lstm_jax.recurrences.processor import count_cores
@@ -28,36 +28,24 @@ VOCABULARY_SIZE = 67
 
 def main() -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--members", type=int, default=8, help="[default: 8]")
-    parser.add_argument("--steps", type=int, default=200, help="[default: 200]")
-    parser.add_argument("--rounds", type=int, default=3, help="[default: 3]")
-    parser.add_argument("--hidden_sizes", default="64,128", help="[default: 64,128]")
-    options = parser.parse_args()
+    options = parse_flags(__doc__, members=8, steps=200, rounds=3, hidden_sizes="64,128")
     # Measure every compilation.
     jax.config.update("jax_enable_compilation_cache", False)
     jax.config.update("jax_num_cpu_devices", count_cores())
     memory.keep_freed_memory()
     device = jax.devices()[0].device_kind
-    print(
-        f"{device}, {len(jax.devices())} devices, {options.members} members, {options.steps} steps"
-    )
-    print("\n| hidden units | a single run, s | a member of the population, s | ratio |")
-    print("| ---: | ---: | ---: | ---: |")
+    sizes = f"{options.members} members, {options.steps} steps"
+    print(f"{device}, {len(jax.devices())} devices, {sizes}\n")
+    print_head("hidden units", "a single run, s", "a member of the population, s", "ratio")
     for hidden_size in map(int, options.hidden_sizes.split(",")):
         alone, member = [], []
         for _ in range(options.rounds):
             alone.append(_time(_alone, hidden_size, options.steps))
             seconds = _time(_together, hidden_size, options.steps, options.members)
             member.append(seconds / options.members)
-        ratio = statistics.median(m / a for m, a in zip(member, alone, strict=True))
-        print(
-            f"| {hidden_size} | {statistics.median(alone):.2f} | {statistics.median(member):.2f} "
-            f"| {ratio:.2f} |",
-            flush=True,
-        )
+        ratios = [m / a for m, a in zip(member, alone, strict=True)]
+        medians = map(statistics.median, (alone, member, ratios))
+        print_row(hidden_size, *(f"{median:.2f}" for median in medians))
 
 
 def _time(run: Callable[..., None], *sizes: int) -> float:

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 from lstm_jax.loss import Chunk, iterate_chunks
-from lstm_jax.model import Carry, LanguageModel, Params, apply, place_beside
+from lstm_jax.model import Carry, LanguageModel, Params, apply, first_carry
 from lstm_jax.vocabulary import Ids
 
 _SEGMENTS = 32  # Segments read by one call of the compiled function.
@@ -76,10 +76,10 @@ def compute_dynamic_losses(
 ) -> Iterator[np.ndarray]:
     """Compute the loss of each token but the first, in nats, with the carry kept throughout.
 
-    Yield float32 arrays, n - 1 losses in all for n ids. `sizes` are those of
+    Yield float32 arrays, n - 1 losses in all for n ids. `sizes` come from
     `measure_gradient_sizes`.
     """
-    state = params, place_beside(params, model.initial_carry(1))
+    state = params, first_carry(model, params, 1)
     length = min(settings.segment_length, len(ids) - 1)
     number = min(_SEGMENTS, -(-(len(ids) - 1) // length))
     for chunk in iterate_chunks(ids, number * length):

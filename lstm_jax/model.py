@@ -18,18 +18,13 @@ from ml_collections import ConfigDict
 
 from lstm_jax.cells import CELLS, LOADED
 from lstm_jax.cells.block import Block
-from lstm_jax.cells.protocol import (
-    count_operations,
-    get_activation,
-    get_gates,
-    make_cell,
-    run_cell,
-)
+from lstm_jax.cells.making import count_operations, make_cell
+from lstm_jax.cells.protocol import get_activation, get_gates, run_cell
 from lstm_jax.errors import UserError
 from lstm_jax.matmul import matmul
 from lstm_jax.recurrences import cudnn, fused
+from lstm_jax.recurrences.choice import choose_dtype, choose_recurrence
 from lstm_jax.recurrences.fused import Lookup, StepArrays
-from lstm_jax.recurrences.processor import has_bfloat16_instructions
 
 Params = dict[str, Any]
 Prepared = StepArrays | Params  # From `LanguageModel.prepare_step`.
@@ -232,30 +227,10 @@ class LanguageModel(nn.Module):
         return bound.predict(outputs[:, None])[:, 0], carry
 
     def implementation(self) -> str:
-        """Return how the layers run over time: `recurrence`, with "auto" resolved.
-
-        "auto" is "fused" for an LSTM, "parallel" for a cell with a parallel form, otherwise "scan":
-        the fastest in measurements (`benchmarks/recurrences.py`).
-
-        Raises:
-          ValueError: if `recurrence` can't run this model on this machine.
-        """
-        chosen, is_lstm = self.recurrence, fused.supports(self)
+        """Return how the layers run over time here; see `choose_recurrence`."""
         has_parallel = self.block != "none" or hasattr(self.cell_class, "run_parallel")
-        if chosen == "auto":
-            return "fused" if is_lstm else "parallel" if has_parallel else "scan"
-        limit = None
-        if chosen in ("fused", "cudnn") and not is_lstm:
-            limit = "supports only LSTM cells without layer normalization or a block"
-        elif chosen == "parallel" and not has_parallel:
-            limit = f"needs a cell with a method run_parallel, which {self.cell_name} lacks"
-        elif chosen == "cudnn" and jax.default_backend() != "gpu":
-            limit = "needs a GPU"
-        elif chosen == "cudnn" and self.dtype != "float32":
-            limit = "supports only float32"
-        if limit:
-            raise ValueError(f"the recurrence {chosen!r} {limit}; 'auto' supports any model")
-        return chosen
+        is_lstm = fused.supports(self.cell, self.layer_norm, self.block)
+        return choose_recurrence(self.recurrence, self.cell_name, self.dtype, is_lstm, has_parallel)
 
 
 def apply_mask(x: jax.Array | Lookup, mask: jax.Array | None) -> Any:
@@ -269,8 +244,7 @@ def apply_mask(x: jax.Array | Lookup, mask: jax.Array | None) -> Any:
 def make_model(model: ConfigDict, vocabulary_size: int) -> LanguageModel:
     """Make the model that the `model` fields of a config describe, for this machine.
 
-    The dtype "auto" becomes "bfloat16" where matmuls in bfloat16 are faster: on GPUs and TPUs, and
-    in fused layers on processors that have instructions for it. Elsewhere it becomes "float32".
+    The dtype "auto" becomes that of `choose_dtype`.
 
     Raises:
       KeyError: if the cell is in a file that was not loaded (`run.cell_file`).
@@ -286,9 +260,7 @@ def make_model(model: ConfigDict, vocabulary_size: int) -> LanguageModel:
     made = LanguageModel(vocabulary_size, options=nn.FrozenDict(options), **fields)
     if made.dtype == "auto":
         made = made.clone(dtype="float32")
-        fast = has_bfloat16_instructions() and made.implementation() == "fused"
-        if made.recurrence != "cudnn" and (fast or jax.default_backend() != "cpu"):
-            made = made.clone(dtype="bfloat16")
+        made = made.clone(dtype=choose_dtype(made.implementation()))
     return made
 
 
@@ -327,17 +299,14 @@ def init_params(model: LanguageModel, key: jax.Array, counts: np.ndarray | None 
     return params
 
 
-def place_beside(params: Any, tree: Any) -> Any:
-    """Commit arrays to the device of `params`, if these are committed to one.
+@functools.partial(jax.jit, static_argnames=("model", "batch_size"), keep_unused=True)
+def first_carry(model: LanguageModel, params: Params, batch_size: int) -> Carry:
+    """Return `model.initial_carry`, where jit places its results: beside the parameters.
 
-    A jitted function returns its results committed to that device. If its first arguments are not,
-    it is compiled for them, and again for its own results.
+    A function that reads a text carry by carry is then compiled once, not for the first carry and
+    again for its own results.
     """
-    leaf = jax.tree.leaves(params)[0]
-    is_concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
-    if is_concrete and leaf.committed and len(leaf.devices()) == 1:
-        return jax.device_put(tree, *leaf.devices())
-    return tree
+    return model.initial_carry(batch_size)
 
 
 def is_finite(params: Params) -> jax.Array:

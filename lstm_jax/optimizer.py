@@ -98,11 +98,11 @@ def update_average(
 ) -> optax.Params:
     """Return the average of the parameters after `step` steps, from the one before.
 
-    It is an exponential moving average with `average_decay`, or that of the optimizer.
+    It is an exponential moving average with `average_decay`, or the optimizer's average.
     """
     if optimizer.name == "schedule_free":
-        b1, state = optimizer.b1, opt_state[-1]
-        return jax.tree.map(lambda y, z: (y - (1 - b1) * z) / b1, params, state.z)
+        state = opt_state[-1]._replace(b1=optimizer.b1)  # A run that resumes may change it.
+        return contrib.schedule_free_eval_params(state, params)
     # With a smaller decay at first, the initial parameters are forgotten soon.
     kept = jnp.minimum(optimizer.average_decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda a, p: kept * a + (1 - kept) * p, average, params)

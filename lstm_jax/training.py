@@ -103,7 +103,7 @@ class _Run:
         ids = self.ids["train"]
         self.on_devices = feeding.fits_on_device(ids, len(self.vocabulary))
         start = resume.restore_run(
-            settled, directory, ids, text.count_tokens, mesh, places=self.on_devices
+            settled, directory, ids, text.count_tokens, mesh, only_offsets=self.on_devices
         )
         self.model, self.state, self.step = start.model, start.state, start.step
         self.iterator, self.history = start.iterator, start.history

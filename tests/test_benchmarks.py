@@ -57,12 +57,11 @@ def test_every_library_keeps_the_memory_of_a_step(monkeypatch: pytest.MonkeyPatc
     assert calls == ["kept", "kept"]
 
 
-@pytest.mark.parametrize("layer", ["LSTM", "LSTMCell"])
-def test_pytorch_converts_its_parameters_once(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pytorch_converts_its_parameters_once(monkeypatch: pytest.MonkeyPatch) -> None:
     torch: Any = pytest.importorskip("torch")
     import sampling
 
     monkeypatch.delattr(torch, "autocast")
     options = argparse.Namespace(**SIZES, dtype="bfloat16")
-    generated: Any = sampling._torch(options, layer).run()
+    generated: Any = sampling._torch(options).run()
     assert generated.shape == (2, 3)

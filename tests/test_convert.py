@@ -635,7 +635,7 @@ def test_keras_and_back(
     tmp_path: Path,
 ) -> None:
     os.environ.setdefault("KERAS_BACKEND", "jax")
-    keras: Any = pytest.importorskip("keras", reason="Keras is not installed (extra 'bench')")
+    keras: Any = pytest.importorskip("keras", reason="Keras is not installed")
     tokens, ids = windows
     keras.utils.set_random_seed(0)
     model = make_keras_lesson(keras, cell, num_layers, len(tokens))

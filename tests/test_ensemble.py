@@ -69,7 +69,9 @@ def test_a_step_predicts_the_mean_probabilities() -> None:
     model, params = JOINED
     ids = make_ids(40)
     arrays = generation.prepare_params(model, params)
-    state = generation.read_tokens(model, arrays, generation.initial_state(model), ids[None])
+    state = generation.read_tokens(
+        model, arrays, generation.initial_state(model, arrays), ids[None]
+    )
     np.testing.assert_allclose(
         np.exp(state.logits[0]), compute_probabilities(ids)[-1], rtol=1e-4, atol=1e-6
     )

@@ -15,11 +15,10 @@ from types import FrameType
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
-from lstm_jax.controls import make_stop_table
+from lstm_jax.controls import StopSearch, make_stops
 from lstm_jax.data import datasets, prepared, sources, texts
 from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import Vocabulary
@@ -50,15 +49,13 @@ def list_files(directory: Path) -> list[str]:
 
 
 @pytest.fixture
-def hostile_directory(
-    tmp_path: Path, shakespeare: dict[str, str], data_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
+def hostile_directory(tmp_path: Path, tfds_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a data directory whose datasets import a module that writes a file."""
     (tmp_path / "lib").mkdir()
     code = f"import pathlib; pathlib.Path({str(tmp_path / 'imported')!r}).touch()"
     (tmp_path / "lib" / "hostile_module.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path / "lib"))
-    (source,) = data_dir.glob("tiny_shakespeare/*")
+    (source,) = tfds_dir.glob("tiny_shakespeare/*")
     for name, version in [
         ("mine", "1.0.0"),
         ("tiny_shakespeare", "1.0.0"),
@@ -105,7 +102,7 @@ def test_tiny_shakespeare_is_read_from_the_directory_of_the_user(
     shakespeare: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(data_dir))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
     before = list_files(hostile_directory)
     for directory in (hostile_directory, tmp_path / "new", "~nobody", "\0", "/dev/null"):
         data.directory = str(directory)
@@ -113,14 +110,16 @@ def test_tiny_shakespeare_is_read_from_the_directory_of_the_user(
         assert {name: next(text.pieces(0)) for name, text in read.items()} == shakespeare
     assert list_files(hostile_directory) == before and not (tmp_path / "new").exists()
     assert not (tmp_path / "imported").exists()
-    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "elsewhere"))
     read = texts.load_texts_of_run(data, None, None, str(data_dir))
     assert next(read["test"].pieces(0)) == shakespeare["test"]
     read = texts.load_texts_of_run(data, None, "tiny_shakespeare", str(data_dir))
     assert next(read["test"].pieces(0)) == shakespeare["test"]
 
 
-def test_the_user_may_name_another_source(data: ConfigDict, tmp_path: Path, data_dir: Path) -> None:
+def test_the_user_may_name_another_source(
+    data: ConfigDict, tmp_path: Path, data_dir: Path, shakespeare: dict[str, str]
+) -> None:
     (tmp_path / "a.txt").write_text("0123456789" * 10)
     (tmp_path / "b.txt").write_text("abcdefghij" * 10)
     data.path = str(tmp_path / "a.txt")
@@ -326,9 +325,9 @@ def test_an_invalid_dataset_name_gives_a_one_line_error(name: str, tmp_path: Pat
 
 
 def test_a_damaged_dataset_is_read_or_gives_a_one_line_error(
-    data_dir: Path, shakespeare: dict[str, str], tmp_path: Path
+    tfds_dir: Path, shakespeare: dict[str, str], tmp_path: Path
 ) -> None:
-    (source,) = data_dir.glob("tiny_shakespeare/*")
+    (source,) = tfds_dir.glob("tiny_shakespeare/*")
     changes = {
         "features.json": b"[",
         "dataset_info.json": b"{}",
@@ -356,11 +355,13 @@ def test_stop_texts_in_long_tokens() -> None:
         tokens = {"".join(rng.choice(list("ab"), rng.integers(1, 30))) for _ in range(8)}
         stop = "".join(rng.choice(list("ab"), rng.integers(1, 6)))
         vocabulary = Vocabulary(["", "[UNK]", *sorted(tokens)], "words")
-        table = make_stop_table(vocabulary, stop_at=stop)
-        state, generated = 0, ""
-        for token_id in rng.integers(2, len(vocabulary), 6).tolist():
-            state, generated = table[state, token_id], generated + vocabulary.tokens[token_id]
-            assert (state == len(table) - 1) == (stop in generated), (stop, generated)
+        search, generated = StopSearch(make_stops(vocabulary, stop_at=stop)), ""
+        for token_id in rng.integers(2, len(vocabulary), 6):
+            generated += vocabulary.tokens[token_id]
+            end = search.find_end(np.array([token_id]))
+            assert (end == 1) == (stop in generated), (stop, generated)
+            if end:
+                break
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from lstm_jax import cells, training
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.cells.block import Block
-from lstm_jax.cells.protocol import make_cell
+from lstm_jax.cells.making import make_cell
 from lstm_jax.convert import transfer
 from lstm_jax.errors import UserError
 from lstm_jax.export import page

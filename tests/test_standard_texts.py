@@ -299,7 +299,8 @@ def test_a_slow_download_is_given_up(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(download, "_START_SECONDS", 0.5)
+    slow = STANDARD_TEXTS["enwik8"]._replace(downloads=(archive._replace(seconds=0.5),))
+    monkeypatch.setitem(STANDARD_TEXTS, "enwik8", slow)
     monkeypatch.setattr(download, "_LEAST_SPEED", 10**6)
     server.dripped, server.stop_at = dripped, 500
     began = time.monotonic()

@@ -86,10 +86,10 @@ class Manifest(NamedTuple):
         names = itertools.chain.from_iterable(self.sources)
         paths = [Path(os.path.normpath(self.directory / name)) for name, *_ in names]
         rest = sources.list_segments(paths, self.units == "bytes", self.ends)
-        found = {}
+        segments = {}
         for name in sources.SPLITS:
-            found[name], rest = sources.cut_segments(rest, self.splits[name]["bytes"])
-        return found
+            segments[name], rest = sources.cut_segments(rest, self.splits[name]["bytes"])
+        return segments
 
     def texts(self) -> dict[str, Text]:
         """Return the text of each split."""
@@ -151,8 +151,8 @@ def prepare_corpus(data: ConfigDict) -> Manifest:
     if not data.prepared and base.is_symlink():
         raise UserError(f"{base} is a link: set data.prepared to the directory itself")
     try:
-        if found := _find(directory, states, save=True):
-            return found
+        if corpus := _find(directory, states, save=True):
+            return corpus
         base.mkdir(parents=True, exist_ok=True)
         with files.open_append(base / f".{directory.name}.lock") as lock:
             files.lock_file(lock, wait=True)
@@ -290,9 +290,9 @@ def _prepare(
         raise UserError(f"files of {data.path} have changed while they were prepared: start again")
     shutil.rmtree(unfinished / worker.PARTS)
     (unfinished / worker.PLAN).unlink()
-    own = {path.name: _fingerprint(path, []) for path in unfinished.iterdir()}
+    made = {path.name: _fingerprint(path, []) for path in unfinished.iterdir()}
     manifest = Manifest(
-        directory, states, plan["sha256"], data.units, ends, plan["stop"], measured, own
+        directory, states, plan["sha256"], data.units, ends, plan["stop"], measured, made
     )
     manifest.write(unfinished)
     _remove(directory)  # A corpus of another text, or a damaged one.

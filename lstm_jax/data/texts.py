@@ -89,8 +89,8 @@ def load_texts_of_run(
 
     The run may be someone else's. So the text that its config names is only read, at a bounded
     cost, and nothing is written outside the user's cache. TFDS imports modules that the files of a
-    dataset name, so only datasets that the user has named, and Tiny Shakespeare, are opened. A
-    standard text is the same for everybody, so it is downloaded and prepared like the user's own.
+    dataset name, so only datasets that the user has named are opened. A standard text is the same
+    for everybody, so it is downloaded and prepared like the user's own.
 
     Args:
       data: the `data` fields of the run's config.
@@ -109,32 +109,32 @@ def load_texts_of_run(
     data.directory = directory or ""
     standard = standard_texts.find_standard_text(data)
     make, data = path is not None or standard is not data, standard
-    found = None
+    manifest = None
     if data.path:
         try:
             size = sources.measure_files(data.path)
         except UserError as error:  # Here the path comes from the run, or from a flag.
             raise UserError(str(error).replace("in data.path", "with --data_path")) from None
         if size > _MAX_BYTES_IN_MEMORY:
-            found = _find_prepared(data, make)
-    elif data.dataset not in (sources.TINY_SHAKESPEARE, dataset):
+            manifest = _find_prepared(data, make)
+    elif data.dataset not in (*standard_texts.STANDARD_TEXTS, dataset):
         raise UserError(
             f"the run was trained on the dataset {data.dataset!r}, which may execute code: if you "
             "trust it, add --dataset NAME, and --data_directory DIR if it is not in TFDS's default "
             "directory"
         )
-    return _open_splits(data, found).texts
+    return _open_splits(data, manifest).texts
 
 
 def _find_prepared(data: ConfigDict, make: bool) -> "Manifest":
     """Return the prepared text of a run, from where it was trained or else the user's cache."""
     from lstm_jax.data import prepared
 
-    if found := prepared.find_corpus(data):
-        return found
+    if manifest := prepared.find_corpus(data):
+        return manifest
     data.prepared = str(prepared.get_cache_directory())
-    if found := prepared.prepare_corpus(data) if make else prepared.find_corpus(data):
-        return found
+    if manifest := prepared.prepare_corpus(data) if make else prepared.find_corpus(data):
+        return manifest
     raise UserError(
         f"the text of the run, {data.path}, is larger than {_MAX_BYTES_IN_MEMORY / 1e6:g} MB and "
         f"was not prepared by you: name it with --data_path FILE to prepare it in {data.prepared}"
@@ -147,8 +147,8 @@ def read_splits(data: ConfigDict) -> dict[str, str]:
     any_bytes, ends = data.units == "bytes", data.document_separator == "file"
     if data.path:
         files = sources.find_files(data.path)
-        found = sources.split_files(files, data.fractions, any_bytes, ends)
-        texts = [sources.read_segments(segments, any_bytes, ends) for segments in found]
+        split = sources.split_files(files, data.fractions, any_bytes, ends)
+        texts = [sources.read_segments(segments, any_bytes, ends) for segments in split]
         source = data.path
     else:
         from lstm_jax.data import datasets  # Only for a dataset: importing TFDS takes seconds.
@@ -181,8 +181,8 @@ class Joined:
 
     def __getitem__(self, index: slice) -> np.ndarray:
         start, stop, _ = index.indices(len(self))
-        found = []
+        slices = []
         for part in self._parts:
-            found.append(part[max(start, 0) : max(stop, 0)])
+            slices.append(part[max(start, 0) : max(stop, 0)])
             start, stop = start - len(part), stop - len(part)
-        return np.concatenate(found)
+        return np.concatenate(slices)

@@ -47,7 +47,8 @@ def use_cores(config: ConfigDict) -> None:
 
 def _count_useful_cores(config: ConfigDict) -> int:
     batch_size, model = config.batches.batch_size, config.model
-    is_fused = model.recurrence in ("auto", "fused") and fused.supports(model)
+    is_lstm = fused.supports(model.cell, model.layer_norm, model.block)
+    is_fused = is_lstm and model.recurrence in ("auto", "fused")
     uses_c = is_fused and in_c.is_faster(model.hidden_size, model.dtype)
     largest = _LARGEST_HIDDEN_IN_C if uses_c else _LARGEST_HIDDEN
     if not _SMALLEST_HIDDEN <= model.hidden_size <= largest:
@@ -125,8 +126,7 @@ def place(tree: Any, mesh: Mesh, spec: PartitionSpec | None = None) -> Any:
     """
 
     def put(array: jax.Array) -> jax.Array:
-        own_spec = get_storage_spec(array, mesh) if spec is None else spec
-        sharding = NamedSharding(mesh, own_spec)
+        sharding = NamedSharding(mesh, get_storage_spec(array, mesh) if spec is None else spec)
         if sharding.is_fully_addressable or not array.is_fully_addressable:
             return jax.device_put(array, sharding)
         if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):

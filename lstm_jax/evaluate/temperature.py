@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from lstm_jax import loss as loss_lib
-from lstm_jax.model import Carry, LanguageModel, Params, apply, place_beside
+from lstm_jax.model import Carry, LanguageModel, Params, apply, first_carry
 from lstm_jax.vocabulary import Ids
 
 _TEMPERATURES = np.linspace(0.7, 1.5, 81).round(2)  # Those that `fit_temperature` compares.
@@ -38,7 +38,7 @@ class Tempered:
 
 def fit_temperature(model: LanguageModel, params: Params, ids: Ids) -> float:
     """Return the softmax temperature with the smallest loss over a text, to two decimals."""
-    carry = place_beside(params, model.initial_carry(loss_lib.count_streams(ids)))
+    carry = first_carry(model, params, loss_lib.count_streams(ids))
     totals = np.zeros(len(_TEMPERATURES))
     for chunk in loss_lib.iterate_chunks(ids):
         sums, carry = _sum_losses(model, params, chunk, carry)

@@ -45,7 +45,7 @@ def record_activations(
 
     This needs one byte of memory per hidden unit and token, plus about 0.1 GB.
     """
-    n, carry = len(ids), model_lib.place_beside(params, model.initial_carry(1))
+    n, carry = len(ids), model_lib.first_carry(model, params, 1)
     activations = np.empty((sum(model.sizes[1:]), n), np.int8)
     predictions, counts = [], []
     # An extra token makes the last one an input, too. Its loss is dropped below.

@@ -79,14 +79,15 @@ def run_fused(
     return outputs.transpose(2, 0, 1), LSTMCarry(state.cell.T, state.hidden.T)
 
 
-def supports(model: Any) -> bool:
-    """Return whether `run_fused` supports a `LanguageModel`, or the `model` fields of a config."""
-    return model.cell == "lstm" and not model.layer_norm and model.block == "none"
+def supports(cell: Any, layer_norm: bool, block: str) -> bool:
+    """Return whether `run_fused` supports a model with these fields of a `LanguageModel`."""
+    return cell == "lstm" and not layer_norm and block == "none"
 
 
 def supports_int8(model: Any) -> bool:
     """Return whether the steps of a `LanguageModel` can multiply in 8 bits here."""
-    return supports(model) and all(in_c.is_used(size, "bfloat16") for size in model.sizes[1:])
+    is_lstm = supports(model.cell, model.layer_norm, model.block)
+    return is_lstm and all(in_c.is_used(size, "bfloat16") for size in model.sizes[1:])
 
 
 class StepArrays(NamedTuple):
@@ -110,7 +111,7 @@ def prepare_step(model: Any) -> StepArrays:
     table, head_bias, dtype = model.embedding.embedding, model.dense.bias, model.dtype
     terms = [matmul(table, first.input, dtype, first.bias), *(k.bias[None] for k in others)]
     if model.int8_steps:
-        # Outputs are within ±1. With skip connections, layer i reads the sum of those of i layers.
+        # Outputs are within ±1. With skip connections, layer i reads the sum of i outputs.
         bounds = [max(i, 1) if model.skip_connections else 1 for i in range(len(kernels))]
         quantized = map(in_c.quantize_gates, kernels, bounds)
         packed, offsets = map(list, zip(*quantized, strict=True))
@@ -138,13 +139,13 @@ def apply_step(
     added = [arrays.tokens[ids], *arrays.biases]
     states: list[LSTMCarry] = []
     below: list[jax.Array] = []  # The outputs of the layer below, if there is one.
-    for kernel, own, term in zip(arrays.kernels, carry, added, strict=True):
-        inputs = [*below, own.hidden]
+    for kernel, before, term in zip(arrays.kernels, carry, added, strict=True):
+        inputs = [*below, before.hidden]
         if isinstance(kernel, Int8Kernel) or kernel.ndim == 5:
-            states.append(in_c.run_step(kernel, inputs, own, term))
+            states.append(in_c.run_step(kernel, inputs, before, term))
         else:
             columns = round_factor(jnp.concatenate([x.T for x in inputs]), model.dtype)
-            _, after = _step(kernel, columns, LSTMCarry(own.cell.T, own.hidden.T), term.T)
+            _, after = _step(kernel, columns, LSTMCarry(before.cell.T, before.hidden.T), term.T)
             states.append(LSTMCarry(after.cell.T, after.hidden.T))
         hidden = states[-1].hidden
         below = [sum(below, hidden) if model.skip_connections else hidden]

@@ -36,8 +36,6 @@ from lstm_jax.run import files
 from lstm_jax.run.seal import VALIDATION, find_damage, seal_checkpoint
 
 _UNFINISHED = ".unfinished"
-# Fields of the training state that checkpoints of earlier versions lack.
-_ADDED = ("norm_sum",)
 _VALIDATION_LIMIT = 2**12  # bytes
 # Where Orbax makes directories in the background, the threads of a save signal each other under a
 # number that is the latest of the whole process. If two runs in one process save at the same time,
@@ -214,9 +212,8 @@ def restore_latest(
     """Read the latest undamaged checkpoint; return None if there is no checkpoint.
 
     Later ones, which are damaged, are renamed, each with a warning. `params` and `state` are arrays
-    of the expected shapes and dtypes, or `jax.ShapeDtypeStruct`s; the restored state lacks fields
-    that were added since the checkpoint was saved. The iterator over the training batches is set to
-    the checkpoint's position.
+    of the expected shapes and dtypes, or `jax.ShapeDtypeStruct`s. The iterator over the training
+    batches is set to the checkpoint's position.
 
     Raises:
       UserError: if all are damaged, or one does not hold such `params` and `state`.
@@ -226,7 +223,7 @@ def restore_latest(
         int,  # The latest one has the highest rank.
         params,
         state.get("carry", ()),
-        state,
+        state=ocp.args.StandardRestore(_abstract(state)),
         batches=ocp.args.JsonRestore(),
         history=ocp.args.JsonRestore(),
     )
@@ -301,7 +298,6 @@ def _restore_first(
     rank: Callable[[int], Any],
     params: Any,
     carry: Any,
-    state: Any = None,
     **other_items: Any,
 ) -> tuple[int | None, Any, dict[Path, str]]:
     """Return step and items of the highest-ranked undamaged checkpoint; None if there is none.
@@ -322,8 +318,6 @@ def _restore_first(
         damage = find_damage(path, params, carry)
         if damage is None:
             try:
-                if state is not None:
-                    items["state"] = ocp.args.StandardRestore(_abstract(_find_saved(path, state)))
                 with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
                     restored = checkpointer.restore(
                         path.absolute(), args=ocp.args.Composite(**items)
@@ -349,12 +343,6 @@ def _restore_first(
     return None, None, damaged
 
 
-def _find_saved(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `state` without the fields that were added since a checkpoint was saved."""
-    saved = ocp.StandardCheckpointHandler().metadata(path.absolute() / "state").tree
-    return {name: part for name, part in state.items() if name in saved or name not in _ADDED}
-
-
 # Jitted, so that it works on arrays that are divided over processes.
 _is_finite = jax.jit(model_lib.is_finite)
 
@@ -362,9 +350,9 @@ _is_finite = jax.jit(model_lib.is_finite)
 def _find_disagreement(restored: ocp.args.Composite, step: int) -> str | None:
     """Return what is wrong with restored items, or None."""
     state, history = restored.get("state"), restored.get("history", {})
-    own = int(state.get("step", step)) if isinstance(state, dict) else step
-    if own != step:
-        return f"it is the checkpoint of step {own}"
+    saved = int(state.get("step", step)) if isinstance(state, dict) else step
+    if saved != step:
+        return f"it is the checkpoint of step {saved}"
     if not _is_finite(restored.params):
         return "its parameters are not finite"
     sizes = history.values() if isinstance(history, dict) else [None]

@@ -182,8 +182,7 @@ def write_json(path: Path, fields: Mapping[str, Any], indent: int = 2) -> None:
 def read_json(path: Path, limit: int) -> dict[str, Any]:
     """Return the fields that `write_json` wrote; raise `ValueError` if the checksum differs."""
     try:
-        # Earlier versions wrote bytes that are not UTF-8 unescaped.
-        fields = json.loads(read_bytes(path, limit).decode("utf-8", "surrogateescape"))
+        fields = json.loads(read_bytes(path, limit).decode("ascii"))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(fields, dict) or fields.pop("sha256", None) != _checksum(fields):
@@ -196,13 +195,13 @@ def _checksum(fields: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def blaming_file(
+def raise_user_error(
     kind: str, file: str, passing: type[Exception] | tuple[type[Exception], ...] = UserError
 ) -> Iterator[None]:
-    """Convert any exception of a user's Python file to a `UserError` that names file and line.
+    """Raise any exception in a user's Python file as a `UserError` that names file and line.
 
-    `kind` is what the message calls the file. Exceptions of the types `passing` are not converted,
-    nor those of signal handlers.
+    `kind` is what the message calls the file. Exceptions of the types `passing` are raised as they
+    are, and so are those of signal handlers.
     """
     try:
         yield

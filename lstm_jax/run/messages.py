@@ -131,8 +131,8 @@ def report_nonfinite(
     """
     path = directory / f"nonfinite_step_{step}.json"
     if hosts.is_first():
-        places = batches.make_order(len(ids), config.batches, config.seed)[step - 1]
-        batch = batches.cut_batch(ids, places, config.batches.window_length)
+        offsets = batches.make_order(len(ids), config.batches, config.seed)[step - 1]
+        batch = batches.cut_batch(ids, offsets, config.batches.window_length)
         saved = {"step": step, "inputs": batch.inputs.tolist(), "targets": batch.targets.tolist()}
         files.write_file(path, f"{json.dumps(saved)}\n".encode())
     allowed = config.max_skipped_steps

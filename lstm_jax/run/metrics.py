@@ -42,7 +42,7 @@ class MetricsWriter:
         if half := files.read_tail(path, _LONGEST_LINE).rpartition(b"\n")[2]:
             self._lines.truncate(path.stat().st_size - len(half))
         rows = read_metrics(path)
-        self._start = time.monotonic() - (rows[-1].get("seconds", 0.0) if rows else 0.0)
+        self._start = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
         # tensorboardX's SummaryWriter has a thread, which loses its queue when the process is
         # killed and waits forever when the disk is full. The random suffix makes the file
         # a new one, not a link that somebody put there.
@@ -140,14 +140,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """Return the row in a line, or None if it is damaged; rows of old runs have no checksum."""
+    """Return the row in a line, or None if it is damaged."""
     with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
         row: dict[str, Any] = json.loads(line) if len(line) <= _LONGEST_LINE else {}
         valid = isinstance(row["step"], int) and 0 <= row["step"] < 2**31
         valid = valid and isinstance(row["loss"], float) and row["split"] in _SPLITS
-        valid = valid and isinstance(row.get("seconds", 0.0), float)
-        crc = row.pop("crc", None)
-        if valid and crc in (None, _checksum(row)):
+        valid = valid and isinstance(row["seconds"], float)
+        if row.pop("crc") == _checksum(row) and valid:
             return row
     return None
 

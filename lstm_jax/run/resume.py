@@ -14,7 +14,7 @@ from lstm_jax import batches
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
-from lstm_jax.cells.protocol import trace_cell
+from lstm_jax.cells.making import trace_cell
 from lstm_jax.devices import hosts
 from lstm_jax.errors import UserError, another_directory, for_caller, set_field
 from lstm_jax.regularization import drop_parameters
@@ -174,7 +174,7 @@ class Start(NamedTuple):
 
     model: model_lib.LanguageModel
     state: TrainState
-    iterator: grain.DatasetIterator  # Over training batches, or over their places.
+    iterator: grain.DatasetIterator  # Over training batches, or over their offsets.
     step: int  # Training steps done.
     plan: Plan
     history: dict[str, int] | None  # `workdir.history_sizes` when it was saved; None if it is new.
@@ -187,7 +187,7 @@ def restore_run(
     ids: Ids,
     count_tokens: Callable[[Vocabulary], np.ndarray],
     mesh: jax.sharding.Mesh | None = None,
-    places: bool = False,
+    only_offsets: bool = False,
 ) -> Start:
     """Make model, state and batches, or restore them from a checkpoint; save `settled`.
 
@@ -197,14 +197,16 @@ def restore_run(
       ids: those of the training text.
       count_tokens: returns the number of occurrences of each token there, for a new run.
       mesh: the devices; None for the default device.
-      places: see `batches.make_batches`.
+      only_offsets: see `batches.make_batches`.
 
     Raises:
       UserError: if the text is too short, or the run is damaged or was trained for more epochs.
     """
     config, vocabulary, changes = settled
     part = (jax.process_index(), jax.process_count())
-    iterator, steps_per_epoch = batches.make_batches(ids, config.batches, config.seed, places, part)
+    iterator, steps_per_epoch = batches.make_batches(
+        ids, config.batches, config.seed, only_offsets, part
+    )
     plan = Plan(config, steps_per_epoch)
     model = model_lib.make_model(config.model, len(vocabulary))
     saved_in = directory / workdir.CHECKPOINTS
@@ -224,7 +226,7 @@ def restore_run(
     step, history = 0, None
     if restored:
         step, history = restored.step, restored.history
-        state = TrainState.join(restored.params, {**state.rest, **restored.state})
+        state = TrainState.join(restored.params, restored.state)
     elif (directory / workdir.METRICS).exists():
         raise UserError(
             f"{directory} holds {workdir.METRICS} but no checkpoint: restore "

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
-from lstm_jax.cells.protocol import trace_cell
+from lstm_jax.cells.making import trace_cell
 from lstm_jax.errors import UserError, for_caller, warn
 from lstm_jax.recurrences import fused
 from lstm_jax.run import cell_file, checkpoints, files
