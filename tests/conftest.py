@@ -14,6 +14,9 @@ import jaxlib
 import pytest
 from ml_collections import ConfigDict
 
+import commands
+import draws
+import runs
 from lstm_jax import config as config_lib
 from lstm_jax import training
 from lstm_jax.data import datasets, sources
@@ -28,12 +31,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 _KEY = f"{jaxlib.__version__}-{compilation_cache.hash_processor()}"
 _COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "d" / f"compiled-{_KEY}"
 _MOST_BYTES = 2**31
-_CACHE = {
+_SETTINGS = {
     "jax_compilation_cache_dir": str(_COMPILED),
     "jax_persistent_cache_min_compile_time_secs": 0,
     "jax_persistent_cache_min_entry_size_bytes": 0,
+    # Tiny models run no faster if XLA optimizes them, which takes longer than to run them. Before a
+    # release, `make thorough` tests the programs that users run.
+    "jax_disable_most_optimizations": draws.TIMES == 1,
 }
-for _name, _value in _CACHE.items():
+for _name, _value in _SETTINGS.items():
     jax.config.update(_name, _value)
     os.environ[_name.upper()] = str(_value)
 
@@ -161,6 +167,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """Return the working directory of a finished tiny run."""
     directory = tmp_path_factory.mktemp("runs") / "tiny"
     assert training.train(make_tiny_config(text_file), directory) == 0
+    return directory
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """Return the working directory of `runs.make_arguments`, never interrupted."""
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    done = commands.run("main", *runs.make_arguments(text_file, directory))
+    assert done.returncode == 0, done.stderr
     return directory
 
 

@@ -267,7 +267,7 @@ def test_encoded_chunks_of_the_same_plan_are_kept(tmp_path: Path) -> None:
 def test_training_is_the_same_from_memory_and_from_files(
     tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny_config.num_epochs = 1
+    tiny_config.max_steps = 20
     tiny_config.data.prepared = str(tmp_path / "prepared")
     assert training.train(tiny_config, tmp_path / "memory") == 0
     tiny_config.data.memory_megabytes = 0
