@@ -117,18 +117,18 @@ def find_ends(table: np.ndarray, vocabulary: Vocabulary, tokens: list[str]) -> l
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("stop_at", ["b", "ab", "aab", "abab", "aabaab", "é", "a é", "ab " * 20])
-def test_a_text_ends_with_the_stop_text(kind: str, stop_at: str) -> None:
+def test_a_text_ends_with_the_stop_text(kind: str) -> None:
     text = "aab aabaabab ab a éb " + "ab " * 30 + "aabaaabaab a"
     vocabulary = Vocabulary.from_text(text, kind)
-    table = make_stop_table(vocabulary, stop_at=stop_at)
     tokens = vocabulary.split(text)
-    generated, expected = b"", []
-    for token in tokens:
-        generated += token.encode("utf-8", "surrogateescape")
-        expected.append(stop_at.encode() in generated)
-    assert find_ends(table, vocabulary, tokens) == expected
-    assert can_end(table, np.zeros(len(vocabulary), bool))
+    for stop_at in ("b", "ab", "aab", "abab", "aabaab", "é", "a é", "ab " * 20):
+        table = make_stop_table(vocabulary, stop_at=stop_at)
+        generated, expected = b"", []
+        for token in tokens:
+            generated += token.encode("utf-8", "surrogateescape")
+            expected.append(stop_at.encode() in generated)
+        assert find_ends(table, vocabulary, tokens) == expected
+        assert can_end(table, np.zeros(len(vocabulary), bool))
 
 
 def test_stop_token_and_stop_texts_that_cannot_be_generated() -> None:

@@ -175,7 +175,8 @@ def test_a_process_that_hangs_ends_the_others(text_file: Path, tmp_path: Path) -
 
 def test_processes_with_different_working_directories_fail(text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()  # As on a local disk where the directory exists.
-    join = (f"--coordinator_address={find_free_address()}", "--num_processes=2")
+    address = f"--coordinator_address={find_free_address()}"
+    join = (address, "--num_processes=2", "--config.mesh.data=2")
     processes = [
         test_interruption.start(
             runs.make_arguments(text_file, tmp_path / str(k), *join, f"--process_id={k}")

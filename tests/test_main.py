@@ -366,7 +366,6 @@ BAD_CONFIGS = {
     [
         (["main"], "specify an experiment: --config experiments/quick.py"),
         (["main", "--config=nothing.py"], "nothing.py"),
-        (["main", "--config=nothing.py", "--config.seed=1"], "nothing.py"),
         (["main", "--config=raises.py"], "raises.py, line 2: ZeroDivisionError"),
         (["main", "--config=syntax.py"], "syntax.py, line 1"),
         (["main", "--config=empty.py"], "no attribute 'get_config'"),
@@ -397,18 +396,13 @@ BAD_CONFIGS = {
         (["main", "--config", QUICK, "--config.optimizer.lr=1"], "optimizer.learning_rate, "),
         (["main", "--config", QUICK, "--config.num_epochs=three"], "not an integer: 'three'"),
         (["main", "--config", QUICK, "--config.optimizer.step_at=('a','b')"], "between 0 and 1"),
-        (["main", "--config", QUICK, "--config.optimizer.step_at=((1,),2)"], "between 0 and 1"),
         (["main", "--config", QUICK, "--config.data.fractions=('a',1,2)"], "three positive"),
-        (["main", "--config", QUICK, "--config.sample.temperature=inf"], "from 0 to 1,000"),
         (["main", "--config", QUICK, "--config.data.path=."], ". is a directory: name its files"),
-        (["main", "--config", QUICK, "--config.num_epochs=0"], "num_epochs is 0"),
         (["main", "--config", QUICK, "--config.num_epochs=1e3"], "num_epochs"),
-        (["main", "--config", QUICK, "--config.model.num_layers=10000000"], "from 1 to 100"),
         (["main", "--config", QUICK, "--wordir=x"], "workdir"),
         (["main", "--config", QUICK, "stray"], "'stray'"),
         (["main", "--config", QUICK, "--config.data.path=nothing.txt"], "no text file nothing.txt"),
         (["main", "--config", QUICK, "--config.data.path=zero.txt"], "zero.txt is empty"),
-        (["main", "--config", QUICK, "--config.data.path=latin.txt"], "not UTF-8 at byte 3"),
         (["main", "--config", QUICK, "--config.data.path=short.txt"], "too short"),
         (["main", *TINY, "--config.data.path=good.txt", "--workdir=zero.txt/run"], "can't write"),
         (
@@ -421,17 +415,13 @@ BAD_CONFIGS = {
         (["sample", "--workdir=."], "no trained model in ."),
         (["sample", "--workdir=.", "--temperature=-0.5"], "temperature is -0.5"),
         (["sample", "--workdir=.", "--top_p=0"], "top_p is 0.0: it must be above 0 and at most 1"),
-        (["sample", "--workdir=.", "--top_p=1.5"], "top_p is 1.5"),
-        (["sample", "--workdir=.", "--top_k=-1"], "top_k is -1"),
         (["sample", "--workdir=.", "--length=0"], "length"),
-        (["sample", "--workdir=.", "--length=-3"], "length"),
         (["sample", "--workdir=.", "--prompt=a", "--prompt_file=b"], "either --prompt or"),
         (
             ["sample", "--workdir=.", "--interactive", "--num_samples=2"],
             "--interactive generates one",
         ),
         (["sample", "--workdir=.", "--num_samples=0"], "num_samples"),
-        (["evaluate", "--workdir=."], "no trained model in ."),
         (["sample", f"--num_samples={10**20}", "--workdir=."], "it must be from 1 to 100,000"),
         (["sample", f"--workdir={'n' * 300}"], "nnn: File name too long"),
         (["main", "--config", QUICK, f"--config.data.path={'n' * 300}"], "no text file nnn"),
@@ -444,7 +434,6 @@ BAD_CONFIGS = {
         (["convert", "--workdir=x", "--from=nothing.keras", "--text=good.txt"], "No such file"),
         (["convert", "--workdir=x", "--to=new.keras", "--text=good.txt"], "are for --from"),
         (["convert", "--workdir=x", "--from=a.keras", "--drop_special"], "is for --to"),
-        (["convert", "--workdir=x", "--to=new.keras"], "no trained model in x"),
         (["evaluate", "--workdir=.", "--split=nothing"], "train, validation, test"),
     ],
     ids=lambda value: " ".join(value).replace(QUICK, "quick") if isinstance(value, list) else "",
@@ -455,7 +444,6 @@ def test_a_mistake_gives_a_one_line_error_and_exit_code_2(
     for name, content in BAD_CONFIGS.items():
         (tmp_path / name).write_text(content)
     (tmp_path / "zero.txt").write_bytes(b"")
-    (tmp_path / "latin.txt").write_bytes("caf\u00e9 au lait".encode("latin-1"))
     (tmp_path / "short.txt").write_text("To be or not to be, that is the question. " * 10)
     (tmp_path / "good.txt").write_bytes(text_file.read_bytes())
     before = sorted(os.listdir(tmp_path))

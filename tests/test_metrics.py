@@ -118,15 +118,6 @@ def test_a_flipped_byte_is_detected(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert metrics.read_metrics(path) == rows and capsys.readouterr().err == ""
 
 
-def test_rows_without_a_checksum_are_read(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "metrics.jsonl"
-    row = {"step": 10, "epoch": 0.5, "split": "train", "loss": 2.5}
-    path.write_text(json.dumps(row) + "\n")
-    assert metrics.read_metrics(path) == [row] and capsys.readouterr().err == ""
-
-
 def test_the_plot_shows_every_validation_and_test_point() -> None:
     rows = [{"step": s, "split": "train", "loss": 2 + 9 / s} for s in range(1, 200)]
     rows += [{"step": s, "split": "validation", "loss": 3.0} for s in (0, 100)]

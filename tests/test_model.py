@@ -11,10 +11,7 @@ from lstm_jax import model as model_lib
 from lstm_jax.cells.lstm import LSTMCarry
 from lstm_jax.model import LanguageModel
 from lstm_jax.run import messages
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
+from test_cells import EQUATIONS
 
 
 def apply_in_numpy(
@@ -24,24 +21,17 @@ def apply_in_numpy(
     num_layers: int,
     skip_connections: bool = False,
 ) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
-    """Return logits and the last carry, computed gate by gate in float64."""
+    """Return logits and the last carry, in float64."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-    batch, time = ids.shape
     features = params["embedding"]["embedding"][ids]
     last = []
     for layer in range(num_layers):
-        p = params[f"lstm_{layer}"]
-        n = p["recurrent_kernel"].shape[0]
-        gate = [slice(k * n, (k + 1) * n) for k in range(4)]
-        w, u, b = p["input_kernel"], p["recurrent_kernel"], p["bias"]
         c, h = (np.asarray(x, np.float64) for x in carry[layer])
-        outputs = np.zeros((batch, time, n))
-        for t in range(time):
-            x = features[:, t]
-            i, f, g, o = (x @ w[:, s] + h @ u[:, s] + b[s] for s in gate)
-            c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
-            h = sigmoid(o) * np.tanh(c)
-            outputs[:, t] = h
+        steps = []
+        for x in features.swapaxes(0, 1):
+            h, c = EQUATIONS["lstm"](params[f"lstm_{layer}"], x, h, c)
+            steps.append(h)
+        outputs = np.stack(steps, axis=1)
         features = outputs + features if skip_connections and layer else outputs
         last.append((c, h))
     return features @ params["dense"]["kernel"] + params["dense"]["bias"], last

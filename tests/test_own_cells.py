@@ -190,9 +190,7 @@ GOOD = "        return carry, nn.Dense(self.hidden_size)(inputs) + carry\n"
     [
         ("import nothing_like_it\n", "Mine", r"cell file .*own.py, line 1: ModuleNotFoundError"),
         ("def f(:\n", "Mine", "cell file .*own.py, line 1: invalid syntax"),
-        ("\0", "Mine", "cell file .*own.py: source code string cannot contain null bytes"),
         ("import sys\nsys.exit(1)\n", "Mine", "cell file .*own.py, line 2: SystemExit: 1"),
-        ("raise BaseException('no')\n", "Mine", "own.py, line 1: BaseException: no"),
         (HEADER + GOOD, "Other", "has no class Other: its classes are Mine"),
         ("class Mine: pass\n", "Mine", "Mine in .*own.py is not a Flax module"),
         (
@@ -214,11 +212,6 @@ GOOD = "        return carry, nn.Dense(self.hidden_size)(inputs) + carry\n"
             HEADER + "        return carry, inputs\n",
             "Mine",
             r"its outputs are float32\[3, 8\]: it must return floats .* here \[3, 24\]",
-        ),
-        (
-            HEADER + "        return carry, carry.astype(int)\n",
-            "Mine",
-            r"its outputs are int32\[3, 24\]: it must return floats \[batch, hidden_size\]",
         ),
         (
             HEADER.replace("scale: float = 1.0", "scale: float") + GOOD,
@@ -271,11 +264,6 @@ GOOD = "        return carry, nn.Dense(self.hidden_size)(inputs) + carry\n"
             r"the next carry is \(float32.*\): it must be as in initial_carry, float32\[3, 24\]",
         ),
         (
-            HEADER + "        return carry.astype(jnp.float16), carry\n",
-            "Mine",
-            r"the next carry is float16\[3, 24\]: it must be as in initial_carry, float32\[3, 24\]",
-        ),
-        (
             HEADER.replace("(batch_size, self", "(1, self") + GOOD,
             "Mine",
             r"line 7.*initial_carry\(3\) returned float32\[1, 24\]: the first axis",
@@ -284,11 +272,6 @@ GOOD = "        return carry, nn.Dense(self.hidden_size)(inputs) + carry\n"
             HEADER + "        x = inputs + 1\n        return carry, x @ x\n",
             "Mine",
             "own.py, line 12.*: TypeError: dot_general",
-        ),
-        (
-            HEADER + "        for _ in range(2): self.param('a', nn.initializers.ones, (2,))\n",
-            "Mine",
-            "own.py, line 11.*: NameInUseError",
         ),
         (
             HEADER + "        self.variable('memory', 'x', jnp.zeros, ())\n" + GOOD,

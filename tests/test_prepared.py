@@ -103,16 +103,12 @@ def assert_same(data: ConfigDict) -> None:
 @pytest.mark.parametrize(
     ("units", "min_count", "separator"),
     [
-        ("characters", 1, ""),
         ("characters", 3, "blank_line"),
         ("graphemes", 1, "line"),
-        ("words", 2, ""),
         ("words", 2, "blank_line"),
         ("words", 1, "file"),
-        ("bytes", 1, "blank_line"),
         ("bytes", 1, "file"),
-        ("bpe", 1, ""),
-        ("bpe", 2, "blank_line"),
+        ("bpe", 2, ""),
     ],
 )
 def test_ids_match_those_of_the_text_in_memory(
@@ -348,21 +344,20 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
 def test_a_changed_corpus_with_a_forged_manifest_is_ignored(
-    name: str, prepared_once: tuple[ConfigDict, Path]
+    prepared_once: tuple[ConfigDict, Path],
 ) -> None:
     data, directory = prepared_once
     before = directory.with_name("before")
-    shutil.copytree(directory, before)
-    assert prepared.find_corpus(data)
-    CHANGES[name](directory)
-    with contextlib.suppress(OSError, ValueError):  # In some cases, there is no valid manifest.
-        forge_manifest(directory)
-    assert prepared.find_corpus(data) is None
-    shutil.rmtree(directory)
-    before.rename(directory)
-    assert prepared.find_corpus(data)
+    for name, change in CHANGES.items():
+        shutil.copytree(directory, before)
+        change(directory)
+        with contextlib.suppress(OSError, ValueError):  # In some cases, there is no valid manifest.
+            forge_manifest(directory)
+        assert prepared.find_corpus(data) is None, name
+        shutil.rmtree(directory)
+        before.rename(directory)
+        assert prepared.find_corpus(data)
 
 
 @pytest.fixture
@@ -584,7 +579,7 @@ def test_a_full_disk_raises_an_unavailable_error(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     pieces=st.lists(
         st.sampled_from([*"ab '\n\r\t\u3000é日👩🇩\u0301\u200d", "b ", "xxxxxxxx", " y"]),

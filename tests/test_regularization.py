@@ -10,6 +10,7 @@ import models
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import regularization
+from test_cells import EQUATIONS
 
 
 def make_rates(**rates: float) -> ConfigDict:
@@ -73,11 +74,7 @@ def test_locked_dropout_is_the_same_at_every_step(recurrence: str, skip: bool) -
         cell = hidden = np.zeros((3, 9))
         outputs = []
         for x in inputs.swapaxes(0, 1):
-            gates = x @ p["input_kernel"] + hidden @ p["recurrent_kernel"] + p["bias"]
-            i, f, g, o = np.split(gates, 4, axis=1)
-            i, f, o = (1 / (1 + np.exp(-gate)) for gate in (i, f, o))
-            cell = f * cell + i * np.tanh(g)
-            hidden = o * np.tanh(cell)
+            hidden, cell = EQUATIONS["lstm"](p, x, hidden, cell)
             outputs.append(hidden)
         return np.stack(outputs, axis=1)
 
