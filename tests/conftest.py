@@ -42,6 +42,11 @@ _SETTINGS = {
 for _name, _value in _SETTINGS.items():
     jax.config.update(_name, _value)
     os.environ[_name.upper()] = str(_value)
+if draws.TIMES == 1 and jaxlib.__version__.startswith("0.10."):
+    # Without these emitters, which later versions always use, XLA compiles a step in a third of the
+    # time.
+    _flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = _flags.strip()
 
 
 # The cache directory of the user, with the key that seals prepared corpora.

@@ -1,4 +1,3 @@
-import json
 import runpy
 import shutil
 from pathlib import Path
@@ -137,13 +136,6 @@ def test_members_share_one_vocabulary_and_the_first_step_has_no_speed(
     rows = metrics.read_metrics(directories[1] / workdir.METRICS)
     trained = [row for row in rows if row["split"] == "train"]
     assert ["tokens_per_second" in row for row in trained] == [False, True, True]
-
-
-def test_the_working_directory_of_a_member_is_read_like_any_other(together: tuple) -> None:
-    _, directories, _, _ = together
-    trained = workdir.load_trained(directories[0])
-    assert trained.step in (70, 140)
-    assert json.loads((directories[0] / workdir.CONFIG).read_text())["seed"] == 0
 
 
 def test_members_that_differ_in_other_fields_raise_an_error(tiny_config: ConfigDict) -> None:
