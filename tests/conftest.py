@@ -21,6 +21,7 @@ from lstm_jax import config as config_lib
 from lstm_jax import training
 from lstm_jax.data import datasets, sources
 from lstm_jax.devices import compilation_cache
+from lstm_jax.run import files
 
 # A shell that runs the tests in the background ignores SIGINT, and all processes that they start
 # would inherit this.
@@ -31,6 +32,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 _KEY = f"{jaxlib.__version__}-{compilation_cache.hash_processor()}"
 _COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "d" / f"compiled-{_KEY}"
 _MOST_BYTES = 2**31
+_TEXT = _COMPILED.with_name("tiny_shakespeare.txt")  # The name that a user's copy must have.
 _SETTINGS = {
     "jax_compilation_cache_dir": str(_COMPILED),
     "jax_persistent_cache_min_compile_time_secs": 0,
@@ -124,14 +126,20 @@ def strict_core(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return an empty data directory, so that the text is fetched once."""
-    return tmp_path_factory.mktemp("tensorflow_datasets")
+    """Return a data directory in which the text is prepared once, and found after the first run."""
+    directory = tmp_path_factory.mktemp("tensorflow_datasets")
+    if _TEXT.exists():
+        shutil.copy(_TEXT, directory)
+    return directory
 
 
 @pytest.fixture(scope="session")
 def shakespeare(data_dir: Path) -> dict[str, str]:
     """Return the splits of Tiny Shakespeare."""
     texts = datasets.read_dataset("tiny_shakespeare", "text", str(data_dir), (0.9, 0.05, 0.05))
+    if not _TEXT.exists():
+        _TEXT.parent.mkdir(parents=True, exist_ok=True)
+        files.write_file(_TEXT, "".join(texts).encode())
     return dict(zip(sources.SPLITS, texts, strict=True))
 
 
