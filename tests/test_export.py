@@ -226,7 +226,7 @@ def test_the_page_in_a_browser(
 
 
 @pytest.mark.process
-def test_special_tokens_are_never_generated_and_a_stop_token_ends_the_text(
+def test_draws_follow_the_probabilities_and_a_stop_token_ends_the_text(
     browser: Any, tmp_path: Path
 ) -> None:
     trained = make_trained("characters", stop="\n\n")
@@ -242,6 +242,13 @@ def test_special_tokens_are_never_generated_and_a_stop_token_ends_the_text(
         assert ids and min(ids) >= 2
         if not temperature:
             assert len(ids) == 1
+    many = browser.execute_script(
+        "controls.temperature = 1; controls.topP = 1;"
+        "return Array.from({length: 20000}, (_, k) => (seed = k, draw()))"
+    )
+    shares = browser.execute_script("return [...distribution(logits)]")
+    frequencies = np.bincount(many, minlength=len(shares)) / len(many)
+    np.testing.assert_allclose(frequencies, shares, atol=0.02)
     trained.params["dense"]["bias"] = likely.at[stop_id].set(60)
     open_page(browser, trained, tmp_path / "page.html")
     browser.find_element("css selector", "#text").send_keys("It")
@@ -249,20 +256,6 @@ def test_special_tokens_are_never_generated_and_a_stop_token_ends_the_text(
     wait_until_idle(browser)
     assert browser.execute_script("return area.value") == "It"
     assert browser.find_element("css selector", "#status").text.endswith("the text has ended.")
-
-
-@pytest.mark.process
-def test_draws_follow_the_probabilities(browser: Any, tmp_path: Path) -> None:
-    trained = make_trained("characters", text="abcdef")
-    open_page(browser, trained, tmp_path / "page.html")
-    wait_until_idle(browser)
-    drawn = browser.execute_script(
-        "controls.temperature = 1; controls.topP = 1;"
-        "return Array.from({length: 20000}, (_, k) => (seed = k, draw()))"
-    )
-    shares = browser.execute_script("return [...distribution(logits)]")
-    frequencies = np.bincount(drawn, minlength=len(shares)) / len(drawn)
-    np.testing.assert_allclose(frequencies, shares, atol=0.02)
 
 
 @pytest.mark.process
