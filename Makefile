@@ -23,7 +23,7 @@ test: $(VENV)/installed-dev
 	$(PYTEST)
 
 thorough: $(VENV)/installed-dev
-	LSTM_JAX_DRAWS=25 $(PYTEST) -m drawn
+	LSTM_JAX_DRAWS=25 $(PYTEST)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -15,10 +15,14 @@ import pytest
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
+import commands
+import draws
+import runs
 from lstm_jax import config as config_lib
 from lstm_jax import training
 from lstm_jax.data import texts
 from lstm_jax.devices import compilation_cache
+from lstm_jax.run import files
 
 # A shell that runs the tests in the background ignores SIGINT, and all processes that they start
 # would inherit this.
@@ -29,14 +33,23 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 _KEY = f"{jaxlib.__version__}-{compilation_cache.hash_processor()}"
 _COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "d" / f"compiled-{_KEY}"
 _MOST_BYTES = 2**31
-_CACHE = {
+_TEXT = _COMPILED.with_name("tiny_shakespeare.txt")  # The name that a user's copy must have.
+_SETTINGS = {
     "jax_compilation_cache_dir": str(_COMPILED),
     "jax_persistent_cache_min_compile_time_secs": 0,
     "jax_persistent_cache_min_entry_size_bytes": 0,
+    # Tiny models run no faster if XLA optimizes them, which takes longer than to run them. Before a
+    # release, `make thorough` tests the programs that users run.
+    "jax_disable_most_optimizations": draws.TIMES == 1,
 }
-for _name, _value in _CACHE.items():
+for _name, _value in _SETTINGS.items():
     jax.config.update(_name, _value)
     os.environ[_name.upper()] = str(_value)
+if draws.TIMES == 1 and jaxlib.__version__.startswith("0.10."):
+    # Without these emitters, which later versions always use, XLA compiles a step in a third of the
+    # time.
+    _flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = _flags.strip()
 
 
 # The cache directory of the user, with the key that seals prepared corpora.
@@ -114,8 +127,11 @@ def strict_core(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return an empty data directory, so that the text is fetched once."""
-    return tmp_path_factory.mktemp("tensorflow_datasets")
+    """Return a data directory in which the text is prepared once, and found after the first run."""
+    directory = tmp_path_factory.mktemp("tensorflow_datasets")
+    if _TEXT.exists():
+        shutil.copy(_TEXT, directory)
+    return directory
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +139,11 @@ def shakespeare(data_dir: Path) -> dict[str, str]:
     """Return the splits of Tiny Shakespeare."""
     data = config_lib.default().data
     data.directory = str(data_dir)
-    return texts.read_splits(data)
+    splits = texts.read_splits(data)
+    if not _TEXT.exists():
+        _TEXT.parent.mkdir(parents=True, exist_ok=True)
+        files.write_file(_TEXT, "".join(splits.values()).encode())
+    return splits
 
 
 class _TinyShakespeare(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -193,6 +213,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """Return the working directory of a finished tiny run."""
     directory = tmp_path_factory.mktemp("runs") / "tiny"
     assert training.train(make_tiny_config(text_file), directory) == 0
+    return directory
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """Return the working directory of `runs.make_arguments`, never interrupted."""
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    done = commands.run("main", *runs.make_arguments(text_file, directory))
+    assert done.returncode == 0, done.stderr
     return directory
 
 

@@ -1,4 +1,4 @@
-"""Read and compare the working directories of tiny runs."""
+"""Make, read and compare the working directories of tiny runs."""
 
 import struct
 from collections.abc import Iterator
@@ -15,6 +15,21 @@ from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.convert import transfer
 from lstm_jax.run import checkpoints, metrics, workdir
 from lstm_jax.train_step import init_state
+
+ROOT = Path(__file__).parents[1]
+
+
+def make_arguments(text_file: Path, directory: Path, *more: str) -> list[str]:
+    """Return flags of `main`: train for 4 epochs of 70 steps, and save as often as possible."""
+    return [
+        *("--config", f"{ROOT}/experiments/quick.py"),
+        *(f"--workdir={directory}", f"--config.data.path={text_file}"),
+        *("--config.batches.batch_size=8", "--config.batches.window_length=32"),
+        *("--config.model.embedding_size=8", "--config.model.hidden_size=24"),
+        "--config.model.dtype=float32",
+        *("--config.num_epochs=4", "--config.sample.length=40"),
+        *("--config.checkpoint_every_seconds=0", *more),
+    ]
 
 
 def load_final_state(directory: Path) -> list[Any]:

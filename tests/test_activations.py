@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+import models
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.inspect import activations
@@ -16,11 +17,8 @@ LENGTH = 1100  # Two chunks, the second partial.
 
 def record(**fields: Any) -> tuple[Any, dict[str, Any], np.ndarray, activations.Reading]:
     model = model_lib.LanguageModel(11, 6, 9, **fields)
-    params = jax.tree_util.tree_map_with_path(
-        # With larger recurrent kernels, rounding errors would grow from step to step.
-        lambda path, x: x if "recurrent_kernel" in str(path) else 4 * x,
-        model_lib.init_params(model, jax.random.key(0)),
-    )
+    # With larger recurrent kernels, rounding errors would grow from step to step.
+    params = models.draw_params(model, 0.35)
     ids = np.random.default_rng(0).integers(0, 11, LENGTH).astype(np.int32)
     reading = activations.record_activations(model, params, ids)
     return model, jax.tree.map(lambda x: np.asarray(x, np.float64), params), ids, reading

@@ -1,15 +1,10 @@
 """Benchmarks run at a small size, and treat other libraries like this one."""
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytestmark = pytest.mark.process
-
 
 ROOT = Path(__file__).parents[1]
 SIZES = {
@@ -29,17 +24,18 @@ def import_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 
-def test_every_recurrence_of_a_cell_is_timed() -> None:
-    flags = ["--variants", "lstm,mingru", "--lengths", "4", "--rounds", "1"]
-    command = [sys.executable, "benchmarks/recurrences.py", *flags]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    rows = [line.split("|")[1:-1] for line in process.stdout.splitlines() if line.startswith("| ")]
+@pytest.mark.slow
+def test_every_recurrence_of_a_cell_is_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import recurrences
+
+    monkeypatch.setattr(recurrences, "TOKENS", 8)
+    recurrences.time_recurrences(["lstm", "mingru"], [4], 1)
+    printed = capsys.readouterr().out.splitlines()
+    rows = [line.split("|")[1:-1] for line in printed if line.startswith("| ")]
     assert [(cell.strip(), recurrence.strip()) for cell, _, recurrence, _ in rows[2:]] == [
-        ("lstm", "scan"),
-        ("lstm", "fused"),
-        ("mingru", "scan"),
-        ("mingru", "parallel"),
+        *(("lstm", "scan"), ("lstm", "fused"), ("mingru", "scan"), ("mingru", "parallel")),
     ]
     assert all(float(milliseconds) > 0 for *_, milliseconds in rows[2:])
 

@@ -126,6 +126,7 @@ def make_config(text_file: Path, directory: Path) -> ConfigDict:
     config = make_tiny_config(path)
     config.data.units, config.data.vocabulary_size = "bpe", 400
     config.data.document_separator = "blank_line"
+    config.max_steps = 20
     return config
 
 
@@ -145,7 +146,7 @@ def test_a_text_on_disk_gives_the_same_run(bpe_run: Path, text_file: Path, tmp_p
     assert (tmp_path / ".lstm_jax").exists()
     assert_same(bpe_run, tmp_path / "run", rtol=1e-6)
     # A run resumes with its own tokens.
-    config.num_epochs += 1
+    config.max_steps += 1
     assert training.train(config, tmp_path / "run") == 0
     config.data.vocabulary_size = 300
     with pytest.raises(UserError, match="vocabulary_size was 400 and is 300"):

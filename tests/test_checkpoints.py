@@ -92,12 +92,7 @@ def flip_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "damage", [truncate, flip_bit, Path.unlink], ids=["truncate", "flip", "delete"]
-)
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(
-    damage: object,
     saved: Path,
     tmp_path: Path,
     iterator: grain.DatasetIterator,
@@ -108,7 +103,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(
     for number, name in enumerate(names):
         directory = tmp_path / str(number)
         shutil.copytree(saved, directory)
-        damage(directory / name)  # type: ignore[operator]
+        (truncate, flip_bit, Path.unlink)[number % 3](directory / name)
         before = snapshot(directory)
 
         # If the best checkpoint is damaged, a reader uses another one and changes nothing.
@@ -199,7 +194,6 @@ def test_sha256sum_can_check_the_seal(saved: Path) -> None:
     subprocess.run(command, cwd=saved / "2", check=True)
 
 
-@pytest.mark.slow
 def test_a_reader_sees_only_whole_checkpoints_while_training_saves(
     tmp_path: Path, iterator: grain.DatasetIterator, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,7 +215,7 @@ def test_a_reader_sees_only_whole_checkpoints_while_training_saves(
         writer.wait()
         reader = threading.Thread(target=read)
         reader.start()
-        for step in range(2, 40):
+        for step in range(2, 20):
             save(writer, step, iterator)
             if step % 3 == 0:
                 writer.record_validation(step, 1 / step)
@@ -378,7 +372,6 @@ def test_large_finite_parameters_are_saved_and_restored(tmp_path: Path) -> None:
     assert step == 1
 
 
-@pytest.mark.slow
 def test_runs_in_one_process_save_at_the_same_time(
     tmp_path: Path, iterator: grain.DatasetIterator
 ) -> None:
@@ -386,7 +379,7 @@ def test_runs_in_one_process_save_at_the_same_time(
 
     def save_all(directory: Path) -> None:
         try:
-            for number in range(20):
+            for number in range(8):
                 with checkpoints.CheckpointWriter(directory) as writer:
                     save(writer, number, iterator)
         except UserError as error:
@@ -402,7 +395,7 @@ def test_runs_in_one_process_save_at_the_same_time(
     for thread in threads:
         thread.join(60)
     assert not errors
-    assert [checkpoints.list_steps(tmp_path / name) for name in "ab"] == [[18, 19]] * 2
+    assert [checkpoints.list_steps(tmp_path / name) for name in "ab"] == [[6, 7]] * 2
 
 
 @pytest.mark.process

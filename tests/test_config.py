@@ -1,13 +1,12 @@
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ml_collections import ConfigDict
 
+import commands
 from lstm_jax import config as config_lib
 from lstm_jax.errors import UserError
 
@@ -80,10 +79,8 @@ def test_an_error_names_a_bad_field(fields: dict[str, object] | None, message: s
         config_lib.complete_config(fields if fields is None else ConfigDict(fields))
 
 
-@pytest.mark.process
 def test_docs_config_md_is_up_to_date() -> None:
-    command = [sys.executable, "-m", "lstm_jax.config"]
-    page = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    page = commands.run("config").stdout
     assert page == (ROOT / "docs" / "config.md").read_text(encoding="utf-8"), (
         "update it with: python -m lstm_jax.config > docs/config.md"
     )

@@ -33,11 +33,9 @@ def test_a_text_on_the_device_gives_the_batches_of_the_pipeline(kind: str) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["windows", "streams"])
 def test_several_steps_in_one_call_give_the_same_losses(
-    kind: str, tiny_config: ConfigDict, tmp_path: Any
+    tiny_config: ConfigDict, tmp_path: Any
 ) -> None:
-    tiny_config.batches.kind = kind
     tiny_config.log_every_steps = 20
     tiny_config.num_epochs = 1
     tiny_config.regularization.output_dropout = 0.1

@@ -7,11 +7,11 @@ import time
 import unicodedata
 from pathlib import Path
 
-import jax
 import pytest
 from absl import flags
 
 import lstm_jax
+import models
 from commands import run
 from lstm_jax import __main__ as commands
 from lstm_jax import cells, optimizer
@@ -145,7 +145,7 @@ def test_no_control_character_reaches_the_terminal(tmp_path: Path) -> None:
     config.model.embedding_size, config.model.hidden_size = 4, 6
     vocabulary = Vocabulary.from_text("", "bytes")
     model = model_lib.make_model(config.model, len(vocabulary))
-    params = model_lib.init_params(model, jax.random.key(0))
+    params = models.draw_params(model, 0.05)
     transfer.make_workdir(tmp_path / "run", config, vocabulary, params)
     # An untrained model generates all bytes.
     options = [f"--workdir={tmp_path / 'run'}", "--temperature=1", "--num_samples=2"]

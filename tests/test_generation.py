@@ -6,15 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import models
 from lstm_jax import generation, loss
-from lstm_jax import model as model_lib
 from lstm_jax.controls import Controls, adjust_logits, make_control_arrays, make_stops
 from lstm_jax.model import LanguageModel
 from lstm_jax.vocabulary import Vocabulary
 
 MODEL = LanguageModel(9, 6, 12, 2)
 # Large weights make the distributions far from uniform.
-PARAMS = jax.tree.map(lambda x: 4 * x, model_lib.init_params(MODEL, jax.random.key(0)))
+PARAMS = models.draw_params(MODEL, 0.8)
 ARRAYS = generation.prepare_params(MODEL, PARAMS)
 VOCABULARY = Vocabulary.from_text("abcdef\n", stop="\n")
 PROMPT = np.array([[2, 3, 4]], np.int32)
@@ -23,7 +23,7 @@ GREEDY = Controls(temperature=0)
 
 def compute_logits(ids: np.ndarray) -> np.ndarray:
     """Return the logits [batch, time, vocabulary] after each of the ids [batch, time]."""
-    logits, _ = model_lib.apply(MODEL, PARAMS, ids, MODEL.initial_carry(len(ids)))
+    logits, _ = models.apply(MODEL, PARAMS, ids, MODEL.initial_carry(len(ids)))
     return np.array(logits)
 
 
@@ -61,20 +61,7 @@ def test_a_prompt_of_any_length_gives_the_logits_of_a_single_pass(length: int) -
         assert again.position == state.position == length
 
 
-@pytest.mark.parametrize(
-    "controls",
-    [
-        Controls(temperature=0.5),
-        Controls(temperature=1.0),
-        Controls(temperature=2.0),
-        Controls(top_k=3),
-        Controls(top_p=0.9),
-        Controls(min_p=0.05),
-        Controls(repetition_penalty=2.0),
-        Controls(forbidden=[5]),
-        Controls(1.5, 6, 0.95, 0.02, 1.3, 2, [4]),
-    ],
-)
+@pytest.mark.parametrize("controls", [Controls(), Controls(1.5, 6, 0.95, 0.02, 1.3, 2, [4])])
 def test_samples_follow_the_exact_distribution(controls: Controls) -> None:
     draws = 20_000
     prompts = np.tile(PROMPT, (draws, 1))
@@ -203,7 +190,7 @@ def test_the_state_after_a_stop_text_is_that_of_its_last_token() -> None:
 
 def test_a_text_of_bytes_never_splits_a_character() -> None:
     model = LanguageModel(258, 4, 8)
-    params = model_lib.init_params(model, jax.random.key(0))
+    params = models.draw_params(model)
     vocabulary = Vocabulary.from_text("", "bytes")
     # Allow only a lead byte and a continuation byte, in any order.
     allowed = vocabulary.encode("é").tolist()
@@ -225,21 +212,12 @@ def test_an_empty_prompt_is_replaced_by_one_token() -> None:
     assert len(generate(length=5, stop_token=False)[0]) == 5
 
 
-@pytest.mark.parametrize("num_samples", [1, 2])
-def test_a_bfloat16_model_generates(num_samples: int) -> None:
-    model = LanguageModel(9, 6, 12, 2, dtype="bfloat16")
-    prompts = np.full((num_samples, 3), 4, np.int32)
-    ids = generation.generate_tokens(model, PARAMS, prompts, jax.random.key(0), GREEDY, length=5)
-    assert ids.shape == (num_samples, 5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [130, 1000, 7552])
+@pytest.mark.parametrize("size", [130, 7552])
 def test_a_token_of_probability_zero_is_never_sampled(size: int) -> None:
     # A parallel cumulative sum in float32 is not monotonic: it can increase at a token of
     # probability zero. Test the values of jax.random.uniform near all such increases.
     draw = np.random.default_rng(size)
-    rows = draw.normal(0, 3, (40, size)).astype(np.float32)
+    rows = draw.normal(0, 3, (6, size)).astype(np.float32)
     rows[draw.random(rows.shape) < 0.5] = -np.inf
     rows -= rows.max(axis=1, keepdims=True)
     cumulated = np.asarray(jnp.cumsum(jnp.exp(rows), axis=-1))
@@ -263,7 +241,7 @@ def test_parameters_on_a_device_compile_each_function_once() -> None:
     """Results of a jitted function stay on the device of the parameters of a loaded run."""
     model = LanguageModel(9, 7, 11)
     device = jax.devices()[0]
-    params = jax.device_put(model_lib.init_params(model, jax.random.key(0)), device)
+    params = jax.device_put(models.draw_params(model), device)
     functions: list[Any] = [loss.read_chunk, generation._read, generation._generate]
     before = [function._cache_size() for function in functions]
     for length in (500, 3000, 5000):  # One chunk, and several.

@@ -15,8 +15,6 @@ import shlex
 import shutil
 import sqlite3
 import struct
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,15 +24,16 @@ import pytest
 import sqlalchemy
 from optuna.trial import TrialState
 
+import commands
 import disks
 import draws
 from lstm_jax import config as config_lib
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.sweep import options, plots, report, search, space, study
 from lstm_jax.sweep.worker import Worker, claim_directory
-from test_sweep import command, make_dead_worker, rows
+from test_sweep import make_dead_worker, make_flags, rows
 
-DRAWN = 40 * draws.TIMES
+DRAWN = 15 * draws.TIMES
 
 SPACE = """
 def get_overrides(trial):
@@ -45,55 +44,6 @@ def get_overrides(trial):
     }
 """
 
-# Import everything once, then run each sweep in a forked process.
-SERVER = """
-import json, os, runpy, signal, sys, traceback, warnings
-import lstm_jax.sweep.search
-warnings.simplefilter("ignore")  # runpy warns that it is imported already.
-
-for line in sys.stdin:
-    errors, *arguments = json.loads(line)
-    child = os.fork()
-    if not child:
-        signal.alarm(300)  # A test must not hang.
-        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        os.dup2(os.open(errors + ".out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
-        sys.stdout, sys.argv, code = open(1, "w"), ["sweep", *arguments], 1
-        try:
-            runpy.run_module("lstm_jax.sweep", run_name="__main__", alter_sys=True)
-        except SystemExit as exit:
-            code = exit.code or 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-Run = Callable[[list[str]], tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """Return a function that runs a sweep and returns its exit code, output and errors."""
-    errors = tmp_path_factory.mktemp("server") / "errors"
-    with subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as server:
-        assert server.stdin and server.stdout
-
-        def answer(arguments: list[str]) -> tuple[int, str, str]:
-            assert server.stdin and server.stdout
-            # The first three start the program, which the server does.
-            server.stdin.write(json.dumps([str(errors), *arguments[3:]]) + "\n")
-            server.stdin.flush()
-            code = int(server.stdout.readline())
-            return code, Path(f"{errors}.out").read_text(), errors.read_text()
-
-        yield answer
-        server.stdin.close()
-
 
 @pytest.fixture(scope="module")
 def space_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -102,29 +52,10 @@ def space_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def swept(
-    tmp_path_factory: pytest.TempPathFactory, text_file: Path, space_file: Path, run: Run
-) -> Path:
-    """Return the directory of an undisturbed sweep of four trials."""
-    directory = tmp_path_factory.mktemp("swept") / "sweep"
-    code, _, errors = run(arguments(text_file, directory, space_file))
-    assert code == 0, errors
-    return directory
-
-
-def arguments(text_file: Path, directory: Path, space_file: Path, *more: str) -> list[str]:
-    return command(
-        *(text_file, directory, f"--space={space_file}", "--trials=4", "--config.num_epochs=1"),
-        *("--pruner=none", *more),
-    )
-
-
-def get_error(result: tuple[int, str, str]) -> str:
-    """Return the error of a command, which must be one line."""
-    code, output, errors = result
-    assert code == 2 and output == "" and len(errors.splitlines()) == 1, errors
-    return errors
+def run(text_file: Path, directory: Path, space_file: Path, *more: str) -> commands.Done:
+    """Run a sweep of two trials."""
+    flags = make_flags(text_file, directory, f"--space={space_file}", "--trials=2", *more)
+    return commands.run("sweep", *flags, "--pruner=none")
 
 
 def open_study(directory: Path, location: str | None = None) -> tuple[optuna.Study, space.Space]:
@@ -222,24 +153,11 @@ STRANGE: list[Any] = [
     *("", "x", "../../outside", "a/../../b", "<script>$\\foo$", "\ud800", "\x1b[2J", [], {}),
     *([[1, 2], 3], {"data.path": "/etc/passwd"}, {"name": "FloatDistribution"}),
 ]
-ATTRIBUTES = [
-    value
-    for name, value in vars(study).items()
-    if name
-    in (
-        *(
-            "WORKER",
-            "BEAT",
-            "RESUMES",
-            "WORKDIR",
-            "ORIGIN",
-            "PLACE",
-            "DEATHS",
-            "GIVEN_BACK",
-        ),
-        *("DROPPED", "REASON", "OVERRIDES", "TEST_LOSS"),
-    )
-]
+ATTRIBUTES = (
+    *(study.WORKER, study.BEAT, study.RESUMES, study.WORKDIR, study.ORIGIN, study.PLACE),
+    *(study.DEATHS, study.GIVEN_BACK, study.DROPPED, study.REASON, study.OVERRIDES),
+    study.TEST_LOSS,
+)
 
 
 def iterate_paths(value: Any, path: tuple = ()) -> Iterator[tuple]:
@@ -433,13 +351,19 @@ def folder(path: Path, outside: Path) -> None:
     path.mkdir()
 
 
-@pytest.mark.parametrize("replace", [link, pipe, folder])
+NAMES = (
+    *("workers", "trials", "trials/0000", "trials/0000/trial", "trials/0000/output.txt"),
+    *("study.db", "study.db-journal", "study.db-wal", "output.txt"),
+    *("trials.jsonl", "best.py", "report.html", "workers/WORKER"),
+)
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("name", "replace"),
     [
-        *("workers", "trials", "trials/0000", "trials/0000/trial", "trials/0000/output.txt"),
-        *("study.db", "study.db-journal", "study.db-wal", "output.txt"),
-        *("trials.jsonl", "best.py", "report.html", "workers/WORKER"),
+        *((name, link) for name in NAMES),
+        *((name, pipe) for name in ("trials/0000/trial", "study.db", "output.txt", "best.py")),
+        *((name, folder) for name in ("trials", "study.db", "report.html", "workers/WORKER")),
     ],
 )
 def test_nothing_outside_the_sweep_is_written_or_locked(
@@ -488,10 +412,7 @@ def test_nothing_outside_the_sweep_is_written_or_locked(
         assert outside.read_text() == "theirs"
 
 
-QUOTES = [
-    *('"""; import os; os.mkdir("ran"); """', "line\nos.mkdir('ran')"),
-    *("back\\slash\\", "'\"$(x) "),
-]
+QUOTES = ['"""; import os; os.mkdir("ran"); """', "line\nos.mkdir('ran') back\\slash\\'\"$(x) "]
 
 
 @pytest.mark.slow
@@ -560,7 +481,6 @@ def test_the_report_escapes_names(tmp_path: Path) -> None:
     assert "content=\"default-src 'none'; style-src 'unsafe-inline'\"" in page
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     "code",
     [
@@ -569,11 +489,12 @@ def test_the_report_escapes_names(tmp_path: Path) -> None:
     ],
 )
 def test_a_space_that_exits_gives_a_one_line_error(
-    code: str, text_file: Path, tmp_path: Path, run: Run
+    code: str, text_file: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "space.py").write_text(code)
-    errors = get_error(run(arguments(text_file, tmp_path / "sweep", tmp_path / "space.py")))
-    assert re.search(r"space file .*space.py, line \d: SystemExit: 5$", errors)
+    done = run(text_file, tmp_path / "sweep", tmp_path / "space.py")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert re.search(r"space file .*space.py, line \d: SystemExit: 5$", done.stderr)
 
 
 @pytest.mark.parametrize(
@@ -620,9 +541,9 @@ def test_a_sweep_of_seeds_has_no_best_trial(tmp_path: Path) -> None:
     assert "of 3 seeds" in written and "best.py" not in written
 
 
-def is_stopped(result: tuple[int, str, str]) -> bool:
+def is_stopped(done: commands.Done) -> bool:
     """Return whether a full disk stopped a command; check that it printed one line."""
-    code, _, errors = result
+    code, _, errors = done
     assert code in (0, 2) and " failed" not in errors and errors.count("error: ") == (code == 2)
     # SQLite has its own message.
     assert code == 0 or re.search("No space left|disk is full", errors.splitlines()[-1]), errors
@@ -631,32 +552,32 @@ def is_stopped(result: tuple[int, str, str]) -> bool:
 
 @pytest.mark.process
 def test_a_full_disk_loses_no_trial_of_a_sweep(
-    swept: Path, text_file: Path, space_file: Path, tmp_path: Path, run: Run
+    text_file: Path, space_file: Path, tmp_path: Path
 ) -> None:
+    assert run(text_file, tmp_path / "swept", space_file).returncode == 0
     with disks.mounted(tmp_path / "disk", "-o", "size=300k") as disk:
-        given = arguments(text_file, disk / "sweep", space_file)
-        results = [is_stopped(run(given))]
-        for size in ("400k", "800k", "1200k", "64m"):
+        results = []
+        for size in ("300k", "400k", "600k", "64m"):
             disks.resize(disk, size)
-            results.append(is_stopped(run(given)))
+            results.append(is_stopped(run(text_file, disk / "sweep", space_file)))
         found = rows(disk / "sweep")
     assert results[0] and results[1] and not results[-1]
-    for row, expected in zip(found, rows(swept), strict=True):
+    for row, expected in zip(found, rows(tmp_path / "swept"), strict=True):
         for field in ("state", "overrides", "losses_by_epoch"):
             assert row[field] == expected[field]
-    assert [row["state"] for row in found] == ["complete"] * 4
+    assert [row["state"] for row in found] == ["complete"] * 2
 
 
 @pytest.mark.process
 def test_a_full_disk_loses_no_member_of_a_population(
-    text_file: Path, space_file: Path, tmp_path: Path, run: Run
+    text_file: Path, space_file: Path, tmp_path: Path
 ) -> None:
     with disks.mounted(tmp_path / "disk", "-o", "size=500k") as disk:
-        given = arguments(text_file, disk / "sweep", space_file, "--population=4")
-        assert is_stopped(run(given))
+        given = (text_file, disk / "sweep", space_file, "--population=2")
+        assert is_stopped(run(*given))
         disks.resize(disk, "64m")
-        assert not is_stopped(run(given))
-        assert [row["state"] for row in rows(disk / "sweep")] == ["complete"] * 4
+        assert not is_stopped(run(*given))
+        assert [row["state"] for row in rows(disk / "sweep")] == ["complete"] * 2
 
 
 @pytest.mark.process

@@ -299,23 +299,11 @@ def test_a_pattern_that_visits_too_many_files_raises_an_error(
             sources.find_files(",".join(f"{tmp_path}/{p}" for p in pattern.split(",")))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
         *("a b", "x/y/z", "tiny_shakespeare:9.9.9", "tiny_shakespeare/x", "tiny_shakespeare:*"),
-        *(
-            "",
-            ".",
-            "../x",
-            "x" * 5000,
-            "a\0b",
-            "\ud800",
-            "huggingface:x",
-            "kaggle:x",
-            "a/b=c",
-            "/etc",
-        ),
+        *("", ".", "../x", "x" * 5000, "a\0b", "\ud800", "kaggle:x", "a/b=c", "/etc"),
     ],
 )
 def test_an_invalid_dataset_name_gives_a_one_line_error(name: str, tmp_path: Path) -> None:

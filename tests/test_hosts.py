@@ -23,8 +23,6 @@ SLOW = draws.TIMES > 1
 
 pytestmark = [pytest.mark.process, pytest.mark.drawn]
 
-FOUR = pytest.param(4, 4, marks=pytest.mark.skipif(not SLOW, reason="LSTM_JAX_DRAWS=2 runs it"))
-
 
 def find_free_address() -> str:
     """Return an address at which no process listens."""
@@ -37,13 +35,10 @@ def start(
     text_file: Path, directory: Path, processes: int, *more: str
 ) -> list[subprocess.Popen[str]]:
     """Start all processes of a run."""
-    address = find_free_address()
-    arguments = test_interruption.command(text_file, directory, f"--config.mesh.data={processes}")
-    join_flags = [f"--coordinator_address={address}", f"--num_processes={processes}", *more]
-    return [
-        test_interruption.start([*arguments, *join_flags, f"--process_id={k}"])
-        for k in range(processes)
-    ]
+    join = (f"--coordinator_address={find_free_address()}", f"--num_processes={processes}")
+    mesh = f"--config.mesh.data={processes}"
+    arguments = runs.make_arguments(text_file, directory, mesh, *join, *more)
+    return [test_interruption.start([*arguments, f"--process_id={k}"]) for k in range(processes)]
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
@@ -82,82 +77,45 @@ def assert_close(one: Path, other: Path) -> None:
         np.testing.assert_allclose(a, b, atol=5e-5 if k < parameters else 1e-3)
 
 
-@pytest.fixture(scope="module")
-def single_run(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the directory of a run of one process with one device."""
-    directory = tmp_path_factory.mktemp("alone")
-    arguments = test_interruption.command(text_file, directory, "--config.mesh.data=1")
-    result = test_interruption.finish(arguments)
-    assert result.returncode == 0, result.stderr
-    return directory
-
-
-@pytest.mark.parametrize(("count", "devices"), [(2, 4), FOUR])
-def test_many_processes_train_like_one(
-    count: int, devices: int, single_run: Path, text_file: Path, tmp_path: Path
+def test_a_lost_process_ends_the_others_and_the_same_command_resumes(
+    whole: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    processes = start(text_file, tmp_path / "run", count, f"--config.mesh.data={devices}")
-    assert_succeeds(processes)
-    assert_close(tmp_path / "run", single_run)
-    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"samples.txt", "curves.png"}
-
-
-def test_a_run_resumes_with_another_number_of_processes(
-    single_run: Path, text_file: Path, tmp_path: Path
-) -> None:
-    """Use two processes, which divide the parameters, then one, then two, stopped by signals."""
+    """Train on other meshes in turn, which processes lose or signals stop."""
     directory = tmp_path / "run"
     divided = ("--config.mesh.data=1", "--config.mesh.model=2")
-    processes = start(text_file, directory, 2, *divided)
-    test_interruption.wait_for_rows(processes[0], directory, 5)
-    processes[1].send_signal(signal.SIGTERM)
-    assert finish(processes) == [(143, "")] * 2
-    arguments = test_interruption.command(text_file, directory, "--config.mesh.data=1")
-    process = test_interruption.start(arguments)
-    rows = len(runs.read_losses(directory))
-    test_interruption.wait_for_rows(process, directory, rows + 2)
-    process.send_signal(signal.SIGINT)
-    assert finish([process]) == [(130, "")]
-    assert checkpoints.list_steps(directory / workdir.CHECKPOINTS)[-1] < 280
-    assert_succeeds(start(text_file, directory, 2, *divided))
-    assert_close(directory, single_run)
 
-
-def test_a_run_resumes_from_one_device_on_eight_and_back(
-    single_run: Path, text_file: Path, tmp_path: Path
-) -> None:
-    """Stop the first two runs with a signal, in the middle of an epoch."""
-    directory = tmp_path / "run"
-    for mesh, code in (("1,1", 143), ("4,2", 143), ("1,1", 0)):
-        data, model = mesh.split(",")
-        arguments = (f"--config.mesh.data={data}", f"--config.mesh.model={model}")
-        process = test_interruption.start(
-            test_interruption.command(text_file, directory, *arguments)
-        )
-        if code:
-            rows = len(runs.read_losses(directory)) if directory.exists() else 0
-            test_interruption.wait_for_rows(process, directory, rows + 3)
-            process.send_signal(signal.SIGTERM)
-        assert finish([process]) == [(code, "")]
-    assert_close(directory, single_run)
-
-
-def test_a_lost_process_ends_the_others_and_the_same_command_resumes(
-    single_run: Path, text_file: Path, tmp_path: Path
-) -> None:
-    directory = tmp_path / "run"
-    for victim, other in ((1, 0), (0, 1)):
-        processes = start(text_file, directory, 2)
+    def wait(process: subprocess.Popen[str]) -> None:
         rows = len(runs.read_losses(directory)) if directory.exists() else 0
-        test_interruption.wait_for_rows(processes[0], directory, rows + 3)
+        test_interruption.wait_for_rows(process, directory, rows + 3)
+
+    for victim, mesh in ((1, ()), (0, divided)):
+        processes = start(text_file, directory, 2, *mesh)
+        wait(processes[0])
         processes[victim].kill()
         began = time.monotonic()
-        _, errors = processes[other].communicate(timeout=60)
-        assert time.monotonic() - began < 60 and processes[other].returncode != 0
+        _, errors = processes[1 - victim].communicate(timeout=60)
+        assert time.monotonic() - began < 60 and processes[1 - victim].returncode != 0
         assert len(errors.splitlines()) == 1 and "another process of this run" in errors
         processes[victim].communicate()
-    assert_succeeds(start(text_file, directory, 2))
-    assert_close(directory, single_run)
+    eight = ("--config.mesh.data=4", "--config.mesh.model=2")
+    alone = test_interruption.start(runs.make_arguments(text_file, directory, *eight))
+    wait(alone)
+    alone.send_signal(signal.SIGTERM)
+    assert finish([alone]) == [(143, "")]
+    processes = start(text_file, directory, 2, *divided)
+    wait(processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    assert finish(processes) == [(143, "")] * 2
+    assert checkpoints.list_steps(directory / workdir.CHECKPOINTS)[-1] < 280
+    assert_succeeds(start(text_file, directory, 2, "--config.mesh.data=4"))
+    assert_close(directory, whole)
+    assert {path.name for path in directory.iterdir()} >= {"samples.txt", "curves.png"}
+
+
+@pytest.mark.skipif(not SLOW, reason="LSTM_JAX_DRAWS=2 runs it")
+def test_four_processes_train_like_one(whole: Path, text_file: Path, tmp_path: Path) -> None:
+    assert_succeeds(start(text_file, tmp_path / "run", 4))
+    assert_close(tmp_path / "run", whole)
 
 
 _MEAN = """
@@ -192,10 +150,11 @@ def test_the_mean_of_large_gradients_over_processes_is_correct() -> None:
     Gloo's reduce-scatter sometimes fails for arrays as large as the lesson's recurrent kernel. Each
     process has a second, unused device; if it is late at the end, the processes must wait for it.
     """
-    for _ in range(4):
-        address = find_free_address()
+    for _ in range(draws.TIMES):
+        command = [sys.executable, "-c", _MEAN, find_free_address()]
+        pipe = subprocess.PIPE
         processes = [
-            test_interruption.start([sys.executable, "-c", _MEAN, address, str(k)])
+            subprocess.Popen([*command, str(k)], stdout=pipe, stderr=pipe, text=True)
             for k in range(2)
         ]
         assert_succeeds(processes)
@@ -216,14 +175,11 @@ def test_a_process_that_hangs_ends_the_others(text_file: Path, tmp_path: Path) -
 
 def test_processes_with_different_working_directories_fail(text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()  # As on a local disk where the directory exists.
-    address = find_free_address()
-    join_flags = ["--config.mesh.data=2", f"--coordinator_address={address}", "--num_processes=2"]
+    address = f"--coordinator_address={find_free_address()}"
+    join = (address, "--num_processes=2", "--config.mesh.data=2")
     processes = [
         test_interruption.start(
-            [
-                *test_interruption.command(text_file, tmp_path / str(k), *join_flags),
-                f"--process_id={k}",
-            ]
+            runs.make_arguments(text_file, tmp_path / str(k), *join, f"--process_id={k}")
         )
         for k in range(2)
     ]
@@ -234,11 +190,13 @@ def test_processes_that_do_not_fit_the_mesh_fail(text_file: Path, tmp_path: Path
     processes = start(text_file, tmp_path / "run", 2, "--config.mesh.data=1")
     assert_fails(processes, "choose a multiple of the number of processes")
     assert not (tmp_path / "run").exists()
-    arguments = test_interruption.command(text_file, tmp_path / "run")
-    unreachable = "--coordinator_address=localhost:1", "--num_processes=2", "--process_id=1"
-    result = test_interruption.finish([*arguments, *unreachable, "--join_seconds=2"])
-    assert result.returncode != 0 and len(result.stderr.splitlines()) == 1
-    assert "can't be reached" in result.stderr
+
+
+def test_a_coordinator_that_cannot_be_reached_is_named(text_file: Path, tmp_path: Path) -> None:
+    unreachable = ("--coordinator_address=localhost:1", "--num_processes=2", "--process_id=1")
+    arguments = runs.make_arguments(text_file, tmp_path / "run", *unreachable, "--join_seconds=2")
+    ((code, errors),) = finish([test_interruption.start(arguments)])
+    assert code != 0 and len(errors.splitlines()) == 1 and "can't be reached" in errors
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import commands
-from lstm_jax import model as model_lib
+import models
 from lstm_jax.errors import UserError
 from lstm_jax.inspect import activations, features, report
 from lstm_jax.model import LanguageModel
@@ -100,7 +100,7 @@ def test_a_large_model_keeps_only_its_best_hidden_units_for_the_whole_text(
 def test_a_byte_model_with_another_cell_and_no_history(tmp_path: Path) -> None:
     vocabulary = Vocabulary.from_text("", "bytes")
     model = LanguageModel(len(vocabulary), 4, 6, cell="gru")
-    params = model_lib.init_params(model, jax.random.key(0))
+    params = models.draw_params(model)
     untrained = workdir.Trained(ConfigDict(), vocabulary, model, params, 0)
     data = read_data(report.make_page(untrained, "Né\udcff!\0が\x9b\xad", "text", tmp_path))
     tokens, shown = ([data["table"][i] for i in unpack(data[k])] for k in ("tokens", "shown"))
@@ -116,7 +116,7 @@ def test_the_bytes_of_documents_are_shown_as_characters(tmp_path: Path) -> None:
     text = f"é\r\n{FILE_END}が{FILE_END}"
     vocabulary = Vocabulary.from_text(text, "bytes", stop=FILE_END)
     model = LanguageModel(len(vocabulary), 4, 6)
-    params = model_lib.init_params(model, jax.random.key(0))
+    params = models.draw_params(model)
     untrained = workdir.Trained(ConfigDict(), vocabulary, model, params, 0)
     data = read_data(report.make_page(untrained, text, "text", tmp_path))
     shown = [data["table"][i] for i in unpack(data["shown"])]
@@ -127,7 +127,7 @@ def test_characters_that_tokens_divide_are_shown_whole(tmp_path: Path) -> None:
     known = Vocabulary.from_text("", "bpe").tokens
     vocabulary = Vocabulary([*known, "\udce2\udc80", " \udce2\udc80"], "bpe")
     model = LanguageModel(len(vocabulary), 4, 6)
-    params = model_lib.init_params(model, jax.random.key(0))
+    params = models.draw_params(model)
     untrained = workdir.Trained(ConfigDict(), vocabulary, model, params, 0)
     data = read_data(report.make_page(untrained, "a —“", "text", tmp_path))
     tokens, shown = ([data["table"][i] for i in unpack(data[k])] for k in ("tokens", "shown"))
@@ -145,7 +145,7 @@ def test_the_page_names_standard_input(trained: Path, tmp_path: Path) -> None:
 def test_a_diverged_model_raises_an_error(tmp_path: Path) -> None:
     vocabulary = Vocabulary.from_text("", "bytes")
     model = LanguageModel(len(vocabulary), 4, 6, cell="gru")
-    params = jax.tree.map(lambda x: x * np.nan, model_lib.init_params(model, jax.random.key(0)))
+    params = jax.tree.map(lambda x: x * np.nan, models.draw_params(model))
     diverged = workdir.Trained(ConfigDict(), vocabulary, model, params, 0)
     with pytest.raises(UserError, match="its training diverged"):
         report.make_page(diverged, "abc", "text", tmp_path)

@@ -15,7 +15,7 @@ from lstm_jax.run import signals
 
 ROOT = Path(__file__).parents[1]
 # The number of moments to try.
-MOMENTS = 4 * draws.TIMES
+MOMENTS = 2 * draws.TIMES
 # The time in which Python itself starts, before this package runs.
 PYTHON_SECONDS = 0.15
 

@@ -21,12 +21,8 @@ QUICK = str(ROOT / "experiments" / "quick.py")
 
 
 TINY = [
-    "--config",
-    QUICK,
-    "--config.batches.batch_size=8",
-    "--config.batches.window_length=32",
-    "--config.model.embedding_size=8",
-    "--config.model.hidden_size=24",
+    *("--config", QUICK, "--config.batches.batch_size=8", "--config.batches.window_length=32"),
+    *("--config.model.embedding_size=8", "--config.model.hidden_size=24"),
 ]
 
 
@@ -177,24 +173,8 @@ def test_controls_warnings_and_novelty(trained: Path, text_file: Path) -> None:
 
 def test_a_conversation_in_a_pipe(trained: Path) -> None:
     lines = [
-        "/next",
-        "ROMEO:",
-        "",
-        "/undo",
-        "/undo",
-        "/temperature 0",
-        "ROMEO:",
-        "/reset",
-        "ROMEO:",
-        "/next",
-        "/undo",
-        "/undo",
-        "/top_p 2",
-        "/length x",
-        "/nothing",
-        "/help",
-        "//",
-        "/quit",
+        *("/next", "ROMEO:", "", "/undo", "/undo", "/temperature 0", "ROMEO:", "/reset", "ROMEO:"),
+        *("/next", "/undo", "/undo", "/top_p 2", "/length x", "/nothing", "/help", "//", "/quit"),
         "unread",
     ]
     options = ["sample", "--workdir", str(trained), "--interactive", "--length=30"]
@@ -214,18 +194,6 @@ def test_a_conversation_in_a_pipe(trained: Path) -> None:
     assert len(most_likely) == 10
     probs = [float(line.split()[0]) for line in most_likely]
     assert probs[:5] == sorted(probs[:5], reverse=True) and sum(probs[:5]) < 1
-
-
-@pytest.mark.process
-def test_text_is_streamed(trained: Path) -> None:
-    command = [sys.executable, "-m", "lstm_jax.sample", "--workdir", str(trained)]
-    process = subprocess.Popen(
-        [*command, "--length=1000000"], stdout=subprocess.PIPE, cwd=ROOT, bufsize=0
-    )
-    assert process.stdout is not None and len(process.stdout.read(5)) > 0
-    process.send_signal(signal.SIGINT)
-    process.stdout.read()
-    assert process.wait(timeout=30) == 130
 
 
 @pytest.mark.process
@@ -313,13 +281,13 @@ def test_unknown_tokens_and_control_characters_of_a_text(trained: Path, tmp_path
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    ("redirection", "message"),
+    ("module", "redirection", "message"),
     [
-        (">/dev/full", "can't write to standard output: No space left on device"),
-        (">&-", "standard output is closed: redirect it to a file, or to /dev/null"),
+        ("sample", ">/dev/full", "can't write to standard output: No space left on device"),
+        ("main", ">/dev/full", "can't write to standard output: No space left on device"),
+        ("evaluate", ">&-", "standard output is closed: redirect it to a file, or to /dev/null"),
     ],
 )
-@pytest.mark.parametrize("module", ["sample", "evaluate", "main"])
 def test_an_output_that_cannot_be_written_gives_an_error(
     module: str, redirection: str, message: str, trained: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -333,17 +301,19 @@ def test_an_output_that_cannot_be_written_gives_an_error(
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_any_name_is_printed_in_any_encoding(encoding: str, trained: Path, tmp_path: Path) -> None:
+def test_any_name_is_printed_in_any_encoding(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "caf\u00e9 \u732b.html"
     result = subprocess.run(
-        [sys.executable, "-m", "lstm_jax.inspect", f"--workdir={trained}", f"--out={out}"],
+        [
+            *(sys.executable, "-m", "lstm_jax.inspect", f"--workdir={trained}", f"--out={out}"),
+            "--length=100",
+        ],
         capture_output=True,
         cwd=ROOT,
-        env={**os.environ, "PYTHONIOENCODING": encoding},
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )
     assert result.returncode == 0 and out.is_file(), result.stderr
-    assert str(out).encode(encoding, "backslashreplace") in result.stdout
+    assert str(out).encode("ascii", "backslashreplace") in result.stdout
 
 
 @pytest.mark.parametrize("module", ["main", "sample", "evaluate", "convert"])
@@ -356,11 +326,11 @@ def test_help(module: str) -> None:
     assert ("--data_path: " in result.stdout) == takes_text, "flags that commands share"
 
 
-@pytest.mark.process
-def test_help_lists_each_field_within_the_width_of_the_terminal() -> None:
-    command = [sys.executable, "-m", "lstm_jax.main", "--help"]
-    environment = {**os.environ, "COLUMNS": "60"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+def test_help_lists_each_field_within_the_width_of_the_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    result = run("main", "--help")
     _, _, table = result.stdout.partition("Fields of the config")
     assert result.returncode == 0 and "1_000 is 1000" in table
     text = " ".join(table.split())
@@ -372,7 +342,7 @@ def test_help_lists_each_field_within_the_width_of_the_terminal() -> None:
 
 
 def test_a_field_without_effect_gives_a_warning(text_file: Path, tmp_path: Path) -> None:
-    arguments = [*TINY, f"--config.data.path={text_file}", "--config.num_epochs=1"]
+    arguments = [*TINY, f"--config.data.path={text_file}", "--config.max_steps=1"]
     result = run("main", *arguments, "--config.model.mogrifier_rounds=3", cwd=tmp_path)
     assert result.returncode == 0
     assert result.stderr == (
@@ -396,7 +366,6 @@ BAD_CONFIGS = {
     [
         (["main"], "specify an experiment: --config experiments/quick.py"),
         (["main", "--config=nothing.py"], "nothing.py"),
-        (["main", "--config=nothing.py", "--config.seed=1"], "nothing.py"),
         (["main", "--config=raises.py"], "raises.py, line 2: ZeroDivisionError"),
         (["main", "--config=syntax.py"], "syntax.py, line 1"),
         (["main", "--config=empty.py"], "no attribute 'get_config'"),
@@ -427,18 +396,13 @@ BAD_CONFIGS = {
         (["main", "--config", QUICK, "--config.optimizer.lr=1"], "optimizer.learning_rate, "),
         (["main", "--config", QUICK, "--config.num_epochs=three"], "not an integer: 'three'"),
         (["main", "--config", QUICK, "--config.optimizer.step_at=('a','b')"], "between 0 and 1"),
-        (["main", "--config", QUICK, "--config.optimizer.step_at=((1,),2)"], "between 0 and 1"),
         (["main", "--config", QUICK, "--config.data.fractions=('a',1,2)"], "three positive"),
-        (["main", "--config", QUICK, "--config.sample.temperature=inf"], "from 0 to 1,000"),
         (["main", "--config", QUICK, "--config.data.path=."], ". is a directory: name its files"),
-        (["main", "--config", QUICK, "--config.num_epochs=0"], "num_epochs is 0"),
         (["main", "--config", QUICK, "--config.num_epochs=1e3"], "num_epochs"),
-        (["main", "--config", QUICK, "--config.model.num_layers=10000000"], "from 1 to 100"),
         (["main", "--config", QUICK, "--wordir=x"], "workdir"),
         (["main", "--config", QUICK, "stray"], "'stray'"),
         (["main", "--config", QUICK, "--config.data.path=nothing.txt"], "no text file nothing.txt"),
         (["main", "--config", QUICK, "--config.data.path=zero.txt"], "zero.txt is empty"),
-        (["main", "--config", QUICK, "--config.data.path=latin.txt"], "not UTF-8 at byte 3"),
         (["main", "--config", QUICK, "--config.data.path=short.txt"], "too short"),
         (["main", *TINY, "--config.data.path=good.txt", "--workdir=zero.txt/run"], "can't write"),
         (
@@ -451,17 +415,13 @@ BAD_CONFIGS = {
         (["sample", "--workdir=."], "no trained model in ."),
         (["sample", "--workdir=.", "--temperature=-0.5"], "temperature is -0.5"),
         (["sample", "--workdir=.", "--top_p=0"], "top_p is 0.0: it must be above 0 and at most 1"),
-        (["sample", "--workdir=.", "--top_p=1.5"], "top_p is 1.5"),
-        (["sample", "--workdir=.", "--top_k=-1"], "top_k is -1"),
         (["sample", "--workdir=.", "--length=0"], "length"),
-        (["sample", "--workdir=.", "--length=-3"], "length"),
         (["sample", "--workdir=.", "--prompt=a", "--prompt_file=b"], "either --prompt or"),
         (
             ["sample", "--workdir=.", "--interactive", "--num_samples=2"],
             "--interactive generates one",
         ),
         (["sample", "--workdir=.", "--num_samples=0"], "num_samples"),
-        (["evaluate", "--workdir=."], "no trained model in ."),
         (["sample", f"--num_samples={10**20}", "--workdir=."], "it must be from 1 to 100,000"),
         (["sample", f"--workdir={'n' * 300}"], "nnn: File name too long"),
         (["main", "--config", QUICK, f"--config.data.path={'n' * 300}"], "no text file nnn"),
@@ -474,7 +434,6 @@ BAD_CONFIGS = {
         (["convert", "--workdir=x", "--from=nothing.keras", "--text=good.txt"], "No such file"),
         (["convert", "--workdir=x", "--to=new.keras", "--text=good.txt"], "are for --from"),
         (["convert", "--workdir=x", "--from=a.keras", "--drop_special"], "is for --to"),
-        (["convert", "--workdir=x", "--to=new.keras"], "no trained model in x"),
         (["evaluate", "--workdir=.", "--split=nothing"], "train, validation, test"),
     ],
     ids=lambda value: " ".join(value).replace(QUICK, "quick") if isinstance(value, list) else "",
@@ -485,7 +444,6 @@ def test_a_mistake_gives_a_one_line_error_and_exit_code_2(
     for name, content in BAD_CONFIGS.items():
         (tmp_path / name).write_text(content)
     (tmp_path / "zero.txt").write_bytes(b"")
-    (tmp_path / "latin.txt").write_bytes("caf\u00e9 au lait".encode("latin-1"))
     (tmp_path / "short.txt").write_text("To be or not to be, that is the question. " * 10)
     (tmp_path / "good.txt").write_bytes(text_file.read_bytes())
     before = sorted(os.listdir(tmp_path))

@@ -18,17 +18,17 @@ def measure_naively(text: str, training_text: str) -> tuple[int, float]:
     return longest, len(copied) / max(len(text), 1)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_matches_a_brute_force_search(seed: int) -> None:
-    rng = random.Random(seed)
-    training_text = "".join(rng.choices("ab\n", k=3000))
-    text = "".join(rng.choices("ab\n", k=150))
-    for length in (19, 20, 21, 22, 60):
-        start = rng.randrange(2900)
-        text += training_text[start : start + length] + rng.choice(["", "c"])
-    found = novelty.measure_novelty(text, [training_text])
-    assert (len(found.longest_run), found.copied_share) == measure_naively(text, training_text)
-    assert found.longest_run in text and found.longest_run in training_text
+def test_matches_a_brute_force_search() -> None:
+    rng = random.Random(0)
+    for _ in range(10):
+        training_text = "".join(rng.choices("ab\n", k=3000))
+        text = "".join(rng.choices("ab\n", k=150))
+        for length in (19, 20, 21, 22, 60):
+            start = rng.randrange(2900)
+            text += training_text[start : start + length] + rng.choice(["", "c"])
+        found = novelty.measure_novelty(text, [training_text])
+        assert (len(found.longest_run), found.copied_share) == measure_naively(text, training_text)
+        assert found.longest_run in text and found.longest_run in training_text
 
 
 @pytest.mark.parametrize("text", ["", "a", "x", "ab" * 12, "😀\ud800b"])

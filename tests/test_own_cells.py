@@ -5,9 +5,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +17,7 @@ from ml_collections import ConfigDict
 
 import commands
 import lstm_jax
+import models
 from lstm_jax import cells, training
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
@@ -30,7 +28,7 @@ from lstm_jax.errors import UserError
 from lstm_jax.export import page
 from lstm_jax.inspect import activations
 from lstm_jax.matmul import matmul
-from lstm_jax.run import cell_file, metrics, resume, workdir
+from lstm_jax.run import cell_file, resume, workdir
 from runs import assert_same
 from test_docs import find_blocks
 
@@ -93,7 +91,7 @@ def test_the_example_trains_and_resumes_bit_for_bit(
     moved.write_text(moved.read_text() + "\n")
     with pytest.raises(UserError, match="has changed since the run .* began: restore it, or"):
         training.train(tiny_config, tmp_path / "cut")
-    tiny_config.num_epochs, tiny_config.init_from = 1, str(tmp_path / "cut")
+    tiny_config.max_steps, tiny_config.init_from = 1, str(tmp_path / "cut")
     assert training.train(tiny_config, tmp_path / "new") == 0
 
 
@@ -103,7 +101,7 @@ def get_overrides(trial):
 """
 
 
-@pytest.mark.process
+@pytest.mark.slow
 def test_a_cell_of_somebody_else_needs_only_flags(text_file: Path, tmp_path: Path) -> None:
     their_file = tmp_path / "their cell.py"
     shutil.copy(FOREIGN, their_file)
@@ -112,45 +110,29 @@ def test_a_cell_of_somebody_else_needs_only_flags(text_file: Path, tmp_path: Pat
     fields = [f"--config={ROOT}/experiments/quick.py", f"--config.data.path={text_file}"]
     fields += [f"--config.model.cell={cell}", "--config.model.options.warm_up=3.0"]
     fields += ["--config.model.embedding_size=8", "--config.model.hidden_size=24"]
-    fields += ["--config.batches.batch_size=8", "--config.checkpoint_every_seconds=0"]
-    fields += ["--config.num_epochs=1", "--config.sample.length=20"]
+    fields += ["--config.batches.batch_size=8", "--config.sample.length=20"]
 
-    def start(module: str, *arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", f"lstm_jax.{module}", *arguments]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path)
-
-    def finish(process: subprocess.Popen[str]) -> str:
-        output, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        return output
-
-    printed = finish(start("main", *fields, "--workdir=whole"))
-    cut = start("main", *fields, "--workdir=cut")
-    while len(metrics.read_metrics(tmp_path / "cut" / workdir.METRICS)) < 4:
-        assert cut.poll() is None
-        time.sleep(0.02)
-    cut.kill()
-    cut.communicate()
-    assert "Resuming from step" in finish(start("main", *fields, "--workdir=cut"))
-    cell_file.load_cell(cell)
-    assert_same(tmp_path / "whole", tmp_path / "cut")
+    def run(module: str, *arguments: str) -> str:
+        done = commands.run(module, *arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     # The commands that a run and a sweep print work.
     def generate(printed: str) -> str:
         command = shlex.split(printed.partition("Generate text: ")[2].partition("\n")[0])
         assert command[:3] == ["python", "-m", "lstm_jax.sample"]
-        return finish(start("sample", *command[3:], "--length=9"))
+        return run("sample", *command[3:], "--length=9")
 
-    assert len(generate(printed)) == 9 + 1
-    finish(start("inspect", "--workdir=whole", f"--cell={cell}", "--length=500"))
-    assert '"rate"' in (tmp_path / "whole" / "report.html").read_text()
+    assert len(generate(run("main", *fields, "--config.max_steps=20", "--workdir=run"))) == 9 + 1
+    resumed = run("main", *fields, "--config.max_steps=30", "--workdir=run")
+    assert "Resuming from step 20" in resumed
+    run("inspect", "--workdir=run", f"--cell={cell}", "--length=500")
+    assert '"rate"' in (tmp_path / "run" / "report.html").read_text()
     (tmp_path / "space.py").write_text(SPACE)
-    sweep = [*fields, "--space=space.py", "--trials=3", "--workdir=sweep"]
-    for worker in [start("sweep", *sweep) for _ in range(2)]:
-        printed = finish(worker)
+    sweep = [*fields, "--config.max_steps=2", "--space=space.py", "--trials=2", "--workdir=sweep"]
+    printed = run("sweep", *sweep)
     rows = (tmp_path / "sweep" / "trials.jsonl").read_text().splitlines()
-    assert [json.loads(row)["state"] for row in rows] == 3 * ["complete"]
+    assert [json.loads(row)["state"] for row in rows] == 2 * ["complete"]
     assert len(generate(printed)) == 9 + 1
 
 
@@ -169,7 +151,7 @@ def test_commands_for_the_cells_of_the_package_name_them(
 def test_reading_a_run_runs_only_the_file_that_the_user_names(
     own_file: Path, tiny_config: ConfigDict, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    tiny_config.num_epochs = 1
+    tiny_config.max_steps = 1
     name = name_cell(tiny_config, own_file)
     assert training.train(tiny_config, tmp_path / "run") == 0
     mark = tmp_path / "mark"
@@ -208,9 +190,7 @@ GOOD = "        return carry, nn.Dense(self.hidden_size)(inputs) + carry\n"
     [
         ("import nothing_like_it\n", "Mine", r"cell file .*own.py, line 1: ModuleNotFoundError"),
         ("def f(:\n", "Mine", "cell file .*own.py, line 1: invalid syntax"),
-        ("\0", "Mine", "cell file .*own.py: source code string cannot contain null bytes"),
         ("import sys\nsys.exit(1)\n", "Mine", "cell file .*own.py, line 2: SystemExit: 1"),
-        ("raise BaseException('no')\n", "Mine", "own.py, line 1: BaseException: no"),
         (HEADER + GOOD, "Other", "has no class Other: its classes are Mine"),
         ("class Mine: pass\n", "Mine", "Mine in .*own.py is not a Flax module"),
         (
@@ -232,11 +212,6 @@ GOOD = "        return carry, nn.Dense(self.hidden_size)(inputs) + carry\n"
             HEADER + "        return carry, inputs\n",
             "Mine",
             r"its outputs are float32\[3, 8\]: it must return floats .* here \[3, 24\]",
-        ),
-        (
-            HEADER + "        return carry, carry.astype(int)\n",
-            "Mine",
-            r"its outputs are int32\[3, 24\]: it must return floats \[batch, hidden_size\]",
         ),
         (
             HEADER.replace("scale: float = 1.0", "scale: float") + GOOD,
@@ -289,11 +264,6 @@ GOOD = "        return carry, nn.Dense(self.hidden_size)(inputs) + carry\n"
             r"the next carry is \(float32.*\): it must be as in initial_carry, float32\[3, 24\]",
         ),
         (
-            HEADER + "        return carry.astype(jnp.float16), carry\n",
-            "Mine",
-            r"the next carry is float16\[3, 24\]: it must be as in initial_carry, float32\[3, 24\]",
-        ),
-        (
             HEADER.replace("(batch_size, self", "(1, self") + GOOD,
             "Mine",
             r"line 7.*initial_carry\(3\) returned float32\[1, 24\]: the first axis",
@@ -302,11 +272,6 @@ GOOD = "        return carry, nn.Dense(self.hidden_size)(inputs) + carry\n"
             HEADER + "        x = inputs + 1\n        return carry, x @ x\n",
             "Mine",
             "own.py, line 12.*: TypeError: dot_general",
-        ),
-        (
-            HEADER + "        for _ in range(2): self.param('a', nn.initializers.ones, (2,))\n",
-            "Mine",
-            "own.py, line 11.*: NameInUseError",
         ),
         (
             HEADER + "        self.variable('memory', 'x', jnp.zeros, ())\n" + GOOD,
@@ -330,7 +295,7 @@ def test_a_mistake_in_a_cell_is_one_line(
 def test_a_run_is_read_with_the_file_that_it_was_trained_with(
     tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny_config.num_epochs = 1
+    tiny_config.max_steps = 1
     for name in ("one", "two"):
         path = tmp_path / f"{name}.py"
         path.write_text(HEADER + GOOD + f"# {name}\n")
@@ -450,7 +415,7 @@ def test_a_cell_without_gates_has_a_report_of_its_outputs(own_file: Path) -> Non
             return carry, carry
 
     model = model_lib.LanguageModel(11, 6, 8, cell=Plain)
-    params = model_lib.init_params(model, jax.random.key(0))
+    params = models.draw_params(model, 0.1)
     ids = np.arange(50, dtype=np.int32) % 11
     reading = activations.record_activations(model, params, ids)
     outputs, _ = model.apply({"params": params}, ids[None], model.initial_carry(1), method="run")
@@ -605,12 +570,6 @@ def test_check_cell_names_what_is_wrong(cell: Any, message: str) -> None:
 
 def test_a_subclass_may_use_the_gates_that_it_inherits() -> None:
     lstm_jax.check_cell(InheritedGates)
-
-
-@pytest.mark.process
-def test_the_package_is_imported_quickly() -> None:
-    code = "import sys, lstm_jax; lstm_jax.__version__; sys.exit('jax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_options_and_operations_are_bounded(tiny_config: ConfigDict) -> None:

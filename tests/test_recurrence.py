@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.experimental import rnn
 
+import models
 from lstm_jax import cells
-from lstm_jax import model as model_lib
 from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.model import LanguageModel
 from lstm_jax.recurrences import cudnn, fused, processor
@@ -64,8 +64,13 @@ def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
 
 
 def value_and_gradients(function: Any, cotangents: Any, *arguments: Any) -> tuple[Any, Any]:
-    outputs, pull_back = jax.vjp(function, *arguments)
-    return outputs, pull_back(cotangents)
+    @jax.jit
+    def run(cotangents: Any, *arguments: Any) -> tuple[Any, Any]:
+        outputs, pull_back = jax.vjp(function, *arguments)
+        return outputs, pull_back(cotangents)
+
+    result: tuple[Any, Any] = run(cotangents, *arguments)
+    return result
 
 
 # (batch, time, features, hidden), with windows of 1, batches of 1, and sizes that are not multiples
@@ -74,32 +79,31 @@ SIZES = [(3, 5, 4, 6), (1, 1, 3, 5), (1, 17, 8, 130), (2, 33, 129, 67), (64, 6, 
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("rematerialize", [0, 4])
-def test_fused_agrees_with_the_reference(sizes: tuple[int, ...], rematerialize: int) -> None:
+def test_fused_agrees_with_the_reference(sizes: tuple[int, ...]) -> None:
     *arguments, cotangents = make_problem(*sizes)
-
-    run = functools.partial(fused.run_fused, rematerialize=rematerialize)
-    outputs, gradients = jax.jit(lambda *a: value_and_gradients(run, cotangents, *a))(*arguments)
     expected, expected_gradients = value_and_gradients(reference, cotangents, *arguments)
-    assert_close(outputs, expected, 1e-5)
-    assert_close(gradients, expected_gradients, 1e-4)
+    for rematerialize in (0, 4) if sizes in SIZES[:2] else (0,):
+        run = functools.partial(fused.run_fused, rematerialize=rematerialize)
+        outputs, gradients = value_and_gradients(run, cotangents, *arguments)
+        assert_close(outputs, expected, 1e-5)
+        assert_close(gradients, expected_gradients, 1e-4)
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("vocabulary", [4, 300])  # Folded into the recurrence, or looked up.
+@pytest.mark.parametrize(
+    ("sizes", "vocabulary"),  # Folded into the recurrence, or looked up.
+    [(SIZES[0], 4), (SIZES[1], 300), (SIZES[3], 300), (SIZES[4], 4)],
+    ids=str,
+)
 def test_a_lookup_agrees_with_the_reference(sizes: tuple[int, ...], vocabulary: int) -> None:
     kernels, _, carry, cotangents = make_problem(*sizes)
     rng = np.random.default_rng(1)
     table = jnp.asarray(rng.normal(size=(vocabulary, sizes[2])), jnp.float32)
     ids = jnp.asarray(rng.integers(0, vocabulary, sizes[:2]))
     both = [
-        jax.jit(
-            lambda *a, run=run: value_and_gradients(
-                lambda kernels, table, carry: run(kernels, Lookup(table, ids), carry),
-                cotangents,
-                *a,
-            )
-        )(kernels, table, carry)
+        value_and_gradients(
+            lambda kernels, table, carry, run=run: run(kernels, Lookup(table, ids), carry),
+            *(cotangents, kernels, table, carry),
+        )
         for run in (fused.run_fused, reference)
     ]
     assert_close(both[0][0], both[1][0], 1e-5)
@@ -133,13 +137,12 @@ def test_masks_and_the_carry_across_windows_and_calls() -> None:
     assert both[0]._cache_size() == 1
 
 
-@pytest.mark.parametrize("sizes", [*SIZES, (4, 20, 16, 32), (2, 1, 8, 130)], ids=str)
+@pytest.mark.parametrize("sizes", [*SIZES[1:4:2], SIZES[4], (4, 20, 16, 32)], ids=str)
 def test_bfloat16_rounds_matmuls_and_keeps_float32_state(sizes: tuple[int, ...]) -> None:
     *arguments, cotangents = make_problem(*sizes)
 
     low = functools.partial(fused.run_fused, dtype="bfloat16")
-    run = jax.jit(lambda *a: value_and_gradients(low, cotangents, *a))
-    outputs, gradients = run(*arguments)
+    outputs, gradients = value_and_gradients(low, cotangents, *arguments)
     expected, expected_gradients = value_and_gradients(reference, cotangents, *arguments)
     assert_close(outputs, expected, 3e-2)
     assert_close(gradients, expected_gradients, 5e-2)
@@ -155,7 +158,6 @@ def test_bfloat16_matmuls_agree_with_rounded_float32(monkeypatch: pytest.MonkeyP
     low = functools.partial(fused.run_fused, dtype="bfloat16")
     real = value_and_gradients(low, cotangents, *arguments)
     monkeypatch.setattr(fused, "has_bfloat16_instructions", lambda: False)
-    jax.clear_caches()
     assert_close(value_and_gradients(low, cotangents, *arguments), real, 1e-2)
 
 
@@ -164,9 +166,9 @@ def test_bfloat16_models_agree_for_all_recurrences() -> None:
     logits = {}
     for name in ("scan", "fused"):
         model = LanguageModel(11, 16, 24, 2, name, "bfloat16")
-        params = model_lib.init_params(model, jax.random.key(0))
+        params = models.draw_params(model, 0.1)
         assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
-        logits[name], carry = model_lib.apply(model, params, ids, model.initial_carry(2))
+        logits[name], carry = models.apply(model, params, ids, model.initial_carry(2))
         assert logits[name].dtype == jnp.float32
         assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(carry))
     np.testing.assert_allclose(logits["scan"], logits["fused"], atol=5e-3)
@@ -176,7 +178,8 @@ def count_temp_bytes(function: Any, *arguments: Any) -> int:
     def loss(*arguments: Any) -> jax.Array:
         return function(*arguments)[0].sum()
 
-    compiled = jax.jit(jax.grad(loss)).lower(*arguments).compile()
+    options: Any = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+    compiled = jax.jit(jax.grad(loss)).lower(*arguments).compile(options)
     analysis: Any = compiled.memory_analysis()
     return analysis.temp_size_in_bytes
 

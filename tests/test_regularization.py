@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+import models
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import regularization
+from test_cells import EQUATIONS
 
 
 def make_rates(**rates: float) -> ConfigDict:
@@ -49,29 +51,30 @@ def test_masks_keep_the_expectation(rate: float) -> None:
     assert (np.asarray(masks[1]) != np.asarray(masks[2])).any()
 
 
-@pytest.mark.parametrize("skip", [False, True])
-@pytest.mark.parametrize("recurrence", ["scan", "fused"])
+@pytest.mark.parametrize(("recurrence", "skip"), [("scan", False), ("fused", True)])
 def test_locked_dropout_is_the_same_at_every_step(recurrence: str, skip: bool) -> None:
     """Compare a model whose masks are constant over time with NumPy."""
     model = model_lib.LanguageModel(11, 6, 9, 2, recurrence, skip_connections=skip)
-    params = model_lib.init_params(model, jax.random.key(0))
+    params = models.draw_params(model)
     rates = make_rates(**dict.fromkeys(DROPOUTS, 0.4))
     masks = regularization.draw_masks(rates, model, jax.random.key(1), 3)
     ids = np.random.default_rng(0).integers(0, 11, (3, 20))
-    bound = model.bind({"params": params})
-    outputs, _ = bound.run(jnp.asarray(ids), model.initial_carry(3), masks)
-    logits = bound.predict(model_lib.apply_mask(outputs, masks[-1]))
+
+    @jax.jit
+    def predict(params: model_lib.Params) -> jax.Array:
+        bound = model.bind({"params": params})
+        outputs, _ = bound.run(jnp.asarray(ids), model.initial_carry(3), masks)
+        logits: jax.Array = bound.predict(model_lib.apply_mask(outputs, masks[-1]))
+        return logits
+
+    logits = predict(params)
 
     def layer(name: str, inputs: np.ndarray) -> np.ndarray:
         p = {key: np.asarray(value, np.float64) for key, value in params[name].items()}
         cell = hidden = np.zeros((3, 9))
         outputs = []
         for x in inputs.swapaxes(0, 1):
-            gates = x @ p["input_kernel"] + hidden @ p["recurrent_kernel"] + p["bias"]
-            i, f, g, o = np.split(gates, 4, axis=1)
-            i, f, o = (1 / (1 + np.exp(-gate)) for gate in (i, f, o))
-            cell = f * cell + i * np.tanh(g)
-            hidden = o * np.tanh(cell)
+            hidden, cell = EQUATIONS["lstm"](p, x, hidden, cell)
             outputs.append(hidden)
         return np.stack(outputs, axis=1)
 
@@ -79,12 +82,12 @@ def test_locked_dropout_is_the_same_at_every_step(recurrence: str, skip: bool) -
     embedded = np.asarray(params["embedding"]["embedding"])[ids] * m[0]
     first = layer("lstm_0", embedded)
     outputs = (layer("lstm_1", first * m[1]) + skip * first) * m[2]
-    expected = outputs @ np.asarray(params["dense"]["kernel"])
+    expected = outputs @ np.asarray(params["dense"]["kernel"]) + params["dense"]["bias"]
     np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
 def test_embedding_dropout_drops_whole_tokens() -> None:
-    params = model_lib.init_params(MODEL, jax.random.key(0))
+    params = models.draw_params(MODEL)
     rates = make_rates(embedding_dropout=0.3)
     dropped = regularization.drop_parameters(rates, params, jax.random.key(1))
     table, before = dropped["embedding"]["embedding"], params["embedding"]["embedding"]
@@ -96,7 +99,7 @@ def test_embedding_dropout_drops_whole_tokens() -> None:
 
 
 def test_recurrent_dropout_drops_single_weights() -> None:
-    params = model_lib.init_params(MODEL, jax.random.key(0))
+    params = models.draw_params(MODEL)
     rates = make_rates(recurrent_dropout=0.3)
     dropped = regularization.drop_parameters(rates, params, jax.random.key(1))
     kept = []

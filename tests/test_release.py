@@ -71,9 +71,19 @@ def test_the_first_command_works_where_the_wheel_is_installed(
     wheel: Path, text_file: Path, tmp_path: Path
 ) -> None:
     environment = tmp_path / "environment"
-    venv.create(environment, with_pip=True)
+    venv.create(environment)
     python = str(environment / "bin" / "python")
-    run(python, "-m", "pip", "install", "--no-deps", "--no-index", str(wheel), cwd=tmp_path)
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--no-deps",
+        "--no-index",
+    ]
+    run(*install, str(wheel), cwd=tmp_path)
     # Use the dependencies of this environment. Python ignores editable installs there, because it
     # reads no .pth files in a directory that a .pth file adds.
     (site,) = environment.glob("lib/*/site-packages")
@@ -84,7 +94,7 @@ def test_the_first_command_works_where_the_wheel_is_installed(
     assert Path(where.strip()).is_relative_to(environment.resolve())
     train = [python, "-m", "lstm_jax.main", "--config", "experiments/quick.py"]
     sizes = ["--config.model.hidden_size=16", "--config.batches.window_length=32"]
-    run(*train, *sizes, f"--config.data.path={text_file}", "--config.num_epochs=1", cwd=empty)
+    run(*train, *sizes, f"--config.data.path={text_file}", "--config.max_steps=1", cwd=empty)
     assert workdir.load_trained(empty / "runs" / "quick").step > 0
     sample = [python, "-m", "lstm_jax.sample", "--workdir", "runs/quick", "--length=20"]
     assert len(run(*sample, cwd=empty)) == 21
