@@ -123,7 +123,8 @@ def run_tests(mutant: Mutant, clone: Path) -> tuple[bool, dict[str, object]]:
     tests = sorted(
         (clone / "tests").glob("test_*.py"), key=lambda test: -len(word.findall(test.read_text()))
     )
-    command = [sys.executable, "-m", "pytest", "-x", "-m", "not process and not slow", *tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-m", "not process and not slow"]
+    command += map(str, tests)
     environment = {**os.environ, "PYTHONPATH": str(clone), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         with subprocess.Popen(

@@ -1,6 +1,7 @@
 """Benchmarks run at a small size, and treat other libraries like this one."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ def test_every_recurrence_of_a_cell_is_timed(
     import recurrences
 
     monkeypatch.setattr(recurrences, "TOKENS", 8)
-    recurrences.time_recurrences(["lstm", "mingru"], [4], 1)
+    flags = ["--variants=lstm,mingru", "--lengths=4", "--rounds=1"]
+    monkeypatch.setattr(sys, "argv", ["recurrences.py", *flags])
+    recurrences.main()
     printed = capsys.readouterr().out.splitlines()
     rows = [line.split("|")[1:-1] for line in printed if line.startswith("| ")]
     assert [(cell.strip(), recurrence.strip()) for cell, _, recurrence, _ in rows[2:]] == [
