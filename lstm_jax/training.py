@@ -61,7 +61,7 @@ def train(
         resume.settle_model(config)
         mesh = parallel.make_mesh(config)
         memory.keep_freed_memory()
-        with hosts.first_goes_ahead("text and lock"):
+        with hosts.main_process_first("text and lock"):
             splits = texts.load_texts(config.data)
             check_lock = stack.enter_context(lock.hold_lock(directory))
         stack.enter_context(name_failed_writes(directory))
@@ -122,7 +122,7 @@ class _Run:
         """
         config, directory = self.config, self.directory
         recorded = checkpoints_lib.read_validation_loss(self.saved_in, self.step) is not None
-        validated = bool(hosts.get_greatest(recorded))  # A fast process may just have recorded it.
+        validated = bool(hosts.max_over_processes(recorded))  # A fast process may just have recorded it.
         if self.history is None:
             self._save()
             self.checkpoints.wait()
@@ -184,7 +184,7 @@ class _Run:
                         self._log()
                     saving = self.checkpoints.check()
                     waited = time.monotonic() - self.saved_at >= config.checkpoint_every_seconds
-                    due = in_step and bool(hosts.get_greatest(waited and not saving))
+                    due = in_step and bool(hosts.max_over_processes(waited and not saving))
                     validates = self.plan.validates_at(self.step)
                     if validates or due:
                         self._save()
@@ -273,7 +273,7 @@ class _Run:
         """Return whether to end early, by the rows of metrics.jsonl; the first process decides."""
         used = self.is_first and self.config.patience
         rows = metrics.read_metrics(self.directory / workdir.METRICS) if used else []
-        return bool(hosts.get_greatest(advice.is_out_of_patience(rows, self.config.patience)))
+        return bool(hosts.max_over_processes(advice.is_out_of_patience(rows, self.config.patience)))
 
     def _plot_curves(self) -> None:
         rows = metrics.read_metrics(self.directory / workdir.METRICS)

@@ -235,7 +235,7 @@ def restore_run(
             f"the run in {directory} has trained {plan.describe_length(step)} already, and "
             f"{plan.limit}={config[plan.limit]} is fewer: set more, or use {another_directory()}"
         )
-    with hosts.first_goes_ahead("config"):
+    with hosts.main_process_first("config"):
         if hosts.is_first():
             files.remove_partial(directory)
             if changes:

@@ -41,7 +41,7 @@ class StopRequest:
 
     def check(self) -> None:
         """Raise `Stopped` if a signal arrived in any process."""
-        if code := hosts.get_greatest(self.exit_code or 0):
+        if code := hosts.max_over_processes(self.exit_code or 0):
             self.exit_code = code
             raise Stopped
 
@@ -82,7 +82,7 @@ class Pacer:
         if step - self._step < self._steps:
             return jax.process_count() == 1
         jax.block_until_ready(array)
-        milliseconds = hosts.get_greatest(int(1e3 * (time.monotonic() - self._clock)))
+        milliseconds = hosts.max_over_processes(int(1e3 * (time.monotonic() - self._clock)))
         self._steps = max(1, int(self._steps / max(milliseconds, 1) * 1e3))
         self._step, self._clock = step, time.monotonic()
         return True
