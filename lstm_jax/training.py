@@ -58,7 +58,7 @@ def train(
     config, directory = config_lib.complete_config(config), workdir.check_path(directory)
     parallel.use_cores(config)
     with console.quieten(quiet), contextlib.ExitStack() as stack:
-        resume.settle_model(config)
+        resume.resolve_model(config)
         mesh = parallel.make_mesh(config)
         memory.keep_freed_memory()
         with hosts.main_process_first("text and lock"):
@@ -85,10 +85,10 @@ class _Run:
         watch: Watch,
     ) -> None:
         text = splits.texts["train"]
-        settled = resume.settle_run(
-            splits.settle(config), directory, lambda: text.vocabulary(config.data)
+        resolved = resume.resolve_run(
+            splits.resolve(config), directory, lambda: text.vocabulary(config.data)
         )
-        self.config, self.vocabulary = settled.config, settled.vocabulary
+        self.config, self.vocabulary = resolved.config, resolved.vocabulary
         self.directory, self.saved_in = directory, directory / workdir.CHECKPOINTS
         self.mesh, self.check_lock, self.watch = mesh, check_lock, watch
         self.is_first = hosts.is_first()
@@ -103,14 +103,14 @@ class _Run:
         ids = self.ids["train"]
         self.on_devices = feeding.fits_on_device(ids, len(self.vocabulary))
         start = resume.restore_run(
-            settled, directory, ids, text.count_tokens, mesh, places=self.on_devices
+            resolved, directory, ids, text.count_tokens, mesh, places=self.on_devices
         )
         self.model, self.state, self.step = start.model, start.state, start.step
         self.iterator, self.history = start.iterator, start.history
         self.plan, self.total_steps = start.plan, start.plan.total_steps
         self.checkpoints = checkpoints_lib.CheckpointWriter(self.saved_in)
         self.saved, self.saved_at = start.step, time.monotonic()
-        messages.print_setup(settled, start, self.ids)
+        messages.print_setup(resolved, start, self.ids)
 
     # ---- The loop.
 

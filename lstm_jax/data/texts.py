@@ -27,7 +27,7 @@ class Splits(NamedTuple):
     texts: dict[str, Text]
     sha256: str
 
-    def settle(self, config: ConfigDict) -> ConfigDict:
+    def resolve(self, config: ConfigDict) -> ConfigDict:
         """Return the config with the checksum of this text and absolute paths."""
         config = config.copy_and_resolve_references()
         config.data.sha256 = self.sha256

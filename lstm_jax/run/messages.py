@@ -24,9 +24,9 @@ from lstm_jax.vocabulary import Costs, Ids
 _LONGEST_WINDOW = 24
 
 
-def print_setup(settled: resume.Settled, start: resume.Start, ids: Mapping[str, Ids]) -> None:
+def print_setup(resolved: resume.Resolved, start: resume.Start, ids: Mapping[str, Ids]) -> None:
     """Print the model, the text with its first window, and initial weights or changed fields."""
-    config, vocabulary, changes = settled
+    config, vocabulary, changes = resolved
     window = ids["train"][: min(config.batches.window_length, _LONGEST_WINDOW) + 1]
     inputs, targets = window[:-1], window[1:]
     model = start.model

@@ -29,7 +29,7 @@ _Changes = dict[str, tuple[Any, Any]]
 _OF_MODEL = ("model.", "data.units", "data.document_separator")
 
 
-class Settled(NamedTuple):
+class Resolved(NamedTuple):
     """The config and vocabulary of a run, and changes of the config since it was last trained."""
 
     config: ConfigDict
@@ -37,7 +37,7 @@ class Settled(NamedTuple):
     changes: _Changes
 
 
-def settle_model(config: ConfigDict) -> None:
+def resolve_model(config: ConfigDict) -> None:
     """Load the cell of a training config, and check the model; this initializes JAX.
 
     Set the checksum of the cell's file in the config.
@@ -46,7 +46,7 @@ def settle_model(config: ConfigDict) -> None:
       UserError: if the cell can't be loaded or breaks the protocol, or if `model.recurrence` can't
         run on this device, or a rate of `regularization` does not apply.
     """
-    cell_file.settle_cell(config)
+    cell_file.resolve_cell(config)
     try:
         model = model_lib.make_model(config.model, 1)
         model.implementation()
@@ -61,9 +61,9 @@ def settle_model(config: ConfigDict) -> None:
     )
 
 
-def settle_run(
+def resolve_run(
     config: ConfigDict, directory: Path, make_vocabulary: Callable[[], Vocabulary]
-) -> Settled:
+) -> Resolved:
     """Return config and vocabulary of a new run, or of the run in `directory` with its changes.
 
     Args:
@@ -82,7 +82,7 @@ def settle_run(
         before = workdir.load_config(directory)
         config.init_from = config.init_from or before.init_from
         changes = _compare(before, config, directory)
-        return Settled(config, workdir.load_vocabulary(directory), changes)
+        return Resolved(config, workdir.load_vocabulary(directory), changes)
     for name in (workdir.CHECKPOINTS, workdir.METRICS):
         if (directory / name).exists():
             raise UserError(
@@ -94,7 +94,7 @@ def settle_run(
         source = Path(config.init_from)
         _compare(workdir.load_config(source), config, source, of_model=True)
         vocabulary = extend_vocabulary(workdir.load_vocabulary(source), vocabulary)
-    return Settled(config, vocabulary, {})
+    return Resolved(config, vocabulary, {})
 
 
 def extend_vocabulary(first: Vocabulary, second: Vocabulary) -> Vocabulary:
@@ -182,17 +182,17 @@ class Start(NamedTuple):
 
 
 def restore_run(
-    settled: Settled,
+    resolved: Resolved,
     directory: Path,
     ids: Ids,
     count_tokens: Callable[[Vocabulary], np.ndarray],
     mesh: jax.sharding.Mesh | None = None,
     places: bool = False,
 ) -> Start:
-    """Make model, state and batches, or restore them from a checkpoint; save `settled`.
+    """Make model, state and batches, or restore them from a checkpoint; save `resolved`.
 
     Args:
-      settled: from `settle_run`.
+      resolved: from `resolve_run`.
       directory: the working directory.
       ids: those of the training text.
       count_tokens: returns the number of occurrences of each token there, for a new run.
@@ -202,7 +202,7 @@ def restore_run(
     Raises:
       UserError: if the text is too short, or the run is damaged or was trained for more epochs.
     """
-    config, vocabulary, changes = settled
+    config, vocabulary, changes = resolved
     part = (jax.process_index(), jax.process_count())
     iterator, steps_per_epoch = batches.make_batches(ids, config.batches, config.seed, places, part)
     plan = Plan(config, steps_per_epoch)

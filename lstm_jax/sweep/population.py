@@ -80,10 +80,10 @@ def train_population(
         for config, directory in zip(configs, directories, strict=True):
             check_lock = held.enter_context(lock.hold_lock(directory))
             with _naming_resumed(directory):
-                settled = resume.settle_run(splits.settle(config), directory, make_vocabulary)
-                ids = ids or splits.encode(settled.vocabulary)
-                costs = costs or splits.measure_costs(settled.vocabulary)
-                start = resume.restore_run(settled, directory, ids["train"], text.count_tokens)
+                resolved = resume.resolve_run(splits.resolve(config), directory, make_vocabulary)
+                ids = ids or splits.encode(resolved.vocabulary)
+                costs = costs or splits.measure_costs(resolved.vocabulary)
+                start = resume.restore_run(resolved, directory, ids["train"], text.count_tokens)
                 saved_in = directory / workdir.CHECKPOINTS
                 writer = held.enter_context(checkpoints_lib.CheckpointWriter(saved_in))
                 if start.history is None:
@@ -93,7 +93,7 @@ def train_population(
                     writer.wait()
                 else:
                     workdir.restore_history(directory, start.history)
-            number, own = len(members), settled.config
+            number, own = len(members), resolved.config
             members.append(_Member(number, own, directory, start, writer, check_lock))
         # Members that were killed at different epochs are trained in groups.
         for step in sorted({member.start.step for member in members}):
@@ -133,8 +133,8 @@ def check_members(configs: Sequence[ConfigDict]) -> None:
             "train one at a time with --population=1"
         )
     for config in configs:
-        cell_file.settle_cell(config)
-    resume.settle_model(configs[0])
+        cell_file.resolve_cell(config)
+    resume.resolve_model(configs[0])
     first = dict(config_lib.flatten(configs[0]))
     for config in configs[1:]:
         for field, value in config_lib.flatten(config):
