@@ -57,7 +57,7 @@ def _run_file(file: str, class_name: str, source: bytes, sha256: str) -> type[nn
     sys.modules[module.__name__] = module
     sys.path.insert(0, str(Path(file).parent))
     try:
-        with files.blaming_file("cell file", file):
+        with files.convert_to_user_error("cell file", file):
             exec(compile(source, file, "exec"), module.__dict__)
     finally:
         sys.path.pop(0)

@@ -362,9 +362,9 @@ _is_finite = jax.jit(model_lib.is_finite)
 def _find_disagreement(restored: ocp.args.Composite, step: int) -> str | None:
     """Return what is wrong with restored items, or None."""
     state, history = restored.get("state"), restored.get("history", {})
-    own = int(state.get("step", step)) if isinstance(state, dict) else step
-    if own != step:
-        return f"it is the checkpoint of step {own}"
+    saved_step = int(state.get("step", step)) if isinstance(state, dict) else step
+    if saved_step != step:
+        return f"it is the checkpoint of step {saved_step}"
     if not _is_finite(restored.params):
         return "its parameters are not finite"
     sizes = history.values() if isinstance(history, dict) else [None]

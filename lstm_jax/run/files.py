@@ -196,7 +196,7 @@ def _checksum(fields: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def blaming_file(
+def convert_to_user_error(
     kind: str, file: str, passing: type[Exception] | tuple[type[Exception], ...] = UserError
 ) -> Iterator[None]:
     """Convert any exception of a user's Python file to a `UserError` that names file and line.

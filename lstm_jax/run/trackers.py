@@ -23,7 +23,7 @@ _PROJECT = "lstm-jax"
 _Row = Mapping[str, Any]
 
 
-class _Run(NamedTuple):
+class _TrackedRun(NamedTuple):
     """The name, the identity and the config of a run, with which a tracker is opened."""
 
     directory: Path
@@ -33,7 +33,7 @@ class _Run(NamedTuple):
 
 
 class _Tracker(Protocol):
-    """A destination for the rows of one run; it is made from a `_Run`, new or resumed."""
+    """A destination for the rows of one run; it is made from a `_TrackedRun`, new or resumed."""
 
     def write(self, row: _Row, /) -> object:
         """Add a row of metrics.jsonl; those of validations also have a `sample`."""
@@ -52,7 +52,7 @@ def _list_numbers(row: _Row) -> dict[str, float]:
 class _Wandb:
     """Weights & Biases, in the project that WANDB_PROJECT names, or else lstm-jax."""
 
-    def __init__(self, run: _Run) -> None:
+    def __init__(self, run: _TrackedRun) -> None:
         import wandb
 
         self._html = wandb.Html
@@ -85,7 +85,7 @@ class _MLflow:
 
     _TAG = "lstm_jax.run"
 
-    def __init__(self, run: _Run) -> None:
+    def __init__(self, run: _TrackedRun) -> None:
         from mlflow import MlflowClient, entities
 
         self._client, self._entities = MlflowClient(), entities
@@ -121,7 +121,7 @@ class _MLflow:
 class _Trackio:
     """Trackio, in the project lstm-jax."""
 
-    def __init__(self, run: _Run) -> None:
+    def __init__(self, run: _TrackedRun) -> None:
         import trackio
 
         self._trackio = trackio
@@ -151,7 +151,7 @@ class _Function:
         """Do nothing."""
 
 
-_TRACKERS: dict[str, Callable[[_Run], _Tracker]] = {
+_TRACKERS: dict[str, Callable[[_TrackedRun], _Tracker]] = {
     "wandb": _Wandb,
     "mlflow": _MLflow,
     "trackio": _Trackio,
@@ -178,7 +178,7 @@ def open_trackers(names: Sequence[str], directory: Path) -> Iterator[Callable[[_
     def watch(row: _Row) -> None:
         if makers:
             config = metrics.list_hyperparameters(workdir.load_config(directory))
-            run = _Run(directory, directory.resolve().name, _get_identity(directory), config)
+            run = _TrackedRun(directory, directory.resolve().name, _get_identity(directory), config)
             for name in list(makers):
                 try:
                     opened[name] = makers.pop(name)(run)
@@ -206,7 +206,7 @@ def open_trackers(names: Sequence[str], directory: Path) -> Iterator[Callable[[_
                 warn(f"--track={name} failed to close ({one_line(error)[:300]})")
 
 
-def _find_tracker(name: str) -> Callable[[_Run], _Tracker]:
+def _find_tracker(name: str) -> Callable[[_TrackedRun], _Tracker]:
     if name in _TRACKERS:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:  # A directory here may have its name.

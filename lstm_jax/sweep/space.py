@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial
 
 from lstm_jax import config as config_lib
 from lstm_jax.errors import UserError, one_line
-from lstm_jax.run.files import blaming_file
+from lstm_jax.run.files import convert_to_user_error
 
 FUNCTION = "get_overrides"
 # The number of draws to check before training, so that mistakes are reported early.
@@ -32,7 +32,7 @@ class Space(NamedTuple):
 
     def overrides(self, trial: Any) -> dict[str, Any]:
         """Return the fields that a trial changes, with lists for tuples, as in JSON."""
-        with blaming_file("space file", self.name, (UserError, UpdateFinishedTrialError)):
+        with convert_to_user_error("space file", self.name, (UserError, UpdateFinishedTrialError)):
             try:
                 overrides = self.get_overrides(trial)
             except optuna.TrialPruned:
@@ -131,7 +131,7 @@ def load_space(path: Path) -> Space:
         raise UserError(f"there is no space file {path}")
     sys.path.insert(0, str(path.parent))
     try:
-        with blaming_file("space file", str(path)):
+        with convert_to_user_error("space file", str(path)):
             names = runpy.run_path(str(path))
     finally:
         sys.path.remove(str(path.parent))
