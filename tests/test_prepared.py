@@ -439,7 +439,7 @@ def test_the_recorded_directory_has_no_tilde(
     config = config_lib.default()
     config.data = data.copy_and_resolve_references()
     config.data.prepared = "~/corpora"
-    splits = texts.Splits({}, "0" * 64)
+    splits = texts.Splits({}, "0" * 64, config.data)
     assert splits.resolve(config).data.prepared == "/home/somebody/corpora"
 
 

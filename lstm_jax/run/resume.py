@@ -24,7 +24,7 @@ from lstm_jax.train_step import TrainState, init_state
 from lstm_jax.vocabulary import Ids, Vocabulary
 
 # The value before and the value now of each field that has changed, by dotted name.
-_Changes = dict[str, tuple[Any, Any]]
+Changes = dict[str, tuple[Any, Any]]
 # Fields that a run and the one whose parameters it starts from must share.
 _OF_MODEL = ("model.", "data.units", "data.document_separator")
 
@@ -34,7 +34,7 @@ class Resolved(NamedTuple):
 
     config: ConfigDict
     vocabulary: Vocabulary
-    changes: _Changes
+    changes: Changes
 
 
 def resolve_model(config: ConfigDict) -> None:
@@ -77,7 +77,7 @@ def resolve_run(
     config = config.copy_and_resolve_references()
     if config.init_from:
         config.init_from = str(Path(config.init_from).absolute())
-    workdir.check_own_files(directory)
+    workdir.check_regular_files(directory)
     if (directory / workdir.CONFIG).exists():
         before = workdir.load_config(directory)
         config.init_from = config.init_from or before.init_from
@@ -121,7 +121,7 @@ def extend_vocabulary(first: Vocabulary, second: Vocabulary) -> Vocabulary:
 
 def _compare(
     before: ConfigDict, config: ConfigDict, directory: Path, of_model: bool = False
-) -> _Changes:
+) -> Changes:
     """Return the changed fields, or those `_OF_MODEL`; raise `UserError` if one can't change."""
     old = dict(config_lib.flatten(before))
     changes = {
@@ -178,7 +178,8 @@ class Start(NamedTuple):
     step: int  # Training steps done.
     plan: Plan
     history: dict[str, int] | None  # `workdir.history_sizes` when it was saved; None if it is new.
-    trained: workdir.Trained | None  # The model whose parameters a new run starts from, if any.
+    # The step of the model whose parameters a new run starts from, and its number of tokens.
+    source: tuple[int, int] | None
 
 
 def restore_run(
@@ -242,4 +243,5 @@ def restore_run(
                 workdir.append_changes(directory, step, changes)
             workdir.save_vocabulary(directory, vocabulary)
             workdir.save_config(directory, config)
-    return Start(model, state, iterator, step, plan, history, trained)
+    source = (trained.step, len(trained.vocabulary)) if trained else None
+    return Start(model, state, iterator, step, plan, history, source)
