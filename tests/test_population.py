@@ -1,4 +1,5 @@
 import json
+import math
 import runpy
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from lstm_jax import training
 from lstm_jax.data import texts
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import metrics, workdir
-from lstm_jax.sweep import population
+from lstm_jax.sweep import population, stacked
 from lstm_jax.sweep import space as space_lib
 
 # Every traceable field varies, and the schedule.
@@ -123,16 +124,6 @@ def test_members_stopped_before_the_first_epoch_start_again(
     ]
 
 
-def test_the_speed_is_that_of_steps_after_the_first(
-    tiny_config: ConfigDict, tmp_path: Path
-) -> None:
-    tiny_config.log_every_steps, tiny_config.max_steps = 1, 3
-    population.train_population([tiny_config], [tmp_path], lambda *row: None)
-    rows = metrics.read_metrics(tmp_path / workdir.METRICS)
-    trained = [row for row in rows if row["split"] == "train"]
-    assert ["tokens_per_second" in row for row in trained] == [False, True, True]
-
-
 def test_members_share_one_vocabulary(
     tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +140,8 @@ def test_the_working_directory_of_a_member_is_read_like_any_other(together: tupl
     _, directories, _, _ = together
     trained = workdir.load_trained(directories[0])
     assert trained.step in (70, 140)
+    rows = metrics.read_metrics(directories[0] / workdir.METRICS)
+    assert all(row["tokens_per_second"] > 0 for row in rows if row["split"] == "train")
     assert json.loads((directories[0] / workdir.CONFIG).read_text())["seed"] == 0
 
 
@@ -156,6 +149,27 @@ def test_members_that_differ_in_other_fields_raise_an_error(tiny_config: ConfigD
     other = space_lib.change_fields(tiny_config, {"model.hidden_size": 32})
     with pytest.raises(UserError, match="can't differ in config.model.hidden_size"):
         population.check_members([tiny_config, other])
+
+
+def test_hyperparameters_that_vary_are_stacked(tiny_config: ConfigDict) -> None:
+    other = space_lib.change_fields(
+        tiny_config,
+        {
+            "seed": 1,
+            "optimizer.warmup_steps": 3,
+            "optimizer.schedule": "linear",
+            "optimizer.max_gradient_norm": 0.0,
+        },
+    )
+    varied = stacked.stack_hyperparameters([tiny_config, other], stacked.make_mesh(1))
+    assert {name: array.tolist() for name, array in varied.items()} == {
+        "optimizer.warmup_steps": [10, 3],
+        "optimizer.schedule": [1, 2],
+        "optimizer.max_gradient_norm": [1.0, math.inf],
+    }
+    values = dict(config_lib.flatten(tiny_config))
+    strings = [name for name in stacked.TRACED_BY_STEP if isinstance(values[name], str)]
+    assert strings == ["optimizer.schedule"], "the others can be arrays"
 
 
 def test_the_population_space_varies_only_allowed_fields() -> None:
