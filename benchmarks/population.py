@@ -21,7 +21,7 @@ from frame import parse_flags, print_head, print_row
 from lstm_jax import batches, config, model, optimizer, train_step
 from lstm_jax.devices import memory, parallel
 from lstm_jax.recurrences.processor import count_cores
-from lstm_jax.sweep import population
+from lstm_jax.sweep import stacked
 
 VOCABULARY_SIZE = 67
 
@@ -102,10 +102,10 @@ def _alone(hidden_size: int, steps: int) -> None:
 
 def _together(hidden_size: int, steps: int, members: int) -> None:
     settings = [_settings(hidden_size, seed) for seed in range(members)]
-    mesh = population.make_mesh(members)
-    step = population.make_population_step(settings[0], VOCABULARY_SIZE, steps, mesh)
-    traced = population.hyperparameters(settings)
-    state = population.stack([_state(own, steps) for own in settings], mesh)
+    mesh = stacked.make_mesh(members)
+    step = stacked.make_population_step(settings[0], VOCABULARY_SIZE, steps, mesh)
+    traced = stacked.stack_hyperparameters(settings, mesh)
+    state = stacked.stack([_state(each, steps) for each in settings], mesh)
     batch = _batch(settings[0], members)
     for _ in range(steps):
         state = jax.block_until_ready(step(traced, state, batch))

@@ -10,7 +10,7 @@ import itertools
 import re
 import textwrap
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -35,9 +35,6 @@ class Field(NamedTuple):
     allowed: Rule
     meaning: str
     resume: bool = False  # A run may change it when it resumes.
-    # Members of a population may differ in it: the compiled step reads it as an array ("step"), or
-    # only the initial parameters and the order of the text depend on it ("start").
-    population: Literal["", "start", "step"] = ""
     compared: bool = True  # All runs of a study have the same value.
     fits: Rule | None = None  # A rule that the whole config must satisfy.
     used_with: Rule | None = None  # The field has no effect on a config that breaks this rule.
@@ -109,7 +106,7 @@ _COUNT, _POSITIVE_COUNT = between(0, 2**31 - 1), between(1, 2**31 - 1)
 # fmt: off
 FIELDS = (
     Field("seed", 0, between(0, 2**32 - 1),
-          "Random seed of initial parameters, batches and samples.", population="start"),
+          "Random seed of initial parameters, batches and samples."),
     Field("init_from", "", _TEXT,
           "Start from the parameters of the run in this directory (set by --init_from)."),
     Field("num_epochs", 20, between(1, 10**6), "Passes over the training text.", resume=True),
@@ -208,9 +205,9 @@ FIELDS = (
                     lambda c: not (c.model.skip_connections and c.model.tie_embeddings)
                     or c.model.embedding_size == c.model.hidden_size)),
     Field("model.initial_embedding", 0.05, Rule("above 0, up to 1000", lambda x: 0 < x <= 1000),
-          "Initial embeddings are uniform between minus and plus this.", population="start"),
+          "Initial embeddings are uniform between minus and plus this."),
     Field("model.initial_scale", 1.0, Rule("above 0, up to 1000", lambda value: 0 < value <= 1000),
-          "Factor of the initial kernels and embedding table.", population="start"),
+          "Factor of the initial kernels and embedding table."),
     Field("model.initial_bias", "frequencies", one_of("frequencies", "zeros"),
           "Initial bias of the logits. frequencies: the logarithm of each token's frequency in "
           "the training text, which the model then does not have to learn."),
@@ -234,37 +231,37 @@ FIELDS = (
           "schedule-free AdamW; or SGD."),
     Field("optimizer.b1", 0.9, _SHARE,
           "Decay of the gradients' mean in Adam and Lion; the share of the average in the weights "
-          "that schedule_free trains.", resume=True, population="step", used_with=_OTHER_THAN_SGD,
+          "that schedule_free trains.", resume=True, used_with=_OTHER_THAN_SGD,
           fits=Rule("above 0 for optimizer.name='schedule_free'",
                     lambda c: c.optimizer.b1 > 0 or c.optimizer.name != "schedule_free")),
     Field("optimizer.b2", 0.999, _SHARE,
           "Decay of the gradients' mean square in Adam, and of their mean in Lion.",
-          resume=True, population="step", used_with=_OTHER_THAN_SGD),
+          resume=True, used_with=_OTHER_THAN_SGD),
     Field("optimizer.epsilon", 1e-8, Rule("above 0, up to 1", lambda value: 0 < value <= 1),
-          "Added to the root mean square in Adam.", resume=True, population="step",
+          "Added to the root mean square in Adam.", resume=True,
           used_with=Rule("another optimizer than 'lion' or 'sgd'",
                          lambda c: c.optimizer.name not in ("lion", "sgd"))),
     Field("optimizer.momentum", 0.9, _SHARE, "Momentum of SGD and Muon.",
-          resume=True, population="step",
+          resume=True,
           used_with=Rule("optimizer.name='sgd' or 'muon'",
                          lambda c: c.optimizer.name in ("sgd", "muon"))),
     Field("optimizer.learning_rate", 1e-4, Rule("above 0, up to 1e38", lambda x: 0 < x <= 1e38),
-          "Peak learning rate.", resume=True, population="step"),
+          "Peak learning rate.", resume=True),
     Field("optimizer.warmup_steps", 0, _COUNT,
-          "Steps of a linear rise to the peak learning rate.", resume=True, population="step"),
+          "Steps of a linear rise to the peak learning rate.", resume=True),
     Field("optimizer.schedule", "constant", one_of(*SCHEDULES),
           "Learning rate after warm-up. cosine, linear: decay to zero at the end of training. "
-          "step: divide by ten at each of step_at.", resume=True, population="step"),
+          "step: divide by ten at each of step_at.", resume=True),
     Field("optimizer.step_at", (0.5, 0.75), _SHARES,
           "Fractions of all steps.", resume=True,
           used_with=is_set_to("optimizer.schedule", "step")),
     Field("optimizer.weight_decay", 0.0, Rule("from 0 to 1e38", lambda value: 0 <= value <= 1e38),
-          "Weight decay, of kernels and embedding only.", resume=True, population="step"),
+          "Weight decay, of kernels and embedding only.", resume=True),
     Field("optimizer.max_gradient_norm", 0.0, between(0, 10**9),
-          "Clip gradients to this global norm. 0: no clipping.", resume=True, population="step"),
+          "Clip gradients to this global norm. 0: no clipping.", resume=True),
     Field("optimizer.average_decay", 0.0, _SHARE,
           "Decay of an exponential moving average of the parameters, which evaluation and sampling "
-          "then use. 0: no average.", population="step",
+          "then use. 0: no average.",
           used_with=Rule("another optimizer than 'schedule_free'",
                          lambda c: c.optimizer.name != "schedule_free")),
     Field("optimizer.microbatches", 1, _SIZE,
@@ -273,20 +270,19 @@ FIELDS = (
                     lambda c: c.batches.batch_size % c.optimizer.microbatches == 0)),
 
     Field("regularization.embedding_dropout", 0.0, _SHARE,
-          "Dropout of whole rows of the embedding table.", resume=True, population="step"),
+          "Dropout of whole rows of the embedding table.", resume=True),
     Field("regularization.input_dropout", 0.0, _SHARE,
-          "Dropout of the inputs of the first layer.", resume=True, population="step"),
+          "Dropout of the inputs of the first layer.", resume=True),
     Field("regularization.hidden_dropout", 0.0, _SHARE, "Dropout between layers.", resume=True,
-          population="step", used_with=_SEVERAL_LAYERS),
+          used_with=_SEVERAL_LAYERS),
     Field("regularization.output_dropout", 0.0, _SHARE,
-          "Dropout of the outputs of the last layer.", resume=True, population="step"),
+          "Dropout of the outputs of the last layer.", resume=True),
     Field("regularization.recurrent_dropout", 0.0, _SHARE,
-          "DropConnect of the recurrent kernels.", resume=True, population="step"),
+          "DropConnect of the recurrent kernels.", resume=True),
     Field("regularization.activation_penalty", 0.0, between(0, 10**9),
-          "Weight of the outputs' mean square in the loss.", resume=True, population="step"),
+          "Weight of the outputs' mean square in the loss.", resume=True),
     Field("regularization.temporal_activation_penalty", 0.0, between(0, 10**9),
-          "Weight of the outputs' mean squared change per step in the loss.", resume=True,
-          population="step"),
+          "Weight of the outputs' mean squared change per step in the loss.", resume=True),
 
     Field("mesh.data", 0, _SIZE_OR_ZERO,
           "A batch is divided over mesh.data times mesh.model devices. 0: all GPUs or TPUs; on a "
@@ -306,14 +302,12 @@ FIELDS = (
 _BY_NAME = {field.name: field for field in FIELDS}
 _LEGEND = (
     "Numbers are written as in Python: 1_000 is 1000. A run may change the fields marked [resume] "
-    "when it resumes; the members of a population may differ in those marked [population]."
+    "when it resumes."
 )
 # A field whose value is a dict with any names.
 _OPEN = "model.options"
 # Names of fields by property.
 CHANGEABLE = tuple(field.name for field in FIELDS if field.resume)
-TRACEABLE = tuple(field.name for field in FIELDS if field.population)
-TRACED_BY_STEP = tuple(field.name for field in FIELDS if field.population == "step")
 COMPARED = tuple(field.name for field in FIELDS if field.compared)
 
 
@@ -405,8 +399,8 @@ def describe_fields(width: int, quote: str = "") -> str:
     for section, fields in itertools.groupby(FIELDS, lambda field: field.name.rpartition(".")[0]):
         lines += ["", section or "run", "-" * len(section or "run"), ""]
         for field in fields:
-            marks = " [resume]" * field.resume + " [population]" * bool(field.population)
-            lines.append(f"- {quote}--config.{field.name}={field.default!r}{quote}{marks}")
+            mark = " [resume]" * field.resume
+            lines.append(f"- {quote}--config.{field.name}={field.default!r}{quote}{mark}")
             allowed = "; ".join(rule.words for rule in (field.allowed, field.fits) if rule)
             only = f" Needs {field.used_with.words}." if field.used_with else ""
             text = f"{field.meaning} Allowed: {allowed}.{only}"

@@ -19,18 +19,19 @@ def make_optimizer(optimizer: ConfigDict, total_steps: int) -> optax.GradientTra
 
     Weight decay applies to kernels and the embedding, not to biases. It is decoupled from the
     gradient (Loshchilov & Hutter 2019), except in SGD, where it is added to the gradient.
-
-    Every field but the name may be an array, so that one compiled program serves many values. A
-    schedule is then an index into `SCHEDULES`.
     """
+    return chain_updates(optimizer, make_schedule(optimizer, total_steps))
+
+
+def chain_updates(
+    optimizer: ConfigDict, learning_rate: optax.Schedule
+) -> optax.GradientTransformation:
+    """Make the optimizer with this learning rate. Numbers may be arrays, where 0 is a number."""
     norm = optimizer.max_gradient_norm
+    is_off = isinstance(norm, float | int) and not norm
     # The state has the same structure either way, so that a resumed run may change the norm.
-    if isinstance(norm, jax.Array):
-        clip = optax.clip_by_global_norm(jnp.where(norm > 0, norm, jnp.inf))
-    else:
-        clip = optax.clip_by_global_norm(norm) if norm else optax.identity()
-    make = OPTIMIZERS[optimizer.name]
-    return optax.chain(clip, *make(optimizer, make_schedule(optimizer, total_steps)))
+    clip = optax.identity() if is_off else optax.clip_by_global_norm(norm)
+    return optax.chain(clip, *OPTIMIZERS[optimizer.name](optimizer, learning_rate))
 
 
 def _make_adam(optimizer: ConfigDict, learning_rate: optax.Schedule) -> _Chain:
@@ -112,7 +113,7 @@ def make_schedule(optimizer: ConfigDict, total_steps: int) -> optax.Schedule:
     """Make the learning rate as a function of the step: linear warm-up, then `schedule`.
 
     Optax's schedules branch in Python on the number of steps. This one has array operations only,
-    so that `warmup_steps` and the schedule itself may be arrays in a population.
+    so that numbers such as `warmup_steps` may be arrays.
     """
     peak, warmup_steps = optimizer.learning_rate, optimizer.warmup_steps
     decay_steps = jnp.maximum(total_steps - warmup_steps, 1)
@@ -126,12 +127,8 @@ def make_schedule(optimizer: ConfigDict, total_steps: int) -> optax.Schedule:
             "linear": peak * (1 - after / decay_steps),
             "step": peak * math.prod(drops),
         }
-        if isinstance(optimizer.schedule, str):
-            rate = rates[optimizer.schedule]
-        else:
-            rate = jnp.stack([jnp.asarray(rates[name]) for name in SCHEDULES])[optimizer.schedule]
         warmup = peak - peak * (1 - count / jnp.maximum(warmup_steps, 1))
-        return jnp.where(count < warmup_steps, warmup, rate)
+        return jnp.where(count < warmup_steps, warmup, rates[optimizer.schedule])
 
     return schedule
 

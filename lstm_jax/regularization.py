@@ -56,14 +56,14 @@ def drop_parameters(rates: ConfigDict, params: Params, key: jax.Array) -> Params
         dropped["embedding"] = {"embedding": table * mask}
     if is_on(rates.recurrent_dropout):
         leaves, structure = jax.tree_util.tree_flatten_with_path(dropped)
-        found = [i for i, (path, _) in enumerate(leaves) if path[-1].key == "recurrent_kernel"]
-        if not found:
+        kernels = [i for i, (path, _) in enumerate(leaves) if path[-1].key == "recurrent_kernel"]
+        if not kernels:
             raise UserError(
                 "config.regularization.recurrent_dropout needs a cell with a parameter "
                 "recurrent_kernel: set it to 0"
             )
         arrays = [array for _, array in leaves]
-        for number, i in enumerate(found, start=1):
+        for number, i in enumerate(kernels, start=1):
             layer_key = jax.random.fold_in(key, number)
             arrays[i] *= _draw_large_mask(layer_key, rates.recurrent_dropout, arrays[i].shape)
         dropped = jax.tree.unflatten(structure, arrays)

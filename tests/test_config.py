@@ -85,10 +85,8 @@ def test_docs_config_md_is_up_to_date() -> None:
         "update it with: python -m lstm_jax.config > docs/config.md"
     )
     for field in config_lib.FIELDS:
-        marks = (" [resume]" if field.resume else "") + (
-            " [population]" if field.population else ""
-        )
-        assert f"\n- `--config.{field.name}={field.default!r}`{marks}\n" in page
+        mark = " [resume]" if field.resume else ""
+        assert f"\n- `--config.{field.name}={field.default!r}`{mark}\n" in page
 
 
 def test_defaults_are_valid() -> None:

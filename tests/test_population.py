@@ -1,3 +1,4 @@
+import math
 import runpy
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from lstm_jax import training
 from lstm_jax.data import texts
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import metrics, workdir
-from lstm_jax.sweep import population
+from lstm_jax.sweep import options, population, stacked
 from lstm_jax.sweep import space as space_lib
 
 # Every traceable field varies, and the schedule.
@@ -123,7 +124,7 @@ def test_members_stopped_before_the_first_epoch_start_again(
     ]
 
 
-def test_members_share_one_vocabulary_and_the_first_step_has_no_speed(
+def test_members_share_one_vocabulary(
     tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = type(texts.load_texts(tiny_config.data).texts["train"])
@@ -142,6 +143,27 @@ def test_members_that_differ_in_other_fields_raise_an_error(tiny_config: ConfigD
     other = space_lib.change_fields(tiny_config, {"model.hidden_size": 32})
     with pytest.raises(UserError, match="can't differ in config.model.hidden_size"):
         population.check_members([tiny_config, other])
+
+
+def test_hyperparameters_that_vary_are_stacked(tiny_config: ConfigDict) -> None:
+    other = space_lib.change_fields(
+        tiny_config,
+        {
+            "seed": 1,
+            "optimizer.warmup_steps": 3,
+            "optimizer.schedule": "linear",
+            "optimizer.max_gradient_norm": 0.0,
+        },
+    )
+    varied = stacked.stack_hyperparameters([tiny_config, other], stacked.make_mesh(1))
+    assert {name: array.tolist() for name, array in varied.items()} == {
+        "optimizer.warmup_steps": [10, 3],
+        "optimizer.schedule": [1, 2],
+        "optimizer.max_gradient_norm": [1.0, math.inf],
+    }
+    values = dict(config_lib.flatten(tiny_config))
+    strings = [name for name in options.TRACED_BY_STEP if isinstance(values[name], str)]
+    assert strings == ["optimizer.schedule"], "the others can be arrays"
 
 
 def test_the_population_space_varies_only_allowed_fields() -> None:

@@ -459,8 +459,8 @@ def test_the_recorded_directory_has_no_tilde(
     config = config_lib.default()
     config.data = data.copy_and_resolve_references()
     config.data.prepared = "~/corpora"
-    splits = texts.Splits({}, "0" * 64)
-    assert splits.settle(config).data.prepared == "/home/somebody/corpora"
+    splits = texts.Splits({}, "0" * 64, config.data)
+    assert splits.resolve(config).data.prepared == "/home/somebody/corpora"
 
 
 def test_a_file_that_changes_while_it_is_read_raises_an_error(

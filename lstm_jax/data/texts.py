@@ -1,10 +1,12 @@
 """Load the splits of a text: read small ones into memory, prepare larger ones on disk."""
 
+import dataclasses
+import functools
 import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -21,13 +23,19 @@ if TYPE_CHECKING:
 _MAX_BYTES_IN_MEMORY = 16 * 10**6
 
 
-class Splits(NamedTuple):
-    """The text of each split, by its name, and SHA-256 over the bytes of all, in hexadecimal."""
+@dataclasses.dataclass
+class Splits:
+    """The text of each split, with ids that are made once for all runs that share it."""
 
-    texts: dict[str, Text]
-    sha256: str
+    texts: dict[str, Text]  # By the name of the split.
+    sha256: str  # Over the bytes of all, in hexadecimal.
+    data: ConfigDict  # The `data` fields that describe the text.
+    # By the tokens of a vocabulary.
+    _encoded: dict[tuple[str, ...], tuple[dict[str, Ids], dict[str, Costs]]] = dataclasses.field(
+        default_factory=dict
+    )
 
-    def settle(self, config: ConfigDict) -> ConfigDict:
+    def resolve(self, config: ConfigDict) -> ConfigDict:
         """Return the config with the checksum of this text and absolute paths."""
         config = config.copy_and_resolve_references()
         config.data.sha256 = self.sha256
@@ -37,19 +45,30 @@ class Splits(NamedTuple):
             config.data.prepared = str(Path(os.path.expanduser(config.data.prepared)).absolute())
         return config
 
-    def encode(self, vocabulary: Vocabulary) -> dict[str, Ids]:
-        """Return the ids of each split; raise `UserError` if one is too short."""
-        ids = {name: text.encode(vocabulary) for name, text in self.texts.items()}
-        for name, of_split in ids.items():
-            needed = 4 if name == "validation" else 2  # The former is what `zero_state` needs.
-            if len(of_split) < needed:
-                length = f"{len(of_split)} {vocabulary.token_name}s, and needs {needed}"
-                raise UserError(f"the {name} split is too short: it has {length}")
-        return ids
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Return the vocabulary of the training text."""
+        return self.texts["train"].vocabulary(self.data)
 
-    def measure_costs(self, vocabulary: Vocabulary) -> dict[str, Costs]:
-        """Return the costs of each split, without its first token, which is not predicted."""
-        return {name: text.costs(vocabulary, first=False) for name, text in self.texts.items()}
+    def count_tokens(self, vocabulary: Vocabulary) -> np.ndarray:
+        """Return the number of occurrences of each token in the training text, int64 [tokens]."""
+        return self.texts["train"].count_tokens(vocabulary)
+
+    def encode(self, vocabulary: Vocabulary) -> tuple[dict[str, Ids], dict[str, Costs]]:
+        """Return the ids of each split; and its costs without its first token, never predicted.
+
+        Raise `UserError` if a split is too short.
+        """
+        if vocabulary.tokens not in self._encoded:
+            ids = {name: text.encode(vocabulary) for name, text in self.texts.items()}
+            for name, of_split in ids.items():
+                needed = 4 if name == "validation" else 2  # The former is what `zero_state` needs.
+                if len(of_split) < needed:
+                    length = f"{len(of_split)} {vocabulary.token_name}s, and needs {needed}"
+                    raise UserError(f"the {name} split is too short: it has {length}")
+            costs = {name: text.costs(vocabulary, first=False) for name, text in self.texts.items()}
+            self._encoded[vocabulary.tokens] = ids, costs
+        return self._encoded[vocabulary.tokens]
 
 
 def load_texts(data: ConfigDict) -> Splits:
@@ -70,11 +89,11 @@ def load_texts(data: ConfigDict) -> Splits:
 def _open_splits(data: ConfigDict, manifest: "Manifest | None" = None) -> Splits:
     """Return the splits of a prepared corpus, or else read them into memory."""
     if manifest:
-        splits = Splits(manifest.texts(), manifest.text_sha256)
+        splits = Splits(manifest.texts(), manifest.text_sha256, data)
     else:
         strings = read_splits(data)
         texts = {name: Text(text) for name, text in strings.items()}
-        splits = Splits(texts, compute_checksum(strings))
+        splits = Splits(texts, compute_checksum(strings), data)
     sources.check_unchanged(splits.sha256, data.sha256)
     return splits
 

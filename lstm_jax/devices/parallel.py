@@ -154,9 +154,9 @@ def gather_on_one_device(tree: Any, mesh: Mesh) -> Any:
 
 
 def make_zero_like(array: jax.Array) -> jax.Array:
-    """Return a zero on the devices of a scalar array, without a transfer in a step."""
-    zero = np.zeros((), array.dtype)
-    return jax.make_array_from_callback((), array.sharding, lambda part: zero[part])
+    """Return zeros on the devices of an array, without a transfer in a step."""
+    zeros = np.zeros(array.shape, array.dtype)
+    return jax.make_array_from_callback(array.shape, array.sharding, lambda part: zeros[part])
 
 
 # Without its check of which results are replicated.

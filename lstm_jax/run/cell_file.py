@@ -22,7 +22,7 @@ from lstm_jax.run import files
 _LIMIT = 2**20  # Of the size of a file, in bytes.
 
 
-def settle_cell(config: ConfigDict) -> None:
+def resolve_cell(config: ConfigDict) -> None:
     """Load the cell that a training config names, and set its checksum in the config.
 
     Raises:

@@ -80,7 +80,7 @@ class CheckpointWriter:
         Raise `UserError` if anything else has the name of a checkpoint.
         """
         self._directory = directory.resolve()
-        with hosts.first_goes_ahead("checkpoints"):
+        with hosts.main_process_first("checkpoints"):
             if hosts.is_first():
                 self._directory.mkdir(exist_ok=True)
                 self._clear()

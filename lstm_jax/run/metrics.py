@@ -29,30 +29,41 @@ TIMES = ("tokens_per_second", "seconds", "time")
 
 
 class MetricsWriter:
-    """Appends losses to metrics.jsonl, and losses and samples to TensorBoard events."""
+    """Appends losses to metrics.jsonl, and losses and samples to TensorBoard events.
+
+    The files are opened for the first row, so that a run without one leaves them as they are.
+    """
 
     def __init__(self, path: Path, step: int, config: ConfigDict | None = None) -> None:
-        """Open metrics.jsonl at `path`, and events beside it, for a run that is at `step`.
+        """Prepare metrics.jsonl at `path`, and events beside it, for a run that is at `step`.
 
         TensorBoard shows the config as hyperparameters. The seconds of training continue from those
         of the last row.
         """
-        self._lines = files.open_append(path)
-        # A killed process or a full disk can leave half a line.
-        if half := files.read_tail(path, _LONGEST_LINE).rpartition(b"\n")[2]:
-            self._lines.truncate(path.stat().st_size - len(half))
+        self._path, self._step, self._config = path, step, config
         rows = read_metrics(path)
         self._start = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
+        self._files = contextlib.ExitStack()
+        self._is_open = False
+
+    def _open(self) -> None:
+        self._is_open = True
+        self._lines = self._files.enter_context(files.open_append(self._path))
+        # A killed process or a full disk can leave half a line.
+        if half := files.read_tail(self._path, _LONGEST_LINE).rpartition(b"\n")[2]:
+            self._lines.truncate(self._path.stat().st_size - len(half))
         # tensorboardX's SummaryWriter has a thread, which loses its queue when the process is
         # killed and waits forever when the disk is full. The random suffix makes the file
         # a new one, not a link that somebody put there.
         suffix = f".{secrets.token_hex(8)}"
-        self._events = EventsWriter(str(path.parent / "events"), filename_suffix=suffix)
-        if step:  # TensorBoard then hides earlier events of later steps, of an interrupted run.
-            self._add(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
-        if config is not None:
+        self._events = EventsWriter(str(self._path.parent / "events"), filename_suffix=suffix)
+        self._files.callback(self._events.close)
+        if self._step:  # TensorBoard then hides later steps of earlier events, of a stopped run.
+            start = SessionLog(status=SessionLog.START)
+            self._add(Event(step=self._step + 1, session_log=start))
+        if self._config is not None:
             losses = [f"{split}/loss" for split in _SPLITS]
-            for summary in hparams(list_hyperparameters(config), losses)[:2]:
+            for summary in hparams(list_hyperparameters(self._config), losses)[:2]:
                 self._add(Event(summary=summary))
 
     def _add(self, event: Event, now: float | None = None) -> None:
@@ -76,6 +87,8 @@ class MetricsWriter:
         is shown in TensorBoard only. `extra` holds more numbers. The row also has the seconds of
         training so far, and the time in UTC.
         """
+        if not self._is_open:
+            self._open()
         now = time.time()
         numbers = {"loss": loss, **extra, "seconds": round(time.monotonic() - self._start, 3)}
         at = datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds")
@@ -94,8 +107,7 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *unused: object) -> None:
-        self._lines.close()
-        self._events.close()
+        self._files.close()
 
 
 def list_hyperparameters(config: ConfigDict) -> dict[str, bool | int | float | str]:

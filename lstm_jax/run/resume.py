@@ -24,20 +24,20 @@ from lstm_jax.train_step import TrainState, init_state
 from lstm_jax.vocabulary import Ids, Vocabulary
 
 # The value before and the value now of each field that has changed, by dotted name.
-_Changes = dict[str, tuple[Any, Any]]
+Changes = dict[str, tuple[Any, Any]]
 # Fields that a run and the one whose parameters it starts from must share.
 _OF_MODEL = ("model.", "data.units", "data.document_separator")
 
 
-class Settled(NamedTuple):
+class Resolved(NamedTuple):
     """The config and vocabulary of a run, and changes of the config since it was last trained."""
 
     config: ConfigDict
     vocabulary: Vocabulary
-    changes: _Changes
+    changes: Changes
 
 
-def settle_model(config: ConfigDict) -> None:
+def resolve_model(config: ConfigDict) -> None:
     """Load the cell of a training config, and check the model; this initializes JAX.
 
     Set the checksum of the cell's file in the config.
@@ -46,7 +46,7 @@ def settle_model(config: ConfigDict) -> None:
       UserError: if the cell can't be loaded or breaks the protocol, or if `model.recurrence` can't
         run on this device, or a rate of `regularization` does not apply.
     """
-    cell_file.settle_cell(config)
+    cell_file.resolve_cell(config)
     try:
         model = model_lib.make_model(config.model, 1)
         model.implementation()
@@ -61,9 +61,9 @@ def settle_model(config: ConfigDict) -> None:
     )
 
 
-def settle_run(
+def resolve_run(
     config: ConfigDict, directory: Path, make_vocabulary: Callable[[], Vocabulary]
-) -> Settled:
+) -> Resolved:
     """Return config and vocabulary of a new run, or of the run in `directory` with its changes.
 
     Args:
@@ -77,12 +77,12 @@ def settle_run(
     config = config.copy_and_resolve_references()
     if config.init_from:
         config.init_from = str(Path(config.init_from).absolute())
-    workdir.check_own_files(directory)
+    workdir.check_regular_files(directory)
     if (directory / workdir.CONFIG).exists():
         before = workdir.load_config(directory)
         config.init_from = config.init_from or before.init_from
         changes = _compare(before, config, directory)
-        return Settled(config, workdir.load_vocabulary(directory), changes)
+        return Resolved(config, workdir.load_vocabulary(directory), changes)
     for name in (workdir.CHECKPOINTS, workdir.METRICS):
         if (directory / name).exists():
             raise UserError(
@@ -94,7 +94,7 @@ def settle_run(
         source = Path(config.init_from)
         _compare(workdir.load_config(source), config, source, of_model=True)
         vocabulary = extend_vocabulary(workdir.load_vocabulary(source), vocabulary)
-    return Settled(config, vocabulary, {})
+    return Resolved(config, vocabulary, {})
 
 
 def extend_vocabulary(first: Vocabulary, second: Vocabulary) -> Vocabulary:
@@ -121,7 +121,7 @@ def extend_vocabulary(first: Vocabulary, second: Vocabulary) -> Vocabulary:
 
 def _compare(
     before: ConfigDict, config: ConfigDict, directory: Path, of_model: bool = False
-) -> _Changes:
+) -> Changes:
     """Return the changed fields, or those `_OF_MODEL`; raise `UserError` if one can't change."""
     old = dict(config_lib.flatten(before))
     changes = {
@@ -178,21 +178,22 @@ class Start(NamedTuple):
     step: int  # Training steps done.
     plan: Plan
     history: dict[str, int] | None  # `workdir.history_sizes` when it was saved; None if it is new.
-    trained: workdir.Trained | None  # The model whose parameters a new run starts from, if any.
+    # The step of the model whose parameters a new run starts from, and its number of tokens.
+    source: tuple[int, int] | None
 
 
 def restore_run(
-    settled: Settled,
+    resolved: Resolved,
     directory: Path,
     ids: Ids,
     count_tokens: Callable[[Vocabulary], np.ndarray],
     mesh: jax.sharding.Mesh | None = None,
     only_offsets: bool = False,
 ) -> Start:
-    """Make model, state and batches, or restore them from a checkpoint; save `settled`.
+    """Make model, state and batches, or restore them from a checkpoint; save `resolved`.
 
     Args:
-      settled: from `settle_run`.
+      resolved: from `resolve_run`.
       directory: the working directory.
       ids: those of the training text.
       count_tokens: returns the number of occurrences of each token there, for a new run.
@@ -202,7 +203,7 @@ def restore_run(
     Raises:
       UserError: if the text is too short, or the run is damaged or was trained for more epochs.
     """
-    config, vocabulary, changes = settled
+    config, vocabulary, changes = resolved
     part = (jax.process_index(), jax.process_count())
     iterator, steps_per_epoch = batches.make_batches(
         ids, config.batches, config.seed, only_offsets, part
@@ -237,11 +238,12 @@ def restore_run(
             f"the run in {directory} has trained {plan.describe_length(step)} already, and "
             f"{plan.limit}={config[plan.limit]} is fewer: set more, or use {another_directory()}"
         )
-    with hosts.first_goes_ahead("config"):
+    with hosts.main_process_first("config"):
         if hosts.is_first():
             files.remove_partial(directory)
             if changes:
                 workdir.append_changes(directory, step, changes)
             workdir.save_vocabulary(directory, vocabulary)
             workdir.save_config(directory, config)
-    return Start(model, state, iterator, step, plan, history, trained)
+    source = (trained.step, len(trained.vocabulary)) if trained else None
+    return Start(model, state, iterator, step, plan, history, source)

@@ -180,7 +180,7 @@ def restore_history(workdir: Path, sizes: Mapping[str, int]) -> None:
             warn(f"{path} has lost some of its content")
 
 
-def check_own_files(workdir: Path) -> None:
+def check_regular_files(workdir: Path) -> None:
     """Raise `UserError` if a directory holds anything but regular files and directories.
 
     A run would write through a link to a file elsewhere, and reading a pipe may never end.

@@ -98,8 +98,8 @@ def prepare_sweep(
                 "grid needs the same in all: draw them in every trial, or use another --sampler"
             )
         trials = min(trials, math.prod(map(len, grid.values())))
-    cell_file.settle_cell(experiment)
-    experiment = texts.load_texts(experiment.data).settle(experiment)
+    cell_file.resolve_cell(experiment)
+    experiment = texts.load_texts(experiment.data).resolve(experiment)
     name = name or f"{experiment_name}_{space_name}"
     path = Path(directory or Path("runs", "sweeps", name))
     path.mkdir(parents=True, exist_ok=True)
