@@ -31,7 +31,7 @@ def make(directory: Path, size: int) -> None:
     """Write files of about `size` bytes in total into `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    paragraphs = "".join(texts.read_splits(config.default().data).values()).split("\n\n")
+    paragraphs = "".join(texts.read_splits(config.DataConfig()).values()).split("\n\n")
     written = number = 0
     while written < size:
         with (directory / f"part{number:03}.txt").open("wb") as file:

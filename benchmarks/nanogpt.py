@@ -113,7 +113,7 @@ def main() -> None:
 
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    held_out = write_dataset(options.nanogpt, read_splits(config.default().data))
+    held_out = write_dataset(options.nanogpt, read_splits(config.DataConfig()))
     points = []
     for name in options.models.split(","):
         model, _, amount = name.partition(":")

@@ -8,6 +8,7 @@ longer window.
 """
 
 import argparse
+import dataclasses
 import statistics
 import time
 from collections.abc import Sequence
@@ -51,9 +52,9 @@ def time_recurrences(names: Sequence[str], lengths: Sequence[int], rounds: int) 
             shape = (max(TOKENS // length, 1), length)
             ids = np.random.default_rng(0).integers(VOCABULARY_SIZE, size=shape)
             for recurrence in ("scan", "parallel", "fused"):
-                config.model.recurrence = recurrence
+                fields = dataclasses.replace(config.model, recurrence=recurrence)
                 try:
-                    made = model.make_model(config.model, VOCABULARY_SIZE)
+                    made = model.make_model(fields, VOCABULARY_SIZE)
                     made.implementation()
                 except ValueError:  # The cell has no such form.
                     continue

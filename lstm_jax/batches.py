@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
+from lstm_jax.config import BatchesConfig
 from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import Ids
 
@@ -115,7 +115,7 @@ def cut_batch(ids: Ids | jax.Array, places: Places, window_length: int) -> Batch
     return Batch(windows[:, :-1], windows[:, 1:], places.starts)
 
 
-def make_order(length: int, batches: ConfigDict, seed: int) -> Windows | Streams:
+def make_order(length: int, batches: BatchesConfig, seed: int) -> Windows | Streams:
     """Return the windows of each training step in a text of `length` tokens; see `make_batches`."""
     size, window = batches.batch_size, batches.window_length
     order = (Windows if batches.kind == "windows" else Streams)(length, size, window, seed)
@@ -129,7 +129,11 @@ def make_order(length: int, batches: ConfigDict, seed: int) -> Windows | Streams
 
 
 def make_batches(
-    ids: Ids, batches: ConfigDict, seed: int, places: bool = False, part: tuple[int, int] = (0, 1)
+    ids: Ids,
+    batches: BatchesConfig,
+    seed: int,
+    places: bool = False,
+    part: tuple[int, int] = (0, 1),
 ) -> tuple[grain.DatasetIterator, int]:
     """Return an endless iterator over training batches, and the number of steps per epoch.
 

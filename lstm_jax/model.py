@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import threadpoolctl
-from ml_collections import ConfigDict
 
 from lstm_jax.cells import CELLS, LOADED
 from lstm_jax.cells.block import Block
@@ -25,6 +24,7 @@ from lstm_jax.cells.protocol import (
     make_cell,
     run_cell,
 )
+from lstm_jax.config import ModelConfig
 from lstm_jax.errors import UserError
 from lstm_jax.matmul import matmul
 from lstm_jax.recurrences import cudnn, fused
@@ -266,7 +266,7 @@ def apply_mask(x: jax.Array | Lookup, mask: jax.Array | None) -> Any:
     return (fused.get_rows(x).transpose(1, 2, 0) * mask.T[None]).transpose(2, 0, 1)
 
 
-def make_model(model: ConfigDict, vocabulary_size: int) -> LanguageModel:
+def make_model(model: ModelConfig, vocabulary_size: int) -> LanguageModel:
     """Make the model that the `model` fields of a config describe, for this machine.
 
     The dtype "auto" becomes "bfloat16" where matmuls in bfloat16 are faster: on GPUs and TPUs, and
@@ -276,14 +276,27 @@ def make_model(model: ConfigDict, vocabulary_size: int) -> LanguageModel:
       KeyError: if the cell is in a file that was not loaded (`run.cell_file`).
       ValueError: if `recurrence` can't run this model.
     """
-    fields = model.to_dict()
-    del fields["cell_sha256"]
-    rounds, options = fields.pop("mogrifier_rounds"), fields.pop("options")
+    options = dict(model.options)
     if model.cell == "mogrifier":  # Earlier versions had no options.
-        options = {"rounds": rounds, **options}
-    if model.cell not in CELLS:
-        fields["cell"] = LOADED[model.cell][0]
-    made = LanguageModel(vocabulary_size, options=nn.FrozenDict(options), **fields)
+        options = {"rounds": model.mogrifier_rounds, **options}
+    made = LanguageModel(
+        vocabulary_size,
+        model.embedding_size,
+        model.hidden_size,
+        model.num_layers,
+        recurrence=model.recurrence,
+        dtype=model.dtype,
+        rematerialize=model.rematerialize,
+        cell=model.cell if model.cell in CELLS else LOADED[model.cell][0],
+        layer_norm=model.layer_norm,
+        options=nn.FrozenDict(options),
+        block=model.block,
+        tie_embeddings=model.tie_embeddings,
+        skip_connections=model.skip_connections,
+        initial_embedding=model.initial_embedding,
+        initial_scale=model.initial_scale,
+        initial_bias=model.initial_bias,
+    )
     if made.dtype == "auto":
         made = made.clone(dtype="float32")
         fast = has_bfloat16_instructions() and made.implementation() == "fused"

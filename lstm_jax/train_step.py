@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from lstm_jax import batches, regularization
 from lstm_jax import model as model_lib
+from lstm_jax.config import Config
 from lstm_jax.devices import feeding, parallel
 from lstm_jax.optimizer import update_average
 
@@ -106,7 +106,7 @@ def init_state(
 def make_train_step(
     model: model_lib.LanguageModel,
     optimizer: optax.GradientTransformation,
-    config: ConfigDict,
+    config: Config,
     mesh: Mesh,
 ) -> TrainStep:
     """Jit `make_step` for the batches of the training loop; the state is donated."""
@@ -117,7 +117,7 @@ def make_train_step(
 def make_step(
     model: model_lib.LanguageModel,
     optimizer: optax.GradientTransformation,
-    config: ConfigDict,
+    config: Config,
     mesh: Mesh | None,
 ) -> Callable[[TrainState, batches.Batch], TrainState]:
     """Make the training step, a pure function of a state and a `batches.Batch`.

@@ -1,6 +1,7 @@
 """Train a model, from its text to the test loss: set up, restore, loop, validate, finish."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from lstm_jax import generation
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
+from lstm_jax.config import Config
 from lstm_jax.controls import Controls
 from lstm_jax.data import texts
 from lstm_jax.devices import feeding, hosts, memory, parallel
@@ -35,7 +37,10 @@ _PLACES = 64
 
 
 def train(
-    config: ConfigDict, directory: Path | str, watch: Watch = lambda row: None, quiet: bool = False
+    config: Config | ConfigDict,
+    directory: Path | str,
+    watch: Watch = lambda row: None,
+    quiet: bool = False,
 ) -> int:
     """Train the model that `config` describes, or resume the run in `directory`.
 
@@ -55,17 +60,17 @@ def train(
         directory holds another run or a damaged one, is in use, or can't be written; or the
         loss, a gradient or a parameter is not finite.
     """
-    config, directory = config_lib.complete_config(config), workdir.check_path(directory)
-    parallel.use_cores(config)
+    complete, directory = config_lib.complete_config(config), workdir.check_path(directory)
+    parallel.use_cores(complete)
     with console.quieten(quiet), contextlib.ExitStack() as stack:
-        resume.settle_model(config)
-        mesh = parallel.make_mesh(config)
+        complete = resume.settle_model(complete)
+        mesh = parallel.make_mesh(complete)
         memory.keep_freed_memory()
         with hosts.first_goes_ahead("text and lock"):
-            splits = texts.load_texts(config.data)
+            splits = texts.load_texts(complete.data)
             check_lock = stack.enter_context(lock.hold_lock(directory))
         stack.enter_context(name_failed_writes(directory))
-        run = _Run(config, directory, splits, mesh, check_lock, watch)
+        run = _Run(complete, directory, splits, mesh, check_lock, watch)
         with run.checkpoints:
             return run.train() or run.finish()
 
@@ -77,7 +82,7 @@ class _Run:
 
     def __init__(
         self,
-        config: ConfigDict,
+        config: Config,
         directory: Path,
         splits: texts.Splits,
         mesh: jax.sharding.Mesh,
@@ -85,9 +90,8 @@ class _Run:
         watch: Watch,
     ) -> None:
         text = splits.texts["train"]
-        settled = resume.settle_run(
-            splits.settle(config), directory, lambda: text.vocabulary(config.data)
-        )
+        config = dataclasses.replace(config, data=splits.settle(config.data))
+        settled = resume.settle_run(config, directory, lambda: text.vocabulary(config.data))
         self.config, self.vocabulary = settled.config, settled.vocabulary
         self.directory, self.saved_in = directory, directory / workdir.CHECKPOINTS
         self.mesh, self.check_lock, self.watch = mesh, check_lock, watch
@@ -323,7 +327,7 @@ class _Run:
         )
         if sentence := advice.advise(rows):
             print(sentence)
-        print(messages.list_files(self.directory, self.config))
+        print(messages.list_files(self.directory, self.config.model))
         best = checkpoints_lib.read_validation_loss(self.saved_in, step)
         losses = {"test": loss, "validation": best}
         if warning := advice.find_suspicion(losses, len(self.vocabulary), zero):

@@ -8,6 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import commands
+from lstm_jax import config as config_lib
 from lstm_jax import dynamic, generation, training
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
@@ -113,8 +114,8 @@ def test_each_member_adapts_on_its_own_loss() -> None:
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
     """Return the working directory of a run on the text of `trained`, with another cell."""
-    config = workdir.load_config(trained)
-    config.model.cell, config.model.hidden_size, config.num_epochs = "gru", 16, 1
+    other = {"model.cell": "gru", "model.hidden_size": 16, "num_epochs": 1}
+    config = config_lib.change_fields(workdir.load_config(trained), other)
     directory = tmp_path_factory.mktemp("runs") / "other"
     assert training.train(config, directory) == 0
     return directory

@@ -38,7 +38,8 @@ def list_steps(directory: Path, split: str = "validation") -> list[int]:
 
 
 def make_plan(**fields: int) -> Plan:
-    return Plan(config_lib.complete_config({"num_epochs": 2, **fields}), 70)
+    config = config_lib.complete_config({"num_epochs": 2, **fields})
+    return Plan(config, config.optimizer, 70)
 
 
 def test_a_plan_validates_within_and_after_epochs_and_at_the_end() -> None:
@@ -187,8 +188,9 @@ def test_a_population_validates_and_ends_as_a_single_run_does(
     alone, directories = tmp_path / "alone", [tmp_path / "0", tmp_path / "1"]
     assert training.train(tiny_config, alone) == 0
     reported = []
+    configs = [config_lib.complete_config(tiny_config)] * 2
     population.train_population(
-        [tiny_config] * 2, directories, lambda member, epoch, loss: reported.append((member, epoch))
+        configs, directories, lambda member, epoch, loss: reported.append((member, epoch))
     )
     assert reported == [(0, 0), (1, 0), (0, 1), (1, 1)]
     assert list_steps(alone) == [0, 40, 70, 80, 85]

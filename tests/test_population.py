@@ -58,12 +58,11 @@ def read_numbers(directory: Path) -> dict[tuple[str, int], float]:
 @pytest.fixture(scope="module")
 def together(
     tmp_path_factory: pytest.TempPathFactory, text_file: Path
-) -> tuple[list[ConfigDict], list[Path], list[str], list[tuple[int, int, float]]]:
+) -> tuple[list[config_lib.Config], list[Path], list[str], list[tuple[int, int, float]]]:
     """Train three members at once, the last of which diverges."""
     diverges: dict[str, Any] = {"optimizer.learning_rate": 1e30, "optimizer.max_gradient_norm": 0.0}
-    configs = [
-        space_lib.change_fields(make_tiny_config(text_file), m) for m in [*MEMBERS, diverges]
-    ]
+    config = config_lib.complete_config(make_tiny_config(text_file))
+    configs = [config_lib.change_fields(config, changes) for changes in [*MEMBERS, diverges]]
     root = tmp_path_factory.mktemp("population")
     directories = [root / str(i) for i in range(len(configs))]
     reported: list[tuple[int, int, float]] = []
@@ -115,19 +114,18 @@ def test_members_stopped_before_the_first_epoch_start_again(
         raise UnavailableError("the disk is full")
 
     directories = [tmp_path / "0", tmp_path / "1"]
+    configs = [config_lib.complete_config(tiny_config)] * 2
     with pytest.raises(UnavailableError):
-        population.train_population([tiny_config] * 2, directories, stop)
-    assert population.train_population([tiny_config] * 2, directories, lambda *row: None) == [
-        "",
-        "",
-    ]
+        population.train_population(configs, directories, stop)
+    assert population.train_population(configs, directories, lambda *row: None) == ["", ""]
 
 
 def test_the_speed_is_that_of_steps_after_the_first(
     tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     tiny_config.log_every_steps, tiny_config.max_steps = 1, 3
-    population.train_population([tiny_config], [tmp_path], lambda *row: None)
+    config = config_lib.complete_config(tiny_config)
+    population.train_population([config], [tmp_path], lambda *row: None)
     rows = metrics.read_metrics(tmp_path / workdir.METRICS)
     trained = [row for row in rows if row["split"] == "train"]
     assert ["tokens_per_second" in row for row in trained] == [False, True, True]
@@ -141,7 +139,8 @@ def test_members_share_one_vocabulary(
     monkeypatch.setattr(text, "vocabulary", lambda *given: learn(*given))
     tiny_config.max_steps = 1
     directories = [tmp_path / "0", tmp_path / "1"]
-    population.train_population([tiny_config] * 2, directories, lambda *row: None)
+    configs = [config_lib.complete_config(tiny_config)] * 2
+    population.train_population(configs, directories, lambda *row: None)
     assert learn.call_count == 1
 
 
@@ -153,9 +152,10 @@ def test_the_working_directory_of_a_member_is_read_like_any_other(together: tupl
 
 
 def test_members_that_differ_in_other_fields_raise_an_error(tiny_config: ConfigDict) -> None:
-    other = space_lib.change_fields(tiny_config, {"model.hidden_size": 32})
+    config = config_lib.complete_config(tiny_config)
+    other = config_lib.change_fields(config, {"model.hidden_size": 32})
     with pytest.raises(UserError, match="can't differ in config.model.hidden_size"):
-        population.check_members([tiny_config, other])
+        population.check_members([config, other])
 
 
 def test_the_population_space_varies_only_allowed_fields() -> None:

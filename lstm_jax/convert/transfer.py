@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import vocabulary as vocabulary_lib
@@ -153,7 +151,7 @@ def read_vocabulary(path: Path) -> tuple[Sequence[str], str, str]:
 
 def make_workdir(
     directory: Path,
-    config: ConfigDict,
+    config: config_lib.Config,
     vocabulary: vocabulary_lib.Vocabulary,
     params: model_lib.Params,
 ) -> None:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
+from lstm_jax.config import ModelConfig
 from lstm_jax.errors import UserError, one_line
 from lstm_jax.model import LanguageModel, Params
 from lstm_jax.vocabulary import PADDING, UNKNOWN, Vocabulary
@@ -38,7 +38,7 @@ class Weights(NamedTuple):
         return [len(layer["recurrent_kernel"]) for layer in self.layers]
 
 
-def check_model(model: ConfigDict, graph: bool = False) -> None:
+def check_model(model: ModelConfig, graph: bool = False) -> None:
     """Raise `UserError` if a format can't have layers with these `model` fields of a config.
 
     A graph can have skip connections; the layers of a file of weights can't.
@@ -54,7 +54,7 @@ def check_model(model: ConfigDict, graph: bool = False) -> None:
     }
     for field, lacks in lacking.items():
         if lacks:
-            named = f"model.{field}={model[field]!r}"
+            named = f"model.{field}={getattr(model, field)!r}"
             raise UserError(f"Keras, PyTorch and ONNX have no layer with {named}")
 
 

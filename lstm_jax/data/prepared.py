@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from lstm_jax.config import DataConfig
 from lstm_jax.data import sources, worker
 from lstm_jax.data.encoding import (
     Part,
@@ -130,7 +130,7 @@ def _seal(directory: Path, fields: dict[str, Any]) -> str:
     return hmac.digest(_key(get_cache_directory()), content, "sha256").hex()
 
 
-def find_corpus(data: ConfigDict) -> Manifest | None:
+def find_corpus(data: DataConfig) -> Manifest | None:
     """Return the prepared corpus that the `data` fields of a config describe, or None.
 
     It is found if this user has made it, and its sources and its own files have the same sizes,
@@ -140,7 +140,7 @@ def find_corpus(data: ConfigDict) -> Manifest | None:
     return _find(directory, states)
 
 
-def prepare_corpus(data: ConfigDict) -> Manifest:
+def prepare_corpus(data: DataConfig) -> Manifest:
     """Return the prepared corpus that the `data` fields of a config describe; make it if missing.
 
     If another process is making it, wait. An interrupted preparation is resumed. Raise
@@ -165,7 +165,7 @@ def prepare_corpus(data: ConfigDict) -> Manifest:
         ) from None
 
 
-def _locate(data: ConfigDict) -> tuple[list[list[Path]], _States, Path]:
+def _locate(data: DataConfig) -> tuple[list[list[Path]], _States, Path]:
     """Return the files of a text, their states, and the directory of its prepared corpus."""
     texts = sources.find_files(data.path)
     base = os.path.expanduser(data.prepared) or texts[0][0].absolute().parent / BESIDE
@@ -258,7 +258,7 @@ def _remove(path: Path) -> None:
 
 
 def _prepare(
-    data: ConfigDict, texts: list[list[Path]], states: _States, directory: Path
+    data: DataConfig, texts: list[list[Path]], states: _States, directory: Path
 ) -> Manifest:
     """Make the corpus in a temporary directory, and rename that when it is complete."""
     began = time.monotonic()
@@ -274,16 +274,18 @@ def _prepare(
         contents = (b"".join(map(sources.read_segment, chunk)) for chunk in chunks[0])
         return any(part.encode() in content for content in contents)
 
+    sha256, stop = digest.hexdigest(), find_stop_text(data.document_separator, contains)
+    segments = list(itertools.chain.from_iterable(chunks))
     plan = {
-        "sha256": digest.hexdigest(),
+        "sha256": sha256,
         "units": data.units,
         "ends": ends,
-        "stop": find_stop_text(data.document_separator, contains),
-        "chunks": list(itertools.chain.from_iterable(chunks)),
+        "stop": stop,
+        "chunks": segments,
     }
     unfinished = directory.with_name(directory.name + _UNFINISHED)
     key = _begin(unfinished, plan)
-    _run_processes(unfinished, len(plan["chunks"]), total, key)
+    _run_processes(unfinished, len(segments), total, key)
     measured = _merge(unfinished, chunks, key)
     sources.check_lengths({name: m["characters"] for name, m in measured.items()}, data.path)
     if _states(texts, directory) != states:
@@ -291,9 +293,7 @@ def _prepare(
     shutil.rmtree(unfinished / worker.PARTS)
     (unfinished / worker.PLAN).unlink()
     own = {path.name: _fingerprint(path, []) for path in unfinished.iterdir()}
-    manifest = Manifest(
-        directory, states, plan["sha256"], data.units, ends, plan["stop"], measured, own
-    )
+    manifest = Manifest(directory, states, sha256, data.units, ends, stop, measured, own)
     manifest.write(unfinished)
     _remove(directory)  # A corpus of another text, or a damaged one.
     unfinished.rename(directory)

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
+from lstm_jax.config import Config
 from lstm_jax.errors import UserError
 from lstm_jax.recurrences import fused, in_c
 from lstm_jax.recurrences.processor import count_cores
@@ -34,7 +34,7 @@ _SMALLEST_HIDDEN, _LARGEST_HIDDEN, _LARGEST_HIDDEN_IN_C = 64, 768, 448
 _SMALLEST_PART = 16
 
 
-def use_cores(config: ConfigDict) -> None:
+def use_cores(config: Config) -> None:
     """Set the number of CPU devices that this process may need to train with `config`.
 
     That is the whole mesh, since the number of other processes is unknown until devices exist.
@@ -45,7 +45,7 @@ def use_cores(config: ConfigDict) -> None:
         jax.config.update("jax_num_cpu_devices", devices)
 
 
-def _count_useful_cores(config: ConfigDict) -> int:
+def _count_useful_cores(config: Config) -> int:
     batch_size, model = config.batches.batch_size, config.model
     is_fused = model.recurrence in ("auto", "fused") and fused.supports(model)
     uses_c = is_fused and in_c.is_faster(model.hidden_size, model.dtype)
@@ -56,7 +56,7 @@ def _count_useful_cores(config: ConfigDict) -> int:
     return max(n for n in range(1, limit + 1) if batch_size % n == 0)
 
 
-def make_mesh(config: ConfigDict) -> Mesh:
+def make_mesh(config: Config) -> Mesh:
     """Return the mesh of the devices that train with `config`, with the axes `DATA` and `MODEL`.
 
     Raises:

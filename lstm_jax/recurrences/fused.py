@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lstm_jax.cells.lstm import Kernels, LSTMCarry
+from lstm_jax.config import is_plain_lstm
 from lstm_jax.matmul import matmul, matmul_rounded, round_factor
 from lstm_jax.recurrences import in_c
 from lstm_jax.recurrences.in_c import Int8Kernel
@@ -81,7 +82,7 @@ def run_fused(
 
 def supports(model: Any) -> bool:
     """Return whether `run_fused` supports a `LanguageModel`, or the `model` fields of a config."""
-    return model.cell == "lstm" and not model.layer_norm and model.block == "none"
+    return is_plain_lstm(model.cell, model.layer_norm, model.block)
 
 
 def supports_int8(model: Any) -> bool:

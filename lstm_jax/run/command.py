@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 import lstm_jax
 from lstm_jax import config, errors
@@ -92,7 +92,7 @@ def define_config_flag(meaning: str) -> None:
     config_flags.DEFINE_config_file("config", None, meaning, **options)
 
 
-def read_experiment() -> tuple[ConfigDict, str]:
+def read_experiment() -> tuple[config.Config, str]:
     """Return the config that --config names, complete, and a name for its runs."""
     flag = flags.FLAGS["config"]
     if not flag.present:

@@ -58,8 +58,8 @@ class Run:
     methods but `score` and `hidden_states` warn.
 
     Attributes:
-      config: the config of the run, an `ml_collections.ConfigDict`; of an ensemble, that of the
-        first, like step.
+      config: the config of the run, a read-only `config.Config`; of an ensemble, that of the first,
+        like step.
       vocabulary: its `Vocabulary`.
       model: its `LanguageModel`, or an `Ensemble`.
       params: the parameters of the checkpoint with the best validation loss.

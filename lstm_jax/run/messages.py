@@ -8,11 +8,11 @@ from pathlib import Path
 
 import jax
 from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
 
 from lstm_jax import batches
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
+from lstm_jax.config import Config, ModelConfig, RunConfig
 from lstm_jax.devices import hosts
 from lstm_jax.errors import NotFiniteError, same_again, set_field, warn
 from lstm_jax.recurrences import in_c
@@ -84,7 +84,7 @@ def describe_loss(loss: float, token_name: str, costs: Costs) -> str:
     return description
 
 
-def describe_early_end(config: ConfigDict, plan: Plan, step: int) -> str:
+def describe_early_end(config: RunConfig, plan: Plan, step: int) -> str:
     """Return the message that `patience` ends training after `step` steps."""
     return (
         f"Training ends at step {step} of {plan.total_steps}: the validation loss has not improved "
@@ -100,7 +100,7 @@ def describe_stop(directory: Path, plan: Plan, step: int) -> str:
     )
 
 
-def describe_end(directory: Path, config: ConfigDict, plan: Plan, step: int) -> str:
+def describe_end(directory: Path, config: RunConfig, plan: Plan, step: int) -> str:
     """Return the message that a run has ended after `step` steps, and how to train it longer."""
     field, reason = plan.limit, ""
     if step < plan.total_steps:
@@ -108,22 +108,22 @@ def describe_end(directory: Path, config: ConfigDict, plan: Plan, step: int) -> 
         reason = f", without a lower validation loss in the last {config.patience} validations"
     return (
         f"The run in {directory} is finished after {plan.describe_length(step)}{reason}. To train "
-        f"longer, set for example {set_field(field, 2 * config[field])}"
+        f"longer, set for example {set_field(field, 2 * getattr(config, field))}"
     )
 
 
-def list_files(directory: Path, config: ConfigDict) -> str:
+def list_files(directory: Path, model: ModelConfig) -> str:
     """Return lines about the files of a run, and the command that generates text."""
     return (
         f"Everything is in {directory}: {workdir.CHECKPOINTS}/, {workdir.METRICS}, "
         f"{workdir.SAMPLES}, {workdir.CURVES}, TensorBoard events\n"
         f"Generate text: python -m lstm_jax.sample --workdir {shlex.quote(str(directory))}"
-        f"{cell_file.make_flag(config)}"
+        f"{cell_file.make_flag(model)}"
     )
 
 
 def report_nonfinite(
-    directory: Path, config: ConfigDict, ids: Ids, step: int, skipped: int, last_saved: int
+    directory: Path, config: Config, ids: Ids, step: int, skipped: int, last_saved: int
 ) -> None:
     """Save the batch of a step that was skipped because a number was not finite, and warn.
 

@@ -12,12 +12,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from ml_collections import ConfigDict
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import hparams, scalar, text
 
 from lstm_jax import config as config_lib
+from lstm_jax.config import Config
 from lstm_jax.errors import UserError, warn
 from lstm_jax.run import files
 
@@ -31,7 +31,7 @@ TIMES = ("tokens_per_second", "seconds", "time")
 class MetricsWriter:
     """Appends losses to metrics.jsonl, and losses and samples to TensorBoard events."""
 
-    def __init__(self, path: Path, step: int, config: ConfigDict | None = None) -> None:
+    def __init__(self, path: Path, step: int, config: Config | None = None) -> None:
         """Open metrics.jsonl at `path`, and events beside it, for a run that is at `step`.
 
         TensorBoard shows the config as hyperparameters. The seconds of training continue from those
@@ -98,7 +98,7 @@ class MetricsWriter:
         self._events.close()
 
 
-def list_hyperparameters(config: ConfigDict) -> dict[str, bool | int | float | str]:
+def list_hyperparameters(config: Config) -> dict[str, bool | int | float | str]:
     """Return the fields of a config by name, with values of other types as strings."""
     return {
         name: value if isinstance(value, bool | int | float | str) else str(value)

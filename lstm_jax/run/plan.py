@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 
 import jax
-from ml_collections import ConfigDict
 
 from lstm_jax import optimizer as optimizer_lib
+from lstm_jax.config import OptimizerConfig, RunConfig
 from lstm_jax.vocabulary import Ids
 
 
-def cut_validation(config: ConfigDict, ids: Mapping[str, Ids]) -> Ids:
+def cut_validation(config: RunConfig, ids: Mapping[str, Ids]) -> Ids:
     """Return the ids on which a run validates, from those of its splits."""
     number, own = config.validation_tokens, ids["validation"]
     return own[:number] if 0 < number < len(own) else own
@@ -24,13 +24,13 @@ class Plan:
       limit: the field that determines it, "num_epochs" or "max_steps".
     """
 
-    def __init__(self, config: ConfigDict, steps_per_epoch: int) -> None:
+    def __init__(self, config: RunConfig, optimizer: OptimizerConfig, steps_per_epoch: int) -> None:
         self._config, self.steps_per_epoch = config, steps_per_epoch
         self.total_steps, self.limit = config.num_epochs * steps_per_epoch, "num_epochs"
         if 0 < config.max_steps < self.total_steps:
             self.total_steps, self.limit = config.max_steps, "max_steps"
         # Jitted, because a schedule is many operations.
-        self._schedule = jax.jit(optimizer_lib.make_schedule(config.optimizer, self.total_steps))
+        self._schedule = jax.jit(optimizer_lib.make_schedule(optimizer, self.total_steps))
 
     def count_epochs(self, step: int) -> float:
         """Return the number of passes over the training text after `step` steps."""

@@ -1,5 +1,6 @@
 """Start or resume a run: its config and vocabulary, and its model, state and batches."""
 
+import dataclasses
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -8,13 +9,13 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from lstm_jax import batches
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.cells.protocol import trace_cell
+from lstm_jax.config import Config
 from lstm_jax.devices import hosts
 from lstm_jax.errors import UserError, another_directory, for_caller, set_field
 from lstm_jax.regularization import drop_parameters
@@ -32,21 +33,21 @@ _OF_MODEL = ("model.", "data.units", "data.document_separator")
 class Settled(NamedTuple):
     """The config and vocabulary of a run, and changes of the config since it was last trained."""
 
-    config: ConfigDict
+    config: Config
     vocabulary: Vocabulary
     changes: _Changes
 
 
-def settle_model(config: ConfigDict) -> None:
+def settle_model(config: Config) -> Config:
     """Load the cell of a training config, and check the model; this initializes JAX.
 
-    Set the checksum of the cell's file in the config.
+    Return the config with the checksum of the cell's file.
 
     Raises:
       UserError: if the cell can't be loaded or breaks the protocol, or if `model.recurrence` can't
         run on this device, or a rate of `regularization` does not apply.
     """
-    cell_file.settle_cell(config)
+    config = dataclasses.replace(config, model=cell_file.settle_cell(config.model))
     try:
         model = model_lib.make_model(config.model, 1)
         model.implementation()
@@ -59,10 +60,11 @@ def settle_model(config: ConfigDict) -> None:
     jax.eval_shape(
         lambda: drop_parameters(config.regularization, model_lib.init_params(model, key), key)
     )
+    return config
 
 
 def settle_run(
-    config: ConfigDict, directory: Path, make_vocabulary: Callable[[], Vocabulary]
+    config: Config, directory: Path, make_vocabulary: Callable[[], Vocabulary]
 ) -> Settled:
     """Return config and vocabulary of a new run, or of the run in `directory` with its changes.
 
@@ -74,13 +76,12 @@ def settle_run(
     Raises:
       UserError: if the run has another text, or another value of a field that can't change.
     """
-    config = config.copy_and_resolve_references()
     if config.init_from:
-        config.init_from = str(Path(config.init_from).absolute())
+        config = dataclasses.replace(config, init_from=str(Path(config.init_from).absolute()))
     workdir.check_own_files(directory)
     if (directory / workdir.CONFIG).exists():
         before = workdir.load_config(directory)
-        config.init_from = config.init_from or before.init_from
+        config = dataclasses.replace(config, init_from=config.init_from or before.init_from)
         changes = _compare(before, config, directory)
         return Settled(config, workdir.load_vocabulary(directory), changes)
     for name in (workdir.CHECKPOINTS, workdir.METRICS):
@@ -119,9 +120,7 @@ def extend_vocabulary(first: Vocabulary, second: Vocabulary) -> Vocabulary:
     return Vocabulary([*first.tokens, *new], first.kind, second.stop)
 
 
-def _compare(
-    before: ConfigDict, config: ConfigDict, directory: Path, of_model: bool = False
-) -> _Changes:
+def _compare(before: Config, config: Config, directory: Path, of_model: bool = False) -> _Changes:
     """Return the changed fields, or those `_OF_MODEL`; raise `UserError` if one can't change."""
     old = dict(config_lib.flatten(before))
     changes = {
@@ -129,7 +128,7 @@ def _compare(
         for field, value in config_lib.flatten(config)
         if field.startswith(_OF_MODEL if of_model else "") and value != old[field]
     }
-    same_class = cell_file.get_class_name(before) == cell_file.get_class_name(config)
+    same_class = cell_file.get_class_name(before.model) == cell_file.get_class_name(config.model)
     if config.model.cell_sha256 and same_class:
         changes.pop("model.cell", None)  # The file may move.
         if changes.pop("model.cell_sha256", None) and not of_model:
@@ -205,7 +204,7 @@ def restore_run(
     config, vocabulary, changes = settled
     part = (jax.process_index(), jax.process_count())
     iterator, steps_per_epoch = batches.make_batches(ids, config.batches, config.seed, places, part)
-    plan = Plan(config, steps_per_epoch)
+    plan = Plan(config, config.optimizer, steps_per_epoch)
     model = model_lib.make_model(config.model, len(vocabulary))
     saved_in = directory / workdir.CHECKPOINTS
     is_new = not checkpoints.list_steps(saved_in)
@@ -231,9 +230,10 @@ def restore_run(
             f"{workdir.CHECKPOINTS}/, or start a new run in {another_directory()}"
         )
     if step > plan.total_steps:
+        limit = f"{plan.limit}={getattr(config, plan.limit)}"
         raise UserError(
             f"the run in {directory} has trained {plan.describe_length(step)} already, and "
-            f"{plan.limit}={config[plan.limit]} is fewer: set more, or use {another_directory()}"
+            f"{limit} is fewer: set more, or use {another_directory()}"
         )
     with hosts.first_goes_ahead("config"):
         if hosts.is_first():

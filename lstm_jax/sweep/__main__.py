@@ -20,7 +20,6 @@ from typing import NoReturn
 import jax
 from absl import flags
 
-from lstm_jax import config
 from lstm_jax.recurrences.processor import count_cores
 from lstm_jax.run import command
 
@@ -73,7 +72,7 @@ _POPULATION = flags.DEFINE_integer(
     "population",
     None,
     "Number of trials to train together in one program; they may differ only in "
-    f"{', '.join(config.TRACEABLE)}. [default: 1; for --seeds all of them, at most "
+    f"{', '.join(population.TRACEABLE)}. [default: 1; for --seeds all of them, at most "
     f"{population.LARGEST}]",
     lower_bound=1,
 )

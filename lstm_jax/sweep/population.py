@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from ml_collections import ConfigDict
 
 from lstm_jax import batches
 from lstm_jax import config as config_lib
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
+from lstm_jax.config import Config, RegularizationConfig
 from lstm_jax.data import texts
 from lstm_jax.devices import parallel
 from lstm_jax.devices.memory import keep_freed_memory
@@ -36,6 +36,18 @@ from lstm_jax.run.metrics import MetricsWriter
 from lstm_jax.run.plan import cut_validation
 from lstm_jax.train_step import TrainState, make_step
 from lstm_jax.vocabulary import Costs, Ids
+
+# Fields in which members may differ: the compiled step reads them as arrays, or only the initial
+# parameters and the order of the text depend on them.
+_OF_OPTIMIZER = (
+    *("b1", "b2", "epsilon", "momentum", "learning_rate", "warmup_steps", "schedule"),
+    *("weight_decay", "max_gradient_norm", "average_decay"),
+)
+TRACED_BY_STEP = (
+    *(f"optimizer.{name}" for name in _OF_OPTIMIZER),
+    *(f"regularization.{field.name}" for field in dataclasses.fields(RegularizationConfig)),
+)
+TRACEABLE = ("seed", "model.initial_embedding", "model.initial_scale", *TRACED_BY_STEP)
 
 # The largest default size of a population of seeds.
 LARGEST = 16
@@ -51,7 +63,7 @@ class _Member:
     """A model in training. Once `reason` is set, it has failed, and no more is written."""
 
     number: int
-    config: ConfigDict
+    config: Config
     directory: Path
     start: resume.Start
     checkpoints: checkpoints_lib.CheckpointWriter
@@ -61,14 +73,14 @@ class _Member:
 
 
 def train_population(
-    configs: Sequence[ConfigDict], directories: Sequence[Path], on_validation: _OnValidation
+    configs: Sequence[Config], directories: Sequence[Path], on_validation: _OnValidation
 ) -> list[str]:
     """Train a model for each config, or resume from the working directories.
 
     Each working directory is that of a single run, but without samples and curves. Return the
     reason why each model failed, or "". Raise `UserError` as `training.train` does.
     """
-    check_members(configs)
+    configs = check_members(configs)
     keep_freed_memory()
     splits = texts.load_texts(configs[0].data)
     text = splits.texts["train"]
@@ -80,7 +92,8 @@ def train_population(
         for config, directory in zip(configs, directories, strict=True):
             check_lock = held.enter_context(lock.hold_lock(directory))
             with _naming_resumed(directory):
-                settled = resume.settle_run(splits.settle(config), directory, make_vocabulary)
+                config = dataclasses.replace(config, data=splits.settle(config.data))
+                settled = resume.settle_run(config, directory, make_vocabulary)
                 ids = ids or splits.encode(settled.vocabulary)
                 costs = costs or splits.measure_costs(settled.vocabulary)
                 start = resume.restore_run(settled, directory, ids["train"], text.count_tokens)
@@ -120,8 +133,11 @@ def _naming_resumed(directory: Path) -> Iterator[None]:
         raise UnavailableError(f"can't resume the training in {directory}: {error}") from None
 
 
-def check_members(configs: Sequence[ConfigDict]) -> None:
-    """Raise `UserError` if one program can't train these configs together."""
+def check_members(configs: Sequence[Config]) -> list[Config]:
+    """Return the configs with the checksum of the cell's file.
+
+    Raise `UserError` if one program can't train them together.
+    """
     if configs[0].init_from:
         raise UserError(
             "the members of a population start from fresh weights: leave out "
@@ -132,18 +148,20 @@ def check_members(configs: Sequence[ConfigDict]) -> None:
             "the members of a population all end at the same step: leave out --config.patience, or "
             "train one at a time with --population=1"
         )
-    for config in configs:
-        cell_file.settle_cell(config)
+    configs = [
+        dataclasses.replace(config, model=cell_file.settle_cell(config.model)) for config in configs
+    ]
     resume.settle_model(configs[0])
     first = dict(config_lib.flatten(configs[0]))
     for config in configs[1:]:
         for field, value in config_lib.flatten(config):
-            if value != first[field] and field not in config_lib.TRACEABLE:
+            if value != first[field] and field not in TRACEABLE:
                 raise UserError(
                     f"the members of a population can't differ in config.{field}, which is "
                     f"{first[field]!r} and {value!r}: leave out --population, or vary only "
-                    f"{', '.join(config_lib.TRACEABLE)}"
+                    f"{', '.join(TRACEABLE)}"
                 )
+    return configs
 
 
 def make_mesh(members: int) -> Mesh:
@@ -164,11 +182,11 @@ def _map_members(function: Callable[..., Any], mesh: Mesh) -> Any:
     return jax.jit(divided, donate_argnums=1)
 
 
-def hyperparameters(configs: Sequence[ConfigDict]) -> dict[str, jax.Array]:
+def hyperparameters(configs: Sequence[Config]) -> dict[str, jax.Array]:
     """Return the fields of the training step in which the configs differ, [members] each."""
     flat = [dict(config_lib.flatten(config)) for config in configs]
     varied = {}
-    for field in config_lib.TRACED_BY_STEP:
+    for field in TRACED_BY_STEP:
         column: list[Any] = [fields[field] for fields in flat]
         if len(set(column)) > 1:
             if isinstance(column[0], str):
@@ -179,7 +197,7 @@ def hyperparameters(configs: Sequence[ConfigDict]) -> dict[str, jax.Array]:
 
 
 def make_population_step(
-    config: ConfigDict, vocabulary_size: int, total_steps: int, mesh: Mesh
+    config: Config, vocabulary_size: int, total_steps: int, mesh: Mesh
 ) -> Callable[[dict[str, jax.Array], TrainState, batches.Batch], TrainState]:
     """Make a training step of all members, from their `hyperparameters`, states and batches.
 
@@ -187,8 +205,17 @@ def make_population_step(
     """
 
     def step(traced: dict[str, jax.Array], state: TrainState, batch: batches.Batch) -> TrainState:
-        own = ConfigDict(config.to_dict(), type_safe=False)
-        own.update_from_flattened_dict(traced)
+        by_section: dict[str, dict[str, Any]] = {"optimizer": {}, "regularization": {}}
+        for field, array in traced.items():
+            section, _, name = field.partition(".")
+            by_section[section][name] = array
+        own = dataclasses.replace(
+            config,
+            optimizer=dataclasses.replace(config.optimizer, **by_section["optimizer"]),
+            regularization=dataclasses.replace(
+                config.regularization, **by_section["regularization"]
+            ),
+        )
         model = model_lib.make_model(config.model, vocabulary_size)
         optimizer = optimizer_lib.make_optimizer(own.optimizer, total_steps)
         return make_step(model, optimizer, own, None)(state, batch)

@@ -1,7 +1,6 @@
 """Load the search space of a sweep: a Python file that maps a trial to config overrides."""
 
 import contextlib
-import functools
 import json
 import runpy
 import sys
@@ -10,12 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
-from ml_collections import ConfigDict
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial
 
-from lstm_jax import config as config_lib
+from lstm_jax.config import Config, change_fields
 from lstm_jax.errors import UserError, one_line
 from lstm_jax.run.files import blaming_file
 
@@ -65,14 +63,14 @@ class Space(NamedTuple):
             raise replayed.not_drawn(name)
         return overrides
 
-    def apply(self, experiment: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
+    def apply(self, experiment: Config, overrides: Mapping[str, Any]) -> Config:
         """Call `change_fields`; name the space file in its errors."""
         try:
             return change_fields(experiment, overrides)
         except UserError as error:
             raise UserError(f"{self.name}: {error}") from None
 
-    def check(self, experiment: ConfigDict) -> tuple[list[ConfigDict], list[str]]:
+    def check(self, experiment: Config) -> tuple[list[Config], list[str]]:
         """Return the configs of a fixed set of random draws, and the names of all parameters."""
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         configs = [self.apply(experiment, self.overrides(study.ask())) for _ in range(_NUM_PROBES)]
@@ -150,17 +148,3 @@ def make_seed_space(first: int, number: int) -> Space:
         return {"seed": trial.suggest_int("seed", first, first + number - 1, step=1)}
 
     return Space("--seeds", get_overrides)
-
-
-def change_fields(experiment: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
-    """Return the complete config with the overrides, by dotted field name, applied.
-
-    Raise `UserError` for an unknown field or an invalid value.
-    """
-    fields = experiment.to_dict()
-    for field, value in overrides.items():
-        if message := config_lib.describe_unknown_field(str(field)):
-            raise UserError(message)
-        *parents, name = field.split(".")
-        functools.reduce(dict.__getitem__, parents, fields)[name] = value
-    return config_lib.complete_config(fields)

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import optuna
-from ml_collections import ConfigDict
 from optuna.samplers import BaseSampler
 from optuna.study import Study, StudyDirection
 from optuna.trial import BaseTrial, FrozenTrial, TrialState
 
 from lstm_jax import config as config_lib
+from lstm_jax.config import Config
 from lstm_jax.errors import UserError
 from lstm_jax.sweep.space import Space
 from lstm_jax.sweep.storage import Guarded, convert_errors, open_storage
@@ -52,7 +52,7 @@ def open_study(
     directory: Path,
     location: str | None,
     name: str,
-    experiment: ConfigDict,
+    experiment: Config,
     parameters: Sequence[str],
     sampler: BaseSampler,
     pruner: optuna.pruners.BasePruner,
