@@ -42,7 +42,7 @@ class Field(NamedTuple):
     """One field of a config; `name` is dotted, and values have the type of `default`."""
 
     name: str
-    default: Any
+    default: object
     meaning: str
     allowed: Rule[Any]
     resume: bool  # A run may change it when it resumes.
@@ -95,6 +95,7 @@ CELLS = (
 OptimizerName = Literal["adam", "lion", "muon", "schedule_free", "sgd"]
 Schedule = Literal["constant", "cosine", "linear", "step"]
 Dtype = Literal["float32", "bfloat16", "auto"]  # Of matmuls; `model.make_model` resolves "auto".
+Option = bool | int | float | str  # The value of an option of a cell.
 DTYPES, SCHEDULES = get_args(Dtype), get_args(Schedule)
 
 _SHARE: Rule[float] = Rule("0 or more, and below 1", lambda value: 0 <= value < 1)
@@ -184,10 +185,10 @@ class ModelConfig:
         "(docs/cells.md).",
         Rule(f"one of {', '.join(CELLS)}, or FILE.py:CLASS",
             lambda name: name in CELLS or names_cell_file(name)))
-    options: Mapping[str, bool | int | float | str] = field({}, "Options that the cell declares, "
+    options: Mapping[str, Option] = field({}, "Options that the cell declares, "
         "as in --config.model.options.rounds=3.",
         Rule("numbers, strings and booleans, by name",
-            lambda options: all(isinstance(x, bool | int | float | str) for x in options.values())))
+            lambda options: all(isinstance(x, Option) for x in options.values())))
     cell_sha256: str = field("", "Checksum of the cell's file, set when a run begins. The run "
         "resumes with it only.")
     mogrifier_rounds: int = field(5, "Default of the option rounds of the cell mogrifier.",
@@ -368,7 +369,7 @@ def _list_fields(section: Any, prefix: str = "") -> Iterator[Field]:
             yield from _list_fields(own.type, f"{name}.")
 
 
-def _describe_type(kind: Any) -> Rule[Any]:
+def _describe_type(kind: object) -> Rule[Any]:
     words = {bool: "True or False", str: "any text"}
     return _OF_TYPE._replace(words=words[kind]) if kind in words else one_of(*get_args(kind))
 
@@ -475,12 +476,12 @@ def describe_unknown_field(name: str) -> str | None:
     return f"there is no field config.{name}{hint}"
 
 
-def flatten(config: Config) -> Iterator[tuple[str, Any]]:
+def flatten(config: Config) -> Iterator[tuple[str, object]]:
     """Yield every field as (dotted name, value), sorted by name."""
     return _flatten(config.to_dict())
 
 
-def _flatten(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(fields: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     for name, value in fields.items():
         if isinstance(value, dict) and prefix + name != _OPEN:
             yield from _flatten(value, f"{prefix}{name}.")

@@ -7,7 +7,7 @@
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -18,19 +18,21 @@ import threadpoolctl
 from lstm_jax.cells import CELLS, LOADED
 from lstm_jax.cells.block import Block
 from lstm_jax.cells.protocol import (
+    Gates,
     count_operations,
     get_activation,
     get_gates,
     make_cell,
     run_cell,
 )
-from lstm_jax.config import ModelConfig
+from lstm_jax.config import ModelConfig, Option
 from lstm_jax.errors import UserError
 from lstm_jax.matmul import matmul
 from lstm_jax.recurrences import cudnn, fused
 from lstm_jax.recurrences.fused import Lookup, StepArrays
 from lstm_jax.recurrences.processor import has_bfloat16_instructions
 
+T = TypeVar("T")
 Params = dict[str, Any]
 Prepared = StepArrays | Params  # From `LanguageModel.prepare_step`.
 
@@ -39,6 +41,9 @@ Carry = tuple[Any, ...]  # The carry of each layer, as its cell defines it.
 # Dropout masks, the same at every step: [batch, features] or None for the inputs of each layer and,
 # last, for the outputs of the last layer. `regularization.draw_masks` draws them.
 Masks = Sequence[jax.Array | None]
+
+# The gates, activations and outputs of a layer after a step.
+Record = tuple[Gates, jax.Array, jax.Array]
 
 # Larger parameters count as infinite: sums of their squares overflow float32.
 _LARGEST = 1e18
@@ -90,7 +95,7 @@ class LanguageModel(nn.Module):
     rematerialize: int = 0  # See `fused.run_fused`.
     cell: str | type[nn.Module] = "lstm"  # The kind of recurrent layer, in `cells.CELLS` or not.
     layer_norm: bool = False  # Whether the cells normalize the contributions to their gates.
-    options: Mapping[str, Any] = nn.FrozenDict()  # Other fields of the cells.
+    options: Mapping[str, Option] = nn.FrozenDict()  # Other fields of the cells.
     block: str = "none"  # The block around each cell: "none" or "residual".
     tie_embeddings: bool = False
     skip_connections: bool = False  # Add inputs to outputs in each layer but the first.
@@ -126,7 +131,7 @@ class LanguageModel(nn.Module):
         return CELLS[self.cell] if isinstance(self.cell, str) else self.cell
 
     @nn.nowrap  # So that an unbound model can call it.
-    def make_cells(self) -> list[Any]:
+    def make_cells(self) -> list[nn.Module]:
         """Make the recurrent layers."""
         make = functools.partial(make_cell, self.cell_class)
         given = self.dtype, self.layer_norm, self.options
@@ -139,7 +144,7 @@ class LanguageModel(nn.Module):
         ]
 
     @property
-    def layers(self) -> list[Any]:
+    def layers(self) -> list[nn.Module]:
         """Return the recurrent layers of a bound model."""
         return [getattr(self, f"{self.cell_name}_{i}") for i in range(self.num_layers)]
 
@@ -186,7 +191,7 @@ class LanguageModel(nn.Module):
         return below, tuple(carries)
 
     def run_step(
-        self, ids: jax.Array, carry: Carry, records: list[Any] | None = None
+        self, ids: jax.Array, carry: Carry, records: list[Record] | None = None
     ) -> tuple[jax.Array, Carry]:
         """Run the recurrent layers over one token of each text, ids [batch].
 
@@ -340,7 +345,7 @@ def init_params(model: LanguageModel, key: jax.Array, counts: np.ndarray | None 
     return params
 
 
-def place_beside(params: Any, tree: Any) -> Any:
+def place_beside(params: object, tree: T) -> T:
     """Commit arrays to the device of `params`, if these are committed to one.
 
     A jitted function returns its results committed to that device. If its first arguments are not,

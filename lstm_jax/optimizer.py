@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +92,7 @@ def update_average(
     optimizer: OptimizerConfig,
     average: optax.Params,
     params: optax.Params,
-    opt_state: Any,
+    opt_state: optax.OptState,
     step: jax.Array,
 ) -> optax.Params:
     """Return the average of the parameters after `step` steps, from the one before.

@@ -4,8 +4,6 @@ Dropout masks are drawn once per step and are the same at every position of its 
 are divided by the probability of keeping them, so that expectations do not change.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -79,14 +77,16 @@ def drop_parameters(rates: RegularizationConfig, params: Params, key: jax.Array)
     return dropped
 
 
-def penalty(rates: RegularizationConfig, outputs: jax.Array, dropped: jax.Array) -> Any:
+def penalty(
+    rates: RegularizationConfig, outputs: jax.Array, dropped: jax.Array
+) -> jax.Array | float:
     """Compute activation and temporal activation regularization (Merity et al. 2017), in nats.
 
     `outputs` and `dropped` are the outputs of the last layer, [batch, time, features], before and
     after dropout. Add the mean square of `dropped` times `activation_penalty`, and the mean squared
     difference between consecutive steps of `outputs` times `temporal_activation_penalty`.
     """
-    total: Any = 0.0
+    total: jax.Array | float = 0.0
     if is_on(rates.activation_penalty):
         total += rates.activation_penalty * jnp.mean(dropped**2)
     if is_on(rates.temporal_activation_penalty) and outputs.shape[1] > 1:

@@ -3,9 +3,9 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import jax
 from ml_collections import ConfigDict
@@ -30,7 +30,7 @@ from lstm_jax.run.zero_state import measure_zero_state
 from lstm_jax.train_step import make_train_step
 
 # See the argument of `train`.
-Watch = Callable[[Mapping[str, Any]], object]
+Watch = Callable[[metrics.Row], object]
 
 # Number of positions in the validation text that are read from a zero state after training.
 _PLACES = 64
@@ -205,7 +205,7 @@ class _Run:
         state = self.state
         if number := int(state.loss_steps):
             loss = float(state.loss_sum) / number
-            numbers: dict[str, Any] = {
+            numbers: metrics.Numbers = {
                 "learning_rate": self.plan.get_learning_rate(self.step, int(state.skipped)),
                 "gradient_norm": float(state.norm_sum) / number,
             }
@@ -238,7 +238,12 @@ class _Run:
         self.saved, self.saved_at = self.step, time.monotonic()
 
     def _record(
-        self, step: int, split: str, loss: float, sample: str | None = None, **extra: Any
+        self,
+        step: int,
+        split: str,
+        loss: float,
+        sample: str | None = None,
+        **extra: Unpack[metrics.Numbers],
     ) -> None:
         if self.writer:
             self.check_lock()

@@ -45,7 +45,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     sys.modules.pop("own_tracker", None)
 
 
-def make_row(step: int, split: str, **more: Any) -> dict[str, Any]:
+def make_row(step: int, split: str, **more: Any) -> Any:
     return {"step": step, "epoch": step / 70, "split": split, "loss": 2.0, "time": "now", **more}
 
 

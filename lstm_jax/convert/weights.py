@@ -3,8 +3,9 @@
 import contextlib
 import importlib
 import re
+import types
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -60,7 +61,7 @@ def check_model(model: ModelConfig, graph: bool = False) -> None:
 
 def from_model(model: LanguageModel, params: Params) -> Weights:
     """Return the weights of a model that passes `check_model`."""
-    arrays: Any = jax.tree.map(lambda array: np.asarray(array, np.float32), params)
+    arrays: Params = jax.tree.map(lambda array: np.asarray(array, np.float32), params)
     embedding = arrays["embedding"]["embedding"]
     return Weights(
         model.cell_name,
@@ -72,7 +73,7 @@ def from_model(model: LanguageModel, params: Params) -> Weights:
     )
 
 
-def to_model(weights: Weights) -> tuple[dict[str, Any], Params]:
+def to_model(weights: Weights) -> tuple[dict[str, object], Params]:
     """Return the `model` fields of a config, and the parameters, or raise `UserError`.
 
     Embeddings are tied if the kernel of the dense layer is the embedding, transposed.
@@ -127,7 +128,7 @@ def add_special_rows(
     return weights._replace(embedding=embedding, kernel=kernel, bias=bias), vocabulary, added
 
 
-def require(module: str) -> Any:
+def require(module: str) -> types.ModuleType:
     """Import and return a module of an optional package, or raise `UserError`."""
     package = module.partition(".")[0]
     try:

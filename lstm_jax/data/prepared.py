@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,8 +59,9 @@ CHUNK = 2 * 2**20
 # Words in a block, of which `DividedIds` counts the tokens, and blocks that it reads at a time.
 _BLOCK, _BLOCKS = 256, 4096
 
+_State = list[Any]  # A path or a checksum of a file, and its `_state`.
 # For one text, or each split: each file's path relative to the corpus, and its `_state`.
-_States = list[list[list[Any]]]
+_States = list[list[_State]]
 
 
 class Manifest(NamedTuple):
@@ -73,7 +74,7 @@ class Manifest(NamedTuple):
     ends: bool  # Whether `vocabulary.FILE_END` follows each file.
     stop: str  # The stop token, or "".
     splits: dict[str, dict[str, int]]  # Of each, `bytes`, `characters` and `tokens`.
-    files: dict[str, list[Any]]  # SHA-256 and `_state` of each other file in the directory.
+    files: dict[str, _State]  # SHA-256 and `_state` of each other file in the directory.
 
     def write(self, directory: Path) -> None:
         """Write it atomically, with a seal."""
@@ -124,7 +125,7 @@ def _key(directory: Path) -> bytes:
         return secrets.token_bytes(_KEY_BYTES)
 
 
-def _seal(directory: Path, fields: dict[str, Any]) -> str:
+def _seal(directory: Path, fields: dict[str, object]) -> str:
     """Return a checksum that only this user can make, for a directory of this name."""
     content = json.dumps([directory.name, fields], sort_keys=True).encode()
     return hmac.digest(_key(get_cache_directory()), content, "sha256").hex()
@@ -202,7 +203,7 @@ def _state(status: os.stat_result) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
-def _fingerprint(path: Path, known: list[Any]) -> list[Any]:
+def _fingerprint(path: Path, known: _State) -> _State:
     """Return SHA-256 and state of a file, `known` if its state is unchanged; flush a new file."""
     with files.open_regular(path) as file:
         state = _state(os.fstat(file.fileno()))
@@ -304,7 +305,7 @@ def _prepare(
     return manifest
 
 
-def _begin(unfinished: Path, plan: dict[str, Any]) -> bytes:
+def _begin(unfinished: Path, plan: Mapping[str, object]) -> bytes:
     """Make the directory to work in, or keep one of the same plan; return the key of its parts."""
     content = json.dumps(plan).encode()
     path, parts = unfinished / worker.PLAN, unfinished / worker.PARTS

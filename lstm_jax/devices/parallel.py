@@ -11,7 +11,7 @@ import contextlib
 import functools
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from lstm_jax.config import Config
 from lstm_jax.errors import UserError
 from lstm_jax.recurrences import fused, in_c
 from lstm_jax.recurrences.processor import count_cores
+
+T = TypeVar("T")
 
 DATA, MODEL = "data", "model"  # The names of the mesh axes.
 EVERYWHERE, DIVIDED = PartitionSpec(), PartitionSpec((DATA, MODEL))
@@ -105,7 +107,7 @@ def make_mesh(config: Config) -> Mesh:
     return Mesh(used.reshape(data, model), (DATA, MODEL))
 
 
-def get_storage_spec(array: Any, mesh: Mesh) -> PartitionSpec:
+def get_storage_spec(array: jax.Array, mesh: Mesh) -> PartitionSpec:
     """Return the spec for storing an array of the training state, by its shape.
 
     A matrix is divided along its largest divisible axis over `MODEL`; other arrays are replicated.
@@ -118,7 +120,7 @@ def get_storage_spec(array: Any, mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*[None] * max(axes, key=lambda axis: shape[axis]), MODEL)
 
 
-def place(tree: Any, mesh: Mesh, spec: PartitionSpec | None = None) -> Any:
+def place(tree: T, mesh: Mesh, spec: PartitionSpec | None = None) -> T:
     """Place the arrays of a tree on the devices of a mesh, by default as `get_storage_spec` says.
 
     If the mesh has devices of other processes, all processes pass the same whole arrays.
@@ -143,7 +145,7 @@ def place_local(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
     return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), parts)
 
 
-def gather_on_one_device(tree: Any, mesh: Mesh) -> Any:
+def gather_on_one_device(tree: T, mesh: Mesh) -> T:
     """Return whole arrays on this process's first device; replicated ones are not copied."""
     replicate = jax.jit(jnp.copy, out_shardings=NamedSharding(mesh, EVERYWHERE))
 
@@ -164,7 +166,7 @@ shard_map = functools.partial(jax.shard_map, check_vma=False)
 
 
 def divide_over_devices(
-    compute_grads: Callable[..., Any], params: Any, mesh: Mesh
+    compute_grads: Callable[..., Any], params: object, mesh: Mesh
 ) -> Callable[..., Any]:
     """Return a function like `compute_grads(params, key, batch, carry, masks)`, for a whole mesh.
 
@@ -190,7 +192,7 @@ def divide_over_devices(
     )
 
 
-def mean_over_devices(tree: Any, specs: Any) -> Any:
+def mean_over_devices(tree: T, specs: object) -> T:
     """Return means over all devices, or this device's part of them; call it in `shard_map`."""
     # Between processes on CPUs, gloo's reduce-scatter sometimes returns wrong sums of arrays of
     # megabytes (jax-ml/jax#40830).

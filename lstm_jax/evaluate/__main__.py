@@ -114,7 +114,7 @@ def main() -> None:
     measured = [_read_text(_TEXT.value, vocabulary)] if _TEXT.value else [splits[n] for n in names]
     ids = texts.Joined([text.encode(vocabulary) for text in measured])
     name = "standard input" if _TEXT.value == "-" else _TEXT.value or _SPLIT.value
-    result: dict[str, Any] = {"text" if _TEXT.value else "split": name}
+    result: dict[str, object] = {"text" if _TEXT.value else "split": name}
     if len(ids) < (needed := 4 if _ZERO_STATE.value else 2):
         raise UserError(
             f"{name} is too short: it has {len(ids)} {vocabulary.token_name}s, and {needed} "
@@ -164,7 +164,7 @@ def main() -> None:
 
 def _measure_loss(
     trained: workdir.Trained, ids: Ids, splits: Mapping[str, Text], settings: dynamic.Settings
-) -> tuple[float, np.ndarray, dict[str, Any]]:
+) -> tuple[float, np.ndarray, dict[str, object]]:
     """Measure the loss as the flags specify.
 
     Return the mean loss, the loss of each token ([] unless a flag needs it), and the fields of the
@@ -183,11 +183,11 @@ def _measure_loss(
         losses = loss_lib.compute_token_losses(model, params, ids, _CONTEXT.value)
         return float(losses.mean(dtype=np.float64)), losses, {"context": _CONTEXT.value}
     measured: Any = model
-    used: dict[str, Any] = {}
+    used: dict[str, object] = {}
     if _FIT_TEMPERATURE.value:
         validation = splits["validation"].encode(vocabulary)
-        used = {"temperature": fit_temperature(model, params, validation)}
-        measured = Tempered(model, used["temperature"])
+        temperature = fit_temperature(model, params, validation)
+        measured, used = Tempered(model, temperature), {"temperature": temperature}
     if _JSON_LINES.value:
         losses = loss_lib.compute_token_losses(measured, params, ids)
         return float(losses.mean(dtype=np.float64)), losses, used

@@ -154,7 +154,7 @@ def apply_step(
 
 
 def _step(
-    kernel: jax.Array, inputs: jax.Array, carry: LSTMCarry, added: Any = 0.0
+    kernel: jax.Array, inputs: jax.Array, carry: LSTMCarry, added: jax.Array | float = 0.0
 ) -> tuple[tuple[jax.Array, ...], LSTMCarry]:
     """Compute one step, feature-major; return the activated gates i, f, g, o and the next carry.
 
@@ -205,9 +205,13 @@ def _recurrence(
     return _recurrence_forward(kernels, inputs, carry, dtype)[0]
 
 
+# The kernels, the first carry, the columns, and the cell states and gates of all steps.
+_Residuals = tuple[Kernels, LSTMCarry, jax.Array, jax.Array, tuple[jax.Array, ...]]
+
+
 def _recurrence_forward(
     kernels: Kernels, inputs: jax.Array, carry: LSTMCarry, dtype: str
-) -> tuple[tuple[jax.Array, LSTMCarry], tuple[Any, ...]]:
+) -> tuple[tuple[jax.Array, LSTMCarry], _Residuals]:
     """Run `_recurrence`; also return the residuals, among them gates, [time, hidden, batch].
 
     `columns` [features + 1 + hidden, time * batch] are the factors of the matmuls of all steps.
@@ -241,7 +245,7 @@ def _recurrence_forward(
 
 
 def _recurrence_backward(
-    dtype: str, residuals: tuple[Any, ...], cotangents: tuple[jax.Array, LSTMCarry]
+    dtype: str, residuals: _Residuals, cotangents: tuple[jax.Array, LSTMCarry]
 ) -> tuple[Kernels, jax.Array, LSTMCarry]:
     kernels, first, columns, cells, gates = residuals
     d_outputs, d_last = cotangents

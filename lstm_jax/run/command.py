@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -88,8 +88,9 @@ def _report(error: Exception) -> int:
 
 def define_config_flag(meaning: str) -> None:
     """Define --config, and a flag for each field; `config.complete_config` checks their names."""
-    options: Any = {"lock_config": False, "accept_new_attributes": True}
-    config_flags.DEFINE_config_file("config", None, meaning, **options)
+    config_flags.DEFINE_config_file(
+        "config", None, meaning, lock_config=False, accept_new_attributes=True
+    )
 
 
 def read_experiment() -> tuple[config.Config, str]:

@@ -7,10 +7,9 @@ import secrets
 import textwrap
 import time
 import zlib
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import NotRequired, Self, TypedDict, Unpack
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -26,6 +25,28 @@ _SPLITS = ("train", "validation", "test")
 _LARGEST, _LONGEST_LINE = 2**26, 2**12
 # Fields of a row that differ when a run is repeated.
 TIMES = ("tokens_per_second", "seconds", "time")
+
+
+class Numbers(TypedDict, total=False):
+    """Numbers of a row beside the loss."""
+
+    learning_rate: float
+    gradient_norm: float
+    tokens_per_second: float
+    bits_per_character: float
+
+
+class Row(Numbers):
+    """A row of metrics.jsonl: a loss in nats per token after `step` training steps."""
+
+    step: int
+    epoch: float  # The number of passes over the training text, with fractions.
+    split: str
+    loss: float
+    seconds: NotRequired[float]  # Of training so far.
+    time: NotRequired[str]  # In UTC.
+    crc: NotRequired[str]  # In the file only.
+    sample: NotRequired[str]  # The generated text of a validation, for `watch` only.
 
 
 class MetricsWriter:
@@ -67,8 +88,8 @@ class MetricsWriter:
         split: str,
         loss: float,
         sample: str | None = None,
-        **extra: float,
-    ) -> dict[str, Any]:
+        **extra: Unpack[Numbers],
+    ) -> Row:
         """Record a loss in nats per token; return its row of metrics.jsonl without the checksum.
 
         `step` is the number of training steps done, `epoch` that of passes over the training text,
@@ -77,13 +98,20 @@ class MetricsWriter:
         training so far, and the time in UTC.
         """
         now = time.time()
-        numbers = {"loss": loss, **extra, "seconds": round(time.monotonic() - self._start, 3)}
-        at = datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds")
-        row = {"step": step, "epoch": round(epoch, 6), "split": split, **numbers, "time": at}
+        row: Row = {
+            "step": step,
+            "epoch": round(epoch, 6),
+            "split": split,
+            "loss": loss,
+            **extra,
+            "seconds": round(time.monotonic() - self._start, 3),
+            "time": datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds"),
+        }
         self._lines.write(f"{json.dumps({**row, 'crc': _checksum(row)})}\n".encode())
         self._lines.flush()
-        for name, value in numbers.items():
-            self._add(Event(step=step, summary=scalar(f"{split}/{name}", value)), now)
+        for name, value in row.items():
+            if name not in ("step", "epoch", "split", "time"):
+                self._add(Event(step=step, summary=scalar(f"{split}/{name}", value)), now)
         if sample is not None:
             self._add(
                 Event(step=step, summary=text(f"{split}/sample", quote_markdown(sample))), now
@@ -111,7 +139,7 @@ def quote_markdown(text: str) -> str:
     return textwrap.indent(text, "    ", lambda line: True)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[Row]:
     """Return the rows of a metrics.jsonl without checksums; [] if the file does not exist.
 
     Damaged lines are left out, with a warning. An incomplete last line, which is still being
@@ -139,10 +167,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _parse(line: bytes) -> Row | None:
     """Return the row in a line, or None if it is damaged; rows of old runs have no checksum."""
     with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
-        row: dict[str, Any] = json.loads(line) if len(line) <= _LONGEST_LINE else {}
+        row: Row = json.loads(line if len(line) <= _LONGEST_LINE else b"{}")
         valid = isinstance(row["step"], int) and 0 <= row["step"] < 2**31
         valid = valid and isinstance(row["loss"], float) and row["split"] in _SPLITS
         valid = valid and isinstance(row.get("seconds", 0.0), float)
@@ -152,7 +180,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return None
 
 
-def _checksum(row: Mapping[str, Any]) -> str:
+def _checksum(row: Row) -> str:
     return f"{zlib.crc32(json.dumps(row).encode()):08x}"
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import grain
 import jax
@@ -25,7 +25,7 @@ from lstm_jax.train_step import TrainState, init_state
 from lstm_jax.vocabulary import Ids, Vocabulary
 
 # The value before and the value now of each field that has changed, by dotted name.
-_Changes = dict[str, tuple[Any, Any]]
+_Changes = dict[str, tuple[object, object]]
 # Fields that a run and the one whose parameters it starts from must share.
 _OF_MODEL = ("model.", "data.units", "data.document_separator")
 
@@ -154,8 +154,10 @@ def _compare(before: Config, config: Config, directory: Path, of_model: bool = F
     if fixed and of_model:
         fixed.pop("model.cell_sha256", None)  # It follows from the cell.
         wanted = {field: was for field, (was, _) in fixed.items()}
-        options = wanted.pop("model.options", {})
-        wanted |= {f"model.options.{name}": value for name, value in options.items()}
+        if "model.options" in wanted:
+            del wanted["model.options"]
+            options = before.model.options
+            wanted |= {f"model.options.{name}": value for name, value in options.items()}
         set_all = for_caller(" ", "; ").join(set_field(*item) for item in wanted.items())
         remedy = f"add {set_all}" if wanted else "leave out config.model.options"
         raise UserError(f"the model in {directory} has other settings: {remedy}")

@@ -146,7 +146,7 @@ def save_vocabulary(workdir: Path, vocabulary: Vocabulary) -> None:
     files.write_json(workdir / VOCABULARY, vocabulary.to_fields(), indent=0)
 
 
-def append_changes(workdir: Path, step: int, changes: Mapping[str, tuple[Any, Any]]) -> None:
+def append_changes(workdir: Path, step: int, changes: Mapping[str, tuple[object, object]]) -> None:
     """Record changes of config fields after `step`: by field, the values before and after."""
     with files.open_append(workdir / CHANGES) as file:
         file.write((json.dumps({"step": step, "changes": changes}) + "\n").encode())

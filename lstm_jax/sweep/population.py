@@ -223,7 +223,7 @@ def make_population_step(
     return _map_members(step, mesh)
 
 
-def stack(members: Sequence[Any], mesh: Mesh) -> Any:
+def stack(members: Sequence[object], mesh: Mesh) -> Any:
     """Stack the arrays of all members, [members, ...], on the devices of a mesh."""
     stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *members)
     return parallel.place(stacked, mesh, _MEMBERS)

@@ -7,9 +7,9 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from optuna import Trial, TrialPruned
@@ -217,10 +217,10 @@ def _train_trials(sweep: Sweep, worker: worker_lib.Worker, trials: Sequence[Tria
 def _train_trial(trial: Trial, config: Config, directory: Path) -> str:
     """Train one trial; if it diverged, return the reason, else ""."""
 
-    def report_loss(row: Mapping[str, Any]) -> None:
+    def report_loss(row: metrics.Row) -> None:
         epoch = row["epoch"]
         if row["split"] == "validation" and epoch and epoch.is_integer():
-            _report(trial, epoch, row["loss"])
+            _report(trial, int(epoch), row["loss"])
             if epoch < config.num_epochs and trial.should_prune():
                 raise TrialPruned
 

@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalChoiceType,
+    CategoricalDistribution,
+)
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import FrozenTrial
+from optuna.trial import BaseTrial, FrozenTrial
 
 from lstm_jax.config import Config, change_fields
 from lstm_jax.errors import UserError, one_line
@@ -26,9 +30,11 @@ class Space(NamedTuple):
     """The search space of a sweep. Its methods raise `UserError` for mistakes in its file."""
 
     name: str  # Of the file, for messages.
-    get_overrides: Callable[[Any], Mapping[str, Any]]  # From a trial to fields by dotted name.
+    get_overrides: Callable[
+        [BaseTrial], Mapping[str, object]
+    ]  # From a trial to fields by dotted name.
 
-    def overrides(self, trial: Any) -> dict[str, Any]:
+    def overrides(self, trial: BaseTrial) -> dict[str, object]:
         """Return the fields that a trial changes, with lists for tuples, as in JSON."""
         with blaming_file("space file", self.name, (UserError, UpdateFinishedTrialError)):
             try:
@@ -44,7 +50,7 @@ class Space(NamedTuple):
                 "of fields such as {'optimizer.learning_rate': 1e-3}"
             )
         try:
-            made: dict[str, Any] = json.loads(json.dumps(dict(overrides)))
+            made: dict[str, object] = json.loads(json.dumps(dict(overrides)))
         except (TypeError, ValueError, RecursionError) as error:
             raise UserError(
                 f"{self.name}: a field must be a number, a string, a boolean or a list of them "
@@ -52,7 +58,7 @@ class Space(NamedTuple):
             ) from None
         return made
 
-    def replay(self, trial: FrozenTrial) -> dict[str, Any]:
+    def replay(self, trial: FrozenTrial) -> dict[str, object]:
         """Return the overrides for the parameters of a trial; missing ones get any value.
 
         Raise `UserError` if this space can't have drawn them.
@@ -63,7 +69,7 @@ class Space(NamedTuple):
             raise replayed.not_drawn(name)
         return overrides
 
-    def apply(self, experiment: Config, overrides: Mapping[str, Any]) -> Config:
+    def apply(self, experiment: Config, overrides: Mapping[str, object]) -> Config:
         """Call `change_fields`; name the space file in its errors."""
         try:
             return change_fields(experiment, overrides)
@@ -76,13 +82,13 @@ class Space(NamedTuple):
         configs = [self.apply(experiment, self.overrides(study.ask())) for _ in range(_NUM_PROBES)]
         return configs, sorted({name for trial in study.trials for name in trial.params})
 
-    def grid(self) -> dict[str, list[Any]]:
+    def grid(self) -> dict[str, list[CategoricalChoiceType]]:
         """Return the values of each parameter; raise `UserError` if their number is infinite."""
         trial = _ReplayedTrial(self.name, {}, {})
         self.overrides(trial)
         return {name: self._list_values(name, drawn) for name, drawn in trial.distributions.items()}
 
-    def _list_values(self, name: str, distribution: Any) -> list[Any]:
+    def _list_values(self, name: str, distribution: Any) -> list[CategoricalChoiceType]:
         if isinstance(distribution, CategoricalDistribution):
             return list(distribution.choices)
         low, high, step = distribution.low, distribution.high, distribution.step
@@ -99,12 +105,12 @@ class _ReplayedTrial(optuna.trial.FixedTrial):
     """A trial with known parameters; all others get their first value."""
 
     def __init__(
-        self, space: str, params: dict[str, Any], drawn: Mapping[str, BaseDistribution]
+        self, space: str, params: dict[str, object], drawn: Mapping[str, BaseDistribution]
     ) -> None:
         super().__init__(params)
         self._space, self._drawn = space, drawn
 
-    def _suggest(self, name: str, distribution: Any) -> Any:
+    def _suggest(self, name: str, distribution: Any) -> CategoricalChoiceType:
         self._distributions[name] = distribution
         if name not in self._params:
             is_choice = isinstance(distribution, CategoricalDistribution)
@@ -144,7 +150,7 @@ def load_space(path: Path) -> Space:
 def make_seed_space(first: int, number: int) -> Space:
     """Return the space of consecutive seeds."""
 
-    def get_overrides(trial: Any) -> dict[str, Any]:
+    def get_overrides(trial: BaseTrial) -> dict[str, object]:
         return {"seed": trial.suggest_int("seed", first, first + number - 1, step=1)}
 
     return Space("--seeds", get_overrides)
