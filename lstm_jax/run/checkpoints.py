@@ -226,7 +226,7 @@ def restore_latest(
     """
     step, restored, damaged = _restore_first(
         directory,
-        lambda step: (step, 0),
+        lambda step: (step, 0),  # The latest one has the highest rank.
         params,
         state.get("carry", ()),
         state,

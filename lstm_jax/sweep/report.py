@@ -54,9 +54,8 @@ def write_report(study: Study, directory: Path, experiment: Config, space: Space
         if len(members) > 1:
             named = [argument for member in members for argument in ("--workdir", member)]
             command = shlex.join(["python", "-m", "lstm_jax.evaluate", *named])
-            lines.append(
-                f"Measure their ensemble: {command}{cell_file.make_flag(experiment.model)}"
-            )
+            command += cell_file.make_flag(experiment.model)
+            lines.append(f"Measure their ensemble: {command}")
     else:
         # The fields come from the user's own space, not from the study.
         config = change_fields(experiment, space.replay(best))

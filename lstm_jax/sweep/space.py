@@ -9,11 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalChoiceType,
-    CategoricalDistribution,
-)
+from optuna.distributions import BaseDistribution, CategoricalChoiceType, CategoricalDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import BaseTrial, FrozenTrial
 
@@ -30,9 +26,8 @@ class Space(NamedTuple):
     """The search space of a sweep. Its methods raise `UserError` for mistakes in its file."""
 
     name: str  # Of the file, for messages.
-    get_overrides: Callable[
-        [BaseTrial], Mapping[str, object]
-    ]  # From a trial to fields by dotted name.
+    # From a trial to fields by dotted name.
+    get_overrides: Callable[[BaseTrial], Mapping[str, object]]
 
     def overrides(self, trial: BaseTrial) -> dict[str, object]:
         """Return the fields that a trial changes, with lists for tuples, as in JSON."""
