@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from frame import ROOT, parse_flags
 from lstm_jax import batches, model, optimizer, train_step
@@ -33,8 +32,7 @@ PREPARE = """
 import sys
 from lstm_jax import config
 from lstm_jax.data import prepared
-data = config.default().data
-data.path, data.prepared, data.fractions = sys.argv[1], sys.argv[2], {fractions}
+data = config.DataConfig(path=sys.argv[1], prepared=sys.argv[2], fractions={fractions})
 prepared.prepare_corpus(data)
 """
 
@@ -45,9 +43,8 @@ def main() -> None:
     files = list(options.corpus.glob("*.txt"))
     megabytes = sum(file.stat().st_size for file in files) / 1e6
     with tempfile.TemporaryDirectory(dir=options.corpus) as scratch:
-        data = config_lib.default().data
-        data.path, data.prepared = f"{options.corpus}/*.txt", f"{scratch}/prepared"
-        data.fractions = FRACTIONS
+        path, prepared = f"{options.corpus}/*.txt", f"{scratch}/prepared"
+        data = config_lib.DataConfig(path=path, prepared=prepared, fractions=FRACTIONS)
         script = PREPARE.format(fractions=FRACTIONS)
         began = time.perf_counter()
         peak = measure_peak("-c", script, data.path, data.prepared)
@@ -99,15 +96,14 @@ def resident(pid: int) -> int:
     return pages * os.sysconf("SC_PAGESIZE") + sum(resident(int(n)) for part in lists for n in part)
 
 
-def measure_loading(data: ConfigDict) -> None:
+def measure_loading(data: config_lib.DataConfig) -> None:
     """Print the characters a second that one core makes batches of."""
     train = texts.load_texts(data).texts["train"]
     ids = train.encode(train.vocabulary(data))
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     for kind in ("windows", "streams"):
-        fields = config_lib.default().batches
-        fields.kind = kind
+        fields = config_lib.complete_config({"batches": {"kind": kind}}).batches
         iterator, _ = batches.make_batches(ids, fields, seed=0)
         rates = []
         for _ in range(5):
@@ -120,7 +116,7 @@ def measure_loading(data: ConfigDict) -> None:
     os.sched_setaffinity(0, cores)
 
 
-def measure_steps(data: ConfigDict, rounds: int) -> None:
+def measure_steps(data: config_lib.DataConfig, rounds: int) -> None:
     """Print the time of a step with its data, relative to one on a constant batch."""
     for name, (batch, window), (embedding, hidden), steps, per_call in (
         ("shakespeare.py", (64, 100), (256, 1024), 1, 1),
@@ -131,13 +127,18 @@ def measure_steps(data: ConfigDict, rounds: int) -> None:
         config = config_lib.default()
         config.batches.batch_size, config.batches.window_length = batch, window
         config.model.embedding_size, config.model.hidden_size = embedding, hidden
-        ratios = compute_ratios(config, data, steps, per_call, rounds)
+        complete = config_lib.complete_config(config)
+        ratios = compute_ratios(complete, data, steps, per_call, rounds)
         printed = ", ".join(f"{kind} {ratio:.3f}" for kind, ratio in ratios.items())
         print(f"time of a step with its data / on a constant batch, {name}: {printed}", flush=True)
 
 
 def compute_ratios(
-    config: ConfigDict, data: ConfigDict, calls: int, per_call: int, rounds: int
+    config: config_lib.Config,
+    data: config_lib.DataConfig,
+    calls: int,
+    per_call: int,
+    rounds: int,
 ) -> dict[str, float]:
     """Return the median times of steps with their data, relative to a constant batch."""
     parallel.use_cores(config)

@@ -24,7 +24,7 @@ def main() -> None:
     size, directory = options.megabytes * 10**6, options.directory
     directory.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    paragraphs = "".join(texts.read_splits(config.default().data).values()).split("\n\n")
+    paragraphs = "".join(texts.read_splits(config.DataConfig()).values()).split("\n\n")
     written = number = 0
     while written < size:
         with (directory / f"part{number:03}.txt").open("wb") as file:

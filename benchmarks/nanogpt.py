@@ -99,7 +99,7 @@ def main() -> None:
     )
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    held_out = write_dataset(options.nanogpt, read_splits(config.default().data))
+    held_out = write_dataset(options.nanogpt, read_splits(config.DataConfig()))
     points: Points = {}
     frame.print_head("", "parameters", "minutes", f"by windows of {WINDOW}", "with context")
     for name in options.models.split(","):

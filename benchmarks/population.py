@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from frame import parse_flags, print_head, print_row
 from lstm_jax import batches, config, model, optimizer, train_step
@@ -55,7 +54,7 @@ def _time(run: Callable[..., None], *sizes: int) -> float:
     return time.perf_counter() - start
 
 
-def _settings(hidden_size: int, seed: int = 0) -> ConfigDict:
+def _settings(hidden_size: int, seed: int = 0) -> config.Config:
     settings = config.default()
     settings.seed = seed
     settings.batches.batch_size = 32
@@ -65,10 +64,10 @@ def _settings(hidden_size: int, seed: int = 0) -> ConfigDict:
     settings.optimizer.learning_rate = 4e-3 / (1 + seed)
     settings.optimizer.schedule = "cosine"
     settings.optimizer.max_gradient_norm = 1.0
-    return settings
+    return config.complete_config(settings)
 
 
-def _state(settings: ConfigDict, steps: int) -> train_step.TrainState:
+def _state(settings: config.Config, steps: int) -> train_step.TrainState:
     return train_step.init_state(
         model.make_model(settings.model, VOCABULARY_SIZE),
         optimizer.make_optimizer(settings.optimizer, steps),
@@ -77,7 +76,7 @@ def _state(settings: ConfigDict, steps: int) -> train_step.TrainState:
     )
 
 
-def _batch(settings: ConfigDict, *members: int) -> batches.Batch:
+def _batch(settings: config.Config, *members: int) -> batches.Batch:
     """Return random ids, [*members, batch, time]."""
     shape = (*members, settings.batches.batch_size, settings.batches.window_length + 1)
     ids = np.random.default_rng(0).integers(VOCABULARY_SIZE, size=shape, dtype=np.int32)

@@ -7,6 +7,7 @@ The models are those of experiments/cells.py. A batch has 4,096 tokens, as there
 longer window.
 """
 
+import dataclasses
 import statistics
 import time
 
@@ -37,9 +38,9 @@ def main() -> None:
             shape = (max(TOKENS // length, 1), length)
             ids = np.random.default_rng(0).integers(VOCABULARY_SIZE, size=shape)
             for recurrence in ("scan", "parallel", "fused"):
-                config.model.recurrence = recurrence
+                fields = dataclasses.replace(config.model, recurrence=recurrence)
                 try:
-                    made = model.make_model(config.model, VOCABULARY_SIZE)
+                    made = model.make_model(fields, VOCABULARY_SIZE)
                     made.implementation()
                 except ValueError:  # The cell has no such form.
                     continue

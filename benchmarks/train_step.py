@@ -131,14 +131,15 @@ def make_lstm_jax(
     settings.model.dtype = options.dtype
     for name in settings.regularization if regularized else ():
         settings.regularization[name] = 0.1 * (name != skipped)
-    parallel.use_cores(settings)  # As in a training run.
-    mesh = parallel.make_mesh(settings)
-    lstm = model.make_model(settings.model, options.vocabulary_size)
-    adam = optimizer.make_optimizer(settings.optimizer, total_steps=1)
+    complete = config.complete_config(settings)
+    parallel.use_cores(complete)  # As in a training run.
+    mesh = parallel.make_mesh(complete)
+    lstm = model.make_model(complete.model, options.vocabulary_size)
+    adam = optimizer.make_optimizer(complete.optimizer, total_steps=1)
     state = train_step.init_state(lstm, adam, jax.random.key(0), options.batch_size).place(mesh)
     inputs, targets = _batch(options)
     batch = batches.Batch(inputs, targets, starts=np.bool_(True))
-    return _jax_work(train_step.make_train_step(lstm, adam, settings, mesh), state, batch)
+    return _jax_work(train_step.make_train_step(lstm, adam, complete, mesh), state, batch)
 
 
 def _flax(options: argparse.Namespace, cell: str) -> Work:

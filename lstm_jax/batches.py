@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
+from lstm_jax.config import BatchesConfig
 from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import Ids
 
@@ -82,7 +82,7 @@ def cut_batch(ids: Ids | jax.Array, offsets: Offsets, window_length: int) -> Bat
     return Batch(windows[:, :-1], windows[:, 1:], offsets.starts)
 
 
-def make_order(length: int, batches: ConfigDict, seed: int) -> Windows | Streams:
+def make_order(length: int, batches: BatchesConfig, seed: int) -> Windows | Streams:
     """Return the windows of each training step in a text of `length` tokens; see `make_batches`."""
     size, window = batches.batch_size, batches.window_length
     order = (Windows if batches.kind == "windows" else Streams)(length, size, window, seed)
@@ -97,7 +97,7 @@ def make_order(length: int, batches: ConfigDict, seed: int) -> Windows | Streams
 
 def make_batches(
     ids: Ids,
-    batches: ConfigDict,
+    batches: BatchesConfig,
     seed: int,
     only_offsets: bool = False,
     part: tuple[int, int] = (0, 1),

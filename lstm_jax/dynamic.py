@@ -15,7 +15,7 @@ so that parameters with small gradients in training move as readily as the other
 
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,9 @@ def measure_gradient_sizes(
 def _measure_gradient_sizes(
     model: LanguageModel, params: Params, inputs: jax.Array, targets: jax.Array
 ) -> Params:
-    def add_squares(state: Any, segment: Any) -> Any:
+    def add_squares(
+        state: tuple[Params, Carry], segment: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[Params, Carry], None]:
         sums, carry = state
         grads, (_, carry) = _compute_grads(model, params, carry, (*segment, True))
         return (jax.tree.map(lambda s, g: s + g**2, sums, grads), carry), None
@@ -105,7 +107,7 @@ def _read_segments(
         back = jnp.minimum(settings.decay * size / mean, 1)
         return p - settings.learning_rate * g / (size + 0.1 * mean) + back * (p0 - p)
 
-    def step(state: Any, segment: Any) -> Any:
+    def step(state: tuple[Params, Carry], segment: Chunk) -> tuple[tuple[Params, Carry], jax.Array]:
         (params, carry), (inputs, targets, counted) = state, segment
         # A segment that is all padding comes after the last token: its results are not used.
         counted = counted | ~counted.any()
@@ -121,7 +123,7 @@ def _compute_grads(
     """Differentiate the mean loss of a segment; also return its losses [time] and the carry."""
     inputs, targets, counted = segment
 
-    def loss_fn(params: Params) -> Any:
+    def loss_fn(params: Params) -> tuple[jax.Array, tuple[jax.Array, Carry]]:
         logits, after = apply(model, params, inputs[None], carry)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits[0], targets)
         return jnp.mean(losses, where=counted), (losses, after)

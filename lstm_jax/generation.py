@@ -215,7 +215,9 @@ def generate_chunks(
         chunk = min(4 * chunk, _SEARCHED_CHUNK if searches else longest)
 
 
-def _check_logits(processed: Any, state: State, controls: ControlArrays) -> np.ndarray:
+def _check_logits(
+    processed: np.typing.ArrayLike, state: State, controls: ControlArrays
+) -> np.ndarray:
     """Return the result of a logits processor, or raise `UserError` if no token can be drawn."""
     logits = np.asarray(processed, np.float32)
     if logits.shape != state.logits.shape:

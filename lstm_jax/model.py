@@ -7,25 +7,26 @@
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import threadpoolctl
-from ml_collections import ConfigDict
 
 from lstm_jax.cells import CELLS, LOADED
 from lstm_jax.cells.block import Block
 from lstm_jax.cells.making import count_operations, make_cell
-from lstm_jax.cells.protocol import get_activation, get_gates, run_cell
+from lstm_jax.cells.protocol import Gates, get_activation, get_gates, run_cell
+from lstm_jax.config import ModelConfig, Option, is_plain_lstm
 from lstm_jax.errors import UserError
 from lstm_jax.matmul import matmul
 from lstm_jax.recurrences import cudnn, fused
 from lstm_jax.recurrences.choice import choose_dtype, choose_recurrence
 from lstm_jax.recurrences.fused import Lookup, StepArrays
 
+T = TypeVar("T")
 Params = dict[str, Any]
 Prepared = StepArrays | Params  # From `LanguageModel.prepare_step`.
 
@@ -34,6 +35,9 @@ Carry = tuple[Any, ...]  # The carry of each layer, as its cell defines it.
 # Dropout masks, the same at every step: [batch, features] or None for the inputs of each layer and,
 # last, for the outputs of the last layer. `regularization.draw_masks` draws them.
 Masks = Sequence[jax.Array | None]
+
+# The gates, activations and outputs of a layer after a step.
+Record = tuple[Gates, jax.Array, jax.Array]
 
 # Larger parameters count as infinite: sums of their squares overflow float32.
 _LARGEST = 1e18
@@ -85,7 +89,7 @@ class LanguageModel(nn.Module):
     rematerialize: int = 0  # See `fused.run_fused`.
     cell: str | type[nn.Module] = "lstm"  # The kind of recurrent layer, in `cells.CELLS` or not.
     layer_norm: bool = False  # Whether the cells normalize the contributions to their gates.
-    options: Mapping[str, Any] = nn.FrozenDict()  # Other fields of the cells.
+    options: Mapping[str, Option] = nn.FrozenDict()  # Other fields of the cells.
     block: str = "none"  # The block around each cell: "none" or "residual".
     tie_embeddings: bool = False
     skip_connections: bool = False  # Add inputs to outputs in each layer but the first.
@@ -121,7 +125,7 @@ class LanguageModel(nn.Module):
         return CELLS[self.cell] if isinstance(self.cell, str) else self.cell
 
     @nn.nowrap  # So that an unbound model can call it.
-    def make_cells(self) -> list[Any]:
+    def make_cells(self) -> list[nn.Module]:
         """Make the recurrent layers."""
         make = functools.partial(make_cell, self.cell_class)
         given = self.dtype, self.layer_norm, self.options
@@ -134,7 +138,7 @@ class LanguageModel(nn.Module):
         ]
 
     @property
-    def layers(self) -> list[Any]:
+    def layers(self) -> list[nn.Module]:
         """Return the recurrent layers of a bound model."""
         return [getattr(self, f"{self.cell_name}_{i}") for i in range(self.num_layers)]
 
@@ -181,7 +185,7 @@ class LanguageModel(nn.Module):
         return below, tuple(carries)
 
     def run_step(
-        self, ids: jax.Array, carry: Carry, records: list[Any] | None = None
+        self, ids: jax.Array, carry: Carry, records: list[Record] | None = None
     ) -> tuple[jax.Array, Carry]:
         """Run the recurrent layers over one token of each text, ids [batch].
 
@@ -229,7 +233,7 @@ class LanguageModel(nn.Module):
     def implementation(self) -> str:
         """Return how the layers run over time here; see `choose_recurrence`."""
         has_parallel = self.block != "none" or hasattr(self.cell_class, "run_parallel")
-        is_lstm = fused.supports(self.cell, self.layer_norm, self.block)
+        is_lstm = is_plain_lstm(self.cell, self.layer_norm, self.block)
         return choose_recurrence(self.recurrence, self.cell_name, self.dtype, is_lstm, has_parallel)
 
 
@@ -241,7 +245,7 @@ def apply_mask(x: jax.Array | Lookup, mask: jax.Array | None) -> Any:
     return (fused.get_rows(x).transpose(1, 2, 0) * mask.T[None]).transpose(2, 0, 1)
 
 
-def make_model(model: ConfigDict, vocabulary_size: int) -> LanguageModel:
+def make_model(model: ModelConfig, vocabulary_size: int) -> LanguageModel:
     """Make the model that the `model` fields of a config describe, for this machine.
 
     The dtype "auto" becomes that of `choose_dtype`.
@@ -250,14 +254,27 @@ def make_model(model: ConfigDict, vocabulary_size: int) -> LanguageModel:
       KeyError: if the cell is in a file that was not loaded (`run.cell_file`).
       ValueError: if `recurrence` can't run this model.
     """
-    fields = model.to_dict()
-    del fields["cell_sha256"]
-    rounds, options = fields.pop("mogrifier_rounds"), fields.pop("options")
+    options = dict(model.options)
     if model.cell == "mogrifier":  # Earlier versions had no options.
-        options = {"rounds": rounds, **options}
-    if model.cell not in CELLS:
-        fields["cell"] = LOADED[model.cell][0]
-    made = LanguageModel(vocabulary_size, options=nn.FrozenDict(options), **fields)
+        options = {"rounds": model.mogrifier_rounds, **options}
+    made = LanguageModel(
+        vocabulary_size,
+        model.embedding_size,
+        model.hidden_size,
+        model.num_layers,
+        recurrence=model.recurrence,
+        dtype=model.dtype,
+        rematerialize=model.rematerialize,
+        cell=model.cell if model.cell in CELLS else LOADED[model.cell][0],
+        layer_norm=model.layer_norm,
+        options=nn.FrozenDict(options),
+        block=model.block,
+        tie_embeddings=model.tie_embeddings,
+        skip_connections=model.skip_connections,
+        initial_embedding=model.initial_embedding,
+        initial_scale=model.initial_scale,
+        initial_bias=model.initial_bias,
+    )
     if made.dtype == "auto":
         made = made.clone(dtype="float32")
         made = made.clone(dtype=choose_dtype(made.implementation()))

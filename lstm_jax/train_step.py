@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from lstm_jax import batches, regularization
 from lstm_jax import model as model_lib
+from lstm_jax.config import BatchesConfig, Config, RegularizationConfig
 from lstm_jax.devices import feeding, parallel
 from lstm_jax.optimizer import update_average
 
@@ -113,7 +113,7 @@ def init_state(
 def make_train_step(
     model: model_lib.LanguageModel,
     optimizer: optax.GradientTransformation,
-    config: ConfigDict,
+    config: Config,
     mesh: Mesh,
 ) -> TrainStep:
     """Jit `make_step` for the batches of the training loop; the state is donated."""
@@ -124,7 +124,7 @@ def make_train_step(
 def make_step(
     model: model_lib.LanguageModel,
     optimizer: optax.GradientTransformation,
-    config: ConfigDict,
+    config: Config,
     mesh: Mesh | None,
 ) -> Callable[[TrainState, batches.Batch], TrainState]:
     """Make the training step, a pure function of a state and a `batches.Batch`.
@@ -184,7 +184,7 @@ def make_step(
 
 
 def _start_texts(
-    model: model_lib.LanguageModel, kind: ConfigDict, state: TrainState, batch: batches.Batch
+    model: model_lib.LanguageModel, kind: BatchesConfig, state: TrainState, batch: batches.Batch
 ) -> model_lib.Carry:
     """Return the carry before a batch: the initial one for texts that start, or are reset."""
     starts = jnp.broadcast_to(batch.starts, len(batch.inputs))
@@ -200,7 +200,7 @@ def _start_texts(
 
 
 def _make_compute_grads(
-    model: model_lib.LanguageModel, rates: ConfigDict, microbatches: int
+    model: model_lib.LanguageModel, rates: RegularizationConfig, microbatches: int
 ) -> Callable[..., Any]:
     """Make a function of parameters, a key, inputs and targets, carry and masks.
 

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
 from lstm_jax import optimizer as optimizer_lib
+from lstm_jax.config import Config
 from lstm_jax.data import texts
 from lstm_jax.devices import parallel
 from lstm_jax.run import console, messages, resume, session, workdir
@@ -20,7 +21,7 @@ from lstm_jax.train_step import TrainStep, make_train_step
 
 
 def train(
-    config: ConfigDict,
+    config: Config | ConfigDict,
     directory: Path | str,
     watch: session.Watch = lambda row: None,
     quiet: bool = False,
@@ -43,13 +44,13 @@ def train(
         directory holds another run or a damaged one, is in use, or can't be written; or the
         loss, a gradient or a parameter is not finite.
     """
-    config, directory = config_lib.complete_config(config), workdir.check_path(directory)
-    parallel.use_cores(config)
+    complete, directory = config_lib.complete_config(config), workdir.check_path(directory)
+    parallel.use_cores(complete)
     with console.quieten(quiet):
-        resume.resolve_model(config)
-        mesh = parallel.make_mesh(config)
+        complete = resume.resolve_model(complete)
+        mesh = parallel.make_mesh(complete)
         with session.open_run(
-            config, directory, lambda: texts.load_texts(config.data), mesh, watch
+            complete, directory, lambda: texts.load_texts(complete.data), mesh, watch
         ) as run:
             messages.print_setup(run)
             if not run.is_finished:

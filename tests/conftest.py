@@ -137,9 +137,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shakespeare(data_dir: Path) -> dict[str, str]:
     """Return the splits of Tiny Shakespeare."""
-    data = config_lib.default().data
-    data.directory = str(data_dir)
-    splits = texts.read_splits(data)
+    splits = texts.read_splits(config_lib.DataConfig(directory=str(data_dir)))
     if not _TEXT.exists():
         _TEXT.parent.mkdir(parents=True, exist_ok=True)
         files.write_file(_TEXT, "".join(splits.values()).encode())

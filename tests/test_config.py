@@ -91,7 +91,8 @@ def test_docs_config_md_is_up_to_date() -> None:
 
 def test_defaults_are_valid() -> None:
     config = config_lib.default()
-    assert config_lib.complete_config(config) == config
+    assert config_lib.complete_config(config) == config_lib.Config()
+    assert config_lib.Config().to_dict() == config.to_dict()
     assert config_lib.find_unused_fields(config) == []
     assert {name for name, _ in config_lib.flatten(config)} == {f.name for f in config_lib.FIELDS}
     assert all(field.meaning.endswith(".") for field in config_lib.FIELDS)

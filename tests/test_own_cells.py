@@ -576,10 +576,10 @@ def test_options_and_operations_are_bounded(tiny_config: ConfigDict) -> None:
     model = tiny_config.model
     model.cell, model.options = "mogrifier", {"rounds": 100_000}
     with pytest.raises(UserError, match="rounds of the cell .* 100000: it must be from 0 to 100$"):
-        resume.resolve_model(tiny_config)
+        resume.resolve_model(config_lib.complete_config(tiny_config))
     model.num_layers, model.options = 100, {"rounds": 100}
     with pytest.raises(UserError, match="the 100 layers of cell mogrifier have 2.* 25,000 are the"):
-        resume.resolve_model(tiny_config)
+        resume.resolve_model(config_lib.complete_config(tiny_config))
     # The most layers, of a common cell.
     model.cell, model.options, model.block = "lstm", {}, "residual"
     model_lib.check_operations(model_lib.make_model(model, 9))

@@ -12,9 +12,7 @@ from lstm_jax.errors import UserError
 
 
 def read(data_dir: Path) -> dict[str, str]:
-    data = config_lib.default().data
-    data.directory = str(data_dir)
-    return texts.read_splits(data)
+    return texts.read_splits(config_lib.DataConfig(directory=str(data_dir)))
 
 
 @pytest.fixture

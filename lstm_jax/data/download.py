@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import IO, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
 from lstm_jax.background import call_in_thread
 from lstm_jax.run import files
+
+T = TypeVar("T")
 
 _CHUNK_BYTES = 2**16
 # Give up on a server that sends nothing for this time.
@@ -104,7 +106,7 @@ def _receive_rest(file: Download, part: Path, done: int) -> int:
     """
     began, first = time.monotonic(), done
 
-    def wait_for(function: Callable[..., Any], *arguments: Any) -> Any:
+    def wait_for(function: Callable[..., T], *arguments: object) -> T:
         """Call a function that waits for the server, for the rest of the time."""
         allowed = file.seconds + (done - first) / _LEAST_SPEED
         return call_in_thread(function, *arguments, seconds=began + allowed - time.monotonic())
@@ -162,7 +164,13 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects, but not to FTP, whose answers are other objects."""
 
     def redirect_request(
-        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+        newurl: str,
     ) -> urllib.request.Request | None:
         if urllib.parse.urlsplit(newurl).scheme not in ("http", "https"):
             raise DownloadError("it redirects to an address that is not http or https")

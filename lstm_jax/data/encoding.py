@@ -18,7 +18,7 @@ from lstm_jax.data.sources import Segment, cut_pieces, cut_segments, read_segmen
 from lstm_jax.vocabulary import SEPARATORS, Costs, Ids, Vocabulary, split_text
 
 if TYPE_CHECKING:  # A process that encodes chunks imports little more than NumPy.
-    from ml_collections import ConfigDict
+    from lstm_jax.config import DataConfig
 
 
 # Places where a text can be cut, from the last one backwards ("r"): never within a character (which
@@ -175,7 +175,7 @@ class Text:
         """Yield the text in pieces of bounded size, each after the `overlap` characters before."""
         yield self._text
 
-    def vocabulary(self, data: "ConfigDict") -> Vocabulary:
+    def vocabulary(self, data: "DataConfig") -> Vocabulary:
         """Return the vocabulary of the text for the `data` fields of a config."""
         stop = self.find_stop(data.document_separator)
         part = self.index_tokens(data.units, stop)

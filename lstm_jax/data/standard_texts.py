@@ -4,6 +4,7 @@ A text is downloaded once into TFDS's data directory, and verified. Its splits
 are then in files: enwik8/train.txt, enwik8/validation.txt and enwik8/test.txt.
 """
 
+import dataclasses
 import hashlib
 import io
 import os
@@ -13,8 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from ml_collections import ConfigDict
-
+from lstm_jax.config import DataConfig
 from lstm_jax.data.download import Download, DownloadError, download_file, read_wheel
 from lstm_jax.data.sources import SPLITS
 from lstm_jax.errors import UnavailableError, UserError, same_again
@@ -118,7 +118,7 @@ STANDARD_TEXTS = {
 }
 
 
-def find_standard_text(data: ConfigDict) -> ConfigDict:
+def find_standard_text(data: DataConfig) -> DataConfig:
     """Return the `data` fields of a config with the files of the standard text that they name.
 
     The text is downloaded if it is not there. Fields that name no standard text, or one that TFDS
@@ -139,9 +139,8 @@ def find_standard_text(data: ConfigDict) -> ConfigDict:
             f"can't read or write {error.filename or directory} ({error.strerror}): free space or "
             "make it writable, or use another data directory"
         ) from None
-    data = data.copy_and_resolve_references()
-    data.path = ";".join(str(directory / f"{split}.txt") for split in SPLITS)
-    return data
+    path = ";".join(str(directory / f"{split}.txt") for split in SPLITS)
+    return dataclasses.replace(data, path=path)
 
 
 def _get_text(name: str, directory: Path) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from ml_collections import ConfigDict
 
+from lstm_jax.config import DataConfig
 from lstm_jax.data import sources, standard_texts
 from lstm_jax.data.encoding import Text
 from lstm_jax.errors import UserError
@@ -29,21 +29,20 @@ class Splits:
 
     texts: dict[str, Text]  # By the name of the split.
     sha256: str  # Over the bytes of all, in hexadecimal.
-    data: ConfigDict  # The `data` fields that describe the text.
+    data: DataConfig  # The `data` fields that describe the text.
     # By the tokens of a vocabulary.
     _encoded: dict[tuple[str, ...], tuple[dict[str, Ids], dict[str, Costs]]] = dataclasses.field(
         default_factory=dict
     )
 
-    def resolve(self, config: ConfigDict) -> ConfigDict:
-        """Return the config with the checksum of this text and absolute paths."""
-        config = config.copy_and_resolve_references()
-        config.data.sha256 = self.sha256
-        if config.data.path:
-            config.data.path = sources.make_absolute(config.data.path)
-        if config.data.prepared:
-            config.data.prepared = str(Path(os.path.expanduser(config.data.prepared)).absolute())
-        return config
+    def resolve(self, data: DataConfig) -> DataConfig:
+        """Return the fields with the checksum of this text and absolute paths."""
+        path, prepared = data.path, data.prepared
+        if path:
+            path = sources.make_absolute(path)
+        if prepared:
+            prepared = str(Path(os.path.expanduser(prepared)).absolute())
+        return dataclasses.replace(data, sha256=self.sha256, path=path, prepared=prepared)
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
@@ -71,7 +70,7 @@ class Splits:
         return self._encoded[vocabulary.tokens]
 
 
-def load_texts(data: ConfigDict) -> Splits:
+def load_texts(data: DataConfig) -> Splits:
     """Return the splits that the `data` fields of a config describe.
 
     Files of more than `data.memory_megabytes` together are prepared: encoded once into files, from
@@ -86,7 +85,7 @@ def load_texts(data: ConfigDict) -> Splits:
     return _open_splits(data)
 
 
-def _open_splits(data: ConfigDict, manifest: "Manifest | None" = None) -> Splits:
+def _open_splits(data: DataConfig, manifest: "Manifest | None" = None) -> Splits:
     """Return the splits of a prepared corpus, or else read them into memory."""
     if manifest:
         splits = Splits(manifest.texts(), manifest.text_sha256, data)
@@ -99,7 +98,7 @@ def _open_splits(data: ConfigDict, manifest: "Manifest | None" = None) -> Splits
 
 
 def load_texts_of_run(
-    data: ConfigDict,
+    data: DataConfig,
     path: str | None,
     dataset: str | None = None,
     directory: str | None = None,
@@ -120,12 +119,11 @@ def load_texts_of_run(
     Raises:
       UserError: as `load_texts` does; or if the user must name the text.
     """
-    data = data.copy_and_resolve_references()
+    data = dataclasses.replace(data, directory=directory or "")
     if dataset is not None:
-        data.path, data.dataset = "", dataset
+        data = dataclasses.replace(data, path="", dataset=dataset)
     if path is not None:
-        data.path = path
-    data.directory = directory or ""
+        data = dataclasses.replace(data, path=path)
     standard = standard_texts.find_standard_text(data)
     make, data = path is not None or standard is not data, standard
     manifest = None
@@ -145,13 +143,13 @@ def load_texts_of_run(
     return _open_splits(data, manifest).texts
 
 
-def _find_prepared(data: ConfigDict, make: bool) -> "Manifest":
+def _find_prepared(data: DataConfig, make: bool) -> "Manifest":
     """Return the prepared text of a run, from where it was trained or else the user's cache."""
     from lstm_jax.data import prepared
 
     if manifest := prepared.find_corpus(data):
         return manifest
-    data.prepared = str(prepared.get_cache_directory())
+    data = dataclasses.replace(data, prepared=str(prepared.get_cache_directory()))
     if manifest := prepared.prepare_corpus(data) if make else prepared.find_corpus(data):
         return manifest
     raise UserError(
@@ -160,7 +158,7 @@ def _find_prepared(data: ConfigDict, make: bool) -> "Manifest":
     )
 
 
-def read_splits(data: ConfigDict) -> dict[str, str]:
+def read_splits(data: DataConfig) -> dict[str, str]:
     """Read the text of each split into memory, for the `data` fields of a config."""
     data = standard_texts.find_standard_text(data)
     any_bytes, ends = data.units == "bytes", data.document_separator == "file"

@@ -60,7 +60,7 @@ def measure(
     )
     ids = texts.Joined([text.encode(vocabulary) for text in measured])
     name = "standard input" if options.text == "-" else options.text or options.splits
-    result: dict[str, Any] = {"text" if options.text else "split": name}
+    result: dict[str, object] = {"text" if options.text else "split": name}
     if len(ids) < (needed := 4 if options.zero_state else 2):
         raise UserError(
             f"{name} is too short: it has {len(ids)} {vocabulary.token_name}s, and {needed} "
@@ -110,7 +110,7 @@ def measure(
 
 def _measure_loss(
     trained: workdir.Trained, ids: Ids, splits: Mapping[str, Text], options: Options
-) -> tuple[float, np.ndarray, dict[str, Any]]:
+) -> tuple[float, np.ndarray, dict[str, object]]:
     """Measure the loss as the options specify.
 
     Return the mean loss, the loss of each token ([] unless an option needs it), and the fields of
@@ -129,11 +129,11 @@ def _measure_loss(
         losses = loss_lib.compute_token_losses(model, params, ids, options.context)
         return float(losses.mean(dtype=np.float64)), losses, {"context": options.context}
     measured: Any = model
-    used: dict[str, Any] = {}
+    used: dict[str, object] = {}
     if options.fit_temperature:
         validation = splits["validation"].encode(vocabulary)
-        used = {"temperature": fit_temperature(model, params, validation)}
-        measured = Tempered(model, used["temperature"])
+        temperature = fit_temperature(model, params, validation)
+        measured, used = Tempered(model, temperature), {"temperature": temperature}
     if options.json_lines:
         losses = loss_lib.compute_token_losses(measured, params, ids)
         return float(losses.mean(dtype=np.float64)), losses, used

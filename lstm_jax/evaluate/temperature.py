@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +53,7 @@ def _sum_losses(
     inputs, targets, counted = chunk
     logits, carry = apply(model, params, inputs, carry)
 
-    def sum_losses(temperature: Any) -> jax.Array:
+    def sum_losses(temperature: jax.Array) -> jax.Array:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits / temperature, targets)
         return losses.sum(where=counted)
 

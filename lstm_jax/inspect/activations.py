@@ -1,7 +1,7 @@
 """Record the activations, gates, predictions and losses of a model while it reads a text."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,8 +79,10 @@ def _read(
     """
     bound = model.bind({"params": params})
 
-    def step(carry: model_lib.Carry, token: jax.Array) -> tuple[model_lib.Carry, Any]:
-        records: list[Any] = []
+    def step(
+        carry: model_lib.Carry, token: jax.Array
+    ) -> tuple[model_lib.Carry, tuple[jax.Array, jax.Array, tuple[Gates, ...]]]:
+        records: list[model_lib.Record] = []
         outputs, carry = bound.run_step(token[None], carry, records)
         gates, activations, _ = zip(*jax.tree.map(lambda x: x[0], records), strict=True)
         return carry, (outputs[0], jnp.concatenate(activations), gates)

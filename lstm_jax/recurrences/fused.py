@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lstm_jax.cells.lstm import Kernels, LSTMCarry
+from lstm_jax.config import is_plain_lstm
 from lstm_jax.matmul import matmul, matmul_rounded, round_factor
 from lstm_jax.recurrences import in_c
 from lstm_jax.recurrences.in_c import Int8Kernel
@@ -79,14 +80,9 @@ def run_fused(
     return outputs.transpose(2, 0, 1), LSTMCarry(state.cell.T, state.hidden.T)
 
 
-def supports(cell: Any, layer_norm: bool, block: str) -> bool:
-    """Return whether `run_fused` supports a model with these fields of a `LanguageModel`."""
-    return cell == "lstm" and not layer_norm and block == "none"
-
-
 def supports_int8(model: Any) -> bool:
     """Return whether the steps of a `LanguageModel` can multiply in 8 bits here."""
-    is_lstm = supports(model.cell, model.layer_norm, model.block)
+    is_lstm = is_plain_lstm(model.cell, model.layer_norm, model.block)
     return is_lstm and all(in_c.is_used(size, "bfloat16") for size in model.sizes[1:])
 
 
@@ -154,7 +150,7 @@ def apply_step(
 
 
 def _step(
-    kernel: jax.Array, inputs: jax.Array, carry: LSTMCarry, added: Any = 0.0
+    kernel: jax.Array, inputs: jax.Array, carry: LSTMCarry, added: jax.Array | float = 0.0
 ) -> tuple[tuple[jax.Array, ...], LSTMCarry]:
     """Compute one step, feature-major; return the activated gates i, f, g, o and the next carry.
 
@@ -205,9 +201,13 @@ def _recurrence(
     return _recurrence_forward(kernels, inputs, carry, dtype)[0]
 
 
+# The kernels, the first carry, the columns, and the cell states and gates of all steps.
+_Residuals = tuple[Kernels, LSTMCarry, jax.Array, jax.Array, tuple[jax.Array, ...]]
+
+
 def _recurrence_forward(
     kernels: Kernels, inputs: jax.Array, carry: LSTMCarry, dtype: str
-) -> tuple[tuple[jax.Array, LSTMCarry], tuple[Any, ...]]:
+) -> tuple[tuple[jax.Array, LSTMCarry], _Residuals]:
     """Run `_recurrence`; also return the residuals, among them gates, [time, hidden, batch].
 
     `columns` [features + 1 + hidden, time * batch] are the factors of the matmuls of all steps.
@@ -241,7 +241,7 @@ def _recurrence_forward(
 
 
 def _recurrence_backward(
-    dtype: str, residuals: tuple[Any, ...], cotangents: tuple[jax.Array, LSTMCarry]
+    dtype: str, residuals: _Residuals, cotangents: tuple[jax.Array, LSTMCarry]
 ) -> tuple[Kernels, jax.Array, LSTMCarry]:
     kernels, first, columns, cells, gates = residuals
     d_outputs, d_last = cotangents

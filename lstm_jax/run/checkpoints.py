@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import grain
 import jax
@@ -32,8 +32,11 @@ from lstm_jax.errors import (
     same_again,
     warn,
 )
+from lstm_jax.model import Params
 from lstm_jax.run import files
 from lstm_jax.run.seal import VALIDATION, find_damage, seal_checkpoint
+
+T = TypeVar("T")
 
 _UNFINISHED = ".unfinished"
 _VALIDATION_LIMIT = 2**12  # bytes
@@ -100,8 +103,8 @@ class CheckpointWriter:
     def save(
         self,
         step: int,
-        params: Any,
-        state: Any,
+        params: Params,
+        state: Mapping[str, object],
         iterator: grain.DatasetIterator,
         history: Mapping[str, int],
     ) -> None:
@@ -189,7 +192,7 @@ class CheckpointWriter:
                 self._orbax.close()
 
 
-def save_params(directory: Path, step: int, params: Any) -> None:
+def save_params(directory: Path, step: int, params: Params) -> None:
     """Write a checkpoint of parameters only, as `step` in `directory`, for a converted model."""
     path = directory.absolute() / str(step)
     with ocp.Checkpointer(_make_handler()) as checkpointer:
@@ -201,13 +204,13 @@ class Restored(NamedTuple):
     """The content of a checkpoint, from which training resumes."""
 
     step: int
-    params: Any
-    state: Any
+    params: Params
+    state: dict[str, Any]
     history: dict[str, int]
 
 
 def restore_latest(
-    directory: Path, params: Any, state: Any, iterator: grain.DatasetIterator
+    directory: Path, params: Params, state: Mapping[str, object], iterator: grain.DatasetIterator
 ) -> Restored | None:
     """Read the latest undamaged checkpoint; return None if there is no checkpoint.
 
@@ -220,7 +223,7 @@ def restore_latest(
     """
     step, restored, damaged = _restore_first(
         directory,
-        int,  # The latest one has the highest rank.
+        lambda step: (step, 0),  # The latest one has the highest rank.
         params,
         state.get("carry", ()),
         state=ocp.args.StandardRestore(_abstract(state)),
@@ -243,7 +246,7 @@ def restore_latest(
     return Restored(step, restored.params, restored.state, restored.history)
 
 
-def restore_best_params(directory: Path, params: Any, carry: Any = ()) -> tuple[Any, int]:
+def restore_best_params(directory: Path, params: Params, carry: object = ()) -> tuple[Params, int]:
     """Return the parameters of the best undamaged checkpoint by validation loss, and its step.
 
     If none has a validation loss, it is the latest. Nothing is written, and the run may save
@@ -295,10 +298,10 @@ def read_validation_loss(directory: Path, step: int) -> float | None:
 
 def _restore_first(
     directory: Path,
-    rank: Callable[[int], Any],
-    params: Any,
-    carry: Any,
-    **other_items: Any,
+    rank: Callable[[int], tuple[float, int]],
+    params: Params,
+    carry: object,
+    **other_items: object,
 ) -> tuple[int | None, Any, dict[Path, str]]:
     """Return step and items of the highest-ranked undamaged checkpoint; None if there is none.
 
@@ -361,7 +364,7 @@ def _find_disagreement(restored: ocp.args.Composite, step: int) -> str | None:
     return None
 
 
-def _abstract(tree: Any) -> Any:
+def _abstract(tree: T) -> T:
     """Return shapes, dtypes and shardings; the default is this process's first device."""
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(

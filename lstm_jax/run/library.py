@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -58,8 +58,8 @@ class Run:
     methods but `score` and `hidden_states` warn.
 
     Attributes:
-      config: the config of the run, an `ml_collections.ConfigDict`; of an ensemble, that of the
-        first, like step.
+      config: the config of the run, a read-only `config.Config`; of an ensemble, that of the first,
+        like step.
       vocabulary: its `Vocabulary`.
       model: its `LanguageModel`, or an `Ensemble`.
       params: the parameters of the checkpoint with the best validation loss.
@@ -302,7 +302,7 @@ def _compute_hidden(
     bound = model.bind({"params": params})
 
     def step(carry: model_lib.Carry, token: jax.Array) -> tuple[model_lib.Carry, list[jax.Array]]:
-        records: list[Any] = []
+        records: list[model_lib.Record] = []
         _, carry = bound.run_step(token[None], carry, records)
         return carry, [outputs[0] for _, _, outputs in records]
 

@@ -119,7 +119,7 @@ def _describe_end(run: Session) -> str:
         reason = f", without a lower validation loss in the last {run.config.patience} validations"
     return (
         f"The run in {run.directory} is finished after {run.plan.describe_length(step)}{reason}. "
-        f"To train longer, set for example {set_field(field, 2 * run.config[field])}"
+        f"To train longer, set for example {set_field(field, 2 * getattr(run.config, field))}"
     )
 
 
@@ -129,7 +129,7 @@ def list_files(run: Session) -> str:
         f"Everything is in {run.directory}: {workdir.CHECKPOINTS}/, {workdir.METRICS}, "
         f"{workdir.SAMPLES}, {workdir.CURVES}, TensorBoard events\n"
         f"Generate text: python -m lstm_jax.sample --workdir {shlex.quote(str(run.directory))}"
-        f"{cell_file.make_flag(run.config)}"
+        f"{cell_file.make_flag(run.config.model)}"
     )
 
 

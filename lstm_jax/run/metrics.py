@@ -7,17 +7,16 @@ import secrets
 import textwrap
 import time
 import zlib
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import NotRequired, Self, TypedDict, Unpack
 
-from ml_collections import ConfigDict
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import hparams, scalar, text
 
 from lstm_jax import config as config_lib
+from lstm_jax.config import Config
 from lstm_jax.errors import UserError, warn
 from lstm_jax.run import files
 
@@ -28,13 +27,35 @@ _LARGEST, _LONGEST_LINE = 2**26, 2**12
 TIMES = ("tokens_per_second", "seconds", "time")
 
 
+class Numbers(TypedDict, total=False):
+    """Numbers of a row beside the loss."""
+
+    learning_rate: float
+    gradient_norm: float
+    tokens_per_second: float
+    bits_per_character: float
+
+
+class Row(Numbers):
+    """A row of metrics.jsonl: a loss in nats per token after `step` training steps."""
+
+    step: int
+    epoch: float  # The number of passes over the training text, with fractions.
+    split: str
+    loss: float
+    seconds: NotRequired[float]  # Of training so far.
+    time: NotRequired[str]  # In UTC.
+    crc: NotRequired[str]  # In the file only.
+    sample: NotRequired[str]  # The generated text of a validation, for `watch` only.
+
+
 class MetricsWriter:
     """Appends losses to metrics.jsonl, and losses and samples to TensorBoard events.
 
     The files are opened for the first row, so that a run without one leaves them as they are.
     """
 
-    def __init__(self, path: Path, step: int, config: ConfigDict | None = None) -> None:
+    def __init__(self, path: Path, step: int, config: Config | None = None) -> None:
         """Prepare metrics.jsonl at `path`, and events beside it, for a run that is at `step`.
 
         TensorBoard shows the config as hyperparameters. The seconds of training continue from those
@@ -78,8 +99,8 @@ class MetricsWriter:
         split: str,
         loss: float,
         sample: str | None = None,
-        **extra: float,
-    ) -> dict[str, Any]:
+        **extra: Unpack[Numbers],
+    ) -> Row:
         """Record a loss in nats per token; return its row of metrics.jsonl without the checksum.
 
         `step` is the number of training steps done, `epoch` that of passes over the training text,
@@ -90,13 +111,20 @@ class MetricsWriter:
         if not self._is_open:
             self._open()
         now = time.time()
-        numbers = {"loss": loss, **extra, "seconds": round(time.monotonic() - self._start, 3)}
-        at = datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds")
-        row = {"step": step, "epoch": round(epoch, 6), "split": split, **numbers, "time": at}
+        row: Row = {
+            "step": step,
+            "epoch": round(epoch, 6),
+            "split": split,
+            "loss": loss,
+            **extra,
+            "seconds": round(time.monotonic() - self._start, 3),
+            "time": datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds"),
+        }
         self._lines.write(f"{json.dumps({**row, 'crc': _checksum(row)})}\n".encode())
         self._lines.flush()
-        for name, value in numbers.items():
-            self._add(Event(step=step, summary=scalar(f"{split}/{name}", value)), now)
+        for name, value in row.items():
+            if name not in ("step", "epoch", "split", "time"):
+                self._add(Event(step=step, summary=scalar(f"{split}/{name}", value)), now)
         if sample is not None:
             self._add(
                 Event(step=step, summary=text(f"{split}/sample", quote_markdown(sample))), now
@@ -110,7 +138,7 @@ class MetricsWriter:
         self._files.close()
 
 
-def list_hyperparameters(config: ConfigDict) -> dict[str, bool | int | float | str]:
+def list_hyperparameters(config: Config) -> dict[str, bool | int | float | str]:
     """Return the fields of a config by name, with values of other types as strings."""
     return {
         name: value if isinstance(value, bool | int | float | str) else str(value)
@@ -123,7 +151,7 @@ def quote_markdown(text: str) -> str:
     return textwrap.indent(text, "    ", lambda line: True)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[Row]:
     """Return the rows of a metrics.jsonl without checksums; [] if the file does not exist.
 
     Damaged lines are left out, with a warning. An incomplete last line, which is still being
@@ -151,10 +179,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _parse(line: bytes) -> Row | None:
     """Return the row in a line, or None if it is damaged."""
     with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
-        row: dict[str, Any] = json.loads(line) if len(line) <= _LONGEST_LINE else {}
+        row: Row = json.loads(line if len(line) <= _LONGEST_LINE else b"{}")
         valid = isinstance(row["step"], int) and 0 <= row["step"] < 2**31
         valid = valid and isinstance(row["loss"], float) and row["split"] in _SPLITS
         valid = valid and isinstance(row["seconds"], float)
@@ -163,7 +191,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return None
 
 
-def _checksum(row: Mapping[str, Any]) -> str:
+def _checksum(row: Row) -> str:
     return f"{zlib.crc32(json.dumps(row).encode()):08x}"
 
 

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 
 import jax
-from ml_collections import ConfigDict
 
 from lstm_jax import optimizer as optimizer_lib
+from lstm_jax.config import Config, RunConfig
 from lstm_jax.vocabulary import Ids
 
 
-def cut_validation(config: ConfigDict, ids: Mapping[str, Ids]) -> Ids:
+def cut_validation(config: RunConfig, ids: Mapping[str, Ids]) -> Ids:
     """Return the ids on which a run validates, from those of its splits."""
     number, all_ids = config.validation_tokens, ids["validation"]
     return all_ids[:number] if 0 < number < len(all_ids) else all_ids
@@ -25,7 +25,7 @@ class Plan:
       tokens_per_step: the number of tokens of a step.
     """
 
-    def __init__(self, config: ConfigDict, steps_per_epoch: int) -> None:
+    def __init__(self, config: Config, steps_per_epoch: int) -> None:
         self._config, self.steps_per_epoch = config, steps_per_epoch
         self.total_steps, self.limit = config.num_epochs * steps_per_epoch, "num_epochs"
         if 0 < config.max_steps < self.total_steps:

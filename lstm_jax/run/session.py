@@ -1,16 +1,17 @@
 """Open a run, new or resumed: its lock, text, checkpoint and history, ready for training."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, Unpack
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
+from lstm_jax.config import Config, DataConfig
 from lstm_jax.devices import feeding, hosts, memory
 from lstm_jax.run import advice, checkpoints, lock, metrics, resume, workdir
 from lstm_jax.run.files import name_failed_writes
@@ -19,7 +20,7 @@ from lstm_jax.train_step import TrainState
 from lstm_jax.vocabulary import Costs, Ids, Vocabulary
 
 # Called with each row of metrics.jsonl, without its checksum and with the sample of a validation.
-Watch = Callable[[Mapping[str, Any]], object]
+Watch = Callable[[metrics.Row], object]
 
 
 class Splits(Protocol):
@@ -32,8 +33,8 @@ class Splits(Protocol):
     def count_tokens(self, vocabulary: Vocabulary, /) -> np.ndarray:
         """Return the number of occurrences of each token there."""
 
-    def resolve(self, config: ConfigDict, /) -> ConfigDict:
-        """Return the config with the checksum of the text and absolute paths."""
+    def resolve(self, data: DataConfig, /) -> DataConfig:
+        """Return the fields with the checksum of the text and absolute paths."""
 
     def encode(self, vocabulary: Vocabulary, /) -> tuple[dict[str, Ids], dict[str, Costs]]:
         """Return the ids and the costs of each split."""
@@ -58,7 +59,7 @@ class Session:
 
     def __init__(
         self,
-        config: ConfigDict,
+        config: Config,
         directory: Path,
         splits: Splits,
         mesh: jax.sharding.Mesh | None,
@@ -67,7 +68,8 @@ class Session:
     ) -> None:
         """Resolve the config, encode the text, and restore the state; see `open_run`."""
         self.directory, self._check_lock, self._watch = directory, check_lock, watch
-        resolved = resume.resolve_run(splits.resolve(config), directory, lambda: splits.vocabulary)
+        config = dataclasses.replace(config, data=splits.resolve(config.data))
+        resolved = resume.resolve_run(config, directory, lambda: splits.vocabulary)
         self.config, self.vocabulary, self.changes = resolved
         self.ids, self.costs = splits.encode(self.vocabulary)
         saved_in = directory / workdir.CHECKPOINTS
@@ -103,7 +105,12 @@ class Session:
         self.checkpoints.save(step, state.evaluated, state.rest, self.iterator, sizes)
 
     def record(
-        self, step: int, split: str, loss: float, sample: str | None = None, **extra: Any
+        self,
+        step: int,
+        split: str,
+        loss: float,
+        sample: str | None = None,
+        **extra: Unpack[metrics.Numbers],
     ) -> None:
         """Write a row of metrics, and pass it to `watch`; do nothing in other processes."""
         if self._metrics is None:
@@ -120,7 +127,7 @@ class Session:
         self, step: int, loss: float, gradient_norm: float, skipped: int, tokens_per_second: float
     ) -> None:
         """Write a row of a mean training loss; the speed is 0 if it is unknown."""
-        extra: dict[str, Any] = {
+        extra: metrics.Numbers = {
             "learning_rate": self.plan.get_learning_rate(step, skipped),
             "gradient_norm": gradient_norm,
         }
@@ -128,7 +135,7 @@ class Session:
             extra["tokens_per_second"] = round(tokens_per_second)
         self.record(step, "train", loss, **extra)
 
-    def read_metrics(self) -> list[dict[str, Any]]:
+    def read_metrics(self) -> list[metrics.Row]:
         """Return the rows of metrics.jsonl."""
         return metrics.read_metrics(self.directory / workdir.METRICS)
 
@@ -182,7 +189,7 @@ class Session:
 
 @contextlib.contextmanager
 def open_run(
-    config: ConfigDict,
+    config: Config,
     directory: Path,
     load_splits: Callable[[], Splits],
     mesh: jax.sharding.Mesh | None = None,

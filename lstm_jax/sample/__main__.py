@@ -88,7 +88,7 @@ def main() -> None:
         warn(f"the model can't generate {_STOP_AT.value!r} (--stop_at)")
 
     key = jax.random.key(_SEED.value)
-    options: Any = {"stop_token": _STOP.value, "stop_at": _STOP_AT.value}
+    options: dict[str, Any] = {"stop_token": _STOP.value, "stop_at": _STOP_AT.value}
     options |= {"prompt": prompt, "length": _LENGTH.value, "controls": controls}
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
     if _INTERACTIVE.value:

@@ -8,19 +8,19 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
 from lstm_jax import training
+from lstm_jax.config import Config
 from lstm_jax.data import texts
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import cell_file, resume, workdir
 from lstm_jax.run.loop import Loop, Observer
+from lstm_jax.run.metrics import Row
 from lstm_jax.run.plan import cut_validation
 from lstm_jax.run.progress import Clock
 from lstm_jax.run.session import Session, open_run
@@ -40,17 +40,17 @@ class _Member:
 
 
 def train_population(
-    configs: Sequence[ConfigDict], directories: Sequence[Path], on_validation: _OnValidation
+    configs: Sequence[Config], directories: Sequence[Path], on_validation: _OnValidation
 ) -> list[str]:
     """Train a model for each config, or resume from the working directories.
 
     Each working directory is that of a single run, but without samples and curves. Return the
     reason why each model failed, or "". Raise `UserError` as `training.train` does.
     """
-    check_members(configs)
+    configs = check_members(configs)
     splits = texts.load_texts(configs[0].data)
 
-    def watch(number: int, row: Mapping[str, Any]) -> None:
+    def watch(number: int, row: Row) -> None:
         if row["split"] == "validation" and float(row["epoch"]).is_integer():
             on_validation(number, int(row["epoch"]), row["loss"])
 
@@ -86,8 +86,11 @@ def _naming_resumed(directory: Path) -> Iterator[None]:
         raise UnavailableError(f"can't resume the training in {directory}: {error}") from None
 
 
-def check_members(configs: Sequence[ConfigDict]) -> None:
-    """Raise `UserError` if one program can't train these configs together."""
+def check_members(configs: Sequence[Config]) -> list[Config]:
+    """Return the configs with the checksum of the cell's file.
+
+    Raise `UserError` if one program can't train them together.
+    """
     if configs[0].init_from:
         raise UserError(
             "the members of a population start from fresh weights: leave out "
@@ -98,8 +101,10 @@ def check_members(configs: Sequence[ConfigDict]) -> None:
             "the members of a population all end at the same step: leave out --config.patience, or "
             "train one at a time with --population=1"
         )
-    for config in configs:
-        cell_file.resolve_cell(config)
+    configs = [
+        dataclasses.replace(config, model=cell_file.resolve_cell(config.model))
+        for config in configs
+    ]
     resume.resolve_model(configs[0])
     first = dict(config_lib.flatten(configs[0]))
     for config in configs[1:]:
@@ -110,6 +115,7 @@ def check_members(configs: Sequence[ConfigDict]) -> None:
                     f"{first[field]!r} and {value!r}: leave out --population, or vary only "
                     f"{', '.join(options.TRACEABLE)}"
                 )
+    return configs
 
 
 def _train_group(members: Sequence[_Member]) -> None:

@@ -6,8 +6,9 @@ other, because XLA's CPU backend is slow at batched matmuls. A GPU or TPU comput
 together, under `jax.vmap`.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -16,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
-from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.batches import Batch
+from lstm_jax.config import SCHEDULES, Config, OptimizerConfig
 from lstm_jax.devices import feeding, parallel
 from lstm_jax.sweep import options
 from lstm_jax.train_step import TrainState, make_step
@@ -76,7 +77,7 @@ class Feed:
         return parallel.place_local(stacked, self._mesh, _MEMBERS)
 
 
-def stack_hyperparameters(configs: Sequence[ConfigDict], mesh: Mesh) -> dict[str, jax.Array]:
+def stack_hyperparameters(configs: Sequence[Config], mesh: Mesh) -> dict[str, jax.Array]:
     """Stack the fields of the training step in which the configs differ, by their names."""
     flat = [dict(config_lib.flatten(config)) for config in configs]
     varied = {}
@@ -85,7 +86,7 @@ def stack_hyperparameters(configs: Sequence[ConfigDict], mesh: Mesh) -> dict[str
         if len(set(column)) == 1:
             continue
         if field == "optimizer.schedule":
-            column = [optimizer_lib.SCHEDULES.index(name) for name in column]
+            column = [SCHEDULES.index(name) for name in column]
         if field == "optimizer.max_gradient_norm":
             column = [norm or math.inf for norm in column]
         dtype = np.int32 if isinstance(column[0], int) else np.float32
@@ -99,7 +100,7 @@ def _fill(members: Sequence[Any], mesh: Mesh) -> list[Any]:
 
 
 def make_population_step(
-    config: ConfigDict, vocabulary_size: int, total_steps: int, mesh: Mesh
+    config: Config, vocabulary_size: int, total_steps: int, mesh: Mesh
 ) -> TrainMembers:
     """Make a training step of all members, from their hyperparameters, states and batches.
 
@@ -109,8 +110,7 @@ def make_population_step(
     def step(traced: dict[str, jax.Array], state: TrainState, batch: Batch) -> TrainState:
         fields = {**traced}
         schedule = fields.pop("optimizer.schedule", None)
-        member = ConfigDict(config.to_dict(), type_safe=False)
-        member.update_from_flattened_dict(fields)
+        member = _set_fields(config, fields)
         model = model_lib.make_model(config.model, vocabulary_size)
         learning_rate = _make_schedule(member.optimizer, total_steps, schedule)
         optimizer = optimizer_lib.chain_updates(member.optimizer, learning_rate)
@@ -120,16 +120,29 @@ def make_population_step(
     return _map_members(step, mesh)
 
 
+def _set_fields(config: Config, fields: Mapping[str, jax.Array]) -> Config:
+    """Return the config with arrays in fields of the optimizer and of regularization."""
+    sections: dict[str, dict[str, Any]] = {"optimizer": {}, "regularization": {}}
+    for field, array in fields.items():
+        section, _, name = field.partition(".")
+        sections[section][name] = array
+    return dataclasses.replace(
+        config,
+        optimizer=dataclasses.replace(config.optimizer, **sections["optimizer"]),
+        regularization=dataclasses.replace(config.regularization, **sections["regularization"]),
+    )
+
+
 def _make_schedule(
-    optimizer: ConfigDict, total_steps: int, schedule: jax.Array | None
+    optimizer: OptimizerConfig, total_steps: int, schedule: jax.Array | None
 ) -> optax.Schedule:
     """Make the learning rate of a member; `schedule` is an index into `SCHEDULES` if it varies."""
     if schedule is None:
         return optimizer_lib.make_schedule(optimizer, total_steps)
-    schedules = []
-    for name in optimizer_lib.SCHEDULES:
-        named = ConfigDict({**optimizer.to_dict(), "schedule": name}, type_safe=False)
-        schedules.append(optimizer_lib.make_schedule(named, total_steps))
+    schedules = [
+        optimizer_lib.make_schedule(dataclasses.replace(optimizer, schedule=name), total_steps)
+        for name in SCHEDULES
+    ]
     return lambda count: jnp.stack([each(count) for each in schedules])[schedule]
 
 
