@@ -7,7 +7,7 @@
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -26,7 +26,6 @@ from lstm_jax.recurrences import cudnn, fused
 from lstm_jax.recurrences.choice import choose_dtype, choose_recurrence
 from lstm_jax.recurrences.fused import Lookup, StepArrays
 
-T = TypeVar("T")
 Params = dict[str, Any]
 Prepared = StepArrays | Params  # From `LanguageModel.prepare_step`.
 

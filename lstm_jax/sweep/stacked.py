@@ -9,7 +9,7 @@ together, under `jax.vmap`.
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import grain
 import jax
@@ -29,6 +29,8 @@ from lstm_jax.sweep import options
 from lstm_jax.train_step import TrainState, make_step
 from lstm_jax.vocabulary import Ids
 
+T = TypeVar("T")
+
 _MEMBERS = PartitionSpec("members")
 
 TrainMembers = Callable[[dict[str, jax.Array], TrainState, Batch], TrainState]
@@ -41,9 +43,9 @@ def make_mesh(members: int) -> Mesh:
     return Mesh(np.array(jax.devices()[:members]), ("members",))
 
 
-def stack(members: Sequence[Any], mesh: Mesh) -> Any:
+def stack(members: Sequence[T], mesh: Mesh) -> T:
     """Stack the arrays of all members, [members, ...], on the devices of a mesh."""
-    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *_fill(members, mesh))
+    stacked: T = jax.tree.map(lambda *arrays: jnp.stack(arrays), *_fill(members, mesh))
     return parallel.place(stacked, mesh, _MEMBERS)
 
 
@@ -51,8 +53,7 @@ def stack_states(members: Sequence[TrainState], mesh: Mesh) -> TrainState:
     """Stack the states of all members; if one averages its parameters, all have an average."""
     if any(state.average is not None for state in members):
         members = [state._replace(average=state.evaluated) for state in members]
-    stacked: TrainState = stack(members, mesh)
-    return stacked
+    return stack(members, mesh)
 
 
 def unstack_states(stacked: TrainState) -> Iterator[TrainState]:
@@ -89,12 +90,12 @@ def stack_hyperparameters(configs: Sequence[Config], mesh: Mesh) -> dict[str, ja
             column = [SCHEDULES.index(name) for name in column]
         if field == "optimizer.max_gradient_norm":
             column = [norm or math.inf for norm in column]
-        dtype = np.int32 if isinstance(column[0], int) else np.float32
-        varied[field] = stack([np.asarray(value, dtype) for value in column], mesh)
+        dtype = jnp.int32 if isinstance(column[0], int) else jnp.float32
+        varied[field] = stack([jnp.asarray(value, dtype) for value in column], mesh)
     return varied
 
 
-def _fill(members: Sequence[Any], mesh: Mesh) -> list[Any]:
+def _fill(members: Sequence[T], mesh: Mesh) -> list[T]:
     """Append copies of the first member, to the same number of members on each device."""
     return [*members, *[members[0]] * (-len(members) % mesh.size)]
 
