@@ -19,7 +19,8 @@ def mounted(directory: Path, *options: str) -> Iterator[Path]:
     try:
         yield directory
     finally:
-        subprocess.run(["umount", str(directory)], check=True)
+        # Lazily: files of commands that ran in this process may still be open.
+        subprocess.run(["umount", "--lazy", str(directory)], check=True)
 
 
 def resize(disk: Path, size: str) -> None:

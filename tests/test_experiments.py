@@ -17,7 +17,7 @@ def make_small_config(name: str) -> ConfigDict:
     config = runpy.run_path(str(EXPERIMENTS / f"{name}.py"))["get_config"]()
     config.model.hidden_size = config.model.embedding_size = 16
     config.batches.batch_size, config.batches.window_length = 8, 32
-    config.max_steps = 2
+    config.max_steps = config.log_every_steps
     config.sample.length = 20
     return config
 
@@ -35,7 +35,7 @@ def test_an_experiment_trains_and_resumes(name: str, text_file: Path, tmp_path: 
     config.data.path = str(tmp_path / "text")
     Path(config.data.path).write_text(text, encoding="utf-8")
     assert training.train(config, tmp_path / "run") == 0
-    config.max_steps, config.log_every_steps = 4, 1
+    config.max_steps *= 2
     assert training.train(config, tmp_path / "run") == 0
     assert read_splits(tmp_path / "run") == {"train", "validation", "test"}
     if config.data.units == "bytes":

@@ -14,7 +14,7 @@ from lstm_jax.vocabulary import Vocabulary
 
 MODEL = LanguageModel(9, 6, 12, 2)
 # Large weights make the distributions far from uniform.
-PARAMS = models.draw_params(MODEL, 0.8)
+PARAMS = models.draw_params(MODEL, 0.5)
 ARRAYS = generation.prepare_params(MODEL, PARAMS)
 VOCABULARY = Vocabulary.from_text("abcdef\n", stop="\n")
 PROMPT = np.array([[2, 3, 4]], np.int32)
@@ -63,7 +63,7 @@ def test_a_prompt_of_any_length_gives_the_logits_of_a_single_pass(length: int) -
 
 @pytest.mark.parametrize("controls", [Controls(), Controls(1.5, 6, 0.95, 0.02, 1.3, 2, [4])])
 def test_samples_follow_the_exact_distribution(controls: Controls) -> None:
-    draws = 20_000
+    draws = 6000
     prompts = np.tile(PROMPT, (draws, 1))
     ids = generation.generate_tokens(MODEL, PARAMS, prompts, jax.random.key(1), controls, length=2)
     # Tokens 2, 3 and 4 occurred three, two and one tokens ago.
@@ -171,9 +171,9 @@ def test_texts_end_at_the_stop_token_or_the_stop_text() -> None:
     until = whole[: whole.index("da", 1) + 2]
     assert generate(prompt="a", length=2000, stop_token=False, stop_at="da") == [until]
     options = {"prompt": "a", "length": 2000, "stop_token": False, "num_samples": 5}
-    untils = [text[: text.index("bcd", 1) + 3] for text in generate(**options)]
+    untils = [text[: text.index("dda", 1) + 3] for text in generate(**options)]
     assert len(set(map(len, untils))) == 5
-    assert generate(stop_at="bcd", **options) == untils
+    assert generate(stop_at="dda", **options) == untils
 
 
 def test_the_state_after_a_stop_text_is_that_of_its_last_token() -> None:
@@ -217,7 +217,7 @@ def test_a_token_of_probability_zero_is_never_sampled(size: int) -> None:
     # A parallel cumulative sum in float32 is not monotonic: it can increase at a token of
     # probability zero. Test the values of jax.random.uniform near all such increases.
     draw = np.random.default_rng(size)
-    rows = draw.normal(0, 3, (6, size)).astype(np.float32)
+    rows = draw.normal(0, 3, (3, size)).astype(np.float32)
     rows[draw.random(rows.shape) < 0.5] = -np.inf
     rows -= rows.max(axis=1, keepdims=True)
     cumulated = np.asarray(jnp.cumsum(jnp.exp(rows), axis=-1))
