@@ -1,25 +1,20 @@
 """Train variants of an experiment with several seeds, and print their losses.
 
     python benchmarks/ablations.py
-    python benchmarks/ablations.py --seeds 1 --only "learning rate 4e-3" "no weight decay"
+    python benchmarks/ablations.py --seeds 1 --only "learning rate 4e-3,no weight decay"
 
-Each variant changes fields of experiments/quick.py. A row has means over seeds: the validation
-loss, by which variants are compared; the loss of the last 10 % of the text, validation and test as
-one text, with the carry kept and by windows of 256 (`--context 256`), all in nats per character;
-and the minutes of the training process. The same command resumes a benchmark that was stopped;
-minutes are then those after the last start.
+Each variant changes fields of experiments/quick.py; flags --config.FIELD=VALUE change all. A row
+has means over seeds: the validation loss, by which variants are compared; the loss of the last 10 %
+of the text, validation and test as one text, with the carry kept and by windows of 256 (`--context
+256`), all in nats per character; and the minutes of the training process. The same command resumes
+a benchmark that was stopped; minutes are then those after the last start.
 """
 
-import argparse
-import json
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from frame import ROOT, evaluate, parse_flags, print_head, print_row, spread, train
+
 VARIANTS = {
     "quick.py": [],
     "windows of 96": ["batches.window_length=96"],
@@ -53,58 +48,23 @@ VARIANTS = {
 
 def main() -> None:
     """Train all variants in turn; print a row of the table after each."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = parse_flags(
+        __doc__, True, seeds=3, only=",".join(VARIANTS), workdir=ROOT / "runs/ablations"
     )
-    parser.add_argument("--seeds", type=int, default=3, help="[default: 3]")
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="VARIANT")
-    parser.add_argument("--workdir", type=Path, default=ROOT / "runs/ablations")
-    parser.add_argument("--text", type=Path, help="another text file [default: Tiny Shakespeare]")
-    options = parser.parse_args()
-    print("| | seeds | validation | last 10 % | windows of 256 | minutes |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for name in options.only:
+    print_head("", "seeds", "validation", "last 10 %", "windows of 256", "minutes")
+    for name in options.only.split(","):
         flags = [f"--config.{field}" for field in VARIANTS[name]]
-        directory = options.workdir / name.replace(" ", "_")
-        if options.text:
-            flags.append(f"--config.data.path={options.text.absolute()}")
-            directory = options.workdir / options.text.stem / directory.name
-        rows = [_measure(directory / str(seed), seed, flags) for seed in range(options.seeds)]
-        losses = (_describe([row[key] for row in rows]) for key in ("validation", "all", "windows"))
-        minutes = statistics.mean(row["minutes"] for row in rows)
-        print(f"| {name} | {len(rows)} | {' | '.join(losses)} | {minutes:.1f} |", flush=True)
-
-
-def _measure(directory: Path, seed: int, flags: list[str]) -> dict[str, float]:
-    """Train a variant with a seed, or resume it; return its losses, and minutes of training."""
-    path = directory / "ablation.json"
-    if path.exists():
-        return dict(json.loads(path.read_text()))
-    start = time.perf_counter()
-    experiment = ("--config", "experiments/quick.py", f"--config.seed={seed}")
-    _run("main", *experiment, "--workdir", directory, *flags)
-    row = {"minutes": (time.perf_counter() - start) / 60}
-    for key, split, *more in (
-        ("validation", "validation"),
-        ("all", "validation+test"),
-        ("windows", "validation+test", "--context=256"),
-    ):
-        output = _run("evaluate", "--workdir", directory, "--split", split, *more)
-        row[key] = json.loads(output.splitlines()[-1])["loss"]
-    path.write_text(json.dumps(row))
-    return row
-
-
-def _run(command: str, *words: Any) -> str:
-    """Run a command of the package, and return its standard output."""
-    line = [sys.executable, "-m", f"lstm_jax.{command}", *map(str, words)]
-    return subprocess.run(line, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
-def _describe(values: list[float]) -> str:
-    """Return the mean, with the standard deviation if there is one."""
-    mean = f"{statistics.mean(values):.3f}"
-    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+        rows = []
+        for seed in range(options.seeds):
+            directory: Path = options.workdir / name.replace(" ", "_") / str(seed)
+            experiment = ("--config", "experiments/quick.py", f"--config.seed={seed}")
+            minutes = train(directory, *experiment, *flags, *options.fields)
+            validation = evaluate(directory, "--split", "validation")
+            end = ("--split", "validation+test")
+            windows = evaluate(directory, *end, "--context=256")
+            rows.append((validation, evaluate(directory, *end), windows, minutes))
+        *losses, of_seeds = zip(*rows, strict=True)
+        print_row(name, len(rows), *map(spread, losses), f"{statistics.mean(of_seeds):.1f}")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ The variants of an experiment, experiments/cells.py by default, are the names in
 same command resumes an interrupted comparison, and several processes may run it at the same time.
 For each variant it
 
-1. tunes with `lstm_jax.sweep` on the validation split: the same space for all, the same number of
-   trials, and at most the same seconds;
+1. tunes with `lstm_jax.sweep` on the validation split: the same space and the same number of trials
+   for all;
 2. trains the best settings with several seeds, each for --epochs;
 3. trains them again, each for the number of steps that takes --seconds, at the speed of the fastest
    trial of step 1; start, compilation and validation are not counted;
@@ -24,13 +24,10 @@ variant. --config.FIELD=VALUE flags are passed to every training, for example fo
 """
 
 import argparse
-import importlib.util
 import json
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,13 +35,14 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
+from frame import ROOT, load_module, parse_flags, run_python, spread
 from lstm_jax import generation
 from lstm_jax import loss as loss_lib
 from lstm_jax.data import texts
 from lstm_jax.devices import memory
 from lstm_jax.run import metrics, workdir
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+EXPERIMENTS = ROOT / "experiments"
 WINDOW = 256  # Tokens.
 GENERATED = 1000  # Tokens.
 
@@ -67,114 +65,56 @@ Results = dict[str, dict[str, list[Measured]]]  # By budget and variant: a run f
 
 def main() -> None:
     """Do the remaining work, and write the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = parse_flags(
+        __doc__,
+        True,
+        out=Path("runs/cells"),
+        experiment=EXPERIMENTS / "cells.py",
+        variants="all",
+        space=EXPERIMENTS / "sweeps" / "cells.py",
+        sampler="tpe",
+        trials=20,
+        tune_epochs=6,
+        epochs=6,
+        seconds=180.0,
+        budgets="steps,seconds",
+        seeds=3,
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/cells"), help="[default: runs/cells]"
-    )
-    parser.add_argument(
-        "--experiment",
-        type=Path,
-        default=EXPERIMENTS / "cells.py",
-        help="[default: experiments/cells.py]",
-    )
-    parser.add_argument("--variants", help="variants to compare, by name [default: all]")
-    parser.add_argument(
-        "--space",
-        type=Path,
-        default=EXPERIMENTS / "sweeps" / "cells.py",
-        help="[default: experiments/sweeps/cells.py]",
-    )
-    parser.add_argument("--sampler", default="tpe", help="sampler of lstm_jax.sweep [default: tpe]")
-    parser.add_argument("--trials", type=int, default=20, help="trials per variant [default: 20]")
-    parser.add_argument("--tune_epochs", type=int, help="epochs per trial [default: --epochs]")
-    parser.add_argument(
-        "--tune_seconds", type=float, default=7200, help="limit per variant [default: 7200]"
-    )
-    parser.add_argument("--epochs", type=int, default=6, help="[default: 6]")
-    parser.add_argument("--seconds", type=float, default=180, help="[default: 180]")
-    parser.add_argument(
-        "--budgets", default="steps,seconds", help="budgets to equalize [default: steps,seconds]"
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="[default: 3]")
-    options, fields = parser.parse_known_args()
-    if unknown := [field for field in fields if not field.startswith("--config.")]:
-        parser.error(f"unknown flag {unknown[0]}")
-    chosen = options.variants
-    names = chosen.split(",") if chosen else list(load_module(options.experiment).VARIANTS)
+    names = options.variants.split(",")
+    if options.variants == "all":
+        names = list(load_module(options.experiment).VARIANTS)
     memory.keep_freed_memory()
     for name in names:
-        tune(name, options, fields)
+        tune(name, options)
     results: Results = {budget: {} for budget in options.budgets.split(",")}
     for budget, runs in results.items():
         for name in names:
-            runs[name] = train(name, budget, options, fields)
+            runs[name] = train(name, budget, options)
     table = make_table(results, options)
     (options.out / "compare.md").write_text(table)
     draw_losses(results).savefig(options.out / "compare.svg")
     print(f"{table}\nWrote {options.out / 'compare.md'} and {options.out / 'compare.svg'}")
 
 
-def load_module(path: Path) -> Any:
-    """Return the module in the file of an experiment."""
-    spec = importlib.util.spec_from_file_location(f"experiments_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def sweep(*arguments: object, seconds: float | None = None) -> None:
-    """Run `lstm_jax.sweep`; end it after this number of seconds, as Ctrl-C does."""
-    command = [sys.executable, "-m", "lstm_jax.sweep", *map(str, arguments)]
-    process = subprocess.Popen(command)
-    try:
-        code = process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        process.wait()
-        return
-    except KeyboardInterrupt:
-        process.wait()  # It has the signal, too, and saves.
-        raise
-    if code:
-        sys.exit(code)
-
-
-def tune(name: str, options: argparse.Namespace, fields: Sequence[str]) -> None:
-    """Tune a variant, or continue, until its trials are done or its seconds are used."""
-    out = options.out / "tune" / name
-    out.mkdir(parents=True, exist_ok=True)
-    clock = out / "seconds.json"
-    used = json.loads(clock.read_text()) if clock.exists() else 0.0
-    if used >= options.tune_seconds and (out / "best.py").exists():
-        return
-    start = time.monotonic()
-    config = f"{options.experiment}:{name}"
+def tune(name: str, options: argparse.Namespace) -> None:
+    """Tune a variant, or continue, until its trials are done."""
+    config, out = f"{options.experiment}:{name}", options.out / "tune" / name
     search = ("--space", options.space, "--sampler", options.sampler, "--pruner", "none")
     given = ("--config", config, *search, "--trials", options.trials, "--workdir", out)
-    length = f"--config.num_epochs={options.tune_epochs or options.epochs}"
-    try:
-        sweep(*given, *fields, length, seconds=max(options.tune_seconds - used, 1))
-    finally:
-        clock.write_text(json.dumps(used + time.monotonic() - start))
-    if not (out / "best.py").exists():
-        sys.exit(f"no trial of {name} is complete after {options.tune_seconds} seconds")
+    length = f"--config.num_epochs={options.tune_epochs}"
+    run_python("-m", "lstm_jax.sweep", *given, *options.fields, length)
 
 
-def train(
-    name: str, budget: str, options: argparse.Namespace, fields: Sequence[str]
-) -> list[Measured]:
+def train(name: str, budget: str, options: argparse.Namespace) -> list[Measured]:
     """Train the best settings of a variant with several seeds, and measure them."""
-    out = options.out / budget / name
-    best = options.out / "tune" / name / "best.py"
+    out, tuned = options.out / budget / name, options.out / "tune" / name
     given = ("--seeds", options.seeds, "--population", 1, "--workdir", out)
     length = [f"--config.num_epochs={options.epochs}"]
     if budget == "seconds":
-        steps = count_steps(options.out / "tune" / name, options.seconds)
+        steps = count_steps(tuned, options.seconds)
         length = ["--config.num_epochs=1000", f"--config.max_steps={steps}"]
-    sweep("--config", best, *given, *length, *fields)
+    best = ("--config", tuned / "best.py")
+    run_python("-m", "lstm_jax.sweep", *best, *given, *length, *options.fields)
     return list(measure_trials(out))
 
 
@@ -236,11 +176,6 @@ def measure_generation(trained: workdir.Trained) -> float:
 
 def make_table(results: Results, options: argparse.Namespace) -> str:
     """Return the tables in Markdown: means and standard deviations over seeds."""
-
-    def spread(values: list[float]) -> str:
-        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
-
     head = (
         "variant, parameters, steps, seconds, validation, test, test by windows, "
         "characters a second in training, in generation"
@@ -250,16 +185,15 @@ def make_table(results: Results, options: argparse.Namespace) -> str:
         lines += [f"\nEqual {budget}:\n", f"| {head.replace(', ', ' | ')} |", "|" + " --- |" * 9]
         for name, runs in of_variants.items():
             mean = Measured(*map(statistics.mean, zip(*runs, strict=True)))
-            validation, test, windows = (spread(list(x)) for x in list(zip(*runs, strict=True))[:3])
+            losses = " | ".join(spread(x, 4) for x in list(zip(*runs, strict=True))[:3])
             lines.append(
                 f"| {name} | {mean.parameters:,.0f} | {mean.steps:,.0f} | {mean.seconds:.0f} | "
-                f"{validation} | {test} | {windows} | {mean.training_speed:,.0f} | "
-                f"{mean.generation_speed:,.0f} |"
+                f"{losses} | {mean.training_speed:,.0f} | {mean.generation_speed:,.0f} |"
             )
     device = jax.devices()[0].device_kind
     start = (
-        f"Tuned with {options.space.name}, at most {options.trials} trials of "
-        f"{options.tune_epochs or options.epochs} epochs for each variant, on validation; "
+        f"Tuned with {options.space.name}, {options.trials} trials of "
+        f"{options.tune_epochs} epochs for each variant, on validation; "
         f"{options.seeds} seeds; {device}. Losses in nats per character.\n"
     )
     return start + "\n".join(lines) + "\n"

@@ -6,13 +6,13 @@ The model must have a stop token (data.document_separator). It generates `--num_
 documents at temperature 1, each up to its stop token or to `--length` tokens.
 """
 
-import argparse
 from pathlib import Path
 
 import jax
 import numpy as np
 from absl import logging
 
+from frame import parse_flags, print_head, print_row
 from lstm_jax import generation
 from lstm_jax.data import texts
 from lstm_jax.run import workdir
@@ -22,17 +22,9 @@ _PERCENTILES = (10, 25, 50, 75, 90)
 
 def main() -> None:
     """Measure and print a Markdown table of lengths in characters."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--num_samples", type=int, default=500)
-    parser.add_argument("--length", type=int, default=3000)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parse_flags(__doc__, workdir=Path, num_samples=500, length=3000, seed=0)
     logging.set_verbosity(logging.ERROR)
-
     trained = workdir.load_trained(options.workdir)
-    if not trained.vocabulary.stop:
-        parser.error(f"{options.workdir} has no stop token: train with data.document_separator")
     documents = {
         f"{name} text": text.split(trained.vocabulary.stop)
         for name, text in texts.read_splits(trained.config.data).items()
@@ -45,12 +37,11 @@ def main() -> None:
         length=options.length,
         num_samples=options.num_samples,
     )
-    print(f"| | documents | {' | '.join(f'{p} %' for p in _PERCENTILES)} | mean |")
-    print("| --- |" + " ---: |" * (len(_PERCENTILES) + 2))
+    print_head("", "documents", *(f"{p} %" for p in _PERCENTILES), "mean")
     for name, parts in documents.items():
         lengths = [len(part) for part in parts]
         figures = [*np.percentile(lengths, _PERCENTILES), np.mean(lengths)]
-        print(f"| {name} | {len(parts):,} | {' | '.join(f'{x:.0f}' for x in figures)} |")
+        print_row(name, f"{len(parts):,}", *(f"{x:.0f}" for x in figures))
 
 
 if __name__ == "__main__":

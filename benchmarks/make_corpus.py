@@ -6,11 +6,11 @@ Each repetition has the paragraphs of Tiny Shakespeare in another order. One cha
 is replaced by another of the text, and one in a thousand by one of two, three or four bytes.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 
+from frame import parse_flags
 from lstm_jax import config
 from lstm_jax.data import texts
 
@@ -20,18 +20,11 @@ _FILE_BYTES = 100_000_000
 
 def main() -> None:
     """Write the files."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--directory", type=Path, required=True)
-    parser.add_argument("--megabytes", type=int, default=1000)
-    options = parser.parse_args()
-    make(options.directory, options.megabytes * 10**6)
-
-
-def make(directory: Path, size: int) -> None:
-    """Write files of about `size` bytes in total into `directory`."""
+    options = parse_flags(__doc__, directory=Path, megabytes=1000)
+    size, directory = options.megabytes * 10**6, options.directory
     directory.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    paragraphs = "".join(texts.read_splits(config.default().data).values()).split("\n\n")
+    paragraphs = "".join(texts.read_splits(config.DataConfig()).values()).split("\n\n")
     written = number = 0
     while written < size:
         with (directory / f"part{number:03}.txt").open("wb") as file:

@@ -7,9 +7,9 @@
 its README gives for a CPU; it needs PyTorch, which the extra `bench` installs. `nanogpt:N` is its
 Transformer after N iterations, in float32; `nanogpt_compiled:N` the same with torch.compile, which
 needs a C++ compiler, and autocast to bfloat16, which its train.py leaves out on a CPU. `NAME:N` is
-experiments/NAME.py with N epochs, and `NAME` the same with its own number of epochs. All train in
-turn on the same 90 % of Tiny Shakespeare, which nanoGPT reads as a dataset in its data/; a learning
-rate schedule ends with the training. Minutes are those of the whole process.
+experiments/NAME.py with N epochs, and `NAME` the same with its own number. All train in turn on the
+same 90 % of Tiny Shakespeare, which nanoGPT reads as a dataset in its data/; a learning rate
+schedule ends with the training. Minutes are those of the whole process.
 
 Losses are of the last 10 %, the validation and test splits as one text. All these runs keep the
 checkpoint with the best validation loss, nanoGPT's on this whole text:
@@ -19,21 +19,18 @@ checkpoint with the best validation loss, nanoGPT's on this whole text:
 - with context: nanoGPT reads windows that begin every 16 tokens, and the last 16 of each count, so
   that every token has at least 48 before it. An LSTM keeps its carry through the whole text.
 
-OUT/nanogpt.md and OUT/nanogpt.svg have the results, as means over seeds. The same command resumes
-after an interruption; the minutes of an interrupted run are not counted.
+Results are means over seeds; OUT/nanogpt.svg is the plot. The same command resumes after an
+interruption; the minutes of an interrupted run are those after the last start.
 """
 
-import argparse
 import contextlib
 import importlib
 import json
 import pickle
 import shutil
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,15 +38,22 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
+import frame
 from lstm_jax import config
 from lstm_jax.data.texts import read_splits
 from lstm_jax.run import workdir
 
-ROOT = Path(__file__).parents[1]
 MODELS = (
     "nanogpt:2000,nanogpt:5000,nanogpt:10000,nanogpt_compiled:5000,"
     "quick:2,quick:4,quick:6,shakespeare_best"
 )
+NANOGPT = {  # Settings, and the words of the plot, by name.
+    "nanogpt": ({"compile": False, "dtype": "float32"}, "nanoGPT, float32, untuned"),
+    "nanogpt_compiled": (
+        {"compile": True, "dtype": "bfloat16"},
+        "nanoGPT, compiled, bfloat16, untuned",
+    ),
+}
 DATASET = "lstm_jax_shakespeare"  # The dataset's directory in nanoGPT's data/.
 WINDOW = 64  # Tokens.
 PUBLISHED = 1.4697  # The loss that nanoGPT's README gives for its larger model.
@@ -64,10 +68,7 @@ SETTINGS = {
     "n_head": 4,
     "n_embd": 128,
     "dropout": 0.0,
-}
-NANOGPT = {  # Settings, and the words of the table, by name.
-    "nanogpt": ({"compile": False, "dtype": "float32"}, "nanoGPT, float32, untuned"),
-    "nanogpt_compiled": ({"compile": True, "dtype": "bfloat16"}, "nanoGPT, compiled, bfloat16"),
+    "dataset": DATASET,
 }
 # train.py with another seed than its own, the first argument, and with autocast on a CPU too.
 RUN = (
@@ -82,52 +83,39 @@ COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
 class Measured(NamedTuple):
     """Measurements of one trained model."""
 
+    minutes: float
     parameters: int
     by_windows: float  # Nats per character, like `with_context`.
     with_context: float
 
 
-class Point(NamedTuple):
-    """A model after some training, with all of its seeds."""
-
-    model: str
-    amount: int | None  # Iterations or epochs; None is what the experiment says.
-    minutes: list[float]
-    measured: list[Measured]
+Points = dict[str, list[Measured]]  # By model and its amount of training: one for each seed.
 
 
 def main() -> None:
-    """Do the remaining work, and write the table and the plot."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    """Do the remaining work; print the table and draw the plot."""
+    options = frame.parse_flags(
+        __doc__, nanogpt=Path, out=Path("runs/nanogpt"), models=MODELS, seeds=3
     )
-    parser.add_argument("--nanogpt", type=Path, required=True)
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/nanogpt"), help="[default: runs/nanogpt]"
-    )
-    parser.add_argument("--models", default=MODELS, help=f"[default: {MODELS}]")
-    parser.add_argument("--seeds", type=int, default=3, help="[default: 3]")
-    options = parser.parse_args()
-    if not (options.nanogpt / "train.py").exists():
-        parser.error(f"{options.nanogpt} has no train.py: clone nanoGPT and name its directory")
-
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    held_out = write_dataset(options.nanogpt, read_splits(config.default().data))
-    points = []
+    held_out = write_dataset(options.nanogpt, read_splits(config.DataConfig()))
+    points: Points = {}
+    frame.print_head("", "parameters", "minutes", f"by windows of {WINDOW}", "with context")
     for name in options.models.split(","):
-        model, _, amount = name.partition(":")
-        point = Point(model, int(amount) if amount else None, [], [])
+        points[name] = []
         for seed in range(options.seeds):
             path = out / f"{name.replace(':', '_')}_{seed}"
-            if minutes := train(point, seed, path, options.nanogpt):
-                point.minutes.append(minutes)
-            point.measured.append(measure(point, path, options.nanogpt, held_out))
-        points.append(point)
-        print(make_row(point), flush=True)
-    (out / "nanogpt.md").write_text("\n".join([*HEAD, *map(make_row, points)]) + "\n")
+            if name.partition(":")[0] in NANOGPT:
+                measured = run_nanogpt(name, seed, path, options.nanogpt, held_out)
+            else:
+                measured = run_experiment(name, seed, path)
+            points[name].append(measured)
+        minutes, (parameters, *_), *losses = zip(*points[name], strict=True)
+        spreads = frame.spread(minutes, 2), *map(frame.spread, losses)
+        frame.print_row(f"`{name}`", f"{parameters / 1e6:.2f} M", *spreads)
     draw_losses(points).savefig(out / "nanogpt.svg")
-    print(f"Wrote {out / 'nanogpt.md'} and {out / 'nanogpt.svg'}")
+    print(f"Wrote {out / 'nanogpt.svg'}")
 
 
 def write_dataset(nanogpt: Path, splits: dict[str, str]) -> np.ndarray:
@@ -145,61 +133,35 @@ def write_dataset(nanogpt: Path, splits: dict[str, str]) -> np.ndarray:
     return ids["val"]
 
 
-def train(point: Point, seed: int, path: Path, nanogpt: Path) -> float | None:
-    """Train a model into a directory; return the minutes, or None if it was interrupted."""
-    done = path.with_suffix(".json")
-    if done.exists():
-        return json.loads(done.read_text())
-    is_own = point.model not in NANOGPT
-    whole = not (is_own and path.exists())
-    start = time.perf_counter()
-    if not is_own:
-        shutil.rmtree(path, ignore_errors=True)  # It can't resume with the same random numbers.
-        length = {"max_iters": point.amount, "lr_decay_iters": point.amount}
-        own, _ = NANOGPT[point.model]
-        settings = {**SETTINGS, **own, **length, "dataset": DATASET, "out_dir": path}
-        flags = [f"--{name}={value}" for name, value in settings.items()]
-        run(nanogpt, "-c", RUN, seed, "config/train_shakespeare_char.py", *flags)
-    else:
-        flags = [f"--config=experiments/{point.model}.py", f"--config.seed={seed}"]
-        if point.amount:
-            flags.append(f"--config.num_epochs={point.amount}")
-        run(ROOT, "-m", "lstm_jax.main", *flags, "--workdir", path)
-    minutes = (time.perf_counter() - start) / 60 if whole else None
-    done.write_text(json.dumps(minutes))
-    return minutes
-
-
-def run(directory: Path, *words: object) -> str:
-    """Run a Python command and return its standard output."""
-    command = [sys.executable, *map(str, words)]
-    return subprocess.run(
-        command, cwd=directory, check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
-
-
-def measure(point: Point, path: Path, nanogpt: Path, ids: np.ndarray) -> Measured:
-    """Measure a trained model once, and keep the result beside it."""
-    done = path.with_suffix(".measured.json")
-    if not done.exists():
-        is_own = point.model not in NANOGPT
-        measured = measure_own(path) if is_own else measure_nanogpt(nanogpt, path, ids)
-        done.write_text(json.dumps(measured._asdict()))
-    return Measured(**json.loads(done.read_text()))
-
-
-def measure_own(path: Path) -> Measured:
-    """Measure a run of this project."""
-    words = ("-m", "lstm_jax.evaluate", "--workdir", path, "--split", "validation+test")
-    losses = [
-        json.loads(run(ROOT, *words, *flags))["loss"] for flags in (["--context", WINDOW], [])
-    ]
+def run_experiment(name: str, seed: int, path: Path) -> Measured:
+    """Train an experiment of this project, unless that is done, and measure it."""
+    experiment, _, epochs = name.partition(":")
+    flags = [f"--config=experiments/{experiment}.py", f"--config.seed={seed}"]
+    minutes = frame.train(path, *flags, *[f"--config.num_epochs={epochs}"] * bool(epochs))
+    split = ("--split", "validation+test")
+    losses = frame.evaluate(path, *split, "--context", WINDOW), frame.evaluate(path, *split)
     params = workdir.load_trained(path).params
-    return Measured(sum(array.size for array in jax.tree.leaves(params)), *losses)
+    return Measured(minutes, sum(array.size for array in jax.tree.leaves(params)), *losses)
 
 
-def measure_nanogpt(nanogpt: Path, path: Path, ids: np.ndarray) -> Measured:
-    """Measure a checkpoint of nanoGPT."""
+def run_nanogpt(name: str, seed: int, path: Path, nanogpt: Path, ids: np.ndarray) -> Measured:
+    """Train nanoGPT, unless that is done, and measure it."""
+    done = path.with_suffix(".json")
+    if not done.exists():
+        shutil.rmtree(path, ignore_errors=True)  # It can't resume with the same random numbers.
+        model, _, number = name.partition(":")
+        length = {"max_iters": number, "lr_decay_iters": number, "out_dir": path}
+        settings = {**SETTINGS, **NANOGPT[model][0], **length}
+        flags = [f"--{key}={value}" for key, value in settings.items()]
+        start = time.perf_counter()
+        shakespeare = "config/train_shakespeare_char.py"
+        frame.run_python("-c", RUN, seed, shakespeare, *flags, directory=nanogpt)
+        done.write_text(json.dumps((time.perf_counter() - start) / 60))
+    return Measured(json.loads(done.read_text()), *measure_nanogpt(nanogpt, path, ids))
+
+
+def measure_nanogpt(nanogpt: Path, path: Path, ids: np.ndarray) -> tuple[int, float, float]:
+    """Return the parameters of a checkpoint of nanoGPT, and its losses."""
     import torch
 
     sys.path.insert(0, str(nanogpt))
@@ -227,43 +189,10 @@ def measure_nanogpt(nanogpt: Path, path: Path, ids: np.ndarray) -> Measured:
         return float(np.concatenate(losses).mean())
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Measured(parameters, loss(WINDOW), loss(WINDOW // 4))
+    return parameters, loss(WINDOW), loss(WINDOW // 4)
 
 
-HEAD = (
-    f"| | parameters | minutes | by windows of {WINDOW} | with context |",
-    "| --- | ---: | ---: | ---: | ---: |",
-)
-
-
-def make_row(point: Point) -> str:
-    """Return a row of the table in Markdown: means and standard deviations over seeds."""
-
-    def spread(values: Sequence[float], digits: int) -> str:
-        deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.{digits}f}{deviation}"
-
-    parameters, by_windows, with_context = zip(*point.measured, strict=True)
-    minutes = spread(point.minutes, 2) if point.minutes else "-"
-    return (
-        f"| {describe(point)} | {parameters[0] / 1e6:.2f} M | {minutes} | "
-        f"{spread(by_windows, 3)} | {spread(with_context, 3)} |"
-    )
-
-
-def describe(point: Point) -> str:
-    """Return the words for a point in the table."""
-    of = "iterations" if point.model in NANOGPT else "epochs"
-    name = name_model(point.model, "`{}.py`")
-    return f"{name}, {point.amount:,} {of}" if point.amount else name
-
-
-def name_model(model: str, own: str = "{}.py") -> str:
-    """Return the words for a model, with a format for those of this project."""
-    return NANOGPT[model][1] if model in NANOGPT else own.format(model)
-
-
-def draw_losses(points: list[Point]) -> Figure:
+def draw_losses(points: Points) -> Figure:
     """Draw the mean losses by minutes: a line for each model and protocol."""
     figure = Figure(figsize=(7, 4.8), layout="constrained")
     axes = figure.add_subplot(
@@ -271,19 +200,18 @@ def draw_losses(points: list[Point]) -> Figure:
         ylabel="loss of validation + test, nats per character",
         xscale="log",
     )
-    models = dict.fromkeys(point.model for point in points if point.minutes)
+    models = dict.fromkeys(name.partition(":")[0] for name in points)
     for model, color in zip(models, COLORS, strict=False):
-        own = [point for point in points if point.model == model and point.minutes]
-        minutes = [statistics.mean(point.minutes) for point in own]
-        name = name_model(model)
+        runs = [of for name, of in points.items() if name.partition(":")[0] == model]
+        minutes = [statistics.mean(run.minutes for run in of_seeds) for of_seeds in runs]
         for field, style, words in (
             ("with_context", "o-", "with context"),
             ("by_windows", "o:", f"by windows of {WINDOW}"),
         ):
-            of_seeds = [[getattr(x, field) for x in point.measured] for point in own]
-            means = [statistics.mean(losses) for losses in of_seeds]
-            spreads = [statistics.stdev(x) if len(x) > 1 else 0 for x in of_seeds]
-            label = f"{name}, {words}"
+            losses = [[getattr(run, field) for run in of_seeds] for of_seeds in runs]
+            means = [statistics.mean(x) for x in losses]
+            spreads = [statistics.stdev(x) if len(x) > 1 else 0 for x in losses]
+            label = f"{NANOGPT[model][1] if model in NANOGPT else model + '.py'}, {words}"
             axes.errorbar(
                 minutes, means, spreads, fmt=style, color=color, markersize=4, label=label
             )

@@ -8,7 +8,6 @@ of its weights, and the largest difference between a probability in the page and
 float32, over the first --length characters of the test text.
 """
 
-import argparse
 import shutil
 import statistics
 import tempfile
@@ -19,6 +18,7 @@ import jax
 import numpy as np
 from selenium import webdriver
 
+from frame import parse_flags
 from lstm_jax import model
 from lstm_jax.data import texts
 from lstm_jax.export import page
@@ -27,13 +27,7 @@ from lstm_jax.run import workdir
 
 def main() -> None:
     """Print a line for each number of bits of the weights."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--length", type=int, default=2000, help="tokens [default: 2000]")
-    parser.add_argument("--rounds", type=int, default=5, help="[default: 5]")
-    options = parser.parse_args()
+    options = parse_flags(__doc__, workdir=Path, length=2000, rounds=5)
     trained = workdir.load_trained(options.workdir, "float32")
     text = texts.read_splits(trained.config.data)["test"][: options.length]
     ids = np.asarray(trained.vocabulary.encode(text))
@@ -41,31 +35,27 @@ def main() -> None:
     logits, _ = model.apply(trained.model, trained.params, ids[None], carry)
     expected = np.asarray(jax.nn.softmax(logits[0]))
     count = sum(array.size for array in jax.tree.leaves(trained.params))
-    driver = shutil.which("chromedriver")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if not driver or not chromium:
-        parser.error("there is no Chromium with its chromedriver (apt install chromium-driver)")
     settings = webdriver.ChromeOptions()
-    settings.binary_location = chromium
+    settings.binary_location = shutil.which("chromium") or "google-chrome"
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
         settings.add_argument(argument)
-    browser = webdriver.Chrome(settings, webdriver.ChromeService(driver))
-    try:
-        with tempfile.TemporaryDirectory() as directory:
-            for bits in (16, 8):
-                path = Path(directory, f"{bits}.html")
-                path.write_bytes(page.make_page(trained, "page", bits))
-                size, weights = path.stat().st_size, count * bits // 8
-                pairs = [measure(browser, path, options.length) for _ in range(options.rounds)]
-                found = browser.execute_script("return lstm.probabilities(arguments[0])", text)
-                opened, speed = (statistics.median(values) for values in zip(*pairs, strict=True))
-                print(
-                    f"{bits} bits: opened in {opened:.2f} s, {speed:,.0f} tokens per second, "
-                    f"{size / 1e6:.1f} MB, {size / weights:.2f} of its weights, "
-                    f"probabilities differ by at most {np.abs(found - expected).max():.1e}"
-                )
-    finally:
-        browser.quit()
+    service = webdriver.ChromeService(shutil.which("chromedriver"))
+    with (
+        webdriver.Chrome(settings, service) as browser,
+        tempfile.TemporaryDirectory() as directory,
+    ):
+        for bits in (16, 8):
+            path = Path(directory, f"{bits}.html")
+            path.write_bytes(page.make_page(trained, "page", bits))
+            size, weights = path.stat().st_size, count * bits // 8
+            pairs = [measure(browser, path, options.length) for _ in range(options.rounds)]
+            found = browser.execute_script("return lstm.probabilities(arguments[0])", text)
+            opened, speed = (statistics.median(values) for values in zip(*pairs, strict=True))
+            print(
+                f"{bits} bits: opened in {opened:.2f} s, {speed:,.0f} tokens per second, "
+                f"{size / 1e6:.1f} MB, {size / weights:.2f} of its weights, "
+                f"probabilities differ by at most {np.abs(found - expected).max():.1e}"
+            )
 
 
 def measure(browser: webdriver.Chrome, path: Path, length: int) -> tuple[float, float]:

@@ -8,7 +8,6 @@ A single run is computed as in `lstm_jax.main`, with its batch divided over the 
 faster.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -16,48 +15,36 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
+from frame import parse_flags, print_head, print_row
 from lstm_jax import batches, config, model, optimizer, train_step
 from lstm_jax.devices import memory, parallel
 from lstm_jax.recurrences.processor import count_cores
-from lstm_jax.sweep import population
+from lstm_jax.sweep import stacked
 
 VOCABULARY_SIZE = 67
 
 
 def main() -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--members", type=int, default=8, help="[default: 8]")
-    parser.add_argument("--steps", type=int, default=200, help="[default: 200]")
-    parser.add_argument("--rounds", type=int, default=3, help="[default: 3]")
-    parser.add_argument("--hidden_sizes", default="64,128", help="[default: 64,128]")
-    options = parser.parse_args()
+    options = parse_flags(__doc__, members=8, steps=200, rounds=3, hidden_sizes="64,128")
     # Measure every compilation.
     jax.config.update("jax_enable_compilation_cache", False)
     jax.config.update("jax_num_cpu_devices", count_cores())
     memory.keep_freed_memory()
     device = jax.devices()[0].device_kind
-    print(
-        f"{device}, {len(jax.devices())} devices, {options.members} members, {options.steps} steps"
-    )
-    print("\n| hidden units | a single run, s | a member of the population, s | ratio |")
-    print("| ---: | ---: | ---: | ---: |")
+    sizes = f"{options.members} members, {options.steps} steps"
+    print(f"{device}, {len(jax.devices())} devices, {sizes}\n")
+    print_head("hidden units", "a single run, s", "a member of the population, s", "ratio")
     for hidden_size in map(int, options.hidden_sizes.split(",")):
         alone, member = [], []
         for _ in range(options.rounds):
             alone.append(_time(_alone, hidden_size, options.steps))
             seconds = _time(_together, hidden_size, options.steps, options.members)
             member.append(seconds / options.members)
-        ratio = statistics.median(m / a for m, a in zip(member, alone, strict=True))
-        print(
-            f"| {hidden_size} | {statistics.median(alone):.2f} | {statistics.median(member):.2f} "
-            f"| {ratio:.2f} |",
-            flush=True,
-        )
+        ratios = [m / a for m, a in zip(member, alone, strict=True)]
+        medians = map(statistics.median, (alone, member, ratios))
+        print_row(hidden_size, *(f"{median:.2f}" for median in medians))
 
 
 def _time(run: Callable[..., None], *sizes: int) -> float:
@@ -67,7 +54,7 @@ def _time(run: Callable[..., None], *sizes: int) -> float:
     return time.perf_counter() - start
 
 
-def _settings(hidden_size: int, seed: int = 0) -> ConfigDict:
+def _settings(hidden_size: int, seed: int = 0) -> config.Config:
     settings = config.default()
     settings.seed = seed
     settings.batches.batch_size = 32
@@ -77,10 +64,10 @@ def _settings(hidden_size: int, seed: int = 0) -> ConfigDict:
     settings.optimizer.learning_rate = 4e-3 / (1 + seed)
     settings.optimizer.schedule = "cosine"
     settings.optimizer.max_gradient_norm = 1.0
-    return settings
+    return config.complete_config(settings)
 
 
-def _state(settings: ConfigDict, steps: int) -> train_step.TrainState:
+def _state(settings: config.Config, steps: int) -> train_step.TrainState:
     return train_step.init_state(
         model.make_model(settings.model, VOCABULARY_SIZE),
         optimizer.make_optimizer(settings.optimizer, steps),
@@ -89,7 +76,7 @@ def _state(settings: ConfigDict, steps: int) -> train_step.TrainState:
     )
 
 
-def _batch(settings: ConfigDict, *members: int) -> batches.Batch:
+def _batch(settings: config.Config, *members: int) -> batches.Batch:
     """Return random ids, [*members, batch, time]."""
     shape = (*members, settings.batches.batch_size, settings.batches.window_length + 1)
     ids = np.random.default_rng(0).integers(VOCABULARY_SIZE, size=shape, dtype=np.int32)
@@ -114,10 +101,10 @@ def _alone(hidden_size: int, steps: int) -> None:
 
 def _together(hidden_size: int, steps: int, members: int) -> None:
     settings = [_settings(hidden_size, seed) for seed in range(members)]
-    mesh = population.make_mesh(members)
-    step = population.make_population_step(settings[0], VOCABULARY_SIZE, steps, mesh)
-    traced = population.hyperparameters(settings)
-    state = population.stack([_state(own, steps) for own in settings], mesh)
+    mesh = stacked.make_mesh(members)
+    step = stacked.make_population_step(settings[0], VOCABULARY_SIZE, steps, mesh)
+    traced = stacked.stack_hyperparameters(settings, mesh)
+    state = stacked.stack([_state(each, steps) for each in settings], mesh)
     batch = _batch(settings[0], members)
     for _ in range(steps):
         state = jax.block_until_ready(step(traced, state, batch))

@@ -7,16 +7,15 @@ The models are those of experiments/cells.py. A batch has 4,096 tokens, as there
 longer window.
 """
 
-import argparse
+import dataclasses
 import statistics
 import time
-from collections.abc import Sequence
 
 import jax
 import numpy as np
 import optax
 
-from compare import EXPERIMENTS, load_module
+from frame import ROOT, load_module, parse_flags, print_head, print_row
 from lstm_jax import config as config_lib
 from lstm_jax import model
 from lstm_jax.devices import memory
@@ -27,38 +26,26 @@ TOKENS = 4096  # Of a batch.
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--variants", help="names in experiments/cells.py [default: all]")
-    parser.add_argument("--lengths", default="96,512,4096", help="[default: 96,512,4096]")
-    parser.add_argument("--rounds", type=int, default=5, help="[default: 5]")
-    options = parser.parse_args()
-    chosen = options.variants
-    names = chosen.split(",") if chosen else list(load_module(EXPERIMENTS / "cells.py").VARIANTS)
+    experiment = load_module(ROOT / "experiments/cells.py")
+    variants = ",".join(experiment.VARIANTS)
+    options = parse_flags(__doc__, variants=variants, lengths="96,512,4096", rounds=5)
     memory.keep_freed_memory()
-    time_recurrences(names, [int(length) for length in options.lengths.split(",")], options.rounds)
-
-
-def time_recurrences(names: Sequence[str], lengths: Sequence[int], rounds: int) -> None:
-    """Print the milliseconds of loss and gradient, by cell, recurrence and length of the window."""
-    experiment = load_module(EXPERIMENTS / "cells.py")
     print(f"{jax.devices()[0].device_kind}, {len(jax.devices())} devices\n")
-    print("| cell | window | recurrence | ms |\n| --- | ---: | --- | ---: |")
-    for name in names:
+    print_head("cell", "window", "recurrence", "ms")
+    for name in options.variants.split(","):
         config = config_lib.complete_config(experiment.get_config(name))
-        for length in lengths:
+        for length in map(int, options.lengths.split(",")):
             shape = (max(TOKENS // length, 1), length)
             ids = np.random.default_rng(0).integers(VOCABULARY_SIZE, size=shape)
             for recurrence in ("scan", "parallel", "fused"):
-                config.model.recurrence = recurrence
+                fields = dataclasses.replace(config.model, recurrence=recurrence)
                 try:
-                    made = model.make_model(config.model, VOCABULARY_SIZE)
+                    made = model.make_model(fields, VOCABULARY_SIZE)
                     made.implementation()
                 except ValueError:  # The cell has no such form.
                     continue
-                seconds = time_step(made, ids, rounds)
-                print(f"| {name} | {length} | {recurrence} | {1000 * seconds:.1f} |", flush=True)
+                seconds = time_step(made, ids, options.rounds)
+                print_row(name, length, recurrence, f"{1000 * seconds:.1f}")
 
 
 def time_step(made: model.LanguageModel, ids: np.ndarray, rounds: int) -> float:

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 import side_by_side
 import train_step
+from frame import parse_flags, print_head, print_row
 
 BASE = {
     "batch_size": 32,
@@ -41,12 +42,7 @@ Points = dict[str, list[float]]  # Seconds of the two libraries, by dtype, axis 
 
 def main() -> None:
     """Measure the remaining points; print the table and draw the plot."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/scaling"))
-    parser.add_argument("--rounds", type=int, default=5, help="[default: 5]")
-    options = parser.parse_args()
+    options = parse_flags(__doc__, out=Path("runs/scaling"), rounds=5)
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "scaling.json"
     points: Points = json.loads(file.read_text()) if file.exists() else {}
@@ -57,7 +53,9 @@ def main() -> None:
                 if key not in points:
                     points[key] = measure({**BASE, axis: size}, dtype, options.rounds)
                     file.write_text(json.dumps(points))
-    print_ratios(points)
+    print_head("", "lstm-jax, ms", "PyTorch, ms", "ratio")
+    for key, (ours, theirs) in points.items():
+        print_row(key, f"{1000 * ours:.1f}", f"{1000 * theirs:.1f}", f"{ours / theirs:.2f}")
     draw(points).savefig(options.out / "scaling.svg")
     print(f"\nWrote {options.out / 'scaling.svg'}")
 
@@ -70,14 +68,7 @@ def measure(sizes: dict[str, int], dtype: str, rounds: int) -> list[float]:
         LABELS[1]: functools.partial(train_step.make_torch, options),
     }
     measured = side_by_side.measure(contestants, options)
-    return [statistics.median(measured[label].seconds) for label in LABELS]
-
-
-def print_ratios(points: Points) -> None:
-    """Print the milliseconds of both, and their ratio, as a Markdown table."""
-    print("\n| | lstm-jax, ms | PyTorch, ms | ratio |\n| --- | ---: | ---: | ---: |")
-    for key, (ours, theirs) in points.items():
-        print(f"| {key} | {1000 * ours:.1f} | {1000 * theirs:.1f} | {ours / theirs:.2f} |")
+    return [statistics.median(measured[label][1]) for label in LABELS]
 
 
 def draw(points: Points) -> Figure:

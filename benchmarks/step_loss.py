@@ -2,12 +2,11 @@
 
     python benchmarks/step_loss.py --workdir runs/quick
 
-Read the beginning of each of 64 parts of the validation text, token by token, as generation reads
+Read the first --length tokens of 64 parts of the validation text, one by one, as generation reads
 its own text. Print, in nats per token, the loss and the Kullback-Leibler divergence of the
 predictions in each dtype from those in float32. int8 needs the library in C.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from frame import parse_flags, print_head, print_row
 from lstm_jax import generation
 from lstm_jax.data import texts
 from lstm_jax.run import workdir
@@ -24,23 +24,18 @@ PARTS = 64
 
 def main() -> None:
     """Read the text in each dtype; print a row of the table after each."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--length", type=int, default=600, help="of each part [default: 600]")
-    options = parser.parse_args()
+    options = parse_flags(__doc__, workdir=Path, length=600)
     text = texts.read_splits(workdir.load_config(options.workdir).data)["validation"]
     ids = workdir.load_vocabulary(options.workdir).encode(text)
     ids = np.asarray(ids[: len(ids) // PARTS * PARTS]).reshape(PARTS, -1)[:, : options.length]
-    print("| | loss | divergence from float32 |\n| --- | ---: | ---: |")
+    print_head("", "loss", "divergence from float32")
     exact = None
     for dtype in ("float32", "bfloat16", "int8"):
         found = predict(workdir.load_trained(options.workdir, dtype), ids)
         exact = found if exact is None else exact
         loss = -np.take_along_axis(found[:-1], ids.T[1:, :, None], axis=2).mean(dtype=np.float64)
         divergence = (np.exp(exact) * (exact - found)).sum(axis=2).mean(dtype=np.float64)
-        print(f"| {dtype} | {loss:.4f} | {divergence:.1e} |", flush=True)
+        print_row(dtype, f"{loss:.4f}", f"{divergence:.1e}")
 
 
 def predict(trained: workdir.Trained, ids: np.ndarray) -> np.ndarray:

@@ -48,14 +48,12 @@ def main() -> None:
         "lstm-jax cudnn": functools.partial(make_lstm_jax, options, "cudnn"),
         "Flax LSTMCell": functools.partial(_flax, options, "LSTMCell"),
         "Flax OptimizedLSTMCell": functools.partial(_flax, options, "OptimizedLSTMCell"),
-        "Haiku": functools.partial(_haiku, options),
         "PyTorch": functools.partial(make_torch, options),
         "PyTorch compiled": functools.partial(make_torch, options, compiled=True),
-        "Keras": functools.partial(_keras, options),
     }
     measurements = side_by_side.measure(contestants, options)
-    matmul = measurements.pop("matmul")
-    peak = matmul.work.flops / min(matmul.seconds)
+    matmul, seconds = measurements.pop("matmul")
+    peak = matmul.flops / min(seconds)
     print(f"peak, the fastest square {options.dtype} matmul: {peak / 1e9:,.0f} GFLOP/s")
     necessary = necessary_flops(options)
     side_by_side.print_table(
@@ -107,13 +105,12 @@ def _jax_work(step: Any, state: Any, batch: Any) -> Work:
 
     memory.keep_freed_memory()
     batch = jax.device_put(batch)
-    compiled, seconds, temporary_bytes = side_by_side.compile_jax(step, state, batch)
 
     def run() -> None:
         nonlocal state
-        state = jax.block_until_ready(compiled(state, batch))
+        state = jax.block_until_ready(step(state, batch))
 
-    return Work(run, side_by_side.jax_device(), seconds, temporary_bytes)
+    return Work(run, side_by_side.jax_device())
 
 
 def make_lstm_jax(
@@ -134,35 +131,33 @@ def make_lstm_jax(
     settings.model.dtype = options.dtype
     for name in settings.regularization if regularized else ():
         settings.regularization[name] = 0.1 * (name != skipped)
-    parallel.use_cores(settings)  # As in a training run.
-    mesh = parallel.make_mesh(settings)
-    lstm = model.make_model(settings.model, options.vocabulary_size)
-    adam = optimizer.make_optimizer(settings.optimizer, total_steps=1)
+    complete = config.complete_config(settings)
+    parallel.use_cores(complete)  # As in a training run.
+    mesh = parallel.make_mesh(complete)
+    lstm = model.make_model(complete.model, options.vocabulary_size)
+    adam = optimizer.make_optimizer(complete.optimizer, total_steps=1)
     state = train_step.init_state(lstm, adam, jax.random.key(0), options.batch_size).place(mesh)
     inputs, targets = _batch(options)
     batch = batches.Batch(inputs, targets, starts=np.bool_(True))
-    return _jax_work(train_step.make_train_step(lstm, adam, settings, mesh), state, batch)
+    return _jax_work(train_step.make_train_step(lstm, adam, complete, mesh), state, batch)
 
 
-def _jax_peer(
-    options: argparse.Namespace, init: Callable[..., Any], apply: Callable[..., Any]
-) -> Work:
-    """Return the work for a model of another JAX library.
-
-    Args:
-      options: the sizes.
-      init: maps a key and ids to parameters.
-      apply: maps parameters and ids to logits.
-    """
+def _flax(options: argparse.Namespace, cell: str) -> Work:
+    import flax.linen as nn
     import jax
     import optax
 
+    layers: list[Any] = [nn.Embed(options.vocabulary_size, options.embedding_size)]
+    for _ in range(options.num_layers):
+        layers.append(nn.RNN(getattr(nn, cell)(options.hidden_size, dtype=options.dtype)))
+    model = nn.Sequential([*layers, nn.Dense(options.vocabulary_size, dtype=options.dtype)])
     optimizer = optax.adam(LEARNING_RATE)
 
     def loss_fn(params: Any, batch: Any) -> Any:
         inputs, targets = batch
-        logits = apply(params, inputs).astype("float32")
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+        logits: Any = model.apply(params, inputs)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype("float32"), targets)
+        return losses.mean()
 
     def step(state: Any, batch: Any) -> Any:
         params, opt_state, _ = state
@@ -171,36 +166,9 @@ def _jax_peer(
         return optax.apply_updates(params, updates), opt_state, loss
 
     batch = _batch(options)
-    params = init(jax.random.key(0), batch[0])
+    params = model.init(jax.random.key(0), batch[0])
     state = params, optimizer.init(params), np.float32(0)
     return _jax_work(jax.jit(step, donate_argnums=0), state, tuple(batch))
-
-
-def _flax(options: argparse.Namespace, cell: str) -> Work:
-    import flax.linen as nn
-
-    layers: list[Any] = [nn.Embed(options.vocabulary_size, options.embedding_size)]
-    for _ in range(options.num_layers):
-        layers.append(nn.RNN(getattr(nn, cell)(options.hidden_size, dtype=options.dtype)))
-    layers.append(nn.Dense(options.vocabulary_size, dtype=options.dtype))
-    model = nn.Sequential(layers)
-    return _jax_peer(options, model.init, model.apply)
-
-
-def _haiku(options: argparse.Namespace) -> Work:
-    import haiku as hk
-
-    side_by_side.set_haiku_dtype(options.dtype)
-
-    def network(ids: Any) -> Any:
-        hidden = hk.Embed(options.vocabulary_size, options.embedding_size)(ids.T)
-        for _ in range(options.num_layers):
-            lstm = hk.LSTM(options.hidden_size)
-            hidden, _ = hk.dynamic_unroll(lstm, hidden, lstm.initial_state(options.batch_size))
-        return hk.Linear(options.vocabulary_size)(hidden).swapaxes(0, 1)
-
-    model = hk.without_apply_rng(hk.transform(network))
-    return _jax_peer(options, model.init, model.apply)
 
 
 def make_torch(options: argparse.Namespace, compiled: bool = False) -> Work:
@@ -236,28 +204,6 @@ def make_torch(options: argparse.Namespace, compiled: bool = False) -> Work:
         return loss.item()
 
     return Work(run, name)
-
-
-def _keras(options: argparse.Namespace) -> Work:
-    import keras
-
-    memory.keep_freed_memory()
-    device = side_by_side.keras_device(options.dtype)
-    lstm = [
-        keras.layers.LSTM(options.hidden_size, return_sequences=True)
-        for _ in range(options.num_layers)
-    ]
-    model = keras.Sequential(
-        [
-            keras.layers.Embedding(options.vocabulary_size, options.embedding_size),
-            *lstm,
-            keras.layers.Dense(options.vocabulary_size),
-        ]
-    )
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.Adam(LEARNING_RATE), loss)
-    inputs, targets = _batch(options)
-    return Work(lambda: model.train_on_batch(inputs, targets), device)
 
 
 if __name__ == "__main__":

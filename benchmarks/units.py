@@ -4,21 +4,16 @@
     python benchmarks/units.py --config my_config.py --config.data.path=my.txt
 
 For each kind of token a short run measures the time of a step, and a second run trains for the
-number of steps that take --seconds; start, compilation and validation are not counted. OUT/units.md
-has the table, in bits per character, which can be compared. The same command resumes an interrupted
-comparison; all other flags are passed to every run.
+number of steps that take --seconds; start, compilation and validation are not counted. The table
+is in bits per character, which can be compared. The same command resumes an interrupted comparison;
+flags --config.FIELD=VALUE are passed to every run.
 """
 
-import argparse
-import json
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
-import compare
+from compare import measure_speed
+from frame import parse_flags, print_head, print_row, spread, train
 from lstm_jax.run import metrics, workdir
 
 SHORT = 40  # Steps of the run that measures the time of a step.
@@ -38,73 +33,37 @@ UNITS = {
 
 
 def main() -> None:
-    """Do the remaining work, and write the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/units"))
-    parser.add_argument("--seconds", type=float, default=180, help="[default: 180]")
-    parser.add_argument("--seeds", type=int, default=1, help="[default: 1]")
-    parser.add_argument("--config", default="experiments/quick.py")
-    options, flags = parser.parse_known_args()
-    lines = [
-        "| tokens | vocabulary | epochs | seconds | validation | test |",
-        "| --- |" + " ---: |" * 5,
-    ]
-    for unit, own in UNITS.items():
-        given = [f"--config={options.config}", *own, *flags]
-        train(options.out / f"{unit}_short", [*given, f"--config.max_steps={SHORT}"])
-        steps = count_steps(options.out / f"{unit}_short", options.seconds)
+    """Do the remaining work; print a row of the table after each kind."""
+    out, experiment = Path("runs/units"), "experiments/quick.py"
+    options = parse_flags(__doc__, True, out=out, seconds=180.0, seeds=1, config=experiment)
+    print_head("tokens", "vocabulary", "epochs", "seconds", "validation", "test")
+    for unit, fields in UNITS.items():
+        given = [f"--config={options.config}", *fields, *options.fields]
+        short = options.out / f"{unit}_short"
+        train(short, *given, f"--config.max_steps={SHORT}")
+        batches = workdir.load_config(short).batches
+        tokens = options.seconds * measure_speed(short)
+        steps = max(round(tokens / (batches.batch_size * batches.window_length)), 1)
         length = [f"--config.max_steps={steps}", "--config.num_epochs=1000"]
         runs = []
         for seed in range(options.seeds):
             directory = options.out / f"{unit}_{seed}"
-            seconds = train(directory, [*given, *length, f"--config.seed={seed}"])
-            runs.append(describe(directory, seconds))
-        lines.append(make_row(unit, runs))
-        (options.out / "units.md").write_text("\n".join(lines) + "\n")
-    print((options.out / "units.md").read_text())
+            seconds = 60 * train(directory, *given, *length, f"--config.seed={seed}")
+            runs.append((seconds, *read_losses(directory)))
+        of_seconds, epochs, validation, test = zip(*runs, strict=True)
+        means = f"{statistics.mean(epochs):.1f}", f"{statistics.mean(of_seconds):.0f}"
+        vocabulary = len(workdir.load_vocabulary(directory))
+        print_row(unit, f"{vocabulary:,}", *means, spread(validation), spread(test))
 
 
-def train(directory: Path, flags: Sequence[str]) -> float:
-    """Train in a directory, unless that was done; return the seconds of the process."""
-    done = directory / "process_seconds.json"
-    if not done.exists():
-        command = [sys.executable, "-m", "lstm_jax.main", f"--workdir={directory}", *flags]
-        start = time.monotonic()
-        subprocess.run(command, check=True)
-        done.write_text(json.dumps(time.monotonic() - start))
-    return float(json.loads(done.read_text()))
-
-
-def count_steps(short: Path, seconds: float) -> int:
-    """Return the number of steps that take these seconds, by the short run."""
-    batches = workdir.load_config(short).batches
-    tokens = seconds * compare.measure_speed(short)
-    return max(round(tokens / (batches.batch_size * batches.window_length)), 1)
-
-
-def describe(directory: Path, seconds: float) -> list[float]:
-    """Return the numbers of a run for its row: the losses are those of its best step."""
+def read_losses(directory: Path) -> tuple[float, float, float]:
+    """Return the epochs of a run, and the losses of its best step, validation and test."""
     rows = metrics.read_metrics(directory / workdir.METRICS)
-    losses = {
-        split: min(row["bits_per_character"] for row in rows if row["split"] == split)
+    validation, test = (
+        min(row["bits_per_character"] for row in rows if row["split"] == split)
         for split in ("validation", "test")
-    }
-    vocabulary = workdir.load_vocabulary(directory)
-    epochs = max(row["epoch"] for row in rows)
-    return [len(vocabulary), epochs, seconds, losses["validation"], losses["test"]]
-
-
-def make_row(unit: str, runs: list[list[float]]) -> str:
-    """Return a row of the table: means, of losses with the standard deviation."""
-    columns = list(zip(*runs, strict=True))
-    vocabulary, epochs, seconds, validation, test = map(statistics.mean, columns)
-    row = [unit, f"{vocabulary:,.0f}", f"{epochs:.1f}", f"{seconds:.0f}"]
-    for mean, values in ((validation, columns[3]), (test, columns[4])):
-        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        row.append(f"{mean:.3f}{spread}")
-    return f"| {' | '.join(row)} |"
+    )
+    return max(row["epoch"] for row in rows), validation, test
 
 
 if __name__ == "__main__":

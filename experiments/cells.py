@@ -5,9 +5,10 @@
 #
 # python benchmarks/compare.py tunes and trains all of them.
 
-from ml_collections import ConfigDict
+import runpy
+from pathlib import Path
 
-from lstm_jax import config as config_lib
+from ml_collections import ConfigDict
 
 # Fields of models of 0.72 million parameters: cell, layers, hidden units, block.
 VARIANTS = {
@@ -29,10 +30,9 @@ def get_config(name: str = "lstm") -> ConfigDict:
     """Return a config of the given model, trained as experiments/quick.py trains its LSTM."""
     if name not in VARIANTS:
         raise ValueError(f"there is no cells.py:{name}: choose from {', '.join(VARIANTS)}")
-    config = config_lib.default()
+    experiment = runpy.run_path(str(Path(__file__).with_name("quick.py")))
+    config: ConfigDict = experiment["get_config"]()
 
-    config.batches.kind = "streams"
-    config.batches.batch_size = 64
     config.batches.window_length = 64
 
     cell, layers, hidden_size, block = VARIANTS[name]
@@ -40,17 +40,5 @@ def get_config(name: str = "lstm") -> ConfigDict:
     config.model.embedding_size = 64
     config.model.num_layers, config.model.hidden_size = layers, hidden_size
 
-    config.model.initial_embedding = 1.0
-    config.model.dtype = "auto"
-
     config.optimizer.learning_rate = 6e-3
-    config.optimizer.warmup_steps = 50
-    config.optimizer.schedule = "linear"
-    config.optimizer.weight_decay = 0.1
-    config.optimizer.max_gradient_norm = 0.25
-
-    config.regularization.embedding_dropout = 0.03
-    config.regularization.output_dropout = 0.1
-
-    config.num_epochs = 6
     return config

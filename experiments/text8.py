@@ -9,41 +9,17 @@
 # operations per parameter and character, for 50 epochs of 90,000,000 characters, divided by an
 # assumed 25 TFLOP/s for the H100 and 200 GFLOP/s for the cores, in bfloat16.
 
-from ml_collections import ConfigDict
+import runpy
+from pathlib import Path
 
-from lstm_jax import config as config_lib
+from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Return a config of three layers with 1,840 hidden units.
-
-    The settings are those of Merity et al. 2018, "An Analysis of Neural Language Modeling at
-    Multiple Scales", for enwik8, but weight decay is decoupled from the gradient here.
-    """
-    config = config_lib.default()
+    """Return the config of experiments/enwik8.py, for characters of text8."""
+    experiment = runpy.run_path(str(Path(__file__).with_name("enwik8.py")))
+    config: ConfigDict = experiment["get_config"]()
 
     config.data.dataset = "text8"
-
-    config.batches.kind = "streams"
-    config.batches.batch_size = 128
-    config.batches.window_length = 200
-
-    config.model.embedding_size = 400
-    config.model.hidden_size = 1840
-    config.model.num_layers = 3
-    config.model.tie_embeddings = True
-    config.model.dtype = "bfloat16"
-
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.schedule = "step"
-    config.optimizer.step_at = (0.5, 0.7)
-    config.optimizer.weight_decay = 1.2e-6
-    config.optimizer.max_gradient_norm = 0.25
-
-    config.regularization.input_dropout = 0.1
-    config.regularization.hidden_dropout = 0.1
-    config.regularization.output_dropout = 0.4
-    config.regularization.recurrent_dropout = 0.2
-
-    config.num_epochs = 50
+    config.data.units = "characters"
     return config

@@ -15,49 +15,20 @@
 # the validation split), divided by an assumed 25 TFLOP/s for the H100 and 200 GFLOP/s for the
 # cores, in bfloat16.
 
-from ml_collections import ConfigDict
+import runpy
+from pathlib import Path
 
-from lstm_jax import config as config_lib
+from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Return a config of three layers with 1,150 hidden units.
-
-    The settings are those of Merity et al. 2018, "Regularizing and Optimizing LSTM Language
-    Models", but all windows have the same length, and a moving average of the parameters takes the
-    place of averaged SGD.
-    """
-    config = config_lib.default()
+    """Return the config of experiments/penn_treebank_words.py, with other dropout rates."""
+    experiment = runpy.run_path(str(Path(__file__).with_name("penn_treebank_words.py")))
+    config: ConfigDict = experiment["get_config"]()
 
     config.data.dataset = "wikitext2"
-    config.data.units = "words"
-
-    config.batches.kind = "streams"
     config.batches.batch_size = 80
-    config.batches.window_length = 70
-
-    config.model.embedding_size = 400
-    config.model.hidden_size = 1150
-    config.model.num_layers = 3
-    config.model.tie_embeddings = True
-    config.model.initial_embedding = 0.1
-    config.model.dtype = "bfloat16"
-
-    config.optimizer.name = "sgd"
-    config.optimizer.momentum = 0.0
-    config.optimizer.learning_rate = 30.0
-    config.optimizer.weight_decay = 1.2e-6
-    config.optimizer.max_gradient_norm = 0.25
-    config.optimizer.average_decay = 0.9998
-
-    config.regularization.embedding_dropout = 0.1
     config.regularization.input_dropout = 0.65
     config.regularization.hidden_dropout = 0.2
-    config.regularization.output_dropout = 0.4
-    config.regularization.recurrent_dropout = 0.5
-    config.regularization.activation_penalty = 2.0
-    config.regularization.temporal_activation_penalty = 1.0
-
     config.num_epochs = 750
-    config.sample.length = 100
     return config

@@ -3,12 +3,14 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def call_in_thread(function: Callable[..., T], *arguments: Any, seconds: float | None = None) -> T:
+def call_in_thread(
+    function: Callable[..., T], *arguments: object, seconds: float | None = None
+) -> T:
     """Return the result of a function that may not return to Python for a long time.
 
     Raise what the function raises, or `TimeoutError` if it takes longer than `seconds`. The thread

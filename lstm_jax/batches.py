@@ -1,14 +1,12 @@
 """Make training batches of token ids, with Grain iterators that can be checkpointed."""
 
-import functools
-import math
 from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
+from lstm_jax.config import BatchesConfig
 from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import Ids
 
@@ -21,8 +19,8 @@ class Batch(NamedTuple):
     starts: np.bool_  # bool [], whether a new text starts here, so that the carry must be zero.
 
 
-class Places(NamedTuple):
-    """The positions of a batch's windows in the text."""
+class Offsets(NamedTuple):
+    """Where the windows of a batch begin in the text."""
 
     begins: np.ndarray  # int64 [batch], the position of each window's first input.
     starts: np.bool_  # See `Batch`.
@@ -39,50 +37,19 @@ class Windows:
         self._batch_size, self._window_length, self._seed = batch_size, window_length, seed
         self._windows = (length - 1) // window_length
         self.steps_per_epoch = self._windows // batch_size
+        self._shuffled = -1, np.zeros(0, np.uint8)  # An epoch and its order of windows.
 
-    def __getitem__(self, step: int) -> Places:
+    def __getitem__(self, step: int) -> Offsets:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        places = step_in_epoch * self._batch_size + np.arange(self._batch_size)
-        windows = shuffle_places(places, self._windows, _keys(self._seed, epoch))
-        return Places(windows * self._window_length, np.bool_(True))
-
-
-def shuffle_places(places: np.ndarray, length: int, keys: np.ndarray) -> np.ndarray:
-    """Return the entries at `places` of a pseudorandom permutation of 0..length-1, int64 [n].
-
-    A Feistel network permutes pairs of digits, of which there are slightly more than `length`. A
-    result of `length` or more passes through it again until it is smaller (Black & Rogaway 2002,
-    "Ciphers with Arbitrary Finite Domains"). `numpy.random.Generator.permutation` would need memory
-    for the whole permutation, and Grain's `index_shuffle`, one entry per call, is slower than
-    reading a window. Either would change the order of batches in existing runs.
-
-    `length` is at most 2**62. The keys, uint64 [rounds], determine the permutation; with fewer than
-    8 keys, permutations of a dozen entries are biased.
-    """
-    large = math.isqrt(length - 1) + 1
-    digits = np.array([large, -(-length // large)], np.uint64)
-    high, low = np.divmod(places.astype(np.uint64), digits[1])
-    pair, outside = [high, low], np.ones(len(places), bool)
-    while outside.any():
-        moved = [digit[outside] for digit in pair]
-        for k, key in enumerate(keys):
-            other, own = moved[(k + 1) % 2], moved[k % 2]
-            moved[k % 2] = (own + _hash(other + key)) % digits[k % 2]
-        for digit, new in zip(pair, moved, strict=True):
-            digit[outside] = new
-        outside = pair[0] * digits[1] + pair[1] >= length
-    return (pair[0] * digits[1] + pair[1]).astype(np.int64)
-
-
-def _hash(x: np.ndarray) -> np.ndarray:
-    """Hash uint64 to uint64 below 2**32; each bit depends on all bits of x."""
-    x = x * np.uint64(0x9E3779B97F4A7C15)
-    return ((x ^ (x >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)) >> np.uint64(32)
-
-
-@functools.lru_cache(maxsize=2)
-def _keys(seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).integers(2**63, size=8, dtype=np.uint64)
+        of_epoch, order = self._shuffled
+        if of_epoch != epoch:
+            # In the smallest dtype: 40 MB for 10 million windows.
+            order = np.arange(self._windows, dtype=np.min_scalar_type(self._windows))
+            np.random.default_rng((self._seed, epoch)).shuffle(order)
+            self._shuffled = epoch, order
+        first = step_in_epoch * self._batch_size
+        windows = order[first : first + self._batch_size].astype(np.int64)
+        return Offsets(windows * self._window_length, np.bool_(True))
 
 
 class Streams:
@@ -101,21 +68,21 @@ class Streams:
         self._stream_length = self.steps_per_epoch * window_length
         self._slack = length - 1 - batch_size * self._stream_length
 
-    def __getitem__(self, step: int) -> Places:
+    def __getitem__(self, step: int) -> Offsets:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         offset = np.random.default_rng((self._seed, epoch)).integers(self._slack + 1)
         starts = offset + self._stream_length * np.arange(self._batch_size)
-        return Places(starts + step_in_epoch * self._window_length, np.bool_(step_in_epoch == 0))
+        return Offsets(starts + step_in_epoch * self._window_length, np.bool_(step_in_epoch == 0))
 
 
-def cut_batch(ids: Ids | jax.Array, places: Places, window_length: int) -> Batch:
-    """Return the batch whose windows begin at `places`, on the host or on the device."""
+def cut_batch(ids: Ids | jax.Array, offsets: Offsets, window_length: int) -> Batch:
+    """Return the batch whose windows begin at `offsets`, on the host or on the device."""
     columns = np.arange(window_length + 1, dtype=np.int32)
-    windows: Any = ids[places.begins[:, None] + columns].astype(np.int32, copy=False)
-    return Batch(windows[:, :-1], windows[:, 1:], places.starts)
+    windows: Any = ids[offsets.begins[:, None] + columns].astype(np.int32, copy=False)
+    return Batch(windows[:, :-1], windows[:, 1:], offsets.starts)
 
 
-def make_order(length: int, batches: ConfigDict, seed: int) -> Windows | Streams:
+def make_order(length: int, batches: BatchesConfig, seed: int) -> Windows | Streams:
     """Return the windows of each training step in a text of `length` tokens; see `make_batches`."""
     size, window = batches.batch_size, batches.window_length
     order = (Windows if batches.kind == "windows" else Streams)(length, size, window, seed)
@@ -129,7 +96,11 @@ def make_order(length: int, batches: ConfigDict, seed: int) -> Windows | Streams
 
 
 def make_batches(
-    ids: Ids, batches: ConfigDict, seed: int, places: bool = False, part: tuple[int, int] = (0, 1)
+    ids: Ids,
+    batches: BatchesConfig,
+    seed: int,
+    only_offsets: bool = False,
+    part: tuple[int, int] = (0, 1),
 ) -> tuple[grain.DatasetIterator, int]:
     """Return an endless iterator over training batches, and the number of steps per epoch.
 
@@ -137,11 +108,11 @@ def make_batches(
       ids: the training text.
       batches: the `batches` fields of a config.
       seed: determines the order.
-      places: whether to return only the positions of the windows.
+      only_offsets: whether to return only the positions of the windows.
       part: (k, n) for the k-th of n equal parts of each batch; only this part is read.
 
     Returns:
-      An iterator over `Batch`, which Grain prefetches, or over `Places`, with the same state in
+      An iterator over `Batch`, which Grain prefetches, or over `Offsets`, with the same state in
       checkpoints; and the number of steps per epoch.
 
     Raises:
@@ -150,13 +121,13 @@ def make_batches(
     order, window_length = make_order(len(ids), batches, seed), batches.window_length
     index, number = part
 
-    def read_step(step: int) -> Batch | Places:
-        found = order[step]
-        found = found._replace(begins=found.begins.reshape(number, -1)[index])
-        return found if places else cut_batch(ids, found, window_length)
+    def read_step(step: int) -> Batch | Offsets:
+        offsets = order[step]
+        offsets = offsets._replace(begins=offsets.begins.reshape(number, -1)[index])
+        return offsets if only_offsets else cut_batch(ids, offsets, window_length)
 
     # Computing positions is faster than receiving them from another thread.
-    threads, ahead = (0, 0) if places else (1, 8)
+    threads, ahead = (0, 0) if only_offsets else (1, 8)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     # Endless: Grain's own epochs would all have the same elements.
     dataset = grain.MapDataset.range(2**31).map(read_step).to_iter_dataset(options)

@@ -16,7 +16,7 @@ from lstm_jax.errors import UserError
 # The words, whose ends no token crosses, much as in GPT-2 (Radford et al. 2019): letters with their
 # accents, digits or other characters, each with the space before them; line breaks with the white
 # space before them; and other white space. They have 32 characters at most, to bound the time of
-# `divide_word` in texts without spaces. JavaScript reads the same pattern (`export`), but its `\s`
+# `split_word` in texts without spaces. JavaScript reads the same pattern (`export`), but its `\s`
 # matches other characters than Python's.
 WORDS = regex.compile(
     r"'(?:s|t|re|ve|m|ll|d)| ?[\p{L}\p{M}]{1,32}| ?\p{N}{1,32}"
@@ -67,8 +67,8 @@ def learn_tokens(counts: Mapping[str, int], number: int, min_count: int) -> list
     return [token.encode("latin-1").decode("utf-8", "surrogateescape") for token in learned]
 
 
-def divide_word(word: str, ids: Mapping[bytes, int]) -> tuple[str, ...]:
-    """Divide a word into its tokens.
+def split_word(word: str, ids: Mapping[bytes, int]) -> tuple[str, ...]:
+    """Split a word into its tokens.
 
     `ids` maps the bytes of each token to its id; a lower id was learned earlier.
     A byte that is not part of a complete character is a surrogate.

@@ -1,46 +1,81 @@
-"""Define each config field once: default, allowed values, meaning, and when it may change.
+"""Define each config field once: type, default, meaning, allowed values, and when it may change.
 
-An experiment is a Python file with `get_config()`, which takes `default()` and changes some
-fields. Every field can also be set on the command line: `--config.model.hidden_size=512`.
-`python -m lstm_jax.config > docs/config.md` writes the table as a page.
+Outside of the package, a config is an ml_collections `ConfigDict`. An experiment is a Python file
+with `get_config()`, which takes `default()` and changes some fields, and every field can be set on
+the command line: `--config.model.hidden_size=512`. `complete_config` checks it and returns a
+`Config`, of which each module gets the section that it needs.
+
+Nothing here imports JAX, which takes a second: `--help` and a mistake in a flag don't need it. So
+the sections are here, and not in the modules that use them. `python -m lstm_jax.config >
+docs/config.md` writes the table of all fields as a page.
 """
 
+import dataclasses
 import difflib
+import functools
 import itertools
 import re
 import textwrap
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args
 
 from ml_collections import ConfigDict
 
 from lstm_jax import vocabulary
 from lstm_jax.errors import UserError
 
-# Nothing here imports JAX, which takes a second: `--help` and a mistake in a flag don't need it.
+T = TypeVar("T")
+T_contra = TypeVar("T_contra", contravariant=True)
 
 
-class Rule(NamedTuple):
+class Rule(NamedTuple, Generic[T_contra]):
     """A condition, in words and as a function."""
 
     words: str
-    holds: Callable[[Any], bool]
+    is_met: Callable[[T_contra], bool]
+
+
+_OF_TYPE: Rule[Any] = Rule("", lambda value: True)  # Allows all values of a field's type.
 
 
 class Field(NamedTuple):
     """One field of a config; `name` is dotted, and values have the type of `default`."""
 
     name: str
-    default: Any
-    allowed: Rule
+    default: object
     meaning: str
-    resume: bool = False  # A run may change it when it resumes.
-    # Members of a population may differ in it: the compiled step reads it as an array ("step"), or
-    # only the initial parameters and the order of the text depend on it ("start").
-    population: Literal["", "start", "step"] = ""
-    compared: bool = True  # All runs of a study have the same value.
-    fits: Rule | None = None  # A rule that the whole config must satisfy.
-    used_with: Rule | None = None  # The field has no effect on a config that breaks this rule.
+    allowed: Rule[Any]
+    resume: bool  # A run may change it when it resumes.
+    compared: bool  # All runs of a study have the same value.
+    requires: "Rule[Config] | None"  # A rule that the whole config must satisfy.
+    relevant_if: "Rule[Config] | None"  # The field has no effect on a config that breaks this rule.
+
+
+def field(
+    default: T,
+    meaning: str,
+    allowed: Rule[T] = _OF_TYPE,
+    *,
+    resume: bool = False,
+    compared: bool = True,
+    requires: "Rule[Config] | None" = None,
+    relevant_if: "Rule[Config] | None" = None,
+) -> T:
+    """Define a field of a section; see `Field`."""
+    defined = Field("", default, meaning, allowed, resume, compared, requires, relevant_if)
+    made: Any = dataclasses.field(default_factory=lambda: default, metadata={"field": defined})
+    return made
+
+
+def between(low: int, high: int) -> Rule[float]:
+    """Allow numbers from `low` to `high`, both included."""
+    return Rule(f"from {low:,} to {high:,}", lambda value: low <= value <= high)
+
+
+def one_of(*words: str) -> Rule[str]:
+    """Allow these strings."""
+    listed = f"one of {', '.join(filter(None, words))}"
+    return Rule(listed if all(words) else f"empty or {listed}", lambda value: value in words)
 
 
 def names_cell_file(name: str) -> bool:
@@ -48,325 +83,378 @@ def names_cell_file(name: str) -> bool:
     return re.fullmatch(r".+\.py:\w+", name) is not None
 
 
-def between(low: int, high: int) -> Rule:
-    """Allow numbers from `low` to `high`, both included."""
-    return Rule(f"from {low:,} to {high:,}", lambda value: low <= value <= high)
+def is_plain_lstm(cell: object, layer_norm: bool, block: str) -> bool:
+    """Return whether `recurrences.fused` can run layers with these fields of `ModelConfig`."""
+    return cell == "lstm" and not layer_norm and block == "none"
 
 
-def one_of(*words: str) -> Rule:
-    """Allow these strings."""
-    listed = f"one of {', '.join(filter(None, words))}"
-    return Rule(listed if all(words) else f"empty or {listed}", lambda value: value in words)
+# fmt: off
+# The keys of `cells.CELLS`.
+CELLS = (
+    "lstm", "peephole", "mogrifier", "gru", "rnn", "minlstm", "mingru", "rglru", "slstm", "mlstm")
+OptimizerName = Literal["adam", "lion", "muon", "schedule_free", "sgd"]
+Schedule = Literal["constant", "cosine", "linear", "step"]
+Dtype = Literal["float32", "bfloat16", "auto"]  # Of matmuls; `model.make_model` resolves "auto".
+Option = bool | int | float | str  # The value of an option of a cell.
+DTYPES, SCHEDULES = get_args(Dtype), get_args(Schedule)
 
-
-def is_set_to(name: str, value: Any) -> Rule:
-    """Require that the field `name` is `value`."""
-    section, _, last = name.partition(".")
-    return Rule(f"{name}={value!r}", lambda config: config[section][last] == value)
-
-
-_TEXT = Rule("any text", lambda value: True)
-_SWITCH = Rule("True or False", lambda value: True)
-_SHARE = Rule("0 or more, and below 1", lambda value: 0 <= value < 1)
-_SHARES = Rule(
+_SHARE: Rule[float] = Rule("0 or more, and below 1", lambda value: 0 <= value < 1)
+_SHARES: Rule[tuple[float, ...]] = Rule(
     "fractions between 0 and 1",
     lambda values: all(isinstance(share, int | float) and 0 < share < 1 for share in values),
 )
-_FRACTIONS = Rule(
+_FRACTIONS: Rule[tuple[float, ...]] = Rule(
     "three positive fractions (train, validation, test) that add up to 1",
-    lambda values: len(values) == 3 and _SHARES.holds(values) and abs(sum(values) - 1) < 1e-6,
+    lambda values: len(values) == 3 and _SHARES.is_met(values) and abs(sum(values) - 1) < 1e-6,
 )
-_SEVERAL_LAYERS = Rule("model.num_layers above 1", lambda c: c.model.num_layers > 1)
-_OTHER_THAN_SGD = Rule("another optimizer than 'sgd'", lambda c: c.optimizer.name != "sgd")
-# The keys of `cells.CELLS` and of `optimizer.OPTIMIZERS`, and `optimizer.SCHEDULES`.
-CELLS = (
-    "lstm",
-    "peephole",
-    "mogrifier",
-    "gru",
-    "rnn",
-    "minlstm",
-    "mingru",
-    "rglru",
-    "slstm",
-    "mlstm",
-)
-OPTIMIZERS = ("adam", "lion", "muon", "schedule_free", "sgd")
-SCHEDULES = ("constant", "cosine", "linear", "step")
-DTYPES = ("float32", "bfloat16", "auto")  # Of matmuls; `model.make_model` resolves "auto".
-_CELL = Rule(
-    f"one of {', '.join(CELLS)}, or FILE.py:CLASS",
-    lambda name: name in CELLS or names_cell_file(name),
-)
-_OPTIONS = Rule(
-    "numbers, strings and booleans, by name",
-    lambda options: all(isinstance(value, bool | int | float | str) for value in options.values()),
-)
+_SCALE: Rule[float] = Rule("above 0, up to 1000", lambda value: 0 < value <= 1000)
 # Larger sizes are mistakes, or attempts to exhaust the memory.
 _SIZE, _SIZE_OR_ZERO = between(1, 2**20), between(0, 2**20)
 _COUNT, _POSITIVE_COUNT = between(0, 2**31 - 1), between(1, 2**31 - 1)
-
-# fmt: off
-FIELDS = (
-    Field("seed", 0, between(0, 2**32 - 1),
-          "Random seed of initial parameters, batches and samples.", population="start"),
-    Field("init_from", "", _TEXT,
-          "Start from the parameters of the run in this directory (set by --init_from)."),
-    Field("num_epochs", 20, between(1, 10**6), "Passes over the training text.", resume=True),
-    Field("max_steps", 0, _COUNT,
-          "Training ends after this number of steps, if num_epochs has more. 0: no limit.",
-          resume=True),
-    Field("validate_every_steps", 0, _COUNT,
-          "Steps between validations within an epoch; each epoch also ends with one. 0: no others.",
-          resume=True),
-    Field("validation_tokens", 0,
-          Rule("0, or from 4 to 2,147,483,647", lambda value: value == 0 or 4 <= value < 2**31),
-          "Number of tokens at the start of the validation text to validate on. 0: all of it."),
-    Field("patience", 0, _COUNT,
-          "Training ends when the validation loss has not improved for this number of validations. "
-          "0: no such limit.", resume=True),
-    Field("steps_per_call", 1, between(1, 10**4),
-          "Training steps per compiled call; more are faster for tiny models.", resume=True,
-          fits=Rule("at most log_every_steps", lambda c: c.steps_per_call <= c.log_every_steps)),
-    Field("log_every_steps", 10, _POSITIVE_COUNT,
-          "Steps between training losses in metrics.jsonl.", resume=True),
-    Field("checkpoint_every_seconds", 300.0, between(0, 10**9),
-          "Seconds between checkpoints in an epoch. 0: every step.", resume=True, compared=False),
-    Field("max_skipped_steps", 0, _COUNT,
-          "Skip at most this number of steps whose loss or gradient is not finite.", resume=True),
-    Field("profile", False, _SWITCH, "Trace a few steps for TensorBoard's profiler.", resume=True),
-
-    Field("data.path", "", _TEXT,
-          "UTF-8 text files: paths and glob patterns, separated by commas; semicolons separate "
-          "train, validation and test. Empty: data.dataset.", resume=True, compared=False),
-    Field("data.dataset", "tiny_shakespeare", _TEXT,
-          "Name of a standard text (docs/data.md) or of a TFDS dataset.",
-          used_with=is_set_to("data.path", "")),
-    Field("data.text_feature", "text", _TEXT,
-          "Feature of the dataset that holds the text.", used_with=is_set_to("data.path", "")),
-    Field("data.directory", "", _TEXT,
-          "Directory of datasets. Empty: TFDS's default.", resume=True, compared=False),
-    Field("data.fractions", (0.9, 0.05, 0.05), _FRACTIONS,
-          "Fractions of train, validation and test, in this order, in a text without splits.",
-          used_with=Rule("a text without splits", lambda c: ";" not in c.data.path
-                         if c.data.path else c.data.dataset != "tiny_shakespeare")),
-    Field("data.units", "characters", one_of(*vocabulary.KINDS),
-          "Kind of tokens: characters (Unicode code points), graphemes (letters with their "
-          "accents, whole emoji), words (with the space before each), bytes (of any file) or bpe "
-          "(parts of words, by byte-pair encoding)."),
-    Field("data.vocabulary_size", vocabulary.DEFAULT_SIZE, between(259, 2**20),
-          "Maximum number of tokens: two special ones, the 256 bytes, a stop token, and those that "
-          "byte-pair encoding learns from the training text.",
-          used_with=is_set_to("data.units", "bpe")),
-    Field("data.min_count", 1, _POSITIVE_COUNT,
-          "Replace tokens that occur less often in the training text by [UNK], except bytes. "
-          "bpe: learn only tokens that occur at least this often."),
-    Field("data.document_separator", "", one_of(*vocabulary.SEPARATORS),
-          "End of a document, where the model learns to stop. file: the end of each file, or of "
-          "each example of a dataset. Empty: the text is one document."),
-    Field("data.memory_megabytes", 16, between(0, 10**9),
-          "Texts larger than this (in 10**6 bytes) are not read into memory: they are encoded "
-          "once into files of ids, which training reads in parts.", resume=True),
-    Field("data.prepared", "", _TEXT,
-          "Directory for encoded texts. Empty: .lstm_jax beside the first text file.", resume=True),
-    Field("data.sha256", "", _TEXT,
-          "Checksum of the text, set when a run begins. The run resumes with this text only."),
-
-    Field("batches.kind", "windows", one_of("windows", "streams"),
-          "windows: shuffled windows, each from a zero carry. streams: contiguous streams that "
-          "keep their carry between steps (truncated backpropagation through time)."),
-    Field("batches.batch_size", 64, _SIZE, "Windows or streams per batch.",
-          fits=Rule("a multiple of mesh.data times mesh.model",
-                    lambda c: c.batches.batch_size % (max(c.mesh.data, 1) * c.mesh.model) == 0)),
-    Field("batches.window_length", 100, _SIZE, "Tokens of each window or stream per step."),
-    Field("batches.reset_probability", 0.02, _SHARE,
-          "Probability that a stream starts a step from a zero carry, as evaluation does.",
-          resume=True, used_with=is_set_to("batches.kind", "streams")),
-
-    Field("model.embedding_size", 256, _SIZE, "Size of token embeddings."),
-    Field("model.hidden_size", 1024, _SIZE, "Hidden units of each layer."),
-    Field("model.num_layers", 1, between(1, 100), "Recurrent layers."),
-    Field("model.cell", "lstm", _CELL,
-          "Kind of recurrent layers, or a file with your own cell (docs/cells.md)."),
-    Field("model.options", {}, _OPTIONS,
-          "Options that the cell declares, as in --config.model.options.rounds=3."),
-    Field("model.cell_sha256", "", _TEXT,
-          "Checksum of the cell's file, set when a run begins. The run resumes with it only."),
-    Field("model.mogrifier_rounds", 5, between(0, 100),
-          "Default of the option rounds of the cell mogrifier.",
-          used_with=is_set_to("model.cell", "mogrifier")),
-    Field("model.block", "none", one_of("none", "residual"),
-          "residual: each cell is in a block with normalization, a short convolution, a gated MLP "
-          "and residual branches."),
-    Field("model.layer_norm", False, _SWITCH, "Layer normalization of the inputs of the gates."),
-    Field("model.tie_embeddings", False, _SWITCH,
-          "Use the embedding table as the dense layer's kernel; sets the last layer's width."),
-    Field("model.skip_connections", False, _SWITCH,
-          "Each layer but the first adds its inputs, without dropout, to its outputs.",
-          used_with=_SEVERAL_LAYERS,
-          fits=Rule("False with tie_embeddings, unless embedding_size equals hidden_size",
-                    lambda c: not (c.model.skip_connections and c.model.tie_embeddings)
-                    or c.model.embedding_size == c.model.hidden_size)),
-    Field("model.initial_embedding", 0.05, Rule("above 0, up to 1000", lambda x: 0 < x <= 1000),
-          "Initial embeddings are uniform between minus and plus this.", population="start"),
-    Field("model.initial_scale", 1.0, Rule("above 0, up to 1000", lambda value: 0 < value <= 1000),
-          "Factor of the initial kernels and embedding table.", population="start"),
-    Field("model.initial_bias", "frequencies", one_of("frequencies", "zeros"),
-          "Initial bias of the logits. frequencies: the logarithm of each token's frequency in "
-          "the training text, which the model then does not have to learn."),
-    Field("model.recurrence", "auto", one_of("auto", "scan", "fused", "cudnn", "parallel"),
-          "Implementation of the recurrence. scan: the readable reference. parallel: all steps "
-          "at once, for cells that support it. fused: LSTMs with a custom VJP. cudnn: LSTMs with "
-          "cuDNN on a GPU, in float32. auto: the fastest.", resume=True),
-    Field("model.dtype", "float32", one_of(*DTYPES),
-          "Dtype of matmul operands; parameters, cell states, softmax and loss are float32. "
-          "auto: bfloat16 on GPUs and TPUs, and for fused layers on CPUs with instructions for it.",
-          resume=True),
-    Field("model.rematerialize", 0, _SIZE_OR_ZERO,
-          "Steps between the states stored for the backward pass, which recomputes the others to "
-          "save memory. 0: store all.", resume=True,
-          used_with=Rule("model.cell='lstm' without layer_norm or block, recurrence auto or fused",
-                         lambda c: c.model.cell == "lstm" and not c.model.layer_norm
-                         and c.model.block == "none" and c.model.recurrence in ("auto", "fused"))),
-
-    Field("optimizer.name", "adam", one_of(*OPTIMIZERS),
-          "AdamW; Lion; Muon for the kernels of recurrent layers with AdamW for the rest; "
-          "schedule-free AdamW; or SGD."),
-    Field("optimizer.b1", 0.9, _SHARE,
-          "Decay of the gradients' mean in Adam and Lion; the share of the average in the weights "
-          "that schedule_free trains.", resume=True, population="step", used_with=_OTHER_THAN_SGD,
-          fits=Rule("above 0 for optimizer.name='schedule_free'",
-                    lambda c: c.optimizer.b1 > 0 or c.optimizer.name != "schedule_free")),
-    Field("optimizer.b2", 0.999, _SHARE,
-          "Decay of the gradients' mean square in Adam, and of their mean in Lion.",
-          resume=True, population="step", used_with=_OTHER_THAN_SGD),
-    Field("optimizer.epsilon", 1e-8, Rule("above 0, up to 1", lambda value: 0 < value <= 1),
-          "Added to the root mean square in Adam.", resume=True, population="step",
-          used_with=Rule("another optimizer than 'lion' or 'sgd'",
-                         lambda c: c.optimizer.name not in ("lion", "sgd"))),
-    Field("optimizer.momentum", 0.9, _SHARE, "Momentum of SGD and Muon.",
-          resume=True, population="step",
-          used_with=Rule("optimizer.name='sgd' or 'muon'",
-                         lambda c: c.optimizer.name in ("sgd", "muon"))),
-    Field("optimizer.learning_rate", 1e-4, Rule("above 0, up to 1e38", lambda x: 0 < x <= 1e38),
-          "Peak learning rate.", resume=True, population="step"),
-    Field("optimizer.warmup_steps", 0, _COUNT,
-          "Steps of a linear rise to the peak learning rate.", resume=True, population="step"),
-    Field("optimizer.schedule", "constant", one_of(*SCHEDULES),
-          "Learning rate after warm-up. cosine, linear: decay to zero at the end of training. "
-          "step: divide by ten at each of step_at.", resume=True, population="step"),
-    Field("optimizer.step_at", (0.5, 0.75), _SHARES,
-          "Fractions of all steps.", resume=True,
-          used_with=is_set_to("optimizer.schedule", "step")),
-    Field("optimizer.weight_decay", 0.0, Rule("from 0 to 1e38", lambda value: 0 <= value <= 1e38),
-          "Weight decay, of kernels and embedding only.", resume=True, population="step"),
-    Field("optimizer.max_gradient_norm", 0.0, between(0, 10**9),
-          "Clip gradients to this global norm. 0: no clipping.", resume=True, population="step"),
-    Field("optimizer.average_decay", 0.0, _SHARE,
-          "Decay of an exponential moving average of the parameters, which evaluation and sampling "
-          "then use. 0: no average.", population="step",
-          used_with=Rule("another optimizer than 'schedule_free'",
-                         lambda c: c.optimizer.name != "schedule_free")),
-    Field("optimizer.microbatches", 1, _SIZE,
-          "Parts of a batch, computed one after the other to save memory.", resume=True,
-          fits=Rule("a divisor of batches.batch_size",
-                    lambda c: c.batches.batch_size % c.optimizer.microbatches == 0)),
-
-    Field("regularization.embedding_dropout", 0.0, _SHARE,
-          "Dropout of whole rows of the embedding table.", resume=True, population="step"),
-    Field("regularization.input_dropout", 0.0, _SHARE,
-          "Dropout of the inputs of the first layer.", resume=True, population="step"),
-    Field("regularization.hidden_dropout", 0.0, _SHARE, "Dropout between layers.", resume=True,
-          population="step", used_with=_SEVERAL_LAYERS),
-    Field("regularization.output_dropout", 0.0, _SHARE,
-          "Dropout of the outputs of the last layer.", resume=True, population="step"),
-    Field("regularization.recurrent_dropout", 0.0, _SHARE,
-          "DropConnect of the recurrent kernels.", resume=True, population="step"),
-    Field("regularization.activation_penalty", 0.0, between(0, 10**9),
-          "Weight of the outputs' mean square in the loss.", resume=True, population="step"),
-    Field("regularization.temporal_activation_penalty", 0.0, between(0, 10**9),
-          "Weight of the outputs' mean squared change per step in the loss.", resume=True,
-          population="step"),
-
-    Field("mesh.data", 0, _SIZE_OR_ZERO,
-          "A batch is divided over mesh.data times mesh.model devices. 0: all GPUs or TPUs; on a "
-          "CPU, the fastest number of cores.", resume=True, compared=False),
-    Field("mesh.model", 1, _SIZE,
-          "Devices that also divide the matrices of parameters and optimizer state between steps. "
-          "Within a step, each still holds all parameters and gradients.",
-          resume=True, compared=False),
-
-    Field("sample.length", 300, between(1, 10**6),
-          "Tokens of the sample of each validation.", resume=True, compared=False),
-    Field("sample.temperature", 0.8, between(0, 1000),
-          "Temperature of this sample. 0: greedy.", resume=True, compared=False),
+_WEIGHT = between(0, 10**9)
+_NO_PATH: "Rule[Config]" = Rule("data.path=''", lambda c: not c.data.path)
+_SEVERAL_LAYERS: "Rule[Config]" = Rule("model.num_layers above 1", lambda c: c.model.num_layers > 1)
+_OTHER_THAN_SGD: "Rule[Config]" = Rule(
+    "another optimizer than 'sgd'", lambda c: c.optimizer.name != "sgd"
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The text, and how it is divided into tokens and documents."""
+
+    path: str = field("", "UTF-8 text files: paths and glob patterns, separated by commas; "
+        "semicolons separate train, validation and test. Empty: data.dataset.", resume=True,
+        compared=False)
+    dataset: str = field("tiny_shakespeare", "Name of a standard text (docs/data.md) or of a TFDS "
+        "dataset.", relevant_if=_NO_PATH)
+    text_feature: str = field("text", "Feature of the dataset that holds the text.",
+        relevant_if=_NO_PATH)
+    directory: str = field("", "Directory of datasets. Empty: TFDS's default.", resume=True,
+        compared=False)
+    fractions: tuple[float, ...] = field((0.9, 0.05, 0.05), "Fractions of train, validation and "
+        "test, in this order, in a text without splits.", _FRACTIONS,
+        relevant_if=Rule("a text without splits",
+            lambda c: ";" not in c.data.path
+            if c.data.path else c.data.dataset != "tiny_shakespeare"))
+    units: str = field("characters", "Kind of tokens: characters (Unicode code points), graphemes "
+        "(letters with their accents, whole emoji), words (with the space before each), bytes (of "
+        "any file) or bpe (parts of words, by byte-pair encoding).", one_of(*vocabulary.KINDS))
+    vocabulary_size: int = field(vocabulary.DEFAULT_SIZE, "Maximum number of tokens: two special "
+        "ones, the 256 bytes, a stop token, and those that byte-pair encoding learns from the "
+        "training text.", between(259, 2**20),
+        relevant_if=Rule("data.units='bpe'", lambda c: c.data.units == "bpe"))
+    min_count: int = field(1, "Replace tokens that occur less often in the training text by [UNK], "
+        "except bytes. bpe: learn only tokens that occur at least this often.", _POSITIVE_COUNT)
+    document_separator: str = field("", "End of a document, where the model learns to stop. file: "
+        "the end of each file, or of each example of a dataset. Empty: the text is one document.",
+        one_of(*vocabulary.SEPARATORS))
+    memory_megabytes: int = field(16, "Texts larger than this (in 10**6 bytes) are not read into "
+        "memory: they are encoded once into files of ids, which training reads in parts.", _WEIGHT,
+        resume=True)
+    prepared: str = field("", "Directory for encoded texts. Empty: .lstm_jax beside the first text "
+        "file.", resume=True)
+    sha256: str = field("", "Checksum of the text, set when a run begins. The run resumes with "
+        "this text only.")
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchesConfig:
+    """The batches of a training step."""
+
+    kind: Literal["windows", "streams"] = field("windows", "windows: shuffled windows, each from a "
+        "zero carry. streams: contiguous streams that keep their carry between steps (truncated "
+        "backpropagation through time).")
+    batch_size: int = field(64, "Windows or streams per batch.", _SIZE,
+        requires=Rule("a multiple of mesh.data times mesh.model",
+            lambda c: c.batches.batch_size % (max(c.mesh.data, 1) * c.mesh.model) == 0))
+    window_length: int = field(100, "Tokens of each window or stream per step.", _SIZE)
+    reset_probability: float = field(0.02, "Probability that a stream starts a step from a zero "
+        "carry, as evaluation does.", _SHARE, resume=True,
+        relevant_if=Rule("batches.kind='streams'", lambda c: c.batches.kind == "streams"))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The layers of the model, their initial parameters, and how they are computed."""
+
+    embedding_size: int = field(256, "Size of token embeddings.", _SIZE)
+    hidden_size: int = field(1024, "Hidden units of each layer.", _SIZE)
+    num_layers: int = field(1, "Recurrent layers.", between(1, 100))
+    cell: str = field("lstm", "Kind of recurrent layers, or a file with your own cell "
+        "(docs/cells.md).",
+        Rule(f"one of {', '.join(CELLS)}, or FILE.py:CLASS",
+            lambda name: name in CELLS or names_cell_file(name)))
+    options: Mapping[str, Option] = field({}, "Options that the cell declares, "
+        "as in --config.model.options.rounds=3.",
+        Rule("numbers, strings and booleans, by name",
+            lambda options: all(isinstance(x, Option) for x in options.values())))
+    cell_sha256: str = field("", "Checksum of the cell's file, set when a run begins. The run "
+        "resumes with it only.")
+    mogrifier_rounds: int = field(5, "Default of the option rounds of the cell mogrifier.",
+        between(0, 100),
+        relevant_if=Rule("model.cell='mogrifier'", lambda c: c.model.cell == "mogrifier"))
+    block: Literal["none", "residual"] = field("none", "residual: each cell is in a block with "
+        "normalization, a short convolution, a gated MLP and residual branches.")
+    layer_norm: bool = field(False, "Layer normalization of the inputs of the gates.")
+    tie_embeddings: bool = field(False, "Use the embedding table as the dense layer's kernel; sets "
+        "the last layer's width.")
+    skip_connections: bool = field(False, "Each layer but the first adds its inputs, without "
+        "dropout, to its outputs.", relevant_if=_SEVERAL_LAYERS,
+        requires=Rule("False with tie_embeddings, unless embedding_size equals hidden_size",
+            lambda c: not (c.model.skip_connections and c.model.tie_embeddings)
+            or c.model.embedding_size == c.model.hidden_size))
+    initial_embedding: float = field(0.05, "Initial embeddings are uniform between minus and plus "
+        "this.", _SCALE)
+    initial_scale: float = field(1.0, "Factor of the initial kernels and embedding table.", _SCALE)
+    initial_bias: Literal["frequencies", "zeros"] = field("frequencies", "Initial bias of the "
+        "logits. frequencies: the logarithm of each token's frequency in the training text, which "
+        "the model then does not have to learn.")
+    recurrence: Literal["auto", "scan", "fused", "cudnn", "parallel"] = field("auto",
+        "Implementation of the recurrence. scan: the readable reference. parallel: all steps at "
+        "once, for cells that support it. fused: LSTMs with a custom VJP. cudnn: LSTMs with cuDNN "
+        "on a GPU, in float32. auto: the fastest.", resume=True)
+    dtype: Dtype = field("float32", "Dtype of matmul operands; parameters, cell states, softmax "
+        "and loss are float32. auto: bfloat16 on GPUs and TPUs, and for fused layers on CPUs with "
+        "instructions for it.", resume=True)
+    rematerialize: int = field(0, "Steps between the states stored for the backward pass, which "
+        "recomputes the others to save memory. 0: store all.", _SIZE_OR_ZERO, resume=True,
+        relevant_if=Rule("model.cell='lstm' without layer_norm or block, recurrence auto or fused",
+            lambda c: is_plain_lstm(c.model.cell, c.model.layer_norm, c.model.block)
+            and c.model.recurrence in ("auto", "fused")))
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer, its learning rate, and the average of the parameters."""
+
+    name: OptimizerName = field("adam", "AdamW; Lion; Muon for the kernels of recurrent layers "
+        "with AdamW for the rest; schedule-free AdamW; or SGD.")
+    b1: float = field(0.9, "Decay of the gradients' mean in Adam and Lion; the share of the "
+        "average in the weights that schedule_free trains.", _SHARE, resume=True,
+        relevant_if=_OTHER_THAN_SGD,
+        requires=Rule("above 0 for optimizer.name='schedule_free'",
+            lambda c: c.optimizer.b1 > 0 or c.optimizer.name != "schedule_free"))
+    b2: float = field(0.999, "Decay of the gradients' mean square in Adam, and of their mean in "
+        "Lion.", _SHARE, resume=True, relevant_if=_OTHER_THAN_SGD)
+    epsilon: float = field(1e-8, "Added to the root mean square in Adam.",
+        Rule("above 0, up to 1", lambda value: 0 < value <= 1), resume=True,
+        relevant_if=Rule("another optimizer than 'lion' or 'sgd'",
+            lambda c: c.optimizer.name not in ("lion", "sgd")))
+    momentum: float = field(0.9, "Momentum of SGD and Muon.", _SHARE, resume=True,
+        relevant_if=Rule("optimizer.name='sgd' or 'muon'",
+            lambda c: c.optimizer.name in ("sgd", "muon")))
+    learning_rate: float = field(1e-4, "Peak learning rate.",
+        Rule("above 0, up to 1e38", lambda x: 0 < x <= 1e38), resume=True)
+    warmup_steps: int = field(0, "Steps of a linear rise to the peak learning rate.", _COUNT,
+        resume=True)
+    schedule: Schedule = field("constant", "Learning rate after warm-up. cosine, linear: decay to "
+        "zero at the end of training. step: divide by ten at each of step_at.", resume=True)
+    step_at: tuple[float, ...] = field((0.5, 0.75), "Fractions of all steps.", _SHARES, resume=True,
+        relevant_if=Rule("optimizer.schedule='step'", lambda c: c.optimizer.schedule == "step"))
+    weight_decay: float = field(0.0, "Weight decay, of kernels and embedding only.",
+        Rule("from 0 to 1e38", lambda value: 0 <= value <= 1e38), resume=True)
+    max_gradient_norm: float = field(0.0, "Clip gradients to this global norm. 0: no clipping.",
+        _WEIGHT, resume=True)
+    average_decay: float = field(0.0, "Decay of an exponential moving average of the parameters, "
+        "which evaluation and sampling then use. 0: no average.", _SHARE,
+        relevant_if=Rule("another optimizer than 'schedule_free'",
+            lambda c: c.optimizer.name != "schedule_free"))
+    microbatches: int = field(1, "Parts of a batch, computed one after the other to save memory.",
+        _SIZE, resume=True,
+        requires=Rule("a divisor of batches.batch_size",
+            lambda c: c.batches.batch_size % c.optimizer.microbatches == 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class RegularizationConfig:
+    """The rates of dropout, and the weights of penalties."""
+
+    embedding_dropout: float = field(0.0, "Dropout of whole rows of the embedding table.", _SHARE,
+        resume=True)
+    input_dropout: float = field(0.0, "Dropout of the inputs of the first layer.", _SHARE,
+        resume=True)
+    hidden_dropout: float = field(0.0, "Dropout between layers.", _SHARE, resume=True,
+        relevant_if=_SEVERAL_LAYERS)
+    output_dropout: float = field(0.0, "Dropout of the outputs of the last layer.", _SHARE,
+        resume=True)
+    recurrent_dropout: float = field(0.0, "DropConnect of the recurrent kernels.", _SHARE,
+        resume=True)
+    activation_penalty: float = field(0.0, "Weight of the outputs' mean square in the loss.",
+        _WEIGHT, resume=True)
+    temporal_activation_penalty: float = field(0.0, "Weight of the outputs' mean squared change "
+        "per step in the loss.", _WEIGHT, resume=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """The devices that a batch is divided over."""
+
+    data: int = field(0, "A batch is divided over mesh.data times mesh.model devices. 0: all GPUs "
+        "or TPUs; on a CPU, the fastest number of cores.", _SIZE_OR_ZERO, resume=True,
+        compared=False)
+    model: int = field(1, "Devices that also divide the matrices of parameters and optimizer state "
+        "between steps. Within a step, each still holds all parameters and gradients.", _SIZE,
+        resume=True, compared=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """The text that is generated after each validation."""
+
+    length: int = field(300, "Tokens of the sample of each validation.", between(1, 10**6),
+        resume=True, compared=False)
+    temperature: float = field(0.8, "Temperature of this sample. 0: greedy.", between(0, 1000),
+        resume=True, compared=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """The length of a run, and what it does between steps."""
+
+    seed: int = field(0, "Random seed of initial parameters, batches and samples.",
+        between(0, 2**32 - 1))
+    init_from: str = field("", "Start from the parameters of the run in this directory (set by "
+        "--init_from).")
+    num_epochs: int = field(20, "Passes over the training text.", between(1, 10**6), resume=True)
+    max_steps: int = field(0, "Training ends after this number of steps, if num_epochs has more. "
+        "0: no limit.", _COUNT, resume=True)
+    validate_every_steps: int = field(0, "Steps between validations within an epoch; each epoch "
+        "also ends with one. 0: no others.", _COUNT, resume=True)
+    validation_tokens: int = field(0, "Number of tokens at the start of the validation text to "
+        "validate on. 0: all of it.",
+        Rule("0, or from 4 to 2,147,483,647", lambda value: value == 0 or 4 <= value < 2**31))
+    patience: int = field(0, "Training ends when the validation loss has not improved for this "
+        "number of validations. 0: no such limit.", _COUNT, resume=True)
+    steps_per_call: int = field(1, "Training steps per compiled call; more are faster for tiny "
+        "models.", between(1, 10**4), resume=True,
+        requires=Rule("at most log_every_steps", lambda c: c.steps_per_call <= c.log_every_steps))
+    log_every_steps: int = field(10, "Steps between training losses in metrics.jsonl.",
+        _POSITIVE_COUNT, resume=True)
+    checkpoint_every_seconds: float = field(300.0, "Seconds between checkpoints in an epoch. 0: "
+        "every step.", _WEIGHT, resume=True, compared=False)
+    max_skipped_steps: int = field(0, "Skip at most this number of steps whose loss or gradient is "
+        "not finite.", _COUNT, resume=True)
+    profile: bool = field(False, "Trace a few steps for TensorBoard's profiler.", resume=True)
 # fmt: on
 
+
+@dataclasses.dataclass(frozen=True)
+class Config(RunConfig):
+    """A complete, checked config: the fields of the run, and the sections."""
+
+    data: DataConfig = DataConfig()
+    batches: BatchesConfig = BatchesConfig()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    regularization: RegularizationConfig = RegularizationConfig()
+    mesh: MeshConfig = MeshConfig()
+    sample: SampleConfig = SampleConfig()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as nested dicts, as in config.json."""
+        fields: dict[str, Any] = ConfigDict(dataclasses.asdict(self)).to_dict()
+        return fields
+
+
+def _list_fields(section: Any, prefix: str = "") -> Iterator[Field]:
+    for own in dataclasses.fields(section):
+        name = prefix + own.name
+        if own.metadata:
+            defined: Field = own.metadata["field"]
+            is_of_type = defined.allowed is _OF_TYPE
+            allowed = _describe_type(own.type) if is_of_type else defined.allowed
+            yield defined._replace(name=name, allowed=allowed)
+        else:
+            yield from _list_fields(own.type, f"{name}.")
+
+
+def _describe_type(kind: object) -> Rule[Any]:
+    words = {bool: "True or False", str: "any text"}
+    return _OF_TYPE._replace(words=words[kind]) if kind in words else one_of(*get_args(kind))
+
+
+FIELDS = tuple(_list_fields(Config))
 _BY_NAME = {field.name: field for field in FIELDS}
+_SECTIONS: dict[str, Any] = {
+    section.name: section.type for section in dataclasses.fields(Config) if not section.metadata
+}
 _LEGEND = (
     "Numbers are written as in Python: 1_000 is 1000. A run may change the fields marked [resume] "
-    "when it resumes; the members of a population may differ in those marked [population]."
+    "when it resumes."
 )
 # A field whose value is a dict with any names.
 _OPEN = "model.options"
 # Names of fields by property.
 CHANGEABLE = tuple(field.name for field in FIELDS if field.resume)
-TRACEABLE = tuple(field.name for field in FIELDS if field.population)
-TRACED_BY_STEP = tuple(field.name for field in FIELDS if field.population == "step")
 COMPARED = tuple(field.name for field in FIELDS if field.compared)
 
 
 def default() -> ConfigDict:
     """Return the default config: the lesson's model and training on Tiny Shakespeare."""
-    fields: dict[str, Any] = {}
-    for field in FIELDS:
-        section, _, name = field.name.rpartition(".")
-        (fields.setdefault(section, {}) if section else fields)[name] = field.default
-    return ConfigDict(fields)
+    return ConfigDict(dataclasses.asdict(Config()))
 
 
-def complete_config(fields: Any) -> ConfigDict:
+def complete_config(fields: object) -> Config:
     """Return a checked config with the given fields, and defaults for all others.
 
     Args:
-      fields: a ConfigDict or nested dict.
+      fields: a ConfigDict or nested dict, or a `Config`.
 
     Raises:
       UserError: for an unknown field, a value of the wrong type, or one that is not allowed.
     """
+    if isinstance(fields, Config):
+        fields = fields.to_dict()
     if not isinstance(fields, ConfigDict | dict):
         raise UserError(f"get_config() returned {type(fields).__name__}, not a ConfigDict")
     try:
-        fields = ConfigDict(fields)
+        given = ConfigDict(fields)
     except (TypeError, ValueError) as error:  # A name with a dot in it.
         raise UserError(f"this is not a config: {error}") from None
-    config = default()
-    for name, value in flatten(fields):
+    made = default()
+    for name, value in _flatten(given.to_dict()):
         if message := describe_unknown_field(name):
             raise UserError(message)
         try:
             if value is None:  # ConfigDict accepts it for any field.
                 raise TypeError
-            config.update_from_flattened_dict({name: value})
+            made.update_from_flattened_dict({name: value})
         except (TypeError, ValueError, OverflowError):
             wanted = type(_BY_NAME[name].default).__name__
             raise UserError(f"config.{name} is {value!r}: it must be of type {wanted}") from None
-    values = dict(flatten(config))
+    nested = made.to_dict()
+    values = dict(_flatten(nested))
+    sections = {name: section(**nested.pop(name)) for name, section in _SECTIONS.items()}
+    config = Config(**nested, **sections)
     rules = [(field.name, field.allowed, values[field.name]) for field in FIELDS]
-    rules += [(field.name, field.fits, config) for field in FIELDS if field.fits]
+    rules += [(field.name, field.requires, config) for field in FIELDS if field.requires]
     for name, rule, argument in rules:
-        if not rule.holds(argument):
+        if not rule.is_met(argument):
             raise UserError(f"config.{name} is {values[name]!r}: it must be {rule.words}")
     return config
 
 
-def find_unused_fields(config: ConfigDict) -> list[str]:
+def change_fields(config: Config, overrides: Mapping[str, object]) -> Config:
+    """Return the complete config with the overrides, by dotted field name, applied.
+
+    Raise `UserError` for an unknown field or an invalid value.
+    """
+    fields = config.to_dict()
+    for field, value in overrides.items():
+        if message := describe_unknown_field(str(field)):
+            raise UserError(message)
+        *parents, name = field.split(".")
+        functools.reduce(dict.__getitem__, parents, fields)[name] = value
+    return complete_config(fields)
+
+
+def find_unused_fields(config: Config) -> list[str]:
     """Return a message for each field that is set but has no effect on this config."""
     return [
         f"config.{name} is {value!r}, which has no effect: it needs {rule.words}"
         for name, value in flatten(config)
-        if (rule := _BY_NAME[name].used_with) and not rule.holds(config)
+        if (rule := _BY_NAME[name].relevant_if) and not rule.is_met(config)
         if value != _BY_NAME[name].default
     ]
 
@@ -388,13 +476,15 @@ def describe_unknown_field(name: str) -> str | None:
     return f"there is no field config.{name}{hint}"
 
 
-def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every field as (dotted name, value)."""
-    for name, value in config.items():
-        if prefix + name == _OPEN and isinstance(value, ConfigDict):
-            yield _OPEN, value.to_dict()
-        elif isinstance(value, ConfigDict):
-            yield from flatten(value, f"{prefix}{name}.")
+def flatten(config: Config) -> Iterator[tuple[str, object]]:
+    """Yield every field as (dotted name, value), sorted by name."""
+    return _flatten(config.to_dict())
+
+
+def _flatten(fields: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in fields.items():
+        if isinstance(value, dict) and prefix + name != _OPEN:
+            yield from _flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 
@@ -405,10 +495,10 @@ def describe_fields(width: int, quote: str = "") -> str:
     for section, fields in itertools.groupby(FIELDS, lambda field: field.name.rpartition(".")[0]):
         lines += ["", section or "run", "-" * len(section or "run"), ""]
         for field in fields:
-            marks = " [resume]" * field.resume + " [population]" * bool(field.population)
-            lines.append(f"- {quote}--config.{field.name}={field.default!r}{quote}{marks}")
-            allowed = "; ".join(rule.words for rule in (field.allowed, field.fits) if rule)
-            only = f" Needs {field.used_with.words}." if field.used_with else ""
+            mark = " [resume]" * field.resume
+            lines.append(f"- {quote}--config.{field.name}={field.default!r}{quote}{mark}")
+            allowed = "; ".join(rule.words for rule in (field.allowed, field.requires) if rule)
+            only = f" Needs {field.relevant_if.words}." if field.relevant_if else ""
             text = f"{field.meaning} Allowed: {allowed}.{only}"
             lines += textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="  ")
     return "\n".join(lines)

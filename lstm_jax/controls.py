@@ -1,5 +1,6 @@
 """Sampling controls: which tokens may be drawn, how probable they are, and where a text ends."""
 
+import itertools
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import Any, NamedTuple, TypedDict
@@ -10,8 +11,6 @@ import numpy as np
 
 from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import SPECIAL_IDS, Vocabulary
-
-MIN_STATES = 16  # The smallest number of states in `make_stop_table`.
 
 
 class Controls(NamedTuple):
@@ -193,49 +192,44 @@ def _filter_until(gaps: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.
     return bits <= last[:, None]
 
 
-def make_stop_table(
-    vocabulary: Vocabulary, stop_token: bool = True, stop_at: str = ""
-) -> np.ndarray:
-    """Make a finite automaton that recognizes the end of a text: int32 [states, vocabulary].
+class Stops(NamedTuple):
+    """Where texts end."""
 
-    It starts in state 0, and each token moves it from state s to table[s, token]. The last state is
-    absorbing: the text has ended. The vocabulary's stop token leads there, unless `stop_token` is
-    false, and so does the string `stop_at`, unless it is empty, even if the string starts or ends
-    within a token.
+    token_id: int = -1  # The stop token; -1 for none.
+    text: bytes = b""  # A text also ends with the token that completes this; empty for none.
+    tokens: tuple[bytes, ...] = ()  # Those of the vocabulary, in which `text` is searched.
 
-    The number of states is a power of two, so that one compiled function serves many stop texts.
+
+NO_STOPS = Stops()
+
+
+def make_stops(vocabulary: Vocabulary, stop_token: bool = True, stop_at: str = "") -> Stops:
+    """Make the stops of the vocabulary's stop token, unless `stop_token` is false, and `stop_at`.
+
+    The string `stop_at` ends a text even if it starts or ends within a token.
     """
-    wanted = _spell(stop_at)
-    end = len(wanted)
-    last = max(MIN_STATES, 1 << end.bit_length()) - 1
-    # Knuth, Morris & Pratt 1977: after s matching bytes, the next leads to one of steps[s].
-    number = {byte: i for i, byte in enumerate(dict.fromkeys(wanted))}
-    other = len(number)
-    steps = np.zeros((last + 1, other + 1), np.int32)
-    steps[last] = last
-    fallback = 0
-    for state, byte in enumerate(wanted):
-        steps[state] = steps[fallback]
-        steps[state, number[byte]] = state + 1 if state + 1 < end else last
-        fallback = steps[fallback, number[byte]] if state else 0
+    token_id = vocabulary.stop_id if stop_token and vocabulary.stop_id is not None else -1
+    tokens = tuple(map(_spell, vocabulary.tokens)) if stop_at else ()
+    return Stops(token_id, _spell(stop_at), tokens)
 
-    table = np.zeros((last + 1, len(vocabulary)), np.int32)
-    table[last] = last
-    for token_id, token in enumerate(map(_spell, vocabulary.tokens) if wanted else ()):
-        if wanted in token:
-            token = wanted
-        # Only the two ends of a long token matter: the middle can't match.
-        ends = token[:end] + token[max(end, len(token) - end) :]
-        path = [number.get(byte, other) for byte in ends]
-        if len(token) > 2 * end:
-            path.insert(end, other)
-        states = np.arange(last + 1)
-        for column in path:
-            states = steps[states, column]
-        table[:, token_id] = states
-    if stop_token and vocabulary.stop_id is not None:
-        table[:, vocabulary.stop_id] = last
-    return table
+
+class StopSearch:
+    """Search one text for `Stops.text`, as its tokens are generated."""
+
+    def __init__(self, stops: Stops) -> None:
+        self._stops = stops
+        self._tail = b""  # The end of the text so far, in which the stop text may begin.
+
+    def find_end(self, ids: np.ndarray) -> int | None:
+        """Return the number of the next `ids` up to the end of the text; None if it continues."""
+        wanted, pieces = self._stops.text, [self._stops.tokens[i] for i in ids]
+        text = self._tail + b"".join(pieces)
+        start = text.find(wanted)
+        if start < 0:
+            self._tail = text[max(len(text) - len(wanted) + 1, 0) :]
+            return None
+        lengths = itertools.accumulate(map(len, pieces), initial=len(self._tail))
+        return next(n for n, length in enumerate(lengths) if length >= start + len(wanted))
 
 
 def _spell(text: str) -> bytes:
@@ -243,11 +237,16 @@ def _spell(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-def can_end(table: np.ndarray, forbidden: np.ndarray) -> bool:
-    """Return whether a text can end, by `table`, without `forbidden` tokens, bool [vocabulary]."""
-    reached = np.zeros(1, np.int64)
-    while True:
-        further = np.union1d(reached, table[reached][:, ~forbidden])
-        if len(further) == len(reached):
-            return len(table) - 1 in reached
-        reached = further
+def can_generate(vocabulary: Vocabulary, text: str, forbidden: np.ndarray) -> bool:
+    """Return whether tokens that are not `forbidden`, bool [vocabulary], can spell a text.
+
+    The first of them may begin before the text, and the last one end after it.
+    """
+    wanted = _spell(text)
+    tokens = [_spell(vocabulary.tokens[i]) for i in np.flatnonzero(~forbidden)]
+    # The lengths of the beginnings that tokens can spell.
+    spelled = {n for n in range(len(wanted)) if any(t.endswith(wanted[:n]) for t in tokens)}
+    for n in range(len(wanted)):
+        if n in spelled:
+            spelled |= {n + len(token) for token in tokens if wanted.startswith(token, n)}
+    return any(wanted in t or any(t.startswith(wanted[n:]) for n in spelled) for t in tokens)

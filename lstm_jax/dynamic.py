@@ -15,7 +15,7 @@ so that parameters with small gradients in training move as readily as the other
 
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 from lstm_jax.loss import Chunk, iterate_chunks
-from lstm_jax.model import Carry, LanguageModel, Params, apply, place_beside
+from lstm_jax.model import Carry, LanguageModel, Params, apply, first_carry
 from lstm_jax.vocabulary import Ids
 
 _SEGMENTS = 32  # Segments read by one call of the compiled function.
@@ -33,18 +33,13 @@ _STATISTICS_TOKENS = 60_000
 
 
 class Settings(NamedTuple):
-    """Settings of dynamic evaluation.
+    """Settings of dynamic evaluation."""
 
-    The defaults are the best of a dozen settings on the validation split of experiments/quick.py:
-    `python -m lstm_jax.evaluate --workdir runs/quick --split validation --dynamic` gives 1.259 nats
-    per character, and without --dynamic 1.349.
-    """
-
-    learning_rate: float = 1e-3
+    learning_rate: float
     # The fraction of the distance to the trained parameters that each step removes, for a parameter
     # with a gradient of mean size.
-    decay: float = 0.003
-    segment_length: int = 50  # Tokens predicted between two gradient steps.
+    decay: float
+    segment_length: int  # Tokens predicted between two gradient steps.
 
 
 def measure_gradient_sizes(
@@ -66,7 +61,9 @@ def measure_gradient_sizes(
 def _measure_gradient_sizes(
     model: LanguageModel, params: Params, inputs: jax.Array, targets: jax.Array
 ) -> Params:
-    def add_squares(state: Any, segment: Any) -> Any:
+    def add_squares(
+        state: tuple[Params, Carry], segment: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[Params, Carry], None]:
         sums, carry = state
         grads, (_, carry) = _compute_grads(model, params, carry, (*segment, True))
         return (jax.tree.map(lambda s, g: s + g**2, sums, grads), carry), None
@@ -81,10 +78,10 @@ def compute_dynamic_losses(
 ) -> Iterator[np.ndarray]:
     """Compute the loss of each token but the first, in nats, with the carry kept throughout.
 
-    Yield float32 arrays, n - 1 losses in all for n ids. `sizes` are those of
+    Yield float32 arrays, n - 1 losses in all for n ids. `sizes` come from
     `measure_gradient_sizes`.
     """
-    state = params, place_beside(params, model.initial_carry(1))
+    state = params, first_carry(model, params, 1)
     length = min(settings.segment_length, len(ids) - 1)
     number = min(_SEGMENTS, -(-(len(ids) - 1) // length))
     for chunk in iterate_chunks(ids, number * length):
@@ -110,7 +107,7 @@ def _read_segments(
         back = jnp.minimum(settings.decay * size / mean, 1)
         return p - settings.learning_rate * g / (size + 0.1 * mean) + back * (p0 - p)
 
-    def step(state: Any, segment: Any) -> Any:
+    def step(state: tuple[Params, Carry], segment: Chunk) -> tuple[tuple[Params, Carry], jax.Array]:
         (params, carry), (inputs, targets, counted) = state, segment
         # A segment that is all padding comes after the last token: its results are not used.
         counted = counted | ~counted.any()
@@ -126,7 +123,7 @@ def _compute_grads(
     """Differentiate the mean loss of a segment; also return its losses [time] and the carry."""
     inputs, targets, counted = segment
 
-    def loss_fn(params: Params) -> Any:
+    def loss_fn(params: Params) -> tuple[jax.Array, tuple[jax.Array, Carry]]:
         logits, after = apply(model, params, inputs[None], carry)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits[0], targets)
         return jnp.mean(losses, where=counted), (losses, after)

@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-from typing import Any
 
 _names_flags = False
 
@@ -28,7 +27,7 @@ def same_again() -> str:
     return for_caller("the same command", "the same call")
 
 
-def set_field(name: str, value: Any) -> str:
+def set_field(name: str, value: object) -> str:
     """Return the assignment of a field of a config, as a message names it."""
     flag = f"--config.{name}={shlex.quote(str(value))}"
     return for_caller(flag, f"config.{name} = {value!r}")

@@ -9,9 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from lstm_jax import controls as controls_lib
-from lstm_jax.controls import ControlArrays, Controls, adjust_logits
+from lstm_jax.controls import (
+    ControlArrays,
+    Controls,
+    Stops,
+    StopSearch,
+    adjust_logits,
+    make_stops,
+)
 from lstm_jax.errors import NotFiniteError, UserError
-from lstm_jax.model import Carry, LanguageModel, Params, Prepared, place_beside
+from lstm_jax.model import Carry, LanguageModel, Params, Prepared
 from lstm_jax.vocabulary import PADDING_ID, SPECIAL_IDS, Vocabulary
 
 # Called before each token is drawn, with the ids so far, int32 [batch, time], and the logits of the
@@ -23,6 +30,8 @@ _FIRST_CHUNK, _CHUNK = 16, 1024
 # The longest where a reader waits for the text. Each call prepares the kernels anew, so it is not
 # shorter.
 _STREAMED_CHUNK = 256
+# The longest where a stop text is searched: the tokens after it are generated in vain.
+_SEARCHED_CHUNK = 64
 
 
 class State(NamedTuple):
@@ -32,7 +41,7 @@ class State(NamedTuple):
     carry: Carry  # The model's.
     last_seen: jax.Array  # Position of each token's last occurrence, int32 [batch, vocabulary].
     position: jax.Array  # The number of tokens so far, int32 [].
-    progress: jax.Array  # The state of the `make_stop_table` automaton, int32 [batch].
+    ended: jax.Array  # Which texts have ended, bool [batch].
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -41,15 +50,16 @@ def prepare_params(model: LanguageModel, params: Params) -> Prepared:
     return model.prepare_step(params)
 
 
-def initial_state(model: LanguageModel, batch_size: int = 1) -> State:
-    """Return the state before the first token, whose logits are zeros."""
+@functools.partial(jax.jit, static_argnames=("model", "batch_size"), keep_unused=True)
+def initial_state(model: LanguageModel, arrays: Prepared, batch_size: int = 1) -> State:
+    """Return the state before the first token, whose logits are zeros; see `model.first_carry`."""
     shape = (batch_size, model.vocabulary_size)
     return State(
         jnp.zeros(shape),
         model.initial_carry(batch_size),
         jnp.full(shape, -(2**30), jnp.int32),  # Long ago.
         jnp.zeros((), jnp.int32),
-        jnp.zeros(batch_size, jnp.int32),
+        jnp.zeros(batch_size, bool),
     )
 
 
@@ -60,7 +70,7 @@ def read_tokens(model: LanguageModel, arrays: Prepared, state: State, ids: np.nd
     """
     time = ids.shape[1]
     padded = np.pad(ids, ((0, 0), (0, round_length(time) - time)))
-    return _read(model, arrays, place_beside(arrays, state), padded, np.int32(time))
+    return _read(model, arrays, state, padded, np.int32(time))
 
 
 def round_length(time: int) -> int:
@@ -82,7 +92,7 @@ def _read_one(model: LanguageModel, arrays: Prepared, state: State, ids: jax.Arr
     """Read one token of each text, ids [batch]."""
     logits, carry = model.apply_step(arrays, ids, state.carry)
     last_seen = state.last_seen.at[jnp.arange(len(ids)), ids].set(state.position)
-    return State(logits, carry, last_seen, state.position + 1, state.progress)
+    return State(logits, carry, last_seen, state.position + 1, state.ended)
 
 
 _Loop = tuple[jax.Array, jax.Array, State]  # Ids, the number of tokens generated, the state.
@@ -95,28 +105,27 @@ def _generate(
     state: State,
     key: jax.Array,
     controls: ControlArrays,
-    stops: jax.Array,
+    stop_id: jax.Array,
     count: jax.Array,
     size: int,
 ) -> _Loop:
     """Generate `count` tokens, or fewer if all texts end earlier; ids are [batch, size]."""
     batch_size = len(state.logits)
-    end = len(stops) - 1
     # Drawing all at once is nearly free. In the loop, on a CPU, it would take half as long as a
     # step of a model with 1,024 hidden units.
     uniform = random_numbers(key, batch_size, state.position + jnp.arange(size))
 
     def is_unfinished(loop: _Loop) -> jax.Array:
         _, t, state = loop
-        return (t < count) & jnp.any(state.progress != end)
+        return (t < count) & ~state.ended.all()
 
     def generate_one(loop: _Loop) -> _Loop:
         ids, t, state = loop
         logits = adjust_logits(state.logits, state.position - state.last_seen, controls)
         drawn = draw_tokens(logits, uniform[:, t])
-        drawn = jnp.where(state.progress == end, PADDING_ID, drawn)
+        drawn = jnp.where(state.ended, PADDING_ID, drawn)
         state = _read_one(model, arrays, state, drawn)
-        state = state._replace(progress=stops[state.progress, drawn])
+        state = state._replace(ended=state.ended | (drawn == stop_id))
         return ids.at[:, t].set(drawn), t + 1, state
 
     ids = jnp.full((batch_size, size), PADDING_ID, jnp.int32)
@@ -154,7 +163,7 @@ def generate_chunks(
     state: State,
     key: jax.Array,
     controls: ControlArrays,
-    stops: np.ndarray,
+    stops: Stops,
     length: int,
     process_logits: LogitsProcessor | None = None,
     longest: int = _CHUNK,
@@ -163,16 +172,16 @@ def generate_chunks(
 
     The tokens of text b depend on `key`, b and the position in the text, but not on the size of
     the batch or the chunks. Arguments come from `prepare_params`, `read_tokens`,
-    `make_control_arrays` and `make_stop_table`; new values need no compilation. `process_logits` is
+    `make_control_arrays` and `make_stops`; new values need no compilation. `process_logits` is
     called with the tokens after the prompts; a chunk is then one token. Else it has 16
-    tokens at first, and later `longest`.
+    tokens at first, and later `longest`, or 64 if they are searched for a stop text.
 
     Yield the ids of a chunk, int32 [batch, n], where texts that have ended are padded with id 0,
     and the state after it. Raise `NotFiniteError` if the model's logits are not finite.
     """
-    state = state._replace(progress=jnp.zeros_like(state.progress))
-    key = place_beside(arrays, key)
-    chunk, found = _FIRST_CHUNK, np.zeros((len(state.logits), 0), np.int32)
+    state = state._replace(ended=jnp.zeros_like(state.ended))
+    searches = [StopSearch(stops) for _ in range(len(state.ended))] if stops.text else []
+    chunk, generated = _FIRST_CHUNK, np.zeros((len(state.logits), 0), np.int32)
     while length > 0:
         if not np.isfinite(state.logits).all():
             raise NotFiniteError(
@@ -180,23 +189,35 @@ def generate_chunks(
                 "lower optimizer.learning_rate"
             )
         if process_logits:
-            logits = _check_logits(process_logits(found, np.asarray(state.logits)), state, controls)
-            state, chunk = state._replace(logits=place_beside(arrays, jnp.asarray(logits))), 1
-        count = min(chunk, length)
-        ids, number, state = _generate(
-            model, arrays, state, key, controls, stops, np.int32(count), longest
+            logits = process_logits(generated, np.asarray(state.logits))
+            logits = _check_logits(logits, state, controls)
+            state, chunk = state._replace(logits=jnp.asarray(logits)), 1
+        run = functools.partial(
+            _generate, model, arrays, state, key, controls, np.int32(stops.token_id), size=longest
         )
-        if number:
-            new = np.asarray(ids)[:, : int(number)]
-            found = np.concatenate([found, new], axis=1) if process_logits else found
-            yield new, state
-        if number < count:
+        ids, number, state = run(count=np.int32(min(chunk, length)))
+        new, ended = np.array(ids)[:, : int(number)], np.array(state.ended)
+        for row, search in enumerate(searches):
+            if (end := search.find_end(new[row])) is not None:
+                new[row, end:], ended[row] = PADDING_ID, True
+        if searches and ended.all():
+            new = new[:, (new != PADDING_ID).any(axis=0)]
+            if new.shape[1] < number:  # Generate them again, for the state after them.
+                *_, state = run(count=np.int32(new.shape[1]))
+        elif searches:
+            state = state._replace(ended=state.ended | ended)
+        yield new, state
+        if ended.all():
             return
-        length -= count
-        chunk = min(4 * chunk, longest)
+        if process_logits:
+            generated = np.concatenate([generated, new], axis=1)
+        length -= new.shape[1]
+        chunk = min(4 * chunk, _SEARCHED_CHUNK if searches else longest)
 
 
-def _check_logits(processed: Any, state: State, controls: ControlArrays) -> np.ndarray:
+def _check_logits(
+    processed: np.typing.ArrayLike, state: State, controls: ControlArrays
+) -> np.ndarray:
     """Return the result of a logits processor, or raise `UserError` if no token can be drawn."""
     logits = np.asarray(processed, np.float32)
     if logits.shape != state.logits.shape:
@@ -220,11 +241,11 @@ def generate_tokens(
     controls: Controls = controls_lib.DEFAULT_CONTROLS,
     *,
     length: int,
-    stops: np.ndarray | None = None,
+    stops: Stops = controls_lib.NO_STOPS,
 ) -> np.ndarray:
     """Continue prompts, int32 [batch, time], by up to `length` tokens each; see `generate_chunks`.
 
-    Without `stops` from `make_stop_table` no text ends before `length`.
+    Without `stops` from `make_stops` no text ends before `length`.
 
     Returns:
       The tokens without the prompts, int32 [batch, n]. A text that has ended is padded with id 0.
@@ -234,10 +255,8 @@ def generate_tokens(
       UserError: if a control is outside its range.
     """
     control_arrays = controls_lib.make_control_arrays(controls, model.vocabulary_size)
-    if stops is None:
-        stops = np.zeros((controls_lib.MIN_STATES, model.vocabulary_size), np.int32)
     arrays = prepare_params(model, params)
-    state = read_tokens(model, arrays, initial_state(model, len(prompts)), prompts)
+    state = read_tokens(model, arrays, initial_state(model, arrays, len(prompts)), prompts)
     chunks = generate_chunks(model, arrays, state, key, control_arrays, stops, length)
     return np.concatenate([prompts[:, :0], *(ids for ids, _ in chunks)], axis=1)
 
@@ -284,10 +303,10 @@ def stream_texts(
       UserError: if a control is outside its range.
     """
     control_arrays = controls_lib.make_control_arrays(controls, len(vocabulary))
-    stops = controls_lib.make_stop_table(vocabulary, stop_token, stop_at)
+    stops = make_stops(vocabulary, stop_token, stop_at)
     arrays = prepare_params(model, params)
     ids = encode_prompt(vocabulary, prompt)
-    state = read_tokens(model, arrays, initial_state(model), ids[None])
+    state = read_tokens(model, arrays, initial_state(model, arrays), ids[None])
     if num_samples > 1:  # The prompt is read once for all.
         state = jax.tree.map(lambda x: jnp.repeat(x, num_samples, 0) if x.ndim else x, state)
     decoders = [text_decoder(vocabulary, stop_token) for _ in range(num_samples)]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lstm_jax.model import Carry, LanguageModel, Params, apply, place_beside
+from lstm_jax.model import Carry, LanguageModel, Params, apply, first_carry
 from lstm_jax.vocabulary import Costs, Ids
 
 _CHUNK = 1024  # Tokens per call of the compiled function.
@@ -32,7 +32,7 @@ def compute_loss(model: LanguageModel, params: Params, ids: Ids) -> float:
     whole text before it. A text of more than `LONGEST_IN_ONE` tokens is read as 64 parallel
     streams, each of which reads the 512 tokens before its start first, as context.
     """
-    carry, total = place_beside(params, model.initial_carry(count_streams(ids))), 0.0
+    carry, total = first_carry(model, params, count_streams(ids)), 0.0
     for chunk in iterate_chunks(ids):
         losses, carry = read_chunk(model, params, chunk, carry)
         total += float(np.asarray(losses).sum(dtype=np.float64))
@@ -48,18 +48,18 @@ def compute_token_losses(
     windows of that number of inputs, of which the last may have fewer, and each is read from a zero
     carry.
     """
-    found = [np.zeros(0, np.float32)]
+    parts = [np.zeros(0, np.float32)]
     for chunks in _iterate_windows(ids, context) if context else [iterate_chunks(ids)]:
         carry, losses, counted = None, [], []
         for chunk in chunks:
             if carry is None:
-                carry = place_beside(params, model.initial_carry(len(chunk[0])))
+                carry = first_carry(model, params, len(chunk[0]))
             of_chunk, carry = read_chunk(model, params, chunk, carry)
             losses.append(np.asarray(of_chunk))
             counted.append(chunk[2])
         if losses:  # In the order of the text: stream by stream.
-            found.append(np.concatenate(losses, axis=1)[np.concatenate(counted, axis=1)])
-    return np.concatenate(found)
+            parts.append(np.concatenate(losses, axis=1)[np.concatenate(counted, axis=1)])
+    return np.concatenate(parts)
 
 
 def _iterate_windows(ids: Ids, context: int) -> Iterator[Iterator[Chunk]]:
@@ -86,8 +86,8 @@ def count_streams(ids: Ids) -> int:
 def iterate_chunks(ids: Ids, length: int | None = None) -> Iterator[Chunk]:
     """Yield a text in chunks of one shape, [streams, time]; padding at its end does not count.
 
-    With a `length`, chunks have one stream of that length; without, they are those of
-    `compute_loss`.
+    With a `length`, chunks have one stream of that length; without, they are cut as
+    by `compute_loss`.
     """
     streams, warm_up = (1, 0) if length else (count_streams(ids), _WARM_UP)
     length = length or (_CHUNK if streams == 1 else _STREAMS_CHUNK)
@@ -135,8 +135,8 @@ def compute_bits_per_character(loss: float, costs: Sequence[Costs]) -> float:
     A token that is not in the vocabulary is predicted only as [UNK]. Spelling it out adds eight
     bits for each byte of its UTF-8 and for an end mark.
 
-    The loss is in nats per token, and the costs are those of the measured texts, without the very
-    first token.
+    The loss is in nats per token, and the costs belong to the measured texts without the very first
+    token.
     """
     tokens, characters, unknown_bytes = map(sum, zip(*costs, strict=True))
     return (loss / math.log(2) * tokens + 8 * unknown_bytes) / characters

@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
     interrupts.exit_at_once()  # While the rest is imported, which takes seconds.
 
+import dataclasses
 from pathlib import Path
 
 from absl import flags
@@ -46,7 +47,7 @@ def main() -> int:
     """Train as the flags say, and return the exit code."""
     experiment, name = command.read_experiment()
     if _INIT_FROM.value is not None:
-        experiment.init_from = _INIT_FROM.value
+        experiment = dataclasses.replace(experiment, init_from=_INIT_FROM.value)
     for message in config.find_unused_fields(experiment):
         warn(message)
     directory = Path(_WORKDIR.value or Path("runs", name))

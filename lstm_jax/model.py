@@ -14,22 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import threadpoolctl
-from ml_collections import ConfigDict
 
 from lstm_jax.cells import CELLS, LOADED
 from lstm_jax.cells.block import Block
-from lstm_jax.cells.protocol import (
-    count_operations,
-    get_activation,
-    get_gates,
-    make_cell,
-    run_cell,
-)
+from lstm_jax.cells.making import count_operations, make_cell
+from lstm_jax.cells.protocol import Gates, get_activation, get_gates, run_cell
+from lstm_jax.config import ModelConfig, Option, is_plain_lstm
 from lstm_jax.errors import UserError
 from lstm_jax.matmul import matmul
 from lstm_jax.recurrences import cudnn, fused
+from lstm_jax.recurrences.choice import choose_dtype, choose_recurrence
 from lstm_jax.recurrences.fused import Lookup, StepArrays
-from lstm_jax.recurrences.processor import has_bfloat16_instructions
 
 Params = dict[str, Any]
 Prepared = StepArrays | Params  # From `LanguageModel.prepare_step`.
@@ -39,6 +34,9 @@ Carry = tuple[Any, ...]  # The carry of each layer, as its cell defines it.
 # Dropout masks, the same at every step: [batch, features] or None for the inputs of each layer and,
 # last, for the outputs of the last layer. `regularization.draw_masks` draws them.
 Masks = Sequence[jax.Array | None]
+
+# The gates, activations and outputs of a layer after a step.
+Record = tuple[Gates, jax.Array, jax.Array]
 
 # Larger parameters count as infinite: sums of their squares overflow float32.
 _LARGEST = 1e18
@@ -90,7 +88,7 @@ class LanguageModel(nn.Module):
     rematerialize: int = 0  # See `fused.run_fused`.
     cell: str | type[nn.Module] = "lstm"  # The kind of recurrent layer, in `cells.CELLS` or not.
     layer_norm: bool = False  # Whether the cells normalize the contributions to their gates.
-    options: Mapping[str, Any] = nn.FrozenDict()  # Other fields of the cells.
+    options: Mapping[str, Option] = nn.FrozenDict()  # Other fields of the cells.
     block: str = "none"  # The block around each cell: "none" or "residual".
     tie_embeddings: bool = False
     skip_connections: bool = False  # Add inputs to outputs in each layer but the first.
@@ -126,7 +124,7 @@ class LanguageModel(nn.Module):
         return CELLS[self.cell] if isinstance(self.cell, str) else self.cell
 
     @nn.nowrap  # So that an unbound model can call it.
-    def make_cells(self) -> list[Any]:
+    def make_cells(self) -> list[nn.Module]:
         """Make the recurrent layers."""
         make = functools.partial(make_cell, self.cell_class)
         given = self.dtype, self.layer_norm, self.options
@@ -139,7 +137,7 @@ class LanguageModel(nn.Module):
         ]
 
     @property
-    def layers(self) -> list[Any]:
+    def layers(self) -> list[nn.Module]:
         """Return the recurrent layers of a bound model."""
         return [getattr(self, f"{self.cell_name}_{i}") for i in range(self.num_layers)]
 
@@ -186,7 +184,7 @@ class LanguageModel(nn.Module):
         return below, tuple(carries)
 
     def run_step(
-        self, ids: jax.Array, carry: Carry, records: list[Any] | None = None
+        self, ids: jax.Array, carry: Carry, records: list[Record] | None = None
     ) -> tuple[jax.Array, Carry]:
         """Run the recurrent layers over one token of each text, ids [batch].
 
@@ -232,30 +230,10 @@ class LanguageModel(nn.Module):
         return bound.predict(outputs[:, None])[:, 0], carry
 
     def implementation(self) -> str:
-        """Return how the layers run over time: `recurrence`, with "auto" resolved.
-
-        "auto" is "fused" for an LSTM, "parallel" for a cell with a parallel form, otherwise "scan":
-        the fastest in measurements (`benchmarks/recurrences.py`).
-
-        Raises:
-          ValueError: if `recurrence` can't run this model on this machine.
-        """
-        chosen, is_lstm = self.recurrence, fused.supports(self)
+        """Return how the layers run over time here; see `choose_recurrence`."""
         has_parallel = self.block != "none" or hasattr(self.cell_class, "run_parallel")
-        if chosen == "auto":
-            return "fused" if is_lstm else "parallel" if has_parallel else "scan"
-        limit = None
-        if chosen in ("fused", "cudnn") and not is_lstm:
-            limit = "supports only LSTM cells without layer normalization or a block"
-        elif chosen == "parallel" and not has_parallel:
-            limit = f"needs a cell with a method run_parallel, which {self.cell_name} lacks"
-        elif chosen == "cudnn" and jax.default_backend() != "gpu":
-            limit = "needs a GPU"
-        elif chosen == "cudnn" and self.dtype != "float32":
-            limit = "supports only float32"
-        if limit:
-            raise ValueError(f"the recurrence {chosen!r} {limit}; 'auto' supports any model")
-        return chosen
+        is_lstm = is_plain_lstm(self.cell, self.layer_norm, self.block)
+        return choose_recurrence(self.recurrence, self.cell_name, self.dtype, is_lstm, has_parallel)
 
 
 def apply_mask(x: jax.Array | Lookup, mask: jax.Array | None) -> Any:
@@ -266,29 +244,39 @@ def apply_mask(x: jax.Array | Lookup, mask: jax.Array | None) -> Any:
     return (fused.get_rows(x).transpose(1, 2, 0) * mask.T[None]).transpose(2, 0, 1)
 
 
-def make_model(model: ConfigDict, vocabulary_size: int) -> LanguageModel:
+def make_model(model: ModelConfig, vocabulary_size: int) -> LanguageModel:
     """Make the model that the `model` fields of a config describe, for this machine.
 
-    The dtype "auto" becomes "bfloat16" where matmuls in bfloat16 are faster: on GPUs and TPUs, and
-    in fused layers on processors that have instructions for it. Elsewhere it becomes "float32".
+    The dtype "auto" becomes that of `choose_dtype`.
 
     Raises:
       KeyError: if the cell is in a file that was not loaded (`run.cell_file`).
       ValueError: if `recurrence` can't run this model.
     """
-    fields = model.to_dict()
-    del fields["cell_sha256"]
-    rounds, options = fields.pop("mogrifier_rounds"), fields.pop("options")
+    options = dict(model.options)
     if model.cell == "mogrifier":  # Earlier versions had no options.
-        options = {"rounds": rounds, **options}
-    if model.cell not in CELLS:
-        fields["cell"] = LOADED[model.cell][0]
-    made = LanguageModel(vocabulary_size, options=nn.FrozenDict(options), **fields)
+        options = {"rounds": model.mogrifier_rounds, **options}
+    made = LanguageModel(
+        vocabulary_size,
+        model.embedding_size,
+        model.hidden_size,
+        model.num_layers,
+        recurrence=model.recurrence,
+        dtype=model.dtype,
+        rematerialize=model.rematerialize,
+        cell=model.cell if model.cell in CELLS else LOADED[model.cell][0],
+        layer_norm=model.layer_norm,
+        options=nn.FrozenDict(options),
+        block=model.block,
+        tie_embeddings=model.tie_embeddings,
+        skip_connections=model.skip_connections,
+        initial_embedding=model.initial_embedding,
+        initial_scale=model.initial_scale,
+        initial_bias=model.initial_bias,
+    )
     if made.dtype == "auto":
         made = made.clone(dtype="float32")
-        fast = has_bfloat16_instructions() and made.implementation() == "fused"
-        if made.recurrence != "cudnn" and (fast or jax.default_backend() != "cpu"):
-            made = made.clone(dtype="bfloat16")
+        made = made.clone(dtype=choose_dtype(made.implementation()))
     return made
 
 
@@ -327,17 +315,14 @@ def init_params(model: LanguageModel, key: jax.Array, counts: np.ndarray | None 
     return params
 
 
-def place_beside(params: Any, tree: Any) -> Any:
-    """Commit arrays to the device of `params`, if these are committed to one.
+@functools.partial(jax.jit, static_argnames=("model", "batch_size"), keep_unused=True)
+def first_carry(model: LanguageModel, params: Params, batch_size: int) -> Carry:
+    """Return `model.initial_carry`, where jit places its results: beside the parameters.
 
-    A jitted function returns its results committed to that device. If its first arguments are not,
-    it is compiled for them, and again for its own results.
+    A function that reads a text carry by carry is then compiled once, not for the first carry and
+    again for its own results.
     """
-    leaf = jax.tree.leaves(params)[0]
-    is_concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
-    if is_concrete and leaf.committed and len(leaf.devices()) == 1:
-        return jax.device_put(tree, *leaf.devices())
-    return tree
+    return model.initial_carry(batch_size)
 
 
 def is_finite(params: Params) -> jax.Array:

@@ -1,52 +1,52 @@
 """Make the optimizer and its learning rate from the `optimizer` fields of a config."""
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 from optax import contrib
 
-SCHEDULES = ("constant", "cosine", "linear", "step")
+from lstm_jax.config import OptimizerConfig, OptimizerName, Schedule
 
 _Chain = list[optax.GradientTransformation]
 
 
-def make_optimizer(optimizer: ConfigDict, total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(optimizer: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
     """Make one of `OPTIMIZERS`, after clipping by the global norm.
 
     Weight decay applies to kernels and the embedding, not to biases. It is decoupled from the
     gradient (Loshchilov & Hutter 2019), except in SGD, where it is added to the gradient.
-
-    Every field but the name may be an array, so that one compiled program serves many values. A
-    schedule is then an index into `SCHEDULES`.
     """
+    return chain_updates(optimizer, make_schedule(optimizer, total_steps))
+
+
+def chain_updates(
+    optimizer: OptimizerConfig, learning_rate: optax.Schedule
+) -> optax.GradientTransformation:
+    """Make the optimizer with this learning rate. Numbers may be arrays, where 0 is a number."""
     norm = optimizer.max_gradient_norm
+    is_off = isinstance(norm, float | int) and not norm
     # The state has the same structure either way, so that a resumed run may change the norm.
-    if isinstance(norm, jax.Array):
-        clip = optax.clip_by_global_norm(jnp.where(norm > 0, norm, jnp.inf))
-    else:
-        clip = optax.clip_by_global_norm(norm) if norm else optax.identity()
-    make = OPTIMIZERS[optimizer.name]
-    return optax.chain(clip, *make(optimizer, make_schedule(optimizer, total_steps)))
+    clip = optax.identity() if is_off else optax.clip_by_global_norm(norm)
+    return optax.chain(clip, *OPTIMIZERS[optimizer.name](optimizer, learning_rate))
 
 
-def _make_adam(optimizer: ConfigDict, learning_rate: optax.Schedule) -> _Chain:
+def _make_adam(optimizer: OptimizerConfig, learning_rate: optax.Schedule) -> _Chain:
     """Make Adam (Kingma & Ba 2015) with decoupled weight decay."""
     b1, b2, epsilon = optimizer.b1, optimizer.b2, optimizer.epsilon
     decay = optimizer.weight_decay
     return [optax.adamw(learning_rate, b1, b2, epsilon, weight_decay=decay, mask=_is_matrix)]
 
 
-def _make_lion(optimizer: ConfigDict, learning_rate: optax.Schedule) -> _Chain:
+def _make_lion(optimizer: OptimizerConfig, learning_rate: optax.Schedule) -> _Chain:
     """Make Lion (Chen et al. 2023): the sign of a momentum. Its rates are about 10x smaller."""
     b1, b2, decay = optimizer.b1, optimizer.b2, optimizer.weight_decay
     return [optax.lion(learning_rate, b1, b2, weight_decay=decay, mask=_is_matrix)]
 
 
-def _make_muon(optimizer: ConfigDict, learning_rate: optax.Schedule) -> _Chain:
+def _make_muon(optimizer: OptimizerConfig, learning_rate: optax.Schedule) -> _Chain:
     """Make Muon (Jordan et al. 2024) for the kernels of recurrent layers, and Adam for the rest.
 
     Updates are scaled to the root mean square of Adam's (Liu et al. 2025, "Muon is Scalable for LLM
@@ -58,13 +58,13 @@ def _make_muon(optimizer: ConfigDict, learning_rate: optax.Schedule) -> _Chain:
     return [optax.partition({"muon": muon, "adam": adam}, _find_recurrent_kernels)]
 
 
-def _make_sgd(optimizer: ConfigDict, learning_rate: optax.Schedule) -> _Chain:
+def _make_sgd(optimizer: OptimizerConfig, learning_rate: optax.Schedule) -> _Chain:
     """Make SGD with momentum."""
     decay = optax.add_decayed_weights(optimizer.weight_decay, mask=_is_matrix)
     return [decay, optax.sgd(learning_rate, optimizer.momentum)]
 
 
-def _make_schedule_free(optimizer: ConfigDict, learning_rate: optax.Schedule) -> _Chain:
+def _make_schedule_free(optimizer: OptimizerConfig, learning_rate: optax.Schedule) -> _Chain:
     """Make AdamW that averages its iterates (Defazio et al. 2024): it needs no learning rate decay.
 
     The gradient is that at `b1` times the average plus 1 - `b1` times the last iterate.
@@ -74,8 +74,8 @@ def _make_schedule_free(optimizer: ConfigDict, learning_rate: optax.Schedule) ->
     return [contrib.schedule_free(adam, learning_rate, optimizer.b1)]
 
 
-# The values of the config field `optimizer.name`, and the transformations after clipping.
-OPTIMIZERS = {
+# The transformations after clipping.
+OPTIMIZERS: dict[OptimizerName, Callable[[OptimizerConfig, optax.Schedule], _Chain]] = {
     "adam": _make_adam,
     "lion": _make_lion,
     "muon": _make_muon,
@@ -84,54 +84,50 @@ OPTIMIZERS = {
 }
 
 
-def has_average(optimizer: ConfigDict) -> bool:
+def has_average(optimizer: OptimizerConfig) -> bool:
     """Return whether evaluation and sampling use an average of the parameters."""
     return optimizer.name == "schedule_free" or optimizer.average_decay > 0
 
 
 def update_average(
-    optimizer: ConfigDict,
+    optimizer: OptimizerConfig,
     average: optax.Params,
     params: optax.Params,
-    opt_state: Any,
+    opt_state: optax.OptState,
     step: jax.Array,
 ) -> optax.Params:
     """Return the average of the parameters after `step` steps, from the one before.
 
-    It is an exponential moving average with `average_decay`, or that of the optimizer.
+    It is an exponential moving average with `average_decay`, or the optimizer's average.
     """
     if optimizer.name == "schedule_free":
-        b1, state = optimizer.b1, opt_state[-1]
-        return jax.tree.map(lambda y, z: (y - (1 - b1) * z) / b1, params, state.z)
+        state = opt_state[-1]._replace(b1=optimizer.b1)  # A run that resumes may change it.
+        return contrib.schedule_free_eval_params(state, params)
     # With a smaller decay at first, the initial parameters are forgotten soon.
     kept = jnp.minimum(optimizer.average_decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda a, p: kept * a + (1 - kept) * p, average, params)
 
 
-def make_schedule(optimizer: ConfigDict, total_steps: int) -> optax.Schedule:
+def make_schedule(optimizer: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """Make the learning rate as a function of the step: linear warm-up, then `schedule`.
 
     Optax's schedules branch in Python on the number of steps. This one has array operations only,
-    so that `warmup_steps` and the schedule itself may be arrays in a population.
+    so that numbers such as `warmup_steps` may be arrays.
     """
     peak, warmup_steps = optimizer.learning_rate, optimizer.warmup_steps
     decay_steps = jnp.maximum(total_steps - warmup_steps, 1)
 
-    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+    def schedule(count: jax.Array | int) -> jax.Array:
         after = jnp.clip(jnp.asarray(count) - warmup_steps, 0, decay_steps)
         drops = [jnp.where(count >= round(s * total_steps), 0.1, 1) for s in optimizer.step_at]
-        rates = {
+        rates: dict[Schedule, jax.typing.ArrayLike] = {
             "constant": peak,
             "cosine": peak * (0.5 * (1 + jnp.cos(jnp.pi * after / decay_steps))),
             "linear": peak * (1 - after / decay_steps),
             "step": peak * math.prod(drops),
         }
-        if isinstance(optimizer.schedule, str):
-            rate = rates[optimizer.schedule]
-        else:
-            rate = jnp.stack([jnp.asarray(rates[name]) for name in SCHEDULES])[optimizer.schedule]
         warmup = peak - peak * (1 - count / jnp.maximum(warmup_steps, 1))
-        return jnp.where(count < warmup_steps, warmup, rate)
+        return jnp.where(count < warmup_steps, warmup, rates[optimizer.schedule])
 
     return schedule
 

@@ -4,19 +4,24 @@ Dropout masks are drawn once per step and are the same at every position of its 
 are divided by the probability of keeping them, so that expectations do not change.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
+from lstm_jax.config import RegularizationConfig
 from lstm_jax.errors import UserError
 from lstm_jax.model import LanguageModel, Masks, Params
 
 
-def is_random(rates: ConfigDict) -> bool:
+def is_random(rates: RegularizationConfig) -> bool:
     """Return whether any of the rates draws masks."""
-    return any(is_on(value) for name, value in rates.items() if name.endswith("_dropout"))
+    dropouts = (
+        rates.embedding_dropout,
+        rates.input_dropout,
+        rates.hidden_dropout,
+        rates.output_dropout,
+        rates.recurrent_dropout,
+    )
+    return any(map(is_on, dropouts))
 
 
 def is_on(rate: float | jax.Array) -> bool:
@@ -24,7 +29,9 @@ def is_on(rate: float | jax.Array) -> bool:
     return isinstance(rate, jax.Array) or bool(rate)
 
 
-def draw_masks(rates: ConfigDict, model: LanguageModel, key: jax.Array, batch_size: int) -> Masks:
+def draw_masks(
+    rates: RegularizationConfig, model: LanguageModel, key: jax.Array, batch_size: int
+) -> Masks:
     """Draw masks for locked (variational) dropout (Gal & Ghahramani 2016).
 
     `input_dropout` applies to the inputs of the first layer, `hidden_dropout` between layers, and
@@ -42,7 +49,7 @@ def draw_masks(rates: ConfigDict, model: LanguageModel, key: jax.Array, batch_si
     ]
 
 
-def drop_parameters(rates: ConfigDict, params: Params, key: jax.Array) -> Params:
+def drop_parameters(rates: RegularizationConfig, params: Params, key: jax.Array) -> Params:
     """Set a random part of the parameters to zero (Merity et al. 2018).
 
     `embedding_dropout` drops rows of the embedding table, that is all occurrences of a token (Gal &
@@ -56,28 +63,30 @@ def drop_parameters(rates: ConfigDict, params: Params, key: jax.Array) -> Params
         dropped["embedding"] = {"embedding": table * mask}
     if is_on(rates.recurrent_dropout):
         leaves, structure = jax.tree_util.tree_flatten_with_path(dropped)
-        found = [i for i, (path, _) in enumerate(leaves) if path[-1].key == "recurrent_kernel"]
-        if not found:
+        kernels = [i for i, (path, _) in enumerate(leaves) if path[-1].key == "recurrent_kernel"]
+        if not kernels:
             raise UserError(
                 "config.regularization.recurrent_dropout needs a cell with a parameter "
                 "recurrent_kernel: set it to 0"
             )
         arrays = [array for _, array in leaves]
-        for number, i in enumerate(found, start=1):
+        for number, i in enumerate(kernels, start=1):
             layer_key = jax.random.fold_in(key, number)
             arrays[i] *= _draw_large_mask(layer_key, rates.recurrent_dropout, arrays[i].shape)
         dropped = jax.tree.unflatten(structure, arrays)
     return dropped
 
 
-def penalty(rates: ConfigDict, outputs: jax.Array, dropped: jax.Array) -> Any:
+def penalty(
+    rates: RegularizationConfig, outputs: jax.Array, dropped: jax.Array
+) -> jax.Array | float:
     """Compute activation and temporal activation regularization (Merity et al. 2017), in nats.
 
     `outputs` and `dropped` are the outputs of the last layer, [batch, time, features], before and
     after dropout. Add the mean square of `dropped` times `activation_penalty`, and the mean squared
     difference between consecutive steps of `outputs` times `temporal_activation_penalty`.
     """
-    total: Any = 0.0
+    total: jax.Array | float = 0.0
     if is_on(rates.activation_penalty):
         total += rates.activation_penalty * jnp.mean(dropped**2)
     if is_on(rates.temporal_activation_penalty) and outputs.shape[1] > 1:

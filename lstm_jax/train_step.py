@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from lstm_jax import batches, regularization
 from lstm_jax import model as model_lib
+from lstm_jax.config import BatchesConfig, Config, RegularizationConfig
 from lstm_jax.devices import feeding, parallel
 from lstm_jax.optimizer import update_average
 
@@ -45,6 +45,13 @@ class TrainState(NamedTuple):
         if self.average is None:
             del fields["params"]
         return fields
+
+    def clear(self, *names: str) -> "TrainState":
+        """Return the state with zero in these fields."""
+        zeros: dict[str, Any] = {
+            name: parallel.make_zero_like(getattr(self, name)) for name in names
+        }
+        return self._replace(**zeros)
 
     @classmethod
     def join(cls, evaluated: model_lib.Params, rest: dict[str, Any]) -> "TrainState":
@@ -106,7 +113,7 @@ def init_state(
 def make_train_step(
     model: model_lib.LanguageModel,
     optimizer: optax.GradientTransformation,
-    config: ConfigDict,
+    config: Config,
     mesh: Mesh,
 ) -> TrainStep:
     """Jit `make_step` for the batches of the training loop; the state is donated."""
@@ -117,7 +124,7 @@ def make_train_step(
 def make_step(
     model: model_lib.LanguageModel,
     optimizer: optax.GradientTransformation,
-    config: ConfigDict,
+    config: Config,
     mesh: Mesh | None,
 ) -> Callable[[TrainState, batches.Batch], TrainState]:
     """Make the training step, a pure function of a state and a `batches.Batch`.
@@ -132,58 +139,10 @@ def make_step(
     mesh (`parallel.make_mesh`) is None if the step is part of a program for one device.
     """
     rates = config.regularization
-
-    def loss_fn(
-        params: model_lib.Params,
-        carry: model_lib.Carry,
-        batch: tuple[jax.Array, jax.Array],
-        masks: model_lib.Masks | None,
-        key: jax.Array | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, model_lib.Carry]]:
-        """Return the loss with penalties; and (the loss without them, the carry)."""
-        if key is not None:
-            params = regularization.drop_parameters(rates, params, key)
-        inputs, targets = batch
-        bound = model.bind({"params": params})
-        outputs, carry = bound.run(inputs, carry, masks)
-        dropped = outputs if masks is None else model_lib.apply_mask(outputs, masks[-1])
-        losses = optax.softmax_cross_entropy_with_integer_labels(bound.predict(dropped), targets)
-        loss = losses.mean()
-        return loss + regularization.penalty(rates, outputs, dropped), (loss, carry)
-
-    def compute_grads(params: model_lib.Params, key: jax.Array | None, *divided: Any) -> Any:
-        """Return grads, loss and carry for the part of one device, [batch / devices, ...]."""
-
-        def one(batch: Any, carry: model_lib.Carry, masks: Any) -> Any:
-            grads, (loss, carry) = jax.grad(loss_fn, has_aux=True)(params, carry, batch, masks, key)
-            return (grads, loss), carry
-
-        number = config.optimizer.microbatches
-        if number == 1:
-            return one(*divided)
-
-        def add(sums: Any, part: Any) -> Any:
-            more, carry = one(*part)
-            return jax.tree.map(jnp.add, sums, more), carry
-
-        parts = jax.tree.map(lambda x: x.reshape(number, -1, *x.shape[1:]), divided)
-        zeros = jax.tree.map(jnp.zeros_like, params), jnp.zeros(())
-        sums, carry = jax.lax.scan(add, zeros, parts)
-        means = jax.tree.map(lambda x: x / number, sums)
-        return means, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry)
+    compute_grads = _make_compute_grads(model, rates, config.optimizer.microbatches)
 
     def train_step(state: TrainState, batch: batches.Batch) -> TrainState:
-        starts = jnp.broadcast_to(batch.starts, len(batch.inputs))
-        chance = config.batches.reset_probability
-        if chance and config.batches.kind == "streams":
-            # A separate key, so that masks are the same whether or not streams are reset.
-            reset_key = jax.random.fold_in(state.key, state.step)
-            starts |= jax.random.bernoulli(reset_key, chance, starts.shape)
-        carry = jax.tree.map(
-            lambda first, x: jnp.where(starts.reshape(-1, *[1] * (x.ndim - 1)), first, x),
-            model.initial_carry(len(starts)),
-            state.carry,
-        )
+        carry = _start_texts(model, config.batches, state, batch)
         key, masks, parameter_key = state.key, None, None
         if regularization.is_random(rates):
             key, mask_key, parameter_key = jax.random.split(state.key, 3)
@@ -194,8 +153,7 @@ def make_step(
         (grads, loss), carry = compute(state.params, parameter_key, batch[:2], carry, masks)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        step = state.step + 1
-        average = state.average
+        step, average = state.step + 1, state.average
         if average is not None:
             average = update_average(config.optimizer, average, params, opt_state, step)
         norm = optax.tree.norm(grads)
@@ -223,3 +181,66 @@ def make_step(
         )
 
     return train_step
+
+
+def _start_texts(
+    model: model_lib.LanguageModel, kind: BatchesConfig, state: TrainState, batch: batches.Batch
+) -> model_lib.Carry:
+    """Return the carry before a batch: the initial one for texts that start, or are reset."""
+    starts = jnp.broadcast_to(batch.starts, len(batch.inputs))
+    if kind.reset_probability and kind.kind == "streams":
+        # A separate key, so that masks are the same whether or not streams are reset.
+        reset_key = jax.random.fold_in(state.key, state.step)
+        starts |= jax.random.bernoulli(reset_key, kind.reset_probability, starts.shape)
+    return jax.tree.map(
+        lambda first, x: jnp.where(starts.reshape(-1, *[1] * (x.ndim - 1)), first, x),
+        model.initial_carry(len(starts)),
+        state.carry,
+    )
+
+
+def _make_compute_grads(
+    model: model_lib.LanguageModel, rates: RegularizationConfig, microbatches: int
+) -> Callable[..., Any]:
+    """Make a function of parameters, a key, inputs and targets, carry and masks.
+
+    It returns ((gradients, loss), carry) for the part of a batch of one device.
+    """
+
+    def loss_fn(
+        params: model_lib.Params,
+        carry: model_lib.Carry,
+        batch: tuple[jax.Array, jax.Array],
+        masks: model_lib.Masks | None,
+        key: jax.Array | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, model_lib.Carry]]:
+        """Return the loss with penalties; and (the loss without them, the carry)."""
+        if key is not None:
+            params = regularization.drop_parameters(rates, params, key)
+        inputs, targets = batch
+        bound = model.bind({"params": params})
+        outputs, carry = bound.run(inputs, carry, masks)
+        dropped = outputs if masks is None else model_lib.apply_mask(outputs, masks[-1])
+        losses = optax.softmax_cross_entropy_with_integer_labels(bound.predict(dropped), targets)
+        loss = losses.mean()
+        return loss + regularization.penalty(rates, outputs, dropped), (loss, carry)
+
+    def compute_grads(params: model_lib.Params, key: jax.Array | None, *divided: Any) -> Any:
+        def one(batch: Any, carry: model_lib.Carry, masks: Any) -> Any:
+            grads, (loss, carry) = jax.grad(loss_fn, has_aux=True)(params, carry, batch, masks, key)
+            return (grads, loss), carry
+
+        if microbatches == 1:
+            return one(*divided)
+
+        def add(sums: Any, part: Any) -> Any:
+            more, carry = one(*part)
+            return jax.tree.map(jnp.add, sums, more), carry
+
+        parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), divided)
+        zeros = jax.tree.map(jnp.zeros_like, params), jnp.zeros(())
+        sums, carry = jax.lax.scan(add, zeros, parts)
+        means = jax.tree.map(lambda x: x / microbatches, sums)
+        return means, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry)
+
+    return compute_grads

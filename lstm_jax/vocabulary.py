@@ -184,21 +184,21 @@ class Vocabulary:
         """Return the name of a token in the singular: that of its kind, or "token"."""
         return "token" if self.kind == "bpe" or len(self.stop) > 1 else self.kind[:-1]
 
-    def divide(self, word: str) -> tuple[str, ...]:
+    def split_word(self, word: str) -> tuple[str, ...]:
         """Return the tokens of a word from `split_text`: itself, unless the kind is "bpe"."""
         if self.kind != "bpe" or word in self._ids:
             return (word,)
-        return self._divide_word(word)
+        return self._split_word(word)
 
     @functools.cached_property
-    def _divide_word(self) -> Callable[[str], tuple[str, ...]]:
+    def _split_word(self) -> Callable[[str], tuple[str, ...]]:
         ids = {token.encode("utf-8", "surrogateescape"): i for token, i in self._ids.items()}
-        return functools.lru_cache(maxsize=2**20)(functools.partial(bpe.divide_word, ids=ids))
+        return functools.lru_cache(maxsize=2**20)(functools.partial(bpe.split_word, ids=ids))
 
     def split(self, text: str) -> list[str]:
         """Return the tokens of `text`, known or not; bytes above 127 are one token each."""
         words = split_text(text, self.kind, self.stop)
-        return [token for word in words for token in self.divide(word)]
+        return [token for word in words for token in self.split_word(word)]
 
     def look_up(self, tokens: Iterable[str]) -> np.ndarray:
         """Return the id of each token: int32 [n], "[UNK]" for those not in the vocabulary."""
@@ -245,7 +245,7 @@ class Costs(NamedTuple):
 
 
 def split_text(text: str, kind: str, stop: str) -> Iterator[str]:
-    """Yield the tokens of a text; of kind "bpe", words, which `Vocabulary.divide` divides."""
+    """Yield the tokens of a text; of kind "bpe", words, which `Vocabulary.split_word` splits."""
     for number, part in enumerate(text.split(stop) if stop else [text]):
         if number:
             yield stop

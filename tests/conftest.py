@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jaxlib
 import pytest
+import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 import commands
@@ -19,7 +20,7 @@ import draws
 import runs
 from lstm_jax import config as config_lib
 from lstm_jax import training
-from lstm_jax.data import datasets, sources
+from lstm_jax.data import texts
 from lstm_jax.devices import compilation_cache
 from lstm_jax.run import files
 
@@ -136,11 +137,41 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shakespeare(data_dir: Path) -> dict[str, str]:
     """Return the splits of Tiny Shakespeare."""
-    texts = datasets.read_dataset("tiny_shakespeare", "text", str(data_dir), (0.9, 0.05, 0.05))
+    splits = texts.read_splits(config_lib.DataConfig(directory=str(data_dir)))
     if not _TEXT.exists():
         _TEXT.parent.mkdir(parents=True, exist_ok=True)
-        files.write_file(_TEXT, "".join(texts).encode())
-    return dict(zip(sources.SPLITS, texts, strict=True))
+        files.write_file(_TEXT, "".join(splits.values()).encode())
+    return splits
+
+
+class _TinyShakespeare(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """TFDS's tiny_shakespeare 1.0.0, whose own builder needs TensorFlow."""
+
+    name = "tiny_shakespeare"
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, *, splits: dict[str, str], **kwargs: Any) -> None:
+        self._texts = splits
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        return {name: iter([(name, {"text": text})]) for name, text in self._texts.items()}
+
+    def _generate_examples(self, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+@pytest.fixture(scope="session")
+def tfds_dir(tmp_path_factory: pytest.TempPathFactory, shakespeare: dict[str, str]) -> Path:
+    """Return a data directory in which TFDS has prepared Tiny Shakespeare."""
+    directory = tmp_path_factory.mktemp("tfds")
+    options = {"data_dir": directory, "file_format": "array_record"}
+    _TinyShakespeare(splits=shakespeare, **options).download_and_prepare()
+    return directory
 
 
 @pytest.fixture(scope="session")

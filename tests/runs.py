@@ -72,7 +72,7 @@ def read_numbers(directory: Path) -> list[tuple[int, str, float]]:
         (row["step"], f"{row['split']}/{name}", value)
         for row in rows
         for name, value in row.items()
-        if name not in others
+        if name not in others and isinstance(value, int | float)
     ]
 
 

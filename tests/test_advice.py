@@ -5,7 +5,7 @@ import pytest
 from lstm_jax.run import advice
 
 
-def make_rows(validation: list[float], train: list[float], epochs: float = 1) -> list[dict]:
+def make_rows(validation: list[float], train: list[float], epochs: float = 1) -> list[Any]:
     """Return the rows of a run that validates at the start, and after each of `train`."""
     rows: list[dict[str, Any]] = []
     for number, loss in enumerate(validation):
@@ -63,7 +63,9 @@ def test_rows_without_training_losses_are_no_overfitting() -> None:
     [([], 0), ([4.2], 0), ([4.2, 2.0, 1.9], 0), ([4.2, 1.9, 2.0, 1.9, 1.95], 3), ([4.2, 5.0], 1)],
 )
 def test_patience_counts_validations_without_a_lower_loss(losses: list[float], most: int) -> None:
-    rows = [{"step": i, "split": "validation", "loss": loss} for i, loss in enumerate(losses)]
+    rows: list[Any] = [
+        {"step": i, "split": "validation", "loss": loss} for i, loss in enumerate(losses)
+    ]
     rows.insert(0, {"step": 0, "split": "train", "loss": 1.0})
     for patience in range(6):
         assert advice.is_out_of_patience(rows, patience) == (1 <= patience <= most)

@@ -36,32 +36,6 @@ def test_windows_are_reshuffled_each_epoch_and_cover_the_text_once() -> None:
     assert not np.array_equal(epochs[0], epochs[1])
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 7, 100, 101, 10_038])
-def test_a_shuffled_order_is_a_permutation(length: int) -> None:
-    keys = np.random.default_rng(0).integers(2**63, size=8, dtype=np.uint64)
-    order = batches.shuffle_places(np.arange(length), length, keys)
-    assert order.dtype == np.int64
-    np.testing.assert_array_equal(np.sort(order), np.arange(length))
-    some = np.arange(length)[::3]
-    np.testing.assert_array_equal(batches.shuffle_places(some, length, keys), order[::3])
-
-
-def test_shuffled_orders_are_uniformly_distributed() -> None:
-    """Compare positions and successors of numbers over many keys with a uniform distribution."""
-    rng, length, trials = np.random.default_rng(0), 12, 6000
-    positions, successors = np.zeros((length, length)), np.zeros((length, length))
-    for _ in range(trials):
-        keys = rng.integers(2**63, size=8, dtype=np.uint64)
-        order = batches.shuffle_places(np.arange(length), length, keys)
-        positions[np.arange(length), order] += 1
-        successors[order[:-1], order[1:]] += 1
-    for counts, num_categories in ((positions, length**2), (successors, length * (length - 1))):
-        expected = counts.sum() / num_categories
-        observed = counts if counts is positions else counts[~np.eye(length, dtype=bool)]
-        chi_squared = ((observed - expected) ** 2 / expected).sum()
-        assert abs(chi_squared - num_categories) < 5 * np.sqrt(2 * num_categories)
-
-
 def test_streams_are_contiguous_and_shift_every_epoch() -> None:
     ids = np.arange(1000, dtype=np.int32)
     iterator, steps = batches.make_batches(ids, fields("streams", 4, 10), seed=1)

@@ -44,8 +44,8 @@ def test_the_most_frequent_pairs_are_merged_first() -> None:
     assert bpe.learn_tokens(counts, 4, 1) == ["es", "est", "lo", "low"]
     assert "wid" not in bpe.learn_tokens(counts, 100, 4)
     ids = {token: i for i, token in enumerate([b"es", b"est", b"lo", b"low"])}
-    assert bpe.divide_word("lowest", ids) == ("low", "est")
-    assert bpe.divide_word("désert", ids) == ("d", "\udcc3", "\udca9", "s", "e", "r", "t")
+    assert bpe.split_word("lowest", ids) == ("low", "est")
+    assert bpe.split_word("désert", ids) == ("d", "\udcc3", "\udca9", "s", "e", "r", "t")
 
 
 @settings(max_examples=200, deadline=None)

@@ -75,13 +75,9 @@ def test_the_latest_two_and_the_best_are_kept_and_restored(
     assert iterator.get_state() == at_save
 
 
-def test_a_checkpoint_of_an_earlier_version_lacks_later_fields_of_the_state(
+def test_a_checkpoint_without_a_field_of_the_state_is_not_restored(
     saved: Path, iterator: grain.DatasetIterator
 ) -> None:
-    restored = checkpoints.restore_latest(
-        saved, PARAMS, {**STATE, "norm_sum": jnp.zeros(())}, iterator
-    )
-    assert restored is not None and restored.state.keys() == STATE.keys()
     with pytest.raises(UserError, match="does not hold the model"):
         checkpoints.restore_latest(saved, PARAMS, {**STATE, "other": jnp.zeros(())}, iterator)
 

@@ -85,15 +85,14 @@ def test_docs_config_md_is_up_to_date() -> None:
         "update it with: python -m lstm_jax.config > docs/config.md"
     )
     for field in config_lib.FIELDS:
-        marks = (" [resume]" if field.resume else "") + (
-            " [population]" if field.population else ""
-        )
-        assert f"\n- `--config.{field.name}={field.default!r}`{marks}\n" in page
+        mark = " [resume]" if field.resume else ""
+        assert f"\n- `--config.{field.name}={field.default!r}`{mark}\n" in page
 
 
 def test_defaults_are_valid() -> None:
     config = config_lib.default()
-    assert config_lib.complete_config(config) == config
+    assert config_lib.complete_config(config) == config_lib.Config()
+    assert config_lib.Config().to_dict() == config.to_dict()
     assert config_lib.find_unused_fields(config) == []
     assert {name for name, _ in config_lib.flatten(config)} == {f.name for f in config_lib.FIELDS}
     assert all(field.meaning.endswith(".") for field in config_lib.FIELDS)

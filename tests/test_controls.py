@@ -5,8 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lstm_jax import controls as controls_lib
-from lstm_jax.controls import Controls, adjust_logits, can_end, make_control_arrays, make_stop_table
+from lstm_jax.controls import (
+    Controls,
+    Stops,
+    StopSearch,
+    adjust_logits,
+    can_generate,
+    make_control_arrays,
+    make_stops,
+)
 from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import KINDS, Vocabulary
 
@@ -107,54 +114,40 @@ def test_an_error_names_a_control_out_of_range(changed: dict[str, Any], message:
         make_control_arrays(Controls(**changed), 5)
 
 
-def find_ends(table: np.ndarray, vocabulary: Vocabulary, tokens: list[str]) -> list[bool]:
-    """Return, for each token, whether the text has ended after it."""
-    state, ended = 0, []
-    for token in tokens:
-        state = table[state, vocabulary.tokens.index(token)]
-        ended.append(state == len(table) - 1)
-    return ended
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_text_ends_with_the_stop_text(kind: str) -> None:
+def test_a_text_ends_with_the_token_that_completes_the_stop_text(kind: str) -> None:
     text = "aab aabaabab ab a éb " + "ab " * 30 + "aabaaabaab a"
     vocabulary = Vocabulary.from_text(text, kind)
-    tokens = vocabulary.split(text)
+    tokens, ids = vocabulary.split(text), vocabulary.encode(text)
+    generated = [token.encode("utf-8", "surrogateescape") for token in tokens]
     for stop_at in ("b", "ab", "aab", "abab", "aabaab", "é", "a é", "ab " * 20):
-        table = make_stop_table(vocabulary, stop_at=stop_at)
-        generated, expected = b"", []
-        for token in tokens:
-            generated += token.encode("utf-8", "surrogateescape")
-            expected.append(stop_at.encode() in generated)
-        assert find_ends(table, vocabulary, tokens) == expected
-        assert can_end(table, np.zeros(len(vocabulary), bool))
+        wanted = stop_at.encode()
+        expected = next(n for n in range(len(ids) + 1) if wanted in b"".join(generated[:n]))
+        for chunk in (1, 2, 7, len(ids)):
+            search, end = StopSearch(make_stops(vocabulary, stop_at=stop_at)), None
+            for start in range(0, len(ids), chunk):
+                if (end := search.find_end(ids[start : start + chunk])) is not None:
+                    assert start + end == expected
+                    break
+            assert end is not None
+        assert can_generate(vocabulary, stop_at, np.zeros(len(vocabulary), bool))
 
 
 def test_stop_token_and_stop_texts_that_cannot_be_generated() -> None:
     vocabulary = Vocabulary.from_text("a b\n\nc", stop="\n\n")
-    tokens = ["a", "\n\n", "b", "c"]
-    assert find_ends(make_stop_table(vocabulary), vocabulary, tokens) == [False, True, True, True]
-    assert find_ends(make_stop_table(vocabulary, False), vocabulary, tokens) == [False] * 4
-    assert find_ends(make_stop_table(vocabulary, True, "b"), vocabulary, tokens[2:]) == [True, True]
+    assert make_stops(vocabulary).token_id == vocabulary.stop_id
+    assert make_stops(vocabulary, False) == Stops()
     allowed = np.zeros(len(vocabulary), bool)
-    for stop_at, possible in {
-        "c a": True,
-        "b\nc": False,
-        "x": False,
-        "ax": False,
-        "": False,
-    }.items():
-        assert can_end(make_stop_table(vocabulary, False, stop_at), allowed) == possible
+    for stop_at, possible in {"c a": True, "b\nc": False, "x": False, "ax": False}.items():
+        assert can_generate(vocabulary, stop_at, allowed) == possible
     allowed[vocabulary.encode("c")] = True
-    assert not can_end(make_stop_table(vocabulary, False, "c a"), allowed)
+    assert not can_generate(vocabulary, "c a", allowed)
 
 
-def test_the_number_of_states_is_a_power_of_two() -> None:
-    vocabulary = Vocabulary.from_text("ab")
-
-    def shape(length: int) -> tuple[int, ...]:
-        return make_stop_table(vocabulary, stop_at="a" * length).shape
-
-    assert {shape(n) for n in range(16)} == {(controls_lib.MIN_STATES, 4)}
-    assert shape(16) == shape(31) == (32, 4)
+def test_texts_that_tokens_can_spell() -> None:
+    vocabulary = Vocabulary(["", "[UNK]", "abc", "bca", "d"], "words")
+    allowed = np.zeros(len(vocabulary), bool)
+    for text in ("b", "abc", "cab", "cdb", "dddab", "abcbcad", "cabcb"):
+        assert can_generate(vocabulary, text, allowed), text
+    for text in ("ba", "cc", "dbd", "dx", "abcd" + "cab" + "ba"):
+        assert not can_generate(vocabulary, text, allowed), text

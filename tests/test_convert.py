@@ -416,8 +416,7 @@ def test_an_error_says_why_a_model_is_not_exported(trained: Path, tmp_path: Path
     with pytest.raises(UserError, match=f"^there is no trained model in {tmp_path}/nothing"):
         transfer.export_weights(tmp_path / "nothing", tmp_path / "model.keras")
     shutil.copytree(trained, tmp_path / "run")
-    changed = workdir.load_config(trained)
-    changed.model.cell = "mogrifier"
+    changed = config.change_fields(workdir.load_config(trained), {"model.cell": "mogrifier"})
     workdir.save_config(tmp_path / "run", changed)
     with pytest.raises(UserError, match=f"^{tmp_path}/run can't be converted: .* have no layer"):
         transfer.export_weights(tmp_path / "run", tmp_path / "model.keras")
@@ -627,7 +626,7 @@ def test_keras_and_back(
     tmp_path: Path,
 ) -> None:
     os.environ.setdefault("KERAS_BACKEND", "jax")
-    keras: Any = pytest.importorskip("keras", reason="Keras is not installed (extra 'bench')")
+    keras: Any = pytest.importorskip("keras", reason="Keras is not installed")
     tokens, ids = windows
     keras.utils.set_random_seed(0)
     model = make_keras_lesson(keras, cell, num_layers, len(tokens))

@@ -152,9 +152,8 @@ def test_an_error_names_an_unknown_dataset(tmp_path: Path) -> None:
         datasets.read_dataset("no_such_thing", "text", str(tmp_path), FRACTIONS)
 
 
-def test_a_dataset_prepared_for_tensorflow_raises_an_error(data_dir: Path, tmp_path: Path) -> None:
-    datasets.read_dataset("tiny_shakespeare", "text", str(data_dir), FRACTIONS)
-    shutil.copytree(data_dir, tmp_path, dirs_exist_ok=True)
+def test_a_dataset_prepared_for_tensorflow_raises_an_error(tfds_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tfds_dir, tmp_path, dirs_exist_ok=True)
     (info,) = tmp_path.glob("tiny_shakespeare/*/dataset_info.json")
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(UserError, match=r"only TensorFlow reads: use another data.directory"):

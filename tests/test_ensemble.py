@@ -8,6 +8,7 @@ import pytest
 
 import commands
 import models
+from lstm_jax import config as config_lib
 from lstm_jax import dynamic, generation
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
@@ -64,7 +65,9 @@ def test_a_step_predicts_the_mean_probabilities() -> None:
     model, params = JOINED
     ids = make_ids(40)
     arrays = generation.prepare_params(model, params)
-    state = generation.read_tokens(model, arrays, generation.initial_state(model), ids[None])
+    state = generation.read_tokens(
+        model, arrays, generation.initial_state(model, arrays), ids[None]
+    )
     np.testing.assert_allclose(
         np.exp(state.logits[0]), compute_probabilities(ids)[-1], rtol=1e-4, atol=1e-6
     )
@@ -103,13 +106,12 @@ def test_each_member_adapts_on_its_own_loss() -> None:
     np.testing.assert_allclose(losses, -np.log(probabilities), atol=1e-5)
 
 
-def make_run(trained: Path, directory: Path, **changes: Any) -> Path:
+def make_run(trained: Path, directory: Path, changes: dict[str, Any]) -> Path:
     """Make a working directory like another one, with fields of its config changed."""
     loaded = workdir.load_trained(trained)
-    loaded.config.update_from_flattened_dict(changes)
-    model = model_lib.make_model(loaded.config.model, len(loaded.vocabulary))
-    params = models.draw_params(model)
-    transfer.make_workdir(directory, loaded.config, loaded.vocabulary, params)
+    config = config_lib.change_fields(loaded.config, changes)
+    params = models.draw_params(model_lib.make_model(config.model, len(loaded.vocabulary)))
+    transfer.make_workdir(directory, config, loaded.vocabulary, params)
     return directory
 
 
@@ -121,7 +123,7 @@ def run(module: str, *directories: Path, given: str = "", options: str = "") -> 
 
 
 def test_the_commands_mix_several_runs(trained: Path, tmp_path: Path) -> None:
-    other = make_run(trained, tmp_path / "other", **{"model.cell": "gru", "model.hidden_size": 16})
+    other = make_run(trained, tmp_path / "other", {"model.cell": "gru", "model.hidden_size": 16})
     mixed = json.loads(run("evaluate", trained, other))
     runs = [workdir.load_trained(directory) for directory in (trained, other)]
     assert mixed["step"] == [loaded.step for loaded in runs]
@@ -145,7 +147,7 @@ def test_members_need_one_text_and_vocabulary(trained: Path, tmp_path: Path) -> 
         ({"data.fractions": (0.8, 0.1, 0.1)}, "splits"),
         ({}, "vocabularies"),
     ):
-        run = make_run(trained, tmp_path / message, **changes)
+        run = make_run(trained, tmp_path / message, changes)
         if not changes:
             *tokens, last = workdir.load_vocabulary(run).tokens
             workdir.save_vocabulary(run, Vocabulary([*tokens, last + "\u0301"], "graphemes"))

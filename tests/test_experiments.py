@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from lstm_jax import config as config_lib
 from lstm_jax import training
 from lstm_jax.run import metrics, workdir
 
@@ -15,9 +14,7 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
 def make_small_config(name: str) -> ConfigDict:
     """Return the config of an experiment with a smaller size."""
-    config = config_lib.complete_config(
-        runpy.run_path(str(EXPERIMENTS / f"{name}.py"))["get_config"]()
-    )
+    config = runpy.run_path(str(EXPERIMENTS / f"{name}.py"))["get_config"]()
     config.model.hidden_size = config.model.embedding_size = 16
     config.batches.batch_size, config.batches.window_length = 8, 32
     config.max_steps = config.log_every_steps

@@ -140,8 +140,10 @@ def test_the_page_in_a_browser(
     def script(code: str) -> Any:
         return browser.execute_script(f"return {code}")
 
-    def colored(kind: str) -> str:
-        return script(f"[...document.querySelectorAll('#colored {kind}')].map(s => s.textContent)")
+    def colored(kind: str) -> list[str]:
+        shown = f"[...document.querySelectorAll('#colored {kind}')].map(s => s.textContent)"
+        spans: list[str] = script(shown)
+        return spans
 
     # The cursor is in the text at once; gray text is ahead of what is typed.
     area = browser.switch_to.active_element

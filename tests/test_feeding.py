@@ -17,19 +17,19 @@ def test_a_text_on_the_device_gives_the_batches_of_the_pipeline(kind: str) -> No
     fields.batches.kind, fields.batches.batch_size, fields.batches.window_length = kind, 4, 7
     ids = np.random.default_rng(0).integers(0, 300, 1000).astype(np.int32)
     pipeline, steps = batches.make_batches(ids, fields.batches, seed=3)
-    places, _ = batches.make_batches(ids, fields.batches, seed=3, places=True)
+    offsets, _ = batches.make_batches(ids, fields.batches, seed=3, only_offsets=True)
     mesh = parallel.make_mesh(fields)
-    feed = feeding.Feed(places, mesh, feeding.place_text(ids, 300, mesh))
+    feed = feeding.Feed(offsets, mesh, feeding.place_text(ids, 300, mesh))
     whole = feeding.Feed(batches.make_batches(ids, fields.batches, seed=3)[0], mesh, None)
     for _ in range(2 * steps + 5):
         expected, resident, put = next(pipeline), feed.next(), whole.next()
         assert isinstance(resident, feeding.Resident) and resident.ids.dtype == np.uint16
-        cut = batches.cut_batch(resident.ids, resident.places, 7)
+        cut = batches.cut_batch(resident.ids, resident.offsets, 7)
         jax.tree.map(np.testing.assert_array_equal, cut, expected)
         jax.tree.map(np.testing.assert_array_equal, put, expected)
-        assert places.get_state() == pipeline.get_state()
+        assert offsets.get_state() == pipeline.get_state()
     several = feed.next(3)
-    assert isinstance(several, feeding.Resident) and several.places.begins.shape == (3, 4)
+    assert isinstance(several, feeding.Resident) and several.offsets.begins.shape == (3, 4)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import sys
 import time
 import unicodedata
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from absl import flags
@@ -99,20 +100,31 @@ def list_imports(code: str) -> set[str]:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("module", ["main", "sample", "inspect", "convert", "export"])
+@pytest.mark.parametrize(
+    "module", ["main", "sample", "evaluate", "sweep", "inspect", "convert", "export"]
+)
 def test_help_imports_no_jax(module: str) -> None:
     run = (
         "import runpy; sys.argv[1:] = ['--help']; "
         f"runpy.run_module('lstm_jax.{module}', run_name='__main__')"
     )
-    heavy = {"flax", "grain", "jax", "matplotlib", "optax", "orbax", "tensorboardX", "torch"}
+    heavy = {
+        "flax",
+        "grain",
+        "jax",
+        "matplotlib",
+        "optax",
+        "optuna",
+        "orbax",
+        "tensorboardX",
+        "torch",
+    }
     assert not heavy & list_imports(run)
 
 
 def test_the_tables_of_the_config_are_those_of_the_code() -> None:
     assert tuple(cells.CELLS) == config_lib.CELLS
-    assert tuple(optimizer.OPTIMIZERS) == config_lib.OPTIMIZERS
-    assert config_lib.SCHEDULES == optimizer.SCHEDULES
+    assert tuple(optimizer.OPTIMIZERS) == get_args(config_lib.OptimizerName)
 
 
 @pytest.mark.process

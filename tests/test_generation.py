@@ -8,7 +8,7 @@ import pytest
 
 import models
 from lstm_jax import generation, loss
-from lstm_jax.controls import Controls, adjust_logits, make_control_arrays, make_stop_table
+from lstm_jax.controls import Controls, adjust_logits, make_control_arrays, make_stops
 from lstm_jax.model import LanguageModel
 from lstm_jax.vocabulary import Vocabulary
 
@@ -48,10 +48,12 @@ def test_no_tracer_leaks_from_generation() -> None:
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 1000])
 def test_a_prompt_of_any_length_gives_the_logits_of_a_single_pass(length: int) -> None:
     ids = np.random.default_rng(length).integers(2, 9, (2, length)).astype(np.int32)
-    state = generation.read_tokens(MODEL, ARRAYS, generation.initial_state(MODEL, 2), ids)
+    state = generation.read_tokens(MODEL, ARRAYS, generation.initial_state(MODEL, ARRAYS, 2), ids)
     np.testing.assert_allclose(state.logits, compute_logits(ids)[:, -1], rtol=1e-4, atol=1e-4)
     # Reading in two parts gives the same.
-    halfway = generation.read_tokens(MODEL, ARRAYS, generation.initial_state(MODEL, 2), ids[:, :1])
+    halfway = generation.read_tokens(
+        MODEL, ARRAYS, generation.initial_state(MODEL, ARRAYS, 2), ids[:, :1]
+    )
     if length > 1:
         again = generation.read_tokens(MODEL, ARRAYS, halfway, ids[:, 1:])
         np.testing.assert_allclose(again.logits, state.logits, rtol=1e-4, atol=1e-4)
@@ -97,7 +99,7 @@ def count_compiled() -> tuple[int, int]:
 def test_controls_prompts_and_stops_cause_no_recompilation() -> None:
     def run(controls: Controls, prompt_length: int, length: int, stop_at: str) -> None:
         prompts = np.full((1, prompt_length), 3, np.int32)
-        stops = make_stop_table(VOCABULARY, stop_at=stop_at)
+        stops = make_stops(VOCABULARY, stop_at=stop_at)
         key = jax.random.key(length)
         generation.generate_tokens(
             MODEL, PARAMS, prompts, key, controls, length=length, stops=stops
@@ -112,7 +114,7 @@ def test_controls_prompts_and_stops_cause_no_recompilation() -> None:
 
 def test_a_stopped_text_stays_stopped_and_a_batch_ends_with_its_last_text() -> None:
     prompts = np.tile(PROMPT, (16, 1))
-    stops = make_stop_table(VOCABULARY)
+    stops = make_stops(VOCABULARY)
     key = jax.random.key(3)
     ids = generation.generate_tokens(MODEL, PARAMS, prompts, key, length=5000, stops=stops)
     on = generation.generate_tokens(MODEL, PARAMS, prompts, key, length=ids.shape[1])
@@ -122,7 +124,9 @@ def test_a_stopped_text_stays_stopped_and_a_batch_ends_with_its_last_text() -> N
         np.testing.assert_array_equal(row[: end + 1], whole[: end + 1])
         assert not row[end + 1 :].any()
     # No step runs after that.
-    state = generation.read_tokens(MODEL, ARRAYS, generation.initial_state(MODEL, 16), prompts)
+    state = generation.read_tokens(
+        MODEL, ARRAYS, generation.initial_state(MODEL, ARRAYS, 16), prompts
+    )
     controls = make_control_arrays(Controls(), 9)
     chunks = list(generation.generate_chunks(MODEL, ARRAYS, state, key, controls, stops, 5000))
     assert chunks[-1][1].position == 3 + ids.shape[1]
@@ -166,6 +170,22 @@ def test_texts_end_at_the_stop_token_or_the_stop_text() -> None:
     assert generate(prompt="a", length=2000) == [whole.partition("\n")[0]]
     until = whole[: whole.index("da", 1) + 2]
     assert generate(prompt="a", length=2000, stop_token=False, stop_at="da") == [until]
+    options = {"prompt": "a", "length": 2000, "stop_token": False, "num_samples": 5}
+    untils = [text[: text.index("bcd", 1) + 3] for text in generate(**options)]
+    assert len(set(map(len, untils))) == 5
+    assert generate(stop_at="bcd", **options) == untils
+
+
+def test_the_state_after_a_stop_text_is_that_of_its_last_token() -> None:
+    stops, key = make_stops(VOCABULARY, False, "da"), jax.random.key(0)
+    controls = make_control_arrays(Controls(), 9)
+    state = generation.read_tokens(MODEL, ARRAYS, generation.initial_state(MODEL, ARRAYS), PROMPT)
+    chunks = list(generation.generate_chunks(MODEL, ARRAYS, state, key, controls, stops, 2000))
+    ids = np.concatenate([chunk for chunk, _ in chunks], axis=1)
+    assert VOCABULARY.decode(ids[0]).endswith("da")
+    after = generation.read_tokens(MODEL, ARRAYS, state, ids)
+    assert chunks[-1][1].position == after.position
+    np.testing.assert_allclose(chunks[-1][1].logits, after.logits, rtol=1e-5, atol=1e-5)
 
 
 def test_a_text_of_bytes_never_splits_a_character() -> None:
@@ -226,10 +246,10 @@ def test_parameters_on_a_device_compile_each_function_once() -> None:
     before = [function._cache_size() for function in functions]
     for length in (500, 3000, 5000):  # One chunk, and several.
         loss.compute_loss(model, params, np.arange(length) % 7 + 2)
-    state = generation.initial_state(model)
     arrays = generation.prepare_params(model, params)
-    controls, stops = make_control_arrays(Controls(), 9), make_stop_table(VOCABULARY, False, "")
-    for key in (jax.random.key(1), jax.device_put(jax.random.key(1), device)):
+    state = generation.initial_state(model, arrays)
+    controls, stops = make_control_arrays(Controls(), 9), make_stops(VOCABULARY, False, "")
+    for key in map(jax.random.key, (1, 2)):
         state = generation.read_tokens(model, arrays, state, PROMPT)
         for _ in generation.generate_chunks(model, arrays, state, key, controls, stops, 30):
             pass

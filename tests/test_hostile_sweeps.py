@@ -29,7 +29,7 @@ import disks
 import draws
 from lstm_jax import config as config_lib
 from lstm_jax.errors import UnavailableError, UserError
-from lstm_jax.sweep import plots, report, search, space, study
+from lstm_jax.sweep import options, plots, report, search, space, study
 from lstm_jax.sweep.worker import Worker, claim_directory
 from test_sweep import make_dead_worker, make_flags, rows
 
@@ -67,7 +67,7 @@ def open_study(directory: Path, location: str | None = None) -> tuple[optuna.Stu
         directory,
         location,
         "tiny",
-        config_lib.default(),
+        config_lib.Config(),
         ["dropout", "rate", "schedule"],
         study.make_sampler("tpe", 0),
         study.make_pruner("hyperband", 9),
@@ -103,7 +103,7 @@ def use_study(directory: Path, location: str | None = None, trials: int = 5) -> 
             trial.report(2.5, 2)
             trial.should_prune()
             worker.tell(trial, TrialState.COMPLETE, 2.5)
-    report.write_report(record, directory, config_lib.default(), searched)
+    report.write_report(record, directory, config_lib.Config(), searched)
 
 
 @pytest.mark.slow
@@ -300,7 +300,7 @@ def test_a_truncated_record_is_dropped_and_a_linked_lock_does_not_block(
 
 def test_a_hostile_database_deletes_and_runs_nothing(tmp_path: Path) -> None:
     fill_study(tmp_path)
-    outside, own = tmp_path / "outside.txt", tmp_path / study.DATABASE
+    outside, own = tmp_path / "outside.txt", tmp_path / options.DATABASE
     outside.write_text("precious")
     saved = own.read_bytes()
     # An unfinished transaction of several databases: SQLite deletes the file that it names.
@@ -424,8 +424,7 @@ def test_names_are_quoted_in_the_files_of_a_sweep(
     directory = tmp_path / name.replace("/", "|")
     record = fill_study(directory)
     _, searched = open_study(directory)
-    experiment = config_lib.default()
-    experiment.data.path = f"/{name}"
+    experiment = config_lib.complete_config({"data": {"path": f"/{name}"}})
     summary = report.write_report(record, directory, experiment, searched)
     found = runpy.run_path(str(directory / report.BEST))["get_config"]()
     assert found.data.path == f"/{name}" and found.optimizer.schedule in ("cosine", "linear")
@@ -463,7 +462,7 @@ def test_the_report_escapes_names(tmp_path: Path) -> None:
         },
     )
     record = study.open_study(
-        *(tmp_path, None, evil, config_lib.default(), [evil, f"{evil}2"]),
+        *(tmp_path, None, evil, config_lib.Config(), [evil, f"{evil}2"]),
         *(study.make_sampler("random", 0), study.make_pruner("none", 9)),
     )
     with Worker(record, tmp_path, 6) as worker:
@@ -473,7 +472,7 @@ def test_the_report_escapes_names(tmp_path: Path) -> None:
             trial.set_user_attr(study.OVERRIDES, searched.overrides(trial))
             ending = (TrialState.PRUNED, None, evil) if number == 5 else (TrialState.COMPLETE, 2.0)
             worker.tell(trial, *ending)
-    report.write_report(record, tmp_path, config_lib.default(), searched)
+    report.write_report(record, tmp_path, config_lib.Config(), searched)
     page = (tmp_path / report.PAGE).read_text()
     tags = _Tags(page)
     assert "svg" in tags.names and not tags.names & {"script", "img", "iframe", "object", "link"}
@@ -527,14 +526,14 @@ def test_no_message_shows_a_password(
 def test_a_sweep_of_seeds_has_no_best_trial(tmp_path: Path) -> None:
     searched = space.make_seed_space(0, 3)
     record = study.open_study(
-        *(tmp_path, None, "seeds", config_lib.default(), ["seed"]),
+        *(tmp_path, None, "seeds", config_lib.Config(), ["seed"]),
         *(study.make_sampler("grid", 0, searched.grid()), study.make_pruner("none", 9)),
     )
     with Worker(record, tmp_path, 3) as worker:
         while trial := worker.next():
             trial.set_user_attr(study.OVERRIDES, searched.overrides(trial))
             worker.tell(trial, TrialState.COMPLETE, 2.0)
-    results = record, tmp_path, config_lib.default(), searched
+    results = record, tmp_path, config_lib.Config(), searched
     summary = report.write_report(*results)
     assert not (tmp_path / report.BEST).exists()
     written = summary + (tmp_path / report.PAGE).read_text()

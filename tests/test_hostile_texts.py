@@ -15,12 +15,12 @@ from types import FrameType
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
-from lstm_jax.controls import make_stop_table
+from lstm_jax.controls import StopSearch, make_stops
 from lstm_jax.data import datasets, prepared, sources, texts
+from lstm_jax.data.encoding import Text
 from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import Vocabulary
 
@@ -45,20 +45,22 @@ def data() -> ConfigDict:
     return config_lib.default().data
 
 
+def load_texts_of_run(data: ConfigDict, *arguments: str | None) -> dict[str, Text]:
+    return texts.load_texts_of_run(config_lib.DataConfig(**data), *arguments)
+
+
 def list_files(directory: Path) -> list[str]:
     return sorted(str(path) for path in directory.rglob("*"))
 
 
 @pytest.fixture
-def hostile_directory(
-    tmp_path: Path, shakespeare: dict[str, str], data_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
+def hostile_directory(tmp_path: Path, tfds_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a data directory whose datasets import a module that writes a file."""
     (tmp_path / "lib").mkdir()
     code = f"import pathlib; pathlib.Path({str(tmp_path / 'imported')!r}).touch()"
     (tmp_path / "lib" / "hostile_module.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path / "lib"))
-    (source,) = data_dir.glob("tiny_shakespeare/*")
+    (source,) = tfds_dir.glob("tiny_shakespeare/*")
     for name, version in [
         ("mine", "1.0.0"),
         ("tiny_shakespeare", "1.0.0"),
@@ -85,15 +87,15 @@ def test_no_module_that_a_run_names_is_imported(
     for name in ("mine", "mine:1.0.0", "tiny_shakespeare:9.9.9", "huggingface:x/y", "", "a b"):
         data.dataset = name
         with pytest.raises(UserError, match="if you trust it, add --dataset NAME") as e:
-            texts.load_texts_of_run(data, None)
+            load_texts_of_run(data, None)
         assert "\n" not in str(e.value) and "--data_directory" in str(e.value)
         # The directory alone does not allow it.
         with pytest.raises(UserError, match="--dataset NAME"):
-            texts.load_texts_of_run(data, None, None, str(hostile_directory))
+            load_texts_of_run(data, None, None, str(hostile_directory))
     assert not (tmp_path / "imported").exists()
     # TFDS opens a dataset that the user names, and imports its modules.
     with pytest.raises(UserError, match="can't open the dataset 'mine'"):
-        texts.load_texts_of_run(data, None, "mine", str(hostile_directory))
+        load_texts_of_run(data, None, "mine", str(hostile_directory))
     assert (tmp_path / "imported").exists()
 
 
@@ -105,29 +107,31 @@ def test_tiny_shakespeare_is_read_from_the_directory_of_the_user(
     shakespeare: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(data_dir))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
     before = list_files(hostile_directory)
     for directory in (hostile_directory, tmp_path / "new", "~nobody", "\0", "/dev/null"):
         data.directory = str(directory)
-        read = texts.load_texts_of_run(data, None)
+        read = load_texts_of_run(data, None)
         assert {name: next(text.pieces(0)) for name, text in read.items()} == shakespeare
     assert list_files(hostile_directory) == before and not (tmp_path / "new").exists()
     assert not (tmp_path / "imported").exists()
-    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "elsewhere"))
-    read = texts.load_texts_of_run(data, None, None, str(data_dir))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "elsewhere"))
+    read = load_texts_of_run(data, None, None, str(data_dir))
     assert next(read["test"].pieces(0)) == shakespeare["test"]
-    read = texts.load_texts_of_run(data, None, "tiny_shakespeare", str(data_dir))
+    read = load_texts_of_run(data, None, "tiny_shakespeare", str(data_dir))
     assert next(read["test"].pieces(0)) == shakespeare["test"]
 
 
-def test_the_user_may_name_another_source(data: ConfigDict, tmp_path: Path, data_dir: Path) -> None:
+def test_the_user_may_name_another_source(
+    data: ConfigDict, tmp_path: Path, data_dir: Path, shakespeare: dict[str, str]
+) -> None:
     (tmp_path / "a.txt").write_text("0123456789" * 10)
     (tmp_path / "b.txt").write_text("abcdefghij" * 10)
     data.path = str(tmp_path / "a.txt")
-    assert next(texts.load_texts_of_run(data, None)["train"].pieces(0)).startswith("0123")
-    again = texts.load_texts_of_run(data, str(tmp_path / "b.txt"))
+    assert next(load_texts_of_run(data, None)["train"].pieces(0)).startswith("0123")
+    again = load_texts_of_run(data, str(tmp_path / "b.txt"))
     assert next(again["train"].pieces(0)).startswith("abcd")
-    again = texts.load_texts_of_run(data, None, "tiny_shakespeare", str(data_dir))
+    again = load_texts_of_run(data, None, "tiny_shakespeare", str(data_dir))
     assert next(again["train"].pieces(0)).startswith("First")
     assert data.path == str(tmp_path / "a.txt"), "the run's own config is left as it is"
 
@@ -144,7 +148,7 @@ def test_a_huge_text_raises_an_error_before_it_is_read(data: ConfigDict, tmp_pat
     for named in (str(path), ",".join([str(small)] * 16_001), f"{path};{small};{small}"):
         data.path = named
         with pytest.raises(UserError, match="larger than 16 MB .* name it with --data_path FILE"):
-            texts.load_texts_of_run(data, None)
+            load_texts_of_run(data, None)
     assert list_files(tmp_path / "text") == [str(path), str(small)]
 
 
@@ -159,9 +163,9 @@ def test_a_large_text_is_prepared_in_the_cache_if_the_user_names_it(
     data.path, data.prepared = str(path), str(tmp_path / "prepared")
     expected = texts.read_splits(data)
     with pytest.raises(UserError, match=f"--data_path FILE.*{prepared.get_cache_directory()}"):
-        texts.load_texts_of_run(data, None)
+        load_texts_of_run(data, None)
     for named in (str(path), None):  # Once it is prepared, its name can be left out.
-        read = texts.load_texts_of_run(data, named)
+        read = load_texts_of_run(data, named)
         assert isinstance(read["train"], prepared.PreparedText)
         assert {name: next(text.pieces(0)) for name, text in read.items()} == expected
     assert list_files(tmp_path / "text") == [str(path)] and not (tmp_path / "prepared").exists()
@@ -171,13 +175,13 @@ def test_a_large_text_is_prepared_in_the_cache_if_the_user_names_it(
     expected = {name: next(text.pieces(0)) for name, text in texts.load_texts(data).texts.items()}
     os.utime(path)
     before = {path: path.read_bytes() for path in (tmp_path / "prepared").rglob("*.json")}
-    read = texts.load_texts_of_run(data, None)
+    read = load_texts_of_run(data, None)
     assert {name: next(text.pieces(0)) for name, text in read.items()} == expected
     assert {path: path.read_bytes() for path in before} == before and len(before) == 1
     # Another text raises an error.
     data.sha256 = "0" * 64
     with pytest.raises(UserError, match="not the one this run was trained on"):
-        texts.load_texts_of_run(data, str(path))
+        load_texts_of_run(data, str(path))
 
 
 @pytest.fixture
@@ -207,7 +211,7 @@ def test_a_text_must_be_a_regular_file(
             ):
                 texts.load_texts(data)
             with pytest.raises(UserError, match="can't read |is a directory: name"):
-                texts.load_texts_of_run(data, None)
+                load_texts_of_run(data, None)
         for any_bytes in (False, True):
             with pytest.raises(UserError, match=r"can't read .* \(--text\): "):
                 sources.read_argument(path, "--text", any_bytes)
@@ -235,7 +239,7 @@ def test_the_size_of_arguments_is_bounded(tmp_path: Path, monkeypatch: pytest.Mo
 def test_invalid_paths_raise_an_error(data: ConfigDict, tmp_path: Path) -> None:
     for path in ("\0", "a\0*", "\ud800", "x" * 10**5, "*/" * 5000, "~nobody/x", "[", "", ","):
         data.path = path or ","
-        for read in (lambda: texts.load_texts(data), lambda: texts.load_texts_of_run(data, None)):
+        for read in (lambda: texts.load_texts(data), lambda: load_texts_of_run(data, None)):
             with pytest.raises(UserError, match="there is no text file"):
                 read()
     (tmp_path / "a").write_text("To be, or not to be: " * 50)
@@ -314,9 +318,9 @@ def test_an_invalid_dataset_name_gives_a_one_line_error(name: str, tmp_path: Pat
 
 
 def test_a_damaged_dataset_is_read_or_gives_a_one_line_error(
-    data_dir: Path, shakespeare: dict[str, str], tmp_path: Path
+    tfds_dir: Path, shakespeare: dict[str, str], tmp_path: Path
 ) -> None:
-    (source,) = data_dir.glob("tiny_shakespeare/*")
+    (source,) = tfds_dir.glob("tiny_shakespeare/*")
     changes = {
         "features.json": b"[",
         "dataset_info.json": b"{}",
@@ -344,11 +348,13 @@ def test_stop_texts_in_long_tokens() -> None:
         tokens = {"".join(rng.choice(list("ab"), rng.integers(1, 30))) for _ in range(8)}
         stop = "".join(rng.choice(list("ab"), rng.integers(1, 6)))
         vocabulary = Vocabulary(["", "[UNK]", *sorted(tokens)], "words")
-        table = make_stop_table(vocabulary, stop_at=stop)
-        state, generated = 0, ""
-        for token_id in rng.integers(2, len(vocabulary), 6).tolist():
-            state, generated = table[state, token_id], generated + vocabulary.tokens[token_id]
-            assert (state == len(table) - 1) == (stop in generated), (stop, generated)
+        search, generated = StopSearch(make_stops(vocabulary, stop_at=stop)), ""
+        for token_id in rng.integers(2, len(vocabulary), 6):
+            generated += vocabulary.tokens[token_id]
+            end = search.find_end(np.array([token_id]))
+            assert (end == 1) == (stop in generated), (stop, generated)
+            if end:
+                break
 
 
 @pytest.mark.parametrize(

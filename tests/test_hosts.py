@@ -218,4 +218,8 @@ def test_invalid_process_flags_raise_an_error(
 
 def test_one_process_needs_no_others() -> None:
     with hosts.join_processes(None, None, None, 1):
-        assert hosts.is_first() and hosts.get_greatest(3) == 3 and hosts.get_greatest(4) == 4
+        assert (
+            hosts.is_first()
+            and hosts.max_over_processes(3) == 3
+            and hosts.max_over_processes(4) == 4
+        )

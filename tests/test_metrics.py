@@ -11,7 +11,7 @@ import runs
 from lstm_jax.run import figures, metrics
 
 
-def drop_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def drop_times(rows: list[metrics.Row]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in ("seconds", "time")} for row in rows]
 
 
@@ -52,10 +52,9 @@ def test_the_seconds_of_training_continue_when_a_run_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0, "epoch": 0.0, "split": "validation", "loss": 4.2}\n')
     now = 1000.0
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
-    with metrics.MetricsWriter(path, 0) as writer:  # After a row of an earlier version.
+    with metrics.MetricsWriter(path, 0) as writer:
         now += 5
         writer.write(10, 0.5, "train", 2.5)
         now += 2.5
@@ -65,26 +64,29 @@ def test_the_seconds_of_training_continue_when_a_run_resumes(
         now += 1
         writer.write(30, 1.5, "train", 2.0)
     rows = metrics.read_metrics(path)
-    assert [row.get("seconds") for row in rows] == [None, 5.0, 7.5, 8.5]
-    times = [datetime.fromisoformat(row["time"]) for row in rows[1:]]
+    assert [row["seconds"] for row in rows] == [5.0, 7.5, 8.5]
+    times = [datetime.fromisoformat(row["time"]) for row in rows]
     assert times == sorted(times)
     assert abs((datetime.now(UTC) - times[0]).total_seconds()) < 600
 
 
 def test_partial_and_damaged_lines_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    row = {"step": 10, "epoch": 0.5, "split": "train", "loss": 2.5}
-    path.write_bytes(json.dumps(row).encode() + b"\n\xff\xfe{\n[1]\n{}\n" + b'{"step": 20, "lo')
+    row: Any = {"step": 10, "epoch": 0.5, "split": "train", "loss": 2.5}
+    with metrics.MetricsWriter(path, 0) as writer:
+        writer.write(**row)
+    with path.open("ab") as file:
+        file.write(f"{json.dumps(row)}\n".encode() + b"\xff\xfe{\n[1]\n{}\n" + b'{"step": 20, "lo')
     with metrics.MetricsWriter(path, 10) as writer:
         writer.write(20, 1, "train", 2.25)
     rows = drop_times(metrics.read_metrics(path))
     assert rows == [row, {**row, "step": 20, "epoch": 1, "loss": 2.25}]
-    figures.plot_metrics([{**row, "loss": float("nan")}, row], tmp_path / "curves.png")
+    figures.plot_metrics([row | {"loss": float("nan")}, row], tmp_path / "curves.png")
 
 
 def test_the_plot_contains_the_curves(tmp_path: Path) -> None:
     path = tmp_path / "curves.png"
-    rows = [{"step": s, "split": "train", "loss": 4 / (1 + s)} for s in range(1, 50)]
+    rows: list[Any] = [{"step": s, "split": "train", "loss": 4 / (1 + s)} for s in range(1, 50)]
     rows += [{"step": s, "split": "validation", "loss": 4 / s} for s in (10, 20, 40)]
     rows += [{"step": 40, "split": "test", "loss": 0.2}]
     figures.plot_metrics(rows, path)
@@ -93,7 +95,8 @@ def test_the_plot_contains_the_curves(tmp_path: Path) -> None:
     for hexadecimal in ("0072B2", "D55E00", "009E73"):
         assert tuple(bytes.fromhex(hexadecimal)) in colors
     assert list(tmp_path.iterdir()) == [path]
-    for few in (rows[-1:], [], [{**rows[0], "loss": float("inf")}]):
+    fewer: list[list[Any]] = [rows[-1:], [], [{**rows[0], "loss": float("inf")}]]
+    for few in fewer:
         figures.plot_metrics(few, path)  # It does not fail if there is nothing to draw.
 
 
@@ -119,7 +122,7 @@ def test_a_flipped_byte_is_detected(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_the_plot_shows_every_validation_and_test_point() -> None:
-    rows = [{"step": s, "split": "train", "loss": 2 + 9 / s} for s in range(1, 200)]
+    rows: list[Any] = [{"step": s, "split": "train", "loss": 2 + 9 / s} for s in range(1, 200)]
     rows += [{"step": s, "split": "validation", "loss": 3.0} for s in (0, 100)]
     rows += [{"step": 100, "split": "test", "loss": 8.93}]
     low, high = figures.draw_metrics(rows).axes[0].get_ylim()

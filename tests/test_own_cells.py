@@ -22,7 +22,7 @@ from lstm_jax import cells, training
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.cells.block import Block
-from lstm_jax.cells.protocol import make_cell
+from lstm_jax.cells.making import make_cell
 from lstm_jax.convert import transfer
 from lstm_jax.errors import UserError
 from lstm_jax.export import page
@@ -335,7 +335,7 @@ def test_a_field_that_a_cell_does_not_support_is_one_line(
     name_cell(tiny_config, path, "Mine")
     tiny_config.update_from_flattened_dict(fields)
     with pytest.raises(UserError, match=message):
-        resume.settle_model(config_lib.complete_config(tiny_config))
+        resume.resolve_model(config_lib.complete_config(tiny_config))
 
 
 class Annotated(nn.Module):
@@ -576,10 +576,10 @@ def test_options_and_operations_are_bounded(tiny_config: ConfigDict) -> None:
     model = tiny_config.model
     model.cell, model.options = "mogrifier", {"rounds": 100_000}
     with pytest.raises(UserError, match="rounds of the cell .* 100000: it must be from 0 to 100$"):
-        resume.settle_model(tiny_config)
+        resume.resolve_model(config_lib.complete_config(tiny_config))
     model.num_layers, model.options = 100, {"rounds": 100}
     with pytest.raises(UserError, match="the 100 layers of cell mogrifier have 2.* 25,000 are the"):
-        resume.settle_model(tiny_config)
+        resume.resolve_model(config_lib.complete_config(tiny_config))
     # The most layers, of a common cell.
     model.cell, model.options, model.block = "lstm", {}, "residual"
     model_lib.check_operations(model_lib.make_model(model, 9))

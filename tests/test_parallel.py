@@ -25,7 +25,7 @@ settings, cell = config.default(), sys.argv[1]
 settings.batches.batch_size = 16
 settings.model.embedding_size, settings.model.hidden_size, settings.model.num_layers = 6, 20, 2
 settings.model.cell, settings.model.layer_norm = cell, cell == "gru"
-cell_file.settle_cell(settings)
+cell_file.resolve_cell(config.complete_config(settings).model)  # Loads the cell.
 settings.optimizer.learning_rate, settings.optimizer.average_decay = 0.01, 0.9
 settings.optimizer.microbatches = 2
 settings.optimizer.epsilon = 1e-3  # Adam otherwise amplifies the rounding of tiny gradients.

@@ -187,8 +187,9 @@ def test_a_population_validates_and_ends_as_a_single_run_does(
     alone, directories = tmp_path / "alone", [tmp_path / "0", tmp_path / "1"]
     assert training.train(tiny_config, alone) == 0
     reported = []
+    configs = [config_lib.complete_config(tiny_config)] * 2
     population.train_population(
-        [tiny_config] * 2, directories, lambda member, epoch, loss: reported.append((member, epoch))
+        configs, directories, lambda member, epoch, loss: reported.append((member, epoch))
     )
     assert reported == [(0, 0), (1, 0), (0, 1), (1, 1)]
     assert list_steps(alone) == [0, 40, 70, 80, 85]
@@ -200,7 +201,7 @@ def test_a_population_validates_and_ends_as_a_single_run_does(
         assert values == pytest.approx([value for *_, value in expected], abs=1e-4, rel=1e-4)
     tiny_config.patience = 2
     with pytest.raises(UserError, match=r"leave out --config.patience, or .*--population=1"):
-        population.check_members([tiny_config] * 2)
+        population.check_members([config_lib.complete_config(tiny_config)] * 2)
 
 
 @pytest.mark.slow

@@ -1,3 +1,4 @@
+import math
 import runpy
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from lstm_jax import training
 from lstm_jax.data import texts
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import metrics, workdir
-from lstm_jax.sweep import population
+from lstm_jax.sweep import options, population, stacked
 from lstm_jax.sweep import space as space_lib
 
 # Every traceable field varies, and the schedule.
@@ -57,12 +58,11 @@ def read_numbers(directory: Path) -> dict[tuple[str, int], float]:
 @pytest.fixture(scope="module")
 def together(
     tmp_path_factory: pytest.TempPathFactory, text_file: Path
-) -> tuple[list[ConfigDict], list[Path], list[str], list[tuple[int, int, float]]]:
+) -> tuple[list[config_lib.Config], list[Path], list[str], list[tuple[int, int, float]]]:
     """Train three members at once, the last of which diverges."""
     diverges: dict[str, Any] = {"optimizer.learning_rate": 1e30, "optimizer.max_gradient_norm": 0.0}
-    configs = [
-        space_lib.change_fields(make_tiny_config(text_file), m) for m in [*MEMBERS, diverges]
-    ]
+    config = config_lib.complete_config(make_tiny_config(text_file))
+    configs = [config_lib.change_fields(config, changes) for changes in [*MEMBERS, diverges]]
     root = tmp_path_factory.mktemp("population")
     directories = [root / str(i) for i in range(len(configs))]
     reported: list[tuple[int, int, float]] = []
@@ -115,15 +115,13 @@ def test_members_stopped_before_the_first_epoch_start_again(
 
     tiny_config.max_steps = 2
     directories = [tmp_path / "0", tmp_path / "1"]
+    configs = [config_lib.complete_config(tiny_config)] * 2
     with pytest.raises(UnavailableError):
-        population.train_population([tiny_config] * 2, directories, stop)
-    assert population.train_population([tiny_config] * 2, directories, lambda *row: None) == [
-        "",
-        "",
-    ]
+        population.train_population(configs, directories, stop)
+    assert population.train_population(configs, directories, lambda *row: None) == ["", ""]
 
 
-def test_members_share_one_vocabulary_and_the_first_step_has_no_speed(
+def test_members_share_one_vocabulary(
     tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = type(texts.load_texts(tiny_config.data).texts["train"])
@@ -131,7 +129,8 @@ def test_members_share_one_vocabulary_and_the_first_step_has_no_speed(
     monkeypatch.setattr(text, "vocabulary", lambda *given: learn(*given))
     tiny_config.log_every_steps, tiny_config.max_steps = 1, 3
     directories = [tmp_path / "0", tmp_path / "1"]
-    population.train_population([tiny_config] * 2, directories, lambda *row: None)
+    configs = [config_lib.complete_config(tiny_config)] * 2
+    population.train_population(configs, directories, lambda *row: None)
     assert learn.call_count == 1
     rows = metrics.read_metrics(directories[1] / workdir.METRICS)
     trained = [row for row in rows if row["split"] == "train"]
@@ -139,9 +138,32 @@ def test_members_share_one_vocabulary_and_the_first_step_has_no_speed(
 
 
 def test_members_that_differ_in_other_fields_raise_an_error(tiny_config: ConfigDict) -> None:
-    other = space_lib.change_fields(tiny_config, {"model.hidden_size": 32})
+    config = config_lib.complete_config(tiny_config)
+    other = config_lib.change_fields(config, {"model.hidden_size": 32})
     with pytest.raises(UserError, match="can't differ in config.model.hidden_size"):
-        population.check_members([tiny_config, other])
+        population.check_members([config, other])
+
+
+def test_hyperparameters_that_vary_are_stacked(tiny_config: ConfigDict) -> None:
+    config = config_lib.complete_config(tiny_config)
+    other = config_lib.change_fields(
+        config,
+        {
+            "seed": 1,
+            "optimizer.warmup_steps": 3,
+            "optimizer.schedule": "linear",
+            "optimizer.max_gradient_norm": 0.0,
+        },
+    )
+    varied = stacked.stack_hyperparameters([config, other], stacked.make_mesh(1))
+    assert {name: array.tolist() for name, array in varied.items()} == {
+        "optimizer.warmup_steps": [10, 3],
+        "optimizer.schedule": [1, 2],
+        "optimizer.max_gradient_norm": [1.0, math.inf],
+    }
+    values = dict(config_lib.flatten(config))
+    strings = [name for name in options.TRACED_BY_STEP if isinstance(values[name], str)]
+    assert strings == ["optimizer.schedule"], "the others can be arrays"
 
 
 def test_the_population_space_varies_only_allowed_fields() -> None:

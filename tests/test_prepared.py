@@ -456,11 +456,9 @@ def test_the_recorded_directory_has_no_tilde(
 ) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     data, _ = prepared_once
-    config = config_lib.default()
-    config.data = data.copy_and_resolve_references()
-    config.data.prepared = "~/corpora"
-    splits = texts.Splits({}, "0" * 64)
-    assert splits.settle(config).data.prepared == "/home/somebody/corpora"
+    data = config_lib.DataConfig(**{**data, "prepared": "~/corpora"})
+    resolved = texts.Splits({}, "0" * 64, data).resolve(data)
+    assert resolved.prepared == "/home/somebody/corpora"
 
 
 def test_a_file_that_changes_while_it_is_read_raises_an_error(

@@ -18,7 +18,8 @@ from lstm_jax import cells
 from lstm_jax.cells import linear
 from lstm_jax.cells import mlstm as mlstm_lib
 from lstm_jax.cells.block import Block
-from lstm_jax.cells.protocol import make_cell, run_cell
+from lstm_jax.cells.making import make_cell
+from lstm_jax.cells.protocol import run_cell
 from test_cells import sigmoid
 
 BATCH, TIME, INPUTS, HIDDEN, HEADS = 2, 9, 5, 8, 4

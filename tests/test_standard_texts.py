@@ -1,6 +1,7 @@
 """Test the standard texts with small ones in their place, on a server of this machine."""
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import random
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ml_collections import ConfigDict
 
 import commands
 from lstm_jax import config as config_lib
@@ -139,10 +139,8 @@ def archive(server: Server, content: bytes, monkeypatch: pytest.MonkeyPatch) -> 
     return archive
 
 
-def make_data(directory: Path, name: str = "enwik8") -> ConfigDict:
-    data = config_lib.default().data
-    data.dataset, data.directory, data.units = name, str(directory), "bytes"
-    return data
+def make_data(directory: Path, name: str = "enwik8") -> config_lib.DataConfig:
+    return config_lib.DataConfig(dataset=name, directory=str(directory), units="bytes")
 
 
 def get_splits(directory: Path, name: str = "enwik8") -> list[bytes]:
@@ -299,7 +297,8 @@ def test_a_slow_download_is_given_up(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(download, "_START_SECONDS", 0.5)
+    slow = STANDARD_TEXTS["enwik8"]._replace(downloads=(archive._replace(seconds=0.5),))
+    monkeypatch.setitem(STANDARD_TEXTS, "enwik8", slow)
     monkeypatch.setattr(download, "_LEAST_SPEED", 10**6)
     server.dripped, server.stop_at = dripped, 500
     began = time.monotonic()
@@ -373,7 +372,7 @@ def test_a_file_of_the_same_name_has_another_field(
     Path("enwik8").write_bytes(b"my own file" * 10)
     data = make_data(tmp_path / "data")
     assert len(texts.load_texts(data).texts["train"].index_tokens("bytes", "").ids) == 90_000
-    data.path = "enwik8"
+    data = dataclasses.replace(data, path="enwik8")
     assert standard_texts.find_standard_text(data) is data
     assert texts.read_splits(data)["train"].startswith("my own file")
 
@@ -383,20 +382,20 @@ def test_a_run_finds_its_text_again(
     archive: Download, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    data = make_data(tmp_path / "data")
-    data.memory_megabytes = 0
+    data = dataclasses.replace(make_data(tmp_path / "data"), memory_megabytes=0)
     splits = texts.load_texts(data)
     assert isinstance(splits.texts["train"], prepared.PreparedText)
-    data.sha256, data.directory = splits.sha256, str(tmp_path / "of the run")
+    elsewhere = str(tmp_path / "of the run")
+    data = dataclasses.replace(data, sha256=splits.sha256, directory=elsewhere)
     # A large one is prepared again if it was prepared elsewhere.
     monkeypatch.setattr(texts, "_MAX_BYTES_IN_MEMORY", 1000)
     cache = prepared.get_cache_directory()
-    for elsewhere in (False, True):
-        if elsewhere:
+    for is_removed in (False, True):
+        if is_removed:
             shutil.rmtree(tmp_path / "data" / "enwik8" / prepared.BESIDE)
         again = texts.load_texts_of_run(data, None, None, str(tmp_path / "data"))
         assert isinstance(again["train"], prepared.PreparedText)
-        assert bool(list(cache.glob("train-*"))) == elsewhere
+        assert bool(list(cache.glob("train-*"))) == is_removed
     assert not (tmp_path / "of the run").exists()
 
 

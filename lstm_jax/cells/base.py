@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.initializers import Initializer
+from jax.typing import DTypeLike
 
 from lstm_jax.matmul import matmul
 
@@ -27,7 +29,7 @@ class Cell(nn.Module):
     dtype: str = "float32"  # The dtype of matmul operands, "float32" or "bfloat16".
     layer_norm: bool = False  # Whether to normalize x W and h U, separately (Ba et al. 2016).
 
-    def declare_kernels(self, gates: int, bias: Any = nn.initializers.zeros) -> None:
+    def declare_kernels(self, gates: int, bias: Initializer = nn.initializers.zeros) -> None:
         """Declare the kernels and the bias for this number of gates; call it in `setup`."""
         size = gates * self.hidden_size
         glorot, orthogonal = nn.initializers.glorot_uniform(), nn.initializers.orthogonal()
@@ -58,14 +60,14 @@ class Cell(nn.Module):
         return HiddenCarry(jnp.zeros((batch_size, self.hidden_size)))
 
 
-def forget_bias(gates: int, opened: float | jax.Array) -> nn.initializers.Initializer:
+def forget_bias(gates: int, opened: float | jax.Array) -> Initializer:
     """Return an initializer of the biases of gates, the second of which is a forget gate.
 
     Its biases are `opened`, one number or one for each hidden unit, so that it remembers at first.
     All others are 0.
     """
 
-    def initialize(key: jax.Array, shape: tuple[int], dtype: Any = jnp.float32) -> jax.Array:
+    def initialize(key: jax.Array, shape: tuple[int], dtype: DTypeLike = jnp.float32) -> jax.Array:
         biases = jnp.zeros((gates, shape[0] // gates), dtype)
         return biases.at[1].set(jnp.asarray(opened, dtype)).reshape(shape)
 

@@ -40,7 +40,7 @@ class Block(nn.Module):
 
     input_size: int
     hidden_size: int
-    cell: Any  # With hidden_size inputs and hidden units.
+    cell: nn.Module  # With hidden_size inputs and hidden units.
     dtype: str = "float32"
 
     def setup(self) -> None:

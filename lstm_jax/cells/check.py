@@ -11,16 +11,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.test_util import check_grads
 
-from lstm_jax.cells.protocol import (
-    blaming,
+from lstm_jax.cells.making import (
     describe_place,
-    get_activation,
-    get_gates,
     get_types,
     make_cell,
-    run_cell,
+    raise_user_error,
     trace_cell,
 )
+from lstm_jax.cells.protocol import get_activation, get_gates, run_cell
 from lstm_jax.errors import UserError, visible
 
 _BATCH, _TIME, _CUT = 3, 7, 3
@@ -56,7 +54,7 @@ def check_cell(
         made = make_cell(cell, input_size, hidden_size, options=options)
     for batch in (1, _BATCH):
         trace_cell(made, batch)
-    with blaming(type(made)):
+    with raise_user_error(type(made)):
         _check_values(made)
         with jax.enable_x64(True):
             _check_gradients(made)
@@ -108,8 +106,8 @@ def _check_values(cell: Any) -> None:
 
     if hasattr(cell, "layer_norm"):
         pair = [cell.clone(layer_norm=is_on) for is_on in (False, True)]
-        found = [flatten_dict(c.init(jax.random.key(0), carry, inputs[:, 0])) for c in pair]
-        both = unflatten_dict({**found[0], **found[1]})  # A cell ignores parameters of the other.
+        drawn = [flatten_dict(c.init(jax.random.key(0), carry, inputs[:, 0])) for c in pair]
+        both = unflatten_dict({**drawn[0], **drawn[1]})  # A cell ignores parameters of the other.
         plain, normalized = (run_step(c, both) for c in pair)
         _require_effect(cell, "layer_norm", normalized, plain, "normalize if self.layer_norm")
     if _has_own_call(type(cell)):
@@ -198,7 +196,7 @@ def _compare(
     if get_types(actual) != get_types(expected):
         raise _failure(cell, method, f"{message} in structure, shapes or dtypes")
     for pair in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        # In float64, because booleans have no difference, and that of unsigned integers wraps.
+        # In float64: booleans can't be subtracted, and unsigned integers wrap.
         a, e = (np.asarray(x, np.float64) for x in pair)
         if not a.size:
             continue

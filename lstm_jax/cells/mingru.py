@@ -1,11 +1,10 @@
 """The minGRU cell."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lstm_jax.cells.base import HiddenCarry
 from lstm_jax.cells.linear import LinearCell
 from lstm_jax.cells.protocol import Gates
 from lstm_jax.matmul import matmul
@@ -33,7 +32,7 @@ class MinGRUCell(LinearCell):
         gates = self.gates(None, inputs)
         return 1 - gates["update"], gates["update"] * gates["candidate"]
 
-    def gates(self, carry: Any, inputs: jax.Array) -> Gates:
+    def gates(self, carry: HiddenCarry | None, inputs: jax.Array) -> Gates:
         """Return the gates of one or all steps, which do not depend on the carry."""
         sums = matmul(inputs, self.input_kernel, self.dtype, self.bias)
         z, n = jnp.split(sums, 2, axis=-1)

@@ -1,11 +1,10 @@
 """The minLSTM cell."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lstm_jax.cells.base import HiddenCarry
 from lstm_jax.cells.linear import LinearCell
 from lstm_jax.cells.mingru import make_positive
 from lstm_jax.cells.protocol import Gates
@@ -34,7 +33,7 @@ class MinLSTMCell(LinearCell):
         gates = self.gates(None, inputs)
         return gates["forget"], gates["input"] * gates["candidate"]
 
-    def gates(self, carry: Any, inputs: jax.Array) -> Gates:
+    def gates(self, carry: HiddenCarry | None, inputs: jax.Array) -> Gates:
         """Return the gates of one or all steps, with forget and input gate divided by their sum."""
         sums = matmul(inputs, self.input_kernel, self.dtype, self.bias)
         f, i, n = jnp.split(sums, 3, axis=-1)

@@ -1,11 +1,11 @@
 """The real-gated linear recurrent unit (RG-LRU)."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
+from lstm_jax.cells.base import HiddenCarry
 from lstm_jax.cells.linear import LinearCell
 from lstm_jax.cells.protocol import Gates
 from lstm_jax.matmul import matmul
@@ -46,7 +46,7 @@ class RGLRUCell(LinearCell):
         scale = jnp.sqrt(jnp.maximum(-jnp.expm1(2 * log_a), _SMALLEST))
         return jnp.exp(log_a), scale * (i * u)
 
-    def gates(self, carry: Any, inputs: jax.Array) -> Gates:
+    def gates(self, carry: HiddenCarry, inputs: jax.Array) -> Gates:
         """Return the gates of a step, which do not depend on the carry, and the decay."""
         _, r, i = self._project(inputs)
         return {"recurrence": r, "input": i, "decay": jnp.exp(self._log_decay(r))}
@@ -62,7 +62,7 @@ class RGLRUCell(LinearCell):
         return _SHARPNESS * r * jnp.broadcast_to(nn.log_sigmoid(self.decay), r.shape)
 
 
-def _draw_decay(key: jax.Array, shape: tuple[int], dtype: Any = jnp.float32) -> jax.Array:
+def _draw_decay(key: jax.Array, shape: tuple[int], dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Draw L so that sigmoid(L) ** c is uniform between `_LOWEST` and `_HIGHEST`."""
     decay = jax.random.uniform(key, shape, dtype, _LOWEST, _HIGHEST) ** (1 / _SHARPNESS)
     return jnp.log(decay) - jnp.log1p(-decay)

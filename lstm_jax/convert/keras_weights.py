@@ -8,6 +8,7 @@ import io
 import json
 import re
 import zipfile
+from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -24,7 +25,7 @@ _CONFIG_LIMIT, _MAX_RATIO, _SMALL = 2**20, 8, 2**26
 _IGNORED = {"InputLayer", "Dropout", "SpatialDropout1D", "GaussianDropout", "GaussianNoise"}
 # For each supported class, the values of its fields that can be converted.
 _RECURRENT = {"activation": ("tanh",), "return_sequences": (True,), "go_backwards": (False,)}
-_SUPPORTED: dict[str, dict[str, Any]] = {
+_SUPPORTED: dict[str, Mapping[str, tuple[object, ...]]] = {
     "LSTM": {**_RECURRENT, "recurrent_activation": ("sigmoid",)},
     "GRU": {**_RECURRENT, "recurrent_activation": ("sigmoid",), "reset_after": (True,)},
     "SimpleRNN": _RECURRENT,
@@ -102,7 +103,7 @@ def read_weights(file: BinaryIO) -> Weights:
 def write_archive(weights: Weights) -> bytes:
     """Return a `.keras` file with a Sequential model, for `keras.models.load_model`."""
 
-    def describe(kind: str, module: str = "keras.layers", **config: Any) -> dict[str, Any]:
+    def describe(kind: str, module: str = "keras.layers", **config: object) -> dict[str, object]:
         return {"module": module, "class_name": kind, "config": config, "registered_name": None}
 
     vocabulary, features = weights.embedding.shape

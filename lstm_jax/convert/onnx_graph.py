@@ -4,8 +4,6 @@ ONNX's LSTM, GRU and RNN operators have the gates in another order, and kernels 
 rows.
 """
 
-from typing import Any
-
 import numpy as np
 
 from lstm_jax.convert import weights as weights_lib
@@ -17,6 +15,7 @@ _OPERATORS: dict[str, tuple[str, list[int], dict[str, int]]] = {
     "gru": ("GRU", [1, 0, 2], {"linear_before_reset": 1}),  # z, r, n.
     "rnn": ("RNN", [0], {}),
 }
+_Value = tuple[str, int, list[str | int]]  # Name, dtype and shape.
 _OPSET, _IR_VERSION = 17, 8  # Of 2022, for older runtimes.
 
 
@@ -27,7 +26,7 @@ def write_graph(weights: Weights) -> bytes:
     layer i it maps `hidden_i` to `next_hidden_i`, float32 [batch, hidden], and for an LSTM `cell_i`
     to `next_cell_i`; zeros are the carry at the start of a text.
     """
-    onnx: Any = weights_lib.require("onnx")
+    onnx = weights_lib.require("onnx")
     make_node, numbers = onnx.helper.make_node, onnx.TensorProto
     operator, order, attributes = _OPERATORS[weights.cell]
     states = ["hidden", "cell"] if weights.cell == "lstm" else ["hidden"]
@@ -49,8 +48,8 @@ def write_graph(weights: Weights) -> bytes:
         # [time, batch, features], as the operators have it.
         make_node("Transpose", ["embedded"], ["outputs"], perm=[1, 0, 2]),
     ]
-    inputs: list[Any] = [("ids", numbers.INT64, ["batch", "time"])]
-    outputs: list[Any] = [("logits", numbers.FLOAT, ["batch", "time", len(weights.bias)])]
+    inputs: list[_Value] = [("ids", numbers.INT64, ["batch", "time"])]
+    outputs: list[_Value] = [("logits", numbers.FLOAT, ["batch", "time", len(weights.bias)])]
     below = "outputs"
     for i, layer in enumerate(weights.layers):
         both = [reorder(bias) for bias in weights_lib.split_biases(layer)]

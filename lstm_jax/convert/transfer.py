@@ -3,11 +3,9 @@
 import contextlib
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-from ml_collections import ConfigDict
+from typing import BinaryIO
 
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
@@ -17,8 +15,9 @@ from lstm_jax.data import encoding, sources, texts
 from lstm_jax.errors import UserError
 from lstm_jax.run import checkpoints, files, messages, workdir
 
+_Format = tuple[Callable[[BinaryIO], weights.Weights] | None, Callable[[weights.Weights], bytes]]
 # Functions that read and write the content of a file, by the end of its name.
-_FORMATS: dict[str, tuple[Any, Any]] = {
+_FORMATS: dict[str, _Format] = {
     ".keras": (keras_weights.read_archive, keras_weights.write_archive),
     ".weights.h5": (keras_weights.read_weights, keras_weights.write_weights),
     ".safetensors": (torch_weights.read_state_dict, torch_weights.write_state_dict),
@@ -135,7 +134,7 @@ def read_vocabulary(path: Path) -> tuple[Sequence[str], str, str]:
     text = sources.read_argument(str(path), "--vocabulary", any_bytes=False)
     kind, stop = "characters", ""
     try:
-        tokens: Any = json.loads(text)
+        tokens: object = json.loads(text)
     except (ValueError, RecursionError):
         if path.suffix == ".json":
             raise UserError(f"{path} (--vocabulary) is not JSON") from None
@@ -153,7 +152,7 @@ def read_vocabulary(path: Path) -> tuple[Sequence[str], str, str]:
 
 def make_workdir(
     directory: Path,
-    config: ConfigDict,
+    config: config_lib.Config,
     vocabulary: vocabulary_lib.Vocabulary,
     params: model_lib.Params,
 ) -> None:
@@ -168,7 +167,7 @@ def make_workdir(
         raise UserError(f"can't write to {directory}: {error.strerror}") from None
 
 
-def _find_format(path: Path, flag: str) -> tuple[Any, Any]:
+def _find_format(path: Path, flag: str) -> _Format:
     for suffix, functions in _FORMATS.items():
         if path.name.endswith(suffix):
             return functions

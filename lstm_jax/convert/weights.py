@@ -3,13 +3,14 @@
 import contextlib
 import importlib
 import re
+import types
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
+from lstm_jax.config import ModelConfig
 from lstm_jax.errors import UserError, one_line
 from lstm_jax.model import LanguageModel, Params
 from lstm_jax.vocabulary import PADDING, UNKNOWN, Vocabulary
@@ -38,7 +39,7 @@ class Weights(NamedTuple):
         return [len(layer["recurrent_kernel"]) for layer in self.layers]
 
 
-def check_model(model: ConfigDict, graph: bool = False) -> None:
+def check_model(model: ModelConfig, graph: bool = False) -> None:
     """Raise `UserError` if a format can't have layers with these `model` fields of a config.
 
     A graph can have skip connections; the layers of a file of weights can't.
@@ -54,13 +55,13 @@ def check_model(model: ConfigDict, graph: bool = False) -> None:
     }
     for field, lacks in lacking.items():
         if lacks:
-            named = f"model.{field}={model[field]!r}"
+            named = f"model.{field}={getattr(model, field)!r}"
             raise UserError(f"Keras, PyTorch and ONNX have no layer with {named}")
 
 
 def from_model(model: LanguageModel, params: Params) -> Weights:
     """Return the weights of a model that passes `check_model`."""
-    arrays: Any = jax.tree.map(lambda array: np.asarray(array, np.float32), params)
+    arrays: Params = jax.tree.map(lambda array: np.asarray(array, np.float32), params)
     embedding = arrays["embedding"]["embedding"]
     return Weights(
         model.cell_name,
@@ -72,7 +73,7 @@ def from_model(model: LanguageModel, params: Params) -> Weights:
     )
 
 
-def to_model(weights: Weights) -> tuple[dict[str, Any], Params]:
+def to_model(weights: Weights) -> tuple[dict[str, object], Params]:
     """Return the `model` fields of a config, and the parameters, or raise `UserError`.
 
     Embeddings are tied if the kernel of the dense layer is the embedding, transposed.
@@ -127,7 +128,7 @@ def add_special_rows(
     return weights._replace(embedding=embedding, kernel=kernel, bias=bias), vocabulary, added
 
 
-def require(module: str) -> Any:
+def require(module: str) -> types.ModuleType:
     """Import and return a module of an optional package, or raise `UserError`."""
     package = module.partition(".")[0]
     try:

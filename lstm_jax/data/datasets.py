@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from lstm_jax.data import sources, tiny_shakespeare
+from lstm_jax.data import sources
 from lstm_jax.data.standard_texts import STANDARD_TEXTS
 from lstm_jax.errors import UserError, one_line
 from lstm_jax.vocabulary import FILE_END
@@ -77,17 +77,12 @@ def _prepare(builder: tfds.core.DatasetBuilder, name: str, data_dir: Path) -> No
     try:
         # TFDS prints its progress on standard output, which is for the output of the command.
         with contextlib.redirect_stdout(sys.stderr):
-            if name.partition(":")[0] == sources.TINY_SHAKESPEARE:
-                tiny_shakespeare.prepare_dataset(data_dir)
-            else:
-                builder.download_and_prepare()
+            builder.download_and_prepare()
     except ImportError as error:
         raise UserError(
             f"preparing {name} needs {error.name}, which is not installed: prepare it as "
             f"array_record elsewhere and copy it to {data_dir}"
         ) from None
-    except UserError:
-        raise
     except Exception as error:  # A builder is the dataset's own code: it can raise anything.
         raise UserError(f"can't prepare {name} under {data_dir}: {one_line(error)}") from None
 

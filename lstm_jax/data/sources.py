@@ -25,8 +25,6 @@ from lstm_jax.run import files
 from lstm_jax.vocabulary import FILE_END
 
 SPLITS = ("train", "validation", "test")
-# The TFDS dataset that `tiny_shakespeare` prepares.
-TINY_SHAKESPEARE = "tiny_shakespeare"
 # Files and directories that the patterns of a data.path may visit. A pattern from someone else's
 # run could match the whole disk.
 _MAX_ENTRIES = 10**6
@@ -72,35 +70,35 @@ def _find(paths: str, visits: Iterator[None]) -> list[Path]:
     named: list[Path] = []
     for pattern in paths.split(","):
         # A name with brackets may be both a file and a pattern: the file takes precedence.
-        found = [pattern] if os.path.exists(pattern) else sorted(_expand(pattern, visits))
+        matches = [pattern] if os.path.exists(pattern) else sorted(_expand(pattern, visits))
         if os.path.isdir(pattern):
             inside = Path(pattern, "*")
             raise UserError(f"{pattern} is a directory: name its files in data.path: {inside}")
-        found = [path for path in found if len(found) == 1 or os.path.isfile(path)]
-        if not found:
+        matches = [path for path in matches if len(matches) == 1 or os.path.isfile(path)]
+        if not matches:
             raise UserError(f"there is no text file {pattern}: name an existing one in data.path")
-        named += map(Path, found)
+        named += map(Path, matches)
     return named
 
 
 def _expand(pattern: str, visits: Iterator[None]) -> list[str]:
     """Expand a pattern like `glob.glob(pattern, recursive=True)`, within a number of visits."""
-    found = ["/" if pattern.startswith("/") else ""]
+    matches = ["/" if pattern.startswith("/") else ""]
     for part in re.split("/+", pattern.lstrip("/")):
-        parents, found = found, []
+        parents, matches = matches, []
         for parent in parents:
             if part == "**":
                 below = [os.path.join(parent, "")] if os.path.isdir(parent or ".") else []
                 for path in below:  # The list grows during the loop.
                     below += _match_names(path, "*", visits)
-                found += below
+                matches += below
             elif set(part) & set("*?["):
-                found += _match_names(parent, part, visits)
+                matches += _match_names(parent, part, visits)
             else:
                 next(visits)
                 path = os.path.join(parent, part)
-                found += [path] if os.path.lexists(path) else []
-    return [path for path in found if path]
+                matches += [path] if os.path.lexists(path) else []
+    return [path for path in matches if path]
 
 
 def _match_names(directory: str, pattern: str, visits: Iterator[None]) -> list[str]:
@@ -128,13 +126,13 @@ def make_absolute(paths: str) -> str:
 
 def measure_files(paths: str) -> int:
     """Return the size in bytes of all files in `data.path`; raise `UserError` if one is missing."""
-    found = itertools.chain.from_iterable(find_files(paths))
-    return sum(os.path.getsize(path) for path in found if os.path.isfile(path))
+    named = itertools.chain.from_iterable(find_files(paths))
+    return sum(os.path.getsize(path) for path in named if os.path.isfile(path))
 
 
 def list_segments(paths: Iterable[Path], any_bytes: bool, ends: bool) -> list[Segment]:
     """Return the segments of files, one after the other; raise `UserError` if one is empty."""
-    found = []
+    segments = []
     for path in paths:
         try:
             with files.open_regular(path, follow=True) as file:
@@ -145,10 +143,10 @@ def list_segments(paths: Iterable[Path], any_bytes: bool, ends: bool) -> list[Se
         start = len(_BOM) if has_bom and not any_bytes else 0
         if size <= start:
             raise UserError(f"{path} is empty: data.path must name files with text in them")
-        found.append(Segment(str(path), start, size))
+        segments.append(Segment(str(path), start, size))
         if ends:
-            found.append(Segment("", 0, len(_FILE_END)))
-    return found
+            segments.append(Segment("", 0, len(_FILE_END)))
+    return segments
 
 
 def split_files(
@@ -158,20 +156,20 @@ def split_files(
     ends: bool,
     consume: Callable[[bytes], object] = len,
 ) -> list[list[Segment]]:
-    """Return the segments of train, validation and test, from their files or those of one text.
+    """Return the segments of train, validation and test, from their files or the files of one text.
 
     One text is split by `find_cuts`: between characters, or between bytes if `any_bytes`, like the
     usual splits of enwik8. `consume` is called with all bytes of the text, piece by piece.
     """
-    found = [list_segments(paths, any_bytes, ends) for paths in texts]
+    segments = [list_segments(paths, any_bytes, ends) for paths in texts]
     pieces, lengths = [], []
-    for piece in cut_pieces(itertools.chain.from_iterable(found), _PIECE_BYTES):
+    for piece in cut_pieces(itertools.chain.from_iterable(segments), _PIECE_BYTES):
         content = read_segment(piece)
         consume(content)
         pieces.append(piece)
         lengths.append(int(np.count_nonzero(_find_places(content, any_bytes))))
-    if len(found) > 1:
-        return found
+    if len(segments) > 1:
+        return segments
     stops = np.cumsum(lengths)
 
     def find_byte(place: int) -> int:
@@ -182,7 +180,7 @@ def split_files(
         return count_bytes(pieces[:i]) + int(places[place - stops[i]])
 
     validation, test = map(find_byte, find_cuts(sum(lengths), fractions))
-    train, rest = cut_segments(found[0], validation)
+    train, rest = cut_segments(segments[0], validation)
     return [train, *cut_segments(rest, test - validation)]
 
 

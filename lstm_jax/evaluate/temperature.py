@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import numpy as np
 import optax
 
 from lstm_jax import loss as loss_lib
-from lstm_jax.model import Carry, LanguageModel, Params, apply, place_beside
+from lstm_jax.model import Carry, LanguageModel, Params, apply, first_carry
 from lstm_jax.vocabulary import Ids
 
 _TEMPERATURES = np.linspace(0.7, 1.5, 81).round(2)  # Those that `fit_temperature` compares.
@@ -38,7 +37,7 @@ class Tempered:
 
 def fit_temperature(model: LanguageModel, params: Params, ids: Ids) -> float:
     """Return the softmax temperature with the smallest loss over a text, to two decimals."""
-    carry = place_beside(params, model.initial_carry(loss_lib.count_streams(ids)))
+    carry = first_carry(model, params, loss_lib.count_streams(ids))
     totals = np.zeros(len(_TEMPERATURES))
     for chunk in loss_lib.iterate_chunks(ids):
         sums, carry = _sum_losses(model, params, chunk, carry)
@@ -54,7 +53,7 @@ def _sum_losses(
     inputs, targets, counted = chunk
     logits, carry = apply(model, params, inputs, carry)
 
-    def sum_losses(temperature: Any) -> jax.Array:
+    def sum_losses(temperature: jax.Array) -> jax.Array:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits / temperature, targets)
         return losses.sum(where=counted)
 

@@ -5,7 +5,6 @@ The page is `page.html` with the model filled in. It loads nothing from elsewher
 
 import base64
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -40,7 +39,7 @@ def make_page(trained: workdir.Trained, name: str, bits: int = 16) -> bytes:
     """
     model, vocabulary = trained.model, trained.vocabulary
 
-    def pack(array: Any) -> dict[str, Any]:
+    def pack(array: jax.Array) -> dict[str, object]:
         """Return a kernel with its outputs as rows, or a vector."""
         if array.ndim == 1:
             return pack_floats(np.asarray(array))
@@ -66,7 +65,7 @@ def make_page(trained: workdir.Trained, name: str, bits: int = 16) -> bytes:
     return pages.fill_page("lstm_jax.export", "page.html", data)
 
 
-def pack_rows(matrix: np.ndarray, bits: int) -> dict[str, Any]:
+def pack_rows(matrix: np.ndarray, bits: int) -> dict[str, object]:
     """Return a matrix as integers with a scale for each row, as the page reads it."""
     limit = 2 ** (bits - 1) - 1
     largest = np.abs(matrix).max(axis=1, keepdims=True)
@@ -75,7 +74,7 @@ def pack_rows(matrix: np.ndarray, bits: int) -> dict[str, Any]:
     return {"bits": bits, "values": _encode(integers), "scales": pack_floats(scales[:, 0])}
 
 
-def pack_floats(vector: np.ndarray) -> dict[str, Any]:
+def pack_floats(vector: np.ndarray) -> dict[str, object]:
     """Return a vector as float32, as the page reads it."""
     return {"bits": 32, "values": _encode(vector.astype("<f4"))}
 

@@ -1,7 +1,7 @@
 """Record the activations, gates, predictions and losses of a model while it reads a text."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def record_activations(
 
     This needs one byte of memory per hidden unit and token, plus about 0.1 GB.
     """
-    n, carry = len(ids), model_lib.place_beside(params, model.initial_carry(1))
+    n, carry = len(ids), model_lib.first_carry(model, params, 1)
     activations = np.empty((sum(model.sizes[1:]), n), np.int8)
     predictions, counts = [], []
     # An extra token makes the last one an input, too. Its loss is dropped below.
@@ -79,8 +79,10 @@ def _read(
     """
     bound = model.bind({"params": params})
 
-    def step(carry: model_lib.Carry, token: jax.Array) -> tuple[model_lib.Carry, Any]:
-        records: list[Any] = []
+    def step(
+        carry: model_lib.Carry, token: jax.Array
+    ) -> tuple[model_lib.Carry, tuple[jax.Array, jax.Array, tuple[Gates, ...]]]:
+        records: list[model_lib.Record] = []
         outputs, carry = bound.run_step(token[None], carry, records)
         gates, activations, _ = zip(*jax.tree.map(lambda x: x[0], records), strict=True)
         return carry, (outputs[0], jnp.concatenate(activations), gates)

@@ -122,7 +122,7 @@ def _describe_activation(cell: type) -> str:
 
 def _pack_tokens(
     vocabulary: Vocabulary, text: str, ids: np.ndarray, reading: activations.Reading
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return the text and the predictions, as indices into a table of tokens."""
     added: dict[str, int] = {}  # Texts that follow the vocabulary in the table.
 
@@ -177,7 +177,7 @@ def _pack_activations(
     }
 
 
-def _pack(values: np.ndarray, dtype: Any) -> dict[str, str]:
+def _pack(values: np.ndarray, dtype: np.typing.DTypeLike) -> dict[str, str]:
     """Return integers as the page reads them: little-endian, compressed, in base64."""
     kind = np.dtype(dtype)
     raw = np.asarray(values, kind.newbyteorder("<")).tobytes()
@@ -186,7 +186,7 @@ def _pack(values: np.ndarray, dtype: Any) -> dict[str, str]:
     return {"type": name, "base64": content}
 
 
-def _make_curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+def _make_curves(rows: Sequence[metrics.Row]) -> dict[str, list[tuple[int, float]]]:
     """Return the steps and losses of each split, averaged over intervals of a long curve."""
     curves = {}
     for split in sources.SPLITS:

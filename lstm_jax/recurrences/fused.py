@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lstm_jax.cells.lstm import Kernels, LSTMCarry
+from lstm_jax.config import is_plain_lstm
 from lstm_jax.matmul import matmul, matmul_rounded, round_factor
 from lstm_jax.recurrences import in_c
 from lstm_jax.recurrences.in_c import Int8Kernel
@@ -79,14 +80,10 @@ def run_fused(
     return outputs.transpose(2, 0, 1), LSTMCarry(state.cell.T, state.hidden.T)
 
 
-def supports(model: Any) -> bool:
-    """Return whether `run_fused` supports a `LanguageModel`, or the `model` fields of a config."""
-    return model.cell == "lstm" and not model.layer_norm and model.block == "none"
-
-
 def supports_int8(model: Any) -> bool:
     """Return whether the steps of a `LanguageModel` can multiply in 8 bits here."""
-    return supports(model) and all(in_c.is_used(size, "bfloat16") for size in model.sizes[1:])
+    is_lstm = is_plain_lstm(model.cell, model.layer_norm, model.block)
+    return is_lstm and all(in_c.is_used(size, "bfloat16") for size in model.sizes[1:])
 
 
 class StepArrays(NamedTuple):
@@ -110,7 +107,7 @@ def prepare_step(model: Any) -> StepArrays:
     table, head_bias, dtype = model.embedding.embedding, model.dense.bias, model.dtype
     terms = [matmul(table, first.input, dtype, first.bias), *(k.bias[None] for k in others)]
     if model.int8_steps:
-        # Outputs are within ±1. With skip connections, layer i reads the sum of those of i layers.
+        # Outputs are within ±1. With skip connections, layer i reads the sum of i outputs.
         bounds = [max(i, 1) if model.skip_connections else 1 for i in range(len(kernels))]
         quantized = map(in_c.quantize_gates, kernels, bounds)
         packed, offsets = map(list, zip(*quantized, strict=True))
@@ -138,13 +135,13 @@ def apply_step(
     added = [arrays.tokens[ids], *arrays.biases]
     states: list[LSTMCarry] = []
     below: list[jax.Array] = []  # The outputs of the layer below, if there is one.
-    for kernel, own, term in zip(arrays.kernels, carry, added, strict=True):
-        inputs = [*below, own.hidden]
+    for kernel, before, term in zip(arrays.kernels, carry, added, strict=True):
+        inputs = [*below, before.hidden]
         if isinstance(kernel, Int8Kernel) or kernel.ndim == 5:
-            states.append(in_c.run_step(kernel, inputs, own, term))
+            states.append(in_c.run_step(kernel, inputs, before, term))
         else:
             columns = round_factor(jnp.concatenate([x.T for x in inputs]), model.dtype)
-            _, after = _step(kernel, columns, LSTMCarry(own.cell.T, own.hidden.T), term.T)
+            _, after = _step(kernel, columns, LSTMCarry(before.cell.T, before.hidden.T), term.T)
             states.append(LSTMCarry(after.cell.T, after.hidden.T))
         hidden = states[-1].hidden
         below = [sum(below, hidden) if model.skip_connections else hidden]
@@ -153,7 +150,7 @@ def apply_step(
 
 
 def _step(
-    kernel: jax.Array, inputs: jax.Array, carry: LSTMCarry, added: Any = 0.0
+    kernel: jax.Array, inputs: jax.Array, carry: LSTMCarry, added: jax.Array | float = 0.0
 ) -> tuple[tuple[jax.Array, ...], LSTMCarry]:
     """Compute one step, feature-major; return the activated gates i, f, g, o and the next carry.
 
@@ -204,9 +201,13 @@ def _recurrence(
     return _recurrence_forward(kernels, inputs, carry, dtype)[0]
 
 
+# The kernels, the first carry, the columns, and the cell states and gates of all steps.
+_Residuals = tuple[Kernels, LSTMCarry, jax.Array, jax.Array, tuple[jax.Array, ...]]
+
+
 def _recurrence_forward(
     kernels: Kernels, inputs: jax.Array, carry: LSTMCarry, dtype: str
-) -> tuple[tuple[jax.Array, LSTMCarry], tuple[Any, ...]]:
+) -> tuple[tuple[jax.Array, LSTMCarry], _Residuals]:
     """Run `_recurrence`; also return the residuals, among them gates, [time, hidden, batch].
 
     `columns` [features + 1 + hidden, time * batch] are the factors of the matmuls of all steps.
@@ -240,7 +241,7 @@ def _recurrence_forward(
 
 
 def _recurrence_backward(
-    dtype: str, residuals: tuple[Any, ...], cotangents: tuple[jax.Array, LSTMCarry]
+    dtype: str, residuals: _Residuals, cotangents: tuple[jax.Array, LSTMCarry]
 ) -> tuple[Kernels, jax.Array, LSTMCarry]:
     kernels, first, columns, cells, gates = residuals
     d_outputs, d_last = cotangents

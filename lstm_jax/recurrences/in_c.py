@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,7 @@ def run_step(
 
 def _call_step(
     rows: jax.Array, packed: jax.Array, added: jax.Array, cell: jax.Array, *scales: jax.Array
-) -> Any:
+) -> Sequence[jax.Array]:
     result = (cell.shape, "float32")
     return _call("step", (rows, packed, added, cell, *scales), result, result)
 
@@ -93,10 +93,14 @@ _differentiable_step = jax.custom_jvp(_call_step)
 
 
 @_differentiable_step.defjvp
-def _differentiate_step(primals: Sequence[jax.Array], tangents: Sequence[jax.Array]) -> Any:
+def _differentiate_step(
+    primals: Sequence[jax.Array], tangents: Sequence[jax.Array]
+) -> tuple[Sequence[jax.Array], Sequence[jax.Array]]:
     """Differentiate the same step, computed by JAX."""
 
-    def run(rows: jax.Array, packed: jax.Array, added: jax.Array, cell: jax.Array) -> Any:
+    def run(
+        rows: jax.Array, packed: jax.Array, added: jax.Array, cell: jax.Array
+    ) -> Sequence[jax.Array]:
         kernel = packed.transpose(1, 4, 2, 0, 3).reshape(rows.shape[1], -1)
         i, f, g, o = jnp.split(matmul_rounded(rows, kernel) + added, 4, axis=1)
         cell = jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
@@ -125,9 +129,13 @@ def is_faster(hidden_size: int, dtype: str) -> bool:
     return fits and bool(native.load_library())
 
 
+# The kernels, the first cell state, and the gates, cell states and rows of all steps.
+_Residuals = tuple[Kernels, jax.Array, jax.Array, jax.Array, jax.Array]
+
+
 def _forward(
     kernels: Kernels, inputs: jax.Array, carry: LSTMCarry, dtype: str
-) -> tuple[tuple[jax.Array, LSTMCarry], tuple[Any, ...]]:
+) -> tuple[tuple[jax.Array, LSTMCarry], _Residuals]:
     """Run `run_recurrence`; also return the residuals.
 
     Among them are `rows` [time, batch, depth], the rounded factors of the kernel: the hidden state,
@@ -151,7 +159,7 @@ def _forward(
 
 
 def _backward(
-    dtype: str, residuals: tuple[Any, ...], cotangents: tuple[jax.Array, LSTMCarry]
+    dtype: str, residuals: _Residuals, cotangents: tuple[jax.Array, LSTMCarry]
 ) -> tuple[Kernels, jax.Array, LSTMCarry]:
     kernels, first_cell, gates, cells, rows = residuals
     d_outputs, d_last = cotangents
@@ -194,7 +202,9 @@ def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return _call("matmul", (a, b), (result, "float32"), (working_memory, "bfloat16"))[0]
 
 
-def _call(name: str, arguments: Sequence[jax.Array], *results: tuple[Any, str]) -> Any:
+def _call(
+    name: str, arguments: Sequence[jax.Array], *results: tuple[tuple[int, ...], str]
+) -> Sequence[jax.Array]:
     """Call a function of the library, which divides its work into a part for each thread."""
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results]
     call = jax.ffi.ffi_call(native.get_target(name), shapes, vmap_method="sequential")

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from lstm_jax.run.metrics import Row
 from lstm_jax.run.zero_state import ZeroState
 
-_Rows = Sequence[Mapping[str, Any]]  # Those of metrics.jsonl.
+_Rows = Sequence[Row]
 
 # Fractions of a loss. Runs that differ only in their seed differ by a few thousandths.
 _RISE, _FALL = 0.005, 0.01

@@ -5,6 +5,7 @@ config of a training command, or from --cell of a command that reads a run. The 
 directory is only compared with those loaded.
 """
 
+import dataclasses
 import hashlib
 import shlex
 import sys
@@ -12,24 +13,23 @@ import types
 from pathlib import Path
 
 import flax.linen as nn
-from ml_collections import ConfigDict
 
 from lstm_jax import cells
-from lstm_jax.config import names_cell_file
+from lstm_jax.config import ModelConfig, names_cell_file
 from lstm_jax.errors import UserError, for_caller, warn
 from lstm_jax.run import files
 
 _LIMIT = 2**20  # Of the size of a file, in bytes.
 
 
-def settle_cell(config: ConfigDict) -> None:
-    """Load the cell that a training config names, and set its checksum in the config.
+def resolve_cell(model: ModelConfig) -> ModelConfig:
+    """Load the cell that a training config names; return the fields with its checksum.
 
     Raises:
       UserError: if it is in a file that can't be read or run, or that has no such cell.
     """
-    is_own = config.model.cell not in cells.CELLS
-    config.model.cell_sha256 = load_cell(config.model.cell) if is_own else ""
+    is_own = model.cell not in cells.CELLS
+    return dataclasses.replace(model, cell_sha256=load_cell(model.cell) if is_own else "")
 
 
 def load_cell(name: str) -> str:
@@ -57,7 +57,7 @@ def _run_file(file: str, class_name: str, source: bytes, sha256: str) -> type[nn
     sys.modules[module.__name__] = module
     sys.path.insert(0, str(Path(file).parent))
     try:
-        with files.blaming_file("cell file", file):
+        with files.raise_user_error("cell file", file):
             exec(compile(source, file, "exec"), module.__dict__)
     finally:
         sys.path.pop(0)
@@ -77,39 +77,39 @@ def _run_file(file: str, class_name: str, source: bytes, sha256: str) -> type[nn
     return cell
 
 
-def use_loaded_cell(config: ConfigDict, workdir: Path) -> None:
-    """Set the cell in the config of a run to the loaded one of this name, if it is of a file.
+def use_loaded_cell(model: ModelConfig, workdir: Path) -> ModelConfig:
+    """Return the fields of a run with the loaded cell of this name, if it is of a file.
 
     Warn if the file has changed since the run was trained. Raise `UserError` if no file with such a
     class was loaded.
     """
-    name = config.model.cell
+    name = model.cell
     if name in cells.CELLS:
-        return
+        return model
     # The file may have moved, so the names of the classes are compared.
-    named = [cell for cell in cells.LOADED if cell.endswith(f":{get_class_name(config)}")]
+    named = [cell for cell in cells.LOADED if cell.endswith(f":{get_class_name(model)}")]
     if not named:
         remedy = for_caller(f"--cell {shlex.quote(name)}", f"cell={name!r}")
         raise UserError(
             f"the model in {workdir} has the cell {name}. This file is code, which runs only if "
             f"you name it: add {remedy}"
         )
-    same = [cell for cell in named if cells.LOADED[cell][1] == config.model.cell_sha256]
+    same = [cell for cell in named if cells.LOADED[cell][1] == model.cell_sha256]
     loaded = (same or named)[-1]
     if not same:
         warn(
             f"{loaded} has changed since the model in {workdir} was trained with it: it may "
             "compute something else"
         )
-    config.model.cell = loaded
+    return dataclasses.replace(model, cell=loaded)
 
 
-def make_flag(config: ConfigDict) -> str:
+def make_flag(model: ModelConfig) -> str:
     """Return the flag, after a space, that a command needs to read the run; "" if it needs none."""
-    name = config.model.cell
+    name = model.cell
     return f" --cell {shlex.quote(name)}" if names_cell_file(name) else ""
 
 
-def get_class_name(config: ConfigDict) -> str:
+def get_class_name(model: ModelConfig) -> str:
     """Return the name of the cell's class, without its file, or the name in `cells.CELLS`."""
-    return str(config.model.cell.rpartition(":")[2])
+    return model.cell.rpartition(":")[2]

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import grain
 import jax
@@ -32,12 +32,13 @@ from lstm_jax.errors import (
     same_again,
     warn,
 )
+from lstm_jax.model import Params
 from lstm_jax.run import files
 from lstm_jax.run.seal import VALIDATION, find_damage, seal_checkpoint
 
+T = TypeVar("T")
+
 _UNFINISHED = ".unfinished"
-# Fields of the training state that checkpoints of earlier versions lack.
-_ADDED = ("norm_sum",)
 _VALIDATION_LIMIT = 2**12  # bytes
 # Where Orbax makes directories in the background, the threads of a save signal each other under a
 # number that is the latest of the whole process. If two runs in one process save at the same time,
@@ -82,7 +83,7 @@ class CheckpointWriter:
         Raise `UserError` if anything else has the name of a checkpoint.
         """
         self._directory = directory.resolve()
-        with hosts.first_goes_ahead("checkpoints"):
+        with hosts.main_process_first("checkpoints"):
             if hosts.is_first():
                 self._directory.mkdir(exist_ok=True)
                 self._clear()
@@ -102,8 +103,8 @@ class CheckpointWriter:
     def save(
         self,
         step: int,
-        params: Any,
-        state: Any,
+        params: Params,
+        state: Mapping[str, object],
         iterator: grain.DatasetIterator,
         history: Mapping[str, int],
     ) -> None:
@@ -191,7 +192,7 @@ class CheckpointWriter:
                 self._orbax.close()
 
 
-def save_params(directory: Path, step: int, params: Any) -> None:
+def save_params(directory: Path, step: int, params: Params) -> None:
     """Write a checkpoint of parameters only, as `step` in `directory`, for a converted model."""
     path = directory.absolute() / str(step)
     with ocp.Checkpointer(_make_handler()) as checkpointer:
@@ -203,30 +204,29 @@ class Restored(NamedTuple):
     """The content of a checkpoint, from which training resumes."""
 
     step: int
-    params: Any
-    state: Any
+    params: Params
+    state: dict[str, Any]
     history: dict[str, int]
 
 
 def restore_latest(
-    directory: Path, params: Any, state: Any, iterator: grain.DatasetIterator
+    directory: Path, params: Params, state: Mapping[str, object], iterator: grain.DatasetIterator
 ) -> Restored | None:
     """Read the latest undamaged checkpoint; return None if there is no checkpoint.
 
     Later ones, which are damaged, are renamed, each with a warning. `params` and `state` are arrays
-    of the expected shapes and dtypes, or `jax.ShapeDtypeStruct`s; the restored state lacks fields
-    that were added since the checkpoint was saved. The iterator over the training batches is set to
-    the checkpoint's position.
+    of the expected shapes and dtypes, or `jax.ShapeDtypeStruct`s. The iterator over the training
+    batches is set to the checkpoint's position.
 
     Raises:
       UserError: if all are damaged, or one does not hold such `params` and `state`.
     """
     step, restored, damaged = _restore_first(
         directory,
-        int,  # The latest one has the highest rank.
+        lambda step: (step, 0),  # The latest one has the highest rank.
         params,
         state.get("carry", ()),
-        state,
+        state=ocp.args.StandardRestore(_abstract(state)),
         batches=ocp.args.JsonRestore(),
         history=ocp.args.JsonRestore(),
     )
@@ -246,7 +246,7 @@ def restore_latest(
     return Restored(step, restored.params, restored.state, restored.history)
 
 
-def restore_best_params(directory: Path, params: Any, carry: Any = ()) -> tuple[Any, int]:
+def restore_best_params(directory: Path, params: Params, carry: object = ()) -> tuple[Params, int]:
     """Return the parameters of the best undamaged checkpoint by validation loss, and its step.
 
     If none has a validation loss, it is the latest. Nothing is written, and the run may save
@@ -298,11 +298,10 @@ def read_validation_loss(directory: Path, step: int) -> float | None:
 
 def _restore_first(
     directory: Path,
-    rank: Callable[[int], Any],
-    params: Any,
-    carry: Any,
-    state: Any = None,
-    **other_items: Any,
+    rank: Callable[[int], tuple[float, int]],
+    params: Params,
+    carry: object,
+    **other_items: object,
 ) -> tuple[int | None, Any, dict[Path, str]]:
     """Return step and items of the highest-ranked undamaged checkpoint; None if there is none.
 
@@ -322,8 +321,6 @@ def _restore_first(
         damage = find_damage(path, params, carry)
         if damage is None:
             try:
-                if state is not None:
-                    items["state"] = ocp.args.StandardRestore(_abstract(_find_saved(path, state)))
                 with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
                     restored = checkpointer.restore(
                         path.absolute(), args=ocp.args.Composite(**items)
@@ -349,12 +346,6 @@ def _restore_first(
     return None, None, damaged
 
 
-def _find_saved(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `state` without the fields that were added since a checkpoint was saved."""
-    saved = ocp.StandardCheckpointHandler().metadata(path.absolute() / "state").tree
-    return {name: part for name, part in state.items() if name in saved or name not in _ADDED}
-
-
 # Jitted, so that it works on arrays that are divided over processes.
 _is_finite = jax.jit(model_lib.is_finite)
 
@@ -362,9 +353,9 @@ _is_finite = jax.jit(model_lib.is_finite)
 def _find_disagreement(restored: ocp.args.Composite, step: int) -> str | None:
     """Return what is wrong with restored items, or None."""
     state, history = restored.get("state"), restored.get("history", {})
-    own = int(state.get("step", step)) if isinstance(state, dict) else step
-    if own != step:
-        return f"it is the checkpoint of step {own}"
+    saved = int(state.get("step", step)) if isinstance(state, dict) else step
+    if saved != step:
+        return f"it is the checkpoint of step {saved}"
     if not _is_finite(restored.params):
         return "its parameters are not finite"
     sizes = history.values() if isinstance(history, dict) else [None]
@@ -373,7 +364,7 @@ def _find_disagreement(restored: ocp.args.Composite, step: int) -> str | None:
     return None
 
 
-def _abstract(tree: Any) -> Any:
+def _abstract(tree: T) -> T:
     """Return shapes, dtypes and shardings; the default is this process's first device."""
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(

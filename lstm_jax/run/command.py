@@ -7,10 +7,10 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 import lstm_jax
 from lstm_jax import config, errors
@@ -88,11 +88,12 @@ def _report(error: Exception) -> int:
 
 def define_config_flag(meaning: str) -> None:
     """Define --config, and a flag for each field; `config.complete_config` checks their names."""
-    options: Any = {"lock_config": False, "accept_new_attributes": True}
-    config_flags.DEFINE_config_file("config", None, meaning, **options)
+    config_flags.DEFINE_config_file(
+        "config", None, meaning, lock_config=False, accept_new_attributes=True
+    )
 
 
-def read_experiment() -> tuple[ConfigDict, str]:
+def read_experiment() -> tuple[config.Config, str]:
     """Return the config that --config names, complete, and a name for its runs."""
     flag = flags.FLAGS["config"]
     if not flag.present:

@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TextIO
 
 import regex
 
@@ -115,11 +115,11 @@ _lock = threading.Lock()
 class _Muted:
     """A stream that drops what muted threads write, and that is not a terminal."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     @staticmethod
-    def unwrap(stream: Any) -> Any:
+    def unwrap(stream: TextIO) -> TextIO:
         return stream._stream if isinstance(stream, _Muted) else stream
 
     def write(self, text: str) -> int:
@@ -129,7 +129,7 @@ class _Muted:
     def isatty(self) -> bool:
         return False
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
 
 
@@ -140,7 +140,7 @@ class _Output:
     is.
     """
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
@@ -161,7 +161,7 @@ class _Output:
             discard_output()
             raise UserError(f"can't write to standard output: {error.strerror}") from None
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
 
 

@@ -4,11 +4,12 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lstm_jax.run import files
+from lstm_jax.run.metrics import Row
 
 if TYPE_CHECKING:  # Importing it takes half a second: the first plot does.
     from matplotlib.axes import Axes
@@ -18,15 +19,15 @@ if TYPE_CHECKING:  # Importing it takes half a second: the first plot does.
 _COLORS = {"train": "#0072B2", "validation": "#D55E00", "test": "#009E73"}
 
 
-def plot_metrics(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def plot_metrics(rows: Sequence[Row], path: Path) -> None:
     """Write the figure of `draw_metrics` as a PNG file, atomically."""
     save_figure(draw_metrics(rows), path)
 
 
-def save_figure(figure: "Figure", path: Path, **options: Any) -> None:
-    """Write a figure as a PNG file, atomically, with these options of `Figure.savefig`."""
+def save_figure(figure: "Figure", path: Path, dpi: float | str = "figure") -> None:
+    """Write a figure as a PNG file, atomically."""
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", **options)
+    figure.savefig(picture, format="png", dpi=dpi)
     files.write_file(path, picture.getvalue())
 
 
@@ -40,7 +41,7 @@ def _make_figure(xlabel: str) -> tuple["Figure", "Axes"]:
     return figure, axes
 
 
-def draw_metrics(rows: Sequence[dict[str, Any]]) -> "Figure":
+def draw_metrics(rows: Sequence[Row]) -> "Figure":
     """Return a figure of the losses of all splits over steps."""
     figure, axes = _make_figure("training step")
     rows = [row for row in rows if row["step"]]

@@ -49,16 +49,16 @@ def open_regular(path: Path, follow: bool = False) -> BufferedReader:
     Pipes and devices may have no end. If `follow`, it may be a link, for files that the user names.
     """
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-    return _open(path, flags if follow else flags | os.O_NOFOLLOW, "rb")
+    return os.fdopen(_open(path, flags if follow else flags | os.O_NOFOLLOW), "rb")
 
 
 def open_append(path: Path) -> BufferedWriter:
     """Open a regular file, or a new one, for appending; raise `OSError` if it is another kind."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
-    return _open(path, flags, "ab")
+    return os.fdopen(_open(path, flags), "ab")
 
 
-def _open(path: Path, flags: int, mode: str) -> Any:
+def _open(path: Path, flags: int) -> int:
     not_regular = OSError(errno.EINVAL, "It is not a regular file", str(path))
     try:
         descriptor = os.open(path, flags, 0o666)
@@ -70,7 +70,7 @@ def _open(path: Path, flags: int, mode: str) -> Any:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise not_regular
-    return os.fdopen(descriptor, mode)
+    return descriptor
 
 
 def read_bytes(path: Path, limit: int, follow: bool = False) -> bytes:
@@ -173,7 +173,7 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
 
 
-def write_json(path: Path, fields: Mapping[str, Any], indent: int = 2) -> None:
+def write_json(path: Path, fields: Mapping[str, object], indent: int = 2) -> None:
     """Write `fields` with their checksum as JSON in ASCII."""
     sealed = {**fields, "sha256": _checksum(fields)}
     write_file(path, (json.dumps(sealed, indent=indent) + "\n").encode("ascii"))
@@ -182,8 +182,7 @@ def write_json(path: Path, fields: Mapping[str, Any], indent: int = 2) -> None:
 def read_json(path: Path, limit: int) -> dict[str, Any]:
     """Return the fields that `write_json` wrote; raise `ValueError` if the checksum differs."""
     try:
-        # Earlier versions wrote bytes that are not UTF-8 unescaped.
-        fields = json.loads(read_bytes(path, limit).decode("utf-8", "surrogateescape"))
+        fields = json.loads(read_bytes(path, limit).decode("ascii"))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(fields, dict) or fields.pop("sha256", None) != _checksum(fields):
@@ -191,18 +190,18 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
     return fields
 
 
-def _checksum(fields: Mapping[str, Any]) -> str:
+def _checksum(fields: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
-def blaming_file(
+def raise_user_error(
     kind: str, file: str, passing: type[Exception] | tuple[type[Exception], ...] = UserError
 ) -> Iterator[None]:
-    """Convert any exception of a user's Python file to a `UserError` that names file and line.
+    """Raise any exception in a user's Python file as a `UserError` that names file and line.
 
-    `kind` is what the message calls the file. Exceptions of the types `passing` are not converted,
-    nor those of signal handlers.
+    `kind` is what the message calls the file. Exceptions of the types `passing` are raised as they
+    are, and so are those of signal handlers.
     """
     try:
         yield

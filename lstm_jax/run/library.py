@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -58,8 +58,8 @@ class Run:
     methods but `score` and `hidden_states` warn.
 
     Attributes:
-      config: the config of the run, an `ml_collections.ConfigDict`; of an ensemble, that of the
-        first, like step.
+      config: the config of the run, a read-only `config.Config`; of an ensemble, that of the first,
+        like step.
       vocabulary: its `Vocabulary`.
       model: its `LanguageModel`, or an `Ensemble`.
       params: the parameters of the checkpoint with the best validation loss.
@@ -127,8 +127,8 @@ class Run:
         **options: Unpack[ControlOptions],
     ) -> Iterator[str]:
         """Check the options, and return the pieces."""
-        own = controls.make_controls(**{"temperature": 0.8, **options})
-        controls.make_control_arrays(own, len(self.vocabulary))
+        values = controls.make_controls(**{"temperature": 0.8, **options})
+        controls.make_control_arrays(values, len(self.vocabulary))
         controls.check_number("length", length)
         controls.check_number("seed", seed)
         self._check_text("stop_at", stop_at)
@@ -142,7 +142,7 @@ class Run:
             jax.random.key(int(seed)),
             prompt=prompt,
             length=int(length),
-            controls=own,
+            controls=values,
             stop_token=stop_token,
             stop_at=stop_at,
             process_logits=process,
@@ -158,23 +158,23 @@ class Run:
         """
         self._check_text("text", text)
         tokens, ids = self.vocabulary.split(text), self.vocabulary.encode(text)
-        own = model_lib.place_beside(self.params, self.model.initial_carry(1))
+        now = model_lib.first_carry(self.model, self.params, 1)
         if carry:
-            own, ids = carry.carry, np.append(np.int32(carry.last), ids)
+            now, ids = carry.carry, np.append(np.int32(carry.last), ids)
         else:
             tokens = tokens[1:]
         if not len(ids):
             return Scores([], np.zeros(0, np.float32), None)
         length = min(generation.round_length(len(ids) - 1), _LONGEST_CHUNK)
-        log_probs, start, before = [np.zeros(0, np.float32)], 0, own
+        log_probs, start, before = [np.zeros(0, np.float32)], 0, now
         for number, chunk in enumerate(loss_lib.iterate_chunks(ids, length)):
-            start, before = number * length, own
-            losses, own = loss_lib.read_chunk(self.model, self.params, chunk, own)
+            start, before = number * length, now
+            losses, now = loss_lib.read_chunk(self.model, self.params, chunk, now)
             log_probs.append(-np.asarray(losses)[chunk[2]])
         if not carry and loss_lib.count_streams(ids) > 1:  # As `evaluate` reads a long text.
             log_probs = [-loss_lib.compute_token_losses(self.model, self.params, ids)]
         # The last chunk is read again, without the padding at its end, which changes the carry.
-        state = generation.initial_state(self.model)._replace(carry=before)
+        state = generation.initial_state(self.model, self._arrays)._replace(carry=before)
         if len(rest := ids[start:-1]):
             state = generation.read_tokens(self.model, self._arrays, state, rest[None])
         return Scores(tokens, np.concatenate(log_probs), TextCarry(state.carry, int(ids[-1])))
@@ -217,7 +217,7 @@ class Run:
         state = jax.tree.map(lambda x: jnp.repeat(x, beams, 0) if x.ndim else x, state)
         totals = np.full(beams, -np.inf)
         totals[0] = 0  # All others are copies of the first.
-        found, ended = np.zeros((beams, 0), np.int32), np.zeros(beams, bool)
+        generated, ended = np.zeros((beams, 0), np.int32), np.zeros(beams, bool)
         for _ in range(length):
             log_probs = np.array(jax.nn.log_softmax(state.logits), np.float64)
             log_probs[:, SPECIAL_IDS] = -np.inf
@@ -227,14 +227,14 @@ class Run:
             best = np.argsort(-sums, axis=None, kind="stable")[:beams]
             parents, ids = np.divmod(best.astype(np.int32), np.int32(sums.shape[1]))
             totals = sums.ravel()[best]
-            found = np.column_stack([found[parents], ids])
+            generated = np.column_stack([generated[parents], ids])
             ended = ended[parents] | (ids == self.vocabulary.stop_id)
             if ended.all():
                 break
             state = jax.tree.map(lambda x, parents=parents: x[parents] if x.ndim else x, state)
             state = generation.read_tokens(self.model, self._arrays, state, ids[:, None])
         texts = []
-        for row in found[np.isfinite(totals)]:
+        for row in generated[np.isfinite(totals)]:
             decode = generation.text_decoder(self.vocabulary, stop_token=True)
             texts.append(prompt + decode(row, True))
         return list(zip(texts, totals.tolist(), strict=False))
@@ -242,7 +242,7 @@ class Run:
     def _read(self, text: str) -> generation.State:
         """Return the state after a text; an empty one is read as by `encode_prompt`."""
         ids = generation.encode_prompt(self.vocabulary, text)
-        state = generation.initial_state(self.model)
+        state = generation.initial_state(self.model, self._arrays)
         return generation.read_tokens(self.model, self._arrays, state, ids[None])
 
     def _check_text(self, name: str, text: str) -> None:
@@ -302,7 +302,7 @@ def _compute_hidden(
     bound = model.bind({"params": params})
 
     def step(carry: model_lib.Carry, token: jax.Array) -> tuple[model_lib.Carry, list[jax.Array]]:
-        records: list[Any] = []
+        records: list[model_lib.Record] = []
         _, carry = bound.run_step(token[None], carry, records)
         return carry, [outputs[0] for _, _, outputs in records]
 

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -118,7 +117,7 @@ def _is_at(lock: int, path: Path) -> bool:
         return False
 
 
-def _read_holder(lock: int) -> dict[str, Any]:
+def _read_holder(lock: int) -> dict[str, object]:
     """Return the host, pid and start time in a lock file; {} if it is empty."""
     with contextlib.suppress(ValueError, RecursionError):
         holder = json.loads(os.pread(lock, 1000, 0) or b"{}")
@@ -127,7 +126,7 @@ def _read_holder(lock: int) -> dict[str, Any]:
     return {"host": "an unknown host"}
 
 
-def _may_be_alive(holder: dict[str, Any], locked: bool, path: Path) -> bool:
+def _may_be_alive(holder: dict[str, object], locked: bool, path: Path) -> bool:
     """Return whether a lock's holder may still run; `locked`: whether flock succeeded."""
     if holder.get("host") == socket.gethostname():
         pid = holder.get("pid")
@@ -152,7 +151,7 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def _held(path: Path, holder: dict[str, Any]) -> UnavailableError:
+def _held(path: Path, holder: dict[str, object]) -> UnavailableError:
     fields = {"pid": "unknown", "host": "an unknown host", "since": "an unknown time", **holder}
     return UnavailableError(
         f"process {fields['pid']} on {fields['host']} is training in {path.parent} (since "

@@ -3,12 +3,9 @@
 import json
 import math
 import shlex
-from collections.abc import Mapping
-from pathlib import Path
 
 import jax
 from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
 
 from lstm_jax import batches
 from lstm_jax import loss as loss_lib
@@ -16,30 +13,29 @@ from lstm_jax import model as model_lib
 from lstm_jax.devices import hosts
 from lstm_jax.errors import NotFiniteError, same_again, set_field, warn
 from lstm_jax.recurrences import in_c
-from lstm_jax.run import cell_file, files, resume, workdir
-from lstm_jax.run.plan import Plan
-from lstm_jax.vocabulary import Costs, Ids
+from lstm_jax.run import cell_file, checkpoints, files, workdir
+from lstm_jax.run.session import Session
+from lstm_jax.vocabulary import Costs
 
 # Tokens of the window that is printed.
 _LONGEST_WINDOW = 24
 
 
-def print_setup(settled: resume.Settled, start: resume.Start, ids: Mapping[str, Ids]) -> None:
+def print_setup(run: Session) -> None:
     """Print the model, the text with its first window, and initial weights or changed fields."""
-    config, vocabulary, changes = settled
-    window = ids["train"][: min(config.batches.window_length, _LONGEST_WINDOW) + 1]
+    config, vocabulary, model, step = run.config, run.vocabulary, run.model, run.loop.step
+    window = run.ids["train"][: min(config.batches.window_length, _LONGEST_WINDOW) + 1]
     inputs, targets = window[:-1], window[1:]
-    model = start.model
     recurrence = model.implementation()
     batch_size, sizes = config.batches.batch_size, model.sizes[1:]
     is_in_c = all(in_c.runs_windows(size, model.dtype, batch_size) for size in sizes)
     if recurrence == "fused" and is_in_c:
         recurrence = "fused, in C"
-    counts = ", ".join(f"{len(of_split):,} {name}" for name, of_split in ids.items())
+    counts = ", ".join(f"{len(of_split):,} {name}" for name, of_split in run.ids.items())
     print(
-        f"{format_parameters(start.state.params)}\n\n"
+        f"{format_parameters(run.loop.state.params)}\n\n"
         f"{vocabulary.token_name}s: {counts}; vocabulary: {len(vocabulary)}; "
-        f"steps per epoch: {start.plan.steps_per_epoch:,}; "
+        f"steps per epoch: {run.plan.steps_per_epoch:,}; "
         f"recurrence: {recurrence}, matmuls in {model.dtype}\n\n"
         "The first window and its targets:\n"
         f"  inputs  {vocabulary.decode(inputs)!r}\n"
@@ -48,16 +44,22 @@ def print_setup(settled: resume.Settled, start: resume.Start, ids: Mapping[str, 
         f"  targets {' '.join(map(str, targets))}\n",
         flush=True,
     )
-    if start.trained:
-        new = vocabulary.tokens[len(start.trained.vocabulary) :]
+    if run.source:
+        source_step, num_tokens = run.source
+        new = vocabulary.tokens[num_tokens:]
         tokens = f"{len(new)} new tokens: {', '.join(map(repr, new))}" if new else "no new tokens"
         print(
-            f"The initial weights are those of step {start.trained.step} in {config.init_from}; "
+            f"The initial weights are those of step {source_step} in {config.init_from}; "
             f"the vocabulary has {tokens}\n",
             flush=True,
         )
-    for field, (before, after) in changes.items():
-        print(f"From step {start.step} on, {field} is {after!r}; it was {before!r}", flush=True)
+    for field, (before, after) in run.changes.items():
+        print(f"From step {step} on, {field} is {after!r}; it was {before!r}", flush=True)
+    if run.is_finished:
+        print(_describe_end(run))
+    elif run.is_resumed:
+        total = run.plan.total_steps
+        print(f"Resuming from step {step} of {total}, saved in {run.directory}")
 
 
 def format_parameters(params: model_lib.Params) -> str:
@@ -84,55 +86,62 @@ def describe_loss(loss: float, token_name: str, costs: Costs) -> str:
     return description
 
 
-def describe_early_end(config: ConfigDict, plan: Plan, step: int) -> str:
-    """Return the message that `patience` ends training after `step` steps."""
+def describe_validation(run: Session, loss: float, sample: str) -> str:
+    """Return the message about the validation after the steps so far, with its sample."""
+    step, plan = run.loop.step, run.plan
+    done, total = map(plan.count_epochs, (step, plan.total_steps))
+    name = f"epoch {round(done, 2):g} of {round(total, 2):g}" if step else "untrained"
+    described = describe_loss(loss, run.vocabulary.token_name, run.costs["validation"])
+    return f"\n=== {name}: validation loss {described}\n{sample}\n"
+
+
+def describe_early_end(run: Session) -> str:
+    """Return the message that `patience` ends training after the steps so far."""
     return (
-        f"Training ends at step {step} of {plan.total_steps}: the validation loss has not improved "
-        f"for {config.patience} validations"
+        f"Training ends at step {run.loop.step} of {run.plan.total_steps}: the validation loss has "
+        f"not improved for {run.config.patience} validations"
     )
 
 
-def describe_stop(directory: Path, plan: Plan, step: int) -> str:
-    """Return the message that a signal has stopped training after `step` steps."""
+def describe_stop(run: Session) -> str:
+    """Return the message that a signal has stopped training after the steps so far."""
     return (
-        f"\nStopped at step {step} of {plan.total_steps}. Everything is saved in {directory}: "
-        f"{same_again()} resumes."
+        f"\nStopped at step {run.loop.step} of {run.plan.total_steps}. Everything is saved in "
+        f"{run.directory}: {same_again()} resumes."
     )
 
 
-def describe_end(directory: Path, config: ConfigDict, plan: Plan, step: int) -> str:
-    """Return the message that a run has ended after `step` steps, and how to train it longer."""
-    field, reason = plan.limit, ""
-    if step < plan.total_steps:
+def _describe_end(run: Session) -> str:
+    """Return the message that a run has ended, and how to train it longer."""
+    field, reason, step = run.plan.limit, "", run.loop.step
+    if step < run.plan.total_steps:
         field = "patience"
-        reason = f", without a lower validation loss in the last {config.patience} validations"
+        reason = f", without a lower validation loss in the last {run.config.patience} validations"
     return (
-        f"The run in {directory} is finished after {plan.describe_length(step)}{reason}. To train "
-        f"longer, set for example {set_field(field, 2 * config[field])}"
+        f"The run in {run.directory} is finished after {run.plan.describe_length(step)}{reason}. "
+        f"To train longer, set for example {set_field(field, 2 * getattr(run.config, field))}"
     )
 
 
-def list_files(directory: Path, config: ConfigDict) -> str:
+def list_files(run: Session) -> str:
     """Return lines about the files of a run, and the command that generates text."""
     return (
-        f"Everything is in {directory}: {workdir.CHECKPOINTS}/, {workdir.METRICS}, "
+        f"Everything is in {run.directory}: {workdir.CHECKPOINTS}/, {workdir.METRICS}, "
         f"{workdir.SAMPLES}, {workdir.CURVES}, TensorBoard events\n"
-        f"Generate text: python -m lstm_jax.sample --workdir {shlex.quote(str(directory))}"
-        f"{cell_file.make_flag(config)}"
+        f"Generate text: python -m lstm_jax.sample --workdir {shlex.quote(str(run.directory))}"
+        f"{cell_file.make_flag(run.config.model)}"
     )
 
 
-def report_nonfinite(
-    directory: Path, config: ConfigDict, ids: Ids, step: int, skipped: int, last_saved: int
-) -> None:
+def report_nonfinite(run: Session, step: int, skipped: int) -> None:
     """Save the batch of a step that was skipped because a number was not finite, and warn.
 
     Raise `NotFiniteError` if more steps were `skipped` so far than `config.max_skipped_steps`.
     """
-    path = directory / f"nonfinite_step_{step}.json"
+    path, config, ids = run.directory / f"nonfinite_step_{step}.json", run.config, run.ids["train"]
     if hosts.is_first():
-        places = batches.make_order(len(ids), config.batches, config.seed)[step - 1]
-        batch = batches.cut_batch(ids, places, config.batches.window_length)
+        offsets = batches.make_order(len(ids), config.batches, config.seed)[step - 1]
+        batch = batches.cut_batch(ids, offsets, config.batches.window_length)
         saved = {"step": step, "inputs": batch.inputs.tolist(), "targets": batch.targets.tolist()}
         files.write_file(path, f"{json.dumps(saved)}\n".encode())
     allowed = config.max_skipped_steps
@@ -140,6 +149,7 @@ def report_nonfinite(
         f"a parameter, the loss or a gradient of step {step} is not finite (its batch is in {path})"
     )
     if skipped > allowed:
+        last_saved = checkpoints.list_steps(run.directory / workdir.CHECKPOINTS)[-1]
         raise NotFiniteError(
             f"{message}: the last good checkpoint is that of step {last_saved}; resume from it "
             f"with a lower optimizer.learning_rate, {set_field('optimizer.max_gradient_norm', 1)}, "

@@ -7,17 +7,16 @@ import secrets
 import textwrap
 import time
 import zlib
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import NotRequired, Self, TypedDict, Unpack
 
-from ml_collections import ConfigDict
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import hparams, scalar, text
 
 from lstm_jax import config as config_lib
+from lstm_jax.config import Config
 from lstm_jax.errors import UserError, warn
 from lstm_jax.run import files
 
@@ -28,31 +27,64 @@ _LARGEST, _LONGEST_LINE = 2**26, 2**12
 TIMES = ("tokens_per_second", "seconds", "time")
 
 
-class MetricsWriter:
-    """Appends losses to metrics.jsonl, and losses and samples to TensorBoard events."""
+class Numbers(TypedDict, total=False):
+    """Numbers of a row beside the loss."""
 
-    def __init__(self, path: Path, step: int, config: ConfigDict | None = None) -> None:
-        """Open metrics.jsonl at `path`, and events beside it, for a run that is at `step`.
+    learning_rate: float
+    gradient_norm: float
+    tokens_per_second: float
+    bits_per_character: float
+
+
+class Row(Numbers):
+    """A row of metrics.jsonl: a loss in nats per token after `step` training steps."""
+
+    step: int
+    epoch: float  # The number of passes over the training text, with fractions.
+    split: str
+    loss: float
+    seconds: float  # Of training so far.
+    time: str  # In UTC.
+    crc: NotRequired[str]  # In the file only.
+    sample: NotRequired[str]  # The generated text of a validation, for `watch` only.
+
+
+class MetricsWriter:
+    """Appends losses to metrics.jsonl, and losses and samples to TensorBoard events.
+
+    The files are opened for the first row, so that a run without one leaves them as they are.
+    """
+
+    def __init__(self, path: Path, step: int, config: Config | None = None) -> None:
+        """Prepare metrics.jsonl at `path`, and events beside it, for a run that is at `step`.
 
         TensorBoard shows the config as hyperparameters. The seconds of training continue from those
         of the last row.
         """
-        self._lines = files.open_append(path)
-        # A killed process or a full disk can leave half a line.
-        if half := files.read_tail(path, _LONGEST_LINE).rpartition(b"\n")[2]:
-            self._lines.truncate(path.stat().st_size - len(half))
+        self._path, self._step, self._config = path, step, config
         rows = read_metrics(path)
-        self._start = time.monotonic() - (rows[-1].get("seconds", 0.0) if rows else 0.0)
+        self._start = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
+        self._files = contextlib.ExitStack()
+        self._is_open = False
+
+    def _open(self) -> None:
+        self._is_open = True
+        self._lines = self._files.enter_context(files.open_append(self._path))
+        # A killed process or a full disk can leave half a line.
+        if half := files.read_tail(self._path, _LONGEST_LINE).rpartition(b"\n")[2]:
+            self._lines.truncate(self._path.stat().st_size - len(half))
         # tensorboardX's SummaryWriter has a thread, which loses its queue when the process is
         # killed and waits forever when the disk is full. The random suffix makes the file
         # a new one, not a link that somebody put there.
         suffix = f".{secrets.token_hex(8)}"
-        self._events = EventsWriter(str(path.parent / "events"), filename_suffix=suffix)
-        if step:  # TensorBoard then hides earlier events of later steps, of an interrupted run.
-            self._add(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
-        if config is not None:
+        self._events = EventsWriter(str(self._path.parent / "events"), filename_suffix=suffix)
+        self._files.callback(self._events.close)
+        if self._step:  # TensorBoard then hides later steps of earlier events, of a stopped run.
+            start = SessionLog(status=SessionLog.START)
+            self._add(Event(step=self._step + 1, session_log=start))
+        if self._config is not None:
             losses = [f"{split}/loss" for split in _SPLITS]
-            for summary in hparams(list_hyperparameters(config), losses)[:2]:
+            for summary in hparams(list_hyperparameters(self._config), losses)[:2]:
                 self._add(Event(summary=summary))
 
     def _add(self, event: Event, now: float | None = None) -> None:
@@ -67,8 +99,8 @@ class MetricsWriter:
         split: str,
         loss: float,
         sample: str | None = None,
-        **extra: float,
-    ) -> dict[str, Any]:
+        **extra: Unpack[Numbers],
+    ) -> Row:
         """Record a loss in nats per token; return its row of metrics.jsonl without the checksum.
 
         `step` is the number of training steps done, `epoch` that of passes over the training text,
@@ -76,14 +108,23 @@ class MetricsWriter:
         is shown in TensorBoard only. `extra` holds more numbers. The row also has the seconds of
         training so far, and the time in UTC.
         """
+        if not self._is_open:
+            self._open()
         now = time.time()
-        numbers = {"loss": loss, **extra, "seconds": round(time.monotonic() - self._start, 3)}
-        at = datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds")
-        row = {"step": step, "epoch": round(epoch, 6), "split": split, **numbers, "time": at}
+        row: Row = {
+            "step": step,
+            "epoch": round(epoch, 6),
+            "split": split,
+            "loss": loss,
+            **extra,
+            "seconds": round(time.monotonic() - self._start, 3),
+            "time": datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds"),
+        }
         self._lines.write(f"{json.dumps({**row, 'crc': _checksum(row)})}\n".encode())
         self._lines.flush()
-        for name, value in numbers.items():
-            self._add(Event(step=step, summary=scalar(f"{split}/{name}", value)), now)
+        for name, value in row.items():
+            if name not in ("step", "epoch", "split", "time"):
+                self._add(Event(step=step, summary=scalar(f"{split}/{name}", value)), now)
         if sample is not None:
             self._add(
                 Event(step=step, summary=text(f"{split}/sample", quote_markdown(sample))), now
@@ -94,11 +135,10 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *unused: object) -> None:
-        self._lines.close()
-        self._events.close()
+        self._files.close()
 
 
-def list_hyperparameters(config: ConfigDict) -> dict[str, bool | int | float | str]:
+def list_hyperparameters(config: Config) -> dict[str, bool | int | float | str]:
     """Return the fields of a config by name, with values of other types as strings."""
     return {
         name: value if isinstance(value, bool | int | float | str) else str(value)
@@ -111,7 +151,7 @@ def quote_markdown(text: str) -> str:
     return textwrap.indent(text, "    ", lambda line: True)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[Row]:
     """Return the rows of a metrics.jsonl without checksums; [] if the file does not exist.
 
     Damaged lines are left out, with a warning. An incomplete last line, which is still being
@@ -139,20 +179,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """Return the row in a line, or None if it is damaged; rows of old runs have no checksum."""
+def _parse(line: bytes) -> Row | None:
+    """Return the row in a line, or None if it is damaged."""
     with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
-        row: dict[str, Any] = json.loads(line) if len(line) <= _LONGEST_LINE else {}
+        row: Row = json.loads(line if len(line) <= _LONGEST_LINE else b"{}")
         valid = isinstance(row["step"], int) and 0 <= row["step"] < 2**31
         valid = valid and isinstance(row["loss"], float) and row["split"] in _SPLITS
-        valid = valid and isinstance(row.get("seconds", 0.0), float)
-        crc = row.pop("crc", None)
-        if valid and crc in (None, _checksum(row)):
+        valid = valid and isinstance(row["seconds"], float)
+        if row.pop("crc") == _checksum(row) and valid:
             return row
     return None
 
 
-def _checksum(row: Mapping[str, Any]) -> str:
+def _checksum(row: Row) -> str:
     return f"{zlib.crc32(json.dumps(row).encode()):08x}"
 
 

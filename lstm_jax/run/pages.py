@@ -4,13 +4,12 @@ import json
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from lstm_jax.errors import UserError
 from lstm_jax.run import files
 
 
-def fill_page(package: str, name: str, data: Mapping[str, Any]) -> bytes:
+def fill_page(package: str, name: str, data: Mapping[str, object]) -> bytes:
     """Return the template `name` of a package with `data` in place of `null/*data*/`."""
     template = resources.files(package).joinpath(name).read_text(encoding="utf-8")
     # ASCII without "<" is safe in a script.

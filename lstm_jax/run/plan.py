@@ -3,16 +3,16 @@
 from collections.abc import Mapping
 
 import jax
-from ml_collections import ConfigDict
 
 from lstm_jax import optimizer as optimizer_lib
+from lstm_jax.config import Config, RunConfig
 from lstm_jax.vocabulary import Ids
 
 
-def cut_validation(config: ConfigDict, ids: Mapping[str, Ids]) -> Ids:
+def cut_validation(config: RunConfig, ids: Mapping[str, Ids]) -> Ids:
     """Return the ids on which a run validates, from those of its splits."""
-    number, own = config.validation_tokens, ids["validation"]
-    return own[:number] if 0 < number < len(own) else own
+    number, all_ids = config.validation_tokens, ids["validation"]
+    return all_ids[:number] if 0 < number < len(all_ids) else all_ids
 
 
 class Plan:
@@ -22,13 +22,15 @@ class Plan:
       steps_per_epoch: the number of steps per epoch.
       total_steps: the number of steps until the end of the run, unless `patience` ends it earlier.
       limit: the field that determines it, "num_epochs" or "max_steps".
+      tokens_per_step: the number of tokens of a step.
     """
 
-    def __init__(self, config: ConfigDict, steps_per_epoch: int) -> None:
+    def __init__(self, config: Config, steps_per_epoch: int) -> None:
         self._config, self.steps_per_epoch = config, steps_per_epoch
         self.total_steps, self.limit = config.num_epochs * steps_per_epoch, "num_epochs"
         if 0 < config.max_steps < self.total_steps:
             self.total_steps, self.limit = config.max_steps, "max_steps"
+        self.tokens_per_step = config.batches.batch_size * config.batches.window_length
         # Jitted, because a schedule is many operations.
         self._schedule = jax.jit(optimizer_lib.make_schedule(config.optimizer, self.total_steps))
 

@@ -4,27 +4,30 @@ from pathlib import Path
 
 import jax
 
+from lstm_jax.run.loop import Loop, Observer
+
 # Steps before the trace, which compile and fill buffers, and traced steps.
 _WARM_UP, _STEPS = 3, 5
 
 
-class Profiler:
+class Profiler(Observer):
     """Traces some steps of a run once, soon after it starts or resumes."""
 
     def __init__(self, directory: Path | None, step: int) -> None:
         """Start at `step`; trace into `directory`/plugins/profile/TIME/, or not at all if None."""
         self._directory, self._first, self._is_tracing = directory, step + _WARM_UP, False
 
-    def keep(self, step: int, array: jax.Array) -> None:
-        """Start or stop the trace if it is time to; `array` is a result of step `step`."""
+    def after_step(self, loop: Loop) -> None:
+        """Start or stop the trace if it is time to, when the device has finished the step."""
+        step, result = loop.step, loop.state.loss_sum
         if self._directory is None or step < self._first:
             return
         if not self._is_tracing:
-            jax.block_until_ready(array)
+            jax.block_until_ready(result)
             jax.profiler.start_trace(str(self._directory))
             self._first, self._is_tracing = step, True
         elif step >= self._first + _STEPS:
-            jax.block_until_ready(array)
+            jax.block_until_ready(result)
             self.close()
 
     def close(self) -> None:

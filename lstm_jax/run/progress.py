@@ -6,11 +6,37 @@ import time
 from tqdm import tqdm
 
 from lstm_jax.devices import hosts
+from lstm_jax.run.loop import Loop, Observer
 
 _SECONDS_BETWEEN_LINES = 10
 
 
-class Progress:
+class Clock(Observer):
+    """Measures the speed of training, without the first call, which compiles the step."""
+
+    def __init__(self, step: int) -> None:
+        """Start with `step` steps done."""
+        self._has_compiled = False
+        self._clock = step, time.monotonic()
+
+    def after_step(self, loop: Loop) -> None:
+        """Start again after the first call."""
+        if not self._has_compiled:
+            self._has_compiled = True
+            self.start_clock(loop.step)
+
+    def start_clock(self, step: int) -> None:
+        """Measure the speed from here on, with `step` steps done."""
+        self._clock = step, time.monotonic()
+
+    def steps_per_second(self, step: int) -> float:
+        """Return the speed since the last call or `start_clock`; 0 if no step was done since."""
+        before, self._clock = self._clock, (step, time.monotonic())
+        steps, seconds = step - before[0], self._clock[1] - before[1]
+        return steps / seconds if steps else 0.0
+
+
+class Progress(Clock):
     """Shows step, epoch, loss, speed and remaining time.
 
     On a terminal it is a bar on standard error, elsewhere a line on standard output every ten
@@ -18,11 +44,12 @@ class Progress:
     """
 
     def __init__(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
+        super().__init__(step)
         self._first, self._total, self._steps_per_epoch = step, total_steps, steps_per_epoch
         self._measured = ""  # The last training loss and speed.
+        # (Steps done, time), from which the remaining time is measured.
+        self._start = self._clock
         self._last_line = time.monotonic()
-        # (Steps done, time), from which the speed and the remaining time are measured.
-        self._clock = self._start = step, self._last_line
         self._bar = tqdm(
             total=total_steps,
             initial=step,
@@ -37,16 +64,10 @@ class Progress:
 
         The remaining time is estimated from the first call after a step, as that step compiles.
         """
-        self._clock = step, time.monotonic()
+        super().start_clock(step)
         if self._start[0] == self._first:
             self._start = self._clock
         self._advance(step)
-
-    def steps_per_second(self, step: int) -> float:
-        """Return the speed since the last call or `start_clock`; 0 if no step was done since."""
-        before, self._clock = self._clock, (step, time.monotonic())
-        steps, seconds = step - before[0], self._clock[1] - before[1]
-        return steps / seconds if steps else 0.0
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Show that `step` steps are done, with this training loss and speed (0 if unknown)."""

@@ -1,20 +1,21 @@
 """Start or resume a run: its config and vocabulary, and its model, state and batches."""
 
+import dataclasses
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import grain
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from lstm_jax import batches
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
-from lstm_jax.cells.protocol import trace_cell
+from lstm_jax.cells.making import trace_cell
+from lstm_jax.config import Config
 from lstm_jax.devices import hosts
 from lstm_jax.errors import UserError, another_directory, for_caller, set_field
 from lstm_jax.regularization import drop_parameters
@@ -24,29 +25,29 @@ from lstm_jax.train_step import TrainState, init_state
 from lstm_jax.vocabulary import Ids, Vocabulary
 
 # The value before and the value now of each field that has changed, by dotted name.
-_Changes = dict[str, tuple[Any, Any]]
+Changes = dict[str, tuple[object, object]]
 # Fields that a run and the one whose parameters it starts from must share.
 _OF_MODEL = ("model.", "data.units", "data.document_separator")
 
 
-class Settled(NamedTuple):
+class Resolved(NamedTuple):
     """The config and vocabulary of a run, and changes of the config since it was last trained."""
 
-    config: ConfigDict
+    config: Config
     vocabulary: Vocabulary
-    changes: _Changes
+    changes: Changes
 
 
-def settle_model(config: ConfigDict) -> None:
+def resolve_model(config: Config) -> Config:
     """Load the cell of a training config, and check the model; this initializes JAX.
 
-    Set the checksum of the cell's file in the config.
+    Return the config with the checksum of the cell's file.
 
     Raises:
       UserError: if the cell can't be loaded or breaks the protocol, or if `model.recurrence` can't
         run on this device, or a rate of `regularization` does not apply.
     """
-    cell_file.settle_cell(config)
+    config = dataclasses.replace(config, model=cell_file.resolve_cell(config.model))
     try:
         model = model_lib.make_model(config.model, 1)
         model.implementation()
@@ -59,11 +60,12 @@ def settle_model(config: ConfigDict) -> None:
     jax.eval_shape(
         lambda: drop_parameters(config.regularization, model_lib.init_params(model, key), key)
     )
+    return config
 
 
-def settle_run(
-    config: ConfigDict, directory: Path, make_vocabulary: Callable[[], Vocabulary]
-) -> Settled:
+def resolve_run(
+    config: Config, directory: Path, make_vocabulary: Callable[[], Vocabulary]
+) -> Resolved:
     """Return config and vocabulary of a new run, or of the run in `directory` with its changes.
 
     Args:
@@ -74,15 +76,14 @@ def settle_run(
     Raises:
       UserError: if the run has another text, or another value of a field that can't change.
     """
-    config = config.copy_and_resolve_references()
     if config.init_from:
-        config.init_from = str(Path(config.init_from).absolute())
-    workdir.check_own_files(directory)
+        config = dataclasses.replace(config, init_from=str(Path(config.init_from).absolute()))
+    workdir.check_regular_files(directory)
     if (directory / workdir.CONFIG).exists():
         before = workdir.load_config(directory)
-        config.init_from = config.init_from or before.init_from
+        config = dataclasses.replace(config, init_from=config.init_from or before.init_from)
         changes = _compare(before, config, directory)
-        return Settled(config, workdir.load_vocabulary(directory), changes)
+        return Resolved(config, workdir.load_vocabulary(directory), changes)
     for name in (workdir.CHECKPOINTS, workdir.METRICS):
         if (directory / name).exists():
             raise UserError(
@@ -94,7 +95,7 @@ def settle_run(
         source = Path(config.init_from)
         _compare(workdir.load_config(source), config, source, of_model=True)
         vocabulary = extend_vocabulary(workdir.load_vocabulary(source), vocabulary)
-    return Settled(config, vocabulary, {})
+    return Resolved(config, vocabulary, {})
 
 
 def extend_vocabulary(first: Vocabulary, second: Vocabulary) -> Vocabulary:
@@ -119,9 +120,7 @@ def extend_vocabulary(first: Vocabulary, second: Vocabulary) -> Vocabulary:
     return Vocabulary([*first.tokens, *new], first.kind, second.stop)
 
 
-def _compare(
-    before: ConfigDict, config: ConfigDict, directory: Path, of_model: bool = False
-) -> _Changes:
+def _compare(before: Config, config: Config, directory: Path, of_model: bool = False) -> Changes:
     """Return the changed fields, or those `_OF_MODEL`; raise `UserError` if one can't change."""
     old = dict(config_lib.flatten(before))
     changes = {
@@ -129,7 +128,7 @@ def _compare(
         for field, value in config_lib.flatten(config)
         if field.startswith(_OF_MODEL if of_model else "") and value != old[field]
     }
-    same_class = cell_file.get_class_name(before) == cell_file.get_class_name(config)
+    same_class = cell_file.get_class_name(before.model) == cell_file.get_class_name(config.model)
     if config.model.cell_sha256 and same_class:
         changes.pop("model.cell", None)  # The file may move.
         if changes.pop("model.cell_sha256", None) and not of_model:
@@ -155,8 +154,10 @@ def _compare(
     if fixed and of_model:
         fixed.pop("model.cell_sha256", None)  # It follows from the cell.
         wanted = {field: was for field, (was, _) in fixed.items()}
-        options = wanted.pop("model.options", {})
-        wanted |= {f"model.options.{name}": value for name, value in options.items()}
+        if "model.options" in wanted:
+            del wanted["model.options"]
+            options = before.model.options
+            wanted |= {f"model.options.{name}": value for name, value in options.items()}
         set_all = for_caller(" ", "; ").join(set_field(*item) for item in wanted.items())
         remedy = f"add {set_all}" if wanted else "leave out config.model.options"
         raise UserError(f"the model in {directory} has other settings: {remedy}")
@@ -174,37 +175,40 @@ class Start(NamedTuple):
 
     model: model_lib.LanguageModel
     state: TrainState
-    iterator: grain.DatasetIterator  # Over training batches, or over their places.
+    iterator: grain.DatasetIterator  # Over training batches, or over their offsets.
     step: int  # Training steps done.
     plan: Plan
     history: dict[str, int] | None  # `workdir.history_sizes` when it was saved; None if it is new.
-    trained: workdir.Trained | None  # The model whose parameters a new run starts from, if any.
+    # The step of the model whose parameters a new run starts from, and its number of tokens.
+    source: tuple[int, int] | None
 
 
 def restore_run(
-    settled: Settled,
+    resolved: Resolved,
     directory: Path,
     ids: Ids,
     count_tokens: Callable[[Vocabulary], np.ndarray],
     mesh: jax.sharding.Mesh | None = None,
-    places: bool = False,
+    only_offsets: bool = False,
 ) -> Start:
-    """Make model, state and batches, or restore them from a checkpoint; save `settled`.
+    """Make model, state and batches, or restore them from a checkpoint; save `resolved`.
 
     Args:
-      settled: from `settle_run`.
+      resolved: from `resolve_run`.
       directory: the working directory.
       ids: those of the training text.
       count_tokens: returns the number of occurrences of each token there, for a new run.
       mesh: the devices; None for the default device.
-      places: see `batches.make_batches`.
+      only_offsets: see `batches.make_batches`.
 
     Raises:
       UserError: if the text is too short, or the run is damaged or was trained for more epochs.
     """
-    config, vocabulary, changes = settled
+    config, vocabulary, changes = resolved
     part = (jax.process_index(), jax.process_count())
-    iterator, steps_per_epoch = batches.make_batches(ids, config.batches, config.seed, places, part)
+    iterator, steps_per_epoch = batches.make_batches(
+        ids, config.batches, config.seed, only_offsets, part
+    )
     plan = Plan(config, steps_per_epoch)
     model = model_lib.make_model(config.model, len(vocabulary))
     saved_in = directory / workdir.CHECKPOINTS
@@ -224,22 +228,24 @@ def restore_run(
     step, history = 0, None
     if restored:
         step, history = restored.step, restored.history
-        state = TrainState.join(restored.params, {**state.rest, **restored.state})
+        state = TrainState.join(restored.params, restored.state)
     elif (directory / workdir.METRICS).exists():
         raise UserError(
             f"{directory} holds {workdir.METRICS} but no checkpoint: restore "
             f"{workdir.CHECKPOINTS}/, or start a new run in {another_directory()}"
         )
     if step > plan.total_steps:
+        limit = f"{plan.limit}={getattr(config, plan.limit)}"
         raise UserError(
             f"the run in {directory} has trained {plan.describe_length(step)} already, and "
-            f"{plan.limit}={config[plan.limit]} is fewer: set more, or use {another_directory()}"
+            f"{limit} is fewer: set more, or use {another_directory()}"
         )
-    with hosts.first_goes_ahead("config"):
+    with hosts.main_process_first("config"):
         if hosts.is_first():
             files.remove_partial(directory)
             if changes:
                 workdir.append_changes(directory, step, changes)
             workdir.save_vocabulary(directory, vocabulary)
             workdir.save_config(directory, config)
-    return Start(model, state, iterator, step, plan, history, trained)
+    source = (trained.step, len(trained.vocabulary)) if trained else None
+    return Start(model, state, iterator, step, plan, history, source)

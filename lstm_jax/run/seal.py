@@ -9,7 +9,6 @@ import math
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -40,7 +39,7 @@ def seal_checkpoint(checkpoint: Path) -> None:
     files.write_file(checkpoint / SEAL, lines.encode())
 
 
-def find_damage(checkpoint: Path, params: Any = None, carry: Any = ()) -> str | None:
+def find_damage(checkpoint: Path, params: object = None, carry: object = ()) -> str | None:
     """Return how a checkpoint's files differ from those that were sealed; None if they don't.
 
     Hidden files need no checksum: file managers add them. Sizes that don't fit `params` and
@@ -70,7 +69,7 @@ def find_damage(checkpoint: Path, params: Any = None, carry: Any = ()) -> str | 
     return None if sums else f"{SEAL} is empty"
 
 
-def _find_misfit(sizes: Mapping[str, int], params: Any, carry: Any) -> str | None:
+def _find_misfit(sizes: Mapping[str, int], params: object, carry: object) -> str | None:
     """Return why files of these sizes, by name, can't be those of a run; None if they can."""
     for name, size in sizes.items():
         is_data = "/d/" in name or name.endswith(".ocdbt")
@@ -85,13 +84,13 @@ def _find_misfit(sizes: Mapping[str, int], params: Any, carry: Any) -> str | Non
     return None
 
 
-def _limit(params: Any, carry: Any) -> int:
+def _limit(params: object, carry: object) -> int:
     """Return the limit of the bytes of a checkpoint, and of the arrays of each of its items."""
     beyond = min(2 * _count_bytes(carry), _CARRY_LIMIT) + _BYTES_BEYOND
     return _PARAMS_MULTIPLE * _count_bytes(params) + beyond
 
 
-def _count_bytes(tree: Any) -> int:
+def _count_bytes(tree: object) -> int:
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 

@@ -10,13 +10,14 @@ from typing import Self
 import jax
 
 from lstm_jax.devices import hosts
+from lstm_jax.run.loop import Loop, Observer
 
 
 class Stopped(BaseException):
     """A signal requested a stop; a BaseException, so that no `except Exception` catches it."""
 
 
-class StopRequest:
+class StopRequest(Observer):
     """Within its block, Ctrl-C or SIGTERM requests a stop; further signals change nothing."""
 
     exit_code: int | None = None  # Of the command; None until a signal arrives.
@@ -39,9 +40,18 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def before_first_step(self, loop: Loop) -> None:
+        """Check for a signal that arrived while the first validation finished."""
+        self.after_step(loop)
+
+    def after_step(self, loop: Loop) -> None:
+        """Check for a signal, unless training is at its end."""
+        if loop.in_step and loop.step < loop.last_step:
+            self.check()
+
     def check(self) -> None:
-        """Raise `Stopped` if a signal arrived in any process."""
-        if code := hosts.get_greatest(self.exit_code or 0):
+        """Raise `Stopped` if a signal arrived in any process, which all call at the same step."""
+        if code := hosts.max_over_processes(self.exit_code or 0):
             self.exit_code = code
             raise Stopped
 
@@ -63,26 +73,25 @@ class StopRequest:
                 raise Stopped
 
 
-class Pacer:
-    """Waits for the device about once a second.
+class Pacer(Observer):
+    """Waits for the device about once a second, and then says that processes may agree.
 
     JAX dispatches steps asynchronously and may be tens of them ahead of the device. A stop has to
-    wait for all of them.
+    wait for all of them. Between the waits, processes may be at different steps. So they agree on
+    signals and on checkpoints only after one.
     """
 
     def __init__(self, step: int) -> None:
         """Start when `step` steps are done; wait for the next one."""
         self._step, self._steps, self._clock = step, 1, time.monotonic()
 
-    def keep(self, step: int, array: jax.Array) -> bool:
-        """Wait for `array`, a result of step `step`, if it is time to.
-
-        Return whether processes may communicate now: all of them get True at the same steps.
-        """
-        if step - self._step < self._steps:
-            return jax.process_count() == 1
-        jax.block_until_ready(array)
-        milliseconds = hosts.get_greatest(int(1e3 * (time.monotonic() - self._clock)))
+    def after_step(self, loop: Loop) -> None:
+        """Wait if it is time to, and set `loop.in_step`, which is the same in all processes."""
+        waits = loop.step - self._step >= self._steps
+        loop.in_step = waits or jax.process_count() == 1
+        if not waits:
+            return
+        jax.block_until_ready(loop.state.loss_sum)
+        milliseconds = hosts.max_over_processes(int(1e3 * (time.monotonic() - self._clock)))
         self._steps = max(1, int(self._steps / max(milliseconds, 1) * 1e3))
-        self._step, self._clock = step, time.monotonic()
-        return True
+        self._step, self._clock = loop.step, time.monotonic()

@@ -8,22 +8,21 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from lstm_jax.errors import UserError, one_line, warn
 from lstm_jax.run import files, metrics, workdir
+from lstm_jax.run.metrics import Row
 
 # The file of a tracked run that holds its identity, with a limit of its size in bytes.
 TRACKED, _LIMIT = "tracked.json", 2**10
 # The default name of a project or experiment that holds the runs.
 _PROJECT = "lstm-jax"
 
-_Row = Mapping[str, Any]
 
-
-class _Run(NamedTuple):
+class _TrackedRun(NamedTuple):
     """The name, the identity and the config of a run, with which a tracker is opened."""
 
     directory: Path
@@ -33,26 +32,26 @@ class _Run(NamedTuple):
 
 
 class _Tracker(Protocol):
-    """A destination for the rows of one run; it is made from a `_Run`, new or resumed."""
+    """A destination for the rows of one run; it is made from a `_TrackedRun`, new or resumed."""
 
-    def write(self, row: _Row, /) -> object:
+    def write(self, row: Row, /) -> object:
         """Add a row of metrics.jsonl; those of validations also have a `sample`."""
 
     def close(self, failed: bool) -> None:
         """Send the remaining rows, and close the tracker."""
 
 
-def _list_numbers(row: _Row) -> dict[str, float]:
+def _list_numbers(row: Row) -> dict[str, float]:
     """Return the numbers of a row but its step, named by their split as in TensorBoard."""
-    others = ("step", "epoch", "split", "time", "sample")
-    numbers = {f"{row['split']}/{name}": row[name] for name in row if name not in others}
-    return {"epoch": row["epoch"], **numbers}
+    numbers = {name: value for name, value in row.items() if isinstance(value, float | int)}
+    epoch, _ = numbers.pop("epoch"), numbers.pop("step")
+    return {"epoch": epoch, **{f"{row['split']}/{name}": numbers[name] for name in numbers}}
 
 
 class _Wandb:
     """Weights & Biases, in the project that WANDB_PROJECT names, or else lstm-jax."""
 
-    def __init__(self, run: _Run) -> None:
+    def __init__(self, run: _TrackedRun) -> None:
         import wandb
 
         self._html = wandb.Html
@@ -69,8 +68,8 @@ class _Wandb:
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
-    def write(self, row: _Row) -> None:
-        entry: dict[str, Any] = {"step": row["step"], **_list_numbers(row)}
+    def write(self, row: Row) -> None:
+        entry: dict[str, object] = {"step": row["step"], **_list_numbers(row)}
         if "sample" in row:
             text = f"<pre style='white-space: pre-wrap'>{html.escape(row['sample'])}</pre>"
             entry["validation/sample"] = self._html(text)
@@ -85,7 +84,7 @@ class _MLflow:
 
     _TAG = "lstm_jax.run"
 
-    def __init__(self, run: _Run) -> None:
+    def __init__(self, run: _TrackedRun) -> None:
         from mlflow import MlflowClient, entities
 
         self._client, self._entities = MlflowClient(), entities
@@ -104,7 +103,7 @@ class _MLflow:
             params = [entities.Param(key, str(value)) for key, value in run.config.items()]
             self._client.log_batch(self._run, params=params)
 
-    def write(self, row: _Row) -> None:
+    def write(self, row: Row) -> None:
         now, step = int(1000 * time.time()), row["step"]
         numbers = [
             self._entities.Metric(name, value, now, step)
@@ -121,7 +120,7 @@ class _MLflow:
 class _Trackio:
     """Trackio, in the project lstm-jax."""
 
-    def __init__(self, run: _Run) -> None:
+    def __init__(self, run: _TrackedRun) -> None:
         import trackio
 
         self._trackio = trackio
@@ -129,8 +128,8 @@ class _Trackio:
         name = f"{run.name}-{run.identity}"
         self._run = trackio.init(_PROJECT, name, config=run.config, resume="allow", embed=False)
 
-    def write(self, row: _Row) -> None:
-        entry: dict[str, Any] = _list_numbers(row)
+    def write(self, row: Row) -> None:
+        entry: dict[str, object] = {**_list_numbers(row)}
         if "sample" in row:
             entry["validation/sample"] = self._trackio.Markdown(
                 metrics.quote_markdown(row["sample"])
@@ -144,14 +143,14 @@ class _Trackio:
 class _Function:
     """A function that is called with each row."""
 
-    def __init__(self, function: Callable[[_Row], object]) -> None:
+    def __init__(self, function: Callable[[Row], object]) -> None:
         self.write = function
 
     def close(self, failed: bool) -> None:
         """Do nothing."""
 
 
-_TRACKERS: dict[str, Callable[[_Run], _Tracker]] = {
+_TRACKERS: dict[str, Callable[[_TrackedRun], _Tracker]] = {
     "wandb": _Wandb,
     "mlflow": _MLflow,
     "trackio": _Trackio,
@@ -159,7 +158,7 @@ _TRACKERS: dict[str, Callable[[_Run], _Tracker]] = {
 
 
 @contextlib.contextmanager
-def open_trackers(names: Sequence[str], directory: Path) -> Iterator[Callable[[_Row], None]]:
+def open_trackers(names: Sequence[str], directory: Path) -> Iterator[Callable[[Row], None]]:
     """Yield a callback for `train` that sends the rows of the run in `directory` to trackers.
 
     Trackers are opened with the first row, when nothing can be wrong with the run any more. One
@@ -175,10 +174,10 @@ def open_trackers(names: Sequence[str], directory: Path) -> Iterator[Callable[[_
     makers = {name: _find_tracker(name) for name in names}
     opened: dict[str, _Tracker] = {}
 
-    def watch(row: _Row) -> None:
+    def watch(row: Row) -> None:
         if makers:
             config = metrics.list_hyperparameters(workdir.load_config(directory))
-            run = _Run(directory, directory.resolve().name, _get_identity(directory), config)
+            run = _TrackedRun(directory, directory.resolve().name, _get_identity(directory), config)
             for name in list(makers):
                 try:
                     opened[name] = makers.pop(name)(run)
@@ -206,7 +205,7 @@ def open_trackers(names: Sequence[str], directory: Path) -> Iterator[Callable[[_
                 warn(f"--track={name} failed to close ({one_line(error)[:300]})")
 
 
-def _find_tracker(name: str) -> Callable[[_Run], _Tracker]:
+def _find_tracker(name: str) -> Callable[[_TrackedRun], _Tracker]:
     if name in _TRACKERS:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:  # A directory here may have its name.

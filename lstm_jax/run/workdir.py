@@ -1,6 +1,7 @@
 """Read and write the working directory of a run: config, vocabulary, model and history."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shlex
@@ -9,11 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
-from lstm_jax.cells.protocol import trace_cell
+from lstm_jax.cells.making import trace_cell
+from lstm_jax.config import Config
 from lstm_jax.errors import UserError, for_caller, warn
 from lstm_jax.recurrences import fused
 from lstm_jax.run import cell_file, checkpoints, files
@@ -50,7 +51,7 @@ def check_path(directory: Path | str) -> Path:
     return path
 
 
-def load_config(workdir: Path) -> ConfigDict:
+def load_config(workdir: Path) -> Config:
     """Return the config of the run in `workdir`; raise `UserError` if there is no run."""
     if not (workdir / CONFIG).exists():
         remedy = for_caller(
@@ -90,7 +91,7 @@ def load_params(
 class Trained(NamedTuple):
     """A trained model, read from a working directory."""
 
-    config: ConfigDict
+    config: Config
     vocabulary: Vocabulary
     model: Any  # A `LanguageModel`, or an `Ensemble` of several.
     params: model_lib.Params
@@ -111,11 +112,12 @@ def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
     workdir = check_path(workdir)
     config = load_config(workdir)
     if dtype:
-        config.model.dtype = "bfloat16" if dtype == "int8" else dtype
-        config = config_lib.complete_config(config)
-    cell_file.use_loaded_cell(config, workdir)
+        used = "bfloat16" if dtype == "int8" else dtype
+        config = config_lib.change_fields(config, {"model.dtype": used})
+    loaded = cell_file.use_loaded_cell(config.model, workdir)
     vocabulary = load_vocabulary(workdir)
-    config.model.recurrence = "auto"  # The run may have used another kind of device.
+    # The run may have used another kind of device.
+    config = dataclasses.replace(config, model=dataclasses.replace(loaded, recurrence="auto"))
     model = model_lib.make_model(config.model, len(vocabulary))
     if dtype == "int8":
         if not fused.supports_int8(model):
@@ -134,7 +136,7 @@ def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
     return Trained(config, vocabulary, model, params, step)
 
 
-def save_config(workdir: Path, config: ConfigDict) -> None:
+def save_config(workdir: Path, config: Config) -> None:
     """Write the file that `load_config` reads."""
     files.write_json(workdir / CONFIG, config.to_dict())
 
@@ -144,7 +146,7 @@ def save_vocabulary(workdir: Path, vocabulary: Vocabulary) -> None:
     files.write_json(workdir / VOCABULARY, vocabulary.to_fields(), indent=0)
 
 
-def append_changes(workdir: Path, step: int, changes: Mapping[str, tuple[Any, Any]]) -> None:
+def append_changes(workdir: Path, step: int, changes: Mapping[str, tuple[object, object]]) -> None:
     """Record changes of config fields after `step`: by field, the values before and after."""
     with files.open_append(workdir / CHANGES) as file:
         file.write((json.dumps({"step": step, "changes": changes}) + "\n").encode())
@@ -180,7 +182,7 @@ def restore_history(workdir: Path, sizes: Mapping[str, int]) -> None:
             warn(f"{path} has lost some of its content")
 
 
-def check_own_files(workdir: Path) -> None:
+def check_regular_files(workdir: Path) -> None:
     """Raise `UserError` if a directory holds anything but regular files and directories.
 
     A run would write through a link to a file elsewhere, and reading a pipe may never end.

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lstm_jax.loss import read_chunk
-from lstm_jax.model import Carry, LanguageModel, Params, place_beside
+from lstm_jax.model import Carry, LanguageModel, Params, first_carry
 from lstm_jax.vocabulary import Ids
 
 _PLACE_LENGTH = 512  # Tokens that count at each position.
@@ -45,7 +45,7 @@ def measure_zero_state(model: LanguageModel, params: Params, ids: Ids, places: i
             total += np.asarray(losses).sum(axis=1, dtype=np.float64)
         return total / length, carry
 
-    zero = place_beside(params, model.initial_carry(len(starts)))
+    zero = first_carry(model, params, len(starts))
     cold, _ = read(length, zero)
     _, carry = read(0, zero)
     warm, _ = read(length, carry)

@@ -60,13 +60,7 @@ def main() -> None:
     import jax
 
     from lstm_jax import generation
-    from lstm_jax.controls import (
-        Controls,
-        can_end,
-        check_number,
-        make_control_arrays,
-        make_stop_table,
-    )
+    from lstm_jax.controls import Controls, can_generate, check_number, make_control_arrays
     from lstm_jax.data import sources, texts
     from lstm_jax.run import ensemble
     from lstm_jax.sample import chat, novelty
@@ -90,12 +84,11 @@ def main() -> None:
             warn(f"the model does not know {named} in {where} and reads [UNK] instead")
     controls = controls._replace(forbidden=vocabulary.encode(_FORBID.value).tolist())
     forbidden = make_control_arrays(controls, len(vocabulary)).forbidden
-    stops = make_stop_table(vocabulary, False, _STOP_AT.value)
-    if _STOP_AT.value and not can_end(stops, forbidden):
+    if not can_generate(vocabulary, _STOP_AT.value, forbidden):
         warn(f"the model can't generate {_STOP_AT.value!r} (--stop_at)")
 
     key = jax.random.key(_SEED.value)
-    options: Any = {"stop_token": _STOP.value, "stop_at": _STOP_AT.value}
+    options: dict[str, Any] = {"stop_token": _STOP.value, "stop_at": _STOP_AT.value}
     options |= {"prompt": prompt, "length": _LENGTH.value, "controls": controls}
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
     if _INTERACTIVE.value:
@@ -118,11 +111,11 @@ def main() -> None:
         print(f"{'-' * 20}\n{make_printable(prompt + text)}")
     sys.stdout.flush()
     for text in samples if _NOVELTY.value else []:
-        found = novelty.measure_novelty(text, training_text.pieces(overlap=len(text)))
+        copied = novelty.measure_novelty(text, training_text.pieces(overlap=len(text)))
         print(
-            f"novelty: {found.copied_share:.1%} of the characters are in runs of more than "
+            f"novelty: {copied.copied_share:.1%} of the characters are in runs of more than "
             f"{novelty.COMMON_RUN} characters copied from the training text; the longest run has "
-            f"{len(found.longest_run)}: {found.longest_run!r}",
+            f"{len(copied.longest_run)}: {copied.longest_run!r}",
             file=sys.stderr,
         )
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from lstm_jax import generation
-from lstm_jax.controls import Controls, check_number, make_control_arrays, make_stop_table
+from lstm_jax.controls import Controls, check_number, make_control_arrays, make_stops
 from lstm_jax.errors import UserError
 from lstm_jax.generation import State
 from lstm_jax.model import Prepared
@@ -49,20 +49,20 @@ def converse(
     the arguments see `generation.stream_texts`.
     """
     model, vocabulary = trained.model, trained.vocabulary
-    stops = make_stop_table(vocabulary, stop_token, stop_at)
+    stops = make_stops(vocabulary, stop_token, stop_at)
     arrays = generation.prepare_params(model, trained.params)
-    state = generation.initial_state(model)
+    state = generation.initial_state(model, arrays)
     earlier: list[State] = []  # For /undo.
 
     def answer(line: str, turn: int) -> State:
         """Read a line and print the continuation; return the state after it."""
         last = _read_line(trained, arrays, state, line)
         decode, show = generation.text_decoder(vocabulary, stop_token), make_printer()
-        own_key = jax.random.fold_in(key, turn)  # After /undo, the same line gets another answer.
-        own_controls = make_control_arrays(controls, len(vocabulary))
+        turn_key = jax.random.fold_in(key, turn)  # After /undo, a line gets another answer.
+        arrays_of_controls = make_control_arrays(controls, len(vocabulary))
         try:
             for ids, after in generation.generate_chunks(
-                model, arrays, last, own_key, own_controls, stops, length
+                model, arrays, last, turn_key, arrays_of_controls, stops, length
             ):
                 print(show(decode(ids[0], False), False), end="", flush=True)
                 last = after
@@ -93,7 +93,7 @@ def converse(
             for i in np.argsort(-probabilities, kind="stable")[:5]:
                 print(f"{probabilities[i]:.4f}  {vocabulary.tokens[i]!r}", flush=True)
         elif name == "reset":
-            state, earlier = generation.initial_state(model), []
+            state, earlier = generation.initial_state(model, arrays), []
         elif name == "undo" and earlier:
             state = earlier.pop()
         elif name == "undo":

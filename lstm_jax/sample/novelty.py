@@ -37,9 +37,9 @@ def measure_novelty(text: str, training_text: Iterable[str]) -> Novelty:
         lengths = range(len(longest) + 1, len(text) + 1)
         if len(_find_copied(ours, theirs, lengths.start)):
             longer = bisect.bisect(lengths, 0, key=lambda n: not len(_find_copied(ours, theirs, n)))
-            found = lengths[longer - 1]
-            start = _find_copied(ours, theirs, found)[0]
-            longest = text[start : start + found]
+            length_there = lengths[longer - 1]
+            start = _find_copied(ours, theirs, length_there)[0]
+            longest = text[start : start + length_there]
     return Novelty(longest, np.count_nonzero(covered) / max(len(text), 1))
 
 

@@ -14,33 +14,20 @@ if __name__ == "__main__":
 
 import contextlib
 import signal
-import sys
 from typing import NoReturn
 
-import jax
 from absl import flags
 
-from lstm_jax import config
+from lstm_jax.errors import UserError
 from lstm_jax.recurrences.processor import count_cores
 from lstm_jax.run import command
-
-try:
-    import optuna
-
-    from lstm_jax.sweep import population, search, space, study
-except ModuleNotFoundError as error:
-    missing = (error.name or "").partition(".")[0]
-    if missing not in ("optuna", "sqlalchemy"):
-        raise
-    message = f"error: sweeps need {missing}, which is not installed: pip install 'lstm-jax[sweep]'"
-    print(message, file=sys.stderr)
-    sys.exit(2)
+from lstm_jax.sweep import options
 
 command.define_config_flag("Experiment to start from: a Python file with get_config().")
 _SPACE = flags.DEFINE_string(
     "space",
     None,
-    f"Search space: a Python file with {space.FUNCTION}(trial), which returns config fields.",
+    f"Search space: a Python file with {options.FUNCTION}(trial), which returns config fields.",
 )
 _SEEDS = flags.DEFINE_integer(
     "seeds",
@@ -58,14 +45,14 @@ _STUDY = flags.DEFINE_string(
     "study",
     None,
     "Storage that the workers share: postgresql://..., mysql://..., sqlite:///FILE or "
-    f"journal:FILE. [default: {study.DATABASE} in the working directory]",
+    f"journal:FILE. [default: {options.DATABASE} in the working directory]",
 )
 _NAME = flags.DEFINE_string("name", None, "Name of the study. [default: <config>_<space>]")
-_SAMPLER = flags.DEFINE_enum("sampler", "tpe", study.SAMPLERS, "Algorithm that samples settings.")
+_SAMPLER = flags.DEFINE_enum("sampler", "tpe", options.SAMPLERS, "Algorithm that samples settings.")
 _PRUNER = flags.DEFINE_enum(
     "pruner",
     None,
-    study.PRUNERS,
+    options.PRUNERS,
     "Algorithm that stops trials early. [default: hyperband; none for seeds and populations]",
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampler.")
@@ -73,19 +60,33 @@ _POPULATION = flags.DEFINE_integer(
     "population",
     None,
     "Number of trials to train together in one program; they may differ only in "
-    f"{', '.join(config.TRACEABLE)}. [default: 1; for --seeds all of them, at most "
-    f"{population.LARGEST}]",
+    f"{', '.join(options.TRACEABLE)}. [default: 1; for --seeds all of them, at most "
+    f"{options.LARGEST}]",
     lower_bound=1,
 )
-
-
-def _stop(number: int, frame: object) -> NoReturn:
-    raise search.Stopped(128 + number)
 
 
 def main() -> int:
     """Run one worker of the sweep that the flags describe."""
     experiment, name = command.read_experiment()
+    # Here, because they import JAX, which --help does not need.
+    import jax
+
+    try:
+        import optuna
+
+        from lstm_jax.sweep import search
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("optuna", "sqlalchemy"):
+            raise
+        raise UserError(
+            f"sweeps need {missing}, which is not installed: pip install 'lstm-jax[sweep]'"
+        ) from None
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise search.Stopped(128 + number)
+
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     # One device for each core, so that a trial does not depend on earlier trials in its process.
     # RuntimeError: JAX is already initialized and keeps its devices.
@@ -105,7 +106,7 @@ def main() -> int:
         seed=_SEED.value,
         members=_POPULATION.value,
     )
-    signal.signal(signal.SIGTERM, _stop)  # The loop of a single run has its own handler.
+    signal.signal(signal.SIGTERM, stop)  # The loop of a single run has its own handler.
     return search.run_sweep(sweep)
 
 

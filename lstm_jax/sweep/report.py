@@ -11,17 +11,16 @@ from pathlib import Path
 from urllib.parse import quote
 
 import optuna
-from ml_collections import ConfigDict
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from lstm_jax import config as config_lib
+from lstm_jax.config import FIELDS, Config, change_fields, flatten
 from lstm_jax.errors import UserError, visible
 from lstm_jax.run import cell_file, files, workdir
 from lstm_jax.sweep import plots
 from lstm_jax.sweep import study as study_lib
 from lstm_jax.sweep import table as table_lib
-from lstm_jax.sweep.space import Space, change_fields
+from lstm_jax.sweep.space import Space
 
 TRIALS = "trials.jsonl"
 BEST = "best.py"
@@ -41,7 +40,7 @@ def check_paths(directory: Path) -> None:
             raise UserError(f"{path} must be a file, but is a directory: move it away")
 
 
-def write_report(study: Study, directory: Path, experiment: ConfigDict, space: Space) -> str:
+def write_report(study: Study, directory: Path, experiment: Config, space: Space) -> str:
     """Write all results of a sweep, finished or not; return the text for the user."""
     write_trials(study, directory)
     trials = list_trials(study)
@@ -55,7 +54,8 @@ def write_report(study: Study, directory: Path, experiment: ConfigDict, space: S
         if len(members) > 1:
             named = [argument for member in members for argument in ("--workdir", member)]
             command = shlex.join(["python", "-m", "lstm_jax.evaluate", *named])
-            lines.append(f"Measure their ensemble: {command}{cell_file.make_flag(experiment)}")
+            command += cell_file.make_flag(experiment.model)
+            lines.append(f"Measure their ensemble: {command}")
     else:
         # The fields come from the user's own space, not from the study.
         config = change_fields(experiment, space.replay(best))
@@ -66,7 +66,7 @@ def write_report(study: Study, directory: Path, experiment: ConfigDict, space: S
             f"Best of {len(trials)} trials: trial {best.number}, validation loss "
             f"{best.value:.4f}: {visible(table_lib.describe_settings(best))}",
             f"Train it: {_get_command(best, directory)}",
-            f"Generate text: {command}{cell_file.make_flag(config)}",
+            f"Generate text: {command}{cell_file.make_flag(config.model)}",
         ]
     # Optuna warns that PED-ANOVA is experimental, Matplotlib about missing glyphs and about axes of
     # zero length.
@@ -132,12 +132,14 @@ def _measure_spread(trials: Sequence[FrozenTrial]) -> list[tuple[str, int, str]]
     return spread
 
 
-def _make_best_file(best: FrozenTrial, config: ConfigDict, directory: Path) -> str:
+def _make_best_file(best: FrozenTrial, config: Config, directory: Path) -> str:
     """Return the experiment file of the best trial: all fields that differ from the defaults."""
-    config.data.sha256 = ""
-    default = dict(config_lib.flatten(config_lib.default()))
-    fields = [(f, v) for f, v in config_lib.flatten(config) if v != default[f]]
-    lines = "\n".join(f"    config.{field} = {value!r}" for field, value in fields)
+    default = {field.name: field.default for field in FIELDS}
+    lines = "\n".join(
+        f"    config.{name} = {value!r}"
+        for name, value in flatten(config)
+        if value != default[name] and name != "data.sha256"
+    )
     command = _get_command(best, directory)
     return f'''"""The best trial of a sweep, trial {best.number}."""
 # {command if command.isprintable() else ascii(command)}

@@ -1,27 +1,28 @@
 """Prepare a sweep and train its trials."""
 
 import contextlib
+import dataclasses
 import io
 import math
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-from ml_collections import ConfigDict
 from optuna import Trial, TrialPruned
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study
 from optuna.trial import TrialState
 
 from lstm_jax import training
+from lstm_jax.config import Config
 from lstm_jax.data import texts
 from lstm_jax.errors import NotFiniteError, UnavailableError, UserError, one_line
 from lstm_jax.run import cell_file, checkpoints, files, metrics, workdir
-from lstm_jax.sweep import population, report
+from lstm_jax.sweep import options, population, report
 from lstm_jax.sweep import space as space_lib
 from lstm_jax.sweep import study as study_lib
 from lstm_jax.sweep import worker as worker_lib
@@ -41,7 +42,7 @@ class Sweep(NamedTuple):
     """The sweep that a worker takes part in."""
 
     study: Study
-    experiment: ConfigDict  # The config that trials change.
+    experiment: Config  # The config that trials change.
     space: space_lib.Space
     directory: Path
     trials: int  # The total number to finish, over all workers.
@@ -55,7 +56,7 @@ class Stopped(SystemExit):
 
 
 def prepare_sweep(
-    experiment: ConfigDict,
+    experiment: Config,
     experiment_name: str,
     *,
     space_file: str | None = None,
@@ -80,7 +81,7 @@ def prepare_sweep(
     elif seeds and not space_file:
         space, space_name = space_lib.make_seed_space(experiment.seed, seeds), f"seeds{seeds}"
         trials, sampler = seeds, "grid"
-        members = members or min(seeds, population.LARGEST)
+        members = members or min(seeds, options.LARGEST)
     else:
         raise UserError("use either --space experiments/sweeps/quick.py or --seeds 8")
     pruner = pruner or ("none" if members > 1 or seeds else "hyperband")
@@ -98,8 +99,11 @@ def prepare_sweep(
                 "grid needs the same in all: draw them in every trial, or use another --sampler"
             )
         trials = min(trials, math.prod(map(len, grid.values())))
-    cell_file.settle_cell(experiment)
-    experiment = texts.load_texts(experiment.data).settle(experiment)
+    experiment = dataclasses.replace(
+        experiment,
+        model=cell_file.resolve_cell(experiment.model),
+        data=texts.load_texts(experiment.data).resolve(experiment.data),
+    )
     name = name or f"{experiment_name}_{space_name}"
     path = Path(directory or Path("runs", "sweeps", name))
     path.mkdir(parents=True, exist_ok=True)
@@ -210,13 +214,13 @@ def _train_trials(sweep: Sweep, worker: worker_lib.Worker, trials: Sequence[Tria
     return [""] * len(trials)
 
 
-def _train_trial(trial: Trial, config: ConfigDict, directory: Path) -> str:
+def _train_trial(trial: Trial, config: Config, directory: Path) -> str:
     """Train one trial; if it diverged, return the reason, else ""."""
 
-    def report_loss(row: Mapping[str, Any]) -> None:
+    def report_loss(row: metrics.Row) -> None:
         epoch = row["epoch"]
         if row["split"] == "validation" and epoch and epoch.is_integer():
-            _report(trial, epoch, row["loss"])
+            _report(trial, int(epoch), row["loss"])
             if epoch < config.num_epochs and trial.should_prune():
                 raise TrialPruned
 

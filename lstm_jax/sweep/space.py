@@ -1,7 +1,6 @@
 """Load the search space of a sweep: a Python file that maps a trial to config overrides."""
 
 import contextlib
-import functools
 import json
 import runpy
 import sys
@@ -10,16 +9,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
-from ml_collections import ConfigDict
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalChoiceType, CategoricalDistribution
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import FrozenTrial
+from optuna.trial import BaseTrial, FrozenTrial
 
-from lstm_jax import config as config_lib
+from lstm_jax.config import Config, change_fields
 from lstm_jax.errors import UserError, one_line
-from lstm_jax.run.files import blaming_file
+from lstm_jax.run.files import raise_user_error
+from lstm_jax.sweep.options import FUNCTION
 
-FUNCTION = "get_overrides"
 # The number of draws to check before training, so that mistakes are reported early.
 _NUM_PROBES = 20
 
@@ -28,11 +26,12 @@ class Space(NamedTuple):
     """The search space of a sweep. Its methods raise `UserError` for mistakes in its file."""
 
     name: str  # Of the file, for messages.
-    get_overrides: Callable[[Any], Mapping[str, Any]]  # From a trial to fields by dotted name.
+    # From a trial to fields by dotted name.
+    get_overrides: Callable[[BaseTrial], Mapping[str, object]]
 
-    def overrides(self, trial: Any) -> dict[str, Any]:
+    def overrides(self, trial: BaseTrial) -> dict[str, object]:
         """Return the fields that a trial changes, with lists for tuples, as in JSON."""
-        with blaming_file("space file", self.name, (UserError, UpdateFinishedTrialError)):
+        with raise_user_error("space file", self.name, (UserError, UpdateFinishedTrialError)):
             try:
                 overrides = self.get_overrides(trial)
             except optuna.TrialPruned:
@@ -46,7 +45,7 @@ class Space(NamedTuple):
                 "of fields such as {'optimizer.learning_rate': 1e-3}"
             )
         try:
-            made: dict[str, Any] = json.loads(json.dumps(dict(overrides)))
+            made: dict[str, object] = json.loads(json.dumps(dict(overrides)))
         except (TypeError, ValueError, RecursionError) as error:
             raise UserError(
                 f"{self.name}: a field must be a number, a string, a boolean or a list of them "
@@ -54,7 +53,7 @@ class Space(NamedTuple):
             ) from None
         return made
 
-    def replay(self, trial: FrozenTrial) -> dict[str, Any]:
+    def replay(self, trial: FrozenTrial) -> dict[str, object]:
         """Return the overrides for the parameters of a trial; missing ones get any value.
 
         Raise `UserError` if this space can't have drawn them.
@@ -65,26 +64,26 @@ class Space(NamedTuple):
             raise replayed.not_drawn(name)
         return overrides
 
-    def apply(self, experiment: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
+    def apply(self, experiment: Config, overrides: Mapping[str, object]) -> Config:
         """Call `change_fields`; name the space file in its errors."""
         try:
             return change_fields(experiment, overrides)
         except UserError as error:
             raise UserError(f"{self.name}: {error}") from None
 
-    def check(self, experiment: ConfigDict) -> tuple[list[ConfigDict], list[str]]:
+    def check(self, experiment: Config) -> tuple[list[Config], list[str]]:
         """Return the configs of a fixed set of random draws, and the names of all parameters."""
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         configs = [self.apply(experiment, self.overrides(study.ask())) for _ in range(_NUM_PROBES)]
         return configs, sorted({name for trial in study.trials for name in trial.params})
 
-    def grid(self) -> dict[str, list[Any]]:
+    def grid(self) -> dict[str, list[CategoricalChoiceType]]:
         """Return the values of each parameter; raise `UserError` if their number is infinite."""
         trial = _ReplayedTrial(self.name, {}, {})
         self.overrides(trial)
         return {name: self._list_values(name, drawn) for name, drawn in trial.distributions.items()}
 
-    def _list_values(self, name: str, distribution: Any) -> list[Any]:
+    def _list_values(self, name: str, distribution: Any) -> list[CategoricalChoiceType]:
         if isinstance(distribution, CategoricalDistribution):
             return list(distribution.choices)
         low, high, step = distribution.low, distribution.high, distribution.step
@@ -101,12 +100,12 @@ class _ReplayedTrial(optuna.trial.FixedTrial):
     """A trial with known parameters; all others get their first value."""
 
     def __init__(
-        self, space: str, params: dict[str, Any], drawn: Mapping[str, BaseDistribution]
+        self, space: str, params: dict[str, object], drawn: Mapping[str, BaseDistribution]
     ) -> None:
         super().__init__(params)
         self._space, self._drawn = space, drawn
 
-    def _suggest(self, name: str, distribution: Any) -> Any:
+    def _suggest(self, name: str, distribution: Any) -> CategoricalChoiceType:
         self._distributions[name] = distribution
         if name not in self._params:
             is_choice = isinstance(distribution, CategoricalDistribution)
@@ -131,7 +130,7 @@ def load_space(path: Path) -> Space:
         raise UserError(f"there is no space file {path}")
     sys.path.insert(0, str(path.parent))
     try:
-        with blaming_file("space file", str(path)):
+        with raise_user_error("space file", str(path)):
             names = runpy.run_path(str(path))
     finally:
         sys.path.remove(str(path.parent))
@@ -146,21 +145,7 @@ def load_space(path: Path) -> Space:
 def make_seed_space(first: int, number: int) -> Space:
     """Return the space of consecutive seeds."""
 
-    def get_overrides(trial: Any) -> dict[str, Any]:
+    def get_overrides(trial: BaseTrial) -> dict[str, object]:
         return {"seed": trial.suggest_int("seed", first, first + number - 1, step=1)}
 
     return Space("--seeds", get_overrides)
-
-
-def change_fields(experiment: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
-    """Return the complete config with the overrides, by dotted field name, applied.
-
-    Raise `UserError` for an unknown field or an invalid value.
-    """
-    fields = experiment.to_dict()
-    for field, value in overrides.items():
-        if message := config_lib.describe_unknown_field(str(field)):
-            raise UserError(message)
-        *parents, name = field.split(".")
-        functools.reduce(dict.__getitem__, parents, fields)[name] = value
-    return config_lib.complete_config(fields)

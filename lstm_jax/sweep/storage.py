@@ -177,7 +177,7 @@ class _CheckedStorage(Guarded):
         with convert_errors(self._place):
             return self._check_trial(self._inner.get_trial(trial_id))
 
-    def get_all_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
+    def get_all_trials(self, *args: object, **kwargs: object) -> list[FrozenTrial]:
         with convert_errors(self._place):
             return [self._check_trial(t) for t in self._inner.get_all_trials(*args, **kwargs)]
 

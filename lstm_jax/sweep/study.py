@@ -8,25 +8,24 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import optuna
-from ml_collections import ConfigDict
+from optuna.distributions import CategoricalChoiceType
 from optuna.samplers import BaseSampler
 from optuna.study import Study, StudyDirection
 from optuna.trial import BaseTrial, FrozenTrial, TrialState
 
 from lstm_jax import config as config_lib
+from lstm_jax.config import Config
 from lstm_jax.errors import UserError
+from lstm_jax.sweep import options
 from lstm_jax.sweep.space import Space
 from lstm_jax.sweep.storage import Guarded, convert_errors, open_storage
 
-# Optuna's CMA-ES is not supported: it unpickles its state from the study, which can run any code.
-SAMPLERS = ("tpe", "random", "grid")
-PRUNERS = ("hyperband", "none")
+_Grid = Mapping[str, Sequence[CategoricalChoiceType]]  # The values of each parameter.
 
-# In the directory of a sweep: the study, unless --study names another, and the trials.
-DATABASE = "study.db"
+# The trials, in the directory of a sweep.
 TRIALS = "trials"
 
 # Attributes of a trial. Only the process that runs the trial writes them.
@@ -52,7 +51,7 @@ def open_study(
     directory: Path,
     location: str | None,
     name: str,
-    experiment: ConfigDict,
+    experiment: Config,
     parameters: Sequence[str],
     sampler: BaseSampler,
     pruner: optuna.pruners.BasePruner,
@@ -62,7 +61,7 @@ def open_study(
     Raise `UserError` if it can't be reached or written, or is for another experiment or space.
     """
     study = optuna.create_study(
-        storage=open_storage(directory / DATABASE, location, check_trial),
+        storage=open_storage(directory / options.DATABASE, location, check_trial),
         study_name=name,
         sampler=sampler,
         pruner=pruner,
@@ -148,20 +147,22 @@ def check_trial(trial: FrozenTrial) -> FrozenTrial:
     return trial
 
 
-def _is_count(value: Any, most: float = float("inf")) -> bool:
+def _is_count(value: object, most: float = float("inf")) -> bool:
     return type(value) is int and 0 <= value <= most
 
 
-def _is_loss(value: Any) -> bool:
+def _is_loss(value: object) -> bool:
     """Return whether a value is a number that fits into float32."""
-    return type(value) in (int, float) and abs(value) < 3.5e38
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < 3.5e38
 
 
-def _matches(value: Any, pattern: str) -> bool:
+def _matches(value: object, pattern: str) -> bool:
     return isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
-def check_grid(study: Study, grid: Mapping[str, list[Any]]) -> None:
+def check_grid(study: Study, grid: _Grid) -> None:
     """Raise `UserError` if a trial of a study was drawn from another grid."""
     for trial in study.get_trials(deepcopy=False):
         if trial.system_attrs.get("search_space", grid) != grid:
@@ -171,7 +172,7 @@ def check_grid(study: Study, grid: Mapping[str, list[Any]]) -> None:
             )
 
 
-def make_sampler(name: str, seed: int, grid: Mapping[str, list[Any]] | None = None) -> BaseSampler:
+def make_sampler(name: str, seed: int, grid: _Grid | None = None) -> BaseSampler:
     """Return one of `SAMPLERS`; "grid" needs the values of each parameter."""
     return cast(BaseSampler, _SeededSampler(name, seed, grid or {}))
 
@@ -183,7 +184,7 @@ class _SeededSampler(Guarded):
     them or on how often the trial is resumed, and two workers never draw the same.
     """
 
-    def __init__(self, name: str, seed: int, grid: Mapping[str, list[Any]]) -> None:
+    def __init__(self, name: str, seed: int, grid: _Grid) -> None:
         self._name, self._seed, self._grid = name, seed, grid
         super().__init__(self._make(0))
 
@@ -202,12 +203,12 @@ class _SeededSampler(Guarded):
         self._inner = self._make(own.number)
         self._inner.before_trial(study, own)
 
-    def after_trial(self, *outcome: Any) -> None:
+    def after_trial(self, *outcome: object) -> None:
         """Do nothing: GridSampler would stop Optuna's own loop, and the others do nothing."""
 
 
 def make_pruner(name: str, num_epochs: int) -> optuna.pruners.BasePruner:
-    """Return one of `PRUNERS`.
+    """Return one of `options.PRUNERS`.
 
     Hyperband (Li et al. 2018) runs successive halving over epochs in each bracket.
     """

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -72,7 +72,7 @@ class Worker:
         self._directory = directory / WORKERS
         self._name = uuid.uuid4().hex
         self._own: dict[int, int] = {}  # The trials that it trains: number and id.
-        self._seen: dict[tuple[int, Any], float] = {}  # When each counter was first seen.
+        self._seen: dict[tuple[int, object], float] = {}  # When each counter was first seen.
         self._done = threading.Event()
 
     def __enter__(self) -> Self:
@@ -139,7 +139,9 @@ class Worker:
             self.study.tell(trial, loss, state, skip_if_finished=True)
         self._own.pop(trial.number, None)
 
-    def _add(self, user_attrs: Mapping[str, Any], like: FrozenTrial | None = None) -> optuna.Trial:
+    def _add(
+        self, user_attrs: Mapping[str, object], like: FrozenTrial | None = None
+    ) -> optuna.Trial:
         """Add a trial that belongs to this worker from the start."""
         ticket = f"{socket.gethostname()}/{self._name}/{uuid.uuid4().hex}"
         like = like or optuna.trial.create_trial(state=TrialState.RUNNING)

@@ -1,0 +1,156 @@
+"""Measure the loss of a trained model, or an ensemble, on a text, as the flags say."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lstm_jax import dynamic
+from lstm_jax import loss as loss_lib
+from lstm_jax.data import sources, texts
+from lstm_jax.data.encoding import Text
+from lstm_jax.errors import UserError, warn
+from lstm_jax.evaluate.temperature import Tempered, fit_temperature
+from lstm_jax.run import advice, ensemble, figures, workdir, zero_state
+from lstm_jax.vocabulary import FILE_END, UNKNOWN_ID, Ids, Vocabulary
+
+
+class Options(NamedTuple):
+    """The flags of the command, checked; see there."""
+
+    splits: str  # One, or several joined by "+".
+    text: str | None  # A file, or "-"; then `splits` is not measured.
+    json_lines: bool
+    context: int | None
+    by_position: Path | None
+    fit_temperature: bool
+    zero_state: int  # The number of positions, or 0.
+    dynamic: dynamic.Settings | None
+
+
+def measure(
+    directories: Sequence[Path],
+    dtype: str | None,
+    own_text: Sequence[str | None],
+    options: Options,
+) -> None:
+    """Print the loss, as one JSON object.
+
+    Args:
+      directories: working directories, more than one for an ensemble.
+      dtype: of matmuls, or None for that of the runs.
+      own_text: the last three arguments of `texts.load_texts_of_run`.
+      options: what to measure.
+
+    Raises:
+      UserError: if a run or text can't be read, the text is too short or unknown to the model, or
+        the model has diverged.
+    """
+    trained, steps = ensemble.load_ensemble(directories, dtype)
+    model, params, vocabulary = trained.model, trained.params, trained.vocabulary
+    names = options.splits.split("+")
+    splits: dict[str, Text] = {}
+    if not options.text or options.dynamic or options.fit_temperature:
+        splits = texts.load_texts_of_run(trained.config.data, *own_text)
+    measured = (
+        [_read_text(options.text, vocabulary)] if options.text else [splits[n] for n in names]
+    )
+    ids = texts.Joined([text.encode(vocabulary) for text in measured])
+    name = "standard input" if options.text == "-" else options.text or options.splits
+    result: dict[str, object] = {"text" if options.text else "split": name}
+    if len(ids) < (needed := 4 if options.zero_state else 2):
+        raise UserError(
+            f"{name} is too short: it has {len(ids)} {vocabulary.token_name}s, and {needed} "
+            "are needed"
+        )
+    if options.text:
+        result["unknown_tokens"] = int(np.count_nonzero(ids[:] == UNKNOWN_ID))
+        if result["unknown_tokens"] == len(ids):
+            raise UserError(f"the model knows none of the {vocabulary.token_name}s in {name}")
+    loss, losses, used = _measure_loss(trained, ids, splits, options)
+    if math.isnan(loss):
+        raise UserError(
+            f"the loss is not a number: the model in {' or '.join(map(str, directories))} has "
+            "diverged; train again with a lower optimizer.learning_rate"
+        )
+    costs = [text.costs(vocabulary, first=i > 0) for i, text in enumerate(measured)]
+    result |= used | {
+        "loss": loss,
+        "bits_per_token": loss / math.log(2),
+        "bits_per_character": loss_lib.compute_bits_per_character(loss, costs),
+        "perplexity": loss_lib.compute_perplexity(loss),
+        "tokens": len(ids) - 1,
+        "step": steps[0] if len(steps) == 1 else steps,
+    }
+    if (plot := options.by_position) and options.context:
+        by_position = loss_lib.average_by_position(losses, options.context)
+        kept = loss_lib.compute_loss(model, params, ids)
+        result |= {"loss_with_carry": kept, "by_position": by_position.round(6).tolist()}
+    zero = None
+    if options.zero_state:
+        zero = zero_state.measure_zero_state(model, params, ids, options.zero_state)
+        result["zero_state"] = zero._asdict()
+    if warning := advice.find_suspicion({name: loss}, len(vocabulary), zero):
+        warn(warning)
+    if options.fit_temperature and not options.text and "validation" in names:
+        warn(
+            "the temperature was fitted on the validation split, so the loss there is too low: "
+            "measure with --split test"
+        )
+    if options.json_lines:
+        _print_tokens([vocabulary.tokens[i] for i in ids[:]], losses)
+    # JSON has no infinity.
+    print(json.dumps({key: None if v == math.inf else v for key, v in result.items()}))
+    if plot:
+        figures.plot_positions(by_position, kept, plot)
+
+
+def _measure_loss(
+    trained: workdir.Trained, ids: Ids, splits: Mapping[str, Text], options: Options
+) -> tuple[float, np.ndarray, dict[str, object]]:
+    """Measure the loss as the options specify.
+
+    Return the mean loss, the loss of each token ([] unless an option needs it), and the fields of
+    the result that name the settings.
+    """
+    model, params, vocabulary = trained.model, trained.params, trained.vocabulary
+    if settings := options.dynamic:
+        train_ids = splits["train"].encode(vocabulary)
+        total, kept = 0.0, [np.zeros(0, np.float32)]
+        for part in ensemble.adapt_to_text(model, params, train_ids, ids, settings):
+            total += float(part.sum(dtype=np.float64))
+            if options.json_lines:
+                kept.append(part)
+        return total / (len(ids) - 1), np.concatenate(kept), {"dynamic": settings._asdict()}
+    if options.context:
+        losses = loss_lib.compute_token_losses(model, params, ids, options.context)
+        return float(losses.mean(dtype=np.float64)), losses, {"context": options.context}
+    measured: Any = model
+    used: dict[str, object] = {}
+    if options.fit_temperature:
+        validation = splits["validation"].encode(vocabulary)
+        temperature = fit_temperature(model, params, validation)
+        measured, used = Tempered(model, temperature), {"temperature": temperature}
+    if options.json_lines:
+        losses = loss_lib.compute_token_losses(measured, params, ids)
+        return float(losses.mean(dtype=np.float64)), losses, used
+    return loss_lib.compute_loss(measured, params, ids), np.zeros(0), used
+
+
+def _read_text(path: str, vocabulary: Vocabulary) -> Text:
+    """Read a text from a file or standard input, as a run with this vocabulary reads its own."""
+    text = sources.read_argument(path, "--text", vocabulary.kind == "bytes")
+    if vocabulary.stop == FILE_END:
+        sources.check_ends(text, 0)
+        text += FILE_END
+    return Text(text)
+
+
+def _print_tokens(tokens: Sequence[str], losses: np.ndarray) -> None:
+    """Print a line of JSON for each token; the first one is not predicted."""
+    for token, loss in zip(tokens, [None, *losses.tolist()], strict=True):
+        line = {"token": token, "log_probability": None if loss is None else round(-loss, 6)}
+        print(json.dumps(line).replace("\x7f", "\\u007f"))  # The only control character left.

@@ -1,0 +1,171 @@
+"""What a single run does after training steps: it logs, saves, validates, and stops."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import jax
+
+from lstm_jax import generation
+from lstm_jax import loss as loss_lib
+from lstm_jax import model as model_lib
+from lstm_jax.controls import Controls
+from lstm_jax.devices import hosts, parallel
+from lstm_jax.run import advice, console, figures, messages, workdir
+from lstm_jax.run.loop import Loop, Observer
+from lstm_jax.run.plan import cut_validation
+from lstm_jax.run.profiler import Profiler
+from lstm_jax.run.progress import Progress
+from lstm_jax.run.session import Session
+from lstm_jax.run.signals import Pacer, Stopped, StopRequest
+
+
+@contextlib.contextmanager
+def observe(run: Session, mesh: jax.sharding.Mesh) -> Iterator[list[Observer]]:
+    """Open the observers of a run, in the order in which the loop calls them.
+
+    A signal ends the block, with everything saved, and sets `run.loop.exit_code`.
+    """
+    loop, plan = run.loop, run.plan
+    traced = run.directory if run.config.profile and hosts.is_first() else None
+    with (
+        contextlib.closing(Profiler(traced, loop.step)) as profiler,
+        contextlib.closing(Progress(loop.step, loop.last_step, plan.steps_per_epoch)) as progress,
+        StopRequest() as stop,
+    ):
+        save = Save(run)
+        try:
+            yield [
+                Pacer(loop.step),  # First: it decides whether the others may agree.
+                profiler,
+                progress,
+                Log(run, progress),
+                save,  # Before the validation, with which a run that is stopped in it resumes.
+                Validate(run, mesh, progress, stop),
+                stop,
+            ]
+        except Stopped:
+            save.save_once(loop)
+            run.checkpoints.wait()
+            progress.print(messages.describe_stop(run))
+            loop.exit_code = stop.exit_code or 0
+
+
+class Log(Observer):
+    """Records the mean training loss of the steps since the last record."""
+
+    def __init__(self, run: Session, progress: Progress) -> None:
+        self._run, self._progress = run, progress
+
+    def after_step(self, loop: Loop) -> None:
+        """Record a row every `log_every_steps`."""
+        if loop.step % self._run.config.log_every_steps:
+            return
+        check_finite(self._run, loop)
+        state = loop.state
+        if number := int(state.loss_steps):
+            loss, norm = float(state.loss_sum) / number, float(state.norm_sum) / number
+            steps_per_second = self._progress.steps_per_second(loop.step)
+            speed = steps_per_second * self._run.plan.tokens_per_step
+            self._progress.update(loop.step, loss, speed)
+            self._run.record_training(loop.step, loss, norm, int(state.skipped), speed)
+        loop.state = state.clear("loss_sum", "norm_sum", "loss_steps")
+
+
+class Save(Observer):
+    """Saves a checkpoint before each validation, and every `checkpoint_every_seconds`."""
+
+    def __init__(self, run: Session) -> None:
+        self._run, self._step, self._clock = run, run.loop.step, time.monotonic()
+
+    def after_step(self, loop: Loop) -> None:
+        """Save if it is time to; raise `UnavailableError` if the last save has failed."""
+        is_saving = self._run.checkpoints.check()
+        has_waited = time.monotonic() - self._clock >= self._run.config.checkpoint_every_seconds
+        # Each process has its own clock, so that they have to agree.
+        is_due = loop.in_step and hosts.max_over_processes(has_waited and not is_saving)
+        if is_due or self._run.plan.validates_at(loop.step):
+            self.save_once(loop)
+
+    def save_once(self, loop: Loop) -> None:
+        """Start saving, unless this step is saved; all numbers are finite then."""
+        if loop.step != self._step:
+            check_finite(self._run, loop)
+            self._run.save(loop.step, loop.state)
+            self._step, self._clock = loop.step, time.monotonic()
+
+
+class Validate(Observer):
+    """Measures the validation loss, generates a sample, and ends a run that is out of patience."""
+
+    def __init__(
+        self, run: Session, mesh: jax.sharding.Mesh, progress: Progress, stop: StopRequest
+    ) -> None:
+        self._run, self._mesh, self._progress, self._stop = run, mesh, progress, stop
+        self._ids = cut_validation(run.config, run.ids)
+
+    def before_first_step(self, loop: Loop) -> None:
+        """Validate a new run, or the checkpoint from which a run resumes, if it was or is due.
+
+        It may have been due only before the config changed.
+        """
+        if self._run.is_validated or self._run.plan.validates_at(loop.step):
+            self._validate(loop)
+
+    def after_step(self, loop: Loop) -> None:
+        """Validate if it is due."""
+        if self._run.plan.validates_at(loop.step):
+            self._validate(loop)
+
+    def _validate(self, loop: Loop) -> None:
+        run, progress = self._run, self._progress
+        with self._stop.at_once():  # Every process measures, so that none waits for another.
+            wanted = loop.state.evaluated, loop.state.key
+            params, key = parallel.gather_on_one_device(wanted, self._mesh)
+            loss = loss_lib.compute_loss(run.model, params, self._ids)
+            text = generate_sample(run, params, jax.random.fold_in(key, loop.step))
+        if hosts.is_first():
+            self._report(loop.step, loss, text)
+        progress.start_clock(loop.step)
+        if loop.step < loop.last_step and run.is_out_of_patience():
+            progress.print(messages.describe_early_end(run))
+            progress.finish(loop.step)
+            loop.last_step = loop.step
+
+    def _report(self, step: int, loss: float, text: str) -> None:
+        """Print and record a validation loss and a sample."""
+        run = self._run
+        run.record(step, "validation", loss, text)
+        workdir.append_sample(run.directory, step, run.config.sample.temperature, text)
+        run.checkpoints.record_validation(step, loss)
+        self._progress.print(messages.describe_validation(run, loss, text))
+        if step:
+            plot_curves(run)
+            if warning := advice.find_suspicion({"validation": loss}, len(run.vocabulary)):
+                self._progress.print(f"warning: {warning}\n")
+
+
+def check_finite(run: Session, loop: Loop) -> None:
+    """Report skipped steps; raise `NotFiniteError` if there are more than allowed."""
+    if first := int(loop.state.first_skipped):
+        messages.report_nonfinite(run, first, int(loop.state.skipped))
+        loop.state = loop.state.clear("first_skipped")
+
+
+def generate_sample(run: Session, params: model_lib.Params, key: jax.Array) -> str:
+    """Return a text that the model generates, as a terminal can show it."""
+    (text,) = generation.generate_texts(
+        run.model,
+        params,
+        run.vocabulary,
+        key,
+        length=run.config.sample.length,
+        controls=Controls(temperature=run.config.sample.temperature),
+        stop_token=False,
+    )
+    return console.make_printable(text)
+
+
+def plot_curves(run: Session) -> None:
+    """Plot the losses of metrics.jsonl."""
+    figures.plot_metrics(run.read_metrics(), run.directory / workdir.CURVES)
