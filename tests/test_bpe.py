@@ -144,7 +144,7 @@ def test_a_text_on_disk_gives_the_same_run(bpe_run: Path, text_file: Path, tmp_p
     config.data.memory_megabytes = 0
     assert training.train(config, tmp_path / "run") == 0
     assert (tmp_path / ".lstm_jax").exists()
-    assert_same(bpe_run, tmp_path / "run", rtol=1e-6)
+    assert_same(bpe_run, tmp_path / "run", rtol=1e-4)
     # A run resumes with its own tokens.
     config.max_steps += 1
     assert training.train(config, tmp_path / "run") == 0

@@ -83,7 +83,7 @@ def test_probabilities_in_a_browser_equal_those_in_python(
     np.testing.assert_array_equal(ids, trained.vocabulary.encode(text))
     found = browser.execute_script("return lstm.probabilities(arguments[0])", text)
     expected = compute_probabilities(trained, text)
-    assert expected.max(axis=1).std() > 0.01, "a model whose predictions vary"
+    assert expected.max(axis=1).std() > 0.005, "a model whose predictions vary"
     np.testing.assert_allclose(found, expected, atol=1e-3)
     assert not browser.get_log("browser")
 

@@ -415,6 +415,7 @@ def test_a_list_of_directories_is_an_ensemble(run: library.Run, trained: Path) -
         twice.hidden_states(text)
 
 
+@pytest.mark.slow
 def test_a_cell_of_a_file_is_named_as_in_python(tiny_config: ConfigDict, tmp_path: Path) -> None:
     cell = f"{ROOT / 'tests' / 'fixtures' / 'delta_cell.py'}:DeltaCell"
     tiny_config.model.cell, tiny_config.max_steps = cell, 1

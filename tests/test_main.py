@@ -341,6 +341,7 @@ def test_help_lists_each_field_within_the_width_of_the_terminal(
     assert max(map(len, lines)) <= 60
 
 
+@pytest.mark.slow
 def test_a_field_without_effect_gives_a_warning(text_file: Path, tmp_path: Path) -> None:
     arguments = [*TINY, f"--config.data.path={text_file}", "--config.max_steps=1"]
     result = run("main", *arguments, "--config.model.mogrifier_rounds=3", cwd=tmp_path)

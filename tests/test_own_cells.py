@@ -61,7 +61,6 @@ def test_the_example_trains_and_resumes_bit_for_bit(
     own_file: Path, tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     name_cell(tiny_config, own_file)
-    tiny_config.model.num_layers = 2
     tiny_config.model.options = {"forget_bias": 0.5}
     tiny_config.optimizer.microbatches = 2
     for field in tiny_config.regularization:
@@ -129,10 +128,10 @@ def test_a_cell_of_somebody_else_needs_only_flags(text_file: Path, tmp_path: Pat
     run("inspect", "--workdir=run", f"--cell={cell}", "--length=500")
     assert '"rate"' in (tmp_path / "run" / "report.html").read_text()
     (tmp_path / "space.py").write_text(SPACE)
-    sweep = [*fields, "--config.max_steps=2", "--space=space.py", "--trials=2", "--workdir=sweep"]
+    sweep = [*fields, "--config.max_steps=2", "--space=space.py", "--trials=1", "--workdir=sweep"]
     printed = run("sweep", *sweep)
     rows = (tmp_path / "sweep" / "trials.jsonl").read_text().splitlines()
-    assert [json.loads(row)["state"] for row in rows] == 2 * ["complete"]
+    assert [json.loads(row)["state"] for row in rows] == ["complete"]
     assert len(generate(printed)) == 9 + 1
 
 
@@ -430,6 +429,7 @@ def test_the_cells_of_the_package_follow_the_protocol(name: str) -> None:
     lstm_jax.check_cell(Block(5, 8, inner) if name == "block" else cells.CELLS[name])
 
 
+@pytest.mark.slow
 def test_the_example_follows_the_protocol(own_file: Path) -> None:
     cell_file.load_cell(f"{own_file}:CoupledLSTM")
     lstm_jax.check_cell(cells.LOADED[f"{own_file}:CoupledLSTM"][0], options={"forget_bias": 0.0})

@@ -313,6 +313,7 @@ def test_training_from_python_works_in_a_thread_and_reports_every_row(
         training.train(ConfigDict({"model": {"hiden_size": 3}}), tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_the_initial_bias_matches_the_token_frequencies(
     tiny_config: ConfigDict, tmp_path: Path
 ) -> None:

@@ -43,8 +43,8 @@ class Row(Numbers):
     epoch: float  # The number of passes over the training text, with fractions.
     split: str
     loss: float
-    seconds: NotRequired[float]  # Of training so far.
-    time: NotRequired[str]  # In UTC.
+    seconds: float  # Of training so far.
+    time: str  # In UTC.
     crc: NotRequired[str]  # In the file only.
     sample: NotRequired[str]  # The generated text of a validation, for `watch` only.
 
