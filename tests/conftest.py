@@ -127,6 +127,18 @@ def strict_core(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def optimized() -> Iterator[None]:
+    """Compile programs as users do: two of them sum in the same order only then."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.clear_caches()
+    jax.config.update(name, False)
+    yield
+    jax.clear_caches()
+    jax.config.update(name, before)
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a data directory in which the text is prepared once, and found after the first run."""

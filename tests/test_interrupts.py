@@ -106,6 +106,24 @@ def test_a_signal_during_the_imports_prints_one_line(number: signal.Signals, mes
     assert (process.returncode, process.stderr) == (128 + number, f"{message}\n")
 
 
+@pytest.mark.process
+def test_an_interrupt_in_an_import_of_a_command_is_not_raised_there(tmp_path: Path) -> None:
+    # An extension module can't be imported again.
+    library = tmp_path / "library.py"
+    library.write_text("import os\ntry: os.kill(os.getpid(), 2)\nexcept BaseException: os.abort()")
+    code = (
+        "from lstm_jax.run import interrupts; interrupts.exit_at_once()\n"
+        "interrupts.raise_from_here(); import library"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
+    )
+    assert (process.returncode, process.stderr) == (130, "Interrupted.\n")
+
+
 def test_a_stop_request_leaves_an_ignored_signal_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -8,6 +8,7 @@ import contextlib
 import os
 import signal
 import sys
+from types import FrameType
 from typing import NoReturn
 
 # An interrupt that had no effect for this time was lost, and is raised again.
@@ -66,7 +67,12 @@ def exit_now(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _raise(*unused: object) -> NoReturn:
+def _raise(number: int, frame: FrameType | None) -> NoReturn:
+    while frame:
+        # An import that is cut off can't be repeated: the library may abort the process.
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            leave()
+        frame = frame.f_back
     global _pending
     _pending = True
     signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
