@@ -125,6 +125,14 @@ def strict_core(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def optimized() -> Iterator[None]:
+    """Let XLA optimize the programs of a test, which trains for seconds."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", draws.TIMES == 1)
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a data directory in which the text is prepared once, and found after the first run."""

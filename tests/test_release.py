@@ -94,7 +94,7 @@ def test_the_first_command_works_where_the_wheel_is_installed(
     assert Path(where.strip()).is_relative_to(environment.resolve())
     train = [python, "-m", "lstm_jax.main", "--config", "experiments/quick.py"]
     sizes = ["--config.model.hidden_size=16", "--config.batches.window_length=32"]
-    run(*train, *sizes, f"--config.data.path={text_file}", "--config.max_steps=1", cwd=empty)
+    run(*train, *sizes, f"--config.data.path={text_file}", "--config.max_steps=10", cwd=empty)
     assert workdir.load_trained(empty / "runs" / "quick").step > 0
     sample = [python, "-m", "lstm_jax.sample", "--workdir", "runs/quick", "--length=20"]
     assert len(run(*sample, cwd=empty)) == 21
