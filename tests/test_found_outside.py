@@ -156,6 +156,7 @@ def test_no_control_character_reaches_the_terminal(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_samples_after_an_epoch_are_not_garbage(
     shakespeare: dict[str, str], tmp_path: Path
 ) -> None:

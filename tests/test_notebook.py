@@ -38,6 +38,7 @@ def lesson(
     folder = tmp_path_factory.mktemp("notebook")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LSTM_JAX_LESSON", "small")
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "False")  # It trains for half a minute.
         patch.setenv("TFDS_DATA_DIR", str(data_dir))
         client = NotebookClient(
             notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": folder}}
