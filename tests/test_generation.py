@@ -171,9 +171,9 @@ def test_texts_end_at_the_stop_token_or_the_stop_text() -> None:
     until = whole[: whole.index("da", 1) + 2]
     assert generate(prompt="a", length=2000, stop_token=False, stop_at="da") == [until]
     options = {"prompt": "a", "length": 2000, "stop_token": False, "num_samples": 5}
-    untils = [text[: text.index("dda", 1) + 3] for text in generate(**options)]
-    assert len(set(map(len, untils))) == 5
-    assert generate(stop_at="dda", **options) == untils
+    untils = [text[: text.index("da", 1) + 2] for text in generate(**options)]
+    assert len(set(map(len, untils))) > 1
+    assert generate(stop_at="da", **options) == untils
 
 
 def test_the_state_after_a_stop_text_is_that_of_its_last_token() -> None:
