@@ -34,7 +34,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 _KEY = f"{jaxlib.__version__}-{compilation_cache.hash_processor()}"
 _COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "d" / f"compiled-{_KEY}"
 _MOST_BYTES = 2**31
-_TEXT = _COMPILED.with_name("tiny_shakespeare.txt")  # The name that a user's copy must have.
+_TEXT = _COMPILED.with_name("input.txt")  # The name that a user's copy must have.
 _SETTINGS = {
     "jax_compilation_cache_dir": str(_COMPILED),
     "jax_persistent_cache_min_compile_time_secs": 0,
