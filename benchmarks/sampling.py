@@ -10,6 +10,7 @@ softmax(logits / temperature), and read it. The other libraries call the step fr
 
 import argparse
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,9 @@ def main() -> None:
         "lstm-jax top-k and top-p": functools.partial(_lstm_jax, options, top_k=20, top_p=0.9),
         "Flax LSTMCell": functools.partial(_flax, options, "LSTMCell"),
         "Flax OptimizedLSTMCell": functools.partial(_flax, options, "OptimizedLSTMCell"),
+        "Haiku": functools.partial(_haiku, options),
         "PyTorch LSTMCell": functools.partial(_torch, options),
+        "Keras": functools.partial(_keras, options),
     }
     measurements = side_by_side.measure(contestants, options)
     tokens = options.num_samples * options.length
@@ -85,6 +88,46 @@ def _lstm_jax(options: argparse.Namespace, int8: bool = False, **controls: Any) 
     return Work(run, side_by_side.jax_device())
 
 
+def _jax_peer(
+    options: argparse.Namespace,
+    init: Callable[..., Any],
+    apply: Callable[..., Any],
+    carry: Any,
+) -> Work:
+    """Return the work of another JAX library: one jitted step called from Python.
+
+    Args:
+      options: the sizes.
+      init: maps a key, ids [batch] and a carry to parameters.
+      apply: maps parameters, ids [batch] and a carry to logits and the next carry.
+      carry: zeros.
+    """
+    import jax
+
+    mask = _mask(options)
+
+    def step(params: Any, ids: Any, carry: Any, key: Any) -> Any:
+        logits, carry = apply(params, ids, carry)
+        key, draw_key = jax.random.split(key)
+        ids = jax.random.categorical(draw_key, logits.astype("float32") / TEMPERATURE + mask)
+        return ids, carry, key
+
+    first = jax.numpy.full(options.num_samples, FIRST_ID)
+    key = jax.random.key(0)
+    params = init(key, first, carry)
+    jitted = jax.jit(step)
+
+    def run() -> np.ndarray:
+        state = first, carry, key
+        drawn = []
+        for _ in range(options.length):
+            state = jitted(params, *state)
+            drawn.append(state[0])
+        return np.stack(jax.device_get(drawn), axis=1)
+
+    return Work(run, side_by_side.jax_device())
+
+
 def _flax(options: argparse.Namespace, cell: str) -> Work:
     import flax.linen as nn
     import jax
@@ -101,30 +144,30 @@ def _flax(options: argparse.Namespace, cell: str) -> Work:
                 last.append(carry)
             return nn.Dense(options.vocabulary_size, dtype=options.dtype)(hidden), last
 
-    mask = _mask(options)
-
-    def step(params: Any, ids: Any, carry: Any, key: Any) -> Any:
-        logits, carry = model.apply(params, ids, carry)
-        key, draw_key = jax.random.split(key)
-        ids = jax.random.categorical(draw_key, logits.astype("float32") / TEMPERATURE + mask)
-        return ids, carry, key
-
     shape = (options.num_samples, options.hidden_size)
-    zeros = [make_cell().initialize_carry(jax.random.key(0), shape)] * options.num_layers
-    model, key = Model(), jax.random.key(0)
-    first = jax.numpy.full(options.num_samples, FIRST_ID)
-    params = model.init(key, first, zeros)
-    step = jax.jit(step)
+    carries = [make_cell().initialize_carry(jax.random.key(0), shape)] * options.num_layers
+    model = Model()
+    return _jax_peer(options, model.init, model.apply, carries)
 
-    def run() -> np.ndarray:
-        state = first, zeros, key
-        drawn = []
-        for _ in range(options.length):
-            state = step(params, *state)
-            drawn.append(state[0])
-        return np.stack(jax.device_get(drawn), axis=1)
 
-    return Work(run, side_by_side.jax_device())
+def _haiku(options: argparse.Namespace) -> Work:
+    import haiku as hk
+    import jax.numpy as jnp
+
+    side_by_side.set_haiku_dtype(options.dtype)
+
+    def network(ids: Any, states: Any) -> Any:
+        hidden = hk.Embed(options.vocabulary_size, options.embedding_size)(ids)
+        last = []
+        for state in states:
+            hidden, state = hk.LSTM(options.hidden_size)(hidden, state)
+            last.append(state)
+        return hk.Linear(options.vocabulary_size)(hidden), last
+
+    zeros = jnp.zeros((options.num_samples, options.hidden_size))
+    model = hk.without_apply_rng(hk.transform(network))
+    states = [hk.LSTMState(zeros, zeros)] * options.num_layers
+    return _jax_peer(options, model.init, model.apply, states)
 
 
 def _torch(options: argparse.Namespace) -> Work:
@@ -156,6 +199,42 @@ def _torch(options: argparse.Namespace) -> Work:
         return torch.stack(drawn, dim=1).cpu().numpy()
 
     return Work(run, name)
+
+
+def _keras(options: argparse.Namespace) -> Work:
+    import keras
+    import tensorflow as tf
+
+    device = side_by_side.keras_device(options.dtype)
+    embedding = keras.layers.Embedding(options.vocabulary_size, options.embedding_size)
+    lstm = [
+        keras.layers.LSTM(options.hidden_size, return_sequences=True, return_state=True)
+        for _ in range(options.num_layers)
+    ]
+    dense = keras.layers.Dense(options.vocabulary_size)
+    mask = tf.constant(_mask(options))
+    first = tf.fill([options.num_samples], FIRST_ID)
+    zeros = tf.zeros([options.num_samples, options.hidden_size])
+
+    @tf.function
+    def one_step(ids: Any, states: Any) -> Any:
+        hidden = embedding(ids[:, None])
+        last = []
+        for layer, state in zip(lstm, states, strict=True):
+            hidden, *state = layer(hidden, initial_state=state)
+            last.append(state)
+        logits = tf.cast(dense(hidden)[:, -1], tf.float32) / TEMPERATURE + mask
+        return tf.random.categorical(logits, 1, dtype=tf.int32)[:, 0], last
+
+    def run() -> np.ndarray:
+        ids, states = first, [[zeros, zeros]] * options.num_layers
+        drawn = []
+        for _ in range(options.length):
+            ids, states = one_step(ids, states)
+            drawn.append(ids)
+        return tf.stack(drawn, axis=1).numpy()
+
+    return Work(run, device)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,9 @@ def measure(
     """
     # Otherwise the first process allocates most of a GPU's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     context = multiprocessing.get_context("spawn")
     words = options.only.lower().split(",")
     pipes: dict[str, Connection] = {}
@@ -159,6 +162,26 @@ def torch_device() -> tuple[Any, str]:
     torch.set_num_threads(os.cpu_count())
     if not torch.cuda.is_available():
         return torch.device("cpu"), "cpu"
-    # JAX multiplies float32 in TF32 on GPUs that support it.
+    # JAX and TensorFlow multiply float32 in TF32 on GPUs that support it.
     torch.set_float32_matmul_precision("high")
     return torch.device("cuda"), torch.cuda.get_device_name()
+
+
+def keras_device(dtype: str) -> str:
+    """Set the dtype of new Keras layers; return the device for `Work`."""
+    import keras
+    import tensorflow as tf
+
+    keras.mixed_precision.set_global_policy("mixed_bfloat16" if dtype == "bfloat16" else dtype)
+    gpus = tf.config.list_physical_devices("GPU")
+    return tf.config.experimental.get_device_details(gpus[0])["device_name"] if gpus else "cpu"
+
+
+def set_haiku_dtype(dtype: str) -> None:
+    """Set the dtype of the matmuls of hk.LSTM and hk.Linear; parameters stay in float32."""
+    import haiku as hk
+    import jmp
+
+    policy = jmp.get_policy(f"params=float32,compute={dtype},output=float32")
+    for module in (hk.LSTM, hk.Linear):
+        hk.mixed_precision.set_policy(module, policy)

@@ -48,8 +48,10 @@ def main() -> None:
         "lstm-jax cudnn": functools.partial(make_lstm_jax, options, "cudnn"),
         "Flax LSTMCell": functools.partial(_flax, options, "LSTMCell"),
         "Flax OptimizedLSTMCell": functools.partial(_flax, options, "OptimizedLSTMCell"),
+        "Haiku": functools.partial(_haiku, options),
         "PyTorch": functools.partial(make_torch, options),
         "PyTorch compiled": functools.partial(make_torch, options, compiled=True),
+        "Keras": functools.partial(_keras, options),
     }
     measurements = side_by_side.measure(contestants, options)
     matmul, seconds = measurements.pop("matmul")
@@ -142,22 +144,25 @@ def make_lstm_jax(
     return _jax_work(train_step.make_train_step(lstm, adam, complete, mesh), state, batch)
 
 
-def _flax(options: argparse.Namespace, cell: str) -> Work:
-    import flax.linen as nn
+def _jax_peer(
+    options: argparse.Namespace, init: Callable[..., Any], apply: Callable[..., Any]
+) -> Work:
+    """Return the work for a model of another JAX library.
+
+    Args:
+      options: the sizes.
+      init: maps a key and ids to parameters.
+      apply: maps parameters and ids to logits.
+    """
     import jax
     import optax
 
-    layers: list[Any] = [nn.Embed(options.vocabulary_size, options.embedding_size)]
-    for _ in range(options.num_layers):
-        layers.append(nn.RNN(getattr(nn, cell)(options.hidden_size, dtype=options.dtype)))
-    model = nn.Sequential([*layers, nn.Dense(options.vocabulary_size, dtype=options.dtype)])
     optimizer = optax.adam(LEARNING_RATE)
 
     def loss_fn(params: Any, batch: Any) -> Any:
         inputs, targets = batch
-        logits: Any = model.apply(params, inputs)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype("float32"), targets)
-        return losses.mean()
+        logits = apply(params, inputs).astype("float32")
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
     def step(state: Any, batch: Any) -> Any:
         params, opt_state, _ = state
@@ -166,9 +171,36 @@ def _flax(options: argparse.Namespace, cell: str) -> Work:
         return optax.apply_updates(params, updates), opt_state, loss
 
     batch = _batch(options)
-    params = model.init(jax.random.key(0), batch[0])
+    params = init(jax.random.key(0), batch[0])
     state = params, optimizer.init(params), np.float32(0)
     return _jax_work(jax.jit(step, donate_argnums=0), state, tuple(batch))
+
+
+def _flax(options: argparse.Namespace, cell: str) -> Work:
+    import flax.linen as nn
+
+    layers: list[Any] = [nn.Embed(options.vocabulary_size, options.embedding_size)]
+    for _ in range(options.num_layers):
+        layers.append(nn.RNN(getattr(nn, cell)(options.hidden_size, dtype=options.dtype)))
+    layers.append(nn.Dense(options.vocabulary_size, dtype=options.dtype))
+    model = nn.Sequential(layers)
+    return _jax_peer(options, model.init, model.apply)
+
+
+def _haiku(options: argparse.Namespace) -> Work:
+    import haiku as hk
+
+    side_by_side.set_haiku_dtype(options.dtype)
+
+    def network(ids: Any) -> Any:
+        hidden = hk.Embed(options.vocabulary_size, options.embedding_size)(ids.T)
+        for _ in range(options.num_layers):
+            lstm = hk.LSTM(options.hidden_size)
+            hidden, _ = hk.dynamic_unroll(lstm, hidden, lstm.initial_state(options.batch_size))
+        return hk.Linear(options.vocabulary_size)(hidden).swapaxes(0, 1)
+
+    model = hk.without_apply_rng(hk.transform(network))
+    return _jax_peer(options, model.init, model.apply)
 
 
 def make_torch(options: argparse.Namespace, compiled: bool = False) -> Work:
@@ -204,6 +236,28 @@ def make_torch(options: argparse.Namespace, compiled: bool = False) -> Work:
         return loss.item()
 
     return Work(run, name)
+
+
+def _keras(options: argparse.Namespace) -> Work:
+    import keras
+
+    memory.keep_freed_memory()
+    device = side_by_side.keras_device(options.dtype)
+    lstm = [
+        keras.layers.LSTM(options.hidden_size, return_sequences=True)
+        for _ in range(options.num_layers)
+    ]
+    model = keras.Sequential(
+        [
+            keras.layers.Embedding(options.vocabulary_size, options.embedding_size),
+            *lstm,
+            keras.layers.Dense(options.vocabulary_size),
+        ]
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(LEARNING_RATE), loss)
+    inputs, targets = _batch(options)
+    return Work(lambda: model.train_on_batch(inputs, targets), device)
 
 
 if __name__ == "__main__":
