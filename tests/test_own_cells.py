@@ -513,6 +513,11 @@ class WrongGate(Sum):
         return {"input": 2 + carry}
 
 
+class SharpGates(Sum):
+    def gates(self, carry: jax.Array, inputs: jax.Array) -> dict[str, jax.Array]:
+        return {"open": jnp.ones_like(carry), "closed": jnp.zeros_like(carry)}
+
+
 class ForgottenDtype(cells.GRUCell):
     def __call__(self, carry: Any, inputs: jax.Array) -> Any:
         sums = inputs @ self.input_kernel + carry.hidden @ self.recurrent_kernel + self.bias
@@ -570,6 +575,10 @@ def test_check_cell_names_what_is_wrong(cell: Any, message: str) -> None:
 
 def test_a_subclass_may_use_the_gates_that_it_inherits() -> None:
     lstm_jax.check_cell(InheritedGates)
+
+
+def test_a_gate_may_be_wholly_open_or_closed() -> None:
+    lstm_jax.check_cell(SharpGates)
 
 
 def test_options_and_operations_are_bounded(tiny_config: ConfigDict) -> None:
