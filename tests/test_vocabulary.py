@@ -229,6 +229,7 @@ def test_the_vocabulary_of_bytes_is_ascii_json(tmp_path: Path) -> None:
     [
         ({"units": 3}, "not a list"),
         ({"units": ["a", "b"]}, "first two"),
+        ({"units": ["", "A"]}, "first two"),
         ({"units": ["", "[UNK]", "ab"]}, "one of the characters"),
         ({"units": ["", "[UNK]", "a", "a"]}, "twice"),
         ({"units": ["", "[UNK]", 5]}, "must be text"),
