@@ -26,15 +26,13 @@ _MODULES = {
     "train": "training",
 }
 
-
 if not TYPE_CHECKING:  # With it, mypy would accept every name.
 
     def __getattr__(name: str) -> Any:
-        if name == "config":
-            return importlib.import_module("lstm_jax.config")
-        if name in _MODULES:
-            return getattr(importlib.import_module(f"lstm_jax.{_MODULES[name]}"), name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = importlib.import_module(f"lstm_jax.{_MODULES.get(name, name)}")
+        return getattr(module, name, module)
 
 
 def __dir__() -> list[str]:
