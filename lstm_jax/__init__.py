@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lstm_jax.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from lstm_jax import config
     from lstm_jax.cells.check import check_cell
@@ -10,8 +12,6 @@ if TYPE_CHECKING:
     from lstm_jax.errors import UserError
     from lstm_jax.run.library import Run, load
     from lstm_jax.training import train
-
-__version__ = "0.1.0"
 
 __all__ = ["Controls", "Run", "UserError", "check_cell", "config", "load", "train"]
 

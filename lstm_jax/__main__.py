@@ -3,7 +3,7 @@
 import runpy
 import sys
 
-from lstm_jax import __version__
+from lstm_jax.version import __version__
 
 # Their names and purposes are written here, because importing the commands takes seconds.
 COMMANDS = {

@@ -39,6 +39,12 @@ def test_the_loss_equals_that_of_a_single_pass(length: int) -> None:
     np.testing.assert_allclose(loss_lib.compute_loss(MODEL, PARAMS, ids), expected, rtol=1e-5)
 
 
+def test_only_long_texts_are_read_in_streams() -> None:
+    longest = loss_lib.LONGEST_IN_ONE
+    assert loss_lib.count_streams(np.zeros(2)) == loss_lib.count_streams(np.zeros(longest)) == 1
+    assert loss_lib.count_streams(np.zeros(longest + 1)) > 1
+
+
 @pytest.mark.parametrize(("length", "context"), [(2, 5), (30, 1), (101, 10), (9000, 731)])
 def test_windows_are_each_read_from_a_zero_carry(length: int, context: int) -> None:
     ids = make_ids(length)

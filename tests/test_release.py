@@ -139,7 +139,7 @@ def test_an_experiment_is_read_from_the_package_only_if_no_file_exists(
     (own / "sweeps").mkdir(parents=True)
     (own / "quick.py").write_text("")
     (own / "sweeps" / "quick.py").write_text("")
-    monkeypatch.setattr(lstm_jax, "__file__", str(own.parent / "__init__.py"))
+    monkeypatch.setattr(command, "__file__", str(own.parent / "run" / "command.py"))
     monkeypatch.chdir(tmp_path)
     found = str(own / "quick.py")
     assert command.find_own_experiment("experiments/quick.py") == found
@@ -160,6 +160,6 @@ def test_an_experiment_is_read_from_the_package_only_if_no_file_exists(
     (clone / "lstm_jax").mkdir(parents=True)
     shutil.copytree(own, clone / "experiments")
     (tmp_path / "experiments" / "quick.py").unlink()
-    monkeypatch.setattr(lstm_jax, "__file__", str(clone / "lstm_jax" / "__init__.py"))
+    monkeypatch.setattr(command, "__file__", str(clone / "lstm_jax" / "run" / "command.py"))
     found = str(clone / "experiments" / "quick.py")
     assert command.find_own_experiment("experiments/quick.py") == found

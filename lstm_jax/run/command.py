@@ -12,10 +12,10 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-import lstm_jax
 from lstm_jax import config, errors
 from lstm_jax.errors import UserError, one_line, visible
 from lstm_jax.run import console, interrupts
+from lstm_jax.version import __version__
 
 # What imports JAX is imported in functions: `--help` and a mistake in a flag don't need it.
 
@@ -158,7 +158,7 @@ def find_own_experiment(argument: str) -> str:
     """
     flag, equals, value = argument.rpartition("=")
     name, colon, word = value.partition(":")
-    package = Path(lstm_jax.__file__).parent
+    package = Path(__file__).parents[1]
     own = (package if (package / "experiments").is_dir() else package.parent) / name
     if not name.startswith("experiments/") or Path(name).exists() or not own.is_file():
         return argument
@@ -173,7 +173,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
             print(config.describe_fields(min(shutil.get_terminal_size().columns, 100)))
         sys.exit(0)
     if {"--version", "-version"} & set(argv):
-        print(f"lstm-jax {lstm_jax.__version__}")
+        print(f"lstm-jax {__version__}")
         sys.exit(0)
     # Orbax, Grain and TFDS log a lot. If one of them fails, its exception is reported.
     logging.set_verbosity(logging.FATAL)
