@@ -75,6 +75,13 @@ def test_distributions_match_a_sort_based_reference(controls: Controls, size: in
         np.testing.assert_allclose(row, expected, rtol=1e-4)
 
 
+def test_the_default_is_the_distribution_of_the_model() -> None:
+    logits = np.random.default_rng(0).normal(0, 3, (1, 13)).astype(np.float32)
+    result = adjusted(logits, np.ones((1, 13), np.int32), make_control_arrays(Controls(), 13))
+    expected = np.exp(logits[0, 2:]) / np.exp(logits[0, 2:]).sum()
+    np.testing.assert_allclose(jax.nn.softmax(result)[0], [0, 0, *expected], rtol=1e-5)
+
+
 def test_tied_tokens_are_kept_together() -> None:
     logits = jnp.array([[9.0, 9.0, 2.0, 1.0, 1.0, 1.0, 0.0]])
     age = jnp.full(logits.shape, 99)
