@@ -116,6 +116,16 @@ def test_the_seed_model_has_5332803_parameters_in_three_groups() -> None:
     ]
 
 
+def test_the_initial_scale_is_that_of_kernels_and_embeddings() -> None:
+    params, scaled = (
+        model_lib.init_params(LanguageModel(5, 4, 4, initial_scale=scale), jax.random.key(0))
+        for scale in (1.0, 0.5)
+    )
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal(y, 0.5 * x if x.ndim > 1 else x), params, scaled
+    )
+
+
 def test_initialized_as_keras_does() -> None:
     model = LanguageModel(67, 40, 64)
     params = model_lib.init_params(model, jax.random.key(3))
