@@ -84,7 +84,7 @@ def main() -> None:
             warn(f"the model does not know {named} in {where} and reads [UNK] instead")
     controls = controls._replace(forbidden=vocabulary.encode(_FORBID.value).tolist())
     forbidden = make_control_arrays(controls, len(vocabulary)).forbidden
-    if not can_generate(vocabulary, _STOP_AT.value, forbidden):
+    if _STOP_AT.value and not can_generate(vocabulary, _STOP_AT.value, forbidden):
         warn(f"the model can't generate {_STOP_AT.value!r} (--stop_at)")
 
     key = jax.random.key(_SEED.value)
