@@ -34,12 +34,11 @@ lint: $(VENV)/installed-dev
 clean:
 	rm -rf $(VENV) build dist *.egg-info
 
-$(VENV)/installed: pyproject.toml $(CONSTRAINTS) lstm_jax/recurrences/lstm.c
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "lstm-jax needs Python 3.11 or newer; name one with: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) .
-	$(BIN)/python -m lstm_jax.recurrences.native || echo "lstm-jax works without this library." >&2
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

@@ -106,10 +106,8 @@ def list_mutants() -> list[Mutant]:
 
 
 def make_clone(clone: Path) -> None:
-    """Clone the last commit, with the library in C and the compiled programs of the tests."""
+    """Clone the last commit, with the compiled programs of the tests."""
     subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
-    for library in (ROOT / "lstm_jax/recurrences").glob("*.so"):
-        shutil.copy(library, clone / "lstm_jax/recurrences")
     if (ROOT / ".pytest_cache").exists():
         shutil.copytree(ROOT / ".pytest_cache", clone / ".pytest_cache")
 

@@ -23,6 +23,7 @@ from lstm_jax import config as config_lib
 from lstm_jax import training
 from lstm_jax.data import texts
 from lstm_jax.devices import compilation_cache
+from lstm_jax.recurrences import native
 from lstm_jax.run import files
 
 # A shell that runs the tests in the background ignores SIGINT, and all processes that they start
@@ -53,12 +54,13 @@ if draws.TIMES == 1 and jaxlib.__version__.startswith("0.10."):
     os.environ["XLA_FLAGS"] = _flags.strip()
 
 
-# The cache directory of the user, with the key that seals prepared corpora.
+# The cache directory of the user, with the key that seals prepared corpora, and the library in C.
 _cache = tempfile.TemporaryDirectory(prefix="lstm-jax-cache-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
 # Matplotlib keeps its list of fonts there. Making it starts a process, so no test may be the first.
 os.environ["MPLCONFIGDIR"] = str(_COMPILED.with_name("matplotlib"))
 importlib.import_module("matplotlib.font_manager")
+native.load_library()  # Compiling it starts a process, too.
 
 
 # Events of starting a process: a test that causes one needs the marker `process`.

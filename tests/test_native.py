@@ -2,10 +2,12 @@
 
 import functools
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,13 @@ from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.convert import transfer
 from lstm_jax.devices import parallel
 from lstm_jax.errors import NotFiniteError, UserError
-from lstm_jax.recurrences import fused, in_c, native
+from lstm_jax.recurrences import choice, fused, in_c, native, processor
 from lstm_jax.recurrences.fused import Lookup
 from lstm_jax.vocabulary import Vocabulary
 from test_recurrence import assert_close, make_problem, value_and_gradients
 
 pytestmark = [
-    pytest.mark.skipif(not native.is_supported(), reason="no AVX-512 BF16 here, or AMX"),
+    pytest.mark.skipif(not native.is_supported(), reason="no AVX-512 BF16 here"),
     pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler"),
 ]
 
@@ -38,11 +40,23 @@ in_both = pytest.mark.parametrize("run", [fused.run_fused, low], ids=["float32",
 
 @pytest.fixture(autouse=True)
 def library() -> None:
-    """Build the library if it is missing."""
-    if not native.get_path().exists():
-        native.build_library()
-        native.load_library.cache_clear()
     assert native.load_library()
+
+
+@pytest.fixture
+def amx(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Use the code for AMX, on any processor with AVX-512 BF16: its instructions are emulated."""
+    header = Path(__file__).with_name("emulated_tiles.h")
+    features = processor.read_cpu_features() | {"amx_bf16"}
+    monkeypatch.setattr(native, "_FLAGS", [*native._FLAGS, "-include", str(header)])
+    monkeypatch.setattr(native, "read_cpu_features", lambda: features)
+    native.load_library.cache_clear()
+    jax.clear_caches()
+    loaded = native.load_library()
+    assert loaded and loaded.uses_amx
+    yield
+    native.load_library.cache_clear()
+    jax.clear_caches()
 
 
 def without_library(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,7 +64,7 @@ def without_library(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(*arguments: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(native, "load_library", lambda: "")
+            patch.setattr(native, "load_library", lambda: None)
             return function(*arguments)
 
     return call
@@ -121,6 +135,26 @@ def test_outputs_and_gradients_agree_with_numpy(sizes: tuple[int, ...], run: Any
     assert max(jax.tree.leaves(measure_errors(results, expected))) < bound
 
 
+@pytest.mark.process  # Compiles the library.
+@pytest.mark.usefixtures("amx")
+def test_amx_agrees_with_numpy() -> None:
+    for sizes in (*SIZES, (35, 2, 7, 32)):
+        *arguments, cotangents = make_problem(*sizes)
+        results = value_and_gradients(low, cotangents, *arguments)
+        expected = run_numpy(arguments, cotangents, to_bfloat16)
+        assert max(jax.tree.leaves(measure_errors(results, expected))) < 2e-3
+    lstm = model.LanguageModel(9, 32, 48, 2, dtype="bfloat16")
+    params = models.draw_params(lstm, 0.25)
+    ids = np.arange(40).reshape(20, 2) % 9
+    expected, _ = without_library(models.apply)(lstm, params, ids, lstm.initial_carry(20))
+    step, carry = functools.partial(lstm.apply_step, lstm.prepare_step(params)), None
+    carry = lstm.initial_carry(20)
+    assert uses_library(step, ids[:, 0], carry)
+    for t in range(2):
+        logits, carry = jax.jit(step)(ids[:, t], carry)
+        np.testing.assert_allclose(logits, expected[:, t], atol=1e-2)
+
+
 def test_rounding_errors_are_those_of_the_other_implementation() -> None:
     *arguments, cotangents = make_problem(16, 20, 48, 64)
     exact = run_numpy(arguments, cotangents, lambda x: x)
@@ -189,7 +223,7 @@ def test_results_are_the_same_in_every_call_and_batch(
     run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A text's results don't depend on the number of texts beside it."""
-    monkeypatch.setattr(in_c, "runs_windows", lambda *sizes: True)  # In float32, too.
+    monkeypatch.setattr(choice, "runs_in_c", lambda *sizes: True)  # In float32, too.
     kernels, inputs, carry, cotangents = make_problem(17, 6, 9, 32)
     differentiate = jax.jit(lambda *a: value_and_gradients(run, cotangents, *a))
     first, second = (differentiate(kernels, inputs, carry) for _ in range(2))
@@ -205,7 +239,7 @@ def test_results_do_not_depend_on_the_number_of_threads(
     batch: int, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Use one, as many as there are cores, and more than there are texts, tiles or cores."""
-    monkeypatch.setattr(in_c, "runs_windows", lambda *sizes: True)  # In float32, too.
+    monkeypatch.setattr(choice, "runs_in_c", lambda *sizes: True)  # In float32, too.
     problem = make_problem(batch, 6, 9, 48)
     results = []
     for threads in (1, 2, 100):
@@ -374,7 +408,7 @@ def test_a_trained_model_generates_in_8_bits(tmp_path: Path) -> None:
     assert run.model.int8_steps
     text = run.generate("abc", length=50)
     assert len(text) == 53 and set(text) <= set("abcdefgh")
-    with pytest.raises(UserError, match="can't use int8 here: .* with AVX-512 BF16"):
+    with pytest.raises(UserError, match="can't use int8 here: .* the library in C"):
         without_library(lstm_jax.load)(tmp_path / "run", "int8")
 
 
@@ -401,9 +435,7 @@ def test_layers_of_whole_registers_use_the_library(monkeypatch: pytest.MonkeyPat
         assert uses_library(run, *problem)
         assert not without_library(uses_library)(run, *problem)
         assert not uses_library(run, *make_problem(3, 4, 5, 24)[:3])
-    # In float32, XLA is faster at large layers, and for fewer texts than threads.
-    assert in_c.is_used(1024, "float32") and in_c.is_used(1040, "bfloat16")
-    assert not in_c.is_used(1040, "float32")
+    # In float32, XLA is faster for fewer texts than threads.
     alone = make_problem(1, 4, 5, 32)[:3]
     assert uses_library(low, *alone) and not uses_library(fused.run_fused, *alone)
 
@@ -413,7 +445,7 @@ import os, sys
 import jax, numpy as np
 from lstm_jax import batches, config, model, optimizer, train_step
 from lstm_jax.devices import parallel
-from lstm_jax.recurrences import in_c, native
+from lstm_jax.recurrences import choice, native
 settings = config.default()
 os.sched_getaffinity = lambda process: range(2)
 jax.config.update("jax_num_cpu_devices", 2)
@@ -425,12 +457,12 @@ ids = np.random.default_rng(0).integers(0, 30, (12, 10)).astype(np.int32)
 library = native.load_library()
 for settings.mesh.data, used, settings.model.dtype in (
     (devices, used, dtype)
-    for devices, used in ((1, ""), (1, library), (2, library))
+    for devices, used in ((1, None), (1, library), (2, library))
     for dtype in ("float32", "bfloat16")
 ):
     native.load_library = lambda: used
     mesh = parallel.make_mesh(settings)
-    assert in_c.is_used(32, settings.model.dtype) == bool(used)
+    assert choice.runs_in_c("windows", settings.model.dtype, 32) == bool(used)
     lstm = model.make_model(settings.model, 30)
     state = train_step.init_state(lstm, adam, jax.random.key(0), 12, mesh=mesh).place(mesh)
     step = train_step.make_train_step(lstm, adam, settings, mesh)
@@ -473,56 +505,122 @@ def test_devices_share_only_what_the_library_does_not_share_better(
     assert without_library(count)() == 2
 
 
-@pytest.fixture
-def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a copy of the source, beside which the library is built."""
-    copy = tmp_path / "lstm.c"
-    shutil.copy(native._SOURCE, copy)
-    monkeypatch.setattr(native, "_SOURCE", copy)
-    return copy
+def simulate(patch: pytest.MonkeyPatch, *features: str, permitted: bool = True) -> None:
+    """Make the choice as on a processor with these instructions."""
+    patch.setattr(processor, "read_cpu_features", lambda: frozenset(features))
+    patch.setattr(native, "read_cpu_features", lambda: frozenset(features))
+    uses_amx = "amx_bf16" in features and permitted
+    found = native.Library("lstm", uses_amx) if native.is_supported() else None
+    patch.setattr(native, "load_library", lambda: found)
 
 
-@pytest.mark.process
-def test_a_library_of_another_source_is_replaced(source: Path) -> None:
-    old = native.build_library()
-    source.write_text(source.read_text() + "// Changed.\n")
-    native.load_library.cache_clear()
-    assert not native.load_library()
-    new = native.build_library()
-    native.load_library.cache_clear()
-    assert native.load_library() and new != old
-    assert sorted(source.parent.iterdir()) == sorted([source, new])
+AVX512 = "avx512_bf16", "avx512_vnni"
+CHOICES = {
+    ("windows", "bfloat16", 4096): (True, True),
+    ("windows", "float32", 512): (True, True),
+    ("windows", "float32", 1024): (True, False),
+    ("windows", "float32", 1040): (False, False),
+    ("windows", "bfloat16", 500): (False, False),
+    ("steps", "bfloat16", 4096): (True, True),
+    ("steps", "float32", 1024): (True, False),
+    ("steps", "float32", 1040): (False, False),
+    ("steps", "int8", 4096): (True, True),
+}
 
 
-@pytest.mark.process
-def test_a_library_that_can_not_be_loaded_is_ignored(
-    source: Path, monkeypatch: pytest.MonkeyPatch
+def test_each_row_of_the_table_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = set()
+    for case, (with_avx512, with_amx) in CHOICES.items():
+        for features, permitted, expected in (
+            (("avx2",), True, False),
+            (("avx512f", "avx512_vnni"), True, False),
+            (AVX512, True, with_avx512),
+            ((*AVX512, "amx_bf16"), True, with_amx),
+            ((*AVX512, "amx_bf16"), False, with_avx512),
+        ):
+            simulate(monkeypatch, *features, permitted=permitted)
+            assert choice.runs_in_c(*case) == expected, (case, features)
+            used.add(choice.find_row(*case))
+    assert used == {*choice.TABLE, None}
+    assert all(row.measured for row in choice.TABLE)
+
+
+@pytest.mark.parametrize("features", [("avx2",), AVX512, (*AVX512, "amx_bf16")], ids=len)
+def test_the_command_prints_what_is_used(
+    features: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    native.get_path().write_bytes(b"not a library")
+    simulate(monkeypatch, *features)
+    runpy.run_module("lstm_jax.recurrences", run_name="__main__")
+    printed = capsys.readouterr().out
+    assert ("steps in int8: the library" in printed) == (len(features) > 1)
+    assert ("with AMX" in printed) == (len(features) > 2)
+    assert ("none for this processor" in printed) == (len(features) == 1)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Return an empty directory for the library, and load it anew before and after the test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     native.load_library.cache_clear()
-    assert not native.load_library()
-    native.build_library()
-    monkeypatch.setattr(native, "read_cpu_features", lambda: frozenset({"avx2"}))
-    native.load_library.cache_clear()
-    assert not native.load_library()
+    yield tmp_path / "lstm-jax" / "library"
     native.load_library.cache_clear()
 
 
 @pytest.mark.process
-def test_mistakes_of_the_compiler_are_named(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_library_is_compiled_once_for_each_source(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = native.build_library()
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", "")
+        assert native.build_library() == path and list(cache.iterdir()) == [path]
+    source = tmp_path / "lstm.c"
+    source.write_text(native._SOURCE.read_text() + "// Changed.\n")
+    monkeypatch.setattr(native, "_SOURCE", source)
+    assert native.build_library() != path
+
+
+@pytest.mark.process
+def test_without_a_library_a_warning_says_why(
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def read_warning() -> str:
+        native.load_library.cache_clear()
+        assert not native.load_library()
+        return capsys.readouterr().err
+
+    path = native.build_library()
+    path.write_bytes(b"not a library")
+    assert str(path) in read_warning()
+    path.unlink()
+    source = tmp_path / "lstm.c"
     source.write_text("int main( {}")
-    with pytest.raises(UserError, match=r"cc can't compile .*lstm\.c: .*error"):
-        native.build_library()
-    assert list(source.parent.iterdir()) == [source]
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "_SOURCE", source)
+        assert re.search(r"the C compiler cc can't compile .*lstm\.c: .*error", read_warning())
+    assert list(cache.iterdir()) == []
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match="no C compiler named cc: install"):
-        native.build_library()
+    assert read_warning() == (
+        "warning: LSTMs run without the library in C, which is faster: "
+        "there is no C compiler named cc: install gcc or clang\n"
+    )
+    cache.chmod(0o777)
+    assert f"others can write to {cache}" in read_warning()
 
 
 @pytest.mark.process
-def test_the_command_names_a_missing_compiler() -> None:
-    command = [sys.executable, "-m", "lstm_jax.recurrences.native"]
-    environment = {**os.environ, "PATH": ""}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "error: there is no C compiler named cc: install gcc or clang\n"
+def test_without_a_compiler_a_model_is_trained_all_the_same(
+    text_file: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "lstm_jax.main", "--config", "experiments/quick.py"]
+    command += [f"--config.data.path={text_file}", "--config.max_steps=1", "--workdir", "run"]
+    cache = {"XDG_CACHE_HOME": str(tmp_path), "PATH": ""}
+    result = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **cache}, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert "recurrence: fused, matmuls" in result.stdout
+    assert result.stderr.count("there is no C compiler named cc") == 1

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lstm_jax.config import Config, is_plain_lstm
 from lstm_jax.errors import UserError
-from lstm_jax.recurrences import in_c
+from lstm_jax.recurrences import choice
 from lstm_jax.recurrences.processor import count_cores
 
 T = TypeVar("T")
@@ -51,7 +51,8 @@ def _count_useful_cores(config: Config) -> int:
     batch_size, model = config.batches.batch_size, config.model
     is_lstm = is_plain_lstm(model.cell, model.layer_norm, model.block)
     is_fused = is_lstm and model.recurrence in ("auto", "fused")
-    uses_c = is_fused and in_c.is_faster(model.hidden_size, model.dtype)
+    dtype = "float32" if model.dtype == "float32" else "bfloat16"  # "auto", with the library.
+    uses_c = is_fused and choice.is_faster_in_c("windows", dtype, model.hidden_size)
     largest = _LARGEST_HIDDEN_IN_C if uses_c else _LARGEST_HIDDEN
     if not _SMALLEST_HIDDEN <= model.hidden_size <= largest:
         return 1

@@ -1,8 +1,73 @@
-"""Choose how layers run over time, and the dtype of their matmuls, on this machine."""
+"""Choose how layers run over time, and the dtype of their matmuls, on this machine.
+
+`python -m lstm_jax.recurrences` prints what is chosen here.
+"""
+
+from typing import NamedTuple
 
 import jax
 
+from lstm_jax.recurrences import native
 from lstm_jax.recurrences.processor import has_bfloat16_instructions
+
+_LANES = 16  # As in lstm.c.
+
+
+class Row(NamedTuple):
+    """What runs LSTM layers on a kind of CPU, and the measurement that says so."""
+
+    with_amx: bool  # The CPU has AMX; otherwise AVX-512 BF16 alone.
+    work: str  # "windows" of training and evaluation, or "steps" of generation.
+    dtype: str  # Of matmuls.
+    in_c: bool  # The library in C, otherwise XLA.
+    measured: str  # See docs/speed.md.
+    largest: float = float("inf")  # Number of hidden units for which it is used.
+
+
+# XLA runs what no row names, and hidden sizes that are no multiple of 16.
+TABLE = (
+    Row(False, "windows", "bfloat16", True, ""),
+    Row(False, "windows", "float32", True, "", largest=1024),
+    Row(False, "steps", "bfloat16", True, ""),
+    Row(False, "steps", "float32", True, "", largest=1024),
+    Row(False, "steps", "int8", True, "1.55 times the characters a second of bfloat16, Zen 4"),
+    Row(True, "windows", "bfloat16", True, "0.84, 0.52, 0.48 of XLA's time at three sizes"),
+    Row(True, "windows", "float32", True, "0.91 of XLA's time at 2 x 512", largest=512),
+    Row(True, "steps", "bfloat16", True, "1.9 times the characters a second for a text, 2 for 64"),
+    Row(True, "steps", "float32", False, "the library was not timed"),
+    Row(True, "steps", "int8", True, "4 to 5 times the characters a second for a text, 2 for 64"),
+)
+
+
+def list_rows() -> list[Row]:
+    """Return the rows of `TABLE` for this CPU; none if it has no library."""
+    library = native.load_library()
+    return [row for row in TABLE if library and row.with_amx == library.uses_amx]
+
+
+def find_row(work: str, dtype: str, hidden_size: int) -> Row | None:
+    """Return the row of `TABLE` for this CPU and a size of layers; None means XLA."""
+    for row in list_rows():
+        if (row.work, row.dtype) == (work, dtype) and hidden_size <= row.largest:
+            return None if hidden_size % _LANES else row
+    return None
+
+
+def is_faster_in_c(work: str, dtype: str, hidden_size: int) -> bool:
+    """Return whether the library would run such layers on a CPU."""
+    row = find_row(work, dtype, hidden_size)
+    return row is not None and row.in_c
+
+
+def runs_in_c(work: str, dtype: str, hidden_size: int, batch_size: int | None = None) -> bool:
+    """Return whether the library runs such layers here.
+
+    In windows, it divides texts between threads: in float32, XLA is faster for fewer texts than
+    threads.
+    """
+    is_shared = batch_size is None or dtype != "float32" or batch_size >= native.count_threads()
+    on_cpu = jax.default_backend() == "cpu"
+    return on_cpu and is_shared and is_faster_in_c(work, dtype, hidden_size)
 
 
 def choose_recurrence(

@@ -26,7 +26,7 @@ from jax import lax
 from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.config import is_plain_lstm
 from lstm_jax.matmul import matmul, matmul_rounded, round_factor
-from lstm_jax.recurrences import in_c
+from lstm_jax.recurrences import choice, in_c
 from lstm_jax.recurrences.in_c import Int8Kernel
 from lstm_jax.recurrences.processor import has_bfloat16_instructions
 
@@ -69,7 +69,7 @@ def run_fused(
         rows = get_rows(inputs)
     batch_size, hidden_size = carry.cell.shape
     in_float32 = rows.dtype == carry.cell.dtype == jnp.float32
-    if in_float32 and in_c.runs_windows(hidden_size, dtype, batch_size):
+    if in_float32 and choice.runs_in_c("windows", dtype, hidden_size, batch_size):
         recurrence = functools.partial(in_c.run_recurrence, dtype=dtype)
         inputs = rows.swapaxes(0, 1)
         outputs, carry = _in_chunks(recurrence, kernels, inputs, carry, rematerialize)
@@ -83,7 +83,7 @@ def run_fused(
 def supports_int8(model: Any) -> bool:
     """Return whether the steps of a `LanguageModel` can multiply in 8 bits here."""
     is_lstm = is_plain_lstm(model.cell, model.layer_norm, model.block)
-    return is_lstm and all(in_c.is_used(size, "bfloat16") for size in model.sizes[1:])
+    return is_lstm and all(choice.runs_in_c("steps", "int8", size) for size in model.sizes[1:])
 
 
 class StepArrays(NamedTuple):
@@ -123,7 +123,7 @@ def prepare_step(model: Any) -> StepArrays:
 def _prepare_kernel(kernel: jax.Array, dtype: str) -> jax.Array:
     depth, width = kernel.shape
     fits = kernel.dtype == jnp.float32 and depth % in_c.IN_WORD[dtype] == 0
-    if fits and in_c.is_used(width // 4, dtype):
+    if fits and choice.runs_in_c("steps", dtype, width // 4):
         return in_c.pack_gates(kernel.astype(dtype))
     return round_factor(kernel.T, dtype)
 

@@ -14,8 +14,6 @@ from lstm_jax.recurrences import native
 
 LANES, _TILE = 16, 64  # As in lstm.c.
 IN_WORD = {"float32": 1, "bfloat16": 2, "int8": 4}  # Numbers in a word of 32 bits.
-# Each thread reads the whole kernel at every step: in float32, XLA is faster for larger layers.
-_LARGEST_IN_FLOAT32 = 1024
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -109,26 +107,6 @@ def _differentiate_step(
     return jax.jvp(run, primals, tangents)
 
 
-def runs_windows(hidden_size: int, dtype: str, batch_size: int) -> bool:
-    """Return whether `run_recurrence` is used.
-
-    It divides texts between threads: in float32, XLA is faster for fewer texts than threads.
-    """
-    enough = dtype == "bfloat16" or batch_size >= native.count_threads()
-    return enough and is_used(hidden_size, dtype)
-
-
-def is_used(hidden_size: int, dtype: str) -> bool:
-    """Return whether the library is used for layers of this size."""
-    return is_faster(hidden_size, dtype) and jax.default_backend() == "cpu"
-
-
-def is_faster(hidden_size: int, dtype: str) -> bool:
-    """Return whether the library would be used on a CPU: it exists, and is faster at this size."""
-    fits = hidden_size % LANES == 0 and (dtype != "float32" or hidden_size <= _LARGEST_IN_FLOAT32)
-    return fits and bool(native.load_library())
-
-
 # The kernels, the first cell state, and the gates, cell states and rows of all steps.
 _Residuals = tuple[Kernels, jax.Array, jax.Array, jax.Array, jax.Array]
 
@@ -172,6 +150,7 @@ def _backward(
         (gates.shape, dtype),
         (first_cell.shape, "float32"),
         (first_cell.shape, "float32"),
+        aliases={5: 1, 6: 2},  # The gradients of the last state become those of the first.
     )
     d_gates = d_gates.reshape(time * batch, -1)
     d_kernel = _matmul(rows.reshape(time * batch, depth).T, d_gates)
@@ -203,9 +182,16 @@ def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _call(
-    name: str, arguments: Sequence[jax.Array], *results: tuple[tuple[int, ...], str]
+    name: str,
+    arguments: Sequence[jax.Array],
+    *results: tuple[tuple[int, ...], str],
+    aliases: dict[int, int] | None = None,
 ) -> Sequence[jax.Array]:
-    """Call a function of the library, which divides its work into a part for each thread."""
+    """Call a function of the library, which divides its work into a part for each thread.
+
+    `aliases` maps an argument to the result that has its memory.
+    """
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results]
-    call = jax.ffi.ffi_call(native.get_target(name), shapes, vmap_method="sequential")
+    target = native.get_target(name)
+    call = jax.ffi.ffi_call(target, shapes, vmap_method="sequential", input_output_aliases=aliases)
     return call(*arguments, parts=np.int64(native.count_threads()))

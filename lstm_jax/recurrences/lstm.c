@@ -1,11 +1,12 @@
 // The recurrence of an LSTM layer for processors with AVX-512 BF16, as custom calls of XLA. Each
 // divides its work into parts, for the threads of XLA.
 //
-// A matmul is computed in tiles: up to ROWS rows by 4 vectors of 16 columns, whose sums stay in
+// A matmul is computed in tiles: a few rows by 4 vectors of 16 columns, whose sums stay in
 // registers. The right factor is packed by tile, so that a tile reads it in order. Both factors are
 // read in words of 32 bits along their common axis, the depth. A word is one float32, two bfloat16,
 // or in steps of generation four numbers of 8 bits: one instruction multiplies the numbers of 16
-// pairs of words, and adds the products to 16 sums, in float32, or in int32 for 8 bits.
+// pairs of words, and adds the products to 16 sums, in float32, or in int32 for 8 bits. With AMX, one
+// instruction does that for 16 words of 16 rows, in bfloat16.
 //
 // The hidden size is a multiple of 16, and every depth is a whole number of words.
 
@@ -14,16 +15,18 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "xla/ffi/api/c_api.h"
 
-enum { ROWS = 6, LANES = 16, VECTORS = 4, TILE = LANES * VECTORS };
+enum { ROWS = 6, AMX_ROWS = 16, LANES = 16, VECTORS = 4, TILE = LANES * VECTORS };
 
 enum { FLOAT32 = 1, BFLOAT16 = 2, INT8 = 4 };  // Numbers in a word.
 
 typedef uint32_t word __attribute__((may_alias));
 typedef uint16_t bits16 __attribute__((may_alias));
-typedef __m512 sums[ROWS][VECTORS];
+typedef __m512 sums[AMX_ROWS][VECTORS];
 
 static __mmask16 first_lanes(size_t n) { return n < LANES ? (1 << n) - 1 : 0xffff; }
 
@@ -74,7 +77,7 @@ static inline __attribute__((always_inline)) __m512 add_products(int numbers, __
 static inline __attribute__((always_inline)) void multiply_rows(int numbers, int rows,
                                                                 const word *a, size_t words,
                                                                 const word *packed, sums result) {
-  sums sum = {0};
+  __m512 sum[ROWS][VECTORS] = {0};
   for (size_t k = 0; k < words; k++, packed += TILE) {
     __m512i b[VECTORS];
 #pragma GCC unroll 4
@@ -95,14 +98,70 @@ static inline __attribute__((always_inline)) void multiply_rows(int numbers, int
     return multiply_rows(numbers, rows, a, words, packed, result);
 #define CASES(n) CASE(n, 1) CASE(n, 2) CASE(n, 3) CASE(n, 4) CASE(n, 5) CASE(n, 6)
 
+static int uses_amx;
+
+// Ask Linux for AMX (ARCH_REQ_XCOMP_PERM of XTILEDATA), before any other call; return the answer.
+int lstm_ask_for_amx(void) { return uses_amx = !syscall(SYS_arch_prctl, 0x1023, 18); }
+
+// The rows for which the tiles of this thread are configured; 0 outside of a part.
+static _Thread_local int configured_rows;
+
+#define WITH_AMX __attribute__((target("amx-tile,amx-bf16")))
+
+// Configure tiles 0 to 3 for sums, 4 for the left factor, and 5 and 6 for the right one.
+WITH_AMX static void configure_tiles(int rows) {
+  struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+  } config = {.palette = 1};
+  for (int i = 0; i < 7; i++) config.bytes[i] = 64, config.rows[i] = i < 5 ? rows : 16;
+  _tile_loadconfig(&config);
+  configured_rows = rows;
+}
+
+WITH_AMX static void release_tiles(void) {
+  if (configured_rows) _tile_release();
+  configured_rows = 0;
+}
+
+#define FOR_EACH_VECTOR(DO) DO(0, 5) DO(1, 6) DO(2, 5) DO(3, 6)
+#define SET_ZERO(v, right) _tile_zero(v);
+#define ADD_PRODUCTS(v, right)                                                \
+  _tile_loadd(right, packed + k * TILE + v * LANES, TILE * sizeof(word)); \
+  _tile_dpbf16ps(v, 4, right);
+#define STORE(v, right) _tile_stored(v, &result[0][v], sizeof(result[0]));
+
+// Do what `multiply_rows` does, in bfloat16, with AMX.
+WITH_AMX static void multiply_tiles(int rows, const word *a, size_t words, const word *packed,
+                                    sums result) {
+  if (rows != configured_rows) configure_tiles(rows);
+  size_t k = 0;
+  FOR_EACH_VECTOR(SET_ZERO)
+  for (; k + 16 <= words; k += 16) {
+    _tile_loadd(4, a + k, words * sizeof(word));
+    FOR_EACH_VECTOR(ADD_PRODUCTS)
+  }
+  FOR_EACH_VECTOR(STORE)
+  for (; k < words; k++)
+    for (int i = 0; i < rows * VECTORS; i++) {
+      __m512i b = _mm512_loadu_si512(packed + k * TILE + i % VECTORS * LANES);
+      __m512i x = _mm512_set1_epi32(a[i / VECTORS * words + k]);
+      result[0][i] = add_products(BFLOAT16, result[0][i], x, b);
+    }
+}
+
+static int is_in_tiles(int numbers) { return uses_amx && numbers == BFLOAT16; }
+
 static void multiply(int numbers, int rows, const word *a, size_t words, const word *packed,
                      sums result) {
+  if (is_in_tiles(numbers)) return multiply_tiles(rows, a, words, packed, result);
   switch (8 * numbers + rows) { CASES(FLOAT32) CASES(BFLOAT16) CASES(INT8) }
 }
 
 // Return the number of rows of the next tile: the remaining rows are shared equally.
-static size_t next_rows(size_t left) {
-  size_t tiles = (left + ROWS - 1) / ROWS;
+static size_t next_rows(int numbers, size_t left) {
+  size_t most = is_in_tiles(numbers) ? AMX_ROWS : ROWS, tiles = (left + most - 1) / most;
   return (left + tiles - 1) / tiles;
 }
 
@@ -134,7 +193,7 @@ static void matmul(const void *work, size_t part, size_t parts) {
   for (size_t j = begin(part, parts, m.width, TILE); j < end; j += TILE) {
     pack(m.b + j, m.depth, m.width, m.width - j, packed);
     for (size_t i = 0, n; i < m.rows; i += n) {
-      n = next_rows(m.rows - i);
+      n = next_rows(BFLOAT16, m.rows - i);
       sums sum;
       multiply(BFLOAT16, n, m.a + i * words, words, packed, sum);
       for (size_t r = 0; r < n; r++)
@@ -175,7 +234,7 @@ static void step(const void *work, size_t part, size_t parts) {
   size_t end = begin(part + 1, parts, s.hidden, LANES);
   for (size_t j = begin(part, parts, s.hidden, LANES); j < end; j += LANES)
     for (size_t b = 0, n; b < s.batch; b += n) {
-      n = next_rows(s.batch - b);
+      n = next_rows(s.numbers, s.batch - b);
       sums sum;
       multiply(s.numbers, n, s.rows + b * s.words, s.words, s.packed + j * VECTORS * s.words, sum);
       for (size_t r = 0; r < n; r++) {
@@ -229,7 +288,7 @@ static void forward(const void *work, size_t part, size_t parts) {
     const float *previous = t ? l.cells + (t - 1) * l.batch * l.hidden : l.first_cell;
     for (size_t j = 0; j < l.hidden; j += LANES)
       for (size_t b = first, n; b < end; b += n) {
-        n = next_rows(end - b);
+        n = next_rows(l.numbers, end - b);
         sums sum;
         multiply(l.numbers, n, l.rows + (t * l.batch + b) * words, words,
                  l.packed + j * VECTORS * words, sum);
@@ -287,7 +346,7 @@ static void backward(const void *work, size_t part, size_t parts) {
       }
     for (size_t j = 0; j < hidden; j += TILE)
       for (size_t b = first, n; b < end; b += n) {
-        n = next_rows(end - b);
+        n = next_rows(l.numbers, end - b);
         sums sum;
         multiply(l.numbers, n, l.d_gates + (t * l.batch + b) * words, words, l.packed + j * words,
                  sum);
@@ -328,6 +387,7 @@ static void run_parts(void *data) {
   Job *job = data;
   for (size_t part; (part = atomic_fetch_add(&job->begun, 1)) < job->parts;) {
     job->run(job->work, part, job->parts);
+    release_tiles();
     atomic_fetch_add(&job->done, 1);
   }
   leave(job);
@@ -363,47 +423,23 @@ static int is_query(XLA_FFI_CallFrame *frame) {
   return 1;
 }
 
-XLA_FFI_Error *lstm_matmul(XLA_FFI_CallFrame *frame) {
-  if (is_query(frame)) return NULL;
-  void **in = frame->args.args, **out = frame->rets.rets;
-  Matmul work = {size(in, 0, 0), size(in, 0, 1), size(in, 1, 1), data(in, 0),
-                 data(in, 1),    data(out, 0),   data(out, 1)};
-  run(frame, matmul, &work);
-  return NULL;
-}
+// Define the function that XLA calls: it runs the task of this name, whose work the rest describes.
+#define FUNCTION(name, Work, ...)                               \
+  XLA_FFI_Error *lstm_##name(XLA_FFI_CallFrame *frame) {        \
+    void **in = frame->args.args, **out = frame->rets.rets;     \
+    if (!is_query(frame)) run(frame, name, &(Work){__VA_ARGS__}); \
+    return NULL;                                                \
+  }
 
-XLA_FFI_Error *lstm_step(XLA_FFI_CallFrame *frame) {
-  if (is_query(frame)) return NULL;
-  void **in = frame->args.args, **out = frame->rets.rets;
-  size_t hidden = size(in, 3, 1), stride = size(in, 2, 0) == 1 ? 0 : 4 * hidden;
-  const float *scales = frame->args.size == 5 ? data(in, 4) : NULL;
-  int in_word = numbers(in, 0);
-  Step work = {in_word,     size(in, 0, 0), size(in, 0, 1) / in_word, hidden, data(in, 0),
-               data(in, 1), scales,         stride,                   data(in, 2),
-               data(in, 3), data(out, 0),   data(out, 1)};
-  run(frame, step, &work);
-  return NULL;
-}
-
-XLA_FFI_Error *lstm_forward(XLA_FFI_CallFrame *frame) {
-  if (is_query(frame)) return NULL;
-  void **in = frame->args.args, **out = frame->rets.rets;
-  Forward work = {numbers(out, 3), size(in, 0, 0), size(in, 0, 1), size(in, 0, 2), size(in, 2, 1),
-                  size(out, 3, 2), data(in, 0),    data(in, 2),    data(in, 3),    data(in, 1),
-                  data(out, 0),    data(out, 1),   data(out, 2),   data(out, 3)};
-  run(frame, forward, &work);
-  return NULL;
-}
-
-XLA_FFI_Error *lstm_backward(XLA_FFI_CallFrame *frame) {
-  if (is_query(frame)) return NULL;
-  void **in = frame->args.args, **out = frame->rets.rets;
-  size_t batch = size(in, 2, 0), hidden = size(in, 2, 1);
-  for (int i = 0; i < 2; i++)  // The gradients of the last state.
-    memcpy(data(out, 1 + i), data(in, 5 + i), batch * hidden * sizeof(float));
-  Backward work = {numbers(out, 0), size(in, 0, 0), batch,       hidden,       data(in, 0),
-                   data(in, 2),     data(in, 3),    data(in, 4), data(in, 1), data(out, 0),
-                   data(out, 1),    data(out, 2)};
-  run(frame, backward, &work);
-  return NULL;
-}
+FUNCTION(matmul, Matmul, size(in, 0, 0), size(in, 0, 1), size(in, 1, 1), data(in, 0), data(in, 1),
+         data(out, 0), data(out, 1))
+FUNCTION(step, Step, numbers(in, 0), size(in, 0, 0), size(in, 0, 1) / numbers(in, 0),
+         size(in, 3, 1), data(in, 0), data(in, 1), frame->args.size == 5 ? data(in, 4) : NULL,
+         size(in, 2, 0) == 1 ? 0 : size(in, 2, 1), data(in, 2), data(in, 3), data(out, 0),
+         data(out, 1))
+FUNCTION(forward, Forward, numbers(out, 3), size(in, 0, 0), size(in, 0, 1), size(in, 0, 2),
+         size(in, 2, 1), size(out, 3, 2), data(in, 0), data(in, 2), data(in, 3), data(in, 1),
+         data(out, 0), data(out, 1), data(out, 2), data(out, 3))
+FUNCTION(backward, Backward, numbers(out, 0), size(in, 0, 0), size(in, 2, 0), size(in, 2, 1),
+         data(in, 0), data(in, 2), data(in, 3), data(in, 4), data(in, 1), data(out, 0),
+         data(out, 1), data(out, 2))

@@ -1,27 +1,34 @@
-"""Compile lstm.c, an optional library for CPUs with AVX-512 BF16, and load it.
+"""Compile lstm.c, a library for CPUs with AVX-512 BF16, at its first use, and load it.
 
-`python -m lstm_jax.recurrences.native` compiles it, with a C compiler. `in_c` calls its functions;
-`fused` computes the same without it.
+`in_c` calls its functions; `choice` says when; `fused` computes the same without it.
 """
 
 import ctypes
 import functools
 import hashlib
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jaxlib
 
-from lstm_jax.errors import UserError
+from lstm_jax import user_cache
+from lstm_jax.errors import UserError, warn
 from lstm_jax.recurrences.processor import count_cores, read_cpu_features
 
 _SOURCE = Path(__file__).with_name("lstm.c")
 _FLAGS = [f"-mavx512{name}" for name in ("f", "bw", "vl", "dq", "bf16", "vnni")]
 _FLAGS += ["-mfma", "-O3", "-std=gnu11", "-shared", "-fPIC"]
 _FUNCTIONS = ("matmul", "step", "forward", "backward")
+
+
+class Library(NamedTuple):
+    """The library, loaded into this process."""
+
+    name: str  # Begins the names by which compiled programs call its functions.
+    uses_amx: bool  # Whether the processor has AMX and the system permits it.
 
 
 def count_threads() -> int:
@@ -31,49 +38,59 @@ def count_threads() -> int:
 
 
 @functools.cache
-def load_library() -> str:
-    """Register the library's functions with XLA; return its name, "" if there is none to run."""
-    path = get_path()
+def load_library() -> Library | None:
+    """Register the library's functions with XLA; return None if there is none to run.
+
+    With a warning if this processor could run it.
+    """
     if not is_supported():
-        return ""
+        return None
     try:
+        path = build_library()
         library = ctypes.CDLL(str(path))
-    except OSError:
-        return ""
+    except (OSError, UserError) as error:
+        warn(f"LSTMs run without the library in C, which is faster: {error}")
+        return None
     for name in _FUNCTIONS:
         function = jax.ffi.pycapsule(library[f"lstm_{name}"])
         jax.ffi.register_ffi_target(f"{path.stem}-{name}", function, platform="cpu")
-    return path.stem
+    has_amx = "amx_bf16" in read_cpu_features()
+    return Library(path.stem, has_amx and bool(library.lstm_ask_for_amx()))
 
 
 def get_target(name: str) -> str:
     """Return the name by which compiled programs, including cached ones, call a function."""
-    return f"{load_library()}-{name}"
+    library = load_library()
+    assert library
+    return f"{library.name}-{name}"
 
 
 def is_supported() -> bool:
-    """Return whether this processor has AVX-512 BF16 and VNNI, but not AMX, which XLA can use."""
-    features = read_cpu_features()
-    return {"avx512_bf16", "avx512_vnni"} <= features and "amx_bf16" not in features
-
-
-def get_path() -> Path:
-    """Return the path of the library. Its name has jaxlib's version and a hash of its source."""
-    digest = hashlib.sha256("\n".join((_SOURCE.read_text(), *_FLAGS)).encode()).hexdigest()
-    return _SOURCE.with_name(f"lstm-{jaxlib.__version__}-{digest[:16]}.so")
+    """Return whether this processor has AVX-512 BF16 and VNNI."""
+    return {"avx512_bf16", "avx512_vnni"} <= read_cpu_features()
 
 
 def build_library() -> Path:
-    """Compile the library in place of older ones for this jaxlib, and return its path."""
-    path = get_path()
+    """Compile the library, unless the user's cache holds it, and return its path.
+
+    Its name has jaxlib's version, whose interface it uses, and a hash of its source.
+
+    Raises:
+      UserError: if there is no compiler, or it fails, or the cache can't be used.
+    """
+    digest = hashlib.sha256("\n".join((_SOURCE.read_text(), *_FLAGS)).encode()).hexdigest()
+    directory = user_cache.make_directory("library")
+    if not directory:
+        raise UserError("it needs a cache directory: set one in XDG_CACHE_HOME")
+    path = directory / f"lstm-{jaxlib.__version__}-{digest[:16]}.so"
+    if path.exists():
+        return path
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        with tempfile.TemporaryDirectory(dir=directory) as folder:
             built = Path(folder, path.name)
             command = ["cc", *_FLAGS, "-I", jax.ffi.include_dir(), str(_SOURCE), "-o", str(built)]
             subprocess.run(command, check=True, capture_output=True, text=True)
-            for old in path.parent.glob(f"lstm-{jaxlib.__version__}-*.so"):
-                old.unlink()
-            built.rename(path)
+            built.rename(path)  # Another process may have built the same.
     except subprocess.CalledProcessError as error:
         reason = next((line for line in error.stderr.splitlines() if "error" in line), "it fails")
         raise UserError(f"the C compiler cc can't compile {_SOURCE}: {reason}") from None
@@ -82,19 +99,3 @@ def build_library() -> Path:
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror}") from None
     return path
-
-
-def main() -> None:
-    """Compile the library and print its path."""
-    if not is_supported():
-        print("nothing to compile: this is for processors with AVX-512 BF16 and without AMX")
-        return
-    try:
-        print(build_library())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

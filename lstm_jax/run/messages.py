@@ -12,7 +12,7 @@ from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.devices import hosts
 from lstm_jax.errors import NotFiniteError, same_again, set_field, warn
-from lstm_jax.recurrences import in_c
+from lstm_jax.recurrences import choice
 from lstm_jax.run import cell_file, checkpoints, files, workdir
 from lstm_jax.run.session import Session
 from lstm_jax.vocabulary import Costs
@@ -28,7 +28,7 @@ def print_setup(run: Session) -> None:
     inputs, targets = window[:-1], window[1:]
     recurrence = model.implementation()
     batch_size, sizes = config.batches.batch_size, model.sizes[1:]
-    is_in_c = all(in_c.runs_windows(size, model.dtype, batch_size) for size in sizes)
+    is_in_c = all(choice.runs_in_c("windows", model.dtype, size, batch_size) for size in sizes)
     if recurrence == "fused" and is_in_c:
         recurrence = "fused, in C"
     counts = ", ".join(f"{len(of_split):,} {name}" for name, of_split in run.ids.items())

@@ -123,9 +123,8 @@ def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
         if not fused.supports_int8(model):
             raise UserError(
                 f"the model in {workdir} can't use int8 here: that needs LSTM layers of a multiple "
-                "of 16 hidden units, without layer normalization or a block, and the library that "
-                "python -m lstm_jax.recurrences.native compiles on CPUs with AVX-512 BF16 and "
-                "without AMX"
+                "of 16 hidden units, without layer normalization or a block, and the library in C "
+                "(python -m lstm_jax.recurrences tells whether it runs here)"
             )
         model = model.clone(int8_steps=True)
     if config.model.cell_sha256:

@@ -1,0 +1,43 @@
+"""Print what runs LSTM layers on this machine, and why: `python -m lstm_jax.recurrences`."""
+
+import platform
+
+import jax
+import jaxlib
+
+from lstm_jax.recurrences import choice, native
+from lstm_jax.recurrences.processor import count_cores, read_cpu_features
+from lstm_jax.version import __version__
+
+_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+
+
+def main() -> None:
+    """Print the versions, the processor, and a line for each kind of work."""
+    features = [name for name in _FEATURES if name in read_cpu_features()]
+    print(
+        f"lstm-jax {__version__}, JAX {jax.__version__}, jaxlib {jaxlib.__version__}, "
+        f"Python {platform.python_version()}, {platform.system()} {platform.machine()}\n"
+        f"device: {jax.default_backend()}; {count_cores()} cores; "
+        f"instructions: {', '.join(features) or 'unknown'}\n"
+        f"library in C: {describe_library()}\n"
+        f"model.dtype=auto is {choice.choose_dtype('fused')} for LSTMs\n"
+    )
+    for row in choice.list_rows() if jax.default_backend() == "cpu" else ():
+        sizes = "" if row.largest == float("inf") else f", up to {row.largest:,} hidden units"
+        runs = "the library" if row.in_c else "XLA"
+        print(f"{row.work} in {row.dtype}{sizes}: {runs} ({row.measured})")
+    print("everything else: XLA")
+
+
+def describe_library() -> str:
+    """Return why there is no library in C, or which instructions it uses."""
+    if library := native.load_library():
+        return f"{library.name}, with {'AMX' if library.uses_amx else 'AVX-512 BF16'}"
+    if not native.is_supported():
+        return "none for this processor"
+    return "none: see the warning"
+
+
+if __name__ == "__main__":
+    main()

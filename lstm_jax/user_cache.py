@@ -1,0 +1,30 @@
+"""Find the user's cache directory, for files that a process runs."""
+
+import contextlib
+import os
+from pathlib import Path
+
+from lstm_jax.errors import warn
+
+
+def make_directory(name: str) -> Path | None:
+    """Make a directory in the user's cache, and return its path; None if it can't be used.
+
+    It is lstm-jax/NAME below XDG_CACHE_HOME or ~/.cache. What it holds is machine code, so with a
+    warning a directory that others can write is not used.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if cache.startswith("~"):  # This user has no home directory.
+        return None
+    directory = Path(cache, "lstm-jax", name)
+    with contextlib.suppress(OSError):
+        directory.mkdir(0o700, parents=True, exist_ok=True)
+        status = directory.lstat()  # A link may lead to a directory of someone else.
+        if status.st_uid != os.geteuid() or status.st_mode & 0o022 or directory.is_symlink():
+            warn(
+                f"others can write to {directory}, so compiled functions are not kept there: "
+                "remove it, or set another directory in XDG_CACHE_HOME"
+            )
+        elif os.access(directory, os.W_OK):
+            return directory
+    return None
