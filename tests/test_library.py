@@ -95,13 +95,23 @@ def test_generated_text_is_that_of_the_command(trained: Path) -> None:
     options = ["--length=60", "--seed=3", "--top_k=8", "--prompt=The ", "--dtype=bfloat16"]
     done = commands.run("sample", f"--workdir={trained}", *options)
     assert done.returncode == 0, done.stderr
-    run = lstm_jax.load(str(trained), dtype="bfloat16")
+    run = lstm_jax.load(f"{trained}/../{trained.name}", dtype="bfloat16")
     assert run.generate("The ", length=60, seed=3, top_k=8) + "\n" == done.stdout
     assert "The " + "".join(run.stream("The ", length=60, seed=3, top_k=8)) + "\n" == done.stdout
     with pytest.raises(UserError, match="top_k is -1"):
         run.generate(top_k=-1)
     with pytest.warns(UserWarning, match="does not know '¿'"):
         run.generate("¿", length=1)
+
+
+def test_a_working_directory_beside_the_current_one_is_resumed(
+    tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for tiny_config.max_steps in (1, 2):
+        assert lstm_jax.train(tiny_config, "../run", quiet=True) == 0
+    assert lstm_jax.load("../run").step in (1, 2)
 
 
 def test_a_model_is_loaded_in_another_dtype(run: library.Run, trained: Path) -> None:

@@ -194,7 +194,7 @@ class CheckpointWriter:
 
 def save_params(directory: Path, step: int, params: Params) -> None:
     """Write a checkpoint of parameters only, as `step` in `directory`, for a converted model."""
-    path = directory.absolute() / str(step)
+    path = directory.resolve() / str(step)
     with ocp.Checkpointer(_make_handler()) as checkpointer:
         checkpointer.save(path, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
     seal_checkpoint(path)
@@ -323,7 +323,7 @@ def _restore_first(
             try:
                 with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
                     restored = checkpointer.restore(
-                        path.absolute(), args=ocp.args.Composite(**items)
+                        path.resolve(), args=ocp.args.Composite(**items)
                     )
             except Exception as error:  # Orbax re-raises any exception of its storage.
                 if not path.exists():

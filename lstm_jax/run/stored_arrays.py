@@ -48,7 +48,7 @@ def check_item(item: Path, limit: int) -> None:
     fields = json.loads(files.read_bytes(item / "_METADATA", _ITEM))
     if fields["use_ocdbt"] is not True or fields["use_zarr3"] is not False:
         raise ValueError(f"{item.name} is not a database of Zarr 2")
-    base = ts.KvStore.open({"driver": "file", "path": f"{item.absolute()}/"}).result()
+    base = ts.KvStore.open({"driver": "file", "path": f"{item.resolve()}/"}).result()
     sizes = _measure_values(item, base)
     if sum(sizes.values()) > limit:
         raise ValueError(f"the values of {item.name} are too large")
@@ -125,6 +125,6 @@ def _try_to_read(item: Path, place: str) -> None:
     A key is stored as what it shares with the key before it, and the rest. So a node of a megabyte
     can have gigabytes of keys.
     """
-    command = [sys.executable, "-c", _READ, f"{item.absolute()}/", place, str(_MEMORY)]
+    command = [sys.executable, "-c", _READ, f"{item.resolve()}/", place, str(_MEMORY)]
     if subprocess.run(command, capture_output=True).returncode:
         raise ValueError(f"a node of {item.name} can't be read within {_MEMORY:,} bytes")
