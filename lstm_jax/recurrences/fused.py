@@ -26,7 +26,7 @@ from jax import lax
 from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.config import is_plain_lstm
 from lstm_jax.matmul import matmul, matmul_rounded, round_factor
-from lstm_jax.recurrences import choice, in_c
+from lstm_jax.recurrences import accelerator, choice, in_c
 from lstm_jax.recurrences.in_c import Int8Kernel
 from lstm_jax.recurrences.processor import has_bfloat16_instructions
 
@@ -69,8 +69,10 @@ def run_fused(
         rows = get_rows(inputs)
     batch_size, hidden_size = carry.cell.shape
     in_float32 = rows.dtype == carry.cell.dtype == jnp.float32
-    if in_float32 and choice.runs_in_c("windows", dtype, hidden_size, batch_size):
-        recurrence = functools.partial(in_c.run_recurrence, dtype=dtype)
+    in_c_here = in_float32 and choice.runs_in_c("windows", dtype, hidden_size, batch_size)
+    if in_c_here or jax.default_backend() != "cpu":
+        module = in_c if in_c_here else accelerator
+        recurrence = functools.partial(module.run_recurrence, dtype=dtype)
         inputs = rows.swapaxes(0, 1)
         outputs, carry = _in_chunks(recurrence, kernels, inputs, carry, rematerialize)
         return outputs.swapaxes(0, 1), carry

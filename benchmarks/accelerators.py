@@ -1,0 +1,357 @@
+"""Compile what GPUs and TPUs run, on a machine that has neither, and count what they would do.
+
+    python benchmarks/accelerators.py --target tpu:v5e:2x2
+    python benchmarks/accelerators.py --target h100:1 --config experiments/shakespeare_gpu.py
+    python benchmarks/accelerators.py --target tpu:v5e:16x16 --programs step
+
+XLA's own compilers run: that of libtpu (`pip install -e '.[tpu]'`) and that of the CUDA plugin
+(`pip install -e '.[cuda]'`). Neither needs a device. A row says that a program compiles, and how
+much memory, how many FLOP and what communication it needs on each device. It says nothing about
+times, or whether results are right. Batches grow with the number of devices.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from lstm_jax import batches, dynamic, generation, loss, model, optimizer, train_step
+from lstm_jax import config as config_lib
+from lstm_jax.config import Config
+from lstm_jax.controls import DEFAULT_CONTROLS, make_control_arrays
+from lstm_jax.devices import parallel
+from lstm_jax.sweep import stacked
+
+# The published numbers of a device: bytes of memory; FLOP a second in bfloat16; bytes a second to
+# other devices.
+DEVICES = {
+    "v5e": (16 * 2**30, 197e12, 200e9),
+    "v6e": (32 * 2**30, 918e12, 448e9),
+    "h100": (80e9, 989e12, 450e9),
+}
+# What XLA needs to know of a GPU.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84929347584 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 12 }
+runtime_version { major: 13 minor: 0 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+# Changes of a config, for training steps of all kinds.
+STEPS: dict[str, dict[str, Any]] = {
+    "step": {},
+    "step, float32": {"model.dtype": "float32"},
+    "step, scan": {"model.recurrence": "scan"},
+    "step, cudnn": {"model.recurrence": "cudnn", "model.dtype": "float32"},
+    "step, minlstm": {"model.cell": "minlstm"},
+    "step, gru": {"model.cell": "gru"},
+    "step, residual block": {"model.block": "residual"},
+    "step, rematerialized": {"model.rematerialize": 16},
+    "step, 2 microbatches": {"optimizer.microbatches": 2},
+}
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1, "f16": 2, "s8": 1, "u8": 1}
+
+
+class Program(NamedTuple):
+    """A jitted function, and the shapes of its arguments on the devices."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    static: dict[str, Any]
+
+    def trace(self) -> Any:
+        """Trace it; `lower` of the result takes the platforms."""
+        return self.function.trace(*self.arguments, **self.static)
+
+
+def main() -> None:
+    """Compile the programs and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="experiments/quick.py")
+    parser.add_argument("--target", default="tpu:v5e:2x2", help="tpu:TOPOLOGY or h100:DEVICES")
+    parser.add_argument("--programs", nargs="*", help="names of rows [default: all]")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--vocabulary_size", type=int, default=67)
+    parser.add_argument("--hlo", help="write the compiled programs to files in this directory")
+    options = parser.parse_args()
+    devices = find_devices(options.target)
+    config = load_config(options.config, options.dtype)
+    config = change(config, {"batches.batch_size": config.batches.batch_size * len(devices)})
+    print(
+        f"{options.config}, {options.dtype}, {len(devices)} x {options.target}, batches of "
+        f"{config.batches.batch_size}; JAX {jax.__version__}\n\n"
+        "| program | MiB a device | of its memory | GFLOP of matmuls | collectives | their MiB "
+        "| kernels in each step of each loop | link's share |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: |"
+    )
+    platform = "tpu" if options.target.startswith("tpu") else "cuda"
+    for name, make in iterate_programs(config, options.vocabulary_size, devices):
+        if not options.programs or name in options.programs:
+            try:
+                row = describe(make().trace(), platform, options, name)
+            except Exception as error:  # Of the compiler, or of a program for another device.
+                row = " ".join(str(error).split())[:100]
+            print(f"| {name} | {row} |", flush=True)
+
+
+def find_devices(target: str) -> list[Any]:
+    """Return the devices of a target, and let the package choose what they run."""
+    kind, _, topology = target.partition(":")
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    # Autotuning would run kernels.
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
+    environment = {
+        "SKIP_MDS_QUERY": "1",
+        "ACCELERATOR_TYPE": "v5litepod-4",
+        "WORKER_HOSTNAMES": "localhost",
+        "WORKER_ID": "0",
+    }
+    for name, value in environment.items():
+        os.environ.setdefault(f"TPU_{name}", value)
+    jax.config.update("jax_platforms", "cpu")
+    choose_for("tpu" if kind == "tpu" else "gpu")
+    if kind == "tpu":
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    description = topologies.get_topology_desc(
+        platform="cuda", topology_name="h100", target_config=H100, topology=f"1x1x{topology or 1}"
+    )
+    return list(description.devices)
+
+
+def choose_for(backend: str) -> None:
+    """Let the package choose what it would on this backend."""
+    jax.default_backend = lambda: backend
+
+
+def load_config(path: str, dtype: str) -> Config:
+    """Return the complete config of an experiment."""
+    spec = importlib.util.spec_from_file_location("experiment", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config.model.dtype = dtype
+    return config_lib.complete_config(config)
+
+
+def change(config: Config, fields: dict[str, Any]) -> Config:
+    """Return a config with other values of these fields."""
+    for name, value in fields.items():
+        section, field = name.split(".")
+        part = dataclasses.replace(getattr(config, section), **{field: value})
+        config = dataclasses.replace(config, **{section: part})
+    return config
+
+
+def iterate_programs(
+    config: Config, vocabulary_size: int, devices: list[Any]
+) -> Iterator[tuple[str, Callable[[], Program]]]:
+    """Yield the name of every program that a user of these devices runs, and what makes it."""
+    mesh = Mesh(np.array(devices).reshape(-1, 1), (parallel.DATA, parallel.MODEL))
+    for name, fields in STEPS.items():
+        changed = change(config, fields)
+        yield name, functools.partial(make_step, changed, vocabulary_size, mesh)
+    yield "10 steps a call", functools.partial(make_step, config, vocabulary_size, mesh, 10)
+    if len(devices) > 1:
+        divided = Mesh(mesh.devices.reshape(-1, 2), mesh.axis_names)
+        yield (
+            "step, model over 2 devices",
+            functools.partial(make_step, config, vocabulary_size, divided),
+        )
+    yield (
+        "population, 8 a device",
+        functools.partial(make_population, config, vocabulary_size, devices, 8),
+    )
+    lstm = model.make_model(config.model, vocabulary_size)
+    place = functools.partial(place_all, SingleDeviceSharding(devices[0]))
+    yield "evaluation", functools.partial(make_evaluation, lstm, place)
+    yield "dynamic evaluation", functools.partial(make_dynamic_evaluation, lstm, place)
+    yield "generation, one text", functools.partial(make_generation, lstm, place, 1)
+    yield "generation, 64 texts", functools.partial(make_generation, lstm, place, 64)
+
+
+def place_all(sharding: Any, tree: Any) -> Any:
+    """Return the shapes of arrays with a sharding."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def make_step(config: Config, vocabulary_size: int, mesh: Mesh, steps: int = 1) -> Program:
+    """Return a training step, or several in one call."""
+    lstm = model.make_model(config.model, vocabulary_size)
+    updates = optimizer.make_optimizer(config.optimizer, 1000)
+    batch_size, length = config.batches.batch_size, config.batches.window_length
+    state = jax.eval_shape(
+        lambda key: train_step.init_state(lstm, updates, key, batch_size), jax.random.key(0)
+    )
+
+    def place(spec: PartitionSpec | None, tree: Any) -> Any:
+        def one(x: Any) -> Any:
+            stored = parallel.get_storage_spec(x, mesh) if spec is None else spec
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, stored))
+
+        return jax.tree.map(one, tree)
+
+    state = place(None, state._replace(carry=()))._replace(
+        carry=place(parallel.DIVIDED, state.carry)
+    )
+    leading = (steps,) if steps > 1 else ()
+    rows = PartitionSpec(*[None] * len(leading), *parallel.DIVIDED)
+    ids = place(rows, jax.ShapeDtypeStruct((*leading, batch_size, length), jnp.int32))
+    starts = place(PartitionSpec(), jax.ShapeDtypeStruct(leading, jnp.bool_))
+    step = train_step.make_train_step(lstm, updates, config, mesh)
+    return Program(step, (state, batches.Batch(ids, ids, starts)), {})
+
+
+def make_population(
+    config: Config, vocabulary_size: int, devices: list[Any], members: int
+) -> Program:
+    """Return the step of a population whose learning rates differ."""
+    mesh = Mesh(np.array(devices), ("members",))
+    batch_size = config.batches.batch_size // len(devices)
+    config = change(config, {"batches.batch_size": batch_size})
+    step = make_step(config, vocabulary_size, Mesh([[devices[0]]], (parallel.DATA, parallel.MODEL)))
+    state, batch = step.arguments
+    number = members * len(devices)
+    rates = {"optimizer.learning_rate": jax.ShapeDtypeStruct((), jnp.float32)}
+    sharding = NamedSharding(mesh, PartitionSpec("members"))
+
+    def stack(x: Any) -> Any:
+        return jax.ShapeDtypeStruct((number, *x.shape), x.dtype, sharding=sharding)
+
+    run = stacked.make_population_step(config, vocabulary_size, 1000, mesh)
+    return Program(run, jax.tree.map(stack, (rates, state, batch)), {})
+
+
+def get_params(lstm: model.LanguageModel) -> Any:
+    """Return the shapes of the parameters."""
+    return jax.eval_shape(lambda: model.init_params(lstm, jax.random.key(0)))
+
+
+def make_evaluation(lstm: model.LanguageModel, place: Callable[[Any], Any]) -> Program:
+    """Return the evaluation of a chunk of a long text."""
+    chunk = next(loss.iterate_chunks(np.zeros(loss.LONGEST_IN_ONE + 2, np.int32)))
+    carry = jax.eval_shape(lambda: lstm.initial_carry(len(chunk[0])))
+    arguments = place((get_params(lstm), chunk, carry))
+    return Program(loss.read_chunk, (lstm, *arguments), {})
+
+
+def make_dynamic_evaluation(lstm: model.LanguageModel, place: Callable[[Any], Any]) -> Program:
+    """Return the dynamic evaluation of 20 segments of 32 tokens."""
+    ids, counted = np.zeros((20, 32), np.int32), np.ones((20, 32), bool)
+    params, carry = get_params(lstm), jax.eval_shape(lambda: lstm.initial_carry(1))
+    settings = dynamic.Settings(*np.zeros((2,), np.float32), np.int32(32))  # type: ignore[arg-type]
+    arguments = (params, params, (params, carry), (ids, ids, counted), settings)
+    return Program(dynamic._read_segments, (lstm, *place(arguments)), {})
+
+
+def make_generation(lstm: model.LanguageModel, place: Callable[[Any], Any], texts: int) -> Program:
+    """Return the generation of 1,024 tokens of each text."""
+    arrays = jax.eval_shape(functools.partial(generation.prepare_params, lstm), get_params(lstm))
+    state = jax.eval_shape(functools.partial(generation.initial_state, lstm, arrays, texts))
+    controls = make_control_arrays(DEFAULT_CONTROLS, lstm.vocabulary_size)
+    scalar = np.int32(0)
+    arguments = arrays, state, jax.random.key(0), controls, scalar, scalar
+    return Program(generation._generate, (lstm, *place(arguments)), {"size": 1024})
+
+
+def describe(traced: Any, platform: str, options: argparse.Namespace, name: str) -> str:
+    """Return the cells of a row: what a program needs on each device."""
+    compiled = traced.lower(lowering_platforms=(platform,)).compile()
+    text = compiled.as_text()
+    if options.hlo:
+        os.makedirs(options.hlo, exist_ok=True)
+        with open(f"{options.hlo}/{name.replace(' ', '_')}.txt", "w") as file:
+            file.write(text)
+    memory = compiled.memory_analysis()
+    size = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    kind = options.target.split(":")[platform == "tpu"]
+    limit, flops_second, link = DEVICES[kind]
+    flops = count_flops(traced.jaxpr.jaxpr) / count_devices(options.target)
+    number, moved = count_collectives(text)
+    seconds = moved / link
+    share = seconds / (seconds + flops / flops_second) if moved else 0
+    loops = ", ".join(f"{kernels} x {trips}" for trips, kernels in count_kernels(text))
+    return (
+        f"{size / 2**20:,.1f} | {size / limit:.2%} | {flops / 1e9:,.1f} | {number} | "
+        f"{moved / 2**20:,.2f} | {loops or '-'} | {share:.0%}"
+    )
+
+
+def count_devices(target: str) -> int:
+    """Return the number of devices of a target."""
+    return math.prod(map(int, target.rpartition(":")[2].split("x")))
+
+
+def count_flops(jaxpr: Any) -> float:
+    """Return the FLOP of all matmuls of a traced program, with loops of known length."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
+        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        for value in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                parts = 1
+                if equation.primitive.name == "shard_map":
+                    parts = equation.params["mesh"].size
+                total += times * parts * count_flops(inner)
+    return total
+
+
+def count_collectives(text: str) -> tuple[int, float]:
+    """Return the number of collectives of a compiled program, and the bytes of their results."""
+    number, total = 0, 0.0
+    pattern = rf"= (.*?) ({'|'.join(_COLLECTIVES)})(?:-start)?\("
+    for line in text.splitlines():
+        if match := re.search(pattern, line):
+            number += 1
+            for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", match.group(1)):
+                total += _BYTES.get(dtype, 4) * math.prod(map(int, filter(None, shape.split(","))))
+    return number, total
+
+
+def count_kernels(text: str) -> list[tuple[str, int]]:
+    """Return the known number of steps of each loop of a compiled program, and its kernels."""
+    bodies: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if header := re.match(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{", line):
+            current = bodies.setdefault(header.group(1), [])
+        elif bodies:
+            current.append(line)
+    loops = []
+    for loop in re.finditer(r"while\(.*?\), condition=%?[\w.\-]+, body=%?([\w.\-]+)(.*)", text):
+        started = re.compile(r"= (?:\([^=]*?\)|\S+) (?:fusion|custom-call|dot|copy|sort)\(")
+        trips = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.group(2))
+        kernels = sum(map(bool, map(started.search, bodies.get(loop.group(1), []))))
+        loops.append((trips.group(1) if trips else "?", kernels))
+    return loops
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Test what GPUs and TPUs run: its numbers on a CPU, and that every program lowers for both."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import accelerators
+from lstm_jax import config
+from lstm_jax.model import LanguageModel
+from lstm_jax.recurrences import accelerator, fused
+from test_native import measure_errors, run_numpy, to_bfloat16
+from test_recurrence import SIZES, assert_close, make_problem, reference, value_and_gradients
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choose what a GPU runs, and run it on the CPU."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.usefixtures("gpu")
+def test_float32_agrees_with_the_reference(sizes: tuple[int, ...]) -> None:
+    *arguments, cotangents = make_problem(*sizes)
+    expected = value_and_gradients(reference, cotangents, *arguments)
+    for rematerialize in (0, 4) if sizes in SIZES[:2] else (0,):
+        run = functools.partial(fused.run_fused, rematerialize=rematerialize)
+        assert_close(value_and_gradients(run, cotangents, *arguments), expected, 1e-5)
+        assert_close(run(*arguments), expected[0], 1e-5)  # Without derivatives.
+
+
+@pytest.mark.parametrize("sizes", SIZES[:4], ids=str)
+@pytest.mark.usefixtures("gpu")
+@jax.debug_nans(False)  # Its check of bfloat16 warns.
+def test_bfloat16_agrees_with_numpy(sizes: tuple[int, ...]) -> None:
+    *arguments, cotangents = make_problem(*sizes)
+    run = functools.partial(fused.run_fused, dtype="bfloat16")
+    results = value_and_gradients(run, cotangents, *arguments)
+    expected = run_numpy(arguments, cotangents, to_bfloat16)
+    assert max(jax.tree.leaves(measure_errors(results, expected))) < 5e-3
+
+
+def test_a_gradient_in_two_parts_keeps_its_precision() -> None:
+    x = np.random.default_rng(0).normal(size=1000).astype("float32")
+    high, low = jax.jit(functools.partial(accelerator._split, dtype="bfloat16"))(x)
+    assert high.dtype == low.dtype == "bfloat16"
+    parts: Any = high.astype("float32") + low.astype("float32")
+    np.testing.assert_allclose(parts, x, rtol=2.0**-16)
+
+
+# What lowers for both. JAX asks cuDNN for the size of its memory while it traces `cudnn`, so that
+# needs the CUDA plugin, and a GPU.
+_NAMES = [name for name, _ in accelerators.iterate_programs(config.Config(), 9, jax.devices()[:1])]
+PROGRAMS = [name for name in _NAMES if name != "step, cudnn"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_lowers_for_gpus_and_tpus(name: str) -> None:
+    settings = config.default()
+    settings.model.update({"hidden_size": 48, "embedding_size": 24, "dtype": "bfloat16"})
+    settings.batches.update({"kind": "streams", "batch_size": 8, "window_length": 8})
+    complete = config.complete_config(settings)
+    programs = dict(accelerators.iterate_programs(complete, 23, jax.devices()[:1]))
+    lowered = programs[name]().trace().lower(lowering_platforms=("cuda", "tpu"))
+    assert "bf16" in lowered.as_text() or "float32" in name
+    assert "ffi" not in lowered.as_text()
+
+
+@pytest.mark.parametrize("backend", ["gpu", "tpu"])
+def test_cudnn_is_for_gpus(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    lstm = LanguageModel(9, 4, 8, recurrence="cudnn")
+    if backend == "gpu":
+        assert lstm.implementation() == "cudnn"
+    else:
+        with pytest.raises(ValueError, match="needs a GPU"):
+            lstm.implementation()
+
+
+@pytest.mark.process
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("experiment", ["quick", "shakespeare", "shakespeare_gpu"])
+def test_a_step_of_the_loop_starts_at_most_five_kernels(experiment: str, dtype: str) -> None:
+    pytest.importorskip("jax_cuda13_plugin", reason="the CUDA plugin isn't installed")
+    command = [sys.executable, ROOT / "benchmarks/accelerators.py", "--target=h100:1"]
+    command += [f"--config=experiments/{experiment}.py", f"--dtype={dtype}", "--programs", "step"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    rows = [line.split("|") for line in result.stdout.splitlines()]
+    (loops,) = [row[-3] for row in rows if len(row) > 2 and row[1].strip() == "step"]
+    kernels = [int(loop.split(" x ")[0]) for loop in loops.split(",")]
+    assert len(kernels) >= 2 and max(kernels) <= 5, result.stdout
