@@ -16,8 +16,8 @@ import flax.linen as nn
 
 from lstm_jax import cells
 from lstm_jax.config import ModelConfig, names_cell_file
-from lstm_jax.errors import UserError, for_caller, warn
-from lstm_jax.run import files
+from lstm_jax.data import files
+from lstm_jax.errors import UserError, for_caller, raise_user_error, warn
 
 _LIMIT = 2**20  # Of the size of a file, in bytes.
 
@@ -57,7 +57,7 @@ def _run_file(file: str, class_name: str, source: bytes, sha256: str) -> type[nn
     sys.modules[module.__name__] = module
     sys.path.insert(0, str(Path(file).parent))
     try:
-        with files.raise_user_error("cell file", file):
+        with raise_user_error("cell file", file):
             exec(compile(source, file, "exec"), module.__dict__)
     finally:
         sys.path.pop(0)

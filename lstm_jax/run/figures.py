@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lstm_jax.run import files
+from lstm_jax.data import files
 from lstm_jax.run.metrics import Row
 
 if TYPE_CHECKING:  # Importing it takes half a second: the first plot does.

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import jax
 
+from lstm_jax.data import files
 from lstm_jax.devices import hosts
 from lstm_jax.errors import UnavailableError, UserError, another_directory
-from lstm_jax.run import files
 
 LOCK = ".lock"
 # The holder touches the lock this often; one that was not touched for a minute is stale.

@@ -7,6 +7,7 @@ import secrets
 import textwrap
 import time
 import zlib
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NotRequired, Self, TypedDict, Unpack
@@ -15,10 +16,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import hparams, scalar, text
 
-from lstm_jax import config as config_lib
-from lstm_jax.config import Config
+from lstm_jax.data import files
 from lstm_jax.errors import UserError, warn
-from lstm_jax.run import files
 
 _SPLITS = ("train", "validation", "test")
 # Limits in bytes of the part of metrics.jsonl that is read, and of a row.
@@ -55,13 +54,13 @@ class MetricsWriter:
     The files are opened for the first row, so that a run without one leaves them as they are.
     """
 
-    def __init__(self, path: Path, step: int, config: Config | None = None) -> None:
+    def __init__(self, path: Path, step: int, fields: Iterable[tuple[str, object]] = ()) -> None:
         """Prepare metrics.jsonl at `path`, and events beside it, for a run that is at `step`.
 
-        TensorBoard shows the config as hyperparameters. The seconds of training continue from those
-        of the last row.
+        TensorBoard shows the fields of the config as hyperparameters. The seconds of training
+        continue from those of the last row.
         """
-        self._path, self._step, self._config = path, step, config
+        self._path, self._step, self._fields = path, step, fields
         rows = read_metrics(path)
         self._start = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
         self._files = contextlib.ExitStack()
@@ -82,10 +81,9 @@ class MetricsWriter:
         if self._step:  # TensorBoard then hides later steps of earlier events, of a stopped run.
             start = SessionLog(status=SessionLog.START)
             self._add(Event(step=self._step + 1, session_log=start))
-        if self._config is not None:
-            losses = [f"{split}/loss" for split in _SPLITS]
-            for summary in hparams(list_hyperparameters(self._config), losses)[:2]:
-                self._add(Event(summary=summary))
+        losses = [f"{split}/loss" for split in _SPLITS]
+        for summary in hparams(list_hyperparameters(self._fields), losses)[:2]:
+            self._add(Event(summary=summary))
 
     def _add(self, event: Event, now: float | None = None) -> None:
         event.wall_time = now or time.time()
@@ -138,11 +136,13 @@ class MetricsWriter:
         self._files.close()
 
 
-def list_hyperparameters(config: Config) -> dict[str, bool | int | float | str]:
+def list_hyperparameters(
+    fields: Iterable[tuple[str, object]],
+) -> dict[str, bool | int | float | str]:
     """Return the fields of a config by name, with values of other types as strings."""
     return {
         name: value if isinstance(value, bool | int | float | str) else str(value)
-        for name, value in config_lib.flatten(config)
+        for name, value in fields
     }
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import jax
 
+from lstm_jax.data import files
 from lstm_jax.errors import one_line
-from lstm_jax.run import files, stored_arrays
+from lstm_jax.run import stored_arrays
 
 SEAL = "SHA256SUMS"
 # Written after the checkpoint is sealed, so the seal does not cover it.

@@ -16,7 +16,7 @@ from urllib.parse import unquote
 
 import tensorstore as ts
 
-from lstm_jax.run import files
+from lstm_jax.data import files
 
 # Limits in bytes: of the file about an item; of the metadata of an array; of a key; of a small
 # node, unpacked: a block of zstd, whose keys take 600 MB at most; of the memory in which other

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from lstm_jax import config as config_lib
+from lstm_jax.data import files
 from lstm_jax.errors import UserError, one_line, warn
-from lstm_jax.run import files, metrics, workdir
+from lstm_jax.run import metrics, workdir
 from lstm_jax.run.metrics import Row
 
 # The file of a tracked run that holds its identity, with a limit of its size in bytes.
@@ -176,7 +178,8 @@ def open_trackers(names: Sequence[str], directory: Path) -> Iterator[Callable[[R
 
     def watch(row: Row) -> None:
         if makers:
-            config = metrics.list_hyperparameters(workdir.load_config(directory))
+            fields = config_lib.flatten(workdir.load_config(directory))
+            config = metrics.list_hyperparameters(fields)
             run = _TrackedRun(directory, directory.resolve().name, _get_identity(directory), config)
             for name in list(makers):
                 try:
