@@ -63,12 +63,12 @@ def _run_file(file: str, class_name: str, source: bytes, sha256: str) -> type[nn
         sys.path.pop(0)
     cell = getattr(module, class_name, None)
     if cell is None:
-        found = [
+        classes = [
             key
             for key, value in vars(module).items()
             if isinstance(value, type) and value.__module__ == module.__name__
         ]
-        listed = ", ".join(found) or "none"
+        listed = ", ".join(classes) or "none"
         raise UserError(f"{file} has no class {class_name}: its classes are {listed}")
     if not (isinstance(cell, type) and issubclass(cell, nn.Module)):
         raise UserError(

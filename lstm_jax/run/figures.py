@@ -19,11 +19,6 @@ if TYPE_CHECKING:  # Importing it takes half a second: the first plot does.
 _COLORS = {"train": "#0072B2", "validation": "#D55E00", "test": "#009E73"}
 
 
-def plot_metrics(rows: Sequence[Row], path: Path) -> None:
-    """Write the figure of `draw_metrics` as a PNG file, atomically."""
-    save_figure(draw_metrics(rows), path)
-
-
 def save_figure(figure: "Figure", path: Path, dpi: float | str = "figure") -> None:
     """Write a figure as a PNG file, atomically."""
     picture = io.BytesIO()

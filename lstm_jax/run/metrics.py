@@ -22,8 +22,6 @@ from lstm_jax.errors import UserError, warn
 _SPLITS = ("train", "validation", "test")
 # Limits in bytes of the part of metrics.jsonl that is read, and of a row.
 _LARGEST, _LONGEST_LINE = 2**26, 2**12
-# Fields of a row that differ when a run is repeated.
-TIMES = ("tokens_per_second", "seconds", "time")
 
 
 class Numbers(TypedDict, total=False):

@@ -40,7 +40,7 @@ def seal_checkpoint(checkpoint: Path) -> None:
     files.write_file(checkpoint / SEAL, lines.encode())
 
 
-def find_damage(checkpoint: Path, params: object = None, carry: object = ()) -> str | None:
+def find_damage(checkpoint: Path, params: object = (), carry: object = ()) -> str | None:
     """Return how a checkpoint's files differ from those that were sealed; None if they don't.
 
     Hidden files need no checksum: file managers add them. Sizes that don't fit `params` and
@@ -55,14 +55,13 @@ def find_damage(checkpoint: Path, params: object = None, carry: object = ()) -> 
         if others := {name for name in others if name in sums or not _is_hidden(name)}:
             name = min(others)
             return f"{name} is missing" if name in sums else f"{SEAL} does not hold {name}"
-        if params is not None and (reason := _find_misfit(sizes, params, carry)):
+        if reason := _find_misfit(sizes, params, carry):
             return reason
         for name in sums:
             if files.hash_file(checkpoint / name) != sums[name]:
                 return f"{name} has changed"
-        if params is not None:
-            for name in {name.partition("/")[0] for name in sizes if name.endswith("/_METADATA")}:
-                stored_arrays.check_item(checkpoint / name, _limit(params, carry))
+        for name in {name.partition("/")[0] for name in sizes if name.endswith("/_METADATA")}:
+            stored_arrays.check_item(checkpoint / name, _limit(params, carry))
     except OSError as error:
         return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
     except Exception as error:  # TensorStore raises many kinds.
