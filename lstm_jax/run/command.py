@@ -19,7 +19,7 @@ from lstm_jax.version import __version__
 
 # What imports JAX is imported in functions: `--help` and a mistake in a flag don't need it.
 
-# Flags that functions of this module define are those of the command that calls them.
+# Flags that functions of this module define belong to the command that calls them.
 flags.disclaim_key_flags()
 
 

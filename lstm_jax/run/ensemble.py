@@ -22,7 +22,7 @@ class Ensemble:
     """Several models with one vocabulary, of any sizes and cells.
 
     It has the methods of a `LanguageModel` that measuring a loss and generating text need. Its
-    parameters are a dict of those of its members, "0", "1", and so on. Its carry is a tuple of
+    parameters are a dict of its members' parameters, "0", "1", and so on. Its carry is a tuple of
     theirs. Its logits are the logarithms of the arithmetic means of their probabilities.
     """
 
@@ -64,7 +64,7 @@ def load_ensemble(
 ) -> tuple[workdir.Trained, list[int]]:
     """Load the model in each directory: the only one, or an `Ensemble` of all; return their steps.
 
-    `dtype` is that of `workdir.load_trained`.
+    For `dtype`, see `workdir.load_trained`.
 
     Raises:
       UserError: as `workdir.load_trained`, or if the vocabulary, the text or its splits differ.
@@ -113,7 +113,7 @@ def adapt_to_text(
 
 
 def mix_losses(losses: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the losses of an ensemble for the same tokens, from those of its members, in nats."""
+    """Return the losses of an ensemble from its members' losses for the same tokens, in nats."""
     return math.log(len(losses)) - np.logaddexp.reduce(-np.stack(losses))
 
 

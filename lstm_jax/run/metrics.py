@@ -56,7 +56,7 @@ class MetricsWriter:
         """Prepare metrics.jsonl at `path`, and events beside it, for a run that is at `step`.
 
         TensorBoard shows the fields of the config as hyperparameters. The seconds of training
-        continue from those of the last row.
+        continue from the last row.
         """
         self._path, self._step, self._fields = path, step, fields
         rows = read_metrics(path)
@@ -99,7 +99,7 @@ class MetricsWriter:
     ) -> Row:
         """Record a loss in nats per token; return its row of metrics.jsonl without the checksum.
 
-        `step` is the number of training steps done, `epoch` that of passes over the training text,
+        `step` is the number of training steps done, `epoch` of passes over the training text,
         with fractions, and `split` is "train", "validation" or "test". A `sample` of generated text
         is shown in TensorBoard only. `extra` holds more numbers. The row also has the seconds of
         training so far, and the time in UTC.

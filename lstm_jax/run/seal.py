@@ -44,8 +44,8 @@ def find_damage(checkpoint: Path, params: object = (), carry: object = ()) -> st
     """Return how a checkpoint's files differ from those that were sealed; None if they don't.
 
     Hidden files need no checksum: file managers add them. Sizes that don't fit `params` and
-    `carry`, the arrays or `jax.ShapeDtypeStruct`s of a run, are damage too: those of the files are
-    found before they are read, those of the arrays before they are unpacked.
+    `carry`, the arrays or `jax.ShapeDtypeStruct`s of a run, are damage too: sizes of files are
+    checked before these are read, sizes of arrays before these are unpacked.
     """
     try:
         lines = files.read_bytes(checkpoint / SEAL, _SEAL_LIMIT).decode().splitlines()
@@ -70,7 +70,7 @@ def find_damage(checkpoint: Path, params: object = (), carry: object = ()) -> st
 
 
 def _find_misfit(sizes: Mapping[str, int], params: object, carry: object) -> str | None:
-    """Return why files of these sizes, by name, can't be those of a run; None if they can."""
+    """Return why a run can't have files of these sizes, by name; None if it can."""
     for name, size in sizes.items():
         is_data = "/d/" in name or name.endswith(".ocdbt")
         if not is_data and size > _METADATA_LIMIT:

@@ -33,8 +33,8 @@ class _TrackedRun(NamedTuple):
     config: dict[str, bool | int | float | str]
 
 
-# Two functions: one adds a row of metrics.jsonl, where those of validations also have a `sample`;
-# the other sends the remaining rows and closes the tracker, and is given whether training failed.
+# Two functions: one adds a row of metrics.jsonl, with the `sample` of a validation; the other sends
+# the remaining rows and closes the tracker, and is given whether training failed.
 _Tracker = tuple[Callable[[Row], object], Callable[[bool], object]]
 
 
@@ -51,7 +51,7 @@ def _open_wandb(run: _TrackedRun) -> _Tracker:
         settings=wandb.Settings(console="off"),
     )
     opened.config.update(run.config, allow_val_change=True)
-    # The row of the test split is that of an earlier step, which W&B's own steps can't be.
+    # The row of the test split has an earlier step, which W&B's own steps can't be.
     opened.define_metric("step")
     opened.define_metric("*", step_metric="step")
 

@@ -28,7 +28,7 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.txt"
 CURVES = "curves.png"
 CHANGES = "changes.jsonl"
-# Files that a run appends to, with those of TensorBoard. A checkpoint holds their sizes, so that a
+# Files that a run appends to, also for TensorBoard. A checkpoint holds their sizes, so that a
 # run that resumes from it first removes what was appended later.
 HISTORY = (METRICS, SAMPLES, "events.out.tfevents.*")
 # Limits of file sizes in bytes.
