@@ -28,8 +28,8 @@ def resolve_cell(model: ModelConfig) -> ModelConfig:
     Raises:
       UserError: if it is in a file that can't be read or run, or that has no such cell.
     """
-    is_own = model.cell not in cells.CELLS
-    return dataclasses.replace(model, cell_sha256=load_cell(model.cell) if is_own else "")
+    sha256 = "" if model.cell in cells.CELLS else load_cell(model.cell)
+    return dataclasses.replace(model, cell_sha256=sha256)
 
 
 def load_cell(name: str) -> str:

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NotRequired, Self, TypedDict, Unpack
+from typing import NotRequired, TypedDict, Unpack
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -46,7 +46,7 @@ class Row(Numbers):
     sample: NotRequired[str]  # The generated text of a validation, for `watch` only.
 
 
-class MetricsWriter:
+class MetricsWriter(contextlib.ExitStack[None]):
     """Appends losses to metrics.jsonl, and losses and samples to TensorBoard events.
 
     The files are opened for the first row, so that a run without one leaves them as they are.
@@ -58,15 +58,15 @@ class MetricsWriter:
         TensorBoard shows the fields of the config as hyperparameters. The seconds of training
         continue from the last row.
         """
+        super().__init__()
         self._path, self._step, self._fields = path, step, fields
         rows = read_metrics(path)
         self._start = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
-        self._files = contextlib.ExitStack()
         self._is_open = False
 
     def _open(self) -> None:
         self._is_open = True
-        self._lines = self._files.enter_context(files.open_append(self._path))
+        self._lines = self.enter_context(files.open_append(self._path))
         # A killed process or a full disk can leave half a line.
         if half := files.read_tail(self._path, _LONGEST_LINE).rpartition(b"\n")[2]:
             self._lines.truncate(self._path.stat().st_size - len(half))
@@ -75,7 +75,7 @@ class MetricsWriter:
         # a new one, not a link that somebody put there.
         suffix = f".{secrets.token_hex(8)}"
         self._events = EventsWriter(str(self._path.parent / "events"), filename_suffix=suffix)
-        self._files.callback(self._events.close)
+        self.callback(self._events.close)
         if self._step:  # TensorBoard then hides later steps of earlier events, of a stopped run.
             start = SessionLog(status=SessionLog.START)
             self._add(Event(step=self._step + 1, session_log=start))
@@ -126,12 +126,6 @@ class MetricsWriter:
                 Event(step=step, summary=text(f"{split}/sample", quote_markdown(sample))), now
             )
         return row
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        self._files.close()
 
 
 def list_hyperparameters(
