@@ -1,7 +1,10 @@
 """The exception for a user's mistake, and one-line messages."""
 
+import contextlib
 import shlex
 import sys
+import traceback
+from collections.abc import Iterator
 
 _names_flags = False
 
@@ -66,3 +69,26 @@ def visible(text: str) -> str:
 def warn(message: str) -> None:
     """Print a warning on one line of standard error."""
     print("warning:", visible(message), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def raise_user_error(kind: str, file: str, *passing: type[Exception]) -> Iterator[None]:
+    """Raise any exception in a user's Python file as a `UserError` that names file and line.
+
+    `kind` is what the message calls the file. Exceptions of the types `passing` are raised as they
+    are, and so are those of signal handlers.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # Those of signal handlers: Ctrl-C, and exceptions of this package.
+        is_of_handler = type(error).__module__.startswith("lstm_jax.")
+        if is_of_handler or isinstance(error, (KeyboardInterrupt, UserError, *passing)):
+            raise
+        if isinstance(error, SyntaxError):
+            line = f", line {error.lineno}" if error.lineno else ""
+            raise UserError(f"{kind} {error.filename or file}{line}: {error.msg}") from None
+        frames = traceback.extract_tb(error.__traceback__)
+        in_file = [frame for frame in frames if frame.filename == file]
+        line = f"line {(in_file or frames)[-1].lineno}"
+        raise UserError(f"{kind} {file}, {line}: {one_line(error)}") from None

@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 from lstm_jax import config as config_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.config import Config
-from lstm_jax.data import texts
 from lstm_jax.devices import parallel
 from lstm_jax.run import console, messages, resume, session, workdir
 from lstm_jax.run.finish import finish_run
@@ -49,9 +48,7 @@ def train(
     with console.quieten(quiet):
         complete = resume.resolve_model(complete)
         mesh = parallel.make_mesh(complete)
-        with session.open_run(
-            complete, directory, lambda: texts.load_texts(complete.data), mesh, watch
-        ) as run:
+        with session.open_run(complete, directory, mesh, watch) as run:
             messages.print_setup(run)
             if not run.is_finished:
                 _train(run, mesh)

@@ -21,10 +21,9 @@ import draws
 import runs
 from lstm_jax import config as config_lib
 from lstm_jax import training
-from lstm_jax.data import texts
+from lstm_jax.data import files, texts
 from lstm_jax.devices import compilation_cache
 from lstm_jax.recurrences import native
-from lstm_jax.run import files
 
 # A shell that runs the tests in the background ignores SIGINT, and all processes that they start
 # would inherit this.

@@ -17,6 +17,8 @@ from lstm_jax.run import checkpoints, metrics, workdir
 from lstm_jax.train_step import init_state
 
 ROOT = Path(__file__).parents[1]
+# Fields of a row of metrics that differ when a run is repeated.
+TIMES = ("tokens_per_second", "seconds", "time")
 
 
 def make_arguments(text_file: Path, directory: Path, *more: str) -> list[str]:
@@ -66,7 +68,7 @@ def read_losses(directory: Path) -> list[tuple[int, str, float]]:
 
 def read_numbers(directory: Path) -> list[tuple[int, str, float]]:
     """Return all numbers of metrics.jsonl that don't depend on the time, as in `read_events`."""
-    others = ("step", "epoch", "split", *metrics.TIMES)
+    others = ("step", "epoch", "split", *TIMES)
     rows = metrics.read_metrics(directory / workdir.METRICS)
     return [
         (row["step"], f"{row['split']}/{name}", value)
@@ -92,7 +94,7 @@ def read_events(directory: Path) -> list[tuple[int, str, float]]:
     for event in iterate_events(directory):
         for value in event.summary.value:
             name, kind = value.tag.partition("/")[2], value.WhichOneof("value")
-            if kind == "simple_value" and name not in metrics.TIMES:
+            if kind == "simple_value" and name not in TIMES:
                 rows.append((event.step, value.tag, value.simple_value))
     return sorted(rows)
 

@@ -23,9 +23,9 @@ from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.controls import Controls
 from lstm_jax.convert import keras_weights, onnx_graph, torch_weights, transfer, weights
-from lstm_jax.data import texts
+from lstm_jax.data import files, texts
 from lstm_jax.errors import UserError
-from lstm_jax.run import files, workdir
+from lstm_jax.run import workdir
 from lstm_jax.vocabulary import Vocabulary
 
 pytest.importorskip("h5py")

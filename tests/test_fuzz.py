@@ -17,9 +17,9 @@ import commands
 import draws
 from lstm_jax import batches, generation, training
 from lstm_jax import config as config_lib
-from lstm_jax.data import texts
+from lstm_jax.data import files, texts
 from lstm_jax.errors import UserError
-from lstm_jax.run import checkpoints, command, files, metrics, workdir
+from lstm_jax.run import checkpoints, command, metrics, workdir
 from lstm_jax.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.drawn

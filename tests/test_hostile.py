@@ -27,7 +27,8 @@ import draws
 import models
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
-from lstm_jax.run import checkpoints, files, seal, workdir
+from lstm_jax.data import files
+from lstm_jax.run import checkpoints, seal, workdir
 
 pytestmark = pytest.mark.process
 

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from lstm_jax.data import files
 from lstm_jax.errors import UnavailableError, UserError
-from lstm_jax.run import files, lock
+from lstm_jax.run import lock
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from lstm_jax.run import files, lock
+from lstm_jax.data import files
+from lstm_jax.run import lock
 with lock.hold_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -81,7 +81,7 @@ def test_partial_and_damaged_lines_are_dropped(tmp_path: Path) -> None:
         writer.write(20, 1, "train", 2.25)
     rows = drop_times(metrics.read_metrics(path))
     assert rows == [row, {**row, "step": 20, "epoch": 1, "loss": 2.25}]
-    figures.plot_metrics([row | {"loss": float("nan")}, row], tmp_path / "curves.png")
+    figures.draw_metrics([row | {"loss": float("nan")}, row])
 
 
 def test_the_plot_contains_the_curves(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_the_plot_contains_the_curves(tmp_path: Path) -> None:
     rows: list[Any] = [{"step": s, "split": "train", "loss": 4 / (1 + s)} for s in range(1, 50)]
     rows += [{"step": s, "split": "validation", "loss": 4 / s} for s in (10, 20, 40)]
     rows += [{"step": 40, "split": "test", "loss": 0.2}]
-    figures.plot_metrics(rows, path)
+    figures.save_figure(figures.draw_metrics(rows), path)
     with Image.open(path) as picture:
         colors = {color for _, color in picture.convert("RGB").getcolors(1 << 20) or []}
     for hexadecimal in ("0072B2", "D55E00", "009E73"):
@@ -97,7 +97,9 @@ def test_the_plot_contains_the_curves(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
     fewer: list[list[Any]] = [rows[-1:], [], [{**rows[0], "loss": float("inf")}]]
     for few in fewer:
-        figures.plot_metrics(few, path)  # It does not fail if there is nothing to draw.
+        figures.save_figure(
+            figures.draw_metrics(few), path
+        )  # It does not fail if there is nothing to draw.
 
 
 def test_a_flipped_byte_is_detected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,9 +21,9 @@ import runs
 from lstm_jax import config as config_lib
 from lstm_jax import loss as loss_lib
 from lstm_jax import training
-from lstm_jax.data import encoding, prepared, sources, texts, worker
+from lstm_jax.data import encoding, files, prepared, sources, texts, worker
 from lstm_jax.errors import UnavailableError, UserError
-from lstm_jax.run import files, workdir
+from lstm_jax.run import workdir
 from lstm_jax.run.resume import extend_vocabulary
 from lstm_jax.vocabulary import KINDS, Vocabulary, split_text
 

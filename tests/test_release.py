@@ -142,18 +142,14 @@ def test_an_experiment_is_read_from_the_package_only_if_no_file_exists(
     monkeypatch.setattr(command, "__file__", str(own.parent / "run" / "command.py"))
     monkeypatch.chdir(tmp_path)
     found = str(own / "quick.py")
-    assert command.find_own_experiment("experiments/quick.py") == found
-    assert (
-        command.find_own_experiment("--config=experiments/quick.py:gru") == f"--config={found}:gru"
-    )
-    assert command.find_own_experiment("experiments/sweeps/quick.py") == str(
-        own / "sweeps/quick.py"
-    )
+    assert command.find_experiment("experiments/quick.py") == found
+    assert command.find_experiment("--config=experiments/quick.py:gru") == f"--config={found}:gru"
+    assert command.find_experiment("experiments/sweeps/quick.py") == str(own / "sweeps/quick.py")
     for other in ("experiments/none.py", "quick.py", "elsewhere/experiments/quick.py"):
-        assert command.find_own_experiment(other) == other
+        assert command.find_experiment(other) == other
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "quick.py").write_text("")
-    assert command.find_own_experiment("experiments/quick.py") == "experiments/quick.py"
+    assert command.find_experiment("experiments/quick.py") == "experiments/quick.py"
 
     # An editable package has them beside it, in the clone.
     clone = tmp_path / "clone"
@@ -162,4 +158,4 @@ def test_an_experiment_is_read_from_the_package_only_if_no_file_exists(
     (tmp_path / "experiments" / "quick.py").unlink()
     monkeypatch.setattr(command, "__file__", str(clone / "lstm_jax" / "run" / "command.py"))
     found = str(clone / "experiments" / "quick.py")
-    assert command.find_own_experiment("experiments/quick.py") == found
+    assert command.find_experiment("experiments/quick.py") == found

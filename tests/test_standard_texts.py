@@ -21,11 +21,10 @@ import pytest
 
 import commands
 from lstm_jax import config as config_lib
-from lstm_jax.data import download, prepared, standard_texts, texts
+from lstm_jax.data import download, files, prepared, standard_texts, texts
 from lstm_jax.data.download import Download, download_file
 from lstm_jax.data.standard_texts import STANDARD_TEXTS, StandardText
 from lstm_jax.errors import UnavailableError, UserError
-from lstm_jax.run import files
 
 ROOT = Path(__file__).parents[1]
 

@@ -153,6 +153,7 @@ def read_wandb(path: Path) -> Iterator[Any]:
             record = b""
 
 
+@pytest.mark.process
 def test_wandb_gets_metrics_config_and_samples(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

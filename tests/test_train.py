@@ -496,14 +496,14 @@ def test_all_settings_of_given_weights_are_named_in_one_line(
     before.data.document_separator, before.model.num_layers = "blank_line", 2
     before.data.units = "words"
     with pytest.raises(UserError) as caught:
-        resume._compare(before, tiny_config, tmp_path, of_model=True)
+        resume._check_model(before, tiny_config, tmp_path)
     flags = "--config.data.document_separator=blank_line --config.data.units=words"
     assert str(caught.value).endswith(f"other settings: add {flags} --config.model.num_layers=2")
     # A model without a stop token gets one.
     tiny_config.data.document_separator = "blank_line"
     before.data = tiny_config.data.copy_and_resolve_references()
     before.data.document_separator, before.model.num_layers = "", 1
-    resume._compare(before, tiny_config, tmp_path, of_model=True)
+    resume._check_model(before, tiny_config, tmp_path)
 
 
 def test_options_of_the_cell_of_given_weights_are_named(
@@ -517,12 +517,12 @@ def test_options_of_the_cell_of_given_weights_are_named(
     ):
         monkeypatch.setattr(errors, "_names_flags", is_command)
         with pytest.raises(UserError) as caught:
-            resume._compare(before, tiny_config, tmp_path, of_model=True)
+            resume._check_model(before, tiny_config, tmp_path)
         assert str(caught.value).endswith(f"other settings: add {settings}")
     before = tiny_config.copy_and_resolve_references()
     tiny_config.model.options = {"rounds": 3}
     with pytest.raises(UserError, match=r"other settings: leave out config\.model\.options"):
-        resume._compare(before, tiny_config, tmp_path, of_model=True)
+        resume._check_model(before, tiny_config, tmp_path)
 
 
 @pytest.mark.parametrize(

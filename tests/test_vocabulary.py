@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lstm_jax import config as config_lib
+from lstm_jax.data import files
 from lstm_jax.data.encoding import Text, find_stop_text
 from lstm_jax.errors import UserError
-from lstm_jax.run import files, workdir
+from lstm_jax.run import workdir
 from lstm_jax.run.console import make_printable, make_printer
 from lstm_jax.run.resume import extend_vocabulary
 from lstm_jax.vocabulary import FILE_END, KINDS, MAX_TOKEN_LENGTH, Vocabulary, split_text

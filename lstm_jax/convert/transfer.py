@@ -11,9 +11,9 @@ from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import vocabulary as vocabulary_lib
 from lstm_jax.convert import keras_weights, onnx_graph, torch_weights, weights
-from lstm_jax.data import encoding, sources, texts
+from lstm_jax.data import encoding, files, sources, texts
 from lstm_jax.errors import UserError
-from lstm_jax.run import checkpoints, files, messages, workdir
+from lstm_jax.run import checkpoints, messages, workdir
 
 _Format = tuple[Callable[[BinaryIO], weights.Weights] | None, Callable[[weights.Weights], bytes]]
 # Functions that read and write the content of a file, by the end of its name.

@@ -1,1 +1,1 @@
-"""Get text from files, TFDS datasets and downloads, of any size."""
+"""Get text from files, TFDS datasets and downloads, of any size; read and write files safely."""

@@ -20,7 +20,7 @@ from typing import IO, NamedTuple, TypeVar
 from tqdm import tqdm
 
 from lstm_jax.background import call_in_thread
-from lstm_jax.run import files
+from lstm_jax.data import files
 
 T = TypeVar("T")
 

@@ -29,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lstm_jax.config import DataConfig
-from lstm_jax.data import sources, worker
+from lstm_jax.data import files, sources, worker
 from lstm_jax.data.encoding import (
     Part,
     Table,
@@ -42,7 +42,6 @@ from lstm_jax.data.encoding import (
 from lstm_jax.data.sources import Segment
 from lstm_jax.errors import UnavailableError, UserError, same_again
 from lstm_jax.recurrences.processor import count_cores
-from lstm_jax.run import files
 from lstm_jax.vocabulary import Ids, Vocabulary
 
 # The directory beside a text. It is hidden, so that patterns like books/** do not match it.

@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lstm_jax.data import files
 from lstm_jax.errors import UserError, another_directory
-from lstm_jax.run import files
 from lstm_jax.vocabulary import FILE_END
 
 SPLITS = ("train", "validation", "test")

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lstm_jax.config import DataConfig
+from lstm_jax.data import files
 from lstm_jax.data.download import Download, DownloadError, download_file, read_wheel
 from lstm_jax.data.sources import SPLITS
 from lstm_jax.errors import UnavailableError, UserError, same_again
-from lstm_jax.run import files
 
 _LOCK = ".lstm_jax.lock"
 

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lstm_jax.data import sources
+from lstm_jax.data import files, sources
 from lstm_jax.data.encoding import Part, encode_chunk
 from lstm_jax.errors import UserError
-from lstm_jax.run import files
 
 PLAN, PARTS = "plan.json", "parts"
 # The environment variable with the key of `save_part`, in hexadecimal.

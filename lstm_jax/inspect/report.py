@@ -16,10 +16,10 @@ import numpy as np
 
 from lstm_jax.cells.base import Cell
 from lstm_jax.cells.lstm import LSTMCell
-from lstm_jax.data import sources, texts
+from lstm_jax.data import files, sources, texts
 from lstm_jax.errors import UserError
 from lstm_jax.inspect import activations, features
-from lstm_jax.run import files, metrics, pages, workdir
+from lstm_jax.run import metrics, pages, workdir
 from lstm_jax.run.console import escape_controls
 from lstm_jax.vocabulary import FILE_END, PADDING_ID, UNKNOWN_ID, Vocabulary
 

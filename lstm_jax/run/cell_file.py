@@ -16,8 +16,8 @@ import flax.linen as nn
 
 from lstm_jax import cells
 from lstm_jax.config import ModelConfig, names_cell_file
-from lstm_jax.errors import UserError, for_caller, warn
-from lstm_jax.run import files
+from lstm_jax.data import files
+from lstm_jax.errors import UserError, for_caller, raise_user_error, warn
 
 _LIMIT = 2**20  # Of the size of a file, in bytes.
 
@@ -28,8 +28,8 @@ def resolve_cell(model: ModelConfig) -> ModelConfig:
     Raises:
       UserError: if it is in a file that can't be read or run, or that has no such cell.
     """
-    is_own = model.cell not in cells.CELLS
-    return dataclasses.replace(model, cell_sha256=load_cell(model.cell) if is_own else "")
+    sha256 = "" if model.cell in cells.CELLS else load_cell(model.cell)
+    return dataclasses.replace(model, cell_sha256=sha256)
 
 
 def load_cell(name: str) -> str:
@@ -57,18 +57,18 @@ def _run_file(file: str, class_name: str, source: bytes, sha256: str) -> type[nn
     sys.modules[module.__name__] = module
     sys.path.insert(0, str(Path(file).parent))
     try:
-        with files.raise_user_error("cell file", file):
+        with raise_user_error("cell file", file):
             exec(compile(source, file, "exec"), module.__dict__)
     finally:
         sys.path.pop(0)
     cell = getattr(module, class_name, None)
     if cell is None:
-        found = [
+        classes = [
             key
             for key, value in vars(module).items()
             if isinstance(value, type) and value.__module__ == module.__name__
         ]
-        listed = ", ".join(found) or "none"
+        listed = ", ".join(classes) or "none"
         raise UserError(f"{file} has no class {class_name}: its classes are {listed}")
     if not (isinstance(cell, type) and issubclass(cell, nn.Module)):
         raise UserError(

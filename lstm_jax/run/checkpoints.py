@@ -23,6 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from lstm_jax import model as model_lib
+from lstm_jax.data import files
 from lstm_jax.devices import hosts
 from lstm_jax.errors import (
     UnavailableError,
@@ -33,7 +34,6 @@ from lstm_jax.errors import (
     warn,
 )
 from lstm_jax.model import Params
-from lstm_jax.run import files
 from lstm_jax.run.seal import VALIDATION, find_damage, seal_checkpoint
 
 T = TypeVar("T")

@@ -19,7 +19,7 @@ from lstm_jax.version import __version__
 
 # What imports JAX is imported in functions: `--help` and a mistake in a flag don't need it.
 
-# Flags that functions of this module define are those of the command that calls them.
+# Flags that functions of this module define belong to the command that calls them.
 flags.disclaim_key_flags()
 
 
@@ -30,7 +30,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     standard error, with exit code 2. Ctrl-C exits with code 130.
     """
 
-    def guarded(argv: Sequence[str]) -> int | None:
+    def guarded(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             _fail(f"stray argument {argv[1]!r}: every argument is a flag, see --help")
         from lstm_jax.devices import compilation_cache
@@ -56,7 +56,6 @@ def run_command(main: Callable[[], int | None]) -> None:
             interrupts.leave()
         if code:  # A signal stopped training, which has saved and reported this.
             interrupts.exit_now(code)
-        return code
 
     errors.name_flags()
     try:
@@ -121,7 +120,7 @@ def define_run_flags() -> Callable[[], tuple[list[Path], list[str | None]]]:
     cell = flags.DEFINE_multi_string(
         "cell", [], "FILE.py:CLASS of the run's cell, if it has your own."
     )
-    own_text = (
+    text_flags = (
         define("data_path", None, "The text that the run was trained on, if it was moved."),
         define("dataset", None, "The TFDS dataset of the run; TFDS executes its code."),
         define("data_directory", None, "TFDS's data directory. [default: ~/tensorflow_datasets]"),
@@ -134,7 +133,7 @@ def define_run_flags() -> Callable[[], tuple[list[Path], list[str | None]]]:
 
         for name in cell.value:
             cell_file.load_cell(name)
-        return [*map(Path, workdir.value)], [flag.value for flag in own_text]
+        return [*map(Path, workdir.value)], [flag.value for flag in text_flags]
 
     return read
 
@@ -149,7 +148,7 @@ def define_dtype_flag(*more: str) -> flags.FlagHolder[str | None]:
     )
 
 
-def find_own_experiment(argument: str) -> str:
+def find_experiment(argument: str) -> str:
     """Replace the name of a packaged experiment by its path, unless such a file is here.
 
     So `--config experiments/quick.py` works in a clone and in any other directory. An installed
@@ -159,10 +158,10 @@ def find_own_experiment(argument: str) -> str:
     flag, equals, value = argument.rpartition("=")
     name, colon, word = value.partition(":")
     package = Path(__file__).parents[1]
-    own = (package if (package / "experiments").is_dir() else package.parent) / name
-    if not name.startswith("experiments/") or Path(name).exists() or not own.is_file():
+    path = (package if (package / "experiments").is_dir() else package.parent) / name
+    if not name.startswith("experiments/") or Path(name).exists() or not path.is_file():
         return argument
-    return f"{flag}{equals}{own}{colon}{word}"
+    return f"{flag}{equals}{path}{colon}{word}"
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
@@ -182,7 +181,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
             _fail(f"the argument {argument!r} is not UTF-8")
     names_a_file = "--?(config|space)"
     argv = [
-        find_own_experiment(argument)
+        find_experiment(argument)
         if re.match(f"{names_a_file}=", argument) or re.fullmatch(names_a_file, before)
         else argument
         for before, argument in zip(["", *argv], argv, strict=False)

@@ -78,27 +78,11 @@ def escape_controls(text: str) -> str:
 
 
 @contextlib.contextmanager
-def mute() -> Iterator[None]:
-    """Drop what this thread prints, to either stream, until the end of the block."""
-    with _lock:
-        if not _muted:
-            sys.stdout, sys.stderr = _Muted(sys.stdout), _Muted(sys.stderr)
-        _muted.append(threading.get_ident())
-    try:
-        yield
-    finally:
-        with _lock:
-            _muted.remove(threading.get_ident())
-            if not _muted:
-                sys.stdout, sys.stderr = map(_Muted.unwrap, (sys.stdout, sys.stderr))
-
-
-@contextlib.contextmanager
 def quieten(quiet: bool) -> Iterator[None]:
     """Print nothing in the block if `quiet`, and only errors in all processes but the first."""
     with contextlib.ExitStack() as stack:
         if quiet:
-            stack.enter_context(mute())
+            stack.enter_context(_mute())
         from lstm_jax.devices import hosts  # It imports JAX.
 
         if not hosts.is_first():
@@ -112,15 +96,36 @@ _muted: list[int] = []
 _lock = threading.Lock()
 
 
-class _Muted:
-    """A stream that drops what muted threads write, and that is not a terminal."""
+@contextlib.contextmanager
+def _mute() -> Iterator[None]:
+    """Drop what this thread prints, to either stream, until the end of the block."""
+    with _lock:
+        if not _muted:
+            sys.stdout, sys.stderr = _Muted(sys.stdout), _Muted(sys.stderr)
+        _muted.append(threading.get_ident())
+    try:
+        yield
+    finally:
+        with _lock:
+            _muted.remove(threading.get_ident())
+            if not _muted:
+                for name in ("stdout", "stderr"):
+                    if isinstance(stream := getattr(sys, name), _Muted):
+                        setattr(sys, name, stream._stream)
+
+
+class _Stream:
+    """A stream that writes to another one."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
-    @staticmethod
-    def unwrap(stream: TextIO) -> TextIO:
-        return stream._stream if isinstance(stream, _Muted) else stream
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+
+class _Muted(_Stream):
+    """A stream that drops what muted threads write, and that is not a terminal."""
 
     def write(self, text: str) -> int:
         muted = threading.get_ident() in _muted
@@ -129,19 +134,13 @@ class _Muted:
     def isatty(self) -> bool:
         return False
 
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._stream, name)
 
-
-class _Output:
+class _Output(_Stream):
     """Standard output that raises `UserError` when it can't be written.
 
     An `OSError` would look like a failure of the run's own files. `BrokenPipeError` is raised as it
     is.
     """
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
 
     def write(self, text: str) -> int:
         with self._translate_errors():
@@ -160,9 +159,6 @@ class _Output:
         except OSError as error:
             discard_output()
             raise UserError(f"can't write to standard output: {error.strerror}") from None
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._stream, name)
 
 
 def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:

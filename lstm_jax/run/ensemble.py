@@ -22,7 +22,7 @@ class Ensemble:
     """Several models with one vocabulary, of any sizes and cells.
 
     It has the methods of a `LanguageModel` that measuring a loss and generating text need. Its
-    parameters are a dict of those of its members, "0", "1", and so on. Its carry is a tuple of
+    parameters are a dict of its members' parameters, "0", "1", and so on. Its carry is a tuple of
     theirs. Its logits are the logarithms of the arithmetic means of their probabilities.
     """
 
@@ -42,17 +42,17 @@ class Ensemble:
     ) -> tuple[jax.Array, Carry]:
         """Run the members over ids [batch, time]; see `LanguageModel.__call__`."""
         pairs = zip(self.pair_with(variables["params"]), carry, strict=True)
-        return _mix(member.apply({"params": own}, ids, before) for (member, own), before in pairs)
+        return _mix(member.apply({"params": part}, ids, before) for (member, part), before in pairs)
 
     def prepare_step(self, params: Params) -> Prepared:
         """Prepare the parameters for `apply_step`."""
         pairs = self.pair_with(params)
-        return {str(i): member.prepare_step(own) for i, (member, own) in enumerate(pairs)}
+        return {str(i): member.prepare_step(part) for i, (member, part) in enumerate(pairs)}
 
     def apply_step(self, arrays: Prepared, ids: jax.Array, carry: Carry) -> tuple[jax.Array, Carry]:
         """Run the members over one token of each text, ids [batch]."""
         pairs = zip(self.pair_with(arrays), carry, strict=True)
-        return _mix(member.apply_step(own, ids, before) for (member, own), before in pairs)
+        return _mix(member.apply_step(part, ids, before) for (member, part), before in pairs)
 
     def pair_with(self, params: Any) -> list[tuple[LanguageModel, Any]]:
         """Return each member with its parameters."""
@@ -64,19 +64,19 @@ def load_ensemble(
 ) -> tuple[workdir.Trained, list[int]]:
     """Load the model in each directory: the only one, or an `Ensemble` of all; return their steps.
 
-    `dtype` is that of `workdir.load_trained`.
+    For `dtype`, see `workdir.load_trained`.
 
     Raises:
       UserError: as `workdir.load_trained`, or if the vocabulary, the text or its splits differ.
     """
     first, *others = members = [workdir.load_trained(path, dtype) for path in workdirs]
     for path, other in zip(workdirs[1:], others, strict=True):
-        for name, own, theirs in (
+        for name, ours, theirs in (
             ("vocabularies", first.vocabulary.to_fields(), other.vocabulary.to_fields()),
             ("texts", first.config.data.sha256, other.config.data.sha256),
             ("splits", first.config.data.fractions, other.config.data.fractions),
         ):
-            if own != theirs:
+            if ours != theirs:
                 raise UserError(
                     f"{workdirs[0]} and {path} have different {name}: the models of an ensemble "
                     "must be trained on one text, with one vocabulary"
@@ -90,7 +90,7 @@ def load_ensemble(
 def join_models(models: Sequence[tuple[LanguageModel, Params]]) -> tuple[Any, Params]:
     """Return the `Ensemble` of several models, and its parameters."""
     members, params = zip(*models, strict=True)
-    return Ensemble(members), {str(i): own for i, own in enumerate(params)}
+    return Ensemble(members), {str(i): part for i, part in enumerate(params)}
 
 
 def adapt_to_text(
@@ -102,23 +102,23 @@ def adapt_to_text(
 ) -> Iterator[np.ndarray]:
     """Compute the losses of `dynamic.compute_dynamic_losses` for a model or an ensemble.
 
-    Each member of an ensemble adapts to the text on its own, with the gradients of its own loss.
+    Each member of an ensemble adapts to the text alone, with the gradients of its loss.
     """
     members = model.pair_with(params) if isinstance(model, Ensemble) else [(model, params)]
     losses = []
-    for member, own in members:
-        sizes = dynamic.measure_gradient_sizes(member, own, train_ids, settings.segment_length)
-        losses.append(dynamic.compute_dynamic_losses(member, own, ids, settings, sizes))
+    for member, part in members:
+        sizes = dynamic.measure_gradient_sizes(member, part, train_ids, settings.segment_length)
+        losses.append(dynamic.compute_dynamic_losses(member, part, ids, settings, sizes))
     return map(mix_losses, zip(*losses, strict=True))
 
 
 def mix_losses(losses: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the losses of an ensemble for the same tokens, from those of its members, in nats."""
+    """Return the losses of an ensemble from its members' losses for the same tokens, in nats."""
     return math.log(len(losses)) - np.logaddexp.reduce(-np.stack(losses))
 
 
 def _mix(outputs: Iterable[Any]) -> tuple[jax.Array, Carry]:
     """Average the probabilities of members; return the logarithms and all carries."""
     logits, carries = zip(*outputs, strict=True)
-    log_probabilities = jnp.stack([jax.nn.log_softmax(own) for own in logits])
+    log_probabilities = jnp.stack([jax.nn.log_softmax(part) for part in logits])
     return jax.nn.logsumexp(log_probabilities, axis=0) - math.log(len(logits)), carries

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lstm_jax.run import files
+from lstm_jax.data import files
 from lstm_jax.run.metrics import Row
 
 if TYPE_CHECKING:  # Importing it takes half a second: the first plot does.
@@ -17,11 +17,6 @@ if TYPE_CHECKING:  # Importing it takes half a second: the first plot does.
 
 # From Okabe and Ito's palette, which color-blind readers can distinguish.
 _COLORS = {"train": "#0072B2", "validation": "#D55E00", "test": "#009E73"}
-
-
-def plot_metrics(rows: Sequence[Row], path: Path) -> None:
-    """Write the figure of `draw_metrics` as a PNG file, atomically."""
-    save_figure(draw_metrics(rows), path)
 
 
 def save_figure(figure: "Figure", path: Path, dpi: float | str = "figure") -> None:

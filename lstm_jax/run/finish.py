@@ -18,7 +18,7 @@ def finish_run(run: Session) -> None:
     """Measure the best checkpoint on the test split, sample from it, and list the files."""
     hosts.wait_for_all("all is saved")
     rows = run.read_metrics()
-    params, step, loss = run.load_best()
+    params, step, loss = run.load_best(rows)
     is_measured = loss is not None
     if loss is None:
         loss = loss_lib.compute_loss(run.model, params, run.ids["test"])

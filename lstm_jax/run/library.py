@@ -247,11 +247,11 @@ class Run:
 
     def _check_text(self, name: str, text: str) -> None:
         """Raise `UserError` if the argument `name` is not a text that the model can read."""
+        if not isinstance(text, str):
+            raise UserError(f"{name} is {text!r}: it must be a string")
         any_bytes = self.vocabulary.kind in ("bytes", "bpe")
         try:
             text.encode("utf-8", "surrogateescape" if any_bytes else "strict")
-        except (AttributeError, TypeError):
-            raise UserError(f"{name} is {text!r}: it must be a string") from None
         except UnicodeEncodeError as error:
             raise UserError(
                 f"{name} has the lone surrogate {text[error.start]!r} at position {error.start}, "

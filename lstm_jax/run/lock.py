@@ -12,9 +12,9 @@ from pathlib import Path
 
 import jax
 
+from lstm_jax.data import files
 from lstm_jax.devices import hosts
 from lstm_jax.errors import UnavailableError, UserError, another_directory
-from lstm_jax.run import files
 
 LOCK = ".lock"
 # The holder touches the lock this often; one that was not touched for a minute is stale.
@@ -144,10 +144,8 @@ def _may_be_alive(holder: dict[str, object], locked: bool, path: Path) -> bool:
 def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
+    except (OSError, OverflowError) as error:
+        return isinstance(error, PermissionError)
     return True
 
 

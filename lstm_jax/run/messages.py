@@ -10,10 +10,11 @@ from flax.traverse_util import flatten_dict
 from lstm_jax import batches
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
+from lstm_jax.data import files
 from lstm_jax.devices import hosts
 from lstm_jax.errors import NotFiniteError, same_again, set_field, warn
 from lstm_jax.recurrences import choice
-from lstm_jax.run import cell_file, checkpoints, files, workdir
+from lstm_jax.run import cell_file, checkpoints, workdir
 from lstm_jax.run.session import Session
 from lstm_jax.vocabulary import Costs
 

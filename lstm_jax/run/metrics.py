@@ -7,24 +7,21 @@ import secrets
 import textwrap
 import time
 import zlib
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NotRequired, Self, TypedDict, Unpack
+from typing import NotRequired, TypedDict, Unpack
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import hparams, scalar, text
 
-from lstm_jax import config as config_lib
-from lstm_jax.config import Config
+from lstm_jax.data import files
 from lstm_jax.errors import UserError, warn
-from lstm_jax.run import files
 
 _SPLITS = ("train", "validation", "test")
 # Limits in bytes of the part of metrics.jsonl that is read, and of a row.
 _LARGEST, _LONGEST_LINE = 2**26, 2**12
-# Fields of a row that differ when a run is repeated.
-TIMES = ("tokens_per_second", "seconds", "time")
 
 
 class Numbers(TypedDict, total=False):
@@ -49,27 +46,27 @@ class Row(Numbers):
     sample: NotRequired[str]  # The generated text of a validation, for `watch` only.
 
 
-class MetricsWriter:
+class MetricsWriter(contextlib.ExitStack[None]):
     """Appends losses to metrics.jsonl, and losses and samples to TensorBoard events.
 
     The files are opened for the first row, so that a run without one leaves them as they are.
     """
 
-    def __init__(self, path: Path, step: int, config: Config | None = None) -> None:
+    def __init__(self, path: Path, step: int, fields: Iterable[tuple[str, object]] = ()) -> None:
         """Prepare metrics.jsonl at `path`, and events beside it, for a run that is at `step`.
 
-        TensorBoard shows the config as hyperparameters. The seconds of training continue from those
-        of the last row.
+        TensorBoard shows the fields of the config as hyperparameters. The seconds of training
+        continue from the last row.
         """
-        self._path, self._step, self._config = path, step, config
+        super().__init__()
+        self._path, self._step, self._fields = path, step, fields
         rows = read_metrics(path)
         self._start = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
-        self._files = contextlib.ExitStack()
         self._is_open = False
 
     def _open(self) -> None:
         self._is_open = True
-        self._lines = self._files.enter_context(files.open_append(self._path))
+        self._lines = self.enter_context(files.open_append(self._path))
         # A killed process or a full disk can leave half a line.
         if half := files.read_tail(self._path, _LONGEST_LINE).rpartition(b"\n")[2]:
             self._lines.truncate(self._path.stat().st_size - len(half))
@@ -78,14 +75,13 @@ class MetricsWriter:
         # a new one, not a link that somebody put there.
         suffix = f".{secrets.token_hex(8)}"
         self._events = EventsWriter(str(self._path.parent / "events"), filename_suffix=suffix)
-        self._files.callback(self._events.close)
+        self.callback(self._events.close)
         if self._step:  # TensorBoard then hides later steps of earlier events, of a stopped run.
             start = SessionLog(status=SessionLog.START)
             self._add(Event(step=self._step + 1, session_log=start))
-        if self._config is not None:
-            losses = [f"{split}/loss" for split in _SPLITS]
-            for summary in hparams(list_hyperparameters(self._config), losses)[:2]:
-                self._add(Event(summary=summary))
+        losses = [f"{split}/loss" for split in _SPLITS]
+        for summary in hparams(list_hyperparameters(self._fields), losses)[:2]:
+            self._add(Event(summary=summary))
 
     def _add(self, event: Event, now: float | None = None) -> None:
         event.wall_time = now or time.time()
@@ -103,7 +99,7 @@ class MetricsWriter:
     ) -> Row:
         """Record a loss in nats per token; return its row of metrics.jsonl without the checksum.
 
-        `step` is the number of training steps done, `epoch` that of passes over the training text,
+        `step` is the number of training steps done, `epoch` of passes over the training text,
         with fractions, and `split` is "train", "validation" or "test". A `sample` of generated text
         is shown in TensorBoard only. `extra` holds more numbers. The row also has the seconds of
         training so far, and the time in UTC.
@@ -131,18 +127,14 @@ class MetricsWriter:
             )
         return row
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, *unused: object) -> None:
-        self._files.close()
-
-
-def list_hyperparameters(config: Config) -> dict[str, bool | int | float | str]:
+def list_hyperparameters(
+    fields: Iterable[tuple[str, object]],
+) -> dict[str, bool | int | float | str]:
     """Return the fields of a config by name, with values of other types as strings."""
     return {
         name: value if isinstance(value, bool | int | float | str) else str(value)
-        for name, value in config_lib.flatten(config)
+        for name, value in fields
     }
 
 

@@ -168,4 +168,4 @@ def generate_sample(run: Session, params: model_lib.Params, key: jax.Array) -> s
 
 def plot_curves(run: Session) -> None:
     """Plot the losses of metrics.jsonl."""
-    figures.plot_metrics(run.read_metrics(), run.directory / workdir.CURVES)
+    figures.save_figure(figures.draw_metrics(run.read_metrics()), run.directory / workdir.CURVES)

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
+from lstm_jax.data import files
 from lstm_jax.errors import UserError
-from lstm_jax.run import files
 
 
 def fill_page(package: str, name: str, data: Mapping[str, object]) -> bytes:

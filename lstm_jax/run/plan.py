@@ -10,7 +10,7 @@ from lstm_jax.vocabulary import Ids
 
 
 def cut_validation(config: RunConfig, ids: Mapping[str, Ids]) -> Ids:
-    """Return the ids on which a run validates, from those of its splits."""
+    """Return the ids on which a run validates, from the ids of its splits."""
     number, all_ids = config.validation_tokens, ids["validation"]
     return all_ids[:number] if 0 < number < len(all_ids) else all_ids
 

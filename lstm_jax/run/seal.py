@@ -12,8 +12,9 @@ from pathlib import Path
 
 import jax
 
+from lstm_jax.data import files
 from lstm_jax.errors import one_line
-from lstm_jax.run import files, stored_arrays
+from lstm_jax.run import stored_arrays
 
 SEAL = "SHA256SUMS"
 # Written after the checkpoint is sealed, so the seal does not cover it.
@@ -39,12 +40,12 @@ def seal_checkpoint(checkpoint: Path) -> None:
     files.write_file(checkpoint / SEAL, lines.encode())
 
 
-def find_damage(checkpoint: Path, params: object = None, carry: object = ()) -> str | None:
+def find_damage(checkpoint: Path, params: object = (), carry: object = ()) -> str | None:
     """Return how a checkpoint's files differ from those that were sealed; None if they don't.
 
     Hidden files need no checksum: file managers add them. Sizes that don't fit `params` and
-    `carry`, the arrays or `jax.ShapeDtypeStruct`s of a run, are damage too: those of the files are
-    found before they are read, those of the arrays before they are unpacked.
+    `carry`, the arrays or `jax.ShapeDtypeStruct`s of a run, are damage too: sizes of files are
+    checked before these are read, sizes of arrays before these are unpacked.
     """
     try:
         lines = files.read_bytes(checkpoint / SEAL, _SEAL_LIMIT).decode().splitlines()
@@ -54,14 +55,13 @@ def find_damage(checkpoint: Path, params: object = None, carry: object = ()) -> 
         if others := {name for name in others if name in sums or not _is_hidden(name)}:
             name = min(others)
             return f"{name} is missing" if name in sums else f"{SEAL} does not hold {name}"
-        if params is not None and (reason := _find_misfit(sizes, params, carry)):
+        if reason := _find_misfit(sizes, params, carry):
             return reason
         for name in sums:
             if files.hash_file(checkpoint / name) != sums[name]:
                 return f"{name} has changed"
-        if params is not None:
-            for name in {name.partition("/")[0] for name in sizes if name.endswith("/_METADATA")}:
-                stored_arrays.check_item(checkpoint / name, _limit(params, carry))
+        for name in {name.partition("/")[0] for name in sizes if name.endswith("/_METADATA")}:
+            stored_arrays.check_item(checkpoint / name, _limit(params, carry))
     except OSError as error:
         return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
     except Exception as error:  # TensorStore raises many kinds.
@@ -70,7 +70,7 @@ def find_damage(checkpoint: Path, params: object = None, carry: object = ()) -> 
 
 
 def _find_misfit(sizes: Mapping[str, int], params: object, carry: object) -> str | None:
-    """Return why files of these sizes, by name, can't be those of a run; None if they can."""
+    """Return why a run can't have files of these sizes, by name; None if it can."""
     for name, size in sizes.items():
         is_data = "/d/" in name or name.endswith(".ocdbt")
         if not is_data and size > _METADATA_LIMIT:

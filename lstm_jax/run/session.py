@@ -2,42 +2,28 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, Unpack
+from typing import Unpack
 
 import jax
-import numpy as np
 
+from lstm_jax import batches
+from lstm_jax import config as config_lib
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
-from lstm_jax.config import Config, DataConfig
+from lstm_jax import optimizer as optimizer_lib
+from lstm_jax.config import Config
+from lstm_jax.data import files, texts
 from lstm_jax.devices import feeding, hosts, memory
+from lstm_jax.errors import UnavailableError, UserError, another_directory, same_again
 from lstm_jax.run import advice, checkpoints, lock, metrics, resume, workdir
-from lstm_jax.run.files import name_failed_writes
 from lstm_jax.run.loop import Loop
-from lstm_jax.train_step import TrainState
-from lstm_jax.vocabulary import Costs, Ids, Vocabulary
+from lstm_jax.run.plan import Plan
+from lstm_jax.train_step import TrainState, init_state
 
 # Called with each row of metrics.jsonl, without its checksum and with the sample of a validation.
 Watch = Callable[[metrics.Row], object]
-
-
-class Splits(Protocol):
-    """The splits of a text; see `data.texts.Splits`."""
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """Return the vocabulary of the training text."""
-
-    def count_tokens(self, vocabulary: Vocabulary, /) -> np.ndarray:
-        """Return the number of occurrences of each token there."""
-
-    def resolve(self, data: DataConfig, /) -> DataConfig:
-        """Return the fields with the checksum of the text and absolute paths."""
-
-    def encode(self, vocabulary: Vocabulary, /) -> tuple[dict[str, Ids], dict[str, Costs]]:
-        """Return the ids and the costs of each split."""
 
 
 class Session:
@@ -51,7 +37,7 @@ class Session:
       iterator: over the training batches, or over their positions in the text.
       source: step and number of tokens of the model whose parameters a new run starts from.
       loop: where training is.
-      checkpoints: writes them.
+      checkpoints, writer: write checkpoints, and metrics in process 0.
       is_resumed: whether the run was trained before.
       is_validated: whether its checkpoint had been validated.
       is_finished: whether its training is.
@@ -61,35 +47,77 @@ class Session:
         self,
         config: Config,
         directory: Path,
-        splits: Splits,
+        splits: texts.Splits,
         mesh: jax.sharding.Mesh | None,
         watch: Watch,
         check_lock: Callable[[], None],
     ) -> None:
         """Resolve the config, encode the text, and restore the state; see `open_run`."""
         self.directory, self._check_lock, self._watch = directory, check_lock, watch
+        self._saved_in = directory / workdir.CHECKPOINTS
         config = dataclasses.replace(config, data=splits.resolve(config.data))
-        resolved = resume.resolve_run(config, directory, lambda: splits.vocabulary)
+        resolved = resume.resolve_run(config, directory, splits)
         self.config, self.vocabulary, self.changes = resolved
         self.ids, self.costs = splits.encode(self.vocabulary)
-        saved_in = directory / workdir.CHECKPOINTS
+        is_new = not (steps := checkpoints.list_steps(self._saved_in))
         hosts.check_same(
-            f"{lock.read_holder(directory)!r} {checkpoints.list_steps(saved_in)} "
-            f"{self.config.to_dict()}",
+            f"{lock.read_holder(directory)!r} {steps} {self.config.to_dict()}",
             "config, text and working directory: start all with the same command",
         )
-        ids, size = self.ids["train"], len(self.vocabulary)
+        config, ids, size = self.config, self.ids["train"], len(self.vocabulary)
         self._on_devices = mesh is not None and feeding.fits_on_device(ids, size)
-        start = resume.restore_run(
-            resolved, directory, ids, splits.count_tokens, mesh, only_offsets=self._on_devices
+        part = (jax.process_index(), jax.process_count())
+        self.iterator, steps_per_epoch = batches.make_batches(
+            ids, config.batches, config.seed, self._on_devices, part
         )
-        self.model, self.plan, self.iterator = start.model, start.plan, start.iterator
-        self.source, self._history = start.source, start.history
-        self.loop = Loop(start.state, start.step, start.plan.total_steps)
-        self.checkpoints = checkpoints.CheckpointWriter(saved_in)
-        self.is_resumed = start.history is not None
+        self.plan = Plan(config, steps_per_epoch)
+        self.model = model_lib.make_model(config.model, size)
+        trained = workdir.load_trained(config.init_from) if config.init_from and is_new else None
+        self.source = (trained.step, len(trained.vocabulary)) if trained else None
+        state = init_state(
+            self.model,
+            optimizer_lib.make_optimizer(config.optimizer, self.plan.total_steps),
+            jax.random.key(config.seed),
+            config.batches.batch_size,
+            averaged=optimizer_lib.has_average(config.optimizer),
+            trained=trained.params if trained else None,
+            mesh=mesh,
+            counts=splits.count_tokens(self.vocabulary) if is_new else None,
+        )
+        self._restore(state)
+        self.checkpoints = checkpoints.CheckpointWriter(self._saved_in)
         self.is_validated = self.is_finished = False
-        self._metrics: metrics.MetricsWriter | None = None
+        self.writer: metrics.MetricsWriter | None = None
+
+    def _restore(self, state: TrainState) -> None:
+        """Start the loop at the latest checkpoint, else in this state; save the config."""
+        directory, plan, step = self.directory, self.plan, 0
+        restored = checkpoints.restore_latest(
+            self._saved_in, state.evaluated, state.rest, self.iterator
+        )
+        self.is_resumed = restored is not None
+        if restored:
+            step, self._history = restored.step, restored.history
+            state = TrainState.join(restored.params, restored.state)
+        elif (directory / workdir.METRICS).exists():
+            raise UserError(
+                f"{directory} holds {workdir.METRICS} but no checkpoint: restore "
+                f"{workdir.CHECKPOINTS}/, or start a new run in {another_directory()}"
+            )
+        if step > plan.total_steps:
+            limit = f"{plan.limit}={getattr(self.config, plan.limit)}"
+            raise UserError(
+                f"the run in {directory} has trained {plan.describe_length(step)} already, and "
+                f"{limit} is fewer: set more, or use {another_directory()}"
+            )
+        with hosts.main_process_first("config"):
+            if hosts.is_first():
+                files.remove_partial(directory)
+                if self.changes:
+                    workdir.append_changes(directory, step, self.changes)
+                workdir.save_vocabulary(directory, self.vocabulary)
+                workdir.save_config(directory, self.config)
+        self.loop = Loop(state, step, plan.total_steps)
 
     def make_feed(self, mesh: jax.sharding.Mesh) -> feeding.Feed:
         """Return the training batches, on the devices of the mesh that the run was opened for."""
@@ -113,14 +141,14 @@ class Session:
         **extra: Unpack[metrics.Numbers],
     ) -> None:
         """Write a row of metrics, and pass it to `watch`; do nothing in other processes."""
-        if self._metrics is None:
+        if self.writer is None:
             return
         self._check_lock()
         if split != "train":
             bits = loss_lib.compute_bits_per_character(loss, [self.costs[split]])
             extra["bits_per_character"] = bits
         epoch = self.plan.count_epochs(step)
-        row = self._metrics.write(step, epoch, split, loss, sample, **extra)
+        row = self.writer.write(step, epoch, split, loss, sample, **extra)
         self._watch(row if sample is None else {**row, "sample": sample})
 
     def record_training(
@@ -147,62 +175,50 @@ class Session:
         decides = hosts.is_first() and advice.is_out_of_patience(self.read_metrics(), patience)
         return bool(hosts.max_over_processes(decides))
 
-    def load_best(self) -> tuple[model_lib.Params, int, float | None]:
+    def load_best(self, rows: Sequence[metrics.Row]) -> tuple[model_lib.Params, int, float | None]:
         """Return the best parameters by validation loss, their step, and test loss if measured."""
         batch_size = self.config.batches.batch_size
         params, step = workdir.load_params(self.directory, self.model, batch_size)
-        rows = self.read_metrics()
         losses = [row["loss"] for row in rows if (row["split"], row["step"]) == ("test", step)]
         return params, step, losses[-1] if losses else None
 
-    @contextlib.contextmanager
-    def _begin(self) -> Iterator[None]:
+    def begin(self) -> None:
         """Make the files agree with the latest checkpoint, which a new run saves first.
 
         A checkpoint is saved before its validation, and what was recorded later is removed. So a
         run that was stopped in between, or killed at any time, has each row and sample once.
         """
         step = self.loop.step
-        with self.checkpoints:
-            if self._history is None:
-                # Before any metrics: metrics without a checkpoint can't be resumed.
-                self.save(step, self.loop.state)
-                self.checkpoints.wait()
-            else:
-                saved_in = self.directory / workdir.CHECKPOINTS
-                is_recorded = checkpoints.read_validation_loss(saved_in, step) is not None
-                # A fast process may just have recorded it.
-                self.is_validated = bool(hosts.max_over_processes(is_recorded))
-                self.is_finished = self.is_validated and (
-                    step == self.plan.total_steps or self.is_out_of_patience()
-                )
-                if not self.is_finished and hosts.is_first():
-                    workdir.restore_history(self.directory, self._history)
-            path = self.directory / workdir.METRICS
-            with (
-                metrics.MetricsWriter(path, step, self.config)
-                if hosts.is_first()
-                else contextlib.nullcontext() as self._metrics
-            ):
-                yield
+        if not self.is_resumed:
+            # Before any metrics: metrics without a checkpoint can't be resumed.
+            self.save(step, self.loop.state)
+            self.checkpoints.wait()
+            return
+        is_recorded = checkpoints.read_validation_loss(self._saved_in, step) is not None
+        # A fast process may just have recorded it.
+        self.is_validated = bool(hosts.max_over_processes(is_recorded))
+        is_at_end = step == self.plan.total_steps
+        self.is_finished = self.is_validated and (is_at_end or self.is_out_of_patience())
+        if not self.is_finished and hosts.is_first():
+            workdir.restore_history(self.directory, self._history)
 
 
 @contextlib.contextmanager
 def open_run(
     config: Config,
     directory: Path,
-    load_splits: Callable[[], Splits],
     mesh: jax.sharding.Mesh | None = None,
     watch: Watch = lambda row: None,
+    splits: texts.Splits | None = None,
 ) -> Iterator[Session]:
     """Open the run in `directory`, or a new one there, and close it at the end of the block.
 
     Args:
       config: a complete config, of a model that `resume.resolve_model` accepts.
       directory: the working directory, which all processes share.
-      load_splits: loads the text.
       mesh: the devices; None for the default device, with batches on the host.
       watch: called with each recorded row, in process 0.
+      splits: the text, if it is loaded already.
 
     Raises:
       UserError: if another process holds the run, or the processes of this one differ; if the text
@@ -212,9 +228,28 @@ def open_run(
     memory.keep_freed_memory()
     with contextlib.ExitStack() as stack:
         with hosts.main_process_first("text and lock"):
-            splits = load_splits()
+            splits = splits or texts.load_texts(config.data)
             check_lock = stack.enter_context(lock.hold_lock(directory))
-        stack.enter_context(name_failed_writes(directory))
+        stack.enter_context(_name_failed_writes(directory))
         run = Session(config, directory, splits, mesh, watch, check_lock)
-        stack.enter_context(run._begin())
+        stack.enter_context(run.checkpoints)
+        run.begin()
+        if hosts.is_first():
+            path, fields = directory / workdir.METRICS, config_lib.flatten(run.config)
+            run.writer = stack.enter_context(metrics.MetricsWriter(path, run.loop.step, fields))
         yield run
+
+
+@contextlib.contextmanager
+def _name_failed_writes(directory: Path) -> Iterator[None]:
+    """Convert failed writes to the files of a run to `UnavailableError`."""
+    try:
+        yield
+    except OSError as error:
+        # A closed pipe, or a failed connection of a watch, is not about the files of the run.
+        if error.errno is None or isinstance(error, BrokenPipeError):
+            raise
+        raise UnavailableError(
+            f"can't write to {error.filename or directory} ({error.strerror}): free space or make "
+            f"it writable, then resume from the last checkpoint with {same_again()}"
+        ) from None

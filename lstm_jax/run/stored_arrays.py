@@ -16,7 +16,7 @@ from urllib.parse import unquote
 
 import tensorstore as ts
 
-from lstm_jax.run import files
+from lstm_jax.data import files
 
 # Limits in bytes: of the file about an item; of the metadata of an array; of a key; of a small
 # node, unpacked: a block of zstd, whose keys take 600 MB at most; of the memory in which other
@@ -25,8 +25,8 @@ _ITEM, _METADATA, _KEY, _SMALL_NODE, _MEMORY = 2**24, 2**16, 2**10, 2**17, 2**29
 # Limits of the nodes, values and arrays of an item, and of the chunks of an array, of which each
 # device writes one.
 _NODES, _VALUES, _ARRAYS, _CHUNKS = 2**6, 2**16, 2**12, 2**16
-# A program that reads a node. Its arguments are a directory, a place, and the limit of its memory,
-# beyond what it has used before. Only Linux limits it.
+# A program that reads a node. Its arguments are a directory, a location, and the limit of its
+# memory, beyond what it has used before. Only Linux limits it.
 _READ = """
 import resource, sys
 import tensorstore as ts
@@ -81,25 +81,25 @@ def _measure_values(item: Path, base: ts.KvStore) -> dict[bytes, int]:
         raise ValueError(f"{item.name} does not have one manifest")
     if not _is_small(files.read_bytes(item / "manifest.ocdbt", _SMALL_NODE)):
         raise ValueError(f"the manifest of {item.name} is too large")
-    places = [ts.ocdbt.dump(base).result()["versions"][-1]["root"]["location"]]
+    locations = [ts.ocdbt.dump(base).result()["versions"][-1]["root"]["location"]]
     sizes: dict[bytes, int] = {}
-    for place in places:  # The list grows.
-        _, *path, offset, length = place.split(":")
+    for location in locations:  # The list grows.
+        _, *path, offset, length = location.split(":")
         with files.open_regular(item / unquote("".join(path))) as file:
             file.seek(int(offset))
             is_small = _is_small(file.read(min(int(length), _SMALL_NODE)))
         if not is_small:
-            _try_to_read(item, place)
-        for entry in ts.ocdbt.dump(base, place).result()["entries"]:
+            _try_to_read(item, location)
+        for entry in ts.ocdbt.dump(base, location).result()["entries"]:
             if len(entry["key"]) > _KEY:
                 raise ValueError(f"a key of {item.name} is too long")
             if "location" in entry:
-                places.append(entry["location"])
+                locations.append(entry["location"])
             elif "inline_value" in entry:
                 sizes[entry["key"]] = len(entry["inline_value"])
             else:
                 sizes[entry["key"]] = int(entry["indirect_value"].rpartition(":")[2])
-        if len(places) > _NODES or len(sizes) > _VALUES:
+        if len(locations) > _NODES or len(sizes) > _VALUES:
             raise ValueError(f"{item.name} has too many values")
     return sizes
 
@@ -119,12 +119,12 @@ def _is_small(node: bytes) -> bool:
     return not flags & 3 and bool(is_last) and kind in (0, 2)  # No dictionary; raw or compressed.
 
 
-def _try_to_read(item: Path, place: str) -> None:
+def _try_to_read(item: Path, location: str) -> None:
     """Read a node in a process with limited memory; raise `ValueError` if that fails.
 
     A key is stored as what it shares with the key before it, and the rest. So a node of a megabyte
     can have gigabytes of keys.
     """
-    command = [sys.executable, "-c", _READ, f"{item.resolve()}/", place, str(_MEMORY)]
+    command = [sys.executable, "-c", _READ, f"{item.resolve()}/", location, str(_MEMORY)]
     if subprocess.run(command, capture_output=True).returncode:
         raise ValueError(f"a node of {item.name} can't be read within {_MEMORY:,} bytes")

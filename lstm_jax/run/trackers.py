@@ -10,10 +10,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
+from lstm_jax import config as config_lib
+from lstm_jax.data import files
 from lstm_jax.errors import UserError, one_line, warn
-from lstm_jax.run import files, metrics, workdir
+from lstm_jax.run import metrics, workdir
 from lstm_jax.run.metrics import Row
 
 # The file of a tracked run that holds its identity, with a limit of its size in bytes.
@@ -31,14 +33,90 @@ class _TrackedRun(NamedTuple):
     config: dict[str, bool | int | float | str]
 
 
-class _Tracker(Protocol):
-    """A destination for the rows of one run; it is made from a `_TrackedRun`, new or resumed."""
+# Two functions: one adds a row of metrics.jsonl, with the `sample` of a validation; the other sends
+# the remaining rows and closes the tracker, and is given whether training failed.
+_Tracker = tuple[Callable[[Row], object], Callable[[bool], object]]
 
-    def write(self, row: Row, /) -> object:
-        """Add a row of metrics.jsonl; those of validations also have a `sample`."""
 
-    def close(self, failed: bool) -> None:
-        """Send the remaining rows, and close the tracker."""
+def _open_wandb(run: _TrackedRun) -> _Tracker:
+    """Open Weights & Biases, in the project that WANDB_PROJECT names, or else lstm-jax."""
+    import wandb
+
+    opened = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", _PROJECT),
+        id=run.identity,
+        name=run.name,
+        dir=os.environ.get("WANDB_DIR", str(run.directory)),
+        resume="allow",
+        settings=wandb.Settings(console="off"),
+    )
+    opened.config.update(run.config, allow_val_change=True)
+    # The row of the test split has an earlier step, which W&B's own steps can't be.
+    opened.define_metric("step")
+    opened.define_metric("*", step_metric="step")
+
+    def write(row: Row) -> None:
+        entry: dict[str, object] = {"step": row["step"], **_list_numbers(row)}
+        if "sample" in row:
+            text = f"<pre style='white-space: pre-wrap'>{html.escape(row['sample'])}</pre>"
+            entry["validation/sample"] = wandb.Html(text)
+        opened.log(entry)
+
+    return write, lambda failed: opened.finish(exit_code=int(failed))
+
+
+def _open_mlflow(run: _TrackedRun) -> _Tracker:
+    """Open MLflow, in the experiment that MLFLOW_EXPERIMENT_NAME names, or else lstm-jax."""
+    from mlflow import MlflowClient, entities
+
+    client, tag = MlflowClient(), "lstm_jax.run"
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
+    experiment = client.get_experiment_by_name(name)
+    number = experiment.experiment_id if experiment else client.create_experiment(name)
+    earlier = client.search_runs([number], f"tags.`{tag}` = '{run.identity}'")
+    if earlier:
+        opened = earlier[0].info.run_id
+        client.update_run(opened, status="RUNNING")
+    else:
+        made = client.create_run(number, tags={tag: run.identity}, run_name=run.name)
+        opened = made.info.run_id
+        # A run can't change them when it resumes.
+        params = [entities.Param(key, str(value)) for key, value in run.config.items()]
+        client.log_batch(opened, params=params)
+
+    def write(row: Row) -> None:
+        now, step = int(1000 * time.time()), row["step"]
+        numbers = _list_numbers(row).items()
+        values = [entities.Metric(name, value, now, step) for name, value in numbers]
+        client.log_batch(opened, metrics=values)
+        if "sample" in row:
+            client.log_text(opened, row["sample"], f"samples/step_{step:09}.txt")
+
+    return write, lambda failed: client.set_terminated(opened, "FAILED" if failed else "FINISHED")
+
+
+def _open_trackio(run: _TrackedRun) -> _Tracker:
+    """Open Trackio, in the project lstm-jax."""
+    import trackio
+
+    name = f"{run.name}-{run.identity}"  # It identifies a run by its name.
+    opened = trackio.init(_PROJECT, name, config=run.config, resume="allow", embed=False)
+
+    def write(row: Row) -> None:
+        entry: dict[str, object] = {**_list_numbers(row)}
+        if "sample" in row:
+            text = metrics.quote_markdown(row["sample"])
+            entry["validation/sample"] = trackio.Markdown(text)
+        opened.log(entry, step=row["step"])
+
+    return write, lambda failed: trackio.finish()
+
+
+_TRACKERS: dict[str, Callable[[_TrackedRun], _Tracker]] = {
+    "wandb": _open_wandb,
+    "mlflow": _open_mlflow,
+    "trackio": _open_trackio,
+}
 
 
 def _list_numbers(row: Row) -> dict[str, float]:
@@ -46,115 +124,6 @@ def _list_numbers(row: Row) -> dict[str, float]:
     numbers = {name: value for name, value in row.items() if isinstance(value, float | int)}
     epoch, _ = numbers.pop("epoch"), numbers.pop("step")
     return {"epoch": epoch, **{f"{row['split']}/{name}": numbers[name] for name in numbers}}
-
-
-class _Wandb:
-    """Weights & Biases, in the project that WANDB_PROJECT names, or else lstm-jax."""
-
-    def __init__(self, run: _TrackedRun) -> None:
-        import wandb
-
-        self._html = wandb.Html
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", _PROJECT),
-            id=run.identity,
-            name=run.name,
-            dir=os.environ.get("WANDB_DIR", str(run.directory)),
-            resume="allow",
-            settings=wandb.Settings(console="off"),
-        )
-        self._run.config.update(run.config, allow_val_change=True)
-        # The row of the test split is that of an earlier step, which W&B's own steps can't be.
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
-
-    def write(self, row: Row) -> None:
-        entry: dict[str, object] = {"step": row["step"], **_list_numbers(row)}
-        if "sample" in row:
-            text = f"<pre style='white-space: pre-wrap'>{html.escape(row['sample'])}</pre>"
-            entry["validation/sample"] = self._html(text)
-        self._run.log(entry)
-
-    def close(self, failed: bool) -> None:
-        self._run.finish(exit_code=int(failed))
-
-
-class _MLflow:
-    """MLflow, in the experiment that MLFLOW_EXPERIMENT_NAME names, or else lstm-jax."""
-
-    _TAG = "lstm_jax.run"
-
-    def __init__(self, run: _TrackedRun) -> None:
-        from mlflow import MlflowClient, entities
-
-        self._client, self._entities = MlflowClient(), entities
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
-        experiment = self._client.get_experiment_by_name(name)
-        number = experiment.experiment_id if experiment else self._client.create_experiment(name)
-        found = self._client.search_runs([number], f"tags.`{self._TAG}` = '{run.identity}'")
-        if found:
-            self._run = found[0].info.run_id
-            self._client.update_run(self._run, status="RUNNING")
-        else:
-            tags = {self._TAG: run.identity}
-            made = self._client.create_run(number, tags=tags, run_name=run.name)
-            self._run = made.info.run_id
-            # A run can't change them when it resumes.
-            params = [entities.Param(key, str(value)) for key, value in run.config.items()]
-            self._client.log_batch(self._run, params=params)
-
-    def write(self, row: Row) -> None:
-        now, step = int(1000 * time.time()), row["step"]
-        numbers = [
-            self._entities.Metric(name, value, now, step)
-            for name, value in _list_numbers(row).items()
-        ]
-        self._client.log_batch(self._run, metrics=numbers)
-        if "sample" in row:
-            self._client.log_text(self._run, row["sample"], f"samples/step_{step:09}.txt")
-
-    def close(self, failed: bool) -> None:
-        self._client.set_terminated(self._run, "FAILED" if failed else "FINISHED")
-
-
-class _Trackio:
-    """Trackio, in the project lstm-jax."""
-
-    def __init__(self, run: _TrackedRun) -> None:
-        import trackio
-
-        self._trackio = trackio
-        # It identifies a run by its name.
-        name = f"{run.name}-{run.identity}"
-        self._run = trackio.init(_PROJECT, name, config=run.config, resume="allow", embed=False)
-
-    def write(self, row: Row) -> None:
-        entry: dict[str, object] = {**_list_numbers(row)}
-        if "sample" in row:
-            entry["validation/sample"] = self._trackio.Markdown(
-                metrics.quote_markdown(row["sample"])
-            )
-        self._run.log(entry, step=row["step"])
-
-    def close(self, failed: bool) -> None:
-        self._trackio.finish()
-
-
-class _Function:
-    """A function that is called with each row."""
-
-    def __init__(self, function: Callable[[Row], object]) -> None:
-        self.write = function
-
-    def close(self, failed: bool) -> None:
-        """Do nothing."""
-
-
-_TRACKERS: dict[str, Callable[[_TrackedRun], _Tracker]] = {
-    "wandb": _Wandb,
-    "mlflow": _MLflow,
-    "trackio": _Trackio,
-}
 
 
 @contextlib.contextmanager
@@ -176,7 +145,8 @@ def open_trackers(names: Sequence[str], directory: Path) -> Iterator[Callable[[R
 
     def watch(row: Row) -> None:
         if makers:
-            config = metrics.list_hyperparameters(workdir.load_config(directory))
+            fields = config_lib.flatten(workdir.load_config(directory))
+            config = metrics.list_hyperparameters(fields)
             run = _TrackedRun(directory, directory.resolve().name, _get_identity(directory), config)
             for name in list(makers):
                 try:
@@ -186,9 +156,9 @@ def open_trackers(names: Sequence[str], directory: Path) -> Iterator[Callable[[R
                         f"--track={name} failed ({one_line(error)[:300]}): correct that, or leave "
                         "it out; the same command resumes"
                     ) from None
-        for name, tracker in list(opened.items()):
+        for name, (write, _) in list(opened.items()):
             try:
-                tracker.write(row)
+                write(row)
             except Exception as error:
                 del opened[name]
                 warn(f"--track={name} failed and gets no more rows ({one_line(error)[:300]})")
@@ -198,9 +168,9 @@ def open_trackers(names: Sequence[str], directory: Path) -> Iterator[Callable[[R
         yield watch
         failed = False
     finally:
-        for name, tracker in opened.items():
+        for name, (_, close) in opened.items():
             try:
-                tracker.close(failed)
+                close(failed)
             except Exception as error:
                 warn(f"--track={name} failed to close ({one_line(error)[:300]})")
 
@@ -227,7 +197,7 @@ def _find_tracker(name: str) -> Callable[[_TrackedRun], _Tracker]:
         raise UserError(f"--track={name} can't be imported: {one_line(error)}") from None
     if not callable(function):
         raise UserError(f"--track={name} is not a function")
-    return lambda run: _Function(function)
+    return lambda run: (function, lambda failed: None)
 
 
 def _get_identity(directory: Path) -> str:

@@ -15,9 +15,10 @@ from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.cells.making import trace_cell
 from lstm_jax.config import Config
+from lstm_jax.data import files
 from lstm_jax.errors import UserError, for_caller, warn
 from lstm_jax.recurrences import fused
-from lstm_jax.run import cell_file, checkpoints, files
+from lstm_jax.run import cell_file, checkpoints
 from lstm_jax.vocabulary import Vocabulary
 
 CONFIG = "config.json"
@@ -27,7 +28,7 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.txt"
 CURVES = "curves.png"
 CHANGES = "changes.jsonl"
-# Files that a run appends to, with those of TensorBoard. A checkpoint holds their sizes, so that a
+# Files that a run appends to, also for TensorBoard. A checkpoint holds their sizes, so that a
 # run that resumes from it first removes what was appended later.
 HISTORY = (METRICS, SAMPLES, "events.out.tfevents.*")
 # Limits of file sizes in bytes.

@@ -8,7 +8,7 @@ from lstm_jax.loss import read_chunk
 from lstm_jax.model import Carry, LanguageModel, Params, first_carry
 from lstm_jax.vocabulary import Ids
 
-_PLACE_LENGTH = 512  # Tokens that count at each position.
+_LENGTH = 512  # Tokens that count at each position.
 _CHUNK = 64  # Tokens per call of the compiled function.
 
 
@@ -23,17 +23,17 @@ class ZeroState(NamedTuple):
     excess: float  # The largest increase over the loss with the carry of the text before.
 
 
-def measure_zero_state(model: LanguageModel, params: Params, ids: Ids, places: int) -> ZeroState:
+def measure_zero_state(model: LanguageModel, params: Params, ids: Ids, positions: int) -> ZeroState:
     """Measure how well a model recovers from a zero carry at evenly spaced positions in a text.
 
     Training on streams rarely starts from a zero carry, and a model may fail there and not recover.
     The mean loss over a text, read once from its start, does not show this. The text has at
     least four tokens.
     """
-    length = min(_PLACE_LENGTH, (len(ids) - 1) // 3)
+    length = min(_LENGTH, (len(ids) - 1) // 3)
     chunk = min(_CHUNK, length)
     length -= length % chunk
-    starts = np.unique(np.linspace(length, len(ids) - 1 - length, places).astype(int))
+    starts = np.unique(np.linspace(length, len(ids) - 1 - length, positions).astype(int))
     windows = np.stack([ids[start - length : start + length + 1] for start in starts])
     counted = np.ones((len(starts), chunk), bool)
 

@@ -58,9 +58,8 @@ def train_population(
         members = []
         for number, (config, directory) in enumerate(zip(configs, directories, strict=True)):
             with _naming_resumed(directory):
-                run = open_run(
-                    config, directory, lambda: splits, watch=functools.partial(watch, number)
-                )
+                watch_member = functools.partial(watch, number)
+                run = open_run(config, directory, watch=watch_member, splits=splits)
                 members.append(_Member(opened.enter_context(run)))
         # Members that were killed at different epochs are trained in groups.
         groups: dict[tuple[bool, int], list[_Member]] = {}
@@ -143,7 +142,7 @@ def _train_group(members: Sequence[_Member]) -> None:
         training.take_steps(loop, train_members, feed.next, plan, observers)
     for member in members:
         member.run.checkpoints.wait()
-    best = [member.run.load_best() for member in members]
+    best = [member.run.load_best(member.run.read_metrics()) for member in members]
     if all(measured is not None for *_, measured in best):
         return
     losses = compute_losses(stacked.stack([params for params, *_ in best], mesh), first.ids["test"])

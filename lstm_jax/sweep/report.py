@@ -15,8 +15,9 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from lstm_jax.config import FIELDS, Config, change_fields, flatten
+from lstm_jax.data import files
 from lstm_jax.errors import UserError, visible
-from lstm_jax.run import cell_file, files, workdir
+from lstm_jax.run import cell_file, workdir
 from lstm_jax.sweep import plots
 from lstm_jax.sweep import study as study_lib
 from lstm_jax.sweep import table as table_lib

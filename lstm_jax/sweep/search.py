@@ -19,9 +19,9 @@ from optuna.trial import TrialState
 
 from lstm_jax import training
 from lstm_jax.config import Config
-from lstm_jax.data import texts
+from lstm_jax.data import files, texts
 from lstm_jax.errors import NotFiniteError, UnavailableError, UserError, one_line
-from lstm_jax.run import cell_file, checkpoints, files, metrics, workdir
+from lstm_jax.run import cell_file, checkpoints, metrics, workdir
 from lstm_jax.sweep import options, population, report
 from lstm_jax.sweep import space as space_lib
 from lstm_jax.sweep import study as study_lib

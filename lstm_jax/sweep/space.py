@@ -14,8 +14,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import BaseTrial, FrozenTrial
 
 from lstm_jax.config import Config, change_fields
-from lstm_jax.errors import UserError, one_line
-from lstm_jax.run.files import raise_user_error
+from lstm_jax.errors import UserError, one_line, raise_user_error
 from lstm_jax.sweep.options import FUNCTION
 
 # The number of draws to check before training, so that mistakes are reported early.
@@ -31,7 +30,7 @@ class Space(NamedTuple):
 
     def overrides(self, trial: BaseTrial) -> dict[str, object]:
         """Return the fields that a trial changes, with lists for tuples, as in JSON."""
-        with raise_user_error("space file", self.name, (UserError, UpdateFinishedTrialError)):
+        with raise_user_error("space file", self.name, UpdateFinishedTrialError):
             try:
                 overrides = self.get_overrides(trial)
             except optuna.TrialPruned:

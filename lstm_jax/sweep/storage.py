@@ -22,8 +22,8 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial
 
+from lstm_jax.data import files
 from lstm_jax.errors import UnavailableError, UserError, one_line
-from lstm_jax.run import files
 
 _DRIVERS = {
     "postgresql": "postgresql+psycopg",

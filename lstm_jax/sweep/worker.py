@@ -22,8 +22,9 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study
 from optuna.trial import BaseTrial, FrozenTrial, TrialState
 
+from lstm_jax.data import files
 from lstm_jax.errors import UserError
-from lstm_jax.run import checkpoints, files, workdir
+from lstm_jax.run import checkpoints, workdir
 from lstm_jax.sweep import study as study_lib
 from lstm_jax.sweep.study import is_closed, list_finished, list_running
 

@@ -14,33 +14,15 @@ import os
 import secrets
 import shutil
 import stat
-import traceback
 from collections.abc import Iterator, Mapping
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import IO, Any
 
-from lstm_jax.errors import UnavailableError, UserError, one_line, same_again
-
 # Suffixes of a file and a directory that are still being written.
 _PARTIAL, _UNFINISHED = ".partial", ".unfinished"
 # Errors of flock on file systems that have no locks.
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
-
-
-@contextlib.contextmanager
-def name_failed_writes(directory: Path) -> Iterator[None]:
-    """Convert failed writes to the files of a run to `UnavailableError`."""
-    try:
-        yield
-    except OSError as error:
-        # A closed pipe, or a failed connection of a watch, is not about the files of the run.
-        if error.errno is None or isinstance(error, BrokenPipeError):
-            raise
-        raise UnavailableError(
-            f"can't write to {error.filename or directory} ({error.strerror}): free space or make "
-            f"it writable, then resume from the last checkpoint with {same_again()}"
-        ) from None
 
 
 def open_regular(path: Path, follow: bool = False) -> BufferedReader:
@@ -123,12 +105,11 @@ def write_file(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException as error:
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
         with contextlib.suppress(OSError):
             partial.unlink()
-        if isinstance(error, OSError) and error.errno:
-            raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
-        raise
 
 
 def remove_partial(directory: Path) -> None:
@@ -192,29 +173,3 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
 
 def _checksum(fields: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def raise_user_error(
-    kind: str, file: str, passing: type[Exception] | tuple[type[Exception], ...] = UserError
-) -> Iterator[None]:
-    """Raise any exception in a user's Python file as a `UserError` that names file and line.
-
-    `kind` is what the message calls the file. Exceptions of the types `passing` are raised as they
-    are, and so are those of signal handlers.
-    """
-    try:
-        yield
-    except passing:
-        raise
-    except SyntaxError as error:
-        line = f", line {error.lineno}" if error.lineno else ""
-        raise UserError(f"{kind} {error.filename or file}{line}: {error.msg}") from None
-    except BaseException as error:
-        # Those of signal handlers: Ctrl-C, and exceptions of this package.
-        if isinstance(error, KeyboardInterrupt) or type(error).__module__.startswith("lstm_jax."):
-            raise
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if frame.filename == file]
-        line = f"line {(own or frames)[-1].lineno}"
-        raise UserError(f"{kind} {file}, {line}: {one_line(error)}") from None
