@@ -185,9 +185,9 @@ def _train_trials(sweep: Sweep, worker: worker_lib.Worker, trials: Sequence[Tria
         directories.append(study_lib.get_trial_directory(sweep.directory, trial))
         worker_lib.claim_directory(directories[-1], trial)
 
-    def report_loss(member: int, epoch: int, loss: float) -> None:
+    def watch(member: int, row: metrics.Row) -> None:
         with contextlib.suppress(UpdateFinishedTrialError):
-            _report(trials[member], epoch, loss)
+            _report(trials[member], row)
 
     is_alone = sweep.population == 1
     output = (directories[0] if is_alone else sweep.directory) / OUTPUT
@@ -200,7 +200,7 @@ def _train_trials(sweep: Sweep, worker: worker_lib.Worker, trials: Sequence[Tria
             if is_alone:
                 reasons = [_train_trial(trials[0], configs[0], directories[0])]
             else:
-                reasons = population.train_population(configs, directories, report_loss)
+                reasons = population.train_population(configs, directories, watch)
     except TrialPruned:
         worker.tell(trials[0], TrialState.PRUNED)
         return [""]
@@ -217,15 +217,13 @@ def _train_trials(sweep: Sweep, worker: worker_lib.Worker, trials: Sequence[Tria
 def _train_trial(trial: Trial, config: Config, directory: Path) -> str:
     """Train one trial; if it diverged, return the reason, else ""."""
 
-    def report_loss(row: metrics.Row) -> None:
-        epoch = row["epoch"]
-        if row["split"] == "validation" and epoch and epoch.is_integer():
-            _report(trial, int(epoch), row["loss"])
-            if epoch < config.num_epochs and trial.should_prune():
-                raise TrialPruned
+    def watch(row: metrics.Row) -> None:
+        is_reported = row["epoch"] and _report(trial, row)
+        if is_reported and row["epoch"] < config.num_epochs and trial.should_prune():
+            raise TrialPruned
 
     try:
-        exit_code = training.train(config, directory, report_loss)
+        exit_code = training.train(config, directory, watch)
     except NotFiniteError as error:
         return str(error)
     if exit_code:
@@ -261,8 +259,15 @@ def _append(path: Path) -> io.TextIOWrapper:
     return io.TextIOWrapper(files.open_append(path), encoding="utf-8", errors="backslashreplace")
 
 
-def _report(trial: Trial, epoch: int, loss: float) -> None:
-    """Report a validation loss once; a resumed trial measures its last one again."""
+def _report(trial: Trial, row: metrics.Row) -> bool:
+    """Report the validation loss after an epoch; return whether it is in this row.
+
+    It is reported once, but a resumed trial measures its last one again.
+    """
+    epoch, loss = int(row["epoch"]), row["loss"]
+    if row["split"] != "validation" or epoch != row["epoch"]:
+        return False
     reported = trial.storage.get_trial(trial._trial_id).intermediate_values
     if math.isfinite(loss) and epoch not in reported:
         trial.report(loss, epoch)
+    return True
