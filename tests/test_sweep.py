@@ -386,7 +386,7 @@ def make_study(directory: Path, sampler: optuna.samplers.BaseSampler) -> optuna.
         directory,
         None,
         "tiny",
-        config_lib.Config(),
+        {},
         ["x"],
         sampler,
         study.make_pruner("hyperband", 9),
@@ -441,7 +441,7 @@ def test_a_study_that_cannot_be_opened_gives_a_one_line_error(
     sampler = study.make_sampler("random", 0)
     pruner = study.make_pruner("none", 1)
     with pytest.raises(UserError, match=message) as caught:
-        study.open_study(tmp_path, location, "x", config_lib.Config(), [], sampler, pruner)
+        study.open_study(tmp_path, location, "x", {}, [], sampler, pruner)
     assert len(str(caught.value).splitlines()) == 1 and "secret" not in str(caught.value)
 
 
@@ -587,15 +587,15 @@ def test_a_trial_does_not_take_over_the_directory_of_another_study(tmp_path: Pat
 def test_a_study_of_another_space_or_of_no_sweep_raises_an_error(tmp_path: Path) -> None:
     sampler, pruner = study.make_sampler("random", 0), study.make_pruner("none", 1)
     for name, parameters in (("one", ["x"]), ("one", ["x"])):
-        study.open_study(tmp_path, None, name, config_lib.Config(), parameters, sampler, pruner)
+        study.open_study(tmp_path, None, name, {}, parameters, sampler, pruner)
     with pytest.raises(
         UserError, match=r"made for a space with \['x'\], but this one has \['x', 'y'\]"
     ):
-        study.open_study(tmp_path, None, "one", config_lib.Config(), ["x", "y"], sampler, pruner)
+        study.open_study(tmp_path, None, "one", {}, ["x", "y"], sampler, pruner)
     url = f"sqlite:///{tmp_path / options.DATABASE}"
     optuna.create_study(storage=url, study_name="two", direction="maximize")
     with pytest.raises(UserError, match="'two' exists, but is not from a sweep"):
-        study.open_study(tmp_path, None, "two", config_lib.Config(), ["x"], sampler, pruner)
+        study.open_study(tmp_path, None, "two", {}, ["x"], sampler, pruner)
 
 
 def test_importances_of_few_trials_are_called_a_hint(tmp_path: Path) -> None:

@@ -117,10 +117,10 @@ def _measure_spread(trials: Sequence[FrozenTrial]) -> list[tuple[str, int, str]]
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     if any(set(trial.params) != {"seed"} for trial in complete):
         return []
-    tests = [trial.user_attrs.get(study_lib.TEST_LOSS) for trial in complete]
+    attributes = [trial.user_attrs for trial in complete]
+    tests = [each[study_lib.TEST_LOSS] for each in attributes if study_lib.TEST_LOSS in each]
     spread = []
-    for split, found in (("validation", [trial.value for trial in complete]), ("test", tests)):
-        losses = [loss for loss in found if loss is not None]
+    for split, losses in (("validation", [trial.values[0] for trial in complete]), ("test", tests)):
         text = "none was measured"
         if losses:
             deviation = statistics.stdev(losses) if len(losses) > 1 else 0.0

@@ -17,6 +17,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study
 from optuna.trial import TrialState
 
+from lstm_jax import config as config_lib
 from lstm_jax import training
 from lstm_jax.config import Config
 from lstm_jax.data import texts
@@ -107,13 +108,20 @@ def prepare_sweep(
     name = name or f"{experiment_name}_{space_name}"
     path = Path(directory or Path("runs", "sweeps", name))
     path.mkdir(parents=True, exist_ok=True)
-    for own in (worker_lib.WORKERS, study_lib.TRIALS):
-        worker_lib.make_directory(path / own)
+    for folder in (worker_lib.WORKERS, study_lib.TRIALS):
+        worker_lib.make_directory(path / folder)
     report.check_paths(path)
-    own_sampler = study_lib.make_sampler(sampler, seed, grid)
-    own_pruner = study_lib.make_pruner(pruner, experiment.num_epochs)
     study = study_lib.open_study(
-        path, location, name, experiment, parameters, own_sampler, own_pruner
+        *(path, location, name),
+        # As in JSON.
+        {
+            field: list(value) if isinstance(value, tuple) else value
+            for field, value in config_lib.flatten(experiment)
+            if field in config_lib.COMPARED
+        },
+        parameters,
+        study_lib.make_sampler(sampler, seed, grid),
+        study_lib.make_pruner(pruner, experiment.num_epochs),
     )
     study_lib.check_space(study, space)
     if grid is not None:

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -139,43 +139,40 @@ class Worker:
             self.study.tell(trial, loss, state, skip_if_finished=True)
         self._own.pop(trial.number, None)
 
-    def _add(
-        self, user_attrs: Mapping[str, object], like: FrozenTrial | None = None
-    ) -> optuna.Trial:
+    def _add(self, user_attrs: Mapping[str, Any], like: FrozenTrial | None = None) -> optuna.Trial:
         """Add a trial that belongs to this worker from the start."""
-        ticket = f"{socket.gethostname()}/{self._name}/{uuid.uuid4().hex}"
         like = like or optuna.trial.create_trial(state=TrialState.RUNNING)
         system_attrs = {
             name: value
             for name, value in like.system_attrs.items()
             if name in ("grid_id", "search_space") or name.startswith("completed_rung_")
         }
-        self.study.add_trial(
-            optuna.trial.create_trial(
-                state=TrialState.RUNNING,
-                params=like.params,
-                distributions=like.distributions,
-                intermediate_values=like.intermediate_values,
-                user_attrs={**user_attrs, study_lib.WORKER: ticket},
-                system_attrs=system_attrs,
-            )
+        template = optuna.trial.create_trial(
+            state=TrialState.RUNNING,
+            params=like.params,
+            distributions=like.distributions,
+            intermediate_values=like.intermediate_values,
+            user_attrs={**user_attrs, study_lib.WORKER: f"{socket.gethostname()}/{self._name}"},
+            system_attrs=system_attrs,
         )
-        trials = self.study.get_trials(deepcopy=False)
-        (own,) = (trial for trial in trials if trial.user_attrs[study_lib.WORKER] == ticket)
+        storage = self.study._storage
+        trial_id = storage.create_new_trial(self.study._study_id, template)
+        number = storage.get_trial_number_from_id(trial_id)
         # Before the next write, which may fail: `__exit__` must know of the trial.
-        self._own[own.number] = own._trial_id
-        if study_lib.PLACE not in own.user_attrs:
-            first = own.user_attrs.get(study_lib.WORKDIR, own.number)
+        self._own[number] = trial_id
+        if study_lib.PLACE not in user_attrs:
+            first = user_attrs.get(study_lib.WORKDIR, number)
+            trials = self.study.get_trials(deepcopy=False)
             place = sum(t.number < first and study_lib.RESUMES not in t.user_attrs for t in trials)
-            self.study._storage.set_trial_user_attr(own._trial_id, study_lib.PLACE, place)
-        return optuna.Trial(self.study, own._trial_id)
+            storage.set_trial_user_attr(trial_id, study_lib.PLACE, place)
+        return optuna.Trial(self.study, trial_id)
 
     def _before(self, trial: optuna.Trial) -> list[FrozenTrial]:
         return [t for t in self.study.get_trials(deepcopy=False) if t.number < trial.number]
 
     def _is_dead(self, trial: FrozenTrial) -> bool:
         """Return whether the worker of a trial is dead."""
-        host, name, _ = trial.user_attrs[study_lib.WORKER].split("/")
+        host, name = trial.user_attrs[study_lib.WORKER].split("/")
         path = self._directory / name
         if host == socket.gethostname() and path.is_file():
             try:
