@@ -119,12 +119,9 @@ def _measure_loss(
     model, params, vocabulary = trained.model, trained.params, trained.vocabulary
     if settings := options.dynamic:
         train_ids = splits["train"].encode(vocabulary)
-        total, kept = 0.0, [np.zeros(0, np.float32)]
-        for part in ensemble.adapt_to_text(model, params, train_ids, ids, settings):
-            total += float(part.sum(dtype=np.float64))
-            if options.json_lines:
-                kept.append(part)
-        return total / (len(ids) - 1), np.concatenate(kept), {"dynamic": settings._asdict()}
+        parts = [*ensemble.adapt_to_text(model, params, train_ids, ids, settings)]
+        total = sum(float(part.sum(dtype=np.float64)) for part in parts)
+        return total / (len(ids) - 1), np.concatenate(parts), {"dynamic": settings._asdict()}
     if options.context:
         losses = loss_lib.compute_token_losses(model, params, ids, options.context)
         return float(losses.mean(dtype=np.float64)), losses, {"context": options.context}
