@@ -26,7 +26,7 @@ import draws
 from lstm_jax import config as config_lib
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import ensemble, lock, metrics, workdir
-from lstm_jax.sweep import options, report, search, space, study, table
+from lstm_jax.sweep import options, report, search, space, study
 from lstm_jax.sweep.worker import Worker, claim_directory
 
 ROOT = Path(__file__).parents[1]
@@ -496,12 +496,7 @@ def test_diverged_trials_are_pruned_with_their_reason(
         },
     )
     record = make_study(tmp_path, study.make_sampler("random", 0))
-    with Worker(record, tmp_path, 1) as worker:
-        search.run_worker(
-            search.Sweep(record, tiny_config, searched, tmp_path, 1, 1),
-            worker,
-            table.Table(record, 1),
-        )
+    search.run_worker(search.Sweep(record, tiny_config, searched, tmp_path, 1, 1))
     (row,) = rows(tmp_path)
     assert row["state"] == "diverged" and "is not finite" in row["reason"]
 
@@ -520,9 +515,8 @@ def test_a_directory_in_use_does_not_fail_its_trial(
     with (
         lock.hold_lock(tmp_path / "trials" / "0000"),
         pytest.raises(UnavailableError, match="is training in"),
-        Worker(record, tmp_path, 1) as worker,
     ):
-        search.run_worker(sweep, worker, table.Table(record, 1))
+        search.run_worker(sweep)
     assert study.list_finished(record) == [] == study.list_running(record)
 
 
@@ -530,11 +524,8 @@ def test_failed_trials_in_a_row_stop_the_sweep(tiny_config: ConfigDict, tmp_path
     tiny_config.batches.batch_size = 100_000
     record = make_study(tmp_path, study.make_sampler("random", 0))
     sweep = search.Sweep(record, tiny_config, make_rate_space(), tmp_path, 3, 3)
-    with (
-        Worker(record, tmp_path, 3) as worker,
-        pytest.raises(UserError, match="3 trials in a row failed"),
-    ):
-        search.run_worker(sweep, worker, table.Table(record, 3))
+    with pytest.raises(UserError, match="3 trials in a row failed"):
+        search.run_worker(sweep)
     assert [row["state"] for row in rows(tmp_path)] == ["failed"] * 3
 
 
@@ -546,25 +537,21 @@ def test_a_damaged_member_fails_no_trial_of_its_population(
     record = make_study(tmp_path, study.make_sampler("random", 0))
     sweep = search.Sweep(record, tiny_config, make_rate_space(), tmp_path, 2, 2)
 
-    def run() -> None:
-        with Worker(record, tmp_path, 2) as worker:
-            search.run_worker(sweep, worker, table.Table(record, 2))
-
     def stop(*unused: Any) -> None:
         raise search.Stopped(143)
 
     with monkeypatch.context() as patched, pytest.raises(search.Stopped):
         patched.setattr(search, "_report", stop)  # After the first checkpoint.
-        run()
+        search.run_worker(sweep)
     member = tmp_path / "trials" / "0001"
     sums = member / workdir.CHECKPOINTS / "0" / "SHA256SUMS"
     content = sums.read_bytes()
     sums.write_bytes(b"")
     with pytest.raises(UnavailableError, match=f"can't resume the training in {member}: every ch"):
-        run()
+        search.run_worker(sweep)
     assert study.list_finished(record) == [] == study.list_running(record)
     sums.write_bytes(content)
-    run()
+    search.run_worker(sweep)
     assert [row["state"] for row in rows(tmp_path)] == ["complete"] * 2
 
 
