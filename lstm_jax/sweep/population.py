@@ -79,16 +79,13 @@ def check_members(configs: Sequence[Config]) -> list[Config]:
 
     Raise `UserError` if one program can't train them together.
     """
-    if configs[0].init_from:
-        raise UserError(
-            "the members of a population start from fresh weights: leave out "
-            "--config.init_from, or train one at a time with --population=1"
-        )
-    if configs[0].patience:
-        raise UserError(
-            "the members of a population all end at the same step: leave out --config.patience, or "
-            "train one at a time with --population=1"
-        )
+    rules = {"init_from": "start from fresh weights", "patience": "all end at the same step"}
+    for field, rule in rules.items():
+        if getattr(configs[0], field):
+            raise UserError(
+                f"the members of a population {rule}: leave out --config.{field}, or train one at "
+                "a time with --population=1"
+            )
     configs = [
         dataclasses.replace(config, model=cell_file.resolve_cell(config.model))
         for config in configs

@@ -105,27 +105,27 @@ def check_space(study: Study, space: Space) -> None:
 def check_trial(trial: FrozenTrial) -> FrozenTrial:
     """Return a trial; raise `UserError` if it has values that no sweep writes."""
     losses, values, number = trial.intermediate_values, trial.values, trial.number
-    found = {
+    fields = {
         **trial.user_attrs,
         "value": values,
         "dict of losses": losses,
         "dict of system attributes": trial.system_attrs,
         "state": trial.state.name,
     }
-    deaths = found.get(DEATHS, [0, []])
+    deaths = fields.get(DEATHS, [0, []])
     is_valid = {
-        ORIGIN: _matches(found.get(ORIGIN), "[0-9a-f]{32}"),
-        WORKER: _matches(found.get(WORKER), "[^/]+/[0-9a-f]{32}"),
-        BEAT: _is_count(found.get(BEAT, 0)),
-        RESUMES: RESUMES not in found or _is_count(found[RESUMES], number - 1),
-        WORKDIR: _is_count(found.get(WORKDIR, 0), number),
-        PLACE: _is_count(found.get(PLACE, 0), number),
+        ORIGIN: _matches(fields.get(ORIGIN), "[0-9a-f]{32}"),
+        WORKER: _matches(fields.get(WORKER), "[^/]+/[0-9a-f]{32}"),
+        BEAT: _is_count(fields.get(BEAT, 0)),
+        RESUMES: RESUMES not in fields or _is_count(fields[RESUMES], number - 1),
+        WORKDIR: _is_count(fields.get(WORKDIR, 0), number),
+        PLACE: _is_count(fields.get(PLACE, 0), number),
         DEATHS: isinstance(deaths, list)
         and [type(part) for part in deaths] == [int, list]
         and deaths[0] >= 0,
-        REASON: isinstance(found.get(REASON, ""), str),
-        OVERRIDES: isinstance(found.get(OVERRIDES, {}), dict),
-        TEST_LOSS: _is_loss(found.get(TEST_LOSS, 0)),
+        REASON: isinstance(fields.get(REASON, ""), str),
+        OVERRIDES: isinstance(fields.get(OVERRIDES, {}), dict),
+        TEST_LOSS: _is_loss(fields.get(TEST_LOSS, 0)),
         "value": values is None or (len(values) == 1 and _is_loss(values[0])),
         "dict of losses": all(_is_count(epoch) and _is_loss(losses[epoch]) for epoch in losses),
         "dict of system attributes": isinstance(trial.system_attrs, dict),
@@ -135,7 +135,7 @@ def check_trial(trial: FrozenTrial) -> FrozenTrial:
         if not valid:
             raise UserError(
                 f"trial {number} of the study was not made by a sweep (its {name} is "
-                f"{found.get(name)!r:.80}): use another study"
+                f"{fields.get(name)!r:.80}): use another study"
             )
     trial._validate()
     return trial

@@ -51,10 +51,10 @@ def claim_directory(directory: Path, trial: BaseTrial) -> None:
     """Make the working directory of a trial; raise `UserError` if another study's trial uses it."""
     make_directory(directory.parent)
     make_directory(directory)
-    path, own = directory / OWNER, trial.user_attrs[study_lib.ORIGIN].encode()
+    path, origin = directory / OWNER, trial.user_attrs[study_lib.ORIGIN].encode()
     if not os.path.lexists(path) and not os.path.lexists(directory / workdir.CONFIG):
-        files.write_file(path, own)
-    elif not os.path.lexists(path) or files.read_bytes(path, 100) != own:
+        files.write_file(path, origin)
+    elif not os.path.lexists(path) or files.read_bytes(path, 100) != origin:
         raise UserError(f"{directory} contains a trial of another study: use another --workdir")
 
 
