@@ -100,7 +100,8 @@ def use_study(directory: Path, location: str | None = None, trials: int = 5) -> 
             frozen = trial.storage.get_trial(trial._trial_id)
             claim_directory(study.get_trial_directory(directory, frozen), frozen)
             trial.set_user_attr(study.OVERRIDES, searched.overrides(trial))
-            trial.report(2.5, 2)
+            if 2 not in frozen.intermediate_values:  # A resumed trial keeps its losses.
+                trial.report(2.5, 2)
             trial.should_prune()
             worker.tell(trial, TrialState.COMPLETE, 2.5)
     report.write_report(record, directory, config_lib.Config(), searched)
