@@ -9,7 +9,6 @@ the same trial, or start one trial too many, the trial with the higher number is
 import contextlib
 import os
 import socket
-import stat
 import threading
 import time
 import uuid
@@ -43,7 +42,7 @@ def make_directory(path: Path) -> None:
     """Make a directory; raise `UserError` if a file or a link has its name."""
     with contextlib.suppress(FileExistsError):
         path.mkdir()
-    if not stat.S_ISDIR(path.lstat().st_mode):
+    if path.is_symlink() or not path.is_dir():
         raise UserError(f"{path} must be a directory, but is a link or a file: move it away")
 
 
