@@ -113,7 +113,7 @@ def _measure_loss(
 ) -> tuple[float, np.ndarray, dict[str, object]]:
     """Measure the loss as the options specify.
 
-    Return the mean loss, the loss of each token ([] unless an option needs it), and the fields of
+    Return the mean loss, the loss of each token ([] where no option needs it), and the fields of
     the result that name the settings.
     """
     model, params, vocabulary = trained.model, trained.params, trained.vocabulary
