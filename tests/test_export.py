@@ -79,9 +79,9 @@ def test_probabilities_in_a_browser_equal_those_in_python(
     trained = make_trained(**MODELS[name])
     text = TEXT + "an unknown ¿ ≈\n\nend" + trained.vocabulary.stop + "x"
     open_page(browser, trained, tmp_path / "page.html")
-    ids = browser.execute_script("return lstm.encode(arguments[0]).map(({id}) => id)", text)
+    ids = browser.execute_script("return encode(arguments[0]).map(({id}) => id)", text)
     np.testing.assert_array_equal(ids, trained.vocabulary.encode(text))
-    found = browser.execute_script("return lstm.probabilities(arguments[0])", text)
+    found = browser.execute_script("return computeProbabilities(arguments[0])", text)
     expected = compute_probabilities(trained, text)
     assert expected.max(axis=1).std() > 0.005, "a model whose predictions vary"
     np.testing.assert_allclose(found, expected, atol=1e-3)
@@ -94,7 +94,7 @@ def test_eight_bits_have_a_scale_for_each_row(browser: Any, tmp_path: Path) -> N
     # One large row must not cost the others their precision.
     trained.params["dense"]["kernel"] = trained.params["dense"]["kernel"].at[:, 5].multiply(1000)
     open_page(browser, trained, tmp_path / "page.html", bits=8)
-    found = browser.execute_script("return lstm.probabilities(arguments[0])", TEXT[:20])
+    found = browser.execute_script("return computeProbabilities(arguments[0])", TEXT[:20])
     np.testing.assert_allclose(found, compute_probabilities(trained, TEXT[:20]), atol=0.1)
     matrix = np.array([[3.0, -1.5, 0.0], [0.0, 0.0, 0.0], [1e-3, 1e-4, -1e-3]], np.float32)
     packed = page.pack_rows(matrix, 8)

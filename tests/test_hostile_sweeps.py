@@ -67,7 +67,7 @@ def open_study(directory: Path, location: str | None = None) -> tuple[optuna.Stu
         directory,
         location,
         "tiny",
-        config_lib.Config(),
+        {},
         ["dropout", "rate", "schedule"],
         study.make_sampler("tpe", 0),
         study.make_pruner("hyperband", 9),
@@ -100,7 +100,8 @@ def use_study(directory: Path, location: str | None = None, trials: int = 5) -> 
             frozen = trial.storage.get_trial(trial._trial_id)
             claim_directory(study.get_trial_directory(directory, frozen), frozen)
             trial.set_user_attr(study.OVERRIDES, searched.overrides(trial))
-            trial.report(2.5, 2)
+            if 2 not in frozen.intermediate_values:  # A resumed trial keeps its losses.
+                trial.report(2.5, 2)
             trial.should_prune()
             worker.tell(trial, TrialState.COMPLETE, 2.5)
     report.write_report(record, directory, config_lib.Config(), searched)
@@ -462,7 +463,7 @@ def test_the_report_escapes_names(tmp_path: Path) -> None:
         },
     )
     record = study.open_study(
-        *(tmp_path, None, evil, config_lib.Config(), [evil, f"{evil}2"]),
+        *(tmp_path, None, evil, {}, [evil, f"{evil}2"]),
         *(study.make_sampler("random", 0), study.make_pruner("none", 9)),
     )
     with Worker(record, tmp_path, 6) as worker:
@@ -526,7 +527,7 @@ def test_no_message_shows_a_password(
 def test_a_sweep_of_seeds_has_no_best_trial(tmp_path: Path) -> None:
     searched = space.make_seed_space(0, 3)
     record = study.open_study(
-        *(tmp_path, None, "seeds", config_lib.Config(), ["seed"]),
+        *(tmp_path, None, "seeds", {}, ["seed"]),
         *(study.make_sampler("grid", 0, searched.grid()), study.make_pruner("none", 9)),
     )
     with Worker(record, tmp_path, 3) as worker:

@@ -186,12 +186,15 @@ def test_a_population_validates_and_ends_as_a_single_run_does(
     tiny_config.validation_tokens = 300
     alone, directories = tmp_path / "alone", [tmp_path / "0", tmp_path / "1"]
     assert training.train(tiny_config, alone) == 0
-    reported = []
+    validated = []
+
+    def watch(member: int, row: metrics.Row) -> None:
+        if row["split"] == "validation":
+            validated.append((member, row["step"]))
+
     configs = [config_lib.complete_config(tiny_config)] * 2
-    population.train_population(
-        configs, directories, lambda member, epoch, loss: reported.append((member, epoch))
-    )
-    assert reported == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    population.train_population(configs, directories, watch)
+    assert validated == [(member, step) for step in (0, 40, 70, 80, 85) for member in (0, 1)]
     assert list_steps(alone) == [0, 40, 70, 80, 85]
     expected = runs.read_numbers(alone)
     for directory in directories:

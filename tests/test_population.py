@@ -58,21 +58,26 @@ def read_numbers(directory: Path) -> dict[tuple[str, int], float]:
 @pytest.fixture(scope="module")
 def together(
     tmp_path_factory: pytest.TempPathFactory, text_file: Path
-) -> tuple[list[config_lib.Config], list[Path], list[str], list[tuple[int, int, float]]]:
+) -> tuple[list[config_lib.Config], list[Path], list[str], list[tuple[int, int]]]:
     """Train three members at once, the last of which diverges."""
     diverges: dict[str, Any] = {"optimizer.learning_rate": 1e30, "optimizer.max_gradient_norm": 0.0}
     config = config_lib.complete_config(make_tiny_config(text_file))
     configs = [config_lib.change_fields(config, changes) for changes in [*MEMBERS, diverges]]
     root = tmp_path_factory.mktemp("population")
     directories = [root / str(i) for i in range(len(configs))]
-    reported: list[tuple[int, int, float]] = []
-    reasons = population.train_population(configs, directories, lambda *row: reported.append(row))
-    return configs, directories, reasons, reported
+    validated: list[tuple[int, int]] = []
+
+    def watch(member: int, row: metrics.Row) -> None:
+        if row["split"] == "validation":
+            validated.append((member, row["step"]))
+
+    reasons = population.train_population(configs, directories, watch)
+    return configs, directories, reasons, validated
 
 
 @pytest.mark.slow
 def test_each_member_matches_a_single_run(together: tuple, tmp_path: Path) -> None:
-    configs, directories, reasons, reported = together
+    configs, directories, reasons, validated = together
     assert reasons[:2] == ["", ""]
     for i, (config, directory) in enumerate(zip(configs[:2], directories, strict=False)):
         alone = tmp_path / str(i)
@@ -81,14 +86,14 @@ def test_each_member_matches_a_single_run(together: tuple, tmp_path: Path) -> No
         assert found.keys() == expected.keys()
         for key, number in expected.items():
             assert found[key] == pytest.approx(number, abs=1e-4, rel=1e-4), (i, key)
-        assert [row[1] for row in reported if row[0] == i] == [0, 1, 2]
+        assert [step for member, step in validated if member == i] == [0, 70, 140]
 
 
 def test_a_diverged_member_is_reported_and_does_not_affect_others(together: tuple) -> None:
-    _, directories, reasons, reported = together
+    _, directories, reasons, validated = together
     assert "is not finite" in reasons[2]
     assert ("test", 140) not in read_losses(directories[2])
-    assert [row[1] for row in reported if row[0] == 2] == [0]
+    assert [step for member, step in validated if member == 2] == [0]
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ import draws
 from lstm_jax import config as config_lib
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import ensemble, lock, metrics, workdir
-from lstm_jax.sweep import options, report, search, space, study, table
+from lstm_jax.sweep import options, report, search, space, study
 from lstm_jax.sweep.worker import Worker, claim_directory
 
 ROOT = Path(__file__).parents[1]
@@ -386,7 +386,7 @@ def make_study(directory: Path, sampler: optuna.samplers.BaseSampler) -> optuna.
         directory,
         None,
         "tiny",
-        config_lib.Config(),
+        {},
         ["x"],
         sampler,
         study.make_pruner("hyperband", 9),
@@ -441,7 +441,7 @@ def test_a_study_that_cannot_be_opened_gives_a_one_line_error(
     sampler = study.make_sampler("random", 0)
     pruner = study.make_pruner("none", 1)
     with pytest.raises(UserError, match=message) as caught:
-        study.open_study(tmp_path, location, "x", config_lib.Config(), [], sampler, pruner)
+        study.open_study(tmp_path, location, "x", {}, [], sampler, pruner)
     assert len(str(caught.value).splitlines()) == 1 and "secret" not in str(caught.value)
 
 
@@ -496,12 +496,7 @@ def test_diverged_trials_are_pruned_with_their_reason(
         },
     )
     record = make_study(tmp_path, study.make_sampler("random", 0))
-    with Worker(record, tmp_path, 1) as worker:
-        search.run_worker(
-            search.Sweep(record, tiny_config, searched, tmp_path, 1, 1),
-            worker,
-            table.Table(record, 1),
-        )
+    search.run_worker(search.Sweep(record, tiny_config, searched, tmp_path, 1, 1))
     (row,) = rows(tmp_path)
     assert row["state"] == "diverged" and "is not finite" in row["reason"]
 
@@ -520,9 +515,8 @@ def test_a_directory_in_use_does_not_fail_its_trial(
     with (
         lock.hold_lock(tmp_path / "trials" / "0000"),
         pytest.raises(UnavailableError, match="is training in"),
-        Worker(record, tmp_path, 1) as worker,
     ):
-        search.run_worker(sweep, worker, table.Table(record, 1))
+        search.run_worker(sweep)
     assert study.list_finished(record) == [] == study.list_running(record)
 
 
@@ -530,11 +524,8 @@ def test_failed_trials_in_a_row_stop_the_sweep(tiny_config: ConfigDict, tmp_path
     tiny_config.batches.batch_size = 100_000
     record = make_study(tmp_path, study.make_sampler("random", 0))
     sweep = search.Sweep(record, tiny_config, make_rate_space(), tmp_path, 3, 3)
-    with (
-        Worker(record, tmp_path, 3) as worker,
-        pytest.raises(UserError, match="3 trials in a row failed"),
-    ):
-        search.run_worker(sweep, worker, table.Table(record, 3))
+    with pytest.raises(UserError, match="3 trials in a row failed"):
+        search.run_worker(sweep)
     assert [row["state"] for row in rows(tmp_path)] == ["failed"] * 3
 
 
@@ -546,25 +537,21 @@ def test_a_damaged_member_fails_no_trial_of_its_population(
     record = make_study(tmp_path, study.make_sampler("random", 0))
     sweep = search.Sweep(record, tiny_config, make_rate_space(), tmp_path, 2, 2)
 
-    def run() -> None:
-        with Worker(record, tmp_path, 2) as worker:
-            search.run_worker(sweep, worker, table.Table(record, 2))
-
     def stop(*unused: Any) -> None:
         raise search.Stopped(143)
 
     with monkeypatch.context() as patched, pytest.raises(search.Stopped):
         patched.setattr(search, "_report", stop)  # After the first checkpoint.
-        run()
+        search.run_worker(sweep)
     member = tmp_path / "trials" / "0001"
     sums = member / workdir.CHECKPOINTS / "0" / "SHA256SUMS"
     content = sums.read_bytes()
     sums.write_bytes(b"")
     with pytest.raises(UnavailableError, match=f"can't resume the training in {member}: every ch"):
-        run()
+        search.run_worker(sweep)
     assert study.list_finished(record) == [] == study.list_running(record)
     sums.write_bytes(content)
-    run()
+    search.run_worker(sweep)
     assert [row["state"] for row in rows(tmp_path)] == ["complete"] * 2
 
 
@@ -587,15 +574,15 @@ def test_a_trial_does_not_take_over_the_directory_of_another_study(tmp_path: Pat
 def test_a_study_of_another_space_or_of_no_sweep_raises_an_error(tmp_path: Path) -> None:
     sampler, pruner = study.make_sampler("random", 0), study.make_pruner("none", 1)
     for name, parameters in (("one", ["x"]), ("one", ["x"])):
-        study.open_study(tmp_path, None, name, config_lib.Config(), parameters, sampler, pruner)
+        study.open_study(tmp_path, None, name, {}, parameters, sampler, pruner)
     with pytest.raises(
         UserError, match=r"made for a space with \['x'\], but this one has \['x', 'y'\]"
     ):
-        study.open_study(tmp_path, None, "one", config_lib.Config(), ["x", "y"], sampler, pruner)
+        study.open_study(tmp_path, None, "one", {}, ["x", "y"], sampler, pruner)
     url = f"sqlite:///{tmp_path / options.DATABASE}"
     optuna.create_study(storage=url, study_name="two", direction="maximize")
     with pytest.raises(UserError, match="'two' exists, but is not from a sweep"):
-        study.open_study(tmp_path, None, "two", config_lib.Config(), ["x"], sampler, pruner)
+        study.open_study(tmp_path, None, "two", {}, ["x"], sampler, pruner)
 
 
 def test_importances_of_few_trials_are_called_a_hint(tmp_path: Path) -> None:

@@ -113,18 +113,15 @@ def _measure_loss(
 ) -> tuple[float, np.ndarray, dict[str, object]]:
     """Measure the loss as the options specify.
 
-    Return the mean loss, the loss of each token ([] unless an option needs it), and the fields of
+    Return the mean loss, the loss of each token ([] where no option needs it), and the fields of
     the result that name the settings.
     """
     model, params, vocabulary = trained.model, trained.params, trained.vocabulary
     if settings := options.dynamic:
         train_ids = splits["train"].encode(vocabulary)
-        total, kept = 0.0, [np.zeros(0, np.float32)]
-        for part in ensemble.adapt_to_text(model, params, train_ids, ids, settings):
-            total += float(part.sum(dtype=np.float64))
-            if options.json_lines:
-                kept.append(part)
-        return total / (len(ids) - 1), np.concatenate(kept), {"dynamic": settings._asdict()}
+        parts = [*ensemble.adapt_to_text(model, params, train_ids, ids, settings)]
+        total = sum(float(part.sum(dtype=np.float64)) for part in parts)
+        return total / (len(ids) - 1), np.concatenate(parts), {"dynamic": settings._asdict()}
     if options.context:
         losses = loss_lib.compute_token_losses(model, params, ids, options.context)
         return float(losses.mean(dtype=np.float64)), losses, {"context": options.context}

@@ -178,14 +178,14 @@ def find_followers(
     half = activations.shape[1] // 2
     searched = compute_correlations(activations[:, :half], features[:, :half])
     judged = compute_correlations(activations[:, half:], features[:, half:])
-    found = []
+    followers = []
     for number, row in enumerate(searched):
         best = np.argsort(-np.abs(row), kind="stable")[:each]
         chance = _compute_chance(activations[best, half:], features[number, half:])
         values = zip(best, row[best], judged[number, best], chance, strict=True)
         candidates = [Follower(number, *(x.item() for x in of_unit)) for of_unit in values]
-        found.append([f for f in candidates if f.correlation * np.sign(f.searched) > f.chance])
-    return found, judged
+        followers.append([f for f in candidates if f.correlation * np.sign(f.searched) > f.chance])
+    return followers, judged
 
 
 def _compute_chance(activations: np.ndarray, feature: np.ndarray) -> np.ndarray:

@@ -16,10 +16,6 @@ from lstm_jax.run import interrupts
 from lstm_jax.run.console import make_printable, make_printer
 from lstm_jax.run.workdir import Trained
 
-# The settings that commands change, and their types.
-_SETTINGS = {"length": int} | {
-    name: type(value) for name, value in Controls._field_defaults.items() if name != "forbidden"
-}
 HELP = """\
 The model reads each line and continues the whole text so far. After an empty line it continues
 without new input. A line that begins with a slash is a command:
@@ -53,13 +49,15 @@ def converse(
     arrays = generation.prepare_params(model, trained.params)
     state = generation.initial_state(model, arrays)
     earlier: list[State] = []  # For /undo.
+    settings: dict[str, Any] = {"length": length, **controls._asdict()}
 
     def answer(line: str, turn: int) -> State:
         """Read a line and print the continuation; return the state after it."""
         last = _read_line(trained, arrays, state, line)
         decode, show = generation.text_decoder(vocabulary, stop_token), make_printer()
         turn_key = jax.random.fold_in(key, turn)  # After /undo, a line gets another answer.
-        arrays_of_controls = make_control_arrays(controls, len(vocabulary))
+        length, *fields = settings.values()
+        arrays_of_controls = make_control_arrays(Controls(*fields), len(vocabulary))
         try:
             for ids, after in generation.generate_chunks(
                 model, arrays, last, turn_key, arrays_of_controls, stops, length
@@ -98,9 +96,9 @@ def converse(
             state = earlier.pop()
         elif name == "undo":
             _print_error("there is nothing to undo")
-        elif name in _SETTINGS:
+        elif name in settings and name != "forbidden":
             try:
-                length, controls = _change(length, controls, name, value)
+                settings[name] = _parse_number(name, type(settings[name]), value)
             except UserError as error:
                 _print_error(str(error))
         else:
@@ -121,16 +119,12 @@ def _read_line(trained: Trained, arrays: Prepared, state: State, line: str) -> S
     return generation.read_tokens(trained.model, arrays, state, ids[None])
 
 
-def _change(length: int, controls: Controls, name: str, value: str) -> tuple[int, Controls]:
-    """Return length and controls with one of them changed; raise `UserError` for a bad value."""
+def _parse_number(name: str, kind: type[int | float], value: str) -> int | float:
+    """Return the new value of a setting, or raise `UserError`."""
     try:
-        number: Any = _SETTINGS[name](value)
+        number = kind(value)
     except ValueError:
-        kind = "a whole number" if _SETTINGS[name] is int else "a number"
-        raise UserError(f"/{name} takes {kind}, not {value!r}") from None
-    if name != "length":
-        controls = controls._replace(**{name: number})
-        make_control_arrays(controls._replace(forbidden=()), vocabulary_size=3)
-        return length, controls
-    check_number("length", number)
-    return number, controls
+        words = "a whole number" if kind is int else "a number"
+        raise UserError(f"/{name} takes {words}, not {value!r}") from None
+    check_number(name, number)
+    return number

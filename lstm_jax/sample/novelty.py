@@ -8,7 +8,8 @@ import numpy as np
 
 # Longer runs count as copied. Any two texts in one language share runs of up to this length.
 COMMON_RUN = 20
-_BASE = 0x9E3779B97F4A7C15  # A large odd number.
+_BASE = np.uint64(0x9E3779B97F4A7C15)  # A large odd number.
+_INVERSE = np.uint64(pow(int(_BASE), -1, 2**64))
 
 
 class Novelty(NamedTuple):
@@ -37,9 +38,8 @@ def measure_novelty(text: str, training_text: Iterable[str]) -> Novelty:
         lengths = range(len(longest) + 1, len(text) + 1)
         if len(_find_copied(ours, theirs, lengths.start)):
             longer = bisect.bisect(lengths, 0, key=lambda n: not len(_find_copied(ours, theirs, n)))
-            length_there = lengths[longer - 1]
-            start = _find_copied(ours, theirs, length_there)[0]
-            longest = text[start : start + length_there]
+            start = _find_copied(ours, theirs, lengths[longer - 1])[0]
+            longest = text[start : start + lengths[longer - 1]]
     return Novelty(longest, np.count_nonzero(covered) / max(len(text), 1))
 
 
@@ -52,12 +52,9 @@ class _Windows:
 
     def __init__(self, text: str) -> None:
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-        powers = np.full(len(codes) + 1, _BASE, np.uint64)
-        inverses = np.full(len(codes) + 1, pow(_BASE, -1, 2**64), np.uint64)
-        powers[0] = inverses[0] = 1
-        self._inverses = np.cumprod(inverses)
-        self._sums = np.zeros(len(codes) + 1, np.uint64)
-        np.cumsum(codes * np.cumprod(powers)[:-1], out=self._sums[1:])
+        exponents = np.arange(len(codes), dtype=np.uint64)
+        self._inverses = _INVERSE**exponents
+        self._sums = np.append(np.uint64(0), np.cumsum(codes * _BASE**exponents))
 
     def hash_all(self, length: int) -> np.ndarray:
         """Return the hash of the window of this length at each position: uint64 [windows]."""

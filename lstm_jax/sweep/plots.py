@@ -104,14 +104,14 @@ def _get_axis(
     trials: Sequence[FrozenTrial], name: str
 ) -> tuple[dict[int, float], dict[float, str]]:
     """Return the position of each trial on the axis of a parameter, and the labels of its ticks."""
-    own = [t for t in trials if name in t.params]
-    distribution = own[0].distributions[name]
+    drawn = [t for t in trials if name in t.params]
+    distribution = drawn[0].distributions[name]
     if isinstance(distribution, CategoricalDistribution):
         choices = [str(choice) for choice in distribution.choices]
-        positions = {t.number: float(choices.index(str(t.params[name]))) for t in own}
+        positions = {t.number: float(choices.index(str(t.params[name]))) for t in drawn}
         return positions, {float(i): choice for i, choice in enumerate(choices)}
     is_log = getattr(distribution, "log", False)
-    positions = {t.number: math.log(t.params[name]) if is_log else t.params[name] for t in own}
+    positions = {t.number: math.log(t.params[name]) if is_log else t.params[name] for t in drawn}
     low, high = min(positions.values()), max(positions.values())
     ticks = (low, (low + high) / 2, high)
     return positions, {tick: format_value(math.exp(tick) if is_log else tick) for tick in ticks}

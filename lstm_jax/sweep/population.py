@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +27,8 @@ from lstm_jax.run.session import Session, open_run
 from lstm_jax.run.signals import Pacer
 from lstm_jax.sweep import options, stacked
 
-# Called with the number of a member, the epoch and the validation loss.
-_OnValidation = Callable[[int, int, float], None]
+# Called with the number of a member and each row of its metrics.
+_Watch = Callable[[int, Row], object]
 
 
 @dataclasses.dataclass
@@ -40,7 +40,7 @@ class _Member:
 
 
 def train_population(
-    configs: Sequence[Config], directories: Sequence[Path], on_validation: _OnValidation
+    configs: Sequence[Config], directories: Sequence[Path], watch: _Watch
 ) -> list[str]:
     """Train a model for each config, or resume from the working directories.
 
@@ -49,18 +49,22 @@ def train_population(
     """
     configs = check_members(configs)
     splits = texts.load_texts(configs[0].data)
-
-    def watch(number: int, row: Row) -> None:
-        if row["split"] == "validation" and float(row["epoch"]).is_integer():
-            on_validation(number, int(row["epoch"]), row["loss"])
-
     with contextlib.ExitStack() as opened:
         members = []
         for number, (config, directory) in enumerate(zip(configs, directories, strict=True)):
-            with _naming_resumed(directory):
-                watch_member = functools.partial(watch, number)
-                run = open_run(config, directory, watch=watch_member, splits=splits)
+            names = (workdir.CONFIG, workdir.CHECKPOINTS)
+            is_resumed = any((directory / name).exists() for name in names)
+            watch_one = functools.partial(watch, number)
+            try:
+                run = open_run(config, directory, watch=watch_one, splits=splits)
                 members.append(_Member(opened.enter_context(run)))
+            except UserError as error:
+                if not is_resumed:
+                    raise
+                # The user can repair that member, and the others have not failed.
+                raise UnavailableError(
+                    f"can't resume the training in {directory}: {error}"
+                ) from None
         # Members that were killed at different epochs are trained in groups.
         groups: dict[tuple[bool, int], list[_Member]] = {}
         for member in members:
@@ -70,36 +74,18 @@ def train_population(
     return [member.reason for member in members]
 
 
-@contextlib.contextmanager
-def _naming_resumed(directory: Path) -> Iterator[None]:
-    """Convert a `UserError` about a resumed member to an `UnavailableError` that names it.
-
-    The user can repair that member, and the others have not failed.
-    """
-    is_resumed = any((directory / name).exists() for name in (workdir.CONFIG, workdir.CHECKPOINTS))
-    try:
-        yield
-    except UserError as error:
-        if not is_resumed:
-            raise
-        raise UnavailableError(f"can't resume the training in {directory}: {error}") from None
-
-
 def check_members(configs: Sequence[Config]) -> list[Config]:
     """Return the configs with the checksum of the cell's file.
 
     Raise `UserError` if one program can't train them together.
     """
-    if configs[0].init_from:
-        raise UserError(
-            "the members of a population start from fresh weights: leave out "
-            "--config.init_from, or train one at a time with --population=1"
-        )
-    if configs[0].patience:
-        raise UserError(
-            "the members of a population all end at the same step: leave out --config.patience, or "
-            "train one at a time with --population=1"
-        )
+    rules = {"init_from": "start from fresh weights", "patience": "all end at the same step"}
+    for field, rule in rules.items():
+        if getattr(configs[0], field):
+            raise UserError(
+                f"the members of a population {rule}: leave out --config.{field}, or train one at "
+                "a time with --population=1"
+            )
     configs = [
         dataclasses.replace(config, model=cell_file.resolve_cell(config.model))
         for config in configs
@@ -130,16 +116,12 @@ def _train_group(members: Sequence[_Member]) -> None:
             config, first.model.vocabulary_size, plan.total_steps, mesh
         )
         clock = Clock(loop.step)
-        observers = [
-            Pacer(loop.step),
-            clock,
-            _Log(members, clock),
-            _Save(members),
-            _Validate(members, clock, compute_losses),
-        ]
-        feed = stacked.Feed([member.run.iterator for member in members], mesh)
+        validate = _Validate(members, clock, compute_losses)
+        observers = [Pacer(loop.step), clock, _Log(members, clock), validate]
+        iterators = [member.run.iterator for member in members]
+        next_batch = functools.partial(stacked.read_batches, iterators, mesh)
         train_members = functools.partial(train_step, traced)
-        training.take_steps(loop, train_members, feed.next, plan, observers)
+        training.take_steps(loop, train_members, next_batch, plan, observers)
     for member in members:
         member.run.checkpoints.wait()
     best = [member.run.load_best(member.run.read_metrics()) for member in members]
@@ -178,25 +160,8 @@ class _Log(Observer):
 
 
 @dataclasses.dataclass
-class _Save(Observer):
-    """Saves a checkpoint of each member that has not failed, before each validation."""
-
-    members: Sequence[_Member]
-
-    def after_step(self, loop: Loop) -> None:
-        """Save if the members are validated now."""
-        if not self.members[0].run.plan.validates_at(loop.step):
-            return
-        for member, state in zip(self.members, stacked.unstack_states(loop.state), strict=False):
-            if member.run.loop.state.average is None:
-                state = state._replace(average=None)
-            if not member.reason:
-                member.run.save(loop.step, state)
-
-
-@dataclasses.dataclass
 class _Validate(Observer):
-    """Measures the validation losses of all members."""
+    """Saves a checkpoint of each member that has not failed, and measures the validation losses."""
 
     members: Sequence[_Member]
     clock: Clock
@@ -207,9 +172,15 @@ class _Validate(Observer):
         self._validate(loop)
 
     def after_step(self, loop: Loop) -> None:
-        """Validate if it is due."""
-        if self.members[0].run.plan.validates_at(loop.step):
-            self._validate(loop)
+        """Save and validate if it is due."""
+        if not self.members[0].run.plan.validates_at(loop.step):
+            return
+        for member, state in zip(self.members, stacked.unstack_states(loop.state), strict=False):
+            if member.run.loop.state.average is None:
+                state = state._replace(average=None)
+            if not member.reason:
+                member.run.save(loop.step, state)
+        self._validate(loop)
 
     def _validate(self, loop: Loop) -> None:
         first = self.members[0].run

@@ -108,9 +108,8 @@ def list_trials(study: Study) -> list[FrozenTrial]:
 
 def _get_command(best: FrozenTrial, directory: Path) -> str:
     """Return the command that trains the best trial again, in a directory with its number."""
-    config, own = directory / BEST, directory / f"best-{best.number:04}"
-    given = ["--config", str(config), "--workdir", str(own)]
-    return shlex.join(["python", "-m", "lstm_jax.main", *given])
+    given = "--config", directory / BEST, "--workdir", directory / f"best-{best.number:04}"
+    return shlex.join(["python", "-m", "lstm_jax.main", *map(str, given)])
 
 
 def _measure_spread(trials: Sequence[FrozenTrial]) -> list[tuple[str, int, str]]:
@@ -118,10 +117,10 @@ def _measure_spread(trials: Sequence[FrozenTrial]) -> list[tuple[str, int, str]]
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     if any(set(trial.params) != {"seed"} for trial in complete):
         return []
-    tests = [trial.user_attrs.get(study_lib.TEST_LOSS) for trial in complete]
+    attributes = [trial.user_attrs for trial in complete]
+    tests = [each[study_lib.TEST_LOSS] for each in attributes if study_lib.TEST_LOSS in each]
     spread = []
-    for split, found in (("validation", [trial.value for trial in complete]), ("test", tests)):
-        losses = [loss for loss in found if loss is not None]
+    for split, losses in (("validation", [trial.values[0] for trial in complete]), ("test", tests)):
         text = "none was measured"
         if losses:
             deviation = statistics.stdev(losses) if len(losses) > 1 else 0.0
@@ -241,12 +240,12 @@ def _show_importances(study: Study) -> str:
         return ""
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()
     try:
-        found = optuna.importance.get_param_importances(study, evaluator=evaluator)
+        shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
     except Exception:  # The trials share no parameter, or none varies, for example.
         return ""
     bars = [
         (html.escape(name), f"{share:.2f}", f"<meter value={share:.3f}></meter>")
-        for name, share in found.items()
+        for name, share in shares.items()
         if math.isfinite(share)
     ]
     if not bars:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import math
 import signal
 import sys
@@ -17,6 +18,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study
 from optuna.trial import TrialState
 
+from lstm_jax import config as config_lib
 from lstm_jax import training
 from lstm_jax.config import Config
 from lstm_jax.data import files, texts
@@ -25,8 +27,8 @@ from lstm_jax.run import cell_file, checkpoints, metrics, workdir
 from lstm_jax.sweep import options, population, report
 from lstm_jax.sweep import space as space_lib
 from lstm_jax.sweep import study as study_lib
-from lstm_jax.sweep import worker as worker_lib
 from lstm_jax.sweep.table import Table
+from lstm_jax.sweep.worker import WORKERS, Worker, claim_directory, make_directory
 
 # The output of training, in the working directory of a trial.
 OUTPUT = "output.txt"
@@ -107,13 +109,20 @@ def prepare_sweep(
     name = name or f"{experiment_name}_{space_name}"
     path = Path(directory or Path("runs", "sweeps", name))
     path.mkdir(parents=True, exist_ok=True)
-    for own in (worker_lib.WORKERS, study_lib.TRIALS):
-        worker_lib.make_directory(path / own)
+    for folder in (WORKERS, study_lib.TRIALS):
+        make_directory(path / folder)
     report.check_paths(path)
-    own_sampler = study_lib.make_sampler(sampler, seed, grid)
-    own_pruner = study_lib.make_pruner(pruner, experiment.num_epochs)
     study = study_lib.open_study(
-        path, location, name, experiment, parameters, own_sampler, own_pruner
+        *(path, location, name),
+        # As in JSON.
+        {
+            field: list(value) if isinstance(value, tuple) else value
+            for field, value in config_lib.flatten(experiment)
+            if field in config_lib.COMPARED
+        },
+        parameters,
+        study_lib.make_sampler(sampler, seed, grid),
+        study_lib.make_pruner(pruner, experiment.num_epochs),
     )
     study_lib.check_space(study, space)
     if grid is not None:
@@ -122,18 +131,10 @@ def prepare_sweep(
 
 
 def run_sweep(sweep: Sweep) -> int:
-    """Call `run_worker`, write the report and print a summary; return the exit code.
-
-    A signal handler may raise `Stopped` at any time: the trials are then released, so that the
-    same command resumes them.
-    """
+    """Call `run_worker`, write the report and print a summary; return the exit code."""
     exit_code = 0
     try:
-        with (
-            Table(sweep.study, sweep.trials) as table,
-            worker_lib.Worker(sweep.study, sweep.directory, sweep.trials) as worker,
-        ):
-            run_worker(sweep, worker, table)
+        run_worker(sweep)
     except Stopped as stopped:
         exit_code = stopped.code
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # For the seconds that the report takes.
@@ -141,37 +142,40 @@ def run_sweep(sweep: Sweep) -> int:
     return exit_code
 
 
-def run_worker(sweep: Sweep, worker: worker_lib.Worker, table: Table) -> None:
+def run_worker(sweep: Sweep) -> None:
     """Train trials until all workers together have finished `sweep.trials`.
 
-    Raise `Stopped` after a signal; then `worker` still has trials to release.
+    A signal handler may raise `Stopped` at any time: the trials are then released, so that the
+    same command resumes them.
     """
     failures: list[str] = []
-    while True:
-        trials: list[Trial] = []
-        while len(trials) < sweep.population and (trial := worker.next()):
-            trials.append(trial)
-        if not trials:
-            if len(study_lib.list_finished(sweep.study)) >= sweep.trials:
-                return
-            time.sleep(_POLL_SECONDS)  # Other workers train the last trials.
-            continue
-        try:
-            reasons = _train_trials(sweep, worker, trials)
-        except UpdateFinishedTrialError:  # Another worker has taken one of them over.
-            for trial in trials:
-                worker.close(trial.number, study_lib.GIVEN_BACK)
-            reasons = [""] * len(trials)
-        for trial, reason in zip(trials, reasons, strict=True):
-            failures = [*failures, reason] if reason else []
-            table.tell(trial.number)
-        report.write_trials(sweep.study, sweep.directory)
-        jax.clear_caches()  # Each trial compiles its own functions.
-        if len(failures) >= _MAX_FAILURES:
-            raise UserError(f"{len(failures)} trials in a row failed, the last: {failures[-1]}")
+    with (
+        Table(sweep.study, sweep.trials) as table,
+        Worker(sweep.study, sweep.directory, sweep.trials) as worker,
+    ):
+        while True:
+            trials = list(itertools.islice(iter(worker.next, None), sweep.population))
+            if not trials:
+                if len(study_lib.list_finished(sweep.study)) >= sweep.trials:
+                    return
+                time.sleep(_POLL_SECONDS)  # Other workers train the last trials.
+                continue
+            try:
+                reasons = _train_trials(sweep, worker, trials)
+            except UpdateFinishedTrialError:  # Another worker has taken one of them over.
+                for trial in trials:
+                    worker.close(trial.number, study_lib.GIVEN_BACK)
+                reasons = [""] * len(trials)
+            for trial, reason in zip(trials, reasons, strict=True):
+                failures = [*failures, reason] if reason else []
+                table.tell(trial.number)
+            report.write_trials(sweep.study, sweep.directory)
+            jax.clear_caches()  # Each trial compiles its own functions.
+            if len(failures) >= _MAX_FAILURES:
+                raise UserError(f"{len(failures)} trials in a row failed, the last: {failures[-1]}")
 
 
-def _train_trials(sweep: Sweep, worker: worker_lib.Worker, trials: Sequence[Trial]) -> list[str]:
+def _train_trials(sweep: Sweep, worker: Worker, trials: Sequence[Trial]) -> list[str]:
     """Train trials and record their results; return the reason of each failure, or ""."""
     configs, directories = [], []
     for trial in trials:
@@ -183,11 +187,11 @@ def _train_trials(sweep: Sweep, worker: worker_lib.Worker, trials: Sequence[Tria
             raise
         trial.set_user_attr(study_lib.OVERRIDES, overrides)
         directories.append(study_lib.get_trial_directory(sweep.directory, trial))
-        worker_lib.claim_directory(directories[-1], trial)
+        claim_directory(directories[-1], trial)
 
-    def report_loss(member: int, epoch: int, loss: float) -> None:
+    def watch(member: int, row: metrics.Row) -> None:
         with contextlib.suppress(UpdateFinishedTrialError):
-            _report(trials[member], epoch, loss)
+            _report(trials[member], row)
 
     is_alone = sweep.population == 1
     output = (directories[0] if is_alone else sweep.directory) / OUTPUT
@@ -200,7 +204,7 @@ def _train_trials(sweep: Sweep, worker: worker_lib.Worker, trials: Sequence[Tria
             if is_alone:
                 reasons = [_train_trial(trials[0], configs[0], directories[0])]
             else:
-                reasons = population.train_population(configs, directories, report_loss)
+                reasons = population.train_population(configs, directories, watch)
     except TrialPruned:
         worker.tell(trials[0], TrialState.PRUNED)
         return [""]
@@ -217,15 +221,13 @@ def _train_trials(sweep: Sweep, worker: worker_lib.Worker, trials: Sequence[Tria
 def _train_trial(trial: Trial, config: Config, directory: Path) -> str:
     """Train one trial; if it diverged, return the reason, else ""."""
 
-    def report_loss(row: metrics.Row) -> None:
-        epoch = row["epoch"]
-        if row["split"] == "validation" and epoch and epoch.is_integer():
-            _report(trial, int(epoch), row["loss"])
-            if epoch < config.num_epochs and trial.should_prune():
-                raise TrialPruned
+    def watch(row: metrics.Row) -> None:
+        is_reported = row["epoch"] and _report(trial, row)
+        if is_reported and row["epoch"] < config.num_epochs and trial.should_prune():
+            raise TrialPruned
 
     try:
-        exit_code = training.train(config, directory, report_loss)
+        exit_code = training.train(config, directory, watch)
     except NotFiniteError as error:
         return str(error)
     if exit_code:
@@ -233,7 +235,7 @@ def _train_trial(trial: Trial, config: Config, directory: Path) -> str:
     return ""
 
 
-def _fail(worker: worker_lib.Worker, trial: Trial, error: Exception) -> str:
+def _fail(worker: Worker, trial: Trial, error: Exception) -> str:
     """Record that a trial can't be trained; return the reason."""
     if isinstance(error, UnavailableError):
         raise error  # A later attempt may succeed, so the trial is released.
@@ -242,7 +244,7 @@ def _fail(worker: worker_lib.Worker, trial: Trial, error: Exception) -> str:
     return reason
 
 
-def _complete(worker: worker_lib.Worker, trial: Trial, directory: Path) -> None:
+def _complete(worker: Worker, trial: Trial, directory: Path) -> None:
     """Record the validation loss of the best checkpoint of a trained trial."""
     saved_in = directory / workdir.CHECKPOINTS
     best = checkpoints.find_best_step(saved_in)
@@ -261,8 +263,15 @@ def _append(path: Path) -> io.TextIOWrapper:
     return io.TextIOWrapper(files.open_append(path), encoding="utf-8", errors="backslashreplace")
 
 
-def _report(trial: Trial, epoch: int, loss: float) -> None:
-    """Report a validation loss once; a resumed trial measures its last one again."""
+def _report(trial: Trial, row: metrics.Row) -> bool:
+    """Report the validation loss after an epoch; return whether it is in this row.
+
+    It is reported once, but a resumed trial measures its last one again.
+    """
+    epoch, loss = int(row["epoch"]), row["loss"]
+    if row["split"] != "validation" or epoch != row["epoch"]:
+        return False
     reported = trial.storage.get_trial(trial._trial_id).intermediate_values
     if math.isfinite(loss) and epoch not in reported:
         trial.report(loss, epoch)
+    return True

@@ -143,8 +143,5 @@ def load_space(path: Path) -> Space:
 
 def make_seed_space(first: int, number: int) -> Space:
     """Return the space of consecutive seeds."""
-
-    def get_overrides(trial: BaseTrial) -> dict[str, object]:
-        return {"seed": trial.suggest_int("seed", first, first + number - 1, step=1)}
-
-    return Space("--seeds", get_overrides)
+    last = first + number - 1
+    return Space("--seeds", lambda trial: {"seed": trial.suggest_int("seed", first, last)})

@@ -8,7 +8,7 @@ together, under `jax.vmap`.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import grain
@@ -64,18 +64,14 @@ def unstack_states(stacked: TrainState) -> Iterator[TrainState]:
         yield state._replace(key=jax.random.wrap_key_data(state.key))
 
 
-class Feed:
-    """The batches of all members, [members, ...], on the devices of a mesh."""
+def read_batches(iterators: Sequence[grain.DatasetIterator], mesh: Mesh, steps: int) -> Batch:
+    """Read the next batch of each member, on the devices of a mesh, [members, ...].
 
-    def __init__(self, iterators: Sequence[grain.DatasetIterator], mesh: Mesh) -> None:
-        self._iterators, self._mesh = iterators, mesh
-
-    def next(self, steps: int = 1) -> Batch:
-        """Return the next batches, or those of several steps, [members, steps, ...]."""
-        read = [[next(each) for _ in range(steps)] for each in self._iterators]
-        batches = _fill([*map(feeding.stack_steps, read)], self._mesh)
-        stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
-        return parallel.place_local(stacked, self._mesh, _MEMBERS)
+    If there are several steps, it is [members, steps, ...].
+    """
+    batches = [feeding.stack_steps([next(each) for _ in range(steps)]) for each in iterators]
+    stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *_fill(batches, mesh))
+    return parallel.place_local(stacked, mesh, _MEMBERS)
 
 
 def stack_hyperparameters(configs: Sequence[Config], mesh: Mesh) -> dict[str, jax.Array]:
@@ -109,11 +105,13 @@ def make_population_step(
     """
 
     def step(traced: dict[str, jax.Array], state: TrainState, batch: Batch) -> TrainState:
-        fields = {**traced}
-        schedule = fields.pop("optimizer.schedule", None)
-        member = _set_fields(config, fields)
+        member: Any = config
+        for field, array in traced.items():
+            section, _, name = field.partition(".")
+            changed = dataclasses.replace(getattr(member, section), **{name: array})
+            member = dataclasses.replace(member, **{section: changed})
         model = model_lib.make_model(config.model, vocabulary_size)
-        learning_rate = _make_schedule(member.optimizer, total_steps, schedule)
+        learning_rate = _make_schedule(member.optimizer, total_steps)
         optimizer = optimizer_lib.chain_updates(member.optimizer, learning_rate)
         train_step = make_step(model, optimizer, member, None)
         return feeding.scan_steps(train_step, config.batches.window_length)(state, batch)
@@ -121,24 +119,10 @@ def make_population_step(
     return _map_members(step, mesh)
 
 
-def _set_fields(config: Config, fields: Mapping[str, jax.Array]) -> Config:
-    """Return the config with arrays in fields of the optimizer and of regularization."""
-    sections: dict[str, dict[str, Any]] = {"optimizer": {}, "regularization": {}}
-    for field, array in fields.items():
-        section, _, name = field.partition(".")
-        sections[section][name] = array
-    return dataclasses.replace(
-        config,
-        optimizer=dataclasses.replace(config.optimizer, **sections["optimizer"]),
-        regularization=dataclasses.replace(config.regularization, **sections["regularization"]),
-    )
-
-
-def _make_schedule(
-    optimizer: OptimizerConfig, total_steps: int, schedule: jax.Array | None
-) -> optax.Schedule:
-    """Make the learning rate of a member; `schedule` is an index into `SCHEDULES` if it varies."""
-    if schedule is None:
+def _make_schedule(optimizer: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Make the learning rate; `schedule` is an index into `SCHEDULES` if members differ in it."""
+    schedule: Any = optimizer.schedule
+    if isinstance(schedule, str):
         return optimizer_lib.make_schedule(optimizer, total_steps)
     schedules = [
         optimizer_lib.make_schedule(dataclasses.replace(optimizer, schedule=name), total_steps)

@@ -25,11 +25,7 @@ from optuna.trial import FrozenTrial
 from lstm_jax.data import files
 from lstm_jax.errors import UnavailableError, UserError, one_line
 
-_DRIVERS = {
-    "postgresql": "postgresql+psycopg",
-    "postgres": "postgresql+psycopg",
-    "mysql": "mysql+pymysql",
-}
+_DRIVERS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql"}
 
 # A journal starts with this, and none of its records is longer.
 _FIRST_BYTES, _MAX_RECORD_BYTES = b'{"op_code":', 2**24
@@ -80,8 +76,8 @@ def open_storage(database: Path, location: str | None, check_trial: _CheckTrial)
             if backend == "sqlite":
                 # A view or trigger may run a query that never ends.
                 query = "SELECT name FROM sqlite_master WHERE type IN ('view', 'trigger')"
-                if found := connection.exec_driver_sql(query).first():
-                    raise OSError(errno.EINVAL, f"It has a view or trigger, {found[0]!r:.80}")
+                if row := connection.exec_driver_sql(query).first():
+                    raise OSError(errno.EINVAL, f"It has a view or trigger, {row[0]!r:.80}")
     except ModuleNotFoundError as error:
         raise UserError(
             f"{backend} needs the module {error.name}: pip install 'lstm-jax[sweep-servers]'"
@@ -162,8 +158,8 @@ class Guarded:
         self._inner, self._place = inner, place
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._inner, name)
-        return convert_errors(self._place)(found) if callable(found) else found
+        value = getattr(self._inner, name)
+        return convert_errors(self._place)(value) if callable(value) else value
 
 
 class _CheckedStorage(Guarded):

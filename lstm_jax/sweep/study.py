@@ -16,8 +16,6 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study, StudyDirection
 from optuna.trial import BaseTrial, FrozenTrial, TrialState
 
-from lstm_jax import config as config_lib
-from lstm_jax.config import Config
 from lstm_jax.errors import UserError
 from lstm_jax.sweep import options
 from lstm_jax.sweep.space import Space
@@ -29,7 +27,7 @@ _Grid = Mapping[str, Sequence[CategoricalChoiceType]]  # The values of each para
 TRIALS = "trials"
 
 # Attributes of a trial. Only the process that runs the trial writes them.
-WORKER = "worker"  # host/name/ticket, where the ticket is unique.
+WORKER = "worker"  # host/name
 BEAT = "beat"  # A counter that the worker increments.
 RESUMES = "resumes"  # The number of the trial that this one resumes.
 WORKDIR = "workdir"  # The number that names its working directory.
@@ -51,13 +49,14 @@ def open_study(
     directory: Path,
     location: str | None,
     name: str,
-    experiment: Config,
+    fields: Mapping[str, object],
     parameters: Sequence[str],
     sampler: BaseSampler,
     pruner: optuna.pruners.BasePruner,
 ) -> Study:
     """Open or create the study of a sweep, at `location` or in the sweep's directory.
 
+    `fields` are those of the experiment that all workers share, as in JSON: lists for tuples.
     Raise `UserError` if it can't be reached or written, or is for another experiment or space.
     """
     study = optuna.create_study(
@@ -67,11 +66,6 @@ def open_study(
         pruner=pruner,
         load_if_exists=True,
     )
-    fields = {
-        field: list(value) if isinstance(value, tuple) else value
-        for field, value in config_lib.flatten(experiment)
-        if field in config_lib.COMPARED
-    }
     # Read the trials first: another worker may add one now, but only after the attributes.
     is_empty = not study.get_trials(deepcopy=False)
     before, known = study.user_attrs.get(_EXPERIMENT), study.user_attrs.get(_PARAMETERS)
@@ -111,27 +105,27 @@ def check_space(study: Study, space: Space) -> None:
 def check_trial(trial: FrozenTrial) -> FrozenTrial:
     """Return a trial; raise `UserError` if it has values that no sweep writes."""
     losses, values, number = trial.intermediate_values, trial.values, trial.number
-    found = {
+    fields = {
         **trial.user_attrs,
         "value": values,
         "dict of losses": losses,
         "dict of system attributes": trial.system_attrs,
         "state": trial.state.name,
     }
-    deaths = found.get(DEATHS, [0, []])
+    deaths = fields.get(DEATHS, [0, []])
     is_valid = {
-        ORIGIN: _matches(found.get(ORIGIN), "[0-9a-f]{32}"),
-        WORKER: _matches(found.get(WORKER), "[^/]+/[0-9a-f]{32}/[0-9a-f]{32}"),
-        BEAT: _is_count(found.get(BEAT, 0)),
-        RESUMES: RESUMES not in found or _is_count(found[RESUMES], number - 1),
-        WORKDIR: _is_count(found.get(WORKDIR, 0), number),
-        PLACE: _is_count(found.get(PLACE, 0), number),
+        ORIGIN: _matches(fields.get(ORIGIN), "[0-9a-f]{32}"),
+        WORKER: _matches(fields.get(WORKER), "[^/]+/[0-9a-f]{32}"),
+        BEAT: _is_count(fields.get(BEAT, 0)),
+        RESUMES: RESUMES not in fields or _is_count(fields[RESUMES], number - 1),
+        WORKDIR: _is_count(fields.get(WORKDIR, 0), number),
+        PLACE: _is_count(fields.get(PLACE, 0), number),
         DEATHS: isinstance(deaths, list)
         and [type(part) for part in deaths] == [int, list]
         and deaths[0] >= 0,
-        REASON: isinstance(found.get(REASON, ""), str),
-        OVERRIDES: isinstance(found.get(OVERRIDES, {}), dict),
-        TEST_LOSS: _is_loss(found.get(TEST_LOSS, 0)),
+        REASON: isinstance(fields.get(REASON, ""), str),
+        OVERRIDES: isinstance(fields.get(OVERRIDES, {}), dict),
+        TEST_LOSS: _is_loss(fields.get(TEST_LOSS, 0)),
         "value": values is None or (len(values) == 1 and _is_loss(values[0])),
         "dict of losses": all(_is_count(epoch) and _is_loss(losses[epoch]) for epoch in losses),
         "dict of system attributes": isinstance(trial.system_attrs, dict),
@@ -141,7 +135,7 @@ def check_trial(trial: FrozenTrial) -> FrozenTrial:
         if not valid:
             raise UserError(
                 f"trial {number} of the study was not made by a sweep (its {name} is "
-                f"{found.get(name)!r:.80}): use another study"
+                f"{fields.get(name)!r:.80}): use another study"
             )
     trial._validate()
     return trial
@@ -198,10 +192,10 @@ class _SeededSampler(Guarded):
 
     @convert_errors()
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        own = copy.copy(trial)  # GridSampler takes the point of this number.
-        own.number = trial.user_attrs.get(PLACE, trial.number)
-        self._inner = self._make(own.number)
-        self._inner.before_trial(study, own)
+        placed = copy.copy(trial)  # GridSampler takes the point of this number.
+        placed.number = trial.user_attrs.get(PLACE, trial.number)
+        self._inner = self._make(placed.number)
+        self._inner.before_trial(study, placed)
 
     def after_trial(self, *outcome: object) -> None:
         """Do nothing: GridSampler would stop Optuna's own loop, and the others do nothing."""
@@ -223,9 +217,9 @@ class _Hyperband(optuna.pruners.HyperbandPruner):
         return super().prune(study, trial)
 
     def _get_bracket_id(self, study: Study, trial: FrozenTrial) -> int:
-        first = copy.copy(trial)
-        first.number = trial.user_attrs.get(PLACE, trial.number)
-        return super()._get_bracket_id(study, first)
+        placed = copy.copy(trial)
+        placed.number = trial.user_attrs.get(PLACE, trial.number)
+        return super()._get_bracket_id(study, placed)
 
 
 def list_finished(study: Study) -> list[FrozenTrial]:

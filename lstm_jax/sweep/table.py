@@ -19,30 +19,24 @@ from lstm_jax.sweep import study as study_lib
 _MAX_ROWS = 12
 
 
-class Table:
+class Table(Live):
     """A live table of the trials, with the best one and the remaining time."""
 
     def __init__(self, study: Study, trials: int) -> None:
         """Prepare the table of a study with `trials` to finish in total."""
-        self._study, self._trials = study, trials
+        self._study, self._trials, self._shown = study, trials, Group()
         # Keep the current standard error: it is redirected while a trial trains.
-        self._console = Console(file=sys.stderr)
-        self._shown = Group()
-        self._live = Live(
-            console=self._console, get_renderable=self._draw, refresh_per_second=0.5, transient=True
-        )
+        console = Console(file=sys.stderr)
+        super().__init__(console=console, refresh_per_second=0.5, transient=True)
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
-            self._live.start()
+        if self.console.is_terminal:
+            self.start()
         return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._live.stop()
 
     def tell(self, number: int) -> None:
         """Print a line for a trial that ended, unless the table is shown."""
-        if self._live.is_started:
+        if self.is_started:
             return
         trials = self._study.get_trials(deepcopy=False)
         ended = trials[number]
@@ -53,9 +47,10 @@ class Table:
             text += f" ({reason})"
         text = visible(f"{text}: {describe_settings(ended)}")
         text += f"; {describe_progress(trials, self._trials)}"
-        self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+        self.console.print(text, soft_wrap=True, markup=False, highlight=False)
 
-    def _draw(self) -> Group:
+    def get_renderable(self) -> Group:
+        """Return the table, or the last one if the study can't be read."""
         with contextlib.suppress(Exception):  # The database may be temporarily unreachable.
             trials = self._study.get_trials(deepcopy=False)
             table = RichTable(box=None, pad_edge=False)

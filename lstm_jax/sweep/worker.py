@@ -9,13 +9,12 @@ the same trial, or start one trial too many, the trial with the higher number is
 import contextlib
 import os
 import socket
-import stat
 import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -44,7 +43,7 @@ def make_directory(path: Path) -> None:
     """Make a directory; raise `UserError` if a file or a link has its name."""
     with contextlib.suppress(FileExistsError):
         path.mkdir()
-    if not stat.S_ISDIR(path.lstat().st_mode):
+    if path.is_symlink() or not path.is_dir():
         raise UserError(f"{path} must be a directory, but is a link or a file: move it away")
 
 
@@ -52,10 +51,10 @@ def claim_directory(directory: Path, trial: BaseTrial) -> None:
     """Make the working directory of a trial; raise `UserError` if another study's trial uses it."""
     make_directory(directory.parent)
     make_directory(directory)
-    path, own = directory / OWNER, trial.user_attrs[study_lib.ORIGIN].encode()
+    path, origin = directory / OWNER, trial.user_attrs[study_lib.ORIGIN].encode()
     if not os.path.lexists(path) and not os.path.lexists(directory / workdir.CONFIG):
-        files.write_file(path, own)
-    elif not os.path.lexists(path) or files.read_bytes(path, 100) != own:
+        files.write_file(path, origin)
+    elif not os.path.lexists(path) or files.read_bytes(path, 100) != origin:
         raise UserError(f"{directory} contains a trial of another study: use another --workdir")
 
 
@@ -140,43 +139,40 @@ class Worker:
             self.study.tell(trial, loss, state, skip_if_finished=True)
         self._own.pop(trial.number, None)
 
-    def _add(
-        self, user_attrs: Mapping[str, object], like: FrozenTrial | None = None
-    ) -> optuna.Trial:
+    def _add(self, user_attrs: Mapping[str, Any], like: FrozenTrial | None = None) -> optuna.Trial:
         """Add a trial that belongs to this worker from the start."""
-        ticket = f"{socket.gethostname()}/{self._name}/{uuid.uuid4().hex}"
         like = like or optuna.trial.create_trial(state=TrialState.RUNNING)
         system_attrs = {
             name: value
             for name, value in like.system_attrs.items()
             if name in ("grid_id", "search_space") or name.startswith("completed_rung_")
         }
-        self.study.add_trial(
-            optuna.trial.create_trial(
-                state=TrialState.RUNNING,
-                params=like.params,
-                distributions=like.distributions,
-                intermediate_values=like.intermediate_values,
-                user_attrs={**user_attrs, study_lib.WORKER: ticket},
-                system_attrs=system_attrs,
-            )
+        template = optuna.trial.create_trial(
+            state=TrialState.RUNNING,
+            params=like.params,
+            distributions=like.distributions,
+            intermediate_values=like.intermediate_values,
+            user_attrs={**user_attrs, study_lib.WORKER: f"{socket.gethostname()}/{self._name}"},
+            system_attrs=system_attrs,
         )
-        trials = self.study.get_trials(deepcopy=False)
-        (own,) = (trial for trial in trials if trial.user_attrs[study_lib.WORKER] == ticket)
+        storage = self.study._storage
+        trial_id = storage.create_new_trial(self.study._study_id, template)
+        number = storage.get_trial_number_from_id(trial_id)
         # Before the next write, which may fail: `__exit__` must know of the trial.
-        self._own[own.number] = own._trial_id
-        if study_lib.PLACE not in own.user_attrs:
-            first = own.user_attrs.get(study_lib.WORKDIR, own.number)
+        self._own[number] = trial_id
+        if study_lib.PLACE not in user_attrs:
+            first = user_attrs.get(study_lib.WORKDIR, number)
+            trials = self.study.get_trials(deepcopy=False)
             place = sum(t.number < first and study_lib.RESUMES not in t.user_attrs for t in trials)
-            self.study._storage.set_trial_user_attr(own._trial_id, study_lib.PLACE, place)
-        return optuna.Trial(self.study, own._trial_id)
+            storage.set_trial_user_attr(trial_id, study_lib.PLACE, place)
+        return optuna.Trial(self.study, trial_id)
 
     def _before(self, trial: optuna.Trial) -> list[FrozenTrial]:
         return [t for t in self.study.get_trials(deepcopy=False) if t.number < trial.number]
 
     def _is_dead(self, trial: FrozenTrial) -> bool:
         """Return whether the worker of a trial is dead."""
-        host, name, _ = trial.user_attrs[study_lib.WORKER].split("/")
+        host, name = trial.user_attrs[study_lib.WORKER].split("/")
         path = self._directory / name
         if host == socket.gethostname() and path.is_file():
             try:
