@@ -4,8 +4,7 @@
     python benchmarks/compare.py --out runs/cells --variants lstm,mingru --sampler grid \
         --space experiments/sweeps/learning_rate.py --trials 5 --tune_epochs 1
     python benchmarks/compare.py --out runs/optimizers --experiment experiments/optimizers.py \
-        --space experiments/sweeps/optimizers.py --sampler grid --trials 10 --tune_epochs 1 \
-        --budgets seconds
+        --space experiments/sweeps/optimizers.py --budgets seconds
 
 The variants of an experiment, experiments/cells.py by default, are the names in its VARIANTS. The
 same command resumes an interrupted comparison, and several processes may run it at the same time.
@@ -24,10 +23,12 @@ variant. --config.FIELD=VALUE flags are passed to every training, for example fo
 """
 
 import argparse
+import contextlib
+import functools
 import json
+import runpy
 import statistics
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,10 +36,8 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from frame import ROOT, load_module, parse_flags, run_python, spread
+from frame import ROOT, evaluate, parse_flags, print_head, print_row, run_python, spread, time_call
 from lstm_jax import generation
-from lstm_jax import loss as loss_lib
-from lstm_jax.data import texts
 from lstm_jax.devices import memory
 from lstm_jax.run import metrics, workdir
 
@@ -82,18 +81,17 @@ def main() -> None:
     )
     names = options.variants.split(",")
     if options.variants == "all":
-        names = list(load_module(options.experiment).VARIANTS)
+        names = list(runpy.run_path(str(options.experiment))["VARIANTS"])
     memory.keep_freed_memory()
     for name in names:
         tune(name, options)
-    results: Results = {budget: {} for budget in options.budgets.split(",")}
-    for budget, runs in results.items():
-        for name in names:
-            runs[name] = train(name, budget, options)
-    table = make_table(results, options)
-    (options.out / "compare.md").write_text(table)
-    draw_losses(results).savefig(options.out / "compare.svg")
-    print(f"{table}\nWrote {options.out / 'compare.md'} and {options.out / 'compare.svg'}")
+    budgets = options.budgets.split(",")
+    results = {budget: {name: train(name, budget, options) for name in names} for budget in budgets}
+    table, plot = options.out / "compare.md", options.out / "compare.svg"
+    with table.open("w") as file, contextlib.redirect_stdout(file):
+        print_tables(results, options)
+    draw_losses(results).savefig(plot)
+    print(f"{table.read_text()}\nWrote {table} and {plot}")
 
 
 def tune(name: str, options: argparse.Namespace) -> None:
@@ -111,19 +109,21 @@ def train(name: str, budget: str, options: argparse.Namespace) -> list[Measured]
     given = ("--seeds", options.seeds, "--population", 1, "--workdir", out)
     length = [f"--config.num_epochs={options.epochs}"]
     if budget == "seconds":
-        steps = count_steps(tuned, options.seconds)
+        tried = (path.parent for path in tuned.glob(f"trials/*/{workdir.METRICS}"))
+        steps = count_steps(tried, options.seconds)
         length = ["--config.num_epochs=1000", f"--config.max_steps={steps}"]
     best = ("--config", tuned / "best.py")
     run_python("-m", "lstm_jax.sweep", *best, *given, *length, *options.fields)
-    return list(measure_trials(out))
+    trials = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
+    return [measure_once(trial) for trial in trials if trial["state"] == "complete"]
 
 
-def count_steps(tuned: Path, seconds: float) -> int:
-    """Return the number of steps that take these seconds in the fastest trial of a sweep."""
-    trials = [path.parent for path in tuned.glob(f"trials/*/{workdir.METRICS}")]
-    batches = workdir.load_config(trials[0]).batches
-    speeds = [measure_speed(trial) for trial in trials]
-    return max(round(seconds * max(speeds) / (batches.batch_size * batches.window_length)), 1)
+def count_steps(directories: Iterable[Path], seconds: float) -> int:
+    """Return the number of steps that take these seconds in the fastest of several runs."""
+    fastest = max(directories, key=measure_speed)
+    batches = workdir.load_config(fastest).batches
+    tokens = seconds * measure_speed(fastest)
+    return max(round(tokens / (batches.batch_size * batches.window_length)), 1)
 
 
 def measure_speed(directory: Path) -> float:
@@ -132,31 +132,25 @@ def measure_speed(directory: Path) -> float:
     return statistics.median(row["tokens_per_second"] for row in rows if row["split"] == "train")
 
 
-def measure_trials(out: Path) -> Iterator[Measured]:
-    """Measure the trained models of a sweep once, and keep the results beside them."""
-    for line in (out / "trials.jsonl").read_text().splitlines():
-        trial = json.loads(line)
-        if trial["state"] != "complete":
-            continue
-        path = Path(trial["workdir"]) / "measured.json"
-        if not path.exists():
-            path.write_text(json.dumps(measure(trial)._asdict()))
-        yield Measured(**json.loads(path.read_text()))
+def measure_once(trial: dict[str, Any]) -> Measured:
+    """Measure the trained model of a trial, and keep the results beside it."""
+    path = Path(trial["workdir"]) / "measured.json"
+    if not path.exists():
+        path.write_text(json.dumps(measure(trial)._asdict()))
+    return Measured(**json.loads(path.read_text()))
 
 
 def measure(trial: dict[str, Any]) -> Measured:
     """Measure a trained model."""
-    trained = workdir.load_trained(trial["workdir"])
-    rows = metrics.read_metrics(Path(trial["workdir"]) / workdir.METRICS)
-    splits = texts.load_texts_of_run(trained.config.data, None, None, None)
-    ids = np.asarray(splits["test"].encode(trained.vocabulary)[:])
+    directory = Path(trial["workdir"])
+    trained = workdir.load_trained(directory)
     return Measured(
         trial["validation_loss"],
         trial["test_loss"],
-        float(loss_lib.compute_token_losses(trained.model, trained.params, ids, WINDOW).mean()),
-        max(row["step"] for row in rows),
+        evaluate(directory, "--split=test", f"--context={WINDOW}"),
+        max(row["step"] for row in metrics.read_metrics(directory / workdir.METRICS)),
         trial["seconds"],
-        measure_speed(Path(trial["workdir"])),
+        measure_speed(directory),
         measure_generation(trained),
         sum(array.size for array in jax.tree.leaves(trained.params)),
     )
@@ -164,39 +158,29 @@ def measure(trial: dict[str, Any]) -> Measured:
 
 def measure_generation(trained: workdir.Trained) -> float:
     """Return the characters a second of one generated text, compilation excluded."""
-    prompt = np.zeros((1, 16), np.int32) + 2
-    seconds = []
-    for seed in range(3):
-        start = time.perf_counter()
-        key = jax.random.key(seed)
-        generation.generate_tokens(trained.model, trained.params, prompt, key, length=GENERATED)
-        seconds.append(time.perf_counter() - start)
-    return GENERATED / min(seconds)
+    arguments = trained.model, trained.params, np.full((1, 16), 2, np.int32), jax.random.key(0)
+    generate = functools.partial(generation.generate_tokens, *arguments, length=GENERATED)
+    return GENERATED / min(time_call(generate) for _ in range(3))
 
 
-def make_table(results: Results, options: argparse.Namespace) -> str:
-    """Return the tables in Markdown: means and standard deviations over seeds."""
-    head = (
-        "variant, parameters, steps, seconds, validation, test, test by windows, "
-        "characters a second in training, in generation"
-    )
-    lines = []
-    for budget, of_variants in results.items():
-        lines += [f"\nEqual {budget}:\n", f"| {head.replace(', ', ' | ')} |", "|" + " --- |" * 9]
-        for name, runs in of_variants.items():
-            mean = Measured(*map(statistics.mean, zip(*runs, strict=True)))
-            losses = " | ".join(spread(x, 4) for x in list(zip(*runs, strict=True))[:3])
-            lines.append(
-                f"| {name} | {mean.parameters:,.0f} | {mean.steps:,.0f} | {mean.seconds:.0f} | "
-                f"{losses} | {mean.training_speed:,.0f} | {mean.generation_speed:,.0f} |"
-            )
-    device = jax.devices()[0].device_kind
-    start = (
+def print_tables(results: Results, options: argparse.Namespace) -> None:
+    """Print the tables in Markdown: means and standard deviations over seeds."""
+    print(
         f"Tuned with {options.space.name}, {options.trials} trials of "
         f"{options.tune_epochs} epochs for each variant, on validation; "
-        f"{options.seeds} seeds; {device}. Losses in nats per character.\n"
+        f"{options.seeds} seeds; {jax.devices()[0].device_kind}. Losses in nats per character."
     )
-    return start + "\n".join(lines) + "\n"
+    losses = ("validation", "test", "test by windows")
+    speeds = ("characters a second in training", "in generation")
+    for budget, of_variants in results.items():
+        print(f"\nEqual {budget}:\n")
+        print_head("variant", "parameters", "steps", "seconds", *losses, *speeds)
+        for name, runs in of_variants.items():
+            columns = list(zip(*runs, strict=True))
+            mean = Measured(*map(statistics.mean, columns))
+            sizes = (mean.parameters, mean.steps, mean.seconds)
+            means = [f"{x:,.0f}" for x in (*sizes, mean.training_speed, mean.generation_speed)]
+            print_row(name, *means[:3], *(spread(x, 4) for x in columns[:3]), *means[3:])
 
 
 def draw_losses(results: Results) -> Figure:
@@ -206,11 +190,9 @@ def draw_losses(results: Results) -> Figure:
     axes = figure.add_subplot(xlabel="test loss, nats per character")
     for (budget, of_variants), color in zip(results.items(), ("#0072B2", "#D55E00"), strict=False):
         shift = 0.12 if budget == "seconds" else -0.12
-        points = [
-            (run.test, i + shift) for i, runs in enumerate(of_variants.values()) for run in runs
-        ]
-        label = f"equal {budget}"
-        axes.plot(*zip(*points, strict=True), "o", markersize=4, color=color, label=label)
+        y = [i + shift for i, runs in enumerate(of_variants.values()) for _ in runs]
+        x = [run.test for runs in of_variants.values() for run in runs]
+        axes.plot(x, y, "o", markersize=4, color=color, label=f"equal {budget}")
     axes.set_yticks(range(len(variants)), variants)
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)

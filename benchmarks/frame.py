@@ -1,4 +1,4 @@
-"""Flags, runs of the package's commands, and means over seeds, which several benchmarks need."""
+"""Flags, runs of the package's commands, times and tables, which several benchmarks need."""
 
 import argparse
 import json
@@ -6,10 +6,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+
+import jax
+
+from lstm_jax import model, optimizer, train_step
+from lstm_jax.config import Config
+from lstm_jax.devices import memory, parallel
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,30 +42,44 @@ def parse_flags(
     return options
 
 
-def load_module(path: Path) -> ModuleType:
-    """Return the module in the file of an experiment."""
-    module = ModuleType(path.stem)
-    module.__file__ = str(path)
-    exec(compile(path.read_text(), path, "exec"), module.__dict__)
-    return module
+def make_step(
+    config: Config, vocabulary_size: int, total_steps: int = 1
+) -> tuple[train_step.TrainState, train_step.TrainStep, jax.sharding.Mesh]:
+    """Return the state of a new run, its jitted step, and their devices, as in training."""
+    parallel.use_cores(config)
+    memory.keep_freed_memory()
+    mesh = parallel.make_mesh(config)
+    lstm = model.make_model(config.model, vocabulary_size)
+    updates = optimizer.make_optimizer(config.optimizer, total_steps)
+    key, batch_size = jax.random.key(config.seed), config.batches.batch_size
+    state = train_step.init_state(lstm, updates, key, batch_size, mesh=mesh)
+    return state, train_step.make_train_step(lstm, updates, config, mesh), mesh
 
 
 def run_python(*words: object, directory: Path = ROOT) -> str:
     """Run a Python command, and return its standard output."""
     command = [sys.executable, *map(str, words)]
-    return subprocess.run(
-        command, cwd=directory, check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
+    return subprocess.check_output(command, cwd=directory, text=True)
+
+
+def time_call(run: Callable[..., object], *arguments: Any) -> float:
+    """Return the seconds of a call."""
+    start = time.perf_counter()
+    run(*arguments)
+    return time.perf_counter() - start
+
+
+def time_once(file: Path, run: Callable[..., object], *arguments: Any) -> float:
+    """Return the minutes of a call from the file, or else call and write them there."""
+    if not file.exists():
+        file.write_text(str(time_call(run, *arguments) / 60))
+    return float(file.read_text())
 
 
 def train(directory: Path, *flags: str) -> float:
     """Train into a directory, or resume; return the minutes of the process that completed it."""
-    done = directory / "minutes.json"
-    if not done.exists():
-        start = time.perf_counter()
-        run_python("-m", "lstm_jax.main", "--workdir", directory, *flags)
-        done.write_text(json.dumps((time.perf_counter() - start) / 60))
-    return float(json.loads(done.read_text()))
+    command = ("-m", "lstm_jax.main", "--workdir", directory, *flags)
+    return time_once(directory / "minutes.json", run_python, *command)
 
 
 def evaluate(directory: Path, *flags: object) -> float:

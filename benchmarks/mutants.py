@@ -11,42 +11,29 @@ folder most often run first. OUT/mutants.jsonl has a line for each, with its dif
 resumes.
 """
 
-import argparse
-import concurrent.futures
-import difflib
 import json
 import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from cosmic_ray import plugins
 from cosmic_ray.ast import ast_nodes, get_ast
-from cosmic_ray.mutating import mutate_code
+from cosmic_ray.mutating import use_mutation
+from cosmic_ray.testing import run_tests
+from cosmic_ray.work_item import TestOutcome
 
-ROOT = Path(__file__).parents[1]
-CORE = (
-    "cells/*.py",
-    "batches.py",
-    "controls.py",
-    "dynamic.py",
-    "generation.py",
-    "loss.py",
-    "model.py",
-    "optimizer.py",
-    "recurrences/fused.py",
-    "regularization.py",
-    "train_step.py",
-    "vocabulary.py",
+from frame import ROOT, parse_flags
+
+CORE = re.compile(
+    r"lstm_jax/(cells/\w+|batches|controls|dynamic|generation|loss|model|optimizer|"
+    r"recurrences/fused|regularization|train_step|vocabulary)\.py"
 )
 EXCLUDED = re.compile("BitOr|Decorator|NoOp|variable", re.IGNORECASE)
-SECONDS = 180, 600  # The limits of a few files and of the others; a mutant may loop without end.
 
 
 class Mutant(NamedTuple):
@@ -59,34 +46,25 @@ class Mutant(NamedTuple):
 
 def main() -> None:
     """Run the tests for the mutants that have no result yet, and print the share that is found."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--number", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("runs/mutants"))
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    results = options.out.resolve() / "mutants.jsonl"
-    mutants = random.Random(options.seed).sample(list_mutants(), options.number)
+    options = parse_flags(__doc__, number=300, seed=0, workers=2, out=Path("runs/mutants"))
+    out = options.out.resolve()
+    results, clone = out / "mutants.jsonl", out / "clone"
+    if not clone.exists():
+        make_clone(clone)
+    os.chdir(clone)
+    os.environ["PYTHONPATH"] = str(clone)
+    subprocess.run(["git", "checkout", "--quiet", "."], check=True)  # After an interruption.
     lines = results.read_text().splitlines() if results.exists() else []
     known = {Mutant(*row["mutant"]): bool(row["found"]) for row in map(json.loads, lines)}
-    waiting = [mutant for mutant in mutants if mutant not in known]
-
-    def work(worker: int) -> None:
-        clone = options.out.resolve() / f"clone_{worker}"
-        if not clone.exists():
-            make_clone(clone)
-        while waiting:
-            mutant = waiting.pop(0)
-            known[mutant], row = test_mutant(mutant, clone)
-            with results.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(f"{len(known)}: {'found' if known[mutant] else 'SURVIVED'} {mutant}", flush=True)
-
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        list(pool.map(work, range(options.workers)))
+    mutants = random.Random(options.seed).sample(list_mutants(), options.number)
+    for mutant in mutants:
+        if mutant in known:
+            continue
+        row = test_mutant(mutant, options.workers)
+        known[mutant] = bool(row["found"])
+        with results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{len(known)}: {'found' if known[mutant] else 'SURVIVED'} {mutant}", flush=True)
     found = sum(known[mutant] for mutant in mutants)
     print(f"{found} of {len(mutants)} mutants found: {found / len(mutants):.1%}")
 
@@ -95,13 +73,12 @@ def list_mutants() -> list[Mutant]:
     """Return all mutants of the core, in a fixed order."""
     mutants = []
     names = [name for name in plugins.operator_names() if not EXCLUDED.search(name)]
-    for path in sorted(path for pattern in CORE for path in (ROOT / "lstm_jax").glob(pattern)):
-        nodes = list(ast_nodes(get_ast(path.read_text())))
+    for path in sorted(Path("lstm_jax").rglob("*.py")):
+        nodes = list(ast_nodes(get_ast(path.read_text()))) if CORE.fullmatch(str(path)) else []
         for name in sorted(names):
             operator = plugins.get_operator(name)()
             places = sum(len(list(operator.mutation_positions(node))) for node in nodes)
-            module = str(path.relative_to(ROOT))
-            mutants += [Mutant(module, name, i) for i in range(places)]
+            mutants += [Mutant(str(path), name, i) for i in range(places)]
     return mutants
 
 
@@ -112,46 +89,27 @@ def make_clone(clone: Path) -> None:
         shutil.copytree(ROOT / ".pytest_cache", clone / ".pytest_cache")
 
 
-def test_mutant(mutant: Mutant, clone: Path) -> tuple[bool, dict[str, object]]:
-    """Return whether a test fails with this mutant, and a row that describes it."""
-    path = clone / mutant.module
-    code = path.read_text()
-    mutated = mutate_code(code, plugins.get_operator(mutant.operator)(), mutant.occurrence)
+def test_mutant(mutant: Mutant, workers: int) -> dict[str, object]:
+    """Return a row with the first test that fails with this mutant, and its diff."""
+    path, operator = Path(mutant.module), plugins.get_operator(mutant.operator)()
     names = "|".join({path.stem, path.parent.stem} - {"lstm_jax"})
     word = re.compile(rf"\b({names})\b", re.IGNORECASE)
     tests = sorted(
-        (clone / "tests").glob("test_*.py"), key=lambda test: -len(word.findall(test.read_text()))
+        Path("tests").glob("test_*.py"), key=lambda test: -len(word.findall(test.read_text()))
     )
-    path.write_text(mutated)
-    try:
-        # A few files are imported sooner than all.
-        failed = run_tests(clone, tests[:4], SECONDS[0]) or run_tests(clone, tests[4:], SECONDS[1])
-    finally:
-        path.write_text(code)
-    lines = difflib.unified_diff(code.splitlines(), mutated.splitlines(), n=0, lineterm="")
-    return bool(failed), {"mutant": mutant, "found": failed, "diff": list(lines)[2:]}
-
-
-def run_tests(clone: Path, tests: Sequence[Path], seconds: float) -> str:
-    """Return the first test that fails, or another reason why they do not pass; "" if they do."""
-    command = [sys.executable, "-m", "pytest", "-x", "-m", "not process and not slow"]
-    environment = {**os.environ, "PYTHONPATH": str(clone), "PYTHONDONTWRITEBYTECODE": "1"}
-    with subprocess.Popen(
-        [*command, *map(str, tests)],
-        cwd=clone,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            return "timeout"
-    match = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
-    return (match[1] if match else f"exit {process.returncode}") if process.returncode else ""
+    command = f"{sys.executable} -m pytest -x -n{workers} -m 'not process and not slow'"
+    row: dict[str, object] = {"mutant": mutant, "found": ""}
+    with use_mutation(path, operator, mutant.occurrence):
+        diff = subprocess.check_output(["git", "diff", "-U0"], text=True)
+        row["diff"] = diff.splitlines()[4:]
+        # A few files are imported sooner than all. A mutant may loop without end.
+        for some, seconds in ((tests[:4], 180), (tests[4:], 600)):
+            outcome, output = run_tests(f"{command} {' '.join(map(str, some))}", seconds)
+            if outcome != TestOutcome.SURVIVED:
+                match = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+                row["found"] = match[1] if match else f"{outcome.value} {output[-80:]}"
+                break
+    return row
 
 
 if __name__ == "__main__":

@@ -25,18 +25,17 @@ interruption; the minutes of an interrupted run are those after the last start.
 
 import contextlib
 import importlib
-import json
 import pickle
 import shutil
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 import frame
 from lstm_jax import config
@@ -47,33 +46,22 @@ MODELS = (
     "nanogpt:2000,nanogpt:5000,nanogpt:10000,nanogpt_compiled:5000,"
     "quick:2,quick:4,quick:6,shakespeare_best"
 )
-NANOGPT = {  # Settings, and the words of the plot, by name.
-    "nanogpt": ({"compile": False, "dtype": "float32"}, "nanoGPT, float32, untuned"),
-    "nanogpt_compiled": (
-        {"compile": True, "dtype": "bfloat16"},
-        "nanoGPT, compiled, bfloat16, untuned",
-    ),
+NANOGPT = {  # Flags, and the words of the plot, by name.
+    "nanogpt": ("--compile=False --dtype=float32", "nanoGPT, float32, untuned"),
+    "nanogpt_compiled": ("--compile=True --dtype=bfloat16", "nanoGPT, compiled, bfloat16, untuned"),
 }
 DATASET = "lstm_jax_shakespeare"  # The dataset's directory in nanoGPT's data/.
 WINDOW = 64  # Tokens.
 PUBLISHED = 1.4697  # The loss that nanoGPT's README gives for its larger model.
 # The settings that nanoGPT's README gives for a machine without a GPU.
-SETTINGS = {
-    "device": "cpu",
-    "eval_iters": 20,
-    "log_interval": 1,
-    "block_size": WINDOW,
-    "batch_size": 12,
-    "n_layer": 4,
-    "n_head": 4,
-    "n_embd": 128,
-    "dropout": 0.0,
-    "dataset": DATASET,
-}
+FLAGS = (
+    f"--device=cpu --eval_iters=20 --log_interval=1 --block_size={WINDOW} --batch_size=12 "
+    f"--n_layer=4 --n_head=4 --n_embd=128 --dropout=0.0 --dataset={DATASET}"
+)
 # train.py with another seed than its own, the first argument, and with autocast on a CPU too.
 RUN = (
     "import sys, torch; set_seed, seed = torch.manual_seed, int(sys.argv.pop(1)); "
-    "torch.manual_seed = lambda own: set_seed(seed); sys.path.insert(0, '.'); "
+    "torch.manual_seed = lambda _: set_seed(seed); sys.path.insert(0, '.'); "
     "text = open('train.py').read().replace(\"nullcontext() if device_type == 'cpu' else\", ''); "
     "exec(compile(text, 'train.py', 'exec'), {'__name__': '__main__'})"
 )
@@ -94,9 +82,8 @@ Points = dict[str, list[Measured]]  # By model and its amount of training: one f
 
 def main() -> None:
     """Do the remaining work; print the table and draw the plot."""
-    options = frame.parse_flags(
-        __doc__, nanogpt=Path, out=Path("runs/nanogpt"), models=MODELS, seeds=3
-    )
+    out = Path("runs/nanogpt")
+    options = frame.parse_flags(__doc__, nanogpt=Path, out=out, models=MODELS, seeds=3)
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     held_out = write_dataset(options.nanogpt, read_splits(config.DataConfig()))
@@ -146,18 +133,17 @@ def run_experiment(name: str, seed: int, path: Path) -> Measured:
 
 def run_nanogpt(name: str, seed: int, path: Path, nanogpt: Path, ids: np.ndarray) -> Measured:
     """Train nanoGPT, unless that is done, and measure it."""
-    done = path.with_suffix(".json")
-    if not done.exists():
+    model, _, number = name.partition(":")
+    length = f"--max_iters={number} --lr_decay_iters={number}"
+    flags = (*f"{FLAGS} {NANOGPT[model][0]} {length}".split(), f"--out_dir={path}")
+
+    def run() -> None:
         shutil.rmtree(path, ignore_errors=True)  # It can't resume with the same random numbers.
-        model, _, number = name.partition(":")
-        length = {"max_iters": number, "lr_decay_iters": number, "out_dir": path}
-        settings = {**SETTINGS, **NANOGPT[model][0], **length}
-        flags = [f"--{key}={value}" for key, value in settings.items()]
-        start = time.perf_counter()
         shakespeare = "config/train_shakespeare_char.py"
         frame.run_python("-c", RUN, seed, shakespeare, *flags, directory=nanogpt)
-        done.write_text(json.dumps((time.perf_counter() - start) / 60))
-    return Measured(json.loads(done.read_text()), *measure_nanogpt(nanogpt, path, ids))
+
+    minutes = frame.time_once(path.with_suffix(".json"), run)
+    return Measured(minutes, *measure_nanogpt(nanogpt, path, ids))
 
 
 def measure_nanogpt(nanogpt: Path, path: Path, ids: np.ndarray) -> tuple[int, float, float]:
@@ -173,19 +159,15 @@ def measure_nanogpt(nanogpt: Path, path: Path, ids: np.ndarray) -> tuple[int, fl
     model.load_state_dict({key.removeprefix("_orig_mod."): x for key, x in saved["model"].items()})
     model.eval()
 
+    @torch.no_grad()
     def loss(counted: int) -> float:
         windows = np.lib.stride_tricks.sliding_window_view(ids, WINDOW + 1)[::counted]
         losses = []
-        with torch.no_grad():
-            for some in np.array_split(windows, len(windows) // 256 + 1):
-                inputs, targets = (
-                    torch.from_numpy(np.array(x)) for x in (some[:, :-1], some[:, 1:])
-                )
-                logits, _ = model(inputs, targets)
-                each = torch.nn.functional.cross_entropy(
-                    logits.transpose(1, 2), targets, reduction="none"
-                )
-                losses.append(each[:, -counted:].numpy().ravel())
+        for some in np.array_split(windows, len(windows) // 256 + 1):
+            tokens = torch.tensor(some)
+            logits, _ = model(tokens[:, :-1], targets := tokens[:, 1:].contiguous())
+            each = torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none")
+            losses.append(each[:, -counted:].numpy().ravel())
         return float(np.concatenate(losses).mean())
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -201,25 +183,25 @@ def draw_losses(points: Points) -> Figure:
         xscale="log",
     )
     models = dict.fromkeys(name.partition(":")[0] for name in points)
+    protocols = (
+        ("with_context", "o-", "with context"),
+        ("by_windows", "o:", f"by windows of {WINDOW}"),
+    )
     for model, color in zip(models, COLORS, strict=False):
-        runs = [of for name, of in points.items() if name.partition(":")[0] == model]
-        minutes = [statistics.mean(run.minutes for run in of_seeds) for of_seeds in runs]
-        for field, style, words in (
-            ("with_context", "o-", "with context"),
-            ("by_windows", "o:", f"by windows of {WINDOW}"),
-        ):
-            losses = [[getattr(run, field) for run in of_seeds] for of_seeds in runs]
-            means = [statistics.mean(x) for x in losses]
+        seeds = [of for name, of in points.items() if name.partition(":")[0] == model]
+        minutes = [statistics.mean(run.minutes for run in runs) for runs in seeds]
+        for field, style, words in protocols:
+            losses = [[getattr(run, field) for run in runs] for runs in seeds]
             spreads = [statistics.stdev(x) if len(x) > 1 else 0 for x in losses]
             label = f"{NANOGPT[model][1] if model in NANOGPT else model + '.py'}, {words}"
+            means = [statistics.mean(x) for x in losses]
             axes.errorbar(
                 minutes, means, spreads, fmt=style, color=color, markersize=4, label=label
             )
     label = "nanoGPT's README: 10.7 M parameters, 3 minutes on an A100"
     axes.axhline(PUBLISHED, color=COLORS[0], linestyle="--", linewidth=1, label=label)
-    low, high = axes.get_xlim()
-    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low < tick < high]
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)

@@ -49,12 +49,14 @@ def main() -> None:
             path.write_bytes(page.make_page(trained, "page", bits))
             size, weights = path.stat().st_size, count * bits // 8
             pairs = [measure(browser, path, options.length) for _ in range(options.rounds)]
-            found = browser.execute_script("return computeProbabilities(arguments[0])", text)
+            probabilities = browser.execute_script(
+                "return computeProbabilities(arguments[0])", text
+            )
             opened, speed = (statistics.median(values) for values in zip(*pairs, strict=True))
             print(
                 f"{bits} bits: opened in {opened:.2f} s, {speed:,.0f} tokens per second, "
                 f"{size / 1e6:.1f} MB, {size / weights:.2f} of its weights, "
-                f"probabilities differ by at most {np.abs(found - expected).max():.1e}"
+                f"probabilities differ by at most {np.abs(probabilities - expected).max():.1e}"
             )
 
 

@@ -8,14 +8,14 @@ longer window.
 """
 
 import dataclasses
+import runpy
 import statistics
-import time
 
 import jax
 import numpy as np
 import optax
 
-from frame import ROOT, load_module, parse_flags, print_head, print_row
+from frame import ROOT, parse_flags, print_head, print_row, time_call
 from lstm_jax import config as config_lib
 from lstm_jax import model
 from lstm_jax.devices import memory
@@ -26,14 +26,14 @@ TOKENS = 4096  # Of a batch.
 
 def main() -> None:
     """Print the table."""
-    experiment = load_module(ROOT / "experiments/cells.py")
-    variants = ",".join(experiment.VARIANTS)
+    experiment = runpy.run_path(str(ROOT / "experiments/cells.py"))
+    variants = ",".join(experiment["VARIANTS"])
     options = parse_flags(__doc__, variants=variants, lengths="96,512,4096", rounds=5)
     memory.keep_freed_memory()
     print(f"{jax.devices()[0].device_kind}, {len(jax.devices())} devices\n")
     print_head("cell", "window", "recurrence", "ms")
     for name in options.variants.split(","):
-        config = config_lib.complete_config(experiment.get_config(name))
+        config = config_lib.complete_config(experiment["get_config"](name))
         for length in map(int, options.lengths.split(",")):
             shape = (max(TOKENS // length, 1), length)
             ids = np.random.default_rng(0).integers(VOCABULARY_SIZE, size=shape)
@@ -58,12 +58,9 @@ def time_step(made: model.LanguageModel, ids: np.ndarray, rounds: int) -> float:
     params = model.init_params(made, jax.random.key(0))
     step = jax.jit(jax.value_and_grad(compute_loss))
     jax.block_until_ready(step(params))
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        jax.block_until_ready(step(params))
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    return statistics.median(
+        time_call(lambda: jax.block_until_ready(step(params))) for _ in range(rounds)
+    )
 
 
 if __name__ == "__main__":

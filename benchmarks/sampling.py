@@ -10,13 +10,18 @@ softmax(logits / temperature), and read it. The other libraries call the step fr
 
 import argparse
 import functools
-from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+import peers
 import side_by_side
-from side_by_side import Work
+from lstm_jax import generation, model
+from lstm_jax.controls import Controls
+from lstm_jax.recurrences import fused
+from side_by_side import Make, Work
 
 TEMPERATURE = 0.8
 FIRST_ID = 2
@@ -24,33 +29,18 @@ FIRST_ID = 2
 
 def main() -> None:
     """Measure and print the table."""
-    options = side_by_side.parse_options(
-        __doc__,
-        num_samples=1,
-        length=1000,
-        embedding_size=256,
-        hidden_size=1024,
-        num_layers=1,
-        vocabulary_size=67,
-    )
-    ours = "lstm-jax"
-    contestants = {
-        ours: functools.partial(_lstm_jax, options),
-        "lstm-jax int8": functools.partial(_lstm_jax, options, int8=True),
-        "lstm-jax top-k 20": functools.partial(_lstm_jax, options, top_k=20),
-        "lstm-jax top-p 0.9": functools.partial(_lstm_jax, options, top_p=0.9),
-        "lstm-jax top-k and top-p": functools.partial(_lstm_jax, options, top_k=20, top_p=0.9),
-        "Flax LSTMCell": functools.partial(_flax, options, "LSTMCell"),
-        "Flax OptimizedLSTMCell": functools.partial(_flax, options, "OptimizedLSTMCell"),
-        "Haiku": functools.partial(_haiku, options),
-        "PyTorch LSTMCell": functools.partial(_torch, options),
-        "Keras": functools.partial(_keras, options),
+    options = side_by_side.parse_options(__doc__, num_samples=1, length=1000)
+    contestants: dict[str, Make] = {
+        "lstm-jax": _lstm_jax,
+        "lstm-jax int8": functools.partial(_lstm_jax, int8=True),
+        "lstm-jax top-k and top-p": functools.partial(_lstm_jax, top_k=20, top_p=0.9),
+        **{name: functools.partial(_peer, peers.MODELS[name]) for name in peers.MODELS},
+        "PyTorch LSTMCell": _torch,
+        "Keras": _keras,
     }
     measurements = side_by_side.measure(contestants, options)
     tokens = options.num_samples * options.length
-    side_by_side.print_table(
-        measurements, ours, "tokens/s", lambda seconds: f"{tokens / seconds:,.0f}"
-    )
+    side_by_side.print_table(measurements, "tokens/s", lambda x: f"{tokens / x:,.0f}")
 
 
 def _mask(options: argparse.Namespace) -> np.ndarray:
@@ -61,12 +51,6 @@ def _mask(options: argparse.Namespace) -> np.ndarray:
 
 
 def _lstm_jax(options: argparse.Namespace, int8: bool = False, **controls: Any) -> Work:
-    import jax
-
-    from lstm_jax import generation, model
-    from lstm_jax.controls import Controls
-    from lstm_jax.recurrences import fused
-
     lstm = model.LanguageModel(
         options.vocabulary_size,
         options.embedding_size,
@@ -85,95 +69,40 @@ def _lstm_jax(options: argparse.Namespace, int8: bool = False, **controls: Any) 
         values = Controls(TEMPERATURE, **controls)
         return generation.generate_tokens(lstm, params, prompts, key, values, length=options.length)
 
-    return Work(run, side_by_side.jax_device())
+    return Work(run, jax.devices()[0].device_kind)
 
 
-def _jax_peer(
-    options: argparse.Namespace,
-    init: Callable[..., Any],
-    apply: Callable[..., Any],
-    carry: Any,
-) -> Work:
-    """Return the work of another JAX library: one jitted step called from Python.
-
-    Args:
-      options: the sizes.
-      init: maps a key, ids [batch] and a carry to parameters.
-      apply: maps parameters, ids [batch] and a carry to logits and the next carry.
-      carry: zeros.
-    """
-    import jax
-
+def _peer(make_model: peers.MakeModel, options: argparse.Namespace) -> Work:
+    """Return the work of another JAX library: one jitted step called from Python."""
     mask = _mask(options)
+    init, apply, carry = make_model(options, options.num_samples)
 
+    @jax.jit
     def step(params: Any, ids: Any, carry: Any, key: Any) -> Any:
-        logits, carry = apply(params, ids, carry)
+        logits, carry = apply(params, ids[:, None], carry)
         key, draw_key = jax.random.split(key)
-        ids = jax.random.categorical(draw_key, logits.astype("float32") / TEMPERATURE + mask)
-        return ids, carry, key
+        logits = logits[:, 0].astype("float32") / TEMPERATURE + mask
+        return jax.random.categorical(draw_key, logits), carry, key
 
-    first = jax.numpy.full(options.num_samples, FIRST_ID)
+    first = jnp.full(options.num_samples, FIRST_ID)
     key = jax.random.key(0)
-    params = init(key, first, carry)
-    jitted = jax.jit(step)
+    params = init(key, first[:, None], carry)
 
     def run() -> np.ndarray:
         state = first, carry, key
         drawn = []
         for _ in range(options.length):
-            state = jitted(params, *state)
+            state = step(params, *state)
             drawn.append(state[0])
         return np.stack(jax.device_get(drawn), axis=1)
 
-    return Work(run, side_by_side.jax_device())
-
-
-def _flax(options: argparse.Namespace, cell: str) -> Work:
-    import flax.linen as nn
-    import jax
-
-    make_cell = functools.partial(getattr(nn, cell), options.hidden_size, dtype=options.dtype)
-
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, ids: Any, carries: Any) -> Any:
-            hidden = nn.Embed(options.vocabulary_size, options.embedding_size)(ids)
-            last = []
-            for carry in carries:
-                carry, hidden = make_cell()(carry, hidden)
-                last.append(carry)
-            return nn.Dense(options.vocabulary_size, dtype=options.dtype)(hidden), last
-
-    shape = (options.num_samples, options.hidden_size)
-    carries = [make_cell().initialize_carry(jax.random.key(0), shape)] * options.num_layers
-    model = Model()
-    return _jax_peer(options, model.init, model.apply, carries)
-
-
-def _haiku(options: argparse.Namespace) -> Work:
-    import haiku as hk
-    import jax.numpy as jnp
-
-    side_by_side.set_haiku_dtype(options.dtype)
-
-    def network(ids: Any, states: Any) -> Any:
-        hidden = hk.Embed(options.vocabulary_size, options.embedding_size)(ids)
-        last = []
-        for state in states:
-            hidden, state = hk.LSTM(options.hidden_size)(hidden, state)
-            last.append(state)
-        return hk.Linear(options.vocabulary_size)(hidden), last
-
-    zeros = jnp.zeros((options.num_samples, options.hidden_size))
-    model = hk.without_apply_rng(hk.transform(network))
-    states = [hk.LSTMState(zeros, zeros)] * options.num_layers
-    return _jax_peer(options, model.init, model.apply, states)
+    return Work(run, jax.devices()[0].device_kind)
 
 
 def _torch(options: argparse.Namespace) -> Work:
     import torch
 
-    device, name = side_by_side.torch_device()
+    device = side_by_side.torch_device()
     embedding = torch.nn.Embedding(options.vocabulary_size, options.embedding_size, device=device)
     dense = torch.nn.Linear(options.hidden_size, options.vocabulary_size, device=device)
     mask = torch.tensor(_mask(options), device=device)
@@ -198,7 +127,7 @@ def _torch(options: argparse.Namespace) -> Work:
             drawn.append(ids)
         return torch.stack(drawn, dim=1).cpu().numpy()
 
-    return Work(run, name)
+    return Work(run, device.type)
 
 
 def _keras(options: argparse.Namespace) -> Work:

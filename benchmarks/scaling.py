@@ -21,14 +21,8 @@ import side_by_side
 import train_step
 from frame import parse_flags, print_head, print_row
 
-BASE = {
-    "batch_size": 32,
-    "window_length": 128,
-    "embedding_size": 256,
-    "hidden_size": 512,
-    "num_layers": 1,
-    "vocabulary_size": 67,
-}
+BASE = {"batch_size": 32, "window_length": 128, "embedding_size": 256, "hidden_size": 512}
+BASE |= {"num_layers": 1, "vocabulary_size": 67}
 SIZES = {
     "hidden_size": (64, 128, 256, 512, 1024, 2048),
     "window_length": (32, 64, 128, 256, 512),
@@ -63,12 +57,12 @@ def main() -> None:
 def measure(sizes: dict[str, int], dtype: str, rounds: int) -> list[float]:
     """Return the median seconds of a step in this package and in PyTorch."""
     options = argparse.Namespace(**sizes, dtype=dtype, rounds=rounds, only="")
-    contestants = {
-        LABELS[0]: functools.partial(train_step.make_lstm_jax, options, "auto"),
-        LABELS[1]: functools.partial(train_step.make_torch, options),
+    contestants: dict[str, side_by_side.Make] = {
+        LABELS[0]: functools.partial(train_step.make_lstm_jax, recurrence="auto"),
+        LABELS[1]: train_step.make_torch,
     }
     measured = side_by_side.measure(contestants, options)
-    return [statistics.median(measured[label][1]) for label in LABELS]
+    return [statistics.median(measured[label]) for label in LABELS]
 
 
 def draw(points: Points) -> Figure:

@@ -2,30 +2,35 @@
 
 All processes start first and wait; then the rounds alternate between them. So other load on the
 machine affects all libraries equally, and none uses the thread pools or freed memory of another.
+All keep the memory that a run frees for the next (lstm_jax/devices/memory.py).
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import multiprocessing
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from frame import parse_flags, print_head, print_row
+from frame import parse_flags, print_head, print_row, time_call
+from lstm_jax.devices import memory
 
 
 class Work(NamedTuple):
     """The work of a contestant, created in its own process."""
 
     run: Callable[[], object]  # Does the work once and waits for the result.
-    device: str  # "cpu", or the accelerator's name.
+    device: str  # "cpu", or the name of an accelerator.
     runs_per_turn: int = 1  # More than one for short work.
-    flops: int = 0  # Operations of a run, for the work that measures the peak.
+    units: int = 1  # The seconds of a run are divided by this number.
+
+
+Make = Callable[[argparse.Namespace], Work]
 
 
 def parse_options(description: str | None, **sizes: Any) -> argparse.Namespace:
@@ -34,12 +39,11 @@ def parse_options(description: str | None, **sizes: Any) -> argparse.Namespace:
     --dtype is that of matmuls, float32 or bfloat16; --only names contestants by words in their
     names, as in fused,torch.
     """
+    sizes |= {"embedding_size": 256, "hidden_size": 1024, "num_layers": 1, "vocabulary_size": 67}
     return parse_flags(description, **sizes, rounds=5, dtype="float32", only="")
 
 
-def measure(
-    contestants: Mapping[str, Callable[[], Work]], options: argparse.Namespace
-) -> dict[str, tuple[Work, list[float]]]:
+def measure(contestants: Mapping[str, Make], options: argparse.Namespace) -> dict[str, list[float]]:
     """Run all contestants that can run here; print the others, with the reasons.
 
     Args:
@@ -48,7 +52,7 @@ def measure(
       options: from `parse_options`.
 
     Returns:
-      The work of each contestant, without `run`, and the seconds of each run.
+      The seconds of each run of each contestant.
     """
     # Otherwise the first process allocates most of a GPU's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -58,65 +62,50 @@ def measure(
     context = multiprocessing.get_context("spawn")
     words = options.only.lower().split(",")
     pipes: dict[str, Connection] = {}
-    works: dict[str, Work] = {}
     for name, make in contestants.items():
         if pipes and not any(word in name.lower() for word in words):
             continue
         pipe, theirs = context.Pipe()
-        context.Process(target=_serve, args=(theirs, make), daemon=True).start()
+        context.Process(target=_serve, args=(theirs, make, options), daemon=True).start()
         theirs.close()  # So that `recv` fails if the process dies.
         try:
-            work = pipe.recv()
+            device, reason = pipe.recv()
         except EOFError:
-            work = "its process died"
-        if isinstance(work, str):
-            print(f"{name} is skipped: {work}", flush=True)
-            continue
-        if not works:
-            print_machine(work.device, options)
-            on_cpu = work.device == "cpu"
-        if (work.device == "cpu") != on_cpu:
-            print(f"{name} is skipped: it runs on {work.device}", flush=True)
-            pipe.close()
-            continue
-        pipes[name], works[name] = pipe, work
+            device, reason = "", "its process died"
+        if device and not pipes:
+            print_machine(device, options)
+            on_cpu = device == "cpu"
+        elif device and (device == "cpu") != on_cpu:
+            reason = f"it runs on {device}"
+        if reason:
+            print(f"{name} is skipped: {reason}", flush=True)
+        else:
+            pipes[name] = pipe
 
     seconds: dict[str, list[float]] = {name: [] for name in pipes}
     for _ in range(options.rounds):
         for name, pipe in pipes.items():
-            pipe.send(works[name].runs_per_turn)
+            pipe.send("run")
             seconds[name] += pipe.recv()
-    for pipe in pipes.values():
-        pipe.send(0)
-    return {name: (works[name], seconds[name]) for name in pipes}
+    return seconds
 
 
-def _serve(pipe: Connection, make: Callable[[], Work]) -> None:
+def _serve(pipe: Connection, make: Make, options: argparse.Namespace) -> None:
     """Make the work in a contestant's process; run it when the pipe requests it."""
     try:
-        work = make()
+        work = make(options)
+        memory.keep_freed_memory()
         for _ in range(2):
             work.run()
     except Exception as error:  # The library is not installed, or does not support this device.
         message = str(error).partition("\n")[0]
-        pipe.send(f"{type(error).__name__}: {message}")
+        pipe.send(("", f"{type(error).__name__}: {message}"))
         return
-    pipe.send(work._replace(run=_nothing))
-    try:
-        while runs := pipe.recv():
-            pipe.send([_time(work.run) for _ in range(runs)])
-    except (EOFError, KeyboardInterrupt):
-        pass  # The benchmark was interrupted.
-
-
-def _nothing() -> None:
-    """Replace `Work.run`, which can't leave its process."""
-
-
-def _time(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    pipe.send((work.device, ""))
+    with contextlib.suppress(EOFError, KeyboardInterrupt):  # At the end of the benchmark.
+        while pipe.recv():
+            seconds = [time_call(work.run) for _ in range(work.runs_per_turn)]
+            pipe.send([each / work.units for each in seconds])
 
 
 def print_machine(device: str, options: argparse.Namespace) -> None:
@@ -134,37 +123,28 @@ def print_machine(device: str, options: argparse.Namespace) -> None:
 
 
 def print_table(
-    measurements: Mapping[str, tuple[Work, list[float]]],
-    ours: str,
-    rate_name: str,
-    rate: Callable[[float], str],
+    measurements: Mapping[str, list[float]], rate_name: str, rate: Callable[[float], str]
 ) -> None:
-    """Print times, the median divided by that of `ours`, and a rate made from the median."""
-    print_head("", "median ms", "min", "max", f"/ {ours}", rate_name)
-    baseline = statistics.median(measurements[ours][1]) if ours in measurements else float("nan")
-    for name, (_, seconds) in measurements.items():
+    """Print times, the median divided by that of the first row, and a rate made from the median."""
+    first = next(iter(measurements))
+    print_head("", "median ms", "min", "max", f"/ {first}", rate_name)
+    baseline = statistics.median(measurements[first])
+    for name, seconds in measurements.items():
         median = statistics.median(seconds)
         times = (f"{1000 * x:,.1f}" for x in (median, min(seconds), max(seconds)))
         print_row(name, *times, f"{median / baseline:.2f}", rate(median))
 
 
-def jax_device() -> str:
-    """Return the device that JAX runs on, for `Work`."""
-    import jax
-
-    return jax.devices()[0].device_kind
-
-
-def torch_device() -> tuple[Any, str]:
-    """Set up PyTorch like the others; return its device, and the name for `Work`."""
+def torch_device() -> Any:
+    """Set up PyTorch like the others; return its device."""
     import torch
 
     torch.set_num_threads(os.cpu_count())
     if not torch.cuda.is_available():
-        return torch.device("cpu"), "cpu"
+        return torch.device("cpu")
     # JAX and TensorFlow multiply float32 in TF32 on GPUs that support it.
     torch.set_float32_matmul_precision("high")
-    return torch.device("cuda"), torch.cuda.get_device_name()
+    return torch.device("cuda")
 
 
 def keras_device(dtype: str) -> str:
@@ -173,15 +153,4 @@ def keras_device(dtype: str) -> str:
     import tensorflow as tf
 
     keras.mixed_precision.set_global_policy("mixed_bfloat16" if dtype == "bfloat16" else dtype)
-    gpus = tf.config.list_physical_devices("GPU")
-    return tf.config.experimental.get_device_details(gpus[0])["device_name"] if gpus else "cpu"
-
-
-def set_haiku_dtype(dtype: str) -> None:
-    """Set the dtype of the matmuls of hk.LSTM and hk.Linear; parameters stay in float32."""
-    import haiku as hk
-    import jmp
-
-    policy = jmp.get_policy(f"params=float32,compute={dtype},output=float32")
-    for module in (hk.LSTM, hk.Linear):
-        hk.mixed_precision.set_policy(module, policy)
+    return "gpu" if tf.config.list_physical_devices("GPU") else "cpu"

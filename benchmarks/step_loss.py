@@ -31,10 +31,10 @@ def main() -> None:
     print_head("", "loss", "divergence from float32")
     exact = None
     for dtype in ("float32", "bfloat16", "int8"):
-        found = predict(workdir.load_trained(options.workdir, dtype), ids)
-        exact = found if exact is None else exact
-        loss = -np.take_along_axis(found[:-1], ids.T[1:, :, None], axis=2).mean(dtype=np.float64)
-        divergence = (np.exp(exact) * (exact - found)).sum(axis=2).mean(dtype=np.float64)
+        logs = predict(workdir.load_trained(options.workdir, dtype), ids)
+        exact = logs if exact is None else exact
+        loss = -np.take_along_axis(logs[:-1], ids.T[1:, :, None], axis=2).mean(dtype=np.float64)
+        divergence = (np.exp(exact) * (exact - logs)).sum(axis=2).mean(dtype=np.float64)
         print_row(dtype, f"{loss:.4f}", f"{divergence:.1e}")
 
 

@@ -12,7 +12,7 @@ flags --config.FIELD=VALUE are passed to every run.
 import statistics
 from pathlib import Path
 
-from compare import measure_speed
+from compare import count_steps
 from frame import parse_flags, print_head, print_row, spread, train
 from lstm_jax.run import metrics, workdir
 
@@ -41,9 +41,7 @@ def main() -> None:
         given = [f"--config={options.config}", *fields, *options.fields]
         short = options.out / f"{unit}_short"
         train(short, *given, f"--config.max_steps={SHORT}")
-        batches = workdir.load_config(short).batches
-        tokens = options.seconds * measure_speed(short)
-        steps = max(round(tokens / (batches.batch_size * batches.window_length)), 1)
+        steps = count_steps([short], options.seconds)
         length = [f"--config.max_steps={steps}", "--config.num_epochs=1000"]
         runs = []
         for seed in range(options.seeds):
