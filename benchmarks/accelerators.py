@@ -262,7 +262,8 @@ def make_dynamic_evaluation(lstm: model.LanguageModel, place: Callable[[Any], An
     """Return the dynamic evaluation of 20 segments of 32 tokens."""
     ids, counted = np.zeros((20, 32), np.int32), np.ones((20, 32), bool)
     params, carry = get_params(lstm), jax.eval_shape(lambda: lstm.initial_carry(1))
-    settings = dynamic.Settings(*np.zeros((2,), np.float32), np.int32(32))  # type: ignore[arg-type]
+    numbers: Any = np.float32(0), np.float32(0), np.int32(32)
+    settings = dynamic.Settings(*numbers)
     arguments = (params, params, (params, carry), (ids, ids, counted), settings)
     return Program(dynamic._read_segments, (lstm, *place(arguments)), {})
 

@@ -33,7 +33,7 @@ def test_float32_agrees_with_the_reference(sizes: tuple[int, ...]) -> None:
     *arguments, cotangents = make_problem(*sizes)
     expected = value_and_gradients(reference, cotangents, *arguments)
     for rematerialize in (0, 4) if sizes in SIZES[:2] else (0,):
-        run = functools.partial(fused.run_fused, rematerialize=rematerialize)
+        run: Any = functools.partial(fused.run_fused, rematerialize=rematerialize)
         assert_close(value_and_gradients(run, cotangents, *arguments), expected, 1e-5)
         assert_close(run(*arguments), expected[0], 1e-5)  # Without derivatives.
 
@@ -94,7 +94,7 @@ def test_cudnn_is_for_gpus(backend: str, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("experiment", ["quick", "shakespeare", "shakespeare_gpu"])
 def test_a_step_of_the_loop_starts_at_most_five_kernels(experiment: str, dtype: str) -> None:
     pytest.importorskip("jax_cuda13_plugin", reason="the CUDA plugin isn't installed")
-    command = [sys.executable, ROOT / "benchmarks/accelerators.py", "--target=h100:1"]
+    command = [sys.executable, f"{ROOT}/benchmarks/accelerators.py", "--target=h100:1"]
     command += [f"--config=experiments/{experiment}.py", f"--dtype={dtype}", "--programs", "step"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"
