@@ -63,6 +63,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "step, float32": {"model.dtype": "float32"},
     "step, scan": {"model.recurrence": "scan"},
     "step, cudnn": {"model.recurrence": "cudnn", "model.dtype": "float32"},
+    "step, pallas": {"model.recurrence": "pallas"},
     "step, minlstm": {"model.cell": "minlstm"},
     "step, gru": {"model.cell": "gru"},
     "step, residual block": {"model.block": "residual"},
@@ -314,7 +315,9 @@ def count_flops(jaxpr: Any) -> float:
             (contracted, _), _ = equation.params["dimension_numbers"]
             depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
             total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
-        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        if equation.primitive.name == "pallas_call":
+            times = math.prod(equation.params["grid_mapping"].grid)
         for value in jax.tree.leaves(list(equation.params.values())):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):

@@ -210,18 +210,19 @@ class ModelConfig:
     initial_bias: Literal["frequencies", "zeros"] = field("frequencies", "Initial bias of the "
         "logits. frequencies: the logarithm of each token's frequency in the training text, which "
         "the model then does not have to learn.")
-    recurrence: Literal["auto", "scan", "fused", "cudnn", "parallel"] = field("auto",
+    recurrence: Literal["auto", "scan", "fused", "cudnn", "pallas", "parallel"] = field("auto",
         "Implementation of the recurrence. scan: the readable reference. parallel: all steps at "
         "once, for cells that support it. fused: LSTMs with a custom VJP. cudnn: LSTMs with cuDNN "
-        "on a GPU, in float32. auto: the fastest.", resume=True)
+        "on a GPU, in float32. pallas: LSTMs on a TPU, with the recurrent kernel in VMEM. auto: "
+        "the fastest.", resume=True)
     dtype: Dtype = field("float32", "Dtype of matmul operands; parameters, cell states, softmax "
         "and loss are float32. auto: bfloat16 on GPUs and TPUs, and for fused layers on CPUs with "
         "instructions for it.", resume=True)
     rematerialize: int = field(0, "Steps between the states stored for the backward pass, which "
         "recomputes the others to save memory. 0: store all.", _SIZE_OR_ZERO, resume=True,
-        relevant_if=Rule("model.cell='lstm' without layer_norm or block, recurrence auto or fused",
+        relevant_if=Rule("model.cell='lstm' without layer_norm or block, recurrence auto, fused or pallas",
             lambda c: is_plain_lstm(c.model.cell, c.model.layer_norm, c.model.block)
-            and c.model.recurrence in ("auto", "fused")))
+            and c.model.recurrence in ("auto", "fused", "pallas")))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,7 +81,7 @@ class LanguageModel(nn.Module):
     hidden_size: int  # Hidden units of each recurrent layer.
     num_layers: int = 1  # The number of recurrent layers; each reads the outputs of the one below.
     # How the layers run over time: "scan", one step after the other; "parallel", in the parallel
-    # form of the cell; "fused" or "cudnn", for LSTMs; or "auto", the fastest.
+    # form of the cell; "fused", "cudnn" or "pallas", for LSTMs; or "auto", the fastest.
     recurrence: str = "auto"
     dtype: str = "float32"  # The dtype of matmul operands, "float32" or "bfloat16".
     int8_steps: bool = False  # Whether layers multiply 8 bits in `apply_step`; see `fused`.
@@ -170,8 +170,8 @@ class LanguageModel(nn.Module):
         carries = []
         for i, (cell, before) in enumerate(zip(self.layers, carry, strict=True)):
             inputs = apply_mask(below, masks[i]) if masks else below
-            if implementation == "fused":
-                options = self.dtype, self.rematerialize
+            if implementation in ("fused", "pallas"):
+                options = self.dtype, self.rematerialize, implementation == "pallas"
                 outputs, after = fused.run_fused(cell.kernels(), inputs, before, *options)
             elif implementation == "cudnn":
                 rows = fused.get_rows(inputs)

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
 
 import accelerators
 from lstm_jax import config
 from lstm_jax.model import LanguageModel
-from lstm_jax.recurrences import accelerator, fused
+from lstm_jax.recurrences import accelerator, fused, pallas
 from test_native import measure_errors, run_numpy, to_bfloat16
 from test_recurrence import SIZES, assert_close, make_problem, reference, value_and_gradients
 
@@ -27,31 +30,49 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
 
+in_both = pytest.mark.parametrize("in_pallas", [False, True], ids=["xla", "pallas"])
+
+
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
+@in_both
 @pytest.mark.usefixtures("gpu")
-def test_float32_agrees_with_the_reference(sizes: tuple[int, ...]) -> None:
+def test_float32_agrees_with_the_reference(sizes: tuple[int, ...], in_pallas: bool) -> None:
     *arguments, cotangents = make_problem(*sizes)
     expected = value_and_gradients(reference, cotangents, *arguments)
     for rematerialize in (0, 4) if sizes in SIZES[:2] else (0,):
-        run: Any = functools.partial(fused.run_fused, rematerialize=rematerialize)
+        options: Any = {"rematerialize": rematerialize, "in_pallas": in_pallas}
+        run: Any = functools.partial(fused.run_fused, **options)
         assert_close(value_and_gradients(run, cotangents, *arguments), expected, 1e-5)
         assert_close(run(*arguments), expected[0], 1e-5)  # Without derivatives.
 
 
 @pytest.mark.parametrize("sizes", SIZES[:4], ids=str)
+@in_both
 @pytest.mark.usefixtures("gpu")
 @jax.debug_nans(False)  # Its check of bfloat16 warns.
-def test_bfloat16_agrees_with_numpy(sizes: tuple[int, ...]) -> None:
+def test_bfloat16_agrees_with_numpy(sizes: tuple[int, ...], in_pallas: bool) -> None:
     *arguments, cotangents = make_problem(*sizes)
-    run = functools.partial(fused.run_fused, dtype="bfloat16")
+    run = functools.partial(fused.run_fused, dtype="bfloat16", in_pallas=in_pallas)
     results = value_and_gradients(run, cotangents, *arguments)
     expected = run_numpy(arguments, cotangents, to_bfloat16)
     assert max(jax.tree.leaves(measure_errors(results, expected))) < 5e-3
 
 
+@pytest.mark.usefixtures("gpu")
+def test_the_copies_of_pallas_do_not_race(monkeypatch: pytest.MonkeyPatch) -> None:
+    interpreter = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise")
+    monkeypatch.setattr(pallas, "_INTERPRETER", interpreter)
+    *arguments, cotangents = make_problem(3, 4, 5, 6)
+    run = functools.partial(fused.run_fused, in_pallas=True)
+    results = value_and_gradients(run, cotangents, *arguments)
+    assert_close(results, value_and_gradients(reference, cotangents, *arguments), 1e-5)
+    races: Any = interpret_pallas_call.races
+    assert not races.races_found
+
+
 def test_a_gradient_in_two_parts_keeps_its_precision() -> None:
     x = np.random.default_rng(0).normal(size=1000).astype("float32")
-    high, low = jax.jit(functools.partial(accelerator._split, dtype="bfloat16"))(x)
+    high, low = jax.jit(functools.partial(accelerator._split, dtype=jnp.bfloat16))(x)
     assert high.dtype == low.dtype == "bfloat16"
     parts: Any = high.astype("float32") + low.astype("float32")
     np.testing.assert_allclose(parts, x, rtol=2.0**-16)
@@ -60,7 +81,7 @@ def test_a_gradient_in_two_parts_keeps_its_precision() -> None:
 # What lowers for both. JAX asks cuDNN for the size of its memory while it traces `cudnn`, so that
 # needs the CUDA plugin, and a GPU.
 _NAMES = [name for name, _ in accelerators.iterate_programs(config.Config(), 9, jax.devices()[:1])]
-PROGRAMS = [name for name in _NAMES if name != "step, cudnn"]
+PROGRAMS = [name for name in _NAMES if name not in ("step, cudnn", "step, pallas")]
 
 
 @pytest.mark.slow
@@ -77,15 +98,34 @@ def test_every_program_lowers_for_gpus_and_tpus(name: str) -> None:
     assert "ffi" not in lowered.as_text()
 
 
-@pytest.mark.parametrize("backend", ["gpu", "tpu"])
-def test_cudnn_is_for_gpus(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    lstm = LanguageModel(9, 4, 8, recurrence="cudnn")
-    if backend == "gpu":
-        assert lstm.implementation() == "cudnn"
-    else:
-        with pytest.raises(ValueError, match="needs a GPU"):
-            lstm.implementation()
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pallas_lowers_for_tpus(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    lstm = LanguageModel(23, 24, 48, 2, recurrence="pallas", dtype=dtype)
+    ids = np.zeros((8, 8), np.int32)
+
+    def sum_logits(params: Any) -> jax.Array:
+        logits, _ = lstm.apply({"params": params}, ids, lstm.initial_carry(8))
+        return logits.sum()
+
+    params = jax.eval_shape(lambda: lstm.init(jax.random.key(0), ids, lstm.initial_carry(8)))
+    traced = jax.jit(jax.grad(sum_logits)).trace(params["params"])
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == 4  # Two layers, forward and backward.
+
+
+@pytest.mark.parametrize(("recurrence", "device"), [("cudnn", "gpu"), ("pallas", "tpu")])
+def test_some_recurrences_need_their_device(
+    recurrence: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lstm = LanguageModel(9, 4, 8, recurrence=recurrence)
+    for backend in ("cpu", "gpu", "tpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        if backend == device:
+            assert lstm.implementation() == recurrence
+        else:
+            with pytest.raises(ValueError, match=f"needs a {device.upper()}"):
+                lstm.implementation()
 
 
 @pytest.mark.process

@@ -84,12 +84,14 @@ def choose_recurrence(
     if recurrence == "auto":
         return "fused" if is_lstm else "parallel" if has_parallel else "scan"
     limit = None
-    if recurrence in ("fused", "cudnn") and not is_lstm:
+    if recurrence in ("fused", "cudnn", "pallas") and not is_lstm:
         limit = "supports only LSTM cells without layer normalization or a block"
     elif recurrence == "parallel" and not has_parallel:
         limit = f"needs a cell with a method run_parallel, which {cell} lacks"
     elif recurrence == "cudnn" and jax.default_backend() != "gpu":
         limit = "needs a GPU"
+    elif recurrence == "pallas" and jax.default_backend() != "tpu":
+        limit = "needs a TPU"
     elif recurrence == "cudnn" and dtype != "float32":
         limit = "supports only float32"
     if limit:

@@ -49,6 +49,7 @@ def run_fused(
     carry: LSTMCarry,
     dtype: str = "float32",
     rematerialize: int = 0,
+    in_pallas: bool = False,
 ) -> tuple[jax.Array, LSTMCarry]:
     """Run one LSTM layer over time; return outputs [batch, time, hidden] and the last carry.
 
@@ -59,7 +60,8 @@ def run_fused(
 
     If `rematerialize` is not 0, the forward pass stores the state only every `rematerialize` steps,
     and the backward pass recomputes the steps between. Memory then grows with time / rematerialize
-    + rematerialize instead of time, and is smallest at the square root of time.
+    + rematerialize instead of time, and is smallest at the square root of time. `in_pallas`
+    replaces the loops of a TPU.
     """
     if isinstance(inputs, Lookup) and len(inputs.table) <= 1.5 * inputs.table.shape[1]:
         # The one-hot input needs two matmuls of this size, the embedded row three.
@@ -69,10 +71,17 @@ def run_fused(
         rows = get_rows(inputs)
     batch_size, hidden_size = carry.cell.shape
     in_float32 = rows.dtype == carry.cell.dtype == jnp.float32
-    in_c_here = in_float32 and choice.runs_in_c("windows", dtype, hidden_size, batch_size)
-    if in_c_here or jax.default_backend() != "cpu":
-        module = in_c if in_c_here else accelerator
-        recurrence = functools.partial(module.run_recurrence, dtype=dtype)
+    recurrence: Callable[..., tuple[jax.Array, LSTMCarry]] | None = None
+    if jax.default_backend() != "cpu":
+        loops = accelerator.LOOPS
+        if in_pallas:
+            from lstm_jax.recurrences import pallas  # Importing it takes a while.
+
+            loops = pallas.LOOPS
+        recurrence = functools.partial(accelerator.run_recurrence, dtype=dtype, loops=loops)
+    elif in_float32 and choice.runs_in_c("windows", dtype, hidden_size, batch_size):
+        recurrence = functools.partial(in_c.run_recurrence, dtype=dtype)
+    if recurrence:
         inputs = rows.swapaxes(0, 1)
         outputs, carry = _in_chunks(recurrence, kernels, inputs, carry, rematerialize)
         return outputs.swapaxes(0, 1), carry

@@ -1,0 +1,170 @@
+"""Run the loops of an LSTM layer on a TPU, each in a Pallas kernel with all weights in VMEM.
+
+XLA reads the recurrent kernel from memory at every step of a loop. Here each loop is one call,
+whose grid is the time; the recurrent kernel and the state stay in VMEM, and what a step reads and
+writes is copied while others are computed. `accelerator` does the rest of a layer.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from lstm_jax.cells.lstm import LSTMCarry
+from lstm_jax.recurrences.accelerator import Loops, compute_step, differentiate_step
+
+# Mosaic arranges arrays in tiles of so many rows, in bfloat16, and columns.
+_ROWS, _COLUMNS = 16, 128
+_VMEM_BYTES = 100 * 2**20  # Of the 128 MiB of a TPU v5e or v6e.
+_INTERPRETER: Any = True  # Of tests, which run it on a CPU.
+
+
+def _forward(
+    kernel: jax.Array, added: jax.Array, carry: LSTMCarry, differentiable: bool
+) -> tuple[jax.Array, jax.Array]:
+    time, batch, _ = added.shape
+    hidden = len(kernel)
+    rows, columns = _round_up(batch, _ROWS), _round_up(hidden, _COLUMNS)
+    parts = 7 if differentiable else 1
+    kept, cell = _call(
+        functools.partial(_forward_kernel, differentiable),
+        lambda t: (t, 0, 0),
+        stepped=[_pad(added, rows, columns, 4)],
+        whole=[
+            _pad(kernel, columns, columns, 4),
+            *(_pad(state, rows, columns) for state in carry),
+        ],
+        stepped_results=[((time, rows, parts * columns), added.dtype)],
+        whole_results=[((rows, columns), added.dtype)],
+        scratch=[(rows, columns, added.dtype), (rows, columns, kernel.dtype)],
+    )
+    return _unpad(kept, batch, hidden, columns), cell[:batch, :hidden]
+
+
+def _forward_kernel(
+    differentiable: bool,
+    added: Any,
+    kernel: Any,
+    first_cell: Any,
+    first_hidden: Any,
+    kept: Any,
+    last_cell: Any,
+    cell: Any,
+    hidden: Any,
+) -> None:
+    """Compute a step from references to arrays, of which the last two are the state."""
+
+    @pl.when(pl.program_id(0) == 0)
+    def start() -> None:
+        cell[...] = first_cell[...]
+        hidden[...] = first_hidden[...].astype(hidden.dtype)
+
+    sums = jnp.dot(hidden[...], kernel[...], preferred_element_type=jnp.float32) + added[0]
+    after, outputs, kept[0] = compute_step(sums, cell[...], differentiable)
+    cell[...] = last_cell[...] = after
+    hidden[...] = outputs.astype(hidden.dtype)
+
+
+def _backward(
+    kernel: jax.Array, kept: jax.Array, d_outputs: jax.Array, d_last: LSTMCarry
+) -> tuple[jax.Array, LSTMCarry]:
+    time, batch, hidden = d_outputs.shape
+    rows, columns = _round_up(batch, _ROWS), _round_up(hidden, _COLUMNS)
+    state = (rows, columns), kept.dtype
+    d_sums, *d_first = _call(
+        _backward_kernel,
+        lambda t: (time - 1 - t, 0, 0),
+        stepped=[_pad(kept, rows, columns, 7), _pad(d_outputs, rows, columns)],
+        whole=[
+            _pad(kernel, columns, columns, 4).T,
+            *(_pad(cotangent, rows, columns) for cotangent in d_last),
+        ],
+        stepped_results=[((time, rows, 4 * columns), kernel.dtype)],
+        whole_results=[state, state],
+        scratch=[(rows, columns, kept.dtype), (rows, columns, kept.dtype)],
+    )
+    d_cell, d_hidden = (cotangent[:batch, :hidden] for cotangent in d_first)
+    return _unpad(d_sums, batch, hidden, columns), LSTMCarry(d_cell, d_hidden)
+
+
+def _backward_kernel(
+    kept: Any,
+    d_outputs: Any,
+    kernel: Any,
+    d_last_cell: Any,
+    d_last_hidden: Any,
+    d_sums: Any,
+    d_first_cell: Any,
+    d_first_hidden: Any,
+    d_cell: Any,
+    d_hidden: Any,
+) -> None:
+    """Compute a backward step; the kernel is transposed, and the last two are the state."""
+
+    @pl.when(pl.program_id(0) == 0)
+    def start() -> None:
+        d_cell[...] = d_last_cell[...]
+        d_hidden[...] = d_last_hidden[...]
+
+    gradients, before = differentiate_step(kept[0], d_cell[...], d_hidden[...] + d_outputs[0])
+    rounded = jnp.concatenate(gradients, axis=1).astype(d_sums.dtype)
+    d_sums[0] = rounded
+    d_cell[...] = d_first_cell[...] = before
+    product = jnp.dot(rounded, kernel[...], preferred_element_type=jnp.float32)
+    d_hidden[...] = d_first_hidden[...] = product
+
+
+def _call(
+    function: Callable[..., None],
+    index: Callable[[Any], tuple[Any, ...]],
+    stepped: list[jax.Array],
+    whole: list[jax.Array],
+    stepped_results: list[tuple[tuple[int, ...], Any]],
+    whole_results: list[tuple[tuple[int, ...], Any]],
+    scratch: list[tuple[int, int, Any]],
+) -> list[jax.Array]:
+    """Call a kernel for each step, on blocks of arrays [time, ...] and on whole arrays in VMEM."""
+
+    def block(shape: tuple[int, ...]) -> pl.BlockSpec:
+        return pl.BlockSpec((1, *shape[1:]), index)
+
+    in_vmem = pl.BlockSpec(memory_space=pltpu.VMEM)
+    results = [*stepped_results, *whole_results]
+    return pl.pallas_call(
+        function,
+        [jax.ShapeDtypeStruct(*result) for result in results],
+        grid=(len(stepped[0]),),
+        in_specs=[*(block(x.shape) for x in stepped), *(in_vmem for _ in whole)],
+        out_specs=[
+            *(block(shape) for shape, _ in stepped_results),
+            *(in_vmem for _ in whole_results),
+        ],
+        scratch_shapes=[pltpu.VMEM((rows, columns), dtype) for rows, columns, dtype in scratch],
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_VMEM_BYTES),
+        interpret=_INTERPRETER if jax.default_backend() != "tpu" else False,
+    )(*stepped, *whole)
+
+
+def _round_up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+def _pad(x: jax.Array, rows: int, columns: int, parts: int = 1) -> jax.Array:
+    """Fill x [..., batch, parts * hidden] with zeros to [..., rows, parts * columns]."""
+    x = x.reshape(*x.shape[:-1], parts, -1)
+    widths = [(0, 0)] * x.ndim
+    widths[-3], widths[-1] = (0, rows - x.shape[-3]), (0, columns - x.shape[-1])
+    return jnp.pad(x, widths).reshape(*x.shape[:-3], rows, parts * columns)
+
+
+def _unpad(x: jax.Array, batch: int, hidden: int, columns: int) -> jax.Array:
+    """Undo `_pad`."""
+    parts = x.reshape(*x.shape[:-1], -1, columns)[..., :batch, :, :hidden]
+    return parts.reshape(*parts.shape[:-2], -1)
+
+
+LOOPS = Loops(_forward, _backward)
