@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,15 +43,13 @@ from lstm_jax.data.sources import Segment
 from lstm_jax.errors import UnavailableError, UserError, same_again
 from lstm_jax.recurrences.processor import count_cores
 from lstm_jax.run import files
-from lstm_jax.vocabulary import Ids, Vocabulary
+from lstm_jax.vocabulary import FILE_END, Ids, Vocabulary
 
 # The directory beside a text. It is hidden, so that patterns like books/** do not match it.
 BESIDE = ".lstm_jax"
 MANIFEST = "prepared.json"
 _TOKENS, _COUNTS = "units.jsonl", "counts.npy"
 _UNFINISHED = ".unfinished"
-# Part of a corpus's name, so that a corpus of another format is not read.
-_FORMAT = 2
 _KEY, _KEY_BYTES = "key", 32
 _MAX_PROCESSES = 16
 # Approximate bytes of a chunk. Encoding it takes about thirty times this memory.
@@ -71,7 +69,6 @@ class Manifest(NamedTuple):
     sources: _States  # The files of the text.
     text_sha256: str  # See `texts.compute_checksum`.
     units: str  # The kind of tokens.
-    ends: bool  # Whether `vocabulary.FILE_END` follows each file.
     stop: str  # The stop token, or "".
     splits: dict[str, dict[str, int]]  # Of each, `bytes`, `characters` and `tokens`.
     files: dict[str, _State]  # SHA-256 and `_state` of each other file in the directory.
@@ -86,7 +83,7 @@ class Manifest(NamedTuple):
         """Return the segments of each split."""
         names = itertools.chain.from_iterable(self.sources)
         paths = [Path(os.path.normpath(self.directory / name)) for name, *_ in names]
-        rest = sources.list_segments(paths, self.units == "bytes", self.ends)
+        rest = sources.list_segments(paths, self.units == "bytes", self.stop == FILE_END)
         segments = {}
         for name in sources.SPLITS:
             segments[name], rest = sources.cut_segments(rest, self.splits[name]["bytes"])
@@ -107,12 +104,7 @@ def get_cache_directory() -> Path:
 def _key(directory: Path) -> bytes:
     """Return the key in a cache directory; a temporary one if it can't be written there."""
     path = directory / _KEY
-    with contextlib.suppress(OSError), files.open_regular(path) as file:
-        status = os.fstat(file.fileno())
-        is_own = status.st_uid == os.geteuid() and not status.st_mode & 0o077
-        if is_own and status.st_size == _KEY_BYTES:  # Also on a disk that is read-only.
-            return file.read()
-    try:
+    with contextlib.suppress(OSError):  # A disk that is read-only may have a key, too.
         directory.mkdir(parents=True, exist_ok=True)
         with files.open_append(path) as file:
             files.lock_file(file, wait=True)
@@ -120,9 +112,12 @@ def _key(directory: Path) -> bytes:
             if os.fstat(file.fileno()).st_size != _KEY_BYTES:
                 file.truncate(0)
                 file.write(secrets.token_bytes(_KEY_BYTES))
-        return files.read_bytes(path, _KEY_BYTES)
-    except OSError:
-        return secrets.token_bytes(_KEY_BYTES)
+    with contextlib.suppress(OSError), files.open_regular(path) as file:
+        status = os.fstat(file.fileno())
+        is_private = status.st_uid == os.geteuid() and not status.st_mode & 0o077
+        if is_private and status.st_size == _KEY_BYTES:
+            return file.read()
+    return secrets.token_bytes(_KEY_BYTES)
 
 
 def _seal(directory: Path, fields: dict[str, object]) -> str:
@@ -131,14 +126,41 @@ def _seal(directory: Path, fields: dict[str, object]) -> str:
     return hmac.digest(_key(get_cache_directory()), content, "sha256").hex()
 
 
-def find_corpus(data: DataConfig) -> Manifest | None:
+def find_corpus(data: DataConfig, save: bool = False) -> Manifest | None:
     """Return the prepared corpus that the `data` fields of a config describe, or None.
 
     It is found if this user has made it, and its sources and its own files have the same sizes,
-    times and inodes as before. If only times or inodes differ, checksums decide.
+    times and inodes as before. If only times or inodes differ, checksums decide; if `save`, the new
+    ones are saved.
     """
     _, states, directory = _locate(data)
-    return _find(directory, states)
+    if not _is_directory(directory):
+        return None
+    try:
+        fields = files.read_json(directory / MANIFEST, 2**16 + 8 * len(json.dumps(states)))
+        if fields.pop("seal", None) != _seal(directory, fields):
+            return None
+        manifest = Manifest(directory, **fields)
+        before = manifest.files
+        now = {name: _fingerprint(directory / name, known) for name, known in before.items()}
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    if any(now[name][:2] != before[name][:2] for name in before):
+        return None
+    if states != manifest.sources:
+        names_and_sizes = [[state[:2] for state in text] for text in states]
+        if names_and_sizes != [[state[:2] for state in text] for text in manifest.sources]:
+            return None
+        digest = hashlib.sha256()
+        text = itertools.chain.from_iterable(manifest.list_segments().values())
+        for piece in sources.cut_pieces(text, CHUNK):
+            digest.update(sources.read_segment(piece))
+        if digest.hexdigest() != manifest.text_sha256:
+            return None
+    if save and (states != manifest.sources or now != before):
+        with contextlib.suppress(OSError):
+            manifest._replace(sources=states, files=now).write(directory)
+    return manifest
 
 
 def prepare_corpus(data: DataConfig) -> Manifest:
@@ -147,18 +169,17 @@ def prepare_corpus(data: DataConfig) -> Manifest:
     If another process is making it, wait. An interrupted preparation is resumed. Raise
     `UnavailableError` if the directory can't be written, and `UserError` as `texts.load_texts`.
     """
-    texts, states, directory = _locate(data)
+    *_, directory = _locate(data)
     base = directory.parent
     if not data.prepared and base.is_symlink():
         raise UserError(f"{base} is a link: set data.prepared to the directory itself")
     try:
-        if corpus := _find(directory, states, save=True):
+        if corpus := find_corpus(data, save=True):
             return corpus
         base.mkdir(parents=True, exist_ok=True)
         with files.open_append(base / f".{directory.name}.lock") as lock:
             files.lock_file(lock, wait=True)
-            # Another process may have made it during the wait.
-            return _find(directory, states) or _prepare(data, texts, states, directory)
+            return find_corpus(data) or _prepare(data)  # Another process may have made it.
     except OSError as error:
         raise UnavailableError(
             f"can't prepare the text in {base} ({error.strerror}): free space or make it writable, "
@@ -174,7 +195,6 @@ def _locate(data: DataConfig) -> tuple[list[list[Path]], _States, Path]:
     cache = get_cache_directory()
     key = _key(cache)
     identity = {
-        "format": _FORMAT,
         # Several users or machines don't replace each other's corpora. "": a temporary key.
         "owner": hashlib.sha256(key).hexdigest() if (cache / _KEY).exists() else "",
         "sources": [[os.path.relpath(path.absolute(), base) for path in text] for text in texts],
@@ -214,37 +234,6 @@ def _fingerprint(path: Path, known: _State) -> _State:
         return [hashlib.file_digest(file, "sha256").hexdigest(), *state]
 
 
-def _find(directory: Path, states: _States, save: bool = False) -> Manifest | None:
-    """Return the corpus in `directory`, see `find_corpus`; if `save`, save new times and inodes."""
-    if not _is_directory(directory):
-        return None
-    try:
-        fields = files.read_json(directory / MANIFEST, 2**16 + 8 * len(json.dumps(states)))
-        if fields.pop("seal", None) != _seal(directory, fields):
-            return None
-        manifest = Manifest(directory, **fields)
-        before = manifest.files
-        now = {name: _fingerprint(directory / name, known) for name, known in before.items()}
-    except (OSError, ValueError, TypeError, RecursionError):
-        return None
-    if any(now[name][:2] != before[name][:2] for name in before):
-        return None
-    if states != manifest.sources:
-        names_and_sizes = [[state[:2] for state in text] for text in states]
-        if names_and_sizes != [[state[:2] for state in text] for text in manifest.sources]:
-            return None
-        digest = hashlib.sha256()
-        text = itertools.chain.from_iterable(manifest.list_segments().values())
-        for piece in sources.cut_pieces(text, CHUNK):
-            digest.update(sources.read_segment(piece))
-        if digest.hexdigest() != manifest.text_sha256:
-            return None
-    if save and (states != manifest.sources or now != before):
-        with contextlib.suppress(OSError):
-            manifest._replace(sources=states, files=now).write(directory)
-    return manifest
-
-
 def _is_directory(path: Path) -> bool:
     """Return whether a path is a directory, and not a link to one."""
     return os.path.isdir(path) and not os.path.islink(path)
@@ -258,16 +247,16 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _prepare(
-    data: DataConfig, texts: list[list[Path]], states: _States, directory: Path
-) -> Manifest:
+def _prepare(data: DataConfig) -> Manifest:
     """Make the corpus in a temporary directory, and rename that when it is complete."""
     began = time.monotonic()
+    texts, states, directory = _locate(data)
     total = sum(state[1] for text in states for state in text)
     print(f"Preparing {total / 1e6:,.0f} MB of text, once, in {directory}", file=sys.stderr)
-    digest, ends = hashlib.sha256(), data.document_separator == "file"
-    split = sources.split_files(texts, data.fractions, data.units == "bytes", ends, digest.update)
-    sources.check_unchanged(digest.hexdigest(), data.sha256)
+    digest = hashlib.sha256()
+    split = sources.split_files(texts, data, digest.update)
+    sha256 = digest.hexdigest()
+    sources.check_unchanged(sha256, data.sha256)
     chunks = [list(iterate_chunks(text, data.units, CHUNK)) for text in split]
 
     def contains(part: str) -> bool:
@@ -275,18 +264,12 @@ def _prepare(
         contents = (b"".join(map(sources.read_segment, chunk)) for chunk in chunks[0])
         return any(part.encode() in content for content in contents)
 
-    sha256, stop = digest.hexdigest(), find_stop_text(data.document_separator, contains)
-    segments = list(itertools.chain.from_iterable(chunks))
-    plan = {
-        "sha256": sha256,
-        "units": data.units,
-        "ends": ends,
-        "stop": stop,
-        "chunks": segments,
-    }
+    stop = find_stop_text(data.document_separator, contains)
+    flat = list(itertools.chain.from_iterable(chunks))
+    plan = {"sha256": sha256, "units": data.units, "stop": stop, "chunks": flat}
     unfinished = directory.with_name(directory.name + _UNFINISHED)
     key = _begin(unfinished, plan)
-    _run_processes(unfinished, len(segments), total, key)
+    _run_processes(unfinished, len(flat), total, key)
     measured = _merge(unfinished, chunks, key)
     sources.check_lengths({name: m["characters"] for name, m in measured.items()}, data.path)
     if _states(texts, directory) != states:
@@ -294,7 +277,7 @@ def _prepare(
     shutil.rmtree(unfinished / worker.PARTS)
     (unfinished / worker.PLAN).unlink()
     made = {path.name: _fingerprint(path, []) for path in unfinished.iterdir()}
-    manifest = Manifest(directory, states, sha256, data.units, ends, stop, measured, made)
+    manifest = Manifest(directory, states, sha256, data.units, stop, measured, made)
     manifest.write(unfinished)
     _remove(directory)  # A corpus of another text, or a damaged one.
     unfinished.rename(directory)
@@ -306,20 +289,19 @@ def _prepare(
 
 
 def _begin(unfinished: Path, plan: Mapping[str, object]) -> bytes:
-    """Make the directory to work in, or keep one of the same plan; return the key of its parts."""
-    content = json.dumps(plan).encode()
-    path, parts = unfinished / worker.PLAN, unfinished / worker.PARTS
-    same = False
-    with contextlib.suppress(OSError):
-        if _is_directory(unfinished) and _is_directory(parts):
-            same = files.read_bytes(path, len(content)) == content
-    if not same:
-        _remove(unfinished)
-        parts.mkdir(parents=True)
-        files.write_file(path, content)
+    """Make the directory to work in, with only its old parts; return the key of the plan's parts.
+
+    A part with another key, of another plan or user, is encoded again.
+    """
+    for directory in (unfinished, unfinished / worker.PARTS):
+        if not _is_directory(directory):
+            _remove(directory)
+            directory.mkdir()
     for left in unfinished.iterdir():
-        if left not in (path, parts):
+        if left.name != worker.PARTS:
             _remove(left)
+    content = json.dumps(plan).encode()
+    files.write_file(unfinished / worker.PLAN, content)
     return hmac.digest(_key(get_cache_directory()), content, "sha256")
 
 
@@ -367,7 +349,7 @@ def _run_processes(unfinished: Path, number: int, total: int, key: bytes) -> Non
 
 
 def _merge(
-    unfinished: Path, chunks: list[list[list[Segment]]], key: bytes
+    unfinished: Path, chunks: list[list[Sequence[Segment]]], key: bytes
 ) -> dict[str, dict[str, int]]:
     """Join the encoded chunks of each split, with one table of tokens; return `Manifest.splits`."""
 
@@ -386,20 +368,19 @@ def _merge(
     index: dict[str, int] = {}
     measured = {}
     for i, name in enumerate(sources.SPLITS):
-        split = {"bytes": sum(map(sources.count_bytes, chunks[i])), "characters": 0, "tokens": 0}
+        size = sum(map(sources.count_bytes, chunks[i]))
+        measured[name] = split = {"bytes": size, "characters": 0, "tokens": 0}
         for part in load_parts(i):
             split["characters"] += part.characters
             split["tokens"] += len(part.ids)
             for token in part.tokens:
                 index.setdefault(token, len(index))
-        measured[name] = split
     dtype = get_smallest_dtype(len(index))
     counts = np.zeros((len(measured), len(index)), np.int64)
     for i, (name, split) in enumerate(measured.items()):
         with (unfinished / f"{name}.npy").open("xb") as file:  # "x": not through a link.
-            descr, shape = np.lib.format.dtype_to_descr(dtype), (split["tokens"],)
-            header = {"descr": descr, "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
+            header = np.lib.format.header_data_from_array_1_0(np.empty(0, dtype))
+            np.lib.format.write_array_header_1_0(file, {**header, "shape": (split["tokens"],)})
             for part in load_parts(i):
                 table = np.array([index[token] for token in part.tokens], dtype)
                 counts[i][table] += part.counts
@@ -446,11 +427,9 @@ class PreparedText(Text):
 
     def pieces(self, overlap: int) -> Iterator[str]:
         """See `Text`."""
-        manifest, any_bytes = self._manifest, self._manifest.units == "bytes"
-        text = manifest.list_segments()[self._name]
-        tail = ""
-        for chunk in iterate_chunks(text, manifest.units, CHUNK):
-            piece = tail + sources.read_segments(chunk, any_bytes, manifest.ends)
+        text, units, tail = self._manifest.list_segments()[self._name], self._manifest.units, ""
+        for chunk in iterate_chunks(text, units, CHUNK):
+            piece = tail + sources.read_segments(chunk, units == "bytes")
             yield piece
             tail = piece[max(len(piece) - overlap, 0) :]
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # Limit of the text of someone else's run in memory; its config can't change it.
 _MAX_BYTES_IN_MEMORY = 16 * 10**6
 
+_Encoded = tuple[dict[str, Ids], dict[str, Costs]]  # By the name of the split.
+
 
 @dataclasses.dataclass
 class Splits:
@@ -31,17 +33,12 @@ class Splits:
     sha256: str  # Over the bytes of all, in hexadecimal.
     data: DataConfig  # The `data` fields that describe the text.
     # By the tokens of a vocabulary.
-    _encoded: dict[tuple[str, ...], tuple[dict[str, Ids], dict[str, Costs]]] = dataclasses.field(
-        default_factory=dict
-    )
+    _encoded: dict[tuple[str, ...], _Encoded] = dataclasses.field(default_factory=dict)
 
     def resolve(self, data: DataConfig) -> DataConfig:
         """Return the fields with the checksum of this text and absolute paths."""
-        path, prepared = data.path, data.prepared
-        if path:
-            path = sources.make_absolute(path)
-        if prepared:
-            prepared = str(Path(os.path.expanduser(prepared)).absolute())
+        path = sources.make_absolute(data.path)
+        prepared = data.prepared and str(Path(os.path.expanduser(data.prepared)).absolute())
         return dataclasses.replace(data, sha256=self.sha256, path=path, prepared=prepared)
 
     @functools.cached_property
@@ -53,7 +50,7 @@ class Splits:
         """Return the number of occurrences of each token in the training text, int64 [tokens]."""
         return self.texts["train"].count_tokens(vocabulary)
 
-    def encode(self, vocabulary: Vocabulary) -> tuple[dict[str, Ids], dict[str, Costs]]:
+    def encode(self, vocabulary: Vocabulary) -> _Encoded:
         """Return the ids of each split; and its costs without its first token, never predicted.
 
         Raise `UserError` if a split is too short.
@@ -161,20 +158,15 @@ def _find_prepared(data: DataConfig, make: bool) -> "Manifest":
 def read_splits(data: DataConfig) -> dict[str, str]:
     """Read the text of each split into memory, for the `data` fields of a config."""
     data = standard_texts.find_standard_text(data)
-    any_bytes, ends = data.units == "bytes", data.document_separator == "file"
     if data.path:
-        files = sources.find_files(data.path)
-        split = sources.split_files(files, data.fractions, any_bytes, ends)
-        texts = [sources.read_segments(segments, any_bytes, ends) for segments in split]
-        source = data.path
+        split = sources.split_files(sources.find_files(data.path), data)
+        texts = [sources.read_segments(segments, data.units == "bytes") for segments in split]
     else:
         from lstm_jax.data import datasets  # Only for a dataset: importing TFDS takes seconds.
 
-        texts = datasets.read_dataset(
-            data.dataset, data.text_feature, data.directory, data.fractions, any_bytes, ends
-        )
-        source = f"the dataset {data.dataset}"
+        texts = datasets.read_dataset(data)
     splits = dict(zip(sources.SPLITS, texts, strict=True))
+    source = data.path or f"the dataset {data.dataset}"
     sources.check_lengths({name: len(text) for name, text in splits.items()}, source)
     return splits
 

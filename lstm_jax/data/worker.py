@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ def save_part(path: Path, part: Part, key: bytes) -> None:
     files.write_file(path, _seal(path, content.getvalue(), key) + content.getbuffer())
 
 
-def load_part(path: Path, chunk: list[sources.Segment], key: bytes) -> Part | None:
+def load_part(path: Path, chunk: Sequence[sources.Segment], key: bytes) -> Part | None:
     """Return the encoded chunk that `save_part` wrote with this key, or None."""
     try:
         # Ids, tokens and counts take less than 32 bytes for each byte of text.
@@ -68,7 +69,7 @@ def main() -> None:
             chunk = [sources.Segment(*segment) for segment in plan["chunks"][i]]
             path = get_part_path(directory, i)
             if load_part(path, chunk, key) is None:
-                text = sources.read_segments(chunk, plan["units"] == "bytes", plan["ends"])
+                text = sources.read_segments(chunk, plan["units"] == "bytes")
                 save_part(path, encode_chunk(text, plan["units"], plan["stop"]), key)
             _print(sources.count_bytes(chunk))
     except UserError as error:
