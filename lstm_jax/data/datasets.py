@@ -27,14 +27,7 @@ def read_dataset(data: DataConfig) -> list[str]:
     """
     name, feature, ends = data.dataset, data.text_feature, data.document_separator == "file"
     data_dir = Path(os.path.expanduser(data.directory or tfds.core.constants.DATA_DIR))
-    builder = _open_builder(name, data_dir)
-    if not builder.is_prepared():
-        try:
-            _prepare(builder, name, data_dir)
-        except UserError:
-            if not _open_builder(name, data_dir).is_prepared():  # By another process.
-                raise
-        builder = _open_builder(name, data_dir)
+    builder = _open_prepared(name, data_dir)
     features = builder.info.features
     known = [key for key in features if isinstance(features[key], tfds.features.Text)]
     if feature not in known:
@@ -66,18 +59,25 @@ def read_dataset(data: DataConfig) -> list[str]:
     return [text[:validation], text[validation:test], text[test:]]
 
 
-def _prepare(builder: tfds.core.DatasetBuilder, name: str, data_dir: Path) -> None:
+def _open_prepared(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
+    """Open a dataset, and prepare it first if it is not."""
+    builder = _open_builder(name, data_dir)
+    if builder.is_prepared():
+        return builder
     try:
         # TFDS prints its progress on standard output, which is for the output of the command.
         with contextlib.redirect_stdout(sys.stderr):
             builder.download_and_prepare()
-    except ImportError as error:
-        raise UserError(
-            f"preparing {name} needs {error.name}, which is not installed: prepare it as "
-            f"array_record elsewhere and copy it to {data_dir}"
-        ) from None
     except Exception as error:  # A builder is the dataset's own code: it can raise anything.
-        raise UserError(f"can't prepare {name} under {data_dir}: {one_line(error)}") from None
+        reason = f"can't prepare {name} under {data_dir}: {one_line(error)}"
+        if isinstance(error, ImportError):
+            reason = (
+                f"preparing {name} needs {error.name}, which is not installed: prepare it as "
+                f"array_record elsewhere and copy it to {data_dir}"
+            )
+        if not _open_builder(name, data_dir).is_prepared():  # By another process.
+            raise UserError(reason) from None
+    return _open_builder(name, data_dir)
 
 
 def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:

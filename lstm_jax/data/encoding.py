@@ -8,14 +8,14 @@ ids.
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import regex
 
 from lstm_jax.data.sources import Segment, cut_pieces, cut_segments, read_segment
-from lstm_jax.vocabulary import SEPARATORS, Costs, Ids, Vocabulary, split_text
+from lstm_jax.vocabulary import BYTES, SEPARATORS, Costs, Ids, Vocabulary, split_text
 
 if TYPE_CHECKING:  # A process that encodes chunks imports little more than NumPy.
     from lstm_jax.config import DataConfig
@@ -100,13 +100,9 @@ def encode_chunk(text: str, kind: str, stop: str) -> Part:
     present = np.flatnonzero(counts)
     table = np.zeros(len(counts), get_smallest_dtype(len(present)))
     table[present] = np.arange(len(present))
-
-    def spell(code: int) -> str:
-        if code == stop_code:
-            return stop
-        return bytes([code]).decode("ascii", "surrogateescape") if kind == "bytes" else chr(code)
-
-    return Part(table[codes], list(map(spell, present.tolist())), counts[present], len(text))
+    spell = BYTES.__getitem__ if kind == "bytes" else chr
+    tokens = [stop if code == stop_code else spell(code) for code in present.tolist()]
+    return Part(table[codes], tokens, counts[present], len(text))
 
 
 def get_smallest_dtype(number: int) -> np.dtype:
@@ -114,7 +110,7 @@ def get_smallest_dtype(number: int) -> np.dtype:
     return np.min_scalar_type(max(number - 1, 0))
 
 
-def iterate_chunks(text: Sequence[Segment], kind: str, size: int) -> Iterator[Sequence[Segment]]:
+def iterate_chunks(text: list[Segment], kind: str, size: int) -> Iterator[list[Segment]]:
     """Cut a text into chunks that can be encoded one by one.
 
     A text is cut only where a token ends in any context, so that the tokens of its chunks are those

@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,16 +29,8 @@ import numpy as np
 from tqdm import tqdm
 
 from lstm_jax.config import DataConfig
-from lstm_jax.data import sources, worker
-from lstm_jax.data.encoding import (
-    Part,
-    Table,
-    Text,
-    find_stop_text,
-    get_smallest_dtype,
-    iterate_chunks,
-    make_table,
-)
+from lstm_jax.data import encoding, sources, worker
+from lstm_jax.data.encoding import Part, Table, Text, get_smallest_dtype
 from lstm_jax.data.sources import Segment
 from lstm_jax.errors import UnavailableError, UserError, same_again
 from lstm_jax.recurrences.processor import count_cores
@@ -257,14 +249,14 @@ def _prepare(data: DataConfig) -> Manifest:
     split = sources.split_files(texts, data, digest.update)
     sha256 = digest.hexdigest()
     sources.check_unchanged(sha256, data.sha256)
-    chunks = [list(iterate_chunks(text, data.units, CHUNK)) for text in split]
+    chunks = [list(encoding.iterate_chunks(text, data.units, CHUNK)) for text in split]
 
     def contains(part: str) -> bool:
         """Return whether the training text contains a string; no chunk ends within a stop token."""
         contents = (b"".join(map(sources.read_segment, chunk)) for chunk in chunks[0])
         return any(part.encode() in content for content in contents)
 
-    stop = find_stop_text(data.document_separator, contains)
+    stop = encoding.find_stop_text(data.document_separator, contains)
     flat = list(itertools.chain.from_iterable(chunks))
     plan = {"sha256": sha256, "units": data.units, "stop": stop, "chunks": flat}
     unfinished = directory.with_name(directory.name + _UNFINISHED)
@@ -349,7 +341,7 @@ def _run_processes(unfinished: Path, number: int, total: int, key: bytes) -> Non
 
 
 def _merge(
-    unfinished: Path, chunks: list[list[Sequence[Segment]]], key: bytes
+    unfinished: Path, chunks: list[list[list[Segment]]], key: bytes
 ) -> dict[str, dict[str, int]]:
     """Join the encoded chunks of each split, with one table of tokens; return `Manifest.splits`."""
 
@@ -416,7 +408,7 @@ class PreparedText(Text):
     def encode(self, vocabulary: Vocabulary) -> Ids:
         """See `Text`."""
         part = self.index_tokens(vocabulary.kind, vocabulary.stop)
-        table = make_table(part.tokens, vocabulary)
+        table = encoding.make_table(part.tokens, vocabulary)
         if vocabulary.kind == "bpe":
             return DividedIds(part.ids, table)
         return self._open_ids(table.ids)
@@ -428,7 +420,7 @@ class PreparedText(Text):
     def pieces(self, overlap: int) -> Iterator[str]:
         """See `Text`."""
         text, units, tail = self._manifest.list_segments()[self._name], self._manifest.units, ""
-        for chunk in iterate_chunks(text, units, CHUNK):
+        for chunk in encoding.iterate_chunks(text, units, CHUNK):
             piece = tail + sources.read_segments(chunk, units == "bytes")
             yield piece
             tail = piece[max(len(piece) - overlap, 0) :]

@@ -53,7 +53,9 @@ def find_files(paths: str) -> list[list[Path]]:
             "validation and test) separated by ;"
         )
     visits = _limit_visits()
-    return [_find(text, visits) for text in texts]
+    return [
+        [path for pattern in text.split(",") for path in _find(pattern, visits)] for text in texts
+    ]
 
 
 def _limit_visits() -> Iterator[None]:
@@ -65,21 +67,18 @@ def _limit_visits() -> Iterator[None]:
     )
 
 
-def _find(paths: str, visits: Iterator[None]) -> list[Path]:
-    """Return the files that comma-separated paths and glob patterns name."""
-    named: list[Path] = []
-    for pattern in paths.split(","):
-        if os.path.isdir(pattern):
-            inside = Path(pattern, "*")
-            raise UserError(f"{pattern} is a directory: name its files in data.path: {inside}")
-        # A name with brackets may be both a file and a pattern: the file takes precedence.
-        matches = [pattern] if os.path.exists(pattern) else sorted(_expand(pattern, visits))
-        if len(matches) > 1:
-            matches = list(filter(os.path.isfile, matches))
-        if not matches:
-            raise UserError(f"there is no text file {pattern}: name an existing one in data.path")
-        named += map(Path, matches)
-    return named
+def _find(pattern: str, visits: Iterator[None]) -> list[Path]:
+    """Return the files that a path or glob pattern names, at least one."""
+    if os.path.isdir(pattern):
+        inside = Path(pattern, "*")
+        raise UserError(f"{pattern} is a directory: name its files in data.path: {inside}")
+    # A name with brackets may be both a file and a pattern: the file takes precedence.
+    matches = [pattern] if os.path.exists(pattern) else sorted(_expand(pattern, visits))
+    if len(matches) > 1:
+        matches = list(filter(os.path.isfile, matches))
+    if not matches:
+        raise UserError(f"there is no text file {pattern}: name an existing one in data.path")
+    return list(map(Path, matches))
 
 
 def _expand(pattern: str, visits: Iterator[None]) -> list[str]:
@@ -154,9 +153,7 @@ def list_segments(paths: Iterable[Path], any_bytes: bool, ends: bool) -> list[Se
 
 
 def split_files(
-    texts: Sequence[Sequence[Path]],
-    data: "DataConfig",
-    consume: Callable[[bytes], object] = len,
+    texts: Sequence[Sequence[Path]], data: "DataConfig", consume: Callable[[bytes], object] = len
 ) -> list[list[Segment]]:
     """Return the segments of train, validation and test, from their files or the files of one text.
 
@@ -213,14 +210,14 @@ def cut_pieces(text: Iterable[Segment], size: int) -> Iterator[Segment]:
             yield Segment(path, at, min(at + size, stop))
 
 
-def cut_segments(text: Sequence[Segment], at: int) -> tuple[list[Segment], list[Segment]]:
+def cut_segments(text: list[Segment], at: int) -> tuple[list[Segment], list[Segment]]:
     """Return the segments before byte `at` of a text, and those after it."""
     for i, (path, start, stop) in enumerate(text):
         if at < stop - start:
             before = [Segment(path, start, start + at)] if at else []
             return [*text[:i], *before], [Segment(path, start + at, stop), *text[i + 1 :]]
         at -= stop - start
-    return [*text], []
+    return text, []
 
 
 def count_bytes(text: Iterable[Segment]) -> int:

@@ -95,10 +95,7 @@ def _open_splits(data: DataConfig, manifest: "Manifest | None" = None) -> Splits
 
 
 def load_texts_of_run(
-    data: DataConfig,
-    path: str | None,
-    dataset: str | None = None,
-    directory: str | None = None,
+    data: DataConfig, path: str | None, dataset: str | None = None, directory: str | None = None
 ) -> dict[str, Text]:
     """Return the splits that a run was trained on, for commands that read its text again.
 

@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,7 @@ def save_part(path: Path, part: Part, key: bytes) -> None:
     files.write_file(path, _seal(path, content.getvalue(), key) + content.getbuffer())
 
 
-def load_part(path: Path, chunk: Sequence[sources.Segment], key: bytes) -> Part | None:
+def load_part(path: Path, chunk: list[sources.Segment], key: bytes) -> Part | None:
     """Return the encoded chunk that `save_part` wrote with this key, or None."""
     try:
         # Ids, tokens and counts take less than 32 bytes for each byte of text.
