@@ -50,15 +50,13 @@ CHUNK = 2 * 2**20
 _BLOCK, _BLOCKS = 256, 4096
 
 _State = list[Any]  # A path or a checksum of a file, and its `_state`.
-# For one text, or each split: each file's path relative to the corpus, and its `_state`.
-_States = list[list[_State]]
 
 
 class Manifest(NamedTuple):
     """The content of `prepared.json`, and its directory."""
 
     directory: Path
-    sources: _States  # The files of the text.
+    sources: list[_State]  # Path, relative to the directory, and `_state` of each file of the text.
     text_sha256: str  # See `texts.compute_checksum`.
     units: str  # The kind of tokens.
     stop: str  # The stop token, or "".
@@ -73,8 +71,7 @@ class Manifest(NamedTuple):
 
     def list_segments(self) -> dict[str, list[Segment]]:
         """Return the segments of each split."""
-        names = itertools.chain.from_iterable(self.sources)
-        paths = [Path(os.path.normpath(self.directory / name)) for name, *_ in names]
+        paths = [Path(os.path.normpath(self.directory / name)) for name, *_ in self.sources]
         rest = sources.list_segments(paths, self.units == "bytes", self.stop == FILE_END)
         segments = {}
         for name in sources.SPLITS:
@@ -140,8 +137,7 @@ def find_corpus(data: DataConfig, save: bool = False) -> Manifest | None:
     if any(now[name][:2] != before[name][:2] for name in before):
         return None
     if states != manifest.sources:
-        names_and_sizes = [[state[:2] for state in text] for text in states]
-        if names_and_sizes != [[state[:2] for state in text] for text in manifest.sources]:
+        if [state[:2] for state in states] != [state[:2] for state in manifest.sources]:
             return None
         digest = hashlib.sha256()
         text = itertools.chain.from_iterable(manifest.list_segments().values())
@@ -179,32 +175,28 @@ def prepare_corpus(data: DataConfig) -> Manifest:
         ) from None
 
 
-def _locate(data: DataConfig) -> tuple[list[list[Path]], _States, Path]:
+def _locate(data: DataConfig) -> tuple[list[list[Path]], list[_State], Path]:
     """Return the files of a text, their states, and the directory of its prepared corpus."""
     texts = sources.find_files(data.path)
     base = os.path.expanduser(data.prepared) or texts[0][0].absolute().parent / BESIDE
     base = Path(os.path.normpath(Path(base).absolute()))
+    names = [[os.path.relpath(path.absolute(), base) for path in text] for text in texts]
+    fractions = data.fractions if len(texts) == 1 else None
+    content = json.dumps([names, data.units, data.document_separator, fractions]).encode()
     cache = get_cache_directory()
     key = _key(cache)
-    identity = {
-        # Several users or machines don't replace each other's corpora. "": a temporary key.
-        "owner": hashlib.sha256(key).hexdigest() if (cache / _KEY).exists() else "",
-        "sources": [[os.path.relpath(path.absolute(), base) for path in text] for text in texts],
-        "units": data.units,
-        "separator": data.document_separator,
-        "fractions": list(data.fractions) if len(texts) == 1 else None,
-    }
-    name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    # Several users or machines don't replace each other's corpora. b"": a temporary key.
+    name = hmac.digest(key if (cache / _KEY).exists() else b"", content, "sha256").hex()[:16]
     directory = base / f"{texts[0][0].stem[:50]}-{name}"
     return texts, _states(texts, directory), directory
 
 
-def _states(texts: list[list[Path]], directory: Path) -> _States:
+def _states(texts: list[list[Path]], directory: Path) -> list[_State]:
     """Return each file's path relative to `directory`, so that all can be moved, and its state."""
     try:
         return [
-            [[os.path.relpath(path.absolute(), directory), *_state(path.stat())] for path in text]
-            for text in texts
+            [os.path.relpath(path.absolute(), directory), *_state(path.stat())]
+            for path in itertools.chain.from_iterable(texts)
         ]
     except OSError as error:
         raise UserError(f"can't read {error.filename}: {error.strerror}") from None
@@ -243,11 +235,9 @@ def _prepare(data: DataConfig) -> Manifest:
     """Make the corpus in a temporary directory, and rename that when it is complete."""
     began = time.monotonic()
     texts, states, directory = _locate(data)
-    total = sum(state[1] for text in states for state in text)
+    total = sum(state[1] for state in states)
     print(f"Preparing {total / 1e6:,.0f} MB of text, once, in {directory}", file=sys.stderr)
-    digest = hashlib.sha256()
-    split = sources.split_files(texts, data, digest.update)
-    sha256 = digest.hexdigest()
+    split, sha256 = sources.split_files(texts, data)
     sources.check_unchanged(sha256, data.sha256)
     chunks = [list(encoding.iterate_chunks(text, data.units, CHUNK)) for text in split]
 

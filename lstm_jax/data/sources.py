@@ -7,11 +7,12 @@ byte-order mark at the start of a file is removed.
 
 import fnmatch
 import glob
+import hashlib
 import itertools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -153,27 +154,27 @@ def list_segments(paths: Iterable[Path], any_bytes: bool, ends: bool) -> list[Se
 
 
 def split_files(
-    texts: Sequence[Sequence[Path]], data: "DataConfig", consume: Callable[[bytes], object] = len
-) -> list[list[Segment]]:
+    texts: Sequence[Sequence[Path]], data: "DataConfig"
+) -> tuple[list[list[Segment]], str]:
     """Return the segments of train, validation and test, from their files or the files of one text.
 
-    One text is split by `find_cuts`: between characters, or between bytes for `data.units=bytes`,
-    like the usual splits of enwik8. `consume` is called with all bytes of the text, piece by piece.
-    Raise `UserError` as `list_segments`, or if a file of a text of documents holds `FILE_END`.
+    Also return SHA-256 over all of them, in hexadecimal. One text is split by `find_cuts`: between
+    characters, or between bytes for `data.units=bytes`, like the usual splits of enwik8. Raise
+    `UserError` as `list_segments`, or if a file of a text of documents holds `FILE_END`.
     """
     any_bytes, ends = data.units == "bytes", data.document_separator == "file"
     segments = [list_segments(paths, any_bytes, ends) for paths in texts]
-    pieces, lengths, last = [], [], b""
+    digest, pieces, lengths, last = hashlib.sha256(), [], [], b""
     for piece in cut_pieces(itertools.chain.from_iterable(segments), _PIECE_BYTES):
         content = read_segment(piece)
         if ends and piece.path:
             check_ends(last + content)
         last = content[1 - len(_FILE_END) :]  # The mark may lie in two pieces.
-        consume(content)
+        digest.update(content)
         pieces.append(piece)
         lengths.append(int(np.count_nonzero(_find_places(content, any_bytes))))
     if len(segments) > 1:
-        return segments
+        return segments, digest.hexdigest()
     stops = np.cumsum(lengths)
 
     def find_byte(place: int) -> int:
@@ -185,7 +186,7 @@ def split_files(
 
     validation, test = map(find_byte, find_cuts(sum(lengths), data.fractions))
     train, rest = cut_segments(segments[0], validation)
-    return [train, *cut_segments(rest, test - validation)]
+    return [train, *cut_segments(rest, test - validation)], digest.hexdigest()
 
 
 def _find_places(content: bytes, any_bytes: bool) -> np.ndarray:

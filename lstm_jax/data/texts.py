@@ -156,7 +156,7 @@ def read_splits(data: DataConfig) -> dict[str, str]:
     """Read the text of each split into memory, for the `data` fields of a config."""
     data = standard_texts.find_standard_text(data)
     if data.path:
-        split = sources.split_files(sources.find_files(data.path), data)
+        split, _ = sources.split_files(sources.find_files(data.path), data)
         texts = [sources.read_segments(segments, data.units == "bytes") for segments in split]
     else:
         from lstm_jax.data import datasets  # Only for a dataset: importing TFDS takes seconds.
