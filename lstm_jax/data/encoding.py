@@ -9,17 +9,14 @@ ids.
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import regex
 
+from lstm_jax.config import DataConfig
 from lstm_jax.data.sources import Segment, cut_pieces, cut_segments, read_segment
 from lstm_jax.vocabulary import BYTES, SEPARATORS, Costs, Ids, Vocabulary, split_text
-
-if TYPE_CHECKING:  # A process that encodes chunks imports little more than NumPy.
-    from lstm_jax.config import DataConfig
-
 
 # Places where a text can be cut, from the last one backwards ("r"): never within a character (which
 # has at most three continuation bytes), nor between two line breaks, which may form a stop token.
@@ -162,7 +159,7 @@ class Text:
         """Yield the text in pieces of bounded size, each after the `overlap` characters before."""
         yield self._text
 
-    def vocabulary(self, data: "DataConfig") -> Vocabulary:
+    def vocabulary(self, data: DataConfig) -> Vocabulary:
         """Return the vocabulary of the text for the `data` fields of a config."""
         stop = self.find_stop(data.document_separator)
         part = self.index_tokens(data.units, stop)

@@ -14,16 +14,14 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from lstm_jax.config import DataConfig
 from lstm_jax.errors import UserError, another_directory
 from lstm_jax.run import files
 from lstm_jax.vocabulary import FILE_END
-
-if TYPE_CHECKING:  # A process that encodes chunks imports little more than NumPy.
-    from lstm_jax.config import DataConfig
 
 SPLITS = ("train", "validation", "test")
 # Files and directories that the patterns of a data.path may visit. A pattern from someone else's
@@ -154,7 +152,7 @@ def list_segments(paths: Iterable[Path], any_bytes: bool, ends: bool) -> list[Se
 
 
 def split_files(
-    texts: Sequence[Sequence[Path]], data: "DataConfig"
+    texts: Sequence[Sequence[Path]], data: DataConfig
 ) -> tuple[list[list[Segment]], str]:
     """Return the segments of train, validation and test, from their files or the files of one text.
 

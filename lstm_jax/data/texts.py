@@ -6,18 +6,15 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lstm_jax.config import DataConfig
-from lstm_jax.data import sources, standard_texts
+from lstm_jax.data import prepared, sources, standard_texts
 from lstm_jax.data.encoding import Text
+from lstm_jax.data.prepared import Manifest
 from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import Costs, Ids, Vocabulary
-
-if TYPE_CHECKING:
-    from lstm_jax.data.prepared import Manifest
 
 # Limit of the text of someone else's run in memory; its config can't change it.
 _MAX_BYTES_IN_MEMORY = 16 * 10**6
@@ -38,8 +35,8 @@ class Splits:
     def resolve(self, data: DataConfig) -> DataConfig:
         """Return the fields with the checksum of this text and absolute paths."""
         path = sources.make_absolute(data.path)
-        prepared = data.prepared and str(Path(os.path.expanduser(data.prepared)).absolute())
-        return dataclasses.replace(data, sha256=self.sha256, path=path, prepared=prepared)
+        directory = data.prepared and str(Path(os.path.expanduser(data.prepared)).absolute())
+        return dataclasses.replace(data, sha256=self.sha256, path=path, prepared=directory)
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
@@ -76,13 +73,11 @@ def load_texts(data: DataConfig) -> Splits:
     """
     data = standard_texts.find_standard_text(data)
     if data.path and sources.measure_files(data.path) > data.memory_megabytes * 10**6:
-        from lstm_jax.data import prepared  # Only for a large text.
-
         return _open_splits(data, prepared.prepare_corpus(data))
     return _open_splits(data)
 
 
-def _open_splits(data: DataConfig, manifest: "Manifest | None" = None) -> Splits:
+def _open_splits(data: DataConfig, manifest: Manifest | None = None) -> Splits:
     """Return the splits of a prepared corpus, or else read them into memory."""
     if manifest:
         splits = Splits(manifest.texts(), manifest.text_sha256, data)
@@ -137,10 +132,8 @@ def load_texts_of_run(
     return _open_splits(data, manifest).texts
 
 
-def _find_prepared(data: DataConfig, make: bool) -> "Manifest":
+def _find_prepared(data: DataConfig, make: bool) -> Manifest:
     """Return the prepared text of a run, from where it was trained or else the user's cache."""
-    from lstm_jax.data import prepared
-
     if manifest := prepared.find_corpus(data):
         return manifest
     data = dataclasses.replace(data, prepared=str(prepared.get_cache_directory()))
