@@ -80,13 +80,14 @@ def load_texts(data: DataConfig) -> Splits:
 def _open_splits(data: DataConfig, manifest: Manifest | None = None) -> Splits:
     """Return the splits of a prepared corpus, or else read them into memory."""
     if manifest:
-        splits = Splits(manifest.texts(), manifest.text_sha256, data)
+        texts: dict[str, Text] = {n: prepared.PreparedText(manifest, n) for n in sources.SPLITS}
+        sha256 = manifest.text_sha256
     else:
         strings = read_splits(data)
         texts = {name: Text(text) for name, text in strings.items()}
-        splits = Splits(texts, compute_checksum(strings), data)
-    sources.check_unchanged(splits.sha256, data.sha256)
-    return splits
+        sha256 = compute_checksum(strings)
+    sources.check_unchanged(sha256, data.sha256)
+    return Splits(texts, sha256, data)
 
 
 def load_texts_of_run(
