@@ -220,9 +220,10 @@ class ModelConfig:
         "instructions for it.", resume=True)
     rematerialize: int = field(0, "Steps between the states stored for the backward pass, which "
         "recomputes the others to save memory. 0: store all.", _SIZE_OR_ZERO, resume=True,
-        relevant_if=Rule("model.cell='lstm' without layer_norm or block, recurrence auto, fused or pallas",
+        relevant_if=Rule(
+            "model.cell='lstm' without layer_norm or block, recurrence auto, fused or pallas",
             lambda c: is_plain_lstm(c.model.cell, c.model.layer_norm, c.model.block)
-            and c.model.recurrence in ("auto", "fused", "pallas")))
+            and c.model.recurrence not in ("scan", "cudnn")))
 
 
 @dataclasses.dataclass(frozen=True)

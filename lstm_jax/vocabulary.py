@@ -41,7 +41,7 @@ FILE_END = "\ufdd0"
 # The text between two documents, for each value of data.document_separator.
 SEPARATORS = {"": "", "line": "\n", "blank_line": "\n\n", "file": FILE_END}
 # The tokens of kind "bytes", and the first ones of kind "bpe".
-_BYTES = bytes(range(256)).decode("ascii", "surrogateescape")
+BYTES = bytes(range(256)).decode("ascii", "surrogateescape")
 # The pattern of a token, by kind; `_UNICODE` for the other kinds.
 _TOKENS = {
     "characters": regex.compile("[^\ud800-\udfff]"),
@@ -143,7 +143,7 @@ class Vocabulary:
             if count >= min_count and len(token) <= MAX_TOKEN_LENGTH
         }
         if kind in ("bytes", "bpe"):
-            frequent = set(_BYTES)
+            frequent = set(BYTES)
         if counts and not frequent:
             raise UserError(
                 f"none of the {kind} of the training text, up to {MAX_TOKEN_LENGTH:,} characters "
@@ -226,13 +226,9 @@ class Vocabulary:
 
         return decode
 
-    def unknown(self, text: str) -> list[str]:
-        """Return the distinct tokens of `text` that are not in the vocabulary, sorted."""
-        return sorted(set(self.split(text)) - set(self._ids))
-
     def name_unknown(self, text: str) -> str:
-        """Return the first ten of these tokens, as a person reads them; "" if there are none."""
-        unknown = self.unknown(text)
+        """Return the first ten tokens that are not in the vocabulary, for a message, or ""."""
+        unknown = sorted(set(self.split(text)) - set(self._ids))
         return ", ".join(map(repr, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
 
 

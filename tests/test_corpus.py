@@ -14,13 +14,21 @@ from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import FILE_END
 
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-FRACTIONS = (0.9, 0.05, 0.05)
+
+
+def read_dataset(name: str, directory: Path, feature: str = "story", **fields: Any) -> list[str]:
+    """Return the splits of a dataset of TFDS."""
+    return datasets.read_dataset(
+        config_lib.DataConfig(
+            dataset=name, directory=str(directory), text_feature=feature, **fields
+        )
+    )
 
 
 def read_files(paths: list[Path], any_bytes: bool = False) -> str:
     """Return the text of files, one after the other."""
     segments = sources.list_segments(paths, any_bytes, ends=False)
-    return sources.read_segments(segments, any_bytes, ends=False)
+    return sources.read_segments(segments, any_bytes)
 
 
 def test_tiny_shakespeare_is_complete_and_split_as_in_tfds(
@@ -74,7 +82,7 @@ def test_each_file_or_example_is_a_document(tmp_path: Path) -> None:
     (tmp_path / "c").write_text(f"c{FILE_END}")
     with pytest.raises(UserError, match="holds U.FDD0"):
         texts.read_splits(config.data)
-    splits = datasets.read_dataset("fables", "story", str(tmp_path), FRACTIONS, ends=True)
+    splits = read_dataset("fables", tmp_path, document_separator="file")
     assert sorted("".join(splits).split(FILE_END)[:-1]) == sorted(f"story {i}" for i in range(50))
 
 
@@ -124,15 +132,15 @@ class Fables(tfds.core.GeneratorBasedBuilder):
 
 
 def test_any_tfds_dataset_with_a_text_feature(tmp_path: Path) -> None:
-    splits = datasets.read_dataset("fables", "story", str(tmp_path), (0.8, 0.1, 0.1))
+    splits = read_dataset("fables", tmp_path, fractions=(0.8, 0.1, 0.1))
     train = "".join(splits)
     # Without a validation split, all three splits come from the 50 training examples.
     assert sorted(train.split("\n")) == sorted(f"story {i}" for i in range(50))
     assert len(splits[0]) == int(0.8 * len(train))
     with pytest.raises(UserError, match="no text feature 'text' .*title, story"):
-        datasets.read_dataset("fables", "text", str(tmp_path), (0.8, 0.1, 0.1))
+        read_dataset("fables", tmp_path, "text")
     with pytest.raises(UserError, match="no text feature 'pages' .*title, story"):
-        datasets.read_dataset("fables", "pages", str(tmp_path), (0.8, 0.1, 0.1))
+        read_dataset("fables", tmp_path, "pages")
 
 
 class Unpreparable(Fables):
@@ -144,12 +152,12 @@ class Unpreparable(Fables):
 
 def test_a_failed_dataset_preparation_gives_a_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="can't prepare unpreparable .* Download it by hand"):
-        datasets.read_dataset("unpreparable", "story", str(tmp_path), FRACTIONS)
+        read_dataset("unpreparable", tmp_path)
 
 
 def test_an_error_names_an_unknown_dataset(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no dataset 'no_such_thing'"):
-        datasets.read_dataset("no_such_thing", "text", str(tmp_path), FRACTIONS)
+        read_dataset("no_such_thing", tmp_path)
 
 
 def test_a_dataset_prepared_for_tensorflow_raises_an_error(tfds_dir: Path, tmp_path: Path) -> None:
@@ -157,7 +165,7 @@ def test_a_dataset_prepared_for_tensorflow_raises_an_error(tfds_dir: Path, tmp_p
     (info,) = tmp_path.glob("tiny_shakespeare/*/dataset_info.json")
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(UserError, match=r"only TensorFlow reads: use another data.directory"):
-        datasets.read_dataset("tiny_shakespeare", "text", str(tmp_path), FRACTIONS)
+        read_dataset("tiny_shakespeare", tmp_path)
 
 
 def test_a_changed_text_raises_an_error() -> None:
@@ -193,8 +201,6 @@ def test_a_text_of_bytes_is_split_at_byte_offsets(tmp_path: Path) -> None:
     assert len(parts[0]) == int(0.9 * len(content))
     # A split in the middle of a two-byte character.
     (tmp_path / "file").write_text("é" * 10)
-    halves = sources.split_files(
-        [[tmp_path / "file"]], (0.45, 0.05, 0.5), any_bytes=True, ends=False
-    )
-    train = sources.read_segments(halves[0], any_bytes=True, ends=False)
+    data.fractions = (0.45, 0.25, 0.3)
+    train = texts.read_splits(data)["train"]
     assert len(train.encode("utf-8", "surrogateescape")) == 9

@@ -313,7 +313,7 @@ def test_a_pattern_that_visits_too_many_files_raises_an_error(
 )
 def test_an_invalid_dataset_name_gives_a_one_line_error(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.dataset") as error:
-        datasets.read_dataset(name, "text", str(tmp_path), (0.9, 0.05, 0.05))
+        datasets.read_dataset(config_lib.DataConfig(dataset=name, directory=str(tmp_path)))
     assert "\n" not in str(error.value)
 
 
@@ -334,10 +334,8 @@ def test_a_damaged_dataset_is_read_or_gives_a_one_line_error(
                 content if path.name == changed else path.read_bytes()
             )
         try:
-            read = datasets.read_dataset(
-                "tiny_shakespeare", "text", str(tmp_path / str(number)), (0.9, 0.05, 0.05)
-            )
-            assert read == list(shakespeare.values())
+            data = config_lib.DataConfig(directory=str(tmp_path / str(number)))
+            assert datasets.read_dataset(data) == list(shakespeare.values())
         except UserError as error:
             assert "\n" not in str(error)
 

@@ -57,7 +57,7 @@ def test_decode_inverts_encode_for_any_text(kind: str, stop: str, text: str) -> 
     assert ids.dtype == np.int32 and not np.isin(ids, [0, 1]).any()
     assert again.tokens == vocabulary.tokens
     assert [again.tokens[i] for i in ids] == again.split(text)
-    assert again.unknown(text) == []
+    assert again.name_unknown(text) == ""
     # Decoding in pieces gives the same, and each piece is valid text.
     decode = again.decoder()
     pieces = [decode([i], False) for i in ids] + [decode([], True)]
@@ -159,7 +159,7 @@ def test_rare_tokens_become_unk() -> None:
     vocabulary = Vocabulary.from_text(text, "words", min_count=2)
     assert vocabulary.tokens == ("", "[UNK]", " be")
     assert vocabulary.decode(vocabulary.encode(text)) == "[UNK] be[UNK][UNK][UNK] be"
-    assert vocabulary.unknown(text) == [" not", " or", " to", "to"]
+    assert vocabulary.name_unknown(text) == "' not', ' or', ' to', 'to'"
     data = config_lib.default().data
     data.units, data.min_count = "words", 3
     with pytest.raises(UserError, match="none of the words .* occurs 3 times"):
@@ -198,7 +198,7 @@ def test_unknown_characters_become_unk() -> None:
     vocabulary = Vocabulary.from_text("abc")
     assert vocabulary.encode("axb\ud800").tolist() == [2, 1, 3, 1]
     assert vocabulary.decode([2, 0, 1]) == "a[UNK]"
-    assert vocabulary.unknown("zaxz") == ["x", "z"]
+    assert vocabulary.name_unknown("zaxz") == "'x', 'z'"
 
 
 def test_unprintable_text_is_replaced() -> None:

@@ -17,6 +17,7 @@ from lstm_jax.convert import weights as weights_lib
 from lstm_jax.convert.weights import Layer, Weights
 from lstm_jax.errors import UserError
 
+_GRU = (1, 0, 2)  # The order of the gates, from and to that of `lstm_jax.cells`.
 _CLASSES = {"lstm": "LSTM", "gru": "GRU", "rnn": "SimpleRNN"}
 # Limits in bytes of what an archive's files unpack to: the config, and the weights as a multiple of
 # the archive (Keras doesn't compress them), plus bytes beyond.
@@ -133,7 +134,8 @@ def write_weights(weights: Weights) -> bytes:
     for name, layer in zip(_name_layers(weights), weights.layers, strict=True):
         arrays = [layer["input_kernel"], layer["recurrent_kernel"], layer["bias"]]
         if weights.cell == "gru":
-            arrays = [_swap_gates(x) for x in [*arrays[:2], weights_lib.split_biases(layer)]]
+            arrays[2] = weights_lib.split_biases(layer)
+            arrays = [weights_lib.reorder_gates(array, _GRU) for array in arrays]
         variables[f"{name}/cell"] = arrays
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
@@ -191,11 +193,6 @@ def _make_layer(arrays: list[np.ndarray], name: str) -> tuple[str, Layer]:
     if cell == "gru":
         if len(biases) == 1:
             raise UserError(f"{name} has reset_after=False: the GRU here resets after the matmul")
-        layer |= {key: _swap_gates(layer[key]) for key in layer if key != "recurrent_bias"}
+        for key in ("input_kernel", "recurrent_kernel", "bias"):
+            layer[key] = weights_lib.reorder_gates(layer[key], _GRU)
     return cell, layer
-
-
-def _swap_gates(array: np.ndarray) -> np.ndarray:
-    """Exchange the first two gates of a GRU, on the last axis."""
-    first, second, third = np.split(array, 3, axis=-1)
-    return np.concatenate([second, first, third], axis=-1)

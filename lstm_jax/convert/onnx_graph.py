@@ -15,7 +15,6 @@ _OPERATORS: dict[str, tuple[str, list[int], dict[str, int]]] = {
     "gru": ("GRU", [1, 0, 2], {"linear_before_reset": 1}),  # z, r, n.
     "rnn": ("RNN", [0], {}),
 }
-_Value = tuple[str, int, list[str | int]]  # Name, dtype and shape.
 _OPSET, _IR_VERSION = 17, 8  # Of 2022, for older runtimes.
 
 
@@ -27,14 +26,14 @@ def write_graph(weights: Weights) -> bytes:
     to `next_cell_i`; zeros are the carry at the start of a text.
     """
     onnx = weights_lib.require("onnx")
-    make_node, numbers = onnx.helper.make_node, onnx.TensorProto
+    make_node, describe = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    numbers = onnx.TensorProto
     operator, order, attributes = _OPERATORS[weights.cell]
     states = ["hidden", "cell"] if weights.cell == "lstm" else ["hidden"]
 
     def reorder(array: np.ndarray) -> np.ndarray:
         """Return an array [..., gates * hidden] with ONNX's gates, [1, gates * hidden, ...]."""
-        gates = np.split(array, len(order), axis=-1)
-        return np.concatenate([gates[k] for k in order], axis=-1).T[None]
+        return weights_lib.reorder_gates(array, order).T[None]
 
     constants = {
         "embedding": weights.embedding,
@@ -48,15 +47,15 @@ def write_graph(weights: Weights) -> bytes:
         # [time, batch, features], as the operators have it.
         make_node("Transpose", ["embedded"], ["outputs"], perm=[1, 0, 2]),
     ]
-    inputs: list[_Value] = [("ids", numbers.INT64, ["batch", "time"])]
-    outputs: list[_Value] = [("logits", numbers.FLOAT, ["batch", "time", len(weights.bias)])]
+    inputs = [describe("ids", numbers.INT64, ["batch", "time"])]
+    outputs = [describe("logits", numbers.FLOAT, ["batch", "time", len(weights.bias)])]
     below = "outputs"
     for i, layer in enumerate(weights.layers):
-        both = [reorder(bias) for bias in weights_lib.split_biases(layer)]
+        biases = [reorder(bias) for bias in weights_lib.split_biases(layer)]
         constants |= {
             f"input_kernel_{i}": reorder(layer["input_kernel"]),
             f"recurrent_kernel_{i}": reorder(layer["recurrent_kernel"]),
-            f"biases_{i}": np.concatenate(both, axis=1),
+            f"biases_{i}": np.concatenate(biases, axis=1),
         }
         size = weights.hidden_sizes[i]
         before = [f"{state}_{i}" for state in states]
@@ -73,18 +72,15 @@ def write_graph(weights: Weights) -> bytes:
             nodes.append(make_node("Add", [above, below], [f"sum_{i}"]))
             above = f"sum_{i}"
         below = above
-        inputs += [(name, numbers.FLOAT, ["batch", size]) for name in before]
-        outputs += [(name, numbers.FLOAT, ["batch", size]) for name in after]
+        inputs += [describe(name, numbers.FLOAT, ["batch", size]) for name in before]
+        outputs += [describe(name, numbers.FLOAT, ["batch", size]) for name in after]
     nodes += [
         make_node("Transpose", [below], ["hidden"], perm=[1, 0, 2]),
         make_node("MatMul", ["hidden", "kernel"], ["scores"]),
         make_node("Add", ["scores", "bias"], ["logits"]),
     ]
     tensors = [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()]
-    describe = onnx.helper.make_tensor_value_info
-    graph = onnx.helper.make_graph(
-        nodes, "lstm_jax", [describe(*x) for x in inputs], [describe(*x) for x in outputs], tensors
-    )
+    graph = onnx.helper.make_graph(nodes, "lstm_jax", inputs, outputs, tensors)
     opset = onnx.helper.make_opsetid("", _OPSET)
     model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=_IR_VERSION)
     return bytes(model.SerializeToString())

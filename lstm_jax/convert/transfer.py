@@ -63,8 +63,8 @@ def import_weights(
     try:
         with files.open_regular(source, follow=True) as file:
             loaded = read(file)
-        own, vocabulary, added = weights.add_special_rows(loaded, tokens, kind, stop)
-        fields, params = weights.to_model(own)
+        whole, vocabulary, added = weights.add_special_rows(loaded, tokens, kind, stop)
+        fields, params = weights.to_model(whole)
     except OSError as error:
         raise UserError(f"can't read {source}: {error.strerror}") from None
     except UserError as error:
@@ -104,12 +104,13 @@ def export_weights(directory: Path, target: Path, drop_special: bool = False) ->
     except UserError as error:
         raise UserError(f"{directory} can't be converted: {error}") from None
     trained = workdir.load_trained(directory)
-    own = weights.from_model(trained.model, trained.params)
+    whole = weights.from_model(trained.model, trained.params)
     rows = slice(len(vocabulary_lib.SPECIAL_IDS) if drop_special else 0, None)
-    own = own._replace(
-        embedding=own.embedding[rows], kernel=own.kernel[:, rows], bias=own.bias[rows]
+    content = write(
+        whole._replace(
+            embedding=whole.embedding[rows], kernel=whole.kernel[:, rows], bias=whole.bias[rows]
+        )
     )
-    content = write(own)
     fields = trained.vocabulary.to_fields()
     fields["units"] = fields["units"][rows]
     try:

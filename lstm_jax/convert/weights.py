@@ -4,8 +4,8 @@ import contextlib
 import importlib
 import re
 import types
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -48,15 +48,10 @@ def check_model(model: ModelConfig, graph: bool = False) -> None:
         raise UserError(
             "Keras and PyTorch have no layer with model.skip_connections=True: write a .onnx file"
         )
-    lacking = {
-        "cell": model.cell not in GATES,
-        "layer_norm": model.layer_norm,
-        "block": model.block != "none",
-    }
-    for field, lacks in lacking.items():
-        if lacks:
-            named = f"model.{field}={getattr(model, field)!r}"
-            raise UserError(f"Keras, PyTorch and ONNX have no layer with {named}")
+    allowed: dict[str, Collection[Any]] = {"cell": GATES, "layer_norm": [False], "block": ["none"]}
+    for field, values in allowed.items():
+        if (value := getattr(model, field)) not in values:
+            raise UserError(f"Keras, PyTorch and ONNX have no layer with model.{field}={value!r}")
 
 
 def from_model(model: LanguageModel, params: Params) -> Weights:
@@ -171,6 +166,12 @@ def make_layer(
         layer["bias"][-hidden:] = first[-hidden:]
         layer["recurrent_bias"] = second[-hidden:]
     return cells[0], layer
+
+
+def reorder_gates(array: np.ndarray, order: Sequence[int]) -> np.ndarray:
+    """Return an array [..., gates * hidden] with its gates in another order."""
+    gates = np.split(array, len(order), axis=-1)
+    return np.concatenate([gates[k] for k in order], axis=-1)
 
 
 def split_biases(layer: Layer) -> np.ndarray:

@@ -3,11 +3,11 @@
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 
+from lstm_jax.config import DataConfig
 from lstm_jax.data import sources
 from lstm_jax.data.standard_texts import STANDARD_TEXTS
 from lstm_jax.errors import UserError, one_line
@@ -17,37 +17,23 @@ from lstm_jax.vocabulary import FILE_END
 tfds.disable_progress_bar()
 
 
-def read_dataset(
-    name: str,
-    text_feature: str,
-    directory: str,
-    fractions: Sequence[float],
-    any_bytes: bool = False,
-    ends: bool = False,
-) -> list[str]:
+def read_dataset(data: DataConfig) -> list[str]:
     """Return the train, validation and test text of a TFDS dataset, examples joined by line breaks.
 
-    If one of these splits is missing, all three are cut from the text of the train split. If
-    `ends`, put `FILE_END` after each example instead of line breaks between them. Raise `UserError`
-    if there is no such dataset or feature, or preparing it needs TensorFlow.
+    If one of these splits is missing, all three are cut from the text of the train split. For
+    `data.document_separator=file`, put `FILE_END` after each example instead of line breaks between
+    them. Raise `UserError` if there is no such dataset or feature, or preparing it needs
+    TensorFlow.
     """
-    data_dir = Path(os.path.expanduser(directory or tfds.core.constants.DATA_DIR))
-    builder = _open_builder(name, data_dir)
-    if not builder.is_prepared():
-        failure = None
-        try:
-            _prepare(builder, name, data_dir)
-        except UserError as error:
-            failure = error
-        builder = _open_builder(name, data_dir)
-        if failure and not builder.is_prepared():  # Otherwise another process has prepared it.
-            raise failure
+    name, feature, ends = data.dataset, data.text_feature, data.document_separator == "file"
+    data_dir = Path(os.path.expanduser(data.directory or tfds.core.constants.DATA_DIR))
+    builder = _open_prepared(name, data_dir)
     features = builder.info.features
-    texts = [key for key in features if isinstance(features[key], tfds.features.Text)]
-    if text_feature not in texts:
-        known = ", ".join(texts) or "none"
+    known = [key for key in features if isinstance(features[key], tfds.features.Text)]
+    if feature not in known:
         raise UserError(
-            f"{name} has no text feature {text_feature!r} (data.text_feature); it has {known}"
+            f"{name} has no text feature {feature!r} (data.text_feature); it has "
+            f"{', '.join(known) or 'none'}"
         )
     if "train" not in builder.info.splits:
         raise UserError(f"{name} has no train split: choose another data.dataset")
@@ -55,36 +41,43 @@ def read_dataset(
     def read_split(split: str) -> str:
         try:
             source = builder.as_data_source(split=split)
-            examples = [source[i][text_feature] for i in range(len(source))]
+            examples = [source[i][feature] for i in range(len(source))]
         except Exception as error:  # It is damaged, or the code of one of its features fails.
             raise UserError(f"can't read {name} under {data_dir}: {one_line(error)}") from None
-        texts = [
-            sources.decode_text(example, f"example {i} of {name}", any_bytes)
-            for i, example in enumerate(examples)
-        ]
-        if not ends:
-            return "\n".join(texts)
-        text = "".join(text + FILE_END for text in texts)
-        sources.check_ends(text, len(texts))
-        return text
+        texts = []
+        for i, example in enumerate(examples):
+            if ends:
+                sources.check_ends(example)
+            text = sources.decode_text(example, f"example {i} of {name}", data.units == "bytes")
+            texts.append(text + FILE_END if ends else text)
+        return ("" if ends else "\n").join(texts)
 
     if all(split in builder.info.splits for split in sources.SPLITS):
         return [read_split(split) for split in sources.SPLITS]
-    return sources.cut_text(read_split("train"), fractions)
+    text = read_split("train")
+    validation, test = sources.find_cuts(len(text), data.fractions)
+    return [text[:validation], text[validation:test], text[test:]]
 
 
-def _prepare(builder: tfds.core.DatasetBuilder, name: str, data_dir: Path) -> None:
+def _open_prepared(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
+    """Open a dataset, and prepare it first if it is not."""
+    builder = _open_builder(name, data_dir)
+    if builder.is_prepared():
+        return builder
     try:
         # TFDS prints its progress on standard output, which is for the output of the command.
         with contextlib.redirect_stdout(sys.stderr):
             builder.download_and_prepare()
-    except ImportError as error:
-        raise UserError(
-            f"preparing {name} needs {error.name}, which is not installed: prepare it as "
-            f"array_record elsewhere and copy it to {data_dir}"
-        ) from None
     except Exception as error:  # A builder is the dataset's own code: it can raise anything.
-        raise UserError(f"can't prepare {name} under {data_dir}: {one_line(error)}") from None
+        reason = f"can't prepare {name} under {data_dir}: {one_line(error)}"
+        if isinstance(error, ImportError):
+            reason = (
+                f"preparing {name} needs {error.name}, which is not installed: prepare it as "
+                f"array_record elsewhere and copy it to {data_dir}"
+            )
+        if not _open_builder(name, data_dir).is_prepared():  # By another process.
+            raise UserError(reason) from None
+    return _open_builder(name, data_dir)
 
 
 def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:

@@ -8,14 +8,12 @@ import sys
 import tempfile
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from pathlib import Path
-from types import MappingProxyType
-from typing import IO, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from tqdm import tqdm
 
@@ -31,8 +29,6 @@ _TIMEOUT_SECONDS = 30
 # second since then, at any moment.
 _LEAST_SPEED = 10_000
 _WHEEL_SECONDS = 120
-# Some servers refuse urllib's own name.
-_HEADERS = {"User-Agent": "lstm-jax"}
 
 
 class Download(NamedTuple):
@@ -111,7 +107,7 @@ def _receive_rest(file: Download, part: Path, done: int) -> int:
         allowed = file.seconds + (done - first) / _LEAST_SPEED
         return call_in_thread(function, *arguments, seconds=began + allowed - time.monotonic())
 
-    with network_errors():
+    with _network_errors():
         try:
             response = wait_for(_request, file, done)
         except urllib.error.HTTPError as error:
@@ -134,7 +130,7 @@ def _receive_rest(file: Download, part: Path, done: int) -> int:
         ):
             output.truncate(done)
             while done <= file.size:
-                with network_errors():
+                with _network_errors():
                     chunk = wait_for(response.read1, _CHUNK_BYTES)
                 if not chunk:
                     break
@@ -149,36 +145,18 @@ def _receive_rest(file: Download, part: Path, done: int) -> int:
 
 def _request(file: Download, done: int) -> http.client.HTTPResponse:
     """Request what follows the first `done` bytes of a file; the server may send all of it."""
-    return open_address(file.address, _TIMEOUT_SECONDS, {"Range": f"bytes={done}-"} if done else {})
-
-
-def open_address(
-    address: str, timeout: float, headers: Mapping[str, str] = MappingProxyType({})
-) -> http.client.HTTPResponse:
-    """Request a file by HTTP; give up if nothing is received for `timeout` seconds."""
-    request = urllib.request.Request(address, headers={**_HEADERS, **headers})
-    return urllib.request.build_opener(_Redirects).open(request, timeout=timeout)
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, but not to FTP, whose answers are other objects."""
-
-    def redirect_request(
-        self,
-        req: urllib.request.Request,
-        fp: IO[bytes],
-        code: int,
-        msg: str,
-        headers: http.client.HTTPMessage,
-        newurl: str,
-    ) -> urllib.request.Request | None:
-        if urllib.parse.urlsplit(newurl).scheme not in ("http", "https"):
-            raise DownloadError("it redirects to an address that is not http or https")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+    headers = {"User-Agent": "lstm-jax"}  # Some servers refuse urllib's own name.
+    if done:
+        headers["Range"] = f"bytes={done}-"
+    request = urllib.request.Request(file.address, headers=headers)
+    response = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
+    if not isinstance(response, http.client.HTTPResponse):  # That of FTP has no status.
+        raise DownloadError("it redirects to an address that is not http or https")
+    return response
 
 
 @contextlib.contextmanager
-def network_errors() -> Iterator[None]:
+def _network_errors() -> Iterator[None]:
     """Raise `DownloadError` for any error of the network or the server."""
     try:
         yield

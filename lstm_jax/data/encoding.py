@@ -9,17 +9,14 @@ ids.
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import regex
 
+from lstm_jax.config import DataConfig
 from lstm_jax.data.sources import Segment, cut_pieces, cut_segments, read_segment
-from lstm_jax.vocabulary import SEPARATORS, Costs, Ids, Vocabulary, split_text
-
-if TYPE_CHECKING:  # A process that encodes chunks imports little more than NumPy.
-    from lstm_jax.config import DataConfig
-
+from lstm_jax.vocabulary import BYTES, SEPARATORS, Costs, Ids, Vocabulary, split_text
 
 # Places where a text can be cut, from the last one backwards ("r"): never within a character (which
 # has at most three continuation bytes), nor between two line breaks, which may form a stop token.
@@ -94,22 +91,15 @@ def encode_chunk(text: str, kind: str, stop: str) -> Part:
         # The stop token becomes one character that is not in the text.
         stop_code = next(code for code in range(0x100, 0x110000) if chr(code) not in single)
         single = single.replace(end, chr(stop_code))
-    try:
-        codes = np.frombuffer(single.encode("latin-1"), np.uint8)
-    except UnicodeEncodeError:
-        # "surrogatepass": a surrogate is a code point like any other here.
-        codes = np.frombuffer(single.encode("utf-32-le", "surrogatepass"), np.uint32)
+    # "surrogatepass": a surrogate is a code point like any other here.
+    codes = np.frombuffer(single.encode("utf-32-le", "surrogatepass"), np.uint32)
     counts = np.bincount(codes)
     present = np.flatnonzero(counts)
     table = np.zeros(len(counts), get_smallest_dtype(len(present)))
     table[present] = np.arange(len(present))
-
-    def spell(code: int) -> str:
-        if code == stop_code:
-            return stop
-        return bytes([code]).decode("ascii", "surrogateescape") if kind == "bytes" else chr(code)
-
-    return Part(table[codes], list(map(spell, present.tolist())), counts[present], len(text))
+    spell = BYTES.__getitem__ if kind == "bytes" else chr
+    tokens = [stop if code == stop_code else spell(code) for code in present.tolist()]
+    return Part(table[codes], tokens, counts[present], len(text))
 
 
 def get_smallest_dtype(number: int) -> np.dtype:
@@ -117,29 +107,23 @@ def get_smallest_dtype(number: int) -> np.dtype:
     return np.min_scalar_type(max(number - 1, 0))
 
 
-def iterate_chunks(text: Iterable[Segment], kind: str, size: int) -> Iterator[list[Segment]]:
+def iterate_chunks(text: list[Segment], kind: str, size: int) -> Iterator[list[Segment]]:
     """Cut a text into chunks that can be encoded one by one.
 
     A text is cut only where a token ends in any context, so that the tokens of its chunks are those
     of the whole text. A chunk has about `size` bytes, or more if there is no such place.
     """
-    pending: list[Segment] = []
-    content = bytearray()
-    start = 0
+    content, start = bytearray(), 0
     for piece in cut_pieces(text, size // 2):
         content += read_segment(piece)
-        if pending and pending[-1].path == piece.path and pending[-1].stop == piece.start:
-            # Join both segments, as a character may be split between them.
-            piece = Segment(piece.path, pending.pop().start, piece.stop)
-        pending.append(piece)
         if len(content) >= size:
             if at := find_last_cut(content, kind, start):
-                chunk, pending = cut_segments(pending, at)
+                chunk, text = cut_segments(text, at)
                 yield chunk
                 del content[:at]
             start = max(len(content) - 2, 0)  # All places up to there have been searched.
-    if pending:
-        yield pending
+    if text:
+        yield text
 
 
 def find_last_cut(content: bytes | bytearray, kind: str, start: int = 0) -> int:
@@ -175,7 +159,7 @@ class Text:
         """Yield the text in pieces of bounded size, each after the `overlap` characters before."""
         yield self._text
 
-    def vocabulary(self, data: "DataConfig") -> Vocabulary:
+    def vocabulary(self, data: DataConfig) -> Vocabulary:
         """Return the vocabulary of the text for the `data` fields of a config."""
         stop = self.find_stop(data.document_separator)
         part = self.index_tokens(data.units, stop)
@@ -194,16 +178,15 @@ class Text:
     def costs(self, vocabulary: Vocabulary, first: bool = True) -> Costs:
         """Return the costs of the text, with or without its first token."""
 
-        def count_unknown(tokens: Iterable[str]) -> int:
-            """Count the bytes of the UTF-8 of unknown tokens, with one for the end of each."""
-            unknown = (token for token in tokens if token not in vocabulary)
-            return sum(len(token.encode("utf-8", "surrogateescape")) + 1 for token in unknown)
+        def count_unknown(token: str) -> int:
+            """Return the bytes of the UTF-8 of an unknown token, with one for its end; else 0."""
+            return 0 if token in vocabulary else len(token.encode("utf-8", "surrogateescape")) + 1
 
         part = self.index_tokens(vocabulary.kind, vocabulary.stop)
-        divided = [vocabulary.split_word(token) for token in part.tokens]
-        number = int(part.counts @ np.fromiter(map(len, divided), np.int64))
-        unknown = int(part.counts @ np.fromiter(map(count_unknown, divided), np.int64))
+        divided = [vocabulary.split_word(word) for word in part.tokens]
+        number = int(part.counts @ [len(word) for word in divided])
+        unknown = int(part.counts @ [sum(map(count_unknown, word)) for word in divided])
         if first:
             return Costs(number, part.characters, unknown)
         token = divided[int(part.ids[:1][0])][0]
-        return Costs(number - 1, part.characters - len(token), unknown - count_unknown([token]))
+        return Costs(number - 1, part.characters - len(token), unknown - count_unknown(token))

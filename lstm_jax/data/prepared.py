@@ -29,28 +29,18 @@ import numpy as np
 from tqdm import tqdm
 
 from lstm_jax.config import DataConfig
-from lstm_jax.data import files, sources, worker
-from lstm_jax.data.encoding import (
-    Part,
-    Table,
-    Text,
-    find_stop_text,
-    get_smallest_dtype,
-    iterate_chunks,
-    make_table,
-)
+from lstm_jax.data import encoding, files, sources, worker
+from lstm_jax.data.encoding import Part, Table, Text, get_smallest_dtype
 from lstm_jax.data.sources import Segment
 from lstm_jax.errors import UnavailableError, UserError, same_again
 from lstm_jax.recurrences.processor import count_cores
-from lstm_jax.vocabulary import Ids, Vocabulary
+from lstm_jax.vocabulary import FILE_END, Ids, Vocabulary
 
 # The directory beside a text. It is hidden, so that patterns like books/** do not match it.
 BESIDE = ".lstm_jax"
 MANIFEST = "prepared.json"
 _TOKENS, _COUNTS = "units.jsonl", "counts.npy"
 _UNFINISHED = ".unfinished"
-# Part of a corpus's name, so that a corpus of another format is not read.
-_FORMAT = 2
 _KEY, _KEY_BYTES = "key", 32
 _MAX_PROCESSES = 16
 # Approximate bytes of a chunk. Encoding it takes about thirty times this memory.
@@ -59,18 +49,15 @@ CHUNK = 2 * 2**20
 _BLOCK, _BLOCKS = 256, 4096
 
 _State = list[Any]  # A path or a checksum of a file, and its `_state`.
-# For one text, or each split: each file's path relative to the corpus, and its `_state`.
-_States = list[list[_State]]
 
 
 class Manifest(NamedTuple):
     """The content of `prepared.json`, and its directory."""
 
     directory: Path
-    sources: _States  # The files of the text.
+    sources: list[_State]  # Path, relative to the directory, and `_state` of each file of the text.
     text_sha256: str  # See `texts.compute_checksum`.
     units: str  # The kind of tokens.
-    ends: bool  # Whether `vocabulary.FILE_END` follows each file.
     stop: str  # The stop token, or "".
     splits: dict[str, dict[str, int]]  # Of each, `bytes`, `characters` and `tokens`.
     files: dict[str, _State]  # SHA-256 and `_state` of each other file in the directory.
@@ -80,20 +67,6 @@ class Manifest(NamedTuple):
         fields = self._asdict()
         del fields["directory"]
         files.write_json(directory / MANIFEST, {**fields, "seal": _seal(self.directory, fields)})
-
-    def list_segments(self) -> dict[str, list[Segment]]:
-        """Return the segments of each split."""
-        names = itertools.chain.from_iterable(self.sources)
-        paths = [Path(os.path.normpath(self.directory / name)) for name, *_ in names]
-        rest = sources.list_segments(paths, self.units == "bytes", self.ends)
-        segments = {}
-        for name in sources.SPLITS:
-            segments[name], rest = sources.cut_segments(rest, self.splits[name]["bytes"])
-        return segments
-
-    def texts(self) -> dict[str, Text]:
-        """Return the text of each split."""
-        return {name: PreparedText(self, name) for name in sources.SPLITS}
 
 
 def get_cache_directory() -> Path:
@@ -106,12 +79,7 @@ def get_cache_directory() -> Path:
 def _key(directory: Path) -> bytes:
     """Return the key in a cache directory; a temporary one if it can't be written there."""
     path = directory / _KEY
-    with contextlib.suppress(OSError), files.open_regular(path) as file:
-        status = os.fstat(file.fileno())
-        is_own = status.st_uid == os.geteuid() and not status.st_mode & 0o077
-        if is_own and status.st_size == _KEY_BYTES:  # Also on a disk that is read-only.
-            return file.read()
-    try:
+    with contextlib.suppress(OSError):  # A disk that is read-only may have a key, too.
         directory.mkdir(parents=True, exist_ok=True)
         with files.open_append(path) as file:
             files.lock_file(file, wait=True)
@@ -119,9 +87,12 @@ def _key(directory: Path) -> bytes:
             if os.fstat(file.fileno()).st_size != _KEY_BYTES:
                 file.truncate(0)
                 file.write(secrets.token_bytes(_KEY_BYTES))
-        return files.read_bytes(path, _KEY_BYTES)
-    except OSError:
-        return secrets.token_bytes(_KEY_BYTES)
+    with contextlib.suppress(OSError), files.open_regular(path) as file:
+        status = os.fstat(file.fileno())
+        is_private = status.st_uid == os.geteuid() and not status.st_mode & 0o077
+        if is_private and status.st_size == _KEY_BYTES:
+            return file.read()
+    return secrets.token_bytes(_KEY_BYTES)
 
 
 def _seal(directory: Path, fields: dict[str, object]) -> str:
@@ -130,14 +101,37 @@ def _seal(directory: Path, fields: dict[str, object]) -> str:
     return hmac.digest(_key(get_cache_directory()), content, "sha256").hex()
 
 
-def find_corpus(data: DataConfig) -> Manifest | None:
+def find_corpus(data: DataConfig, save: bool = False) -> Manifest | None:
     """Return the prepared corpus that the `data` fields of a config describe, or None.
 
     It is found if this user has made it, and its sources and its own files have the same sizes,
-    times and inodes as before. If only times or inodes differ, checksums decide.
+    times and inodes as before. If only times or inodes differ, checksums decide; if `save`, the new
+    ones are saved.
     """
-    _, states, directory = _locate(data)
-    return _find(directory, states)
+    texts, states, directory = _locate(data)
+    if not _is_directory(directory):
+        return None
+    try:
+        fields = files.read_json(directory / MANIFEST, 2**16 + 8 * len(json.dumps(states)))
+        if fields.pop("seal", None) != _seal(directory, fields):
+            return None
+        manifest = Manifest(directory, **fields)
+        before = manifest.files
+        now = {name: _fingerprint(directory / name, known) for name, known in before.items()}
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    if any(now[name][:2] != before[name][:2] for name in before):
+        return None
+    if states != manifest.sources:
+        # The sizes first: three splits could be divided in another way, with the same checksum.
+        if [state[:2] for state in states] != [state[:2] for state in manifest.sources]:
+            return None
+        if sources.split_files(texts, data)[1] != manifest.text_sha256:
+            return None
+    if save and (states != manifest.sources or now != before):
+        with contextlib.suppress(OSError):
+            manifest._replace(sources=states, files=now).write(directory)
+    return manifest
 
 
 def prepare_corpus(data: DataConfig) -> Manifest:
@@ -146,18 +140,17 @@ def prepare_corpus(data: DataConfig) -> Manifest:
     If another process is making it, wait. An interrupted preparation is resumed. Raise
     `UnavailableError` if the directory can't be written, and `UserError` as `texts.load_texts`.
     """
-    texts, states, directory = _locate(data)
+    *_, directory = _locate(data)
     base = directory.parent
     if not data.prepared and base.is_symlink():
         raise UserError(f"{base} is a link: set data.prepared to the directory itself")
     try:
-        if corpus := _find(directory, states, save=True):
+        if corpus := find_corpus(data, save=True):
             return corpus
         base.mkdir(parents=True, exist_ok=True)
         with files.open_append(base / f".{directory.name}.lock") as lock:
             files.lock_file(lock, wait=True)
-            # Another process may have made it during the wait.
-            return _find(directory, states) or _prepare(data, texts, states, directory)
+            return find_corpus(data) or _prepare(data)  # Another process may have made it.
     except OSError as error:
         raise UnavailableError(
             f"can't prepare the text in {base} ({error.strerror}): free space or make it writable, "
@@ -165,33 +158,28 @@ def prepare_corpus(data: DataConfig) -> Manifest:
         ) from None
 
 
-def _locate(data: DataConfig) -> tuple[list[list[Path]], _States, Path]:
+def _locate(data: DataConfig) -> tuple[list[list[Path]], list[_State], Path]:
     """Return the files of a text, their states, and the directory of its prepared corpus."""
     texts = sources.find_files(data.path)
     base = os.path.expanduser(data.prepared) or texts[0][0].absolute().parent / BESIDE
     base = Path(os.path.normpath(Path(base).absolute()))
+    names = [[os.path.relpath(path.absolute(), base) for path in text] for text in texts]
+    fractions = data.fractions if len(texts) == 1 else None
+    content = json.dumps([names, data.units, data.document_separator, fractions]).encode()
     cache = get_cache_directory()
     key = _key(cache)
-    identity = {
-        "format": _FORMAT,
-        # Several users or machines don't replace each other's corpora. "": a temporary key.
-        "owner": hashlib.sha256(key).hexdigest() if (cache / _KEY).exists() else "",
-        "sources": [[os.path.relpath(path.absolute(), base) for path in text] for text in texts],
-        "units": data.units,
-        "separator": data.document_separator,
-        "fractions": list(data.fractions) if len(texts) == 1 else None,
-    }
-    name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    # Several users or machines don't replace each other's corpora. b"": a temporary key.
+    name = hmac.digest(key if (cache / _KEY).exists() else b"", content, "sha256").hex()[:16]
     directory = base / f"{texts[0][0].stem[:50]}-{name}"
     return texts, _states(texts, directory), directory
 
 
-def _states(texts: list[list[Path]], directory: Path) -> _States:
+def _states(texts: list[list[Path]], directory: Path) -> list[_State]:
     """Return each file's path relative to `directory`, so that all can be moved, and its state."""
     try:
         return [
-            [[os.path.relpath(path.absolute(), directory), *_state(path.stat())] for path in text]
-            for text in texts
+            [os.path.relpath(path.absolute(), directory), *_state(path.stat())]
+            for path in itertools.chain.from_iterable(texts)
         ]
     except OSError as error:
         raise UserError(f"can't read {error.filename}: {error.strerror}") from None
@@ -213,37 +201,6 @@ def _fingerprint(path: Path, known: _State) -> _State:
         return [hashlib.file_digest(file, "sha256").hexdigest(), *state]
 
 
-def _find(directory: Path, states: _States, save: bool = False) -> Manifest | None:
-    """Return the corpus in `directory`, see `find_corpus`; if `save`, save new times and inodes."""
-    if not _is_directory(directory):
-        return None
-    try:
-        fields = files.read_json(directory / MANIFEST, 2**16 + 8 * len(json.dumps(states)))
-        if fields.pop("seal", None) != _seal(directory, fields):
-            return None
-        manifest = Manifest(directory, **fields)
-        before = manifest.files
-        now = {name: _fingerprint(directory / name, known) for name, known in before.items()}
-    except (OSError, ValueError, TypeError, RecursionError):
-        return None
-    if any(now[name][:2] != before[name][:2] for name in before):
-        return None
-    if states != manifest.sources:
-        names_and_sizes = [[state[:2] for state in text] for text in states]
-        if names_and_sizes != [[state[:2] for state in text] for text in manifest.sources]:
-            return None
-        digest = hashlib.sha256()
-        text = itertools.chain.from_iterable(manifest.list_segments().values())
-        for piece in sources.cut_pieces(text, CHUNK):
-            digest.update(sources.read_segment(piece))
-        if digest.hexdigest() != manifest.text_sha256:
-            return None
-    if save and (states != manifest.sources or now != before):
-        with contextlib.suppress(OSError):
-            manifest._replace(sources=states, files=now).write(directory)
-    return manifest
-
-
 def _is_directory(path: Path) -> bool:
     """Return whether a path is a directory, and not a link to one."""
     return os.path.isdir(path) and not os.path.islink(path)
@@ -257,35 +214,27 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _prepare(
-    data: DataConfig, texts: list[list[Path]], states: _States, directory: Path
-) -> Manifest:
+def _prepare(data: DataConfig) -> Manifest:
     """Make the corpus in a temporary directory, and rename that when it is complete."""
     began = time.monotonic()
-    total = sum(state[1] for text in states for state in text)
+    texts, states, directory = _locate(data)
+    total = sum(state[1] for state in states)
     print(f"Preparing {total / 1e6:,.0f} MB of text, once, in {directory}", file=sys.stderr)
-    digest, ends = hashlib.sha256(), data.document_separator == "file"
-    split = sources.split_files(texts, data.fractions, data.units == "bytes", ends, digest.update)
-    sources.check_unchanged(digest.hexdigest(), data.sha256)
-    chunks = [list(iterate_chunks(text, data.units, CHUNK)) for text in split]
+    split, sha256 = sources.split_files(texts, data)
+    sources.check_unchanged(sha256, data.sha256)
+    chunks = [list(encoding.iterate_chunks(text, data.units, CHUNK)) for text in split]
 
     def contains(part: str) -> bool:
         """Return whether the training text contains a string; no chunk ends within a stop token."""
         contents = (b"".join(map(sources.read_segment, chunk)) for chunk in chunks[0])
         return any(part.encode() in content for content in contents)
 
-    sha256, stop = digest.hexdigest(), find_stop_text(data.document_separator, contains)
-    segments = list(itertools.chain.from_iterable(chunks))
-    plan = {
-        "sha256": sha256,
-        "units": data.units,
-        "ends": ends,
-        "stop": stop,
-        "chunks": segments,
-    }
+    stop = encoding.find_stop_text(data.document_separator, contains)
+    flat = list(itertools.chain.from_iterable(chunks))
+    plan = {"sha256": sha256, "units": data.units, "stop": stop, "chunks": flat}
     unfinished = directory.with_name(directory.name + _UNFINISHED)
     key = _begin(unfinished, plan)
-    _run_processes(unfinished, len(segments), total, key)
+    _run_processes(unfinished, len(flat), total, key)
     measured = _merge(unfinished, chunks, key)
     sources.check_lengths({name: m["characters"] for name, m in measured.items()}, data.path)
     if _states(texts, directory) != states:
@@ -293,7 +242,7 @@ def _prepare(
     shutil.rmtree(unfinished / worker.PARTS)
     (unfinished / worker.PLAN).unlink()
     made = {path.name: _fingerprint(path, []) for path in unfinished.iterdir()}
-    manifest = Manifest(directory, states, sha256, data.units, ends, stop, measured, made)
+    manifest = Manifest(directory, states, sha256, data.units, stop, measured, made)
     manifest.write(unfinished)
     _remove(directory)  # A corpus of another text, or a damaged one.
     unfinished.rename(directory)
@@ -305,20 +254,19 @@ def _prepare(
 
 
 def _begin(unfinished: Path, plan: Mapping[str, object]) -> bytes:
-    """Make the directory to work in, or keep one of the same plan; return the key of its parts."""
-    content = json.dumps(plan).encode()
-    path, parts = unfinished / worker.PLAN, unfinished / worker.PARTS
-    same = False
-    with contextlib.suppress(OSError):
-        if _is_directory(unfinished) and _is_directory(parts):
-            same = files.read_bytes(path, len(content)) == content
-    if not same:
-        _remove(unfinished)
-        parts.mkdir(parents=True)
-        files.write_file(path, content)
+    """Make the directory to work in, with only its old parts; return the key of the plan's parts.
+
+    A part with another key, of another plan or user, is encoded again.
+    """
+    for directory in (unfinished, unfinished / worker.PARTS):
+        if not _is_directory(directory):
+            _remove(directory)
+            directory.mkdir()
     for left in unfinished.iterdir():
-        if left not in (path, parts):
+        if left.name != worker.PARTS:
             _remove(left)
+    content = json.dumps(plan).encode()
+    files.write_file(unfinished / worker.PLAN, content)
     return hmac.digest(_key(get_cache_directory()), content, "sha256")
 
 
@@ -385,20 +333,19 @@ def _merge(
     index: dict[str, int] = {}
     measured = {}
     for i, name in enumerate(sources.SPLITS):
-        split = {"bytes": sum(map(sources.count_bytes, chunks[i])), "characters": 0, "tokens": 0}
+        size = sum(map(sources.count_bytes, chunks[i]))
+        measured[name] = split = {"bytes": size, "characters": 0, "tokens": 0}
         for part in load_parts(i):
             split["characters"] += part.characters
             split["tokens"] += len(part.ids)
             for token in part.tokens:
                 index.setdefault(token, len(index))
-        measured[name] = split
     dtype = get_smallest_dtype(len(index))
     counts = np.zeros((len(measured), len(index)), np.int64)
     for i, (name, split) in enumerate(measured.items()):
         with (unfinished / f"{name}.npy").open("xb") as file:  # "x": not through a link.
-            descr, shape = np.lib.format.dtype_to_descr(dtype), (split["tokens"],)
-            header = {"descr": descr, "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
+            header = np.lib.format.header_data_from_array_1_0(np.empty(0, dtype))
+            np.lib.format.write_array_header_1_0(file, {**header, "shape": (split["tokens"],)})
             for part in load_parts(i):
                 table = np.array([index[token] for token in part.tokens], dtype)
                 counts[i][table] += part.counts
@@ -434,7 +381,7 @@ class PreparedText(Text):
     def encode(self, vocabulary: Vocabulary) -> Ids:
         """See `Text`."""
         part = self.index_tokens(vocabulary.kind, vocabulary.stop)
-        table = make_table(part.tokens, vocabulary)
+        table = encoding.make_table(part.tokens, vocabulary)
         if vocabulary.kind == "bpe":
             return DividedIds(part.ids, table)
         return self._open_ids(table.ids)
@@ -445,11 +392,14 @@ class PreparedText(Text):
 
     def pieces(self, overlap: int) -> Iterator[str]:
         """See `Text`."""
-        manifest, any_bytes = self._manifest, self._manifest.units == "bytes"
-        text = manifest.list_segments()[self._name]
-        tail = ""
-        for chunk in iterate_chunks(text, manifest.units, CHUNK):
-            piece = tail + sources.read_segments(chunk, any_bytes, manifest.ends)
+        manifest, units, tail = self._manifest, self._manifest.units, ""
+        paths = [Path(os.path.normpath(manifest.directory / name)) for name, *_ in manifest.sources]
+        text = sources.list_segments(paths, units == "bytes", manifest.stop == FILE_END)
+        for name in sources.SPLITS[: sources.SPLITS.index(self._name)]:
+            _, text = sources.cut_segments(text, manifest.splits[name]["bytes"])
+        text, _ = sources.cut_segments(text, self._split["bytes"])
+        for chunk in encoding.iterate_chunks(text, units, CHUNK):
+            piece = tail + sources.read_segments(chunk, units == "bytes")
             yield piece
             tail = piece[max(len(piece) - overlap, 0) :]
 

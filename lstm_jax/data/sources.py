@@ -1,25 +1,24 @@
 """Find, split and read the files of a text.
 
-Arguments of several functions:
-
-    any_bytes   whether the tokens are bytes: then bytes that are not UTF-8 become surrogates, as in
-                Python's "surrogateescape". Otherwise they are an error, and a byte-order mark at
-                the start of a file is removed.
-    ends        whether each file is a document, with `FILE_END` after it.
+`any_bytes`, an argument of several functions, is whether the tokens are bytes: then bytes that are
+not UTF-8 become surrogates, as in Python's "surrogateescape". Otherwise they are an error, and a
+byte-order mark at the start of a file is removed.
 """
 
 import fnmatch
 import glob
+import hashlib
 import itertools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from lstm_jax.config import DataConfig
 from lstm_jax.data import files
 from lstm_jax.errors import UserError, another_directory
 from lstm_jax.vocabulary import FILE_END
@@ -53,7 +52,9 @@ def find_files(paths: str) -> list[list[Path]]:
             "validation and test) separated by ;"
         )
     visits = _limit_visits()
-    return [_find(text, visits) for text in texts]
+    return [
+        [path for pattern in text.split(",") for path in _find(pattern, visits)] for text in texts
+    ]
 
 
 def _limit_visits() -> Iterator[None]:
@@ -65,20 +66,18 @@ def _limit_visits() -> Iterator[None]:
     )
 
 
-def _find(paths: str, visits: Iterator[None]) -> list[Path]:
-    """Return the files that comma-separated paths and glob patterns name."""
-    named: list[Path] = []
-    for pattern in paths.split(","):
-        # A name with brackets may be both a file and a pattern: the file takes precedence.
-        matches = [pattern] if os.path.exists(pattern) else sorted(_expand(pattern, visits))
-        if os.path.isdir(pattern):
-            inside = Path(pattern, "*")
-            raise UserError(f"{pattern} is a directory: name its files in data.path: {inside}")
-        matches = [path for path in matches if len(matches) == 1 or os.path.isfile(path)]
-        if not matches:
-            raise UserError(f"there is no text file {pattern}: name an existing one in data.path")
-        named += map(Path, matches)
-    return named
+def _find(pattern: str, visits: Iterator[None]) -> list[Path]:
+    """Return the files that a path or glob pattern names, at least one."""
+    if os.path.isdir(pattern):
+        inside = Path(pattern, "*")
+        raise UserError(f"{pattern} is a directory: name its files in data.path: {inside}")
+    # A name with brackets may be both a file and a pattern: the file takes precedence.
+    matches = [pattern] if os.path.exists(pattern) else sorted(_expand(pattern, visits))
+    if len(matches) > 1:
+        matches = list(filter(os.path.isfile, matches))
+    if not matches:
+        raise UserError(f"there is no text file {pattern}: name an existing one in data.path")
+    return list(map(Path, matches))
 
 
 def _expand(pattern: str, visits: Iterator[None]) -> list[str]:
@@ -131,7 +130,10 @@ def measure_files(paths: str) -> int:
 
 
 def list_segments(paths: Iterable[Path], any_bytes: bool, ends: bool) -> list[Segment]:
-    """Return the segments of files, one after the other; raise `UserError` if one is empty."""
+    """Return the segments of files, each with `FILE_END` after it if it `ends` a document.
+
+    Raise `UserError` if a file is empty or can't be read.
+    """
     segments = []
     for path in paths:
         try:
@@ -150,26 +152,27 @@ def list_segments(paths: Iterable[Path], any_bytes: bool, ends: bool) -> list[Se
 
 
 def split_files(
-    texts: Sequence[Sequence[Path]],
-    fractions: Sequence[float],
-    any_bytes: bool,
-    ends: bool,
-    consume: Callable[[bytes], object] = len,
-) -> list[list[Segment]]:
+    texts: Sequence[Sequence[Path]], data: DataConfig
+) -> tuple[list[list[Segment]], str]:
     """Return the segments of train, validation and test, from their files or the files of one text.
 
-    One text is split by `find_cuts`: between characters, or between bytes if `any_bytes`, like the
-    usual splits of enwik8. `consume` is called with all bytes of the text, piece by piece.
+    Also return SHA-256 over all of them, in hexadecimal. One text is split by `find_cuts`: between
+    characters, or between bytes for `data.units=bytes`, like the usual splits of enwik8. Raise
+    `UserError` as `list_segments`, or if a file of a text of documents holds `FILE_END`.
     """
+    any_bytes, ends = data.units == "bytes", data.document_separator == "file"
     segments = [list_segments(paths, any_bytes, ends) for paths in texts]
-    pieces, lengths = [], []
+    digest, pieces, lengths, last = hashlib.sha256(), [], [], b""
     for piece in cut_pieces(itertools.chain.from_iterable(segments), _PIECE_BYTES):
         content = read_segment(piece)
-        consume(content)
+        if ends and piece.path:
+            check_ends(last + content)
+        last = content[1 - len(_FILE_END) :]  # The mark may lie in two pieces.
+        digest.update(content)
         pieces.append(piece)
         lengths.append(int(np.count_nonzero(_find_places(content, any_bytes))))
     if len(segments) > 1:
-        return segments
+        return segments, digest.hexdigest()
     stops = np.cumsum(lengths)
 
     def find_byte(place: int) -> int:
@@ -179,9 +182,9 @@ def split_files(
         places = np.flatnonzero(_find_places(read_segment(pieces[i]), any_bytes))
         return count_bytes(pieces[:i]) + int(places[place - stops[i]])
 
-    validation, test = map(find_byte, find_cuts(sum(lengths), fractions))
+    validation, test = map(find_byte, find_cuts(sum(lengths), data.fractions))
     train, rest = cut_segments(segments[0], validation)
-    return [train, *cut_segments(rest, test - validation)]
+    return [train, *cut_segments(rest, test - validation)], digest.hexdigest()
 
 
 def _find_places(content: bytes, any_bytes: bool) -> np.ndarray:
@@ -199,12 +202,6 @@ def find_cuts(length: int, fractions: Sequence[float]) -> tuple[int, int]:
     return train, train + int((length - train) * (fractions[1] / (fractions[1] + fractions[2])))
 
 
-def cut_text(text: str, fractions: Sequence[float]) -> list[str]:
-    """Return the train, validation and test parts of a text; see `find_cuts`."""
-    validation, test = find_cuts(len(text), fractions)
-    return [text[:validation], text[validation:test], text[test:]]
-
-
 def cut_pieces(text: Iterable[Segment], size: int) -> Iterator[Segment]:
     """Cut segments into pieces of at most `size` bytes."""
     for path, start, stop in text:
@@ -212,17 +209,14 @@ def cut_pieces(text: Iterable[Segment], size: int) -> Iterator[Segment]:
             yield Segment(path, at, min(at + size, stop))
 
 
-def cut_segments(text: Iterable[Segment], at: int) -> tuple[list[Segment], list[Segment]]:
+def cut_segments(text: list[Segment], at: int) -> tuple[list[Segment], list[Segment]]:
     """Return the segments before byte `at` of a text, and those after it."""
-    before, after = [], []
-    for path, start, stop in text:
-        middle = min(max(start + at, start), stop)
-        if start < middle:
-            before.append(Segment(path, start, middle))
-        if middle < stop:
-            after.append(Segment(path, middle, stop))
+    for i, (path, start, stop) in enumerate(text):
+        if at < stop - start:
+            before = [Segment(path, start, start + at)] if at else []
+            return [*text[:i], *before], [Segment(path, start + at, stop), *text[i + 1 :]]
         at -= stop - start
-    return before, after
+    return text, []
 
 
 def count_bytes(text: Iterable[Segment]) -> int:
@@ -246,24 +240,20 @@ def read_segment(segment: Segment) -> bytes:
     return content
 
 
-def read_segments(segments: Sequence[Segment], any_bytes: bool, ends: bool) -> str:
+def read_segments(segments: Iterable[Segment], any_bytes: bool) -> str:
     """Return the text of segments, of which none ends within a character unless `any_bytes`.
 
-    Raise `UserError` if one can't be read or is not UTF-8, or a file holds `FILE_END` itself.
+    Raise `UserError` if one can't be read or is not UTF-8.
     """
     if any_bytes:
-        text = b"".join(map(read_segment, segments)).decode("utf-8", "surrogateescape")
-    else:
-        remedy = ", or train on its bytes with data.units=bytes"
-        text = "".join(_decode(read_segment(s), s.path, s.start, remedy) for s in segments)
-    if ends:
-        check_ends(text, sum(not s.path and s.stop - s.start == len(_FILE_END) for s in segments))
-    return text
+        return b"".join(map(read_segment, segments)).decode("utf-8", "surrogateescape")
+    remedy = ", or train on its bytes with data.units=bytes"
+    return "".join(_decode(read_segment(s), s.path, s.start, remedy) for s in segments)
 
 
-def check_ends(text: str, number: int) -> None:
-    """Raise `UserError` if a text has `FILE_END` other than at the ends of its files."""
-    if text.count(FILE_END) > number:
+def check_ends(content: bytes) -> None:
+    """Raise `UserError` if the content of a file has `FILE_END`."""
+    if _FILE_END in content:
         raise UserError("a file holds U+FDD0, which marks the end of a file here: remove it")
 
 

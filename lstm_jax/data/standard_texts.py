@@ -90,16 +90,11 @@ STANDARD_TEXTS = {
     # The characters of Mikolov's ptb.char.*.txt, which have _ for a space: without the spaces at
     # both ends of a line, and with <unk> spelled out.
     "penn_treebank": StandardText(
-        downloads=_PTB,
-        sizes=(5_017_482, 393_042, 442_423),
-        clean=bytes.strip,
+        downloads=_PTB, sizes=(5_017_482, 393_042, 442_423), clean=bytes.strip
     ),
     # Every word has the space before it, the first of a line too.
     "penn_treebank_words": StandardText(
-        downloads=_PTB,
-        sizes=(929_589, 73_760, 82_430),
-        unit="words",
-        clean=bytes.rstrip,
+        downloads=_PTB, sizes=(929_589, 73_760, 82_430), unit="words", clean=bytes.rstrip
     ),
     "wikitext2": StandardText(
         downloads=(
@@ -161,7 +156,8 @@ def _get_text(name: str, directory: Path) -> None:
             print(f"Downloading {name}, once, to {data_dir}", file=sys.stderr)
             _download_files(missing, data_dir)
         splits = _read_splits(text, data_dir)
-        sizes = tuple(_measure(split, text.unit) for split in splits)
+        in_words = text.unit == "words"
+        sizes = tuple(len(s.split()) + s.count(b"\n") if in_words else len(s) for s in splits)
         if sizes != text.sizes:
             raise UserError(
                 f"the splits of {name} have {sizes} {text.unit}, not the published {text.sizes}: "
@@ -216,8 +212,3 @@ def _read_verified(file: Download, path: Path) -> bytes:
             f"{file.address}"
         )
     return content
-
-
-def _measure(content: bytes, unit: str) -> int:
-    """Return the size of a text in bytes, or in words."""
-    return len(content) if unit == "bytes" else len(content.split()) + content.count(b"\n")

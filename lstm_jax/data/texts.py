@@ -6,21 +6,20 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lstm_jax.config import DataConfig
-from lstm_jax.data import sources, standard_texts
+from lstm_jax.data import prepared, sources, standard_texts
 from lstm_jax.data.encoding import Text
+from lstm_jax.data.prepared import Manifest
 from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import Costs, Ids, Vocabulary
 
-if TYPE_CHECKING:
-    from lstm_jax.data.prepared import Manifest
-
 # Limit of the text of someone else's run in memory; its config can't change it.
 _MAX_BYTES_IN_MEMORY = 16 * 10**6
+
+_Encoded = tuple[dict[str, Ids], dict[str, Costs]]  # By the name of the split.
 
 
 @dataclasses.dataclass
@@ -31,18 +30,13 @@ class Splits:
     sha256: str  # Over the bytes of all, in hexadecimal.
     data: DataConfig  # The `data` fields that describe the text.
     # By the tokens of a vocabulary.
-    _encoded: dict[tuple[str, ...], tuple[dict[str, Ids], dict[str, Costs]]] = dataclasses.field(
-        default_factory=dict
-    )
+    _encoded: dict[tuple[str, ...], _Encoded] = dataclasses.field(default_factory=dict)
 
     def resolve(self, data: DataConfig) -> DataConfig:
         """Return the fields with the checksum of this text and absolute paths."""
-        path, prepared = data.path, data.prepared
-        if path:
-            path = sources.make_absolute(path)
-        if prepared:
-            prepared = str(Path(os.path.expanduser(prepared)).absolute())
-        return dataclasses.replace(data, sha256=self.sha256, path=path, prepared=prepared)
+        path = sources.make_absolute(data.path)
+        directory = data.prepared and str(Path(os.path.expanduser(data.prepared)).absolute())
+        return dataclasses.replace(data, sha256=self.sha256, path=path, prepared=directory)
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
@@ -53,7 +47,7 @@ class Splits:
         """Return the number of occurrences of each token in the training text, int64 [tokens]."""
         return self.texts["train"].count_tokens(vocabulary)
 
-    def encode(self, vocabulary: Vocabulary) -> tuple[dict[str, Ids], dict[str, Costs]]:
+    def encode(self, vocabulary: Vocabulary) -> _Encoded:
         """Return the ids of each split; and its costs without its first token, never predicted.
 
         Raise `UserError` if a split is too short.
@@ -79,29 +73,25 @@ def load_texts(data: DataConfig) -> Splits:
     """
     data = standard_texts.find_standard_text(data)
     if data.path and sources.measure_files(data.path) > data.memory_megabytes * 10**6:
-        from lstm_jax.data import prepared  # Only for a large text.
-
         return _open_splits(data, prepared.prepare_corpus(data))
     return _open_splits(data)
 
 
-def _open_splits(data: DataConfig, manifest: "Manifest | None" = None) -> Splits:
+def _open_splits(data: DataConfig, manifest: Manifest | None = None) -> Splits:
     """Return the splits of a prepared corpus, or else read them into memory."""
     if manifest:
-        splits = Splits(manifest.texts(), manifest.text_sha256, data)
+        texts: dict[str, Text] = {n: prepared.PreparedText(manifest, n) for n in sources.SPLITS}
+        sha256 = manifest.text_sha256
     else:
         strings = read_splits(data)
         texts = {name: Text(text) for name, text in strings.items()}
-        splits = Splits(texts, compute_checksum(strings), data)
-    sources.check_unchanged(splits.sha256, data.sha256)
-    return splits
+        sha256 = compute_checksum(strings)
+    sources.check_unchanged(sha256, data.sha256)
+    return Splits(texts, sha256, data)
 
 
 def load_texts_of_run(
-    data: DataConfig,
-    path: str | None,
-    dataset: str | None = None,
-    directory: str | None = None,
+    data: DataConfig, path: str | None, dataset: str | None = None, directory: str | None = None
 ) -> dict[str, Text]:
     """Return the splits that a run was trained on, for commands that read its text again.
 
@@ -143,10 +133,8 @@ def load_texts_of_run(
     return _open_splits(data, manifest).texts
 
 
-def _find_prepared(data: DataConfig, make: bool) -> "Manifest":
+def _find_prepared(data: DataConfig, make: bool) -> Manifest:
     """Return the prepared text of a run, from where it was trained or else the user's cache."""
-    from lstm_jax.data import prepared
-
     if manifest := prepared.find_corpus(data):
         return manifest
     data = dataclasses.replace(data, prepared=str(prepared.get_cache_directory()))
@@ -161,20 +149,15 @@ def _find_prepared(data: DataConfig, make: bool) -> "Manifest":
 def read_splits(data: DataConfig) -> dict[str, str]:
     """Read the text of each split into memory, for the `data` fields of a config."""
     data = standard_texts.find_standard_text(data)
-    any_bytes, ends = data.units == "bytes", data.document_separator == "file"
     if data.path:
-        files = sources.find_files(data.path)
-        split = sources.split_files(files, data.fractions, any_bytes, ends)
-        texts = [sources.read_segments(segments, any_bytes, ends) for segments in split]
-        source = data.path
+        split, _ = sources.split_files(sources.find_files(data.path), data)
+        texts = [sources.read_segments(segments, data.units == "bytes") for segments in split]
     else:
         from lstm_jax.data import datasets  # Only for a dataset: importing TFDS takes seconds.
 
-        texts = datasets.read_dataset(
-            data.dataset, data.text_feature, data.directory, data.fractions, any_bytes, ends
-        )
-        source = f"the dataset {data.dataset}"
+        texts = datasets.read_dataset(data)
     splits = dict(zip(sources.SPLITS, texts, strict=True))
+    source = data.path or f"the dataset {data.dataset}"
     sources.check_lengths({name: len(text) for name, text in splits.items()}, source)
     return splits
 

@@ -67,7 +67,7 @@ def main() -> None:
             chunk = [sources.Segment(*segment) for segment in plan["chunks"][i]]
             path = get_part_path(directory, i)
             if load_part(path, chunk, key) is None:
-                text = sources.read_segments(chunk, plan["units"] == "bytes", plan["ends"])
+                text = sources.read_segments(chunk, plan["units"] == "bytes")
                 save_part(path, encode_chunk(text, plan["units"], plan["stop"]), key)
             _print(sources.count_bytes(chunk))
     except UserError as error:
