@@ -191,9 +191,6 @@ class ModelConfig:
             lambda options: all(isinstance(x, Option) for x in options.values())))
     cell_sha256: str = field("", "Checksum of the cell's file, set when a run begins. The run "
         "resumes with it only.")
-    mogrifier_rounds: int = field(5, "Default of the option rounds of the cell mogrifier.",
-        between(0, 100),
-        relevant_if=Rule("model.cell='mogrifier'", lambda c: c.model.cell == "mogrifier"))
     block: Literal["none", "residual"] = field("none", "residual: each cell is in a block with "
         "normalization, a short convolution, a gated MLP and residual branches.")
     layer_norm: bool = field(False, "Layer normalization of the inputs of the gates.")

@@ -253,9 +253,6 @@ def make_model(model: ModelConfig, vocabulary_size: int) -> LanguageModel:
       KeyError: if the cell is in a file that was not loaded (`run.cell_file`).
       ValueError: if `recurrence` can't run this model.
     """
-    options = dict(model.options)
-    if model.cell == "mogrifier":  # Earlier versions had no options.
-        options = {"rounds": model.mogrifier_rounds, **options}
     made = LanguageModel(
         vocabulary_size,
         model.embedding_size,
@@ -266,7 +263,7 @@ def make_model(model: ModelConfig, vocabulary_size: int) -> LanguageModel:
         rematerialize=model.rematerialize,
         cell=model.cell if model.cell in CELLS else LOADED[model.cell][0],
         layer_norm=model.layer_norm,
-        options=nn.FrozenDict(options),
+        options=nn.FrozenDict(model.options),
         block=model.block,
         tie_embeddings=model.tie_embeddings,
         skip_connections=model.skip_connections,

@@ -101,7 +101,6 @@ def test_defaults_are_valid() -> None:
 @pytest.mark.parametrize(
     ("fields", "needed"),
     [
-        ({"model.mogrifier_rounds": 3}, {"model.cell": "mogrifier"}),
         ({"regularization.hidden_dropout": 0.5}, {"model.num_layers": 2}),
         ({"model.skip_connections": True}, {"model.num_layers": 2}),
         ({"optimizer.momentum": 0.5}, {"optimizer.name": "sgd"}),

@@ -344,11 +344,11 @@ def test_help_lists_each_field_within_the_width_of_the_terminal(
 @pytest.mark.slow
 def test_a_field_without_effect_gives_a_warning(text_file: Path, tmp_path: Path) -> None:
     arguments = [*TINY, f"--config.data.path={text_file}", "--config.max_steps=1"]
-    result = run("main", *arguments, "--config.model.mogrifier_rounds=3", cwd=tmp_path)
+    result = run("main", *arguments, "--config.optimizer.momentum=0.5", cwd=tmp_path)
     assert result.returncode == 0
     assert result.stderr == (
-        "warning: config.model.mogrifier_rounds is 3, which has no effect: it needs "
-        "model.cell='mogrifier'\n"
+        "warning: config.optimizer.momentum is 0.5, which has no effect: it needs "
+        "optimizer.name='sgd'\n"
     )
 
 

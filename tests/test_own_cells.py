@@ -392,14 +392,6 @@ def test_options_are_fields_of_a_config() -> None:
         config_lib.complete_config({"model": {"options": {"sizes": [1, 2]}}})
 
 
-def test_the_rounds_of_a_mogrifier_are_an_option_and_a_field() -> None:
-    config = config_lib.default().model
-    config.cell, config.mogrifier_rounds = "mogrifier", 3
-    old = model_lib.make_model(config, 11)
-    config.mogrifier_rounds, config.options = 5, {"rounds": 3}
-    assert old == model_lib.make_model(config, 11) and old.options == {"rounds": 3}
-
-
 def test_a_cell_without_gates_has_a_report_of_its_outputs(own_file: Path) -> None:
     class Plain(nn.Module):
         input_size: int

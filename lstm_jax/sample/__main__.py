@@ -34,6 +34,7 @@ _REPETITION_PENALTY = flags.DEFINE_float(
     "repetition_penalty", 1.0, "Make recent tokens less likely (above 1); 1: off."
 )
 _REPETITION_WINDOW = flags.DEFINE_integer("repetition_window", 64, "Recent tokens to penalize.")
+_CONTROLS = (_TEMPERATURE, _TOP_K, _TOP_P, _MIN_P, _REPETITION_PENALTY, _REPETITION_WINDOW)
 _FORBID = flags.DEFINE_string("forbid", "", "Never generate the tokens of this text.")
 _STOP = flags.DEFINE_boolean("stop", True, "End at the stop token, if the model has one.")
 _STOP_AT = flags.DEFINE_string("stop_at", "", "End when this text has been generated.")
@@ -67,8 +68,7 @@ def main() -> None:
 
     for flag in (_LENGTH, _SEED, _NUM_SAMPLES):
         check_number(flag.name, flag.value)
-    penalty = _REPETITION_PENALTY.value, _REPETITION_WINDOW.value
-    controls = Controls(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _MIN_P.value, *penalty)
+    controls = Controls(**{flag.name: flag.value for flag in _CONTROLS})
     make_control_arrays(controls, vocabulary_size=3)  # Check the values before loading the model.
 
     trained, _ = ensemble.load_ensemble(directories, _DTYPE.value)

@@ -56,11 +56,11 @@ def converse(
         last = _read_line(trained, arrays, state, line)
         decode, show = generation.text_decoder(vocabulary, stop_token), make_printer()
         turn_key = jax.random.fold_in(key, turn)  # After /undo, a line gets another answer.
-        length, *fields = settings.values()
-        arrays_of_controls = make_control_arrays(Controls(*fields), len(vocabulary))
+        chosen = Controls(**{name: settings[name] for name in Controls._fields})
+        arrays_of_controls = make_control_arrays(chosen, len(vocabulary))
         try:
             for ids, after in generation.generate_chunks(
-                model, arrays, last, turn_key, arrays_of_controls, stops, length
+                model, arrays, last, turn_key, arrays_of_controls, stops, settings["length"]
             ):
                 print(show(decode(ids[0], False), False), end="", flush=True)
                 last = after
