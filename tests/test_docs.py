@@ -198,8 +198,8 @@ def test_everything_that_a_page_names_exists(page: Path) -> None:
         if quoted.startswith("--") and not quoted.startswith("--config"):
             flag = quoted[2:].split("=")[0].split(" ")[0].strip(",")
             names = {flag, flag.removeprefix("no")}
-            found = any(re.search(rf'"(--)?{name}"|\b{name}=', code) for name in names)
-            assert found, f"--{flag}"
+            is_known = any(re.search(rf'"(--)?{name}"|\b{name}=', code) for name in names)
+            assert is_known, f"--{flag}"
 
 
 def test_every_promise_of_reliability_md_names_a_test_that_exists() -> None:
