@@ -30,7 +30,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
 
-in_both = pytest.mark.parametrize("in_pallas", [False, True], ids=["xla", "pallas"])
+_PALLAS = pytest.param(True, marks=pytest.mark.slow, id="pallas")
+in_both = pytest.mark.parametrize("in_pallas", [pytest.param(False, id="xla"), _PALLAS])
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)

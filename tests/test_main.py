@@ -348,7 +348,7 @@ def test_a_field_without_effect_gives_a_warning(text_file: Path, tmp_path: Path)
     assert result.returncode == 0
     assert result.stderr == (
         "warning: config.optimizer.momentum is 0.5, which has no effect: it needs "
-        "optimizer.name='sgd'\n"
+        "optimizer.name='sgd' or 'muon'\n"
     )
 
 
