@@ -11,12 +11,11 @@ times, or whether results are right. Batches grow with the number of devices.
 """
 
 import argparse
-import dataclasses
 import functools
-import importlib.util
 import math
 import os
 import re
+import runpy
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -100,7 +99,9 @@ def main() -> None:
     options = parser.parse_args()
     devices = find_devices(options.target)
     config = load_config(options.config, options.dtype)
-    config = change(config, {"batches.batch_size": config.batches.batch_size * len(devices)})
+    config = config_lib.change_fields(
+        config, {"batches.batch_size": config.batches.batch_size * len(devices)}
+    )
     print(
         f"{options.config}, {options.dtype}, {len(devices)} x {options.target}, batches of "
         f"{config.batches.batch_size}; JAX {jax.__version__}\n\n"
@@ -133,7 +134,8 @@ def find_devices(target: str) -> list[Any]:
     for name, value in environment.items():
         os.environ.setdefault(f"TPU_{name}", value)
     jax.config.update("jax_platforms", "cpu")
-    choose_for("tpu" if kind == "tpu" else "gpu")
+    backend = "tpu" if kind == "tpu" else "gpu"
+    jax.default_backend = lambda: backend
     if kind == "tpu":
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     description = topologies.get_topology_desc(
@@ -142,29 +144,11 @@ def find_devices(target: str) -> list[Any]:
     return list(description.devices)
 
 
-def choose_for(backend: str) -> None:
-    """Let the package choose what it would on this backend."""
-    jax.default_backend = lambda: backend
-
-
 def load_config(path: str, dtype: str) -> Config:
     """Return the complete config of an experiment."""
-    spec = importlib.util.spec_from_file_location("experiment", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = runpy.run_path(path)["get_config"]()
     config.model.dtype = dtype
     return config_lib.complete_config(config)
-
-
-def change(config: Config, fields: dict[str, Any]) -> Config:
-    """Return a config with other values of these fields."""
-    for name, value in fields.items():
-        section, field = name.split(".")
-        part = dataclasses.replace(getattr(config, section), **{field: value})
-        config = dataclasses.replace(config, **{section: part})
-    return config
 
 
 def iterate_programs(
@@ -173,7 +157,7 @@ def iterate_programs(
     """Yield the name of every program that a user of these devices runs, and what makes it."""
     mesh = Mesh(np.array(devices).reshape(-1, 1), (parallel.DATA, parallel.MODEL))
     for name, fields in STEPS.items():
-        changed = change(config, fields)
+        changed = config_lib.change_fields(config, fields)
         yield name, functools.partial(make_step, changed, vocabulary_size, mesh)
     yield "10 steps a call", functools.partial(make_step, config, vocabulary_size, mesh, 10)
     if len(devices) > 1:
@@ -232,7 +216,7 @@ def make_population(
     """Return the step of a population whose learning rates differ."""
     mesh = Mesh(np.array(devices), ("members",))
     batch_size = config.batches.batch_size // len(devices)
-    config = change(config, {"batches.batch_size": batch_size})
+    config = config_lib.change_fields(config, {"batches.batch_size": batch_size})
     step = make_step(config, vocabulary_size, Mesh([[devices[0]]], (parallel.DATA, parallel.MODEL)))
     state, batch = step.arguments
     number = members * len(devices)

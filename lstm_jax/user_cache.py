@@ -1,4 +1,4 @@
-"""Find the user's cache directory, for files that a process runs."""
+"""Find the user's cache directory."""
 
 import contextlib
 import os
@@ -7,16 +7,20 @@ from pathlib import Path
 from lstm_jax.errors import warn
 
 
+def get_path(name: str) -> Path:
+    """Return the path lstm-jax/NAME below XDG_CACHE_HOME or ~/.cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache, "lstm-jax", name)
+
+
 def make_directory(name: str) -> Path | None:
     """Make a directory in the user's cache, and return its path; None if it can't be used.
 
-    It is lstm-jax/NAME below XDG_CACHE_HOME or ~/.cache. What it holds is machine code, so with a
-    warning a directory that others can write is not used.
+    It holds machine code, so with a warning a directory that others can write is not used.
     """
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if cache.startswith("~"):  # This user has no home directory.
+    directory = get_path(name)
+    if str(directory).startswith("~"):  # This user has no home directory.
         return None
-    directory = Path(cache, "lstm-jax", name)
     with contextlib.suppress(OSError):
         directory.mkdir(0o700, parents=True, exist_ok=True)
         status = directory.lstat()  # A link may lead to a directory of someone else.

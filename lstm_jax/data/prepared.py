@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from lstm_jax import user_cache
 from lstm_jax.config import DataConfig
 from lstm_jax.data import encoding, files, sources, worker
 from lstm_jax.data.encoding import Part, Table, Text, get_smallest_dtype
@@ -71,8 +72,7 @@ class Manifest(NamedTuple):
 
 def get_cache_directory() -> Path:
     """Return the directory of the user's key, and of corpora for texts of other people's runs."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache, "lstm-jax", "prepared").absolute()
+    return user_cache.get_path("prepared").absolute()
 
 
 @functools.cache

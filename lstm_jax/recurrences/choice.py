@@ -8,9 +8,8 @@ from typing import NamedTuple
 import jax
 
 from lstm_jax.recurrences import native
+from lstm_jax.recurrences.in_c import LANES
 from lstm_jax.recurrences.processor import has_bfloat16_instructions
-
-_LANES = 16  # As in lstm.c.
 
 
 class Row(NamedTuple):
@@ -52,7 +51,7 @@ def find_row(work: str, dtype: str, hidden_size: int) -> Row | None:
     """Return the row of `TABLE` for this CPU and a size of layers; None means XLA."""
     for row in list_rows():
         if (row.work, row.dtype) == (work, dtype) and hidden_size <= row.largest:
-            return None if hidden_size % _LANES else row
+            return None if hidden_size % LANES else row
     return None
 
 
