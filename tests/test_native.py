@@ -468,8 +468,10 @@ for settings.mesh.data, used, settings.model.dtype in (
     step = train_step.make_train_step(lstm, adam, settings, mesh)
     for k in range(40):
         state = step(state, batches.Batch(ids[:, :-1], ids[:, 1:], np.bool_(k == 0)))
+        if k % 16 == 0 or k == 39:
+            loss = float(state.loss_sum)  # Wait, as the training loop does.
         if k in (0, 39):
-            print(float(state.loss_sum))
+            print(loss)
         state = state._replace(loss_sum=0 * state.loss_sum)
 """
 

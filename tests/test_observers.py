@@ -1,6 +1,7 @@
 """Test the loop and its observers one by one, without a training."""
 
 import dataclasses
+import functools
 import signal
 import time
 from pathlib import Path
@@ -322,6 +323,23 @@ def test_processes_agree_only_when_they_have_waited_for_the_device(
     monkeypatch.setattr(jax, "process_count", lambda: 1)
     pacer.after_step(loop)
     assert loop.in_step, "one process agrees with itself"
+
+
+def test_few_steps_are_in_flight_on_several_cpu_devices(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    waits: list[int] = []
+    loop = make_loop(0)
+    monkeypatch.setattr(jax, "block_until_ready", lambda array: waits.append(loop.step))
+    monkeypatch.setattr(hosts, "max_over_processes", lambda value: 1)
+    device = jax.devices("cpu")[0]
+    for devices, expected in (([device], [1, 1001]), ([device, device], [1, 17, 33, 49])):
+        waits.clear()
+        monkeypatch.setattr(jax, "local_devices", functools.partial(list, devices))
+        pacer = Pacer(0)
+        for loop.step in range(1, expected[-1] + 10):
+            pacer.after_step(loop)
+        assert waits == expected
 
 
 def test_five_steps_are_traced_after_three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +12,10 @@ import jax
 
 from lstm_jax.devices import hosts
 from lstm_jax.run.loop import Loop, Observer
+
+# In jaxlib 0.10.2, all-reduces between the CPU devices of a process deadlock, and XLA aborts it,
+# if a step is dispatched while 32 computations are in flight on one of the devices.
+_MOST_STEPS_AHEAD = 16
 
 
 class Stopped(BaseException):
@@ -78,12 +83,16 @@ class Pacer(Observer):
 
     JAX dispatches steps asynchronously and may be tens of them ahead of the device. A stop has to
     wait for all of them. Between the waits, processes may be at different steps. So they agree on
-    signals and on checkpoints only after one.
+    signals and on checkpoints only after one. If a process has several CPU devices, the waits are
+    at most 16 steps apart.
     """
 
     def __init__(self, step: int) -> None:
         """Start when `step` steps are done; wait for the next one."""
         self._step, self._steps, self._clock = step, 1, time.monotonic()
+        devices = jax.local_devices()
+        shared = len(devices) > 1 and devices[0].platform == "cpu"
+        self._most = _MOST_STEPS_AHEAD if shared else sys.maxsize
 
     def after_step(self, loop: Loop) -> None:
         """Wait if it is time to, and set `loop.in_step`, which is the same in all processes."""
@@ -93,5 +102,6 @@ class Pacer(Observer):
             return
         jax.block_until_ready(loop.state.loss_sum)
         milliseconds = hosts.max_over_processes(int(1e3 * (time.monotonic() - self._clock)))
-        self._steps = max(1, int(self._steps / max(milliseconds, 1) * 1e3))
+        steps = int(self._steps / max(milliseconds, 1) * 1e3)
+        self._steps = min(max(steps, 1), self._most)
         self._step, self._clock = loop.step, time.monotonic()
