@@ -30,12 +30,7 @@ class Done(NamedTuple):
     stderr: str
 
 
-def run(
-    module: str,
-    *arguments: object,
-    cwd: Path | None = None,
-    given: str | bytes = "",
-) -> Done:
+def run(module: str, *arguments: object, cwd: Path | None = None, given: str | bytes = "") -> Done:
     """Run `python -m lstm_jax.MODULE ARGUMENTS...` here, with `given` on standard input.
 
     The modules that the command imports stay imported, and what it compiles stays compiled. What

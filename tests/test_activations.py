@@ -93,11 +93,9 @@ def test_other_cells(cell: str) -> None:
     (gates,) = reading.saturation
     assert (
         set(gates)
-        == {
-            "gru": {"reset", "update"},
-            "rnn": set(),
-            "mogrifier": {"input", "forget", "output"},
-        }[cell]
+        == {"gru": {"reset", "update"}, "rnn": set(), "mogrifier": {"input", "forget", "output"}}[
+            cell
+        ]
     )
     if cell == "gru":
         r, z, _ = np.split(sigmoid(compute_gate_inputs(params["gru_0"], x, hidden)), 3, axis=1)

@@ -40,7 +40,7 @@ def test_every_recurrence_of_a_cell_is_timed(
     printed = capsys.readouterr().out.splitlines()
     rows = [line.split("|")[1:-1] for line in printed if line.startswith("| ")]
     assert [(cell.strip(), recurrence.strip()) for cell, _, recurrence, _ in rows[2:]] == [
-        *(("lstm", "scan"), ("lstm", "fused"), ("mingru", "scan"), ("mingru", "parallel")),
+        *(("lstm", "scan"), ("lstm", "fused"), ("mingru", "scan"), ("mingru", "parallel"))
     ]
     assert all(float(milliseconds) > 0 for *_, milliseconds in rows[2:])
 

@@ -93,10 +93,7 @@ def flip_bit(path: Path) -> None:
 
 
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(
-    saved: Path,
-    tmp_path: Path,
-    iterator: grain.DatasetIterator,
-    capsys: pytest.CaptureFixture[str],
+    saved: Path, tmp_path: Path, iterator: grain.DatasetIterator, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = [path.relative_to(saved) for path in saved.glob("2/**/*") if path.is_file()]
     assert len(names) > 15

@@ -316,10 +316,7 @@ def rename_arrays(arrays: dict[str, np.ndarray], old: str, new: str) -> dict[str
             "its recurrent kernel is [20]",
         ),
         (lambda a: {**a, "linear.bias": a["linear.bias"].astype(np.int8)}, "int8, not floating"),
-        (
-            lambda a: {**a, "embedding.weight": a["embedding.weight"][1:]},
-            "the same vocabulary",
-        ),
+        (lambda a: {**a, "embedding.weight": a["embedding.weight"][1:]}, "the same vocabulary"),
         (
             lambda a: {**a, **{k.replace("lstm", "up"): v for k, v in a.items() if "lstm" in k}},
             "names of lstm (layer 0), up (layer 0) don't determine their order",

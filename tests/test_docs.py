@@ -131,11 +131,7 @@ def prepare_command(
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_of_a_page_runs(
-    page: Path,
-    text_file: Path,
-    trained: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    page: Path, text_file: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
     shutil.copy(text_file, tmp_path / "my.txt")

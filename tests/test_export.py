@@ -61,10 +61,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "lstm, documents": {"kind": "characters", "num_layers": 3, "stop": "\n\n"},
     "lstm with layer_norm": {"kind": "graphemes", "layer_norm": True, "num_layers": 2},
     "gru with skip connections": {
-        **{"kind": "words", "cell": "gru", "num_layers": 3, "skip_connections": True},
+        **{"kind": "words", "cell": "gru", "num_layers": 3, "skip_connections": True}
     },
     "gru with layer_norm, tied": {
-        **{"kind": "bytes", "cell": "gru", "layer_norm": True, "tie_embeddings": True},
+        **{"kind": "bytes", "cell": "gru", "layer_norm": True, "tie_embeddings": True}
     },
     "rnn, bytes of documents": {"kind": "bytes", "cell": "rnn", "stop": FILE_END},
     "gru, parts of words of documents": {"kind": "bpe", "cell": "gru", "stop": FILE_END},

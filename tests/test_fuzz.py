@@ -213,9 +213,7 @@ def edit_files(paths: list[Path], edits: list[tuple[int, str, int, bytes]]) -> N
 @pytest.mark.slow
 @given(edits=EDITS)
 def test_checkpoint_directories(
-    edits: list[tuple[int, str, int, bytes]],
-    saved: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    edits: list[tuple[int, str, int, bytes]], saved: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     directory = tmp_path_factory.mktemp("fuzz") / "checkpoints"
     shutil.copytree(saved, directory)

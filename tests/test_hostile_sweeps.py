@@ -283,9 +283,7 @@ def test_an_invalid_study_file_gives_a_one_line_error(name: str, kind: str, tmp_
     assert before is None or path.read_bytes() == before
 
 
-def test_a_truncated_record_is_dropped_and_a_linked_lock_does_not_block(
-    tmp_path: Path,
-) -> None:
+def test_a_truncated_record_is_dropped_and_a_linked_lock_does_not_block(tmp_path: Path) -> None:
     journal = tmp_path / "study.journal"
     fill_study(tmp_path, f"journal:{journal}")
     whole = journal.read_bytes()
@@ -482,11 +480,7 @@ def test_the_report_escapes_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "code",
-    [
-        "import sys\nsys.exit(5)",
-        "import sys\ndef get_overrides(trial):\n    sys.exit(5)",
-    ],
+    "code", ["import sys\nsys.exit(5)", "import sys\ndef get_overrides(trial):\n    sys.exit(5)"]
 )
 def test_a_space_that_exits_gives_a_one_line_error(
     code: str, text_file: Path, tmp_path: Path

@@ -211,11 +211,7 @@ def test_any_text_is_measured_like_a_split(trained: Path, text_file: Path, tmp_p
         run("evaluate", f"--workdir={trained}", "--split=validation", cwd=tmp_path).stdout
     )
     lines = run(
-        "evaluate",
-        f"--workdir={trained}",
-        "--text=validation.txt",
-        "--json_lines",
-        cwd=tmp_path,
+        "evaluate", f"--workdir={trained}", "--text=validation.txt", "--json_lines", cwd=tmp_path
     ).stdout.splitlines()
     text = json.loads(lines.pop())
     assert text.pop("text") == "validation.txt" and text.pop("unknown_tokens") == 0

@@ -584,10 +584,7 @@ def test_the_library_is_compiled_once_for_each_source(
 
 @pytest.mark.process
 def test_without_a_library_a_warning_says_why(
-    cache: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def read_warning() -> str:
         native.load_library.cache_clear()

@@ -217,11 +217,7 @@ GOOD = "        return carry, nn.Dense(self.hidden_size)(inputs) + carry\n"
             "Mine",
             "own.py, line 3.*: its field scale needs a default",
         ),
-        (
-            HEADER.partition("    @nn.compact")[0],
-            "Mine",
-            "own.py, line 3.* has no method __call__",
-        ),
+        (HEADER.partition("    @nn.compact")[0], "Mine", "own.py, line 3.* has no method __call__"),
         (
             HEADER.replace("(self, carry, inputs)", "(self, carry)") + GOOD,
             "Mine",

@@ -64,8 +64,7 @@ for settings.mesh.data, settings.mesh.model in json.loads(sys.argv[2]):
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    ("cell", "meshes"),
-    [("lstm", [(8, 1), (4, 2)]), ("gru", [(1, 4)]), (OWN_CELL, [(2, 2)])],
+    ("cell", "meshes"), [("lstm", [(8, 1), (4, 2)]), ("gru", [(1, 4)]), (OWN_CELL, [(2, 2)])]
 )
 def test_many_devices_train_like_one(cell: str, meshes: list[tuple[int, int]]) -> None:
     """Include dropout, penalties, microbatches, averaged weights and the carry."""

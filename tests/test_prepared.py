@@ -393,9 +393,7 @@ def prepared_once(data: ConfigDict) -> tuple[ConfigDict, Path]:
     return data, prepared.prepare_corpus(data).directory
 
 
-def test_a_manifest_with_wrong_values_is_ignored(
-    prepared_once: tuple[ConfigDict, Path],
-) -> None:
+def test_a_manifest_with_wrong_values_is_ignored(prepared_once: tuple[ConfigDict, Path]) -> None:
     data, directory = prepared_once
     manifest = (directory / prepared.MANIFEST).read_bytes()
     whole = files.read_json(directory / prepared.MANIFEST, 2**20)

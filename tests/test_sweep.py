@@ -146,11 +146,7 @@ def wait_for_work(directory: Path, worker: subprocess.Popen[str]) -> None:
 )
 @pytest.mark.drawn
 def test_killed_workers_lose_no_finished_trial_and_duplicate_none(
-    kind: str,
-    text_file: Path,
-    space_file: Path,
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
+    kind: str, text_file: Path, space_file: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     where: list[str] = []
     if kind == "journal":
@@ -383,13 +379,7 @@ def test_a_grid_over_parameters_of_some_trials_raises_an_error(
 
 def make_study(directory: Path, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
     return study.open_study(
-        directory,
-        None,
-        "tiny",
-        {},
-        ["x"],
-        sampler,
-        study.make_pruner("hyperband", 9),
+        directory, None, "tiny", {}, ["x"], sampler, study.make_pruner("hyperband", 9)
     )
 
 

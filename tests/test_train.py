@@ -420,10 +420,7 @@ def test_a_checkpoint_under_the_name_of_another_step_is_set_aside(
 
 @pytest.mark.slow
 def test_a_new_run_starts_from_the_weights_of_another(
-    trained: Path,
-    tiny_config: ConfigDict,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    trained: Path, tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = Path(tiny_config.data.path).read_text(encoding="utf-8")
     new = tmp_path / "new.txt"
@@ -548,10 +545,7 @@ def test_a_run_with_missing_files_does_not_start_over(
 
 
 def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
-    trained: Path,
-    tiny_config: ConfigDict,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    trained: Path, tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = tmp_path / "run"
     shutil.copytree(trained, directory)
