@@ -522,25 +522,10 @@ def test_a_hostile_working_directory(
         )
 
 
-def write_arrays_without_storage(path: Path) -> None:
-    """Write 120 arrays of 64 MB, of which the file has nothing."""
-    with pytest.importorskip("h5py").File(path, "w") as file:
-        for number in range(120):
-            file.create_dataset(f"layers/dense/vars/{number}", (2**24,), "f4")
-
-
 def deflate_zeros(megabytes: int) -> bytes:
     """Return a thousandth of this size, which a decompressor unpacks to zeros."""
     packer = zlib.compressobj(wbits=-15)
     return (packer.compress(bytes(2**20)) + packer.flush(zlib.Z_FULL_FLUSH)) * megabytes
-
-
-def write_chunks_larger_than_arrays(path: Path) -> None:
-    """Write an array of 51 numbers in a chunk that unpacks to 3 GB."""
-    with pytest.importorskip("h5py").File(path, "w") as file:
-        made = {"shape": (51,), "maxshape": (None,), "chunks": (2**28,), "compression": "gzip"}
-        array = file.create_dataset("layers/dense/vars/0", dtype="f4", **made)
-        array.id.write_direct_chunk((0,), b"\x78\x9c" + deflate_zeros(3000))
 
 
 def write_archive_with_lying_sizes(path: Path) -> None:
@@ -560,8 +545,6 @@ def write_archive_with_a_large_config(path: Path) -> None:
 
 
 WEIGHTS: dict[str, Callable[[Path], None]] = {
-    "storage.weights.h5": write_arrays_without_storage,
-    "chunks.weights.h5": write_chunks_larger_than_arrays,
     "lying.keras": write_archive_with_lying_sizes,
     "config.keras": write_archive_with_a_large_config,
 }

@@ -73,17 +73,8 @@ def test_the_first_command_works_where_the_wheel_is_installed(
     environment = tmp_path / "environment"
     venv.create(environment)
     python = str(environment / "bin" / "python")
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        python,
-        "install",
-        "--no-deps",
-        "--no-index",
-    ]
-    run(*install, str(wheel), cwd=tmp_path)
+    install = [sys.executable, "-m", "pip", "--python", python, "install"]
+    run(*install, "--no-deps", "--no-index", str(wheel), cwd=tmp_path)
     # Use the dependencies of this environment. Python ignores editable installs there, because it
     # reads no .pth files in a directory that a .pth file adds.
     (site,) = environment.glob("lib/*/site-packages")
