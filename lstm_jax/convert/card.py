@@ -40,7 +40,7 @@ def make_card(name: str, config: Config, trained: Trained, dtype: str, rows: Seq
         f"{model.hidden_size} hidden units, {count:,} parameters in {dtype}, {len(vocabulary)} "
         f"{vocabulary.token_name}s.\n",
         f"Text: {text}, license: {known}, SHA-256 of its characters: {data.sha256}\n",
-        f"Losses after {trained.step} steps, the best ones by validation loss:\n",
+        f"Losses at step {trained.step}, that of the parameters:\n",
         f"| split | nats per {vocabulary.token_name} |",
         "| --- | ---: |",
         *(table or ["| not measured | |"]),
