@@ -252,9 +252,15 @@ static void step(const void *work, size_t part, size_t parts) {
     }
 }
 
+// Return the lanes of the state that a step reads: none where a document begins.
+static __mmask16 read_lanes(const uint8_t *starts, size_t row) {
+  return starts && starts[row] ? 0 : 0xffff;
+}
+
 typedef struct {
   int numbers;
   size_t time, batch, features, hidden, depth;
+  const uint8_t *starts;  // [time, batch], where a step reads zeros instead of the state, or NULL.
   const float *inputs, *first_cell, *first_hidden;
   const word *packed;      // The kernel, [depth, 4 * hidden], by gates.
   float *gates;            // Activated, [time, batch, 4 * hidden].
@@ -275,8 +281,11 @@ static void forward(const void *work, size_t part, size_t parts) {
     for (size_t b = first; b < end; b++) {
       const float *from = l.inputs + (t * l.batch + b) * l.features;
       size_t to = (t * l.batch + b) * l.depth;
-      for (size_t j = 0; t == 0 && j < l.hidden; j += LANES)
-        store(l.numbers, l.rows, to + j, _mm512_loadu_ps(l.first_hidden + b * l.hidden + j), LANES);
+      for (size_t j = 0; t == 0 && j < l.hidden; j += LANES) {
+        const float *hidden = l.first_hidden + b * l.hidden + j;
+        __m512 x = _mm512_maskz_loadu_ps(read_lanes(l.starts, b), hidden);
+        store(l.numbers, l.rows, to + j, x, LANES);
+      }
       for (size_t j = 0; j < l.features; j += LANES) {
         __m512 x = _mm512_maskz_loadu_ps(first_lanes(l.features - j), from + j);
         store(l.numbers, l.rows, to + l.hidden + j, x, l.features - j);
@@ -293,8 +302,9 @@ static void forward(const void *work, size_t part, size_t parts) {
         multiply(l.numbers, n, l.rows + (t * l.batch + b) * words, words,
                  l.packed + j * VECTORS * words, sum);
         for (size_t r = 0; r < n; r++) {
-          Units to = next_state(sum[r], _mm512_loadu_ps(previous + (b + r) * l.hidden + j));
           size_t row = t * l.batch + b + r;
+          const float *cell = previous + (b + r) * l.hidden + j;
+          Units to = next_state(sum[r], _mm512_maskz_loadu_ps(read_lanes(l.starts, row), cell));
           float *gate = l.gates + row * 4 * l.hidden + j;
           _mm512_storeu_ps(gate, to.i);
           _mm512_storeu_ps(gate + l.hidden, to.f);
@@ -302,8 +312,10 @@ static void forward(const void *work, size_t part, size_t parts) {
           _mm512_storeu_ps(gate + 3 * l.hidden, to.o);
           _mm512_storeu_ps(l.cells + row * l.hidden + j, to.cell);
           _mm512_storeu_ps(l.outputs + row * l.hidden + j, to.output);
-          if (t + 1 < l.time)
-            store(l.numbers, l.rows, (row + l.batch) * l.depth + j, to.output, LANES);
+          if (t + 1 < l.time) {
+            __m512 x = _mm512_maskz_mov_ps(read_lanes(l.starts, row + l.batch), to.output);
+            store(l.numbers, l.rows, (row + l.batch) * l.depth + j, x, LANES);
+          }
         }
       }
   }
@@ -312,6 +324,7 @@ static void forward(const void *work, size_t part, size_t parts) {
 typedef struct {
   int numbers;
   size_t time, batch, hidden;
+  const uint8_t *starts;  // As in `Forward`.
   const float *gates, *first_cell, *cells, *d_outputs;
   const word *packed;        // The transposed recurrent kernel, [4 * hidden, hidden].
   word *d_gates;             // Before their activation, of numbers [time, batch, 4 * hidden].
@@ -329,6 +342,7 @@ static void backward(const void *work, size_t part, size_t parts) {
     for (size_t b = first; b < end; b++)
       for (size_t j = 0; j < hidden; j += LANES) {
         size_t row = t * l.batch + b, at = b * hidden + j;
+        __mmask16 lanes = read_lanes(l.starts, row);
         const float *gate = l.gates + row * width + j;
         __m512 i = _mm512_loadu_ps(gate), f = _mm512_loadu_ps(gate + hidden);
         __m512 g = _mm512_loadu_ps(gate + 2 * hidden), o = _mm512_loadu_ps(gate + 3 * hidden);
@@ -337,12 +351,12 @@ static void backward(const void *work, size_t part, size_t parts) {
         __m512 dh = _mm512_loadu_ps(l.d_hidden + at) + d_output;
         __m512 dc = _mm512_loadu_ps(l.d_cell + at) + dh * o * (one - tanh_cell * tanh_cell);
         const __m512 d_gate[] = {dc * g * i * (one - i),
-                                 dc * _mm512_loadu_ps(previous + at) * f * (one - f),
+                                 dc * _mm512_maskz_loadu_ps(lanes, previous + at) * f * (one - f),
                                  dc * i * (one - g * g), dh * tanh_cell * o * (one - o)};
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++)
           store(l.numbers, l.d_gates, row * width + v * hidden + j, d_gate[v], LANES);
-        _mm512_storeu_ps(l.d_cell + at, dc * f);
+        _mm512_storeu_ps(l.d_cell + at, _mm512_maskz_mov_ps(lanes, dc * f));
       }
     for (size_t j = 0; j < hidden; j += TILE)
       for (size_t b = first, n; b < end; b += n) {
@@ -350,9 +364,12 @@ static void backward(const void *work, size_t part, size_t parts) {
         sums sum;
         multiply(l.numbers, n, l.d_gates + (t * l.batch + b) * words, words, l.packed + j * words,
                  sum);
-        for (size_t r = 0; r < n; r++)
+        for (size_t r = 0; r < n; r++) {
+          __mmask16 lanes = read_lanes(l.starts, t * l.batch + b + r);
           for (size_t v = 0, at = j; v < VECTORS && at < hidden; v++, at += LANES)
-            _mm512_storeu_ps(l.d_hidden + (b + r) * hidden + at, sum[r][v]);
+            _mm512_storeu_ps(l.d_hidden + (b + r) * hidden + at,
+                             _mm512_maskz_mov_ps(lanes, sum[r][v]));
+        }
       }
   }
 }
@@ -438,8 +455,9 @@ FUNCTION(step, Step, numbers(in, 0), size(in, 0, 0), size(in, 0, 1) / numbers(in
          size(in, 2, 0) == 1 ? 0 : size(in, 2, 1), data(in, 2), data(in, 3), data(out, 0),
          data(out, 1))
 FUNCTION(forward, Forward, numbers(out, 3), size(in, 0, 0), size(in, 0, 1), size(in, 0, 2),
-         size(in, 2, 1), size(out, 3, 2), data(in, 0), data(in, 2), data(in, 3), data(in, 1),
-         data(out, 0), data(out, 1), data(out, 2), data(out, 3))
+         size(in, 2, 1), size(out, 3, 2), frame->args.size == 5 ? data(in, 4) : NULL, data(in, 0),
+         data(in, 2), data(in, 3), data(in, 1), data(out, 0), data(out, 1), data(out, 2),
+         data(out, 3))
 FUNCTION(backward, Backward, numbers(out, 0), size(in, 0, 0), size(in, 2, 0), size(in, 2, 1),
-         data(in, 0), data(in, 2), data(in, 3), data(in, 4), data(in, 1), data(out, 0),
-         data(out, 1), data(out, 2))
+         frame->args.size == 8 ? data(in, 7) : NULL, data(in, 0), data(in, 2), data(in, 3),
+         data(in, 4), data(in, 1), data(out, 0), data(out, 1), data(out, 2))
