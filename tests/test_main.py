@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import runs
 from commands import run
 from lstm_jax import config
 from lstm_jax.run import metrics, workdir
@@ -131,6 +132,10 @@ def words(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
 def test_a_model_of_words_and_documents(words: Path) -> None:
     evaluated = json.loads(run("evaluate", "--workdir", str(words), cwd=ROOT).stdout)
     assert 0 < evaluated["bits_per_character"] < evaluated["bits_per_token"]
+    # Both restart the carry at each document.
+    (loss,) = [loss for _, split, loss in runs.read_losses(words) if split == evaluated["split"]]
+    assert evaluated["loss"] == pytest.approx(loss, rel=1e-5)
+    assert workdir.load_trained(words).model.stop_id is not None
     options = ["--workdir", str(words), "--prompt=First Citizen:", "--length=3000"]
     stopped = run("sample", *options, cwd=ROOT)
     on = run("sample", *options, "--nostop", cwd=ROOT)
