@@ -226,7 +226,8 @@ def make_population(
     def stack(x: Any) -> Any:
         return jax.ShapeDtypeStruct((number, *x.shape), x.dtype, sharding=sharding)
 
-    run = stacked.make_population_step(config, vocabulary_size, 1000, mesh)
+    lstm = model.make_model(config.model, vocabulary_size)
+    run = stacked.make_population_step(config, lstm, 1000, mesh)
     return Program(run, jax.tree.map(stack, (rates, state, batch)), {})
 
 

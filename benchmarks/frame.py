@@ -43,13 +43,13 @@ def parse_flags(
 
 
 def make_step(
-    config: Config, vocabulary_size: int, total_steps: int = 1
+    config: Config, vocabulary_size: int, total_steps: int = 1, stop_id: int | None = None
 ) -> tuple[train_step.TrainState, train_step.TrainStep, jax.sharding.Mesh]:
     """Return the state of a new run, its jitted step, and their devices, as in training."""
     parallel.use_cores(config)
     memory.keep_freed_memory()
     mesh = parallel.make_mesh(config)
-    lstm = model.make_model(config.model, vocabulary_size)
+    lstm = model.make_model(config.model, vocabulary_size, stop_id)
     updates = optimizer.make_optimizer(config.optimizer, total_steps)
     key, batch_size = jax.random.key(config.seed), config.batches.batch_size
     state = train_step.init_state(lstm, updates, key, batch_size, mesh=mesh)

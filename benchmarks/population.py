@@ -76,11 +76,12 @@ def take_steps(settings: config.Config, steps: int) -> None:
 def take_steps_together(members: list[config.Config], steps: int) -> None:
     """Take the training steps of all members."""
     mesh = stacked.make_mesh(len(members))
-    step = stacked.make_population_step(members[0], VOCABULARY_SIZE, steps, mesh)
+    made = model.make_model(members[0].model, VOCABULARY_SIZE)
+    step = stacked.make_population_step(members[0], made, steps, mesh)
     traced = stacked.stack_hyperparameters(members, mesh)
     states = [
         train_step.init_state(
-            model.make_model(each.model, VOCABULARY_SIZE),
+            made,
             optimizer.make_optimizer(each.optimizer, steps),
             jax.random.key(each.seed),
             each.batches.batch_size,

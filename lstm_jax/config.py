@@ -146,8 +146,9 @@ class DataConfig:
         relevant_if=Rule("data.units='bpe'", lambda c: c.data.units == "bpe"))
     min_count: int = field(1, "Replace tokens that occur less often in the training text by [UNK], "
         "except bytes. bpe: learn only tokens that occur at least this often.", _POSITIVE_COUNT)
-    document_separator: str = field("", "End of a document, where the model learns to stop. file: "
-        "the end of each file, or of each example of a dataset. Empty: the text is one document.",
+    document_separator: str = field("", "End of a document, where the model learns to stop; the "
+        "next is read from a zero carry. file: the end of each file, or of each example of a "
+        "dataset. Empty: the text is one document.",
         one_of(*vocabulary.SEPARATORS))
     memory_megabytes: int = field(16, "Texts larger than this (in 10**6 bytes) are not read into "
         "memory: they are encoded once into files of ids, which training reads in parts.", _WEIGHT,

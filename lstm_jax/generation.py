@@ -264,13 +264,14 @@ def generate_tokens(
 def encode_prompt(vocabulary: Vocabulary, prompt: str) -> np.ndarray:
     """Return the ids of a prompt, int32 [n].
 
-    An empty prompt becomes a token that can precede a text: the stop token, or a line break, or
-    else the first token of the vocabulary.
+    A prompt of a model of documents begins one, after a stop token. For another model, an empty
+    prompt becomes a token that can precede a text: a line break, or else the first token of the
+    vocabulary.
     """
+    if vocabulary.stop_id is not None:
+        return np.array([vocabulary.stop_id, *vocabulary.encode(prompt)], np.int32)
     if prompt:
         return vocabulary.encode(prompt)
-    if vocabulary.stop_id is not None:
-        return np.array([vocabulary.stop_id], np.int32)
     start = vocabulary.encode("\n")
     return start if start[0] not in SPECIAL_IDS else np.array([len(SPECIAL_IDS)], np.int32)
 

@@ -18,7 +18,7 @@ import threadpoolctl
 from lstm_jax.cells import CELLS, LOADED
 from lstm_jax.cells.block import Block
 from lstm_jax.cells.making import count_operations, make_cell
-from lstm_jax.cells.protocol import Gates, get_activation, get_gates, run_cell
+from lstm_jax.cells.protocol import Gates, get_activation, get_gates, restart, run_cell
 from lstm_jax.config import ModelConfig, Option, is_plain_lstm
 from lstm_jax.errors import UserError
 from lstm_jax.matmul import matmul
@@ -97,6 +97,9 @@ class LanguageModel(nn.Module):
     # Of the dense layer: the logarithms of the tokens' "frequencies" in the training text, or
     # "zeros".
     initial_bias: str = "frequencies"
+    # The id of the stop token, if texts consist of documents. Each begins with the stop token that
+    # ends the one before, which is read from the initial carry.
+    stop_id: int | None = None
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -165,20 +168,20 @@ class LanguageModel(nn.Module):
         Return the outputs of the last layer [batch, time, features], before the last of `masks`,
         and the carry.
         """
-        implementation = self.implementation()
+        implementation, starts = self.implementation(), self.find_starts(ids)
         below: Any = Lookup(self.embedding.embedding, ids)
         carries = []
         for i, (cell, before) in enumerate(zip(self.layers, carry, strict=True)):
             inputs = apply_mask(below, masks[i]) if masks else below
             if implementation in ("fused", "pallas"):
-                options = self.dtype, self.rematerialize, implementation == "pallas"
+                options = self.dtype, self.rematerialize, implementation == "pallas", starts
                 outputs, after = fused.run_fused(cell.kernels(), inputs, before, *options)
             elif implementation == "cudnn":
                 rows = fused.get_rows(inputs)
                 outputs, after = cudnn.run_recurrence(cell.kernels(), rows, before)
             else:
                 parallel = implementation == "parallel"
-                after, outputs = run_cell(cell, before, fused.get_rows(inputs), parallel)
+                after, outputs = run_cell(cell, before, fused.get_rows(inputs), parallel, starts)
             carries.append(after)
             below = outputs + below if self.skip_connections and i else outputs
         return below, tuple(carries)
@@ -192,7 +195,9 @@ class LanguageModel(nn.Module):
         list, append to it the gates, activations and outputs of each cell.
         """
         below, carries = self.embedding.embedding[ids], []
+        starts = self.find_starts(ids)
         for i, (cell, before) in enumerate(zip(self.layers, carry, strict=True)):
+            before = restart(cell, before, starts)
             after, outputs = cell(before, below)
             if records is not None:
                 gates = get_gates(cell, before, below)
@@ -224,15 +229,25 @@ class LanguageModel(nn.Module):
         Return logits, float32 [batch, vocabulary_size], and the next carry.
         """
         if isinstance(arrays, StepArrays):
-            return fused.apply_step(self, arrays, ids, carry)
+            return fused.apply_step(self, arrays, ids, restart(self, carry, self.find_starts(ids)))
         bound = self.bind({"params": arrays})
         outputs, carry = bound.run_step(ids, carry)
         return bound.predict(outputs[:, None])[:, 0], carry
+
+    @nn.nowrap
+    def find_starts(self, ids: jax.Array) -> jax.Array | None:
+        """Return at which ids a document begins, bool of the same shape; None without documents."""
+        return None if self.stop_id is None else ids == self.stop_id
 
     def implementation(self) -> str:
         """Return how the layers run over time here; see `choose_recurrence`."""
         has_parallel = self.block != "none" or hasattr(self.cell_class, "run_parallel")
         is_lstm = is_plain_lstm(self.cell, self.layer_norm, self.block)
+        if self.stop_id is not None and self.recurrence in ("cudnn", "pallas"):
+            raise ValueError(
+                f"the recurrence {self.recurrence!r} can't restart where a document begins "
+                "(data.document_separator); 'auto' supports any model"
+            )
         return choose_recurrence(self.recurrence, self.cell_name, self.dtype, is_lstm, has_parallel)
 
 
@@ -244,10 +259,12 @@ def apply_mask(x: jax.Array | Lookup, mask: jax.Array | None) -> Any:
     return (fused.get_rows(x).transpose(1, 2, 0) * mask.T[None]).transpose(2, 0, 1)
 
 
-def make_model(model: ModelConfig, vocabulary_size: int) -> LanguageModel:
+def make_model(
+    model: ModelConfig, vocabulary_size: int, stop_id: int | None = None
+) -> LanguageModel:
     """Make the model that the `model` fields of a config describe, for this machine.
 
-    The dtype "auto" becomes that of `choose_dtype`.
+    The dtype "auto" becomes that of `choose_dtype`. For `stop_id`, see `LanguageModel`.
 
     Raises:
       KeyError: if the cell is in a file that was not loaded (`run.cell_file`).
@@ -270,6 +287,7 @@ def make_model(model: ModelConfig, vocabulary_size: int) -> LanguageModel:
         initial_embedding=model.initial_embedding,
         initial_scale=model.initial_scale,
         initial_bias=model.initial_bias,
+        stop_id=stop_id,
     )
     if made.dtype == "auto":
         made = made.clone(dtype="float32")

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from lstm_jax import batches, regularization
 from lstm_jax import model as model_lib
+from lstm_jax.cells.protocol import restart
 from lstm_jax.config import BatchesConfig, Config, RegularizationConfig
 from lstm_jax.devices import feeding, parallel
 from lstm_jax.optimizer import update_average
@@ -192,11 +193,7 @@ def _start_texts(
         # A separate key, so that masks are the same whether or not streams are reset.
         reset_key = jax.random.fold_in(state.key, state.step)
         starts |= jax.random.bernoulli(reset_key, kind.reset_probability, starts.shape)
-    return jax.tree.map(
-        lambda first, x: jnp.where(starts.reshape(-1, *[1] * (x.ndim - 1)), first, x),
-        model.initial_carry(len(starts)),
-        state.carry,
-    )
+    return restart(model, state.carry, starts)
 
 
 def _make_compute_grads(

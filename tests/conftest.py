@@ -107,6 +107,7 @@ _CORE = {
         "batches",
         "cells",
         "controls",
+        "documents",
         "dynamic",
         "generation",
         "model",

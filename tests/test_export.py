@@ -30,7 +30,7 @@ TEXT = (
 def make_trained(kind: str, stop: str = "", text: str = TEXT, **fields: Any) -> workdir.Trained:
     """Return a model with random parameters, large enough for predictions that vary."""
     vocabulary = Vocabulary.from_text(text + stop + text, kind, stop=stop)
-    model = LanguageModel(len(vocabulary), 5, 7, **fields)
+    model = LanguageModel(len(vocabulary), 5, 7, stop_id=vocabulary.stop_id, **fields)
     return workdir.Trained(ConfigDict(), vocabulary, model, models.draw_params(model, 1.0), 7)
 
 

@@ -193,12 +193,14 @@ def test_a_text_of_bytes_never_splits_a_character() -> None:
     assert ["x" + text] == generation.generate_texts(model, params, vocabulary, key, **options)  # type: ignore[arg-type]
 
 
-def test_an_empty_prompt_is_replaced_by_one_token() -> None:
+def test_a_prompt_begins_a_text() -> None:
     assert generation.encode_prompt(Vocabulary.from_text("ab\n"), "").tolist() == [2]
     assert generation.encode_prompt(Vocabulary.from_text("ab"), "").tolist() == [2]
     assert generation.encode_prompt(Vocabulary.from_text("ab"), "b?").tolist() == [3, 1]
     vocabulary = Vocabulary.from_text("a\nb\n\nc", "words", stop="\n\n")
     assert generation.encode_prompt(vocabulary, "").tolist() == [vocabulary.stop_id]
+    ids = [vocabulary.stop_id, *vocabulary.encode("b")]
+    assert generation.encode_prompt(vocabulary, "b").tolist() == ids
     assert len(generate(length=5, stop_token=False)[0]) == 5
 
 

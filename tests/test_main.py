@@ -72,6 +72,28 @@ def test_several_samples_are_separated_by_dashes(trained: Path) -> None:
     assert len(set(texts)) == 3 and {len(text) for text in texts} == {30}
 
 
+def test_a_model_of_words_and_documents(tmp_path: Path, text_file: Path) -> None:
+    documents = ["--config.data.document_separator=blank_line", "--config.num_epochs=1"]
+    units = ["--config.data.units=words", "--config.data.min_count=2"]
+    flags = [f"--config.data.path={text_file}", "--workdir=run", *documents, *units]
+    result = run("main", *TINY, *flags, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "nats per token" in result.stdout and "bits per character" in result.stdout
+    words = tmp_path / "run"
+    evaluated = json.loads(run("evaluate", "--workdir", words, cwd=ROOT).stdout)
+    assert 0 < evaluated["bits_per_character"] < evaluated["bits_per_token"]
+    # Both restart the carry at each document.
+    (loss,) = [loss for _, split, loss in runs.read_losses(words) if split == evaluated["split"]]
+    assert evaluated["loss"] == pytest.approx(loss, rel=1e-5)
+    assert workdir.load_trained(words).model.stop_id is not None
+    options = ["--workdir", words, "--prompt=First Citizen:", "--length=3000"]
+    stopped = run("sample", *options, cwd=ROOT)
+    on = run("sample", *options, "--nostop", cwd=ROOT)
+    assert stopped.returncode == on.returncode == 0 and stopped.stderr == on.stderr == ""
+    assert "\n\n" in on.stdout and "[UNK]" not in on.stdout
+    assert stopped.stdout == on.stdout.partition("\n\n")[0] + "\n"
+
+
 def test_prompts_from_files_and_standard_input(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfROMEO:\r\n")
     (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))

@@ -74,13 +74,21 @@ def uses_library(function: Callable[..., Any], *arguments: Any) -> bool:
 
 
 def run_numpy(
-    arguments: Any, cotangents: Any, rounded: Callable[[np.ndarray], np.ndarray]
+    arguments: Any,
+    cotangents: Any,
+    rounded: Callable[[np.ndarray], np.ndarray],
+    starts: np.ndarray | None = None,
 ) -> tuple[Any, Any]:
-    """Return outputs and gradients in float64, as `value_and_gradients` does."""
+    """Return outputs and gradients in float64, as `value_and_gradients` does.
+
+    Steps read zeros instead of the carry where `starts`, bool [batch, time], is true.
+    """
     arrays: Any = [np.asarray(x, np.float64) for x in jax.tree.leaves((arguments, cotangents))]
     w, u, bias, x, c, h, d_outputs, d_c, d_h = arrays
     steps = []
+    kept = np.ones(x.shape[:2]) if starts is None else 1 - starts
     for t in range(x.shape[1]):
+        c, h = c * kept[:, t, None], h * kept[:, t, None]
         z = rounded(x[:, t]) @ rounded(w) + rounded(h) @ rounded(u) + rounded(bias)
         z_i, z_f, z_g, z_o = np.split(z, 4, axis=1)
         i, f, o = (1 / (1 + np.exp(-z)) for z in (z_i, z_f, z_o))
@@ -100,7 +108,7 @@ def run_numpy(
         d_u += rounded(h_before).T @ d_z
         d_bias += d_z.sum(0)
         d_x[:, t] = d_z @ rounded(w).T
-        d_c, d_h = d_c * f, d_z @ rounded(u).T
+        d_c, d_h = d_c * f * kept[:, t, None], d_z @ rounded(u).T * kept[:, t, None]
     gradients: Any = Kernels(d_w, d_u, d_bias), d_x, LSTMCarry(d_c, d_h)
     return outputs, gradients
 

@@ -24,6 +24,7 @@ from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.cells.block import Block
 from lstm_jax.cells.making import make_cell
+from lstm_jax.cells.protocol import restart
 from lstm_jax.errors import UserError
 from lstm_jax.inspect import activations
 from lstm_jax.matmul import matmul
@@ -214,7 +215,9 @@ GOOD = "        return carry, nn.Dense(self.hidden_size)(inputs) + carry\n"
             "own.py, line 8.*: AssertionError: initial_carry depends on the fields alone",
         ),
         (
-            HEADER + GOOD + "    def run_parallel(self, carry, inputs):\n        return inputs\n",
+            HEADER
+            + GOOD
+            + "    def run_parallel(self, carry, inputs, starts):\n        return inputs\n",
             "own.py, line 12.*: it must return a tuple of the next carry and the outputs",
         ),
         (
@@ -409,9 +412,12 @@ class Sum(nn.Module):
         carry = 0.5 * carry + matmul(inputs, self.kernel, self.dtype)
         return carry, carry
 
-    def run_parallel(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def run_parallel(
+        self, carry: jax.Array, inputs: jax.Array, starts: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
         outputs = []
         for t in range(inputs.shape[1]):
+            carry = restart(self, carry, None if starts is None else starts[:, t])
             carry, output = self(carry, inputs[:, t])
             outputs.append(output)
         return carry, jnp.stack(outputs, axis=1)
@@ -447,8 +453,17 @@ class Mixing(Sum):
 
 
 class Forgetting(Sum):
-    def run_parallel(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return super().run_parallel(jnp.zeros_like(carry), inputs)
+    def run_parallel(
+        self, carry: jax.Array, inputs: jax.Array, starts: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        return super().run_parallel(jnp.zeros_like(carry), inputs, starts)
+
+
+class WithoutDocuments(Sum):
+    def run_parallel(
+        self, carry: jax.Array, inputs: jax.Array, starts: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        return super().run_parallel(carry, inputs, None)
 
 
 class WrongGradient(Sum):
@@ -510,6 +525,7 @@ class InheritedGates(cells.LSTMCell):
         (ForgottenGates, "the method gates has no effect on its outputs: override gates too"),
         (Mixing, "the results of a text depend on the other texts"),
         (Forgetting, "the parallel form differs from a scan: by"),
+        (WithoutDocuments, "with documents, the parallel form differs from a scan: by"),
         (WrongGradient, "its gradient differs from finite differences"),
         (Coarse, "bfloat16 is far from float32"),
         (Infinite, "are not finite"),

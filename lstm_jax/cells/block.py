@@ -63,25 +63,36 @@ class Block(nn.Module):
         cell, outputs = self.cell(carry.cell, u[:, 0])
         return BlockCarry(before, cell), self._add_mlp(x[:, 0] + outputs)
 
-    def run_parallel(self, carry: BlockCarry, inputs: jax.Array) -> tuple[BlockCarry, jax.Array]:
+    def run_parallel(
+        self, carry: BlockCarry, inputs: jax.Array, starts: jax.Array | None
+    ) -> tuple[BlockCarry, jax.Array]:
         """Return the last carry and all outputs, for inputs [batch, time, input_size].
 
         Only a cell without a parallel form runs step by step.
         """
-        x, before, u = self._convolve(carry, inputs)
-        cell, outputs = run_cell(self.cell, carry.cell, u, parallel=True)
+        x, before, u = self._convolve(carry, inputs, starts)
+        cell, outputs = run_cell(self.cell, carry.cell, u, parallel=True, starts=starts)
         return BlockCarry(before, cell), self._add_mlp(x + outputs)
 
     def _convolve(
-        self, carry: BlockCarry, inputs: jax.Array
+        self, carry: BlockCarry, inputs: jax.Array, starts: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return x, the next inputs to keep for the convolution, and u; see the equations."""
         x, time = inputs, inputs.shape[1]
         if self.input_size != self.hidden_size:
             x = matmul(inputs, self.input_kernel, self.dtype)
         read = jnp.concatenate([carry.before, normalize_rms(x, self.cell_scale)], axis=1)
-        taps = [read[:, j : j + time] * self.convolution[j, None, None] for j in range(_WIDTH)]
-        return x, read[:, time:], sum(taps, self.convolution_bias[None, None])
+        parts, after = [read[:, j : j + time] for j in range(_WIDTH)], read[:, time:]
+        if starts is not None:  # A step reads inputs of its document, and the rest is zero.
+            document = jnp.cumsum(starts, axis=1)
+            of_read = jnp.pad(document, ((0, 0), (_WIDTH - 1, 0)))
+            parts = [
+                jnp.where((of_read[:, j : j + time] == document)[..., None], part, 0)
+                for j, part in enumerate(parts)
+            ]
+            after = jnp.where((of_read[:, time:] == document[:, -1:])[..., None], after, 0)
+        taps = [part * self.convolution[j, None, None] for j, part in enumerate(parts)]
+        return x, after, sum(taps, self.convolution_bias[None, None])
 
     def _add_mlp(self, y: jax.Array) -> jax.Array:
         """Return y with the gated MLP added, of one or all steps."""

@@ -84,7 +84,8 @@ def _check_values(cell: Any) -> None:
 
     for parallel in (False, True) if hasattr(cell, "run_parallel") else (False,):
         method, name = ("run_parallel", "the parallel form") if parallel else ("__call__", "a scan")
-        run = functools.partial(_run, cell, variables, parallel=parallel)
+        scan = functools.partial(_run, cell, variables)
+        run = functools.partial(scan, parallel=parallel)
         if parallel:
             _compare(cell, method, f"{name} differs from a scan", run(carry, inputs), whole, _SAME)
         between, first = run(carry, inputs[:, :_CUT])
@@ -95,6 +96,11 @@ def _check_values(cell: Any) -> None:
         one = run(jax.tree.map(lambda x: x[:1], carry), inputs[:1])
         message = f"in {name}, the results of a text depend on the other texts of its batch"
         _compare(cell, method, message, one, jax.tree.map(lambda x: x[:1], whole), _SAME)
+        if parallel:
+            starts = jnp.asarray(rng.random((_BATCH, _TIME)) < 0.3)
+            alone, expected = run(carry, inputs, starts=starts), scan(carry, inputs, starts=starts)
+            message = f"with documents, {name} differs from a scan"
+            _compare(cell, method, message, alone, expected, _SAME)
 
     if hasattr(cell, "dtype"):
         low = _run(cell.clone(dtype="bfloat16"), variables, carry, inputs)
@@ -162,9 +168,16 @@ def _check_gradients(cell: Any) -> None:
             raise _failure(cell, method, message) from None
 
 
-def _run(cell: Any, variables: Any, carry: Any, inputs: jax.Array, parallel: bool = False) -> Any:
+def _run(
+    cell: Any,
+    variables: Any,
+    carry: Any,
+    inputs: jax.Array,
+    parallel: bool = False,
+    starts: jax.Array | None = None,
+) -> Any:
     """Run a cell with these parameters over inputs [batch, time, features]."""
-    run = nn.apply(lambda cell: run_cell(cell, carry, inputs, parallel), cell)
+    run = nn.apply(lambda cell: run_cell(cell, carry, inputs, parallel, starts), cell)
     return jax.jit(run)(variables)
 
 

@@ -25,9 +25,14 @@ class LinearCell(nn.Module):
         hidden = a * carry.hidden + b
         return HiddenCarry(hidden), hidden
 
-    def run_parallel(self, carry: HiddenCarry, inputs: jax.Array) -> tuple[HiddenCarry, jax.Array]:
+    def run_parallel(
+        self, carry: HiddenCarry, inputs: jax.Array, starts: jax.Array | None
+    ) -> tuple[HiddenCarry, jax.Array]:
         """Return the last carry and all outputs, for inputs [batch, time, input_size]."""
-        hidden = run_linear(*self.coefficients(inputs), carry.hidden)
+        a, b = self.coefficients(inputs)
+        if starts is not None:
+            a = jnp.where(starts[..., None], 0, a)
+        hidden = run_linear(a, b, carry.hidden)
         return HiddenCarry(hidden[:, -1]), hidden
 
     def initial_carry(self, batch_size: int) -> HiddenCarry:

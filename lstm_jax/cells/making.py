@@ -24,7 +24,7 @@ _OPTION_RANGE = (-(2**20), 2**20)  # Of integers, unless their field has another
 _METHODS = {
     "initial_carry": ("batch_size",),
     "__call__": ("carry", "inputs"),
-    "run_parallel": ("carry", "inputs"),
+    "run_parallel": ("carry", "inputs", "starts"),
     "gates": ("carry", "inputs"),
     "activation": ("carry",),
 }
@@ -152,7 +152,8 @@ def trace_cell(cell: Any, batch: int = 3) -> None:
     _check_step(cell, "__call__", trace(kind.__call__), carry, (batch,))
     if hasattr(cell, "run_parallel"):
         several = jax.ShapeDtypeStruct((batch, 2, cell.input_size), jnp.float32)
-        _check_step(cell, "run_parallel", trace(kind.run_parallel, several), carry, (batch, 2))
+        result = trace(lambda cell, *read: cell.run_parallel(*read, None), several)
+        _check_step(cell, "run_parallel", result, carry, (batch, 2))
     if hasattr(cell, "gates"):
         where = describe_place(cell, "gates")
         # As for the report: of a cell that has run the step.

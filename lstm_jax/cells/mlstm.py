@@ -1,7 +1,7 @@
 """The mLSTM cell."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -71,7 +71,9 @@ class MLSTMCell(nn.Module):
         hidden = o * found / jnp.maximum(size, jnp.exp(-stabilizer))[..., None]
         return MLSTMCarry(memory, normalizer, stabilizer), hidden.reshape(len(inputs), -1)
 
-    def run_parallel(self, carry: MLSTMCarry, inputs: jax.Array) -> tuple[MLSTMCarry, jax.Array]:
+    def run_parallel(
+        self, carry: MLSTMCarry, inputs: jax.Array, starts: jax.Array | None
+    ) -> tuple[MLSTMCarry, jax.Array]:
         """Return the last carry and all outputs, for inputs [batch, time, input_size].
 
         A scan over chunks of `_CHUNK` steps. Within a chunk, step t reads the memory before it and
@@ -89,7 +91,8 @@ class MLSTMCell(nn.Module):
             x = jnp.pad(x, padding, constant_values=filling)
             return jnp.moveaxis(x.reshape(*x.shape[:2], -1, chunk, *x.shape[3:]), 2, 0)
 
-        steps = cut(q), cut(k), cut(v), cut(i[..., 0], NEVER), cut(log_f[..., 0])
+        cut_starts = None if starts is None else cut(starts[:, None])
+        steps = cut(q), cut(k), cut(v), cut(i[..., 0], NEVER), cut(log_f[..., 0]), cut_starts
         carry, found = lax.scan(_run_chunk, carry, steps)
         found = jnp.moveaxis(found, 0, 2).reshape(batch, self.heads, -1, q.shape[-1])[:, :, :time]
         return carry, (o * found).swapaxes(1, 2).reshape(batch, time, -1)
@@ -121,16 +124,23 @@ class MLSTMCell(nn.Module):
         )
 
 
-def _run_chunk(carry: MLSTMCarry, steps: tuple[jax.Array, ...]) -> tuple[MLSTMCarry, jax.Array]:
+def _run_chunk(carry: MLSTMCarry, steps: tuple[Any, ...]) -> tuple[MLSTMCarry, jax.Array]:
     """Run a chunk: q, k, v [batch, heads, chunk, d], log i and log f [batch, heads, chunk].
 
-    Return the next carry, and what each step reads from the memory, [batch, heads, chunk, d].
+    The last of the steps' arrays is where documents begin, bool [batch, 1, chunk], or None. Return
+    the next carry, and what each step reads from the memory, [batch, heads, chunk, d].
     """
-    q, k, v, i, log_f = steps
+    q, k, v, i, log_f, starts = steps
     since = jnp.cumsum(log_f, axis=-1)  # log f, summed from the start of the chunk to each step.
     past = jnp.tril(jnp.ones((q.shape[2], q.shape[2]), bool))
-    log_d = jnp.where(past, since[..., :, None] + (i - since)[..., None, :], NEVER)
     log_kept = since + carry.stabilizer[..., None]
+    log_written = i + since[..., -1:] - since
+    if starts is not None:  # A step reads what the steps of its document wrote.
+        document = jnp.cumsum(starts, axis=-1)
+        past = past[None, None] & (document[..., :, None] == document[..., None, :])
+        log_kept = jnp.where(document > 0, NEVER, log_kept)
+        log_written = jnp.where(document == document[..., -1:], log_written, NEVER)
+    log_d = jnp.where(past, since[..., :, None] + (i - since)[..., None, :], NEVER)
     stabilizer = jnp.maximum(log_kept, log_d.max(axis=-1))
     weights = jnp.exp(log_d - stabilizer[..., None]) * (q @ k.swapaxes(-1, -2))
     kept = jnp.exp(log_kept - stabilizer)
@@ -139,7 +149,6 @@ def _run_chunk(carry: MLSTMCarry, steps: tuple[jax.Array, ...]) -> tuple[MLSTMCa
     found /= jnp.maximum(jnp.abs(size), jnp.exp(-stabilizer))[..., None]
 
     last = stabilizer[..., -1]
-    log_written = i + since[..., -1:] - since
     written = jnp.exp(log_written - last[..., None])[..., None] * k
     after = kept[..., -1]
     memory = after[..., None, None] * carry.memory + written.swapaxes(-1, -2) @ v

@@ -13,8 +13,9 @@ It may also have
   field with a default, which is an option: `--config.model.options.NAME=VALUE`, with a value of the
   types in its annotation: bool, int, float, str, or several of them. Integers are between ±2**20,
   or in the range of the field: `dataclasses.field(default=5, metadata={"allowed": (0, 100)})`;
-- `run_parallel(carry, inputs)`, which returns the carry after inputs [batch, time, input_size] and
-  the outputs [batch, time, hidden_size] of all steps;
+- `run_parallel(carry, inputs, starts)`, which returns the carry after inputs [batch, time,
+  input_size] and the outputs [batch, time, hidden_size] of all steps. `starts` is bool [batch,
+  time], true at the steps that read the initial carry because a document begins, or None;
 - `gates(carry, inputs)`, which returns the gates of a step by name, [batch, hidden_size] each, and
   `activation(carry)`, the activations of the hidden units, [batch, hidden_size] in [-1, 1], for
   `lstm_jax.inspect`.
@@ -35,19 +36,35 @@ Gates = dict[str, jax.Array]
 
 
 def run_cell(
-    cell: Any, carry: Any, inputs: jax.Array, parallel: bool = False
+    cell: Any,
+    carry: Any,
+    inputs: jax.Array,
+    parallel: bool = False,
+    starts: jax.Array | None = None,
 ) -> tuple[Any, jax.Array]:
     """Run a cell over inputs [batch, time, features]; return the last carry and all outputs.
 
-    If `parallel`, use the parallel form of a cell that has one, otherwise a scan over time.
+    If `parallel`, use the parallel form of a cell that has one, otherwise a scan over time. Steps
+    where `starts`, bool [batch, time], is true read the initial carry.
     """
     if parallel and hasattr(cell, "run_parallel"):
-        return cell.run_parallel(carry, inputs)
-    return _scan(cell, carry, inputs)
+        return cell.run_parallel(carry, inputs, starts)
+    return _scan(cell, carry, (inputs, starts))
+
+
+def restart(cell: Any, carry: Any, starts: jax.Array | None) -> Any:
+    """Return the carry of a cell or model, for texts in `starts`, bool [batch], the initial one."""
+    if starts is None:
+        return carry
+    return jax.tree.map(
+        lambda first, x: jnp.where(starts.reshape(-1, *[1] * (x.ndim - 1)), first, x),
+        cell.initial_carry(len(starts)),
+        carry,
+    )
 
 
 _scan = nn.scan(
-    lambda cell, carry, inputs: cell(carry, inputs),
+    lambda cell, carry, read: cell(restart(cell, carry, read[1]), read[0]),
     variable_broadcast="params",
     split_rngs={"params": False},
     in_axes=1,

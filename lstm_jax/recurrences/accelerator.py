@@ -12,7 +12,7 @@ is at most five, the loop counter included (`benchmarks/accelerators.py` counts 
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,11 @@ from lstm_jax.matmul import matmul, matmul_rounded, round_factor
 _DEPTH = 256  # XLA pads the depth of some matmuls to a multiple of it.
 
 
+# Inputs [time, ...] of all steps, and where a step reads zeros instead of the carry, bool [time,
+# batch]; None is nowhere.
+Steps = tuple[jax.Array, jax.Array | None]
+
+
 class Loops(NamedTuple):
     """The two loops over time of a layer, whose arrays are [time, batch, n] or [batch, n].
 
@@ -31,58 +36,60 @@ class Loops(NamedTuple):
     the first carry, and whether to keep derivatives; it returns what `compute_step` keeps at each
     step, and the last cell state. `backward` takes the same kernel, what was kept, and the
     cotangents of the outputs and of the last carry; it returns the rounded cotangents of the sums
-    of the gates, and that of the first carry.
+    of the gates, and that of the first carry. Both take the starts of the steps beside the terms,
+    and beside what was kept.
     """
 
-    forward: Callable[[jax.Array, jax.Array, LSTMCarry, bool], tuple[jax.Array, jax.Array]]
-    backward: Callable[[jax.Array, jax.Array, jax.Array, LSTMCarry], tuple[jax.Array, LSTMCarry]]
+    forward: Callable[[jax.Array, Steps, LSTMCarry, bool], tuple[jax.Array, jax.Array]]
+    backward: Callable[[jax.Array, Steps, jax.Array, LSTMCarry], tuple[jax.Array, LSTMCarry]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def run_recurrence(
-    kernels: Kernels, inputs: jax.Array, carry: LSTMCarry, dtype: str, loops: Loops
+    kernels: Kernels, steps: Steps, carry: LSTMCarry, dtype: str, loops: Loops
 ) -> tuple[jax.Array, LSTMCarry]:
     """Run one layer: [time, batch, features] → [time, batch, hidden], and the carry.
 
     The factors of matmuls are rounded to `dtype`. The gradient can't be differentiated again.
     """
-    outputs, cell = _run(kernels, inputs, carry, dtype, loops, differentiable=False)
+    outputs, cell = _run(kernels, steps, carry, dtype, loops, differentiable=False)
     return outputs, LSTMCarry(cell, outputs[-1])
 
 
 def _run(
     kernels: Kernels,
-    inputs: jax.Array,
+    steps: Steps,
     carry: LSTMCarry,
     dtype: str,
     loops: Loops,
     differentiable: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    added = matmul(inputs, kernels.input, dtype, kernels.bias)
+    inputs, starts = steps
+    added = matmul(inputs, kernels.input, dtype, kernels.bias), starts
     return loops.forward(round_factor(kernels.recurrent, dtype), added, carry, differentiable)
 
 
 # The arguments, and what the forward loop kept.
-_Residuals = tuple[Kernels, jax.Array, LSTMCarry, jax.Array]
+_Residuals = tuple[Kernels, Steps, LSTMCarry, jax.Array]
 
 
 def _forward(
-    kernels: Kernels, inputs: jax.Array, carry: LSTMCarry, dtype: str, loops: Loops
+    kernels: Kernels, steps: Steps, carry: LSTMCarry, dtype: str, loops: Loops
 ) -> tuple[tuple[jax.Array, LSTMCarry], _Residuals]:
-    kept, cell = _run(kernels, inputs, carry, dtype, loops, differentiable=True)
+    kept, cell = _run(kernels, steps, carry, dtype, loops, differentiable=True)
     *_, outputs = jnp.split(kept, 7, axis=2)
-    return (outputs, LSTMCarry(cell, outputs[-1])), (kernels, inputs, carry, kept)
+    return (outputs, LSTMCarry(cell, outputs[-1])), (kernels, steps, carry, kept)
 
 
 def _backward(
     dtype: str, loops: Loops, residuals: _Residuals, cotangents: tuple[jax.Array, LSTMCarry]
-) -> tuple[Kernels, jax.Array, LSTMCarry]:
-    kernels, inputs, first, kept = residuals
+) -> tuple[Kernels, tuple[jax.Array, None], LSTMCarry]:
+    kernels, (inputs, starts), first, kept = residuals
     kernel = round_factor(kernels.recurrent, dtype)
-    d_sums, d_first = loops.backward(kernel, kept, *cotangents)
+    d_sums, d_first = loops.backward(kernel, (kept, starts), *cotangents)
     d_sums = d_sums.reshape(-1, d_sums.shape[2])
     *_, outputs = jnp.split(kept, 7, axis=2)
-    hidden_before = jnp.concatenate([first.hidden[None], outputs[:-1]])
+    hidden_before = clear(jnp.concatenate([first.hidden[None], outputs[:-1]]), starts)
     d_input, d_recurrent = (
         matmul_rounded(round_factor(factor, dtype).reshape(len(d_sums), -1).T, d_sums)
         for factor in (inputs, hidden_before)
@@ -90,10 +97,15 @@ def _backward(
     d_kernels = Kernels(d_input, d_recurrent, d_sums.sum(axis=0, dtype=kept.dtype))
     # XLA removes this matmul if its result is unused, as for one-hot inputs.
     d_inputs = matmul_rounded(d_sums, round_factor(kernels.input.T, dtype))
-    return d_kernels, d_inputs.reshape(inputs.shape), d_first
+    return d_kernels, (d_inputs.reshape(inputs.shape), None), d_first
 
 
 run_recurrence.defvjp(_forward, _backward)
+
+
+def clear(x: jax.Array, starts: jax.Array | None, axis: int = -1) -> jax.Array:
+    """Return x, zero where `starts`, bool without the axis of features, is true."""
+    return x if starts is None else jnp.where(jnp.expand_dims(starts, axis), 0, x)
 
 
 def compute_step(
@@ -127,14 +139,14 @@ def differentiate_step(
 
 
 def _forward_loop(
-    kernel: jax.Array, added: jax.Array, carry: LSTMCarry, differentiable: bool
+    kernel: jax.Array, added: Steps, carry: LSTMCarry, differentiable: bool
 ) -> tuple[jax.Array, jax.Array]:
     def step(
-        carry: tuple[jax.Array, jax.Array], added: jax.Array
+        carry: tuple[jax.Array, jax.Array], added: Steps
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        cell, rounded = carry
-        sums = matmul_rounded(rounded, kernel) + added
-        cell, hidden, kept = compute_step(sums, cell, differentiable)
+        (cell, rounded), (terms, start) = carry, added
+        sums = clear(matmul_rounded(rounded, kernel), start) + terms
+        cell, hidden, kept = compute_step(sums, clear(cell, start), differentiable)
         return (cell, hidden.astype(kernel.dtype)), kept
 
     first = carry.cell, carry.hidden.astype(kernel.dtype)
@@ -143,7 +155,7 @@ def _forward_loop(
 
 
 def _backward_loop(
-    kernel: jax.Array, kept: jax.Array, d_outputs: jax.Array, d_last: LSTMCarry
+    kernel: jax.Array, all_kept: Steps, d_outputs: jax.Array, d_last: LSTMCarry
 ) -> tuple[jax.Array, LSTMCarry]:
     steps, batch, hidden = d_outputs.shape
     width, parts = 4 * hidden, len(_split(d_last.cell, kernel.dtype))
@@ -158,24 +170,25 @@ def _backward_loop(
         return jnp.concatenate([*row, filler], axis=1)
 
     def get_d_cell(row: jax.Array) -> jax.Array:
-        d_cell = row[:, width : width + hidden * parts].astype(kept.dtype)
+        d_cell = row[:, width : width + hidden * parts].astype(d_last.cell.dtype)
         return d_cell.reshape(batch, parts, hidden).sum(axis=1)
 
     def step(
-        carry: tuple[jax.Array, jax.Array], read: tuple[jax.Array, ...]
+        carry: tuple[jax.Array, jax.Array], read: tuple[Any, ...]
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         rows, d_hidden = carry
-        t, kept, d_output = read
+        t, (kept, start), d_output = read
         # Not from the carry: that would be one more kernel.
         d_cell = get_d_cell(lax.dynamic_index_in_dim(rows, t + 1, keepdims=False))
-        gradients = differentiate_step(kept, d_cell, d_hidden + d_output)
-        row = lax.optimization_barrier(make_row(*gradients))  # One kernel.
+        d_sums, d_cell = differentiate_step(kept, d_cell, d_hidden + d_output)
+        row = make_row(d_sums, clear(d_cell, start))
+        row = lax.optimization_barrier(row)  # One kernel.
         rows = lax.dynamic_update_index_in_dim(rows, row, t, 0)
-        return (rows, matmul_rounded(row, padded)), None
+        return (rows, clear(matmul_rounded(row, padded), start)), None
 
     last = make_row(4 * [jnp.zeros_like(d_last.cell)], d_last.cell)
     rows = jnp.zeros((steps + 1, batch, depth), kernel.dtype).at[-1].set(last)
-    read = jnp.arange(steps), kept, d_outputs
+    read = jnp.arange(steps), all_kept, d_outputs
     (rows, d_hidden), _ = lax.scan(step, (rows, d_last.hidden), read, reverse=True)
     return rows[:-1, :, :width], LSTMCarry(get_d_cell(rows[0]), d_hidden)
 

@@ -27,6 +27,7 @@ from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.config import is_plain_lstm
 from lstm_jax.matmul import matmul, matmul_rounded, round_factor
 from lstm_jax.recurrences import accelerator, choice, in_c
+from lstm_jax.recurrences.accelerator import Steps, clear
 from lstm_jax.recurrences.in_c import Int8Kernel
 from lstm_jax.recurrences.processor import has_bfloat16_instructions
 
@@ -50,6 +51,7 @@ def run_fused(
     dtype: str = "float32",
     rematerialize: int = 0,
     in_pallas: bool = False,
+    starts: jax.Array | None = None,
 ) -> tuple[jax.Array, LSTMCarry]:
     """Run one LSTM layer over time; return outputs [batch, time, hidden] and the last carry.
 
@@ -61,7 +63,8 @@ def run_fused(
     If `rematerialize` is not 0, the forward pass stores the state only every `rematerialize` steps,
     and the backward pass recomputes the steps between. Memory then grows with time / rematerialize
     + rematerialize instead of time, and is smallest at the square root of time. `in_pallas`
-    replaces the loops of a TPU.
+    replaces the loops of a TPU. Steps where `starts`, bool [batch, time], is true read a carry of
+    zeros; in Pallas there are none.
     """
     if isinstance(inputs, Lookup) and len(inputs.table) <= 1.5 * inputs.table.shape[1]:
         # The one-hot input needs two matmuls of this size, the embedded row three.
@@ -71,6 +74,7 @@ def run_fused(
         rows = get_rows(inputs)
     batch_size, hidden_size = carry.cell.shape
     in_float32 = rows.dtype == carry.cell.dtype == jnp.float32
+    starts = None if starts is None else starts.T
     recurrence: Callable[..., tuple[jax.Array, LSTMCarry]] | None = None
     if jax.default_backend() != "cpu":
         loops = accelerator.LOOPS
@@ -82,12 +86,12 @@ def run_fused(
     elif in_float32 and choice.runs_in_c("windows", dtype, hidden_size, batch_size):
         recurrence = functools.partial(in_c.run_recurrence, dtype=dtype)
     if recurrence:
-        inputs = rows.swapaxes(0, 1)
-        outputs, carry = _in_chunks(recurrence, kernels, inputs, carry, rematerialize)
+        steps = rows.swapaxes(0, 1), starts
+        outputs, carry = _in_chunks(recurrence, kernels, steps, carry, rematerialize)
         return outputs.swapaxes(0, 1), carry
     recurrence = functools.partial(_recurrence, dtype=dtype)
-    inputs, state = rows.transpose(1, 2, 0), LSTMCarry(carry.cell.T, carry.hidden.T)
-    outputs, state = _in_chunks(recurrence, kernels, inputs, state, rematerialize)
+    steps, state = (rows.transpose(1, 2, 0), starts), LSTMCarry(carry.cell.T, carry.hidden.T)
+    outputs, state = _in_chunks(recurrence, kernels, steps, state, rematerialize)
     return outputs.transpose(2, 0, 1), LSTMCarry(state.cell.T, state.hidden.T)
 
 
@@ -178,83 +182,84 @@ def _step(
 def _in_chunks(
     recurrence: Callable[..., tuple[jax.Array, LSTMCarry]],
     kernels: Kernels,
-    inputs: jax.Array,
+    steps: Steps,
     carry: LSTMCarry,
     chunk: int,
 ) -> tuple[jax.Array, LSTMCarry]:
     """Run a recurrence in chunks; the backward pass keeps only the carries between them."""
-    if not chunk or chunk >= len(inputs):
-        return recurrence(kernels, inputs, carry)
+    time = len(steps[0])
+    if not chunk or chunk >= time:
+        return recurrence(kernels, steps, carry)
     recurrence = jax.checkpoint(recurrence)
 
-    def run_chunk(carry: LSTMCarry, inputs: jax.Array) -> tuple[LSTMCarry, jax.Array]:
-        outputs, carry = recurrence(kernels, inputs, carry)
+    def run_chunk(carry: LSTMCarry, steps: Steps) -> tuple[LSTMCarry, jax.Array]:
+        outputs, carry = recurrence(kernels, steps, carry)
         return carry, outputs
 
-    whole = len(inputs) - len(inputs) % chunk
-    chunks = inputs[:whole].reshape(-1, chunk, *inputs.shape[1:])
+    whole = time - time % chunk
+    chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, chunk, *x.shape[1:]), steps)
     carry, outputs = lax.scan(run_chunk, carry, chunks)
     outputs = outputs.reshape(whole, *outputs.shape[2:])
-    if whole < len(inputs):
-        carry, rest = run_chunk(carry, inputs[whole:])
+    if whole < time:
+        carry, rest = run_chunk(carry, jax.tree.map(lambda x: x[whole:], steps))
         outputs = jnp.concatenate([outputs, rest])
     return outputs, carry
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _recurrence(
-    kernels: Kernels, inputs: jax.Array, carry: LSTMCarry, dtype: str
+    kernels: Kernels, steps: Steps, carry: LSTMCarry, dtype: str
 ) -> tuple[jax.Array, LSTMCarry]:
     """Run one layer, feature-major: [time, features, batch] → [time, hidden, batch], and the carry.
 
     The carry is [hidden, batch] before and after.
     """
-    return _recurrence_forward(kernels, inputs, carry, dtype)[0]
+    return _recurrence_forward(kernels, steps, carry, dtype)[0]
 
 
-# The kernels, the first carry, the columns, and the cell states and gates of all steps.
-_Residuals = tuple[Kernels, LSTMCarry, jax.Array, jax.Array, tuple[jax.Array, ...]]
+# The kernels, the first carry, and of all steps the starts, columns, cell states and gates.
+_Residuals = tuple[Kernels, LSTMCarry, Any, jax.Array, jax.Array, tuple[jax.Array, ...]]
 
 
 def _recurrence_forward(
-    kernels: Kernels, inputs: jax.Array, carry: LSTMCarry, dtype: str
+    kernels: Kernels, steps: Steps, carry: LSTMCarry, dtype: str
 ) -> tuple[tuple[jax.Array, LSTMCarry], _Residuals]:
     """Run `_recurrence`; also return the residuals, among them gates, [time, hidden, batch].
 
     `columns` [features + 1 + hidden, time * batch] are the factors of the matmuls of all steps.
     They are written step by step, because XLA's CPU backend is slow at transposing them later.
     """
+    inputs, starts = steps
     low = _rounding(inputs, dtype)
     # Transpose here, not at every step, and each part separately: XLA's CPU backend is several
     # times slower when it concatenates and transposes in one copy.
     parts = kernels.input.T, kernels.bias[:, None], kernels.recurrent.T
     kernel = jnp.concatenate([low(part) for part in parts], axis=1)
-    steps, _, batch = inputs.shape
+    time, _, batch = inputs.shape
     one = jnp.ones_like(inputs[0, :1])
     # Not in bfloat16: the backend can't write a slice of such an array in place.
-    columns = jnp.zeros(
-        (kernel.shape[1], steps * batch), jnp.promote_types(kernel.dtype, "float32")
-    )
+    columns = jnp.zeros((kernel.shape[1], time * batch), jnp.promote_types(kernel.dtype, "float32"))
 
     def scan_step(
-        state: tuple[LSTMCarry, jax.Array], read: tuple[jax.Array, jax.Array]
+        state: tuple[LSTMCarry, jax.Array], read: tuple[Any, ...]
     ) -> tuple[tuple[LSTMCarry, jax.Array], tuple[Any, ...]]:
-        (carry, columns), (t, x) = state, read
+        (carry, columns), (t, x, start) = state, read
+        carry = LSTMCarry(*(clear(part, start, axis=0) for part in carry))
         stacked = jnp.concatenate([low(part) for part in (x, one, carry.hidden)])
         columns = lax.dynamic_update_slice(columns, stacked.astype(columns.dtype), (0, t * batch))
         gates, carry = _step(kernel, stacked, carry)
         # The scan stacks six arrays: to concatenate the gates would be a slow copy at every step.
         return (carry, columns), (carry.hidden, carry.cell, gates)
 
-    state, read = (carry, columns), (jnp.arange(steps), inputs)
+    state, read = (carry, columns), (jnp.arange(time), inputs, starts)
     (last, columns), (outputs, cells, gates) = lax.scan(scan_step, state, read)
-    return (outputs, last), (kernels, carry, columns, cells, gates)
+    return (outputs, last), (kernels, carry, starts, columns, cells, gates)
 
 
 def _recurrence_backward(
     dtype: str, residuals: _Residuals, cotangents: tuple[jax.Array, LSTMCarry]
-) -> tuple[Kernels, jax.Array, LSTMCarry]:
-    kernels, first, columns, cells, gates = residuals
+) -> tuple[Kernels, tuple[jax.Array, None], LSTMCarry]:
+    kernels, first, starts, columns, cells, gates = residuals
     d_outputs, d_last = cotangents
     steps, features = len(cells), len(kernels.input)
     low = _rounding(cells, dtype)
@@ -263,12 +268,14 @@ def _recurrence_backward(
     def loop_step(k: jax.Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
         gates, d_gates, d_cell, d_hidden = state
         t = steps - 1 - k
+        start = None if starts is None else _at(starts, t)
         # Write the gradients into the memory of the gates one step late, before the next gates are
         # read, so that XLA needs no copy. (The first write, at step T, is clamped to T - 1, where
         # its values came from.)
         gates = tuple(_put(x, d, t + 1) for x, d in zip(gates, d_gates, strict=True))
         i, f, g, o = (_at(gate, t) for gate in gates)
         previous_cell = jnp.where(t == 0, first.cell, _at(cells, jnp.maximum(t - 1, 0)))
+        previous_cell = clear(previous_cell, start, axis=0)
         tanh_cell = jnp.tanh(_at(cells, t))
         d_hidden = d_hidden + _at(d_outputs, t)
         d_cell = d_cell + d_hidden * o * (1 - tanh_cell**2)
@@ -279,7 +286,8 @@ def _recurrence_backward(
             d_hidden * tanh_cell * o * (1 - o),
         )
         stacked = jnp.concatenate([low(d) for d in d_gates])
-        return gates, d_gates, d_cell * f, matmul_rounded(recurrent_kernel, stacked)
+        d_state = d_cell * f, matmul_rounded(recurrent_kernel, stacked)
+        return gates, d_gates, *(clear(d, start, axis=0) for d in d_state)
 
     state = gates, tuple(gate[-1] for gate in gates), d_last.cell, d_last.hidden
     gates, d_gates, d_cell, d_hidden = lax.fori_loop(0, steps, loop_step, state)
@@ -294,7 +302,8 @@ def _recurrence_backward(
     pairs = zip(rows, jnp.split(low(kernels.input.T), 4), strict=True)
     d_inputs = functools.reduce(jnp.add, [matmul_rounded(d, w) for d, w in pairs])
     d_inputs = d_inputs.reshape(steps, -1, features).swapaxes(1, 2)
-    return Kernels(d_input, d_recurrent, d_bias[0]), d_inputs, LSTMCarry(d_cell, d_hidden)
+    d_kernels = Kernels(d_input, d_recurrent, d_bias[0])
+    return d_kernels, (d_inputs, None), LSTMCarry(d_cell, d_hidden)
 
 
 _recurrence.defvjp(_recurrence_forward, _recurrence_backward)

@@ -11,6 +11,7 @@ import numpy as np
 from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.matmul import matmul_rounded
 from lstm_jax.recurrences import native
+from lstm_jax.recurrences.accelerator import Steps
 
 LANES, _TILE = 16, 64  # As in lstm.c.
 IN_WORD = {"float32": 1, "bfloat16": 2, "int8": 4}  # Numbers in a word of 32 bits.
@@ -18,14 +19,14 @@ IN_WORD = {"float32": 1, "bfloat16": 2, "int8": 4}  # Numbers in a word of 32 bi
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def run_recurrence(
-    kernels: Kernels, inputs: jax.Array, carry: LSTMCarry, dtype: str
+    kernels: Kernels, steps: Steps, carry: LSTMCarry, dtype: str
 ) -> tuple[jax.Array, LSTMCarry]:
     """Run one layer: [time, batch, features] → [time, batch, hidden], and the carry.
 
-    All arrays are float32, the factors of matmuls are rounded to `dtype`, and the hidden size is a
+    All numbers are float32, the factors of matmuls are rounded to `dtype`, and the hidden size is a
     multiple of `LANES`. The gradient can't be differentiated again.
     """
-    return _forward(kernels, inputs, carry, dtype)[0]
+    return _forward(kernels, steps, carry, dtype)[0]
 
 
 def pack_gates(kernel: jax.Array) -> jax.Array:
@@ -107,18 +108,20 @@ def _differentiate_step(
     return jax.jvp(run, primals, tangents)
 
 
-# The kernels, the first cell state, and the gates, cell states and rows of all steps.
-_Residuals = tuple[Kernels, jax.Array, jax.Array, jax.Array, jax.Array]
+# The kernels, the first cell state, and the gates, cell states, rows and starts of all steps.
+_Residuals = tuple[Kernels, jax.Array, jax.Array, jax.Array, jax.Array, list[jax.Array]]
 
 
 def _forward(
-    kernels: Kernels, inputs: jax.Array, carry: LSTMCarry, dtype: str
+    kernels: Kernels, steps: Steps, carry: LSTMCarry, dtype: str
 ) -> tuple[tuple[jax.Array, LSTMCarry], _Residuals]:
     """Run `run_recurrence`; also return the residuals.
 
     Among them are `rows` [time, batch, depth], the rounded factors of the kernel: the hidden state,
     the inputs, and 1 for the bias.
     """
+    inputs, starts = steps
+    given = [] if starts is None else [starts]
     time, batch, _ = inputs.shape
     hidden = len(kernels.recurrent)
     parts = kernels.recurrent, kernels.input, kernels.bias[None]
@@ -127,26 +130,27 @@ def _forward(
     depth, width = kernel.shape
     gates, cells, outputs, rows = _call(
         "forward",
-        (inputs, pack_gates(kernel), *carry),
+        (inputs, pack_gates(kernel), *carry, *given),
         ((time, batch, width), "float32"),
         ((time, batch, hidden), "float32"),
         ((time, batch, hidden), "float32"),
         ((time, batch, depth), dtype),
     )
-    return (outputs, LSTMCarry(cells[-1], outputs[-1])), (kernels, carry.cell, gates, cells, rows)
+    residuals = kernels, carry.cell, gates, cells, rows, given
+    return (outputs, LSTMCarry(cells[-1], outputs[-1])), residuals
 
 
 def _backward(
     dtype: str, residuals: _Residuals, cotangents: tuple[jax.Array, LSTMCarry]
-) -> tuple[Kernels, jax.Array, LSTMCarry]:
-    kernels, first_cell, gates, cells, rows = residuals
+) -> tuple[Kernels, tuple[jax.Array, None], LSTMCarry]:
+    kernels, first_cell, gates, cells, rows, given = residuals
     d_outputs, d_last = cotangents
     time, batch, depth = rows.shape
     features, hidden = len(kernels.input), len(kernels.recurrent)
     packed = _pack_transposed(kernels.recurrent.astype(dtype))
     d_gates, d_cell, d_hidden = _call(
         "backward",
-        (gates, packed, first_cell, cells, d_outputs, *d_last),
+        (gates, packed, first_cell, cells, d_outputs, *d_last, *given),
         (gates.shape, dtype),
         (first_cell.shape, "float32"),
         (first_cell.shape, "float32"),
@@ -157,8 +161,8 @@ def _backward(
     bias = hidden + features
     d_kernels = Kernels(d_kernel[hidden:bias], d_kernel[:hidden], d_kernel[bias])
     # XLA removes this matmul if its result is unused, as for one-hot inputs.
-    d_inputs = _matmul(d_gates, kernels.input.T.astype(dtype))
-    return d_kernels, d_inputs.reshape(time, batch, features), LSTMCarry(d_cell, d_hidden)
+    d_inputs = _matmul(d_gates, kernels.input.T.astype(dtype)).reshape(time, batch, features)
+    return d_kernels, (d_inputs, None), LSTMCarry(d_cell, d_hidden)
 
 
 run_recurrence.defvjp(_forward, _backward)

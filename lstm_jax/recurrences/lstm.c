@@ -5,9 +5,8 @@
 // registers. The right factor is packed by tile, so that a tile reads it in order. Both factors are
 // read in words of 32 bits along their common axis, the depth. A word is one float32, two bfloat16,
 // or in steps of generation four numbers of 8 bits: one instruction multiplies the numbers of 16
-// pairs of words, and adds the products to 16 sums, in float32, or in int32 for 8 bits. With AMX, one
-// instruction does that for 16 words of 16 rows, in bfloat16.
-//
+// pairs of words, and adds the products to 16 sums, in float32, or in int32 for 8 bits. With AMX,
+// one instruction does that for 16 words of 16 rows, in bfloat16.
 // The hidden size is a multiple of 16, and every depth is a whole number of words.
 
 #include <immintrin.h>
@@ -209,9 +208,10 @@ typedef struct {
   __m512 i, f, g, o, cell, output;
 } Units;
 
-static inline Units next_state(const __m512 *z, __m512 cell) {
-  Units to = {sigmoid(z[0]), sigmoid(z[1]), tanh_lanes(z[2]), sigmoid(z[3])};
-  to.cell = to.f * cell + to.i * to.g;
+static inline Units next_state(const __m512 *z, __mmask16 kept, const float *cell) {
+  __m512 f = _mm512_maskz_mov_ps(kept, sigmoid(z[1]));
+  Units to = {sigmoid(z[0]), f, tanh_lanes(z[2]), sigmoid(z[3])};
+  to.cell = to.f * _mm512_loadu_ps(cell) + to.i * to.g;
   to.output = to.o * tanh_lanes(to.cell);
   return to;
 }
@@ -245,16 +245,20 @@ static void step(const void *work, size_t part, size_t parts) {
             sum[r][v] = _mm512_cvtepi32_ps((__m512i)sum[r][v]) * _mm512_loadu_ps(s.scales + column);
           sum[r][v] += _mm512_loadu_ps(s.added + (b + r) * s.stride + column);
         }
-        Units to = next_state(sum[r], _mm512_loadu_ps(s.previous + at));
+        Units to = next_state(sum[r], 0xffff, s.previous + at);
         _mm512_storeu_ps(s.cell + at, to.cell);
         _mm512_storeu_ps(s.output + at, to.output);
       }
     }
 }
 
+// Return the lanes of the state that a step reads: none where a document begins.
+static __mmask16 kept(const uint8_t *starts, size_t i) { return starts && starts[i] ? 0 : 0xffff; }
+
 typedef struct {
   int numbers;
   size_t time, batch, features, hidden, depth;
+  const uint8_t *starts;  // [time, batch], where a step reads zeros instead of the state, or NULL.
   const float *inputs, *first_cell, *first_hidden;
   const word *packed;      // The kernel, [depth, 4 * hidden], by gates.
   float *gates;            // Activated, [time, batch, 4 * hidden].
@@ -271,21 +275,21 @@ static void forward(const void *work, size_t part, size_t parts) {
   size_t first = begin(part, parts, l.batch, 1), end = begin(part + 1, parts, l.batch, 1);
   size_t words = l.depth / l.numbers, bias = l.hidden + l.features;
   const __m512 one = _mm512_setr_ps(1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
-  for (size_t t = 0; t < l.time; t++)
+  for (size_t t = 0; t < l.time; t++) {
+    const float *cells = t ? l.cells + (t - 1) * l.batch * l.hidden : l.first_cell;
+    const float *hidden = t ? l.outputs + (t - 1) * l.batch * l.hidden : l.first_hidden;
     for (size_t b = first; b < end; b++) {
-      const float *from = l.inputs + (t * l.batch + b) * l.features;
-      size_t to = (t * l.batch + b) * l.depth;
-      for (size_t j = 0; t == 0 && j < l.hidden; j += LANES)
-        store(l.numbers, l.rows, to + j, _mm512_loadu_ps(l.first_hidden + b * l.hidden + j), LANES);
+      size_t row = t * l.batch + b, to = row * l.depth;
+      for (size_t j = 0; j < l.hidden; j += LANES)
+        store(l.numbers, l.rows, to + j,
+              _mm512_maskz_loadu_ps(kept(l.starts, row), hidden + b * l.hidden + j), LANES);
       for (size_t j = 0; j < l.features; j += LANES) {
-        __m512 x = _mm512_maskz_loadu_ps(first_lanes(l.features - j), from + j);
+        const float *from = l.inputs + row * l.features + j;
+        __m512 x = _mm512_maskz_loadu_ps(first_lanes(l.features - j), from);
         store(l.numbers, l.rows, to + l.hidden + j, x, l.features - j);
       }
       store(l.numbers, l.rows, to + bias, one, l.depth - bias);
     }
-
-  for (size_t t = 0; t < l.time; t++) {
-    const float *previous = t ? l.cells + (t - 1) * l.batch * l.hidden : l.first_cell;
     for (size_t j = 0; j < l.hidden; j += LANES)
       for (size_t b = first, n; b < end; b += n) {
         n = next_rows(l.numbers, end - b);
@@ -293,8 +297,8 @@ static void forward(const void *work, size_t part, size_t parts) {
         multiply(l.numbers, n, l.rows + (t * l.batch + b) * words, words,
                  l.packed + j * VECTORS * words, sum);
         for (size_t r = 0; r < n; r++) {
-          Units to = next_state(sum[r], _mm512_loadu_ps(previous + (b + r) * l.hidden + j));
           size_t row = t * l.batch + b + r;
+          Units to = next_state(sum[r], kept(l.starts, row), cells + (b + r) * l.hidden + j);
           float *gate = l.gates + row * 4 * l.hidden + j;
           _mm512_storeu_ps(gate, to.i);
           _mm512_storeu_ps(gate + l.hidden, to.f);
@@ -302,8 +306,6 @@ static void forward(const void *work, size_t part, size_t parts) {
           _mm512_storeu_ps(gate + 3 * l.hidden, to.o);
           _mm512_storeu_ps(l.cells + row * l.hidden + j, to.cell);
           _mm512_storeu_ps(l.outputs + row * l.hidden + j, to.output);
-          if (t + 1 < l.time)
-            store(l.numbers, l.rows, (row + l.batch) * l.depth + j, to.output, LANES);
         }
       }
   }
@@ -312,6 +314,7 @@ static void forward(const void *work, size_t part, size_t parts) {
 typedef struct {
   int numbers;
   size_t time, batch, hidden;
+  const uint8_t *starts;  // As in `Forward`.
   const float *gates, *first_cell, *cells, *d_outputs;
   const word *packed;        // The transposed recurrent kernel, [4 * hidden, hidden].
   word *d_gates;             // Before their activation, of numbers [time, batch, 4 * hidden].
@@ -342,7 +345,7 @@ static void backward(const void *work, size_t part, size_t parts) {
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++)
           store(l.numbers, l.d_gates, row * width + v * hidden + j, d_gate[v], LANES);
-        _mm512_storeu_ps(l.d_cell + at, dc * f);
+        _mm512_storeu_ps(l.d_cell + at, dc * f);  // f is 0 where a document begins.
       }
     for (size_t j = 0; j < hidden; j += TILE)
       for (size_t b = first, n; b < end; b += n) {
@@ -352,7 +355,8 @@ static void backward(const void *work, size_t part, size_t parts) {
                  sum);
         for (size_t r = 0; r < n; r++)
           for (size_t v = 0, at = j; v < VECTORS && at < hidden; v++, at += LANES)
-            _mm512_storeu_ps(l.d_hidden + (b + r) * hidden + at, sum[r][v]);
+            _mm512_storeu_ps(l.d_hidden + (b + r) * hidden + at,
+                             _mm512_maskz_mov_ps(kept(l.starts, t * l.batch + b + r), sum[r][v]));
       }
   }
 }
@@ -438,8 +442,9 @@ FUNCTION(step, Step, numbers(in, 0), size(in, 0, 0), size(in, 0, 1) / numbers(in
          size(in, 2, 0) == 1 ? 0 : size(in, 2, 1), data(in, 2), data(in, 3), data(out, 0),
          data(out, 1))
 FUNCTION(forward, Forward, numbers(out, 3), size(in, 0, 0), size(in, 0, 1), size(in, 0, 2),
-         size(in, 2, 1), size(out, 3, 2), data(in, 0), data(in, 2), data(in, 3), data(in, 1),
-         data(out, 0), data(out, 1), data(out, 2), data(out, 3))
+         size(in, 2, 1), size(out, 3, 2), frame->args.size == 5 ? data(in, 4) : NULL, data(in, 0),
+         data(in, 2), data(in, 3), data(in, 1), data(out, 0), data(out, 1), data(out, 2),
+         data(out, 3))
 FUNCTION(backward, Backward, numbers(out, 0), size(in, 0, 0), size(in, 2, 0), size(in, 2, 1),
-         data(in, 0), data(in, 2), data(in, 3), data(in, 4), data(in, 1), data(out, 0),
-         data(out, 1), data(out, 2))
+         frame->args.size == 8 ? data(in, 7) : NULL, data(in, 0), data(in, 2), data(in, 3),
+         data(in, 4), data(in, 1), data(out, 0), data(out, 1), data(out, 2))

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lstm_jax.cells.lstm import LSTMCarry
-from lstm_jax.recurrences.accelerator import Loops, compute_step, differentiate_step
+from lstm_jax.recurrences.accelerator import Loops, Steps, compute_step, differentiate_step
 
 # Mosaic arranges arrays in tiles of so many rows, in bfloat16, and columns.
 _ROWS, _COLUMNS = 16, 128
@@ -24,8 +24,9 @@ _INTERPRETER: Any = True  # Of tests, which run it on a CPU.
 
 
 def _forward(
-    kernel: jax.Array, added: jax.Array, carry: LSTMCarry, differentiable: bool
+    kernel: jax.Array, steps: Steps, carry: LSTMCarry, differentiable: bool
 ) -> tuple[jax.Array, jax.Array]:
+    added, _ = steps  # Without starts.
     time, batch, _ = added.shape
     hidden = len(kernel)
     rows, columns = _round_up(batch, _ROWS), _round_up(hidden, _COLUMNS)
@@ -70,8 +71,9 @@ def _forward_kernel(
 
 
 def _backward(
-    kernel: jax.Array, kept: jax.Array, d_outputs: jax.Array, d_last: LSTMCarry
+    kernel: jax.Array, steps: Steps, d_outputs: jax.Array, d_last: LSTMCarry
 ) -> tuple[jax.Array, LSTMCarry]:
+    kept, _ = steps
     time, batch, hidden = d_outputs.shape
     rows, columns = _round_up(batch, _ROWS), _round_up(hidden, _COLUMNS)
     state = (rows, columns), kept.dtype

@@ -240,7 +240,7 @@ class Run:
         return list(zip(texts, totals.tolist(), strict=False))
 
     def _read(self, text: str) -> generation.State:
-        """Return the state after a text; an empty one is read as by `encode_prompt`."""
+        """Return the state after a prompt."""
         ids = generation.encode_prompt(self.vocabulary, text)
         state = generation.initial_state(self.model, self._arrays)
         return generation.read_tokens(self.model, self._arrays, state, ids[None])

@@ -33,7 +33,8 @@ def resolve_model(config: Config) -> Config:
     """
     config = dataclasses.replace(config, model=cell_file.resolve_cell(config.model))
     try:
-        model = model_lib.make_model(config.model, 1)
+        stop_id = 0 if config.data.document_separator else None
+        model = model_lib.make_model(config.model, 1, stop_id)
         model.implementation()
     except ValueError as error:
         raise UserError(f"config.model.recurrence: {error}") from None

@@ -71,7 +71,7 @@ class Session:
             ids, config.batches, config.seed, self._on_devices, part
         )
         self.plan = Plan(config, steps_per_epoch)
-        self.model = model_lib.make_model(config.model, size)
+        self.model = model_lib.make_model(config.model, size, self.vocabulary.stop_id)
         trained = workdir.load_trained(config.init_from) if config.init_from and is_new else None
         self.source = (trained.step, len(trained.vocabulary)) if trained else None
         state = init_state(

@@ -158,7 +158,7 @@ def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
     vocabulary = load_vocabulary(workdir)
     # The run may have used another kind of device.
     config = dataclasses.replace(config, model=dataclasses.replace(loaded, recurrence="auto"))
-    model = model_lib.make_model(config.model, len(vocabulary))
+    model = model_lib.make_model(config.model, len(vocabulary), vocabulary.stop_id)
     if dtype == "int8":
         if not fused.supports_int8(model):
             raise UserError(

@@ -110,12 +110,13 @@ def _print_error(message: str) -> None:
 
 
 def _read_line(trained: Trained, arrays: Prepared, state: State, line: str) -> State:
-    """Return the state after a line; an empty first line is read as `encode_prompt` does."""
+    """Return the state after a line, of which the first is read as a prompt."""
     if named := trained.vocabulary.name_unknown(line):
         _print_error(f"the model does not know {named} and reads [UNK]")
     if state.position and not line:
         return state
-    ids = generation.encode_prompt(trained.vocabulary, line)
+    encode = trained.vocabulary.encode
+    ids = encode(line) if state.position else generation.encode_prompt(trained.vocabulary, line)
     return generation.read_tokens(trained.model, arrays, state, ids[None])
 
 

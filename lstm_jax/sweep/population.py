@@ -112,9 +112,7 @@ def _train_group(members: Sequence[_Member]) -> None:
         state = stacked.stack_states([member.run.loop.state for member in members], mesh)
         loop = Loop(state, first.loop.step, plan.total_steps)
         traced = stacked.stack_hyperparameters([member.run.config for member in members], mesh)
-        train_step = stacked.make_population_step(
-            config, first.model.vocabulary_size, plan.total_steps, mesh
-        )
+        train_step = stacked.make_population_step(config, first.model, plan.total_steps, mesh)
         clock = Clock(loop.step)
         validate = _Validate(members, clock, compute_losses)
         observers = [Pacer(loop.step), clock, _Log(members, clock), validate]

@@ -201,8 +201,8 @@ def make_page(study: Study, directory: Path) -> str:
             f"</p><div class=wide>{plots.draw_parallel_coordinates(ended, varied)}</div>"
         )
     ordered = sorted(trials, key=lambda t: (math.inf if t.value is None else t.value, t.number))
-    rows = [_make_row(t, directory, t is best) for t in ordered]
-    table = _make_table([row.values() for row in rows], rows[0] if rows else ())
+    columns = [_make_row(t, directory, t is best) for t in ordered]
+    table = _make_table([row.values() for row in columns], columns[0] if columns else ())
     parts.append(f"<h2>Trials</h2>{table}")
     page = Path(__file__).with_name(PAGE).read_text("utf-8")
     return page.replace("<!--title-->", title).replace("<!--body-->", "".join(parts))

@@ -97,7 +97,7 @@ def _fill(members: Sequence[T], mesh: Mesh) -> list[T]:
 
 
 def make_population_step(
-    config: Config, vocabulary_size: int, total_steps: int, mesh: Mesh
+    config: Config, model: model_lib.LanguageModel, total_steps: int, mesh: Mesh
 ) -> TrainMembers:
     """Make a training step of all members, from their hyperparameters, states and batches.
 
@@ -110,7 +110,6 @@ def make_population_step(
             section, _, name = field.partition(".")
             changed = dataclasses.replace(getattr(member, section), **{name: array})
             member = dataclasses.replace(member, **{section: changed})
-        model = model_lib.make_model(config.model, vocabulary_size)
         learning_rate = _make_schedule(member.optimizer, total_steps)
         optimizer = optimizer_lib.chain_updates(member.optimizer, learning_rate)
         train_step = make_step(model, optimizer, member, None)

@@ -1,0 +1,169 @@
+"""Compare texts of documents with their documents, each read alone from the initial carry."""
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import models
+from lstm_jax import cells, dynamic
+from lstm_jax import loss as loss_lib
+from lstm_jax import model as model_lib
+from lstm_jax.cells import mlstm
+from lstm_jax.model import LanguageModel
+from lstm_jax.recurrences import fused, native
+from test_native import measure_errors, run_numpy, to_bfloat16
+from test_recurrence import make_problem, value_and_gradients
+
+BATCH, TIME, STOP = 3, 21, 4
+IDS = np.random.default_rng(0).choice([0, 1, 2, 3, 5, 6], (BATCH, TIME)).astype(np.int32)
+# At the start and the end of a window, next to each other, at the end of the text, and nowhere.
+IDS[0, [3, 9, 10, 20]] = IDS[1, [0, 8, 12]] = STOP
+CUTS = (0, 9, 10, TIME)
+
+
+@pytest.fixture
+def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "load_library", lambda: None)
+
+
+def split(ids: np.ndarray) -> list[np.ndarray]:
+    """Return the positions of each document in ids [time]; all but the first begin with `STOP`."""
+    return np.split(np.arange(len(ids)), np.flatnonzero(ids == STOP))
+
+
+def read_alone(model: LanguageModel, params: Any, carry: Any) -> jax.Array:
+    """Return the logits for `IDS`, of which each document is a row of a batch."""
+    rows, carries = [], []
+    first = model.initial_carry(1)
+    for b in range(BATCH):
+        for number, positions in enumerate(split(IDS[b])):
+            rows.append((b, positions))
+            of_text = jax.tree.map(lambda x, b=b: x[b : b + 1], carry)
+            carries.append(first if number else of_text)
+    ids = np.zeros((len(rows), TIME), np.int32)
+    for row, (b, positions) in zip(ids, rows, strict=True):
+        row[: len(positions)] = IDS[b, positions]
+    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *carries)
+    logits, _ = model_lib.apply(model, params, ids, joined)
+    texts: list[list[jax.Array]] = [[] for _ in range(BATCH)]
+    for row, (b, positions) in zip(logits, rows, strict=True):
+        texts[b].append(row[: len(positions)])
+    return jnp.stack([jnp.concatenate(parts) for parts in texts])
+
+
+def read_windows(model: LanguageModel, params: Any, carry: Any) -> jax.Array:
+    """Return the logits for `IDS`, read in windows with the carry kept."""
+    logits = []
+    for begin, end in itertools.pairwise(CUTS):
+        of_window, carry = model_lib.apply(model, params, IDS[:, begin:end], carry)
+        logits.append(of_window)
+    return jnp.concatenate(logits, axis=1)
+
+
+def differentiate(read: Any, params: Any, carry: Any) -> Any:
+    """Return the logits, and the gradients of the loss by the parameters and the carry."""
+
+    def loss(params: Any, carry: Any) -> tuple[jax.Array, jax.Array]:
+        logits = read(params, carry)
+        return jnp.sum(jnp.cos(jnp.arange(logits.size).reshape(logits.shape)) * logits), logits
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, carry)
+
+
+MODELS = [
+    *((name, "none", "scan") for name in cells.CELLS),
+    *((name, "none", "parallel") for name in ("minlstm", "mingru", "rglru", "mlstm")),
+    *((name, "residual", "parallel") for name in ("gru", "mlstm")),
+    ("slstm", "residual", "scan"),
+    ("lstm", "none", "fused"),
+]
+
+
+@pytest.mark.parametrize(("cell", "block", "recurrence"), MODELS)
+@pytest.mark.usefixtures("without_library")
+def test_every_document_is_read_alone(
+    cell: str, block: str, recurrence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlstm, "_CHUNK", 8)
+    layers = 2 if cell == "lstm" else 1
+    alone = LanguageModel(7, 5, 8, layers, "scan", cell=cell, block=block)
+    params = models.draw_params(alone)
+    rng = np.random.default_rng(1)
+    carry = jax.tree.map(
+        lambda x: jnp.asarray(rng.uniform(0.1, 0.9, x.shape), x.dtype), alone.initial_carry(BATCH)
+    )
+    grads, expected = differentiate(functools.partial(read_alone, alone), params, carry)
+    whole = alone.clone(recurrence=recurrence, stop_id=STOP)
+    actual_grads, actual = differentiate(functools.partial(read_windows, whole), params, carry)
+    np.testing.assert_allclose(actual, expected, atol=2e-5)
+    for a, e in zip(jax.tree.leaves(actual_grads), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(a, e, atol=1e-4 * max(1, np.abs(e).max()))
+    arrays, after = whole.prepare_step(params), carry
+    step = jax.jit(whole.apply_step)
+    for t in range(TIME):
+        one, after = step(arrays, IDS[:, t], after)
+        np.testing.assert_allclose(one, expected[:, t], atol=2e-5)
+
+
+STARTS = np.zeros((3, 11), bool)
+STARTS[[0, 0, 0, 2, 2], [0, 4, 5, 7, 10]] = True
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["xla", "rematerialized", "library", "accelerator"])
+@jax.debug_nans(False)  # Its check of bfloat16 warns.
+def test_fused_layers_agree_with_numpy(
+    name: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name != "library":
+        monkeypatch.setattr(native, "load_library", lambda: None)
+    elif not native.load_library():
+        pytest.skip("the library in C does not run here")
+    if name == "accelerator":
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    *arguments, cotangents = make_problem(3, 11, 5, 32)
+    chunk = 4 if name == "rematerialized" else 0
+    starts = jnp.asarray(STARTS)
+    run = functools.partial(fused.run_fused, dtype=dtype, rematerialize=chunk, starts=starts)
+    assert ("ffi_call" in str(jax.make_jaxpr(run)(*arguments))) == (name == "library")
+    results = value_and_gradients(run, cotangents, *arguments)
+    rounded = to_bfloat16 if dtype == "bfloat16" else np.asarray
+    expected = run_numpy(arguments, cotangents, rounded, STARTS)
+    bound = 5e-3 if dtype == "bfloat16" else 1e-6
+    assert max(jax.tree.leaves(measure_errors(results, expected))) < bound
+    if name == "accelerator":  # Without derivatives.
+        outputs = measure_errors(jax.jit(run)(*arguments), expected[0])
+        assert max(jax.tree.leaves(outputs)) < bound
+
+
+def test_measures_of_a_text_are_those_of_its_documents() -> None:
+    model = LanguageModel(7, 5, 8, stop_id=STOP)
+    params = models.draw_params(model)
+    ids = IDS.ravel()
+    parts = []
+    for positions in split(ids):
+        with_target = ids[positions[0] : positions[-1] + 2]
+        parts.append(loss_lib.compute_token_losses(model.clone(stop_id=None), params, with_target))
+    expected = np.concatenate(parts)
+    losses = loss_lib.compute_token_losses(model, params, ids)
+    np.testing.assert_allclose(losses, expected, atol=1e-5)
+    assert loss_lib.compute_loss(model, params, ids) == pytest.approx(expected.mean(), abs=1e-6)
+    sizes = dynamic.measure_gradient_sizes(model, params, ids, 9)
+    settings = dynamic.Settings(0.0, 0.0, 9)
+    of_segments = dynamic.compute_dynamic_losses(model, params, ids, settings, sizes)
+    np.testing.assert_allclose(np.concatenate(list(of_segments)), expected, atol=1e-5)
+
+
+def test_some_recurrences_have_no_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    for recurrence, device in (("cudnn", "gpu"), ("pallas", "tpu")):
+        monkeypatch.setattr(jax, "default_backend", lambda device=device: device)
+        model = LanguageModel(7, 5, 8, recurrence=recurrence)
+        assert model.implementation() == recurrence
+        with pytest.raises(ValueError, match="can't restart where a document begins"):
+            model.clone(stop_id=STOP).implementation()
+        assert model.clone(stop_id=STOP, recurrence="auto").implementation() == "fused"
