@@ -15,12 +15,15 @@ EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_every_experiment_is_complete_and_survives_json(path: Path) -> None:
+def test_every_experiment_is_complete_and_survives_json(
+    path: Path, request: pytest.FixtureRequest
+) -> None:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = config_lib.complete_config(module.get_config())
+    arguments = [str(request.getfixturevalue("trained"))] if path.stem == "finetune" else []
+    config = config_lib.complete_config(module.get_config(*arguments))
     assert config_lib.complete_config(json.loads(json.dumps(config.to_dict()))) == config
     assert f"--config experiments/{path.name}" in path.read_text(encoding="utf-8")
 
