@@ -9,12 +9,16 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=worksteal
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check \
 	$(addprefix --constraint ,$(CONSTRAINTS)) --editable
 
-.PHONY: env train check test thorough lint clean
+.PHONY: env train pretrained check test thorough lint clean
 
 env: $(VENV)/installed
 
 train: env
 	$(BIN)/python -m lstm_jax.main --config $(CONFIG)
+
+# Trains the model in the package anew.
+pretrained: env
+	$(BIN)/python benchmarks/pretrained.py
 
 check: lint
 	$(PYTEST) -m "not process and not slow"

@@ -105,9 +105,9 @@ def main() -> None:
     print(
         f"{options.config}, {options.dtype}, {len(devices)} x {options.target}, batches of "
         f"{config.batches.batch_size}; JAX {jax.__version__}\n\n"
-        "| program | MiB a device | of its memory | GFLOP of matmuls | collectives | their MiB "
-        "| kernels in each step of each loop | link's share |\n"
-        "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: |"
+        "| program | MiB a device | of its memory | GFLOP of matmuls | their MiB | collectives "
+        "| their MiB | kernels in each step of each loop | link's share |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |"
     )
     platform = "tpu" if options.target.startswith("tpu") else "cuda"
     for name, make in iterate_programs(config, options.vocabulary_size, devices):
@@ -275,13 +275,16 @@ def describe(traced: Any, platform: str, options: argparse.Namespace, name: str)
     size = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     kind = options.target.split(":")[platform == "tpu"]
     limit, flops_second, link = DEVICES[kind]
-    flops = count_flops(traced.jaxpr.jaxpr) / count_devices(options.target)
+    flops, read = (
+        total / count_devices(options.target) for total in count_matmuls(traced.jaxpr.jaxpr)
+    )
     number, moved = count_collectives(text)
     seconds = moved / link
     share = seconds / (seconds + flops / flops_second) if moved else 0
     loops = ", ".join(f"{kernels} x {trips}" for trips, kernels in count_kernels(text))
     return (
-        f"{size / 2**20:,.1f} | {size / limit:.2%} | {flops / 1e9:,.1f} | {number} | "
+        f"{size / 2**20:,.1f} | {size / limit:.2%} | {flops / 1e9:,.1f} | "
+        f"{read / 2**20:,.0f} | {number} | "
         f"{moved / 2**20:,.2f} | {loops or '-'} | {share:.0%}"
     )
 
@@ -291,25 +294,32 @@ def count_devices(target: str) -> int:
     return math.prod(map(int, target.rpartition(":")[2].split("x")))
 
 
-def count_flops(jaxpr: Any) -> float:
-    """Return the FLOP of all matmuls of a traced program, with loops of known length."""
-    total = 0.0
+def count_matmuls(jaxpr: Any) -> tuple[float, float]:
+    """Return the FLOP of all matmuls of a traced program, and the bytes that they read and write.
+
+    Loops have known lengths. What a Pallas kernel multiplies lies in its own memory: its operands
+    are read once.
+    """
+    total = np.zeros(2)
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        if equation.primitive.name == "pallas_call":
-            times = math.prod(equation.params["grid_mapping"].grid)
-        for value in jax.tree.leaves(list(equation.params.values())):
+        primitive, params = equation.primitive.name, equation.params
+        arrays = [x.aval for x in (*equation.invars, *equation.outvars)]
+        moved = sum(x.size * x.dtype.itemsize for x in arrays if hasattr(x, "dtype"))
+        if primitive == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            depth = math.prod(arrays[0].shape[axis] for axis in contracted)
+            total += 2 * depth * arrays[-1].size, moved
+        times = np.array([params["length"] if primitive == "scan" else 1.0] * 2)
+        if primitive == "pallas_call":
+            total += 0, moved
+            times = np.array([math.prod(params["grid_mapping"].grid), 0])
+        elif primitive == "shard_map":
+            times = times * params["mesh"].size
+        for value in jax.tree.leaves(list(params.values())):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
-                parts = 1
-                if equation.primitive.name == "shard_map":
-                    parts = equation.params["mesh"].size
-                total += times * parts * count_flops(inner)
-    return total
+                total += times * count_matmuls(inner)
+    return float(total[0]), float(total[1])
 
 
 def count_collectives(text: str) -> tuple[int, float]:

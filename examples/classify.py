@@ -1,6 +1,6 @@
 """Classify which of two characters of a play speaks, from the hidden states of a language model.
 
-    python examples/classify.py runs/quick play.txt PETRUCHIO KATHARINA
+    python examples/classify.py tiny-shakespeare play.txt PETRUCHIO KATHARINA
 
 In the text, an empty line ends each speech. Its first line is the name, which the classifier does
 not see. The features are the mean hidden states of a speech, and a logistic regression classifies
@@ -69,7 +69,7 @@ def cross_validate(features: np.ndarray, labels: np.ndarray, folds: int = 5) -> 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("model", help="working directory of a run")
+    parser.add_argument("model", help="a model, as of lstm_jax.load")
     parser.add_argument("file", type=Path)
     parser.add_argument("names", nargs=2)
     arguments = parser.parse_args()

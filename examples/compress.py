@@ -1,7 +1,7 @@
 """Compress a file without loss to the size that a model's loss promises, and decompress it.
 
-    python examples/compress.py pack runs/quick my.txt my.lstm
-    python examples/compress.py unpack runs/quick my.lstm copy.txt
+    python examples/compress.py pack tiny-shakespeare my.txt my.lstm
+    python examples/compress.py unpack tiny-shakespeare my.lstm copy.txt
 
 The model predicts each token from those before it, and an entropy coder writes it in about
 -log2(probability) bits. Blocks of a long text are read side by side, each from a zero carry. A file

@@ -1,6 +1,6 @@
 """Score the sentences of a file, one on each line, and sort them from most to least likely.
 
-    python examples/score.py runs/quick sentences.txt
+    python examples/score.py tiny-shakespeare sentences.txt
 
 The score is the number of bits that the model needs for each character, given those before it. Each
 sentence is read as if it followed an empty line.
@@ -25,7 +25,7 @@ def score_sentences(run: lstm_jax.Run, sentences: list[str]) -> list[tuple[float
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("model", help="working directory of a run")
+    parser.add_argument("model", help="a model, as of lstm_jax.load")
     parser.add_argument("file", type=Path)
     arguments = parser.parse_args()
     lines = arguments.file.read_text(encoding="utf-8").splitlines()

@@ -1,6 +1,6 @@
 """Serve a trained model over HTTP: generated text arrives piece by piece.
 
-    python examples/server.py runs/quick --port 8000
+    python examples/server.py tiny-shakespeare --port 8000
     curl -N 'http://localhost:8000/generate?prompt=ROMEO:&length=300&temperature=0.7&seed=1'
 
 Each request runs in a thread. All share one model, which no call changes.
@@ -49,7 +49,7 @@ def make_app(run: lstm_jax.Run) -> fastapi.FastAPI:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("model", help="working directory of a run")
+    parser.add_argument("model", help="a model, as of lstm_jax.load")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     arguments = parser.parse_args()

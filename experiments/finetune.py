@@ -9,13 +9,13 @@ from lstm_jax import config as config_lib
 from lstm_jax.run import workdir
 
 
-def get_config(model: str) -> ConfigDict:
+def get_config(model: str = "tiny-shakespeare") -> ConfigDict:
     """Return a config with the layers and the kind of tokens of a trained model.
 
     A quarter of `quick.py`'s learning rate keeps what the model knows, and strong dropout is for a
     short text.
     """
-    trained = workdir.load_config(workdir.check_path(model))
+    trained = workdir.load_config(workdir.find_model(model))
     config = config_lib.default()
     config.init_from = model
 

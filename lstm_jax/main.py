@@ -24,7 +24,7 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Working directory of the run. [default: runs/<name of the config file>]"
 )
 _INIT_FROM = flags.DEFINE_string(
-    "init_from", None, "Working directory of a run whose parameters a new run starts from."
+    "init_from", None, f"{command.TRAINED}, whose parameters a new run starts from."
 )
 _TRACK = flags.DEFINE_multi_string(
     "track",

@@ -2,11 +2,16 @@
 
 import contextlib
 import io
+import os
 import runpy
 import signal
+import subprocess
 import sys
+import time
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 import pytest
@@ -14,6 +19,8 @@ from absl import flags, logging
 
 from lstm_jax import cells, errors
 from lstm_jax.run import interrupts
+
+ROOT = Path(__file__).parents[1]
 
 
 class Done(NamedTuple):
@@ -30,12 +37,7 @@ class Done(NamedTuple):
     stderr: str
 
 
-def run(
-    module: str,
-    *arguments: object,
-    cwd: Path | None = None,
-    given: str | bytes = "",
-) -> Done:
+def run(module: str, *arguments: object, cwd: Path | None = None, given: str | bytes = "") -> Done:
     """Run `python -m lstm_jax.MODULE ARGUMENTS...` here, with `given` on standard input.
 
     The modules that the command imports stay imported, and what it compiles stays compiled. What
@@ -65,6 +67,25 @@ def run(
             code = end.code or 0
     texts = (stream.buffer.getvalue().decode() for stream in (stdout, stderr))
     return Done(code, *(text.replace("\r\n", "\n") for text in texts))
+
+
+def run_python(
+    *arguments: object, cwd: Path = ROOT, env: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own, with these variables added to the environment."""
+    command, environment = [sys.executable, *map(str, arguments)], {**os.environ, **env}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+
+
+def wait_until(
+    condition: Callable[[], object], process: subprocess.Popen[str] | None = None, seconds: int = 60
+) -> None:
+    """Wait until a condition is true; fail if the process ends before, or after a time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process is None or process.poll() is None, "it has ended"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @contextlib.contextmanager

@@ -199,6 +199,14 @@ def text_file(tmp_path_factory: pytest.TempPathFactory, shakespeare: dict[str, s
     return path
 
 
+@pytest.fixture(scope="session")
+def space_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a file with the space of a sweep."""
+    path = tmp_path_factory.mktemp("space") / "tiny.py"
+    path.write_text(runs.SPACE)
+    return path
+
+
 @pytest.fixture
 def tiny_config(text_file: Path) -> ConfigDict:
     """Return a config whose run takes one or two seconds."""

@@ -1,9 +1,6 @@
 """Test what GPUs and TPUs run: its numbers on a CPU, and that every program lowers for both."""
 
 import functools
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 import accelerators
+import commands
 from lstm_jax import config
 from lstm_jax.model import LanguageModel
 from lstm_jax.recurrences import accelerator, fused, pallas
@@ -135,11 +133,11 @@ def test_some_recurrences_need_their_device(
 @pytest.mark.parametrize("experiment", ["quick", "shakespeare", "shakespeare_gpu"])
 def test_a_step_of_the_loop_starts_at_most_five_kernels(experiment: str, dtype: str) -> None:
     pytest.importorskip("jax_cuda13_plugin", reason="the CUDA plugin isn't installed")
-    command = [sys.executable, f"{ROOT}/benchmarks/accelerators.py", "--target=h100:1"]
-    command += [f"--config=experiments/{experiment}.py", f"--dtype={dtype}", "--programs", "step"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    flags = [f"--config=experiments/{experiment}.py", f"--dtype={dtype}", "--programs", "step"]
+    result = commands.run_python(
+        *("benchmarks/accelerators.py", "--target=h100:1", *flags),
+        env={"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"},
+    )
     rows = [line.split("|") for line in result.stdout.splitlines()]
     (loops,) = [row[-3] for row in rows if len(row) > 2 and row[1].strip() == "step"]
     kernels = [int(loop.split(" x ")[0]) for loop in loops.split(",")]

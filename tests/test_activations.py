@@ -91,14 +91,8 @@ def test_other_cells(cell: str) -> None:
     held = np.tanh(cells) if cell == "mogrifier" else hidden
     np.testing.assert_allclose(reading.activations / 127, held.T, atol=0.5 / 127 + 1e-3)
     (gates,) = reading.saturation
-    assert (
-        set(gates)
-        == {
-            "gru": {"reset", "update"},
-            "rnn": set(),
-            "mogrifier": {"input", "forget", "output"},
-        }[cell]
-    )
+    names = {"gru": {"reset", "update"}, "rnn": set(), "mogrifier": {"input", "forget", "output"}}
+    assert set(gates) == names[cell]
     if cell == "gru":
         r, z, _ = np.split(sigmoid(compute_gate_inputs(params["gru_0"], x, hidden)), 3, axis=1)
         np.testing.assert_allclose(gates["reset"], compute_saturation(r), atol=2 / LENGTH)

@@ -11,20 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SIZES = {
-    "batch_size": 2,
-    "window_length": 3,
-    "num_samples": 2,
-    "length": 3,
-    "embedding_size": 4,
-    "hidden_size": 5,
-    "num_layers": 2,
-    "vocabulary_size": 7,
+    **{"batch_size": 2, "window_length": 3, "num_samples": 2, "length": 3},
+    **{"embedding_size": 4, "hidden_size": 5, "num_layers": 2, "vocabulary_size": 7},
 }
-
-
-@pytest.fixture(autouse=True)
-def import_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 
 @pytest.mark.slow
@@ -40,7 +29,7 @@ def test_every_recurrence_of_a_cell_is_timed(
     printed = capsys.readouterr().out.splitlines()
     rows = [line.split("|")[1:-1] for line in printed if line.startswith("| ")]
     assert [(cell.strip(), recurrence.strip()) for cell, _, recurrence, _ in rows[2:]] == [
-        *(("lstm", "scan"), ("lstm", "fused"), ("mingru", "scan"), ("mingru", "parallel")),
+        *(("lstm", "scan"), ("lstm", "fused"), ("mingru", "scan"), ("mingru", "parallel"))
     ]
     assert all(float(milliseconds) > 0 for *_, milliseconds in rows[2:])
 
@@ -58,6 +47,7 @@ def serve(make: Any) -> list[float]:
     return list(ours.recv())
 
 
+@pytest.mark.slow
 def test_every_library_keeps_the_memory_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     import peers
     import side_by_side

@@ -15,15 +15,12 @@ EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_every_experiment_is_complete_and_survives_json(
-    path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_every_experiment_is_complete_and_survives_json(path: Path) -> None:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    arguments = [str(request.getfixturevalue("trained"))] if path.stem == "finetune" else []
-    config = config_lib.complete_config(module.get_config(*arguments))
+    config = config_lib.complete_config(module.get_config())
     assert config_lib.complete_config(json.loads(json.dumps(config.to_dict()))) == config
     assert f"--config experiments/{path.name}" in path.read_text(encoding="utf-8")
 
@@ -37,12 +34,6 @@ def test_the_default_config_is_the_lesson() -> None:
     assert (config.model.embedding_size, config.model.hidden_size) == (256, 1024)
 
 
-def test_missing_fields_get_their_defaults() -> None:
-    config = config_lib.complete_config({"model": {"hidden_size": 7}})
-    assert config.model.hidden_size == 7
-    assert config.model.embedding_size == config_lib.default().model.embedding_size
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -51,7 +42,6 @@ def test_missing_fields_get_their_defaults() -> None:
         ({"model": {"hidden_size": 0}}, "model.hidden_size is 0: it must be from 1 to 1,048,576"),
         ({"max_step": 1}, "config.max_step: did you mean max_steps"),
         ({"seed": 2**32}, "seed is 4294967296: it must be from 0 to 4,294,967,295"),
-        ({"seed": -1}, "seed is -1"),
         ({"model": 5}, "no field config.model"),
         (
             {"batches": {"kind": "stream"}},
@@ -61,13 +51,9 @@ def test_missing_fields_get_their_defaults() -> None:
         ({"data": {"fractions": (1.0,)}}, "data.fractions"),
         ({"optimizer": {"name": "schedule_free", "b1": 0.0}}, "b1 is 0.0: .* above 0 for"),
         ({"optimizer": {"learning_rate": float("nan")}}, "optimizer.learning_rate is nan"),
-        ({"sample": {"temperature": -0.1}}, "sample.temperature is -0.1: it must be from 0 to"),
         ({"data": {"units": "letters"}}, "data.units is 'letters': it must be one of char"),
-        ({"data": {"min_count": 0}}, "data.min_count is 0: it must be from 1 to 2,147,"),
         ({"data": {"document_separator": "page"}}, "must be empty or one of line, blank_line"),
-        ({"optimizer": {"microbatches": 0}}, "optimizer.microbatches is 0: it must be from 1"),
         ({"optimizer": {"microbatches": 3}}, "it must be a divisor of batches.batch_size"),
-        ({"mesh": {"model": 0}}, "mesh.model is 0: it must be from 1"),
         ({"mesh": {"data": 5}}, "batches.batch_size is 64: it must be a multiple of mesh.data"),
         ({"steps_per_call": 11}, "steps_per_call is 11: it must be at most log_every_steps"),
         (

@@ -24,13 +24,13 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 import commands
+import runs
 from lstm_jax import config
 
 ROOT = Path(__file__).parents[1]
@@ -38,13 +38,8 @@ FRONT = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 PAGES = [*FRONT, *sorted((ROOT / "docs").glob("*.md"))]
 # Flags for a tiny run. Pages add flags to other commands in comments.
 SIZES = [
-    "--config.model.embedding_size=8",
-    "--config.model.hidden_size=24",
-    "--config.model.num_layers=1",
-    "--config.batches.batch_size=8",
-    "--config.batches.window_length=32",
-    "--config.num_epochs=1",
-    "--config.sample.length=20",
+    *runs.TINY,
+    *("--config.model.num_layers=1", "--config.num_epochs=1", "--config.sample.length=20"),
 ]
 # Flags whose value is an input file.
 TEXTS = ("--config.data.path", "--text", "--data_path", "--prompt_file")
@@ -131,11 +126,7 @@ def prepare_command(
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_of_a_page_runs(
-    page: Path,
-    text_file: Path,
-    trained: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    page: Path, text_file: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
     shutil.copy(text_file, tmp_path / "my.txt")
@@ -148,24 +139,10 @@ def test_every_command_of_a_page_runs(
         module, *arguments = prepare_command(command, tmp_path, text_file, trained)
         # A mesh needs a process of its own, because JAX's devices are fixed when it starts.
         if any(argument.startswith("--config.mesh.") for argument in arguments):
-            prepared = [sys.executable, "-m", module, *arguments]
-            result = subprocess.run(prepared, capture_output=True, text=True, cwd=tmp_path)
+            result = commands.run_python("-m", module, *arguments, cwd=tmp_path)
         else:
             result = commands.run(module.removeprefix("lstm_jax."), *arguments, cwd=tmp_path)
         assert result.returncode == 0, f"{shlex.join(command)}\n{result.stdout}{result.stderr}"
-
-
-def test_the_convention_finds_commands_and_comments(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text(
-        "```\n$ python -m lstm_jax.sample --workdir x  # a comment\nits output\n```\n\n"
-        "<!-- run with: --length=3 -->\n```bash\npython -m lstm_jax.sample \\\n    --workdir y\n"
-        "pip install z\n```\n<!-- not run: two hosts -->\n```\npython -m lstm_jax.main\n```\n"
-    )
-    assert find_commands(page) == [
-        ["python", "-m", "lstm_jax.sample", "--workdir", "x"],
-        ["python", "-m", "lstm_jax.sample", "--workdir", "y", "--length=3"],
-    ]
 
 
 def find_anchors(page: Path) -> set[str]:

@@ -122,6 +122,7 @@ def run(module: str, *directories: Path, given: str = "", options: str = "") -> 
     return result.stdout
 
 
+@pytest.mark.slow
 def test_the_commands_mix_several_runs(trained: Path, tmp_path: Path) -> None:
     other = make_run(trained, tmp_path / "other", {"model.cell": "gru", "model.hidden_size": 16})
     mixed = json.loads(run("evaluate", trained, other))

@@ -75,6 +75,7 @@ def test_token_losses_sum_to_the_loss(longest: int, monkeypatch: pytest.MonkeyPa
     np.testing.assert_allclose(losses, compute_losses(ids, 1.5), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_untrained_model_has_the_loss_of_uniform_guessing() -> None:
     model = LanguageModel(67, 256, 1024)
     params = model_lib.init_params(model, jax.random.key(0))
@@ -94,12 +95,6 @@ def test_bits_per_character_are_comparable_for_tokens_of_any_kind() -> None:
         assert costs.tokens == tokens
         bits = loss_lib.compute_bits_per_character(3.0, [costs])
         assert bits == pytest.approx(3.0 / math.log(2) * tokens / characters)
-    assert compute_bits(3.0, text) == pytest.approx(3.0 / math.log(2))
-
-
-def compute_bits(loss: float, text: str) -> float:
-    costs = Text(text).costs(Vocabulary.from_text(text), first=False)
-    return loss_lib.compute_bits_per_character(loss, [costs])
 
 
 def test_unknown_tokens_cost_the_bits_of_their_bytes() -> None:

@@ -4,15 +4,6 @@ import pytest
 from lstm_jax.inspect import features
 from lstm_jax.vocabulary import KINDS, Vocabulary
 
-PLAY = """\
-First Citizen:
-We (all) go.
-No "more" So
-
-ROMEO:
-  O me!
-"""
-
 
 def marks(name: str, text: str) -> str:
     """Return "1" where a feature is 1, and "-" elsewhere."""

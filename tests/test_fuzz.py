@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,9 +16,9 @@ import commands
 import draws
 from lstm_jax import batches, generation, training
 from lstm_jax import config as config_lib
-from lstm_jax.data import files, texts
+from lstm_jax.data import texts
 from lstm_jax.errors import UserError
-from lstm_jax.run import checkpoints, command, metrics, workdir
+from lstm_jax.run import command, workdir
 from lstm_jax.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.drawn
@@ -54,6 +53,7 @@ CONTENTS = st.one_of(
 )
 
 
+@pytest.mark.slow
 @given(
     contents=st.lists(CONTENTS, min_size=1, max_size=3),
     kind=st.sampled_from(["windows", "streams"]),
@@ -135,6 +135,7 @@ def test_config_fields(fields: dict[str, Any]) -> None:
         assert config_lib.complete_config(json.loads(json.dumps(config.to_dict()))) == config
 
 
+@pytest.mark.slow
 @given(
     name=st.sampled_from(FIELDS) | st.text("abcdefgh._", max_size=12),
     value=st.one_of(
@@ -161,106 +162,3 @@ def test_prompts(prompt: str) -> None:
         assert ids.min() > 0 and ids.max() < len(vocabulary)
         unknown = ", ".join(map(repr, sorted(set(prompt) - set(text))[:10]))
         assert vocabulary.name_unknown(prompt).removesuffix(", ...") == unknown
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return checkpoints of steps 1 and 2."""
-    directory = tmp_path_factory.mktemp("saved")
-    iterator, _ = batches.make_batches(np.zeros(10_000, np.int32), config_lib.default().batches, 0)
-    with checkpoints.CheckpointWriter(directory) as writer:
-        for step in (1, 2):
-            params = {"w": jnp.full(3, float(step))}
-            state = {"count": jnp.int32(step)}
-            writer.save(step, params, state, iterator, {"metrics.jsonl": step})
-            writer.record_validation(step, 1 / step)
-    return directory
-
-
-EDITS = st.lists(
-    st.tuples(
-        st.integers(0, 1000),  # The index of the file.
-        st.sampled_from(["flip", "cut", "grow", "delete", "replace", "directory"]),
-        st.integers(0, 100_000),  # The position in the file.
-        st.binary(min_size=1, max_size=20),
-    ),
-    min_size=1,
-    max_size=3,
-)
-
-
-def edit_files(paths: list[Path], edits: list[tuple[int, str, int, bytes]]) -> None:
-    for number, kind, at, new in edits:
-        path = paths[number % len(paths)]
-        if not path.is_file():
-            continue
-        content = bytearray(path.read_bytes())
-        if kind == "flip" and content:
-            content[at % len(content)] ^= new[0]
-        elif kind == "cut":
-            del content[at % (len(content) + 1) :]
-        elif kind == "grow":
-            content += new
-        elif kind == "replace":
-            content = bytearray(new)
-        path.unlink()
-        if kind == "directory":
-            path.mkdir()
-        elif kind != "delete":
-            path.write_bytes(content)
-
-
-@pytest.mark.slow
-@given(edits=EDITS)
-def test_checkpoint_directories(
-    edits: list[tuple[int, str, int, bytes]],
-    saved: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    directory = tmp_path_factory.mktemp("fuzz") / "checkpoints"
-    shutil.copytree(saved, directory)
-    edit_files(sorted(path for path in directory.rglob("*") if path.is_file()), edits)
-    iterator, _ = batches.make_batches(np.zeros(10_000, np.int32), config_lib.default().batches, 0)
-    params, state = {"w": jnp.zeros(3)}, {"count": jnp.int32(0)}
-    try:
-        read, step = checkpoints.restore_best_params(directory, params)
-        np.testing.assert_array_equal(read["w"], np.full(3, float(step)))
-    except UserError as error:
-        assert_one_line(error)
-    try:
-        restored = checkpoints.restore_latest(directory, params, state, iterator)
-        assert restored is not None and restored.history == {"metrics.jsonl": restored.step}
-        assert float(restored.params["w"][0]) == int(restored.state["count"]) == restored.step
-    except UserError as error:
-        assert_one_line(error)
-    shutil.rmtree(directory)
-
-
-@given(edits=EDITS, fields=st.none() | st.dictionaries(NAMES, VALUES, max_size=3))
-def test_working_directories(
-    edits: list[tuple[int, str, int, bytes]],
-    fields: dict[str, Any] | None,
-    trained: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    directory = tmp_path_factory.mktemp("fuzz")
-    names = (workdir.CONFIG, workdir.VOCABULARY, workdir.METRICS)
-    for name in names:
-        shutil.copy(trained / name, directory)
-    if fields is None:
-        edit_files([directory / name for name in names], edits)
-    else:  # Write a valid checksum.
-        files.write_json(directory / workdir.CONFIG, nest_fields(fields))
-        files.write_json(directory / workdir.VOCABULARY, {**fields, "units": list(fields.values())})
-    for load in (workdir.load_config, workdir.load_vocabulary):
-        try:
-            loaded = load(directory)
-            if fields is None:
-                expected = load(trained)
-                assert getattr(loaded, "tokens", loaded) == getattr(expected, "tokens", expected)
-        except UserError as error:
-            assert_one_line(error)
-    path = directory / workdir.METRICS
-    if not path.is_dir():
-        metrics.read_metrics(path)
-    shutil.rmtree(directory)

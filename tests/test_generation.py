@@ -146,22 +146,12 @@ def test_a_sample_does_not_depend_on_the_batch_size() -> None:
 
 
 def test_streamed_pieces_join_to_the_text() -> None:
-    options = {"prompt": "ab", "length": 300, "stop_token": False}
-    pieces = list(
-        generation.stream_texts(
-            MODEL,
-            PARAMS,
-            VOCABULARY,
-            jax.random.key(0),
-            prompt="ab",
-            length=300,
-            num_samples=2,
-            stop_token=False,
-        )
-    )
+    options: Any = {"prompt": "ab", "length": 300, "stop_token": False, "num_samples": 2}
+    key = jax.random.key(0)
+    pieces = list(generation.stream_texts(MODEL, PARAMS, VOCABULARY, key, **options))
     assert len(pieces) > 3 and 0 < len(pieces[0][0]) < 50
     whole = ["ab" + "".join(piece[b] for piece in pieces) for b in range(2)]
-    assert whole == generate(num_samples=2, **options)
+    assert whole == generate(**options)
 
 
 def test_texts_end_at_the_stop_token_or_the_stop_text() -> None:

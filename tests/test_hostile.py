@@ -27,8 +27,9 @@ import draws
 import models
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
+from lstm_jax.convert import transfer
 from lstm_jax.data import files
-from lstm_jax.run import checkpoints, seal, workdir
+from lstm_jax.run import checkpoints, model_file, seal, workdir
 
 pytestmark = pytest.mark.process
 
@@ -364,6 +365,63 @@ def store_hidden(kind: Kind) -> Callable[[Place], None]:
     return change
 
 
+def make_folder(change_file: Callable[[Path, Path], object]) -> Callable[[Place], None]:
+    """Replace the run by the folder of its model, and change the file of the parameters."""
+
+    def change(place: Place) -> None:
+        folder = place.run.with_name("folder")
+        shutil.rmtree(folder, ignore_errors=True)
+        transfer.export_folder(place.run, folder, "float32")
+        shutil.copy(place.run / "text.txt", folder)
+        shutil.rmtree(place.run)
+        folder.rename(place.run)
+        change_file(place.run / workdir.MODEL, place.outside)
+
+    return change
+
+
+def replace_file(kind: Kind) -> Callable[[Path, Path], None]:
+    def change(path: Path, outside: Path) -> None:
+        path.unlink()
+        kind(path, outside)
+
+    return change
+
+
+def write_header(header: bytes, length: int | None = None) -> Callable[[Path, Path], None]:
+    """Replace the header of a file of parameters, and perhaps only say that it has this length."""
+
+    def change(path: Path, outside: Path) -> None:
+        content = path.read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        size = len(header) if length is None else length
+        path.write_bytes(size.to_bytes(8, "little") + header + content[start:])
+
+    return change
+
+
+def grow(path: Path, outside: Path) -> None:
+    """Let config and header describe a terabyte, which the file does not have."""
+    config = files.read_json(path.with_name(workdir.CONFIG), 2**20)
+    config["model"]["hidden_size"] = 2**18
+    files.write_json(path.with_name(workdir.CONFIG), config)
+    model = model_lib.make_model(
+        config_lib.complete_config(config).model, len(workdir.load_vocabulary(path.parent))
+    )
+    params = jax.eval_shape(lambda: model_lib.init_params(model, jax.random.key(0)))
+    header = {
+        "__metadata__": {"step": "1", "sha256": ""},
+        **model_file._describe(params, "float32"),
+    }
+    write_header(json.dumps(header).encode())(path, outside)
+
+
+def write_infinity(path: Path, outside: Path) -> None:
+    trained = workdir.load_trained(path.parent)
+    params = jax.tree.map(lambda x: x.at[0].set(float("inf")), trained.params)
+    model_file.write_params(path, params, 1, "float32")
+
+
 COMMANDS: dict[str, list[str]] = {
     "sample": ["sample", "--length=9"],
     "novelty": ["sample", "--length=9", "--novelty"],
@@ -403,6 +461,20 @@ CASES: dict[str, tuple[Change, str]] = {
     "a chunk that unpacks to 4 GB, trained": (change_values(write_compressed_chunks), "main"),
     "a frame of 4 GB in a small chunk": (change_values(write_bomb), "sample"),
     "a manifest that unpacks to 2 GB": (replace_manifest, "sample"),
+    **{
+        f"folder: {kind.__name__}": (make_folder(replace_file(kind)), command)
+        for kind, command in (
+            (fifo, "sample"), (link_outside, "evaluate"), (endless, "init_from"),
+            (sparse, "sample"), (directory, "convert"), (garbage, "inspect"),
+        )
+    },
+    "folder: trained": (make_folder(lambda path, outside: None), "main"),
+    "folder: deep": (make_folder(write_header(b"[" * 100_000)), "sample"),
+    "folder: a list": (make_folder(write_header(b"[1]")), "sample"),
+    "folder: metadata": (make_folder(write_header(b'{"__metadata__": 1}')), "sample"),
+    "folder: a header of 2**63 bytes": (make_folder(write_header(b"{}", 2**63)), "sample"),
+    "folder: a terabyte": (make_folder(grow), "sample"),
+    "folder: not finite": (make_folder(write_infinity), "evaluate"),
     "steps beyond numbers": (
         lambda place: (place.run / workdir.METRICS).write_text(
             '{"step": 1' + "0" * 400 + ', "epoch": 1, "split": "train", "loss": 1.0}\n'
@@ -522,25 +594,10 @@ def test_a_hostile_working_directory(
         )
 
 
-def write_arrays_without_storage(path: Path) -> None:
-    """Write 120 arrays of 64 MB, of which the file has nothing."""
-    with pytest.importorskip("h5py").File(path, "w") as file:
-        for number in range(120):
-            file.create_dataset(f"layers/dense/vars/{number}", (2**24,), "f4")
-
-
 def deflate_zeros(megabytes: int) -> bytes:
     """Return a thousandth of this size, which a decompressor unpacks to zeros."""
     packer = zlib.compressobj(wbits=-15)
     return (packer.compress(bytes(2**20)) + packer.flush(zlib.Z_FULL_FLUSH)) * megabytes
-
-
-def write_chunks_larger_than_arrays(path: Path) -> None:
-    """Write an array of 51 numbers in a chunk that unpacks to 3 GB."""
-    with pytest.importorskip("h5py").File(path, "w") as file:
-        made = {"shape": (51,), "maxshape": (None,), "chunks": (2**28,), "compression": "gzip"}
-        array = file.create_dataset("layers/dense/vars/0", dtype="f4", **made)
-        array.id.write_direct_chunk((0,), b"\x78\x9c" + deflate_zeros(3000))
 
 
 def write_archive_with_lying_sizes(path: Path) -> None:
@@ -560,8 +617,6 @@ def write_archive_with_a_large_config(path: Path) -> None:
 
 
 WEIGHTS: dict[str, Callable[[Path], None]] = {
-    "storage.weights.h5": write_arrays_without_storage,
-    "chunks.weights.h5": write_chunks_larger_than_arrays,
     "lying.keras": write_archive_with_lying_sizes,
     "config.keras": write_archive_with_a_large_config,
 }

@@ -27,6 +27,7 @@ from optuna.trial import TrialState
 import commands
 import disks
 import draws
+import runs
 from lstm_jax import config as config_lib
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.sweep import options, plots, report, search, space, study
@@ -34,22 +35,6 @@ from lstm_jax.sweep.worker import Worker, claim_directory
 from test_sweep import make_dead_worker, make_flags, rows
 
 DRAWN = 15 * draws.TIMES
-
-SPACE = """
-def get_overrides(trial):
-    return {
-        "optimizer.learning_rate": trial.suggest_float("rate", 1e-3, 1e-1, log=True),
-        "optimizer.schedule": trial.suggest_categorical("schedule", ["cosine", "linear"]),
-        "regularization.output_dropout": trial.suggest_float("dropout", 0.0, 0.2, step=0.1),
-    }
-"""
-
-
-@pytest.fixture(scope="module")
-def space_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("space") / "tiny.py"
-    path.write_text(SPACE)
-    return path
 
 
 def run(text_file: Path, directory: Path, space_file: Path, *more: str) -> commands.Done:
@@ -61,7 +46,7 @@ def run(text_file: Path, directory: Path, space_file: Path, *more: str) -> comma
 def open_study(directory: Path, location: str | None = None) -> tuple[optuna.Study, space.Space]:
     """Open the study of a sweep of the default experiment, as a worker does."""
     directory.mkdir(exist_ok=True)
-    (directory / "space.py").write_text(SPACE)
+    (directory / "space.py").write_text(runs.SPACE)
     searched = space.load_space(directory / "space.py")
     record = study.open_study(
         directory,
@@ -283,9 +268,7 @@ def test_an_invalid_study_file_gives_a_one_line_error(name: str, kind: str, tmp_
     assert before is None or path.read_bytes() == before
 
 
-def test_a_truncated_record_is_dropped_and_a_linked_lock_does_not_block(
-    tmp_path: Path,
-) -> None:
+def test_a_truncated_record_is_dropped_and_a_linked_lock_does_not_block(tmp_path: Path) -> None:
     journal = tmp_path / "study.journal"
     fill_study(tmp_path, f"journal:{journal}")
     whole = journal.read_bytes()
@@ -359,6 +342,7 @@ NAMES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "replace"),
     [
@@ -482,22 +466,6 @@ def test_the_report_escapes_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "code",
-    [
-        "import sys\nsys.exit(5)",
-        "import sys\ndef get_overrides(trial):\n    sys.exit(5)",
-    ],
-)
-def test_a_space_that_exits_gives_a_one_line_error(
-    code: str, text_file: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "space.py").write_text(code)
-    done = run(text_file, tmp_path / "sweep", tmp_path / "space.py")
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert re.search(r"space file .*space.py, line \d: SystemExit: 5$", done.stderr)
-
-
-@pytest.mark.parametrize(
     "location",
     [
         "postgresql://u:p4ss w0rd@[::1/x",
@@ -522,23 +490,6 @@ def test_no_message_shows_a_password(
         open_study(tmp_path, location)
     assert len(str(caught.value).splitlines()) == 1
     assert "p4ss" not in str(caught.value) and "w0rd" not in str(caught.value)
-
-
-def test_a_sweep_of_seeds_has_no_best_trial(tmp_path: Path) -> None:
-    searched = space.make_seed_space(0, 3)
-    record = study.open_study(
-        *(tmp_path, None, "seeds", {}, ["seed"]),
-        *(study.make_sampler("grid", 0, searched.grid()), study.make_pruner("none", 9)),
-    )
-    with Worker(record, tmp_path, 3) as worker:
-        while trial := worker.next():
-            trial.set_user_attr(study.OVERRIDES, searched.overrides(trial))
-            worker.tell(trial, TrialState.COMPLETE, 2.0)
-    results = record, tmp_path, config_lib.Config(), searched
-    summary = report.write_report(*results)
-    assert not (tmp_path / report.BEST).exists()
-    written = summary + (tmp_path / report.PAGE).read_text()
-    assert "of 3 seeds" in written and "best.py" not in written
 
 
 def is_stopped(done: commands.Done) -> bool:
@@ -566,18 +517,6 @@ def test_a_full_disk_loses_no_trial_of_a_sweep(
         for field in ("state", "overrides", "losses_by_epoch"):
             assert row[field] == expected[field]
     assert [row["state"] for row in found] == ["complete"] * 2
-
-
-@pytest.mark.process
-def test_a_full_disk_loses_no_member_of_a_population(
-    text_file: Path, space_file: Path, tmp_path: Path
-) -> None:
-    with disks.mounted(tmp_path / "disk", "-o", "size=500k") as disk:
-        given = (text_file, disk / "sweep", space_file, "--population=2")
-        assert is_stopped(run(*given))
-        disks.resize(disk, "64m")
-        assert not is_stopped(run(*given))
-        assert [row["state"] for row in rows(disk / "sweep")] == ["complete"] * 2
 
 
 @pytest.mark.process

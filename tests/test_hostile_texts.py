@@ -13,12 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
-from lstm_jax.controls import StopSearch, make_stops
 from lstm_jax.data import datasets, prepared, sources, texts
 from lstm_jax.data.encoding import Text
 from lstm_jax.errors import UserError
@@ -120,20 +118,6 @@ def test_tiny_shakespeare_is_read_from_the_directory_of_the_user(
     assert next(read["test"].pieces(0)) == shakespeare["test"]
     read = load_texts_of_run(data, None, "tiny_shakespeare", str(data_dir))
     assert next(read["test"].pieces(0)) == shakespeare["test"]
-
-
-def test_the_user_may_name_another_source(
-    data: ConfigDict, tmp_path: Path, data_dir: Path, shakespeare: dict[str, str]
-) -> None:
-    (tmp_path / "a.txt").write_text("0123456789" * 10)
-    (tmp_path / "b.txt").write_text("abcdefghij" * 10)
-    data.path = str(tmp_path / "a.txt")
-    assert next(load_texts_of_run(data, None)["train"].pieces(0)).startswith("0123")
-    again = load_texts_of_run(data, str(tmp_path / "b.txt"))
-    assert next(again["train"].pieces(0)).startswith("abcd")
-    again = load_texts_of_run(data, None, "tiny_shakespeare", str(data_dir))
-    assert next(again["train"].pieces(0)).startswith("First")
-    assert data.path == str(tmp_path / "a.txt"), "the run's own config is left as it is"
 
 
 def test_a_huge_text_raises_an_error_before_it_is_read(data: ConfigDict, tmp_path: Path) -> None:
@@ -275,7 +259,7 @@ def test_patterns_find_the_same_files_as_glob(
     rng = random.Random(0)
     parts = ["", "*", "**", "a", "b", "?", "*[0-9]", "[ab]*", ".*", ".", "1", "link", "[!a]"]
     number = 0
-    for _ in range(6000):
+    for _ in range(1000):
         pattern = "/".join(rng.choices(parts, k=rng.randint(1, 4)))
         pattern = pattern.lstrip("/") if rng.random() < 0.7 else f"{tmp_path}/{pattern}"
         found = [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(p)]
@@ -285,7 +269,7 @@ def test_patterns_find_the_same_files_as_glob(
         elif not found:
             with pytest.raises(UserError):
                 sources.list_segments(sources.find_files(pattern)[0], any_bytes=False, ends=False)
-    assert number > 3000
+    assert number > 500
 
 
 def test_a_pattern_that_visits_too_many_files_raises_an_error(
@@ -340,36 +324,17 @@ def test_a_damaged_dataset_is_read_or_gives_a_one_line_error(
             assert "\n" not in str(error)
 
 
-def test_stop_texts_in_long_tokens() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        tokens = {"".join(rng.choice(list("ab"), rng.integers(1, 30))) for _ in range(8)}
-        stop = "".join(rng.choice(list("ab"), rng.integers(1, 6)))
-        vocabulary = Vocabulary(["", "[UNK]", *sorted(tokens)], "words")
-        search, generated = StopSearch(make_stops(vocabulary, stop_at=stop)), ""
-        for token_id in rng.integers(2, len(vocabulary), 6):
-            generated += vocabulary.tokens[token_id]
-            end = search.find_end(np.array([token_id]))
-            assert (end == 1) == (stop in generated), (stop, generated)
-            if end:
-                break
-
-
 @pytest.mark.parametrize(
-    ("kind", "token"),
+    ("kind", "tokens"),
     [
-        ("bytes", "\ud800"),
-        ("bytes", "é"),
-        ("bytes", "ab"),
-        ("bytes", "\udc79"),
-        ("characters", "\ud800"),
-        ("characters", "\udc80"),
-        ("words", "a\ud800"),
-        ("graphemes", "\udfff"),
+        ("bytes", ["\ud800", "é", "ab", "\udc79"]),
+        ("characters", ["\ud800", "\udc80"]),
+        ("words", ["a\ud800"]),
+        ("graphemes", ["\udfff"]),
     ],
 )
-def test_tokens_of_another_kind_raise_an_error(kind: str, token: str) -> None:
-    with pytest.raises(ValueError, match=f"must be one of the {kind}"):
-        Vocabulary(["", "[UNK]", "a", token], kind)
-    with pytest.raises(ValueError, match=f"must be one of the {kind}"):
-        Vocabulary(["", "[UNK]", "a", token + "\ud800"], kind, token + "\ud800")
+def test_tokens_of_another_kind_raise_an_error(kind: str, tokens: list[str]) -> None:
+    for token in tokens:
+        for given in ([token], kind), ([token + "\ud800"], kind, token + "\ud800"):
+            with pytest.raises(ValueError, match=f"must be one of the {kind}"):
+                Vocabulary(["", "[UNK]", "a", *given[0]], *given[1:])

@@ -186,12 +186,6 @@ def test_processes_with_different_working_directories_fail(text_file: Path, tmp_
     assert_fails(processes, "same config, text and working directory")
 
 
-def test_processes_that_do_not_fit_the_mesh_fail(text_file: Path, tmp_path: Path) -> None:
-    processes = start(text_file, tmp_path / "run", 2, "--config.mesh.data=1")
-    assert_fails(processes, "choose a multiple of the number of processes")
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_coordinator_that_cannot_be_reached_is_named(text_file: Path, tmp_path: Path) -> None:
     unreachable = ("--coordinator_address=localhost:1", "--num_processes=2", "--process_id=1")
     arguments = runs.make_arguments(text_file, tmp_path / "run", *unreachable, "--join_seconds=2")
@@ -214,12 +208,3 @@ def test_invalid_process_flags_raise_an_error(
 ) -> None:
     with pytest.raises(UserError, match=message), hosts.join_processes(*given, timeout_seconds=1):
         pass
-
-
-def test_one_process_needs_no_others() -> None:
-    with hosts.join_processes(None, None, None, 1):
-        assert (
-            hosts.is_first()
-            and hosts.max_over_processes(3) == 3
-            and hosts.max_over_processes(4) == 4
-        )

@@ -32,6 +32,13 @@ def unpack(packed: dict[str, str]) -> np.ndarray:
     return np.frombuffer(gzip.decompress(base64.b64decode(packed["base64"])), dtype)
 
 
+def read_page(vocabulary: Vocabulary, text: str, directory: Path, **fields: Any) -> dict[str, Any]:
+    """Return the data of the page of a model with random parameters."""
+    model = LanguageModel(len(vocabulary), 4, 6, **fields)
+    untrained = workdir.Trained(ConfigDict(), vocabulary, model, models.draw_params(model), 0)
+    return read_data(report.make_page(untrained, text, "text", directory))
+
+
 def run(*arguments: str, given: str = "") -> commands.Done:
     return commands.run("inspect", *arguments, given=given)
 
@@ -99,10 +106,7 @@ def test_a_large_model_keeps_only_its_best_hidden_units_for_the_whole_text(
 
 def test_a_byte_model_with_another_cell_and_no_history(tmp_path: Path) -> None:
     vocabulary = Vocabulary.from_text("", "bytes")
-    model = LanguageModel(len(vocabulary), 4, 6, cell="gru")
-    params = models.draw_params(model)
-    untrained = workdir.Trained(ConfigDict(), vocabulary, model, params, 0)
-    data = read_data(report.make_page(untrained, "Né\udcff!\0が\x9b\xad", "text", tmp_path))
+    data = read_page(vocabulary, "Né\udcff!\0が\x9b\xad", tmp_path, cell="gru")
     tokens, shown = ([data["table"][i] for i in unpack(data[k])] for k in ("tokens", "shown"))
     assert tokens[:6] == ["N", "\\xc3", "\\xa9", "\\xff", "!", "\\x00"]
     assert tokens[6:9] == ["\\xe3", "\\x81", "\\x8c"]
@@ -115,10 +119,7 @@ def test_a_byte_model_with_another_cell_and_no_history(tmp_path: Path) -> None:
 def test_the_bytes_of_documents_are_shown_as_characters(tmp_path: Path) -> None:
     text = f"é\r\n{FILE_END}が{FILE_END}"
     vocabulary = Vocabulary.from_text(text, "bytes", stop=FILE_END)
-    model = LanguageModel(len(vocabulary), 4, 6)
-    params = models.draw_params(model)
-    untrained = workdir.Trained(ConfigDict(), vocabulary, model, params, 0)
-    data = read_data(report.make_page(untrained, text, "text", tmp_path))
+    data = read_page(vocabulary, text, tmp_path)
     shown = [data["table"][i] for i in unpack(data["shown"])]
     assert shown == ["é", "", "\r", "\n", "␄\n", "が", "", "", "␄\n"]
 
@@ -126,10 +127,7 @@ def test_the_bytes_of_documents_are_shown_as_characters(tmp_path: Path) -> None:
 def test_characters_that_tokens_divide_are_shown_whole(tmp_path: Path) -> None:
     known = Vocabulary.from_text("", "bpe").tokens
     vocabulary = Vocabulary([*known, "\udce2\udc80", " \udce2\udc80"], "bpe")
-    model = LanguageModel(len(vocabulary), 4, 6)
-    params = models.draw_params(model)
-    untrained = workdir.Trained(ConfigDict(), vocabulary, model, params, 0)
-    data = read_data(report.make_page(untrained, "a —“", "text", tmp_path))
+    data = read_page(vocabulary, "a —“", tmp_path)
     tokens, shown = ([data["table"][i] for i in unpack(data[k])] for k in ("tokens", "shown"))
     assert tokens == ["a", " \\xe2\\x80", "\\x94", "\\xe2\\x80", "\\x9c"]
     assert shown == ["a", " —", "", "“", ""]

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import commands
 import draws
+import runs
 from lstm_jax.run import signals
 
 ROOT = Path(__file__).parents[1]
@@ -27,12 +29,11 @@ def test_an_interrupted_command_prints_one_line(
     module: str, trained: Path, text_file: Path, tmp_path: Path
 ) -> None:
     experiment = ("--config", f"{ROOT}/experiments/quick.py", f"--config.data.path={text_file}")
-    tiny = ("--config.batches.batch_size=8", "--config.batches.window_length=32")
     arguments = {
-        "main": (*experiment, *tiny, f"--workdir={tmp_path / 'run'}"),
+        "main": (*experiment, *runs.TINY, f"--workdir={tmp_path / 'run'}"),
         "sample": (f"--workdir={trained}", "--length=1000000"),
         "evaluate": (f"--workdir={trained}", "--split=train", "--dynamic"),
-        "sweep": (*experiment, *tiny, "--seeds=2", f"--workdir={tmp_path / 'sweep'}"),
+        "sweep": (*experiment, *runs.TINY, "--seeds=2", f"--workdir={tmp_path / 'sweep'}"),
     }[module]
     for number in range(MOMENTS):
         # Divide the first four seconds into equal parts; the moment is random within one of them.
@@ -101,8 +102,7 @@ def test_a_signal_during_the_imports_prints_one_line(number: signal.Signals, mes
         "import os; from lstm_jax.run import interrupts\n"
         f"interrupts.exit_at_once(); os.kill(os.getpid(), {number.value})"
     )
-    command = [sys.executable, "-c", code]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    process = commands.run_python("-c", code)
     assert (process.returncode, process.stderr) == (128 + number, f"{message}\n")
 
 
@@ -115,12 +115,7 @@ def test_an_interrupt_in_an_import_of_a_command_is_not_raised_there(tmp_path: Pa
         "from lstm_jax.run import interrupts; interrupts.exit_at_once()\n"
         "interrupts.raise_from_here(); import library"
     )
-    process = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
-    )
+    process = commands.run_python("-c", code, env={"PYTHONPATH": f"{ROOT}:{tmp_path}"})
     assert (process.returncode, process.stderr) == (130, "Interrupted.\n")
 
 

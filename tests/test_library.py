@@ -1,13 +1,9 @@
 """Use the package from Python: `import lstm_jax`, trained models, and training."""
 
 import itertools
-import json
-import os
 import pydoc
 import re
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +17,12 @@ from ml_collections import ConfigDict
 import commands
 import lstm_jax
 import models
-from lstm_jax import cells
 from lstm_jax import loss as loss_lib
 from lstm_jax.errors import UserError
 from lstm_jax.model import LanguageModel
 from lstm_jax.run import library, metrics, workdir
 from lstm_jax.vocabulary import Vocabulary
+from runs import read_losses
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,7 +57,7 @@ def test_importing_the_package_imports_nothing_else() -> None:
         "from lstm_jax import train; import lstm_jax.training;"
         "print(train is lstm_jax.training.train is lstm_jax.train)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = commands.run_python("-c", code)
     assert done.returncode == 0, done.stderr
     first, second, third = done.stdout.splitlines()
     assert first == "False True" and second.startswith("<function train at ") and third == "True"
@@ -104,6 +100,7 @@ def test_generated_text_is_that_of_the_command(trained: Path) -> None:
         run.generate("¿", length=1)
 
 
+@pytest.mark.slow
 def test_a_working_directory_beside_the_current_one_is_resumed(
     tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,10 +133,6 @@ def test_several_texts_are_read_step_by_step() -> None:
     log_probs = jax.nn.log_softmax(state.logits)
     for of_text, text in zip(log_probs, texts, strict=True):
         np.testing.assert_allclose(of_text, compute_log_probs(run, text)[-1], atol=1e-5)
-
-
-def replace_logits(new: np.ndarray, ids: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    return new
 
 
 def test_a_logits_processor_sees_the_text_so_far_and_changes_what_is_drawn() -> None:
@@ -198,17 +191,6 @@ def test_scores_are_those_of_the_model_in_one_part_or_several(cell: str) -> None
     assert run.score("").tokens == [] and run.score("").carry is None
 
 
-def test_the_mean_score_is_the_loss_of_evaluate(
-    run: library.Run, trained: Path, text_file: Path, tmp_path: Path
-) -> None:
-    text = text_file.read_text(encoding="utf-8")[-3000:]
-    (tmp_path / "part.txt").write_text(text, encoding="utf-8")
-    done = commands.run("evaluate", f"--workdir={trained}", "--text=part.txt", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    loss = json.loads(done.stdout.splitlines()[-1])["loss"]
-    assert -run.score(text).log_probs.mean(dtype=np.float64) == pytest.approx(loss, abs=1e-6)
-
-
 def test_hidden_states_are_those_from_which_the_logits_follow() -> None:
     run = make_run("abcdefgh", num_layers=2)
     text = "hagfbceddd"
@@ -232,13 +214,13 @@ def test_the_next_tokens_are_sorted_by_probability(run: library.Run) -> None:
 def test_a_beam_search_of_all_texts_finds_the_most_probable() -> None:
     run = make_run("abc")
     totals = {}
-    for letters in itertools.product("abc", repeat=4):
+    for letters in itertools.product("abc", repeat=3):
         text = "b" + "".join(letters)
-        log_probs = compute_log_probs(run, text)[np.arange(4), run.vocabulary.encode(text)[1:]]
+        log_probs = compute_log_probs(run, text)[np.arange(3), run.vocabulary.encode(text)[1:]]
         totals[text] = log_probs.sum()
     ordered = sorted(totals, key=totals.__getitem__, reverse=True)
-    found = run.beam_search("b", length=4, beams=27)
-    assert [text for text, _ in found[:10]] == ordered[:10]
+    found = run.beam_search("b", length=3, beams=9)
+    assert [text for text, _ in found[:9]] == ordered[:9]
     for text, total in found:
         assert total == pytest.approx(totals[text], abs=1e-4)
     # One beam is greedy decoding.
@@ -272,6 +254,8 @@ def test_training_in_a_thread_is_silent_while_others_print(
     printed = threading.Event()
 
     def watch(row: Any) -> None:
+        # It is written before it is reported.
+        assert read_losses(tmp_path / "run")[-1] == (row["step"], row["split"], row["loss"])
         rows.append(row)
         printed.wait(60)
 
@@ -288,6 +272,9 @@ def test_training_in_a_thread_is_silent_while_others_print(
     assert results == [0]
     assert capfd.readouterr() == ("from the main thread\n", "")
     assert rows[-1]["split"] == "test"
+    samples = [row["sample"] for row in rows if row["split"] == "validation"]
+    assert len(samples) == 2
+    assert all(sample in (tmp_path / "run" / workdir.SAMPLES).read_text() for sample in samples)
     rows = [{k: v for k, v in row.items() if k != "sample"} for row in rows]
     assert rows == metrics.read_metrics(tmp_path / "run" / workdir.METRICS)
     with pytest.raises(UserError, match="num_epochs"):
@@ -297,14 +284,10 @@ def test_training_in_a_thread_is_silent_while_others_print(
 
 @pytest.mark.process
 def test_the_console_script_runs_the_commands(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-
-    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+    def call(*arguments: str) -> Any:
         code = "import sys; sys.argv[0] = 'lstm-jax'; from lstm_jax.__main__ import main; main()"
-        command = [sys.executable, "-c", code, *arguments]
-        return subprocess.run(
-            command, capture_output=True, text=True, cwd=tmp_path, env=environment
-        )
+        env = {"PYTHONPATH": str(ROOT)}
+        return commands.run_python("-c", code, *arguments, cwd=tmp_path, env=env)
 
     assert "python -m lstm_jax.export" in call().stdout
     unknown = call("trian")
@@ -344,8 +327,6 @@ def test_the_score_of_a_long_text_is_its_loss(monkeypatch: pytest.MonkeyPatch) -
         ({"seed": 2**32}, "seed is 4294967296: it must be from 0 to 4,294,967,295"),
         ({"seed": -1}, "seed is -1"),
         ({"top_k": 1.5}, "top_k is 1.5"),
-        ({"forbidden": [-1]}, "forbidden has -1"),
-        ({"forbidden": [10**6]}, "forbidden has 1000000: .* from 0 to 4"),
         ({"forbidden": 3}, "forbidden is 3: it must be a list"),
         ({"temprature": 1}, "there is no 'temprature': the controls are temperature, top_k"),
         ({"stop_at": 3}, "stop_at is 3: it must be a string"),
@@ -424,6 +405,7 @@ def test_print_and_help_say_what_a_run_and_the_functions_are() -> None:
     assert "ModuleType" not in shown
 
 
+@pytest.mark.slow
 def test_a_list_of_directories_is_an_ensemble(run: library.Run, trained: Path) -> None:
     twice = lstm_jax.load([str(trained), trained])
     assert str(twice).startswith("<lstm_jax.Run: lstm 1x24, lstm 1x24; ")
@@ -436,14 +418,3 @@ def test_a_list_of_directories_is_an_ensemble(run: library.Run, trained: Path) -
     )
     with pytest.raises(UserError, match="an ensemble has no hidden states"):
         twice.hidden_states(text)
-
-
-@pytest.mark.slow
-def test_a_cell_of_a_file_is_named_as_in_python(tiny_config: ConfigDict, tmp_path: Path) -> None:
-    cell = f"{ROOT / 'tests' / 'fixtures' / 'delta_cell.py'}:DeltaCell"
-    tiny_config.model.cell, tiny_config.max_steps = cell, 1
-    assert lstm_jax.train(tiny_config, tmp_path / "run", quiet=True) == 0
-    cells.LOADED.clear()
-    with pytest.raises(UserError, match=rf"which runs only if you name it: add cell='{cell}'$"):
-        lstm_jax.load(tmp_path / "run")
-    assert "DeltaCell" in str(lstm_jax.load(tmp_path / "run", cell=cell))

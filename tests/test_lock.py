@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import commands
 from lstm_jax.data import files
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import lock
@@ -44,26 +45,15 @@ def test_a_second_process_fails_until_the_first_is_dead(tmp_path: Path) -> None:
     assert not (tmp_path / lock.LOCK).exists()
 
 
+@pytest.mark.parametrize("ahead", [0, 365 * 24 * 3600])  # Its clock may be wrong.
 @pytest.mark.parametrize("content", ['{"host": "elsewhere", "pid": 1, "since": "noon"}', "garbage"])
-def test_a_lock_of_another_host_expires(content: str, tmp_path: Path) -> None:
+def test_a_lock_of_another_host_expires(content: str, ahead: int, tmp_path: Path) -> None:
     path = tmp_path / lock.LOCK
     path.write_text(content)
+    os.utime(path, (time.time() + ahead, time.time() + ahead))
     with pytest.raises(UserError, match="is training in .* try again in 60 seconds"):
         lock.hold_lock(tmp_path).__enter__()
     assert path.read_text() == content
-    before = time.time() - lock.STALE_SECONDS - 1
-    os.utime(path, (before, before))
-    with lock.hold_lock(tmp_path):
-        assert json.loads(path.read_text())["pid"] == os.getpid()
-
-
-def test_a_lock_from_the_future_expires(tmp_path: Path) -> None:
-    path = tmp_path / lock.LOCK
-    path.write_text('{"host": "elsewhere", "pid": 1, "since": "noon"}')
-    ahead = time.time() + 365 * 24 * 3600
-    os.utime(path, (ahead, ahead))
-    with pytest.raises(UserError, match="is training in .* try again in 60 seconds"):
-        lock.hold_lock(tmp_path).__enter__()
     assert abs(path.stat().st_mtime - time.time()) < 5, "its age is counted from now on"
     before = time.time() - lock.STALE_SECONDS - 1
     os.utime(path, (before, before))
@@ -103,10 +93,7 @@ def test_a_held_lock_is_refreshed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with lock.hold_lock(tmp_path):
         path = tmp_path / lock.LOCK
         os.utime(path, (0, 0))
-        deadline = time.monotonic() + 10
-        while path.stat().st_mtime == 0 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert time.time() - path.stat().st_mtime < 60
+        commands.wait_until(lambda: time.time() - path.stat().st_mtime < 60, seconds=10)
 
 
 def test_directories_that_stay_empty_are_removed(tmp_path: Path) -> None:
@@ -117,9 +104,3 @@ def test_directories_that_stay_empty_are_removed(tmp_path: Path) -> None:
     with lock.hold_lock(tmp_path / "mine" / "runs" / "a"):
         (tmp_path / "mine" / "runs" / "a" / "kept").touch()
     assert (tmp_path / "mine" / "runs" / "a" / "kept").exists()
-
-
-def test_an_error_names_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="can't write to .*file/run: Not a directory"):
-        lock.hold_lock(tmp_path / "file" / "run").__enter__()

@@ -41,7 +41,7 @@ def test_short_texts(text: str) -> None:
 def test_a_megabyte_takes_less_than_a_second(shakespeare: dict[str, str]) -> None:
     training_text = shakespeare["train"]
     text = shakespeare["test"][:2000] + training_text[500_000:500_400]
-    started = time.perf_counter()
+    started = time.process_time()
     found = novelty.measure_novelty(text, [training_text])
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     assert len(found.longest_run) >= 400 and 400 / 2400 <= found.copied_share < 0.3

@@ -15,7 +15,6 @@ import pytest
 from lstm_jax import config as config_lib
 from lstm_jax import training
 from lstm_jax.devices import hosts
-from lstm_jax.errors import NotFiniteError
 from lstm_jax.run import observers, progress
 from lstm_jax.run.loop import Loop, Observer
 from lstm_jax.run.plan import Plan
@@ -41,7 +40,6 @@ class _FakeRun:
 
     directory: Path
     fields: dict[str, Any]
-    out_of_patience: bool = False
     is_validated: bool = False
     is_saving: bool = False
 
@@ -68,7 +66,7 @@ class _FakeRun:
         self.log.append((step, split, loss))
 
     def is_out_of_patience(self) -> bool:
-        return self.out_of_patience
+        return False
 
 
 def make_run(directory: Path, **fields: Any) -> Any:
@@ -90,10 +88,10 @@ class _Note(Observer):
         loop.last_step = min(loop.last_step, self.end)
 
 
-def take_steps(last_step: int, end: int = 1000, **fields: int) -> list[Any]:
+def take_steps(last_step: int, end: int = 1000) -> list[Any]:
     """Return the calls of two observers, and the batches, of steps that count batches."""
     notes: list[Any] = []
-    plan = Plan(config_lib.complete_config(fields), 70)
+    plan = Plan(config_lib.Config(), 70)
     state: Any = make_state()
     loop = Loop(state._replace(step=0), 0, last_step)
     watching = [_Note(notes, "a"), _Note(notes, "b", end)]
@@ -115,11 +113,6 @@ def test_observers_are_called_in_their_order_before_the_first_step_and_after_eac
     assert take_steps(2) == [*first, 1, ("a", 1), ("b", 1), 1, ("a", 2), ("b", 2)]
     assert take_steps(0) == first
     assert take_steps(5, end=1) == [*first, 1, ("a", 1), ("b", 1)], "an observer ended it"
-
-
-def test_a_call_has_several_steps_but_ends_at_each_row() -> None:
-    notes = take_steps(10, steps_per_call=3, log_every_steps=5)
-    assert [note for note in notes if isinstance(note, int)] == [3, 1, 1, 3, 1, 1]
 
 
 class Clock:
@@ -192,28 +185,6 @@ def test_a_checkpoint_is_saved_before_validations_and_when_the_time_is_over(
     assert run.log[-1] == ("saved", 70) != run.log[-2], "only once"
 
 
-def test_nothing_is_saved_or_recorded_after_too_many_steps_that_are_not_finite(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def report(run: Any, first: int, skipped: int) -> None:
-        assert first == 63
-        if skipped > 1:
-            raise NotFiniteError
-
-    monkeypatch.setattr(observers.messages, "report_nonfinite", report)
-    run = make_run(tmp_path)
-    save = observers.Save(run)
-    log = observers.Log(run, progress.Progress(0, 140, 70))
-    for observer in (save, log):
-        loop = make_loop(70, first_skipped=63, skipped=2, loss_steps=1)
-        with pytest.raises(NotFiniteError):
-            observer.after_step(loop)
-    assert run.log == []
-    loop.state = make_state(first_skipped=63, skipped=1)
-    save.after_step(loop)
-    assert run.log == [("saved", 70)] and int(loop.state.first_skipped) == 0
-
-
 @pytest.fixture
 def validated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the measurement of a loss and the generation of a text."""
@@ -221,7 +192,6 @@ def validated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(observers.loss_lib, "compute_loss", lambda *unused: 1.5)
     monkeypatch.setattr(observers, "generate_sample", lambda *unused: "text")
     monkeypatch.setattr(observers.messages, "describe_validation", lambda run, *row: "validation")
-    monkeypatch.setattr(observers.messages, "describe_early_end", lambda run: "early")
     monkeypatch.setattr(observers, "plot_curves", lambda run: run.log.append("plotted"))
     monkeypatch.setattr(observers.advice, "find_suspicion", lambda *unused: None)
 
@@ -249,36 +219,6 @@ def test_a_loop_is_validated_when_it_is_due_and_when_its_checkpoint_was(tmp_path
     assert run.log[0] == (33, "validation", 1.5)
 
 
-@pytest.mark.usefixtures("validated")
-def test_a_loop_out_of_patience_ends_after_the_validation(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = make_run(tmp_path)
-    run.out_of_patience = True
-    validate = make_validate(run, StopRequest())
-    loop = make_loop(70)
-    validate.after_step(loop)
-    assert loop.last_step == 70 and "early" in capsys.readouterr().out
-    loop = make_loop(140)
-    validate.after_step(loop)
-    assert "early" not in capsys.readouterr().out, "it is at its end already"
-
-
-@pytest.mark.usefixtures("validated")
-def test_a_signal_in_a_validation_ends_it_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def measure(*unused: Any) -> float:
-        signal.raise_signal(signal.SIGTERM)
-        raise AssertionError("not interrupted")
-
-    monkeypatch.setattr(observers.loss_lib, "compute_loss", measure)
-    run = make_run(tmp_path)
-    with StopRequest() as stop, pytest.raises(Stopped):
-        make_validate(run, stop).after_step(make_loop(70))
-    assert stop.exit_code == 143 and run.log == []
-
-
 def test_a_signal_stops_a_loop_only_where_processes_agree_and_before_its_end() -> None:
     with StopRequest() as stop:
         stop.before_first_step(make_loop(0))
@@ -290,22 +230,6 @@ def test_a_signal_stops_a_loop_only_where_processes_agree_and_before_its_end() -
         with pytest.raises(Stopped):
             stop.after_step(make_loop(6))
     assert stop.exit_code == 130
-
-
-def test_a_stopped_run_is_saved_once_and_has_an_exit_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(observers.messages, "describe_stop", lambda run: "stopped")
-    run = make_run(tmp_path)
-    mesh: Any = None
-    with observers.observe(run, mesh) as watching:
-        *_, log, save, validate, stop = watching
-        kinds = observers.Log, observers.Save, observers.Validate, StopRequest
-        assert tuple(map(type, (log, save, validate, stop))) == kinds
-        run.loop.step = 7
-        signal.raise_signal(signal.SIGINT)
-        stop.after_step(run.loop)
-    assert run.log == [("saved", 7), "waited"] and run.loop.exit_code == 130
 
 
 def test_processes_agree_only_when_they_have_waited_for_the_device(

@@ -30,12 +30,12 @@ _PROGRESS = np.arange(100) / 100  # The fraction of the steps after warm-up.
 def test_the_learning_rate_warms_up_and_decays(schedule: str, expected: np.ndarray) -> None:
     fields = make_fields(learning_rate=1.0, warmup_steps=10, schedule=schedule, step_at=(0.5, 0.9))
     optimizer = optimizer_lib.make_optimizer(fields, 110)
-    params = np.zeros(1, np.float32)
+    params, update_once = np.zeros(1, np.float32), jax.jit(optimizer.update)
     state = optimizer.init(params)
     sizes = []
     for _ in range(110):
         # With a constant gradient, the size of Adam's step is the learning rate.
-        update, state = optimizer.update(np.ones(1, np.float32), state, params)
+        update, state = update_once(np.ones(1, np.float32), state, params)
         sizes.append(-float(np.asarray(update)[0]))
     np.testing.assert_allclose(sizes[:11], np.arange(11) / 10, atol=1e-4)
     np.testing.assert_allclose(sizes[10:], expected, atol=1e-4)
@@ -158,10 +158,11 @@ def test_muon_updates_recurrent_layers_and_adam_the_rest() -> None:
     muon = optimizer_lib.make_optimizer(make_fields(name="muon", momentum=0.8, **settings), 10)
     adam = optimizer_lib.make_optimizer(make_fields(**settings), 10)
     state, adam_state = muon.init(params), adam.init(params)
+    update_muon, update_adam = jax.jit(muon.update), jax.jit(adam.update)
     mean = jax.tree.map(jnp.zeros_like, params)
     for t, gradient in enumerate(gradients, start=1):
-        updates, state = muon.update(gradient, state, params)
-        expected, adam_state = adam.update(gradient, adam_state, params)
+        updates, state = update_muon(gradient, state, params)
+        expected, adam_state = update_adam(gradient, adam_state, params)
         mean = jax.tree.map(lambda m, g: 0.8 * m + 0.2 * g, mean, gradient)
         for name in ("input_kernel", "recurrent_kernel"):
             # Nesterov's momentum, with the bias of its two terms corrected.

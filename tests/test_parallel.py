@@ -1,12 +1,12 @@
 """Compare several devices with one, in new processes: JAX creates its devices once."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import jax
 import pytest
 
+import commands
 from lstm_jax import config as config_lib
 from lstm_jax.devices import parallel
 from lstm_jax.errors import UserError
@@ -64,17 +64,15 @@ for settings.mesh.data, settings.mesh.model in json.loads(sys.argv[2]):
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    ("cell", "meshes"),
-    [("lstm", [(8, 1), (4, 2)]), ("gru", [(1, 4)]), (OWN_CELL, [(2, 2)])],
+    ("cell", "meshes"), [("lstm", [(8, 1), (4, 2)]), ("gru", [(1, 4)]), (OWN_CELL, [(2, 2)])]
 )
 def test_many_devices_train_like_one(cell: str, meshes: list[tuple[int, int]]) -> None:
     """Include dropout, penalties, microbatches, averaged weights and the carry."""
-    command = [sys.executable, "-c", _SCRIPT, cell, json.dumps([(1, 1), *meshes])]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = commands.run_python("-c", _SCRIPT, cell, json.dumps([(1, 1), *meshes]))
     assert result.returncode == 0, result.stderr
 
 
-def test_an_invalid_mesh_raises_an_error() -> None:
+def test_an_invalid_mesh_raises_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_lib.default()
     config.mesh.data = 1000
     with pytest.raises(UserError, match="there are 1 devices here"):
@@ -85,4 +83,8 @@ def test_an_invalid_mesh_raises_an_error() -> None:
     config.mesh.data, config.mesh.model = 1, 1
     config.optimizer.microbatches = 7
     with pytest.raises(UserError, match=r"multiple of .* 7"):
+        parallel.make_mesh(config)
+    config.optimizer.microbatches = 1
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="choose a multiple of the number of processes"):
         parallel.make_mesh(config)

@@ -16,7 +16,7 @@ from lstm_jax import training
 from lstm_jax.errors import UserError
 from lstm_jax.run import checkpoints, metrics, workdir
 from lstm_jax.run.plan import Plan
-from lstm_jax.sweep import population, search
+from lstm_jax.sweep import search
 
 
 class KilledError(Exception):
@@ -85,26 +85,17 @@ def test_max_steps_ends_the_run_and_its_schedule(
     tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_config.max_steps = 103
-    tiny_config.log_every_steps = 1
     assert training.train(tiny_config, tmp_path) == 0
     assert "=== epoch 1.47 of 1.47: validation loss" in capsys.readouterr().out
-    assert list_steps(tmp_path) == [0, 70, 103]
     assert checkpoints.list_steps(tmp_path / workdir.CHECKPOINTS) == [70, 103]
-    rates = {
-        row["step"]: row["learning_rate"]
-        for row in metrics.read_metrics(tmp_path / workdir.METRICS)
-        if row["split"] == "train"
-    }
+    rows = metrics.read_metrics(tmp_path / workdir.METRICS)
+    (rate,) = [row["learning_rate"] for row in rows if (row["step"], row["split"]) == (60, "train")]
     schedule = optimizer_lib.make_schedule(tiny_config.optimizer, 103)
-    assert list(rates) == list(range(1, 104)) and rates[103] < 1e-4
-    assert rates[60] == pytest.approx(float(schedule(59)), rel=1e-5)
-
-    before = (tmp_path / workdir.METRICS).read_bytes()
+    assert rate == pytest.approx(float(schedule(59)), rel=1e-5)
     assert training.train(tiny_config, tmp_path) == 0
     output = capsys.readouterr().out
     assert "is finished after 103 steps. To train longer" in output
     assert "config.max_steps = 206" in output
-    assert (tmp_path / workdir.METRICS).read_bytes() == before
     tiny_config.max_steps = 50
     with pytest.raises(UserError, match=r"trained 103 steps already, and .*max_steps=50 is fewer"):
         training.train(tiny_config, tmp_path)
@@ -161,6 +152,7 @@ def test_patience_ends_a_run_at_the_same_step_whether_or_not_it_was_killed(
     assert list_steps(whole)[: len(steps)] == steps and list_steps(whole)[-1] == last + 5
 
 
+@pytest.mark.slow
 def test_validation_reads_the_first_tokens_only(tiny_config: ConfigDict, tmp_path: Path) -> None:
     tiny_config.max_steps, tiny_config.validation_tokens = 20, 300
     assert training.train(tiny_config, tmp_path) == 0
@@ -176,35 +168,6 @@ def test_validation_reads_the_first_tokens_only(tiny_config: ConfigDict, tmp_pat
     tiny_config.validation_tokens = 1
     with pytest.raises(UserError, match="validation_tokens is 1: it must be 0, or from 4"):
         training.train(tiny_config, tmp_path / "other")
-
-
-@pytest.mark.slow
-def test_a_population_validates_and_ends_as_a_single_run_does(
-    tiny_config: ConfigDict, tmp_path: Path
-) -> None:
-    tiny_config.max_steps, tiny_config.validate_every_steps = 85, 40
-    tiny_config.validation_tokens = 300
-    alone, directories = tmp_path / "alone", [tmp_path / "0", tmp_path / "1"]
-    assert training.train(tiny_config, alone) == 0
-    validated = []
-
-    def watch(member: int, row: metrics.Row) -> None:
-        if row["split"] == "validation":
-            validated.append((member, row["step"]))
-
-    configs = [config_lib.complete_config(tiny_config)] * 2
-    population.train_population(configs, directories, watch)
-    assert validated == [(member, step) for step in (0, 40, 70, 80, 85) for member in (0, 1)]
-    assert list_steps(alone) == [0, 40, 70, 80, 85]
-    expected = runs.read_numbers(alone)
-    for directory in directories:
-        found = runs.read_numbers(directory)
-        assert [row[:2] for row in found] == [row[:2] for row in expected]
-        values = [value for *_, value in found]
-        assert values == pytest.approx([value for *_, value in expected], abs=1e-4, rel=1e-4)
-    tiny_config.patience = 2
-    with pytest.raises(UserError, match=r"leave out --config.patience, or .*--population=1"):
-        population.check_members([config_lib.complete_config(tiny_config)] * 2)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from conftest import make_tiny_config
 from lstm_jax import config as config_lib
 from lstm_jax import training
 from lstm_jax.data import texts
-from lstm_jax.errors import UnavailableError, UserError
+from lstm_jax.errors import UserError
 from lstm_jax.run import metrics, workdir
 from lstm_jax.sweep import options, population, stacked
 from lstm_jax.sweep import space as space_lib
@@ -51,17 +51,15 @@ def read_losses(directory: Path) -> dict[tuple[str, int], float]:
     return {(row["split"], row["step"]): row["loss"] for row in rows}
 
 
-def read_numbers(directory: Path) -> dict[tuple[str, int], float]:
-    return {(name, step): number for step, name, number in runs.read_numbers(directory)}
-
-
 @pytest.fixture(scope="module")
 def together(
     tmp_path_factory: pytest.TempPathFactory, text_file: Path
 ) -> tuple[list[config_lib.Config], list[Path], list[str], list[tuple[int, int]]]:
     """Train three members at once, the last of which diverges."""
     diverges: dict[str, Any] = {"optimizer.learning_rate": 1e30, "optimizer.max_gradient_norm": 0.0}
-    config = config_lib.complete_config(make_tiny_config(text_file))
+    tiny = make_tiny_config(text_file)
+    tiny.validate_every_steps, tiny.validation_tokens = 40, 300
+    config = config_lib.complete_config(tiny)
     configs = [config_lib.change_fields(config, changes) for changes in [*MEMBERS, diverges]]
     root = tmp_path_factory.mktemp("population")
     directories = [root / str(i) for i in range(len(configs))]
@@ -82,13 +80,14 @@ def test_each_member_matches_a_single_run(together: tuple, tmp_path: Path) -> No
     for i, (config, directory) in enumerate(zip(configs[:2], directories, strict=False)):
         alone = tmp_path / str(i)
         assert training.train(config, alone) == 0
-        expected, found = read_numbers(alone), read_numbers(directory)
-        assert found.keys() == expected.keys()
-        for key, number in expected.items():
-            assert found[key] == pytest.approx(number, abs=1e-4, rel=1e-4), (i, key)
-        assert [step for member, step in validated if member == i] == [0, 70, 140]
+        for (*row, number), (*other, expected) in zip(
+            runs.read_numbers(directory), runs.read_numbers(alone), strict=True
+        ):
+            assert row == other and number == pytest.approx(expected, abs=1e-4, rel=1e-4), (i, row)
+        assert [step for member, step in validated if member == i] == [0, 40, 70, 80, 120, 140]
 
 
+@pytest.mark.slow
 def test_a_diverged_member_is_reported_and_does_not_affect_others(together: tuple) -> None:
     _, directories, reasons, validated = together
     assert "is not finite" in reasons[2]
@@ -112,20 +111,6 @@ def test_members_killed_at_different_epochs_end_with_the_same_losses(
 
 
 @pytest.mark.slow
-def test_members_stopped_before_the_first_epoch_start_again(
-    tiny_config: ConfigDict, tmp_path: Path
-) -> None:
-    def stop(*row: Any) -> None:
-        raise UnavailableError("the disk is full")
-
-    tiny_config.max_steps = 2
-    directories = [tmp_path / "0", tmp_path / "1"]
-    configs = [config_lib.complete_config(tiny_config)] * 2
-    with pytest.raises(UnavailableError):
-        population.train_population(configs, directories, stop)
-    assert population.train_population(configs, directories, lambda *row: None) == ["", ""]
-
-
 def test_members_share_one_vocabulary(
     tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +132,9 @@ def test_members_that_differ_in_other_fields_raise_an_error(tiny_config: ConfigD
     other = config_lib.change_fields(config, {"model.hidden_size": 32})
     with pytest.raises(UserError, match="can't differ in config.model.hidden_size"):
         population.check_members([config, other])
+    patient = config_lib.change_fields(config, {"patience": 2})
+    with pytest.raises(UserError, match=r"leave out --config.patience, or .*--population=1"):
+        population.check_members([patient, patient])
 
 
 def test_hyperparameters_that_vary_are_stacked(tiny_config: ConfigDict) -> None:

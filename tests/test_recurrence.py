@@ -205,17 +205,10 @@ def test_weights_are_packed_in_the_layout_of_cudnn() -> None:
     """Compare with JAX's reference for cuDNN, which needs no GPU."""
     kernels, inputs, carry, _ = make_problem(3, 5, 4, 6)
     unpacked = rnn.unpack_lstm_weights(cudnn.pack_weights(kernels), 4, 6, 1, False)
+    sizes: Any = {"seq_lengths": jnp.full(3, 5, jnp.int32), "input_size": 4, "hidden_size": 6}
     outputs, hidden, cell = rnn.lstm_ref(
-        inputs,
-        carry.hidden[None],
-        carry.cell[None],
-        *unpacked,
-        seq_lengths=jnp.full(3, 5, jnp.int32),
-        input_size=4,
-        hidden_size=6,
-        num_layers=1,
-        dropout=0.0,
-        bidirectional=False,
+        *(inputs, carry.hidden[None], carry.cell[None], *unpacked),
+        **{**sizes, "num_layers": 1, "dropout": 0.0, "bidirectional": False},
     )
     expected = reference(kernels, inputs, carry)
     assert_close((outputs, LSTMCarry(cell[0], hidden[0])), expected, 1e-5)
@@ -229,13 +222,3 @@ def test_cudnn_agrees_with_the_reference() -> None:
         expected, expected_gradients = value_and_gradients(reference, cotangents, *arguments)
     assert_close(outputs, expected, 1e-5)
     assert_close(gradients, expected_gradients, 1e-4)
-
-
-def test_auto_and_cudnn_are_resolved() -> None:
-    def choose(recurrence: str, dtype: str) -> str:
-        return LanguageModel(11, 6, 9, recurrence=recurrence, dtype=dtype).implementation()
-
-    assert choose("auto", "float32") == "fused"
-    assert choose("scan", "bfloat16") == "scan"
-    with pytest.raises(ValueError, match="needs a GPU|only float32"):
-        choose("cudnn", "bfloat16")

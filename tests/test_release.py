@@ -61,6 +61,8 @@ def test_the_wheel_holds_every_module_and_experiment_and_nothing_else(wheel: Pat
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "lstm_jax").rglob("*.py")}
     others = ("export/page.html", "inspect/report.html", "py.typed", "recurrences/lstm.c")
     modules |= {f"lstm_jax/{name}" for name in (*others, "sweep/report.html")}
+    pretrained = (ROOT / "lstm_jax" / "pretrained").glob("*/*")
+    modules |= {str(path.relative_to(ROOT)) for path in pretrained}
     found = (ROOT / "experiments").rglob("*.py")
     experiments = {f"lstm_jax/{path.relative_to(ROOT)}" for path in found}
     assert names == modules | experiments
@@ -73,17 +75,8 @@ def test_the_first_command_works_where_the_wheel_is_installed(
     environment = tmp_path / "environment"
     venv.create(environment)
     python = str(environment / "bin" / "python")
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        python,
-        "install",
-        "--no-deps",
-        "--no-index",
-    ]
-    run(*install, str(wheel), cwd=tmp_path)
+    install = [sys.executable, "-m", "pip", "--python", python, "install"]
+    run(*install, "--no-deps", "--no-index", str(wheel), cwd=tmp_path)
     # Use the dependencies of this environment. Python ignores editable installs there, because it
     # reads no .pth files in a directory that a .pth file adds.
     (site,) = environment.glob("lib/*/site-packages")

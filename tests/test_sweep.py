@@ -23,6 +23,7 @@ from optuna.trial import TrialState
 
 import commands
 import draws
+import runs
 from lstm_jax import config as config_lib
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import ensemble, lock, metrics, workdir
@@ -36,30 +37,13 @@ KILLS = draws.TIMES
 # killed worker restarts.
 TRIALS = 2 + 3 * KILLS
 
-SPACE = """
-def get_overrides(trial):
-    return {
-        "optimizer.learning_rate": trial.suggest_float("rate", 1e-3, 1e-1, log=True),
-        "optimizer.schedule": trial.suggest_categorical("schedule", ["cosine", "linear"]),
-    }
-"""
-
-
-@pytest.fixture(scope="module")
-def space_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("space") / "tiny.py"
-    path.write_text(SPACE)
-    return path
-
 
 def make_flags(text_file: Path, directory: Path, *more: str) -> list[str]:
     """Return the flags of a sweep that trains tiny models for 70 steps."""
     return [
         *("--config", f"{ROOT}/experiments/quick.py"),
         *(f"--workdir={directory}", f"--config.data.path={text_file}"),
-        *("--config.batches.batch_size=8", "--config.batches.window_length=32"),
-        *("--config.model.embedding_size=8", "--config.model.hidden_size=24"),
-        *("--config.num_epochs=1", "--config.sample.length=40", *more),
+        *(*runs.TINY, "--config.num_epochs=1", "--config.sample.length=40", *more),
     ]
 
 
@@ -99,40 +83,27 @@ def server(tmp_path: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    init = [*user, str(binaries / "initdb"), "-D", str(data), "-U", "me", "-A", "trust"]
-    subprocess.run(init, check=True, capture_output=True, cwd="/")
-    process = subprocess.Popen(
-        [
-            *(*user, str(binaries / "postgres"), "-D", str(data), "-p", str(port)),
-            *("-c", "listen_addresses=127.0.0.1", "-k", str(data)),
-        ],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd="/",
-    )
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-            break
-        time.sleep(0.1)
-    try:
-        yield f"postgresql://me@127.0.0.1:{port}/postgres"
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(timeout=30)
+
+    def run_there(program: str, *arguments: str) -> None:
+        command = [*user, str(binaries / program), f"--pgdata={data}", *arguments]
+        subprocess.run(command, check=True, capture_output=True, cwd="/")
+
+    run_there("initdb", "--username=me", "--auth=trust")
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -k {data}"
+    run_there("pg_ctl", "start", "--wait", f"--log={data}/log", f"--options={options}")
+    yield f"postgresql://me@127.0.0.1:{port}/postgres"
+    os.kill(int((data / "postmaster.pid").read_text().split()[0]), signal.SIGINT)
 
 
 def wait_for_work(directory: Path, worker: subprocess.Popen[str]) -> None:
     """Wait until a worker trains a trial: it then holds the lock of a working directory."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        assert worker.poll() is None, "a worker ended before it was killed"
-        for path in directory.glob("trials/*/.lock"):
-            with contextlib.suppress(OSError, ValueError):
-                if json.loads(path.read_text())["pid"] == worker.pid:
-                    return
-        time.sleep(0.01)
-    pytest.fail("a worker got no trial")
+
+    def holds(path: Path) -> bool:
+        with contextlib.suppress(OSError, ValueError):
+            return bool(json.loads(path.read_text())["pid"] == worker.pid)
+        return False
+
+    commands.wait_until(lambda: any(map(holds, directory.glob("trials/*/.lock"))), worker)
 
 
 @pytest.mark.process
@@ -146,11 +117,7 @@ def wait_for_work(directory: Path, worker: subprocess.Popen[str]) -> None:
 )
 @pytest.mark.drawn
 def test_killed_workers_lose_no_finished_trial_and_duplicate_none(
-    kind: str,
-    text_file: Path,
-    space_file: Path,
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
+    kind: str, text_file: Path, space_file: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     where: list[str] = []
     if kind == "journal":
@@ -253,6 +220,8 @@ def test_seeds_are_a_population(text_file: Path, tmp_path: Path) -> None:
     output = run(make_flags(text_file, tmp_path, "--seeds=3"))
     assert "validation loss of 3 seeds: mean " in output and "test loss of 3 seeds: " in output
     assert sorted(row["overrides"]["seed"] for row in rows(tmp_path)) == [0, 1, 2]
+    written = output + (tmp_path / report.PAGE).read_text()
+    assert not (tmp_path / report.BEST).exists() and "best.py" not in written
     line = next(line for line in output.splitlines() if line.startswith("Measure their ensemble: "))
     assert "python -m lstm_jax.evaluate --workdir " in line
     loaded, steps = ensemble.load_ensemble(shlex.split(line.partition("evaluate")[2])[1::2])
@@ -267,7 +236,7 @@ def test_a_missing_module_gives_a_one_line_error(module: str) -> None:
         "sys.argv[1:] = ['--config=experiments/quick.py', '--seeds=1']; "
         "runpy.run_module('lstm_jax.sweep', run_name='__main__')"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    result = commands.run_python("-c", code)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith(f"error: sweeps need {module}")
     assert result.stderr.endswith(": pip install 'lstm-jax[sweep]'\n")
@@ -279,7 +248,6 @@ def test_a_missing_module_gives_a_one_line_error(module: str) -> None:
     [
         ({}, "use either --space"),
         ({"seeds": 2, "space_file": "space.py"}, "use either --space"),
-        ({"space_file": "nothing.py"}, "there is no space file nothing.py"),
         ({"seeds": 2, "pruner": "hyperband"}, "a population can't be pruned"),
     ],
 )
@@ -308,6 +276,8 @@ def test_a_sweep_is_prepared_from_options(
         ("x = 1", "has no function get_overrides"),
         ("def f(:", "line 1: invalid syntax"),
         ("import nothing_like_it", "line 1: ModuleNotFoundError"),
+        ("import sys\nsys.exit(5)", "space file .*space.py, line 2: SystemExit: 5$"),
+        ("import sys\ndef get_overrides(trial):\n    sys.exit(5)", "line 3: SystemExit: 5$"),
         ("def get_overrides(trial):\n    return 3", "returned int, not a dict"),
         ("def get_overrides(trial):\n    return 1 / 0", "line 2: ZeroDivisionError"),
         (
@@ -338,7 +308,7 @@ def test_a_broken_space_gives_a_one_line_error(
 
 def test_a_grid_needs_finite_values_and_visits_each_once(tmp_path: Path) -> None:
     path = tmp_path / "space.py"
-    path.write_text(SPACE)
+    path.write_text(runs.SPACE)
     with pytest.raises(UserError, match="a grid needs a finite number of values of 'rate'"):
         space.load_space(path).grid()
     path.write_text(
@@ -383,13 +353,7 @@ def test_a_grid_over_parameters_of_some_trials_raises_an_error(
 
 def make_study(directory: Path, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
     return study.open_study(
-        directory,
-        None,
-        "tiny",
-        {},
-        ["x"],
-        sampler,
-        study.make_pruner("hyperband", 9),
+        directory, None, "tiny", {}, ["x"], sampler, study.make_pruner("hyperband", 9)
     )
 
 
@@ -485,6 +449,7 @@ def test_a_trial_that_kills_every_worker_fails(tmp_path: Path) -> None:
     assert failed.user_attrs[study.REASON] == "5 workers in a row died training it"
 
 
+@pytest.mark.slow
 def test_diverged_trials_are_pruned_with_their_reason(
     tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
@@ -573,11 +538,9 @@ def test_a_trial_does_not_take_over_the_directory_of_another_study(tmp_path: Pat
 
 def test_a_study_of_another_space_or_of_no_sweep_raises_an_error(tmp_path: Path) -> None:
     sampler, pruner = study.make_sampler("random", 0), study.make_pruner("none", 1)
-    for name, parameters in (("one", ["x"]), ("one", ["x"])):
-        study.open_study(tmp_path, None, name, {}, parameters, sampler, pruner)
-    with pytest.raises(
-        UserError, match=r"made for a space with \['x'\], but this one has \['x', 'y'\]"
-    ):
+    for _ in range(2):
+        study.open_study(tmp_path, None, "one", {}, ["x"], sampler, pruner)
+    with pytest.raises(UserError, match=r"with \['x'\], but this one has \['x', 'y'\]"):
         study.open_study(tmp_path, None, "one", {}, ["x", "y"], sampler, pruner)
     url = f"sqlite:///{tmp_path / options.DATABASE}"
     optuna.create_study(storage=url, study_name="two", direction="maximize")
@@ -594,6 +557,7 @@ def test_importances_of_few_trials_are_called_a_hint(tmp_path: Path) -> None:
         assert ("too few to rely on" in page) == (trials == 29)
 
 
+@pytest.mark.process
 def test_the_text_of_pictures_has_the_size_of_the_page_on_any_screen(
     tmp_path: Path, browser: Any
 ) -> None:

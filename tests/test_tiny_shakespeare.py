@@ -25,27 +25,6 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(standard_texts, "read_wheel", lambda file: None)
 
 
-def test_the_offline_error_names_the_file_to_provide(offline: None, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=f"can't download .*input.txt .* put it in {tmp_path}$"
-    ) as e:
-        read(tmp_path)
-    assert "\n" not in str(e.value) and not (tmp_path / "tiny_shakespeare").exists()
-
-
-def test_a_file_provided_by_the_user_is_verified_and_read(
-    offline: None, tmp_path: Path, shakespeare: dict[str, str]
-) -> None:
-    path = tmp_path / "input.txt"
-    path.write_text("To be, or something else", encoding="utf-8")
-    with pytest.raises(UserError, match="a different file: its SHA-256 must be 86c4e6a"):
-        read(tmp_path)
-    path.write_text("".join(shakespeare.values()), encoding="utf-8")
-    assert read(tmp_path) == shakespeare
-    path.unlink()
-    assert read(tmp_path) == shakespeare, "once prepared, no source is needed"
-
-
 def test_pipes_and_huge_files_are_not_read(offline: None, tmp_path: Path) -> None:
     path = tmp_path / "input.txt"
     os.mkfifo(path)

@@ -7,7 +7,6 @@ import json
 import shutil
 import sqlite3
 import struct
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import commands
 import runs
 from conftest import make_tiny_config
 from lstm_jax import training
@@ -110,15 +110,14 @@ def test_a_tracker_that_cannot_be_opened_ends_the_run_with_one_line(
 
 @pytest.mark.process
 def test_the_flag_passes_rows_to_a_function(own: str, text_file: Path, tmp_path: Path) -> None:
-    command = [
+    result = commands.run_python(
         # -P: like the script `lstm-jax`, it does not find modules in the current directory.
-        *(sys.executable, "-P", "-m", "lstm_jax.main", f"--config={ROOT}/experiments/quick.py"),
-        *(f"--config.data.path={text_file}", "--config.batches.batch_size=8"),
-        *("--config.model.embedding_size=8", "--config.model.hidden_size=24"),
+        *("-P", "-m", "lstm_jax.main", f"--config={ROOT}/experiments/quick.py"),
+        *(f"--config.data.path={text_file}", *runs.TINY),
         *("--config.sample.length=20", "--config.max_steps=20", "--workdir=run"),
         *(f"--track={own}:write", "--track", f"{own}:fail"),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        cwd=tmp_path,
+    )
     assert result.returncode == 0 and result.stderr.count("\n") == 1, result.stderr
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     samples = [row.pop("sample") for row in rows if "sample" in row]

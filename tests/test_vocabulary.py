@@ -22,22 +22,8 @@ TEXTS = st.lists(
     st.text(max_size=8)
     | st.sampled_from(
         [
-            "\r\n",
-            "\n\n",
-            "\0",
-            "e\u0301",
-            "\u0301",
-            "שָׁלוֹם",
-            "\u202eright to left\u202c",
-            "👨‍👩‍👧‍👦",
-            "🇩🇪🇫",
-            "한글",
-            "เก่ง",
-            " o'er",
-            "[UNK]",
-            "\ufeff",
-            "\U0010ffff",
-            "3.14",
+            *("\r\n", "\n\n", "\0", "e\u0301", "\u0301", "שָׁלוֹם", "\u202eright to left\u202c"),
+            *("👨‍👩‍👧‍👦", "🇩🇪🇫", "한글", "เก่ง", " o'er", "[UNK]", "\ufeff", "\U0010ffff", "3.14"),
         ]
     ),
     max_size=12,
@@ -46,7 +32,7 @@ TEXTS = st.lists(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stop", ["", "\n", "\n\n"])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(text=TEXTS)
 def test_decode_inverts_encode_for_any_text(kind: str, stop: str, text: str) -> None:
     text += stop
@@ -65,7 +51,7 @@ def test_decode_inverts_encode_for_any_text(kind: str, stop: str, text: str) -> 
     assert all(piece.encode() for piece in pieces if piece)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(content=st.binary(max_size=60))
 def test_bytes_hold_any_file_and_no_character_is_split(content: bytes) -> None:
     text = content.decode("utf-8", "surrogateescape")
@@ -113,7 +99,7 @@ BREAKS = [
 ]
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(text=st.lists(st.sampled_from([*"🇦🇧🇨🇩🇪", *BREAKS]), max_size=30).map("".join))
 def test_words_and_graphemes_are_those_of_unicode(text: str) -> None:
     assert list(split_text(text, "graphemes", "")) == regex.findall(r"\X", text)

@@ -1,1 +1,1 @@
-"""Convert weights from and to Keras and PyTorch, and to ONNX: `python -m lstm_jax.convert`."""
+"""Convert weights from and to Keras and PyTorch, and to ONNX; make a folder of a model."""

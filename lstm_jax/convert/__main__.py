@@ -1,10 +1,12 @@
-"""Convert weights from and to Keras and PyTorch, and to ONNX.
+"""Convert weights from and to Keras and PyTorch, and to ONNX; make a folder of a model.
 
     python -m lstm_jax.convert --from model.keras --vocabulary vocabulary.json --workdir runs/new
     python -m lstm_jax.convert --workdir runs/quick --to model.safetensors
+    python -m lstm_jax.convert --workdir runs/quick --to models/quick
 
 The suffix of a file is its format: .keras, .weights.h5 (both Keras 3), .safetensors (PyTorch)
-or .onnx (a graph, which can only be written).
+or .onnx (a graph, which can only be written). Without a suffix, --to is a folder with the model,
+to keep or to publish, which all commands that read a working directory also read.
 """
 
 if __name__ == "__main__":
@@ -20,8 +22,13 @@ from lstm_jax.errors import UserError
 from lstm_jax.run import command
 
 _FROM = flags.DEFINE_string("from", None, "File to make a working directory from.")
-_TO = flags.DEFINE_string("to", None, "File to write: .keras, .weights.h5, .safetensors or .onnx.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Working directory to make, or to read.")
+_TO = flags.DEFINE_string(
+    "to", None, "File to write: .keras, .weights.h5, .safetensors or .onnx; or a folder to make."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, f"Working directory to make; or to read: {command.TRAINED}."
+)
+flags.DEFINE_alias("model", "workdir")
 _VOCABULARY = flags.DEFINE_string(
     "vocabulary", None, "Tokens of --from by id: a vocabulary.json, JSON list or object, or text."
 )
@@ -29,6 +36,9 @@ _TEXT = flags.DEFINE_string(
     "text", None, "Text that --from was trained on. Its characters are the default vocabulary."
 )
 _DROP_SPECIAL = flags.DEFINE_boolean("drop_special", False, "Omit the rows of '' and '[UNK]'.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "Dtype of a folder's weights. [default: float32]"
+)
 
 
 def main() -> None:
@@ -40,15 +50,21 @@ def main() -> None:
     # Here, because it imports JAX, which --help does not need.
     from lstm_jax.convert import transfer
 
-    directory = Path(_WORKDIR.value)
+    directory, is_folder = Path(_WORKDIR.value), bool(_TO.value) and not Path(_TO.value).suffix
+    if _DTYPE.value and not is_folder:
+        raise UserError("--dtype is for --to with the name of a folder, without a suffix")
+    if _DROP_SPECIAL.value and (_FROM.value or is_folder):
+        raise UserError("--drop_special is for --to with the name of a file")
     if _FROM.value is not None:
-        if _DROP_SPECIAL.value:
-            raise UserError("--drop_special is for --to")
         transfer.import_weights(Path(_FROM.value), directory, _VOCABULARY.value, _TEXT.value)
     else:
         if _VOCABULARY.value or _TEXT.value:
             raise UserError("--vocabulary and --text are for --from")
-        transfer.export_weights(directory, Path(_TO.value), _DROP_SPECIAL.value)
+        target = Path(_TO.value)
+        if is_folder:
+            transfer.export_folder(directory, target, _DTYPE.value or "float32")
+        else:
+            transfer.export_weights(directory, target, _DROP_SPECIAL.value)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Convert a file of weights to a working directory, and back."""
+"""Convert a file of weights to a working directory, and back; and to the folder of a model."""
 
 import contextlib
 import json
@@ -10,10 +10,10 @@ from typing import BinaryIO
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import vocabulary as vocabulary_lib
-from lstm_jax.convert import keras_weights, onnx_graph, torch_weights, weights
+from lstm_jax.convert import card, keras_weights, onnx_graph, torch_weights, weights
 from lstm_jax.data import encoding, files, sources, texts
 from lstm_jax.errors import UserError
-from lstm_jax.run import checkpoints, messages, workdir
+from lstm_jax.run import checkpoints, messages, metrics, model_file, workdir
 
 _Format = tuple[Callable[[BinaryIO], weights.Weights] | None, Callable[[weights.Weights], bytes]]
 # Functions that read and write the content of a file, by the end of its name.
@@ -30,6 +30,7 @@ _TORCH = (
     ".safetensors",
 )
 _OTHERS = {".h5": _KERAS, ".hdf5": _KERAS, ".pt": _TORCH, ".pth": _TORCH}
+_CARD = "README.md"
 _ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}  # Of a text, one token a line.
 
 
@@ -98,7 +99,7 @@ def export_weights(directory: Path, target: Path, drop_special: bool = False) ->
     for path in (target, beside):
         if path.exists():
             raise UserError(f"{path} exists: remove it, or use another --to")
-    config = workdir.load_config(directory)
+    config = workdir.load_config(workdir.find_model(directory))
     try:
         weights.check_model(config.model, graph=target.suffix == ".onnx")
     except UserError as error:
@@ -123,6 +124,33 @@ def export_weights(directory: Path, target: Path, drop_special: bool = False) ->
     print(f"Wrote the model of {directory}, step {trained.step}, to {target}, tokens to {beside}")
     if (dtype := trained.model.dtype) != "float32":
         print(f"Its matmuls use {dtype} in this package: logits in float32 differ by rounding")
+
+
+def export_folder(directory: Path, target: Path, dtype: str) -> None:
+    """Write the best checkpoint of a working directory as a folder, or raise `UserError`.
+
+    The folder is read like the working directory. Its parameters are rounded to `dtype`, one of
+    `model_file.DTYPES`.
+    """
+    if target.exists():
+        raise UserError(f"{target} exists: remove it, or use another --to")
+    source = workdir.find_model(directory)
+    config = workdir.load_config(source)
+    if config.model.cell_sha256:
+        raise UserError(
+            f"{directory} can't be a folder: its cell, {config.model.cell}, is in a file of yours"
+        )
+    trained = workdir.load_trained(source)
+    rows = metrics.read_metrics(source / workdir.METRICS)
+    content = card.make_card(target.resolve().name, config, trained, dtype, rows)
+
+    def save(partial: Path) -> None:
+        model_file.write_params(partial / workdir.MODEL, trained.params, trained.step, dtype)
+        files.write_file(partial / _CARD, content.encode())
+
+    _make_directory(target.absolute(), config, trained.vocabulary, save)
+    print(f"Wrote the model of {directory}, step {trained.step}, to {target}, in {dtype}")
+    print(f"Its card, {target / _CARD}, names the text and the losses: complete it by hand")
 
 
 def read_vocabulary(path: Path) -> tuple[Sequence[str], str, str]:
@@ -158,11 +186,26 @@ def make_workdir(
     params: model_lib.Params,
 ) -> None:
     """Make a complete working directory or none; raise `UserError` if it can't be written."""
+    _make_directory(
+        directory,
+        config,
+        vocabulary,
+        lambda partial: checkpoints.save_params(partial / workdir.CHECKPOINTS, 0, params),
+    )
+
+
+def _make_directory(
+    directory: Path,
+    config: config_lib.Config,
+    vocabulary: vocabulary_lib.Vocabulary,
+    save: Callable[[Path], None],
+) -> None:
+    """Make a directory whose parameters `save` writes, complete or not at all."""
     try:
         with files.unfinished_directory(directory) as partial:
             workdir.save_config(partial, config)
             workdir.save_vocabulary(partial, vocabulary)
-            checkpoints.save_params(partial / workdir.CHECKPOINTS, 0, params)
+            save(partial)
             partial.rename(directory)
     except OSError as error:
         raise UserError(f"can't write to {directory}: {error.strerror}") from None
@@ -173,6 +216,8 @@ def _find_format(path: Path, flag: str) -> _Format:
         if path.name.endswith(suffix):
             return functions
     remedy = "its name must end in one of these"
+    if flag == "--to":
+        remedy += ", or have no suffix, for a folder"
     if path.suffix in _OTHERS:
         saving, ends = _OTHERS[path.suffix]
         remedy = saving if flag == "--from" else f"name a file that ends in {ends}"

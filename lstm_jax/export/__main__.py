@@ -15,7 +15,8 @@ from absl import flags
 from lstm_jax.errors import UserError
 from lstm_jax.run import command
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Working directory of a training run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, f"{command.TRAINED}.")
+flags.DEFINE_alias("model", "workdir")
 _TO = flags.DEFINE_string("to", None, "Page to write, for example page.html.")
 _BITS = flags.DEFINE_enum("bits", "16", ["8", "16"], "Bits of each weight in the page.")
 

@@ -21,7 +21,7 @@ def write_page(directory: Path, target: Path, bits: int = 16) -> None:
     """Write the page of the model in a working directory, or raise `UserError`; print its path."""
     if target.suffix != ".html":
         raise UserError(f"{target} (--to) is not the name of a page: it must end in .html")
-    model = workdir.load_config(directory).model
+    model = workdir.load_config(workdir.find_model(directory)).model
     if model.cell not in CELLS or model.block != "none":
         named = model.cell if model.block == "none" else f"model.block={model.block}"
         raise UserError(f"a page can run the cells {', '.join(CELLS)}, not {named}")

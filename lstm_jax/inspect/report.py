@@ -44,7 +44,8 @@ def write_report(
     """
     if out is not None and not out.parent.is_dir():
         raise UserError(f"there is no directory {out.parent}: make it, or use another --out")
-    out = out or directory / REPORT
+    if out is None:  # Nothing is written into the package.
+        out = Path(REPORT) if workdir.is_in_package(directory) else directory / REPORT
     if out.is_dir():
         raise UserError(f"{out} is a directory: --out must name a file, such as {out / REPORT}")
     trained = workdir.load_trained(directory)

@@ -19,6 +19,9 @@ from lstm_jax.version import __version__
 
 # What imports JAX is imported in functions: `--help` and a mistake in a flag don't need it.
 
+# The meaning of --workdir where a model is read.
+TRAINED = "Working directory of a training run, folder of a model, or name of one in the package"
+
 # Flags that functions of this module define belong to the command that calls them.
 flags.disclaim_key_flags()
 
@@ -109,15 +112,17 @@ def read_experiment() -> tuple[config.Config, str]:
 def define_run_flags() -> Callable[[], tuple[list[Path], list[str | None]]]:
     """Define the flags that name a trained run and its text; return a function that reads them.
 
-    It returns every --workdir, without which it raises `UserError`, and the last three arguments of
-    `texts.load_texts_of_run`: --data_path, --dataset and --data_directory. It loads --cell.
+    It returns every --workdir (or --model, its alias), without which it raises `UserError`, and the
+    last three arguments of `texts.load_texts_of_run`: --data_path, --dataset and --data_directory.
+    It loads --cell.
     """
     define = flags.DEFINE_string
     workdir = flags.DEFINE_multi_string(
         "workdir",
         None,
-        "Working directory of a training run; evaluate and sample accept several, as an ensemble.",
+        f"{TRAINED}; evaluate and sample accept several, as an ensemble.",
     )
+    flags.DEFINE_alias("model", "workdir")
     cell = flags.DEFINE_multi_string(
         "cell", [], "FILE.py:CLASS of the run's cell, if it has your own."
     )

@@ -55,9 +55,14 @@ def resolve_run(
     `config` is complete, with the checksum of the text. Raise `UserError` if the run has another
     text, or another value of a field that can't change.
     """
-    if config.init_from:
+    if config.init_from and not workdir.is_in_package(config.init_from):
         config = dataclasses.replace(config, init_from=str(Path(config.init_from).absolute()))
     workdir.check_regular_files(directory)
+    if workdir.is_folder(directory):
+        raise UserError(
+            f"{directory} holds a model without its run: start a new run from the parameters, with "
+            f"{another_directory()} and {_start_from(directory)}"
+        )
     if (directory / workdir.CONFIG).exists():
         before = workdir.load_config(directory)
         config = dataclasses.replace(config, init_from=config.init_from or before.init_from)
@@ -71,7 +76,7 @@ def resolve_run(
             )
     vocabulary = splits.vocabulary
     if config.init_from:
-        source = Path(config.init_from)
+        source = workdir.find_model(config.init_from)
         _check_model(workdir.load_config(source), config, source)
         vocabulary = extend_vocabulary(workdir.load_vocabulary(source), vocabulary)
     return config, vocabulary, {}
@@ -106,13 +111,10 @@ def _find_changes(before: Config, config: Config, directory: Path) -> Changes:
     if _have_same_cell(before, config):
         changes.pop("model.cell", None)  # The file may move.
         if "model.cell_sha256" in changes:
-            initial = for_caller(
-                f"--init_from {shlex.quote(str(directory))}",
-                f"config.init_from = {str(directory)!r}",
-            )
             raise UserError(
                 f"{config.model.cell} has changed since the run in {directory} began: restore it, "
-                f"or start a new run from the parameters, with {another_directory()} and {initial}"
+                f"or start a new run from the parameters, with {another_directory()} and "
+                f"{_start_from(directory)}"
             )
     fixed = {f: values for f, values in changes.items() if f not in config_lib.CHANGEABLE}
     if "data.sha256" in fixed:
@@ -128,6 +130,12 @@ def _find_changes(before: Config, config: Config, directory: Path) -> Changes:
             f"use {another_directory()}"
         )
     return changes
+
+
+def _start_from(directory: Path) -> str:
+    """Return the setting that starts a run from these parameters, as a message names it."""
+    name = str(directory)
+    return for_caller(f"--init_from {shlex.quote(name)}", f"config.init_from = {name!r}")
 
 
 def _check_model(before: Config, config: Config, directory: Path) -> None:

@@ -1,4 +1,9 @@
-"""Read and write the working directory of a run: config, vocabulary, model and history."""
+"""Read and write the working directory of a run: config, vocabulary, model and history.
+
+Commands that only read a model also accept its folder: config, vocabulary, and one file with the
+parameters instead of checkpoints and history (`lstm_jax.convert` writes it); or the name of
+a folder in the package.
+"""
 
 import contextlib
 import dataclasses
@@ -18,12 +23,13 @@ from lstm_jax.config import Config
 from lstm_jax.data import files
 from lstm_jax.errors import UserError, for_caller, warn
 from lstm_jax.recurrences import fused
-from lstm_jax.run import cell_file, checkpoints
+from lstm_jax.run import cell_file, model_file
 from lstm_jax.vocabulary import Vocabulary
 
 CONFIG = "config.json"
 VOCABULARY = "vocabulary.json"
 CHECKPOINTS = "checkpoints"
+MODEL = "model.safetensors"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.txt"
 CURVES = "curves.png"
@@ -33,6 +39,8 @@ CHANGES = "changes.jsonl"
 HISTORY = (METRICS, SAMPLES, "events.out.tfevents.*")
 # Limits of file sizes in bytes.
 _CONFIG_LIMIT, _VOCABULARY_LIMIT = 2**20, 2**25
+# The folders of trained models in the package.
+_PRETRAINED = Path(__file__).parents[1] / "pretrained"
 
 
 def check_path(directory: Path | str) -> Path:
@@ -52,13 +60,34 @@ def check_path(directory: Path | str) -> Path:
     return path
 
 
+def is_in_package(name: Path | str) -> bool:
+    """Return whether this is the name of a model in the package, and no path here."""
+    path = check_path(name)
+    return path.name == str(path) and not path.exists() and (_PRETRAINED / path).is_dir()
+
+
+def find_model(name: Path | str) -> Path:
+    """Return the directory of a trained model: a path, which may not exist, or one in the package.
+
+    Raise `UserError` as `check_path` does.
+    """
+    return _PRETRAINED / name if is_in_package(name) else check_path(name)
+
+
+def is_folder(directory: Path) -> bool:
+    """Return whether the model in a directory is in one file, without the checkpoints of a run."""
+    return (directory / MODEL).exists() and not (directory / CHECKPOINTS).exists()
+
+
 def load_config(workdir: Path) -> Config:
     """Return the config of the run in `workdir`; raise `UserError` if there is no run."""
     if not (workdir / CONFIG).exists():
         remedy = for_caller(
-            command="specify the --workdir of a training run, or train one with python -m "
-            f"lstm_jax.main --config experiments/quick.py --workdir {shlex.quote(str(workdir))}",
-            python="name the directory of a training run, or train one with lstm_jax.train",
+            command="specify the --workdir of a training run, use --model tiny-shakespeare, or "
+            "train one with python -m lstm_jax.main --config experiments/quick.py --workdir "
+            f"{shlex.quote(str(workdir))}",
+            python="name the directory of a training run, or 'tiny-shakespeare', or train one with "
+            "lstm_jax.train",
         )
         raise UserError(f"there is no trained model in {workdir} (no {CONFIG}): {remedy}")
     try:
@@ -83,14 +112,22 @@ def _reason(error: OSError | ValueError) -> str:
 def load_params(
     workdir: Path, model: model_lib.LanguageModel, batch_size: int
 ) -> tuple[model_lib.Params, int]:
-    """Return the best parameters of `model` in a run with this batch size, and their step."""
+    """Return the best parameters of `model` in a run with this batch size, and their step.
+
+    Those of a folder are in its file.
+    """
     abstract = jax.eval_shape(lambda: model_lib.init_params(model, jax.random.key(0)))
+    if is_folder(workdir):
+        return model_file.read_params(workdir / MODEL, abstract)
+    # A folder does not need Orbax, whose import takes half a second.
+    from lstm_jax.run import checkpoints
+
     carry = jax.eval_shape(lambda: model.initial_carry(batch_size))
     return checkpoints.restore_best_params(workdir / CHECKPOINTS, abstract, carry)
 
 
 class Trained(NamedTuple):
-    """A trained model, read from a working directory."""
+    """A trained model, read from a working directory or a folder."""
 
     config: Config
     vocabulary: Vocabulary
@@ -102,6 +139,8 @@ class Trained(NamedTuple):
 def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
     """Load the model in `workdir`: its best checkpoint by validation loss, else its latest.
 
+    `workdir` may also be a folder, or the name of a model in the package.
+
     Its matmuls are in `dtype`, a value of `config.model.dtype`; by default as in training. "int8"
     is bfloat16, with kernels and hidden states of the recurrent layers rounded to 8 bits where
     tokens are read one by one.
@@ -110,7 +149,7 @@ def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
       UserError: if there is none, or a file is damaged, or its cell is in a file that was not
         loaded (`cell_file.load_cell`), or int8 is not possible.
     """
-    workdir = check_path(workdir)
+    workdir = find_model(workdir)
     config = load_config(workdir)
     if dtype:
         used = "bfloat16" if dtype == "int8" else dtype

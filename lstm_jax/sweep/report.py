@@ -27,8 +27,6 @@ TRIALS = "trials.jsonl"
 BEST = "best.py"
 PAGE = "report.html"
 
-_HEAD = ("trial", "state", "epochs", "validation", "test", "seconds", "settings", "directory")
-
 # With fewer complete trials, importances are not computed, or are only a hint.
 _MIN_TRIALS, _MIN_RELIABLE = 4, 30
 
@@ -203,7 +201,8 @@ def make_page(study: Study, directory: Path) -> str:
             f"</p><div class=wide>{plots.draw_parallel_coordinates(ended, varied)}</div>"
         )
     ordered = sorted(trials, key=lambda t: (math.inf if t.value is None else t.value, t.number))
-    table = _make_table([_make_row(t, directory, t is best) for t in ordered], _HEAD)
+    rows = [_make_row(t, directory, t is best) for t in ordered]
+    table = _make_table([row.values() for row in rows], rows[0] if rows else ())
     parts.append(f"<h2>Trials</h2>{table}")
     page = Path(__file__).with_name(PAGE).read_text("utf-8")
     return page.replace("<!--title-->", title).replace("<!--body-->", "".join(parts))
@@ -217,20 +216,21 @@ def _make_table(rows: Iterable[Iterable[object]], head: Iterable[str] = ()) -> s
     return f"<div class=wide><table>{body}</table></div>"
 
 
-def _make_row(trial: FrozenTrial, directory: Path, is_best: bool) -> Sequence[object]:
-    """Return the cells of a trial; the style colors a row with a <strong>."""
+def _make_row(trial: FrozenTrial, directory: Path, is_best: bool) -> dict[str, object]:
+    """Return the cells of a trial by column; the style knows <strong> and <span>."""
     test, reason = map(trial.user_attrs.get, (study_lib.TEST_LOSS, study_lib.REASON))
     where = str(study_lib.get_trial_directory(directory, trial).relative_to(directory))
-    return (
-        f"<strong>{trial.number}</strong>" if is_best else trial.number,
-        table_lib.describe_state(trial),
-        max(trial.intermediate_values, default=0),
-        f"{trial.value:.4f}" if trial.value is not None else "",
-        f"{test:.4f}" if test is not None else "",
-        f"{trial.duration.total_seconds():.0f}" if trial.duration else "",
-        html.escape(table_lib.describe_settings(trial) + (f" ({reason})" if reason else "")),
-        f"<a href='{quote(f'{where}/{workdir.METRICS}')}'>{html.escape(where)}</a>",
-    )
+    settings = table_lib.describe_settings(trial) + (f" ({reason})" if reason else "")
+    return {
+        "trial": f"<strong>{trial.number}</strong>" if is_best else trial.number,
+        "state": table_lib.describe_state(trial),
+        "epochs": max(trial.intermediate_values, default=0),
+        "validation": f"{trial.value:.4f}" if trial.value is not None else "",
+        "test": f"{test:.4f}" if test is not None else "",
+        "seconds": f"{trial.duration.total_seconds():.0f}" if trial.duration else "",
+        "settings": f"<span>{html.escape(settings)}</span>",
+        "directory": f"<a href='{quote(f'{where}/{workdir.METRICS}')}'>{html.escape(where)}</a>",
+    }
 
 
 def _show_importances(study: Study) -> str:

@@ -1,0 +1,128 @@
+"""Write a model as a folder, and read it with every command that reads a working directory."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import commands
+import lstm_jax
+from lstm_jax import training
+from lstm_jax.convert import transfer
+from lstm_jax.errors import UserError
+from lstm_jax.run import workdir
+
+
+@pytest.fixture(scope="module")
+def folder(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a tiny trained model."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    transfer.export_folder(trained, directory, "float32")
+    return directory
+
+
+def test_a_folder_holds_the_model_of_its_run(trained: Path, folder: Path, tmp_path: Path) -> None:
+    before, after = workdir.load_trained(trained), workdir.load_trained(folder)
+    assert (after.config, after.step) == (before.config, before.step)
+    assert after.vocabulary.tokens == before.vocabulary.tokens
+    assert jax.tree.map(np.array_equal, after.params, before.params) == jax.tree.map(
+        lambda _: True, before.params
+    )
+    names = {"README.md", workdir.CONFIG, workdir.MODEL, workdir.VOCABULARY}
+    assert {path.name for path in folder.iterdir()} == names
+    card = (folder / "README.md").read_text()
+    assert "# tiny\n" in card and "| test | " in card and "Text: text.txt, license: unknown" in card
+    small = tmp_path / "small"
+    transfer.export_folder(folder, small, "bfloat16")
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), before.params)
+    jax.tree.map(np.testing.assert_array_equal, workdir.load_trained(small).params, rounded)
+    assert (small / workdir.MODEL).stat().st_size < 0.6 * (folder / workdir.MODEL).stat().st_size
+
+
+def test_the_file_is_one_of_safetensors(folder: Path) -> None:
+    library = pytest.importorskip("safetensors.numpy")
+    arrays = library.load_file(folder / workdir.MODEL)
+    params = workdir.load_trained(folder).params
+    np.testing.assert_array_equal(arrays["lstm_0.bias"], params["lstm_0"]["bias"])
+    assert len(arrays) == len(jax.tree.leaves(params))
+
+
+def test_every_command_reads_a_folder(trained: Path, folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    for module, arguments in {
+        "sample": ["--length=30", "--prompt=ROMEO:"],
+        "evaluate": [],
+        "inspect": ["--length=200", f"--out={tmp_path / 'report.html'}"],
+        "export": [f"--to={tmp_path / 'page.html'}"],
+        "convert": [f"--to={tmp_path / 'again'}", "--dtype=bfloat16"],
+    }.items():
+        done = commands.run(module, f"--workdir={copy}", *arguments)
+        assert done.returncode == 0, done.stderr
+        if module in ("sample", "evaluate"):  # The alias of the flag.
+            assert commands.run(module, f"--model={trained}", *arguments).stdout == done.stdout
+    assert lstm_jax.load([copy, trained]).generate("A", length=5).startswith("A")
+    assert sorted(path.name for path in copy.iterdir()) == sorted(
+        path.name for path in folder.iterdir()
+    )
+
+
+def test_a_run_starts_from_a_folder_but_not_in_it(
+    folder: Path, tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="holds a model without its run: .*config.init_from = "):
+        training.train(tiny_config, folder)
+    tiny_config.init_from, tiny_config.max_steps = str(folder), 1
+    assert training.train(tiny_config, tmp_path / "run", quiet=True) == 0
+    assert workdir.load_config(tmp_path / "run").init_from == str(folder)
+
+
+def test_any_flipped_byte_of_the_parameters_is_detected(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    content = (folder / workdir.MODEL).read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    for at in [*range(0, header, 3), *range(header, len(content), len(content) // 20)]:
+        flipped = content[:at] + bytes([content[at] ^ 0x04]) + content[at + 1 :]
+        (copy / workdir.MODEL).write_bytes(flipped)
+        with pytest.raises(UserError, match=r"is damaged|does not hold the model"):
+            workdir.load_params(copy, workdir.load_trained(folder).model, 1)
+
+
+def test_an_error_names_a_model_that_is_not_the_one_of_the_config(
+    folder: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    content = (folder / workdir.MODEL).read_bytes()
+    for changed in (content[:-1], content + b"\0", b"", b"\xff" * 100):
+        (copy / workdir.MODEL).write_bytes(changed)
+        with pytest.raises(UserError, match=r"model.safetensors is damaged"):
+            workdir.load_trained(copy)
+    vocabulary = workdir.load_vocabulary(copy)
+    fields = {**vocabulary.to_fields(), "units": vocabulary.tokens[:-1]}
+    workdir.save_vocabulary(copy, type(vocabulary).from_fields(json.loads(json.dumps(fields))))
+    (copy / workdir.MODEL).write_bytes(content)
+    with pytest.raises(UserError, match="does not hold the model that the config describes"):
+        workdir.load_trained(copy)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to=FOLDER"], "exists: remove it, or use another --to"),
+        (["--to=x.onnx", "--dtype=bfloat16"], "--dtype is for --to with the name of a folder"),
+        (["--to=x", "--drop_special"], "--drop_special is for --to with the name of a file"),
+        (["--to=x.pt2"], "end in one of these, or have no suffix, for a folder"),
+    ],
+)
+def test_a_mistake_gives_one_line(arguments: list[str], message: str, folder: Path) -> None:
+    arguments = [argument.replace("FOLDER", str(folder)) for argument in arguments]
+    done = commands.run("convert", f"--workdir={folder}", *arguments)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert message in done.stderr

@@ -1,0 +1,100 @@
+"""Test the trained model in the package."""
+
+import hashlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+import commands
+import lstm_jax
+from lstm_jax import loss as loss_lib
+from lstm_jax import training
+from lstm_jax.run import workdir
+
+NAME = "tiny-shakespeare"
+# `make pretrained` writes another model: change both with it.
+SHA256 = "250c4358fdf4620a60bf9cf2cd020ac3970b55b9f6a5137a66432ad9b8bb9cdd"
+SAMPLE = "ROMEO:\nI would not stay to the court of the world,\nAnd then the se"
+
+
+@pytest.fixture(scope="module")
+def run() -> lstm_jax.Run:
+    return lstm_jax.load(NAME, "float32")
+
+
+def test_it_is_small_and_has_the_checksum_of_this_test() -> None:
+    folder = workdir.find_model(NAME)
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 2_200_000
+    content = (folder / workdir.MODEL).read_bytes()
+    assert hashlib.sha256(content).hexdigest() == SHA256
+
+
+def test_it_generates_a_fixed_text(run: lstm_jax.Run) -> None:
+    assert run.generate("ROMEO:", length=60, temperature=0) == SAMPLE
+
+
+def test_its_test_loss_is_that_of_its_card(run: lstm_jax.Run, shakespeare: dict[str, str]) -> None:
+    card = (workdir.find_model(NAME) / "README.md").read_text()
+    (stored,) = re.findall(r"Losses as stored, .*, test (\d\.\d+) nats", card)
+    ids = run.vocabulary.encode(shakespeare["test"])
+    loss = loss_lib.compute_loss(run.model, run.params, ids)
+    assert loss == pytest.approx(float(stored), abs=0.003) and loss < 1.49
+
+
+@pytest.mark.process
+def test_it_needs_no_optional_package_and_no_checkpoints() -> None:
+    code = (
+        f"import sys, lstm_jax; print(lstm_jax.load({NAME!r}).generate('A', length=5)[:1])\n"
+        "packages = {name.partition('.')[0] for name in sys.modules}\n"
+        "print(packages & {'orbax', 'safetensors', 'tensorflow_datasets'})"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "A\nset()\n"
+
+
+def test_commands_take_its_name_and_write_nothing_beside_it(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("ROMEO:\nBut, soft! what light through yonder window breaks?\n")
+    folder = workdir.find_model(NAME)
+    before = sorted(folder.iterdir())
+    for arguments in (
+        ["sample", "--length=5", f"--model={NAME}"],
+        ["sample", "--length=5", f"--workdir={NAME}"],
+        ["evaluate", f"--text={text}", f"--model={NAME}"],
+        ["inspect", f"--text={text}", f"--model={NAME}"],
+        ["export", "--to=page.html", f"--model={NAME}"],
+        ["convert", "--to=copy", f"--model={NAME}"],
+    ):
+        done = commands.run(*arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    made = {path.name for path in tmp_path.iterdir()}
+    assert made == {"text.txt", "report.html", "page.html", "copy"}
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_run_starts_from_it(tiny_config: ConfigDict, tmp_path: Path) -> None:
+    model = workdir.load_config(workdir.find_model(NAME)).to_dict()["model"]
+    tiny_config.model.update(model)
+    tiny_config.init_from, tiny_config.max_steps = NAME, 1
+    for _ in range(2):  # The second call resumes.
+        assert training.train(tiny_config, tmp_path / "run", quiet=True) == 0
+    assert workdir.load_config(tmp_path / "run").init_from == NAME
+
+
+def test_a_directory_of_this_name_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / NAME).mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(lstm_jax.UserError, match=f"no trained model in {NAME} "):
+        lstm_jax.load(NAME)
+
+
+@pytest.mark.parametrize("name", ["tiny-shakespear", "../pretrained/tiny-shakespeare", "."])
+def test_another_name_gives_one_line(name: str, tmp_path: Path) -> None:
+    done = commands.run("sample", f"--model={name}", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "there is no trained model in" in done.stderr and f"use --model {NAME}" in done.stderr
