@@ -122,6 +122,19 @@ def test_a_model_is_loaded_in_another_dtype(run: library.Run, trained: Path) -> 
         lstm_jax.load(trained, dtype="int8")  # This model has 24 hidden units.
 
 
+def test_several_texts_are_read_step_by_step() -> None:
+    run, texts = make_run("abcdefgh"), ("abcd", "hgfe")
+    ids = np.stack([run.vocabulary.encode(text) for text in texts])
+    state = run.read(ids[:, :0])
+    assert state.logits.shape == (2, len(run.vocabulary)) and not np.asarray(state.logits).any()
+    for column in ids.T:
+        state = run.read(column[:, None], state)
+    np.testing.assert_array_equal(state.logits, run.read(ids).logits)
+    log_probs = jax.nn.log_softmax(state.logits)
+    for of_text, text in zip(log_probs, texts, strict=True):
+        np.testing.assert_allclose(of_text, compute_log_probs(run, text)[-1], atol=1e-5)
+
+
 def test_a_logits_processor_sees_the_text_so_far_and_changes_what_is_drawn() -> None:
     run = make_run("abcdefgh")
     seen = []

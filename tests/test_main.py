@@ -41,6 +41,40 @@ def test_sample_and_evaluate_need_only_the_directory(trained: Path, tmp_path: Pa
     assert result["loss"] == pytest.approx(recorded[result["step"]], abs=1e-6)
 
 
+def test_a_model_is_trained_further_on_another_text(
+    trained: Path, text_file: Path, tmp_path: Path
+) -> None:
+    text = text_file.read_text(encoding="utf-8").replace("q", "é")[::-1]
+    (tmp_path / "my.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "experiments").mkdir()  # The user names no file there.
+    (tmp_path / "experiments" / "finetune.py").write_text("raise ValueError")
+    command = ["main", f"--init_from={trained}", "--config.data.path=my.txt"]
+    sizes = ["--config.batches.batch_size=8", "--config.max_steps=4", "--config.sample.length=20"]
+    first = run(*command, *sizes, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert f"in {trained}; the vocabulary has 1 new tokens: 'é'" in first.stdout
+    directory = tmp_path / "runs" / f"finetune_{trained.name}"
+    made, source = workdir.load_config(directory), workdir.load_config(trained)
+    assert made.model == source.model and made.init_from == str(trained)
+    assert made.optimizer.learning_rate < source.optimizer.learning_rate
+    again = run(*command, *sizes, cwd=tmp_path)
+    assert again.returncode == 0 and "is finished after 4 steps" in again.stdout
+
+
+def test_a_cell_that_only_the_model_names_is_not_run(
+    trained: Path, text_file: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    evil = tmp_path / "evil.py"
+    evil.write_text(f"open({str(tmp_path / 'seen')!r}, 'w')")
+    before = workdir.load_config(trained)
+    cell = {"model.cell": f"{evil}:Evil", "model.cell_sha256": "0" * 64}
+    workdir.save_config(tmp_path / "run", config.change_fields(before, cell))
+    done = run("main", "--init_from=run", f"--config.data.path={text_file}", cwd=tmp_path)
+    assert done.returncode == 2 and f"add --config.model.cell={evil}:Evil" in done.stderr
+    assert not (tmp_path / "seen").exists()
+
+
 def test_a_flag_names_a_text_that_moved(trained: Path, text_file: Path, tmp_path: Path) -> None:
     other = tmp_path / "moved.txt"
     other.write_text(text_file.read_text(encoding="utf-8"), encoding="utf-8")
@@ -312,6 +346,7 @@ BAD_CONFIGS = {
     ("arguments", "message"),
     [
         (["main"], "specify an experiment: --config experiments/quick.py"),
+        (["main", "--init_from=.", "--config.data.path=good.txt"], "no trained model in ."),
         (["main", "--config=nothing.py"], "nothing.py"),
         (["main", "--config=raises.py"], "raises.py, line 2: ZeroDivisionError"),
         (["main", "--config=syntax.py"], "syntax.py, line 1"),

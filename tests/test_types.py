@@ -23,6 +23,8 @@ scores = run.score("ROMEO:")
 log_probs: np.ndarray = scores.log_probs
 later: list[str] = run.score("JULIET:", scores.carry).tokens
 states: list[np.ndarray] = run.hidden_states("ROMEO:")
+state = run.read(run.vocabulary.encode("ROMEO:")[None])
+logits: np.ndarray = np.asarray(run.read(np.zeros((1, 1), np.int32), state).logits)
 following: list[tuple[str, float]] = run.next("ROMEO", n=5)
 config = lstm_jax.config.default()
 config.data.path = "my.txt"
@@ -42,6 +44,7 @@ for piece in run.stream("ROMEO:"):
     piece.append("")  # error: attr-defined
 run.score(scores)  # error: arg-type
 run.hidden_states("ROMEO:").shape  # error: attr-defined
+run.read("ROMEO:")  # error: arg-type
 run.next("ROMEO", n="5")  # error: arg-type
 lstm_jax.load(1)  # error: arg-type
 lstm_jax.train(config)  # error: call-arg

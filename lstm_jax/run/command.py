@@ -105,7 +105,8 @@ def read_experiment() -> tuple[config.Config, str]:
     path = Path(name)
     if not path.is_file():
         raise UserError(f"there is no config file {path}")
-    return config.complete_config(flag.value), f"{path.stem}_{word}" if word else path.stem
+    name = f"{path.stem}_{Path(word).name}" if word else path.stem
+    return config.complete_config(flag.value), name
 
 
 def define_run_flags() -> Callable[[], tuple[list[Path], list[str | None]]]:
@@ -162,11 +163,25 @@ def find_experiment(argument: str) -> str:
     """
     flag, equals, value = argument.rpartition("=")
     name, colon, word = value.partition(":")
-    package = Path(__file__).parents[1]
-    path = (package if (package / "experiments").is_dir() else package.parent) / name
+    path = _find_in_package(name)
     if not name.startswith("experiments/") or Path(name).exists() or not path.is_file():
         return argument
     return f"{flag}{equals}{path}{colon}{word}"
+
+
+def _find_in_package(name: str) -> Path:
+    """Return the path of a packaged experiment, which may not exist."""
+    package = Path(__file__).parents[1]
+    return (package if (package / "experiments").is_dir() else package.parent) / name
+
+
+def _get_value(argv: Sequence[str], name: str) -> str | None:
+    """Return the value of a flag in the arguments of a command, or None."""
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        flag, equals, value = argument.partition("=")
+        if flag in (f"-{name}", f"--{name}"):
+            return value if equals else following
+    return None
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
@@ -191,6 +206,10 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         else argument
         for before, argument in zip(["", *argv], argv, strict=False)
     ]
+    model = _get_value(argv, "init_from")
+    if model and "init_from" in flags.FLAGS and _get_value(argv, "config") is None:
+        # The experiment of the package: the user has named none.
+        argv.insert(1, f"--config={_find_in_package('experiments/finetune.py')}:{model}")
     try:
         return flags.FLAGS(argv)
     except Exception as error:  # A config file is Python code: it can raise anything.
@@ -203,6 +222,8 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
         field = re.match(r"--?config\.([\w.]+)", argument)
         if field and (message := config.describe_unknown_field(field[1])):
             return message
+    if isinstance(error, UserError):
+        return str(error)
     if isinstance(error, OSError):
         return f"can't read the config file: {str(error).rpartition(']')[2].strip()}"
     if isinstance(error, SyntaxError):

@@ -150,6 +150,17 @@ class Run:
         )
         return (piece for (piece,) in pieces if piece)
 
+    def read(self, ids: np.ndarray, state: generation.State | None = None) -> generation.State:
+        """Read token ids of one or several texts, int32 [batch, time], from the start or a state.
+
+        Return the state after them. Its `logits`, float32 [batch, vocabulary], predict the next
+        token of each text; before the first token they are zeros. The results depend on the number
+        of texts by rounding only, and not on how a text is divided between calls.
+        """
+        if state is None:
+            state = generation.initial_state(self.model, self._arrays, len(ids))
+        return generation.read_tokens(self.model, self._arrays, state, ids)
+
     def score(self, text: str, carry: TextCarry | None = None) -> Scores:
         """Compute the log-probability of each token of a text, given all before it.
 
@@ -197,7 +208,8 @@ class Run:
         """Return the n most probable tokens after a text, with their probabilities."""
         controls.check_number("n", n)
         self._check_prompt(text, "text")
-        probabilities = np.asarray(jax.nn.softmax(self._read(text).logits[0]))
+        state = self.read(generation.encode_prompt(self.vocabulary, text)[None])
+        probabilities = np.asarray(jax.nn.softmax(state.logits[0]))
         best = np.argsort(-probabilities, kind="stable")[:n]
         return [(self.vocabulary.tokens[i], float(probabilities[i])) for i in best]
 
@@ -213,7 +225,7 @@ class Run:
         controls.check_number("length", length)
         controls.check_number("beams", beams)
         self._check_prompt(prompt)
-        state = self._read(prompt)
+        state = self.read(generation.encode_prompt(self.vocabulary, prompt)[None])
         state = jax.tree.map(lambda x: jnp.repeat(x, beams, 0) if x.ndim else x, state)
         totals = np.full(beams, -np.inf)
         totals[0] = 0  # All others are copies of the first.
@@ -232,18 +244,12 @@ class Run:
             if ended.all():
                 break
             state = jax.tree.map(lambda x, parents=parents: x[parents] if x.ndim else x, state)
-            state = generation.read_tokens(self.model, self._arrays, state, ids[:, None])
+            state = self.read(ids[:, None], state)
         texts = []
         for row in generated[np.isfinite(totals)]:
             decode = generation.text_decoder(self.vocabulary, stop_token=True)
             texts.append(prompt + decode(row, True))
         return list(zip(texts, totals.tolist(), strict=False))
-
-    def _read(self, text: str) -> generation.State:
-        """Return the state after a prompt."""
-        ids = generation.encode_prompt(self.vocabulary, text)
-        state = generation.initial_state(self.model, self._arrays)
-        return generation.read_tokens(self.model, self._arrays, state, ids[None])
 
     def _check_text(self, name: str, text: str) -> None:
         """Raise `UserError` if the argument `name` is not a text that the model can read."""

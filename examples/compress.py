@@ -1,0 +1,98 @@
+"""Compress a file without loss to the size that a model's loss promises, and decompress it.
+
+    python examples/compress.py pack tiny-shakespeare my.txt my.lstm
+    python examples/compress.py unpack tiny-shakespeare my.lstm copy.txt
+
+The model predicts each token from those before it, and an entropy coder writes it in about
+-log2(probability) bits. Blocks of a long text are read side by side, each from a zero carry. A file
+can be unpacked only where the model computes the same probabilities, bit for bit: on the same kind
+of processor, with the same versions of JAX and of this package. Checksums in the header say so.
+"""
+
+import hashlib
+import os
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+# With several threads, the order of a sum could depend on their number. JAX reads this once.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
+
+import jax
+import numpy as np
+from constriction import stream
+
+import lstm_jax
+
+
+def code(run: lstm_jax.Run, coders: list[Any], blocks: list[np.ndarray]) -> None:
+    """Encode the ids of each block, or decode them into it, by the same programs and shapes."""
+    state = run.read(np.zeros((len(blocks), 0), np.int32))
+    for t in range(max(map(len, blocks))):
+        column = np.zeros((len(blocks), 1), np.int32)
+        for i, probabilities in enumerate(get_probabilities(state)):
+            if t < len(blocks[i]):
+                # The coder rounds the probabilities to multiples of 2**-24, none of them zero.
+                model = stream.model.Categorical(probabilities, lazy=True)
+                if isinstance(coders[i], stream.queue.RangeEncoder):
+                    coders[i].encode(int(blocks[i][t]), model)
+                else:
+                    blocks[i][t] = coders[i].decode(model)
+                column[i] = blocks[i][t]
+        state = run.read(column, state)
+
+
+def get_probabilities(state: Any) -> np.ndarray:
+    """Return the probabilities of the next tokens, float64 [blocks, vocabulary], not normalized."""
+    logits = np.asarray(state.logits, np.float64)
+    return np.exp(logits - logits.max(axis=1, keepdims=True))
+
+
+def make_header(run: lstm_jax.Run, blocks: int) -> bytes:
+    """Return checksums of the model, and of what it computes here for this number of blocks."""
+    model = hashlib.sha256(repr(run.vocabulary.to_fields()).encode())
+    for array in jax.tree.leaves(run.params):
+        model.update(np.asarray(array).tobytes())
+    state, crc = run.read(np.zeros((blocks, 0), np.int32)), 0
+    for token in range(min(len(run.vocabulary), 64)):
+        state = run.read(np.full((blocks, 1), token, np.int32), state)
+        crc = zlib.crc32(get_probabilities(state).tobytes(), crc)
+    return b"LSTM" + model.digest()[:8] + crc.to_bytes(4, "little")
+
+
+def pack(run: lstm_jax.Run, text: bytes, block_length: int = 2**17) -> bytes:
+    """Return a header, the lengths, checksums and sizes of the blocks, and their 32-bit words."""
+    characters = text.decode("utf-8", "surrogateescape")
+    ids = run.vocabulary.encode(characters).astype("<i4")
+    if not text or run.vocabulary.decode(ids) != characters:
+        raise lstm_jax.UserError("the file is empty, or has characters that the model lacks")
+    blocks = np.array_split(ids, -(-len(ids) // block_length))
+    coders = [stream.queue.RangeEncoder() for _ in blocks]
+    code(run, coders, blocks)
+    words = [coder.get_compressed() for coder in coders]
+    checksums = [zlib.crc32(ids.tobytes()) for ids in blocks]
+    numbers = [len(blocks), *map(len, blocks), *checksums, *map(len, words)]
+    packed = np.concatenate([numbers, *words]).astype("<u4")
+    return make_header(run, len(blocks)) + packed.tobytes()
+
+
+def unpack(run: lstm_jax.Run, data: bytes) -> bytes:
+    """Return the text of `pack`; raise `UserError` if it was packed elsewhere, or is damaged."""
+    number, *rest = np.frombuffer(data, "<u4", offset=16).tolist()
+    lengths, checksums, sizes = np.reshape(rest[: 3 * number], (3, number))
+    if data[:16] != make_header(run, number):
+        raise lstm_jax.UserError("it was packed by another model, or on another kind of machine")
+    words = np.split(np.array(rest[3 * number :], np.uint32), np.cumsum(sizes)[:-1])
+    blocks = [np.zeros(length, "<i4") for length in lengths]
+    code(run, [stream.queue.RangeDecoder(part) for part in words], blocks)
+    if damaged := [i for i, ids in enumerate(blocks) if zlib.crc32(ids.tobytes()) != checksums[i]]:
+        raise lstm_jax.UserError(f"these blocks are damaged: {damaged}")
+    return run.vocabulary.decode(np.concatenate(blocks)).encode("utf-8", "surrogateescape")
+
+
+if __name__ == "__main__":
+    action, directory, source, target = sys.argv[1:]
+    convert = pack if action == "pack" else unpack
+    Path(target).write_bytes(convert(lstm_jax.load(directory), Path(source).read_bytes()))
+    print(f"{Path(source).stat().st_size:,} bytes in, {Path(target).stat().st_size:,} bytes out")

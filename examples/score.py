@@ -1,0 +1,33 @@
+"""Score the sentences of a file, one on each line, and sort them from most to least likely.
+
+    python examples/score.py tiny-shakespeare sentences.txt
+
+The score is the number of bits that the model needs for each character, given those before it. Each
+sentence is read as if it followed an empty line.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import lstm_jax
+
+
+def score_sentences(run: lstm_jax.Run, sentences: list[str]) -> list[tuple[float, str]]:
+    """Return the bits per character of each sentence with its sentence, the smallest first."""
+    start = run.score("\n\n").carry
+    scored = []
+    for sentence in sentences:
+        log_probs = run.score(f"{sentence}\n", start).log_probs  # Its end is predicted, too.
+        scored.append((-log_probs.sum() / math.log(2) / len(sentence), sentence))
+    return sorted(scored)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", help="a model, as of lstm_jax.load")
+    parser.add_argument("file", type=Path)
+    arguments = parser.parse_args()
+    lines = arguments.file.read_text(encoding="utf-8").splitlines()
+    for bits, line in score_sentences(lstm_jax.load(arguments.model), list(filter(None, lines))):
+        print(f"{bits:6.3f}  {line}")

@@ -1,0 +1,174 @@
+"""Run the files of examples/ with a tiny model, as their docstrings say."""
+
+import http.client
+import os
+import re
+import runpy
+import subprocess
+import sys
+import threading
+import urllib.parse
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lstm_jax
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def run(trained: Path) -> lstm_jax.Run:
+    """Return the tiny model."""
+    return lstm_jax.load(trained)
+
+
+def run_example(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> None:
+    """Run an example in this process with these arguments."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.iterdir()), ids=lambda path: path.name)
+def test_every_example_is_short_and_says_how_to_run_it(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert source.count("\n") < 100
+    assert f"    python examples/{path.name} " in source.split('"""')[1]
+    listed = (EXAMPLES.parent / "docs" / "examples.md").read_text(encoding="utf-8")
+    assert f"(../examples/{path.name})" in listed
+
+
+@pytest.mark.slow
+def test_sentences_are_sorted_by_their_score(
+    trained: Path,
+    run: lstm_jax.Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sentences = ["xqz jvk wq", "the people and the city", "The gods be with you all"]
+    path = tmp_path / "sentences.txt"
+    path.write_text("\n\n".join(sentences), encoding="utf-8")
+    run_example(monkeypatch, "score.py", trained, path)
+    scored = [line.split("  ", 1) for line in capsys.readouterr().out.splitlines()]
+    assert sorted(sentence for _, sentence in scored) == sorted(sentences)
+    assert scored[-1][1] == sentences[0]
+    for bits, sentence in scored:
+        whole = run.score(f"\n\n{sentence}\n").log_probs[1:]
+        assert float(bits) == pytest.approx(-whole.sum() / np.log(2) / len(sentence), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_the_speaker_is_classified(
+    trained: Path,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_example(monkeypatch, "classify.py", trained, text_file, "First Citizen", "MENENIUS")
+    output = capsys.readouterr().out
+    pattern = r"(\d+) speeches: accuracy (0\.\d+); the majority class (0\.\d+)\n"
+    match = re.fullmatch(pattern, output)
+    assert match is not None, output
+    text = text_file.read_text(encoding="utf-8")
+    counts = [len(re.findall(f"^{name}:\n.", text, re.M)) for name in ("First Citizen", "MENENIUS")]
+    assert int(match[1]) == sum(counts)
+    assert float(match[3]) == pytest.approx(max(counts) / sum(counts), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_the_classifier_finds_what_it_can_and_nothing_else() -> None:
+    from classify import cross_validate
+
+    draws = np.random.default_rng(0)
+    labels = draws.integers(0, 2, 200)
+    noise = draws.normal(size=(200, 8)).astype(np.float32)
+    assert cross_validate(noise + 2 * labels[:, None], labels) > 0.9
+    assert 0.4 < cross_validate(noise, labels) < 0.6
+
+
+@pytest.mark.slow
+def test_the_server_streams_to_two_readers_at_once(run: lstm_jax.Run) -> None:
+    uvicorn = pytest.importorskip("uvicorn", reason="uvicorn isn't installed (extra 'examples')")
+    pytest.importorskip("fastapi", reason="fastapi isn't installed (extra 'examples')")
+    from server import make_app
+
+    server = uvicorn.Server(uvicorn.Config(make_app(run), port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            thread.join(0.05)
+            assert thread.is_alive()
+        port = server.servers[0].sockets[0].getsockname()[1]
+
+        def request(**query: object) -> http.client.HTTPResponse:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            connection.request("GET", f"/generate?{urllib.parse.urlencode(query)}")
+            return connection.getresponse()
+
+        responses = [request(prompt="The ", length=300, seed=seed) for seed in (1, 2)]
+        first = [response.read1().decode() for response in responses]
+        rest = [response.read().decode() for response in reversed(responses)][::-1]
+        for seed, beginning, end in zip((1, 2), first, rest, strict=True):
+            assert beginning and end, "the text came in one piece"
+            assert f"The {beginning}{end}" == run.generate("The ", length=300, seed=seed)
+        refused = request(temperature=-1)
+        assert refused.status == 400 and b"temperature is -1" in refused.read()
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def compress(cores: set[int], *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the compressor in a process that may use these cores."""
+    code = (
+        f"import os, runpy, sys; os.sched_setaffinity(0, {cores}); del sys.argv[0];"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, EXAMPLES / "compress.py", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.process
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the cores can't be chosen")
+def test_the_compressor_writes_what_the_loss_promises_and_loses_nothing(
+    trained: Path, run: lstm_jax.Run, text_file: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("constriction", reason="constriction isn't installed (extra 'examples')")
+    text = text_file.read_bytes()[-4000:]
+    (tmp_path / "text").write_bytes(text)
+    cores = os.sched_getaffinity(0)
+    packed = compress(cores, "pack", trained, tmp_path / "text", tmp_path / "packed")
+    assert packed.returncode == 0, packed.stderr
+    data = (tmp_path / "packed").read_bytes()
+    loss = -run.score(text.decode()).log_probs.sum(dtype=np.float64) + np.log(len(run.vocabulary))
+    # 16 bytes of checksums, 4 for the number of blocks and 12 for each; whole words of 4 bytes.
+    assert abs(len(data) - 32 - loss / np.log(2) / 8) < 0.002 * len(data) + 8
+    unpacked = compress({min(cores)}, "unpack", trained, tmp_path / "packed", tmp_path / "copy")
+    assert unpacked.returncode == 0, unpacked.stderr
+    assert (tmp_path / "copy").read_bytes() == text
+
+
+@pytest.mark.slow
+def test_the_compressor_refuses_another_model_and_damage(
+    run: lstm_jax.Run, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("constriction", reason="constriction isn't installed (extra 'examples')")
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # The import changes it.
+    from compress import pack, unpack
+
+    text = text_file.read_bytes()[:1000]
+    data = pack(run, text, block_length=300)
+    assert unpack(run, data) == text
+    assert len(pack(run, text)) < len(data)
+    for at, message in ((7, "another model"), (13, "another kind of machine"), (-90, "damaged: ")):
+        damaged = bytearray(data)
+        damaged[at] ^= 1
+        with pytest.raises(lstm_jax.UserError, match=message):
+            unpack(run, bytes(damaged))
+    for unknown in (b"", "é".encode()):
+        with pytest.raises(lstm_jax.UserError, match="characters that the model lacks"):
+            pack(run, unknown)
