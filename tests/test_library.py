@@ -234,10 +234,11 @@ def test_a_beam_ends_with_the_stop_token() -> None:
     total = 0.0
     for text, log_prob in found.items():
         assert "." not in text
-        ids = run.vocabulary.encode(text + ("." if len(text) < 4 else ""))
+        # A prompt is read after a stop token.
+        ids = run.vocabulary.encode("." + text + ("." if len(text) < 4 else ""))
         log_probs = compute_log_probs(run, run.vocabulary.decode(ids))
         assert log_prob == pytest.approx(
-            log_probs[np.arange(len(ids) - 1), ids[1:]].sum(), abs=1e-4
+            log_probs[np.arange(1, len(ids) - 1), ids[2:]].sum(), abs=1e-4
         )
         total += np.exp(log_prob)
     # All texts, but those with special tokens.
