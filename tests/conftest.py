@@ -87,8 +87,16 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the slowest tests first, so that no worker runs one alone at the end."""
-    items.sort(key=lambda item: not any(map(item.get_closest_marker, ("process", "slow"))))
+    """Run the slowest tests first, so that no worker runs one alone at the end.
+
+    The lesson takes longest, and another worker would have to run it again for its tests.
+    """
+
+    def rank(item: pytest.Item) -> int:
+        is_slow = any(map(item.get_closest_marker, ("process", "slow")))
+        return 0 if item.path.name == "test_notebook.py" else 1 if is_slow else 2
+
+    items.sort(key=rank)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
