@@ -276,9 +276,8 @@ def describe(traced: Any, platform: str, options: argparse.Namespace, name: str)
     size = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     kind = options.target.split(":")[platform == "tpu"]
     limit, flops_second, link = DEVICES[kind]
-    flops, read = (
-        total / count_devices(options.target) for total in count_matmuls(traced.jaxpr.jaxpr)
-    )
+    devices = len(jax.tree.leaves(compiled.input_shardings)[0].device_set)
+    flops, read = (total / devices for total in count_matmuls(traced.jaxpr.jaxpr))
     number, moved = count_collectives(text)
     seconds = moved / link
     share = seconds / (seconds + flops / flops_second) if moved else 0
@@ -288,11 +287,6 @@ def describe(traced: Any, platform: str, options: argparse.Namespace, name: str)
         f"{read / 2**20:,.0f} | {number} | "
         f"{moved / 2**20:,.2f} | {loops or '-'} | {share:.0%}"
     )
-
-
-def count_devices(target: str) -> int:
-    """Return the number of devices of a target."""
-    return math.prod(map(int, target.rpartition(":")[2].split("x")))
 
 
 def count_matmuls(jaxpr: Any) -> tuple[float, float]:

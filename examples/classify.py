@@ -63,7 +63,8 @@ def cross_validate(features: np.ndarray, labels: np.ndarray, folds: int = 5) -> 
         known = np.delete(features, held_out, axis=0)
         scaled = (features - known.mean(axis=0)) / (known.std(axis=0) + 1e-6)
         weights = fit(np.delete(scaled, held_out, axis=0), np.delete(labels, held_out))
-        correct += int(((predict(weights, scaled[held_out]) > 0) == labels[held_out]).sum())
+        logits = predict(weights, jnp.asarray(scaled[held_out]))
+        correct += int(((logits > 0) == labels[held_out]).sum())
     return correct / len(labels)
 
 

@@ -51,8 +51,8 @@ def read_alone(model: LanguageModel, params: Any, carry: Any) -> jax.Array:
     joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *carries)
     logits, _ = model_lib.apply(model, params, ids, joined)
     texts: list[list[jax.Array]] = [[] for _ in range(BATCH)]
-    for row, (b, positions) in zip(logits, rows, strict=True):
-        texts[b].append(row[: len(positions)])
+    for read, (b, positions) in zip(logits, rows, strict=True):
+        texts[b].append(read[: len(positions)])
     return jnp.stack([jnp.concatenate(parts) for parts in texts])
 
 
