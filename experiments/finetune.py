@@ -3,6 +3,9 @@
 #
 # The same as --config experiments/finetune.py:MODEL. docs/finetuning.md has measurements.
 
+import runpy
+from pathlib import Path
+
 from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
@@ -10,13 +13,14 @@ from lstm_jax.run import workdir
 
 
 def get_config(model: str = "tiny-shakespeare") -> ConfigDict:
-    """Return a config with the layers and the kind of tokens of a trained model.
+    """Return the config of experiments/quick.py, for the model and tokens of a trained model.
 
-    A quarter of `quick.py`'s learning rate keeps what the model knows, and strong dropout is for a
-    short text.
+    A quarter of its learning rate keeps what the model knows, and strong dropout is for a short
+    text.
     """
     trained = workdir.load_config(workdir.find_model(model))
-    config = config_lib.default()
+    quick = runpy.run_path(str(Path(__file__).with_name("quick.py")))
+    config: ConfigDict = quick["get_config"]()
     config.init_from = model
 
     config.data.units = trained.data.units
@@ -28,17 +32,7 @@ def get_config(model: str = "tiny-shakespeare") -> ConfigDict:
         # The file is code: it runs only if the user names it.
         config.model.cell, config.model.options = "lstm", {}
 
-    config.batches.kind = "streams"
-    config.batches.batch_size = 64
-    config.batches.window_length = 48
-
     config.optimizer.learning_rate = 3e-3
-    config.optimizer.warmup_steps = 50
-    config.optimizer.schedule = "linear"
-    config.optimizer.weight_decay = 0.1
-    config.optimizer.max_gradient_norm = 0.25
-
-    config.regularization.embedding_dropout = 0.03
     config.regularization.output_dropout = 0.3
     if trained.model.num_layers > 1:
         config.regularization.hidden_dropout = 0.3
