@@ -1,6 +1,7 @@
 # `make train` and `make test` need nothing but Python 3.11 or newer and a reachable package index.
 PYTHON ?= python3
 CONFIG ?= experiments/quick.py
+ROWS ?= quick.py
 # A file with exact versions, such as constraints/oldest.txt; without one, the newest are installed.
 CONSTRAINTS :=
 VENV := .venv$(addprefix -,$(basename $(notdir $(CONSTRAINTS))))
@@ -9,12 +10,16 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=worksteal
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check \
 	$(addprefix --constraint ,$(CONSTRAINTS)) --editable
 
-.PHONY: env train pretrained check test thorough lint clean
+.PHONY: env train results pretrained check test thorough lint clean
 
 env: $(VENV)/installed
 
 train: env
 	$(BIN)/python -m lstm_jax.main --config $(CONFIG)
+
+# Trains rows of docs/results.md again, and compares their losses with those stated.
+results: env
+	$(BIN)/python benchmarks/results.py --rows "$(ROWS)"
 
 # Trains the model in the package anew.
 pretrained: env

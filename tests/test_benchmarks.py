@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+import commands
+import runs
+
 ROOT = Path(__file__).parents[1]
 SIZES = {
     **{"batch_size": 2, "window_length": 3, "num_samples": 2, "length": 3},
@@ -87,3 +90,37 @@ def test_pytorch_converts_its_parameters_once(monkeypatch: pytest.MonkeyPatch) -
     options = argparse.Namespace(**SIZES, dtype="bfloat16")
     generated: Any = sampling._torch(options).run()
     assert generated.shape == (2, 3)
+
+
+@pytest.mark.slow
+def test_a_row_of_results_is_trained_and_compared(
+    tmp_path: Path,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import frame
+    import results
+
+    def run_python(option: str, module: str, *flags: object) -> str:
+        done = commands.run(module.removeprefix("lstm_jax."), *map(str, flags))
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    page = tmp_path / "page.md"
+    page.write_text("| x | test |\n| --- | --- |\n| **tiny** | 3.0 ± 1.0 |\n| tiny | 9.0 ± 0.1 |\n")
+    monkeypatch.setattr(frame, "run_python", run_python)
+    monkeypatch.setattr(results, "ROWS", {"tiny": results.Row(["max_steps=3"])})
+    fields = [
+        field for field in runs.make_arguments(text_file, tmp_path) if field.startswith("--config.")
+    ]
+    monkeypatch.setattr(
+        sys, "argv", ["", "--seeds=2", f"--page={page}", f"--workdir={tmp_path / 'runs'}", *fields]
+    )
+    results.main()
+    head, _, measured, stated, within = capsys.readouterr().out.splitlines()
+    assert head == "| tiny | test | minutes |"
+    assert 2 < float(measured.split("|")[2].split()[0]) < 4.5
+    assert stated.startswith("| stated | 3.000 ± 1.000 |")
+    assert within.startswith("| within the spread | yes")
+    assert results.compare(3.5, results.Stated(3.0, 0.2)) == "no, 2.5 deviations away"

@@ -1,0 +1,111 @@
+"""Train rows of the tables in docs/results.md again, and compare their losses with those stated.
+
+    make results ROWS=quick.py
+    python benchmarks/results.py --rows "learning rate 2e-2,no weight decay" --seeds 1
+
+A row changes fields of an experiment; flags --config.FIELD=VALUE change all rows. It has means and
+standard deviations over the seeds of what the columns of its table name, in nats per character: the
+losses of `evaluate` for the validation split, for the test split, and for the last 10 % of the
+text, validation and test as one text, also with `--context 256` or `--dynamic`. Below is whether
+each mean lies within two of the stated standard deviations. The same command resumes.
+"""
+
+import re
+import statistics
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from frame import ROOT, evaluate, parse_flags, print_head, print_row, spread, train
+
+
+class Row(NamedTuple):
+    """What a row of a table trains."""
+
+    fields: list[str]
+    experiment: str = "experiments/quick.py"
+
+
+_TWO_LAYERS = ["model.num_layers=2", "model.hidden_size=288"]
+ROWS = {
+    "quick.py": Row([]),
+    "shakespeare_best.py": Row([], "experiments/shakespeare_best.py"),
+    "windows of 96": Row(["batches.window_length=96"]),
+    "learning rate 2e-2": Row(["optimizer.learning_rate=2e-2"]),
+    "cosine schedule": Row(["optimizer.schedule=cosine"]),
+    "no weight decay": Row(["optimizer.weight_decay=0.0"]),
+    "embeddings in ±0.05": Row(["model.initial_embedding=0.05"]),
+    "output bias zero": Row(["model.initial_bias=zeros"]),
+    "no dropout": Row(
+        ["regularization.embedding_dropout=0.0", "regularization.output_dropout=0.0"]
+    ),
+    "output dropout 0.3": Row(["regularization.output_dropout=0.3"]),
+    "two layers of 288": Row(_TWO_LAYERS),
+    "two layers of 288 with skip connections": Row([*_TWO_LAYERS, "model.skip_connections=True"]),
+    "averaged weights": Row(["optimizer.average_decay=0.998"]),
+}
+_END = "--split=validation+test"
+COLUMNS = {
+    "validation": ["--split=validation"],
+    "test": ["--split=test"],
+    "last 10 %": [_END],
+    "last 10 %, `--context 256`": [_END, "--context=256"],
+    "last 10 %, `--dynamic`": [_END, "--dynamic"],
+}
+
+
+class Stated(NamedTuple):
+    """A loss in a table: the mean over seeds, and its standard deviation."""
+
+    mean: float
+    deviation: float
+
+
+def main() -> None:
+    """Train and measure what is not measured yet; print a row and a comparison after each."""
+    paths = {"page": ROOT / "docs/results.md", "workdir": ROOT / "runs/results"}
+    options = parse_flags(__doc__, True, rows=",".join(ROWS), seeds=3, **paths)
+    names = options.rows.split(",")
+    if unknown := set(names) - set(ROWS):
+        sys.exit(f"there is no row {unknown.pop()!r}; there are {', '.join(ROWS)}")
+    for name in names:
+        stated = read_stated(options.page.read_text(encoding="utf-8"), name)
+        runs = []
+        for seed in range(options.seeds):
+            directory: Path = options.workdir / re.sub(r"\W+", "_", name) / str(seed)
+            row = ROWS[name]
+            flags = [f"--config.{field}" for field in (*row.fields, f"seed={seed}")]
+            minutes = train(directory, "--config", row.experiment, *flags, *options.fields)
+            runs.append((*(evaluate(directory, *COLUMNS[column]) for column in stated), minutes))
+        *losses, all_minutes = zip(*runs, strict=True)
+        print_head(name, *stated, "minutes")
+        print_row(f"{len(runs)} seeds", *map(spread, losses), spread(all_minutes, 1))
+        print_row("stated", *(f"{mean:.3f} ± {spread:.3f}" for mean, spread in stated.values()), "")
+        pairs = zip(losses, stated.values(), strict=True)
+        print_row("within the spread", *(compare(statistics.mean(x), y) for x, y in pairs), "")
+
+
+def compare(mean: float, stated: Stated) -> str:
+    """Say whether a mean is within two standard deviations of the stated one."""
+    deviations = abs(mean - stated.mean) / max(stated.deviation, 0.001)  # It has three digits.
+    return f"{'yes' if deviations <= 2 else 'no'}, {deviations:.1f} deviations away"
+
+
+def read_stated(page: str, name: str) -> dict[str, Stated]:
+    """Return the losses of a row of a page's tables, by column, or raise `ValueError`."""
+    stated: dict[str, Stated] = {}
+    head: list[str] = []
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        head = (head or cells) if cells else []
+        if cells and cells[0].strip("*`") == name:
+            for column, cell in zip(head, cells, strict=True):
+                if (match := re.search(r"([\d.]+) ± ([\d.]+)", cell)) and column in COLUMNS:
+                    stated.setdefault(column, Stated(float(match[1]), float(match[2])))
+    if not stated:
+        raise ValueError(f"there is no row {name!r} with losses in the page")
+    return stated
+
+
+if __name__ == "__main__":
+    main()
