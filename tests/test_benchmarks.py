@@ -66,6 +66,7 @@ def test_every_library_keeps_the_memory_of_a_step(monkeypatch: pytest.MonkeyPatc
     assert calls == ["kept", "kept"]
 
 
+@pytest.mark.slow
 def test_the_steps_of_a_peer_read_like_its_sequences() -> None:
     import jax
     import numpy as np

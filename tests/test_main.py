@@ -41,6 +41,7 @@ def test_sample_and_evaluate_need_only_the_directory(trained: Path, tmp_path: Pa
     assert result["loss"] == pytest.approx(recorded[result["step"]], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_further_on_another_text(
     trained: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -106,6 +107,7 @@ def test_several_samples_are_separated_by_dashes(trained: Path) -> None:
     assert len(set(texts)) == 3 and {len(text) for text in texts} == {30}
 
 
+@pytest.mark.slow
 def test_a_model_of_words_and_documents(tmp_path: Path, text_file: Path) -> None:
     documents = ["--config.data.document_separator=blank_line", "--config.num_epochs=1"]
     units = ["--config.data.units=words", "--config.data.min_count=2"]

@@ -6,14 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 import commands
 import lstm_jax
+from lstm_jax import config as config_lib
 from lstm_jax import loss as loss_lib
-from lstm_jax import training
-from lstm_jax.run import workdir
+from lstm_jax.run import session, workdir
 
 NAME = "tiny-shakespeare"
 # `make pretrained` writes another model: change both with it.
@@ -37,6 +39,7 @@ def test_it_generates_a_fixed_text(run: lstm_jax.Run) -> None:
     assert run.generate("ROMEO:", length=60, temperature=0) == SAMPLE
 
 
+@pytest.mark.slow
 def test_its_test_loss_is_that_of_its_card(run: lstm_jax.Run, shakespeare: dict[str, str]) -> None:
     card = (workdir.find_model(NAME) / "README.md").read_text()
     (stored,) = re.findall(r"Losses as stored, .*, test (\d\.\d+) nats", card)
@@ -55,6 +58,7 @@ def test_it_needs_no_optional_package_and_no_checkpoints() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "A\nset()\n"
 
 
+@pytest.mark.slow
 def test_commands_take_its_name_and_write_nothing_beside_it(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("ROMEO:\nBut, soft! what light through yonder window breaks?\n")
@@ -75,13 +79,15 @@ def test_commands_take_its_name_and_write_nothing_beside_it(tmp_path: Path) -> N
     assert sorted(folder.iterdir()) == before
 
 
-def test_a_run_starts_from_it(tiny_config: ConfigDict, tmp_path: Path) -> None:
+def test_a_run_starts_from_it(run: lstm_jax.Run, tiny_config: ConfigDict, tmp_path: Path) -> None:
     model = workdir.load_config(workdir.find_model(NAME)).to_dict()["model"]
     tiny_config.model.update(model)
-    tiny_config.init_from, tiny_config.max_steps = NAME, 1
-    for _ in range(2):  # The second call resumes.
-        assert training.train(tiny_config, tmp_path / "run", quiet=True) == 0
-    assert workdir.load_config(tmp_path / "run").init_from == NAME
+    tiny_config.init_from = NAME
+    config = config_lib.complete_config(tiny_config)
+    for is_resumed in (False, True):
+        with session.open_run(config, tmp_path / "run") as opened:
+            assert opened.is_resumed == is_resumed and opened.config.init_from == NAME
+            jax.tree.map(np.testing.assert_array_equal, opened.loop.state.params, run.params)
 
 
 def test_a_directory_of_this_name_comes_first(
