@@ -17,6 +17,7 @@ class Batch(NamedTuple):
     inputs: np.ndarray  # int32 [batch, time].
     targets: np.ndarray  # int32 [batch, time]: targets[b, t] follows inputs[b, t] in the text.
     starts: np.bool_  # bool [], whether a new text starts here, so that the carry must be zero.
+    soft_targets: jax.Array | None = None  # float16 [batch, time, vocabulary], of teachers.
 
 
 class Offsets(NamedTuple):
@@ -75,11 +76,21 @@ class Streams:
         return Offsets(starts + step_in_epoch * self._window_length, np.bool_(step_in_epoch == 0))
 
 
-def cut_batch(ids: Ids | jax.Array, offsets: Offsets, window_length: int) -> Batch:
-    """Return the batch whose windows begin at `offsets`, on the host or on the device."""
-    columns = np.arange(window_length + 1, dtype=np.int32)
-    windows: Any = ids[offsets.begins[:, None] + columns].astype(np.int32, copy=False)
-    return Batch(windows[:, :-1], windows[:, 1:], offsets.starts)
+def cut_batch(
+    ids: Ids | jax.Array,
+    offsets: Offsets,
+    window_length: int,
+    predictions: jax.Array | None = None,
+) -> Batch:
+    """Return the batch whose windows begin at `offsets`, on the host or on the device.
+
+    `predictions` are the probabilities that teachers give to each token of the text, [n,
+    vocabulary].
+    """
+    positions = offsets.begins[:, None] + np.arange(window_length + 1, dtype=np.int32)
+    windows: Any = ids[positions].astype(np.int32, copy=False)
+    soft_targets = None if predictions is None else predictions[positions[:, 1:]]
+    return Batch(windows[:, :-1], windows[:, 1:], offsets.starts, soft_targets)
 
 
 def make_order(length: int, batches: BatchesConfig, seed: int) -> Windows | Streams:

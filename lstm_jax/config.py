@@ -287,6 +287,17 @@ class RegularizationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """Teachers, whose probabilities the model learns beside the text (Hinton et al. 2015)."""
+
+    teachers: str = field("", "Working directories of trained models, separated by commas: the "
+        "model also learns the mean of their probabilities.")
+    weight: float = field(0.8, "Share of the teachers in the loss; the rest is the text's.",
+        Rule("from 0 to 1", lambda value: 0 <= value <= 1), resume=True,
+        relevant_if=Rule("distill.teachers", lambda c: c.distill.teachers != ""))
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """The devices that a batch is divided over."""
 
@@ -348,6 +359,7 @@ class Config(RunConfig):
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     regularization: RegularizationConfig = RegularizationConfig()
+    distill: DistillConfig = DistillConfig()
     mesh: MeshConfig = MeshConfig()
     sample: SampleConfig = SampleConfig()
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from lstm_jax import batches, regularization
 from lstm_jax import model as model_lib
 from lstm_jax.cells.protocol import restart
-from lstm_jax.config import BatchesConfig, Config, RegularizationConfig
+from lstm_jax.config import BatchesConfig, Config, DistillConfig, RegularizationConfig
 from lstm_jax.devices import feeding, parallel
 from lstm_jax.optimizer import update_average
 
@@ -140,7 +140,7 @@ def make_step(
     mesh (`parallel.make_mesh`) is None if the step is part of a program for one device.
     """
     rates = config.regularization
-    compute_grads = _make_compute_grads(model, rates, config.optimizer.microbatches)
+    compute_grads = _make_compute_grads(model, rates, config.distill, config.optimizer.microbatches)
 
     def train_step(state: TrainState, batch: batches.Batch) -> TrainState:
         carry = _start_texts(model, config.batches, state, batch)
@@ -151,7 +151,8 @@ def make_step(
         compute = compute_grads
         if mesh is not None:
             compute = parallel.divide_over_devices(compute_grads, state.params, mesh)
-        (grads, loss), carry = compute(state.params, parameter_key, batch[:2], carry, masks)
+        read = batch.inputs, batch.targets, batch.soft_targets
+        (grads, loss), carry = compute(state.params, parameter_key, read, carry, masks)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         step, average = state.step + 1, state.average
@@ -197,9 +198,12 @@ def _start_texts(
 
 
 def _make_compute_grads(
-    model: model_lib.LanguageModel, rates: RegularizationConfig, microbatches: int
+    model: model_lib.LanguageModel,
+    rates: RegularizationConfig,
+    distill: DistillConfig,
+    microbatches: int,
 ) -> Callable[..., Any]:
-    """Make a function of parameters, a key, inputs and targets, carry and masks.
+    """Make a function of parameters, a key, inputs, targets and soft targets, carry and masks.
 
     It returns ((gradients, loss), carry) for the part of a batch of one device.
     """
@@ -207,20 +211,24 @@ def _make_compute_grads(
     def loss_fn(
         params: model_lib.Params,
         carry: model_lib.Carry,
-        batch: tuple[jax.Array, jax.Array],
+        batch: tuple[jax.Array, jax.Array, jax.Array | None],
         masks: model_lib.Masks | None,
         key: jax.Array | None,
     ) -> tuple[jax.Array, tuple[jax.Array, model_lib.Carry]]:
         """Return the loss with penalties; and (the loss without them, the carry)."""
         if key is not None:
             params = regularization.drop_parameters(rates, params, key)
-        inputs, targets = batch
+        inputs, targets, soft_targets = batch
         bound = model.bind({"params": params})
         outputs, carry = bound.run(inputs, carry, masks)
         dropped = outputs if masks is None else model_lib.apply_mask(outputs, masks[-1])
-        losses = optax.softmax_cross_entropy_with_integer_labels(bound.predict(dropped), targets)
-        loss = losses.mean()
-        return loss + regularization.penalty(rates, outputs, dropped), (loss, carry)
+        logits = bound.predict(dropped)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+        objective = loss
+        if soft_targets is not None:
+            soft_losses = optax.softmax_cross_entropy(logits, soft_targets)
+            objective = (1 - distill.weight) * loss + distill.weight * soft_losses.mean()
+        return objective + regularization.penalty(rates, outputs, dropped), (loss, carry)
 
     def compute_grads(params: model_lib.Params, key: jax.Array | None, *divided: Any) -> Any:
         def one(batch: Any, carry: model_lib.Carry, masks: Any) -> Any:

@@ -30,7 +30,7 @@ def make_card(name: str, config: Config, trained: Trained, dtype: str, rows: Seq
     table = [f"| {s} | {losses[s]:.4f} |" for s in ("validation", "test") if s in losses]
     default = dict(config_lib.flatten(config_lib.Config()))
     fields = {f: v for f, v in config_lib.flatten(config) if v != default[f] and f not in _OMITTED}
-    for path in {"data.path", "init_from"} & fields.keys():
+    for path in {"data.path", "init_from", "distill.teachers"} & fields.keys():
         fields[path] = _remove_directories(str(fields[path]))
     settings = [f"config.{field} = {value!r}" for field, value in fields.items()]
     lines = [

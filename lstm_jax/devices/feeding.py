@@ -20,6 +20,7 @@ class Resident(NamedTuple):
     """A batch that is still to be cut from a text on the device."""
 
     ids: jax.Array  # The whole text, [n], in the smallest dtype that holds the vocabulary.
+    predictions: jax.Array | None  # Of teachers, for each token; see `batches.cut_batch`.
     offsets: Offsets  # Where the batch's windows begin, int32 [batch].
 
 
@@ -41,7 +42,7 @@ def scan_steps(
     def train_steps(state: Any, batch: Batch | Resident) -> Any:
         def one(state: Any, step: Any) -> tuple[Any, None]:
             if isinstance(batch, Resident):
-                step = cut_batch(batch.ids, step, window_length)
+                step = cut_batch(batch.ids, step, window_length, batch.predictions)
             return train_step(state, step), None
 
         steps = batch.offsets if isinstance(batch, Resident) else batch
@@ -89,9 +90,16 @@ class Feed:
     steps before it.
     """
 
-    def __init__(self, iterator: grain.DatasetIterator, mesh: Mesh, text: jax.Array | None) -> None:
-        """Store the iterator, the mesh, and the text if the iterator yields offsets."""
-        self._iterator, self._mesh, self._text = iterator, mesh, text
+    def __init__(
+        self,
+        iterator: grain.DatasetIterator,
+        mesh: Mesh,
+        text: jax.Array | None,
+        predictions: jax.Array | None = None,
+    ) -> None:
+        """Store the iterator, the mesh, and what batches are cut from if it yields offsets."""
+        self._iterator, self._mesh = iterator, mesh
+        self._text, self._predictions = text, predictions
 
     def next(self, steps: int = 1) -> Batch | Resident:
         """Return the next batch, or the batches of several steps stacked along a leading axis."""
@@ -99,7 +107,7 @@ class Feed:
         if self._text is None:
             return self._place(read)
         narrow = [Offsets(offsets.begins.astype(np.int32), offsets.starts) for offsets in read]
-        return Resident(self._text, self._place(narrow))
+        return Resident(self._text, self._predictions, self._place(narrow))
 
     def _place(self, read: list[Any]) -> Any:
         """Divide the rows of a batch over the devices; stack several batches."""

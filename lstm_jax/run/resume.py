@@ -56,8 +56,12 @@ def resolve_run(
     `config` is complete, with the checksum of the text. Raise `UserError` if the run has another
     text, or another value of a field that can't change.
     """
-    if config.init_from and not workdir.is_in_package(config.init_from):
-        config = dataclasses.replace(config, init_from=str(Path(config.init_from).absolute()))
+    teachers = ",".join(map(_make_absolute, config.distill.teachers.split(",")))
+    config = dataclasses.replace(
+        config,
+        init_from=_make_absolute(config.init_from),
+        distill=dataclasses.replace(config.distill, teachers=teachers),
+    )
     workdir.check_regular_files(directory)
     if workdir.is_folder(directory):
         raise UserError(
@@ -81,6 +85,11 @@ def resolve_run(
         _check_model(workdir.load_config(source), config, source)
         vocabulary = extend_vocabulary(workdir.load_vocabulary(source), vocabulary)
     return config, vocabulary, {}
+
+
+def _make_absolute(model: str) -> str:
+    """Return the absolute path of a model's directory; "" and the name of a packaged model stay."""
+    return model if not model or workdir.is_in_package(model) else str(Path(model).absolute())
 
 
 def extend_vocabulary(first: Vocabulary, second: Vocabulary) -> Vocabulary:

@@ -15,9 +15,9 @@ from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.config import Config
 from lstm_jax.data import files, texts
-from lstm_jax.devices import feeding, hosts, memory
+from lstm_jax.devices import feeding, hosts, memory, parallel
 from lstm_jax.errors import UnavailableError, UserError, another_directory, same_again
-from lstm_jax.run import advice, checkpoints, lock, metrics, resume, workdir
+from lstm_jax.run import advice, checkpoints, distillation, lock, metrics, resume, workdir
 from lstm_jax.run.loop import Loop
 from lstm_jax.run.plan import Plan
 from lstm_jax.train_step import TrainState, init_state
@@ -66,6 +66,10 @@ class Session:
         )
         config, ids, size = self.config, self.ids["train"], len(self.vocabulary)
         self._on_devices = mesh is not None and feeding.fits_on_device(ids, size)
+        if is_new and config.distill.teachers:
+            distillation.check_teachers(
+                config.distill.teachers, self.vocabulary, len(ids) if self._on_devices else None
+            )
         part = (jax.process_index(), jax.process_count())
         self.iterator, steps_per_epoch = batches.make_batches(
             ids, config.batches, config.seed, self._on_devices, part
@@ -121,10 +125,13 @@ class Session:
 
     def make_feed(self, mesh: jax.sharding.Mesh) -> feeding.Feed:
         """Return the training batches, on the devices of the mesh that the run was opened for."""
-        ids, text = self.ids["train"], None
+        ids, text, predictions = self.ids["train"], None, None
         if self._on_devices:
             text = feeding.place_text(ids, len(self.vocabulary), mesh)
-        return feeding.Feed(self.iterator, mesh, text)
+        if teachers := self.config.distill.teachers:
+            array = distillation.predict(teachers, ids)
+            predictions = parallel.place_local(array, mesh, parallel.EVERYWHERE)
+        return feeding.Feed(self.iterator, mesh, text, predictions)
 
     def save(self, step: int, state: TrainState) -> None:
         """Start saving a checkpoint, with the sizes of the files that the run appends to."""

@@ -79,9 +79,14 @@ def check_members(configs: Sequence[Config]) -> list[Config]:
 
     Raise `UserError` if one program can't train them together.
     """
-    rules = {"init_from": "start from fresh weights", "patience": "all end at the same step"}
+    rules = {
+        "init_from": "start from fresh weights",
+        "patience": "all end at the same step",
+        "distill.teachers": "learn from the text alone",
+    }
+    fields = dict(config_lib.flatten(configs[0]))
     for field, rule in rules.items():
-        if getattr(configs[0], field):
+        if fields[field]:
             raise UserError(
                 f"the members of a population {rule}: leave out --config.{field}, or train one at "
                 "a time with --population=1"

@@ -1,0 +1,66 @@
+"""Predict a text with teachers, whose probabilities a model learns (Hinton et al. 2015)."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lstm_jax import loss as loss_lib
+from lstm_jax import model as model_lib
+from lstm_jax.errors import UserError
+from lstm_jax.run import ensemble, workdir
+from lstm_jax.vocabulary import Ids, Vocabulary
+
+_MOST_BYTES = 2**32
+
+
+def check_teachers(teachers: str, vocabulary: Vocabulary, length: int | None) -> None:
+    """Raise `UserError` if teachers can't predict a text.
+
+    `length` is its number of tokens, None for a text that is not kept on the devices.
+    """
+    for name in teachers.split(","):
+        of_teacher = workdir.load_vocabulary(workdir.find_model(name))
+        if of_teacher.to_fields() != vocabulary.to_fields():
+            raise UserError(
+                f"{name}, in config.distill.teachers, has another vocabulary than this run: train "
+                "both on one text, with the same data.units"
+            )
+    if length is None or 2 * length * len(vocabulary) > _MOST_BYTES:
+        raise UserError(
+            f"the probabilities of config.distill.teachers don't fit into {_MOST_BYTES:,} bytes, "
+            "two for each token of the text and of the vocabulary: use a shorter text"
+        )
+
+
+def predict(teachers: str, ids: Ids) -> np.ndarray:
+    """Return the probabilities of teachers for each token of a text, float16 [n, vocabulary].
+
+    They are the means over the models in the directories `teachers`, which are separated by commas.
+    Row i is for ids[i], after the text before it; row 0, which nothing predicts, is zero.
+
+    Raises:
+      UserError: if a model can't be loaded, or they differ in text or vocabulary.
+    """
+    trained, _ = ensemble.load_ensemble(teachers.split(","))
+    model, params = trained.model, trained.params
+    carry = model_lib.first_carry(model, params, loss_lib.count_streams(ids))
+    read, counted = [], []
+    for inputs, _, counts in loss_lib.iterate_chunks(ids):
+        probabilities, carry = _predict_chunk(model, params, inputs, carry)
+        read.append(np.asarray(probabilities))
+        counted.append(counts)
+    # In the order of the text: stream by stream.
+    rows = np.concatenate(read, axis=1)[np.concatenate(counted, axis=1)]
+    return np.concatenate([np.zeros_like(rows[:1]), rows])
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _predict_chunk(
+    model: Any, params: model_lib.Params, inputs: jax.Array, carry: model_lib.Carry
+) -> tuple[jax.Array, model_lib.Carry]:
+    """Return the probabilities after each input, float16 [batch, time, vocabulary], and carry."""
+    logits, carry = model_lib.apply(model, params, inputs, carry)
+    return jax.nn.softmax(logits).astype(jnp.float16), carry

@@ -1,0 +1,87 @@
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import commands
+import models
+import runs
+from lstm_jax import config as config_lib
+from lstm_jax import loss as loss_lib
+from lstm_jax import model as model_lib
+from lstm_jax import train_step
+from lstm_jax.errors import UserError
+from lstm_jax.run import distillation, workdir
+from lstm_jax.sweep import population
+
+
+def test_the_gradient_is_that_of_text_and_teachers() -> None:
+    """Compare a step of SGD with the gradient of the mixed cross-entropy, by the softmax."""
+    config = config_lib.complete_config({"distill": {"weight": 0.75}, "batches": {"batch_size": 2}})
+    model = model_lib.LanguageModel(11, 6, 9)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 11, (2, 8)).astype(np.int32)
+    soft_targets = rng.dirichlet(np.ones(11), (2, 7)).astype(np.float16)
+    params = models.draw_params(model)
+    grads: Any = []
+    for soft, hard_share in ((soft_targets, 0.25), (None, 1.0)):
+        compute = train_step._make_compute_grads(
+            model, config.regularization, config.distill, microbatches=1
+        )
+        batch, carry = (ids[:, :-1], ids[:, 1:], soft), model.initial_carry(2)
+        (gradient, loss), _ = compute(params, None, batch, carry, None)
+        logits, _ = models.apply(model, params, batch[0], carry)
+        probabilities = np.asarray(jax.nn.softmax(logits), np.float64)
+        hard = np.eye(11)[batch[1]]
+        mixed = hard_share * hard + (1 - hard_share) * soft_targets.astype(np.float64)
+        # The gradient of the dense layer's bias is the mean of what is predicted too much.
+        expected = (probabilities - mixed).mean(axis=(0, 1))
+        np.testing.assert_allclose(gradient["dense"]["bias"], expected, atol=2e-4)
+        # The recorded loss is that of the text alone.
+        assert float(loss) == pytest.approx(-np.log(probabilities[hard == 1]).mean(), rel=1e-5)
+        grads.append(gradient)
+    assert not np.allclose(*(g["embedding"]["embedding"] for g in grads))
+
+
+def test_teachers_predict_each_token_from_the_text_before(trained: Path) -> None:
+    vocabulary = workdir.load_vocabulary(trained)
+    length = loss_lib.LONGEST_IN_ONE + 500  # Read as streams.
+    ids = np.random.default_rng(0).integers(2, len(vocabulary), length).astype(np.int32)
+    for of_text in (ids, ids[:300]):
+        predicted = distillation.predict(f"{trained},{trained}", of_text)
+        assert predicted.dtype == np.float16
+        assert predicted.shape == (len(of_text), len(vocabulary))
+        assert not predicted[0].any()
+        model = workdir.load_trained(trained)
+        losses = loss_lib.compute_token_losses(model.model, model.params, of_text)
+        chosen = predicted[np.arange(1, len(of_text)), of_text[1:]].astype(np.float64)
+        np.testing.assert_allclose(chosen, np.exp(-losses), atol=1e-3)
+    for too_long in (None, 2**30):
+        with pytest.raises(UserError, match="don't fit into"):
+            distillation.check_teachers(str(trained), vocabulary, too_long)
+
+
+def test_a_student_resumes_bit_for_bit(trained: Path, text_file: Path, tmp_path: Path) -> None:
+    flags = [f"--config.distill.teachers={trained}", "--config.distill.weight=0.9"]
+    states = []
+    for name, stops in (("whole", [9]), ("resumed", [4, 9])):
+        for stop in stops:
+            arguments = runs.make_arguments(text_file, tmp_path / name, *flags)
+            done = commands.run("main", *arguments, f"--config.max_steps={stop}")
+            assert done.returncode == 0, done.stderr
+        states.append(runs.load_final_state(tmp_path / name))
+    for a, b in zip(*states, strict=True):
+        np.testing.assert_array_equal(a, b)
+    arguments = runs.make_arguments(text_file, tmp_path / "bytes", flags[0])
+    done = commands.run("main", *arguments, "--config.data.units=bytes")
+    assert done.returncode == 2
+    assert "another vocabulary" in done.stderr
+    assert not list((tmp_path / "bytes").glob("c*"))
+
+
+def test_a_population_learns_from_the_text_alone() -> None:
+    config = config_lib.complete_config({"distill": {"teachers": "runs/quick"}})
+    with pytest.raises(UserError, match=r"leave out --config\.distill\.teachers"):
+        population.check_members([config])
