@@ -6,7 +6,7 @@ ROWS ?= quick.py
 CONSTRAINTS :=
 VENV := .venv$(addprefix -,$(basename $(notdir $(CONSTRAINTS))))
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=worksteal
+PYTEST := $(BIN)/python -m pytest --numprocesses=3 --dist=worksteal
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check \
 	$(addprefix --constraint ,$(CONSTRAINTS)) --editable
 

@@ -97,17 +97,13 @@ def test_a_lost_process_ends_the_others_and_the_same_command_resumes(
         assert time.monotonic() - began < 60 and processes[1 - victim].returncode != 0
         assert len(errors.splitlines()) == 1 and "another process of this run" in errors
         processes[victim].communicate()
-    eight = ("--config.mesh.data=4", "--config.mesh.model=2")
-    alone = test_interruption.start(runs.make_arguments(text_file, directory, *eight))
-    wait(alone)
-    alone.send_signal(signal.SIGTERM)
-    assert finish([alone]) == [(143, "")]
     processes = start(text_file, directory, 2, *divided)
     wait(processes[0])
     processes[1].send_signal(signal.SIGTERM)
     assert finish(processes) == [(143, "")] * 2
     assert checkpoints.list_steps(directory / workdir.CHECKPOINTS)[-1] < 280
-    assert_succeeds(start(text_file, directory, 2, "--config.mesh.data=4"))
+    eight = ("--config.mesh.data=4", "--config.mesh.model=2")
+    assert_succeeds([test_interruption.start(runs.make_arguments(text_file, directory, *eight))])
     assert_close(directory, whole)
     assert {path.name for path in directory.iterdir()} >= {"samples.txt", "curves.png"}
 

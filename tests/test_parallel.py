@@ -63,9 +63,7 @@ for settings.mesh.data, settings.mesh.model in json.loads(sys.argv[2]):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(
-    ("cell", "meshes"), [("lstm", [(8, 1), (4, 2)]), ("gru", [(1, 4)]), (OWN_CELL, [(2, 2)])]
-)
+@pytest.mark.parametrize(("cell", "meshes"), [("lstm", [(8, 1), (4, 2)]), (OWN_CELL, [(1, 4)])])
 def test_many_devices_train_like_one(cell: str, meshes: list[tuple[int, int]]) -> None:
     """Include dropout, penalties, microbatches, averaged weights and the carry."""
     result = commands.run_python("-c", _SCRIPT, cell, json.dumps([(1, 1), *meshes]))
