@@ -44,6 +44,13 @@ _PTB = tuple(
     Download(f"{_PTB_ADDRESS}/ptb.{split}.txt", size, sha256) for split, size, sha256 in _PTB_FILES
 )
 
+
+def _describe_zip(name: str, size: int, sha256: str) -> StandardText:
+    """Return a text of 10^8 bytes by Matt Mahoney, alone in an archive, with the usual splits."""
+    download = Download(f"http://mattmahoney.net/dc/{name}.zip", size, sha256)
+    return StandardText((download,), members=(name,), cuts=(90_000_000, 95_000_000))
+
+
 # The sizes and checksums of downloads are those that Hugging Face's `datasets` verifies (enwik8,
 # ptb_text_only, wikitext). That of text8.zip is the one that several public loaders verify.
 STANDARD_TEXTS = {
@@ -64,27 +71,11 @@ STANDARD_TEXTS = {
         ),
         cuts=(1_003_854, 1_059_624),
     ),
-    "enwik8": StandardText(
-        downloads=(
-            Download(
-                "http://mattmahoney.net/dc/enwik8.zip",
-                36_445_475,
-                "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
-            ),
-        ),
-        members=("enwik8",),
-        cuts=(90_000_000, 95_000_000),
+    "enwik8": _describe_zip(
+        "enwik8", 36_445_475, "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"
     ),
-    "text8": StandardText(
-        downloads=(
-            Download(
-                "http://mattmahoney.net/dc/text8.zip",
-                31_344_016,
-                "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232",
-            ),
-        ),
-        members=("text8",),
-        cuts=(90_000_000, 95_000_000),
+    "text8": _describe_zip(
+        "text8", 31_344_016, "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232"
     ),
     # The characters of Mikolov's ptb.char.*.txt, which have _ for a space: without the spaces at
     # both ends of a line, and with <unk> spelled out.
