@@ -60,9 +60,8 @@ class Manifest(NamedTuple):
     directory: Path
     sources: list[_State]  # Path, relative to the directory, and `_state` of each file of the text.
     text_sha256: str  # See `texts.compute_checksum`.
-    units: str  # The kind of tokens.
     stop: str  # The stop token, or "".
-    splits: dict[str, dict[str, int]]  # Of each, `characters` and `tokens`.
+    characters: dict[str, int]  # Of each split.
     files: dict[str, _State]  # SHA-256 and `_state` of each other file in the directory.
 
 
@@ -236,14 +235,14 @@ def _prepare(data: DataConfig) -> Manifest:
     key = _begin(parts, plan)
     _run_processes(parts, len(flat), total, key)
     with files.unfinished_directory(directory) as unfinished:
-        measured = _merge(parts, unfinished, chunks, key)
-        sources.check_lengths({name: m["characters"] for name, m in measured.items()}, data.path)
+        characters = _merge(parts, unfinished, chunks, key)
+        sources.check_lengths(characters, data.path)
         if _states(texts, directory) != states:
             raise UserError(
                 f"files of {data.path} have changed while they were prepared: start again"
             )
         made = {path.name: _fingerprint(path, []) for path in unfinished.iterdir()}
-        manifest = Manifest(directory, states, sha256, data.units, stop, measured, made)
+        manifest = Manifest(directory, states, sha256, stop, characters, made)
         files.write_json(unfinished / MANIFEST, _seal(manifest))
         _remove(directory)  # A corpus of another text, or a damaged one.
         unfinished.rename(directory)
@@ -313,8 +312,8 @@ def _run_processes(parts: Path, number: int, total: int, key: bytes) -> None:
 
 def _merge(
     parts: Path, target: Path, chunks: list[list[list[Segment]]], key: bytes
-) -> dict[str, dict[str, int]]:
-    """Join the encoded chunks of each split, with one table of tokens; return `Manifest.splits`."""
+) -> dict[str, int]:
+    """Join the encoded chunks of each split, with one table of tokens; return their characters."""
 
     def load_parts(split: int) -> Iterator[Part]:
         first = sum(map(len, chunks[:split]))
@@ -325,20 +324,19 @@ def _merge(
             yield part
 
     index: dict[str, int] = {}
-    measured = {}
-    for i, name in enumerate(sources.SPLITS):
-        measured[name] = split = {"characters": 0, "tokens": 0}
+    characters, lengths = dict.fromkeys(sources.SPLITS, 0), [0] * len(chunks)
+    for i, name in enumerate(characters):
         for part in load_parts(i):
-            split["characters"] += part.characters
-            split["tokens"] += len(part.ids)
+            characters[name] += part.characters
+            lengths[i] += len(part.ids)
             for token in part.tokens:
                 index.setdefault(token, len(index))
     dtype = get_smallest_dtype(len(index))
-    counts = np.zeros((len(measured), len(index)), np.int64)
-    for i, (name, split) in enumerate(measured.items()):
+    counts = np.zeros((len(chunks), len(index)), np.int64)
+    for i, name in enumerate(characters):
         with (target / f"{name}.npy").open("xb") as file:
             header = np.lib.format.header_data_from_array_1_0(np.empty(0, dtype))
-            np.lib.format.write_array_header_1_0(file, {**header, "shape": (split["tokens"],)})
+            np.lib.format.write_array_header_1_0(file, {**header, "shape": (lengths[i],)})
             for part in load_parts(i):
                 table = np.array([index[token] for token in part.tokens], dtype)
                 counts[i][table] += part.counts
@@ -346,7 +344,7 @@ def _merge(
     np.save(target / _COUNTS, counts)
     with (target / _TOKENS).open("xb") as file:
         file.writelines(json.dumps(token).encode() + b"\n" for token in index)
-    return measured
+    return characters
 
 
 class PreparedText(Text):
@@ -354,17 +352,16 @@ class PreparedText(Text):
 
     def __init__(self, manifest: Manifest, name: str) -> None:
         self._manifest, self._name = manifest, name
-        self._split = manifest.splits[name]
 
-    def index_tokens(self, kind: str, stop: str) -> Part:
-        """See `Text`; the kind and the stop token are those that it was prepared with."""
+    def index_tokens(self, kind: str = "", stop: str = "") -> Part:
+        """See `Text`; the kind and the stop token are always those that it was prepared with."""
         directory = self._manifest.directory
         with files.open_regular(directory / _COUNTS) as file:
             counts = np.load(file)[sources.SPLITS.index(self._name)]
         with files.open_regular(directory / _TOKENS) as lines:
             tokens = list(map(json.loads, lines))
         ids = self._open_ids(np.arange(len(tokens), dtype=np.int32))
-        return Part(ids, tokens, counts, self._split["characters"])
+        return Part(ids, tokens, counts, self._manifest.characters[self._name])
 
     def find_stop(self, separator: str) -> str:
         """See `Text`."""
@@ -379,12 +376,11 @@ class PreparedText(Text):
         return self._open_ids(table.ids)
 
     def _open_ids(self, table: np.ndarray) -> "FileIds":
-        path = self._manifest.directory / f"{self._name}.npy"
-        return FileIds(path, self._split["tokens"], table)
+        return FileIds(self._manifest.directory / f"{self._name}.npy", table)
 
     def pieces(self, overlap: int) -> Iterator[str]:
         """See `Text`."""
-        part, tail = self.index_tokens(self._manifest.units, self._manifest.stop), ""
+        part, tail = self.index_tokens(), ""
         utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # A token may be a byte.
         for stop in range(_PIECE, len(part.ids) + _PIECE, _PIECE):
             spelled = "".join([part.tokens[i] for i in part.ids[stop - _PIECE : stop].tolist()])
@@ -401,13 +397,12 @@ class FileIds:
     memory-mapped file would count as memory of the process.
     """
 
-    def __init__(self, path: Path, length: int, table: np.ndarray) -> None:
-        """Open a file that ends with `length` indices into the table, int32 [tokens]."""
-        self._path, self._length, self._table = path, length, table
-        self._dtype = get_smallest_dtype(len(table))
-        self._file = files.open_regular(path)
-        size = os.fstat(self._file.fileno()).st_size
-        self._first = max(size - length * self._dtype.itemsize, 0)
+    def __init__(self, path: Path, table: np.ndarray) -> None:
+        """Open a .npy file of indices into the table, int32 [tokens]."""
+        self._path, self._table, self._file = path, table, files.open_regular(path)
+        np.lib.format.read_magic(self._file)
+        (self._length,), _, self._dtype = np.lib.format.read_array_header_1_0(self._file)
+        self._first = self._file.tell()
 
     def __len__(self) -> int:
         return self._length
