@@ -158,7 +158,10 @@ def prepare_corpus(data: DataConfig) -> Manifest:
 
 
 def _locate(data: DataConfig) -> tuple[list[list[Path]], list[_State], Path]:
-    """Return the files of a text, their states, and the directory of its prepared corpus."""
+    """Return the files of a text, their states, and the directory of its prepared corpus.
+
+    The paths in the states are relative to the directory, so that all can be moved.
+    """
     texts = sources.find_files(data.path)
     base = os.path.expanduser(data.prepared) or texts[0][0].absolute().parent / BESIDE
     base = Path(os.path.normpath(Path(base).absolute()))
@@ -170,18 +173,14 @@ def _locate(data: DataConfig) -> tuple[list[list[Path]], list[_State], Path]:
     # Several users or machines don't replace each other's corpora. b"": a temporary key.
     name = hmac.digest(key if (cache / _KEY).exists() else b"", content, "sha256").hex()[:16]
     directory = base / f"{texts[0][0].stem[:50]}-{name}"
-    return texts, _states(texts, directory), directory
-
-
-def _states(texts: list[list[Path]], directory: Path) -> list[_State]:
-    """Return each file's path relative to `directory`, so that all can be moved, and its state."""
     try:
-        return [
+        states = [
             [os.path.relpath(path.absolute(), directory), *_state(path.stat())]
             for path in itertools.chain.from_iterable(texts)
         ]
     except OSError as error:
         raise UserError(f"can't read {error.filename}: {error.strerror}") from None
+    return texts, states, directory
 
 
 def _state(status: os.stat_result) -> list[int]:
@@ -237,7 +236,7 @@ def _prepare(data: DataConfig) -> Manifest:
     with files.unfinished_directory(directory) as unfinished:
         characters = _merge(parts, unfinished, chunks, key)
         sources.check_lengths(characters, data.path)
-        if _states(texts, directory) != states:
+        if _locate(data)[1] != states:
             raise UserError(
                 f"files of {data.path} have changed while they were prepared: start again"
             )
