@@ -12,7 +12,6 @@ changed is ignored: checking its ids would take as long as encoding the text aga
 import codecs
 import contextlib
 import functools
-import hashlib
 import hmac
 import itertools
 import json
@@ -192,11 +191,7 @@ def _fingerprint(path: Path, known: _State) -> _State:
     """Return SHA-256 and state of a file, `known` if its state is unchanged; flush a new file."""
     with files.open_regular(path) as file:
         state = _state(os.fstat(file.fileno()))
-        if state == known[1:]:
-            return known
-        if not known:
-            os.fsync(file.fileno())
-        return [hashlib.file_digest(file, "sha256").hexdigest(), *state]
+    return known if state == known[1:] else [files.hash_file(path, sync=not known), *state]
 
 
 def _is_directory(path: Path) -> bool:
@@ -244,9 +239,9 @@ def _prepare(data: DataConfig) -> Manifest:
         manifest = Manifest(directory, states, sha256, stop, characters, made)
         files.write_json(unfinished / MANIFEST, _seal(manifest))
         _remove(directory)  # A corpus of another text, or a damaged one.
+        shutil.rmtree(parts)
         unfinished.rename(directory)
     files.sync_directory(directory.parent.resolve())  # The user may have named a link.
-    shutil.rmtree(parts)
     seconds = time.monotonic() - began
     rate = f"{total / 1e6 / seconds:,.0f} MB/s"
     print(f"Prepared {total / 1e6:,.0f} MB in {seconds:.1f} s, {rate}", file=sys.stderr)
@@ -269,10 +264,9 @@ def _begin(parts: Path, plan: Mapping[str, object]) -> bytes:
 def _run_processes(parts: Path, number: int, total: int, key: bytes) -> None:
     """Encode all chunks (`number` of them, of `total` bytes) on all cores."""
     workers = min(count_cores(), _MAX_PROCESSES, number)
-    root = str(Path(worker.__file__).parents[2])
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(sys.path),
         # One thread each; NumPy would start one per core for matmuls that it never computes.
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
