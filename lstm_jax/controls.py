@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,18 +38,6 @@ class Controls(NamedTuple):
     repetition_penalty: float = 1.0  # 1 is no penalty.
     repetition_window: int = 64  # A number of tokens, including the prompt's.
     forbidden: Iterable[int] = ()  # Ids.
-
-
-class ControlOptions(TypedDict, total=False):
-    """The fields of `Controls` as keyword arguments."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    repetition_window: int
-    forbidden: Iterable[int]
 
 
 DEFAULT_CONTROLS = Controls()  # The model's own distribution, without "" and "[UNK]".

@@ -43,7 +43,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "lstm-jax" / "prepared"
 
 
-def encode_here(unfinished: Path, number: int, total: int, key: bytes) -> None:
+def encode_here(parts: Path, number: int, total: int, key: bytes) -> None:
     """Do in this process what `prepared._run_processes` does in several."""
 
     def answer(content: Any) -> None:
@@ -52,7 +52,7 @@ def encode_here(unfinished: Path, number: int, total: int, key: bytes) -> None:
             raise UserError(mistake) if mistake else OSError(0, content["unavailable"])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["worker", str(unfinished), "0", "1"])
+        patch.setattr(sys, "argv", ["worker", str(parts), "0", "1"])
         patch.setattr(signal, "signal", lambda *handler: None)
         patch.setenv(worker.KEY, key.hex())
         patch.setattr(worker, "_print", answer)
@@ -67,6 +67,7 @@ def data(
     monkeypatch.setattr(prepared, "_run_processes", encode_here)
     monkeypatch.setattr(prepared, "CHUNK", 1000)
     monkeypatch.setattr(prepared, "_BLOCKS", 3)
+    monkeypatch.setattr(prepared, "_PIECE", 701)
     (tmp_path / "text").mkdir()
     text = shakespeare["train"]
     for i, name in enumerate(("a", "b", "c")):
@@ -239,7 +240,7 @@ texts.load_texts(data)
     process = subprocess.Popen(command, stderr=pipe, text=True)
 
     def list_parts() -> list[Path]:
-        return sorted(tmp_path.glob("text/.lstm_jax/*.unfinished/parts/*.npz"))
+        return sorted(tmp_path.glob("text/.lstm_jax/*.parts/*.npz"))
 
     commands.wait_until(lambda: len(list_parts()) >= 5, process)
     found = list_parts()
@@ -252,7 +253,7 @@ texts.load_texts(data)
     parts[1].write_bytes(parts[1].read_bytes()[:-9])
     result = commands.run_python("-c", script)
     assert result.returncode == 0, result.stderr
-    assert not list(tmp_path.glob("text/.lstm_jax/*.unfinished"))
+    assert len(list(tmp_path.glob("text/.lstm_jax/*/"))) == 1, "the corpus alone"
     assert_same(data)
 
 
@@ -288,11 +289,10 @@ def test_training_is_the_same_from_memory_and_from_files(
     # Batches that are cut on the device use another program than those from the host.
     runs.assert_same(tmp_path / "memory", tmp_path / "files", rtol=1e-6)
     trained = workdir.load_trained(tmp_path / "files")
-    splits = texts.load_texts_of_run(trained.config.data, None)
-    ids = texts.Joined([splits[name].encode(trained.vocabulary) for name in ("validation", "test")])
-    whole = trained.vocabulary.encode(Path(tiny_config.data.path).read_text()[18_000:])
+    ids = texts.load_texts(trained.config.data).texts["train"].encode(trained.vocabulary)
+    whole = trained.vocabulary.encode(Path(tiny_config.data.path).read_text()[:18_000])
     np.testing.assert_array_equal(ids[:], whole)
-    np.testing.assert_array_equal(ids[900:1100], whole[900:1100])
+    monkeypatch.setattr(loss_lib, "LONGEST_IN_ONE", 20_000)
     expected = loss_lib.compute_loss(trained.model, trained.params, whole)
     assert loss_lib.compute_loss(trained.model, trained.params, ids) == pytest.approx(expected)
     # A long text is evaluated in parallel streams, with almost the same loss.
@@ -433,7 +433,7 @@ def test_a_file_that_changes_while_it_is_read_raises_an_error(
 
 
 def interrupt_preparation(data: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the directory of a preparation that was stopped before its chunks were merged."""
+    """Return the parts of a preparation that was stopped before they were merged."""
 
     def kill(*args: object) -> None:
         raise KeyboardInterrupt
@@ -441,24 +441,24 @@ def interrupt_preparation(data: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(prepared, "_merge", kill)
         prepared.prepare_corpus(data)
-    (path,) = Path(data.path).parent.glob(".lstm_jax/*.unfinished")
+    (path,) = Path(data.path).parent.glob(".lstm_jax/*/")
     return path
 
 
 def test_chunks_of_someone_else_are_encoded_again(
     data: ConfigDict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unfinished = interrupt_preparation(data, monkeypatch)
-    parts = sorted((unfinished / "parts").iterdir())
+    directory = interrupt_preparation(data, monkeypatch)
+    parts = sorted(directory.glob("*.npz"))
     kept = parts[5].stat().st_ino
     wrong = encoding.encode_chunk("something else", "characters", "")
     worker.save_part(parts[0], wrong, bytes(32))
     # Without a seal, only the bytes of the npz file.
     parts[1].write_bytes(parts[1].read_bytes()[32:])
     # Swap two of the user's own chunks.
-    parts[2].rename(unfinished / "x")
+    parts[2].rename(directory / "x")
     parts[3].rename(parts[2])
-    (unfinished / "x").rename(parts[3])
+    (directory / "x").rename(parts[3])
     sparse(parts[4])
     inodes: list[int] = []
     run = prepared._run_processes
@@ -485,20 +485,15 @@ def test_nothing_is_written_through_links(
         written = {path.name: path.read_text() for path in folder.iterdir()}
         return victim.read_text() == "precious" and written == {"file": "precious, too"}
 
-    unfinished = interrupt_preparation(data, monkeypatch)
-    directory = unfinished.with_suffix("")
-    lock = unfinished.with_name(f".{directory.name}.lock")
-    for name in ("train.npy", "validation.npy", "counts.npy", "units.jsonl", "prepared.json"):
-        (unfinished / name).symlink_to(victim)
-    (unfinished / "test.npy").symlink_to(folder)
-    parts = sorted((unfinished / "parts").iterdir())
-    for number, part in enumerate(parts):
+    parts = interrupt_preparation(data, monkeypatch)
+    directory = parts.with_suffix("")
+    lock = parts.with_name(f".{directory.name}.lock")
+    for number, part in enumerate(sorted(parts.glob("*.npz"))):
         part.unlink()
         if number % 2:
             part.symlink_to(victim)
         else:
             os.mkfifo(part)
-        part.with_suffix(".unfinished").symlink_to(victim)
     directory.symlink_to(folder)
     assert_same(data)
     assert is_untouched() and not directory.is_symlink()
@@ -510,7 +505,7 @@ def test_nothing_is_written_through_links(
         assert_same(data)
         assert is_untouched()
     shutil.rmtree(directory)
-    for path in (unfinished, unfinished / "parts", unfinished / "plan.json"):
+    for path in (parts, parts / "plan.json"):
         path.parent.mkdir(exist_ok=True)
         path.symlink_to(victim if path.suffix == ".json" else folder)
         assert prepared.find_corpus(data) is None

@@ -55,16 +55,14 @@ def main() -> None:
         raise UserError("--dtype is for --to with the name of a folder, without a suffix")
     if _DROP_SPECIAL.value and (_FROM.value or is_folder):
         raise UserError("--drop_special is for --to with the name of a file")
+    if _TO.value and (_VOCABULARY.value or _TEXT.value):
+        raise UserError("--vocabulary and --text are for --from")
     if _FROM.value is not None:
         transfer.import_weights(Path(_FROM.value), directory, _VOCABULARY.value, _TEXT.value)
+    elif is_folder:
+        transfer.export_folder(directory, Path(_TO.value), _DTYPE.value or "float32")
     else:
-        if _VOCABULARY.value or _TEXT.value:
-            raise UserError("--vocabulary and --text are for --from")
-        target = Path(_TO.value)
-        if is_folder:
-            transfer.export_folder(directory, target, _DTYPE.value or "float32")
-        else:
-            transfer.export_weights(directory, target, _DROP_SPECIAL.value)
+        transfer.export_weights(directory, Path(_TO.value), _DROP_SPECIAL.value)
 
 
 if __name__ == "__main__":

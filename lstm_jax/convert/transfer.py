@@ -3,7 +3,7 @@
 import contextlib
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -143,12 +143,9 @@ def export_folder(directory: Path, target: Path, dtype: str) -> None:
     trained = workdir.load_trained(source)
     rows = metrics.read_metrics(source / workdir.METRICS)
     content = card.make_card(target.resolve().name, config, trained, dtype, rows)
-
-    def save(partial: Path) -> None:
+    with _make_directory(target.absolute(), config, trained.vocabulary) as partial:
         model_file.write_params(partial / workdir.MODEL, trained.params, trained.step, dtype)
         files.write_file(partial / _CARD, content.encode())
-
-    _make_directory(target.absolute(), config, trained.vocabulary, save)
     print(f"Wrote the model of {directory}, step {trained.step}, to {target}, in {dtype}")
     print(f"Its card, {target / _CARD}, names the text and the losses: complete it by hand")
 
@@ -186,26 +183,20 @@ def make_workdir(
     params: model_lib.Params,
 ) -> None:
     """Make a complete working directory or none; raise `UserError` if it can't be written."""
-    _make_directory(
-        directory,
-        config,
-        vocabulary,
-        lambda partial: checkpoints.save_params(partial / workdir.CHECKPOINTS, 0, params),
-    )
+    with _make_directory(directory, config, vocabulary) as partial:
+        checkpoints.save_params(partial / workdir.CHECKPOINTS, 0, params)
 
 
+@contextlib.contextmanager
 def _make_directory(
-    directory: Path,
-    config: config_lib.Config,
-    vocabulary: vocabulary_lib.Vocabulary,
-    save: Callable[[Path], None],
-) -> None:
-    """Make a directory whose parameters `save` writes, complete or not at all."""
+    directory: Path, config: config_lib.Config, vocabulary: vocabulary_lib.Vocabulary
+) -> Iterator[Path]:
+    """Make a directory, complete or not at all; yield its path until the parameters are in it."""
     try:
         with files.unfinished_directory(directory) as partial:
             workdir.save_config(partial, config)
             workdir.save_vocabulary(partial, vocabulary)
-            save(partial)
+            yield partial
             partial.rename(directory)
     except OSError as error:
         raise UserError(f"can't write to {directory}: {error.strerror}") from None

@@ -10,17 +10,15 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from lstm_jax.background import call_in_thread
 from lstm_jax.data import files
-
-T = TypeVar("T")
 
 _CHUNK_BYTES = 2**16
 # Give up on a server that sends nothing for this time.
@@ -100,24 +98,18 @@ def _receive_rest(file: Download, part: Path, done: int) -> int:
 
     Return the size, which is larger than that of the file if more than the file is sent.
     """
-    began, first = time.monotonic(), done
-
-    def wait_for(function: Callable[..., T], *arguments: object) -> T:
-        """Call a function that waits for the server, for the rest of the time."""
-        allowed = file.seconds + (done - first) / _LEAST_SPEED
-        return call_in_thread(function, *arguments, seconds=began + allowed - time.monotonic())
-
+    deadline = time.monotonic() + file.seconds
     with _network_errors():
         try:
-            response = wait_for(_request, file, done)
+            response = call_in_thread(_request, file, done, seconds=file.seconds)
         except urllib.error.HTTPError as error:
             if not done or error.code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                 raise
             part.unlink()  # The file there is shorter.
-            response = wait_for(_request, file, 0)
-    try:
+            response = call_in_thread(_request, file, 0, seconds=file.seconds)
+    with response:
         if response.status != HTTPStatus.PARTIAL_CONTENT:
-            done = first = 0
+            done = 0
         # Not known from every server. A page to sign in to a network has another size.
         if response.length is not None and (size := done + response.length) != file.size:
             raise DownloadError(f"it has {size:,} bytes there instead of {file.size:,}")
@@ -131,15 +123,15 @@ def _receive_rest(file: Download, part: Path, done: int) -> int:
             output.truncate(done)
             while done <= file.size:
                 with _network_errors():
-                    chunk = wait_for(response.read1, _CHUNK_BYTES)
+                    chunk = response.read1(_CHUNK_BYTES)
+                    if time.monotonic() > deadline:
+                        raise TimeoutError
                 if not chunk:
                     break
                 output.write(chunk)
                 done += len(chunk)
+                deadline += len(chunk) / _LEAST_SPEED
                 bar.update(len(chunk))
-    finally:
-        with contextlib.suppress(TimeoutError):  # A thread that still reads has locked it.
-            call_in_thread(response.close, seconds=1)
     return done
 
 
@@ -149,7 +141,8 @@ def _request(file: Download, done: int) -> http.client.HTTPResponse:
     if done:
         headers["Range"] = f"bytes={done}-"
     request = urllib.request.Request(file.address, headers=headers)
-    response = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
+    seconds = min(file.seconds, _TIMEOUT_SECONDS)
+    response = urllib.request.urlopen(request, timeout=seconds)
     if not isinstance(response, http.client.HTTPResponse):  # That of FTP has no status.
         raise DownloadError("it redirects to an address that is not http or https")
     return response

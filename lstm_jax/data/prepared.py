@@ -9,9 +9,9 @@ The manifest is sealed with a key that belongs to the user. A corpus that someon
 changed is ignored: checking its ids would take as long as encoding the text again.
 """
 
+import codecs
 import contextlib
 import functools
-import hashlib
 import hmac
 import itertools
 import json
@@ -35,17 +35,18 @@ from lstm_jax.data.encoding import Part, Table, Text, get_smallest_dtype
 from lstm_jax.data.sources import Segment
 from lstm_jax.errors import UnavailableError, UserError, same_again
 from lstm_jax.recurrences.processor import count_cores
-from lstm_jax.vocabulary import FILE_END, Ids, Vocabulary
+from lstm_jax.vocabulary import Ids, Vocabulary
 
 # The directory beside a text. It is hidden, so that patterns like books/** do not match it.
 BESIDE = ".lstm_jax"
 MANIFEST = "prepared.json"
 _TOKENS, _COUNTS = "units.jsonl", "counts.npy"
-_UNFINISHED = ".unfinished"
+_PARTS = ".parts"
 _KEY, _KEY_BYTES = "key", 32
 _MAX_PROCESSES = 16
 # Approximate bytes of a chunk. Encoding it takes about thirty times this memory.
 CHUNK = 2 * 2**20
+_PIECE = 2**20  # Tokens of a piece of text.
 # Words in a block, of which `DividedIds` counts the tokens, and blocks that it reads at a time.
 _BLOCK, _BLOCKS = 256, 4096
 
@@ -58,16 +59,9 @@ class Manifest(NamedTuple):
     directory: Path
     sources: list[_State]  # Path, relative to the directory, and `_state` of each file of the text.
     text_sha256: str  # See `texts.compute_checksum`.
-    units: str  # The kind of tokens.
     stop: str  # The stop token, or "".
-    splits: dict[str, dict[str, int]]  # Of each, `bytes`, `characters` and `tokens`.
+    characters: dict[str, int]  # Of each split.
     files: dict[str, _State]  # SHA-256 and `_state` of each other file in the directory.
-
-    def write(self, directory: Path) -> None:
-        """Write it atomically, with a seal."""
-        fields = self._asdict()
-        del fields["directory"]
-        files.write_json(directory / MANIFEST, {**fields, "seal": _seal(self.directory, fields)})
 
 
 def get_cache_directory() -> Path:
@@ -95,10 +89,12 @@ def _key(directory: Path) -> bytes:
     return secrets.token_bytes(_KEY_BYTES)
 
 
-def _seal(directory: Path, fields: dict[str, object]) -> str:
-    """Return a checksum that only this user can make, for a directory of this name."""
-    content = json.dumps([directory.name, fields], sort_keys=True).encode()
-    return hmac.digest(_key(get_cache_directory()), content, "sha256").hex()
+def _seal(manifest: Manifest) -> dict[str, Any]:
+    """Return the fields of `prepared.json`, with a checksum that only this user can make."""
+    fields = manifest._asdict()
+    content = json.dumps([fields.pop("directory").name, fields], sort_keys=True).encode()
+    seal = hmac.digest(_key(get_cache_directory()), content, "sha256").hex()
+    return {**fields, "seal": seal}
 
 
 def find_corpus(data: DataConfig, save: bool = False) -> Manifest | None:
@@ -113,12 +109,13 @@ def find_corpus(data: DataConfig, save: bool = False) -> Manifest | None:
         return None
     try:
         fields = files.read_json(directory / MANIFEST, 2**16 + 8 * len(json.dumps(states)))
-        if fields.pop("seal", None) != _seal(directory, fields):
-            return None
+        seal = fields.pop("seal")
         manifest = Manifest(directory, **fields)
+        if seal != _seal(manifest)["seal"]:
+            return None
         before = manifest.files
         now = {name: _fingerprint(directory / name, known) for name, known in before.items()}
-    except (OSError, ValueError, TypeError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
     if any(now[name][:2] != before[name][:2] for name in before):
         return None
@@ -130,7 +127,8 @@ def find_corpus(data: DataConfig, save: bool = False) -> Manifest | None:
             return None
     if save and (states != manifest.sources or now != before):
         with contextlib.suppress(OSError):
-            manifest._replace(sources=states, files=now).write(directory)
+            manifest = manifest._replace(sources=states, files=now)
+            files.write_json(directory / MANIFEST, _seal(manifest))
     return manifest
 
 
@@ -159,7 +157,10 @@ def prepare_corpus(data: DataConfig) -> Manifest:
 
 
 def _locate(data: DataConfig) -> tuple[list[list[Path]], list[_State], Path]:
-    """Return the files of a text, their states, and the directory of its prepared corpus."""
+    """Return the files of a text, their states, and the directory of its prepared corpus.
+
+    The paths in the states are relative to the directory, so that all can be moved.
+    """
     texts = sources.find_files(data.path)
     base = os.path.expanduser(data.prepared) or texts[0][0].absolute().parent / BESIDE
     base = Path(os.path.normpath(Path(base).absolute()))
@@ -171,18 +172,14 @@ def _locate(data: DataConfig) -> tuple[list[list[Path]], list[_State], Path]:
     # Several users or machines don't replace each other's corpora. b"": a temporary key.
     name = hmac.digest(key if (cache / _KEY).exists() else b"", content, "sha256").hex()[:16]
     directory = base / f"{texts[0][0].stem[:50]}-{name}"
-    return texts, _states(texts, directory), directory
-
-
-def _states(texts: list[list[Path]], directory: Path) -> list[_State]:
-    """Return each file's path relative to `directory`, so that all can be moved, and its state."""
     try:
-        return [
+        states = [
             [os.path.relpath(path.absolute(), directory), *_state(path.stat())]
             for path in itertools.chain.from_iterable(texts)
         ]
     except OSError as error:
         raise UserError(f"can't read {error.filename}: {error.strerror}") from None
+    return texts, states, directory
 
 
 def _state(status: os.stat_result) -> list[int]:
@@ -194,11 +191,7 @@ def _fingerprint(path: Path, known: _State) -> _State:
     """Return SHA-256 and state of a file, `known` if its state is unchanged; flush a new file."""
     with files.open_regular(path) as file:
         state = _state(os.fstat(file.fileno()))
-        if state == known[1:]:
-            return known
-        if not known:
-            os.fsync(file.fileno())
-        return [hashlib.file_digest(file, "sha256").hexdigest(), *state]
+    return known if state == known[1:] else [files.hash_file(path, sync=not known), *state]
 
 
 def _is_directory(path: Path) -> bool:
@@ -215,7 +208,7 @@ def _remove(path: Path) -> None:
 
 
 def _prepare(data: DataConfig) -> Manifest:
-    """Make the corpus in a temporary directory, and rename that when it is complete."""
+    """Encode the text into parts, which a killed process leaves for the next, and merge them."""
     began = time.monotonic()
     texts, states, directory = _locate(data)
     total = sum(state[1] for state in states)
@@ -232,20 +225,22 @@ def _prepare(data: DataConfig) -> Manifest:
     stop = encoding.find_stop_text(data.document_separator, contains)
     flat = list(itertools.chain.from_iterable(chunks))
     plan = {"sha256": sha256, "units": data.units, "stop": stop, "chunks": flat}
-    unfinished = directory.with_name(directory.name + _UNFINISHED)
-    key = _begin(unfinished, plan)
-    _run_processes(unfinished, len(flat), total, key)
-    measured = _merge(unfinished, chunks, key)
-    sources.check_lengths({name: m["characters"] for name, m in measured.items()}, data.path)
-    if _states(texts, directory) != states:
-        raise UserError(f"files of {data.path} have changed while they were prepared: start again")
-    shutil.rmtree(unfinished / worker.PARTS)
-    (unfinished / worker.PLAN).unlink()
-    made = {path.name: _fingerprint(path, []) for path in unfinished.iterdir()}
-    manifest = Manifest(directory, states, sha256, data.units, stop, measured, made)
-    manifest.write(unfinished)
-    _remove(directory)  # A corpus of another text, or a damaged one.
-    unfinished.rename(directory)
+    parts = directory.with_name(directory.name + _PARTS)
+    key = _begin(parts, plan)
+    _run_processes(parts, len(flat), total, key)
+    with files.unfinished_directory(directory) as unfinished:
+        characters = _merge(parts, unfinished, chunks, key)
+        sources.check_lengths(characters, data.path)
+        if _locate(data)[1] != states:
+            raise UserError(
+                f"files of {data.path} have changed while they were prepared: start again"
+            )
+        made = {path.name: _fingerprint(path, []) for path in unfinished.iterdir()}
+        manifest = Manifest(directory, states, sha256, stop, characters, made)
+        files.write_json(unfinished / MANIFEST, _seal(manifest))
+        _remove(directory)  # A corpus of another text, or a damaged one.
+        shutil.rmtree(parts)
+        unfinished.rename(directory)
     files.sync_directory(directory.parent.resolve())  # The user may have named a link.
     seconds = time.monotonic() - began
     rate = f"{total / 1e6 / seconds:,.0f} MB/s"
@@ -253,36 +248,31 @@ def _prepare(data: DataConfig) -> Manifest:
     return manifest
 
 
-def _begin(unfinished: Path, plan: Mapping[str, object]) -> bytes:
-    """Make the directory to work in, with only its old parts; return the key of the plan's parts.
+def _begin(parts: Path, plan: Mapping[str, object]) -> bytes:
+    """Write the plan to the directory of its parts, old ones or none yet; return their key.
 
     A part with another key, of another plan or user, is encoded again.
     """
-    for directory in (unfinished, unfinished / worker.PARTS):
-        if not _is_directory(directory):
-            _remove(directory)
-            directory.mkdir()
-    for left in unfinished.iterdir():
-        if left.name != worker.PARTS:
-            _remove(left)
+    if not _is_directory(parts):
+        _remove(parts)
+        parts.mkdir()
     content = json.dumps(plan).encode()
-    files.write_file(unfinished / worker.PLAN, content)
+    files.write_file(parts / worker.PLAN, content)
     return hmac.digest(_key(get_cache_directory()), content, "sha256")
 
 
-def _run_processes(unfinished: Path, number: int, total: int, key: bytes) -> None:
+def _run_processes(parts: Path, number: int, total: int, key: bytes) -> None:
     """Encode all chunks (`number` of them, of `total` bytes) on all cores."""
     workers = min(count_cores(), _MAX_PROCESSES, number)
-    root = str(Path(worker.__file__).parents[2])
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(sys.path),
         # One thread each; NumPy would start one per core for matmuls that it never computes.
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         worker.KEY: key.hex(),
     }
-    command = [sys.executable, "-m", "lstm_jax.data.worker", str(unfinished)]
+    command = [sys.executable, "-m", "lstm_jax.data.worker", str(parts)]
     reader, writer = os.pipe()
     processes = [
         subprocess.Popen([*command, str(i), str(workers)], stdout=writer, env=environment)
@@ -314,47 +304,40 @@ def _run_processes(unfinished: Path, number: int, total: int, key: bytes) -> Non
 
 
 def _merge(
-    unfinished: Path, chunks: list[list[list[Segment]]], key: bytes
-) -> dict[str, dict[str, int]]:
-    """Join the encoded chunks of each split, with one table of tokens; return `Manifest.splits`."""
+    parts: Path, target: Path, chunks: list[list[list[Segment]]], key: bytes
+) -> dict[str, int]:
+    """Join the encoded chunks of each split, with one table of tokens; return their characters."""
 
     def load_parts(split: int) -> Iterator[Part]:
         first = sum(map(len, chunks[:split]))
         for number, chunk in enumerate(chunks[split], first):
-            path = worker.get_part_path(unfinished, number)
+            path = worker.get_part_path(parts, number)
             part = worker.load_part(path, chunk, key)
-            if part is None:
-                path.unlink(missing_ok=True)
-                raise UserError(
-                    f"{path} was damaged and has been removed: {same_again()} resumes from there"
-                )
+            assert part is not None, f"{path} has changed since it was encoded"
             yield part
 
     index: dict[str, int] = {}
-    measured = {}
-    for i, name in enumerate(sources.SPLITS):
-        size = sum(map(sources.count_bytes, chunks[i]))
-        measured[name] = split = {"bytes": size, "characters": 0, "tokens": 0}
+    characters, lengths = dict.fromkeys(sources.SPLITS, 0), [0] * len(chunks)
+    for i, name in enumerate(characters):
         for part in load_parts(i):
-            split["characters"] += part.characters
-            split["tokens"] += len(part.ids)
+            characters[name] += part.characters
+            lengths[i] += len(part.ids)
             for token in part.tokens:
                 index.setdefault(token, len(index))
     dtype = get_smallest_dtype(len(index))
-    counts = np.zeros((len(measured), len(index)), np.int64)
-    for i, (name, split) in enumerate(measured.items()):
-        with (unfinished / f"{name}.npy").open("xb") as file:  # "x": not through a link.
+    counts = np.zeros((len(chunks), len(index)), np.int64)
+    for i, name in enumerate(characters):
+        with (target / f"{name}.npy").open("xb") as file:
             header = np.lib.format.header_data_from_array_1_0(np.empty(0, dtype))
-            np.lib.format.write_array_header_1_0(file, {**header, "shape": (split["tokens"],)})
+            np.lib.format.write_array_header_1_0(file, {**header, "shape": (lengths[i],)})
             for part in load_parts(i):
                 table = np.array([index[token] for token in part.tokens], dtype)
                 counts[i][table] += part.counts
                 file.write(table[part.ids].data)
-    with (unfinished / _COUNTS).open("xb") as file:
-        np.save(file, counts)
-    with (unfinished / _TOKENS).open("xb") as file:
+    np.save(target / _COUNTS, counts)
+    with (target / _TOKENS).open("xb") as file:
         file.writelines(json.dumps(token).encode() + b"\n" for token in index)
-    return measured
+    return characters
 
 
 class PreparedText(Text):
@@ -362,17 +345,16 @@ class PreparedText(Text):
 
     def __init__(self, manifest: Manifest, name: str) -> None:
         self._manifest, self._name = manifest, name
-        self._split = manifest.splits[name]
 
-    def index_tokens(self, kind: str, stop: str) -> Part:
-        """See `Text`; the kind and the stop token are those that it was prepared with."""
+    def index_tokens(self, kind: str = "", stop: str = "") -> Part:
+        """See `Text`; the kind and the stop token are always those that it was prepared with."""
         directory = self._manifest.directory
         with files.open_regular(directory / _COUNTS) as file:
             counts = np.load(file)[sources.SPLITS.index(self._name)]
         with files.open_regular(directory / _TOKENS) as lines:
             tokens = list(map(json.loads, lines))
         ids = self._open_ids(np.arange(len(tokens), dtype=np.int32))
-        return Part(ids, tokens, counts, self._split["characters"])
+        return Part(ids, tokens, counts, self._manifest.characters[self._name])
 
     def find_stop(self, separator: str) -> str:
         """See `Text`."""
@@ -387,19 +369,16 @@ class PreparedText(Text):
         return self._open_ids(table.ids)
 
     def _open_ids(self, table: np.ndarray) -> "FileIds":
-        path = self._manifest.directory / f"{self._name}.npy"
-        return FileIds(path, self._split["tokens"], table)
+        return FileIds(self._manifest.directory / f"{self._name}.npy", table)
 
     def pieces(self, overlap: int) -> Iterator[str]:
         """See `Text`."""
-        manifest, units, tail = self._manifest, self._manifest.units, ""
-        paths = [Path(os.path.normpath(manifest.directory / name)) for name, *_ in manifest.sources]
-        text = sources.list_segments(paths, units == "bytes", manifest.stop == FILE_END)
-        for name in sources.SPLITS[: sources.SPLITS.index(self._name)]:
-            _, text = sources.cut_segments(text, manifest.splits[name]["bytes"])
-        text, _ = sources.cut_segments(text, self._split["bytes"])
-        for chunk in encoding.iterate_chunks(text, units, CHUNK):
-            piece = tail + sources.read_segments(chunk, units == "bytes")
+        part, tail = self.index_tokens(), ""
+        utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # A token may be a byte.
+        for stop in range(_PIECE, len(part.ids) + _PIECE, _PIECE):
+            spelled = "".join([part.tokens[i] for i in part.ids[stop - _PIECE : stop].tolist()])
+            content = spelled.encode("utf-8", "surrogateescape")
+            piece = tail + utf8.decode(content, final=stop >= len(part.ids))
             yield piece
             tail = piece[max(len(piece) - overlap, 0) :]
 
@@ -411,13 +390,12 @@ class FileIds:
     memory-mapped file would count as memory of the process.
     """
 
-    def __init__(self, path: Path, length: int, table: np.ndarray) -> None:
-        """Open a file that ends with `length` indices into the table, int32 [tokens]."""
-        self._path, self._length, self._table = path, length, table
-        self._dtype = get_smallest_dtype(len(table))
-        self._file = files.open_regular(path)
-        size = os.fstat(self._file.fileno()).st_size
-        self._first = max(size - length * self._dtype.itemsize, 0)
+    def __init__(self, path: Path, table: np.ndarray) -> None:
+        """Open a .npy file of indices into the table, int32 [tokens]."""
+        self._path, self._table, self._file = path, table, files.open_regular(path)
+        np.lib.format.read_magic(self._file)
+        (self._length,), _, self._dtype = np.lib.format.read_array_header_1_0(self._file)
+        self._first = self._file.tell()
 
     def __len__(self) -> int:
         return self._length

@@ -24,14 +24,13 @@ _LOCK = ".lstm_jax.lock"
 
 
 class StandardText(NamedTuple):
-    """A text: its files, how they become its splits, and the published sizes of these."""
+    """A text: its files, and how they become its splits."""
 
     downloads: tuple[Download, ...]
-    sizes: tuple[int, int, int]  # Train, validation, test.
-    unit: str = "bytes"  # Of the sizes: "bytes", or "words" with the end of each line as one.
     # The texts in the archive that is downloaded; none if the downloads are the texts. Three texts
     # are the splits; one is cut.
     members: tuple[str, ...] = ()
+    cuts: tuple[int, int] = (0, 0)  # The bytes of one text where validation and test begin.
     clean: Callable[[bytes], bytes] | None = None  # Applied to each line of a text.
 
 
@@ -44,6 +43,13 @@ _PTB_FILES = (
 _PTB = tuple(
     Download(f"{_PTB_ADDRESS}/ptb.{split}.txt", size, sha256) for split, size, sha256 in _PTB_FILES
 )
+
+
+def _describe_zip(name: str, size: int, sha256: str) -> StandardText:
+    """Return a text of 10^8 bytes by Matt Mahoney, alone in an archive, with the usual splits."""
+    download = Download(f"http://mattmahoney.net/dc/{name}.zip", size, sha256)
+    return StandardText((download,), members=(name,), cuts=(90_000_000, 95_000_000))
+
 
 # The sizes and checksums of downloads are those that Hugging Face's `datasets` verifies (enwik8,
 # ptb_text_only, wikitext). That of text8.zip is the one that several public loaders verify.
@@ -63,39 +69,19 @@ STANDARD_TEXTS = {
                 ),
             ),
         ),
-        sizes=(1_003_854, 55_770, 55_770),
+        cuts=(1_003_854, 1_059_624),
     ),
-    "enwik8": StandardText(
-        downloads=(
-            Download(
-                "http://mattmahoney.net/dc/enwik8.zip",
-                36_445_475,
-                "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
-            ),
-        ),
-        sizes=(90_000_000, 5_000_000, 5_000_000),
-        members=("enwik8",),
+    "enwik8": _describe_zip(
+        "enwik8", 36_445_475, "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"
     ),
-    "text8": StandardText(
-        downloads=(
-            Download(
-                "http://mattmahoney.net/dc/text8.zip",
-                31_344_016,
-                "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232",
-            ),
-        ),
-        sizes=(90_000_000, 5_000_000, 5_000_000),
-        members=("text8",),
+    "text8": _describe_zip(
+        "text8", 31_344_016, "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232"
     ),
     # The characters of Mikolov's ptb.char.*.txt, which have _ for a space: without the spaces at
     # both ends of a line, and with <unk> spelled out.
-    "penn_treebank": StandardText(
-        downloads=_PTB, sizes=(5_017_482, 393_042, 442_423), clean=bytes.strip
-    ),
+    "penn_treebank": StandardText(_PTB, clean=bytes.strip),
     # Every word has the space before it, the first of a line too.
-    "penn_treebank_words": StandardText(
-        downloads=_PTB, sizes=(929_589, 73_760, 82_430), unit="words", clean=bytes.rstrip
-    ),
+    "penn_treebank_words": StandardText(_PTB, clean=bytes.rstrip),
     "wikitext2": StandardText(
         downloads=(
             # The first address, s3.amazonaws.com/research.metamind.io, is not public any more.
@@ -105,8 +91,6 @@ STANDARD_TEXTS = {
                 "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
             ),
         ),
-        sizes=(2_088_628, 217_646, 245_569),
-        unit="words",
         members=tuple(f"wikitext-2/wiki.{split}.tokens" for split in ("train", "valid", "test")),
         clean=bytes.rstrip,
     ),
@@ -156,13 +140,6 @@ def _get_text(name: str, directory: Path) -> None:
             print(f"Downloading {name}, once, to {data_dir}", file=sys.stderr)
             _download_files(missing, data_dir)
         splits = _read_splits(text, data_dir)
-        in_words = text.unit == "words"
-        sizes = tuple(len(s.split()) + s.count(b"\n") if in_words else len(s) for s in splits)
-        if sizes != text.sizes:
-            raise UserError(
-                f"the splits of {name} have {sizes} {text.unit}, not the published {text.sizes}: "
-                f"remove its files from {data_dir} and try again"
-            )
         with files.unfinished_directory(directory) as made:
             for split, content in zip(SPLITS, splits, strict=True):
                 files.write_file(made / f"{split}.txt", content)
@@ -197,9 +174,8 @@ def _read_splits(text: StandardText, data_dir: Path) -> list[bytes]:
         contents = [b"\n".join(map(text.clean, content.split(b"\n"))) for content in contents]
     if len(contents) > 1:
         return contents
-    train, validation, _ = text.sizes
-    (content,) = contents
-    return [content[:train], content[train : train + validation], content[train + validation :]]
+    (content,), (validation, test) = contents, text.cuts
+    return [content[:validation], content[validation:test], content[test:]]
 
 
 def _read_verified(file: Download, path: Path) -> bytes:

@@ -4,10 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
 
 from lstm_jax.config import DataConfig
 from lstm_jax.data import prepared, sources, standard_texts
@@ -42,10 +39,6 @@ class Splits:
     def vocabulary(self) -> Vocabulary:
         """Return the vocabulary of the training text."""
         return self.texts["train"].vocabulary(self.data)
-
-    def count_tokens(self, vocabulary: Vocabulary) -> np.ndarray:
-        """Return the number of occurrences of each token in the training text, int64 [tokens]."""
-        return self.texts["train"].count_tokens(vocabulary)
 
     def encode(self, vocabulary: Vocabulary) -> _Encoded:
         """Return the ids of each split; and its costs without its first token, never predicted.
@@ -168,21 +161,3 @@ def compute_checksum(splits: dict[str, str]) -> str:
     for name in sources.SPLITS:
         digest.update(splits[name].encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
-
-
-class Joined:
-    """The `Ids` of several texts, one after the other."""
-
-    def __init__(self, parts: Sequence[Ids]) -> None:
-        self._parts = parts
-
-    def __len__(self) -> int:
-        return sum(map(len, self._parts))
-
-    def __getitem__(self, index: slice) -> np.ndarray:
-        start, stop, _ = index.indices(len(self))
-        slices = []
-        for part in self._parts:
-            slices.append(part[max(start, 0) : max(stop, 0)])
-            start, stop = start - len(part), stop - len(part)
-        return np.concatenate(slices)

@@ -1,7 +1,7 @@
 """Encode the chunks of a large text, in one of several processes.
 
-`python -m lstm_jax.data.worker DIRECTORY NUMBER TOTAL` encodes every TOTAL-th chunk of a plan. It
-imports little more than NumPy, so that many processes need little memory.
+`python -m lstm_jax.data.worker DIRECTORY NUMBER TOTAL` encodes every TOTAL-th chunk of the plan
+in a directory. It imports little more than NumPy, so that many processes need little memory.
 """
 
 import hmac
@@ -18,7 +18,7 @@ from lstm_jax.data import files, sources
 from lstm_jax.data.encoding import Part, encode_chunk
 from lstm_jax.errors import UserError
 
-PLAN, PARTS = "plan.json", "parts"
+PLAN = "plan.json"
 # The environment variable with the key of `save_part`, in hexadecimal.
 KEY = "LSTM_JAX_PARTS_KEY"
 _SEAL_BYTES = 32
@@ -53,7 +53,7 @@ def _seal(path: Path, content: bytes, key: bytes) -> bytes:
 
 def get_part_path(directory: Path, number: int) -> Path:
     """Return the path of an encoded chunk."""
-    return directory / PARTS / f"{number:06}.npz"
+    return directory / f"{number:06}.npz"
 
 
 def main() -> None:

@@ -58,7 +58,8 @@ def measure(
     measured = (
         [_read_text(options.text, vocabulary)] if options.text else [splits[n] for n in names]
     )
-    ids = texts.Joined([text.encode(vocabulary) for text in measured])
+    parts = [text.encode(vocabulary) for text in measured]
+    ids: Ids = parts[0] if len(parts) == 1 else np.concatenate([part[:] for part in parts])
     name = "standard input" if options.text == "-" else options.text or options.splits
     result: dict[str, object] = {"text" if options.text else "split": name}
     if len(ids) < (needed := 4 if options.zero_state else 2):

@@ -3,9 +3,9 @@
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,6 @@ import numpy as np
 from lstm_jax import controls, generation
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
-from lstm_jax.controls import ControlOptions
 from lstm_jax.errors import UserError
 from lstm_jax.run import cell_file, ensemble, workdir
 from lstm_jax.vocabulary import PADDING_ID, SPECIAL_IDS
@@ -26,14 +25,21 @@ LogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
 _LONGEST_CHUNK = 1024  # Tokens per call of the compiled function that scores.
 
 
-class Options(ControlOptions, total=False):
-    """The options of `Run.generate` and `Run.stream`, beside the controls; see there."""
+class Options(TypedDict, total=False):
+    """The options of `Run.generate` and `Run.stream`, of which the last are the controls."""
 
     length: int
     seed: int
     stop_token: bool
     stop_at: str
     process_logits: LogitsProcessor | None
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    repetition_window: int
+    forbidden: Iterable[int]
 
 
 class TextCarry(NamedTuple):
@@ -124,7 +130,7 @@ class Run:
         stop_token: bool = True,
         stop_at: str = "",
         process_logits: LogitsProcessor | None = None,
-        **options: Unpack[ControlOptions],
+        **options: Any,
     ) -> Iterator[str]:
         """Check the options, and return the pieces."""
         values = controls.make_controls(**{"temperature": 0.8, **options})

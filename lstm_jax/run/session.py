@@ -86,7 +86,7 @@ class Session:
             averaged=optimizer_lib.has_average(config.optimizer),
             trained=trained.params if trained else None,
             mesh=mesh,
-            counts=splits.count_tokens(self.vocabulary) if is_new else None,
+            counts=splits.texts["train"].count_tokens(self.vocabulary) if is_new else None,
         )
         self._restore(state)
         self.checkpoints = checkpoints.CheckpointWriter(self._saved_in)
