@@ -10,15 +10,17 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from tqdm import tqdm
 
 from lstm_jax.background import call_in_thread
 from lstm_jax.data import files
+
+T = TypeVar("T")
 
 _CHUNK_BYTES = 2**16
 # Give up on a server that sends nothing for this time.
@@ -98,18 +100,24 @@ def _receive_rest(file: Download, part: Path, done: int) -> int:
 
     Return the size, which is larger than that of the file if more than the file is sent.
     """
-    deadline = time.monotonic() + file.seconds
+    began, first = time.monotonic(), done
+
+    def wait_for(function: Callable[..., T], *arguments: object) -> T:
+        """Call a function that waits for the server, for the rest of the time."""
+        allowed = file.seconds + (done - first) / _LEAST_SPEED
+        return call_in_thread(function, *arguments, seconds=began + allowed - time.monotonic())
+
     with _network_errors():
         try:
-            response = call_in_thread(_request, file, done, seconds=file.seconds)
+            response = wait_for(_request, file, done)
         except urllib.error.HTTPError as error:
             if not done or error.code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                 raise
             part.unlink()  # The file there is shorter.
-            response = call_in_thread(_request, file, 0, seconds=file.seconds)
-    with response:
+            response = wait_for(_request, file, 0)
+    try:
         if response.status != HTTPStatus.PARTIAL_CONTENT:
-            done = 0
+            done = first = 0
         # Not known from every server. A page to sign in to a network has another size.
         if response.length is not None and (size := done + response.length) != file.size:
             raise DownloadError(f"it has {size:,} bytes there instead of {file.size:,}")
@@ -123,15 +131,15 @@ def _receive_rest(file: Download, part: Path, done: int) -> int:
             output.truncate(done)
             while done <= file.size:
                 with _network_errors():
-                    chunk = response.read1(_CHUNK_BYTES)
-                    if time.monotonic() > deadline:
-                        raise TimeoutError
+                    chunk = wait_for(response.read1, _CHUNK_BYTES)
                 if not chunk:
                     break
                 output.write(chunk)
                 done += len(chunk)
-                deadline += len(chunk) / _LEAST_SPEED
                 bar.update(len(chunk))
+    finally:
+        with contextlib.suppress(TimeoutError):  # A thread that still reads has locked it.
+            call_in_thread(response.close, seconds=1)
     return done
 
 
@@ -141,8 +149,7 @@ def _request(file: Download, done: int) -> http.client.HTTPResponse:
     if done:
         headers["Range"] = f"bytes={done}-"
     request = urllib.request.Request(file.address, headers=headers)
-    seconds = min(file.seconds, _TIMEOUT_SECONDS)
-    response = urllib.request.urlopen(request, timeout=seconds)
+    response = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
     if not isinstance(response, http.client.HTTPResponse):  # That of FTP has no status.
         raise DownloadError("it redirects to an address that is not http or https")
     return response
