@@ -313,7 +313,8 @@ def _merge(
         for number, chunk in enumerate(chunks[split], first):
             path = worker.get_part_path(parts, number)
             part = worker.load_part(path, chunk, key)
-            assert part is not None, f"{path} has changed since it was encoded"
+            if part is None:
+                raise UserError(f"{path} has changed: {same_again()} encodes it again")
             yield part
 
     index: dict[str, int] = {}
