@@ -1,3 +1,6 @@
+import contextlib
+import re
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -6,11 +9,13 @@ import numpy as np
 import pytest
 
 from lstm_jax.controls import (
+    _NUMBERS,
     Controls,
     Stops,
     StopSearch,
     adjust_logits,
     can_generate,
+    check_number,
     make_control_arrays,
     make_stops,
 )
@@ -158,3 +163,17 @@ def test_texts_that_tokens_can_spell() -> None:
         assert can_generate(vocabulary, text, allowed), text
     for text in ("ba", "cc", "dbd", "dx", "abcd" + "cab" + "ba"):
         assert not can_generate(vocabulary, text, allowed), text
+
+
+@pytest.mark.parametrize("name", [n for n, (kind, *_) in _NUMBERS.items() if kind is Integral])
+def test_whole_numbers_have_the_limits_that_the_error_states(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name} is -1: it must be ") as raised:
+        check_number(name, -1)
+    words = str(raised.value).partition("must be ")[2].replace(",", "")
+    low, *high = map(int, re.findall(r"\d+", words))
+    for value, is_allowed in ((low, True), (low - 1, False), *((h, True) for h in high)):
+        with contextlib.nullcontext() if is_allowed else pytest.raises(UserError):
+            check_number(name, value)
+    for above in high:
+        with pytest.raises(UserError):
+            check_number(name, above + 1)

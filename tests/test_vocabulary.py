@@ -140,6 +140,21 @@ def test_documents_end_with_the_stop_token() -> None:
         Text("ab").vocabulary(data)
 
 
+@pytest.mark.parametrize(
+    ("kind", "stop", "name"),
+    [
+        ("words", "", "word"),
+        ("characters", "\n", "character"),
+        ("characters", "\n\n", "token"),
+        ("bpe", "", "token"),
+    ],
+)
+def test_a_stop_token_of_several_characters_is_no_character(
+    kind: str, stop: str, name: str
+) -> None:
+    assert Vocabulary(["", "[UNK]", *filter(None, [stop])], kind, stop).token_name == name
+
+
 def test_rare_tokens_become_unk() -> None:
     text = "to be or not to be"
     vocabulary = Vocabulary.from_text(text, "words", min_count=2)
