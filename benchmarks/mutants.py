@@ -113,7 +113,7 @@ def test_mutant(mutant: Mutant, clone: Path) -> dict[str, object]:
         diff = subprocess.check_output(["git", "-C", clone, "diff", "-U0"], text=True)
         row["diff"] = diff.splitlines()[4:]
         # A few files are imported sooner than all. A mutant may loop without end.
-        for some, seconds in ((tests[:4], 180), (tests[4:], 1200)):
+        for some, seconds in ((tests[:4], 600), (tests[4:], 1200)):
             line = f"cd {clone} && PYTHONPATH={clone} {command} {' '.join(map(str, some))}"
             outcome, output = run_tests(f"sh -c {shlex.quote(line)}", seconds)
             if outcome != TestOutcome.SURVIVED:
