@@ -21,7 +21,7 @@ class Stopped(BaseException):
     """A signal requested a stop; a BaseException, so that no `except Exception` catches it."""
 
 
-class StopRequest(Observer, contextlib.ExitStack[None]):
+class StopRequest(Observer, contextlib.ExitStack[bool | None]):
     """Within its block, Ctrl-C or SIGTERM requests a stop; further signals change nothing."""
 
     exit_code: int | None = None  # Of the command; None until a signal arrives.
