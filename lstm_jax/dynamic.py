@@ -14,7 +14,8 @@ so that parameters with small gradients in training move as readily as the other
 """
 
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -40,6 +41,25 @@ class Settings(NamedTuple):
     # with a gradient of mean size.
     decay: float
     segment_length: int  # Tokens predicted between two gradient steps.
+
+
+def adapt_to_text(
+    members: Sequence[tuple[LanguageModel, Params]], train_ids: Ids, ids: Ids, settings: Settings
+) -> Iterator[np.ndarray]:
+    """Compute the losses of `compute_dynamic_losses` for an ensemble of models, of one or more.
+
+    Each adapts to the text alone, with the gradients of its loss.
+    """
+    losses = []
+    for model, params in members:
+        sizes = measure_gradient_sizes(model, params, train_ids, settings.segment_length)
+        losses.append(compute_dynamic_losses(model, params, ids, settings, sizes))
+    return map(mix_losses, zip(*losses, strict=True))
+
+
+def mix_losses(losses: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the losses of an ensemble from its members' losses for the same tokens, in nats."""
+    return math.log(len(losses)) - np.logaddexp.reduce(-np.stack(losses))
 
 
 def measure_gradient_sizes(

@@ -93,7 +93,7 @@ def _keep_process_state() -> Any:
     """Restore what a command sets for its whole process: flags, loaded cells, signals, hooks."""
     known, loaded = set(flags.FLAGS), dict(cells.LOADED)
     cells.LOADED.clear()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    numbers = (signal.SIGINT, signal.SIGTERM)
     handlers = {number: signal.getsignal(number) for number in numbers}
     verbosity, hook = logging.get_verbosity(), sys.unraisablehook
     try:

@@ -1,3 +1,4 @@
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def test_the_loss_is_that_of_the_mean_probabilities() -> None:
     np.testing.assert_allclose(losses, expected, atol=1e-4)
     assert loss_lib.compute_loss(*JOINED, ids) == pytest.approx(expected.mean(), rel=1e-5)
     of_members = [loss_lib.compute_token_losses(*member, ids) for member in MEMBERS]
-    np.testing.assert_allclose(ensemble.mix_losses(of_members), expected, atol=1e-4)
+    np.testing.assert_allclose(dynamic.mix_losses(of_members), expected, atol=1e-4)
     # In the windows of --context.
     expected = -np.log(compute_probabilities(ids[100:150])[np.arange(50), ids[101:151]])
     windows = loss_lib.compute_token_losses(*JOINED, ids, context=50)
@@ -87,8 +88,8 @@ def test_an_ensemble_of_one_equals_its_member() -> None:
     )
     np.testing.assert_array_equal(single, joined)
     single, joined = (
-        np.concatenate([*ensemble.adapt_to_text(*pair, prompts[0], ids, SETTINGS)])
-        for pair in pairs
+        np.concatenate([*dynamic.adapt_to_text(members, prompts[0], ids, SETTINGS)])
+        for members in itertools.starmap(ensemble.list_members, pairs)
     )
     np.testing.assert_array_equal(single, joined)
     assert loss_lib.compute_loss(*ONE, ids) == pytest.approx(
@@ -102,7 +103,8 @@ def test_each_member_adapts_on_its_own_loss() -> None:
         sizes = dynamic.measure_gradient_sizes(model, params, train_ids, 7)
         own = dynamic.compute_dynamic_losses(model, params, ids, SETTINGS, sizes)
         probabilities += np.exp(-np.concatenate([*own], dtype=np.float64)) / len(MEMBERS)
-    losses = np.concatenate([*ensemble.adapt_to_text(*JOINED, train_ids, ids, SETTINGS)])
+    members = ensemble.list_members(*JOINED)
+    losses = np.concatenate([*dynamic.adapt_to_text(members, train_ids, ids, SETTINGS)])
     np.testing.assert_allclose(losses, -np.log(probabilities), atol=1e-5)
 
 

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import jax
 import pytest
-import tensorstore as ts
 from ml_collections import ConfigDict
 
 import draws
@@ -189,13 +188,14 @@ Kind = Callable[[Path, Path], None]
 KINDS: tuple[Kind, ...] = (
     fifo, link_outside, link_to_its_like, endless, sparse, directory, garbage, deep,
 )  # fmt: skip
+_ARRAY = "checkpoints/140/params/lstm_0.bias/.zarray"
 NAMES = (
     workdir.CONFIG, workdir.VOCABULARY, workdir.METRICS, workdir.SAMPLES, workdir.CURVES,
     workdir.CHANGES, workdir.CHECKPOINTS, ".lock", "report.html", "events.out.tfevents.1.x",
     "plugins", "text.txt", "checkpoints/140", "checkpoints/9", "checkpoints/5.unfinished",
     "checkpoints/2147483648", "checkpoints/140/SHA256SUMS", "checkpoints/140/validation.json",
     "checkpoints/140/params", "checkpoints/140/params/_METADATA",
-    "checkpoints/140/batches/metadata", "checkpoints/140/params/manifest.ocdbt",
+    "checkpoints/140/batches/metadata", _ARRAY,
     "checkpoints/140/.validation.json.partial", ".report.html.partial",
 )  # fmt: skip
 
@@ -304,22 +304,24 @@ def save_nonfinite(place: Place) -> None:
     checkpoints.save_params(place.run / "checkpoints", 140, params)
 
 
-def change_values(change_one: Callable[[ts.KvStore, str], object]) -> Callable[[Place], None]:
-    """Change the database of the parameters, with a valid seal."""
+def change_array(change_one: Callable[[Path], object]) -> Callable[[Place], None]:
+    """Change the files of an array of the parameters, with a valid seal."""
 
     def change(place: Place) -> None:
         checkpoint = place.run / "checkpoints" / "140"
-        base = f"file://{checkpoint}/params/"
-        database = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
-        change_one(database, "lstm_0.bias")
+        change_one(checkpoint / "params" / "lstm_0.bias")
         seal.seal_checkpoint(checkpoint)
 
     return change
 
 
-def write_large_chunks(database: ts.KvStore, name: str) -> None:
-    metadata = json.loads(database[f"{name}/.zarray"])
-    database[f"{name}/.zarray"] = json.dumps({**metadata, "chunks": [2**33]})
+def change_chunks(array: Path, size: int) -> None:
+    metadata = json.loads((array / ".zarray").read_text())
+    (array / ".zarray").write_text(json.dumps({**metadata, "chunks": [size]}))
+
+
+def write_large_chunks(array: Path) -> None:
+    change_chunks(array, 2**33)
 
 
 def make_bomb(blocks: int) -> bytes:
@@ -328,41 +330,14 @@ def make_bomb(blocks: int) -> bytes:
     return b"\x28\xb5\x2f\xfd\0\x38" + blocks * block + b"\1\0\0"
 
 
-def write_bomb(database: ts.KvStore, name: str) -> None:
-    database[f"{name}/0"] = make_bomb(2**15)
+def write_bomb(array: Path) -> None:
+    (array / "0").write_bytes(make_bomb(2**15))
 
 
-def write_compressed_chunks(database: ts.KvStore, name: str) -> None:
+def write_compressed_chunks(array: Path) -> None:
     """Write a chunk of 4 GB of zeros for an array of some numbers."""
-    metadata = json.loads(database[f"{name}/.zarray"])
-    database[f"{name}/.zarray"] = json.dumps({**metadata, "chunks": [2**30]})
-    database[f"{name}/0"] = make_bomb(2**15)
-
-
-def replace_manifest(place: Place) -> None:
-    """Replace a manifest by one of 64 KB that unpacks to 2 GB."""
-    checkpoint = place.run / "checkpoints" / "140"
-    body = b"\0\1" + make_bomb(16_000)
-    content = b"\x0c\xdb\x3a\x2a" + (len(body) + 16).to_bytes(8, "little") + body
-    (checkpoint / "params" / "manifest.ocdbt").write_bytes(content + bytes(4))
-    seal.seal_checkpoint(checkpoint)
-
-
-def store_hidden(kind: Kind) -> Callable[[Place], None]:
-    """Make Orbax read one hidden file for each array, with a valid seal."""
-
-    def change(place: Place) -> None:
-        checkpoint = place.run / "checkpoints" / "140"
-        item = checkpoint / "params"
-        fields = json.loads((item / "_METADATA").read_text())
-        (item / "_METADATA").write_text(json.dumps({**fields, "use_ocdbt": False}))
-        seal.seal_checkpoint(checkpoint)  # It leaves out hidden files.
-        for key in fields["tree_metadata"].values():
-            name = ".".join(part["key"] for part in key["key_metadata"])
-            (item / name).mkdir()
-            kind(item / name / ".zarray", place.outside)
-
-    return change
+    change_chunks(array, 2**30)
+    write_bomb(array)
 
 
 def make_folder(change_file: Callable[[Path, Path], object]) -> Callable[[Place], None]:
@@ -456,11 +431,10 @@ CASES: dict[str, tuple[Change, str]] = {
         change_vocabulary(lambda v: v.update(kind="bytes", units=["", "[UNK]", *"\ud800abc"])),
         "sample",
     ),
-    "chunks of 2**33": (change_values(write_large_chunks), "sample"),
-    "a chunk that unpacks to 4 GB": (change_values(write_compressed_chunks), "sample"),
-    "a chunk that unpacks to 4 GB, trained": (change_values(write_compressed_chunks), "main"),
-    "a frame of 4 GB in a small chunk": (change_values(write_bomb), "sample"),
-    "a manifest that unpacks to 2 GB": (replace_manifest, "sample"),
+    "chunks of 2**33": (change_array(write_large_chunks), "sample"),
+    "a chunk that unpacks to 4 GB": (change_array(write_compressed_chunks), "sample"),
+    "a chunk that unpacks to 4 GB, trained": (change_array(write_compressed_chunks), "main"),
+    "a frame of 4 GB in a small chunk": (change_array(write_bomb), "sample"),
     **{
         f"folder: {kind.__name__}": (make_folder(replace_file(kind)), command)
         for kind, command in (
@@ -532,10 +506,11 @@ for _name, _kind, _command in (
     (workdir.SAMPLES, sparse, "inspect"),
     ("text.txt", endless, "inspect"),
     (".report.html.partial", fifo, "inspect"),
+    (_ARRAY, fifo, "main"),
+    (_ARRAY, link_outside, "sample"),
+    (_ARRAY, sparse, "sample"),
 ):
     CASES[f"{_name}: {_kind.__name__}, {_command}"] = (replace(_name, _kind), _command)
-for _kind, _command in ((fifo, "main"), (link_outside, "sample"), (sparse, "sample")):
-    CASES[f"hidden: {_kind.__name__}, {_command}"] = (store_hidden(_kind), _command)
 
 _random = random.Random(draws.SEED)
 for _number in range(DRAWN):

@@ -184,9 +184,10 @@ def test_one_worker_is_reproducible_and_best_py_is_the_best_config(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("population", [1, 2])
-def test_sigterm_between_trials_writes_the_report_and_gives_the_next_ones_back(
+@pytest.mark.parametrize(("population", "number"), [(1, signal.SIGTERM), (2, signal.SIGINT)])
+def test_a_signal_between_trials_writes_the_report_and_gives_the_next_ones_back(
     population: int,
+    number: signal.Signals,
     text_file: Path,
     space_file: Path,
     tmp_path: Path,
@@ -200,11 +201,11 @@ def test_sigterm_between_trials_writes_the_report_and_gives_the_next_ones_back(
     def stop(*given: Any) -> None:
         monkeypatch.undo()
         write(*given)
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(number)
 
     monkeypatch.setattr(report, "write_trials", stop)  # After the first trials.
     stopped = commands.run("sweep", *flags)
-    assert stopped.returncode == 143, stopped.stderr
+    assert stopped.returncode == 128 + number, stopped.stderr
     assert "Best of " in stopped.stdout and "Traceback" not in stopped.stderr
     before = [row for row in rows(tmp_path) if row["state"] == "complete"]
     assert len(before) == population

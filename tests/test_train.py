@@ -480,11 +480,11 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
 ) -> None:
     directory = tmp_path / "run"
     shutil.copytree(trained, directory)
-    (directory / workdir.CHECKPOINTS / "140" / "state" / "manifest.ocdbt").unlink()
+    (directory / workdir.CHECKPOINTS / "140" / "state" / "step" / "0").unlink()
     assert training.train(tiny_config, directory) == 0
     output = capsys.readouterr()
     assert "Resuming from step 70 of 140" in output.out
-    assert "140 is damaged (state/manifest.ocdbt is missing): it is now 140.damaged" in output.err
+    assert "140 is damaged (state/step/0 is missing): it is now 140.damaged" in output.err
     runs.assert_same(trained, directory)
 
 

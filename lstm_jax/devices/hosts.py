@@ -93,7 +93,7 @@ def join_processes(
     try:
         yield
         _wait_for_devices()
-    except Exception as error:
+    except BaseException as error:
         if re.search(_LOST_PATTERN, str(error)):
             _leave(_LOST)
         if isinstance(error, UserError):
@@ -103,8 +103,6 @@ def join_processes(
         if "RESOURCE_EXHAUSTED" not in str(error):
             traceback.print_exc()
         _leave(f"process {jax.process_index()} failed: {one_line(error)[:300]}")
-    except BaseException as error:
-        _leave("interrupted", 130 if isinstance(error, KeyboardInterrupt) else 2)
     jax.distributed.shutdown()
 
 
@@ -176,13 +174,13 @@ def _wait_for_devices() -> None:
     jax.block_until_ready(jax.jit(jax.numpy.sum)(ones))
 
 
-def _leave(message: str, code: int = 2) -> NoReturn:
+def _leave(message: str) -> NoReturn:
     """End this process without waiting for the others, which detect that it has ended."""
     line = f"error: {visible(message)}\n"
     os.write(2, line.encode("utf-8", "backslashreplace"))
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
-    os._exit(code)
+    os._exit(2)
 
 
 def is_first() -> bool:

@@ -120,7 +120,8 @@ def _measure_loss(
     model, params, vocabulary = trained.model, trained.params, trained.vocabulary
     if settings := options.dynamic:
         train_ids = splits["train"].encode(vocabulary)
-        parts = [*ensemble.adapt_to_text(model, params, train_ids, ids, settings)]
+        members = ensemble.list_members(model, params)
+        parts = [*dynamic.adapt_to_text(members, train_ids, ids, settings)]
         total = sum(float(part.sum(dtype=np.float64)) for part in parts)
         return total / (len(ids) - 1), np.concatenate(parts), {"dynamic": settings._asdict()}
     if options.context:

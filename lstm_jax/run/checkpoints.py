@@ -60,8 +60,12 @@ for _name in ("absl", "asyncio"):
 
 
 def _make_handler() -> ocp.CompositeCheckpointHandler:
-    options = ocp.CompositeOptions(async_options=_OPTIONS)
-    return ocp.CompositeCheckpointHandler(composite_options=options)
+    """Return the handler of a save: each array is a directory, which `seal` can check."""
+    items = {name: ocp.StandardCheckpointHandler(use_ocdbt=False) for name in ("params", "state")}
+    return ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(async_options=_OPTIONS),
+        handler_registry=ocp.handlers.create_default_handler_registry(**items),
+    )
 
 
 class CheckpointWriter:
@@ -74,7 +78,7 @@ class CheckpointWriter:
     # Orbax's CheckpointManager with LatestN and BestN would break three guarantees: SHA256SUMS is
     # written before a checkpoint gets its name, the validation loss is added after the save, and a
     # checkpoint is renamed before its files are removed, so that a reader never sees half of it.
-    # Each save adds about 45 KiB to the process: TensorStore 0.1.86 leaks the results of its
+    # Each save adds about 30 KiB to the process: TensorStore 0.1.86 leaks the results of its
     # `to_json` and `experimental_collect_matching_metrics`, which Orbax calls.
 
     def __init__(self, directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""Run a command: parse its flags, print a user's mistake as one line, and handle Ctrl-C."""
+"""Run a command: parse its flags, and print a user's mistake as one line."""
 
 import contextlib
 import re
@@ -30,7 +30,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     """Parse the flags, call `main`, and exit with the code that it returns (None means 0).
 
     A user's mistake (`UserError`, a bad flag, a config file that fails) is printed as one line on
-    standard error, with exit code 2. Ctrl-C exits with code 130.
+    standard error, with exit code 2. For signals, see `interrupts`.
     """
 
     def guarded(argv: Sequence[str]) -> None:
@@ -40,23 +40,11 @@ def run_command(main: Callable[[], int | None]) -> None:
 
         compilation_cache.use_cache()
         logging.set_verbosity(logging.FATAL)  # app.run increases it after parsing.
-        interrupted = False
         try:
-            try:
-                interrupts.raise_from_here()
-                code = main()
-                sys.stdout.flush()
-            finally:
-                interrupted = interrupts.end()
-        except BaseException as error:
-            # An interrupt in a library's callback can surface as any other exception.
-            if interrupted or isinstance(error, KeyboardInterrupt):
-                interrupts.leave()
-            if not isinstance(error, Exception):
-                raise
+            code = main()
+            sys.stdout.flush()
+        except Exception as error:
             code = _report(error)
-        if interrupted:
-            interrupts.leave()
         if code:  # A signal stopped training, which has saved and reported this.
             interrupts.exit_now(code)
 

@@ -162,11 +162,9 @@ class _Output(_Stream):
 
 
 def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Report an unraisable exception, unless it is reported elsewhere.
+    """Report an unraisable exception, unless Orbax's threads raise it after one of them has failed.
 
-    Exceptions of Orbax's threads after one of them has failed are reported with that one, and
-    `interrupts` raises interrupts again.
+    It is reported with that one.
     """
-    follows_failure = str(unraisable.exc_value) == "Event loop is closed"
-    if not follows_failure and not isinstance(unraisable.exc_value, KeyboardInterrupt):
+    if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)

@@ -2,19 +2,16 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from lstm_jax import dynamic
 from lstm_jax.errors import UserError
 from lstm_jax.model import Carry, LanguageModel, Params, Prepared
 from lstm_jax.run import workdir
-from lstm_jax.vocabulary import Ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,28 +90,9 @@ def join_models(models: Sequence[tuple[LanguageModel, Params]]) -> tuple[Any, Pa
     return Ensemble(members), {str(i): part for i, part in enumerate(params)}
 
 
-def adapt_to_text(
-    model: LanguageModel | Ensemble,
-    params: Params,
-    train_ids: Ids,
-    ids: Ids,
-    settings: dynamic.Settings,
-) -> Iterator[np.ndarray]:
-    """Compute the losses of `dynamic.compute_dynamic_losses` for a model or an ensemble.
-
-    Each member of an ensemble adapts to the text alone, with the gradients of its loss.
-    """
-    members = model.pair_with(params) if isinstance(model, Ensemble) else [(model, params)]
-    losses = []
-    for member, part in members:
-        sizes = dynamic.measure_gradient_sizes(member, part, train_ids, settings.segment_length)
-        losses.append(dynamic.compute_dynamic_losses(member, part, ids, settings, sizes))
-    return map(mix_losses, zip(*losses, strict=True))
-
-
-def mix_losses(losses: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the losses of an ensemble from its members' losses for the same tokens, in nats."""
-    return math.log(len(losses)) - np.logaddexp.reduce(-np.stack(losses))
+def list_members(model: Any, params: Params) -> list[tuple[LanguageModel, Any]]:
+    """Return each model of an ensemble with its parameters; of a model, itself."""
+    return model.pair_with(params) if isinstance(model, Ensemble) else [(model, params)]
 
 
 def _mix(outputs: Iterable[Any]) -> tuple[jax.Array, Carry]:

@@ -1,53 +1,51 @@
 """Handle Ctrl-C and SIGTERM at any time of a command: print one line, exit with code 130 or 143.
 
-Python raises KeyboardInterrupt wherever the program is at that time. That may be in an import, or
-in a callback from which no exception propagates, so that it is lost.
+Python would raise KeyboardInterrupt wherever the program is at that time. That may be in an import,
+which can't be repeated, or in a callback from which no exception propagates. So the process ends at
+once, as a killed one does: files get their names when they are complete.
 """
 
 import contextlib
 import os
 import signal
 import sys
-from types import FrameType
-from typing import NoReturn
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
-# An interrupt that had no effect for this time was lost, and is raised again.
-_AGAIN_SECONDS = 5
-
-_pending = False
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def exit_at_once() -> None:
-    """Let Ctrl-C and SIGTERM end the process immediately; call it before anything is written.
+    """Let Ctrl-C and SIGTERM end the process immediately; call it before anything is written."""
+    _set_handler(leave, SIGNALS)
 
-    If one is ignored, as SIGINT in background jobs of a shell, it stays ignored.
+
+@contextlib.contextmanager
+def handle_signals(handler: Callable[..., object], *signals: signal.Signals) -> Iterator[None]:
+    """Call a handler for these signals within the block, in the main thread.
+
+    Those that are ignored, as SIGINT in background jobs of a shell, stay ignored.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
-            signal.signal(number, leave)
+    before = _set_handler(handler, signals)
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
-def raise_from_here() -> None:
-    """Let Ctrl-C raise KeyboardInterrupt from here on, repeatedly until `answer` is called."""
-    if signal.getsignal(signal.SIGINT) is leave:
-        signal.signal(signal.SIGALRM, _raise)
-        signal.signal(signal.SIGINT, _raise)
-
-
-def answer() -> None:
-    """Record that an interrupt was handled and the program continues."""
-    global _pending
-    _pending = False
-    signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def end() -> bool:
-    """Ignore Ctrl-C from here on; return whether an interrupt is not handled yet."""
-    if signal.getsignal(signal.SIGINT) is _raise:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    pending = _pending
-    answer()
-    return pending
+def _set_handler(
+    handler: Callable[..., object], signals: tuple[signal.Signals, ...]
+) -> dict[signal.Signals, Any]:
+    """Set the handler of signals, and return the earlier handlers of those that changed."""
+    # Python delivers signals to the main thread, and only that may set handlers.
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    # Python can't restore a handler of native code, which is None.
+    kept = (signal.SIG_IGN, None)
+    changed = [number for number in signals if signal.getsignal(number) not in kept]
+    return {number: signal.signal(number, handler) for number in changed}
 
 
 def leave(number: int = signal.SIGINT, *unused: object) -> NoReturn:
@@ -65,15 +63,3 @@ def exit_now(code: int) -> NoReturn:
     with contextlib.suppress(Exception):
         sys.stdout.flush()
     os._exit(code)
-
-
-def _raise(number: int, frame: FrameType | None) -> NoReturn:
-    while frame:
-        # An import that is cut off can't be repeated: the library may abort the process.
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            leave()
-        frame = frame.f_back
-    global _pending
-    _pending = True
-    signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
-    raise KeyboardInterrupt

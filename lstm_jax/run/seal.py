@@ -3,18 +3,25 @@
 A sealed directory may come from someone else. So before its arrays are read, its files are checked
 against the parameters that are expected: regular files, no links, and of a size that fits, before
 and after they are unpacked.
+
+Orbax stores an array in Zarr's format 2: a directory with metadata, .zarray, and chunks that zstd
+has compressed, such as 0.0. TensorStore, which reads it, stops where a chunk unpacks to more than
+its shape. It does not limit that shape, and other kinds of compression.
 """
 
+import json
 import math
+import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
+import tensorstore as ts
 
 from lstm_jax.data import files
 from lstm_jax.errors import one_line
-from lstm_jax.run import stored_arrays
 
 SEAL = "SHA256SUMS"
 # Written after the checkpoint is sealed, so the seal does not cover it.
@@ -30,6 +37,8 @@ _PARAMS_MULTIPLE, _CARRY_LIMIT, _BYTES_BEYOND = 8, 2**36, 2**28
 # bfloat16. Zeros would shrink to nothing, and a small file could fill the memory: so parameters of
 # more than `_SMALL` bytes must take at least this share of their size.
 _LEAST_SHARE, _SMALL = 1 / 8, 2**26
+# The metadata of an array, and the limit of its chunks, of which each device writes one.
+_ARRAY, _CHUNKS = ".zarray", 2**16
 
 
 def seal_checkpoint(checkpoint: Path) -> None:
@@ -60,8 +69,7 @@ def find_damage(checkpoint: Path, params: object = (), carry: object = ()) -> st
         for name in sums:
             if files.hash_file(checkpoint / name) != sums[name]:
                 return f"{name} has changed"
-        for name in {name.partition("/")[0] for name in sizes if name.endswith("/_METADATA")}:
-            stored_arrays.check_item(checkpoint / name, _limit(params, carry))
+        _check_arrays(checkpoint, sizes, _limit(params, carry))
     except OSError as error:
         return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
     except Exception as error:  # TensorStore raises many kinds.
@@ -72,8 +80,8 @@ def find_damage(checkpoint: Path, params: object = (), carry: object = ()) -> st
 def _find_misfit(sizes: Mapping[str, int], params: object, carry: object) -> str | None:
     """Return why a run can't have files of these sizes, by name; None if it can."""
     for name, size in sizes.items():
-        is_data = "/d/" in name or name.endswith(".ocdbt")
-        if not is_data and size > _METADATA_LIMIT:
+        is_chunk = re.search("/[0-9.]+$", name)
+        if not is_chunk and size > _METADATA_LIMIT:
             return f"{name} is too large, with {size:,} bytes"
     needed = _count_bytes(params)
     held = sum(size for name, size in sizes.items() if name.startswith("params/"))
@@ -84,8 +92,36 @@ def _find_misfit(sizes: Mapping[str, int], params: object, carry: object) -> str
     return None
 
 
+def _check_arrays(checkpoint: Path, names: Iterable[str], limit: int) -> None:
+    """Check that the arrays in files of these names take at most `limit` bytes of memory.
+
+    Raise an exception, of any kind, if they take more, are in another format, or can't be read.
+    """
+    total = 0
+    for name in names:
+        item, _, file = name.rpartition("/")
+        if file == "_METADATA":
+            fields = json.loads(files.read_bytes(checkpoint / name, _METADATA_LIMIT))
+            if fields["use_ocdbt"] is not False or fields["use_zarr3"] is not False:
+                raise ValueError(f"{item} is not in directories of Zarr 2")
+        if file != _ARRAY:
+            continue
+        store = {"driver": "file", "path": f"{(checkpoint / item).resolve()}/"}
+        array: Any = ts.open({"driver": "zarr", "kvstore": store}, open=True).result()
+        codec, chunk = array.codec.to_json(), array.chunk_layout.read_chunk.shape or ()
+        if codec["filters"] or not codec["compressor"] or codec["compressor"]["id"] != "zstd":
+            raise ValueError(f"{item} is not compressed by zstd")
+        if any(part > max(whole, 1) for part, whole in zip(chunk, array.shape, strict=True)):
+            raise ValueError(f"the chunks of {item} are larger than the array")
+        if math.prod(-(-n // m) for n, m in zip(array.shape, chunk, strict=True)) > _CHUNKS:
+            raise ValueError(f"{item} has too many chunks")
+        total += array.size * array.dtype.numpy_dtype.itemsize
+    if total > limit:
+        raise ValueError(f"its arrays are too large, with {total:,} bytes")
+
+
 def _limit(params: object, carry: object) -> int:
-    """Return the limit of the bytes of a checkpoint, and of the arrays of each of its items."""
+    """Return the limit of the bytes of a checkpoint, and of its arrays."""
     beyond = min(2 * _count_bytes(carry), _CARRY_LIMIT) + _BYTES_BEYOND
     return _PARAMS_MULTIPLE * _count_bytes(params) + beyond
 
@@ -111,4 +147,4 @@ def _list(checkpoint: Path) -> dict[str, int]:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.rpartition("/")[2].startswith(".")
+    return name.rpartition("/")[2].startswith(".") and not name.endswith(f"/{_ARRAY}")

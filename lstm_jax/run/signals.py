@@ -1,9 +1,7 @@
 """Stop training on a signal, at the same step in all processes."""
 
 import contextlib
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from typing import Self
@@ -11,6 +9,7 @@ from typing import Self
 import jax
 
 from lstm_jax.devices import hosts
+from lstm_jax.run import interrupts
 from lstm_jax.run.loop import Loop, Observer
 
 # In jaxlib 0.10.2, all-reduces between the CPU devices of a process deadlock, and XLA aborts it,
@@ -22,28 +21,15 @@ class Stopped(BaseException):
     """A signal requested a stop; a BaseException, so that no `except Exception` catches it."""
 
 
-class StopRequest(Observer):
+class StopRequest(Observer, contextlib.ExitStack[bool | None]):
     """Within its block, Ctrl-C or SIGTERM requests a stop; further signals change nothing."""
 
     exit_code: int | None = None  # Of the command; None until a signal arrives.
     _at_once = False
 
     def __enter__(self) -> Self:
-        # Python delivers signals to the main thread, and only that may set handlers.
-        in_main = threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
-        # Not those that are ignored, or that native code handles, which Python can't restore.
-        kept = (signal.SIG_IGN, None)
-        self._before = {
-            number: signal.signal(number, self._note)
-            for number in numbers
-            if signal.getsignal(number) not in kept
-        }
+        self.enter_context(interrupts.handle_signals(self._note, *interrupts.SIGNALS))
         return self
-
-    def __exit__(self, *unused: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
     def before_first_step(self, loop: Loop) -> None:
         """Check for a signal that arrived while the first validation finished."""

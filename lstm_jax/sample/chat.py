@@ -1,6 +1,7 @@
 """Chat with a model, line by line: `python -m lstm_jax.sample --interactive`."""
 
 import itertools
+import signal
 import sys
 from typing import Any
 
@@ -58,14 +59,15 @@ def converse(
         turn_key = jax.random.fold_in(key, turn)  # After /undo, a line gets another answer.
         chosen = Controls(**{name: settings[name] for name in Controls._fields})
         arrays_of_controls = make_control_arrays(chosen, len(vocabulary))
-        try:
+        stopped: list[int] = []
+        with interrupts.handle_signals(lambda number, _: stopped.append(number), signal.SIGINT):
             for ids, after in generation.generate_chunks(
                 model, arrays, last, turn_key, arrays_of_controls, stops, settings["length"]
             ):
                 print(show(decode(ids[0], False), False), end="", flush=True)
                 last = after
-        except KeyboardInterrupt:
-            interrupts.answer()  # Keep the text generated so far.
+                if stopped:
+                    break
         print(show(decode((), True), True), flush=True)
         return last
 

@@ -13,8 +13,6 @@ if __name__ == "__main__":
     interrupts.exit_at_once()  # During the imports, which take seconds.
 
 import contextlib
-import signal
-from typing import NoReturn
 
 from absl import flags
 
@@ -84,9 +82,6 @@ def main() -> int:
             f"sweeps need {missing}, which is not installed: pip install 'lstm-jax[sweep]'"
         ) from None
 
-    def stop(number: int, frame: object) -> NoReturn:
-        raise search.Stopped(128 + number)
-
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     # One device for each core, so that a trial does not depend on earlier trials in its process.
     # RuntimeError: JAX is already initialized and keeps its devices.
@@ -106,7 +101,6 @@ def main() -> int:
         seed=_SEED.value,
         members=_POPULATION.value,
     )
-    signal.signal(signal.SIGTERM, stop)  # The loop of a single run has its own handler.
     return search.run_sweep(sweep)
 
 

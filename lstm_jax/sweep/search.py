@@ -5,12 +5,11 @@ import dataclasses
 import io
 import itertools
 import math
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 from optuna import Trial, TrialPruned
@@ -23,7 +22,7 @@ from lstm_jax import training
 from lstm_jax.config import Config
 from lstm_jax.data import files, texts
 from lstm_jax.errors import NotFiniteError, UnavailableError, UserError, one_line
-from lstm_jax.run import cell_file, checkpoints, metrics, workdir
+from lstm_jax.run import cell_file, checkpoints, interrupts, metrics, workdir
 from lstm_jax.sweep import options, population, report
 from lstm_jax.sweep import space as space_lib
 from lstm_jax.sweep import study as study_lib
@@ -134,12 +133,19 @@ def run_sweep(sweep: Sweep) -> int:
     """Call `run_worker`, write the report and print a summary; return the exit code."""
     exit_code = 0
     try:
-        run_worker(sweep)
+        # The loop of a single run has its own handler.
+        with interrupts.handle_signals(_stop, *interrupts.SIGNALS):
+            run_worker(sweep)
     except Stopped as stopped:
         exit_code = stopped.code
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # For the seconds that the report takes.
-    print(report.write_report(sweep.study, sweep.directory, sweep.experiment, sweep.space))
+    # For the seconds that the report takes.
+    with interrupts.handle_signals(lambda *unused: None, *interrupts.SIGNALS):
+        print(report.write_report(sweep.study, sweep.directory, sweep.experiment, sweep.space))
     return exit_code
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    raise Stopped(128 + number)
 
 
 def run_worker(sweep: Sweep) -> None:
