@@ -84,6 +84,7 @@ def flip_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(
     saved: Path, tmp_path: Path, iterator: grain.DatasetIterator, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -347,6 +348,7 @@ def test_large_finite_parameters_are_saved_and_restored(tmp_path: Path) -> None:
     assert step == 1
 
 
+@pytest.mark.slow
 def test_runs_in_one_process_save_at_the_same_time(
     tmp_path: Path, iterator: grain.DatasetIterator
 ) -> None:

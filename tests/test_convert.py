@@ -117,6 +117,7 @@ def test_tied_embeddings_stay_tied(end: str) -> None:
     assert set(params["dense"]) == {"bias"}
 
 
+@pytest.mark.slow
 def test_a_run_survives_export_and_import(trained: Path, text_file: Path, tmp_path: Path) -> None:
     before = workdir.load_trained(trained)
     text = text_file.read_text(encoding="utf-8")[:300]

@@ -144,6 +144,7 @@ def test_the_commands_mix_several_runs(trained: Path, tmp_path: Path) -> None:
     assert shown.splitlines()[0] == expected
 
 
+@pytest.mark.slow
 def test_members_need_one_text_and_vocabulary(trained: Path, tmp_path: Path) -> None:
     for changes, message in (
         ({"data.sha256": "0" * 64}, "texts"),

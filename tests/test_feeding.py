@@ -49,6 +49,7 @@ def test_several_steps_in_one_call_give_the_same_losses(
     )
 
 
+@pytest.mark.slow
 def test_an_error_names_the_nonfinite_step_among_several(
     tiny_config: ConfigDict, tmp_path: Any
 ) -> None:

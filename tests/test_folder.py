@@ -73,6 +73,7 @@ def test_every_command_reads_a_folder(trained: Path, folder: Path, tmp_path: Pat
     )
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_folder_but_not_in_it(
     folder: Path, tiny_config: ConfigDict, tmp_path: Path
 ) -> None:

@@ -437,6 +437,7 @@ class _Tags(html.parser.HTMLParser):
         assert not [name for name, _ in attrs if name.startswith("on")]
 
 
+@pytest.mark.slow
 def test_the_report_escapes_names(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>$\\foo$ <img src=x onerror=y>'\""
     searched = space.Space(

@@ -246,6 +246,7 @@ def test_a_beam_ends_with_the_stop_token() -> None:
     assert total < 1
 
 
+@pytest.mark.slow
 def test_training_in_a_thread_is_silent_while_others_print(
     tiny_config: ConfigDict, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -486,6 +486,7 @@ def test_a_directory_in_use_does_not_fail_its_trial(
     assert study.list_finished(record) == [] == study.list_running(record)
 
 
+@pytest.mark.slow
 def test_failed_trials_in_a_row_stop_the_sweep(tiny_config: ConfigDict, tmp_path: Path) -> None:
     tiny_config.batches.batch_size = 100_000
     record = make_study(tmp_path, study.make_sampler("random", 0))

@@ -113,6 +113,7 @@ def test_the_test_loss_is_that_of_the_best_checkpoint(trained: Path) -> None:
     assert loss_lib.compute_loss(loaded.model, loaded.params, ids) == pytest.approx(test["loss"])
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so(
     trained: Path, tiny_config: ConfigDict, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -452,6 +453,7 @@ def test_all_settings_of_given_weights_are_named_in_one_line(
     resume._check_model(before, tiny_config, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "message"),
     [
