@@ -18,6 +18,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import commands
+import draws
 import runs
 from lstm_jax import batches, errors, training
 from lstm_jax import config as config_lib
@@ -292,7 +293,14 @@ def make_text_of_two_scripts(length: int) -> str:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize("is_on", [True, False])
+@pytest.mark.drawn
+@pytest.mark.parametrize(
+    "is_on",
+    [
+        pytest.param(True, marks=pytest.mark.skipif(draws.TIMES == 1, reason="a drawn test")),
+        False,
+    ],
+)
 def test_a_model_trained_on_streams_recovers_from_a_zero_state(
     is_on: bool, tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
