@@ -288,6 +288,7 @@ def make_metadata(**changes: Any) -> bytes:
         ({"w/.zarray": make_metadata(compressor={"id": "blosc"})}, "w is not compressed by zstd"),
         ({"w/.zarray": make_metadata() + 2**24 * b" "}, "w/.zarray is too large"),
         ({"_METADATA": b'{"use_ocdbt": true}'}, "params is not in directories of Zarr 2"),
+        ({"manifest.ocdbt": b""}, "params is not in directories of Zarr 2"),
     ],
 )  # fmt: skip
 def test_arrays_that_could_fill_the_memory_are_damage(

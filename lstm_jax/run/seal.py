@@ -100,6 +100,9 @@ def _check_arrays(checkpoint: Path, names: Iterable[str], limit: int) -> None:
     total = 0
     for name in names:
         item, _, file = name.rpartition("/")
+        # Without the other file, Orbax would read the database that this one is of.
+        if file == "manifest.ocdbt":
+            raise ValueError(f"{item} is not in directories of Zarr 2")
         if file == "_METADATA":
             fields = json.loads(files.read_bytes(checkpoint / name, _METADATA_LIMIT))
             if fields["use_ocdbt"] is not False or fields["use_zarr3"] is not False:
