@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -48,18 +48,32 @@ def compute_token_losses(
     windows of that number of inputs, of which the last may have fewer, and each is read from a zero
     carry.
     """
-    parts = [np.zeros(0, np.float32)]
-    for chunks in _iterate_windows(ids, context) if context else [iterate_chunks(ids)]:
-        carry, losses, counted = None, [], []
-        for chunk in chunks:
-            if carry is None:
-                carry = first_carry(model, params, len(chunk[0]))
-            of_chunk, carry = read_chunk(model, params, chunk, carry)
-            losses.append(np.asarray(of_chunk))
-            counted.append(chunk[2])
-        if losses:  # In the order of the text: stream by stream.
-            parts.append(np.concatenate(losses, axis=1)[np.concatenate(counted, axis=1)])
-    return np.concatenate(parts)
+    texts = _iterate_windows(ids, context) if context else [iterate_chunks(ids)]
+    parts = [read_chunks(read_chunk, model, params, chunks) for chunks in texts]
+    return np.concatenate([np.zeros(0, np.float32), *parts])
+
+
+def read_chunks(
+    read: Callable[..., tuple[jax.Array, Carry]],
+    model: LanguageModel,
+    params: Params,
+    chunks: Iterable[Chunk],
+) -> np.ndarray:
+    """Return what `read`, a function like `read_chunk`, computes for the targets that count.
+
+    They are in the order of the text, [n, ...]. The carry is kept from chunk to chunk.
+    """
+    carry, results, counted = None, [], []
+    for chunk in chunks:
+        if carry is None:
+            carry = first_carry(model, params, len(chunk[0]))
+        of_chunk, carry = read(model, params, chunk, carry)
+        results.append(np.asarray(of_chunk))
+        counted.append(chunk[2])
+    if not results:
+        return np.zeros(0, np.float32)
+    # Stream by stream.
+    return np.concatenate(results, axis=1)[np.concatenate(counted, axis=1)]
 
 
 def _iterate_windows(ids: Ids, context: int) -> Iterator[Iterator[Chunk]]:

@@ -58,9 +58,10 @@ def test_teachers_predict_each_token_from_the_text_before(trained: Path) -> None
         losses = loss_lib.compute_token_losses(model.model, model.params, of_text)
         chosen = predicted[np.arange(1, len(of_text)), of_text[1:]].astype(np.float64)
         np.testing.assert_allclose(chosen, np.exp(-losses), atol=1e-3)
-    for too_long in (None, 2**30):
-        with pytest.raises(UserError, match="don't fit into"):
-            distillation.check_teachers(str(trained), vocabulary, too_long)
+    with pytest.raises(UserError, match="don't fit into"):
+        distillation.check_length(2**30, len(vocabulary))
+    with pytest.raises(UserError, match="needs a training text that is kept on the devices"):
+        distillation.check_length(None, len(vocabulary))
 
 
 def test_a_student_resumes_bit_for_bit(trained: Path, text_file: Path, tmp_path: Path) -> None:

@@ -16,11 +16,8 @@ from lstm_jax.vocabulary import Ids, Vocabulary
 _MOST_BYTES = 2**32
 
 
-def check_teachers(teachers: str, vocabulary: Vocabulary, length: int | None) -> None:
-    """Raise `UserError` if teachers can't predict a text.
-
-    `length` is its number of tokens, None for a text that is not kept on the devices.
-    """
+def check_teachers(teachers: str, vocabulary: Vocabulary) -> None:
+    """Raise `UserError` if a teacher has another vocabulary."""
     for name in teachers.split(","):
         of_teacher = workdir.load_vocabulary(workdir.find_model(name))
         if of_teacher.to_fields() != vocabulary.to_fields():
@@ -28,7 +25,19 @@ def check_teachers(teachers: str, vocabulary: Vocabulary, length: int | None) ->
                 f"{name}, in config.distill.teachers, has another vocabulary than this run: train "
                 "both on one text, with the same data.units"
             )
-    if length is None or 2 * length * len(vocabulary) > _MOST_BYTES:
+
+
+def check_length(length: int | None, vocabulary_size: int) -> None:
+    """Raise `UserError` if the probabilities for a text don't fit.
+
+    `length` is its number of tokens, None for a text that is not kept on the devices.
+    """
+    if length is None:
+        raise UserError(
+            "config.distill.teachers needs a training text that is kept on the devices: raise "
+            "config.data.memory_megabytes, or use a shorter text"
+        )
+    if 2 * length * vocabulary_size > _MOST_BYTES:
         raise UserError(
             f"the probabilities of config.distill.teachers don't fit into {_MOST_BYTES:,} bytes, "
             "two for each token of the text and of the vocabulary: use a shorter text"
@@ -45,22 +54,15 @@ def predict(teachers: str, ids: Ids) -> np.ndarray:
       UserError: if a model can't be loaded, or they differ in text or vocabulary.
     """
     trained, _ = ensemble.load_ensemble(teachers.split(","))
-    model, params = trained.model, trained.params
-    carry = model_lib.first_carry(model, params, loss_lib.count_streams(ids))
-    read, counted = [], []
-    for inputs, _, counts in loss_lib.iterate_chunks(ids):
-        probabilities, carry = _predict_chunk(model, params, inputs, carry)
-        read.append(np.asarray(probabilities))
-        counted.append(counts)
-    # In the order of the text: stream by stream.
-    rows = np.concatenate(read, axis=1)[np.concatenate(counted, axis=1)]
+    chunks = loss_lib.iterate_chunks(ids)
+    rows = loss_lib.read_chunks(_predict_chunk, trained.model, trained.params, chunks)
     return np.concatenate([np.zeros_like(rows[:1]), rows])
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _predict_chunk(
-    model: Any, params: model_lib.Params, inputs: jax.Array, carry: model_lib.Carry
+    model: Any, params: model_lib.Params, chunk: loss_lib.Chunk, carry: model_lib.Carry
 ) -> tuple[jax.Array, model_lib.Carry]:
     """Return the probabilities after each input, float16 [batch, time, vocabulary], and carry."""
-    logits, carry = model_lib.apply(model, params, inputs, carry)
+    logits, carry = model_lib.apply(model, params, chunk[0], carry)
     return jax.nn.softmax(logits).astype(jnp.float16), carry

@@ -66,10 +66,10 @@ class Session:
         )
         config, ids, size = self.config, self.ids["train"], len(self.vocabulary)
         self._on_devices = mesh is not None and feeding.fits_on_device(ids, size)
-        if is_new and config.distill.teachers:
-            distillation.check_teachers(
-                config.distill.teachers, self.vocabulary, len(ids) if self._on_devices else None
-            )
+        if teachers := config.distill.teachers:
+            distillation.check_length(len(ids) if self._on_devices else None, size)
+            if is_new:
+                distillation.check_teachers(teachers, self.vocabulary)
         part = (jax.process_index(), jax.process_count())
         self.iterator, steps_per_epoch = batches.make_batches(
             ids, config.batches, config.seed, self._on_devices, part
