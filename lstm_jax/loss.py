@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from lstm_jax.model import Carry, LanguageModel, Params, apply, first_carry
-from lstm_jax.vocabulary import Costs, Ids
+from lstm_jax.vocabulary import Ids, TextSize
 
 _CHUNK = 1024  # Tokens per call of the compiled function.
 # A longer text is read as parallel streams, a chunk of each at a time. For the validation split of
@@ -143,14 +143,14 @@ def compute_perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def compute_bits_per_character(loss: float, costs: Sequence[Costs]) -> float:
+def compute_bits_per_character(loss: float, sizes: Sequence[TextSize]) -> float:
     """Convert a loss to bits per Unicode character, to compare tokens of any kind.
 
     A token that is not in the vocabulary is predicted only as [UNK]. Spelling it out adds eight
     bits for each byte of its UTF-8 and for an end mark.
 
-    The loss is in nats per token, and the costs belong to the measured texts without the very first
-    token.
+    The loss is in nats per token. The sizes are those of the measured texts, the first of which
+    counts without its first token.
     """
-    tokens, characters, unknown_bytes = map(sum, zip(*costs, strict=True))
+    tokens, characters, unknown_bytes = map(sum, zip(*sizes, strict=True))
     return (loss / math.log(2) * tokens + 8 * unknown_bytes) / characters

@@ -232,7 +232,7 @@ class Vocabulary:
         return ", ".join(map(repr, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
 
 
-class Costs(NamedTuple):
+class TextSize(NamedTuple):
     """The numbers of a text that, with a loss, give bits per character."""
 
     tokens: int

@@ -88,7 +88,7 @@ def load_in_memory(data: ConfigDict) -> texts.Splits:
 
 
 def assert_same(data: ConfigDict) -> None:
-    """Assert that vocabulary, ids, costs, text and checksum equal those of the text in memory."""
+    """Assert that vocabulary, ids, size, text and checksum equal those of the text in memory."""
     ours, theirs = texts.load_texts(data), load_in_memory(data)
     assert isinstance(ours.texts["train"], prepared.PreparedText)
     assert ours.sha256 == theirs.sha256
@@ -109,7 +109,7 @@ def assert_same(data: ConfigDict) -> None:
             rows = np.array([[len(ids) // 2], [0], [len(ids) - 40]]) + np.arange(40)
             np.testing.assert_array_equal(ids[rows], expected[rows])
             for first in (True, False):
-                assert ours.texts[name].costs(encoder, first) == text.costs(encoder, first)
+                assert ours.texts[name].get_size(encoder, first) == text.get_size(encoder, first)
     for name, text in theirs.texts.items():
         assert "".join(ours.texts[name].pieces(0)) == "".join(text.pieces(0))
         tail = ""

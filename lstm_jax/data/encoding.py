@@ -16,7 +16,7 @@ import regex
 
 from lstm_jax.config import DataConfig
 from lstm_jax.data.sources import Segment, cut_pieces, cut_segments, read_segment
-from lstm_jax.vocabulary import BYTES, SEPARATORS, Costs, Ids, Vocabulary, split_text
+from lstm_jax.vocabulary import BYTES, SEPARATORS, Ids, TextSize, Vocabulary, split_text
 
 # Places where a text can be cut, from the last one backwards ("r"): never within a character (which
 # has at most three continuation bytes), nor between two line breaks, which may form a stop token.
@@ -175,8 +175,8 @@ class Text:
         np.add.at(counts, table.ids, np.repeat(part.counts, table.sizes))
         return counts
 
-    def costs(self, vocabulary: Vocabulary, first: bool = True) -> Costs:
-        """Return the costs of the text, with or without its first token."""
+    def get_size(self, vocabulary: Vocabulary, first: bool = True) -> TextSize:
+        """Return the size of the text, with or without its first token."""
 
         def count_unknown(token: str) -> int:
             """Return the bytes of the UTF-8 of an unknown token, with one for its end; else 0."""
@@ -187,6 +187,6 @@ class Text:
         number = int(part.counts @ [len(word) for word in divided])
         unknown = int(part.counts @ [sum(map(count_unknown, word)) for word in divided])
         if first:
-            return Costs(number, part.characters, unknown)
+            return TextSize(number, part.characters, unknown)
         token = divided[int(part.ids[:1][0])][0]
-        return Costs(number - 1, part.characters - len(token), unknown - count_unknown(token))
+        return TextSize(number - 1, part.characters - len(token), unknown - count_unknown(token))

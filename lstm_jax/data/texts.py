@@ -11,12 +11,12 @@ from lstm_jax.data import prepared, sources, standard_texts
 from lstm_jax.data.encoding import Text
 from lstm_jax.data.prepared import Manifest
 from lstm_jax.errors import UserError
-from lstm_jax.vocabulary import Costs, Ids, Vocabulary
+from lstm_jax.vocabulary import Ids, TextSize, Vocabulary
 
 # Limit of the text of someone else's run in memory; its config can't change it.
 _MAX_BYTES_IN_MEMORY = 16 * 10**6
 
-_Encoded = tuple[dict[str, Ids], dict[str, Costs]]  # By the name of the split.
+_Encoded = tuple[dict[str, Ids], dict[str, TextSize]]  # By the name of the split.
 
 
 @dataclasses.dataclass
@@ -41,7 +41,7 @@ class Splits:
         return self.texts["train"].vocabulary(self.data)
 
     def encode(self, vocabulary: Vocabulary) -> _Encoded:
-        """Return the ids of each split; and its costs without its first token, never predicted.
+        """Return the ids of each split; and its size without its first token, never predicted.
 
         Raise `UserError` if a split is too short.
         """
@@ -52,8 +52,10 @@ class Splits:
                 if len(of_split) < needed:
                     length = f"{len(of_split)} {vocabulary.token_name}s, and needs {needed}"
                     raise UserError(f"the {name} split is too short: it has {length}")
-            costs = {name: text.costs(vocabulary, first=False) for name, text in self.texts.items()}
-            self._encoded[vocabulary.tokens] = ids, costs
+            sizes = {
+                name: text.get_size(vocabulary, first=False) for name, text in self.texts.items()
+            }
+            self._encoded[vocabulary.tokens] = ids, sizes
         return self._encoded[vocabulary.tokens]
 
 

@@ -77,11 +77,11 @@ def measure(
             f"the loss is not a number: the model in {' or '.join(map(str, directories))} has "
             "diverged; train again with a lower optimizer.learning_rate"
         )
-    costs = [text.costs(vocabulary, first=i > 0) for i, text in enumerate(measured)]
+    sizes = [text.get_size(vocabulary, first=i > 0) for i, text in enumerate(measured)]
     result |= used | {
         "loss": loss,
         "bits_per_token": loss / math.log(2),
-        "bits_per_character": loss_lib.compute_bits_per_character(loss, costs),
+        "bits_per_character": loss_lib.compute_bits_per_character(loss, sizes),
         "perplexity": loss_lib.compute_perplexity(loss),
         "tokens": len(ids) - 1,
         "step": steps[0] if len(steps) == 1 else steps,

@@ -31,7 +31,7 @@ def finish_run(run: Session) -> None:
     print(
         f"\n{generate_sample(run, params, jax.random.key(run.config.seed))}\n\n"
         f"Test loss at step {step}, the step with the best validation loss: "
-        f"{messages.describe_loss(loss, run.vocabulary.token_name, run.costs['test'])}"
+        f"{messages.describe_loss(loss, run.vocabulary.token_name, run.sizes['test'])}"
     )
     if sentence := advice.advise(rows):
         print(sentence)

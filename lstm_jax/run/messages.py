@@ -16,7 +16,7 @@ from lstm_jax.errors import NotFiniteError, same_again, set_field, warn
 from lstm_jax.recurrences import choice
 from lstm_jax.run import cell_file, checkpoints, workdir
 from lstm_jax.run.session import Session
-from lstm_jax.vocabulary import Costs
+from lstm_jax.vocabulary import TextSize
 
 # Tokens of the window that is printed.
 _LONGEST_WINDOW = 24
@@ -77,14 +77,14 @@ def format_parameters(params: model_lib.Params) -> str:
     return "\n".join(f"{name:<{width}}  {shape:>14}  {count:>12,}" for name, shape, count in rows)
 
 
-def describe_loss(loss: float, token_name: str, costs: Costs) -> str:
+def describe_loss(loss: float, token_name: str, size: TextSize) -> str:
     """Return a loss in nats and bits per token, as a perplexity, and in bits per character."""
     description = (
         f"{loss:.4f} nats per {token_name}, {loss / math.log(2):.4f} bits per {token_name}, "
         f"perplexity {loss_lib.compute_perplexity(loss):.3f}"
     )
     if token_name != "character":
-        bits = loss_lib.compute_bits_per_character(loss, [costs])
+        bits = loss_lib.compute_bits_per_character(loss, [size])
         description += f", {bits:.4f} bits per character"
     return description
 
@@ -94,7 +94,7 @@ def describe_validation(run: Session, loss: float, sample: str) -> str:
     step, plan = run.loop.step, run.plan
     done, total = map(plan.count_epochs, (step, plan.total_steps))
     name = f"epoch {round(done, 2):g} of {round(total, 2):g}" if step else "untrained"
-    described = describe_loss(loss, run.vocabulary.token_name, run.costs["validation"])
+    described = describe_loss(loss, run.vocabulary.token_name, run.sizes["validation"])
     return f"\n=== {name}: validation loss {described}\n{sample}\n"
 
 

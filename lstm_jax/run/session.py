@@ -32,7 +32,7 @@ class Session:
     Attributes:
       config, changes: the config, and its changes since the run was last trained.
       directory: the working directory.
-      vocabulary, ids, costs: the vocabulary; the ids and the costs of each split.
+      vocabulary, ids, sizes: the vocabulary; the ids and the size of each split.
       model, plan: the model, and when it is trained, validated and logged.
       iterator: over the training batches, or over their positions in the text.
       source: step and number of tokens of the model whose parameters a new run starts from.
@@ -58,7 +58,7 @@ class Session:
         config = dataclasses.replace(config, data=splits.resolve(config.data))
         resolved = resume.resolve_run(config, directory, splits)
         self.config, self.vocabulary, self.changes = resolved
-        self.ids, self.costs = splits.encode(self.vocabulary)
+        self.ids, self.sizes = splits.encode(self.vocabulary)
         is_new = not (steps := checkpoints.list_steps(self._saved_in))
         hosts.check_same(
             f"{lock.read_holder(directory)!r} {steps} {self.config.to_dict()}",
@@ -152,7 +152,7 @@ class Session:
             return
         self._check_lock()
         if split != "train":
-            bits = loss_lib.compute_bits_per_character(loss, [self.costs[split]])
+            bits = loss_lib.compute_bits_per_character(loss, [self.sizes[split]])
             extra["bits_per_character"] = bits
         epoch = self.plan.count_epochs(step)
         row = self.writer.write(step, epoch, split, loss, sample, **extra)
