@@ -17,6 +17,7 @@ VARIANTS = {
     "rnn": ("rnn", 1, 782, "none"),
     "peephole": ("peephole", 1, 384, "none"),
     "mogrifier": ("mogrifier", 1, 350, "none"),
+    "multiplicative": ("multiplicative", 1, 341, "none"),
     "lstm_block": ("lstm", 3, 129, "residual"),
     "minlstm": ("minlstm", 3, 160, "residual"),
     "mingru": ("mingru", 3, 169, "residual"),

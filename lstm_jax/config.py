@@ -91,7 +91,8 @@ def is_plain_lstm(cell: object, layer_norm: bool, block: str) -> bool:
 # fmt: off
 # The keys of `cells.CELLS`.
 CELLS = (
-    "lstm", "peephole", "mogrifier", "gru", "rnn", "minlstm", "mingru", "rglru", "slstm", "mlstm")
+    "lstm", "peephole", "mogrifier", "multiplicative", "gru", "rnn", "minlstm", "mingru", "rglru",
+    "slstm", "mlstm")
 OptimizerName = Literal["adam", "lion", "muon", "schedule_free", "sgd"]
 Schedule = Literal["constant", "cosine", "linear", "step"]
 Dtype = Literal["float32", "bfloat16", "auto"]  # Of matmuls; `model.make_model` resolves "auto".

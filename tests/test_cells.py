@@ -163,7 +163,7 @@ def test_no_cell_ignores_layer_norm_or_recurrent_dropout(name: str, block: str) 
     model = model_lib.LanguageModel(11, 6, 8, cell=name, block=block)
     plain = models.draw_params(model)
     normalized = model.clone(layer_norm=True)
-    if name in ("lstm", "peephole", "mogrifier", "gru", "rnn"):
+    if name in ("lstm", "peephole", "mogrifier", "multiplicative", "gru", "rnn"):
         assert count_parameters(models.draw_params(normalized)) > count_parameters(plain)
     else:
         with pytest.raises(UserError, match="has no field layer_norm"):

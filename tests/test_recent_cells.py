@@ -43,6 +43,18 @@ def peephole(p: Arrays, x: np.ndarray) -> np.ndarray:
     return np.stack(outputs, 1)
 
 
+def multiplicative(p: Arrays, x: np.ndarray) -> np.ndarray:
+    h = c = np.zeros((len(x), HIDDEN))
+    outputs = []
+    for x_t in x.swapaxes(0, 1):
+        m = (x_t @ p["input_factor"]) * (h @ p["hidden_factor"])
+        i, f, g, o = np.split(x_t @ p["input_kernel"] + m @ p["recurrent_kernel"] + p["bias"], 4, 1)
+        c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+        h = sigmoid(o) * np.tanh(c)
+        outputs.append(h)
+    return np.stack(outputs, 1)
+
+
 def scan_in_logarithms(log_a: np.ndarray, log_b: np.ndarray) -> np.ndarray:
     """Return h_t = a_t h_(t-1) + b_t from h_0 = 0 (Heinsen 2023), for arrays [batch, time, n]."""
     total = np.cumsum(log_a, axis=1)
@@ -134,6 +146,7 @@ def block(p: Arrays, x: np.ndarray) -> np.ndarray:
 
 REFERENCES: dict[str, Callable[[Arrays, np.ndarray], np.ndarray]] = {
     "peephole": peephole,
+    "multiplicative": multiplicative,
     "mingru": mingru,
     "minlstm": minlstm,
     "rglru": rglru,
@@ -145,6 +158,7 @@ N, H = INPUTS, HIDDEN
 # The table in docs/cells.md.
 PARAMETERS = {
     "peephole": 4 * H * (N + H + 1) + 3 * H,
+    "multiplicative": 4 * H * (N + H + 1) + H * (N + H),
     "mingru": 2 * H * (N + 1),
     "minlstm": 3 * H * (N + 1),
     "rglru": H * (N + 1) + 2 * H * (H + 1) + H,

@@ -15,6 +15,7 @@ from lstm_jax.cells.mingru import MinGRUCell
 from lstm_jax.cells.minlstm import MinLSTMCell
 from lstm_jax.cells.mlstm import MLSTMCell
 from lstm_jax.cells.mogrifier import MogrifierLSTMCell
+from lstm_jax.cells.multiplicative import MultiplicativeLSTMCell
 from lstm_jax.cells.peephole import PeepholeLSTMCell
 from lstm_jax.cells.rglru import RGLRUCell
 from lstm_jax.cells.rnn import RNNCell
@@ -26,6 +27,7 @@ CELLS: Mapping[str, type[nn.Module]] = MappingProxyType(
         "lstm": LSTMCell,
         "peephole": PeepholeLSTMCell,
         "mogrifier": MogrifierLSTMCell,
+        "multiplicative": MultiplicativeLSTMCell,
         "gru": GRUCell,
         "rnn": RNNCell,
         "minlstm": MinLSTMCell,

@@ -1,0 +1,33 @@
+"""The multiplicative LSTM cell."""
+
+import flax.linen as nn
+import jax
+
+from lstm_jax.cells.lstm import LSTMCarry, LSTMCell
+from lstm_jax.cells.protocol import Gates
+from lstm_jax.matmul import matmul
+
+
+class MultiplicativeLSTMCell(LSTMCell):
+    """An LSTM whose hidden state is first scaled by the inputs (Krause et al. 2016).
+
+        m = (x V) * (h R)
+
+    The gates and the candidate read m instead of h. The paper calls this cell mLSTM, which here is
+    the LSTM with a matrix memory, `cells.mlstm`. `layer_norm` normalizes what it does in an LSTM,
+    with m U instead of h U.
+    """
+
+    def setup(self) -> None:
+        """Declare the parameters: those of the LSTM, and the kernels V and R, without biases."""
+        super().setup()
+        glorot, orthogonal = nn.initializers.glorot_uniform(), nn.initializers.orthogonal()
+        shape = self.input_size, self.hidden_size
+        self.input_factor = self.param("input_factor", glorot, shape)
+        self.hidden_factor = self.param("hidden_factor", orthogonal, (self.hidden_size,) * 2)
+
+    def gates(self, carry: LSTMCarry, inputs: jax.Array) -> Gates:
+        """Return the gates of a step."""
+        scales = matmul(inputs, self.input_factor, self.dtype)
+        m = scales * matmul(carry.hidden, self.hidden_factor, self.dtype)
+        return super().gates(carry._replace(hidden=m), inputs)
