@@ -45,7 +45,9 @@ class Field(NamedTuple):
     default: object
     meaning: str
     allowed: Rule[Any]
-    resume: bool  # A run may change it when it resumes.
+    # A run may change it when it resumes: checkpoints have the same arrays with every value, and
+    # losses before and after the change can be compared.
+    resume: bool
     compared: bool  # All runs of a study have the same value.
     requires: "Rule[Config] | None"  # A rule that the whole config must satisfy.
     relevant_if: "Rule[Config] | None"  # The field has no effect on a config that breaks this rule.

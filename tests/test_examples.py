@@ -1,6 +1,7 @@
 """Run the files of examples/ with a tiny model, as their docstrings say."""
 
 import http.client
+import json
 import os
 import re
 import runpy
@@ -172,3 +173,42 @@ def test_the_compressor_refuses_another_model_and_damage(
     for unknown in (b"", "é".encode()):
         with pytest.raises(lstm_jax.UserError, match="characters that the model lacks"):
             pack(run, unknown)
+
+
+def interpolate(text: str, context: str, character: str) -> float:
+    """Return the probability of a character after a context, by the equation of ngrams.py."""
+    ends = range(len(context), len(text))
+    after = [text[i] for i in ends if text[i - len(context) : i] == context]
+    types = len(set(after))
+    # One character more than those of the text is any other.
+    shorter = interpolate(text, context[1:], character) if context else 1 / (len(set(text)) + 1)
+    return (after.count(character) + types * shorter) / (len(after) + types) if after else shorter
+
+
+def test_the_probabilities_of_n_grams_sum_to_one_and_are_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ngrams import NGrams
+
+    text, read = "abracadabra cabbage abba", "abbr zcab"
+    ngrams = NGrams(text)
+    expected = [
+        [interpolate(text, read[max(0, i - n) : i], read[i]) for i in range(len(read))]
+        for n in range(4)
+    ]
+    np.testing.assert_allclose(ngrams.predict(read, 4), expected, rtol=1e-12)
+    ends = [ngrams.predict(f"abba{end}", 4)[:, -1] for end in [*ngrams.alphabet, "?"]]
+    np.testing.assert_allclose(np.sum(ends, axis=0), 1, rtol=1e-12)
+
+    lines = [{"token": c, "log_probability": None if i == 0 else -1.5} for i, c in enumerate(read)]
+    (tmp_path / "text").write_text(text)
+    (tmp_path / "losses").write_text("\n".join(map(json.dumps, [*lines, {"loss": 1.5}])))
+    files = tmp_path / "text", tmp_path / "losses"
+    run_example(monkeypatch, "ngrams.py", *files, "--longest", 4)
+    chosen, measured = capsys.readouterr().out.splitlines()
+    n, weight = map(float, re.findall(r"[\d.]+\d|\d", chosen))
+    model, alone, mixed = map(float, re.findall(r" ([\d.]+)", measured))
+    assert model == 1.5
+    assert alone == pytest.approx(-np.log(expected[int(n) - 1][1:]).mean(), abs=1e-3)
+    parts = (1 - weight) * np.exp(-1.5) + weight * np.array(expected[int(n) - 1][1:])
+    assert mixed == pytest.approx(-np.log(parts).mean(), abs=1e-3) and mixed < min(model, alone)
