@@ -49,8 +49,9 @@ class Field(NamedTuple):
     # losses before and after the change can be compared.
     resume: bool
     compared: bool  # All runs of a study have the same value.
-    requires: "Rule[Config] | None"  # A rule that the whole config must satisfy.
-    relevant_if: "Rule[Config] | None"  # The field has no effect on a config that breaks this rule.
+    requires: "Rule[Config] | None"  # The whole config must satisfy this rule, else an error.
+    # Where a config breaks this rule, the field has no effect, and `main` warns if it is set.
+    relevant_if: "Rule[Config] | None"
 
 
 def field(
@@ -117,7 +118,7 @@ _COUNT, _POSITIVE_COUNT = between(0, 2**31 - 1), between(1, 2**31 - 1)
 _WEIGHT = between(0, 10**9)
 _NO_PATH: "Rule[Config]" = Rule("data.path=''", lambda c: not c.data.path)
 _SEVERAL_LAYERS: "Rule[Config]" = Rule("model.num_layers above 1", lambda c: c.model.num_layers > 1)
-_OTHER_THAN_SGD: "Rule[Config]" = Rule(
+_READS_B1_AND_B2: "Rule[Config]" = Rule(
     "another optimizer than 'sgd'", lambda c: c.optimizer.name != "sgd"
 )
 
@@ -229,17 +230,20 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer, its learning rate, and the average of the parameters."""
+    """The optimizer, its learning rate, and the average of the parameters.
+
+    In a population these fields are arrays, except those of `sweep.options._FIXED`.
+    """
 
     name: OptimizerName = field("adam", "AdamW; Lion; Muon for the kernels of recurrent layers "
         "with AdamW for the rest; schedule-free AdamW; or SGD.")
     b1: float = field(0.9, "Decay of the gradients' mean in Adam and Lion; the share of the "
         "average in the weights that schedule_free trains.", _SHARE, resume=True,
-        relevant_if=_OTHER_THAN_SGD,
+        relevant_if=_READS_B1_AND_B2,
         requires=Rule("above 0 for optimizer.name='schedule_free'",
             lambda c: c.optimizer.b1 > 0 or c.optimizer.name != "schedule_free"))
     b2: float = field(0.999, "Decay of the gradients' mean square in Adam, and of their mean in "
-        "Lion.", _SHARE, resume=True, relevant_if=_OTHER_THAN_SGD)
+        "Lion.", _SHARE, resume=True, relevant_if=_READS_B1_AND_B2)
     epsilon: float = field(1e-8, "Added to the root mean square in Adam.",
         Rule("above 0, up to 1", lambda value: 0 < value <= 1), resume=True,
         relevant_if=Rule("another optimizer than 'lion' or 'sgd'",
@@ -271,7 +275,10 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RegularizationConfig:
-    """The rates of dropout, and the weights of penalties."""
+    """The rates of dropout, and the weights of penalties; arrays in a population.
+
+    So the step tests them with `regularization.is_on`.
+    """
 
     embedding_dropout: float = field(0.0, "Dropout of whole rows of the embedding table.", _SHARE,
         resume=True)

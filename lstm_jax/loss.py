@@ -50,7 +50,7 @@ def compute_token_losses(
     """
     texts = _iterate_windows(ids, context) if context else [iterate_chunks(ids)]
     parts = [read_chunks(read_chunk, model, params, chunks) for chunks in texts]
-    return np.concatenate([np.zeros(0, np.float32), *parts])
+    return np.concatenate(parts)
 
 
 def read_chunks(

@@ -17,7 +17,8 @@ def make_optimizer(optimizer: OptimizerConfig, total_steps: int) -> optax.Gradie
     """Make one of `OPTIMIZERS`, after clipping by the global norm.
 
     Weight decay applies to kernels and the embedding, not to biases. It is decoupled from the
-    gradient (Loshchilov & Hutter 2019), except in SGD, where it is added to the gradient.
+    gradient and multiplied by the learning rate (Loshchilov & Hutter 2019), except in SGD, where it
+    is added to the gradient.
     """
     return chain_updates(optimizer, make_schedule(optimizer, total_steps))
 
@@ -49,8 +50,9 @@ def _make_lion(optimizer: OptimizerConfig, learning_rate: optax.Schedule) -> _Ch
 def _make_muon(optimizer: OptimizerConfig, learning_rate: optax.Schedule) -> _Chain:
     """Make Muon (Jordan et al. 2024) for the kernels of recurrent layers, and Adam for the rest.
 
-    Updates are scaled to the root mean square of Adam's (Liu et al. 2025, "Muon is Scalable for LLM
-    Training"), so that both use the same learning rate and weight decay.
+    The momentum is Nesterov's. Updates are scaled to the root mean square of Adam's (Liu et al.
+    2025, "Muon is Scalable for LLM Training"), so that both use the same learning rate and weight
+    decay.
     """
     beta, decay = optimizer.momentum, optimizer.weight_decay
     muon = contrib.muon(learning_rate, beta=beta, weight_decay=decay, consistent_rms=0.2)

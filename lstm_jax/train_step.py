@@ -18,7 +18,10 @@ from lstm_jax.optimizer import update_average
 
 
 class TrainState(NamedTuple):
-    """Everything that a training step reads and writes."""
+    """Everything that a training step reads and writes; checkpoints have all of it.
+
+    So with another field, checkpoints from before can't be read.
+    """
 
     params: model_lib.Params
     average: model_lib.Params | None  # The average of the parameters, if evaluation uses one.
@@ -215,7 +218,7 @@ def _make_compute_grads(
         masks: model_lib.Masks | None,
         key: jax.Array | None,
     ) -> tuple[jax.Array, tuple[jax.Array, model_lib.Carry]]:
-        """Return the loss with penalties; and (the loss without them, the carry)."""
+        """Return the objective, with teachers and penalties; and (the text's loss, the carry)."""
         if key is not None:
             params = regularization.drop_parameters(rates, params, key)
         inputs, targets, soft_targets = batch
@@ -227,7 +230,7 @@ def _make_compute_grads(
         objective = loss
         if soft_targets is not None:
             soft_losses = optax.softmax_cross_entropy(logits, soft_targets)
-            objective = (1 - distill.weight) * loss + distill.weight * soft_losses.mean()
+            objective = (1 - distill.weight) * objective + distill.weight * soft_losses.mean()
         return objective + regularization.penalty(rates, outputs, dropped), (loss, carry)
 
     def compute_grads(params: model_lib.Params, key: jax.Array | None, *divided: Any) -> Any:

@@ -65,7 +65,7 @@ class _FakeRun:
     def record(self, step: int, split: str, loss: float, *unused: Any) -> None:
         self.log.append((step, split, loss))
 
-    def is_out_of_patience(self) -> bool:
+    def ends_early(self) -> bool:
         return False
 
 

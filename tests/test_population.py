@@ -18,7 +18,7 @@ from lstm_jax.run import metrics, workdir
 from lstm_jax.sweep import options, population, stacked
 from lstm_jax.sweep import space as space_lib
 
-# Every traceable field varies, and the schedule.
+# Fields of every kind vary, and the schedule.
 MEMBERS: list[dict[str, Any]] = [
     {
         "optimizer.learning_rate": 0.005,
@@ -155,7 +155,7 @@ def test_hyperparameters_that_vary_are_stacked(tiny_config: ConfigDict) -> None:
         "optimizer.max_gradient_norm": [1.0, math.inf],
     }
     values = dict(config_lib.flatten(config))
-    strings = [name for name in options.TRACED_BY_STEP if isinstance(values[name], str)]
+    strings = [name for name in options.TRACED_BY_STEP if isinstance(values[name], str | bool)]
     assert strings == ["optimizer.schedule"], "the others can be arrays"
 
 

@@ -101,9 +101,13 @@ def describe_validation(run: Session, loss: float, sample: str) -> str:
 def describe_early_end(run: Session) -> str:
     """Return the message that `patience` ends training after the steps so far."""
     return (
-        f"Training ends at step {run.loop.step} of {run.plan.total_steps}: the validation loss has "
-        f"not improved for {run.config.patience} validations"
+        f"Training ends at step {run.loop.step} of {run.plan.total_steps}: "
+        f"{_describe_patience(run)}"
     )
+
+
+def _describe_patience(run: Session) -> str:
+    return f"the validation loss has not improved for {run.config.patience} validations"
 
 
 def describe_stop(run: Session) -> str:
@@ -118,8 +122,7 @@ def _describe_end(run: Session) -> str:
     """Return the message that a run has ended, and how to train it longer."""
     field, reason, step = run.plan.limit, "", run.loop.step
     if step < run.plan.total_steps:
-        field = "patience"
-        reason = f", without a lower validation loss in the last {run.config.patience} validations"
+        field, reason = "patience", f": {_describe_patience(run)}"
     return (
         f"The run in {run.directory} is finished after {run.plan.describe_length(step)}{reason}. "
         f"To train longer, set for example {set_field(field, 2 * getattr(run.config, field))}"

@@ -127,7 +127,7 @@ class Validate(Observer):
         if hosts.is_first():
             self._report(loop.step, loss, text)
         progress.start_clock(loop.step)
-        if loop.step < loop.last_step and run.is_out_of_patience():
+        if loop.step < loop.last_step and run.ends_early():
             progress.print(messages.describe_early_end(run))
             progress.finish(loop.step)
             loop.last_step = loop.step

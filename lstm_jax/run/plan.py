@@ -45,15 +45,15 @@ class Plan:
         return f"{round(self.count_epochs(step), 2):g} epochs"
 
     def validates_at(self, step: int) -> bool:
-        """Return whether the run validates after `step` steps."""
+        """Return whether the run validates after `step` steps, where a call of steps must end."""
         every = self._config.validate_every_steps or self.steps_per_epoch
         return not step % every or not step % self.steps_per_epoch or step == self.total_steps
 
     def count_steps_of_call(self, step: int) -> int:
         """Return the number of steps of the next call, which must not cross a log or validation."""
         config, number = self._config, self._config.steps_per_call
-        every = (config.log_every_steps, config.validate_every_steps, self.steps_per_epoch)
-        next_ends = [self.total_steps, *(step + n - step % n for n in every if n)]
+        periods = (config.log_every_steps, config.validate_every_steps, self.steps_per_epoch)
+        next_ends = [self.total_steps, *(step + n - step % n for n in periods if n)]
         return number if step + number <= min(next_ends) else 1
 
     def get_learning_rate(self, step: int, skipped: int) -> float:

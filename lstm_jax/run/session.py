@@ -174,8 +174,11 @@ class Session:
         """Return the rows of metrics.jsonl."""
         return metrics.read_metrics(self.directory / workdir.METRICS)
 
-    def is_out_of_patience(self) -> bool:
-        """Return whether the validation loss has not improved for long; process 0 decides."""
+    def ends_early(self) -> bool:
+        """Return whether `patience` has ended the run, by its recorded losses; process 0 decides.
+
+        These may be later than the checkpoint from which the run resumes.
+        """
         patience = self.config.patience
         if not patience:
             return False
@@ -205,7 +208,7 @@ class Session:
         # A fast process may just have recorded it.
         self.is_validated = bool(hosts.max_over_processes(is_recorded))
         is_at_end = step == self.plan.total_steps
-        self.is_finished = self.is_validated and (is_at_end or self.is_out_of_patience())
+        self.is_finished = self.is_validated and (is_at_end or self.ends_early())
         if not self.is_finished and hosts.is_first():
             workdir.restore_history(self.directory, self._history)
 
