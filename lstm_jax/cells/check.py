@@ -63,12 +63,13 @@ def check_cell(
 def _check_values(cell: Any) -> None:
     rng = np.random.default_rng(0)
 
-    def draw(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+    # NumPy's operations need no compilation.
+    def draw(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
 
     inputs, carry = draw(_BATCH, _TIME, cell.input_size), cell.initial_carry(_BATCH)
     variables = jax.jit(cell.init)(jax.random.key(0), carry, inputs[:, 0])
-    variables = jax.tree.map(lambda x: x + 0.1 * draw(*x.shape), variables)
+    variables = jax.tree.map(lambda x: np.asarray(x) + 0.1 * draw(*x.shape), variables)
     # From the state after another text, in which no part of the carry has its first value.
     carry, _ = _run(cell, variables, carry, draw(_BATCH, _TIME, cell.input_size))
 
@@ -79,7 +80,7 @@ def _check_values(cell: Any) -> None:
     for t in range(_TIME):
         after, output = step(variables, after, inputs[:, t])
         outputs.append(output)
-    steps = after, jnp.stack(outputs, axis=1)
+    steps = after, np.stack(outputs, axis=1)
     _compare(cell, "__call__", "single steps differ from a scan", steps, whole, _SAME)
 
     for parallel in (False, True) if hasattr(cell, "run_parallel") else (False,):
@@ -90,14 +91,14 @@ def _check_values(cell: Any) -> None:
             _compare(cell, method, f"{name} differs from a scan", run(carry, inputs), whole, _SAME)
         between, first = run(carry, inputs[:, :_CUT])
         last, second = run(between, inputs[:, _CUT:])
-        parts = last, jnp.concatenate([first, second], axis=1)
+        parts = last, np.concatenate([first, second], axis=1)
         message = f"{name} of two parts, with the carry kept, differs from {name} of the whole"
         _compare(cell, method, message, parts, whole, _SAME)
         one = run(jax.tree.map(lambda x: x[:1], carry), inputs[:1])
         message = f"in {name}, the results of a text depend on the other texts of its batch"
         _compare(cell, method, message, one, jax.tree.map(lambda x: x[:1], whole), _SAME)
         if parallel:
-            starts = jnp.asarray(rng.random((_BATCH, _TIME)) < 0.3)
+            starts = rng.random((_BATCH, _TIME)) < 0.3
             alone, expected = run(carry, inputs, starts=starts), scan(carry, inputs, starts=starts)
             message = f"with documents, {name} differs from a scan"
             _compare(cell, method, message, alone, expected, _SAME)
@@ -108,11 +109,14 @@ def _check_values(cell: Any) -> None:
         _require_effect(cell, "dtype", low, whole, "use lstm_jax.matmul.matmul(a, b, self.dtype)")
 
     def run_step(cell: Any, variables: Any = variables) -> Any:
-        return cell.apply(variables, carry, inputs[:, 0])
+        # A new function, because _halve_gates changes what the cell computes.
+        return jax.jit(lambda *args: cell.apply(*args))(variables, carry, inputs[:, 0])
 
     if hasattr(cell, "layer_norm"):
         pair = [cell.clone(layer_norm=is_on) for is_on in (False, True)]
-        drawn = [flatten_dict(c.init(jax.random.key(0), carry, inputs[:, 0])) for c in pair]
+        drawn = [
+            flatten_dict(jax.jit(c.init)(jax.random.key(0), carry, inputs[:, 0])) for c in pair
+        ]
         both = unflatten_dict({**drawn[0], **drawn[1]})  # A cell ignores parameters of the other.
         plain, normalized = (run_step(c, both) for c in pair)
         _require_effect(cell, "layer_norm", normalized, plain, "normalize if self.layer_norm")
@@ -122,11 +126,12 @@ def _check_values(cell: Any) -> None:
         remedy = "override gates too, or call it"
         _require_effect(cell, "the method gates", halved, run_step(cell), remedy)
 
-    def inspect(cell: Any) -> Any:
-        after, output = cell(carry, inputs[:, 0])
-        return get_gates(cell, carry, inputs[:, 0]), get_activation(cell, after, output)
+    def inspect(cell: Any, carry: Any, inputs: jax.Array) -> Any:
+        after, output = cell(carry, inputs)
+        return get_gates(cell, carry, inputs), get_activation(cell, after, output)
 
-    gates, activation = nn.apply(inspect, cell)(variables)
+    inspected = jax.jit(nn.apply(inspect, cell))(variables, carry, inputs[:, 0])
+    gates, activation = jax.device_get(inspected)
     for name, value in [*gates.items(), ("activation", activation)]:
         method = "activation" if name == "activation" else "gates"
         low_end = 0 if method == "gates" else -1
@@ -137,13 +142,13 @@ def _check_values(cell: Any) -> None:
 def _check_gradients(cell: Any) -> None:
     rng = np.random.default_rng(1)
 
-    def to_float64(x: jax.Array) -> jax.Array:
-        return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    def to_float64(x: jax.Array) -> Any:
+        return np.asarray(x, np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
-    inputs = jnp.asarray(rng.normal(size=(_BATCH, _TIME, cell.input_size)))
+    inputs = rng.normal(size=(_BATCH, _TIME, cell.input_size))
     carry = jax.tree.map(to_float64, cell.initial_carry(_BATCH))
     variables = jax.jit(cell.init)(jax.random.key(0), carry, inputs[:, 0])
-    variables = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape), variables)
+    variables = jax.tree.map(lambda x: np.asarray(x) + 0.1 * rng.normal(size=x.shape), variables)
     _, outputs = jax.eval_shape(cell.apply, variables, carry, inputs[:, 0])
     if outputs.dtype != jnp.float64:
         raise _failure(
@@ -156,7 +161,8 @@ def _check_gradients(cell: Any) -> None:
         method = "run_parallel" if parallel else "__call__"
 
         def loss(variables: Any, inputs: jax.Array, parallel: bool = parallel) -> jax.Array:
-            after, outputs = _run(cell, variables, carry, inputs, parallel)
+            before = jax.tree.map(jnp.asarray, carry)
+            after, outputs = nn.apply(run_cell, cell)(variables, before, inputs, parallel)
             states = [x for x in jax.tree.leaves(after) if jnp.issubdtype(x.dtype, jnp.floating)]
             weights = jnp.cos(jnp.arange(outputs.size)).reshape(outputs.shape)
             return (weights * outputs).sum() + sum(jnp.sin(x).sum() for x in states)
@@ -172,13 +178,13 @@ def _run(
     cell: Any,
     variables: Any,
     carry: Any,
-    inputs: jax.Array,
+    inputs: np.ndarray,
     parallel: bool = False,
-    starts: jax.Array | None = None,
+    starts: np.ndarray | None = None,
 ) -> Any:
     """Run a cell with these parameters over inputs [batch, time, features]."""
-    run = nn.apply(lambda cell: run_cell(cell, carry, inputs, parallel, starts), cell)
-    return jax.jit(run)(variables)
+    run = jax.jit(functools.partial(nn.apply(run_cell, cell), parallel=parallel))
+    return jax.device_get(run(variables, carry, inputs, starts=starts))
 
 
 def _has_own_call(kind: type[nn.Module]) -> bool:
