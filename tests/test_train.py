@@ -294,13 +294,8 @@ def make_text_of_two_scripts(length: int) -> str:
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.drawn
-@pytest.mark.parametrize(
-    "is_on",
-    [
-        pytest.param(True, marks=pytest.mark.skipif(draws.TIMES == 1, reason="a drawn test")),
-        False,
-    ],
-)
+@pytest.mark.skipif(draws.TIMES == 1, reason="a drawn test")
+@pytest.mark.parametrize("is_on", [True, False])
 def test_a_model_trained_on_streams_recovers_from_a_zero_state(
     is_on: bool, tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
