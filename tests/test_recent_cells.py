@@ -17,6 +17,7 @@ from jax.flatten_util import ravel_pytree
 from lstm_jax import cells
 from lstm_jax.cells import linear
 from lstm_jax.cells import mlstm as mlstm_lib
+from lstm_jax.cells import rglru as rglru_lib
 from lstm_jax.cells.block import Block
 from lstm_jax.cells.making import make_cell
 from lstm_jax.cells.protocol import run_cell
@@ -243,6 +244,13 @@ def test_large_gates_stay_finite(name: str) -> None:
         given = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), given)
         for parallel in {False, name == "mlstm"}:
             assert all(np.isfinite(x).all() for x in jax.tree.leaves(run(given, parallel)))
+
+
+def test_the_decay_is_uniform_at_first() -> None:
+    decay = 1 / (1 + np.exp(-np.asarray(rglru_lib._draw_decay(jax.random.key(0), (1000,))))) ** 8
+    share = (decay - 0.9) / (0.999 - 0.9)
+    assert share.min() >= -1e-4 and share.max() <= 1 + 1e-4
+    np.testing.assert_allclose(np.sort(share), np.linspace(0, 1, 1000), atol=0.06)
 
 
 @pytest.mark.parametrize("time", [1, 2, 13])

@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import models
-from lstm_jax import batches, train_step
+from lstm_jax import batches, regularization, train_step
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
@@ -79,9 +79,16 @@ def test_one_step_is_adam_on_the_mean_loss(max_gradient_norm: float) -> None:
     assert float(after.norm_sum) == pytest.approx(norm, rel=1e-4)  # Before clipping.
 
 
-def test_microbatches_match_the_step_of_the_whole_batch() -> None:
+def test_microbatches_match_the_step_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare several steps, with masks, penalties and the carry."""
-    results = []
+    results: list[train_step.TrainState] = []
+    penalty, sizes = regularization.penalty, set[int]()
+
+    def record(rates: Any, outputs: jax.Array, dropped: jax.Array) -> jax.Array:
+        sizes.add(len(outputs))
+        return penalty(rates, outputs, dropped)
+
+    monkeypatch.setattr(regularization, "penalty", record)
     for number in (1, 3):
         config = make_config(6)
         config.optimizer.learning_rate = 0.01
@@ -94,6 +101,8 @@ def test_microbatches_match_the_step_of_the_whole_batch() -> None:
         for seed in range(4):
             state = step(state, make_batch(6, 8, seed, starts=seed == 2))
         results.append(state)
+        assert sizes == {6 // number}
+        sizes.clear()
     for a, b in zip(
         *map(jax.tree.leaves, ((r.params, r.rest | {"key": 0}) for r in results)), strict=True
     ):
