@@ -126,6 +126,8 @@ class Validate(Observer):
             text = generate_sample(run, params, jax.random.fold_in(key, loop.step))
         if hosts.is_first():
             self._report(loop.step, loss, text)
+            if 0 < loop.step < loop.last_step:  # Once at the end: `finish_run` plots the rest.
+                plot_curves(run)
         progress.start_clock(loop.step)
         if loop.step < loop.last_step and run.ends_early():
             progress.print(messages.describe_early_end(run))
@@ -139,10 +141,8 @@ class Validate(Observer):
         workdir.append_sample(run.directory, step, run.config.sample.temperature, text)
         run.checkpoints.record_validation(step, loss)
         self._progress.print(messages.describe_validation(run, loss, text))
-        if step:
-            plot_curves(run)
-            if warning := advice.find_suspicion({"validation": loss}, len(run.vocabulary)):
-                self._progress.print(f"warning: {warning}\n")
+        if step and (warning := advice.find_suspicion({"validation": loss}, len(run.vocabulary))):
+            self._progress.print(f"warning: {warning}\n")
 
 
 def check_finite(run: Session, loop: Loop) -> None:
