@@ -61,6 +61,14 @@ def test_a_prompt_of_any_length_gives_the_logits_of_a_single_pass(length: int) -
         assert again.position == state.position == length
 
 
+def test_age_counts_tokens_since_the_last_occurrence() -> None:
+    state = generation.initial_state(MODEL, ARRAYS)
+    state = generation.read_tokens(MODEL, ARRAYS, state, np.array([[3, 4, 3]], np.int32))
+    age = np.asarray(state.position - state.last_seen)[0]
+    assert (age[3], age[4]) == (1, 2)
+    assert np.delete(age, [3, 4]).min() > 2**29  # The longest window.
+
+
 @pytest.mark.parametrize("controls", [Controls(), Controls(1.5, 6, 0.95, 0.02, 1.3, 2, [4])])
 def test_samples_follow_the_exact_distribution(controls: Controls) -> None:
     draws = 6000

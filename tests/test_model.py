@@ -116,6 +116,12 @@ def test_the_seed_model_has_5332803_parameters_in_three_groups() -> None:
     ]
 
 
+def test_the_initial_bias_is_the_logarithm_of_the_frequencies() -> None:
+    counts = np.array([0, 0, 1, 2, 4])
+    params = model_lib.init_params(LanguageModel(5, 4, 4), jax.random.key(0), counts)
+    np.testing.assert_allclose(np.exp(params["dense"]["bias"]), (counts + 1) / 12, rtol=1e-6)
+
+
 def test_the_initial_scale_is_that_of_kernels_and_embeddings() -> None:
     params, scaled = (
         model_lib.init_params(LanguageModel(5, 4, 4, initial_scale=scale), jax.random.key(0))

@@ -1,6 +1,7 @@
 # ruff: noqa: D101, D102
 """Train with cells in files of a user: the example of docs/cells.md, and broken ones."""
 
+import inspect
 import json
 import re
 import shlex
@@ -536,8 +537,10 @@ def test_check_cell_names_what_is_wrong(cell: Any, message: str) -> None:
         lstm_jax.check_cell(cell)
     assert "\n" not in str(error.value)
     if isinstance(cell, type):
-        place = rf"the cell {cell.__name__} \(.*test_own_cells.py, line \d+\)"
-        assert re.match(place, str(error.value))
+        place = rf"the cell {cell.__name__} \(.*test_own_cells.py, line (\d+)\)"
+        found = re.match(place, str(error.value))
+        lines, first = inspect.getsourcelines(cell)
+        assert found and first <= int(found[1]) < first + len(lines)
 
 
 @pytest.mark.parametrize("cell", [Counting, pytest.param(InheritedGates, marks=pytest.mark.slow)])
