@@ -550,9 +550,11 @@ def test_check_cell_accepts_any_carry_and_any_gates(cell: Any) -> None:
 
 def test_options_and_operations_are_bounded(tiny_config: ConfigDict) -> None:
     model = tiny_config.model
-    model.cell, model.options = "mogrifier", {"rounds": 100_000}
-    with pytest.raises(UserError, match="rounds of the cell .* 100000: it must be from 0 to 100$"):
-        resume.resolve_model(config_lib.complete_config(tiny_config))
+    for rounds in (-1, 101):
+        model.cell, model.options = "mogrifier", {"rounds": rounds}
+        message = f"rounds of the cell .* {rounds}: it must be from 0 to 100$"
+        with pytest.raises(UserError, match=message):
+            resume.resolve_model(config_lib.complete_config(tiny_config))
     model.num_layers, model.options = 100, {"rounds": 100}
     with pytest.raises(UserError, match="the 100 layers of cell mogrifier have 2.* 25,000 are the"):
         resume.resolve_model(config_lib.complete_config(tiny_config))
