@@ -222,3 +222,16 @@ def test_cudnn_agrees_with_the_reference() -> None:
         expected, expected_gradients = value_and_gradients(reference, cotangents, *arguments)
     assert_close(outputs, expected, 1e-5)
     assert_close(gradients, expected_gradients, 1e-4)
+
+
+def test_one_column_is_multiplied_like_several_with_any_version_of_jax(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(0)
+    kernel, columns = rng.normal(size=(8, 5)), rng.normal(size=(5, 3))
+    for version in ((0, 10, 2), (0, 12, 0)):
+        monkeypatch.setattr(jax, "__version_info__", version)
+        for number in (1, 3):
+            arrays = (jnp.asarray(x, jnp.float32) for x in (kernel, columns[:, :number]))
+            product = fused._multiply(*arrays)
+            np.testing.assert_allclose(product, kernel @ columns[:, :number], atol=1e-5)
