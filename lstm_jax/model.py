@@ -316,17 +316,22 @@ def init_params(model: LanguageModel, key: jax.Array, counts: np.ndarray | None 
     `counts` holds the number of occurrences of each token in the training text, int
     [vocabulary_size]. Without it the dense layer's bias is zero.
     """
-    ids, carry = jnp.zeros((1, 1), jnp.int32), model.initial_carry(1)
     # LAPACK makes the orthogonal kernels. Its threads spin while they wait for each other: if
     # another process occupies the cores, 0.2 s become 15 s.
     with threadpoolctl.threadpool_limits(1, user_api="blas"):
-        params = jax.block_until_ready(jax.jit(model.init)(key, ids, carry)["params"])
+        params = jax.block_until_ready(_draw_params(model, key))
     if model.initial_scale != 1:
         params = jax.tree.map(lambda x: x * model.initial_scale if x.ndim > 1 else x, params)
     if model.initial_bias == "frequencies" and counts is not None:
         # Add-one smoothing, so that no token has probability zero.
         frequencies = (counts + 1) / (counts + 1).sum()
         params["dense"]["bias"] = jnp.asarray(np.log(frequencies), jnp.float32)
+    return params
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _draw_params(model: LanguageModel, key: jax.Array) -> Params:
+    params: Params = model.init(key, jnp.zeros((1, 1), jnp.int32), model.initial_carry(1))["params"]
     return params
 
 
