@@ -1,12 +1,13 @@
 """Shared fixtures: the text, and a tiny trained model."""
 
+import fcntl
 import importlib
 import os
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,10 @@ if draws.TIMES == 1 and jaxlib.__version__.startswith("0.10."):
 
 
 # The cache directory of the user, with the key that seals prepared corpora, and the library in C.
-_cache = tempfile.TemporaryDirectory(prefix="lstm-jax-cache-")
-os.environ["XDG_CACHE_HOME"] = _cache.name
+_is_worker = "PYTEST_XDIST_WORKER" in os.environ  # It inherits the directory.
+if not _is_worker:
+    _cache = tempfile.TemporaryDirectory(prefix="lstm-jax-cache-")
+    os.environ["XDG_CACHE_HOME"] = _cache.name
 # Matplotlib keeps its list of fonts there. Making it starts a process, so no test may be the first.
 os.environ["MPLCONFIGDIR"] = str(_COMPILED.with_name("matplotlib"))
 importlib.import_module("matplotlib.font_manager")
@@ -151,6 +154,19 @@ def optimized() -> Iterator[None]:
     jax.config.update(name, before)
 
 
+def make_once(
+    name: str, tmp_path_factory: pytest.TempPathFactory, make: Callable[[Path], object]
+) -> Path:
+    """Return a path that one of the workers of pytest-xdist makes, for all of them to read."""
+    root = tmp_path_factory.getbasetemp()
+    path = (root.parent if _is_worker else root) / name
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            make(path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a data directory in which the text is prepared once, and found after the first run."""
@@ -203,9 +219,8 @@ def tfds_dir(tmp_path_factory: pytest.TempPathFactory, shakespeare: dict[str, st
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory, shakespeare: dict[str, str]) -> Path:
     """Return a file with the first 20,000 characters of Tiny Shakespeare."""
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(shakespeare["train"][:20_000], encoding="utf-8")
-    return path
+    text = shakespeare["train"][:20_000]
+    return make_once("text.txt", tmp_path_factory, lambda path: path.write_text(text, "utf-8"))
 
 
 @pytest.fixture(scope="session")
@@ -243,18 +258,22 @@ def make_tiny_config(text_file: Path) -> ConfigDict:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """Return the working directory of a finished tiny run."""
-    directory = tmp_path_factory.mktemp("runs") / "tiny"
-    assert training.train(make_tiny_config(text_file), directory) == 0
-    return directory
+
+    def make(directory: Path) -> None:
+        assert training.train(make_tiny_config(text_file), directory) == 0
+
+    return make_once("tiny", tmp_path_factory, make)
 
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """Return the working directory of `runs.make_arguments`, never interrupted."""
-    directory = tmp_path_factory.mktemp("runs") / "whole"
-    done = commands.run("main", *runs.make_arguments(text_file, directory))
-    assert done.returncode == 0, done.stderr
-    return directory
+
+    def make(directory: Path) -> None:
+        done = commands.run("main", *runs.make_arguments(text_file, directory))
+        assert done.returncode == 0, done.stderr
+
+    return make_once("whole", tmp_path_factory, make)
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,7 @@ def test_teachers_predict_each_token_from_the_text_before(trained: Path) -> None
         distillation.check_length(None, len(vocabulary))
 
 
+@pytest.mark.slow
 def test_a_student_resumes_bit_for_bit(trained: Path, text_file: Path, tmp_path: Path) -> None:
     flags = [f"--config.distill.teachers={trained}", "--config.distill.weight=0.9"]
     states = []

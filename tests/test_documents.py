@@ -76,14 +76,23 @@ def differentiate(read: Any, params: Any, carry: Any) -> Any:
 
 
 MODELS = [
-    *((name, "none", "scan") for name in ("lstm", "gru", "slstm")),
-    *((name, "none", "parallel") for name in ("minlstm", "mingru", "rglru", "mlstm")),
-    *((name, "residual", "parallel") for name in ("gru", "mlstm")),
+    ("lstm", "none", "scan"),
     ("lstm", "none", "fused"),
+    ("minlstm", "none", "parallel"),
+    ("mlstm", "none", "parallel"),
+    ("gru", "residual", "parallel"),
+]
+OTHERS = [
+    *((name, "none", "scan") for name in ("gru", "slstm")),
+    *((name, "none", "parallel") for name in ("mingru", "rglru")),
+    ("mlstm", "residual", "parallel"),
 ]
 
 
-@pytest.mark.parametrize(("cell", "block", "recurrence"), MODELS)
+@pytest.mark.parametrize(
+    ("cell", "block", "recurrence"),
+    [*MODELS, *(pytest.param(*model, marks=pytest.mark.slow) for model in OTHERS)],
+)
 @pytest.mark.usefixtures("without_library")
 def test_every_document_is_read_alone(
     cell: str, block: str, recurrence: str, monkeypatch: pytest.MonkeyPatch
