@@ -57,6 +57,7 @@ def test_bfloat16_agrees_with_numpy(sizes: tuple[int, ...], in_pallas: bool) -> 
     assert max(jax.tree.leaves(measure_errors(results, expected))) < 5e-3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gpu")
 def test_the_copies_of_pallas_do_not_race(monkeypatch: pytest.MonkeyPatch) -> None:
     interpreter = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise")

@@ -299,6 +299,7 @@ def test_steps_agree_with_windows(
     assert_close(jax.jit(lambda: read())(), expected, tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
 def test_steps_are_differentiated(dtype: str, tolerance: float) -> None:
     lstm = model.LanguageModel(9, 16, 32, 2, dtype=dtype)
@@ -350,6 +351,7 @@ def test_a_step_in_8_bits_agrees_with_numpy(batch: int, features: int, bound: in
     assert 1e-3 < np.linalg.norm(sums - exact) / np.linalg.norm(exact) < 2e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_layers", "fields"),
     [(1, {}), (3, {"skip_connections": True}), (2, {"tie_embeddings": True})],
@@ -395,6 +397,7 @@ def test_parameters_that_are_not_finite_are_found_in_8_bits(place: str) -> None:
                 generation.generate_tokens(lstm, changed, prompts, jax.random.key(0), length=9)
 
 
+@pytest.mark.slow
 def test_a_trained_model_generates_in_8_bits(tmp_path: Path) -> None:
     settings, vocabulary = config.default(), Vocabulary.from_text("abcdefgh")
     settings.model.update({"embedding_size": 24, "hidden_size": 48})
