@@ -116,27 +116,29 @@ def test_the_test_loss_is_that_of_the_best_checkpoint(trained: Path) -> None:
 
 @pytest.mark.slow
 def test_a_finished_run_says_so(
-    trained: Path, tiny_config: ConfigDict, capsys: pytest.CaptureFixture[str]
+    trained: Path, tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = (trained / workdir.METRICS).read_bytes()
-    assert training.train(tiny_config, trained) == 0
+    directory = shutil.copytree(trained, tmp_path / "run")
+    before = (directory / workdir.METRICS).read_bytes()
+    assert training.train(tiny_config, directory) == 0
     output = capsys.readouterr().out
     assert "is finished after 2 epochs" in output and "config.num_epochs = 4" in output
-    assert (trained / workdir.METRICS).read_bytes() == before
+    assert (directory / workdir.METRICS).read_bytes() == before
 
 
 def test_another_model_or_text_in_the_same_directory_raises_an_error(
     trained: Path, tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
+    directory = shutil.copytree(trained, tmp_path / "run")
     tiny_config.model.hidden_size = 25
     with pytest.raises(UserError, match="model.hidden_size was 24 and is 25"):
-        training.train(tiny_config, trained)
+        training.train(tiny_config, directory)
     tiny_config.model.hidden_size = 24
     other = tmp_path / "other.txt"
     other.write_text(Path(tiny_config.data.path).read_text() + ".")
     tiny_config.data.path = str(other)
     with pytest.raises(UserError, match="was trained on another text .*use another directory"):
-        training.train(tiny_config, trained)
+        training.train(tiny_config, directory)
 
 
 def test_a_validation_text_too_short_is_refused_before_training(
