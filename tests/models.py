@@ -18,4 +18,4 @@ def draw_params(model: model_lib.LanguageModel, scale: float = 0.3) -> model_lib
     """Return random parameters, biases included, with this standard deviation."""
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     draw = np.random.default_rng(0).normal
-    return jax.tree.map(lambda x: jnp.asarray(scale * draw(size=x.shape), x.dtype), shapes)
+    return jax.tree.map(lambda x: jnp.asarray((scale * draw(size=x.shape)).astype(x.dtype)), shapes)

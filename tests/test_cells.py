@@ -122,7 +122,7 @@ def test_every_cell_gives_the_same_logits_token_by_token(name: str, layer_norm: 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), carry, last)
 
 
-# `test_documents.py` compares a scan with the parallel form of those that have one.
+# `check_cell` compares a scan with the parallel form of those that have one.
 @pytest.mark.parametrize(
     ("name", "block"), [("peephole", "none"), ("slstm", "none"), ("slstm", "residual")]
 )

@@ -82,17 +82,9 @@ MODELS = [
     ("mlstm", "none", "parallel"),
     ("gru", "residual", "parallel"),
 ]
-OTHERS = [
-    *((name, "none", "scan") for name in ("gru", "slstm")),
-    *((name, "none", "parallel") for name in ("mingru", "rglru")),
-    ("mlstm", "residual", "parallel"),
-]
 
 
-@pytest.mark.parametrize(
-    ("cell", "block", "recurrence"),
-    [*MODELS, *(pytest.param(*model, marks=pytest.mark.slow) for model in OTHERS)],
-)
+@pytest.mark.parametrize(("cell", "block", "recurrence"), MODELS)
 @pytest.mark.usefixtures("without_library")
 def test_every_document_is_read_alone(
     cell: str, block: str, recurrence: str, monkeypatch: pytest.MonkeyPatch

@@ -1,3 +1,4 @@
+import json
 import math
 import runpy
 import shutil
@@ -9,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import runs
-from conftest import make_tiny_config
+from conftest import make_once, make_tiny_config
 from lstm_jax import config as config_lib
 from lstm_jax import training
 from lstm_jax.data import texts
@@ -61,16 +62,23 @@ def together(
     tiny.validate_every_steps, tiny.validation_tokens = 40, 300
     config = config_lib.complete_config(tiny)
     configs = [config_lib.change_fields(config, changes) for changes in [*MEMBERS, diverges]]
-    root = tmp_path_factory.mktemp("population")
-    directories = [root / str(i) for i in range(len(configs))]
-    validated: list[tuple[int, int]] = []
 
-    def watch(member: int, row: metrics.Row) -> None:
-        if row["split"] == "validation":
-            validated.append((member, row["step"]))
+    def list_directories(root: Path) -> list[Path]:
+        return [root / str(i) for i in range(len(configs))]
 
-    reasons = population.train_population(configs, directories, watch)
-    return configs, directories, reasons, validated
+    def make(root: Path) -> None:
+        validated: list[tuple[int, int]] = []
+
+        def watch(member: int, row: metrics.Row) -> None:
+            if row["split"] == "validation":
+                validated.append((member, row["step"]))
+
+        reasons = population.train_population(configs, list_directories(root), watch)
+        (root / "results.json").write_text(json.dumps([reasons, validated]))
+
+    root = make_once("population", tmp_path_factory, make)
+    reasons, validated = json.loads((root / "results.json").read_text())
+    return configs, list_directories(root), reasons, [tuple(pair) for pair in validated]
 
 
 @pytest.mark.slow

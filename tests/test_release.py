@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import lstm_jax
+from conftest import make_once
 from lstm_jax.run import command, workdir
 
 ROOT = Path(__file__).parents[1]
@@ -40,12 +41,16 @@ def run(*arguments: str, cwd: Path) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the wheel from the source distribution, as for a release."""
     pytest.importorskip("build", reason="build is not installed (extra 'dev')")
-    directory = tmp_path_factory.mktemp("dist")
-    build = [sys.executable, "-m", "build", "--outdir", str(directory), str(ROOT)]
-    result = run_successfully(*build, cwd=directory)
-    # Warnings of `build` are in capitals. Others are about this machine, such as "byte-compiling is
-    # disabled".
-    assert not re.findall(r".*WARNING.*|.*DeprecationWarning.*", result.stdout + result.stderr)
+
+    def build(directory: Path) -> None:
+        directory.mkdir()
+        command = [sys.executable, "-m", "build", "--outdir", str(directory), str(ROOT)]
+        result = run_successfully(*command, cwd=directory)
+        # Warnings of `build` are in capitals. Others are about this machine, such as
+        # "byte-compiling is disabled".
+        assert not re.findall(r".*WARNING.*|.*DeprecationWarning.*", result.stdout + result.stderr)
+
+    directory = make_once("dist", tmp_path_factory, build)
     assert len(list(directory.glob("lstm_jax-*.tar.gz"))) == 1
     (path,) = directory.glob("*.whl")
     return path

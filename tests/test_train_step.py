@@ -144,7 +144,7 @@ def test_masks_differ_from_step_to_step_and_follow_the_seed() -> None:
     assert first != second != third
 
 
-@pytest.mark.parametrize("cell", ["lstm", pytest.param("mlstm", marks=pytest.mark.slow), "rglru"])
+@pytest.mark.parametrize("cell", ["lstm", "rglru"])
 def test_no_tracer_leaks_from_a_step(cell: str) -> None:
     config = make_config()
     config.model.update({"cell": cell, "hidden_size": 8})

@@ -1,7 +1,7 @@
 """Check that a cell follows the protocol: `check_cell`."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +21,8 @@ from lstm_jax.cells.making import (
 from lstm_jax.cells.protocol import get_activation, get_gates, run_cell
 from lstm_jax.errors import UserError, visible
 
-_BATCH, _TIME, _CUT = 3, 7, 3
+# Two parts of one length need one compiled program.
+_BATCH, _TIME, _CUT = 3, 6, 3
 # Differences relative to the largest value.
 _SAME, _BFLOAT16 = 1e-5, 5e-2
 
@@ -55,12 +56,13 @@ def check_cell(
     for batch in (1, _BATCH):
         trace_cell(made, batch)
     with raise_user_error(type(made)):
-        _check_values(made)
+        variables = _check_values(made)
         with jax.enable_x64(True):
-            _check_gradients(made)
+            _check_gradients(made, variables)
 
 
-def _check_values(cell: Any) -> None:
+def _check_values(cell: Any) -> Any:
+    """Check all but gradients; return the parameters that were drawn."""
     rng = np.random.default_rng(0)
 
     # NumPy's operations need no compilation.
@@ -70,10 +72,11 @@ def _check_values(cell: Any) -> None:
     inputs, carry = draw(_BATCH, _TIME, cell.input_size), cell.initial_carry(_BATCH)
     variables = jax.jit(cell.init)(jax.random.key(0), carry, inputs[:, 0])
     variables = jax.tree.map(lambda x: np.asarray(x) + 0.1 * draw(*x.shape), variables)
+    scan = _make_run(cell, variables)
     # From the state after another text, in which no part of the carry has its first value.
-    carry, _ = _run(cell, variables, carry, draw(_BATCH, _TIME, cell.input_size))
+    carry, _ = scan(carry, draw(_BATCH, _TIME, cell.input_size))
 
-    whole = _run(cell, variables, carry, inputs)
+    whole = scan(carry, inputs)
     if not all(np.isfinite(x).all() for x in jax.tree.leaves(whole)):
         raise _failure(cell, "__call__", "its outputs or its carry are not finite")
     after, outputs, step = carry, [], jax.jit(cell.apply)
@@ -85,8 +88,7 @@ def _check_values(cell: Any) -> None:
 
     for parallel in (False, True) if hasattr(cell, "run_parallel") else (False,):
         method, name = ("run_parallel", "the parallel form") if parallel else ("__call__", "a scan")
-        scan = functools.partial(_run, cell, variables)
-        run = functools.partial(scan, parallel=parallel)
+        run = _make_run(cell, variables, parallel=True) if parallel else scan
         if parallel:
             _compare(cell, method, f"{name} differs from a scan", run(carry, inputs), whole, _SAME)
         between, first = run(carry, inputs[:, :_CUT])
@@ -99,12 +101,12 @@ def _check_values(cell: Any) -> None:
         _compare(cell, method, message, one, jax.tree.map(lambda x: x[:1], whole), _SAME)
         if parallel:
             starts = rng.random((_BATCH, _TIME)) < 0.3
-            alone, expected = run(carry, inputs, starts=starts), scan(carry, inputs, starts=starts)
+            alone, expected = run(carry, inputs, starts), scan(carry, inputs, starts)
             message = f"with documents, {name} differs from a scan"
             _compare(cell, method, message, alone, expected, _SAME)
 
     if hasattr(cell, "dtype"):
-        low = _run(cell.clone(dtype="bfloat16"), variables, carry, inputs)
+        low = _make_run(cell.clone(dtype="bfloat16"), variables)(carry, inputs)
         _compare(cell, "__call__", "bfloat16 is far from float32", low, whole, _BFLOAT16)
         _require_effect(cell, "dtype", low, whole, "use lstm_jax.matmul.matmul(a, b, self.dtype)")
 
@@ -113,13 +115,12 @@ def _check_values(cell: Any) -> None:
         return jax.jit(lambda *args: cell.apply(*args))(variables, carry, inputs[:, 0])
 
     if hasattr(cell, "layer_norm"):
-        pair = [cell.clone(layer_norm=is_on) for is_on in (False, True)]
-        drawn = [
-            flatten_dict(jax.jit(c.init)(jax.random.key(0), carry, inputs[:, 0])) for c in pair
-        ]
-        both = unflatten_dict({**drawn[0], **drawn[1]})  # A cell ignores parameters of the other.
-        plain, normalized = (run_step(c, both) for c in pair)
-        _require_effect(cell, "layer_norm", normalized, plain, "normalize if self.layer_norm")
+        other = cell.clone(layer_norm=not cell.layer_norm)
+        drawn = jax.jit(other.init)(jax.random.key(0), carry, inputs[:, 0])
+        # A cell ignores parameters of the other.
+        both = unflatten_dict({**flatten_dict(drawn), **flatten_dict(variables)})
+        remedy = "normalize if self.layer_norm"
+        _require_effect(cell, "layer_norm", run_step(other, both), run_step(cell, both), remedy)
     if _has_own_call(type(cell)):
         with nn.intercept_methods(_halve_gates):
             halved = run_step(cell)
@@ -137,18 +138,17 @@ def _check_values(cell: Any) -> None:
         low_end = 0 if method == "gates" else -1
         if name != "candidate" and not ((value >= low_end) & (value <= 1)).all():
             raise _failure(cell, method, f"{name} has values outside of [{low_end}, 1]")
+    return variables
 
 
-def _check_gradients(cell: Any) -> None:
+def _check_gradients(cell: Any, variables: Any) -> None:
     rng = np.random.default_rng(1)
 
-    def to_float64(x: jax.Array) -> Any:
+    def to_float64(x: Any) -> Any:
         return np.asarray(x, np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     inputs = rng.normal(size=(_BATCH, _TIME, cell.input_size))
-    carry = jax.tree.map(to_float64, cell.initial_carry(_BATCH))
-    variables = jax.jit(cell.init)(jax.random.key(0), carry, inputs[:, 0])
-    variables = jax.tree.map(lambda x: np.asarray(x) + 0.1 * rng.normal(size=x.shape), variables)
+    carry, variables = jax.tree.map(to_float64, (cell.initial_carry(_BATCH), variables))
     _, outputs = jax.eval_shape(cell.apply, variables, carry, inputs[:, 0])
     if outputs.dtype != jnp.float64:
         raise _failure(
@@ -174,17 +174,12 @@ def _check_gradients(cell: Any) -> None:
             raise _failure(cell, method, message) from None
 
 
-def _run(
-    cell: Any,
-    variables: Any,
-    carry: Any,
-    inputs: np.ndarray,
-    parallel: bool = False,
-    starts: np.ndarray | None = None,
-) -> Any:
-    """Run a cell with these parameters over inputs [batch, time, features]."""
+def _make_run(cell: Any, variables: Any, parallel: bool = False) -> Callable[..., Any]:
+    """Return a function of a carry, inputs [batch, time, features] and starts."""
     run = jax.jit(functools.partial(nn.apply(run_cell, cell), parallel=parallel))
-    return jax.device_get(run(variables, carry, inputs, starts=starts))
+    return lambda carry, inputs, starts=None: jax.device_get(
+        run(variables, carry, inputs, starts=starts)
+    )
 
 
 def _has_own_call(kind: type[nn.Module]) -> bool:
