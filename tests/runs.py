@@ -46,6 +46,15 @@ def make_arguments(text_file: Path, directory: Path, *more: str) -> list[str]:
     ]
 
 
+def make_sweep_flags(text_file: Path, directory: Path, *more: str) -> list[str]:
+    """Return the flags of a sweep that trains tiny models for 70 steps."""
+    return [
+        *("--config", f"{ROOT}/experiments/quick.py"),
+        *(f"--workdir={directory}", f"--config.data.path={text_file}"),
+        *(*TINY, "--config.num_epochs=1", "--config.sample.length=40", *more),
+    ]
+
+
 def load_final_state(directory: Path) -> list[Any]:
     """Return all arrays of the latest checkpoint, then its position in the text."""
     config = workdir.load_config(directory)

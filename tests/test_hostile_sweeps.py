@@ -32,15 +32,9 @@ from lstm_jax import config as config_lib
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.sweep import options, plots, report, search, space, study
 from lstm_jax.sweep.worker import Worker, claim_directory
-from test_sweep import make_dead_worker, make_flags, rows
+from test_sweep import make_dead_worker, rows
 
 DRAWN = 15 * draws.TIMES
-
-
-def run(text_file: Path, directory: Path, space_file: Path, *more: str) -> commands.Done:
-    """Run a sweep of two trials."""
-    flags = make_flags(text_file, directory, f"--space={space_file}", "--trials=2", *more)
-    return commands.run("sweep", *flags, "--pruner=none")
 
 
 def open_study(directory: Path, location: str | None = None) -> tuple[optuna.Study, space.Space]:
@@ -504,17 +498,17 @@ def is_stopped(done: commands.Done) -> bool:
 
 @pytest.mark.process
 def test_a_full_disk_loses_no_trial_of_a_sweep(
-    text_file: Path, space_file: Path, tmp_path: Path
+    swept: Path, text_file: Path, space_file: Path, tmp_path: Path
 ) -> None:
-    assert run(text_file, tmp_path / "swept", space_file).returncode == 0
     with disks.mounted(tmp_path / "disk", "-o", "size=300k") as disk:
-        results = []
+        results, more = [], (f"--space={space_file}", "--trials=2")
         for size in ("300k", "400k", "600k", "64m"):
             disks.resize(disk, size)
-            results.append(is_stopped(run(text_file, disk / "sweep", space_file)))
+            flags = runs.make_sweep_flags(text_file, disk / "sweep", *more)
+            results.append(is_stopped(commands.run("sweep", *flags)))
         found = rows(disk / "sweep")
     assert results[0] and results[1] and not results[-1]
-    for row, expected in zip(found, rows(tmp_path / "swept"), strict=True):
+    for row, expected in zip(found, rows(swept), strict=True):
         for field in ("state", "overrides", "losses_by_epoch"):
             assert row[field] == expected[field]
     assert [row["state"] for row in found] == ["complete"] * 2

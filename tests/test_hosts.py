@@ -19,7 +19,7 @@ from lstm_jax.devices import hosts
 from lstm_jax.errors import UserError
 from lstm_jax.run import checkpoints, workdir
 
-# Tests with four processes, with one that hangs, or with two lost in turn, take minutes on two cores.
+# Tests with four processes, one that hangs, or two that are lost in turn take minutes on two cores.
 SLOW = draws.TIMES > 1
 
 pytestmark = [pytest.mark.process, pytest.mark.drawn]

@@ -614,6 +614,7 @@ def test_without_a_compiler_a_model_is_trained_all_the_same(
     text_file: Path, tmp_path: Path
 ) -> None:
     flags = [f"--config.data.path={text_file}", "--config.max_steps=1", "--workdir=run"]
+    flags += ["--config.model.hidden_size=64", "--config.batches.window_length=8"]
     command = ["-m", "lstm_jax.main", "--config=experiments/quick.py", *flags]
     env = {"XDG_CACHE_HOME": str(tmp_path), "PATH": ""}
     result = commands.run_python(*command, cwd=tmp_path, env=env)

@@ -38,15 +38,6 @@ KILLS = draws.TIMES
 TRIALS = 2 + 3 * KILLS
 
 
-def make_flags(text_file: Path, directory: Path, *more: str) -> list[str]:
-    """Return the flags of a sweep that trains tiny models for 70 steps."""
-    return [
-        *("--config", f"{ROOT}/experiments/quick.py"),
-        *(f"--workdir={directory}", f"--config.data.path={text_file}"),
-        *(*runs.TINY, "--config.num_epochs=1", "--config.sample.length=40", *more),
-    ]
-
-
 def start(flags: list[str]) -> subprocess.Popen[str]:
     """Start a worker."""
     command, pipe = [sys.executable, "-m", "lstm_jax.sweep", *flags], subprocess.PIPE
@@ -125,7 +116,9 @@ def test_killed_workers_lose_no_finished_trial_and_duplicate_none(
     elif kind == "postgresql":
         where = [f"--study={request.getfixturevalue('server')}"]
     directory = tmp_path / "sweep"
-    flags = make_flags(text_file, directory, f"--space={space_file}", f"--trials={TRIALS}", *where)
+    flags = runs.make_sweep_flags(
+        text_file, directory, f"--space={space_file}", f"--trials={TRIALS}", *where
+    )
     workers = [start(flags) for _ in range(2)]
     chance = random.Random(f"{draws.SEED} {kind}")
     before: dict[int, dict] = {}
@@ -156,23 +149,20 @@ def test_killed_workers_lose_no_finished_trial_and_duplicate_none(
 
 @pytest.mark.slow
 def test_one_worker_is_reproducible_and_best_py_is_the_best_config(
-    text_file: Path, space_file: Path, tmp_path: Path
+    swept: Path, text_file: Path, space_file: Path, tmp_path: Path
 ) -> None:
-    results = []
-    for name in ("one", "two"):
-        flags = make_flags(text_file, tmp_path / name, f"--space={space_file}", "--trials=2")
-        assert "Best of 2 trials" in run(flags)
-        results.append(
-            [(r["overrides"], r["losses_by_epoch"], r["state"]) for r in rows(tmp_path / name)]
-        )
+    flags = runs.make_sweep_flags(text_file, tmp_path, f"--space={space_file}", "--trials=2")
+    assert "Best of 2 trials" in run(flags)
+    results = [
+        [(r["overrides"], r["losses_by_epoch"], r["state"]) for r in rows(directory)]
+        for directory in (swept, tmp_path)
+    ]
     assert results[0] == results[1]
-    best = min(rows(tmp_path / "two"), key=lambda row: row["validation_loss"])
-    settings = config_lib.complete_config(
-        runpy.run_path(str(tmp_path / "two/best.py"))["get_config"]()
-    )
+    best = min(rows(tmp_path), key=lambda row: row["validation_loss"])
+    settings = config_lib.complete_config(runpy.run_path(str(tmp_path / "best.py"))["get_config"]())
     trained = workdir.load_config(Path(best["workdir"]))
     assert settings == config_lib.change_fields(trained, {"data.sha256": ""})
-    page = (tmp_path / "two" / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
     assert "<svg" in page and "src=" not in page
 
     # The same command has nothing left to do; another experiment raises an error.
@@ -195,7 +185,7 @@ def test_a_signal_between_trials_writes_the_report_and_gives_the_next_ones_back(
 ) -> None:
     trials = 2 * population
     more = f"--space={space_file}", f"--population={population}", f"--trials={trials}"
-    flags = make_flags(text_file, tmp_path, *more)
+    flags = runs.make_sweep_flags(text_file, tmp_path, *more)
     write = report.write_trials
 
     def stop(*given: Any) -> None:
@@ -218,7 +208,7 @@ def test_a_signal_between_trials_writes_the_report_and_gives_the_next_ones_back(
 
 @pytest.mark.slow
 def test_seeds_are_a_population(text_file: Path, tmp_path: Path) -> None:
-    output = run(make_flags(text_file, tmp_path, "--seeds=3"))
+    output = run(runs.make_sweep_flags(text_file, tmp_path, "--seeds=3"))
     assert "validation loss of 3 seeds: mean " in output and "test loss of 3 seeds: " in output
     assert sorted(row["overrides"]["seed"] for row in rows(tmp_path)) == [0, 1, 2]
     written = output + (tmp_path / report.PAGE).read_text()
