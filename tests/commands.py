@@ -51,7 +51,7 @@ def run(module: str, *arguments: object, cwd: Path | None = None, given: str | b
     )
     with contextlib.ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
-        stack.enter_context(_keep_process_state())
+        stack.enter_context(keep_process_state())
         stack.enter_context(warnings.catch_warnings())
         patch.chdir(cwd or Path.cwd())
         patch.setattr(sys, "argv", [f"{module}.py", *map(str, arguments)])
@@ -89,7 +89,7 @@ def wait_until(
 
 
 @contextlib.contextmanager
-def _keep_process_state() -> Any:
+def keep_process_state() -> Any:
     """Restore what a command sets for its whole process: flags, loaded cells, signals, hooks."""
     known, loaded = set(flags.FLAGS), dict(cells.LOADED)
     cells.LOADED.clear()

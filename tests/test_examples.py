@@ -1,5 +1,6 @@
 """Run the files of examples/ with a tiny model, as their docstrings say."""
 
+import ast
 import http.client
 import json
 import os
@@ -14,9 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import commands
 import lstm_jax
+import runs
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+QUICK = EXAMPLES.parent / "experiments" / "quick.py"
 
 
 @pytest.fixture(scope="module")
@@ -212,3 +216,34 @@ def test_the_probabilities_of_n_grams_sum_to_one_and_are_mixed(
     assert alone == pytest.approx(-np.log(expected[int(n) - 1][1:]).mean(), abs=1e-3)
     parts = (1 - weight) * np.exp(-1.5) + weight * np.array(expected[int(n) - 1][1:])
     assert mixed == pytest.approx(-np.log(parts).mean(), abs=1e-3) and mixed < min(model, alone)
+
+
+def train_by_loop(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *flags: str
+) -> dict[str, float]:
+    """Return the losses that training_loop.py prints."""
+    with commands.keep_process_state(), pytest.raises(SystemExit) as end:
+        run_example(monkeypatch, "training_loop.py", f"--config={QUICK}", *flags)
+    assert not end.value.code
+    losses: dict[str, float] = ast.literal_eval(capsys.readouterr().out)
+    return losses
+
+
+@pytest.mark.slow
+def test_a_loop_of_your_own_trains_like_the_package(
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = [*runs.TINY, f"--config.data.path={text_file}", "--config.num_epochs=1"]
+    flags += ["--config.batches.reset_probability=0.0", "--config.model.dtype=float32"]
+    flags += [f"--config.regularization.{name}_dropout=0.0" for name in ("embedding", "output")]
+    losses = train_by_loop(monkeypatch, capsys, *flags)
+    done = commands.run("main", f"--config={QUICK}", f"--workdir={tmp_path}", *flags)
+    assert done.returncode == 0, done.stderr
+    rows = {split: loss for _, split, loss in runs.read_losses(tmp_path)}
+    for split in ("validation", "test"):
+        assert losses[split] == pytest.approx(rows[split], abs=2e-4)
+    others = ["--optimizer=ademamix", "--batches=8x32x1,16x16x1", "--decode_past=0.1"]
+    assert train_by_loop(monkeypatch, capsys, *flags, *others)["train"] < 3

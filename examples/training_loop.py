@@ -1,0 +1,99 @@
+"""Train with a loop of your own: any optimizer, batches that change, another loss.
+
+    python examples/training_loop.py --config experiments/quick.py --optimizer ademamix
+
+It trains on one device, saves nothing, and prints the losses. The optimizer is an Optax scale_by_x,
+with the config's schedule, clipping and weight decay. --batches 32x48x2,64x48x4 changes batch size
+x window length after this number of epochs. --decode_past 0.01 adds, with this weight, the loss of
+reading each token back from the prediction of the next (Brahma 2019).
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
+
+from lstm_jax import batches, loss, model, optimizer, regularization
+from lstm_jax.cells.protocol import restart
+from lstm_jax.config import Config, change_fields
+from lstm_jax.data import texts
+from lstm_jax.run import command
+
+command.define_config_flag("The experiment.")
+_OPTIMIZER = flags.DEFINE_string("optimizer", "adam", "The x in Optax's scale_by_x.")
+_BATCHES = flags.DEFINE_list("batches", [], "Of the config, by default.")
+_DECODE_PAST = flags.DEFINE_float("decode_past", 0.0, "Weight of past decode regularization.")
+_FIELDS = ("batches.batch_size", "batches.window_length", "num_epochs")
+
+
+def make_optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
+    """Chain clipping, the optimizer, weight decay of all matrices, and the learning rate."""
+    fields, name = config.optimizer, f"scale_by_{_OPTIMIZER.value}"
+    is_matrix = functools.partial(jax.tree.map, lambda x: x.ndim > 1)
+    return optax.chain(
+        optax.clip_by_global_norm(fields.max_gradient_norm),
+        (getattr(optax, name, None) or getattr(optax.contrib, name))(),
+        optax.add_decayed_weights(fields.weight_decay, is_matrix),
+        optax.scale_by_learning_rate(optimizer.make_schedule(fields, total_steps)),
+    )
+
+
+def train(config: Config, ids: Any, lstm: model.LanguageModel, params: Any) -> Any:
+    """Return the parameters after training."""
+    parts = [dict(zip(_FIELDS, map(int, part.split("x")), strict=True)) for part in _BATCHES.value]
+    configs = [change_fields(config, part) for part in parts or [{}]]
+    feeds = [batches.make_batches(ids, part.batches, config.seed) for part in configs]
+    lengths = [part.num_epochs * steps for part, (_, steps) in zip(configs, feeds, strict=True)]
+    chain, key = make_optimizer(config, sum(lengths)), jax.random.key(config.seed)
+    opt_state = chain.init(params)
+    rates, rate_of_resets = config.regularization, config.batches.reset_probability
+
+    def compute_loss(params: Any, carry: Any, key: jax.Array, batch: Any) -> Any:
+        masks = regularization.draw_masks(rates, lstm, key, len(batch.inputs))
+        bound = lstm.bind({"params": regularization.drop_parameters(rates, params["lstm"], key)})
+        outputs, carry = bound.run(batch.inputs, carry, masks)
+        logits = bound.predict(model.apply_mask(outputs, masks[-1]))
+        losses = cross_entropy(logits, batch.targets)
+        if _DECODE_PAST.value:
+            table = params["lstm"]["embedding"]["embedding"]
+            read = jnp.tanh(jax.nn.softmax(logits) @ table @ params["past"]) @ table.T
+            losses += _DECODE_PAST.value * cross_entropy(read, batch.inputs)
+        return losses.mean(), carry
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    def step(params: Any, opt_state: Any, carry: Any, key: jax.Array, batch: Any) -> Any:
+        key, reset_key, mask_key = jax.random.split(key, 3)
+        resets = jax.random.bernoulli(reset_key, rate_of_resets, batch.inputs.shape[:1])
+        carry = restart(lstm, carry, resets | batch.starts)
+        grads, carry = jax.grad(compute_loss, has_aux=True)(params, carry, mask_key, batch)
+        updates, opt_state = chain.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, carry, key
+
+    for part, (feed, _), length in zip(configs, feeds, lengths, strict=True):
+        carry = lstm.initial_carry(part.batches.batch_size)
+        for _ in range(length):
+            params, opt_state, carry, key = step(params, opt_state, carry, key, next(feed))
+    return params
+
+
+def main() -> None:
+    """Train, and print the loss of each split in nats per token."""
+    config = command.read_experiment()[0]
+    splits = texts.load_texts(config.data)
+    ids, _ = splits.encode(splits.vocabulary)
+    lstm = model.make_model(config.model, len(splits.vocabulary))
+    counts = splits.texts["train"].count_tokens(splits.vocabulary)
+    key, _ = jax.random.split(jax.random.key(config.seed))  # As `main` does.
+    params = {"lstm": model.init_params(lstm, key, counts), "past": jnp.eye(lstm.embedding_size)}
+    trained = train(config, ids["train"], lstm, params)["lstm"]
+    ids["validation and test"] = np.append(ids["validation"][:], ids["test"][:])
+    print({name: round(loss.compute_loss(lstm, trained, x), 4) for name, x in ids.items()})
+
+
+if __name__ == "__main__":
+    command.run_command(main)
