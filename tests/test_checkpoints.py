@@ -10,6 +10,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import disks
@@ -20,7 +21,8 @@ from lstm_jax.errors import UserError
 from lstm_jax.run import checkpoints, seal
 
 PARAMS = {"w": jnp.zeros(3)}
-STATE = {"key": jax.random.key(0), "count": jnp.int32(0)}
+KEY = jax.random.key(0)
+STATE = {"key": KEY, "count": jnp.int32(0)}
 
 
 @pytest.fixture
@@ -162,8 +164,15 @@ def test_a_checkpoint_of_another_model_raises_an_error(
             checkpoints.restore_best_params(saved, other)
         with pytest.raises(UserError, match="does not hold the model that the config describes"):
             checkpoints.restore_latest(saved, other, STATE, iterator)
-    with pytest.raises(UserError, match="does not hold the model"):
-        checkpoints.restore_latest(saved, PARAMS, {**STATE, "other": jnp.zeros(())}, iterator)
+
+
+def test_a_checkpoint_of_other_code_names_what_differs(
+    saved: Path, iterator: grain.DatasetIterator
+) -> None:
+    more = {**STATE, "optimizer": (optax.EmptyState(), optax.TraceState({"w": jnp.zeros(3)}))}
+    for state, message in ((more, r"lacks optimizer\.1\.trace\.w"), ({"key": KEY}, "has count")):
+        with pytest.raises(UserError, match=f"2 {message}, unlike that of this code: .*init_from"):
+            checkpoints.restore_latest(saved, PARAMS, state, iterator)
 
 
 def test_an_unfinished_save_is_deleted_and_never_read(saved: Path, tmp_path: Path) -> None:

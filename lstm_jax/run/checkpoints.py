@@ -332,6 +332,14 @@ def _restore_first(
             except Exception as error:  # Orbax re-raises any exception of its storage.
                 if not path.exists():
                     continue
+                if not _compare_names(path, "params", items) and (
+                    differing := _compare_names(path, "state", items)
+                ):
+                    raise UserError(
+                        f"the training state in {path} {differing}, unlike that of this code: use "
+                        "the code that saved it, or start a new run with its parameters "
+                        f"(--init_from {directory.parent})"
+                    ) from None
                 raise UserError(
                     f"the checkpoint {path} does not hold the model that the config describes: "
                     f"{one_line(error)[:300]}"
@@ -348,6 +356,17 @@ def _restore_first(
             f"use {another_directory()}"
         )
     return None, None, damaged
+
+
+def _compare_names(path: Path, item: str, items: Mapping[str, Any]) -> str:
+    """Say which array an item of a checkpoint has in addition, or lacks; "" if neither."""
+    if item not in items:
+        return ""
+    saved = {array.parent.name for array in (path / item).glob("*/.zarray")}
+    leaves = jax.tree.leaves_with_path(items[item].item)
+    expected = {jax.tree_util.keystr(keys, simple=True, separator=".") for keys, _ in leaves}
+    names = sorted(saved ^ expected)
+    return f"{'has' if names[0] in saved else 'lacks'} {names[0]}" if names else ""
 
 
 # Jitted, so that it works on arrays that are divided over processes.
