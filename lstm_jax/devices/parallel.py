@@ -42,9 +42,13 @@ def use_cores(config: Config) -> None:
     That is the whole mesh, since the number of other processes is unknown until devices exist.
     Call it before anything else uses JAX; later, or with a GPU or TPU, it has no effect.
     """
-    devices = (config.mesh.data or _count_useful_cores(config)) * config.mesh.model
+    set_cpu_devices((config.mesh.data or _count_useful_cores(config)) * config.mesh.model)
+
+
+def set_cpu_devices(number: int | None = None) -> None:
+    """Set the number of CPU devices, by default one for each core; see `use_cores`."""
     with contextlib.suppress(RuntimeError):  # JAX has made its devices already.
-        jax.config.update("jax_num_cpu_devices", devices)
+        jax.config.update("jax_num_cpu_devices", number or count_cores())
 
 
 def _count_useful_cores(config: Config) -> int:

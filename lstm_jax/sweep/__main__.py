@@ -12,12 +12,9 @@ if __name__ == "__main__":
 
     interrupts.exit_at_once()  # During the imports, which take seconds.
 
-import contextlib
-
 from absl import flags
 
 from lstm_jax.errors import UserError
-from lstm_jax.recurrences.processor import count_cores
 from lstm_jax.run import command
 from lstm_jax.sweep import options
 
@@ -68,11 +65,10 @@ def main() -> int:
     """Run one worker of the sweep that the flags describe."""
     experiment, name = command.read_experiment()
     # Here, because they import JAX, which --help does not need.
-    import jax
-
     try:
         import optuna
 
+        from lstm_jax.devices import parallel
         from lstm_jax.sweep import search
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
@@ -83,10 +79,8 @@ def main() -> int:
         ) from None
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    # One device for each core, so that a trial does not depend on earlier trials in its process.
-    # RuntimeError: JAX is already initialized and keeps its devices.
-    with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", count_cores())
+    # One for each core, so that a trial does not depend on earlier trials in its process.
+    parallel.set_cpu_devices()
     sweep = search.prepare_sweep(
         experiment,
         name,
