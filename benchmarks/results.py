@@ -43,6 +43,11 @@ ROWS = {
     "two layers of 288": Row(_TWO_LAYERS),
     "two layers of 288 with skip connections": Row([*_TWO_LAYERS, "model.skip_connections=True"]),
     "averaged weights": Row(["optimizer.average_decay=0.998"]),
+    "12 epochs": Row(["num_epochs=12"]),
+    "9 epochs": Row(["num_epochs=9"]),
+    "9 epochs and weight decay 0.3": Row(["optimizer.weight_decay=0.3", "num_epochs=9"]),
+    "9 epochs and weight decay 1": Row(["optimizer.weight_decay=1.0", "num_epochs=9"]),
+    "9 epochs and weight decay 3": Row(["optimizer.weight_decay=3.0", "num_epochs=9"]),
 }
 _END = "--split=validation+test"
 COLUMNS = {
