@@ -46,8 +46,6 @@ ROWS = {
     "12 epochs": Row(["num_epochs=12"]),
     "9 epochs": Row(["num_epochs=9"]),
     "9 epochs and weight decay 0.3": Row(["optimizer.weight_decay=0.3", "num_epochs=9"]),
-    "9 epochs and weight decay 1": Row(["optimizer.weight_decay=1.0", "num_epochs=9"]),
-    "9 epochs and weight decay 3": Row(["optimizer.weight_decay=3.0", "num_epochs=9"]),
 }
 _END = "--split=validation+test"
 COLUMNS = {
