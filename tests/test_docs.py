@@ -167,7 +167,8 @@ def test_everything_that_a_page_names_exists(page: Path) -> None:
                 for flag in re.findall(r"--([a-z_]+)", " ".join(command)):
                     assert re.search(rf'"(--)?{flag}"|\b{flag}=', source), f"{command}: {flag}"
     # Check fields and flags between backticks.
-    sources = [*(ROOT / "lstm_jax").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    folders = ("lstm_jax", "benchmarks", "examples")
+    sources = (path for folder in folders for path in (ROOT / folder).rglob("*.py"))
     code = "".join(path.read_text(encoding="utf-8") for path in sources)
     for quoted in re.findall(r"`([^`\n]+)`", content):
         for field in re.findall(r"--config\.([a-z0-9_.]+[a-z0-9_])", quoted):
