@@ -36,7 +36,7 @@ def make_optimizer(config: Config, total_steps: int) -> optax.GradientTransforma
     fields, name = config.optimizer, f"scale_by_{_OPTIMIZER.value}"
     is_matrix = functools.partial(jax.tree.map, lambda x: x.ndim > 1)
     return optax.chain(
-        optax.clip_by_global_norm(fields.max_gradient_norm),
+        optax.clip_by_global_norm(fields.max_gradient_norm or np.inf),
         (getattr(optax, name, None) or getattr(optax.contrib, name))(),
         optax.add_decayed_weights(fields.weight_decay, is_matrix),
         optax.scale_by_learning_rate(optimizer.make_schedule(fields, total_steps)),
@@ -86,7 +86,7 @@ def main() -> None:
     config = command.read_experiment()[0]
     splits = texts.load_texts(config.data)
     ids, _ = splits.encode(splits.vocabulary)
-    lstm = model.make_model(config.model, len(splits.vocabulary))
+    lstm = model.make_model(config.model, len(splits.vocabulary), splits.vocabulary.stop_id)
     counts = splits.texts["train"].count_tokens(splits.vocabulary)
     key, _ = jax.random.split(jax.random.key(config.seed))  # As `main` does.
     params = {"lstm": model.init_params(lstm, key, counts), "past": jnp.eye(lstm.embedding_size)}

@@ -246,4 +246,5 @@ def test_a_loop_of_your_own_trains_like_the_package(
     for split in ("validation", "test"):
         assert losses[split] == pytest.approx(rows[split], abs=2e-4)
     others = ["--optimizer=ademamix", "--batches=8x32x1,16x16x1", "--decode_past=0.1"]
+    others += ["--config.optimizer.max_gradient_norm=0.0"]  # Off.
     assert train_by_loop(monkeypatch, capsys, *flags, *others)["train"] < 3

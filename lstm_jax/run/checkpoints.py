@@ -31,10 +31,11 @@ from lstm_jax.errors import (
     another_directory,
     one_line,
     same_again,
+    set_field,
     warn,
 )
 from lstm_jax.model import Params
-from lstm_jax.run.seal import VALIDATION, find_damage, seal_checkpoint
+from lstm_jax.run.seal import ARRAY, VALIDATION, find_damage, seal_checkpoint
 
 T = TypeVar("T")
 
@@ -338,7 +339,7 @@ def _restore_first(
                     raise UserError(
                         f"the training state in {path} {differing}, unlike that of this code: use "
                         "the code that saved it, or start a new run with its parameters "
-                        f"(--init_from {directory.parent})"
+                        f"({set_field('init_from', directory.parent)})"
                     ) from None
                 raise UserError(
                     f"the checkpoint {path} does not hold the model that the config describes: "
@@ -362,7 +363,7 @@ def _compare_names(path: Path, item: str, items: Mapping[str, Any]) -> str:
     """Say which array an item of a checkpoint has in addition, or lacks; "" if neither."""
     if item not in items:
         return ""
-    saved = {array.parent.name for array in (path / item).glob("*/.zarray")}
+    saved = {array.parent.name for array in (path / item).glob(f"*/{ARRAY}")}
     leaves = jax.tree.leaves_with_path(items[item].item)
     expected = {jax.tree_util.keystr(keys, simple=True, separator=".") for keys, _ in leaves}
     names = sorted(saved ^ expected)

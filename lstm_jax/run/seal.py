@@ -38,7 +38,7 @@ _PARAMS_MULTIPLE, _CARRY_LIMIT, _BYTES_BEYOND = 8, 2**36, 2**28
 # more than `_SMALL` bytes must take at least this share of their size.
 _LEAST_SHARE, _SMALL = 1 / 8, 2**26
 # The metadata of an array, and the limit of its chunks, of which each device writes one.
-_ARRAY, _CHUNKS = ".zarray", 2**16
+ARRAY, _CHUNKS = ".zarray", 2**16
 
 
 def seal_checkpoint(checkpoint: Path) -> None:
@@ -107,7 +107,7 @@ def _check_arrays(checkpoint: Path, names: Iterable[str], limit: int) -> None:
             fields = json.loads(files.read_bytes(checkpoint / name, _METADATA_LIMIT))
             if fields["use_ocdbt"] is not False or fields["use_zarr3"] is not False:
                 raise ValueError(f"{item} is not in directories of Zarr 2")
-        if file != _ARRAY:
+        if file != ARRAY:
             continue
         store = {"driver": "file", "path": f"{(checkpoint / item).resolve()}/"}
         array: Any = ts.open({"driver": "zarr", "kvstore": store}, open=True).result()
@@ -150,4 +150,4 @@ def _list(checkpoint: Path) -> dict[str, int]:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.rpartition("/")[2].startswith(".") and not name.endswith(f"/{_ARRAY}")
+    return name.rpartition("/")[2].startswith(".") and not name.endswith(f"/{ARRAY}")
