@@ -58,7 +58,6 @@ def run(module: str, *arguments: object, cwd: Path | None = None, given: str | b
         for name, stream in (("stdin", stdin), ("stdout", stdout), ("stderr", stderr)):
             patch.setattr(sys, name, stream)
         patch.setattr(interrupts, "exit_now", _exit)
-        patch.setattr(errors, "_names_flags", False)  # A command sets it.
         warnings.filterwarnings("ignore", ".*found in sys.modules")  # By runpy.
         code: Any = 0
         try:
@@ -91,6 +90,7 @@ def wait_until(
 @contextlib.contextmanager
 def keep_process_state() -> Any:
     """Restore what a command sets for its whole process: flags, loaded cells, signals, hooks."""
+    named, errors._names_flags = errors._names_flags, False
     known, loaded = set(flags.FLAGS), dict(cells.LOADED)
     cells.LOADED.clear()
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -112,6 +112,7 @@ def keep_process_state() -> Any:
             signal.signal(number, handler)
         logging.set_verbosity(verbosity)
         sys.unraisablehook = hook
+        errors._names_flags = named
 
 
 def _exit(code: int) -> NoReturn:
