@@ -2,14 +2,17 @@
 
     python benchmarks/nanogpt.py --nanogpt ../nanoGPT --out runs/nanogpt
     python benchmarks/nanogpt.py --nanogpt ../nanoGPT --models nanogpt:2000,quick:2 --seeds 1
+    python benchmarks/nanogpt.py --nanogpt ../nanoGPT --text bible.txt --factors 0.5,1,2,4
 
 `--nanogpt` is a checkout of github.com/karpathy/nanoGPT, whose train.py runs with the settings that
 its README gives for a CPU; it needs PyTorch, which the extra `bench` installs. `nanogpt:N` is its
 Transformer after N iterations, in float32; `nanogpt_compiled:N` the same with torch.compile, which
 needs a C++ compiler, and autocast to bfloat16, which its train.py leaves out on a CPU. `NAME:N` is
 experiments/NAME.py with N epochs, and `NAME` the same with its own number. All train in turn on the
-same 90 % of Tiny Shakespeare, which nanoGPT reads as a dataset in its data/; a learning rate
-schedule ends with the training. Minutes are those of the whole process.
+same 90 % of a text, Tiny Shakespeare if --text is not given, which nanoGPT reads as a dataset in
+its data/; a learning rate schedule ends with the training. Minutes are those of the whole process.
+Each model's own learning rate is multiplied by one of the factors: that with which its first row
+has the lowest loss of the validation split, with context, of one run each.
 
 Losses are of the last 10 %, the validation and test splits as one text. All these runs keep the
 checkpoint with the best validation loss, nanoGPT's on this whole text:
@@ -23,9 +26,12 @@ Results are means over seeds; OUT/nanogpt.svg is the plot. The same command resu
 interruption; the minutes of an interrupted run are those after the last start.
 """
 
+import argparse
 import contextlib
 import importlib
+import json
 import pickle
+import runpy
 import shutil
 import statistics
 import sys
@@ -47,10 +53,11 @@ MODELS = (
     "quick:2,quick:4,quick:6,shakespeare_best"
 )
 NANOGPT = {  # Flags, and the words of the plot, by name.
-    "nanogpt": ("--compile=False --dtype=float32", "nanoGPT, float32, untuned"),
-    "nanogpt_compiled": ("--compile=True --dtype=bfloat16", "nanoGPT, compiled, bfloat16, untuned"),
+    "nanogpt": ("--compile=False --dtype=float32", "nanoGPT, float32"),
+    "nanogpt_compiled": ("--compile=True --dtype=bfloat16", "nanoGPT, compiled, bfloat16"),
 }
-DATASET = "lstm_jax_shakespeare"  # The dataset's directory in nanoGPT's data/.
+LEARNING_RATE = 1e-3  # Of nanoGPT's settings; its schedule ends at a tenth.
+DATASET = "lstm_jax"  # The dataset's directory in nanoGPT's data/.
 WINDOW = 64  # Tokens.
 PUBLISHED = 1.4697  # The loss that nanoGPT's README gives for its larger model.
 # The settings that nanoGPT's README gives for a machine without a GPU.
@@ -75,78 +82,113 @@ class Measured(NamedTuple):
     parameters: int
     by_windows: float  # Nats per character, like `with_context`.
     with_context: float
+    validation: float  # The same for the validation split alone.
 
 
+Splits = dict[str, np.ndarray]  # Ids by split; "val" is validation and test as one text.
 Points = dict[str, list[Measured]]  # By model and its amount of training: one for each seed.
 
 
 def main() -> None:
     """Do the remaining work; print the table and draw the plot."""
-    out = Path("runs/nanogpt")
-    options = frame.parse_flags(__doc__, nanogpt=Path, out=out, models=MODELS, seeds=3)
-    out = options.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    held_out = write_dataset(options.nanogpt, read_splits(config.DataConfig()))
+    options = frame.parse_flags(
+        __doc__,
+        nanogpt=Path,
+        out=Path("runs/nanogpt"),
+        text="",
+        models=MODELS,
+        factors="1",
+        seeds=3,
+    )
+    options.out = options.out.resolve()
+    options.out.mkdir(parents=True, exist_ok=True)
+    options.text = str(Path(options.text).resolve()) if options.text else ""
+    splits = write_dataset(options.nanogpt, read_splits(config.DataConfig(path=options.text)))
+    factors = [float(factor) for factor in options.factors.split(",")]
+    best: dict[str, float] = {}  # The factor of the learning rate, by model.
     points: Points = {}
     frame.print_head("", "parameters", "minutes", f"by windows of {WINDOW}", "with context")
     for name in options.models.split(","):
-        points[name] = []
-        for seed in range(options.seeds):
-            path = out / f"{name.replace(':', '_')}_{seed}"
-            if name.partition(":")[0] in NANOGPT:
-                measured = run_nanogpt(name, seed, path, options.nanogpt, held_out)
-            else:
-                measured = run_experiment(name, seed, path)
-            points[name].append(measured)
-        minutes, (parameters, *_), *losses = zip(*points[name], strict=True)
-        spreads = frame.spread(minutes, 2), *map(frame.spread, losses)
+        model = name.partition(":")[0]
+        if model not in best:
+            tried = {factor: run(name, 0, factor, splits, options) for factor in factors}
+            best[model] = min(factors, key=lambda factor: tried[factor].validation)
+            losses = {factor: round(measured.validation, 4) for factor, measured in tried.items()}
+            print(f"{name}: validation losses by factor {losses}", file=sys.stderr)
+        seeds = range(options.seeds)
+        points[name] = [run(name, seed, best[model], splits, options) for seed in seeds]
+        minutes, (parameters, *_), by_windows, with_context, _ = zip(*points[name], strict=True)
+        spreads = frame.spread(minutes, 2), frame.spread(by_windows), frame.spread(with_context)
         frame.print_row(f"`{name}`", f"{parameters / 1e6:.2f} M", *spreads)
-    draw_losses(points).savefig(out / "nanogpt.svg")
-    print(f"Wrote {out / 'nanogpt.svg'}")
+    draw_losses(points, published=not options.text).savefig(options.out / "nanogpt.svg")
+    print(f"Wrote {options.out / 'nanogpt.svg'}")
 
 
-def write_dataset(nanogpt: Path, splits: dict[str, str]) -> np.ndarray:
-    """Write the files that nanoGPT reads; return the ids of its validation text, the last 10 %."""
+def run(
+    name: str, seed: int, factor: float, splits: Splits, options: argparse.Namespace
+) -> Measured:
+    """Train a model with a factor of its learning rate and measure it, unless that is done."""
+    path = options.out / f"{name.replace(':', '_')}_{seed}{f'_x{factor:g}' * (factor != 1)}"
+    file = path.parent / f"{path.name}.json"
+    if not file.exists():
+        if name.partition(":")[0] in NANOGPT:
+            measured = run_nanogpt(name, seed, factor, path, options.nanogpt, splits)
+        else:
+            measured = run_experiment(name, seed, factor, path, options.text)
+        file.write_text(json.dumps(measured))
+    return Measured(*json.loads(file.read_text()))
+
+
+def write_dataset(nanogpt: Path, splits: dict[str, str]) -> Splits:
+    """Write the files that nanoGPT reads, with the last 10 % as "val"; return all ids."""
     directory = nanogpt / "data" / DATASET
     directory.mkdir(exist_ok=True)
-    texts = {"train": splits["train"], "val": splits["validation"] + splits["test"]}
-    tokens = sorted(set("".join(texts.values())))
+    tokens = sorted(set("".join(splits.values())))
     numbers = {token: k for k, token in enumerate(tokens)}
-    ids = {name: np.array([numbers[token] for token in text]) for name, text in texts.items()}
-    for name, array in ids.items():
-        array.astype(np.uint16).tofile(directory / f"{name}.bin")
+    ids = {name: np.array([numbers[token] for token in text]) for name, text in splits.items()}
+    ids["val"] = np.append(ids["validation"], ids["test"])
+    for name in ("train", "val"):
+        ids[name].astype(np.uint16).tofile(directory / f"{name}.bin")
     meta = {"vocab_size": len(tokens), "itos": dict(enumerate(tokens)), "stoi": numbers}
     (directory / "meta.pkl").write_bytes(pickle.dumps(meta))
-    return ids["val"]
+    return ids
 
 
-def run_experiment(name: str, seed: int, path: Path) -> Measured:
-    """Train an experiment of this project, unless that is done, and measure it."""
+def run_experiment(name: str, seed: int, factor: float, path: Path, text: str) -> Measured:
+    """Train an experiment of this project, or resume, and measure it."""
     experiment, _, epochs = name.partition(":")
-    flags = [f"--config=experiments/{experiment}.py", f"--config.seed={seed}"]
+    file = frame.ROOT / "experiments" / f"{experiment}.py"
+    rate = runpy.run_path(str(file))["get_config"]().optimizer.learning_rate * factor
+    flags = [f"--config={file}", f"--config.seed={seed}", f"--config.data.path={text}"]
+    flags += [f"--config.optimizer.learning_rate={rate}"]
     minutes = frame.train(path, *flags, *[f"--config.num_epochs={epochs}"] * bool(epochs))
     split = ("--split", "validation+test")
     losses = frame.evaluate(path, *split, "--context", WINDOW), frame.evaluate(path, *split)
     params = workdir.load_trained(path).params
-    return Measured(minutes, sum(array.size for array in jax.tree.leaves(params)), *losses)
+    parameters = sum(array.size for array in jax.tree.leaves(params))
+    return Measured(minutes, parameters, *losses, frame.evaluate(path))
 
 
-def run_nanogpt(name: str, seed: int, path: Path, nanogpt: Path, ids: np.ndarray) -> Measured:
-    """Train nanoGPT, unless that is done, and measure it."""
+def run_nanogpt(
+    name: str, seed: int, factor: float, path: Path, nanogpt: Path, splits: Splits
+) -> Measured:
+    """Train nanoGPT, and measure it."""
     model, _, number = name.partition(":")
+    rate = LEARNING_RATE * factor
     length = f"--max_iters={number} --lr_decay_iters={number}"
+    length += f" --learning_rate={rate} --min_lr={rate / 10}"
     flags = (*f"{FLAGS} {NANOGPT[model][0]} {length}".split(), f"--out_dir={path}")
 
-    def run() -> None:
+    def train() -> None:
         shutil.rmtree(path, ignore_errors=True)  # It can't resume with the same random numbers.
         shakespeare = "config/train_shakespeare_char.py"
         frame.run_python("-c", RUN, seed, shakespeare, *flags, directory=nanogpt)
 
-    minutes = frame.time_once(path.with_suffix(".json"), run)
-    return Measured(minutes, *measure_nanogpt(nanogpt, path, ids))
+    minutes = frame.time_call(train) / 60
+    return Measured(minutes, *measure_nanogpt(nanogpt, path, splits))
 
 
-def measure_nanogpt(nanogpt: Path, path: Path, ids: np.ndarray) -> tuple[int, float, float]:
+def measure_nanogpt(nanogpt: Path, path: Path, splits: Splits) -> tuple[int, float, float, float]:
     """Return the parameters of a checkpoint of nanoGPT, and its losses."""
     import torch
 
@@ -160,8 +202,8 @@ def measure_nanogpt(nanogpt: Path, path: Path, ids: np.ndarray) -> tuple[int, fl
     model.eval()
 
     @torch.no_grad()
-    def loss(counted: int) -> float:
-        windows = np.lib.stride_tricks.sliding_window_view(ids, WINDOW + 1)[::counted]
+    def loss(split: str, counted: int) -> float:
+        windows = np.lib.stride_tricks.sliding_window_view(splits[split], WINDOW + 1)[::counted]
         losses = []
         for some in np.array_split(windows, len(windows) // 256 + 1):
             tokens = torch.tensor(some)
@@ -171,10 +213,11 @@ def measure_nanogpt(nanogpt: Path, path: Path, ids: np.ndarray) -> tuple[int, fl
         return float(np.concatenate(losses).mean())
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return parameters, loss(WINDOW), loss(WINDOW // 4)
+    with_context = loss("val", WINDOW // 4), loss("validation", WINDOW // 4)
+    return parameters, loss("val", WINDOW), *with_context
 
 
-def draw_losses(points: Points) -> Figure:
+def draw_losses(points: Points, published: bool) -> Figure:
     """Draw the mean losses by minutes: a line for each model and protocol."""
     figure = Figure(figsize=(7, 4.8), layout="constrained")
     axes = figure.add_subplot(
@@ -189,6 +232,7 @@ def draw_losses(points: Points) -> Figure:
     )
     for model, color in zip(models, COLORS, strict=False):
         seeds = [of for name, of in points.items() if name.partition(":")[0] == model]
+        seeds.sort(key=lambda runs: runs[0].minutes)
         minutes = [statistics.mean(run.minutes for run in runs) for runs in seeds]
         for field, style, words in protocols:
             losses = [[getattr(run, field) for run in runs] for runs in seeds]
@@ -198,8 +242,9 @@ def draw_losses(points: Points) -> Figure:
             axes.errorbar(
                 minutes, means, spreads, fmt=style, color=color, markersize=4, label=label
             )
-    label = "nanoGPT's README: 10.7 M parameters, 3 minutes on an A100"
-    axes.axhline(PUBLISHED, color=COLORS[0], linestyle="--", linewidth=1, label=label)
+    if published:
+        label = "nanoGPT's README: 10.7 M parameters, 3 minutes on an A100"
+        axes.axhline(PUBLISHED, color=COLORS[0], linestyle="--", linewidth=1, label=label)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
