@@ -120,7 +120,8 @@ def main() -> None:
         minutes, (parameters, *_), by_windows, with_context, _ = zip(*points[name], strict=True)
         spreads = frame.spread(minutes, 2), frame.spread(by_windows), frame.spread(with_context)
         frame.print_row(f"`{name}`", f"{parameters / 1e6:.2f} M", *spreads)
-    draw_losses(points, published=not options.text).savefig(options.out / "nanogpt.svg")
+    figure = draw_losses(points, is_tuned=len(factors) > 1, with_published=not options.text)
+    figure.savefig(options.out / "nanogpt.svg")
     print(f"Wrote {options.out / 'nanogpt.svg'}")
 
 
@@ -162,11 +163,11 @@ def run_experiment(name: str, seed: int, factor: float, path: Path, text: str) -
     flags = [f"--config={file}", f"--config.seed={seed}", f"--config.data.path={text}"]
     flags += [f"--config.optimizer.learning_rate={rate}"]
     minutes = frame.train(path, *flags, *[f"--config.num_epochs={epochs}"] * bool(epochs))
-    split = ("--split", "validation+test")
-    losses = frame.evaluate(path, *split, "--context", WINDOW), frame.evaluate(path, *split)
     params = workdir.load_trained(path).params
     parameters = sum(array.size for array in jax.tree.leaves(params))
-    return Measured(minutes, parameters, *losses, frame.evaluate(path))
+    last = "--split=validation+test"
+    measured = (last, f"--context={WINDOW}"), (last,), ("--split=validation",)
+    return Measured(minutes, parameters, *(frame.evaluate(path, *flags) for flags in measured))
 
 
 def run_nanogpt(
@@ -217,7 +218,7 @@ def measure_nanogpt(nanogpt: Path, path: Path, splits: Splits) -> tuple[int, flo
     return parameters, loss("val", WINDOW), *with_context
 
 
-def draw_losses(points: Points, published: bool) -> Figure:
+def draw_losses(points: Points, is_tuned: bool, with_published: bool) -> Figure:
     """Draw the mean losses by minutes: a line for each model and protocol."""
     figure = Figure(figsize=(7, 4.8), layout="constrained")
     axes = figure.add_subplot(
@@ -226,6 +227,7 @@ def draw_losses(points: Points, published: bool) -> Figure:
         xscale="log",
     )
     models = dict.fromkeys(name.partition(":")[0] for name in points)
+    words = "tuned" if is_tuned else "untuned"
     protocols = (
         ("with_context", "o-", "with context"),
         ("by_windows", "o:", f"by windows of {WINDOW}"),
@@ -234,15 +236,16 @@ def draw_losses(points: Points, published: bool) -> Figure:
         seeds = [of for name, of in points.items() if name.partition(":")[0] == model]
         seeds.sort(key=lambda runs: runs[0].minutes)
         minutes = [statistics.mean(run.minutes for run in runs) for runs in seeds]
-        for field, style, words in protocols:
+        for field, style, protocol in protocols:
             losses = [[getattr(run, field) for run in runs] for runs in seeds]
             spreads = [statistics.stdev(x) if len(x) > 1 else 0 for x in losses]
-            label = f"{NANOGPT[model][1] if model in NANOGPT else model + '.py'}, {words}"
+            label = f"{NANOGPT[model][1]}, {words}" if model in NANOGPT else f"{model}.py"
+            label += f", {protocol}"
             means = [statistics.mean(x) for x in losses]
             axes.errorbar(
                 minutes, means, spreads, fmt=style, color=color, markersize=4, label=label
             )
-    if published:
+    if with_published:
         label = "nanoGPT's README: 10.7 M parameters, 3 minutes on an A100"
         axes.axhline(PUBLISHED, color=COLORS[0], linestyle="--", linewidth=1, label=label)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
