@@ -248,7 +248,7 @@ def draw_losses(points: Points, is_tuned: bool, with_published: bool) -> Figure:
     if with_published:
         label = "nanoGPT's README: 10.7 M parameters, 3 minutes on an A100"
         axes.axhline(PUBLISHED, color=COLORS[0], linestyle="--", linewidth=1, label=label)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.grid(alpha=0.3)
