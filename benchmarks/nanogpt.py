@@ -22,8 +22,9 @@ checkpoint with the best validation loss, nanoGPT's on this whole text:
 - with context: nanoGPT reads windows that begin every 16 tokens, and the last 16 of each count, so
   that every token has at least 48 before it. An LSTM keeps its carry through the whole text.
 
-Results are means over seeds; OUT/nanogpt.svg is the plot. The same command resumes after an
-interruption; the minutes of an interrupted run are those after the last start.
+Results are means over seeds; OUT/nanogpt.svg is the plot, and OUT/TEXT/nanogpt.svg that of another
+text. The same command resumes after an interruption; the minutes of an interrupted run are those
+after the last start.
 """
 
 import argparse
@@ -100,7 +101,7 @@ def main() -> None:
         factors="1",
         seeds=3,
     )
-    options.out = options.out.resolve()
+    options.out = (options.out / Path(options.text).stem).resolve()
     options.out.mkdir(parents=True, exist_ok=True)
     options.text = str(Path(options.text).resolve()) if options.text else ""
     splits = write_dataset(options.nanogpt, read_splits(config.DataConfig(path=options.text)))
