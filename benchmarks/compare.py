@@ -36,7 +36,17 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from frame import ROOT, evaluate, parse_flags, print_head, print_row, run_python, spread, time_call
+from frame import (
+    ROOT,
+    compute_once,
+    evaluate,
+    parse_flags,
+    print_head,
+    print_row,
+    run_python,
+    spread,
+    time_call,
+)
 from lstm_jax import generation
 from lstm_jax.devices import memory
 from lstm_jax.run import metrics, workdir
@@ -135,9 +145,7 @@ def measure_speed(directory: Path) -> float:
 def measure_once(trial: dict[str, Any]) -> Measured:
     """Measure the trained model of a trial, and keep the results beside it."""
     path = Path(trial["workdir"]) / "measured.json"
-    if not path.exists():
-        path.write_text(json.dumps(measure(trial)._asdict()))
-    return Measured(**json.loads(path.read_text()))
+    return Measured(**compute_once(path, lambda: measure(trial)._asdict()))
 
 
 def measure(trial: dict[str, Any]) -> Measured:

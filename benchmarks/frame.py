@@ -69,17 +69,18 @@ def time_call(run: Callable[..., object], *arguments: Any) -> float:
     return time.perf_counter() - start
 
 
-def time_once(file: Path, run: Callable[..., object], *arguments: Any) -> float:
-    """Return the minutes of a call from the file, or else call and write them there."""
+def compute_once(file: Path, compute: Callable[[], Any]) -> Any:
+    """Return a result from a JSON file, or else compute it and write it there."""
     if not file.exists():
-        file.write_text(str(time_call(run, *arguments) / 60))
-    return float(file.read_text())
+        file.write_text(json.dumps(compute()))
+    return json.loads(file.read_text())
 
 
 def train(directory: Path, *flags: str) -> float:
     """Train into a directory, or resume; return the minutes of the process that completed it."""
     command = ("-m", "lstm_jax.main", "--workdir", directory, *flags)
-    return time_once(directory / "minutes.json", run_python, *command)
+    file = directory / "minutes.json"
+    return float(compute_once(file, lambda: time_call(run_python, *command) / 60))
 
 
 def evaluate(directory: Path, *flags: object) -> float:

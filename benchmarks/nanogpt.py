@@ -30,7 +30,6 @@ after the last start.
 import argparse
 import contextlib
 import importlib
-import json
 import pickle
 import runpy
 import shutil
@@ -132,13 +131,13 @@ def run(
     """Train a model with a factor of its learning rate and measure it, unless that is done."""
     path = options.out / f"{name.replace(':', '_')}_{seed}{f'_x{factor:g}' * (factor != 1)}"
     file = path.parent / f"{path.name}.json"
-    if not file.exists():
+
+    def measure() -> Measured:
         if name.partition(":")[0] in NANOGPT:
-            measured = run_nanogpt(name, seed, factor, path, options.nanogpt, splits)
-        else:
-            measured = run_experiment(name, seed, factor, path, options.text)
-        file.write_text(json.dumps(measured))
-    return Measured(*json.loads(file.read_text()))
+            return run_nanogpt(name, seed, factor, path, options.nanogpt, splits)
+        return run_experiment(name, seed, factor, path, options.text)
+
+    return Measured(*frame.compute_once(file, measure))
 
 
 def write_dataset(nanogpt: Path, splits: dict[str, str]) -> Splits:
