@@ -30,7 +30,6 @@ from lstm_jax import config as config_lib
 from lstm_jax.config import Config
 from lstm_jax.controls import DEFAULT_CONTROLS, make_control_arrays
 from lstm_jax.devices import parallel
-from lstm_jax.sweep import stacked
 
 # The published numbers of a device: bytes of memory; FLOP a second in bfloat16; bytes a second to
 # other devices.
@@ -166,10 +165,6 @@ def iterate_programs(
             "step, model over 2 devices",
             functools.partial(make_step, config, vocabulary_size, divided),
         )
-    yield (
-        "population, 8 a device",
-        functools.partial(make_population, config, vocabulary_size, devices, 8),
-    )
     lstm = model.make_model(config.model, vocabulary_size)
     place = functools.partial(place_all, SingleDeviceSharding(devices[0]))
     yield "evaluation", functools.partial(make_evaluation, lstm, place)
@@ -208,27 +203,6 @@ def make_step(config: Config, vocabulary_size: int, mesh: Mesh, steps: int = 1) 
     starts = place(PartitionSpec(), jax.ShapeDtypeStruct(leading, jnp.bool_))
     step = train_step.make_train_step(lstm, updates, config, mesh)
     return Program(step, (state, batches.Batch(ids, ids, starts)), {})
-
-
-def make_population(
-    config: Config, vocabulary_size: int, devices: list[Any], members: int
-) -> Program:
-    """Return the step of a population whose learning rates differ."""
-    mesh = Mesh(np.array(devices), ("members",))
-    batch_size = config.batches.batch_size // len(devices)
-    config = config_lib.change_fields(config, {"batches.batch_size": batch_size})
-    step = make_step(config, vocabulary_size, Mesh([[devices[0]]], (parallel.DATA, parallel.MODEL)))
-    state, batch = step.arguments
-    number = members * len(devices)
-    rates = {"optimizer.learning_rate": jax.ShapeDtypeStruct((), jnp.float32)}
-    sharding = NamedSharding(mesh, PartitionSpec("members"))
-
-    def stack(x: Any) -> Any:
-        return jax.ShapeDtypeStruct((number, *x.shape), x.dtype, sharding=sharding)
-
-    lstm = model.make_model(config.model, vocabulary_size)
-    run = stacked.make_population_step(config, lstm, 1000, mesh)
-    return Program(run, jax.tree.map(stack, (rates, state, batch)), {})
 
 
 def get_params(lstm: model.LanguageModel) -> Any:

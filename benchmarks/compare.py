@@ -116,7 +116,7 @@ def tune(name: str, options: argparse.Namespace) -> None:
 def train(name: str, budget: str, options: argparse.Namespace) -> list[Measured]:
     """Train the best settings of a variant with several seeds, and measure them."""
     out, tuned = options.out / budget / name, options.out / "tune" / name
-    given = ("--seeds", options.seeds, "--population", 1, "--workdir", out)
+    given = ("--seeds", options.seeds, "--workdir", out)
     length = [f"--config.num_epochs={options.epochs}"]
     if budget == "seconds":
         tried = (path.parent for path in tuned.glob(f"trials/*/{workdir.METRICS}"))

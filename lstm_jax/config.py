@@ -230,10 +230,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer, its learning rate, and the average of the parameters.
-
-    In a population these fields are arrays, except those of `sweep.options._FIXED`.
-    """
+    """The optimizer, its learning rate, and the average of the parameters."""
 
     name: OptimizerName = field("adam", "AdamW; Lion; Muon for the kernels of recurrent layers "
         "with AdamW for the rest; schedule-free AdamW; or SGD.")
@@ -275,10 +272,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RegularizationConfig:
-    """The rates of dropout, and the weights of penalties; arrays in a population.
-
-    So the step tests them with `regularization.is_on`.
-    """
+    """The rates of dropout, and the weights of penalties."""
 
     embedding_dropout: float = field(0.0, "Dropout of whole rows of the embedding table.", _SHARE,
         resume=True)

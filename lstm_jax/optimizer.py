@@ -1,6 +1,5 @@
 """Make the optimizer and its learning rate from the `optimizer` fields of a config."""
 
-import math
 from collections.abc import Callable
 
 import jax
@@ -20,17 +19,10 @@ def make_optimizer(optimizer: OptimizerConfig, total_steps: int) -> optax.Gradie
     gradient and multiplied by the learning rate (Loshchilov & Hutter 2019), except in SGD, where it
     is added to the gradient.
     """
-    return chain_updates(optimizer, make_schedule(optimizer, total_steps))
-
-
-def chain_updates(
-    optimizer: OptimizerConfig, learning_rate: optax.Schedule
-) -> optax.GradientTransformation:
-    """Make the optimizer with this learning rate. Numbers may be arrays, where 0 is a number."""
     norm = optimizer.max_gradient_norm
-    is_off = isinstance(norm, float | int) and not norm
     # The state has the same structure either way, so that a resumed run may change the norm.
-    clip = optax.identity() if is_off else optax.clip_by_global_norm(norm)
+    clip = optax.clip_by_global_norm(norm) if norm else optax.identity()
+    learning_rate = make_schedule(optimizer, total_steps)
     return optax.chain(clip, *OPTIMIZERS[optimizer.name](optimizer, learning_rate))
 
 
@@ -111,27 +103,18 @@ def update_average(
 
 
 def make_schedule(optimizer: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Make the learning rate as a function of the step: linear warm-up, then `schedule`.
-
-    Optax's schedules branch in Python on the number of steps. This one has array operations only,
-    so that numbers such as `warmup_steps` may be arrays.
-    """
+    """Make the learning rate as a function of the step: linear warm-up, then `schedule`."""
     peak, warmup_steps = optimizer.learning_rate, optimizer.warmup_steps
-    decay_steps = jnp.maximum(total_steps - warmup_steps, 1)
-
-    def schedule(count: jax.Array | int) -> jax.Array:
-        after = jnp.clip(jnp.asarray(count) - warmup_steps, 0, decay_steps)
-        drops = [jnp.where(count >= round(s * total_steps), 0.1, 1) for s in optimizer.step_at]
-        rates: dict[Schedule, jax.typing.ArrayLike] = {
-            "constant": peak,
-            "cosine": peak * (0.5 * (1 + jnp.cos(jnp.pi * after / decay_steps))),
-            "linear": peak * (1 - after / decay_steps),
-            "step": peak * math.prod(drops),
-        }
-        warmup = peak - peak * (1 - count / jnp.maximum(warmup_steps, 1))
-        return jnp.where(count < warmup_steps, warmup, rates[optimizer.schedule])
-
-    return schedule
+    decay_steps = max(total_steps - warmup_steps, 1)
+    drops = {round(share * total_steps) - warmup_steps: 0.1 for share in optimizer.step_at}
+    after: dict[Schedule, optax.Schedule] = {
+        "constant": optax.constant_schedule(peak),
+        "cosine": optax.cosine_decay_schedule(peak, decay_steps),
+        "linear": optax.linear_schedule(peak, 0.0, decay_steps),
+        "step": optax.piecewise_constant_schedule(peak, drops),
+    }
+    warmup = optax.linear_schedule(0.0, peak, warmup_steps)
+    return optax.join_schedules([warmup, after[optimizer.schedule]], [warmup_steps])
 
 
 def _is_matrix(params: optax.Params) -> optax.Params:

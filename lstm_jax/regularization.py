@@ -14,19 +14,13 @@ from lstm_jax.model import LanguageModel, Masks, Params
 
 def is_random(rates: RegularizationConfig) -> bool:
     """Return whether any of the rates draws masks."""
-    dropouts = (
-        rates.embedding_dropout,
-        rates.input_dropout,
-        rates.hidden_dropout,
-        rates.output_dropout,
-        rates.recurrent_dropout,
+    return bool(
+        rates.embedding_dropout
+        or rates.input_dropout
+        or rates.hidden_dropout
+        or rates.output_dropout
+        or rates.recurrent_dropout
     )
-    return any(map(is_on, dropouts))
-
-
-def is_on(rate: float | jax.Array) -> bool:
-    """Return whether a rate may have an effect: it is not 0, or an array of any value."""
-    return isinstance(rate, jax.Array) or bool(rate)
 
 
 def draw_masks(
@@ -44,7 +38,7 @@ def draw_masks(
     # Drawn feature-major, as the recurrence computes: XLA's CPU backend is four times slower at
     # multiplying by the transpose of an array.
     return [
-        _draw_mask(key, rate, (size, batch_size)).T if is_on(rate) else None
+        _draw_mask(key, rate, (size, batch_size)).T if rate else None
         for key, rate, size in zip(keys, by_place, model.sizes, strict=True)
     ]
 
@@ -57,11 +51,11 @@ def drop_parameters(rates: RegularizationConfig, params: Params, key: jax.Array)
     (DropConnect, Wan et al. 2013), in any layer; raise `UserError` if there are none.
     """
     dropped = dict(params)
-    if is_on(rates.embedding_dropout):
+    if rates.embedding_dropout:
         table = params["embedding"]["embedding"]
         mask = _draw_mask(jax.random.fold_in(key, 0), rates.embedding_dropout, (len(table), 1))
         dropped["embedding"] = {"embedding": table * mask}
-    if is_on(rates.recurrent_dropout):
+    if rates.recurrent_dropout:
         leaves, structure = jax.tree_util.tree_flatten_with_path(dropped)
         kernels = [i for i, (path, _) in enumerate(leaves) if path[-1].key == "recurrent_kernel"]
         if not kernels:
@@ -87,20 +81,20 @@ def penalty(
     difference between consecutive steps of `outputs` times `temporal_activation_penalty`.
     """
     total: jax.Array | float = 0.0
-    if is_on(rates.activation_penalty):
+    if rates.activation_penalty:
         total += rates.activation_penalty * jnp.mean(dropped**2)
-    if is_on(rates.temporal_activation_penalty) and outputs.shape[1] > 1:
+    if rates.temporal_activation_penalty and outputs.shape[1] > 1:
         differences = outputs[:, 1:] - outputs[:, :-1]
         total += rates.temporal_activation_penalty * jnp.mean(differences**2)
     return total
 
 
-def _draw_mask(key: jax.Array, rate: float | jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _draw_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
     """Draw 0 with probability `rate`, otherwise 1 / (1 - rate)."""
     return jax.random.bernoulli(key, 1 - rate, shape) / (1 - rate)
 
 
-def _draw_large_mask(key: jax.Array, rate: float | jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _draw_large_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
     """Draw the same from 16 random bits for each entry; the rate is rounded to 16 bits.
 
     JAX draws a word of 32 bits even for 16, so each word is split in two. For the kernel of a

@@ -129,7 +129,7 @@ def make_step(
     model: model_lib.LanguageModel,
     optimizer: optax.GradientTransformation,
     config: Config,
-    mesh: Mesh | None,
+    mesh: Mesh,
 ) -> Callable[[TrainState, batches.Batch], TrainState]:
     """Make the training step, a pure function of a state and a `batches.Batch`.
 
@@ -138,9 +138,6 @@ def make_step(
     batch, of which each device keeps the part that it stores. A step whose loss, gradient or
     updated parameters are not finite is counted, and changes no parameter, average, optimizer state
     or carry.
-
-    In the config, the rates of `regularization` and fields of `optimizer` may be arrays. The
-    mesh (`parallel.make_mesh`) is None if the step is part of a program for one device.
     """
     rates = config.regularization
     compute_grads = _make_compute_grads(model, rates, config.distill, config.optimizer.microbatches)
@@ -151,9 +148,7 @@ def make_step(
         if regularization.is_random(rates):
             key, mask_key, parameter_key = jax.random.split(state.key, 3)
             masks = regularization.draw_masks(rates, model, mask_key, len(batch.inputs))
-        compute = compute_grads
-        if mesh is not None:
-            compute = parallel.divide_over_devices(compute_grads, state.params, mesh)
+        compute = parallel.divide_over_devices(compute_grads, state.params, mesh)
         read = batch.inputs, batch.targets, batch.soft_targets
         (grads, loss), carry = compute(state.params, parameter_key, read, carry, masks)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -14,7 +14,6 @@ from lstm_jax import model as model_lib
 from lstm_jax import train_step
 from lstm_jax.errors import UserError
 from lstm_jax.run import distillation, workdir
-from lstm_jax.sweep import population
 
 
 def test_the_gradient_is_that_of_text_and_teachers() -> None:
@@ -81,9 +80,3 @@ def test_a_student_resumes_bit_for_bit(trained: Path, text_file: Path, tmp_path:
     assert done.returncode == 2
     assert "another vocabulary" in done.stderr
     assert not list((tmp_path / "bytes").glob("c*"))
-
-
-def test_a_population_learns_from_the_text_alone() -> None:
-    config = config_lib.complete_config({"distill": {"teachers": "runs/quick"}})
-    with pytest.raises(UserError, match=r"leave out --config\.distill\.teachers"):
-        population.check_members([config])

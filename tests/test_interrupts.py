@@ -57,8 +57,8 @@ def test_an_interrupted_command_prints_one_line(
             assert module == "evaluate" and output.endswith("}\n") and not errors, message
             continue
         assert process.returncode == 130, message
-        # Training first saves, a sweep writes its report, and they print this on standard output.
-        is_answered = "Stopped at step" in output or "Report: " in output
+        # Training first saves, a sweep writes its results, and they print this on standard output.
+        is_answered = "Stopped at step" in output or "All trials: " in output
         assert errors == ("" if is_answered else "Interrupted.\n"), message
 
 

@@ -414,7 +414,7 @@ def test_a_trained_model_generates_in_8_bits(tmp_path: Path) -> None:
 
 @in_both
 @jax.debug_nans(False)  # Its check of bfloat16 warns.
-def test_populations_and_donated_carries(run: Any) -> None:
+def test_vmap_and_donated_carries(run: Any) -> None:
     problems = [make_problem(3, 4, 5, 16, seed) for seed in range(3)]
     together = jax.tree.map(lambda *arrays: jnp.stack(arrays), *problems)
     results = jax.vmap(lambda *a: value_and_gradients(run, a[-1], *a[:-1]))(*together)

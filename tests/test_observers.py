@@ -129,7 +129,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_the_speed_is_that_of_the_steps_after_the_first_call(clock: Clock) -> None:
-    measured = progress.Clock(10)
+    measured = progress.Progress(10, 140, 70)
     clock.now += 50  # It compiles.
     measured.after_step(make_loop(11))
     assert measured.steps_per_second(11) == 0

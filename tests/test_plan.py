@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 from ml_collections import ConfigDict
 
@@ -16,7 +15,6 @@ from lstm_jax import training
 from lstm_jax.errors import UserError
 from lstm_jax.run import checkpoints, metrics, workdir
 from lstm_jax.run.plan import Plan
-from lstm_jax.sweep import search
 
 
 class KilledError(Exception):
@@ -170,14 +168,3 @@ def test_validation_reads_the_first_tokens_only(tiny_config: ConfigDict, tmp_pat
     tiny_config.validation_tokens = 1
     with pytest.raises(UserError, match="validation_tokens is 1: it must be 0, or from 4"):
         training.train(tiny_config, tmp_path / "other")
-
-
-@pytest.mark.slow
-def test_a_trial_of_a_sweep_reports_validations_after_epochs(
-    tiny_config: ConfigDict, tmp_path: Path
-) -> None:
-    tiny_config.validate_every_steps = 50
-    study = optuna.create_study()
-    assert search._train_trial(study.ask(), tiny_config, tmp_path) == ""
-    assert list(study.trials[0].intermediate_values) == [1, 2]
-    assert list_steps(tmp_path) == [0, 50, 70, 100, 140]

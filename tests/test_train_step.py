@@ -152,9 +152,10 @@ def test_no_tracer_leaks_from_a_step(cell: str) -> None:
     model = model_lib.make_model(config.model, 11)
     optimizer = optimizer_lib.make_optimizer(config.optimizer, 10)
     state = train_step.init_state(model, optimizer, jax.random.key(0), 2, False)
+    mesh = parallel.make_mesh(config)
     with jax.checking_leaks():
         jax.eval_shape(
-            train_step.make_step(model, optimizer, config, None), state, make_batch(2, 7)
+            train_step.make_step(model, optimizer, config, mesh), state, make_batch(2, 7)
         )
 
 

@@ -1,6 +1,6 @@
 """Feed batches to the devices: cut them there from a text that fits, else copy them in advance."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import grain
@@ -27,14 +27,7 @@ class Resident(NamedTuple):
 def jit_steps(
     train_step: Callable[[Any, Batch], Any], window_length: int
 ) -> Callable[[Any, Batch | Resident], Any]:
-    """Jit `scan_steps`, with donation of the state."""
-    return jax.jit(scan_steps(train_step, window_length), donate_argnums=0)
-
-
-def scan_steps(
-    train_step: Callable[[Any, Batch], Any], window_length: int
-) -> Callable[[Any, Batch | Resident], Any]:
-    """Make a function that takes the training steps of a batch of a `Feed`.
+    """Jit a function that takes the training steps of a batch of a `Feed`, and donates the state.
 
     A batch whose arrays have an additional leading axis holds several consecutive steps.
     """
@@ -50,14 +43,7 @@ def scan_steps(
             return jax.lax.scan(one, state, steps)[0]
         return one(state, steps)[0]
 
-    return train_steps
-
-
-def stack_steps(batches: Sequence[Any]) -> Any:
-    """Stack the batches of several steps along a leading axis; return that of a single one."""
-    if len(batches) == 1:
-        return batches[0]
-    return jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
+    return jax.jit(train_steps, donate_argnums=0)
 
 
 def fits_on_device(ids: Ids, vocabulary_size: int) -> bool:
@@ -112,7 +98,7 @@ class Feed:
     def _place(self, read: list[Any]) -> Any:
         """Divide the rows of a batch over the devices; stack several batches."""
         rows = PartitionSpec(*[None] * (len(read) > 1), *parallel.DIVIDED)
-        batch = stack_steps(read)
+        batch = read[0] if len(read) == 1 else jax.tree.map(lambda *x: np.stack(x), *read)
         starts = parallel.place_local(batch.starts, self._mesh, parallel.EVERYWHERE)
         divided = parallel.place_local(batch._replace(starts=()), self._mesh, rows)
         return divided._replace(starts=starts)

@@ -13,7 +13,6 @@ from lstm_jax.controls import Controls
 from lstm_jax.devices import hosts, parallel
 from lstm_jax.run import advice, console, figures, messages, workdir
 from lstm_jax.run.loop import Loop, Observer
-from lstm_jax.run.plan import cut_validation
 from lstm_jax.run.profiler import Profiler
 from lstm_jax.run.progress import Progress
 from lstm_jax.run.session import Session
@@ -102,7 +101,8 @@ class Validate(Observer):
         self, run: Session, mesh: jax.sharding.Mesh, progress: Progress, stop: StopRequest
     ) -> None:
         self._run, self._mesh, self._progress, self._stop = run, mesh, progress, stop
-        self._ids = cut_validation(run.config, run.ids)
+        number, ids = run.config.validation_tokens, run.ids["validation"]
+        self._ids = ids[:number] if 0 < number < len(ids) else ids
 
     def before_first_step(self, loop: Loop) -> None:
         """Validate a new run, or the checkpoint from which a run resumes, if it was or is due.

@@ -1,18 +1,9 @@
-"""Plan a run: at which steps it logs and validates, on what, where it ends; its learning rate."""
-
-from collections.abc import Mapping
+"""Plan a run: at which steps it logs and validates, where it ends; its learning rate."""
 
 import jax
 
 from lstm_jax import optimizer as optimizer_lib
-from lstm_jax.config import Config, RunConfig
-from lstm_jax.vocabulary import Ids
-
-
-def cut_validation(config: RunConfig, ids: Mapping[str, Ids]) -> Ids:
-    """Return the ids on which a run validates, from the ids of its splits."""
-    number, all_ids = config.validation_tokens, ids["validation"]
-    return all_ids[:number] if 0 < number < len(all_ids) else all_ids
+from lstm_jax.config import Config
 
 
 class Plan:

@@ -11,40 +11,16 @@ from lstm_jax.run.loop import Loop, Observer
 _SECONDS_BETWEEN_LINES = 10
 
 
-class Clock(Observer):
-    """Measures the speed of training, without the first call, which compiles the step."""
-
-    def __init__(self, step: int) -> None:
-        """Start with `step` steps done."""
-        self._has_compiled = False
-        self._clock = step, time.monotonic()
-
-    def after_step(self, loop: Loop) -> None:
-        """Start again after the first call."""
-        if not self._has_compiled:
-            self._has_compiled = True
-            self.start_clock(loop.step)
-
-    def start_clock(self, step: int) -> None:
-        """Measure the speed from here on, with `step` steps done."""
-        self._clock = step, time.monotonic()
-
-    def steps_per_second(self, step: int) -> float:
-        """Return the speed since the last call or `start_clock`; 0 if no step was done since."""
-        before, self._clock = self._clock, (step, time.monotonic())
-        steps, seconds = step - before[0], self._clock[1] - before[1]
-        return steps / seconds if steps else 0.0
-
-
-class Progress(Clock):
-    """Shows step, epoch, loss, speed and remaining time.
+class Progress(Observer):
+    """Measures the speed of training; shows step, epoch, loss, speed and remaining time.
 
     On a terminal it is a bar on standard error, elsewhere a line on standard output every ten
-    seconds.
+    seconds. The first call, which compiles the step, is not measured.
     """
 
     def __init__(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
-        super().__init__(step)
+        self._has_compiled = False
+        self._clock = step, time.monotonic()
         self._first, self._total, self._steps_per_epoch = step, total_steps, steps_per_epoch
         self._measured = ""  # The last training loss and speed.
         # (Steps done, time), from which the remaining time is measured.
@@ -59,15 +35,27 @@ class Progress(Clock):
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}{postfix}",
         )
 
+    def after_step(self, loop: Loop) -> None:
+        """Start the clock again after the first call."""
+        if not self._has_compiled:
+            self._has_compiled = True
+            self.start_clock(loop.step)
+
     def start_clock(self, step: int) -> None:
         """Measure the speed from here on, with `step` steps done.
 
         The remaining time is estimated from the first call after a step, as that step compiles.
         """
-        super().start_clock(step)
+        self._clock = step, time.monotonic()
         if self._start[0] == self._first:
             self._start = self._clock
         self._advance(step)
+
+    def steps_per_second(self, step: int) -> float:
+        """Return the speed since the last call or `start_clock`; 0 if no step was done since."""
+        before, self._clock = self._clock, (step, time.monotonic())
+        steps, seconds = step - before[0], self._clock[1] - before[1]
+        return steps / seconds if steps else 0.0
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Show that `step` steps are done, with this training loss and speed (0 if unknown)."""

@@ -48,7 +48,7 @@ class Session:
         config: Config,
         directory: Path,
         splits: texts.Splits,
-        mesh: jax.sharding.Mesh | None,
+        mesh: jax.sharding.Mesh,
         watch: Watch,
         check_lock: Callable[[], None],
     ) -> None:
@@ -65,7 +65,7 @@ class Session:
             "config, text and working directory: start all with the same command",
         )
         config, ids, size = self.config, self.ids["train"], len(self.vocabulary)
-        self._on_devices = mesh is not None and feeding.fits_on_device(ids, size)
+        self._on_devices = feeding.fits_on_device(ids, size)
         if teachers := config.distill.teachers:
             distillation.check_length(len(ids) if self._on_devices else None, size)
             if is_new:
@@ -217,18 +217,16 @@ class Session:
 def open_run(
     config: Config,
     directory: Path,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: jax.sharding.Mesh,
     watch: Watch = lambda row: None,
-    splits: texts.Splits | None = None,
 ) -> Iterator[Session]:
     """Open the run in `directory`, or a new one there, and close it at the end of the block.
 
     Args:
       config: a complete config, of a model that `resume.resolve_model` accepts.
       directory: the working directory, which all processes share.
-      mesh: the devices; None for the default device, with batches on the host.
+      mesh: the devices that it trains on.
       watch: called with each recorded row, in process 0.
-      splits: the text, if it is loaded already.
 
     Raises:
       UserError: if another process holds the run, or the processes of this one differ; if the text
@@ -238,7 +236,7 @@ def open_run(
     memory.keep_freed_memory()
     with contextlib.ExitStack() as stack:
         with hosts.main_process_first("text and lock"):
-            splits = splits or texts.load_texts(config.data)
+            splits = texts.load_texts(config.data)
             check_lock = stack.enter_context(lock.hold_lock(directory))
         stack.enter_context(_name_failed_writes(directory))
         run = Session(config, directory, splits, mesh, watch, check_lock)

@@ -16,13 +16,12 @@ from absl import flags
 
 from lstm_jax.errors import UserError
 from lstm_jax.run import command
-from lstm_jax.sweep import options
 
 command.define_config_flag("Experiment to start from: a Python file with get_config().")
 _SPACE = flags.DEFINE_string(
     "space",
     None,
-    f"Search space: a Python file with {options.FUNCTION}(trial), which returns config fields.",
+    "Search space: a Python file with get_overrides(trial), which returns config fields.",
 )
 _SEEDS = flags.DEFINE_integer(
     "seeds",
@@ -34,31 +33,25 @@ _TRIALS = flags.DEFINE_integer(
     "trials", 40, "Total number of trials, over all workers.", lower_bound=1
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Directory for the study, trials and report. [default: runs/sweeps/<name>]"
+    "workdir", None, "Directory for the study, trials and results. [default: runs/sweeps/<name>]"
 )
 _STUDY = flags.DEFINE_string(
     "study",
     None,
-    "Storage that the workers share: postgresql://..., mysql://..., sqlite:///FILE or "
-    f"journal:FILE. [default: {options.DATABASE} in the working directory]",
+    "Database that the workers share: postgresql://..., mysql://... or sqlite:///FILE. "
+    "[default: study.db in the working directory]",
 )
 _NAME = flags.DEFINE_string("name", None, "Name of the study. [default: <config>_<space>]")
-_SAMPLER = flags.DEFINE_enum("sampler", "tpe", options.SAMPLERS, "Algorithm that samples settings.")
+_SAMPLER = flags.DEFINE_enum(
+    "sampler", "tpe", ["tpe", "random", "grid"], "Algorithm that samples settings."
+)
 _PRUNER = flags.DEFINE_enum(
     "pruner",
     None,
-    options.PRUNERS,
-    "Algorithm that stops trials early. [default: hyperband; none for seeds and populations]",
+    ["hyperband", "none"],
+    "Algorithm that stops trials early. [default: hyperband; none for seeds]",
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampler.")
-_POPULATION = flags.DEFINE_integer(
-    "population",
-    None,
-    "Number of trials to train together in one program; they may differ only in "
-    f"{', '.join(options.TRACEABLE)}. [default: 1; for --seeds all of them, at most "
-    f"{options.LARGEST}]",
-    lower_bound=1,
-)
 
 
 def main() -> int:
@@ -93,7 +86,6 @@ def main() -> int:
         sampler=_SAMPLER.value,
         pruner=_PRUNER.value,
         seed=_SEED.value,
-        members=_POPULATION.value,
     )
     return search.run_sweep(sweep)
 

@@ -3,17 +3,16 @@
 import contextlib
 import dataclasses
 import io
-import itertools
 import math
-import sys
 import time
-from collections.abc import Sequence
+import warnings
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import jax
+import optuna
 from optuna import Trial, TrialPruned
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.study import Study
 from optuna.trial import TrialState
 
@@ -23,11 +22,11 @@ from lstm_jax.config import Config
 from lstm_jax.data import files, texts
 from lstm_jax.errors import NotFiniteError, UnavailableError, UserError, one_line
 from lstm_jax.run import cell_file, checkpoints, interrupts, metrics, workdir
-from lstm_jax.sweep import options, population, report
+from lstm_jax.sweep import report
 from lstm_jax.sweep import space as space_lib
 from lstm_jax.sweep import study as study_lib
+from lstm_jax.sweep.storage import PLACE, SURPLUS, convert_errors
 from lstm_jax.sweep.table import Table
-from lstm_jax.sweep.worker import WORKERS, Worker, claim_directory, make_directory
 
 # The output of training, in the working directory of a trial.
 OUTPUT = "output.txt"
@@ -35,8 +34,6 @@ OUTPUT = "output.txt"
 # A worker stops after this many failed trials in a row. A diverged trial is not a failed one.
 _MAX_FAILURES = 3
 _POLL_SECONDS = 2
-# Errors caused by the settings of a trial or by too little memory; see also `_fail`.
-_FAILURES = (UserError, jax.errors.JaxRuntimeError, MemoryError)
 
 
 class Sweep(NamedTuple):
@@ -47,7 +44,6 @@ class Sweep(NamedTuple):
     space: space_lib.Space
     directory: Path
     trials: int  # The total number to finish, over all workers.
-    population: int  # The number that a worker trains at once.
 
 
 class Stopped(SystemExit):
@@ -56,6 +52,11 @@ class Stopped(SystemExit):
     code: int
 
 
+class _TrialError(Exception):
+    """A trial can't be trained with its settings. The argument is the reason."""
+
+
+@convert_errors()
 def prepare_sweep(
     experiment: Config,
     experiment_name: str,
@@ -69,7 +70,6 @@ def prepare_sweep(
     sampler: str = "tpe",
     pruner: str | None = None,
     seed: int = 0,
-    members: int | None = None,
 ) -> Sweep:
     """Check the options of a sweep (see `python -m lstm_jax.sweep --help`), and open it.
 
@@ -78,27 +78,15 @@ def prepare_sweep(
     """
     if space_file and not seeds:
         space, space_name = space_lib.load_space(Path(space_file)), Path(space_file).stem
-        members = members or 1
     elif seeds and not space_file:
         space, space_name = space_lib.make_seed_space(experiment.seed, seeds), f"seeds{seeds}"
         trials, sampler = seeds, "grid"
-        members = members or min(seeds, options.LARGEST)
     else:
         raise UserError("use either --space experiments/sweeps/quick.py or --seeds 8")
-    pruner = pruner or ("none" if members > 1 or seeds else "hyperband")
-    if members > 1 and pruner != "none":
-        raise UserError("a population can't be pruned: leave out --pruner or --population")
-    configs, parameters = space.check(experiment)
-    if members > 1:
-        population.check_members(configs)
+    draws = space.draw(experiment)
     grid = None
     if sampler == "grid":
-        grid = space.grid()
-        if missing := [name for name in parameters if name not in grid]:
-            raise UserError(
-                f"{space.name}: only some trials have the parameters {', '.join(missing)}, but a "
-                "grid needs the same in all: draw them in every trial, or use another --sampler"
-            )
+        grid = space.make_grid(draws)
         trials = min(trials, math.prod(map(len, grid.values())))
     experiment = dataclasses.replace(
         experiment,
@@ -108,9 +96,6 @@ def prepare_sweep(
     name = name or f"{experiment_name}_{space_name}"
     path = Path(directory or Path("runs", "sweeps", name))
     path.mkdir(parents=True, exist_ok=True)
-    for folder in (WORKERS, study_lib.TRIALS):
-        make_directory(path / folder)
-    report.check_paths(path)
     study = study_lib.open_study(
         *(path, location, name),
         # As in JSON.
@@ -119,16 +104,16 @@ def prepare_sweep(
             for field, value in config_lib.flatten(experiment)
             if field in config_lib.COMPARED
         },
-        parameters,
-        study_lib.make_sampler(sampler, seed, grid),
-        study_lib.make_pruner(pruner, experiment.num_epochs),
+        sorted({parameter for draw in draws for parameter in draw.params}),
+        study_lib.SeededSampler(sampler, seed, grid),
+        study_lib.make_pruner(pruner or ("none" if seeds else "hyperband"), experiment.num_epochs),
     )
-    study_lib.check_space(study, space)
     if grid is not None:
         study_lib.check_grid(study, grid)
-    return Sweep(study, experiment, space, path, trials, members)
+    return Sweep(study, experiment, space, path, trials)
 
 
+@convert_errors()
 def run_sweep(sweep: Sweep) -> int:
     """Call `run_worker`, write the report and print a summary; return the exit code."""
     exit_code = 0
@@ -138,7 +123,6 @@ def run_sweep(sweep: Sweep) -> int:
             run_worker(sweep)
     except Stopped as stopped:
         exit_code = stopped.code
-    # For the seconds that the report takes.
     with interrupts.handle_signals(lambda *unused: None, *interrupts.SIGNALS):
         print(report.write_report(sweep.study, sweep.directory, sweep.experiment, sweep.space))
     return exit_code
@@ -151,81 +135,68 @@ def _stop(number: int, frame: object) -> NoReturn:
 def run_worker(sweep: Sweep) -> None:
     """Train trials until all workers together have finished `sweep.trials`.
 
-    A signal handler may raise `Stopped` at any time: the trials are then released, so that the
-    same command resumes them.
+    A signal handler may raise `Stopped` at any time: the trial is then queued again, so that the
+    same command resumes it.
     """
     failures: list[str] = []
-    with (
-        Table(sweep.study, sweep.trials) as table,
-        Worker(sweep.study, sweep.directory, sweep.trials) as worker,
-    ):
+    with Table(sweep.study, sweep.trials) as table:
         while True:
-            trials = list(itertools.islice(iter(worker.next, None), sweep.population))
-            if not trials:
-                if len(study_lib.list_finished(sweep.study)) >= sweep.trials:
+            with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+                optuna.storages.fail_stale_trials(sweep.study)
+            trials = study_lib.list_trials(sweep.study)
+            is_queued = any(trial.state == TrialState.WAITING for trial in trials)
+            if len(trials) >= sweep.trials and not is_queued:
+                if all(trial.state.is_finished() for trial in trials):
                     return
                 time.sleep(_POLL_SECONDS)  # Other workers train the last trials.
                 continue
-            try:
-                reasons = _train_trials(sweep, worker, trials)
-            except UpdateFinishedTrialError:  # Another worker has taken one of them over.
-                for trial in trials:
-                    worker.close(trial.number, study_lib.GIVEN_BACK)
-                reasons = [""] * len(trials)
-            for trial, reason in zip(trials, reasons, strict=True):
-                failures = [*failures, reason] if reason else []
-                table.tell(trial.number)
+            number, reason = _run_trial(sweep)
+            failures = [*failures, reason] if reason else []
+            table.tell(number)
             report.write_trials(sweep.study, sweep.directory)
             jax.clear_caches()  # Each trial compiles its own functions.
             if len(failures) >= _MAX_FAILURES:
                 raise UserError(f"{len(failures)} trials in a row failed, the last: {failures[-1]}")
 
 
-def _train_trials(sweep: Sweep, worker: Worker, trials: Sequence[Trial]) -> list[str]:
-    """Train trials and record their results; return the reason of each failure, or ""."""
-    configs, directories = [], []
-    for trial in trials:
+def _run_trial(sweep: Sweep) -> tuple[int, str]:
+    """Train the next trial, queued or new; return its number, and the reason if it failed."""
+    number, reason, is_lost = -1, "", False
+
+    def objective(trial: Trial) -> float:
+        nonlocal number, reason, is_lost
+        number = trial.number
         try:
-            overrides = sweep.space.overrides(trial)  # Draws the parameters of a new trial.
-            configs.append(sweep.space.apply(sweep.experiment, overrides))
-        except UserError as error:
-            _fail(worker, trial, error)
+            return _train_trial(sweep, trial)
+        except _TrialError as failed:
+            reason = str(failed)
             raise
-        trial.set_user_attr(study_lib.OVERRIDES, overrides)
-        directories.append(study_lib.get_trial_directory(sweep.directory, trial))
-        claim_directory(directories[-1], trial)
+        except UpdateFinishedTrialError:
+            is_lost = True
+            raise
 
-    def watch(member: int, row: metrics.Row) -> None:
-        with contextlib.suppress(UpdateFinishedTrialError):
-            _report(trials[member], row)
-
-    is_alone = sweep.population == 1
-    output = (directories[0] if is_alone else sweep.directory) / OUTPUT
     try:
-        with (
-            _append(output) as file,
-            contextlib.redirect_stdout(file),
-            contextlib.redirect_stderr(file if is_alone else sys.stderr),
-        ):
-            if is_alone:
-                reasons = [_train_trial(trials[0], configs[0], directories[0])]
-            else:
-                reasons = population.train_population(configs, directories, watch)
-    except TrialPruned:
-        worker.tell(trials[0], TrialState.PRUNED)
-        return [""]
-    except _FAILURES as error:
-        return [_fail(worker, trial, error) for trial in trials]
-    for trial, directory, reason in zip(trials, directories, reasons, strict=True):
-        if reason:
-            worker.tell(trial, TrialState.PRUNED, reason=f"diverged: {reason}")
-        else:
-            _complete(worker, trial, directory)
-    return [""] * len(trials)
+        sweep.study.optimize(objective, n_trials=1, catch=_TrialError)
+    except BaseException:
+        if is_lost:  # This process was suspended, and another worker resumes the trial.
+            return number, ""
+        if number >= 0:
+            study_lib.give_back(sweep.study, number)
+        raise
+    return number, reason
 
 
-def _train_trial(trial: Trial, config: Config, directory: Path) -> str:
-    """Train one trial; if it diverged, return the reason, else ""."""
+def _train_trial(sweep: Sweep, trial: Trial) -> float:
+    """Train a trial and return its validation loss; raise `TrialPruned` or `_TrialError`."""
+    if trial.user_attrs[PLACE] >= sweep.trials:  # Another worker has just started the last one.
+        trial.set_user_attr(SURPLUS, True)
+        raise _TrialError
+    overrides = sweep.space.overrides(trial)  # Draws the parameters of a new trial.
+    config = sweep.space.apply(sweep.experiment, overrides)
+    trial.set_user_attr(study_lib.OVERRIDES, overrides)
+    frozen = trial.storage.get_trial(trial._trial_id)
+    directory = study_lib.get_trial_directory(sweep.directory, frozen)
+    directory.mkdir(exist_ok=True)
 
     def watch(row: metrics.Row) -> None:
         is_reported = row["epoch"] and _report(trial, row)
@@ -233,36 +204,43 @@ def _train_trial(trial: Trial, config: Config, directory: Path) -> str:
             raise TrialPruned
 
     try:
-        exit_code = training.train(config, directory, watch)
+        with (
+            _append(directory / OUTPUT) as file,
+            contextlib.redirect_stdout(file),
+            contextlib.redirect_stderr(file),
+        ):
+            exit_code = training.train(config, directory, watch)
     except NotFiniteError as error:
-        return str(error)
+        trial.set_user_attr(study_lib.REASON, f"diverged: {error}")
+        raise TrialPruned from None
+    except UnavailableError:
+        raise  # A later attempt may succeed, so the trial is queued again.
+    # Errors caused by the settings of a trial or by too little memory.
+    except (UserError, jax.errors.JaxRuntimeError, MemoryError) as error:
+        reason = str(error) if isinstance(error, UserError) else one_line(error)[:300]
+        raise _fail(trial, reason) from None
     if exit_code:
         raise Stopped(exit_code)
-    return ""
+    return _measure(trial, directory)
 
 
-def _fail(worker: Worker, trial: Trial, error: Exception) -> str:
-    """Record that a trial can't be trained; return the reason."""
-    if isinstance(error, UnavailableError):
-        raise error  # A later attempt may succeed, so the trial is released.
-    reason = str(error) if isinstance(error, UserError) else one_line(error)[:300]
-    worker.tell(trial, TrialState.FAIL, reason=reason)
-    return reason
+def _fail(trial: Trial, reason: str) -> _TrialError:
+    """Record the reason why a trial fails; return the exception to raise."""
+    trial.set_user_attr(study_lib.REASON, reason)
+    return _TrialError(reason)
 
 
-def _complete(worker: Worker, trial: Trial, directory: Path) -> None:
-    """Record the validation loss of the best checkpoint of a trained trial."""
+def _measure(trial: Trial, directory: Path) -> float:
+    """Return the validation loss of the best checkpoint of a trial; record its test loss."""
     saved_in = directory / workdir.CHECKPOINTS
     best = checkpoints.find_best_step(saved_in)
     loss = checkpoints.read_validation_loss(saved_in, best) if best is not None else None
     if loss is None:
-        worker.tell(trial, TrialState.FAIL, reason="no checkpoint has a validation loss")
-        return
+        raise _fail(trial, "no checkpoint has a validation loss")
     for row in metrics.read_metrics(directory / workdir.METRICS):
         if row["split"] == "test" and math.isfinite(row["loss"]):
-            with contextlib.suppress(UpdateFinishedTrialError):
-                trial.set_user_attr(study_lib.TEST_LOSS, row["loss"])
-    worker.tell(trial, TrialState.COMPLETE, loss)
+            trial.set_user_attr(study_lib.TEST_LOSS, row["loss"])
+    return loss
 
 
 def _append(path: Path) -> io.TextIOWrapper:

@@ -1,22 +1,21 @@
 """Load the search space of a sweep: a Python file that maps a trial to config overrides."""
 
-import contextlib
 import json
 import runpy
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalChoiceType, CategoricalDistribution
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.distributions import CategoricalChoiceType, CategoricalDistribution
+from optuna.exceptions import OptunaError
 from optuna.trial import BaseTrial, FrozenTrial
 
 from lstm_jax.config import Config, change_fields
 from lstm_jax.errors import UserError, one_line, raise_user_error
-from lstm_jax.sweep.options import FUNCTION
 
+FUNCTION = "get_overrides"  # The function of a space file.
 # The number of draws to check before training, so that mistakes are reported early.
 _NUM_PROBES = 20
 
@@ -30,7 +29,7 @@ class Space(NamedTuple):
 
     def overrides(self, trial: BaseTrial) -> dict[str, object]:
         """Return the fields that a trial changes, with lists for tuples, as in JSON."""
-        with raise_user_error("space file", self.name, UpdateFinishedTrialError):
+        with raise_user_error("space file", self.name, OptunaError):
             try:
                 overrides = self.get_overrides(trial)
             except optuna.TrialPruned:
@@ -52,17 +51,6 @@ class Space(NamedTuple):
             ) from None
         return made
 
-    def replay(self, trial: FrozenTrial) -> dict[str, object]:
-        """Return the overrides for the parameters of a trial; missing ones get any value.
-
-        Raise `UserError` if this space can't have drawn them.
-        """
-        replayed = _ReplayedTrial(self.name, trial.params, trial.distributions)
-        overrides = self.overrides(replayed)
-        for name in trial.params.keys() - replayed.distributions.keys():
-            raise replayed.not_drawn(name)
-        return overrides
-
     def apply(self, experiment: Config, overrides: Mapping[str, object]) -> Config:
         """Call `change_fields`; name the space file in its errors."""
         try:
@@ -70,17 +58,25 @@ class Space(NamedTuple):
         except UserError as error:
             raise UserError(f"{self.name}: {error}") from None
 
-    def check(self, experiment: Config) -> tuple[list[Config], list[str]]:
-        """Return the configs of a fixed set of random draws, and the names of all parameters."""
+    def draw(self, experiment: Config) -> list[FrozenTrial]:
+        """Check a fixed set of random draws, and return them."""
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-        configs = [self.apply(experiment, self.overrides(study.ask())) for _ in range(_NUM_PROBES)]
-        return configs, sorted({name for trial in study.trials for name in trial.params})
+        for _ in range(_NUM_PROBES):
+            self.apply(experiment, self.overrides(study.ask()))
+        return study.trials
 
-    def grid(self) -> dict[str, list[CategoricalChoiceType]]:
-        """Return the values of each parameter; raise `UserError` if their number is infinite."""
-        trial = _ReplayedTrial(self.name, {}, {})
-        self.overrides(trial)
-        return {name: self._list_values(name, drawn) for name, drawn in trial.distributions.items()}
+    def make_grid(self, draws: Sequence[FrozenTrial]) -> dict[str, list[CategoricalChoiceType]]:
+        """Return the values of each parameter, from draws.
+
+        Raise `UserError` if their number is infinite, or a draw lacks a parameter.
+        """
+        found = {name: drawn for draw in draws for name, drawn in draw.distributions.items()}
+        if missing := [name for name in found if any(name not in draw.params for draw in draws)]:
+            raise UserError(
+                f"{self.name}: only some trials have the parameters {', '.join(missing)}, but a "
+                "grid needs the same in all: draw them in every trial, or use another --sampler"
+            )
+        return {name: self._list_values(name, drawn) for name, drawn in found.items()}
 
     def _list_values(self, name: str, distribution: Any) -> list[CategoricalChoiceType]:
         if isinstance(distribution, CategoricalDistribution):
@@ -93,34 +89,6 @@ class Space(NamedTuple):
             )
         # Rounding may raise the last value above `high`.
         return [min(low + i * step, high) for i in range(round((high - low) / step) + 1)]
-
-
-class _ReplayedTrial(optuna.trial.FixedTrial):
-    """A trial with known parameters; all others get their first value."""
-
-    def __init__(
-        self, space: str, params: dict[str, object], drawn: Mapping[str, BaseDistribution]
-    ) -> None:
-        super().__init__(params)
-        self._space, self._drawn = space, drawn
-
-    def _suggest(self, name: str, distribution: Any) -> CategoricalChoiceType:
-        self._distributions[name] = distribution
-        if name not in self._params:
-            is_choice = isinstance(distribution, CategoricalDistribution)
-            return distribution.choices[0] if is_choice else distribution.low
-        with contextlib.suppress(ValueError, TypeError):
-            optuna.distributions.check_distribution_compatibility(self._drawn[name], distribution)
-            internal = distribution.to_internal_repr(self._params[name])
-            if distribution._contains(internal):
-                return distribution.to_external_repr(internal)
-        raise self.not_drawn(name)
-
-    def not_drawn(self, name: str) -> UserError:
-        return UserError(
-            f"{self._space} does not draw {name!r:.80} = {self._params[name]!r:.80}, which a "
-            "trial of the study has: use another --workdir"
-        )
 
 
 def load_space(path: Path) -> Space:

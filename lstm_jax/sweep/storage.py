@@ -1,59 +1,80 @@
-"""Open the storage of a study, which may be untrusted.
+"""Open the database that the workers of a sweep share.
 
-A study is data: no code from it runs. A journal or SQLite file must be a regular file that does not
-make SQLite open other files. Trials are checked when they are read, no message shows a password,
-and exceptions of Optuna and databases become one-line errors.
+No message shows its password, and exceptions of Optuna and of databases become one-line errors.
 """
 
 import contextlib
-import errno
-import fcntl
-import os
 import re
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
 from urllib.parse import unquote_plus
 
 import sqlalchemy
-from optuna.exceptions import DuplicatedStudyError, StorageInternalError, UpdateFinishedTrialError
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from optuna.trial import FrozenTrial
+from optuna.exceptions import ExperimentalWarning, OptunaError, StorageInternalError
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.trial import FrozenTrial, TrialState
 
-from lstm_jax.data import files
 from lstm_jax.errors import UnavailableError, UserError, one_line
 
 _DRIVERS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql"}
+# A worker writes into its trial at this interval. After the second time without it, the worker is
+# dead. That is longer than `lock.STALE_SECONDS`, so the working directory is free by then, too.
+BEAT_SECONDS, STALE_SECONDS = 10, 90
+# A trial fails if this number of workers in a row die training it, for lack of memory for example;
+# one that a signal stops starts the count again, as the first.
+MAX_DEATHS = 5
 
-# A journal starts with this, and none of its records is longer.
-_FIRST_BYTES, _MAX_RECORD_BYTES = b'{"op_code":', 2**24
-# The last bytes of a rollback journal that names another file, which SQLite deletes after the
-# rollback. Optuna's transactions use one database, so they never write one.
-_NAMES_ANOTHER = bytes.fromhex("d9d505f920a163d7")
+# Attributes of a trial: of the user, the number of other trials before it; of Optuna, the numbers
+# of those that it resumes.
+PLACE, RESUMES = "place", "retry_history"
+# It was started by one worker more than there were trials left.
+SURPLUS = "surplus"
+
+# Optuna calls heartbeats experimental.
+
+with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+    # Queues a trial again, with the same parameters and losses. It is not queued more often.
+    queue_again = RetryHeartbeatStaleTrialCallback(MAX_DEATHS - 1, inherit_intermediate_values=True)
 
 
-# Returns the trial, or raises `UserError` if no sweep can have written it.
-_CheckTrial = Callable[[FrozenTrial], FrozenTrial]
+class _Storage(RDBStorage):
+    """A storage in which each trial has a place from the start, and each running one a heartbeat.
+
+    Optuna does not notice the death of a worker between the start and the first heartbeat.
+    """
+
+    def _create_new_trial(
+        self, study_id: int, template_trial: FrozenTrial | None = None
+    ) -> FrozenTrial:
+        trial = super()._create_new_trial(study_id, template_trial)
+        self.record_heartbeat(trial._trial_id)
+        if PLACE not in trial.user_attrs:
+            before = self.get_all_trials(study_id, deepcopy=False)[: trial.number]
+            kinds = ({*t.system_attrs, *t.user_attrs} for t in before)
+            place = sum(kind.isdisjoint((RESUMES, SURPLUS)) for kind in kinds)
+            self.set_trial_user_attr(trial._trial_id, PLACE, place)
+            trial.user_attrs[PLACE] = place
+        return trial
+
+    def set_trial_state_values(
+        self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
+    ) -> bool:
+        if state == TrialState.RUNNING:
+            self.record_heartbeat(trial_id)
+        return super().set_trial_state_values(trial_id, state, values)
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        with contextlib.suppress(StorageInternalError):  # It may be temporarily unreachable.
+            super().record_heartbeat(trial_id)
 
 
-def open_storage(database: Path, location: str | None, check_trial: _CheckTrial) -> BaseStorage:
+def open_storage(database: Path, location: str | None) -> RDBStorage:
     """Open or create the storage of a study: `location`, or by default an SQLite file, `database`.
 
-    Raise `UserError` if it can't be reached or written, or is not safe to open.
+    Raise `UserError` if it can't be reached or written.
     """
-    if location and location.startswith("journal:"):
-        path = Path(location.removeprefix("journal:")).resolve()
-        place = f" in {path}"
-        with convert_errors(place):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            files.open_append(path).close()
-            with files.open_regular(path) as file:
-                if not _FIRST_BYTES.startswith(file.read(len(_FIRST_BYTES))):
-                    raise UserError(f"{path} is not an Optuna journal: use another --study")
-            journal = JournalStorage(JournalFileBackend(str(path), _JournalLock(path)))
-        return cast(BaseStorage, _CheckedStorage(journal, place, check_trial))
     url = sqlalchemy.URL.create("sqlite", database=str(database.absolute()))
     place = ""
     try:
@@ -63,21 +84,12 @@ def open_storage(database: Path, location: str | None, check_trial: _CheckTrial)
         settings = {"connect_timeout": 10}
         if backend == "sqlite":
             settings, place = {"timeout": 60}, f" in {url.database}"
-            if url.database:
-                # A file that the user names may be a link.
-                path = Path(url.database)
-                _check_sqlite_files(path.resolve() if location else path)
         url = url.set(drivername=_DRIVERS.get(url.drivername, url.drivername))
         # Connect before Optuna does: its error messages have many lines.
         engine = sqlalchemy.create_engine(
             url, connect_args=settings, poolclass=sqlalchemy.pool.NullPool
         )
-        with engine.connect() as connection:
-            if backend == "sqlite":
-                # A view or trigger may run a query that never ends.
-                query = "SELECT name FROM sqlite_master WHERE type IN ('view', 'trigger')"
-                if row := connection.exec_driver_sql(query).first():
-                    raise OSError(errno.EINVAL, f"It has a view or trigger, {row[0]!r:.80}")
+        engine.connect().close()
     except ModuleNotFoundError as error:
         raise UserError(
             f"{backend} needs the module {error.name}: pip install 'lstm-jax[sweep-servers]'"
@@ -85,25 +97,33 @@ def open_storage(database: Path, location: str | None, check_trial: _CheckTrial)
     except (sqlalchemy.exc.ArgumentError, ValueError, TypeError):
         raise UserError(  # The error itself may show a part of the password.
             "--study is not the URL of a database, such as postgresql://user:password@host/"
-            "database, mysql://..., sqlite:///FILE or journal:FILE"
+            "database, mysql://... or sqlite:///FILE"
         ) from None
     except Exception as error:  # Drivers raise exceptions of any type.
         reason = _mask_secrets(_describe(error), location or "")
         raise UserError(f"can't use the database{place}: {reason}") from None
-    with convert_errors(place):
-        made = _make_tables(url.render_as_string(hide_password=False), settings)
+    storage = _make_tables(url.render_as_string(hide_password=False), settings)
     if backend == "sqlite":
-        _begin_immediately(made.engine)
-    return cast(BaseStorage, _CheckedStorage(get_storage(made), place, check_trial))
+        _begin_immediately(storage.engine)
+    return storage
 
 
 def _make_tables(url: str, settings: dict[str, int]) -> RDBStorage:
     """Create Optuna's storage; retry, because several workers may create its tables at once."""
-    for attempt in range(1, 10):
-        with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError, StorageInternalError):
-            return RDBStorage(url, engine_kwargs={"connect_args": settings})
+    for attempt in range(10):
         time.sleep(0.1 * attempt)
-    return RDBStorage(url, engine_kwargs={"connect_args": settings})
+        try:
+            with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+                return _Storage(
+                    url,
+                    engine_kwargs={"connect_args": settings},
+                    heartbeat_interval=BEAT_SECONDS,
+                    grace_period=STALE_SECONDS,
+                    heartbeat_stale_trial_callback=queue_again,
+                )
+        except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError) as error:
+            last = error
+    raise last
 
 
 def _begin_immediately(engine: sqlalchemy.Engine) -> None:
@@ -117,78 +137,15 @@ def _begin_immediately(engine: sqlalchemy.Engine) -> None:
     listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
 
 
-def _check_sqlite_files(path: Path) -> None:
-    """Raise `OSError` for a database that makes SQLite use other files."""
-    for end in ("", "-journal", "-wal", "-shm"):
-        file = path.with_name(path.name + end)
-        with contextlib.suppress(FileNotFoundError):  # Other workers create and delete them.
-            if files.read_tail(file, 8) == _NAMES_ANOTHER:
-                what = "It names another file, which SQLite would delete"
-                raise OSError(errno.EINVAL, what, str(file))
-
-
-class _JournalLock(JournalFileOpenLock):
-    """An `flock` on the journal, which the operating system releases when the process dies.
-
-    Optuna's own locks are separate files. A dangling link with the name of one would make every
-    worker wait forever.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def acquire(self) -> bool:
-        """Wait for the lock, then remove an incomplete last record, which a full disk can cause."""
-        self._file = files.open_append(self._path)
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-        if files.read_tail(self._path, 1) not in (b"", b"\n"):
-            torn = files.read_tail(self._path, _MAX_RECORD_BYTES).rpartition(b"\n")[2]
-            descriptor = self._file.fileno()
-            os.ftruncate(descriptor, os.fstat(descriptor).st_size - len(torn))
-        return True
-
-    def release(self) -> None:
-        self._file.close()
-
-
-class Guarded:
-    """A proxy for an Optuna object whose methods raise one-line errors."""
-
-    def __init__(self, inner: Any, place: str = "") -> None:
-        self._inner, self._place = inner, place
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._inner, name)
-        return convert_errors(self._place)(value) if callable(value) else value
-
-
-class _CheckedStorage(Guarded):
-    """A storage that checks each trial when it is read."""
-
-    def __init__(self, inner: BaseStorage, place: str, check_trial: _CheckTrial) -> None:
-        super().__init__(inner, place)
-        self._check_trial = check_trial
-
-    def get_trial(self, trial_id: int) -> FrozenTrial:
-        with convert_errors(self._place):
-            return self._check_trial(self._inner.get_trial(trial_id))
-
-    def get_all_trials(self, *args: object, **kwargs: object) -> list[FrozenTrial]:
-        with convert_errors(self._place):
-            return [self._check_trial(t) for t in self._inner.get_all_trials(*args, **kwargs)]
-
-
 @contextlib.contextmanager
-def convert_errors(place: str = "") -> Iterator[None]:
-    """Convert any exception of Optuna to a one-line `UnavailableError`."""
+def convert_errors() -> Iterator[None]:
+    """Convert exceptions of Optuna and of databases to a one-line `UnavailableError`."""
     try:
         yield
-    except (UserError, DuplicatedStudyError, UpdateFinishedTrialError):
-        raise
-    except Exception as error:
+    except (OptunaError, sqlalchemy.exc.SQLAlchemyError) as error:
         raise UnavailableError(
-            f"the study{place} can't be read or written ({_describe(error)}): fix this, then "
-            "resume with the same command"
+            f"the study can't be read or written ({_describe(error)}): fix this, then resume with "
+            "the same command"
         ) from None
 
 

@@ -1,46 +1,39 @@
-"""The Optuna study that the workers of a sweep share: attributes, checks, sampler and pruner.
+"""The Optuna study that the workers of a sweep share: its trials, sampler and pruner.
 
-A study may be untrusted: `check_trial` checks each trial when it is read, and `check_space` checks
-that the user's own space can draw its parameters.
+Optuna detects dead workers by the heartbeats of their trials, and queues these again under new
+numbers. Such a trial keeps its place, and with it the working directory, sampler and pruner.
 """
 
 import copy
-import re
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import optuna
-from optuna.distributions import CategoricalChoiceType
+from optuna.distributions import BaseDistribution, CategoricalChoiceType
 from optuna.samplers import BaseSampler
 from optuna.study import Study, StudyDirection
-from optuna.trial import BaseTrial, FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState
 
+from lstm_jax.data import files
 from lstm_jax.errors import UserError
-from lstm_jax.sweep import options
-from lstm_jax.sweep.space import Space
-from lstm_jax.sweep.storage import Guarded, convert_errors, open_storage
+from lstm_jax.sweep import storage
+from lstm_jax.sweep.storage import PLACE, RESUMES, SURPLUS
 
 _Grid = Mapping[str, Sequence[CategoricalChoiceType]]  # The values of each parameter.
 
-# The trials, in the directory of a sweep.
-TRIALS = "trials"
+# In the directory of a sweep: the study, unless --study names another; the working directories of
+# the trials; and in these, the study that they belong to.
+DATABASE, TRIALS, OWNER = "study.db", "trials", "study.txt"
 
-# Attributes of a trial. Only the process that runs the trial writes them.
-WORKER = "worker"  # host/name
-BEAT = "beat"  # A counter that the worker increments.
-RESUMES = "resumes"  # The number of the trial that this one resumes.
-WORKDIR = "workdir"  # The number that names its working directory.
-PLACE = "place"  # The number of other trials that started before it; determines the sampler's seed.
-ORIGIN = "origin"  # Identifies its working directory among those of other studies.
-DEATHS = "deaths"  # The number of workers that died since its last progress, and that progress.
-GIVEN_BACK = "given_back"  # Its worker stopped before it ended.
-DROPPED = "dropped"  # It was closed as a duplicate or surplus trial.
-REASON = "reason"  # Why it failed. A trial whose worker died has none.
+# Attributes of a trial.
+REASON = "reason"  # Why it failed or diverged.
 OVERRIDES = "overrides"
 TEST_LOSS = "test_loss"
 
 # Attributes of a study.
+_IDENTITY = "identity"
 _EXPERIMENT = "experiment"
 _PARAMETERS = "parameters"
 
@@ -57,10 +50,11 @@ def open_study(
     """Open or create the study of a sweep, at `location` or in the sweep's directory.
 
     `fields` are those of the experiment that all workers share, as in JSON: lists for tuples.
-    Raise `UserError` if it can't be reached or written, or is for another experiment or space.
+    Raise `UserError` if it can't be reached or written, or is for another experiment or space, or
+    if the directory has the trials of another study.
     """
     study = optuna.create_study(
-        storage=open_storage(directory / options.DATABASE, location, check_trial),
+        storage=storage.open_storage(directory / DATABASE, location),
         study_name=name,
         sampler=sampler,
         pruner=pruner,
@@ -71,8 +65,9 @@ def open_study(
     before, known = study.user_attrs.get(_EXPERIMENT), study.user_attrs.get(_PARAMETERS)
     is_minimized = study.directions == [StudyDirection.MINIMIZE]
     if is_minimized and before is None and is_empty:
+        study.set_user_attr(_IDENTITY, uuid.uuid4().hex)
         study.set_user_attr(_EXPERIMENT, before := fields)
-    if not is_minimized or not isinstance(before, dict):
+    if not is_minimized or before is None:
         raise UserError(f"the study {name!r} exists, but is not from a sweep: use another --name")
     if differing := [f for f in fields if before.get(f) != fields[f]]:
         first = differing[0]
@@ -88,72 +83,18 @@ def open_study(
             f"the study {name!r} was made for a space with {known!r:.200}, but this one has "
             f"{sorted(parameters)}: use another --workdir"
         )
+    _claim_trials(directory / TRIALS, study.user_attrs[_IDENTITY])
     return study
 
 
-def check_space(study: Study, space: Space) -> None:
-    """Raise `UserError` unless a space reproduces the overrides of each trial of a study."""
-    for trial in study.get_trials(deepcopy=False):
-        overrides = space.replay(trial)
-        if trial.user_attrs.get(OVERRIDES, overrides) != overrides:
-            raise UserError(
-                f"{space.name}: its fields for the parameters of trial {trial.number} differ from "
-                "those in the study: use another --workdir"
-            )
-
-
-def check_trial(trial: FrozenTrial) -> FrozenTrial:
-    """Return a trial; raise `UserError` if it has values that no sweep writes."""
-    losses, values, number = trial.intermediate_values, trial.values, trial.number
-    fields = {
-        **trial.user_attrs,
-        "value": values,
-        "dict of losses": losses,
-        "dict of system attributes": trial.system_attrs,
-        "state": trial.state.name,
-    }
-    deaths = fields.get(DEATHS, [0, []])
-    is_valid = {
-        ORIGIN: _matches(fields.get(ORIGIN), "[0-9a-f]{32}"),
-        WORKER: _matches(fields.get(WORKER), "[^/]+/[0-9a-f]{32}"),
-        BEAT: _is_count(fields.get(BEAT, 0)),
-        RESUMES: RESUMES not in fields or _is_count(fields[RESUMES], number - 1),
-        WORKDIR: _is_count(fields.get(WORKDIR, 0), number),
-        PLACE: _is_count(fields.get(PLACE, 0), number),
-        DEATHS: isinstance(deaths, list)
-        and [type(part) for part in deaths] == [int, list]
-        and deaths[0] >= 0,
-        REASON: isinstance(fields.get(REASON, ""), str),
-        OVERRIDES: isinstance(fields.get(OVERRIDES, {}), dict),
-        TEST_LOSS: _is_loss(fields.get(TEST_LOSS, 0)),
-        "value": values is None or (len(values) == 1 and _is_loss(values[0])),
-        "dict of losses": all(_is_count(epoch) and _is_loss(losses[epoch]) for epoch in losses),
-        "dict of system attributes": isinstance(trial.system_attrs, dict),
-        "state": trial.state != TrialState.WAITING,
-    }
-    for name, valid in is_valid.items():
-        if not valid:
-            raise UserError(
-                f"trial {number} of the study was not made by a sweep (its {name} is "
-                f"{fields.get(name)!r:.80}): use another study"
-            )
-    trial._validate()
-    return trial
-
-
-def _is_count(value: object, most: float = float("inf")) -> bool:
-    return type(value) is int and 0 <= value <= most
-
-
-def _is_loss(value: object) -> bool:
-    """Return whether a value is a number that fits into float32."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return abs(value) < 3.5e38
-
-
-def _matches(value: object, pattern: str) -> bool:
-    return isinstance(value, str) and re.fullmatch(pattern, value) is not None
+def _claim_trials(directory: Path, identity: str) -> None:
+    """Make the directory of trials; raise `UserError` if it has those of another study."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / OWNER
+    if not any(directory.iterdir()):
+        files.write_file(path, identity.encode())
+    elif not path.exists() or path.read_text() != identity:
+        raise UserError(f"{directory} has the trials of another study: use another --workdir")
 
 
 def check_grid(study: Study, grid: _Grid) -> None:
@@ -166,21 +107,17 @@ def check_grid(study: Study, grid: _Grid) -> None:
             )
 
 
-def make_sampler(name: str, seed: int, grid: _Grid | None = None) -> BaseSampler:
-    """Return one of `SAMPLERS`; "grid" needs the values of each parameter."""
-    return cast(BaseSampler, _SeededSampler(name, seed, grid or {}))
-
-
-class _SeededSampler(Guarded):
-    """A sampler with a separate seed for each trial, derived from the trial's place.
+class SeededSampler(BaseSampler):
+    """The sampler `name` (tpe, random or grid), with a separate seed for each trial's place.
 
     The parameters depend only on the seed and the earlier trials, not on the process that draws
-    them or on how often the trial is resumed, and two workers never draw the same.
+    them or on how often a trial is resumed, and two workers never draw the same.
     """
 
-    def __init__(self, name: str, seed: int, grid: _Grid) -> None:
-        self._name, self._seed, self._grid = name, seed, grid
-        super().__init__(self._make(0))
+    def __init__(self, name: str, seed: int, grid: _Grid | None = None) -> None:
+        """Store the arguments; a grid needs the values of each parameter."""
+        self._name, self._seed, self._grid = name, seed, grid or {}
+        self._inner = self._make(0)
 
     def _make(self, place: int) -> BaseSampler:
         seed = (1_000_003 * self._seed + place) % 2**32
@@ -190,19 +127,37 @@ class _SeededSampler(Guarded):
             return optuna.samplers.GridSampler(self._grid, seed=self._seed % 2**32)
         return optuna.samplers.RandomSampler(seed=seed)
 
-    @convert_errors()
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        placed = copy.copy(trial)  # GridSampler takes the point of this number.
-        placed.number = trial.user_attrs.get(PLACE, trial.number)
+        """Make the sampler of a trial; a grid takes the point of its place."""
+        placed = _put_in_place(trial)
         self._inner = self._make(placed.number)
         self._inner.before_trial(study, placed)
 
-    def after_trial(self, *outcome: object) -> None:
-        """Do nothing: GridSampler would stop Optuna's own loop, and the others do nothing."""
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """Return the parameters that are drawn together."""
+        return self._inner.infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Draw these parameters."""
+        return self._inner.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """Draw another parameter."""
+        return self._inner.sample_independent(study, trial, param_name, param_distribution)
 
 
 def make_pruner(name: str, num_epochs: int) -> optuna.pruners.BasePruner:
-    """Return one of `options.PRUNERS`.
+    """Return the pruner `name`, none or hyperband.
 
     Hyperband (Li et al. 2018) runs successive halving over epochs in each bracket.
     """
@@ -212,32 +167,34 @@ def make_pruner(name: str, num_epochs: int) -> optuna.pruners.BasePruner:
 class _Hyperband(optuna.pruners.HyperbandPruner):
     """Hyperband that keeps a trial in its bracket when another worker resumes it."""
 
-    @convert_errors()
-    def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        return super().prune(study, trial)
-
     def _get_bracket_id(self, study: Study, trial: FrozenTrial) -> int:
-        placed = copy.copy(trial)
-        placed.number = trial.user_attrs.get(PLACE, trial.number)
-        return super()._get_bracket_id(study, placed)
+        return super()._get_bracket_id(study, _put_in_place(trial))
 
 
-def list_finished(study: Study) -> list[FrozenTrial]:
-    """Return the trials that are complete, pruned, or failed with a reason."""
+def _put_in_place(trial: FrozenTrial) -> FrozenTrial:
+    """Return a trial with its place as its number."""
+    placed = copy.copy(trial)
+    placed.number = trial.user_attrs.get(PLACE, trial.number)
+    return placed
+
+
+def give_back(study: Study, number: int) -> None:
+    """Queue a trial again that its worker can't end; do nothing if another worker has done so."""
+    if trial := next((t for t in list_trials(study) if t.number == number), None):
+        if trial.state == TrialState.RUNNING:
+            study.tell(number, state=TrialState.FAIL)
+        queued = copy.deepcopy(trial)
+        queued.system_attrs.pop(RESUMES, None)  # Only deaths in a row count.
+        storage.queue_again(study, queued)
+
+
+def list_trials(study: Study) -> list[FrozenTrial]:
+    """Return all trials, except those that another one resumes, and surplus ones."""
     trials = study.get_trials(deepcopy=False)
-    return [trial for trial in trials if trial.state.is_finished() and not is_closed(trial)]
+    resumed = {t.system_attrs[RESUMES][-1] for t in trials if RESUMES in t.system_attrs}
+    return [t for t in trials if t.number not in resumed and SURPLUS not in t.user_attrs]
 
 
-def list_running(study: Study) -> list[FrozenTrial]:
-    """Return the running trials, including those of dead workers not yet detected."""
-    return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-
-
-def is_closed(trial: FrozenTrial) -> bool:
-    """Return whether a trial was closed without a result, so that another one may resume it."""
-    return trial.state == TrialState.FAIL and REASON not in trial.user_attrs
-
-
-def get_trial_directory(directory: Path, trial: BaseTrial) -> Path:
-    """Return the working directory of a trial."""
-    return directory / TRIALS / f"{trial.user_attrs.get(WORKDIR, trial.number):04}"
+def get_trial_directory(directory: Path, trial: FrozenTrial) -> Path:
+    """Return the working directory of a trial, in the directory of its sweep."""
+    return directory / TRIALS / f"{trial.user_attrs.get(PLACE, trial.number):04}"

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from lstm_jax.errors import visible
 from lstm_jax.sweep import study as study_lib
+from lstm_jax.sweep.storage import MAX_DEATHS
 
 _MAX_ROWS = 12
 
@@ -38,12 +39,14 @@ class Table(Live):
         """Print a line for a trial that ended, unless the table is shown."""
         if self.is_started:
             return
-        trials = self._study.get_trials(deepcopy=False)
-        ended = trials[number]
-        text = f"trial {number} {describe_state(ended) or 'released'}"
+        trials = study_lib.list_trials(self._study)
+        ended = next((trial for trial in trials if trial.number == number), None)
+        if ended is None:  # Another worker resumes it, or it was one too many.
+            return
+        text = f"trial {number} {describe_state(ended)}"
         if ended.value is not None:
             text += f" at {ended.value:.4f}"
-        if reason := ended.user_attrs.get(study_lib.REASON):
+        if reason := get_reason(ended):
             text += f" ({reason})"
         text = visible(f"{text}: {describe_settings(ended)}")
         text += f"; {describe_progress(trials, self._trials)}"
@@ -52,13 +55,13 @@ class Table(Live):
     def get_renderable(self) -> Group:
         """Return the table, or the last one if the study can't be read."""
         with contextlib.suppress(Exception):  # The database may be temporarily unreachable.
-            trials = self._study.get_trials(deepcopy=False)
+            trials = study_lib.list_trials(self._study)
             table = RichTable(box=None, pad_edge=False)
             for name, width in (("trial", 5), ("state", 8), ("epochs", 6), ("loss", 6)):
                 table.add_column(name, no_wrap=True, min_width=width)
             table.add_column("settings")
             running = [t for t in trials if t.state == TrialState.RUNNING]
-            ended = [t for t in trials if t.state.is_finished() and describe_state(t)]
+            ended = [t for t in trials if t.state.is_finished()]
             shown = [*ended, *running][-max(_MAX_ROWS, len(running)) :]
             for trial in sorted(shown, key=lambda t: t.number):
                 losses = trial.intermediate_values
@@ -75,14 +78,18 @@ class Table(Live):
         return self._shown
 
 
+def get_reason(trial: FrozenTrial) -> str | None:
+    """Return why a trial failed or diverged."""
+    is_failed = trial.state == TrialState.FAIL
+    default = f"{MAX_DEATHS} workers in a row have not finished it" if is_failed else None
+    return trial.user_attrs.get(study_lib.REASON, default)
+
+
 def describe_state(trial: FrozenTrial) -> str:
-    """Return the state of a trial in one word, or "" if another trial may resume it."""
-    reason = trial.user_attrs.get(study_lib.REASON, "")
+    """Return the state of a trial in one word."""
     if trial.state == TrialState.PRUNED:
-        return "diverged" if reason.startswith("diverged") else "pruned"
-    if trial.state == TrialState.FAIL:
-        return "failed" if reason else ""
-    return trial.state.name.lower()
+        return "diverged" if study_lib.REASON in trial.user_attrs else "pruned"
+    return "failed" if trial.state == TrialState.FAIL else trial.state.name.lower()
 
 
 def describe_settings(trial: FrozenTrial) -> str:
@@ -106,13 +113,13 @@ def find_best_trial(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
 
 def describe_progress(trials: Sequence[FrozenTrial], wanted: int) -> str:
     """Return the number of trials in each state, the best of them, and the remaining time."""
-    counts = collections.Counter(filter(None, map(describe_state, trials)))
+    counts = collections.Counter(map(describe_state, trials))
     running = counts["running"]
-    ended = counts.total() - running
+    ended = counts.total() - running - counts["waiting"]
     parts = [f"{ended} of {wanted} trials", *(f"{n} {name}" for name, n in counts.items())]
     if best := find_best_trial(trials):
         parts.append(f"best {best.value:.4f} (trial {best.number})")
-    seconds = [t.duration.total_seconds() for t in trials if t.duration and describe_state(t)]
+    seconds = [t.duration.total_seconds() for t in trials if t.duration]
     if seconds and ended < wanted:
         left = sum(seconds) / len(seconds) * (wanted - ended) / max(1, running)
         hours, minutes = divmod(round(left / 60), 60)
