@@ -43,7 +43,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "lstm-jax" / "prepared"
 
 
-def encode_here(parts: Path, number: int, total: int, key: bytes) -> None:
+def encode_here(parts: Path, number: int, total: int) -> None:
     """Do in this process what `prepared._run_processes` does in several."""
 
     def answer(content: Any) -> None:
@@ -54,7 +54,6 @@ def encode_here(parts: Path, number: int, total: int, key: bytes) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["worker", str(parts), "0", "1"])
         patch.setattr(signal, "signal", lambda *handler: None)
-        patch.setenv(worker.KEY, key.hex())
         patch.setattr(worker, "_print", answer)
         worker.main()
 
@@ -227,7 +226,7 @@ def test_a_corpus_is_prepared_again_only_if_its_text_changes(
 
 
 @pytest.mark.process
-def test_a_killed_preparation_resumes(data: ConfigDict, tmp_path: Path) -> None:
+def test_a_killed_preparation_leaves_nothing(data: ConfigDict, tmp_path: Path) -> None:
     script = f"""
 from lstm_jax import config
 from lstm_jax.data import prepared, texts
@@ -239,41 +238,19 @@ texts.load_texts(data)
     command, pipe = [sys.executable, "-c", script], subprocess.PIPE
     process = subprocess.Popen(command, stderr=pipe, text=True)
 
-    def list_parts() -> list[Path]:
-        return sorted(tmp_path.glob("text/.lstm_jax/*.parts/*.npz"))
+    def is_under_way() -> bool:
+        return len(list(tmp_path.glob("text/.lstm_jax/.*/parts/*.npz"))) >= 5
 
-    commands.wait_until(lambda: len(list_parts()) >= 5, process)
-    found = list_parts()
+    commands.wait_until(is_under_way, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not list(tmp_path.glob("text/.lstm_jax/*/prepared.json")), "no corpus looks complete"
     time.sleep(0.5)  # The worker processes end at their next chunk.
-    parts = list_parts()
-    assert len(parts) >= len(found)
-    parts[1].write_bytes(parts[1].read_bytes()[:-9])
     result = commands.run_python("-c", script)
     assert result.returncode == 0, result.stderr
-    assert len(list(tmp_path.glob("text/.lstm_jax/*/"))) == 1, "the corpus alone"
+    (corpus,) = tmp_path.glob("text/.lstm_jax/*/")
+    assert not (corpus / prepared._PARTS).exists()
     assert_same(data)
-
-
-def test_encoded_chunks_of_the_same_plan_are_kept(tmp_path: Path) -> None:
-    plan = {"sha256": "1", "chunks": []}
-    key = prepared._begin(tmp_path / "work", plan)
-    path = worker.get_part_path(tmp_path / "work", 0)
-    part, chunk = encoding.encode_chunk("text", "characters", ""), [sources.Segment("a", 0, 4)]
-    worker.save_part(path, part, key)
-    assert prepared._begin(tmp_path / "work", plan) == key
-    kept = worker.load_part(path, chunk, key)
-    assert kept is not None and (kept.tokens, kept.characters) == (part.tokens, 4)
-    assert worker.load_part(path, chunk, bytes(32)) is None, "of another plan, or of another user"
-    shutil.copyfile(path, worker.get_part_path(tmp_path / "work", 1))
-    assert worker.load_part(worker.get_part_path(tmp_path / "work", 1), chunk, key) is None
-    path.write_bytes(path.read_bytes()[:-30])
-    assert worker.load_part(path, chunk, key) is None, "a truncated part is ignored"
-    worker.save_part(path, part, key)
-    other = prepared._begin(tmp_path / "work", {**plan, "sha256": "2"})
-    assert worker.load_part(path, chunk, key) and worker.load_part(path, chunk, other) is None
 
 
 @pytest.mark.process
@@ -432,50 +409,11 @@ def test_a_file_that_changes_while_it_is_read_raises_an_error(
         ids[:9]
 
 
-def interrupt_preparation(data: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the parts of a preparation that was stopped before they were merged."""
-
-    def kill(*args: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepared, "_merge", kill)
-        prepared.prepare_corpus(data)
-    (path,) = Path(data.path).parent.glob(".lstm_jax/*/")
-    return path
-
-
-def test_chunks_of_someone_else_are_encoded_again(
-    data: ConfigDict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    directory = interrupt_preparation(data, monkeypatch)
-    parts = sorted(directory.glob("*.npz"))
-    kept = parts[5].stat().st_ino
-    wrong = encoding.encode_chunk("something else", "characters", "")
-    worker.save_part(parts[0], wrong, bytes(32))
-    # Without a seal, only the bytes of the npz file.
-    parts[1].write_bytes(parts[1].read_bytes()[32:])
-    # Swap two of the user's own chunks.
-    parts[2].rename(directory / "x")
-    parts[3].rename(parts[2])
-    (directory / "x").rename(parts[3])
-    sparse(parts[4])
-    inodes: list[int] = []
-    run = prepared._run_processes
-
-    def record_inode(*args: Any) -> None:
-        run(*args)
-        inodes.append(parts[5].stat().st_ino)
-
-    monkeypatch.setattr(prepared, "_run_processes", record_inode)
-    assert_same(data)
-    assert inodes == [kept], "the chunks of this user are kept"
-
-
 @pytest.mark.slow
 def test_nothing_is_written_through_links(
-    data: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared_once: tuple[ConfigDict, Path], tmp_path: Path
 ) -> None:
+    data, directory = prepared_once
     victim, folder = tmp_path / "victim", tmp_path / "folder"
     victim.write_text("precious")
     folder.mkdir()
@@ -485,15 +423,8 @@ def test_nothing_is_written_through_links(
         written = {path.name: path.read_text() for path in folder.iterdir()}
         return victim.read_text() == "precious" and written == {"file": "precious, too"}
 
-    parts = interrupt_preparation(data, monkeypatch)
-    directory = parts.with_suffix("")
-    lock = parts.with_name(f".{directory.name}.lock")
-    for number, part in enumerate(sorted(parts.glob("*.npz"))):
-        part.unlink()
-        if number % 2:
-            part.symlink_to(victim)
-        else:
-            os.mkfifo(part)
+    lock = directory.with_name(f".{directory.name}.lock")
+    shutil.rmtree(directory)
     directory.symlink_to(folder)
     assert_same(data)
     assert is_untouched() and not directory.is_symlink()
@@ -505,13 +436,6 @@ def test_nothing_is_written_through_links(
         assert_same(data)
         assert is_untouched()
     shutil.rmtree(directory)
-    for path in (parts, parts / "plan.json"):
-        path.parent.mkdir(exist_ok=True)
-        path.symlink_to(victim if path.suffix == ".json" else folder)
-        assert prepared.find_corpus(data) is None
-        prepared.prepare_corpus(data)
-        assert is_untouched()
-        shutil.rmtree(directory)
     lock.unlink()
     lock.symlink_to(victim)
     with pytest.raises(UnavailableError, match="can't prepare .*It is a link"):
@@ -535,7 +459,7 @@ def test_nothing_is_written_through_links(
 def test_a_full_disk_raises_an_unavailable_error(
     data: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepared, "CHUNK", 2**20)  # A chunk must be larger than the plan.
+    monkeypatch.setattr(prepared, "CHUNK", 2**20)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
     try:

@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +41,7 @@ from lstm_jax.vocabulary import Ids, Vocabulary
 BESIDE = ".lstm_jax"
 MANIFEST = "prepared.json"
 _TOKENS, _COUNTS = "units.jsonl", "counts.npy"
-_PARTS = ".parts"
+_PARTS = "parts"
 _KEY, _KEY_BYTES = "key", 32
 _MAX_PROCESSES = 16
 # Approximate bytes of a chunk. Encoding it takes about thirty times this memory.
@@ -135,8 +135,8 @@ def find_corpus(data: DataConfig, save: bool = False) -> Manifest | None:
 def prepare_corpus(data: DataConfig) -> Manifest:
     """Return the prepared corpus that the `data` fields of a config describe; make it if missing.
 
-    If another process is making it, wait. An interrupted preparation is resumed. Raise
-    `UnavailableError` if the directory can't be written, and `UserError` as `texts.load_texts`.
+    If another process is making it, wait. Raise `UnavailableError` if the directory can't be
+    written, and `UserError` as `texts.load_texts`.
     """
     *_, directory = _locate(data)
     base = directory.parent
@@ -208,7 +208,7 @@ def _remove(path: Path) -> None:
 
 
 def _prepare(data: DataConfig) -> Manifest:
-    """Encode the text into parts, which a killed process leaves for the next, and merge them."""
+    """Encode the text in parts, and merge them."""
     began = time.monotonic()
     texts, states, directory = _locate(data)
     total = sum(state[1] for state in states)
@@ -224,12 +224,14 @@ def _prepare(data: DataConfig) -> Manifest:
 
     stop = encoding.find_stop_text(data.document_separator, contains)
     flat = list(itertools.chain.from_iterable(chunks))
-    plan = {"sha256": sha256, "units": data.units, "stop": stop, "chunks": flat}
-    parts = directory.with_name(directory.name + _PARTS)
-    key = _begin(parts, plan)
-    _run_processes(parts, len(flat), total, key)
+    plan = {"units": data.units, "stop": stop, "chunks": flat}
     with files.unfinished_directory(directory) as unfinished:
-        characters = _merge(parts, unfinished, chunks, key)
+        parts = unfinished / _PARTS
+        parts.mkdir()
+        (parts / worker.PLAN).write_text(json.dumps(plan))
+        _run_processes(parts, len(flat), total)
+        characters = _merge(parts, unfinished, chunks)
+        shutil.rmtree(parts)
         sources.check_lengths(characters, data.path)
         if _locate(data)[1] != states:
             raise UserError(
@@ -239,7 +241,6 @@ def _prepare(data: DataConfig) -> Manifest:
         manifest = Manifest(directory, states, sha256, stop, characters, made)
         files.write_json(unfinished / MANIFEST, _seal(manifest))
         _remove(directory)  # A corpus of another text, or a damaged one.
-        shutil.rmtree(parts)
         unfinished.rename(directory)
     files.sync_directory(directory.parent.resolve())  # The user may have named a link.
     seconds = time.monotonic() - began
@@ -248,20 +249,7 @@ def _prepare(data: DataConfig) -> Manifest:
     return manifest
 
 
-def _begin(parts: Path, plan: Mapping[str, object]) -> bytes:
-    """Write the plan to the directory of its parts, old ones or none yet; return their key.
-
-    A part with another key, of another plan or user, is encoded again.
-    """
-    if not _is_directory(parts):
-        _remove(parts)
-        parts.mkdir()
-    content = json.dumps(plan).encode()
-    files.write_file(parts / worker.PLAN, content)
-    return hmac.digest(_key(get_cache_directory()), content, "sha256")
-
-
-def _run_processes(parts: Path, number: int, total: int, key: bytes) -> None:
+def _run_processes(parts: Path, number: int, total: int) -> None:
     """Encode all chunks (`number` of them, of `total` bytes) on all cores."""
     workers = min(count_cores(), _MAX_PROCESSES, number)
     environment = {
@@ -270,7 +258,6 @@ def _run_processes(parts: Path, number: int, total: int, key: bytes) -> None:
         # One thread each; NumPy would start one per core for matmuls that it never computes.
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
-        worker.KEY: key.hex(),
     }
     command = [sys.executable, "-m", "lstm_jax.data.worker", str(parts)]
     reader, writer = os.pipe()
@@ -294,8 +281,8 @@ def _run_processes(parts: Path, number: int, total: int, key: bytes) -> None:
                     raise OSError(0, printed["unavailable"])
         if any(process.wait() for process in processes):
             raise UserError(
-                "a process that prepared the text has ended early, perhaps out of memory: "
-                f"{same_again()} resumes from there"
+                "a process that prepared the text has ended early, perhaps out of memory: free "
+                f"some, then start {same_again()} again"
             )
     finally:
         for process in processes:
@@ -303,19 +290,13 @@ def _run_processes(parts: Path, number: int, total: int, key: bytes) -> None:
             process.wait()
 
 
-def _merge(
-    parts: Path, target: Path, chunks: list[list[list[Segment]]], key: bytes
-) -> dict[str, int]:
+def _merge(parts: Path, target: Path, chunks: list[list[list[Segment]]]) -> dict[str, int]:
     """Join the encoded chunks of each split, with one table of tokens; return their characters."""
 
     def load_parts(split: int) -> Iterator[Part]:
         first = sum(map(len, chunks[:split]))
-        for number, chunk in enumerate(chunks[split], first):
-            path = worker.get_part_path(parts, number)
-            part = worker.load_part(path, chunk, key)
-            if part is None:
-                raise UserError(f"{path} has changed: {same_again()} encodes it again")
-            yield part
+        for number in range(first, first + len(chunks[split])):
+            yield worker.load_part(parts, number)
 
     index: dict[str, int] = {}
     characters, lengths = dict.fromkeys(sources.SPLITS, 0), [0] * len(chunks)

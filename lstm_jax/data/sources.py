@@ -5,7 +5,6 @@ not UTF-8 become surrogates, as in Python's "surrogateescape". Otherwise they ar
 byte-order mark at the start of a file is removed.
 """
 
-import fnmatch
 import glob
 import hashlib
 import itertools
@@ -24,9 +23,6 @@ from lstm_jax.errors import UserError, another_directory
 from lstm_jax.vocabulary import FILE_END
 
 SPLITS = ("train", "validation", "test")
-# Files and directories that the patterns of a data.path may visit. A pattern from someone else's
-# run could match the whole disk.
-_MAX_ENTRIES = 10**6
 # Largest size in bytes of a file that a command's flag names.
 _MAX_ARGUMENT_BYTES = 10**9
 # Bytes that are read at a time where only a part of a text is in memory.
@@ -51,64 +47,25 @@ def find_files(paths: str) -> list[list[Path]]:
             f"data.path {paths!r} has {len(texts)} texts: it must have one, or three (train, "
             "validation and test) separated by ;"
         )
-    visits = _limit_visits()
-    return [
-        [path for pattern in text.split(",") for path in _find(pattern, visits)] for text in texts
-    ]
+    return [[path for pattern in text.split(",") for path in _find(pattern)] for text in texts]
 
 
-def _limit_visits() -> Iterator[None]:
-    """Yield once for each file or directory that may be visited, then raise `UserError`."""
-    yield from itertools.repeat(None, _MAX_ENTRIES)
-    raise UserError(
-        f"the patterns of data.path visit more than {_MAX_ENTRIES:,} files and directories: use "
-        "narrower ones"
-    )
-
-
-def _find(pattern: str, visits: Iterator[None]) -> list[Path]:
+def _find(pattern: str) -> list[Path]:
     """Return the files that a path or glob pattern names, at least one."""
     if os.path.isdir(pattern):
         inside = Path(pattern, "*")
         raise UserError(f"{pattern} is a directory: name its files in data.path: {inside}")
     # A name with brackets may be both a file and a pattern: the file takes precedence.
-    matches = [pattern] if os.path.exists(pattern) else sorted(_expand(pattern, visits))
+    try:
+        exists = os.path.exists(pattern)
+        matches = [pattern] if exists else sorted(glob.glob(pattern, recursive=True))
+    except RecursionError:  # It has hundreds of slashes.
+        matches = []
     if len(matches) > 1:
         matches = list(filter(os.path.isfile, matches))
     if not matches:
         raise UserError(f"there is no text file {pattern}: name an existing one in data.path")
     return list(map(Path, matches))
-
-
-def _expand(pattern: str, visits: Iterator[None]) -> list[str]:
-    """Expand a pattern like `glob.glob(pattern, recursive=True)`, within a number of visits."""
-    matches = ["/" if pattern.startswith("/") else ""]
-    for part in re.split("/+", pattern.lstrip("/")):
-        parents, matches = matches, []
-        for parent in parents:
-            if part == "**":
-                below = [os.path.join(parent, "")] if os.path.isdir(parent or ".") else []
-                for path in below:  # The list grows during the loop.
-                    below += _match_names(path, "*", visits)
-                matches += below
-            elif set(part) & set("*?["):
-                matches += _match_names(parent, part, visits)
-            else:
-                next(visits)
-                path = os.path.join(parent, part)
-                matches += [path] if os.path.lexists(path) else []
-    return [path for path in matches if path]
-
-
-def _match_names(directory: str, pattern: str, visits: Iterator[None]) -> list[str]:
-    """Return the paths in a directory that match; none if it can't be read as a directory."""
-    try:
-        with os.scandir(directory or ".") as entries:
-            names = [entry.name for entry, _ in zip(entries, visits, strict=False)]
-    except (OSError, ValueError):
-        return []
-    names = [name for name in names if pattern[0] == "." or name[0] != "."]
-    return [os.path.join(directory, name) for name in fnmatch.filter(names, pattern)]
 
 
 def make_absolute(paths: str) -> str:

@@ -4,8 +4,6 @@
 in a directory. It imports little more than NumPy, so that many processes need little memory.
 """
 
-import hmac
-import io
 import json
 import os
 import signal
@@ -14,45 +12,28 @@ from pathlib import Path
 
 import numpy as np
 
-from lstm_jax.data import files, sources
+from lstm_jax.data import sources
 from lstm_jax.data.encoding import Part, encode_chunk
 from lstm_jax.errors import UserError
 
 PLAN = "plan.json"
-# The environment variable with the key of `save_part`, in hexadecimal.
-KEY = "LSTM_JAX_PARTS_KEY"
-_SEAL_BYTES = 32
 
 
-def save_part(path: Path, part: Part, key: bytes) -> None:
-    """Write an encoded chunk atomically, sealed with a key."""
+def save_part(directory: Path, number: int, part: Part) -> None:
+    """Write an encoded chunk."""
     tokens = np.frombuffer(json.dumps(part.tokens).encode(), np.uint8)
-    content = io.BytesIO()
-    np.savez(content, ids=part.ids, units=tokens, counts=part.counts, characters=part.characters)
-    files.write_file(path, _seal(path, content.getvalue(), key) + content.getbuffer())
+    path = _get_path(directory, number)
+    np.savez(path, ids=part.ids, units=tokens, counts=part.counts, characters=part.characters)
 
 
-def load_part(path: Path, chunk: list[sources.Segment], key: bytes) -> Part | None:
-    """Return the encoded chunk that `save_part` wrote with this key, or None."""
-    try:
-        # Ids, tokens and counts take less than 32 bytes for each byte of text.
-        content = files.read_bytes(path, 2**16 + 32 * sources.count_bytes(chunk))
-    except OSError:
-        return None
-    seal, content = content[:_SEAL_BYTES], content[_SEAL_BYTES:]
-    if not hmac.compare_digest(seal, _seal(path, content, key)):
-        return None
-    with np.load(io.BytesIO(content)) as arrays:
+def load_part(directory: Path, number: int) -> Part:
+    """Return the encoded chunk that `save_part` wrote."""
+    with np.load(_get_path(directory, number)) as arrays:
         tokens = json.loads(arrays["units"].tobytes())
         return Part(arrays["ids"], tokens, arrays["counts"], int(arrays["characters"]))
 
 
-def _seal(path: Path, content: bytes, key: bytes) -> bytes:
-    return hmac.digest(key, path.name.encode() + content, "sha256")
-
-
-def get_part_path(directory: Path, number: int) -> Path:
-    """Return the path of an encoded chunk."""
+def _get_path(directory: Path, number: int) -> Path:
     return directory / f"{number:06}.npz"
 
 
@@ -60,15 +41,12 @@ def main() -> None:
     """Encode the chunks of this process; print the bytes of each, or an error as a JSON object."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent process handles it.
     directory, number, total = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    plan = json.loads((directory / PLAN).read_text(encoding="utf-8", errors="surrogateescape"))
-    key = bytes.fromhex(os.environ[KEY])
+    plan = json.loads((directory / PLAN).read_text())
     try:
         for i in range(number, len(plan["chunks"]), total):
             chunk = [sources.Segment(*segment) for segment in plan["chunks"][i]]
-            path = get_part_path(directory, i)
-            if load_part(path, chunk, key) is None:
-                text = sources.read_segments(chunk, plan["units"] == "bytes")
-                save_part(path, encode_chunk(text, plan["units"], plan["stop"]), key)
+            text = sources.read_segments(chunk, plan["units"] == "bytes")
+            save_part(directory, i, encode_chunk(text, plan["units"], plan["stop"]))
             _print(sources.count_bytes(chunk))
     except UserError as error:
         _print({"mistake": str(error)})
