@@ -11,7 +11,7 @@ COMMANDS = {
     "evaluate": "measure a trained model on a text",
     "sample": "generate text with a trained model",
     "inspect": "show on a page what the hidden units of a trained model respond to",
-    "convert": "read and write the weights of Keras and PyTorch, and write ONNX",
+    "convert": "read and write weights of PyTorch, or make the folder of a model",
     "export": "put a trained model into a web page, where it generates text",
     "sweep": "search for good settings, or train several seeds",
 }

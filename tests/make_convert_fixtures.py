@@ -1,4 +1,4 @@
-"""Make tests/fixtures: tiny models of Keras and PyTorch, and their logits for a text.
+"""Make tests/fixtures: tiny models of PyTorch, and their logits for a text.
 
     pip install -e '.[bench,convert]'
     python tests/make_convert_fixtures.py
@@ -7,11 +7,9 @@ The weights are random and large, so that no gate is near its initial value.
 """
 
 import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 import safetensors.torch
 import torch
@@ -21,21 +19,6 @@ TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nS
 TOKENS = ["", "[UNK]", *sorted(set(TEXT))]
 IDS = np.array([[TOKENS.index(character) for character in TEXT]], np.int32)
 HIDDEN, FEATURES = 5, 4
-
-
-class Lesson(keras.Model):
-    """The lesson's model, a subclass whose layer also returns its state."""
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.embedding = keras.layers.Embedding(len(TOKENS), FEATURES)
-        self.layer = layer
-        self.dense = keras.layers.Dense(len(TOKENS))
-
-    def call(self, inputs: Any) -> Any:
-        """Return logits for ids [batch, time]."""
-        outputs, *_ = self.layer(self.embedding(inputs))
-        return self.dense(outputs)
 
 
 class CharacterModel(torch.nn.Module):
@@ -58,24 +41,6 @@ def main() -> None:
     FIXTURES.mkdir(exist_ok=True)
     random = np.random.default_rng(0)
     logits = {}
-    keras_layers = keras.layers
-    sequential = keras.Sequential(
-        [
-            keras_layers.Embedding(len(TOKENS), FEATURES),
-            keras_layers.LSTM(HIDDEN, return_sequences=True),
-            keras_layers.Dropout(0.1),
-            keras_layers.LSTM(HIDDEN, return_sequences=True),
-            keras_layers.Dense(len(TOKENS)),
-        ]
-    )
-    lesson = Lesson(keras_layers.GRU(HIDDEN, return_sequences=True, return_state=True))
-    keras_models = {"keras_lstm.keras": sequential, "keras_gru.weights.h5": lesson}
-    for name, keras_model in keras_models.items():
-        keras_model(IDS)
-        keras_model.set_weights([random.normal(size=w.shape) for w in keras_model.get_weights()])
-        save = keras_model.save if name.endswith(".keras") else keras_model.save_weights
-        save(FIXTURES / name)
-        logits[name] = np.asarray(keras_model(IDS))
     torch_layers = {
         "torch_lstm.safetensors": torch.nn.LSTM(FEATURES, HIDDEN, num_layers=3, batch_first=True),
         "torch_gru.safetensors": torch.nn.GRU(FEATURES, HIDDEN, num_layers=2, batch_first=True),
@@ -95,16 +60,6 @@ def main() -> None:
         name: array[0, ::10].astype(np.float32) for name, array in logits.items()
     }
     np.savez_compressed(FIXTURES / "logits.npz", **tenth)
-    _compress(FIXTURES / "keras_lstm.keras")
-
-
-def _compress(path: Path) -> None:
-    """Compress a .keras archive, which Keras stores uncompressed."""
-    with zipfile.ZipFile(path) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
 
 
 if __name__ == "__main__":

@@ -118,9 +118,12 @@ def test_an_error_names_a_model_that_is_not_the_one_of_the_config(
     ("arguments", "message"),
     [
         (["--to=FOLDER"], "exists: remove it, or use another --to"),
-        (["--to=x.onnx", "--dtype=bfloat16"], "--dtype is for --to with the name of a folder"),
+        (
+            ["--to=x.safetensors", "--dtype=bfloat16"],
+            "--dtype is for --to with the name of a folder",
+        ),
         (["--to=x", "--drop_special"], "--drop_special is for --to with the name of a file"),
-        (["--to=x.pt2"], "end in one of these, or have no suffix, for a folder"),
+        (["--to=x.pt2"], "end in .safetensors, or have no suffix, for a folder"),
     ],
 )
 def test_a_mistake_gives_one_line(arguments: list[str], message: str, folder: Path) -> None:

@@ -1,1 +1,1 @@
-"""Convert weights from and to Keras and PyTorch, and to ONNX; make a folder of a model."""
+"""Convert weights from and to PyTorch; make a folder of a model."""

@@ -1,12 +1,11 @@
-"""Convert weights from and to Keras and PyTorch, and to ONNX; make a folder of a model.
+"""Convert weights from and to PyTorch; make a folder of a model.
 
-    python -m lstm_jax.convert --from model.keras --vocabulary vocabulary.json --workdir runs/new
-    python -m lstm_jax.convert --workdir runs/quick --to model.safetensors
+    python -m lstm_jax.convert --from my.safetensors --vocabulary vocabulary.json --workdir runs/new
+    python -m lstm_jax.convert --workdir runs/quick --to my.safetensors
     python -m lstm_jax.convert --workdir runs/quick --to models/quick
 
-The suffix of a file is its format: .keras, .weights.h5 (both Keras 3), .safetensors (PyTorch)
-or .onnx (a graph, which can only be written). Without a suffix, --to is a folder with the model,
-to keep or to publish, which all commands that read a working directory also read.
+A .safetensors file holds a state_dict of PyTorch. Without a suffix, --to is a folder with the
+model, to keep or to publish, which all commands that read a working directory also read.
 """
 
 if __name__ == "__main__":
@@ -21,10 +20,8 @@ from absl import flags
 from lstm_jax.errors import UserError
 from lstm_jax.run import command
 
-_FROM = flags.DEFINE_string("from", None, "File to make a working directory from.")
-_TO = flags.DEFINE_string(
-    "to", None, "File to write: .keras, .weights.h5, .safetensors or .onnx; or a folder to make."
-)
+_FROM = flags.DEFINE_string("from", None, "File to make a working directory from (.safetensors).")
+_TO = flags.DEFINE_string("to", None, "File to write (.safetensors), or folder to make.")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, f"Working directory to make; or to read: {command.TRAINED}."
 )

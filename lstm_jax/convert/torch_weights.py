@@ -4,14 +4,16 @@ PyTorch's kernels are transposed; its gates have the order of `lstm_jax.cells`. 
 safetensors.
 """
 
+import importlib
 import re
+import types
 from typing import BinaryIO
 
 import numpy as np
 
 from lstm_jax.convert import weights as weights_lib
 from lstm_jax.convert.weights import Weights
-from lstm_jax.errors import UserError
+from lstm_jax.errors import UserError, one_line
 
 _MAX_HEADER_BYTES = 10**8  # The limit of the format itself.
 # lstm.weight_ih_l0, or weight_ih of an LSTMCell.
@@ -23,13 +25,15 @@ def read_state_dict(file: BinaryIO) -> Weights:
 
     An `nn.RNN` is assumed to have its default activation, tanh.
     """
-    library = weights_lib.require("safetensors.numpy")
-    with weights_lib.parsing("safetensors file"):
-        # The file begins with the size of its header. If that is impossible, don't read the rest.
-        start = file.read(8)
-        if not 1 < int.from_bytes(start, "little") <= _MAX_HEADER_BYTES:
-            raise UserError("it is not a safetensors file")
+    library = _import_safetensors()
+    # The file begins with the size of its header. If that is impossible, don't read the rest.
+    start = file.read(8)
+    if not 1 < int.from_bytes(start, "little") <= _MAX_HEADER_BYTES:
+        raise UserError("it is not a safetensors file")
+    try:
         loaded = library.load(start + file.read())
+    except Exception as error:  # It raises many kinds for a damaged file.
+        raise UserError(f"it is not a safetensors file ({one_line(error)[:200]})") from None
     layers: dict[str, dict[str, np.ndarray]] = {}
     ends: dict[str, list[np.ndarray]] = {}
     for name, array in loaded.items():
@@ -55,7 +59,7 @@ def read_state_dict(file: BinaryIO) -> Weights:
         biases = [arrays.get(key, zeros) for key in ("bias_ih", "bias_hh")]
         kernels = arrays["weight_ih"].T, arrays["weight_hh"].T
         made[name] = weights_lib.make_layer(name, *kernels, *biases)
-    return weights_lib.build_weights(made, ends, transposed=True)
+    return weights_lib.build_weights(made, ends)
 
 
 def write_state_dict(weights: Weights) -> bytes:
@@ -63,7 +67,7 @@ def write_state_dict(weights: Weights) -> bytes:
 
     Layers of different sizes become separate modules: `lstm.0`, `lstm.1`, ...
     """
-    library = weights_lib.require("safetensors.numpy")
+    library = _import_safetensors()
     one_size = len(set(weights.hidden_sizes)) == 1
     arrays = {"embedding.weight": weights.embedding}
     for i, layer in enumerate(weights.layers):
@@ -78,3 +82,11 @@ def write_state_dict(weights: Weights) -> bytes:
     arrays |= {"linear.weight": weights.kernel.T, "linear.bias": weights.bias}
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     return bytes(library.save(contiguous, {"format": "pt"}))
+
+
+def _import_safetensors() -> types.ModuleType:
+    """Import and return `safetensors.numpy`, or raise `UserError`."""
+    try:
+        return importlib.import_module("safetensors.numpy")
+    except ImportError:
+        raise UserError("this format needs safetensors: pip install 'lstm-jax[convert]'") from None

@@ -1,35 +1,20 @@
-"""Convert a file of weights to a working directory, and back; and to the folder of a model."""
+"""Convert a file of PyTorch's weights to a working directory, and back; make a model's folder."""
 
 import contextlib
 import json
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import vocabulary as vocabulary_lib
-from lstm_jax.convert import card, keras_weights, onnx_graph, torch_weights, weights
+from lstm_jax.convert import card, torch_weights, weights
 from lstm_jax.data import encoding, files, sources, texts
 from lstm_jax.errors import UserError
 from lstm_jax.run import checkpoints, messages, metrics, model_file, workdir
 
-_Format = tuple[Callable[[BinaryIO], weights.Weights] | None, Callable[[weights.Weights], bytes]]
-# Functions that read and write the content of a file, by the end of its name.
-_FORMATS: dict[str, _Format] = {
-    ".keras": (keras_weights.read_archive, keras_weights.write_archive),
-    ".weights.h5": (keras_weights.read_weights, keras_weights.write_weights),
-    ".safetensors": (torch_weights.read_state_dict, torch_weights.write_state_dict),
-    ".onnx": (None, onnx_graph.write_graph),
-}
-# For other suffixes: how to save such a model, and the suffixes to use instead.
-_KERAS = "save it in Keras 3 with model.save('model.keras')", ".keras or .weights.h5"
-_TORCH = (
-    "save it with safetensors.torch.save_file(model.state_dict(), 'model.safetensors')",
-    ".safetensors",
-)
-_OTHERS = {".h5": _KERAS, ".hdf5": _KERAS, ".pt": _TORCH, ".pth": _TORCH}
+_SUFFIX = ".safetensors"
 _CARD = "README.md"
 _ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}  # Of a text, one token a line.
 
@@ -42,9 +27,7 @@ def import_weights(
     `text_file` is the text that the model was trained on, for `evaluate`. The tokens are those that
     `read_vocabulary` finds in `vocabulary_file`, or else the characters of this text.
     """
-    read, _ = _find_format(source, "--from")
-    if read is None:
-        raise UserError(f"{source} (--from) is a graph: weights are read from Keras and PyTorch")
+    _check_suffix(source, "--from")
     if vocabulary_file is None and text_file is None:
         raise UserError(
             f"{source} does not contain its vocabulary: give --vocabulary FILE, or --text FILE "
@@ -63,7 +46,7 @@ def import_weights(
         tokens, kind, stop = vocabulary_lib.Vocabulary.from_text(text).tokens, "characters", ""
     try:
         with files.open_regular(source, follow=True) as file:
-            loaded = read(file)
+            loaded = torch_weights.read_state_dict(file)
         whole, vocabulary, added = weights.add_special_rows(loaded, tokens, kind, stop)
         fields, params = weights.to_model(whole)
     except OSError as error:
@@ -94,20 +77,20 @@ def export_weights(directory: Path, target: Path, drop_special: bool = False) ->
     The vocabulary is written beside it, to a file with .vocabulary.json added to the name. If
     `drop_special`, the rows of "" and "[UNK]" are left out of both.
     """
-    _, write = _find_format(target, "--to")
+    _check_suffix(target, "--to")
     beside = target.with_name(target.name + ".vocabulary.json")
     for path in (target, beside):
         if path.exists():
             raise UserError(f"{path} exists: remove it, or use another --to")
     config = workdir.load_config(workdir.find_model(directory))
     try:
-        weights.check_model(config.model, graph=target.suffix == ".onnx")
+        weights.check_model(config.model)
     except UserError as error:
         raise UserError(f"{directory} can't be converted: {error}") from None
     trained = workdir.load_trained(directory)
     whole = weights.from_model(trained.model, trained.params)
     rows = slice(len(vocabulary_lib.SPECIAL_IDS) if drop_special else 0, None)
-    content = write(
+    content = torch_weights.write_state_dict(
         whole._replace(
             embedding=whole.embedding[rows], kernel=whole.kernel[:, rows], bias=whole.bias[rows]
         )
@@ -202,14 +185,11 @@ def _make_directory(
         raise UserError(f"can't write to {directory}: {error.strerror}") from None
 
 
-def _find_format(path: Path, flag: str) -> _Format:
-    for suffix, functions in _FORMATS.items():
-        if path.name.endswith(suffix):
-            return functions
-    remedy = "its name must end in one of these"
-    if flag == "--to":
-        remedy += ", or have no suffix, for a folder"
-    if path.suffix in _OTHERS:
-        saving, ends = _OTHERS[path.suffix]
-        remedy = saving if flag == "--from" else f"name a file that ends in {ends}"
-    raise UserError(f"{path} ({flag}) is none of {', '.join(_FORMATS)}: {remedy}")
+def _check_suffix(path: Path, flag: str) -> None:
+    if path.suffix != _SUFFIX:
+        folder = ", or have no suffix, for a folder" if flag == "--to" else ""
+        raise UserError(
+            f"{path} ({flag}) is not a file of PyTorch's weights: its name must end in {_SUFFIX}"
+            f"{folder} (safetensors.torch.save_file(model.state_dict(), 'model.safetensors') "
+            "writes one)"
+        )

@@ -1,17 +1,14 @@
-"""Represent the weights that all formats share: embedding, recurrent layers, dense layer."""
+"""Represent weights as PyTorch's layers have them: embedding, recurrent layers, dense layer."""
 
-import contextlib
-import importlib
 import re
-import types
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from lstm_jax.config import ModelConfig
-from lstm_jax.errors import UserError, one_line
+from lstm_jax.errors import UserError
 from lstm_jax.model import LanguageModel, Params
 from lstm_jax.vocabulary import PADDING, UNKNOWN, Vocabulary
 
@@ -31,7 +28,6 @@ class Weights(NamedTuple):
     layers: list[Layer]
     kernel: np.ndarray  # Of the dense layer, [hidden, vocabulary].
     bias: np.ndarray  # Of the dense layer, [vocabulary].
-    skip_connections: bool = False  # As in `LanguageModel`.
 
     @property
     def hidden_sizes(self) -> list[int]:
@@ -39,19 +35,17 @@ class Weights(NamedTuple):
         return [len(layer["recurrent_kernel"]) for layer in self.layers]
 
 
-def check_model(model: ModelConfig, graph: bool = False) -> None:
-    """Raise `UserError` if a format can't have layers with these `model` fields of a config.
-
-    A graph can have skip connections; the layers of a file of weights can't.
-    """
-    if model.skip_connections and not graph:
-        raise UserError(
-            "Keras and PyTorch have no layer with model.skip_connections=True: write a .onnx file"
-        )
-    allowed: dict[str, Collection[Any]] = {"cell": GATES, "layer_norm": [False], "block": ["none"]}
+def check_model(model: ModelConfig) -> None:
+    """Raise `UserError` if PyTorch has no layers with these `model` fields of a config."""
+    allowed: dict[str, Collection[Any]] = {
+        "cell": GATES,
+        "layer_norm": [False],
+        "block": ["none"],
+        "skip_connections": [False],
+    }
     for field, values in allowed.items():
         if (value := getattr(model, field)) not in values:
-            raise UserError(f"Keras, PyTorch and ONNX have no layer with model.{field}={value!r}")
+            raise UserError(f"PyTorch has no layer with model.{field}={value!r}")
 
 
 def from_model(model: LanguageModel, params: Params) -> Weights:
@@ -64,7 +58,6 @@ def from_model(model: LanguageModel, params: Params) -> Weights:
         [arrays[f"{model.cell}_{i}"] for i in range(model.num_layers)],
         embedding.T if model.tie_embeddings else arrays["dense"]["kernel"],
         arrays["dense"]["bias"],
-        model.skip_connections,
     )
 
 
@@ -98,8 +91,8 @@ def add_special_rows(
     """Make "" and "[UNK]" rows 0 and 1; return the weights, the vocabulary, and the added tokens.
 
     Rows that the model lacks are added, with logits of -30. Even if `tokens`, by id, include "" or
-    "[UNK]", the model may lack "" or both, and may have "[UNK]" first, as with Keras's
-    StringLookup. Raise `UserError` if the number of tokens does not fit the model.
+    "[UNK]", the model may lack "" or both, and may have "[UNK]" first. Raise `UserError` if the
+    number of tokens does not fit the model.
     """
     proper = [token for token in tokens if token not in (PADDING, UNKNOWN)]
     orders = [list(tokens), [UNKNOWN, *proper], proper]
@@ -121,27 +114,6 @@ def add_special_rows(
     kernel = np.pad(weights.kernel, ((0, 0), (0, 1)))[:, picked]
     bias = np.append(weights.bias, np.float32(-30))[picked]  # In effect, never predicted.
     return weights._replace(embedding=embedding, kernel=kernel, bias=bias), vocabulary, added
-
-
-def require(module: str) -> types.ModuleType:
-    """Import and return a module of an optional package, or raise `UserError`."""
-    package = module.partition(".")[0]
-    try:
-        importlib.import_module(package)
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"this format needs {package}: pip install 'lstm-jax[convert]'") from None
-
-
-@contextlib.contextmanager
-def parsing(format_name: str) -> Iterator[None]:
-    """Convert any exception to `UserError`: libraries raise many kinds for a damaged file."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"it is not a {format_name} ({one_line(error)[:200]})") from None
 
 
 def make_layer(
@@ -168,12 +140,6 @@ def make_layer(
     return cells[0], layer
 
 
-def reorder_gates(array: np.ndarray, order: Sequence[int]) -> np.ndarray:
-    """Return an array [..., gates * hidden] with its gates in another order."""
-    gates = np.split(array, len(order), axis=-1)
-    return np.concatenate([gates[k] for k in order], axis=-1)
-
-
 def split_biases(layer: Layer) -> np.ndarray:
     """Return the bias of the inputs and that of the hidden state: [2, gates * hidden]."""
     second = np.zeros_like(layer["bias"])
@@ -183,13 +149,12 @@ def split_biases(layer: Layer) -> np.ndarray:
 
 
 def build_weights(
-    layers: dict[str, tuple[str, Layer]], ends: dict[str, list[np.ndarray]], transposed: bool
+    layers: dict[str, tuple[str, Layer]], ends: dict[str, list[np.ndarray]]
 ) -> Weights:
     """Build the weights of a model, or raise `UserError` if these layers don't form one.
 
-    The arguments are the recurrent layers by name, in any order; the arrays of every other layer;
-    and whether the kernel of a dense layer is [vocabulary, hidden]. If so, one matrix may be both
-    this kernel and the embedding.
+    The arguments are the recurrent layers by name, in any order, and the arrays of every other
+    layer. The kernel of the dense layer is [vocabulary, hidden], and may also be the embedding.
     """
     if not layers:
         raise UserError("it has no recurrent layer")
@@ -204,7 +169,7 @@ def build_weights(
         )
     ordered = [layers[name][1] for name in sorted(layers, key=_numbers)]
     features, hidden = len(ordered[0]["input_kernel"]), len(ordered[-1]["recurrent_kernel"])
-    embedding, kernel, bias = _match_ends(ends, features, hidden, transposed)
+    embedding, kernel, bias = _match_ends(ends, features, hidden)
     return check_weights(Weights(cells.pop(), embedding, ordered, kernel, bias))
 
 
@@ -214,17 +179,16 @@ def _numbers(name: str) -> list[list[int]]:
 
 
 def _match_ends(
-    ends: dict[str, list[np.ndarray]], features: int, hidden: int, transposed: bool
+    ends: dict[str, list[np.ndarray]], features: int, hidden: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the embedding, and the kernel and bias of the dense layer."""
     arrays = [(name, array) for name, of_layer in ends.items() for array in of_layer]
     matrices = {name: array for name, array in arrays if array.ndim == 2}
-    kernels = {name: array.T if transposed else array for name, array in matrices.items()}
+    kernels = {name: array.T for name, array in matrices.items()}
     biases = {name: array for name, array in arrays if array.ndim == 1}
     names = sorted(matrices)
     known = len(names) + len(biases) == len(arrays) and len(biases) <= 1
-    known &= transposed or set(biases) <= set(names)
-    if not known or len(names) not in ((1, 2) if transposed else (2,)):
+    if not known or len(names) not in (1, 2):
         raise UserError(
             f"its other layers with weights are {', '.join(sorted(ends)) or 'none'}: "
             "only one embedding and one dense layer can be converted"
