@@ -8,7 +8,6 @@ import models
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.data.encoding import Text
-from lstm_jax.evaluate.temperature import Tempered
 from lstm_jax.model import LanguageModel
 from lstm_jax.run import messages
 from lstm_jax.run.zero_state import measure_zero_state
@@ -18,12 +17,12 @@ MODEL = LanguageModel(11, 6, 9)
 PARAMS = models.draw_params(MODEL, 0.6)
 
 
-def compute_losses(ids: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+def compute_losses(ids: np.ndarray) -> np.ndarray:
     """Return the loss of each token but the first, from one pass over the text."""
     # All texts of a thousand tokens have one shape: what follows a token has no effect.
     padded = np.pad(ids[None, :-1], ((0, 0), (0, -(len(ids) - 1) % 1000)))
     output, _ = models.apply(MODEL, PARAMS, padded, MODEL.initial_carry(1))
-    logits = np.asarray(output[0], np.float64) / temperature
+    logits = np.asarray(output[0], np.float64)
     log_probabilities = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     losses: np.ndarray = -log_probabilities[np.arange(len(ids) - 1), ids[1:]]
     return losses
@@ -84,8 +83,6 @@ def test_token_losses_sum_to_the_loss(longest: int, monkeypatch: pytest.MonkeyPa
     assert losses.sum(dtype=np.float64) == pytest.approx(total, rel=1e-6)
     np.testing.assert_allclose(losses, compute_losses(ids), atol=1e-4)  # In the order of the text.
     assert loss_lib.compute_token_losses(MODEL, PARAMS, ids[:1]).shape == (0,)
-    losses = loss_lib.compute_token_losses(Tempered(MODEL, 1.5), PARAMS, ids)  # type: ignore[arg-type]
-    np.testing.assert_allclose(losses, compute_losses(ids, 1.5), atol=1e-4)
 
 
 @pytest.mark.slow

@@ -226,16 +226,6 @@ def test_any_text_is_measured_like_a_split(trained: Path, text_file: Path, tmp_p
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("split", "warns"), [("test", False), ("validation+test", True)])
-def test_a_loss_on_what_the_temperature_was_fitted_on_has_a_warning(
-    trained: Path, tmp_path: Path, split: str, warns: bool
-) -> None:
-    arguments = f"--workdir={trained}", f"--split={split}", "--fit_temperature"
-    result = run("evaluate", *arguments, cwd=tmp_path)
-    assert json.loads(result.stdout)["split"] == split
-    assert ("was fitted on the validation split" in result.stderr) == warns
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -362,7 +352,7 @@ BAD_CONFIGS = {
             ["main", *TINY, "--config.model.cell=gru", "--config.model.recurrence=fused"],
             "only LSTM cells without layer normalization",
         ),
-        (["evaluate", "--workdir=.", "--dynamic", "--fit_temperature"], "use only one of them"),
+        (["evaluate", "--workdir=.", "--dynamic", "--context=9"], "use only one of them"),
         (["evaluate", "--workdir=.", "--dynamic_segment_length=0"], "range [1, 1000000000]"),
         (["evaluate", "--workdir=.", "--dynamic_learning_rate=nan"], "0 or more, and finite"),
         (["evaluate", "--workdir=.", "--text=good.txt", "--split=test"], "leave one out"),

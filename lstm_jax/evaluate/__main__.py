@@ -39,11 +39,6 @@ _CONTEXT = flags.DEFINE_integer(
 _BY_POSITION = flags.DEFINE_string(
     "by_position", None, "PNG file for a plot of the loss by position in the window of --context."
 )
-_FIT_TEMPERATURE = flags.DEFINE_bool(
-    "fit_temperature",
-    False,
-    "Divide the logits by the temperature with the smallest loss on the validation split.",
-)
 _ZERO_STATE = flags.DEFINE_bool(
     "zero_state",
     False,
@@ -87,10 +82,8 @@ def main() -> None:
         )
     if not all(0 <= x < math.inf for x in (_DYNAMIC_LEARNING_RATE.value, _DYNAMIC_DECAY.value)):
         raise UserError("--dynamic_learning_rate and --dynamic_decay must be 0 or more, and finite")
-    if bool(_CONTEXT.value) + _FIT_TEMPERATURE.value + _DYNAMIC.value > 1:
-        raise UserError(
-            "--context, --fit_temperature and --dynamic can't be combined: use only one of them"
-        )
+    if _CONTEXT.value and _DYNAMIC.value:
+        raise UserError("--context and --dynamic can't be combined: use only one of them")
     plot = Path(_BY_POSITION.value) if _BY_POSITION.value else None
     if plot and not _CONTEXT.value:
         raise UserError("--by_position needs windows: add --context 256")
@@ -110,7 +103,6 @@ def main() -> None:
         json_lines=_JSON_LINES.value,
         context=_CONTEXT.value,
         by_position=plot,
-        fit_temperature=_FIT_TEMPERATURE.value,
         zero_state=_PLACES if _ZERO_STATE.value else 0,
         dynamic=settings if _DYNAMIC.value else None,
     )

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,7 +13,6 @@ from lstm_jax import loss as loss_lib
 from lstm_jax.data import sources, texts
 from lstm_jax.data.encoding import Text
 from lstm_jax.errors import UserError, warn
-from lstm_jax.evaluate.temperature import Tempered, fit_temperature
 from lstm_jax.run import advice, ensemble, figures, workdir, zero_state
 from lstm_jax.vocabulary import FILE_END, UNKNOWN_ID, Ids, Vocabulary
 
@@ -26,7 +25,6 @@ class Options(NamedTuple):
     json_lines: bool
     context: int | None
     by_position: Path | None
-    fit_temperature: bool
     zero_state: int  # The number of positions, or 0.
     dynamic: dynamic.Settings | None
 
@@ -53,7 +51,7 @@ def measure(
     model, params, vocabulary = trained.model, trained.params, trained.vocabulary
     names = options.splits.split("+")
     splits: dict[str, Text] = {}
-    if not options.text or options.dynamic or options.fit_temperature:
+    if not options.text or options.dynamic:
         splits = texts.load_texts_of_run(trained.config.data, *own_text)
     measured = (
         [_read_text(options.text, vocabulary)] if options.text else [splits[n] for n in names]
@@ -96,11 +94,6 @@ def measure(
         result["zero_state"] = zero._asdict()
     if warning := advice.find_suspicion({name: loss}, len(vocabulary), zero):
         warn(warning)
-    if options.fit_temperature and not options.text and "validation" in names:
-        warn(
-            "the temperature was fitted on the validation split, so the loss there is too low: "
-            "measure with --split test"
-        )
     if options.json_lines:
         _print_tokens([vocabulary.tokens[i] for i in ids[:]], losses)
     # JSON has no infinity.
@@ -127,16 +120,10 @@ def _measure_loss(
     if options.context:
         losses = loss_lib.compute_token_losses(model, params, ids, options.context)
         return float(losses.mean(dtype=np.float64)), losses, {"context": options.context}
-    measured: Any = model
-    used: dict[str, object] = {}
-    if options.fit_temperature:
-        validation = splits["validation"].encode(vocabulary)
-        temperature = fit_temperature(model, params, validation)
-        measured, used = Tempered(model, temperature), {"temperature": temperature}
     if options.json_lines:
-        losses = loss_lib.compute_token_losses(measured, params, ids)
-        return float(losses.mean(dtype=np.float64)), losses, used
-    return loss_lib.compute_loss(measured, params, ids), np.zeros(0), used
+        losses = loss_lib.compute_token_losses(model, params, ids)
+        return float(losses.mean(dtype=np.float64)), losses, {}
+    return loss_lib.compute_loss(model, params, ids), np.zeros(0), {}
 
 
 def _read_text(path: str, vocabulary: Vocabulary) -> Text:

@@ -13,8 +13,8 @@ from lstm_jax.config import FIELDS, Config, change_fields, flatten
 from lstm_jax.data import files
 from lstm_jax.errors import visible
 from lstm_jax.run import cell_file
+from lstm_jax.sweep import progress
 from lstm_jax.sweep import study as study_lib
-from lstm_jax.sweep import table
 from lstm_jax.sweep.space import Space
 
 TRIALS = "trials.jsonl"
@@ -25,7 +25,7 @@ def write_report(study: Study, directory: Path, experiment: Config, space: Space
     """Write all results of a sweep, finished or not; return the text for the user."""
     write_trials(study, directory)
     trials = study_lib.list_trials(study)
-    best, spread = table.find_best_trial(trials), _measure_spread(trials)
+    best, spread = progress.find_best_trial(trials), _measure_spread(trials)
     if best is None:
         lines = ["No trial is complete."]
     elif spread:
@@ -45,7 +45,7 @@ def write_report(study: Study, directory: Path, experiment: Config, space: Space
         command = shlex.join(["python", "-m", "lstm_jax.sample", "--workdir", trained])
         lines = [
             f"Best of {len(trials)} trials: trial {best.number}, validation loss "
-            f"{best.value:.4f}: {visible(table.describe_settings(best))}",
+            f"{best.value:.4f}: {visible(progress.describe_settings(best))}",
             f"Train it: {_get_command(best, directory)}",
             f"Generate text: {command}{cell_file.make_flag(config.model)}",
         ]
@@ -61,13 +61,13 @@ def write_trials(study: Study, directory: Path) -> None:
     lines = [
         {
             "trial": trial.number,
-            "state": table.describe_state(trial),
+            "state": progress.describe_state(trial),
             "validation_loss": trial.value,
             "test_loss": trial.user_attrs.get(study_lib.TEST_LOSS),
             "losses_by_epoch": trial.intermediate_values,
             "overrides": trial.user_attrs.get(study_lib.OVERRIDES, trial.params),
             "seconds": round(trial.duration.total_seconds(), 1) if trial.duration else None,
-            "reason": table.get_reason(trial),
+            "reason": progress.get_reason(trial),
             "workdir": str(study_lib.get_trial_directory(directory, trial)),
         }
         for trial in study_lib.list_trials(study)

@@ -22,11 +22,10 @@ from lstm_jax.config import Config
 from lstm_jax.data import files, texts
 from lstm_jax.errors import NotFiniteError, UnavailableError, UserError, one_line
 from lstm_jax.run import cell_file, checkpoints, interrupts, metrics, workdir
-from lstm_jax.sweep import report
+from lstm_jax.sweep import progress, report
 from lstm_jax.sweep import space as space_lib
 from lstm_jax.sweep import study as study_lib
 from lstm_jax.sweep.storage import PLACE, SURPLUS, convert_errors
-from lstm_jax.sweep.table import Table
 
 # The output of training, in the working directory of a trial.
 OUTPUT = "output.txt"
@@ -139,24 +138,23 @@ def run_worker(sweep: Sweep) -> None:
     same command resumes it.
     """
     failures: list[str] = []
-    with Table(sweep.study, sweep.trials) as table:
-        while True:
-            with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
-                optuna.storages.fail_stale_trials(sweep.study)
-            trials = study_lib.list_trials(sweep.study)
-            is_queued = any(trial.state == TrialState.WAITING for trial in trials)
-            if len(trials) >= sweep.trials and not is_queued:
-                if all(trial.state.is_finished() for trial in trials):
-                    return
-                time.sleep(_POLL_SECONDS)  # Other workers train the last trials.
-                continue
-            number, reason = _run_trial(sweep)
-            failures = [*failures, reason] if reason else []
-            table.tell(number)
-            report.write_trials(sweep.study, sweep.directory)
-            jax.clear_caches()  # Each trial compiles its own functions.
-            if len(failures) >= _MAX_FAILURES:
-                raise UserError(f"{len(failures)} trials in a row failed, the last: {failures[-1]}")
+    while True:
+        with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+            optuna.storages.fail_stale_trials(sweep.study)
+        trials = study_lib.list_trials(sweep.study)
+        is_queued = any(trial.state == TrialState.WAITING for trial in trials)
+        if len(trials) >= sweep.trials and not is_queued:
+            if all(trial.state.is_finished() for trial in trials):
+                return
+            time.sleep(_POLL_SECONDS)  # Other workers train the last trials.
+            continue
+        number, reason = _run_trial(sweep)
+        failures = [*failures, reason] if reason else []
+        progress.print_end(sweep.study, number, sweep.trials)
+        report.write_trials(sweep.study, sweep.directory)
+        jax.clear_caches()  # Each trial compiles its own functions.
+        if len(failures) >= _MAX_FAILURES:
+            raise UserError(f"{len(failures)} trials in a row failed, the last: {failures[-1]}")
 
 
 def _run_trial(sweep: Sweep) -> tuple[int, str]:
