@@ -37,8 +37,7 @@ def read_state_dict(file: BinaryIO) -> Weights:
     layers: dict[str, dict[str, np.ndarray]] = {}
     ends: dict[str, list[np.ndarray]] = {}
     for name, array in loaded.items():
-        # bfloat16 is not one of NumPy's own types.
-        if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
+        if array.dtype.kind != "f":
             raise UserError(f"{name} contains {array.dtype}, not floating-point numbers")
         module, _, attribute = name.rpartition(".")
         if attribute.startswith("weight_hr"):
