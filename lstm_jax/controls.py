@@ -55,7 +55,6 @@ _NUMBERS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
     "piece_length": (Integral, lambda x: 1 <= x <= 1024, "from 1 to 1,024"),
     "seed": (Integral, lambda x: 0 <= x < 2**32, "from 0 to 4,294,967,295"),
     "num_samples": (Integral, lambda x: 1 <= x <= 10**5, "from 1 to 100,000"),
-    "beams": (Integral, lambda x: 1 <= x <= 10**5, "from 1 to 100,000"),
     "n": (Integral, lambda x: x >= 1, "1 or more"),
 }
 
@@ -223,18 +222,3 @@ class StopSearch:
 def _spell(text: str) -> bytes:
     """Return the bytes of a text, in which tokens of any kind can be compared."""
     return text.encode("utf-8", "surrogateescape")
-
-
-def can_generate(vocabulary: Vocabulary, text: str, forbidden: np.ndarray) -> bool:
-    """Return whether tokens that are not `forbidden`, bool [vocabulary], can spell a text.
-
-    The first of them may begin before the text, and the last one end after it.
-    """
-    wanted = _spell(text)
-    tokens = [_spell(vocabulary.tokens[i]) for i in np.flatnonzero(~forbidden)]
-    # The lengths of the beginnings that tokens can spell.
-    spelled = {n for n in range(len(wanted)) if any(t.endswith(wanted[:n]) for t in tokens)}
-    for n in range(len(wanted)):
-        if n in spelled:
-            spelled |= {n + len(token) for token in tokens if wanted.startswith(token, n)}
-    return any(wanted in t or any(t.startswith(wanted[n:]) for n in spelled) for t in tokens)

@@ -54,7 +54,7 @@ if draws.TIMES == 1 and jaxlib.__version__.startswith("0.10."):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_faster}".strip()
 
 
-# The cache directory of the user, with the key that seals prepared corpora, and the library in C.
+# The cache directory of the user, with the library in C.
 _is_worker = "PYTEST_XDIST_WORKER" in os.environ  # It inherits the directory.
 if not _is_worker:
     _cache = tempfile.TemporaryDirectory(prefix="lstm-jax-cache-")

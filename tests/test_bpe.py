@@ -165,7 +165,7 @@ def test_commands_read_a_run(bpe_run: Path, tmp_path: Path) -> None:
     documents = sample("--prompt=First Citizen:", "--length=3000", "--nostop")
     first = sample("--prompt=First Citizen:", "--length=3000").removesuffix("\n")
     assert documents.startswith(first + "\n\n") and "[UNK]" not in documents
-    options = ("--length=40", "--temperature=2", "--nostop", "--novelty")
+    options = ("--length=40", "--temperature=2", "--nostop")
     assert sample("--prompt=Zoë, 市民", *options).startswith("Zoë, 市民")
     answer = sample("--interactive", "--length=5", given="Citoyén\n/next\n")
     assert sum(line[:2] == "0." for line in answer.splitlines()) == 5

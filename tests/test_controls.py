@@ -14,7 +14,6 @@ from lstm_jax.controls import (
     Stops,
     StopSearch,
     adjust_logits,
-    can_generate,
     check_number,
     make_control_arrays,
     make_stops,
@@ -142,27 +141,12 @@ def test_a_text_ends_with_the_token_that_completes_the_stop_text(kind: str) -> N
                     assert start + end == expected
                     break
             assert end is not None
-        assert can_generate(vocabulary, stop_at, np.zeros(len(vocabulary), bool))
 
 
-def test_stop_token_and_stop_texts_that_cannot_be_generated() -> None:
+def test_the_stop_token_can_be_off() -> None:
     vocabulary = Vocabulary.from_text("a b\n\nc", stop="\n\n")
     assert make_stops(vocabulary).token_id == vocabulary.stop_id
     assert make_stops(vocabulary, False) == Stops()
-    allowed = np.zeros(len(vocabulary), bool)
-    for stop_at, possible in {"c a": True, "b\nc": False, "x": False, "ax": False}.items():
-        assert can_generate(vocabulary, stop_at, allowed) == possible
-    allowed[vocabulary.encode("c")] = True
-    assert not can_generate(vocabulary, "c a", allowed)
-
-
-def test_texts_that_tokens_can_spell() -> None:
-    vocabulary = Vocabulary(["", "[UNK]", "abc", "bca", "d"], "words")
-    allowed = np.zeros(len(vocabulary), bool)
-    for text in ("b", "abc", "cab", "cdb", "dddab", "abcbcad", "cabcb"):
-        assert can_generate(vocabulary, text, allowed), text
-    for text in ("ba", "cc", "dbd", "dx", "abcd" + "cab" + "ba"):
-        assert not can_generate(vocabulary, text, allowed), text
 
 
 @pytest.mark.parametrize("name", [n for n, (kind, *_) in _NUMBERS.items() if kind is Integral])

@@ -4,6 +4,7 @@ import ast
 import http.client
 import json
 import os
+import random
 import re
 import runpy
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 
 import commands
 import lstm_jax
+import novelty
 import runs
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -248,3 +250,38 @@ def test_a_loop_of_your_own_trains_like_the_package(
     others = ["--optimizer=ademamix", "--batches=8x32x1,16x16x1", "--decode_past=0.1"]
     others += ["--config.optimizer.max_gradient_norm=0.0"]  # Off.
     assert train_by_loop(monkeypatch, capsys, *flags, *others)["train"] < 3
+
+
+def test_novelty_is_that_of_a_brute_force_search() -> None:
+    rng = random.Random(0)
+    training_text = "".join(rng.choices("ab\n", k=2000))
+    text = "".join(rng.choices("ab\n", k=100))
+    for length in (19, 20, 21, 22, 60):
+        start = rng.randrange(1900)
+        text += training_text[start : start + length] + rng.choice(["", "c"])
+    runs_of = [
+        (i, j)
+        for i in range(len(text))
+        for j in range(i, len(text) + 1)
+        if text[i:j] in training_text
+    ]
+    copied = {k for i, j in runs_of if j - i > novelty.COMMON_RUN for k in range(i, j)}
+    longest, share = novelty.measure_novelty(text, training_text)
+    assert len(longest) == max(j - i for i, j in runs_of) and longest in training_text
+    assert share == len(copied) / len(text) > 0.2
+    assert novelty.measure_novelty("", "a") == ("", 0)
+
+
+@pytest.mark.slow
+def test_a_text_and_the_most_probable_one(
+    trained: Path,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_example(monkeypatch, "novelty.py", trained, text_file, "--length", 200)
+    longest = capsys.readouterr().out.partition("the longest run has ")[2].partition(": ")[2]
+    assert ast.literal_eval(longest) in text_file.read_text(encoding="utf-8")
+    run_example(monkeypatch, "beam_search.py", trained, "ROMEO:", "--length", 9, "--beams", 3)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and all("'ROMEO:" in line for line in lines)

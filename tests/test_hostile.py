@@ -40,7 +40,7 @@ SECONDS, MEGABYTES = 60, 2000
 SERVER = """
 import contextlib, json, os, runpy, sys, time, warnings
 import tensorflow_datasets, grain, safetensors.numpy
-import lstm_jax.training, lstm_jax.sample.chat, lstm_jax.sample.novelty
+import lstm_jax.training, lstm_jax.sample.chat
 import lstm_jax.inspect.report, lstm_jax.convert.transfer
 run, outside, seen = sys.argv[1:]
 
@@ -397,7 +397,6 @@ def write_infinity(path: Path, outside: Path) -> None:
 
 COMMANDS: dict[str, list[str]] = {
     "sample": ["sample", "--length=9"],
-    "novelty": ["sample", "--length=9", "--novelty"],
     "evaluate": ["evaluate"],
     "inspect": ["inspect", "--length=200"],
     "convert": ["convert", "--to=OUT/model.safetensors"],
@@ -408,7 +407,6 @@ COMMANDS: dict[str, list[str]] = {
 Change = Callable[[Place], object]
 CASES: dict[str, tuple[Change, str]] = {
     "evil dataset": (add_evil_dataset, "evaluate"),
-    "evil dataset, novelty": (add_evil_dataset, "novelty"),
     "evil dataset, inspect": (add_evil_dataset, "inspect"),
     "evil tiny_shakespeare": (add_evil_tiny_shakespeare, "evaluate"),
     "prepared outside": (
@@ -556,7 +554,7 @@ def test_a_hostile_working_directory(
     lines = Path(f"{place.seen}.err").read_text(errors="replace").splitlines()
     assert not place.seen.exists(), place.seen.read_text()
     assert snapshot(place.outside) == before
-    errors = [line for line in lines if not line.startswith(("warning: ", "reading ", "novelty: "))]
+    errors = [line for line in lines if not line.startswith(("warning: ", "reading "))]
     assert code in (0, 2), lines
     assert len(errors) == (code == 2) and all(line.startswith("error: ") for line in errors), lines
     assert all(line.isprintable() for line in lines)

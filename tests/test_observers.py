@@ -59,11 +59,8 @@ class _FakeRun:
     def save(self, step: int, state: TrainState) -> None:
         self.log.append(("saved", step))
 
-    def record_training(self, step: int, *numbers: float) -> None:
-        self.log.append((step, *numbers))
-
-    def record(self, step: int, split: str, loss: float, *unused: Any) -> None:
-        self.log.append((step, split, loss))
+    def record(self, step: int, split: str, loss: float, *unused: Any, **numbers: float) -> None:
+        self.log.append((step, split, loss, *numbers.values()))
 
     def ends_early(self) -> bool:
         return False
@@ -152,7 +149,8 @@ def test_a_row_has_the_means_since_the_last_one(tmp_path: Path, clock: Clock) ->
     clock.now += 5
     log.after_step(loop)
     tokens_per_second = 2 * run.config.batches.batch_size * run.config.batches.window_length
-    assert run.log == [(10, 2.0, 1.0, 1, tokens_per_second)]
+    rate = run.config.optimizer.learning_rate
+    assert run.log == [(10, "train", 2.0, rate, 1.0, tokens_per_second)]
     assert (
         float(loop.state.loss_sum) == float(loop.state.norm_sum) == int(loop.state.loss_steps) == 0
     )

@@ -155,8 +155,8 @@ class Text:
         part = self.index_tokens(vocabulary.kind, vocabulary.stop)
         return make_table(part.tokens, vocabulary).look_up(part.ids)
 
-    def pieces(self, overlap: int) -> Iterator[str]:
-        """Yield the text in pieces of bounded size, each after the `overlap` characters before."""
+    def pieces(self) -> Iterator[str]:
+        """Yield the text in pieces of bounded size."""
         yield self._text
 
     def vocabulary(self, data: DataConfig) -> Vocabulary:

@@ -5,18 +5,16 @@ the counts of each token in each split, and a manifest; docs/data.md describes t
 number all distinct tokens of the text, or words for data.units=bpe. A table maps them to the ids of
 a vocabulary.
 
-The manifest is sealed with a key that belongs to the user. A corpus that someone else made or
-changed is ignored: checking its ids would take as long as encoding the text again.
+A corpus is trusted like the text that it was made from: checking its ids would take as long as
+encoding the text again.
 """
 
 import codecs
 import contextlib
-import functools
-import hmac
+import hashlib
 import itertools
 import json
 import os
-import secrets
 import shutil
 import subprocess
 import sys
@@ -42,7 +40,6 @@ BESIDE = ".lstm_jax"
 MANIFEST = "prepared.json"
 _TOKENS, _COUNTS = "units.jsonl", "counts.npy"
 _PARTS = "parts"
-_KEY, _KEY_BYTES = "key", 32
 _MAX_PROCESSES = 16
 # Approximate bytes of a chunk. Encoding it takes about thirty times this memory.
 CHUNK = 2 * 2**20
@@ -65,54 +62,29 @@ class Manifest(NamedTuple):
 
 
 def get_cache_directory() -> Path:
-    """Return the directory of the user's key, and of corpora for texts of other people's runs."""
+    """Return the directory of corpora for texts of other people's runs."""
     return user_cache.get_path("prepared").absolute()
 
 
-@functools.cache
-def _key(directory: Path) -> bytes:
-    """Return the key in a cache directory; a temporary one if it can't be written there."""
-    path = directory / _KEY
-    with contextlib.suppress(OSError):  # A disk that is read-only may have a key, too.
-        directory.mkdir(parents=True, exist_ok=True)
-        with files.open_append(path) as file:
-            files.lock_file(file, wait=True)
-            os.fchmod(file.fileno(), 0o600)  # Nobody else may read it.
-            if os.fstat(file.fileno()).st_size != _KEY_BYTES:
-                file.truncate(0)
-                file.write(secrets.token_bytes(_KEY_BYTES))
-    with contextlib.suppress(OSError), files.open_regular(path) as file:
-        status = os.fstat(file.fileno())
-        is_private = status.st_uid == os.geteuid() and not status.st_mode & 0o077
-        if is_private and status.st_size == _KEY_BYTES:
-            return file.read()
-    return secrets.token_bytes(_KEY_BYTES)
-
-
-def _seal(manifest: Manifest) -> dict[str, Any]:
-    """Return the fields of `prepared.json`, with a checksum that only this user can make."""
+def _write_manifest(manifest: Manifest, directory: Path) -> None:
+    """Write `prepared.json` in a directory."""
     fields = manifest._asdict()
-    content = json.dumps([fields.pop("directory").name, fields], sort_keys=True).encode()
-    seal = hmac.digest(_key(get_cache_directory()), content, "sha256").hex()
-    return {**fields, "seal": seal}
+    del fields["directory"]
+    files.write_json(directory / MANIFEST, fields)
 
 
 def find_corpus(data: DataConfig, save: bool = False) -> Manifest | None:
     """Return the prepared corpus that the `data` fields of a config describe, or None.
 
-    It is found if this user has made it, and its sources and its own files have the same sizes,
-    times and inodes as before. If only times or inodes differ, checksums decide; if `save`, the new
-    ones are saved.
+    It is found if its sources and its own files have the same sizes, times and inodes as before. If
+    only times or inodes differ, checksums decide; if `save`, the new ones are saved.
     """
     texts, states, directory = _locate(data)
     if not _is_directory(directory):
         return None
     try:
         fields = files.read_json(directory / MANIFEST, 2**16 + 8 * len(json.dumps(states)))
-        seal = fields.pop("seal")
         manifest = Manifest(directory, **fields)
-        if seal != _seal(manifest)["seal"]:
-            return None
         before = manifest.files
         now = {name: _fingerprint(directory / name, known) for name, known in before.items()}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -128,7 +100,7 @@ def find_corpus(data: DataConfig, save: bool = False) -> Manifest | None:
     if save and (states != manifest.sources or now != before):
         with contextlib.suppress(OSError):
             manifest = manifest._replace(sources=states, files=now)
-            files.write_json(directory / MANIFEST, _seal(manifest))
+            _write_manifest(manifest, directory)
     return manifest
 
 
@@ -167,10 +139,7 @@ def _locate(data: DataConfig) -> tuple[list[list[Path]], list[_State], Path]:
     names = [[os.path.relpath(path.absolute(), base) for path in text] for text in texts]
     fractions = data.fractions if len(texts) == 1 else None
     content = json.dumps([names, data.units, data.document_separator, fractions]).encode()
-    cache = get_cache_directory()
-    key = _key(cache)
-    # Several users or machines don't replace each other's corpora. b"": a temporary key.
-    name = hmac.digest(key if (cache / _KEY).exists() else b"", content, "sha256").hex()[:16]
+    name = hashlib.sha256(content).hexdigest()[:16]
     directory = base / f"{texts[0][0].stem[:50]}-{name}"
     try:
         states = [
@@ -239,7 +208,7 @@ def _prepare(data: DataConfig) -> Manifest:
             )
         made = {path.name: _fingerprint(path, []) for path in unfinished.iterdir()}
         manifest = Manifest(directory, states, sha256, stop, characters, made)
-        files.write_json(unfinished / MANIFEST, _seal(manifest))
+        _write_manifest(manifest, unfinished)
         _remove(directory)  # A corpus of another text, or a damaged one.
         unfinished.rename(directory)
     files.sync_directory(directory.parent.resolve())  # The user may have named a link.
@@ -353,16 +322,14 @@ class PreparedText(Text):
     def _open_ids(self, table: np.ndarray) -> "FileIds":
         return FileIds(self._manifest.directory / f"{self._name}.npy", table)
 
-    def pieces(self, overlap: int) -> Iterator[str]:
+    def pieces(self) -> Iterator[str]:
         """See `Text`."""
-        part, tail = self.index_tokens(), ""
+        part = self.index_tokens()
         utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # A token may be a byte.
         for stop in range(_PIECE, len(part.ids) + _PIECE, _PIECE):
             spelled = "".join([part.tokens[i] for i in part.ids[stop - _PIECE : stop].tolist()])
             content = spelled.encode("utf-8", "surrogateescape")
-            piece = tail + utf8.decode(content, final=stop >= len(part.ids))
-            yield piece
-            tail = piece[max(len(piece) - overlap, 0) :]
+            yield utf8.decode(content, final=stop >= len(part.ids))
 
 
 class FileIds:

@@ -16,7 +16,7 @@ from lstm_jax.run import command
 
 _PLACES = 256  # The number of positions that --zero_state measures.
 
-_RUN = command.define_run_flags()
+_RUN, _TEXT_OF_RUN = command.define_run_flags(), command.define_text_flags()
 _DTYPE = command.define_dtype_flag()
 _SPLIT = flags.DEFINE_string(
     "split",
@@ -71,7 +71,7 @@ _DYNAMIC_SEGMENT_LENGTH = flags.DEFINE_integer(
 
 def main() -> None:
     """Print the loss of a trained model on a text, as one JSON object."""
-    directories, own_text = _RUN()
+    directories, own_text = _RUN(), _TEXT_OF_RUN()
     if _TEXT.value and flags.FLAGS["split"].present:
         raise UserError("--text and --split can't be combined: leave one out")
     names = _SPLIT.value.split("+")

@@ -16,7 +16,7 @@ from absl import flags
 from lstm_jax.errors import UserError
 from lstm_jax.run import command
 
-_RUN = command.define_run_flags()
+_RUN, _TEXT_OF_RUN = command.define_run_flags(), command.define_text_flags()
 _TEXT = flags.DEFINE_string(
     "text", None, "Text to read; - is standard input. [default: the run's validation split]"
 )
@@ -32,7 +32,7 @@ _LENGTH = flags.DEFINE_integer(
 
 def main() -> None:
     """Write the page."""
-    directories, own_text = _RUN()
+    directories, own_text = _RUN(), _TEXT_OF_RUN()
     # Here, because it imports JAX, which --help does not need.
     from lstm_jax.inspect import report
 

@@ -56,7 +56,7 @@ def write_report(
     else:
         splits = texts.load_texts_of_run(trained.config.data, *own_text)
         # The first piece of a prepared text has more tokens than --length may be.
-        text, name = next(splits["validation"].pieces(0)), "the validation split"
+        text, name = next(splits["validation"].pieces()), "the validation split"
     tokens = vocabulary.split(text)
     if len(tokens) < 2:
         raise UserError(f"{name} is too short: --text must name a file of two tokens or more")

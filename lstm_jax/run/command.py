@@ -97,14 +97,12 @@ def read_experiment() -> tuple[config.Config, str]:
     return config.complete_config(flag.value), name
 
 
-def define_run_flags() -> Callable[[], tuple[list[Path], list[str | None]]]:
-    """Define the flags that name a trained run and its text; return a function that reads them.
+def define_run_flags() -> Callable[[], list[Path]]:
+    """Define the flags that name a trained run; return a function that reads them.
 
-    It returns every --workdir (or --model, its alias), without which it raises `UserError`, and the
-    last three arguments of `texts.load_texts_of_run`: --data_path, --dataset and --data_directory.
-    It loads --cell.
+    It loads --cell, and returns every --workdir (or --model, its alias); without one, it raises
+    `UserError`.
     """
-    define = flags.DEFINE_string
     workdir = flags.DEFINE_multi_string(
         "workdir",
         None,
@@ -114,22 +112,31 @@ def define_run_flags() -> Callable[[], tuple[list[Path], list[str | None]]]:
     cell = flags.DEFINE_multi_string(
         "cell", [], "FILE.py:CLASS of the run's cell, if it has your own."
     )
-    text_flags = (
-        define("data_path", None, "The text that the run was trained on, if it was moved."),
-        define("dataset", None, "The TFDS dataset of the run; TFDS executes its code."),
-        define("data_directory", None, "TFDS's data directory. [default: ~/tensorflow_datasets]"),
-    )
 
-    def read() -> tuple[list[Path], list[str | None]]:
+    def read() -> list[Path]:
         if not workdir.value:
             raise UserError("specify the trained model: --workdir DIR")
         from lstm_jax.run import cell_file
 
         for name in cell.value:
             cell_file.load_cell(name)
-        return [*map(Path, workdir.value)], [flag.value for flag in text_flags]
+        return [*map(Path, workdir.value)]
 
     return read
+
+
+def define_text_flags() -> Callable[[], list[str | None]]:
+    """Define the flags that name the text of a trained run; return a function that reads them.
+
+    It returns the last three arguments of `texts.load_texts_of_run`.
+    """
+    define = flags.DEFINE_string
+    text_flags = (
+        define("data_path", None, "The text that the run was trained on, if it was moved."),
+        define("dataset", None, "The TFDS dataset of the run; TFDS executes its code."),
+        define("data_directory", None, "TFDS's data directory. [default: ~/tensorflow_datasets]"),
+    )
+    return lambda: [flag.value for flag in text_flags]
 
 
 def define_dtype_flag(*more: str) -> flags.FlagHolder[str | None]:

@@ -18,13 +18,12 @@ def finish_run(run: Session) -> None:
     """Measure the best checkpoint on the test split, sample from it, and list the files."""
     hosts.wait_for_all("all is saved")
     rows = run.read_metrics()
-    params, step, loss = run.load_best(rows)
-    is_measured = loss is not None
-    if loss is None:
-        loss = loss_lib.compute_loss(run.model, params, run.ids["test"])
+    params, step = workdir.load_params(run.directory, run.model, run.config.batches.batch_size)
+    measured = [row["loss"] for row in rows if (row["split"], row["step"]) == ("test", step)]
+    loss = measured[-1] if measured else loss_lib.compute_loss(run.model, params, run.ids["test"])
     if not hosts.is_first():
         return
-    if not is_measured:
+    if not measured:
         run.record(step, "test", loss)
         plot_curves(run)
     zero = measure_zero_state(run.model, params, run.ids["validation"], _POSITIONS)

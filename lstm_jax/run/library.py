@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lstm_jax import controls, generation
@@ -16,7 +15,6 @@ from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
 from lstm_jax.run import cell_file, ensemble, workdir
-from lstm_jax.vocabulary import PADDING_ID, SPECIAL_IDS
 
 # Called before each token is drawn, with the ids so far, int32 [n] with the prompt, and the logits
 # of the next token, float32 [vocabulary]; returns the logits to use instead.
@@ -218,44 +216,6 @@ class Run:
         probabilities = np.asarray(jax.nn.softmax(state.logits[0]))
         best = np.argsort(-probabilities, kind="stable")[:n]
         return [(self.vocabulary.tokens[i], float(probabilities[i])) for i in best]
-
-    def beam_search(
-        self, prompt: str = "", *, length: int = 100, beams: int = 5
-    ) -> list[tuple[str, float]]:
-        """Search for the most probable continuations of a prompt, of up to `length` tokens.
-
-        Each step keeps the most probable texts. A text that ends with the stop token is kept as it
-        is. Return the texts with the prompt, and the logarithms of the probabilities of their
-        continuations, the most probable first.
-        """
-        controls.check_number("length", length)
-        controls.check_number("beams", beams)
-        self._check_prompt(prompt)
-        state = self.read(generation.encode_prompt(self.vocabulary, prompt)[None])
-        state = jax.tree.map(lambda x: jnp.repeat(x, beams, 0) if x.ndim else x, state)
-        totals = np.full(beams, -np.inf)
-        totals[0] = 0  # All others are copies of the first.
-        generated, ended = np.zeros((beams, 0), np.int32), np.zeros(beams, bool)
-        for _ in range(length):
-            log_probs = np.array(jax.nn.log_softmax(state.logits), np.float64)
-            log_probs[:, SPECIAL_IDS] = -np.inf
-            log_probs[ended] = -np.inf
-            log_probs[ended, PADDING_ID] = 0
-            sums = totals[:, None] + log_probs
-            best = np.argsort(-sums, axis=None, kind="stable")[:beams]
-            parents, ids = np.divmod(best.astype(np.int32), np.int32(sums.shape[1]))
-            totals = sums.ravel()[best]
-            generated = np.column_stack([generated[parents], ids])
-            ended = ended[parents] | (ids == self.vocabulary.stop_id)
-            if ended.all():
-                break
-            state = jax.tree.map(lambda x, parents=parents: x[parents] if x.ndim else x, state)
-            state = self.read(ids[:, None], state)
-        texts = []
-        for row in generated[np.isfinite(totals)]:
-            decode = generation.text_decoder(self.vocabulary, stop_token=True)
-            texts.append(prompt + decode(row, True))
-        return list(zip(texts, totals.tolist(), strict=False))
 
     def _check_text(self, name: str, text: str) -> None:
         """Raise `UserError` if the argument `name` is not a text that the model can read."""

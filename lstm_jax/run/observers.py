@@ -11,7 +11,7 @@ from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.controls import Controls
 from lstm_jax.devices import hosts, parallel
-from lstm_jax.run import advice, console, figures, messages, workdir
+from lstm_jax.run import advice, console, figures, messages, metrics, workdir
 from lstm_jax.run.loop import Loop, Observer
 from lstm_jax.run.profiler import Profiler
 from lstm_jax.run.progress import Progress
@@ -61,13 +61,18 @@ class Log(Observer):
         if loop.step % self._run.config.log_every_steps:
             return
         check_finite(self._run, loop)
-        state = loop.state
+        state, plan = loop.state, self._run.plan
         if number := int(state.loss_steps):
-            loss, norm = float(state.loss_sum) / number, float(state.norm_sum) / number
-            steps_per_second = self._progress.steps_per_second(loop.step)
-            speed = steps_per_second * self._run.plan.tokens_per_step
+            loss = float(state.loss_sum) / number
+            speed = self._progress.steps_per_second(loop.step) * plan.tokens_per_step
             self._progress.update(loop.step, loss, speed)
-            self._run.record_training(loop.step, loss, norm, int(state.skipped), speed)
+            extra: metrics.Numbers = {
+                "learning_rate": plan.get_learning_rate(loop.step, int(state.skipped)),
+                "gradient_norm": float(state.norm_sum) / number,
+            }
+            if speed:  # Otherwise it is unknown.
+                extra["tokens_per_second"] = round(speed)
+            self._run.record(loop.step, "train", loss, **extra)
         loop.state = state.clear("loss_sum", "norm_sum", "loss_steps")
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Unpack
 
@@ -158,18 +158,6 @@ class Session:
         row = self.writer.write(step, epoch, split, loss, sample, **extra)
         self._watch(row if sample is None else {**row, "sample": sample})
 
-    def record_training(
-        self, step: int, loss: float, gradient_norm: float, skipped: int, tokens_per_second: float
-    ) -> None:
-        """Write a row of a mean training loss; the speed is 0 if it is unknown."""
-        extra: metrics.Numbers = {
-            "learning_rate": self.plan.get_learning_rate(step, skipped),
-            "gradient_norm": gradient_norm,
-        }
-        if tokens_per_second:
-            extra["tokens_per_second"] = round(tokens_per_second)
-        self.record(step, "train", loss, **extra)
-
     def read_metrics(self) -> list[metrics.Row]:
         """Return the rows of metrics.jsonl."""
         return metrics.read_metrics(self.directory / workdir.METRICS)
@@ -184,13 +172,6 @@ class Session:
             return False
         decides = hosts.is_first() and advice.is_out_of_patience(self.read_metrics(), patience)
         return bool(hosts.max_over_processes(decides))
-
-    def load_best(self, rows: Sequence[metrics.Row]) -> tuple[model_lib.Params, int, float | None]:
-        """Return the best parameters by validation loss, their step, and test loss if measured."""
-        batch_size = self.config.batches.batch_size
-        params, step = workdir.load_params(self.directory, self.model, batch_size)
-        losses = [row["loss"] for row in rows if (row["split"], row["step"]) == ("test", step)]
-        return params, step, losses[-1] if losses else None
 
     def begin(self) -> None:
         """Make the files agree with the latest checkpoint, which a new run saves first.

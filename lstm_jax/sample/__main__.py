@@ -43,28 +43,23 @@ _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Number of texts, with das
 _INTERACTIVE = flags.DEFINE_boolean(
     "interactive", False, "Chat: answer each line of standard input; /help lists the commands."
 )
-_NOVELTY = flags.DEFINE_boolean(
-    "novelty", False, "Measure how much of the text is copied from the training text."
-)
 
 
 def main() -> None:
     """Print samples of a trained model, or chat."""
-    directories, own_text = _RUN()
+    directories = _RUN()
     if _PROMPT.value and _PROMPT_FILE.value:
         raise UserError("give either --prompt or --prompt_file")
     if _INTERACTIVE.value and (_NUM_SAMPLES.value > 1 or _PROMPT_FILE.value == "-"):
         raise UserError("--interactive generates one text and reads lines from standard input")
-    if _INTERACTIVE.value and _NOVELTY.value:
-        raise UserError("--novelty measures whole texts: leave out --interactive")
     # Here, because they import JAX, which --help does not need.
     import jax
 
     from lstm_jax import generation
-    from lstm_jax.controls import Controls, can_generate, check_number, make_control_arrays
-    from lstm_jax.data import sources, texts
+    from lstm_jax.controls import Controls, check_number, make_control_arrays
+    from lstm_jax.data import sources
     from lstm_jax.run import ensemble
-    from lstm_jax.sample import chat, novelty
+    from lstm_jax.sample import chat
 
     for flag in (_LENGTH, _SEED, _NUM_SAMPLES):
         check_number(flag.name, flag.value)
@@ -76,16 +71,12 @@ def main() -> None:
     prompt = _PROMPT.value
     if path := _PROMPT_FILE.value:
         prompt = sources.read_argument(path, "--prompt_file", vocabulary.kind == "bytes")
-    if _NOVELTY.value:
-        training_text = texts.load_texts_of_run(trained.config.data, *own_text)["train"]
     read = "" if _INTERACTIVE.value else prompt  # A chat names unknown tokens itself.
     for where, text in (("the prompt", read), ("--forbid", _FORBID.value)):
         if named := vocabulary.name_unknown(text):
             warn(f"the model does not know {named} in {where} and reads [UNK] instead")
     controls = controls._replace(forbidden=vocabulary.encode(_FORBID.value).tolist())
-    forbidden = make_control_arrays(controls, len(vocabulary)).forbidden
-    if _STOP_AT.value and not can_generate(vocabulary, _STOP_AT.value, forbidden):
-        warn(f"the model can't generate {_STOP_AT.value!r} (--stop_at)")
+    make_control_arrays(controls, len(vocabulary))  # Check that a token is left.
 
     key = jax.random.key(_SEED.value)
     options: dict[str, Any] = {"stop_token": _STOP.value, "stop_at": _STOP_AT.value}
@@ -109,15 +100,6 @@ def main() -> None:
     samples = ["".join(text) for text in zip(*generated, strict=True)]
     for text in samples[1:]:
         print(f"{'-' * 20}\n{make_printable(prompt + text)}")
-    sys.stdout.flush()
-    for text in samples if _NOVELTY.value else []:
-        copied = novelty.measure_novelty(text, training_text.pieces(overlap=len(text)))
-        print(
-            f"novelty: {copied.copied_share:.1%} of the characters are in runs of more than "
-            f"{novelty.COMMON_RUN} characters copied from the training text; the longest run has "
-            f"{len(copied.longest_run)}: {copied.longest_run!r}",
-            file=sys.stderr,
-        )
 
 
 if __name__ == "__main__":
