@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import jax
 
 from lstm_jax import config as config_lib
-from lstm_jax.config import Config
 from lstm_jax.run.metrics import Row
 from lstm_jax.run.workdir import Trained
 from lstm_jax.version import __version__
@@ -17,12 +16,13 @@ _LICENSES = {"tiny_shakespeare": "public domain", "wikitext2": "CC BY-SA 3.0"}
 _OMITTED = ("data.sha256", "data.directory", "data.prepared", "model.cell_sha256")
 
 
-def make_card(name: str, config: Config, trained: Trained, dtype: str, rows: Sequence[Row]) -> str:
+def make_card(name: str, trained: Trained, dtype: str, rows: Sequence[Row]) -> str:
     """Return the card of the folder `name`: model, text, losses, and how to use and train it.
 
     `dtype` is that of the file, and `rows` are those of the run's metrics.jsonl.
     """
-    model, vocabulary, data = trained.model, trained.vocabulary, config.data
+    model, vocabulary, config = trained.model, trained.vocabulary, trained.config
+    data = config.data
     count = sum(array.size for array in jax.tree.leaves(trained.params))
     text = _remove_directories(data.path) or data.dataset
     known = "unknown" if data.path else _LICENSES.get(data.dataset, "unknown")

@@ -125,7 +125,7 @@ def export_folder(directory: Path, target: Path, dtype: str) -> None:
         )
     trained = workdir.load_trained(source)
     rows = metrics.read_metrics(source / workdir.METRICS)
-    content = card.make_card(target.resolve().name, config, trained, dtype, rows)
+    content = card.make_card(target.resolve().name, trained, dtype, rows)
     with _make_directory(target.absolute(), config, trained.vocabulary) as partial:
         model_file.write_params(partial / workdir.MODEL, trained.params, trained.step, dtype)
         files.write_file(partial / _CARD, content.encode())
