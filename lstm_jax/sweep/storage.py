@@ -33,7 +33,6 @@ PLACE, RESUMES = "place", "retry_history"
 SURPLUS = "surplus"
 
 # Optuna calls heartbeats experimental.
-
 with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
     # Queues a trial again, with the same parameters and losses. It is not queued more often.
     queue_again = RetryHeartbeatStaleTrialCallback(MAX_DEATHS - 1, inherit_intermediate_values=True)
