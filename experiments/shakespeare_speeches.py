@@ -4,7 +4,6 @@
 # 1 min 46 s on two cores of an AMD EPYC (Zen 5), start-up and all evaluations included.
 # Validation 1.422, test 1.553 nats per token, or 2.035 and 2.221 bits per character (seed 0), when
 # the carry was kept from speech to speech. Each is read alone now: docs/results.md compares both.
-# benchmarks/document_lengths.py compares the lengths of generated speeches with those of the text.
 
 from ml_collections import ConfigDict
 
