@@ -252,7 +252,7 @@ def test_a_sweep_is_prepared_from_options(
     assert prepared.trials == 3
     assert prepared.study.study_name == "tiny_seeds3" and prepared.directory == directory
     assert prepared.experiment.data.path == str(text_file) and prepared.experiment.data.sha256
-    assert {path.name for path in directory.iterdir()} == {"trials", "study.db"}
+    assert {path.name for path in directory.iterdir()} == {"study.db"}
 
 
 @pytest.mark.parametrize(
@@ -360,8 +360,7 @@ def detect_death(directory: Path, record: optuna.Study) -> None:
     with contextlib.closing(sqlite3.connect(directory / study.DATABASE)) as database:
         database.execute("UPDATE trial_heartbeats SET heartbeat = datetime('now', '-1 hour')")
         database.commit()
-    with warnings.catch_warnings(action="ignore"):
-        optuna.storages.fail_stale_trials(record)
+    study.get_storage(record).queue_dead(record._study_id)
 
 
 def list_states(record: optuna.Study) -> list[TrialState]:
@@ -410,6 +409,8 @@ def test_a_trial_of_a_dead_worker_is_resumed_once(tmp_path: Path) -> None:
     value = trial.suggest_float("x", 0, 1)
     trial.report(3.0, 1)
     trial.should_prune()  # Record its Hyperband rung.
+    pruner: Any = record.pruner
+    bracket = pruner._get_bracket_id(record, record.trials[0])
     for _ in range(2):  # Two other workers detect it.
         detect_death(tmp_path, record)
     resumed, new = start_trial(record), start_trial(record)
@@ -418,9 +419,8 @@ def test_a_trial_of_a_dead_worker_is_resumed_once(tmp_path: Path) -> None:
     assert second.intermediate_values == {1: 3.0} and not third.intermediate_values
     rungs = [{k for k in t.system_attrs if "rung" in k} for t in (first, second)]
     assert rungs[0] == rungs[1] and rungs[0]
-    pruner: Any = record.pruner
     brackets = [pruner._get_bracket_id(record, t) for t in (first, second)]
-    assert brackets[0] == brackets[1]
+    assert brackets == [-1, bracket], "the losses of a resumed trial count once"
     names = [study.get_trial_directory(tmp_path, t).name for t in (first, second, third)]
     assert names == ["0000", "0000", "0001"]
     record.tell(resumed, 2.0)
@@ -434,14 +434,16 @@ def test_a_trial_that_kills_every_worker_fails(tmp_path: Path) -> None:
         start_trial(record)
         detect_death(tmp_path, record)
     # A worker that a signal stops, such as a job at its time limit, starts the count again.
-    study.give_back(record, start_trial(record).number)
-    for _ in range(4):
+    stopped = start_trial(record)
+    assert study.get_storage(record).queue_again(record._study_id, stopped._trial_id)
+    assert not study.get_storage(record).queue_again(record._study_id, stopped._trial_id)
+    for _ in range(5):
         assert list_states(record) == [TrialState.WAITING]
         start_trial(record)
         detect_death(tmp_path, record)
     report.write_trials(record, tmp_path)
     (row,) = rows(tmp_path)
-    assert (row["state"], row["reason"]) == ("failed", "5 workers in a row have not finished it")
+    assert (row["state"], row["reason"]) == ("failed", "5 workers in a row died training it")
 
 
 @pytest.mark.slow
@@ -522,30 +524,45 @@ def test_a_trial_that_another_worker_resumes_is_left_to_it(
     assert [row["trial"] for row in rows(tmp_path)] == [1]
 
 
-def test_one_trial_too_many_is_not_trained(tiny_config: ConfigDict, tmp_path: Path) -> None:
+def test_no_more_trials_start_than_wanted(tmp_path: Path) -> None:
     record = make_study(tmp_path)
-    sweep = search.Sweep(record, tiny_config, make_rate_space(), tmp_path, 1)
-    start_trial(record)  # Of another worker, which has just started it.
-    number, reason = search._run_trial(sweep)
-    assert (number, reason) == (1, "") and list_states(record) == [TrialState.RUNNING]
-    assert start_trial(record).user_attrs[storage.PLACE] == 1, "the place is free"
-
-
-def test_a_directory_with_the_trials_of_another_study_raises_an_error(tmp_path: Path) -> None:
+    study.get_storage(record).limit = 2
+    places = [start_trial(record).user_attrs[storage.PLACE] for _ in range(2)]
     for _ in range(2):
-        make_study(tmp_path)
-    (tmp_path / study.TRIALS / "0000").mkdir()
-    make_study(tmp_path)
+        with pytest.raises(storage.AllStartedError):
+            start_trial(record)
+    detect_death(tmp_path, record)  # Queued trials start all the same, in their places.
+    places += [start_trial(record).user_attrs[storage.PLACE] for _ in range(2)]
+    with pytest.raises(storage.AllStartedError):
+        start_trial(record)
+    study.get_storage(record).limit = 3
+    assert [*places, start_trial(record).user_attrs[storage.PLACE]] == [0, 1, 0, 1, 2]
+    assert len(study.list_trials(record)) == 3
+
+
+def test_a_directory_with_a_trial_of_another_study_raises_an_error(tmp_path: Path) -> None:
+    first = start_trial(record := make_study(tmp_path))
+    directory = study.get_trial_directory(tmp_path, record.trials[0])
+    study.claim_directory(directory, record.trials[0])
+    study.get_storage(record).queue_again(record._study_id, first._trial_id)
+    start_trial(record)
+    study.claim_directory(directory, record.trials[1])
     (tmp_path / study.DATABASE).unlink()
-    with pytest.raises(UserError, match="trials has the trials of another study: use another"):
-        make_study(tmp_path)
+    start_trial(record := make_study(tmp_path))
+    with pytest.raises(UserError, match="0000 has a trial of another study: use another"):
+        study.claim_directory(directory, record.trials[0])
 
 
 def test_a_study_of_another_space_or_of_no_sweep_raises_an_error(tmp_path: Path) -> None:
     make_study(tmp_path, "one")
-    sampler, pruner = study.SeededSampler("random", 0), study.make_pruner("none", 1)
-    with pytest.raises(UserError, match=r"with \['x'\], but this one has \['x', 'y'\]"):
-        study.open_study(tmp_path, None, "one", {}, ["x", "y"], sampler, pruner)
+    pruner = study.make_pruner("none", 1)
+    for seed, parameters, message in (
+        (0, ["x", "y"], r"with the parameters \['x'\], and not \['x', 'y'\]"),
+        (1, ["x"], "with the --seed 0, and not 1"),
+    ):
+        sampler = study.SeededSampler("random", seed)
+        with pytest.raises(UserError, match=message):
+            study.open_study(tmp_path, None, "one", {}, parameters, sampler, pruner)
     url = f"sqlite:///{tmp_path / study.DATABASE}"
     optuna.create_study(storage=url, study_name="two", direction="maximize")
     with pytest.raises(UserError, match="'two' exists, but is not from a sweep"):
@@ -667,3 +684,38 @@ def test_a_full_disk_loses_no_trial_of_a_sweep(
         for field in ("state", "overrides", "losses_by_epoch"):
             assert row[field] == expected[field]
     assert [row["state"] for row in found] == ["complete"] * 2
+
+
+@pytest.mark.slow
+def test_a_signal_takes_effect_where_nothing_is_half_done(
+    tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Send a signal while Optuna starts a trial, and while it records the result."""
+    tiny_config.max_steps = 2
+    record, signals = make_study(tmp_path), search._Signals()
+    sweep = search.Sweep(record, tiny_config, make_rate_space(), tmp_path, 2)
+    for name, states in (
+        ("ask", [TrialState.WAITING]),
+        ("tell", [TrialState.COMPLETE, TrialState.WAITING]),
+    ):
+        method, signals = getattr(record, name), search._Signals()
+
+        def call(*given: Any, method: Any = method, signals: Any = signals, **named: Any) -> Any:
+            result = method(*given, **named)
+            signals.note(signal.SIGTERM, None)
+            return result
+
+        with monkeypatch.context() as patched, pytest.raises(search.Stopped, match="143"):
+            patched.setattr(record, name, call)
+            search.run_worker(sweep, signals)
+        assert sorted(list_states(record)) == states
+    search.run_worker(sweep)
+    assert [row["state"] for row in rows(tmp_path)] == ["complete"] * 2
+
+
+def test_a_mistake_in_a_space_fails_one_trial(tiny_config: ConfigDict, tmp_path: Path) -> None:
+    record = make_study(tmp_path)
+    searched = space.Space("tiny.py", lambda trial: {"num_epochs": -1})
+    with pytest.raises(UserError, match="tiny.py: config.num_epochs is -1"):
+        search.run_worker(search.Sweep(record, tiny_config, searched, tmp_path, 2))
+    assert list_states(record) == [TrialState.FAIL]

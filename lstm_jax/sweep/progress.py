@@ -9,7 +9,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lstm_jax.errors import visible
 from lstm_jax.sweep import study as study_lib
-from lstm_jax.sweep.storage import MAX_DEATHS
+from lstm_jax.sweep.storage import REASON
 
 
 def print_end(study: Study, number: int, wanted: int) -> None:
@@ -18,23 +18,16 @@ def print_end(study: Study, number: int, wanted: int) -> None:
     for trial in trials:  # It is not there if another worker resumes it.
         if trial.number == number:
             loss = "" if trial.value is None else f" at {trial.value:.4f}"
-            reason = f" ({reason})" if (reason := get_reason(trial)) else ""
+            reason = f" ({trial.user_attrs[REASON]})" if REASON in trial.user_attrs else ""
             ended = f"trial {number} {describe_state(trial)}{loss}{reason}"
             line = f"{ended}: {describe_settings(trial)}; {describe_progress(trials, wanted)}"
             print(visible(line), file=sys.stderr, flush=True)
 
 
-def get_reason(trial: FrozenTrial) -> str | None:
-    """Return why a trial failed or diverged."""
-    is_failed = trial.state == TrialState.FAIL
-    default = f"{MAX_DEATHS} workers in a row have not finished it" if is_failed else None
-    return trial.user_attrs.get(study_lib.REASON, default)
-
-
 def describe_state(trial: FrozenTrial) -> str:
     """Return the state of a trial in one word."""
     if trial.state == TrialState.PRUNED:
-        return "diverged" if study_lib.REASON in trial.user_attrs else "pruned"
+        return "diverged" if REASON in trial.user_attrs else "pruned"
     return "failed" if trial.state == TrialState.FAIL else trial.state.name.lower()
 
 
@@ -54,7 +47,10 @@ def find_best_trial(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
 
 
 def describe_progress(trials: Sequence[FrozenTrial], wanted: int) -> str:
-    """Return the number of trials in each state, the best of them, and the remaining time."""
+    """Return the number of trials in each state, the best of them, and the remaining time.
+
+    The worker that calls this runs none at the moment.
+    """
     counts = collections.Counter(map(describe_state, trials))
     running = counts["running"]
     ended = counts.total() - running - counts["waiting"]
@@ -63,7 +59,7 @@ def describe_progress(trials: Sequence[FrozenTrial], wanted: int) -> str:
         parts.append(f"best {best.value:.4f} (trial {best.number})")
     seconds = [t.duration.total_seconds() for t in trials if t.duration]
     if seconds and ended < wanted:
-        left = sum(seconds) / len(seconds) * (wanted - ended) / max(1, running)
+        left = sum(seconds) / len(seconds) * (wanted - ended) / (running + 1)
         hours, minutes = divmod(round(left / 60), 60)
         parts.append("about " + (f"{hours} h " if hours else "") + f"{minutes} min left")
     return ", ".join(parts)

@@ -16,6 +16,7 @@ from lstm_jax.run import cell_file
 from lstm_jax.sweep import progress
 from lstm_jax.sweep import study as study_lib
 from lstm_jax.sweep.space import Space
+from lstm_jax.sweep.storage import REASON
 
 TRIALS = "trials.jsonl"
 BEST = "best.py"
@@ -67,7 +68,7 @@ def write_trials(study: Study, directory: Path) -> None:
             "losses_by_epoch": trial.intermediate_values,
             "overrides": trial.user_attrs.get(study_lib.OVERRIDES, trial.params),
             "seconds": round(trial.duration.total_seconds(), 1) if trial.duration else None,
-            "reason": progress.get_reason(trial),
+            "reason": trial.user_attrs.get(REASON),
             "workdir": str(study_lib.get_trial_directory(directory, trial)),
         }
         for trial in study_lib.list_trials(study)

@@ -6,13 +6,14 @@ import io
 import math
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import jax
-import optuna
 from optuna import Trial, TrialPruned
-from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages._heartbeat import get_heartbeat_thread
 from optuna.study import Study
 from optuna.trial import TrialState
 
@@ -25,7 +26,7 @@ from lstm_jax.run import cell_file, checkpoints, interrupts, metrics, workdir
 from lstm_jax.sweep import progress, report
 from lstm_jax.sweep import space as space_lib
 from lstm_jax.sweep import study as study_lib
-from lstm_jax.sweep.storage import PLACE, SURPLUS, convert_errors
+from lstm_jax.sweep.storage import REASON, AllStartedError, convert_errors
 
 # The output of training, in the working directory of a trial.
 OUTPUT = "output.txt"
@@ -53,6 +54,35 @@ class Stopped(SystemExit):
 
 class _TrialError(Exception):
     """A trial can't be trained with its settings. The argument is the reason."""
+
+
+class _SpaceError(_TrialError):
+    """The space file fails for a trial, which also ends the worker."""
+
+
+class _Signals:
+    """Raises `Stopped` for a signal, but only within `at_once`, so that nothing is half done."""
+
+    def __init__(self) -> None:
+        self._code, self._is_at_once = 0, False
+
+    def note(self, number: int, frame: object) -> None:
+        """Handle a signal: raise `Stopped` now, or when the next `at_once` begins."""
+        self._code = self._code or 128 + number
+        if self._is_at_once:
+            self._is_at_once = False
+            raise Stopped(self._code)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Let a signal raise `Stopped` within the block."""
+        try:
+            self._is_at_once = True
+            if self._code:
+                raise Stopped(self._code)
+            yield
+        finally:
+            self._is_at_once = False
 
 
 @convert_errors()
@@ -115,11 +145,11 @@ def prepare_sweep(
 @convert_errors()
 def run_sweep(sweep: Sweep) -> int:
     """Call `run_worker`, write the report and print a summary; return the exit code."""
-    exit_code = 0
+    exit_code, signals = 0, _Signals()
     try:
         # The loop of a single run has its own handler.
-        with interrupts.handle_signals(_stop, *interrupts.SIGNALS):
-            run_worker(sweep)
+        with interrupts.handle_signals(signals.note, *interrupts.SIGNALS):
+            run_worker(sweep, signals)
     except Stopped as stopped:
         exit_code = stopped.code
     with interrupts.handle_signals(lambda *unused: None, *interrupts.SIGNALS):
@@ -127,74 +157,68 @@ def run_sweep(sweep: Sweep) -> int:
     return exit_code
 
 
-def _stop(number: int, frame: object) -> NoReturn:
-    raise Stopped(128 + number)
-
-
-def run_worker(sweep: Sweep) -> None:
+def run_worker(sweep: Sweep, signals: _Signals | None = None) -> None:
     """Train trials until all workers together have finished `sweep.trials`.
 
-    A signal handler may raise `Stopped` at any time: the trial is then queued again, so that the
-    same command resumes it.
+    A trial that a signal stops is queued again, so that the same command resumes it.
     """
-    failures: list[str] = []
+    study, signals, failures = sweep.study, signals or _Signals(), list[str]()
+    storage = study_lib.get_storage(study)
+    storage.limit = sweep.trials
     while True:
-        with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
-            optuna.storages.fail_stale_trials(sweep.study)
-        trials = study_lib.list_trials(sweep.study)
-        is_queued = any(trial.state == TrialState.WAITING for trial in trials)
-        if len(trials) >= sweep.trials and not is_queued:
-            if all(trial.state.is_finished() for trial in trials):
+        storage.queue_dead(study._study_id)
+        try:
+            with warnings.catch_warnings(action="ignore"):  # Heartbeats are for `Study.optimize`.
+                trial = study.ask()
+        except AllStartedError:
+            if all(trial.state.is_finished() for trial in study_lib.list_trials(study)):
                 return
-            time.sleep(_POLL_SECONDS)  # Other workers train the last trials.
+            with signals.at_once():
+                time.sleep(_POLL_SECONDS)  # Other workers train the last trials.
             continue
-        number, reason = _run_trial(sweep)
+        reason = _run_trial(sweep, trial, signals)
         failures = [*failures, reason] if reason else []
-        progress.print_end(sweep.study, number, sweep.trials)
-        report.write_trials(sweep.study, sweep.directory)
+        progress.print_end(study, trial.number, sweep.trials)
+        report.write_trials(study, sweep.directory)
         jax.clear_caches()  # Each trial compiles its own functions.
         if len(failures) >= _MAX_FAILURES:
             raise UserError(f"{len(failures)} trials in a row failed, the last: {failures[-1]}")
 
 
-def _run_trial(sweep: Sweep) -> tuple[int, str]:
-    """Train the next trial, queued or new; return its number, and the reason if it failed."""
-    number, reason, is_lost = -1, "", False
-
-    def objective(trial: Trial) -> float:
-        nonlocal number, reason, is_lost
-        number = trial.number
-        try:
-            return _train_trial(sweep, trial)
-        except _TrialError as failed:
-            reason = str(failed)
-            raise
-        except UpdateFinishedTrialError:
-            is_lost = True
-            raise
-
+def _run_trial(sweep: Sweep, trial: Trial, signals: _Signals) -> str:
+    """Train a trial and record its result; return the reason if it failed."""
+    study, loss, error = sweep.study, None, None
     try:
-        sweep.study.optimize(objective, n_trials=1, catch=_TrialError)
-    except BaseException:
-        if is_lost:  # This process was suspended, and another worker resumes the trial.
-            return number, ""
-        if number >= 0:
-            study_lib.give_back(sweep.study, number)
-        raise
-    return number, reason
+        with get_heartbeat_thread(trial._trial_id, study._storage), signals.at_once():
+            loss = _train_trial(sweep, trial)
+        state = TrialState.COMPLETE
+    except TrialPruned:
+        state = TrialState.PRUNED
+    except _TrialError as failed:
+        state, error = TrialState.FAIL, failed
+    except BaseException as interruption:
+        is_ours = study_lib.get_storage(study).queue_again(study._study_id, trial._trial_id)
+        if is_ours or not isinstance(interruption, Exception):
+            raise
+        return ""  # This process was suspended, and another worker has taken the trial over.
+    with contextlib.suppress(UpdateFinishedTrialError):
+        study.tell(trial, loss, state, skip_if_finished=True)
+    if isinstance(error, _SpaceError):
+        raise UserError(str(error))
+    return str(error or "")
 
 
 def _train_trial(sweep: Sweep, trial: Trial) -> float:
     """Train a trial and return its validation loss; raise `TrialPruned` or `_TrialError`."""
-    if trial.user_attrs[PLACE] >= sweep.trials:  # Another worker has just started the last one.
-        trial.set_user_attr(SURPLUS, True)
-        raise _TrialError
-    overrides = sweep.space.overrides(trial)  # Draws the parameters of a new trial.
-    config = sweep.space.apply(sweep.experiment, overrides)
+    try:
+        overrides = sweep.space.overrides(trial)  # Draws the parameters of a new trial.
+        config = sweep.space.apply(sweep.experiment, overrides)
+    except UserError as error:
+        raise _fail(trial, str(error), _SpaceError) from None
     trial.set_user_attr(study_lib.OVERRIDES, overrides)
     frozen = trial.storage.get_trial(trial._trial_id)
     directory = study_lib.get_trial_directory(sweep.directory, frozen)
-    directory.mkdir(exist_ok=True)
+    study_lib.claim_directory(directory, frozen)
 
     def watch(row: metrics.Row) -> None:
         is_reported = row["epoch"] and _report(trial, row)
@@ -209,23 +233,24 @@ def _train_trial(sweep: Sweep, trial: Trial) -> float:
         ):
             exit_code = training.train(config, directory, watch)
     except NotFiniteError as error:
-        trial.set_user_attr(study_lib.REASON, f"diverged: {error}")
+        trial.set_user_attr(REASON, f"diverged: {error}")
         raise TrialPruned from None
     except UnavailableError:
         raise  # A later attempt may succeed, so the trial is queued again.
     # Errors caused by the settings of a trial or by too little memory.
     except (UserError, jax.errors.JaxRuntimeError, MemoryError) as error:
-        reason = str(error) if isinstance(error, UserError) else one_line(error)[:300]
-        raise _fail(trial, reason) from None
+        raise _fail(
+            trial, str(error) if isinstance(error, UserError) else one_line(error)[:300]
+        ) from None
     if exit_code:
         raise Stopped(exit_code)
     return _measure(trial, directory)
 
 
-def _fail(trial: Trial, reason: str) -> _TrialError:
+def _fail(trial: Trial, reason: str, kind: type[_TrialError] = _TrialError) -> _TrialError:
     """Record the reason why a trial fails; return the exception to raise."""
-    trial.set_user_attr(study_lib.REASON, reason)
-    return _TrialError(reason)
+    trial.set_user_attr(REASON, reason)
+    return kind(reason)
 
 
 def _measure(trial: Trial, directory: Path) -> float:

@@ -1,75 +1,126 @@
-"""Open the database that the workers of a sweep share.
+"""The database that the workers of a sweep share.
 
 No message shows its password, and exceptions of Optuna and of databases become one-line errors.
 """
 
 import contextlib
+import datetime
+import math
 import re
 import time
+import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote_plus
 
+import optuna
 import sqlalchemy
 from optuna.exceptions import ExperimentalWarning, OptunaError, StorageInternalError
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages import RDBStorage
+from optuna.storages._rdb import models
+from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial, TrialState
 
 from lstm_jax.errors import UnavailableError, UserError, one_line
 
 _DRIVERS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql"}
-# A worker writes into its trial at this interval. After the second time without it, the worker is
-# dead. That is longer than `lock.STALE_SECONDS`, so the working directory is free by then, too.
+# A worker writes a heartbeat into its trial at this interval, and is dead if it has not done so for
+# `STALE_SECONDS`. That is longer than `lock.STALE_SECONDS`, so that its directory is free, too.
 BEAT_SECONDS, STALE_SECONDS = 10, 90
-# A trial fails if this number of workers in a row die training it, for lack of memory for example;
-# one that a signal stops starts the count again, as the first.
-MAX_DEATHS = 5
+# A trial fails if this number of workers in a row die training it, for lack of memory for example.
+_MAX_DEATHS = 5
 
-# Attributes of a trial: of the user, the number of other trials before it; of Optuna, the numbers
-# of those that it resumes.
-PLACE, RESUMES = "place", "retry_history"
-# It was started by one worker more than there were trials left.
-SURPLUS = "surplus"
-
-# Optuna calls heartbeats experimental.
-with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
-    # Queues a trial again, with the same parameters and losses. It is not queued more often.
-    queue_again = RetryHeartbeatStaleTrialCallback(MAX_DEATHS - 1, inherit_intermediate_values=True)
+# Attributes of a trial.
+PLACE = "place"  # The number of earlier trials that don't resume another one.
+ORIGIN = "origin"  # Identifies its working directory.
+RESUMES = "resumes"  # The number of the trial that it resumes.
+_DEATHS = "deaths"  # The number of workers in a row that died training it.
+REASON = "reason"  # Why it failed or diverged.
 
 
-class _Storage(RDBStorage):
-    """A storage in which each trial has a place from the start, and each running one a heartbeat.
+class AllStartedError(Exception):
+    """Every trial of the sweep has been started."""
 
-    Optuna does not notice the death of a worker between the start and the first heartbeat.
+
+class SweepStorage(RDBStorage):
+    """Optuna's storage, with each change of a trial in one transaction.
+
+    A trial has its place and a heartbeat from the start, and a trial that its worker can't end
+    fails and is queued again at once. Optuna needs several transactions for each, so a worker that
+    dies between them would leave a trial that no other worker resumes.
     """
 
-    def _create_new_trial(
-        self, study_id: int, template_trial: FrozenTrial | None = None
-    ) -> FrozenTrial:
-        trial = super()._create_new_trial(study_id, template_trial)
-        self.record_heartbeat(trial._trial_id)
-        if PLACE not in trial.user_attrs:
-            before = self.get_all_trials(study_id, deepcopy=False)[: trial.number]
-            kinds = ({*t.system_attrs, *t.user_attrs} for t in before)
-            place = sum(kind.isdisjoint((RESUMES, SURPLUS)) for kind in kinds)
-            self.set_trial_user_attr(trial._trial_id, PLACE, place)
-            trial.user_attrs[PLACE] = place
+    limit: float = math.inf  # No trial starts at this place or later.
+
+    def _get_prepared_new_trial(
+        self, study_id: int, template_trial: FrozenTrial | None, session: Any
+    ) -> Any:
+        trial = super()._get_prepared_new_trial(study_id, template_trial, session)
+        session.add(models.TrialHeartbeatModel(trial_id=trial.trial_id))
+        if template_trial is None:
+            kind = models.TrialUserAttributeModel
+            of_study = session.query(kind).join(models.TrialModel).filter_by(study_id=study_id)
+            place = trial.number - of_study.filter(kind.key == RESUMES).count()
+            if place >= self.limit:
+                raise AllStartedError
+            trial_id: Any = trial.trial_id
+            for key, value in ((PLACE, place), (ORIGIN, uuid.uuid4().hex)):
+                self._set_trial_attr_without_commit(session, kind, trial_id, key, value)
         return trial
 
     def set_trial_state_values(
         self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
     ) -> bool:
+        """Change the state of a trial, as Optuna does; a queued one that runs gets a heartbeat."""
         if state == TrialState.RUNNING:
             self.record_heartbeat(trial_id)
         return super().set_trial_state_values(trial_id, state, values)
 
     def record_heartbeat(self, trial_id: int) -> None:
+        """Record that the worker of a trial lives."""
         with contextlib.suppress(StorageInternalError):  # It may be temporarily unreachable.
             super().record_heartbeat(trial_id)
 
+    def queue_again(self, study_id: int, trial_id: int, is_dead: bool = False) -> bool:
+        """Fail a running trial, and queue it again with its parameters, losses and place.
 
-def open_storage(database: Path, location: str | None) -> RDBStorage:
+        Return whether it was running. If too many workers in a row died, it fails for good.
+        """
+        trial, kind = self.get_trial(trial_id), models.TrialUserAttributeModel
+        deaths = trial.user_attrs.get(_DEATHS, 0) + 1 if is_dead else 0
+        attributes = {**trial.user_attrs, RESUMES: trial.number, _DEATHS: deaths}
+        attributes.pop(REASON, None)
+        queued = optuna.trial.create_trial(
+            state=TrialState.WAITING,
+            params=trial.params,
+            distributions=trial.distributions,
+            user_attrs=attributes,
+            system_attrs=trial.system_attrs,
+            intermediate_values=trial.intermediate_values,
+        )
+        with _create_scoped_session(self.scoped_session) as session:
+            # The order of the locks is Optuna's.
+            models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
+            found = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
+            if found.state != TrialState.RUNNING:
+                return False
+            if deaths < _MAX_DEATHS:
+                self._get_prepared_new_trial(study_id, queued, session)
+            else:
+                reason = f"{deaths} workers in a row died training it"
+                self._set_trial_attr_without_commit(session, kind, trial_id, REASON, reason)
+            found.state, found.datetime_complete = TrialState.FAIL, datetime.datetime.now()
+        return True
+
+    def queue_dead(self, study_id: int) -> None:
+        """Queue the trials of dead workers again."""
+        for trial_id in self._get_stale_trial_ids(study_id):
+            self.queue_again(study_id, trial_id, is_dead=True)
+
+
+def open_storage(database: Path, location: str | None) -> SweepStorage:
     """Open or create the storage of a study: `location`, or by default an SQLite file, `database`.
 
     Raise `UserError` if it can't be reached or written.
@@ -107,18 +158,17 @@ def open_storage(database: Path, location: str | None) -> RDBStorage:
     return storage
 
 
-def _make_tables(url: str, settings: dict[str, int]) -> RDBStorage:
+def _make_tables(url: str, settings: dict[str, int]) -> SweepStorage:
     """Create Optuna's storage; retry, because several workers may create its tables at once."""
     for attempt in range(10):
         time.sleep(0.1 * attempt)
         try:
             with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
-                return _Storage(
+                return SweepStorage(
                     url,
                     engine_kwargs={"connect_args": settings},
                     heartbeat_interval=BEAT_SECONDS,
                     grace_period=STALE_SECONDS,
-                    heartbeat_stale_trial_callback=queue_again,
                 )
         except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError) as error:
             last = error

@@ -1,11 +1,10 @@
 """The Optuna study that the workers of a sweep share: its trials, sampler and pruner.
 
-Optuna detects dead workers by the heartbeats of their trials, and queues these again under new
-numbers. Such a trial keeps its place, and with it the working directory, sampler and pruner.
+A trial whose worker died or was stopped is queued again under a new number. It keeps its place, and
+with that the working directory, the sampler and the bracket of the pruner.
 """
 
 import copy
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,24 +17,23 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lstm_jax.data import files
 from lstm_jax.errors import UserError
+from lstm_jax.run import workdir
 from lstm_jax.sweep import storage
-from lstm_jax.sweep.storage import PLACE, RESUMES, SURPLUS
+from lstm_jax.sweep.storage import ORIGIN, PLACE, RESUMES
 
 _Grid = Mapping[str, Sequence[CategoricalChoiceType]]  # The values of each parameter.
 
-# In the directory of a sweep: the study, unless --study names another; the working directories of
-# the trials; and in these, the study that they belong to.
-DATABASE, TRIALS, OWNER = "study.db", "trials", "study.txt"
+# In the directory of a sweep: the study, unless --study names another; and the working directories
+# of the trials, each with the identity of its trial.
+DATABASE, TRIALS, _OWNER = "study.db", "trials", "trial.txt"
 
-# Attributes of a trial.
-REASON = "reason"  # Why it failed or diverged.
+# Attributes of a trial, beside those of `storage`.
 OVERRIDES = "overrides"
 TEST_LOSS = "test_loss"
 
 # Attributes of a study.
-_IDENTITY = "identity"
 _EXPERIMENT = "experiment"
-_PARAMETERS = "parameters"
+_SEARCH = "search"
 
 
 def open_study(
@@ -44,14 +42,14 @@ def open_study(
     name: str,
     fields: Mapping[str, object],
     parameters: Sequence[str],
-    sampler: BaseSampler,
+    sampler: "SeededSampler",
     pruner: optuna.pruners.BasePruner,
 ) -> Study:
     """Open or create the study of a sweep, at `location` or in the sweep's directory.
 
     `fields` are those of the experiment that all workers share, as in JSON: lists for tuples.
-    Raise `UserError` if it can't be reached or written, or is for another experiment or space, or
-    if the directory has the trials of another study.
+    Raise `UserError` if it can't be reached or written, or is for another experiment, space or
+    sampler.
     """
     study = optuna.create_study(
         storage=storage.open_storage(directory / DATABASE, location),
@@ -62,10 +60,9 @@ def open_study(
     )
     # Read the trials first: another worker may add one now, but only after the attributes.
     is_empty = not study.get_trials(deepcopy=False)
-    before, known = study.user_attrs.get(_EXPERIMENT), study.user_attrs.get(_PARAMETERS)
+    before, known = study.user_attrs.get(_EXPERIMENT), study.user_attrs.get(_SEARCH)
     is_minimized = study.directions == [StudyDirection.MINIMIZE]
     if is_minimized and before is None and is_empty:
-        study.set_user_attr(_IDENTITY, uuid.uuid4().hex)
         study.set_user_attr(_EXPERIMENT, before := fields)
     if not is_minimized or before is None:
         raise UserError(f"the study {name!r} exists, but is not from a sweep: use another --name")
@@ -76,25 +73,30 @@ def open_study(
             f"the study {name!r} was made for another experiment (config.{first} was "
             f"{before.get(first)!r:.80} and is {fields[first]!r}{others}): use another --workdir"
         )
+    search = {
+        "parameters": sorted(parameters),
+        "--sampler": sampler.name,
+        "--seed": sampler.seed,
+    }
     if known is None:
-        study.set_user_attr(_PARAMETERS, sorted(parameters))
-    elif known != sorted(parameters):
-        raise UserError(
-            f"the study {name!r} was made for a space with {known!r:.200}, but this one has "
-            f"{sorted(parameters)}: use another --workdir"
-        )
-    _claim_trials(directory / TRIALS, study.user_attrs[_IDENTITY])
+        study.set_user_attr(_SEARCH, known := search)
+    for what, value in search.items():
+        if known[what] != value:
+            raise UserError(
+                f"the study {name!r} was made with the {what} {known[what]!r:.200}, and not "
+                f"{value!r:.200}: use the same, or another --workdir"
+            )
     return study
 
 
-def _claim_trials(directory: Path, identity: str) -> None:
-    """Make the directory of trials; raise `UserError` if it has those of another study."""
+def claim_directory(directory: Path, trial: FrozenTrial) -> None:
+    """Make the working directory of a trial; raise `UserError` if it is another study's."""
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / OWNER
-    if not any(directory.iterdir()):
-        files.write_file(path, identity.encode())
-    elif not path.exists() or path.read_text() != identity:
-        raise UserError(f"{directory} has the trials of another study: use another --workdir")
+    path, origin = directory / _OWNER, trial.user_attrs[ORIGIN]
+    if not path.exists() and not (directory / workdir.CONFIG).exists():
+        files.write_file(path, origin.encode())
+    elif not path.exists() or path.read_text() != origin:
+        raise UserError(f"{directory} has a trial of another study: use another --workdir")
 
 
 def check_grid(study: Study, grid: _Grid) -> None:
@@ -116,15 +118,15 @@ class SeededSampler(BaseSampler):
 
     def __init__(self, name: str, seed: int, grid: _Grid | None = None) -> None:
         """Store the arguments; a grid needs the values of each parameter."""
-        self._name, self._seed, self._grid = name, seed, grid or {}
+        self.name, self.seed, self._grid = name, seed, grid or {}
         self._inner = self._make(0)
 
     def _make(self, place: int) -> BaseSampler:
-        seed = (1_000_003 * self._seed + place) % 2**32
-        if self._name == "tpe":
+        seed = (1_000_003 * self.seed + place) % 2**32
+        if self.name == "tpe":
             return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
-        if self._name == "grid":
-            return optuna.samplers.GridSampler(self._grid, seed=self._seed % 2**32)
+        if self.name == "grid":
+            return optuna.samplers.GridSampler(self._grid, seed=self.seed % 2**32)
         return optuna.samplers.RandomSampler(seed=seed)
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
@@ -168,6 +170,8 @@ class _Hyperband(optuna.pruners.HyperbandPruner):
     """Hyperband that keeps a trial in its bracket when another worker resumes it."""
 
     def _get_bracket_id(self, study: Study, trial: FrozenTrial) -> int:
+        if trial.state == TrialState.FAIL:  # The trial that resumes it has the same losses.
+            return -1
         return super()._get_bracket_id(study, _put_in_place(trial))
 
 
@@ -178,23 +182,19 @@ def _put_in_place(trial: FrozenTrial) -> FrozenTrial:
     return placed
 
 
-def give_back(study: Study, number: int) -> None:
-    """Queue a trial again that its worker can't end; do nothing if another worker has done so."""
-    if trial := next((t for t in list_trials(study) if t.number == number), None):
-        if trial.state == TrialState.RUNNING:
-            study.tell(number, state=TrialState.FAIL)
-        queued = copy.deepcopy(trial)
-        queued.system_attrs.pop(RESUMES, None)  # Only deaths in a row count.
-        storage.queue_again(study, queued)
+def get_storage(study: Study) -> storage.SweepStorage:
+    """Return the storage of a study, without Optuna's cache."""
+    backend: storage.SweepStorage = study._storage._backend  # type: ignore[attr-defined]
+    return backend
 
 
 def list_trials(study: Study) -> list[FrozenTrial]:
-    """Return all trials, except those that another one resumes, and surplus ones."""
+    """Return all trials, except those that another one resumes."""
     trials = study.get_trials(deepcopy=False)
-    resumed = {t.system_attrs[RESUMES][-1] for t in trials if RESUMES in t.system_attrs}
-    return [t for t in trials if t.number not in resumed and SURPLUS not in t.user_attrs]
+    resumed = {trial.user_attrs.get(RESUMES) for trial in trials}
+    return [trial for trial in trials if trial.number not in resumed]
 
 
 def get_trial_directory(directory: Path, trial: FrozenTrial) -> Path:
-    """Return the working directory of a trial, in the directory of its sweep."""
+    """Return the working directory of a trial, which its place names."""
     return directory / TRIALS / f"{trial.user_attrs.get(PLACE, trial.number):04}"
