@@ -29,7 +29,7 @@ _INIT_FROM = flags.DEFINE_string(
 _TRACK = flags.DEFINE_multi_string(
     "track",
     [],
-    "Tracker that also receives metrics, samples and the config: wandb, mlflow, trackio, or a "
+    "Tracker that also receives metrics, samples and the config: wandb, or a "
     "function package.module:function, called with each row of metrics. May be repeated.",
 )
 _COORDINATOR = flags.DEFINE_string(

@@ -14,6 +14,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
+from lstm_jax import user_cache
 from lstm_jax.data import datasets, prepared, sources, texts
 from lstm_jax.data.encoding import Text
 from lstm_jax.errors import UserError
@@ -143,7 +144,9 @@ def test_a_large_text_is_prepared_in_the_cache_if_the_user_names_it(
     path.write_text("To be, or not to be: " * 50)
     data.path, data.prepared = str(path), str(tmp_path / "prepared")
     expected = texts.read_splits(data)
-    with pytest.raises(UserError, match=f"--data_path FILE.*{prepared.get_cache_directory()}"):
+    with pytest.raises(
+        UserError, match=f"--data_path FILE.*{user_cache.get_path('prepared').absolute()}"
+    ):
         load_texts_of_run(data, None)
     for named in (str(path), None):  # Once it is prepared, its name can be left out.
         read = load_texts_of_run(data, named)

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from lstm_jax import config as config_lib
+from lstm_jax import user_cache
 from lstm_jax.data import download, files, prepared, standard_texts, texts
 from lstm_jax.data.download import Download
 from lstm_jax.data.standard_texts import STANDARD_TEXTS, StandardText
@@ -348,7 +349,7 @@ def test_a_run_finds_its_text_again(
     data = dataclasses.replace(data, sha256=splits.sha256, directory=elsewhere)
     # A large one is prepared again if it was prepared elsewhere.
     monkeypatch.setattr(texts, "_MAX_BYTES_IN_MEMORY", 1000)
-    cache = prepared.get_cache_directory()
+    cache = user_cache.get_path("prepared").absolute()
     for is_removed in (False, True):
         if is_removed:
             shutil.rmtree(tmp_path / "data" / "enwik8" / prepared.BESIDE)

@@ -5,7 +5,6 @@ import html
 import importlib.util
 import json
 import shutil
-import sqlite3
 import struct
 import sys
 from collections.abc import Iterator
@@ -67,7 +66,7 @@ def test_a_function_gets_each_row_and_one_that_fails_is_left_out(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nothing", "--track is 'nothing': it must be wandb, mlflow, trackio, or"),
+        ("nothing", "--track is 'nothing': it must be wandb, or"),
         ("os.path:", "--track is 'os.path:'"),
         ("own_tracker:number", "--track=own_tracker:number is not a function"),
         ("own_tracker:none", "can't be imported: AttributeError: .* has no attribute 'none'"),
@@ -79,14 +78,13 @@ def test_a_wrong_name_raises_an_error(name: str, message: str, own: str, tmp_pat
         pytest.fail("it was opened")
 
 
-@pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
 def test_a_missing_package_raises_an_error_that_names_the_command(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with (
-        pytest.raises(UserError, match=rf"needs .* {name}: pip install 'lstm-jax\[track-{name}\]'"),
-        trackers.open_trackers([name], tmp_path),
+        pytest.raises(UserError, match=r"needs .* wandb: pip install 'lstm-jax\[track-wandb\]'"),
+        trackers.open_trackers(["wandb"], tmp_path),
     ):
         pytest.fail("it was opened")
 
@@ -185,58 +183,3 @@ def test_wandb_gets_metrics_config_and_samples(
     assert len(shown) == 4  # That of step 20 again when the run resumed.
     sample = (directory / workdir.SAMPLES).read_text().split("\n")[1]
     assert any(sample.strip() in text for text in shown)
-
-
-def test_mlflow_gets_metrics_config_and_samples(
-    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mlflow: Any = pytest.importorskip(
-        "mlflow", reason="mlflow is not installed (extra 'track-mlflow')"
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "tiny")
-    directory = tmp_path / "run"
-    losses, before = train_tracked("mlflow", text_file, directory)
-    client = mlflow.MlflowClient()
-    experiment = client.get_experiment_by_name("tiny")
-    (run,) = client.search_runs([experiment.experiment_id])
-    assert run.info.run_name == "run" and run.info.status == "FINISHED"
-    assert run.data.params["model.hidden_size"] == "24"
-    logged = {
-        (metric.step, split, metric.value)
-        for split in ("train", "validation", "test")
-        for metric in client.get_metric_history(run.info.run_id, f"{split}/loss")
-    }
-    assert {*losses, *before} == logged
-    artifacts = [artifact.path for artifact in client.list_artifacts(run.info.run_id, "samples")]
-    assert artifacts == [f"samples/step_{step:09}.txt" for step in (0, 20, 40)]
-    text = mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/{artifacts[-1]}")
-    assert text in (directory / workdir.SAMPLES).read_text()
-
-
-def test_trackio_gets_metrics_config_and_samples(
-    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # Read when it is imported.
-    pytest.importorskip("trackio", reason="trackio is not installed (extra 'track-trackio')")
-    directory = tmp_path / "run"
-    losses, before = train_tracked("trackio", text_file, directory)
-    with sqlite3.connect(tmp_path / "trackio" / "lstm-jax.db") as database:
-        rows = database.execute("SELECT step, metrics FROM metrics ORDER BY id").fetchall()
-        names = database.execute("SELECT DISTINCT run_name FROM metrics").fetchall()
-        (fields,) = database.execute("SELECT config FROM configs").fetchone()
-    logged, samples = set(), {}
-    for step, content in rows:
-        values = json.loads(content)
-        for split in ("train", "validation", "test"):
-            if f"{split}/loss" in values:
-                logged.add((step, split, values[f"{split}/loss"]))
-        if "validation/sample" in values:
-            samples[step] = values["validation/sample"]["_value"]
-    assert {*losses, *before} == logged
-    assert len(names) == 1 and names[0][0].startswith("run-")
-    assert json.loads(fields)["model.hidden_size"] == 24
-    assert list(samples) == [0, 20, 40]
-    lines = [line.removeprefix("    ") for line in samples[40].split("\n")]
-    assert "\n".join(lines) in (directory / workdir.SAMPLES).read_text()

@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from lstm_jax import user_cache
 from lstm_jax.config import DataConfig
 from lstm_jax.data import encoding, files, sources, worker
 from lstm_jax.data.encoding import Part, Table, Text, get_smallest_dtype
@@ -59,11 +58,6 @@ class Manifest(NamedTuple):
     stop: str  # The stop token, or "".
     characters: dict[str, int]  # Of each split.
     files: dict[str, _State]  # SHA-256 and `_state` of each other file in the directory.
-
-
-def get_cache_directory() -> Path:
-    """Return the directory of corpora for texts of other people's runs."""
-    return user_cache.get_path("prepared").absolute()
 
 
 def _write_manifest(manifest: Manifest, directory: Path) -> None:

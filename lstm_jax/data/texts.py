@@ -6,6 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from lstm_jax import user_cache
 from lstm_jax.config import DataConfig
 from lstm_jax.data import prepared, sources, standard_texts
 from lstm_jax.data.encoding import Text
@@ -132,7 +133,7 @@ def _find_prepared(data: DataConfig, make: bool) -> Manifest:
     """Return the prepared text of a run, from where it was trained or else the user's cache."""
     if manifest := prepared.find_corpus(data):
         return manifest
-    data = dataclasses.replace(data, prepared=str(prepared.get_cache_directory()))
+    data = dataclasses.replace(data, prepared=str(user_cache.get_path("prepared").absolute()))
     if manifest := prepared.prepare_corpus(data) if make else prepared.find_corpus(data):
         return manifest
     raise UserError(

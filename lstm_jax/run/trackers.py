@@ -1,4 +1,4 @@
-"""Pass the rows of a run to Weights & Biases, MLflow, Trackio or a function: the flag --track."""
+"""Pass the rows of a run to Weights & Biases or a function: the flag --track."""
 
 import contextlib
 import html
@@ -7,7 +7,6 @@ import os
 import re
 import secrets
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +19,7 @@ from lstm_jax.run.metrics import Row
 
 # The file of a tracked run that holds its identity, with a limit of its size in bytes.
 TRACKED, _LIMIT = "tracked.json", 2**10
-# The default name of a project or experiment that holds the runs.
+# The default name of a project that holds the runs.
 _PROJECT = "lstm-jax"
 
 
@@ -65,57 +64,8 @@ def _open_wandb(run: _TrackedRun) -> _Tracker:
     return write, lambda failed: opened.finish(exit_code=int(failed))
 
 
-def _open_mlflow(run: _TrackedRun) -> _Tracker:
-    """Open MLflow, in the experiment that MLFLOW_EXPERIMENT_NAME names, or else lstm-jax."""
-    from mlflow import MlflowClient, entities
-
-    client, tag = MlflowClient(), "lstm_jax.run"
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
-    experiment = client.get_experiment_by_name(name)
-    number = experiment.experiment_id if experiment else client.create_experiment(name)
-    earlier = client.search_runs([number], f"tags.`{tag}` = '{run.identity}'")
-    if earlier:
-        opened = earlier[0].info.run_id
-        client.update_run(opened, status="RUNNING")
-    else:
-        made = client.create_run(number, tags={tag: run.identity}, run_name=run.name)
-        opened = made.info.run_id
-        # A run can't change them when it resumes.
-        params = [entities.Param(key, str(value)) for key, value in run.config.items()]
-        client.log_batch(opened, params=params)
-
-    def write(row: Row) -> None:
-        now, step = int(1000 * time.time()), row["step"]
-        numbers = _list_numbers(row).items()
-        values = [entities.Metric(name, value, now, step) for name, value in numbers]
-        client.log_batch(opened, metrics=values)
-        if "sample" in row:
-            client.log_text(opened, row["sample"], f"samples/step_{step:09}.txt")
-
-    return write, lambda failed: client.set_terminated(opened, "FAILED" if failed else "FINISHED")
-
-
-def _open_trackio(run: _TrackedRun) -> _Tracker:
-    """Open Trackio, in the project lstm-jax."""
-    import trackio
-
-    name = f"{run.name}-{run.identity}"  # It identifies a run by its name.
-    opened = trackio.init(_PROJECT, name, config=run.config, resume="allow", embed=False)
-
-    def write(row: Row) -> None:
-        entry: dict[str, object] = {**_list_numbers(row)}
-        if "sample" in row:
-            text = metrics.quote_markdown(row["sample"])
-            entry["validation/sample"] = trackio.Markdown(text)
-        opened.log(entry, step=row["step"])
-
-    return write, lambda failed: trackio.finish()
-
-
 _TRACKERS: dict[str, Callable[[_TrackedRun], _Tracker]] = {
     "wandb": _open_wandb,
-    "mlflow": _open_mlflow,
-    "trackio": _open_trackio,
 }
 
 

@@ -23,7 +23,7 @@ from lstm_jax.config import Config
 from lstm_jax.data import files, texts
 from lstm_jax.errors import NotFiniteError, UnavailableError, UserError, one_line
 from lstm_jax.run import cell_file, checkpoints, interrupts, metrics, workdir
-from lstm_jax.sweep import progress, report
+from lstm_jax.sweep import report
 from lstm_jax.sweep import space as space_lib
 from lstm_jax.sweep import study as study_lib
 from lstm_jax.sweep.storage import REASON, AllStartedError, convert_errors
@@ -178,7 +178,7 @@ def run_worker(sweep: Sweep, signals: _Signals | None = None) -> None:
             continue
         reason = _run_trial(sweep, trial, signals)
         failures = [*failures, reason] if reason else []
-        progress.print_end(study, trial.number, sweep.trials)
+        report.print_end(study, trial.number, sweep.trials)
         report.write_trials(study, sweep.directory)
         jax.clear_caches()  # Each trial compiles its own functions.
         if len(failures) >= _MAX_FAILURES:
@@ -226,8 +226,9 @@ def _train_trial(sweep: Sweep, trial: Trial) -> float:
             raise TrialPruned
 
     try:
+        output = files.open_append(directory / OUTPUT)
         with (
-            _append(directory / OUTPUT) as file,
+            io.TextIOWrapper(output, "utf-8", "backslashreplace") as file,
             contextlib.redirect_stdout(file),
             contextlib.redirect_stderr(file),
         ):
@@ -264,10 +265,6 @@ def _measure(trial: Trial, directory: Path) -> float:
         if row["split"] == "test" and math.isfinite(row["loss"]):
             trial.set_user_attr(study_lib.TEST_LOSS, row["loss"])
     return loss
-
-
-def _append(path: Path) -> io.TextIOWrapper:
-    return io.TextIOWrapper(files.open_append(path), encoding="utf-8", errors="backslashreplace")
 
 
 def _report(trial: Trial, row: metrics.Row) -> bool:
