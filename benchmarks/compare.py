@@ -18,8 +18,8 @@ For each variant it
 4. measures each trained model: the loss of the test split with the carry kept, and by windows of
    256 from a zero carry; characters a second in training, and in generation of one text.
 
-OUT/compare.md and OUT/compare.svg have the results, OUT/tune/VARIANT/report.html all trials of a
-variant. --config.FIELD=VALUE flags are passed to every training, for example for a small test.
+OUT/compare.md and OUT/compare.svg have the results, OUT/tune/VARIANT/trials.jsonl all trials of
+a variant. --config.FIELD=VALUE flags are passed to every training, for example for a small test.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python examples/beam_search.py tiny-shakespeare "ROMEO:" --length 30 --beams 4
 
-Each step keeps the most probable texts, whose log-probabilities are printed. One beam is greedy
-decoding.
+Each step extends every text by every token, and keeps the most probable ones. The texts of the last
+step are printed with their log-probabilities. One beam is greedy decoding.
 """
 
 import argparse
@@ -45,8 +45,8 @@ def search(run: lstm_jax.Run, prompt: str, length: int, beams: int) -> list[tupl
         if ended.all():
             break
         state = run.read(ids[:, None], pick(state, parents))
-    stop = run.vocabulary.stop
-    texts = [run.vocabulary.decode(row).removesuffix(stop) for row in generated]
+    stop_id = run.vocabulary.stop_id
+    texts = [run.vocabulary.decode(i for i in row if i != stop_id) for row in generated]
     return [
         (prompt + t, total)
         for t, total in zip(texts, totals.tolist(), strict=True)
@@ -56,7 +56,7 @@ def search(run: lstm_jax.Run, prompt: str, length: int, beams: int) -> list[tupl
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("model", help="a model, as of lstm_jax.load")
+    parser.add_argument("model", help="a model that lstm_jax.load reads")
     parser.add_argument("prompt")
     parser.add_argument("--length", type=int, default=100)
     parser.add_argument("--beams", type=int, default=5)

@@ -100,7 +100,7 @@ OptimizerName = Literal["adam", "lion", "muon", "schedule_free", "sgd"]
 Schedule = Literal["constant", "cosine", "linear", "step"]
 Dtype = Literal["float32", "bfloat16", "auto"]  # Of matmuls; `model.make_model` resolves "auto".
 Option = bool | int | float | str  # The value of an option of a cell.
-DTYPES, SCHEDULES = get_args(Dtype), get_args(Schedule)
+DTYPES = get_args(Dtype)
 
 _SHARE: Rule[float] = Rule("0 or more, and below 1", lambda value: 0 <= value < 1)
 _SHARES: Rule[tuple[float, ...]] = Rule(

@@ -106,7 +106,10 @@ def make_schedule(optimizer: OptimizerConfig, total_steps: int) -> optax.Schedul
     """Make the learning rate as a function of the step: linear warm-up, then `schedule`."""
     peak, warmup_steps = optimizer.learning_rate, optimizer.warmup_steps
     decay_steps = max(total_steps - warmup_steps, 1)
-    drops = {round(share * total_steps) - warmup_steps: 0.1 for share in optimizer.step_at}
+    drops: dict[int, float] = {}
+    for share in optimizer.step_at:
+        step = round(share * total_steps) - warmup_steps
+        drops[step] = 0.1 * drops.get(step, 1)
     after: dict[Schedule, optax.Schedule] = {
         "constant": optax.constant_schedule(peak),
         "cosine": optax.cosine_decay_schedule(peak, decay_steps),

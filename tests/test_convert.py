@@ -308,7 +308,9 @@ def test_layers_that_torch_lacks_raise_an_error() -> None:
 
 @pytest.mark.parametrize("name", ["quick.pt", "quick.h5", "quick"])
 def test_an_error_for_another_file_names_the_remedy(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"must end in .safetensors \(safetensors.torch.save"):
+    with pytest.raises(
+        UserError, match=r"must end in .safetensors: write it with safetensors.torch"
+    ):
         transfer.import_weights(tmp_path / name, tmp_path / "run", None, str(TEXT))
     with pytest.raises(UserError, match="in .safetensors, or have no suffix, for a folder"):
         transfer.export_weights(tmp_path / "run", tmp_path / name)

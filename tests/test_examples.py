@@ -265,7 +265,7 @@ def test_novelty_is_that_of_a_brute_force_search() -> None:
         for j in range(i, len(text) + 1)
         if text[i:j] in training_text
     ]
-    copied = {k for i, j in runs_of if j - i > novelty.COMMON_RUN for k in range(i, j)}
+    copied = {k for i, j in runs_of if j - i > novelty.COMMON for k in range(i, j)}
     longest, share = novelty.measure_novelty(text, training_text)
     assert len(longest) == max(j - i for i, j in runs_of) and longest in training_text
     assert share == len(copied) / len(text) > 0.2
@@ -280,7 +280,7 @@ def test_a_text_and_the_most_probable_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run_example(monkeypatch, "novelty.py", trained, text_file, "--length", 200)
-    longest = capsys.readouterr().out.partition("the longest run has ")[2].partition(": ")[2]
+    longest = capsys.readouterr().out.partition("the longest passage has ")[2].partition(": ")[2]
     assert ast.literal_eval(longest) in text_file.read_text(encoding="utf-8")
     run_example(monkeypatch, "beam_search.py", trained, "ROMEO:", "--length", 9, "--beams", 3)
     lines = capsys.readouterr().out.splitlines()

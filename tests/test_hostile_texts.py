@@ -108,14 +108,14 @@ def test_tiny_shakespeare_is_read_from_the_directory_of_the_user(
     for directory in (hostile_directory, tmp_path / "new", "~nobody", "\0", "/dev/null"):
         data.directory = str(directory)
         read = load_texts_of_run(data, None)
-        assert {name: next(text.pieces()) for name, text in read.items()} == shakespeare
+        assert {name: text.read_start() for name, text in read.items()} == shakespeare
     assert list_files(hostile_directory) == before and not (tmp_path / "new").exists()
     assert not (tmp_path / "imported").exists()
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "elsewhere"))
     read = load_texts_of_run(data, None, None, str(data_dir))
-    assert next(read["test"].pieces()) == shakespeare["test"]
+    assert read["test"].read_start() == shakespeare["test"]
     read = load_texts_of_run(data, None, "tiny_shakespeare", str(data_dir))
-    assert next(read["test"].pieces()) == shakespeare["test"]
+    assert read["test"].read_start() == shakespeare["test"]
 
 
 def test_a_huge_text_raises_an_error_before_it_is_read(data: ConfigDict, tmp_path: Path) -> None:
@@ -151,16 +151,16 @@ def test_a_large_text_is_prepared_in_the_cache_if_the_user_names_it(
     for named in (str(path), None):  # Once it is prepared, its name can be left out.
         read = load_texts_of_run(data, named)
         assert isinstance(read["train"], prepared.PreparedText)
-        assert {name: next(text.pieces()) for name, text in read.items()} == expected
+        assert {name: text.read_start() for name, text in read.items()} == expected
     assert list_files(tmp_path / "text") == [str(path)] and not (tmp_path / "prepared").exists()
     # A corpus that was prepared for training is read in place, and nothing is written there.
     data.fractions = (0.8, 0.1, 0.1)
     data.memory_megabytes = 0
-    expected = {name: next(text.pieces()) for name, text in texts.load_texts(data).texts.items()}
+    expected = {name: text.read_start() for name, text in texts.load_texts(data).texts.items()}
     os.utime(path)
     before = {path: path.read_bytes() for path in (tmp_path / "prepared").rglob("*.json")}
     read = load_texts_of_run(data, None)
-    assert {name: next(text.pieces()) for name, text in read.items()} == expected
+    assert {name: text.read_start() for name, text in read.items()} == expected
     assert {path: path.read_bytes() for path in before} == before and len(before) == 1
     # Another text raises an error.
     data.sha256 = "0" * 64
@@ -202,7 +202,7 @@ def test_a_text_must_be_a_regular_file(
     # A link to a text is a text.
     (tmp_path / "linked").symlink_to("text")
     data.path, data.memory_megabytes = str(tmp_path / "linked"), 16
-    assert next(texts.load_texts(data).texts["train"].pieces()).startswith("To be")
+    assert texts.load_texts(data).texts["train"].read_start().startswith("To be")
     assert sources.read_argument(str(tmp_path / "linked"), "--text", False).startswith("To be")
 
 

@@ -109,7 +109,8 @@ def assert_same(data: ConfigDict) -> None:
             for first in (True, False):
                 assert ours.texts[name].get_size(encoder, first) == text.get_size(encoder, first)
     for name, text in theirs.texts.items():
-        assert "".join(ours.texts[name].pieces()) == "".join(text.pieces())
+        start, whole = ours.texts[name].read_start(), text.read_start()
+        assert len(start) >= min(len(whole), 500) and whole.startswith(start)
 
 
 @pytest.mark.parametrize(

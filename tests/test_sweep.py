@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import optuna
 import pytest
@@ -30,6 +31,7 @@ import disks
 import draws
 import runs
 from lstm_jax import config as config_lib
+from lstm_jax import training
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import ensemble, lock, metrics, workdir
 from lstm_jax.sweep import report, search, space, storage, study
@@ -610,10 +612,10 @@ def test_names_are_quoted_in_the_files_of_a_sweep(
     record = make_study(directory)
     for loss in (3.0, 2.0):
         trial = start_trial(record)
-        searched.overrides(trial)
+        trial.set_user_attr(study.OVERRIDES, searched.overrides(trial))
         record.tell(trial, loss)
     experiment = config_lib.complete_config({"data": {"path": f"/{name}"}})
-    summary = report.write_report(record, directory, experiment, searched)
+    summary = report.write_report(record, directory, experiment)
     found = runpy.run_path(str(directory / report.BEST))["get_config"]()
     assert found.data.path == f"/{name}" and found.optimizer.schedule in ("cosine", "linear")
     assert not (tmp_path / "ran").exists() and not (directory / "ran").exists()
@@ -696,7 +698,7 @@ def test_a_signal_takes_effect_where_nothing_is_half_done(
     sweep = search.Sweep(record, tiny_config, make_rate_space(), tmp_path, 2)
     for name, states in (
         ("ask", [TrialState.WAITING]),
-        ("tell", [TrialState.COMPLETE, TrialState.WAITING]),
+        ("tell", [TrialState.COMPLETE]),
     ):
         method, signals = getattr(record, name), search._Signals()
 
@@ -718,4 +720,16 @@ def test_a_mistake_in_a_space_fails_one_trial(tiny_config: ConfigDict, tmp_path:
     searched = space.Space("tiny.py", lambda trial: {"num_epochs": -1})
     with pytest.raises(UserError, match="tiny.py: config.num_epochs is -1"):
         search.run_worker(search.Sweep(record, tiny_config, searched, tmp_path, 2))
+    assert [row["state"] for row in rows(tmp_path)] == ["failed"]
+
+
+def test_an_unexpected_error_counts_as_a_death(tiny_config: ConfigDict, tmp_path: Path) -> None:
+    record = make_study(tmp_path)
+    tiny_config.data.path = "x"
+    sweep = search.Sweep(record, tiny_config, make_rate_space(), tmp_path, 1)
+    for _ in range(5):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="a bug"):
+            patch.setattr(training, "train", mock.Mock(side_effect=ValueError("a bug")))
+            search.run_worker(sweep)
+    search.run_worker(sweep)
     assert list_states(record) == [TrialState.FAIL]

@@ -13,7 +13,10 @@ from lstm_jax.version import __version__
 # Those of standard texts that are known.
 _LICENSES = {"tiny_shakespeare": "public domain", "wikitext2": "CC BY-SA 3.0"}
 # Fields that differ between machines.
-_OMITTED = ("data.sha256", "data.directory", "data.prepared", "model.cell_sha256")
+_OMITTED = (
+    *("data.sha256", "data.directory", "data.prepared"),
+    *("model.cell_sha256", "model.recurrence"),
+)
 
 
 def make_card(name: str, trained: Trained, dtype: str, rows: Sequence[Row]) -> str:

@@ -187,9 +187,9 @@ def _make_directory(
 
 def _check_suffix(path: Path, flag: str) -> None:
     if path.suffix != _SUFFIX:
-        folder = ", or have no suffix, for a folder" if flag == "--to" else ""
-        raise UserError(
-            f"{path} ({flag}) is not a file of PyTorch's weights: its name must end in {_SUFFIX}"
-            f"{folder} (safetensors.torch.save_file(model.state_dict(), 'model.safetensors') "
-            "writes one)"
-        )
+        more = ", or have no suffix, for a folder"
+        if flag == "--from":
+            more = (
+                ": write it with safetensors.torch.save_file(model.state_dict(), 'my.safetensors')"
+            )
+        raise UserError(f"{path} ({flag}): its name must end in {_SUFFIX}{more}")

@@ -155,9 +155,9 @@ class Text:
         part = self.index_tokens(vocabulary.kind, vocabulary.stop)
         return make_table(part.tokens, vocabulary).look_up(part.ids)
 
-    def pieces(self) -> Iterator[str]:
-        """Yield the text in pieces of bounded size."""
-        yield self._text
+    def read_start(self) -> str:
+        """Return the text, or its first 2**20 tokens if it is not in memory."""
+        return self._text
 
     def vocabulary(self, data: DataConfig) -> Vocabulary:
         """Return the vocabulary of the text for the `data` fields of a config."""

@@ -42,7 +42,7 @@ _PARTS = "parts"
 _MAX_PROCESSES = 16
 # Approximate bytes of a chunk. Encoding it takes about thirty times this memory.
 CHUNK = 2 * 2**20
-_PIECE = 2**20  # Tokens of a piece of text.
+_PIECE = 2**20  # Tokens of the start of a text.
 # Words in a block, of which `DividedIds` counts the tokens, and blocks that it reads at a time.
 _BLOCK, _BLOCKS = 256, 4096
 
@@ -81,17 +81,17 @@ def find_corpus(data: DataConfig, save: bool = False) -> Manifest | None:
         manifest = Manifest(directory, **fields)
         before = manifest.files
         now = {name: _fingerprint(directory / name, known) for name, known in before.items()}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return None
-    if any(now[name][:2] != before[name][:2] for name in before):
-        return None
-    if states != manifest.sources:
+        if any(now[name][:2] != before[name][:2] for name in before):
+            return None
         # The sizes first: three splits could be divided in another way, with the same checksum.
         if [state[:2] for state in states] != [state[:2] for state in manifest.sources]:
             return None
-        if sources.split_files(texts, data)[1] != manifest.text_sha256:
-            return None
-    if save and (states != manifest.sources or now != before):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    is_same = states == manifest.sources
+    if not is_same and sources.split_files(texts, data)[1] != manifest.text_sha256:
+        return None
+    if save and (not is_same or now != before):
         with contextlib.suppress(OSError):
             manifest = manifest._replace(sources=states, files=now)
             _write_manifest(manifest, directory)
@@ -162,14 +162,6 @@ def _is_directory(path: Path) -> bool:
     return os.path.isdir(path) and not os.path.islink(path)
 
 
-def _remove(path: Path) -> None:
-    """Remove a directory, a file or a link, if it exists."""
-    if _is_directory(path):
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def _prepare(data: DataConfig) -> Manifest:
     """Encode the text in parts, and merge them."""
     began = time.monotonic()
@@ -203,7 +195,8 @@ def _prepare(data: DataConfig) -> Manifest:
         made = {path.name: _fingerprint(path, []) for path in unfinished.iterdir()}
         manifest = Manifest(directory, states, sha256, stop, characters, made)
         _write_manifest(manifest, unfinished)
-        _remove(directory)  # A corpus of another text, or a damaged one.
+        # A corpus of another text, or a damaged one; or a link.
+        shutil.rmtree(directory) if _is_directory(directory) else directory.unlink(missing_ok=True)
         unfinished.rename(directory)
     files.sync_directory(directory.parent.resolve())  # The user may have named a link.
     seconds = time.monotonic() - began
@@ -316,14 +309,14 @@ class PreparedText(Text):
     def _open_ids(self, table: np.ndarray) -> "FileIds":
         return FileIds(self._manifest.directory / f"{self._name}.npy", table)
 
-    def pieces(self) -> Iterator[str]:
+    def read_start(self) -> str:
         """See `Text`."""
         part = self.index_tokens()
-        utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # A token may be a byte.
-        for stop in range(_PIECE, len(part.ids) + _PIECE, _PIECE):
-            spelled = "".join([part.tokens[i] for i in part.ids[stop - _PIECE : stop].tolist()])
-            content = spelled.encode("utf-8", "surrogateescape")
-            yield utf8.decode(content, final=stop >= len(part.ids))
+        spelled = "".join([part.tokens[i] for i in part.ids[:_PIECE].tolist()])
+        # A token may be a byte, so the last character may be incomplete.
+        utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        content = spelled.encode("utf-8", "surrogateescape")
+        return utf8.decode(content, final=len(part.ids) <= _PIECE)
 
 
 class FileIds:

@@ -17,18 +17,14 @@ from lstm_jax.vocabulary import Ids, TextSize, Vocabulary
 # Limit of the text of someone else's run in memory; its config can't change it.
 _MAX_BYTES_IN_MEMORY = 16 * 10**6
 
-_Encoded = tuple[dict[str, Ids], dict[str, TextSize]]  # By the name of the split.
-
 
 @dataclasses.dataclass
 class Splits:
-    """The text of each split, with ids that are made once for all runs that share it."""
+    """The text of each split."""
 
     texts: dict[str, Text]  # By the name of the split.
     sha256: str  # Over the bytes of all, in hexadecimal.
     data: DataConfig  # The `data` fields that describe the text.
-    # By the tokens of a vocabulary.
-    _encoded: dict[tuple[str, ...], _Encoded] = dataclasses.field(default_factory=dict)
 
     def resolve(self, data: DataConfig) -> DataConfig:
         """Return the fields with the checksum of this text and absolute paths."""
@@ -41,23 +37,19 @@ class Splits:
         """Return the vocabulary of the training text."""
         return self.texts["train"].vocabulary(self.data)
 
-    def encode(self, vocabulary: Vocabulary) -> _Encoded:
+    def encode(self, vocabulary: Vocabulary) -> tuple[dict[str, Ids], dict[str, TextSize]]:
         """Return the ids of each split; and its size without its first token, never predicted.
 
         Raise `UserError` if a split is too short.
         """
-        if vocabulary.tokens not in self._encoded:
-            ids = {name: text.encode(vocabulary) for name, text in self.texts.items()}
-            for name, of_split in ids.items():
-                needed = 4 if name == "validation" else 2  # The former is what `zero_state` needs.
-                if len(of_split) < needed:
-                    length = f"{len(of_split)} {vocabulary.token_name}s, and needs {needed}"
-                    raise UserError(f"the {name} split is too short: it has {length}")
-            sizes = {
-                name: text.get_size(vocabulary, first=False) for name, text in self.texts.items()
-            }
-            self._encoded[vocabulary.tokens] = ids, sizes
-        return self._encoded[vocabulary.tokens]
+        ids = {name: text.encode(vocabulary) for name, text in self.texts.items()}
+        for name, of_split in ids.items():
+            needed = 4 if name == "validation" else 2  # The former is what `zero_state` needs.
+            if len(of_split) < needed:
+                length = f"{len(of_split)} {vocabulary.token_name}s, and needs {needed}"
+                raise UserError(f"the {name} split is too short: it has {length}")
+        texts = self.texts.items()
+        return ids, {name: text.get_size(vocabulary, first=False) for name, text in texts}
 
 
 def load_texts(data: DataConfig) -> Splits:
@@ -91,8 +83,8 @@ def load_texts_of_run(
 ) -> dict[str, Text]:
     """Return the splits that a run was trained on, for commands that read its text again.
 
-    The run may be someone else's. So the text that its config names is only read, at a bounded
-    cost, and nothing is written outside the user's cache. TFDS imports modules that the files of a
+    The run may be someone else's. So the text that its config names is only read, and nothing is
+    written outside the user's cache. TFDS imports modules that the files of a
     dataset name, so only datasets that the user has named are opened. A standard text is the same
     for everybody, so it is downloaded and prepared like the user's own.
 
@@ -138,7 +130,7 @@ def _find_prepared(data: DataConfig, make: bool) -> Manifest:
         return manifest
     raise UserError(
         f"the text of the run, {data.path}, is larger than {_MAX_BYTES_IN_MEMORY / 1e6:g} MB and "
-        f"was not prepared by you: name it with --data_path FILE to prepare it in {data.prepared}"
+        f"is not prepared: name it with --data_path FILE to prepare it in {data.prepared}"
     )
 
 

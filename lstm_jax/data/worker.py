@@ -4,6 +4,7 @@
 in a directory. It imports little more than NumPy, so that many processes need little memory.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -53,7 +54,8 @@ def main() -> None:
     except BrokenPipeError:  # The parent process has ended.
         os._exit(1)
     except OSError as error:
-        _print({"unavailable": error.strerror})
+        with contextlib.suppress(BrokenPipeError):
+            _print({"unavailable": error.strerror})
 
 
 def _print(content: object) -> None:

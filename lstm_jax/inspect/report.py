@@ -55,8 +55,8 @@ def write_report(
         name = "standard input" if text_file == "-" else Path(text_file).name
     else:
         splits = texts.load_texts_of_run(trained.config.data, *own_text)
-        # The first piece of a prepared text has more tokens than --length may be.
-        text, name = next(splits["validation"].pieces()), "the validation split"
+        # The start of a prepared text has more tokens than --length may be.
+        text, name = splits["validation"].read_start(), "the validation split"
     tokens = vocabulary.split(text)
     if len(tokens) < 2:
         raise UserError(f"{name} is too short: --text must name a file of two tokens or more")

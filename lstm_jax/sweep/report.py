@@ -9,21 +9,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from optuna.study import Study
-from optuna.trial import FixedTrial, FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from lstm_jax.config import FIELDS, Config, change_fields, flatten
 from lstm_jax.data import files
 from lstm_jax.errors import visible
 from lstm_jax.run import cell_file
 from lstm_jax.sweep import study as study_lib
-from lstm_jax.sweep.space import Space
 from lstm_jax.sweep.storage import REASON
 
 TRIALS = "trials.jsonl"
 BEST = "best.py"
 
 
-def write_report(study: Study, directory: Path, experiment: Config, space: Space) -> str:
+def write_report(study: Study, directory: Path, experiment: Config) -> str:
     """Write all results of a sweep, finished or not; return the text for the user."""
     write_trials(study, directory)
     trials = study_lib.list_trials(study)
@@ -40,8 +39,7 @@ def write_report(study: Study, directory: Path, experiment: Config, space: Space
             command += cell_file.make_flag(experiment.model)
             lines.append(f"Measure their ensemble: {command}")
     else:
-        # The fields come from the user's own space, not from the study.
-        config = change_fields(experiment, space.overrides(FixedTrial(best.params)))
+        config = change_fields(experiment, best.user_attrs[study_lib.OVERRIDES])
         _write(directory / BEST, _make_best_file(best, config, directory))
         trained = str(study_lib.get_trial_directory(directory, best))
         command = shlex.join(["python", "-m", "lstm_jax.sample", "--workdir", trained])

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 from optuna import Trial, TrialPruned
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import OptunaError, UpdateFinishedTrialError
 from optuna.storages._heartbeat import get_heartbeat_thread
 from optuna.study import Study
 from optuna.trial import TrialState
@@ -61,7 +61,7 @@ class _SpaceError(_TrialError):
 
 
 class _Signals:
-    """Raises `Stopped` for a signal, but only within `at_once`, so that nothing is half done."""
+    """Raises `Stopped` for a signal, but only where that interrupts no change of the study."""
 
     def __init__(self) -> None:
         self._code, self._is_at_once = 0, False
@@ -144,7 +144,7 @@ def prepare_sweep(
 
 @convert_errors()
 def run_sweep(sweep: Sweep) -> int:
-    """Call `run_worker`, write the report and print a summary; return the exit code."""
+    """Call `run_worker`, write the results and print a summary; return the exit code."""
     exit_code, signals = 0, _Signals()
     try:
         # The loop of a single run has its own handler.
@@ -153,7 +153,7 @@ def run_sweep(sweep: Sweep) -> int:
     except Stopped as stopped:
         exit_code = stopped.code
     with interrupts.handle_signals(lambda *unused: None, *interrupts.SIGNALS):
-        print(report.write_report(sweep.study, sweep.directory, sweep.experiment, sweep.space))
+        print(report.write_report(sweep.study, sweep.directory, sweep.experiment))
     return exit_code
 
 
@@ -167,6 +167,8 @@ def run_worker(sweep: Sweep, signals: _Signals | None = None) -> None:
     storage.limit = sweep.trials
     while True:
         storage.queue_dead(study._study_id)
+        with signals.at_once():  # One may have arrived in the meantime.
+            pass
         try:
             with warnings.catch_warnings(action="ignore"):  # Heartbeats are for `Study.optimize`.
                 trial = study.ask()
@@ -176,17 +178,19 @@ def run_worker(sweep: Sweep, signals: _Signals | None = None) -> None:
             with signals.at_once():
                 time.sleep(_POLL_SECONDS)  # Other workers train the last trials.
             continue
-        reason = _run_trial(sweep, trial, signals)
-        failures = [*failures, reason] if reason else []
+        error = _run_trial(sweep, trial, signals)
+        failures = [*failures, str(error)] if error else []
         report.print_end(study, trial.number, sweep.trials)
         report.write_trials(study, sweep.directory)
         jax.clear_caches()  # Each trial compiles its own functions.
+        if isinstance(error, _SpaceError):
+            raise UserError(str(error))
         if len(failures) >= _MAX_FAILURES:
             raise UserError(f"{len(failures)} trials in a row failed, the last: {failures[-1]}")
 
 
-def _run_trial(sweep: Sweep, trial: Trial, signals: _Signals) -> str:
-    """Train a trial and record its result; return the reason if it failed."""
+def _run_trial(sweep: Sweep, trial: Trial, signals: _Signals) -> _TrialError | None:
+    """Train a trial and record its result; return the error if it failed."""
     study, loss, error = sweep.study, None, None
     try:
         with get_heartbeat_thread(trial._trial_id, study._storage), signals.at_once():
@@ -197,15 +201,16 @@ def _run_trial(sweep: Sweep, trial: Trial, signals: _Signals) -> str:
     except _TrialError as failed:
         state, error = TrialState.FAIL, failed
     except BaseException as interruption:
-        is_ours = study_lib.get_storage(study).queue_again(study._study_id, trial._trial_id)
+        # An unexpected error ends the worker, so it counts as its death.
+        is_known = isinstance(interruption, (Stopped, UserError, OSError, OptunaError))
+        storage = study_lib.get_storage(study)
+        is_ours = storage.queue_again(study._study_id, trial._trial_id, is_dead=not is_known)
         if is_ours or not isinstance(interruption, Exception):
             raise
-        return ""  # This process was suspended, and another worker has taken the trial over.
+        return None  # This process was suspended, and another worker has taken the trial over.
     with contextlib.suppress(UpdateFinishedTrialError):
         study.tell(trial, loss, state, skip_if_finished=True)
-    if isinstance(error, _SpaceError):
-        raise UserError(str(error))
-    return str(error or "")
+    return error
 
 
 def _train_trial(sweep: Sweep, trial: Trial) -> float:

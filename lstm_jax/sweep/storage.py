@@ -47,9 +47,9 @@ class AllStartedError(Exception):
 class SweepStorage(RDBStorage):
     """Optuna's storage, with each change of a trial in one transaction.
 
-    A trial has its place and a heartbeat from the start, and a trial that its worker can't end
-    fails and is queued again at once. Optuna needs several transactions for each, so a worker that
-    dies between them would leave a trial that no other worker resumes.
+    A new trial gets its place and first heartbeat in the transaction that creates it. A trial that
+    its worker can't end is failed and queued again in one transaction. Optuna needs several for
+    each, so a worker that dies between them would leave a trial that no other worker resumes.
     """
 
     limit: float = math.inf  # No trial starts at this place or later.
@@ -172,6 +172,8 @@ def _make_tables(url: str, settings: dict[str, int]) -> SweepStorage:
                 )
         except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError) as error:
             last = error
+        except RuntimeError as error:  # Another version of Optuna has made the tables.
+            raise UserError(f"can't use the database: {one_line(error)[:300]}") from None
     raise last
 
 

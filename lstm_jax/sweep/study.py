@@ -64,7 +64,7 @@ def open_study(
     is_minimized = study.directions == [StudyDirection.MINIMIZE]
     if is_minimized and before is None and is_empty:
         study.set_user_attr(_EXPERIMENT, before := fields)
-    if not is_minimized or before is None:
+    if not is_minimized or before is None or (known is None and not is_empty):
         raise UserError(f"the study {name!r} exists, but is not from a sweep: use another --name")
     if differing := [f for f in fields if before.get(f) != fields[f]]:
         first = differing[0]
@@ -170,7 +170,7 @@ class _Hyperband(optuna.pruners.HyperbandPruner):
     """Hyperband that keeps a trial in its bracket when another worker resumes it."""
 
     def _get_bracket_id(self, study: Study, trial: FrozenTrial) -> int:
-        if trial.state == TrialState.FAIL:  # The trial that resumes it has the same losses.
+        if trial.state == TrialState.FAIL:  # The losses of a resumed trial count once.
             return -1
         return super()._get_bracket_id(study, _put_in_place(trial))
 
