@@ -48,7 +48,7 @@ TRIALS = 2 + 3 * KILLS
 WORKER = """
 import runpy
 from lstm_jax.sweep import storage
-storage.BEAT_SECONDS, storage.STALE_SECONDS = 1, 10
+storage.BEAT_SECONDS, storage.STALE_SECONDS = 1, 20
 runpy.run_module("lstm_jax.sweep", run_name="__main__", alter_sys=True)
 """
 
