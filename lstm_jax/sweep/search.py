@@ -67,10 +67,15 @@ class _Signals:
         self._code, self._is_at_once = 0, False
 
     def note(self, number: int, frame: object) -> None:
-        """Handle a signal: raise `Stopped` now, or when the next `at_once` begins."""
+        """Handle a signal: raise `Stopped` now, or at the next `check` or `at_once`."""
         self._code = self._code or 128 + number
         if self._is_at_once:
             self._is_at_once = False
+            raise Stopped(self._code)
+
+    def check(self) -> None:
+        """Raise `Stopped` if a signal has arrived."""
+        if self._code:
             raise Stopped(self._code)
 
     @contextlib.contextmanager
@@ -78,8 +83,7 @@ class _Signals:
         """Let a signal raise `Stopped` within the block."""
         try:
             self._is_at_once = True
-            if self._code:
-                raise Stopped(self._code)
+            self.check()
             yield
         finally:
             self._is_at_once = False
@@ -167,8 +171,7 @@ def run_worker(sweep: Sweep, signals: _Signals | None = None) -> None:
     storage.limit = sweep.trials
     while True:
         storage.queue_dead(study._study_id)
-        with signals.at_once():  # One may have arrived in the meantime.
-            pass
+        signals.check()
         try:
             with warnings.catch_warnings(action="ignore"):  # Heartbeats are for `Study.optimize`.
                 trial = study.ask()
@@ -221,9 +224,8 @@ def _train_trial(sweep: Sweep, trial: Trial) -> float:
     except UserError as error:
         raise _fail(trial, str(error), _SpaceError) from None
     trial.set_user_attr(study_lib.OVERRIDES, overrides)
-    frozen = trial.storage.get_trial(trial._trial_id)
-    directory = study_lib.get_trial_directory(sweep.directory, frozen)
-    study_lib.claim_directory(directory, frozen)
+    directory = study_lib.get_trial_directory(sweep.directory, trial)
+    study_lib.claim_directory(directory, trial)
 
     def watch(row: metrics.Row) -> None:
         is_reported = row["epoch"] and _report(trial, row)

@@ -13,7 +13,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalChoiceType
 from optuna.samplers import BaseSampler
 from optuna.study import Study, StudyDirection
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import BaseTrial, FrozenTrial, TrialState
 
 from lstm_jax.data import files
 from lstm_jax.errors import UserError
@@ -89,7 +89,7 @@ def open_study(
     return study
 
 
-def claim_directory(directory: Path, trial: FrozenTrial) -> None:
+def claim_directory(directory: Path, trial: BaseTrial) -> None:
     """Make the working directory of a trial; raise `UserError` if it is another study's."""
     directory.mkdir(parents=True, exist_ok=True)
     path, origin = directory / _OWNER, trial.user_attrs[ORIGIN]
@@ -195,6 +195,6 @@ def list_trials(study: Study) -> list[FrozenTrial]:
     return [trial for trial in trials if trial.number not in resumed]
 
 
-def get_trial_directory(directory: Path, trial: FrozenTrial) -> Path:
+def get_trial_directory(directory: Path, trial: BaseTrial) -> Path:
     """Return the working directory of a trial, which its place names."""
     return directory / TRIALS / f"{trial.user_attrs.get(PLACE, trial.number):04}"
