@@ -3,9 +3,9 @@
     python examples/training_loop.py --config experiments/quick.py --optimizer ademamix
 
 It trains on one device, saves nothing, and prints the losses. The optimizer is an Optax scale_by_x,
-with the config's schedule, clipping and weight decay. --batches 32x48x2,64x48x4 changes batch size
-x window length after this number of epochs. --decode_past 0.01 adds, with this weight, the loss of
-reading each token back from the prediction of the next (Brahma 2019).
+with the config's schedule, clipping and weight decay. --batches 32x48x2,64x48x4 trains with 32
+windows of 48 tokens for 2 epochs, then 64 of 48 for 4. --decode_past 0.01 adds, with this weight,
+the loss of reading each token back from the prediction of the next (Brahma 2019).
 """
 
 import functools

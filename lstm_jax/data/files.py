@@ -1,7 +1,7 @@
 """Write files atomically, read them with a size limit, lock and hash them.
 
-A working directory or a prepared corpus may come from someone else. So only regular files
-of a limited size are read, never links, and nothing is written through a link that already exists.
+A working directory may come from someone else. So only regular files of a limited size are read
+there, never links, and nothing is written through a link that already exists.
 """
 
 import contextlib

@@ -1,1 +1,1 @@
-"""Run the recurrence of LSTMs faster: a custom VJP, a library in C, and cuDNN."""
+"""Run the recurrence of LSTMs faster: a custom VJP, a library in C, Pallas, and cuDNN."""

@@ -1,4 +1,4 @@
-"""Load a trained model and use it from Python: generate, score, look inside, search."""
+"""Load a trained model and use it from Python: generate, score, look inside."""
 
 import functools
 import os

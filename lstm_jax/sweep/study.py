@@ -1,7 +1,7 @@
 """The Optuna study that the workers of a sweep share: its trials, sampler and pruner.
 
 A trial whose worker died or was stopped is queued again under a new number. It keeps its place, and
-with that the working directory, the sampler and the bracket of the pruner.
+with that the working directory, the seed of the sampler and the bracket of the pruner.
 """
 
 import copy
