@@ -91,11 +91,19 @@ def is_plain_lstm(cell: object, layer_norm: bool, block: str) -> bool:
     return cell == "lstm" and not layer_norm and block == "none"
 
 
+def is_cut(data: "DataConfig") -> bool:
+    """Return whether `fractions` cut a text; a dataset of TFDS may still have splits of its own."""
+    return ";" not in data.path if data.path else data.dataset not in STANDARD_TEXTS
+
+
 # fmt: off
 # The keys of `cells.CELLS`.
 CELLS = (
     "lstm", "peephole", "mogrifier", "multiplicative", "gru", "rnn", "minlstm", "mingru", "rglru",
     "slstm", "mlstm")
+# The keys of `standard_texts.STANDARD_TEXTS`, which have splits.
+STANDARD_TEXTS = (
+    "tiny_shakespeare", "enwik8", "text8", "penn_treebank", "penn_treebank_words", "wikitext2")
 OptimizerName = Literal["adam", "lion", "muon", "schedule_free", "sgd"]
 Schedule = Literal["constant", "cosine", "linear", "step"]
 Dtype = Literal["float32", "bfloat16", "auto"]  # Of matmuls; `model.make_model` resolves "auto".
@@ -138,9 +146,7 @@ class DataConfig:
         compared=False)
     fractions: tuple[float, ...] = field((0.9, 0.05, 0.05), "Fractions of train, validation and "
         "test, in this order, in a text without splits.", _FRACTIONS,
-        relevant_if=Rule("a text without splits",
-            lambda c: ";" not in c.data.path
-            if c.data.path else c.data.dataset != "tiny_shakespeare"))
+        relevant_if=Rule("a text without splits", lambda c: is_cut(c.data)))
     units: str = field("characters", "Kind of tokens: characters (Unicode code points), graphemes "
         "(letters with their accents, whole emoji), words (with the space before each), bytes (of "
         "any file) or bpe (parts of words, by byte-pair encoding).", one_of(*vocabulary.KINDS))
@@ -425,11 +431,11 @@ def complete_config(fields: object) -> Config:
     if not isinstance(fields, ConfigDict | dict):
         raise UserError(f"get_config() returned {type(fields).__name__}, not a ConfigDict")
     try:
-        given = ConfigDict(fields)
-    except (TypeError, ValueError) as error:  # A name with a dot in it.
+        given = list(_flatten(ConfigDict(fields).to_dict()))
+    except (TypeError, ValueError) as error:  # A name that is no text, or has a dot in it.
         raise UserError(f"this is not a config: {error}") from None
     made = default()
-    for name, value in _flatten(given.to_dict()):
+    for name, value in given:
         if message := describe_unknown_field(name):
             raise UserError(message)
         try:

@@ -70,8 +70,6 @@ def read_chunks(
         of_chunk, carry = read(model, params, chunk, carry)
         results.append(np.asarray(of_chunk))
         counted.append(chunk[2])
-    if not results:
-        return np.zeros(0, np.float32)
     # Stream by stream.
     return np.concatenate(results, axis=1)[np.concatenate(counted, axis=1)]
 
@@ -87,7 +85,10 @@ def _iterate_windows(ids: Ids, context: int) -> Iterator[Iterator[Chunk]]:
 
 
 def average_by_position(losses: np.ndarray, context: int) -> np.ndarray:
-    """Average the losses of `compute_token_losses` by position in the window, float64 [context]."""
+    """Average the losses of `compute_token_losses` by position in the window.
+
+    Return float64 [context], or less for a text that is shorter.
+    """
     positions = np.arange(len(losses)) % context
     return np.bincount(positions, losses) / np.bincount(positions)
 

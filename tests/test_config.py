@@ -61,9 +61,10 @@ def test_the_default_config_is_the_lesson() -> None:
             "skip_connections is True: it must be False with tie_embeddings, unless",
         ),
         (None, "get_config.. returned NoneType"),
+        ({5: 3}, "this is not a config"),
     ],
 )
-def test_an_error_names_a_bad_field(fields: dict[str, object] | None, message: str) -> None:
+def test_an_error_names_a_bad_field(fields: dict[Any, object] | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
         config_lib.complete_config(fields if fields is None else ConfigDict(fields))
 

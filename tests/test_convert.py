@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from lstm_jax import model as model_lib
 from lstm_jax.controls import Controls
 from lstm_jax.convert import torch_weights, transfer, weights
 from lstm_jax.data import files, texts
-from lstm_jax.errors import UserError
+from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import workdir
 from lstm_jax.vocabulary import Vocabulary
 
@@ -140,7 +141,16 @@ def test_training_starts_from_imported_weights(
 ) -> None:
     transfer.export_weights(trained, tmp_path / "model.safetensors")
     beside = str(tmp_path / "model.safetensors.vocabulary.json")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))  # Of a kernel's file: a full disk.
+    try:
+        with pytest.raises(UnavailableError, match="can't write the parameters: .*writing"):
+            transfer.import_weights(tmp_path / "model.safetensors", tmp_path / "in", beside, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     transfer.import_weights(tmp_path / "model.safetensors", tmp_path / "in", beside, None)
+    transfer.export_folder(tmp_path / "in", tmp_path / "folder", "float32")
+    assert "\nText: unknown\n" in (tmp_path / "folder" / "README.md").read_text()
     tiny_config.init_from = str(tmp_path / "in")
     tiny_config.max_steps = 1
     assert training.train(config.complete_config(tiny_config), tmp_path / "run") == 0
@@ -342,6 +352,9 @@ def test_existing_files_are_kept_and_nothing_partial_is_written(
     (tmp_path / "there.safetensors").write_text("of the user's")
     model, broken = FIXTURES / "torch_lstm.safetensors", tmp_path / "broken.safetensors"
     broken.write_bytes(model.read_bytes()[:900])
+    bfloat16 = tmp_path / "bfloat16.safetensors"
+    header = json.dumps({"bias": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}).encode()
+    bfloat16.write_bytes(len(header).to_bytes(8, "little") + header + bytes(2))
     (tmp_path / "words.json").write_text(json.dumps(["", "[UNK]", *"abcdefghijklmnopqrst", "word"]))
     for arguments, message in (
         ((model, tmp_path / "run", str(TOKENS), None), "is not empty"),
@@ -349,6 +362,7 @@ def test_existing_files_are_kept_and_nothing_partial_is_written(
         ((model, tmp_path / "new", str(tmp_path / "words.json"), None), "the model has"),
         ((model, tmp_path / "new", "nothing.json", None), "can't read nothing.json"),
         ((broken, tmp_path / "new", str(TOKENS), None), "not a safetensors file"),
+        ((bfloat16, tmp_path / "new", str(TOKENS), None), "('BF16'): save them as float32"),
     ):
         with pytest.raises(UserError) as caught:
             transfer.import_weights(*arguments)
@@ -358,7 +372,7 @@ def test_existing_files_are_kept_and_nothing_partial_is_written(
     with pytest.raises(UserError, match="can't write"):
         transfer.export_weights(trained, tmp_path / "nothing" / "there.safetensors")
     assert (tmp_path / "there.safetensors").read_text() == "of the user's"
-    names = {"run", "there.safetensors", "broken.safetensors", "words.json"}
+    names = {"run", "there.safetensors", broken.name, bfloat16.name, "words.json"}
     assert {path.name for path in tmp_path.iterdir()} == names
 
 

@@ -78,10 +78,11 @@ def test_an_error_names_a_bad_file(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("plain, then caf\u00e9".encode("latin-1"))
     for name, message in {
         "missing.txt": "no text file .*missing.txt",
+        "a\0/*": "no text file",
         "empty.txt": "empty.txt is empty",
         "mark.txt": "mark.txt is empty",
         "latin.txt": "latin.txt is not UTF-8 at byte 15",
-        "": r"is a directory: name its files in data.path: .*[^/]/\*$",
+        "": r"is a directory: name its files, for example .*[^/]/\*$",
     }.items():
         with pytest.raises(UserError, match=message):
             read_files([path for text in sources.find_files(f"{tmp_path}/{name}") for path in text])
@@ -153,7 +154,7 @@ def test_each_split_may_have_its_own_files(tmp_path: Path) -> None:
     assert sources.make_absolute(data.path) == data.path
     assert texts.read_splits(data) == {"train": "training", "validation": "valid", "test": "test"}
     data.path = f"{tmp_path}/a;{tmp_path}/b"
-    with pytest.raises(UserError, match="has 2 texts: it must have one, or three .train"):
+    with pytest.raises(UserError, match="names 2 texts: it must name one, or three .train"):
         texts.read_splits(data)
 
 

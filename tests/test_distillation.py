@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,9 @@ def test_a_student_resumes_bit_for_bit(trained: Path, text_file: Path, tmp_path:
     assert done.returncode == 2
     assert "another vocabulary" in done.stderr
     assert not list((tmp_path / "bytes").glob("c*"))
+    untrained = shutil.copytree(trained, tmp_path / "untrained")
+    shutil.rmtree(untrained / workdir.CHECKPOINTS)
+    arguments = runs.make_arguments(text_file, tmp_path / "new", f"{flags[0]},{untrained}")
+    done = commands.run("main", *arguments)
+    assert done.returncode == 2 and "there is no checkpoint in" in done.stderr
+    assert not list((tmp_path / "new").glob("c*"))

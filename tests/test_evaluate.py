@@ -82,7 +82,6 @@ def test_token_losses_sum_to_the_loss(longest: int, monkeypatch: pytest.MonkeyPa
     total = loss_lib.compute_loss(MODEL, PARAMS, ids) * 4999
     assert losses.sum(dtype=np.float64) == pytest.approx(total, rel=1e-6)
     np.testing.assert_allclose(losses, compute_losses(ids), atol=1e-4)  # In the order of the text.
-    assert loss_lib.compute_token_losses(MODEL, PARAMS, ids[:1]).shape == (0,)
 
 
 @pytest.mark.slow
@@ -105,6 +104,8 @@ def test_bits_per_character_are_comparable_for_tokens_of_any_kind() -> None:
         assert size.tokens == tokens
         bits = loss_lib.compute_bits_per_character(3.0, [size])
         assert bits == pytest.approx(3.0 / math.log(2) * tokens / characters)
+    # A first token that is a byte of a character does not count as this character.
+    assert Text("été").get_size(Vocabulary.from_text("été", "bytes"), first=False) == (4, 3, 0)
 
 
 def test_unknown_tokens_cost_the_bits_of_their_bytes() -> None:

@@ -88,7 +88,7 @@ def test_a_flag_names_a_text_that_moved(trained: Path, text_file: Path, tmp_path
 def test_the_error_for_a_missing_text_names_its_flag(trained: Path, tmp_path: Path) -> None:
     result = run("evaluate", f"--workdir={trained}", "--data_path=gone.txt", cwd=tmp_path)
     assert result.returncode == 2
-    assert "no text file gone.txt: name an existing one with --data_path" in result.stderr
+    assert "no text file gone.txt: name an existing one (--data_path)" in result.stderr
 
 
 def test_unknown_characters_in_a_prompt_give_a_warning(trained: Path) -> None:

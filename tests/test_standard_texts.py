@@ -147,7 +147,9 @@ def list_files(directory: Path) -> set[str]:
 
 
 def test_the_table_is_consistent() -> None:
-    for text in STANDARD_TEXTS.values():
+    assert (*STANDARD_TEXTS,) == config_lib.STANDARD_TEXTS
+    for name, text in STANDARD_TEXTS.items():
+        assert not config_lib.is_cut(config_lib.DataConfig(dataset=name))
         assert len(text.members or text.downloads) in (1, 3)
         assert all(re.fullmatch("[0-9a-f]{64}", file.sha256) for file in text.downloads)
 
@@ -291,6 +293,12 @@ def test_without_a_server_the_user_can_provide_the_file(
     assert path.read_bytes() == b"another", "a file of the user is not removed"
     path.write_bytes(right)
     assert b"".join(get_splits(tmp_path)) == content
+
+
+def test_an_incomplete_directory_is_named(tmp_path: Path) -> None:
+    (tmp_path / "enwik8").mkdir()
+    with pytest.raises(UserError, match=f"{tmp_path}/enwik8 is not complete: remove it"):
+        get_splits(tmp_path)
 
 
 def test_a_directory_that_cannot_be_written(archive: Download, tmp_path: Path) -> None:

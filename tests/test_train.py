@@ -135,9 +135,15 @@ def test_another_model_or_text_in_the_same_directory_raises_an_error(
         training.train(tiny_config, directory)
     tiny_config.model.hidden_size = 24
     other = tmp_path / "other.txt"
-    other.write_text(Path(tiny_config.data.path).read_text() + ".")
+    text = Path(tiny_config.data.path).read_text()
+    other.write_text(text + ".")
     tiny_config.data.path = str(other)
-    with pytest.raises(UserError, match="was trained on another text .*use another directory"):
+    with pytest.raises(UserError, match="was trained on another text.*use another directory"):
+        training.train(tiny_config, directory)
+    tiny_config.data.path = ";".join(str(tmp_path / name) for name in "abc")
+    for name, part in zip("abc", (text[:-200], text[-200:-100], text[-100:]), strict=True):
+        (tmp_path / name).write_text(part)
+    with pytest.raises(UserError, match="or on other splits of it"):
         training.train(tiny_config, directory)
 
 

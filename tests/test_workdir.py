@@ -64,3 +64,11 @@ def test_restoring_drops_later_history_and_warns_about_lost_content(
     assert capsys.readouterr().err == (
         f"warning: {tmp_path / workdir.METRICS} has lost some of its content\n"
     )
+
+
+def test_a_link_in_a_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run" / "plugins").mkdir(parents=True)
+    workdir.check_regular_files(tmp_path / "run")
+    (tmp_path / "run" / "plugins" / "profile").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="plugins/profile is a link"):
+        workdir.check_regular_files(tmp_path / "run")

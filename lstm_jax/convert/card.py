@@ -27,8 +27,11 @@ def make_card(name: str, trained: Trained, dtype: str, rows: Sequence[Row]) -> s
     model, vocabulary, config = trained.model, trained.vocabulary, trained.config
     data = config.data
     count = sum(array.size for array in jax.tree.leaves(trained.params))
-    text = _remove_directories(data.path) or data.dataset
-    known = "unknown" if data.path else _LICENSES.get(data.dataset, "unknown")
+    text = f"{_remove_directories(data.path) or data.dataset}, license: "
+    text += "unknown" if data.path else _LICENSES.get(data.dataset, "unknown")
+    text += f", SHA-256 of its characters: {data.sha256}"
+    if not data.sha256:  # Weights that were imported without their text.
+        text = "unknown"
     losses = {row["split"]: row["loss"] for row in rows if row["step"] == trained.step}
     table = [f"| {s} | {losses[s]:.4f} |" for s in ("validation", "test") if s in losses]
     default = dict(config_lib.flatten(config_lib.Config()))
@@ -42,7 +45,7 @@ def make_card(name: str, trained: Trained, dtype: str, rows: Sequence[Row]) -> s
         f"A language model of lstm-jax {__version__}: {model.cell_name}, {model.num_layers} x "
         f"{model.hidden_size} hidden units, {count:,} parameters in {dtype}, {len(vocabulary)} "
         f"{vocabulary.token_name}s.\n",
-        f"Text: {text}, license: {known}, SHA-256 of its characters: {data.sha256}\n",
+        f"Text: {text}\n",
         f"Losses at step {trained.step}, that of the parameters:\n",
         f"| split | nats per {vocabulary.token_name} |",
         "| --- | ---: |",

@@ -32,6 +32,8 @@ def read_state_dict(file: BinaryIO) -> Weights:
         raise UserError("it is not a safetensors file")
     try:
         loaded = library.load(start + file.read())
+    except KeyError as error:  # NumPy has no bfloat16.
+        raise UserError(f"NumPy can't read its arrays ({error}): save them as float32") from None
     except Exception as error:  # It raises many kinds for a damaged file.
         raise UserError(f"it is not a safetensors file ({one_line(error)[:200]})") from None
     layers: dict[str, dict[str, np.ndarray]] = {}

@@ -117,12 +117,16 @@ def add_special_rows(
 
 
 def make_layer(
-    name: str, kernel: np.ndarray, recurrent_kernel: np.ndarray, *biases: np.ndarray
+    name: str,
+    kernel: np.ndarray,
+    recurrent_kernel: np.ndarray,
+    bias: np.ndarray,
+    recurrent_bias: np.ndarray,
 ) -> tuple[str, Layer]:
     """Return the cell of a layer, and its arrays with one bias, or raise `UserError`.
 
-    The kernels are as in `Weights`. The biases, [gates * hidden] each, are those of the inputs and
-    of the hidden state: both are added to the same sum, except in the candidate of a GRU.
+    The kernels are as in `Weights`. The biases are [gates * hidden] each. Both are added to the
+    same sum, except in the candidate of a GRU.
     """
     shape = recurrent_kernel.shape
     is_matrix = len(shape) == 2 and shape[0] > 0
@@ -130,13 +134,13 @@ def make_layer(
     if not cells:
         raise UserError(f"{name} is not an LSTM, GRU or RNN: its recurrent kernel is {list(shape)}")
     hidden, size = shape
-    first, second = [*biases, *np.zeros((2, size), np.float32)][:2]
-    if len(biases) > 2 or not kernel.shape[1:] == first.shape == second.shape == (size,):
+    if not kernel.shape[1:] == bias.shape == recurrent_bias.shape == (size,):
         raise UserError(f"the shapes of the kernels and biases of {name} don't match")
-    layer = {"input_kernel": kernel, "recurrent_kernel": recurrent_kernel, "bias": first + second}
+    total = bias + recurrent_bias
+    layer = {"input_kernel": kernel, "recurrent_kernel": recurrent_kernel, "bias": total}
     if cells == ["gru"]:
-        layer["bias"][-hidden:] = first[-hidden:]
-        layer["recurrent_bias"] = second[-hidden:]
+        total[-hidden:] = bias[-hidden:]
+        layer["recurrent_bias"] = recurrent_bias[-hidden:]
     return cells[0], layer
 
 

@@ -189,4 +189,6 @@ class Text:
         if first:
             return TextSize(number, part.characters, unknown)
         token = divided[int(part.ids[:1][0])][0]
-        return TextSize(number - 1, part.characters - len(token), unknown - count_unknown(token))
+        # A token of bytes may end within a character, which then counts as a later one.
+        whole = token.encode("utf-8", "surrogateescape").decode("utf-8", "ignore")
+        return TextSize(number - 1, part.characters - len(whole), unknown - count_unknown(token))

@@ -19,7 +19,7 @@ import numpy as np
 
 from lstm_jax.config import DataConfig
 from lstm_jax.data import files
-from lstm_jax.errors import UserError, another_directory
+from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import FILE_END
 
 SPLITS = ("train", "validation", "test")
@@ -44,8 +44,8 @@ def find_files(paths: str) -> list[list[Path]]:
     texts = paths.split(";")
     if len(texts) not in (1, 3):
         raise UserError(
-            f"data.path {paths!r} has {len(texts)} texts: it must have one, or three (train, "
-            "validation and test) separated by ;"
+            f"{paths!r} names {len(texts)} texts: it must name one, or three (train, validation "
+            "and test) separated by ;"
         )
     return [[path for pattern in text.split(",") for path in _find(pattern)] for text in texts]
 
@@ -54,17 +54,17 @@ def _find(pattern: str) -> list[Path]:
     """Return the files that a path or glob pattern names, at least one."""
     if os.path.isdir(pattern):
         inside = Path(pattern, "*")
-        raise UserError(f"{pattern} is a directory: name its files in data.path: {inside}")
+        raise UserError(f"{pattern} is a directory: name its files, for example {inside}")
     # A name with brackets may be both a file and a pattern: the file takes precedence.
     try:
         exists = os.path.exists(pattern)
         matches = [pattern] if exists else sorted(glob.glob(pattern, recursive=True))
-    except RecursionError:  # It has hundreds of slashes.
+    except (RecursionError, ValueError):  # It has hundreds of slashes, or a NUL.
         matches = []
     if len(matches) > 1:
         matches = list(filter(os.path.isfile, matches))
     if not matches:
-        raise UserError(f"there is no text file {pattern}: name an existing one in data.path")
+        raise UserError(f"there is no text file {pattern}: name an existing one")
     return list(map(Path, matches))
 
 
@@ -101,7 +101,7 @@ def list_segments(paths: Iterable[Path], any_bytes: bool, ends: bool) -> list[Se
             raise UserError(f"can't read {path}: {error.strerror}") from None
         start = len(_BOM) if has_bom and not any_bytes else 0
         if size <= start:
-            raise UserError(f"{path} is empty: data.path must name files with text in them")
+            raise UserError(f"{path} is empty: name files with text in them")
         segments.append(Segment(str(path), start, size))
         if ends:
             segments.append(Segment("", 0, len(_FILE_END)))
@@ -258,5 +258,5 @@ def check_unchanged(sha256: str, expected: str) -> None:
     if expected and expected != sha256:
         raise UserError(
             f"the text is not the one this run was trained on (SHA-256 {expected} at that time, "
-            f"{sha256} now): restore that text, or start a new run in {another_directory()}"
+            f"{sha256} now): restore that text, or train a new run on this one"
         )

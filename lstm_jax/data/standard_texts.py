@@ -118,8 +118,10 @@ def find_standard_text(data: DataConfig) -> DataConfig:
             f"can't read or write {error.filename or directory} ({error.strerror}): free space or "
             "make it writable, or use another data directory"
         ) from None
-    path = ";".join(str(directory / f"{split}.txt") for split in SPLITS)
-    return dataclasses.replace(data, path=path)
+    paths = [directory / f"{split}.txt" for split in SPLITS]
+    if not all(path.exists() for path in paths):
+        raise UserError(f"{directory} is not complete: remove it to get the text again")
+    return dataclasses.replace(data, path=";".join(map(str, paths)))
 
 
 def _get_text(name: str, directory: Path) -> None:

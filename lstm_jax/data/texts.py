@@ -38,9 +38,10 @@ class Splits:
         return self.texts["train"].vocabulary(self.data)
 
     def encode(self, vocabulary: Vocabulary) -> tuple[dict[str, Ids], dict[str, TextSize]]:
-        """Return the ids of each split; and its size without its first token, never predicted.
+        """Return the ids of each split; and the sizes of validation and test text.
 
-        Raise `UserError` if a split is too short.
+        These are without the first token, which is never predicted. Raise `UserError` if a split is
+        too short.
         """
         ids = {name: text.encode(vocabulary) for name, text in self.texts.items()}
         for name, of_split in ids.items():
@@ -48,8 +49,8 @@ class Splits:
             if len(of_split) < needed:
                 length = f"{len(of_split)} {vocabulary.token_name}s, and needs {needed}"
                 raise UserError(f"the {name} split is too short: it has {length}")
-        texts = self.texts.items()
-        return ids, {name: text.get_size(vocabulary, first=False) for name, text in texts}
+        measured = [(name, text) for name, text in self.texts.items() if name != "train"]
+        return ids, {name: text.get_size(vocabulary, first=False) for name, text in measured}
 
 
 def load_texts(data: DataConfig) -> Splits:
@@ -109,7 +110,7 @@ def load_texts_of_run(
         try:
             size = sources.measure_files(data.path)
         except UserError as error:  # Here the path comes from the run, or from a flag.
-            raise UserError(str(error).replace("in data.path", "with --data_path")) from None
+            raise UserError(f"{error} (--data_path)") from None
         if size > _MAX_BYTES_IN_MEMORY:
             manifest = _find_prepared(data, make)
     elif data.dataset not in (*standard_texts.STANDARD_TEXTS, dataset):

@@ -117,12 +117,10 @@ def _measure_loss(
         parts = [*dynamic.adapt_to_text(members, train_ids, ids, settings)]
         total = sum(float(part.sum(dtype=np.float64)) for part in parts)
         return total / (len(ids) - 1), np.concatenate(parts), {"dynamic": settings._asdict()}
-    if options.context:
+    if options.context or options.json_lines:
         losses = loss_lib.compute_token_losses(model, params, ids, options.context)
-        return float(losses.mean(dtype=np.float64)), losses, {"context": options.context}
-    if options.json_lines:
-        losses = loss_lib.compute_token_losses(model, params, ids)
-        return float(losses.mean(dtype=np.float64)), losses, {}
+        used: dict[str, object] = {"context": options.context} if options.context else {}
+        return float(losses.mean(dtype=np.float64)), losses, used
     return loss_lib.compute_loss(model, params, ids), np.zeros(0), {}
 
 

@@ -176,10 +176,10 @@ class CheckpointWriter:
         last = list_steps(self._directory)
         before = f"the last good one is step {last[-1]}" if last else "there is none before it"
         verb = "resume from there" if last else "start again"
-        reason = error.strerror if isinstance(error, OSError) else one_line(error)
         return UnavailableError(
-            f"can't write the checkpoint of step {step} in {self._directory} ({reason}); {before}: "
-            f"free space or make it writable, then {verb} with {same_again()}"
+            f"can't write the checkpoint of step {step} in {self._directory} "
+            f"({_get_reason(error)}); {before}: free space or make it writable, then {verb} with "
+            f"{same_again()}"
         )
 
     def __enter__(self) -> Self:
@@ -197,12 +197,22 @@ class CheckpointWriter:
                 self._orbax.close()
 
 
+def _get_reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or one_line(error)[:300]
+
+
 def save_params(directory: Path, step: int, params: Params) -> None:
-    """Write a checkpoint of parameters only, as `step` in `directory`, for a converted model."""
+    """Write a checkpoint of parameters only, as `step` in `directory`, for a converted model.
+
+    Raise `UnavailableError` if it can't be written.
+    """
     path = directory.resolve() / str(step)
-    with ocp.Checkpointer(_make_handler()) as checkpointer:
-        checkpointer.save(path, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
-    seal_checkpoint(path)
+    try:
+        with ocp.Checkpointer(_make_handler()) as checkpointer:
+            checkpointer.save(path, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
+        seal_checkpoint(path)
+    except Exception as error:  # Orbax re-raises any exception of its storage.
+        raise UnavailableError(f"can't write the parameters: {_get_reason(error)}") from None
 
 
 class Restored(NamedTuple):

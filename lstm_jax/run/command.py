@@ -64,10 +64,10 @@ def _report(error: Exception) -> int:
 
     is_of_jax = isinstance(error, jax.errors.JaxRuntimeError)
     if isinstance(error, MemoryError) or (is_of_jax and "RESOURCE_EXHAUSTED" in str(error)):
-        _fail(
-            f"there is not enough memory ({one_line(error)[:200]}): lower the sizes of the model, "
-            "or batches.batch_size"
-        )
+        remedy = "use a smaller model, or read or generate less at a time"
+        if "config" in flags.FLAGS:
+            remedy = "lower the sizes of the model, or batches.batch_size"
+        _fail(f"there is not enough memory ({one_line(error)[:200]}): {remedy}")
     if isinstance(error, BrokenPipeError):  # The reader, for example `| head`, has closed the pipe.
         console.discard_output()
         return 0
@@ -156,12 +156,12 @@ def find_experiment(argument: str) -> str:
     package has experiments/ within it, and an editable one beside it.
     `argument` is `--flag=value`, or a value.
     """
-    flag, equals, value = argument.rpartition("=")
-    name, colon, word = value.partition(":")
+    flag = re.match(r"(--?\w+=)?", argument)[0]  # type: ignore[index]  # It matches anything.
+    name, colon, word = argument.removeprefix(flag).partition(":")
     path = _find_in_package(name)
     if not name.startswith("experiments/") or Path(name).exists() or not path.is_file():
         return argument
-    return f"{flag}{equals}{path}{colon}{word}"
+    return f"{flag}{path}{colon}{word}"
 
 
 def _find_in_package(name: str) -> Path:

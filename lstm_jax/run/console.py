@@ -79,14 +79,14 @@ def escape_controls(text: str) -> str:
 
 @contextlib.contextmanager
 def quieten(quiet: bool) -> Iterator[None]:
-    """Print nothing in the block if `quiet`, and only errors in all processes but the first."""
+    """Print nothing in the block if `quiet`; all processes but the first drop standard output."""
     with contextlib.ExitStack() as stack:
         if quiet:
             stack.enter_context(_mute())
         from lstm_jax.devices import hosts  # It imports JAX.
 
         if not hosts.is_first():
-            silence = stack.enter_context(open(os.devnull, "w"))
+            silence = stack.enter_context(open(os.devnull, "w", errors="replace"))
             stack.enter_context(contextlib.redirect_stdout(silence))
         yield
 

@@ -17,7 +17,7 @@ _MOST_BYTES = 2**32
 
 
 def check_teachers(teachers: str, vocabulary: Vocabulary) -> None:
-    """Raise `UserError` if a teacher has another vocabulary."""
+    """Raise `UserError` if a teacher can't be loaded, or has another vocabulary."""
     for name in teachers.split(","):
         of_teacher = workdir.load_vocabulary(workdir.find_model(name))
         if of_teacher.to_fields() != vocabulary.to_fields():
@@ -25,6 +25,7 @@ def check_teachers(teachers: str, vocabulary: Vocabulary) -> None:
                 f"{name}, in config.distill.teachers, has another vocabulary than this run: train "
                 "both on one text, with the same data.units"
             )
+    ensemble.load_ensemble(teachers.split(","))
 
 
 def check_length(length: int | None, vocabulary_size: int) -> None:

@@ -127,11 +127,16 @@ def _find_changes(before: Config, config: Config, directory: Path) -> Changes:
                 f"{_start_from(directory)}"
             )
     fixed = {f: values for f, values in changes.items() if f not in config_lib.CHANGEABLE}
-    if "data.sha256" in fixed:
+    paths = before.data.path, config.data.path
+    # The checksum is that of all splits together.
+    is_divided_anew = all(paths) and config_lib.is_cut(before.data) != config_lib.is_cut(
+        config.data
+    )
+    if "data.sha256" in fixed or is_divided_anew:
         text = before.data.path or f"the dataset {before.data.dataset}"
         raise UserError(
-            f"{directory} holds a run that was trained on another text ({text}): restore "
-            f"that text, or use {another_directory()}"
+            f"{directory} holds a run that was trained on another text, or on other splits of it "
+            f"({text}): restore that text, or use {another_directory()}"
         )
     if fixed:
         listed = "; ".join(f"{f} was {was!r} and is {now!r}" for f, (was, now) in fixed.items())

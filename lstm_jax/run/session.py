@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Unpack
@@ -32,7 +33,8 @@ class Session:
     Attributes:
       config, changes: the config, and its changes since the run was last trained.
       directory: the working directory.
-      vocabulary, ids, sizes: the vocabulary; the ids and the size of each split.
+      vocabulary, ids: the vocabulary, and the ids of each split.
+      sizes: the sizes of validation and test text, without the first token.
       model, plan: the model, and when it is trained, validated and logged.
       iterator: over the training batches, or over their positions in the text.
       source: step and number of tokens of the model whose parameters a new run starts from.
@@ -236,7 +238,7 @@ def _name_failed_writes(directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         # A closed pipe, or a failed connection of a watch, is not about the files of the run.
-        if error.errno is None or isinstance(error, BrokenPipeError):
+        if error.errno is None or isinstance(error, (ConnectionError, socket.gaierror)):
             raise
         raise UnavailableError(
             f"can't write to {error.filename or directory} ({error.strerror}): free space or make "

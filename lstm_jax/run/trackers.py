@@ -9,7 +9,6 @@ import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from lstm_jax import config as config_lib
 from lstm_jax.data import files
@@ -23,33 +22,25 @@ TRACKED, _LIMIT = "tracked.json", 2**10
 _PROJECT = "lstm-jax"
 
 
-class _TrackedRun(NamedTuple):
-    """The name, the identity and the config of a run, with which a tracker is opened."""
-
-    directory: Path
-    name: str  # The name that people see.
-    identity: str  # The same whenever the run resumes.
-    config: dict[str, bool | int | float | str]
-
-
 # Two functions: one adds a row of metrics.jsonl, with the `sample` of a validation; the other sends
 # the remaining rows and closes the tracker, and is given whether training failed.
 _Tracker = tuple[Callable[[Row], object], Callable[[bool], object]]
 
 
-def _open_wandb(run: _TrackedRun) -> _Tracker:
+def _open_wandb(directory: Path) -> _Tracker:
     """Open Weights & Biases, in the project that WANDB_PROJECT names, or else lstm-jax."""
     import wandb
 
     opened = wandb.init(
         project=os.environ.get("WANDB_PROJECT", _PROJECT),
-        id=run.identity,
-        name=run.name,
-        dir=os.environ.get("WANDB_DIR", str(run.directory)),
+        id=_get_identity(directory),
+        name=directory.resolve().name,
+        dir=os.environ.get("WANDB_DIR", str(directory)),
         resume="allow",
         settings=wandb.Settings(console="off"),
     )
-    opened.config.update(run.config, allow_val_change=True)
+    fields = config_lib.flatten(workdir.load_config(directory))
+    opened.config.update(metrics.list_hyperparameters(fields), allow_val_change=True)
     # The row of the test split has an earlier step, which W&B's own steps can't be.
     opened.define_metric("step")
     opened.define_metric("*", step_metric="step")
@@ -64,9 +55,7 @@ def _open_wandb(run: _TrackedRun) -> _Tracker:
     return write, lambda failed: opened.finish(exit_code=int(failed))
 
 
-_TRACKERS: dict[str, Callable[[_TrackedRun], _Tracker]] = {
-    "wandb": _open_wandb,
-}
+_TRACKERS: dict[str, Callable[[Path], _Tracker]] = {"wandb": _open_wandb}
 
 
 def _list_numbers(row: Row) -> dict[str, float]:
@@ -94,18 +83,14 @@ def open_trackers(names: Sequence[str], directory: Path) -> Iterator[Callable[[R
     opened: dict[str, _Tracker] = {}
 
     def watch(row: Row) -> None:
-        if makers:
-            fields = config_lib.flatten(workdir.load_config(directory))
-            config = metrics.list_hyperparameters(fields)
-            run = _TrackedRun(directory, directory.resolve().name, _get_identity(directory), config)
-            for name in list(makers):
-                try:
-                    opened[name] = makers.pop(name)(run)
-                except Exception as error:  # Each has its own.
-                    raise UserError(
-                        f"--track={name} failed ({one_line(error)[:300]}): correct that, or leave "
-                        "it out; the same command resumes"
-                    ) from None
+        for name in list(makers):
+            try:
+                opened[name] = makers.pop(name)(directory)
+            except Exception as error:  # Each has its own.
+                raise UserError(
+                    f"--track={name} failed ({one_line(error)[:300]}): correct that, or leave it "
+                    "out; the same command resumes"
+                ) from None
         for name, (write, _) in list(opened.items()):
             try:
                 write(row)
@@ -125,7 +110,7 @@ def open_trackers(names: Sequence[str], directory: Path) -> Iterator[Callable[[R
                 warn(f"--track={name} failed to close ({one_line(error)[:300]})")
 
 
-def _find_tracker(name: str) -> Callable[[_TrackedRun], _Tracker]:
+def _find_tracker(name: str) -> Callable[[Path], _Tracker]:
     if name in _TRACKERS:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:  # A directory here may have its name.
@@ -147,7 +132,7 @@ def _find_tracker(name: str) -> Callable[[_TrackedRun], _Tracker]:
         raise UserError(f"--track={name} can't be imported: {one_line(error)}") from None
     if not callable(function):
         raise UserError(f"--track={name} is not a function")
-    return lambda run: (function, lambda failed: None)
+    return lambda directory: (function, lambda failed: None)
 
 
 def _get_identity(directory: Path) -> str:

@@ -226,7 +226,7 @@ def check_regular_files(workdir: Path) -> None:
 
     A run would write through a link to a file elsewhere, and reading a pipe may never end.
     """
-    for path in [*workdir.iterdir(), *workdir.glob("plugins/**/")]:
+    for path in [*workdir.iterdir(), *workdir.glob("plugins/**/*")]:
         if path.is_symlink():
             raise UserError(f"{path} is a link: a run needs its own files; copy the target")
         if not path.is_file() and not path.is_dir():
