@@ -2,6 +2,7 @@
 
 import ast
 import http.client
+import io
 import json
 import os
 import random
@@ -64,6 +65,22 @@ def test_sentences_are_sorted_by_their_score(
     for bits, sentence in scored:
         whole = run.score(f"\n\n{sentence}\n").log_probs[1:]
         assert float(bits) == pytest.approx(-whole.sum() / np.log(2) / len(sentence), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_a_chat_continues_all_that_was_read(
+    trained: Path,
+    run: lstm_jax.Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = ("/next", "ROMEO:", "", "/undo", "/undo", "/undo", "ROMEO:", "/reset", "/next")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    run_example(monkeypatch, "chat.py", trained, "--length=20", "--temperature=0")
+    likely = "".join(f"{share:.4f}  {token!r}\n" for token, share in run.next("", n=5))
+    whole = run.generate("ROMEO:", length=40, temperature=0).removeprefix("ROMEO:")
+    first, second = whole[:20], whole[20:]
+    assert capsys.readouterr().out == f"{likely}{first}\n{second}\n{first}\n{likely}"
 
 
 @pytest.mark.slow

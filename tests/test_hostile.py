@@ -40,7 +40,7 @@ SECONDS, MEGABYTES = 60, 2000
 SERVER = """
 import contextlib, json, os, runpy, sys, time, warnings
 import tensorflow_datasets, grain, safetensors.numpy
-import lstm_jax.training, lstm_jax.sample.chat
+import lstm_jax.training
 import lstm_jax.inspect.report, lstm_jax.convert.transfer
 run, outside, seen = sys.argv[1:]
 

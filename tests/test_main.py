@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -156,31 +155,6 @@ def test_controls_and_warnings(trained: Path) -> None:
     assert "does not know '日' in --forbid" in unknown
     ended = run(*options, "--stop_at=a", cwd=ROOT).stdout
     assert ended.index("a") == len(ended) - 2
-
-
-def test_a_conversation_in_a_pipe(trained: Path) -> None:
-    lines = [
-        *("/next", "ROMEO:", "", "/undo", "/undo", "/temperature 0", "ROMEO:", "/reset", "ROMEO:"),
-        *("/next", "/undo", "/undo", "/top_p 2", "/length x", "/nothing", "/help", "//", "/quit"),
-        "unread",
-    ]
-    options = ["sample", "--workdir", str(trained), "--interactive", "--length=30"]
-    result = run(*options, cwd=ROOT, given="\n".join(lines))
-    assert result.returncode == 0
-    assert result.stderr.splitlines() == [
-        "error: there is nothing to undo",
-        "error: top_p is 2.0: it must be above 0 and at most 1",
-        "error: /length takes a whole number, not 'x'",
-        "error: there is no command /nothing: /help lists all",
-        "error: the model does not know '/' and reads [UNK]",
-    ]
-    greedy = run("sample", "--workdir", str(trained), "--length=30", "--temperature=0",
-                 "--prompt=ROMEO:", cwd=ROOT).stdout.removeprefix("ROMEO:")  # fmt: skip
-    assert result.stdout.count(greedy) == 2, "the same after /undo and after /reset"
-    most_likely = [line for line in result.stdout.splitlines() if re.match(r"0\.\d{4}  '", line)]
-    assert len(most_likely) == 10
-    probs = [float(line.split()[0]) for line in most_likely]
-    assert probs[:5] == sorted(probs[:5], reverse=True) and sum(probs[:5]) < 1
 
 
 @pytest.mark.process
@@ -381,10 +355,6 @@ BAD_CONFIGS = {
         (["sample", "--workdir=."], "no trained model in ."),
         (["sample", "--workdir=.", "--temperature=-0.5"], "temperature is -0.5"),
         (["sample", "--workdir=.", "--prompt=a", "--prompt_file=b"], "either --prompt or"),
-        (
-            ["sample", "--workdir=.", "--interactive", "--num_samples=2"],
-            "--interactive generates one",
-        ),
         (["sample", f"--num_samples={10**20}", "--workdir=."], "it must be from 1 to 100,000"),
         (["sample", f"--workdir={'n' * 300}"], "nnn: File name too long"),
         (["main", "--config", QUICK, f"--config.data.path={'n' * 300}"], "no text file nnn"),

@@ -9,7 +9,6 @@ if __name__ == "__main__":
     interrupts.exit_at_once()  # While the rest is imported, which takes seconds.
 
 import sys
-from typing import Any
 
 from absl import flags
 
@@ -40,18 +39,13 @@ _STOP = flags.DEFINE_boolean("stop", True, "End at the stop token, if the model 
 _STOP_AT = flags.DEFINE_string("stop_at", "", "End when this text has been generated.")
 _SEED = flags.DEFINE_integer("seed", 0, "Random seed.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Number of texts, with dashes between.")
-_INTERACTIVE = flags.DEFINE_boolean(
-    "interactive", False, "Chat: answer each line of standard input; /help lists the commands."
-)
 
 
 def main() -> None:
-    """Print samples of a trained model, or chat."""
+    """Print samples of a trained model."""
     directories = _RUN()
     if _PROMPT.value and _PROMPT_FILE.value:
         raise UserError("give either --prompt or --prompt_file")
-    if _INTERACTIVE.value and (_NUM_SAMPLES.value > 1 or _PROMPT_FILE.value == "-"):
-        raise UserError("--interactive generates one text and reads lines from standard input")
     # Here, because they import JAX, which --help does not need.
     import jax
 
@@ -59,7 +53,6 @@ def main() -> None:
     from lstm_jax.controls import Controls, check_number, make_control_arrays
     from lstm_jax.data import sources
     from lstm_jax.run import ensemble
-    from lstm_jax.sample import chat
 
     for flag in (_LENGTH, _SEED, _NUM_SAMPLES):
         check_number(flag.name, flag.value)
@@ -71,27 +64,27 @@ def main() -> None:
     prompt = _PROMPT.value
     if path := _PROMPT_FILE.value:
         prompt = sources.read_argument(path, "--prompt_file", vocabulary.kind == "bytes")
-    read = "" if _INTERACTIVE.value else prompt  # A chat names unknown tokens itself.
-    for where, text in (("the prompt", read), ("--forbid", _FORBID.value)):
+    for where, text in (("the prompt", prompt), ("--forbid", _FORBID.value)):
         if named := vocabulary.name_unknown(text):
             warn(f"the model does not know {named} in {where} and reads [UNK] instead")
     controls = controls._replace(forbidden=vocabulary.encode(_FORBID.value).tolist())
     make_control_arrays(controls, len(vocabulary))  # Check that a token is left.
 
-    key = jax.random.key(_SEED.value)
-    options: dict[str, Any] = {"stop_token": _STOP.value, "stop_at": _STOP_AT.value}
-    options |= {"prompt": prompt, "length": _LENGTH.value, "controls": controls}
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
-    if _INTERACTIVE.value:
-        # Only a model of bytes knows bytes that are not UTF-8.
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
-        chat.converse(trained, key, **options)
-        return
     generated: list[list[str]] = []
     show = make_printer()
     print(show(prompt, False), end="", flush=True)
     for pieces in generation.stream_texts(
-        trained.model, trained.params, vocabulary, key, num_samples=_NUM_SAMPLES.value, **options
+        trained.model,
+        trained.params,
+        vocabulary,
+        jax.random.key(_SEED.value),
+        prompt=prompt,
+        length=_LENGTH.value,
+        controls=controls,
+        stop_token=_STOP.value,
+        stop_at=_STOP_AT.value,
+        num_samples=_NUM_SAMPLES.value,
     ):
         # Print the first text as it is generated, the others at the end.
         print(show(pieces[0], False), end="", flush=True)
