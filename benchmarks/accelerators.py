@@ -2,7 +2,7 @@
 
     python benchmarks/accelerators.py --target tpu:v5e:2x2
     python benchmarks/accelerators.py --target h100:1 --config experiments/shakespeare_gpu.py
-    python benchmarks/accelerators.py --target tpu:v5e:16x16 --programs step
+    python benchmarks/accelerators.py --target tpu:v5e:16x16 --programs "step,step gru"
 
 XLA's own compilers run: that of libtpu (`pip install -e '.[tpu]'`) and that of the CUDA plugin
 (`pip install -e '.[cuda]'`). Neither needs a device. A row says that a program compiles, and how
@@ -10,14 +10,13 @@ much memory, how many FLOP and what communication it needs on each device. It sa
 times, or whether results are right. Batches grow with the number of devices.
 """
 
-import argparse
 import functools
 import math
 import os
 import re
 import runpy
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,19 +24,12 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from frame import parse_flags, print_head, print_row
 from lstm_jax import batches, dynamic, generation, loss, model, optimizer, train_step
-from lstm_jax import config as config_lib
-from lstm_jax.config import Config
+from lstm_jax.config import Config, change_fields, complete_config
 from lstm_jax.controls import DEFAULT_CONTROLS, make_control_arrays
 from lstm_jax.devices import parallel
 
-# The published numbers of a device: bytes of memory; FLOP a second in bfloat16; bytes a second to
-# other devices.
-DEVICES = {
-    "v5e": (16 * 2**30, 197e12, 200e9),
-    "v6e": (32 * 2**30, 918e12, 448e9),
-    "h100": (80e9, 989e12, 450e9),
-}
 # What XLA needs to know of a GPU.
 H100 = """
 gpu_device_info {
@@ -54,84 +46,60 @@ dnn_version_info { major: 9 minor: 12 }
 runtime_version { major: 13 minor: 0 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
+ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "-1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
 
 # Changes of a config, for training steps of all kinds.
 STEPS: dict[str, dict[str, Any]] = {
     "step": {},
-    "step, float32": {"model.dtype": "float32"},
-    "step, scan": {"model.recurrence": "scan"},
-    "step, cudnn": {"model.recurrence": "cudnn", "model.dtype": "float32"},
-    "step, pallas": {"model.recurrence": "pallas"},
-    "step, minlstm": {"model.cell": "minlstm"},
-    "step, gru": {"model.cell": "gru"},
-    "step, residual block": {"model.block": "residual"},
-    "step, rematerialized": {"model.rematerialize": 16},
-    "step, 2 microbatches": {"optimizer.microbatches": 2},
+    "step float32": {"model.dtype": "float32"},
+    "step scan": {"model.recurrence": "scan"},
+    "step pallas": {"model.recurrence": "pallas"},
+    "step minlstm": {"model.cell": "minlstm"},
+    "step gru": {"model.cell": "gru"},
+    "step residual block": {"model.block": "residual"},
+    "step rematerialized": {"model.rematerialize": 16},
+    "step 2 microbatches": {"optimizer.microbatches": 2},
 }
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1, "f16": 2, "s8": 1, "u8": 1}
-
-
-class Program(NamedTuple):
-    """A jitted function, and the shapes of its arguments on the devices."""
-
-    function: Any
-    arguments: tuple[Any, ...]
-    static: dict[str, Any]
-
-    def trace(self) -> Any:
-        """Trace it; `lower` of the result takes the platforms."""
-        return self.function.trace(*self.arguments, **self.static)
+COLUMNS = ("MiB a device", "GFLOP of matmuls", "their MiB", "collectives", "their MiB")
 
 
 def main() -> None:
     """Compile the programs and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", default="experiments/quick.py")
-    parser.add_argument("--target", default="tpu:v5e:2x2", help="tpu:TOPOLOGY or h100:DEVICES")
-    parser.add_argument("--programs", nargs="*", help="names of rows [default: all]")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--vocabulary_size", type=int, default=67)
-    parser.add_argument("--hlo", help="write the compiled programs to files in this directory")
-    options = parser.parse_args()
+    given: dict[str, Any] = {"target": "tpu:v5e:2x2", "programs": "", "dtype": "bfloat16"}
+    options = parse_flags(__doc__, config="experiments/quick.py", vocabulary_size=67, **given)
     devices = find_devices(options.target)
-    config = load_config(options.config, options.dtype)
-    config = config_lib.change_fields(
-        config, {"batches.batch_size": config.batches.batch_size * len(devices)}
-    )
+    settings = runpy.run_path(options.config)["get_config"]()
+    settings.model.dtype = options.dtype
+    settings.batches.batch_size *= len(devices)
+    config = complete_config(settings)
     print(
         f"{options.config}, {options.dtype}, {len(devices)} x {options.target}, batches of "
-        f"{config.batches.batch_size}; JAX {jax.__version__}\n\n"
-        "| program | MiB a device | of its memory | GFLOP of matmuls | their MiB | collectives "
-        "| their MiB | kernels in each step of each loop | link's share |\n"
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |"
+        f"{config.batches.batch_size}; JAX {jax.__version__}\n"
     )
+    print_head("program", *COLUMNS, "kernels in each step of each loop")
     platform = "tpu" if options.target.startswith("tpu") else "cuda"
-    for name, make in iterate_programs(config, options.vocabulary_size, devices):
-        if not options.programs or name in options.programs:
+    for name, trace in list_programs(config, options.vocabulary_size, devices).items():
+        if not options.programs or name in options.programs.split(","):
             try:
-                row = describe(make().trace(), platform, options, name)
+                print_row(name, *describe(trace(), platform))
             except Exception as error:  # Of the compiler, or of a program for another device.
-                row = " ".join(str(error).split())[:100]
-            print(f"| {name} | {row} |", flush=True)
+                print_row(name, " ".join(str(error).split())[:100])
 
 
 def find_devices(target: str) -> list[Any]:
     """Return the devices of a target, and let the package choose what they run."""
     kind, _, topology = target.partition(":")
-    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     # Autotuning would run kernels.
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
-    environment = {
-        "SKIP_MDS_QUERY": "1",
-        "ACCELERATOR_TYPE": "v5litepod-4",
-        "WORKER_HOSTNAMES": "localhost",
-        "WORKER_ID": "0",
-    }
-    for name, value in environment.items():
-        os.environ.setdefault(f"TPU_{name}", value)
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
+    os.environ.update(ENVIRONMENT, XLA_FLAGS=flags)
     jax.config.update("jax_platforms", "cpu")
     backend = "tpu" if kind == "tpu" else "gpu"
     jax.default_backend = lambda: backend
@@ -143,43 +111,39 @@ def find_devices(target: str) -> list[Any]:
     return list(description.devices)
 
 
-def load_config(path: str, dtype: str) -> Config:
-    """Return the complete config of an experiment."""
-    config = runpy.run_path(path)["get_config"]()
-    config.model.dtype = dtype
-    return config_lib.complete_config(config)
-
-
-def iterate_programs(
+def list_programs(
     config: Config, vocabulary_size: int, devices: list[Any]
-) -> Iterator[tuple[str, Callable[[], Program]]]:
-    """Yield the name of every program that a user of these devices runs, and what makes it."""
+) -> dict[str, Callable[[], Any]]:
+    """Return what traces every program that a user of these devices runs, by name."""
     mesh = Mesh(np.array(devices).reshape(-1, 1), (parallel.DATA, parallel.MODEL))
-    for name, fields in STEPS.items():
-        changed = config_lib.change_fields(config, fields)
-        yield name, functools.partial(make_step, changed, vocabulary_size, mesh)
-    yield "10 steps a call", functools.partial(make_step, config, vocabulary_size, mesh, 10)
+    lstm = model.make_model(config.model, vocabulary_size)
+    place = functools.partial(place_all, lambda _: SingleDeviceSharding(devices[0]))
+    programs = {
+        name: functools.partial(trace_step, change_fields(config, fields), vocabulary_size, mesh)
+        for name, fields in STEPS.items()
+    }
+    programs["10 steps a call"] = functools.partial(trace_step, config, vocabulary_size, mesh, 10)
     if len(devices) > 1:
         divided = Mesh(mesh.devices.reshape(-1, 2), mesh.axis_names)
-        yield (
-            "step, model over 2 devices",
-            functools.partial(make_step, config, vocabulary_size, divided),
-        )
-    lstm = model.make_model(config.model, vocabulary_size)
-    place = functools.partial(place_all, SingleDeviceSharding(devices[0]))
-    yield "evaluation", functools.partial(make_evaluation, lstm, place)
-    yield "dynamic evaluation", functools.partial(make_dynamic_evaluation, lstm, place)
-    yield "generation, one text", functools.partial(make_generation, lstm, place, 1)
-    yield "generation, 64 texts", functools.partial(make_generation, lstm, place, 64)
+        of_two = functools.partial(trace_step, config, vocabulary_size, divided)
+        programs["step mesh.model=2"] = of_two
+    return programs | {
+        "evaluation": functools.partial(trace_evaluation, lstm, place),
+        "dynamic evaluation": functools.partial(trace_dynamic_evaluation, lstm, place),
+        "generation of one text": functools.partial(trace_generation, lstm, place, 1),
+        "generation of 64 texts": functools.partial(trace_generation, lstm, place, 64),
+    }
 
 
-def place_all(sharding: Any, tree: Any) -> Any:
-    """Return the shapes of arrays with a sharding."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+def place_all(get_sharding: Callable[[Any], Any], tree: Any) -> Any:
+    """Return the shapes of arrays with the sharding of each."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=get_sharding(x)), tree
+    )
 
 
-def make_step(config: Config, vocabulary_size: int, mesh: Mesh, steps: int = 1) -> Program:
-    """Return a training step, or several in one call."""
+def trace_step(config: Config, vocabulary_size: int, mesh: Mesh, steps: int = 1) -> Any:
+    """Trace a training step, or several in one call."""
     lstm = model.make_model(config.model, vocabulary_size)
     updates = optimizer.make_optimizer(config.optimizer, 1000)
     batch_size, length = config.batches.batch_size, config.batches.window_length
@@ -187,22 +151,19 @@ def make_step(config: Config, vocabulary_size: int, mesh: Mesh, steps: int = 1) 
         lambda key: train_step.init_state(lstm, updates, key, batch_size), jax.random.key(0)
     )
 
-    def place(spec: PartitionSpec | None, tree: Any) -> Any:
-        def one(x: Any) -> Any:
-            stored = parallel.get_storage_spec(x, mesh) if spec is None else spec
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, stored))
+    def place(spec: PartitionSpec, tree: Any) -> Any:
+        return place_all(lambda _: NamedSharding(mesh, spec), tree)
 
-        return jax.tree.map(one, tree)
-
-    state = place(None, state._replace(carry=()))._replace(
-        carry=place(parallel.DIVIDED, state.carry)
+    carry = place(parallel.DIVIDED, state.carry)
+    stored = place_all(
+        lambda x: NamedSharding(mesh, parallel.get_storage_spec(x, mesh)), state._replace(carry=())
     )
     leading = (steps,) if steps > 1 else ()
     rows = PartitionSpec(*[None] * len(leading), *parallel.DIVIDED)
     ids = place(rows, jax.ShapeDtypeStruct((*leading, batch_size, length), jnp.int32))
-    starts = place(PartitionSpec(), jax.ShapeDtypeStruct(leading, jnp.bool_))
-    step = train_step.make_train_step(lstm, updates, config, mesh)
-    return Program(step, (state, batches.Batch(ids, ids, starts)), {})
+    starts = place(parallel.EVERYWHERE, jax.ShapeDtypeStruct(leading, jnp.bool_))
+    step: Any = train_step.make_train_step(lstm, updates, config, mesh)
+    return step.trace(stored._replace(carry=carry), batches.Batch(ids, ids, starts))
 
 
 def get_params(lstm: model.LanguageModel) -> Any:
@@ -210,57 +171,44 @@ def get_params(lstm: model.LanguageModel) -> Any:
     return jax.eval_shape(lambda: model.init_params(lstm, jax.random.key(0)))
 
 
-def make_evaluation(lstm: model.LanguageModel, place: Callable[[Any], Any]) -> Program:
-    """Return the evaluation of a chunk of a long text."""
+def trace_evaluation(lstm: model.LanguageModel, place: Callable[[Any], Any]) -> Any:
+    """Trace the evaluation of a chunk of a long text."""
     chunk = next(loss.iterate_chunks(np.zeros(loss.LONGEST_IN_ONE + 2, np.int32)))
     carry = jax.eval_shape(lambda: lstm.initial_carry(len(chunk[0])))
-    arguments = place((get_params(lstm), chunk, carry))
-    return Program(loss.read_chunk, (lstm, *arguments), {})
+    return loss.read_chunk.trace(lstm, *place((get_params(lstm), chunk, carry)))
 
 
-def make_dynamic_evaluation(lstm: model.LanguageModel, place: Callable[[Any], Any]) -> Program:
-    """Return the dynamic evaluation of 20 segments of 32 tokens."""
+def trace_dynamic_evaluation(lstm: model.LanguageModel, place: Callable[[Any], Any]) -> Any:
+    """Trace the dynamic evaluation of 20 segments of 32 tokens."""
     ids, counted = np.zeros((20, 32), np.int32), np.ones((20, 32), bool)
     params, carry = get_params(lstm), jax.eval_shape(lambda: lstm.initial_carry(1))
     numbers: Any = np.float32(0), np.float32(0), np.int32(32)
     settings = dynamic.Settings(*numbers)
     arguments = (params, params, (params, carry), (ids, ids, counted), settings)
-    return Program(dynamic._read_segments, (lstm, *place(arguments)), {})
+    return dynamic._read_segments.trace(lstm, *place(arguments))
 
 
-def make_generation(lstm: model.LanguageModel, place: Callable[[Any], Any], texts: int) -> Program:
-    """Return the generation of 1,024 tokens of each text."""
+def trace_generation(lstm: model.LanguageModel, place: Callable[[Any], Any], texts: int) -> Any:
+    """Trace the generation of 1,024 tokens of each text."""
     arrays = jax.eval_shape(functools.partial(generation.prepare_params, lstm), get_params(lstm))
     state = jax.eval_shape(functools.partial(generation.initial_state, lstm, arrays, texts))
     controls = make_control_arrays(DEFAULT_CONTROLS, lstm.vocabulary_size)
     scalar = np.int32(0)
     arguments = arrays, state, jax.random.key(0), controls, scalar, scalar
-    return Program(generation._generate, (lstm, *place(arguments)), {"size": 1024})
+    return generation._generate.trace(lstm, *place(arguments), size=1024)
 
 
-def describe(traced: Any, platform: str, options: argparse.Namespace, name: str) -> str:
+def describe(traced: Any, platform: str) -> list[str]:
     """Return the cells of a row: what a program needs on each device."""
     compiled = traced.lower(lowering_platforms=(platform,)).compile()
-    text = compiled.as_text()
-    if options.hlo:
-        os.makedirs(options.hlo, exist_ok=True)
-        with open(f"{options.hlo}/{name.replace(' ', '_')}.txt", "w") as file:
-            file.write(text)
-    memory = compiled.memory_analysis()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
     size = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    kind = options.target.split(":")[platform == "tpu"]
-    limit, flops_second, link = DEVICES[kind]
     devices = len(jax.tree.leaves(compiled.input_shardings)[0].device_set)
     flops, read = (total / devices for total in count_matmuls(traced.jaxpr.jaxpr))
     number, moved = count_collectives(text)
-    seconds = moved / link
-    share = seconds / (seconds + flops / flops_second) if moved else 0
+    numbers = f"{size / 2**20:,.1f}", f"{flops / 1e9:,.1f}", f"{read / 2**20:,.0f}", str(number)
     loops = ", ".join(f"{kernels} x {trips}" for trips, kernels in count_kernels(text))
-    return (
-        f"{size / 2**20:,.1f} | {size / limit:.2%} | {flops / 1e9:,.1f} | "
-        f"{read / 2**20:,.0f} | {number} | "
-        f"{moved / 2**20:,.2f} | {loops or '-'} | {share:.0%}"
-    )
+    return [*numbers, f"{moved / 2**20:,.2f}", loops or "-"]
 
 
 def count_matmuls(jaxpr: Any) -> tuple[float, float]:

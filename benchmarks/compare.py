@@ -36,17 +36,8 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from frame import (
-    ROOT,
-    compute_once,
-    evaluate,
-    parse_flags,
-    print_head,
-    print_row,
-    run_python,
-    spread,
-    time_call,
-)
+import frame
+from frame import ROOT, measure_speed, print_head, print_row, spread
 from lstm_jax import generation
 from lstm_jax.devices import memory
 from lstm_jax.run import metrics, workdir
@@ -74,7 +65,7 @@ Results = dict[str, dict[str, list[Measured]]]  # By budget and variant: a run f
 
 def main() -> None:
     """Do the remaining work, and write the results."""
-    options = parse_flags(
+    options = frame.parse_flags(
         __doc__,
         True,
         out=Path("runs/cells"),
@@ -110,7 +101,7 @@ def tune(name: str, options: argparse.Namespace) -> None:
     search = ("--space", options.space, "--sampler", options.sampler, "--pruner", "none")
     given = ("--config", config, *search, "--trials", options.trials, "--workdir", out)
     length = f"--config.num_epochs={options.tune_epochs}"
-    run_python("-m", "lstm_jax.sweep", *given, *options.fields, length)
+    frame.run_python("-m", "lstm_jax.sweep", *given, *options.fields, length)
 
 
 def train(name: str, budget: str, options: argparse.Namespace) -> list[Measured]:
@@ -123,9 +114,10 @@ def train(name: str, budget: str, options: argparse.Namespace) -> list[Measured]
         steps = count_steps(tried, options.seconds)
         length = ["--config.num_epochs=1000", f"--config.max_steps={steps}"]
     best = ("--config", tuned / "best.py")
-    run_python("-m", "lstm_jax.sweep", *best, *given, *length, *options.fields)
+    frame.run_python("-m", "lstm_jax.sweep", *best, *given, *length, *options.fields)
     trials = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
-    return [measure_once(trial) for trial in trials if trial["state"] == "complete"]
+    assert all(trial["state"] == "complete" for trial in trials), f"see {out}/trials.jsonl"
+    return [measure_once(trial) for trial in trials]
 
 
 def count_steps(directories: Iterable[Path], seconds: float) -> int:
@@ -136,16 +128,10 @@ def count_steps(directories: Iterable[Path], seconds: float) -> int:
     return max(round(tokens / (batches.batch_size * batches.window_length)), 1)
 
 
-def measure_speed(directory: Path) -> float:
-    """Return the median of the tokens a second that a run logged in training."""
-    rows = metrics.read_metrics(directory / workdir.METRICS)
-    return statistics.median(row["tokens_per_second"] for row in rows if row["split"] == "train")
-
-
 def measure_once(trial: dict[str, Any]) -> Measured:
     """Measure the trained model of a trial, and keep the results beside it."""
     path = Path(trial["workdir"]) / "measured.json"
-    return Measured(**compute_once(path, lambda: measure(trial)._asdict()))
+    return Measured(**frame.compute_once(path, lambda: measure(trial)._asdict()))
 
 
 def measure(trial: dict[str, Any]) -> Measured:
@@ -155,7 +141,7 @@ def measure(trial: dict[str, Any]) -> Measured:
     return Measured(
         trial["validation_loss"],
         trial["test_loss"],
-        evaluate(directory, "--split=test", f"--context={WINDOW}"),
+        frame.evaluate(directory, "--split=test", f"--context={WINDOW}"),
         max(row["step"] for row in metrics.read_metrics(directory / workdir.METRICS)),
         trial["seconds"],
         measure_speed(directory),
@@ -168,7 +154,7 @@ def measure_generation(trained: workdir.Trained) -> float:
     """Return the characters a second of one generated text, compilation excluded."""
     arguments = trained.model, trained.params, np.full((1, 16), 2, np.int32), jax.random.key(0)
     generate = functools.partial(generation.generate_tokens, *arguments, length=GENERATED)
-    return GENERATED / min(time_call(generate) for _ in range(3))
+    return GENERATED / min(frame.time_call(generate) for _ in range(3))
 
 
 def print_tables(results: Results, options: argparse.Namespace) -> None:

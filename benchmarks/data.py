@@ -1,4 +1,4 @@
-"""Measure the cost of large texts: preparation, memory, and batches.
+"""Measure the cost of large texts: preparation, and memory and speed of training.
 
     python benchmarks/data.py --corpus corpus --megabytes 1000
 
@@ -8,28 +8,18 @@ and one in a thousand by one of two, three or four bytes. Memory is the sampled 
 pages of all processes.
 """
 
-import functools
-import itertools
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 
-from frame import ROOT, make_step, parse_flags, time_call
-from lstm_jax import batches
-from lstm_jax import config as config_lib
+from frame import ROOT, measure_speed, parse_flags
+from lstm_jax.config import DataConfig
 from lstm_jax.data import texts
-from lstm_jax.devices import feeding
-from lstm_jax.vocabulary import Ids
 
 MANY_BYTES = np.array([ord(c) for c in "éñßøλжשあ日語🎭"], np.uint32)
 FILE_BYTES = 100_000_000
@@ -45,16 +35,15 @@ prepared.prepare_corpus(data)
 
 
 def main() -> None:
-    """Measure and print preparation, memory, loading, and steps."""
-    options = parse_flags(__doc__, corpus=Path, megabytes=1000, train_seconds=30.0, rounds=15)
+    """Measure and print preparation, and memory and speed of training."""
+    options = parse_flags(__doc__, corpus=Path, megabytes=1000, train_seconds=30.0)
     if not list(options.corpus.glob("*.txt")):
         make_corpus(options.corpus, options.megabytes * 10**6)
     megabytes = sum(file.stat().st_size for file in options.corpus.glob("*.txt")) / 1e6
     with tempfile.TemporaryDirectory(dir=options.corpus) as scratch:
         path, prepared = f"{options.corpus}/*.txt", f"{scratch}/prepared"
-        data = config_lib.DataConfig(path=path, prepared=prepared, fractions=FRACTIONS)
         began = time.monotonic()
-        peak = measure_peak("-c", PREPARE, data.path, data.prepared)
+        peak = measure_peak("-c", PREPARE, path, prepared)
         seconds = time.monotonic() - began
         print(
             f"preparation: {megabytes:,.0f} MB in {seconds:.1f} s with all imports, "
@@ -64,36 +53,23 @@ def main() -> None:
         for name, fields in {
             "Tiny Shakespeare": [],
             "the corpus": [
-                f"--config.data.path={data.path}",
-                f"--config.data.prepared={data.prepared}",
+                f"--config.data.path={path}",
+                f"--config.data.prepared={prepared}",
                 f"--config.data.fractions={','.join(map(str, FRACTIONS))}",
             ],
         }.items():
-            workdir = f"--workdir={scratch}/{name}"
-            peak = measure_peak(*quick, workdir, *fields, seconds=options.train_seconds)
-            print(f"training quick.py on {name}: peak {peak:,.0f} MB", flush=True)
-        text = texts.load_texts(data).texts["train"]
-        vocabulary = text.vocabulary(data)
-        ids = text.encode(vocabulary)
-        measure_loading(ids)
-        for name, sizes, calls, per_call in (
-            ("shakespeare.py", (64, 100, 256, 1024), 1, 1),
-            ("quick.py", (64, 48, 128, 448), 10, 1),
-            ("24 hidden units", (8, 32, 8, 24), 200, 1),
-            ("24 hidden units, steps_per_call=10", (8, 32, 8, 24), 20, 10),
-        ):
-            ratios = compute_ratios(ids, len(vocabulary), sizes, calls, per_call, options.rounds)
-            shown = ", ".join(f"{kind} {ratio:.3f}" for kind, ratio in ratios.items())
-            print(
-                f"time of a step with its data / on a constant batch, {name}: {shown}", flush=True
-            )
+            directory = Path(scratch, name)
+            flags = (f"--workdir={directory}", *fields)
+            peak = measure_peak(*quick, *flags, seconds=options.train_seconds)
+            speed = measure_speed(directory)
+            print(f"training quick.py on {name}: peak {peak:,.0f} MB, {speed:,.0f} characters/s")
 
 
 def make_corpus(directory: Path, size: int) -> None:
     """Write files of this many bytes in all."""
     directory.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    paragraphs = "".join(texts.read_splits(config_lib.DataConfig()).values()).split("\n\n")
+    paragraphs = "".join(texts.read_splits(DataConfig()).values()).split("\n\n")
     written = number = 0
     while written < size:
         with (directory / f"part{number:03}.txt").open("wb") as file:
@@ -140,61 +116,6 @@ def resident(pid: int) -> int:
     except (OSError, IndexError):
         return 0
     return pages * os.sysconf("SC_PAGESIZE") + sum(resident(int(n)) for part in lists for n in part)
-
-
-def measure_loading(ids: Ids) -> None:
-    """Print the characters a second that one core makes batches of."""
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(cores)})
-    for kind in ("windows", "streams"):
-        fields = config_lib.complete_config({"batches": {"kind": kind}}).batches
-        iterator, _ = batches.make_batches(ids, fields, seed=0)
-        seconds = [time_call(deque, itertools.islice(iterator, 500), 0) for _ in range(5)]
-        rate = 500 * fields.batch_size * fields.window_length / statistics.median(seconds) / 1e6
-        print(f"loading {kind}: {rate:.1f} million characters/s on a core", flush=True)
-    os.sched_setaffinity(0, cores)
-
-
-def compute_ratios(
-    ids: Ids, vocabulary_size: int, sizes: tuple[int, ...], calls: int, per_call: int, rounds: int
-) -> dict[str, float]:
-    """Return the median times of steps with their data, relative to a constant batch.
-
-    The sizes are those of batches, windows, the embedding and the hidden state.
-    """
-    batch_size, window_length, embedding_size, hidden_size = sizes
-    config = config_lib.complete_config(
-        {
-            "batches": {"batch_size": batch_size, "window_length": window_length},
-            "model": {"embedding_size": embedding_size, "hidden_size": hidden_size},
-        }
-    )
-    state, step, mesh = make_step(config, vocabulary_size)
-    short = np.asarray(ids[:1_000_000])
-    on_device, _ = batches.make_batches(short, config.batches, 0, only_offsets=True)
-    from_files, _ = batches.make_batches(ids, config.batches, 0)
-    text = feeding.place_text(short, vocabulary_size, mesh)
-    feeds = {
-        "on the device": feeding.Feed(on_device, mesh, text),
-        "from files": feeding.Feed(from_files, mesh, None),
-    }
-    constant = feeds["from files"].next(per_call)
-
-    def run(read: Callable[[], Any]) -> None:
-        nonlocal state
-        for _ in range(calls):
-            state = step(state, read())
-        jax.block_until_ready(state)
-
-    readers: dict[str, Callable[[], Any]] = {"constant": lambda: constant}
-    readers |= {name: functools.partial(feed.next, per_call) for name, feed in feeds.items()}
-    seconds = np.array(
-        [[time_call(run, read) for read in readers.values()] for _ in range(rounds + 1)]
-    )
-    # Without the first round, which compiles. Compute ratios per round, because the machine's speed
-    # changes between rounds.
-    ratios = np.median(seconds[1:] / seconds[1:, :1], axis=0)
-    return dict(zip(readers, ratios.tolist(), strict=True))
 
 
 if __name__ == "__main__":

@@ -10,11 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from lstm_jax import model, optimizer, train_step
-from lstm_jax.config import Config
-from lstm_jax.devices import memory, parallel
+from lstm_jax.run import metrics, workdir
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,24 +32,13 @@ def parse_flags(
         parser.add_argument(f"--{name}", help="[default: %(default)s]", **given)
     options, fields = parser.parse_known_args()
     options.fields = fields
+    for name, value in vars(options).items():
+        if isinstance(value, Path):  # Commands run in ROOT.
+            setattr(options, name, value.resolve())
     for field in fields:
         if not takes_fields or not field.startswith("--config."):
             parser.error(f"unknown flag {field}")
     return options
-
-
-def make_step(
-    config: Config, vocabulary_size: int, total_steps: int = 1, stop_id: int | None = None
-) -> tuple[train_step.TrainState, train_step.TrainStep, jax.sharding.Mesh]:
-    """Return the state of a new run, its jitted step, and their devices, as in training."""
-    parallel.use_cores(config)
-    memory.keep_freed_memory()
-    mesh = parallel.make_mesh(config)
-    lstm = model.make_model(config.model, vocabulary_size, stop_id)
-    updates = optimizer.make_optimizer(config.optimizer, total_steps)
-    key, batch_size = jax.random.key(config.seed), config.batches.batch_size
-    state = train_step.init_state(lstm, updates, key, batch_size, mesh=mesh)
-    return state, train_step.make_train_step(lstm, updates, config, mesh), mesh
 
 
 def run_python(*words: object, directory: Path = ROOT) -> str:
@@ -87,6 +72,13 @@ def evaluate(directory: Path, *flags: object) -> float:
     """Return the loss that `lstm_jax.evaluate` measures."""
     output = run_python("-m", "lstm_jax.evaluate", "--workdir", directory, *flags)
     return float(json.loads(output.splitlines()[-1])["loss"])
+
+
+def measure_speed(directory: Path) -> float:
+    """Return the median of the tokens a second that a run logged in training."""
+    rows = metrics.read_metrics(directory / workdir.METRICS)
+    # A row after the call that compiles has none.
+    return statistics.median(row["tokens_per_second"] for row in rows if "tokens_per_second" in row)
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:

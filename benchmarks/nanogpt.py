@@ -48,10 +48,7 @@ from lstm_jax import config
 from lstm_jax.data.texts import read_splits
 from lstm_jax.run import workdir
 
-MODELS = (
-    "nanogpt:2000,nanogpt:5000,nanogpt:10000,nanogpt_compiled:5000,"
-    "quick:2,quick:4,quick:6,shakespeare_best"
-)
+MODELS = "nanogpt:1500,nanogpt:600,nanogpt:3000,quick:3,quick:1,quick:6"
 NANOGPT = {  # Flags, and the words of the plot, by name.
     "nanogpt": ("--compile=False --dtype=float32", "nanoGPT, float32"),
     "nanogpt_compiled": ("--compile=True --dtype=bfloat16", "nanoGPT, compiled, bfloat16"),
@@ -97,10 +94,10 @@ def main() -> None:
         out=Path("runs/nanogpt"),
         text="",
         models=MODELS,
-        factors="1",
+        factors="0.5,1,2,4,8,16",
         seeds=3,
     )
-    options.out = (options.out / Path(options.text).stem).resolve()
+    options.out = options.out / Path(options.text).stem
     options.out.mkdir(parents=True, exist_ok=True)
     options.text = str(Path(options.text).resolve()) if options.text else ""
     splits = write_dataset(options.nanogpt, read_splits(config.DataConfig(path=options.text)))
@@ -120,7 +117,7 @@ def main() -> None:
         minutes, (parameters, *_), by_windows, with_context, _ = zip(*points[name], strict=True)
         spreads = frame.spread(minutes, 2), frame.spread(by_windows), frame.spread(with_context)
         frame.print_row(f"`{name}`", f"{parameters / 1e6:.2f} M", *spreads)
-    figure = draw_losses(points, is_tuned=len(factors) > 1, with_published=not options.text)
+    figure = draw_losses(points, with_published=not options.text)
     figure.savefig(options.out / "nanogpt.svg")
     print(f"Wrote {options.out / 'nanogpt.svg'}")
 
@@ -218,7 +215,7 @@ def measure_nanogpt(nanogpt: Path, path: Path, splits: Splits) -> tuple[int, flo
     return parameters, loss("val", WINDOW), *with_context
 
 
-def draw_losses(points: Points, is_tuned: bool, with_published: bool) -> Figure:
+def draw_losses(points: Points, with_published: bool) -> Figure:
     """Draw the mean losses by minutes: a line for each model and protocol."""
     figure = Figure(figsize=(7, 4.8), layout="constrained")
     axes = figure.add_subplot(
@@ -227,7 +224,6 @@ def draw_losses(points: Points, is_tuned: bool, with_published: bool) -> Figure:
         xscale="log",
     )
     models = dict.fromkeys(name.partition(":")[0] for name in points)
-    words = "tuned" if is_tuned else "untuned"
     protocols = (
         ("with_context", "o-", "with context"),
         ("by_windows", "o:", f"by windows of {WINDOW}"),
@@ -239,12 +235,9 @@ def draw_losses(points: Points, is_tuned: bool, with_published: bool) -> Figure:
         for field, style, protocol in protocols:
             losses = [[getattr(run, field) for run in runs] for runs in seeds]
             spreads = [statistics.stdev(x) if len(x) > 1 else 0 for x in losses]
-            label = f"{NANOGPT[model][1]}, {words}" if model in NANOGPT else f"{model}.py"
-            label += f", {protocol}"
+            label = f"{NANOGPT[model][1] if model in NANOGPT else f'{model}.py'}, {protocol}"
             means = [statistics.mean(x) for x in losses]
-            axes.errorbar(
-                minutes, means, spreads, fmt=style, color=color, markersize=4, label=label
-            )
+            axes.errorbar(minutes, means, spreads, fmt=style, color=color, ms=4, label=label)
     if with_published:
         label = "nanoGPT's README: 10.7 M parameters, 3 minutes on an A100"
         axes.axhline(PUBLISHED, color=COLORS[0], linestyle="--", linewidth=1, label=label)

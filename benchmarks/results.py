@@ -18,34 +18,25 @@ from typing import NamedTuple
 
 from frame import ROOT, evaluate, parse_flags, print_head, print_row, spread, train
 
-
-class Row(NamedTuple):
-    """What a row of a table trains."""
-
-    fields: list[str]
-    experiment: str = "experiments/quick.py"
-
-
+# The fields that each row changes: those of the file of its name, or of experiments/quick.py.
 _TWO_LAYERS = ["model.num_layers=2", "model.hidden_size=288"]
-ROWS = {
-    "quick.py": Row([]),
-    "shakespeare_best.py": Row([], "experiments/shakespeare_best.py"),
-    "windows of 96": Row(["batches.window_length=96"]),
-    "learning rate 2e-2": Row(["optimizer.learning_rate=2e-2"]),
-    "cosine schedule": Row(["optimizer.schedule=cosine"]),
-    "no weight decay": Row(["optimizer.weight_decay=0.0"]),
-    "embeddings in ±0.05": Row(["model.initial_embedding=0.05"]),
-    "output bias zero": Row(["model.initial_bias=zeros"]),
-    "no dropout": Row(
-        ["regularization.embedding_dropout=0.0", "regularization.output_dropout=0.0"]
-    ),
-    "output dropout 0.3": Row(["regularization.output_dropout=0.3"]),
-    "two layers of 288": Row(_TWO_LAYERS),
-    "two layers of 288 with skip connections": Row([*_TWO_LAYERS, "model.skip_connections=True"]),
-    "averaged weights": Row(["optimizer.average_decay=0.998"]),
-    "12 epochs": Row(["num_epochs=12"]),
-    "9 epochs": Row(["num_epochs=9"]),
-    "9 epochs and weight decay 0.3": Row(["optimizer.weight_decay=0.3", "num_epochs=9"]),
+ROWS: dict[str, list[str]] = {
+    "quick.py": [],
+    "shakespeare_best.py": [],
+    "windows of 96": ["batches.window_length=96"],
+    "learning rate 2e-2": ["optimizer.learning_rate=2e-2"],
+    "cosine schedule": ["optimizer.schedule=cosine"],
+    "no weight decay": ["optimizer.weight_decay=0.0"],
+    "embeddings in ±0.05": ["model.initial_embedding=0.05"],
+    "output bias zero": ["model.initial_bias=zeros"],
+    "no dropout": ["regularization.embedding_dropout=0.0", "regularization.output_dropout=0.0"],
+    "output dropout 0.3": ["regularization.output_dropout=0.3"],
+    "two layers of 288": _TWO_LAYERS,
+    "two layers of 288 with skip connections": [*_TWO_LAYERS, "model.skip_connections=True"],
+    "averaged weights": ["optimizer.average_decay=0.998"],
+    "12 epochs": ["num_epochs=12"],
+    "9 epochs": ["num_epochs=9"],
+    "9 epochs and weight decay 0.3": ["optimizer.weight_decay=0.3", "num_epochs=9"],
 }
 _END = "--split=validation+test"
 COLUMNS = {
@@ -73,12 +64,12 @@ def main() -> None:
         sys.exit(f"there is no row {unknown.pop()!r}; there are {', '.join(ROWS)}")
     for name in names:
         stated = read_stated(options.page.read_text(encoding="utf-8"), name)
+        experiment = f"experiments/{name if name.endswith('.py') else 'quick.py'}"
         runs = []
         for seed in range(options.seeds):
             directory: Path = options.workdir / re.sub(r"\W+", "_", name) / str(seed)
-            row = ROWS[name]
-            flags = [f"--config.{field}" for field in (*row.fields, f"seed={seed}")]
-            minutes = train(directory, "--config", row.experiment, *flags, *options.fields)
+            flags = [f"--config.{field}" for field in (*ROWS[name], f"seed={seed}")]
+            minutes = train(directory, "--config", experiment, *flags, *options.fields)
             runs.append((*(evaluate(directory, *COLUMNS[column]) for column in stated), minutes))
         *losses, all_minutes = zip(*runs, strict=True)
         print_head(name, *stated, "minutes")

@@ -4,13 +4,13 @@
 
 One size varies at a time: hidden units from 64 to 2,048, tokens per window, windows per batch, and
 layers. Each point is the median of alternating rounds of this package (with `auto`) and of PyTorch,
-as in train_step.py. The same command resumes an interrupted benchmark: OUT/scaling.json has the
-points. OUT/scaling.svg is the plot; the table has the ratios.
+as in train_step.py. The same command resumes an interrupted benchmark. OUT/scaling.svg is the plot;
+the table has the ratios.
 """
 
 import argparse
 import functools
-import json
+import itertools
 import statistics
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 import side_by_side
 import train_step
-from frame import parse_flags, print_head, print_row
+from frame import compute_once, parse_flags, print_head, print_row
 
 BASE = {"batch_size": 32, "window_length": 128, "embedding_size": 256, "hidden_size": 512}
 BASE |= {"num_layers": 1, "vocabulary_size": 67}
@@ -38,15 +38,12 @@ def main() -> None:
     """Measure the remaining points; print the table and draw the plot."""
     options = parse_flags(__doc__, out=Path("runs/scaling"), rounds=5)
     options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / "scaling.json"
-    points: Points = json.loads(file.read_text()) if file.exists() else {}
-    for dtype in DTYPES:
-        for axis, sizes in SIZES.items():
-            for size in sizes:
-                key = f"{dtype} {axis} {size}"
-                if key not in points:
-                    points[key] = measure({**BASE, axis: size}, dtype, options.rounds)
-                    file.write_text(json.dumps(points))
+    points: Points = {}
+    for dtype, (axis, sizes) in itertools.product(DTYPES, SIZES.items()):
+        for size in sizes:
+            point = functools.partial(measure, {**BASE, axis: size}, dtype, options.rounds)
+            file = options.out / f"{dtype}_{axis}_{size}.json"
+            points[f"{dtype} {axis} {size}"] = compute_once(file, point)
     print_head("", "lstm-jax, ms", "PyTorch, ms", "ratio")
     for key, (ours, theirs) in points.items():
         print_row(key, f"{1000 * ours:.1f}", f"{1000 * theirs:.1f}", f"{ours / theirs:.2f}")

@@ -20,8 +20,9 @@ import optax
 
 import peers
 import side_by_side
-from frame import make_step
-from lstm_jax import batches, config
+from lstm_jax import batches, config, model, optimizer
+from lstm_jax.devices import parallel
+from lstm_jax.train_step import init_state, make_train_step
 from side_by_side import Make, Work
 
 LEARNING_RATE = 1e-4
@@ -109,7 +110,13 @@ def make_lstm_jax(
     settings.model.recurrence = recurrence
     for name in settings.regularization:
         settings.regularization[name] = 0.0 if name == skipped else rate
-    state, step, _ = make_step(config.complete_config(settings), options.vocabulary_size)
+    complete = config.complete_config(settings)
+    parallel.use_cores(complete)
+    mesh, key = parallel.make_mesh(complete), jax.random.key(0)
+    lstm = model.make_model(complete.model, options.vocabulary_size)
+    updates = optimizer.make_optimizer(complete.optimizer, 1)
+    state = init_state(lstm, updates, key, options.batch_size, mesh=mesh)
+    step = make_train_step(lstm, updates, complete, mesh)
     inputs, targets = _batch(options)
     return _jax_work(step, state, batches.Batch(inputs, targets, starts=np.bool_(True)))
 

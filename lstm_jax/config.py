@@ -190,7 +190,10 @@ class ModelConfig:
     """The layers of the model, their initial parameters, and how they are computed."""
 
     embedding_size: int = field(256, "Size of token embeddings.", _SIZE)
-    hidden_size: int = field(1024, "Hidden units of each layer.", _SIZE)
+    hidden_size: int = field(1024, "Hidden units of each layer; with tie_embeddings, the last one "
+        "has embedding_size.", _SIZE,
+        relevant_if=Rule("model.num_layers above 1 with tie_embeddings",
+            lambda c: not c.model.tie_embeddings or c.model.num_layers > 1))
     num_layers: int = field(1, "Recurrent layers.", between(1, 100))
     cell: str = field("lstm", "Kind of recurrent layers, or a file with your own cell "
         "(docs/cells.md).",
@@ -248,7 +251,7 @@ class OptimizerConfig:
     b2: float = field(0.999, "Decay of the gradients' mean square in Adam, and of their mean in "
         "Lion.", _SHARE, resume=True, relevant_if=_READS_B1_AND_B2)
     epsilon: float = field(1e-8, "Added to the root mean square in Adam.",
-        Rule("above 0, up to 1", lambda value: 0 < value <= 1), resume=True,
+        Rule("from 1e-30 to 1", lambda value: 1e-30 <= value <= 1), resume=True,
         relevant_if=Rule("another optimizer than 'lion' or 'sgd'",
             lambda c: c.optimizer.name not in ("lion", "sgd")))
     momentum: float = field(0.9, "Momentum of SGD and Muon.", _SHARE, resume=True,
@@ -325,7 +328,8 @@ class SampleConfig:
 
     length: int = field(300, "Tokens of the sample of each validation.", between(1, 10**6),
         resume=True, compared=False)
-    temperature: float = field(0.8, "Temperature of this sample. 0: greedy.", between(0, 1000),
+    temperature: float = field(0.8, "Temperature of this sample. 0: greedy.",
+        Rule("0, or from 1e-6 to 1000", lambda value: value == 0 or 1e-6 <= value <= 1000),
         resume=True, compared=False)
 
 

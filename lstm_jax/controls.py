@@ -45,11 +45,11 @@ DEFAULT_CONTROLS = Controls()  # The model's own distribution, without "" and "[
 
 # The numbers that flags and functions take: the type, which values are allowed, in words.
 _NUMBERS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
-    "temperature": (Real, lambda x: 0 <= x < np.inf, "0 or more"),
+    "temperature": (Real, lambda x: x == 0 or 1e-6 <= x <= 1e6, "0, or from 1e-6 to 1e6"),
     "top_k": (Integral, lambda x: x >= 0, "0 (all tokens) or more"),
     "top_p": (Real, lambda x: 0 < x <= 1, "above 0 and at most 1"),
     "min_p": (Real, lambda x: 0 <= x <= 1, "between 0 and 1"),
-    "repetition_penalty": (Real, lambda x: 0 < x < np.inf, "above 0 (1 is none)"),
+    "repetition_penalty": (Real, lambda x: 1e-3 <= x <= 1e3, "from 0.001 to 1,000 (1 is none)"),
     "repetition_window": (Integral, lambda x: x >= 0, "0 or more"),
     "length": (Integral, lambda x: 1 <= x <= 10**6, "from 1 to 1,000,000"),
     "piece_length": (Integral, lambda x: 1 <= x <= 1024, "from 1 to 1,024"),
@@ -73,15 +73,12 @@ def make_controls(**options: Any) -> Controls:
     """Return the controls with these fields.
 
     Raises:
-      UserError: if there is no such field, or `forbidden` is not iterable.
+      UserError: if there is no such field.
     """
     for name in options:
         if name not in Controls._fields:
             raise UserError(f"there is no {name!r}: the controls are {', '.join(Controls._fields)}")
-    controls = Controls(**options)
-    if not isinstance(controls.forbidden, Iterable):
-        raise UserError(f"forbidden is {controls.forbidden!r}: it must be a list of ids of tokens")
-    return controls._replace(forbidden=tuple(controls.forbidden))
+    return Controls(**options)
 
 
 class ControlArrays(NamedTuple):
@@ -105,6 +102,8 @@ def make_control_arrays(controls: Controls, vocabulary_size: int) -> ControlArra
     for name, value in controls._asdict().items():
         if name != "forbidden":
             check_number(name, value)
+    if not isinstance(controls.forbidden, Iterable):
+        raise UserError(f"forbidden is {controls.forbidden!r}: it must be a list of ids of tokens")
     ids = [*controls.forbidden]
     for token_id in ids:
         if not isinstance(token_id, Integral) or not 0 <= int(token_id) < vocabulary_size:

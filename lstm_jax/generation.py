@@ -167,7 +167,7 @@ def generate_chunks(
     length: int,
     process_logits: LogitsProcessor | None = None,
     longest: int = _CHUNK,
-) -> Iterator[tuple[np.ndarray, State]]:
+) -> Iterator[np.ndarray]:
     """Continue texts chunk by chunk, until all have ended or have `length` more tokens.
 
     The tokens of text b depend on `key`, b and the position in the text, but not on the size of
@@ -176,12 +176,13 @@ def generate_chunks(
     called with the tokens after the prompts; a chunk is then one token. Else it has 16
     tokens at first, and later `longest`, or 64 if they are searched for a stop text.
 
-    Yield the ids of a chunk, int32 [batch, n], where texts that have ended are padded with id 0,
-    and the state after it. Raise `NotFiniteError` if the model's logits are not finite.
+    Yield the ids of a chunk, int32 [batch, n], where texts that have ended are padded with id 0.
+    Raise `NotFiniteError` if the model's logits are not finite.
     """
-    state = state._replace(ended=jnp.zeros_like(state.ended))
     searches = [StopSearch(stops) for _ in range(len(state.ended))] if stops.text else []
-    chunk, generated = _FIRST_CHUNK, np.zeros((len(state.logits), 0), np.int32)
+    longest = 1 if process_logits else longest
+    most = min(longest, _SEARCHED_CHUNK) if searches else longest
+    chunk, generated = min(_FIRST_CHUNK, most), np.zeros((len(state.logits), 0), np.int32)
     while length > 0:
         if not np.isfinite(state.logits).all():
             raise NotFiniteError(
@@ -191,28 +192,26 @@ def generate_chunks(
         if process_logits:
             logits = process_logits(generated, np.asarray(state.logits))
             logits = _check_logits(logits, state, controls)
-            state, chunk = state._replace(logits=jnp.asarray(logits)), 1
-        run = functools.partial(
-            _generate, model, arrays, state, key, controls, np.int32(stops.token_id), size=longest
+            state = state._replace(logits=jnp.asarray(logits))
+        stop_id, count = np.int32(stops.token_id), np.int32(min(chunk, length))
+        ids, number, state = _generate(
+            model, arrays, state, key, controls, stop_id, count, size=longest
         )
-        ids, number, state = run(count=np.int32(min(chunk, length)))
         new, ended = np.array(ids)[:, : int(number)], np.array(state.ended)
         for row, search in enumerate(searches):
             if (end := search.find_end(new[row])) is not None:
                 new[row, end:], ended[row] = PADDING_ID, True
         if searches and ended.all():
             new = new[:, (new != PADDING_ID).any(axis=0)]
-            if new.shape[1] < number:  # Generate them again, for the state after them.
-                *_, state = run(count=np.int32(new.shape[1]))
-        elif searches:
-            state = state._replace(ended=state.ended | ended)
-        yield new, state
+        yield new
         if ended.all():
             return
+        if searches:
+            state = state._replace(ended=state.ended | ended)
         if process_logits:
             generated = np.concatenate([generated, new], axis=1)
         length -= new.shape[1]
-        chunk = min(4 * chunk, _SEARCHED_CHUNK if searches else longest)
+        chunk = min(4 * chunk, most)
 
 
 def _check_logits(
@@ -258,7 +257,7 @@ def generate_tokens(
     arrays = prepare_params(model, params)
     state = read_tokens(model, arrays, initial_state(model, arrays, len(prompts)), prompts)
     chunks = generate_chunks(model, arrays, state, key, control_arrays, stops, length)
-    return np.concatenate([prompts[:, :0], *(ids for ids, _ in chunks)], axis=1)
+    return np.concatenate([prompts[:, :0], *chunks], axis=1)
 
 
 def encode_prompt(vocabulary: Vocabulary, prompt: str) -> np.ndarray:
@@ -310,20 +309,22 @@ def stream_texts(
     state = read_tokens(model, arrays, initial_state(model, arrays), ids[None])
     if num_samples > 1:  # The prompt is read once for all.
         state = jax.tree.map(lambda x: jnp.repeat(x, num_samples, 0) if x.ndim else x, state)
-    decoders = [text_decoder(vocabulary, stop_token) for _ in range(num_samples)]
-    prompts = np.repeat(ids[None], num_samples, axis=0)
-    process = process_logits and (
-        lambda found, logits: process_logits(np.concatenate([prompts, found], axis=1), logits)
-    )
-    longest = _STREAMED_CHUNK if piece_length else _CHUNK
-    chunks: Iterable[np.ndarray] = (
-        ids
-        for ids, _ in generate_chunks(
-            model, arrays, state, key, control_arrays, stops, length, process, longest
-        )
+    dropped = vocabulary.stop_id if stop_token else None
+    decoders = [vocabulary.decoder() for _ in range(num_samples)]
+
+    def process(generated: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        assert process_logits
+        prompts = np.broadcast_to(ids, (num_samples, len(ids)))
+        return process_logits(np.concatenate([prompts, generated], axis=1), logits)
+
+    chunks = generate_chunks(
+        *(model, arrays, state, key, control_arrays, stops, length),
+        process_logits=process if process_logits else None,
+        longest=_STREAMED_CHUNK if piece_length else _CHUNK,
     )
     for piece in _cut_pieces(chunks, piece_length) if piece_length else chunks:
-        yield [decode(row, False) for decode, row in zip(decoders, piece, strict=True)]
+        rows = [[i for i in row if i != dropped] for row in piece]
+        yield [decode(row, False) for decode, row in zip(decoders, rows, strict=True)]
     yield [decode((), True) for decode in decoders]
 
 
@@ -337,13 +338,6 @@ def _cut_pieces(chunks: Iterable[np.ndarray], length: int) -> Iterator[np.ndarra
             waiting = waiting[:, length:]
     if waiting is not None and waiting.size:
         yield waiting
-
-
-def text_decoder(vocabulary: Vocabulary, stop_token: bool) -> Callable[[Iterable[int], bool], str]:
-    """Return a `Vocabulary.decoder` that drops the stop token if `stop_token`."""
-    decode = vocabulary.decoder()
-    dropped = vocabulary.stop_id if stop_token else None
-    return lambda ids, final: decode([i for i in ids if i != dropped], final)
 
 
 def generate_texts(

@@ -4,6 +4,7 @@
 `LanguageModel.apply_step`, which generation uses, over one token at a time.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
@@ -291,7 +292,8 @@ def make_model(
     )
     if made.dtype == "auto":
         made = made.clone(dtype="float32")
-        made = made.clone(dtype=choose_dtype(made.implementation()))
+        if "dtype" in {field.name for field in dataclasses.fields(made.cell_class)}:
+            made = made.clone(dtype=choose_dtype(made.implementation()))
     return made
 
 

@@ -136,21 +136,21 @@ def make_step(
     Every device of the mesh gathers the parameters and computes the gradient for its part of the
     batch, one microbatch after the other. The mean over the devices is the gradient for the whole
     batch, of which each device keeps the part that it stores. A step whose loss, gradient or
-    updated parameters are not finite is counted, and changes no parameter, average, optimizer state
-    or carry.
+    updated parameters are not finite is counted, and changes no parameter, average or optimizer
+    state; the carry is then that before the step.
     """
     rates = config.regularization
     compute_grads = _make_compute_grads(model, rates, config.distill, config.optimizer.microbatches)
 
     def train_step(state: TrainState, batch: batches.Batch) -> TrainState:
-        carry = _start_texts(model, config.batches, state, batch)
+        before = _start_texts(model, config.batches, state, batch)
         key, masks, parameter_key = state.key, None, None
         if regularization.is_random(rates):
             key, mask_key, parameter_key = jax.random.split(state.key, 3)
             masks = regularization.draw_masks(rates, model, mask_key, len(batch.inputs))
         compute = parallel.divide_over_devices(compute_grads, state.params, mesh)
         read = batch.inputs, batch.targets, batch.soft_targets
-        (grads, loss), carry = compute(state.params, parameter_key, read, carry, masks)
+        (grads, loss), carry = compute(state.params, parameter_key, read, before, masks)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         step, average = state.step + 1, state.average
@@ -163,7 +163,7 @@ def make_step(
         params, average, opt_state, carry = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
             (params, average, opt_state, carry),
-            (state.params, state.average, state.opt_state, state.carry),
+            (state.params, state.average, state.opt_state, before),
         )
         first_skipped = jnp.where(finite | (state.first_skipped > 0), state.first_skipped, step)
         return TrainState(
@@ -214,13 +214,12 @@ def _make_compute_grads(
         key: jax.Array | None,
     ) -> tuple[jax.Array, tuple[jax.Array, model_lib.Carry]]:
         """Return the objective, with teachers and penalties; and (the text's loss, the carry)."""
-        if key is not None:
-            params = regularization.drop_parameters(rates, params, key)
+        read = params if key is None else regularization.drop_parameters(rates, params, key)
         inputs, targets, soft_targets = batch
-        bound = model.bind({"params": params})
-        outputs, carry = bound.run(inputs, carry, masks)
+        outputs, carry = model.bind({"params": read}).run(inputs, carry, masks)
         dropped = outputs if masks is None else model_lib.apply_mask(outputs, masks[-1])
-        logits = bound.predict(dropped)
+        # A tied embedding is dropped where it is read, not where it predicts.
+        logits = model.bind({"params": params}).predict(dropped)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
         objective = loss
         if soft_targets is not None:

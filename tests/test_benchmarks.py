@@ -19,25 +19,6 @@ SIZES = {
 }
 
 
-@pytest.mark.slow
-def test_every_recurrence_of_a_cell_is_timed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import recurrences
-
-    monkeypatch.setattr(recurrences, "TOKENS", 8)
-    flags = ["--variants=mingru", "--lengths=4", "--rounds=1"]
-    monkeypatch.setattr(sys, "argv", ["recurrences.py", *flags])
-    recurrences.main()
-    printed = capsys.readouterr().out.splitlines()
-    rows = [line.split("|")[1:-1] for line in printed if line.startswith("| ")]
-    assert [(cell.strip(), recurrence.strip()) for cell, _, recurrence, _ in rows[2:]] == [
-        ("mingru", "scan"),
-        ("mingru", "parallel"),
-    ]
-    assert all(float(milliseconds) > 0 for *_, milliseconds in rows[2:])
-
-
 def serve(make: Any) -> list[float]:
     """Return the seconds of a turn of a contestant."""
     import side_by_side
@@ -112,7 +93,7 @@ def test_a_row_of_results_is_trained_and_compared(
     page = tmp_path / "page.md"
     page.write_text("| x | test |\n| --- | --- |\n| **tiny** | 3.0 ± 1.0 |\n| tiny | 9.0 ± 0.1 |\n")
     monkeypatch.setattr(frame, "run_python", run_python)
-    monkeypatch.setattr(results, "ROWS", {"tiny": results.Row(["max_steps=3"])})
+    monkeypatch.setattr(results, "ROWS", {"tiny": ["max_steps=3"]})
     fields = [
         field for field in runs.make_arguments(text_file, tmp_path) if field.startswith("--config.")
     ]

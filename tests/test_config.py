@@ -93,6 +93,7 @@ def test_defaults_are_valid() -> None:
     [
         ({"regularization.hidden_dropout": 0.5}, {"model.num_layers": 2}),
         ({"model.skip_connections": True}, {"model.num_layers": 2}),
+        ({"model.hidden_size": 9, "model.tie_embeddings": True}, {"model.num_layers": 2}),
         ({"optimizer.momentum": 0.5}, {"optimizer.name": "sgd"}),
         ({"optimizer.step_at": (0.1, 0.2)}, {"optimizer.schedule": "step"}),
         ({"batches.reset_probability": 0.5}, {"batches.kind": "streams"}),

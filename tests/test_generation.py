@@ -131,13 +131,6 @@ def test_a_stopped_text_stays_stopped_and_a_batch_ends_with_its_last_text() -> N
     for row, whole, end in zip(ids, on, ends, strict=True):
         np.testing.assert_array_equal(row[: end + 1], whole[: end + 1])
         assert not row[end + 1 :].any()
-    # No step runs after that.
-    state = generation.read_tokens(
-        MODEL, ARRAYS, generation.initial_state(MODEL, ARRAYS, 16), prompts
-    )
-    controls = make_control_arrays(Controls(), 9)
-    chunks = list(generation.generate_chunks(MODEL, ARRAYS, state, key, controls, stops, 5000))
-    assert chunks[-1][1].position == 3 + ids.shape[1]
 
 
 def generate(**options: object) -> list[str]:
@@ -172,18 +165,6 @@ def test_texts_end_at_the_stop_token_or_the_stop_text() -> None:
     untils = [text[: text.index("da", 1) + 2] for text in generate(**options)]
     assert len(set(map(len, untils))) > 1
     assert generate(stop_at="da", **options) == untils
-
-
-def test_the_state_after_a_stop_text_is_that_of_its_last_token() -> None:
-    stops, key = make_stops(VOCABULARY, False, "da"), jax.random.key(0)
-    controls = make_control_arrays(Controls(), 9)
-    state = generation.read_tokens(MODEL, ARRAYS, generation.initial_state(MODEL, ARRAYS), PROMPT)
-    chunks = list(generation.generate_chunks(MODEL, ARRAYS, state, key, controls, stops, 2000))
-    ids = np.concatenate([chunk for chunk, _ in chunks], axis=1)
-    assert VOCABULARY.decode(ids[0]).endswith("da")
-    after = generation.read_tokens(MODEL, ARRAYS, state, ids)
-    assert chunks[-1][1].position == after.position
-    np.testing.assert_allclose(chunks[-1][1].logits, after.logits, rtol=1e-5, atol=1e-5)
 
 
 def test_a_text_of_bytes_never_splits_a_character() -> None:

@@ -530,6 +530,7 @@ class InheritedGates(cells.LSTMCell):
         (Infinite, "are not finite"),
         (WrongGate, r"input has values outside of \[0, 1\]"),
         (lambda: None, "is not a subclass of flax.linen.Module"),
+        (nn.Dense(3), "needs fields input_size and hidden_size"),
     ],
 )
 def test_check_cell_names_what_is_wrong(cell: Any, message: str) -> None:
@@ -541,6 +542,16 @@ def test_check_cell_names_what_is_wrong(cell: Any, message: str) -> None:
         found = re.match(place, str(error.value))
         lines, first = inspect.getsourcelines(cell)
         assert found and first <= int(found[1]) < first + len(lines)
+
+
+def test_auto_is_float32_for_a_cell_without_a_dtype(
+    own_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"{own_file}:CoupledLSTM"
+    cell_file.load_cell(name)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    made = model_lib.make_model(config_lib.ModelConfig(cell=name, dtype="auto"), 9)
+    assert made.dtype == "float32" and made.make_cells()
 
 
 @pytest.mark.parametrize("cell", [Counting, pytest.param(InheritedGates, marks=pytest.mark.slow)])

@@ -52,6 +52,11 @@ def test_a_plan_validates_within_and_after_epochs_and_at_the_end() -> None:
     assert list_validations(make_plan(max_steps=1000)) == [0, 70, 140]
 
 
+def test_a_run_of_more_steps_than_are_counted_is_refused() -> None:
+    with pytest.raises(UserError, match="the run would have 2,450,000,000 steps"):
+        Plan(config_lib.complete_config({"num_epochs": 10**6}), 2450)
+
+
 def test_calls_of_several_steps_end_at_each_log_line_validation_and_the_end() -> None:
     plan = make_plan(steps_per_call=8, log_every_steps=20, validate_every_steps=30, max_steps=101)
     step, ends = 0, {0}

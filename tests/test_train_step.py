@@ -175,6 +175,34 @@ def test_a_nonfinite_step_changes_nothing() -> None:
     jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
 
 
+@jax.debug_nans(False)
+def test_texts_that_start_in_a_nonfinite_step_have_started() -> None:
+    config = make_config()
+    model = model_lib.make_model(config.model, 11)
+    state, step = set_up(model, config)
+    carry, params = jax.tree.map(jnp.ones_like, state.carry), state.params
+    state = state._replace(carry=carry, params=jax.tree.map(lambda x: x * jnp.nan, params))
+    after = step(state, make_batch(2, 7))
+    assert int(after.skipped) == 1 and not any(x.any() for x in jax.tree.leaves(after.carry))
+
+
+def test_a_tied_embedding_is_dropped_only_where_it_is_read() -> None:
+    rates = config_lib.RegularizationConfig(embedding_dropout=0.5)
+    model = model_lib.LanguageModel(11, 6, 9, tie_embeddings=True)
+    params, key, batch = models.draw_params(model), jax.random.key(0), make_batch(2, 7)
+    compute = train_step._make_compute_grads(model, rates, config_lib.DistillConfig(), 1)
+    read = batch.inputs, batch.targets, None
+    (_, loss), _ = compute(params, key, read, model.initial_carry(2), None)
+    dropped = regularization.drop_parameters(rates, params, key)
+    bound, inputs = model.bind({"params": dropped}), jnp.asarray(batch.inputs)
+    outputs, _ = bound.run(inputs, model.initial_carry(2), None)
+    table, bias = map(np.asarray, (params["embedding"]["embedding"], params["dense"]["bias"]))
+    logits = np.asarray(outputs) @ table.T + bias
+    losses = -np.asarray(jax.nn.log_softmax(logits))
+    expected = np.take_along_axis(losses, batch.targets[..., None], axis=2).mean()
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_stream_starts_from_the_initial_carry_of_its_cell() -> None:
     """Test one with a stabilizer, which does not start at zero."""
     config = make_config(4)

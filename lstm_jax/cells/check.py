@@ -53,6 +53,8 @@ def check_cell(
     made: Any = cell
     if not isinstance(cell, nn.Module):
         made = make_cell(cell, input_size, hidden_size, options=options)
+    elif not (hasattr(cell, "input_size") and hasattr(cell, "hidden_size")):
+        raise UserError(f"{describe_place(type(cell))} needs fields input_size and hidden_size")
     for batch in (1, _BATCH):
         trace_cell(made, batch)
     with raise_user_error(type(made)):

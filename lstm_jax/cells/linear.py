@@ -43,8 +43,8 @@ class LinearCell(nn.Module):
 def run_linear(a: jax.Array, b: jax.Array, first: jax.Array) -> jax.Array:
     """Return h_1, ..., h_T for a and b [batch, time, features] and h_0 `first` [batch, features].
 
-    A CPU computes them one after the other, which passes over the memory once
-    (`benchmarks/recurrences.py`); other devices compute them at once.
+    A CPU computes them one after the other, which passes over the memory once; other devices
+    compute them at once.
     """
     if jax.default_backend() == "cpu":
         return scan_linear(a, b, first)

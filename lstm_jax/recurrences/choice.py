@@ -78,7 +78,7 @@ def choose_recurrence(
     """Return `recurrence`, a field of `LanguageModel`, with "auto" resolved.
 
     "auto" is "fused" for an LSTM, "parallel" for a cell with a parallel form, otherwise "scan":
-    the fastest in measurements (`benchmarks/recurrences.py`).
+    the fastest in measurements (docs/cells.md).
 
     Raises:
       ValueError: if `recurrence` can't run this model on this machine.

@@ -4,10 +4,13 @@ import jax
 
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.config import Config
+from lstm_jax.errors import UserError
 
 
 class Plan:
     """The steps of a run with this config, for a text with this number of steps per epoch.
+
+    Raise `UserError` if there are too many.
 
     Attributes:
       steps_per_epoch: the number of steps per epoch.
@@ -21,6 +24,11 @@ class Plan:
         self.total_steps, self.limit = config.num_epochs * steps_per_epoch, "num_epochs"
         if 0 < config.max_steps < self.total_steps:
             self.total_steps, self.limit = config.max_steps, "max_steps"
+        if self.total_steps >= 2**31:  # Steps are counted in int32.
+            raise UserError(
+                f"the run would have {self.total_steps:,} steps, more than 2,147,483,647: lower "
+                "config.num_epochs, or set config.max_steps"
+            )
         self.tokens_per_step = config.batches.batch_size * config.batches.window_length
         # Jitted, because a schedule is many operations.
         self._schedule = jax.jit(optimizer_lib.make_schedule(config.optimizer, self.total_steps))
