@@ -3,9 +3,8 @@
     python examples/training_loop.py --config experiments/quick.py --optimizer ademamix
 
 It trains on one device, saves nothing, and prints the losses. The optimizer is an Optax scale_by_x,
-with the config's schedule, clipping and weight decay. --batches 32x48x2,64x48x4 trains with 32
-windows of 48 tokens for 2 epochs, then 64 of 48 for 4. --decode_past 0.01 adds, with this weight,
-the loss of reading each token back from the prediction of the next (Brahma 2019).
+with the config's schedule, clipping and weight decay. --batches 32x48x2,64x48x4 is 32 windows of 48
+tokens for 2 epochs, then 64 for 4. --decode_past 0.01 is past decode regularization (Brahma 2019).
 """
 
 import functools
@@ -55,8 +54,9 @@ def train(config: Config, ids: Any, lstm: model.LanguageModel, params: Any) -> A
 
     def compute_loss(params: Any, carry: Any, key: jax.Array, batch: Any) -> Any:
         masks = regularization.draw_masks(rates, lstm, key, len(batch.inputs))
-        bound = lstm.bind({"params": regularization.drop_parameters(rates, params["lstm"], key)})
-        outputs, carry = bound.run(batch.inputs, carry, masks)
+        dropped = regularization.drop_parameters(rates, params["lstm"], key)
+        outputs, carry = lstm.bind({"params": dropped}).run(batch.inputs, carry, masks)
+        bound = lstm.bind({"params": params["lstm"]})
         logits = bound.predict(model.apply_mask(outputs, masks[-1]))
         losses = cross_entropy(logits, batch.targets)
         if _DECODE_PAST.value:

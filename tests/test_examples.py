@@ -21,6 +21,8 @@ import commands
 import lstm_jax
 import novelty
 import runs
+from lstm_jax.data import sources
+from lstm_jax.run import workdir
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QUICK = EXAMPLES.parent / "experiments" / "quick.py"
@@ -267,6 +269,27 @@ def test_a_loop_of_your_own_trains_like_the_package(
     others = ["--optimizer=ademamix", "--batches=8x32x1,16x16x1", "--decode_past=0.1"]
     others += ["--config.optimizer.max_gradient_norm=0.0"]  # Off.
     assert train_by_loop(monkeypatch, capsys, *flags, *others)["train"] < 3
+
+
+@pytest.mark.slow
+def test_a_student_learns_from_what_its_teachers_wrote(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [f"--config={QUICK}", *runs.TINY, f"--config.data.path={text_file}"]
+    flags += ["--config.max_steps=30", "--teachers=2", "--epochs=1", f"--out={tmp_path}"]
+    for _ in range(2):  # The second time, all is done.
+        with commands.keep_process_state(), pytest.raises(SystemExit) as end:
+            run_example(monkeypatch, "student.py", *flags)
+        assert not end.value.code
+    student = workdir.load_trained(tmp_path / "student")
+    assert student.config.init_from == str(tmp_path / "teacher_1") and student.step <= 30
+    text = text_file.read_text(encoding="utf-8")
+    train, validation, test = (
+        (tmp_path / f"{name}.txt").read_text(encoding="utf-8") for name in sources.SPLITS
+    )
+    read = text[: len(text) - len(validation + test)]
+    assert text == read + validation + test and train.count(read) == 2 and train.endswith(read)
+    assert 5.9 * len(read) < len(train) < 6.1 * len(read) + 256
 
 
 def test_novelty_is_that_of_a_brute_force_search() -> None:

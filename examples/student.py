@@ -1,0 +1,81 @@
+"""Train a model that is as good as an ensemble of models of its size.
+
+    python examples/student.py --config experiments/shakespeare_best.py --out runs/student
+
+1. Teachers are trained, each with a seed of its own.
+2. Together they write a text, four times as long as the training text.
+3. The student starts with the parameters of the last teacher. It reads the written text once and
+   the training text twice in an epoch, and learns the mean of the teachers' probabilities
+   (Bucila et al. 2006; Hinton et al. 2015). No teacher has learned the written text by heart.
+
+--config.FIELD=VALUE flags are for all models. The same command resumes.
+"""
+
+from pathlib import Path
+
+import jax
+from absl import flags
+
+import lstm_jax
+from lstm_jax import generation
+from lstm_jax.config import change_fields
+from lstm_jax.data import files, texts
+from lstm_jax.run import command
+
+command.define_config_flag("The experiment.")
+_OUT = flags.DEFINE_string("out", "runs/student", "Directory of the runs and of the text.")
+_TEACHERS = flags.DEFINE_integer("teachers", 3, "Number of teachers.")
+_EPOCHS = flags.DEFINE_integer("epochs", 3, "Epochs of the student.")
+_WRITTEN = 4  # The length of the written text, relative to the training text.
+_SAMPLES = 256  # It consists of this number of samples.
+_STUDENT = {
+    "distill.weight": 0.9,
+    "optimizer.learning_rate": 4e-3,
+    "regularization.embedding_dropout": 0.0,
+    "regularization.hidden_dropout": 0.0,
+    "regularization.output_dropout": 0.0,
+    "regularization.recurrent_dropout": 0.0,
+}
+
+
+def write_texts(teachers: list[Path], splits: dict[str, str], out: Path) -> str:
+    """Write the student's splits, unless that is done; return their paths as in `data.path`."""
+    paths = {name: out / f"{name}.txt" for name in ("validation", "test", "train")}
+    if not paths["train"].exists():
+        print("The teachers write a text", flush=True)
+        run, read = lstm_jax.load(teachers), splits["train"]
+        length = _WRITTEN * len(run.vocabulary.split(read)) // _SAMPLES
+        written = generation.generate_texts(
+            *(run.model, run.params, run.vocabulary, jax.random.key(0)),
+            length=length,
+            num_samples=_SAMPLES,
+            stop_token=False,
+        )
+        halves = written[::2], written[1::2]
+        # The validation text follows the training text.
+        train = "".join("\n".join([*half, read]) for half in halves)
+        for name, path in paths.items():
+            text = train if name == "train" else splits[name]
+            files.write_file(path, text.encode("utf-8", "surrogateescape"))
+    return ";".join(str(paths[name]) for name in ("train", "validation", "test"))
+
+
+def main() -> int:
+    """Train all models that are not trained yet; return the exit code."""
+    config, out = command.read_experiment()[0], Path(_OUT.value)
+    teachers = [out / f"teacher_{k}" for k in range(_TEACHERS.value)]
+    for k, directory in enumerate(teachers):
+        if code := lstm_jax.train(change_fields(config, {"seed": config.seed + k}), directory):
+            return code
+    fields = {
+        **_STUDENT,
+        "num_epochs": _EPOCHS.value,
+        "init_from": str(teachers[-1]),
+        "distill.teachers": ",".join(map(str, teachers)),
+        "data.path": write_texts(teachers, texts.read_splits(config.data), out),
+    }
+    return lstm_jax.train(change_fields(config, fields), out / "student")
+
+
+if __name__ == "__main__":
+    command.run_command(main)
