@@ -198,7 +198,7 @@ class CheckpointWriter:
 
 
 def _get_reason(error: Exception) -> str:
-    return (isinstance(error, OSError) and error.strerror) or one_line(error)[:300]
+    return (isinstance(error, OSError) and error.strerror) or one_line(error)
 
 
 def save_params(directory: Path, step: int, params: Params) -> None:
