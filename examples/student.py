@@ -11,6 +11,7 @@
 --config.FIELD=VALUE flags are for all models. The same command resumes.
 """
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -18,7 +19,7 @@ from absl import flags
 
 import lstm_jax
 from lstm_jax import generation
-from lstm_jax.config import change_fields
+from lstm_jax.config import RegularizationConfig, change_fields
 from lstm_jax.data import files, texts
 from lstm_jax.run import command
 
@@ -28,14 +29,6 @@ _TEACHERS = flags.DEFINE_integer("teachers", 3, "Number of teachers.")
 _EPOCHS = flags.DEFINE_integer("epochs", 3, "Epochs of the student.")
 _WRITTEN = 4  # The length of the written text, relative to the training text.
 _SAMPLES = 256  # It consists of this number of samples.
-_STUDENT = {
-    "distill.weight": 0.9,
-    "optimizer.learning_rate": 4e-3,
-    "regularization.embedding_dropout": 0.0,
-    "regularization.hidden_dropout": 0.0,
-    "regularization.output_dropout": 0.0,
-    "regularization.recurrent_dropout": 0.0,
-}
 
 
 def write_texts(teachers: list[Path], splits: dict[str, str], out: Path) -> str:
@@ -68,12 +61,14 @@ def main() -> int:
         if code := lstm_jax.train(change_fields(config, {"seed": config.seed + k}), directory):
             return code
     fields = {
-        **_STUDENT,
         "num_epochs": _EPOCHS.value,
+        "optimizer.learning_rate": 4e-3,
+        "distill.weight": 0.9,
         "init_from": str(teachers[-1]),
         "distill.teachers": ",".join(map(str, teachers)),
         "data.path": write_texts(teachers, texts.read_splits(config.data), out),
     }
+    config = dataclasses.replace(config, regularization=RegularizationConfig())  # None.
     return lstm_jax.train(change_fields(config, fields), out / "student")
 
 

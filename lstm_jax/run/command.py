@@ -156,12 +156,13 @@ def find_experiment(argument: str) -> str:
     package has experiments/ within it, and an editable one beside it.
     `argument` is `--flag=value`, or a value.
     """
-    flag = re.match(r"(--?\w+=)?", argument)[0]  # type: ignore[index]  # It matches anything.
-    name, colon, word = argument.removeprefix(flag).partition(":")
+    is_flag = argument.startswith("-")
+    flag, equals, value = argument.partition("=") if is_flag else ("", "", argument)
+    name, colon, word = value.partition(":")
     path = _find_in_package(name)
     if not name.startswith("experiments/") or Path(name).exists() or not path.is_file():
         return argument
-    return f"{flag}{path}{colon}{word}"
+    return f"{flag}{equals}{path}{colon}{word}"
 
 
 def _find_in_package(name: str) -> Path:

@@ -127,11 +127,9 @@ def _find_changes(before: Config, config: Config, directory: Path) -> Changes:
                 f"{_start_from(directory)}"
             )
     fixed = {f: values for f, values in changes.items() if f not in config_lib.CHANGEABLE}
-    paths = before.data.path, config.data.path
     # The checksum is that of all splits together.
-    is_divided_anew = all(paths) and config_lib.is_cut(before.data) != config_lib.is_cut(
-        config.data
-    )
+    is_cut = config_lib.is_cut(before.data), config_lib.is_cut(config.data)
+    is_divided_anew = before.data.path and config.data.path and len(set(is_cut)) > 1
     if "data.sha256" in fixed or is_divided_anew:
         text = before.data.path or f"the dataset {before.data.dataset}"
         raise UserError(
