@@ -77,10 +77,7 @@ class Streams:
 
 
 def cut_batch(
-    ids: Ids | jax.Array,
-    offsets: Offsets,
-    window_length: int,
-    predictions: jax.Array | None = None,
+    ids: Ids | jax.Array, offsets: Offsets, window_length: int, predictions: jax.Array | None = None
 ) -> Batch:
     """Return the batch whose windows begin at `offsets`, on the host or on the device.
 

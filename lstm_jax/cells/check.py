@@ -11,13 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.test_util import check_grads
 
-from lstm_jax.cells.making import (
-    describe_place,
-    get_types,
-    make_cell,
-    raise_user_error,
-    trace_cell,
-)
+from lstm_jax.cells.making import describe_place, get_types, make_cell, raise_user_error, trace_cell
 from lstm_jax.cells.protocol import get_activation, get_gates, run_cell
 from lstm_jax.errors import UserError, visible
 

@@ -61,11 +61,7 @@ _DYNAMIC_DECAY = flags.DEFINE_float(
     "Fraction of the distance to the trained parameters that each step of --dynamic removes.",
 )
 _DYNAMIC_SEGMENT_LENGTH = flags.DEFINE_integer(
-    "dynamic_segment_length",
-    50,
-    "Tokens per step of --dynamic.",
-    lower_bound=1,
-    upper_bound=10**9,
+    "dynamic_segment_length", 50, "Tokens per step of --dynamic.", lower_bound=1, upper_bound=10**9
 )
 
 

@@ -57,12 +57,7 @@ def run_recurrence(
 
 
 def _run(
-    kernels: Kernels,
-    steps: Steps,
-    carry: LSTMCarry,
-    dtype: str,
-    loops: Loops,
-    differentiable: bool,
+    kernels: Kernels, steps: Steps, carry: LSTMCarry, dtype: str, loops: Loops, differentiable: bool
 ) -> tuple[jax.Array, jax.Array]:
     inputs, starts = steps
     added = matmul(inputs, kernels.input, dtype, kernels.bias), starts
