@@ -34,6 +34,7 @@ from lstm_jax import config as config_lib
 from lstm_jax import training
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import ensemble, lock, metrics, workdir
+from lstm_jax.run.signals import Stopped, StopRequest
 from lstm_jax.sweep import report, search, space, storage, study
 
 ROOT = Path(__file__).parents[1]
@@ -234,10 +235,7 @@ def test_a_missing_module_gives_a_one_line_error(module: str) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [
-        ({}, "use either --space"),
-        ({"seeds": 2, "space_file": "space.py"}, "use either --space"),
-    ],
+    [({}, "use either --space"), ({"seeds": 2, "space_file": "space.py"}, "use either --space")],
 )
 def test_contradictory_options_raise_an_error(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -556,26 +554,18 @@ def test_a_directory_with_a_trial_of_another_study_raises_an_error(tmp_path: Pat
 def test_a_study_of_another_space_or_of_no_sweep_raises_an_error(tmp_path: Path) -> None:
     make_study(tmp_path, "one")
     pruner = study.make_pruner("none", 1)
-    for seed, parameters, message in (
-        (0, ["x", "y"], r"with the parameters \['x'\], and not \['x', 'y'\]"),
-        (1, ["x"], "with the --seed 0, and not 1"),
+    for seed, grid, parameters, message in (
+        (0, {}, ["x", "y"], r"with the parameters \['x'\], and not \['x', 'y'\]"),
+        (0, {"x": [0, 1]}, ["x"], r"with the grid \{\}, and not \{'x': \[0, 1\]\}"),
+        (1, {}, ["x"], "with the --seed 0, and not 1"),
     ):
-        sampler = study.SeededSampler("random", seed)
+        sampler = study.SeededSampler("random", seed, grid)
         with pytest.raises(UserError, match=message):
             study.open_study(tmp_path, None, "one", {}, parameters, sampler, pruner)
     url = f"sqlite:///{tmp_path / study.DATABASE}"
     optuna.create_study(storage=url, study_name="two", direction="maximize")
     with pytest.raises(UserError, match="'two' exists, but is not from a sweep"):
         make_study(tmp_path, "two")
-
-
-def test_a_study_of_another_grid_is_refused() -> None:
-    made = optuna.create_study(sampler=study.SeededSampler("grid", -1, {"seed": [0, 1]}))
-    for _ in range(2):
-        made.ask()
-    study.check_grid(made, {"seed": [0, 1]})
-    with pytest.raises(UserError, match="another grid or number of seeds"):
-        study.check_grid(made, {"seed": [0, 1, 2, 3]})
 
 
 def test_no_point_of_a_grid_is_drawn_twice_after_a_resumed_trial() -> None:
@@ -663,11 +653,7 @@ def is_stopped(done: commands.Done) -> bool:
 
 @pytest.mark.process
 def test_a_full_disk_loses_no_trial_of_a_sweep(
-    swept: Path,
-    text_file: Path,
-    space_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    swept: Path, text_file: Path, space_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # On a full disk a worker can't even queue its trial again, so it seems dead.
     monkeypatch.setattr(storage, "BEAT_SECONDS", 1)
@@ -692,20 +678,17 @@ def test_a_signal_takes_effect_where_nothing_is_half_done(
 ) -> None:
     """Send a signal while Optuna starts a trial, and while it records the result."""
     tiny_config.max_steps = 2
-    record, signals = make_study(tmp_path), search._Signals()
+    record, signals = make_study(tmp_path), StopRequest()
     sweep = search.Sweep(record, tiny_config, make_rate_space(), tmp_path, 2)
-    for name, states in (
-        ("ask", [TrialState.WAITING]),
-        ("tell", [TrialState.COMPLETE]),
-    ):
-        method, signals = getattr(record, name), search._Signals()
+    for name, states in (("ask", [TrialState.WAITING]), ("tell", [TrialState.COMPLETE])):
+        method, signals = getattr(record, name), StopRequest()
 
         def call(*given: Any, method: Any = method, signals: Any = signals, **named: Any) -> Any:
             result = method(*given, **named)
             signals.note(signal.SIGTERM, None)
             return result
 
-        with monkeypatch.context() as patched, pytest.raises(search.Stopped, match="143"):
+        with monkeypatch.context() as patched, pytest.raises(Stopped, match="143"):
             patched.setattr(record, name, call)
             search.run_worker(sweep, signals)
         assert sorted(list_states(record)) == states

@@ -18,16 +18,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 def exit_at_once() -> None:
     """Let Ctrl-C and SIGTERM end the process immediately; call it before anything is written."""
-    _set_handler(leave, SIGNALS)
+    _set_handler(leave)
 
 
 @contextlib.contextmanager
-def handle_signals(handler: Callable[..., object], *signals: signal.Signals) -> Iterator[None]:
-    """Call a handler for these signals within the block, in the main thread.
+def handle_signals(handler: Callable[..., object]) -> Iterator[None]:
+    """Call a handler for Ctrl-C and SIGTERM within the block, in the main thread.
 
     Those that are ignored, as SIGINT in background jobs of a shell, stay ignored.
     """
-    before = _set_handler(handler, signals)
+    before = _set_handler(handler)
     try:
         yield
     finally:
@@ -35,16 +35,14 @@ def handle_signals(handler: Callable[..., object], *signals: signal.Signals) -> 
             signal.signal(number, earlier)
 
 
-def _set_handler(
-    handler: Callable[..., object], signals: tuple[signal.Signals, ...]
-) -> dict[signal.Signals, Any]:
-    """Set the handler of signals, and return the earlier handlers of those that changed."""
+def _set_handler(handler: Callable[..., object]) -> dict[signal.Signals, Any]:
+    """Set the handler of both signals, and return the earlier handlers of those that changed."""
     # Python delivers signals to the main thread, and only that may set handlers.
     if threading.current_thread() is not threading.main_thread():
         return {}
     # Python can't restore a handler of native code, which is None.
     kept = (signal.SIG_IGN, None)
-    changed = [number for number in signals if signal.getsignal(number) not in kept]
+    changed = [number for number in SIGNALS if signal.getsignal(number) not in kept]
     return {number: signal.signal(number, handler) for number in changed}
 
 

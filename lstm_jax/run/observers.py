@@ -11,7 +11,7 @@ from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.controls import Controls
 from lstm_jax.devices import hosts, parallel
-from lstm_jax.run import advice, console, figures, messages, metrics, workdir
+from lstm_jax.run import advice, console, figures, interrupts, messages, metrics, workdir
 from lstm_jax.run.loop import Loop, Observer
 from lstm_jax.run.profiler import Profiler
 from lstm_jax.run.progress import Progress
@@ -25,12 +25,12 @@ def observe(run: Session, mesh: jax.sharding.Mesh) -> Iterator[list[Observer]]:
 
     A signal ends the block, with everything saved, and sets `run.loop.exit_code`.
     """
-    loop, plan = run.loop, run.plan
+    loop, plan, stop = run.loop, run.plan, StopRequest()
     traced = run.directory if run.config.profile and hosts.is_first() else None
     with (
         contextlib.closing(Profiler(traced, loop.step)) as profiler,
         contextlib.closing(Progress(loop.step, loop.last_step, plan.steps_per_epoch)) as progress,
-        StopRequest() as stop,
+        interrupts.handle_signals(stop.note),
     ):
         save = Save(run)
         try:
@@ -43,11 +43,11 @@ def observe(run: Session, mesh: jax.sharding.Mesh) -> Iterator[list[Observer]]:
                 Validate(run, mesh, progress, stop),
                 stop,
             ]
-        except Stopped:
+        except Stopped as stopped:
             save.save_once(loop)
             run.checkpoints.wait()
             progress.print(messages.describe_stop(run))
-            loop.exit_code = stop.exit_code or 0
+            loop.exit_code = stopped.code
 
 
 class Log(Observer):
@@ -130,24 +130,20 @@ class Validate(Observer):
             loss = loss_lib.compute_loss(run.model, params, self._ids)
             text = generate_sample(run, params, jax.random.fold_in(key, loop.step))
         if hosts.is_first():
-            self._report(loop.step, loss, text)
-            if 0 < loop.step < loop.last_step:  # Once at the end: `finish_run` plots the rest.
+            step, losses = loop.step, {"validation": loss}
+            run.record(step, "validation", loss, text)
+            workdir.append_sample(run.directory, step, run.config.sample.temperature, text)
+            run.checkpoints.record_validation(step, loss)
+            progress.print(messages.describe_validation(run, loss, text))
+            if step and (warning := advice.find_suspicion(losses, len(run.vocabulary))):
+                progress.print(f"warning: {warning}\n")
+            if 0 < step < loop.last_step:  # Once at the end: `finish_run` plots the rest.
                 plot_curves(run)
         progress.start_clock(loop.step)
         if loop.step < loop.last_step and run.ends_early():
             progress.print(messages.describe_early_end(run))
             progress.finish(loop.step)
             loop.last_step = loop.step
-
-    def _report(self, step: int, loss: float, text: str) -> None:
-        """Print and record a validation loss and a sample."""
-        run = self._run
-        run.record(step, "validation", loss, text)
-        workdir.append_sample(run.directory, step, run.config.sample.temperature, text)
-        run.checkpoints.record_validation(step, loss)
-        self._progress.print(messages.describe_validation(run, loss, text))
-        if step and (warning := advice.find_suspicion({"validation": loss}, len(run.vocabulary))):
-            self._progress.print(f"warning: {warning}\n")
 
 
 def check_finite(run: Session, loop: Loop) -> None:

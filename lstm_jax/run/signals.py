@@ -4,12 +4,10 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
-from typing import Self
 
 import jax
 
 from lstm_jax.devices import hosts
-from lstm_jax.run import interrupts
 from lstm_jax.run.loop import Loop, Observer
 
 # In jaxlib 0.10.2, all-reduces between the CPU devices of a process deadlock, and XLA aborts it,
@@ -17,19 +15,27 @@ from lstm_jax.run.loop import Loop, Observer
 _MOST_STEPS_AHEAD = 16
 
 
-class Stopped(BaseException):
-    """A signal requested a stop; a BaseException, so that no `except Exception` catches it."""
+class Stopped(SystemExit):
+    """A signal requested a stop. The argument is the exit code of the command.
+
+    It is not an `Exception`, so that no `except Exception` catches it.
+    """
+
+    code: int
 
 
-class StopRequest(Observer, contextlib.ExitStack[bool | None]):
-    """Within its block, Ctrl-C or SIGTERM requests a stop; further signals change nothing."""
+class StopRequest(Observer):
+    """The first signal that `note` handles requests a stop; further ones change nothing."""
 
-    exit_code: int | None = None  # Of the command; None until a signal arrives.
+    _exit_code = 0  # Until a signal arrives.
     _at_once = False
 
-    def __enter__(self) -> Self:
-        self.enter_context(interrupts.handle_signals(self._note, *interrupts.SIGNALS))
-        return self
+    def note(self, number: int, unused: object) -> None:
+        """Handle a signal: raise `Stopped` within `at_once`, otherwise at the next `check`."""
+        if not self._exit_code:
+            self._exit_code = 128 + number
+            if self._at_once:
+                raise Stopped(self._exit_code)
 
     def before_first_step(self, loop: Loop) -> None:
         """Check for a signal that arrived while the first validation finished."""
@@ -42,9 +48,8 @@ class StopRequest(Observer, contextlib.ExitStack[bool | None]):
 
     def check(self) -> None:
         """Raise `Stopped` if a signal arrived in any process, which all call at the same step."""
-        if code := hosts.max_over_processes(self.exit_code or 0):
-            self.exit_code = code
-            raise Stopped
+        if code := hosts.max_over_processes(self._exit_code):
+            raise Stopped(code)
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
@@ -56,12 +61,6 @@ class StopRequest(Observer, contextlib.ExitStack[bool | None]):
             yield
         finally:
             self._at_once = False
-
-    def _note(self, number: int, unused: object) -> None:
-        if self.exit_code is None:
-            self.exit_code = 128 + number
-            if self._at_once:
-                raise Stopped
 
 
 class Pacer(Observer):

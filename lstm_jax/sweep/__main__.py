@@ -59,6 +59,7 @@ def main() -> int:
     experiment, name = command.read_experiment()
     # Here, because they import JAX, which --help does not need.
     try:
+        import jax
         import optuna
 
         from lstm_jax.devices import parallel
@@ -72,8 +73,9 @@ def main() -> int:
         ) from None
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    # One for each core, so that a trial does not depend on earlier trials in its process.
+    # One for each core, and now, so that a trial does not depend on earlier trials in its process.
     parallel.set_cpu_devices()
+    jax.devices()
     sweep = search.prepare_sweep(
         experiment,
         name,

@@ -26,13 +26,13 @@ def write_report(study: Study, directory: Path, experiment: Config) -> str:
     """Write all results of a sweep, finished or not; return the text for the user."""
     write_trials(study, directory)
     trials = study_lib.list_trials(study)
-    best, spread = find_best_trial(trials), _measure_spread(trials)
+    best = find_best_trial(trials)
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     if best is None:
         lines = ["No trial is complete."]
-    elif spread:
-        complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    elif all(set(trial.params) == {"seed"} for trial in complete):
         members = [str(study_lib.get_trial_directory(directory, trial)) for trial in complete]
-        lines = spread
+        lines = _measure_spread(complete)
         if len(members) > 1:
             named = [argument for member in members for argument in ("--workdir", member)]
             command = shlex.join(["python", "-m", "lstm_jax.evaluate", *named])
@@ -81,11 +81,8 @@ def _get_command(best: FrozenTrial, directory: Path) -> str:
     return shlex.join(["python", "-m", "lstm_jax.main", *map(str, given)])
 
 
-def _measure_spread(trials: Sequence[FrozenTrial]) -> list[str]:
-    """Return lines with the spread of losses, or [] if trials differ in more than the seed."""
-    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    if any(set(trial.params) != {"seed"} for trial in complete):
-        return []
+def _measure_spread(complete: Sequence[FrozenTrial]) -> list[str]:
+    """Return lines with the spread of the losses of trials that differ only in the seed."""
     attributes = [trial.user_attrs for trial in complete]
     tests = [each[study_lib.TEST_LOSS] for each in attributes if study_lib.TEST_LOSS in each]
     spread = []

@@ -6,7 +6,6 @@ import io
 import math
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ from lstm_jax.config import Config
 from lstm_jax.data import files, texts
 from lstm_jax.errors import NotFiniteError, UnavailableError, UserError, one_line
 from lstm_jax.run import cell_file, checkpoints, interrupts, metrics, workdir
+from lstm_jax.run.signals import Stopped, StopRequest
 from lstm_jax.sweep import report
 from lstm_jax.sweep import space as space_lib
 from lstm_jax.sweep import study as study_lib
@@ -46,47 +46,12 @@ class Sweep(NamedTuple):
     trials: int  # The total number to finish, over all workers.
 
 
-class Stopped(SystemExit):
-    """A signal ended this worker. The argument is the exit code."""
-
-    code: int
-
-
 class _TrialError(Exception):
     """A trial can't be trained with its settings. The argument is the reason."""
 
 
 class _SpaceError(_TrialError):
     """The space file fails for a trial, which also ends the worker."""
-
-
-class _Signals:
-    """Raises `Stopped` for a signal, but only where that interrupts no change of the study."""
-
-    def __init__(self) -> None:
-        self._code, self._is_at_once = 0, False
-
-    def note(self, number: int, frame: object) -> None:
-        """Handle a signal: raise `Stopped` now, or at the next `check` or `at_once`."""
-        self._code = self._code or 128 + number
-        if self._is_at_once:
-            self._is_at_once = False
-            raise Stopped(self._code)
-
-    def check(self) -> None:
-        """Raise `Stopped` if a signal has arrived."""
-        if self._code:
-            raise Stopped(self._code)
-
-    @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Let a signal raise `Stopped` within the block."""
-        try:
-            self._is_at_once = True
-            self.check()
-            yield
-        finally:
-            self._is_at_once = False
 
 
 @convert_errors()
@@ -117,9 +82,8 @@ def prepare_sweep(
     else:
         raise UserError("use either --space experiments/sweeps/quick.py or --seeds 8")
     draws = space.draw(experiment)
-    grid = None
+    grid = space.make_grid(draws) if sampler == "grid" else {}
     if sampler == "grid":
-        grid = space.make_grid(draws)
         trials = min(trials, math.prod(map(len, grid.values())))
     experiment = dataclasses.replace(
         experiment,
@@ -137,36 +101,34 @@ def prepare_sweep(
             for field, value in config_lib.flatten(experiment)
             if field in config_lib.COMPARED
         },
-        sorted({parameter for draw in draws for parameter in draw.params}),
+        {parameter for draw in draws for parameter in draw.params},
         study_lib.SeededSampler(sampler, seed, grid),
         study_lib.make_pruner(pruner or ("none" if seeds else "hyperband"), experiment.num_epochs),
     )
-    if grid is not None:
-        study_lib.check_grid(study, grid)
     return Sweep(study, experiment, space, path, trials)
 
 
 @convert_errors()
 def run_sweep(sweep: Sweep) -> int:
     """Call `run_worker`, write the results and print a summary; return the exit code."""
-    exit_code, signals = 0, _Signals()
+    exit_code, signals = 0, StopRequest()
     try:
         # The loop of a single run has its own handler.
-        with interrupts.handle_signals(signals.note, *interrupts.SIGNALS):
+        with interrupts.handle_signals(signals.note):
             run_worker(sweep, signals)
     except Stopped as stopped:
         exit_code = stopped.code
-    with interrupts.handle_signals(lambda *unused: None, *interrupts.SIGNALS):
+    with interrupts.handle_signals(lambda *unused: None):
         print(report.write_report(sweep.study, sweep.directory, sweep.experiment))
     return exit_code
 
 
-def run_worker(sweep: Sweep, signals: _Signals | None = None) -> None:
+def run_worker(sweep: Sweep, signals: StopRequest | None = None) -> None:
     """Train trials until all workers together have finished `sweep.trials`.
 
     A trial that a signal stops is queued again, so that the same command resumes it.
     """
-    study, signals, failures = sweep.study, signals or _Signals(), list[str]()
+    study, signals, failures = sweep.study, signals or StopRequest(), list[str]()
     storage = study_lib.get_storage(study)
     storage.limit = sweep.trials
     while True:
@@ -192,7 +154,7 @@ def run_worker(sweep: Sweep, signals: _Signals | None = None) -> None:
             raise UserError(f"{len(failures)} trials in a row failed, the last: {failures[-1]}")
 
 
-def _run_trial(sweep: Sweep, trial: Trial, signals: _Signals) -> _TrialError | None:
+def _run_trial(sweep: Sweep, trial: Trial, signals: StopRequest) -> _TrialError | None:
     """Train a trial and record its result; return the error if it failed."""
     study, loss, error = sweep.study, None, None
     try:
@@ -228,8 +190,14 @@ def _train_trial(sweep: Sweep, trial: Trial) -> float:
     study_lib.claim_directory(directory, trial)
 
     def watch(row: metrics.Row) -> None:
-        is_reported = row["epoch"] and _report(trial, row)
-        if is_reported and row["epoch"] < config.num_epochs and trial.should_prune():
+        # Only after whole epochs, and once: a resumed trial measures its last one again.
+        epoch, loss = int(row["epoch"]), row["loss"]
+        if row["split"] != "validation" or not epoch or epoch != row["epoch"]:
+            return
+        reported = trial.storage.get_trial(trial._trial_id).intermediate_values
+        if math.isfinite(loss) and epoch not in reported:
+            trial.report(loss, epoch)
+        if epoch < config.num_epochs and trial.should_prune():
             raise TrialPruned
 
     try:
@@ -272,17 +240,3 @@ def _measure(trial: Trial, directory: Path) -> float:
         if row["split"] == "test" and math.isfinite(row["loss"]):
             trial.set_user_attr(study_lib.TEST_LOSS, row["loss"])
     return loss
-
-
-def _report(trial: Trial, row: metrics.Row) -> bool:
-    """Report the validation loss after an epoch; return whether it is in this row.
-
-    It is reported once, but a resumed trial measures its last one again.
-    """
-    epoch, loss = int(row["epoch"]), row["loss"]
-    if row["split"] != "validation" or epoch != row["epoch"]:
-        return False
-    reported = trial.storage.get_trial(trial._trial_id).intermediate_values
-    if math.isfinite(loss) and epoch not in reported:
-        trial.report(loss, epoch)
-    return True

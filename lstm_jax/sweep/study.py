@@ -5,7 +5,7 @@ with that the working directory, the seed of the sampler and the bracket of the 
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,7 @@ DATABASE, TRIALS, _OWNER = "study.db", "trials", "trial.txt"
 OVERRIDES = "overrides"
 TEST_LOSS = "test_loss"
 
-# Attributes of a study.
-_EXPERIMENT = "experiment"
-_SEARCH = "search"
+_MADE_FOR = "made_for"  # An attribute of a study.
 
 
 def open_study(
@@ -41,7 +39,7 @@ def open_study(
     location: str | None,
     name: str,
     fields: Mapping[str, object],
-    parameters: Sequence[str],
+    parameters: Iterable[str],
     sampler: "SeededSampler",
     pruner: optuna.pruners.BasePruner,
 ) -> Study:
@@ -58,14 +56,20 @@ def open_study(
         pruner=pruner,
         load_if_exists=True,
     )
-    # Read the trials first: another worker may add one now, but only after the attributes.
+    search = {
+        "parameters": sorted(parameters),
+        "grid": sampler.grid,
+        "--sampler": sampler.name,
+        "--seed": sampler.seed,
+    }
+    # Read the trials first: another worker may add one now, but only after the attribute.
     is_empty = not study.get_trials(deepcopy=False)
-    before, known = study.user_attrs.get(_EXPERIMENT), study.user_attrs.get(_SEARCH)
-    is_minimized = study.directions == [StudyDirection.MINIMIZE]
-    if is_minimized and before is None and is_empty:
-        study.set_user_attr(_EXPERIMENT, before := fields)
-    if not is_minimized or before is None or (known is None and not is_empty):
+    made_for = study.user_attrs.get(_MADE_FOR)
+    if made_for is None and is_empty and study.directions == [StudyDirection.MINIMIZE]:
+        study.set_user_attr(_MADE_FOR, made_for := {"experiment": fields, "search": search})
+    if made_for is None:
         raise UserError(f"the study {name!r} exists, but is not from a sweep: use another --name")
+    before = made_for["experiment"]
     if differing := [f for f in fields if before.get(f) != fields[f]]:
         first = differing[0]
         others = f" and {len(differing) - 1} more" if differing[1:] else ""
@@ -73,17 +77,10 @@ def open_study(
             f"the study {name!r} was made for another experiment (config.{first} was "
             f"{before.get(first)!r:.80} and is {fields[first]!r}{others}): use another --workdir"
         )
-    search = {
-        "parameters": sorted(parameters),
-        "--sampler": sampler.name,
-        "--seed": sampler.seed,
-    }
-    if known is None:
-        study.set_user_attr(_SEARCH, known := search)
     for what, value in search.items():
-        if known[what] != value:
+        if (known := made_for["search"][what]) != value:
             raise UserError(
-                f"the study {name!r} was made with the {what} {known[what]!r:.200}, and not "
+                f"the study {name!r} was made with the {what} {known!r:.200}, and not "
                 f"{value!r:.200}: use the same, or another --workdir"
             )
     return study
@@ -99,16 +96,6 @@ def claim_directory(directory: Path, trial: BaseTrial) -> None:
         raise UserError(f"{directory} has a trial of another study: use another --workdir")
 
 
-def check_grid(study: Study, grid: _Grid) -> None:
-    """Raise `UserError` if a trial of a study was drawn from another grid."""
-    for trial in study.get_trials(deepcopy=False):
-        if trial.system_attrs.get("search_space", grid) != grid:
-            raise UserError(
-                f"the study {study.study_name!r} was made for another grid or number of seeds: "
-                "use another study and --workdir"
-            )
-
-
 class SeededSampler(BaseSampler):
     """The sampler `name` (tpe, random or grid), with a separate seed for each trial's place.
 
@@ -118,7 +105,7 @@ class SeededSampler(BaseSampler):
 
     def __init__(self, name: str, seed: int, grid: _Grid | None = None) -> None:
         """Store the arguments; a grid needs the values of each parameter."""
-        self.name, self.seed, self._grid = name, seed, grid or {}
+        self.name, self.seed, self.grid = name, seed, grid or {}
         self._inner = self._make(0)
 
     def _make(self, place: int) -> BaseSampler:
@@ -126,7 +113,7 @@ class SeededSampler(BaseSampler):
         if self.name == "tpe":
             return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
         if self.name == "grid":
-            return optuna.samplers.GridSampler(self._grid, seed=self.seed % 2**32)
+            return optuna.samplers.GridSampler(self.grid, seed=self.seed % 2**32)
         return optuna.samplers.RandomSampler(seed=seed)
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
