@@ -69,18 +69,6 @@ def check_number(name: str, value: Any) -> None:
     raise UserError(f"{name} is {value!r}: it must be {words}")
 
 
-def make_controls(**options: Any) -> Controls:
-    """Return the controls with these fields.
-
-    Raises:
-      UserError: if there is no such field.
-    """
-    for name in options:
-        if name not in Controls._fields:
-            raise UserError(f"there is no {name!r}: the controls are {', '.join(Controls._fields)}")
-    return Controls(**options)
-
-
 class ControlArrays(NamedTuple):
     """`Controls` as float32 and int32 scalars, so that one compiled function serves all values."""
 

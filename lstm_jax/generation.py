@@ -1,6 +1,7 @@
 """Generate text: one jitted loop reads the prompt, another draws tokens and feeds them back."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -9,14 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lstm_jax import controls as controls_lib
-from lstm_jax.controls import (
-    ControlArrays,
-    Controls,
-    Stops,
-    StopSearch,
-    adjust_logits,
-    make_stops,
-)
+from lstm_jax.controls import ControlArrays, Controls, Stops, StopSearch, adjust_logits, make_stops
 from lstm_jax.errors import NotFiniteError, UserError
 from lstm_jax.model import Carry, LanguageModel, Params, Prepared
 from lstm_jax.vocabulary import PADDING_ID, SPECIAL_IDS, Vocabulary
@@ -330,14 +324,9 @@ def stream_texts(
 
 def _cut_pieces(chunks: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
     """Yield the columns of chunks [batch, n] in pieces [batch, length]; the last may be shorter."""
-    waiting = None
-    for chunk in chunks:
-        waiting = chunk if waiting is None else np.concatenate([waiting, chunk], axis=1)
-        while waiting.shape[1] >= length:
-            yield waiting[:, :length]
-            waiting = waiting[:, length:]
-    if waiting is not None and waiting.size:
-        yield waiting
+    columns = (column for chunk in chunks for column in chunk.T)
+    while piece := [*itertools.islice(columns, length)]:
+        yield np.stack(piece, axis=1)
 
 
 def generate_texts(

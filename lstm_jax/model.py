@@ -18,9 +18,9 @@ import threadpoolctl
 
 from lstm_jax.cells import CELLS, LOADED
 from lstm_jax.cells.block import Block
-from lstm_jax.cells.making import count_operations, make_cell
+from lstm_jax.cells.making import count_operations, make_cell, trace_cell
 from lstm_jax.cells.protocol import Gates, get_activation, get_gates, restart, run_cell
-from lstm_jax.config import ModelConfig, Option, is_plain_lstm
+from lstm_jax.config import ModelConfig, Option
 from lstm_jax.errors import UserError
 from lstm_jax.matmul import matmul
 from lstm_jax.recurrences import cudnn, fused
@@ -242,14 +242,7 @@ class LanguageModel(nn.Module):
 
     def implementation(self) -> str:
         """Return how the layers run over time here; see `choose_recurrence`."""
-        has_parallel = self.block != "none" or hasattr(self.cell_class, "run_parallel")
-        is_lstm = is_plain_lstm(self.cell, self.layer_norm, self.block)
-        if self.stop_id is not None and self.recurrence in ("cudnn", "pallas"):
-            raise ValueError(
-                f"the recurrence {self.recurrence!r} can't restart where a document begins "
-                "(data.document_separator); 'auto' supports any model"
-            )
-        return choose_recurrence(self.recurrence, self.cell_name, self.dtype, is_lstm, has_parallel)
+        return choose_recurrence(self)
 
 
 def apply_mask(x: jax.Array | Lookup, mask: jax.Array | None) -> Any:
@@ -297,8 +290,11 @@ def make_model(
     return made
 
 
-def check_operations(model: LanguageModel) -> None:
-    """Raise `UserError` if the layers have too many operations to compile them."""
+def check_cells(model: LanguageModel) -> None:
+    """Raise `UserError` if a cell breaks the protocol, or the layers have too many operations."""
+    if not isinstance(model.cell, str):  # Those of the package follow it.
+        for cell in set(model.clone(block="none").make_cells()):
+            trace_cell(cell)
     operations = sum(map(count_operations, model.make_cells()))
     if operations > _MAX_OPERATIONS:
         raise UserError(

@@ -14,13 +14,8 @@ from lstm_jax.model import LanguageModel, Masks, Params
 
 def is_random(rates: RegularizationConfig) -> bool:
     """Return whether any of the rates draws masks."""
-    return bool(
-        rates.embedding_dropout
-        or rates.input_dropout
-        or rates.hidden_dropout
-        or rates.output_dropout
-        or rates.recurrent_dropout
-    )
+    dropouts = rates.embedding_dropout, rates.input_dropout, rates.hidden_dropout
+    return any((*dropouts, rates.output_dropout, rates.recurrent_dropout))
 
 
 def draw_masks(

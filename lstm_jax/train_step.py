@@ -52,9 +52,7 @@ class TrainState(NamedTuple):
 
     def clear(self, *names: str) -> "TrainState":
         """Return the state with zero in these fields."""
-        zeros: dict[str, Any] = {
-            name: parallel.make_zero_like(getattr(self, name)) for name in names
-        }
+        zeros: dict[str, Any] = {name: jnp.zeros_like(getattr(self, name)) for name in names}
         return self._replace(**zeros)
 
     @classmethod
@@ -120,18 +118,7 @@ def make_train_step(
     config: Config,
     mesh: Mesh,
 ) -> TrainStep:
-    """Jit `make_step` for the batches of the training loop; the state is donated."""
-    train_step = make_step(model, optimizer, config, mesh)
-    return feeding.jit_steps(train_step, config.batches.window_length)
-
-
-def make_step(
-    model: model_lib.LanguageModel,
-    optimizer: optax.GradientTransformation,
-    config: Config,
-    mesh: Mesh,
-) -> Callable[[TrainState, batches.Batch], TrainState]:
-    """Make the training step, a pure function of a state and a `batches.Batch`.
+    """Make the jitted training step, for the batches of a `feeding.Feed`; the state is donated.
 
     Every device of the mesh gathers the parameters and computes the gradient for its part of the
     batch, one microbatch after the other. The mean over the devices is the gradient for the whole
@@ -180,7 +167,7 @@ def make_step(
             first_skipped=first_skipped,
         )
 
-    return train_step
+    return feeding.jit_steps(train_step, config.batches.window_length)
 
 
 def _start_texts(

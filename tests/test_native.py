@@ -403,7 +403,7 @@ def test_a_trained_model_generates_in_8_bits(tmp_path: Path) -> None:
     settings.model.update({"embedding_size": 24, "hidden_size": 48})
     lstm = model.make_model(settings.model, len(vocabulary))
     params = models.draw_params(lstm)
-    transfer.make_workdir(tmp_path / "run", settings, vocabulary, params)
+    transfer.make_folder(tmp_path / "run", settings, vocabulary, params)
     run = lstm_jax.load(tmp_path / "run", "int8")
     assert run.model.int8_steps
     text = run.generate("abc", length=50)
@@ -504,6 +504,15 @@ def test_devices_share_only_what_the_library_does_not_share_better(
         assert count(**{field: value}) == 2
     assert count(hidden_size=500) == 2
     assert without_library(count)() == 2
+
+
+def test_the_library_is_not_loaded_where_it_can_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To load it may compile it, or warn that there is no compiler."""
+    monkeypatch.setattr(native, "load_library", lambda: pytest.fail("it was loaded"))
+    parallel.use_cores(config.Config())  # Before it is known which devices there are.
+    assert not choice.runs_in_c("windows", "bfloat16", 500)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert not choice.runs_in_c("windows", "bfloat16", 512) and choice.list_rows() == []
 
 
 def simulate(patch: pytest.MonkeyPatch, *features: str, permitted: bool = True) -> None:

@@ -571,7 +571,7 @@ def test_options_and_operations_are_bounded(tiny_config: ConfigDict) -> None:
         resume.resolve_model(config_lib.complete_config(tiny_config))
     # The most layers, of a common cell.
     model.cell, model.options, model.block = "lstm", {}, "residual"
-    model_lib.check_operations(model_lib.make_model(model, 9))
+    model_lib.check_cells(model_lib.make_model(model, 9))
     model.cell, model.options = "slstm", {"heads": 2**20 + 1}
     with pytest.raises(UserError, match="heads of .*: it must be from -1,048,576 to 1,048,576$"):
         model_lib.make_model(model, 9).make_cells()

@@ -8,7 +8,6 @@ have to exchange the hidden state at every position of the window.
 """
 
 import contextlib
-import functools
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -39,10 +38,11 @@ _SMALLEST_PART = 16
 def use_cores(config: Config) -> None:
     """Set the number of CPU devices that this process may need to train with `config`.
 
-    That is the whole mesh, since the number of other processes is unknown until devices exist.
-    Call it before anything else uses JAX; later, or with a GPU or TPU, it has no effect.
+    That is the whole mesh, since the number of other processes is unknown until devices exist, and
+    the mesh without the library in C, since it is unknown whether it runs. Call it before anything
+    else uses JAX; later, or with a GPU or TPU, it has no effect.
     """
-    set_cpu_devices((config.mesh.data or _count_useful_cores(config)) * config.mesh.model)
+    set_cpu_devices((config.mesh.data or _limit_cores(config)) * config.mesh.model)
 
 
 def set_cpu_devices(number: int | None = None) -> None:
@@ -52,13 +52,21 @@ def set_cpu_devices(number: int | None = None) -> None:
 
 
 def _count_useful_cores(config: Config) -> int:
-    batch_size, model = config.batches.batch_size, config.model
+    """Return the number of CPU devices that train fastest, once there are devices."""
+    model = config.model
     is_lstm = is_plain_lstm(model.cell, model.layer_norm, model.block)
     is_fused = is_lstm and model.recurrence in ("auto", "fused")
     dtype = "float32" if model.dtype == "float32" else "bfloat16"  # "auto", with the library.
-    uses_c = is_fused and choice.is_faster_in_c("windows", dtype, model.hidden_size)
-    largest = _LARGEST_HIDDEN_IN_C if uses_c else _LARGEST_HIDDEN
-    if not _SMALLEST_HIDDEN <= model.hidden_size <= largest:
+    is_large = model.hidden_size > _LARGEST_HIDDEN_IN_C
+    if is_fused and is_large and choice.runs_in_c("windows", dtype, model.hidden_size):
+        return 1
+    return _limit_cores(config)
+
+
+def _limit_cores(config: Config) -> int:
+    """Return the number of CPU devices with which XLA trains fastest."""
+    batch_size = config.batches.batch_size
+    if not _SMALLEST_HIDDEN <= config.model.hidden_size <= _LARGEST_HIDDEN:
         return 1
     limit = min(count_cores(), max(batch_size // _SMALLEST_PART, 1))
     return max(n for n in range(1, limit + 1) if batch_size % n == 0)
@@ -160,16 +168,6 @@ def gather_on_one_device(tree: T, mesh: Mesh) -> T:
     return jax.tree.map(whole, tree)
 
 
-def make_zero_like(array: jax.Array) -> jax.Array:
-    """Return zeros on the devices of an array, without a transfer in a step."""
-    zeros = np.zeros(array.shape, array.dtype)
-    return jax.make_array_from_callback(array.shape, array.sharding, lambda part: zeros[part])
-
-
-# Without its check of which results are replicated.
-shard_map = functools.partial(jax.shard_map, check_vma=False)
-
-
 def divide_over_devices(
     compute_grads: Callable[..., Any], params: object, mesh: Mesh
 ) -> Callable[..., Any]:
@@ -189,11 +187,12 @@ def divide_over_devices(
         means, carry = compute_grads(jax.tree.map(gather, params, specs), key, *divided)
         return mean_over_devices(means, (specs, EVERYWHERE)), carry
 
-    return shard_map(
+    return jax.shard_map(
         compute_mean_grads,
         mesh=mesh,
         in_specs=(specs, EVERYWHERE, DIVIDED, DIVIDED, DIVIDED),
         out_specs=((specs, EVERYWHERE), DIVIDED),
+        check_vma=False,  # Without its check of which results are replicated.
     )
 
 

@@ -23,7 +23,7 @@ def main() -> None:
         f"library in C: {describe_library()}\n"
         f"model.dtype=auto is {choice.choose_dtype('fused')} for LSTMs\n"
     )
-    for row in choice.list_rows() if jax.default_backend() == "cpu" else ():
+    for row in choice.list_rows():
         sizes = "" if row.largest == float("inf") else f", up to {row.largest:,} hidden units"
         runs = "the library" if row.in_c else "XLA"
         print(f"{row.work} in {row.dtype}{sizes}: {runs} ({row.measured})")

@@ -3,10 +3,11 @@
 `python -m lstm_jax.recurrences` prints what is chosen here.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
+from lstm_jax.config import is_plain_lstm
 from lstm_jax.recurrences import native
 from lstm_jax.recurrences.in_c import LANES
 from lstm_jax.recurrences.processor import has_bfloat16_instructions
@@ -42,23 +43,18 @@ TABLE = (
 
 
 def list_rows() -> list[Row]:
-    """Return the rows of `TABLE` for this CPU; none if it has no library."""
-    library = native.load_library()
+    """Return the rows of `TABLE` for this CPU; none without the library, or on another device."""
+    library = native.load_library() if jax.default_backend() == "cpu" else None
     return [row for row in TABLE if library and row.with_amx == library.uses_amx]
 
 
 def find_row(work: str, dtype: str, hidden_size: int) -> Row | None:
-    """Return the row of `TABLE` for this CPU and a size of layers; None means XLA."""
-    for row in list_rows():
-        if (row.work, row.dtype) == (work, dtype) and hidden_size <= row.largest:
-            return None if hidden_size % LANES else row
+    """Return the row of `TABLE` for such layers here; None means XLA."""
+    for row in TABLE if hidden_size % LANES == 0 else ():
+        is_of_size = (row.work, row.dtype) == (work, dtype) and hidden_size <= row.largest
+        if is_of_size and row in list_rows():  # Last, because it may compile the library.
+            return row
     return None
-
-
-def is_faster_in_c(work: str, dtype: str, hidden_size: int) -> bool:
-    """Return whether the library would run such layers on a CPU."""
-    row = find_row(work, dtype, hidden_size)
-    return row is not None and row.in_c
 
 
 def runs_in_c(work: str, dtype: str, hidden_size: int, batch_size: int | None = None) -> bool:
@@ -68,14 +64,12 @@ def runs_in_c(work: str, dtype: str, hidden_size: int, batch_size: int | None = 
     threads.
     """
     is_shared = batch_size is None or dtype != "float32" or batch_size >= native.count_threads()
-    on_cpu = jax.default_backend() == "cpu"
-    return on_cpu and is_shared and is_faster_in_c(work, dtype, hidden_size)
+    row = find_row(work, dtype, hidden_size) if is_shared else None
+    return row is not None and row.in_c
 
 
-def choose_recurrence(
-    recurrence: str, cell: str, dtype: str, is_lstm: bool, has_parallel: bool
-) -> str:
-    """Return `recurrence`, a field of `LanguageModel`, with "auto" resolved.
+def choose_recurrence(model: Any) -> str:
+    """Return the field `recurrence` of a `LanguageModel`, with "auto" resolved.
 
     "auto" is "fused" for an LSTM, "parallel" for a cell with a parallel form, otherwise "scan":
     the fastest in measurements (docs/cells.md).
@@ -83,18 +77,23 @@ def choose_recurrence(
     Raises:
       ValueError: if `recurrence` can't run this model on this machine.
     """
+    recurrence: str = model.recurrence
+    is_lstm = is_plain_lstm(model.cell, model.layer_norm, model.block)
+    has_parallel = model.block != "none" or hasattr(model.cell_class, "run_parallel")
     if recurrence == "auto":
         return "fused" if is_lstm else "parallel" if has_parallel else "scan"
     limit = None
-    if recurrence in ("fused", "cudnn", "pallas") and not is_lstm:
+    if recurrence in ("cudnn", "pallas") and model.stop_id is not None:
+        limit = "can't restart where a document begins (data.document_separator)"
+    elif recurrence in ("fused", "cudnn", "pallas") and not is_lstm:
         limit = "supports only LSTM cells without layer normalization or a block"
     elif recurrence == "parallel" and not has_parallel:
-        limit = f"needs a cell with a method run_parallel, which {cell} lacks"
+        limit = f"needs a cell with a method run_parallel, which {model.cell_name} lacks"
     elif recurrence == "cudnn" and jax.default_backend() != "gpu":
         limit = "needs a GPU"
     elif recurrence == "pallas" and jax.default_backend() != "tpu":
         limit = "needs a TPU"
-    elif recurrence == "cudnn" and dtype != "float32":
+    elif recurrence == "cudnn" and model.dtype != "float32":
         limit = "supports only float32"
     if limit:
         raise ValueError(f"the recurrence {recurrence!r} {limit}; 'auto' supports any model")

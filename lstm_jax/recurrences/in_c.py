@@ -196,6 +196,8 @@ def _call(
     `aliases` maps an argument to the result that has its memory.
     """
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results]
-    target = native.get_target(name)
+    library = native.load_library()
+    assert library
+    target = f"{library.name}-{name}"  # Compiled programs, including cached ones, call it by this.
     call = jax.ffi.ffi_call(target, shapes, vmap_method="sequential", input_output_aliases=aliases)
     return call(*arguments, parts=np.int64(native.count_threads()))

@@ -58,13 +58,6 @@ def load_library() -> Library | None:
     return Library(path.stem, has_amx and bool(library.lstm_ask_for_amx()))
 
 
-def get_target(name: str) -> str:
-    """Return the name by which compiled programs, including cached ones, call a function."""
-    library = load_library()
-    assert library
-    return f"{library.name}-{name}"
-
-
 def is_supported() -> bool:
     """Return whether this processor has AVX-512 BF16 and VNNI."""
     return {"avx512_bf16", "avx512_vnni"} <= read_cpu_features()

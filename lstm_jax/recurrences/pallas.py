@@ -31,33 +31,20 @@ def _forward(
     hidden = len(kernel)
     rows, columns = _round_up(batch, _ROWS), _round_up(hidden, _COLUMNS)
     parts = 7 if differentiable else 1
+    states = [_pad(state, rows, columns) for state in carry]
     kept, cell = _call(
         functools.partial(_forward_kernel, differentiable),
         lambda t: (t, 0, 0),
-        stepped=[_pad(added, rows, columns, 4)],
-        whole=[
-            _pad(kernel, columns, columns, 4),
-            *(_pad(state, rows, columns) for state in carry),
-        ],
-        stepped_results=[((time, rows, parts * columns), added.dtype)],
-        whole_results=[((rows, columns), added.dtype)],
-        scratch=[(rows, columns, added.dtype), (rows, columns, kernel.dtype)],
+        [_pad(added, rows, columns, 4), _pad(kernel, columns, columns, 4), *states],
+        [((time, rows, parts * columns), added.dtype), ((rows, columns), added.dtype)],
+        [added.dtype, kernel.dtype],
     )
     return _unpad(kept, batch, hidden, columns), cell[:batch, :hidden]
 
 
-def _forward_kernel(
-    differentiable: bool,
-    added: Any,
-    kernel: Any,
-    first_cell: Any,
-    first_hidden: Any,
-    kept: Any,
-    last_cell: Any,
-    cell: Any,
-    hidden: Any,
-) -> None:
+def _forward_kernel(differentiable: bool, *references: Any) -> None:
     """Compute a step from references to arrays, of which the last two are the state."""
+    added, kernel, first_cell, first_hidden, kept, last_cell, cell, hidden = references
 
     @pl.when(pl.program_id(0) == 0)
     def start() -> None:
@@ -77,35 +64,23 @@ def _backward(
     time, batch, hidden = d_outputs.shape
     rows, columns = _round_up(batch, _ROWS), _round_up(hidden, _COLUMNS)
     state = (rows, columns), kept.dtype
+    read = [_pad(kept, rows, columns, 7), _pad(d_outputs, rows, columns)]
+    states = [_pad(cotangent, rows, columns) for cotangent in d_last]
     d_sums, *d_first = _call(
         _backward_kernel,
         lambda t: (time - 1 - t, 0, 0),
-        stepped=[_pad(kept, rows, columns, 7), _pad(d_outputs, rows, columns)],
-        whole=[
-            _pad(kernel, columns, columns, 4).T,
-            *(_pad(cotangent, rows, columns) for cotangent in d_last),
-        ],
-        stepped_results=[((time, rows, 4 * columns), kernel.dtype)],
-        whole_results=[state, state],
-        scratch=[(rows, columns, kept.dtype), (rows, columns, kept.dtype)],
+        [*read, _pad(kernel, columns, columns, 4).T, *states],
+        [((time, rows, 4 * columns), kernel.dtype), state, state],
+        [kept.dtype, kept.dtype],
     )
     d_cell, d_hidden = (cotangent[:batch, :hidden] for cotangent in d_first)
     return _unpad(d_sums, batch, hidden, columns), LSTMCarry(d_cell, d_hidden)
 
 
-def _backward_kernel(
-    kept: Any,
-    d_outputs: Any,
-    kernel: Any,
-    d_last_cell: Any,
-    d_last_hidden: Any,
-    d_sums: Any,
-    d_first_cell: Any,
-    d_first_hidden: Any,
-    d_cell: Any,
-    d_hidden: Any,
-) -> None:
+def _backward_kernel(*references: Any) -> None:
     """Compute a backward step; the kernel is transposed, and the last two are the state."""
+    kept, d_outputs, kernel, d_last_cell, d_last_hidden, *written = references
+    d_sums, d_first_cell, d_first_hidden, d_cell, d_hidden = written
 
     @pl.when(pl.program_id(0) == 0)
     def start() -> None:
@@ -123,32 +98,30 @@ def _backward_kernel(
 def _call(
     function: Callable[..., None],
     index: Callable[[Any], tuple[Any, ...]],
-    stepped: list[jax.Array],
-    whole: list[jax.Array],
-    stepped_results: list[tuple[tuple[int, ...], Any]],
-    whole_results: list[tuple[tuple[int, ...], Any]],
-    scratch: list[tuple[int, int, Any]],
+    arguments: list[jax.Array],
+    results: list[tuple[tuple[int, ...], Any]],
+    scratch: list[Any],
 ) -> list[jax.Array]:
-    """Call a kernel for each step, on blocks of arrays [time, ...] and on whole arrays in VMEM."""
+    """Call a kernel for each step, on blocks of arrays [time, ...] and on whole matrices in VMEM.
 
-    def block(shape: tuple[int, ...]) -> pl.BlockSpec:
-        return pl.BlockSpec((1, *shape[1:]), index)
+    The scratch memory has these dtypes, and the shape of the last result.
+    """
+    arrays = [jax.ShapeDtypeStruct(*result) for result in results]
 
-    in_vmem = pl.BlockSpec(memory_space=pltpu.VMEM)
-    results = [*stepped_results, *whole_results]
+    def specify(array: Any) -> pl.BlockSpec:
+        whole = pl.BlockSpec(memory_space=pltpu.VMEM)
+        return whole if array.ndim == 2 else pl.BlockSpec((1, *array.shape[1:]), index)
+
     return pl.pallas_call(
         function,
-        [jax.ShapeDtypeStruct(*result) for result in results],
-        grid=(len(stepped[0]),),
-        in_specs=[*(block(x.shape) for x in stepped), *(in_vmem for _ in whole)],
-        out_specs=[
-            *(block(shape) for shape, _ in stepped_results),
-            *(in_vmem for _ in whole_results),
-        ],
-        scratch_shapes=[pltpu.VMEM((rows, columns), dtype) for rows, columns, dtype in scratch],
+        arrays,
+        grid=(len(arguments[0]),),
+        in_specs=list(map(specify, arguments)),
+        out_specs=list(map(specify, arrays)),
+        scratch_shapes=[pltpu.VMEM(arrays[-1].shape, dtype) for dtype in scratch],
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_VMEM_BYTES),
         interpret=_INTERPRETER if jax.default_backend() != "tpu" else False,
-    )(*stepped, *whole)
+    )(*arguments)
 
 
 def _round_up(size: int, unit: int) -> int:

@@ -131,7 +131,10 @@ class Run:
         **options: Any,
     ) -> Iterator[str]:
         """Check the options, and return the pieces."""
-        values = controls.make_controls(**{"temperature": 0.8, **options})
+        for name in options:
+            if name not in (known := controls.Controls._fields):
+                raise UserError(f"there is no {name!r}: the controls are {', '.join(known)}")
+        values = controls.Controls(**{"temperature": 0.8, **options})
         controls.make_control_arrays(values, len(self.vocabulary))
         controls.check_number("length", length)
         controls.check_number("seed", seed)

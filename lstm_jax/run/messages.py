@@ -28,10 +28,10 @@ def print_setup(run: Session) -> None:
     window = run.ids["train"][: min(config.batches.window_length, _LONGEST_WINDOW) + 1]
     inputs, targets = window[:-1], window[1:]
     recurrence = model.implementation()
-    batch_size, sizes = config.batches.batch_size, model.sizes[1:]
-    is_in_c = all(choice.runs_in_c("windows", model.dtype, size, batch_size) for size in sizes)
-    if recurrence == "fused" and is_in_c:
-        recurrence = "fused, in C"
+    if recurrence == "fused":
+        layers = model.dtype, config.batches.batch_size // config.optimizer.microbatches
+        if all(choice.runs_in_c("windows", layers[0], n, layers[1]) for n in model.sizes[1:]):
+            recurrence = "fused, in C"
     counts = ", ".join(f"{len(of_split):,} {name}" for name, of_split in run.ids.items())
     print(
         f"{format_parameters(run.loop.state.params)}\n\n"
@@ -93,7 +93,8 @@ def describe_validation(run: Session, loss: float, sample: str) -> str:
     """Return the message about the validation after the steps so far, with its sample."""
     step, plan = run.loop.step, run.plan
     done, total = map(plan.count_epochs, (step, plan.total_steps))
-    name = f"epoch {round(done, 2):g} of {round(total, 2):g}" if step else "untrained"
+    first = "before training" if run.config.init_from else "untrained"
+    name = f"epoch {round(done, 2):g} of {round(total, 2):g}" if step else first
     described = describe_loss(loss, run.vocabulary.token_name, run.sizes["validation"])
     return f"\n=== {name}: validation loss {described}\n{sample}\n"
 
@@ -155,6 +156,7 @@ def report_nonfinite(run: Session, step: int, skipped: int) -> None:
         f"a parameter, the loss or a gradient of step {step} is not finite (its batch is in {path})"
     )
     if skipped > allowed:
+        run.checkpoints.wait()
         last_saved = checkpoints.list_steps(run.directory / workdir.CHECKPOINTS)[-1]
         raise NotFiniteError(
             f"{message}: the last good checkpoint is that of step {last_saved}; resume from it "
