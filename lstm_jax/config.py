@@ -91,11 +91,6 @@ def is_plain_lstm(cell: object, layer_norm: bool, block: str) -> bool:
     return cell == "lstm" and not layer_norm and block == "none"
 
 
-def is_cut(data: "DataConfig") -> bool:
-    """Return whether `fractions` cut a text; a dataset of TFDS may still have splits of its own."""
-    return ";" not in data.path if data.path else data.dataset not in STANDARD_TEXTS
-
-
 # fmt: off
 # The keys of `cells.CELLS`.
 CELLS = (
@@ -146,7 +141,8 @@ class DataConfig:
         compared=False)
     fractions: tuple[float, ...] = field((0.9, 0.05, 0.05), "Fractions of train, validation and "
         "test, in this order, in a text without splits.", _FRACTIONS,
-        relevant_if=Rule("a text without splits", lambda c: is_cut(c.data)))
+        relevant_if=Rule("a text without splits", lambda c: ";" not in c.data.path
+            if c.data.path else c.data.dataset not in STANDARD_TEXTS))
     units: str = field("characters", "Kind of tokens: characters (Unicode code points), graphemes "
         "(letters with their accents, whole emoji), words (with the space before each), bytes (of "
         "any file) or bpe (parts of words, by byte-pair encoding).", one_of(*vocabulary.KINDS))
@@ -165,8 +161,8 @@ class DataConfig:
         resume=True)
     prepared: str = field("", "Directory for encoded texts. Empty: .lstm_jax beside the first text "
         "file.", resume=True)
-    sha256: str = field("", "Checksum of the text, set when a run begins. The run resumes with "
-        "this text only.")
+    sha256: str = field("", "Checksum of the text and bytes of each split, set when a run begins. "
+        "The run resumes with this text only.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,7 +72,7 @@ def warn(message: str) -> None:
 
 
 @contextlib.contextmanager
-def raise_user_error(kind: str, file: str, *passing: type[Exception]) -> Iterator[None]:
+def raise_user_error(kind: str, file: str, *passing: type[BaseException]) -> Iterator[None]:
     """Raise any exception in a user's Python file as a `UserError` that names file and line.
 
     `kind` is what the message calls the file. Exceptions of the types `passing` are raised as they
@@ -89,6 +89,14 @@ def raise_user_error(kind: str, file: str, *passing: type[Exception]) -> Iterato
             line = f", line {error.lineno}" if error.lineno else ""
             raise UserError(f"{kind} {error.filename or file}{line}: {error.msg}") from None
         frames = traceback.extract_tb(error.__traceback__)
-        in_file = [frame for frame in frames if frame.filename == file]
-        line = f"line {(in_file or frames)[-1].lineno}"
-        raise UserError(f"{kind} {file}, {line}: {one_line(error)}") from None
+        lines = [f", line {frame.lineno}" for frame in frames if frame.filename == file]
+        raise UserError(f"{kind} {file}{(lines or [''])[-1]}: {one_line(error)}") from None
+
+
+@contextlib.contextmanager
+def name_failure(action: str) -> Iterator[None]:
+    """Convert an `OSError` to a `UserError` that names the action, as in "can't read a.txt"."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{action}: {error.strerror}") from None

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from tensorboardX.proto.event_pb2 import Event
 
 from lstm_jax import batches
@@ -69,8 +70,9 @@ def load_final_state(directory: Path) -> list[Any]:
         directory / workdir.CHECKPOINTS, state.evaluated, state.rest, iterator
     )
     assert restored is not None
-    restored.state["key"] = jax.random.key_data(restored.state["key"])
-    arrays = jax.tree.leaves((restored.params, restored.state))
+    items = restored[1]
+    items.state["key"] = jax.random.key_data(items.state["key"])
+    arrays = jax.tree.leaves((items.params, items.state))
     return [np.asarray(x) for x in arrays] + [iterator.get_state()]
 
 
@@ -78,7 +80,15 @@ def make_diverged_run(trained: Path, directory: Path) -> None:
     """Make a working directory with the model of another one, whose parameters are all NaN."""
     loaded = workdir.load_trained(trained)
     params = jax.tree.map(lambda array: array * np.nan, loaded.params)
-    transfer.make_workdir(directory, loaded.config, loaded.vocabulary, params)
+    transfer.make_folder(directory, loaded.config, loaded.vocabulary, params)
+
+
+def save_params(directory: Path, step: int, params: model_lib.Params) -> None:
+    """Write a checkpoint that holds parameters only."""
+    path = directory.resolve() / str(step)
+    with ocp.Checkpointer(checkpoints._make_handler()) as checkpointer:
+        checkpointer.save(path, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
+    checkpoints.seal_checkpoint(path)
 
 
 def read_losses(directory: Path) -> list[tuple[int, str, float]]:

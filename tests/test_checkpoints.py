@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import disks
+import runs
 from lstm_jax import batches
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
@@ -67,11 +68,13 @@ def test_the_latest_two_and_the_best_are_kept_and_restored(
     np.testing.assert_array_equal(params["w"], np.full(3, 2.0))
     next(iterator)
     restored = checkpoints.restore_latest(tmp_path, PARAMS, STATE, iterator)
-    assert restored is not None and restored.step == 6 and restored.history == {"metrics.jsonl": 6}
-    np.testing.assert_array_equal(restored.params["w"], np.full(3, 6.0))
-    assert int(restored.state["count"]) == 6
+    assert restored is not None
+    step, items = restored
+    assert step == 6 and items.history == {"metrics.jsonl": 6}
+    np.testing.assert_array_equal(items.params["w"], np.full(3, 6.0))
+    assert int(items.state["count"]) == 6
     np.testing.assert_array_equal(
-        jax.random.key_data(restored.state["key"]), jax.random.key_data(jax.random.key(6))
+        jax.random.key_data(items.state["key"]), jax.random.key_data(jax.random.key(6))
     )
     assert iterator.get_state() == at_save
 
@@ -108,7 +111,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(
         assert snapshot(directory) == before
 
         restored = checkpoints.restore_latest(directory, PARAMS, STATE, iterator)
-        assert restored is not None and restored.step == 1 and float(restored.params["w"][0]) == 1
+        assert restored is not None and restored[0] == 1 and float(restored[1].params["w"][0]) == 1
         errors = capsys.readouterr().err
         assert "it is now 2.damaged" in errors and len(errors.splitlines()) == 1
         moved = {name.replace("2/", "2.damaged/"): content for name, content in before.items()}
@@ -254,8 +257,8 @@ def test_a_file_in_the_place_of_a_checkpoint_raises_an_error(
 def test_a_checkpoint_with_nonfinite_parameters_is_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoints.save_params(tmp_path, 1, {"w": jnp.ones(3)})
-    checkpoints.save_params(tmp_path, 2, {"w": jnp.array([1, jnp.inf, 0])})
+    runs.save_params(tmp_path, 1, {"w": jnp.ones(3)})
+    runs.save_params(tmp_path, 2, {"w": jnp.array([1, jnp.inf, 0])})
     _, step = checkpoints.restore_best_params(tmp_path, PARAMS)
     assert step == 1
     assert "2 is damaged (its parameters are not finite)" in capsys.readouterr().err
@@ -263,7 +266,7 @@ def test_a_checkpoint_with_nonfinite_parameters_is_skipped(
 
 def test_a_small_checkpoint_does_not_decompress_to_a_large_one(tmp_path: Path) -> None:
     many = jnp.zeros((5000, 5000))
-    checkpoints.save_params(tmp_path, 1, {"w": many})
+    runs.save_params(tmp_path, 1, {"w": many})
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 10**5
     with pytest.raises(UserError, match="can't hold the 100,000,000 bytes of the expected"):
         checkpoints.restore_best_params(tmp_path, jax.eval_shape(lambda: {"w": many}))
@@ -271,7 +274,7 @@ def test_a_small_checkpoint_does_not_decompress_to_a_large_one(tmp_path: Path) -
 
 def save_and_change(directory: Path, changes: dict[str, bytes]) -> str:
     """Save an array `w` of zeros, change files, seal it; return the damage that is found."""
-    checkpoints.save_params(directory, 1, PARAMS)
+    runs.save_params(directory, 1, PARAMS)
     for name, content in changes.items():
         (directory / "1" / "params" / name).write_bytes(content)
     seal.seal_checkpoint(directory / "1")
@@ -320,12 +323,12 @@ def test_arrays_of_any_kind_are_no_damage(tmp_path: Path) -> None:
         "half": jnp.ones(1000, jnp.bfloat16),
         **{f"{i}": np.full(300, i, np.float32) for i in range(500)},
     }
-    checkpoints.save_params(tmp_path, 1, arrays)
+    runs.save_params(tmp_path, 1, arrays)
     assert seal.find_damage(tmp_path / "1", arrays) is None
 
 
 def test_hidden_files_are_checked_but_need_no_checksum(tmp_path: Path) -> None:
-    checkpoints.save_params(tmp_path, 1, PARAMS)
+    runs.save_params(tmp_path, 1, PARAMS)
     hidden = tmp_path / "1" / "params" / ".DS_Store"
     hidden.write_bytes(b"of a file manager")
     assert seal.find_damage(tmp_path / "1", PARAMS) is None
@@ -340,7 +343,7 @@ def test_hidden_files_are_checked_but_need_no_checksum(tmp_path: Path) -> None:
 def test_a_large_carry_makes_a_checkpoint_large(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoints.save_params(tmp_path, 1, PARAMS)
+    runs.save_params(tmp_path, 1, PARAMS)
     monkeypatch.setattr(seal, "_BYTES_BEYOND", 0)
     monkeypatch.setattr(seal, "_PARAMS_MULTIPLE", 0)
     with pytest.raises(UserError, match="too large for such a model"):
@@ -353,7 +356,7 @@ def test_large_finite_parameters_are_saved_and_restored(tmp_path: Path) -> None:
     # The sum of the squares overflows float32, no single square does.
     params = {"w": jnp.full(10_000, 9e17)}
     assert model_lib.is_finite(params)
-    checkpoints.save_params(tmp_path, 1, params)
+    runs.save_params(tmp_path, 1, params)
     _, step = checkpoints.restore_best_params(tmp_path, params)
     assert step == 1
 

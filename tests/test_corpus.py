@@ -40,7 +40,7 @@ def test_tiny_shakespeare_is_complete_and_split_as_in_tfds(
     }
     joined = "".join(shakespeare.values())
     assert hashlib.sha256(joined.encode()).hexdigest() == SHAKESPEARE_SHA256
-    assert texts.compute_checksum(shakespeare) == SHAKESPEARE_SHA256
+    assert texts.compute_checksum(shakespeare) == f"{SHAKESPEARE_SHA256}:1003854:55770:55770"
     # A file with the same text is split at the same positions.
     (tmp_path / "text").write_text(joined)
     data = config_lib.default().data
@@ -164,8 +164,9 @@ def test_a_text_of_bytes_is_split_at_byte_offsets(tmp_path: Path) -> None:
     data = config_lib.default().data
     data.path, data.units = str(tmp_path / "file"), "bytes"
     splits = texts.read_splits(data)
-    assert texts.compute_checksum(splits) == hashlib.sha256(content).hexdigest()
     parts = [text.encode("utf-8", "surrogateescape") for text in splits.values()]
+    checksum = [hashlib.sha256(content).hexdigest(), *(str(len(part)) for part in parts)]
+    assert texts.compute_checksum(splits) == ":".join(checksum)
     assert b"".join(parts) == content
     assert len(parts[0]) == int(0.9 * len(content))
     # A split in the middle of a two-byte character.

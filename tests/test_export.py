@@ -294,7 +294,7 @@ def test_a_model_of_parts_of_characters_shows_characters(
 
 def test_a_diverged_model_gives_no_page(trained: Path, tmp_path: Path) -> None:
     runs.make_diverged_run(trained, tmp_path / "run")
-    with pytest.raises(UserError, match="its parameters are not finite"):
+    with pytest.raises(UserError, match="the parameters in .* are not finite"):
         page.write_page(tmp_path / "run", tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
 

@@ -103,7 +103,7 @@ def test_no_control_character_reaches_the_terminal(tmp_path: Path) -> None:
     vocabulary = Vocabulary.from_text("", "bytes")
     model = model_lib.make_model(config.model, len(vocabulary))
     params = models.draw_params(model, 0.05)
-    transfer.make_workdir(tmp_path / "run", config, vocabulary, params)
+    transfer.make_folder(tmp_path / "run", config, vocabulary, params)
     # An untrained model generates all bytes.
     options = [f"--workdir={tmp_path / 'run'}", "--temperature=1", "--num_samples=2"]
     result = run("sample", *options, "--prompt=\x1b[31m\r\n")

@@ -5,7 +5,6 @@ Each case changes one thing in a run and reads the run with a command. Some case
 `draws` says how many random cases there are.
 """
 
-import hashlib
 import json
 import os
 import random
@@ -22,11 +21,12 @@ from ml_collections import ConfigDict
 
 import draws
 import models
+import runs
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.convert import transfer
-from lstm_jax.data import files
-from lstm_jax.run import checkpoints, model_file, seal, workdir
+from lstm_jax.data import files, texts
+from lstm_jax.run import model_file, seal, workdir
 
 pytestmark = pytest.mark.process
 
@@ -291,7 +291,7 @@ def save_zeros(place: Place) -> None:
     model = model_lib.make_model(config.model, len(workdir.load_vocabulary(place.run)))
     params = models.draw_params(model, 0.0)
     shutil.rmtree(place.run / "checkpoints")
-    checkpoints.save_params(place.run / "checkpoints", 140, params)
+    runs.save_params(place.run / "checkpoints", 140, params)
 
 
 def save_nonfinite(place: Place) -> None:
@@ -299,7 +299,7 @@ def save_nonfinite(place: Place) -> None:
     model = model_lib.make_model(config.model, len(workdir.load_vocabulary(place.run)))
     params = jax.tree.map(lambda x: x.at[0].set(float("inf")), models.draw_params(model))
     shutil.rmtree(place.run / "checkpoints")
-    checkpoints.save_params(place.run / "checkpoints", 140, params)
+    runs.save_params(place.run / "checkpoints", 140, params)
 
 
 def change_array(change_one: Callable[[Path], object]) -> Callable[[Place], None]:
@@ -459,8 +459,10 @@ def replace_text(text: str) -> Change:
 
     def change(place: Place) -> None:
         (place.run / "text.txt").write_text(text)
-        sha256 = hashlib.sha256(text.encode()).hexdigest()
-        data = {"units": "graphemes", "fractions": [0.01, 0.01, 0.98], "sha256": sha256}
+        path, fractions = str(place.run / "text.txt"), (0.01, 0.01, 0.98)
+        splits = texts.read_splits(config_lib.DataConfig(path=path, fractions=fractions))
+        sha256 = texts.compute_checksum(splits)
+        data = {"units": "graphemes", "fractions": [*fractions], "sha256": sha256}
         change_fields({f"data.{name}": value for name, value in data.items()})(place)
         change_vocabulary(lambda v: v.update(kind="graphemes"))(place)
 

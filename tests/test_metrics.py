@@ -8,6 +8,7 @@ from PIL import Image
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 import runs
+from lstm_jax.config import Config
 from lstm_jax.run import figures, metrics
 
 
@@ -18,9 +19,9 @@ def drop_times(rows: list[metrics.Row]) -> list[dict[str, Any]]:
 def test_rows_are_read_back_and_appended_to(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert metrics.read_metrics(path) == []
-    with metrics.MetricsWriter(path, 0) as writer:
+    with metrics.MetricsWriter(path, 0, Config()) as writer:
         writer.write(10, 0.5, "train", 2.5, tokens_per_second=1000)
-    with metrics.MetricsWriter(path, 10) as writer:
+    with metrics.MetricsWriter(path, 10, Config()) as writer:
         writer.write(20, 1, "validation", 2.25)
     assert drop_times(metrics.read_metrics(path)) == [
         {"step": 10, "epoch": 0.5, "split": "train", "loss": 2.5, "tokens_per_second": 1000},
@@ -54,13 +55,13 @@ def test_the_seconds_of_training_continue_when_a_run_resumes(
     path = tmp_path / "metrics.jsonl"
     now = 1000.0
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
-    with metrics.MetricsWriter(path, 0) as writer:
+    with metrics.MetricsWriter(path, 0, Config()) as writer:
         now += 5
         writer.write(10, 0.5, "train", 2.5)
         now += 2.5
         writer.write(20, 1, "validation", 2.25)
     now = 3.0  # Another process, with another clock.
-    with metrics.MetricsWriter(path, 20) as writer:
+    with metrics.MetricsWriter(path, 20, Config()) as writer:
         now += 1
         writer.write(30, 1.5, "train", 2.0)
     rows = metrics.read_metrics(path)
@@ -73,11 +74,11 @@ def test_the_seconds_of_training_continue_when_a_run_resumes(
 def test_partial_and_damaged_lines_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     row: Any = {"step": 10, "epoch": 0.5, "split": "train", "loss": 2.5}
-    with metrics.MetricsWriter(path, 0) as writer:
+    with metrics.MetricsWriter(path, 0, Config()) as writer:
         writer.write(**row)
     with path.open("ab") as file:
         file.write(f"{json.dumps(row)}\n".encode() + b"\xff\xfe{\n[1]\n{}\n" + b'{"step": 20, "lo')
-    with metrics.MetricsWriter(path, 10) as writer:
+    with metrics.MetricsWriter(path, 10, Config()) as writer:
         writer.write(20, 1, "train", 2.25)
     rows = drop_times(metrics.read_metrics(path))
     assert rows == [row, {**row, "step": 20, "epoch": 1, "loss": 2.25}]
@@ -104,7 +105,7 @@ def test_the_plot_contains_the_curves(tmp_path: Path) -> None:
 
 def test_a_flipped_byte_is_detected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "metrics.jsonl"
-    with metrics.MetricsWriter(path, 0) as writer:
+    with metrics.MetricsWriter(path, 0, Config()) as writer:
         writer.write(10, 0.5, "train", 1.5707, tokens_per_second=1000)
         writer.write(20, 1, "validation", 2.25)
     content = path.read_bytes()

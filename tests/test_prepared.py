@@ -329,7 +329,7 @@ def test_a_file_that_changes_while_it_is_read_raises_an_error(
     prepared_once: tuple[ConfigDict, Path],
 ) -> None:
     data, directory = prepared_once
-    text = prepared.PreparedText(prepared.prepare_corpus(data), "train")
+    text = prepared.open_splits(prepared.prepare_corpus(data))["train"]
     ids = text.encode(text.vocabulary(data))
     path = directory / "train.npy"
     size = path.stat().st_size

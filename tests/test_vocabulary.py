@@ -134,10 +134,10 @@ def test_documents_end_with_the_stop_token() -> None:
     with pytest.raises(UserError, match="no '\\\\n' to end its documents"):
         Vocabulary.from_text("ab", stop="\n")
     with pytest.raises(UserError, match="no '\\\\n' to end its documents"):
-        Text("ab").vocabulary(data)
+        Text("ab", "characters", "\n").vocabulary(data)
     data.document_separator = "file"
     with pytest.raises(UserError, match="has no end of a file"):
-        Text("ab").vocabulary(data)
+        Text("ab", "characters", FILE_END).vocabulary(data)
 
 
 @pytest.mark.parametrize(
@@ -166,9 +166,10 @@ def test_rare_tokens_become_unk() -> None:
     with pytest.raises(UserError, match="none of the words .* occurs 3 times"):
         Vocabulary.from_text(text, "words", min_count=3)
     with pytest.raises(UserError, match="none of the words .* occurs 3 times"):
-        Text(text).vocabulary(data)
+        Text(text, "words", "").vocabulary(data)
     data.units, data.min_count = "bytes", 9
-    assert Text(text).vocabulary(data).tokens == Vocabulary.from_text(text, "bytes").tokens
+    same = Vocabulary.from_text(text, "bytes")
+    assert Text(text, "bytes", "").vocabulary(data).tokens == same.tokens
     assert len(Vocabulary.from_text(text, "bytes", min_count=3)) == 258
 
 

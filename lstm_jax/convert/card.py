@@ -13,10 +13,7 @@ from lstm_jax.version import __version__
 # Those of standard texts that are known.
 _LICENSES = {"tiny_shakespeare": "public domain", "wikitext2": "CC BY-SA 3.0"}
 # Fields that differ between machines.
-_OMITTED = (
-    *("data.sha256", "data.directory", "data.prepared"),
-    *("model.cell_sha256", "model.recurrence"),
-)
+_OMITTED = ("data.sha256", "data.directory", "data.prepared")
 
 
 def make_card(name: str, trained: Trained, dtype: str, rows: Sequence[Row]) -> str:
@@ -29,7 +26,8 @@ def make_card(name: str, trained: Trained, dtype: str, rows: Sequence[Row]) -> s
     count = sum(array.size for array in jax.tree.leaves(trained.params))
     text = f"{_remove_directories(data.path) or data.dataset}, license: "
     text += "unknown" if data.path else _LICENSES.get(data.dataset, "unknown")
-    text += f", SHA-256 of its characters: {data.sha256}"
+    digest, *lengths = data.sha256.split(":")
+    text += f", bytes of its splits: {', '.join(lengths)}, SHA-256 of all: {digest}"
     if not data.sha256:  # Weights that were imported without their text.
         text = "unknown"
     losses = {row["split"]: row["loss"] for row in rows if row["step"] == trained.step}

@@ -73,7 +73,10 @@ def write_state_dict(weights: Weights) -> bytes:
     arrays = {"embedding.weight": weights.embedding}
     for i, layer in enumerate(weights.layers):
         module, number = (weights.cell, i) if one_size else (f"{weights.cell}.{i}", 0)
-        bias, recurrent_bias = weights_lib.split_biases(layer)
+        bias = layer["bias"]
+        recurrent_bias = np.zeros_like(bias)
+        if "recurrent_bias" in layer:  # Of the candidate of a GRU.
+            recurrent_bias[-len(layer["recurrent_bias"]) :] = layer["recurrent_bias"]
         arrays |= {
             f"{module}.weight_ih_l{number}": layer["input_kernel"].T,
             f"{module}.weight_hh_l{number}": layer["recurrent_kernel"].T,

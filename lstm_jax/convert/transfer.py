@@ -1,9 +1,9 @@
-"""Convert a file of PyTorch's weights to a working directory, and back; make a model's folder."""
+"""Convert a file of PyTorch's weights to the folder of a model, and back; make such a folder."""
 
 import contextlib
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from lstm_jax import config as config_lib
@@ -11,8 +11,8 @@ from lstm_jax import model as model_lib
 from lstm_jax import vocabulary as vocabulary_lib
 from lstm_jax.convert import card, torch_weights, weights
 from lstm_jax.data import encoding, files, sources, texts
-from lstm_jax.errors import UserError
-from lstm_jax.run import checkpoints, messages, metrics, model_file, workdir
+from lstm_jax.errors import UserError, name_failure
+from lstm_jax.run import messages, metrics, model_file, workdir
 
 _SUFFIX = ".safetensors"
 _CARD = "README.md"
@@ -22,12 +22,16 @@ _ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}  # Of a text, on
 def import_weights(
     source: Path, directory: Path, vocabulary_file: str | None, text_file: str | None
 ) -> None:
-    """Make a working directory from a file of weights, or raise `UserError`.
+    """Make the folder of a model from a file of weights, or raise `UserError`.
 
     `text_file` is the text that the model was trained on, for `evaluate`. The tokens are those that
     `read_vocabulary` finds in `vocabulary_file`, or else the characters of this text.
     """
-    _check_suffix(source, "--from")
+    if source.suffix != _SUFFIX:
+        raise UserError(
+            f"{source} (--from): its name must end in {_SUFFIX}: write it with "
+            "safetensors.torch.save_file(model.state_dict(), 'my.safetensors')"
+        )
     if vocabulary_file is None and text_file is None:
         raise UserError(
             f"{source} does not contain its vocabulary: give --vocabulary FILE, or --text FILE "
@@ -63,7 +67,7 @@ def import_weights(
     config.data.document_separator = names[stop]
     if text_file is not None:
         config.data.sha256 = texts.compute_checksum(texts.read_splits(config.data))
-    make_workdir(directory, config_lib.complete_config(config), vocabulary, params)
+    make_folder(directory, config_lib.complete_config(config), vocabulary, params)
     print(f"{messages.format_parameters(params)}\n")
     if added:
         print(f"Added {' and '.join(map(repr, added))}, which the model lacked, with logits of -30")
@@ -77,7 +81,10 @@ def export_weights(directory: Path, target: Path, drop_special: bool = False) ->
     The vocabulary is written beside it, to a file with .vocabulary.json added to the name. If
     `drop_special`, the rows of "" and "[UNK]" are left out of both.
     """
-    _check_suffix(target, "--to")
+    if target.suffix != _SUFFIX:
+        raise UserError(
+            f"{target} (--to): its name must end in {_SUFFIX}, or have no suffix, for a folder"
+        )
     beside = target.with_name(target.name + ".vocabulary.json")
     for path in (target, beside):
         if path.exists():
@@ -125,10 +132,9 @@ def export_folder(directory: Path, target: Path, dtype: str) -> None:
         )
     trained = workdir.load_trained(source)
     rows = metrics.read_metrics(source / workdir.METRICS)
-    content = card.make_card(target.resolve().name, trained, dtype, rows)
-    with _make_directory(target.absolute(), config, trained.vocabulary) as partial:
-        model_file.write_params(partial / workdir.MODEL, trained.params, trained.step, dtype)
-        files.write_file(partial / _CARD, content.encode())
+    text = card.make_card(target.resolve().name, trained, dtype, rows)
+    model = config, trained.vocabulary, trained.params, trained.step
+    make_folder(target.absolute(), *model, dtype, text)
     print(f"Wrote the model of {directory}, step {trained.step}, to {target}, in {dtype}")
     print(f"Its card, {target / _CARD}, names the text and the losses: complete it by hand")
 
@@ -159,37 +165,23 @@ def read_vocabulary(path: Path) -> tuple[Sequence[str], str, str]:
     return tokens, kind, stop
 
 
-def make_workdir(
+def make_folder(
     directory: Path,
     config: config_lib.Config,
     vocabulary: vocabulary_lib.Vocabulary,
     params: model_lib.Params,
+    step: int = 0,
+    dtype: str = "float32",
+    text: str = "",
 ) -> None:
-    """Make a complete working directory or none; raise `UserError` if it can't be written."""
-    with _make_directory(directory, config, vocabulary) as partial:
-        checkpoints.save_params(partial / workdir.CHECKPOINTS, 0, params)
+    """Make the folder of a model, with a card of this text, if any; raise `UserError` if it fails.
 
-
-@contextlib.contextmanager
-def _make_directory(
-    directory: Path, config: config_lib.Config, vocabulary: vocabulary_lib.Vocabulary
-) -> Iterator[Path]:
-    """Make a directory, complete or not at all; yield its path until the parameters are in it."""
-    try:
-        with files.unfinished_directory(directory) as partial:
-            workdir.save_config(partial, config)
-            workdir.save_vocabulary(partial, vocabulary)
-            yield partial
-            partial.rename(directory)
-    except OSError as error:
-        raise UserError(f"can't write to {directory}: {error.strerror}") from None
-
-
-def _check_suffix(path: Path, flag: str) -> None:
-    if path.suffix != _SUFFIX:
-        more = ", or have no suffix, for a folder"
-        if flag == "--from":
-            more = (
-                ": write it with safetensors.torch.save_file(model.state_dict(), 'my.safetensors')"
-            )
-        raise UserError(f"{path} ({flag}): its name must end in {_SUFFIX}{more}")
+    It is complete or not there at all.
+    """
+    failure = name_failure(f"can't write to {directory}")
+    with failure, files.unfinished_directory(directory) as partial:
+        workdir.save_config(partial, config)
+        workdir.save_vocabulary(partial, vocabulary)
+        model_file.write_params(partial / workdir.MODEL, params, step, dtype)
+        if text:
+            files.write_file(partial / _CARD, text.encode())

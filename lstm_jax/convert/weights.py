@@ -144,14 +144,6 @@ def make_layer(
     return cells[0], layer
 
 
-def split_biases(layer: Layer) -> np.ndarray:
-    """Return the bias of the inputs and that of the hidden state: [2, gates * hidden]."""
-    second = np.zeros_like(layer["bias"])
-    if "recurrent_bias" in layer:
-        second[-len(layer["recurrent_bias"]) :] = layer["recurrent_bias"]
-    return np.stack([layer["bias"], second])
-
-
 def build_weights(
     layers: dict[str, tuple[str, Layer]], ends: dict[str, list[np.ndarray]]
 ) -> Weights:

@@ -6,6 +6,7 @@ depend on the vocabulary; so a text is encoded as indices into its words, each o
 ids.
 """
 
+import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -47,21 +48,23 @@ class Table(NamedTuple):
 
     ids: np.ndarray  # Those of all tokens, one after the other: int32.
     sizes: np.ndarray  # The number of ids of each token: int64.
+    firsts: np.ndarray  # The place of the first of them: int64.
 
     def look_up(self, indices: np.ndarray) -> np.ndarray:
         """Return the ids of a text, for the indices of its tokens."""
         if len(self.ids) == len(self.sizes):
             return self.ids[indices]
-        sizes, firsts = self.sizes[indices], np.cumsum(self.sizes) - self.sizes
+        sizes = self.sizes[indices]
         starts = np.cumsum(sizes) - sizes
-        return self.ids[np.arange(sizes.sum()) + np.repeat(firsts[indices] - starts, sizes)]
+        return self.ids[np.arange(sizes.sum()) + np.repeat(self.firsts[indices] - starts, sizes)]
 
 
 def make_table(tokens: Iterable[str], vocabulary: Vocabulary) -> Table:
     """Return the ids of each token, or word, of a text in a vocabulary."""
     divided = [vocabulary.split_word(token) for token in tokens]
     ids = vocabulary.look_up(itertools.chain.from_iterable(divided))
-    return Table(ids, np.fromiter(map(len, divided), np.int64))
+    sizes = np.fromiter(map(len, divided), np.int64)
+    return Table(ids, sizes, np.cumsum(sizes) - sizes)
 
 
 def find_stop_text(separator: str, contains: Callable[[str], bool]) -> str:
@@ -136,24 +139,17 @@ def find_last_cut(content: bytes | bytearray, kind: str, start: int = 0) -> int:
 class Text:
     """One split of a text, in memory as one chunk. Subclasses may keep it elsewhere."""
 
-    def __init__(self, text: str) -> None:
-        self._text = text
-        self._indexed: dict[tuple[str, str], Part] = {}
+    def __init__(self, text: str, kind: str, stop: str) -> None:
+        self._text, self._kind, self._stop = text, kind, stop
 
-    def index_tokens(self, kind: str, stop: str) -> Part:
-        """Encode the text as indices into its own tokens; see `encode_chunk`."""
-        if (kind, stop) not in self._indexed:
-            self._indexed = {(kind, stop): encode_chunk(self._text, kind, stop)}
-        return self._indexed[kind, stop]
-
-    def find_stop(self, separator: str) -> str:
-        """Return the stop token of the text; see `find_stop_text`."""
-        return find_stop_text(separator, self._text.__contains__)
+    @functools.cached_property
+    def part(self) -> Part:
+        """Return the text as indices into its own tokens; see `encode_chunk`."""
+        return encode_chunk(self._text, self._kind, self._stop)
 
     def encode(self, vocabulary: Vocabulary) -> Ids:
-        """Return the ids of the text."""
-        part = self.index_tokens(vocabulary.kind, vocabulary.stop)
-        return make_table(part.tokens, vocabulary).look_up(part.ids)
+        """Return the ids of the text in a vocabulary with tokens of its kind."""
+        return make_table(self.part.tokens, vocabulary).look_up(self.part.ids)
 
     def read_start(self) -> str:
         """Return the text, or its first 2**20 tokens if it is not in memory."""
@@ -161,18 +157,15 @@ class Text:
 
     def vocabulary(self, data: DataConfig) -> Vocabulary:
         """Return the vocabulary of the text for the `data` fields of a config."""
-        stop = self.find_stop(data.document_separator)
-        part = self.index_tokens(data.units, stop)
-        counts = dict(zip(part.tokens, part.counts.tolist(), strict=True))
+        counts = dict(zip(self.part.tokens, self.part.counts.tolist(), strict=True))
         size = data.vocabulary_size
-        return Vocabulary.from_counts(counts, data.units, data.min_count, stop, size)
+        return Vocabulary.from_counts(counts, data.units, data.min_count, self._stop, size)
 
     def count_tokens(self, vocabulary: Vocabulary) -> np.ndarray:
         """Return the number of occurrences of each token of a vocabulary: int64 [vocabulary]."""
-        part = self.index_tokens(vocabulary.kind, vocabulary.stop)
-        table = make_table(part.tokens, vocabulary)
+        table = make_table(self.part.tokens, vocabulary)
         counts = np.zeros(len(vocabulary), np.int64)
-        np.add.at(counts, table.ids, np.repeat(part.counts, table.sizes))
+        np.add.at(counts, table.ids, np.repeat(self.part.counts, table.sizes))
         return counts
 
     def get_size(self, vocabulary: Vocabulary, first: bool = True) -> TextSize:
@@ -182,7 +175,7 @@ class Text:
             """Return the bytes of the UTF-8 of an unknown token, with one for its end; else 0."""
             return 0 if token in vocabulary else len(token.encode("utf-8", "surrogateescape")) + 1
 
-        part = self.index_tokens(vocabulary.kind, vocabulary.stop)
+        part = self.part
         divided = [vocabulary.split_word(word) for word in part.tokens]
         number = int(part.counts @ [len(word) for word in divided])
         unknown = int(part.counts @ [sum(map(count_unknown, word)) for word in divided])

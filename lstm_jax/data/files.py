@@ -120,7 +120,7 @@ def remove_partial(directory: Path) -> None:
 
 @contextlib.contextmanager
 def unfinished_directory(target: Path) -> Iterator[Path]:
-    """Make a directory beside `target` to work in; remove it at the end unless it was renamed.
+    """Make a directory that becomes `target` at the end of the block, or is removed if that fails.
 
     Directories of killed processes are removed first; a live process holds a lock on its directory.
     """
@@ -137,6 +137,8 @@ def unfinished_directory(target: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # Some network file systems lock no directories.
             lock_file(stack.enter_context(_open_directory(path)))
         yield path
+        path.rename(target)
+        sync_directory(target.parent.resolve())  # The user may have named a link.
 
 
 @contextlib.contextmanager

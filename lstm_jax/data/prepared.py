@@ -54,7 +54,7 @@ class Manifest(NamedTuple):
 
     directory: Path
     sources: list[_State]  # Path, relative to the directory, and `_state` of each file of the text.
-    text_sha256: str  # See `texts.compute_checksum`.
+    checksum: str  # Of the text; see `sources.make_checksum`.
     stop: str  # The stop token, or "".
     characters: dict[str, int]  # Of each split.
     files: dict[str, _State]  # SHA-256 and `_state` of each other file in the directory.
@@ -83,13 +83,13 @@ def find_corpus(data: DataConfig, save: bool = False) -> Manifest | None:
         now = {name: _fingerprint(directory / name, known) for name, known in before.items()}
         if any(now[name][:2] != before[name][:2] for name in before):
             return None
-        # The sizes first: three splits could be divided in another way, with the same checksum.
+        # The sizes first, which need no reading.
         if [state[:2] for state in states] != [state[:2] for state in manifest.sources]:
             return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     is_same = states == manifest.sources
-    if not is_same and sources.split_files(texts, data)[1] != manifest.text_sha256:
+    if not is_same and sources.split_files(texts, data)[1] != manifest.checksum:
         return None
     if save and (not is_same or now != before):
         with contextlib.suppress(OSError):
@@ -117,8 +117,8 @@ def prepare_corpus(data: DataConfig) -> Manifest:
             return find_corpus(data) or _prepare(data)  # Another process may have made it.
     except OSError as error:
         raise UnavailableError(
-            f"can't prepare the text in {base} ({error.strerror}): free space or make it writable, "
-            "or set another directory in data.prepared"
+            f"can't prepare the text in {base} ({error.strerror or error}): free space or make it "
+            "writable, or set another directory in data.prepared"
         ) from None
 
 
@@ -197,8 +197,6 @@ def _prepare(data: DataConfig) -> Manifest:
         _write_manifest(manifest, unfinished)
         # A corpus of another text, or a damaged one; or a link.
         shutil.rmtree(directory) if _is_directory(directory) else directory.unlink(missing_ok=True)
-        unfinished.rename(directory)
-    files.sync_directory(directory.parent.resolve())  # The user may have named a link.
     seconds = time.monotonic() - began
     rate = f"{total / 1e6 / seconds:,.0f} MB/s"
     print(f"Prepared {total / 1e6:,.0f} MB in {seconds:.1f} s, {rate}", file=sys.stderr)
@@ -217,16 +215,16 @@ def _run_processes(parts: Path, number: int, total: int) -> None:
     }
     command = [sys.executable, "-m", "lstm_jax.data.worker", str(parts)]
     reader, writer = os.pipe()
-    processes = [
-        subprocess.Popen([*command, str(i), str(workers)], stdout=writer, env=environment)
-        for i in range(workers)
-    ]
-    os.close(writer)
+    processes: list[subprocess.Popen[bytes]] = []
     try:
         with (
             os.fdopen(reader) as lines,
             tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar,
         ):
+            with os.fdopen(writer, "wb") as output:
+                for i in range(workers):
+                    arguments = [*command, str(i), str(workers)]
+                    processes.append(subprocess.Popen(arguments, stdout=output, env=environment))
             for line in lines:  # Of all processes, until the last has ended.
                 printed = json.loads(line)
                 if isinstance(printed, int):
@@ -278,40 +276,39 @@ def _merge(parts: Path, target: Path, chunks: list[list[list[Segment]]]) -> dict
     return characters
 
 
+def open_splits(manifest: Manifest) -> dict[str, Text]:
+    """Return the splits of a prepared corpus, which share its tokens."""
+    directory = manifest.directory
+    try:
+        with files.open_regular(directory / _TOKENS) as lines:
+            tokens = list(map(json.loads, lines))
+        with files.open_regular(directory / _COUNTS) as file:
+            counts = dict(zip(sources.SPLITS, np.load(file), strict=True))
+        return {name: PreparedText(manifest, name, tokens, counts[name]) for name in counts}
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"{directory} is damaged: remove it, and start again") from None
+
+
 class PreparedText(Text):
     """One split of a prepared corpus. Only the requested parts of it are read into memory."""
 
-    def __init__(self, manifest: Manifest, name: str) -> None:
-        self._manifest, self._name = manifest, name
-
-    def index_tokens(self, kind: str = "", stop: str = "") -> Part:
-        """See `Text`; the kind and the stop token are always those that it was prepared with."""
-        directory = self._manifest.directory
-        with files.open_regular(directory / _COUNTS) as file:
-            counts = np.load(file)[sources.SPLITS.index(self._name)]
-        with files.open_regular(directory / _TOKENS) as lines:
-            tokens = list(map(json.loads, lines))
-        ids = self._open_ids(np.arange(len(tokens), dtype=np.int32))
-        return Part(ids, tokens, counts, self._manifest.characters[self._name])
-
-    def find_stop(self, separator: str) -> str:
-        """See `Text`."""
-        return self._manifest.stop
+    def __init__(
+        self, manifest: Manifest, name: str, tokens: list[str], counts: np.ndarray
+    ) -> None:
+        self._path, self._stop = manifest.directory / f"{name}.npy", manifest.stop
+        ids = FileIds(self._path, np.arange(len(tokens), dtype=np.int32))
+        self.part = Part(ids, tokens, counts, manifest.characters[name])
 
     def encode(self, vocabulary: Vocabulary) -> Ids:
         """See `Text`."""
-        part = self.index_tokens(vocabulary.kind, vocabulary.stop)
-        table = encoding.make_table(part.tokens, vocabulary)
+        table = encoding.make_table(self.part.tokens, vocabulary)
         if vocabulary.kind == "bpe":
-            return DividedIds(part.ids, table)
-        return self._open_ids(table.ids)
-
-    def _open_ids(self, table: np.ndarray) -> "FileIds":
-        return FileIds(self._manifest.directory / f"{self._name}.npy", table)
+            return DividedIds(self.part.ids, table)
+        return FileIds(self._path, table.ids)
 
     def read_start(self) -> str:
         """See `Text`."""
-        part = self.index_tokens()
+        part = self.part
         spelled = "".join([part.tokens[i] for i in part.ids[:_PIECE].tolist()])
         # A token may be a byte, so the last character may be incomplete.
         utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")

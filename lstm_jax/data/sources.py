@@ -19,7 +19,7 @@ import numpy as np
 
 from lstm_jax.config import DataConfig
 from lstm_jax.data import files
-from lstm_jax.errors import UserError
+from lstm_jax.errors import UserError, name_failure
 from lstm_jax.vocabulary import FILE_END
 
 SPLITS = ("train", "validation", "test")
@@ -93,12 +93,9 @@ def list_segments(paths: Iterable[Path], any_bytes: bool, ends: bool) -> list[Se
     """
     segments = []
     for path in paths:
-        try:
-            with files.open_regular(path, follow=True) as file:
-                has_bom = file.read(len(_BOM)) == _BOM
-                size = os.fstat(file.fileno()).st_size
-        except OSError as error:
-            raise UserError(f"can't read {path}: {error.strerror}") from None
+        with name_failure(f"can't read {path}"), files.open_regular(path, follow=True) as file:
+            has_bom = file.read(len(_BOM)) == _BOM
+            size = os.fstat(file.fileno()).st_size
         start = len(_BOM) if has_bom and not any_bytes else 0
         if size <= start:
             raise UserError(f"{path} is empty: name files with text in them")
@@ -113,7 +110,7 @@ def split_files(
 ) -> tuple[list[list[Segment]], str]:
     """Return the segments of train, validation and test, from their files or the files of one text.
 
-    Also return SHA-256 over all of them, in hexadecimal. One text is split by `find_cuts`: between
+    Also return their checksum, as `make_checksum` does. One text is split by `find_cuts`: between
     characters, or between bytes for `data.units=bytes`, like the usual splits of enwik8. Raise
     `UserError` as `list_segments`, or if a file of a text of documents holds `FILE_END`.
     """
@@ -129,7 +126,7 @@ def split_files(
         pieces.append(piece)
         lengths.append(int(np.count_nonzero(_find_places(content, any_bytes))))
     if len(segments) > 1:
-        return segments, digest.hexdigest()
+        return segments, make_checksum(digest, map(count_bytes, segments))
     stops = np.cumsum(lengths)
 
     def find_byte(place: int) -> int:
@@ -141,7 +138,13 @@ def split_files(
 
     validation, test = map(find_byte, find_cuts(sum(lengths), data.fractions))
     train, rest = cut_segments(segments[0], validation)
-    return [train, *cut_segments(rest, test - validation)], digest.hexdigest()
+    split = [train, *cut_segments(rest, test - validation)]
+    return split, make_checksum(digest, map(count_bytes, split))
+
+
+def make_checksum(digest: "hashlib._Hash", lengths: Iterable[int]) -> str:
+    """Return `data.sha256`: SHA-256 over all splits, in hexadecimal, and the bytes of each."""
+    return ":".join([digest.hexdigest(), *map(str, lengths)])
 
 
 def _find_places(content: bytes, any_bytes: bool) -> np.ndarray:
@@ -186,12 +189,9 @@ def read_segment(segment: Segment) -> bytes:
     path, start, stop = segment
     if not path:
         return _FILE_END[start:stop]
-    try:
-        with files.open_regular(Path(path), follow=True) as file:
-            file.seek(start)
-            content = file.read(stop - start)
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror}") from None
+    with name_failure(f"can't read {path}"), files.open_regular(Path(path), follow=True) as file:
+        file.seek(start)
+        content = file.read(stop - start)
     if len(content) < stop - start:
         raise UserError(f"{path} has become shorter while it was read")
     return content
@@ -216,13 +216,11 @@ def check_ends(content: bytes) -> None:
 
 def read_argument(path: str, flag: str, any_bytes: bool) -> str:
     """Return the text of a file that `flag` of a command names; "-" is standard input."""
-    try:
+    with name_failure(f"can't read {path} ({flag})"):
         if path == "-":
             content = sys.stdin.buffer.read(_MAX_ARGUMENT_BYTES + 1)
         else:
             content = files.read_bytes(Path(path), _MAX_ARGUMENT_BYTES, follow=True)
-    except OSError as error:
-        raise UserError(f"can't read {path} ({flag}): {error.strerror}") from None
     if len(content) > _MAX_ARGUMENT_BYTES:
         raise UserError(f"can't read {path} ({flag}): it is larger than a gigabyte")
     return decode_text(content, f"{path} ({flag})", any_bytes)
@@ -257,6 +255,7 @@ def check_unchanged(sha256: str, expected: str) -> None:
     """Raise `UserError` if the text is not the one that a run began with (`data.sha256`)."""
     if expected and expected != sha256:
         raise UserError(
-            f"the text is not the one this run was trained on (SHA-256 {expected} at that time, "
-            f"{sha256} now): restore that text, or train a new run on this one"
+            "the text is not the one this run was trained on, or its splits are others (SHA-256 "
+            f"and bytes of each split: {expected} at that time, {sha256} now): restore that text, "
+            "or train a new run on this one"
         )

@@ -145,8 +145,6 @@ def _get_text(name: str, directory: Path) -> None:
         with files.unfinished_directory(directory) as made:
             for split, content in zip(SPLITS, splits, strict=True):
                 files.write_file(made / f"{split}.txt", content)
-            made.rename(directory)
-        files.sync_directory(data_dir)
 
 
 def _download_files(missing: list[Download], data_dir: Path) -> None:

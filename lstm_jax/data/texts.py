@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lstm_jax import user_cache
 from lstm_jax.config import DataConfig
-from lstm_jax.data import prepared, sources, standard_texts
+from lstm_jax.data import encoding, prepared, sources, standard_texts
 from lstm_jax.data.encoding import Text
 from lstm_jax.data.prepared import Manifest
 from lstm_jax.errors import UserError
@@ -23,7 +23,7 @@ class Splits:
     """The text of each split."""
 
     texts: dict[str, Text]  # By the name of the split.
-    sha256: str  # Over the bytes of all, in hexadecimal.
+    sha256: str  # See `sources.make_checksum`.
     data: DataConfig  # The `data` fields that describe the text.
 
     def resolve(self, data: DataConfig) -> DataConfig:
@@ -69,11 +69,11 @@ def load_texts(data: DataConfig) -> Splits:
 def _open_splits(data: DataConfig, manifest: Manifest | None = None) -> Splits:
     """Return the splits of a prepared corpus, or else read them into memory."""
     if manifest:
-        texts: dict[str, Text] = {n: prepared.PreparedText(manifest, n) for n in sources.SPLITS}
-        sha256 = manifest.text_sha256
+        texts, sha256 = prepared.open_splits(manifest), manifest.checksum
     else:
         strings = read_splits(data)
-        texts = {name: Text(text) for name, text in strings.items()}
+        stop = encoding.find_stop_text(data.document_separator, strings["train"].__contains__)
+        texts = {name: Text(text, data.units, stop) for name, text in strings.items()}
         sha256 = compute_checksum(strings)
     sources.check_unchanged(sha256, data.sha256)
     return Splits(texts, sha256, data)
@@ -152,8 +152,6 @@ def read_splits(data: DataConfig) -> dict[str, str]:
 
 
 def compute_checksum(splits: dict[str, str]) -> str:
-    """Return SHA-256 over the bytes of all splits, in hexadecimal."""
-    digest = hashlib.sha256()
-    for name in sources.SPLITS:
-        digest.update(splits[name].encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
+    """Return `data.sha256` of a text; see `sources.make_checksum`."""
+    contents = [splits[name].encode("utf-8", "surrogateescape") for name in sources.SPLITS]
+    return sources.make_checksum(hashlib.sha256(b"".join(contents)), map(len, contents))

@@ -30,10 +30,7 @@ class Options(NamedTuple):
 
 
 def measure(
-    directories: Sequence[Path],
-    dtype: str | None,
-    own_text: Sequence[str | None],
-    options: Options,
+    directories: Sequence[Path], dtype: str | None, own_text: Sequence[str | None], options: Options
 ) -> None:
     """Print the loss, as one JSON object.
 
@@ -130,7 +127,7 @@ def _read_text(path: str, vocabulary: Vocabulary) -> Text:
     if vocabulary.stop == FILE_END:
         sources.check_ends(text.encode("utf-8", "surrogateescape"))
         text += FILE_END
-    return Text(text)
+    return Text(text, vocabulary.kind, vocabulary.stop)
 
 
 def _print_tokens(tokens: Sequence[str], losses: np.ndarray) -> None:

@@ -17,7 +17,7 @@ import flax.linen as nn
 from lstm_jax import cells
 from lstm_jax.config import ModelConfig, names_cell_file
 from lstm_jax.data import files
-from lstm_jax.errors import UserError, for_caller, raise_user_error, warn
+from lstm_jax.errors import UserError, for_caller, name_failure, raise_user_error, warn
 
 _LIMIT = 2**20  # Of the size of a file, in bytes.
 
@@ -37,10 +37,8 @@ def load_cell(name: str) -> str:
     file, _, class_name = name.rpartition(":")
     if not names_cell_file(name):
         raise UserError(f"the cell {name!r} is not FILE.py:CLASS, as in my_cells.py:MyCell")
-    try:
+    with name_failure(f"can't read the file of the cell {name}"):
         source = files.read_bytes(Path(file), _LIMIT, follow=True)
-    except OSError as error:
-        raise UserError(f"can't read the file of the cell {name}: {error.strerror}") from None
     sha256 = hashlib.sha256(source).hexdigest()
     loaded = cells.LOADED.pop(name, None)
     if loaded is None or loaded[1] != sha256:
@@ -60,7 +58,7 @@ def _run_file(file: str, class_name: str, source: bytes, sha256: str) -> type[nn
         with raise_user_error("cell file", file):
             exec(compile(source, file, "exec"), module.__dict__)
     finally:
-        sys.path.pop(0)
+        sys.path.remove(str(Path(file).parent))
     cell = getattr(module, class_name, None)
     if cell is None:
         classes = [

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import grain
 import jax
@@ -146,7 +146,7 @@ class CheckpointWriter:
         for old in set(steps) - {*steps[-2:], find_best_step(self._directory)}:
             unfinished = self._directory / f"{old}{_UNFINISHED}"
             (self._directory / str(old)).rename(unfinished)
-            shutil.rmtree(unfinished)
+            shutil.rmtree(unfinished, ignore_errors=True)  # If it fails, the next run tries again.
 
     def record_validation(self, step: int, loss: float) -> None:
         """Add the validation loss, in nats per token, to the checkpoint of `step`."""
@@ -201,35 +201,13 @@ def _get_reason(error: Exception) -> str:
     return (isinstance(error, OSError) and error.strerror) or one_line(error)
 
 
-def save_params(directory: Path, step: int, params: Params) -> None:
-    """Write a checkpoint of parameters only, as `step` in `directory`, for a converted model.
-
-    Raise `UnavailableError` if it can't be written.
-    """
-    path = directory.resolve() / str(step)
-    try:
-        with ocp.Checkpointer(_make_handler()) as checkpointer:
-            checkpointer.save(path, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
-        seal_checkpoint(path)
-    except Exception as error:  # Orbax re-raises any exception of its storage.
-        raise UnavailableError(f"can't write the parameters: {_get_reason(error)}") from None
-
-
-class Restored(NamedTuple):
-    """The content of a checkpoint, from which training resumes."""
-
-    step: int
-    params: Params
-    state: dict[str, Any]
-    history: dict[str, int]
-
-
 def restore_latest(
     directory: Path, params: Params, state: Mapping[str, object], iterator: grain.DatasetIterator
-) -> Restored | None:
-    """Read the latest undamaged checkpoint; return None if there is no checkpoint.
+) -> tuple[int, Any] | None:
+    """Return the step of the latest undamaged checkpoint, and its `params`, `state` and `history`.
 
-    Later ones, which are damaged, are renamed, each with a warning. `params` and `state` are arrays
+    Return None if there is no checkpoint. Later ones, which are damaged, are renamed, each with a
+    warning. `params` and `state` are arrays
     of the expected shapes and dtypes, or `jax.ShapeDtypeStruct`s. The iterator over the training
     batches is set to the checkpoint's position.
 
@@ -258,7 +236,7 @@ def restore_latest(
         names = (path.with_name(f"{path.name}.damaged{end}") for end in ends)
         path.rename(aside := next(name for name in names if not os.path.lexists(name)))
         warn(f"{path} is damaged ({damage}): it is now {aside.name}")
-    return Restored(step, restored.params, restored.state, restored.history)
+    return step, restored
 
 
 def restore_best_params(directory: Path, params: Params, carry: object = ()) -> tuple[Params, int]:

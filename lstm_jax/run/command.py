@@ -4,7 +4,6 @@ import contextlib
 import re
 import shutil
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -104,9 +103,7 @@ def define_run_flags() -> Callable[[], list[Path]]:
     `UserError`.
     """
     workdir = flags.DEFINE_multi_string(
-        "workdir",
-        None,
-        f"{TRAINED}; evaluate and sample accept several, as an ensemble.",
+        "workdir", None, f"{TRAINED}; evaluate and sample accept several, as an ensemble."
     )
     flags.DEFINE_alias("model", "workdir")
     cell = flags.DEFINE_multi_string(
@@ -206,9 +203,11 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     if model and "init_from" in flags.FLAGS and _get_value(argv, "config") is None:
         # The experiment of the package: the user has named none.
         argv.insert(1, f"--config={_find_in_package('experiments/finetune.py')}:{model}")
-    try:
-        return flags.FLAGS(argv)
-    except Exception as error:  # A config file is Python code: it can raise anything.
+    config_file = (_get_value(argv, "config") or "").partition(":")[0]
+    try:  # A config file is Python code: it can raise anything.
+        with errors.raise_user_error("config file", config_file, flags.Error, OSError, SystemExit):
+            return flags.FLAGS(argv)
+    except (UserError, flags.Error, OSError) as error:
         _fail(_describe(error, argv))
 
 
@@ -222,8 +221,6 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
         return str(error)
     if isinstance(error, OSError):
         return f"can't read the config file: {str(error).rpartition(']')[2].strip()}"
-    if isinstance(error, SyntaxError):
-        return f"config file {error.filename}, line {error.lineno}: {error.msg}"
     if isinstance(error, flags.UnrecognizedFlagError) and error.flagname == "cell":
         return (
             "this command has no --cell: main and sweep take --config.model.cell=FILE.py:CLASS, "
@@ -235,15 +232,10 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
         suffix = f".{error.flagname}"
         if fields := [f"--config.{f.name}" for f in config.FIELDS if f.name.endswith(suffix)]:
             return f"there is no flag --{error.flagname}: did you mean {' or '.join(fields)}?"
-    if isinstance(error, flags.Error):
-        # config_flags reports an error in a config file as a traceback in the message.
-        _, in_config_file, trace = str(error).partition("Error whilst parsing config file:")
-        message = f"config file: {trace.splitlines()[-1]}" if in_config_file else str(error)
-        return message.replace("invalid literal for int() with base 10: ", "not an integer: ")
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    if "ml_collections" in frame.filename:
-        return f"config file: {one_line(error)}"
-    return f"config file {frame.filename}, line {frame.lineno}: {one_line(error)}"
+    # config_flags reports an error in a config file as a traceback in the message.
+    _, in_config_file, trace = str(error).partition("Error whilst parsing config file:")
+    message = f"config file: {trace.splitlines()[-1]}" if in_config_file else str(error)
+    return message.replace("invalid literal for int() with base 10: ", "not an integer: ")
 
 
 def _fail(message: str) -> NoReturn:

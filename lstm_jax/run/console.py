@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import TextIO
+from typing import Any, TextIO
 
 import regex
 
@@ -143,17 +143,14 @@ class _Output(_Stream):
     """
 
     def write(self, text: str) -> int:
-        with self._translate_errors():
-            return int(self._stream.write(text))
+        return int(self._call(self._stream.write, text))
 
     def flush(self) -> None:
-        with self._translate_errors():
-            self._stream.flush()
+        self._call(self._stream.flush)
 
-    @contextlib.contextmanager
-    def _translate_errors(self) -> Iterator[None]:
+    def _call(self, function: Callable[..., Any], *arguments: object) -> Any:
         try:
-            yield
+            return function(*arguments)
         except BrokenPipeError:
             raise
         except OSError as error:

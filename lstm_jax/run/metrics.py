@@ -7,7 +7,6 @@ import secrets
 import textwrap
 import time
 import zlib
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NotRequired, TypedDict, Unpack
@@ -16,6 +15,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import hparams, scalar, text
 
+from lstm_jax.config import Config, flatten
 from lstm_jax.data import files
 from lstm_jax.errors import UserError, warn
 
@@ -52,14 +52,14 @@ class MetricsWriter(contextlib.ExitStack[None]):
     The files are opened for the first row, so that a run without one leaves them as they are.
     """
 
-    def __init__(self, path: Path, step: int, fields: Iterable[tuple[str, object]] = ()) -> None:
+    def __init__(self, path: Path, step: int, config: Config) -> None:
         """Prepare metrics.jsonl at `path`, and events beside it, for a run that is at `step`.
 
         TensorBoard shows the fields of the config as hyperparameters. The seconds of training
         continue from the last row.
         """
         super().__init__()
-        self._path, self._step, self._fields = path, step, fields
+        self._path, self._step, self._config = path, step, config
         rows = read_metrics(path)
         self._start = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
         self._is_open = False
@@ -80,11 +80,11 @@ class MetricsWriter(contextlib.ExitStack[None]):
             start = SessionLog(status=SessionLog.START)
             self._add(Event(step=self._step + 1, session_log=start))
         losses = [f"{split}/loss" for split in _SPLITS]
-        for summary in hparams(list_hyperparameters(self._fields), losses)[:2]:
+        for summary in hparams(list_hyperparameters(self._config), losses)[:2]:
             self._add(Event(summary=summary))
 
-    def _add(self, event: Event, now: float | None = None) -> None:
-        event.wall_time = now or time.time()
+    def _add(self, event: Event) -> None:
+        event.wall_time = time.time()
         self._events.write_event(event)
         self._events.flush()
 
@@ -106,7 +106,6 @@ class MetricsWriter(contextlib.ExitStack[None]):
         """
         if not self._is_open:
             self._open()
-        now = time.time()
         row: Row = {
             "step": step,
             "epoch": round(epoch, 6),
@@ -114,33 +113,25 @@ class MetricsWriter(contextlib.ExitStack[None]):
             "loss": loss,
             **extra,
             "seconds": round(time.monotonic() - self._start, 3),
-            "time": datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds"),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         self._lines.write(f"{json.dumps({**row, 'crc': _checksum(row)})}\n".encode())
         self._lines.flush()
         for name, value in row.items():
             if name not in ("step", "epoch", "split", "time"):
-                self._add(Event(step=step, summary=scalar(f"{split}/{name}", value)), now)
-        if sample is not None:
-            self._add(
-                Event(step=step, summary=text(f"{split}/sample", quote_markdown(sample))), now
-            )
+                self._add(Event(step=step, summary=scalar(f"{split}/{name}", value)))
+        if sample is not None:  # As Markdown, with every line indented, it is shown as it is.
+            quoted = textwrap.indent(sample, "    ", lambda line: True)
+            self._add(Event(step=step, summary=text(f"{split}/sample", quoted)))
         return row
 
 
-def list_hyperparameters(
-    fields: Iterable[tuple[str, object]],
-) -> dict[str, bool | int | float | str]:
+def list_hyperparameters(config: Config) -> dict[str, bool | int | float | str]:
     """Return the fields of a config by name, with values of other types as strings."""
     return {
         name: value if isinstance(value, bool | int | float | str) else str(value)
-        for name, value in fields
+        for name, value in flatten(config)
     }
-
-
-def quote_markdown(text: str) -> str:
-    """Return Markdown that shows a text as it is: every line indented."""
-    return textwrap.indent(text, "    ", lambda line: True)
 
 
 def read_metrics(path: Path) -> list[Row]:

@@ -1,6 +1,7 @@
 """Decide what a run is trained with: its model, config and vocabulary, new or resumed."""
 
 import dataclasses
+import os
 import shlex
 from pathlib import Path
 
@@ -8,7 +9,6 @@ import jax
 
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
-from lstm_jax.cells.making import trace_cell
 from lstm_jax.config import Config
 from lstm_jax.data.texts import Splits
 from lstm_jax.errors import UserError, another_directory, for_caller, set_field
@@ -38,9 +38,7 @@ def resolve_model(config: Config) -> Config:
         model.implementation()
     except ValueError as error:
         raise UserError(f"config.model.recurrence: {error}") from None
-    for cell in set(model.clone(block="none").make_cells()):
-        trace_cell(cell)
-    model_lib.check_operations(model)
+    model_lib.check_cells(model)
     key = jax.random.key(0)
     jax.eval_shape(
         lambda: drop_parameters(config.regularization, model_lib.init_params(model, key), key)
@@ -88,8 +86,12 @@ def resolve_run(
 
 
 def _make_absolute(model: str) -> str:
-    """Return the absolute path of a model's directory; "" and the name of a packaged model stay."""
-    return model if not model or workdir.is_in_package(model) else str(Path(model).absolute())
+    """Return the absolute path of a model's directory; "" and the name of a packaged model stay.
+
+    A path also stays if the directory here has a comma, which would divide the list of teachers.
+    """
+    stays = not model or workdir.is_in_package(model) or "," in os.getcwd()
+    return model if stays else str(Path(model).absolute())
 
 
 def extend_vocabulary(first: Vocabulary, second: Vocabulary) -> Vocabulary:
@@ -127,20 +129,18 @@ def _find_changes(before: Config, config: Config, directory: Path) -> Changes:
                 f"{_start_from(directory)}"
             )
     fixed = {f: values for f, values in changes.items() if f not in config_lib.CHANGEABLE}
-    # The checksum is that of all splits together.
-    is_cut = config_lib.is_cut(before.data), config_lib.is_cut(config.data)
-    is_divided_anew = before.data.path and config.data.path and len(set(is_cut)) > 1
-    if "data.sha256" in fixed or is_divided_anew:
-        text = before.data.path or f"the dataset {before.data.dataset}"
-        raise UserError(
-            f"{directory} holds a run that was trained on another text, or on other splits of it "
-            f"({text}): restore that text, or use {another_directory()}"
-        )
+    is_other_text = fixed.pop("data.sha256", None)
     if fixed:
         listed = "; ".join(f"{f} was {was!r} and is {now!r}" for f, (was, now) in fixed.items())
         raise UserError(
             f"{directory} holds a run with another config ({listed}): resume with that config, or "
             f"use {another_directory()}"
+        )
+    if is_other_text:
+        text = before.data.path or f"the dataset {before.data.dataset}"
+        raise UserError(
+            f"{directory} holds a run that was trained on another text, or on other splits of it "
+            f"({text}): restore that text, or use {another_directory()}"
         )
     return changes
 

@@ -10,7 +10,6 @@ from typing import Unpack
 import jax
 
 from lstm_jax import batches
-from lstm_jax import config as config_lib
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
@@ -103,8 +102,8 @@ class Session:
         )
         self.is_resumed = restored is not None
         if restored:
-            step, self._history = restored.step, restored.history
-            state = TrainState.join(restored.params, restored.state)
+            step, items = restored
+            self._history, state = items.history, TrainState.join(items.params, items.state)
         elif (directory / workdir.METRICS).exists():
             raise UserError(
                 f"{directory} holds {workdir.METRICS} but no checkpoint: restore "
@@ -198,10 +197,7 @@ class Session:
 
 @contextlib.contextmanager
 def open_run(
-    config: Config,
-    directory: Path,
-    mesh: jax.sharding.Mesh,
-    watch: Watch = lambda row: None,
+    config: Config, directory: Path, mesh: jax.sharding.Mesh, watch: Watch = lambda row: None
 ) -> Iterator[Session]:
     """Open the run in `directory`, or a new one there, and close it at the end of the block.
 
@@ -223,11 +219,13 @@ def open_run(
             check_lock = stack.enter_context(lock.hold_lock(directory))
         stack.enter_context(_name_failed_writes(directory))
         run = Session(config, directory, splits, mesh, watch, check_lock)
+        del splits  # The run has the ids.
         stack.enter_context(run.checkpoints)
         run.begin()
         if hosts.is_first():
-            path, fields = directory / workdir.METRICS, config_lib.flatten(run.config)
-            run.writer = stack.enter_context(metrics.MetricsWriter(path, run.loop.step, fields))
+            path = directory / workdir.METRICS
+            writer = metrics.MetricsWriter(path, run.loop.step, run.config)
+            run.writer = stack.enter_context(writer)
         yield run
 
 

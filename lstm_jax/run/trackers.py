@@ -4,13 +4,13 @@ import contextlib
 import html
 import importlib.util
 import os
+import pkgutil
 import re
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from lstm_jax import config as config_lib
 from lstm_jax.data import files
 from lstm_jax.errors import UserError, one_line, warn
 from lstm_jax.run import metrics, workdir
@@ -18,8 +18,6 @@ from lstm_jax.run.metrics import Row
 
 # The file of a tracked run that holds its identity, with a limit of its size in bytes.
 TRACKED, _LIMIT = "tracked.json", 2**10
-# The default name of a project that holds the runs.
-_PROJECT = "lstm-jax"
 
 
 # Two functions: one adds a row of metrics.jsonl, with the `sample` of a validation; the other sends
@@ -32,15 +30,15 @@ def _open_wandb(directory: Path) -> _Tracker:
     import wandb
 
     opened = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", _PROJECT),
+        project=os.environ.get("WANDB_PROJECT", "lstm-jax"),
         id=_get_identity(directory),
         name=directory.resolve().name,
         dir=os.environ.get("WANDB_DIR", str(directory)),
         resume="allow",
         settings=wandb.Settings(console="off"),
     )
-    fields = config_lib.flatten(workdir.load_config(directory))
-    opened.config.update(metrics.list_hyperparameters(fields), allow_val_change=True)
+    hyperparameters = metrics.list_hyperparameters(workdir.load_config(directory))
+    opened.config.update(hyperparameters, allow_val_change=True)
     # The row of the test split has an earlier step, which W&B's own steps can't be.
     opened.define_metric("step")
     opened.define_metric("*", step_metric="step")
@@ -95,19 +93,22 @@ def open_trackers(names: Sequence[str], directory: Path) -> Iterator[Callable[[R
             try:
                 write(row)
             except Exception as error:
-                del opened[name]
                 warn(f"--track={name} failed and gets no more rows ({one_line(error)[:300]})")
+                close(name, failed=True)
+
+    def close(name: str, failed: bool) -> None:
+        try:
+            opened.pop(name)[1](failed)
+        except Exception as error:
+            warn(f"--track={name} failed to close ({one_line(error)[:300]})")
 
     failed = True
     try:
         yield watch
         failed = False
     finally:
-        for name, (_, close) in opened.items():
-            try:
-                close(failed)
-            except Exception as error:
-                warn(f"--track={name} failed to close ({one_line(error)[:300]})")
+        for name in list(opened):
+            close(name, failed)
 
 
 def _find_tracker(name: str) -> Callable[[Path], _Tracker]:
@@ -123,11 +124,10 @@ def _find_tracker(name: str) -> Callable[[Path], _Tracker]:
             f"--track is {name!r}: it must be {', '.join(_TRACKERS)}, or the name of a function as "
             "package.module:function"
         )
-    path, _, function_name = name.partition(":")
     if os.getcwd() not in sys.path:  # It is not, in the script `lstm-jax`.
         sys.path.append(os.getcwd())
     try:
-        function = getattr(importlib.import_module(path), function_name)
+        function = pkgutil.resolve_name(name)
     except Exception as error:  # The module is a user's code.
         raise UserError(f"--track={name} can't be imported: {one_line(error)}") from None
     if not callable(function):

@@ -18,7 +18,6 @@ import jax
 
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
-from lstm_jax.cells.making import trace_cell
 from lstm_jax.config import Config
 from lstm_jax.data import files
 from lstm_jax.errors import UserError, for_caller, warn
@@ -82,14 +81,13 @@ def is_folder(directory: Path) -> bool:
 def load_config(workdir: Path) -> Config:
     """Return the config of the run in `workdir`; raise `UserError` if there is no run."""
     if not (workdir / CONFIG).exists():
-        remedy = for_caller(
-            command="specify the --workdir of a training run, use --model tiny-shakespeare, or "
-            "train one with python -m lstm_jax.main --config experiments/quick.py --workdir "
-            f"{shlex.quote(str(workdir))}",
-            python="name the directory of a training run, or 'tiny-shakespeare', or train one with "
-            "lstm_jax.train",
+        name = shlex.quote(str(workdir))
+        train = f"python -m lstm_jax.main --config experiments/quick.py --workdir {name}"
+        raise UserError(
+            f"there is no trained model in {workdir} (no {CONFIG}): name the directory of a "
+            "training run, or tiny-shakespeare, or train one with "
+            f"{for_caller(command=train, python='lstm_jax.train')}"
         )
-        raise UserError(f"there is no trained model in {workdir} (no {CONFIG}): {remedy}")
     try:
         fields = files.read_json(workdir / CONFIG, _CONFIG_LIMIT)
     except (OSError, ValueError) as error:
@@ -167,10 +165,7 @@ def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
                 "(python -m lstm_jax.recurrences tells whether it runs here)"
             )
         model = model.clone(int8_steps=True)
-    if config.model.cell_sha256:
-        for cell in set(model.clone(block="none").make_cells()):
-            trace_cell(cell)
-    model_lib.check_operations(model)
+    model_lib.check_cells(model)
     params, step = load_params(workdir, model, config.batches.batch_size)
     return Trained(config, vocabulary, model, params, step)
 
