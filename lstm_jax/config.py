@@ -161,8 +161,8 @@ class DataConfig:
         resume=True)
     prepared: str = field("", "Directory for encoded texts. Empty: .lstm_jax beside the first text "
         "file.", resume=True)
-    sha256: str = field("", "Checksum of the text and bytes of each split, set when a run begins. "
-        "The run resumes with this text only.")
+    sha256: str = field("", "Checksum of the text, and the number of bytes of each split, set when "
+        "a run begins. The run resumes with this text only.")
 
 
 @dataclasses.dataclass(frozen=True)

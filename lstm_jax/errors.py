@@ -81,8 +81,9 @@ def raise_user_error(kind: str, file: str, *passing: type[BaseException]) -> Ite
     try:
         yield
     except BaseException as error:
-        # Those of signal handlers: Ctrl-C, and exceptions of this package.
-        is_of_handler = type(error).__module__.startswith("lstm_jax.")
+        # Those of signal handlers: Ctrl-C, and exits of this package.
+        is_exit = not isinstance(error, Exception)
+        is_of_handler = is_exit and type(error).__module__.startswith("lstm_jax.")
         if is_of_handler or isinstance(error, (KeyboardInterrupt, UserError, *passing)):
             raise
         if isinstance(error, SyntaxError):

@@ -118,7 +118,18 @@ def make_train_step(
     config: Config,
     mesh: Mesh,
 ) -> TrainStep:
-    """Make the jitted training step, for the batches of a `feeding.Feed`; the state is donated.
+    """Jit `make_step` for the batches of the training loop; the state is donated."""
+    train_step = make_step(model, optimizer, config, mesh)
+    return feeding.jit_steps(train_step, config.batches.window_length)
+
+
+def make_step(
+    model: model_lib.LanguageModel,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    mesh: Mesh,
+) -> Callable[[TrainState, batches.Batch], TrainState]:
+    """Make the training step, a pure function of a state and a `batches.Batch`.
 
     Every device of the mesh gathers the parameters and computes the gradient for its part of the
     batch, one microbatch after the other. The mean over the devices is the gradient for the whole
@@ -167,7 +178,7 @@ def make_train_step(
             first_skipped=first_skipped,
         )
 
-    return feeding.jit_steps(train_step, config.batches.window_length)
+    return train_step
 
 
 def _start_texts(

@@ -1,3 +1,4 @@
+import errno
 import gc
 import json
 import shutil
@@ -77,6 +78,23 @@ def test_the_latest_two_and_the_best_are_kept_and_restored(
         jax.random.key_data(items.state["key"]), jax.random.key_data(jax.random.key(6))
     )
     assert iterator.get_state() == at_save
+
+
+def test_a_checkpoint_that_can_not_be_deleted_ends_no_run(
+    tmp_path: Path, iterator: grain.DatasetIterator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On network disks, a directory stays while a reader has one of its files open."""
+
+    def refuse(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", refuse)
+    for first in (1, 4):
+        with checkpoints.CheckpointWriter(tmp_path) as writer:
+            for step in range(first, first + 3):
+                save(writer, step, iterator)
+    assert checkpoints.list_steps(tmp_path) == [5, 6]
 
 
 def truncate(path: Path) -> None:

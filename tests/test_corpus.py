@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 from lstm_jax import config as config_lib
 from lstm_jax.data import datasets, sources, texts
 from lstm_jax.errors import UserError
+from lstm_jax.run import workdir
 from lstm_jax.vocabulary import FILE_END
 
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -40,7 +41,10 @@ def test_tiny_shakespeare_is_complete_and_split_as_in_tfds(
     }
     joined = "".join(shakespeare.values())
     assert hashlib.sha256(joined.encode()).hexdigest() == SHAKESPEARE_SHA256
-    assert texts.compute_checksum(shakespeare) == f"{SHAKESPEARE_SHA256}:1003854:55770:55770"
+    checksum = f"{SHAKESPEARE_SHA256}:1003854:55770:55770"
+    assert texts.compute_checksum(shakespeare) == checksum
+    packaged = workdir.load_config(workdir.find_model("tiny-shakespeare"))
+    assert packaged.data.sha256 == checksum
     # A file with the same text is split at the same positions.
     (tmp_path / "text").write_text(joined)
     data = config_lib.default().data

@@ -79,6 +79,13 @@ def test_a_flag_names_a_text_that_moved(trained: Path, text_file: Path, tmp_path
     other.write_text(text_file.read_text(encoding="utf-8"), encoding="utf-8")
     result = run("evaluate", "--workdir", str(trained), "--data_path", str(other), cwd=tmp_path)
     assert result.returncode == 0 and json.loads(result.stdout)["split"] == "test"
+    parts = [tmp_path / name for name in "abc"]  # The same text, divided in another way.
+    text = text_file.read_bytes()
+    for part, content in zip(parts, (text[:-200], text[-200:-100], text[-100:]), strict=True):
+        part.write_bytes(content)
+    divided = ";".join(map(str, parts))
+    result = run("evaluate", "--workdir", str(trained), "--data_path", divided, cwd=tmp_path)
+    assert result.returncode == 2 and "or is split differently" in result.stderr
     other.write_text("another text, though long enough to be split in three" * 10)
     result = run("evaluate", "--workdir", str(trained), "--data_path", str(other), cwd=tmp_path)
     assert result.returncode == 2 and "not the one this run was trained on" in result.stderr
@@ -299,7 +306,8 @@ BAD_CONFIGS = {
     "syntax.py": "def get_config(:\n",
     "empty.py": "",
     "none.py": "def get_config(): pass\n",
-    "value.py": "def get_config(): raise ValueError('a wrong value')\n",
+    "value.py": "def get_config():\n    return int('a wrong value')\n",
+    "calls.py": "import os\ndef get_config(): return os.environ['NOTHING']\n",
     "argument.py": "def get_config(word='none'): raise ValueError(f'the word {word}')\n",
 }
 
@@ -314,7 +322,8 @@ BAD_CONFIGS = {
         (["main", "--config=syntax.py"], "syntax.py, line 1"),
         (["main", "--config=empty.py"], "no attribute 'get_config'"),
         (["main", "--config=none.py"], "get_config() returned NoneType"),
-        (["main", "--config=value.py"], "a wrong value"),
+        (["main", "--config=value.py"], "value.py, line 2: ValueError"),
+        (["main", "--config=calls.py"], "calls.py, line 2: KeyError: 'NOTHING'"),
         (["main", "--config=argument.py:gru"], "the word gru"),
         (["main", "--config", f"{QUICK}:gru"], "get_config"),
         (["main", "--config", QUICK, "--config.model.cell=gur"], "model.cell is 'gur'"),

@@ -342,6 +342,10 @@ def test_a_file_that_changes_while_it_is_read_raises_an_error(
     path.write_bytes(b"\xff" * size)
     with pytest.raises(UserError, match="train.npy has changed while it was read"):
         ids[:9]
+    manifest = prepared.prepare_corpus(data)
+    (manifest.directory / "counts.npy").write_bytes(b"")
+    with pytest.raises(UserError, match="is damaged: remove it"):
+        prepared.open_splits(manifest)
 
 
 @pytest.mark.slow

@@ -554,14 +554,16 @@ def test_a_directory_with_a_trial_of_another_study_raises_an_error(tmp_path: Pat
 def test_a_study_of_another_space_or_of_no_sweep_raises_an_error(tmp_path: Path) -> None:
     make_study(tmp_path, "one")
     pruner = study.make_pruner("none", 1)
-    for seed, grid, parameters, message in (
-        (0, {}, ["x", "y"], r"with the parameters \['x'\], and not \['x', 'y'\]"),
-        (0, {"x": [0, 1]}, ["x"], r"with the grid \{\}, and not \{'x': \[0, 1\]\}"),
-        (1, {}, ["x"], "with the --seed 0, and not 1"),
+    grid = {"x": [0, 1]}
+    for sampler, parameters, message in (
+        (("random", 0), ["x", "y"], r"with the parameters \['x'\], and not \['x', 'y'\]"),
+        (("random", 0, grid), ["x"], r"with the grid \{\}, and not \{'x': \[0, 1\]\}"),
+        (("grid", 0, grid), ["x"], "with the --sampler 'random', and not 'grid'"),
+        (("random", 1), ["x"], "with the --seed 0, and not 1"),
     ):
-        sampler = study.SeededSampler("random", seed, grid)
+        made = study.SeededSampler(*sampler)
         with pytest.raises(UserError, match=message):
-            study.open_study(tmp_path, None, "one", {}, parameters, sampler, pruner)
+            study.open_study(tmp_path, None, "one", {}, parameters, made, pruner)
     url = f"sqlite:///{tmp_path / study.DATABASE}"
     optuna.create_study(storage=url, study_name="two", direction="maximize")
     with pytest.raises(UserError, match="'two' exists, but is not from a sweep"):

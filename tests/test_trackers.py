@@ -49,18 +49,27 @@ def make_row(step: int, split: str, **more: Any) -> Any:
 
 
 def test_a_function_gets_each_row_and_one_that_fails_is_left_out(
-    own: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    own: str,
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    directory = shutil.copytree(trained, tmp_path / "run")
+    directory, closed = shutil.copytree(trained, tmp_path / "run"), list[bool]()
+    # "json" is the name of a package.
+    monkeypatch.setitem(trackers._TRACKERS, "json", lambda run: (float, closed.append))
     rows = [make_row(0, "validation", sample="O"), make_row(10, "train"), make_row(20, "train")]
-    with trackers.open_trackers([f"{own}:fail", f"{own}:write"], directory) as watch:
+    with trackers.open_trackers([f"{own}:fail", f"{own}:write", "json"], directory) as watch:
         for row in rows:
             watch(row)
-    assert sys.modules[own].rows == rows
-    assert capsys.readouterr().err == (
+            assert closed == [True], "it is told that it failed"
+    assert sys.modules[own].rows == rows and closed == [True]
+    failed, other = capsys.readouterr().err.splitlines()
+    assert failed == (
         "warning: --track=own_tracker:fail failed and gets no more rows "
-        "(ValueError: the server is down)\n"
+        "(ValueError: the server is down)"
     )
+    assert "--track=json failed and gets no more rows (TypeError" in other
 
 
 @pytest.mark.parametrize(

@@ -388,7 +388,7 @@ def test_a_new_run_starts_from_the_weights_of_another(
     source = workdir.load_trained(trained)
     output = capsys.readouterr().out
     assert f"those of step {source.step} in {trained}" in output
-    assert "2 new tokens: 'ß', 'é'" in output
+    assert "2 new tokens: 'ß', 'é'" in output and "=== before training: validation" in output
     vocabulary = workdir.load_vocabulary(tmp_path / "run")
     assert vocabulary.tokens == (*source.vocabulary.tokens, "ß", "é")
 

@@ -132,9 +132,9 @@ def export_folder(directory: Path, target: Path, dtype: str) -> None:
         )
     trained = workdir.load_trained(source)
     rows = metrics.read_metrics(source / workdir.METRICS)
-    text = card.make_card(target.resolve().name, trained, dtype, rows)
-    model = config, trained.vocabulary, trained.params, trained.step
-    make_folder(target.absolute(), *model, dtype, text)
+    content = card.make_card(target.resolve().name, trained, dtype, rows)
+    named = config, trained.vocabulary, trained.params, trained.step, dtype, content
+    make_folder(target.absolute(), *named)
     print(f"Wrote the model of {directory}, step {trained.step}, to {target}, in {dtype}")
     print(f"Its card, {target / _CARD}, names the text and the losses: complete it by hand")
 
@@ -172,16 +172,16 @@ def make_folder(
     params: model_lib.Params,
     step: int = 0,
     dtype: str = "float32",
-    text: str = "",
+    card_text: str = "",
 ) -> None:
-    """Make the folder of a model, with a card of this text, if any; raise `UserError` if it fails.
+    """Make the folder of a model, complete or not at all; raise `UserError` if that fails.
 
-    It is complete or not there at all.
+    It has a card if there is a text for it.
     """
     failure = name_failure(f"can't write to {directory}")
     with failure, files.unfinished_directory(directory) as partial:
         workdir.save_config(partial, config)
         workdir.save_vocabulary(partial, vocabulary)
         model_file.write_params(partial / workdir.MODEL, params, step, dtype)
-        if text:
-            files.write_file(partial / _CARD, text.encode())
+        if card_text:
+            files.write_file(partial / _CARD, card_text.encode())

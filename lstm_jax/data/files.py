@@ -138,7 +138,8 @@ def unfinished_directory(target: Path) -> Iterator[Path]:
             lock_file(stack.enter_context(_open_directory(path)))
         yield path
         path.rename(target)
-        sync_directory(target.parent.resolve())  # The user may have named a link.
+        with contextlib.suppress(OSError):  # It is complete, also where this is not supported.
+            sync_directory(target.parent.resolve())  # The user may have named a link.
 
 
 @contextlib.contextmanager

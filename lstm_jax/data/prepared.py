@@ -285,7 +285,7 @@ def open_splits(manifest: Manifest) -> dict[str, Text]:
         with files.open_regular(directory / _COUNTS) as file:
             counts = dict(zip(sources.SPLITS, np.load(file), strict=True))
         return {name: PreparedText(manifest, name, tokens, counts[name]) for name in counts}
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, EOFError, RecursionError):
         raise UserError(f"{directory} is damaged: remove it, and start again") from None
 
 

@@ -255,7 +255,7 @@ def check_unchanged(sha256: str, expected: str) -> None:
     """Raise `UserError` if the text is not the one that a run began with (`data.sha256`)."""
     if expected and expected != sha256:
         raise UserError(
-            "the text is not the one this run was trained on, or its splits are others (SHA-256 "
+            "the text is not the one this run was trained on, or is split differently (SHA-256 "
             f"and bytes of each split: {expected} at that time, {sha256} now): restore that text, "
             "or train a new run on this one"
         )

@@ -66,13 +66,19 @@ def load_texts(data: DataConfig) -> Splits:
     return _open_splits(data)
 
 
-def _open_splits(data: DataConfig, manifest: Manifest | None = None) -> Splits:
-    """Return the splits of a prepared corpus, or else read them into memory."""
+def _open_splits(
+    data: DataConfig, manifest: Manifest | None = None, stop: str | None = None
+) -> Splits:
+    """Return the splits of a prepared corpus, or else read them into memory.
+
+    The stop token of a text in memory is `stop`, or else the one that the training text has.
+    """
     if manifest:
         texts, sha256 = prepared.open_splits(manifest), manifest.checksum
     else:
         strings = read_splits(data)
-        stop = encoding.find_stop_text(data.document_separator, strings["train"].__contains__)
+        if stop is None:
+            stop = encoding.find_stop_text(data.document_separator, strings["train"].__contains__)
         texts = {name: Text(text, data.units, stop) for name, text in strings.items()}
         sha256 = compute_checksum(strings)
     sources.check_unchanged(sha256, data.sha256)
@@ -80,7 +86,12 @@ def _open_splits(data: DataConfig, manifest: Manifest | None = None) -> Splits:
 
 
 def load_texts_of_run(
-    data: DataConfig, path: str | None, dataset: str | None = None, directory: str | None = None
+    data: DataConfig,
+    path: str | None,
+    dataset: str | None = None,
+    directory: str | None = None,
+    *,
+    stop: str | None = None,
 ) -> dict[str, Text]:
     """Return the splits that a run was trained on, for commands that read its text again.
 
@@ -94,6 +105,7 @@ def load_texts_of_run(
       path: the current path of its text, or None; this and the next two come from the user.
       dataset: the TFDS dataset with its text.
       directory: TFDS's data directory.
+      stop: the stop token of the run's vocabulary.
 
     Raises:
       UserError: as `load_texts` does; or if the user must name the text.
@@ -119,7 +131,7 @@ def load_texts_of_run(
             "trust it, add --dataset NAME, and --data_directory DIR if it is not in TFDS's default "
             "directory"
         )
-    return _open_splits(data, manifest).texts
+    return _open_splits(data, manifest, stop).texts
 
 
 def _find_prepared(data: DataConfig, make: bool) -> Manifest:

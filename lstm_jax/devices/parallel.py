@@ -101,7 +101,9 @@ def make_mesh(config: Config) -> Mesh:
     if not data:
         usable = len(devices) // model
         if devices[0].platform == "cpu":  # There may be fewer if JAX had started before.
-            usable = min(usable, _count_useful_cores(config) * processes)
+            # All processes must choose the same, and the library may run only in some of them.
+            count = _count_useful_cores if processes == 1 else _limit_cores
+            usable = min(usable, count(config) * processes)
         shares = batch_size // (model * microbatches)
         fitting = [n for n in range(1, usable + 1) if n * model % processes == 0]
         data = max((n for n in fitting if shares % n == 0), default=max(fitting, default=1))

@@ -37,7 +37,7 @@ def measure(
     Args:
       directories: working directories, more than one for an ensemble.
       dtype: of matmuls, or None for that of the runs.
-      own_text: the last three arguments of `texts.load_texts_of_run`.
+      own_text: the path, dataset and directory of `texts.load_texts_of_run`.
       options: what to measure.
 
     Raises:
@@ -49,7 +49,7 @@ def measure(
     names = options.splits.split("+")
     splits: dict[str, Text] = {}
     if not options.text or options.dynamic:
-        splits = texts.load_texts_of_run(trained.config.data, *own_text)
+        splits = texts.load_texts_of_run(trained.config.data, *own_text, stop=vocabulary.stop)
     measured = (
         [_read_text(options.text, vocabulary)] if options.text else [splits[n] for n in names]
     )

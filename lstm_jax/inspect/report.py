@@ -39,7 +39,7 @@ def write_report(
     """Write the page about the model in a working directory, or raise `UserError`; print its path.
 
     The text is that of `text_file` ("-" is standard input), or else the run's validation split,
-    for which `own_text` are the arguments of `texts.load_texts_of_run`. Its first `length` tokens
+    for which `own_text` are arguments of `texts.load_texts_of_run`. Its first `length` tokens
     are read.
     """
     if out is not None and not out.parent.is_dir():

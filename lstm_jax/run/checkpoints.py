@@ -101,7 +101,7 @@ class CheckpointWriter:
         for path in sorted(self._directory.iterdir()):
             unfinished = _UNFINISHED in path.name
             if unfinished and path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)  # A reader may have a file of it open.
             elif unfinished or (path.name.isdecimal() and path.name not in known):
                 raise UserError(f"{path} is not a checkpoint: move it away")
 
@@ -146,7 +146,7 @@ class CheckpointWriter:
         for old in set(steps) - {*steps[-2:], find_best_step(self._directory)}:
             unfinished = self._directory / f"{old}{_UNFINISHED}"
             (self._directory / str(old)).rename(unfinished)
-            shutil.rmtree(unfinished, ignore_errors=True)  # If it fails, the next run tries again.
+            shutil.rmtree(unfinished, ignore_errors=True)  # If it fails, `_clear` tries again.
 
     def record_validation(self, step: int, loss: float) -> None:
         """Add the validation loss, in nats per token, to the checkpoint of `step`."""
@@ -207,9 +207,9 @@ def restore_latest(
     """Return the step of the latest undamaged checkpoint, and its `params`, `state` and `history`.
 
     Return None if there is no checkpoint. Later ones, which are damaged, are renamed, each with a
-    warning. `params` and `state` are arrays
-    of the expected shapes and dtypes, or `jax.ShapeDtypeStruct`s. The iterator over the training
-    batches is set to the checkpoint's position.
+    warning. `params` and `state` are arrays of the expected shapes and dtypes, or
+    `jax.ShapeDtypeStruct`s. The iterator over the training batches is set to the checkpoint's
+    position.
 
     Raises:
       UserError: if all are damaged, or one does not hold such `params` and `state`.

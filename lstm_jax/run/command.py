@@ -125,7 +125,7 @@ def define_run_flags() -> Callable[[], list[Path]]:
 def define_text_flags() -> Callable[[], list[str | None]]:
     """Define the flags that name the text of a trained run; return a function that reads them.
 
-    It returns the last three arguments of `texts.load_texts_of_run`.
+    It returns the path, dataset and directory of `texts.load_texts_of_run`.
     """
     define = flags.DEFINE_string
     text_flags = (
@@ -208,10 +208,10 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         with errors.raise_user_error("config file", config_file, flags.Error, OSError, SystemExit):
             return flags.FLAGS(argv)
     except (UserError, flags.Error, OSError) as error:
-        _fail(_describe(error, argv))
+        _fail(_describe(error, argv, config_file))
 
 
-def _describe(error: Exception, argv: Sequence[str]) -> str:
+def _describe(error: Exception, argv: Sequence[str], config_file: str) -> str:
     """Return one line about an exception that was raised by parsing `argv`."""
     for argument in argv:
         field = re.match(r"--?config\.([\w.]+)", argument)
@@ -234,8 +234,10 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
             return f"there is no flag --{error.flagname}: did you mean {' or '.join(fields)}?"
     # config_flags reports an error in a config file as a traceback in the message.
     _, in_config_file, trace = str(error).partition("Error whilst parsing config file:")
-    message = f"config file: {trace.splitlines()[-1]}" if in_config_file else str(error)
-    return message.replace("invalid literal for int() with base 10: ", "not an integer: ")
+    if in_config_file:
+        lines = re.findall(rf'File "{re.escape(config_file)}"(, line \d+)', trace)
+        return f"config file {config_file}{(lines or [''])[-1]}: {trace.splitlines()[-1]}"
+    return str(error).replace("invalid literal for int() with base 10: ", "not an integer: ")
 
 
 def _fail(message: str) -> NoReturn:

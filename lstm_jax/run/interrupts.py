@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def exit_at_once() -> None:
@@ -42,7 +42,7 @@ def _set_handler(handler: Callable[..., object]) -> dict[signal.Signals, Any]:
         return {}
     # Python can't restore a handler of native code, which is None.
     kept = (signal.SIG_IGN, None)
-    changed = [number for number in SIGNALS if signal.getsignal(number) not in kept]
+    changed = [number for number in _SIGNALS if signal.getsignal(number) not in kept]
     return {number: signal.signal(number, handler) for number in changed}
 
 

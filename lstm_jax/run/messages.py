@@ -29,8 +29,9 @@ def print_setup(run: Session) -> None:
     inputs, targets = window[:-1], window[1:]
     recurrence = model.implementation()
     if recurrence == "fused":
-        layers = model.dtype, config.batches.batch_size // config.optimizer.microbatches
-        if all(choice.runs_in_c("windows", layers[0], n, layers[1]) for n in model.sizes[1:]):
+        batch_size = config.batches.batch_size // config.optimizer.microbatches
+        sizes = model.sizes[1:]
+        if all(choice.runs_in_c("windows", model.dtype, size, batch_size) for size in sizes):
             recurrence = "fused, in C"
     counts = ", ".join(f"{len(of_split):,} {name}" for name, of_split in run.ids.items())
     print(

@@ -54,7 +54,9 @@ def resolve_run(
     `config` is complete, with the checksum of the text. Raise `UserError` if the run has another
     text, or another value of a field that can't change.
     """
-    teachers = ",".join(map(_make_absolute, config.distill.teachers.split(",")))
+    teachers = config.distill.teachers
+    if "," not in os.getcwd():  # It would divide the list.
+        teachers = ",".join(map(_make_absolute, teachers.split(",")))
     config = dataclasses.replace(
         config,
         init_from=_make_absolute(config.init_from),
@@ -86,12 +88,8 @@ def resolve_run(
 
 
 def _make_absolute(model: str) -> str:
-    """Return the absolute path of a model's directory; "" and the name of a packaged model stay.
-
-    A path also stays if the directory here has a comma, which would divide the list of teachers.
-    """
-    stays = not model or workdir.is_in_package(model) or "," in os.getcwd()
-    return model if stays else str(Path(model).absolute())
+    """Return the absolute path of a model's directory; "" and the name of a packaged model stay."""
+    return model if not model or workdir.is_in_package(model) else str(Path(model).absolute())
 
 
 def extend_vocabulary(first: Vocabulary, second: Vocabulary) -> Vocabulary:

@@ -58,9 +58,9 @@ def open_study(
     )
     search = {
         "parameters": sorted(parameters),
-        "grid": sampler.grid,
         "--sampler": sampler.name,
         "--seed": sampler.seed,
+        "grid": sampler.grid,
     }
     # Read the trials first: another worker may add one now, but only after the attribute.
     is_empty = not study.get_trials(deepcopy=False)
