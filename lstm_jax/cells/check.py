@@ -106,22 +106,18 @@ def _check_values(cell: Any) -> Any:
         _compare(cell, "__call__", "bfloat16 is far from float32", low, whole, _BFLOAT16)
         _require_effect(cell, "dtype", low, whole, "use lstm_jax.matmul.matmul(a, b, self.dtype)")
 
-    def run_step(cell: Any, variables: Any = variables) -> Any:
-        # A new function, because _halve_gates changes what the cell computes.
-        return jax.jit(lambda *args: cell.apply(*args))(variables, carry, inputs[:, 0])
-
     if hasattr(cell, "layer_norm"):
         other = cell.clone(layer_norm=not cell.layer_norm)
         drawn = jax.jit(other.init)(jax.random.key(0), carry, inputs[:, 0])
         # A cell ignores parameters of the other.
         both = unflatten_dict({**flatten_dict(drawn), **flatten_dict(variables)})
-        remedy = "normalize if self.layer_norm"
-        _require_effect(cell, "layer_norm", run_step(other, both), run_step(cell, both), remedy)
+        changed = _make_run(other, both)(carry, inputs)
+        _require_effect(cell, "layer_norm", changed, whole, "normalize if self.layer_norm")
     if _has_own_call(type(cell)):
         with nn.intercept_methods(_halve_gates):
-            halved = run_step(cell)
+            halved = _make_run(cell, variables)(carry, inputs)
         remedy = "override gates too, or call it"
-        _require_effect(cell, "the method gates", halved, run_step(cell), remedy)
+        _require_effect(cell, "the method gates", halved, whole, remedy)
 
     def inspect(cell: Any, carry: Any, inputs: jax.Array) -> Any:
         after, output = cell(carry, inputs)
@@ -171,7 +167,7 @@ def _check_gradients(cell: Any, variables: Any) -> None:
 
 
 def _make_run(cell: Any, variables: Any, parallel: bool = False) -> Callable[..., Any]:
-    """Return a function of a carry, inputs [batch, time, features] and starts."""
+    """Return a function of a carry, inputs [batch, time, features] and starts, compiled anew."""
     run = jax.jit(functools.partial(nn.apply(run_cell, cell), parallel=parallel))
     return lambda carry, inputs, starts=None: jax.device_get(
         run(variables, carry, inputs, starts=starts)
@@ -180,11 +176,8 @@ def _make_run(cell: Any, variables: Any, parallel: bool = False) -> Callable[...
 
 def _has_own_call(kind: type[nn.Module]) -> bool:
     """Return whether `__call__` is of a class that inherits `gates` from another one."""
-    call, gates = (
-        next((i for i, base in enumerate(kind.__mro__) if name in vars(base)), 0)
-        for name in ("__call__", "gates")
-    )
-    return call < gates
+    first = next(base for base in kind.__mro__ if {"__call__", "gates"} & vars(base).keys())
+    return hasattr(kind, "gates") and "gates" not in vars(first)
 
 
 def _halve_gates(run: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:

@@ -174,6 +174,8 @@ def _run_trial(sweep: Sweep, trial: Trial, signals: StopRequest) -> _TrialError 
             raise
         return None  # This process was suspended, and another worker has taken the trial over.
     with contextlib.suppress(UpdateFinishedTrialError):
+        if error:
+            trial.set_user_attr(REASON, str(error))
         study.tell(trial, loss, state, skip_if_finished=True)
     return error
 
@@ -184,7 +186,7 @@ def _train_trial(sweep: Sweep, trial: Trial) -> float:
         overrides = sweep.space.overrides(trial)  # Draws the parameters of a new trial.
         config = sweep.space.apply(sweep.experiment, overrides)
     except UserError as error:
-        raise _fail(trial, str(error), _SpaceError) from None
+        raise _SpaceError(str(error)) from None
     trial.set_user_attr(study_lib.OVERRIDES, overrides)
     directory = study_lib.get_trial_directory(sweep.directory, trial)
     study_lib.claim_directory(directory, trial)
@@ -215,18 +217,11 @@ def _train_trial(sweep: Sweep, trial: Trial) -> float:
         raise  # A later attempt may succeed, so the trial is queued again.
     # Errors caused by the settings of a trial or by too little memory.
     except (UserError, jax.errors.JaxRuntimeError, MemoryError) as error:
-        raise _fail(
-            trial, str(error) if isinstance(error, UserError) else one_line(error)[:300]
-        ) from None
+        reason = str(error) if isinstance(error, UserError) else one_line(error)[:300]
+        raise _TrialError(reason) from None
     if exit_code:
         raise Stopped(exit_code)
     return _measure(trial, directory)
-
-
-def _fail(trial: Trial, reason: str, kind: type[_TrialError] = _TrialError) -> _TrialError:
-    """Record the reason why a trial fails; return the exception to raise."""
-    trial.set_user_attr(REASON, reason)
-    return kind(reason)
 
 
 def _measure(trial: Trial, directory: Path) -> float:
@@ -235,7 +230,7 @@ def _measure(trial: Trial, directory: Path) -> float:
     best = checkpoints.find_best_step(saved_in)
     loss = checkpoints.read_validation_loss(saved_in, best) if best is not None else None
     if loss is None:
-        raise _fail(trial, "no checkpoint has a validation loss")
+        raise _TrialError("no checkpoint has a validation loss")
     for row in metrics.read_metrics(directory / workdir.METRICS):
         if row["split"] == "test" and math.isfinite(row["loss"]):
             trial.set_user_attr(study_lib.TEST_LOSS, row["loss"])

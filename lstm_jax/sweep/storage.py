@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_plus
 
-import optuna
 import sqlalchemy
 from optuna.exceptions import ExperimentalWarning, OptunaError, StorageInternalError
 from optuna.storages import RDBStorage
@@ -88,18 +87,12 @@ class SweepStorage(RDBStorage):
 
         Return whether it was running. If too many workers in a row died, it fails for good.
         """
-        trial, kind = self.get_trial(trial_id), models.TrialUserAttributeModel
-        deaths = trial.user_attrs.get(_DEATHS, 0) + 1 if is_dead else 0
-        attributes = {**trial.user_attrs, RESUMES: trial.number, _DEATHS: deaths}
-        attributes.pop(REASON, None)
-        queued = optuna.trial.create_trial(
-            state=TrialState.WAITING,
-            params=trial.params,
-            distributions=trial.distributions,
-            user_attrs=attributes,
-            system_attrs=trial.system_attrs,
-            intermediate_values=trial.intermediate_values,
-        )
+        # A new object, which becomes the template of the queued trial.
+        queued, kind = self.get_trial(trial_id), models.TrialUserAttributeModel
+        deaths = queued.user_attrs.get(_DEATHS, 0) + 1 if is_dead else 0
+        queued.user_attrs |= {RESUMES: queued.number, _DEATHS: deaths}
+        queued.user_attrs.pop(REASON, None)
+        queued.state, queued.datetime_start = TrialState.WAITING, None
         with _create_scoped_session(self.scoped_session) as session:
             # The order of the locks is Optuna's.
             models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
