@@ -133,8 +133,9 @@ def export_folder(directory: Path, target: Path, dtype: str) -> None:
     trained = workdir.load_trained(source)
     rows = metrics.read_metrics(source / workdir.METRICS)
     content = card.make_card(target.resolve().name, trained, dtype, rows)
-    named = config, trained.vocabulary, trained.params, trained.step, dtype, content
-    make_folder(target.absolute(), *named)
+    make_folder(
+        target.absolute(), config, trained.vocabulary, trained.params, trained.step, dtype, content
+    )
     print(f"Wrote the model of {directory}, step {trained.step}, to {target}, in {dtype}")
     print(f"Its card, {target / _CARD}, names the text and the losses: complete it by hand")
 
