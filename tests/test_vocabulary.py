@@ -130,12 +130,10 @@ def test_documents_end_with_the_stop_token() -> None:
     assert find_stop_text("blank_line", "a\r\n\r\nb".__contains__) == "\r\n\r\n"
     assert find_stop_text("blank_line", text.__contains__) == "\n\n"
     data = config_lib.default().data
-    data.document_separator = "line"
     with pytest.raises(UserError, match="no '\\\\n' to end its documents"):
         Vocabulary.from_text("ab", stop="\n")
     with pytest.raises(UserError, match="no '\\\\n' to end its documents"):
         Text("ab", "characters", "\n").vocabulary(data)
-    data.document_separator = "file"
     with pytest.raises(UserError, match="has no end of a file"):
         Text("ab", "characters", FILE_END).vocabulary(data)
 

@@ -5,11 +5,13 @@ config of a training command, or from --cell of a command that reads a run. The 
 directory is only compared with those loaded.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import shlex
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import flax.linen as nn
@@ -47,18 +49,25 @@ def load_cell(name: str) -> str:
     return sha256
 
 
+@contextlib.contextmanager
+def import_from(directory: Path) -> Iterator[None]:
+    """Let a file of the user, which runs in the block, import the modules of its directory."""
+    sys.path.insert(0, str(directory))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # The file may have removed it.
+            sys.path.remove(str(directory))
+
+
 def _run_file(file: str, class_name: str, source: bytes, sha256: str) -> type[nn.Module]:
     """Run the source of a file, and return its class of this name."""
     # Under a unique name, so that it hides no other module. Dataclasses look modules up.
     module = types.ModuleType(f"cell_file_{sha256}")
     module.__file__ = file
     sys.modules[module.__name__] = module
-    sys.path.insert(0, str(Path(file).parent))
-    try:
-        with raise_user_error("cell file", file):
-            exec(compile(source, file, "exec"), module.__dict__)
-    finally:
-        sys.path.remove(str(Path(file).parent))
+    with import_from(Path(file).parent), raise_user_error("cell file", file):
+        exec(compile(source, file, "exec"), module.__dict__)
     cell = getattr(module, class_name, None)
     if cell is None:
         classes = [

@@ -2,7 +2,6 @@
 
 import json
 import runpy
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from optuna.trial import BaseTrial, FrozenTrial
 
 from lstm_jax.config import Config, change_fields
 from lstm_jax.errors import UserError, one_line, raise_user_error
+from lstm_jax.run import cell_file
 
 FUNCTION = "get_overrides"  # The function of a space file.
 # The number of draws to check before training, so that mistakes are reported early.
@@ -95,12 +95,8 @@ def load_space(path: Path) -> Space:
     """Run a space file; raise `UserError` if it fails or lacks the function."""
     if not path.is_file():
         raise UserError(f"there is no space file {path}")
-    sys.path.insert(0, str(path.parent))
-    try:
-        with raise_user_error("space file", str(path)):
-            names = runpy.run_path(str(path))
-    finally:
-        sys.path.remove(str(path.parent))
+    with cell_file.import_from(path.parent), raise_user_error("space file", str(path)):
+        names = runpy.run_path(str(path))
     if not callable(names.get(FUNCTION)):
         raise UserError(
             f"{path} has no function {FUNCTION}(trial): it must return the fields that a trial "
