@@ -70,7 +70,7 @@ def cross_validate(features: np.ndarray, labels: np.ndarray, folds: int = 5) -> 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("model", help="a model, as of lstm_jax.load")
+    parser.add_argument("model", help="a model that lstm_jax.load reads")
     parser.add_argument("file", type=Path)
     parser.add_argument("names", nargs=2)
     arguments = parser.parse_args()

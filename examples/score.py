@@ -25,7 +25,7 @@ def score_sentences(run: lstm_jax.Run, sentences: list[str]) -> list[tuple[float
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("model", help="a model, as of lstm_jax.load")
+    parser.add_argument("model", help="a model that lstm_jax.load reads")
     parser.add_argument("file", type=Path)
     arguments = parser.parse_args()
     lines = arguments.file.read_text(encoding="utf-8").splitlines()

@@ -49,7 +49,7 @@ def make_app(run: lstm_jax.Run) -> fastapi.FastAPI:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("model", help="a model, as of lstm_jax.load")
+    parser.add_argument("model", help="a model that lstm_jax.load reads")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     arguments = parser.parse_args()

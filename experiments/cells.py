@@ -1,4 +1,4 @@
-"""Compare cells at equal numbers of parameters and steps, each in the block of its paper."""
+"""Compare cells at equal numbers of parameters and steps: one layer, or three in blocks."""
 # python -m lstm_jax.main --config experiments/cells.py:lstm
 # python -m lstm_jax.main --config experiments/cells.py:gru
 # python -m lstm_jax.main --config experiments/cells.py:rnn

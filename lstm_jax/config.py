@@ -86,9 +86,9 @@ def names_cell_file(name: str) -> bool:
     return re.fullmatch(r".+\.py:\w+", name) is not None
 
 
-def is_plain_lstm(cell: object, layer_norm: bool, block: str) -> bool:
-    """Return whether `recurrences.fused` can run layers with these fields of `ModelConfig`."""
-    return cell == "lstm" and not layer_norm and block == "none"
+def is_plain_lstm(model: Any) -> bool:
+    """Return whether `recurrences.fused` can run a `LanguageModel`, or that of a `ModelConfig`."""
+    return bool(model.cell == "lstm" and not model.layer_norm and model.block == "none")
 
 
 # fmt: off
@@ -229,8 +229,7 @@ class ModelConfig:
         "recomputes the others to save memory. 0: store all.", _SIZE_OR_ZERO, resume=True,
         relevant_if=Rule(
             "model.cell='lstm' without layer_norm or block, recurrence auto, fused or pallas",
-            lambda c: is_plain_lstm(c.model.cell, c.model.layer_norm, c.model.block)
-            and c.model.recurrence not in ("scan", "cudnn")))
+            lambda c: is_plain_lstm(c.model) and c.model.recurrence not in ("scan", "cudnn")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -432,7 +431,7 @@ def complete_config(fields: object) -> Config:
         raise UserError(f"get_config() returned {type(fields).__name__}, not a ConfigDict")
     try:
         given = list(_flatten(ConfigDict(fields).to_dict()))
-    except (TypeError, ValueError) as error:  # A name that is no text, or has a dot in it.
+    except (TypeError, ValueError) as error:  # A name that is not a string, or has a dot.
         raise UserError(f"this is not a config: {error}") from None
     made = default()
     for name, value in given:
@@ -490,6 +489,8 @@ def describe_unknown_field(name: str) -> str | None:
     others = {other.rpartition(".")[2]: other for other in within}
     if near := difflib.get_close_matches(last, others, n=1):
         hint = f": did you mean {others[near[0]]}?"
+    elif same := [other for other in _BY_NAME if other.rpartition(".")[2] == last]:
+        hint = f": did you mean {' or '.join(same)}?"
     elif section and others:
         hint = f": there are {', '.join(others.values())}"
     else:

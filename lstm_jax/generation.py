@@ -107,7 +107,7 @@ def _generate(
     batch_size = len(state.logits)
     # Drawing all at once is nearly free. In the loop, on a CPU, it would take half as long as a
     # step of a model with 1,024 hidden units.
-    uniform = random_numbers(key, batch_size, state.position + jnp.arange(size))
+    uniform = draw_uniform(key, batch_size, state.position + jnp.arange(size))
 
     def is_unfinished(loop: _Loop) -> jax.Array:
         _, t, state = loop
@@ -127,7 +127,7 @@ def _generate(
     return jax.lax.while_loop(is_unfinished, generate_one, start)
 
 
-def random_numbers(key: jax.Array, batch_size: int, positions: jax.Array) -> jax.Array:
+def draw_uniform(key: jax.Array, batch_size: int, positions: jax.Array) -> jax.Array:
     """Draw the uniform random numbers that determine the tokens at `positions`, int32 [n].
 
     They are float32 [batch_size, n] in [0, 1). Each depends only on the key, its index in the

@@ -59,7 +59,7 @@ def read_chunks(
     params: Params,
     chunks: Iterable[Chunk],
 ) -> np.ndarray:
-    """Return what `read`, a function like `read_chunk`, computes for the targets that count.
+    """Return the results of `read`, a function like `read_chunk`, for the targets that count.
 
     They are in the order of the text, [n, ...]. The carry is kept from chunk to chunk.
     """

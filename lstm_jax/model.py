@@ -169,19 +169,19 @@ class LanguageModel(nn.Module):
         Return the outputs of the last layer [batch, time, features], before the last of `masks`,
         and the carry.
         """
-        implementation, starts = self.implementation(), self.find_starts(ids)
+        recurrence, starts = choose_recurrence(self), self.find_starts(ids)
         below: Any = Lookup(self.embedding.embedding, ids)
         carries = []
         for i, (cell, before) in enumerate(zip(self.layers, carry, strict=True)):
             inputs = apply_mask(below, masks[i]) if masks else below
-            if implementation in ("fused", "pallas"):
-                options = self.dtype, self.rematerialize, implementation == "pallas", starts
+            if recurrence in ("fused", "pallas"):
+                options = self.dtype, self.rematerialize, recurrence == "pallas", starts
                 outputs, after = fused.run_fused(cell.kernels(), inputs, before, *options)
-            elif implementation == "cudnn":
+            elif recurrence == "cudnn":
                 rows = fused.get_rows(inputs)
                 outputs, after = cudnn.run_recurrence(cell.kernels(), rows, before)
             else:
-                parallel = implementation == "parallel"
+                parallel = recurrence == "parallel"
                 after, outputs = run_cell(cell, before, fused.get_rows(inputs), parallel, starts)
             carries.append(after)
             below = outputs + below if self.skip_connections and i else outputs
@@ -218,10 +218,9 @@ class LanguageModel(nn.Module):
     @nn.nowrap
     def prepare_step(self, params: Params) -> Prepared:
         """Prepare the parameters for `apply_step`; call it once, before the first step."""
-        bound = self.bind({"params": params})
-        if bound.implementation() in ("scan", "parallel"):
+        if choose_recurrence(self) in ("scan", "parallel"):
             return params
-        return fused.prepare_step(bound)
+        return fused.prepare_step(self.bind({"params": params}))
 
     @nn.nowrap
     def apply_step(self, arrays: Prepared, ids: jax.Array, carry: Carry) -> tuple[jax.Array, Carry]:
@@ -239,10 +238,6 @@ class LanguageModel(nn.Module):
     def find_starts(self, ids: jax.Array) -> jax.Array | None:
         """Return at which ids a document begins, bool of the same shape; None without documents."""
         return None if self.stop_id is None else ids == self.stop_id
-
-    def implementation(self) -> str:
-        """Return how the layers run over time here; see `choose_recurrence`."""
-        return choose_recurrence(self)
 
 
 def apply_mask(x: jax.Array | Lookup, mask: jax.Array | None) -> Any:
@@ -264,37 +259,26 @@ def make_model(
       KeyError: if the cell is in a file that was not loaded (`run.cell_file`).
       ValueError: if `recurrence` can't run this model.
     """
-    made = LanguageModel(
-        vocabulary_size,
-        model.embedding_size,
-        model.hidden_size,
-        model.num_layers,
-        recurrence=model.recurrence,
-        dtype=model.dtype,
-        rematerialize=model.rematerialize,
-        cell=model.cell if model.cell in CELLS else LOADED[model.cell][0],
-        layer_norm=model.layer_norm,
-        options=nn.FrozenDict(model.options),
-        block=model.block,
-        tie_embeddings=model.tie_embeddings,
-        skip_connections=model.skip_connections,
-        initial_embedding=model.initial_embedding,
-        initial_scale=model.initial_scale,
-        initial_bias=model.initial_bias,
-        stop_id=stop_id,
-    )
-    if made.dtype == "auto":
+    names = {field.name for field in dataclasses.fields(ModelConfig)} - {"cell_sha256"}
+    given: dict[str, Any] = {name: getattr(model, name) for name in names}
+    given["options"] = nn.FrozenDict(model.options)
+    if model.cell not in CELLS:
+        given["cell"] = LOADED[model.cell][0]
+    made = LanguageModel(vocabulary_size, stop_id=stop_id, **given)
+    is_auto = made.dtype == "auto"
+    if is_auto:
         made = made.clone(dtype="float32")
-        if "dtype" in {field.name for field in dataclasses.fields(made.cell_class)}:
-            made = made.clone(dtype=choose_dtype(made.implementation()))
+    recurrence = choose_recurrence(made)
+    if is_auto and "dtype" in {field.name for field in dataclasses.fields(made.cell_class)}:
+        made = made.clone(dtype=choose_dtype(recurrence))
     return made
 
 
 def check_cells(model: LanguageModel) -> None:
     """Raise `UserError` if a cell breaks the protocol, or the layers have too many operations."""
     if not isinstance(model.cell, str):  # Those of the package follow it.
-        for cell in set(model.clone(block="none").make_cells()):
-            trace_cell(cell)
+        for layer in set(model.make_cells()):
+            trace_cell(layer.cell if isinstance(layer, Block) else layer)
     operations = sum(map(count_operations, model.make_cells()))
     if operations > _MAX_OPERATIONS:
         raise UserError(

@@ -66,7 +66,7 @@ def drop_parameters(rates: RegularizationConfig, params: Params, key: jax.Array)
     return dropped
 
 
-def penalty(
+def compute_penalty(
     rates: RegularizationConfig, outputs: jax.Array, dropped: jax.Array
 ) -> jax.Array | float:
     """Compute activation and temporal activation regularization (Merity et al. 2017), in nats.

@@ -211,7 +211,7 @@ def _make_compute_grads(
         masks: model_lib.Masks | None,
         key: jax.Array | None,
     ) -> tuple[jax.Array, tuple[jax.Array, model_lib.Carry]]:
-        """Return the objective, with teachers and penalties; and (the text's loss, the carry)."""
+        """Return the loss to minimize, with teachers and penalties; and (the loss, the carry)."""
         read = params if key is None else regularization.drop_parameters(rates, params, key)
         inputs, targets, soft_targets = batch
         outputs, carry = model.bind({"params": read}).run(inputs, carry, masks)
@@ -223,7 +223,7 @@ def _make_compute_grads(
         if soft_targets is not None:
             soft_losses = optax.softmax_cross_entropy(logits, soft_targets)
             objective = (1 - distill.weight) * objective + distill.weight * soft_losses.mean()
-        return objective + regularization.penalty(rates, outputs, dropped), (loss, carry)
+        return objective + regularization.compute_penalty(rates, outputs, dropped), (loss, carry)
 
     def compute_grads(params: model_lib.Params, key: jax.Array | None, *divided: Any) -> Any:
         def one(batch: Any, carry: model_lib.Carry, masks: Any) -> Any:

@@ -16,6 +16,7 @@ import commands
 from lstm_jax import config
 from lstm_jax.model import LanguageModel
 from lstm_jax.recurrences import accelerator, fused, pallas
+from lstm_jax.recurrences.choice import choose_recurrence
 from test_native import measure_errors, run_numpy, to_bfloat16
 from test_recurrence import SIZES, assert_close, make_problem, reference, value_and_gradients
 
@@ -121,10 +122,10 @@ def test_some_recurrences_need_their_device(
     for backend in ("cpu", "gpu", "tpu"):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
         if backend == device:
-            assert lstm.implementation() == recurrence
+            assert choose_recurrence(lstm) == recurrence
         else:
             with pytest.raises(ValueError, match=f"needs a {device.upper()}"):
-                lstm.implementation()
+                choose_recurrence(lstm)
 
 
 @pytest.mark.process

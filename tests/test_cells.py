@@ -12,6 +12,7 @@ import models
 from lstm_jax import cells, config, regularization
 from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
+from lstm_jax.recurrences.choice import choose_recurrence
 
 BATCH, INPUTS, HIDDEN = 4, 5, 7
 
@@ -139,20 +140,20 @@ def test_every_execution_gives_the_same_logits(name: str, block: str) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), carry, last)
     if block == "none" and not hasattr(parallel.cell_class, "run_parallel"):
         with pytest.raises(ValueError, match="needs a cell with a method run_parallel"):
-            parallel.implementation()
+            choose_recurrence(parallel)
     else:
         other, _ = models.apply(parallel, params, ids, parallel.initial_carry(3))
         np.testing.assert_allclose(other, logits, atol=1e-5)
 
 
 def test_cells_without_a_fused_implementation_use_scan() -> None:
-    assert model_lib.LanguageModel(11, 6, 9).implementation() == "fused"
-    assert model_lib.LanguageModel(11, 6, 9, cell="gru").implementation() == "scan"
-    assert model_lib.LanguageModel(11, 6, 9, layer_norm=True).implementation() == "scan"
-    assert model_lib.LanguageModel(11, 6, 9, cell="mingru").implementation() == "parallel"
-    assert model_lib.LanguageModel(11, 6, 9, block="residual").implementation() == "parallel"
+    assert choose_recurrence(model_lib.LanguageModel(11, 6, 9)) == "fused"
+    assert choose_recurrence(model_lib.LanguageModel(11, 6, 9, cell="gru")) == "scan"
+    assert choose_recurrence(model_lib.LanguageModel(11, 6, 9, layer_norm=True)) == "scan"
+    assert choose_recurrence(model_lib.LanguageModel(11, 6, 9, cell="mingru")) == "parallel"
+    assert choose_recurrence(model_lib.LanguageModel(11, 6, 9, block="residual")) == "parallel"
     with pytest.raises(ValueError, match="only LSTM cells without layer normalization"):
-        model_lib.LanguageModel(11, 6, 9, cell="rnn", recurrence="fused").implementation()
+        choose_recurrence(model_lib.LanguageModel(11, 6, 9, cell="rnn", recurrence="fused"))
 
 
 @pytest.mark.parametrize(

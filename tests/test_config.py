@@ -41,6 +41,7 @@ def test_the_default_config_is_the_lesson() -> None:
         ({"model": {"hidden_size": "7"}}, "model.hidden_size is '7': it must be of type int"),
         ({"model": {"hidden_size": 0}}, "model.hidden_size is 0: it must be from 1 to 1,048,576"),
         ({"max_step": 1}, "config.max_step: did you mean max_steps"),
+        ({"data": {"batch_size": 1}}, "data.batch_size: did you mean batches.batch_size"),
         ({"seed": 2**32}, "seed is 4294967296: it must be from 0 to 4,294,967,295"),
         ({"model": 5}, "no field config.model"),
         (

@@ -16,6 +16,7 @@ from lstm_jax import model as model_lib
 from lstm_jax.cells import mlstm
 from lstm_jax.model import LanguageModel
 from lstm_jax.recurrences import fused, native
+from lstm_jax.recurrences.choice import choose_recurrence
 from test_native import measure_errors, run_numpy, to_bfloat16
 from test_recurrence import make_problem, value_and_gradients
 
@@ -163,7 +164,7 @@ def test_some_recurrences_have_no_documents(monkeypatch: pytest.MonkeyPatch) -> 
     for recurrence, device in (("cudnn", "gpu"), ("pallas", "tpu")):
         monkeypatch.setattr(jax, "default_backend", lambda device=device: device)
         model = LanguageModel(7, 5, 8, recurrence=recurrence)
-        assert model.implementation() == recurrence
+        assert choose_recurrence(model) == recurrence
         with pytest.raises(ValueError, match="can't restart where a document begins"):
-            model.clone(stop_id=STOP).implementation()
-        assert model.clone(stop_id=STOP, recurrence="auto").implementation() == "fused"
+            choose_recurrence(model.clone(stop_id=STOP))
+        assert choose_recurrence(model.clone(stop_id=STOP, recurrence="auto")) == "fused"

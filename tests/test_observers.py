@@ -208,13 +208,14 @@ def test_a_loop_is_validated_when_it_is_due_and_when_its_checkpoint_was(tmp_path
     validate.after_step(make_loop(69))
     assert run.log == []
     validate.before_first_step(make_loop(0))
-    assert run.log == [(0, "validation", 1.5), ("validated", 0, 1.5)]
+    assert run.log == ["waited", (0, "validation", 1.5), ("validated", 0, 1.5)]
     validate.after_step(make_loop(70))
-    assert run.log[2:] == [(70, "validation", 1.5), ("validated", 70, 1.5), "plotted"]
+    noted = [(70, "validation", 1.5), ("validated", 70, 1.5), "plotted"]
+    assert run.log[3:] == ["waited", *noted], "the row is of a complete checkpoint"
     assert (tmp_path / "samples.txt").read_text().count("text") == 2
     run.is_validated, run.log = True, []
     validate.before_first_step(make_loop(33))
-    assert run.log[0] == (33, "validation", 1.5)
+    assert run.log[1] == (33, "validation", 1.5)
 
 
 def test_a_signal_stops_a_loop_only_where_processes_agree_and_before_its_end() -> None:

@@ -77,8 +77,10 @@ def test_adamw(decay: float) -> None:
     np.testing.assert_allclose(run(fields, gradients, start), params, atol=1e-5)
 
 
-def test_biases_do_not_decay() -> None:
-    fields = make_fields(name="sgd", learning_rate=0.1, weight_decay=0.5)
+@jax.debug_nans(False)  # As in `test_schedule_free`.
+@pytest.mark.parametrize("name", optimizer_lib.OPTIMIZERS)
+def test_kernels_decay_and_biases_do_not(name: str) -> None:
+    fields = make_fields(name=name, learning_rate=0.1, weight_decay=0.5)
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
     optimizer = optimizer_lib.make_optimizer(fields, 10)
     zeros = jax.tree.map(jnp.zeros_like, params)

@@ -366,9 +366,11 @@ def test_a_cell_without_gates_has_a_report_of_its_outputs() -> None:
         def initial_carry(self, batch_size: int) -> jax.Array:
             return jnp.zeros((batch_size, self.hidden_size))
 
-        @nn.compact
+        def setup(self) -> None:  # Its attributes are no methods of the protocol.
+            self.gates, self.activation = nn.Dense(self.hidden_size), jnp.sin
+
         def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
-            carry = 0.5 * carry + 9 * nn.Dense(self.hidden_size)(inputs)
+            carry = 0.5 * carry + 9 * self.gates(inputs)
             return carry, carry
 
     model = model_lib.LanguageModel(11, 6, 8, cell=Plain)
@@ -554,9 +556,24 @@ def test_auto_is_float32_for_a_cell_without_a_dtype(
     assert made.dtype == "float32" and made.make_cells()
 
 
-@pytest.mark.parametrize("cell", [Counting, pytest.param(InheritedGates, marks=pytest.mark.slow)])
-def test_check_cell_accepts_any_carry_and_any_gates(cell: Any) -> None:
+_ACCEPTED = [Counting, Sum(5, 8, "bfloat16"), pytest.param(InheritedGates, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("cell", _ACCEPTED)
+def test_check_cell_accepts_any_carry_gates_and_dtype(cell: Any) -> None:
     lstm_jax.check_cell(cell)
+
+
+def test_a_cell_in_a_block_needs_equal_sizes_only() -> None:
+    class Adding(Sum):
+        def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+            carry, outputs = super().__call__(carry, inputs)
+            return carry, inputs + outputs
+
+    model = model_lib.LanguageModel(11, 6, 8, cell=Adding, block="residual")
+    model_lib.check_cells(model)
+    with pytest.raises(UserError, match="Adding"):
+        model_lib.check_cells(model.clone(block="none"))
 
 
 def test_options_and_operations_are_bounded(tiny_config: ConfigDict) -> None:

@@ -29,7 +29,7 @@ def test_regularization_is_off_by_default() -> None:
     assert not regularization.is_random(rates)
     assert regularization.draw_masks(rates, MODEL, jax.random.key(0), 2) == [None] * 4
     outputs = jnp.ones((2, 3, 4))
-    assert regularization.penalty(rates, outputs, outputs) == 0
+    assert regularization.compute_penalty(rates, outputs, outputs) == 0
     params = {"embedding": {"embedding": jnp.ones((2, 2))}}
     assert regularization.drop_parameters(rates, params, jax.random.key(0)) == params
 
@@ -138,10 +138,10 @@ def test_weights_are_dropped_independently(rate: float) -> None:
 def test_activation_penalties() -> None:
     outputs, dropped = np.random.default_rng(0).normal(size=(2, 3, 5, 7)).astype(np.float32)
     rates = make_rates(activation_penalty=2.0)
-    actual = regularization.penalty(rates, outputs, dropped)
+    actual = regularization.compute_penalty(rates, outputs, dropped)
     np.testing.assert_allclose(actual, 2 * (dropped**2).mean(), rtol=1e-5)
     rates = make_rates(temporal_activation_penalty=3.0)
-    actual = regularization.penalty(rates, jnp.asarray(outputs), jnp.asarray(dropped))
+    actual = regularization.compute_penalty(rates, jnp.asarray(outputs), jnp.asarray(dropped))
     np.testing.assert_allclose(actual, 3 * (np.diff(outputs, axis=1) ** 2).mean(), rtol=1e-5)
     one = jnp.asarray(outputs[:, :1])
-    assert regularization.penalty(rates, one, one) == 0
+    assert regularization.compute_penalty(rates, one, one) == 0

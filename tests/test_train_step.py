@@ -82,13 +82,13 @@ def test_one_step_is_adam_on_the_mean_loss(max_gradient_norm: float) -> None:
 def test_microbatches_match_the_step_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare several steps, with masks, penalties and the carry."""
     results: list[train_step.TrainState] = []
-    penalty, sizes = regularization.penalty, set[int]()
+    penalty, sizes = regularization.compute_penalty, set[int]()
 
     def record(rates: Any, outputs: jax.Array, dropped: jax.Array) -> Any:
         sizes.add(len(outputs))
         return penalty(rates, outputs, dropped)
 
-    monkeypatch.setattr(regularization, "penalty", record)
+    monkeypatch.setattr(regularization, "compute_penalty", record)
     for number in (1, 3):
         config = make_config(6)
         config.optimizer.learning_rate = 0.01

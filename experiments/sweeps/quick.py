@@ -8,7 +8,7 @@ import optuna
 
 
 def get_overrides(trial: optuna.Trial) -> dict[str, Any]:
-    """Return the optimizer, the dropout, and the shape of a batch of 2,048 characters.
+    """Return the optimizer, the dropout, and the shape of a batch of 3,072 characters.
 
     Model and epochs stay the same, so that a trial takes the same time as quick.py. Layer
     normalization, another cell or another size would take longer.
@@ -27,5 +27,5 @@ def get_overrides(trial: optuna.Trial) -> dict[str, Any]:
         "regularization.output_dropout": trial.suggest_float("output_dropout", 0.0, 0.5),
         "regularization.recurrent_dropout": trial.suggest_float("recurrent_dropout", 0.0, 0.3),
         "batches.batch_size": batch_size,
-        "batches.window_length": 2048 // batch_size,
+        "batches.window_length": 3072 // batch_size,
     }

@@ -27,7 +27,8 @@ class Cell(nn.Module):
     input_size: int  # Features of the inputs.
     hidden_size: int  # The number of hidden units.
     dtype: str = "float32"  # The dtype of matmul operands, "float32" or "bfloat16".
-    layer_norm: bool = False  # Whether to normalize x W and h U, separately (Ba et al. 2016).
+    # Whether to normalize x W and h U, separately, each over all gates together (Ba et al. 2016).
+    layer_norm: bool = False
 
     def declare_kernels(self, gates: int, bias: Initializer = nn.initializers.zeros) -> None:
         """Declare the kernels and the bias for this number of gates; call it in `setup`."""
@@ -47,7 +48,7 @@ class Cell(nn.Module):
         return scaled + self.bias[None]
 
     def project_hidden(self, hidden: jax.Array) -> jax.Array:
-        """Return h U: [batch, gates * hidden_size]."""
+        """Return h U: [batch, gates * hidden_size], for gates that all read the same state."""
         projected = matmul(hidden, self.recurrent_kernel, self.dtype)
         return normalize(projected) * self.recurrent_scale[None] if self.layer_norm else projected
 

@@ -11,7 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.test_util import check_grads
 
-from lstm_jax.cells.making import describe_place, get_types, make_cell, raise_user_error, trace_cell
+from lstm_jax.cells.making import describe_place, get_types, make_cell, name_cell_error, trace_cell
 from lstm_jax.cells.protocol import get_activation, get_gates, run_cell
 from lstm_jax.errors import UserError, visible
 
@@ -49,9 +49,11 @@ def check_cell(
         made = make_cell(cell, input_size, hidden_size, options=options)
     elif not (hasattr(cell, "input_size") and hasattr(cell, "hidden_size")):
         raise UserError(f"{describe_place(type(cell))} needs fields input_size and hidden_size")
+    if hasattr(made, "dtype"):
+        made = made.clone(dtype="float32")
     for batch in (1, _BATCH):
         trace_cell(made, batch)
-    with raise_user_error(type(made)):
+    with name_cell_error(type(made)):
         variables = _check_values(made)
         with jax.enable_x64(True):
             _check_gradients(made, variables)

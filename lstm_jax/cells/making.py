@@ -54,7 +54,7 @@ def make_cell(
             given[name] = value
         elif value != default:
             raise UserError(f"the cell {cell.__name__} has no field {name}: it must be {default!r}")
-    with raise_user_error(cell):
+    with name_cell_error(cell):
         return cell(input_size=input_size, hidden_size=hidden_size, parent=None, **given)
 
 
@@ -127,7 +127,7 @@ def trace_cell(cell: Any, batch: int = 3) -> None:
     Raise `UserError` with the file and line of a mistake.
     """
     kind = type(cell)
-    with raise_user_error(kind, "initial_carry depends on the fields alone, not on parameters"):
+    with name_cell_error(kind, "initial_carry depends on the fields alone, not on parameters"):
         carry = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, cell.initial_carry(batch)))
     where = f"{describe_place(cell, 'initial_carry')}: initial_carry({batch}) returned"
     if carry is None:
@@ -137,11 +137,11 @@ def trace_cell(cell: Any, batch: int = 3) -> None:
             f"{where} {_describe(carry)}: the first axis of every array must be the batch"
         )
     inputs = jax.ShapeDtypeStruct((batch, cell.input_size), jnp.float32)
-    with raise_user_error(kind):
+    with name_cell_error(kind):
         variables = jax.eval_shape(cell.init, jax.random.key(0), carry, inputs)
 
     def trace(run: Callable[..., Any], inputs: Any = inputs) -> Any:
-        with raise_user_error(kind):
+        with name_cell_error(kind):
             return jax.eval_shape(nn.apply(run, cell), variables, carry, inputs)
 
     if others := [name for name in variables if name != "params"]:
@@ -214,7 +214,7 @@ def _check_outputs(where: str, outputs: Any, shape: tuple[int, ...]) -> None:
 
 
 @contextlib.contextmanager
-def raise_user_error(cell: type[nn.Module], hint: str = "") -> Iterator[None]:
+def name_cell_error(cell: type[nn.Module], hint: str = "") -> Iterator[None]:
     """Raise any exception in the code of a cell as a `UserError` with the line in its file.
 
     The hint explains an exception that has no message.
@@ -243,7 +243,7 @@ def describe_place(cell: Any, method: str = "", line: int | None = None) -> str:
 
 
 def find_source(thing: Any) -> tuple[str, int]:
-    """Return the file and the first line of a class or function, as well as they are known."""
+    """Return the file and first line of a class or function; "<unknown>", 0 without a source."""
     thing = inspect.unwrap(thing)
     try:
         return str(inspect.getsourcefile(thing)), inspect.getsourcelines(thing)[1]

@@ -74,9 +74,10 @@ _scan = nn.scan(
 
 def get_gates(cell: Any, carry: Any, inputs: jax.Array) -> Gates:
     """Return the gates of a step; none for a cell without the method."""
-    return cell.gates(carry, inputs) if hasattr(cell, "gates") else {}
+    return cell.gates(carry, inputs) if hasattr(type(cell), "gates") else {}
 
 
 def get_activation(cell: Any, carry: Any, outputs: jax.Array) -> jax.Array:
     """Return the activations after a step; without the method, the tanh of its outputs."""
-    return cell.activation(carry) if hasattr(cell, "activation") else jnp.tanh(outputs)
+    has_activation = hasattr(type(cell), "activation")  # `setup` may set others.
+    return cell.activation(carry) if has_activation else jnp.tanh(outputs)

@@ -33,9 +33,12 @@ class Reading(NamedTuple):
     # For each layer, by the name of the gate, float64 [2, hidden_size]: the share of tokens at
     # which it was below `CLOSED`, and above `OPEN`.
     saturation: list[dict[str, np.ndarray]]
-    guesses: np.ndarray  # int32 [n, at most `GUESSES`]: the most probable tokens after each token.
+    # int32 [n, at most `GUESSES`]: the most probable tokens after each token, the first of which is
+    # the most probable: guesses[t] predict token t + 1.
+    guesses: np.ndarray
     probabilities: np.ndarray  # Their probabilities, float32 of the same shape.
-    bits: np.ndarray  # float32 [n], the loss of each token, given all before it; 0 for the first.
+    # float32 [n]: bits[t] is the loss of token t itself, given all before it; 0 for the first.
+    bits: np.ndarray
 
 
 def record_activations(

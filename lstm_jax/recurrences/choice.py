@@ -14,7 +14,7 @@ from lstm_jax.recurrences.processor import has_bfloat16_instructions
 
 
 class Row(NamedTuple):
-    """What runs LSTM layers on a kind of CPU, and the measurement that says so."""
+    """Whether the library in C or XLA runs LSTM layers on a kind of CPU, and the measurement."""
 
     with_amx: bool  # The CPU has AMX; otherwise AVX-512 BF16 alone.
     work: str  # "windows" of training and evaluation, or "steps" of generation.
@@ -24,8 +24,8 @@ class Row(NamedTuple):
     largest: float = float("inf")  # Number of hidden units for which it is used.
 
 
-# XLA runs what no row names, and hidden sizes that are no multiple of 16. Measured on two cores of
-# Zen 4 and, with AMX, of Sapphire Rapids, at 1 x 1,024, 2 x 512 and 2 x 256 (docs/speed.md).
+# XLA runs all other layers, and those whose hidden size is not a multiple of 16. Measured on two
+# cores of Zen 4, or of Sapphire Rapids, at 1 x 1,024, 2 x 512 and 2 x 256 (docs/speed.md).
 TABLE = (
     Row(False, "windows", "bfloat16", True, "0.77, 0.57, 0.84 of XLA's time at three sizes"),
     Row(False, "windows", "float32", True, "0.91, 0.82, 0.79 of XLA's time", largest=1024),
@@ -78,7 +78,7 @@ def choose_recurrence(model: Any) -> str:
       ValueError: if `recurrence` can't run this model on this machine.
     """
     recurrence: str = model.recurrence
-    is_lstm = is_plain_lstm(model.cell, model.layer_norm, model.block)
+    is_lstm = is_plain_lstm(model)
     has_parallel = model.block != "none" or hasattr(model.cell_class, "run_parallel")
     if recurrence == "auto":
         return "fused" if is_lstm else "parallel" if has_parallel else "scan"

@@ -62,9 +62,10 @@ def run_fused(
 
     If `rematerialize` is not 0, the forward pass stores the state only every `rematerialize` steps,
     and the backward pass recomputes the steps between. Memory then grows with time / rematerialize
-    + rematerialize instead of time, and is smallest at the square root of time. `in_pallas`
-    replaces the loops of a TPU. Steps where `starts`, bool [batch, time], is true read a carry of
-    zeros; in Pallas there are none.
+    + rematerialize instead of time, and is smallest at the square root of time.
+
+    With `in_pallas`, the loops run in Pallas kernels, on a TPU. Steps where `starts`, bool
+    [batch, time], is true read a carry of zeros; in Pallas there are none.
     """
     if isinstance(inputs, Lookup) and len(inputs.table) <= 1.5 * inputs.table.shape[1]:
         # The one-hot input needs two matmuls of this size, the embedded row three.
@@ -97,8 +98,9 @@ def run_fused(
 
 def supports_int8(model: Any) -> bool:
     """Return whether the steps of a `LanguageModel` can multiply in 8 bits here."""
-    is_lstm = is_plain_lstm(model.cell, model.layer_norm, model.block)
-    return is_lstm and all(choice.runs_in_c("steps", "int8", size) for size in model.sizes[1:])
+    return is_plain_lstm(model) and all(
+        choice.runs_in_c("steps", "int8", size) for size in model.sizes[1:]
+    )
 
 
 class StepArrays(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.matmul import matmul_rounded
 from lstm_jax.recurrences import native
-from lstm_jax.recurrences.accelerator import Steps
+from lstm_jax.recurrences.accelerator import Steps, compute_step
 
 LANES, _TILE = 16, 64  # As in lstm.c.
 IN_WORD = {"float32": 1, "bfloat16": 2, "int8": 4}  # Numbers in a word of 32 bits.
@@ -101,9 +101,7 @@ def _differentiate_step(
         rows: jax.Array, packed: jax.Array, added: jax.Array, cell: jax.Array
     ) -> Sequence[jax.Array]:
         kernel = packed.transpose(1, 4, 2, 0, 3).reshape(rows.shape[1], -1)
-        i, f, g, o = jnp.split(matmul_rounded(rows, kernel) + added, 4, axis=1)
-        cell = jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
-        return [cell, jax.nn.sigmoid(o) * jnp.tanh(cell)]
+        return [*compute_step(matmul_rounded(rows, kernel) + added, cell, False)[:2]]
 
     return jax.jvp(run, primals, tangents)
 

@@ -131,7 +131,7 @@ WITH_AMX static void release_tiles(void) {
   _tile_dpbf16ps(v, 4, right);
 #define STORE(v, right) _tile_stored(v, &result[0][v], sizeof(result[0]));
 
-// Do what `multiply_rows` does, in bfloat16, with AMX.
+// Compute the same tile as `multiply_rows`, in bfloat16, with AMX.
 WITH_AMX static void multiply_tiles(int rows, const word *a, size_t words, const word *packed,
                                     sums result) {
   if (rows != configured_rows) configure_tiles(rows);

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from lstm_jax.cells.lstm import LSTMCarry
 from lstm_jax.recurrences.accelerator import Loops, Steps, compute_step, differentiate_step
 
-# Mosaic arranges arrays in tiles of so many rows, in bfloat16, and columns.
+# Mosaic's tiles have 16 rows, in bfloat16, and 128 columns.
 _ROWS, _COLUMNS = 16, 128
 _VMEM_BYTES = 100 * 2**20  # Of the 128 MiB of a TPU v5e or v6e.
 _INTERPRETER: Any = True  # Of tests, which run it on a CPU.

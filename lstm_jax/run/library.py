@@ -23,7 +23,7 @@ LogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
 _LONGEST_CHUNK = 1024  # Tokens per call of the compiled function that scores.
 
 
-class Options(TypedDict, total=False):
+class GenerateOptions(TypedDict, total=False):
     """The options of `Run.generate` and `Run.stream`, of which the last are the controls."""
 
     length: int
@@ -85,13 +85,13 @@ class Run:
             f"{self.vocabulary.token_name}s; step {self.step:,}>"
         )
 
-    def generate(self, prompt: str = "", **options: Unpack[Options]) -> str:
+    def generate(self, prompt: str = "", **options: Unpack[GenerateOptions]) -> str:
         """Return the prompt and its continuation; see `stream`, which takes the same options."""
         self._check_prompt(prompt)
         return prompt + "".join(self._stream(prompt, None, **options))
 
     def stream(
-        self, prompt: str = "", *, piece_length: int = 16, **options: Unpack[Options]
+        self, prompt: str = "", *, piece_length: int = 16, **options: Unpack[GenerateOptions]
     ) -> Iterator[str]:
         """Continue a prompt, and yield the generated text piece by piece.
 

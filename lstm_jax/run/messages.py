@@ -27,7 +27,7 @@ def print_setup(run: Session) -> None:
     config, vocabulary, model, step = run.config, run.vocabulary, run.model, run.loop.step
     window = run.ids["train"][: min(config.batches.window_length, _LONGEST_WINDOW) + 1]
     inputs, targets = window[:-1], window[1:]
-    recurrence = model.implementation()
+    recurrence = choice.choose_recurrence(model)
     if recurrence == "fused":
         batch_size = config.batches.batch_size // config.optimizer.microbatches
         sizes = model.sizes[1:]

@@ -20,12 +20,12 @@ from lstm_jax.data import files
 from lstm_jax.errors import UserError, warn
 
 _SPLITS = ("train", "validation", "test")
-# Limits in bytes of the part of metrics.jsonl that is read, and of a row.
+# Limits in bytes of the part of metrics.jsonl that is read, and of a row: a longer one is damaged.
 _LARGEST, _LONGEST_LINE = 2**26, 2**12
 
 
 class Numbers(TypedDict, total=False):
-    """Numbers of a row beside the loss."""
+    """Numbers of a row beside the loss, which TensorBoard and trackers show by name."""
 
     learning_rate: float
     gradient_norm: float

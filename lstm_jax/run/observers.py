@@ -131,6 +131,7 @@ class Validate(Observer):
             text = generate_sample(run, params, jax.random.fold_in(key, loop.step))
         if hosts.is_first():
             step, losses = loop.step, {"validation": loss}
+            run.checkpoints.wait()  # The row may end the run, with the checkpoint of this step.
             run.record(step, "validation", loss, text)
             workdir.append_sample(run.directory, step, run.config.sample.temperature, text)
             run.checkpoints.record_validation(step, loss)

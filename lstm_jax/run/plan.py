@@ -44,7 +44,10 @@ class Plan:
         return f"{round(self.count_epochs(step), 2):g} epochs"
 
     def validates_at(self, step: int) -> bool:
-        """Return whether the run validates after `step` steps, where a call of steps must end."""
+        """Return whether the run saves and validates after `step` steps, which may be 0.
+
+        A call of several steps must end there: see `count_steps_of_call`.
+        """
         every = self._config.validate_every_steps or self.steps_per_epoch
         return not step % every or not step % self.steps_per_epoch or step == self.total_steps
 

@@ -35,7 +35,6 @@ def resolve_model(config: Config) -> Config:
     try:
         stop_id = 0 if config.data.document_separator else None
         model = model_lib.make_model(config.model, 1, stop_id)
-        model.implementation()
     except ValueError as error:
         raise UserError(f"config.model.recurrence: {error}") from None
     model_lib.check_cells(model)

@@ -164,9 +164,9 @@ class Session:
         return metrics.read_metrics(self.directory / workdir.METRICS)
 
     def ends_early(self) -> bool:
-        """Return whether `patience` has ended the run, by its recorded losses; process 0 decides.
+        """Return whether `patience` has ended the run, by its validation losses; process 0 decides.
 
-        These may be later than the checkpoint from which the run resumes.
+        Rows of training may be later than the checkpoint from which the run resumes.
         """
         patience = self.config.patience
         if not patience:
