@@ -85,9 +85,10 @@ def main() -> None:
     """Train, and print the loss of each split in nats per token."""
     config = command.read_experiment()[0]
     splits = texts.load_texts(config.data)
-    ids, _ = splits.encode(splits.vocabulary)
-    lstm = model.make_model(config.model, len(splits.vocabulary), splits.vocabulary.stop_id)
-    counts = splits.texts["train"].count_tokens(splits.vocabulary)
+    vocabulary = splits.texts["train"].make_vocabulary(config.data)
+    ids, _ = splits.encode(vocabulary)
+    lstm = model.make_model(config.model, len(vocabulary), vocabulary.stop_id)
+    counts = splits.texts["train"].count_tokens(vocabulary)
     key, _ = jax.random.split(jax.random.key(config.seed))  # As `main` does.
     params = {"lstm": model.init_params(lstm, key, counts), "past": jnp.eye(lstm.embedding_size)}
     trained = train(config, ids["train"], lstm, params)["lstm"]

@@ -64,7 +64,7 @@ class Streams:
 
     def __init__(self, length: int, batch_size: int, window_length: int, seed: int) -> None:
         self._batch_size, self._window_length, self._seed = batch_size, window_length, seed
-        # At least one window is left out, so that the offset can vary.
+        # At least window_length - 1 tokens are left out, so that the offset can vary.
         self.steps_per_epoch = (length - window_length) // (batch_size * window_length)
         self._stream_length = self.steps_per_epoch * window_length
         self._slack = length - 1 - batch_size * self._stream_length

@@ -1,7 +1,7 @@
-"""Byte-pair encoding: learn the tokens of a text, and divide its words into them.
+"""Byte-pair encoding: learn the tokens of a text, and split its words into them.
 
 Sennrich et al. 2016, with bytes as the smallest tokens. To learn, merge the most frequent pair of
-neighboring tokens within words to a new token, and repeat. To divide a word, start from its bytes
+neighboring tokens within words to a new token, and repeat. To split a word, start from its bytes
 and merge neighbors, always those whose merged token was learned first.
 """
 

@@ -45,7 +45,7 @@ class UserError(Exception):
 
 
 class NotFiniteError(UserError):
-    """A parameter, the loss or a gradient is not finite."""
+    """A parameter, a loss, a gradient or a prediction is not finite."""
 
 
 class UnavailableError(UserError):

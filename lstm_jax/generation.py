@@ -304,7 +304,7 @@ def stream_texts(
     if num_samples > 1:  # The prompt is read once for all.
         state = jax.tree.map(lambda x: jnp.repeat(x, num_samples, 0) if x.ndim else x, state)
     dropped = vocabulary.stop_id if stop_token else None
-    decoders = [vocabulary.decoder() for _ in range(num_samples)]
+    decoders = [vocabulary.make_decoder() for _ in range(num_samples)]
 
     def process(generated: np.ndarray, logits: np.ndarray) -> np.ndarray:
         assert process_logits

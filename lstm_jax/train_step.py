@@ -18,9 +18,9 @@ from lstm_jax.optimizer import update_average
 
 
 class TrainState(NamedTuple):
-    """Everything that a training step reads and writes; checkpoints have all of it.
+    """Everything that a training step reads and writes.
 
-    So with another field, checkpoints from before can't be read.
+    Checkpoints contain all of it, so another field makes earlier checkpoints unreadable.
     """
 
     params: model_lib.Params
@@ -182,14 +182,14 @@ def make_step(
 
 
 def _start_texts(
-    model: model_lib.LanguageModel, kind: BatchesConfig, state: TrainState, batch: batches.Batch
+    model: model_lib.LanguageModel, config: BatchesConfig, state: TrainState, batch: batches.Batch
 ) -> model_lib.Carry:
     """Return the carry before a batch: the initial one for texts that start, or are reset."""
     starts = jnp.broadcast_to(batch.starts, len(batch.inputs))
-    if kind.reset_probability and kind.kind == "streams":
+    if config.reset_probability and config.kind == "streams":
         # A separate key, so that masks are the same whether or not streams are reset.
         reset_key = jax.random.fold_in(state.key, state.step)
-        starts |= jax.random.bernoulli(reset_key, kind.reset_probability, starts.shape)
+        starts |= jax.random.bernoulli(reset_key, config.reset_probability, starts.shape)
     return restart(model, state.carry, starts)
 
 

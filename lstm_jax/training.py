@@ -8,10 +8,9 @@ import jax
 from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
-from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.config import Config
 from lstm_jax.devices import parallel
-from lstm_jax.run import console, messages, resume, session, workdir
+from lstm_jax.run import console, messages, session, workdir
 from lstm_jax.run.finish import finish_run
 from lstm_jax.run.loop import Loop, Observer
 from lstm_jax.run.observers import observe
@@ -45,24 +44,20 @@ def train(
     """
     complete, directory = config_lib.complete_config(config), workdir.check_path(directory)
     parallel.use_cores(complete)
-    with console.quieten(quiet):
-        complete = resume.resolve_model(complete)
-        mesh = parallel.make_mesh(complete)
-        with session.open_run(complete, directory, mesh, watch) as run:
-            messages.print_setup(run)
-            if not run.is_finished:
-                _train(run, mesh)
-            if not run.loop.exit_code:
-                finish_run(run)
-            return run.loop.exit_code
+    with console.quieten(quiet), session.open_run(complete, directory, watch) as run:
+        messages.print_setup(run)
+        if not run.is_finished:
+            _train(run)
+        if not run.loop.exit_code:
+            finish_run(run)
+        return run.loop.exit_code
 
 
-def _train(run: session.Session, mesh: jax.sharding.Mesh) -> None:
+def _train(run: session.Session) -> None:
     """Train a run to the last step, or until a signal or `patience` ends it."""
-    optimizer = optimizer_lib.make_optimizer(run.config.optimizer, run.plan.total_steps)
-    train_step = make_train_step(run.model, optimizer, run.config, mesh)
-    feed = run.make_feed(mesh)
-    with observe(run, mesh) as observers:
+    train_step = make_train_step(run.model, run.optimizer, run.config, run.mesh)
+    feed = run.make_feed()
+    with observe(run) as observers:
         take_steps(run.loop, train_step, feed.next, run.plan, observers)
 
 

@@ -188,10 +188,11 @@ class Vocabulary:
         """Return the tokens of a word from `split_text`: itself, unless the kind is "bpe"."""
         if self.kind != "bpe" or word in self._ids:
             return (word,)
-        return self._split_word(word)
+        return self._cached_split(word)
 
     @functools.cached_property
-    def _split_word(self) -> Callable[[str], tuple[str, ...]]:
+    def _cached_split(self) -> Callable[[str], tuple[str, ...]]:
+        """Return `bpe.split_word` with these tokens; it is cached, since words repeat."""
         ids = {token.encode("utf-8", "surrogateescape"): i for token, i in self._ids.items()}
         return functools.lru_cache(maxsize=2**20)(functools.partial(bpe.split_word, ids=ids))
 
@@ -210,9 +211,9 @@ class Vocabulary:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`; "" is left out, "[UNK]" is kept."""
-        return self.decoder()(ids, True)
+        return self.make_decoder()(ids, True)
 
-    def decoder(self) -> Callable[[Iterable[int], bool], str]:
+    def make_decoder(self) -> Callable[[Iterable[int], bool], str]:
         """Return a function like `decode`, for ids that arrive in pieces.
 
         Its second argument is true for the last piece. Until then it holds back the bytes of an

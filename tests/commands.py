@@ -100,7 +100,6 @@ def keep_process_state() -> Any:
         yield
     finally:
         # A library defines its flags once, when it is imported; a command, which is a file, again.
-        sys.modules.pop("config_config", None)  # The config file.
         for name in set(flags.FLAGS) - known:
             module = flags.FLAGS.find_module_defining_flag(name)
             if module.endswith(".py") or name.startswith("config."):

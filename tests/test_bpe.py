@@ -54,7 +54,7 @@ def test_any_text_is_decoded_exactly(text: str | bytes, vocabulary: Vocabulary) 
     ids = again.encode(text)
     assert again.decode(ids) == text
     assert not np.isin(ids, [0, 1]).any() and again.name_unknown(text) == ""
-    decode = again.decoder()
+    decode = again.make_decoder()
     pieces = [decode([i], False) for i in ids] + [decode([], True)]
     assert "".join(pieces) == text
 

@@ -308,6 +308,8 @@ BAD_CONFIGS = {
     "none.py": "def get_config(): pass\n",
     "value.py": "def get_config():\n    return int('a wrong value')\n",
     "calls.py": "import os\ndef get_config(): return os.environ['NOTHING']\n",
+    "opens.py": "def get_config():\n    return open('settings.json')\n",
+    "json.py": "import json\ndef get_config(): return json.loads('a')\n",
     "argument.py": "def get_config(word='none'): raise ValueError(f'the word {word}')\n",
 }
 
@@ -320,10 +322,12 @@ BAD_CONFIGS = {
         (["main", "--config=nothing.py"], "nothing.py"),
         (["main", "--config=raises.py"], "raises.py, line 2: ZeroDivisionError"),
         (["main", "--config=syntax.py"], "syntax.py, line 1"),
-        (["main", "--config=empty.py"], "no attribute 'get_config'"),
+        (["main", "--config=empty.py"], "config file empty.py has no function get_config()"),
         (["main", "--config=none.py"], "get_config() returned NoneType"),
         (["main", "--config=value.py"], "value.py, line 2: ValueError"),
         (["main", "--config=calls.py"], "calls.py, line 2: KeyError: 'NOTHING'"),
+        (["main", "--config=opens.py"], "opens.py, line 2: FileNotFoundError: [Errno 2] No such"),
+        (["main", "--config=json.py"], "json.py, line 2: JSONDecodeError: Expecting value"),
         (["main", "--config=argument.py:gru"], "the word gru"),
         (["main", "--config", f"{QUICK}:gru"], "get_config"),
         (["main", "--config", QUICK, "--config.model.cell=gur"], "model.cell is 'gur'"),

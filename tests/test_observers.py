@@ -48,7 +48,7 @@ class _FakeRun:
         self.plan = Plan(self.config, 70)
         self.loop = make_loop(0)
         self.ids = {"validation": [0, 1, 2, 3]}
-        self.model, self.vocabulary = None, ()
+        self.model, self.mesh, self.vocabulary = None, None, ()
         self.checkpoints = SimpleNamespace(
             check=lambda: self.is_saving,
             wait=lambda: self.log.append("waited"),
@@ -196,8 +196,7 @@ def validated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_validate(run: Any, stop: StopRequest) -> observers.Validate:
     display = progress.Progress(0, 140, 70)
-    mesh: Any = None
-    return observers.Validate(run, mesh, display, stop)
+    return observers.Validate(run, display, stop)
 
 
 @pytest.mark.usefixtures("validated")

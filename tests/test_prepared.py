@@ -90,8 +90,8 @@ def assert_same(data: ConfigDict) -> None:
     ours, theirs = texts.load_texts(data), load_in_memory(data)
     assert isinstance(ours.texts["train"], prepared.PreparedText)
     assert ours.sha256 == theirs.sha256
-    vocabulary = theirs.texts["train"].vocabulary(data)
-    assert ours.texts["train"].vocabulary(data).to_fields() == vocabulary.to_fields()
+    vocabulary = theirs.texts["train"].make_vocabulary(data)
+    assert ours.texts["train"].make_vocabulary(data).to_fields() == vocabulary.to_fields()
     # The vocabulary of an earlier model, with tokens that are too rare in this text.
     known = Vocabulary.from_text(
         "日本zebra 3.14 κόσμε, 👩\u200d👩\u200d👧" + vocabulary.stop, data.units
@@ -110,7 +110,8 @@ def assert_same(data: ConfigDict) -> None:
                 assert ours.texts[name].get_size(encoder, first) == text.get_size(encoder, first)
     for name, text in theirs.texts.items():
         start, whole = ours.texts[name].read_start(), text.read_start()
-        assert len(start) >= min(len(whole), 500) and whole.startswith(start)
+        # In bytes, the last character may be incomplete.
+        assert len(start) >= min(len(whole), 500) and whole.startswith(start[:-3])
 
 
 @pytest.mark.parametrize(
@@ -321,7 +322,7 @@ def test_the_recorded_directory_has_no_tilde(
     monkeypatch.setenv("HOME", "/home/somebody")
     data, _ = prepared_once
     data = config_lib.DataConfig(**{**data, "prepared": "~/corpora"})
-    resolved = texts.Splits({}, "0" * 64, data).resolve(data)
+    resolved = texts.Splits({}, "0" * 64).resolve(data)
     assert resolved.prepared == "/home/somebody/corpora"
 
 
@@ -330,7 +331,7 @@ def test_a_file_that_changes_while_it_is_read_raises_an_error(
 ) -> None:
     data, directory = prepared_once
     text = prepared.open_splits(prepared.prepare_corpus(data))["train"]
-    ids = text.encode(text.vocabulary(data))
+    ids = text.encode(text.make_vocabulary(data))
     path = directory / "train.npy"
     size = path.stat().st_size
     os.truncate(path, size - 1)

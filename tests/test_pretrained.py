@@ -15,7 +15,6 @@ import commands
 import lstm_jax
 from lstm_jax import config as config_lib
 from lstm_jax import loss as loss_lib
-from lstm_jax.devices import parallel
 from lstm_jax.run import session, workdir
 
 NAME = "tiny-shakespeare"
@@ -86,8 +85,7 @@ def test_a_run_starts_from_it(run: lstm_jax.Run, tiny_config: ConfigDict, tmp_pa
     tiny_config.init_from = NAME
     config = config_lib.complete_config(tiny_config)
     for is_resumed in (False, True):
-        mesh = parallel.make_mesh(config)
-        with session.open_run(config, tmp_path / "run", mesh) as opened:
+        with session.open_run(config, tmp_path / "run") as opened:
             assert opened.is_resumed == is_resumed and opened.config.init_from == NAME
             jax.tree.map(np.testing.assert_array_equal, opened.loop.state.params, run.params)
 

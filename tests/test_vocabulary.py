@@ -45,7 +45,7 @@ def test_decode_inverts_encode_for_any_text(kind: str, stop: str, text: str) -> 
     assert [again.tokens[i] for i in ids] == again.split(text)
     assert again.name_unknown(text) == ""
     # Decoding in pieces gives the same, and each piece is valid text.
-    decode = again.decoder()
+    decode = again.make_decoder()
     pieces = [decode([i], False) for i in ids] + [decode([], True)]
     assert "".join(pieces) == text
     assert all(piece.encode() for piece in pieces if piece)
@@ -59,7 +59,7 @@ def test_bytes_hold_any_file_and_no_character_is_split(content: bytes) -> None:
     assert len(vocabulary) == 2 + 256
     ids = vocabulary.encode(text)
     assert len(ids) == len(content)
-    decode = vocabulary.decoder()
+    decode = vocabulary.make_decoder()
     pieces = [decode(ids[i : i + 3], False) for i in range(0, len(ids), 3)] + [decode([], True)]
     assert "".join(pieces) == vocabulary.decode(ids) == text
     assert "".join(pieces).encode("utf-8", "surrogateescape") == content
@@ -133,9 +133,9 @@ def test_documents_end_with_the_stop_token() -> None:
     with pytest.raises(UserError, match="no '\\\\n' to end its documents"):
         Vocabulary.from_text("ab", stop="\n")
     with pytest.raises(UserError, match="no '\\\\n' to end its documents"):
-        Text("ab", "characters", "\n").vocabulary(data)
+        Text("ab", "characters", "\n").make_vocabulary(data)
     with pytest.raises(UserError, match="has no end of a file"):
-        Text("ab", "characters", FILE_END).vocabulary(data)
+        Text("ab", "characters", FILE_END).make_vocabulary(data)
 
 
 @pytest.mark.parametrize(
@@ -164,10 +164,10 @@ def test_rare_tokens_become_unk() -> None:
     with pytest.raises(UserError, match="none of the words .* occurs 3 times"):
         Vocabulary.from_text(text, "words", min_count=3)
     with pytest.raises(UserError, match="none of the words .* occurs 3 times"):
-        Text(text, "words", "").vocabulary(data)
+        Text(text, "words", "").make_vocabulary(data)
     data.units, data.min_count = "bytes", 9
     same = Vocabulary.from_text(text, "bytes")
-    assert Text(text, "bytes", "").vocabulary(data).tokens == same.tokens
+    assert Text(text, "bytes", "").make_vocabulary(data).tokens == same.tokens
     assert len(Vocabulary.from_text(text, "bytes", min_count=3)) == 258
 
 

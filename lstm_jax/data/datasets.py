@@ -71,8 +71,10 @@ def _open_prepared(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
     except Exception as error:  # A builder is the dataset's own code: it can raise anything.
         reason = f"can't prepare {name} under {data_dir}: {one_line(error)}"
         if isinstance(error, ImportError):
+            # TFDS raises its own error for modules that it imports late.
+            missing = error.name or getattr(error.__cause__, "name", None) or one_line(error)
             reason = (
-                f"preparing {name} needs {error.name}, which is not installed: prepare it as "
+                f"preparing {name} needs {missing}, which is not installed: prepare it as "
                 f"array_record elsewhere and copy it to {data_dir}"
             )
         if not _open_builder(name, data_dir).is_prepared():  # By another process.

@@ -10,7 +10,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -25,8 +25,8 @@ T = TypeVar("T")
 _CHUNK_BYTES = 2**16
 # Give up on a server that sends nothing for this time.
 _TIMEOUT_SECONDS = 30
-# Give up on a slow server: after `Download.seconds`, it must have sent this number of bytes per
-# second since then, at any moment.
+# Give up on a slow server: after `Download.seconds`, its mean speed since the start, without that
+# time, must be this number of bytes per second.
 _LEAST_SPEED = 10_000
 _WHEEL_SECONDS = 120
 
@@ -103,18 +103,18 @@ def _receive_rest(file: Download, part: Path, done: int) -> int:
     began, first = time.monotonic(), done
 
     def wait_for(function: Callable[..., T], *arguments: object) -> T:
-        """Call a function that waits for the server, for the rest of the time."""
+        """Call a function that waits for the server; raise `DownloadError` if that fails."""
         allowed = file.seconds + (done - first) / _LEAST_SPEED
-        return call_in_thread(function, *arguments, seconds=began + allowed - time.monotonic())
-
-    with _network_errors():
         try:
-            response = wait_for(_request, file, done)
-        except urllib.error.HTTPError as error:
-            if not done or error.code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-                raise
-            part.unlink()  # The file there is shorter.
-            response = wait_for(_request, file, 0)
+            return call_in_thread(function, *arguments, seconds=began + allowed - time.monotonic())
+        except TimeoutError:
+            raise DownloadError("the server is too slow, or does not answer") from None
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a bad URL.
+            cause = error.reason if type(error) is urllib.error.URLError else error
+            reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+            raise DownloadError(" ".join(reason.split())) from None
+
+    response = wait_for(_request, file, done)
     try:
         if response.status != HTTPStatus.PARTIAL_CONTENT:
             done = first = 0
@@ -130,8 +130,7 @@ def _receive_rest(file: Download, part: Path, done: int) -> int:
         ):
             output.truncate(done)
             while done <= file.size:
-                with _network_errors():
-                    chunk = wait_for(response.read1, _CHUNK_BYTES)
+                chunk = wait_for(response.read1, _CHUNK_BYTES)
                 if not chunk:
                     break
                 output.write(chunk)
@@ -149,20 +148,12 @@ def _request(file: Download, done: int) -> http.client.HTTPResponse:
     if done:
         headers["Range"] = f"bytes={done}-"
     request = urllib.request.Request(file.address, headers=headers)
-    response = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
+    try:
+        response = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
+    except urllib.error.HTTPError as error:
+        if not done or error.code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            raise
+        return _request(file, 0)  # The file there is shorter.
     if not isinstance(response, http.client.HTTPResponse):  # That of FTP has no status.
         raise DownloadError("it redirects to an address that is not http or https")
     return response
-
-
-@contextlib.contextmanager
-def _network_errors() -> Iterator[None]:
-    """Raise `DownloadError` for any error of the network or the server."""
-    try:
-        yield
-    except TimeoutError:
-        raise DownloadError("the server is too slow, or does not answer") from None
-    except (OSError, http.client.HTTPException, ValueError) as error:  # The last: an invalid URL.
-        cause = error.reason if type(error) is urllib.error.URLError else error
-        reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
-        raise DownloadError(" ".join(reason.split())) from None

@@ -32,6 +32,8 @@ _TOKEN_CUT = regex.compile(b"(?rs)(?<=...)(?:%b|%b|%b)" % (_AFTER_BREAK, _BEFORE
 _CHARACTER_CUT = regex.compile(b"(?rs)(?<=...)(?:%b|%b)" % (_AFTER_BREAK, _CHARACTER))
 _WIDE_SPACES = "|".join(regex.findall(r"\s", "".join(map(chr, range(0x80, 0xD800))))).encode()
 _WORD_CUT = regex.compile(b"(?rs)(?<=...)(?<=[!-~\x80-\xbf])(?<!%b)(?=[ \t\r\n])" % _WIDE_SPACES)
+# By kind of tokens; `_TOKEN_CUT` for the others.
+_CUTS = {"characters": _CHARACTER_CUT, "bytes": _CHARACTER_CUT, "bpe": _WORD_CUT}
 
 
 class Part(NamedTuple):
@@ -116,24 +118,17 @@ def iterate_chunks(text: list[Segment], kind: str, size: int) -> Iterator[list[S
     A text is cut only where a token ends in any context, so that the tokens of its chunks are those
     of the whole text. A chunk has about `size` bytes, or more if there is no such place.
     """
-    content, start = bytearray(), 0
+    pattern, content, start = _CUTS.get(kind, _TOKEN_CUT), bytearray(), 0
     for piece in cut_pieces(text, size // 2):
         content += read_segment(piece)
         if len(content) >= size:
-            if at := find_last_cut(content, kind, start):
-                chunk, text = cut_segments(text, at)
+            if match := pattern.search(content, start):
+                chunk, text = cut_segments(text, match.start())
                 yield chunk
-                del content[:at]
+                del content[: match.start()]
             start = max(len(content) - 2, 0)  # All places up to there have been searched.
     if text:
         yield text
-
-
-def find_last_cut(content: bytes | bytearray, kind: str, start: int = 0) -> int:
-    """Return the last place after `start` where a text can be cut; 0 if there is none."""
-    patterns = {"characters": _CHARACTER_CUT, "bytes": _CHARACTER_CUT, "bpe": _WORD_CUT}
-    match = patterns.get(kind, _TOKEN_CUT).search(content, start)
-    return match.start() if match else 0
 
 
 class Text:
@@ -155,7 +150,7 @@ class Text:
         """Return the text, or its first 2**20 tokens if it is not in memory."""
         return self._text
 
-    def vocabulary(self, data: DataConfig) -> Vocabulary:
+    def make_vocabulary(self, data: DataConfig) -> Vocabulary:
         """Return the vocabulary of the text for the `data` fields of a config."""
         counts = dict(zip(self.part.tokens, self.part.counts.tolist(), strict=True))
         size = data.vocabulary_size

@@ -9,7 +9,6 @@ A corpus is trusted like the text that it was made from: checking its ids would 
 encoding the text again.
 """
 
-import codecs
 import contextlib
 import hashlib
 import itertools
@@ -43,21 +42,22 @@ _MAX_PROCESSES = 16
 # Approximate bytes of a chunk. Encoding it takes about thirty times this memory.
 CHUNK = 2 * 2**20
 _PIECE = 2**20  # Tokens of the start of a text.
-# Words in a block, of which `DividedIds` counts the tokens, and blocks that it reads at a time.
+# Words in a block, of which `SubwordIds` counts the tokens, and blocks that it reads at a time.
 _BLOCK, _BLOCKS = 256, 4096
 
-_State = list[Any]  # A path or a checksum of a file, and its `_state`.
+_FileState = list[Any]  # A path or a checksum of a file, and its `_read_stat`.
 
 
 class Manifest(NamedTuple):
     """The content of `prepared.json`, and its directory."""
 
     directory: Path
-    sources: list[_State]  # Path, relative to the directory, and `_state` of each file of the text.
+    # Path, relative to the directory, and `_read_stat` of each file of the text.
+    sources: list[_FileState]
     checksum: str  # Of the text; see `sources.make_checksum`.
     stop: str  # The stop token, or "".
     characters: dict[str, int]  # Of each split.
-    files: dict[str, _State]  # SHA-256 and `_state` of each other file in the directory.
+    files: dict[str, _FileState]  # SHA-256 and `_read_stat` of each other file in the directory.
 
 
 def _write_manifest(manifest: Manifest, directory: Path) -> None:
@@ -118,11 +118,11 @@ def prepare_corpus(data: DataConfig) -> Manifest:
     except OSError as error:
         raise UnavailableError(
             f"can't prepare the text in {base} ({error.strerror or error}): free space or make it "
-            "writable, or set another directory in data.prepared"
+            "writable, or use another directory (data.prepared; XDG_CACHE_HOME for a run's text)"
         ) from None
 
 
-def _locate(data: DataConfig) -> tuple[list[list[Path]], list[_State], Path]:
+def _locate(data: DataConfig) -> tuple[list[list[Path]], list[_FileState], Path]:
     """Return the files of a text, their states, and the directory of its prepared corpus.
 
     The paths in the states are relative to the directory, so that all can be moved.
@@ -137,7 +137,7 @@ def _locate(data: DataConfig) -> tuple[list[list[Path]], list[_State], Path]:
     directory = base / f"{texts[0][0].stem[:50]}-{name}"
     try:
         states = [
-            [os.path.relpath(path.absolute(), directory), *_state(path.stat())]
+            [os.path.relpath(path.absolute(), directory), *_read_stat(path.stat())]
             for path in itertools.chain.from_iterable(texts)
         ]
     except OSError as error:
@@ -145,15 +145,15 @@ def _locate(data: DataConfig) -> tuple[list[list[Path]], list[_State], Path]:
     return texts, states, directory
 
 
-def _state(status: os.stat_result) -> list[int]:
+def _read_stat(status: os.stat_result) -> list[int]:
     """Return numbers that change when the file changes; no program can set `ctime`."""
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
-def _fingerprint(path: Path, known: _State) -> _State:
+def _fingerprint(path: Path, known: _FileState) -> _FileState:
     """Return SHA-256 and state of a file, `known` if its state is unchanged; flush a new file."""
     with files.open_regular(path) as file:
-        state = _state(os.fstat(file.fileno()))
+        state = _read_stat(os.fstat(file.fileno()))
     return known if state == known[1:] else [files.hash_file(path, sync=not known), *state]
 
 
@@ -303,7 +303,7 @@ class PreparedText(Text):
         """See `Text`."""
         table = encoding.make_table(self.part.tokens, vocabulary)
         if vocabulary.kind == "bpe":
-            return DividedIds(self.part.ids, table)
+            return SubwordIds(self.part.ids, table)
         return FileIds(self._path, table.ids)
 
     def read_start(self) -> str:
@@ -311,9 +311,7 @@ class PreparedText(Text):
         part = self.part
         spelled = "".join([part.tokens[i] for i in part.ids[:_PIECE].tolist()])
         # A token may be a byte, so the last character may be incomplete.
-        utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        content = spelled.encode("utf-8", "surrogateescape")
-        return utf8.decode(content, final=len(part.ids) <= _PIECE)
+        return spelled.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
 
 
 class FileIds:
@@ -352,7 +350,7 @@ class FileIds:
             raise UserError(f"{self._path} has changed while it was read: start again") from None
 
 
-class DividedIds:
+class SubwordIds:
     """`Ids` of a text of words with several tokens each, which are read as `FileIds` are."""
 
     def __init__(self, words: FileIds, table: Table) -> None:

@@ -113,13 +113,14 @@ def find_standard_text(data: DataConfig) -> DataConfig:
             return data
         if not directory.exists():
             _get_text(data.dataset, directory)
+        paths = [directory / f"{split}.txt" for split in SPLITS]
+        is_complete = all(path.exists() for path in paths)
     except OSError as error:
         raise UnavailableError(
             f"can't read or write {error.filename or directory} ({error.strerror}): free space or "
             "make it writable, or use another data directory"
         ) from None
-    paths = [directory / f"{split}.txt" for split in SPLITS]
-    if not all(path.exists() for path in paths):
+    if not is_complete:
         raise UserError(f"{directory} is not complete: remove it to get the text again")
     return dataclasses.replace(data, path=";".join(map(str, paths)))
 

@@ -1,7 +1,6 @@
 """Load the splits of a text: read small ones into memory, prepare larger ones on disk."""
 
 import dataclasses
-import functools
 import hashlib
 import os
 from pathlib import Path
@@ -14,7 +13,8 @@ from lstm_jax.data.prepared import Manifest
 from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import Ids, TextSize, Vocabulary
 
-# Limit of the text of someone else's run in memory; its config can't change it.
+# The largest text of a run that is read into memory. The config of a run, which may be someone
+# else's, can't change it.
 _MAX_BYTES_IN_MEMORY = 16 * 10**6
 
 
@@ -24,18 +24,12 @@ class Splits:
 
     texts: dict[str, Text]  # By the name of the split.
     sha256: str  # See `sources.make_checksum`.
-    data: DataConfig  # The `data` fields that describe the text.
 
     def resolve(self, data: DataConfig) -> DataConfig:
         """Return the fields with the checksum of this text and absolute paths."""
         path = sources.make_absolute(data.path)
         directory = data.prepared and str(Path(os.path.expanduser(data.prepared)).absolute())
         return dataclasses.replace(data, sha256=self.sha256, path=path, prepared=directory)
-
-    @functools.cached_property
-    def vocabulary(self) -> Vocabulary:
-        """Return the vocabulary of the training text."""
-        return self.texts["train"].vocabulary(self.data)
 
     def encode(self, vocabulary: Vocabulary) -> tuple[dict[str, Ids], dict[str, TextSize]]:
         """Return the ids of each split; and the sizes of validation and test text.
@@ -66,46 +60,34 @@ def load_texts(data: DataConfig) -> Splits:
     return _open_splits(data)
 
 
-def _open_splits(
-    data: DataConfig, manifest: Manifest | None = None, stop: str | None = None
-) -> Splits:
-    """Return the splits of a prepared corpus, or else read them into memory.
-
-    The stop token of a text in memory is `stop`, or else the one that the training text has.
-    """
+def _open_splits(data: DataConfig, manifest: Manifest | None = None) -> Splits:
+    """Return the splits of a prepared corpus, or else read them into memory."""
     if manifest:
         texts, sha256 = prepared.open_splits(manifest), manifest.checksum
     else:
         strings = read_splits(data)
-        if stop is None:
-            stop = encoding.find_stop_text(data.document_separator, strings["train"].__contains__)
+        stop = encoding.find_stop_text(data.document_separator, strings["train"].__contains__)
         texts = {name: Text(text, data.units, stop) for name, text in strings.items()}
         sha256 = compute_checksum(strings)
     sources.check_unchanged(sha256, data.sha256)
-    return Splits(texts, sha256, data)
+    return Splits(texts, sha256)
 
 
 def load_texts_of_run(
-    data: DataConfig,
-    path: str | None,
-    dataset: str | None = None,
-    directory: str | None = None,
-    *,
-    stop: str | None = None,
+    data: DataConfig, path: str | None, dataset: str | None = None, directory: str | None = None
 ) -> dict[str, Text]:
     """Return the splits that a run was trained on, for commands that read its text again.
 
     The run may be someone else's. So the text that its config names is only read, and nothing is
-    written outside the user's cache. TFDS imports modules that the files of a
-    dataset name, so only datasets that the user has named are opened. A standard text is the same
-    for everybody, so it is downloaded and prepared like the user's own.
+    written outside the user's cache. TFDS imports modules that the files of a dataset name, so only
+    datasets that the user has named are opened. A standard text is the same for everybody, so it is
+    downloaded and prepared like the user's own.
 
     Args:
       data: the `data` fields of the run's config.
       path: the current path of its text, or None; this and the next two come from the user.
       dataset: the TFDS dataset with its text.
       directory: TFDS's data directory.
-      stop: the stop token of the run's vocabulary.
 
     Raises:
       UserError: as `load_texts` does; or if the user must name the text.
@@ -131,7 +113,7 @@ def load_texts_of_run(
             "trust it, add --dataset NAME, and --data_directory DIR if it is not in TFDS's default "
             "directory"
         )
-    return _open_splits(data, manifest, stop).texts
+    return _open_splits(data, manifest).texts
 
 
 def _find_prepared(data: DataConfig, make: bool) -> Manifest:

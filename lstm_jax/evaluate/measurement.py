@@ -49,7 +49,7 @@ def measure(
     names = options.splits.split("+")
     splits: dict[str, Text] = {}
     if not options.text or options.dynamic:
-        splits = texts.load_texts_of_run(trained.config.data, *own_text, stop=vocabulary.stop)
+        splits = texts.load_texts_of_run(trained.config.data, *own_text)
     measured = (
         [_read_text(options.text, vocabulary)] if options.text else [splits[n] for n in names]
     )

@@ -88,10 +88,10 @@ class CheckpointWriter:
         Raise `UserError` if anything else has the name of a checkpoint.
         """
         self._directory = directory.resolve()
-        with hosts.main_process_first("checkpoints"):
-            if hosts.is_first():
-                self._directory.mkdir(exist_ok=True)
-                self._clear()
+        if hosts.is_first():
+            self._directory.mkdir(exist_ok=True)
+            self._clear()
+        hosts.wait_for_all("checkpoints")
         self._orbax = ocp.AsyncCheckpointer(_make_handler(), async_options=_OPTIONS)
         self._thread = ThreadPoolExecutor(1)
         self._saving: tuple[int, Future[None]] | None = None

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import runpy
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -75,11 +76,27 @@ def _report(error: Exception) -> int:
     raise error
 
 
+class _ConfigParser(flags.ArgumentParser[object]):
+    """Loads a config file, FILE or FILE:WORD. The parser of config_flags hides errors in it."""
+
+    def parse(self, argument: str) -> object:
+        """Return what `get_config()` of the file returns, or `get_config(WORD)`."""
+        file, colon, word = argument.partition(":")
+        if not Path(file).is_file():
+            raise UserError(f"there is no config file {file}")
+        with errors.raise_user_error("config file", file):
+            get_config = runpy.run_path(file).get("get_config")
+            if get_config is None:
+                raise UserError(f"config file {file} has no function get_config()")
+            return get_config(*[word] if colon else [])
+
+
 def define_config_flag(meaning: str) -> None:
     """Define --config, and a flag for each field; `config.complete_config` checks their names."""
     config_flags.DEFINE_config_file(
         "config", None, meaning, lock_config=False, accept_new_attributes=True
     )
+    flags.FLAGS["config"].parser = _ConfigParser()
 
 
 def read_experiment() -> tuple[config.Config, str]:
@@ -89,10 +106,7 @@ def read_experiment() -> tuple[config.Config, str]:
         raise UserError("specify an experiment: --config experiments/quick.py")
     # FILE:WORD, as in experiments/cells.py:gru.
     name, _, word = flag.config_filename.partition(":")
-    path = Path(name)
-    if not path.is_file():
-        raise UserError(f"there is no config file {path}")
-    name = f"{path.stem}_{Path(word).name}" if word else path.stem
+    name = f"{Path(name).stem}_{Path(word).name}" if word else Path(name).stem
     return config.complete_config(flag.value), name
 
 
@@ -204,14 +218,14 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         # The experiment of the package: the user has named none.
         argv.insert(1, f"--config={_find_in_package('experiments/finetune.py')}:{model}")
     config_file = (_get_value(argv, "config") or "").partition(":")[0]
-    try:  # A config file is Python code: it can raise anything.
-        with errors.raise_user_error("config file", config_file, flags.Error, OSError, SystemExit):
+    try:  # An override of what a config file returns can raise anything.
+        with errors.raise_user_error("config file", config_file, flags.Error, SystemExit):
             return flags.FLAGS(argv)
-    except (UserError, flags.Error, OSError) as error:
-        _fail(_describe(error, argv, config_file))
+    except (UserError, flags.Error) as error:
+        _fail(_describe(error, argv))
 
 
-def _describe(error: Exception, argv: Sequence[str], config_file: str) -> str:
+def _describe(error: Exception, argv: Sequence[str]) -> str:
     """Return one line about an exception that was raised by parsing `argv`."""
     for argument in argv:
         field = re.match(r"--?config\.([\w.]+)", argument)
@@ -219,8 +233,6 @@ def _describe(error: Exception, argv: Sequence[str], config_file: str) -> str:
             return message
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError):
-        return f"can't read the config file: {str(error).rpartition(']')[2].strip()}"
     if isinstance(error, flags.UnrecognizedFlagError) and error.flagname == "cell":
         return (
             "this command has no --cell: main and sweep take --config.model.cell=FILE.py:CLASS, "
@@ -232,11 +244,6 @@ def _describe(error: Exception, argv: Sequence[str], config_file: str) -> str:
         suffix = f".{error.flagname}"
         if fields := [f"--config.{f.name}" for f in config.FIELDS if f.name.endswith(suffix)]:
             return f"there is no flag --{error.flagname}: did you mean {' or '.join(fields)}?"
-    # config_flags reports an error in a config file as a traceback in the message.
-    _, in_config_file, trace = str(error).partition("Error whilst parsing config file:")
-    if in_config_file:
-        lines = re.findall(rf'File "{re.escape(config_file)}"(, line \d+)', trace)
-        return f"config file {config_file}{(lines or [''])[-1]}: {trace.splitlines()[-1]}"
     return str(error).replace("invalid literal for int() with base 10: ", "not an integer: ")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
-from lstm_jax.run import ensemble, workdir
+from lstm_jax.run import ensemble
 from lstm_jax.vocabulary import Ids, Vocabulary
 
 _MOST_BYTES = 2**32
@@ -18,14 +18,12 @@ _MOST_BYTES = 2**32
 
 def check_teachers(teachers: str, vocabulary: Vocabulary) -> None:
     """Raise `UserError` if a teacher can't be loaded, or has another vocabulary."""
-    for name in teachers.split(","):
-        of_teacher = workdir.load_vocabulary(workdir.find_model(name))
-        if of_teacher.to_fields() != vocabulary.to_fields():
-            raise UserError(
-                f"{name}, in config.distill.teachers, has another vocabulary than this run: train "
-                "both on one text, with the same data.units"
-            )
-    ensemble.load_ensemble(teachers.split(","))
+    trained, _ = ensemble.load_ensemble(teachers.split(","))
+    if trained.vocabulary.to_fields() != vocabulary.to_fields():
+        raise UserError(
+            f"{teachers}, in config.distill.teachers, has another vocabulary than this run: train "
+            "both on one text, with the same data.units"
+        )
 
 
 def check_length(length: int | None, vocabulary_size: int) -> None:

@@ -18,10 +18,10 @@ class Loop:
 
 
 class Observer:
-    """Does something after training steps. A loop has a list of observers, in a stated order."""
+    """A hook of the training loop, which calls its observers in the order of their list."""
 
     def before_first_step(self, loop: Loop) -> None:
-        """Look at a loop that starts or resumes."""
+        """Act before the first step of a new or a resumed run."""
 
     def after_step(self, loop: Loop) -> None:
-        """Look at a loop after each call of the training step."""
+        """Act after each call of the training step."""

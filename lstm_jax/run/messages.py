@@ -3,9 +3,11 @@
 import json
 import math
 import shlex
+import sys
 
 import jax
 from flax.traverse_util import flatten_dict
+from tqdm import tqdm
 
 from lstm_jax import batches
 from lstm_jax import loss as loss_lib
@@ -164,4 +166,5 @@ def report_nonfinite(run: Session, step: int, skipped: int) -> None:
             f"with a lower optimizer.learning_rate, {set_field('optimizer.max_gradient_norm', 1)}, "
             f"or more than {allowed} in max_skipped_steps"
         )
-    warn(f"{message}; skipped {skipped} of at most {allowed}")
+    with tqdm.external_write_mode(sys.stderr):  # Not behind the bar.
+        warn(f"{message}; skipped {skipped} of at most {allowed}")

@@ -17,7 +17,7 @@ from tensorboardX.summary import hparams, scalar, text
 
 from lstm_jax.config import Config, flatten
 from lstm_jax.data import files
-from lstm_jax.errors import UserError, warn
+from lstm_jax.errors import name_failure, warn
 
 _SPLITS = ("train", "validation", "test")
 # Limits in bytes of the part of metrics.jsonl that is read, and of a row: a longer one is damaged.
@@ -143,12 +143,9 @@ def read_metrics(path: Path) -> list[Row]:
     Raises:
       UserError: if the file can't be read.
     """
-    try:
+    content = b""
+    with name_failure(f"can't read {path}"), contextlib.suppress(FileNotFoundError):
         content = files.read_tail(path, _LARGEST)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror}") from None
     if len(content) == _LARGEST:  # The first line may be incomplete.
         content = content[content.find(b"\n") + 1 :]
     rows, damaged = [], 0

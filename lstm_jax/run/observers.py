@@ -1,4 +1,4 @@
-"""What a single run does after training steps: it logs, saves, validates, and stops."""
+"""Log, save, validate and stop a single run after its training steps."""
 
 import contextlib
 import time
@@ -20,7 +20,7 @@ from lstm_jax.run.signals import Pacer, Stopped, StopRequest
 
 
 @contextlib.contextmanager
-def observe(run: Session, mesh: jax.sharding.Mesh) -> Iterator[list[Observer]]:
+def observe(run: Session) -> Iterator[list[Observer]]:
     """Open the observers of a run, in the order in which the loop calls them.
 
     A signal ends the block, with everything saved, and sets `run.loop.exit_code`.
@@ -40,7 +40,7 @@ def observe(run: Session, mesh: jax.sharding.Mesh) -> Iterator[list[Observer]]:
                 progress,
                 Log(run, progress),
                 save,  # Before the validation, with which a run that is stopped in it resumes.
-                Validate(run, mesh, progress, stop),
+                Validate(run, progress, stop),
                 stop,
             ]
         except Stopped as stopped:
@@ -102,17 +102,15 @@ class Save(Observer):
 class Validate(Observer):
     """Measures the validation loss, generates a sample, and ends a run that is out of patience."""
 
-    def __init__(
-        self, run: Session, mesh: jax.sharding.Mesh, progress: Progress, stop: StopRequest
-    ) -> None:
-        self._run, self._mesh, self._progress, self._stop = run, mesh, progress, stop
+    def __init__(self, run: Session, progress: Progress, stop: StopRequest) -> None:
+        self._run, self._progress, self._stop = run, progress, stop
         number, ids = run.config.validation_tokens, run.ids["validation"]
         self._ids = ids[:number] if 0 < number < len(ids) else ids
 
     def before_first_step(self, loop: Loop) -> None:
-        """Validate a new run, or the checkpoint from which a run resumes, if it was or is due.
+        """Validate a new run; and one that resumes, if its step is due or was validated.
 
-        It may have been due only before the config changed.
+        Resuming has removed the row of that validation.
         """
         if self._run.is_validated or self._run.plan.validates_at(loop.step):
             self._validate(loop)
@@ -126,7 +124,7 @@ class Validate(Observer):
         run, progress = self._run, self._progress
         with self._stop.at_once():  # Every process measures, so that none waits for another.
             wanted = loop.state.evaluated, loop.state.key
-            params, key = parallel.gather_on_one_device(wanted, self._mesh)
+            params, key = parallel.gather_on_one_device(wanted, run.mesh)
             loss = loss_lib.compute_loss(run.model, params, self._ids)
             text = generate_sample(run, params, jax.random.fold_in(key, loop.step))
         if hosts.is_first():

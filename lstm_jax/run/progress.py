@@ -19,12 +19,10 @@ class Progress(Observer):
     """
 
     def __init__(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
-        self._has_compiled = False
-        self._clock = step, time.monotonic()
         self._first, self._total, self._steps_per_epoch = step, total_steps, steps_per_epoch
         self._measured = ""  # The last training loss and speed.
         # (Steps done, time), from which the remaining time is measured.
-        self._start = self._clock
+        self._clock = self._start = step, time.monotonic()
         self._last_line = time.monotonic()
         self._bar = tqdm(
             total=total_steps,
@@ -37,8 +35,7 @@ class Progress(Observer):
 
     def after_step(self, loop: Loop) -> None:
         """Start the clock again after the first call."""
-        if not self._has_compiled:
-            self._has_compiled = True
+        if self._start[0] == self._first:
             self.start_clock(loop.step)
 
     def start_clock(self, step: int) -> None:

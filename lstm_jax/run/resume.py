@@ -78,7 +78,7 @@ def resolve_run(
                 f"{directory} holds {name} but no {workdir.CONFIG}: restore that file, or start a "
                 f"new run in {another_directory()}"
             )
-    vocabulary = splits.vocabulary
+    vocabulary = splits.texts["train"].make_vocabulary(config.data)
     if config.init_from:
         source = workdir.find_model(config.init_from)
         _check_model(workdir.load_config(source), config, source)

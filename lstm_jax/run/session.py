@@ -27,21 +27,25 @@ Watch = Callable[[metrics.Row], object]
 
 
 class Session:
-    """An open run: nobody else writes to it, and it has a checkpoint of the step of its loop.
+    """An open run, which no other process writes to.
+
+    When it has been opened, its latest checkpoint is that of its loop's step.
 
     Attributes:
       config, changes: the config, and its changes since the run was last trained.
       directory: the working directory.
       vocabulary, ids: the vocabulary, and the ids of each split.
       sizes: the sizes of validation and test text, without the first token.
+      mesh: the devices that it trains on.
       model, plan: the model, and when it is trained, validated and logged.
+      optimizer: the optimizer of its training steps.
       iterator: over the training batches, or over their positions in the text.
       source: step and number of tokens of the model whose parameters a new run starts from.
       loop: where training is.
       checkpoints, writer: write checkpoints, and metrics in process 0.
       is_resumed: whether the run was trained before.
-      is_validated: whether its checkpoint had been validated.
-      is_finished: whether its training is.
+      is_validated: whether its latest checkpoint had been validated when the run was opened.
+      is_finished: whether its training is finished.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class Session:
         check_lock: Callable[[], None],
     ) -> None:
         """Resolve the config, encode the text, and restore the state; see `open_run`."""
+        self.mesh = mesh
         self.directory, self._check_lock, self._watch = directory, check_lock, watch
         self._saved_in = directory / workdir.CHECKPOINTS
         config = dataclasses.replace(config, data=splits.resolve(config.data))
@@ -79,9 +84,10 @@ class Session:
         self.model = model_lib.make_model(config.model, size, self.vocabulary.stop_id)
         trained = workdir.load_trained(config.init_from) if config.init_from and is_new else None
         self.source = (trained.step, len(trained.vocabulary)) if trained else None
+        self.optimizer = optimizer_lib.make_optimizer(config.optimizer, self.plan.total_steps)
         state = init_state(
             self.model,
-            optimizer_lib.make_optimizer(config.optimizer, self.plan.total_steps),
+            self.optimizer,
             jax.random.key(config.seed),
             config.batches.batch_size,
             averaged=optimizer_lib.has_average(config.optimizer),
@@ -115,24 +121,24 @@ class Session:
                 f"the run in {directory} has trained {plan.describe_length(step)} already, and "
                 f"{limit} is fewer: set more, or use {another_directory()}"
             )
-        with hosts.main_process_first("config"):
-            if hosts.is_first():
-                files.remove_partial(directory)
-                if self.changes:
-                    workdir.append_changes(directory, step, self.changes)
-                workdir.save_vocabulary(directory, self.vocabulary)
-                workdir.save_config(directory, self.config)
+        if hosts.is_first():
+            files.remove_partial(directory)
+            if self.changes:
+                workdir.append_changes(directory, step, self.changes)
+            workdir.save_vocabulary(directory, self.vocabulary)
+            workdir.save_config(directory, self.config)
+        hosts.wait_for_all("config")
         self.loop = Loop(state, step, plan.total_steps)
 
-    def make_feed(self, mesh: jax.sharding.Mesh) -> feeding.Feed:
-        """Return the training batches, on the devices of the mesh that the run was opened for."""
+    def make_feed(self) -> feeding.Feed:
+        """Return the training batches, on the devices of the mesh."""
         ids, text, predictions = self.ids["train"], None, None
         if self._on_devices:
-            text = feeding.place_text(ids, len(self.vocabulary), mesh)
+            text = feeding.place_text(ids, len(self.vocabulary), self.mesh)
         if teachers := self.config.distill.teachers:
             array = distillation.predict(teachers, ids)
-            predictions = parallel.place_local(array, mesh, parallel.EVERYWHERE)
-        return feeding.Feed(self.iterator, mesh, text, predictions)
+            predictions = parallel.place_local(array, self.mesh, parallel.EVERYWHERE)
+        return feeding.Feed(self.iterator, self.mesh, text, predictions)
 
     def save(self, step: int, state: TrainState) -> None:
         """Start saving a checkpoint, with the sizes of the files that the run appends to."""
@@ -196,22 +202,21 @@ class Session:
 
 
 @contextlib.contextmanager
-def open_run(
-    config: Config, directory: Path, mesh: jax.sharding.Mesh, watch: Watch = lambda row: None
-) -> Iterator[Session]:
+def open_run(config: Config, directory: Path, watch: Watch = lambda row: None) -> Iterator[Session]:
     """Open the run in `directory`, or a new one there, and close it at the end of the block.
 
     Args:
-      config: a complete config, of a model that `resume.resolve_model` accepts.
+      config: a complete config.
       directory: the working directory, which all processes share.
-      mesh: the devices that it trains on.
       watch: called with each recorded row, in process 0.
 
     Raises:
-      UserError: if another process holds the run, or the processes of this one differ; if the text
-        is another one or too short; or if the run is damaged, can't be written, or has another
-        value of a field that can't change.
+      UserError: if the config has no model or mesh for this machine; if another process holds the
+        run, or the processes of this one differ; if the text is another one or too short; or if the
+        run is damaged, can't be written, or has another value of a field that can't change.
     """
+    config = resume.resolve_model(config)
+    mesh = parallel.make_mesh(config)
     memory.keep_freed_memory()
     with contextlib.ExitStack() as stack:
         with hosts.main_process_first("text and lock"):

@@ -67,8 +67,8 @@ def _list_numbers(row: Row) -> dict[str, float]:
 def open_trackers(names: Sequence[str], directory: Path) -> Iterator[Callable[[Row], None]]:
     """Yield a callback for `train` that sends the rows of the run in `directory` to trackers.
 
-    Trackers are opened with the first row, when nothing can be wrong with the run any more. One
-    that fails later gets no more rows, with a warning, and training continues.
+    Trackers are opened at the first row, after all checks of the run. One that fails later gets no
+    more rows, with a warning, and training continues.
 
     Args:
       names: the names of trackers, or of functions as package.module:function.
