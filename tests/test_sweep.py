@@ -288,7 +288,7 @@ def test_a_broken_space_gives_a_one_line_error(
     if code is not None:
         path.write_text(code)
     with pytest.raises(UserError, match=message) as caught:
-        space.load_space(path).draw(config_lib.Config())
+        space.load_space(path).draw_trials(config_lib.Config())
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -297,7 +297,7 @@ def test_a_grid_needs_finite_values_and_visits_each_once(tmp_path: Path) -> None
 
     def make_grid() -> dict[str, list[Any]]:
         loaded = space.load_space(path)
-        return loaded.make_grid(loaded.draw(config_lib.Config()))
+        return loaded.make_grid(loaded.draw_trials(config_lib.Config()))
 
     path.write_text(runs.SPACE)
     with pytest.raises(UserError, match="a grid needs a finite number of values of 'rate'"):
@@ -315,7 +315,7 @@ def test_a_grid_needs_finite_values_and_visits_each_once(tmp_path: Path) -> None
     )
     assert make_grid()["m"][-1] == 0.3, "3 * 0.1 > 0.3"
     record = optuna.create_study(sampler=study.SeededSampler("grid", 0, grid))
-    drawn = [found.overrides(record.ask()) for _ in range(6)]
+    drawn = [found.draw_config(record.ask(), config_lib.Config())[0] for _ in range(6)]
     assert len({tuple(overrides.values()) for overrides in drawn}) == 6
 
 
@@ -364,7 +364,7 @@ def detect_death(directory: Path, record: optuna.Study) -> None:
 
 
 def list_states(record: optuna.Study) -> list[TrialState]:
-    return [trial.state for trial in study.list_trials(record)]
+    return [trial.state for trial in record.trials]
 
 
 @pytest.mark.parametrize("name", ["tpe", "random", "grid"])
@@ -409,23 +409,20 @@ def test_a_trial_of_a_dead_worker_is_resumed_once(tmp_path: Path) -> None:
     value = trial.suggest_float("x", 0, 1)
     trial.report(3.0, 1)
     trial.should_prune()  # Record its Hyperband rung.
-    pruner: Any = record.pruner
-    bracket = pruner._get_bracket_id(record, record.trials[0])
     for _ in range(2):  # Two other workers detect it.
         detect_death(tmp_path, record)
+    assert list_states(record) == [TrialState.WAITING]
     resumed, new = start_trial(record), start_trial(record)
     assert resumed.suggest_float("x", 0, 1) == value != new.suggest_float("x", 0, 1)
-    first, second, third = record.trials
-    assert second.intermediate_values == {1: 3.0} and not third.intermediate_values
-    rungs = [{k for k in t.system_attrs if "rung" in k} for t in (first, second)]
-    assert rungs[0] == rungs[1] and rungs[0]
-    brackets = [pruner._get_bracket_id(record, t) for t in (first, second)]
-    assert brackets == [-1, bracket], "the losses of a resumed trial count once"
-    names = [study.get_trial_directory(tmp_path, t).name for t in (first, second, third)]
-    assert names == ["0000", "0000", "0001"]
+    first, second = record.trials
+    assert first.intermediate_values == {1: 3.0} and not second.intermediate_values
+    assert any("rung" in key for key in first.system_attrs)
+    assert not study.get_storage(record).queue_again(trial), "another worker has it"
+    assert list_states(record) == [TrialState.RUNNING] * 2
     record.tell(resumed, 2.0)
     record.tell(new, state=TrialState.PRUNED)
-    assert [t.number for t in study.list_trials(record)] == [resumed.number, new.number]
+    detect_death(tmp_path, record)
+    assert list_states(record) == [TrialState.COMPLETE, TrialState.PRUNED]
 
 
 def test_a_trial_that_kills_every_worker_fails(tmp_path: Path) -> None:
@@ -435,8 +432,8 @@ def test_a_trial_that_kills_every_worker_fails(tmp_path: Path) -> None:
         detect_death(tmp_path, record)
     # A worker that a signal stops, such as a job at its time limit, starts the count again.
     stopped = start_trial(record)
-    assert study.get_storage(record).queue_again(record._study_id, stopped._trial_id)
-    assert not study.get_storage(record).queue_again(record._study_id, stopped._trial_id)
+    assert study.get_storage(record).queue_again(stopped)
+    assert not study.get_storage(record).queue_again(stopped)
     for _ in range(5):
         assert list_states(record) == [TrialState.WAITING]
         start_trial(record)
@@ -508,9 +505,12 @@ def test_a_trial_that_another_worker_resumes_is_left_to_it(
 ) -> None:
     record = make_study(tmp_path)
 
+    calls = []
+
     def suspend(trial: Any) -> Any:
+        calls.append(trial.number)
         # The first heartbeat of the thread may come in between.
-        while record.trials[0].state == TrialState.RUNNING:
+        while record.trials[0].state == TrialState.RUNNING and len(calls) == 1:
             detect_death(tmp_path, record)
         return make_rate_space().get_overrides(trial)
 
@@ -518,33 +518,31 @@ def test_a_trial_that_another_worker_resumes_is_left_to_it(
     search.run_worker(
         search.Sweep(record, tiny_config, space.Space("tiny.py", suspend), tmp_path, 1)
     )
-    assert list_states(record) == [TrialState.COMPLETE]
-    assert [row["trial"] for row in rows(tmp_path)] == [1]
+    assert calls == [0, 0] and list_states(record) == [TrialState.COMPLETE]
 
 
 def test_no_more_trials_start_than_wanted(tmp_path: Path) -> None:
     record = make_study(tmp_path)
     study.get_storage(record).limit = 2
-    places = [start_trial(record).user_attrs[storage.PLACE] for _ in range(2)]
+    numbers = [start_trial(record).number for _ in range(2)]
     for _ in range(2):
         with pytest.raises(storage.AllStartedError):
             start_trial(record)
-    detect_death(tmp_path, record)  # Queued trials start all the same, in their places.
-    places += [start_trial(record).user_attrs[storage.PLACE] for _ in range(2)]
+    detect_death(tmp_path, record)  # Queued trials start all the same.
+    numbers += [start_trial(record).number for _ in range(2)]
     with pytest.raises(storage.AllStartedError):
         start_trial(record)
     study.get_storage(record).limit = 3
-    assert [*places, start_trial(record).user_attrs[storage.PLACE]] == [0, 1, 0, 1, 2]
-    assert len(study.list_trials(record)) == 3
+    assert [*numbers, start_trial(record).number] == [0, 1, 0, 1, 2]
+    assert len(record.trials) == 3
 
 
 def test_a_directory_with_a_trial_of_another_study_raises_an_error(tmp_path: Path) -> None:
     first = start_trial(record := make_study(tmp_path))
     directory = study.get_trial_directory(tmp_path, record.trials[0])
     study.claim_directory(directory, record.trials[0])
-    study.get_storage(record).queue_again(record._study_id, first._trial_id)
-    start_trial(record)
-    study.claim_directory(directory, record.trials[1])
+    study.get_storage(record).queue_again(first)
+    study.claim_directory(directory, start_trial(record))
     (tmp_path / study.DATABASE).unlink()
     start_trial(record := make_study(tmp_path))
     with pytest.raises(UserError, match="0000 has a trial of another study: use another"):
@@ -570,22 +568,6 @@ def test_a_study_of_another_space_or_of_no_sweep_raises_an_error(tmp_path: Path)
         make_study(tmp_path, "two")
 
 
-def test_no_point_of_a_grid_is_drawn_twice_after_a_resumed_trial() -> None:
-    """Trials that resume others use up numbers, but not places."""
-    grid = {"seed": [0, 1, 2, 3]}
-    made = optuna.create_study(sampler=study.SeededSampler("grid", 0, grid))
-    drawn = []
-    for number in range(8):
-        made.add_trial(
-            optuna.trial.create_trial(
-                state=optuna.trial.TrialState.WAITING, user_attrs={storage.PLACE: number // 2}
-            )
-        )
-        trial = made.ask()
-        drawn.append(trial.suggest_categorical("seed", grid["seed"]))
-    assert drawn[::2] == drawn[1::2] and sorted(drawn[::2]) == grid["seed"]
-
-
 QUOTES = ['"""; import os; os.mkdir("ran"); """', "line\nos.mkdir('ran') back\\slash\\'\"$(x) "]
 
 
@@ -602,7 +584,7 @@ def test_names_are_quoted_in_the_files_of_a_sweep(
     record = make_study(directory)
     for loss in (3.0, 2.0):
         trial = start_trial(record)
-        trial.set_user_attr(study.OVERRIDES, searched.overrides(trial))
+        trial.set_user_attr(study.OVERRIDES, searched.draw_config(trial, config_lib.Config())[0])
         record.tell(trial, loss)
     experiment = config_lib.complete_config({"data": {"path": f"/{name}"}})
     summary = report.write_report(record, directory, experiment)

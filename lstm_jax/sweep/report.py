@@ -25,7 +25,7 @@ BEST = "best.py"
 def write_report(study: Study, directory: Path, experiment: Config) -> str:
     """Write all results of a sweep, finished or not; return the text for the user."""
     write_trials(study, directory)
-    trials = study_lib.list_trials(study)
+    trials = study.get_trials(deepcopy=False)
     best = find_best_trial(trials)
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     if best is None:
@@ -70,7 +70,7 @@ def write_trials(study: Study, directory: Path) -> None:
             "reason": trial.user_attrs.get(REASON),
             "workdir": str(study_lib.get_trial_directory(directory, trial)),
         }
-        for trial in study_lib.list_trials(study)
+        for trial in study.get_trials(deepcopy=False)
     ]
     _write(directory / TRIALS, "".join(json.dumps(line) + "\n" for line in lines))
 
@@ -128,14 +128,14 @@ def get_config() -> ConfigDict:
 
 def print_end(study: Study, number: int, wanted: int) -> None:
     """Print the result of a trial, and the progress of a sweep of `wanted` trials."""
-    trials = study_lib.list_trials(study)
-    for trial in trials:  # It is not there if another worker resumes it.
-        if trial.number == number:
-            loss = "" if trial.value is None else f" at {trial.value:.4f}"
-            reason = f" ({trial.user_attrs[REASON]})" if REASON in trial.user_attrs else ""
-            ended = f"trial {number} {describe_state(trial)}{loss}{reason}"
-            line = f"{ended}: {describe_settings(trial)}; {describe_progress(trials, wanted)}"
-            print(visible(line), file=sys.stderr, flush=True)
+    trials = study.get_trials(deepcopy=False)
+    trial = trials[number]
+    if trial.state.is_finished():  # It is not if another worker resumes it.
+        loss = "" if trial.value is None else f" at {trial.value:.4f}"
+        reason = f" ({trial.user_attrs[REASON]})" if REASON in trial.user_attrs else ""
+        ended = f"trial {number} {describe_state(trial)}{loss}{reason}"
+        line = f"{ended}: {describe_settings(trial)}; {describe_progress(trials, wanted)}"
+        print(visible(line), file=sys.stderr, flush=True)
 
 
 def describe_state(trial: FrozenTrial) -> str:
@@ -163,7 +163,7 @@ def find_best_trial(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
 def describe_progress(trials: Sequence[FrozenTrial], wanted: int) -> str:
     """Return the number of trials in each state, the best of them, and the remaining time.
 
-    The worker that calls this runs none at the moment.
+    Call it between trials: this worker counts as one more than those running.
     """
     counts = collections.Counter(map(describe_state, trials))
     running = counts["running"]

@@ -81,7 +81,7 @@ def prepare_sweep(
         trials, sampler = seeds, "grid"
     else:
         raise UserError("use either --space experiments/sweeps/quick.py or --seeds 8")
-    draws = space.draw(experiment)
+    draws = space.draw_trials(experiment)
     grid = space.make_grid(draws) if sampler == "grid" else {}
     if sampler == "grid":
         trials = min(trials, math.prod(map(len, grid.values())))
@@ -138,7 +138,7 @@ def run_worker(sweep: Sweep, signals: StopRequest | None = None) -> None:
             with warnings.catch_warnings(action="ignore"):  # Heartbeats are for `Study.optimize`.
                 trial = study.ask()
         except AllStartedError:
-            if all(trial.state.is_finished() for trial in study_lib.list_trials(study)):
+            if all(trial.state.is_finished() for trial in study.get_trials(deepcopy=False)):
                 return
             with signals.at_once():
                 time.sleep(_POLL_SECONDS)  # Other workers train the last trials.
@@ -169,11 +169,12 @@ def _run_trial(sweep: Sweep, trial: Trial, signals: StopRequest) -> _TrialError 
         # An unexpected error ends the worker, so it counts as its death.
         is_known = isinstance(interruption, (Stopped, UserError, OSError, OptunaError))
         storage = study_lib.get_storage(study)
-        is_ours = storage.queue_again(study._study_id, trial._trial_id, is_dead=not is_known)
+        is_ours = storage.queue_again(trial, is_dead=not is_known)
         if is_ours or not isinstance(interruption, Exception):
             raise
         return None  # This process was suspended, and another worker has taken the trial over.
-    with contextlib.suppress(UpdateFinishedTrialError):
+    # Another worker may have ended the trial, or queued it again.
+    with contextlib.suppress(UpdateFinishedTrialError, ValueError):
         if error:
             trial.set_user_attr(REASON, str(error))
         study.tell(trial, loss, state, skip_if_finished=True)
@@ -183,8 +184,8 @@ def _run_trial(sweep: Sweep, trial: Trial, signals: StopRequest) -> _TrialError 
 def _train_trial(sweep: Sweep, trial: Trial) -> float:
     """Train a trial and return its validation loss; raise `TrialPruned` or `_TrialError`."""
     try:
-        overrides = sweep.space.overrides(trial)  # Draws the parameters of a new trial.
-        config = sweep.space.apply(sweep.experiment, overrides)
+        # Draws the parameters of a new trial.
+        overrides, config = sweep.space.draw_config(trial, sweep.experiment)
     except UserError as error:
         raise _SpaceError(str(error)) from None
     trial.set_user_attr(study_lib.OVERRIDES, overrides)
@@ -211,7 +212,7 @@ def _train_trial(sweep: Sweep, trial: Trial) -> float:
         ):
             exit_code = training.train(config, directory, watch)
     except NotFiniteError as error:
-        trial.set_user_attr(REASON, f"diverged: {error}")
+        trial.set_user_attr(REASON, str(error))
         raise TrialPruned from None
     except UnavailableError:
         raise  # A later attempt may succeed, so the trial is queued again.

@@ -27,8 +27,8 @@ class Space(NamedTuple):
     # From a trial to fields by dotted name.
     get_overrides: Callable[[BaseTrial], Mapping[str, object]]
 
-    def overrides(self, trial: BaseTrial) -> dict[str, object]:
-        """Return the fields that a trial changes, with lists for tuples, as in JSON."""
+    def draw_config(self, trial: BaseTrial, experiment: Config) -> tuple[dict[str, object], Config]:
+        """Return the fields that a trial changes, as in JSON, and the experiment with them."""
         with raise_user_error("space file", self.name, OptunaError):
             try:
                 overrides = self.get_overrides(trial)
@@ -49,20 +49,16 @@ class Space(NamedTuple):
                 f"{self.name}: a field must be a number, a string, a boolean or a list of them "
                 f"({one_line(error)})"
             ) from None
-        return made
-
-    def apply(self, experiment: Config, overrides: Mapping[str, object]) -> Config:
-        """Call `change_fields`; name the space file in its errors."""
         try:
-            return change_fields(experiment, overrides)
+            return made, change_fields(experiment, made)
         except UserError as error:
             raise UserError(f"{self.name}: {error}") from None
 
-    def draw(self, experiment: Config) -> list[FrozenTrial]:
+    def draw_trials(self, experiment: Config) -> list[FrozenTrial]:
         """Check a fixed set of random draws, and return them."""
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         for _ in range(_NUM_PROBES):
-            self.apply(experiment, self.overrides(study.ask()))
+            self.draw_config(study.ask(), experiment)
         return study.trials
 
     def make_grid(self, draws: Sequence[FrozenTrial]) -> dict[str, list[CategoricalChoiceType]]:

@@ -20,7 +20,7 @@ from optuna.exceptions import ExperimentalWarning, OptunaError, StorageInternalE
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.storages._rdb.storage import _create_scoped_session
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from lstm_jax.errors import UnavailableError, UserError, one_line
 
@@ -32,9 +32,7 @@ BEAT_SECONDS, STALE_SECONDS = 10, 90
 _MAX_DEATHS = 5
 
 # Attributes of a trial.
-PLACE = "place"  # The number of earlier trials that don't resume another one.
 ORIGIN = "origin"  # Identifies its working directory.
-RESUMES = "resumes"  # The number of the trial that it resumes.
 _DEATHS = "deaths"  # The number of workers in a row that died training it.
 REASON = "reason"  # Why it failed or diverged.
 
@@ -44,29 +42,23 @@ class AllStartedError(Exception):
 
 
 class SweepStorage(RDBStorage):
-    """Optuna's storage, with each change of a trial in one transaction.
+    """Optuna's storage, which queues a trial again if its worker was stopped or has died.
 
-    A new trial gets its place and first heartbeat in the transaction that creates it. A trial that
-    its worker can't end is failed and queued again in one transaction. Optuna needs several for
-    each, so a worker that dies between them would leave a trial that no other worker resumes.
+    A new trial gets its first heartbeat in the transaction that creates it: if its worker died
+    between two transactions, no other worker would resume it.
     """
 
-    limit: float = math.inf  # No trial starts at this place or later.
+    limit: float = math.inf  # No trial has this number or a larger one.
 
     def _get_prepared_new_trial(
         self, study_id: int, template_trial: FrozenTrial | None, session: Any
     ) -> Any:
-        trial = super()._get_prepared_new_trial(study_id, template_trial, session)
+        trial: Any = super()._get_prepared_new_trial(study_id, template_trial, session)
+        if trial.number >= self.limit:
+            raise AllStartedError
         session.add(models.TrialHeartbeatModel(trial_id=trial.trial_id))
-        if template_trial is None:
-            kind = models.TrialUserAttributeModel
-            of_study = session.query(kind).join(models.TrialModel).filter_by(study_id=study_id)
-            place = trial.number - of_study.filter(kind.key == RESUMES).count()
-            if place >= self.limit:
-                raise AllStartedError
-            trial_id: Any = trial.trial_id
-            for key, value in ((PLACE, place), (ORIGIN, uuid.uuid4().hex)):
-                self._set_trial_attr_without_commit(session, kind, trial_id, key, value)
+        kind, origin = models.TrialUserAttributeModel, uuid.uuid4().hex
+        self._set_trial_attr_without_commit(session, kind, trial.trial_id, ORIGIN, origin)
         return trial
 
     def set_trial_state_values(
@@ -82,35 +74,36 @@ class SweepStorage(RDBStorage):
         with contextlib.suppress(StorageInternalError):  # It may be temporarily unreachable.
             super().record_heartbeat(trial_id)
 
-    def queue_again(self, study_id: int, trial_id: int, is_dead: bool = False) -> bool:
-        """Fail a running trial, and queue it again with its parameters, losses and place.
+    def queue_again(self, trial: Trial | FrozenTrial, is_dead: bool = False) -> bool:
+        """Queue a running trial again; it keeps its number, parameters and losses.
 
-        Return whether it was running. If too many workers in a row died, it fails for good.
+        Return whether it was still running, since the same time: otherwise another worker has it.
+        If too many workers in a row died, it fails for good.
         """
-        # A new object, which becomes the template of the queued trial.
-        queued, kind = self.get_trial(trial_id), models.TrialUserAttributeModel
-        deaths = queued.user_attrs.get(_DEATHS, 0) + 1 if is_dead else 0
-        queued.user_attrs |= {RESUMES: queued.number, _DEATHS: deaths}
-        queued.user_attrs.pop(REASON, None)
-        queued.state, queued.datetime_start = TrialState.WAITING, None
+        kind, trial_id = models.TrialUserAttributeModel, trial._trial_id
+        deaths = trial.user_attrs.get(_DEATHS, 0) + 1 if is_dead else 0
         with _create_scoped_session(self.scoped_session) as session:
-            # The order of the locks is Optuna's.
-            models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
-            found = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
-            if found.state != TrialState.RUNNING:
+            found: Any = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
+            if (found.state, found.datetime_start) != (TrialState.RUNNING, trial.datetime_start):
                 return False
+            self._set_trial_attr_without_commit(session, kind, trial_id, _DEATHS, deaths)
+            session.query(kind).filter_by(trial_id=trial_id, key=REASON).delete()
             if deaths < _MAX_DEATHS:
-                self._get_prepared_new_trial(study_id, queued, session)
+                found.state = TrialState.WAITING
             else:
                 reason = f"{deaths} workers in a row died training it"
                 self._set_trial_attr_without_commit(session, kind, trial_id, REASON, reason)
-            found.state, found.datetime_complete = TrialState.FAIL, datetime.datetime.now()
+                found.state, found.datetime_complete = TrialState.FAIL, datetime.datetime.now()
         return True
 
     def queue_dead(self, study_id: int) -> None:
         """Queue the trials of dead workers again."""
-        for trial_id in self._get_stale_trial_ids(study_id):
-            self.queue_again(study_id, trial_id, is_dead=True)
+        # Read before the heartbeats, so that `queue_again` sees which have been started since.
+        running = self.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
+        stale = self._get_stale_trial_ids(study_id)
+        for trial in running:
+            if trial._trial_id in stale:
+                self.queue_again(trial, is_dead=True)
 
 
 def open_storage(database: Path, location: str | None) -> SweepStorage:

@@ -1,10 +1,5 @@
-"""The Optuna study that the workers of a sweep share: its trials, sampler and pruner.
+"""The Optuna study that the workers of a sweep share: its trials, sampler and pruner."""
 
-A trial whose worker died or was stopped is queued again under a new number. It keeps its place, and
-with that the working directory, the seed of the sampler and the bracket of the pruner.
-"""
-
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +8,13 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalChoiceType
 from optuna.samplers import BaseSampler
 from optuna.study import Study, StudyDirection
-from optuna.trial import BaseTrial, FrozenTrial, TrialState
+from optuna.trial import BaseTrial, FrozenTrial
 
 from lstm_jax.data import files
 from lstm_jax.errors import UserError
 from lstm_jax.run import workdir
 from lstm_jax.sweep import storage
-from lstm_jax.sweep.storage import ORIGIN, PLACE, RESUMES
+from lstm_jax.sweep.storage import ORIGIN
 
 _Grid = Mapping[str, Sequence[CategoricalChoiceType]]  # The values of each parameter.
 
@@ -97,7 +92,7 @@ def claim_directory(directory: Path, trial: BaseTrial) -> None:
 
 
 class SeededSampler(BaseSampler):
-    """The sampler `name` (tpe, random or grid), with a separate seed for each trial's place.
+    """The sampler `name` (tpe, random or grid), with a separate seed for each trial's number.
 
     The parameters depend only on the seed and the earlier trials, not on the process that draws
     them or on how often a trial is resumed, and two workers never draw the same.
@@ -108,8 +103,8 @@ class SeededSampler(BaseSampler):
         self.name, self.seed, self.grid = name, seed, grid or {}
         self._inner = self._make(0)
 
-    def _make(self, place: int) -> BaseSampler:
-        seed = (1_000_003 * self.seed + place) % 2**32
+    def _make(self, number: int) -> BaseSampler:
+        seed = (1_000_003 * self.seed + number) % 2**32
         if self.name == "tpe":
             return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
         if self.name == "grid":
@@ -117,10 +112,9 @@ class SeededSampler(BaseSampler):
         return optuna.samplers.RandomSampler(seed=seed)
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        """Make the sampler of a trial; a grid takes the point of its place."""
-        placed = _put_in_place(trial)
-        self._inner = self._make(placed.number)
-        self._inner.before_trial(study, placed)
+        """Make the sampler of a trial; a grid takes the point of its number."""
+        self._inner = self._make(trial.number)
+        self._inner.before_trial(study, trial)
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
@@ -150,23 +144,9 @@ def make_pruner(name: str, num_epochs: int) -> optuna.pruners.BasePruner:
 
     Hyperband (Li et al. 2018) runs successive halving over epochs in each bracket.
     """
-    return optuna.pruners.NopPruner() if name == "none" else _Hyperband(1, num_epochs, 3)
-
-
-class _Hyperband(optuna.pruners.HyperbandPruner):
-    """Hyperband that keeps a trial in its bracket when another worker resumes it."""
-
-    def _get_bracket_id(self, study: Study, trial: FrozenTrial) -> int:
-        if trial.state == TrialState.FAIL:  # The losses of a resumed trial count once.
-            return -1
-        return super()._get_bracket_id(study, _put_in_place(trial))
-
-
-def _put_in_place(trial: FrozenTrial) -> FrozenTrial:
-    """Return a trial with its place as its number."""
-    placed = copy.copy(trial)
-    placed.number = trial.user_attrs.get(PLACE, trial.number)
-    return placed
+    if name == "none":
+        return optuna.pruners.NopPruner()
+    return optuna.pruners.HyperbandPruner(1, num_epochs, 3)
 
 
 def get_storage(study: Study) -> storage.SweepStorage:
@@ -175,13 +155,6 @@ def get_storage(study: Study) -> storage.SweepStorage:
     return backend
 
 
-def list_trials(study: Study) -> list[FrozenTrial]:
-    """Return all trials, except those that another one resumes."""
-    trials = study.get_trials(deepcopy=False)
-    resumed = {trial.user_attrs.get(RESUMES) for trial in trials}
-    return [trial for trial in trials if trial.number not in resumed]
-
-
 def get_trial_directory(directory: Path, trial: BaseTrial) -> Path:
-    """Return the working directory of a trial, which its place names."""
-    return directory / TRIALS / f"{trial.user_attrs.get(PLACE, trial.number):04}"
+    """Return the working directory of a trial, which its number names."""
+    return directory / TRIALS / f"{trial.number:04}"
