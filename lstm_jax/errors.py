@@ -15,25 +15,25 @@ def name_flags() -> None:
     _names_flags = True
 
 
-def for_caller(command: str, python: str) -> str:
+def choose_wording(command: str, python: str) -> str:
     """Return the part of a message for the user of a command, or for a caller in Python."""
     return command if _names_flags else python
 
 
-def another_directory() -> str:
+def name_other_directory() -> str:
     """Return the remedy of a working directory that can't be used, as a message names it."""
-    return for_caller("another --workdir", "another directory")
+    return choose_wording("another --workdir", "another directory")
 
 
-def same_again() -> str:
+def name_same_command() -> str:
     """Return the start that resumes a run, as a message names it."""
-    return for_caller("the same command", "the same call")
+    return choose_wording("the same command", "the same call")
 
 
-def set_field(name: str, value: object) -> str:
+def name_setting(name: str, value: object) -> str:
     """Return the assignment of a field of a config, as a message names it."""
     flag = f"--config.{name}={shlex.quote(str(value))}"
-    return for_caller(flag, f"config.{name} = {value!r}")
+    return choose_wording(flag, f"config.{name} = {value!r}")
 
 
 class UserError(Exception):
@@ -60,7 +60,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def visible(text: str) -> str:
+def make_visible(text: str) -> str:
     """Return a text on one line, with escapes for characters that could control a terminal."""
     line = " ".join(text.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
@@ -68,7 +68,7 @@ def visible(text: str) -> str:
 
 def warn(message: str) -> None:
     """Print a warning on one line of standard error."""
-    print("warning:", visible(message), file=sys.stderr)
+    print("warning:", make_visible(message), file=sys.stderr)
 
 
 @contextlib.contextmanager

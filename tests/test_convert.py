@@ -310,7 +310,7 @@ def test_layers_that_torch_lacks_raise_an_error() -> None:
     own = make_weights(num_layers=2)
     uneven = own._replace(layers=[own.layers[0], make_weights(embedding_size=5).layers[0]])
     with pytest.raises(UserError, match="takes 5 features"):
-        weights.check_weights(own._replace(layers=uneven.layers[::-1]))
+        write_and_read(own._replace(layers=uneven.layers[::-1]))
     with pytest.raises(UserError, match="have 5, 6 hidden units: all layers"):
         weights.to_model(
             own._replace(layers=[own.layers[0], {"recurrent_kernel": np.zeros((6, 24))}])

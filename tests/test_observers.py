@@ -129,13 +129,13 @@ def test_the_speed_is_that_of_the_steps_after_the_first_call(clock: Clock) -> No
     measured = progress.Progress(10, 140, 70)
     clock.now += 50  # It compiles.
     measured.after_step(make_loop(11))
-    assert measured.steps_per_second(11) == 0
+    assert measured.measure_speed(11) == 0
     clock.now += 2
     measured.after_step(make_loop(15))
-    assert measured.steps_per_second(15) == 2
+    assert measured.measure_speed(15) == 2
     measured.start_clock(15)  # After a validation.
     clock.now += 1
-    assert measured.steps_per_second(18) == 3
+    assert measured.measure_speed(18) == 3
 
 
 def test_a_row_has_the_means_since_the_last_one(tmp_path: Path, clock: Clock) -> None:

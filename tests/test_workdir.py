@@ -46,7 +46,7 @@ def test_restoring_drops_later_history_and_warns_about_lost_content(
 ) -> None:
     (tmp_path / workdir.METRICS).write_text("first\n")
     (tmp_path / "events.out.tfevents.1").write_text("events")
-    sizes = workdir.history_sizes(tmp_path)
+    sizes = workdir.measure_history(tmp_path)
     (tmp_path / workdir.METRICS).write_text("first\nsecond\n")
     (tmp_path / workdir.SAMPLES).write_text("not there when saved")
     (tmp_path / "events.out.tfevents.2").write_text("not there when saved")

@@ -13,7 +13,7 @@ from jax.test_util import check_grads
 
 from lstm_jax.cells.making import describe_place, get_types, make_cell, name_cell_error, trace_cell
 from lstm_jax.cells.protocol import get_activation, get_gates, run_cell
-from lstm_jax.errors import UserError, visible
+from lstm_jax.errors import UserError, make_visible
 
 # Two parts of one length need one compiled program.
 _BATCH, _TIME, _CUT = 3, 6, 3
@@ -164,7 +164,9 @@ def _check_gradients(cell: Any, variables: Any) -> None:
         try:
             check_grads(jax.jit(loss), (variables, inputs), order=1, modes=("rev",), eps=1e-5)
         except AssertionError as error:
-            message = f"its gradient differs from finite differences: {visible(str(error))[:300]}"
+            message = (
+                f"its gradient differs from finite differences: {make_visible(str(error))[:300]}"
+            )
             raise _failure(cell, method, message) from None
 
 

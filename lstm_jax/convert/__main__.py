@@ -20,10 +20,10 @@ from absl import flags
 from lstm_jax.errors import UserError
 from lstm_jax.run import command
 
-_FROM = flags.DEFINE_string("from", None, "File to make the folder of a model from (.safetensors).")
+_FROM = flags.DEFINE_string("from", None, "File of weights to import (.safetensors).")
 _TO = flags.DEFINE_string("to", None, "File to write (.safetensors), or folder to make.")
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, f"Folder to make with --from; or to read: {command.TRAINED}."
+    "workdir", None, f"With --from, the folder to make; with --to, the model: {command.TRAINED}."
 )
 flags.DEFINE_alias("model", "workdir")
 _VOCABULARY = flags.DEFINE_string(

@@ -1,6 +1,7 @@
 """Write the card of a model: the README.md of its folder."""
 
 import re
+import shlex
 from collections.abc import Sequence
 
 import jax
@@ -49,7 +50,7 @@ def make_card(name: str, trained: Trained, dtype: str, rows: Sequence[Row]) -> s
         "| --- | ---: |",
         *(table or ["| not measured | |"]),
         "\nGenerate text (`lstm_jax.load` does it in Python):\n",
-        f"    python -m lstm_jax.sample --workdir {name}\n",
+        f"    python -m lstm_jax.sample --workdir {shlex.quote(name)}\n",
         "Train it again, in Python:\n",
         "    import lstm_jax\n",
         *(f"    {line}" for line in ["config = lstm_jax.config.default()", *settings]),

@@ -9,10 +9,10 @@ import re
 import types
 from typing import BinaryIO
 
+import jax
 import numpy as np
 
-from lstm_jax.convert import weights as weights_lib
-from lstm_jax.convert.weights import Weights
+from lstm_jax.convert.weights import GATES, Layer, Weights
 from lstm_jax.errors import UserError, one_line
 
 _MAX_HEADER_BYTES = 10**8  # The limit of the format itself.
@@ -59,8 +59,110 @@ def read_state_dict(file: BinaryIO) -> Weights:
         zeros = np.zeros(arrays["weight_hh"].shape[:1], np.float32)
         biases = [arrays.get(key, zeros) for key in ("bias_ih", "bias_hh")]
         kernels = arrays["weight_ih"].T, arrays["weight_hh"].T
-        made[name] = weights_lib.make_layer(name, *kernels, *biases)
-    return weights_lib.build_weights(made, ends)
+        made[name] = _make_layer(name, *kernels, *biases)
+    return _build_weights(made, ends)
+
+
+def _make_layer(
+    name: str,
+    kernel: np.ndarray,
+    recurrent_kernel: np.ndarray,
+    bias: np.ndarray,
+    recurrent_bias: np.ndarray,
+) -> tuple[str, Layer]:
+    """Return the cell of a layer, and its arrays with one bias, or raise `UserError`.
+
+    The kernels are as in `Weights`. The biases are [gates * hidden] each. Both are added to the
+    same sum, except in the candidate of a GRU.
+    """
+    shape = recurrent_kernel.shape
+    is_matrix = len(shape) == 2 and shape[0] > 0
+    cells = [cell for cell, gates in GATES.items() if is_matrix and shape[1] == gates * shape[0]]
+    if not cells:
+        raise UserError(f"{name} is not an LSTM, GRU or RNN: its recurrent kernel is {list(shape)}")
+    hidden, size = shape
+    if not kernel.shape[1:] == bias.shape == recurrent_bias.shape == (size,):
+        raise UserError(f"the shapes of the kernels and biases of {name} don't match")
+    total = bias + recurrent_bias
+    layer = {"input_kernel": kernel, "recurrent_kernel": recurrent_kernel, "bias": total}
+    if cells == ["gru"]:
+        total[-hidden:] = bias[-hidden:]
+        layer["recurrent_bias"] = recurrent_bias[-hidden:]
+    return cells[0], layer
+
+
+def _build_weights(
+    layers: dict[str, tuple[str, Layer]], ends: dict[str, list[np.ndarray]]
+) -> Weights:
+    """Build the weights of a model, or raise `UserError` if these layers don't form one.
+
+    The arguments are the recurrent layers by name, in any order, and the arrays of every other
+    layer. The kernel of the dense layer is [vocabulary, hidden], and may also be the embedding.
+    """
+    if not layers:
+        raise UserError("it has no recurrent layer")
+    cells = {cell for cell, _ in layers.values()}
+    if len(cells) > 1:
+        listed = ", ".join(f"{name}: {cell}" for name, (cell, _) in layers.items())
+        raise UserError(f"its layers are of several kinds ({listed}): all must be of one kind")
+    if len({re.sub(r"_?\d+", "", name) for name in layers}) > 1:
+        raise UserError(
+            f"the names of {', '.join(sorted(layers))} don't determine their order: "
+            "number them, as in lstm1 and lstm2"
+        )
+    ordered = [layers[name][1] for name in sorted(layers, key=_numbers)]
+    features, hidden = len(ordered[0]["input_kernel"]), len(ordered[-1]["recurrent_kernel"])
+    embedding, kernel, bias = _match_ends(ends, features, hidden)
+    features = embedding.shape[1]
+    for number, layer in enumerate(ordered, start=1):
+        if (inputs := len(layer["input_kernel"])) != features:
+            raise UserError(f"its recurrent layer {number} takes {inputs} features, not {features}")
+        features = len(layer["recurrent_kernel"])
+    if kernel.shape != (hidden, len(embedding)) or bias.shape != (len(embedding),):
+        raise UserError(
+            f"the kernel of its dense layer is {list(kernel.shape)}, not "
+            f"{[hidden, len(embedding)]}: embedding and logits must have the same vocabulary"
+        )
+    weights = Weights(cells.pop(), embedding, ordered, kernel, bias)
+    if not all(np.isfinite(array).all() for array in jax.tree.leaves(weights[1:])):
+        raise UserError("some of its weights are not finite")
+    return weights
+
+
+def _numbers(name: str) -> list[list[int]]:
+    """Return a key that sorts lstm.0, lstm.1, ..., lstm.10 in this order."""
+    return [[int(n) for n in re.findall(r"\d{1,9}", part)] for part in re.split("[. ]", name)]
+
+
+def _match_ends(
+    ends: dict[str, list[np.ndarray]], features: int, hidden: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the embedding, and the kernel and bias of the dense layer."""
+    arrays = [(name, array) for name, of_layer in ends.items() for array in of_layer]
+    matrices = {name: array for name, array in arrays if array.ndim == 2}
+    kernels = {name: array.T for name, array in matrices.items()}
+    biases = {name: array for name, array in arrays if array.ndim == 1}
+    names = sorted(matrices)
+    known = len(names) + len(biases) == len(arrays) and len(biases) <= 1
+    if not known or len(names) not in (1, 2):
+        raise UserError(
+            f"its other layers with weights are {', '.join(sorted(ends)) or 'none'}: "
+            "only one embedding and one dense layer can be converted"
+        )
+
+    def find_evidence(pair: tuple[str, str]) -> tuple[bool, bool, bool]:
+        """Return whether the bias, the sizes and the names support this assignment."""
+        embedding, dense = pair
+        fits = matrices[embedding].shape[1] == features and len(kernels[dense]) == hidden
+        named = "emb" in embedding or "encoder" in embedding or "dense" in dense
+        return dense in biases, fits, named
+
+    pairs = (names[0], names[-1]), (names[-1], names[0])
+    embedding, dense = max(pairs, key=find_evidence)
+    if len(names) > 1 and find_evidence(pairs[0]) == find_evidence(pairs[1]):
+        raise UserError(f"it is not clear which of {embedding} and {dense} is the embedding")
+    bias = next(iter(biases.values()), np.zeros(kernels[dense].shape[1], np.float32))
+    return matrices[embedding], kernels[dense], bias
 
 
 def write_state_dict(weights: Weights) -> bytes:

@@ -40,14 +40,18 @@ def import_weights(
     directory = directory.absolute()
     if directory.is_dir() and any(directory.iterdir()):
         raise UserError(f"{directory} is not empty: use another --workdir")
-    config = config_lib.default()
-    if text_file is not None:
-        config.data.path = sources.make_absolute(text_file)
+    config, splits = config_lib.default(), dict[str, str]()
+    tokens: Sequence[str] = ()
+    kind, stop = "characters", ""
     if vocabulary_file is not None:
         tokens, kind, stop = read_vocabulary(Path(vocabulary_file))
-    else:
-        text = "".join(texts.read_splits(config.data).values())
-        tokens, kind, stop = vocabulary_lib.Vocabulary.from_text(text).tokens, "characters", ""
+    config.data.units = kind
+    if text_file is not None:
+        config.data.path = sources.make_absolute(text_file)
+        splits = texts.read_splits(config.data)
+        config.data.sha256 = texts.compute_checksum(splits)
+    if vocabulary_file is None:
+        tokens = vocabulary_lib.Vocabulary.from_text("".join(splits.values())).tokens
     try:
         with files.open_regular(source, follow=True) as file:
             loaded = torch_weights.read_state_dict(file)
@@ -58,15 +62,12 @@ def import_weights(
     except UserError as error:
         raise UserError(f"{source} can't be converted: {error}") from None
     config.model.update(fields)
-    config.data.units = vocabulary.kind
     names = {
         encoding.find_stop_text(name, stop.__contains__): name for name in vocabulary_lib.SEPARATORS
     }
     if stop not in names:
         raise UserError(f"there is no data.document_separator for the stop token {stop!r}")
     config.data.document_separator = names[stop]
-    if text_file is not None:
-        config.data.sha256 = texts.compute_checksum(texts.read_splits(config.data))
     make_folder(directory, config_lib.complete_config(config), vocabulary, params)
     print(f"{messages.format_parameters(params)}\n")
     if added:

@@ -29,7 +29,7 @@ from lstm_jax.config import DataConfig
 from lstm_jax.data import encoding, files, sources, worker
 from lstm_jax.data.encoding import Part, Table, Text, get_smallest_dtype
 from lstm_jax.data.sources import Segment
-from lstm_jax.errors import UnavailableError, UserError, same_again
+from lstm_jax.errors import UnavailableError, UserError, name_same_command
 from lstm_jax.recurrences.processor import count_cores
 from lstm_jax.vocabulary import Ids, Vocabulary
 
@@ -236,7 +236,7 @@ def _run_processes(parts: Path, number: int, total: int) -> None:
         if any(process.wait() for process in processes):
             raise UserError(
                 "a process that prepared the text has ended early, perhaps out of memory: free "
-                f"some, then start {same_again()} again"
+                f"some, then start {name_same_command()} again"
             )
     finally:
         for process in processes:

@@ -18,7 +18,7 @@ from lstm_jax.config import DataConfig
 from lstm_jax.data import files
 from lstm_jax.data.download import Download, DownloadError, download_file, read_wheel
 from lstm_jax.data.sources import SPLITS
-from lstm_jax.errors import UnavailableError, UserError, same_again
+from lstm_jax.errors import UnavailableError, UserError, name_same_command
 
 _LOCK = ".lstm_jax.lock"
 
@@ -159,8 +159,8 @@ def _download_files(missing: list[Download], data_dir: Path) -> None:
                 continue
             addresses = ", ".join(file.address for file in missing[i:])
             raise UserError(
-                f"can't download {file.address} ({error}): try {same_again()} again, or download "
-                f"{addresses} in another way and put it in {data_dir}"
+                f"can't download {file.address} ({error}): try {name_same_command()} again, or "
+                f"download {addresses} in another way and put it in {data_dir}"
             ) from None
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lstm_jax.errors import UserError, one_line, visible
+from lstm_jax.errors import UserError, make_visible, one_line
 
 _LOST = (
     "another process of this run has ended or can't be reached (its own output says why): start "
@@ -176,7 +176,7 @@ def _wait_for_devices() -> None:
 
 def _leave(message: str) -> NoReturn:
     """End this process without waiting for the others, which detect that it has ended."""
-    line = f"error: {visible(message)}\n"
+    line = f"error: {make_visible(message)}\n"
     os.write(2, line.encode("utf-8", "backslashreplace"))
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()

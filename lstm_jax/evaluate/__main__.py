@@ -14,7 +14,7 @@ from lstm_jax.data.sources import SPLITS
 from lstm_jax.errors import UserError
 from lstm_jax.run import command
 
-_PLACES = 256  # The number of positions that --zero_state measures.
+_POSITIONS = 256  # The number of positions that --zero_state measures.
 
 _RUN, _TEXT_OF_RUN = command.define_run_flags(), command.define_text_flags()
 _DTYPE = command.define_dtype_flag()
@@ -42,7 +42,7 @@ _BY_POSITION = flags.DEFINE_string(
 _ZERO_STATE = flags.DEFINE_bool(
     "zero_state",
     False,
-    f"Also measure the loss from a zero state, at {_PLACES} positions of the split.",
+    f"Also measure the loss from a zero state, at {_POSITIONS} positions of the text.",
 )
 _DYNAMIC = flags.DEFINE_bool(
     "dynamic",
@@ -99,7 +99,7 @@ def main() -> None:
         json_lines=_JSON_LINES.value,
         context=_CONTEXT.value,
         by_position=plot,
-        zero_state=_PLACES if _ZERO_STATE.value else 0,
+        zero_state=_POSITIONS if _ZERO_STATE.value else 0,
         dynamic=settings if _DYNAMIC.value else None,
     )
     measurement.measure(directories, _DTYPE.value, own_text, options)

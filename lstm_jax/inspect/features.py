@@ -176,16 +176,16 @@ def find_followers(
       the same sign; and the correlations in the second half, float32 [features, hidden_units].
     """
     half = activations.shape[1] // 2
-    searched = compute_correlations(activations[:, :half], features[:, :half])
-    judged = compute_correlations(activations[:, half:], features[:, half:])
+    first_half = compute_correlations(activations[:, :half], features[:, :half])
+    second_half = compute_correlations(activations[:, half:], features[:, half:])
     followers = []
-    for number, row in enumerate(searched):
+    for number, row in enumerate(first_half):
         best = np.argsort(-np.abs(row), kind="stable")[:each]
         chance = _compute_chance(activations[best, half:], features[number, half:])
-        values = zip(best, row[best], judged[number, best], chance, strict=True)
+        values = zip(best, row[best], second_half[number, best], chance, strict=True)
         candidates = [Follower(number, *(x.item() for x in of_unit)) for of_unit in values]
         followers.append([f for f in candidates if f.correlation * np.sign(f.searched) > f.chance])
-    return followers, judged
+    return followers, second_half
 
 
 def _compute_chance(activations: np.ndarray, feature: np.ndarray) -> np.ndarray:

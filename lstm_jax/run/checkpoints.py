@@ -28,10 +28,10 @@ from lstm_jax.devices import hosts
 from lstm_jax.errors import (
     UnavailableError,
     UserError,
-    another_directory,
+    name_other_directory,
+    name_same_command,
+    name_setting,
     one_line,
-    same_again,
-    set_field,
     warn,
 )
 from lstm_jax.model import Params
@@ -179,7 +179,7 @@ class CheckpointWriter:
         return UnavailableError(
             f"can't write the checkpoint of step {step} in {self._directory} "
             f"({_get_reason(error)}); {before}: free space or make it writable, then {verb} with "
-            f"{same_again()}"
+            f"{name_same_command()}"
         )
 
     def __enter__(self) -> Self:
@@ -327,7 +327,7 @@ def _restore_first(
                     raise UserError(
                         f"the training state in {path} {differing}, unlike that of this code: use "
                         "the code that saved it, or start a new run with its parameters "
-                        f"({set_field('init_from', directory.parent)})"
+                        f"({name_setting('init_from', directory.parent)})"
                     ) from None
                 raise UserError(
                     f"the checkpoint {path} does not hold the model that the config describes: "
@@ -342,7 +342,7 @@ def _restore_first(
         reasons = "; ".join(f"step {path.name}: {damage}" for path, damage in damaged.items())
         raise UserError(
             f"every checkpoint in {directory} is damaged ({reasons}): restore one from a copy, or "
-            f"use {another_directory()}"
+            f"use {name_other_directory()}"
         )
     return None, None, damaged
 

@@ -13,7 +13,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from lstm_jax import config, errors
-from lstm_jax.errors import UserError, one_line, visible
+from lstm_jax.errors import UserError, make_visible, one_line
 from lstm_jax.run import console, interrupts
 from lstm_jax.version import __version__
 
@@ -250,5 +250,5 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
 def _fail(message: str) -> NoReturn:
     # Names and values in the message may contain line breaks.
     with contextlib.suppress(OSError):
-        print("error:", visible(message), file=sys.stderr)
+        print("error:", make_visible(message), file=sys.stderr)
     sys.exit(2)

@@ -193,8 +193,7 @@ class Run:
             log_probs = [-loss_lib.compute_token_losses(self.model, self.params, ids)]
         # The last chunk is read again, without the padding at its end, which changes the carry.
         state = generation.initial_state(self.model, self._arrays)._replace(carry=before)
-        if len(rest := ids[start:-1]):
-            state = generation.read_tokens(self.model, self._arrays, state, rest[None])
+        state = self.read(ids[None, start:-1], state)
         return Scores(tokens, np.concatenate(log_probs), TextCarry(state.carry, int(ids[-1])))
 
     def hidden_states(self, text: str) -> list[np.ndarray]:

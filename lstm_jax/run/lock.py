@@ -14,7 +14,7 @@ import jax
 
 from lstm_jax.data import files
 from lstm_jax.devices import hosts
-from lstm_jax.errors import UnavailableError, UserError, another_directory
+from lstm_jax.errors import UnavailableError, UserError, name_other_directory
 
 LOCK = ".lock"
 # The holder touches the lock this often; one that was not touched for a minute is stale.
@@ -153,8 +153,8 @@ def _held(path: Path, holder: dict[str, object]) -> UnavailableError:
     fields = {"pid": "unknown", "host": "an unknown host", "since": "an unknown time", **holder}
     return UnavailableError(
         f"process {fields['pid']} on {fields['host']} is training in {path.parent} (since "
-        f"{fields['since']}): wait until it ends, stop it, or use {another_directory()}; if it is "
-        f"dead already, try again in {STALE_SECONDS} seconds"
+        f"{fields['since']}): wait until it ends, stop it, or use {name_other_directory()}; if it "
+        f"is dead already, try again in {STALE_SECONDS} seconds"
     )
 
 

@@ -14,7 +14,7 @@ from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.data import files
 from lstm_jax.devices import hosts
-from lstm_jax.errors import NotFiniteError, same_again, set_field, warn
+from lstm_jax.errors import NotFiniteError, name_same_command, name_setting, warn
 from lstm_jax.recurrences import choice
 from lstm_jax.run import cell_file, checkpoints, workdir
 from lstm_jax.run.session import Session
@@ -118,7 +118,7 @@ def describe_stop(run: Session) -> str:
     """Return the message that a signal has stopped training after the steps so far."""
     return (
         f"\nStopped at step {run.loop.step} of {run.plan.total_steps}. Everything is saved in "
-        f"{run.directory}: {same_again()} resumes."
+        f"{run.directory}: {name_same_command()} resumes."
     )
 
 
@@ -129,7 +129,7 @@ def _describe_end(run: Session) -> str:
         field, reason = "patience", f": {_describe_patience(run)}"
     return (
         f"The run in {run.directory} is finished after {run.plan.describe_length(step)}{reason}. "
-        f"To train longer, set for example {set_field(field, 2 * getattr(run.config, field))}"
+        f"To train longer, set for example {name_setting(field, 2 * getattr(run.config, field))}"
     )
 
 
@@ -163,8 +163,9 @@ def report_nonfinite(run: Session, step: int, skipped: int) -> None:
         last_saved = checkpoints.list_steps(run.directory / workdir.CHECKPOINTS)[-1]
         raise NotFiniteError(
             f"{message}: the last good checkpoint is that of step {last_saved}; resume from it "
-            f"with a lower optimizer.learning_rate, {set_field('optimizer.max_gradient_norm', 1)}, "
-            f"or more than {allowed} in max_skipped_steps"
+            "with a lower optimizer.learning_rate, "
+            f"{name_setting('optimizer.max_gradient_norm', 1)}, or more than {allowed} in "
+            "max_skipped_steps"
         )
     with tqdm.external_write_mode(sys.stderr):  # Not behind the bar.
         warn(f"{message}; skipped {skipped} of at most {allowed}")

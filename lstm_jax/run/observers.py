@@ -64,7 +64,7 @@ class Log(Observer):
         state, plan = loop.state, self._run.plan
         if number := int(state.loss_steps):
             loss = float(state.loss_sum) / number
-            speed = self._progress.steps_per_second(loop.step) * plan.tokens_per_step
+            speed = self._progress.measure_speed(loop.step) * plan.tokens_per_step
             self._progress.update(loop.step, loss, speed)
             extra: metrics.Numbers = {
                 "learning_rate": plan.get_learning_rate(loop.step, int(state.skipped)),

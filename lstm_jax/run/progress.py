@@ -48,7 +48,7 @@ class Progress(Observer):
             self._start = self._clock
         self._advance(step)
 
-    def steps_per_second(self, step: int) -> float:
+    def measure_speed(self, step: int) -> float:
         """Return the speed since the last call or `start_clock`; 0 if no step was done since."""
         before, self._clock = self._clock, (step, time.monotonic())
         steps, seconds = step - before[0], self._clock[1] - before[1]

@@ -11,7 +11,7 @@ from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.config import Config
 from lstm_jax.data.texts import Splits
-from lstm_jax.errors import UserError, another_directory, for_caller, set_field
+from lstm_jax.errors import UserError, choose_wording, name_other_directory, name_setting
 from lstm_jax.regularization import drop_parameters
 from lstm_jax.run import cell_file, workdir
 from lstm_jax.vocabulary import Vocabulary
@@ -65,7 +65,7 @@ def resolve_run(
     if workdir.is_folder(directory):
         raise UserError(
             f"{directory} holds a model without its run: start a new run from the parameters, with "
-            f"{another_directory()} and {_start_from(directory)}"
+            f"{name_other_directory()} and {_start_from(directory)}"
         )
     if (directory / workdir.CONFIG).exists():
         before = workdir.load_config(directory)
@@ -76,7 +76,7 @@ def resolve_run(
         if (directory / name).exists():
             raise UserError(
                 f"{directory} holds {name} but no {workdir.CONFIG}: restore that file, or start a "
-                f"new run in {another_directory()}"
+                f"new run in {name_other_directory()}"
             )
     vocabulary = splits.texts["train"].make_vocabulary(config.data)
     if config.init_from:
@@ -122,7 +122,7 @@ def _find_changes(before: Config, config: Config, directory: Path) -> Changes:
         if "model.cell_sha256" in changes:
             raise UserError(
                 f"{config.model.cell} has changed since the run in {directory} began: restore it, "
-                f"or start a new run from the parameters, with {another_directory()} and "
+                f"or start a new run from the parameters, with {name_other_directory()} and "
                 f"{_start_from(directory)}"
             )
     fixed = {f: values for f, values in changes.items() if f not in config_lib.CHANGEABLE}
@@ -131,13 +131,13 @@ def _find_changes(before: Config, config: Config, directory: Path) -> Changes:
         listed = "; ".join(f"{f} was {was!r} and is {now!r}" for f, (was, now) in fixed.items())
         raise UserError(
             f"{directory} holds a run with another config ({listed}): resume with that config, or "
-            f"use {another_directory()}"
+            f"use {name_other_directory()}"
         )
     if is_other_text:
         text = before.data.path or f"the dataset {before.data.dataset}"
         raise UserError(
             f"{directory} holds a run that was trained on another text, or on other splits of it "
-            f"({text}): restore that text, or use {another_directory()}"
+            f"({text}): restore that text, or use {name_other_directory()}"
         )
     return changes
 
@@ -145,7 +145,7 @@ def _find_changes(before: Config, config: Config, directory: Path) -> Changes:
 def _start_from(directory: Path) -> str:
     """Return the setting that starts a run from these parameters, as a message names it."""
     name = str(directory)
-    return for_caller(f"--init_from {shlex.quote(name)}", f"config.init_from = {name!r}")
+    return choose_wording(f"--init_from {shlex.quote(name)}", f"config.init_from = {name!r}")
 
 
 def _check_model(before: Config, config: Config, directory: Path) -> None:
@@ -169,7 +169,7 @@ def _check_model(before: Config, config: Config, directory: Path) -> None:
         del wanted["model.options"]
         options = before.model.options
         wanted |= {f"model.options.{name}": value for name, value in options.items()}
-    set_all = for_caller(" ", "; ").join(set_field(*item) for item in wanted.items())
+    set_all = choose_wording(" ", "; ").join(name_setting(*item) for item in wanted.items())
     remedy = f"add {set_all}" if wanted else "leave out config.model.options"
     raise UserError(f"the model in {directory} has other settings: {remedy}")
 

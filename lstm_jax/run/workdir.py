@@ -20,7 +20,7 @@ from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.config import Config
 from lstm_jax.data import files
-from lstm_jax.errors import UserError, for_caller, warn
+from lstm_jax.errors import UserError, choose_wording, warn
 from lstm_jax.recurrences import fused
 from lstm_jax.run import cell_file, model_file
 from lstm_jax.vocabulary import Vocabulary
@@ -47,7 +47,7 @@ def check_path(directory: Path | str) -> Path:
 
     The system limits the length of a name, and allows no NUL in it.
     """
-    name = for_caller("--workdir", "directory")
+    name = choose_wording("--workdir", "directory")
     try:
         path = Path(directory)
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
@@ -86,7 +86,7 @@ def load_config(workdir: Path) -> Config:
         raise UserError(
             f"there is no trained model in {workdir} (no {CONFIG}): name the directory of a "
             "training run, or tiny-shakespeare, or train one with "
-            f"{for_caller(command=train, python='lstm_jax.train')}"
+            f"{choose_wording(command=train, python='lstm_jax.train')}"
         )
     try:
         fields = files.read_json(workdir / CONFIG, _CONFIG_LIMIT)
@@ -192,7 +192,7 @@ def append_sample(workdir: Path, step: int, temperature: float, text: str) -> No
         file.write(f"=== step {step}, temperature {temperature}\n{text}\n\n".encode())
 
 
-def history_sizes(workdir: Path) -> dict[str, int]:
+def measure_history(workdir: Path) -> dict[str, int]:
     """Flush the files that a run appends to, and return their sizes in bytes by name."""
     sizes = {}
     for path in _list_history(workdir):
@@ -203,7 +203,7 @@ def history_sizes(workdir: Path) -> dict[str, int]:
 
 
 def restore_history(workdir: Path, sizes: Mapping[str, int]) -> None:
-    """Remove what was appended since `history_sizes` returned `sizes`; warn if content is lost."""
+    """Remove what was appended since `measure_history` gave `sizes`; warn if content is lost."""
     for path in _list_history(workdir):
         size = sizes.get(path.name, 0)
         if size == 0:

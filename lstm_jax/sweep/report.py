@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lstm_jax.config import FIELDS, Config, change_fields, flatten
 from lstm_jax.data import files
-from lstm_jax.errors import visible
+from lstm_jax.errors import make_visible
 from lstm_jax.run import cell_file
 from lstm_jax.sweep import study as study_lib
 from lstm_jax.sweep.storage import REASON
@@ -45,7 +45,7 @@ def write_report(study: Study, directory: Path, experiment: Config) -> str:
         command = shlex.join(["python", "-m", "lstm_jax.sample", "--workdir", trained])
         lines = [
             f"Best of {len(trials)} trials: trial {best.number}, validation loss "
-            f"{best.value:.4f}: {visible(describe_settings(best))}",
+            f"{best.value:.4f}: {make_visible(describe_settings(best))}",
             f"Train it: {_get_command(best, directory)}",
             f"Generate text: {command}{cell_file.make_flag(config.model)}",
         ]
@@ -135,7 +135,7 @@ def print_end(study: Study, number: int, wanted: int) -> None:
         reason = f" ({trial.user_attrs[REASON]})" if REASON in trial.user_attrs else ""
         ended = f"trial {number} {describe_state(trial)}{loss}{reason}"
         line = f"{ended}: {describe_settings(trial)}; {describe_progress(trials, wanted)}"
-        print(visible(line), file=sys.stderr, flush=True)
+        print(make_visible(line), file=sys.stderr, flush=True)
 
 
 def describe_state(trial: FrozenTrial) -> str:
