@@ -3,12 +3,14 @@
     python examples/student.py --config experiments/shakespeare_best.py --out runs/student
 
 1. Teachers are trained, each with a seed of its own.
-2. Together they write a text, four times as long as the training text.
-3. The student starts with the parameters of the last teacher. It reads the written text once and
+2. Together they generate a text, four times as long as the training text.
+3. The student starts with the parameters of the last teacher. It reads the generated text once and
    the training text twice in an epoch, and learns the mean of the teachers' probabilities
-   (Bucila et al. 2006; Hinton et al. 2015). No teacher has learned the written text by heart.
+   (Bucila et al. 2006; Hinton et al. 2015). No teacher has memorized the generated text.
 
---config.FIELD=VALUE flags are for all models. The same command resumes.
+--config.FIELD=VALUE flags are for the teachers. The student has the same fields, except its number
+of epochs (--epochs), its learning rate, and regularization, of which it has none.
+The same command resumes.
 """
 
 import dataclasses
@@ -27,24 +29,24 @@ command.define_config_flag("The experiment.")
 _OUT = flags.DEFINE_string("out", "runs/student", "Directory of the runs and of the text.")
 _TEACHERS = flags.DEFINE_integer("teachers", 3, "Number of teachers.")
 _EPOCHS = flags.DEFINE_integer("epochs", 3, "Epochs of the student.")
-_WRITTEN = 4  # The length of the written text, relative to the training text.
+_RELATIVE_LENGTH = 4  # The length of the generated text, relative to the training text.
 _SAMPLES = 256  # It consists of this number of samples.
 
 
-def write_texts(teachers: list[Path], splits: dict[str, str], out: Path) -> str:
+def generate_splits(teachers: list[Path], splits: dict[str, str], out: Path) -> str:
     """Write the student's splits, unless that is done; return their paths as in `data.path`."""
     paths = {name: out / f"{name}.txt" for name in ("validation", "test", "train")}
     if not paths["train"].exists():
-        print("The teachers write a text", flush=True)
+        print("The teachers generate a text", flush=True)
         run, read = lstm_jax.load(teachers), splits["train"]
-        length = _WRITTEN * len(run.vocabulary.split(read)) // _SAMPLES
-        written = generation.generate_texts(
+        length = _RELATIVE_LENGTH * len(run.vocabulary.split(read)) // _SAMPLES
+        generated = generation.generate_texts(
             *(run.model, run.params, run.vocabulary, jax.random.key(0)),
             length=length,
             num_samples=_SAMPLES,
             stop_token=False,
         )
-        halves = written[::2], written[1::2]
+        halves = generated[::2], generated[1::2]
         # The validation text follows the training text.
         train = "".join("\n".join([*half, read]) for half in halves)
         for name, path in paths.items():
@@ -66,7 +68,7 @@ def main() -> int:
         "distill.weight": 0.9,
         "init_from": str(teachers[-1]),
         "distill.teachers": ",".join(map(str, teachers)),
-        "data.path": write_texts(teachers, texts.read_splits(config.data), out),
+        "data.path": generate_splits(teachers, texts.read_splits(config.data), out),
     }
     config = dataclasses.replace(config, regularization=RegularizationConfig())  # None.
     return lstm_jax.train(change_fields(config, fields), out / "student")
