@@ -20,7 +20,7 @@ from lstm_jax.optimizer import update_average
 class TrainState(NamedTuple):
     """Everything that a training step reads and writes.
 
-    Checkpoints contain all of it, so another field makes earlier checkpoints unreadable.
+    Checkpoints contain all of it, so another field in `rest` makes earlier ones unreadable.
     """
 
     params: model_lib.Params

@@ -26,7 +26,7 @@ from lstm_jax.convert import torch_weights, transfer, weights
 from lstm_jax.data import files, texts
 from lstm_jax.errors import UserError
 from lstm_jax.run import workdir
-from lstm_jax.vocabulary import Vocabulary
+from lstm_jax.vocabulary import FILE_END, Vocabulary
 
 pytest.importorskip("safetensors")
 
@@ -208,13 +208,22 @@ def test_missing_special_tokens_are_added_and_never_predicted(
     assert (np.delete(logits, known, axis=-1) == -30).all()
 
 
-def test_documents_keep_their_stop_token(tmp_path: Path) -> None:
-    vocabulary = Vocabulary.from_text("ab\n\nba\n\n", stop="\n\n")
+@pytest.mark.parametrize(("separator", "stop"), [("blank_line", "\n\n"), ("file", FILE_END)])
+def test_documents_keep_their_stop_token(separator: str, stop: str, tmp_path: Path) -> None:
+    vocabulary = Vocabulary.from_text(f"ab{stop}ba{stop}", stop=stop)
     model = save(make_weights(tokens=len(vocabulary)), tmp_path / "model.safetensors")
     (tmp_path / "vocabulary.json").write_text(json.dumps(vocabulary.to_fields()))
-    transfer.import_weights(model, tmp_path / "run", str(tmp_path / "vocabulary.json"), None)
-    assert workdir.load_trained(tmp_path / "run").vocabulary.stop == "\n\n"
-    assert workdir.load_config(tmp_path / "run").data.document_separator == "blank_line"
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"{name}.txt").write_text("ab\n\nba\n\n")
+    text_files = ";".join(f"{tmp_path}/{name}.txt" for name in ("train", "valid", "test"))
+    transfer.import_weights(model, tmp_path / "run", str(tmp_path / "vocabulary.json"), text_files)
+    trained = workdir.load_trained(tmp_path / "run")
+    assert trained.vocabulary.stop == stop
+    assert trained.config.data.document_separator == separator
+    read = texts.load_texts_of_run(trained.config.data, None)
+    assert [len(text.encode(trained.vocabulary)) for text in read.values()] == [
+        6 if separator == "blank_line" else 9
+    ] * 3
 
 
 def test_the_characters_of_all_splits_are_the_vocabulary(tmp_path: Path) -> None:

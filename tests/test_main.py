@@ -396,5 +396,4 @@ def test_a_mistake_gives_a_one_line_error_and_exit_code_2(
     assert result.returncode == 2
     assert result.stdout == ""
     assert len(result.stderr.splitlines()) == 1 and message in result.stderr
-    after = [name for name in sorted(os.listdir(tmp_path)) if name != "__pycache__"]
-    assert after == before, "nothing is left behind"
+    assert sorted(os.listdir(tmp_path)) == before, "nothing is left behind"

@@ -49,8 +49,8 @@ def check_cell(
         made = make_cell(cell, input_size, hidden_size, options=options)
     elif not (hasattr(cell, "input_size") and hasattr(cell, "hidden_size")):
         raise UserError(f"{describe_place(type(cell))} needs fields input_size and hidden_size")
-    if hasattr(made, "dtype"):
-        made = made.clone(dtype="float32")
+    with name_cell_error(type(made)):
+        made = made.clone(dtype="float32") if hasattr(made, "dtype") else made
     for batch in (1, _BATCH):
         trace_cell(made, batch)
     with name_cell_error(type(made)):

@@ -45,7 +45,12 @@ def import_weights(
     kind, stop = "characters", ""
     if vocabulary_file is not None:
         tokens, kind, stop = read_vocabulary(Path(vocabulary_file))
-    config.data.units = kind
+    names = {
+        encoding.find_stop_text(name, stop.__contains__): name for name in vocabulary_lib.SEPARATORS
+    }
+    if stop not in names:
+        raise UserError(f"there is no data.document_separator for the stop token {stop!r}")
+    config.data.units, config.data.document_separator = kind, names[stop]
     if text_file is not None:
         config.data.path = sources.make_absolute(text_file)
         splits = texts.read_splits(config.data)
@@ -62,12 +67,6 @@ def import_weights(
     except UserError as error:
         raise UserError(f"{source} can't be converted: {error}") from None
     config.model.update(fields)
-    names = {
-        encoding.find_stop_text(name, stop.__contains__): name for name in vocabulary_lib.SEPARATORS
-    }
-    if stop not in names:
-        raise UserError(f"there is no data.document_separator for the stop token {stop!r}")
-    config.data.document_separator = names[stop]
     make_folder(directory, config_lib.complete_config(config), vocabulary, params)
     print(f"{messages.format_parameters(params)}\n")
     if added:

@@ -155,30 +155,34 @@ def run_worker(sweep: Sweep, signals: StopRequest | None = None) -> None:
 
 
 def _run_trial(sweep: Sweep, trial: Trial, signals: StopRequest) -> _TrialError | None:
-    """Train a trial and record its result; return the error if it failed."""
-    study, loss, error = sweep.study, None, None
+    """Train a trial and record its result; return the error if it failed.
+
+    If this process was suspended, and another worker has taken the trial over, record nothing.
+    """
+    study, storage = sweep.study, study_lib.get_storage(sweep.study)
+    loss, error, reason = None, None, ""
     try:
         with get_heartbeat_thread(trial._trial_id, study._storage), signals.at_once():
             loss = _train_trial(sweep, trial)
         state = TrialState.COMPLETE
-    except TrialPruned:
-        state = TrialState.PRUNED
+    except TrialPruned as pruned:
+        state, reason = TrialState.PRUNED, str(pruned)
     except _TrialError as failed:
-        state, error = TrialState.FAIL, failed
+        state, error, reason = TrialState.FAIL, failed, str(failed)
     except BaseException as interruption:
         # An unexpected error ends the worker, so it counts as its death.
         is_known = isinstance(interruption, (Stopped, UserError, OSError, OptunaError))
-        storage = study_lib.get_storage(study)
         is_ours = storage.queue_again(trial, is_dead=not is_known)
         if is_ours or not isinstance(interruption, Exception):
             raise
-        return None  # This process was suspended, and another worker has taken the trial over.
-    # Another worker may have ended the trial, or queued it again.
-    with contextlib.suppress(UpdateFinishedTrialError, ValueError):
-        if error:
-            trial.set_user_attr(REASON, str(error))
+        return None
+    with contextlib.suppress(UpdateFinishedTrialError, ValueError):  # The latter: it is queued.
+        storage.check_held(trial)
+        if reason:
+            trial.set_user_attr(REASON, reason)
         study.tell(trial, loss, state, skip_if_finished=True)
-    return error
+        return error
+    return None
 
 
 def _train_trial(sweep: Sweep, trial: Trial) -> float:
@@ -188,6 +192,8 @@ def _train_trial(sweep: Sweep, trial: Trial) -> float:
         overrides, config = sweep.space.draw_config(trial, sweep.experiment)
     except UserError as error:
         raise _SpaceError(str(error)) from None
+    storage = study_lib.get_storage(sweep.study)
+    storage.check_held(trial)
     trial.set_user_attr(study_lib.OVERRIDES, overrides)
     directory = study_lib.get_trial_directory(sweep.directory, trial)
     study_lib.claim_directory(directory, trial)
@@ -197,7 +203,8 @@ def _train_trial(sweep: Sweep, trial: Trial) -> float:
         epoch, loss = int(row["epoch"]), row["loss"]
         if row["split"] != "validation" or not epoch or epoch != row["epoch"]:
             return
-        reported = trial.storage.get_trial(trial._trial_id).intermediate_values
+        storage.check_held(trial)
+        reported = storage.get_trial(trial._trial_id).intermediate_values
         if math.isfinite(loss) and epoch not in reported:
             trial.report(loss, epoch)
         if epoch < config.num_epochs and trial.should_prune():
@@ -212,8 +219,7 @@ def _train_trial(sweep: Sweep, trial: Trial) -> float:
         ):
             exit_code = training.train(config, directory, watch)
     except NotFiniteError as error:
-        trial.set_user_attr(REASON, str(error))
-        raise TrialPruned from None
+        raise TrialPruned(str(error)) from None
     except UnavailableError:
         raise  # A later attempt may succeed, so the trial is queued again.
     # Errors caused by the settings of a trial or by too little memory.

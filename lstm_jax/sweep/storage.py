@@ -16,7 +16,12 @@ from typing import Any
 from urllib.parse import unquote_plus
 
 import sqlalchemy
-from optuna.exceptions import ExperimentalWarning, OptunaError, StorageInternalError
+from optuna.exceptions import (
+    ExperimentalWarning,
+    OptunaError,
+    StorageInternalError,
+    UpdateFinishedTrialError,
+)
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.storages._rdb.storage import _create_scoped_session
@@ -48,7 +53,7 @@ class SweepStorage(RDBStorage):
     between two transactions, no other worker would resume it.
     """
 
-    limit: float = math.inf  # No trial has this number or a larger one.
+    limit: float = math.inf  # No new trial gets this number or a larger one.
 
     def _get_prepared_new_trial(
         self, study_id: int, template_trial: FrozenTrial | None, session: Any
@@ -73,6 +78,12 @@ class SweepStorage(RDBStorage):
         """Record that the worker of a trial lives."""
         with contextlib.suppress(StorageInternalError):  # It may be temporarily unreachable.
             super().record_heartbeat(trial_id)
+
+    def check_held(self, trial: Trial) -> None:
+        """Raise `UpdateFinishedTrialError` if another worker has taken a trial over."""
+        found = self.get_trial(trial._trial_id)
+        if (found.state, found.datetime_start) != (TrialState.RUNNING, trial.datetime_start):
+            raise UpdateFinishedTrialError
 
     def queue_again(self, trial: Trial | FrozenTrial, is_dead: bool = False) -> bool:
         """Queue a running trial again; it keeps its number, parameters and losses.
