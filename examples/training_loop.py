@@ -56,8 +56,7 @@ def train(config: Config, ids: Any, lstm: model.LanguageModel, params: Any) -> A
         masks = regularization.draw_masks(rates, lstm, key, len(batch.inputs))
         dropped = regularization.drop_parameters(rates, params["lstm"], key)
         outputs, carry = lstm.bind({"params": dropped}).run(batch.inputs, carry, masks)
-        bound = lstm.bind({"params": params["lstm"]})
-        logits = bound.predict(model.apply_mask(outputs, masks[-1]))
+        logits = lstm.bind({"params": params["lstm"]}).predict(model.apply_mask(outputs, masks[-1]))
         losses = cross_entropy(logits, batch.targets)
         if _DECODE_PAST.value:
             table = params["lstm"]["embedding"]["embedding"]
