@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 
 import commands
 import models
+from lstm_jax import cells
 from lstm_jax.errors import UserError
 from lstm_jax.inspect import activations, features, report
 from lstm_jax.model import LanguageModel
@@ -19,6 +21,24 @@ from lstm_jax.run import metrics, workdir
 from lstm_jax.vocabulary import FILE_END, Vocabulary
 
 NASTY = '</script><script>document.title="owned"</script><!-- & <b>"x"</b>\u2028ﷺ\n'
+
+
+class _OwnGRU(cells.GRUCell):
+    def activation(self, carry: Any) -> jax.Array:
+        return carry.hidden**3
+
+
+@pytest.mark.parametrize(
+    ("cell", "name"),
+    [
+        (cells.CELLS["peephole"], "tanh of the cell state"),
+        (cells.GRUCell, "the hidden state"),
+        (_OwnGRU, "as its cell defines it"),
+        (nn.GRUCell, "tanh of the outputs"),
+    ],
+)
+def test_the_activation_of_a_cell_has_a_name(cell: type, name: str) -> None:
+    assert report._describe_activation(cell) == name
 
 
 def read_data(page: bytes) -> dict[str, Any]:

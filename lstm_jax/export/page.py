@@ -48,7 +48,6 @@ def make_page(trained: workdir.Trained, name: str, bits: int = 16) -> bytes:
     layers = [trained.params[f"{model.cell}_{i}"] for i in range(model.num_layers)]
     data = {
         "name": name,
-        "step": trained.step,
         "parameters": sum(array.size for array in jax.tree.leaves(trained.params)),
         "cell": model.cell,
         "skipConnections": model.skip_connections,

@@ -111,11 +111,12 @@ def make_page(trained: workdir.Trained, text: str, name: str, directory: Path) -
 
 def _describe_activation(cell: type) -> str:
     """Return the name of the values that `protocol.get_activation` returns for a cell."""
-    if issubclass(cell, LSTMCell):
-        return "tanh of the cell state"
-    if issubclass(cell, Cell):
-        return "the hidden state"
-    return "as its cell defines it" if hasattr(cell, "activation") else "tanh of the outputs"
+    names: dict[object, str] = {
+        LSTMCell.activation: "tanh of the cell state",
+        Cell.activation: "the hidden state",
+        None: "tanh of the outputs",
+    }
+    return names.get(getattr(cell, "activation", None), "as its cell defines it")
 
 
 def _pack_tokens(
