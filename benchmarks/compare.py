@@ -13,7 +13,7 @@ For each variant it
 1. tunes with `lstm_jax.sweep` on the validation split: the same space and the same number of trials
    for all;
 2. trains the best settings with several seeds, each for --epochs;
-3. trains them again, each for the number of steps that takes --seconds, at the speed of the fastest
+3. trains them again, each for the number of steps that take --seconds, at the speed of the fastest
    trial of step 1; start, compilation and validation are not counted;
 4. measures each trained model: the loss of the test split with the carry kept, and by windows of
    256 from a zero carry; characters a second in training, and in generation of one text.
@@ -67,7 +67,7 @@ def main() -> None:
     """Do the remaining work, and write the results."""
     options = frame.parse_flags(
         __doc__,
-        True,
+        fields=True,
         out=Path("runs/cells"),
         experiment=EXPERIMENTS / "cells.py",
         variants="all",
@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def tune(name: str, options: argparse.Namespace) -> None:
-    """Tune a variant, or continue, until its trials are done."""
+    """Tune a variant, or resume, until its trials are done."""
     config, out = f"{options.experiment}:{name}", options.out / "tune" / name
     search = ("--space", options.space, "--sampler", options.sampler, "--pruner", "none")
     given = ("--config", config, *search, "--trials", options.trials, "--workdir", out)

@@ -91,7 +91,7 @@ def _perturb(paragraphs: list[str], rng: np.random.Generator) -> str:
 def measure_peak(*words: str, seconds: float | None = None) -> float:
     """Return the peak memory of a Python command and its children, in 10**6 bytes.
 
-    With `seconds`, end it this time after it has printed a sample of the untrained model.
+    With `seconds`, end it that long after it has printed a sample of the untrained model.
     """
     peak, end = 0, float("inf")
     with tempfile.NamedTemporaryFile() as output:

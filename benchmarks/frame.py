@@ -16,11 +16,11 @@ ROOT = Path(__file__).parents[1]
 
 
 def parse_flags(
-    description: str | None, takes_fields: bool = False, **defaults: Any
+    description: str | None, fields: bool = False, **defaults: Any
 ) -> argparse.Namespace:
-    """Parse a flag for each default, which has its type; a type instead makes it required.
+    """Parse a flag for each keyword argument: its default, or a type, which makes it required.
 
-    If `takes_fields`, `fields` are the flags --config.FIELD=VALUE.
+    With `fields`, flags --config.FIELD=VALUE are allowed, too: they are `fields` of the result.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -30,13 +30,13 @@ def parse_flags(
         if isinstance(default, type):
             given = {"type": default, "required": True}
         parser.add_argument(f"--{name}", help="[default: %(default)s]", **given)
-    options, fields = parser.parse_known_args()
-    options.fields = fields
+    options, given_fields = parser.parse_known_args()
+    options.fields = given_fields
     for name, value in vars(options).items():
         if isinstance(value, Path):  # Commands run in ROOT.
             setattr(options, name, value.resolve())
-    for field in fields:
-        if not takes_fields or not field.startswith("--config."):
+    for field in options.fields:
+        if not fields or not field.startswith("--config."):
             parser.error(f"unknown flag {field}")
     return options
 

@@ -66,7 +66,8 @@ FLAGS = (
 RUN = (
     "import sys, torch; set_seed, seed = torch.manual_seed, int(sys.argv.pop(1)); "
     "torch.manual_seed = lambda _: set_seed(seed); sys.path.insert(0, '.'); "
-    "text = open('train.py').read().replace(\"nullcontext() if device_type == 'cpu' else\", ''); "
+    "text, old = open('train.py').read(), \"nullcontext() if device_type == 'cpu' else\"; "
+    "assert old in text; text = text.replace(old, ''); "
     "exec(compile(text, 'train.py', 'exec'), {'__name__': '__main__'})"
 )
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")

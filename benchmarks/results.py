@@ -58,7 +58,7 @@ class Stated(NamedTuple):
 def main() -> None:
     """Train and measure what is not measured yet; print a row and a comparison after each."""
     paths = {"page": ROOT / "docs/results.md", "workdir": ROOT / "runs/results"}
-    options = parse_flags(__doc__, True, rows=",".join(ROWS), seeds=3, **paths)
+    options = parse_flags(__doc__, fields=True, rows=",".join(ROWS), seeds=3, **paths)
     names = options.rows.split(",")
     if unknown := set(names) - set(ROWS):
         sys.exit(f"there is no row {unknown.pop()!r}; there are {', '.join(ROWS)}")

@@ -29,8 +29,7 @@ SIZES = {
     "batch_size": (8, 16, 32, 64, 128),
     "num_layers": (1, 2, 3, 4),
 }
-LABELS = ("lstm-jax", "PyTorch")
-DTYPES = ("float32", "bfloat16")
+LABELS, DTYPES = ("lstm-jax", "PyTorch"), ("float32", "bfloat16")
 Points = dict[str, list[float]]  # Seconds of the two libraries, by dtype, axis and size.
 
 
@@ -42,7 +41,7 @@ def main() -> None:
     for dtype, (axis, sizes) in itertools.product(DTYPES, SIZES.items()):
         for size in sizes:
             point = functools.partial(measure, {**BASE, axis: size}, dtype, options.rounds)
-            file = options.out / f"{dtype}_{axis}_{size}.json"
+            file = options.out / f"{dtype}_{'_'.join(map(str, {**BASE, axis: size}.values()))}.json"
             points[f"{dtype} {axis} {size}"] = compute_once(file, point)
     print_head("", "lstm-jax, ms", "PyTorch, ms", "ratio")
     for key, (ours, theirs) in points.items():
@@ -71,8 +70,7 @@ def draw(points: Points) -> Figure:
             seconds = np.array([points[f"{dtype} {axis} {size}"] for size in sizes])
             for label, color, values in zip(LABELS, ("#0072B2", "#D55E00"), seconds.T, strict=True):
                 plot.loglog(sizes, 1000 * values, "o-", markersize=3, color=color, label=label)
-            power = 2 if axis == "hidden_size" else 1
-            growth = (np.array(sizes) / sizes[-1]) ** power
+            growth = (np.array(sizes) / sizes[-1]) ** (2 if axis == "hidden_size" else 1)
             plot.loglog(sizes, 1000 * seconds[-1, 0] * growth, ":", color="#888888", linewidth=1)
             plot.set_xticks(sizes, [str(size) for size in sizes], fontsize=7)
             plot.minorticks_off()

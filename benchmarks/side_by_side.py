@@ -7,18 +7,19 @@ All keep the memory that a run frees for the next (lstm_jax/devices/memory.py).
 
 import argparse
 import contextlib
-import importlib.metadata
 import multiprocessing
 import os
 import platform
 import statistics
 from collections.abc import Callable, Mapping
+from importlib.metadata import distributions
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from frame import parse_flags, print_head, print_row, time_call
 from lstm_jax.devices import memory
+from lstm_jax.recurrences.processor import count_cores
 
 
 class Work(NamedTuple):
@@ -113,9 +114,10 @@ def print_machine(device: str, options: argparse.Namespace) -> None:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    libraries = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "flax")]
+    names = ("jax", "jaxlib", "flax", "dm-haiku", "torch", "keras", "tensorflow-cpu")
+    libraries = sorted(f"{d.name} {d.version}" for d in distributions() if d.name in names)
     print(
-        f"{device}, {(models or [platform.processor()])[0]}, {os.cpu_count()} cores, load "
+        f"{device}, {(models or [platform.processor()])[0]}, {count_cores()} cores, load "
         f"{os.getloadavg()[0]:.1f}; Python {platform.python_version()}, {', '.join(libraries)}\n"
         f"{' '.join(f'--{name}={value}' for name, value in vars(options).items() if value)}\n",
         flush=True,
@@ -139,7 +141,7 @@ def torch_device() -> Any:
     """Set up PyTorch like the others; return its device."""
     import torch
 
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(count_cores())
     if not torch.cuda.is_available():
         return torch.device("cpu")
     # JAX and TensorFlow multiply float32 in TF32 on GPUs that support it.

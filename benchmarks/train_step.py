@@ -76,7 +76,7 @@ def _batch(options: argparse.Namespace) -> np.ndarray:
 
 
 def _matmul(options: argparse.Namespace) -> Work:
-    """Return a large matmul, timed by the operation."""
+    """Return the work of a large matmul; its time is that of one operation."""
     device = jax.devices()[0].device_kind
     size = 2048 if device == "cpu" else 8192  # 2048 is too short on a GPU.
     square = jax.random.normal(jax.random.key(0), (size, size)).astype(options.dtype)

@@ -35,7 +35,7 @@ UNITS = {
 def main() -> None:
     """Do the remaining work; print a row of the table after each kind."""
     out, experiment = Path("runs/units"), "experiments/quick.py"
-    options = parse_flags(__doc__, True, out=out, seconds=180.0, seeds=1, config=experiment)
+    options = parse_flags(__doc__, fields=True, out=out, seconds=180.0, seeds=1, config=experiment)
     print_head("tokens", "vocabulary", "epochs", "seconds", "validation", "test")
     for unit, fields in UNITS.items():
         given = [f"--config={options.config}", *fields, *options.fields]

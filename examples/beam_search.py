@@ -17,9 +17,9 @@ from lstm_jax.vocabulary import PADDING_ID, SPECIAL_IDS
 
 
 def search(run: lstm_jax.Run, prompt: str, length: int, beams: int) -> list[tuple[str, float]]:
-    """Return continuations of up to `length` tokens, each with its log-probability; best first.
+    """Return the prompt with each continuation, of up to `length` tokens, and its log-probability.
 
-    A text that ends with the stop token is kept as it is.
+    The best comes first. A text that ends with the stop token is kept as it is.
     """
 
     def pick(state: State, rows: np.ndarray) -> State:

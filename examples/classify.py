@@ -5,7 +5,7 @@
 In the text, an empty line ends each speech. Its first line is the name, which the classifier does
 not see. The features are the mean hidden states of a speech, and a logistic regression classifies
 them: each fifth of the speeches with weights that were fitted to the others. For an honest
-accuracy, take a text that the language model was not trained on, either.
+accuracy, use a text that the language model was not trained on.
 """
 
 import argparse

@@ -6,7 +6,8 @@
 The model predicts each token from those before it, and an entropy coder writes it in about
 -log2(probability) bits. Blocks of a long text are read side by side, each from a zero carry. A file
 can be unpacked only where the model computes the same probabilities, bit for bit: on the same kind
-of processor, with the same versions of JAX and of this package. Checksums in the header say so.
+of processor, with the same versions of JAX and of this package. Checksums in the header
+detect another one.
 """
 
 import hashlib

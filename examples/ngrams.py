@@ -69,7 +69,9 @@ def read_losses(path: Path) -> tuple[str, np.ndarray]:
     """Return a text that `evaluate --json_lines` measured, and the losses after its first token."""
     *rows, _ = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     losses = [-row["log_probability"] for row in rows[1:]]
-    return "".join(row["token"] for row in rows), np.array(losses)
+    tokens = [row["token"] for row in rows]
+    # [UNK] is a character that n-grams don't know, either.
+    return "".join(t if len(t) == 1 else "\ufffd" for t in tokens), np.array(losses)
 
 
 def mix(losses: np.ndarray, predicted: np.ndarray, weight: float) -> float:

@@ -2,8 +2,8 @@
 
     python examples/score.py tiny-shakespeare sentences.txt
 
-The score is the number of bits that the model needs for each character, given those before it. Each
-sentence is read as if it followed an empty line.
+The score is the number of bits that the model needs for each character, given those before it. The
+end of the line is a character, too. Each sentence is read as if it followed an empty line.
 """
 
 import argparse
@@ -19,7 +19,7 @@ def score_sentences(run: lstm_jax.Run, sentences: list[str]) -> list[tuple[float
     scored = []
     for sentence in sentences:
         log_probs = run.score(f"{sentence}\n", start).log_probs  # Its end is predicted, too.
-        scored.append((-log_probs.sum() / math.log(2) / len(sentence), sentence))
+        scored.append((-log_probs.sum() / math.log(2) / (len(sentence) + 1), sentence))
     return sorted(scored)
 
 

@@ -54,5 +54,5 @@ if __name__ == "__main__":
     parser.add_argument("--port", type=int, default=8000)
     arguments = parser.parse_args()
     model = lstm_jax.load(arguments.model)
-    model.generate(length=1)  # Compiles before the first request.
+    list(model.stream(length=1))  # Compiles before the first request.
     uvicorn.run(make_app(model), host=arguments.host, port=arguments.port)

@@ -2,7 +2,7 @@
 
     python examples/student.py --config experiments/shakespeare_best.py --out runs/student
 
-1. Teachers are trained, each with a seed of its own.
+1. Teachers are trained, each with its own seed.
 2. Together they generate a text, four times as long as the training text.
 3. The student starts with the parameters of the last teacher. It reads the generated text once and
    the training text twice in an epoch, and learns the mean of the teachers' probabilities

@@ -52,9 +52,9 @@ def train(config: Config, ids: Any, lstm: model.LanguageModel, params: Any) -> A
     opt_state = chain.init(params)
     rates, rate_of_resets = config.regularization, config.batches.reset_probability
 
-    def compute_loss(params: Any, carry: Any, key: jax.Array, batch: Any) -> Any:
-        masks = regularization.draw_masks(rates, lstm, key, len(batch.inputs))
-        dropped = regularization.drop_parameters(rates, params["lstm"], key)
+    def compute_loss(params: Any, carry: Any, keys: Any, batch: Any) -> Any:
+        masks = regularization.draw_masks(rates, lstm, keys[0], len(batch.inputs))
+        dropped = regularization.drop_parameters(rates, params["lstm"], keys[1])
         outputs, carry = lstm.bind({"params": dropped}).run(batch.inputs, carry, masks)
         logits = lstm.bind({"params": params["lstm"]}).predict(model.apply_mask(outputs, masks[-1]))
         losses = cross_entropy(logits, batch.targets)
@@ -66,10 +66,10 @@ def train(config: Config, ids: Any, lstm: model.LanguageModel, params: Any) -> A
 
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
     def step(params: Any, opt_state: Any, carry: Any, key: jax.Array, batch: Any) -> Any:
-        key, reset_key, mask_key = jax.random.split(key, 3)
+        key, reset_key, *mask_keys = jax.random.split(key, 4)
         resets = jax.random.bernoulli(reset_key, rate_of_resets, batch.inputs.shape[:1])
         carry = restart(lstm, carry, resets | batch.starts)
-        grads, carry = jax.grad(compute_loss, has_aux=True)(params, carry, mask_key, batch)
+        grads, carry = jax.grad(compute_loss, has_aux=True)(params, carry, mask_keys, batch)
         updates, opt_state = chain.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, carry, key
 

@@ -117,7 +117,7 @@ def test_a_flipped_byte_is_detected(tmp_path: Path, capsys: pytest.CaptureFixtur
     for at in range(len(content) - 1):
         path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
         for row in metrics.read_metrics(path):
-            assert {**rows[0], **row} == rows[0] | row and row["loss"] in (1.5707, 2.25)
+            assert row in rows, "CRC-32 finds a bit that changed"
     # A row that is still being written is not damage.
     capsys.readouterr()
     path.write_bytes(content + content[:30])

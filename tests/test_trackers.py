@@ -191,4 +191,4 @@ def test_wandb_gets_metrics_config_and_samples(
     shown = [html.unescape(page.read_text()) for page in pages]
     assert len(shown) == 4  # That of step 20 again when the run resumed.
     sample = (directory / workdir.SAMPLES).read_text().split("\n")[1]
-    assert any(sample.strip() in text for text in shown)
+    assert sample.strip() and any(sample.strip() in text for text in shown)
