@@ -267,6 +267,10 @@ def test_the_page_in_a_browser(
     assert f"hidden unit {chosen.get_attribute('data-unit')} after" in find("#what").text
     outline = script("getComputedStyle(document.activeElement).outlineStyle")
     assert outline == "solid", "the focus is visible"
+    last = script("document.querySelector('#found').lastElementChild.dataset.unit")
+    find("#unit").send_keys(Keys.CONTROL, "a")
+    find("#unit").send_keys(last)
+    assert find("#found [aria-selected=true]").get_attribute("data-unit") == last
 
     # Color by surprisal.
     find("#color").send_keys("s")
