@@ -25,8 +25,8 @@ from lstm_jax.vocabulary import FILE_END, Vocabulary
 
 # Words of several scripts, numbers, contractions, several spaces, emoji of several code points.
 TEXT = (
-    "It can't be 3.14  or won\u2019t,\n\n it? naïve e\u0301 한국어 日本語のテキスト スマートフォンアプリ ภาษาไทย "
-    "Ελληνικά кошка_2 👩‍👩‍👧 🇫🇷🇩🇪 </script><b>&amp; \t\x07 x"
+    "It can't be 3.14  or won\u2019t,\n\n it? naïve e\u0301 한국어 日本語のテキスト "
+    "スマートフォンアプリ ภาษาไทย Ελληνικά кошка_2 👩‍👩‍👧 🇫🇷🇩🇪 </script><b>&amp; \t\x07 x"
 )
 
 
