@@ -276,10 +276,11 @@ def make_model(
 
 def check_cells(model: LanguageModel) -> None:
     """Raise `UserError` if a cell breaks the protocol, or the layers have too many operations."""
+    layers = model.make_cells()
     if not isinstance(model.cell, str):  # Those of the package follow it.
-        for layer in set(model.make_cells()):
+        for layer in set(layers):
             trace_cell(layer.cell if isinstance(layer, Block) else layer)
-    operations = sum(map(count_operations, model.make_cells()))
+    operations = sum(map(count_operations, layers))
     if operations > _MAX_OPERATIONS:
         raise UserError(
             f"the {model.num_layers} layers of cell {model.cell_name} have {operations:,} "

@@ -129,13 +129,14 @@ def test_killed_workers_lose_no_finished_trial_and_duplicate_none(
     workers = [start(flags) for _ in range(2)]
     chance = random.Random(f"{draws.SEED} {kind}")
     before: dict[int, dict] = {}
+    ended = ("complete", "pruned", "diverged", "failed")
     for _ in range(KILLS):
         place = chance.randrange(2)
         wait_for_work(directory, workers[place])
         time.sleep(chance.uniform(0, 2))
         wait_for_work(directory, workers[place])
         if (directory / "trials.jsonl").exists():
-            before |= {row["trial"]: row for row in rows(directory) if row["validation_loss"]}
+            before |= {row["trial"]: row for row in rows(directory) if row["state"] in ended}
         workers[place].kill()
         workers[place].communicate()
         workers[place] = start(flags)

@@ -111,8 +111,8 @@ def _build_weights(
             "number them, as in lstm1 and lstm2"
         )
     ordered = [layers[name][1] for name in sorted(layers, key=_numbers)]
-    features, hidden = len(ordered[0]["input_kernel"]), len(ordered[-1]["recurrent_kernel"])
-    embedding, kernel, bias = _match_ends(ends, features, hidden)
+    hidden = len(ordered[-1]["recurrent_kernel"])
+    embedding, kernel, bias = _match_ends(ends, len(ordered[0]["input_kernel"]), hidden)
     features = embedding.shape[1]
     for number, layer in enumerate(ordered, start=1):
         if (inputs := len(layer["input_kernel"])) != features:

@@ -177,7 +177,7 @@ def _run_trial(sweep: Sweep, trial: Trial, signals: StopRequest) -> _TrialError 
             raise
         return None
     with contextlib.suppress(UpdateFinishedTrialError, ValueError):  # The latter: it is queued.
-        storage.check_held(trial)
+        storage.read_held(trial)
         if reason:
             trial.set_user_attr(REASON, reason)
         study.tell(trial, loss, state, skip_if_finished=True)
@@ -193,7 +193,7 @@ def _train_trial(sweep: Sweep, trial: Trial) -> float:
     except UserError as error:
         raise _SpaceError(str(error)) from None
     storage = study_lib.get_storage(sweep.study)
-    storage.check_held(trial)
+    storage.read_held(trial)
     trial.set_user_attr(study_lib.OVERRIDES, overrides)
     directory = study_lib.get_trial_directory(sweep.directory, trial)
     study_lib.claim_directory(directory, trial)
@@ -203,8 +203,7 @@ def _train_trial(sweep: Sweep, trial: Trial) -> float:
         epoch, loss = int(row["epoch"]), row["loss"]
         if row["split"] != "validation" or not epoch or epoch != row["epoch"]:
             return
-        storage.check_held(trial)
-        reported = storage.get_trial(trial._trial_id).intermediate_values
+        reported = storage.read_held(trial).intermediate_values
         if math.isfinite(loss) and epoch not in reported:
             trial.report(loss, epoch)
         if epoch < config.num_epochs and trial.should_prune():

@@ -79,11 +79,12 @@ class SweepStorage(RDBStorage):
         with contextlib.suppress(StorageInternalError):  # It may be temporarily unreachable.
             super().record_heartbeat(trial_id)
 
-    def check_held(self, trial: Trial) -> None:
-        """Raise `UpdateFinishedTrialError` if another worker has taken a trial over."""
+    def read_held(self, trial: Trial) -> FrozenTrial:
+        """Read a trial; raise `UpdateFinishedTrialError` if another worker has taken it over."""
         found = self.get_trial(trial._trial_id)
-        if (found.state, found.datetime_start) != (TrialState.RUNNING, trial.datetime_start):
+        if not _is_held(found, trial):
             raise UpdateFinishedTrialError
+        return found
 
     def queue_again(self, trial: Trial | FrozenTrial, is_dead: bool = False) -> bool:
         """Queue a running trial again; it keeps its number, parameters and losses.
@@ -95,7 +96,7 @@ class SweepStorage(RDBStorage):
         deaths = trial.user_attrs.get(_DEATHS, 0) + 1 if is_dead else 0
         with _create_scoped_session(self.scoped_session) as session:
             found: Any = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
-            if (found.state, found.datetime_start) != (TrialState.RUNNING, trial.datetime_start):
+            if not _is_held(found, trial):
                 return False
             self._set_trial_attr_without_commit(session, kind, trial_id, _DEATHS, deaths)
             session.query(kind).filter_by(trial_id=trial_id, key=REASON).delete()
@@ -115,6 +116,11 @@ class SweepStorage(RDBStorage):
         for trial in running:
             if trial._trial_id in stale:
                 self.queue_again(trial, is_dead=True)
+
+
+def _is_held(found: Any, trial: Trial | FrozenTrial) -> bool:
+    """Return whether a trial, as it is now, still runs since the same time."""
+    return bool(found.state == TrialState.RUNNING and found.datetime_start == trial.datetime_start)
 
 
 def open_storage(database: Path, location: str | None) -> SweepStorage:
