@@ -1,5 +1,6 @@
-"""Make training batches of token ids, with Grain iterators that can be checkpointed."""
+"""Make training batches of token ids, with Grain iterators that can start at any step."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import grain
@@ -109,7 +110,8 @@ def make_batches(
     seed: int,
     only_offsets: bool = False,
     part: tuple[int, int] = (0, 1),
-) -> tuple[grain.DatasetIterator, int]:
+    first_step: int = 0,
+) -> tuple[Iterator[Any], int]:
     """Return an endless iterator over training batches, and the number of steps per epoch.
 
     Args:
@@ -118,10 +120,11 @@ def make_batches(
       seed: determines the order.
       only_offsets: whether to return only the positions of the windows.
       part: (k, n) for the k-th of n equal parts of each batch; only this part is read.
+      first_step: the number of steps before the first batch.
 
     Returns:
-      An iterator over `Batch`, which Grain prefetches, or over `Offsets`, with the same state in
-      checkpoints; and the number of steps per epoch.
+      An iterator over `Batch`, which Grain prefetches, or over `Offsets`; and the number of steps
+      per epoch.
 
     Raises:
       UserError: if the text is shorter than one batch.
@@ -138,5 +141,5 @@ def make_batches(
     threads, ahead = (0, 0) if only_offsets else (1, 8)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     # Endless: Grain's own epochs would all have the same elements.
-    dataset = grain.MapDataset.range(2**31).map(read_step).to_iter_dataset(options)
-    return iter(dataset), order.steps_per_epoch
+    steps = grain.MapDataset.range(first_step, 2**31)
+    return iter(steps.map(read_step).to_iter_dataset(options)), order.steps_per_epoch

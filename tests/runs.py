@@ -10,7 +10,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 from tensorboardX.proto.event_pb2 import Event
 
-from lstm_jax import batches
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.convert import transfer
@@ -57,7 +56,7 @@ def make_sweep_flags(text_file: Path, directory: Path, *more: str) -> list[str]:
 
 
 def load_final_state(directory: Path) -> list[Any]:
-    """Return all arrays of the latest checkpoint, then its position in the text."""
+    """Return all arrays of the latest checkpoint."""
     config = workdir.load_config(directory)
     vocabulary = workdir.load_vocabulary(directory)
     model = model_lib.make_model(config.model, len(vocabulary))
@@ -65,15 +64,13 @@ def load_final_state(directory: Path) -> list[Any]:
     averaged = optimizer_lib.has_average(config.optimizer)
     batch_size = config.batches.batch_size
     state = init_state(model, optimizer, jax.random.key(0), batch_size, averaged)
-    iterator, _ = batches.make_batches(np.zeros(18_000, np.int32), config.batches, 0)
     restored = checkpoints.restore_latest(
-        directory / workdir.CHECKPOINTS, state.evaluated, state.rest, iterator
+        directory / workdir.CHECKPOINTS, state.evaluated, state.rest
     )
     assert restored is not None
     items = restored[1]
     items.state["key"] = jax.random.key_data(items.state["key"])
-    arrays = jax.tree.leaves((items.params, items.state))
-    return [np.asarray(x) for x in arrays] + [iterator.get_state()]
+    return [np.asarray(x) for x in jax.tree.leaves((items.params, items.state))]
 
 
 def make_diverged_run(trained: Path, directory: Path) -> None:

@@ -54,15 +54,13 @@ def test_streams_are_contiguous_and_shift_every_epoch() -> None:
 
 
 @pytest.mark.parametrize("kind", ["windows", "streams"])
-def test_an_iterator_resumes_from_its_saved_state(kind: str) -> None:
+def test_an_iterator_starts_at_any_step(kind: str) -> None:
     ids = np.random.default_rng(0).integers(0, 50, 2000).astype(np.int32)
     iterator, steps = batches.make_batches(ids, fields(kind, 3, 7), seed=5)
     for _ in range(steps + 3):
         next(iterator)
-    state = iterator.get_state()
     expected = [next(iterator) for _ in range(5)]
-    other, _ = batches.make_batches(ids, fields(kind, 3, 7), seed=5)
-    other.set_state(state)
+    other, _ = batches.make_batches(ids, fields(kind, 3, 7), seed=5, first_step=steps + 3)
     for batch in expected:
         for a, b in zip(batch, next(other), strict=True):
             np.testing.assert_array_equal(a, b)

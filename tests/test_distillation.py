@@ -49,8 +49,9 @@ def test_teachers_predict_each_token_from_the_text_before(trained: Path) -> None
     vocabulary = workdir.load_vocabulary(trained)
     length = loss_lib.LONGEST_IN_ONE + 500  # Read as streams.
     ids = np.random.default_rng(0).integers(2, len(vocabulary), length).astype(np.int32)
+    teachers = distillation.load_teachers(f"{trained},{trained}", vocabulary)
     for of_text in (ids, ids[:300]):
-        predicted = distillation.predict(f"{trained},{trained}", of_text)
+        predicted = distillation.predict_text(teachers, of_text)
         assert predicted.dtype == np.float16
         assert predicted.shape == (len(of_text), len(vocabulary))
         assert not predicted[0].any()

@@ -25,12 +25,11 @@ SETTINGS = dynamic.Settings(learning_rate=0.01, decay=0.05, segment_length=7)
 
 
 # Of different sizes and cells. Large weights make the distributions far from uniform.
-MEMBERS = [
-    (model, models.draw_params(model, 0.6))
-    for model in (LanguageModel(11, 4, 12, 2), LanguageModel(11, 5, 7, cell="gru"))
-]
-JOINED = ensemble.join_models(MEMBERS)
-ONE = ensemble.join_models(MEMBERS[:1])
+MODELS = LanguageModel(11, 4, 12, 2), LanguageModel(11, 5, 7, cell="gru")
+PARAMS = tuple(models.draw_params(model, 0.6) for model in MODELS)
+MEMBERS = [*zip(MODELS, PARAMS, strict=True)]
+JOINED: tuple[Any, Any] = ensemble.Ensemble(MODELS), PARAMS
+ONE: tuple[Any, Any] = ensemble.Ensemble(MODELS[:1]), PARAMS[:1]
 
 
 def make_ids(length: int) -> np.ndarray:

@@ -93,7 +93,7 @@ def test_any_flipped_byte_of_the_parameters_is_detected(folder: Path, tmp_path: 
         flipped = content[:at] + bytes([content[at] ^ 0x04]) + content[at + 1 :]
         (copy / workdir.MODEL).write_bytes(flipped)
         with pytest.raises(UserError, match=r"is damaged|does not hold the model"):
-            workdir.load_params(copy, workdir.load_trained(folder).model, 1)
+            workdir.load_params(copy, workdir.load_trained(folder).model)
 
 
 def test_an_error_names_a_model_that_is_not_the_one_of_the_config(

@@ -418,7 +418,6 @@ CASES: dict[str, tuple[Change, str]] = {
     "renamed": (rename_checkpoint, "main"),
     "checkpoints of another run": (replace("checkpoints", link_to_its_like), "main"),
     "history of numbers": (change_history('{"metrics.jsonl": -5, "../x": 1e400}'), "main"),
-    "no position": (change_history('{"next_index": 1e99}', "batches"), "main"),
     "a token of 10 MB": (
         change_vocabulary(lambda v: v.update(kind="words", units=[*v["units"][:-1], "x" * 10**7])),
         "sample",

@@ -1,9 +1,8 @@
 """Feed batches to the devices: cut them there from a text that fits, else copy them in advance."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
@@ -78,7 +77,7 @@ class Feed:
 
     def __init__(
         self,
-        iterator: grain.DatasetIterator,
+        iterator: Iterator[Any],
         mesh: Mesh,
         text: jax.Array | None,
         predictions: jax.Array | None = None,

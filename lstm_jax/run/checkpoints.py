@@ -1,7 +1,7 @@
 """Save and restore checkpoints: written in the background, atomic, sealed with checksums.
 
-A checkpoint is a directory named by its step. Orbax writes its arrays and the position in the
-text; SHA256SUMS holds the checksum of each file (`sha256sum -c SHA256SUMS` verifies them too).
+A checkpoint is a directory named by its step. Orbax writes its arrays; SHA256SUMS holds the
+checksum of each file (`sha256sum -c SHA256SUMS` verifies them too).
 """
 
 import contextlib
@@ -17,7 +17,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -106,18 +105,13 @@ class CheckpointWriter:
                 raise UserError(f"{path} is not a checkpoint: move it away")
 
     def save(
-        self,
-        step: int,
-        params: Params,
-        state: Mapping[str, object],
-        iterator: grain.DatasetIterator,
-        history: Mapping[str, int],
+        self, step: int, params: Params, state: Mapping[str, object], history: Mapping[str, int]
     ) -> None:
         """Start saving a checkpoint after `step` training steps; its arrays may then be donated.
 
-        `state` is all of the training state but `params`, `iterator` is over the training batches,
-        and `history` holds the sizes of the files that the run appends to. Raise `UnavailableError`
-        if this checkpoint, or the one before, can't be written.
+        `state` is all of the training state but `params`, and `history` holds the sizes of the
+        files that the run appends to. Raise `UnavailableError` if this checkpoint, or the one
+        before, can't be written.
         """
         self.wait()
         path = self._directory / f"{step}{_UNFINISHED}"
@@ -127,7 +121,6 @@ class CheckpointWriter:
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(params),
                     state=ocp.args.StandardSave(state),
-                    batches=ocp.args.JsonSave(iterator.get_state()),
                     history=ocp.args.JsonSave(dict(history)),
                 ),
             )
@@ -202,14 +195,13 @@ def _get_reason(error: Exception) -> str:
 
 
 def restore_latest(
-    directory: Path, params: Params, state: Mapping[str, object], iterator: grain.DatasetIterator
+    directory: Path, params: Params, state: Mapping[str, object]
 ) -> tuple[int, Any] | None:
     """Return the step of the latest undamaged checkpoint, and its `params`, `state` and `history`.
 
     Return None if there is no checkpoint. Later ones, which are damaged, are renamed, each with a
     warning. `params` and `state` are arrays of the expected shapes and dtypes, or
-    `jax.ShapeDtypeStruct`s. The iterator over the training batches is set to the checkpoint's
-    position.
+    `jax.ShapeDtypeStruct`s.
 
     Raises:
       UserError: if all are damaged, or one does not hold such `params` and `state`.
@@ -218,19 +210,11 @@ def restore_latest(
         directory,
         lambda step: (step, 0),  # The latest one has the highest rank.
         params,
-        state.get("carry", ()),
         state=ocp.args.StandardRestore(_abstract(state)),
-        batches=ocp.args.JsonRestore(),
         history=ocp.args.JsonRestore(),
     )
     if step is None:
         return None
-    try:
-        iterator.set_state(restored.batches)
-    except Exception as error:  # Grain re-raises any exception of its transformations.
-        raise UserError(
-            f"the checkpoint {directory / str(step)} has no position in the text: {one_line(error)}"
-        ) from None
     for path, damage in damaged.items() if hosts.is_first() else ():
         ends = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
         names = (path.with_name(f"{path.name}.damaged{end}") for end in ends)
@@ -239,19 +223,18 @@ def restore_latest(
     return step, restored
 
 
-def restore_best_params(directory: Path, params: Params, carry: object = ()) -> tuple[Params, int]:
+def restore_best_params(directory: Path, params: Params) -> tuple[Params, int]:
     """Return the parameters of the best undamaged checkpoint by validation loss, and its step.
 
     If none has a validation loss, it is the latest. Nothing is written, and the run may save
     checkpoints at the same time. Each damaged checkpoint is reported with a warning. `params` are
-    arrays of the expected shapes and dtypes, or `jax.ShapeDtypeStruct`s, and so is `carry`, which
-    is not read, but may make the checkpoint large.
+    arrays of the expected shapes and dtypes, or `jax.ShapeDtypeStruct`s.
 
     Raises:
       UserError: if there is none, all are damaged, or one does not hold such `params`.
     """
     rank = functools.partial(_rank, directory)
-    step, restored, damaged = _restore_first(directory, rank, params, carry)
+    step, restored, damaged = _restore_first(directory, rank, params)
     if step is None:
         raise UserError(f"there is no checkpoint in {directory} yet: train first")
     for path, damage in damaged.items():
@@ -290,11 +273,7 @@ def read_validation_loss(directory: Path, step: int) -> float | None:
 
 
 def _restore_first(
-    directory: Path,
-    rank: Callable[[int], tuple[float, int]],
-    params: Params,
-    carry: object,
-    **other_items: object,
+    directory: Path, rank: Callable[[int], tuple[float, int]], params: Params, **other_items: object
 ) -> tuple[int | None, Any, dict[Path, str]]:
     """Return step and items of the highest-ranked undamaged checkpoint; None if there is none.
 
@@ -311,7 +290,7 @@ def _restore_first(
     while steps := [s for s in list_steps(directory) if directory / str(s) not in damaged]:
         step = max(steps, key=rank)
         path = directory / str(step)
-        damage = find_damage(path, params, carry)
+        damage = find_damage(path, params)
         if damage is None:
             try:
                 with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:

@@ -10,20 +10,24 @@ import numpy as np
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
-from lstm_jax.run import ensemble
+from lstm_jax.run import ensemble, workdir
 from lstm_jax.vocabulary import Ids, Vocabulary
 
 _MOST_BYTES = 2**32
 
 
-def check_teachers(teachers: str, vocabulary: Vocabulary) -> None:
-    """Raise `UserError` if a teacher can't be loaded, or has another vocabulary."""
+def load_teachers(teachers: str, vocabulary: Vocabulary) -> workdir.Trained:
+    """Load the models in the directories `teachers`, which are separated by commas, as one.
+
+    Raise `UserError` if one can't be loaded, or their text differs, or their vocabulary is another.
+    """
     trained, _ = ensemble.load_ensemble(teachers.split(","))
     if trained.vocabulary.to_fields() != vocabulary.to_fields():
         raise UserError(
             f"{teachers}, in config.distill.teachers, has another vocabulary than this run: train "
             "both on one text, with the same data.units"
         )
+    return trained
 
 
 def check_length(length: int | None, vocabulary_size: int) -> None:
@@ -43,24 +47,19 @@ def check_length(length: int | None, vocabulary_size: int) -> None:
         )
 
 
-def predict(teachers: str, ids: Ids) -> np.ndarray:
+def predict_text(teachers: workdir.Trained, ids: Ids) -> np.ndarray:
     """Return the probabilities of teachers for each token of a text, float16 [n, vocabulary].
 
-    They are the means over the models in the directories `teachers`, which are separated by commas.
     Row i is for ids[i], after the text before it; row 0, which nothing predicts, is zero.
-
-    Raises:
-      UserError: if a model can't be loaded, or they differ in text or vocabulary.
     """
-    trained, _ = ensemble.load_ensemble(teachers.split(","))
     chunks = loss_lib.iterate_chunks(ids)
-    rows = loss_lib.read_chunks(_predict_chunk, trained.model, trained.params, chunks)
+    rows = loss_lib.read_chunks(_predict_chunk, teachers.model, teachers.params, chunks)
     return np.concatenate([np.zeros_like(rows[:1]), rows])
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _predict_chunk(
-    model: Any, params: model_lib.Params, chunk: loss_lib.Chunk, carry: model_lib.Carry
+    model: Any, params: Any, chunk: loss_lib.Chunk, carry: model_lib.Carry
 ) -> tuple[jax.Array, model_lib.Carry]:
     """Return the probabilities after each input, float16 [batch, time, vocabulary], and carry."""
     logits, carry = model_lib.apply(model, params, chunk[0], carry)

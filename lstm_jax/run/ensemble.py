@@ -19,8 +19,8 @@ class Ensemble:
     """Several models with one vocabulary, of any sizes and cells.
 
     It has the methods of a `LanguageModel` that measuring a loss and generating text need. Its
-    parameters are a dict of its members' parameters, "0", "1", and so on. Its carry is a tuple of
-    theirs. Its logits are the logarithms of the arithmetic means of their probabilities.
+    parameters and its carry are tuples of its members'. Its logits are the logarithms of the
+    arithmetic means of their probabilities.
     """
 
     members: tuple[LanguageModel, ...]
@@ -35,25 +35,23 @@ class Ensemble:
         return tuple(member.initial_carry(batch_size) for member in self.members)
 
     def apply(
-        self, variables: Mapping[str, Params], ids: jax.Array, carry: Carry
+        self, variables: Mapping[str, tuple[Params, ...]], ids: jax.Array, carry: Carry
     ) -> tuple[jax.Array, Carry]:
         """Run the members over ids [batch, time]; see `LanguageModel.__call__`."""
-        pairs = zip(self.pair_with(variables["params"]), carry, strict=True)
-        return _mix(member.apply({"params": part}, ids, before) for (member, part), before in pairs)
+        parts = zip(self.members, variables["params"], carry, strict=True)
+        return _mix(member.apply({"params": part}, ids, before) for member, part, before in parts)
 
-    def prepare_step(self, params: Params) -> Prepared:
+    def prepare_step(self, params: tuple[Params, ...]) -> tuple[Prepared, ...]:
         """Prepare the parameters for `apply_step`."""
-        pairs = self.pair_with(params)
-        return {str(i): member.prepare_step(part) for i, (member, part) in enumerate(pairs)}
+        pairs = zip(self.members, params, strict=True)
+        return tuple(member.prepare_step(part) for member, part in pairs)
 
-    def apply_step(self, arrays: Prepared, ids: jax.Array, carry: Carry) -> tuple[jax.Array, Carry]:
+    def apply_step(
+        self, arrays: tuple[Prepared, ...], ids: jax.Array, carry: Carry
+    ) -> tuple[jax.Array, Carry]:
         """Run the members over one token of each text, ids [batch]."""
-        pairs = zip(self.pair_with(arrays), carry, strict=True)
-        return _mix(member.apply_step(part, ids, before) for (member, part), before in pairs)
-
-    def pair_with(self, params: Any) -> list[tuple[LanguageModel, Any]]:
-        """Return each member with its parameters."""
-        return [(member, params[str(i)]) for i, member in enumerate(self.members)]
+        parts = zip(self.members, arrays, carry, strict=True)
+        return _mix(member.apply_step(part, ids, before) for member, part, before in parts)
 
 
 def load_ensemble(
@@ -78,20 +76,16 @@ def load_ensemble(
                     "must be trained on one text, with one vocabulary"
                 )
     if others:
-        model, params = join_models([(member.model, member.params) for member in members])
-        first = first._replace(model=model, params=params)
+        models, params = zip(*((member.model, member.params) for member in members), strict=True)
+        first = first._replace(model=Ensemble(models), params=params)
     return first, [member.step for member in members]
 
 
-def join_models(models: Sequence[tuple[LanguageModel, Params]]) -> tuple[Any, Params]:
-    """Return the `Ensemble` of several models, and its parameters."""
-    members, params = zip(*models, strict=True)
-    return Ensemble(members), {str(i): part for i, part in enumerate(params)}
-
-
-def list_members(model: Any, params: Params) -> list[tuple[LanguageModel, Any]]:
+def list_members(model: Any, params: Any) -> list[tuple[LanguageModel, Params]]:
     """Return each model of an ensemble with its parameters; of a model, itself."""
-    return model.pair_with(params) if isinstance(model, Ensemble) else [(model, params)]
+    if not isinstance(model, Ensemble):
+        return [(model, params)]
+    return list(zip(model.members, params, strict=True))
 
 
 def _mix(outputs: Iterable[Any]) -> tuple[jax.Array, Carry]:

@@ -18,7 +18,7 @@ def finish_run(run: Session) -> None:
     """Measure the best checkpoint on the test split, sample from it, and list the files."""
     hosts.wait_for_all("all is saved")
     rows = run.read_metrics()
-    params, step = workdir.load_params(run.directory, run.model, run.config.batches.batch_size)
+    params, step = workdir.load_params(run.directory, run.model)
     measured = [row["loss"] for row in rows if (row["split"], row["step"]) == ("test", step)]
     loss = measured[-1] if measured else loss_lib.compute_loss(run.model, params, run.ids["test"])
     if not hosts.is_first():

@@ -158,7 +158,7 @@ def _held(path: Path, holder: dict[str, object]) -> UnavailableError:
     )
 
 
-def read_holder(directory: Path) -> bytes:
+def read_lock(directory: Path) -> bytes:
     """Return the content of the lock file, which distinguishes working directories."""
     path = directory / LOCK
     return path.read_bytes() if path.exists() else b""

@@ -6,7 +6,7 @@ and after they are unpacked.
 
 Orbax stores an array in Zarr's format 2: a directory with metadata, .zarray, and chunks that zstd
 has compressed, such as 0.0. TensorStore, which reads it, stops where a chunk unpacks to more than
-its shape. It does not limit that shape, and other kinds of compression.
+its shape. It limits neither that shape nor what other kinds of compression unpack to.
 """
 
 import json
@@ -30,9 +30,8 @@ VALIDATION = "validation.json"
 # Limits of file sizes in bytes: SHA256SUMS, and other files without arrays.
 _SEAL_LIMIT, _METADATA_LIMIT = 2**24, 2**24
 # Limit of a checkpoint's size: a multiple of its parameters (Adam's state has twice their size, a
-# moving average once), twice its carry, and bytes beyond that. A carry counts up to a bound: a
-# config from someone else may have any batch size.
-_PARAMS_MULTIPLE, _CARRY_LIMIT, _BYTES_BEYOND = 8, 2**36, 2**28
+# moving average once), and bytes beyond that, for the carry of any batch.
+_PARAMS_MULTIPLE, _BYTES_BEYOND = 8, 2**36
 # Orbax compresses arrays. Trained parameters shrink by a tenth, by half if they were rounded to
 # bfloat16. Zeros would shrink to nothing, and a small file could fill the memory: so parameters of
 # more than `_SMALL` bytes must take at least this share of their size.
@@ -49,12 +48,12 @@ def seal_checkpoint(checkpoint: Path) -> None:
     files.write_file(checkpoint / SEAL, lines.encode())
 
 
-def find_damage(checkpoint: Path, params: object = (), carry: object = ()) -> str | None:
+def find_damage(checkpoint: Path, params: object = ()) -> str | None:
     """Return how a checkpoint's files differ from those that were sealed; None if they don't.
 
-    Hidden files need no checksum: file managers add them. Sizes that don't fit `params` and
-    `carry`, the arrays or `jax.ShapeDtypeStruct`s of a run, are damage too: sizes of files are
-    checked before these are read, sizes of arrays before these are unpacked.
+    Hidden files need no checksum: file managers add them. Sizes that don't fit `params`, the arrays
+    or `jax.ShapeDtypeStruct`s of a run, are damage too: sizes of files are checked before these are
+    read, sizes of arrays before these are unpacked.
     """
     try:
         lines = files.read_bytes(checkpoint / SEAL, _SEAL_LIMIT).decode().splitlines()
@@ -64,12 +63,12 @@ def find_damage(checkpoint: Path, params: object = (), carry: object = ()) -> st
         if others := {name for name in others if name in sums or not _is_hidden(name)}:
             name = min(others)
             return f"{name} is missing" if name in sums else f"{SEAL} does not hold {name}"
-        if reason := _find_misfit(sizes, params, carry):
+        if reason := _find_misfit(sizes, params):
             return reason
         for name in sums:
             if files.hash_file(checkpoint / name) != sums[name]:
                 return f"{name} has changed"
-        _check_arrays(checkpoint, sizes, _limit(params, carry))
+        _check_arrays(checkpoint, sizes, _limit(params))
     except OSError as error:
         return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
     except Exception as error:  # TensorStore raises many kinds.
@@ -77,7 +76,7 @@ def find_damage(checkpoint: Path, params: object = (), carry: object = ()) -> st
     return None if sums else f"{SEAL} is empty"
 
 
-def _find_misfit(sizes: Mapping[str, int], params: object, carry: object) -> str | None:
+def _find_misfit(sizes: Mapping[str, int], params: object) -> str | None:
     """Return why a run can't have files of these sizes, by name; None if it can."""
     for name, size in sizes.items():
         is_chunk = re.search("/[0-9.]+$", name)
@@ -87,7 +86,7 @@ def _find_misfit(sizes: Mapping[str, int], params: object, carry: object) -> str
     held = sum(size for name, size in sizes.items() if name.startswith("params/"))
     if needed > _SMALL and held < _LEAST_SHARE * needed:
         return f"its {held:,} bytes can't hold the {needed:,} bytes of the expected parameters"
-    if (total := sum(sizes.values())) > _limit(params, carry):
+    if (total := sum(sizes.values())) > _limit(params):
         return f"its files are too large for such a model, with {total:,} bytes"
     return None
 
@@ -123,10 +122,9 @@ def _check_arrays(checkpoint: Path, names: Iterable[str], limit: int) -> None:
         raise ValueError(f"its arrays are too large, with {total:,} bytes")
 
 
-def _limit(params: object, carry: object) -> int:
+def _limit(params: object) -> int:
     """Return the limit of the bytes of a checkpoint, and of its arrays."""
-    beyond = min(2 * _count_bytes(carry), _CARRY_LIMIT) + _BYTES_BEYOND
-    return _PARAMS_MULTIPLE * _count_bytes(params) + beyond
+    return _PARAMS_MULTIPLE * _count_bytes(params) + _BYTES_BEYOND
 
 
 def _count_bytes(tree: object) -> int:
@@ -140,7 +138,11 @@ def _list(checkpoint: Path) -> dict[str, int]:
     """
     sizes = {}
     for path in sorted(checkpoint.rglob("*")):
-        name, status = path.relative_to(checkpoint).as_posix(), path.lstat()
+        name = path.relative_to(checkpoint).as_posix()
+        try:
+            status = path.lstat()
+        except FileNotFoundError:  # A temporary file of `files.write_json`.
+            continue
         if stat.S_ISDIR(status.st_mode):
             continue
         if not stat.S_ISREG(status.st_mode):

@@ -39,7 +39,6 @@ class Session:
       mesh: the devices that it trains on.
       model, plan: the model, and when it is trained, validated and logged.
       optimizer: the optimizer of its training steps.
-      iterator: over the training batches, or over their positions in the text.
       source: step and number of tokens of the model whose parameters a new run starts from.
       loop: where training is.
       checkpoints, writer: write checkpoints, and metrics in process 0.
@@ -49,17 +48,17 @@ class Session:
     """
 
     def __init__(
-        self,
-        config: Config,
-        directory: Path,
-        splits: texts.Splits,
-        mesh: jax.sharding.Mesh,
-        watch: Watch,
-        check_lock: Callable[[], None],
+        self, config: Config, directory: Path, watch: Watch, opened: contextlib.ExitStack
     ) -> None:
-        """Resolve the config, encode the text, and restore the state; see `open_run`."""
-        self.mesh = mesh
-        self.directory, self._check_lock, self._watch = directory, check_lock, watch
+        """Open the run, and enter in `opened` what is closed at its end; see `open_run`."""
+        config = resume.resolve_model(config)
+        self.mesh = parallel.make_mesh(config)
+        memory.keep_freed_memory()
+        with hosts.main_process_first("text and lock"):
+            splits = texts.load_texts(config.data)
+            self._check_lock = opened.enter_context(lock.hold_lock(directory))
+        opened.enter_context(_name_failed_writes(directory))
+        self.directory, self._watch = directory, watch
         self._saved_in = directory / workdir.CHECKPOINTS
         config = dataclasses.replace(config, data=splits.resolve(config.data))
         resolved = resume.resolve_run(config, directory, splits)
@@ -67,7 +66,7 @@ class Session:
         self.ids, self.sizes = splits.encode(self.vocabulary)
         is_new = not (steps := checkpoints.list_steps(self._saved_in))
         hosts.check_same(
-            f"{lock.read_holder(directory)!r} {steps} {self.config.to_dict()}",
+            f"{lock.read_lock(directory)!r} {steps} {self.config.to_dict()}",
             "config, text and working directory: start all with the same command",
         )
         config, ids, size = self.config, self.ids["train"], len(self.vocabulary)
@@ -75,12 +74,9 @@ class Session:
         if teachers := config.distill.teachers:
             distillation.check_length(len(ids) if self._on_devices else None, size)
             if is_new:
-                distillation.check_teachers(teachers, self.vocabulary)
-        part = (jax.process_index(), jax.process_count())
-        self.iterator, steps_per_epoch = batches.make_batches(
-            ids, config.batches, config.seed, self._on_devices, part
-        )
-        self.plan = Plan(config, steps_per_epoch)
+                distillation.load_teachers(teachers, self.vocabulary)
+        order = batches.make_order(len(ids), config.batches, config.seed)
+        self.plan = Plan(config, order.steps_per_epoch)
         self.model = model_lib.make_model(config.model, size, self.vocabulary.stop_id)
         trained = workdir.load_trained(config.init_from) if config.init_from and is_new else None
         self.source = (trained.step, len(trained.vocabulary)) if trained else None
@@ -92,20 +88,22 @@ class Session:
             config.batches.batch_size,
             averaged=optimizer_lib.has_average(config.optimizer),
             trained=trained.params if trained else None,
-            mesh=mesh,
+            mesh=self.mesh,
             counts=splits.texts["train"].count_tokens(self.vocabulary) if is_new else None,
         )
         self._restore(state)
-        self.checkpoints = checkpoints.CheckpointWriter(self._saved_in)
+        self.checkpoints = opened.enter_context(checkpoints.CheckpointWriter(self._saved_in))
         self.is_validated = self.is_finished = False
+        self._begin()
         self.writer: metrics.MetricsWriter | None = None
+        if hosts.is_first():
+            writer = metrics.MetricsWriter(directory / workdir.METRICS, self.loop.step, config)
+            self.writer = opened.enter_context(writer)
 
     def _restore(self, state: TrainState) -> None:
         """Start the loop at the latest checkpoint, else in this state; save the config."""
         directory, plan, step = self.directory, self.plan, 0
-        restored = checkpoints.restore_latest(
-            self._saved_in, state.evaluated, state.rest, self.iterator
-        )
+        restored = checkpoints.restore_latest(self._saved_in, state.evaluated, state.rest)
         self.is_resumed = restored is not None
         if restored:
             step, items = restored
@@ -127,33 +125,30 @@ class Session:
                 workdir.append_changes(directory, step, self.changes)
             workdir.save_vocabulary(directory, self.vocabulary)
             workdir.save_config(directory, self.config)
-        hosts.wait_for_all("config")
         self.loop = Loop(state, step, plan.total_steps)
 
     def make_feed(self) -> feeding.Feed:
-        """Return the training batches, on the devices of the mesh."""
+        """Return the training batches from the loop's step, on the devices of the mesh."""
         ids, text, predictions = self.ids["train"], None, None
         if self._on_devices:
             text = feeding.place_text(ids, len(self.vocabulary), self.mesh)
         if teachers := self.config.distill.teachers:
-            array = distillation.predict(teachers, ids)
+            trained = distillation.load_teachers(teachers, self.vocabulary)
+            array = distillation.predict_text(trained, ids)
             predictions = parallel.place_local(array, self.mesh, parallel.EVERYWHERE)
-        return feeding.Feed(self.iterator, self.mesh, text, predictions)
+        part, config = (jax.process_index(), jax.process_count()), self.config
+        iterator, _ = batches.make_batches(
+            ids, config.batches, config.seed, self._on_devices, part, self.loop.step
+        )
+        return feeding.Feed(iterator, self.mesh, text, predictions)
 
     def save(self, step: int, state: TrainState) -> None:
         """Start saving a checkpoint, with the sizes of the files that the run appends to."""
         self._check_lock()
         sizes = workdir.measure_history(self.directory)
-        self.checkpoints.save(step, state.evaluated, state.rest, self.iterator, sizes)
+        self.checkpoints.save(step, state.evaluated, state.rest, sizes)
 
-    def record(
-        self,
-        step: int,
-        split: str,
-        loss: float,
-        sample: str | None = None,
-        **extra: Unpack[metrics.Numbers],
-    ) -> None:
+    def record(self, step: int, split: str, loss: float, **extra: Unpack[metrics.Extra]) -> None:
         """Write a row of metrics, and pass it to `watch`; do nothing in other processes."""
         if self.writer is None:
             return
@@ -161,9 +156,7 @@ class Session:
         if split != "train":
             bits = loss_lib.compute_bits_per_character(loss, [self.sizes[split]])
             extra["bits_per_character"] = bits
-        epoch = self.plan.count_epochs(step)
-        row = self.writer.write(step, epoch, split, loss, sample, **extra)
-        self._watch(row if sample is None else {**row, "sample": sample})
+        self._watch(self.writer.write(step, self.plan.count_epochs(step), split, loss, **extra))
 
     def read_metrics(self) -> list[metrics.Row]:
         """Return the rows of metrics.jsonl."""
@@ -180,7 +173,7 @@ class Session:
         decides = hosts.is_first() and advice.is_out_of_patience(self.read_metrics(), patience)
         return bool(hosts.max_over_processes(decides))
 
-    def begin(self) -> None:
+    def _begin(self) -> None:
         """Make the files agree with the latest checkpoint, which a new run saves first.
 
         A checkpoint is saved before its validation, and what was recorded later is removed. So a
@@ -215,23 +208,8 @@ def open_run(config: Config, directory: Path, watch: Watch = lambda row: None) -
         run, or the processes of this one differ; if the text is another one or too short; or if the
         run is damaged, can't be written, or has another value of a field that can't change.
     """
-    config = resume.resolve_model(config)
-    mesh = parallel.make_mesh(config)
-    memory.keep_freed_memory()
-    with contextlib.ExitStack() as stack:
-        with hosts.main_process_first("text and lock"):
-            splits = texts.load_texts(config.data)
-            check_lock = stack.enter_context(lock.hold_lock(directory))
-        stack.enter_context(_name_failed_writes(directory))
-        run = Session(config, directory, splits, mesh, watch, check_lock)
-        del splits  # The run has the ids.
-        stack.enter_context(run.checkpoints)
-        run.begin()
-        if hosts.is_first():
-            path = directory / workdir.METRICS
-            writer = metrics.MetricsWriter(path, run.loop.step, run.config)
-            run.writer = stack.enter_context(writer)
-        yield run
+    with contextlib.ExitStack() as opened:
+        yield Session(config, directory, watch, opened)
 
 
 @contextlib.contextmanager

@@ -107,21 +107,15 @@ def _reason(error: OSError | ValueError) -> str:
     return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
-def load_params(
-    workdir: Path, model: model_lib.LanguageModel, batch_size: int
-) -> tuple[model_lib.Params, int]:
-    """Return the best parameters of `model` in a run with this batch size, and their step.
-
-    Those of a folder are in its file.
-    """
+def load_params(workdir: Path, model: model_lib.LanguageModel) -> tuple[model_lib.Params, int]:
+    """Return the best parameters of `model` in a run, and their step; of a folder, its file's."""
     abstract = jax.eval_shape(lambda: model_lib.init_params(model, jax.random.key(0)))
     if is_folder(workdir):
         return model_file.read_params(workdir / MODEL, abstract)
     # A folder does not need Orbax, whose import takes half a second.
     from lstm_jax.run import checkpoints
 
-    carry = jax.eval_shape(lambda: model.initial_carry(batch_size))
-    return checkpoints.restore_best_params(workdir / CHECKPOINTS, abstract, carry)
+    return checkpoints.restore_best_params(workdir / CHECKPOINTS, abstract)
 
 
 class Trained(NamedTuple):
@@ -130,7 +124,7 @@ class Trained(NamedTuple):
     config: Config
     vocabulary: Vocabulary
     model: Any  # A `LanguageModel`, or an `Ensemble` of several.
-    params: model_lib.Params
+    params: Any  # `Params`, or a tuple of those of an ensemble's members.
     step: int
 
 
@@ -166,7 +160,7 @@ def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
             )
         model = model.clone(int8_steps=True)
     model_lib.check_cells(model)
-    params, step = load_params(workdir, model, config.batches.batch_size)
+    params, step = load_params(workdir, model)
     return Trained(config, vocabulary, model, params, step)
 
 
