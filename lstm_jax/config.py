@@ -48,7 +48,6 @@ class Field(NamedTuple):
     # A run may change it when it resumes: checkpoints have the same arrays with every value, and
     # losses before and after the change can be compared.
     resume: bool
-    compared: bool  # All runs of a study have the same value.
     requires: "Rule[Config] | None"  # The whole config must satisfy this rule, else an error.
     # Where a config breaks this rule, the field has no effect, and `main` warns if it is set.
     relevant_if: "Rule[Config] | None"
@@ -60,12 +59,11 @@ def field(
     allowed: Rule[T] = _OF_TYPE,
     *,
     resume: bool = False,
-    compared: bool = True,
     requires: "Rule[Config] | None" = None,
     relevant_if: "Rule[Config] | None" = None,
 ) -> T:
     """Define a field of a section; see `Field`."""
-    defined = Field("", default, meaning, allowed, resume, compared, requires, relevant_if)
+    defined = Field("", default, meaning, allowed, resume, requires, relevant_if)
     made: Any = dataclasses.field(default_factory=lambda: default, metadata={"field": defined})
     return made
 
@@ -131,14 +129,12 @@ class DataConfig:
     """The text, and how it is divided into tokens and documents."""
 
     path: str = field("", "UTF-8 text files: paths and glob patterns, separated by commas; "
-        "semicolons separate train, validation and test. Empty: data.dataset.", resume=True,
-        compared=False)
+        "semicolons separate train, validation and test. Empty: data.dataset.", resume=True)
     dataset: str = field("tiny_shakespeare", "Name of a standard text (docs/data.md) or of a TFDS "
         "dataset.", relevant_if=_NO_PATH)
     text_feature: str = field("text", "Feature of the dataset that holds the text.",
         relevant_if=_NO_PATH)
-    directory: str = field("", "Directory of datasets. Empty: TFDS's default.", resume=True,
-        compared=False)
+    directory: str = field("", "Directory of datasets. Empty: TFDS's default.", resume=True)
     fractions: tuple[float, ...] = field((0.9, 0.05, 0.05), "Fractions of train, validation and "
         "test, in this order, in a text without splits.", _FRACTIONS,
         relevant_if=Rule("a text without splits", lambda c: ";" not in c.data.path
@@ -177,7 +173,7 @@ class BatchesConfig:
             lambda c: c.batches.batch_size % (max(c.mesh.data, 1) * c.mesh.model) == 0))
     window_length: int = field(100, "Tokens of each window or stream per step.", _SIZE)
     reset_probability: float = field(0.02, "Probability that a stream starts a step from a zero "
-        "carry, as evaluation does.", _SHARE, resume=True,
+        "carry, as each text does in evaluation.", _SHARE, resume=True,
         relevant_if=Rule("batches.kind='streams'", lambda c: c.batches.kind == "streams"))
 
 
@@ -310,11 +306,10 @@ class MeshConfig:
     """The devices that a batch is divided over."""
 
     data: int = field(0, "A batch is divided over mesh.data times mesh.model devices. 0: all GPUs "
-        "or TPUs; on a CPU, the fastest number of cores.", _SIZE_OR_ZERO, resume=True,
-        compared=False)
+        "or TPUs; on a CPU, the fastest number of cores.", _SIZE_OR_ZERO, resume=True)
     model: int = field(1, "Devices that also divide the matrices of parameters and optimizer state "
         "between steps. Within a step, each still holds all parameters and gradients.", _SIZE,
-        resume=True, compared=False)
+        resume=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,10 +317,10 @@ class SampleConfig:
     """The text that is generated after each validation."""
 
     length: int = field(300, "Tokens of the sample of each validation.", between(1, 10**6),
-        resume=True, compared=False)
+        resume=True)
     temperature: float = field(0.8, "Temperature of this sample. 0: greedy.",
         Rule("0, or from 1e-6 to 1000", lambda value: value == 0 or 1e-6 <= value <= 1000),
-        resume=True, compared=False)
+        resume=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,7 +347,7 @@ class RunConfig:
     log_every_steps: int = field(10, "Steps between training losses in metrics.jsonl.",
         _POSITIVE_COUNT, resume=True)
     checkpoint_every_seconds: float = field(300.0, "Seconds between checkpoints in an epoch. 0: "
-        "every step.", _WEIGHT, resume=True, compared=False)
+        "every step.", _WEIGHT, resume=True)
     max_skipped_steps: int = field(0, "Skip at most this number of steps whose loss or gradient is "
         "not finite.", _COUNT, resume=True)
     profile: bool = field(False, "Trace a few steps for TensorBoard's profiler.", resume=True)
@@ -408,7 +403,6 @@ _LEGEND = (
 _OPEN = "model.options"
 # Names of fields by property.
 CHANGEABLE = tuple(field.name for field in FIELDS if field.resume)
-COMPARED = tuple(field.name for field in FIELDS if field.compared)
 
 
 def default() -> ConfigDict:

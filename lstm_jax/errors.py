@@ -5,6 +5,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 _names_flags = False
 
@@ -49,10 +50,7 @@ class NotFiniteError(UserError):
 
 
 class UnavailableError(UserError):
-    """A working directory can't be used now: its disk is full, or it is not writable or in use.
-
-    Nothing is wrong with the run itself.
-    """
+    """A directory can't be used now: its disk is full, or it is not writable or in use."""
 
 
 def one_line(error: BaseException) -> str:
@@ -72,12 +70,14 @@ def warn(message: str) -> None:
 
 
 @contextlib.contextmanager
-def raise_user_error(kind: str, file: str, *passing: type[BaseException]) -> Iterator[None]:
-    """Raise any exception in a user's Python file as a `UserError` that names file and line.
+def run_user_code(kind: str, file: str, *passing: type[BaseException]) -> Iterator[None]:
+    """Let code of a user's Python file import the modules of its directory.
 
-    `kind` is what the message calls the file. Exceptions of the types `passing` are raised as they
-    are, and so are those of signal handlers.
+    Raise any exception as a `UserError` that names file and line, and calls the file `kind`; but
+    exceptions of the types `passing`, and those of signal handlers, as they are.
     """
+    directory = str(Path(file).parent)
+    sys.path.insert(0, directory)
     try:
         yield
     except BaseException as error:
@@ -92,6 +92,9 @@ def raise_user_error(kind: str, file: str, *passing: type[BaseException]) -> Ite
         frames = traceback.extract_tb(error.__traceback__)
         lines = [f", line {frame.lineno}" for frame in frames if frame.filename == file]
         raise UserError(f"{kind} {file}{(lines or [''])[-1]}: {one_line(error)}") from None
+    finally:
+        with contextlib.suppress(ValueError):  # The code may have removed it.
+            sys.path.remove(directory)
 
 
 @contextlib.contextmanager

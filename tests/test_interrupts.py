@@ -79,7 +79,7 @@ def test_a_stop_request_leaves_an_ignored_signal_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         stop = signals.StopRequest()
-        with interrupts.handle_signals(stop.note):
+        with interrupts.handle_signals(stop.handle_signal):
             os.kill(os.getpid(), signal.SIGINT)
         stop.check()  # Raises nothing.
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

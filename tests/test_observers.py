@@ -59,7 +59,9 @@ class _FakeRun:
     def save(self, step: int, state: TrainState) -> None:
         self.log.append(("saved", step))
 
-    def record(self, step: int, split: str, loss: float, *unused: Any, **numbers: float) -> None:
+    def record(
+        self, step: int, split: str, loss: float, sample: str = "", **numbers: float
+    ) -> None:
         self.log.append((step, split, loss, *numbers.values()))
 
     def ends_early(self) -> bool:
@@ -219,7 +221,7 @@ def test_a_loop_is_validated_when_it_is_due_and_when_its_checkpoint_was(tmp_path
 
 def test_a_signal_stops_a_loop_only_where_processes_agree_and_before_its_end() -> None:
     stop = StopRequest()
-    with interrupts.handle_signals(stop.note):
+    with interrupts.handle_signals(stop.handle_signal):
         stop.before_first_step(make_loop(0))
         signal.raise_signal(signal.SIGINT)
         loop = make_loop(5)

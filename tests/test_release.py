@@ -142,8 +142,6 @@ def test_an_experiment_is_read_from_the_package_only_if_no_file_exists(
     monkeypatch.chdir(tmp_path)
     found = str(own / "quick.py")
     assert command.find_experiment("experiments/quick.py") == found
-    assert command.find_experiment("--config=experiments/quick.py:gru") == f"--config={found}:gru"
-    assert command.find_experiment("--config=experiments/quick.py:a=1") == f"--config={found}:a=1"
     assert command.find_experiment("experiments/sweeps/quick.py") == str(own / "sweeps/quick.py")
     for other in ("experiments/none.py", "quick.py", "elsewhere/experiments/quick.py"):
         assert command.find_experiment(other) == other

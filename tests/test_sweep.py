@@ -314,7 +314,8 @@ def test_a_grid_needs_finite_values_and_visits_each_once(tmp_path: Path) -> None
         "    return {'optimizer.momentum': t.suggest_float('m', 0.0, 0.3, step=0.1)}"
     )
     assert make_grid()["m"][-1] == 0.3, "3 * 0.1 > 0.3"
-    record = optuna.create_study(sampler=study.SeededSampler("grid", 0, grid))
+    sampler = study.SamplerSettings("grid", 0, grid).make_sampler(0)
+    record = optuna.create_study(sampler=sampler)
     drawn = [found.draw_config(record.ask(), config_lib.Config())[0] for _ in range(6)]
     assert len({tuple(overrides.values()) for overrides in drawn}) == 6
 
@@ -342,10 +343,12 @@ def test_a_grid_over_parameters_of_some_trials_raises_an_error(
     assert not directory.exists()
 
 
+RANDOM = study.SamplerSettings("random", 0, {})
+
+
 def make_study(directory: Path, name: str = "tiny") -> optuna.Study:
-    sampler = study.SeededSampler("random", 0)
     return study.open_study(
-        directory, None, name, {}, ["x"], sampler, study.make_pruner("hyperband", 9)
+        directory, None, name, {}, ["x"], RANDOM, study.make_pruner("hyperband", 9)
     )
 
 
@@ -370,12 +373,16 @@ def list_states(record: optuna.Study) -> list[TrialState]:
 @pytest.mark.parametrize("name", ["tpe", "random", "grid"])
 def test_samplers_depend_only_on_the_seed(name: str) -> None:
     drawn = []
-    for seed in (1, 1, 2):
+    for number, seed in enumerate((1, 1, 2)):
         grid = {"x": [i / 20 for i in range(20)], "y": [0.0, 1.0]}
-        record = optuna.create_study(sampler=study.SeededSampler(name, seed, grid))
+        settings = study.SamplerSettings(name, seed, grid)
+        record = optuna.create_study(sampler=settings.make_sampler(0))
         points = []
         for _ in range(14):
+            if number:  # The trials of other workers come in between.
+                record.sampler = settings.make_sampler(99)
             trial = record.ask()
+            record.sampler = settings.make_sampler(trial.number)
             points.append((trial.suggest_float("x", 0, 1), trial.suggest_float("y", 0, 1)))
             record.tell(trial, sum(points[-1]))
         drawn.append(points)
@@ -457,7 +464,7 @@ def test_diverged_trials_are_pruned_with_their_reason(
         },
     )
     record = make_study(tmp_path)
-    search.run_worker(search.Sweep(record, tiny_config, searched, tmp_path, 1))
+    search.run_worker(search.Sweep(record, RANDOM, tiny_config, searched, tmp_path, 1))
     (row,) = rows(tmp_path)
     assert row["state"] == "diverged" and "is not finite" in row["reason"]
 
@@ -472,7 +479,7 @@ def make_rate_space() -> space.Space:
 def test_a_trial_reports_validations_after_epochs(tiny_config: ConfigDict, tmp_path: Path) -> None:
     tiny_config.validate_every_steps = 50
     record = make_study(tmp_path)
-    search.run_worker(search.Sweep(record, tiny_config, make_rate_space(), tmp_path, 1))
+    search.run_worker(search.Sweep(record, RANDOM, tiny_config, make_rate_space(), tmp_path, 1))
     assert list(record.trials[0].intermediate_values) == [1, 2]
     measured = runs.read_losses(tmp_path / "trials" / "0000")
     assert [step for step, name, _ in measured if name == "validation"] == [0, 50, 70, 100, 140]
@@ -482,7 +489,7 @@ def test_a_directory_in_use_does_not_fail_its_trial(
     tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
     record = make_study(tmp_path)
-    sweep = search.Sweep(record, tiny_config, make_rate_space(), tmp_path, 1)
+    sweep = search.Sweep(record, RANDOM, tiny_config, make_rate_space(), tmp_path, 1)
     with (
         lock.hold_lock(tmp_path / "trials" / "0000"),
         pytest.raises(UnavailableError, match="is training in"),
@@ -495,7 +502,7 @@ def test_a_directory_in_use_does_not_fail_its_trial(
 def test_failed_trials_in_a_row_stop_the_sweep(tiny_config: ConfigDict, tmp_path: Path) -> None:
     tiny_config.batches.batch_size = 100_000
     record = make_study(tmp_path)
-    sweep = search.Sweep(record, tiny_config, make_rate_space(), tmp_path, 3)
+    sweep = search.Sweep(record, RANDOM, tiny_config, make_rate_space(), tmp_path, 3)
     with pytest.raises(UserError, match="3 trials in a row failed"):
         search.run_worker(sweep)
     assert [row["state"] for row in rows(tmp_path)] == ["failed"] * 3
@@ -525,7 +532,9 @@ def test_a_trial_that_another_worker_resumes_is_left_to_it(
         raise UserError("it is too large")
 
     monkeypatch.setattr(training, "train", fail)
-    sweep = search.Sweep(record, config_lib.Config(), space.Space("tiny.py", draw), tmp_path, 1)
+    sweep = search.Sweep(
+        record, RANDOM, config_lib.Config(), space.Space("tiny.py", draw), tmp_path, 1
+    )
     assert search._run_trial(sweep, start_trial(record), StopRequest()) is None
     (trial,) = record.trials
     assert trial.state == (TrialState.RUNNING if is_resumed else TrialState.WAITING)
@@ -566,14 +575,21 @@ def test_a_study_of_another_space_or_of_no_sweep_raises_an_error(tmp_path: Path)
     pruner = study.make_pruner("none", 1)
     grid = {"x": [0, 1]}
     for sampler, parameters, message in (
-        (("random", 0), ["x", "y"], r"with the parameters \['x'\], and not \['x', 'y'\]"),
-        (("random", 0, grid), ["x"], r"with the grid \{\}, and not \{'x': \[0, 1\]\}"),
-        (("grid", 0, grid), ["x"], "with the --sampler 'random', and not 'grid'"),
-        (("random", 1), ["x"], "with the --seed 0, and not 1"),
+        (RANDOM, ["x", "y"], r"with the parameters \['x'\], and not \['x', 'y'\]"),
+        (
+            study.SamplerSettings("random", 0, grid),
+            ["x"],
+            r"with the grid \{\}, and not \{'x': \[0, 1\]\}",
+        ),
+        (
+            study.SamplerSettings("grid", 0, grid),
+            ["x"],
+            "with the --sampler 'random', and not 'grid'",
+        ),
+        (RANDOM._replace(seed=1), ["x"], "with the --seed 0, and not 1"),
     ):
-        made = study.SeededSampler(*sampler)
         with pytest.raises(UserError, match=message):
-            study.open_study(tmp_path, None, "one", {}, parameters, made, pruner)
+            study.open_study(tmp_path, None, "one", {}, parameters, sampler, pruner)
     url = f"sqlite:///{tmp_path / study.DATABASE}"
     optuna.create_study(storage=url, study_name="two", direction="maximize")
     with pytest.raises(UserError, match="'two' exists, but is not from a sweep"):
@@ -675,13 +691,13 @@ def test_a_signal_takes_effect_where_nothing_is_half_done(
     """Send a signal while Optuna starts a trial, and while it records the result."""
     tiny_config.max_steps = 2
     record, signals = make_study(tmp_path), StopRequest()
-    sweep = search.Sweep(record, tiny_config, make_rate_space(), tmp_path, 2)
+    sweep = search.Sweep(record, RANDOM, tiny_config, make_rate_space(), tmp_path, 2)
     for name, states in (("ask", [TrialState.WAITING]), ("tell", [TrialState.COMPLETE])):
         method, signals = getattr(record, name), StopRequest()
 
         def call(*given: Any, method: Any = method, signals: Any = signals, **named: Any) -> Any:
             result = method(*given, **named)
-            signals.note(signal.SIGTERM, None)
+            signals.handle_signal(signal.SIGTERM, None)
             return result
 
         with monkeypatch.context() as patched, pytest.raises(Stopped, match="143"):
@@ -692,18 +708,36 @@ def test_a_signal_takes_effect_where_nothing_is_half_done(
     assert [row["state"] for row in rows(tmp_path)] == ["complete"] * 2
 
 
+def test_a_signal_waits_until_all_parameters_are_drawn(
+    tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    """A resumed trial would draw the rest from the beginning of its random numbers."""
+    record, signals = make_study(tmp_path), StopRequest()
+
+    def draw(trial: Any) -> dict[str, Any]:
+        trial.suggest_float("x", 0, 1)
+        signals.handle_signal(signal.SIGTERM, None)
+        return {"optimizer.learning_rate": trial.suggest_float("y", 1e-3, 1e-2)}
+
+    sweep = search.Sweep(record, RANDOM, tiny_config, space.Space("tiny.py", draw), tmp_path, 1)
+    with pytest.raises(Stopped, match="143"):
+        search.run_worker(sweep, signals)
+    (trial,) = record.trials
+    assert trial.state == TrialState.WAITING and [*trial.params] == ["x", "y"]
+
+
 def test_a_mistake_in_a_space_fails_one_trial(tiny_config: ConfigDict, tmp_path: Path) -> None:
     record = make_study(tmp_path)
     searched = space.Space("tiny.py", lambda trial: {"num_epochs": -1})
     with pytest.raises(UserError, match="tiny.py: config.num_epochs is -1"):
-        search.run_worker(search.Sweep(record, tiny_config, searched, tmp_path, 2))
+        search.run_worker(search.Sweep(record, RANDOM, tiny_config, searched, tmp_path, 2))
     assert [row["state"] for row in rows(tmp_path)] == ["failed"]
 
 
 def test_an_unexpected_error_counts_as_a_death(tiny_config: ConfigDict, tmp_path: Path) -> None:
     record = make_study(tmp_path)
     tiny_config.data.path = "x"
-    sweep = search.Sweep(record, tiny_config, make_rate_space(), tmp_path, 1)
+    sweep = search.Sweep(record, RANDOM, tiny_config, make_rate_space(), tmp_path, 1)
     for _ in range(5):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="a bug"):
             patch.setattr(training, "train", mock.Mock(side_effect=ValueError("a bug")))

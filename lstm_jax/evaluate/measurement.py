@@ -68,10 +68,11 @@ def measure(
             raise UserError(f"the model knows none of the {vocabulary.token_name}s in {name}")
     loss, losses, used = _measure_loss(trained, ids, splits, options)
     if math.isnan(loss):
-        raise UserError(
-            f"the loss is not a number: the model in {' or '.join(map(str, directories))} has "
-            "diverged; train again with a lower optimizer.learning_rate"
-        )
+        which = " or ".join(map(str, directories))
+        remedy = "use a lower --dynamic_learning_rate"
+        if not options.dynamic:
+            remedy = "train again with a lower optimizer.learning_rate"
+        raise UserError(f"the loss is not a number: the model in {which} has diverged; {remedy}")
     sizes = [text.get_size(vocabulary, first=i > 0) for i, text in enumerate(measured)]
     result |= used | {
         "loss": loss,

@@ -5,13 +5,11 @@ config of a training command, or from --cell of a command that reads a run. The 
 directory is only compared with those loaded.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import shlex
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import flax.linen as nn
@@ -19,7 +17,7 @@ import flax.linen as nn
 from lstm_jax import cells
 from lstm_jax.config import ModelConfig, names_cell_file
 from lstm_jax.data import files
-from lstm_jax.errors import UserError, choose_wording, name_failure, raise_user_error, warn
+from lstm_jax.errors import UserError, choose_wording, name_failure, run_user_code, warn
 
 _LIMIT = 2**20  # Of the size of a file, in bytes.
 
@@ -49,24 +47,13 @@ def load_cell(name: str) -> str:
     return sha256
 
 
-@contextlib.contextmanager
-def import_from(directory: Path) -> Iterator[None]:
-    """Let a file of the user, which runs in the block, import the modules of its directory."""
-    sys.path.insert(0, str(directory))
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):  # The file may have removed it.
-            sys.path.remove(str(directory))
-
-
 def _run_file(file: str, class_name: str, source: bytes, sha256: str) -> type[nn.Module]:
     """Run the source of a file, and return its class of this name."""
     # Under a unique name, so that it hides no other module. Dataclasses look modules up.
     module = types.ModuleType(f"cell_file_{sha256}")
     module.__file__ = file
     sys.modules[module.__name__] = module
-    with import_from(Path(file).parent), raise_user_error("cell file", file):
+    with run_user_code("cell file", file):
         exec(compile(source, file, "exec"), module.__dict__)
     cell = getattr(module, class_name, None)
     if cell is None:

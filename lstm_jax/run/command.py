@@ -81,10 +81,11 @@ class _ConfigParser(flags.ArgumentParser[object]):
 
     def parse(self, argument: str) -> object:
         """Return what `get_config()` of the file returns, or `get_config(WORD)`."""
-        file, colon, word = argument.partition(":")
+        name, colon, word = argument.partition(":")
+        file = find_experiment(name)
         if not Path(file).is_file():
             raise UserError(f"there is no config file {file}")
-        with errors.raise_user_error("config file", file):
+        with errors.run_user_code("config file", file):
             get_config = runpy.run_path(file).get("get_config")
             if get_config is None:
                 raise UserError(f"config file {file} has no function get_config()")
@@ -160,20 +161,15 @@ def define_dtype_flag(*more: str) -> flags.FlagHolder[str | None]:
     )
 
 
-def find_experiment(argument: str) -> str:
-    """Replace the name of a packaged experiment by its path, unless such a file is here.
+def find_experiment(name: str) -> str:
+    """Return the path of a packaged experiment; any other name, and of a file here, as it is.
 
     So `--config experiments/quick.py` works in a clone and in any other directory. An installed
     package has experiments/ within it, and an editable one beside it.
-    `argument` is `--flag=value`, or a value.
     """
-    is_flag = argument.startswith("-")
-    flag, equals, value = argument.partition("=") if is_flag else ("", "", argument)
-    name, colon, word = value.partition(":")
     path = _find_in_package(name)
-    if not name.startswith("experiments/") or Path(name).exists() or not path.is_file():
-        return argument
-    return f"{flag}{equals}{path}{colon}{word}"
+    is_packaged = name.startswith("experiments/") and path.is_file() and not Path(name).exists()
+    return str(path) if is_packaged else name
 
 
 def _find_in_package(name: str) -> Path:
@@ -206,20 +202,14 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     for argument in argv:
         if re.search("[\ud800-\udfff]", argument):
             _fail(f"the argument {argument!r} is not UTF-8")
-    names_a_file = "--?(config|space)"
-    argv = [
-        find_experiment(argument)
-        if re.match(f"{names_a_file}=", argument) or re.fullmatch(names_a_file, before)
-        else argument
-        for before, argument in zip(["", *argv], argv, strict=False)
-    ]
     model = _get_value(argv, "init_from")
     if model and "init_from" in flags.FLAGS and _get_value(argv, "config") is None:
         # The experiment of the package: the user has named none.
-        argv.insert(1, f"--config={_find_in_package('experiments/finetune.py')}:{model}")
+        finetune = _find_in_package("experiments/finetune.py")
+        argv = [argv[0], f"--config={finetune}:{model}", *argv[1:]]
     config_file = (_get_value(argv, "config") or "").partition(":")[0]
     try:  # An override of what a config file returns can raise anything.
-        with errors.raise_user_error("config file", config_file, flags.Error, SystemExit):
+        with errors.run_user_code("config file", config_file, flags.Error, SystemExit):
             return flags.FLAGS(argv)
     except (UserError, flags.Error) as error:
         _fail(_describe(error, argv))

@@ -24,16 +24,17 @@ _SPLITS = ("train", "validation", "test")
 _LARGEST, _LONGEST_LINE = 2**26, 2**12
 
 
-class Numbers(TypedDict, total=False):
-    """Numbers of a row beside the loss, which TensorBoard and trackers show by name."""
+class Extra(TypedDict, total=False):
+    """What a row may have beside the loss: numbers, which are shown by name, and a sample."""
 
     learning_rate: float
     gradient_norm: float
     tokens_per_second: float
     bits_per_character: float
+    sample: str  # The generated text of a validation, for TensorBoard and `watch` only.
 
 
-class Row(Numbers):
+class Row(Extra):
     """A row of metrics.jsonl: a loss in nats per token after `step` training steps."""
 
     step: int
@@ -43,7 +44,6 @@ class Row(Numbers):
     seconds: float  # Of training so far.
     time: str  # In UTC.
     crc: NotRequired[str]  # In the file only.
-    sample: NotRequired[str]  # The generated text of a validation, for `watch` only.
 
 
 class MetricsWriter(contextlib.ExitStack[None]):
@@ -89,23 +89,17 @@ class MetricsWriter(contextlib.ExitStack[None]):
         self._events.flush()
 
     def write(
-        self,
-        step: int,
-        epoch: float,
-        split: str,
-        loss: float,
-        sample: str | None = None,
-        **extra: Unpack[Numbers],
+        self, step: int, epoch: float, split: str, loss: float, **extra: Unpack[Extra]
     ) -> Row:
-        """Record a loss in nats per token; return its row of metrics.jsonl without the checksum.
+        """Record a loss in nats per token; return its row without the checksum, with the sample.
 
         `step` is the number of training steps done, `epoch` of passes over the training text,
-        with fractions, and `split` is "train", "validation" or "test". A `sample` of generated text
-        is shown in TensorBoard only. `extra` holds more numbers. The row also has the seconds of
-        training so far, and the time in UTC.
+        with fractions, and `split` is "train", "validation" or "test". The row also has the seconds
+        of training so far, and the time in UTC.
         """
         if not self._is_open:
             self._open()
+        sample = extra.pop("sample", None)
         row: Row = {
             "step": step,
             "epoch": round(epoch, 6),
@@ -123,6 +117,7 @@ class MetricsWriter(contextlib.ExitStack[None]):
         if sample is not None:  # As Markdown, with every line indented, it is shown as it is.
             quoted = textwrap.indent(sample, "    ", lambda line: True)
             self._add(Event(step=step, summary=text(f"{split}/sample", quoted)))
+            row["sample"] = sample
         return row
 
 
@@ -165,7 +160,9 @@ def _parse(line: bytes) -> Row | None:
         row: Row = json.loads(line if len(line) <= _LONGEST_LINE else b"{}")
         valid = isinstance(row["step"], int) and 0 <= row["step"] < 2**31
         valid = valid and isinstance(row["loss"], float) and row["split"] in _SPLITS
-        valid = valid and isinstance(row["seconds"], float)
+        valid = (
+            valid and isinstance(row["epoch"], float | int) and isinstance(row["seconds"], float)
+        )
         if row.pop("crc") == _checksum(row) and valid:
             return row
     return None

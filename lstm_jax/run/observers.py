@@ -30,7 +30,7 @@ def observe(run: Session) -> Iterator[list[Observer]]:
     with (
         contextlib.closing(Profiler(traced, loop.step)) as profiler,
         contextlib.closing(Progress(loop.step, loop.last_step, plan.steps_per_epoch)) as progress,
-        interrupts.handle_signals(stop.note),
+        interrupts.handle_signals(stop.handle_signal),
     ):
         save = Save(run)
         try:
@@ -66,7 +66,7 @@ class Log(Observer):
             loss = float(state.loss_sum) / number
             speed = self._progress.measure_speed(loop.step) * plan.tokens_per_step
             self._progress.update(loop.step, loss, speed)
-            extra: metrics.Numbers = {
+            extra: metrics.Extra = {
                 "learning_rate": plan.get_learning_rate(loop.step, int(state.skipped)),
                 "gradient_norm": float(state.norm_sum) / number,
             }
@@ -130,7 +130,7 @@ class Validate(Observer):
         if hosts.is_first():
             step, losses = loop.step, {"validation": loss}
             run.checkpoints.wait()  # The row may end the run, with the checkpoint of this step.
-            run.record(step, "validation", loss, text)
+            run.record(step, "validation", loss, sample=text)
             workdir.append_sample(run.directory, step, run.config.sample.temperature, text)
             run.checkpoints.record_validation(step, loss)
             progress.print(messages.describe_validation(run, loss, text))

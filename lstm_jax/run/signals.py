@@ -25,12 +25,12 @@ class Stopped(SystemExit):
 
 
 class StopRequest(Observer):
-    """The first signal that `note` handles requests a stop; further ones change nothing."""
+    """The first signal that `handle_signal` gets requests a stop; further ones change nothing."""
 
     _exit_code = 0  # Until a signal arrives.
     _at_once = False
 
-    def note(self, number: int, unused: object) -> None:
+    def handle_signal(self, number: int, unused: object) -> None:
         """Handle a signal: raise `Stopped` within `at_once`, otherwise at the next `check`."""
         if not self._exit_code:
             self._exit_code = 128 + number

@@ -54,10 +54,8 @@ def main() -> None:
     from lstm_jax.data import sources
     from lstm_jax.run import ensemble
 
-    for flag in (_LENGTH, _SEED, _NUM_SAMPLES):
+    for flag in (*_CONTROLS, _LENGTH, _SEED, _NUM_SAMPLES):  # Before loading the model.
         check_number(flag.name, flag.value)
-    controls = Controls(**{flag.name: flag.value for flag in _CONTROLS})
-    make_control_arrays(controls, vocabulary_size=3)  # Check the values before loading the model.
 
     trained, _ = ensemble.load_ensemble(directories, _DTYPE.value)
     vocabulary = trained.vocabulary
@@ -67,7 +65,8 @@ def main() -> None:
     for where, text in (("the prompt", prompt), ("--forbid", _FORBID.value)):
         if named := vocabulary.name_unknown(text):
             warn(f"the model does not know {named} in {where} and reads [UNK] instead")
-    controls = controls._replace(forbidden=vocabulary.encode(_FORBID.value).tolist())
+    forbidden = vocabulary.encode(_FORBID.value).tolist()
+    controls = Controls(**{flag.name: flag.value for flag in _CONTROLS}, forbidden=forbidden)
     make_control_arrays(controls, len(vocabulary))  # Check that a token is left.
 
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]

@@ -73,13 +73,13 @@ def main() -> int:
         ) from None
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    # One for each core, and now, so that a trial does not depend on earlier trials in its process.
+    # Make a CPU device for each core now: otherwise a trial would depend on earlier ones.
     parallel.set_cpu_devices()
     jax.devices()
     sweep = search.prepare_sweep(
         experiment,
         name,
-        space_file=_SPACE.value,
+        space_file=_SPACE.value and command.find_experiment(_SPACE.value),
         seeds=_SEEDS.value,
         trials=_TRIALS.value,
         directory=_WORKDIR.value,

@@ -35,11 +35,18 @@ OUTPUT = "output.txt"
 _MAX_FAILURES = 3
 _POLL_SECONDS = 2
 
+# Fields in which the experiments of a study's workers may differ: losses can be compared.
+_FREE_FIELDS = (
+    *("data.path", "data.directory", "mesh.data", "mesh.model"),
+    *("sample.length", "sample.temperature", "checkpoint_every_seconds"),
+)
+
 
 class Sweep(NamedTuple):
     """The sweep that a worker takes part in."""
 
     study: Study
+    sampler: study_lib.SamplerSettings
     experiment: Config  # The config that trials change.
     space: space_lib.Space
     directory: Path
@@ -90,6 +97,7 @@ def prepare_sweep(
         model=cell_file.resolve_cell(experiment.model),
         data=texts.load_texts(experiment.data).resolve(experiment.data),
     )
+    settings = study_lib.SamplerSettings(sampler, seed, grid)
     name = name or f"{experiment_name}_{space_name}"
     path = Path(directory or Path("runs", "sweeps", name))
     path.mkdir(parents=True, exist_ok=True)
@@ -99,13 +107,13 @@ def prepare_sweep(
         {
             field: list(value) if isinstance(value, tuple) else value
             for field, value in config_lib.flatten(experiment)
-            if field in config_lib.COMPARED
+            if field not in _FREE_FIELDS
         },
         {parameter for draw in draws for parameter in draw.params},
-        study_lib.SeededSampler(sampler, seed, grid),
+        settings,
         study_lib.make_pruner(pruner or ("none" if seeds else "hyperband"), experiment.num_epochs),
     )
-    return Sweep(study, experiment, space, path, trials)
+    return Sweep(study, settings, experiment, space, path, trials)
 
 
 @convert_errors()
@@ -114,7 +122,7 @@ def run_sweep(sweep: Sweep) -> int:
     exit_code, signals = 0, StopRequest()
     try:
         # The loop of a single run has its own handler.
-        with interrupts.handle_signals(signals.note):
+        with interrupts.handle_signals(signals.handle_signal):
             run_worker(sweep, signals)
     except Stopped as stopped:
         exit_code = stopped.code
@@ -162,8 +170,8 @@ def _run_trial(sweep: Sweep, trial: Trial, signals: StopRequest) -> _TrialError 
     study, storage = sweep.study, study_lib.get_storage(sweep.study)
     loss, error, reason = None, None, ""
     try:
-        with get_heartbeat_thread(trial._trial_id, study._storage), signals.at_once():
-            loss = _train_trial(sweep, trial)
+        with get_heartbeat_thread(trial._trial_id, study._storage):
+            loss = _train_trial(sweep, trial, signals)
         state = TrialState.COMPLETE
     except TrialPruned as pruned:
         state, reason = TrialState.PRUNED, str(pruned)
@@ -185,10 +193,11 @@ def _run_trial(sweep: Sweep, trial: Trial, signals: StopRequest) -> _TrialError 
     return None
 
 
-def _train_trial(sweep: Sweep, trial: Trial) -> float:
+def _train_trial(sweep: Sweep, trial: Trial, signals: StopRequest) -> float:
     """Train a trial and return its validation loss; raise `TrialPruned` or `_TrialError`."""
+    sweep.study.sampler = sweep.sampler.make_sampler(trial.number)
     try:
-        # Draws the parameters of a new trial.
+        # Draws the parameters of a new trial. A signal waits until all of them are drawn.
         overrides, config = sweep.space.draw_config(trial, sweep.experiment)
     except UserError as error:
         raise _SpaceError(str(error)) from None
@@ -215,6 +224,7 @@ def _train_trial(sweep: Sweep, trial: Trial) -> float:
             io.TextIOWrapper(output, "utf-8", "backslashreplace") as file,
             contextlib.redirect_stdout(file),
             contextlib.redirect_stderr(file),
+            signals.at_once(),
         ):
             exit_code = training.train(config, directory, watch)
     except NotFiniteError as error:

@@ -12,8 +12,7 @@ from optuna.exceptions import OptunaError
 from optuna.trial import BaseTrial, FrozenTrial
 
 from lstm_jax.config import Config, change_fields
-from lstm_jax.errors import UserError, one_line, raise_user_error
-from lstm_jax.run import cell_file
+from lstm_jax.errors import UserError, one_line, run_user_code
 
 FUNCTION = "get_overrides"  # The function of a space file.
 # The number of draws to check before training, so that mistakes are reported early.
@@ -29,7 +28,7 @@ class Space(NamedTuple):
 
     def draw_config(self, trial: BaseTrial, experiment: Config) -> tuple[dict[str, object], Config]:
         """Return the fields that a trial changes, as in JSON, and the experiment with them."""
-        with raise_user_error("space file", self.name, OptunaError):
+        with run_user_code("space file", self.name, OptunaError):
             try:
                 overrides = self.get_overrides(trial)
             except optuna.TrialPruned:
@@ -91,7 +90,7 @@ def load_space(path: Path) -> Space:
     """Run a space file; raise `UserError` if it fails or lacks the function."""
     if not path.is_file():
         raise UserError(f"there is no space file {path}")
-    with cell_file.import_from(path.parent), raise_user_error("space file", str(path)):
+    with run_user_code("space file", str(path)):
         names = runpy.run_path(str(path))
     if not callable(names.get(FUNCTION)):
         raise UserError(

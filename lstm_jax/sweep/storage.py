@@ -29,7 +29,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from lstm_jax.errors import UnavailableError, UserError, one_line
 
-_DRIVERS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql"}
+_DRIVERS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql", "sqlite": "sqlite"}
 # A worker writes a heartbeat into its trial at this interval, and is dead if it has not done so for
 # `STALE_SECONDS`. That is longer than `lock.STALE_SECONDS`, so that its directory is free, too.
 BEAT_SECONDS, STALE_SECONDS = 10, 90
@@ -75,7 +75,7 @@ class SweepStorage(RDBStorage):
         return super().set_trial_state_values(trial_id, state, values)
 
     def record_heartbeat(self, trial_id: int) -> None:
-        """Record that the worker of a trial lives."""
+        """Record that the worker of a trial is alive."""
         with contextlib.suppress(StorageInternalError):  # It may be temporarily unreachable.
             super().record_heartbeat(trial_id)
 
@@ -137,7 +137,7 @@ def open_storage(database: Path, location: str | None) -> SweepStorage:
         settings = {"connect_timeout": 10}
         if backend == "sqlite":
             settings, place = {"timeout": 60}, f" in {url.database}"
-        url = url.set(drivername=_DRIVERS.get(url.drivername, url.drivername))
+        url = url.set(drivername=_DRIVERS[backend])
         # Connect before Optuna does: its error messages have many lines.
         engine = sqlalchemy.create_engine(
             url, connect_args=settings, poolclass=sqlalchemy.pool.NullPool
@@ -147,7 +147,7 @@ def open_storage(database: Path, location: str | None) -> SweepStorage:
         raise UserError(
             f"{backend} needs the module {error.name}: pip install 'lstm-jax[sweep-servers]'"
         ) from None
-    except (sqlalchemy.exc.ArgumentError, ValueError, TypeError):
+    except (sqlalchemy.exc.ArgumentError, ValueError, TypeError, KeyError):
         raise UserError(  # The error itself may show a part of the password.
             "--study is not the URL of a database, such as postgresql://user:password@host/"
             "database, mysql://... or sqlite:///FILE"

@@ -2,21 +2,19 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalChoiceType
+from optuna.distributions import CategoricalChoiceType
 from optuna.samplers import BaseSampler
 from optuna.study import Study, StudyDirection
-from optuna.trial import BaseTrial, FrozenTrial
+from optuna.trial import BaseTrial
 
 from lstm_jax.data import files
 from lstm_jax.errors import UserError
 from lstm_jax.run import workdir
 from lstm_jax.sweep import storage
 from lstm_jax.sweep.storage import ORIGIN
-
-_Grid = Mapping[str, Sequence[CategoricalChoiceType]]  # The values of each parameter.
 
 # In the directory of a sweep: the study, unless --study names another; and the working directories
 # of the trials, each with the identity of its trial.
@@ -29,13 +27,39 @@ TEST_LOSS = "test_loss"
 _MADE_FOR = "made_for"  # An attribute of a study.
 
 
+class _GridSampler(optuna.samplers.GridSampler):
+    def after_trial(self, *unused: Any, **others: Any) -> None:
+        """Do nothing: Optuna's method stops `Study.optimize`, which is not running here."""
+
+
+class SamplerSettings(NamedTuple):
+    """How the parameters of the trials of a study are drawn."""
+
+    name: str  # tpe, random or grid.
+    seed: int
+    grid: Mapping[str, Sequence[CategoricalChoiceType]]  # The values of each parameter.
+
+    def make_sampler(self, number: int) -> BaseSampler:
+        """Return the sampler of the trial `number`; a grid takes the point of this number.
+
+        The parameters depend only on the seed and the earlier trials, not on the process that draws
+        them or on how often a trial is resumed, and two workers never draw the same.
+        """
+        seed = (1_000_003 * self.seed + number) % 2**32
+        if self.name == "tpe":
+            return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+        if self.name == "grid":
+            return _GridSampler(self.grid, seed=self.seed % 2**32)
+        return optuna.samplers.RandomSampler(seed=seed)
+
+
 def open_study(
     directory: Path,
     location: str | None,
     name: str,
     fields: Mapping[str, object],
     parameters: Iterable[str],
-    sampler: "SeededSampler",
+    sampler: SamplerSettings,
     pruner: optuna.pruners.BasePruner,
 ) -> Study:
     """Open or create the study of a sweep, at `location` or in the sweep's directory.
@@ -47,7 +71,7 @@ def open_study(
     study = optuna.create_study(
         storage=storage.open_storage(directory / DATABASE, location),
         study_name=name,
-        sampler=sampler,
+        sampler=sampler.make_sampler(0),
         pruner=pruner,
         load_if_exists=True,
     )
@@ -89,54 +113,6 @@ def claim_directory(directory: Path, trial: BaseTrial) -> None:
         files.write_file(path, origin.encode())
     elif not path.exists() or path.read_text() != origin:
         raise UserError(f"{directory} has a trial of another study: use another --workdir")
-
-
-class SeededSampler(BaseSampler):
-    """The sampler `name` (tpe, random or grid), with a separate seed for each trial's number.
-
-    The parameters depend only on the seed and the earlier trials, not on the process that draws
-    them or on how often a trial is resumed, and two workers never draw the same.
-    """
-
-    def __init__(self, name: str, seed: int, grid: _Grid | None = None) -> None:
-        """Store the arguments; a grid needs the values of each parameter."""
-        self.name, self.seed, self.grid = name, seed, grid or {}
-        self._inner = self._make(0)
-
-    def _make(self, number: int) -> BaseSampler:
-        seed = (1_000_003 * self.seed + number) % 2**32
-        if self.name == "tpe":
-            return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
-        if self.name == "grid":
-            return optuna.samplers.GridSampler(self.grid, seed=self.seed % 2**32)
-        return optuna.samplers.RandomSampler(seed=seed)
-
-    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        """Make the sampler of a trial; a grid takes the point of its number."""
-        self._inner = self._make(trial.number)
-        self._inner.before_trial(study, trial)
-
-    def infer_relative_search_space(
-        self, study: Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        """Return the parameters that are drawn together."""
-        return self._inner.infer_relative_search_space(study, trial)
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        """Draw these parameters."""
-        return self._inner.sample_relative(study, trial, search_space)
-
-    def sample_independent(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> Any:
-        """Draw another parameter."""
-        return self._inner.sample_independent(study, trial, param_name, param_distribution)
 
 
 def make_pruner(name: str, num_epochs: int) -> optuna.pruners.BasePruner:
