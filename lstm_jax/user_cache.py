@@ -16,7 +16,7 @@ def get_path(name: str) -> Path:
 def make_directory(name: str) -> Path | None:
     """Make a directory in the user's cache, and return its path; None if it can't be used.
 
-    It holds machine code, so with a warning a directory that others can write is not used.
+    It holds machine code: a directory that others can write is not used, and a warning says so.
     """
     directory = get_path(name)
     if str(directory).startswith("~"):  # This user has no home directory.

@@ -303,6 +303,13 @@ def test_an_incomplete_directory_is_named(tmp_path: Path) -> None:
         get_splits(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a,b", "a;b"])
+def test_a_directory_that_separates_paths_raises_an_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="there is a comma or semicolon in"):
+        get_splits(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_directory_that_cannot_be_written(archive: Download, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UnavailableError, match=f"{tmp_path}/file.*use another data directory"):

@@ -96,5 +96,5 @@ def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
             raise UserError(f"can't open the dataset {name!r} (data.dataset): {reason}") from None
         raise UserError(
             f"{name} is prepared under {data_dir} in a format that only TensorFlow reads: use "
-            "another data.directory to prepare it there as array_record"
+            "another data.directory (or --data_directory), where it is prepared anew"
         ) from None

@@ -25,8 +25,8 @@ T = TypeVar("T")
 _CHUNK_BYTES = 2**16
 # Give up on a server that sends nothing for this time.
 _TIMEOUT_SECONDS = 30
-# Give up on a slow server: after `Download.seconds`, its mean speed since the start, without that
-# time, must be this number of bytes per second.
+# Give up on a slow server: it may take `Download.seconds`, and a second for each time that it has
+# sent this number of bytes.
 _LEAST_SPEED = 10_000
 _WHEEL_SECONDS = 120
 

@@ -10,6 +10,7 @@ encoding the text again.
 """
 
 import contextlib
+import copy
 import hashlib
 import itertools
 import json
@@ -214,6 +215,7 @@ def _run_processes(parts: Path, number: int, total: int) -> None:
         "OPENBLAS_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "lstm_jax.data.worker", str(parts)]
+    options: dict[str, Any] = {"env": environment, "process_group": 0}  # Ctrl-C is not for them.
     reader, writer = os.pipe()
     processes: list[subprocess.Popen[bytes]] = []
     try:
@@ -224,7 +226,7 @@ def _run_processes(parts: Path, number: int, total: int) -> None:
             with os.fdopen(writer, "wb") as output:
                 for i in range(workers):
                     arguments = [*command, str(i), str(workers)]
-                    processes.append(subprocess.Popen(arguments, stdout=output, env=environment))
+                    processes.append(subprocess.Popen(arguments, stdout=output, **options))
             for line in lines:  # Of all processes, until the last has ended.
                 printed = json.loads(line)
                 if isinstance(printed, int):
@@ -295,16 +297,17 @@ class PreparedText(Text):
     def __init__(
         self, manifest: Manifest, name: str, tokens: list[str], counts: np.ndarray
     ) -> None:
-        self._path, self._stop = manifest.directory / f"{name}.npy", manifest.stop
-        ids = FileIds(self._path, np.arange(len(tokens), dtype=np.int32))
-        self.part = Part(ids, tokens, counts, manifest.characters[name])
+        self._stop = manifest.stop
+        table = np.arange(len(tokens), dtype=np.int32)
+        self._ids = FileIds(manifest.directory / f"{name}.npy", table)
+        self.part = Part(self._ids, tokens, counts, manifest.characters[name])
 
     def encode(self, vocabulary: Vocabulary) -> Ids:
         """See `Text`."""
         table = encoding.make_table(self.part.tokens, vocabulary)
         if vocabulary.kind == "bpe":
-            return SubwordIds(self.part.ids, table)
-        return FileIds(self._path, table.ids)
+            return SubwordIds(self._ids, table)
+        return self._ids.look_up_in(table.ids)
 
     def read_start(self) -> str:
         """See `Text`."""
@@ -327,6 +330,12 @@ class FileIds:
         np.lib.format.read_magic(self._file)
         (self._length,), _, self._dtype = np.lib.format.read_array_header_1_0(self._file)
         self._first = self._file.tell()
+
+    def look_up_in(self, table: np.ndarray) -> "FileIds":
+        """Return the same indices of the same file, looked up in another table."""
+        ids = copy.copy(self)
+        ids._table = table
+        return ids
 
     def __len__(self) -> int:
         return self._length

@@ -97,8 +97,8 @@ def load_texts_of_run(
         data = dataclasses.replace(data, path="", dataset=dataset)
     if path is not None:
         data = dataclasses.replace(data, path=path)
-    standard = standard_texts.find_standard_text(data)
-    make, data = path is not None or standard is not data, standard
+    given, data = data, standard_texts.find_standard_text(data)
+    may_prepare = path is not None or data is not given
     manifest = None
     if data.path:
         try:
@@ -106,7 +106,7 @@ def load_texts_of_run(
         except UserError as error:  # Here the path comes from the run, or from a flag.
             raise UserError(f"{error} (--data_path)") from None
         if size > _MAX_BYTES_IN_MEMORY:
-            manifest = _find_prepared(data, make)
+            manifest = _find_prepared(data, may_prepare)
     elif data.dataset not in (*standard_texts.STANDARD_TEXTS, dataset):
         raise UserError(
             f"the run was trained on the dataset {data.dataset!r}, which may execute code: if you "
@@ -116,12 +116,12 @@ def load_texts_of_run(
     return _open_splits(data, manifest).texts
 
 
-def _find_prepared(data: DataConfig, make: bool) -> Manifest:
+def _find_prepared(data: DataConfig, may_prepare: bool) -> Manifest:
     """Return the prepared text of a run, from where it was trained or else the user's cache."""
     if manifest := prepared.find_corpus(data):
         return manifest
     data = dataclasses.replace(data, prepared=str(user_cache.get_path("prepared").absolute()))
-    if manifest := prepared.prepare_corpus(data) if make else prepared.find_corpus(data):
+    if manifest := prepared.prepare_corpus(data) if may_prepare else prepared.find_corpus(data):
         return manifest
     raise UserError(
         f"the text of the run, {data.path}, is larger than {_MAX_BYTES_IN_MEMORY / 1e6:g} MB and "

@@ -7,7 +7,6 @@ in a directory. It imports little more than NumPy, so that many processes need l
 import contextlib
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -24,13 +23,13 @@ def save_part(directory: Path, number: int, part: Part) -> None:
     """Write an encoded chunk."""
     tokens = np.frombuffer(json.dumps(part.tokens).encode(), np.uint8)
     path = _get_path(directory, number)
-    np.savez(path, ids=part.ids, units=tokens, counts=part.counts, characters=part.characters)
+    np.savez(path, ids=part.ids, tokens=tokens, counts=part.counts, characters=part.characters)
 
 
 def load_part(directory: Path, number: int) -> Part:
     """Return the encoded chunk that `save_part` wrote."""
     with np.load(_get_path(directory, number)) as arrays:
-        tokens = json.loads(arrays["units"].tobytes())
+        tokens = json.loads(arrays["tokens"].tobytes())
         return Part(arrays["ids"], tokens, arrays["counts"], int(arrays["characters"]))
 
 
@@ -40,7 +39,6 @@ def _get_path(directory: Path, number: int) -> Path:
 
 def main() -> None:
     """Encode the chunks of this process; print the bytes of each, or an error as a JSON object."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent process handles it.
     directory, number, total = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     plan = json.loads((directory / PLAN).read_text())
     try:
