@@ -1,7 +1,7 @@
 """Sampling controls: which tokens may be drawn, how probable they are, and where a text ends."""
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ class Controls(NamedTuple):
     min_p: float = 0.0  # In [0, 1]; 0 keeps all.
     repetition_penalty: float = 1.0  # 1 is no penalty.
     repetition_window: int = 64  # A number of tokens, including the prompt's.
-    forbidden: Iterable[int] = ()  # Ids.
+    forbidden: Collection[int] = ()  # Ids.
 
 
 DEFAULT_CONTROLS = Controls()  # The model's own distribution, without "" and "[UNK]".
@@ -69,15 +69,9 @@ def check_number(name: str, value: Any) -> None:
     raise UserError(f"{name} is {value!r}: it must be {words}")
 
 
-class ControlArrays(NamedTuple):
+class ControlArrays(Controls):
     """`Controls` as float32 and int32 scalars, so that one compiled function serves all values."""
 
-    temperature: Any
-    top_k: Any  # The vocabulary size keeps all.
-    top_p: Any
-    min_p: Any
-    repetition_penalty: Any
-    repetition_window: Any
     forbidden: Any  # Bool [vocabulary].
 
 
@@ -87,10 +81,13 @@ def make_control_arrays(controls: Controls, vocabulary_size: int) -> ControlArra
     Raises:
       UserError: if one is outside its range, or if every token is forbidden.
     """
+    arrays: dict[str, Any] = {}
     for name, value in controls._asdict().items():
         if name != "forbidden":
             check_number(name, value)
-    if not isinstance(controls.forbidden, Iterable):
+            is_real = _NUMBERS[name][0] is Real
+            arrays[name] = np.float32(value) if is_real else np.int32(min(value, 2**29))
+    if not isinstance(controls.forbidden, Collection):
         raise UserError(f"forbidden is {controls.forbidden!r}: it must be a list of ids of tokens")
     ids = [*controls.forbidden]
     for token_id in ids:
@@ -103,15 +100,7 @@ def make_control_arrays(controls: Controls, vocabulary_size: int) -> ControlArra
     forbidden[[*SPECIAL_IDS, *ids]] = True
     if forbidden.all():
         raise UserError("every token of the vocabulary is forbidden: allow at least one")
-    return ControlArrays(
-        np.float32(controls.temperature),
-        np.int32(min(controls.top_k or vocabulary_size, vocabulary_size)),
-        np.float32(controls.top_p),
-        np.float32(controls.min_p),
-        np.float32(controls.repetition_penalty),
-        np.int32(min(controls.repetition_window, 2**29)),
-        forbidden,
-    )
+    return ControlArrays(**arrays | {"forbidden": forbidden})
 
 
 def adjust_logits(logits: jax.Array, age: jax.Array, controls: ControlArrays) -> jax.Array:
@@ -133,12 +122,13 @@ def adjust_logits(logits: jax.Array, age: jax.Array, controls: ControlArrays) ->
 
     def filter_top() -> jax.Array:
         """Return a mask of the tokens that top-k and then top-p keep."""
-        keep = _filter_until(gaps, jnp.ones_like(gaps), controls.top_k)
+        top_k = jnp.where(controls.top_k > 0, controls.top_k, logits.shape[-1])
+        keep = _filter_until(gaps, jnp.ones_like(gaps), top_k)
         weights = jnp.where(keep, jnp.exp(-gaps), 0)
         limit = jnp.where(controls.top_p < 1, controls.top_p * weights.sum(axis=-1), jnp.inf)
         return keep & _filter_until(gaps, weights, limit)
 
-    filtered = ~greedy & ((controls.top_k < logits.shape[-1]) | (controls.top_p < 1))
+    filtered = ~greedy & ((controls.top_k > 0) | (controls.top_p < 1))
     keep = jax.lax.cond(filtered, filter_top, lambda: jnp.ones(gaps.shape, bool))
     keep &= gaps <= -jnp.log(controls.min_p)
     first = jnp.arange(logits.shape[-1])[None] == jnp.argmin(gaps, axis=-1, keepdims=True)

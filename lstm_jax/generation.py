@@ -17,14 +17,14 @@ from lstm_jax.vocabulary import PADDING_ID, SPECIAL_IDS, Vocabulary
 
 # Called before each token is drawn, with the ids so far, int32 [batch, time], and the logits of the
 # next token, float32 [batch, vocabulary]; returns the logits to use instead.
-LogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
+BatchLogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 # Tokens per call of the compiled function: few at first, so that text appears soon.
 _FIRST_CHUNK, _CHUNK = 16, 1024
 # The longest where a reader waits for the text. Each call prepares the kernels anew, so it is not
 # shorter.
 _STREAMED_CHUNK = 256
-# The longest where a stop text is searched: the tokens after it are generated in vain.
+# The longest where a stop text is searched for: the tokens after it are generated in vain.
 _SEARCHED_CHUNK = 64
 
 
@@ -159,7 +159,7 @@ def generate_chunks(
     controls: ControlArrays,
     stops: Stops,
     length: int,
-    process_logits: LogitsProcessor | None = None,
+    process_logits: BatchLogitsProcessor | None = None,
     longest: int = _CHUNK,
 ) -> Iterator[np.ndarray]:
     """Continue texts chunk by chunk, until all have ended or have `length` more tokens.
@@ -281,7 +281,7 @@ def stream_texts(
     num_samples: int = 1,
     stop_token: bool = True,
     stop_at: str = "",
-    process_logits: LogitsProcessor | None = None,
+    process_logits: BatchLogitsProcessor | None = None,
     piece_length: int | None = None,
 ) -> Iterator[list[str]]:
     """Generate different continuations of a prompt, of up to `length` tokens, piece by piece.

@@ -85,7 +85,7 @@ class LanguageModel(nn.Module):
     # form of the cell; "fused", "cudnn" or "pallas", for LSTMs; or "auto", the fastest.
     recurrence: str = "auto"
     dtype: str = "float32"  # The dtype of matmul operands, "float32" or "bfloat16".
-    int8_steps: bool = False  # Whether layers multiply 8 bits in `apply_step`; see `fused`.
+    int8_steps: bool = False  # Whether `apply_step` multiplies numbers of 8 bits; see `fused`.
     rematerialize: int = 0  # See `fused.run_fused`.
     cell: str | type[nn.Module] = "lstm"  # The kind of recurrent layer, in `cells.CELLS` or not.
     layer_norm: bool = False  # Whether the cells normalize the contributions to their gates.

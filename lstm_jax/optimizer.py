@@ -95,8 +95,7 @@ def update_average(
     It is an exponential moving average with `average_decay`, or the optimizer's average.
     """
     if optimizer.name == "schedule_free":
-        state = opt_state[-1]._replace(b1=optimizer.b1)  # A run that resumes may change it.
-        return contrib.schedule_free_eval_params(state, params)
+        return contrib.schedule_free_eval_params(opt_state[-1], params)
     # With a smaller decay at first, the initial parameters are forgotten soon.
     kept = jnp.minimum(optimizer.average_decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda a, p: kept * a + (1 - kept) * p, average, params)

@@ -106,6 +106,7 @@ def test_tied_tokens_are_kept_together() -> None:
         ({"temperature": 1e-40}, "temperature is 1e-40"),
         ({"repetition_penalty": 1e39}, r"repetition_penalty is 1e\+39"),
         ({"forbidden": 5}, "forbidden is 5: it must be a list of ids"),
+        ({"forbidden": iter([2])}, "forbidden is <.*>: it must be a list of ids"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0.0}, "top_p is 0.0: it must be above 0 and at most 1"),

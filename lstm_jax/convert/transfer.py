@@ -114,6 +114,8 @@ def export_weights(directory: Path, target: Path, drop_special: bool = False) ->
     print(f"Wrote the model of {directory}, step {trained.step}, to {target}, tokens to {beside}")
     if (dtype := trained.model.dtype) != "float32":
         print(f"Its matmuls use {dtype} in this package: logits in float32 differ by rounding")
+    if trained.vocabulary.stop:
+        print("Each document starts from a zero state here: reset the state before a stop token")
 
 
 def export_folder(directory: Path, target: Path, dtype: str) -> None:

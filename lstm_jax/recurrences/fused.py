@@ -139,7 +139,7 @@ def prepare_step(model: Any) -> StepArrays:
 
 def _prepare_kernel(kernel: jax.Array, dtype: str) -> jax.Array:
     depth, width = kernel.shape
-    fits = kernel.dtype == jnp.float32 and depth % in_c.IN_WORD[dtype] == 0
+    fits = kernel.dtype == jnp.float32 and depth % in_c.NUMBERS_IN_WORD[dtype] == 0
     if fits and choice.runs_in_c("steps", dtype, width // 4):
         return in_c.pack_gates(kernel.astype(dtype))
     return round_factor(kernel.T, dtype)

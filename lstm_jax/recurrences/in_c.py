@@ -14,7 +14,7 @@ from lstm_jax.recurrences import native
 from lstm_jax.recurrences.accelerator import Steps, compute_step
 
 LANES, _TILE = 16, 64  # As in lstm.c.
-IN_WORD = {"float32": 1, "bfloat16": 2, "int8": 4}  # Numbers in a word of 32 bits.
+NUMBERS_IN_WORD = {"float32": 1, "bfloat16": 2, "int8": 4}  # Of 32 bits.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -31,7 +31,7 @@ def run_recurrence(
 
 def pack_gates(kernel: jax.Array) -> jax.Array:
     """Arrange a kernel [depth, 4 * hidden] in tiles: [hidden / 16, words, gate, 16, in a word]."""
-    numbers = IN_WORD[kernel.dtype.name]
+    numbers = NUMBERS_IN_WORD[kernel.dtype.name]
     words = kernel.reshape(len(kernel) // numbers, numbers, 4, -1, LANES)
     return words.transpose(3, 0, 2, 4, 1)
 
@@ -124,7 +124,7 @@ def _forward(
     hidden = len(kernels.recurrent)
     parts = kernels.recurrent, kernels.input, kernels.bias[None]
     kernel = jnp.concatenate([part.astype(dtype) for part in parts])
-    kernel = jnp.pad(kernel, ((0, -len(kernel) % IN_WORD[dtype]), (0, 0)))
+    kernel = jnp.pad(kernel, ((0, -len(kernel) % NUMBERS_IN_WORD[dtype]), (0, 0)))
     depth, width = kernel.shape
     gates, cells, outputs, rows = _call(
         "forward",
@@ -168,7 +168,7 @@ run_recurrence.defvjp(_forward, _backward)
 
 def _pack_transposed(kernel: jax.Array) -> jax.Array:
     """Arrange kernel.T in tiles of 64 columns: [tiles, words, 64, in a word]."""
-    numbers = IN_WORD[kernel.dtype.name]
+    numbers = NUMBERS_IN_WORD[kernel.dtype.name]
     rows = jnp.pad(kernel, ((0, -len(kernel) % _TILE), (0, 0)))
     words = rows.reshape(-1, _TILE, kernel.shape[1] // numbers, numbers)
     return words.transpose(0, 2, 1, 3)

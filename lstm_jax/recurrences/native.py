@@ -39,9 +39,9 @@ def count_threads() -> int:
 
 @functools.cache
 def load_library() -> Library | None:
-    """Register the library's functions with XLA; return None if there is none to run.
+    """Register the library's functions with XLA; return None if it can't run here.
 
-    With a warning if this processor could run it.
+    It warns if this processor supports the library, but it can't be built or loaded.
     """
     if not is_supported():
         return None

@@ -159,9 +159,9 @@ class _Output(_Stream):
 
 
 def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Report an unraisable exception, unless Orbax's threads raise it after one of them has failed.
+    """Report an unraisable exception, but none of Orbax's threads after one of them has failed.
 
-    It is reported with that one.
+    The failure itself is reported.
     """
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)

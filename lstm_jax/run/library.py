@@ -3,7 +3,7 @@
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack
 
@@ -37,7 +37,7 @@ class GenerateOptions(TypedDict, total=False):
     min_p: float
     repetition_penalty: float
     repetition_window: int
-    forbidden: Iterable[int]
+    forbidden: Collection[int]
 
 
 class TextCarry(NamedTuple):

@@ -58,7 +58,8 @@ def print_setup(run: Session) -> None:
             flush=True,
         )
     if config.distill.teachers and not run.is_finished:
-        print(f"The training text is predicted by {config.distill.teachers}\n", flush=True)
+        teachers = config.distill.teachers
+        print(f"Teachers: {teachers}; they predict the training text first\n", flush=True)
     for field, (before, after) in run.changes.items():
         print(f"From step {step} on, {field} is {after!r}; it was {before!r}", flush=True)
     if run.is_finished:

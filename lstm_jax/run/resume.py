@@ -126,6 +126,8 @@ def _find_changes(before: Config, config: Config, directory: Path) -> Changes:
                 f"{_start_from(directory)}"
             )
     fixed = {f: values for f, values in changes.items() if f not in config_lib.CHANGEABLE}
+    if config.optimizer.name == "schedule_free" and "optimizer.b1" in changes:
+        fixed["optimizer.b1"] = changes["optimizer.b1"]  # Its average follows from b1 and params.
     is_other_text = fixed.pop("data.sha256", None)
     if fixed:
         listed = "; ".join(f"{f} was {was!r} and is {now!r}" for f, (was, now) in fixed.items())
