@@ -114,7 +114,7 @@ def find_devices(target: str) -> list[Any]:
 def list_programs(
     config: Config, vocabulary_size: int, devices: list[Any]
 ) -> dict[str, Callable[[], Any]]:
-    """Return what traces every program that a user of these devices runs, by name."""
+    """Return a function for each program that these devices run, by name; it traces it."""
     mesh = Mesh(np.array(devices).reshape(-1, 1), (parallel.DATA, parallel.MODEL))
     lstm = model.make_model(config.model, vocabulary_size)
     place = functools.partial(place_all, lambda _: SingleDeviceSharding(devices[0]))
@@ -199,7 +199,7 @@ def trace_generation(lstm: model.LanguageModel, place: Callable[[Any], Any], tex
 
 
 def describe(traced: Any, platform: str) -> list[str]:
-    """Return the cells of a row: what a program needs on each device."""
+    """Return the columns of a row: memory, FLOP and communication on each device."""
     compiled = traced.lower(lowering_platforms=(platform,)).compile()
     text, memory = compiled.as_text(), compiled.memory_analysis()
     size = memory.argument_size_in_bytes + memory.temp_size_in_bytes

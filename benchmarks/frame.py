@@ -75,10 +75,10 @@ def evaluate(directory: Path, *flags: object) -> float:
 
 
 def measure_speed(directory: Path) -> float:
-    """Return the median of the tokens a second that a run logged in training."""
+    """Return the median of the tokens a second that a run logged in training; 0 if it has none."""
     rows = metrics.read_metrics(directory / workdir.METRICS)
-    # A row after the call that compiles has none.
-    return statistics.median(row["tokens_per_second"] for row in rows if "tokens_per_second" in row)
+    speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
+    return statistics.median(speeds or [0.0])
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:

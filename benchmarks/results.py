@@ -3,9 +3,9 @@
     make results ROWS=quick.py
     python benchmarks/results.py --rows "learning rate 2e-2,no weight decay" --seeds 1
 
-A row changes fields of an experiment; flags --config.FIELD=VALUE change all rows. It has means and
-standard deviations over the seeds of what the columns of its table name, in nats per character: the
-losses of `evaluate` for the validation split, for the test split, and for the last 10 % of the
+A row changes fields of an experiment; flags --config.FIELD=VALUE change all rows. Its columns are
+those of its table, means and standard deviations over the seeds, in nats per character: the losses
+of `evaluate` for the validation split, for the test split, and for the last 10 % of the
 text, validation and test as one text, also with `--context 256` or `--dynamic`. Below is whether
 each mean lies within two of the stated standard deviations. The same command resumes.
 """

@@ -4,10 +4,10 @@
     python examples/compress.py unpack tiny-shakespeare my.lstm copy.txt
 
 The model predicts each token from those before it, and an entropy coder writes it in about
--log2(probability) bits. Blocks of a long text are read side by side, each from a zero carry. A file
-can be unpacked only where the model computes the same probabilities, bit for bit: on the same kind
-of processor, with the same versions of JAX and of this package. Checksums in the header
-detect another model or machine.
+-log2(probability) bits. It must know every character; models of bytes know all. Blocks of a long
+text are read side by side, each from a zero carry. A file can be unpacked only where the model
+computes the same probabilities, bit for bit: on the same kind of processor, with the same versions
+of JAX and of this package. Checksums in the header detect another model or machine.
 """
 
 import hashlib
