@@ -235,8 +235,8 @@ class OptimizerConfig:
     name: OptimizerName = field("adam", "AdamW; Lion; Muon for the kernels of recurrent layers "
         "with AdamW for the rest; schedule-free AdamW; or SGD.")
     b1: float = field(0.9, "Decay of the gradients' mean in Adam and Lion; the share of the "
-        "average in the weights that schedule_free trains.", _SHARE, resume=True,
-        relevant_if=_READS_B1_AND_B2,
+        "average in the weights that schedule_free trains, which can't change.", _SHARE,
+        resume=True, relevant_if=_READS_B1_AND_B2,
         requires=Rule("above 0 for optimizer.name='schedule_free'",
             lambda c: c.optimizer.b1 > 0 or c.optimizer.name != "schedule_free"))
     b2: float = field(0.999, "Decay of the gradients' mean square in Adam, and of their mean in "

@@ -143,6 +143,11 @@ def test_an_experiment_is_read_from_the_package_only_if_no_file_exists(
     found = str(own / "quick.py")
     assert command.find_experiment("experiments/quick.py") == found
     assert command.find_experiment("experiments/sweeps/quick.py") == str(own / "sweeps/quick.py")
+    (own / "helper.py").write_text("WIDTH = 7")
+    (own / "quick.py").write_text(
+        "def get_config(word):\n    from helper import WIDTH\n    return word, WIDTH"
+    )
+    assert command._ConfigParser().parse("experiments/quick.py:gru") == ("gru", 7)
     for other in ("experiments/none.py", "quick.py", "elsewhere/experiments/quick.py"):
         assert command.find_experiment(other) == other
     (tmp_path / "experiments").mkdir()

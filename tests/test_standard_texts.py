@@ -305,7 +305,7 @@ def test_an_incomplete_directory_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a,b", "a;b"])
 def test_a_directory_that_separates_paths_raises_an_error(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match="there is a comma or semicolon in"):
+    with pytest.raises(UserError, match="a comma or semicolon is in"):
         get_splits(tmp_path / name)
     assert not list(tmp_path.iterdir())
 

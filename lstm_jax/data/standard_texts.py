@@ -108,11 +108,11 @@ def find_standard_text(data: DataConfig) -> DataConfig:
         return data
     data_dir = data.directory or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     directory = Path(os.path.expanduser(data_dir), data.dataset)
-    if {",", ";"} & set(str(directory)):  # They would separate paths of the text.
-        raise UserError(f"there is a comma or semicolon in {directory}: use another data directory")
     try:
         if any(directory.glob("*/dataset_info.json")):
             return data
+        if {",", ";"} & set(str(directory)):  # They would separate paths of the text.
+            raise UserError(f"a comma or semicolon is in {directory}: use another data directory")
         if not directory.exists():
             _get_text(data.dataset, directory)
         paths = [directory / f"{split}.txt" for split in SPLITS]

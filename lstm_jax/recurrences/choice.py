@@ -34,17 +34,9 @@ TABLE = (
         False, "steps", "float32", True, "0.89 of XLA's time for a text, 0.86 for 64", largest=1024
     ),
     Row(False, "steps", "int8", True, "0.64 of the time in bfloat16 for a text, 0.57 for 64"),
-    Row(
-        True, "windows", "bfloat16", True, "0.84, 0.52, 0.48 of XLA's time at three sizes: a sketch"
-    ),
+    Row(True, "windows", "bfloat16", True, "a sketch: 0.84, 0.52, 0.48 of XLA's time"),
     Row(True, "windows", "float32", True, "0.91 of XLA's time at 2 x 512", largest=512),
-    Row(
-        True,
-        "steps",
-        "bfloat16",
-        True,
-        "0.51 to 0.66 of XLA's time for a text; for 64, a sketch: 0.50",
-    ),
+    Row(True, "steps", "bfloat16", True, "a sketch: 0.51 to 0.66 of XLA's time, 0.50 for 64"),
     Row(True, "steps", "float32", False, "the library was not timed"),
     Row(True, "steps", "int8", True, "0.21 to 0.25 of XLA's time for a text, 0.51 for 64"),
 )

@@ -25,7 +25,7 @@ _LARGEST, _LONGEST_LINE = 2**26, 2**12
 
 
 class Extra(TypedDict, total=False):
-    """What a row may have beside the loss: numbers, which are shown by name, and a sample."""
+    """The optional fields of a row: numbers, which are shown by name, and a sample."""
 
     learning_rate: float
     gradient_norm: float

@@ -29,7 +29,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from lstm_jax.errors import UnavailableError, UserError, one_line
 
-_DRIVERS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql", "sqlite": "sqlite"}
+_DRIVERS = {"postgresql": "psycopg", "mysql": "pymysql", "mariadb": "pymysql"}
 # A worker writes a heartbeat into its trial at this interval, and is dead if it has not done so for
 # `STALE_SECONDS`. That is longer than `lock.STALE_SECONDS`, so that its directory is free, too.
 BEAT_SECONDS, STALE_SECONDS = 10, 90
@@ -137,7 +137,8 @@ def open_storage(database: Path, location: str | None) -> SweepStorage:
         settings = {"connect_timeout": 10}
         if backend == "sqlite":
             settings, place = {"timeout": 60}, f" in {url.database}"
-        url = url.set(drivername=_DRIVERS[backend])
+        else:
+            url = url.set(drivername=f"{backend}+{_DRIVERS[backend]}")
         # Connect before Optuna does: its error messages have many lines.
         engine = sqlalchemy.create_engine(
             url, connect_args=settings, poolclass=sqlalchemy.pool.NullPool

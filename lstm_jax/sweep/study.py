@@ -33,7 +33,7 @@ class _GridSampler(optuna.samplers.GridSampler):
 
 
 class SamplerSettings(NamedTuple):
-    """How the parameters of the trials of a study are drawn."""
+    """Settings of the sampler that draws the parameters of a study's trials."""
 
     name: str  # tpe, random or grid.
     seed: int
