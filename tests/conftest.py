@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import jax
 import jaxlib
 import pytest
@@ -53,6 +54,15 @@ if draws.TIMES == 1 and jaxlib.__version__.startswith("0.10."):
     _faster = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_faster}".strip()
 
+
+hypothesis.settings.register_profile(
+    "lstm_jax",
+    max_examples=60 * draws.TIMES,
+    deadline=None,
+    derandomize=draws.TIMES == 1,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+hypothesis.settings.load_profile("lstm_jax")
 
 # The cache directory of the user, with the library in C.
 _is_worker = "PYTEST_XDIST_WORKER" in os.environ  # It inherits the directory.

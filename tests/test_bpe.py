@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 import commands
+import draws
 import lstm_jax
 from conftest import make_tiny_config
 from lstm_jax import bpe, training
@@ -45,7 +46,7 @@ def test_the_most_frequent_pairs_are_merged_first() -> None:
     assert bpe.split_word("désert", ids) == ("d", "\udcc3", "\udca9", "s", "e", "r", "t")
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80 * draws.TIMES)
 @given(text=TEXTS | st.text(max_size=200) | st.binary(max_size=60))
 def test_any_text_is_decoded_exactly(text: str | bytes, vocabulary: Vocabulary) -> None:
     if isinstance(text, bytes):

@@ -283,7 +283,6 @@ def make_metadata(**changes: Any) -> bytes:
     return json.dumps({**metadata, **also, **changes}).encode()
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     ("changes", "damage"),
     [
@@ -305,7 +304,7 @@ def test_arrays_that_could_fill_the_memory_are_damage(
     assert damage in save_and_change(tmp_path, changes)
 
 
-@pytest.mark.process
+@pytest.mark.slow
 def test_arrays_of_any_kind_are_no_damage(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     text = np.tile(np.frombuffer(Path(__file__).read_bytes()[:8000], np.uint8), 500)

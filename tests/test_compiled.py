@@ -10,9 +10,6 @@ import pytest
 
 from lstm_jax.devices import compilation_cache
 
-pytestmark = pytest.mark.process
-
-
 SCRIPT = """
 import jax
 from lstm_jax.devices import compilation_cache
@@ -31,6 +28,7 @@ def compile_with(**env: str) -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
+@pytest.mark.process
 def test_compiled_programs_are_cached_and_damaged_ones_silently_compiled_again(
     tmp_path: Path,
 ) -> None:

@@ -13,8 +13,9 @@ from lstm_jax import config as config_lib
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax import train_step
+from lstm_jax.devices import feeding
 from lstm_jax.errors import UserError
-from lstm_jax.run import distillation, workdir
+from lstm_jax.run import distillation, session, workdir
 
 
 def test_the_gradient_is_that_of_text_and_teachers() -> None:
@@ -77,6 +78,10 @@ def test_a_student_resumes_bit_for_bit(trained: Path, text_file: Path, tmp_path:
         states.append(runs.load_final_state(tmp_path / name))
     for a, b in zip(*states, strict=True):
         np.testing.assert_array_equal(a, b)
+    whole = tmp_path / "whole"
+    with session.open_run(workdir.load_config(whole), whole) as opened:
+        batch = opened.make_feed().next()
+        assert isinstance(batch, feeding.Resident) and batch.predictions is not None
     arguments = runs.make_arguments(text_file, tmp_path / "bytes", flags[0])
     done = commands.run("main", *arguments, "--config.data.units=bytes")
     assert done.returncode == 2

@@ -166,6 +166,8 @@ def test_everything_that_a_page_names_exists(page: Path) -> None:
                 source = (ROOT / command[1]).read_text(encoding="utf-8")
                 for flag in re.findall(r"--([a-z_]+)", " ".join(command)):
                     assert re.search(rf'"(--)?{flag}"|\b{flag}=', source), f"{command}: {flag}"
+    for named in re.findall(r"\btests/\w+\.py", content):
+        assert (ROOT / named).exists(), named
     # Check fields and flags between backticks.
     folders = ("lstm_jax", "benchmarks", "examples")
     sources = (path for folder in folders for path in (ROOT / folder).rglob("*.py"))
@@ -190,4 +192,4 @@ def test_every_promise_of_reliability_md_names_a_test_that_exists() -> None:
         assert named, f"no test holds this promise: {promise}"
         for file, test in named:
             source = (ROOT / "tests" / file).read_text(encoding="utf-8")
-            assert f"def {test or 'test_'}" in source, f"{file}::{test}"
+            assert f"def {test}(" in source if test else "def test_" in source, f"{file}::{test}"

@@ -1,6 +1,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -19,13 +20,16 @@ def test_a_text_on_the_device_gives_the_batches_of_the_pipeline(kind: str) -> No
     pipeline, steps = batches.make_batches(ids, fields.batches, seed=3)
     offsets, _ = batches.make_batches(ids, fields.batches, seed=3, only_offsets=True)
     mesh = parallel.make_mesh(fields)
-    feed = feeding.Feed(offsets, mesh, feeding.place_text(ids, 300, mesh))
+    predictions = jnp.asarray(np.eye(300, dtype=np.float16)[ids])  # Row i is for ids[i].
+    feed = feeding.Feed(offsets, mesh, feeding.place_text(ids, 300, mesh), predictions)
     whole = feeding.Feed(batches.make_batches(ids, fields.batches, seed=3)[0], mesh, None)
     for _ in range(2 * steps + 5):
         expected, resident, put = next(pipeline), feed.next(), whole.next()
         assert isinstance(resident, feeding.Resident) and resident.ids.dtype == np.uint16
-        cut = batches.cut_batch(resident.ids, resident.offsets, 7)
-        jax.tree.map(np.testing.assert_array_equal, cut, expected)
+        cut = batches.cut_batch(resident.ids, resident.offsets, 7, resident.predictions)
+        assert cut.soft_targets is not None
+        np.testing.assert_array_equal(cut.soft_targets.argmax(-1), expected.targets)
+        jax.tree.map(np.testing.assert_array_equal, cut._replace(soft_targets=None), expected)
         jax.tree.map(np.testing.assert_array_equal, put, expected)
     several = feed.next(3)
     assert isinstance(several, feeding.Resident) and several.offsets.begins.shape == (3, 4)

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import commands
-import draws
 from lstm_jax import batches, generation, training
 from lstm_jax import config as config_lib
 from lstm_jax.data import texts
@@ -24,15 +23,6 @@ from lstm_jax.vocabulary import Vocabulary
 pytestmark = pytest.mark.drawn
 
 QUICK = str(Path(__file__).parents[1] / "experiments" / "quick.py")
-
-settings.register_profile(
-    "lstm_jax",
-    max_examples=60 * draws.TIMES,
-    deadline=None,
-    derandomize=draws.TIMES == 1,
-    suppress_health_check=list(HealthCheck),
-)
-settings.load_profile("lstm_jax")
 
 
 def assert_one_line(error: UserError) -> None:

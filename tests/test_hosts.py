@@ -15,8 +15,6 @@ import pytest
 import draws
 import runs
 import test_interruption
-from lstm_jax.devices import hosts
-from lstm_jax.errors import UserError
 from lstm_jax.run import checkpoints, workdir
 
 # Tests with four processes, one that hangs, or two that are lost in turn take minutes on two cores.
@@ -187,20 +185,3 @@ def test_a_coordinator_that_cannot_be_reached_is_named(text_file: Path, tmp_path
     arguments = runs.make_arguments(text_file, tmp_path / "run", *unreachable, "--join_seconds=2")
     ((code, errors),) = finish([test_interruption.start(arguments)])
     assert code != 0 and len(errors.splitlines()) == 1 and "can't be reached" in errors
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (("localhost", 2, 0), "must be HOST:PORT"),
-        (("localhost:1", 0, 0), "num_processes is 0: it must be 1 or more"),
-        (("localhost:1", 2, 2), "process_id is 2: it must be from 0 .*, 1"),
-        ((None, 2, 0), "belong together"),
-        (("localhost:1", 2, None), "belong together"),
-    ],
-)
-def test_invalid_process_flags_raise_an_error(
-    given: tuple[str | None, int | None, int | None], message: str
-) -> None:
-    with pytest.raises(UserError, match=message), hosts.join_processes(*given, timeout_seconds=1):
-        pass

@@ -82,6 +82,7 @@ def test_the_page_contains_the_recorded_data(trained: Path, text_file: Path) -> 
     text = text_file.read_text()[:3000] + NASTY
     page = report.make_page(loaded, text, "<i>name</i>", trained)
     assert b"</script><script>doc" not in page and b"<i>name" not in page
+    assert b"Content-Security-Policy\" content=\"default-src 'none'" in page
     data = read_data(page)
     tokens = unpack(data["tokens"])
     assert "".join(data["table"][token] for token in tokens) == text

@@ -200,6 +200,9 @@ def test_hidden_states_are_those_from_which_the_logits_follow() -> None:
     dense = run.params["dense"]
     log_probs = jax.nn.log_softmax(last @ dense["kernel"] + dense["bias"])
     np.testing.assert_allclose(log_probs, compute_log_probs(run, text), atol=1e-5)
+    ids = run.vocabulary.encode(text)[None]
+    _, carry = models.apply(run.model, run.params, ids, run.model.initial_carry(1))
+    np.testing.assert_allclose(first[-1], carry[0].hidden[0], atol=1e-5)
     # Those of a beginning do not depend on what follows.
     np.testing.assert_allclose(run.hidden_states(text[:3])[0], first[:3], atol=1e-6)
 

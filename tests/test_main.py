@@ -5,14 +5,18 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 import runs
 from commands import run
-from lstm_jax import config
-from lstm_jax.run import metrics, workdir
+from lstm_jax import config, dynamic, generation
+from lstm_jax.controls import Controls
+from lstm_jax.run import metrics, workdir, zero_state
 
 ROOT = Path(__file__).parents[1]
 QUICK = str(ROOT / "experiments" / "quick.py")
@@ -164,6 +168,29 @@ def test_controls_and_warnings(trained: Path) -> None:
     assert ended.index("a") == len(ended) - 2
 
 
+def test_sample_passes_its_flags_and_prints_each_piece(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+    printed = []
+
+    def stream(*unused: Any, **options: Any) -> Iterator[list[str]]:
+        given.update(options)
+        for piece in ("ab", "cd"):
+            yield [piece]
+            stdout: Any = sys.stdout.buffer
+            printed.append(stdout.getvalue().decode())
+
+    monkeypatch.setattr(generation, "stream_texts", stream)
+    flags = "--prompt=O --temperature=0.7 --top_k=9 --top_p=0.9 --min_p=0.05 --length=7 --nostop"
+    flags += " --repetition_penalty=1.3 --repetition_window=10 --forbid=e --stop_at=x"
+    done = run("sample", f"--workdir={trained}", *flags.split())
+    assert done.returncode == 0 and printed == ["Oab", "Oabcd"]
+    forbidden = workdir.load_vocabulary(trained).encode("e").tolist()
+    assert given["controls"] == Controls(0.7, 9, 0.9, 0.05, 1.3, 10, forbidden)
+    assert (given["length"], given["stop_token"], given["stop_at"]) == (7, False, "x")
+
+
 @pytest.mark.process
 def test_a_closed_pipe_is_not_an_error(trained: Path) -> None:
     command = f"{sys.executable} -m lstm_jax.sample --workdir {trained} --length 100000 | head -c 5"
@@ -189,6 +216,25 @@ def test_any_text_is_measured_like_a_split(trained: Path, text_file: Path, tmp_p
     assert tokens[0]["log_probability"] is None
     total = -sum(line["log_probability"] for line in tokens[1:])
     assert total == pytest.approx(999 * text["loss"], rel=1e-6)
+
+    def measure(*flags: str) -> dict[str, Any]:
+        result = run("evaluate", f"--workdir={trained}", *flags, cwd=tmp_path)
+        measured: dict[str, Any] = json.loads(result.stdout)
+        return measured
+
+    (tmp_path / "last.txt").write_bytes(text_file.read_bytes()[18_000:])
+    joined, last = measure("--split=validation+test", "--zero_state"), measure("--text=last.txt")
+    loaded = workdir.load_trained(trained)
+    ids = loaded.vocabulary.encode(text_file.read_text())
+    zero = zero_state.measure_zero_state(loaded.model, loaded.params, ids[18_000:], 256)
+    assert joined.pop("zero_state") == pytest.approx(zero._asdict()) and joined.pop("split")
+    assert last.pop("text") and last.pop("unknown_tokens") == 0 and joined == last
+    # The gradients are measured on the training text.
+    members, settings = [(loaded.model, loaded.params)], dynamic.Settings(1e-3, 0.003, 50)
+    parts = dynamic.adapt_to_text(members, ids[:18_000], ids[18_000:], settings)
+    expected = np.concatenate([*parts]).mean(dtype=np.float64)
+    for flag in ("--split=validation+test", "--text=last.txt"):
+        assert measure("--dynamic", flag)["loss"] == pytest.approx(expected, rel=1e-6)
 
     # The mean over windows, in which the first tokens are harder to predict.
     arguments = f"--workdir={trained}", "--text=validation.txt", "--context=32"

@@ -9,8 +9,6 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-pytestmark = pytest.mark.process  # Of Jupyter.
-
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "lstm_and_sequence_generation.ipynb"
 
 
@@ -60,11 +58,13 @@ def lesson(
         yield client.execute()
 
 
+@pytest.mark.process
 def test_it_runs_and_draws(lesson: nbformat.NotebookNode) -> None:
     assert not [o for c in lesson.cells for o in c.get("outputs", []) if o.get("name") == "stderr"]
     assert len(list_images(lesson)) == 12
 
 
+@pytest.mark.process
 def test_its_numbers_are_right(lesson: nbformat.NotebookNode) -> None:
     text = get_printed_text(lesson)
     assert "agree: True" in text["run-lstm"]
@@ -76,6 +76,7 @@ def test_its_numbers_are_right(lesson: nbformat.NotebookNode) -> None:
     assert float(trained) < 3
 
 
+@pytest.mark.process
 def test_the_loop_and_the_package_have_the_same_losses(lesson: nbformat.NotebookNode) -> None:
     found = re.findall(r"(\w+) +(\d\.\d+) +(\d\.\d+)", get_printed_text(lesson)["loop-compared"])
     assert [name for name, *_ in found] == ["50", "100", "150", "200", "250", "300", "validation"]
@@ -83,6 +84,7 @@ def test_the_loop_and_the_package_have_the_same_losses(lesson: nbformat.Notebook
         assert float(ours) == pytest.approx(float(theirs), abs=0.01)
 
 
+@pytest.mark.process
 def test_the_gradient_of_the_trained_rnn_vanishes_faster(lesson: nbformat.NotebookNode) -> None:
     text = get_printed_text(lesson)["gradient-ratio"]
     found = re.findall(r"k = (\d+): the (\w+)'s .* is (\S+) times", text)
@@ -93,6 +95,7 @@ def test_the_gradient_of_the_trained_rnn_vanishes_faster(lesson: nbformat.Notebo
     assert all(0 < ratios["GRU", k] < math.inf for k in (20, 50, 100))
 
 
+@pytest.mark.process
 def test_the_answers_are_right(lesson: nbformat.NotebookNode) -> None:
     text = get_printed_text(lesson)
     exercises = [cell.id for cell in lesson.cells if cell.id.startswith("exercise-")]

@@ -8,7 +8,7 @@ import pytest
 
 import commands
 from lstm_jax import config as config_lib
-from lstm_jax.devices import parallel
+from lstm_jax.devices import hosts, parallel
 from lstm_jax.errors import UserError
 
 # A cell in a file of its own, whose carry has a matrix and an integer for each text.
@@ -86,3 +86,20 @@ def test_an_invalid_mesh_raises_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match="choose a multiple of the number of processes"):
         parallel.make_mesh(config)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("localhost", 2, 0), "must be HOST:PORT"),
+        (("localhost:1", 0, 0), "num_processes is 0: it must be 1 or more"),
+        (("localhost:1", 2, 2), "process_id is 2: it must be from 0 .*, 1"),
+        ((None, 2, 0), "belong together"),
+        (("localhost:1", 2, None), "belong together"),
+    ],
+)
+def test_invalid_process_flags_raise_an_error(
+    given: tuple[str | None, int | None, int | None], message: str
+) -> None:
+    with pytest.raises(UserError, match=message), hosts.join_processes(*given, timeout_seconds=1):
+        pass

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 import commands
+import draws
 import runs
 from lstm_jax import config as config_lib
 from lstm_jax import loss as loss_lib
@@ -415,7 +416,7 @@ def test_a_full_disk_raises_an_unavailable_error(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30 * draws.TIMES)
 @given(
     pieces=st.lists(
         st.sampled_from([*"ab '\n\r\t\u3000é日👩🇩\u0301\u200d", "b ", "xxxxxxxx", " y"]),

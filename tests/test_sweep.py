@@ -734,6 +734,36 @@ def test_a_mistake_in_a_space_fails_one_trial(tiny_config: ConfigDict, tmp_path:
     assert [row["state"] for row in rows(tmp_path)] == ["failed"]
 
 
+def test_a_bad_trial_is_pruned_after_an_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pruner = optuna.pruners.ThresholdPruner(upper=2.0)
+    record = study.open_study(tmp_path, None, "tiny", {}, ["x"], RANDOM, pruner)
+
+    def train(config: Any, directory: Path, watch: Any) -> int:
+        for epoch in (0, 0.5, 1):
+            watch({"split": "validation", "epoch": epoch, "loss": 3.0})
+        pytest.fail("it is trained to the end")
+
+    monkeypatch.setattr(training, "train", train)
+    experiment = config_lib.complete_config({"num_epochs": 2})
+    sweep = search.Sweep(record, RANDOM, experiment, make_rate_space(), tmp_path, 1)
+    assert search._run_trial(sweep, start_trial(record), StopRequest()) is None
+    (trial,) = record.trials
+    assert (trial.state, trial.value) == (TrialState.PRUNED, 3.0)
+    assert trial.intermediate_values == {1: 3.0}
+
+
+def test_a_signal_in_training_gives_the_trial_back(
+    tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = make_study(tmp_path)
+    monkeypatch.setattr(training, "train", lambda *unused: 143)
+    with pytest.raises(Stopped, match="143"):
+        search.run_worker(search.Sweep(record, RANDOM, tiny_config, make_rate_space(), tmp_path, 1))
+    assert list_states(record) == [TrialState.WAITING]
+
+
 def test_an_unexpected_error_counts_as_a_death(tiny_config: ConfigDict, tmp_path: Path) -> None:
     record = make_study(tmp_path)
     tiny_config.data.path = "x"

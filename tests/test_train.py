@@ -333,23 +333,18 @@ def test_a_model_trained_on_streams_recovers_from_a_zero_state(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("field", ["optimizer.weight_decay", "model.initial_scale"])
-def test_nonfinite_parameters_are_never_saved(
-    field: str, tiny_config: ConfigDict, tmp_path: Path
-) -> None:
-    part, name = field.split(".")
+def test_nonfinite_parameters_are_never_saved(tiny_config: ConfigDict, tmp_path: Path) -> None:
     tiny_config.optimizer.warmup_steps = 0
     tiny_config.optimizer.schedule = "constant"
     tiny_config.checkpoint_every_seconds = 0.0
-    with pytest.raises(UserError, match=f"config.{field} is 1e.39: it must be"):
-        config_lib.complete_config({part: {name: 1e39}})
-    # The largest allowed value.
-    largest = 1000.0 if field == "model.initial_scale" else 1e38
-    tiny_config.update_from_flattened_dict({field: largest})
+    with pytest.raises(UserError, match="config.optimizer.weight_decay is 1e.39: it must be"):
+        config_lib.complete_config({"optimizer": {"weight_decay": 1e39}})
+    tiny_config.optimizer.weight_decay = 1e38  # The largest allowed value.
     with contextlib.suppress(UserError):
         training.train(tiny_config, tmp_path)
     saved = runs.load_final_state(tmp_path)
     assert all(np.isfinite(x).all() for x in saved)
+    assert not list(tmp_path.glob("checkpoints/*.damaged*"))
 
 
 def test_fewer_epochs_than_a_run_has_had_raise_an_error(

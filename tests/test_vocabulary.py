@@ -8,6 +8,7 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import draws
 from lstm_jax import config as config_lib
 from lstm_jax.data import files
 from lstm_jax.data.encoding import Text, find_stop_text
@@ -32,7 +33,7 @@ TEXTS = st.lists(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stop", ["", "\n", "\n\n"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40 * draws.TIMES)
 @given(text=TEXTS)
 def test_decode_inverts_encode_for_any_text(kind: str, stop: str, text: str) -> None:
     text += stop
@@ -51,7 +52,7 @@ def test_decode_inverts_encode_for_any_text(kind: str, stop: str, text: str) -> 
     assert all(piece.encode() for piece in pieces if piece)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40 * draws.TIMES)
 @given(content=st.binary(max_size=60))
 def test_bytes_hold_any_file_and_no_character_is_split(content: bytes) -> None:
     text = content.decode("utf-8", "surrogateescape")
@@ -99,7 +100,7 @@ BREAKS = [
 ]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200 * draws.TIMES)
 @given(text=st.lists(st.sampled_from([*"🇦🇧🇨🇩🇪", *BREAKS]), max_size=30).map("".join))
 def test_words_and_graphemes_are_those_of_unicode(text: str) -> None:
     assert list(split_text(text, "graphemes", "")) == regex.findall(r"\X", text)

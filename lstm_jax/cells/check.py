@@ -103,23 +103,7 @@ def _check_values(cell: Any) -> Any:
             message = f"with documents, {name} differs from a scan"
             _compare(cell, method, message, alone, expected, _SAME)
 
-    if hasattr(cell, "dtype"):
-        low = _make_run(cell.clone(dtype="bfloat16"), variables)(carry, inputs)
-        _compare(cell, "__call__", "bfloat16 is far from float32", low, whole, _BFLOAT16)
-        _require_effect(cell, "dtype", low, whole, "use lstm_jax.matmul.matmul(a, b, self.dtype)")
-
-    if hasattr(cell, "layer_norm"):
-        other = cell.clone(layer_norm=not cell.layer_norm)
-        drawn = jax.jit(other.init)(jax.random.key(0), carry, inputs[:, 0])
-        # A cell ignores parameters of the other.
-        both = unflatten_dict({**flatten_dict(drawn), **flatten_dict(variables)})
-        changed = _make_run(other, both)(carry, inputs)
-        _require_effect(cell, "layer_norm", changed, whole, "normalize if self.layer_norm")
-    if _has_own_call(type(cell)):
-        with nn.intercept_methods(_halve_gates):
-            halved = _make_run(cell, variables)(carry, inputs)
-        remedy = "override gates too, or call it"
-        _require_effect(cell, "the method gates", halved, whole, remedy)
+    _check_options(cell, variables, carry, inputs, whole)
 
     def inspect(cell: Any, carry: Any, inputs: jax.Array) -> Any:
         after, output = cell(carry, inputs)
@@ -133,6 +117,26 @@ def _check_values(cell: Any) -> Any:
         if name != "candidate" and not ((value >= low_end) & (value <= 1)).all():
             raise _failure(cell, method, f"{name} has values outside of [{low_end}, 1]")
     return variables
+
+
+def _check_options(cell: Any, variables: Any, carry: Any, inputs: Any, whole: Any) -> None:
+    """Check that fields and methods that a cell inherits have an effect on the results `whole`."""
+    if hasattr(cell, "dtype"):
+        low = _make_run(cell.clone(dtype="bfloat16"), variables)(carry, inputs)
+        _compare(cell, "__call__", "bfloat16 is far from float32", low, whole, _BFLOAT16)
+        _require_effect(cell, "dtype", low, whole, "use lstm_jax.matmul.matmul(a, b, self.dtype)")
+    if hasattr(cell, "layer_norm"):
+        other = cell.clone(layer_norm=not cell.layer_norm)
+        drawn = jax.jit(other.init)(jax.random.key(0), carry, inputs[:, 0])
+        # A cell ignores parameters of the other.
+        both = unflatten_dict({**flatten_dict(drawn), **flatten_dict(variables)})
+        changed = _make_run(other, both)(carry, inputs)
+        _require_effect(cell, "layer_norm", changed, whole, "normalize if self.layer_norm")
+    if _has_own_call(type(cell)):
+        with nn.intercept_methods(_halve_gates):
+            halved = _make_run(cell, variables)(carry, inputs)
+        remedy = "override gates too, or call it"
+        _require_effect(cell, "the method gates", halved, whole, remedy)
 
 
 def _check_gradients(cell: Any, variables: Any) -> None:

@@ -292,26 +292,9 @@ def _restore_first(
         path = directory / str(step)
         damage = find_damage(path, params)
         if damage is None:
-            try:
-                with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-                    restored = checkpointer.restore(
-                        path.resolve(), args=ocp.args.Composite(**items)
-                    )
-            except Exception as error:  # Orbax re-raises any exception of its storage.
-                if not path.exists():
-                    continue
-                if not _compare_names(path, "params", items) and (
-                    differing := _compare_names(path, "state", items)
-                ):
-                    raise UserError(
-                        f"the training state in {path} {differing}, unlike that of this code: use "
-                        "the code that saved it, or start a new run with its parameters "
-                        f"({name_setting('init_from', directory.parent)})"
-                    ) from None
-                raise UserError(
-                    f"the checkpoint {path} does not hold the model that the config describes: "
-                    f"{one_line(error)[:300]}"
-                ) from None
+            restored = _restore_items(path, items)
+            if restored is None:
+                continue
             damage = _find_disagreement(restored, step)
         if damage is None:
             return step, restored, damaged
@@ -324,6 +307,30 @@ def _restore_first(
             f"use {name_other_directory()}"
         )
     return None, None, damaged
+
+
+def _restore_items(path: Path, items: Mapping[str, object]) -> Any:
+    """Return the items of a checkpoint; None if the run has just removed it.
+
+    Raise `UserError` if it does not hold arrays of these names, shapes and dtypes.
+    """
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(path.resolve(), args=ocp.args.Composite(**items))
+    except Exception as error:  # Orbax re-raises any exception of its storage.
+        if not path.exists():
+            return None
+        differing = _compare_names(path, "state", items)
+        if differing and not _compare_names(path, "params", items):
+            raise UserError(
+                f"the training state in {path} {differing}, unlike that of this code: use the code "
+                "that saved it, or start a new run with its parameters "
+                f"({name_setting('init_from', path.parents[1])})"
+            ) from None
+        raise UserError(
+            f"the checkpoint {path} does not hold the model that the config describes: "
+            f"{one_line(error)[:300]}"
+        ) from None
 
 
 def _compare_names(path: Path, item: str, items: Mapping[str, Any]) -> str:
