@@ -288,12 +288,9 @@ def test_training_in_a_thread_is_silent_while_others_print(
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.process
 def test_the_console_script_runs_the_commands(tmp_path: Path) -> None:
-    def call(*arguments: str) -> Any:
-        code = "import sys; sys.argv[0] = 'lstm-jax'; from lstm_jax.__main__ import main; main()"
-        env = {"PYTHONPATH": str(ROOT)}
-        return commands.run_python("-c", code, *arguments, cwd=tmp_path, env=env)
+    def call(*arguments: str) -> commands.Done:
+        return commands.run("__main__", *arguments, cwd=tmp_path)
 
     assert "python -m lstm_jax.export" in call().stdout
     unknown = call("trian")

@@ -12,11 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+import models
 import runs
 from commands import run
 from lstm_jax import config, dynamic, generation
+from lstm_jax import model as model_lib
 from lstm_jax.controls import Controls
+from lstm_jax.convert import transfer
 from lstm_jax.run import metrics, workdir, zero_state
+from lstm_jax.vocabulary import FILE_END, Vocabulary
 
 ROOT = Path(__file__).parents[1]
 QUICK = str(ROOT / "experiments" / "quick.py")
@@ -447,3 +451,19 @@ def test_a_mistake_gives_a_one_line_error_and_exit_code_2(
     assert result.stdout == ""
     assert len(result.stderr.splitlines()) == 1 and message in result.stderr
     assert sorted(os.listdir(tmp_path)) == before, "nothing is left behind"
+
+
+def test_a_text_of_documents_that_are_files_ends_with_their_stop_token(tmp_path: Path) -> None:
+    fields = config.default()
+    fields.data.document_separator, fields.model.embedding_size = "file", 4
+    fields.model.hidden_size = 6
+    vocabulary = Vocabulary.from_text(f"ab{FILE_END}", stop=FILE_END)
+    model = model_lib.make_model(fields.model, len(vocabulary), vocabulary.stop_id)
+    params = models.draw_params(model, 0.1)
+    transfer.make_folder(tmp_path / "run", fields, vocabulary, params)
+    flags = ["evaluate", f"--workdir={tmp_path / 'run'}", "--text=-", "--json_lines"]
+    *lines, result = run(*flags, given="abba").stdout.splitlines()
+    assert [json.loads(line)["token"] for line in lines] == [*"abba", FILE_END]
+    assert json.loads(result)["tokens"] == 4
+    done = run(*flags, given=f"a{FILE_END}")
+    assert done.returncode == 2 and "U+FDD0" in done.stderr

@@ -219,6 +219,20 @@ def test_a_loop_is_validated_when_it_is_due_and_when_its_checkpoint_was(tmp_path
     assert run.log[1] == (33, "validation", 1.5)
 
 
+@pytest.mark.usefixtures("validated")
+def test_a_signal_aborts_a_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, stop = make_run(tmp_path), StopRequest()
+
+    def interrupt(*unused: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("it is measured to the end")
+
+    monkeypatch.setattr(observers.loss_lib, "compute_loss", interrupt)
+    with interrupts.handle_signals(stop.handle_signal), pytest.raises(Stopped, match="143"):
+        make_validate(run, stop).after_step(make_loop(70))
+    assert run.log == []
+
+
 def test_a_signal_stops_a_loop_only_where_processes_agree_and_before_its_end() -> None:
     stop = StopRequest()
     with interrupts.handle_signals(stop.handle_signal):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import optuna
 import pytest
 import sqlalchemy
@@ -32,7 +33,7 @@ import draws
 import runs
 from lstm_jax import config as config_lib
 from lstm_jax import training
-from lstm_jax.errors import UnavailableError, UserError
+from lstm_jax.errors import NotFiniteError, UnavailableError, UserError
 from lstm_jax.run import ensemble, lock, metrics, workdir
 from lstm_jax.run.signals import Stopped, StopRequest
 from lstm_jax.sweep import report, search, space, storage, study
@@ -127,6 +128,7 @@ def test_killed_workers_lose_no_finished_trial_and_duplicate_none(
         text_file, directory, f"--space={space_file}", f"--trials={TRIALS}", *where
     )
     workers = [start(flags) for _ in range(2)]
+    commands.wait_until((directory / "trials.jsonl").exists, workers[0], 100)
     chance = random.Random(f"{draws.SEED} {kind}")
     before: dict[int, dict] = {}
     ended = ("complete", "pruned", "diverged", "failed")
@@ -158,13 +160,19 @@ def test_one_worker_is_reproducible_and_best_py_is_the_best_config(
     swept: Path, text_file: Path, space_file: Path, tmp_path: Path
 ) -> None:
     flags = runs.make_sweep_flags(text_file, tmp_path, f"--space={space_file}", "--trials=2")
-    assert "Best of 2 trials" in run(flags)
+    done = commands.run("sweep", *flags)
+    assert done.returncode == 0 and "Best of 2 trials" in done.stdout
+    ended = (
+        r"trial 0 complete at (\S+): .*; 1 of 2 trials, 1 complete, best \1 \(trial 0\), about \d"
+    )
+    assert re.match(ended, done.stderr), done.stderr
     results = [
         [(r["overrides"], r["losses_by_epoch"], r["state"]) for r in rows(directory)]
         for directory in (swept, tmp_path)
     ]
     assert results[0] == results[1]
     best = min(rows(tmp_path), key=lambda row: row["validation_loss"])
+    assert best["validation_loss"] == min(best["losses_by_epoch"].values())
     settings = config_lib.complete_config(runpy.run_path(str(tmp_path / "best.py"))["get_config"]())
     trained = workdir.load_config(Path(best["workdir"]))
     assert settings == config_lib.change_fields(trained, {"data.sha256": ""})
@@ -209,8 +217,11 @@ def test_a_signal_between_trials_writes_the_results_and_gives_the_next_ones_back
 @pytest.mark.slow
 def test_seeds_are_compared_and_not_searched(text_file: Path, tmp_path: Path) -> None:
     output = run(runs.make_sweep_flags(text_file, tmp_path, "--seeds=3"))
-    assert "validation loss of 3 seeds: mean " in output and "test loss of 3 seeds: " in output
     assert sorted(row["overrides"]["seed"] for row in rows(tmp_path)) == [0, 1, 2]
+    for split in ("validation", "test"):
+        losses = [row[f"{split}_loss"] for row in rows(tmp_path)]
+        spread = f"{np.mean(losses):.4f}, standard deviation {np.std(losses, ddof=1):.4f}"
+        assert f"{split} loss of 3 seeds: mean {spread}, from " in output
     assert not (tmp_path / report.BEST).exists() and "best.py" not in output
     line = next(line for line in output.splitlines() if line.startswith("Measure their ensemble: "))
     assert "python -m lstm_jax.evaluate --workdir " in line
@@ -250,6 +261,7 @@ def test_a_sweep_is_prepared_from_options(
     directory = tmp_path / "sweep"
     prepared = search.prepare_sweep(experiment, "tiny", seeds=3, directory=str(directory))
     assert prepared.trials == 3
+    assert isinstance(prepared.study.pruner, optuna.pruners.NopPruner)
     assert prepared.study.study_name == "tiny_seeds3" and prepared.directory == directory
     assert prepared.experiment.data.path == str(text_file) and prepared.experiment.data.sha256
     assert {path.name for path in directory.iterdir()} == {"study.db"}
@@ -452,19 +464,13 @@ def test_a_trial_that_kills_every_worker_fails(tmp_path: Path) -> None:
     assert (row["state"], row["reason"]) == ("failed", "5 workers in a row died training it")
 
 
-@pytest.mark.slow
 def test_diverged_trials_are_pruned_with_their_reason(
-    tiny_config: ConfigDict, tmp_path: Path
+    tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    searched = space.Space(
-        "tiny.py",
-        lambda trial: {
-            "optimizer.learning_rate": trial.suggest_categorical("rate", [1e30]),
-            "optimizer.max_gradient_norm": 0.0,
-        },
-    )
     record = make_study(tmp_path)
-    search.run_worker(search.Sweep(record, RANDOM, tiny_config, searched, tmp_path, 1))
+    error = NotFiniteError("the loss is not finite")
+    monkeypatch.setattr(training, "train", mock.Mock(side_effect=error))
+    search.run_worker(search.Sweep(record, RANDOM, tiny_config, make_rate_space(), tmp_path, 1))
     (row,) = rows(tmp_path)
     assert row["state"] == "diverged" and "is not finite" in row["reason"]
 
@@ -498,9 +504,11 @@ def test_a_directory_in_use_does_not_fail_its_trial(
     assert list_states(record) == [TrialState.WAITING]
 
 
-@pytest.mark.slow
-def test_failed_trials_in_a_row_stop_the_sweep(tiny_config: ConfigDict, tmp_path: Path) -> None:
-    tiny_config.batches.batch_size = 100_000
+def test_failed_trials_in_a_row_stop_the_sweep(
+    tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = UserError("the training text is too short")
+    monkeypatch.setattr(training, "train", mock.Mock(side_effect=error))
     record = make_study(tmp_path)
     sweep = search.Sweep(record, RANDOM, tiny_config, make_rate_space(), tmp_path, 3)
     with pytest.raises(UserError, match="3 trials in a row failed"):
