@@ -398,7 +398,26 @@ def test_samplers_depend_only_on_the_seed(name: str) -> None:
             points.append((trial.suggest_float("x", 0, 1), trial.suggest_float("y", 0, 1)))
             record.tell(trial, sum(points[-1]))
         drawn.append(points)
-    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[0] == drawn[1] != drawn[2] and len(set(drawn[0])) == 14
+
+
+def test_parameters_do_not_depend_on_the_worker_that_draws_them(
+    tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "train", lambda *unused: 0)
+    monkeypatch.setattr(search, "_measure", lambda *unused: 1.0)
+    drawn = []
+    for workers in (1, 4):
+        directory = tmp_path / str(workers)
+        directory.mkdir()
+        for trials in range(4 // workers, 5, 4 // workers):
+            record = make_study(directory)
+            searched = make_rate_space()
+            search.run_worker(
+                search.Sweep(record, RANDOM, tiny_config, searched, directory, trials)
+            )
+        drawn.append([trial.params["x"] for trial in record.trials])
+    assert drawn[0] == drawn[1] and len(set(drawn[0])) == 4
 
 
 @pytest.mark.parametrize(
