@@ -134,7 +134,7 @@ def test_a_huge_text_raises_an_error_before_it_is_read(data: ConfigDict, tmp_pat
     assert list_files(tmp_path / "text") == [str(path), str(small)]
 
 
-@pytest.mark.process
+@pytest.mark.usefixtures("encoded_here")
 def test_a_large_text_is_prepared_in_the_cache_if_the_user_names_it(
     data: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

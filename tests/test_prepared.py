@@ -21,7 +21,7 @@ import runs
 from lstm_jax import config as config_lib
 from lstm_jax import loss as loss_lib
 from lstm_jax import training
-from lstm_jax.data import encoding, prepared, sources, texts, worker
+from lstm_jax.data import encoding, prepared, sources, texts
 from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import workdir
 from lstm_jax.run.resume import extend_vocabulary
@@ -43,26 +43,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "lstm-jax" / "prepared"
 
 
-def encode_here(parts: Path, number: int, total: int) -> None:
-    """Do in this process what `prepared._run_processes` does in several."""
-
-    def answer(content: Any) -> None:
-        if not isinstance(content, int):
-            mistake = content.get("mistake")
-            raise UserError(mistake) if mistake else OSError(0, content["unavailable"])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["worker", str(parts), "0", "1"])
-        patch.setattr(worker, "_print", answer)
-        worker.main()
-
-
 @pytest.fixture
 def data(
-    tmp_path: Path, shakespeare: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shakespeare: dict[str, str], encoded_here: None, monkeypatch: pytest.MonkeyPatch
 ) -> ConfigDict:
     """Return the config of three files, to be prepared here in chunks of a kilobyte."""
-    monkeypatch.setattr(prepared, "_run_processes", encode_here)
     monkeypatch.setattr(prepared, "CHUNK", 1000)
     monkeypatch.setattr(prepared, "_BLOCKS", 3)
     monkeypatch.setattr(prepared, "_PIECE", 701)
@@ -252,8 +237,8 @@ texts.load_texts(data)
     assert_same(data)
 
 
-@pytest.mark.process
-@pytest.mark.usefixtures("optimized")
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimized", "encoded_here")
 def test_training_is_the_same_from_memory_and_from_files(
     tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

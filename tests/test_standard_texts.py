@@ -354,7 +354,7 @@ def test_a_file_of_the_same_name_has_another_field(
     assert texts.read_splits(data)["train"].startswith("my own file")
 
 
-@pytest.mark.process
+@pytest.mark.usefixtures("encoded_here")
 def test_a_run_finds_its_text_again(
     archive: Download, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
