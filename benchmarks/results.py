@@ -5,9 +5,9 @@
 
 A row changes fields of an experiment; flags --config.FIELD=VALUE change all rows. Its columns are
 those of its table, means and standard deviations over the seeds, in nats per character: the losses
-of `evaluate` for the validation split, for the test split, and for the last 10 % of the
-text, validation and test as one text, also with `--context 256` or `--dynamic`. Below is whether
-each mean lies within two of the stated standard deviations. The same command resumes.
+of `evaluate` for the validation split, for the test split, and for the last 10 % of the text,
+validation and test as one text, also with `--context 256` or `--dynamic`. Below is whether each
+mean lies within two of the stated standard deviations. The same command resumes.
 """
 
 import re

@@ -160,9 +160,8 @@ def _parse(line: bytes) -> Row | None:
         row: Row = json.loads(line if len(line) <= _LONGEST_LINE else b"{}")
         valid = isinstance(row["step"], int) and 0 <= row["step"] < 2**31
         valid = valid and isinstance(row["loss"], float) and row["split"] in _SPLITS
-        valid = (
-            valid and isinstance(row["epoch"], float | int) and isinstance(row["seconds"], float)
-        )
+        valid = valid and isinstance(row["epoch"], float | int)
+        valid = valid and isinstance(row["seconds"], float)
         if row.pop("crc") == _checksum(row) and valid:
             return row
     return None
