@@ -517,36 +517,39 @@ def test_the_library_is_not_loaded_where_it_can_not_run(monkeypatch: pytest.Monk
 
 def simulate(patch: pytest.MonkeyPatch, *features: str, permitted: bool = True) -> None:
     """Make the choice as on a processor with these instructions."""
-    patch.setattr(processor, "read_cpu_features", lambda: frozenset(features))
-    patch.setattr(native, "read_cpu_features", lambda: frozenset(features))
+    for module in (processor, native, choice):
+        patch.setattr(module, "read_cpu_features", lambda: frozenset(features))
     uses_amx = "amx_bf16" in features and permitted
     found = native.Library("lstm", uses_amx) if native.is_supported() else None
     patch.setattr(native, "load_library", lambda: found)
 
 
 AVX512 = "avx512_bf16", "avx512_vnni"
-CHOICES = {
-    ("windows", "bfloat16", 4096): (True, True),
-    ("windows", "float32", 512): (True, True),
-    ("windows", "float32", 1024): (True, False),
-    ("windows", "float32", 1040): (False, False),
-    ("windows", "bfloat16", 500): (False, False),
-    ("steps", "bfloat16", 4096): (True, True),
-    ("steps", "float32", 1024): (True, False),
-    ("steps", "float32", 1040): (False, False),
-    ("steps", "int8", 4096): (True, True),
+INTEL = *AVX512, "GenuineIntel"
+CHOICES = {  # With AVX-512 BF16 on AMD, on Intel, and with AMX.
+    ("windows", "bfloat16", 4096): (True, False, True),
+    ("windows", "bfloat16", 512): (True, True, True),
+    ("windows", "bfloat16", 500): (False, False, False),
+    ("windows", "float32", 1024): (True, True, True),
+    ("windows", "float32", 1536): (False, True, True),
+    ("windows", "float32", 1552): (False, False, False),
+    ("steps", "bfloat16", 4096): (True, True, True),
+    ("steps", "float32", 1024): (True, True, True),
+    ("steps", "float32", 1040): (False, False, False),
+    ("steps", "int8", 4096): (True, True, True),
 }
 
 
 def test_each_row_of_the_table_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     used = set()
-    for case, (with_avx512, with_amx) in CHOICES.items():
+    for case, (on_amd, on_intel, with_amx) in CHOICES.items():
         for features, permitted, expected in (
             (("avx2",), True, False),
             (("avx512f", "avx512_vnni"), True, False),
-            (AVX512, True, with_avx512),
-            ((*AVX512, "amx_bf16"), True, with_amx),
-            ((*AVX512, "amx_bf16"), False, with_avx512),
+            (AVX512, True, on_amd),
+            (INTEL, True, on_intel),
+            ((*INTEL, "amx_bf16"), True, with_amx),
+            ((*INTEL, "amx_bf16"), False, on_intel),
         ):
             simulate(monkeypatch, *features, permitted=permitted)
             assert choice.runs_in_c(*case) == expected, (case, features)
@@ -555,7 +558,19 @@ def test_each_row_of_the_table_is_chosen(monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(row.measured for row in choice.TABLE)
 
 
-@pytest.mark.parametrize("features", [("avx2",), AVX512, (*AVX512, "amx_bf16")], ids=len)
+def test_bfloat16_is_chosen_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    for features, expected in (
+        (("avx2", "avx512f", "avx512_vnni"), "float32"),
+        (AVX512, "bfloat16"),
+        (INTEL, "float32"),
+        ((*INTEL, "amx_bf16"), "bfloat16"),
+    ):
+        simulate(monkeypatch, *features)
+        assert choice.choose_dtype("fused") == expected
+        assert choice.choose_dtype("scan") == "float32"
+
+
+@pytest.mark.parametrize("features", [("avx2",), AVX512, (*INTEL, "amx_bf16")], ids=len)
 def test_the_command_prints_what_is_used(
     features: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -563,7 +578,7 @@ def test_the_command_prints_what_is_used(
     runpy.run_module("lstm_jax.recurrences", run_name="__main__")
     printed = capsys.readouterr().out
     assert ("steps in int8: the library" in printed) == (len(features) > 1)
-    assert ("with AMX" in printed) == (len(features) > 2)
+    assert ("with AMX" in printed) == ("amx_bf16" in features)
     assert ("none for this processor" in printed) == (len(features) == 1)
 
 

@@ -55,7 +55,7 @@ def _count_useful_cores(config: Config) -> int:
     """Return the number of CPU devices that train fastest, once there are devices."""
     model = config.model
     is_fused = is_plain_lstm(model) and model.recurrence in ("auto", "fused")
-    dtype = "float32" if model.dtype == "float32" else "bfloat16"  # "auto", with the library.
+    dtype = choice.choose_dtype("fused") if model.dtype == "auto" else model.dtype
     is_large = model.hidden_size > _LARGEST_HIDDEN_IN_C
     if is_fused and is_large and choice.runs_in_c("windows", dtype, model.hidden_size):
         return 1

@@ -10,46 +10,51 @@ import jax
 from lstm_jax.config import is_plain_lstm
 from lstm_jax.recurrences import native
 from lstm_jax.recurrences.in_c import LANES
-from lstm_jax.recurrences.processor import has_bfloat16_instructions
+from lstm_jax.recurrences.processor import INTEL, is_faster_in_bfloat16, read_cpu_features
 
 
 class Row(NamedTuple):
-    """Whether the library in C or XLA runs LSTM layers on a kind of CPU, and the measurement."""
+    """LSTM layers that the library in C runs on a kind of CPU, and the measurement behind it."""
 
-    with_amx: bool  # The CPU has AMX; otherwise AVX-512 BF16 alone.
+    processor: str  # "AMD" or "Intel" with AVX-512 BF16, or "AMX".
     work: str  # "windows" of training and evaluation, or "steps" of generation.
     dtype: str  # Of matmuls.
-    in_c: bool  # The library in C, otherwise XLA.
     measured: str
     largest: float = float("inf")  # Number of hidden units for which it is used.
 
 
 # XLA runs all other layers, and those whose hidden size is not a multiple of 16. Measured on two
-# cores of Zen 4, or of Sapphire Rapids, at 1 x 1,024, 2 x 512 and 2 x 256 (docs/speed.md).
+# cores (docs/speed.md): of Zen 4 at 1 x 1,024, 2 x 512 and 2 x 256; of Emerald Rapids without AMX
+# at the same sizes; those with AMX on Sapphire Rapids, or without it if they do not use it.
 TABLE = (
-    Row(False, "windows", "bfloat16", True, "0.77, 0.57, 0.84 of XLA's time at three sizes"),
-    Row(False, "windows", "float32", True, "0.91, 0.82, 0.79 of XLA's time", largest=1024),
-    Row(False, "steps", "bfloat16", True, "0.37 of XLA's time for a text, 0.50 for 64"),
-    Row(
-        False, "steps", "float32", True, "0.89 of XLA's time for a text, 0.86 for 64", largest=1024
-    ),
-    Row(False, "steps", "int8", True, "0.64 of the time in bfloat16 for a text, 0.57 for 64"),
-    Row(True, "windows", "bfloat16", True, "a sketch: 0.84, 0.52, 0.48 of XLA's time"),
-    Row(True, "windows", "float32", True, "0.91 of XLA's time at 2 x 512", largest=512),
-    Row(True, "steps", "bfloat16", True, "a sketch: 0.51 to 0.66 of XLA's time, 0.50 for 64"),
-    Row(True, "steps", "float32", False, "the library was not timed"),
-    Row(True, "steps", "int8", True, "0.21 to 0.25 of XLA's time for a text, 0.51 for 64"),
+    Row("AMD", "windows", "bfloat16", "0.77, 0.57, 0.84 of XLA's time at three sizes"),
+    Row("AMD", "windows", "float32", "0.91, 0.82, 0.79 of XLA's time", largest=1024),
+    Row("AMD", "steps", "bfloat16", "0.37 of XLA's time for a text, 0.50 for 64"),
+    Row("AMD", "steps", "float32", "0.89 of XLA's time for a text, 0.86 for 64", 1024),
+    Row("AMD", "steps", "int8", "0.64 of the time in bfloat16 for a text, 0.57 for 64"),
+    Row("Intel", "windows", "bfloat16", "1.08, 1.01, 0.89 of XLA's time", largest=512),
+    Row("Intel", "windows", "float32", "0.98, 0.80, 0.79 of XLA's time", largest=1536),
+    Row("Intel", "steps", "bfloat16", "0.54 of XLA's time for a text, 1.32 for 64"),
+    Row("Intel", "steps", "float32", "0.94 of XLA's time for a text, 0.93 for 64", 1024),
+    Row("Intel", "steps", "int8", "0.46 of the time in bfloat16 for a text, 0.30 for 64"),
+    Row("AMX", "windows", "bfloat16", "a sketch: 0.84, 0.52, 0.48 of XLA's time"),
+    Row("AMX", "windows", "float32", "0.98, 0.80, 0.79 of XLA's time", largest=1536),
+    Row("AMX", "steps", "bfloat16", "a sketch: 0.51 to 0.66 of XLA's time, 0.50 for 64"),
+    Row("AMX", "steps", "float32", "0.94 of XLA's time for a text, 0.93 for 64", 1024),
+    Row("AMX", "steps", "int8", "0.21 to 0.25 of XLA's time for a text, 0.51 for 64"),
 )
 
 
 def list_rows() -> list[Row]:
     """Return the rows of `TABLE` for this CPU; none without the library, or on another device."""
     library = native.load_library() if jax.default_backend() == "cpu" else None
-    return [row for row in TABLE if library and row.with_amx == library.uses_amx]
+    vendor = "Intel" if INTEL in read_cpu_features() else "AMD"
+    kind = "AMX" if library and library.uses_amx else vendor
+    return [row for row in TABLE if library and row.processor == kind]
 
 
 def find_row(work: str, dtype: str, hidden_size: int) -> Row | None:
-    """Return the row of `TABLE` for such layers here; None means XLA."""
+    """Return the row of `TABLE` for such layers here; without one, XLA runs them."""
     for row in TABLE if hidden_size % LANES == 0 else ():
         is_of_size = (row.work, row.dtype) == (work, dtype) and hidden_size <= row.largest
         if is_of_size and row in list_rows():  # Last, because it may compile the library.
@@ -65,7 +70,7 @@ def runs_in_c(work: str, dtype: str, hidden_size: int, batch_size: int | None = 
     """
     is_shared = batch_size is None or dtype != "float32" or batch_size >= native.count_threads()
     row = find_row(work, dtype, hidden_size) if is_shared else None
-    return row is not None and row.in_c
+    return row is not None
 
 
 def choose_recurrence(model: Any) -> str:
@@ -103,9 +108,9 @@ def choose_recurrence(model: Any) -> str:
 def choose_dtype(recurrence: str) -> str:
     """Return "bfloat16" where matmuls in bfloat16 are faster, otherwise "float32".
 
-    They are on GPUs and TPUs, except in cuDNN, and in fused layers on processors that have
+    They are on GPUs and TPUs, except in cuDNN, and in fused layers on processors with fast
     instructions for them.
     """
-    fast_on_cpu = recurrence == "fused" and has_bfloat16_instructions()
+    fast_on_cpu = recurrence == "fused" and is_faster_in_bfloat16()
     is_fast = fast_on_cpu or jax.default_backend() != "cpu"
     return "bfloat16" if is_fast and recurrence != "cudnn" else "float32"

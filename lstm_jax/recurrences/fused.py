@@ -29,7 +29,7 @@ from lstm_jax.matmul import matmul, matmul_rounded, round_factor
 from lstm_jax.recurrences import accelerator, choice, in_c
 from lstm_jax.recurrences.accelerator import Steps, clear
 from lstm_jax.recurrences.in_c import Int8Kernel
-from lstm_jax.recurrences.processor import has_bfloat16_instructions
+from lstm_jax.recurrences.processor import is_faster_in_bfloat16
 
 
 class Lookup(NamedTuple):
@@ -319,7 +319,7 @@ def _rounding(inputs: jax.Array, dtype: str) -> Callable[[jax.Array], jax.Array]
     single text, for which XLA removes the transposing copies.
     """
     steps, _, batch = inputs.shape
-    native = has_bfloat16_instructions() and steps > 1 and batch > 1
+    native = is_faster_in_bfloat16() and steps > 1 and batch > 1
     return lambda x: round_factor(x, dtype, native)
 
 

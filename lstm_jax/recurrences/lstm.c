@@ -19,7 +19,7 @@
 
 #include "xla/ffi/api/c_api.h"
 
-enum { ROWS = 6, AMX_ROWS = 16, LANES = 16, VECTORS = 4, TILE = LANES * VECTORS };
+enum { ROWS = 6, AMX_ROWS = 16, LANES = 16, VECTORS = 4, TILE = LANES * VECTORS, AHEAD = 16 };
 
 enum { FLOAT32 = 1, BFLOAT16 = 2, INT8 = 4 };  // Numbers in a word.
 
@@ -60,10 +60,7 @@ static __m512 tanh_lanes(__m512 x) {
   return _mm512_mask_mov_ps(near * p / q, tiny, x);
 }
 
-static __m512 sigmoid(__m512 x) {
-  const __m512 half = _mm512_set1_ps(0.5f);
-  return _mm512_fmadd_ps(half, tanh_lanes(half * x), half);
-}
+static __m512 sigmoid(__m512 x) { return 0.5f * tanh_lanes(0.5f * x) + 0.5f; }
 
 static inline __attribute__((always_inline)) __m512 add_products(int numbers, __m512 sum,
                                                                  __m512i a, __m512i b) {
@@ -80,7 +77,11 @@ static inline __attribute__((always_inline)) void multiply_rows(int numbers, int
   for (size_t k = 0; k < words; k++, packed += TILE) {
     __m512i b[VECTORS];
 #pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; v++) b[v] = _mm512_loadu_si512(packed + v * LANES);
+    for (int v = 0; v < VECTORS; v++) {
+      b[v] = _mm512_loadu_si512(packed + v * LANES);
+      // Intel's processors do not prefetch this in time.
+      _mm_prefetch(packed + v * LANES + AHEAD * TILE, _MM_HINT_T0);
+    }
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++) {
       __m512i x = _mm512_set1_epi32(a[r * words + k]);
@@ -93,8 +94,7 @@ static inline __attribute__((always_inline)) void multiply_rows(int numbers, int
 
 // The compiler makes a loop for each dtype and number of rows, with the sums in registers.
 #define CASE(numbers, rows) \
-  case 8 * numbers + rows:  \
-    return multiply_rows(numbers, rows, a, words, packed, result);
+  case 8 * numbers + rows: return multiply_rows(numbers, rows, a, words, packed, result);
 #define CASES(n) CASE(n, 1) CASE(n, 2) CASE(n, 3) CASE(n, 4) CASE(n, 5) CASE(n, 6)
 
 static int uses_amx;
