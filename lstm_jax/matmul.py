@@ -23,7 +23,7 @@ def matmul_rounded(a: jax.Array, b: jax.Array) -> jax.Array:
 def round_factor(x: jax.Array, dtype: str, native: bool = False) -> jax.Array:
     """Round a factor for `matmul_rounded`, only once if several matmuls share it.
 
-    `native` means that XLA's CPU backend, too, supports these matmuls in bfloat16.
+    `native`: multiply in bfloat16 on XLA's CPU backend, too, which supports these matmuls.
     """
     if dtype == "float32":
         return x

@@ -28,6 +28,9 @@ from lstm_jax.recurrences.fused import Lookup
 from lstm_jax.vocabulary import Vocabulary
 from test_recurrence import assert_close, make_problem, value_and_gradients
 
+AVX512 = "avx512_bf16", "avx512_vnni"
+INTEL = *AVX512, "GenuineIntel"
+
 pytestmark = [
     pytest.mark.skipif(not native.is_supported(), reason="no AVX-512 BF16 here"),
     pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler"),
@@ -498,11 +501,14 @@ def test_devices_share_only_what_the_library_does_not_share_better(
         settings.model.update({"dtype": "auto", "hidden_size": 512, **fields})
         return parallel._count_useful_cores(settings)
 
+    simulate(monkeypatch, *AVX512)
     assert count() == count(dtype="bfloat16") == count(dtype="float32") == 1
     others: Any = {"hidden_size": 256, "cell": "gru", "recurrence": "scan"}
     for field, value in {**others, "layer_norm": True, "block": "residual"}.items():
         assert count(**{field: value}) == 2
     assert count(hidden_size=500) == 2
+    simulate(monkeypatch, *INTEL)
+    assert count(hidden_size=640) == 1 and count(hidden_size=640, dtype="bfloat16") == 2
     assert without_library(count)() == 2
 
 
@@ -516,19 +522,17 @@ def test_the_library_is_not_loaded_where_it_can_not_run(monkeypatch: pytest.Monk
 
 
 def simulate(patch: pytest.MonkeyPatch, *features: str, permitted: bool = True) -> None:
-    """Make the choice as on a processor with these instructions."""
-    for module in (processor, native, choice):
-        patch.setattr(module, "read_cpu_features", lambda: frozenset(features))
+    """Make the choice as on a processor with these features."""
+    patch.setattr(processor, "read_cpu_features", lambda: frozenset(features))
+    patch.setattr(native, "read_cpu_features", lambda: frozenset(features))
     uses_amx = "amx_bf16" in features and permitted
     found = native.Library("lstm", uses_amx) if native.is_supported() else None
     patch.setattr(native, "load_library", lambda: found)
 
 
-AVX512 = "avx512_bf16", "avx512_vnni"
-INTEL = *AVX512, "GenuineIntel"
 CHOICES = {  # With AVX-512 BF16 on AMD, on Intel, and with AMX.
     ("windows", "bfloat16", 4096): (True, False, True),
-    ("windows", "bfloat16", 512): (True, True, True),
+    ("windows", "bfloat16", 256): (True, True, True),
     ("windows", "bfloat16", 500): (False, False, False),
     ("windows", "float32", 1024): (True, True, True),
     ("windows", "float32", 1536): (False, True, True),
@@ -558,19 +562,7 @@ def test_each_row_of_the_table_is_chosen(monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(row.measured for row in choice.TABLE)
 
 
-def test_bfloat16_is_chosen_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    for features, expected in (
-        (("avx2", "avx512f", "avx512_vnni"), "float32"),
-        (AVX512, "bfloat16"),
-        (INTEL, "float32"),
-        ((*INTEL, "amx_bf16"), "bfloat16"),
-    ):
-        simulate(monkeypatch, *features)
-        assert choice.choose_dtype("fused") == expected
-        assert choice.choose_dtype("scan") == "float32"
-
-
-@pytest.mark.parametrize("features", [("avx2",), AVX512, (*INTEL, "amx_bf16")], ids=len)
+@pytest.mark.parametrize("features", [("avx2",), AVX512, INTEL, (*INTEL, "amx_bf16")], ids=len)
 def test_the_command_prints_what_is_used(
     features: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -579,6 +571,9 @@ def test_the_command_prints_what_is_used(
     printed = capsys.readouterr().out
     assert ("steps in int8: the library" in printed) == (len(features) > 1)
     assert ("with AMX" in printed) == ("amx_bf16" in features)
+    assert ("with AVX-512 BF16 of Intel" in printed) == (features == INTEL)
+    in_bfloat16 = features == AVX512 or "amx_bf16" in features
+    assert f"auto is {'bfloat16' if in_bfloat16 else 'float32'} for LSTMs" in printed
     assert ("none for this processor" in printed) == (len(features) == 1)
 
 

@@ -13,7 +13,7 @@ import models
 from lstm_jax import cells
 from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.model import LanguageModel
-from lstm_jax.recurrences import cudnn, fused, processor
+from lstm_jax.recurrences import choice, cudnn, fused, processor
 from lstm_jax.recurrences.fused import Lookup
 
 
@@ -154,13 +154,29 @@ def test_bfloat16_rounds_matmuls_and_keeps_float32_state(sizes: tuple[int, ...])
     "avx512_bf16" not in processor.read_cpu_features(), reason="this CPU has no AVX-512 BF16"
 )
 def test_bfloat16_matmuls_agree_with_rounded_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compare this CPU's instructions with the emulation for CPUs without them."""
+    """Compare this CPU's instructions with float32 matmuls of rounded factors."""
     *arguments, cotangents = make_problem(16, 20, 48, 60)  # Without the library in C.
     low = functools.partial(fused.run_fused, dtype="bfloat16")
-    monkeypatch.setattr(fused, "is_faster_in_bfloat16", lambda: True)
-    real = value_and_gradients(low, cotangents, *arguments)
-    monkeypatch.setattr(fused, "is_faster_in_bfloat16", lambda: False)
-    assert_close(value_and_gradients(low, cotangents, *arguments), real, 1e-2)
+    results = []
+    for in_bfloat16 in (True, False):
+        monkeypatch.setattr(fused, "is_faster_in_bfloat16", lambda is_faster=in_bfloat16: is_faster)
+        jaxpr = str(jax.make_jaxpr(lambda *a: low(*a))(*arguments))
+        assert ("bf16" in jaxpr) == in_bfloat16
+        results.append(value_and_gradients(low, cotangents, *arguments))
+    assert_close(results[0], results[1], 1e-2)
+
+
+def test_bfloat16_is_chosen_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_intel = ["avx512_bf16", "GenuineIntel"]
+    for features, expected in (
+        (["avx2", "avx512_vnni"], "float32"),
+        (["avx512_bf16", "AuthenticAMD"], "bfloat16"),
+        (on_intel, "float32"),
+        ([*on_intel, "amx_bf16"], "bfloat16"),
+    ):
+        monkeypatch.setattr(processor, "read_cpu_features", lambda names=features: {*names})
+        assert choice.choose_dtype("fused") == expected
+        assert choice.choose_dtype("scan") == "float32"
 
 
 def test_bfloat16_models_agree_for_all_recurrences() -> None:

@@ -246,7 +246,12 @@ def test_a_missing_module_gives_a_one_line_error(module: str) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({}, "use either --space"), ({"seeds": 2, "space_file": "space.py"}, "use either --space")],
+    [
+        ({}, "use either --space"),
+        ({"seeds": 2, "space_file": "space.py"}, "use either --space"),
+        ({"seeds": 2, "trials": 3}, "remove --trials and --sampler"),
+        ({"seeds": 2, "sampler": "tpe"}, "remove --trials and --sampler"),
+    ],
 )
 def test_contradictory_options_raise_an_error(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -6,7 +6,7 @@ import jax
 import jaxlib
 
 from lstm_jax.recurrences import choice, native
-from lstm_jax.recurrences.processor import count_cores, read_cpu_features
+from lstm_jax.recurrences.processor import count_cores, find_vendor, read_cpu_features
 from lstm_jax.version import __version__
 
 _FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
@@ -32,7 +32,8 @@ def main() -> None:
 def describe_library() -> str:
     """Return why there is no library in C, or which instructions it uses."""
     if library := native.load_library():
-        return f"{library.name}, with {'AMX' if library.uses_amx else 'AVX-512 BF16'}"
+        instructions = "AMX" if library.uses_amx else f"AVX-512 BF16 of {find_vendor()}"
+        return f"{library.name}, with {instructions}"
     if not native.is_supported():
         return "none for this processor"
     return "none: see the warning"

@@ -10,13 +10,13 @@ import jax
 from lstm_jax.config import is_plain_lstm
 from lstm_jax.recurrences import native
 from lstm_jax.recurrences.in_c import LANES
-from lstm_jax.recurrences.processor import INTEL, is_faster_in_bfloat16, read_cpu_features
+from lstm_jax.recurrences.processor import find_vendor, is_faster_in_bfloat16
 
 
 class Row(NamedTuple):
     """LSTM layers that the library in C runs on a kind of CPU, and the measurement behind it."""
 
-    processor: str  # "AMD" or "Intel" with AVX-512 BF16, or "AMX".
+    processor: str  # "Intel", "AMD" (any other), or "AMX".
     work: str  # "windows" of training and evaluation, or "steps" of generation.
     dtype: str  # Of matmuls.
     measured: str
@@ -24,21 +24,23 @@ class Row(NamedTuple):
 
 
 # XLA runs all other layers, and those whose hidden size is not a multiple of 16. Measured on two
-# cores (docs/speed.md): of Zen 4 at 1 x 1,024, 2 x 512 and 2 x 256; of Emerald Rapids without AMX
-# at the same sizes; those with AMX on Sapphire Rapids, or without it if they do not use it.
+# cores, of Zen 4 or of Emerald Rapids without AMX, at 1 x 1,024, 2 x 512 and 2 x 256 or as stated
+# (docs/speed.md). Rows with AMX: bfloat16 and int8 on Sapphire Rapids; float32, which does not use
+# AMX, as on Intel. For 64 texts XLA would be faster in one row, but kernels are packed before the
+# number of texts is known.
 TABLE = (
     Row("AMD", "windows", "bfloat16", "0.77, 0.57, 0.84 of XLA's time at three sizes"),
     Row("AMD", "windows", "float32", "0.91, 0.82, 0.79 of XLA's time", largest=1024),
     Row("AMD", "steps", "bfloat16", "0.37 of XLA's time for a text, 0.50 for 64"),
     Row("AMD", "steps", "float32", "0.89 of XLA's time for a text, 0.86 for 64", 1024),
     Row("AMD", "steps", "int8", "0.64 of the time in bfloat16 for a text, 0.57 for 64"),
-    Row("Intel", "windows", "bfloat16", "1.08, 1.01, 0.89 of XLA's time", largest=512),
-    Row("Intel", "windows", "float32", "0.98, 0.80, 0.79 of XLA's time", largest=1536),
+    Row("Intel", "windows", "bfloat16", "0.89 of XLA's time at 256, 1.01 at 512", largest=256),
+    Row("Intel", "windows", "float32", "0.94, 0.80, 0.76 of XLA's time; 0.92 at 1,536", 1536),
     Row("Intel", "steps", "bfloat16", "0.54 of XLA's time for a text, 1.32 for 64"),
     Row("Intel", "steps", "float32", "0.94 of XLA's time for a text, 0.93 for 64", 1024),
     Row("Intel", "steps", "int8", "0.46 of the time in bfloat16 for a text, 0.30 for 64"),
     Row("AMX", "windows", "bfloat16", "a sketch: 0.84, 0.52, 0.48 of XLA's time"),
-    Row("AMX", "windows", "float32", "0.98, 0.80, 0.79 of XLA's time", largest=1536),
+    Row("AMX", "windows", "float32", "0.94, 0.80, 0.76 of XLA's time; 0.92 at 1,536", 1536),
     Row("AMX", "steps", "bfloat16", "a sketch: 0.51 to 0.66 of XLA's time, 0.50 for 64"),
     Row("AMX", "steps", "float32", "0.94 of XLA's time for a text, 0.93 for 64", 1024),
     Row("AMX", "steps", "int8", "0.21 to 0.25 of XLA's time for a text, 0.51 for 64"),
@@ -48,8 +50,7 @@ TABLE = (
 def list_rows() -> list[Row]:
     """Return the rows of `TABLE` for this CPU; none without the library, or on another device."""
     library = native.load_library() if jax.default_backend() == "cpu" else None
-    vendor = "Intel" if INTEL in read_cpu_features() else "AMD"
-    kind = "AMX" if library and library.uses_amx else vendor
+    kind = "AMX" if library and library.uses_amx else find_vendor()
     return [row for row in TABLE if library and row.processor == kind]
 
 
@@ -69,8 +70,7 @@ def runs_in_c(work: str, dtype: str, hidden_size: int, batch_size: int | None = 
     threads.
     """
     is_shared = batch_size is None or dtype != "float32" or batch_size >= native.count_threads()
-    row = find_row(work, dtype, hidden_size) if is_shared else None
-    return row is not None
+    return is_shared and find_row(work, dtype, hidden_size) is not None
 
 
 def choose_recurrence(model: Any) -> str:

@@ -314,9 +314,10 @@ _recurrence.defvjp(_recurrence_forward, _recurrence_backward)
 def _rounding(inputs: jax.Array, dtype: str) -> Callable[[jax.Array], jax.Array]:
     """Return the function that rounds factors in the recurrence over `inputs`.
 
-    XLA's CPU backend has no bfloat16 matmuls with a transposed first factor. There are none here,
-    unless the loop has a single step, which XLA fuses with the code around it, or the batch has a
-    single text, for which XLA removes the transposing copies.
+    They are multiplied in bfloat16 where that is faster. XLA's CPU backend has no bfloat16 matmuls
+    with a transposed first factor. There are none here, unless the loop has a single step, which
+    XLA fuses with the code around it, or the batch has a single text, for which XLA removes the
+    transposing copies.
     """
     steps, _, batch = inputs.shape
     native = is_faster_in_bfloat16() and steps > 1 and batch > 1

@@ -19,7 +19,8 @@
 
 #include "xla/ffi/api/c_api.h"
 
-enum { ROWS = 6, AMX_ROWS = 16, LANES = 16, VECTORS = 4, TILE = LANES * VECTORS, AHEAD = 16 };
+enum { ROWS = 6, AMX_ROWS = 16, LANES = 16, VECTORS = 4, TILE = LANES * VECTORS };
+enum { AHEAD = 16 };  // Words of the depth between a prefetch and its use.
 
 enum { FLOAT32 = 1, BFLOAT16 = 2, INT8 = 4 };  // Numbers in a word.
 
@@ -79,8 +80,7 @@ static inline __attribute__((always_inline)) void multiply_rows(int numbers, int
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; v++) {
       b[v] = _mm512_loadu_si512(packed + v * LANES);
-      // Intel's processors do not prefetch this in time.
-      _mm_prefetch(packed + v * LANES + AHEAD * TILE, _MM_HINT_T0);
+      _mm_prefetch(packed + v * LANES + AHEAD * TILE, _MM_HINT_T0);  // Intel's are late.
     }
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++) {

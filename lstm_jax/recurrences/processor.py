@@ -1,19 +1,22 @@
-"""Query the processor: its instruction sets, and the cores that this process may use."""
+"""Query the processor: its vendor and instruction sets, and the cores that this process may use."""
 
 import functools
 import os
 from pathlib import Path
 
-INTEL = "GenuineIntel"  # Among the features of Intel's processors.
+
+def find_vendor() -> str:
+    """Return "Intel" on a processor of Intel, otherwise "AMD"."""
+    return "Intel" if "GenuineIntel" in read_cpu_features() else "AMD"
 
 
 def is_faster_in_bfloat16() -> bool:
     """Return whether this processor multiplies matrices faster in bfloat16 than in float32.
 
-    AMX does. AVX-512 BF16 does on AMD's processors; Intel's multiply half as fast by it.
+    AMX does, and AMD's AVX-512 BF16. Intel's, measured on Emerald Rapids, is half as fast.
     """
     features = read_cpu_features()
-    return "amx_bf16" in features or ("avx512_bf16" in features and INTEL not in features)
+    return "amx_bf16" in features or ("avx512_bf16" in features and find_vendor() == "AMD")
 
 
 @functools.cache

@@ -30,7 +30,7 @@ _SEEDS = flags.DEFINE_integer(
     lower_bound=1,
 )
 _TRIALS = flags.DEFINE_integer(
-    "trials", 40, "Total number of trials, over all workers.", lower_bound=1
+    "trials", None, "Total number of trials, over all workers. [default: 40]", lower_bound=1
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory for the study, trials and results. [default: runs/sweeps/<name>]"
@@ -43,7 +43,7 @@ _STUDY = flags.DEFINE_string(
 )
 _NAME = flags.DEFINE_string("name", None, "Name of the study. [default: <config>_<space>]")
 _SAMPLER = flags.DEFINE_enum(
-    "sampler", "tpe", ["tpe", "random", "grid"], "Algorithm that samples settings."
+    "sampler", None, ["tpe", "random", "grid"], "Algorithm that samples settings. [default: tpe]"
 )
 _PRUNER = flags.DEFINE_enum(
     "pruner",

@@ -68,11 +68,11 @@ def prepare_sweep(
     *,
     space_file: str | None = None,
     seeds: int | None = None,
-    trials: int = 40,
+    trials: int | None = None,
     directory: str | None = None,
     location: str | None = None,
     name: str | None = None,
-    sampler: str = "tpe",
+    sampler: str | None = None,
     pruner: str | None = None,
     seed: int = 0,
 ) -> Sweep:
@@ -83,7 +83,10 @@ def prepare_sweep(
     """
     if space_file and not seeds:
         space, space_name = space_lib.load_space(Path(space_file)), Path(space_file).stem
+        trials, sampler = trials or 40, sampler or "tpe"
     elif seeds and not space_file:
+        if trials or sampler:
+            raise UserError("--seeds trains with each seed once: remove --trials and --sampler")
         space, space_name = space_lib.make_seed_space(experiment.seed, seeds), f"seeds{seeds}"
         trials, sampler = seeds, "grid"
     else:
