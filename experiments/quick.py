@@ -1,4 +1,4 @@
-"""Train on Tiny Shakespeare in one to three minutes on two CPU cores: the config to start with."""
+"""Train on Tiny Shakespeare in one to four minutes on two CPU cores: the config to start with."""
 # python -m lstm_jax.main --config experiments/quick.py
 #
 # 1 min 18 s with --config.seed=0 to 2, evaluations and samples included, on two cores of an AMD
