@@ -16,7 +16,7 @@ from lstm_jax.recurrences.processor import find_vendor, is_faster_in_bfloat16
 class Row(NamedTuple):
     """LSTM layers that the library in C runs on a kind of CPU, and the measurement behind it."""
 
-    processor: str  # "Intel", "AMD" (any other), or "AMX".
+    processors: str  # Of "AMD" (any but Intel's), "Intel" without AMX, and "AMX".
     work: str  # "windows" of training and evaluation, or "steps" of generation.
     dtype: str  # Of matmuls.
     measured: str
@@ -25,9 +25,8 @@ class Row(NamedTuple):
 
 # XLA runs all other layers, and those whose hidden size is not a multiple of 16. Measured on two
 # cores, of Zen 4 or of Emerald Rapids without AMX, at 1 x 1,024, 2 x 512 and 2 x 256 or as stated
-# (docs/speed.md). Rows with AMX: bfloat16 and int8 on Sapphire Rapids; float32, which does not use
-# AMX, as on Intel. With 24 texts or more, XLA is faster than Intel's steps in bfloat16, but kernels
-# are packed before the number of texts is known.
+# (docs/speed.md); with AMX, which float32 does not use, of Sapphire Rapids. With 24 texts or more,
+# XLA is faster than Intel's steps in bfloat16, but kernels are packed before that is known.
 TABLE = (
     Row("AMD", "windows", "bfloat16", "0.77, 0.57, 0.84 of XLA's time at three sizes"),
     Row("AMD", "windows", "float32", "0.91, 0.82, 0.79 of XLA's time", largest=1024),
@@ -35,14 +34,12 @@ TABLE = (
     Row("AMD", "steps", "float32", "0.89 of XLA's time for a text, 0.86 for 64", 1024),
     Row("AMD", "steps", "int8", "0.64 of the time in bfloat16 for a text, 0.57 for 64"),
     Row("Intel", "windows", "bfloat16", "0.89 of XLA's time at 256, 1.01 at 512", largest=256),
-    Row("Intel", "windows", "float32", "0.94, 0.80, 0.76 of XLA's time; 0.92 at 1,536", 1536),
-    Row("Intel", "steps", "bfloat16", "0.54 of XLA's time for a text, 1.32 for 64"),
-    Row("Intel", "steps", "float32", "0.94 of XLA's time for a text, 0.93 for 64", 1024),
-    Row("Intel", "steps", "int8", "0.45 of the time in bfloat16 for a text, 0.36 for 64"),
     Row("AMX", "windows", "bfloat16", "a sketch: 0.84, 0.52, 0.48 of XLA's time"),
-    Row("AMX", "windows", "float32", "0.94, 0.80, 0.76 of XLA's time; 0.92 at 1,536", 1536),
+    Row("Intel AMX", "windows", "float32", "0.94, 0.80, 0.76 of XLA's time; 0.92 at 1,536", 1536),
+    Row("Intel", "steps", "bfloat16", "0.54 of XLA's time for a text, 1.32 for 64"),
     Row("AMX", "steps", "bfloat16", "a sketch: 0.51 to 0.66 of XLA's time, 0.50 for 64"),
-    Row("AMX", "steps", "float32", "0.94 of XLA's time for a text, 0.93 for 64", 1024),
+    Row("Intel AMX", "steps", "float32", "0.94 of XLA's time for a text, 0.93 for 64", 1024),
+    Row("Intel", "steps", "int8", "0.45 of the time in bfloat16 for a text, 0.36 for 64"),
     Row("AMX", "steps", "int8", "0.21 to 0.25 of XLA's time for a text, 0.51 for 64"),
 )
 
@@ -51,7 +48,7 @@ def list_rows() -> list[Row]:
     """Return the rows of `TABLE` for this CPU; none without the library, or on another device."""
     library = native.load_library() if jax.default_backend() == "cpu" else None
     kind = "AMX" if library and library.uses_amx else find_vendor()
-    return [row for row in TABLE if library and row.processor == kind]
+    return [row for row in TABLE if library and kind in row.processors.split()]
 
 
 def find_row(work: str, dtype: str, hidden_size: int) -> Row | None:
