@@ -28,11 +28,15 @@ from lstm_jax.recurrences.fused import Lookup
 from lstm_jax.vocabulary import Vocabulary
 from test_recurrence import assert_close, make_problem, value_and_gradients
 
-AVX512 = "avx512_bf16", "avx512_vnni"
-INTEL = *AVX512, "GenuineIntel"
+AVX512 = "avx512f", "avx512bw", "avx512dq", "avx512vl"
+SKYLAKE = *AVX512, "GenuineIntel"
+AMD = *AVX512, "avx512_vnni", "avx512_bf16"
+INTEL = *AMD, "GenuineIntel"
 
 pytestmark = [
-    pytest.mark.skipif(not native.is_supported(), reason="no AVX-512 BF16 here"),
+    pytest.mark.skipif(
+        not processor.read_cpu_features().issuperset(AMD), reason="no AVX-512 BF16 here"
+    ),
     pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler"),
 ]
 
@@ -501,7 +505,7 @@ def test_devices_share_only_what_the_library_does_not_share_better(
         settings.model.update({"dtype": "auto", "hidden_size": 512, **fields})
         return parallel._count_useful_cores(settings)
 
-    simulate(monkeypatch, *AVX512)
+    simulate(monkeypatch, *AMD)
     assert count() == count(dtype="bfloat16") == count(dtype="float32") == 1
     others: Any = {"hidden_size": 256, "cell": "gru", "recurrence": "scan"}
     for field, value in {**others, "layer_norm": True, "block": "residual"}.items():
@@ -550,7 +554,9 @@ def test_each_row_of_the_table_is_chosen(monkeypatch: pytest.MonkeyPatch) -> Non
         for features, permitted, expected in (
             (("avx2",), True, False),
             (("avx512f", "avx512_vnni"), True, False),
-            (AVX512, True, on_amd),
+            (SKYLAKE, True, on_intel and case[1] == "float32"),
+            ((*SKYLAKE, "avx512_vnni"), True, on_intel and case[1] != "bfloat16"),
+            (AMD, True, on_amd),
             (INTEL, True, on_intel),
             ((*INTEL, "amx_bf16"), True, with_amx),
             ((*INTEL, "amx_bf16"), False, on_intel),
@@ -562,17 +568,17 @@ def test_each_row_of_the_table_is_chosen(monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(row.measured for row in choice.TABLE)
 
 
-@pytest.mark.parametrize("features", [("avx2",), AVX512, INTEL, (*INTEL, "amx_bf16")], ids=len)
+@pytest.mark.parametrize("features", [("avx2",), SKYLAKE, AMD, INTEL, (*INTEL, "amx_bf16")])
 def test_the_command_prints_what_is_used(
     features: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     simulate(monkeypatch, *features)
     runpy.run_module("lstm_jax.recurrences", run_name="__main__")
     printed = capsys.readouterr().out
-    assert ("steps in int8: the library" in printed) == (len(features) > 1)
+    assert ("steps in int8: the library" in printed) == ("avx512_vnni" in features)
     assert ("with AMX" in printed) == ("amx_bf16" in features)
-    assert ("with AVX-512 BF16 of Intel" in printed) == (features == INTEL)
-    in_bfloat16 = features == AVX512 or "amx_bf16" in features
+    assert ("with AVX-512 of Intel" in printed) == (features in (SKYLAKE, INTEL))
+    in_bfloat16 = features == AMD or "amx_bf16" in features
     assert f"auto is {'bfloat16' if in_bfloat16 else 'float32'} for LSTMs" in printed
     assert ("none for this processor" in printed) == (len(features) == 1)
 

@@ -32,7 +32,7 @@ def main() -> None:
 def describe_library() -> str:
     """Return why there is no library in C, or which instructions it uses."""
     if library := native.load_library():
-        instructions = "AMX" if library.uses_amx else f"AVX-512 BF16 of {find_vendor()}"
+        instructions = "AMX" if library.uses_amx else f"AVX-512 of {find_vendor()}"
         return f"{library.name}, with {instructions}"
     if not native.is_supported():
         return "none for this processor"

@@ -10,7 +10,7 @@ import jax
 from lstm_jax.config import is_plain_lstm
 from lstm_jax.recurrences import native
 from lstm_jax.recurrences.in_c import LANES
-from lstm_jax.recurrences.processor import find_vendor, is_faster_in_bfloat16
+from lstm_jax.recurrences.processor import can_multiply, find_vendor, is_faster_in_bfloat16
 
 
 class Row(NamedTuple):
@@ -25,8 +25,9 @@ class Row(NamedTuple):
 
 # XLA runs all other layers, and those whose hidden size is not a multiple of 16. Measured on two
 # cores, of Zen 4 or of Emerald Rapids without AMX, at 1 x 1,024, 2 x 512 and 2 x 256 or as stated
-# (docs/speed.md); with AMX, which float32 does not use, of Sapphire Rapids. With 24 texts or more,
-# XLA is faster than Intel's steps in bfloat16, but kernels are packed before that is known.
+# (docs/speed.md); with AMX, which float32 does not use, of Sapphire Rapids. Rows in
+# float32 hold for older processors of Intel, too, but none was measured. With 24 texts or more, XLA
+# is faster than Intel's steps in bfloat16, but kernels are packed before that is known.
 TABLE = (
     Row("AMD", "windows", "bfloat16", "0.77, 0.57, 0.84 of XLA's time at three sizes"),
     Row("AMD", "windows", "float32", "0.91, 0.82, 0.79 of XLA's time", largest=1024),
@@ -48,7 +49,8 @@ def list_rows() -> list[Row]:
     """Return the rows of `TABLE` for this CPU; none without the library, or on another device."""
     library = native.load_library() if jax.default_backend() == "cpu" else None
     kind = "AMX" if library and library.uses_amx else find_vendor()
-    return [row for row in TABLE if library and kind in row.processors.split()]
+    rows = [row for row in TABLE if library and kind in row.processors.split()]
+    return [row for row in rows if can_multiply(row.dtype)]
 
 
 def find_row(work: str, dtype: str, hidden_size: int) -> Row | None:

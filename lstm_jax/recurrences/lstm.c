@@ -1,5 +1,5 @@
-// The recurrence of an LSTM layer for processors with AVX-512 BF16, as custom calls of XLA. Each
-// divides its work into parts, for the threads of XLA.
+// The recurrence of an LSTM layer for processors with AVX-512, as custom calls of XLA. Each divides
+// its work into parts, for the threads of XLA.
 //
 // A matmul is computed in tiles: a few rows by 4 vectors of 16 columns, whose sums stay in
 // registers. The right factor is packed by tile, so that a tile reads it in order. Both factors are

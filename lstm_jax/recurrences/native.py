@@ -1,4 +1,4 @@
-"""Compile lstm.c, a library for CPUs with AVX-512 BF16, at its first use, and load it.
+"""Compile lstm.c, a library for CPUs with AVX-512, at its first use, and load it.
 
 `in_c` calls its functions; `choice` says when; `fused` computes the same without it.
 """
@@ -19,6 +19,7 @@ from lstm_jax.errors import UserError, warn
 from lstm_jax.recurrences.processor import count_cores, read_cpu_features
 
 _SOURCE = Path(__file__).with_name("lstm.c")
+# Instructions of bf16 and vnni run only in matmuls of bfloat16 and int8 (`choice.TABLE`).
 _FLAGS = [f"-mavx512{name}" for name in ("f", "bw", "vl", "dq", "bf16", "vnni")]
 _FLAGS += ["-mfma", "-O3", "-std=gnu11", "-shared", "-fPIC"]
 _FUNCTIONS = ("matmul", "step", "forward", "backward")
@@ -59,8 +60,8 @@ def load_library() -> Library | None:
 
 
 def is_supported() -> bool:
-    """Return whether this processor has AVX-512 BF16 and VNNI."""
-    return {"avx512_bf16", "avx512_vnni"} <= read_cpu_features()
+    """Return whether this processor has what the library needs in float32."""
+    return {"avx512bw", "avx512dq", "avx512vl"} <= read_cpu_features()
 
 
 def build_library() -> Path:
