@@ -249,8 +249,9 @@ def test_a_missing_module_gives_a_one_line_error(module: str) -> None:
     [
         ({}, "use either --space"),
         ({"seeds": 2, "space_file": "space.py"}, "use either --space"),
-        ({"seeds": 2, "trials": 3}, "remove --trials and --sampler"),
-        ({"seeds": 2, "sampler": "tpe"}, "remove --trials and --sampler"),
+        ({"seeds": 2, "trials": 3}, "remove --trials"),
+        ({"seeds": 2, "sampler": "tpe"}, "remove --trials"),
+        ({"seeds": 2, "seed": 0}, "remove --trials"),
     ],
 )
 def test_contradictory_options_raise_an_error(options: dict[str, Any], message: str) -> None:

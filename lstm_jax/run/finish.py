@@ -25,7 +25,7 @@ def finish_run(run: Session) -> None:
         return
     if not measured:
         run.record(step, "test", loss)
-        plot_curves(run)
+    plot_curves(run)
     zero = measure_zero_state(run.model, params, run.ids["validation"], _POSITIONS)
     print(
         f"\n{generate_sample(run, params, jax.random.key(run.config.seed))}\n\n"

@@ -51,7 +51,7 @@ _PRUNER = flags.DEFINE_enum(
     ["hyperband", "none"],
     "Algorithm that stops trials early. [default: hyperband; none for seeds]",
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampler.")
+_SEED = flags.DEFINE_integer("seed", None, "Seed of the sampler. [default: 0]")
 
 
 def main() -> int:

@@ -74,7 +74,7 @@ def prepare_sweep(
     name: str | None = None,
     sampler: str | None = None,
     pruner: str | None = None,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> Sweep:
     """Check the options of a sweep (see `python -m lstm_jax.sweep --help`), and open it.
 
@@ -85,8 +85,10 @@ def prepare_sweep(
         space, space_name = space_lib.load_space(Path(space_file)), Path(space_file).stem
         trials, sampler = trials or 40, sampler or "tpe"
     elif seeds and not space_file:
-        if trials or sampler:
-            raise UserError("--seeds trains with each seed once: remove --trials and --sampler")
+        if trials or sampler or seed is not None:
+            raise UserError(
+                "--seeds trains with each seed once: remove --trials, --sampler and --seed"
+            )
         space, space_name = space_lib.make_seed_space(experiment.seed, seeds), f"seeds{seeds}"
         trials, sampler = seeds, "grid"
     else:
@@ -100,7 +102,7 @@ def prepare_sweep(
         model=cell_file.resolve_cell(experiment.model),
         data=texts.load_texts(experiment.data).resolve(experiment.data),
     )
-    settings = study_lib.SamplerSettings(sampler, seed, grid)
+    settings = study_lib.SamplerSettings(sampler, seed or 0, grid)
     name = name or f"{experiment_name}_{space_name}"
     path = Path(directory or Path("runs", "sweeps", name))
     path.mkdir(parents=True, exist_ok=True)
