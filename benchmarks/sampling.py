@@ -60,7 +60,7 @@ def _lstm_jax(options: argparse.Namespace, int8: bool = False, **controls: Any) 
         int8_steps=int8,
     )
     if int8 and not fused.supports_int8(lstm):
-        raise ValueError("it needs the library in C, and a multiple of 16 hidden units")
+        raise ValueError("it needs the library in C with VNNI, and a multiple of 16 hidden units")
     key = jax.random.key(0)
     params = model.init_params(lstm, key)
     prompts = np.full((options.num_samples, 1), FIRST_ID, np.int32)

@@ -5,6 +5,7 @@ import os
 import re
 import runpy
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -581,6 +582,27 @@ def test_the_command_prints_what_is_used(
     in_bfloat16 = features == AMD or "amx_bf16" in features
     assert f"auto is {'bfloat16' if in_bfloat16 else 'float32'} for LSTMs" in printed
     assert ("none for this processor" in printed) == (len(features) == 1)
+
+
+@pytest.mark.process  # Compiles the library.
+def test_older_processors_do_not_run_what_they_lack(tmp_path: Path) -> None:
+    """AVX-512 BF16, VNNI and AMX are used only in functions and branches for them."""
+    assembly = tmp_path / "lstm.s"
+    command = ["cc", *native._FLAGS, "-I", jax.ffi.include_dir(), "-S", str(native._SOURCE)]
+    subprocess.run([*command, "-o", str(assembly)], check=True)
+    found: dict[str, set[str]] = {}
+    function = ""
+    for line in assembly.read_text().splitlines():
+        if label := re.fullmatch(r"([A-Za-z]\w*):.*", line):
+            function = label[1]
+        elif used := re.match(r"\s+(v\w*bf16\w*|vpdp\w*|tile\w*|ldtile\w*|td\w+)\s", line + " "):
+            found.setdefault(function, set()).add(used[1])
+    assert found.pop("multiply") == {"vdpbf16ps", "vpdpbusd"}
+    assert found.pop("release_tiles") == {"tilerelease"}
+    assert "tdpbf16ps" in found.pop("multiply_tiles")
+    # Whether `store` rounds is decided at run time: nothing is moved before volatile assembly.
+    assert all(names == {"vcvtneps2bf16"} for names in found.values())
+    assert "__asm__ volatile" in native._SOURCE.read_text()
 
 
 @pytest.fixture

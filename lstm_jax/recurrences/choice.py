@@ -26,8 +26,9 @@ class Row(NamedTuple):
 # XLA runs all other layers, and those whose hidden size is not a multiple of 16. Measured on two
 # cores, of Zen 4 or of Emerald Rapids without AMX, at 1 x 1,024, 2 x 512 and 2 x 256 or as stated
 # (docs/speed.md); with AMX, which float32 does not use, of Sapphire Rapids. Rows in
-# float32 hold for older processors of Intel, too, but none was measured. With 24 texts or more, XLA
-# is faster than Intel's steps in bfloat16, but kernels are packed before that is known.
+# float32 and int8 hold for older processors of Intel, too, of which none was measured. With 24
+# texts or more, XLA is faster than Intel's steps in bfloat16, but kernels are packed before that is
+# known.
 TABLE = (
     Row("AMD", "windows", "bfloat16", "0.77, 0.57, 0.84 of XLA's time at three sizes"),
     Row("AMD", "windows", "float32", "0.91, 0.82, 0.79 of XLA's time", largest=1024),

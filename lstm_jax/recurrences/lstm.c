@@ -32,11 +32,10 @@ static __mmask16 first_lanes(size_t n) { return n < LANES ? (1 << n) - 1 : 0xfff
 
 // Store the first `n` of 16 numbers as factors of a matmul, in float32 or bfloat16.
 static inline void store(int numbers, void *to, size_t at, __m512 x, size_t n) {
-  if (numbers == FLOAT32) {
-    _mm512_mask_storeu_ps((float *)to + at, first_lanes(n), x);
-    return;
-  }
-  __m256i rounded = (__m256i)_mm512_cvtneps_pbh(x);
+  if (numbers == FLOAT32)
+    return _mm512_mask_storeu_ps((float *)to + at, first_lanes(n), x);
+  __m256i rounded;  // Volatile: a compiler may run the intrinsic early, where it is not supported.
+  __asm__ volatile("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(x));
   if (n < LANES)
     _mm256_mask_storeu_epi16((bits16 *)to + at, first_lanes(n), rounded);
   else  // Without a mask, in the inner loops.
@@ -63,17 +62,20 @@ static __m512 tanh_lanes(__m512 x) {
 
 static __m512 sigmoid(__m512 x) { return 0.5f * tanh_lanes(0.5f * x) + 0.5f; }
 
-static inline __attribute__((always_inline)) __m512 add_products(int numbers, __m512 sum,
-                                                                 __m512i a, __m512i b) {
+// Instructions that processors with AVX-512 may lack, for bfloat16 and int8, and those of AMX.
+#define WITH_BF16 __attribute__((target("avx512bf16,avx512vnni")))
+#define WITH_AMX __attribute__((target("avx512bf16,avx512vnni,amx-tile,amx-bf16")))
+#define INLINE static inline __attribute__((always_inline))
+
+WITH_BF16 INLINE __m512 add_products(int numbers, __m512 sum, __m512i a, __m512i b) {
   if (numbers == FLOAT32) return _mm512_fmadd_ps((__m512)a, (__m512)b, sum);
   if (numbers == BFLOAT16) return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
   return (__m512)_mm512_dpbusd_epi32((__m512i)sum, a, b);  // `a` is unsigned, `b` is signed.
 }
 
 // Compute a tile: `rows` rows of `a`, of `words` words each, times the packed right factor.
-static inline __attribute__((always_inline)) void multiply_rows(int numbers, int rows,
-                                                                const word *a, size_t words,
-                                                                const word *packed, sums result) {
+WITH_BF16 INLINE void multiply_rows(int numbers, int rows, const word *a, size_t words,
+                                    const word *packed, sums result) {
   __m512 sum[ROWS][VECTORS] = {0};
   for (size_t k = 0; k < words; k++, packed += TILE) {
     __m512i b[VECTORS];
@@ -104,8 +106,6 @@ int lstm_ask_for_amx(void) { return uses_amx = !syscall(SYS_arch_prctl, 0x1023, 
 
 // The rows for which the tiles of this thread are configured; 0 outside of a part.
 static _Thread_local int configured_rows;
-
-#define WITH_AMX __attribute__((target("amx-tile,amx-bf16")))
 
 // Configure tiles 0 to 3 for sums, 4 for the left factor, and 5 and 6 for the right one.
 WITH_AMX static void configure_tiles(int rows) {
@@ -152,8 +152,8 @@ WITH_AMX static void multiply_tiles(int rows, const word *a, size_t words, const
 
 static int is_in_tiles(int numbers) { return uses_amx && numbers == BFLOAT16; }
 
-static void multiply(int numbers, int rows, const word *a, size_t words, const word *packed,
-                     sums result) {
+WITH_BF16 static void multiply(int numbers, int rows, const word *a, size_t words,
+                               const word *packed, sums result) {
   if (is_in_tiles(numbers)) return multiply_tiles(rows, a, words, packed, result);
   switch (8 * numbers + rows) { CASES(FLOAT32) CASES(BFLOAT16) CASES(INT8) }
 }

@@ -19,8 +19,7 @@ from lstm_jax.errors import UserError, warn
 from lstm_jax.recurrences.processor import count_cores, read_cpu_features
 
 _SOURCE = Path(__file__).with_name("lstm.c")
-# Instructions of bf16 and vnni run only in matmuls of bfloat16 and int8 (`choice.TABLE`).
-_FLAGS = [f"-mavx512{name}" for name in ("f", "bw", "vl", "dq", "bf16", "vnni")]
+_FLAGS = [f"-mavx512{name}" for name in ("f", "bw", "vl", "dq")]
 _FLAGS += ["-mfma", "-O3", "-std=gnu11", "-shared", "-fPIC"]
 _FUNCTIONS = ("matmul", "step", "forward", "backward")
 

@@ -156,7 +156,7 @@ def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
             raise UserError(
                 f"the model in {workdir} can't use int8 here: that needs LSTM layers of a multiple "
                 "of 16 hidden units, without layer normalization or a block, and the library in C "
-                "(python -m lstm_jax.recurrences tells whether it runs here)"
+                "with AVX-512 VNNI (python -m lstm_jax.recurrences tells whether both are here)"
             )
         model = model.clone(int8_steps=True)
     model_lib.check_cells(model)
