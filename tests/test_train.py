@@ -125,7 +125,9 @@ def test_a_finished_run_says_so(
 ) -> None:
     directory = shutil.copytree(trained, tmp_path / "run")
     before = (directory / workdir.METRICS).read_bytes()
+    (directory / workdir.CURVES).unlink()  # As if it had been killed before the last one.
     assert training.train(tiny_config, directory) == 0
+    assert (directory / workdir.CURVES).exists()
     output = capsys.readouterr().out
     assert "is finished after 2 epochs" in output and "config.num_epochs = 4" in output
     assert (directory / workdir.METRICS).read_bytes() == before

@@ -55,8 +55,7 @@ def main() -> None:
     if _TO.value and (_VOCABULARY.value or _TEXT.value):
         raise UserError("--vocabulary and --text are for --from")
     if _FROM.value is not None:
-        named = _VOCABULARY.value or None, _TEXT.value or None
-        transfer.import_weights(Path(_FROM.value), directory, *named)
+        transfer.import_weights(Path(_FROM.value), directory, _VOCABULARY.value, _TEXT.value)
     elif is_folder:
         transfer.export_folder(directory, Path(_TO.value), _DTYPE.value or "float32")
     else:

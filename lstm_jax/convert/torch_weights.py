@@ -37,7 +37,7 @@ def read_state_dict(file: BinaryIO) -> Weights:
     except Exception as error:  # It raises many kinds for a damaged file.
         raise UserError(f"it is not a safetensors file ({one_line(error)[:200]})") from None
     layers: dict[str, dict[str, np.ndarray]] = {}
-    ends: dict[str, list[np.ndarray]] = {}
+    ends: list[tuple[str, np.ndarray]] = []
     for name, array in loaded.items():
         if array.dtype.kind != "f":
             raise UserError(f"{name} contains {array.dtype}, not floating-point numbers")
@@ -51,31 +51,22 @@ def read_state_dict(file: BinaryIO) -> Weights:
             arrays = layers.setdefault(f"{module} (layer {layer or 0})", {})
             arrays[attribute] = array.astype(np.float32)
         else:
-            ends.setdefault(module, []).append(array.astype(np.float32))
-    made = {}
-    for name, arrays in layers.items():
-        if not {"weight_ih", "weight_hh"} <= set(arrays):
-            raise UserError(f"{name} lacks weight_ih or weight_hh")
-        zeros = np.zeros(arrays["weight_hh"].shape[:1], np.float32)
-        biases = [arrays.get(key, zeros) for key in ("bias_ih", "bias_hh")]
-        kernels = arrays["weight_ih"].T, arrays["weight_hh"].T
-        made[name] = _make_layer(name, *kernels, *biases)
+            ends.append((module, array.astype(np.float32)))
+    made = {name: _make_layer(name, arrays) for name, arrays in layers.items()}
     return _build_weights(made, ends)
 
 
-def _make_layer(
-    name: str,
-    kernel: np.ndarray,
-    recurrent_kernel: np.ndarray,
-    bias: np.ndarray,
-    recurrent_bias: np.ndarray,
-) -> tuple[str, Layer]:
-    """Return the cell of a layer, and its arrays with one bias, or raise `UserError`.
+def _make_layer(name: str, arrays: Layer) -> tuple[str, Layer]:
+    """Return the cell of a layer, and its arrays as in `Weights`, or raise `UserError`.
 
-    The kernels are as in `Weights`. The biases are [gates * hidden] each. Both are added to the
-    same sum, except in the candidate of a GRU.
+    PyTorch adds both biases to the same sum, except in the candidate of a GRU.
     """
+    if not {"weight_ih", "weight_hh"} <= set(arrays):
+        raise UserError(f"{name} lacks weight_ih or weight_hh")
+    kernel, recurrent_kernel = arrays["weight_ih"].T, arrays["weight_hh"].T
     shape = recurrent_kernel.shape
+    zeros = np.zeros(shape[-1:], np.float32)
+    bias, recurrent_bias = (arrays.get(key, zeros) for key in ("bias_ih", "bias_hh"))
     is_matrix = len(shape) == 2 and shape[0] > 0
     cells = [cell for cell, gates in GATES.items() if is_matrix and shape[1] == gates * shape[0]]
     if not cells:
@@ -92,12 +83,13 @@ def _make_layer(
 
 
 def _build_weights(
-    layers: dict[str, tuple[str, Layer]], ends: dict[str, list[np.ndarray]]
+    layers: dict[str, tuple[str, Layer]], ends: list[tuple[str, np.ndarray]]
 ) -> Weights:
     """Build the weights of a model, or raise `UserError` if these layers don't form one.
 
-    The arguments are the recurrent layers by name, in any order, and the arrays of every other
-    layer. The kernel of the dense layer is [vocabulary, hidden], and may also be the embedding.
+    The arguments are the recurrent layers by name, in any order, and each array of the other layers
+    with its layer's name. The kernel of the dense layer is [vocabulary, hidden], and may also be
+    the embedding.
     """
     if not layers:
         raise UserError("it has no recurrent layer")
@@ -135,25 +127,23 @@ def _numbers(name: str) -> list[list[int]]:
 
 
 def _match_ends(
-    ends: dict[str, list[np.ndarray]], features: int, hidden: int
+    ends: list[tuple[str, np.ndarray]], features: int, hidden: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the embedding, and the kernel and bias of the dense layer."""
-    arrays = [(name, array) for name, of_layer in ends.items() for array in of_layer]
-    matrices = {name: array for name, array in arrays if array.ndim == 2}
-    kernels = {name: array.T for name, array in matrices.items()}
-    biases = {name: array for name, array in arrays if array.ndim == 1}
+    matrices = {name: array for name, array in ends if array.ndim == 2}
+    biases = {name: array for name, array in ends if array.ndim == 1}
     names = sorted(matrices)
-    known = len(names) + len(biases) == len(arrays) and len(biases) <= 1
+    known = len(names) + len(biases) == len(ends) and len(biases) <= 1
     if not known or len(names) not in (1, 2):
         raise UserError(
-            f"its other layers with weights are {', '.join(sorted(ends)) or 'none'}: "
+            f"its other layers with weights are {', '.join(sorted(dict(ends))) or 'none'}: "
             "only one embedding and one dense layer can be converted"
         )
 
     def find_evidence(pair: tuple[str, str]) -> tuple[bool, bool, bool]:
         """Return whether the bias, the sizes and the names support this assignment."""
         embedding, dense = pair
-        fits = matrices[embedding].shape[1] == features and len(kernels[dense]) == hidden
+        fits = matrices[embedding].shape[1] == features and matrices[dense].shape[1] == hidden
         named = "emb" in embedding or "encoder" in embedding or "dense" in dense
         return dense in biases, fits, named
 
@@ -161,8 +151,8 @@ def _match_ends(
     embedding, dense = max(pairs, key=find_evidence)
     if len(names) > 1 and find_evidence(pairs[0]) == find_evidence(pairs[1]):
         raise UserError(f"it is not clear which of {embedding} and {dense} is the embedding")
-    bias = next(iter(biases.values()), np.zeros(kernels[dense].shape[1], np.float32))
-    return matrices[embedding], kernels[dense], bias
+    bias = next(iter(biases.values()), np.zeros(len(matrices[dense]), np.float32))
+    return matrices[embedding], matrices[dense].T, bias
 
 
 def write_state_dict(weights: Weights) -> bytes:

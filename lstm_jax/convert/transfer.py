@@ -32,7 +32,7 @@ def import_weights(
             f"{source} (--from): its name must end in {_SUFFIX}: write it with "
             "safetensors.torch.save_file(model.state_dict(), 'my.safetensors')"
         )
-    if vocabulary_file is None and text_file is None:
+    if not vocabulary_file and not text_file:
         raise UserError(
             f"{source} does not contain its vocabulary: give --vocabulary FILE, or --text FILE "
             "with the text whose characters are the tokens"
@@ -43,7 +43,7 @@ def import_weights(
     config, splits = config_lib.default(), dict[str, str]()
     tokens: Sequence[str] = ()
     kind, stop = "characters", ""
-    if vocabulary_file is not None:
+    if vocabulary_file:
         tokens, kind, stop = read_vocabulary(Path(vocabulary_file))
     names = {
         encoding.find_stop_text(name, stop.__contains__): name for name in vocabulary_lib.SEPARATORS
@@ -51,21 +51,19 @@ def import_weights(
     if stop not in names:
         raise UserError(f"there is no data.document_separator for the stop token {stop!r}")
     config.data.units, config.data.document_separator = kind, names[stop]
-    if text_file is not None:
+    if text_file:
         config.data.path = sources.make_absolute(text_file)
         splits = texts.read_splits(config.data)
         config.data.sha256 = texts.compute_checksum(splits)
-    if vocabulary_file is None:
+    if not vocabulary_file:
         tokens = vocabulary_lib.Vocabulary.from_text("".join(splits.values())).tokens
-    try:
-        with files.open_regular(source, follow=True) as file:
+    with name_failure(f"can't read {source}"), files.open_regular(source, follow=True) as file:
+        try:
             loaded = torch_weights.read_state_dict(file)
-        whole, vocabulary, added = weights.add_special_rows(loaded, tokens, kind, stop)
-        fields, params = weights.to_model(whole)
-    except OSError as error:
-        raise UserError(f"can't read {source}: {error.strerror}") from None
-    except UserError as error:
-        raise UserError(f"{source} can't be converted: {error}") from None
+            whole, vocabulary, added = weights.add_special_rows(loaded, tokens, kind, stop)
+            fields, params = weights.to_model(whole)
+        except UserError as error:
+            raise UserError(f"{source} can't be converted: {error}") from None
     config.model.update(fields)
     make_folder(directory, config_lib.complete_config(config), vocabulary, params)
     print(f"{messages.format_parameters(params)}\n")

@@ -85,7 +85,7 @@ def encode_chunk(text: str, kind: str, stop: str) -> Part:
         # A look-up gives each new token the next number.
         index = defaultdict[str, int](itertools.count().__next__)
         ids = np.fromiter(map(index.__getitem__, split_text(text, kind, stop)), np.int32)
-        small = ids.astype(get_smallest_dtype(len(index)))
+        small = ids.astype(np.min_scalar_type(len(index) - 1))
         return Part(small, list(index), np.bincount(ids), len(text))
     single, end = text, stop
     if kind == "bytes":
@@ -100,16 +100,11 @@ def encode_chunk(text: str, kind: str, stop: str) -> Part:
     codes = np.frombuffer(single.encode("utf-32-le", "surrogatepass"), np.uint32)
     counts = np.bincount(codes)
     present = np.flatnonzero(counts)
-    table = np.zeros(len(counts), get_smallest_dtype(len(present)))
+    table = np.zeros(len(counts), np.min_scalar_type(len(present) - 1))
     table[present] = np.arange(len(present))
     spell = BYTES.__getitem__ if kind == "bytes" else chr
     tokens = [stop if code == stop_code else spell(code) for code in present.tolist()]
     return Part(table[codes], tokens, counts[present], len(text))
-
-
-def get_smallest_dtype(number: int) -> np.dtype:
-    """Return the smallest dtype for indices below `number`."""
-    return np.min_scalar_type(max(number - 1, 0))
 
 
 def iterate_chunks(text: list[Segment], kind: str, size: int) -> Iterator[list[Segment]]:

@@ -66,10 +66,11 @@ def read_bytes(path: Path, limit: int, follow: bool = False) -> bytes:
 
 
 def read_tail(path: Path, limit: int) -> bytes:
-    """Read at most the last `limit` bytes of a regular file."""
-    with open_regular(path) as file:
+    """Read at most the last `limit` bytes of a regular file; b"" if there is none."""
+    with contextlib.suppress(FileNotFoundError), open_regular(path) as file:
         file.seek(max(os.fstat(file.fileno()).st_size - limit, 0))
         return file.read(limit)
+    return b""
 
 
 def hash_file(path: Path, sync: bool = False) -> str:

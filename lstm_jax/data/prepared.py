@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from lstm_jax.config import DataConfig
 from lstm_jax.data import encoding, files, sources, worker
-from lstm_jax.data.encoding import Part, Table, Text, get_smallest_dtype
+from lstm_jax.data.encoding import Part, Table, Text
 from lstm_jax.data.sources import Segment
-from lstm_jax.errors import UnavailableError, UserError, name_same_command
+from lstm_jax.errors import UnavailableError, UserError, name_failure, name_same_command
 from lstm_jax.recurrences.processor import count_cores
 from lstm_jax.vocabulary import Ids, Vocabulary
 
@@ -61,13 +61,6 @@ class Manifest(NamedTuple):
     files: dict[str, _FileState]  # SHA-256 and `_read_stat` of each other file in the directory.
 
 
-def _write_manifest(manifest: Manifest, directory: Path) -> None:
-    """Write `prepared.json` in a directory."""
-    fields = manifest._asdict()
-    del fields["directory"]
-    files.write_json(directory / MANIFEST, fields)
-
-
 def find_corpus(data: DataConfig, save: bool = False) -> Manifest | None:
     """Return the prepared corpus that the `data` fields of a config describe, or None.
 
@@ -89,13 +82,11 @@ def find_corpus(data: DataConfig, save: bool = False) -> Manifest | None:
             return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
-    is_same = states == manifest.sources
-    if not is_same and sources.split_files(texts, data)[1] != manifest.checksum:
+    if states != manifest.sources and sources.split_files(texts, data)[1] != manifest.checksum:
         return None
-    if save and (not is_same or now != before):
+    if save and (states, now) != (manifest.sources, before):
         with contextlib.suppress(OSError):
-            manifest = manifest._replace(sources=states, files=now)
-            _write_manifest(manifest, directory)
+            files.write_json(directory / MANIFEST, {**fields, "sources": states, "files": now})
     return manifest
 
 
@@ -136,13 +127,10 @@ def _locate(data: DataConfig) -> tuple[list[list[Path]], list[_FileState], Path]
     content = json.dumps([names, data.units, data.document_separator, fractions]).encode()
     name = hashlib.sha256(content).hexdigest()[:16]
     directory = base / f"{texts[0][0].stem[:50]}-{name}"
-    try:
-        states = [
-            [os.path.relpath(path.absolute(), directory), *_read_stat(path.stat())]
-            for path in itertools.chain.from_iterable(texts)
-        ]
-    except OSError as error:
-        raise UserError(f"can't read {error.filename}: {error.strerror}") from None
+    states: list[_FileState] = []
+    for path in itertools.chain.from_iterable(texts):
+        with name_failure(f"can't read {path}"):
+            states.append([os.path.relpath(path.absolute(), directory), *_read_stat(path.stat())])
     return texts, states, directory
 
 
@@ -195,7 +183,9 @@ def _prepare(data: DataConfig) -> Manifest:
             )
         made = {path.name: _fingerprint(path, []) for path in unfinished.iterdir()}
         manifest = Manifest(directory, states, sha256, stop, characters, made)
-        _write_manifest(manifest, unfinished)
+        fields = manifest._asdict()
+        del fields["directory"]
+        files.write_json(unfinished / MANIFEST, fields)
         # A corpus of another text, or a damaged one; or a link.
         shutil.rmtree(directory) if _is_directory(directory) else directory.unlink(missing_ok=True)
     seconds = time.monotonic() - began
@@ -262,7 +252,7 @@ def _merge(parts: Path, target: Path, chunks: list[list[list[Segment]]]) -> dict
             lengths[i] += len(part.ids)
             for token in part.tokens:
                 index.setdefault(token, len(index))
-    dtype = get_smallest_dtype(len(index))
+    dtype = np.min_scalar_type(len(index) - 1)
     counts = np.zeros((len(chunks), len(index)), np.int64)
     for i, name in enumerate(characters):
         with (target / f"{name}.npy").open("xb") as file:

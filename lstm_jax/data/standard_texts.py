@@ -20,8 +20,6 @@ from lstm_jax.data.download import Download, DownloadError, download_file, read_
 from lstm_jax.data.sources import SPLITS
 from lstm_jax.errors import UnavailableError, UserError, name_same_command
 
-_LOCK = ".lstm_jax.lock"
-
 
 class StandardText(NamedTuple):
     """A text: its files, and how they become its splits."""
@@ -131,7 +129,7 @@ def _get_text(name: str, directory: Path) -> None:
     """Make the directory of a standard text; wait if another process downloads into its parent."""
     data_dir = directory.parent
     data_dir.mkdir(parents=True, exist_ok=True)
-    with files.open_append(data_dir / _LOCK) as lock:
+    with files.open_append(data_dir / ".lstm_jax.lock") as lock:
         try:
             files.lock_file(lock)
         except BlockingIOError:

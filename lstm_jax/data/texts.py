@@ -55,12 +55,11 @@ def load_texts(data: DataConfig) -> Splits:
     a text is missing, not UTF-8, empty, too short, or not the one that a run began with.
     """
     data = standard_texts.find_standard_text(data)
-    if data.path and sources.measure_files(data.path) > data.memory_megabytes * 10**6:
-        return _open_splits(data, prepared.prepare_corpus(data))
-    return _open_splits(data)
+    is_large = data.path and sources.measure_files(data.path) > data.memory_megabytes * 10**6
+    return _open_splits(data, prepared.prepare_corpus(data) if is_large else None)
 
 
-def _open_splits(data: DataConfig, manifest: Manifest | None = None) -> Splits:
+def _open_splits(data: DataConfig, manifest: Manifest | None) -> Splits:
     """Return the splits of a prepared corpus, or else read them into memory."""
     if manifest:
         texts, sha256 = prepared.open_splits(manifest), manifest.checksum
@@ -147,9 +146,5 @@ def read_splits(data: DataConfig) -> dict[str, str]:
 
 def compute_checksum(splits: dict[str, str]) -> str:
     """Return `data.sha256` of a text; see `sources.make_checksum`."""
-    digest, lengths = hashlib.sha256(), []
-    for name in sources.SPLITS:
-        content = splits[name].encode("utf-8", "surrogateescape")
-        digest.update(content)
-        lengths.append(len(content))
-    return sources.make_checksum(digest, lengths)
+    contents = [splits[name].encode("utf-8", "surrogateescape") for name in sources.SPLITS]
+    return sources.make_checksum(hashlib.sha256(b"".join(contents)), map(len, contents))

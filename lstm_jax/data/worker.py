@@ -22,19 +22,15 @@ PLAN = "plan.json"
 def save_part(directory: Path, number: int, part: Part) -> None:
     """Write an encoded chunk."""
     tokens = np.frombuffer(json.dumps(part.tokens).encode(), np.uint8)
-    path = _get_path(directory, number)
+    path = directory / f"{number:06}.npz"
     np.savez(path, ids=part.ids, tokens=tokens, counts=part.counts, characters=part.characters)
 
 
 def load_part(directory: Path, number: int) -> Part:
     """Return the encoded chunk that `save_part` wrote."""
-    with np.load(_get_path(directory, number)) as arrays:
+    with np.load(directory / f"{number:06}.npz") as arrays:
         tokens = json.loads(arrays["tokens"].tobytes())
         return Part(arrays["ids"], tokens, arrays["counts"], int(arrays["characters"]))
-
-
-def _get_path(directory: Path, number: int) -> Path:
-    return directory / f"{number:06}.npz"
 
 
 def main() -> None:
@@ -53,7 +49,7 @@ def main() -> None:
         os._exit(1)
     except OSError as error:
         with contextlib.suppress(BrokenPipeError):
-            _print({"unavailable": error.strerror})
+            _print({"unavailable": error.strerror or str(error)})
 
 
 def _print(content: object) -> None:

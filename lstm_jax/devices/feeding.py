@@ -68,36 +68,30 @@ def place_text(ids: Ids, vocabulary_size: int, mesh: Mesh) -> jax.Array:
     return parallel.place_local(small, mesh, parallel.EVERYWHERE)
 
 
-class Feed:
+class Feed(NamedTuple):
     """The batches of an iterator, on the devices of a mesh.
 
     JAX dispatches steps asynchronously, so a batch is copied while the devices still compute the
     steps before it.
     """
 
-    def __init__(
-        self,
-        iterator: Iterator[Any],
-        mesh: Mesh,
-        text: jax.Array | None,
-        predictions: jax.Array | None = None,
-    ) -> None:
-        """Store the iterator, the mesh, and what batches are cut from if it yields offsets."""
-        self._iterator, self._mesh = iterator, mesh
-        self._text, self._predictions = text, predictions
+    iterator: Iterator[Any]
+    mesh: Mesh
+    text: jax.Array | None  # What batches are cut from, if the iterator yields offsets.
+    predictions: jax.Array | None = None  # See `Resident`.
 
     def next(self, steps: int = 1) -> Batch | Resident:
         """Return the next batch, or the batches of several steps stacked along a leading axis."""
-        read = [next(self._iterator) for _ in range(steps)]
-        if self._text is None:
+        read = [next(self.iterator) for _ in range(steps)]
+        if self.text is None:
             return self._place(read)
         narrow = [Offsets(offsets.begins.astype(np.int32), offsets.starts) for offsets in read]
-        return Resident(self._text, self._predictions, self._place(narrow))
+        return Resident(self.text, self.predictions, self._place(narrow))
 
     def _place(self, read: list[Any]) -> Any:
         """Divide the rows of a batch over the devices; stack several batches."""
         rows = PartitionSpec(*[None] * (len(read) > 1), *parallel.DIVIDED)
         batch = read[0] if len(read) == 1 else jax.tree.map(lambda *x: np.stack(x), *read)
-        starts = parallel.place_local(batch.starts, self._mesh, parallel.EVERYWHERE)
-        divided = parallel.place_local(batch._replace(starts=()), self._mesh, rows)
+        starts = parallel.place_local(batch.starts, self.mesh, parallel.EVERYWHERE)
+        divided = parallel.place_local(batch._replace(starts=()), self.mesh, rows)
         return divided._replace(starts=starts)

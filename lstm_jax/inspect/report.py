@@ -17,7 +17,7 @@ import numpy as np
 from lstm_jax.cells.base import Cell
 from lstm_jax.cells.lstm import LSTMCell
 from lstm_jax.data import files, sources, texts
-from lstm_jax.errors import UserError
+from lstm_jax.errors import UserError, name_failure
 from lstm_jax.inspect import activations, features
 from lstm_jax.run import metrics, pages, workdir
 from lstm_jax.run.console import escape_controls
@@ -200,12 +200,8 @@ def _make_curves(rows: Sequence[metrics.Row]) -> dict[str, list[tuple[int, float
 
 def _read_samples(path: Path) -> list[dict[str, str]]:
     """Return the samples that the run generated during training, by their titles."""
-    try:
+    with name_failure(f"can't read {path}"):
         content = files.read_tail(path, _MAX_SAMPLES).decode("utf-8", "replace")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror}") from None
     parts = re.split(r"^=== (step \d+, temperature .*)\n", content, flags=re.MULTILINE)[1:]
     return [
         {"title": title, "text": text.rstrip("\n")}

@@ -138,8 +138,7 @@ def read_metrics(path: Path) -> list[Row]:
     Raises:
       UserError: if the file can't be read.
     """
-    content = b""
-    with name_failure(f"can't read {path}"), contextlib.suppress(FileNotFoundError):
+    with name_failure(f"can't read {path}"):
         content = files.read_tail(path, _LARGEST)
     if len(content) == _LARGEST:  # The first line may be incomplete.
         content = content[content.find(b"\n") + 1 :]
