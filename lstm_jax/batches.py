@@ -118,13 +118,10 @@ def make_batches(
       ids: the training text.
       batches: the `batches` fields of a config.
       seed: determines the order.
-      only_offsets: whether to return only the positions of the windows.
+      only_offsets: whether to return `Offsets`, the positions of the windows, instead of `Batch`,
+        which Grain prefetches.
       part: (k, n) for the k-th of n equal parts of each batch; only this part is read.
       first_step: the number of steps before the first batch.
-
-    Returns:
-      An iterator over `Batch`, which Grain prefetches, or over `Offsets`; and the number of steps
-      per epoch.
 
     Raises:
       UserError: if the text is shorter than one batch.

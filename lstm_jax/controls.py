@@ -42,7 +42,6 @@ class Controls(NamedTuple):
 
 DEFAULT_CONTROLS = Controls()  # The model's own distribution, without "" and "[UNK]".
 
-
 # The numbers that flags and functions take: the type, which values are allowed, in words.
 _NUMBERS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
     "temperature": (Real, lambda x: x == 0 or 1e-6 <= x <= 1e6, "0, or from 1e-6 to 1e6"),
@@ -162,7 +161,7 @@ class Stops(NamedTuple):
 
     token_id: int = -1  # The stop token; -1 for none.
     text: bytes = b""  # A text also ends with the token that completes this; empty for none.
-    tokens: tuple[bytes, ...] = ()  # Those of the vocabulary, in which `text` is searched.
+    tokens: tuple[bytes, ...] = ()  # Of the vocabulary, as bytes, in which `text` is searched.
 
 
 NO_STOPS = Stops()
@@ -174,8 +173,10 @@ def make_stops(vocabulary: Vocabulary, stop_token: bool = True, stop_at: str = "
     The string `stop_at` ends a text even if it starts or ends within a token.
     """
     token_id = vocabulary.stop_id if stop_token and vocabulary.stop_id is not None else -1
-    tokens = tuple(map(_spell, vocabulary.tokens)) if stop_at else ()
-    return Stops(token_id, _spell(stop_at), tokens)
+    if not stop_at:
+        return Stops(token_id)
+    text, *tokens = (t.encode("utf-8", "surrogateescape") for t in (stop_at, *vocabulary.tokens))
+    return Stops(token_id, text, tuple(tokens))
 
 
 class StopSearch:
@@ -195,8 +196,3 @@ class StopSearch:
             return None
         lengths = itertools.accumulate(map(len, pieces), initial=len(self._tail))
         return next(n for n, length in enumerate(lengths) if length >= start + len(wanted))
-
-
-def _spell(text: str) -> bytes:
-    """Return the bytes of a text, in which tokens of any kind can be compared."""
-    return text.encode("utf-8", "surrogateescape")

@@ -264,10 +264,9 @@ def make_model(
     given["options"] = nn.FrozenDict(model.options)
     if model.cell not in CELLS:
         given["cell"] = LOADED[model.cell][0]
+    is_auto = model.dtype == "auto"
+    given["dtype"] = "float32" if is_auto else model.dtype
     made = LanguageModel(vocabulary_size, stop_id=stop_id, **given)
-    is_auto = made.dtype == "auto"
-    if is_auto:
-        made = made.clone(dtype="float32")
     recurrence = choose_recurrence(made)
     if is_auto and "dtype" in {field.name for field in dataclasses.fields(made.cell_class)}:
         made = made.clone(dtype=choose_dtype(recurrence))

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from lstm_jax import batches, regularization
 from lstm_jax import model as model_lib
 from lstm_jax.cells.protocol import restart
-from lstm_jax.config import BatchesConfig, Config, DistillConfig, RegularizationConfig
+from lstm_jax.config import BatchesConfig, Config
 from lstm_jax.devices import feeding, parallel
 from lstm_jax.optimizer import update_average
 
@@ -138,7 +138,7 @@ def make_step(
     state; the carry is then that before the step.
     """
     rates = config.regularization
-    compute_grads = _make_compute_grads(model, rates, config.distill, config.optimizer.microbatches)
+    compute_grads = _make_compute_grads(model, config)
 
     def train_step(state: TrainState, batch: batches.Batch) -> TrainState:
         before = _start_texts(model, config.batches, state, batch)
@@ -193,16 +193,13 @@ def _start_texts(
     return restart(model, state.carry, starts)
 
 
-def _make_compute_grads(
-    model: model_lib.LanguageModel,
-    rates: RegularizationConfig,
-    distill: DistillConfig,
-    microbatches: int,
-) -> Callable[..., Any]:
+def _make_compute_grads(model: model_lib.LanguageModel, config: Config) -> Callable[..., Any]:
     """Make a function of parameters, a key, inputs, targets and soft targets, carry and masks.
 
     It returns ((gradients, loss), carry) for the part of a batch of one device.
     """
+    rates, distill = config.regularization, config.distill
+    microbatches = config.optimizer.microbatches
 
     def loss_fn(
         params: model_lib.Params,

@@ -28,9 +28,7 @@ def test_the_gradient_is_that_of_text_and_teachers() -> None:
     params = models.draw_params(model)
     grads: Any = []
     for soft, hard_share in ((soft_targets, 0.25), (None, 1.0)):
-        compute = train_step._make_compute_grads(
-            model, config.regularization, config.distill, microbatches=1
-        )
+        compute = train_step._make_compute_grads(model, config)
         batch, carry = (ids[:, :-1], ids[:, 1:], soft), model.initial_carry(2)
         (gradient, loss), _ = compute(params, None, batch, carry, None)
         logits, _ = models.apply(model, params, batch[0], carry)

@@ -21,12 +21,21 @@ class HiddenCarry(NamedTuple):
     hidden: jax.Array  # Float32 [batch, hidden], which is also the layer's output.
 
 
-class Cell(nn.Module):
-    """A base class, which the protocol (`cells.protocol`) does not require."""
+class SizedCell(nn.Module):
+    """The fields of most cells, and the first carry of one without a cell state."""
 
     input_size: int  # Features of the inputs.
     hidden_size: int  # The number of hidden units.
     dtype: str = "float32"  # The dtype of matmul operands, "float32" or "bfloat16".
+
+    def initial_carry(self, batch_size: int) -> Any:
+        """Return the carry at the start of a text: zeros."""
+        return HiddenCarry(jnp.zeros((batch_size, self.hidden_size)))
+
+
+class Cell(SizedCell):
+    """A base class, which the protocol (`cells.protocol`) does not require."""
+
     # Whether to normalize x W and h U, separately, each over all gates together (Ba et al. 2016).
     layer_norm: bool = False
 
@@ -55,10 +64,6 @@ class Cell(nn.Module):
     def activation(self, carry: Any) -> jax.Array:
         """Return the activations of the hidden units, in [-1, 1], [batch, hidden_size]."""
         return carry.hidden
-
-    def initial_carry(self, batch_size: int) -> Any:
-        """Return the carry at the start of a text: zeros."""
-        return HiddenCarry(jnp.zeros((batch_size, self.hidden_size)))
 
 
 def forget_bias(gates: int, opened: float | jax.Array) -> Initializer:

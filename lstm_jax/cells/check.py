@@ -51,9 +51,8 @@ def check_cell(
         raise UserError(f"{describe_place(type(cell))} needs fields input_size and hidden_size")
     with name_cell_error(type(made)):
         made = made.clone(dtype="float32") if hasattr(made, "dtype") else made
-    for batch in (1, _BATCH):
-        trace_cell(made, batch)
-    with name_cell_error(type(made)):
+        for batch in (1, _BATCH):
+            trace_cell(made, batch)
         variables = _check_values(made)
         with jax.enable_x64(True):
             _check_gradients(made, variables)
@@ -98,10 +97,9 @@ def _check_values(cell: Any) -> Any:
         message = f"in {name}, the results of a text depend on the other texts of its batch"
         _compare(cell, method, message, one, jax.tree.map(lambda x: x[:1], whole), _SAME)
         if parallel:
-            starts = rng.random((_BATCH, _TIME)) < 0.3
-            alone, expected = run(carry, inputs, starts), scan(carry, inputs, starts)
+            read = carry, inputs, rng.random((_BATCH, _TIME)) < 0.3
             message = f"with documents, {name} differs from a scan"
-            _compare(cell, method, message, alone, expected, _SAME)
+            _compare(cell, method, message, run(*read), scan(*read), _SAME)
 
     _check_options(cell, variables, carry, inputs, whole)
 
@@ -111,10 +109,9 @@ def _check_values(cell: Any) -> Any:
 
     inspected = jax.jit(nn.apply(inspect, cell))(variables, carry, inputs[:, 0])
     gates, activation = jax.device_get(inspected)
-    for name, value in [*gates.items(), ("activation", activation)]:
-        method = "activation" if name == "activation" else "gates"
-        low_end = 0 if method == "gates" else -1
-        if name != "candidate" and not ((value >= low_end) & (value <= 1)).all():
+    named = [("gates", name, 0, gate) for name, gate in gates.items() if name != "candidate"]
+    for method, name, low_end, value in [*named, ("activation", "activation", -1, activation)]:
+        if not ((value >= low_end) & (value <= 1)).all():
             raise _failure(cell, method, f"{name} has values outside of [{low_end}, 1]")
     return variables
 
@@ -168,9 +165,8 @@ def _check_gradients(cell: Any, variables: Any) -> None:
         try:
             check_grads(jax.jit(loss), (variables, inputs), order=1, modes=("rev",), eps=1e-5)
         except AssertionError as error:
-            message = (
-                f"its gradient differs from finite differences: {make_visible(str(error))[:300]}"
-            )
+            shown = make_visible(str(error))[:300]
+            message = f"its gradient differs from finite differences: {shown}"
             raise _failure(cell, method, message) from None
 
 

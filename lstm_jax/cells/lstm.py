@@ -59,12 +59,8 @@ class LSTMCell(Cell):
         """Return the gates of a step."""
         sums = self.project_inputs(inputs) + self.project_hidden(carry.hidden)
         i, f, g, o = jnp.split(sums, 4, axis=-1)
-        return {
-            "input": nn.sigmoid(i),
-            "forget": nn.sigmoid(f),
-            "candidate": jnp.tanh(g),
-            "output": nn.sigmoid(o),
-        }
+        i, f, g, o = nn.sigmoid(i), nn.sigmoid(f), jnp.tanh(g), nn.sigmoid(o)
+        return {"input": i, "forget": f, "candidate": g, "output": o}
 
     def activation(self, carry: LSTMCarry) -> jax.Array:
         """Return the activation of the cell state, in [-1, 1], [batch, hidden_size]."""

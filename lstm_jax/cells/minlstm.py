@@ -39,8 +39,5 @@ class MinLSTMCell(LinearCell):
         f, i, n = jnp.split(sums, 3, axis=-1)
         # f / (f + i) is a sigmoid itself, of log f - log i, and so never 0 / 0.
         ratio = nn.log_sigmoid(f) - nn.log_sigmoid(i)
-        return {
-            "forget": nn.sigmoid(ratio),
-            "input": nn.sigmoid(-ratio),
-            "candidate": make_positive(n),
-        }
+        f, i, n = nn.sigmoid(ratio), nn.sigmoid(-ratio), make_positive(n)
+        return {"forget": f, "input": i, "candidate": n}

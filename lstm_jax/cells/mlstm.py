@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lstm_jax.cells.base import forget_bias
+from lstm_jax.cells.base import SizedCell, forget_bias
 from lstm_jax.cells.protocol import Gates
 from lstm_jax.cells.slstm import NEVER, count_per_head, stabilize
 from lstm_jax.matmul import matmul
@@ -24,7 +24,7 @@ class MLSTMCarry(NamedTuple):
     stabilizer: jax.Array  # m: [batch, heads].
 
 
-class MLSTMCell(nn.Module):
+class MLSTMCell(SizedCell):
     """One step of an mLSTM: an LSTM whose cell state is a matrix (Beck et al. 2024).
 
     Each of the heads has d = hidden_size / heads hidden units:
@@ -43,9 +43,6 @@ class MLSTMCell(nn.Module):
     exp(-m'), so that no exponential overflows.
     """
 
-    input_size: int
-    hidden_size: int
-    dtype: str = "float32"
     heads: int = 4
 
     def setup(self) -> None:
@@ -109,11 +106,8 @@ class MLSTMCell(nn.Module):
         """Return the gates of a step, the first two as i exp(-m') and f exp(m - m')."""
         *_, o, i, log_f = (x[..., 0, :] for x in self._project(inputs[:, None]))
         f, i, _ = stabilize(carry.stabilizer, i[..., 0], log_f[..., 0])
-        of_heads = {"input": i[..., None], "forget": f[..., None], "output": o}
-        return {
-            name: jnp.broadcast_to(gate, o.shape).reshape(len(inputs), -1)
-            for name, gate in of_heads.items()
-        }
+        i, f = (jnp.repeat(gate, o.shape[-1], axis=1) for gate in (i, f))
+        return {"input": i, "forget": f, "output": o.reshape(len(inputs), -1)}
 
     def initial_carry(self, batch_size: int) -> MLSTMCarry:
         """Return the carry at the start of a text: zeros, and a stabilizer of minus infinity."""

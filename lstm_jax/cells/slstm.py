@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lstm_jax.cells.base import forget_bias
+from lstm_jax.cells.base import SizedCell, forget_bias
 from lstm_jax.cells.protocol import Gates
 from lstm_jax.errors import UserError
 from lstm_jax.matmul import matmul
@@ -24,7 +24,7 @@ class SLSTMCarry(NamedTuple):
     stabilizer: jax.Array  # m.
 
 
-class SLSTMCell(nn.Module):
+class SLSTMCell(SizedCell):
     """One step of an sLSTM: an LSTM with an exponential input gate (Beck et al. 2024).
 
         i = exp(x Wi + h Ri + bi)           input gate, of any size
@@ -41,9 +41,6 @@ class SLSTMCell(nn.Module):
     `recurrent_kernel` is [heads, hidden_size / heads, 4 * hidden_size / heads].
     """
 
-    input_size: int
-    hidden_size: int
-    dtype: str = "float32"
     heads: int = 4
 
     def setup(self) -> None:

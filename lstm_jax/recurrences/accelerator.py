@@ -23,7 +23,6 @@ from lstm_jax.matmul import matmul, matmul_rounded, round_factor
 
 _DEPTH = 256  # XLA pads the depth of some matmuls to a multiple of it.
 
-
 # Inputs [time, ...] of all steps, and where a step reads zeros instead of the carry, bool [time,
 # batch]; None is nowhere.
 Steps = tuple[jax.Array, jax.Array | None]
@@ -52,16 +51,7 @@ def run_recurrence(
 
     The factors of matmuls are rounded to `dtype`. The gradient can't be differentiated again.
     """
-    outputs, cell = _run(kernels, steps, carry, dtype, loops, differentiable=False)
-    return outputs, LSTMCarry(cell, outputs[-1])
-
-
-def _run(
-    kernels: Kernels, steps: Steps, carry: LSTMCarry, dtype: str, loops: Loops, differentiable: bool
-) -> tuple[jax.Array, jax.Array]:
-    inputs, starts = steps
-    added = matmul(inputs, kernels.input, dtype, kernels.bias), starts
-    return loops.forward(round_factor(kernels.recurrent, dtype), added, carry, differentiable)
+    return _forward(kernels, steps, carry, dtype, loops, differentiable=False)[0]
 
 
 # The arguments, and what the forward loop kept.
@@ -69,10 +59,19 @@ _Residuals = tuple[Kernels, Steps, LSTMCarry, jax.Array]
 
 
 def _forward(
-    kernels: Kernels, steps: Steps, carry: LSTMCarry, dtype: str, loops: Loops
+    kernels: Kernels,
+    steps: Steps,
+    carry: LSTMCarry,
+    dtype: str,
+    loops: Loops,
+    differentiable: bool = True,
 ) -> tuple[tuple[jax.Array, LSTMCarry], _Residuals]:
-    kept, cell = _run(kernels, steps, carry, dtype, loops, differentiable=True)
-    *_, outputs = jnp.split(kept, 7, axis=2)
+    """Run `run_recurrence`; also return the residuals, which are complete if `differentiable`."""
+    inputs, starts = steps
+    added = matmul(inputs, kernels.input, dtype, kernels.bias), starts
+    kernel = round_factor(kernels.recurrent, dtype)
+    kept, cell = loops.forward(kernel, added, carry, differentiable)
+    outputs = kept[..., -len(kernel) :]
     return (outputs, LSTMCarry(cell, outputs[-1])), (kernels, steps, carry, kept)
 
 
@@ -136,17 +135,15 @@ def differentiate_step(
 def _forward_loop(
     kernel: jax.Array, added: Steps, carry: LSTMCarry, differentiable: bool
 ) -> tuple[jax.Array, jax.Array]:
-    def step(
-        carry: tuple[jax.Array, jax.Array], added: Steps
-    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        (cell, rounded), (terms, start) = carry, added
-        sums = clear(matmul_rounded(rounded, kernel), start) + terms
-        cell, hidden, kept = compute_step(sums, clear(cell, start), differentiable)
-        return (cell, hidden.astype(kernel.dtype)), kept
+    def step(state: LSTMCarry, added: Steps) -> tuple[LSTMCarry, jax.Array]:
+        terms, start = added
+        sums = clear(matmul_rounded(state.hidden, kernel), start) + terms
+        cell, hidden, kept = compute_step(sums, clear(state.cell, start), differentiable)
+        return LSTMCarry(cell, hidden.astype(kernel.dtype)), kept
 
-    first = carry.cell, carry.hidden.astype(kernel.dtype)
-    (cell, _), kept = lax.scan(step, first, added)
-    return kept, cell
+    rounded = carry._replace(hidden=carry.hidden.astype(kernel.dtype))
+    last, kept = lax.scan(step, rounded, added)
+    return kept, last.cell
 
 
 def _backward_loop(

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import jax
 
 from lstm_jax.config import is_plain_lstm
-from lstm_jax.recurrences import native
+from lstm_jax.recurrences import native, processor
 from lstm_jax.recurrences.in_c import LANES
-from lstm_jax.recurrences.processor import can_multiply, find_vendor, is_faster_in_bfloat16
 
 
 class Row(NamedTuple):
@@ -49,9 +48,10 @@ TABLE = (
 def list_rows() -> list[Row]:
     """Return the rows of `TABLE` for this CPU; none without the library, or on another device."""
     library = native.load_library() if jax.default_backend() == "cpu" else None
-    kind = "AMX" if library and library.uses_amx else find_vendor()
+    kind = "AMX" if library and library.uses_amx else processor.find_vendor()
     rows = [row for row in TABLE if library and kind in row.processors.split()]
-    return [row for row in rows if can_multiply(row.dtype)]
+    needed = {"float32": "avx512f", "bfloat16": "avx512_bf16", "int8": "avx512_vnni"}
+    return [row for row in rows if needed[row.dtype] in processor.read_cpu_features()]
 
 
 def find_row(work: str, dtype: str, hidden_size: int) -> Row | None:
@@ -111,6 +111,6 @@ def choose_dtype(recurrence: str) -> str:
     They are on GPUs and TPUs, except in cuDNN, and in fused layers on processors with fast
     instructions for them.
     """
-    fast_on_cpu = recurrence == "fused" and is_faster_in_bfloat16()
+    fast_on_cpu = recurrence == "fused" and processor.is_faster_in_bfloat16()
     is_fast = fast_on_cpu or jax.default_backend() != "cpu"
     return "bfloat16" if is_fast and recurrence != "cudnn" else "float32"

@@ -145,7 +145,10 @@ def _backward(
     d_outputs, d_last = cotangents
     time, batch, depth = rows.shape
     features, hidden = len(kernels.input), len(kernels.recurrent)
-    packed = _pack_transposed(kernels.recurrent.astype(dtype))
+    # The transposed kernel in tiles of 64 columns: [tiles, words, 64, in a word].
+    numbers = NUMBERS_IN_WORD[dtype]
+    rows_of_tiles = jnp.pad(kernels.recurrent.astype(dtype), ((0, -hidden % _TILE), (0, 0)))
+    packed = rows_of_tiles.reshape(-1, _TILE, 4 * hidden // numbers, numbers).transpose(0, 2, 1, 3)
     d_gates, d_cell, d_hidden = _call(
         "backward",
         (gates, packed, first_cell, cells, d_outputs, *d_last, *given),
@@ -164,14 +167,6 @@ def _backward(
 
 
 run_recurrence.defvjp(_forward, _backward)
-
-
-def _pack_transposed(kernel: jax.Array) -> jax.Array:
-    """Arrange kernel.T in tiles of 64 columns: [tiles, words, 64, in a word]."""
-    numbers = NUMBERS_IN_WORD[kernel.dtype.name]
-    rows = jnp.pad(kernel, ((0, -len(kernel) % _TILE), (0, 0)))
-    words = rows.reshape(-1, _TILE, kernel.shape[1] // numbers, numbers)
-    return words.transpose(0, 2, 1, 3)
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:

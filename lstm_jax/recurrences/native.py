@@ -21,7 +21,6 @@ from lstm_jax.recurrences.processor import count_cores, read_cpu_features
 _SOURCE = Path(__file__).with_name("lstm.c")
 _FLAGS = [f"-mavx512{name}" for name in ("f", "bw", "vl", "dq")]
 _FLAGS += ["-mfma", "-O3", "-std=gnu11", "-shared", "-fPIC"]
-_FUNCTIONS = ("matmul", "step", "forward", "backward")
 
 
 class Library(NamedTuple):
@@ -51,7 +50,7 @@ def load_library() -> Library | None:
     except (OSError, UserError) as error:
         warn(f"LSTMs run without the library in C, which is faster: {error}")
         return None
-    for name in _FUNCTIONS:
+    for name in ("matmul", "step", "forward", "backward"):
         function = jax.ffi.pycapsule(library[f"lstm_{name}"])
         jax.ffi.register_ffi_target(f"{path.stem}-{name}", function, platform="cpu")
     has_amx = "amx_bf16" in read_cpu_features()

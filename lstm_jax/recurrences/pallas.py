@@ -29,7 +29,7 @@ def _forward(
     added, _ = steps  # Without starts.
     time, batch, _ = added.shape
     hidden = len(kernel)
-    rows, columns = _round_up(batch, _ROWS), _round_up(hidden, _COLUMNS)
+    rows, columns = pl.align_to(batch, _ROWS), pl.align_to(hidden, _COLUMNS)
     parts = 7 if differentiable else 1
     states = [_pad(state, rows, columns) for state in carry]
     kept, cell = _call(
@@ -62,7 +62,7 @@ def _backward(
 ) -> tuple[jax.Array, LSTMCarry]:
     kept, _ = steps
     time, batch, hidden = d_outputs.shape
-    rows, columns = _round_up(batch, _ROWS), _round_up(hidden, _COLUMNS)
+    rows, columns = pl.align_to(batch, _ROWS), pl.align_to(hidden, _COLUMNS)
     state = (rows, columns), kept.dtype
     read = [_pad(kept, rows, columns, 7), _pad(d_outputs, rows, columns)]
     states = [_pad(cotangent, rows, columns) for cotangent in d_last]
@@ -122,10 +122,6 @@ def _call(
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_VMEM_BYTES),
         interpret=_INTERPRETER if jax.default_backend() != "tpu" else False,
     )(*arguments)
-
-
-def _round_up(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
 
 
 def _pad(x: jax.Array, rows: int, columns: int, parts: int = 1) -> jax.Array:

@@ -19,12 +19,6 @@ def is_faster_in_bfloat16() -> bool:
     return "amx_bf16" in features or ("avx512_bf16" in features and find_vendor() == "AMD")
 
 
-def can_multiply(dtype: str) -> bool:
-    """Return whether this processor has AVX-512's instructions for matmuls in `dtype`."""
-    instructions = {"float32": "avx512f", "bfloat16": "avx512_bf16", "int8": "avx512_vnni"}
-    return instructions[dtype] in read_cpu_features()
-
-
 @functools.cache
 def read_cpu_features() -> frozenset[str]:
     """Return the processor's vendor and instruction sets, among others; nothing without /proc."""

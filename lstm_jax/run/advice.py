@@ -53,13 +53,9 @@ def advise(rows: _Rows) -> str | None:
 
 def _average_training_loss(rows: _Rows, step: int) -> float | None:
     """Return the mean training loss between the validation at a step and the one before it."""
-    start = max(
-        (row["step"] for row in rows if row["split"] == "validation" and row["step"] < step),
-        default=0,
-    )
-    losses = [
-        row["loss"] for row in rows if row["split"] == "train" and start < row["step"] <= step
-    ]
+    earlier = [row["step"] for row in rows if row["split"] == "validation" and row["step"] < step]
+    steps = range(max(earlier, default=0) + 1, step + 1)
+    losses = [row["loss"] for row in rows if row["split"] == "train" and row["step"] in steps]
     return sum(losses) / len(losses) if losses else None
 
 

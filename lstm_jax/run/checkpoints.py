@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,8 +35,6 @@ from lstm_jax.errors import (
 )
 from lstm_jax.model import Params
 from lstm_jax.run.seal import ARRAY, VALIDATION, find_damage, seal_checkpoint
-
-T = TypeVar("T")
 
 _UNFINISHED = ".unfinished"
 _VALIDATION_LIMIT = 2**12  # bytes
@@ -68,7 +66,7 @@ def _make_handler() -> ocp.CompositeCheckpointHandler:
     )
 
 
-class CheckpointWriter:
+class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", None]):
     """Saves the checkpoints of a run; keeps the latest two and the best by validation loss.
 
     Only the processes of one run may use it, one of which holds the lock of the working directory.
@@ -169,14 +167,12 @@ class CheckpointWriter:
         last = list_steps(self._directory)
         before = f"the last good one is step {last[-1]}" if last else "there is none before it"
         verb = "resume from there" if last else "start again"
+        reason = (isinstance(error, OSError) and error.strerror) or one_line(error)
         return UnavailableError(
             f"can't write the checkpoint of step {step} in {self._directory} "
-            f"({_get_reason(error)}); {before}: free space or make it writable, then {verb} with "
+            f"({reason}); {before}: free space or make it writable, then {verb} with "
             f"{name_same_command()}"
         )
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
@@ -188,10 +184,6 @@ class CheckpointWriter:
             self._thread.shutdown()
             with contextlib.suppress(Exception):  # `wait` has raised it already.
                 self._orbax.close()
-
-
-def _get_reason(error: Exception) -> str:
-    return (isinstance(error, OSError) and error.strerror) or one_line(error)
 
 
 def restore_latest(
@@ -362,7 +354,7 @@ def _find_disagreement(restored: ocp.args.Composite, step: int) -> str | None:
     return None
 
 
-def _abstract(tree: T) -> T:
+def _abstract(tree: Any) -> Any:
     """Return shapes, dtypes and shardings; the default is this process's first device."""
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(

@@ -76,7 +76,6 @@ class Run:
         self._arrays = generation.prepare_params(self.model, self.params)
 
     def __repr__(self) -> str:
-        """Return a description, for example of a notebook's output."""
         members = getattr(self.model, "members", [self.model])
         models = ", ".join(f"{m.cell_name} {m.num_layers}x{m.hidden_size}" for m in members)
         count = sum(array.size for array in jax.tree.leaves(self.params))

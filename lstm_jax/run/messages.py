@@ -1,22 +1,16 @@
-"""Describe a model, its loss, and the start and the end of training; report non-finite numbers."""
+"""Describe a model, its loss, and the start and the end of training."""
 
-import json
 import math
 import shlex
-import sys
 
 import jax
 from flax.traverse_util import flatten_dict
-from tqdm import tqdm
 
-from lstm_jax import batches
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
-from lstm_jax.data import files
-from lstm_jax.devices import hosts
-from lstm_jax.errors import NotFiniteError, name_same_command, name_setting, warn
+from lstm_jax.errors import name_same_command, name_setting
 from lstm_jax.recurrences import choice
-from lstm_jax.run import cell_file, checkpoints, workdir
+from lstm_jax.run import cell_file, workdir
 from lstm_jax.run.session import Session
 from lstm_jax.vocabulary import TextSize
 
@@ -142,31 +136,3 @@ def list_files(run: Session) -> str:
         f"Generate text: python -m lstm_jax.sample --workdir {shlex.quote(str(run.directory))}"
         f"{cell_file.make_flag(run.config.model)}"
     )
-
-
-def report_nonfinite(run: Session, step: int, skipped: int) -> None:
-    """Save the batch of a step that was skipped because a number was not finite, and warn.
-
-    Raise `NotFiniteError` if more steps were `skipped` so far than `config.max_skipped_steps`.
-    """
-    path, config, ids = run.directory / f"nonfinite_step_{step}.json", run.config, run.ids["train"]
-    if hosts.is_first():
-        offsets = batches.make_order(len(ids), config.batches, config.seed)[step - 1]
-        batch = batches.cut_batch(ids, offsets, config.batches.window_length)
-        saved = {"step": step, "inputs": batch.inputs.tolist(), "targets": batch.targets.tolist()}
-        files.write_file(path, f"{json.dumps(saved)}\n".encode())
-    allowed = config.max_skipped_steps
-    message = (
-        f"a parameter, the loss or a gradient of step {step} is not finite (its batch is in {path})"
-    )
-    if skipped > allowed:
-        run.checkpoints.wait()
-        last_saved = checkpoints.list_steps(run.directory / workdir.CHECKPOINTS)[-1]
-        raise NotFiniteError(
-            f"{message}: the last good checkpoint is that of step {last_saved}; resume from it "
-            "with a lower optimizer.learning_rate, "
-            f"{name_setting('optimizer.max_gradient_norm', 1)}, or more than {allowed} in "
-            "max_skipped_steps"
-        )
-    with tqdm.external_write_mode(sys.stderr):  # Not behind the bar.
-        warn(f"{message}; skipped {skipped} of at most {allowed}")

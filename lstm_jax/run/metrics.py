@@ -22,6 +22,7 @@ from lstm_jax.errors import name_failure, warn
 _SPLITS = ("train", "validation", "test")
 # Limits in bytes of the part of metrics.jsonl that is read, and of a row: a longer one is damaged.
 _LARGEST, _LONGEST_LINE = 2**26, 2**12
+_warn_once = functools.cache(warn)  # Training reads its metrics after each epoch.
 
 
 class Extra(TypedDict, total=False):
@@ -149,7 +150,7 @@ def read_metrics(path: Path) -> list[Row]:
         else:
             damaged += line.endswith(b"\n")
     if damaged:
-        _warn(path, f"{damaged} damaged line{'s' * (damaged > 1)}")
+        _warn_once(f"left out {damaged} damaged line{'s' * (damaged > 1)} of {path}")
     return rows
 
 
@@ -168,8 +169,3 @@ def _parse(line: bytes) -> Row | None:
 
 def _checksum(row: Row) -> str:
     return f"{zlib.crc32(json.dumps(row).encode()):08x}"
-
-
-@functools.cache  # Warn once per process: training reads its metrics after each epoch.
-def _warn(path: Path, lines: str) -> None:
-    warn(f"left out {lines} of {path}")

@@ -1,17 +1,23 @@
 """Log, save, validate and stop a single run after its training steps."""
 
 import contextlib
+import json
+import sys
 import time
 from collections.abc import Iterator
 
 import jax
+from tqdm import tqdm
 
-from lstm_jax import generation
+from lstm_jax import batches, generation
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.controls import Controls
+from lstm_jax.data import files
 from lstm_jax.devices import hosts, parallel
+from lstm_jax.errors import NotFiniteError, name_setting, warn
 from lstm_jax.run import advice, console, figures, interrupts, messages, metrics, workdir
+from lstm_jax.run.checkpoints import list_steps
 from lstm_jax.run.loop import Loop, Observer
 from lstm_jax.run.profiler import Profiler
 from lstm_jax.run.progress import Progress
@@ -146,10 +152,34 @@ class Validate(Observer):
 
 
 def check_finite(run: Session, loop: Loop) -> None:
-    """Report skipped steps; raise `NotFiniteError` if there are more than allowed."""
-    if first := int(loop.state.first_skipped):
-        messages.report_nonfinite(run, first, int(loop.state.skipped))
-        loop.state = loop.state.clear("first_skipped")
+    """Save the batch of a step that was skipped because a number was not finite, and warn.
+
+    Raise `NotFiniteError` if more steps were skipped so far than `config.max_skipped_steps`.
+    """
+    if not (step := int(loop.state.first_skipped)):
+        return
+    path, config, ids = run.directory / f"nonfinite_step_{step}.json", run.config, run.ids["train"]
+    if hosts.is_first():
+        offsets = batches.make_order(len(ids), config.batches, config.seed)[step - 1]
+        batch = batches.cut_batch(ids, offsets, config.batches.window_length)
+        saved = {"step": step, "inputs": batch.inputs.tolist(), "targets": batch.targets.tolist()}
+        files.write_file(path, f"{json.dumps(saved)}\n".encode())
+    skipped, allowed = int(loop.state.skipped), config.max_skipped_steps
+    message = (
+        f"a parameter, the loss or a gradient of step {step} is not finite (its batch is in {path})"
+    )
+    if skipped > allowed:
+        run.checkpoints.wait()
+        last_saved = list_steps(run.directory / workdir.CHECKPOINTS)[-1]
+        raise NotFiniteError(
+            f"{message}: the last good checkpoint is that of step {last_saved}; resume from it "
+            "with a lower optimizer.learning_rate, "
+            f"{name_setting('optimizer.max_gradient_norm', 1)}, or more than {allowed} in "
+            "max_skipped_steps"
+        )
+    with tqdm.external_write_mode(sys.stderr):  # Not behind the bar.
+        warn(f"{message}; skipped {skipped} of at most {allowed}")
+    loop.state = loop.state.clear("first_skipped")
 
 
 def generate_sample(run: Session, params: model_lib.Params, key: jax.Array) -> str:

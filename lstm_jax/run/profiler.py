@@ -15,20 +15,18 @@ class Profiler(Observer):
 
     def __init__(self, directory: Path | None, step: int) -> None:
         """Start at `step`; trace into `directory`/plugins/profile/TIME/, or not at all if None."""
-        self._directory, self._first, self._is_tracing = directory, step + _WARM_UP, False
+        self._directory, self._next, self._is_tracing = directory, step + _WARM_UP, False
 
     def after_step(self, loop: Loop) -> None:
         """Start or stop the trace if it is time to, when the device has finished the step."""
-        step, result = loop.step, loop.state.loss_sum
-        if self._directory is None or step < self._first:
+        if self._directory is None or loop.step < self._next:
             return
-        if not self._is_tracing:
-            jax.block_until_ready(result)
-            jax.profiler.start_trace(str(self._directory))
-            self._first, self._is_tracing = step, True
-        elif step >= self._first + _STEPS:
-            jax.block_until_ready(result)
+        jax.block_until_ready(loop.state.loss_sum)
+        if self._is_tracing:
             self.close()
+        else:
+            jax.profiler.start_trace(str(self._directory))
+            self._next, self._is_tracing = loop.step + _STEPS, True
 
     def close(self) -> None:
         """Write the trace if it is still recording."""

@@ -167,8 +167,7 @@ def _check_model(before: Config, config: Config, directory: Path) -> None:
     }
     if not wanted:
         return
-    if "model.options" in wanted:
-        del wanted["model.options"]
+    if wanted.pop("model.options", None):
         options = before.model.options
         wanted |= {f"model.options.{name}": value for name, value in options.items()}
     set_all = choose_wording(" ", "; ").join(name_setting(*item) for item in wanted.items())

@@ -9,6 +9,7 @@ has compressed, such as 0.0. TensorStore, which reads it, stops where a chunk un
 its shape. It limits neither that shape nor what other kinds of compression unpack to.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -139,15 +140,12 @@ def _list(checkpoint: Path) -> dict[str, int]:
     sizes = {}
     for path in sorted(checkpoint.rglob("*")):
         name = path.relative_to(checkpoint).as_posix()
-        try:
+        with contextlib.suppress(FileNotFoundError):  # A temporary file of `files.write_json`.
             status = path.lstat()
-        except FileNotFoundError:  # A temporary file of `files.write_json`.
-            continue
-        if stat.S_ISDIR(status.st_mode):
-            continue
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{name} is not a regular file")
-        sizes[name] = status.st_size
+            if stat.S_ISREG(status.st_mode):
+                sizes[name] = status.st_size
+            elif not stat.S_ISDIR(status.st_mode):
+                raise ValueError(f"{name} is not a regular file")
     return {name: size for name, size in sizes.items() if name not in (SEAL, VALIDATION)}
 
 

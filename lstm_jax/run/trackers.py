@@ -44,7 +44,10 @@ def _open_wandb(directory: Path) -> _Tracker:
     opened.define_metric("*", step_metric="step")
 
     def write(row: Row) -> None:
-        entry: dict[str, object] = {"step": row["step"], **_list_numbers(row)}
+        entry: dict[str, object] = {"step": row["step"], "epoch": row["epoch"]}
+        for name, value in row.items():  # Others are named by their split, as in TensorBoard.
+            if isinstance(value, float | int) and name not in entry:
+                entry[f"{row['split']}/{name}"] = value
         if "sample" in row:
             text = f"<pre style='white-space: pre-wrap'>{html.escape(row['sample'])}</pre>"
             entry["validation/sample"] = wandb.Html(text)
@@ -54,13 +57,6 @@ def _open_wandb(directory: Path) -> _Tracker:
 
 
 _TRACKERS: dict[str, Callable[[Path], _Tracker]] = {"wandb": _open_wandb}
-
-
-def _list_numbers(row: Row) -> dict[str, float]:
-    """Return the numbers of a row but its step, named by their split as in TensorBoard."""
-    numbers = {name: value for name, value in row.items() if isinstance(value, float | int)}
-    epoch, _ = numbers.pop("epoch"), numbers.pop("step")
-    return {"epoch": epoch, **{f"{row['split']}/{name}": numbers[name] for name in numbers}}
 
 
 @contextlib.contextmanager

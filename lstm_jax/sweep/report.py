@@ -40,7 +40,7 @@ def write_report(study: Study, directory: Path, experiment: Config) -> str:
             lines.append(f"Measure their ensemble: {command}")
     else:
         config = change_fields(experiment, best.user_attrs[study_lib.OVERRIDES])
-        _write(directory / BEST, _make_best_file(best, config, directory))
+        files.write_file(directory / BEST, _make_best_file(best, config, directory).encode())
         trained = str(study_lib.get_trial_directory(directory, best))
         command = shlex.join(["python", "-m", "lstm_jax.sample", "--workdir", trained])
         lines = [
@@ -52,13 +52,9 @@ def write_report(study: Study, directory: Path, experiment: Config) -> str:
     return "\n".join([*lines, f"All trials: {directory / TRIALS}"])
 
 
-def _write(path: Path, text: str) -> None:
-    files.write_file(path, text.encode("utf-8", "backslashreplace"))
-
-
 def write_trials(study: Study, directory: Path) -> None:
     """Write a line of JSON for each trial: its state, settings, losses and working directory."""
-    lines = [
+    rows = [
         {
             "trial": trial.number,
             "state": describe_state(trial),
@@ -72,7 +68,7 @@ def write_trials(study: Study, directory: Path) -> None:
         }
         for trial in study.get_trials(deepcopy=False)
     ]
-    _write(directory / TRIALS, "".join(json.dumps(line) + "\n" for line in lines))
+    files.write_file(directory / TRIALS, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def _get_command(best: FrozenTrial, directory: Path) -> str:
