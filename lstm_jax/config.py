@@ -500,10 +500,11 @@ def flatten(config: Config) -> Iterator[tuple[str, object]]:
 
 def _flatten(fields: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     for name, value in fields.items():
-        if isinstance(value, dict) and prefix + name != _OPEN:
-            yield from _flatten(value, f"{prefix}{name}.")
+        full = prefix + name
+        if isinstance(value, dict) and full != _OPEN and (value or full in _SECTIONS):
+            yield from _flatten(value, f"{full}.")
         else:
-            yield prefix + name, value
+            yield full, value
 
 
 def describe_fields(width: int, quote: str = "") -> str:

@@ -38,6 +38,8 @@ def test_the_default_config_is_the_lesson() -> None:
     ("fields", "message"),
     [
         ({"model": {"hiden_size": 7}}, "model.hiden_size: did you mean model.hidden_size"),
+        ({"modle": {}}, "there is no field config.modle"),
+        ({"seed": {}}, "config.seed is {}: it must be of type int"),
         ({"model": {"hidden_size": "7"}}, "model.hidden_size is '7': it must be of type int"),
         ({"model": {"hidden_size": 0}}, "model.hidden_size is 0: it must be from 1 to 1,048,576"),
         ({"max_step": 1}, "config.max_step: did you mean max_steps"),
