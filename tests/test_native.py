@@ -600,7 +600,7 @@ def test_older_processors_do_not_run_what_they_lack(tmp_path: Path) -> None:
     assert found.pop("multiply") == {"vdpbf16ps", "vpdpbusd"}
     assert found.pop("release_tiles") == {"tilerelease"}
     assert "tdpbf16ps" in found.pop("multiply_tiles")
-    # Whether `store` rounds is decided at run time: nothing is moved before volatile assembly.
+    # `store` decides at run time whether to round: a compiler does not run volatile assembly early.
     assert all(names == {"vcvtneps2bf16"} for names in found.values())
     assert "__asm__ volatile" in native._SOURCE.read_text()
 

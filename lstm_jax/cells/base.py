@@ -1,4 +1,4 @@
-"""A base for cells whose gates read the inputs and the hidden state: kernels and matmuls.
+"""Bases of cells: common fields, and the kernels of gates that read inputs and hidden state.
 
 Gates are side by side in `input_kernel` [in, gates * hidden_size], `recurrent_kernel`
 [hidden_size, gates * hidden_size] and `bias` [gates * hidden_size].

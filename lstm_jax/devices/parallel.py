@@ -43,6 +43,10 @@ def use_cores(config: Config) -> None:
     else uses JAX; later, or with a GPU or TPU, it has no effect.
     """
     set_cpu_devices((config.mesh.data or _limit_cores(config)) * config.mesh.model)
+    if config.model.hidden_size > _LARGEST_HIDDEN_IN_C:
+        # Steps on one device then run in the main thread, for which `memory` keeps arrays of any
+        # size; smaller models gain more from steps that run while Python prepares the next.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def set_cpu_devices(number: int | None = None) -> None:

@@ -24,10 +24,9 @@ class Row(NamedTuple):
 
 # XLA runs all other layers, and those whose hidden size is not a multiple of 16. Measured on two
 # cores, of Zen 4 or of Emerald Rapids without AMX, at 1 x 1,024, 2 x 512 and 2 x 256 or as stated
-# (docs/speed.md); with AMX, which float32 does not use, of Sapphire Rapids. Rows in
-# float32 and int8 hold for older processors of Intel, too, of which none was measured. With 24
-# texts or more, XLA is faster than Intel's steps in bfloat16, but kernels are packed before that is
-# known.
+# (docs/speed.md); with AMX, which float32 does not use, of Sapphire Rapids. Rows in float32 and
+# int8 hold for older processors of Intel, too, of which none was measured. With 24 texts or more,
+# XLA is faster than Intel's steps in bfloat16, but kernels are packed before that is known.
 TABLE = (
     Row("AMD", "windows", "bfloat16", "0.77, 0.57, 0.84 of XLA's time at three sizes"),
     Row("AMD", "windows", "float32", "0.91, 0.82, 0.79 of XLA's time", largest=1024),
@@ -43,6 +42,7 @@ TABLE = (
     Row("Intel", "steps", "int8", "0.45 of the time in bfloat16 for a text, 0.36 for 64"),
     Row("AMX", "steps", "int8", "0.21 to 0.25 of XLA's time for a text, 0.51 for 64"),
 )
+_INSTRUCTIONS = {"float32": "avx512f", "bfloat16": "avx512_bf16", "int8": "avx512_vnni"}
 
 
 def list_rows() -> list[Row]:
@@ -50,13 +50,13 @@ def list_rows() -> list[Row]:
     library = native.load_library() if jax.default_backend() == "cpu" else None
     kind = "AMX" if library and library.uses_amx else processor.find_vendor()
     rows = [row for row in TABLE if library and kind in row.processors.split()]
-    needed = {"float32": "avx512f", "bfloat16": "avx512_bf16", "int8": "avx512_vnni"}
-    return [row for row in rows if needed[row.dtype] in processor.read_cpu_features()]
+    return [row for row in rows if _INSTRUCTIONS[row.dtype] in processor.read_cpu_features()]
 
 
 def find_row(work: str, dtype: str, hidden_size: int) -> Row | None:
     """Return the row of `TABLE` for such layers here; without one, XLA runs them."""
-    for row in TABLE if hidden_size % LANES == 0 else ():
+    has_instructions = _INSTRUCTIONS[dtype] in processor.read_cpu_features()
+    for row in TABLE if hidden_size % LANES == 0 and has_instructions else ():
         is_of_size = (row.work, row.dtype) == (work, dtype) and hidden_size <= row.largest
         if is_of_size and row in list_rows():  # Last, because it may compile the library.
             return row
