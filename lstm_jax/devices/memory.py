@@ -6,7 +6,7 @@ import jax
 
 # Options of glibc's mallopt, from its malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
-_HEAP = 2**26  # The size of a heap, of which each thread but the main one allocates.
+_HEAP = 2**26  # Bytes of a heap, from which a thread other than the main one allocates.
 
 
 def keep_freed_memory() -> None:
