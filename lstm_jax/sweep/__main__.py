@@ -73,6 +73,7 @@ def main() -> int:
         ) from None
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    parallel.use_cores(experiment)
     # Make a CPU device for each core now: otherwise a trial would depend on earlier ones.
     parallel.set_cpu_devices()
     jax.devices()
