@@ -146,5 +146,9 @@ def read_splits(data: DataConfig) -> dict[str, str]:
 
 def compute_checksum(splits: dict[str, str]) -> str:
     """Return `data.sha256` of a text; see `sources.make_checksum`."""
-    contents = [splits[name].encode("utf-8", "surrogateescape") for name in sources.SPLITS]
-    return sources.make_checksum(hashlib.sha256(b"".join(contents)), map(len, contents))
+    digest, lengths = hashlib.sha256(), []
+    for name in sources.SPLITS:
+        content = splits[name].encode("utf-8", "surrogateescape")
+        digest.update(content)
+        lengths.append(len(content))
+    return sources.make_checksum(digest, lengths)

@@ -35,24 +35,20 @@ _SMALLEST_HIDDEN, _LARGEST_HIDDEN, _LARGEST_HIDDEN_IN_C = 64, 768, 448
 _SMALLEST_PART = 16
 
 
-def use_cores(config: Config) -> None:
-    """Set the number of CPU devices that this process may need to train with `config`.
+def use_cores(config: Config, number: int | None = None) -> None:
+    """Set the number of CPU devices, by default that which training with `config` may need.
 
     That is the whole mesh, since the number of other processes is unknown until devices exist, and
     the mesh without the library in C, since it is unknown whether it runs. Call it before anything
     else uses JAX; later, or with a GPU or TPU, it has no effect.
     """
-    set_cpu_devices((config.mesh.data or _limit_cores(config)) * config.mesh.model)
+    number = number or (config.mesh.data or _limit_cores(config)) * config.mesh.model
+    with contextlib.suppress(RuntimeError):  # JAX has made its devices already.
+        jax.config.update("jax_num_cpu_devices", number)
     if config.model.hidden_size > _LARGEST_HIDDEN_IN_C:
         # Steps on one device then run in the main thread, for which `memory` keeps arrays of any
         # size; smaller models gain more from steps that run while Python prepares the next.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
-
-
-def set_cpu_devices(number: int | None = None) -> None:
-    """Set the number of CPU devices, by default one for each core; see `use_cores`."""
-    with contextlib.suppress(RuntimeError):  # JAX has made its devices already.
-        jax.config.update("jax_num_cpu_devices", number or count_cores())
 
 
 def _count_useful_cores(config: Config) -> int:

@@ -65,10 +65,8 @@ class Session:
         self.config, self.vocabulary, self.changes = resolved
         self.ids, self.sizes = splits.encode(self.vocabulary)
         is_new = not (steps := checkpoints.list_steps(self._saved_in))
-        held = directory / lock.LOCK  # Its content distinguishes working directories.
-        locked = held.read_bytes() if held.exists() else b""
         hosts.check_same(
-            f"{locked!r} {steps} {self.config.to_dict()}",
+            f"{lock.read_lock(directory)!r} {steps} {self.config.to_dict()}",
             "config, text and working directory: start all with the same command",
         )
         config, ids, size = self.config, self.ids["train"], len(self.vocabulary)

@@ -63,6 +63,7 @@ def main() -> int:
         import optuna
 
         from lstm_jax.devices import parallel
+        from lstm_jax.recurrences.processor import count_cores
         from lstm_jax.sweep import search
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
@@ -73,9 +74,8 @@ def main() -> int:
         ) from None
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    parallel.use_cores(experiment)
     # Make a CPU device for each core now: otherwise a trial would depend on earlier ones.
-    parallel.set_cpu_devices()
+    parallel.use_cores(experiment, count_cores())
     jax.devices()
     sweep = search.prepare_sweep(
         experiment,
