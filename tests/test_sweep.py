@@ -290,6 +290,11 @@ def test_a_sweep_is_prepared_from_options(
         ),
         ("def get_overrides(trial):\n    return {'seed': 'a'}", "must be of type int"),
         (
+            "def get_overrides(t):\n"
+            "    return {'optimizer.step_at': t.suggest_categorical('at', [(0.5, 0.7), (0.9,)])}",
+            r"the parameter 'at' has the value \(0.5, 0.7\), and Optuna keeps only numbers, ",
+        ),
+        (
             "import optuna\ndef get_overrides(trial):\n    raise optuna.TrialPruned",
             r"get_overrides\(trial\) raised TrialPruned: return valid fields",
         ),
@@ -297,8 +302,13 @@ def test_a_sweep_is_prepared_from_options(
             "def get_overrides(t):\n    return {'num_epochs': t.suggest_int('n', -3, 1)}",
             "config.num_epochs is",
         ),
+        (
+            "def get_overrides(t):\n    return {'data.path': t.suggest_categorical('p', ['a'])}",
+            "space.py: it changes data.path, but losses on different texts can't be compared",
+        ),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Choices for a categorical distribution")
 def test_a_broken_space_gives_a_one_line_error(
     code: str | None, message: str, tmp_path: Path
 ) -> None:
@@ -332,6 +342,17 @@ def test_a_grid_needs_finite_values_and_visits_each_once(tmp_path: Path) -> None
         "    return {'optimizer.momentum': t.suggest_float('m', 0.0, 0.3, step=0.1)}"
     )
     assert make_grid()["m"][-1] == 0.3, "3 * 0.1 > 0.3"
+    path.write_text(
+        "def get_overrides(t):\n    return {'seed': t.suggest_int('s', 3, 5, log=True)}"
+    )
+    assert make_grid() == {"s": [3, 4, 5]}
+    path.write_text(
+        "def get_overrides(t):\n"
+        "    epochs = t.suggest_categorical('epochs', [1, 2])\n"
+        "    return {'num_epochs': epochs, 'seed': t.suggest_int('s', 0, 4 * epochs)}"
+    )
+    with pytest.raises(UserError, match="the same range in every trial, unlike 's'"):
+        make_grid()
     sampler = study.SamplerSettings("grid", 0, grid).make_sampler(0)
     record = optuna.create_study(sampler=sampler)
     drawn = [found.draw_config(record.ask(), config_lib.Config())[0] for _ in range(6)]
@@ -351,7 +372,9 @@ def test_a_grid_over_parameters_of_some_trials_raises_an_error(
         "            'optimizer.momentum': t.suggest_categorical('momentum', [0.8, 0.9])}"
     )
     directory = tmp_path / "sweep"
-    with pytest.raises(UserError, match="only some trials have the parameters momentum, but a gr"):
+    with pytest.raises(
+        UserError, match="the same parameters .* in every trial, unlike 'momentum': ch"
+    ):
         search.prepare_sweep(
             *(config_lib.complete_config(tiny_config), "tiny"),
             space_file=str(path),
@@ -530,14 +553,18 @@ def test_a_directory_in_use_does_not_fail_its_trial(
 
 
 def test_failed_trials_in_a_row_stop_the_sweep(
-    tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_config: ConfigDict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     error = UserError("the training text is too short")
     monkeypatch.setattr(training, "train", mock.Mock(side_effect=error))
     record = make_study(tmp_path)
     sweep = search.Sweep(record, RANDOM, tiny_config, make_rate_space(), tmp_path, 3)
     with pytest.raises(UserError, match="3 trials in a row failed"):
-        search.run_worker(sweep)
+        search.run_sweep(sweep)
+    assert "All trials: " in capsys.readouterr().out, "the results of earlier trials are written"
     assert [row["state"] for row in rows(tmp_path)] == ["failed"] * 3
 
 

@@ -35,14 +35,14 @@ _SMALLEST_HIDDEN, _LARGEST_HIDDEN, _LARGEST_HIDDEN_IN_C = 64, 768, 448
 _SMALLEST_PART = 16
 
 
-def use_cores(config: Config, number: int | None = None) -> None:
-    """Set the number of CPU devices, by default that which training with `config` may need.
+def use_cores(config: Config, least: int = 1) -> None:
+    """Set the number of CPU devices that training with `config` may need, or `least` if it is more.
 
     That is the whole mesh, since the number of other processes is unknown until devices exist, and
     the mesh without the library in C, since it is unknown whether it runs. Call it before anything
     else uses JAX; later, or with a GPU or TPU, it has no effect.
     """
-    number = number or (config.mesh.data or _limit_cores(config)) * config.mesh.model
+    number = max(least, (config.mesh.data or _limit_cores(config)) * config.mesh.model)
     with contextlib.suppress(RuntimeError):  # JAX has made its devices already.
         jax.config.update("jax_num_cpu_devices", number)
     if config.model.hidden_size > _LARGEST_HIDDEN_IN_C:

@@ -75,7 +75,7 @@ def main() -> int:
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     # Make a CPU device for each core now: otherwise a trial would depend on earlier ones.
-    parallel.use_cores(experiment, count_cores())
+    parallel.use_cores(experiment, least=count_cores())
     jax.devices()
     sweep = search.prepare_sweep(
         experiment,

@@ -37,7 +37,7 @@ _POLL_SECONDS = 2
 
 # Fields in which the experiments of a study's workers may differ: losses can be compared.
 _FREE_FIELDS = (
-    *("data.path", "data.directory", "mesh.data", "mesh.model"),
+    *("data.path", "data.directory", "data.prepared", "mesh.data", "mesh.model"),
     *("sample.length", "sample.temperature", "checkpoint_every_seconds"),
 )
 
@@ -124,15 +124,21 @@ def prepare_sweep(
 @convert_errors()
 def run_sweep(sweep: Sweep) -> int:
     """Call `run_worker`, write the results and print a summary; return the exit code."""
-    exit_code, signals = 0, StopRequest()
+    exit_code, signals, mistake = 0, StopRequest(), None
     try:
         # The loop of a single run has its own handler.
         with interrupts.handle_signals(signals.handle_signal):
             run_worker(sweep, signals)
     except Stopped as stopped:
         exit_code = stopped.code
+    except UnavailableError:
+        raise
+    except UserError as error:  # After the trials that succeeded.
+        mistake = error
     with interrupts.handle_signals(lambda *unused: None):
         print(report.write_report(sweep.study, sweep.directory, sweep.experiment))
+    if mistake:
+        raise mistake
     return exit_code
 
 

@@ -1,5 +1,6 @@
 """Load the search space of a sweep: a Python file that maps a trial to config overrides."""
 
+import itertools
 import json
 import runpy
 from collections.abc import Callable, Mapping, Sequence
@@ -49,38 +50,56 @@ class Space(NamedTuple):
                 f"({one_line(error)})"
             ) from None
         try:
-            return made, change_fields(experiment, made)
+            config = change_fields(experiment, made)
         except UserError as error:
             raise UserError(f"{self.name}: {error}") from None
+        for name in ("path", "dataset", "fractions"):
+            if getattr(config.data, name) != getattr(experiment.data, name):
+                raise UserError(
+                    f"{self.name}: it changes data.{name}, but losses on different texts can't be "
+                    "compared: use one sweep for each text"
+                )
+        return made, config
 
     def draw_trials(self, experiment: Config) -> list[FrozenTrial]:
         """Check a fixed set of random draws, and return them."""
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         for _ in range(_NUM_PROBES):
             self.draw_config(study.ask(), experiment)
+        for name, drawn in itertools.chain(*(t.distributions.items() for t in study.trials)):
+            choices = drawn.choices if isinstance(drawn, CategoricalDistribution) else ()
+            if other := [
+                value for value in choices if not isinstance(value, str | int | float | None)
+            ]:
+                raise UserError(
+                    f"{self.name}: the parameter {name!r} has the value {other[0]!r}, and Optuna "
+                    "keeps only numbers, strings, booleans and None: choose a name, and return "
+                    "the field for it"
+                )
         return study.trials
 
     def make_grid(self, draws: Sequence[FrozenTrial]) -> dict[str, list[CategoricalChoiceType]]:
         """Return the values of each parameter, from draws.
 
-        Raise `UserError` if their number is infinite, or a draw lacks a parameter.
+        Raise `UserError` if their number is infinite, or draws have other parameters or values.
         """
         found = {name: drawn for draw in draws for name, drawn in draw.distributions.items()}
-        if missing := [name for name in found if any(name not in draw.params for draw in draws)]:
-            raise UserError(
-                f"{self.name}: only some trials have the parameters {', '.join(missing)}, but a "
-                "grid needs the same in all: draw them in every trial, or use another --sampler"
-            )
+        for name, drawn in found.items():
+            if any(draw.distributions.get(name) != drawn for draw in draws):
+                raise UserError(
+                    f"{self.name}: a grid needs the same parameters with the same range in every "
+                    f"trial, unlike {name!r}: change that, or use another --sampler"
+                )
         return {name: self._list_values(name, drawn) for name, drawn in found.items()}
 
     def _list_values(self, name: str, distribution: Any) -> list[CategoricalChoiceType]:
         if isinstance(distribution, CategoricalDistribution):
             return list(distribution.choices)
         low, high, step = distribution.low, distribution.high, distribution.step
-        if step is None or distribution.log:
+        if step is None:
             raise UserError(
-                f"{self.name}: a grid needs a finite number of values of {name!r}: give it a step, "
-                "or suggest_categorical"
+                f"{self.name}: a grid needs a finite number of values of {name!r}: use "
+                "suggest_categorical, or a step and no log"
             )
         # Rounding may raise the last value above `high`.
         return [min(low + i * step, high) for i in range(round((high - low) / step) + 1)]
