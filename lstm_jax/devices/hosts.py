@@ -94,7 +94,8 @@ def join_processes(
         yield
         _wait_for_devices()
     except BaseException as error:
-        if re.search(_LOST_PATTERN, str(error)):
+        # An `UnavailableError` may be that of a save in which all processes take part.
+        if type(error) is not UserError and re.search(_LOST_PATTERN, str(error)):
             _leave(_LOST)
         if isinstance(error, UserError):
             _leave(str(error))
@@ -195,7 +196,11 @@ def wait_for_all(name: str) -> None:
 
 @contextlib.contextmanager
 def main_process_first(name: str) -> Iterator[None]:
-    """Let process 0 run the block before all other processes do."""
+    """Let process 0 run the block, which may take long, before all other processes do."""
+    if jax.process_count() > 1:
+        # On CPUs, processes connect when they first wait for each other, for at most 30 seconds.
+        _wait_for_devices()
+        wait_for_all(f"{name}, connected")
     if not is_first():
         wait_for_all(name)
     yield

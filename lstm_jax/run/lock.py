@@ -101,6 +101,7 @@ def _acquire(path: Path) -> int:
                 since = time.strftime("%Y-%m-%d %H:%M:%S")
                 me = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
                 os.pwrite(lock, (json.dumps(me) + "\n").encode(), 0)
+                os.fsync(lock)  # So that other hosts can read it on a network file system.
                 opened.pop_all()
                 return lock
             if _may_be_alive(holder, locked, path):

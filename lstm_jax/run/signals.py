@@ -42,8 +42,8 @@ class StopRequest(Observer):
         self.after_step(loop)
 
     def after_step(self, loop: Loop) -> None:
-        """Check for a signal, unless training is at its end."""
-        if loop.in_step and loop.step < loop.last_step:
+        """Check for a signal; after the last step, all processes do."""
+        if loop.in_step or loop.step == loop.last_step:
             self.check()
 
     def check(self) -> None:
