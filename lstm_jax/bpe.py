@@ -38,6 +38,8 @@ def learn_tokens(counts: Mapping[str, int], number: int, min_count: int) -> list
     Raises:
       UserError: if the package `tokenizers` is missing.
     """
+    if number <= 0:
+        return []
     try:
         from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     except ImportError:

@@ -155,6 +155,18 @@ def test_a_run_generates_and_scores(bpe_run: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_model_is_trained_further_without_the_package(
+    bpe_run: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    config = make_config(text_file, tmp_path)
+    config.init_from, config.max_steps = str(bpe_run), 1
+    assert training.train(config, tmp_path / "run") == 0
+    first, second = (workdir.load_vocabulary(path) for path in (bpe_run, tmp_path / "run"))
+    assert first.to_fields() == second.to_fields()
+
+
+@pytest.mark.slow
 def test_commands_read_a_run(bpe_run: Path, tmp_path: Path) -> None:
     def sample(*arguments: str) -> str:
         done = commands.run("sample", "--workdir", bpe_run, *arguments)

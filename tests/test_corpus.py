@@ -162,6 +162,17 @@ def test_each_split_may_have_its_own_files(tmp_path: Path) -> None:
         texts.read_splits(data)
 
 
+def test_no_split_of_bytes_begins_within_the_end_of_a_file(tmp_path: Path) -> None:
+    for name in "abcd":
+        (tmp_path / f"{name}.txt").write_text(name * 97)
+    data = config_lib.default().data
+    data.path, data.units, data.document_separator = f"{tmp_path}/*.txt", "bytes", "file"
+    for train in (0.745, 0.7475, 0.75):
+        data.fractions = (train, 0.95 - train, 0.05)
+        splits = texts.read_splits(data)
+        assert sum(text.count(FILE_END) for text in splits.values()) == 4
+
+
 def test_a_text_of_bytes_is_split_at_byte_offsets(tmp_path: Path) -> None:
     content = b"\xef\xbb\xbf" + ("é€" * 50).encode() + bytes(range(256)) * 3
     (tmp_path / "file").write_bytes(content)

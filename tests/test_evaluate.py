@@ -129,3 +129,6 @@ def test_unknown_tokens_cost_the_bits_of_their_bytes() -> None:
     assert messages.describe_loss(1.5, characters.token_name, size) == (
         "1.5000 nats per character, 2.1640 bits per character, perplexity 4.482"
     )
+    size = Text("a ü b", "characters", "").get_size(characters, first=False)
+    expected = (4 * 1.5 / math.log(2) + 3 * 8) / 4
+    assert f" {expected:.4f} bits per character" in messages.describe_loss(1.5, "character", size)

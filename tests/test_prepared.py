@@ -143,13 +143,24 @@ def test_any_bytes_and_windows_line_breaks(data: ConfigDict, tmp_path: Path) -> 
     assert_same(data)
 
 
+@pytest.mark.process
+def test_mistakes_in_several_processes_give_one_error(
+    data: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(prepared, "_run_processes", _run_processes)
+    (tmp_path / "text" / "b.txt").write_bytes(b"caf\xe9 " * 5000)
+    with pytest.raises(UserError, match="b.txt is not UTF-8 at byte"):
+        texts.load_texts(data)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_mistakes_give_the_same_errors_as_in_memory(data: ConfigDict, tmp_path: Path) -> None:
     (tmp_path / "text" / "b.txt").write_bytes(b"x" * 5000 + b"caf\xe9 x" + b"y" * 50)
     with pytest.raises(UserError, match="b.txt is not UTF-8 at byte 5003"):
         texts.load_texts(data)
     (tmp_path / "text" / "b.txt").write_text("x\ufdd0y")
     data.document_separator = "file"
-    with pytest.raises(UserError, match="a file holds U\\+FDD0"):
+    with pytest.raises(UserError, match="b.txt holds U\\+FDD0"):
         texts.load_texts(data)
     for empty in ("", "\ufeff"):
         (tmp_path / "text" / "b.txt").write_text(empty, encoding="utf-8")

@@ -191,7 +191,7 @@ def test_another_vocabulary_is_appended() -> None:
     assert both.tokens == ("", "[UNK]", "b", "d", "\n\n", "a", "c") and both.stop == "\n\n"
     with pytest.raises(UserError, match="was trained on characters: set data.units=characters"):
         extend_vocabulary(first, Vocabulary.from_text("abc", "words"))
-    with pytest.raises(UserError, match="end with '.n.n': set the same data.document_separator"):
+    with pytest.raises(UserError, match="end with '.n.n', and those of this text with '': set"):
         extend_vocabulary(second, first)
 
 

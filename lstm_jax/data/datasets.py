@@ -46,9 +46,10 @@ def read_dataset(data: DataConfig) -> list[str]:
             raise UserError(f"can't read {name} under {data_dir}: {one_line(error)}") from None
         texts = []
         for i, example in enumerate(examples):
+            place = f"example {i} of {name}"
             if ends:
-                sources.check_ends(example)
-            text = sources.decode_text(example, f"example {i} of {name}", data.units == "bytes")
+                sources.check_ends(example, place)
+            text = sources.decode_text(example, place, data.units == "bytes")
             texts.append(text + FILE_END if ends else text)
         return ("" if ends else "\n").join(texts)
 

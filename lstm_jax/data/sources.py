@@ -120,11 +120,11 @@ def split_files(
     for piece in cut_pieces(itertools.chain.from_iterable(segments), _PIECE_BYTES):
         content = read_segment(piece)
         if ends and piece.path:
-            check_ends(last + content)
+            check_ends(last + content, piece.path)
         last = content[1 - len(_FILE_END) :]  # The mark may lie in two pieces.
         digest.update(content)
         pieces.append(piece)
-        lengths.append(int(np.count_nonzero(_find_places(content, any_bytes))))
+        lengths.append(int(np.count_nonzero(_find_places(piece, content, any_bytes))))
     if len(segments) > 1:
         return segments, make_checksum(digest, map(count_bytes, segments))
     stops = np.cumsum(lengths)
@@ -133,7 +133,7 @@ def split_files(
         i = int(np.searchsorted(stops, place, side="right"))
         if i == len(pieces):
             return count_bytes(pieces)
-        places = np.flatnonzero(_find_places(read_segment(pieces[i]), any_bytes))
+        places = np.flatnonzero(_find_places(pieces[i], read_segment(pieces[i]), any_bytes))
         return count_bytes(pieces[:i]) + int(places[place - stops[i]])
 
     validation, test = map(find_byte, find_cuts(sum(lengths), data.fractions))
@@ -147,10 +147,13 @@ def make_checksum(digest: "hashlib._Hash", lengths: Iterable[int]) -> str:
     return ":".join([digest.hexdigest(), *map(str, lengths)])
 
 
-def _find_places(content: bytes, any_bytes: bool) -> np.ndarray:
-    """Return a mask of the bytes before which a text can be split: all, or starts of characters."""
+def _find_places(piece: Segment, content: bytes, any_bytes: bool) -> np.ndarray:
+    """Return a mask of the bytes before which a text can be split: all, or starts of characters.
+
+    `FILE_END` is one character also in a text of bytes.
+    """
     # The others are 0b10xxxxxx, which are below -64 as int8.
-    return np.frombuffer(content, np.int8) >= (-128 if any_bytes else -64)
+    return np.frombuffer(content, np.int8) >= (-128 if any_bytes and piece.path else -64)
 
 
 def find_cuts(length: int, fractions: Sequence[float]) -> tuple[int, int]:
@@ -208,10 +211,10 @@ def read_segments(segments: Iterable[Segment], any_bytes: bool) -> str:
     return "".join(_decode(read_segment(s), s.path, s.start, remedy) for s in segments)
 
 
-def check_ends(content: bytes) -> None:
-    """Raise `UserError` if the content of a file has `FILE_END`."""
+def check_ends(content: bytes, name: str) -> None:
+    """Raise `UserError` if the content of a file has `FILE_END`; its name is for the message."""
     if _FILE_END in content:
-        raise UserError("a file holds U+FDD0, which marks the end of a file here: remove it")
+        raise UserError(f"{name} holds U+FDD0, which marks the end of a file here: remove it")
 
 
 def read_argument(path: str, flag: str, any_bytes: bool) -> str:

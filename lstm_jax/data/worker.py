@@ -4,7 +4,6 @@
 in a directory. It imports little more than NumPy, so that many processes need little memory.
 """
 
-import contextlib
 import json
 import os
 import sys
@@ -45,16 +44,15 @@ def main() -> None:
             _print(sources.count_bytes(chunk))
     except UserError as error:
         _print({"mistake": str(error)})
-    except BrokenPipeError:  # The parent process has ended.
-        os._exit(1)
     except OSError as error:
-        with contextlib.suppress(BrokenPipeError):
-            _print({"unavailable": error.strerror or str(error)})
+        _print({"unavailable": error.strerror or str(error)})
 
 
 def _print(content: object) -> None:
-    # In one call, as all processes write to the same pipe.
-    os.write(sys.stdout.fileno(), f"{json.dumps(content)}\n".encode())
+    try:  # In one call, as all processes write to the same pipe.
+        os.write(sys.stdout.fileno(), f"{json.dumps(content)}\n".encode())
+    except BrokenPipeError:  # The parent process has ended, or another process has failed.
+        os._exit(1)
 
 
 if __name__ == "__main__":

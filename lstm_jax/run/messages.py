@@ -77,14 +77,14 @@ def format_parameters(params: model_lib.Params) -> str:
 
 def describe_loss(loss: float, token_name: str, size: TextSize) -> str:
     """Return a loss in nats and bits per token, as a perplexity, and in bits per character."""
-    description = (
-        f"{loss:.4f} nats per {token_name}, {loss / math.log(2):.4f} bits per {token_name}, "
+    bits = loss_lib.compute_bits_per_character(loss, [size])
+    is_character = token_name == "character"  # Then its bits are those per token.
+    described = (
+        f"{loss:.4f} nats per {token_name}, "
+        f"{bits if is_character else loss / math.log(2):.4f} bits per {token_name}, "
         f"perplexity {loss_lib.compute_perplexity(loss):.3f}"
     )
-    if token_name != "character":
-        bits = loss_lib.compute_bits_per_character(loss, [size])
-        description += f", {bits:.4f} bits per character"
-    return description
+    return described if is_character else f"{described}, {bits:.4f} bits per character"
 
 
 def describe_validation(run: Session, loss: float, sample: str) -> str:

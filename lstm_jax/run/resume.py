@@ -78,12 +78,14 @@ def resolve_run(
                 f"{directory} holds {name} but no {workdir.CONFIG}: restore that file, or start a "
                 f"new run in {name_other_directory()}"
             )
-    vocabulary = splits.texts["train"].make_vocabulary(config.data)
-    if config.init_from:
-        source = workdir.find_model(config.init_from)
-        _check_model(workdir.load_config(source), config, source)
-        vocabulary = extend_vocabulary(workdir.load_vocabulary(source), vocabulary)
-    return config, vocabulary, {}
+    train = splits.texts["train"]
+    if not config.init_from:
+        return config, train.make_vocabulary(config.data), {}
+    source = workdir.find_model(config.init_from)
+    _check_model(workdir.load_config(source), config, source)
+    # No tokens of "bpe" are learned: those of the model can spell any word.
+    new = train.make_vocabulary(dataclasses.replace(config.data, vocabulary_size=0))
+    return config, extend_vocabulary(workdir.load_vocabulary(source), new), {}
 
 
 def _make_absolute(model: str) -> str:
@@ -94,7 +96,7 @@ def _make_absolute(model: str) -> str:
 def extend_vocabulary(first: Vocabulary, second: Vocabulary) -> Vocabulary:
     """Return a vocabulary of the tokens of `first` with their ids, and then new ones of `second`.
 
-    For kind "bpe", only a new stop token is added, since the tokens of `first` can spell any word.
+    For kind "bpe", only a new stop token is added.
 
     Raise `UserError` if the kind of tokens or the stop token differs.
     """
@@ -105,8 +107,9 @@ def extend_vocabulary(first: Vocabulary, second: Vocabulary) -> Vocabulary:
         )
     if first.stop not in ("", second.stop):
         raise UserError(
-            f"documents of the initial model end with {first.stop!r}: set the same "
-            "data.document_separator, or start from another model"
+            f"documents of the initial model end with {first.stop!r}, and those of this text with "
+            f"{second.stop!r}: set the same data.document_separator and convert the line breaks of "
+            "the text, or start from another model"
         )
     added = filter(None, [second.stop]) if first.kind == "bpe" else second.tokens
     new = (token for token in added if token not in first)
