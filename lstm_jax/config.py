@@ -224,15 +224,17 @@ class ModelConfig:
     rematerialize: int = field(0, "Steps between the states stored for the backward pass, which "
         "recomputes the others to save memory. 0: store all.", _SIZE_OR_ZERO, resume=True,
         relevant_if=Rule(
-            "model.cell='lstm' without layer_norm or block, recurrence auto, fused or pallas",
-            lambda c: is_plain_lstm(c.model) and c.model.recurrence not in ("scan", "cudnn")))
+            "model.cell='lstm' without layer_norm or block, recurrence auto, fused or pallas, and "
+            "longer windows",
+            lambda c: is_plain_lstm(c.model) and c.model.recurrence not in ("scan", "cudnn")
+                and c.model.rematerialize < c.batches.window_length))
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """The optimizer, its learning rate, and the average of the parameters."""
 
-    name: OptimizerName = field("adam", "AdamW; Lion; Muon for the kernels of recurrent layers "
+    name: OptimizerName = field("adam", "AdamW; Lion; Muon for the matrices of recurrent layers "
         "with AdamW for the rest; schedule-free AdamW; or SGD.")
     b1: float = field(0.9, "Decay of the gradients' mean in Adam and Lion; the share of the "
         "average in the weights that schedule_free trains, which can't change.", _SHARE,
@@ -256,7 +258,7 @@ class OptimizerConfig:
         "zero at the end of training. step: divide by ten at each of step_at.", resume=True)
     step_at: tuple[float, ...] = field((0.5, 0.75), "Fractions of all steps.", _SHARES, resume=True,
         relevant_if=Rule("optimizer.schedule='step'", lambda c: c.optimizer.schedule == "step"))
-    weight_decay: float = field(0.0, "Weight decay, of kernels and embedding only.",
+    weight_decay: float = field(0.0, "Weight decay of parameters with two axes or more.",
         Rule("from 0 to 1e38", lambda value: 0 <= value <= 1e38), resume=True)
     max_gradient_norm: float = field(0.0, "Clip gradients to this global norm. 0: no clipping.",
         _WEIGHT, resume=True)
@@ -347,7 +349,7 @@ class RunConfig:
     log_every_steps: int = field(10, "Steps between training losses in metrics.jsonl.",
         _POSITIVE_COUNT, resume=True)
     checkpoint_every_seconds: float = field(300.0, "Seconds between checkpoints in an epoch. 0: "
-        "every step.", _WEIGHT, resume=True)
+        "as often as possible.", _WEIGHT, resume=True)
     max_skipped_steps: int = field(0, "Skip at most this number of steps whose loss or gradient is "
         "not finite.", _COUNT, resume=True)
     profile: bool = field(False, "Trace a few steps for TensorBoard's profiler.", resume=True)

@@ -40,7 +40,7 @@ def _make_lion(optimizer: OptimizerConfig, learning_rate: optax.Schedule) -> _Ch
 
 
 def _make_muon(optimizer: OptimizerConfig, learning_rate: optax.Schedule) -> _Chain:
-    """Make Muon (Jordan et al. 2024) for the kernels of recurrent layers, and Adam for the rest.
+    """Make Muon (Jordan et al. 2024) for the matrices of recurrent layers, and Adam for the rest.
 
     The momentum is Nesterov's. Updates are scaled to the root mean square of Adam's (Liu et al.
     2025, "Muon is Scalable for LLM Training"), so that both use the same learning rate and weight

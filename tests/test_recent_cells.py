@@ -237,13 +237,22 @@ def test_large_gates_stay_finite(name: str) -> None:
         outputs: Any = cell.apply({"params": given}, carry, x, parallel, method=run_cell)
         return outputs[1].sum()
 
-    for i, f in ((200.0, 0.0), (-60.0, -200.0), (-60.0, 50.0)):
+    for i, f in ((200.0, 0.0), (-60.0, -200.0), (-60.0, 50.0), (-200.0, 0.0)):
         values = np.zeros((gates, len(params[bias]) // gates))
         values[:2] = np.array([[i], [f]])
         given = {**params, bias: values.ravel()}
         given = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), given)
         for parallel in {False, name == "mlstm"}:
             assert all(np.isfinite(x).all() for x in jax.tree.leaves(run(given, parallel)))
+
+
+@pytest.mark.parametrize("heads", [2, 8])
+def test_the_recurrent_kernel_of_each_head_is_orthogonal_at_first(heads: int) -> None:
+    cell = make_cell(cells.CELLS["slstm"], INPUTS, 32, options={"heads": heads})
+    carry, inputs = cell.initial_carry(1), jnp.zeros((1, INPUTS))
+    kernels = cell.init(jax.random.key(0), carry, inputs)["params"]["recurrent_kernel"]
+    for kernel in kernels:
+        np.testing.assert_allclose(kernel @ kernel.T, np.eye(32 // heads), atol=1e-5)
 
 
 def test_the_decay_is_uniform_at_first() -> None:

@@ -65,7 +65,7 @@ class MLSTMCell(SizedCell):
         normalizer = f[..., None] * carry.normalizer + i[..., None] * k
         size = jnp.abs((q * normalizer).sum(-1))
         found = (q[..., None] * memory).sum(-2)
-        hidden = o * found / jnp.maximum(size, jnp.exp(-stabilizer))[..., None]
+        hidden = o * found / jnp.maximum(size, _exp_minus(stabilizer))[..., None]
         return MLSTMCarry(memory, normalizer, stabilizer), hidden.reshape(len(inputs), -1)
 
     def run_parallel(
@@ -140,7 +140,7 @@ def _run_chunk(carry: MLSTMCarry, steps: tuple[Any, ...]) -> tuple[MLSTMCarry, j
     kept = jnp.exp(log_kept - stabilizer)
     size = weights.sum(-1) + kept * (q @ carry.normalizer[..., None])[..., 0]
     found = weights @ v + kept[..., None] * (q @ carry.memory)
-    found /= jnp.maximum(jnp.abs(size), jnp.exp(-stabilizer))[..., None]
+    found /= jnp.maximum(jnp.abs(size), _exp_minus(stabilizer))[..., None]
 
     last = stabilizer[..., -1]
     written = jnp.exp(log_written - last[..., None])[..., None] * k
@@ -148,3 +148,8 @@ def _run_chunk(carry: MLSTMCarry, steps: tuple[Any, ...]) -> tuple[MLSTMCarry, j
     memory = after[..., None, None] * carry.memory + written.swapaxes(-1, -2) @ v
     normalizer = after[..., None] * carry.normalizer + written.sum(-2)
     return MLSTMCarry(memory, normalizer, last), found
+
+
+def _exp_minus(stabilizer: jax.Array) -> jax.Array:
+    """Return exp(-m), limited to a number whose gradient is finite."""
+    return jnp.exp(jnp.minimum(-stabilizer, 80.0))

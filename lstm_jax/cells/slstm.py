@@ -46,11 +46,10 @@ class SLSTMCell(SizedCell):
     def setup(self) -> None:
         """Declare the parameters; i, f, z, o are side by side."""
         per_head = count_per_head(self.hidden_size, self.heads)
-        glorot, orthogonal = nn.initializers.glorot_uniform(), nn.initializers.orthogonal()
-        size = 4 * self.hidden_size
+        glorot, size = nn.initializers.glorot_uniform(), 4 * self.hidden_size
         self.input_kernel = self.param("input_kernel", glorot, (self.input_size, size))
         shape = (self.heads, per_head, 4 * per_head)
-        self.recurrent_kernel = self.param("recurrent_kernel", orthogonal, shape)
+        self.recurrent_kernel = self.param("recurrent_kernel", _draw_orthogonal, shape)
         remembering = forget_bias(4, jnp.linspace(3, 6, self.hidden_size))
         self.bias = self.param("bias", remembering, (size,))
 
@@ -105,3 +104,9 @@ def stabilize(
     kept = log_f + before
     stabilizer = jnp.maximum(kept, i)
     return jnp.exp(kept - stabilizer), jnp.exp(i - stabilizer), stabilizer
+
+
+def _draw_orthogonal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Draw an orthogonal kernel for each head."""
+    draw = nn.initializers.orthogonal()
+    return jax.vmap(lambda of_head: draw(of_head, shape[1:]))(jax.random.split(key, shape[0]))
