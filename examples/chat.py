@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 import lstm_jax
+from lstm_jax.run.console import make_printable
 
 
 def chat(run: lstm_jax.Run, **options: Any) -> None:
@@ -35,7 +36,7 @@ def chat(run: lstm_jax.Run, **options: Any) -> None:
             text += line
             try:
                 for piece in run.stream(text, seed=turn, **options):
-                    print(piece, end="", flush=True)
+                    print(make_printable(piece), end="", flush=True)
                     text += piece
             except KeyboardInterrupt:
                 pass

@@ -23,6 +23,8 @@ def read_speeches(text: str, names: tuple[str, str]) -> tuple[list[str], np.ndar
     """Return the speeches of two characters, and who speaks each: 0 or 1."""
     parts = [speech.partition(":\n") for speech in text.split("\n\n")]
     spoken = [(words, names.index(name)) for name, _, words in parts if name in names and words]
+    if not spoken:
+        raise SystemExit(f"there is no speech of {' or '.join(names)}")
     speeches, labels = zip(*spoken, strict=True)
     return list(speeches), np.array(labels)
 

@@ -85,7 +85,7 @@ if __name__ == "__main__":
     parser.add_argument("losses", type=Path, nargs="+", help="files of evaluate --json_lines")
     parser.add_argument("--longest", type=int, default=6, help="the largest n")
     options = parser.parse_args()
-    ngrams, chosen = NGrams(options.text.read_text(encoding="utf-8")), None
+    ngrams, chosen = NGrams(options.text.read_bytes().decode("utf-8-sig")), None
     for path in options.losses:
         characters, losses = read_losses(path)
         predicted = ngrams.predict(characters, options.longest)[:, 1:]

@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 import lstm_jax
+from lstm_jax.run.console import make_printable
 
 COMMON = 20
 
@@ -40,7 +41,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     run = lstm_jax.load(arguments.model)
     generated = run.generate(length=arguments.length, seed=arguments.seed)
-    print(generated)
+    print(make_printable(generated))
     source = arguments.training_text.read_bytes().decode("utf-8-sig")
     longest, share = measure_novelty(generated, source)
     print(f"\n{share:.1%} of the characters are in copied passages of more than {COMMON}")

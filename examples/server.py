@@ -42,7 +42,8 @@ def make_app(run: lstm_jax.Run) -> fastapi.FastAPI:
         except lstm_jax.UserError as error:  # Such as a temperature that is not allowed.
             raise fastapi.HTTPException(400, str(error)) from None
         # Starlette takes each piece from the generator in a thread of its pool.
-        return StreamingResponse(pieces, media_type="text/plain; charset=utf-8")
+        encoded = (piece.encode("utf-8", "surrogateescape") for piece in pieces)
+        return StreamingResponse(encoded, media_type="text/plain; charset=utf-8")
 
     return app
 

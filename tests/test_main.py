@@ -402,6 +402,7 @@ BAD_CONFIGS = {
             "--config.num_epochs needs an experiment: add --config",
         ),
         (["main", f"--config={ROOT}/experiments/cells.py:foo"], "choose from lstm, gru, rnn"),
+        (["main", "--config=12:30/none.py"], "there is no config file 12:30/none.py"),
         (["main", "--config", QUICK, "--config.optimizer.lr=1"], "optimizer.learning_rate, "),
         (["main", "--config", QUICK, "--config.num_epochs=three"], "not an integer: 'three'"),
         (["main", "--config", QUICK, "--config.optimizer.step_at=('a','b')"], "between 0 and 1"),

@@ -317,7 +317,7 @@ def _restore_items(path: Path, items: Mapping[str, object]) -> Any:
             raise UserError(
                 f"the training state in {path} {differing}, unlike that of this code: use the code "
                 "that saved it, or start a new run with its parameters "
-                f"({name_setting('init_from', path.parents[1])})"
+                f"({name_setting('init_from', str(path.parents[1]))})"
             ) from None
         raise UserError(
             f"the checkpoint {path} does not hold the model that the config describes: "

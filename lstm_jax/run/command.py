@@ -81,7 +81,7 @@ class _ConfigParser(flags.ArgumentParser[object]):
 
     def parse(self, argument: str) -> object:
         """Return what `get_config()` of the file returns, or `get_config(WORD)`."""
-        name, colon, word = argument.partition(":")
+        name, word = _split_name(argument)
         file = find_experiment(name)
         if not Path(file).is_file():
             raise UserError(f"there is no config file {file}")
@@ -89,7 +89,17 @@ class _ConfigParser(flags.ArgumentParser[object]):
             get_config = runpy.run_path(file).get("get_config")
             if get_config is None:
                 raise UserError(f"config file {file} has no function get_config()")
-            return get_config(*[word] if colon else [])
+            return get_config() if word is None else get_config(word)
+
+
+def _split_name(argument: str) -> tuple[str, str | None]:
+    """Return FILE and WORD of FILE:WORD, as in experiments/cells.py:gru, or FILE and None.
+
+    In the path of FILE.py there may be a colon.
+    """
+    match = re.fullmatch(r"(.*?\.py|[^:]*)(?::(.*))?", argument, re.DOTALL)
+    assert match
+    return match[1], match[2]
 
 
 def define_config_flag(meaning: str) -> None:
@@ -105,8 +115,7 @@ def read_experiment() -> tuple[config.Config, str]:
     flag = flags.FLAGS["config"]
     if not flag.present:
         raise UserError("specify an experiment: --config experiments/quick.py")
-    # FILE:WORD, as in experiments/cells.py:gru.
-    name, _, word = flag.config_filename.partition(":")
+    name, word = _split_name(flag.config_filename)
     name = f"{Path(name).stem}_{Path(word).name}" if word else Path(name).stem
     return config.complete_config(flag.value), name
 
@@ -207,7 +216,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         # The experiment of the package: the user has named none.
         finetune = _find_in_package("experiments/finetune.py")
         argv = [argv[0], f"--config={finetune}:{model}", *argv[1:]]
-    config_file = (_get_value(argv, "config") or "").partition(":")[0]
+    config_file = _split_name(_get_value(argv, "config") or "")[0]
     try:  # An override of what a config file returns can raise anything.
         with errors.run_user_code("config file", config_file, flags.Error, SystemExit):
             return flags.FLAGS(argv)

@@ -13,6 +13,7 @@ import numpy as np
 from lstm_jax import controls, generation
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
+from lstm_jax.config import DTYPES
 from lstm_jax.errors import UserError
 from lstm_jax.run import cell_file, ensemble, workdir
 
@@ -94,7 +95,7 @@ class Run:
     ) -> Iterator[str]:
         """Continue a prompt, and yield the generated text piece by piece.
 
-        No piece is empty, and none ends within a character.
+        No piece is empty, and none but the last ends within a character.
 
         Args:
           prompt: the text to continue.
@@ -131,8 +132,8 @@ class Run:
     ) -> Iterator[str]:
         """Check the options, and return the pieces."""
         for name in options:
-            if name not in (known := controls.Controls._fields):
-                raise UserError(f"there is no {name!r}: the controls are {', '.join(known)}")
+            if name not in (known := GenerateOptions.__annotations__):
+                raise UserError(f"there is no {name!r}: the options are {', '.join(known)}")
         values = controls.Controls(**{"temperature": 0.8, **options})
         controls.make_control_arrays(values, len(self.vocabulary))
         controls.check_number("length", length)
@@ -250,7 +251,7 @@ def load(
       directory: the working directory; or several, whose models are an ensemble: it averages their
         probabilities at every step.
       dtype: that of the matmuls, "float32" or "bfloat16", or the faster one on this machine with
-        "auto"; by default as in training. "int8" rounds more where tokens are read one by one
+        "auto"; by default that of the config. "int8" rounds more where tokens are read one by one
         (`workdir.load_trained`).
       cell: FILE.py:CLASS of the run's cell, if it has your own, or several. The file is code, and
         runs.
@@ -259,6 +260,8 @@ def load(
       UserError: if there is no model, or a file is damaged, or int8 is not possible, or the models
         of an ensemble were trained on different texts.
     """
+    if dtype not in (known := (None, *DTYPES, "int8")):
+        raise UserError(f"dtype is {dtype!r}: it must be one of {', '.join(known[1:])}")
     for name in [cell] if isinstance(cell, str) else cell:
         cell_file.load_cell(name)
     paths = [directory] if isinstance(directory, str | os.PathLike) else directory

@@ -171,11 +171,12 @@ def check_finite(run: Session, loop: Loop) -> None:
     if skipped > allowed:
         run.checkpoints.wait()
         last_saved = list_steps(run.directory / workdir.CHECKPOINTS)[-1]
+        clips = config.optimizer.max_gradient_norm > 0
         raise NotFiniteError(
             f"{message}: the last good checkpoint is that of step {last_saved}; resume from it "
             "with a lower optimizer.learning_rate, "
-            f"{name_setting('optimizer.max_gradient_norm', 1)}, or more than {allowed} in "
-            "max_skipped_steps"
+            f"{'' if clips else name_setting('optimizer.max_gradient_norm', 1) + ', '}or more than "
+            f"{allowed} in max_skipped_steps"
         )
     with tqdm.external_write_mode(sys.stderr):  # Not behind the bar.
         warn(f"{message}; skipped {skipped} of at most {allowed}")

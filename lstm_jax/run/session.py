@@ -218,8 +218,11 @@ def _name_failed_writes(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # A closed pipe, or a failed connection of a watch, is not about the files of the run.
-        if error.errno is None or isinstance(error, (ConnectionError, socket.gaierror)):
+        # A closed pipe, a failed connection or another file of a watch is not of the run.
+        name = error.filename if isinstance(error.filename, str) else directory
+        is_elsewhere = not Path(name).resolve().is_relative_to(directory.resolve())
+        is_of_network = error.errno is None or isinstance(error, (ConnectionError, socket.gaierror))
+        if is_elsewhere or is_of_network:
             raise
         raise UnavailableError(
             f"can't write to {error.filename or directory} ({error.strerror}): free space or make "

@@ -133,7 +133,7 @@ def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
 
     `workdir` may also be a folder, or the name of a model in the package.
 
-    Its matmuls are in `dtype`, a value of `config.model.dtype`; by default as in training. "int8"
+    Its matmuls are in `dtype`, a value of `config.model.dtype`; by default the config's. "int8"
     is bfloat16, with kernels and hidden states of the recurrent layers rounded to 8 bits where
     tokens are read one by one.
 
