@@ -13,7 +13,7 @@ def find_vendor() -> str:
 def is_faster_in_bfloat16() -> bool:
     """Return whether this processor multiplies matrices faster in bfloat16 than in float32.
 
-    AMX does, and AMD's AVX-512 BF16. Intel's, measured on Emerald Rapids, is half as fast.
+    AMX does, and AMD's AVX-512 BF16. Intel's, measured on Emerald Rapids, is slower.
     """
     features = read_cpu_features()
     return "amx_bf16" in features or ("avx512_bf16" in features and find_vendor() == "AMD")
