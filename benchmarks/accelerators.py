@@ -242,7 +242,7 @@ def count_matmuls(jaxpr: Any) -> tuple[float, float]:
 def count_collectives(text: str) -> tuple[int, float]:
     """Return the number of collectives of a compiled program, and the bytes of their results."""
     number, total = 0, 0.0
-    pattern = rf"= (.*?) ({'|'.join(_COLLECTIVES)})(?:-start)?\("
+    pattern = rf"= (.*?) ({'|'.join(_COLLECTIVES)})(?:-done)?\("
     for line in text.splitlines():
         if match := re.search(pattern, line):
             number += 1

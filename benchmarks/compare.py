@@ -97,24 +97,22 @@ def main() -> None:
 
 def tune(name: str, options: argparse.Namespace) -> None:
     """Tune a variant, or resume, until its trials are done."""
-    config, out = f"{options.experiment}:{name}", options.out / "tune" / name
-    search = ("--space", options.space, "--sampler", options.sampler, "--pruner", "none")
-    given = ("--config", config, *search, "--trials", options.trials, "--workdir", out)
-    length = f"--config.num_epochs={options.tune_epochs}"
-    frame.run_python("-m", "lstm_jax.sweep", *given, *options.fields, length)
+    given = ("--config", f"{options.experiment}:{name}", "--workdir", options.out / "tune" / name)
+    search = ("--space", options.space, "--sampler", options.sampler, "--trials", options.trials)
+    length = ("--pruner", "none", *options.fields, f"--config.num_epochs={options.tune_epochs}")
+    frame.run_python("-m", "lstm_jax.sweep", *given, *search, *length)
 
 
 def train(name: str, budget: str, options: argparse.Namespace) -> list[Measured]:
     """Train the best settings of a variant with several seeds, and measure them."""
     out, tuned = options.out / budget / name, options.out / "tune" / name
-    given = ("--seeds", options.seeds, "--workdir", out)
+    given = ("--config", tuned / "best.py", "--seeds", options.seeds, "--workdir", out)
     length = [f"--config.num_epochs={options.epochs}"]
     if budget == "seconds":
         tried = (path.parent for path in tuned.glob(f"trials/*/{workdir.METRICS}"))
         steps = count_steps(tried, options.seconds)
         length = ["--config.num_epochs=1000", f"--config.max_steps={steps}"]
-    best = ("--config", tuned / "best.py")
-    frame.run_python("-m", "lstm_jax.sweep", *best, *given, *length, *options.fields)
+    frame.run_python("-m", "lstm_jax.sweep", *given, *length, *options.fields)
     trials = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
     assert all(trial["state"] == "complete" for trial in trials), f"see {out}/trials.jsonl"
     return [measure_once(trial) for trial in trials]
@@ -123,9 +121,8 @@ def train(name: str, budget: str, options: argparse.Namespace) -> list[Measured]
 def count_steps(directories: Iterable[Path], seconds: float) -> int:
     """Return the number of steps that take these seconds in the fastest of several runs."""
     fastest = max(directories, key=measure_speed)
-    batches = workdir.load_config(fastest).batches
-    tokens = seconds * measure_speed(fastest)
-    return max(round(tokens / (batches.batch_size * batches.window_length)), 1)
+    sizes = workdir.load_config(fastest).batches
+    return max(round(seconds * measure_speed(fastest) / sizes.batch_size / sizes.window_length), 1)
 
 
 def measure_once(trial: dict[str, Any]) -> Measured:

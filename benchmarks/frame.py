@@ -63,9 +63,11 @@ def compute_once(file: Path, compute: Callable[[], Any]) -> Any:
 
 def train(directory: Path, *flags: str) -> float:
     """Train into a directory, or resume; return the minutes of the process that completed it."""
-    command = ("-m", "lstm_jax.main", "--workdir", directory, *flags)
-    file = directory / "minutes.json"
-    return float(compute_once(file, lambda: time_call(run_python, *command) / 60))
+    command, file = ("-m", "lstm_jax.main", "--workdir", directory, *flags), directory / "minutes"
+    minutes, *given = compute_once(file, lambda: [time_call(run_python, *command) / 60, *flags])
+    if given != list(flags):
+        sys.exit(f"{directory} was trained with {' '.join(given)}: use another directory")
+    return float(minutes)
 
 
 def evaluate(directory: Path, *flags: object) -> float:

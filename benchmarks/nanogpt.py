@@ -6,13 +6,13 @@
 
 `--nanogpt` is a checkout of github.com/karpathy/nanoGPT, whose train.py runs with the settings that
 its README gives for a CPU; it needs PyTorch, which the extra `bench` installs. `nanogpt:N` is its
-Transformer after N iterations, in float32; `nanogpt_compiled:N` the same with torch.compile, which
-needs a C++ compiler, and autocast to bfloat16, which its train.py leaves out on a CPU. `NAME:N` is
-experiments/NAME.py with N epochs, and `NAME` the same with its own number. All train in turn on the
-same 90 % of a text, Tiny Shakespeare if --text is not given, which nanoGPT reads as a dataset in
-its data/; a learning rate schedule ends with the training. Minutes are those of the whole process.
-Each model's own learning rate is multiplied by one of the factors: that with which its first row
-has the lowest loss of the validation split, with context, of one run each.
+Transformer after N iterations, a multiple of 250, in float32; `nanogpt_compiled:N` the same with
+torch.compile, which needs a C++ compiler, and autocast to bfloat16, which its train.py leaves out
+on a CPU. `NAME:N` is experiments/NAME.py with N epochs, and `NAME` the same with its own number.
+All train in turn on the same 90 % of a text, Tiny Shakespeare if --text is not given, which nanoGPT
+reads as a dataset in its data/; a learning rate schedule ends with the training. Minutes are those
+of the whole process. Each model's own learning rate is multiplied by one of the factors: that with
+which its first row has the lowest loss of the validation split, with context, of one run each.
 
 Losses are of the last 10 %, the validation and test splits as one text. All these runs keep the
 checkpoint with the best validation loss, nanoGPT's on this whole text:
@@ -48,7 +48,7 @@ from lstm_jax import config
 from lstm_jax.data.texts import read_splits
 from lstm_jax.run import workdir
 
-MODELS = "nanogpt:1500,nanogpt:600,nanogpt:3000,quick:3,quick:1,quick:6"
+MODELS = "nanogpt:1500,nanogpt:500,nanogpt:3000,quick:3,quick:1,quick:6"
 NANOGPT = {  # Flags, and the words of the plot, by name.
     "nanogpt": ("--compile=False --dtype=float32", "nanoGPT, float32"),
     "nanogpt_compiled": ("--compile=True --dtype=bfloat16", "nanoGPT, compiled, bfloat16"),
@@ -161,8 +161,7 @@ def run_experiment(name: str, seed: int, factor: float, path: Path, text: str) -
     flags = [f"--config={file}", f"--config.seed={seed}", f"--config.data.path={text}"]
     flags += [f"--config.optimizer.learning_rate={rate}"]
     minutes = frame.train(path, *flags, *[f"--config.num_epochs={epochs}"] * bool(epochs))
-    params = workdir.load_trained(path).params
-    parameters = sum(array.size for array in jax.tree.leaves(params))
+    parameters = sum(array.size for array in jax.tree.leaves(workdir.load_trained(path).params))
     last = "--split=validation+test"
     measured = (last, f"--context={WINDOW}"), (last,), ("--split=validation",)
     return Measured(minutes, parameters, *(frame.evaluate(path, *flags) for flags in measured))

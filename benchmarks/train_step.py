@@ -123,6 +123,7 @@ def make_lstm_jax(
 
 def make_peer(make_model: peers.MakeModel, options: argparse.Namespace) -> Work:
     """Return the step of a model of another JAX library."""
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # As `parallel.use_cores` does.
     optimizer = optax.adam(LEARNING_RATE)
     init, apply, carry = make_model(options, options.batch_size)
 

@@ -28,7 +28,7 @@ VARIANTS = {
 
 
 def get_config(name: str = "lstm") -> ConfigDict:
-    """Return a config of the given model, trained as experiments/quick.py trains its LSTM."""
+    """Return a config of the given model, trained much as experiments/quick.py trains its LSTM."""
     if name not in VARIANTS:
         raise ValueError(f"there is no cells.py:{name}: choose from {', '.join(VARIANTS)}")
     experiment = runpy.run_path(str(Path(__file__).with_name("quick.py")))

@@ -106,4 +106,9 @@ def test_a_row_of_results_is_trained_and_compared(
     assert 2 < float(measured.split("|")[2].split()[0]) < 4.5
     assert stated.startswith("| stated | 3.000 ± 1.000 |")
     assert within.startswith("| within the spread | yes")
-    assert results.compare(3.5, results.Stated(3.0, 0.2)) == "no, 2.5 deviations away"
+    known = results.Stated(3.0, 0.2)
+    assert results.compare((3.5,), known) == "no, 2.5 deviations away"
+    assert results.compare((3.2, 3.8), known) == "yes, 1.2 deviations away"
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--config.sample.length=7"])
+    with pytest.raises(SystemExit, match="was trained with .*: use another directory"):
+        results.main()
