@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 import lstm_jax
-from lstm_jax.run.console import make_printable
+from lstm_jax.run.console import make_printer
 
 
 def chat(run: lstm_jax.Run, **options: Any) -> None:
@@ -34,13 +34,14 @@ def chat(run: lstm_jax.Run, **options: Any) -> None:
         else:
             earlier.append(text)
             text += line
+            show = make_printer()
             try:
                 for piece in run.stream(text, seed=turn, **options):
-                    print(make_printable(piece), end="", flush=True)
+                    print(show(piece, False), end="", flush=True)
                     text += piece
             except KeyboardInterrupt:
                 pass
-            print()
+            print(show("", True))
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from lstm_jax import config as config_lib
 from lstm_jax.config import Config
 from lstm_jax.devices import parallel
-from lstm_jax.run import console, messages, session, workdir
+from lstm_jax.run import console, messages, metrics, session, workdir
 from lstm_jax.run.finish import finish_run
 from lstm_jax.run.loop import Loop, Observer
 from lstm_jax.run.observers import observe
@@ -21,7 +21,7 @@ from lstm_jax.train_step import TrainStep, make_train_step
 def train(
     config: Config | ConfigDict,
     directory: Path | str,
-    watch: session.Watch = lambda row: None,
+    watch: metrics.Watch = lambda row: None,
     quiet: bool = False,
 ) -> int:
     """Train the model that `config` describes, or resume the run in `directory`.

@@ -12,6 +12,19 @@ from lstm_jax.config import Config
 from lstm_jax.run import figures, metrics
 
 
+def test_a_test_loss_whose_watch_fails_is_not_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with (
+        pytest.raises(ZeroDivisionError),
+        metrics.MetricsWriter(
+            path, 0, Config(), lambda row: 1 / (row["split"] != "test")
+        ) as writer,
+    ):
+        writer.write(10, 0.5, "train", 2.5)
+        writer.write(10, 0.5, "test", 2.5)
+    assert [row["split"] for row in metrics.read_metrics(path)] == ["train"]
+
+
 def drop_times(rows: list[metrics.Row]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in ("seconds", "time")} for row in rows]
 
@@ -130,5 +143,6 @@ def test_the_plot_shows_every_validation_and_test_point() -> None:
     rows += [{"step": 100, "split": "test", "loss": 8.93}]
     low, high = figures.draw_metrics(rows).axes[0].get_ylim()
     assert low < 2.05 and 8.93 < high < 11
+    rows[0]["loss"] = 1000.0
     low, high = figures.draw_metrics(rows[:-1]).axes[0].get_ylim()
-    assert high < 5, "the first steps are cut off"
+    assert low > 1.9 and high < 5, "the first steps are cut off"

@@ -143,10 +143,14 @@ def test_patience_ends_a_run_at_the_same_step_whether_or_not_it_was_killed(
     runs.assert_same(whole, killed)
 
     # It is finished, and more patience resumes it.
-    content = (whole / workdir.METRICS).read_bytes()
+    content, saved = ((whole / name).read_bytes() for name in (workdir.METRICS, workdir.CONFIG))
     capsys.readouterr()
-    assert training.train(patient_config, whole) == 0
+    changed = patient_config.copy_and_resolve_references()
+    changed.optimizer.weight_decay = 0.5
+    assert training.train(changed, whole) == 0
     output = capsys.readouterr().out
+    assert (whole / workdir.CONFIG).read_bytes() == saved, "it was not trained with another one"
+    assert "weight_decay" not in output and not (whole / workdir.CHANGES).exists()
     assert (
         "epochs: the validation loss has not improved for 3 validations. To train longer" in output
     )

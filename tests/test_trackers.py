@@ -64,6 +64,7 @@ def test_a_function_gets_each_row_and_one_that_fails_is_left_out(
             watch(row)
             assert closed == [True], "it is told that it failed"
     assert sys.modules[own].rows == rows and closed == [True]
+    assert sys.modules[own].rows[0] is not rows[0], "each tracker may change its own"
     failed, other = capsys.readouterr().err.splitlines()
     assert failed == (
         "warning: --track=own_tracker:fail failed and gets no more rows "

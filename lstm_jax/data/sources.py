@@ -124,16 +124,16 @@ def split_files(
         last = content[1 - len(_FILE_END) :]  # The mark may lie in two pieces.
         digest.update(content)
         pieces.append(piece)
-        lengths.append(int(np.count_nonzero(_find_places(piece, content, any_bytes))))
+        lengths.append(int(np.count_nonzero(_find_places(content, any_bytes))))
     if len(segments) > 1:
         return segments, make_checksum(digest, map(count_bytes, segments))
     stops = np.cumsum(lengths)
 
     def find_byte(place: int) -> int:
         i = int(np.searchsorted(stops, place, side="right"))
-        if i == len(pieces):
-            return count_bytes(pieces)
-        places = np.flatnonzero(_find_places(pieces[i], read_segment(pieces[i]), any_bytes))
+        if i == len(pieces) or not pieces[i].path:  # Never within the end of a file.
+            return count_bytes(pieces[:i])
+        places = np.flatnonzero(_find_places(read_segment(pieces[i]), any_bytes))
         return count_bytes(pieces[:i]) + int(places[place - stops[i]])
 
     validation, test = map(find_byte, find_cuts(sum(lengths), data.fractions))
@@ -147,13 +147,10 @@ def make_checksum(digest: "hashlib._Hash", lengths: Iterable[int]) -> str:
     return ":".join([digest.hexdigest(), *map(str, lengths)])
 
 
-def _find_places(piece: Segment, content: bytes, any_bytes: bool) -> np.ndarray:
-    """Return a mask of the bytes before which a text can be split: all, or starts of characters.
-
-    `FILE_END` is one character also in a text of bytes.
-    """
+def _find_places(content: bytes, any_bytes: bool) -> np.ndarray:
+    """Return a mask of the bytes before which a text can be split: all, or starts of characters."""
     # The others are 0b10xxxxxx, which are below -64 as int8.
-    return np.frombuffer(content, np.int8) >= (-128 if any_bytes and piece.path else -64)
+    return np.frombuffer(content, np.int8) >= (-128 if any_bytes else -64)
 
 
 def find_cuts(length: int, fractions: Sequence[float]) -> tuple[int, int]:

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lstm_jax.errors import UserError, make_visible, one_line
+from lstm_jax.errors import UnavailableError, UserError, make_visible, one_line
 
 _LOST = (
     "another process of this run has ended or can't be reached (its own output says why): start "
@@ -95,7 +95,8 @@ def join_processes(
         _wait_for_devices()
     except BaseException as error:
         # An `UnavailableError` may be that of a save in which all processes take part.
-        if type(error) is not UserError and re.search(_LOST_PATTERN, str(error)):
+        is_mistake = isinstance(error, UserError) and not isinstance(error, UnavailableError)
+        if not is_mistake and re.search(_LOST_PATTERN, str(error)):
             _leave(_LOST)
         if isinstance(error, UserError):
             _leave(str(error))
@@ -198,7 +199,8 @@ def wait_for_all(name: str) -> None:
 def main_process_first(name: str) -> Iterator[None]:
     """Let process 0 run the block, which may take long, before all other processes do."""
     if jax.process_count() > 1:
-        # On CPUs, processes connect when they first wait for each other, for at most 30 seconds.
+        # On CPUs, processes connect when they first wait for each other, for at most 30 seconds;
+        # later they wait for at most 30 minutes.
         _wait_for_devices()
         wait_for_all(f"{name}, connected")
     if not is_first():

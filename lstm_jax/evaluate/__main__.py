@@ -78,6 +78,11 @@ def main() -> None:
         )
     if not all(0 <= x < math.inf for x in (_DYNAMIC_LEARNING_RATE.value, _DYNAMIC_DECAY.value)):
         raise UserError("--dynamic_learning_rate and --dynamic_decay must be 0 or more, and finite")
+    given = [
+        name for name in flags.FLAGS if name.startswith("dynamic_") and flags.FLAGS[name].present
+    ]
+    if given and not _DYNAMIC.value:
+        raise UserError(f"--{given[0]} has no effect without --dynamic: add that")
     if _CONTEXT.value and _DYNAMIC.value:
         raise UserError("--context and --dynamic can't be combined: use only one of them")
     plot = Path(_BY_POSITION.value) if _BY_POSITION.value else None

@@ -126,7 +126,7 @@ def _read_text(path: str, vocabulary: Vocabulary) -> Text:
     """Read a text from a file or standard input, as a run with this vocabulary reads its own."""
     text = sources.read_argument(path, "--text", vocabulary.kind == "bytes")
     if vocabulary.stop == FILE_END:
-        sources.check_ends(text.encode("utf-8", "surrogateescape"), path)
+        sources.check_ends(text.encode("utf-8", "surrogateescape"), f"{path} (--text)")
         text += FILE_END
     return Text(text, vocabulary.kind, vocabulary.stop)
 

@@ -259,7 +259,7 @@ def read_validation_loss(directory: Path, step: int) -> float | None:
     """Return the validation loss of a checkpoint; None if it has no valid one."""
     try:
         loss = files.read_json(directory / str(step) / VALIDATION, _VALIDATION_LIMIT)["loss"]
-    except (OSError, ValueError, KeyError):
+    except (FileNotFoundError, ValueError, KeyError):
         return None
     return loss if isinstance(loss, float) and np.isfinite(loss) else None
 
@@ -309,6 +309,8 @@ def _restore_items(path: Path, items: Mapping[str, object]) -> Any:
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             return checkpointer.restore(path.resolve(), args=ocp.args.Composite(**items))
+    except jax.errors.JaxRuntimeError:  # Too little memory, or a lost process.
+        raise
     except Exception as error:  # Orbax re-raises any exception of its storage.
         if not path.exists():
             return None

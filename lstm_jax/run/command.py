@@ -219,9 +219,14 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     config_file = _split_name(_get_value(argv, "config") or "")[0]
     try:  # An override of what a config file returns can raise anything.
         with errors.run_user_code("config file", config_file, flags.Error, SystemExit):
-            return flags.FLAGS(argv)
+            left = flags.FLAGS(argv)
     except (UserError, flags.Error) as error:
         _fail(_describe(error, argv))
+    for name in flags.FLAGS:  # An unset variable of a shell must not mean a default.
+        flag = flags.FLAGS[name]
+        if flag.default is None and flag.value in ("", [""]):
+            _fail(f"--{name} is empty: give it a value, or leave it out")
+    return left
 
 
 def _describe(error: Exception, argv: Sequence[str]) -> str:

@@ -56,7 +56,8 @@ def draw_metrics(rows: Sequence[Row]) -> "Figure":
         measured = [row["loss"] for row in finite if row["split"] != "train"]
         top = max([ordered[int(0.97 * (len(ordered) - 1))], *measured])
         if top > ordered[0]:
-            axes.set_ylim(top=top + 0.05 * (top - ordered[0]))
+            margin = 0.05 * (top - ordered[0])
+            axes.set_ylim(ordered[0] - margin, top + margin)
     return figure
 
 

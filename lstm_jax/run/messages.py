@@ -78,7 +78,7 @@ def format_parameters(params: model_lib.Params) -> str:
 def describe_loss(loss: float, token_name: str, size: TextSize) -> str:
     """Return a loss in nats and bits per token, as a perplexity, and in bits per character."""
     bits = loss_lib.compute_bits_per_character(loss, [size])
-    is_character = token_name == "character"  # Then its bits are those per token.
+    is_character = token_name == "character"  # Then both kinds of bits are one, printed once.
     described = (
         f"{loss:.4f} nats per {token_name}, "
         f"{bits if is_character else loss / math.log(2):.4f} bits per {token_name}, "
@@ -119,12 +119,17 @@ def describe_stop(run: Session) -> str:
 
 def _describe_end(run: Session) -> str:
     """Return the message that a run has ended, and how to train it longer."""
-    field, reason, step = run.plan.limit, "", run.loop.step
-    if step < run.plan.total_steps:
-        field, reason = "patience", f": {_describe_patience(run)}"
+    config, plan, step, reason = run.config, run.plan, run.loop.step, ""
+    fields = [plan.limit] if step == plan.total_steps else []
+    if fields == ["num_epochs"] and 0 < config.max_steps < 2 * step:
+        fields.append("max_steps")
+    if run.ends_early():
+        fields.append("patience")
+        reason = f": {_describe_patience(run)}"
+    settings = [name_setting(field, 2 * getattr(config, field)) for field in fields]
     return (
-        f"The run in {run.directory} is finished after {run.plan.describe_length(step)}{reason}. "
-        f"To train longer, set for example {name_setting(field, 2 * getattr(run.config, field))}"
+        f"The run in {run.directory} is finished after {plan.describe_length(step)}{reason}. To "
+        f"train longer, set for example {' '.join(settings)}"
     )
 
 

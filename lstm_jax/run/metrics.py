@@ -7,6 +7,7 @@ import secrets
 import textwrap
 import time
 import zlib
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NotRequired, TypedDict, Unpack
@@ -47,20 +48,26 @@ class Row(Extra):
     crc: NotRequired[str]  # In the file only.
 
 
+# Called with each row, without its checksum and with the sample of a validation.
+Watch = Callable[[Row], object]
+
+
 class MetricsWriter(contextlib.ExitStack[None]):
     """Appends losses to metrics.jsonl, and losses and samples to TensorBoard events.
 
     The files are opened for the first row, so that a run without one leaves them as they are.
     """
 
-    def __init__(self, path: Path, step: int, config: Config) -> None:
+    def __init__(
+        self, path: Path, step: int, config: Config, watch: Watch = lambda row: None
+    ) -> None:
         """Prepare metrics.jsonl at `path`, and events beside it, for a run that is at `step`.
 
         TensorBoard shows the fields of the config as hyperparameters. The seconds of training
         continue from the last row.
         """
         super().__init__()
-        self._path, self._step, self._config = path, step, config
+        self._path, self._step, self._config, self._watch = path, step, config, watch
         rows = read_metrics(path)
         self._start = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
         self._is_open = False
@@ -91,8 +98,8 @@ class MetricsWriter(contextlib.ExitStack[None]):
 
     def write(
         self, step: int, epoch: float, split: str, loss: float, **extra: Unpack[Extra]
-    ) -> Row:
-        """Record a loss in nats per token; return its row without the checksum, with the sample.
+    ) -> None:
+        """Record a loss in nats per token, and call `watch` with its row.
 
         `step` is the number of training steps done, `epoch` of passes over the training text,
         with fractions, and `split` is "train", "validation" or "test". The row also has the seconds
@@ -110,6 +117,7 @@ class MetricsWriter(contextlib.ExitStack[None]):
             "seconds": round(time.monotonic() - self._start, 3),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+        size = self._lines.tell()
         self._lines.write(f"{json.dumps({**row, 'crc': _checksum(row)})}\n".encode())
         self._lines.flush()
         for name, value in row.items():
@@ -119,7 +127,14 @@ class MetricsWriter(contextlib.ExitStack[None]):
             quoted = textwrap.indent(sample, "    ", lambda line: True)
             self._add(Event(step=step, summary=text(f"{split}/sample", quoted)))
             row["sample"] = sample
-        return row
+        try:
+            self._watch(row)
+        except BaseException:
+            if (
+                split == "test"
+            ):  # A run that resumes records it, and calls `watch`, if it is missing.
+                self._lines.truncate(size)
+            raise
 
 
 def list_hyperparameters(config: Config) -> dict[str, bool | int | float | str]:

@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
+import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Unpack
 
@@ -21,9 +22,6 @@ from lstm_jax.run import advice, checkpoints, distillation, lock, metrics, resum
 from lstm_jax.run.loop import Loop
 from lstm_jax.run.plan import Plan
 from lstm_jax.train_step import TrainState, init_state
-
-# Called with each row of metrics.jsonl, without its checksum and with the sample of a validation.
-Watch = Callable[[metrics.Row], object]
 
 
 class Session:
@@ -48,7 +46,7 @@ class Session:
     """
 
     def __init__(
-        self, config: Config, directory: Path, watch: Watch, opened: contextlib.ExitStack
+        self, config: Config, directory: Path, watch: metrics.Watch, opened: contextlib.ExitStack
     ) -> None:
         """Open the run, and enter in `opened` what is closed at its end; see `open_run`."""
         config = resume.resolve_model(config)
@@ -58,8 +56,7 @@ class Session:
             splits = texts.load_texts(config.data)
             self._check_lock = opened.enter_context(lock.hold_lock(directory))
         opened.enter_context(_name_failed_writes(directory))
-        self.directory, self._watch = directory, watch
-        self._saved_in = directory / workdir.CHECKPOINTS
+        self.directory, self._saved_in = directory, directory / workdir.CHECKPOINTS
         config = dataclasses.replace(config, data=splits.resolve(config.data))
         resolved = resume.resolve_run(config, directory, splits)
         self.config, self.vocabulary, self.changes = resolved
@@ -97,11 +94,12 @@ class Session:
         self._begin()
         self.writer: metrics.MetricsWriter | None = None
         if hosts.is_first():
-            writer = metrics.MetricsWriter(directory / workdir.METRICS, self.loop.step, config)
+            path = directory / workdir.METRICS
+            writer = metrics.MetricsWriter(path, self.loop.step, config, watch)
             self.writer = opened.enter_context(writer)
 
     def _restore(self, state: TrainState) -> None:
-        """Start the loop at the latest checkpoint, else in this state; save the config."""
+        """Start the loop at the latest checkpoint, else in this state."""
         directory, plan, step = self.directory, self.plan, 0
         restored = checkpoints.restore_latest(self._saved_in, state.evaluated, state.rest)
         self.is_resumed = restored is not None
@@ -119,12 +117,6 @@ class Session:
                 f"the run in {directory} has trained {plan.describe_length(step)} already, and "
                 f"{limit} is fewer: set more, or use {name_other_directory()}"
             )
-        if hosts.is_first():
-            files.remove_partial(directory)
-            if self.changes:
-                workdir.append_changes(directory, step, self.changes)
-            workdir.save_vocabulary(directory, self.vocabulary)
-            workdir.save_config(directory, self.config)
         self.loop = Loop(state, step, plan.total_steps)
 
     def make_feed(self) -> feeding.Feed:
@@ -156,7 +148,7 @@ class Session:
         if split != "train":
             bits = loss_lib.compute_bits_per_character(loss, [self.sizes[split]])
             extra["bits_per_character"] = bits
-        self._watch(self.writer.write(step, self.plan.count_epochs(step), split, loss, **extra))
+        self.writer.write(step, self.plan.count_epochs(step), split, loss, **extra)
 
     def read_metrics(self) -> list[metrics.Row]:
         """Return the rows of metrics.jsonl."""
@@ -174,28 +166,39 @@ class Session:
         return bool(hosts.max_over_processes(decides))
 
     def _begin(self) -> None:
-        """Make the files agree with the latest checkpoint, which a new run saves first.
+        """Save the config, and make the files agree with the latest checkpoint.
 
-        A checkpoint is saved before its validation, and what was recorded later is removed. So a
-        run that was stopped in between, or killed at any time, has each row and sample once.
+        A new run saves its first one. A checkpoint is saved before its validation, and what was
+        recorded later is removed. So a run that was stopped in between, or killed at any time, has
+        each row and sample once. A finished run, in which nothing changes, stays as it is.
         """
-        step = self.loop.step
+        directory, step = self.directory, self.loop.step
+        if self.is_resumed:
+            is_recorded = checkpoints.read_validation_loss(self._saved_in, step) is not None
+            # A fast process may just have recorded it.
+            self.is_validated = bool(hosts.max_over_processes(is_recorded))
+            is_at_end = step == self.plan.total_steps
+            self.is_finished = self.is_validated and (is_at_end or self.ends_early())
+        if self.is_finished:
+            self.changes = {}
+        elif hosts.is_first():
+            files.remove_partial(directory)
+            if self.changes:
+                workdir.append_changes(directory, step, self.changes)
+            workdir.save_vocabulary(directory, self.vocabulary)
+            workdir.save_config(directory, self.config)
+            if self.is_resumed:
+                workdir.restore_history(directory, self._history)
         if not self.is_resumed:
             # Before any metrics: metrics without a checkpoint can't be resumed.
             self.save(step, self.loop.state)
             self.checkpoints.wait()
-            return
-        is_recorded = checkpoints.read_validation_loss(self._saved_in, step) is not None
-        # A fast process may just have recorded it.
-        self.is_validated = bool(hosts.max_over_processes(is_recorded))
-        is_at_end = step == self.plan.total_steps
-        self.is_finished = self.is_validated and (is_at_end or self.ends_early())
-        if not self.is_finished and hosts.is_first():
-            workdir.restore_history(self.directory, self._history)
 
 
 @contextlib.contextmanager
-def open_run(config: Config, directory: Path, watch: Watch = lambda row: None) -> Iterator[Session]:
+def open_run(
+    config: Config, directory: Path, watch: metrics.Watch = lambda row: None
+) -> Iterator[Session]:
     """Open the run in `directory`, or a new one there, and close it at the end of the block.
 
     Args:
@@ -219,8 +222,9 @@ def _name_failed_writes(directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         # A closed pipe, a failed connection or another file of a watch is not of the run.
-        name = error.filename if isinstance(error.filename, str) else directory
-        is_elsewhere = not Path(name).resolve().is_relative_to(directory.resolve())
+        name = error.filename if isinstance(error.filename, str | bytes) else str(directory)
+        path = Path(os.path.realpath(os.fsdecode(name)))
+        is_elsewhere = not path.is_relative_to(os.path.realpath(directory))
         is_of_network = error.errno is None or isinstance(error, (ConnectionError, socket.gaierror))
         if is_elsewhere or is_of_network:
             raise

@@ -87,7 +87,7 @@ def open_trackers(names: Sequence[str], directory: Path) -> Iterator[Callable[[R
                 ) from None
         for name, (write, _) in list(opened.items()):
             try:
-                write(row)
+                write({**row})  # It may change its own.
             except Exception as error:
                 warn(f"--track={name} failed and gets no more rows ({one_line(error)[:300]})")
                 close(name, failed=True)

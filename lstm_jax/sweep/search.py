@@ -135,10 +135,12 @@ def run_sweep(sweep: Sweep) -> int:
         raise
     except UserError as error:  # After the trials that succeeded.
         mistake = error
-    with interrupts.handle_signals(lambda *unused: None):
-        print(report.write_report(sweep.study, sweep.directory, sweep.experiment))
-    if mistake:
-        raise mistake
+    try:
+        with interrupts.handle_signals(lambda *unused: None):
+            print(report.write_report(sweep.study, sweep.directory, sweep.experiment))
+    finally:
+        if mistake:
+            raise mistake
     return exit_code
 
 

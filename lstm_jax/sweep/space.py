@@ -50,22 +50,21 @@ class Space(NamedTuple):
                 f"({one_line(error)})"
             ) from None
         try:
-            config = change_fields(experiment, made)
+            return made, change_fields(experiment, made)
         except UserError as error:
             raise UserError(f"{self.name}: {error}") from None
-        for name in ("path", "dataset", "fractions"):
-            if getattr(config.data, name) != getattr(experiment.data, name):
-                raise UserError(
-                    f"{self.name}: it changes data.{name}, but losses on different texts can't be "
-                    "compared: use one sweep for each text"
-                )
-        return made, config
 
     def draw_trials(self, experiment: Config) -> list[FrozenTrial]:
         """Check a fixed set of random draws, and return them."""
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         for _ in range(_NUM_PROBES):
-            self.draw_config(study.ask(), experiment)
+            _, config = self.draw_config(study.ask(), experiment)
+            for name in ("path", "dataset", "text_feature", "fractions"):
+                if getattr(config.data, name) != getattr(experiment.data, name):
+                    raise UserError(
+                        f"{self.name}: it changes data.{name}, but losses on different texts can't "
+                        "be compared: use one sweep for each text"
+                    )
         for name, drawn in itertools.chain(*(t.distributions.items() for t in study.trials)):
             choices = drawn.choices if isinstance(drawn, CategoricalDistribution) else ()
             if other := [
