@@ -63,11 +63,11 @@ def compute_once(file: Path, compute: Callable[[], Any]) -> Any:
 
 def train(directory: Path, *flags: str) -> float:
     """Train into a directory, or resume; return the minutes of the process that completed it."""
-    command, file = ("-m", "lstm_jax.main", "--workdir", directory, *flags), directory / "minutes"
-    minutes, *given = compute_once(file, lambda: [time_call(run_python, *command) / 60, *flags])
-    if given != list(flags):
+    directory.mkdir(parents=True, exist_ok=True)
+    if (given := compute_once(directory / "flags", lambda: flags)) != list(flags):
         sys.exit(f"{directory} was trained with {' '.join(given)}: use another directory")
-    return float(minutes)
+    command, file = ("-m", "lstm_jax.main", "--workdir", directory, *flags), directory / "minutes"
+    return float(compute_once(file, lambda: time_call(run_python, *command) / 60))
 
 
 def evaluate(directory: Path, *flags: object) -> float:

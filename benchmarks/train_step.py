@@ -123,7 +123,8 @@ def make_lstm_jax(
 
 def make_peer(make_model: peers.MakeModel, options: argparse.Namespace) -> Work:
     """Return the step of a model of another JAX library."""
-    jax.config.update("jax_cpu_enable_async_dispatch", False)  # As `parallel.use_cores` does.
+    is_small = options.hidden_size <= 448  # Steps of larger models keep memory as in `main`.
+    jax.config.update("jax_cpu_enable_async_dispatch", is_small)
     optimizer = optax.adam(LEARNING_RATE)
     init, apply, carry = make_model(options, options.batch_size)
 
@@ -189,8 +190,7 @@ def _keras(options: argparse.Namespace) -> Work:
     model = keras.Sequential(layers)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(LEARNING_RATE), loss)
-    inputs, targets = _batch(options)
-    return Work(lambda: model.train_on_batch(inputs, targets), device)
+    return Work(functools.partial(model.train_on_batch, *_batch(options)), device)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import json
 import math
 import platform
@@ -10,6 +11,7 @@ import urllib.error
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -163,6 +165,18 @@ def test_a_validation_text_too_short_is_refused_before_training(
     with pytest.raises(UserError, match="validation split is too short: it has 3 .*, and needs 4"):
         training.train(tiny_config, tmp_path / "run")
     assert not (tmp_path / "run" / workdir.METRICS).exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_could_not_write_its_config_starts_again(
+    tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_config.max_steps = 1
+    with monkeypatch.context() as patch, pytest.raises(UnavailableError, match="the same call"):
+        full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "vocabulary.json"))
+        patch.setattr(workdir, "save_vocabulary", mock.Mock(side_effect=full))
+        training.train(tiny_config, tmp_path)
+    assert training.train(tiny_config, tmp_path) == 0
 
 
 @pytest.mark.slow

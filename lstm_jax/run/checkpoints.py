@@ -259,7 +259,7 @@ def read_validation_loss(directory: Path, step: int) -> float | None:
     """Return the validation loss of a checkpoint; None if it has no valid one."""
     try:
         loss = files.read_json(directory / str(step) / VALIDATION, _VALIDATION_LIMIT)["loss"]
-    except (FileNotFoundError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError):
         return None
     return loss if isinstance(loss, float) and np.isfinite(loss) else None
 

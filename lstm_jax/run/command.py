@@ -224,7 +224,8 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         _fail(_describe(error, argv))
     for name in flags.FLAGS:  # An unset variable of a shell must not mean a default.
         flag = flags.FLAGS[name]
-        if flag.default is None and flag.value in ("", [""]):
+        given = flag.value if isinstance(flag.value, list) else [flag.value]
+        if flag.default is None and "" in given and not name.startswith("config."):
             _fail(f"--{name} is empty: give it a value, or leave it out")
     return left
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import os
 import secrets
 import textwrap
 import time
@@ -117,7 +118,7 @@ class MetricsWriter(contextlib.ExitStack[None]):
             "seconds": round(time.monotonic() - self._start, 3),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        size = self._lines.tell()
+        size = os.fstat(self._lines.fileno()).st_size
         self._lines.write(f"{json.dumps({**row, 'crc': _checksum(row)})}\n".encode())
         self._lines.flush()
         for name, value in row.items():
@@ -130,9 +131,8 @@ class MetricsWriter(contextlib.ExitStack[None]):
         try:
             self._watch(row)
         except BaseException:
-            if (
-                split == "test"
-            ):  # A run that resumes records it, and calls `watch`, if it is missing.
+            # A run that resumes records a test loss, and calls `watch`, only if it is missing.
+            if split == "test":
                 self._lines.truncate(size)
             raise
 

@@ -89,9 +89,8 @@ class Session:
             counts=splits.texts["train"].count_tokens(self.vocabulary) if is_new else None,
         )
         self._restore(state)
-        self.checkpoints = opened.enter_context(checkpoints.CheckpointWriter(self._saved_in))
         self.is_validated = self.is_finished = False
-        self._begin()
+        self._begin(opened)
         self.writer: metrics.MetricsWriter | None = None
         if hosts.is_first():
             path = directory / workdir.METRICS
@@ -165,12 +164,13 @@ class Session:
         decides = hosts.is_first() and advice.is_out_of_patience(self.read_metrics(), patience)
         return bool(hosts.max_over_processes(decides))
 
-    def _begin(self) -> None:
+    def _begin(self, opened: contextlib.ExitStack) -> None:
         """Save the config, and make the files agree with the latest checkpoint.
 
         A new run saves its first one. A checkpoint is saved before its validation, and what was
         recorded later is removed. So a run that was stopped in between, or killed at any time, has
-        each row and sample once. A finished run, in which nothing changes, stays as it is.
+        each row and sample once. A finished run is not trained with a new config, so it keeps its
+        own, unless only its text has moved.
         """
         directory, step = self.directory, self.loop.step
         if self.is_resumed:
@@ -179,7 +179,7 @@ class Session:
             self.is_validated = bool(hosts.max_over_processes(is_recorded))
             is_at_end = step == self.plan.total_steps
             self.is_finished = self.is_validated and (is_at_end or self.ends_early())
-        if self.is_finished:
+        if self.is_finished and not all(name.startswith("data.") for name in self.changes):
             self.changes = {}
         elif hosts.is_first():
             files.remove_partial(directory)
@@ -187,8 +187,10 @@ class Session:
                 workdir.append_changes(directory, step, self.changes)
             workdir.save_vocabulary(directory, self.vocabulary)
             workdir.save_config(directory, self.config)
-            if self.is_resumed:
+            if self.is_resumed and not self.is_finished:
                 workdir.restore_history(directory, self._history)
+        # After the config: checkpoints without one can't be resumed.
+        self.checkpoints = opened.enter_context(checkpoints.CheckpointWriter(self._saved_in))
         if not self.is_resumed:
             # Before any metrics: metrics without a checkpoint can't be resumed.
             self.save(step, self.loop.state)
