@@ -184,7 +184,7 @@ def generate_chunks(
                 "lower optimizer.learning_rate"
             )
         if process_logits:
-            logits = process_logits(generated, np.asarray(state.logits))
+            logits = process_logits(generated, np.array(state.logits))  # Which it may change.
             logits = _check_logits(logits, state, controls)
             state = state._replace(logits=jnp.asarray(logits))
         stop_id, count = np.int32(stops.token_id), np.int32(min(chunk, length))

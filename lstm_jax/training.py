@@ -32,7 +32,7 @@ def train(
       watch: called with each recorded loss, as a row of metrics.jsonl without its checksum, for
         example to plot it in a notebook; rows of validations also have the generated text, as
         `sample`. If it raises an exception, the run ends, and can be resumed.
-      quiet: whether to print nothing, neither progress nor warnings.
+      quiet: whether to print nothing, neither progress nor warnings nor what `watch` prints.
 
     Returns:
       The exit code: 0, or 130 after Ctrl-C (143 after SIGTERM) with everything saved.

@@ -103,6 +103,9 @@ class Vocabulary:
             raise ValueError("the stop token is not among the tokens")
         self.tokens, self.kind, self.stop = tuple(tokens), kind, stop
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Vocabulary, (self.tokens, self.kind, self.stop)
+
     @classmethod
     def from_text(
         cls,

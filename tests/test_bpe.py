@@ -1,6 +1,7 @@
 """Byte-pair encoding: learn tokens, divide words, train on them, and read the run again."""
 
 import json
+import pickle
 import random
 import signal
 import sys
@@ -100,6 +101,7 @@ def test_ctrl_c_ends_the_learning_of_tokens() -> None:
 
 
 def test_another_text_has_the_same_tokens(vocabulary: Vocabulary) -> None:
+    assert pickle.loads(pickle.dumps(vocabulary)).to_fields() == vocabulary.to_fields()
     other = Vocabulary.from_text(f"日本語 日本語{FILE_END}", "bpe", stop=FILE_END)
     assert "日本語" in other and "日本語" not in vocabulary
     assert extend_vocabulary(vocabulary, other).tokens == (*vocabulary.tokens, FILE_END)

@@ -142,9 +142,9 @@ def test_a_logits_processor_sees_the_text_so_far_and_changes_what_is_drawn() -> 
 
     def follow(ids: np.ndarray, logits: np.ndarray) -> np.ndarray:
         seen.append((ids.copy(), logits.copy()))
-        wanted = np.full_like(logits, -np.inf)
-        wanted[2 + (ids[-1] - 1) % 8] = 0  # The next letter.
-        return wanted
+        logits[:] = -np.inf
+        logits[2 + (ids[-1] - 1) % 8] = 0  # The next letter.
+        return logits
 
     assert run.generate("gh", length=10, process_logits=follow) == "ghabcdefghab"
     assert [len(ids) for ids, _ in seen] == list(range(2, 12))
@@ -352,6 +352,15 @@ def test_an_error_names_the_argument_of_other_methods() -> None:
         (run.next, {"text": "a", "n": -1}, "n is -1: it must be 1 or more"),
         (run.next, {"text": "\ud800"}, "text has the lone surrogate"),
         (run.score, {"text": b"a"}, "text is b'a': it must be a string"),
+        (run.score, {"text": "a", "carry": run.score("ab")}, "carry is a Scores: it must be that"),
+        (run.read, {"ids": [2, 3]}, r"ids are an array \[2\]: they must be \[batch, time\], from"),
+        (run.read, {"ids": [[2, 999]]}, r"ids are an array \[1, 2\]: they must be"),
+        (lstm_jax.load, {"directory": b"run"}, "directory is b'run': it must be a path"),
+        (
+            lstm_jax.load,
+            {"directory": "x", "cell": LanguageModel},
+            "LanguageModel.* is not FILE.py:CLASS",
+        ),
         (run.hidden_states, {"text": "\ud800"}, "text has the lone surrogate"),
         (lstm_jax.load, {"directory": "a" * 5000}, "directory is 'aaaa.*: File name too long"),
         (lstm_jax.load, {"directory": "a\0b"}, "directory is 'a.*b': it must be a path"),

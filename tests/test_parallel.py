@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import jax
 import pytest
@@ -10,6 +11,7 @@ import commands
 from lstm_jax import config as config_lib
 from lstm_jax.devices import hosts, parallel
 from lstm_jax.errors import UserError
+from lstm_jax.recurrences import processor
 
 # A cell in a file of its own, whose carry has a matrix and an integer for each text.
 OWN_CELL = f"{Path(__file__).parent}/fixtures/delta_cell.py:DeltaCell"
@@ -68,6 +70,15 @@ def test_many_devices_train_like_one(cell: str, meshes: list[tuple[int, int]]) -
     """Include dropout, penalties, microbatches, averaged weights and the carry."""
     result = commands.run_python("-c", _SCRIPT, cell, json.dumps([(1, 1), *meshes]))
     assert result.returncode == 0, result.stderr
+
+
+def test_cores_are_limited_by_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {*range(64)}, raising=False)
+    limits = mock.Mock()
+    monkeypatch.setattr(processor, "Path", lambda name: limits)
+    for limit, number in (("150000 100000", 2), ("10000 100000", 1), ("max 100000", 64)):
+        limits.read_text.return_value = limit
+        assert processor.count_cores() == number
 
 
 def test_an_invalid_mesh_raises_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,6 +165,20 @@ def test_one_text_is_cut(archive: Download, content: bytes, server: Server, tmp_
     assert server.requests == [("enwik8.zip", None)], "once"
 
 
+def test_the_data_directory_can_be_a_link(
+    archive: Download, content: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "data").symlink_to("disk")
+    assert b"".join(get_splits(tmp_path / "data")) == content
+
+
+def test_a_user_without_a_home_directory_must_name_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.raises(UserError, match="no home directory: set data.directory"):
+        standard_texts.find_standard_text(config_lib.DataConfig(directory="~/texts"))
+
+
 def test_three_texts_are_cleaned(
     server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -140,7 +140,7 @@ def unfinished_directory(target: Path) -> Iterator[Path]:
         yield path
         path.rename(target)
         with contextlib.suppress(OSError):  # It is complete, also where this is not supported.
-            sync_directory(target.parent.resolve())  # The user may have named a link.
+            sync_directory(target.parent)
 
 
 @contextlib.contextmanager
@@ -154,7 +154,7 @@ def _open_directory(path: Path) -> Iterator[int]:
 
 def sync_directory(path: Path) -> None:
     """Flush the names in a directory to disk, so that a rename survives a power failure."""
-    with _open_directory(path) as descriptor:
+    with _open_directory(path.resolve()) as descriptor:  # The user may have named a link.
         os.fsync(descriptor)
 
 

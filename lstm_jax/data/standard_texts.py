@@ -106,6 +106,8 @@ def find_standard_text(data: DataConfig) -> DataConfig:
         return data
     data_dir = data.directory or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     directory = Path(os.path.expanduser(data_dir), data.dataset)
+    if str(directory).startswith("~"):
+        raise UserError("this user has no home directory: set data.directory or TFDS_DATA_DIR")
     try:
         if any(directory.glob("*/dataset_info.json")):
             return data

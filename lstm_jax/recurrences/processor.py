@@ -1,5 +1,6 @@
 """Query the processor: its vendor and instruction sets, and the cores that this process may use."""
 
+import contextlib
 import functools
 import os
 from pathlib import Path
@@ -29,7 +30,10 @@ def read_cpu_features() -> frozenset[str]:
 
 
 def count_cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return the number of cores that this process, or its container, may use."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    number = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # There is no limit.
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        number = min(number, max(-(-quota // period), 1))
+    return number

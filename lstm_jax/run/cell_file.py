@@ -34,9 +34,9 @@ def resolve_cell(model: ModelConfig) -> ModelConfig:
 
 def load_cell(name: str) -> str:
     """Run the file of FILE.py:CLASS, make its cell available, and return the file's checksum."""
-    file, _, class_name = name.rpartition(":")
-    if not names_cell_file(name):
+    if not isinstance(name, str) or not names_cell_file(name):
         raise UserError(f"the cell {name!r} is not FILE.py:CLASS, as in my_cells.py:MyCell")
+    file, _, class_name = name.rpartition(":")
     with name_failure(f"can't read the file of the cell {name}"):
         source = files.read_bytes(Path(file), _LIMIT, follow=True)
     sha256 = hashlib.sha256(source).hexdigest()

@@ -5,12 +5,14 @@ import re
 import runpy
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
+from tqdm import tqdm
 
 from lstm_jax import config, errors
 from lstm_jax.errors import UserError, make_visible, one_line
@@ -40,6 +42,8 @@ def run_command(main: Callable[[], int | None]) -> None:
 
         compilation_cache.use_cache()
         logging.set_verbosity(logging.FATAL)  # app.run increases it after parsing.
+        # Its own lock is one of processes, which exits of this package would seem to leak.
+        tqdm.set_lock(threading.RLock())
         try:
             code = main()
             sys.stdout.flush()

@@ -67,14 +67,19 @@ class Run:
         like step.
       vocabulary: its `Vocabulary`.
       model: its `LanguageModel`, or an `Ensemble`.
-      params: the parameters of the checkpoint with the best validation loss.
+      params: the parameters of the checkpoint with the best validation loss, to read only.
       step: the training step of this checkpoint.
     """
 
     def __init__(self, trained: workdir.Trained) -> None:
         """Use a model that `workdir.load_trained` has loaded."""
-        self.config, self.vocabulary, self.model, self.params, self.step = trained
+        self.config, self.vocabulary, self.model, self._params, self.step = trained
         self._arrays = generation.prepare_params(self.model, self.params)
+
+    @property
+    def params(self) -> Any:
+        """Return the parameters; the methods use other arrays, too, which were made from them."""
+        return self._params
 
     def __repr__(self) -> str:
         members = getattr(self.model, "members", [self.model])
@@ -164,6 +169,12 @@ class Run:
         token of each text; before the first token they are zeros. The results depend on the number
         of texts by rounding only, and not on how a text is divided between calls.
         """
+        ids = np.asarray(ids)
+        if ids.ndim != 2 or (ids.size and not 0 <= ids.min() <= ids.max() < len(self.vocabulary)):
+            raise UserError(
+                f"ids are an array {list(ids.shape)}: they must be [batch, time], from 0 to "
+                f"{len(self.vocabulary) - 1}"
+            )
         if state is None:
             state = generation.initial_state(self.model, self._arrays, len(ids))
         return generation.read_tokens(self.model, self._arrays, state, ids)
@@ -175,6 +186,8 @@ class Run:
         precedes this one.
         """
         self._check_text("text", text)
+        if not isinstance(carry, TextCarry | None):
+            raise UserError(f"carry is a {type(carry).__name__}: it must be that of earlier scores")
         tokens, ids = self.vocabulary.split(text), self.vocabulary.encode(text)
         now = model_lib.first_carry(self.model, self.params, 1)
         if carry:
@@ -262,10 +275,10 @@ def load(
     """
     if dtype not in (known := (None, *DTYPES, "int8")):
         raise UserError(f"dtype is {dtype!r}: it must be one of {', '.join(known[1:])}")
-    for name in [cell] if isinstance(cell, str) else cell:
+    for name in [cell] if isinstance(cell, str | type) else cell:
         cell_file.load_cell(name)
     paths = [directory] if isinstance(directory, str | os.PathLike) else directory
-    if not isinstance(paths, Sequence) or not paths:
+    if not isinstance(paths, Sequence) or isinstance(paths, bytes) or not paths:
         raise UserError(f"directory is {directory!r}: it must be a path, or a list of paths")
     return Run(ensemble.load_ensemble(paths, dtype)[0])
 

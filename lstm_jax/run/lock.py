@@ -47,9 +47,9 @@ def hold_lock(directory: Path) -> Iterator[Callable[[], None]]:
             )
         yield lambda: None
         return
-    made = [path for path in (directory, *directory.parents) if not path.exists()]
     path = directory / LOCK
     try:
+        made = [path for path in (directory, *directory.parents) if not path.exists()]
         directory.mkdir(parents=True, exist_ok=True)
         lock = _acquire(path)
     except OSError as error:

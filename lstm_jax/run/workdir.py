@@ -80,16 +80,16 @@ def is_folder(directory: Path) -> bool:
 
 def load_config(workdir: Path) -> Config:
     """Return the config of the run in `workdir`; raise `UserError` if there is no run."""
-    if not (workdir / CONFIG).exists():
+    try:
+        fields = files.read_json(workdir / CONFIG, _CONFIG_LIMIT)
+    except (FileNotFoundError, NotADirectoryError):
         name = shlex.quote(str(workdir))
         train = f"python -m lstm_jax.main --config experiments/quick.py --workdir {name}"
         raise UserError(
             f"there is no trained model in {workdir} (no {CONFIG}): name the directory of a "
             "training run, or tiny-shakespeare, or train one with "
             f"{choose_wording(command=train, python='lstm_jax.train')}"
-        )
-    try:
-        fields = files.read_json(workdir / CONFIG, _CONFIG_LIMIT)
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{workdir / CONFIG} is damaged: {_reason(error)}") from None
     return config_lib.complete_config(fields)
