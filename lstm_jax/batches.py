@@ -73,8 +73,8 @@ class Streams:
     def __getitem__(self, step: int) -> Offsets:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         offset = np.random.default_rng((self._seed, epoch)).integers(self._slack + 1)
-        starts = offset + self._stream_length * np.arange(self._batch_size)
-        return Offsets(starts + step_in_epoch * self._window_length, np.bool_(step_in_epoch == 0))
+        begins = offset + self._stream_length * np.arange(self._batch_size)
+        return Offsets(begins + step_in_epoch * self._window_length, np.bool_(step_in_epoch == 0))
 
 
 def cut_batch(

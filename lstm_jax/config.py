@@ -85,7 +85,7 @@ def names_cell_file(name: str) -> bool:
 
 
 def is_plain_lstm(model: Any) -> bool:
-    """Return whether `recurrences.fused` can run a `LanguageModel`, or that of a `ModelConfig`."""
+    """Return whether `recurrences.fused` can run a `LanguageModel`, or a `ModelConfig`'s."""
     return bool(model.cell == "lstm" and not model.layer_norm and model.block == "none")
 
 
@@ -146,8 +146,9 @@ class DataConfig:
         "ones, the 256 bytes, a stop token, and those that byte-pair encoding learns from the "
         "training text.", between(259, 2**20),
         relevant_if=Rule("data.units='bpe'", lambda c: c.data.units == "bpe"))
-    min_count: int = field(1, "Replace tokens that occur less often in the training text by [UNK], "
-        "except bytes. bpe: learn only tokens that occur at least this often.", _POSITIVE_COUNT)
+    min_count: int = field(1, "Replace tokens that occur less often than this in the training text "
+        "by [UNK], except bytes. bpe: learn only tokens that occur at least this often.",
+        _POSITIVE_COUNT)
     document_separator: str = field("", "End of a document, where the model learns to stop; the "
         "next is read from a zero carry. file: the end of each file, or of each example of a "
         "dataset. Empty: the text is one document.",
@@ -199,7 +200,7 @@ class ModelConfig:
         "resumes with it only.")
     block: Literal["none", "residual"] = field("none", "residual: each cell is in a block with "
         "normalization, a short convolution, a gated MLP and residual branches.")
-    layer_norm: bool = field(False, "Layer normalization of the inputs of the gates.")
+    layer_norm: bool = field(False, "Layer normalization of x W and h U, and of an LSTM's c'.")
     tie_embeddings: bool = field(False, "Use the embedding table as the dense layer's kernel; sets "
         "the last layer's width.")
     skip_connections: bool = field(False, "Each layer but the first adds its inputs, without "
@@ -225,7 +226,7 @@ class ModelConfig:
         "recomputes the others to save memory. 0: store all.", _SIZE_OR_ZERO, resume=True,
         relevant_if=Rule(
             "model.cell='lstm' without layer_norm or block, recurrence auto, fused or pallas, and "
-            "longer windows",
+            "windows that are longer",
             lambda c: is_plain_lstm(c.model) and c.model.recurrence not in ("scan", "cudnn")
                 and c.model.rematerialize < c.batches.window_length))
 
@@ -236,8 +237,9 @@ class OptimizerConfig:
 
     name: OptimizerName = field("adam", "AdamW; Lion; Muon for the matrices of recurrent layers "
         "with AdamW for the rest; schedule-free AdamW; or SGD.")
-    b1: float = field(0.9, "Decay of the gradients' mean in Adam and Lion; the share of the "
-        "average in the weights that schedule_free trains, which can't change.", _SHARE,
+    b1: float = field(0.9, "Decay of the gradients' mean in Adam; its weight in Lion's updates; "
+        "in schedule_free, the share of the average in the point of the gradient, which can't "
+        "change when a run resumes.", _SHARE,
         resume=True, relevant_if=_READS_B1_AND_B2,
         requires=Rule("above 0 for optimizer.name='schedule_free'",
             lambda c: c.optimizer.b1 > 0 or c.optimizer.name != "schedule_free"))
@@ -266,7 +268,8 @@ class OptimizerConfig:
         "which evaluation and sampling then use. 0: no average.", _SHARE,
         relevant_if=Rule("another optimizer than 'schedule_free'",
             lambda c: c.optimizer.name != "schedule_free"))
-    microbatches: int = field(1, "Parts of a batch, computed one after the other to save memory.",
+    microbatches: int = field(1, "Parts of a batch, computed one after the other to save memory "
+        "(gradient accumulation).",
         _SIZE, resume=True,
         requires=Rule("a divisor of batches.batch_size",
             lambda c: c.batches.batch_size % c.optimizer.microbatches == 0))
@@ -403,7 +406,7 @@ _LEGEND = (
 )
 # A field whose value is a dict with any names.
 _OPEN = "model.options"
-# Names of fields by property.
+# The fields that may change when a run resumes.
 CHANGEABLE = tuple(field.name for field in FIELDS if field.resume)
 
 

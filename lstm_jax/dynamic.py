@@ -48,7 +48,7 @@ def adapt_to_text(
 ) -> Iterator[np.ndarray]:
     """Compute the losses of `compute_dynamic_losses` for an ensemble of models, of one or more.
 
-    Each adapts to the text alone, with the gradients of its loss.
+    Each model adapts independently, with the gradients of its own loss.
     """
     losses = []
     for model, params in members:
@@ -129,7 +129,7 @@ def _read_segments(
 
     def step(state: tuple[Params, Carry], segment: Chunk) -> tuple[tuple[Params, Carry], jax.Array]:
         (params, carry), (inputs, targets, counted) = state, segment
-        # A segment that is all padding comes after the last token: its results are not used.
+        # Else the mean over a segment that is all padding, after the last token, would be NaN.
         counted = counted | ~counted.any()
         grads, (losses, carry) = _compute_grads(model, params, carry, (inputs, targets, counted))
         return (jax.tree.map(adapt, params, grads, trained, sizes), carry), losses

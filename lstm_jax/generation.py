@@ -21,10 +21,10 @@ BatchLogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 # Tokens per call of the compiled function: few at first, so that text appears soon.
 _FIRST_CHUNK, _CHUNK = 16, 1024
-# The longest where a reader waits for the text. Each call prepares the kernels anew, so it is not
-# shorter.
+# The longest chunk of a text that is streamed in pieces. Not shorter, because XLA prepares the
+# kernels anew in each call of the compiled function.
 _STREAMED_CHUNK = 256
-# The longest where a stop text is searched for: the tokens after it are generated in vain.
+# The longest chunk where a stop text is searched for: the tokens after it are generated in vain.
 _SEARCHED_CHUNK = 64
 
 
@@ -167,8 +167,8 @@ def generate_chunks(
     The tokens of text b depend on `key`, b and the position in the text, but not on the size of
     the batch or the chunks. Arguments come from `prepare_params`, `read_tokens`,
     `make_control_arrays` and `make_stops`; new values need no compilation. `process_logits` is
-    called with the tokens after the prompts; a chunk is then one token. Else it has 16
-    tokens at first, and later `longest`, or 64 if they are searched for a stop text.
+    called with the tokens after the prompts; a chunk is then one token. Else it has 16 tokens at
+    first, then four times as many each time, up to `longest`, or 64 to search for a stop text.
 
     Yield the ids of a chunk, int32 [batch, n], where texts that have ended are padded with id 0.
     Raise `NotFiniteError` if the model's logits are not finite.
@@ -257,7 +257,7 @@ def generate_tokens(
 def encode_prompt(vocabulary: Vocabulary, prompt: str) -> np.ndarray:
     """Return the ids of a prompt, int32 [n].
 
-    A prompt of a model of documents begins one, after a stop token. For another model, an empty
+    For a model of documents, the prompt begins one, after a stop token. For another model, an empty
     prompt becomes a token that can precede a text: a line break, or else the first token of the
     vocabulary.
     """
@@ -290,8 +290,8 @@ def stream_texts(
     `stop_token` is false. `process_logits` gets the ids with the prompt.
 
     Yields:
-      The next piece of each text, of `piece_length` tokens, or of more and more by default; the
-      last may be empty. No piece ends within a character.
+      The next piece of each text, of `piece_length` tokens; by default, pieces get longer. The last
+      may be empty. No other piece ends within a character.
 
     Raises:
       UserError: if a control is outside its range.

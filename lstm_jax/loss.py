@@ -113,7 +113,7 @@ def iterate_chunks(ids: Ids, length: int | None = None) -> Iterator[Chunk]:
 def _cut_chunks(ids: Ids, begins: np.ndarray, bounds: np.ndarray, length: int) -> Iterator[Chunk]:
     """Yield chunks of parallel streams.
 
-    Stream s predicts the targets from bounds[s] to bounds[s + 1], and begins at begins[s] or there.
+    Stream s reads from begins[s] on, and its targets from bounds[s] to bounds[s + 1] count.
     """
     for start in range(0, int((bounds[1:] - begins).max()), length):
         windows = np.zeros((len(begins), length + 1), np.int32)

@@ -85,9 +85,9 @@ class LanguageModel(nn.Module):
     # form of the cell; "fused", "cudnn" or "pallas", for LSTMs; or "auto", the fastest.
     recurrence: str = "auto"
     dtype: str = "float32"  # The dtype of matmul operands, "float32" or "bfloat16".
-    int8_steps: bool = False  # Whether `apply_step` multiplies numbers of 8 bits; see `fused`.
+    int8_steps: bool = False  # Whether `apply_step` multiplies in int8; see `fused`.
     rematerialize: int = 0  # See `fused.run_fused`.
-    cell: str | type[nn.Module] = "lstm"  # The kind of recurrent layer, in `cells.CELLS` or not.
+    cell: str | type[nn.Module] = "lstm"  # A key of `cells.CELLS`, or a class.
     layer_norm: bool = False  # Whether the cells normalize the contributions to their gates.
     options: Mapping[str, Option] = nn.FrozenDict()  # Other fields of the cells.
     block: str = "none"  # The block around each cell: "none" or "residual".
@@ -95,11 +95,11 @@ class LanguageModel(nn.Module):
     skip_connections: bool = False  # Add inputs to outputs in each layer but the first.
     initial_embedding: float = 0.05  # Initial embeddings are uniform in ± this.
     initial_scale: float = 1.0  # A factor of initial kernels and embeddings.
-    # Of the dense layer: the logarithms of the tokens' "frequencies" in the training text, or
-    # "zeros".
+    # Initial bias of the dense layer: "frequencies" (the logarithms of the tokens' frequencies in
+    # the training text) or "zeros".
     initial_bias: str = "frequencies"
-    # The id of the stop token, if texts consist of documents. Each begins with the stop token that
-    # ends the one before, which is read from the initial carry.
+    # The id of the stop token, if texts consist of documents. Each document begins with the stop
+    # token that ends the one before; this token is read from the initial carry.
     stop_id: int | None = None
 
     @property
@@ -154,8 +154,8 @@ class LanguageModel(nn.Module):
     def __call__(self, ids: jax.Array, carry: Carry) -> tuple[jax.Array, Carry]:
         """Predict the token after each of `ids`, int32 [batch, time].
 
-        Return logits, float32 [batch, time, vocabulary_size], where those at t predict the token
-        after ids[:, t]; and the carry after the last id. `carry` is that of the preceding
+        Return logits, float32 [batch, time, vocabulary_size], where logits[:, t] predict the token
+        after ids[:, t]; and the carry after the last id. `carry` is the one after the preceding
         text, or `initial_carry`.
         """
         outputs, carry = self.run(ids, carry)
@@ -166,8 +166,8 @@ class LanguageModel(nn.Module):
     ) -> tuple[jax.Array, Carry]:
         """Run the recurrent layers over ids [batch, time].
 
-        Return the outputs of the last layer [batch, time, features], before the last of `masks`,
-        and the carry.
+        Return the outputs of the last layer [batch, time, features], to which the last of `masks`
+        is not applied yet, and the carry.
         """
         recurrence, starts = choose_recurrence(self), self.find_starts(ids)
         below: Any = Lookup(self.embedding.embedding, ids)
@@ -253,7 +253,7 @@ def make_model(
 ) -> LanguageModel:
     """Make the model that the `model` fields of a config describe, for this machine.
 
-    The dtype "auto" becomes that of `choose_dtype`. For `stop_id`, see `LanguageModel`.
+    The dtype "auto" is resolved by `choose_dtype`. For `stop_id`, see `LanguageModel`.
 
     Raises:
       KeyError: if the cell is in a file that was not loaded (`run.cell_file`).
@@ -276,7 +276,7 @@ def make_model(
 def check_cells(model: LanguageModel) -> None:
     """Raise `UserError` if a cell breaks the protocol, or the layers have too many operations."""
     layers = model.make_cells()
-    if not isinstance(model.cell, str):  # Those of the package follow it.
+    if not isinstance(model.cell, str):  # The cells of the package follow it.
         for layer in set(layers):
             trace_cell(layer.cell if isinstance(layer, Block) else layer)
     operations = sum(map(count_operations, layers))
@@ -291,9 +291,10 @@ def check_cells(model: LanguageModel) -> None:
 def init_params(model: LanguageModel, key: jax.Array, counts: np.ndarray | None = None) -> Params:
     """Draw initial parameters, as Keras does except for the bias of the dense layer.
 
-    Embeddings are uniform in ±`initial_embedding`, kernels Glorot uniform, and recurrent kernels
-    orthogonal. Biases are 1 for forget gates and 0 for the others. With `initial_bias`
-    "frequencies" an untrained model predicts the frequencies of the tokens in the training text.
+    Embeddings are uniform in ±`initial_embedding`. In an `LSTMCell`, kernels are Glorot uniform,
+    recurrent kernels orthogonal, and biases 1 for the forget gate and 0 for the others. With
+    `initial_bias` "frequencies" an untrained model predicts the frequencies of the tokens in the
+    training text.
 
     `counts` holds the number of occurrences of each token in the training text, int
     [vocabulary_size]. Without it the dense layer's bias is zero.
@@ -319,10 +320,10 @@ def _draw_params(model: LanguageModel, key: jax.Array) -> Params:
 
 @functools.partial(jax.jit, static_argnames=("model", "batch_size"), keep_unused=True)
 def first_carry(model: LanguageModel, params: Params, batch_size: int) -> Carry:
-    """Return `model.initial_carry`, where jit places its results: beside the parameters.
+    """Return `model.initial_carry` as a result of jit, so that it is placed like the parameters.
 
-    A function that reads a text carry by carry is then compiled once, not for the first carry and
-    again for its own results.
+    Otherwise, a function that reads a text chunk by chunk would be compiled twice: for this first
+    carry, and for the carries that it returns itself.
     """
     return model.initial_carry(batch_size)
 

@@ -34,7 +34,7 @@ def _make_adam(optimizer: OptimizerConfig, learning_rate: optax.Schedule) -> _Ch
 
 
 def _make_lion(optimizer: OptimizerConfig, learning_rate: optax.Schedule) -> _Chain:
-    """Make Lion (Chen et al. 2023): the sign of a momentum. Its rates are about 10x smaller."""
+    """Make Lion (Chen et al. 2023): the sign of a momentum, for learning rates 10x smaller."""
     b1, b2, decay = optimizer.b1, optimizer.b2, optimizer.weight_decay
     return [optax.lion(learning_rate, b1, b2, weight_decay=decay, mask=_is_matrix)]
 
@@ -49,7 +49,7 @@ def _make_muon(optimizer: OptimizerConfig, learning_rate: optax.Schedule) -> _Ch
     beta, decay = optimizer.momentum, optimizer.weight_decay
     muon = contrib.muon(learning_rate, beta=beta, weight_decay=decay, consistent_rms=0.2)
     adam = _make_adam(optimizer, learning_rate)[0]
-    return [optax.partition({"muon": muon, "adam": adam}, _find_recurrent_kernels)]
+    return [optax.partition({"muon": muon, "adam": adam}, _label_params)]
 
 
 def _make_sgd(optimizer: OptimizerConfig, learning_rate: optax.Schedule) -> _Chain:
@@ -61,7 +61,7 @@ def _make_sgd(optimizer: OptimizerConfig, learning_rate: optax.Schedule) -> _Cha
 def _make_schedule_free(optimizer: OptimizerConfig, learning_rate: optax.Schedule) -> _Chain:
     """Make AdamW that averages its iterates (Defazio et al. 2024): it needs no learning rate decay.
 
-    The gradient is that at `b1` times the average plus 1 - `b1` times the last iterate.
+    The gradient is computed at `b1` times the average plus 1 - `b1` times the last iterate.
     """
     b2, epsilon, decay = optimizer.b2, optimizer.epsilon, optimizer.weight_decay
     adam = optax.adamw(learning_rate, 0.0, b2, epsilon, weight_decay=decay, mask=_is_matrix)
@@ -123,8 +123,8 @@ def _is_matrix(params: optax.Params) -> optax.Params:
     return jax.tree.map(lambda array: array.ndim > 1, params)
 
 
-def _find_recurrent_kernels(params: optax.Params) -> optax.Params:
-    """Name the optimizer of each parameter: Muon updates all matrices of recurrent layers."""
+def _label_params(params: optax.Params) -> optax.Params:
+    """Label each parameter with its optimizer: Muon updates all matrices of recurrent layers."""
     others = ("embedding", "dense")
     return jax.tree_util.tree_map_with_path(
         lambda path, array: "adam" if array.ndim != 2 or path[0].key in others else "muon", params

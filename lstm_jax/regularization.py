@@ -43,7 +43,7 @@ def drop_parameters(rates: RegularizationConfig, params: Params, key: jax.Array)
 
     `embedding_dropout` drops rows of the embedding table, that is all occurrences of a token (Gal &
     Ghahramani 2016). `recurrent_dropout` drops individual weights of the recurrent kernels
-    (DropConnect, Wan et al. 2013), in any layer; raise `UserError` if there are none.
+    (DropConnect, Wan et al. 2013), in all layers; raise `UserError` if there are none.
     """
     dropped = dict(params)
     if rates.embedding_dropout:
@@ -90,10 +90,10 @@ def _draw_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array
 
 
 def _draw_large_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
-    """Draw the same from 16 random bits for each entry; the rate is rounded to 16 bits.
+    """Draw a mask like `_draw_mask` from 16 random bits an entry; the rate is rounded to 16 bits.
 
     JAX draws a word of 32 bits even for 16, so each word is split in two. For the kernel of a
-    layer with 1,024 hidden units this takes 9 ms on a core, and `jax.random.bernoulli` 26.
+    layer with 1,024 hidden units this takes 9 ms on a core, and `jax.random.bernoulli` 26 ms.
     """
     words = jax.random.bits(key, (-(-shape[0] // 2), *shape[1:]), "uint32")
     bits = jnp.concatenate([words >> 16, words & 0xFFFF])[: shape[0]]

@@ -85,9 +85,9 @@ def init_state(
 ) -> TrainState:
     """Return the state before the first step, on the devices of `mesh` or on the default device.
 
-    If `averaged`, the state has an average of the parameters. `trained` holds parameters to
-    start from, of the same model; if `model` has more tokens, parameters of new tokens are drawn.
-    For `counts`, see `model.init_params`.
+    If `averaged`, the state has an average of the parameters. `trained` holds parameters to start
+    from; `model` may have more tokens than they have, whose parameters are then drawn. For
+    `counts`, see `model.init_params`.
     """
     init_key, key = jax.random.split(key)
     params = model_lib.init_params(model, init_key, counts)
@@ -118,7 +118,7 @@ def make_train_step(
     config: Config,
     mesh: Mesh,
 ) -> TrainStep:
-    """Jit `make_step` for the batches of the training loop; the state is donated."""
+    """Make the training step and jit it for the batches of a `Feed`; the state is donated."""
     train_step = make_step(model, optimizer, config, mesh)
     return feeding.jit_steps(train_step, config.batches.window_length)
 
@@ -134,8 +134,8 @@ def make_step(
     Every device of the mesh gathers the parameters and computes the gradient for its part of the
     batch, one microbatch after the other. The mean over the devices is the gradient for the whole
     batch, of which each device keeps the part that it stores. A step whose loss, gradient or
-    updated parameters are not finite is counted, and changes no parameter, average or optimizer
-    state; the carry is then that before the step.
+    updated parameters are not finite is counted; it leaves the parameters, their average, the
+    optimizer state and the carry as they were.
     """
     rates = config.regularization
     compute_grads = _make_compute_grads(model, config)
@@ -147,17 +147,17 @@ def make_step(
             key, mask_key, parameter_key = jax.random.split(state.key, 3)
             masks = regularization.draw_masks(rates, model, mask_key, len(batch.inputs))
         compute = parallel.divide_over_devices(compute_grads, state.params, mesh)
-        read = batch.inputs, batch.targets, batch.soft_targets
-        (grads, loss), carry = compute(state.params, parameter_key, read, before, masks)
+        data = batch.inputs, batch.targets, batch.soft_targets
+        (grads, loss), carry = compute(state.params, parameter_key, data, before, masks)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         step, average = state.step + 1, state.average
         if average is not None:
             average = update_average(config.optimizer, average, params, opt_state, step)
         norm = optax.tree.norm(grads)
-        # Finite gradients times a learning rate or weight decay can be infinite.
+        # Updates can be infinite although gradients are finite, with a large learning rate.
         finite = jnp.isfinite(loss) & jnp.isfinite(norm) & model_lib.is_finite(params)
-        # Leaf by leaf, XLA fuses the selection with the computation of the new values.
+        # One `where` for each array, which XLA fuses with the computation of its new values.
         params, average, opt_state, carry = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
             (params, average, opt_state, carry),
@@ -194,9 +194,9 @@ def _start_texts(
 
 
 def _make_compute_grads(model: model_lib.LanguageModel, config: Config) -> Callable[..., Any]:
-    """Make a function of parameters, a key, inputs, targets and soft targets, carry and masks.
+    """Make the function compute_grads(params, key, batch, carry, masks) of one device.
 
-    It returns ((gradients, loss), carry) for the part of a batch of one device.
+    `batch` is (inputs, targets, soft targets). It returns ((gradients, loss), carry).
     """
     rates, distill = config.regularization, config.distill
     microbatches = config.optimizer.microbatches
@@ -223,15 +223,15 @@ def _make_compute_grads(model: model_lib.LanguageModel, config: Config) -> Calla
         return objective + regularization.compute_penalty(rates, outputs, dropped), (loss, carry)
 
     def compute_grads(params: model_lib.Params, key: jax.Array | None, *divided: Any) -> Any:
-        def one(batch: Any, carry: model_lib.Carry, masks: Any) -> Any:
+        def compute_part(batch: Any, carry: model_lib.Carry, masks: Any) -> Any:
             grads, (loss, carry) = jax.grad(loss_fn, has_aux=True)(params, carry, batch, masks, key)
             return (grads, loss), carry
 
         if microbatches == 1:
-            return one(*divided)
+            return compute_part(*divided)
 
         def add(sums: Any, part: Any) -> Any:
-            more, carry = one(*part)
+            more, carry = compute_part(*part)
             return jax.tree.map(jnp.add, sums, more), carry
 
         parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), divided)

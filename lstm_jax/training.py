@@ -32,7 +32,7 @@ def train(
       watch: called with each recorded loss, as a row of metrics.jsonl without its checksum, for
         example to plot it in a notebook; rows of validations also have the generated text, as
         `sample`. If it raises an exception, the run ends, and can be resumed.
-      quiet: whether to print nothing, neither progress nor warnings nor what `watch` prints.
+      quiet: whether to suppress all output: progress, warnings, and what `watch` prints.
 
     Returns:
       The exit code: 0, or 130 after Ctrl-C (143 after SIGTERM) with everything saved.
@@ -70,7 +70,7 @@ def take_steps(
 ) -> None:
     """Take training steps until the last; call the observers, in their order, after each call.
 
-    `next_batch` returns the batch of the next steps, on the devices; their number is given.
+    `next_batch(n)` returns the batches of the next n steps, on the devices.
     """
     for observer in observers:
         observer.before_first_step(loop)

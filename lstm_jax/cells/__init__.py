@@ -37,6 +37,6 @@ CELLS: Mapping[str, type[nn.Module]] = MappingProxyType(
         "mlstm": MLSTMCell,
     }
 )
-# Cells of files that a user has named, by FILE.py:CLASS, with the files' checksums, the last one
-# loaded last; see `run.cell_file`.
+# Cells of files that a user has named, by FILE.py:CLASS, with the files' checksums, in the order in
+# which they were loaded; see `run.cell_file`.
 LOADED: dict[str, tuple[type[nn.Module], str]] = {}

@@ -34,7 +34,7 @@ class SizedCell(nn.Module):
 
 
 class Cell(SizedCell):
-    """A base class, which the protocol (`cells.protocol`) does not require."""
+    """A cell whose gates read x W + b and h U. The protocol does not require this base class."""
 
     # Whether to normalize x W and h U, separately, each over all gates together (Ba et al. 2016).
     layer_norm: bool = False

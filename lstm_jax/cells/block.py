@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from lstm_jax.cells.protocol import Gates, get_gates, run_cell
 from lstm_jax.matmul import matmul
 
-_WIDTH = 4  # Inputs that a step of the convolution reads.
-_EXPANSION = 2  # Hidden units of the MLP, in units of hidden_size.
+_WIDTH = 4  # The kernel size of the convolution.
+_EXPANSION = 2  # The ratio of the MLP's hidden units to hidden_size.
 
 
 class BlockCarry(NamedTuple):

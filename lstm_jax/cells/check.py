@@ -101,7 +101,7 @@ def _check_values(cell: Any) -> Any:
             message = f"with documents, {name} differs from a scan"
             _compare(cell, method, message, run(*read), scan(*read), _SAME)
 
-    _check_options(cell, variables, carry, inputs, whole)
+    _check_effects(cell, variables, carry, inputs, whole)
 
     def inspect(cell: Any, carry: Any, inputs: jax.Array) -> Any:
         after, output = cell(carry, inputs)
@@ -116,7 +116,7 @@ def _check_values(cell: Any) -> Any:
     return variables
 
 
-def _check_options(cell: Any, variables: Any, carry: Any, inputs: Any, whole: Any) -> None:
+def _check_effects(cell: Any, variables: Any, carry: Any, inputs: Any, whole: Any) -> None:
     """Check that fields and methods that a cell inherits have an effect on the results `whole`."""
     if hasattr(cell, "dtype"):
         low = _make_run(cell.clone(dtype="bfloat16"), variables)(carry, inputs)

@@ -18,9 +18,9 @@ from lstm_jax.errors import UserError, one_line
 
 _SIZES = ("input_size", "hidden_size")
 _NOT_OPTIONS = (*_SIZES, "dtype", "layer_norm", "parent", "name")
-_OPTION_TYPES: tuple[type, ...] = (bool, int, float, str)  # Those of the values in `model.options`.
-_OPTION_RANGE = (-(2**20), 2**20)  # Of integers, unless their field has another one.
-# The arguments of the methods, of which the first two are required.
+_OPTION_TYPES: tuple[type, ...] = (bool, int, float, str)  # Of values in `model.options`.
+_OPTION_RANGE = (-(2**20), 2**20)  # Of integers, unless their field has its own.
+# The methods of the protocol and their arguments; the first two methods are required.
 _METHODS = {
     "initial_carry": ("batch_size",),
     "__call__": ("carry", "inputs"),
@@ -62,7 +62,7 @@ def _check_class(cell: type[nn.Module], fields: Mapping[str, Any]) -> None:
     """Raise `UserError` if a class lacks a field or a method, or has one of another form."""
     for name in _SIZES:
         if name not in fields:
-            raise UserError(f"{describe_place(cell)} has no field {name}: it must be an int")
+            raise UserError(f"{describe_place(cell)} has no field {name}: declare it as an int")
     for name, field in fields.items():
         if name not in _NOT_OPTIONS and field.default is dataclasses.MISSING:
             raise UserError(
@@ -156,7 +156,7 @@ def trace_cell(cell: Any, batch: int = 3) -> None:
         _check_step(cell, "run_parallel", result, carry, (batch, 2))
     if hasattr(cell, "gates"):
         where = describe_place(cell, "gates")
-        # As for the report: of a cell that has run the step.
+        # In one trace with a step, as in `LanguageModel.run_step`.
         gates, _ = trace(lambda cell, *read: (cell.gates(*read), cell(*read)))
         if not isinstance(gates, dict):
             raise UserError(f"{where}: it must return a dict from the names of gates to arrays")

@@ -18,7 +18,7 @@ class MinGRUCell(LinearCell):
         h' = (1 - z) * h + z * n
 
     The paper computes the logarithm of h, for which g keeps candidates positive. Composing steps
-    (`cells.linear`) multiplies numbers in [0, 1] only, and needs no logarithms for the same result.
+    (`cells.linear`) multiplies by numbers in [0, 1] only, and needs no logarithms for that.
     """
 
     def setup(self) -> None:

@@ -13,7 +13,7 @@ from lstm_jax.cells.protocol import Gates
 from lstm_jax.cells.slstm import NEVER, count_per_head, stabilize
 from lstm_jax.matmul import matmul
 
-_CHUNK = 64  # Steps of the parallel form whose mutual weights are one matrix.
+_CHUNK = 64  # Steps of a chunk of the parallel form.
 
 
 class MLSTMCarry(NamedTuple):
@@ -75,7 +75,7 @@ class MLSTMCell(SizedCell):
 
         A scan over chunks of `_CHUNK` steps. Within a chunk, step t reads the memory before it and
         the values that steps s <= t write, with the weights D[t, s] (q_t . k_s), where log D[t, s]
-        is log i_s and the logarithms of the forget gates after s.
+        is log i_s plus the sum of log f_r over s < r <= t.
         """
         batch, time, _ = inputs.shape
         chunk = min(time, _CHUNK)

@@ -53,7 +53,7 @@ def run_cell(
 
 
 def restart(cell: Any, carry: Any, starts: jax.Array | None) -> Any:
-    """Return the carry of a cell or model, for texts in `starts`, bool [batch], the initial one."""
+    """Return the carry of a cell or model: the initial one where `starts`, [batch], is true."""
     if starts is None:
         return carry
     return jax.tree.map(
@@ -79,5 +79,5 @@ def get_gates(cell: Any, carry: Any, inputs: jax.Array) -> Gates:
 
 def get_activation(cell: Any, carry: Any, outputs: jax.Array) -> jax.Array:
     """Return the activations after a step; without the method, the tanh of its outputs."""
-    has_activation = hasattr(type(cell), "activation")  # `setup` may set others.
+    has_activation = hasattr(type(cell), "activation")  # `setup` may set an attribute.
     return cell.activation(carry) if has_activation else jnp.tanh(outputs)

@@ -32,7 +32,7 @@ class SLSTMCell(SizedCell):
         z = tanh(x Wz + h Rz + bz)          candidate
         o = sigmoid(x Wo + h Ro + bo)       output gate
         c' = f * c + i * z
-        n' = f * n + i                      normalizer: the sum of what c averages
+        n' = f * n + i                      normalizer: the sum of the weights in c
         h' = o * c' / n'
 
     c and n are divided by exp(m), with the stabilizer m' = max(log f + m, log i), so that no

@@ -26,21 +26,21 @@ class Resident(NamedTuple):
 def jit_steps(
     train_step: Callable[[Any, Batch], Any], window_length: int
 ) -> Callable[[Any, Batch | Resident], Any]:
-    """Jit a function that takes the training steps of a batch of a `Feed`, and donates the state.
+    """Return a jitted function that takes the steps of a batch of a `Feed`; it donates the state.
 
     A batch whose arrays have an additional leading axis holds several consecutive steps.
     """
 
     def train_steps(state: Any, batch: Batch | Resident) -> Any:
-        def one(state: Any, step: Any) -> tuple[Any, None]:
+        def take_step(state: Any, step: Any) -> tuple[Any, None]:
             if isinstance(batch, Resident):
                 step = cut_batch(batch.ids, step, window_length, batch.predictions)
             return train_step(state, step), None
 
         steps = batch.offsets if isinstance(batch, Resident) else batch
         if steps.starts.ndim:
-            return jax.lax.scan(one, state, steps)[0]
-        return one(state, steps)[0]
+            return jax.lax.scan(take_step, state, steps)[0]
+        return take_step(state, steps)[0]
 
     return jax.jit(train_steps, donate_argnums=0)
 

@@ -1,10 +1,10 @@
-"""Train on many devices, each with its part of the batch and of every large array.
+"""Train on many devices, which share the batch and can share every large array.
 
 The mesh has two axes. A batch is divided over all of its devices. Along the axis `DATA`, the
 parameters, the optimizer state and averaged weights are replicated. Along the axis `MODEL`, their
 matrices are divided, and gathered for each step, as in fully sharded data parallelism (Rajbhandari
-et al. 2020, "ZeRO"). This suits recurrent layers of any kind: with divided matmuls, devices would
-have to exchange the hidden state at every position of the window.
+et al. 2020, "ZeRO"). This suits recurrent layers of any kind: with tensor parallelism, devices
+would have to exchange the hidden state at every position of the window.
 """
 
 import contextlib
@@ -38,9 +38,9 @@ _SMALLEST_PART = 16
 def use_cores(config: Config, least: int = 1) -> None:
     """Set the number of CPU devices that training with `config` may need, or `least` if it is more.
 
-    That is the whole mesh, since the number of other processes is unknown until devices exist, and
-    the mesh without the library in C, since it is unknown whether it runs. Call it before anything
-    else uses JAX; later, or with a GPU or TPU, it has no effect.
+    The number is an upper bound: it is unknown, until devices exist, how many other processes there
+    are and whether the library in C runs. Call it before anything else uses JAX; later, or with a
+    GPU or TPU, it has no effect.
     """
     number = max(least, (config.mesh.data or _limit_cores(config)) * config.mesh.model)
     with contextlib.suppress(RuntimeError):  # JAX has made its devices already.

@@ -1,7 +1,7 @@
-"""Run one LSTM layer on GPUs and TPUs: few kernels a step, and a custom VJP.
+"""Run one LSTM layer on GPUs and TPUs: few GPU kernels a step, and a custom VJP.
 
-The time of a small layer on a GPU is mostly the number of kernels that each step starts. Here that
-is at most five, the loop counter included (`benchmarks/accelerators.py` counts them):
+The time of a small layer on a GPU depends mostly on how many GPU kernels each step launches: here
+at most five, the loop counter included (`benchmarks/accelerators.py` counts them):
 
 - The matmul of the inputs is computed for all steps before the loop, and the gradients of kernels
   are matmuls after the backward loop.
@@ -34,9 +34,9 @@ class Loops(NamedTuple):
     `forward` takes the rounded recurrent kernel, the terms of the inputs and the bias in the gates,
     the first carry, and whether to keep derivatives; it returns what `compute_step` keeps at each
     step, and the last cell state. `backward` takes the same kernel, what was kept, and the
-    cotangents of the outputs and of the last carry; it returns the rounded cotangents of the sums
-    of the gates, and that of the first carry. Both take the starts of the steps beside the terms,
-    and beside what was kept.
+    cotangents of the outputs and of the last carry; it returns the rounded cotangents of the gate
+    pre-activations, and the cotangent of the first carry. Their second argument is `Steps`: the
+    terms or what was kept, with the starts of documents.
     """
 
     forward: Callable[[jax.Array, Steps, LSTMCarry, bool], tuple[jax.Array, jax.Array]]
@@ -105,10 +105,10 @@ def clear(x: jax.Array, starts: jax.Array | None, axis: int = -1) -> jax.Array:
 def compute_step(
     sums: jax.Array, cell: jax.Array, differentiable: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the next cell state and hidden state, and what to keep of a step, [batch, n] each.
+    """Return the next cell state and hidden state, and the array to keep for the backward pass.
 
-    That is the hidden state, and if `differentiable` before it the derivatives of c' by the sums of
-    the gates i, f and g; of h' by the sum of o; of h' by c'; of c' by c: 7 * hidden in all.
+    The latter is h', [batch, hidden], or if `differentiable` [batch, 7 * hidden]: the derivatives
+    of c' by the pre-activations of i, f and g, of h' by that of o, dh'/dc', dc'/dc, and h'.
     """
     i, f, g, o = jnp.split(sums, 4, axis=1)
     i, f, g, o = jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
@@ -123,7 +123,7 @@ def compute_step(
 def differentiate_step(
     kept: jax.Array, d_cell: jax.Array, d_hidden: jax.Array
 ) -> tuple[list[jax.Array], jax.Array]:
-    """Return the cotangents of the sums of the gates, and that of the cell state before a step.
+    """Return the cotangents of the gate pre-activations, and of the cell state before a step.
 
     The arguments are what `compute_step` kept, and the cotangents of the states after the step.
     """
@@ -170,11 +170,11 @@ def _backward_loop(
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         rows, d_hidden = carry
         t, (kept, start), d_output = read
-        # Not from the carry: that would be one more kernel.
+        # Not from the carry: that would launch one more GPU kernel.
         d_cell = get_d_cell(lax.dynamic_index_in_dim(rows, t + 1, keepdims=False))
         d_sums, d_cell = differentiate_step(kept, d_cell, d_hidden + d_output)
         row = make_row(d_sums, clear(d_cell, start))
-        row = lax.optimization_barrier(row)  # One kernel.
+        row = lax.optimization_barrier(row)  # So that one GPU kernel makes it.
         rows = lax.dynamic_update_index_in_dim(rows, row, t, 0)
         return (rows, clear(matmul_rounded(row, padded), start)), None
 

@@ -3,8 +3,8 @@
 It is fast for these reasons:
 
 - Reverse-mode differentiation of a scan accumulates the gradient of the whole recurrent kernel at
-  every step. Here the backward loop computes gradients of the gates only, and one matmul over time
-  and batch then computes the gradient of the kernel.
+  every step. Here the backward loop computes gradients of the gates only, and one matmul for each
+  gate, over time and batch, then computes the gradient of the kernel.
 - Arrays are feature-major, [features, batch]: XLA's CPU matmuls are fastest as
   [4 * hidden, features] @ [features, batch].
 - Inputs, a row of ones (for the bias) and the hidden state are stacked, so that one matmul a step
@@ -57,8 +57,8 @@ def run_fused(
 
     Inputs are [batch, time, features], or the lookup that they come from. A lookup in a vocabulary
     not much larger than the embedding is folded into the recurrence: the table is multiplied by the
-    input kernel once, and the matmul of a step selects a row of the result by a one-hot input. That
-    saves the matmul of the inputs and its result of [time, 4 * hidden, batch].
+    input kernel once, and the matmul of a step selects a row of the result by a one-hot input. So
+    the backward pass needs no matmul for the gradient of the inputs.
 
     If `rematerialize` is not 0, the forward pass stores the state only every `rematerialize` steps,
     and the backward pass recomputes the steps between. Memory then grows with time / rematerialize
@@ -327,8 +327,8 @@ def _rounding(inputs: jax.Array, dtype: str) -> Callable[[jax.Array], jax.Array]
 def _multiply(kernel: jax.Array, columns: jax.Array) -> jax.Array:
     """Return kernel [m, n] @ columns [n, batch].
 
-    Since JAX 0.12, XLA's CPU backend takes twice as long for a matmul with a single column, and
-    half as long for the same sum of products.
+    Since JAX 0.12, XLA's CPU backend takes twice as long as before for a matmul with one column. An
+    explicit sum of products is faster there.
     """
     is_slow = columns.shape[1] == 1 and jax.__version_info__ >= (0, 12)
     if is_slow and jax.default_backend() == "cpu" and kernel.dtype == jnp.float32:

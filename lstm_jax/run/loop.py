@@ -12,7 +12,7 @@ class Loop:
     state: TrainState
     step: int  # Training steps done.
     last_step: int  # Training ends after it. An observer may end it earlier.
-    # Whether all processes are at this step now, so that they may agree on something.
+    # Whether all processes are at this step now, so that they may wait for each other.
     in_step: bool = True
     exit_code: int = 0  # Of the command, if a signal ends training.
 

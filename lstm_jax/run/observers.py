@@ -41,11 +41,11 @@ def observe(run: Session) -> Iterator[list[Observer]]:
         save = Save(run)
         try:
             yield [
-                Pacer(loop.step),  # First: it decides whether the others may agree.
+                Pacer(loop.step),  # First: it sets `loop.in_step`, which the others read.
                 profiler,
                 progress,
                 Log(run, progress),
-                save,  # Before the validation, with which a run that is stopped in it resumes.
+                save,  # Before the validation: a run that is stopped during it resumes from here.
                 Validate(run, progress, stop),
                 stop,
             ]
@@ -92,13 +92,13 @@ class Save(Observer):
         """Save if it is time to; raise `UnavailableError` if the last save has failed."""
         is_saving = self._run.checkpoints.check()
         has_waited = time.monotonic() - self._clock >= self._run.config.checkpoint_every_seconds
-        # Each process has its own clock, so that they have to agree.
+        # Each process has its own clock, so the processes have to agree.
         is_due = loop.in_step and hosts.max_over_processes(has_waited and not is_saving)
         if is_due or self._run.plan.validates_at(loop.step):
             self.save_once(loop)
 
     def save_once(self, loop: Loop) -> None:
-        """Start saving, unless this step is saved; all numbers are finite then."""
+        """Start saving, unless this step is saved; fail or warn if a step was skipped."""
         if loop.step != self._step:
             check_finite(self._run, loop)
             self._run.save(loop.step, loop.state)
@@ -135,14 +135,14 @@ class Validate(Observer):
             text = generate_sample(run, params, jax.random.fold_in(key, loop.step))
         if hosts.is_first():
             step, losses = loop.step, {"validation": loss}
-            run.checkpoints.wait()  # The row may end the run, with the checkpoint of this step.
+            run.checkpoints.wait()  # The row may end the run: this checkpoint must exist by then.
             run.record(step, "validation", loss, sample=text)
             workdir.append_sample(run.directory, step, run.config.sample.temperature, text)
             run.checkpoints.record_validation(step, loss)
             progress.print(messages.describe_validation(run, loss, text))
             if step and (warning := advice.find_suspicion(losses, len(run.vocabulary))):
                 progress.print(f"warning: {warning}\n")
-            if 0 < step < loop.last_step:  # Once at the end: `finish_run` plots the rest.
+            if 0 < step < loop.last_step:  # After the last step, `finish_run` plots them.
                 plot_curves(run)
         progress.start_clock(loop.step)
         if loop.step < loop.last_step and run.ends_early():
@@ -175,8 +175,8 @@ def check_finite(run: Session, loop: Loop) -> None:
         raise NotFiniteError(
             f"{message}: the last good checkpoint is that of step {last_saved}; resume from it "
             "with a lower optimizer.learning_rate, "
-            f"{'' if clips else name_setting('optimizer.max_gradient_norm', 1) + ', '}or more than "
-            f"{allowed} in max_skipped_steps"
+            f"{'' if clips else name_setting('optimizer.max_gradient_norm', 1) + ', '}or "
+            f"max_skipped_steps above {allowed}"
         )
     with tqdm.external_write_mode(sys.stderr):  # Not behind the bar.
         warn(f"{message}; skipped {skipped} of at most {allowed}")

@@ -59,8 +59,8 @@ class Plan:
         return number if step + number <= min(next_ends) else 1
 
     def get_learning_rate(self, step: int, skipped: int) -> float:
-        """Return the learning rate of a step, the first of which is 1; `skipped` are not counted.
+        """Return the learning rate of a step, counted from 1 and without `skipped` steps.
 
-        It has six digits, because it was computed in float32.
+        It is rounded to six digits, because it was computed in float32.
         """
         return float(f"{float(self._schedule(step - skipped - 1)):.6g}")

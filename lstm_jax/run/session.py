@@ -27,7 +27,7 @@ from lstm_jax.train_step import TrainState, init_state
 class Session:
     """An open run, which no other process writes to.
 
-    When it has been opened, its latest checkpoint is that of its loop's step.
+    When it has been opened, its latest checkpoint is at `loop.step`.
 
     Attributes:
       config, changes: the config, and its changes since the run was last trained.
@@ -35,9 +35,9 @@ class Session:
       vocabulary, ids: the vocabulary, and the ids of each split.
       sizes: the sizes of validation and test text, without the first token.
       mesh: the devices that it trains on.
-      model, plan: the model, and when it is trained, validated and logged.
+      model, plan: the model, and at which steps it is validated and logged.
       optimizer: the optimizer of its training steps.
-      source: step and number of tokens of the model whose parameters a new run starts from.
+      source: step and vocabulary size of the model whose parameters a new run starts from.
       loop: where training is.
       checkpoints, writer: write checkpoints, and metrics in process 0.
       is_resumed: whether the run was trained before.
@@ -48,7 +48,7 @@ class Session:
     def __init__(
         self, config: Config, directory: Path, watch: metrics.Watch, opened: contextlib.ExitStack
     ) -> None:
-        """Open the run, and enter in `opened` what is closed at its end; see `open_run`."""
+        """Open the run; `opened` closes its files and its lock at the end. See `open_run`."""
         config = resume.resolve_model(config)
         self.mesh = parallel.make_mesh(config)
         memory.keep_freed_memory()
@@ -140,7 +140,7 @@ class Session:
         self.checkpoints.save(step, state.evaluated, state.rest, sizes)
 
     def record(self, step: int, split: str, loss: float, **extra: Unpack[metrics.Extra]) -> None:
-        """Write a row of metrics, and pass it to `watch`; do nothing in other processes."""
+        """Write a row of metrics and pass it to `watch`, in process 0 only."""
         if self.writer is None:
             return
         self._check_lock()
@@ -167,10 +167,10 @@ class Session:
     def _begin(self, opened: contextlib.ExitStack) -> None:
         """Save the config, and make the files agree with the latest checkpoint.
 
-        A new run saves its first one. A checkpoint is saved before its validation, and what was
-        recorded later is removed. So a run that was stopped in between, or killed at any time, has
-        each row and sample once. A finished run is not trained with a new config, so it keeps its
-        own, unless only its text has moved.
+        A new run saves its first checkpoint. A checkpoint is saved before its validation, and what
+        was recorded later is removed. So a run that was stopped in between, or killed at any time,
+        has each row and sample once. A finished run is not trained with a new config, so it keeps
+        its own, unless only its text has moved.
         """
         directory, step = self.directory, self.loop.step
         if self.is_resumed:
@@ -223,7 +223,7 @@ def _name_failed_writes(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # A closed pipe, a failed connection or another file of a watch is not of the run.
+        # Not of the run: a closed pipe, a failed connection, another file that `watch` uses.
         name = error.filename if isinstance(error.filename, str | bytes) else str(directory)
         path = Path(os.path.realpath(os.fsdecode(name)))
         is_elsewhere = not path.is_relative_to(os.path.realpath(directory))

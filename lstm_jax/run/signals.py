@@ -42,12 +42,12 @@ class StopRequest(Observer):
         self.after_step(loop)
 
     def after_step(self, loop: Loop) -> None:
-        """Check for a signal; after the last step, all processes do."""
+        """Check for a signal, at steps that all processes have in common."""
         if loop.in_step or loop.step == loop.last_step:
             self.check()
 
     def check(self) -> None:
-        """Raise `Stopped` if a signal arrived in any process, which all call at the same step."""
+        """Raise `Stopped` if a signal arrived in any process; all call it at the same step."""
         if code := hosts.max_over_processes(self._exit_code):
             raise Stopped(code)
 
@@ -64,7 +64,7 @@ class StopRequest(Observer):
 
 
 class Pacer(Observer):
-    """Waits for the device about once a second, and then says that processes may agree.
+    """Waits for the device about once a second, and sets `loop.in_step` at these steps.
 
     JAX dispatches steps asynchronously and may be tens of them ahead of the device. A stop has to
     wait for all of them. Between the waits, processes may be at different steps. So they agree on
