@@ -123,7 +123,7 @@ def make_lstm_jax(
 
 def make_peer(make_model: peers.MakeModel, options: argparse.Namespace) -> Work:
     """Return the step of a model of another JAX library."""
-    is_small = options.hidden_size <= 448  # Steps of larger models keep memory as in `main`.
+    is_small = options.hidden_size <= parallel._LARGEST_HIDDEN_IN_C  # As `use_cores` does.
     jax.config.update("jax_cpu_enable_async_dispatch", is_small)
     optimizer = optax.adam(LEARNING_RATE)
     init, apply, carry = make_model(options, options.batch_size)

@@ -87,12 +87,12 @@ def make_control_arrays(controls: Controls, vocabulary_size: int) -> ControlArra
             is_real = _NUMBERS[name][0] is Real
             arrays[name] = np.float32(value) if is_real else np.int32(min(value, 2**29))
     if not isinstance(controls.forbidden, Collection):
-        raise UserError(f"forbidden is {controls.forbidden!r}: it must be a list of token ids")
+        raise UserError(f"forbidden is {controls.forbidden!r}: it must be a list of ids of tokens")
     ids = [*controls.forbidden]
     for token_id in ids:
         if not isinstance(token_id, Integral) or not 0 <= int(token_id) < vocabulary_size:
             raise UserError(
-                f"forbidden has {token_id!r}: it must be a list of token ids, from 0 to "
+                f"forbidden has {token_id!r}: it must be a list of ids of tokens, from 0 to "
                 f"{vocabulary_size - 1}"
             )
     forbidden = np.zeros(vocabulary_size, bool)

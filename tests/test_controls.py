@@ -118,7 +118,7 @@ def test_tied_tokens_are_kept_together() -> None:
         ({"temperature": float("inf")}, "temperature is inf"),
         ({"top_k": 1.5}, "top_k is 1.5: it must be a whole number"),
         ({"top_k": True}, "top_k is True: it must be a whole number"),
-        ({"forbidden": [-1]}, "forbidden has -1: it must be a list of token ids, from 0 to 4"),
+        ({"forbidden": [-1]}, "forbidden has -1: it must be a list of ids of tokens, from 0 to 4"),
         ({"forbidden": [2, 5]}, "forbidden has 5"),
         ({"forbidden": "a"}, "forbidden has 'a'"),
         ({"forbidden": [2, 3, 4]}, "every token of the vocabulary is forbidden"),

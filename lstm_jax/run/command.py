@@ -12,7 +12,6 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
-from tqdm import tqdm
 
 from lstm_jax import config, errors
 from lstm_jax.errors import UserError, make_visible, one_line
@@ -38,6 +37,8 @@ def run_command(main: Callable[[], int | None]) -> None:
     def guarded(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             _fail(f"stray argument {argv[1]!r}: every argument is a flag, see --help")
+        from tqdm import tqdm
+
         from lstm_jax.devices import compilation_cache
 
         compilation_cache.use_cache()

@@ -157,9 +157,3 @@ def _held(path: Path, holder: dict[str, object]) -> UnavailableError:
         f"{fields['since']}): wait until it ends, stop it, or use {name_other_directory()}; if it "
         f"is dead already, try again in {STALE_SECONDS} seconds"
     )
-
-
-def read_lock(directory: Path) -> bytes:
-    """Return the content of the lock file, which distinguishes working directories."""
-    path = directory / LOCK
-    return path.read_bytes() if path.exists() else b""

@@ -62,8 +62,9 @@ class Session:
         self.config, self.vocabulary, self.changes = resolved
         self.ids, self.sizes = splits.encode(self.vocabulary)
         is_new = not (steps := checkpoints.list_steps(self._saved_in))
+        held = files.read_tail(directory / lock.LOCK, 2**10)  # It distinguishes directories.
         hosts.check_same(
-            f"{lock.read_lock(directory)!r} {steps} {self.config.to_dict()}",
+            f"{held!r} {steps} {self.config.to_dict()}",
             "config, text and working directory: start all with the same command",
         )
         config, ids, size = self.config, self.ids["train"], len(self.vocabulary)
