@@ -153,30 +153,43 @@ def draw_tokens(logits: jax.Array, uniform: jax.Array) -> jax.Array:
 
 def generate_chunks(
     model: LanguageModel,
-    arrays: Prepared,
-    state: State,
+    params: Params,
+    prompts: np.ndarray,
     key: jax.Array,
-    controls: ControlArrays,
-    stops: Stops,
+    controls: Controls = controls_lib.DEFAULT_CONTROLS,
+    *,
     length: int,
+    stops: Stops = controls_lib.NO_STOPS,
+    num_samples: int = 1,
     process_logits: BatchLogitsProcessor | None = None,
     longest: int = _CHUNK,
 ) -> Iterator[np.ndarray]:
-    """Continue texts chunk by chunk, until all have ended or have `length` more tokens.
+    """Continue prompts, int32 [batch, time], chunk by chunk, by up to `length` tokens each.
 
-    The tokens of text b depend on `key`, b and the position in the text, but not on the size of
-    the batch or the chunks. Arguments come from `prepare_params`, `read_tokens`,
-    `make_control_arrays` and `make_stops`; new values need no compilation. `process_logits` is
-    called with the tokens after the prompts; a chunk is then one token. Else it has 16 tokens at
-    first, then four times as many each time, up to `longest`, or 64 to search for a stop text.
+    Without `stops` from `make_stops` no text ends before `length`. With several samples, the only
+    prompt has that number of continuations. The tokens of text b depend on `key`, b and the
+    position in the text, but not on the size of the batch or the chunks.
 
-    Yield the ids of a chunk, int32 [batch, n], where texts that have ended are padded with id 0.
-    Raise `NotFiniteError` if the model's logits are not finite.
+    With `process_logits` a chunk is one token. Else it has 16 tokens at first, then four times as
+    many each time, up to `longest`, or 64 to search for a stop text.
+
+    Yields:
+      The ids of a chunk, int32 [batch, n], where texts that have ended are padded with id 0.
+
+    Raises:
+      UserError: if a control is outside its range.
+      NotFiniteError: if the model's logits are not finite.
     """
-    searches = [StopSearch(stops) for _ in range(len(state.ended))] if stops.text else []
+    control_arrays = controls_lib.make_control_arrays(controls, model.vocabulary_size)
+    arrays = prepare_params(model, params)
+    state = read_tokens(model, arrays, initial_state(model, arrays, len(prompts)), prompts)
+    if num_samples > 1:  # The prompt is read once for all.
+        state = jax.tree.map(lambda x: jnp.repeat(x, num_samples, 0) if x.ndim else x, state)
+        prompts = np.repeat(prompts, num_samples, 0)
+    searches = [StopSearch(stops) for _ in prompts] if stops.text else []
     longest = 1 if process_logits else longest
     most = min(longest, _SEARCHED_CHUNK) if searches else longest
-    chunk, generated = min(_FIRST_CHUNK, most), np.zeros((len(state.logits), 0), np.int32)
+    chunk, ids = min(_FIRST_CHUNK, most), prompts
     while length > 0:
         if not np.isfinite(state.logits).all():
             raise NotFiniteError(
@@ -184,14 +197,14 @@ def generate_chunks(
                 "lower optimizer.learning_rate"
             )
         if process_logits:
-            logits = process_logits(generated, np.array(state.logits))  # Which it may change.
-            logits = _check_logits(logits, state, controls)
+            logits = process_logits(ids.copy(), np.array(state.logits))  # It may change both.
+            logits = _check_logits(logits, state, control_arrays)
             state = state._replace(logits=jnp.asarray(logits))
         stop_id, count = np.int32(stops.token_id), np.int32(min(chunk, length))
-        ids, number, state = _generate(
-            model, arrays, state, key, controls, stop_id, count, size=longest
+        drawn, number, state = _generate(
+            model, arrays, state, key, control_arrays, stop_id, count, size=longest
         )
-        new, ended = np.array(ids)[:, : int(number)], np.array(state.ended)
+        new, ended = np.array(drawn)[:, : int(number)], np.array(state.ended)
         for row, search in enumerate(searches):
             if (end := search.find_end(new[row])) is not None:
                 new[row, end:], ended[row] = PADDING_ID, True
@@ -203,7 +216,7 @@ def generate_chunks(
         if searches:
             state = state._replace(ended=state.ended | ended)
         if process_logits:
-            generated = np.concatenate([generated, new], axis=1)
+            ids = np.concatenate([ids, new], axis=1)
         length -= new.shape[1]
         chunk = min(4 * chunk, most)
 
@@ -236,22 +249,13 @@ def generate_tokens(
     length: int,
     stops: Stops = controls_lib.NO_STOPS,
 ) -> np.ndarray:
-    """Continue prompts, int32 [batch, time], by up to `length` tokens each; see `generate_chunks`.
+    """Continue prompts, int32 [batch, time]; see `generate_chunks`.
 
-    Without `stops` from `make_stops` no text ends before `length`.
-
-    Returns:
-      The tokens without the prompts, int32 [batch, n]. A text that has ended is padded with id 0.
-      n is `length`, or less if all texts end earlier.
-
-    Raises:
-      UserError: if a control is outside its range.
+    Return the tokens without the prompts, int32 [batch, n]. n is `length`, or less if all texts end
+    earlier. A text that has ended is padded with id 0.
     """
-    control_arrays = controls_lib.make_control_arrays(controls, model.vocabulary_size)
-    arrays = prepare_params(model, params)
-    state = read_tokens(model, arrays, initial_state(model, arrays, len(prompts)), prompts)
-    chunks = generate_chunks(model, arrays, state, key, control_arrays, stops, length)
-    return np.concatenate([prompts[:, :0], *chunks], axis=1)
+    chunks = generate_chunks(model, params, prompts, key, controls, length=length, stops=stops)
+    return np.concatenate([*chunks] or [prompts[:, :0]], axis=1)
 
 
 def encode_prompt(vocabulary: Vocabulary, prompt: str) -> np.ndarray:
@@ -296,24 +300,14 @@ def stream_texts(
     Raises:
       UserError: if a control is outside its range.
     """
-    control_arrays = controls_lib.make_control_arrays(controls, len(vocabulary))
-    stops = make_stops(vocabulary, stop_token, stop_at)
-    arrays = prepare_params(model, params)
-    ids = encode_prompt(vocabulary, prompt)
-    state = read_tokens(model, arrays, initial_state(model, arrays), ids[None])
-    if num_samples > 1:  # The prompt is read once for all.
-        state = jax.tree.map(lambda x: jnp.repeat(x, num_samples, 0) if x.ndim else x, state)
     dropped = vocabulary.stop_id if stop_token else None
     decoders = [vocabulary.make_decoder() for _ in range(num_samples)]
-
-    def process(generated: np.ndarray, logits: np.ndarray) -> np.ndarray:
-        assert process_logits
-        prompts = np.broadcast_to(ids, (num_samples, len(ids)))
-        return process_logits(np.concatenate([prompts, generated], axis=1), logits)
-
     chunks = generate_chunks(
-        *(model, arrays, state, key, control_arrays, stops, length),
-        process_logits=process if process_logits else None,
+        *(model, params, encode_prompt(vocabulary, prompt)[None], key, controls),
+        length=length,
+        stops=make_stops(vocabulary, stop_token, stop_at),
+        num_samples=num_samples,
+        process_logits=process_logits,
         longest=_STREAMED_CHUNK if piece_length else _CHUNK,
     )
     for piece in _cut_pieces(chunks, piece_length) if piece_length else chunks:

@@ -227,11 +227,6 @@ def test_parameters_on_a_device_compile_each_function_once() -> None:
     before = [function._cache_size() for function in functions]
     for length in (500, 3000, 5000):  # One chunk, and several.
         loss.compute_loss(model, params, np.arange(length) % 7 + 2)
-    arrays = generation.prepare_params(model, params)
-    state = generation.initial_state(model, arrays)
-    controls, stops = make_control_arrays(Controls(), 9), make_stops(VOCABULARY, False, "")
     for key in map(jax.random.key, (1, 2)):
-        state = generation.read_tokens(model, arrays, state, PROMPT)
-        for _ in generation.generate_chunks(model, arrays, state, key, controls, stops, 30):
-            pass
+        generation.generate_tokens(model, params, PROMPT, key, length=30)
     assert [function._cache_size() for function in functions] == [size + 1 for size in before]

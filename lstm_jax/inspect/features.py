@@ -5,7 +5,7 @@ feature if the two are correlated. Of a thousand hidden units, some are correlat
 by chance, so they are selected on the first half of a text and evaluated on the second.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -51,9 +51,9 @@ def compute_text_features(text: str) -> dict[str, np.ndarray]:
     "characters left in the line" and the names of speakers, which end in a colon.
     """
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-    index = np.arange(len(codes))
-    space, alphanumeric = _test_each(codes, str.isspace), _test_each(codes, str.isalnum)
-    upper, newline = _test_each(codes, str.isupper), codes == ord("\n")
+    characters, index = codes.view("U1"), np.arange(len(codes))
+    space, alphanumeric = np.strings.isspace(characters), np.strings.isalnum(characters)
+    upper, newline = np.strings.isupper(characters), codes == ord("\n")
 
     # Lines, each with the newline that ends it.
     line = np.cumsum(newline) - newline
@@ -88,7 +88,7 @@ def compute_text_features(text: str) -> dict[str, np.ndarray]:
         "a capital letter": upper,
         "in a capitalized word": alphanumeric & upper[np.minimum(before_word + 1, len(codes) - 1)],
         "a vowel": _is_in(codes, "aeiouAEIOU"),
-        "a digit": _test_each(codes, str.isdigit),
+        "a digit": np.strings.isdigit(characters),
         "a space": space & ~newline,
         "a line break": newline,
         "a blank line": newline & blank[line],
@@ -104,12 +104,6 @@ def compute_text_features(text: str) -> dict[str, np.ndarray]:
         "line number in the speech or paragraph": line_number[line],
     }
     return {name: x.astype(np.float32) for name, x in (booleans | numbers).items()}
-
-
-def _test_each(codes: np.ndarray, test: Callable[[str], bool]) -> np.ndarray:
-    """Return whether each code point passes a test of strings: bool [n]."""
-    different, inverse = np.unique(codes, return_inverse=True)
-    return np.array([test(chr(code)) for code in different], bool)[inverse]
 
 
 def _is_in(codes: np.ndarray, characters: str) -> np.ndarray:

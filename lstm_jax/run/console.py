@@ -1,6 +1,7 @@
 """Print safely: any text can be shown, and a stream that fails causes one clear message."""
 
 import contextlib
+import io
 import os
 import sys
 import threading
@@ -58,15 +59,8 @@ def make_printer() -> Callable[[str, bool], str]:
     Its second argument is true for the last piece. Until then it holds back a final \r, which is
     half a line break if \n follows.
     """
-    held = ""
-
-    def show(piece: str, final: bool) -> str:
-        nonlocal held
-        text = held + piece
-        held = "\r" if text.endswith("\r") and not final else ""
-        return make_printable(text.removesuffix(held))
-
-    return show
+    decoder = io.IncrementalNewlineDecoder(None, translate=False)
+    return lambda piece, final: make_printable(decoder.decode(piece, final))
 
 
 def escape_controls(text: str) -> str:

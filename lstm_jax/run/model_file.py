@@ -15,7 +15,7 @@ import numpy as np
 
 from lstm_jax import model as model_lib
 from lstm_jax.data import files
-from lstm_jax.errors import UserError
+from lstm_jax.errors import UserError, name_failure
 from lstm_jax.model import Params
 
 # The dtypes of a file: by name, that of the format, and NumPy's.
@@ -28,7 +28,8 @@ def write_params(path: Path, params: Params, step: int, dtype: str) -> None:
     """Write parameters of a training step, rounded to one of `DTYPES`; raise `OSError`."""
     arrays = [np.asarray(array, _DTYPES[dtype][1]).tobytes() for array in jax.tree.leaves(params)]
     data = b"".join(arrays)
-    metadata = {"step": str(step), "sha256": _compute_checksum(str(step), data)}
+    checksum = hashlib.sha256(str(step).encode() + data).hexdigest()
+    metadata = {"step": str(step), "sha256": checksum}
     header = json.dumps({"__metadata__": metadata, **_describe(params, dtype)}).encode()
     header += b" " * (-len(header) % 8)  # Aligns the arrays.
     files.write_file(path, len(header).to_bytes(8, "little") + header + data)
@@ -44,7 +45,7 @@ def read_params(path: Path, params: Params) -> tuple[Params, int]:
       UserError: if it can't be read, is damaged, or does not hold such arrays.
     """
     try:
-        with files.open_regular(path) as file:
+        with name_failure(f"can't read {path}"), files.open_regular(path) as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(length, _HEADER_LIMIT)))
             metadata = header.pop("__metadata__")
@@ -57,22 +58,17 @@ def read_params(path: Path, params: Params) -> tuple[Params, int]:
                 raise ValueError
             data = file.read(size)
         step = int(metadata["step"])
-        if metadata["sha256"] != _compute_checksum(metadata["step"], data):
+        if metadata["sha256"] != hashlib.sha256(metadata["step"].encode() + data).hexdigest():
             raise ValueError
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror}") from None
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         raise UserError(
             f"{path} is damaged, or not a model of lstm_jax.convert: restore it from a copy"
         ) from None
-    numbers = np.frombuffer(data, dtype)
     leaves, tree = jax.tree.flatten(params)
-    ends = np.cumsum([array.size for array in leaves])
-    parts = np.split(numbers, ends[:-1])
-    read = [
-        jnp.asarray(x.reshape(a.shape), jnp.float32) for x, a in zip(parts, leaves, strict=True)
-    ]
-    restored: Params = jax.tree.unflatten(tree, read)
+    parts = np.split(np.frombuffer(data, dtype), np.cumsum([a.size for a in leaves])[:-1])
+    pairs = zip(parts, leaves, strict=True)
+    arrays = [jnp.asarray(part.reshape(a.shape), jnp.float32) for part, a in pairs]
+    restored: Params = jax.tree.unflatten(tree, arrays)
     if not model_lib.is_finite(restored):
         raise UserError(f"the parameters in {path} are not finite")
     return restored, step
@@ -87,9 +83,3 @@ def _describe(params: Params, dtype: str) -> dict[str, object]:
         key = jax.tree_util.keystr(path, simple=True, separator=".")
         header[key] = {"dtype": name, "shape": [*array.shape], "data_offsets": [begin, end]}
     return header
-
-
-def _compute_checksum(step: str, data: bytes) -> str:
-    digest = hashlib.sha256(step.encode())
-    digest.update(data)
-    return digest.hexdigest()

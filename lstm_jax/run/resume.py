@@ -56,11 +56,8 @@ def resolve_run(
     teachers = config.distill.teachers
     if "," not in os.getcwd():  # It would divide the list.
         teachers = ",".join(map(_make_absolute, teachers.split(",")))
-    config = dataclasses.replace(
-        config,
-        init_from=_make_absolute(config.init_from),
-        distill=dataclasses.replace(config.distill, teachers=teachers),
-    )
+    absolute = {"init_from": _make_absolute(config.init_from), "distill.teachers": teachers}
+    config = config_lib.change_fields(config, absolute)
     workdir.check_regular_files(directory)
     if workdir.is_folder(directory):
         raise UserError(

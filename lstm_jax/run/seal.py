@@ -56,6 +56,8 @@ def find_damage(checkpoint: Path, params: object = ()) -> str | None:
     or `jax.ShapeDtypeStruct`s of a run, are damage too: sizes of files are checked before these are
     read, sizes of arrays before these are unpacked.
     """
+    needed = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(params))
+    limit = _PARAMS_MULTIPLE * needed + _BYTES_BEYOND  # Of the files, and of the arrays.
     try:
         lines = files.read_bytes(checkpoint / SEAL, _SEAL_LIMIT).decode().splitlines()
         sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
@@ -64,12 +66,12 @@ def find_damage(checkpoint: Path, params: object = ()) -> str | None:
         if others := {name for name in others if name in sums or not _is_hidden(name)}:
             name = min(others)
             return f"{name} is missing" if name in sums else f"{SEAL} does not hold {name}"
-        if reason := _find_misfit(sizes, params):
+        if reason := _find_misfit(sizes, needed, limit):
             return reason
         for name in sums:
             if files.hash_file(checkpoint / name) != sums[name]:
                 return f"{name} has changed"
-        _check_arrays(checkpoint, sizes, _limit(params))
+        _check_arrays(checkpoint, sizes, limit)
     except OSError as error:
         return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
     except Exception as error:  # TensorStore raises many kinds.
@@ -77,17 +79,16 @@ def find_damage(checkpoint: Path, params: object = ()) -> str | None:
     return None if sums else f"{SEAL} is empty"
 
 
-def _find_misfit(sizes: Mapping[str, int], params: object) -> str | None:
-    """Return why a run can't have files of these sizes, by name; None if it can."""
+def _find_misfit(sizes: Mapping[str, int], needed: int, limit: int) -> str | None:
+    """Return why files of these sizes can't have `needed` bytes of parameters; None if they can."""
     for name, size in sizes.items():
         is_chunk = re.search("/[0-9.]+$", name)
         if not is_chunk and size > _METADATA_LIMIT:
             return f"{name} is too large, with {size:,} bytes"
-    needed = _count_bytes(params)
     held = sum(size for name, size in sizes.items() if name.startswith("params/"))
     if needed > _SMALL and held < _LEAST_SHARE * needed:
         return f"its {held:,} bytes can't hold the {needed:,} bytes of the expected parameters"
-    if (total := sum(sizes.values())) > _limit(params):
+    if (total := sum(sizes.values())) > limit:
         return f"its files are too large for such a model, with {total:,} bytes"
     return None
 
@@ -121,15 +122,6 @@ def _check_arrays(checkpoint: Path, names: Iterable[str], limit: int) -> None:
         total += array.size * array.dtype.numpy_dtype.itemsize
     if total > limit:
         raise ValueError(f"its arrays are too large, with {total:,} bytes")
-
-
-def _limit(params: object) -> int:
-    """Return the limit of the bytes of a checkpoint, and of its arrays."""
-    return _PARAMS_MULTIPLE * _count_bytes(params) + _BYTES_BEYOND
-
-
-def _count_bytes(tree: object) -> int:
-    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
 def _list(checkpoint: Path) -> dict[str, int]:
