@@ -5,7 +5,7 @@ import json
 import statistics
 import subprocess
 import sys
-import time
+import timeit
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,8 @@ def parse_flags(
     for name, value in vars(options).items():
         if isinstance(value, Path):  # Commands run in ROOT.
             setattr(options, name, value.resolve())
-    for field in options.fields:
-        if not fields or not field.startswith("--config."):
-            parser.error(f"unknown flag {field}")
+    if unknown := [f for f in given_fields if not (fields and f.startswith("--config."))]:
+        parser.error(f"unknown flag {unknown[0]}")
     return options
 
 
@@ -49,9 +48,7 @@ def run_python(*words: object, directory: Path = ROOT) -> str:
 
 def time_call(run: Callable[..., object], *arguments: Any) -> float:
     """Return the seconds of a call."""
-    start = time.perf_counter()
-    run(*arguments)
-    return time.perf_counter() - start
+    return timeit.timeit(lambda: run(*arguments), number=1)
 
 
 def compute_once(file: Path, compute: Callable[[], Any]) -> Any:
@@ -64,7 +61,10 @@ def compute_once(file: Path, compute: Callable[[], Any]) -> Any:
 def train(directory: Path, *flags: str) -> float:
     """Train into a directory, or resume; return the minutes of the process that completed it."""
     directory.mkdir(parents=True, exist_ok=True)
-    if (given := compute_once(directory / "flags", lambda: flags)) != list(flags):
+    known = directory / "flags"
+    if not (directory / workdir.CONFIG).exists():  # Nothing was trained with earlier flags.
+        known.write_text(json.dumps(flags))
+    if (given := json.loads(known.read_text())) != list(flags):
         sys.exit(f"{directory} was trained with {' '.join(given)}: use another directory")
     command, file = ("-m", "lstm_jax.main", "--workdir", directory, *flags), directory / "minutes"
     return float(compute_once(file, lambda: time_call(run_python, *command) / 60))

@@ -4,12 +4,17 @@ import contextlib
 import os
 from pathlib import Path
 
-from lstm_jax.errors import warn
+from lstm_jax.errors import UserError, warn
 
 
 def get_path(name: str) -> Path:
-    """Return the path lstm-jax/NAME below XDG_CACHE_HOME or ~/.cache."""
+    """Return the path lstm-jax/NAME below XDG_CACHE_HOME or ~/.cache.
+
+    Raise `UserError` if there is neither.
+    """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if cache.startswith("~"):
+        raise UserError("this user has no home directory: set XDG_CACHE_HOME")
     return Path(cache, "lstm-jax", name)
 
 
@@ -18,10 +23,8 @@ def make_directory(name: str) -> Path | None:
 
     It holds machine code: a directory that others can write is not used, and a warning says so.
     """
-    directory = get_path(name)
-    if str(directory).startswith("~"):  # This user has no home directory.
-        return None
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UserError):
+        directory = get_path(name)
         directory.mkdir(0o700, parents=True, exist_ok=True)
         status = directory.lstat()  # A link may lead to a directory of someone else.
         if status.st_uid != os.geteuid() or status.st_mode & 0o022 or directory.is_symlink():

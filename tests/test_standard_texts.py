@@ -175,8 +175,12 @@ def test_the_data_directory_can_be_a_link(
 
 def test_a_user_without_a_home_directory_must_name_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
-    with pytest.raises(UserError, match="no home directory: set data.directory"):
+    with pytest.raises(UserError, match="no home directory: name another"):
         standard_texts.find_standard_text(config_lib.DataConfig(directory="~/texts"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    with pytest.raises(UserError, match="no home directory: set XDG_CACHE_HOME"):
+        user_cache.get_path("prepared")
+    assert user_cache.make_directory("compiled") is None
 
 
 def test_three_texts_are_cleaned(

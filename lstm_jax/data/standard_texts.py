@@ -107,7 +107,7 @@ def find_standard_text(data: DataConfig) -> DataConfig:
     data_dir = data.directory or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     directory = Path(os.path.expanduser(data_dir), data.dataset)
     if str(directory).startswith("~"):
-        raise UserError("this user has no home directory: set data.directory or TFDS_DATA_DIR")
+        raise UserError("this user has no home directory: name another data directory")
     try:
         if any(directory.glob("*/dataset_info.json")):
             return data

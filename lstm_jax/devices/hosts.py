@@ -95,8 +95,8 @@ def join_processes(
         _wait_for_devices()
     except BaseException as error:
         # An `UnavailableError` may be that of a save in which all processes take part.
-        is_mistake = isinstance(error, UserError) and not isinstance(error, UnavailableError)
-        if not is_mistake and re.search(_LOST_PATTERN, str(error)):
+        cause = error.__context__ if isinstance(error, UnavailableError) else error
+        if not isinstance(cause, UserError) and re.search(_LOST_PATTERN, str(cause)):
             _leave(_LOST)
         if isinstance(error, UserError):
             _leave(str(error))

@@ -171,7 +171,7 @@ def define_dtype_flag(*more: str) -> flags.FlagHolder[str | None]:
         "dtype",
         None,
         [*config.DTYPES, *more],
-        "Dtype of matmul operands, instead of the run's; auto: the faster of float32 and bfloat16.",
+        "Dtype of matmul operands, instead of the run's; auto: the faster one to train with here.",
     )
 
 

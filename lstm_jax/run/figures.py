@@ -30,9 +30,8 @@ def _make_figure(xlabel: str) -> tuple["Figure", "Axes"]:
     """Return a figure of losses with its axes."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5))
     # Fixed margins, because a layout engine would double the time of drawing.
-    figure.set_layout_engine("none")
+    figure = Figure(figsize=(8, 5), layout="none")  # type: ignore[arg-type]
     figure.subplots_adjust(left=0.09, right=0.98, bottom=0.11, top=0.97)
     axes = figure.add_subplot(xlabel=xlabel, ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)

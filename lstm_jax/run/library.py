@@ -78,8 +78,8 @@ class Run:
 
     @property
     def params(self) -> Any:
-        """Return the parameters; the methods use other arrays, too, which were made from them."""
-        return self._params
+        """Return the parameters, in new dicts: an assignment would not reach all methods."""
+        return jax.tree.map(lambda array: array, self._params)
 
     def __repr__(self) -> str:
         members = getattr(self.model, "members", [self.model])
@@ -170,10 +170,11 @@ class Run:
         of texts by rounding only, and not on how a text is divided between calls.
         """
         ids = np.asarray(ids)
-        if ids.ndim != 2 or (ids.size and not 0 <= ids.min() <= ids.max() < len(self.vocabulary)):
+        in_range = not ids.size or 0 <= ids.min() <= ids.max() < len(self.vocabulary)
+        if ids.ndim != 2 or ids.dtype.kind not in "iu" or not in_range:
             raise UserError(
-                f"ids are an array {list(ids.shape)}: they must be [batch, time], from 0 to "
-                f"{len(self.vocabulary) - 1}"
+                f"ids are {ids.dtype} {list(ids.shape)}: they must be integers [batch, time], from "
+                f"0 to {len(self.vocabulary) - 1}"
             )
         if state is None:
             state = generation.initial_state(self.model, self._arrays, len(ids))
@@ -263,9 +264,9 @@ def load(
     Args:
       directory: the working directory; or several, whose models are an ensemble: it averages their
         probabilities at every step.
-      dtype: that of the matmuls, "float32" or "bfloat16", or the faster one on this machine with
-        "auto"; by default that of the config. "int8" rounds more where tokens are read one by one
-        (`workdir.load_trained`).
+      dtype: that of the matmuls, "float32" or "bfloat16", or with "auto" the one in which this
+        machine trains faster; by default that of the config. "int8" rounds more where tokens are
+        read one by one (`workdir.load_trained`).
       cell: FILE.py:CLASS of the run's cell, if it has your own, or several. The file is code, and
         runs.
 

@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict
 
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
-from lstm_jax.errors import name_same_command, name_setting
+from lstm_jax.errors import choose_wording, name_same_command, name_setting
 from lstm_jax.recurrences import choice
 from lstm_jax.run import cell_file, workdir
 from lstm_jax.run.session import Session
@@ -34,7 +34,8 @@ def print_setup(run: Session) -> None:
         f"{format_parameters(run.loop.state.params)}\n\n"
         f"{vocabulary.token_name}s: {counts}; vocabulary: {len(vocabulary)}; "
         f"steps per epoch: {run.plan.steps_per_epoch:,}; "
-        f"recurrence: {recurrence}, matmuls in {model.dtype}\n\n"
+        f"recurrence: {recurrence}, matmuls in {model.dtype}, on {run.mesh.size} x "
+        f"{run.mesh.devices.flat[0].device_kind}\n\n"
         "The first window and its targets:\n"
         f"  inputs  {vocabulary.decode(inputs)!r}\n"
         f"  targets {vocabulary.decode(targets)!r}\n"
@@ -129,7 +130,7 @@ def _describe_end(run: Session) -> str:
     settings = [name_setting(field, 2 * getattr(config, field)) for field in fields]
     return (
         f"The run in {run.directory} is finished after {plan.describe_length(step)}{reason}. To "
-        f"train longer, set for example {' '.join(settings)}"
+        f"train longer, set for example {choose_wording(' ', '; ').join(settings)}"
     )
 
 

@@ -130,7 +130,8 @@ class MetricsWriter(contextlib.ExitStack[None]):
             row["sample"] = sample
         try:
             self._watch(row)
-        except BaseException:
+        except BaseException as error:
+            error.is_of_watch = True  # type: ignore[attr-defined]  # For `session`.
             # A run that resumes records a test loss, and calls `watch`, only if it is missing.
             if split == "test":
                 self._lines.truncate(size)

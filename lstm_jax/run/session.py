@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Unpack
@@ -224,12 +223,11 @@ def _name_failed_writes(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # Not of the run: a closed pipe, a failed connection, another file that `watch` uses.
+        # Not of the run: of `watch`, a closed pipe, another file.
         name = error.filename if isinstance(error.filename, str | bytes) else str(directory)
         path = Path(os.path.realpath(os.fsdecode(name)))
         is_elsewhere = not path.is_relative_to(os.path.realpath(directory))
-        is_of_network = error.errno is None or isinstance(error, (ConnectionError, socket.gaierror))
-        if is_elsewhere or is_of_network:
+        if is_elsewhere or hasattr(error, "is_of_watch") or isinstance(error, BrokenPipeError):
             raise
         raise UnavailableError(
             f"can't write to {error.filename or directory} ({error.strerror}): free space or make "

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 from optuna import Trial, TrialPruned
 from optuna.exceptions import OptunaError, UpdateFinishedTrialError
+from optuna.pruners import HyperbandPruner, NopPruner
 from optuna.storages._heartbeat import get_heartbeat_thread
 from optuna.study import Study
 from optuna.trial import TrialState
@@ -37,8 +38,9 @@ _POLL_SECONDS = 2
 
 # Fields in which the experiments of a study's workers may differ: losses can be compared.
 _FREE_FIELDS = (
-    *("data.path", "data.directory", "data.prepared", "mesh.data", "mesh.model"),
-    *("sample.length", "sample.temperature", "checkpoint_every_seconds"),
+    *("data.path", "data.directory", "data.prepared", "data.memory_megabytes"),
+    *("mesh.data", "mesh.model", "sample.length", "sample.temperature"),
+    "checkpoint_every_seconds",
 )
 
 
@@ -103,6 +105,7 @@ def prepare_sweep(
         data=texts.load_texts(experiment.data).resolve(experiment.data),
     )
     settings = study_lib.SamplerSettings(sampler, seed or 0, grid)
+    uses_hyperband = pruner == "hyperband" or (pruner is None and not seeds)
     name = name or f"{experiment_name}_{space_name}"
     path = Path(directory or Path("runs", "sweeps", name))
     path.mkdir(parents=True, exist_ok=True)
@@ -116,7 +119,8 @@ def prepare_sweep(
         },
         {parameter for draw in draws for parameter in draw.params},
         settings,
-        study_lib.make_pruner(pruner or ("none" if seeds else "hyperband"), experiment.num_epochs),
+        # Hyperband (Li et al. 2018) runs successive halving over epochs in each bracket.
+        HyperbandPruner(1, experiment.num_epochs) if uses_hyperband else NopPruner(),
     )
     return Sweep(study, settings, experiment, space, path, trials)
 

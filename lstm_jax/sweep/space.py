@@ -59,12 +59,12 @@ class Space(NamedTuple):
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         for _ in range(_NUM_PROBES):
             _, config = self.draw_config(study.ask(), experiment)
-            for name in ("path", "dataset", "text_feature", "fractions"):
-                if getattr(config.data, name) != getattr(experiment.data, name):
-                    raise UserError(
-                        f"{self.name}: it changes data.{name}, but losses on different texts can't "
-                        "be compared: use one sweep for each text"
-                    )
+            before = vars(experiment.data)
+            if changed := [name for name, now in vars(config.data).items() if now != before[name]]:
+                raise UserError(
+                    f"{self.name}: it changes data.{changed[0]}, but losses on different texts or "
+                    "tokens can't be compared: use one sweep for each"
+                )
         for name, drawn in itertools.chain(*(t.distributions.items() for t in study.trials)):
             choices = drawn.choices if isinstance(drawn, CategoricalDistribution) else ()
             if other := [

@@ -11,7 +11,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import BaseTrial
 
 from lstm_jax.data import files
-from lstm_jax.errors import UserError
+from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import workdir
 from lstm_jax.sweep import storage
 from lstm_jax.sweep.storage import ORIGIN
@@ -106,23 +106,13 @@ def open_study(
 
 
 def claim_directory(directory: Path, trial: BaseTrial) -> None:
-    """Make the working directory of a trial; raise `UserError` if it is another study's."""
+    """Make the working directory of a trial; raise `UnavailableError` if it is another study's."""
     directory.mkdir(parents=True, exist_ok=True)
     path, origin = directory / _OWNER, trial.user_attrs[ORIGIN]
     if not path.exists() and not (directory / workdir.CONFIG).exists():
         files.write_file(path, origin.encode())
     elif not path.exists() or path.read_text() != origin:
-        raise UserError(f"{directory} has a trial of another study: use another --workdir")
-
-
-def make_pruner(name: str, num_epochs: int) -> optuna.pruners.BasePruner:
-    """Return the pruner `name`, none or hyperband.
-
-    Hyperband (Li et al. 2018) runs successive halving over epochs in each bracket.
-    """
-    if name == "none":
-        return optuna.pruners.NopPruner()
-    return optuna.pruners.HyperbandPruner(1, num_epochs, 3)
+        raise UnavailableError(f"{directory} has a trial of another study: use another --workdir")
 
 
 def get_storage(study: Study) -> storage.SweepStorage:
