@@ -48,6 +48,8 @@ def compute_token_losses(
     windows of that number of inputs, of which the last may have fewer, and each is read from a zero
     carry.
     """
+    if len(ids) < 2:
+        return np.zeros(0, np.float32)
     texts = _iterate_windows(ids, context) if context else [iterate_chunks(ids)]
     parts = [read_chunks(read_chunk, model, params, chunks) for chunks in texts]
     return np.concatenate(parts)

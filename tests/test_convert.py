@@ -246,7 +246,11 @@ def rename_arrays(arrays: dict[str, np.ndarray], old: str, new: str) -> dict[str
         (lambda a: {**a, "lstm.weight_ih_l0_reverse": a["lstm.weight_ih_l0"]}, "bidirectional"),
         (lambda a: {**a, "lstm.weight_hr_l0": a["lstm.weight_hh_l0"]}, "projection"),
         (
-            lambda a: {**a, "norm.weight": a["linear.bias"]},
+            lambda a: rename_arrays(a, "linear.bias", "norm.weight"),
+            "norm.weight is of a layer that can't be converted",
+        ),
+        (
+            lambda a: {**a, "norm.bias": a["linear.bias"]},
             "layers with weights are embedding, linear, norm",
         ),
         (lambda a: {k: v for k, v in a.items() if "lstm" not in k}, "no recurrent layer"),

@@ -73,6 +73,11 @@ def test_windows_are_each_read_from_a_zero_carry(length: int, context: int) -> N
     )
 
 
+def test_a_text_of_one_token_has_no_losses() -> None:
+    for context in (None, 10):
+        assert loss_lib.compute_token_losses(MODEL, PARAMS, make_ids(1), context).shape == (0,)
+
+
 @pytest.mark.parametrize("longest", [10**6, 100])
 def test_token_losses_sum_to_the_loss(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_lib, "LONGEST_IN_ONE", longest)  # Parallel streams, if it is 100.

@@ -25,6 +25,7 @@ from lstm_jax.vocabulary import FILE_END, Vocabulary
 
 # Words of several scripts, numbers, contractions, several spaces, emoji of several code points.
 TEXT = (
+    "3월 15일에 AI가 K팝을 ใช้Python ทำ ๑๒๓ "
     "It can't be 3.14  or won\u2019t,\n\n it? naïve e\u0301 한국어 日本語のテキスト "
     "スマートフォンアプリ ภาษาไทย Ελληνικά кошка_2 👩‍👩‍👧 🇫🇷🇩🇪 </script><b>&amp; \t\x07 x"
 )
@@ -334,6 +335,25 @@ def test_a_model_of_parts_of_characters_shows_characters(
         ids = browser.execute_script("return records.slice(0, accepted).map(({id}) => id)")
         spelled = "".join(tokens[i] for i in ids).encode("utf-8", "surrogateescape")
         assert browser.execute_script("return area.value") == spelled.decode("utf-8", "replace")
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("kind", "stop", "text"),
+    [("bytes", "\n\n", "café, ok"), ("graphemes", "\r\n\r\n", "ab\r\n\r\ncd\r\nef")],
+)
+def test_what_is_typed_key_by_key_has_the_ids_of_the_text(
+    kind: str, stop: str, text: str, browser: Any, tmp_path: Path
+) -> None:
+    trained = make_trained(kind, stop, text)
+    open_page(browser, trained, tmp_path / "page.html")
+    typed = text.replace("\r", "")  # As in every text area.
+    for character in typed:
+        browser.execute_script("area.value += arguments[0]; readText()", character)
+        wait_until_idle(browser)
+    assert browser.execute_script("return area.value") == typed
+    ids = browser.execute_script("return records.slice(0, accepted).map(({id}) => id)")
+    np.testing.assert_array_equal(ids, generation.encode_prompt(trained.vocabulary, text))
 
 
 def test_a_diverged_model_gives_no_page(trained: Path, tmp_path: Path) -> None:

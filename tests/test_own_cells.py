@@ -328,11 +328,11 @@ class Unknown(Annotated):
 @pytest.mark.parametrize(
     ("name", "values", "wrong", "types"),
     [
-        ("order", [3], 0.5, "int"),
+        ("order", [3, None], 0.5, "int"),
         ("order", [3], True, "int"),
         ("scale", [3, 0.5], "a", "float"),
         ("kind", ["b"], 3, "str"),
-        ("free", [True, 3, 0.5, "a"], None, "bool or int or float or str"),
+        ("free", [True, 3, 0.5, "a"], (), "bool or int or float or str"),
     ],
 )
 def test_the_annotation_of_an_option_decides_its_type(

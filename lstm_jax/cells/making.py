@@ -99,7 +99,8 @@ def _check_options(
             )
         kinds = _get_option_types(cell, name, fields[name].default)
         low, high = fields[name].metadata.get("allowed", _OPTION_RANGE)
-        if type(value) not in kinds and not (type(value) is int and float in kinds):
+        is_int_for_float = type(value) is int and float in kinds
+        if type(value) not in kinds and not is_int_for_float and value is not fields[name].default:
             words = f"of type {' or '.join(kind.__name__ for kind in kinds)}"
         elif isinstance(value, int) and not low <= value <= high:
             words = f"from {low:,} to {high:,}"

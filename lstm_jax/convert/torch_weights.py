@@ -50,6 +50,8 @@ def read_state_dict(file: BinaryIO) -> Weights:
                 raise UserError(f"{name}: a bidirectional layer can't predict the next token")
             arrays = layers.setdefault(f"{module} (layer {layer or 0})", {})
             arrays[attribute] = array.astype(np.float32)
+        elif array.ndim == 1 and attribute != "bias":  # Such as the scale of a normalization.
+            raise UserError(f"{name} is of a layer that can't be converted")
         else:
             ends.append((module, array.astype(np.float32)))
     made = {name: _make_layer(name, arrays) for name, arrays in layers.items()}
