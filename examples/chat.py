@@ -18,6 +18,8 @@ from lstm_jax.run.console import make_printer
 
 def chat(run: lstm_jax.Run, **options: Any) -> None:
     """Read lines from standard input and print the continuation of each; see `Run.stream`."""
+    # A stop token, which ends an answer, stays in the text.
+    options |= {"stop_token": False, "stop_at": run.vocabulary.stop}
     text, earlier = "", list[str]()
     for turn in itertools.count():
         try:

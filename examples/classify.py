@@ -76,7 +76,7 @@ if __name__ == "__main__":
     parser.add_argument("file", type=Path)
     parser.add_argument("names", nargs=2)
     arguments = parser.parse_args()
-    text = arguments.file.read_text(encoding="utf-8")
+    text = arguments.file.read_text(encoding="utf-8-sig")
     speeches, labels = read_speeches(text, tuple(arguments.names))
     accuracy = cross_validate(compute_features(lstm_jax.load(arguments.model), speeches), labels)
     majority = max(labels.mean(), 1 - labels.mean())

@@ -50,12 +50,12 @@ def get_probabilities(state: Any) -> np.ndarray:
     return np.exp(logits - logits.max(axis=1, keepdims=True))
 
 
-def make_header(run: lstm_jax.Run, blocks: int) -> bytes:
-    """Return checksums of the model, and of what it computes here for this number of blocks."""
+def make_header(run: lstm_jax.Run, blocks: int, packed: bytes) -> bytes:
+    """Return checksums of the model; of `packed`, and what it computes for a number of blocks."""
     model = hashlib.sha256(repr(run.vocabulary.to_fields()).encode())
     for array in jax.tree.leaves(run.params):
         model.update(np.asarray(array).tobytes())
-    state, crc = run.read(np.zeros((blocks, 0), np.int32)), 0
+    state, crc = run.read(np.zeros((blocks, 0), np.int32)), zlib.crc32(packed)
     for token in range(min(len(run.vocabulary), 64)):
         state = run.read(np.full((blocks, 1), token, np.int32), state)
         crc = zlib.crc32(get_probabilities(state).tobytes(), crc)
@@ -72,23 +72,23 @@ def pack(run: lstm_jax.Run, text: bytes, block_length: int = 2**17) -> bytes:
     coders = [stream.queue.RangeEncoder() for _ in blocks]
     code(run, coders, blocks)
     words = [coder.get_compressed() for coder in coders]
-    checksums = [zlib.crc32(ids.tobytes()) for ids in blocks]
-    numbers = [len(blocks), *map(len, blocks), *checksums, *map(len, words)]
-    packed = np.concatenate([numbers, *words]).astype("<u4")
-    return make_header(run, len(blocks)) + packed.tobytes()
+    numbers = [*map(len, blocks), *(zlib.crc32(b.data) for b in blocks), *map(len, words)]
+    packed = np.concatenate([numbers, *words]).astype("<u4").tobytes()
+    return make_header(run, len(blocks), packed) + len(blocks).to_bytes(4, "little") + packed
 
 
 def unpack(run: lstm_jax.Run, data: bytes) -> bytes:
     """Return the text of `pack`; raise `UserError` if it was packed elsewhere, or is damaged."""
-    number, *rest = np.frombuffer(data, "<u4", offset=16).tolist()
-    lengths, checksums, sizes = np.reshape(rest[: 3 * number], (3, number))
-    if data[:16] != make_header(run, number):
-        raise lstm_jax.UserError("it was packed by another model, or on another kind of machine")
-    words = np.split(np.array(rest[3 * number :], np.uint32), np.cumsum(sizes)[:-1])
+    number, packed = int.from_bytes(data[16:20], "little"), data[20:]
+    if not 0 < 12 * number <= len(packed) or data[:16] != make_header(run, number, packed):
+        raise lstm_jax.UserError("it is damaged, or of another model or kind of machine")
+    rest = np.frombuffer(packed, "<u4").astype(np.uint32)
+    lengths, checksums, sizes = rest[: 3 * number].reshape(3, number).tolist()
+    words = np.split(rest[3 * number :], np.cumsum(sizes)[:-1])
     blocks = [np.zeros(length, "<i4") for length in lengths]
     code(run, [stream.queue.RangeDecoder(part) for part in words], blocks)
-    if damaged := [i for i, ids in enumerate(blocks) if zlib.crc32(ids.tobytes()) != checksums[i]]:
-        raise lstm_jax.UserError(f"these blocks are damaged: {damaged}")
+    if damaged := [i for i, ids in enumerate(blocks) if zlib.crc32(ids.data) != checksums[i]]:
+        raise lstm_jax.UserError(f"these blocks can't be decoded here: {damaged}")
     return run.vocabulary.decode(np.concatenate(blocks)).encode("utf-8", "surrogateescape")
 
 

@@ -40,7 +40,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     run = lstm_jax.load(arguments.model)
-    generated = run.generate(length=arguments.length, seed=arguments.seed)
+    generated = run.generate(length=arguments.length, seed=arguments.seed, stop_token=False)
     print(make_printable(generated))
     source = arguments.training_text.read_bytes().decode("utf-8-sig")
     longest, share = measure_novelty(generated, source)

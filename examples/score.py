@@ -18,8 +18,11 @@ def score_sentences(run: lstm_jax.Run, sentences: list[str]) -> list[tuple[float
     start = run.score("\n\n").carry
     scored = []
     for sentence in sentences:
-        log_probs = run.score(f"{sentence}\n", start).log_probs  # Its end is predicted, too.
-        scored.append((-log_probs.sum() / math.log(2) / (len(sentence) + 1), sentence))
+        tokens, log_probs, _ = run.score(f"{sentence}\n", start)  # Its end is predicted, too.
+        # A token that the model lacks is spelled out, with eight bits for each byte and its end.
+        unknown = sum(len(t.encode()) + 1 for t in tokens if t not in run.vocabulary)
+        bits = -log_probs.sum() / math.log(2) + 8 * unknown
+        scored.append((bits / (len(sentence) + 1), sentence))
     return sorted(scored)
 
 
@@ -28,6 +31,6 @@ if __name__ == "__main__":
     parser.add_argument("model", help="a model that lstm_jax.load reads")
     parser.add_argument("file", type=Path)
     arguments = parser.parse_args()
-    lines = arguments.file.read_text(encoding="utf-8").splitlines()
+    lines = arguments.file.read_text(encoding="utf-8-sig").split("\n")
     for bits, line in score_sentences(lstm_jax.load(arguments.model), list(filter(None, lines))):
         print(f"{bits:6.3f}  {line}")

@@ -48,7 +48,8 @@ def generate_splits(teachers: list[Path], splits: dict[str, str], out: Path) -> 
         )
         halves = generated[::2], generated[1::2]
         # The validation text follows the training text.
-        train = "".join("\n".join([*half, read]) for half in halves)
+        end = run.vocabulary.stop or "\n"
+        train = "".join(end.join([*half, read]) for half in halves)
         for name, path in paths.items():
             text = train if name == "train" else splits[name]
             files.write_file(path, text.encode("utf-8", "surrogateescape"))
@@ -58,6 +59,8 @@ def generate_splits(teachers: list[Path], splits: dict[str, str], out: Path) -> 
 def main() -> int:
     """Train all models that are not trained yet; return the exit code."""
     config, out = command.read_experiment()[0], Path(_OUT.value)
+    if config.data.document_separator == "file":
+        raise lstm_jax.UserError("files that are documents can't be written into one text")
     teachers = [out / f"teacher_{k}" for k in range(_TEACHERS.value)]
     for k, directory in enumerate(teachers):
         if code := lstm_jax.train(change_fields(config, {"seed": config.seed + k}), directory):

@@ -2,9 +2,10 @@
 
     python examples/training_loop.py --config experiments/quick.py --optimizer ademamix
 
-It trains on one device, saves nothing, and prints the losses. The optimizer is an Optax scale_by_x,
-with the config's schedule, clipping and weight decay. --batches 32x48x2,64x48x4 is 32 windows of 48
-tokens for 2 epochs, then 64 for 4. --decode_past 0.01 is past decode regularization (Brahma 2019).
+It trains on one device, saves nothing, and prints the losses. The optimizer is an Optax scale_by_x
+with the config's schedule, clipping and weight decay. Its other fields, penalties, microbatches,
+teachers and max_steps have no effect. --batches 32x48x2,64x48x4 is 32 windows of 48 tokens for 2
+epochs, then 64 for 4. --decode_past 0.01 is past decode regularization (Brahma 2019).
 """
 
 import functools
@@ -12,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from absl import flags
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
@@ -35,7 +35,7 @@ def make_optimizer(config: Config, total_steps: int) -> optax.GradientTransforma
     fields, name = config.optimizer, f"scale_by_{_OPTIMIZER.value}"
     is_matrix = functools.partial(jax.tree.map, lambda x: x.ndim > 1)
     return optax.chain(
-        optax.clip_by_global_norm(fields.max_gradient_norm or np.inf),
+        optax.clip_by_global_norm(fields.max_gradient_norm or jnp.inf),
         (getattr(optax, name, None) or getattr(optax.contrib, name))(),
         optax.add_decayed_weights(fields.weight_decay, is_matrix),
         optax.scale_by_learning_rate(optimizer.make_schedule(fields, total_steps)),
@@ -91,7 +91,7 @@ def main() -> None:
     key, _ = jax.random.split(jax.random.key(config.seed))  # As `main` does.
     params = {"lstm": model.init_params(lstm, key, counts), "past": jnp.eye(lstm.embedding_size)}
     trained = train(config, ids["train"], lstm, params)["lstm"]
-    ids["validation and test"] = np.append(ids["validation"][:], ids["test"][:])
+    ids["validation and test"] = jnp.append(ids["validation"][:], ids["test"][:])
     print({name: round(loss.compute_loss(lstm, trained, x), 4) for name, x in ids.items()})
 
 

@@ -55,10 +55,13 @@ def test_tiny_shakespeare_is_complete_and_split_as_in_tfds(
 def test_files_are_read_in_the_order_named_and_globs_by_name(tmp_path: Path) -> None:
     for name, text in {"b.txt": "zwei\r\n", "a.txt": "\ufeffeins ", "c[1].txt": "drei"}.items():
         (tmp_path / name).write_bytes(text.encode())
-    (files,) = sources.find_files(f"{tmp_path}/*.txt")
-    assert read_files(files) == "eins zwei\r\ndrei"
+    for pattern in ("*.txt", "**/**/*.txt"):  # The latter matches each file twice.
+        (files,) = sources.find_files(f"{tmp_path}/{pattern}")
+        assert read_files(files) == "eins zwei\r\ndrei"
     (files,) = sources.find_files(f"{tmp_path}/c[1].txt,{tmp_path}/a.txt")
     assert read_files(files) == "dreieins "
+    with pytest.raises(UserError, match="/a.txt is in the training text and in another split"):
+        sources.find_files(";".join(f"{tmp_path}/{name}.txt" for name in "*ab"))
 
 
 def test_each_file_or_example_is_a_document(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ def marks(name: str, text: str) -> str:
         ("inside a tag < >", "<a>b <c\nd", "11---111-"),
         ("a capital letter", "aBÉ", "-11"),
         ("in a capitalized word", "Ab cD Éa", "11----11"),
+        ("in a capitalized word", "E\u0301a b", "111--"),
+        ("a punctuation mark", "हिन्दी!", "------1"),
         ("a vowel", "abE", "1-1"),
         ("a digit", "a12", "-11"),
         ("a space", "a b\n", "-1--"),

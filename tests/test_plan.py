@@ -89,7 +89,7 @@ def test_max_steps_ends_the_run_and_its_schedule(
 ) -> None:
     tiny_config.max_steps = 103
     assert training.train(tiny_config, tmp_path) == 0
-    assert "=== epoch 1.47 of 1.47: validation loss" in capsys.readouterr().out
+    assert "=== epoch 1.4714 of 1.4714: validation loss" in capsys.readouterr().out
     assert checkpoints.list_steps(tmp_path / workdir.CHECKPOINTS) == [70, 103]
     rows = metrics.read_metrics(tmp_path / workdir.METRICS)
     (rate,) = [row["learning_rate"] for row in rows if (row["step"], row["split"]) == (60, "train")]

@@ -47,7 +47,10 @@ def find_files(paths: str) -> list[list[Path]]:
             f"{paths!r} names {len(texts)} texts: it must name one, or three (train, validation "
             "and test) separated by ;"
         )
-    return [[path for pattern in text.split(",") for path in _find(pattern)] for text in texts]
+    found = [[path for pattern in text.split(",") for path in _find(pattern)] for text in texts]
+    if both := {*found[0]} & {path for other in found[1:] for path in other}:
+        raise UserError(f"{min(both)} is in the training text and in another split: name it in one")
+    return found
 
 
 def _find(pattern: str) -> list[Path]:
@@ -58,7 +61,7 @@ def _find(pattern: str) -> list[Path]:
     # A name with brackets may be both a file and a pattern: the file takes precedence.
     try:
         exists = os.path.exists(pattern)
-        matches = [pattern] if exists else sorted(glob.glob(pattern, recursive=True))
+        matches = [pattern] if exists else sorted({*glob.glob(pattern, recursive=True)})
     except (RecursionError, ValueError):  # It has hundreds of slashes, or a NUL.
         matches = []
     if len(matches) > 1:

@@ -5,6 +5,7 @@ feature if the two are correlated. Of a thousand hidden units, some are correlat
 by chance, so they are selected on the first half of a text and evaluated on the second.
 """
 
+import unicodedata
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -54,6 +55,9 @@ def compute_text_features(text: str) -> dict[str, np.ndarray]:
     characters, index = codes.view("U1"), np.arange(len(codes))
     space, alphanumeric = np.strings.isspace(characters), np.strings.isalnum(characters)
     upper, newline = np.strings.isupper(characters), codes == ord("\n")
+    different, inverse = np.unique(characters, return_inverse=True)
+    marks = [unicodedata.category(c or "\0")[0] == "M" for c in different]  # Accents, vowel signs.
+    alphanumeric |= np.array(marks, bool)[inverse]
 
     # Lines, each with the newline that ends it.
     line = np.cumsum(newline) - newline

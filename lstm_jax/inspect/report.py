@@ -21,7 +21,7 @@ from lstm_jax.errors import UserError, name_failure
 from lstm_jax.inspect import activations, features
 from lstm_jax.run import metrics, pages, workdir
 from lstm_jax.run.console import escape_controls
-from lstm_jax.vocabulary import FILE_END, PADDING_ID, UNKNOWN_ID, Vocabulary
+from lstm_jax.vocabulary import FILE_END, MAX_TOKEN_LENGTH, PADDING_ID, UNKNOWN_ID, Vocabulary
 
 REPORT = "report.html"
 
@@ -57,7 +57,7 @@ def write_report(
         splits = texts.load_texts_of_run(trained.config.data, *own_text)
         # The start of a prepared text has more tokens than --length may be.
         text, name = splits["validation"].read_start(), "the validation split"
-    tokens = vocabulary.split(text)
+    tokens = vocabulary.split(text[: (length + 1) * MAX_TOKEN_LENGTH])
     if len(tokens) < 2:
         raise UserError(f"{name} is too short: --text must name a file of two tokens or more")
     if len(tokens) > length:
@@ -186,10 +186,14 @@ def _pack(values: np.ndarray, dtype: np.typing.DTypeLike) -> dict[str, str]:
 
 
 def _make_curves(rows: Sequence[metrics.Row]) -> dict[str, list[tuple[int, float]]]:
-    """Return the steps and losses of each split, averaged over intervals of a long curve."""
+    """Return the steps and losses of each split, averaged over intervals of a long curve.
+
+    The loss before training, which would determine the range, is left out.
+    """
     curves = {}
+    trained = [row for row in rows if row["step"] and math.isfinite(row["loss"])]
     for split in sources.SPLITS:
-        of_split = [row for row in rows if row["split"] == split and math.isfinite(row["loss"])]
+        of_split = [row for row in trained if row["split"] == split]
         interval = max(1, math.ceil(len(of_split) / _MAX_CURVE_POINTS))
         intervals = [of_split[k : k + interval] for k in range(0, len(of_split), interval)]
         curves[split] = [

@@ -26,7 +26,7 @@ def is_out_of_patience(rows: _Rows, patience: int) -> bool:
 def advise(rows: _Rows) -> str | None:
     """Return a sentence about the losses of a finished run, or None if nothing is clear.
 
-    - Overfitting: the last validation loss is at least 0.5 % above the lowest, and the training
+    - Overfitting: the last validation loss is more than 0.5 % above the lowest, and the training
       loss fell in between. It is averaged since the validation before each of the two.
     - Too short: the last validation loss is the lowest, and at least 1 % below that after four
       fifths of the run.
@@ -37,12 +37,12 @@ def advise(rows: _Rows) -> str | None:
     if len(validations) < 3:
         return None
     best, last = min(validations, key=lambda row: float(row["loss"])), validations[-1]
-    if last["loss"] >= best["loss"] * (1 + _RISE):
+    if last["loss"] > best["loss"] * (1 + _RISE):
         before, after = (_average_training_loss(rows, row["step"]) for row in (best, last))
         if before is not None and after is not None and after < before:
             return (
-                f"The validation loss was lowest at epoch {best['epoch']:.3g} of "
-                f"{last['epoch']:.3g}, while the training loss still fell: use more dropout or "
+                f"The validation loss was lowest at epoch {best['epoch']:.5g} of "
+                f"{last['epoch']:.5g}, while the training loss still fell: use more dropout or "
                 "fewer epochs"
             )
     earlier = [row for row in validations if row["step"] <= 0.8 * last["step"]]

@@ -42,7 +42,7 @@ def draw_metrics(rows: Sequence[Row]) -> "Figure":
     """Return a figure of the losses of all splits over steps."""
     figure, axes = _make_figure("training step")
     rows = [row for row in rows if row["step"]]
-    for split, style, size in (("train", "-", 0), ("validation", "o-", 4), ("test", "*", 12)):
+    for split, style, size in (("train", ".-", 1), ("validation", "o-", 4), ("test", "*", 12)):
         points = [(row["step"], row["loss"]) for row in rows if row["split"] == split]
         if points:
             steps, losses = zip(*points, strict=True)

@@ -46,7 +46,8 @@ def print_setup(run: Session) -> None:
     if run.source:
         source_step, num_tokens = run.source
         new = vocabulary.tokens[num_tokens:]
-        tokens = f"{len(new)} new tokens: {', '.join(map(repr, new))}" if new else "no new tokens"
+        listed = ", ".join(map(repr, new[:10])) + ", ..." * (len(new) > 10)
+        tokens = f"{len(new)} new tokens: {listed}" if new else "no new tokens"
         print(
             f"The initial weights are those of step {source_step} in {config.init_from}; "
             f"the vocabulary has {tokens}\n",
@@ -93,7 +94,7 @@ def describe_validation(run: Session, loss: float, sample: str) -> str:
     step, plan = run.loop.step, run.plan
     done, total = map(plan.count_epochs, (step, plan.total_steps))
     first = "before training" if run.config.init_from else "untrained"
-    name = f"epoch {round(done, 2):g} of {round(total, 2):g}" if step else first
+    name = f"epoch {done:.5g} of {total:.5g}" if step else first
     described = describe_loss(loss, run.vocabulary.token_name, run.sizes["validation"])
     return f"\n=== {name}: validation loss {described}\n{sample}\n"
 

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import secrets
+import sys
 import textwrap
 import time
 import zlib
@@ -16,6 +17,7 @@ from typing import NotRequired, TypedDict, Unpack
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import hparams, scalar, text
+from tqdm import tqdm
 
 from lstm_jax.config import Config, flatten
 from lstm_jax.data import files
@@ -129,7 +131,8 @@ class MetricsWriter(contextlib.ExitStack[None]):
             self._add(Event(step=step, summary=text(f"{split}/sample", quoted)))
             row["sample"] = sample
         try:
-            self._watch(row)
+            with tqdm.external_write_mode(sys.stderr):  # What it prints is not behind the bar.
+                self._watch(row)
         except BaseException as error:
             error.is_of_watch = True  # type: ignore[attr-defined]  # For `session`.
             # A run that resumes records a test loss, and calls `watch`, only if it is missing.
