@@ -1,5 +1,6 @@
 """Make training batches of token ids, with Grain iterators that can start at any step."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -87,7 +88,10 @@ def cut_batch(
     """
     positions = offsets.begins[:, None] + np.arange(window_length + 1, dtype=np.int32)
     windows: Any = ids[positions].astype(np.int32, copy=False)
-    soft_targets = None if predictions is None else predictions[positions[:, 1:]]
+    soft_targets = None
+    if predictions is not None:  # A slice for each window: for rows, a TPU would copy all of them.
+        cut = functools.partial(jax.lax.dynamic_slice_in_dim, predictions, slice_size=window_length)
+        soft_targets = jax.vmap(cut)(offsets.begins + 1)
     return Batch(windows[:, :-1], windows[:, 1:], offsets.starts, soft_targets)
 
 

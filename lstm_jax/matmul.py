@@ -16,8 +16,19 @@ def matmul(a: jax.Array, b: jax.Array, dtype: str, bias: jax.Array | None = None
 
 def matmul_rounded(a: jax.Array, b: jax.Array) -> jax.Array:
     """Return a @ b for factors that `round_factor` has rounded."""
-    low = a.dtype == jnp.bfloat16
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32 if low else None)
+    return _matmul_bfloat16(a, b) if a.dtype == jnp.bfloat16 else jnp.matmul(a, b)
+
+
+@jax.custom_vjp
+def _matmul_bfloat16(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+# Without it, JAX would convert the factors in the backward pass to float32, as the cotangent is.
+_matmul_bfloat16.defvjp(
+    lambda a, b: (_matmul_bfloat16(a, b), (a, b)),
+    lambda factors, cotangent: jax.vjp(jnp.matmul, *factors)[1](cotangent.astype(jnp.bfloat16)),
+)
 
 
 def round_factor(x: jax.Array, dtype: str, native: bool = False) -> jax.Array:

@@ -133,7 +133,7 @@ def test_some_recurrences_need_their_device(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("experiment", ["quick", "shakespeare", "shakespeare_gpu"])
 def test_a_step_of_the_loop_starts_at_most_five_kernels(experiment: str, dtype: str) -> None:
-    pytest.importorskip("jax_cuda13_plugin", reason="the CUDA plugin isn't installed")
+    pytest.importorskip("jax_cuda12_plugin", reason="the CUDA plugin isn't installed")
     flags = [f"--config=experiments/{experiment}.py", f"--dtype={dtype}", "--programs", "step"]
     result = commands.run_python(
         *("benchmarks/accelerators.py", "--target=h100:1", *flags),

@@ -125,7 +125,7 @@ def test_the_first_cell_installs_the_package(
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     (source,) = (cell.source for cell in notebook.cells if cell.id == "install")
     installed: list[str] = []
-    specs: list[object] = [None, "installed"]
+    specs: list[object] = [None, None, "installed"]  # Neither the package nor libtpu.
     monkeypatch.setattr("importlib.util.find_spec", lambda name: specs.pop(0))
     monkeypatch.setattr("shutil.which", lambda name: "nvidia-smi" if gpu else None)
     monkeypatch.delenv("TPU_ACCELERATOR_TYPE", raising=False)

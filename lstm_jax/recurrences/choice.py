@@ -108,9 +108,12 @@ def choose_recurrence(model: Any) -> str:
 def choose_dtype(recurrence: str) -> str:
     """Return "bfloat16" where matmuls in bfloat16 are faster, otherwise "float32".
 
-    They are on GPUs and TPUs, except in cuDNN, and in fused layers on processors with fast
-    instructions for them.
+    They are on TPUs and on GPUs since NVIDIA's compute capability 8, except in cuDNN, and in fused
+    layers on processors with fast instructions for them.
     """
-    fast_on_cpu = recurrence == "fused" and processor.is_faster_in_bfloat16()
-    is_fast = fast_on_cpu or jax.default_backend() != "cpu"
+    if jax.default_backend() == "cpu":
+        is_fast = recurrence == "fused" and processor.is_faster_in_bfloat16()
+    else:
+        capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+        is_fast = not capability.startswith(("5.", "6.", "7."))
     return "bfloat16" if is_fast and recurrence != "cudnn" else "float32"

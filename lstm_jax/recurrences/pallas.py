@@ -51,7 +51,7 @@ def _forward_kernel(differentiable: bool, *references: Any) -> None:
         cell[...] = first_cell[...]
         hidden[...] = first_hidden[...].astype(hidden.dtype)
 
-    sums = jnp.dot(hidden[...], kernel[...], preferred_element_type=jnp.float32) + added[0]
+    sums = _multiply(hidden[...], kernel[...]) + added[0]
     after, outputs, kept[0] = compute_step(sums, cell[...], differentiable)
     cell[...] = last_cell[...] = after
     hidden[...] = outputs.astype(hidden.dtype)
@@ -91,8 +91,13 @@ def _backward_kernel(*references: Any) -> None:
     rounded = jnp.concatenate(gradients, axis=1).astype(d_sums.dtype)
     d_sums[0] = rounded
     d_cell[...] = d_first_cell[...] = before
-    product = jnp.dot(rounded, kernel[...], preferred_element_type=jnp.float32)
-    d_hidden[...] = d_first_hidden[...] = product
+    d_hidden[...] = d_first_hidden[...] = _multiply(rounded, kernel[...])
+
+
+def _multiply(a: jax.Array, b: jax.Array) -> jax.Array:
+    # Mosaic allows no other precision in bfloat16, and JAX's default may be another.
+    precision = jax.lax.Precision.DEFAULT if b.dtype == jnp.bfloat16 else None
+    return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _call(

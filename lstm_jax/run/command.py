@@ -1,6 +1,7 @@
 """Run a command: parse its flags, and print a user's mistake as one line."""
 
 import contextlib
+import logging
 import re
 import runpy
 import shutil
@@ -10,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from lstm_jax import config, errors
@@ -42,7 +44,9 @@ def run_command(main: Callable[[], int | None]) -> None:
         from lstm_jax.devices import compilation_cache
 
         compilation_cache.use_cache()
-        logging.set_verbosity(logging.FATAL)  # app.run increases it after parsing.
+        absl_logging.set_verbosity(absl_logging.FATAL)  # app.run increases it after parsing.
+        for name in ("jax", "jax_plugins"):  # Such as a GPU that can't be used.
+            logging.getLogger(name).setLevel(logging.WARNING)
         # Its own lock is one of processes, which exits of this package would seem to leak.
         tqdm.set_lock(threading.RLock())
         try:
@@ -212,7 +216,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         print(f"lstm-jax {__version__}")
         sys.exit(0)
     # Orbax, Grain and TFDS log a lot. If one of them fails, its exception is reported.
-    logging.set_verbosity(logging.FATAL)
+    absl_logging.set_verbosity(absl_logging.FATAL)
     for argument in argv:
         if re.search("[\ud800-\udfff]", argument):
             _fail(f"the argument {argument!r} is not UTF-8")

@@ -48,8 +48,8 @@ class Session:
         self, config: Config, directory: Path, watch: metrics.Watch, opened: contextlib.ExitStack
     ) -> None:
         """Open the run; `opened` closes its files and its lock at the end. See `open_run`."""
+        self.mesh = parallel.make_mesh(config)  # Before anything is compiled.
         config = resume.resolve_model(config)
-        self.mesh = parallel.make_mesh(config)
         memory.keep_freed_memory()
         with hosts.main_process_first("text and lock"):
             splits = texts.load_texts(config.data)
