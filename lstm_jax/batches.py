@@ -1,10 +1,10 @@
 """Make training batches of token ids, with Grain iterators that can start at any step."""
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import numpy as np
 
@@ -138,9 +138,11 @@ def make_batches(
         offsets = offsets._replace(begins=offsets.begins.reshape(number, -1)[index])
         return offsets if only_offsets else cut_batch(ids, offsets, window_length)
 
-    # Computing positions is faster than receiving them from another thread.
-    threads, ahead = (0, 0) if only_offsets else (1, 8)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+    if only_offsets:  # Computing positions is faster than receiving them from another thread.
+        return map(read_step, itertools.count(first_step)), order.steps_per_epoch
+    import grain  # Importing it takes a tenth of a second.
+
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
     # Endless: Grain's own epochs would all have the same elements.
     steps = grain.MapDataset.range(first_step, 2**31)
     return iter(steps.map(read_step).to_iter_dataset(options)), order.steps_per_epoch

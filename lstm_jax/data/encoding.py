@@ -97,14 +97,14 @@ def encode_chunk(text: str, kind: str, stop: str) -> Part:
         stop_code = next(code for code in range(0x100, 0x110000) if chr(code) not in single)
         single = single.replace(end, chr(stop_code))
     # "surrogatepass": a surrogate is a code point like any other here.
-    codes = np.frombuffer(single.encode("utf-32-le", "surrogatepass"), np.uint32)
+    codes = np.frombuffer(single.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.intp)
     counts = np.bincount(codes)
     present = np.flatnonzero(counts)
     table = np.zeros(len(counts), np.min_scalar_type(len(present) - 1))
     table[present] = np.arange(len(present))
     spell = BYTES.__getitem__ if kind == "bytes" else chr
     tokens = [stop if code == stop_code else spell(code) for code in present.tolist()]
-    return Part(table[codes], tokens, counts[present], len(text))
+    return Part(table.take(codes), tokens, counts[present], len(text))
 
 
 def iterate_chunks(text: list[Segment], kind: str, size: int) -> Iterator[list[Segment]]:

@@ -261,7 +261,7 @@ def _merge(parts: Path, target: Path, chunks: list[list[list[Segment]]]) -> dict
             for part in load_parts(i):
                 table = np.array([index[token] for token in part.tokens], dtype)
                 counts[i][table] += part.counts
-                file.write(table[part.ids].data)
+                file.write(table.take(part.ids).data)
     np.save(target / _COUNTS, counts)
     with (target / _TOKENS).open("xb") as file:
         file.writelines(json.dumps(token).encode() + b"\n" for token in index)

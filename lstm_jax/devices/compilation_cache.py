@@ -23,6 +23,7 @@ def use_cache() -> None:
         return
     if directory := user_cache.make_directory(f"compiled-{hash_processor()}"):
         jax.config.update("jax_compilation_cache_dir", str(directory))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # Many are short.
 
 
 def hash_processor() -> str:

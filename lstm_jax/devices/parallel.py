@@ -173,6 +173,15 @@ def gather_on_one_device(tree: T, mesh: Mesh) -> T:
     return jax.tree.map(whole, tree)
 
 
+def get_one_copy(array: jax.Array) -> jax.Array:
+    """Return the copy on one device of an array that only this process's devices have, each whole.
+
+    Any other array is returned as it is.
+    """
+    has_copies = array.is_fully_replicated and array.is_fully_addressable
+    return array.addressable_data(0) if has_copies else array
+
+
 def divide_over_devices(
     compute_grads: Callable[..., Any], params: object, mesh: Mesh
 ) -> Callable[..., Any]:

@@ -26,9 +26,11 @@ def finish_run(run: Session) -> None:
     if not measured:
         run.record(step, "test", loss)
     plot_curves(run)
+    # On a device, as after a validation: else the function that generates would be compiled again.
+    key = jax.device_put(jax.random.key(run.config.seed), jax.local_devices()[0])
     zero = measure_zero_state(run.model, params, run.ids["validation"], _POSITIONS)
     print(
-        f"\n{generate_sample(run, params, jax.random.key(run.config.seed))}\n\n"
+        f"\n{generate_sample(run, params, key)}\n\n"
         f"Test loss at step {step}, the step with the best validation loss: "
         f"{messages.describe_loss(loss, run.vocabulary.token_name, run.sizes['test'])}"
     )

@@ -16,6 +16,7 @@ from typing import NotRequired, TypedDict, Unpack
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.summary import hparams, scalar, text
 from tqdm import tqdm
 
@@ -123,9 +124,9 @@ class MetricsWriter(contextlib.ExitStack[None]):
         size = os.fstat(self._lines.fileno()).st_size
         self._lines.write(f"{json.dumps({**row, 'crc': _checksum(row)})}\n".encode())
         self._lines.flush()
-        for name, value in row.items():
-            if name not in ("step", "epoch", "split", "time"):
-                self._add(Event(step=step, summary=scalar(f"{split}/{name}", value)))
+        numbers = {k: v for k, v in row.items() if k not in ("step", "epoch", "split", "time")}
+        values = [scalar(f"{split}/{name}", x).value[0] for name, x in numbers.items()]
+        self._add(Event(step=step, summary=Summary(value=values)))
         if sample is not None:  # As Markdown, with every line indented, it is shown as it is.
             quoted = textwrap.indent(sample, "    ", lambda line: True)
             self._add(Event(step=step, summary=text(f"{split}/sample", quoted)))

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from lstm_jax.run.profiler import Profiler
 from lstm_jax.run.progress import Progress
 from lstm_jax.run.session import Session
 from lstm_jax.run.signals import Pacer, Stopped, StopRequest
+
+_SECONDS_OF_CURVES = 10  # Plotting takes a tenth of a second, while the devices wait.
 
 
 @contextlib.contextmanager
@@ -112,6 +115,7 @@ class Validate(Observer):
         self._run, self._progress, self._stop = run, progress, stop
         number, ids = run.config.validation_tokens, run.ids["validation"]
         self._ids = ids[:number] if 0 < number < len(ids) else ids
+        self._plotted = -math.inf  # When curves were plotted.
 
     def before_first_step(self, loop: Loop) -> None:
         """Validate a new run; and one that resumes, if its step is due or was validated.
@@ -142,8 +146,10 @@ class Validate(Observer):
             progress.print(messages.describe_validation(run, loss, text))
             if step and (warning := advice.find_suspicion(losses, len(run.vocabulary))):
                 progress.print(f"warning: {warning}\n")
-            if 0 < step < loop.last_step:  # After the last step, `finish_run` plots them.
+            # After the last step, `finish_run` plots them.
+            if 0 < step < loop.last_step and time.monotonic() - self._plotted > _SECONDS_OF_CURVES:
                 plot_curves(run)
+                self._plotted = time.monotonic()
         progress.start_clock(loop.step)
         if loop.step < loop.last_step and run.ends_early():
             progress.print(messages.describe_early_end(run))

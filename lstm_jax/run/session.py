@@ -137,7 +137,9 @@ class Session:
         """Start saving a checkpoint, with the sizes of the files that the run appends to."""
         self._check_lock()
         sizes = workdir.measure_history(self.directory)
-        self.checkpoints.save(step, state.evaluated, state.rest, sizes)
+        # Arrays that every device has are saved from one, not in a part by each.
+        params, rest = jax.tree.map(parallel.get_one_copy, (state.evaluated, state.rest))
+        self.checkpoints.save(step, params, rest, sizes)
 
     def record(self, step: int, split: str, loss: float, **extra: Unpack[metrics.Extra]) -> None:
         """Write a row of metrics and pass it to `watch`, in process 0 only."""
@@ -192,9 +194,8 @@ class Session:
         # After the config: checkpoints without one can't be resumed.
         self.checkpoints = opened.enter_context(checkpoints.CheckpointWriter(self._saved_in))
         if not self.is_resumed:
-            # Before any metrics: metrics without a checkpoint can't be resumed.
+            # Complete before any metrics: `Validate` waits, as these can't be resumed without it.
             self.save(step, self.loop.state)
-            self.checkpoints.wait()
 
 
 @contextlib.contextmanager
