@@ -15,8 +15,11 @@ def matmul(a: jax.Array, b: jax.Array, dtype: str, bias: jax.Array | None = None
 
 
 def matmul_rounded(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return a @ b for factors that `round_factor` has rounded."""
-    return _matmul_bfloat16(a, b) if a.dtype == jnp.bfloat16 else jnp.matmul(a, b)
+    """Return a @ b for factors that `round_factor` has rounded; in bfloat16 without a JVP."""
+    if a.dtype == b.dtype == jnp.bfloat16:
+        return _matmul_bfloat16(a, b)
+    low = a.dtype == jnp.bfloat16
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32 if low else None)
 
 
 @jax.custom_vjp

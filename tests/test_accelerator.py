@@ -1,6 +1,7 @@
 """Test what GPUs and TPUs run: its numbers on a CPU, and that every program lowers for both."""
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import accelerators
 import commands
-from lstm_jax import config
+from lstm_jax import config, matmul
 from lstm_jax.model import LanguageModel
 from lstm_jax.recurrences import accelerator, fused, pallas
 from lstm_jax.recurrences.choice import choose_recurrence
@@ -96,6 +97,19 @@ def test_every_program_lowers_for_gpus_and_tpus(name: str) -> None:
     lowered = programs[name]().lower(lowering_platforms=("cuda", "tpu"))
     assert "bf16" in lowered.as_text() or "float32" in name
     assert "ffi" not in lowered.as_text()
+
+
+def test_matmuls_in_bfloat16_are_differentiated_in_bfloat16() -> None:
+    factors = jnp.ones((4, 5, 3), jnp.bfloat16), jnp.ones((3, 2), jnp.bfloat16)
+    differentiate = jax.jit(jax.grad(lambda a, b: matmul.matmul_rounded(a, b).sum(), (0, 1)))
+    text = differentiate.trace(*factors).lower(lowering_platforms=("cuda",)).as_text()
+    operands = re.findall(r"dot_general .*: \((.*?)\)", text)
+    assert len(operands) == 2 and "f32" not in "".join(re.findall(r"x(\w+)>", str(operands)))
+    for gradient, expected in zip(differentiate(*factors), (2, 20), strict=True):
+        np.testing.assert_array_equal(gradient, np.full(gradient.shape, expected))
+    one, other = factors[0], factors[1].astype(jnp.float32)
+    gradient = jax.grad(lambda a: matmul.matmul(a, other, "float32").sum())(one)
+    np.testing.assert_array_equal(gradient, np.full(one.shape, 2))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -48,7 +48,8 @@ def find_files(paths: str) -> list[list[Path]]:
             "and test) separated by ;"
         )
     found = [[path for pattern in text.split(",") for path in _find(pattern)] for text in texts]
-    if both := {*found[0]} & {path for other in found[1:] for path in other}:
+    first, *others = ({path.resolve() for path in text} for text in found)
+    if both := first & set().union(*others):
         raise UserError(f"{min(both)} is in the training text and in another split: name it in one")
     return found
 

@@ -19,11 +19,12 @@ def use_cache() -> None:
     off. Damaged entries are silently compiled again.
     """
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:  # Most take less than 1 s.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     if directory := user_cache.make_directory(f"compiled-{hash_processor()}"):
         jax.config.update("jax_compilation_cache_dir", str(directory))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # Many are short.
 
 
 def hash_processor() -> str:

@@ -96,7 +96,8 @@ def join_processes(
     except BaseException as error:
         # An `UnavailableError` may be that of a save in which all processes take part.
         cause = error.__context__ if isinstance(error, UnavailableError) else error
-        if not isinstance(cause, UserError) and re.search(_LOST_PATTERN, str(cause)):
+        reason = getattr(cause, "strerror", None) or str(cause)  # Without the name of a file.
+        if not isinstance(cause, UserError) and re.search(_LOST_PATTERN, reason):
             _leave(_LOST)
         if isinstance(error, UserError):
             _leave(str(error))

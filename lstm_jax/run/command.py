@@ -45,8 +45,9 @@ def run_command(main: Callable[[], int | None]) -> None:
 
         compilation_cache.use_cache()
         absl_logging.set_verbosity(absl_logging.FATAL)  # app.run increases it after parsing.
-        for name in ("jax", "jax_plugins"):  # Such as a GPU that can't be used.
-            logging.getLogger(name).setLevel(logging.WARNING)
+        devices = logging.getLogger("jax._src.xla_bridge")  # Such as a GPU that can't be used.
+        devices.setLevel(logging.WARNING)
+        devices.addFilter(_warn)
         # Its own lock is one of processes, which exits of this package would seem to leak.
         tqdm.set_lock(threading.RLock())
         try:
@@ -63,6 +64,13 @@ def run_command(main: Callable[[], int | None]) -> None:
     except UserError as error:
         _fail(str(error))
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def _warn(record: logging.LogRecord) -> bool:
+    """Print a record as a warning on one line, and log nothing."""
+    error = record.exc_info[1] if record.exc_info else None
+    errors.warn(record.getMessage() + (f" ({one_line(error)})" if error else ""))
+    return False
 
 
 def _report(error: Exception) -> int:

@@ -94,7 +94,7 @@ def describe_validation(run: Session, loss: float, sample: str) -> str:
     step, plan = run.loop.step, run.plan
     done, total = map(plan.count_epochs, (step, plan.total_steps))
     first = "before training" if run.config.init_from else "untrained"
-    name = f"epoch {done:.5g} of {total:.5g}" if step else first
+    name = f"epoch {round(done, 4):g} of {round(total, 4):g}" if step else first
     described = describe_loss(loss, run.vocabulary.token_name, run.sizes["validation"])
     return f"\n=== {name}: validation loss {described}\n{sample}\n"
 

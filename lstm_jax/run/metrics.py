@@ -132,7 +132,8 @@ class MetricsWriter(contextlib.ExitStack[None]):
             self._add(Event(step=step, summary=text(f"{split}/sample", quoted)))
             row["sample"] = sample
         try:
-            with tqdm.external_write_mode(sys.stderr):  # What it prints is not behind the bar.
+            # What it prints is not behind the bar. Without tqdm's lock: it may wait for a thread.
+            with tqdm.external_write_mode(sys.stderr, nolock=True):
                 self._watch(row)
         except BaseException as error:
             error.is_of_watch = True  # type: ignore[attr-defined]  # For `session`.

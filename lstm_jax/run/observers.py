@@ -55,6 +55,8 @@ def observe(run: Session) -> Iterator[list[Observer]]:
         except Stopped as stopped:
             save.save_once(loop)
             run.checkpoints.wait()
+            if hosts.is_first():
+                plot_curves(run)
             progress.print(messages.describe_stop(run))
             loop.exit_code = stopped.code
 

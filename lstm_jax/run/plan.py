@@ -41,7 +41,7 @@ class Plan:
         """Return how long a run is after `step` steps, in the unit of its limit."""
         if self.limit == "max_steps":
             return f"{step} steps"
-        return f"{self.count_epochs(step):.5g} epochs"
+        return f"{round(self.count_epochs(step), 4):g} epochs"
 
     def validates_at(self, step: int) -> bool:
         """Return whether the run saves and validates after `step` steps, which may be 0.

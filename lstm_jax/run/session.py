@@ -26,7 +26,7 @@ from lstm_jax.train_step import TrainState, init_state
 class Session:
     """An open run, which no other process writes to.
 
-    When it has been opened, its latest checkpoint is at `loop.step`.
+    When it has been opened, its latest checkpoint is at `loop.step`; a new run is still saving it.
 
     Attributes:
       config, changes: the config, and its changes since the run was last trained.
