@@ -27,11 +27,18 @@ def _matmul_bfloat16(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
-# Without it, JAX would convert the factors in the backward pass to float32, as the cotangent is.
-_matmul_bfloat16.defvjp(
-    lambda a, b: (_matmul_bfloat16(a, b), (a, b)),
-    lambda factors, cotangent: jax.vjp(jnp.matmul, *factors)[1](cotangent.astype(jnp.bfloat16)),
-)
+def _transpose(
+    factors: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    a, b = factors
+    # JAX would convert the factors to float32, as the cotangent is.
+    low = cotangent.astype(jnp.bfloat16)
+    (d_a,) = jax.linear_transpose(lambda a: jnp.matmul(a, b), a)(low)
+    (d_b,) = jax.linear_transpose(lambda b: jnp.matmul(a, b), b)(low)
+    return d_a, d_b
+
+
+_matmul_bfloat16.defvjp(lambda a, b: (_matmul_bfloat16(a, b), (a, b)), _transpose)
 
 
 def round_factor(x: jax.Array, dtype: str, native: bool = False) -> jax.Array:
