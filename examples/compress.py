@@ -51,7 +51,7 @@ def get_probabilities(state: Any) -> np.ndarray:
 
 
 def make_header(run: lstm_jax.Run, blocks: int, packed: bytes) -> bytes:
-    """Return checksums of the model; of `packed`, and what it computes for a number of blocks."""
+    """Return checksums of the model, and of `packed` with what it computes here for the blocks."""
     model = hashlib.sha256(repr(run.vocabulary.to_fields()).encode())
     for array in jax.tree.leaves(run.params):
         model.update(np.asarray(array).tobytes())

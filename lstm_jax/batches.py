@@ -1,4 +1,4 @@
-"""Make training batches of token ids, with Grain iterators that can start at any step."""
+"""Make training batches of token ids, with iterators that can start at any step."""
 
 import functools
 import itertools

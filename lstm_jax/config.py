@@ -220,8 +220,8 @@ class ModelConfig:
         "on a GPU, in float32. pallas: LSTMs on a TPU, with the recurrent kernel in VMEM. auto: "
         "fused or parallel if possible, otherwise scan.", resume=True)
     dtype: Dtype = field("float32", "Dtype of matmul operands; parameters, cell states, softmax "
-        "and loss are float32. auto: bfloat16 on GPUs and TPUs, and for fused layers on CPUs that "
-        "multiply faster in it.", resume=True)
+        "and loss are float32. auto: bfloat16 on TPUs, on GPUs that have it, and for fused layers "
+        "on CPUs that multiply faster in it.", resume=True)
     rematerialize: int = field(0, "Steps between the states stored for the backward pass, which "
         "recomputes the others to save memory. 0: store all.", _SIZE_OR_ZERO, resume=True,
         relevant_if=Rule(

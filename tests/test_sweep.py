@@ -303,6 +303,10 @@ def test_a_sweep_is_prepared_from_options(
             "config.num_epochs is",
         ),
         (
+            "def get_overrides(t):\n    return {'data.path': t.suggest_categorical('p', ['a'])}",
+            "space.py: it changes data.path, but losses on different texts or tokens can't be",
+        ),
+        (
             "def get_overrides(t):\n    return {'data.min_count': t.suggest_int('n', 2, 3)}",
             "space.py: it changes data.min_count, but losses on different texts or tokens can't be",
         ),

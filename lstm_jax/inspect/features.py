@@ -55,8 +55,8 @@ def compute_text_features(text: str) -> dict[str, np.ndarray]:
     characters, index = codes.view("U1"), np.arange(len(codes))
     space, alphanumeric = np.strings.isspace(characters), np.strings.isalnum(characters)
     upper, newline = np.strings.isupper(characters), codes == ord("\n")
-    different, inverse = np.unique(characters, return_inverse=True)
-    marks = [unicodedata.category(c or "\0")[0] == "M" for c in different]  # Accents, vowel signs.
+    different, inverse = np.unique(codes, return_inverse=True)
+    marks = [unicodedata.category(chr(c))[0] == "M" for c in different]  # Accents, vowel signs.
     alphanumeric |= np.array(marks, bool)[inverse]
 
     # Lines, each with the newline that ends it.

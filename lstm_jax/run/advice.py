@@ -41,9 +41,9 @@ def advise(rows: _Rows) -> str | None:
         before, after = (_average_training_loss(rows, row["step"]) for row in (best, last))
         if before is not None and after is not None and after < before:
             return (
-                f"The validation loss was lowest at epoch {best['epoch']:.5g} of "
-                f"{last['epoch']:.5g}, while the training loss still fell: use more dropout or "
-                "fewer epochs"
+                f"The validation loss was lowest at epoch {round(best['epoch'], 4):g} of "
+                f"{round(last['epoch'], 4):g}, while the training loss still fell: use more "
+                "dropout or fewer epochs"
             )
     earlier = [row for row in validations if row["step"] <= 0.8 * last["step"]]
     if best is last and earlier and last["loss"] <= earlier[-1]["loss"] * (1 - _FALL):

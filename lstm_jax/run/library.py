@@ -74,7 +74,7 @@ class Run:
     def __init__(self, trained: workdir.Trained) -> None:
         """Use a model that `workdir.load_trained` has loaded."""
         self.config, self.vocabulary, self.model, self._params, self.step = trained
-        self._arrays = generation.prepare_params(self.model, self.params)
+        self._arrays = generation.prepare_params(self.model, self._params)
 
     @property
     def params(self) -> Any:
@@ -84,7 +84,7 @@ class Run:
     def __repr__(self) -> str:
         members = getattr(self.model, "members", [self.model])
         models = ", ".join(f"{m.cell_name} {m.num_layers}x{m.hidden_size}" for m in members)
-        count = sum(array.size for array in jax.tree.leaves(self.params))
+        count = sum(array.size for array in jax.tree.leaves(self._params))
         return (
             f"<lstm_jax.Run: {models}; {count:,} parameters; {len(self.vocabulary)} "
             f"{self.vocabulary.token_name}s; step {self.step:,}>"
@@ -149,7 +149,7 @@ class Run:
         )
         pieces = generation.stream_texts(
             self.model,
-            self.params,
+            self._params,
             self.vocabulary,
             jax.random.key(int(seed)),
             prompt=prompt,
@@ -190,7 +190,7 @@ class Run:
         if not isinstance(carry, TextCarry | None):
             raise UserError(f"carry is a {type(carry).__name__}: it must be that of earlier scores")
         tokens, ids = self.vocabulary.split(text), self.vocabulary.encode(text)
-        now = model_lib.first_carry(self.model, self.params, 1)
+        now = model_lib.first_carry(self.model, self._params, 1)
         if carry:
             now, ids = carry.carry, np.append(np.int32(carry.last), ids)
         else:
@@ -201,10 +201,10 @@ class Run:
         log_probs, start, before = [np.zeros(0, np.float32)], 0, now
         for number, chunk in enumerate(loss_lib.iterate_chunks(ids, length)):
             start, before = number * length, now
-            losses, now = loss_lib.read_chunk(self.model, self.params, chunk, now)
+            losses, now = loss_lib.read_chunk(self.model, self._params, chunk, now)
             log_probs.append(-np.asarray(losses)[chunk[2]])
         if not carry and loss_lib.count_streams(ids) > 1:  # As `evaluate` reads a long text.
-            log_probs = [-loss_lib.compute_token_losses(self.model, self.params, ids)]
+            log_probs = [-loss_lib.compute_token_losses(self.model, self._params, ids)]
         # The last chunk is read again, without the padding at its end, which changes the carry.
         state = generation.initial_state(self.model, self._arrays)._replace(carry=before)
         state = self.read(ids[None, start:-1], state)
@@ -221,7 +221,7 @@ class Run:
         self._check_text("text", text)
         ids = self.vocabulary.encode(text)
         padding = generation.round_length(len(ids)) - len(ids)
-        hidden = _compute_hidden(self.model, self.params, np.pad(ids, (0, padding)))
+        hidden = _compute_hidden(self.model, self._params, np.pad(ids, (0, padding)))
         return [np.asarray(layer)[: len(ids)] for layer in hidden]
 
     def next(self, text: str, n: int = 10) -> list[tuple[str, float]]:
