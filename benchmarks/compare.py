@@ -24,7 +24,6 @@ a variant. --config.FIELD=VALUE flags are passed to every training, for example 
 
 import argparse
 import contextlib
-import functools
 import json
 import runpy
 import statistics
@@ -37,10 +36,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import frame
-from frame import ROOT, measure_speed, print_head, print_row, spread
+from frame import ROOT, measure_speed, print_head, print_row, spread, time_call
 from lstm_jax import generation
 from lstm_jax.devices import memory
-from lstm_jax.run import metrics, workdir
+from lstm_jax.run import cell_file, metrics, workdir
 
 EXPERIMENTS = ROOT / "experiments"
 WINDOW = 256  # Tokens.
@@ -134,6 +133,7 @@ def measure_once(trial: dict[str, Any]) -> Measured:
 def measure(trial: dict[str, Any]) -> Measured:
     """Measure a trained model."""
     directory = Path(trial["workdir"])
+    cell_file.resolve_cell(workdir.load_config(directory).model)  # It may be in a file.
     trained = workdir.load_trained(directory)
     return Measured(
         trial["validation_loss"],
@@ -150,8 +150,8 @@ def measure(trial: dict[str, Any]) -> Measured:
 def measure_generation(trained: workdir.Trained) -> float:
     """Return the characters a second of one generated text, compilation excluded."""
     arguments = trained.model, trained.params, np.full((1, 16), 2, np.int32), jax.random.key(0)
-    generate = functools.partial(generation.generate_tokens, *arguments, length=GENERATED)
-    return GENERATED / min(frame.time_call(generate) for _ in range(3))
+    times = [time_call(generation.generate_tokens, *arguments, length=GENERATED) for _ in range(3)]
+    return GENERATED / min(times)
 
 
 def print_tables(results: Results, options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -10,21 +11,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lstm_jax.run import metrics, workdir
+from lstm_jax.run import cell_file, metrics, workdir
 
 ROOT = Path(__file__).parents[1]
 
 
-def parse_flags(
-    description: str | None, fields: bool = False, **defaults: Any
-) -> argparse.Namespace:
+def parse_flags(doc: str | None, fields: bool = False, **defaults: Any) -> argparse.Namespace:
     """Parse a flag for each keyword argument: its default, or a type, which makes it required.
 
     With `fields`, flags --config.FIELD=VALUE are allowed, too: they are `fields` of the result.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=kind)
     for name, default in defaults.items():
         given: dict[str, Any] = {"type": type(default), "default": default}
         if isinstance(default, type):
@@ -46,9 +44,9 @@ def run_python(*words: object, directory: Path = ROOT) -> str:
     return subprocess.check_output(command, cwd=directory, text=True)
 
 
-def time_call(run: Callable[..., object], *arguments: Any) -> float:
+def time_call(run: Callable[..., object], *arguments: Any, **options: Any) -> float:
     """Return the seconds of a call."""
-    return timeit.timeit(lambda: run(*arguments), number=1)
+    return timeit.timeit(lambda: run(*arguments, **options), number=1)
 
 
 def compute_once(file: Path, compute: Callable[[], Any]) -> Any:
@@ -62,7 +60,7 @@ def train(directory: Path, *flags: str) -> float:
     """Train into a directory, or resume; return the minutes of the process that completed it."""
     directory.mkdir(parents=True, exist_ok=True)
     known = directory / "flags"
-    if not (directory / workdir.CONFIG).exists():  # Nothing was trained with earlier flags.
+    if not (known.exists() and (directory / workdir.CONFIG).exists()):  # Earlier flags.
         known.write_text(json.dumps(flags))
     if (given := json.loads(known.read_text())) != list(flags):
         sys.exit(f"{directory} was trained with {' '.join(given)}: use another directory")
@@ -72,7 +70,8 @@ def train(directory: Path, *flags: str) -> float:
 
 def evaluate(directory: Path, *flags: object) -> float:
     """Return the loss that `lstm_jax.evaluate` measures."""
-    output = run_python("-m", "lstm_jax.evaluate", "--workdir", directory, *flags)
+    cell = shlex.split(cell_file.make_flag(workdir.load_config(directory).model))
+    output = run_python("-m", "lstm_jax.evaluate", "--workdir", directory, *cell, *flags)
     return float(json.loads(output.splitlines()[-1])["loss"])
 
 

@@ -46,7 +46,7 @@ from matplotlib.ticker import LogLocator
 import frame
 from lstm_jax import config
 from lstm_jax.data.texts import read_splits
-from lstm_jax.run import workdir
+from lstm_jax.run import cell_file, workdir
 
 MODELS = "nanogpt:1500,nanogpt:500,nanogpt:3000,quick:3,quick:1,quick:6"
 NANOGPT = {  # Flags, and the words of the plot, by name.
@@ -161,6 +161,7 @@ def run_experiment(name: str, seed: int, factor: float, path: Path, text: str) -
     flags = [f"--config={file}", f"--config.seed={seed}", f"--config.data.path={text}"]
     flags += [f"--config.optimizer.learning_rate={rate}"]
     minutes = frame.train(path, *flags, *[f"--config.num_epochs={epochs}"] * bool(epochs))
+    cell_file.resolve_cell(workdir.load_config(path).model)  # It may be in a file.
     parameters = sum(array.size for array in jax.tree.leaves(workdir.load_trained(path).params))
     last = "--split=validation+test"
     measured = (last, f"--context={WINDOW}"), (last,), ("--split=validation",)

@@ -3,8 +3,8 @@
     python examples/novelty.py runs/quick train.txt --length 1000
 
 Passages of more than 20 characters that are also in the training text count as copied: any two
-texts in one language share shorter ones. The training text of Tiny Shakespeare is the first
-1,003,854 bytes of its file: head -c 1003854 ~/tensorflow_datasets/input.txt > train.txt
+texts in one language share shorter ones. The training text of Tiny Shakespeare is
+~/tensorflow_datasets/tiny_shakespeare/train.txt.
 """
 
 import argparse

@@ -21,7 +21,7 @@ from lstm_jax import batches, loss, model, optimizer, regularization
 from lstm_jax.cells.protocol import restart
 from lstm_jax.config import Config, change_fields
 from lstm_jax.data import texts
-from lstm_jax.run import command
+from lstm_jax.run import cell_file, command
 
 command.define_config_flag("The experiment.")
 _OPTIMIZER = flags.DEFINE_string("optimizer", "adam", "The x in Optax's scale_by_x.")
@@ -84,10 +84,10 @@ def main() -> None:
     """Train, and print the loss of each split in nats per token."""
     config = command.read_experiment()[0]
     splits = texts.load_texts(config.data)
-    vocabulary = splits.texts["train"].make_vocabulary(config.data)
-    ids, _ = splits.encode(vocabulary)
-    lstm = model.make_model(config.model, len(vocabulary), vocabulary.stop_id)
-    counts = splits.texts["train"].count_tokens(vocabulary)
+    tokens = splits.texts["train"].make_vocabulary(config.data)
+    ids, _ = splits.encode(tokens)
+    lstm = model.make_model(cell_file.resolve_cell(config.model), len(tokens), tokens.stop_id)
+    counts = splits.texts["train"].count_tokens(tokens)
     key, _ = jax.random.split(jax.random.key(config.seed))  # As `main` does.
     params = {"lstm": model.init_params(lstm, key, counts), "past": jnp.eye(lstm.embedding_size)}
     trained = train(config, ids["train"], lstm, params)["lstm"]

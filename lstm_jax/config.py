@@ -166,6 +166,8 @@ class DataConfig:
 class BatchesConfig:
     """The batches of a training step."""
 
+    # The carry and the step of a checkpoint are those of batches of one shape, so kind, batch_size
+    # and window_length can't change when a run resumes.
     kind: Literal["windows", "streams"] = field("windows", "windows: shuffled windows, each from a "
         "zero state. streams: contiguous streams that keep their carry between steps (truncated "
         "backpropagation through time).")
@@ -300,7 +302,7 @@ class DistillConfig:
     """Teachers, whose probabilities the model learns beside the text (Hinton et al. 2015)."""
 
     teachers: str = field("", "Working directories of trained models, separated by commas: the "
-        "model also learns the mean of their probabilities.")
+        "model also learns the mean of their probabilities.", resume=True)
     weight: float = field(0.8, "Share of the teachers in the loss; the rest is the text's.",
         Rule("from 0 to 1", lambda value: 0 <= value <= 1), resume=True,
         relevant_if=Rule("distill.teachers", lambda c: c.distill.teachers != ""))
@@ -384,13 +386,14 @@ def _list_fields(section: Any, prefix: str = "") -> Iterator[Field]:
         if own.metadata:
             defined: Field = own.metadata["field"]
             is_of_type = defined.allowed is _OF_TYPE
-            allowed = _describe_type(own.type) if is_of_type else defined.allowed
+            allowed = _allow_type(own.type) if is_of_type else defined.allowed
             yield defined._replace(name=name, allowed=allowed)
         else:
             yield from _list_fields(own.type, f"{name}.")
 
 
-def _describe_type(kind: object) -> Rule[Any]:
+def _allow_type(kind: object) -> Rule[Any]:
+    """Return the rule of a type that gives its own values: bool, str or a Literal."""
     words = {bool: "True or False", str: "any text"}
     return _OF_TYPE._replace(words=words[kind]) if kind in words else one_of(*get_args(kind))
 

@@ -60,12 +60,13 @@ def read_chunks(
     model: LanguageModel,
     params: Params,
     chunks: Iterable[Chunk],
+    carry: Carry | None = None,
 ) -> np.ndarray:
     """Return the results of `read`, a function like `read_chunk`, for the targets that count.
 
     They are in the order of the text, [n, ...]. The carry is kept from chunk to chunk.
     """
-    carry, results, counted = None, [], []
+    results, counted = [], []
     for chunk in chunks:
         if carry is None:
             carry = first_carry(model, params, len(chunk[0]))

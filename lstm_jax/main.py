@@ -51,12 +51,12 @@ def main() -> int:
         experiment = dataclasses.replace(experiment, init_from=_INIT_FROM.value)
     for message in config.find_unused_fields(experiment):
         warn(message)
-    directory = Path(_WORKDIR.value or Path("runs", name))
     # Here, because they import JAX, which --help does not need.
     from lstm_jax import training
     from lstm_jax.devices import hosts
-    from lstm_jax.run import trackers
+    from lstm_jax.run import trackers, workdir
 
+    directory = workdir.check_path(_WORKDIR.value or Path("runs", name))
     processes = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     with (
         hosts.join_processes(*processes, _JOIN_SECONDS.value),

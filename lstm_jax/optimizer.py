@@ -15,7 +15,7 @@ _Chain = list[optax.GradientTransformation]
 def make_optimizer(optimizer: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
     """Make one of `OPTIMIZERS`, after clipping by the global norm.
 
-    Weight decay applies to kernels and the embedding, not to biases. It is decoupled from the
+    Weight decay applies to arrays of two axes or more, so not to biases. It is decoupled from the
     gradient and multiplied by the learning rate (Loshchilov & Hutter 2019), except in SGD, where it
     is added to the gradient.
     """

@@ -20,7 +20,8 @@ from lstm_jax.optimizer import update_average
 class TrainState(NamedTuple):
     """Everything that a training step reads and writes.
 
-    Checkpoints contain all of it, so another field in `rest` makes earlier ones unreadable.
+    Checkpoints contain all of it but what is None, so a field that is never None makes earlier
+    ones unreadable.
     """
 
     params: model_lib.Params
@@ -43,12 +44,10 @@ class TrainState(NamedTuple):
     @property
     def rest(self) -> dict[str, Any]:
         """Return all of the state but `evaluated`, which a checkpoint holds as a separate item."""
-        fields = self._asdict()
-        fields["optimizer"] = fields.pop("opt_state")  # Its name in checkpoints.
-        del fields["average"]
-        if self.average is None:
-            del fields["params"]
-        return fields
+        evaluated = "params" if self.average is None else "average"
+        rest = {k: x for k, x in self._asdict().items() if k != evaluated and x is not None}
+        rest["optimizer"] = rest.pop("opt_state")  # Its name in checkpoints.
+        return rest
 
     def clear(self, *names: str) -> "TrainState":
         """Return the state with zero in these fields."""
@@ -58,11 +57,9 @@ class TrainState(NamedTuple):
     @classmethod
     def join(cls, evaluated: model_lib.Params, rest: dict[str, Any]) -> "TrainState":
         """Return the state with these `evaluated` and `rest`."""
-        fields = {**rest, "opt_state": rest["optimizer"]}
-        del fields["optimizer"]
-        if "params" in fields:
-            return cls(average=evaluated, **fields)
-        return cls(params=evaluated, average=None, **fields)
+        name = "average" if "params" in rest else "params"
+        fields = {"average": None, name: evaluated, **rest}
+        return cls(opt_state=fields.pop("optimizer"), **fields)
 
     def place(self, mesh: Mesh) -> "TrainState":
         """Place the state on the devices of a mesh, with the carry divided like a batch."""

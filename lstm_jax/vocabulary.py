@@ -213,7 +213,7 @@ class Vocabulary:
         return self.look_up(self.split(text))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`; "" is left out, "[UNK]" is kept."""
+        """Return the text of `ids`; "" is left out, "[UNK]" is kept; others raise `UserError`."""
         return self.make_decoder()(ids, True)
 
     def make_decoder(self) -> Callable[[Iterable[int], bool], str]:
@@ -225,7 +225,10 @@ class Vocabulary:
         utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
 
         def decode(ids: Iterable[int], final: bool) -> str:
-            text = "".join(self.tokens[int(i)] for i in ids)
+            ids = [int(i) for i in ids]
+            if ids and not 0 <= min(ids) <= max(ids) < len(self.tokens):
+                raise UserError(f"ids must be from 0 to {len(self.tokens) - 1}")
+            text = "".join(self.tokens[i] for i in ids)
             return utf8.decode(text.encode("utf-8", "surrogateescape"), final)
 
         return decode

@@ -64,6 +64,8 @@ def test_an_iterator_starts_at_any_step(kind: str) -> None:
     for batch in expected:
         for a, b in zip(batch, next(other), strict=True):
             np.testing.assert_array_equal(a, b)
+    another, _ = batches.make_batches(ids, fields(kind, 3, 7), seed=6, first_step=steps + 3)
+    assert (next(another).inputs != expected[0].inputs).any()
 
 
 @pytest.mark.parametrize("kind", ["windows", "streams"])

@@ -1,6 +1,7 @@
 import errno
 import gc
 import json
+import os
 import shutil
 import subprocess
 import threading
@@ -62,6 +63,30 @@ def test_the_latest_two_and_the_best_are_kept_and_restored(tmp_path: Path) -> No
     np.testing.assert_array_equal(
         jax.random.key_data(items.state["key"]), jax.random.key_data(jax.random.key(6))
     )
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: set[int] = set()
+    unflushed: list[Path] = []
+    sync, rename = os.fsync, Path.rename
+
+    def note(descriptor: int) -> None:
+        sync(descriptor)
+        flushed.add(os.fstat(descriptor).st_ino)
+
+    def check(path: Path, target: Path) -> Path:
+        files = (file for file in path.rglob("*") if file.is_file())
+        unflushed.extend(file for file in files if file.stat().st_ino not in flushed)
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(Path, "rename", check)
+    with checkpoints.CheckpointWriter(tmp_path) as writer:
+        save(writer, 1)
+    assert (tmp_path / "1").is_dir() and not unflushed
+    assert tmp_path.stat().st_ino in flushed, "its name, too"
 
 
 def test_a_checkpoint_that_can_not_be_deleted_ends_no_run(

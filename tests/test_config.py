@@ -1,12 +1,13 @@
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from ml_collections import ConfigDict
 
 import commands
+from lstm_jax import cells, optimizer
 from lstm_jax import config as config_lib
 from lstm_jax.errors import UserError
 
@@ -23,6 +24,11 @@ def test_every_experiment_is_complete_and_survives_json(path: Path) -> None:
     config = config_lib.complete_config(module.get_config())
     assert config_lib.complete_config(json.loads(json.dumps(config.to_dict()))) == config
     assert f"--config experiments/{path.name}" in path.read_text(encoding="utf-8")
+
+
+def test_the_tables_of_the_config_are_those_of_the_code() -> None:
+    assert tuple(cells.CELLS) == config_lib.CELLS
+    assert tuple(optimizer.OPTIMIZERS) == get_args(config_lib.OptimizerName)
 
 
 def test_the_default_config_is_the_lesson() -> None:

@@ -52,7 +52,9 @@ def test_tiny_shakespeare_is_complete_and_split_as_in_tfds(
     assert texts.read_splits(data) == shakespeare
 
 
-def test_files_are_read_in_the_order_named_and_globs_by_name(tmp_path: Path) -> None:
+def test_files_are_read_in_the_order_named_and_globs_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, text in {"b.txt": "zwei\r\n", "a.txt": "\ufeffeins ", "c[1].txt": "drei"}.items():
         (tmp_path / name).write_bytes(text.encode())
     for pattern in ("*.txt", "**/**/*.txt"):  # The latter matches each file twice.
@@ -62,6 +64,15 @@ def test_files_are_read_in_the_order_named_and_globs_by_name(tmp_path: Path) -> 
     assert read_files(files) == "dreieins "
     with pytest.raises(UserError, match="/a.txt is in the training text and in another split"):
         sources.find_files(";".join(f"{tmp_path}/{name}.txt" for name in "*ab"))
+    with pytest.raises(UserError, match="/a.txt is named twice"):
+        sources.find_files(f"{tmp_path}/*.txt,{tmp_path}/a.txt")
+    (tmp_path / "d.txt").symlink_to("gone")
+    (tmp_path / "e.txt").mkdir()
+    names = [path.name for path in sources.find_files(f"{tmp_path}/*.txt")[0]]
+    assert names == ["a.txt", "b.txt", "c[1].txt", "d.txt"], "a link to nothing is an error later"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert sources.find_files("~/a.txt") == [[tmp_path / "a.txt"]]
+    assert sources.make_absolute("~/a.txt") == f"{tmp_path}/a.txt"
 
 
 def test_each_file_or_example_is_a_document(tmp_path: Path) -> None:

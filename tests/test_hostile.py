@@ -250,27 +250,6 @@ def change_vocabulary(edit: Callable[[dict[str, Any]], object]) -> Callable[[Pla
     return change
 
 
-def add_evil_dataset(place: Place) -> None:
-    """Add a prepared dataset whose features are a class in the directory of the run."""
-    name = "evil"
-    data = place.run / "data" / name / "1.0.0"
-    data.mkdir(parents=True)
-    module = "import pathlib\npathlib.Path('@').write_text('ran')\n"
-    (place.run / "evil_features.py").write_text(module.replace("@", str(place.seen)))
-    feature = {"pythonClassName": "evil_features.Evil"}
-    (data / "features.json").write_text(json.dumps(feature))
-    info = {"name": name, "version": "1.0.0", "fileFormat": "array_record"}
-    (data / "dataset_info.json").write_text(json.dumps(info))
-    change_fields({"data.dataset": name})(place)
-    change_fields({"data.directory": str(place.run / "data")})(place)
-
-
-def add_evil_tiny_shakespeare(place: Place) -> None:
-    add_evil_dataset(place)
-    os.rename(place.run / "data" / "evil", place.run / "data" / "tiny_shakespeare")
-    change_fields({"data.dataset": "tiny_shakespeare"})(place)
-
-
 def rename_checkpoint(place: Place) -> None:
     (place.run / "checkpoints" / "140").rename(place.run / "checkpoints" / "999999")
 
@@ -406,9 +385,6 @@ COMMANDS: dict[str, list[str]] = {
 
 Change = Callable[[Place], object]
 CASES: dict[str, tuple[Change, str]] = {
-    "evil dataset": (add_evil_dataset, "evaluate"),
-    "evil dataset, inspect": (add_evil_dataset, "inspect"),
-    "evil tiny_shakespeare": (add_evil_tiny_shakespeare, "evaluate"),
     "prepared outside": (
         change_fields({"data.prepared": "../../outside/place", "data.memory_megabytes": 0}),
         "evaluate",

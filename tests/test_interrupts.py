@@ -18,8 +18,6 @@ from lstm_jax.run import interrupts, signals
 ROOT = Path(__file__).parents[1]
 # The number of moments to try.
 MOMENTS = 2 * draws.TIMES
-# The time in which Python itself starts, before this package runs.
-PYTHON_SECONDS = 0.15
 
 
 @pytest.mark.process
@@ -35,10 +33,13 @@ def test_an_interrupted_command_prints_one_line(
         "evaluate": (f"--workdir={trained}", "--split=train", "--dynamic"),
         "sweep": (*experiment, *runs.TINY, "--seeds=2", f"--workdir={tmp_path / 'sweep'}"),
     }[module]
+    began = time.monotonic()
+    commands.run_python("-c", "import lstm_jax.run.interrupts")
+    python_seconds = 2 * (time.monotonic() - began)  # In which Python itself starts.
     for number in range(MOMENTS):
         # Divide the first four seconds into equal parts; the moment is random within one of them.
         share = number + random.Random(f"{draws.SEED} {module} {number}").random()
-        moment = PYTHON_SECONDS + share / MOMENTS * 4
+        moment = python_seconds + share / MOMENTS * 4
         process = subprocess.Popen(
             [sys.executable, "-m", f"lstm_jax.{module}", *arguments],
             stdout=subprocess.PIPE,
@@ -48,7 +49,8 @@ def test_an_interrupted_command_prints_one_line(
         )
         time.sleep(moment)
         if process.poll() is not None:  # The command has already finished.
-            process.communicate()
+            _, errors = process.communicate()
+            assert process.returncode == 0, errors
             continue
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)

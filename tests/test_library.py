@@ -370,6 +370,8 @@ def test_an_error_names_the_argument_of_other_methods() -> None:
         (lstm_jax.load, {"directory": []}, r"directory is \[\]: it must be a path, or a list"),
         (lstm_jax.load, {"directory": "nothing"}, "name the directory of a training run"),
         (lstm_jax.load, {"directory": "x", "cell": "Cell"}, "'Cell' is not FILE.py:CLASS"),
+        (lstm_jax.load, {"directory": "x", "cell": Path("a.py")}, "a.py.* is not FILE.py:CLASS"),
+        (run.vocabulary.decode, {"ids": [-1]}, "ids must be from 0 to"),
         (lstm_jax.train, {"config": {}, "directory": "a" * 5000}, "File name too long"),
         (lstm_jax.train, {"config": {}, "directory": "a\0"}, "it must be a path"),
     ]

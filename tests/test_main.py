@@ -288,6 +288,7 @@ def test_unknown_tokens_and_control_characters_of_a_text(trained: Path, tmp_path
     ("module", "redirection", "message"),
     [
         ("sample", ">/dev/full", "can't write to standard output: No space left on device"),
+        ("main --help", ">/dev/full", "can't write to standard output: No space left on device"),
         ("evaluate", ">&-", "standard output is closed: redirect it to a file, or to /dev/null"),
     ],
 )
@@ -416,10 +417,6 @@ BAD_CONFIGS = {
         (["main", "--config", QUICK, "--config.data.path=zero.txt"], "zero.txt is empty"),
         (["main", "--config", QUICK, "--config.data.path=short.txt"], "too short"),
         (["main", *TINY, "--config.data.path=good.txt", "--workdir=zero.txt/run"], "can't write"),
-        (
-            ["main", *TINY, "--config.data.path=good.txt", "--config.model.hidden_size=300000"],
-            "there is not enough memory",
-        ),
         (["sample"], "--workdir DIR"),
         (["sample", "--workdir=.", "--prompt=caf\udce9"], "is not UTF-8"),
         (["sample", "--workdir=.", "--length=1000001"], "length"),

@@ -430,9 +430,7 @@ def test_chunks_of_any_size_have_the_ids_of_the_text(
     path.write_bytes(text.encode())
     found = [
         (chunk, b"".join(map(sources.read_segment, chunk)))
-        for chunk in encoding.iterate_chunks(
-            sources.list_segments([path], False, False), kind, size
-        )
+        for chunk in encoding.cut_text(sources.list_segments([path], False, False), kind, size)
     ]
     assert b"".join(content for _, content in found) == text.encode()
     tokens: list[str] = []
@@ -451,5 +449,5 @@ def test_a_cut_at_the_end_of_a_chunk(kind: str, tmp_path: Path) -> None:
     text = "x" * 19 + " " + "y" * 60
     (tmp_path / "text").write_text(text)
     text_segments = sources.list_segments([tmp_path / "text"], False, False)
-    found = encoding.iterate_chunks(text_segments, kind, 20)
+    found = encoding.cut_text(text_segments, kind, 20)
     assert [sources.read_segments(chunk, False) for chunk in found] == ["x" * 19, " " + "y" * 60]

@@ -98,7 +98,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("no_proxy", "*")
     server = Server()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -300,7 +301,7 @@ def test_without_a_server_the_user_can_provide_the_file(
     right = server.contents.pop("enwik8.zip")
     with pytest.raises(UserError, match=f"404.*{archive.address}.* put it in {tmp_path}$"):
         get_splits(tmp_path)
-    dead = archive._replace(address="http://localhost:1/enwik8.zip")
+    dead = archive._replace(address="http://127.0.0.1:1/enwik8.zip")
     text = STANDARD_TEXTS["enwik8"]._replace(downloads=(dead,))
     monkeypatch.setitem(STANDARD_TEXTS, "enwik8", text)
     with pytest.raises(UserError, match="Connection refused.*same call again"):
@@ -351,6 +352,7 @@ def test_a_second_process_waits(
             thread.start()
         printed = ""
         while printed.count("Waiting for another process") < 2:
+            assert all(thread.is_alive() for thread in threads), "they don't wait"
             time.sleep(0.01)
             printed += capsys.readouterr().err
         assert server.requests == []

@@ -799,24 +799,28 @@ def test_a_mistake_in_a_space_fails_one_trial(tiny_config: ConfigDict, tmp_path:
     assert [row["state"] for row in rows(tmp_path)] == ["failed"]
 
 
-def test_a_bad_trial_is_pruned_after_an_epoch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("max_steps", "state"), [(0, "PRUNED"), (10, "WAITING")])
+def test_a_bad_trial_is_pruned_after_an_epoch_unless_it_is_trained(
+    max_steps: int, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pruner = optuna.pruners.ThresholdPruner(upper=2.0)
     record = study.open_study(tmp_path, None, "tiny", {}, ["x"], RANDOM, pruner)
 
     def train(config: Any, directory: Path, watch: Any) -> int:
         for epoch in (0, 0.5, 1):
-            watch({"split": "validation", "epoch": epoch, "loss": 3.0})
-        pytest.fail("it is trained to the end")
+            row = {"split": "validation", "step": int(10 * epoch), "epoch": epoch, "loss": 3.0}
+            watch(row)
+        return 130  # It is trained to the end, and then interrupted.
 
     monkeypatch.setattr(training, "train", train)
-    experiment = config_lib.complete_config({"num_epochs": 2})
+    experiment = config_lib.complete_config({"num_epochs": 2, "max_steps": max_steps})
     sweep = search.Sweep(record, RANDOM, experiment, make_rate_space(), tmp_path, 1)
-    assert search._run_trial(sweep, start_trial(record), StopRequest()) is None
+    with contextlib.suppress(Stopped):
+        search._run_trial(sweep, start_trial(record), StopRequest())
     (trial,) = record.trials
-    assert (trial.state, trial.value) == (TrialState.PRUNED, 3.0)
-    assert trial.intermediate_values == {1: 3.0}
+    assert trial.state == TrialState[state]
+    assert trial.value == (3.0 if state == "PRUNED" else None)
+    assert max_steps or trial.intermediate_values == {1: 3.0}
 
 
 def test_a_signal_in_training_gives_the_trial_back(

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import errno
 import json
 import math
@@ -133,6 +134,9 @@ def test_a_finished_run_says_so(
     output = capsys.readouterr().out
     assert "is finished after 2 epochs" in output and "config.num_epochs = 4" in output
     assert (directory / workdir.METRICS).read_bytes() == before
+    tiny_config.data.path = str(shutil.copy(tiny_config.data.path, tmp_path / "moved.txt"))
+    assert training.train(tiny_config, directory) == 0
+    assert workdir.load_config(directory).data.path == tiny_config.data.path
 
 
 def test_another_model_or_text_in_the_same_directory_raises_an_error(
@@ -200,15 +204,19 @@ def test_an_error_of_the_callback_is_not_about_the_disk(
 
 
 @pytest.mark.slow
-def test_a_run_that_lost_its_lock_writes_no_further_row(
-    tiny_config: ConfigDict, tmp_path: Path
+@pytest.mark.parametrize("seconds", [300.0, 0.0])  # What it would write next: a row, a checkpoint.
+def test_a_run_that_lost_its_lock_writes_nothing_more(
+    seconds: float, tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
+    tiny_config.checkpoint_every_seconds = seconds
+
     def watch(row: Mapping[str, Any]) -> None:
         (tmp_path / lock.LOCK).unlink(missing_ok=True)
 
     with pytest.raises(UnavailableError, match="has taken over"):
         training.train(tiny_config, tmp_path, watch)
     assert len(runs.read_losses(tmp_path)) == 1
+    assert checkpoints.list_steps(tmp_path / workdir.CHECKPOINTS) == [0]
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, *poisoned: int) -> None:
@@ -437,13 +445,18 @@ def test_a_new_run_starts_from_the_weights_of_another(
         start["lstm_0"]["recurrent_kernel"], source.params["lstm_0"]["recurrent_kernel"]
     )
 
-    # The run resumes with or without `init_from`; another value raises an error.
+    # The run resumes with or without `init_from`; another value raises an error, unless the model
+    # has moved.
     tiny_config.init_from = ""
     assert training.train(tiny_config, tmp_path / "run") == 0
     assert workdir.load_config(tmp_path / "run").init_from == str(trained)
     tiny_config.init_from = str(tmp_path)
     with pytest.raises(UserError, match="init_from was"):
         training.train(tiny_config, tmp_path / "run")
+    config = workdir.load_config(tmp_path / "run")
+    moved = dataclasses.replace(config, init_from=str(tmp_path / "gone"))
+    workdir.save_config(tmp_path / "run", moved)
+    assert training.train(tiny_config, tmp_path / "run") == 0
 
 
 def test_weights_of_a_model_of_other_sizes_raise_an_error(

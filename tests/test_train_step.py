@@ -170,6 +170,7 @@ def test_a_nonfinite_step_changes_nothing() -> None:
     before = jax.tree.map(np.asarray, state._replace(key=jnp.zeros(())))
     after = step(state, make_batch(2, 7, starts=False))
     assert (int(after.skipped), int(after.first_skipped), int(after.step)) == (1, 1, 1)
+    assert float(after.loss_sum) == float(after.norm_sum) == int(after.loss_steps) == 0
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
     jax.tree.map(np.testing.assert_array_equal, after.average, before.average)
     jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
@@ -232,10 +233,13 @@ def test_streams_are_reset_at_random_and_independently() -> None:
         state = step(step(state, make_batch(40, 8, 0)), make_batch(40, 8, 1, starts=False))
         carries[kind, chance] = np.asarray(state.carry[0].hidden)
     kept = carries["streams", 0.0]
+    later = np.asarray(step(state, make_batch(40, 8, 1, starts=False)).carry[0].hidden)
     state, step = set_up(model, config)
     reset = np.asarray(step(state, make_batch(40, 8, 1)).carry[0].hidden)
     by_chance = carries["streams", 0.5]
     is_kept = np.isclose(by_chance, kept, atol=1e-6).all(axis=1)
     is_reset = np.isclose(by_chance, reset, atol=1e-6).all(axis=1)
     assert (is_kept != is_reset).all() and 8 < is_reset.sum() < 32
+    is_reset_later = np.isclose(later, reset, atol=1e-6).all(axis=1)
+    assert (is_reset_later != is_reset).any(), "others in the next step"
     np.testing.assert_allclose(carries["windows", 0.5], kept, atol=1e-6)

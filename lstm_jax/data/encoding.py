@@ -9,7 +9,7 @@ ids.
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,7 +40,7 @@ class Part(NamedTuple):
     """An encoded text, or a chunk of one."""
 
     ids: Any  # Indices into `tokens`: [n], of the smallest dtype.
-    tokens: list[str]  # The distinct tokens of the text; for kind "bpe", its distinct words.
+    tokens: tuple[str, ...]  # The distinct tokens of the text; for kind "bpe", its distinct words.
     counts: np.ndarray  # The number of occurrences of each token: int64.
     characters: int  # The length of the text.
 
@@ -61,11 +61,18 @@ class Table(NamedTuple):
         return self.ids[np.arange(sizes.sum()) + np.repeat(self.firsts[indices] - starts, sizes)]
 
 
-def make_table(tokens: Iterable[str], vocabulary: Vocabulary) -> Table:
+@functools.lru_cache(maxsize=1)  # The splits of a prepared text have the same tokens.
+def make_table(tokens: tuple[str, ...], vocabulary: Vocabulary) -> Table:
     """Return the ids of each token, or word, of a text in a vocabulary."""
-    divided = [vocabulary.split_word(token) for token in tokens]
-    ids = vocabulary.look_up(itertools.chain.from_iterable(divided))
-    sizes = np.fromiter(map(len, divided), np.int64)
+    lengths: list[int] = []
+
+    def divide() -> Iterator[str]:
+        for token in tokens:
+            divided = vocabulary.split_word(token)
+            lengths.append(len(divided))
+            yield from divided
+
+    ids, sizes = vocabulary.look_up(divide()), np.array(lengths, np.int64)
     return Table(ids, sizes, np.cumsum(sizes) - sizes)
 
 
@@ -86,7 +93,7 @@ def encode_chunk(text: str, kind: str, stop: str) -> Part:
         index = defaultdict[str, int](itertools.count().__next__)
         ids = np.fromiter(map(index.__getitem__, split_text(text, kind, stop)), np.int32)
         small = ids.astype(np.min_scalar_type(len(index) - 1))
-        return Part(small, list(index), np.bincount(ids), len(text))
+        return Part(small, tuple(index), np.bincount(ids), len(text))
     single, end = text, stop
     if kind == "bytes":
         # In Latin-1 every byte is one character.
@@ -103,11 +110,11 @@ def encode_chunk(text: str, kind: str, stop: str) -> Part:
     table = np.zeros(len(counts), np.min_scalar_type(len(present) - 1))
     table[present] = np.arange(len(present))
     spell = BYTES.__getitem__ if kind == "bytes" else chr
-    tokens = [stop if code == stop_code else spell(code) for code in present.tolist()]
+    tokens = tuple(stop if code == stop_code else spell(code) for code in present.tolist())
     return Part(table.take(codes), tokens, counts[present], len(text))
 
 
-def iterate_chunks(text: list[Segment], kind: str, size: int) -> Iterator[list[Segment]]:
+def cut_text(text: list[Segment], kind: str, size: int) -> Iterator[list[Segment]]:
     """Cut a text into chunks that can be encoded one by one.
 
     A text is cut only where a token ends in any context, so that the tokens of its chunks are those
@@ -163,15 +170,15 @@ class Text:
 
         def count_unknown(token: str) -> int:
             """Return the bytes of the UTF-8 of an unknown token, with one for its end; else 0."""
-            return 0 if token in vocabulary else len(token.encode("utf-8", "surrogateescape")) + 1
+            is_known = vocabulary.kind == "bpe" or token in vocabulary
+            return 0 if is_known else len(token.encode("utf-8", "surrogateescape")) + 1
 
         part = self.part
-        divided = [vocabulary.split_word(word) for word in part.tokens]
-        number = int(part.counts @ [len(word) for word in divided])
-        unknown = int(part.counts @ [sum(map(count_unknown, word)) for word in divided])
+        number = int(part.counts @ make_table(part.tokens, vocabulary).sizes)
+        unknown = int(part.counts @ list(map(count_unknown, part.tokens)))
         if first:
             return TextSize(number, part.characters, unknown)
-        token = divided[int(part.ids[:1][0])][0]
+        token = vocabulary.split_word(part.tokens[int(part.ids[:1][0])])[0]
         # A token of bytes may end within a character, which then counts as a later one.
         whole = token.encode("utf-8", "surrogateescape").decode("utf-8", "ignore")
         return TextSize(number - 1, part.characters - len(whole), unknown - count_unknown(token))

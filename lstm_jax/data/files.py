@@ -10,14 +10,18 @@ import fcntl
 import glob
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Iterator, Mapping
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import IO, Any
+
+from lstm_jax.errors import UserError
 
 # Suffixes of a file and a directory that are still being written.
 _PARTIAL, _UNFINISHED = ".partial", ".unfinished"
@@ -81,14 +85,19 @@ def hash_file(path: Path, sync: bool = False) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def lock_file(file: int | IO[bytes], wait: bool = False) -> bool:
+def lock_file(file: int | IO[bytes], waiting: str = "") -> bool:
     """Lock an open file or directory until it is closed or the process ends, however it ends.
 
-    If another process holds the lock, wait, or else raise `BlockingIOError`. Return False if the
-    file system has no locks.
+    If another process holds the lock, print the message `waiting` and wait, or without one raise
+    `BlockingIOError`. Return False if the file system has no locks.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not waiting:
+            raise
+        print(waiting, file=sys.stderr)
+        fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
         if error.errno in _NO_LOCKS:
             return False
@@ -139,8 +148,7 @@ def unfinished_directory(target: Path) -> Iterator[Path]:
             lock_file(stack.enter_context(_open_directory(path)))
         yield path
         path.rename(target)
-        with contextlib.suppress(OSError):  # It is complete, also where this is not supported.
-            sync_directory(target.parent)
+        sync_directory(target.parent)
 
 
 @contextlib.contextmanager
@@ -154,14 +162,24 @@ def _open_directory(path: Path) -> Iterator[int]:
 
 def sync_directory(path: Path) -> None:
     """Flush the names in a directory to disk, so that a rename survives a power failure."""
-    with _open_directory(path.resolve()) as descriptor:  # The user may have named a link.
+    # What was renamed is complete, also where this is not supported. The user may name a link.
+    with contextlib.suppress(OSError), _open_directory(path.resolve()) as descriptor:
         os.fsync(descriptor)
 
 
-def write_json(path: Path, fields: Mapping[str, object], indent: int = 2) -> None:
-    """Write `fields` with their checksum as JSON in ASCII."""
+def write_json(
+    path: Path,
+    fields: Mapping[str, object],
+    indent: int = 2,
+    limit: float = math.inf,
+    remedy: str = "",
+) -> None:
+    """Write `fields` with their checksum as JSON in ASCII; raise `UserError` above the limit."""
     sealed = {**fields, "sha256": _checksum(fields)}
-    write_file(path, (json.dumps(sealed, indent=indent) + "\n").encode("ascii"))
+    content = (json.dumps(sealed, indent=indent) + "\n").encode("ascii")
+    if len(content) > limit:
+        raise UserError(f"{path} would be larger than {limit / 2**20:g} MiB: {remedy}")
+    write_file(path, content)
 
 
 def read_json(path: Path, limit: int) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def prepare_corpus(data: DataConfig) -> Manifest:
             return corpus
         base.mkdir(parents=True, exist_ok=True)
         with files.open_append(base / f".{directory.name}.lock") as lock:
-            files.lock_file(lock, wait=True)
+            files.lock_file(lock, f"Waiting for another process that prepares the text in {base}")
             return find_corpus(data) or _prepare(data)  # Another process may have made it.
     except OSError as error:
         raise UnavailableError(
@@ -159,7 +159,7 @@ def _prepare(data: DataConfig) -> Manifest:
     print(f"Preparing {total / 1e6:,.0f} MB of text, once, in {directory}", file=sys.stderr)
     split, sha256 = sources.split_files(texts, data)
     sources.check_unchanged(sha256, data.sha256)
-    chunks = [list(encoding.iterate_chunks(text, data.units, CHUNK)) for text in split]
+    chunks = [list(encoding.cut_text(text, data.units, CHUNK)) for text in split]
 
     def contains(part: str) -> bool:
         """Return whether the training text contains a string; no chunk ends within a stop token."""
@@ -204,7 +204,7 @@ def _run_processes(parts: Path, number: int, total: int) -> None:
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "lstm_jax.data.worker", str(parts)]
+    command = [sys.executable, "-P", "-m", "lstm_jax.data.worker", str(parts)]
     options: dict[str, Any] = {"env": environment, "process_group": 0}  # Ctrl-C is not for them.
     reader, writer = os.pipe()
     processes: list[subprocess.Popen[bytes]] = []
@@ -273,7 +273,7 @@ def open_splits(manifest: Manifest) -> dict[str, Text]:
     directory = manifest.directory
     try:
         with files.open_regular(directory / _TOKENS) as lines:
-            tokens = list(map(json.loads, lines))
+            tokens = tuple(map(json.loads, lines))
         with files.open_regular(directory / _COUNTS) as file:
             counts = dict(zip(sources.SPLITS, np.load(file), strict=True))
         return {name: PreparedText(manifest, name, tokens, counts[name]) for name in counts}
@@ -285,7 +285,7 @@ class PreparedText(Text):
     """One split of a prepared corpus. Only the requested parts of it are read into memory."""
 
     def __init__(
-        self, manifest: Manifest, name: str, tokens: list[str], counts: np.ndarray
+        self, manifest: Manifest, name: str, tokens: tuple[str, ...], counts: np.ndarray
     ) -> None:
         self._stop = manifest.stop
         table = np.arange(len(tokens), dtype=np.int32)
@@ -341,7 +341,8 @@ class FileIds:
         file, width = self._file.fileno(), self._dtype.itemsize
         places = (self._first + starts * width).tolist()
         # `pread` is thread-safe; it reads less than 2 GiB from each place.
-        content = b"".join([os.pread(file, length * width, place) for place in places])
+        with name_failure(f"can't read {self._path}"):
+            content = b"".join([os.pread(file, length * width, place) for place in places])
         try:
             ids = self._table.take(np.frombuffer(content, self._dtype))
             return ids.reshape(len(starts), length)

@@ -48,25 +48,29 @@ def find_files(paths: str) -> list[list[Path]]:
             "and test) separated by ;"
         )
     found = [[path for pattern in text.split(",") for path in _find(pattern)] for text in texts]
-    first, *others = ({path.resolve() for path in text} for text in found)
-    if both := first & set().union(*others):
+    first, *others = ([os.path.realpath(path) for path in text] for text in found)
+    if both := set(first).intersection(itertools.chain(*others)):
         raise UserError(f"{min(both)} is in the training text and in another split: name it in one")
+    if not others and len(set(first)) < len(first):
+        twice = next(path for path in first if first.count(path) > 1)
+        raise UserError(f"{twice} is named twice, so it may be in two splits: name it once")
     return found
 
 
 def _find(pattern: str) -> list[Path]:
     """Return the files that a path or glob pattern names, at least one."""
-    if os.path.isdir(pattern):
-        inside = Path(pattern, "*")
-        raise UserError(f"{pattern} is a directory: name its files, for example {inside}")
     # A name with brackets may be both a file and a pattern: the file takes precedence.
     try:
+        pattern = os.path.expanduser(pattern)  # A shell leaves the ~ in --config.data.path=~/a.txt.
+        if os.path.isdir(pattern):
+            inside = Path(pattern, "*")
+            raise UserError(f"{pattern} is a directory: name its files, for example {inside}")
         exists = os.path.exists(pattern)
         matches = [pattern] if exists else sorted({*glob.glob(pattern, recursive=True)})
     except (RecursionError, ValueError):  # It has hundreds of slashes, or a NUL.
         matches = []
     if len(matches) > 1:
-        matches = list(filter(os.path.isfile, matches))
+        matches = list(itertools.filterfalse(os.path.isdir, matches))
     if not matches:
         raise UserError(f"there is no text file {pattern}: name an existing one")
     return list(map(Path, matches))
@@ -79,7 +83,8 @@ def make_absolute(paths: str) -> str:
         return paths
 
     def join(path: re.Match[str]) -> str:
-        return str(Path(here if os.path.exists(path[0]) else glob.escape(here), path[0]))
+        name = os.path.expanduser(path[0])
+        return str(Path(here if os.path.exists(name) else glob.escape(here), name))
 
     return re.sub("[^,;]+", join, paths)
 
@@ -242,7 +247,8 @@ def _decode(content: bytes, name: str, start: int = 0, remedy: str = "") -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{name} is not UTF-8 at byte {start + error.start}: convert it with iconv -f "
+            f"{name} is not UTF-8 at byte {start + error.start}: unpack it if it is compressed, "
+            "or convert it with iconv -f "
             "ENCODING -t UTF-8, where ENCODING is its own (LATIN1, EUC-JP, GB18030 or another)"
             f"{remedy}"
         ) from None

@@ -132,11 +132,7 @@ def _get_text(name: str, directory: Path) -> None:
     data_dir = directory.parent
     data_dir.mkdir(parents=True, exist_ok=True)
     with files.open_append(data_dir / ".lstm_jax.lock") as lock:
-        try:
-            files.lock_file(lock)
-        except BlockingIOError:
-            print(f"Waiting for another process that downloads to {data_dir}", file=sys.stderr)
-            files.lock_file(lock, wait=True)
+        files.lock_file(lock, f"Waiting for another process that downloads to {data_dir}")
         if directory.exists():
             return
         text = STANDARD_TEXTS[name]

@@ -29,7 +29,7 @@ def load_part(directory: Path, number: int) -> Part:
     """Return the encoded chunk that `save_part` wrote."""
     with np.load(directory / f"{number:06}.npz") as arrays:
         tokens = json.loads(arrays["tokens"].tobytes())
-        return Part(arrays["ids"], tokens, arrays["counts"], int(arrays["characters"]))
+        return Part(arrays["ids"], tuple(tokens), arrays["counts"], int(arrays["characters"]))
 
 
 def main() -> None:

@@ -58,12 +58,18 @@ def run_command(main: Callable[[], int | None]) -> None:
         if code:  # A signal stopped training, which has saved and reported this.
             interrupts.exit_now(code)
 
+    def parse_flags(argv: Sequence[str]) -> list[str]:
+        try:
+            return _parse_flags(argv)
+        except (UserError, OSError) as error:  # Of standard output, as in `--help | head`.
+            sys.exit(_report(error))
+
     errors.name_flags()
     try:
         console.protect_streams()
     except UserError as error:
         _fail(str(error))
-    app.run(guarded, flags_parser=_parse_flags)
+    app.run(guarded, flags_parser=parse_flags)
 
 
 def _warn(record: logging.LogRecord) -> bool:
@@ -77,6 +83,11 @@ def _report(error: Exception) -> int:
     """Exit with one line for a user's mistake; re-raise any other error."""
     if isinstance(error, UserError):
         _fail(str(error))
+    if isinstance(error, BrokenPipeError):  # The reader, for example `| head`, has closed the pipe.
+        console.discard_output()
+        return 0
+    if isinstance(error, OSError):
+        _fail(f"can't read or write {error.filename or 'a file'}: {error.strerror or error}")
     import jax
 
     is_of_jax = isinstance(error, jax.errors.JaxRuntimeError)
@@ -85,11 +96,6 @@ def _report(error: Exception) -> int:
         if "config" in flags.FLAGS:
             remedy = "lower the sizes of the model, or batches.batch_size"
         _fail(f"there is not enough memory ({one_line(error)[:200]}): {remedy}")
-    if isinstance(error, BrokenPipeError):  # The reader, for example `| head`, has closed the pipe.
-        console.discard_output()
-        return 0
-    if isinstance(error, OSError):
-        _fail(f"can't read or write {error.filename or 'a file'}: {error.strerror or error}")
     raise error
 
 
@@ -219,6 +225,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         if "config" in flags.FLAGS:
             print("Fields of the config, with their defaults:\n")
             print(config.describe_fields(min(shutil.get_terminal_size().columns, 100)))
+        sys.stdout.flush()
         sys.exit(0)
     if {"--version", "-version"} & set(argv):
         print(f"lstm-jax {__version__}")
@@ -266,7 +273,8 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
         suffix = f".{error.flagname}"
         if fields := [f"--config.{f.name}" for f in config.FIELDS if f.name.endswith(suffix)]:
             return f"there is no flag --{error.flagname}: did you mean {' or '.join(fields)}?"
-    return str(error).replace("invalid literal for int() with base 10: ", "not an integer: ")
+    message = re.sub(r"\('Non-boolean .*', (.*)\)", r"not true or false: \1", str(error))
+    return message.replace("invalid literal for int() with base 10: ", "not an integer: ")
 
 
 def _fail(message: str) -> NoReturn:

@@ -44,7 +44,7 @@ class GenerateOptions(TypedDict, total=False):
 class TextCarry(NamedTuple):
     """The state of a model that has read a text, from which `Run.score` continues."""
 
-    carry: model_lib.Carry  # Before the last token.
+    read: Callable[[], model_lib.Carry]  # Computes the carry before the last token.
     last: int  # The id of the last token.
 
 
@@ -113,7 +113,7 @@ class Run:
             stop_at: a string that ends the text.
             process_logits: changes the logits before the controls do.
             temperature: divides the logits, by default 0.8; 0 is greedy decoding.
-            top_k, top_p, min_p, repetition_penalty, repetition_window, forbidden: see `Controls`.
+            The others are fields of `Controls`.
 
         Raises:
           UserError: if there is no such option, or its value is not allowed.
@@ -190,25 +190,28 @@ class Run:
         if not isinstance(carry, TextCarry | None):
             raise UserError(f"carry is a {type(carry).__name__}: it must be that of earlier scores")
         tokens, ids = self.vocabulary.split(text), self.vocabulary.encode(text)
-        now = model_lib.first_carry(self.model, self._params, 1)
         if carry:
-            now, ids = carry.carry, np.append(np.int32(carry.last), ids)
+            before, ids = carry.read(), np.append(np.int32(carry.last), ids)
         else:
-            tokens = tokens[1:]
+            before, tokens = model_lib.first_carry(self.model, self._params, 1), tokens[1:]
         if not len(ids):
             return Scores([], np.zeros(0, np.float32), None)
-        length = min(generation.round_length(len(ids) - 1), _LONGEST_CHUNK)
-        log_probs, start, before = [np.zeros(0, np.float32)], 0, now
-        for number, chunk in enumerate(loss_lib.iterate_chunks(ids, length)):
-            start, before = number * length, now
-            losses, now = loss_lib.read_chunk(self.model, self._params, chunk, now)
-            log_probs.append(-np.asarray(losses)[chunk[2]])
+        losses = np.zeros(0, np.float32)
         if not carry and loss_lib.count_streams(ids) > 1:  # As `evaluate` reads a long text.
-            log_probs = [-loss_lib.compute_token_losses(self.model, self._params, ids)]
-        # The last chunk is read again, without the padding at its end, which changes the carry.
-        state = generation.initial_state(self.model, self._arrays)._replace(carry=before)
-        state = self.read(ids[None, start:-1], state)
-        return Scores(tokens, np.concatenate(log_probs), TextCarry(state.carry, int(ids[-1])))
+            losses = loss_lib.compute_token_losses(self.model, self._params, ids)
+        elif len(ids) > 1:
+            length = min(generation.round_length(len(ids) - 1), _LONGEST_CHUNK)
+            chunks = loss_lib.iterate_chunks(ids, length)
+            read_chunk = loss_lib.read_chunk
+            losses = loss_lib.read_chunks(read_chunk, self.model, self._params, chunks, before)
+
+        @functools.cache
+        def read() -> model_lib.Carry:
+            # Most callers need no carry. The padding at the end of the last chunk has changed it.
+            state = generation.initial_state(self.model, self._arrays)._replace(carry=before)
+            return self.read(ids[None, :-1], state).carry
+
+        return Scores(tokens, -losses, TextCarry(read, int(ids[-1])))
 
     def hidden_states(self, text: str) -> list[np.ndarray]:
         """Return the hidden states after each token, for each layer float32 [tokens, hidden].
@@ -276,7 +279,7 @@ def load(
     """
     if dtype not in (known := (None, *DTYPES, "int8")):
         raise UserError(f"dtype is {dtype!r}: it must be one of {', '.join(known[1:])}")
-    for name in [cell] if isinstance(cell, str | type) else cell:
+    for name in [cell] if isinstance(cell, str) or not isinstance(cell, Sequence) else cell:
         cell_file.load_cell(name)
     paths = [directory] if isinstance(directory, str | os.PathLike) else directory
     if not isinstance(paths, Sequence) or isinstance(paths, bytes) or not paths:

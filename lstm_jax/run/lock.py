@@ -59,8 +59,9 @@ def hold_lock(directory: Path) -> Iterator[Callable[[], None]]:
     def check_held() -> None:
         if not _is_at(lock, path):
             raise UnavailableError(
-                f"another process has taken over {directory}, because this one was suspended for "
-                f"more than {STALE_SECONDS} seconds: nothing more is written"
+                f"{directory} was moved or deleted, or another process has taken over the run, as "
+                f"this one was suspended for more than {STALE_SECONDS} seconds: nothing more is "
+                "written"
             )
 
     def beat() -> None:

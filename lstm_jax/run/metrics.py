@@ -26,7 +26,7 @@ from lstm_jax.errors import name_failure, warn
 
 _SPLITS = ("train", "validation", "test")
 # Limits in bytes of the part of metrics.jsonl that is read, and of a row: a longer one is damaged.
-_LARGEST, _LONGEST_LINE = 2**26, 2**12
+_LARGEST, _LONGEST_LINE = 2**26, 2**16
 _warn_once = functools.cache(warn)  # Training reads its metrics after each epoch.
 
 

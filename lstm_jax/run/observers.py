@@ -139,9 +139,11 @@ class Validate(Observer):
             params, key = parallel.gather_on_one_device(wanted, run.mesh)
             loss = loss_lib.compute_loss(run.model, params, self._ids)
             text = generate_sample(run, params, jax.random.fold_in(key, loop.step))
+        # The row may end the run: this checkpoint must exist by then. Every process waits, so that
+        # one whose write failed says so, while process 0 waits for it.
+        run.checkpoints.wait()
         if hosts.is_first():
             step, losses = loop.step, {"validation": loss}
-            run.checkpoints.wait()  # The row may end the run: this checkpoint must exist by then.
             run.record(step, "validation", loss, sample=text)
             workdir.append_sample(run.directory, step, run.config.sample.temperature, text)
             run.checkpoints.record_validation(step, loss)

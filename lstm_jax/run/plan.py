@@ -44,19 +44,15 @@ class Plan:
         return f"{round(self.count_epochs(step), 4):g} epochs"
 
     def validates_at(self, step: int) -> bool:
-        """Return whether the run saves and validates after `step` steps, which may be 0.
-
-        A call of several steps must end there: see `count_steps_of_call`.
-        """
+        """Return whether the run saves and validates after `step` steps, which may be 0."""
         every = self._config.validate_every_steps or self.steps_per_epoch
         return not step % every or not step % self.steps_per_epoch or step == self.total_steps
 
     def count_steps_of_call(self, step: int) -> int:
         """Return the number of steps of the next call, which must not cross a log or validation."""
-        config, number = self._config, self._config.steps_per_call
-        periods = (config.log_every_steps, config.validate_every_steps, self.steps_per_epoch)
-        next_ends = [self.total_steps, *(step + n - step % n for n in periods if n)]
-        return number if step + number <= min(next_ends) else 1
+        number, log_every = self._config.steps_per_call, self._config.log_every_steps
+        inside = range(step + 1, step + number)
+        return 1 if any(not n % log_every or self.validates_at(n) for n in inside) else number
 
     def get_learning_rate(self, step: int, skipped: int) -> float:
         """Return the learning rate of a step, counted from 1 and without `skipped` steps.

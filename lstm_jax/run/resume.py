@@ -66,7 +66,9 @@ def resolve_run(
         )
     if (directory / workdir.CONFIG).exists():
         before = workdir.load_config(directory)
-        config = dataclasses.replace(config, init_from=config.init_from or before.init_from)
+        first = before.init_from
+        if not config.init_from or (first and not workdir.find_model(first).exists()):  # It moved.
+            config = dataclasses.replace(config, init_from=first)
         changes = _find_changes(before, config, directory)
         return config, workdir.load_vocabulary(directory), changes
     for name in (workdir.CHECKPOINTS, workdir.METRICS):
@@ -87,7 +89,8 @@ def resolve_run(
 
 def _make_absolute(model: str) -> str:
     """Return the absolute path of a model's directory; "" and the name of a packaged model stay."""
-    return model if not model or workdir.is_in_package(model) else str(Path(model).absolute())
+    is_path = model and not workdir.is_in_package(model)
+    return str(workdir.check_path(model).absolute()) if is_path else model
 
 
 def extend_vocabulary(first: Vocabulary, second: Vocabulary) -> Vocabulary:

@@ -49,7 +49,7 @@ def check_path(directory: Path | str) -> Path:
     """
     name = choose_wording("--workdir", "directory")
     try:
-        path = Path(directory)
+        path = Path(os.path.expanduser(directory))  # In --workdir=~/run, the shell leaves ~.
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             path.stat()
     except (TypeError, ValueError) as error:
@@ -165,13 +165,16 @@ def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
 
 
 def save_config(workdir: Path, config: Config) -> None:
-    """Write the file that `load_config` reads."""
-    files.write_json(workdir / CONFIG, config.to_dict())
+    """Write the file that `load_config` reads; raise `UserError` if it would be too large."""
+    remedy = "name the files of data.path by a pattern"
+    files.write_json(workdir / CONFIG, config.to_dict(), limit=_CONFIG_LIMIT, remedy=remedy)
 
 
 def save_vocabulary(workdir: Path, vocabulary: Vocabulary) -> None:
-    """Write the file that `load_vocabulary` reads."""
-    files.write_json(workdir / VOCABULARY, vocabulary.to_fields(), indent=0)
+    """Write the file that `load_vocabulary` reads; raise `UserError` if it would be too large."""
+    path, fields, limit = workdir / VOCABULARY, vocabulary.to_fields(), _VOCABULARY_LIMIT
+    remedy = "raise data.min_count, or choose other data.units"
+    files.write_json(path, fields, indent=0, limit=limit, remedy=remedy)
 
 
 def append_changes(workdir: Path, step: int, changes: Mapping[str, tuple[object, object]]) -> None:

@@ -21,19 +21,20 @@ _DTYPE = command.define_dtype_flag("int8")
 _PROMPT = flags.DEFINE_string("prompt", "", "Prompt to continue.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File with the prompt; - is stdin.")
 _LENGTH = flags.DEFINE_integer("length", 500, "Maximum number of tokens to generate.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divide the logits by this; 0: greedy.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens; 0: from all.")
-_TOP_P = flags.DEFINE_float(
-    "top_p", 1.0, "Draw from the nucleus: the smallest set with this cumulative probability."
+_CONTROLS = (
+    flags.DEFINE_float("temperature", 0.8, "Divide the logits by this; 0: greedy."),
+    flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens; 0: from all."),
+    flags.DEFINE_float(
+        "top_p", 1.0, "Draw from the nucleus: the smallest set with this cumulative probability."
+    ),
+    flags.DEFINE_float(
+        "min_p", 0.0, "Draw from tokens with at least this share of the highest probability."
+    ),
+    flags.DEFINE_float(
+        "repetition_penalty", 1.0, "Make recent tokens less likely (above 1); 1: off."
+    ),
+    flags.DEFINE_integer("repetition_window", 64, "Recent tokens to penalize."),
 )
-_MIN_P = flags.DEFINE_float(
-    "min_p", 0.0, "Draw from tokens with at least this share of the highest probability."
-)
-_REPETITION_PENALTY = flags.DEFINE_float(
-    "repetition_penalty", 1.0, "Make recent tokens less likely (above 1); 1: off."
-)
-_REPETITION_WINDOW = flags.DEFINE_integer("repetition_window", 64, "Recent tokens to penalize.")
-_CONTROLS = (_TEMPERATURE, _TOP_K, _TOP_P, _MIN_P, _REPETITION_PENALTY, _REPETITION_WINDOW)
 _FORBID = flags.DEFINE_string("forbid", "", "Never generate the tokens of this text.")
 _STOP = flags.DEFINE_boolean("stop", True, "End at the stop token, if the model has one.")
 _STOP_AT = flags.DEFINE_string("stop_at", "", "End when this text has been generated.")

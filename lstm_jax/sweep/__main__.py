@@ -30,7 +30,10 @@ _SEEDS = flags.DEFINE_integer(
     lower_bound=1,
 )
 _TRIALS = flags.DEFINE_integer(
-    "trials", None, "Total number of trials, over all workers. [default: 40]", lower_bound=1
+    "trials",
+    None,
+    "Total number of trials, over all workers. [default: 40, or the whole grid]",
+    lower_bound=1,
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory for the study, trials and results. [default: runs/sweeps/<name>]"

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import math
 import shlex
 import statistics
 import sys
@@ -85,7 +86,7 @@ def _measure_spread(complete: Sequence[FrozenTrial]) -> list[str]:
     for split, losses in (("validation", [trial.values[0] for trial in complete]), ("test", tests)):
         text = "none was measured"
         if losses:
-            deviation = statistics.stdev(losses) if len(losses) > 1 else 0.0
+            deviation = statistics.stdev(losses) if len(losses) > 1 else math.nan
             text = (
                 f"mean {statistics.mean(losses):.4f}, standard deviation {deviation:.4f}, from "
                 f"{min(losses):.4f} to {max(losses):.4f}"

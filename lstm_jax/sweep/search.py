@@ -85,7 +85,7 @@ def prepare_sweep(
     """
     if space_file and not seeds:
         space, space_name = space_lib.load_space(Path(space_file)), Path(space_file).stem
-        trials, sampler = trials or 40, sampler or "tpe"
+        sampler = sampler or "tpe"
     elif seeds and not space_file:
         if trials or sampler or seed is not None:
             raise UserError(
@@ -98,7 +98,8 @@ def prepare_sweep(
     draws = space.draw_trials(experiment)
     grid = space.make_grid(draws) if sampler == "grid" else {}
     if sampler == "grid":
-        trials = min(trials, math.prod(map(len, grid.values())))
+        points = math.prod(map(len, grid.values()))
+        trials = min(trials or points, points)
     experiment = dataclasses.replace(
         experiment,
         model=cell_file.resolve_cell(experiment.model),
@@ -122,7 +123,7 @@ def prepare_sweep(
         # Hyperband (Li et al. 2018) runs successive halving over epochs in each bracket.
         HyperbandPruner(1, experiment.num_epochs) if uses_hyperband else NopPruner(),
     )
-    return Sweep(study, settings, experiment, space, path, trials)
+    return Sweep(study, settings, experiment, space, path, trials or 40)
 
 
 @convert_errors()
@@ -232,7 +233,8 @@ def _train_trial(sweep: Sweep, trial: Trial, signals: StopRequest) -> float:
         reported = storage.read_held(trial).intermediate_values
         if math.isfinite(loss) and epoch not in reported:
             trial.report(loss, epoch)
-        if epoch < config.num_epochs and trial.should_prune():
+        is_last = epoch == config.num_epochs or row["step"] == config.max_steps
+        if not is_last and trial.should_prune():
             raise TrialPruned
 
     try:

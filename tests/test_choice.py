@@ -1,0 +1,121 @@
+"""Test where the recurrence in C is chosen, for processors that are not here."""
+
+import runpy
+from typing import Any
+
+import jax
+import pytest
+
+from lstm_jax import config
+from lstm_jax.devices import parallel
+from lstm_jax.recurrences import choice, native, processor
+
+AVX512 = "avx512f", "avx512bw", "avx512dq", "avx512vl"
+SKYLAKE = *AVX512, "GenuineIntel"
+AMD = *AVX512, "avx512_vnni", "avx512_bf16"
+INTEL = *AMD, "GenuineIntel"
+
+
+def simulate(patch: pytest.MonkeyPatch, *features: str, permitted: bool = True) -> None:
+    """Make the choice as on a processor with these features."""
+    patch.setattr(processor, "read_cpu_features", lambda: frozenset(features))
+    patch.setattr(native, "read_cpu_features", lambda: frozenset(features))
+    uses_amx = "amx_bf16" in features and permitted
+    found = native.Library("lstm", uses_amx) if native.is_supported() else None
+    patch.setattr(native, "load_library", lambda: found)
+
+
+CHOICES = {  # With AVX-512 BF16 on AMD, on Intel, and with AMX.
+    ("windows", "bfloat16", 4096): (True, False, True),
+    ("windows", "bfloat16", 256): (True, True, True),
+    ("windows", "bfloat16", 500): (False, False, False),
+    ("windows", "float32", 1024): (True, True, True),
+    ("windows", "float32", 1536): (False, True, True),
+    ("windows", "float32", 1552): (False, False, False),
+    ("steps", "bfloat16", 4096): (True, True, True),
+    ("steps", "float32", 1024): (True, True, True),
+    ("steps", "float32", 1040): (False, False, False),
+    ("steps", "int8", 4096): (True, True, True),
+}
+
+
+def test_each_row_of_the_table_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = set()
+    for case, (on_amd, on_intel, with_amx) in CHOICES.items():
+        for features, permitted, expected in (
+            (("avx2",), True, False),
+            (("avx512f", "avx512_vnni"), True, False),
+            (SKYLAKE, True, on_intel and case[1] == "float32"),
+            ((*SKYLAKE, "avx512_vnni"), True, on_intel and case[1] != "bfloat16"),
+            (AMD, True, on_amd),
+            (INTEL, True, on_intel),
+            ((*INTEL, "amx_bf16"), True, with_amx),
+            ((*INTEL, "amx_bf16"), False, on_intel),
+        ):
+            simulate(monkeypatch, *features, permitted=permitted)
+            assert choice.runs_in_c(*case) == expected, (case, features)
+            used.add(choice.find_row(*case))
+    assert used == {*choice.TABLE, None}
+    assert all(row.measured for row in choice.TABLE)
+
+
+@pytest.mark.parametrize("features", [("avx2",), SKYLAKE, AMD, INTEL, (*INTEL, "amx_bf16")])
+def test_the_command_prints_what_is_used(
+    features: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    simulate(monkeypatch, *features)
+    runpy.run_module("lstm_jax.recurrences", run_name="__main__")
+    printed = capsys.readouterr().out
+    assert ("steps in int8: the library" in printed) == ("avx512_vnni" in features)
+    assert ("with AMX" in printed) == ("amx_bf16" in features)
+    assert ("with AVX-512 of Intel" in printed) == (features in (SKYLAKE, INTEL))
+    in_bfloat16 = features == AMD or "amx_bf16" in features
+    assert f"auto is {'bfloat16' if in_bfloat16 else 'float32'} for LSTMs" in printed
+    assert ("none for this processor" in printed) == (len(features) == 1)
+
+
+def test_threads_are_those_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "count_cores", lambda: 8)
+    assert native.count_threads() == 8
+    devices = jax.make_mesh((jax.local_device_count(),), ("data",))
+    found = []
+
+    def record(x: jax.Array) -> jax.Array:
+        found.append(native.count_threads())
+        return x
+
+    spec = jax.sharding.PartitionSpec()
+    jax.jit(jax.shard_map(record, mesh=devices, in_specs=spec, out_specs=spec))(1.0)
+    assert found[0] == max(8 // jax.local_device_count(), 1)
+
+
+def test_devices_share_only_what_the_library_does_not_share_better(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(parallel, "count_cores", lambda: 2)
+
+    def count(**fields: Any) -> int:
+        settings = config.default()
+        settings.batches.batch_size = 32
+        settings.model.update({"dtype": "auto", "hidden_size": 512, **fields})
+        return parallel._count_useful_cores(settings)
+
+    simulate(monkeypatch, *AMD)
+    assert count() == count(dtype="bfloat16") == count(dtype="float32") == 1
+    others: Any = {"hidden_size": 256, "cell": "gru", "recurrence": "scan"}
+    for field, value in {**others, "layer_norm": True, "block": "residual"}.items():
+        assert count(**{field: value}) == 2
+    assert count(hidden_size=500) == 2
+    simulate(monkeypatch, *INTEL)
+    assert count(hidden_size=640) == 1 and count(hidden_size=640, dtype="bfloat16") == 2
+    monkeypatch.setattr(native, "load_library", lambda: None)
+    assert count() == 2
+
+
+def test_the_library_is_not_loaded_where_it_can_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To load it may compile it, or warn that there is no compiler."""
+    monkeypatch.setattr(native, "load_library", lambda: pytest.fail("it was loaded"))
+    parallel.use_cores(config.Config())  # Before it is known which devices there are.
+    assert not choice.runs_in_c("windows", "bfloat16", 500)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert not choice.runs_in_c("windows", "bfloat16", 512) and choice.list_rows() == []
