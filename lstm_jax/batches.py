@@ -18,7 +18,7 @@ class Batch(NamedTuple):
 
     inputs: np.ndarray  # int32 [batch, time].
     targets: np.ndarray  # int32 [batch, time]: targets[b, t] follows inputs[b, t] in the text.
-    starts: np.bool_  # bool [], whether a new text starts here, so that the carry must be zero.
+    starts: np.bool_  # bool [], whether a new text starts here, from the initial carry.
     soft_targets: jax.Array | None = None  # float16 [batch, time, vocabulary], of teachers.
 
 
@@ -89,7 +89,7 @@ def cut_batch(
     positions = offsets.begins[:, None] + np.arange(window_length + 1, dtype=np.int32)
     windows: Any = ids[positions].astype(np.int32, copy=False)
     soft_targets = None
-    if predictions is not None:  # A slice for each window: for rows, a TPU would copy all of them.
+    if predictions is not None:  # Slices: to gather rows, a TPU would copy the whole array.
         cut = functools.partial(jax.lax.dynamic_slice_in_dim, predictions, slice_size=window_length)
         soft_targets = jax.vmap(cut)(offsets.begins + 1)
     return Batch(windows[:, :-1], windows[:, 1:], offsets.starts, soft_targets)

@@ -116,7 +116,7 @@ _SCALE: Rule[float] = Rule("above 0, up to 1000", lambda value: 0 < value <= 100
 # Larger sizes are mistakes, or attempts to exhaust the memory.
 _SIZE, _SIZE_OR_ZERO = between(1, 2**20), between(0, 2**20)
 _COUNT, _POSITIVE_COUNT = between(0, 2**31 - 1), between(1, 2**31 - 1)
-_WEIGHT = between(0, 10**9)
+_AMOUNT = between(0, 10**9)
 _NO_PATH: "Rule[Config]" = Rule("data.path=''", lambda c: not c.data.path)
 _SEVERAL_LAYERS: "Rule[Config]" = Rule("model.num_layers above 1", lambda c: c.model.num_layers > 1)
 _READS_B1_AND_B2: "Rule[Config]" = Rule(
@@ -154,7 +154,7 @@ class DataConfig:
         "dataset. Empty: the text is one document.",
         one_of(*vocabulary.SEPARATORS))
     memory_megabytes: int = field(16, "Texts larger than this (in 10**6 bytes) are not read into "
-        "memory: they are encoded once into files of ids, which training reads in parts.", _WEIGHT,
+        "memory: they are encoded once into files of ids, which training reads in parts.", _AMOUNT,
         resume=True)
     prepared: str = field("", "Directory for encoded texts. Empty: .lstm_jax beside the first text "
         "file.", resume=True)
@@ -265,7 +265,7 @@ class OptimizerConfig:
     weight_decay: float = field(0.0, "Weight decay of parameters with two axes or more.",
         Rule("from 0 to 1e38", lambda value: 0 <= value <= 1e38), resume=True)
     max_gradient_norm: float = field(0.0, "Clip gradients to this global norm. 0: no clipping.",
-        _WEIGHT, resume=True)
+        _AMOUNT, resume=True)
     average_decay: float = field(0.0, "Decay of an exponential moving average of the parameters, "
         "which evaluation and sampling then use. 0: no average.", _SHARE,
         relevant_if=Rule("another optimizer than 'schedule_free'",
@@ -292,9 +292,9 @@ class RegularizationConfig:
     recurrent_dropout: float = field(0.0, "DropConnect of the recurrent kernels.", _SHARE,
         resume=True)
     activation_penalty: float = field(0.0, "Weight of the outputs' mean square in the loss.",
-        _WEIGHT, resume=True)
+        _AMOUNT, resume=True)
     temporal_activation_penalty: float = field(0.0, "Weight of the outputs' mean squared change "
-        "per step in the loss.", _WEIGHT, resume=True)
+        "per step in the loss.", _AMOUNT, resume=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,9 +354,9 @@ class RunConfig:
     log_every_steps: int = field(10, "Steps between training losses in metrics.jsonl.",
         _POSITIVE_COUNT, resume=True)
     checkpoint_every_seconds: float = field(300.0, "Seconds between checkpoints in an epoch. 0: "
-        "as often as possible.", _WEIGHT, resume=True)
-    max_skipped_steps: int = field(0, "Skip at most this number of steps whose loss or gradient is "
-        "not finite.", _COUNT, resume=True)
+        "as often as possible.", _AMOUNT, resume=True)
+    max_skipped_steps: int = field(0, "Skip at most this number of steps with a number that "
+        "is not finite.", _COUNT, resume=True)
     profile: bool = field(False, "Trace a few steps for TensorBoard's profiler.", resume=True)
 # fmt: on
 
@@ -433,7 +433,7 @@ def complete_config(fields: object) -> Config:
         raise UserError(f"get_config() returned {type(fields).__name__}, not a ConfigDict")
     try:
         given = list(_flatten(ConfigDict(fields).to_dict()))
-    except (TypeError, ValueError) as error:  # A name that is not a string, or has a dot.
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:  # A name, as "a.b".
         raise UserError(f"this is not a config: {error}") from None
     made = default()
     for name, value in given:

@@ -99,7 +99,7 @@ def make_control_arrays(controls: Controls, vocabulary_size: int) -> ControlArra
     forbidden[[*SPECIAL_IDS, *ids]] = True
     if forbidden.all():
         raise UserError("every token of the vocabulary is forbidden: allow at least one")
-    return ControlArrays(**arrays | {"forbidden": forbidden})
+    return ControlArrays(**arrays, forbidden=forbidden)
 
 
 def adjust_logits(logits: jax.Array, age: jax.Array, controls: ControlArrays) -> jax.Array:

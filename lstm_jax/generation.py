@@ -133,9 +133,9 @@ def draw_uniform(key: jax.Array, batch_size: int, positions: jax.Array) -> jax.A
     They are float32 [batch_size, n] in [0, 1). Each depends only on the key, its index in the
     batch, and its position, counted from the start of the prompt.
     """
-    fold_in = jax.random.fold_in
-    keys = jax.vmap(lambda b: jax.vmap(fold_in, (None, 0))(fold_in(key, b), positions))
-    return jax.vmap(jax.vmap(jax.random.uniform))(keys(jnp.arange(batch_size)))
+    fold_all = jax.vmap(jax.random.fold_in, (None, 0))
+    keys = jax.vmap(fold_all, (0, None))(fold_all(key, jnp.arange(batch_size)), positions)
+    return jax.vmap(jax.vmap(jax.random.uniform))(keys)
 
 
 def draw_tokens(logits: jax.Array, uniform: jax.Array) -> jax.Array:
@@ -197,35 +197,38 @@ def generate_chunks(
                 "lower optimizer.learning_rate"
             )
         if process_logits:
-            logits = process_logits(ids.copy(), np.array(state.logits))  # It may change both.
-            logits = _check_logits(logits, state, control_arrays)
-            state = state._replace(logits=jnp.asarray(logits))
+            state = _process_logits(process_logits, ids, state, control_arrays)
         stop_id, count = np.int32(stops.token_id), np.int32(min(chunk, length))
         drawn, number, state = _generate(
             model, arrays, state, key, control_arrays, stop_id, count, size=longest
         )
         new, ended = np.array(drawn)[:, : int(number)], np.array(state.ended)
-        for row, search in enumerate(searches):
-            if (end := search.find_end(new[row])) is not None:
-                new[row, end:], ended[row] = PADDING_ID, True
-        if searches and ended.all():
-            new = new[:, (new != PADDING_ID).any(axis=0)]
+        if searches:
+            new = _search_stops(searches, new, ended)
+            state = state._replace(ended=jnp.asarray(ended))
         yield new
         if ended.all():
             return
-        if searches:
-            state = state._replace(ended=state.ended | ended)
         if process_logits:
             ids = np.concatenate([ids, new], axis=1)
         length -= new.shape[1]
         chunk = min(4 * chunk, most)
 
 
-def _check_logits(
-    processed: np.typing.ArrayLike, state: State, controls: ControlArrays
-) -> np.ndarray:
-    """Return the result of a logits processor, or raise `UserError` if no token can be drawn."""
-    logits = np.asarray(processed, np.float32)
+def _search_stops(searches: list[StopSearch], new: np.ndarray, ended: np.ndarray) -> np.ndarray:
+    """Pad each text after its stop text, and mark it in `ended`; return the columns with tokens."""
+    for row, search in enumerate(searches):
+        if (end := search.find_end(new[row])) is not None:
+            new[row, end:], ended[row] = PADDING_ID, True
+    return new[:, (new != PADDING_ID).any(axis=0)] if ended.all() else new
+
+
+def _process_logits(
+    process: BatchLogitsProcessor, ids: np.ndarray, state: State, controls: ControlArrays
+) -> State:
+    """Return the state with processed logits; raise `UserError` if no token can be drawn."""
+    # The processor may change its arguments.
+    logits = np.asarray(process(ids.copy(), np.array(state.logits)), np.float32)
     if logits.shape != state.logits.shape:
         raise UserError(
             f"process_logits returned an array {list(logits.shape)}: it must return the logits "
@@ -236,7 +239,7 @@ def _check_logits(
             "process_logits returned logits with which no token can be drawn: at least one allowed "
             "token needs a finite logit, and none may be NaN or infinity"
         )
-    return logits
+    return state._replace(logits=jnp.asarray(logits))
 
 
 def generate_tokens(

@@ -60,13 +60,12 @@ def read_chunks(
     model: LanguageModel,
     params: Params,
     chunks: Iterable[Chunk],
-    carry: Carry | None = None,
 ) -> np.ndarray:
     """Return the results of `read`, a function like `read_chunk`, for the targets that count.
 
     They are in the order of the text, [n, ...]. The carry is kept from chunk to chunk.
     """
-    results, counted = [], []
+    carry, results, counted = None, [], []
     for chunk in chunks:
         if carry is None:
             carry = first_carry(model, params, len(chunk[0]))
@@ -107,10 +106,10 @@ def iterate_chunks(ids: Ids, length: int | None = None) -> Iterator[Chunk]:
     With a `length`, chunks have one stream of that length; without, they are cut as
     by `compute_loss`.
     """
-    streams, warm_up = (1, 0) if length else (count_streams(ids), _WARM_UP)
+    streams = 1 if length else count_streams(ids)
     length = length or (_CHUNK if streams == 1 else _STREAMS_CHUNK)
     bounds = (len(ids) - 1) * np.arange(streams + 1) // streams
-    return _cut_chunks(ids, np.maximum(bounds[:-1] - warm_up, 0), bounds, length)
+    return _cut_chunks(ids, np.maximum(bounds[:-1] - _WARM_UP, 0), bounds, length)
 
 
 def _cut_chunks(ids: Ids, begins: np.ndarray, bounds: np.ndarray, length: int) -> Iterator[Chunk]:

@@ -6,7 +6,7 @@ from jax import lax
 
 
 def matmul(a: jax.Array, b: jax.Array, dtype: str, bias: jax.Array | None = None) -> jax.Array:
-    """Return a [..., m, k] @ b [k, n] + bias [n], multiplied in `dtype`, accumulated in float32.
+    """Return a [..., m, k] @ b [..., k, n] + bias [n], multiplied in `dtype`, summed in float32.
 
     `dtype` is "bfloat16", or "float32" for the arrays' own dtype.
     """
@@ -16,10 +16,8 @@ def matmul(a: jax.Array, b: jax.Array, dtype: str, bias: jax.Array | None = None
 
 def matmul_rounded(a: jax.Array, b: jax.Array) -> jax.Array:
     """Return a @ b for factors that `round_factor` has rounded; in bfloat16 without a JVP."""
-    if a.dtype == b.dtype == jnp.bfloat16:
-        return _matmul_bfloat16(a, b)
-    low = a.dtype == jnp.bfloat16
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32 if low else None)
+    is_low = a.dtype == b.dtype == jnp.bfloat16
+    return _matmul_bfloat16(a, b) if is_low else jnp.matmul(a, b)
 
 
 @jax.custom_vjp

@@ -20,7 +20,7 @@ from lstm_jax.optimizer import update_average
 class TrainState(NamedTuple):
     """Everything that a training step reads and writes.
 
-    Checkpoints contain all of it but what is None, so a field that is never None makes earlier
+    Checkpoints hold all of it but what is None, so a new field that is never None makes earlier
     ones unreadable.
     """
 
@@ -200,10 +200,10 @@ def _make_compute_grads(model: model_lib.LanguageModel, config: Config) -> Calla
 
     def loss_fn(
         params: model_lib.Params,
-        carry: model_lib.Carry,
-        batch: tuple[jax.Array, jax.Array, jax.Array | None],
-        masks: model_lib.Masks | None,
         key: jax.Array | None,
+        batch: tuple[jax.Array, jax.Array, jax.Array | None],
+        carry: model_lib.Carry,
+        masks: model_lib.Masks | None,
     ) -> tuple[jax.Array, tuple[jax.Array, model_lib.Carry]]:
         """Return the loss to minimize, with teachers and penalties; and (the loss, the carry)."""
         read = params if key is None else regularization.drop_parameters(rates, params, key)
@@ -220,8 +220,8 @@ def _make_compute_grads(model: model_lib.LanguageModel, config: Config) -> Calla
         return objective + regularization.compute_penalty(rates, outputs, dropped), (loss, carry)
 
     def compute_grads(params: model_lib.Params, key: jax.Array | None, *divided: Any) -> Any:
-        def compute_part(batch: Any, carry: model_lib.Carry, masks: Any) -> Any:
-            grads, (loss, carry) = jax.grad(loss_fn, has_aux=True)(params, carry, batch, masks, key)
+        def compute_part(*part: Any) -> Any:
+            grads, (loss, carry) = jax.grad(loss_fn, has_aux=True)(params, key, *part)
             return (grads, loss), carry
 
         if microbatches == 1:

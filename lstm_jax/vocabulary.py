@@ -69,9 +69,9 @@ class Vocabulary:
     follow in code-point order. If the text consists of documents, one token is the stop token: the
     text between two of them, such as a blank line.
 
-    A byte that is not valid UTF-8 becomes a surrogate, as in Python's "surrogateescape", so that
-    any file can be a text. The tokens of kind "bytes" are always the 256 bytes. Those of kind "bpe"
-    are the bytes, and then parts of words in the order in which they were learned.
+    The tokens of kind "bytes" are always the 256 bytes, so that any file can be a text: those above
+    127 are surrogates, as in Python's "surrogateescape". Those of kind "bpe" are the bytes, and
+    then parts of words in the order in which they were learned.
 
     Attributes:
       tokens: the text of each id, special ones included.
@@ -200,7 +200,7 @@ class Vocabulary:
         return functools.lru_cache(maxsize=2**20)(functools.partial(bpe.split_word, ids=ids))
 
     def split(self, text: str) -> list[str]:
-        """Return the tokens of `text`, known or not; bytes above 127 are one token each."""
+        """Return the tokens of `text`, whether or not they are in the vocabulary."""
         words = split_text(text, self.kind, self.stop)
         return [token for word in words for token in self.split_word(word)]
 
@@ -213,7 +213,7 @@ class Vocabulary:
         return self.look_up(self.split(text))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`; "" is left out, "[UNK]" is kept; others raise `UserError`."""
+        """Return the text of `ids`, with "[UNK]"; raise `UserError` for an id out of range."""
         return self.make_decoder()(ids, True)
 
     def make_decoder(self) -> Callable[[Iterable[int], bool], str]:

@@ -144,6 +144,7 @@ def test_a_large_text_is_prepared_in_the_cache_if_the_user_names_it(
     path.write_text("To be, or not to be: " * 50)
     data.path, data.prepared = str(path), str(tmp_path / "prepared")
     expected = texts.read_splits(data)
+    data.sha256 = texts.compute_checksum(expected)
     with pytest.raises(
         UserError, match=f"--data_path FILE.*{user_cache.get_path('prepared').absolute()}"
     ):
@@ -153,10 +154,14 @@ def test_a_large_text_is_prepared_in_the_cache_if_the_user_names_it(
         assert isinstance(read["train"], prepared.PreparedText)
         assert {name: text.read_start() for name, text in read.items()} == expected
     assert list_files(tmp_path / "text") == [str(path)] and not (tmp_path / "prepared").exists()
+    data.sha256 = ""  # So the file could be any one.
+    with pytest.raises(UserError, match=r"no checksum of its text, .*: name it \(--data_path\)"):
+        load_texts_of_run(data, None)
     # A corpus that was prepared for training is read in place, and nothing is written there.
     data.fractions = (0.8, 0.1, 0.1)
     data.memory_megabytes = 0
     expected = {name: text.read_start() for name, text in texts.load_texts(data).texts.items()}
+    data.sha256 = texts.compute_checksum(expected)
     os.utime(path)
     before = {path: path.read_bytes() for path in (tmp_path / "prepared").rglob("*.json")}
     read = load_texts_of_run(data, None)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -19,7 +20,7 @@ from lstm_jax import config, dynamic, generation
 from lstm_jax import model as model_lib
 from lstm_jax.controls import Controls
 from lstm_jax.convert import transfer
-from lstm_jax.run import metrics, workdir, zero_state
+from lstm_jax.run import command, metrics, workdir, zero_state
 from lstm_jax.vocabulary import FILE_END, Vocabulary
 
 ROOT = Path(__file__).parents[1]
@@ -193,6 +194,18 @@ def test_sample_passes_its_flags_and_prints_each_piece(
     forbidden = workdir.load_vocabulary(trained).encode("e").tolist()
     assert given["controls"] == Controls(0.7, 9, 0.9, 0.05, 1.3, 10, forbidden)
     assert (given["length"], given["stop_token"], given["stop_at"]) == (7, False, "x")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")]
+)
+def test_too_little_memory_is_one_line(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command._report(error)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: there is not enough memory")
 
 
 @pytest.mark.process

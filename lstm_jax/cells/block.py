@@ -34,8 +34,6 @@ class Block(nn.Module):
     convolution over the last 4 inputs, the cell, a gated MLP (Shazeer 2020). They differ in the
     width of the MLP and in a gate beside the cell. Here the MLP has 2 * hidden_size hidden units,
     and the last block is followed by the dense layer without another normalization.
-
-    The carry is the last inputs of the convolution and the carry of the cell.
     """
 
     input_size: int

@@ -29,8 +29,8 @@ def check_cell(
 ) -> None:
     """Check that a cell follows `lstm_jax.cells.protocol`, with random parameters and inputs.
 
-    Check shapes and dtypes; single steps against a sequence, and the parallel form against both; a
-    sequence against its two parts with the carry kept; that texts of a batch are independent;
+    Check shapes and dtypes; single steps, and the parallel form, against a scan; a sequence against
+    its two parts with the carry kept; that texts of a batch are independent;
     gradients against finite differences, in float64; bfloat16 against float32, if the cell has a
     field dtype; and gates and activations, if it has any. The fields dtype and layer_norm must
     have an effect, and so must gates that a class with its own `__call__` inherits.
@@ -117,7 +117,7 @@ def _check_values(cell: Any) -> Any:
 
 
 def _check_effects(cell: Any, variables: Any, carry: Any, inputs: Any, whole: Any) -> None:
-    """Check that fields and methods that a cell inherits have an effect on the results `whole`."""
+    """Check that dtype, layer_norm and inherited gates have an effect on the results `whole`."""
     if hasattr(cell, "dtype"):
         low = _make_run(cell.clone(dtype="bfloat16"), variables)(carry, inputs)
         _compare(cell, "__call__", "bfloat16 is far from float32", low, whole, _BFLOAT16)

@@ -60,4 +60,4 @@ def make_card(name: str, trained: Trained, dtype: str, rows: Sequence[Row]) -> s
 
 
 def _remove_directories(paths: str) -> str:
-    return re.sub(r"[^,;]*/", "", paths)
+    return re.sub("[^,;]+", lambda path: path[0].rpartition("/")[2], paths)

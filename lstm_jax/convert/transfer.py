@@ -37,7 +37,7 @@ def import_weights(
             f"{source} does not contain its vocabulary: give --vocabulary FILE, or --text FILE "
             "with the text whose characters are the tokens"
         )
-    directory = directory.absolute()
+    directory = workdir.check_path(directory).absolute()
     if directory.is_dir() and any(directory.iterdir()):
         raise UserError(f"{directory} is not empty: use another --workdir")
     config, splits = config_lib.default(), dict[str, str]()

@@ -5,6 +5,7 @@ not UTF-8 become surrogates, as in Python's "surrogateescape". Otherwise they ar
 byte-order mark at the start of a file is removed.
 """
 
+import collections
 import glob
 import hashlib
 import itertools
@@ -52,7 +53,7 @@ def find_files(paths: str) -> list[list[Path]]:
     if both := set(first).intersection(itertools.chain(*others)):
         raise UserError(f"{min(both)} is in the training text and in another split: name it in one")
     if not others and len(set(first)) < len(first):
-        twice = next(path for path in first if first.count(path) > 1)
+        twice = collections.Counter(first).most_common(1)[0][0]
         raise UserError(f"{twice} is named twice, so it may be in two splits: name it once")
     return found
 

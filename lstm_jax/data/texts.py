@@ -112,7 +112,10 @@ def load_texts_of_run(
             "trust it, add --dataset NAME, and --data_directory DIR if it is not in TFDS's default "
             "directory"
         )
-    return _open_splits(data, manifest).texts
+    splits = _open_splits(data, manifest)
+    if given.path and path is None and not given.sha256:  # It could be any file of the user.
+        raise UserError(f"the run has no checksum of its text, {given.path}: name it (--data_path)")
+    return splits.texts
 
 
 def _find_prepared(data: DataConfig, may_prepare: bool) -> Manifest:

@@ -5,6 +5,7 @@ take part in saving checkpoints.
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import os
@@ -20,6 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lstm_jax.background import call_in_thread
 from lstm_jax.errors import UnavailableError, UserError, make_visible, one_line
 
 _LOST = (
@@ -78,12 +80,13 @@ def join_processes(
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     _filter_native_errors()
     try:
-        jax.distributed.initialize(
-            *given,
+        initialize = functools.partial(
+            jax.distributed.initialize,
             initialization_timeout=timeout_seconds,
             heartbeat_timeout_seconds=30,  # After this silence a process counts as lost.
             shutdown_timeout_seconds=60,
         )
+        call_in_thread(initialize, *given)  # So that Ctrl-C ends the wait for the others.
     except Exception as error:  # Detecting a cluster may raise anything.
         _leave(
             f"can't join the other processes ({one_line(error)[:300]}): name them with "

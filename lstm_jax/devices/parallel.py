@@ -174,7 +174,7 @@ def gather_on_one_device(tree: T, mesh: Mesh) -> T:
 
 
 def get_one_copy(array: jax.Array) -> jax.Array:
-    """Return the copy on one device of an array that only this process's devices have, each whole.
+    """Return one copy of an array that this process's devices, and no others, each hold whole.
 
     Any other array is returned as it is.
     """

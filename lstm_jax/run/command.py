@@ -161,10 +161,11 @@ def define_run_flags() -> Callable[[], list[Path]]:
         if not workdir.value:
             raise UserError("specify the trained model: --workdir DIR")
         from lstm_jax.run import cell_file
+        from lstm_jax.run.workdir import check_path
 
         for name in cell.value:
             cell_file.load_cell(name)
-        return [*map(Path, workdir.value)]
+        return [*map(check_path, workdir.value)]
 
     return read
 

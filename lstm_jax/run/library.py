@@ -191,27 +191,28 @@ class Run:
             raise UserError(f"carry is a {type(carry).__name__}: it must be that of earlier scores")
         tokens, ids = self.vocabulary.split(text), self.vocabulary.encode(text)
         if carry:
-            before, ids = carry.read(), np.append(np.int32(carry.last), ids)
+            now, ids = carry.read(), np.append(np.int32(carry.last), ids)
         else:
-            before, tokens = model_lib.first_carry(self.model, self._params, 1), tokens[1:]
+            now, tokens = model_lib.first_carry(self.model, self._params, 1), tokens[1:]
         if not len(ids):
             return Scores([], np.zeros(0, np.float32), None)
-        losses = np.zeros(0, np.float32)
+        log_probs, start, before = [np.zeros(0, np.float32)], 0, now
         if not carry and loss_lib.count_streams(ids) > 1:  # As `evaluate` reads a long text.
-            losses = loss_lib.compute_token_losses(self.model, self._params, ids)
-        elif len(ids) > 1:
+            log_probs = [-loss_lib.compute_token_losses(self.model, self._params, ids)]
+        else:
             length = min(generation.round_length(len(ids) - 1), _LONGEST_CHUNK)
-            chunks = loss_lib.iterate_chunks(ids, length)
-            read_chunk = loss_lib.read_chunk
-            losses = loss_lib.read_chunks(read_chunk, self.model, self._params, chunks, before)
+            for number, chunk in enumerate(loss_lib.iterate_chunks(ids, length)):
+                start, before = number * length, now
+                losses, now = loss_lib.read_chunk(self.model, self._params, chunk, now)
+                log_probs.append(-np.asarray(losses)[chunk[2]])
 
         @functools.cache
         def read() -> model_lib.Carry:
-            # Most callers need no carry. The padding at the end of the last chunk has changed it.
+            # The last chunk again, without the padding at its end. Most callers need no carry.
             state = generation.initial_state(self.model, self._arrays)._replace(carry=before)
-            return self.read(ids[None, :-1], state).carry
+            return self.read(ids[None, start:-1], state).carry
 
-        return Scores(tokens, -losses, TextCarry(read, int(ids[-1])))
+        return Scores(tokens, np.concatenate(log_probs), TextCarry(read, int(ids[-1])))
 
     def hidden_states(self, text: str) -> list[np.ndarray]:
         """Return the hidden states after each token, for each layer float32 [tokens, hidden].

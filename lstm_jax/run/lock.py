@@ -40,7 +40,11 @@ def hold_lock(directory: Path) -> Iterator[Callable[[], None]]:
       UserError: if another process of this run does not see the directory.
     """
     if not hosts.is_first():
-        if not directory.exists():
+        for _ in range(STALE_SECONDS):  # NFS may hide what another host has made for so long.
+            if directory.exists():
+                break
+            time.sleep(1)
+        else:
             raise UserError(
                 f"process {jax.process_index()} does not see {directory}, where process 0 trains: "
                 "name the same directory for all, on a disk that they share"

@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict
 
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
-from lstm_jax.errors import choose_wording, name_same_command, name_setting
+from lstm_jax.errors import choose_wording, make_visible, name_same_command, name_setting
 from lstm_jax.recurrences import choice
 from lstm_jax.run import cell_file, workdir
 from lstm_jax.run.session import Session
@@ -49,12 +49,12 @@ def print_setup(run: Session) -> None:
         listed = ", ".join(map(repr, new[:10])) + ", ..." * (len(new) > 10)
         tokens = f"{len(new)} new tokens: {listed}" if new else "no new tokens"
         print(
-            f"The initial weights are those of step {source_step} in {config.init_from}; "
-            f"the vocabulary has {tokens}\n",
+            f"The initial weights are those of step {source_step} in "
+            f"{make_visible(config.init_from)}; the vocabulary has {tokens}\n",
             flush=True,
         )
     if config.distill.teachers and not run.is_finished:
-        teachers = config.distill.teachers
+        teachers = make_visible(config.distill.teachers)
         print(f"Teachers: {teachers}; they predict the training text first\n", flush=True)
     for field, (before, after) in run.changes.items():
         print(f"From step {step} on, {field} is {after!r}; it was {before!r}", flush=True)

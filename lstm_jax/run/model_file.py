@@ -57,9 +57,9 @@ def read_params(path: Path, params: Params) -> tuple[Params, int]:
             if os.fstat(file.fileno()).st_size != 8 + length + size:
                 raise ValueError
             data = file.read(size)
-        step = int(metadata["step"])
         if metadata["sha256"] != hashlib.sha256(metadata["step"].encode() + data).hexdigest():
             raise ValueError
+        step = int(metadata["step"])
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         raise UserError(
             f"{path} is damaged, or not a model of lstm_jax.convert: restore it from a copy"

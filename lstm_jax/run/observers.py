@@ -182,11 +182,10 @@ def check_finite(run: Session, loop: Loop) -> None:
         run.checkpoints.wait()
         last_saved = list_steps(run.directory / workdir.CHECKPOINTS)[-1]
         clips = config.optimizer.max_gradient_norm > 0
+        clip = "" if clips else f"{name_setting('optimizer.max_gradient_norm', 1)}, "
         raise NotFiniteError(
             f"{message}: the last good checkpoint is that of step {last_saved}; resume from it "
-            "with a lower optimizer.learning_rate, "
-            f"{'' if clips else name_setting('optimizer.max_gradient_norm', 1) + ', '}or "
-            f"max_skipped_steps above {allowed}"
+            f"with a lower optimizer.learning_rate, {clip}or max_skipped_steps above {allowed}"
         )
     with tqdm.external_write_mode(sys.stderr):  # Not behind the bar.
         warn(f"{message}; skipped {skipped} of at most {allowed}")

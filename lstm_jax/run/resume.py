@@ -67,8 +67,12 @@ def resolve_run(
     if (directory / workdir.CONFIG).exists():
         before = workdir.load_config(directory)
         first = before.init_from
-        if not config.init_from or (first and not workdir.find_model(first).exists()):  # It moved.
-            config = dataclasses.replace(config, init_from=first)
+        has_moved = first and not workdir.find_model(first).exists()
+        kept = {
+            "init_from": first if has_moved else config.init_from or first,
+            "distill.teachers": config.distill.teachers or before.distill.teachers,
+        }
+        config = config_lib.change_fields(config, kept)
         changes = _find_changes(before, config, directory)
         return config, workdir.load_vocabulary(directory), changes
     for name in (workdir.CHECKPOINTS, workdir.METRICS):
@@ -111,7 +115,7 @@ def extend_vocabulary(first: Vocabulary, second: Vocabulary) -> Vocabulary:
             f"{second.stop!r}: set the same data.document_separator and convert the line breaks of "
             "the text, or start from another model"
         )
-    added = filter(None, [second.stop]) if first.kind == "bpe" else second.tokens
+    added = [second.stop] if first.kind == "bpe" else second.tokens
     new = (token for token in added if token not in first)
     return Vocabulary([*first.tokens, *new], first.kind, second.stop)
 

@@ -14,7 +14,7 @@ from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.config import Config
-from lstm_jax.data import files, texts
+from lstm_jax.data import encoding, files, texts
 from lstm_jax.devices import feeding, hosts, memory, parallel
 from lstm_jax.errors import UnavailableError, UserError, name_other_directory, name_same_command
 from lstm_jax.run import advice, checkpoints, distillation, lock, metrics, resume, workdir
@@ -61,6 +61,7 @@ class Session:
         self.config, self.vocabulary, self.changes = resolved
         self.ids, self.sizes = splits.encode(self.vocabulary)
         is_new = not (steps := checkpoints.list_steps(self._saved_in))
+        self.is_resumed = not is_new
         held = files.read_tail(directory / lock.LOCK, 2**10)  # It distinguishes directories.
         hosts.check_same(
             f"{held!r} {steps} {self.config.to_dict()}",
@@ -70,7 +71,7 @@ class Session:
         self._on_devices = feeding.fits_on_device(ids, size)
         if teachers := config.distill.teachers:
             distillation.check_length(len(ids) if self._on_devices else None, size)
-            if is_new:
+            if is_new or "distill.teachers" in self.changes:
                 distillation.load_teachers(teachers, self.vocabulary)
         order = batches.make_order(len(ids), config.batches, config.seed)
         self.plan = Plan(config, order.steps_per_epoch)
@@ -88,6 +89,7 @@ class Session:
             mesh=self.mesh,
             counts=splits.texts["train"].count_tokens(self.vocabulary) if is_new else None,
         )
+        encoding.make_table.cache_clear()  # It has every distinct token of the text.
         self._restore(state)
         self.is_validated = self.is_finished = False
         self._begin(opened)
@@ -101,7 +103,6 @@ class Session:
         """Start the loop at the latest checkpoint, else in this state."""
         directory, plan, step = self.directory, self.plan, 0
         restored = checkpoints.restore_latest(self._saved_in, state.evaluated, state.rest)
-        self.is_resumed = restored is not None
         if restored:
             step, items = restored
             self._history, state = items.history, TrainState.join(items.params, items.state)
@@ -158,7 +159,7 @@ class Session:
     def ends_early(self) -> bool:
         """Return whether `patience` has ended the run, by its validation losses; process 0 decides.
 
-        Rows of training may be later than the checkpoint from which the run resumes.
+        Rows of training, which may be later than the latest checkpoint, don't count.
         """
         patience = self.config.patience
         if not patience:
@@ -194,7 +195,7 @@ class Session:
         # After the config: checkpoints without one can't be resumed.
         self.checkpoints = opened.enter_context(checkpoints.CheckpointWriter(self._saved_in))
         if not self.is_resumed:
-            # Complete before any metrics: `Validate` waits, as these can't be resumed without it.
+            # `Validate` waits for it: a run with metrics but no checkpoint can't be resumed.
             self.save(step, self.loop.state)
 
 

@@ -108,7 +108,7 @@ def prepare_sweep(
     settings = study_lib.SamplerSettings(sampler, seed or 0, grid)
     uses_hyperband = pruner == "hyperband" or (pruner is None and not seeds)
     name = name or f"{experiment_name}_{space_name}"
-    path = Path(directory or Path("runs", "sweeps", name))
+    path = workdir.check_path(directory or Path("runs", "sweeps", name))
     path.mkdir(parents=True, exist_ok=True)
     study = study_lib.open_study(
         *(path, location, name),
