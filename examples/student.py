@@ -14,6 +14,7 @@ The same command resumes.
 """
 
 import dataclasses
+import os
 from pathlib import Path
 
 import jax
@@ -58,7 +59,7 @@ def generate_splits(teachers: list[Path], splits: dict[str, str], out: Path) -> 
 
 def main() -> int:
     """Train all models that are not trained yet; return the exit code."""
-    config, out = command.read_experiment()[0], Path(_OUT.value).expanduser()
+    config, out = command.read_experiment()[0], Path(os.path.expanduser(_OUT.value))
     if config.data.document_separator == "file":
         raise lstm_jax.UserError("files that are documents can't be written into one text")
     teachers = [out / f"teacher_{k}" for k in range(_TEACHERS.value)]

@@ -4,9 +4,7 @@
 # Downloads the text. Aims at the published 1.232 bits per byte on the test split, with 47 million
 # parameters (Merity et al. 2018); this model has 47,274,978. Not yet run to the end.
 #
-# Estimated time: 14 hours on an H100, 74 days on two CPU cores. This is computed, not measured: 6
-# operations per parameter and byte, for 50 epochs of 90,000,000 bytes, divided by an assumed 25
-# TFLOP/s for the H100 and 200 GFLOP/s for the cores, in bfloat16.
+# Estimated time: 14 hours on an H100, 74 days on two CPU cores (computed: docs/data.md).
 
 from ml_collections import ConfigDict
 

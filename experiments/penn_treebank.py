@@ -4,9 +4,7 @@
 # Downloads the text. Aims at the published 1.175 bits per character on the test split, with 13.8
 # million parameters (Merity et al. 2018); this model has 13,779,252. Not yet run to the end.
 #
-# Estimated time: 2.3 hours on an H100, 12 days on two CPU cores. This is computed, not measured: 6
-# operations per parameter and character, for 500 epochs of 5,017,482 characters, divided by an
-# assumed 25 TFLOP/s for the H100 and 200 GFLOP/s for the cores, in bfloat16.
+# Estimated time: 2.3 hours on an H100, 12 days on two CPU cores (computed: docs/data.md).
 
 from ml_collections import ConfigDict
 

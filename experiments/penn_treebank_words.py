@@ -6,14 +6,11 @@
 # 2018). This model has 20,200,800 in its layers and 401 for each token of the vocabulary, together
 # 24,210,800 for 10,000 tokens. Not yet run to the end.
 #
-# Perplexities are published per word between spaces, with the end of each line as a word. Here
-# some of these words are several tokens, such as <unk>. With b bits per character, the perplexity
-# per published word is 2 ** (5.374 b) on the validation split and 2 ** (5.413 b) on the test split.
+# With b bits per character, the perplexity per published word (docs/data.md) is 2 ** (5.374 b) on
+# the validation split and 2 ** (5.413 b) on the test split.
 #
-# Estimated time: 1 hour on an H100, 5 days on two CPU cores. This is computed, not measured: 6
-# operations per parameter and token, for 500 epochs of 1.13 million tokens (1.21 per word, as in
-# the validation split), divided by an assumed 25 TFLOP/s for the H100 and 200 GFLOP/s for the
-# cores, in bfloat16.
+# Estimated time: 1 hour on an H100, 5 days on two CPU cores (computed: docs/data.md), for 1.13
+# million tokens, 1.21 per word as in the validation split.
 
 from ml_collections import ConfigDict
 

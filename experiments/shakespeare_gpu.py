@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.model.embedding_size = 128
     config.model.hidden_size = 1024
     config.model.num_layers = 2
-    config.model.dtype = "bfloat16"
+    config.model.dtype = "auto"
 
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 100

@@ -5,9 +5,7 @@
 # multiplicative LSTM of Krause et al. 2016 has 1.27 bits per character on the test split, with 45
 # million parameters. This model has 47,183,149. Not yet run to the end.
 #
-# Estimated time: 14 hours on an H100, 74 days on two CPU cores. This is computed, not measured: 6
-# operations per parameter and character, for 50 epochs of 90,000,000 characters, divided by an
-# assumed 25 TFLOP/s for the H100 and 200 GFLOP/s for the cores, in bfloat16.
+# Estimated time: 14 hours on an H100, 74 days on two CPU cores (computed: docs/data.md).
 
 import runpy
 from pathlib import Path

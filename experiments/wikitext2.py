@@ -6,14 +6,11 @@
 # parameters (Merity et al. 2018). This model has 20,200,800 in its layers and 401 for each token of
 # the vocabulary, together 33,545,278 for the published 33,278 words. Not yet run to the end.
 #
-# Perplexities are published per word between spaces, with the end of each line as a word. Here
-# some of these words are several tokens, such as <unk>. With b bits per character, the perplexity
-# per published word is 2 ** (5.130 b) on the validation split and 2 ** (5.093 b) on the test split.
+# With b bits per character, the perplexity per published word (docs/data.md) is 2 ** (5.130 b) on
+# the validation split and 2 ** (5.093 b) on the test split.
 #
-# Estimated time: 5 hours on an H100, 24 days on two CPU cores. This is computed, not measured: 6
-# operations per parameter and token, for 750 epochs of 2.80 million tokens (1.34 per word, as in
-# the validation split), divided by an assumed 25 TFLOP/s for the H100 and 200 GFLOP/s for the
-# cores, in bfloat16.
+# Estimated time: 5 hours on an H100, 24 days on two CPU cores (computed: docs/data.md), for 2.80
+# million tokens, 1.34 per word as in the validation split.
 
 import runpy
 from pathlib import Path

@@ -304,8 +304,7 @@ class DistillConfig:
     teachers: str = field("", "Working directories of trained models, separated by commas: the "
         "model also learns the mean of their probabilities.", resume=True)
     weight: float = field(0.8, "Share of the teachers in the loss; the rest is the text's.",
-        Rule("from 0 to 1", lambda value: 0 <= value <= 1), resume=True,
-        relevant_if=Rule("distill.teachers", lambda c: c.distill.teachers != ""))
+        Rule("from 0 to 1", lambda value: 0 <= value <= 1), resume=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -205,7 +205,8 @@ def generate_chunks(
         new, ended = np.array(drawn)[:, : int(number)], np.array(state.ended)
         if searches:
             new = _search_stops(searches, new, ended)
-            state = state._replace(ended=jnp.asarray(ended))
+            # Placed like the state: else `_generate` would be compiled again.
+            state = state._replace(ended=state.ended | ended)
         yield new
         if ended.all():
             return

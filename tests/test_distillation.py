@@ -70,13 +70,17 @@ def test_a_student_resumes_bit_for_bit(trained: Path, text_file: Path, tmp_path:
     states = []
     for name, stops in (("whole", [9]), ("resumed", [4, 9])):
         for stop in stops:
-            arguments = runs.make_arguments(text_file, tmp_path / name, *flags)
+            given = flags[stop == 9 and name == "resumed" :]  # It keeps its teachers.
+            arguments = runs.make_arguments(text_file, tmp_path / name, *given)
             done = commands.run("main", *arguments, f"--config.max_steps={stop}")
             assert done.returncode == 0, done.stderr
         states.append(runs.load_final_state(tmp_path / name))
     for a, b in zip(*states, strict=True):
         np.testing.assert_array_equal(a, b)
-    whole = tmp_path / "whole"
+    config = (whole := tmp_path / "whole") / workdir.CONFIG
+    before = config.read_bytes()
+    arguments = runs.make_arguments(text_file, whole, f"--config.distill.teachers={tmp_path}")
+    assert commands.run("main", *arguments).returncode == 2 and config.read_bytes() == before
     with session.open_run(workdir.load_config(whole), whole) as opened:
         batch = opened.make_feed().next()
         assert isinstance(batch, feeding.Resident) and batch.predictions is not None

@@ -272,7 +272,7 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
         return f"--{error.flagname} needs an experiment: add --config experiments/quick.py"
     if isinstance(error, flags.UnrecognizedFlagError) and "config" in flags.FLAGS:
         suffix = f".{error.flagname}"
-        if fields := [f"--config.{f.name}" for f in config.FIELDS if f.name.endswith(suffix)]:
+        if fields := [f"--config.{f.name}" for f in config.FIELDS if f".{f.name}".endswith(suffix)]:
             return f"there is no flag --{error.flagname}: did you mean {' or '.join(fields)}?"
     message = re.sub(r"\('Non-boolean .*', (.*)\)", r"not true or false: \1", str(error))
     return message.replace("invalid literal for int() with base 10: ", "not an integer: ")
