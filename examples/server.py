@@ -7,6 +7,7 @@ Each request runs in a thread. All share one model, which no call changes.
 """
 
 import argparse
+import warnings
 
 import fastapi
 import uvicorn
@@ -54,6 +55,7 @@ if __name__ == "__main__":
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", "the model does not know")  # For each prompt of a reader.
     model = lstm_jax.load(arguments.model)
     list(model.stream(length=1))  # Compiles before the first request.
     uvicorn.run(make_app(model), host=arguments.host, port=arguments.port)

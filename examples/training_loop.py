@@ -64,7 +64,7 @@ def train(config: Config, ids: Any, lstm: model.LanguageModel, params: Any) -> A
             losses += _DECODE_PAST.value * cross_entropy(read, batch.inputs)
         return losses.mean(), carry
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    @jax.jit(donate_argnums=(0, 1, 2))
     def step(params: Any, opt_state: Any, carry: Any, key: jax.Array, batch: Any) -> Any:
         key, reset_key, *mask_keys = jax.random.split(key, 4)
         resets = jax.random.bernoulli(reset_key, rate_of_resets, batch.inputs.shape[:1])

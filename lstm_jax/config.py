@@ -22,7 +22,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args
 from ml_collections import ConfigDict
 
 from lstm_jax import vocabulary
-from lstm_jax.errors import UserError
+from lstm_jax.errors import UserError, choose_wording
 
 T = TypeVar("T")
 T_contra = TypeVar("T_contra", contravariant=True)
@@ -64,8 +64,7 @@ def field(
 ) -> T:
     """Define a field of a section; see `Field`."""
     defined = Field("", default, meaning, allowed, resume, requires, relevant_if)
-    made: Any = dataclasses.field(default_factory=lambda: default, metadata={"field": defined})
-    return made
+    return dataclasses.field(default_factory=lambda: default, metadata={"field": defined})
 
 
 def between(low: int, high: int) -> Rule[float]:
@@ -375,8 +374,7 @@ class Config(RunConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as nested dicts, as in config.json."""
-        fields: dict[str, Any] = ConfigDict(dataclasses.asdict(self)).to_dict()
-        return fields
+        return ConfigDict(dataclasses.asdict(self)).to_dict()
 
 
 def _list_fields(section: Any, prefix: str = "") -> Iterator[Field]:
@@ -429,7 +427,8 @@ def complete_config(fields: object) -> Config:
     if isinstance(fields, Config):
         fields = fields.to_dict()
     if not isinstance(fields, ConfigDict | dict):
-        raise UserError(f"get_config() returned {type(fields).__name__}, not a ConfigDict")
+        subject = choose_wording("get_config() returned", "the config is of type")
+        raise UserError(f"{subject} {type(fields).__name__}, not a ConfigDict")
     try:
         given = list(_flatten(ConfigDict(fields).to_dict()))
     except (TypeError, ValueError, AttributeError, RecursionError) as error:  # A name, as "a.b".

@@ -13,7 +13,6 @@ parameters,
 so that parameters with small gradients in training move as readily as the others.
 """
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -77,7 +76,7 @@ def measure_gradient_sizes(
     return _measure_gradient_sizes(model, params, inputs, targets)
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@jax.jit(static_argnames="model")
 def _measure_gradient_sizes(
     model: LanguageModel, params: Params, inputs: jax.Array, targets: jax.Array
 ) -> Params:
@@ -110,7 +109,7 @@ def compute_dynamic_losses(
         yield np.asarray(losses)[segments[2]]
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@jax.jit(static_argnames="model")
 def _read_segments(
     model: LanguageModel,
     trained: Params,

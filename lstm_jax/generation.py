@@ -1,6 +1,5 @@
 """Generate text: one jitted loop reads the prompt, another draws tokens and feeds them back."""
 
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -38,13 +37,13 @@ class State(NamedTuple):
     ended: jax.Array  # Which texts have ended, bool [batch].
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@jax.jit(static_argnames="model")
 def prepare_params(model: LanguageModel, params: Params) -> Prepared:
     """Prepare the parameters of a model, or of an `Ensemble`, for the functions below."""
     return model.prepare_step(params)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "batch_size"), keep_unused=True)
+@jax.jit(static_argnames=("model", "batch_size"), keep_unused=True)
 def initial_state(model: LanguageModel, arrays: Prepared, batch_size: int = 1) -> State:
     """Return the state before the first token, whose logits are zeros; see `model.first_carry`."""
     shape = (batch_size, model.vocabulary_size)
@@ -72,7 +71,7 @@ def round_length(time: int) -> int:
     return max(16, 1 << max(time - 1, 0).bit_length())
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@jax.jit(static_argnames="model")
 def _read(
     model: LanguageModel, arrays: Prepared, state: State, ids: jax.Array, count: jax.Array
 ) -> State:
@@ -92,7 +91,7 @@ def _read_one(model: LanguageModel, arrays: Prepared, state: State, ids: jax.Arr
 _Loop = tuple[jax.Array, jax.Array, State]  # Ids, the number of tokens generated, the state.
 
 
-@functools.partial(jax.jit, static_argnames=("model", "size"))
+@jax.jit(static_argnames=("model", "size"))
 def _generate(
     model: LanguageModel,
     arrays: Prepared,
@@ -135,7 +134,7 @@ def draw_uniform(key: jax.Array, batch_size: int, positions: jax.Array) -> jax.A
     """
     fold_all = jax.vmap(jax.random.fold_in, (None, 0))
     keys = jax.vmap(fold_all, (0, None))(fold_all(key, jnp.arange(batch_size)), positions)
-    return jax.vmap(jax.vmap(jax.random.uniform))(keys)
+    return jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, dtype=jnp.float32)))(keys)
 
 
 def draw_tokens(logits: jax.Array, uniform: jax.Array) -> jax.Array:

@@ -1,6 +1,5 @@
 """Compute the loss of a model, or of an `Ensemble`, on a text, and measures derived from it."""
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -127,7 +126,7 @@ def _cut_chunks(ids: Ids, begins: np.ndarray, bounds: np.ndarray, length: int) -
         yield windows[:, :-1], windows[:, 1:], counted
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@jax.jit(static_argnames="model")
 def read_chunk(
     model: LanguageModel, params: Params, chunk: Chunk, carry: Carry
 ) -> tuple[jax.Array, Carry]:

@@ -7,6 +7,7 @@
 import dataclasses
 import functools
 import itertools
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,6 +40,7 @@ Masks = Sequence[jax.Array | None]
 # The gates, activations and outputs of a layer after a step.
 Record = tuple[Gates, jax.Array, jax.Array]
 
+_DRAWING = threading.Lock()  # The limit of BLAS's threads is one of the process.
 # Larger parameters count as infinite: sums of their squares overflow float32.
 _LARGEST = 1e18
 # The maximum sum of `count_operations` over all layers; more take minutes to compile.
@@ -301,7 +303,7 @@ def init_params(model: LanguageModel, key: jax.Array, counts: np.ndarray | None 
     """
     # LAPACK makes the orthogonal kernels. Its threads spin while they wait for each other: if
     # another process occupies the cores, 0.2 s become 15 s.
-    with threadpoolctl.threadpool_limits(1, user_api="blas"):
+    with _DRAWING, threadpoolctl.threadpool_limits(1, user_api="blas"):
         params = jax.block_until_ready(_draw_params(model, key))
     if model.initial_scale != 1:
         params = jax.tree.map(lambda x: x * model.initial_scale if x.ndim > 1 else x, params)
@@ -312,13 +314,12 @@ def init_params(model: LanguageModel, key: jax.Array, counts: np.ndarray | None 
     return params
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@jax.jit(static_argnames="model")
 def _draw_params(model: LanguageModel, key: jax.Array) -> Params:
-    params: Params = model.init(key, jnp.zeros((1, 1), jnp.int32), model.initial_carry(1))["params"]
-    return params
+    return model.init(key, jnp.zeros((1, 1), jnp.int32), model.initial_carry(1))["params"]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "batch_size"), keep_unused=True)
+@jax.jit(static_argnames=("model", "batch_size"), keep_unused=True)
 def first_carry(model: LanguageModel, params: Params, batch_size: int) -> Carry:
     """Return `model.initial_carry` as a result of jit, so that it is placed like the parameters.
 

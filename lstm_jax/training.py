@@ -44,7 +44,8 @@ def train(
     """
     complete, directory = config_lib.complete_config(config), workdir.check_path(directory)
     parallel.use_cores(complete)
-    with console.quieten(quiet), session.open_run(complete, directory, watch) as run:
+    x64 = jax.enable_x64(False)  # The caller may have enabled it.
+    with x64, console.quieten(quiet), session.open_run(complete, directory, watch) as run:
         messages.print_setup(run)
         if not run.is_finished:
             _train(run)

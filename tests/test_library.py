@@ -380,6 +380,13 @@ def test_an_error_names_the_argument_of_other_methods() -> None:
             call(**arguments)
 
 
+def test_the_text_is_the_same_where_64_bits_are_enabled() -> None:
+    run = make_run()
+    expected = run.generate("a", length=20, top_p=0.9)
+    with jax.enable_x64(True):
+        assert run.generate("a", length=20, top_p=0.9) == expected
+
+
 def test_bytes_that_are_not_utf_8_can_be_read_by_a_model_of_bytes() -> None:
     vocabulary = Vocabulary.from_text("", "bytes")
     model = LanguageModel(len(vocabulary), 5, 7)

@@ -196,7 +196,7 @@ def test_outputs_and_gradients_agree_with_the_paper(
     expected = REFERENCES[name](params, inputs)
     assert np.abs(expected).max() > 0.1
 
-    @functools.partial(jax.jit, static_argnums=1)
+    @jax.jit(static_argnums=1)
     @functools.partial(jax.grad, has_aux=True)
     def differentiate(params: Any, parallel: bool) -> tuple[jax.Array, jax.Array]:
         carry = jax.tree.map(lambda x: x.astype(float), cell.initial_carry(BATCH))
@@ -230,7 +230,7 @@ def test_large_gates_stay_finite(name: str) -> None:
     bias = "bias" if name == "slstm" else "gate_bias"
     gates = 4 if name == "slstm" else 2
 
-    @functools.partial(jax.jit, static_argnums=1)
+    @jax.jit(static_argnums=1)
     @jax.value_and_grad
     def run(given: Any, parallel: bool) -> jax.Array:
         carry, x = cell.initial_carry(BATCH), jnp.asarray(inputs, jnp.float32)

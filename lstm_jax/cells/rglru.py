@@ -3,7 +3,6 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from lstm_jax.cells.base import HiddenCarry
 from lstm_jax.cells.linear import LinearCell
@@ -62,7 +61,7 @@ class RGLRUCell(LinearCell):
         return _SHARPNESS * r * jnp.broadcast_to(nn.log_sigmoid(self.decay), r.shape)
 
 
-def _draw_decay(key: jax.Array, shape: tuple[int], dtype: DTypeLike = jnp.float32) -> jax.Array:
+def _draw_decay(key: jax.Array, shape: tuple[int]) -> jax.Array:
     """Draw L so that sigmoid(L) ** c is uniform between `_LOWEST` and `_HIGHEST`."""
-    decay = jax.random.uniform(key, shape, dtype, _LOWEST, _HIGHEST) ** (1 / _SHARPNESS)
+    decay = jax.random.uniform(key, shape, jnp.float32, _LOWEST, _HIGHEST) ** (1 / _SHARPNESS)
     return jnp.log(decay) - jnp.log1p(-decay)

@@ -165,7 +165,7 @@ class Text:
         np.add.at(counts, table.ids, np.repeat(self.part.counts, table.sizes))
         return counts
 
-    def get_size(self, vocabulary: Vocabulary, first: bool = True) -> TextSize:
+    def get_size(self, vocabulary: Vocabulary, first: bool) -> TextSize:
         """Return the size of the text, with or without its first token."""
 
         def count_unknown(token: str) -> int:

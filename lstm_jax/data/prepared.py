@@ -120,9 +120,8 @@ def _locate(data: DataConfig) -> tuple[list[list[Path]], list[_FileState], Path]
     The paths in the states are relative to the directory, so that all can be moved.
     """
     texts = sources.find_files(data.path)
-    base = os.path.expanduser(data.prepared) or texts[0][0].absolute().parent / BESIDE
-    base = Path(os.path.normpath(Path(base).absolute()))
-    names = [[os.path.relpath(path.absolute(), base) for path in text] for text in texts]
+    base = Path(os.path.abspath(os.path.expanduser(data.prepared) or texts[0][0].parent / BESIDE))
+    names = [[os.path.relpath(path, base) for path in text] for text in texts]
     fractions = data.fractions if len(texts) == 1 else None
     content = json.dumps([names, data.units, data.document_separator, fractions]).encode()
     name = hashlib.sha256(content).hexdigest()[:16]
@@ -130,7 +129,7 @@ def _locate(data: DataConfig) -> tuple[list[list[Path]], list[_FileState], Path]
     states: list[_FileState] = []
     for path in itertools.chain.from_iterable(texts):
         with name_failure(f"can't read {path}"):
-            states.append([os.path.relpath(path.absolute(), directory), *_read_stat(path.stat())])
+            states.append([os.path.relpath(path, directory), *_read_stat(path.stat())])
     return texts, states, directory
 
 

@@ -249,9 +249,8 @@ def _decode(content: bytes, name: str, start: int = 0, remedy: str = "") -> str:
     except UnicodeDecodeError as error:
         raise UserError(
             f"{name} is not UTF-8 at byte {start + error.start}: unpack it if it is compressed, "
-            "or convert it with iconv -f "
-            "ENCODING -t UTF-8, where ENCODING is its own (LATIN1, EUC-JP, GB18030 or another)"
-            f"{remedy}"
+            "or convert it with iconv -f ENCODING -t UTF-8, where ENCODING is its own (LATIN1, "
+            f"EUC-JP, GB18030 or another){remedy}"
         ) from None
 
 

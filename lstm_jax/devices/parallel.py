@@ -42,7 +42,9 @@ def use_cores(config: Config, least: int = 1) -> None:
     are and whether the library in C runs. Call it before anything else uses JAX; later, or with a
     GPU or TPU, it has no effect.
     """
-    number = max(least, (config.mesh.data or _limit_cores(config)) * config.mesh.model)
+    wanted = (config.mesh.data or _limit_cores(config)) * config.mesh.model
+    given = jax.config.values["jax_num_cpu_devices"]  # The caller may have set it.
+    number = max(least, wanted, given)
     with contextlib.suppress(RuntimeError):  # JAX has made its devices already.
         jax.config.update("jax_num_cpu_devices", number)
     if config.model.hidden_size > _LARGEST_HIDDEN_IN_C:

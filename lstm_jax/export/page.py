@@ -32,7 +32,7 @@ def write_page(directory: Path, target: Path, bits: int = 16) -> None:
         print(f"In Python its matmuls use {dtype}, but the page computes in float32")
 
 
-def make_page(trained: workdir.Trained, name: str, bits: int = 16) -> bytes:
+def make_page(trained: workdir.Trained, name: str, bits: int) -> bytes:
     """Return the page of a model called `name`, with 8 or 16 bits for each weight.
 
     Its cell must be one of `CELLS`, without blocks.

@@ -1,6 +1,5 @@
 """Record the activations, gates, predictions and losses of a model while it reads a text."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -65,7 +64,7 @@ def record_activations(
     return Reading(activations, saturation, guesses, probabilities, bits)
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@jax.jit(static_argnames="model")
 def _read(
     model: model_lib.LanguageModel,
     params: model_lib.Params,

@@ -6,14 +6,12 @@ from collections.abc import Mapping, Sequence
 from lstm_jax.run.metrics import Row
 from lstm_jax.run.zero_state import ZeroState
 
-_Rows = Sequence[Row]
-
 # Fractions of a loss. Runs that differ only in their seed differ by a few thousandths.
 _RISE, _FALL = 0.005, 0.01
 _FAR = 0.7  # Losses of one model, in nats per token, that differ by more are suspicious.
 
 
-def is_out_of_patience(rows: _Rows, patience: int) -> bool:
+def is_out_of_patience(rows: Sequence[Row], patience: int) -> bool:
     """Return whether the last `patience` > 0 validations did not improve on those before.
 
     A run that was stopped or killed and has resumed has the same rows as one that was not, so both
@@ -23,7 +21,7 @@ def is_out_of_patience(rows: _Rows, patience: int) -> bool:
     return 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
 
 
-def advise(rows: _Rows) -> str | None:
+def advise(rows: Sequence[Row]) -> str | None:
     """Return a sentence about the losses of a finished run, or None if nothing is clear.
 
     - Overfitting: the last validation loss is more than 0.5 % above the lowest, and the training
@@ -51,7 +49,7 @@ def advise(rows: _Rows) -> str | None:
     return None
 
 
-def _average_training_loss(rows: _Rows, step: int) -> float | None:
+def _average_training_loss(rows: Sequence[Row], step: int) -> float | None:
     """Return the mean training loss between the validation at a step and the one before it."""
     earlier = [row["step"] for row in rows if row["split"] == "validation" and row["step"] < step]
     steps = range(max(earlier, default=0) + 1, step + 1)

@@ -1,6 +1,5 @@
 """Predict a text with teachers, whose probabilities a model learns (Hinton et al. 2015)."""
 
-import functools
 from typing import Any
 
 import jax
@@ -57,7 +56,7 @@ def predict_text(teachers: workdir.Trained, ids: Ids) -> np.ndarray:
     return np.concatenate([np.zeros_like(rows[:1]), rows])
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@jax.jit(static_argnames="model")
 def _predict_chunk(
     model: Any, params: Any, chunk: loss_lib.Chunk, carry: model_lib.Carry
 ) -> tuple[jax.Array, model_lib.Carry]:

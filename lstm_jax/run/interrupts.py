@@ -46,7 +46,7 @@ def _set_handler(handler: Callable[..., object]) -> dict[signal.Signals, Any]:
     return {number: signal.signal(number, handler) for number in changed}
 
 
-def leave(number: int = signal.SIGINT, *unused: object) -> NoReturn:
+def leave(number: int, *unused: object) -> NoReturn:
     """End the process with one line and the exit code of a signal."""
     with contextlib.suppress(OSError):
         os.write(2, b"Interrupted.\n" if number == signal.SIGINT else b"Terminated.\n")

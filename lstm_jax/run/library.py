@@ -285,10 +285,11 @@ def load(
     paths = [directory] if isinstance(directory, str | os.PathLike) else directory
     if not isinstance(paths, Sequence) or isinstance(paths, bytes) or not paths:
         raise UserError(f"directory is {directory!r}: it must be a path, or a list of paths")
-    return Run(ensemble.load_ensemble(paths, dtype)[0])
+    with jax.enable_x64(False):  # Parameters are float32.
+        return Run(ensemble.load_ensemble(paths, dtype)[0])
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@jax.jit(static_argnames="model")
 def _compute_hidden(
     model: model_lib.LanguageModel, params: model_lib.Params, ids: jax.Array
 ) -> list[jax.Array]:

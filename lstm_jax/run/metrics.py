@@ -21,10 +21,9 @@ from tensorboardX.summary import hparams, scalar, text
 from tqdm import tqdm
 
 from lstm_jax.config import Config, flatten
-from lstm_jax.data import files
+from lstm_jax.data import files, sources
 from lstm_jax.errors import name_failure, warn
 
-_SPLITS = ("train", "validation", "test")
 # Limits in bytes of the part of metrics.jsonl that is read, and of a row: a longer one is damaged.
 _LARGEST, _LONGEST_LINE = 2**26, 2**16
 _warn_once = functools.cache(warn)  # Training reads its metrics after each epoch.
@@ -91,7 +90,7 @@ class MetricsWriter(contextlib.ExitStack[None]):
         if self._step:  # TensorBoard then hides later steps of earlier events, of a stopped run.
             start = SessionLog(status=SessionLog.START)
             self._add(Event(step=self._step + 1, session_log=start))
-        losses = [f"{split}/loss" for split in _SPLITS]
+        losses = [f"{split}/loss" for split in sources.SPLITS]
         for summary in hparams(list_hyperparameters(self._config), losses)[:2]:
             self._add(Event(summary=summary))
 
@@ -180,7 +179,7 @@ def _parse(line: bytes) -> Row | None:
     with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
         row: Row = json.loads(line if len(line) <= _LONGEST_LINE else b"{}")
         valid = isinstance(row["step"], int) and 0 <= row["step"] < 2**31
-        valid = valid and isinstance(row["loss"], float) and row["split"] in _SPLITS
+        valid = valid and isinstance(row["loss"], float) and row["split"] in sources.SPLITS
         valid = valid and isinstance(row["epoch"], float | int)
         valid = valid and isinstance(row["seconds"], float)
         if row.pop("crc") == _checksum(row) and valid:

@@ -154,7 +154,7 @@ def run_worker(sweep: Sweep, signals: StopRequest | None = None) -> None:
 
     A trial that a signal stops is queued again, so that the same command resumes it.
     """
-    study, signals, failures = sweep.study, signals or StopRequest(), list[str]()
+    study, signals, failures = sweep.study, signals or StopRequest(), 0
     storage = study_lib.get_storage(study)
     storage.limit = sweep.trials
     while True:
@@ -170,14 +170,14 @@ def run_worker(sweep: Sweep, signals: StopRequest | None = None) -> None:
                 time.sleep(_POLL_SECONDS)  # Other workers train the last trials.
             continue
         error = _run_trial(sweep, trial, signals)
-        failures = [*failures, str(error)] if error else []
+        failures = failures + 1 if error else 0
         report.print_end(study, trial.number, sweep.trials)
         report.write_trials(study, sweep.directory)
         jax.clear_caches()  # Each trial compiles its own functions.
         if isinstance(error, _SpaceError):
             raise UserError(str(error))
-        if len(failures) >= _MAX_FAILURES:
-            raise UserError(f"{len(failures)} trials in a row failed, the last: {failures[-1]}")
+        if failures >= _MAX_FAILURES:
+            raise UserError(f"{failures} trials in a row failed, the last: {error}")
 
 
 def _run_trial(sweep: Sweep, trial: Trial, signals: StopRequest) -> _TrialError | None:

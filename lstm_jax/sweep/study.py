@@ -117,8 +117,7 @@ def claim_directory(directory: Path, trial: BaseTrial) -> None:
 
 def get_storage(study: Study) -> storage.SweepStorage:
     """Return the storage of a study, without Optuna's cache."""
-    backend: storage.SweepStorage = study._storage._backend  # type: ignore[attr-defined]
-    return backend
+    return study._storage._backend  # type: ignore[attr-defined]
 
 
 def get_trial_directory(directory: Path, trial: BaseTrial) -> Path:
