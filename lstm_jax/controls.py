@@ -142,7 +142,7 @@ def _filter_until(distances: jax.Array, weights: jax.Array, limit: jax.Array) ->
     vocabularies of 7,552 and 33,000 tokens.
     """
     # The bits of non-negative floats are ordered like the floats.
-    bits = jax.lax.bitcast_convert_type(distances.astype(jnp.float32), jnp.int32)
+    bits = jax.lax.bitcast_convert_type(distances, jnp.int32)
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds

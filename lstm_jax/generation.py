@@ -48,7 +48,7 @@ def initial_state(model: LanguageModel, arrays: Prepared, batch_size: int = 1) -
     """Return the state before the first token, whose logits are zeros; see `model.first_carry`."""
     shape = (batch_size, model.vocabulary_size)
     return State(
-        jnp.zeros(shape),
+        jnp.zeros(shape, jnp.float32),
         model.initial_carry(batch_size),
         jnp.full(shape, -(2**30), jnp.int32),  # Long ago.
         jnp.zeros((), jnp.int32),
@@ -85,7 +85,7 @@ def _read_one(model: LanguageModel, arrays: Prepared, state: State, ids: jax.Arr
     """Read one token of each text, ids [batch]."""
     logits, carry = model.apply_step(arrays, ids, state.carry)
     last_seen = state.last_seen.at[jnp.arange(len(ids)), ids].set(state.position)
-    return State(logits, carry, last_seen, state.position + 1, state.ended)
+    return State(logits.astype(jnp.float32), carry, last_seen, state.position + 1, state.ended)
 
 
 _Loop = tuple[jax.Array, jax.Array, State]  # Ids, the number of tokens generated, the state.

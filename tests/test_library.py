@@ -385,6 +385,7 @@ def test_the_text_is_the_same_where_64_bits_are_enabled() -> None:
     expected = run.generate("a", length=20, top_p=0.9)
     with jax.enable_x64(True):
         assert run.generate("a", length=20, top_p=0.9) == expected
+        run.generate("a", length=5, process_logits=lambda ids, logits: logits)
 
 
 def test_bytes_that_are_not_utf_8_can_be_read_by_a_model_of_bytes() -> None:

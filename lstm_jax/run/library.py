@@ -212,7 +212,9 @@ class Run:
             state = generation.initial_state(self.model, self._arrays)._replace(carry=before)
             return self.read(ids[None, start:-1], state).carry
 
-        return Scores(tokens, np.concatenate(log_probs), TextCarry(read, int(ids[-1])))
+        return Scores(
+            tokens, np.concatenate(log_probs, dtype=np.float32), TextCarry(read, int(ids[-1]))
+        )
 
     def hidden_states(self, text: str) -> list[np.ndarray]:
         """Return the hidden states after each token, for each layer float32 [tokens, hidden].
