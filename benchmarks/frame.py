@@ -60,7 +60,7 @@ def train(directory: Path, *flags: str) -> float:
     """Train into a directory, or resume; return the minutes of the process that completed it."""
     directory.mkdir(parents=True, exist_ok=True)
     known = directory / "flags"
-    if not (known.exists() and (directory / workdir.CONFIG).exists()):  # Earlier flags.
+    if not (known.exists() and (directory / workdir.CONFIG).exists()):  # Else they are known.
         known.write_text(json.dumps(flags))
     if (given := json.loads(known.read_text())) != list(flags):
         sys.exit(f"{directory} was trained with {' '.join(given)}: use another directory")

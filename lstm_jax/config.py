@@ -431,7 +431,8 @@ def complete_config(fields: object) -> Config:
         raise UserError(f"{subject} {type(fields).__name__}, not a ConfigDict")
     try:
         given = list(_flatten(ConfigDict(fields).to_dict()))
-    except (TypeError, ValueError, AttributeError, RecursionError) as error:  # A name, as "a.b".
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        # Of a name, such as "a.b", or of sections that are too deep.
         raise UserError(f"this is not a config: {error}") from None
     made = default()
     for name, value in given:

@@ -1,10 +1,12 @@
 import math
 
+import jax
 import numpy as np
 import pytest
 
 import models
 from lstm_jax import loss as loss_lib
+from lstm_jax import model as model_lib
 from lstm_jax.data.encoding import Text
 from lstm_jax.model import LanguageModel
 from lstm_jax.run import messages
@@ -85,6 +87,15 @@ def test_token_losses_sum_to_the_loss(longest: int, monkeypatch: pytest.MonkeyPa
     total = loss_lib.compute_loss(MODEL, PARAMS, ids) * 4999
     assert losses.sum(dtype=np.float64) == pytest.approx(total, rel=1e-6)
     np.testing.assert_allclose(losses, compute_losses(ids), atol=1e-4)  # In the order of the text.
+
+
+@pytest.mark.slow
+def test_an_untrained_model_has_the_loss_of_uniform_guessing() -> None:
+    model = LanguageModel(67, 256, 1024)
+    params = model_lib.init_params(model, jax.random.key(0))
+    ids = np.random.default_rng(0).integers(2, 67, 1024).astype(np.int32)
+    loss = loss_lib.compute_loss(model, params, ids)
+    assert abs(loss - 4.20) < 0.03 and abs(loss - math.log(67)) < 0.03
 
 
 def test_bits_per_character_are_comparable_for_tokens_of_any_kind() -> None:

@@ -815,12 +815,12 @@ def test_a_bad_trial_is_pruned_after_an_epoch_unless_it_is_trained(
     monkeypatch.setattr(training, "train", train)
     experiment = config_lib.complete_config({"num_epochs": 2, "max_steps": max_steps})
     sweep = search.Sweep(record, RANDOM, experiment, make_rate_space(), tmp_path, 1)
-    with contextlib.suppress(Stopped):
-        search._run_trial(sweep, start_trial(record), StopRequest())
+    with pytest.raises(Stopped) if max_steps else contextlib.nullcontext():
+        assert search._run_trial(sweep, start_trial(record), StopRequest()) is None
     (trial,) = record.trials
     assert trial.state == TrialState[state]
     assert trial.value == (3.0 if state == "PRUNED" else None)
-    assert max_steps or trial.intermediate_values == {1: 3.0}
+    assert trial.intermediate_values == {1: 3.0}
 
 
 def test_a_signal_in_training_gives_the_trial_back(

@@ -190,6 +190,7 @@ def test_a_run_that_could_not_write_its_config_starts_again(
         urllib.error.URLError("no server"),
         FileNotFoundError(2, "No such file", "/plots/loss.png"),
         OSError(28, "No space left"),
+        TimeoutError(110, "slow"),
     ],
 )
 def test_an_error_of_the_callback_is_not_about_the_disk(

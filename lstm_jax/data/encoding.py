@@ -66,7 +66,7 @@ def make_table(tokens: tuple[str, ...], vocabulary: Vocabulary) -> Table:
     """Return the ids of each token, or word, of a text in a vocabulary."""
     lengths: list[int] = []
 
-    def divide() -> Iterator[str]:
+    def divide() -> Iterator[str]:  # Word by word: a list of all would take more memory.
         for token in tokens:
             divided = vocabulary.split_word(token)
             lengths.append(len(divided))

@@ -60,8 +60,7 @@ class Session:
         resolved = resume.resolve_run(config, directory, splits)
         self.config, self.vocabulary, self.changes = resolved
         self.ids, self.sizes = splits.encode(self.vocabulary)
-        is_new = not (steps := checkpoints.list_steps(self._saved_in))
-        self.is_resumed = not is_new
+        self.is_resumed = bool(steps := checkpoints.list_steps(self._saved_in))
         held = files.read_tail(directory / lock.LOCK, 2**10)  # It distinguishes directories.
         hosts.check_same(
             f"{held!r} {steps} {self.config.to_dict()}",
@@ -71,12 +70,13 @@ class Session:
         self._on_devices = feeding.fits_on_device(ids, size)
         if teachers := config.distill.teachers:
             distillation.check_length(len(ids) if self._on_devices else None, size)
-            if is_new or "distill.teachers" in self.changes:
+            if not self.is_resumed or "distill.teachers" in self.changes:
                 distillation.load_teachers(teachers, self.vocabulary)
         order = batches.make_order(len(ids), config.batches, config.seed)
         self.plan = Plan(config, order.steps_per_epoch)
         self.model = model_lib.make_model(config.model, size, self.vocabulary.stop_id)
-        trained = workdir.load_trained(config.init_from) if config.init_from and is_new else None
+        starts_from = "" if self.is_resumed else config.init_from
+        trained = workdir.load_trained(starts_from) if starts_from else None
         self.source = (trained.step, len(trained.vocabulary)) if trained else None
         self.optimizer = optimizer_lib.make_optimizer(config.optimizer, self.plan.total_steps)
         state = init_state(
@@ -87,7 +87,7 @@ class Session:
             averaged=optimizer_lib.has_average(config.optimizer),
             trained=trained.params if trained else None,
             mesh=self.mesh,
-            counts=splits.texts["train"].count_tokens(self.vocabulary) if is_new else None,
+            counts=None if self.is_resumed else splits.texts["train"].count_tokens(self.vocabulary),
         )
         encoding.make_table.cache_clear()  # It has every distinct token of the text.
         self._restore(state)
