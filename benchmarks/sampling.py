@@ -20,7 +20,7 @@ import peers
 import side_by_side
 from lstm_jax import generation, model
 from lstm_jax.controls import Controls
-from lstm_jax.recurrences import fused
+from lstm_jax.ops import fused
 from side_by_side import Make, Work
 
 TEMPERATURE = 0.8

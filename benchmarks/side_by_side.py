@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from frame import parse_flags, print_head, print_row, time_call
 from lstm_jax.devices import memory
-from lstm_jax.recurrences.processor import count_cores
+from lstm_jax.ops.processor import count_cores
 
 
 class Work(NamedTuple):

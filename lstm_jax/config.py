@@ -84,7 +84,7 @@ def names_cell_file(name: str) -> bool:
 
 
 def is_plain_lstm(model: Any) -> bool:
-    """Return whether `recurrences.fused` can run a `LanguageModel`, or a `ModelConfig`'s."""
+    """Return whether `ops.fused` can run a `LanguageModel`, or a `ModelConfig`'s."""
     return bool(model.cell == "lstm" and not model.layer_norm and model.block == "none")
 
 

@@ -24,9 +24,9 @@ from lstm_jax.cells.protocol import Gates, get_activation, get_gates, restart, r
 from lstm_jax.config import ModelConfig, Option
 from lstm_jax.errors import UserError
 from lstm_jax.matmul import matmul
-from lstm_jax.recurrences import cudnn, fused
-from lstm_jax.recurrences.choice import choose_dtype, choose_recurrence
-from lstm_jax.recurrences.fused import Lookup, StepArrays
+from lstm_jax.ops import cudnn, fused
+from lstm_jax.ops.choice import choose_dtype, choose_recurrence
+from lstm_jax.ops.fused import Lookup, StepArrays
 
 Params = dict[str, Any]
 Prepared = StepArrays | Params  # From `LanguageModel.prepare_step`.

@@ -26,7 +26,7 @@ from lstm_jax import training
 from lstm_jax.data import files, prepared, texts, worker
 from lstm_jax.devices import compilation_cache
 from lstm_jax.errors import UserError
-from lstm_jax.recurrences import native
+from lstm_jax.ops import native
 
 # A shell that runs the tests in the background ignores SIGINT, and all processes that they start
 # would inherit this.

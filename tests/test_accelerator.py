@@ -16,8 +16,8 @@ import accelerators
 import commands
 from lstm_jax import config, matmul
 from lstm_jax.model import LanguageModel
-from lstm_jax.recurrences import accelerator, fused, pallas
-from lstm_jax.recurrences.choice import choose_recurrence
+from lstm_jax.ops import accelerator, fused, pallas
+from lstm_jax.ops.choice import choose_recurrence
 from test_native import measure_errors, run_numpy, to_bfloat16
 from test_recurrence import SIZES, assert_close, make_problem, reference, value_and_gradients
 

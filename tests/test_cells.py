@@ -12,7 +12,7 @@ import models
 from lstm_jax import cells, config, regularization
 from lstm_jax import model as model_lib
 from lstm_jax.errors import UserError
-from lstm_jax.recurrences.choice import choose_recurrence
+from lstm_jax.ops.choice import choose_recurrence
 
 BATCH, INPUTS, HIDDEN = 4, 5, 7
 

@@ -8,7 +8,7 @@ import pytest
 
 from lstm_jax import config
 from lstm_jax.devices import parallel
-from lstm_jax.recurrences import choice, native, processor
+from lstm_jax.ops import choice, native, processor
 
 AVX512 = "avx512f", "avx512bw", "avx512dq", "avx512vl"
 SKYLAKE = *AVX512, "GenuineIntel"
@@ -64,7 +64,7 @@ def test_the_command_prints_what_is_used(
     features: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     simulate(monkeypatch, *features)
-    runpy.run_module("lstm_jax.recurrences", run_name="__main__")
+    runpy.run_module("lstm_jax.ops", run_name="__main__")
     printed = capsys.readouterr().out
     assert ("steps in int8: the library" in printed) == ("avx512_vnni" in features)
     assert ("with AMX" in printed) == ("amx_bf16" in features)

@@ -15,8 +15,8 @@ from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.cells import mlstm
 from lstm_jax.model import LanguageModel
-from lstm_jax.recurrences import choice, fused, native
-from lstm_jax.recurrences.choice import choose_recurrence
+from lstm_jax.ops import choice, fused, native
+from lstm_jax.ops.choice import choose_recurrence
 from test_native import measure_errors, run_numpy, to_bfloat16
 from test_recurrence import make_problem, value_and_gradients
 

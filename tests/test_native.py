@@ -21,8 +21,8 @@ from lstm_jax import config, generation, model
 from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.convert import transfer
 from lstm_jax.errors import NotFiniteError, UserError
-from lstm_jax.recurrences import choice, fused, in_c, native, processor
-from lstm_jax.recurrences.fused import Lookup
+from lstm_jax.ops import choice, fused, in_c, native, processor
+from lstm_jax.ops.fused import Lookup
 from lstm_jax.vocabulary import Vocabulary
 from test_choice import AMD
 from test_recurrence import assert_close, make_problem, value_and_gradients
@@ -431,7 +431,7 @@ import os, sys
 import jax, numpy as np
 from lstm_jax import batches, config, model, optimizer, train_step
 from lstm_jax.devices import parallel
-from lstm_jax.recurrences import choice, native
+from lstm_jax.ops import choice, native
 settings = config.default()
 os.sched_getaffinity = lambda process: range(2)
 jax.config.update("jax_num_cpu_devices", 2)

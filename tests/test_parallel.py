@@ -11,7 +11,7 @@ import commands
 from lstm_jax import config as config_lib
 from lstm_jax.devices import hosts, parallel
 from lstm_jax.errors import UserError
-from lstm_jax.recurrences import processor
+from lstm_jax.ops import processor
 
 # A cell in a file of its own, whose carry has a matrix and an integer for each text.
 OWN_CELL = f"{Path(__file__).parent}/fixtures/delta_cell.py:DeltaCell"

@@ -13,8 +13,8 @@ import models
 from lstm_jax import cells
 from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.model import LanguageModel
-from lstm_jax.recurrences import choice, cudnn, fused, processor
-from lstm_jax.recurrences.fused import Lookup
+from lstm_jax.ops import choice, cudnn, fused, processor
+from lstm_jax.ops.fused import Lookup
 
 
 def reference(

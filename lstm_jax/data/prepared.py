@@ -31,7 +31,7 @@ from lstm_jax.data import encoding, files, sources, worker
 from lstm_jax.data.encoding import Part, Table, Text
 from lstm_jax.data.sources import Segment
 from lstm_jax.errors import UnavailableError, UserError, name_failure, name_same_command
-from lstm_jax.recurrences.processor import count_cores
+from lstm_jax.ops.processor import count_cores
 from lstm_jax.vocabulary import Ids, Vocabulary
 
 # The directory beside a text. It is hidden, so that patterns like books/** do not match it.

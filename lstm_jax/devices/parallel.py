@@ -19,8 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lstm_jax.config import Config, is_plain_lstm
 from lstm_jax.errors import UserError
-from lstm_jax.recurrences import choice
-from lstm_jax.recurrences.processor import count_cores
+from lstm_jax.ops import choice
+from lstm_jax.ops.processor import count_cores
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.errors import choose_wording, make_visible, name_same_command, name_setting
-from lstm_jax.recurrences import choice
+from lstm_jax.ops import choice
 from lstm_jax.run import cell_file, workdir
 from lstm_jax.run.session import Session
 from lstm_jax.vocabulary import TextSize

@@ -21,7 +21,7 @@ from lstm_jax import model as model_lib
 from lstm_jax.config import Config
 from lstm_jax.data import files
 from lstm_jax.errors import UserError, choose_wording, warn
-from lstm_jax.recurrences import fused
+from lstm_jax.ops import fused
 from lstm_jax.run import cell_file, model_file
 from lstm_jax.vocabulary import Vocabulary
 
@@ -156,7 +156,7 @@ def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
             raise UserError(
                 f"the model in {workdir} can't use int8 here: that needs LSTM layers of a multiple "
                 "of 16 hidden units, without layer normalization or a block, and the library in C "
-                "with AVX-512 VNNI (python -m lstm_jax.recurrences tells whether both are here)"
+                "with AVX-512 VNNI (python -m lstm_jax.ops tells whether both are here)"
             )
         model = model.clone(int8_steps=True)
     model_lib.check_cells(model)

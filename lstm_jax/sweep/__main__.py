@@ -66,7 +66,7 @@ def main() -> int:
         import optuna
 
         from lstm_jax.devices import parallel
-        from lstm_jax.recurrences.processor import count_cores
+        from lstm_jax.ops.processor import count_cores
         from lstm_jax.sweep import search
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]

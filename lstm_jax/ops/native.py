@@ -16,7 +16,7 @@ import jaxlib
 
 from lstm_jax import user_cache
 from lstm_jax.errors import UserError, warn
-from lstm_jax.recurrences.processor import count_cores, read_cpu_features
+from lstm_jax.ops.processor import count_cores, read_cpu_features
 
 _SOURCE = Path(__file__).with_name("lstm.c")
 _FLAGS = [f"-mavx512{name}" for name in ("f", "bw", "vl", "dq")]

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lstm_jax.cells.lstm import LSTMCarry
-from lstm_jax.recurrences.accelerator import Loops, Steps, compute_step, differentiate_step
+from lstm_jax.ops.accelerator import Loops, Steps, compute_step, differentiate_step
 
 # Mosaic's tiles have 16 rows, in bfloat16, and 128 columns.
 _ROWS, _COLUMNS = 16, 128

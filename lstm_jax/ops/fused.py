@@ -26,10 +26,10 @@ from jax import lax
 from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.config import is_plain_lstm
 from lstm_jax.matmul import matmul, matmul_rounded, round_factor
-from lstm_jax.recurrences import accelerator, choice, in_c
-from lstm_jax.recurrences.accelerator import Steps, clear
-from lstm_jax.recurrences.in_c import Int8Kernel
-from lstm_jax.recurrences.processor import is_faster_in_bfloat16
+from lstm_jax.ops import accelerator, choice, in_c
+from lstm_jax.ops.accelerator import Steps, clear
+from lstm_jax.ops.in_c import Int8Kernel
+from lstm_jax.ops.processor import is_faster_in_bfloat16
 
 
 class Lookup(NamedTuple):
@@ -80,7 +80,7 @@ def run_fused(
     if jax.default_backend() != "cpu":
         loops = accelerator.LOOPS
         if in_pallas:
-            from lstm_jax.recurrences import pallas  # Importing it takes a while.
+            from lstm_jax.ops import pallas  # Importing it takes a while.
 
             loops = pallas.LOOPS
         recurrence = functools.partial(accelerator.run_recurrence, dtype=dtype, loops=loops)

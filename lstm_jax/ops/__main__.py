@@ -1,12 +1,12 @@
-"""Print what runs LSTM layers on this machine, and why: `python -m lstm_jax.recurrences`."""
+"""Print what runs LSTM layers on this machine, and why: `python -m lstm_jax.ops`."""
 
 import platform
 
 import jax
 import jaxlib
 
-from lstm_jax.recurrences import choice, native
-from lstm_jax.recurrences.processor import count_cores, find_vendor, read_cpu_features
+from lstm_jax.ops import choice, native
+from lstm_jax.ops.processor import count_cores, find_vendor, read_cpu_features
 from lstm_jax.version import __version__
 
 _FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")

@@ -1,6 +1,6 @@
 """Choose how layers run over time, and the dtype of their matmuls, on this machine.
 
-`python -m lstm_jax.recurrences` prints what is chosen here.
+`python -m lstm_jax.ops` prints what is chosen here.
 """
 
 from typing import Any, NamedTuple
@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 
 from lstm_jax.config import is_plain_lstm
-from lstm_jax.recurrences import native, processor
-from lstm_jax.recurrences.in_c import LANES
+from lstm_jax.ops import native, processor
+from lstm_jax.ops.in_c import LANES
 
 
 class Row(NamedTuple):

@@ -10,8 +10,8 @@ import numpy as np
 
 from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.matmul import matmul_rounded
-from lstm_jax.recurrences import native
-from lstm_jax.recurrences.accelerator import Steps, compute_step
+from lstm_jax.ops import native
+from lstm_jax.ops.accelerator import Steps, compute_step
 
 LANES, _TILE = 16, 64  # As in lstm.c.
 NUMBERS_IN_WORD = {"float32": 1, "bfloat16": 2, "int8": 4}  # Of 32 bits.
