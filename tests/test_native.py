@@ -1,6 +1,7 @@
 """Test the recurrence in C: against NumPy, in every transformation of JAX, and without it."""
 
 import functools
+import os
 import re
 import shutil
 import subprocess
@@ -518,6 +519,17 @@ def test_the_library_is_compiled_once_for_each_source(
 
 
 @pytest.mark.process
+@pytest.mark.parametrize("size", [4096, 100, 0])
+def test_a_damaged_library_is_compiled_again(cache: Path, size: int) -> None:
+    path = native.build_library()
+    content = path.read_bytes()
+    os.truncate(path, size)
+    os.truncate(path, size or len(content))  # Zeros, as after a loss of power.
+    assert native.build_library() == path
+    assert path.read_bytes() == content
+
+
+@pytest.mark.process
 def test_without_a_library_a_warning_says_why(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -526,17 +538,20 @@ def test_without_a_library_a_warning_says_why(
         assert not native.load_library()
         return capsys.readouterr().err
 
-    path = native.build_library()
-    path.write_bytes(b"not a library")
-    assert str(path) in read_warning()
-    path.unlink()
     source = tmp_path / "lstm.c"
     source.write_text("int main( {}")
     with monkeypatch.context() as patch:
         patch.setattr(native, "_SOURCE", source)
         assert re.search(r"the C compiler cc can't compile .*lstm\.c: .*error", read_warning())
     assert list(cache.iterdir()) == []
-    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    compiler = tmp_path / "cc"
+    compiler.write_bytes(b"#!/bin/sh\n/bin/echo 'erreur: r\xe9sum\xe9, error' >&2; exit 1\n")
+    compiler.chmod(0o700)
+    assert "erreur: r\ufffdsum\ufffd" in read_warning()
+    compiler.write_bytes(b"not a program")
+    assert "the C compiler cc can't run: Exec format error" in read_warning()
+    compiler.unlink()
     assert read_warning() == (
         "warning: LSTMs run without the library in C, which is faster: "
         "there is no C compiler named cc: install gcc or clang\n"

@@ -6,6 +6,7 @@
 import ctypes
 import functools
 import hashlib
+import os
 import subprocess
 import tempfile
 from pathlib import Path
@@ -63,9 +64,10 @@ def is_supported() -> bool:
 
 
 def build_library() -> Path:
-    """Compile the library, unless the user's cache holds it, and return its path.
+    """Compile the library, unless the user's cache holds it undamaged, and return its path.
 
-    Its name has jaxlib's version, whose interface it uses, and a hash of its source.
+    Its name has jaxlib's version, whose interface it uses, and a hash of its source. The file ends
+    with its checksum.
 
     Raises:
       UserError: if there is no compiler, or it fails, or the cache can't be used.
@@ -75,19 +77,37 @@ def build_library() -> Path:
     if not directory:
         raise UserError("it needs a cache directory: set one in XDG_CACHE_HOME")
     path = directory / f"lstm-{jaxlib.__version__}-{digest[:16]}.so"
-    if path.exists():
+    if path.exists() and _is_undamaged(path):
         return path
     try:
         with tempfile.TemporaryDirectory(dir=directory) as folder:
             built = Path(folder, path.name)
-            command = ["cc", *_FLAGS, "-I", jax.ffi.include_dir(), str(_SOURCE), "-o", str(built)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
+            _compile(built)
+            with built.open("ab") as file:
+                file.write(hashlib.sha256(built.read_bytes()).digest())
+                file.flush()
+                os.fsync(file.fileno())
             built.rename(path)  # Another process may have built the same.
-    except subprocess.CalledProcessError as error:
-        reason = next((line for line in error.stderr.splitlines() if "error" in line), "it fails")
-        raise UserError(f"the C compiler cc can't compile {_SOURCE}: {reason}") from None
-    except FileNotFoundError:
-        raise UserError("there is no C compiler named cc: install gcc or clang") from None
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror}") from None
     return path
+
+
+def _is_undamaged(path: Path) -> bool:
+    """Return whether a file ends with its checksum: loading half a library ends the process."""
+    content = path.read_bytes()
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
+
+
+def _compile(path: Path) -> None:
+    command = ["cc", *_FLAGS, "-I", jax.ffi.include_dir(), str(_SOURCE), "-o", str(path)]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except FileNotFoundError:
+        raise UserError("there is no C compiler named cc: install gcc or clang") from None
+    except OSError as error:
+        raise UserError(f"the C compiler cc can't run: {error.strerror}") from None
+    if result.returncode:
+        lines = result.stderr.splitlines()
+        reason = next((line for line in lines if "error" in line), "it fails")
+        raise UserError(f"the C compiler cc can't compile {_SOURCE}: {reason}")
