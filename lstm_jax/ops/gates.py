@@ -1,0 +1,216 @@
+"""Define the gated recurrences: their parameters, their carry, and a step without its matmuls.
+
+A step first computes sums, [batch, hidden] each, of which most read the inputs x and the hidden
+state h: x W + h U + b. A `Gating` is the rest, elementwise functions from the sums and the carry to
+the next carry, and their derivatives. The scan and all faster implementations share it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Arrays = tuple[jax.Array, ...]
+
+
+class LSTMParams(NamedTuple):
+    """Parameters of an LSTM layer; the last axis holds the gates i, f, g, o."""
+
+    input_kernel: jax.Array  # W: [features, 4 * hidden].
+    recurrent_kernel: jax.Array  # U: [hidden, 4 * hidden].
+    bias: jax.Array  # [4 * hidden].
+
+
+class PeepholeLSTMParams(NamedTuple):
+    """Parameters of an LSTM layer whose gates i, f, o see the cell state."""
+
+    input_kernel: jax.Array  # W: [features, 4 * hidden].
+    recurrent_kernel: jax.Array  # U: [hidden, 4 * hidden].
+    bias: jax.Array  # [4 * hidden].
+    peepholes: jax.Array  # pi, pf, po: [3, hidden].
+
+
+class GRUParams(NamedTuple):
+    """Parameters of a GRU layer; the last axis holds the gates r, z, n."""
+
+    input_kernel: jax.Array  # W: [features, 3 * hidden].
+    recurrent_kernel: jax.Array  # U: [hidden, 3 * hidden].
+    bias: jax.Array  # [3 * hidden].
+    recurrent_bias: jax.Array  # un: [hidden].
+
+
+class RNNParams(NamedTuple):
+    """Parameters of a simple recurrent layer."""
+
+    input_kernel: jax.Array  # W: [features, hidden].
+    recurrent_kernel: jax.Array  # U: [hidden, hidden].
+    bias: jax.Array  # [hidden].
+
+
+class LSTMCarry(NamedTuple):
+    """The carry of an LSTM layer, [batch, hidden] each."""
+
+    cell: jax.Array  # The cell state c.
+    hidden: jax.Array  # The hidden state h, which is also the layer's output.
+
+
+class HiddenCarry(NamedTuple):
+    """The carry of a layer without a cell state."""
+
+    hidden: jax.Array  # [batch, hidden], which is also the layer's output.
+
+
+class Gating(NamedTuple):
+    """A gated recurrence. Sums and gates are tuples of arrays of any one shape."""
+
+    name: str
+    params: type[Any]  # A NamedTuple; what it has after `bias` belongs to sums or to `activate`.
+    carry: type[Any]
+    read_inputs: tuple[int, ...]  # The sums that read x W, in the order of W's columns.
+    read_hidden: tuple[int, ...]  # The sums that read h U, in the order of U's columns.
+    # (sums, carry, peepholes) -> (gates, next carry). All sums have a bias.
+    activate: Callable[[Arrays, Any, jax.Array | None], tuple[Arrays, Any]]
+    # (gates, carry, next carry, peepholes) -> factors, with which `pull_back` multiplies.
+    derive: Callable[[Arrays, Any, Any, jax.Array | None], Arrays]
+    # (factors, cotangent of the next carry) -> (cotangents of the sums, and of the carry, without
+    # what reaches the hidden state through h U).
+    pull_back: Callable[[Arrays, Any], tuple[Arrays, Any]]
+
+    @property
+    def num_sums(self) -> int:
+        """Return the number of sums of a hidden unit."""
+        return len({*self.read_inputs, *self.read_hidden})
+
+    @property
+    def has_cell(self) -> bool:
+        """Return whether the carry has a cell state."""
+        return self.carry is LSTMCarry
+
+    def join_biases(self, params: Any) -> jax.Array:
+        """Return the biases of all sums, [num_sums * hidden]."""
+        if isinstance(params, GRUParams):
+            return jnp.concatenate([params.bias, params.recurrent_bias])
+        return params.bias
+
+    def split_biases(self, bias: jax.Array) -> Arrays:
+        """Return the parameters of `join_biases`, from an array like its result."""
+        if self.params is GRUParams:
+            return bias[: 3 * len(bias) // 4], bias[3 * len(bias) // 4 :]
+        return (bias,)
+
+
+def sigmoid(x: jax.Array) -> jax.Array:
+    """Compute `jax.nn.sigmoid`, faster on XLA's CPU backend: no exponential and no division."""
+    return 0.5 * jnp.tanh(0.5 * x) + 0.5
+
+
+def _activate_lstm(sums: Arrays, carry: LSTMCarry, _: None) -> tuple[Arrays, LSTMCarry]:
+    i, f, g, o = sums
+    i, f, g, o = sigmoid(i), sigmoid(f), jnp.tanh(g), sigmoid(o)
+    cell = f * carry.cell + i * g
+    return (i, f, g, o), LSTMCarry(cell, o * jnp.tanh(cell))
+
+
+def _derive_lstm(gates: Arrays, before: LSTMCarry, after: LSTMCarry, _: None) -> Arrays:
+    """Return the derivatives of c' by i, f and g's sums, of h' by o's, dh'/dc' and dc'/dc."""
+    i, f, g, o = gates
+    activated = jnp.tanh(after.cell)
+    by_sums = g * i * (1 - i), before.cell * f * (1 - f), i * (1 - g**2), activated * o * (1 - o)
+    return *by_sums, o * (1 - activated**2), f
+
+
+def _pull_back_lstm(factors: Arrays, d_after: LSTMCarry) -> tuple[Arrays, LSTMCarry]:
+    by_i, by_f, by_g, by_o, by_cell, kept = factors
+    d_cell, d_hidden = d_after.cell + d_after.hidden * by_cell, d_after.hidden
+    d_sums = d_cell * by_i, d_cell * by_f, d_cell * by_g, d_hidden * by_o
+    return d_sums, LSTMCarry(d_cell * kept, jnp.zeros_like(d_hidden))
+
+
+def _activate_peephole(
+    sums: Arrays, carry: LSTMCarry, peepholes: jax.Array
+) -> tuple[Arrays, LSTMCarry]:
+    i, f, g, o = sums
+    pi, pf, po = peepholes
+    i, f, g = sigmoid(i + pi * carry.cell), sigmoid(f + pf * carry.cell), jnp.tanh(g)
+    cell = f * carry.cell + i * g
+    o = sigmoid(o + po * cell)
+    return (i, f, g, o), LSTMCarry(cell, o * jnp.tanh(cell))
+
+
+def _derive_peephole(
+    gates: Arrays, before: LSTMCarry, after: LSTMCarry, peepholes: jax.Array
+) -> Arrays:
+    by_i, by_f, by_g, by_o, by_cell, kept = _derive_lstm(gates, before, after, None)
+    pi, pf, po = peepholes
+    return by_i, by_f, by_g, by_o, by_cell + by_o * po, kept + by_i * pi + by_f * pf
+
+
+def _activate_gru(sums: Arrays, carry: HiddenCarry, _: None) -> tuple[Arrays, HiddenCarry]:
+    r, z, n, q = sums  # x W of n, and h U + un, which the reset gate multiplies.
+    r, z = sigmoid(r), sigmoid(z)
+    n = jnp.tanh(n + r * q)
+    return (r, z, n, q), HiddenCarry((1 - z) * n + z * carry.hidden)
+
+
+def _derive_gru(gates: Arrays, before: HiddenCarry, after: HiddenCarry, _: None) -> Arrays:
+    """Return the derivatives of h' by the sums of r, z, n and q, and by h."""
+    r, z, n, q = gates
+    by_n = (1 - z) * (1 - n**2)
+    return by_n * q * r * (1 - r), (before.hidden - n) * z * (1 - z), by_n, by_n * r, z
+
+
+def _pull_back_gru(factors: Arrays, d_after: HiddenCarry) -> tuple[Arrays, HiddenCarry]:
+    *by_sums, kept = (d_after.hidden * factor for factor in factors)
+    return tuple(by_sums), HiddenCarry(kept)
+
+
+def _activate_rnn(sums: Arrays, carry: HiddenCarry, _: None) -> tuple[Arrays, HiddenCarry]:
+    hidden = jnp.tanh(sums[0])
+    return (hidden,), HiddenCarry(hidden)
+
+
+def _derive_rnn(gates: Arrays, before: HiddenCarry, after: HiddenCarry, _: None) -> Arrays:
+    return (1 - gates[0] ** 2,)
+
+
+def _pull_back_rnn(factors: Arrays, d_after: HiddenCarry) -> tuple[Arrays, HiddenCarry]:
+    return (d_after.hidden * factors[0],), HiddenCarry(jnp.zeros_like(d_after.hidden))
+
+
+LSTM = Gating(
+    name="lstm",
+    params=LSTMParams,
+    carry=LSTMCarry,
+    read_inputs=(0, 1, 2, 3),
+    read_hidden=(0, 1, 2, 3),
+    activate=_activate_lstm,
+    derive=_derive_lstm,
+    pull_back=_pull_back_lstm,
+)
+PEEPHOLE_LSTM = LSTM._replace(
+    name="peephole_lstm",
+    params=PeepholeLSTMParams,
+    activate=_activate_peephole,
+    derive=_derive_peephole,
+)
+GRU = Gating(
+    name="gru",
+    params=GRUParams,
+    carry=HiddenCarry,
+    read_inputs=(0, 1, 2),
+    read_hidden=(0, 1, 3),
+    activate=_activate_gru,
+    derive=_derive_gru,
+    pull_back=_pull_back_gru,
+)
+RNN = Gating(
+    name="rnn",
+    params=RNNParams,
+    carry=HiddenCarry,
+    read_inputs=(0,),
+    read_hidden=(0,),
+    activate=_activate_rnn,
+    derive=_derive_rnn,
+    pull_back=_pull_back_rnn,
+)
