@@ -69,10 +69,10 @@ class Gating(NamedTuple):
     carry: type[Any]
     read_inputs: tuple[int, ...]  # The sums that read x W, in the order of W's columns.
     read_hidden: tuple[int, ...]  # The sums that read h U, in the order of U's columns.
-    # (sums, carry, peepholes) -> (gates, next carry). All sums have a bias.
-    activate: Callable[[Arrays, Any, jax.Array | None], tuple[Arrays, Any]]
+    # (sums, carry, peepholes or None) -> (gates, next carry). All sums have a bias.
+    activate: Callable[[Arrays, Any, Any], tuple[Arrays, Any]]
     # (gates, carry, next carry, peepholes) -> factors, with which `pull_back` multiplies.
-    derive: Callable[[Arrays, Any, Any, jax.Array | None], Arrays]
+    derive: Callable[[Arrays, Any, Any, Any], Arrays]
     # (factors, cotangent of the next carry) -> (cotangents of the sums, and of the carry, without
     # what reaches the hidden state through h U).
     pull_back: Callable[[Arrays, Any], tuple[Arrays, Any]]
