@@ -117,13 +117,13 @@ def iterate_events(directory: Path) -> Iterator[Event]:
 
 
 def read_events(directory: Path) -> list[tuple[int, str, float]]:
-    """Return the same numbers from the TensorBoard files, sorted."""
-    rows = []
+    """Return the same numbers from the TensorBoard files, sorted; a point written twice is one."""
+    rows = set()
     for event in iterate_events(directory):
         for value in event.summary.value:
             name, kind = value.tag.partition("/")[2], value.WhichOneof("value")
             if kind == "simple_value" and name not in TIMES:
-                rows.append((event.step, value.tag, value.simple_value))
+                rows.add((event.step, value.tag, value.simple_value))
     return sorted(rows)
 
 

@@ -12,13 +12,20 @@ from lstm_jax.config import Config
 from lstm_jax.run import figures, metrics
 
 
-def test_a_test_loss_whose_watch_fails_is_not_in_the_file(tmp_path: Path) -> None:
+def test_a_row_is_written_after_tensorboard_and_watch_have_it(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
+
+    def watch(row: metrics.Row) -> None:
+        assert all(written["split"] == "train" for written in metrics.read_metrics(path))
+        assert ("test/loss" in {tag for _, tag, _ in runs.read_events(tmp_path)}) == (
+            row["split"] == "test"
+        )
+        if row["split"] == "test":
+            raise ZeroDivisionError
+
     with (
         pytest.raises(ZeroDivisionError),
-        metrics.MetricsWriter(
-            path, 0, Config(), lambda row: 1 / (row["split"] != "test")
-        ) as writer,
+        metrics.MetricsWriter(path, 0, Config(), watch) as writer,
     ):
         writer.write(10, 0.5, "train", 2.5)
         writer.write(10, 0.5, "test", 2.5)

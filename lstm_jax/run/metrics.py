@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import json
-import os
 import secrets
 import sys
 import textwrap
@@ -104,6 +103,8 @@ class MetricsWriter(contextlib.ExitStack[None]):
     ) -> None:
         """Record a loss in nats per token, and call `watch` with its row.
 
+        The row comes last: a run that resumes records a test loss only if its row is missing.
+
         `step` is the number of training steps done, `epoch` of passes over the training text,
         with fractions, and `split` is "train", "validation" or "test". The row also has the seconds
         of training so far, and the time in UTC.
@@ -120,9 +121,7 @@ class MetricsWriter(contextlib.ExitStack[None]):
             "seconds": round(time.monotonic() - self._start, 3),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        size = os.fstat(self._lines.fileno()).st_size
-        self._lines.write(f"{json.dumps({**row, 'crc': _checksum(row)})}\n".encode())
-        self._lines.flush()
+        line = f"{json.dumps({**row, 'crc': _checksum(row)})}\n"
         numbers = {k: v for k, v in row.items() if k not in ("step", "epoch", "split", "time")}
         values = [scalar(f"{split}/{name}", x).value[0] for name, x in numbers.items()]
         self._add(Event(step=step, summary=Summary(value=values)))
@@ -136,10 +135,9 @@ class MetricsWriter(contextlib.ExitStack[None]):
                 self._watch(row)
         except BaseException as error:
             error.is_of_watch = True  # type: ignore[attr-defined]  # For `session`.
-            # A run that resumes records a test loss, and calls `watch`, only if it is missing.
-            if split == "test":
-                self._lines.truncate(size)
             raise
+        self._lines.write(line.encode())
+        self._lines.flush()
 
 
 def list_hyperparameters(config: Config) -> dict[str, bool | int | float | str]:
