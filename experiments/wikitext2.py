@@ -4,13 +4,10 @@
 # Downloads the text. Aims at the published perplexity of 65.8 per word on the test split and 68.6
 # on the validation split, with fine-tuning, which this config does not do, and 33 million
 # parameters (Merity et al. 2018). This model has 20,200,800 in its layers and 401 for each token of
-# the vocabulary, together 33,545,278 for the published 33,278 words. Not yet run to the end.
+# the vocabulary, together 33,546,080 for the published 33,278 words and two special tokens. Not yet
+# run to the end.
 #
-# With b bits per character, the perplexity per published word (docs/data.md) is 2 ** (5.130 b) on
-# the validation split and 2 ** (5.093 b) on the test split.
-#
-# Estimated time: 5 hours on an H100, 24 days on two CPU cores (computed: docs/data.md), for 2.80
-# million tokens, 1.34 per word as in the validation split.
+# Estimated time: 4 hours on an H100, 18 days on two CPU cores (computed: docs/data.md).
 
 import runpy
 from pathlib import Path

@@ -95,7 +95,7 @@ CELLS = (
     "slstm", "mlstm")
 # The keys of `standard_texts.STANDARD_TEXTS`, which have splits.
 STANDARD_TEXTS = (
-    "tiny_shakespeare", "enwik8", "text8", "penn_treebank", "penn_treebank_words", "wikitext2")
+    "tiny_shakespeare", "enwik8", "text8", "penn_treebank", "wikitext2")
 OptimizerName = Literal["adam", "lion", "muon", "schedule_free", "sgd"]
 Schedule = Literal["constant", "cosine", "linear", "step"]
 Dtype = Literal["float32", "bfloat16", "auto"]  # Of matmuls; `model.make_model` resolves "auto".
@@ -139,8 +139,9 @@ class DataConfig:
         relevant_if=Rule("a text without splits", lambda c: ";" not in c.data.path
             if c.data.path else c.data.dataset not in STANDARD_TEXTS))
     units: str = field("characters", "Kind of tokens: characters (Unicode code points), graphemes "
-        "(letters with their accents, whole emoji), words (with the space before each), bytes (of "
-        "any file) or bpe (parts of words, by byte-pair encoding).", one_of(*vocabulary.KINDS))
+        "(letters with their accents, whole emoji), words (with the space before each), tokens "
+        "(what is between white space, and the end of each line), bytes (of any file) or bpe "
+        "(parts of words, by byte-pair encoding).", one_of(*vocabulary.KINDS))
     vocabulary_size: int = field(vocabulary.DEFAULT_SIZE, "Maximum number of tokens: two special "
         "ones, the 256 bytes, a stop token, and those that byte-pair encoding learns from the "
         "training text.", between(259, 2**20),

@@ -18,7 +18,7 @@ PADDING_ID, UNKNOWN_ID = 0, 1
 # Ids without a text, which are never sampled.
 SPECIAL_IDS = (PADDING_ID, UNKNOWN_ID)
 
-KINDS = ("characters", "graphemes", "words", "bytes", "bpe")
+KINDS = ("characters", "graphemes", "words", "tokens", "bytes", "bpe")
 # The default maximum size of a vocabulary of kind "bpe".
 DEFAULT_SIZE = 1024
 # The maximum length of a token in characters. It bounds the text that a few tokens generate.
@@ -33,6 +33,8 @@ _PATTERNS = {
     # Words by the same annex, each with the space before it, and graphemes between words. The first
     # `\w` also keeps `\b` from counting regional indicators.
     "words": regex.compile(rf"(?ws) ?(?=\w)\b.+?\b|{_GRAPHEME}"),
+    # What is between white space, in a text that is divided into tokens already, and line breaks.
+    "tokens": regex.compile(r"[^ \t-\r]+|\n"),
     "bpe": bpe.WORDS,
 }
 
@@ -71,7 +73,8 @@ class Vocabulary:
 
     The tokens of kind "bytes" are always the 256 bytes, so that any file can be a text: those above
     127 are surrogates, as in Python's "surrogateescape". Those of kind "bpe" are the bytes, and
-    then parts of words in the order in which they were learned.
+    then parts of words in the order in which they were learned. Those of kind "tokens" are what is
+    between white space, with one space before each, and line breaks; other white space is lost.
 
     Attributes:
       tokens: the text of each id, special ones included.
@@ -252,7 +255,10 @@ def split_text(text: str, kind: str, stop: str) -> Iterator[str]:
     for number, part in enumerate(text.split(stop) if stop else [text]):
         if number:
             yield stop
-        if kind in _PATTERNS:
+        if kind == "tokens":
+            found = _PATTERNS[kind].findall(part)
+            yield from (token if token == "\n" else f" {token}" for token in found)
+        elif kind in _PATTERNS:
             yield from _PATTERNS[kind].findall(part)
         elif kind == "bytes":  # ASCII, and surrogates for the others.
             yield from part.encode("utf-8", "surrogateescape").decode("ascii", "surrogateescape")

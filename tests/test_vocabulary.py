@@ -37,6 +37,8 @@ TEXTS = st.lists(
 @given(text=TEXTS)
 def test_decode_inverts_encode_for_any_text(kind: str, stop: str, text: str) -> None:
     text += stop
+    if kind == "tokens":  # White space is lost; without it, the text is that of its tokens.
+        text = "".join(split_text(text, kind, stop))
     vocabulary = Vocabulary.from_text(text, kind, stop=stop)
     again = Vocabulary.from_fields(json.loads(json.dumps(vocabulary.to_fields())))
     ids = again.encode(text)
@@ -82,6 +84,7 @@ def test_tiny_shakespeare_has_67_tokens_in_order(shakespeare: dict[str, str]) ->
         ("characters", ["e", "\u0301", " ", "o", "'", "e", "r", ",", "\r", "\n"]),
         ("graphemes", ["e\u0301", " ", "o", "'", "e", "r", ",", "\r\n"]),
         ("words", ["e\u0301", " o'er", ",", "\r\n"]),
+        ("tokens", [" e\u0301", " o'er,", "\n"]),
         ("bytes", ["e", "\udccc", "\udc81", " ", "o", "'", "e", "r", ",", "\r", "\n"]),
     ],
 )
@@ -90,6 +93,17 @@ def test_tokens_of_each_kind(kind: str, tokens: list[str]) -> None:
     vocabulary = Vocabulary.from_text(text, kind)
     assert vocabulary.split(text) == tokens
     assert [vocabulary.tokens[i] for i in vocabulary.encode(text)] == tokens
+
+
+def test_tokens_are_those_of_published_perplexities() -> None:
+    """Tokens are counted as `line.split() + ["<eos>"]` does, and a line may begin with a space."""
+    text = " the <unk> of N \n\n a&b  \tthe\nthe"
+    vocabulary = Vocabulary.from_text(text, "tokens")
+    ids = vocabulary.encode(text)
+    assert len(ids) == len(text.split()) + text.count("\n")
+    assert vocabulary.decode(ids) == " the <unk> of N\n\n a&b the\n the"
+    assert set(vocabulary.tokens[2:]) == {"\n", *(f" {word}" for word in text.split())}
+    assert vocabulary.token_name == "token"
 
 
 # A regional indicator, of which two are a flag, several times, and one of most other classes of
@@ -120,8 +134,12 @@ def test_documents_end_with_the_stop_token() -> None:
     text = "ab\n\nc\n\n\nd"
     for kind in KINDS:
         vocabulary = Vocabulary.from_text(text, kind, stop="\n\n")
-        start = ["ab"] if kind in ("words", "bpe") else ["a", "b"]
-        assert vocabulary.split(text) == [*start, "\n\n", "c", "\n\n", "\n", "d"]
+        start = ["ab"] if kind in ("words", "tokens", "bpe") else ["a", "b"]
+        space = " " if kind == "tokens" else ""
+        assert vocabulary.split(text) == [
+            *(f"{space}{token}" for token in start),
+            *("\n\n", f"{space}c", "\n\n", "\n", f"{space}d"),
+        ]
         assert vocabulary.stop_id is not None
         assert vocabulary.tokens[vocabulary.stop_id] == "\n\n"
         assert np.count_nonzero(vocabulary.encode(text) == vocabulary.stop_id) == 2

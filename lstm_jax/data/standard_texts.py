@@ -78,8 +78,6 @@ STANDARD_TEXTS = {
     # The characters of Mikolov's ptb.char.*.txt, which have _ for a space: without the spaces at
     # both ends of a line, and with <unk> spelled out.
     "penn_treebank": StandardText(_PTB, clean=bytes.strip),
-    # Every word has the space before it, the first of a line too.
-    "penn_treebank_words": StandardText(_PTB, clean=bytes.rstrip),
     "wikitext2": StandardText(
         downloads=(
             # The first address, s3.amazonaws.com/research.metamind.io, is not public any more.
@@ -90,7 +88,6 @@ STANDARD_TEXTS = {
             ),
         ),
         members=tuple(f"wikitext-2/wiki.{split}.tokens" for split in ("train", "valid", "test")),
-        clean=bytes.rstrip,
     ),
 }
 

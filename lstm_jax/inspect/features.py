@@ -34,8 +34,10 @@ class Follower(NamedTuple):
 
 def compute_features(text: str, vocabulary: Vocabulary) -> dict[str, np.ndarray]:
     """Return the features of the last character of each token of a text, by name: float32 [n]."""
+    tokens = vocabulary.split(text)
+    text = "".join(tokens)  # The same text, unless the kind of tokens leaves white space out.
     # The last byte of each token, and the character of each byte, for tokens of any kind.
-    last_bytes = np.cumsum(count_bytes(vocabulary.split(text))) - 1
+    last_bytes = np.cumsum(count_bytes(tokens)) - 1
     characters = np.repeat(np.arange(len(text)), count_bytes(text))[last_bytes]
     return {name: values[characters] for name, values in compute_text_features(text).items()}
 
