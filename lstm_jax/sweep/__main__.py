@@ -41,7 +41,7 @@ _WORKDIR = flags.DEFINE_string(
 _STUDY = flags.DEFINE_string(
     "study",
     None,
-    "Database that the workers share: postgresql://..., mysql://... or sqlite:///FILE. "
+    "Storage that the workers share: postgresql://..., mysql://... or the file of a journal. "
     "[default: study.db in the working directory]",
 )
 _NAME = flags.DEFINE_string("name", None, "Name of the study. [default: <config>_<space>]")
@@ -62,19 +62,17 @@ def main() -> int:
     experiment, name = command.read_experiment()
     # Here, because they import JAX, which --help does not need.
     try:
-        import jax
         import optuna
-
-        from lstm_jax.devices import parallel
-        from lstm_jax.ops.processor import count_cores
-        from lstm_jax.sweep import search
+        import sqlalchemy  # noqa: F401
     except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing not in ("optuna", "sqlalchemy"):
-            raise
         raise UserError(
-            f"sweeps need {missing}, which is not installed: pip install 'lstm-jax[sweep]'"
+            f"sweeps need {error.name}, which is not installed: pip install 'lstm-jax[sweep]'"
         ) from None
+    import jax
+
+    from lstm_jax.devices import parallel
+    from lstm_jax.ops.processor import count_cores
+    from lstm_jax.sweep import search
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     # Make a CPU device for each core now: otherwise a trial would depend on earlier ones.

@@ -2,20 +2,20 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import math
-import time
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 from optuna import Trial, TrialPruned
-from optuna.exceptions import OptunaError, UpdateFinishedTrialError
 from optuna.pruners import HyperbandPruner, NopPruner
-from optuna.storages._heartbeat import get_heartbeat_thread
+from optuna.samplers import BaseSampler
+from optuna.storages import fail_stale_trials
 from optuna.study import Study
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from lstm_jax import config as config_lib
 from lstm_jax import training
@@ -27,14 +27,13 @@ from lstm_jax.run.signals import Stopped, StopRequest
 from lstm_jax.sweep import report
 from lstm_jax.sweep import space as space_lib
 from lstm_jax.sweep import study as study_lib
-from lstm_jax.sweep.storage import REASON, AllStartedError, convert_errors
+from lstm_jax.sweep.study import use_optuna
 
 # The output of training, in the working directory of a trial.
 OUTPUT = "output.txt"
 
 # A worker stops after this many failed trials in a row. A diverged trial is not a failed one.
 _MAX_FAILURES = 3
-_POLL_SECONDS = 2
 
 # Fields in which the experiments of a study's workers may differ: losses can be compared.
 _FREE_FIELDS = (
@@ -48,7 +47,7 @@ class Sweep(NamedTuple):
     """The sweep that a worker takes part in."""
 
     study: Study
-    sampler: study_lib.SamplerSettings
+    make_sampler: Callable[[int], BaseSampler]  # Of an attempt at a trial, by its number.
     experiment: Config  # The config that trials change.
     space: space_lib.Space
     directory: Path
@@ -59,11 +58,7 @@ class _TrialError(Exception):
     """A trial can't be trained with its settings. The argument is the reason."""
 
 
-class _SpaceError(_TrialError):
-    """The space file fails for a trial, which also ends the worker."""
-
-
-@convert_errors()
+@use_optuna()
 def prepare_sweep(
     experiment: Config,
     experiment_name: str,
@@ -80,24 +75,22 @@ def prepare_sweep(
 ) -> Sweep:
     """Check the options of a sweep (see `python -m lstm_jax.sweep --help`), and open it.
 
-    `experiment` is a complete config; `experiment_name` is part of the default `name`. Raise
-    `UserError` or `OSError`.
+    `experiment` is a complete config; `experiment_name` is part of the default `name`.
     """
     if space_file and not seeds:
         space, space_name = space_lib.load_space(Path(space_file)), Path(space_file).stem
-        sampler = sampler or "tpe"
     elif seeds and not space_file:
         if trials or sampler or seed is not None:
             raise UserError(
                 "--seeds trains with each seed once: remove --trials, --sampler and --seed"
             )
         space, space_name = space_lib.make_seed_space(experiment.seed, seeds), f"seeds{seeds}"
-        trials, sampler = seeds, "grid"
+        sampler, pruner = "grid", pruner or "none"
     else:
         raise UserError("use either --space experiments/sweeps/quick.py or --seeds 8")
     draws = space.draw_trials(experiment)
-    grid = space.make_grid(draws) if sampler == "grid" else {}
-    if sampler == "grid":
+    grid = space_lib.make_grid(draws) if sampler == "grid" else {}
+    if grid:
         points = math.prod(map(len, grid.values()))
         trials = min(trials or points, points)
     experiment = dataclasses.replace(
@@ -105,133 +98,100 @@ def prepare_sweep(
         model=cell_file.resolve_cell(experiment.model),
         data=texts.load_texts(experiment.data).resolve(experiment.data),
     )
-    settings = study_lib.SamplerSettings(sampler, seed or 0, grid)
-    uses_hyperband = pruner == "hyperband" or (pruner is None and not seeds)
     name = name or f"{experiment_name}_{space_name}"
     path = workdir.check_path(directory or Path("runs", "sweeps", name))
     path.mkdir(parents=True, exist_ok=True)
-    study = study_lib.open_study(
-        *(path, location, name),
-        # As in JSON.
-        {
-            field: list(value) if isinstance(value, tuple) else value
-            for field, value in config_lib.flatten(experiment)
-            if field not in _FREE_FIELDS
-        },
-        {parameter for draw in draws for parameter in draw.params},
-        settings,
-        # Hyperband (Li et al. 2018) runs successive halving over epochs in each bracket.
-        HyperbandPruner(1, experiment.num_epochs) if uses_hyperband else NopPruner(),
-    )
-    return Sweep(study, settings, experiment, space, path, trials or 40)
+    shared = {
+        field: list(value) if isinstance(value, tuple) else value  # As in JSON.
+        for field, value in config_lib.flatten(experiment)
+        if field not in _FREE_FIELDS
+    }
+    # Hyperband (Li et al. 2018) runs successive halving over epochs in each bracket.
+    stopper = NopPruner() if pruner == "none" else HyperbandPruner(1, experiment.num_epochs)
+    study = study_lib.open_study(path, location, name, shared, stopper)
+    make_sampler = functools.partial(study_lib.make_sampler, sampler or "tpe", seed or 0, grid)
+    study.sampler = make_sampler(0)
+    return Sweep(study, make_sampler, experiment, space, path, trials or 40)
 
 
-@convert_errors()
+@use_optuna()
 def run_sweep(sweep: Sweep) -> int:
     """Call `run_worker`, write the results and print a summary; return the exit code."""
-    exit_code, signals, mistake = 0, StopRequest(), None
+    exit_code, signals = 0, StopRequest()
     try:
         # The loop of a single run has its own handler.
         with interrupts.handle_signals(signals.handle_signal):
             run_worker(sweep, signals)
     except Stopped as stopped:
         exit_code = stopped.code
-    except UnavailableError:
-        raise
-    except UserError as error:  # After the trials that succeeded.
-        mistake = error
-    try:
+    finally:
         with interrupts.handle_signals(lambda *unused: None):
             print(report.write_report(sweep.study, sweep.directory, sweep.experiment))
-    finally:
-        if mistake:
-            raise mistake
     return exit_code
 
 
 def run_worker(sweep: Sweep, signals: StopRequest | None = None) -> None:
-    """Train trials until all workers together have finished `sweep.trials`.
+    """Train trials until all workers together have started `sweep.trials`.
 
-    A trial that a signal stops is queued again, so that the same command resumes it.
+    A trial that is interrupted is queued again, so that the same command resumes it.
     """
-    study, signals, failures = sweep.study, signals or StopRequest(), 0
-    storage = study_lib.get_storage(study)
-    storage.limit = sweep.trials
-    while True:
-        storage.queue_dead(study._study_id)
-        signals.check()
-        try:
-            with warnings.catch_warnings(action="ignore"):  # Heartbeats are for `Study.optimize`.
-                trial = study.ask()
-        except AllStartedError:
-            if all(trial.state.is_finished() for trial in study.get_trials(deepcopy=False)):
-                return
-            with signals.at_once():
-                time.sleep(_POLL_SECONDS)  # Other workers train the last trials.
-            continue
-        error = _run_trial(sweep, trial, signals)
-        failures = failures + 1 if error else 0
-        report.print_end(study, trial.number, sweep.trials)
+    signals, failures = signals or StopRequest(), 0
+
+    def end_trial(study: Study, trial: FrozenTrial) -> None:
+        nonlocal failures
+        failures = failures + 1 if trial.state == TrialState.FAIL else 0
+        report.print_end(study, trial, sweep.trials)
         report.write_trials(study, sweep.directory)
         jax.clear_caches()  # Each trial compiles its own functions.
-        if isinstance(error, _SpaceError):
-            raise UserError(str(error))
-        if failures >= _MAX_FAILURES:
-            raise UserError(f"{failures} trials in a row failed, the last: {error}")
+        if failures == _MAX_FAILURES:
+            reason = trial.user_attrs[study_lib.REASON]
+            raise UserError(f"{failures} trials in a row failed, the last: {reason}")
+
+    while True:
+        signals.check()
+        fail_stale_trials(sweep.study)  # Queues them again.
+        trials = study_lib.list_trials(sweep.study)
+        if len(trials) >= sweep.trials and TrialState.WAITING not in {t.state for t in trials}:
+            return
+        sweep.study.optimize(
+            lambda trial: _run_trial(sweep, trial, signals),
+            n_trials=1,
+            catch=_TrialError,
+            callbacks=[end_trial],
+        )
 
 
-def _run_trial(sweep: Sweep, trial: Trial, signals: StopRequest) -> _TrialError | None:
-    """Train a trial and record its result; return the error if it failed.
+def _run_trial(sweep: Sweep, trial: Trial, signals: StopRequest) -> float:
+    """Train a trial and return its validation loss; queue it again if it is interrupted.
 
-    If this process was suspended, and another worker has taken the trial over, record nothing.
+    Raise `TrialPruned` or `_TrialError`, with the reason in the trial.
     """
-    study, storage = sweep.study, study_lib.get_storage(sweep.study)
-    loss, error, reason = None, None, ""
     try:
-        with get_heartbeat_thread(trial._trial_id, study._storage):
-            loss = _train_trial(sweep, trial, signals)
-        state = TrialState.COMPLETE
-    except TrialPruned as pruned:
-        state, reason = TrialState.PRUNED, str(pruned)
-    except _TrialError as failed:
-        state, error, reason = TrialState.FAIL, failed, str(failed)
-    except BaseException as interruption:
-        # An unexpected error ends the worker, so it counts as its death.
-        is_known = isinstance(interruption, (Stopped, UserError, OSError, OptunaError))
-        is_ours = storage.queue_again(trial, is_dead=not is_known)
-        if is_ours or not isinstance(interruption, Exception):
-            raise
-        return None
-    with contextlib.suppress(UpdateFinishedTrialError, ValueError):  # The latter: it is queued.
-        storage.read_held(trial)
-        if reason:
-            trial.set_user_attr(REASON, reason)
-        study.tell(trial, loss, state, skip_if_finished=True)
-        return error
-    return None
+        return _train_trial(sweep, trial, signals)
+    except (NotFiniteError, _TrialError) as error:
+        trial.set_user_attr(study_lib.REASON, str(error))
+        raise TrialPruned if isinstance(error, NotFiniteError) else error from None
+    except (Stopped, UnavailableError, OSError) as error:
+        study_lib.make_retry()(sweep.study, sweep.study.trials[trial.number])
+        if isinstance(error, Stopped):  # Otherwise Optuna does it.
+            sweep.study.tell(trial, state=TrialState.FAIL)
+        raise
 
 
 def _train_trial(sweep: Sweep, trial: Trial, signals: StopRequest) -> float:
-    """Train a trial and return its validation loss; raise `TrialPruned` or `_TrialError`."""
-    sweep.study.sampler = sweep.sampler.make_sampler(trial.number)
-    try:
-        # Draws the parameters of a new trial. A signal waits until all of them are drawn.
-        overrides, config = sweep.space.draw_config(trial, sweep.experiment)
-    except UserError as error:
-        raise _SpaceError(str(error)) from None
-    storage = study_lib.get_storage(sweep.study)
-    storage.read_held(trial)
+    sweep.study.sampler = sweep.make_sampler(trial.number)
+    overrides, config = sweep.space.draw_config(trial, sweep.experiment)
     trial.set_user_attr(study_lib.OVERRIDES, overrides)
-    directory = study_lib.get_trial_directory(sweep.directory, trial)
-    study_lib.claim_directory(directory, trial)
+    attempt = sweep.study.trials[trial.number]
+    directory = study_lib.get_directory(sweep.directory, attempt)
+    directory.mkdir(parents=True, exist_ok=True)
 
     def watch(row: metrics.Row) -> None:
         # Only after whole epochs, and once: a resumed trial measures its last one again.
         epoch, loss = int(row["epoch"]), row["loss"]
         if row["split"] != "validation" or not epoch or epoch != row["epoch"]:
             return
-        reported = storage.read_held(trial).intermediate_values
-        if math.isfinite(loss) and epoch not in reported:
+        if math.isfinite(loss) and epoch not in attempt.intermediate_values:
             trial.report(loss, epoch)
         is_last = epoch == config.num_epochs or row["step"] == config.max_steps
         if not is_last and trial.should_prune():
@@ -246,10 +206,8 @@ def _train_trial(sweep: Sweep, trial: Trial, signals: StopRequest) -> float:
             signals.at_once(),
         ):
             exit_code = training.train(config, directory, watch)
-    except NotFiniteError as error:
-        raise TrialPruned(str(error)) from None
-    except UnavailableError:
-        raise  # A later attempt may succeed, so the trial is queued again.
+    except (NotFiniteError, UnavailableError):
+        raise
     # Errors caused by the settings of a trial or by too little memory.
     except (UserError, jax.errors.JaxRuntimeError, MemoryError) as error:
         reason = str(error) if isinstance(error, UserError) else one_line(error)[:300]

@@ -1,56 +1,93 @@
-"""The Optuna study that the workers of a sweep share: its trials, sampler and pruner."""
+"""The Optuna study that the workers of a sweep share: its storage, trials and samplers."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+import random
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import optuna
+import sqlalchemy
 from optuna.distributions import CategoricalChoiceType
+from optuna.exceptions import ExperimentalWarning, OptunaError
 from optuna.samplers import BaseSampler
-from optuna.study import Study, StudyDirection
-from optuna.trial import BaseTrial
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages import RetryHeartbeatStaleTrialCallback as Retry
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import Study
+from optuna.trial import FrozenTrial
 
-from lstm_jax.data import files
-from lstm_jax.errors import UnavailableError, UserError
-from lstm_jax.run import workdir
-from lstm_jax.sweep import storage
-from lstm_jax.sweep.storage import ORIGIN
+from lstm_jax.errors import UnavailableError, UserError, one_line
 
-# In the directory of a sweep: the study, unless --study names another; and the working directories
-# of the trials, each with the identity of its trial.
-DATABASE, TRIALS, _OWNER = "study.db", "trials", "trial.txt"
+# In the directory of a sweep: the study, unless --study names another.
+DATABASE = "study.db"
+# A worker writes a heartbeat into its trial at this interval, and is dead if it has not done so for
+# `STALE_SECONDS`.
+BEAT_SECONDS, STALE_SECONDS = 10, 90
+_MAX_RETRIES = 10
+_DRIVERS = {"postgresql": "psycopg", "mysql": "pymysql", "mariadb": "pymysql"}
 
-# Attributes of a trial, beside those of `storage`.
+# Attributes of a trial, which it keeps when it is run again.
 OVERRIDES = "overrides"
 TEST_LOSS = "test_loss"
+REASON = "reason"  # Why it failed or diverged.
 
-_MADE_FOR = "made_for"  # An attribute of a study.
-
-
-class _GridSampler(optuna.samplers.GridSampler):
-    def after_trial(self, *unused: Any, **others: Any) -> None:
-        """Do nothing: Optuna's method stops `Study.optimize`, which is not running here."""
+_EXPERIMENT = "experiment"  # An attribute of a study: fields of the config.
 
 
-class SamplerSettings(NamedTuple):
-    """Settings of the sampler that draws the parameters of a study's trials."""
+@contextlib.contextmanager
+def use_optuna() -> Iterator[None]:
+    """Accept Optuna's experimental functions; convert errors of its storage to one line."""
+    try:
+        with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+            yield
+    except (OptunaError, sqlalchemy.exc.SQLAlchemyError) as error:
+        raise UnavailableError(
+            f"the study can't be read or written ({_describe(error)}): fix this, then resume with "
+            "the same command"
+        ) from None
 
-    name: str  # tpe, random or grid.
-    seed: int
-    grid: Mapping[str, Sequence[CategoricalChoiceType]]  # The values of each parameter.
 
-    def make_sampler(self, number: int) -> BaseSampler:
-        """Return the sampler of the trial `number`; a grid takes the point of this number.
+def make_retry() -> Retry:
+    """Return the callback that queues an interrupted trial again, with its parameters and losses.
 
-        The parameters depend only on the seed and the earlier trials, not on the process that draws
-        them or on how often a trial is resumed, and two workers never draw the same.
-        """
-        seed = (1_000_003 * self.seed + number) % 2**32
-        if self.name == "tpe":
-            return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
-        if self.name == "grid":
-            return _GridSampler(self.grid, seed=self.seed % 2**32)
-        return optuna.samplers.RandomSampler(seed=seed)
+    Optuna calls it for trials of dead workers, if their storage has heartbeats.
+    """
+    return Retry(_MAX_RETRIES, inherit_intermediate_values=True)
+
+
+def get_number(trial: FrozenTrial) -> int:
+    """Return the number of a trial, which it keeps when it is run again."""
+    first = Retry.retried_trial_number(trial)
+    return trial.number if first is None else first
+
+
+def get_directory(sweep: Path, trial: FrozenTrial) -> Path:
+    """Return the working directory of a trial in that of a sweep."""
+    return sweep / "trials" / f"{get_number(trial):04}"
+
+
+def list_trials(study: Study) -> list[FrozenTrial]:
+    """Return the last attempt at each trial."""
+    trials = study.get_trials(deepcopy=False)
+    return list({get_number(trial): trial for trial in trials}.values())
+
+
+def make_sampler(
+    name: str, seed: int, grid: Mapping[str, Sequence[CategoricalChoiceType]], number: int
+) -> BaseSampler:
+    """Return the sampler of the attempt `number`; a grid takes the point of this number.
+
+    The parameters depend only on the seed and the earlier trials, not on the process that draws
+    them, and two workers never draw the same.
+    """
+    seed_of_trial = (1_000_003 * seed + number) % 2**32
+    if name == "tpe":
+        return optuna.samplers.TPESampler(seed=seed_of_trial, multivariate=True, constant_liar=True)
+    if name == "grid":
+        return optuna.samplers.GridSampler(grid, seed=seed % 2**32)
+    return optuna.samplers.RandomSampler(seed=seed_of_trial)
 
 
 def open_study(
@@ -58,68 +95,66 @@ def open_study(
     location: str | None,
     name: str,
     fields: Mapping[str, object],
-    parameters: Iterable[str],
-    sampler: SamplerSettings,
     pruner: optuna.pruners.BasePruner,
 ) -> Study:
     """Open or create the study of a sweep, at `location` or in the sweep's directory.
 
     `fields` are those of the experiment that all workers share, as in JSON: lists for tuples.
-    Raise `UserError` if it can't be reached or written, or is for another experiment, space or
-    sampler.
+    Raise `UserError` if the study can't be reached or written, or is for another experiment.
     """
+    storage = _open_storage(directory, location)
     study = optuna.create_study(
-        storage=storage.open_storage(directory / DATABASE, location),
-        study_name=name,
-        sampler=sampler.make_sampler(0),
-        pruner=pruner,
-        load_if_exists=True,
+        storage=storage, study_name=name, pruner=pruner, load_if_exists=True
     )
-    search = {
-        "parameters": sorted(parameters),
-        "--sampler": sampler.name,
-        "--seed": sampler.seed,
-        "grid": sampler.grid,
-    }
     # Read the trials first: another worker may add one now, but only after the attribute.
     is_empty = not study.get_trials(deepcopy=False)
-    made_for = study.user_attrs.get(_MADE_FOR)
-    if made_for is None and is_empty and study.directions == [StudyDirection.MINIMIZE]:
-        study.set_user_attr(_MADE_FOR, made_for := {"experiment": fields, "search": search})
-    if made_for is None:
-        raise UserError(f"the study {name!r} exists, but is not from a sweep: use another --name")
-    before = made_for["experiment"]
-    if differing := [f for f in fields if before.get(f) != fields[f]]:
-        first = differing[0]
-        others = f" and {len(differing) - 1} more" if differing[1:] else ""
-        raise UserError(
-            f"the study {name!r} was made for another experiment (config.{first} was "
-            f"{before.get(first)!r:.80} and is {fields[first]!r}{others}): use another --workdir"
-        )
-    for what, value in search.items():
-        if (known := made_for["search"][what]) != value:
+    known = study.user_attrs.get(_EXPERIMENT, {})
+    if is_empty and not known:
+        study.set_user_attr(_EXPERIMENT, known := fields)
+    for field, value in fields.items():
+        if known.get(field) != value:
             raise UserError(
-                f"the study {name!r} was made with the {what} {known!r:.200}, and not "
-                f"{value!r:.200}: use the same, or another --workdir"
+                f"the study {name!r} was made for another experiment (config.{field} was "
+                f"{known.get(field)!r:.80} and is {value!r:.80}): use another --workdir or --name"
             )
     return study
 
 
-def claim_directory(directory: Path, trial: BaseTrial) -> None:
-    """Make the working directory of a trial; raise `UnavailableError` if it is another study's."""
-    directory.mkdir(parents=True, exist_ok=True)
-    path, origin = directory / _OWNER, trial.user_attrs[ORIGIN]
-    if not path.exists() and not (directory / workdir.CONFIG).exists():
-        files.write_file(path, origin.encode())
-    elif not path.exists() or path.read_text() != origin:
-        raise UnavailableError(f"{directory} has a trial of another study: use another --workdir")
+def _open_storage(directory: Path, location: str | None) -> BaseStorage:
+    """Open or create the database, or the journal file, of a study."""
+    if location and "://" not in location:
+        return JournalStorage(JournalFileBackend(location))
+    try:
+        url = sqlalchemy.make_url(location or f"sqlite:///{directory.absolute() / DATABASE}")
+    except (sqlalchemy.exc.ArgumentError, ValueError):  # Its message may show a password.
+        raise UserError(
+            "--study is not the URL of a database, such as postgresql://user:password@host/name"
+        ) from None
+    if driver := _DRIVERS.get(url.drivername):
+        url = url.set(drivername=f"{url.drivername}+{driver}")
+    is_file = url.get_backend_name() == "sqlite"
+    settings = {"timeout": 60} if is_file else {"connect_timeout": 10}
+    for _ in range(4):
+        try:
+            return RDBStorage(
+                url.render_as_string(hide_password=False),
+                engine_kwargs={"connect_args": settings},
+                heartbeat_interval=BEAT_SECONDS,
+                grace_period=STALE_SECONDS,
+                heartbeat_stale_trial_callback=make_retry(),
+            )
+        except ImportError as error:
+            raise UserError(
+                f"can't use {url.drivername}: {error.__cause__}: "
+                "pip install 'lstm-jax[sweep-servers]'"
+            ) from None
+        except Exception as error:  # Drivers raise exceptions of any type.
+            reason = _describe(error)
+        time.sleep(random.random())  # Several workers may create the tables at the same time.
+    raise UserError(f"can't use the database{f' {url.database}' if is_file else ''}: {reason}")
 
 
-def get_storage(study: Study) -> storage.SweepStorage:
-    """Return the storage of a study, without Optuna's cache."""
-    return study._storage._backend  # type: ignore[attr-defined]
-
-
-def get_trial_directory(directory: Path, trial: BaseTrial) -> Path:
-    """Return the working directory of a trial, which its number names."""
-    return directory / TRIALS / f"{trial.number:04}"
+def _describe(error: Exception) -> str:
+    """Return the message of an exception of Optuna or SQLAlchemy without its SQL statement."""
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    return one_line(cause).partition(" [SQL")[0].partition(" (Background")[0][:300]
