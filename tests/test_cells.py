@@ -11,6 +11,8 @@ import pytest
 import models
 from lstm_jax import cells, config, regularization
 from lstm_jax import model as model_lib
+from lstm_jax.cells.block import Block
+from lstm_jax.cells.making import make_cell
 from lstm_jax.errors import UserError
 from lstm_jax.ops.choice import choose_recurrence
 
@@ -102,6 +104,14 @@ def test_a_step_agrees_with_the_equations(name: str, layer_norm: bool) -> None:
     if layer_norm:
         expected += 2 * gates * h_ + (2 * h_ if gates == 4 else 0)
     assert count_parameters(params) == expected
+
+
+@pytest.mark.parametrize("name", cells.CELLS)
+def test_an_initial_carry_can_be_donated(name: str) -> None:
+    cell = make_cell(cells.CELLS[name], 8, 8)
+    arrays = jax.tree.leaves(Block(8, 8, cell).initial_carry(2))
+    buffers = {array.unsafe_buffer_pointer() for array in arrays}
+    assert len(buffers) == len(arrays)  # No two arrays share one.
 
 
 @pytest.mark.parametrize(

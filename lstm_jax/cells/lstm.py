@@ -74,5 +74,5 @@ class LSTMCell(Cell):
 
     def initial_carry(self, batch_size: int) -> LSTMCarry:
         """Return the carry at the start of a text: zeros."""
-        zeros = jnp.zeros((batch_size, self.hidden_size))
-        return LSTMCarry(zeros, zeros)
+        shape = batch_size, self.hidden_size
+        return LSTMCarry(jnp.zeros(shape), jnp.zeros(shape))  # Not one array twice: it is donated.

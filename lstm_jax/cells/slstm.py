@@ -83,8 +83,10 @@ class SLSTMCell(SizedCell):
 
     def initial_carry(self, batch_size: int) -> SLSTMCarry:
         """Return the carry at the start of a text: zeros, and a stabilizer of minus infinity."""
-        zeros = jnp.zeros((batch_size, self.hidden_size))
-        return SLSTMCarry(zeros, zeros, zeros, jnp.full_like(zeros, NEVER))
+        shape = batch_size, self.hidden_size
+        return SLSTMCarry(
+            jnp.zeros(shape), jnp.zeros(shape), jnp.zeros(shape), jnp.full(shape, NEVER)
+        )
 
 
 def count_per_head(hidden_size: int, heads: int) -> int:
