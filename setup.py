@@ -2,7 +2,7 @@
 
 from setuptools import find_namespace_packages, find_packages, setup
 
-# An installed package has experiments/ within it, where `command.find_experiment` finds it.
+# An installed package has experiments/ within it, where `config.find_experiment` finds it.
 # lstm_jax/pretrained has no modules.
 experiments = find_namespace_packages(include=["experiments*"], exclude=["*.__pycache__"])
 setup(

@@ -15,14 +15,16 @@ import difflib
 import functools
 import itertools
 import re
+import runpy
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args
 
 from ml_collections import ConfigDict
 
 from lstm_jax import vocabulary
-from lstm_jax.errors import UserError, choose_wording
+from lstm_jax.errors import UserError, choose_wording, run_user_code
 
 T = TypeVar("T")
 T_contra = TypeVar("T_contra", contravariant=True)
@@ -414,6 +416,52 @@ CHANGEABLE = tuple(field.name for field in FIELDS if field.resume)
 def default() -> ConfigDict:
     """Return the default config, of one layer of 1,024 units trained on Tiny Shakespeare."""
     return ConfigDict(dataclasses.asdict(Config()))
+
+
+def load(name: str) -> Any:
+    """Return the config of an experiment, which can be changed, and passed to `lstm_jax.train`.
+
+    `name` is that of `--config`: FILE, for what `get_config()` of this file returns, or FILE:WORD,
+    for `get_config(WORD)`. `lstm_jax.config.load("experiments/quick.py")` works in any directory.
+
+    Raises:
+      UserError: if there is no such file, or its code fails.
+    """
+    name, word = split_name(name)
+    file = find_experiment(name)
+    if not Path(file).is_file():
+        raise UserError(f"there is no config file {file}")
+    with run_user_code("config file", file):
+        get_config = runpy.run_path(file).get("get_config")
+        if get_config is None:
+            raise UserError(f"config file {file} has no function get_config()")
+        return get_config() if word is None else get_config(word)
+
+
+def split_name(name: str) -> tuple[str, str | None]:
+    """Return FILE and WORD of FILE:WORD, as in experiments/cells.py:gru, or FILE and None.
+
+    In the path of FILE.py there may be a colon.
+    """
+    match = re.fullmatch(r"(.*?\.py|[^:]*)(?::(.*))?", name, re.DOTALL)
+    assert match
+    return match[1], match[2]
+
+
+def find_experiment(name: str) -> str:
+    """Return the path of a packaged experiment; any other name, and of a file here, as it is."""
+    path = find_in_package(name)
+    is_packaged = name.startswith("experiments/") and path.is_file() and not Path(name).exists()
+    return str(path) if is_packaged else name
+
+
+def find_in_package(name: str) -> Path:
+    """Return the path of a packaged experiment, which may not exist.
+
+    An installed package has experiments/ within it, and an editable one beside it.
+    """
+    package = Path(__file__).parent
+    return (package if (package / "experiments").is_dir() else package.parent) / name
 
 
 def complete_config(fields: object) -> Config:

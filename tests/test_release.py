@@ -17,7 +17,8 @@ from packaging.utils import canonicalize_name
 
 import lstm_jax
 from conftest import make_once
-from lstm_jax.run import command, workdir
+from lstm_jax import config
+from lstm_jax.run import workdir
 
 ROOT = Path(__file__).parents[1]
 
@@ -138,27 +139,27 @@ def test_an_experiment_is_read_from_the_package_only_if_no_file_exists(
     (own / "sweeps").mkdir(parents=True)
     (own / "quick.py").write_text("")
     (own / "sweeps" / "quick.py").write_text("")
-    monkeypatch.setattr(command, "__file__", str(own.parent / "run" / "command.py"))
+    monkeypatch.setattr(config, "__file__", str(own.parent / "config.py"))
     monkeypatch.chdir(tmp_path)
     found = str(own / "quick.py")
-    assert command.find_experiment("experiments/quick.py") == found
-    assert command.find_experiment("experiments/sweeps/quick.py") == str(own / "sweeps/quick.py")
+    assert config.find_experiment("experiments/quick.py") == found
+    assert config.find_experiment("experiments/sweeps/quick.py") == str(own / "sweeps/quick.py")
     (own / "helper.py").write_text("WIDTH = 7")
     (own / "quick.py").write_text(
         "def get_config(word):\n    from helper import WIDTH\n    return word, WIDTH"
     )
-    assert command._ConfigParser().parse("experiments/quick.py:gru") == ("gru", 7)
+    assert config.load("experiments/quick.py:gru") == ("gru", 7)
     for other in ("experiments/none.py", "quick.py", "elsewhere/experiments/quick.py"):
-        assert command.find_experiment(other) == other
+        assert config.find_experiment(other) == other
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "quick.py").write_text("")
-    assert command.find_experiment("experiments/quick.py") == "experiments/quick.py"
+    assert config.find_experiment("experiments/quick.py") == "experiments/quick.py"
 
     # An editable package has them beside it, in the clone.
     clone = tmp_path / "clone"
     (clone / "lstm_jax").mkdir(parents=True)
     shutil.copytree(own, clone / "experiments")
     (tmp_path / "experiments" / "quick.py").unlink()
-    monkeypatch.setattr(command, "__file__", str(clone / "lstm_jax" / "run" / "command.py"))
+    monkeypatch.setattr(config, "__file__", str(clone / "lstm_jax" / "config.py"))
     found = str(clone / "experiments" / "quick.py")
-    assert command.find_experiment("experiments/quick.py") == found
+    assert config.find_experiment("experiments/quick.py") == found

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import re
-import runpy
 import shutil
 import sys
 import threading
@@ -103,26 +102,8 @@ class _ConfigParser(flags.ArgumentParser[object]):
     """Loads a config file, FILE or FILE:WORD. The parser of config_flags hides errors in it."""
 
     def parse(self, argument: str) -> object:
-        """Return what `get_config()` of the file returns, or `get_config(WORD)`."""
-        name, word = _split_name(argument)
-        file = find_experiment(name)
-        if not Path(file).is_file():
-            raise UserError(f"there is no config file {file}")
-        with errors.run_user_code("config file", file):
-            get_config = runpy.run_path(file).get("get_config")
-            if get_config is None:
-                raise UserError(f"config file {file} has no function get_config()")
-            return get_config() if word is None else get_config(word)
-
-
-def _split_name(argument: str) -> tuple[str, str | None]:
-    """Return FILE and WORD of FILE:WORD, as in experiments/cells.py:gru, or FILE and None.
-
-    In the path of FILE.py there may be a colon.
-    """
-    match = re.fullmatch(r"(.*?\.py|[^:]*)(?::(.*))?", argument, re.DOTALL)
-    assert match
-    return match[1], match[2]
+        """Return the config that the argument names."""
+        return config.load(argument)
 
 
 def define_config_flag(meaning: str) -> None:
@@ -138,7 +119,7 @@ def read_experiment() -> tuple[config.Config, str]:
     flag = flags.FLAGS["config"]
     if not flag.present:
         raise UserError("specify an experiment: --config experiments/quick.py")
-    name, word = _split_name(flag.config_filename)
+    name, word = config.split_name(flag.config_filename)
     name = f"{Path(name).stem}_{Path(word).name}" if word else Path(name).stem
     return config.complete_config(flag.value), name
 
@@ -194,23 +175,6 @@ def define_dtype_flag(*more: str) -> flags.FlagHolder[str | None]:
     )
 
 
-def find_experiment(name: str) -> str:
-    """Return the path of a packaged experiment; any other name, and of a file here, as it is.
-
-    So `--config experiments/quick.py` works in a clone and in any other directory. An installed
-    package has experiments/ within it, and an editable one beside it.
-    """
-    path = _find_in_package(name)
-    is_packaged = name.startswith("experiments/") and path.is_file() and not Path(name).exists()
-    return str(path) if is_packaged else name
-
-
-def _find_in_package(name: str) -> Path:
-    """Return the path of a packaged experiment, which may not exist."""
-    package = Path(__file__).parents[1]
-    return (package if (package / "experiments").is_dir() else package.parent) / name
-
-
 def _get_value(argv: Sequence[str], name: str) -> str | None:
     """Return the value of a flag in the arguments of a command, or None."""
     for argument, following in zip(argv, [*argv[1:], ""], strict=True):
@@ -239,9 +203,9 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     model = _get_value(argv, "init_from")
     if model and "init_from" in flags.FLAGS and _get_value(argv, "config") is None:
         # The experiment of the package: the user has named none.
-        finetune = _find_in_package("experiments/finetune.py")
+        finetune = config.find_in_package("experiments/finetune.py")
         argv = [argv[0], f"--config={finetune}:{model}", *argv[1:]]
-    config_file = _split_name(_get_value(argv, "config") or "")[0]
+    config_file = config.split_name(_get_value(argv, "config") or "")[0]
     try:  # An override of what a config file returns can raise anything.
         with errors.run_user_code("config file", config_file, flags.Error, SystemExit):
             left = flags.FLAGS(argv)

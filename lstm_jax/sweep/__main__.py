@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 from absl import flags
 
+from lstm_jax import config
 from lstm_jax.errors import UserError
 from lstm_jax.run import command
 
@@ -81,7 +82,7 @@ def main() -> int:
     sweep = search.prepare_sweep(
         experiment,
         name,
-        space_file=_SPACE.value and command.find_experiment(_SPACE.value),
+        space_file=_SPACE.value and config.find_experiment(_SPACE.value),
         seeds=_SEEDS.value,
         trials=_TRIALS.value,
         directory=_WORKDIR.value,
