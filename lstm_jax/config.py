@@ -498,12 +498,20 @@ def complete_config(fields: object) -> Config:
     values = dict(_flatten(nested))
     sections = {name: section(**nested.pop(name)) for name, section in _SECTIONS.items()}
     config = Config(**nested, **sections)
-    rules = [(field.name, field.allowed, values[field.name]) for field in FIELDS]
-    rules += [(field.name, field.requires, config) for field in FIELDS if field.requires]
-    for name, rule, argument in rules:
-        if not rule.is_met(argument):
-            raise UserError(f"config.{name} is {values[name]!r}: it must be {rule.words}")
+    for field in FIELDS:
+        check_value(field.name, values[field.name])
+    for field in FIELDS:
+        if field.requires and not field.requires.is_met(config):
+            value, words = values[field.name], field.requires.words
+            raise UserError(f"config.{field.name} is {value!r}: it must be {words}")
     return config
+
+
+def check_value(name: str, value: object) -> None:
+    """Raise `UserError` if a value is not allowed in the field with this dotted name."""
+    rule = _BY_NAME[name].allowed
+    if not rule.is_met(value):
+        raise UserError(f"config.{name} is {value!r}: it must be {rule.words}")
 
 
 def change_fields(config: Config, overrides: Mapping[str, object]) -> Config:

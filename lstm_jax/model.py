@@ -21,7 +21,7 @@ from lstm_jax.cells import CELLS, LOADED
 from lstm_jax.cells.block import Block
 from lstm_jax.cells.making import count_operations, make_cell, trace_cell
 from lstm_jax.cells.protocol import Gates, get_activation, get_gates, restart, run_cell
-from lstm_jax.config import ModelConfig, Option
+from lstm_jax.config import ModelConfig, Option, check_value
 from lstm_jax.errors import UserError
 from lstm_jax.matmul import matmul
 from lstm_jax.ops import cudnn, fused
@@ -103,6 +103,12 @@ class LanguageModel(nn.Module):
     # The id of the stop token, if texts consist of documents. Each document begins with the stop
     # token that ends the one before; this token is read from the initial carry.
     stop_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("cell", "recurrence", "dtype", "block", "initial_bias"):
+            if isinstance(value := getattr(self, name), str):
+                check_value(f"model.{name}", value)
+        super().__post_init__()
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -68,6 +68,11 @@ def test_an_iterator_starts_at_any_step(kind: str) -> None:
     assert (next(another).inputs != expected[0].inputs).any()
 
 
+def test_an_unknown_kind_of_batches_is_an_error() -> None:
+    with pytest.raises(UserError, match="kind is 'window': it must be one of windows, streams"):
+        batches.make_batches(np.zeros(99, np.int32), fields("window", 3, 7), seed=0)
+
+
 @pytest.mark.parametrize("kind", ["windows", "streams"])
 def test_the_shortest_text_that_makes_one_batch(kind: str) -> None:
     with pytest.raises(UserError, match="too short: .* need (\\d+) tokens, but it has 20") as error:

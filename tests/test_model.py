@@ -1,4 +1,5 @@
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 import models
 from lstm_jax import model as model_lib
 from lstm_jax.cells.lstm import LSTMCarry
+from lstm_jax.errors import UserError
 from lstm_jax.model import LanguageModel
 from lstm_jax.run import messages
 from test_cells import EQUATIONS
@@ -151,6 +153,16 @@ def test_initialized_as_keras_does() -> None:
     bias = np.asarray(lstm["bias"]).reshape(4, 64)
     np.testing.assert_array_equal(bias, np.array([0, 1, 0, 0])[:, None] * np.ones(64))
     assert not np.asarray(params["dense"]["bias"]).any()
+
+
+@pytest.mark.parametrize(
+    ("field", "word", "listed"),
+    [("cell", "LSTM", "one of lstm,"), ("recurrence", "fusd", "fused"), ("block", "yes", "none")],
+)
+def test_an_unknown_word_is_an_error(field: str, word: str, listed: str) -> None:
+    fields: dict[str, Any] = {field: word}
+    with pytest.raises(UserError, match=f"model.{field} is '{word}': it must be .*{listed}"):
+        LanguageModel(11, 6, 9, **fields)
 
 
 def test_the_carry_continues_the_text() -> None:
