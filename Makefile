@@ -41,15 +41,17 @@ lint: $(VENV)/installed-dev
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) dist
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "lstm-jax needs Python 3.11 or newer; name one with: make PYTHON=python3.12" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) .
-	touch $@
+	@echo "Installing lstm-jax and its dependencies in $(VENV); this takes a few minutes."
+	@$(PYTHON) -m venv $(VENV)
+	@$(INSTALL) .
+	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(INSTALL) '.[dev]'
-	touch $@
+	@echo "Installing what the tests need in $(VENV)."
+	@$(INSTALL) '.[dev]'
+	@touch $@
