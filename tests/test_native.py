@@ -24,6 +24,7 @@ from lstm_jax.convert import transfer
 from lstm_jax.errors import NotFiniteError, UserError
 from lstm_jax.ops import choice, fused, in_c, native, processor
 from lstm_jax.ops.fused import Lookup
+from lstm_jax.ops.gates import GRU, LSTM, PEEPHOLE_LSTM, RNN, Gating
 from lstm_jax.vocabulary import Vocabulary
 from test_choice import AMD
 from test_recurrence import assert_close, make_problem, value_and_gradients
@@ -37,6 +38,9 @@ pytestmark = [
 
 low = functools.partial(fused.run_fused, dtype="bfloat16")
 in_both = pytest.mark.parametrize("run", [fused.run_fused, low], ids=["float32", "bfloat16"])
+
+
+KINDS = (LSTM, PEEPHOLE_LSTM, GRU, RNN)
 
 
 @pytest.fixture(autouse=True)
@@ -142,6 +146,167 @@ def test_outputs_and_gradients_agree_with_numpy(sizes: tuple[int, ...], run: Any
     # A hidden state whose last bit in float32 differs may be rounded differently to bfloat16.
     bound = 2e-3 if run is low else 1e-6
     assert max(jax.tree.leaves(measure_errors(results, expected))) < bound
+
+
+def draw_layer(
+    gating: Gating, time: int, batch: int, features: int, hidden: int, has_marks: bool
+) -> tuple[tuple[Any, jax.Array, Any], Any, Any]:
+    """Return random parameters, inputs and a carry, marks or None, and cotangents of the results.
+
+    Arrays are time-major. The cotangents of outputs are zero at frozen steps.
+    """
+    draw = np.random.default_rng(0)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(draw.normal(size=shape) / shape[0] ** 0.5, jnp.float32)
+
+    columns = len(gating.read_inputs) * hidden
+    arrays = [normal(features, columns), normal(hidden, columns), normal(columns)]
+    arrays += {"gru": [normal(hidden)], "peephole_lstm": [normal(3, hidden)]}.get(gating.name, [])
+    carry, d_last = (
+        gating.carry(*(normal(batch, hidden) for _ in gating.carry._fields)) for _ in "ab"
+    )
+    inputs, d_outputs = (np.sqrt(time) * normal(time, batch, n) for n in (features, hidden))
+    marks = None
+    if has_marks:
+        marks = jnp.asarray(draw.choice(3, (time, batch), p=[0.6, 0.2, 0.2]), jnp.uint8)
+        d_outputs = jnp.where((marks == in_c.FROZEN)[:, :, None], 0, d_outputs)
+    return (gating.params(*arrays), inputs, carry), marks, (d_outputs, d_last)
+
+
+def run_equations(gating: Gating, marks: Any, params: Any, inputs: Any, carry: Any) -> Any:
+    """Run a layer as a scan; return outputs and the last carry."""
+    n = carry.hidden.shape[1]
+    sigmoid, tanh = jax.nn.sigmoid, jnp.tanh
+
+    def compute(carry: Any, x: jax.Array) -> Any:
+        h = carry.hidden
+        by_x, by_h = x @ params.input_kernel + params.bias, h @ params.recurrent_kernel
+        if gating.name == "rnn":
+            return gating.carry(tanh(by_x + by_h))
+        if gating.name == "gru":
+            r, z = jnp.split(sigmoid((by_x + by_h)[:, : 2 * n]), 2, axis=1)
+            candidate = tanh(by_x[:, 2 * n :] + r * (by_h[:, 2 * n :] + params.recurrent_bias))
+            return gating.carry((1 - z) * candidate + z * h)
+        i, f, g, o = jnp.split(by_x + by_h, 4, axis=1)
+        pi, pf, po = getattr(params, "peepholes", (0, 0, 0))
+        cell = sigmoid(f + pf * carry.cell) * carry.cell + sigmoid(i + pi * carry.cell) * tanh(g)
+        return gating.carry(cell, sigmoid(o + po * cell) * tanh(cell))
+
+    def step(carry: Any, read: Any) -> Any:
+        x, mark = read
+        mark = mark[:, None]
+        before = jax.tree.map(lambda c: jnp.where(mark == in_c.RESET, 0, c), carry)
+        after = compute(before, x)
+        after = jax.tree.map(lambda c, a: jnp.where(mark == in_c.FROZEN, c, a), carry, after)
+        return after, after.hidden
+
+    marks = np.zeros(inputs.shape[:2], np.uint8) if marks is None else marks
+    last, outputs = jax.lax.scan(step, carry, (inputs, marks))
+    return outputs, last
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("gating", KINDS, ids=lambda gating: gating.name)
+@jax.numpy_rank_promotion("allow")
+def test_every_kind_agrees_with_its_equations(gating: Gating, dtype: str, bound: float) -> None:
+    for sizes in [(1, 1, 9, 16, False), (7, 5, 33, 80, True), (6, 20, 48, 64, True)]:
+        arguments, marks, cotangents = draw_layer(gating, *sizes)
+
+        @jax.jit
+        def run(params: Any, inputs: Any, carry: Any, marks: Any, cotangents: Any) -> Any:
+            outputs, last, saved = in_c.forward(gating, params, inputs, marks, carry, dtype)
+            states = marks, carry, saved, outputs
+            d_outputs, d_last = cotangents
+            d_sums, d_carry = in_c.backward(gating, params, *states, d_outputs, d_last, dtype)
+            d_params, d_inputs = in_c.differentiate_params(
+                gating, params, inputs, *states, d_sums, dtype
+            )
+            return (outputs, last), (d_params, d_inputs, d_carry)
+
+        results = run(*arguments, marks, cotangents)
+        with jax.enable_x64():
+            exact = jax.tree.map(lambda x: np.asarray(x, np.float64), (*arguments, cotangents))
+            equations = functools.partial(run_equations, gating, marks)
+            expected = jax.device_get(value_and_gradients(equations, exact[-1], *exact[:-1]))
+        assert max(jax.tree.leaves(measure_errors(results, expected))) < bound
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 2e-2), ("int8", 2e-2)]
+)
+@pytest.mark.parametrize("gating", KINDS, ids=lambda gating: gating.name)
+@jax.numpy_rank_promotion("allow")
+def test_a_step_of_every_kind_agrees_with_its_equations(
+    gating: Gating, dtype: str, bound: float
+) -> None:
+    (params, inputs, carry), _, (_, cotangent) = draw_layer(gating, 1, 7, 31, 80, False)
+    inputs, carry = jnp.clip(inputs, -2, 2), carry._replace(hidden=jnp.tanh(carry.hidden))
+
+    def run(params: Any, inputs: jax.Array, carry: Any) -> Any:
+        biases = gating.join_biases(params)
+        input_kernel, recurrent_kernel = in_c.spread_kernels(gating, params)
+        # The last inputs are ones, whose part of the kernel is half of the bias.
+        kernel = jnp.concatenate([input_kernel, 0.5 * biases[None], recurrent_kernel])
+        rows = [inputs[0], jnp.ones((7, 1)), carry.hidden]
+        packed: Any
+        offset: Any
+        if dtype == "int8":
+            kernel = jnp.pad(kernel, ((0, -len(kernel) % 4), (0, 0)))
+            packed, offset = in_c.quantize_gates(gating, kernel, 2)
+        else:
+            packed, offset = in_c.pack_gates(gating, kernel.astype(dtype)), 0.0
+        added = 0.5 * biases[None] + offset
+        return in_c.run_step(gating, packed, rows, carry, added, getattr(params, "peepholes", None))
+
+    def run_scan(*arguments: Any) -> Any:
+        return run_equations(gating, None, *arguments)[1]
+
+    arguments = params, inputs, carry
+    if dtype == "int8":
+        errors = measure_errors(jax.jit(run)(*arguments), run_scan(*arguments))
+    else:
+        found, expected = (
+            value_and_gradients(function, cotangent, *arguments) for function in (run, run_scan)
+        )
+        errors = measure_errors(found, expected)
+    assert max(jax.tree.leaves(errors)) < bound
+
+
+def test_wrong_arrays_are_errors_of_xla() -> None:
+    """Call the library as `in_c` does, with arrays that don't fit each other."""
+    (params, inputs, carry), _, (d_outputs, d_last) = draw_layer(GRU, 3, 2, 5, 16, False)
+    outputs, _, saved = in_c.forward(GRU, params, inputs, None, carry, "float32")
+    states = carry, saved, outputs
+    message = r"INVALID_ARGUMENT: lstm_forward: expected f32\[3,2,5\] for inputs, got f32\[3,2,7\]"
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        in_c.forward(GRU, params, jnp.zeros((3, 2, 7)), None, carry, "float32")
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"expected u8\[3,2\] for marks, got f32"):
+        in_c.forward(GRU, params, inputs, jnp.zeros((3, 2)), carry, "float32")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="lstm_backward: .* for gates, got"):
+        in_c.backward(GRU, params, None, *states, d_outputs[:2], d_last, "float32")
+    kernel = in_c.pack_gates(GRU, jnp.zeros((20, 64)))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="lstm_step: .* for rows"):
+        in_c.run_step(GRU, kernel, [inputs[0], carry.hidden], carry, jnp.zeros((1, 64)))
+
+
+@pytest.mark.process  # Compiles the library.
+def test_no_array_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
+    """Call every function with right and wrong arrays, under AddressSanitizer where gcc has it."""
+    library = tmp_path / "library.so"
+    source = Path(__file__).with_name("call_handlers.c")
+    include = ["-I", str(native._SOURCE.parent), "-I", jax.ffi.include_dir()]
+    command = ["cc", *native._FLAGS, *include, str(source), "-o", str(library)]
+    sanitizer = subprocess.run(
+        ["cc", "-print-file-name=libasan.so"], capture_output=True, text=True
+    ).stdout.strip()
+    env = {}
+    if os.path.isabs(sanitizer):
+        command.append("-fsanitize=address")
+        env = {"LD_PRELOAD": sanitizer, "ASAN_OPTIONS": "detect_leaks=0"}
+    subprocess.run(command, check=True)
+    result = commands.run_python(str(source.with_suffix(".py")), str(library), env=env)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.process  # Compiles the library.
@@ -317,10 +482,10 @@ def test_a_step_in_8_bits_agrees_with_numpy(batch: int, features: int, bound: in
     inputs = draw.uniform(-bound, bound, (batch, features)).astype("float32")
     state = draw.uniform(-1, 1, (batch, hidden)).astype("float32")
     cell, added = (draw.normal(size=(batch, n)).astype("float32") for n in (hidden, 4 * hidden))
-    quantized, offset = in_c.quantize_gates(jnp.asarray(kernel), bound)
+    quantized, offset = in_c.quantize_gates(LSTM, jnp.asarray(kernel), bound)
     carry = LSTMCarry(jnp.asarray(cell), jnp.asarray(state))
     parts = [jnp.asarray(inputs), carry.hidden]
-    found = in_c.run_step(quantized, parts, carry, jnp.asarray(added) + offset[None])
+    found = in_c.run_step(LSTM, quantized, parts, carry, jnp.asarray(added) + offset[None])
 
     units = np.concatenate([np.full(features, bound), np.ones(hidden)]) / 127
     rows = np.round(np.concatenate([inputs, state], axis=1) / units)

@@ -28,6 +28,7 @@ from lstm_jax.config import is_plain_lstm
 from lstm_jax.matmul import matmul, matmul_rounded, round_factor
 from lstm_jax.ops import accelerator, choice, in_c
 from lstm_jax.ops.accelerator import Steps, clear
+from lstm_jax.ops.gates import LSTM
 from lstm_jax.ops.in_c import Int8Kernel
 from lstm_jax.ops.processor import is_faster_in_bfloat16
 
@@ -126,7 +127,7 @@ def prepare_step(model: Any) -> StepArrays:
     if model.int8_steps:
         # Outputs are within ±1. With skip connections, layer i reads the sum of i outputs.
         bounds = [max(i, 1) if model.skip_connections else 1 for i in range(len(kernels))]
-        quantized = map(in_c.quantize_gates, kernels, bounds)
+        quantized = map(functools.partial(in_c.quantize_gates, LSTM), kernels, bounds)
         packed, offsets = map(list, zip(*quantized, strict=True))
         terms = [term + offset[None] for term, offset in zip(terms, offsets, strict=True)]
         # A byte can't be NaN: parameters that are not finite must reach the logits in another way.
@@ -141,7 +142,7 @@ def _prepare_kernel(kernel: jax.Array, dtype: str) -> jax.Array:
     depth, width = kernel.shape
     fits = kernel.dtype == jnp.float32 and depth % in_c.NUMBERS_IN_WORD[dtype] == 0
     if fits and choice.runs_in_c("steps", dtype, width // 4):
-        return in_c.pack_gates(kernel.astype(dtype))
+        return in_c.pack_gates(LSTM, kernel.astype(dtype))
     return round_factor(kernel.T, dtype)
 
 
@@ -155,7 +156,7 @@ def apply_step(
     for kernel, before, term in zip(arrays.kernels, carry, added, strict=True):
         inputs = [*below, before.hidden]
         if isinstance(kernel, Int8Kernel) or kernel.ndim == 5:
-            states.append(in_c.run_step(kernel, inputs, before, term))
+            states.append(in_c.run_step(LSTM, kernel, inputs, before, term))
         else:
             columns = round_factor(jnp.concatenate([x.T for x in inputs]), model.dtype)
             _, after = _step(kernel, columns, LSTMCarry(before.cell.T, before.hidden.T), term.T)

@@ -1,8 +1,14 @@
-"""Run one LSTM layer with the library in C: over time, with a custom VJP, or for a single step."""
+"""Run one layer of a gated recurrence with the library in C: over time, or for a single step.
+
+`forward`, `backward` and `differentiate_params` together are the recurrence and its derivatives.
+Arrays are float32, the factors of matmuls are rounded to `dtype`, and the hidden size is a multiple
+of `LANES`. Marks, uint8 [time, batch], are `RESET` where a step reads zeros instead of the carry,
+`FROZEN` where it leaves the carry as it is (its output then is the hidden state), and otherwise 0.
+"""
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,164 +16,326 @@ import numpy as np
 
 from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.matmul import matmul_rounded
-from lstm_jax.ops import native
-from lstm_jax.ops.accelerator import Steps, compute_step
+from lstm_jax.ops import gates, native
+from lstm_jax.ops.accelerator import Steps
+from lstm_jax.ops.gates import Gating
 
 LANES, _TILE = 16, 64  # As in lstm.c.
+RESET, FROZEN = 1, 2
+_KINDS = ("lstm", "peephole_lstm", "gru", "rnn")
 NUMBERS_IN_WORD = {"float32": 1, "bfloat16": 2, "int8": 4}  # Of 32 bits.
+
+Saved = tuple[jax.Array, jax.Array, jax.Array]  # Gates, cell states and rows, [time, batch, n].
+
+
+def forward(
+    gating: Gating, params: Any, inputs: jax.Array, marks: jax.Array | None, carry: Any, dtype: str
+) -> tuple[jax.Array, Any, Saved]:
+    """Run a layer: inputs [time, batch, features] → outputs [time, batch, hidden], the last carry.
+
+    Also return what the derivatives need. Among it are `rows` [time, batch, depth], the rounded
+    factors of the kernel: the hidden state, the inputs, and 1 for the bias.
+    """
+    time, batch, _ = inputs.shape
+    hidden = len(params.recurrent_kernel)
+    input_kernel, recurrent_kernel = spread_kernels(gating, params)
+    parts = recurrent_kernel, input_kernel, gating.join_biases(params)[None]
+    kernel = jnp.concatenate([part.astype(dtype) for part in parts])
+    kernel = jnp.pad(kernel, ((0, -len(kernel) % NUMBERS_IN_WORD[dtype]), (0, 0)))
+    saved_gates, cells, outputs, rows = _call(
+        "forward",
+        (
+            inputs,
+            pack_gates(gating, kernel),
+            _get_cell(carry),
+            carry.hidden,
+            _get_peepholes(params),
+            _get_marks(marks, batch),
+        ),
+        ((time, batch, 0 if gating.num_sums == 1 else kernel.shape[1]), "float32"),
+        ((time, batch, hidden * gating.has_cell), "float32"),
+        ((time, batch, hidden), "float32"),
+        ((time, batch, len(kernel)), dtype),
+        kind=_KINDS.index(gating.name),
+        features=len(input_kernel),
+    )
+    return outputs, _replace(carry, cells[-1], outputs[-1]), (saved_gates, cells, rows)
+
+
+def backward(
+    gating: Gating,
+    params: Any,
+    marks: jax.Array | None,
+    carry: Any,
+    saved: Saved,
+    outputs: jax.Array,
+    d_outputs: jax.Array,
+    d_last: Any,
+    dtype: str,
+) -> tuple[jax.Array, Any]:
+    """Return the cotangents of the sums, [time, batch, num_sums * hidden], and of the first carry.
+
+    `d_outputs` and `d_last` are those of the outputs and of the last carry; `carry` is the first.
+    """
+    saved_gates, cells, _ = saved
+    time, batch, hidden = outputs.shape
+    width = gating.num_sums * hidden
+    # The transposed kernel in tiles of 64 columns: [tiles, words, 64, in a word].
+    numbers = NUMBERS_IN_WORD[dtype]
+    kernel = spread_kernels(gating, params)[1].astype(dtype)
+    rows_of_tiles = jnp.pad(kernel, ((0, -hidden % _TILE), (0, 0)))
+    packed = rows_of_tiles.reshape(-1, _TILE, width // numbers, numbers).transpose(0, 2, 1, 3)
+    d_cell = _get_cell(d_last)
+    d_sums, d_cell, d_hidden = _call(
+        "backward",
+        (
+            saved_gates,
+            packed,
+            _get_cell(carry),
+            carry.hidden,
+            cells,
+            outputs,
+            d_outputs,
+            d_cell,
+            d_last.hidden,
+            _get_peepholes(params),
+            _get_marks(marks, batch),
+        ),
+        ((time, batch, width), dtype),
+        (d_cell.shape, "float32"),
+        (d_last.hidden.shape, "float32"),
+        aliases={7: 1, 8: 2},  # The cotangents of the last carry become those of the first.
+        kind=_KINDS.index(gating.name),
+    )
+    return d_sums, _replace(carry, d_cell, d_hidden)
+
+
+def differentiate_params(
+    gating: Gating,
+    params: Any,
+    inputs: jax.Array,
+    marks: jax.Array | None,
+    carry: Any,
+    saved: Saved,
+    outputs: jax.Array,
+    d_sums: jax.Array,
+    dtype: str,
+) -> tuple[Any, jax.Array]:
+    """Return the cotangents of the parameters and of the inputs, from those of the sums."""
+    _, cells, rows = saved
+    time, batch, hidden = outputs.shape
+    bias = hidden + inputs.shape[2]
+    flat = d_sums.reshape(time * batch, -1)
+    d_kernel = _matmul(rows.reshape(time * batch, -1).T, flat)
+    d_params = [
+        _select(d_kernel[hidden:bias], gating.read_inputs, hidden),
+        _select(d_kernel[:hidden], gating.read_hidden, hidden),
+        *gating.split_biases(d_kernel[bias]),
+    ]
+    if hasattr(params, "peepholes"):
+        before = jnp.concatenate([carry.cell[None], cells[:-1]])
+        if marks is not None:
+            before = jnp.where(marks[:, :, None] == RESET, 0, before)
+        d_i, d_f, _, d_o = jnp.split(d_sums, 4, axis=2)
+        pairs = (d_i, before), (d_f, before), (d_o, cells)
+        d_params.append(jnp.stack([(d * cell).sum(axis=(0, 1)) for d, cell in pairs]))
+    # XLA removes this matmul if its result is unused, as for one-hot inputs.
+    by_inputs = _select(flat, gating.read_inputs, hidden)
+    d_inputs = _matmul(by_inputs, params.input_kernel.T.astype(dtype)).reshape(inputs.shape)
+    return gating.params(*d_params), d_inputs
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def run_recurrence(
     kernels: Kernels, steps: Steps, carry: LSTMCarry, dtype: str
 ) -> tuple[jax.Array, LSTMCarry]:
-    """Run one layer: [time, batch, features] → [time, batch, hidden], and the carry.
+    """Run one LSTM layer: [time, batch, features] → [time, batch, hidden], and the carry.
 
-    All numbers are float32, the factors of matmuls are rounded to `dtype`, and the hidden size is a
-    multiple of `LANES`. The gradient can't be differentiated again.
+    The gradient can't be differentiated again.
     """
     return _forward(kernels, steps, carry, dtype)[0]
 
 
-def pack_gates(kernel: jax.Array) -> jax.Array:
-    """Arrange a kernel [depth, 4 * hidden] in tiles: [hidden / 16, words, gate, 16, in a word]."""
-    numbers = NUMBERS_IN_WORD[kernel.dtype.name]
-    words = kernel.reshape(len(kernel) // numbers, numbers, 4, -1, LANES)
-    return words.transpose(3, 0, 2, 4, 1)
+# The kernels, the steps with their marks, the first carry, the outputs, and what `forward` saves.
+_Residuals = tuple[Kernels, Steps, LSTMCarry, jax.Array, Saved]
+
+
+def _forward(
+    kernels: Kernels, steps: Steps, carry: LSTMCarry, dtype: str
+) -> tuple[tuple[jax.Array, LSTMCarry], _Residuals]:
+    inputs, starts = steps
+    marks = None if starts is None else starts.astype("uint8")
+    params = gates.LSTMParams(*kernels)
+    outputs, last, saved = forward(gates.LSTM, params, inputs, marks, carry, dtype)
+    return (outputs, last), (kernels, (inputs, marks), carry, outputs, saved)
+
+
+def _backward(
+    dtype: str, residuals: _Residuals, cotangents: tuple[jax.Array, LSTMCarry]
+) -> tuple[Kernels, tuple[jax.Array, None], LSTMCarry]:
+    kernels, (inputs, marks), carry, outputs, saved = residuals
+    params = gates.LSTMParams(*kernels)
+    of_steps = marks, carry, saved, outputs
+    d_sums, d_carry = backward(gates.LSTM, params, *of_steps, *cotangents, dtype)
+    d_params, d_inputs = differentiate_params(gates.LSTM, params, inputs, *of_steps, d_sums, dtype)
+    return Kernels(*d_params), (d_inputs, None), d_carry
+
+
+run_recurrence.defvjp(_forward, _backward)
+
+
+def spread_kernels(gating: Gating, params: Any) -> tuple[jax.Array, jax.Array]:
+    """Return the input and recurrent kernels of all sums, [n, num_sums * hidden] each.
+
+    Their columns are zero for sums that don't read the inputs, or the hidden state.
+    """
+
+    def spread(kernel: jax.Array, read: tuple[int, ...]) -> jax.Array:
+        if len(read) == gating.num_sums:
+            return kernel
+        blocks = dict(zip(read, jnp.split(kernel, len(read), axis=1), strict=True))
+        zeros = jnp.zeros_like(blocks[0])
+        return jnp.concatenate([blocks.get(i, zeros) for i in range(gating.num_sums)], axis=1)
+
+    return (
+        spread(params.input_kernel, gating.read_inputs),
+        spread(params.recurrent_kernel, gating.read_hidden),
+    )
+
+
+def _select(x: jax.Array, read: tuple[int, ...], hidden: int) -> jax.Array:
+    """Return the columns of some sums, of an array [n, num_sums * hidden]."""
+    blocks = jnp.split(x, x.shape[1] // hidden, axis=1)
+    return x if len(read) == len(blocks) else jnp.concatenate([blocks[i] for i in read], axis=1)
+
+
+# The library gets empty arrays in place of those that a layer doesn't have.
+
+
+def _get_cell(carry: Any) -> jax.Array:
+    cell: jax.Array = getattr(carry, "cell", carry.hidden[:, :0])
+    return cell
+
+
+def _get_peepholes(params: Any) -> jax.Array:
+    zeros = jnp.zeros((0, len(params.recurrent_kernel)))
+    peepholes: jax.Array = getattr(params, "peepholes", zeros)
+    return peepholes
+
+
+def _get_marks(marks: jax.Array | None, batch: int) -> jax.Array:
+    return jnp.zeros((0, batch), "uint8") if marks is None else marks
+
+
+def _replace(carry: Any, cell: jax.Array, hidden: jax.Array) -> Any:
+    """Return a carry like this one, with another state."""
+    cells = {"cell": cell} if hasattr(carry, "cell") else {}
+    return carry._replace(hidden=hidden, **cells)
+
+
+def pack_gates(gating: Gating, kernel: jax.Array) -> jax.Array:
+    """Arrange a kernel [depth, num_sums * hidden] in tiles: [tiles, words, 4, 16, in a word].
+
+    The 4 vectors of a tile are the sums of 16 hidden units, or the only sum of 64.
+    """
+    numbers, num_sums = NUMBERS_IN_WORD[kernel.dtype.name], gating.num_sums
+    parts = kernel.reshape(len(kernel) // numbers, numbers, num_sums, -1)
+    parts = jnp.pad(parts, (*[(0, 0)] * 3, (0, -parts.shape[3] % (_TILE // num_sums))))
+    parts = parts.reshape(*parts.shape[:3], -1, 4 // num_sums, LANES)
+    parts = parts.transpose(3, 0, 4, 2, 5, 1)
+    return parts.reshape(*parts.shape[:2], 4, LANES, numbers)
 
 
 class Int8Kernel(NamedTuple):
     """A kernel of `run_step` that is rounded to 8 bits."""
 
     values: jax.Array  # Int8, from `pack_gates`.
-    scales: jax.Array  # Multiply the integer products of each column, [4 * hidden].
+    scales: jax.Array  # Multiply the integer products of each column, [num_sums * hidden].
     factors: jax.Array  # Multiply the inputs before they are rounded, [depth].
 
 
-def quantize_gates(kernel: jax.Array, bound: float) -> tuple[Int8Kernel, jax.Array]:
-    """Round a kernel [inputs + hidden, 4 * hidden] to 8 bits, with a scale for each column.
+def quantize_gates(gating: Gating, kernel: jax.Array, bound: float) -> tuple[Int8Kernel, jax.Array]:
+    """Round a kernel [inputs + hidden, num_sums * hidden] to 8 bits, with a scale for each column.
 
     Inputs are between minus and plus `bound`, hidden states between -1 and 1. `run_step` rounds
     both to integers from 1 to 255, where 128 represents 0. Also return the offset to add to the
-    gates, which corrects for that: [4 * hidden]. The number of rows is a multiple of 4.
+    sums, which corrects for that: [num_sums * hidden]. The number of rows is a multiple of 4.
     """
     depth, width = kernel.shape
-    factors = jnp.where(jnp.arange(depth) < depth - width // 4, 127 / bound, 127)
+    is_input = jnp.arange(depth) < depth - width // gating.num_sums
+    factors = jnp.where(is_input, 127 / bound, 127)
     kernel = kernel.astype("float32") / factors[:, None]
     scales = jnp.abs(kernel).max(axis=0) / 127
     scales = jnp.where(scales == 0, 1, scales)
     values = jnp.round(kernel / scales[None]).astype("int8")
     offset = -128 * scales * values.sum(axis=0, dtype="int32")
-    return Int8Kernel(pack_gates(values), scales, factors), offset
+    return Int8Kernel(pack_gates(gating, values), scales, factors), offset
 
 
 def run_step(
-    packed: jax.Array | Int8Kernel, inputs: Sequence[jax.Array], carry: LSTMCarry, added: jax.Array
-) -> LSTMCarry:
+    gating: Gating,
+    packed: jax.Array | Int8Kernel,
+    inputs: Sequence[jax.Array],
+    carry: Any,
+    added: jax.Array,
+    peepholes: jax.Array | None = None,
+) -> Any:
     """Run one step of a layer and return the next carry.
 
     The kernel is from `pack_gates` or `quantize_gates`; with the latter, the step can't be
     differentiated. `inputs` holds the inputs of the layer, unless `added` includes their matmul
-    with the kernel already, and the hidden state, [batch, n] each. `added` [batch or 1, 4 * hidden]
-    is added to the gates before their activation.
+    with the kernel already, and the hidden state, [batch, n] each. `added` [batch or 1, num_sums *
+    hidden] is added to the sums.
     """
     rows = jnp.concatenate(inputs, axis=1)
-    added, cell = added.astype("float32"), carry.cell.astype("float32")
+    hidden = carry.hidden.astype("float32")
+    cell = _get_cell(carry).astype("float32")
+    if peepholes is None:
+        peepholes = jnp.zeros((0, hidden.shape[1]))
+    arrays = added.astype("float32"), cell, hidden, peepholes
     if isinstance(packed, Int8Kernel):
         rows = jnp.round(rows * packed.factors[None] + 128).astype("uint8")
-        state = _call_step(rows, packed.values, added, cell, packed.scales)
+        state = _call_step(gating, rows, packed.values, *arrays, packed.scales)
     else:
-        state = _differentiable_step(rows.astype(packed.dtype), packed, added, cell)
-    return LSTMCarry(*(x.astype(carry.cell.dtype) for x in state))
+        rows, scales = rows.astype(packed.dtype), jnp.zeros(0)
+        state = _differentiable_step(gating, rows, packed, *arrays, scales)
+    return _replace(carry, *(x.astype(carry.hidden.dtype) for x in state))
 
 
-def _call_step(
-    rows: jax.Array, packed: jax.Array, added: jax.Array, cell: jax.Array, *scales: jax.Array
-) -> Sequence[jax.Array]:
-    result = (cell.shape, "float32")
-    return _call("step", (rows, packed, added, cell, *scales), result, result)
+def _call_step(gating: Gating, *arrays: jax.Array) -> Sequence[jax.Array]:
+    _, _, _, cell, hidden, *_ = arrays
+    results = (cell.shape, "float32"), (hidden.shape, "float32")
+    return _call("step", arrays, *results, kind=_KINDS.index(gating.name))
 
 
-_differentiable_step = jax.custom_jvp(_call_step)
+_differentiable_step = jax.custom_jvp(_call_step, nondiff_argnums=(0,))
 
 
 @_differentiable_step.defjvp
 def _differentiate_step(
-    primals: Sequence[jax.Array], tangents: Sequence[jax.Array]
+    gating: Gating, primals: Sequence[jax.Array], tangents: Sequence[jax.Array]
 ) -> tuple[Sequence[jax.Array], Sequence[jax.Array]]:
     """Differentiate the same step, computed by JAX."""
 
     def run(
-        rows: jax.Array, packed: jax.Array, added: jax.Array, cell: jax.Array
+        rows: jax.Array,
+        packed: jax.Array,
+        added: jax.Array,
+        cell: jax.Array,
+        hidden: jax.Array,
+        peepholes: jax.Array,
+        _: jax.Array,
     ) -> Sequence[jax.Array]:
-        kernel = packed.transpose(1, 4, 2, 0, 3).reshape(rows.shape[1], -1)
-        sums = jnp.matmul(rows, kernel, preferred_element_type=jnp.float32)  # It has a JVP.
-        return [*compute_step(sums + added, cell, False)[:2]]
+        parts = packed.reshape(*packed.shape[:2], -1, gating.num_sums, *packed.shape[3:])
+        parts = parts.transpose(1, 5, 3, 0, 2, 4).reshape(rows.shape[1], gating.num_sums, -1)
+        kernel = parts[:, :, : hidden.shape[1]].reshape(rows.shape[1], -1)
+        terms = jnp.matmul(rows, kernel, preferred_element_type=jnp.float32)  # It has a JVP.
+        split = tuple(jnp.split(terms + added, gating.num_sums, axis=1))
+        carry = gating.carry(cell, hidden) if gating.has_cell else gating.carry(hidden)
+        after = gating.activate(split, carry, peepholes[:, None])[1]
+        return [_get_cell(after), after.hidden]
 
     return jax.jvp(run, primals, tangents)
-
-
-# The kernels, the first cell state, and the gates, cell states, rows and starts of all steps.
-_Residuals = tuple[Kernels, jax.Array, jax.Array, jax.Array, jax.Array, list[jax.Array]]
-
-
-def _forward(
-    kernels: Kernels, steps: Steps, carry: LSTMCarry, dtype: str
-) -> tuple[tuple[jax.Array, LSTMCarry], _Residuals]:
-    """Run `run_recurrence`; also return the residuals.
-
-    Among them are `rows` [time, batch, depth], the rounded factors of the kernel: the hidden state,
-    the inputs, and 1 for the bias.
-    """
-    inputs, starts = steps
-    given = [] if starts is None else [starts]
-    time, batch, _ = inputs.shape
-    hidden = len(kernels.recurrent)
-    parts = kernels.recurrent, kernels.input, kernels.bias[None]
-    kernel = jnp.concatenate([part.astype(dtype) for part in parts])
-    kernel = jnp.pad(kernel, ((0, -len(kernel) % NUMBERS_IN_WORD[dtype]), (0, 0)))
-    depth, width = kernel.shape
-    gates, cells, outputs, rows = _call(
-        "forward",
-        (inputs, pack_gates(kernel), *carry, *given),
-        ((time, batch, width), "float32"),
-        ((time, batch, hidden), "float32"),
-        ((time, batch, hidden), "float32"),
-        ((time, batch, depth), dtype),
-    )
-    residuals = kernels, carry.cell, gates, cells, rows, given
-    return (outputs, LSTMCarry(cells[-1], outputs[-1])), residuals
-
-
-def _backward(
-    dtype: str, residuals: _Residuals, cotangents: tuple[jax.Array, LSTMCarry]
-) -> tuple[Kernels, tuple[jax.Array, None], LSTMCarry]:
-    kernels, first_cell, gates, cells, rows, given = residuals
-    d_outputs, d_last = cotangents
-    time, batch, depth = rows.shape
-    features, hidden = len(kernels.input), len(kernels.recurrent)
-    # The transposed kernel in tiles of 64 columns: [tiles, words, 64, in a word].
-    numbers = NUMBERS_IN_WORD[dtype]
-    rows_of_tiles = jnp.pad(kernels.recurrent.astype(dtype), ((0, -hidden % _TILE), (0, 0)))
-    packed = rows_of_tiles.reshape(-1, _TILE, 4 * hidden // numbers, numbers).transpose(0, 2, 1, 3)
-    d_gates, d_cell, d_hidden = _call(
-        "backward",
-        (gates, packed, first_cell, cells, d_outputs, *d_last, *given),
-        (gates.shape, dtype),
-        (first_cell.shape, "float32"),
-        (first_cell.shape, "float32"),
-        aliases={5: 1, 6: 2},  # The gradients of the last state become those of the first.
-    )
-    d_gates = d_gates.reshape(time * batch, -1)
-    d_kernel = _matmul(rows.reshape(time * batch, depth).T, d_gates)
-    bias = hidden + features
-    d_kernels = Kernels(d_kernel[hidden:bias], d_kernel[:hidden], d_kernel[bias])
-    # XLA removes this matmul if its result is unused, as for one-hot inputs.
-    d_inputs = _matmul(d_gates, kernels.input.T.astype(dtype)).reshape(time, batch, features)
-    return d_kernels, (d_inputs, None), LSTMCarry(d_cell, d_hidden)
-
-
-run_recurrence.defvjp(_forward, _backward)
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -184,6 +352,7 @@ def _call(
     arguments: Sequence[jax.Array],
     *results: tuple[tuple[int, ...], str],
     aliases: dict[int, int] | None = None,
+    **attributes: int,
 ) -> Sequence[jax.Array]:
     """Call a function of the library, which divides its work into a part for each thread.
 
@@ -194,4 +363,5 @@ def _call(
     assert library
     target = f"{library.name}-{name}"  # Compiled programs, including cached ones, call it by this.
     call = jax.ffi.ffi_call(target, shapes, vmap_method="sequential", input_output_aliases=aliases)
-    return call(*arguments, parts=np.int64(native.count_threads()))
+    others = {key: np.int64(value) for key, value in attributes.items()}
+    return call(*arguments, parts=np.int64(native.count_threads()), **others)

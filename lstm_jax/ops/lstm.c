@@ -1,5 +1,5 @@
-// The recurrence of an LSTM layer for processors with AVX-512, as custom calls of XLA. Each divides
-// its work into parts, for the threads of XLA.
+// Gated recurrences for processors with AVX-512, as custom calls of XLA. Each divides its work into
+// parts, for the threads of XLA.
 //
 // A matmul is computed in tiles: a few rows by 4 vectors of 16 columns, whose sums stay in
 // registers. The right factor is packed by tile, so that a tile reads it in order. Both factors are
@@ -11,7 +11,9 @@
 
 #include <immintrin.h>
 #include <sched.h>
+#include <stdarg.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
@@ -203,86 +205,170 @@ static void matmul(const void *work, size_t part, size_t parts) {
   }
 }
 
-// The gates of 16 hidden units, and their next state.
-typedef struct {
-  __m512 i, f, g, o, cell, output;
-} Units;
+// The kinds of recurrence, as in in_c.py. They differ in the functions below, without matmuls.
+enum { LSTM, PEEPHOLE_LSTM, GRU, RNN };
 
-static inline Units next_state(const __m512 *z, __mmask16 kept, const float *cell) {
-  __m512 f = _mm512_maskz_mov_ps(kept, sigmoid(z[1]));
-  Units to = {sigmoid(z[0]), f, tanh_lanes(z[2]), sigmoid(z[3])};
-  to.cell = to.f * _mm512_loadu_ps(cell) + to.i * to.g;
-  to.output = to.o * tanh_lanes(to.cell);
-  return to;
+INLINE int has_cell(int kind) { return kind == LSTM || kind == PEEPHOLE_LSTM; }
+
+// Return the number of sums of a hidden unit. Those of a GRU are r, z, and the parts of the candidate
+// that read the inputs and the hidden state. A tile has all sums of 16 units, or the only sum of 64.
+INLINE size_t count_sums(int kind) { return kind == RNN ? 1 : 4; }
+
+INLINE size_t count_units(int kind) { return TILE / count_sums(kind); }
+
+// Steps that do not simply read the carry: a reset step reads zeros, a frozen one leaves it as it is.
+enum { RESET = 1, FROZEN = 2 };
+
+static inline int get_mark(const uint8_t *marks, size_t row) { return marks ? marks[row] : 0; }
+
+// The states of 16 hidden units, or their cotangents; zeros in place of a cell state that a kind lacks.
+typedef struct {
+  __m512 cell, hidden;
+} State;
+
+// Load the states that a step with this mark reads.
+INLINE State load_state(int kind, int mark, const float *cell, const float *hidden, size_t at) {
+  __mmask16 lanes = mark == RESET ? 0 : 0xffff;
+  State state = {_mm512_setzero_ps(), _mm512_maskz_loadu_ps(lanes, hidden + at)};
+  if (has_cell(kind)) state.cell = _mm512_maskz_loadu_ps(lanes, cell + at);
+  return state;
 }
 
+INLINE void store_state(int kind, State state, float *cell, float *hidden, size_t at) {
+  if (has_cell(kind)) _mm512_storeu_ps(cell + at, state.cell);
+  _mm512_storeu_ps(hidden + at, state.hidden);
+}
+
+// Compute the next state, and in place of the sums the gates (of a GRU r, z, n, and its fourth sum).
+// `peepholes` are those of the first unit for i; those for f and o follow after `hidden` numbers each.
+INLINE State activate(int kind, __m512 *z, State before, const float *peepholes, size_t hidden) {
+  if (kind == RNN) {
+    z[0] = tanh_lanes(z[0]);
+    return (State){before.cell, z[0]};
+  }
+  if (kind == PEEPHOLE_LSTM) {
+    z[0] += _mm512_loadu_ps(peepholes) * before.cell;
+    z[1] += _mm512_loadu_ps(peepholes + hidden) * before.cell;
+  }
+  z[0] = sigmoid(z[0]);
+  z[1] = sigmoid(z[1]);
+  if (kind == GRU) {
+    z[2] = tanh_lanes(z[2] + z[0] * z[3]);
+    return (State){before.cell, (1 - z[1]) * z[2] + z[1] * before.hidden};
+  }
+  z[2] = tanh_lanes(z[2]);
+  __m512 cell = _mm512_fmadd_ps(z[1], before.cell, z[0] * z[2]);
+  if (kind == PEEPHOLE_LSTM) z[3] += _mm512_loadu_ps(peepholes + 2 * hidden) * cell;
+  z[3] = sigmoid(z[3]);
+  return (State){cell, z[3] * tanh_lanes(cell)};
+}
+
+// Compute the cotangents of the sums, and return that of the state before a step, without what
+// reaches the hidden state through a matmul. `d` is the cotangent of the state after it.
+INLINE State pull_back(int kind, const __m512 *gate, State before, State after, State d,
+                       const float *peepholes, size_t hidden, __m512 *d_sum) {
+  const __m512 one = _mm512_set1_ps(1), zero = _mm512_setzero_ps();
+  if (kind == RNN) {
+    d_sum[0] = d.hidden * (one - after.hidden * after.hidden);
+    return (State){zero, zero};
+  }
+  if (kind == GRU) {
+    __m512 r = gate[0], z = gate[1], n = gate[2];
+    d_sum[2] = d.hidden * (one - z) * (one - n * n);
+    d_sum[3] = d_sum[2] * r;
+    d_sum[0] = d_sum[2] * gate[3] * r * (one - r);
+    d_sum[1] = d.hidden * (before.hidden - n) * z * (one - z);
+    return (State){zero, d.hidden * z};
+  }
+  __m512 i = gate[0], f = gate[1], g = gate[2], o = gate[3], activated = tanh_lanes(after.cell);
+  __m512 d_cell = d.cell + d.hidden * o * (one - activated * activated);
+  d_sum[3] = d.hidden * activated * o * (one - o);
+  if (kind == PEEPHOLE_LSTM) d_cell += d_sum[3] * _mm512_loadu_ps(peepholes + 2 * hidden);
+  d_sum[0] = d_cell * g * i * (one - i);
+  d_sum[1] = d_cell * before.cell * f * (one - f);
+  d_sum[2] = d_cell * i * (one - g * g);
+  __m512 d_before = d_cell * f;
+  if (kind == PEEPHOLE_LSTM)
+    d_before += d_sum[0] * _mm512_loadu_ps(peepholes) + d_sum[1] * _mm512_loadu_ps(peepholes + hidden);
+  return (State){d_before, zero};
+}
+
+// Run a function for a kind of recurrence that the compiler knows.
+#define FOR_KIND(function, kind, ...)                                     \
+  switch (kind) {                                                         \
+    case LSTM: return function(LSTM, __VA_ARGS__);                        \
+    case PEEPHOLE_LSTM: return function(PEEPHOLE_LSTM, __VA_ARGS__);      \
+    case GRU: return function(GRU, __VA_ARGS__);                          \
+    case RNN: return function(RNN, __VA_ARGS__);                          \
+  }
+
 typedef struct {
-  int numbers;
+  int kind, numbers;
   size_t batch, words, hidden;
   const word *rows;     // [batch, words]: inputs and the hidden state.
-  const word *packed;   // The kernel, [depth, 4 * hidden], by gates.
+  const word *packed;   // The kernel, [depth, sums * hidden], by tiles.
   const float *scales;  // Of its columns, if it has 8 bits.
   size_t stride;        // Between rows of `added`, 0 if all are the same.
-  const float *added;   // To the gates before their activation.
-  const float *previous;
+  const float *added;   // To the sums.
+  const float *first_cell, *first_hidden, *peepholes;
   float *cell, *output;  // [batch, hidden].
 } Step;
+
+INLINE void step_of(int kind, Step s, size_t part, size_t parts) {
+  size_t num_sums = count_sums(kind), units = count_units(kind);
+  size_t end = begin(part + 1, parts, s.hidden, units);
+  for (size_t j = begin(part, parts, s.hidden, units); j < end; j += units)
+    for (size_t b = 0, n; b < s.batch; b += n) {
+      n = next_rows(s.numbers, s.batch - b);
+      sums sum;
+      multiply(s.numbers, n, s.rows + b * s.words, s.words, s.packed + j * num_sums * s.words, sum);
+      for (size_t r = 0; r < n; r++)
+        for (size_t v = 0, unit = j; v < VECTORS && unit < end; v += num_sums, unit += LANES) {
+          size_t at = (b + r) * s.hidden + unit;
+          __m512 *z = sum[r] + v;
+          for (size_t k = 0; k < num_sums; k++) {
+            size_t column = k * s.hidden + unit;
+            if (s.numbers == INT8)
+              z[k] = _mm512_cvtepi32_ps((__m512i)z[k]) * _mm512_loadu_ps(s.scales + column);
+            z[k] += _mm512_loadu_ps(s.added + (b + r) * s.stride + column);
+          }
+          State before = load_state(kind, 0, s.first_cell, s.first_hidden, at);
+          State after = activate(kind, z, before, s.peepholes + unit, s.hidden);
+          store_state(kind, after, s.cell, s.output, at);
+        }
+    }
+}
 
 // Run one step; a part is a range of hidden units.
 static void step(const void *work, size_t part, size_t parts) {
   const Step s = *(const Step *)work;
-  size_t end = begin(part + 1, parts, s.hidden, LANES);
-  for (size_t j = begin(part, parts, s.hidden, LANES); j < end; j += LANES)
-    for (size_t b = 0, n; b < s.batch; b += n) {
-      n = next_rows(s.numbers, s.batch - b);
-      sums sum;
-      multiply(s.numbers, n, s.rows + b * s.words, s.words, s.packed + j * VECTORS * s.words, sum);
-      for (size_t r = 0; r < n; r++) {
-        size_t at = (b + r) * s.hidden + j;
-        for (size_t v = 0; v < VECTORS; v++) {
-          size_t column = v * s.hidden + j;
-          if (s.numbers == INT8)
-            sum[r][v] = _mm512_cvtepi32_ps((__m512i)sum[r][v]) * _mm512_loadu_ps(s.scales + column);
-          sum[r][v] += _mm512_loadu_ps(s.added + (b + r) * s.stride + column);
-        }
-        Units to = next_state(sum[r], 0xffff, s.previous + at);
-        _mm512_storeu_ps(s.cell + at, to.cell);
-        _mm512_storeu_ps(s.output + at, to.output);
-      }
-    }
+  FOR_KIND(step_of, s.kind, s, part, parts)
 }
 
-// Return the lanes of the state that a step reads: none where a document begins.
-static __mmask16 kept(const uint8_t *starts, size_t i) { return starts && starts[i] ? 0 : 0xffff; }
-
 typedef struct {
-  int numbers;
+  int kind, numbers;
   size_t time, batch, features, hidden, depth;
-  const uint8_t *starts;  // [time, batch], where a step reads zeros instead of the state, or NULL.
-  const float *inputs, *first_cell, *first_hidden;
-  const word *packed;      // The kernel, [depth, 4 * hidden], by gates.
-  float *gates;            // Activated, [time, batch, 4 * hidden].
+  const uint8_t *marks;  // [time, batch], or NULL.
+  const float *inputs, *first_cell, *first_hidden, *peepholes;
+  const word *packed;      // The kernel, [depth, sums * hidden], by tiles.
+  float *gates;            // Of kinds with four sums, [time, batch, 4 * hidden].
   float *cells, *outputs;  // [time, batch, hidden].
   word *rows;              // Of numbers [time, batch, depth].
 } Forward;
 
-// Run the layer over inputs [time, batch, features]; a part is a range of texts.
-//
-// The kernel consists of the recurrent kernel, the input kernel, the bias, and zeros that fill the
-// last word. `rows` are its factors: the hidden state, the inputs, 1, and zeros.
-static void forward(const void *work, size_t part, size_t parts) {
-  const Forward l = *(const Forward *)work;
+INLINE void forward_of(int kind, Forward l, size_t part, size_t parts) {
   size_t first = begin(part, parts, l.batch, 1), end = begin(part + 1, parts, l.batch, 1);
-  size_t words = l.depth / l.numbers, bias = l.hidden + l.features;
+  size_t words = l.depth / l.numbers, bias = l.hidden + l.features, num_sums = count_sums(kind);
   const __m512 one = _mm512_setr_ps(1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
   for (size_t t = 0; t < l.time; t++) {
     const float *cells = t ? l.cells + (t - 1) * l.batch * l.hidden : l.first_cell;
     const float *hidden = t ? l.outputs + (t - 1) * l.batch * l.hidden : l.first_hidden;
     for (size_t b = first; b < end; b++) {
       size_t row = t * l.batch + b, to = row * l.depth;
+      __mmask16 lanes = get_mark(l.marks, row) == RESET ? 0 : 0xffff;
       for (size_t j = 0; j < l.hidden; j += LANES)
-        store(l.numbers, l.rows, to + j,
-              _mm512_maskz_loadu_ps(kept(l.starts, row), hidden + b * l.hidden + j), LANES);
+        store(l.numbers, l.rows, to + j, _mm512_maskz_loadu_ps(lanes, hidden + b * l.hidden + j),
+              LANES);
       for (size_t j = 0; j < l.features; j += LANES) {
         const float *from = l.inputs + row * l.features + j;
         __m512 x = _mm512_maskz_loadu_ps(first_lanes(l.features - j), from);
@@ -290,81 +376,105 @@ static void forward(const void *work, size_t part, size_t parts) {
       }
       store(l.numbers, l.rows, to + bias, one, l.depth - bias);
     }
-    for (size_t j = 0; j < l.hidden; j += LANES)
+    for (size_t j = 0; j < l.hidden; j += count_units(kind))
       for (size_t b = first, n; b < end; b += n) {
         n = next_rows(l.numbers, end - b);
         sums sum;
         multiply(l.numbers, n, l.rows + (t * l.batch + b) * words, words,
-                 l.packed + j * VECTORS * words, sum);
+                 l.packed + j * num_sums * words, sum);
+        for (size_t r = 0; r < n; r++)
+          for (size_t v = 0, unit = j; v < VECTORS && unit < l.hidden; v += num_sums, unit += LANES) {
+            size_t row = t * l.batch + b + r;
+            int mark = get_mark(l.marks, row);
+            State before = load_state(kind, mark, cells, hidden, (b + r) * l.hidden + unit);
+            State after = activate(kind, sum[r] + v, before, l.peepholes + unit, l.hidden);
+            for (size_t k = 0; num_sums > 1 && k < num_sums; k++)
+              _mm512_storeu_ps(l.gates + (row * num_sums + k) * l.hidden + unit, sum[r][v + k]);
+            if (mark == FROZEN) after = before;
+            store_state(kind, after, l.cells, l.outputs, row * l.hidden + unit);
+          }
+      }
+  }
+}
+
+// Run the layer over inputs [time, batch, features]; a part is a range of texts.
+//
+// The kernel consists of the recurrent kernel, the input kernel, the bias, and zeros that fill the
+// last word. `rows` are its factors: the hidden state, the inputs, 1, and zeros.
+static void forward(const void *work, size_t part, size_t parts) {
+  const Forward l = *(const Forward *)work;
+  FOR_KIND(forward_of, l.kind, l, part, parts)
+}
+
+typedef struct {
+  int kind, numbers;
+  size_t time, batch, hidden;
+  const uint8_t *marks;  // As in `Forward`.
+  const float *gates, *first_cell, *first_hidden, *cells, *outputs, *d_outputs, *peepholes;
+  const word *packed;        // The transposed recurrent kernel, [sums * hidden, hidden].
+  word *d_sums;              // Of numbers [time, batch, sums * hidden].
+  float *d_cell, *d_hidden;  // [batch, hidden], of the last state, and then of the first.
+} Backward;
+
+INLINE void backward_of(int kind, Backward l, size_t part, size_t parts) {
+  size_t first = begin(part, parts, l.batch, 1), end = begin(part + 1, parts, l.batch, 1);
+  size_t hidden = l.hidden, num_sums = count_sums(kind), width = num_sums * hidden;
+  size_t words = width / l.numbers;
+  for (size_t t = l.time; t-- > 0;) {
+    const float *cells = t ? l.cells + (t - 1) * l.batch * hidden : l.first_cell;
+    const float *outputs = t ? l.outputs + (t - 1) * l.batch * hidden : l.first_hidden;
+    for (size_t b = first; b < end; b++) {
+      size_t row = t * l.batch + b;
+      int mark = get_mark(l.marks, row);
+      if (mark == FROZEN) memset(l.d_sums + row * words, 0, words * sizeof(word));
+      for (size_t j = 0; j < hidden; j += LANES) {
+        size_t at = b * hidden + j;
+        State d = load_state(kind, 0, l.d_cell, l.d_hidden, at);
+        d.hidden += _mm512_loadu_ps(l.d_outputs + row * hidden + j);
+        if (mark != FROZEN) {
+          __m512 gate[VECTORS], d_sum[VECTORS];
+          for (size_t k = 0; num_sums > 1 && k < num_sums; k++)
+            gate[k] = _mm512_loadu_ps(l.gates + row * width + k * hidden + j);
+          State before = load_state(kind, mark, cells, outputs, at);
+          State after = load_state(kind, 0, l.cells, l.outputs, row * hidden + j);
+          d = pull_back(kind, gate, before, after, d, l.peepholes + j, hidden, d_sum);
+#pragma GCC unroll 4
+          for (size_t k = 0; k < num_sums; k++)
+            store(l.numbers, l.d_sums, row * width + k * hidden + j, d_sum[k], LANES);
+        }
+        if (mark == RESET) d.cell = _mm512_setzero_ps();
+        store_state(kind, d, l.d_cell, l.d_hidden, at);
+      }
+    }
+    for (size_t j = 0; j < hidden; j += TILE)
+      for (size_t b = first, n; b < end; b += n) {
+        n = next_rows(l.numbers, end - b);
+        sums sum;
+        multiply(l.numbers, n, l.d_sums + (t * l.batch + b) * words, words, l.packed + j * words,
+                 sum);
         for (size_t r = 0; r < n; r++) {
-          size_t row = t * l.batch + b + r;
-          Units to = next_state(sum[r], kept(l.starts, row), cells + (b + r) * l.hidden + j);
-          float *gate = l.gates + row * 4 * l.hidden + j;
-          _mm512_storeu_ps(gate, to.i);
-          _mm512_storeu_ps(gate + l.hidden, to.f);
-          _mm512_storeu_ps(gate + 2 * l.hidden, to.g);
-          _mm512_storeu_ps(gate + 3 * l.hidden, to.o);
-          _mm512_storeu_ps(l.cells + row * l.hidden + j, to.cell);
-          _mm512_storeu_ps(l.outputs + row * l.hidden + j, to.output);
+          __mmask16 lanes = get_mark(l.marks, t * l.batch + b + r) == RESET ? 0 : 0xffff;
+          for (size_t v = 0, at = j; v < VECTORS && at < hidden; v++, at += LANES) {
+            float *to = l.d_hidden + (b + r) * hidden + at;
+            _mm512_storeu_ps(to, _mm512_maskz_mov_ps(lanes, sum[r][v] + _mm512_loadu_ps(to)));
+          }
         }
       }
   }
 }
 
-typedef struct {
-  int numbers;
-  size_t time, batch, hidden;
-  const uint8_t *starts;  // As in `Forward`.
-  const float *gates, *first_cell, *cells, *d_outputs;
-  const word *packed;        // The transposed recurrent kernel, [4 * hidden, hidden].
-  word *d_gates;             // Before their activation, of numbers [time, batch, 4 * hidden].
-  float *d_cell, *d_hidden;  // [batch, hidden], of the last state, and then of the first.
-} Backward;
-
-// Compute the gradients of the gates, and those of the state; a part is a range of texts.
+// Compute the cotangents of the sums, and that of the first state; a part is a range of texts.
 static void backward(const void *work, size_t part, size_t parts) {
   const Backward l = *(const Backward *)work;
-  size_t first = begin(part, parts, l.batch, 1), end = begin(part + 1, parts, l.batch, 1);
-  size_t hidden = l.hidden, width = 4 * hidden, words = width / l.numbers;
-  const __m512 one = _mm512_set1_ps(1);
-  for (size_t t = l.time; t-- > 0;) {
-    const float *previous = t ? l.cells + (t - 1) * l.batch * hidden : l.first_cell;
-    for (size_t b = first; b < end; b++)
-      for (size_t j = 0; j < hidden; j += LANES) {
-        size_t row = t * l.batch + b, at = b * hidden + j;
-        const float *gate = l.gates + row * width + j;
-        __m512 i = _mm512_loadu_ps(gate), f = _mm512_loadu_ps(gate + hidden);
-        __m512 g = _mm512_loadu_ps(gate + 2 * hidden), o = _mm512_loadu_ps(gate + 3 * hidden);
-        __m512 tanh_cell = tanh_lanes(_mm512_loadu_ps(l.cells + row * hidden + j));
-        __m512 d_output = _mm512_loadu_ps(l.d_outputs + row * hidden + j);
-        __m512 dh = _mm512_loadu_ps(l.d_hidden + at) + d_output;
-        __m512 dc = _mm512_loadu_ps(l.d_cell + at) + dh * o * (one - tanh_cell * tanh_cell);
-        const __m512 d_gate[] = {dc * g * i * (one - i),
-                                 dc * _mm512_loadu_ps(previous + at) * f * (one - f),
-                                 dc * i * (one - g * g), dh * tanh_cell * o * (one - o)};
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++)
-          store(l.numbers, l.d_gates, row * width + v * hidden + j, d_gate[v], LANES);
-        _mm512_storeu_ps(l.d_cell + at, dc * f);  // f is 0 where a document begins.
-      }
-    for (size_t j = 0; j < hidden; j += TILE)
-      for (size_t b = first, n; b < end; b += n) {
-        n = next_rows(l.numbers, end - b);
-        sums sum;
-        multiply(l.numbers, n, l.d_gates + (t * l.batch + b) * words, words, l.packed + j * words,
-                 sum);
-        for (size_t r = 0; r < n; r++)
-          for (size_t v = 0, at = j; v < VECTORS && at < hidden; v++, at += LANES)
-            _mm512_storeu_ps(l.d_hidden + (b + r) * hidden + at,
-                             _mm512_maskz_mov_ps(kept(l.starts, t * l.batch + b + r), sum[r][v]));
-      }
-  }
+  FOR_KIND(backward_of, l.kind, l, part, parts)
 }
 
 static void *data(void **buffers, int i) { return ((XLA_FFI_Buffer *)buffers[i])->data; }
 
+// Return a dimension of an array, 0 if it has fewer.
 static size_t size(void **buffers, int i, int axis) {
-  return ((XLA_FFI_Buffer *)buffers[i])->dims[axis];
+  XLA_FFI_Buffer *buffer = buffers[i];
+  return axis < buffer->rank ? buffer->dims[axis] : 0;
 }
 
 // Return how many numbers of an array in float32, bfloat16 or 8 bits a word has.
@@ -397,9 +507,21 @@ static void run_parts(void *data) {
   leave(job);
 }
 
+// Return an attribute of a call, an integer; -1 if there is none of this name.
+static int64_t get_attribute(XLA_FFI_CallFrame *frame, const char *name) {
+  for (int64_t i = 0; i < frame->attrs.size; i++) {
+    XLA_FFI_ByteSpan *found = frame->attrs.names[i];
+    XLA_FFI_Scalar *scalar = frame->attrs.attrs[i];
+    if (found->len == strlen(name) && !memcmp(found->ptr, name, found->len))
+      if (frame->attrs.types[i] == XLA_FFI_AttrType_SCALAR && scalar->dtype == XLA_FFI_DataType_S64)
+        return *(int64_t *)scalar->value;
+  }
+  return -1;
+}
+
 // Run a task in the number of parts that the attribute of the call specifies; wait for all.
 static void run(XLA_FFI_CallFrame *frame, task *task, const void *work) {
-  size_t parts = *(int64_t *)((XLA_FFI_Scalar *)frame->attrs.attrs[0])->value;
+  size_t parts = get_attribute(frame, "parts");
   Job *job = malloc(sizeof(Job));
   *job = (Job){task, work, parts};
   atomic_init(&job->threads, parts + 1);
@@ -427,24 +549,185 @@ static int is_query(XLA_FFI_CallFrame *frame) {
   return 1;
 }
 
-// Define the function that XLA calls: it runs the task of this name, whose work the rest describes.
-#define FUNCTION(name, Work, ...)                               \
-  XLA_FFI_Error *lstm_##name(XLA_FFI_CallFrame *frame) {        \
-    void **in = frame->args.args, **out = frame->rets.rets;     \
-    if (!is_query(frame)) run(frame, name, &(Work){__VA_ARGS__}); \
-    return NULL;                                                \
-  }
+// Return an error of XLA's.
+__attribute__((format(printf, 2, 3))) static XLA_FFI_Error *fail(XLA_FFI_CallFrame *frame,
+                                                                 const char *format, ...) {
+  char message[400];
+  va_list values;
+  va_start(values, format);
+  vsnprintf(message, sizeof(message), format, values);
+  va_end(values);
+  XLA_FFI_Error_Create_Args args = {XLA_FFI_Error_Create_Args_STRUCT_SIZE, NULL, message,
+                                    XLA_FFI_Error_Code_INVALID_ARGUMENT};
+  return frame->api->XLA_FFI_Error_Create(&args);
+}
 
-FUNCTION(matmul, Matmul, size(in, 0, 0), size(in, 0, 1), size(in, 1, 1), data(in, 0), data(in, 1),
-         data(out, 0), data(out, 1))
-FUNCTION(step, Step, numbers(in, 0), size(in, 0, 0), size(in, 0, 1) / numbers(in, 0),
-         size(in, 3, 1), data(in, 0), data(in, 1), frame->args.size == 5 ? data(in, 4) : NULL,
-         size(in, 2, 0) == 1 ? 0 : size(in, 2, 1), data(in, 2), data(in, 3), data(out, 0),
-         data(out, 1))
-FUNCTION(forward, Forward, numbers(out, 3), size(in, 0, 0), size(in, 0, 1), size(in, 0, 2),
-         size(in, 2, 1), size(out, 3, 2), frame->args.size == 5 ? data(in, 4) : NULL, data(in, 0),
-         data(in, 2), data(in, 3), data(in, 1), data(out, 0), data(out, 1), data(out, 2),
-         data(out, 3))
-FUNCTION(backward, Backward, numbers(out, 0), size(in, 0, 0), size(in, 2, 0), size(in, 2, 1),
-         frame->args.size == 8 ? data(in, 7) : NULL, data(in, 0), data(in, 2), data(in, 3),
-         data(in, 4), data(in, 1), data(out, 0), data(out, 1), data(out, 2))
+enum { MAX_RANK = 5, U8 = XLA_FFI_DataType_U8, S8 = XLA_FFI_DataType_S8 };
+enum { F32 = XLA_FFI_DataType_F32, BF16 = XLA_FFI_DataType_BF16 };
+
+// What an argument or result must be.
+typedef struct {
+  const char *name;
+  int dtype, rank;
+  int64_t dims[MAX_RANK];
+} Array;
+
+// Write a type as XLA does: f32[2,3].
+static void write_type(char *text, size_t length, int dtype, int rank, const int64_t *dims) {
+  const char *name = dtype == F32 ? "f32" : dtype == BF16 ? "bf16" : dtype == U8 ? "u8" : NULL;
+  size_t at = name ? snprintf(text, length, "%s[", name)
+                   : snprintf(text, length, dtype == S8 ? "s8[" : "type %d[", dtype);
+  for (int i = 0; i < rank && at < length; i++)
+    at += snprintf(text + at, length - at, i ? ",%lld" : "%lld", (long long)dims[i]);
+  if (at < length) snprintf(text + at, length - at, "]");
+}
+
+// Return an error unless arrays, all arguments and then all results, are what they must be.
+static XLA_FFI_Error *check(XLA_FFI_CallFrame *frame, const char *name, const Array *arrays) {
+  for (int64_t i = 0; i < frame->args.size + frame->rets.size; i++) {
+    int64_t result = i - frame->args.size;
+    XLA_FFI_Buffer *buffer = result < 0 ? frame->args.args[i] : frame->rets.rets[result];
+    Array expected = arrays[i];
+    if (buffer->dtype == (XLA_FFI_DataType)expected.dtype && buffer->rank == expected.rank &&
+        !memcmp(buffer->dims, expected.dims, expected.rank * sizeof(int64_t)))
+      continue;
+    char actual_type[150], expected_type[150];
+    write_type(actual_type, sizeof(actual_type), buffer->dtype, buffer->rank, buffer->dims);
+    write_type(expected_type, sizeof(expected_type), expected.dtype, expected.rank, expected.dims);
+    return fail(frame, "lstm_%s: expected %s for %s, got %s", name, expected_type, expected.name,
+                actual_type);
+  }
+  return NULL;
+}
+
+// Define the function that XLA calls: it checks the number of arrays and parts, and the kind.
+#define HANDLER(name, num_arguments, num_results)                                           \
+  static XLA_FFI_Error *call_##name(XLA_FFI_CallFrame *, void **in, void **out);            \
+  XLA_FFI_Error *lstm_##name(XLA_FFI_CallFrame *frame) {                                    \
+    if (is_query(frame)) return NULL;                                                       \
+    if (frame->args.size != num_arguments || frame->rets.size != num_results)               \
+      return fail(frame, "lstm_" #name ": needs %d arguments and %d results", num_arguments, \
+                  num_results);                                                             \
+    if (get_attribute(frame, "parts") < 1)                                                  \
+      return fail(frame, "lstm_" #name ": needs an attribute parts of at least 1");         \
+    return call_##name(frame, frame->args.args, frame->rets.rets);                          \
+  }                                                                                         \
+  static XLA_FFI_Error *call_##name(XLA_FFI_CallFrame *frame, void **in, void **out)
+
+// Return an error unless this is a kind of recurrence, and the hidden size is supported.
+static XLA_FFI_Error *check_kind(XLA_FFI_CallFrame *frame, const char *name, int64_t kind,
+                                 size_t hidden) {
+  if (kind < LSTM || kind > RNN)
+    return fail(frame, "lstm_%s: there is no kind %lld", name, (long long)kind);
+  if (hidden % LANES)
+    return fail(frame, "lstm_%s: the hidden size %zu is not a multiple of %d", name, hidden, LANES);
+  return NULL;
+}
+
+// An array that a call does not need is empty: cell states and peepholes of kinds without them, gates
+// of a simple RNN, scales except for 8 bits, and marks if there are none.
+
+HANDLER(matmul, 2, 2) {
+  size_t rows = size(in, 0, 0), depth = size(in, 0, 1), width = size(in, 1, 1);
+  const Array arrays[] = {
+      {"a", BF16, 2, {rows, depth}},
+      {"b", BF16, 2, {depth / BFLOAT16 * BFLOAT16, width}},
+      {"the result", F32, 2, {rows, width}},
+      {"the working memory", BF16, 3, {get_attribute(frame, "parts"), depth, TILE}},
+  };
+  XLA_FFI_Error *error = check(frame, "matmul", arrays);
+  if (error) return error;
+  run(frame, matmul,
+      &(Matmul){rows, depth, width, data(in, 0), data(in, 1), data(out, 0), data(out, 1)});
+  return NULL;
+}
+
+HANDLER(step, 7, 2) {
+  int64_t kind = get_attribute(frame, "kind");
+  int number = numbers(in, 0), dtype = number == FLOAT32 ? F32 : number == BFLOAT16 ? BF16 : S8;
+  size_t batch = size(in, 4, 0), hidden = size(in, 4, 1), words = size(in, 1, 1);
+  size_t num_sums = count_sums(kind), width = num_sums * hidden, units = count_units(kind);
+  size_t cell = has_cell(kind) ? hidden : 0, is_shared = size(in, 2, 0) == 1;
+  const Array arrays[] = {
+      {"rows", dtype == S8 ? U8 : dtype, 2, {batch, words * number}},
+      {"the packed kernel", dtype, 5, {(hidden + units - 1) / units, words, VECTORS, LANES, number}},
+      {"added", F32, 2, {is_shared ? 1 : batch, width}},
+      {"the cell state", F32, 2, {batch, cell}},
+      {"the hidden state", F32, 2, {batch, hidden}},
+      {"peepholes", F32, 2, {kind == PEEPHOLE_LSTM ? 3 : 0, hidden}},
+      {"scales", F32, 1, {dtype == S8 ? width : 0}},
+      {"the next cell state", F32, 2, {batch, cell}},
+      {"the next hidden state", F32, 2, {batch, hidden}},
+  };
+  XLA_FFI_Error *error = check_kind(frame, "step", kind, hidden);
+  if (!error) error = check(frame, "step", arrays);
+  if (error) return error;
+  run(frame, step,
+      &(Step){kind, number, batch, words, hidden, data(in, 0), data(in, 1), data(in, 6),
+              is_shared ? 0 : width, data(in, 2), data(in, 3), data(in, 4), data(in, 5),
+              data(out, 0), data(out, 1)});
+  return NULL;
+}
+
+HANDLER(forward, 6, 4) {
+  int64_t kind = get_attribute(frame, "kind");
+  int number = numbers(out, 3) == BFLOAT16 ? BFLOAT16 : FLOAT32;
+  int dtype = number == BFLOAT16 ? BF16 : F32;
+  size_t time = size(in, 0, 0), batch = size(in, 0, 1), features = get_attribute(frame, "features");
+  size_t hidden = size(in, 3, 1), units = count_units(kind);
+  size_t words = (hidden + features + 1 + number - 1) / number, depth = words * number;
+  size_t cell = has_cell(kind) ? hidden : 0, num_marks = size(in, 5, 0) ? time : 0;
+  const Array arrays[] = {
+      {"inputs", F32, 3, {time, batch, features}},
+      {"the packed kernel", dtype, 5, {(hidden + units - 1) / units, words, VECTORS, LANES, number}},
+      {"the cell state", F32, 2, {batch, cell}},
+      {"the hidden state", F32, 2, {batch, hidden}},
+      {"peepholes", F32, 2, {kind == PEEPHOLE_LSTM ? 3 : 0, hidden}},
+      {"marks", U8, 2, {num_marks, batch}},
+      {"gates", F32, 3, {time, batch, kind == RNN ? 0 : 4 * hidden}},
+      {"cell states", F32, 3, {time, batch, cell}},
+      {"outputs", F32, 3, {time, batch, hidden}},
+      {"rows", dtype, 3, {time, batch, depth}},
+  };
+  XLA_FFI_Error *error = check_kind(frame, "forward", kind, hidden);
+  if (!error) error = check(frame, "forward", arrays);
+  if (error) return error;
+  run(frame, forward,
+      &(Forward){kind, number, time, batch, features, hidden, depth, num_marks ? data(in, 5) : NULL,
+                 data(in, 0), data(in, 2), data(in, 3), data(in, 4), data(in, 1), data(out, 0),
+                 data(out, 1), data(out, 2), data(out, 3)});
+  return NULL;
+}
+
+HANDLER(backward, 11, 3) {
+  int64_t kind = get_attribute(frame, "kind");
+  int number = numbers(out, 0) == BFLOAT16 ? BFLOAT16 : FLOAT32;
+  int dtype = number == BFLOAT16 ? BF16 : F32;
+  size_t time = size(in, 6, 0), batch = size(in, 6, 1), hidden = size(in, 6, 2);
+  size_t width = count_sums(kind) * hidden, cell = has_cell(kind) ? hidden : 0;
+  size_t num_marks = size(in, 10, 0) ? time : 0;
+  const Array arrays[] = {
+      {"gates", F32, 3, {time, batch, kind == RNN ? 0 : width}},
+      {"the packed kernel", dtype, 4, {(hidden + TILE - 1) / TILE, width / number, TILE, number}},
+      {"the first cell state", F32, 2, {batch, cell}},
+      {"the first hidden state", F32, 2, {batch, hidden}},
+      {"cell states", F32, 3, {time, batch, cell}},
+      {"outputs", F32, 3, {time, batch, hidden}},
+      {"the cotangent of outputs", F32, 3, {time, batch, hidden}},
+      {"the cotangent of the last cell state", F32, 2, {batch, cell}},
+      {"the cotangent of the last hidden state", F32, 2, {batch, hidden}},
+      {"peepholes", F32, 2, {kind == PEEPHOLE_LSTM ? 3 : 0, hidden}},
+      {"marks", U8, 2, {num_marks, batch}},
+      {"the cotangent of sums", dtype, 3, {time, batch, width}},
+      {"the cotangent of the first cell state", F32, 2, {batch, cell}},
+      {"the cotangent of the first hidden state", F32, 2, {batch, hidden}},
+  };
+  XLA_FFI_Error *error = check_kind(frame, "backward", kind, hidden);
+  if (!error) error = check(frame, "backward", arrays);
+  if (error) return error;
+  run(frame, backward,
+      &(Backward){kind, number, time, batch, hidden, num_marks ? data(in, 10) : NULL, data(in, 0),
+                  data(in, 2), data(in, 3), data(in, 4), data(in, 5), data(in, 6), data(in, 9),
+                  data(in, 1), data(out, 0), data(out, 1), data(out, 2)});
+  return NULL;
+}
