@@ -5,10 +5,9 @@
 #
 # python benchmarks/compare.py tunes and trains all of them.
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
+
+from lstm_jax import config as config_lib
 
 # Fields of models of 0.72 million parameters: cell, layers, hidden units, block.
 VARIANTS = {
@@ -31,8 +30,7 @@ def get_config(name: str = "lstm") -> ConfigDict:
     """Return a config of the given model, trained much as experiments/quick.py trains its LSTM."""
     if name not in VARIANTS:
         raise ValueError(f"there is no cells.py:{name}: choose from {', '.join(VARIANTS)}")
-    experiment = runpy.run_path(str(Path(__file__).with_name("quick.py")))
-    config: ConfigDict = experiment["get_config"]()
+    config: ConfigDict = config_lib.load("experiments/quick.py")
 
     config.batches.window_length = 64
 

@@ -3,9 +3,6 @@
 #
 # The same as --config experiments/finetune.py:MODEL. docs/finetuning.md has measurements.
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
@@ -19,8 +16,7 @@ def get_config(model: str = "tiny-shakespeare") -> ConfigDict:
     text.
     """
     trained = workdir.load_config(workdir.find_model(model))
-    quick = runpy.run_path(str(Path(__file__).with_name("quick.py")))
-    config: ConfigDict = quick["get_config"]()
+    config: ConfigDict = config_lib.load("experiments/quick.py")
     config.init_from = model
 
     config.data.units = trained.data.units

@@ -4,11 +4,11 @@
 # python benchmarks/compare.py --experiment experiments/optimizers.py \
 #     --space experiments/sweeps/optimizers.py tunes and trains all of them.
 
-import runpy
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
+
+from lstm_jax import config as config_lib
 
 # Fields of each optimizer; all others are those of quick.py.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -25,7 +25,6 @@ def get_config(name: str = "adam") -> ConfigDict:
     """Return the config of experiments/quick.py with this optimizer, to be tuned."""
     if name not in VARIANTS:
         raise ValueError(f"there is no optimizers.py:{name}: choose from {', '.join(VARIANTS)}")
-    quick = runpy.run_path(str(Path(__file__).with_name("quick.py")))
-    config: ConfigDict = quick["get_config"]()
+    config: ConfigDict = config_lib.load("experiments/quick.py")
     config.optimizer.update(VARIANTS[name])
     return config

@@ -5,16 +5,14 @@
 # validation split and 1.400 on the test split, with 1.06 million parameters (seed 0).
 # docs/results.md has published results of larger models.
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
+
+from lstm_jax import config as config_lib
 
 
 def get_config() -> ConfigDict:
     """Return the config of experiments/quick.py, for a text of 5 MB."""
-    experiment = runpy.run_path(str(Path(__file__).with_name("quick.py")))
-    config: ConfigDict = experiment["get_config"]()
+    config: ConfigDict = config_lib.load("experiments/quick.py")
 
     config.data.dataset = "penn_treebank"
     config.num_epochs = 7

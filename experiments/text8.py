@@ -7,16 +7,14 @@
 #
 # Estimated time: as that of experiments/enwik8.py.
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
+
+from lstm_jax import config as config_lib
 
 
 def get_config() -> ConfigDict:
     """Return the config of experiments/enwik8.py, for characters of text8."""
-    experiment = runpy.run_path(str(Path(__file__).with_name("enwik8.py")))
-    config: ConfigDict = experiment["get_config"]()
+    config: ConfigDict = config_lib.load("experiments/enwik8.py")
 
     config.data.dataset = "text8"
     config.data.units = "characters"

@@ -8,16 +8,14 @@
 # Estimated time: 23 days on two cores of an AMD EPYC (Zen 4), from the time per token and parameter
 # of experiments/penn_treebank_words.py.
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
+
+from lstm_jax import config as config_lib
 
 
 def get_config() -> ConfigDict:
     """Return the config of experiments/penn_treebank_words.py, with other dropout rates."""
-    experiment = runpy.run_path(str(Path(__file__).with_name("penn_treebank_words.py")))
-    config: ConfigDict = experiment["get_config"]()
+    config: ConfigDict = config_lib.load("experiments/penn_treebank_words.py")
 
     config.data.dataset = "wikitext2"
     config.batches.batch_size = 80
