@@ -217,7 +217,9 @@ def _make_compute_grads(model: model_lib.LanguageModel, config: Config) -> Calla
         if soft_targets is not None:
             soft_losses = optax.softmax_cross_entropy(logits, soft_targets)
             objective = (1 - distill.weight) * objective + distill.weight * soft_losses.mean()
-        return objective + regularization.compute_penalty(rates, outputs, dropped), (loss, carry)
+        starts = model.find_starts(inputs)
+        penalty = regularization.compute_penalty(rates, outputs, dropped, starts)
+        return objective + penalty, (loss, carry)
 
     def compute_grads(params: model_lib.Params, key: jax.Array | None, *divided: Any) -> Any:
         def compute_part(*part: Any) -> Any:

@@ -143,5 +143,10 @@ def test_activation_penalties() -> None:
     rates = make_rates(temporal_activation_penalty=3.0)
     actual = regularization.compute_penalty(rates, jnp.asarray(outputs), jnp.asarray(dropped))
     np.testing.assert_allclose(actual, 3 * (np.diff(outputs, axis=1) ** 2).mean(), rtol=1e-5)
+    starts = np.zeros((3, 5), bool)
+    starts[:, [0, 2]] = True
+    actual = regularization.compute_penalty(rates, *map(jnp.asarray, (outputs, dropped, starts)))
+    within = np.diff(outputs, axis=1) * [[[1], [0], [1], [1]]]
+    np.testing.assert_allclose(actual, 3 * (within**2).mean(), rtol=1e-5)
     one = jnp.asarray(outputs[:, :1])
     assert regularization.compute_penalty(rates, one, one) == 0

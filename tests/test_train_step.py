@@ -84,9 +84,9 @@ def test_microbatches_match_the_step_of_the_whole_batch(monkeypatch: pytest.Monk
     results: list[train_step.TrainState] = []
     penalty, sizes = regularization.compute_penalty, set[int]()
 
-    def record(rates: Any, outputs: jax.Array, dropped: jax.Array) -> Any:
+    def record(rates: Any, outputs: jax.Array, *rest: Any) -> Any:
         sizes.add(len(outputs))
-        return penalty(rates, outputs, dropped)
+        return penalty(rates, outputs, *rest)
 
     monkeypatch.setattr(regularization, "compute_penalty", record)
     for number in (1, 3):
@@ -107,6 +107,22 @@ def test_microbatches_match_the_step_of_the_whole_batch(monkeypatch: pytest.Monk
         *map(jax.tree.leaves, ((r.params, r.rest | {"key": 0}) for r in results)), strict=True
     ):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_the_temporal_penalty_is_of_steps_within_a_document() -> None:
+    model = model_lib.LanguageModel(11, 6, 9, stop_id=0)
+    inputs = np.array([[5, 0], [7, 0]], np.int32)  # A document begins at the second step.
+    grads = []
+    for weight in (0.0, 3.0):
+        config = make_config()
+        config.regularization.temporal_activation_penalty = weight
+        compute = jax.jit(train_step._make_compute_grads(model, config_lib.complete_config(config)))
+        batch = inputs, inputs, None
+        (gradient, _), _ = compute(
+            models.draw_params(model), None, batch, model.initial_carry(2), None
+        )
+        grads.append(gradient)
+    jax.tree.map(np.testing.assert_array_equal, *grads)
 
 
 def test_the_average_follows_the_parameters() -> None:
