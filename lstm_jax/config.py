@@ -264,7 +264,7 @@ class OptimizerConfig:
         "zero at the end of training. step: divide by ten at each of step_at.", resume=True)
     step_at: tuple[float, ...] = field((0.5, 0.75), "Fractions of all steps.", _SHARES, resume=True,
         relevant_if=Rule("optimizer.schedule='step'", lambda c: c.optimizer.schedule == "step"))
-    weight_decay: float = field(0.0, "Weight decay of parameters with two axes or more.",
+    weight_decay: float = field(0.0, "Weight decay of kernels and embeddings.",
         Rule("from 0 to 1e38", lambda value: 0 <= value <= 1e38), resume=True)
     max_gradient_norm: float = field(0.0, "Clip gradients to this global norm. 0: no clipping.",
         _AMOUNT, resume=True)

@@ -1,6 +1,7 @@
 """Make the optimizer and its learning rate from the `optimizer` fields of a config."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,14 @@ from optax import contrib
 from lstm_jax.config import OptimizerConfig, OptimizerName, Schedule
 
 _Chain = list[optax.GradientTransformation]
+# Parameters whose rows are vectors of their own: weights of gates, taps of a convolution.
+_VECTORS = "/peepholes", "/convolution"
 
 
 def make_optimizer(optimizer: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
     """Make one of `OPTIMIZERS`, after clipping by the global norm.
 
-    Weight decay applies to arrays of two axes or more, so not to biases. It is decoupled from the
+    Weight decay applies to kernels and embeddings, see `_is_matrix`. It is decoupled from the
     gradient and multiplied by the learning rate (Loshchilov & Hutter 2019), except in SGD, where it
     is added to the gradient.
     """
@@ -120,12 +123,20 @@ def make_schedule(optimizer: OptimizerConfig, total_steps: int) -> optax.Schedul
 
 
 def _is_matrix(params: optax.Params) -> optax.Params:
-    return jax.tree.map(lambda array: array.ndim > 1, params)
+    """Return which parameters have two axes or more, and are not `_VECTORS`."""
+
+    def is_matrix(path: Any, array: jax.Array) -> bool:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return array.ndim > 1 and not name.endswith(_VECTORS)
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
 def _label_params(params: optax.Params) -> optax.Params:
     """Label each parameter with its optimizer: Muon updates all matrices of recurrent layers."""
-    others = ("embedding", "dense")
-    return jax.tree_util.tree_map_with_path(
-        lambda path, array: "adam" if array.ndim != 2 or path[0].key in others else "muon", params
-    )
+
+    def label(path: Any, array: jax.Array, is_matrix: bool) -> str:
+        is_other = array.ndim != 2 or path[0].key in ("embedding", "dense")
+        return "adam" if is_other or not is_matrix else "muon"
+
+    return jax.tree_util.tree_map_with_path(label, params, _is_matrix(params))

@@ -199,6 +199,15 @@ def test_a_checkpoint_of_other_code_names_what_differs(saved: Path) -> None:
             checkpoints.restore_latest(saved, PARAMS, state)
 
 
+def test_an_array_that_was_masked_is_missing(tmp_path: Path) -> None:
+    with checkpoints.CheckpointWriter(tmp_path) as writer:
+        state: dict[str, Any] = {**STATE, "optimizer": optax.TraceState({"w": optax.MaskedNode()})}
+        writer.save(1, PARAMS, state, {"metrics.jsonl": 1})
+    state["optimizer"] = optax.TraceState({"w": jnp.zeros(3)})
+    with pytest.raises(UserError, match="1 lacks optimizer.trace.w, unlike that of this code"):
+        checkpoints.restore_latest(tmp_path, PARAMS, state)
+
+
 def test_an_unfinished_save_is_deleted_and_never_read(saved: Path, tmp_path: Path) -> None:
     directory = tmp_path / "checkpoints"
     shutil.copytree(saved, directory)

@@ -79,14 +79,16 @@ def test_adamw(decay: float) -> None:
 
 @jax.debug_nans(False)  # As in `test_schedule_free`.
 @pytest.mark.parametrize("name", optimizer_lib.OPTIMIZERS)
-def test_kernels_decay_and_biases_do_not(name: str) -> None:
+def test_kernels_decay_and_vectors_do_not(name: str) -> None:
     fields = make_fields(name=name, learning_rate=0.1, weight_decay=0.5)
-    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    vectors = {"bias": jnp.ones(2), "peepholes": jnp.ones((3, 2)), "convolution": jnp.ones((4, 2))}
+    params = {"lstm_0": {"kernel": jnp.ones((2, 2)), **vectors}}
     optimizer = optimizer_lib.make_optimizer(fields, 10)
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
-    np.testing.assert_allclose(updates["kernel"], -0.05, atol=1e-6)
-    np.testing.assert_array_equal(updates["bias"], 0)
+    of_layer = updates["lstm_0"]
+    np.testing.assert_allclose(of_layer.pop("kernel"), -0.05, atol=1e-6)
+    jax.tree.map(lambda update: np.testing.assert_array_equal(update, 0), of_layer)
 
 
 def test_gradients_are_clipped_to_the_global_norm() -> None:
@@ -145,6 +147,7 @@ def test_muon_updates_recurrent_layers_and_adam_the_rest() -> None:
     rng = np.random.default_rng(0)
     shapes = {
         "lstm_0": {"input_kernel": (5, 8), "recurrent_kernel": (2, 8), "bias": (8,)},
+        "block_0": {"peepholes": (3, 4), "convolution": (4, 4)},
         "dense": {"kernel": (2, 3), "bias": (3,)},
         "embedding": {"embedding": (3, 5)},
     }

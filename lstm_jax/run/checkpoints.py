@@ -308,7 +308,12 @@ def _restore_items(path: Path, items: Mapping[str, object]) -> Any:
     """
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(path.resolve(), args=ocp.args.Composite(**items))
+            restored = checkpointer.restore(path.resolve(), args=ocp.args.Composite(**items))
+        for name in {"params", "state"} & items.keys():
+            # Orbax restores None for an array that was None, or masked, when it was saved.
+            if None in jax.tree.leaves(restored[name], is_leaf=lambda leaf: leaf is None):
+                raise ValueError(f"an array of {name} is missing")
+        return restored
     except jax.errors.JaxRuntimeError:  # Too little memory, or a lost process.
         raise
     except Exception as error:  # Orbax re-raises any exception of its storage.
