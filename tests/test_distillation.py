@@ -64,6 +64,35 @@ def test_teachers_predict_each_token_from_the_text_before(trained: Path) -> None
         distillation.check_length(None, len(vocabulary))
 
 
+def test_teachers_that_read_the_test_text_are_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    for sizes in ("90:5:5", "80:10:10"):
+        distillation.check_texts("runs/a", f"one:{sizes}", "one:90:5:5")
+    assert not capsys.readouterr().err
+    for record in ("two:90:5:5", ""):  # Imported weights have no record of their text.
+        distillation.check_texts("runs/a", record, "one:90:5:5")
+        assert (
+            "runs/a, in config.distill.teachers, was trained on another" in capsys.readouterr().err
+        )
+    with pytest.raises(UserError, match="runs/a, .* was trained on validation or test text"):
+        distillation.check_texts("runs/a", "one:95:3:2", "one:90:5:5")
+
+
+def test_a_run_checks_the_texts_of_its_teachers(
+    trained: Path, text_file: Path, tmp_path: Path
+) -> None:
+    fields = {
+        "data.path": str(text_file),
+        "data.fractions": (0.8, 0.1, 0.1),
+        "distill.teachers": str(trained),
+    }
+    config = config_lib.change_fields(workdir.load_config(trained), {**fields, "data.sha256": ""})
+    with (
+        pytest.raises(UserError, match="was trained on validation or test text of this run"),
+        session.open_run(config, tmp_path / "run"),
+    ):
+        pass
+
+
 @pytest.mark.slow
 def test_a_student_resumes_bit_for_bit(trained: Path, text_file: Path, tmp_path: Path) -> None:
     flags = [f"--config.distill.teachers={trained}", "--config.distill.weight=0.9"]

@@ -8,7 +8,7 @@ import numpy as np
 
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
-from lstm_jax.errors import UserError
+from lstm_jax.errors import UserError, warn
 from lstm_jax.run import ensemble, workdir
 from lstm_jax.vocabulary import Ids, Vocabulary
 
@@ -27,6 +27,25 @@ def load_teachers(teachers: str, vocabulary: Vocabulary) -> workdir.Trained:
             "both on one text, with the same data.units"
         )
     return trained
+
+
+def check_texts(teachers: str, of_teachers: str, of_run: str) -> None:
+    """Check by `data.sha256` that teachers have not read the validation or test text of a run.
+
+    Raise `UserError` if they have; warn if that is unknown, because their text is another one.
+    """
+    digest, *sizes = of_teachers.split(":")
+    own_digest, *own_sizes = of_run.split(":")
+    if digest != own_digest:
+        warn(
+            f"{teachers}, in config.distill.teachers, was trained on another text: if it contains "
+            "the validation or test text of this run, these losses are too low"
+        )
+    elif int(sizes[0]) > int(own_sizes[0]):  # The training text comes first.
+        raise UserError(
+            f"{teachers}, in config.distill.teachers, was trained on validation or test text of "
+            "this run: use teachers with the same splits (data.fractions)"
+        )
 
 
 def check_length(length: int | None, vocabulary_size: int) -> None:

@@ -71,7 +71,9 @@ class Session:
         if teachers := config.distill.teachers:
             distillation.check_length(len(ids) if self._on_devices else None, size)
             if not self.is_resumed or "distill.teachers" in self.changes:
-                distillation.load_teachers(teachers, self.vocabulary)
+                loaded = distillation.load_teachers(teachers, self.vocabulary)
+                sha256 = loaded.config.data.sha256
+                distillation.check_texts(teachers, sha256, config.data.sha256)
         order = batches.make_order(len(ids), config.batches, config.seed)
         self.plan = Plan(config, order.steps_per_epoch)
         self.model = model_lib.make_model(config.model, size, self.vocabulary.stop_id)
