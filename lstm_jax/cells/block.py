@@ -29,11 +29,11 @@ class Block(nn.Module):
         outputs = y + (gelu(norm(y) A) * (norm(y) B)) O     gated MLP
         norm(x) = s * x / sqrt(mean(x ** 2))            RMSNorm, with separate scales s
 
-    Griffin (De et al. 2024), xLSTM (Beck et al. 2024) and the language models of minGRU and minLSTM
-    (Feng et al. 2024) share this order: normalization before each branch (Zhang & Sennrich 2019), a
-    convolution over the last 4 inputs, the cell, a gated MLP (Shazeer 2020). They differ in the
-    width of the MLP and in a gate beside the cell. Here the MLP has 2 * hidden_size hidden units,
-    and the last block is followed by the dense layer without another normalization.
+    The parts are those of Griffin (De et al. 2024), of xLSTM (Beck et al. 2024) and of the language
+    models of minGRU and minLSTM (Feng et al. 2024): normalization before each branch (Zhang &
+    Sennrich 2019), a convolution over the last 4 inputs, the cell, a gated MLP (Shazeer 2020). But
+    this block is simpler, and the same for each cell; docs/cells.md lists what differs. The MLP has
+    2 * hidden_size hidden units, and no normalization follows the last block.
     """
 
     input_size: int
