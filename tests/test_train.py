@@ -204,6 +204,24 @@ def test_an_error_of_the_callback_is_not_about_the_disk(
     assert caught.value is error
 
 
+@pytest.mark.parametrize("split", ["validation", "train"])
+def test_a_run_that_is_moved_says_so_and_makes_no_directory(
+    split: str, tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    directory.mkdir()
+
+    def watch(row: Mapping[str, Any]) -> None:
+        if row["split"] == split:
+            directory.rename(tmp_path / "moved")
+            if split == "train":  # As a save in progress may do.
+                (directory / workdir.CHECKPOINTS).mkdir(parents=True)
+
+    with pytest.raises(UnavailableError, match="was moved or deleted"):
+        training.train(tiny_config, directory, watch)
+    assert not directory.exists() and len(runs.read_losses(tmp_path / "moved")) > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [300.0, 0.0])  # What it would write next: a row, a checkpoint.
 def test_a_run_that_lost_its_lock_writes_nothing_more(

@@ -184,6 +184,8 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", Non
             self._thread.shutdown()
             with contextlib.suppress(Exception):  # `wait` has raised it already.
                 self._orbax.close()
+            with contextlib.suppress(OSError):  # TensorStore makes it again if the run was moved.
+                self._directory.rmdir()
 
 
 def restore_latest(

@@ -83,6 +83,8 @@ def hold_lock(directory: Path) -> Iterator[Callable[[], None]]:
         with contextlib.suppress(OSError):
             if _is_at(lock, path):
                 path.unlink()
+            elif directory not in made:
+                made.insert(0, directory)  # It was moved, and a save has made it again.
         os.close(lock)
         with contextlib.suppress(OSError):
             for empty in made:

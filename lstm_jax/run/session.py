@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Unpack
 
@@ -54,7 +54,7 @@ class Session:
         with hosts.main_process_first("text and lock"):
             splits = texts.load_texts(config.data)
             self._check_lock = opened.enter_context(lock.hold_lock(directory))
-        opened.enter_context(_name_failed_writes(directory))
+        opened.enter_context(_name_failed_writes(directory, self._check_lock))
         self.directory, self._saved_in = directory, directory / workdir.CHECKPOINTS
         config = dataclasses.replace(config, data=splits.resolve(config.data))
         resolved = resume.resolve_run(config, directory, splits)
@@ -222,10 +222,13 @@ def open_run(
 
 
 @contextlib.contextmanager
-def _name_failed_writes(directory: Path) -> Iterator[None]:
+def _name_failed_writes(directory: Path, check_lock: Callable[[], None]) -> Iterator[None]:
     """Convert failed writes to the files of a run to `UnavailableError`."""
     try:
         yield
+    except UnavailableError:
+        check_lock()  # If the directory was moved, that is the reason.
+        raise
     except OSError as error:
         # Not of the run: of `watch`, a closed pipe, another file.
         name = error.filename if isinstance(error.filename, str | bytes) else str(directory)
@@ -233,6 +236,7 @@ def _name_failed_writes(directory: Path) -> Iterator[None]:
         is_elsewhere = not path.is_relative_to(os.path.realpath(directory))
         if is_elsewhere or hasattr(error, "is_of_watch") or isinstance(error, BrokenPipeError):
             raise
+        check_lock()
         raise UnavailableError(
             f"can't write to {error.filename or directory} ({error.strerror}): free space or make "
             f"it writable, then resume from the last checkpoint with {name_same_command()}"
