@@ -64,6 +64,11 @@ def make_visible(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
+def print_line(message: str) -> None:
+    """Print a message on one line of standard output, as `make_visible` returns it."""
+    print(make_visible(message))
+
+
 def warn(message: str) -> None:
     """Print a warning on one line of standard error."""
     print("warning:", make_visible(message), file=sys.stderr)

@@ -151,7 +151,7 @@ def test_training_starts_from_imported_weights(
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     transfer.import_weights(tmp_path / "model.safetensors", tmp_path / "in", beside, None)
     transfer.export_folder(tmp_path / "in", tmp_path / "folder", "float32")
-    assert "\nText: unknown\n" in (tmp_path / "folder" / "README.md").read_text()
+    assert "\nText:\n\n    unknown\n" in (tmp_path / "folder" / "README.md").read_text()
     tiny_config.init_from = str(tmp_path / "in")
     tiny_config.max_steps = 1
     assert training.train(config.complete_config(tiny_config), tmp_path / "run") == 0

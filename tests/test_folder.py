@@ -12,10 +12,11 @@ from ml_collections import ConfigDict
 
 import commands
 import lstm_jax
+from lstm_jax import config as config_lib
 from lstm_jax import training
 from lstm_jax.convert import transfer
 from lstm_jax.errors import UserError
-from lstm_jax.run import workdir
+from lstm_jax.run import pages, workdir
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +37,32 @@ def test_a_folder_holds_the_model_of_its_run(trained: Path, folder: Path, tmp_pa
     names = {"README.md", workdir.CONFIG, workdir.MODEL, workdir.VOCABULARY}
     assert {path.name for path in folder.iterdir()} == names
     card = (folder / "README.md").read_text()
-    assert "# tiny\n" in card and "| test | " in card and "Text: text.txt, license: unknown" in card
+    assert "# tiny\n" in card and "| test | " in card
+    assert "Text:\n\n    text.txt, license: unknown" in card
     small = tmp_path / "small"
     transfer.export_folder(folder, small, "bfloat16")
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), before.params)
     jax.tree.map(np.testing.assert_array_equal, workdir.load_trained(small).params, rounded)
     assert (small / workdir.MODEL).stat().st_size < 0.6 * (folder / workdir.MODEL).stat().st_size
+
+
+def test_names_of_a_strange_config_and_directory_are_shown_as_they_are(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "\x1b[31mred"
+    shutil.copytree(folder, copy)
+    strange = "<script>\x1b[31m\n# Title\n"
+    config = config_lib.change_fields(
+        workdir.load_config(folder), {"data.path": strange, "data.sha256": strange}
+    )
+    workdir.save_config(copy, config)
+    transfer.export_folder(copy, copy.with_suffix(".card"), "float32")
+    lines = (copy.with_suffix(".card") / "README.md").read_text().splitlines()
+    assert all(line.startswith("    ") for line in lines if "<script>" in line)
+    assert lines.count("# Title") == 0 and all(map(str.isprintable, lines))
+    transfer.export_weights(copy, tmp_path / "\x1b[31m.safetensors")
+    pages.write_page(copy / "page.html", "--to", b"")
+    assert "\x1b" not in capsys.readouterr().out
 
 
 def test_the_file_is_one_of_safetensors(folder: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 
 from lstm_jax import config as config_lib
+from lstm_jax.errors import make_visible
 from lstm_jax.run.metrics import Row
 from lstm_jax.run.workdir import Trained
 from lstm_jax.version import __version__
@@ -20,8 +21,10 @@ _OMITTED = ("data.sha256", "data.directory", "data.prepared")
 def make_card(name: str, trained: Trained, dtype: str, rows: Sequence[Row]) -> str:
     """Return the card of the folder `name`: model, text, losses, and how to use and train it.
 
+    What a config names, perhaps one from someone else, is in blocks of code, not Markdown or HTML.
     `dtype` is that of the file, and `rows` are those of the run's metrics.jsonl.
     """
+    name = make_visible(name)
     model, vocabulary, config = trained.model, trained.vocabulary, trained.config
     data = config.data
     count = sum(array.size for array in jax.tree.leaves(trained.params))
@@ -44,7 +47,8 @@ def make_card(name: str, trained: Trained, dtype: str, rows: Sequence[Row]) -> s
         f"A language model of lstm-jax {__version__}: {model.cell_name}, {model.num_layers} x "
         f"{model.hidden_size} hidden units, {count:,} parameters in {dtype}, {len(vocabulary)} "
         f"{vocabulary.token_name}s.\n",
-        f"Text: {text}\n",
+        "Text:\n",
+        f"    {make_visible(text)}\n",
         f"Losses at step {trained.step}, that of the parameters:\n",
         f"| split | nats per {vocabulary.token_name} |",
         "| --- | ---: |",

@@ -11,7 +11,7 @@ from lstm_jax import model as model_lib
 from lstm_jax import vocabulary as vocabulary_lib
 from lstm_jax.convert import card, torch_weights, weights
 from lstm_jax.data import encoding, files, sources, texts
-from lstm_jax.errors import UserError, name_failure
+from lstm_jax.errors import UserError, name_failure, print_line
 from lstm_jax.run import messages, metrics, model_file, workdir
 
 _SUFFIX = ".safetensors"
@@ -68,9 +68,11 @@ def import_weights(
     make_folder(directory, config_lib.complete_config(config), vocabulary, params)
     print(f"{messages.format_parameters(params)}\n")
     if added:
-        print(f"Added {' and '.join(map(repr, added))}, which the model lacked, with logits of -30")
-    print(f"Wrote the model of {source} to {directory}")
-    print(f"Generate text: python -m lstm_jax.sample --workdir {shlex.quote(str(directory))}")
+        print_line(
+            f"Added {' and '.join(map(repr, added))}, which the model lacked, with logits of -30"
+        )
+    print_line(f"Wrote the model of {source} to {directory}")
+    print_line(f"Generate text: python -m lstm_jax.sample --workdir {shlex.quote(str(directory))}")
 
 
 def export_weights(directory: Path, target: Path, drop_special: bool = False) -> None:
@@ -109,7 +111,9 @@ def export_weights(directory: Path, target: Path, drop_special: bool = False) ->
         with contextlib.suppress(OSError):
             beside.unlink()
         raise UserError(f"can't write {target}: {error.strerror}") from None
-    print(f"Wrote the model of {directory}, step {trained.step}, to {target}, tokens to {beside}")
+    print_line(
+        f"Wrote the model of {directory}, step {trained.step}, to {target}, tokens to {beside}"
+    )
     if (dtype := trained.model.dtype) != "float32":
         print(f"Its matmuls use {dtype} in this package: logits in float32 differ by rounding")
     if trained.vocabulary.stop:
@@ -136,8 +140,8 @@ def export_folder(directory: Path, target: Path, dtype: str) -> None:
     make_folder(
         target.absolute(), config, trained.vocabulary, trained.params, trained.step, dtype, content
     )
-    print(f"Wrote the model of {directory}, step {trained.step}, to {target}, in {dtype}")
-    print(f"Its card, {target / _CARD}, names the text and the losses: complete it by hand")
+    print_line(f"Wrote the model of {directory}, step {trained.step}, to {target}, in {dtype}")
+    print_line(f"Its card, {target / _CARD}, names the text and the losses: complete it by hand")
 
 
 def read_vocabulary(path: Path) -> tuple[Sequence[str], str, str]:

@@ -62,7 +62,7 @@ def print_setup(run: Session) -> None:
         print(_describe_end(run))
     elif run.is_resumed:
         total = run.plan.total_steps
-        print(f"Resuming from step {step} of {total}, saved in {run.directory}")
+        print(f"Resuming from step {step} of {total}, saved in {_show_directory(run)}")
 
 
 def format_parameters(params: model_lib.Params) -> str:
@@ -115,7 +115,7 @@ def describe_stop(run: Session) -> str:
     """Return the message that a signal has stopped training after the steps so far."""
     return (
         f"\nStopped at step {run.loop.step} of {run.plan.total_steps}. Everything is saved in "
-        f"{run.directory}: {name_same_command()} resumes."
+        f"{_show_directory(run)}: {name_same_command()} resumes."
     )
 
 
@@ -130,16 +130,21 @@ def _describe_end(run: Session) -> str:
         reason = f": {_describe_patience(run)}"
     settings = [name_setting(field, 2 * getattr(config, field)) for field in fields]
     return (
-        f"The run in {run.directory} is finished after {plan.describe_length(step)}{reason}. To "
-        f"train longer, set for example {choose_wording(' ', '; ').join(settings)}"
+        f"The run in {_show_directory(run)} is finished after "
+        f"{plan.describe_length(step)}{reason}. To train longer, "
+        f"set for example {choose_wording(' ', '; ').join(settings)}"
     )
 
 
 def list_files(run: Session) -> str:
     """Return lines about the files of a run, and the command that generates text."""
     return (
-        f"Everything is in {run.directory}: {workdir.CHECKPOINTS}/, {workdir.METRICS}, "
+        f"Everything is in {_show_directory(run)}: {workdir.CHECKPOINTS}/, {workdir.METRICS}, "
         f"{workdir.SAMPLES}, {workdir.CURVES}, TensorBoard events\n"
-        f"Generate text: python -m lstm_jax.sample --workdir {shlex.quote(str(run.directory))}"
+        f"Generate text: python -m lstm_jax.sample --workdir {shlex.quote(_show_directory(run))}"
         f"{cell_file.make_flag(run.config.model)}"
     )
+
+
+def _show_directory(run: Session) -> str:
+    return make_visible(str(run.directory))

@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 from lstm_jax.data import files
-from lstm_jax.errors import name_failure
+from lstm_jax.errors import name_failure, print_line
 
 
 def fill_page(package: str, name: str, data: Mapping[str, object]) -> bytes:
@@ -21,4 +21,4 @@ def write_page(path: Path, flag: str, page: bytes) -> None:
     """Write a page to the path that a flag names, and print its size; raise `UserError`."""
     with name_failure(f"can't write {path} ({flag})"):
         files.write_file(path, page)
-    print(f"{path} ({len(page) / 1e6:.1f} MB): open it in a browser")
+    print_line(f"{path} ({len(page) / 1e6:.1f} MB): open it in a browser")
