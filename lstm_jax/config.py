@@ -82,7 +82,7 @@ def one_of(*words: str) -> Rule[str]:
 
 def names_cell_file(name: str) -> bool:
     """Return whether a name has the form FILE.py:CLASS."""
-    return re.fullmatch(r".+\.py:\w+", name) is not None
+    return re.fullmatch(r"[^\0]+\.py:\w+", name) is not None
 
 
 def is_plain_lstm(model: Any) -> bool:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
@@ -44,8 +45,12 @@ def train(
     """
     complete, directory = config_lib.complete_config(config), workdir.check_path(directory)
     parallel.use_cores(complete)
-    x64 = jax.enable_x64(False)  # The caller may have enabled it.
-    with x64, console.quieten(quiet), session.open_run(complete, directory, watch) as run:
+    with (
+        jax.enable_x64(False),  # The caller may have enabled it, and set a mesh.
+        jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())),
+        console.quieten(quiet),
+        session.open_run(complete, directory, watch) as run,
+    ):
         messages.print_setup(run)
         if not run.is_finished:
             _train(run)

@@ -347,7 +347,7 @@ def test_an_error_names_the_argument(options: dict[str, Any], message: str) -> N
 
 
 def test_an_error_names_the_argument_of_other_methods() -> None:
-    run = make_run()
+    run, other = make_run(), make_run(num_layers=2)
     calls: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
         (run.stream, {"piece_length": 0}, "piece_length is 0: it must be from 1 to 1,024"),
         (run.next, {"text": "a", "n": -1}, "n is -1: it must be 1 or more"),
@@ -356,6 +356,20 @@ def test_an_error_names_the_argument_of_other_methods() -> None:
         (run.score, {"text": "a", "carry": run.score("ab")}, "carry is a Scores: it must be that"),
         (run.read, {"ids": [2, 3]}, r"ids are int64 \[2\]: they must be integers \[batch, time\]"),
         (run.read, {"ids": [[2, 999]]}, r"ids are int64 \[1, 2\]: they must be"),
+        (run.read, {"ids": None}, r"ids are object \[\]: they must be integers"),
+        (run.read, {"ids": [[2, 3], [2]]}, r"ids are object \[\]: they must be integers"),
+        (
+            run.read,
+            {"ids": [[2]] * 8, "state": run.read(np.array([[3]]))},
+            "state is not one of 8 texts",
+        ),
+        (
+            run.read,
+            {"ids": [[2]], "state": other.read(np.array([[3]]))},
+            "texts that this model has read",
+        ),
+        (run.read, {"ids": [[2]], "state": 0}, "state is not one of 1 texts"),
+        (run.score, {"text": "a", "carry": other.score("a").carry}, "carry is that of another"),
         (run.read, {"ids": [[2.0]]}, r"ids are float64 \[1, 1\]: they must be integers"),
         (lstm_jax.load, {"directory": b"run"}, "directory is b'run': it must be a path"),
         (
@@ -370,6 +384,7 @@ def test_an_error_names_the_argument_of_other_methods() -> None:
         (lstm_jax.load, {"directory": []}, r"directory is \[\]: it must be a path, or a list"),
         (lstm_jax.load, {"directory": "nothing"}, "name the directory of a training run"),
         (lstm_jax.load, {"directory": "x", "cell": "Cell"}, "'Cell' is not FILE.py:CLASS"),
+        (lstm_jax.load, {"directory": "x", "cell": "\0.py:C"}, "is not FILE.py:CLASS"),
         (lstm_jax.load, {"directory": "x", "cell": Path("a.py")}, "a.py.* is not FILE.py:CLASS"),
         (run.vocabulary.decode, {"ids": [-1]}, "ids must be from 0 to"),
         (lstm_jax.train, {"config": {}, "directory": "a" * 5000}, "File name too long"),

@@ -1,5 +1,6 @@
 """Test the output and exit codes of the commands."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from lstm_jax import config, dynamic, generation
 from lstm_jax import model as model_lib
 from lstm_jax.controls import Controls
 from lstm_jax.convert import transfer
-from lstm_jax.run import command, metrics, workdir, zero_state
+from lstm_jax.run import command, console, metrics, workdir, zero_state
 from lstm_jax.vocabulary import FILE_END, Vocabulary
 
 ROOT = Path(__file__).parents[1]
@@ -206,6 +207,37 @@ def test_too_little_memory_is_one_line(
         command._report(error)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: there is not enough memory")
+
+
+def test_a_platform_without_a_device_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "local_devices", fail)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(SystemExit):
+        command._report(AssertionError())
+    assert capsys.readouterr().err.startswith(
+        "error: JAX finds no device of JAX_PLATFORMS=cuda: set another one"
+    )
+
+
+def test_what_orbax_leaves_after_an_error_is_not_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def read() -> None:
+        try:
+            await asyncio.sleep(0)
+        finally:
+            raise OSError
+
+    monkeypatch.setattr(sys, "unraisablehook", console._report_unraisable)
+    coroutine = read()
+    coroutine.send(None)
+    del coroutine
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.process

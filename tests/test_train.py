@@ -204,6 +204,14 @@ def test_an_error_of_the_callback_is_not_about_the_disk(
     assert caught.value is error
 
 
+def test_training_does_not_use_the_mesh_of_the_caller(
+    tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    tiny_config.max_steps = 1
+    with jax.set_mesh(jax.make_mesh((1,), ("x",))):
+        assert training.train(tiny_config, tmp_path / "run", quiet=True) == 0
+
+
 @pytest.mark.parametrize("split", ["validation", "train"])
 def test_a_run_that_is_moved_says_so_and_makes_no_directory(
     split: str, tiny_config: ConfigDict, tmp_path: Path

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import re
 import shutil
 import sys
@@ -95,7 +96,22 @@ def _report(error: Exception) -> int:
         if "config" in flags.FLAGS:
             remedy = "lower the sizes of the model, or batches.batch_size"
         _fail(f"there is not enough memory ({one_line(error)[:200]}): {remedy}")
+    platforms = os.environ.get("JAX_PLATFORMS")
+    if platforms and isinstance(error, (RuntimeError, AssertionError)) and not _has_device():
+        _fail(
+            f"JAX finds no device of JAX_PLATFORMS={platforms}: set another one, or install JAX "
+            "for it"
+        )
     raise error
+
+
+def _has_device() -> bool:
+    import jax
+
+    try:
+        return bool(jax.local_devices())
+    except (RuntimeError, AssertionError):
+        return False
 
 
 class _ConfigParser(flags.ArgumentParser[object]):

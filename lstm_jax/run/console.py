@@ -1,6 +1,7 @@
 """Print safely: any text can be shown, and a stream that fails causes one clear message."""
 
 import contextlib
+import inspect
 import io
 import os
 import sys
@@ -153,9 +154,10 @@ class _Output(_Stream):
 
 
 def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Report an unraisable exception, but none of Orbax's threads after one of them has failed.
+    """Report an unraisable exception, but none of Orbax's threads and coroutines.
 
-    The failure itself is reported.
+    They go on after one of them has failed, and the failure itself is reported.
     """
-    if str(unraisable.exc_value) != "Event loop is closed":
+    is_closed = str(unraisable.exc_value) == "Event loop is closed"
+    if not is_closed and not inspect.iscoroutine(unraisable.object):
         sys.__unraisablehook__(unraisable)

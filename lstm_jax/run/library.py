@@ -169,15 +169,21 @@ class Run:
         token of each text; before the first token they are zeros. The results depend on the number
         of texts by rounding only, and not on how a text is divided between calls.
         """
-        ids = np.asarray(ids)
-        in_range = not ids.size or 0 <= ids.min() <= ids.max() < len(self.vocabulary)
-        if ids.ndim != 2 or ids.dtype.kind not in "iu" or not in_range:
+        try:
+            ids = np.asarray(ids)
+        except ValueError:  # Lists of different lengths.
+            ids = np.asarray(None)
+        is_valid = ids.ndim == 2 and ids.dtype.kind in "iu"
+        if not is_valid or (ids.size and not 0 <= ids.min() <= ids.max() < len(self.vocabulary)):
             raise UserError(
                 f"ids are {ids.dtype} {list(ids.shape)}: they must be integers [batch, time], from "
                 f"0 to {len(self.vocabulary) - 1}"
             )
+        arguments = self.model, self._arrays, len(ids)
         if state is None:
-            state = generation.initial_state(self.model, self._arrays, len(ids))
+            state = generation.initial_state(*arguments)
+        elif _get_shapes(state) != _get_shapes(generation.initial_state.eval_shape(*arguments)):
+            raise UserError(f"state is not one of {len(ids)} texts that this model has read")
         return generation.read_tokens(self.model, self._arrays, state, ids)
 
     def score(self, text: str, carry: TextCarry | None = None) -> Scores:
@@ -190,10 +196,13 @@ class Run:
         if not isinstance(carry, TextCarry | None):
             raise UserError(f"carry is a {type(carry).__name__}: it must be that of earlier scores")
         tokens, ids = self.vocabulary.split(text), self.vocabulary.encode(text)
-        if carry:
-            now, ids = carry.read(), np.append(np.int32(carry.last), ids)
+        now = model_lib.first_carry(self.model, self._params, 1)
+        if not carry:
+            tokens = tokens[1:]
+        elif _get_shapes(now) != _get_shapes(earlier := carry.read()):
+            raise UserError("carry is that of another model")
         else:
-            now, tokens = model_lib.first_carry(self.model, self._params, 1), tokens[1:]
+            now, ids = earlier, np.append(np.int32(carry.last), ids)
         if not len(ids):
             return Scores([], np.zeros(0, np.float32), None)
         log_probs, start, before = [np.zeros(0, np.float32)], 0, now
@@ -289,6 +298,12 @@ def load(
         raise UserError(f"directory is {directory!r}: it must be a path, or a list of paths")
     with jax.enable_x64(False):  # Parameters are float32.
         return Run(ensemble.load_ensemble(paths, dtype)[0])
+
+
+def _get_shapes(tree: Any) -> Any:
+    """Return the structure of a tree of arrays, and the shape of each of them."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [np.shape(leaf) for leaf in leaves]
 
 
 @jax.jit(static_argnames="model")
