@@ -10,9 +10,8 @@ COMMANDS = {
     "main": "train a model",
     "evaluate": "measure a trained model on a text",
     "sample": "generate text with a trained model",
-    "inspect": "show on a page what the hidden units of a trained model respond to",
     "convert": "read and write weights of PyTorch, or make the folder of a model",
-    "export": "put a trained model into a web page, where it generates text",
+    "export": "make a web page that shows what a model has learned, and generates text",
     "sweep": "search for good settings, or train several seeds",
 }
 

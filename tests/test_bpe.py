@@ -24,7 +24,6 @@ from lstm_jax import loss as loss_lib
 from lstm_jax.convert import transfer
 from lstm_jax.errors import UserError
 from lstm_jax.export import page
-from lstm_jax.inspect import report
 from lstm_jax.run import workdir
 from lstm_jax.run.resume import extend_vocabulary
 from lstm_jax.vocabulary import FILE_END, Vocabulary
@@ -186,11 +185,10 @@ def test_commands_read_a_run(bpe_run: Path, tmp_path: Path) -> None:
     assert documents.startswith(first + "\n\n") and "[UNK]" not in documents
     options = ("--length=40", "--temperature=2", "--nostop")
     assert sample("--prompt=Zoë, 市民", *options).startswith("Zoë, 市民")
-    report.write_report(bpe_run, None, None, out=tmp_path / "report.html", length=500)
     target = tmp_path / "model.safetensors"
     transfer.export_weights(bpe_run, target)
     tokens = f"{target}.vocabulary.json"
     transfer.import_weights(target, tmp_path / "again", tokens, None)
     ours, theirs = (workdir.load_trained(path) for path in (bpe_run, tmp_path / "again"))
     assert ours.vocabulary.to_fields() == theirs.vocabulary.to_fields()
-    page.write_page(bpe_run, tmp_path / "page.html")
+    page.write_page(bpe_run, "First Citizen: Zoë", tmp_path / "page.html")

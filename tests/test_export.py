@@ -1,7 +1,8 @@
-"""Export models as pages, and run the pages in a browser."""
+"""Make pages of models, and use the pages in a browser."""
 
 import base64
-import time
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,10 @@ from ml_collections import ConfigDict
 import commands
 import models
 import runs
-from lstm_jax import config as config_lib
 from lstm_jax import generation
 from lstm_jax.controls import Controls, adjust_logits, make_control_arrays
 from lstm_jax.errors import UserError
-from lstm_jax.export import page
+from lstm_jax.export import activations, features, page
 from lstm_jax.model import LanguageModel
 from lstm_jax.run import workdir
 from lstm_jax.vocabulary import FILE_END, Vocabulary
@@ -38,6 +38,12 @@ def make_trained(kind: str, stop: str = "", text: str = TEXT, **fields: Any) -> 
     return workdir.Trained(ConfigDict(), vocabulary, model, models.draw_params(model, 1.0), 7)
 
 
+def record(trained: workdir.Trained, text: str) -> activations.Reading:
+    """Return a record of the model that reads a text."""
+    ids = trained.vocabulary.encode(text)
+    return activations.record_activations(trained.model, trained.params, ids)
+
+
 def compute_probabilities(trained: workdir.Trained, text: str) -> np.ndarray:
     """Return the probabilities after each token of a text: float32 [n, vocabulary]."""
     ids = trained.vocabulary.encode(text)
@@ -47,28 +53,78 @@ def compute_probabilities(trained: workdir.Trained, text: str) -> np.ndarray:
     return np.asarray(jax.nn.softmax(logits[0]))[: len(ids)]
 
 
-# The probabilities of all tokens after each token of a text.
-COMPUTE = """
-const state = zeroState();
-return encode(arguments[0]).map(({ id }) => Array.from(softmax(step(state, id))));
-"""
+class Page:
+    """A page in a browser."""
 
+    def __init__(self, browser: Any, path: Path, trained: workdir.Trained, text: str = TEXT):
+        """Make the page of a model, and open it."""
+        path.write_bytes(page.make_page(trained, "<i>name</i>", text))
+        browser.get(path.as_uri())
+        self.browser, self.trained = browser, trained
+        assert self("document.body.dataset.ready") == "yes"
 
-def open_page(browser: Any, trained: workdir.Trained, path: Path, bits: int = 16) -> None:
-    path.write_bytes(page.make_page(trained, "<i>name</i>", bits))
-    browser.get(path.as_uri())
-    assert browser.execute_script("return document.body.dataset.ready") == "yes"
+    def __call__(self, expression: str, *arguments: Any) -> Any:
+        """Return the value of an expression of JavaScript."""
+        return self.browser.execute_script(f"return {expression}", *arguments)
 
+    def find(self, selector: str) -> Any:
+        """Return the first element that a selector of CSS matches."""
+        return self.browser.find_element("css selector", selector)
 
-def wait_until_idle(browser: Any) -> None:
-    """Wait until the page has read, or generated, all of the text."""
-    script = "return !(scheduled || queue.length || remaining)"
-    commands.wait_until(lambda: browser.execute_script(script))
+    def wait(self) -> None:
+        """Wait until the page has read, or generated, all of the text."""
+        commands.wait_until(lambda: self("!(scheduled || queue.length || remaining)"))
+
+    def read(self, text: str) -> None:
+        """Put a text into the text area, and wait until it is read."""
+        self("(area.value = arguments[0], readText())", text)
+        self.wait()
+
+    def get_each(self, field: str) -> list[Any]:
+        """Return a field of each token of the text."""
+        return list(self(f"records.slice(0, accepted).map((record) => record.{field})"))
+
+    def get_spans(self, kind: str = "span") -> list[str]:
+        """Return the parts of the colored text."""
+        spans = "Array.from(document.querySelectorAll(arguments[0]), (span) => span.textContent)"
+        return list(self(spans, f"#colored {kind}"))
+
+    def check_alphas(self, expected: np.ndarray) -> None:
+        """Assert how strongly each token is colored."""
+        styles = self.get_each("span.style.background")
+        alphas = [float(style.rpartition("/")[2].rstrip(")")) for style in styles]
+        np.testing.assert_allclose(alphas, expected, atol=0.01)
+
+    def get_bars(self) -> dict[int, float]:
+        """Return the probabilities of the next token, by id."""
+        bars = self.browser.find_elements("css selector", "#next button:not([hidden])")
+        return {int(x.get_attribute("value")): float(x.text.split()[-2]) / 100 for x in bars}
+
+    def check_bars(self) -> None:
+        """Assert that the page shows the probabilities after the text, without special tokens."""
+        self.wait()
+        expected = compute_probabilities(self.trained, self("area.value"))[-1]
+        expected = np.where(np.arange(len(expected)) > 1, expected, 0) / expected[2:].sum()
+        bars = self.get_bars()
+        assert len(bars) == 8 and min(bars.values()) >= np.sort(expected)[-8] - 2e-3
+        assert bars == pytest.approx({i: expected[i] for i in bars}, abs=2e-3)
+
+    def check_names_and_width(self) -> None:
+        """Assert that controls have names, and that on a phone nothing is wider than the screen."""
+        controls = self.browser.find_elements(
+            "css selector", "button, input, select, #text, canvas"
+        )
+        assert all(control.accessible_name for control in controls if control.is_displayed())
+        phone = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+        assert self("document.documentElement.scrollWidth") <= 390
+        self.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        assert not self.browser.get_log("browser"), "no error, and no request to the network"
 
 
 MODELS: dict[str, dict[str, Any]] = {
     "lstm, documents": {"kind": "characters", "num_layers": 3, "stop": "\n\n"},
-    "lstm with layer_norm": {"kind": "graphemes", "layer_norm": True, "num_layers": 2},
+    "lstm with layer_norm": {"kind": "characters", "layer_norm": True, "num_layers": 2},
     "gru with skip connections": {
         **{"kind": "words", "cell": "gru", "num_layers": 3, "skip_connections": True}
     },
@@ -82,168 +138,135 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.process
 @pytest.mark.parametrize("name", MODELS)
-def test_probabilities_in_a_browser_equal_those_in_python(
+def test_probabilities_and_activations_in_a_browser_equal_those_in_python(
     browser: Any, name: str, tmp_path: Path
 ) -> None:
     trained = make_trained(**MODELS[name])
     text = TEXT + "an unknown ¿ ≈\n\nend" + trained.vocabulary.stop + "x"
-    open_page(browser, trained, tmp_path / "page.html")
-    ids = browser.execute_script("return encode(arguments[0]).map(({id}) => id)", text)
-    np.testing.assert_array_equal(ids, trained.vocabulary.encode(text))
-    found = browser.execute_script(COMPUTE, text)
+    shown = Page(browser, tmp_path / "page.html", trained)
+    ids = trained.vocabulary.encode(text)
+    np.testing.assert_array_equal(shown("encode(arguments[0]).map(({id}) => id)", text), ids)
+    each = "encode(arguments[0]).map(({id}) => Array.from(softmax(step(state, id))))"
+    found = shown(f"((state) => {each})(zeroState())", text)
     expected = compute_probabilities(trained, text)
     assert expected.max(axis=1).std() > 0.005, "a model whose predictions vary"
     np.testing.assert_allclose(found, expected, atol=1e-3)
+    if not trained.vocabulary.stop:  # Otherwise the page reads a stop token first.
+        shown.read(TEXT[:40])
+        found = np.array([values.split(",") for values in shown.get_each("values.join()")], int)
+        np.testing.assert_allclose(found.T, record(trained, TEXT[:40]).activations, atol=1)
     assert not browser.get_log("browser")
 
 
 @pytest.mark.process
-def test_eight_bits_have_a_scale_for_each_row(browser: Any, tmp_path: Path) -> None:
-    trained = make_trained("characters")
-    # One large row must not cost the others their precision.
-    trained.params["dense"]["kernel"] = trained.params["dense"]["kernel"].at[:, 5].multiply(1000)
-    open_page(browser, trained, tmp_path / "page.html", bits=8)
-    found = browser.execute_script(COMPUTE, TEXT[:20])
-    np.testing.assert_allclose(found, compute_probabilities(trained, TEXT[:20]), atol=0.1)
-    matrix = np.array([[3.0, -1.5, 0.0], [0.0, 0.0, 0.0], [1e-3, 1e-4, -1e-3]], np.float32)
-    packed: Any = page.pack_rows(matrix, 8)
-    integers = np.frombuffer(base64.b64decode(packed["values"]), np.int8).reshape(3, 3)
-    np.testing.assert_array_equal(integers, [[127, -64, 0], [0, 0, 0], [127, 13, -127]])
-
-
-def read_bars(browser: Any) -> dict[int, float]:
-    """Return the probabilities that the page shows, by id."""
-    return {
-        int(bar.get_attribute("value")): float(bar.text.split()[-2]) / 100
-        for bar in browser.find_elements("css selector", "#next button:not([hidden])")
-    }
-
-
-def check_bars(browser: Any, trained: workdir.Trained) -> None:
-    """Assert that the page shows the probabilities after the text, without special tokens."""
-    wait_until_idle(browser)
-    text = browser.execute_script("return area.value")
-    expected = compute_probabilities(trained, text)[-1] * (np.arange(len(trained.vocabulary)) > 1)
-    expected /= expected.sum()
-    bars = read_bars(browser)
-    assert len(bars) == 8 and min(bars.values()) >= np.sort(expected)[-8] - 2e-3
-    for token, probability in bars.items():
-        assert probability == pytest.approx(expected[token], abs=2e-3)
-
-
-@pytest.mark.process
-def test_the_page_in_a_browser(browser: Any, trained: Path, tmp_path: Path) -> None:
+def test_the_page_of_a_model_that_runs_in_it(browser: Any, trained: Path, tmp_path: Path) -> None:
     from selenium.webdriver.common.keys import Keys
 
     loaded = workdir.load_trained(trained)
-    done = commands.run("export", "--workdir", trained, "--to", "page.html", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    size = (tmp_path / "page.html").stat().st_size
-    assert done.stdout.startswith(f"page.html ({size / 1e6:.1f} MB)")
-    started = time.monotonic()
-    browser.get((tmp_path / "page.html").as_uri())
-    assert time.monotonic() - started < 20
-    assert browser.title == "tiny: a language model in a page"
-
-    def find(selector: str) -> Any:
-        return browser.find_element("css selector", selector)
-
-    def script(code: str) -> Any:
-        return browser.execute_script(f"return {code}")
-
-    def colored(kind: str) -> list[str]:
-        shown = f"[...document.querySelectorAll('#colored {kind}')].map(s => s.textContent)"
-        spans: list[str] = script(shown)
-        return spans
-
-    # The cursor is in the text at once; gray text is ahead of what is typed.
-    area = browser.switch_to.active_element
-    assert area.get_attribute("id") == "text"
-    script("byId('temperature').value = 1, byId('temperature').dispatchEvent(new Event('input'))")
+    text = page.read_text(trained, None, [None, None, None], 1000)
+    shown = Page(browser, tmp_path / "page.html", loaded, text)
+    find, area = shown.find, shown.find("#text")
+    assert browser.title == "<i>name</i>: a language model in a page"
+    # It begins with the start of the text. The cursor is at its end; gray text follows.
+    shown.wait()
+    assert shown("area.value") == text[:300]
+    assert browser.switch_to.active_element.get_attribute("id") == "text"
+    find("#clear").click()
+    shown.wait()
+    assert shown("area.value") == "" and len("".join(shown.get_spans(".ahead"))) == 80
+    shown("(byId('temperature').value = 1, byId('temperature').dispatchEvent(new Event('input')))")
     area.send_keys("ROMEO:¿")
-    check_bars(browser, loaded)
-    assert "".join(colored(".typed")) == "ROMEO:¿" and colored(".unknown") == ["¿"]
-    ahead = "".join(colored(".ahead"))
-    assert len(ahead) == 80
+    shown.check_bars()
+    assert "".join(shown.get_spans(".typed")) == "ROMEO:¿"
+    assert shown.get_spans(".unknown") == ["¿"]
     assert find("#count").text.startswith("7 characters, ")
-
     # A change in the middle is read from there; predictions at the cursor are marked.
     area.send_keys(Keys.BACKSPACE, "\nBut, soft! what light", *[Keys.ARROW_LEFT] * 6, "X")
-    wait_until_idle(browser)
-    assert script("area.value") == "ROMEO:\nBut, soft! whatX light"
+    shown.wait()
+    assert shown("area.value") == "ROMEO:\nBut, soft! whatX light"
     assert find("#next-title").text == "Next character at the cursor"
+    assert shown.get_spans(".at") == ["X"]
     area.send_keys(Keys.BACKSPACE, Keys.END, Keys.CONTROL, Keys.END)
     area.send_keys(Keys.NULL)
-    check_bars(browser, loaded)
+    shown.check_bars()
     assert find("#next-title").text == "Next character"
-
     # The keyboard takes a word of the text ahead, and generates; the text is what was ahead.
-    ahead = "".join(colored(".ahead"))
+    ahead = "".join(shown.get_spans(".ahead"))
     area.send_keys(Keys.ARROW_RIGHT)
-    taken = script("area.value").removeprefix("ROMEO:\nBut, soft! what light")
+    taken = shown("area.value").removeprefix("ROMEO:\nBut, soft! what light")
     assert taken and ahead.startswith(taken)
-    script("byId('length').value = 150")
+    shown("byId('length').value = 150")
     area.send_keys(Keys.CONTROL, Keys.ENTER)
     area.send_keys(Keys.NULL)
-    wait_until_idle(browser)
-    text = script("area.value")
+    shown.check_bars()
+    text = shown("area.value")
     assert text.startswith("ROMEO:\nBut, soft! what light" + ahead)
     assert len(text) == len("ROMEO:\nBut, soft! what light" + taken) + 150
     assert "characters per second" in find("#status").text
-    assert "".join(colored("span:not(.ahead)")) == text
-    check_bars(browser, loaded)
-
-    # Colors: surprisal in bits, then a hidden unit.
-    ids = loaded.vocabulary.encode(text)
-    expected = compute_probabilities(loaded, text)
-    bits = -np.log2(expected[np.arange(len(ids) - 1), ids[1:]])
+    assert "".join(shown.get_spans("span:not(.ahead)")) == text
+    # Colors: surprisal in bits; then a hidden unit by its number, and one of the list.
+    reading = record(loaded, text)
     mean = float(find("#count").text.split(", ")[1].split()[0])
-    assert mean == pytest.approx(bits.mean(), abs=0.01)
-
-    def alphas() -> list[float]:
-        styles = script("records.slice(0, accepted).map(r => r.span.style.background)")
-        return [float(style.rpartition("/")[2].rstrip(")")) for style in styles]
-
-    np.testing.assert_allclose(alphas()[1:], np.minimum(bits / 8, 1), atol=0.01)
+    assert mean == pytest.approx(reading.bits[1:].mean(), abs=0.01)
+    shown.check_alphas(np.minimum(reading.bits / 8, 1))
     find("#unit").send_keys(Keys.CONTROL, "a")
     find("#unit").send_keys("11")
-    _, carry = models.apply(loaded.model, loaded.params, ids[None], loaded.model.initial_carry(1))
-    assert alphas()[-1] == pytest.approx(abs(float(np.tanh(carry[0].cell[0, 11]))), abs=0.01)
-    wait_until_idle(browser)
+    shown.check_alphas(abs(reading.activations[11] / 127))
+    shown.wait()
     assert "Hidden unit 11 of layer 1" in find("#state").get_attribute("aria-label")
-    script("byId('state').scrollIntoView()")
-    find("[value='']").click()
-    assert set(script("records.map(r => r.span.style.background)")) == {""}
-
+    button = find("#followers button:nth-child(2)")
+    button.send_keys(Keys.ENTER)
+    assert button.get_attribute("aria-pressed") == "true"
+    shown.check_alphas(abs(reading.activations[int(button.get_attribute("value"))] / 127))
+    for selector, number in (("circle", 3 * 24), ("circle.chosen", 3)):
+        assert len(browser.find_elements("css selector", selector)) == number
     # A likely token is appended by its button, with the keyboard.
     find("#next button:nth-child(2)").send_keys(Keys.ENTER)
-    wait_until_idle(browser)
-    assert len(script("area.value")) == len(text) + 1
-    check_bars(browser, loaded)
-    # Another continuation of what was typed; then an empty text.
-    typed = script("area.value")
+    shown.check_bars()
+    assert len(shown("area.value")) == len(text) + 1
+    # Another continuation of what was typed; Escape stops.
+    typed = shown("area.value")
     find("#another").click()
-    wait_until_idle(browser)
-    assert script("area.value").startswith(typed) and len(script("area.value")) == len(typed) + 150
-    # Escape stops.
-    script("byId('length').value = 20000")
+    shown.wait()
+    assert shown("area.value").startswith(typed) and len(shown("area.value")) == len(typed) + 150
+    shown("byId('length').value = 20000")
     find("#generate").click()
     browser.switch_to.active_element.send_keys(Keys.ESCAPE)
-    wait_until_idle(browser)
-    assert len(script("area.value")) < len(typed) + 20150
-    find("#clear").click()
-    wait_until_idle(browser)
-    assert script("area.value") == "" and len("".join(colored(".ahead"))) == 80
-    assert script("document.activeElement.id") == "text"
+    shown.wait()
+    assert len(shown("area.value")) < len(typed) + 20150
+    shown.check_names_and_width()
 
-    # Every control has an accessible name; on a phone nothing is wider than the screen.
-    controls = browser.find_elements("css selector", "button, input, select, textarea, canvas")
-    assert all(control.accessible_name for control in controls if control.is_displayed())
-    phone = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
-    assert script("document.documentElement.scrollWidth") <= 390
-    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-    assert not browser.get_log("browser"), "no error, and no request to the network"
+
+@pytest.mark.process
+@pytest.mark.parametrize("kind", ["characters", "bytes"])
+def test_the_page_of_another_cell_shows_a_recorded_text(
+    kind: str, browser: Any, tmp_path: Path
+) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    trained = make_trained(kind, cell="mogrifier", num_layers=2)
+    text = TEXT + ("¿" if kind == "characters" else "\udcff")
+    shown = Page(browser, tmp_path / "page.html", trained, text)
+    shown.wait()
+    spelled = text.replace("\udcff", "\ufffd")
+    assert shown("area.value") == "".join(shown.get_spans()) == spelled
+    assert shown.get_spans(".unknown") == ["¿"] * (kind == "characters")
+    reading = record(trained, text)
+    if kind == "characters":  # Otherwise the first byte has the surprisal of a whole character.
+        shown.check_alphas(np.minimum(reading.bits / 8, 1))
+    shown("(byId('layer').value = 1, byId('layer').dispatchEvent(new Event('change')))")
+    shown.check_alphas(abs(reading.activations[7] / 127))
+    # The cursor moves by keyboard, and the text stays as it is.
+    keys = (Keys.CONTROL, Keys.HOME, Keys.NULL, *[Keys.ARROW_RIGHT] * 4, "x", Keys.DELETE)
+    shown.find("#text").send_keys(*keys)
+    shown.wait()
+    assert shown("area.value") == spelled
+    at = len(trained.vocabulary.encode(text[:4])) - 1
+    expected = dict(zip(reading.guesses[at].tolist(), reading.probabilities[at], strict=True))
+    assert shown.get_bars() == pytest.approx(expected, abs=6e-4)
+    value = shown.find("#now").text.split()[-1].rstrip(".").replace("\N{MINUS SIGN}", "-")
+    assert float(value) == pytest.approx(reading.activations[7, at] / 127, abs=6e-3)
+    shown.check_names_and_width()
 
 
 @pytest.mark.process
@@ -251,42 +274,32 @@ def test_draws_follow_the_probabilities_and_a_stop_token_ends_the_text(
     browser: Any, tmp_path: Path
 ) -> None:
     trained = make_trained("characters", stop="\n\n")
-    stop_id = trained.vocabulary.stop_id
-    likely = trained.params["dense"]["bias"].at[:2].set(30)
-    trained.params["dense"]["bias"] = likely.at[stop_id].set(-30)
-    open_page(browser, trained, tmp_path / "page.html")
-    wait_until_idle(browser)
-    logits = jnp.float32(browser.execute_script("return [...logits]"))
-    for temperature, top_p in ((0, 1), (0.8, 1), (1.5, 1), (1.5, 0.5)):
-        script = (
-            "[controls.temperature, controls.topP] = arguments; return [...distribution(logits)]"
-        )
-        shares = browser.execute_script(script, temperature, top_p)
+    stop_id, bias = trained.vocabulary.stop_id, trained.params["dense"]["bias"]
+    bias = trained.params["dense"]["bias"] = bias.at[:2].set(30).at[stop_id].set(-30)
+    shown = Page(browser, tmp_path / "page.html", trained)
+    shown.read("")
+    logits = jnp.float32(shown("[...logits]"))
+    for temperature, top_p in ((0, 1), (0.8, 1), (1.5, 0.5), (1, 1)):
+        shown("([controls.temperature, controls.topP] = arguments)", temperature, top_p)
         arrays = make_control_arrays(Controls(temperature, top_p=top_p), len(logits))
         adjusted = adjust_logits(logits[None], jnp.full((1, len(logits)), 99), arrays)
+        shares = shown("[...distribution(logits)]")
         np.testing.assert_allclose(shares, jax.nn.softmax(adjusted)[0], atol=1e-5)
-    many = browser.execute_script(
-        "controls.temperature = 1; controls.topP = 1;"
-        "return Array.from({length: 20000}, (_, k) => (seed = k, draw()))"
-    )
-    shares = browser.execute_script("return [...distribution(logits)]")
-    frequencies = np.bincount(many, minlength=len(shares)) / len(many)
-    np.testing.assert_allclose(frequencies, shares, atol=0.02)
-    trained.params["dense"]["bias"] = likely.at[stop_id].set(60)
-    open_page(browser, trained, tmp_path / "page.html")
-    browser.find_element("css selector", "#text").send_keys("It")
-    browser.find_element("css selector", "#generate").click()
-    wait_until_idle(browser)
-    assert browser.execute_script("return area.value") == "It"
-    assert browser.find_element("css selector", "#status").text.endswith("the text has ended.")
+    many = shown("Array.from({length: 20000}, (_, k) => (seed = k, draw()))")
+    np.testing.assert_allclose(np.bincount(many, minlength=len(shares)) / 20000, shares, atol=0.02)
+    trained.params["dense"]["bias"] = bias.at[stop_id].set(60)
+    shown = Page(browser, tmp_path / "page.html", trained)
+    shown.read("It")
+    shown.find("#generate").click()
+    shown.wait()
+    assert shown("area.value") == "It"
+    assert shown.find("#status").text.endswith("the text has ended.")
     # A document begins as in `sample`. A stop token may be typed in parts.
-    read = "return records.slice(0, accepted).map(({id}) => id)"
-    assert browser.find_element("css selector", "#count").text.startswith("2 tokens, ")
+    assert shown.find("#count").text.startswith("2 tokens, ")
     for text in ("It", "It\n", "It\n\n", "It\n\nx", ""):
-        browser.execute_script("area.value = arguments[0]; readText()", text)
-        wait_until_idle(browser)
-        ids = generation.encode_prompt(trained.vocabulary, text)
-        np.testing.assert_array_equal(browser.execute_script(read), ids)
+        shown.read(text)
+        expected = generation.encode_prompt(trained.vocabulary, text)
+        np.testing.assert_array_equal(shown.get_each("id"), expected)
 
 
 # The first two bytes of the three of each character, and words, are tokens of "bpe".
@@ -299,88 +312,127 @@ def test_a_model_of_parts_of_characters_shows_characters(
 ) -> None:
     trained = make_trained(kind, text=text)
     tokens = trained.vocabulary.tokens
-    parts = any("\udc80" <= token[-1] <= "\udcff" and len(token) > 1 for token in tokens[2:])
-    assert parts == (kind == "bpe")
-    open_page(browser, trained, tmp_path / "page.html")
-    area = browser.find_element("css selector", "#text")
-    browser.execute_script("controls.temperature = 1; area.value = 'It'; readText()")
+    shown = Page(browser, tmp_path / "page.html", trained)
+    shown("(controls.temperature = 1)")
+    shown.read("It")
     # With bpe, what is typed changes the tokens of the word, and of the space before it.
     for more in (" wa", "ter", "s", " ", " wat", "ers\n", "\n x", "日旦", "旧 é", "👍"):
-        browser.execute_script("area.value += arguments[0]; readText()", more)
-        check_bars(browser, trained)
-    text = browser.execute_script("return area.value")
-    ids = browser.execute_script("return records.slice(0, accepted).map(({id}) => id)")
-    np.testing.assert_array_equal(ids, trained.vocabulary.encode(text))
-    spans = "[...document.querySelectorAll('#colored .typed')].map(s => s.textContent)"
-    shown = browser.execute_script(f"return {spans}")
-    assert "".join(shown) == text
-    if kind == "bytes":
-        assert shown[-7:] == [" ", "é", "", "👍", "", "", ""]
-    browser.execute_script("byId('length').value = 300; generate()")
-    wait_until_idle(browser)
-    generated = browser.execute_script("return area.value")
+        shown.read(shown("area.value") + more)
+        shown.check_bars()
+    text = shown("area.value")
+    np.testing.assert_array_equal(shown.get_each("id"), trained.vocabulary.encode(text))
+    spans = shown.get_spans(".typed")
+    assert "".join(spans) == text
+    assert kind == "bpe" or spans[-7:] == [" ", "é", "", "👍", "", "", ""]
+    shown("(byId('length').value = 300, generate())")
+    shown.wait()
+    generated = shown("area.value")
     assert generated.startswith(text) and (kind == "bpe" or "\ufffd" in generated)
-    area.send_keys("x")
-    wait_until_idle(browser)
-    assert browser.execute_script("return area.value") == generated + "x"
+    shown.find("#text").send_keys("x")
+    shown.wait()
+    assert shown("area.value") == generated + "x"
     # A part of a character that is clicked is accepted with the rest; then a slider moves.
-    browser.execute_script("area.value = 'x'; readText()")
-    move = "byId('temperature').dispatchEvent(new Event('input'));"
-    click = "const b = byId('next').firstChild; b.value = arguments[0]; b.click();"
+    shown.read("x")
+    move = "byId('temperature').dispatchEvent(new Event('input'))"
+    click = "((b) => (b.value = arguments[0], b.click()))(byId('next').firstChild)"
     for token in [t for t in tokens[2:] if "\udcc2" <= t[-1] <= "\udcf4"][:3]:
-        for script in (click, move, move + move):
-            wait_until_idle(browser)
-            browser.execute_script(script, tokens.index(token))
-        wait_until_idle(browser)
-        ids = browser.execute_script("return records.slice(0, accepted).map(({id}) => id)")
-        spelled = "".join(tokens[i] for i in ids).encode("utf-8", "surrogateescape")
-        assert browser.execute_script("return area.value") == spelled.decode("utf-8", "replace")
+        for script in (click, move, f"({move}, {move})"):
+            shown(script, tokens.index(token))
+            shown.wait()
+        spelled = "".join(tokens[i] for i in shown.get_each("id"))
+        spelled = spelled.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        assert shown("area.value") == spelled
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(
-    ("kind", "stop", "text"),
-    [("bytes", "\n\n", "café, ok"), ("graphemes", "\r\n\r\n", "ab\r\n\r\ncd\r\nef")],
-)
-def test_what_is_typed_key_by_key_has_the_ids_of_the_text(
-    kind: str, stop: str, text: str, browser: Any, tmp_path: Path
+def test_what_is_typed_key_by_key_has_the_ids_of_the_text(browser: Any, tmp_path: Path) -> None:
+    text = "café,\n\nok"
+    trained = make_trained("bytes", "\n\n", text)
+    shown = Page(browser, tmp_path / "page.html", trained, text)
+    for end in range(len(text) + 1):
+        shown.read(text[:end])
+    expected = generation.encode_prompt(trained.vocabulary, text)
+    np.testing.assert_array_equal(shown.get_each("id"), expected)
+
+
+def unpack(packed: dict[str, str]) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(packed["values"]), packed["dtype"])
+
+
+@pytest.mark.parametrize("cell", ["lstm", "mogrifier"])
+def test_the_page_contains_what_was_measured(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "_RECORDED_ACTIVATIONS", 7 * 50)
+    trained = make_trained("characters", cell=cell)
+    text = "</script><b>¿\n" + TEXT * 9
+    content = page.make_page(trained, "<i>name</i>", text)
+    assert b"</script><b>" not in content and b"<i>name" not in content
+    assert b"Content-Security-Policy\" content=\"default-src 'none'" in content
+    (line,) = (x for x in content.decode().splitlines() if x.startswith("const data = "))
+    data = json.loads(line.removeprefix("const data = ").removesuffix(";"))
+    reading = record(trained, text)
+    present = features.select_present(features.compute_text_features(text))
+    found = features.find_followers(reading.activations, np.stack([*present.values()]), 3)
+    assert data["features"] == list(present)
+    followers = {tuple(follower.values()) for follower in data["followers"]}
+    assert followers == {tuple(follower) for row in found[0] for follower in row}
+    expected = {"correlations": found[1], "forget": reading.saturation[0]["forget"]}
+    packed = {"correlations": data["correlations"], **data["gates"][0]}
+    assert (data["model"] is None, data["record"] is None) == (cell != "lstm", cell == "lstm")
+    if recorded := data["record"]:
+        assert recorded["unknown"] == ["¿"]
+        packed |= recorded
+        expected |= {"ids": trained.vocabulary.encode(text)[:50], "bits": reading.bits[:50]}
+        expected |= {"activations": reading.activations[:, :50].T, "guesses": reading.guesses[:50]}
+    for name, values in expected.items():
+        np.testing.assert_array_equal(unpack(packed[name]), np.ravel(values).astype("f4"))
+
+
+def test_eight_bits_have_a_scale_for_each_row() -> None:
+    matrix = np.array([[3.0, -1.5, 0.0], [0.0, 0.0, 0.0], [1e-3, 1e-4, -1e-3]], np.float32)
+    packed = page.pack_rows(matrix, 8)
+    np.testing.assert_array_equal(unpack(packed), [127, -64, 0, 0, 0, 0, 127, 13, -127])
+    np.testing.assert_allclose(unpack(packed["scales"])[[0, 2]], [3 / 127, 1e-3 / 127])
+
+
+def test_the_command_reads_the_validation_split_or_standard_input(
+    trained: Path, tmp_path: Path
 ) -> None:
-    trained = make_trained(kind, stop, text)
-    open_page(browser, trained, tmp_path / "page.html")
-    typed = text.replace("\r", "")  # As in every text area.
-    for character in typed:
-        browser.execute_script("area.value += arguments[0]; readText()", character)
-        wait_until_idle(browser)
-    assert browser.execute_script("return area.value") == typed
-    ids = browser.execute_script("return records.slice(0, accepted).map(({id}) => id)")
-    np.testing.assert_array_equal(ids, generation.encode_prompt(trained.vocabulary, text))
+    directory = shutil.copytree(trained, tmp_path / "run")
+    done = commands.run("export", f"--workdir={directory}", "--length=900")
+    made = directory / "page.html"
+    size = f"{made.stat().st_size / 1e6:.1f}"
+    assert done.stdout == f"{made} ({size} MB): open it in a browser\n", done.stderr
+    flags = [f"--workdir={directory}", "--text=-", "--to=other.html", "--bits=8"]
+    done = commands.run("export", *flags, cwd=tmp_path, given="To be, or not")
+    assert done.returncode == 0, done.stderr
+    assert b'"text": "To be, or not"' in (tmp_path / "other.html").read_bytes()
 
 
 def test_a_diverged_model_gives_no_page(trained: Path, tmp_path: Path) -> None:
     runs.make_diverged_run(trained, tmp_path / "run")
     with pytest.raises(UserError, match="the parameters in .* are not finite"):
-        page.write_page(tmp_path / "run", tmp_path / "page.html")
-    assert not (tmp_path / "page.html").exists()
+        page.write_page(tmp_path / "run", "To be, or not")
+    loaded = make_trained("characters")
+    loaded.params["dense"]["bias"] *= np.nan
+    with pytest.raises(UserError, match="its training diverged"):
+        page.make_page(loaded, "name", "To be, or not")
 
 
 @pytest.mark.parametrize(
-    ("fields", "to", "message"),
+    ("flags", "message"),
     [
-        ({"cell": "mogrifier"}, "page.html", "the cells lstm, gru, rnn, not mogrifier"),
-        ({"cell": "my.py:Cell"}, "page.html", "the cells lstm, gru, rnn, not my.py:Cell"),
-        ({"block": "residual"}, "page.html", "the cells lstm, gru, rnn, not model.block=residual"),
-        ({}, "page.txt", "it must end in .html"),
-        ({}, "nowhere/page.html", "can't write"),
+        ("", "specify the trained model: --workdir DIR"),
+        ("--workdir=/nowhere", "there is no trained model in /nowhere"),
+        ("--workdir=RUN --workdir=RUN", "the page is about one model: give --workdir once"),
+        ("--workdir=RUN --text=/nowhere/a.txt", "can't read /nowhere/a.txt (--text)"),
+        ("--workdir=RUN --text=short", "is too short: --text must name a file of two tokens"),
+        ("--workdir=RUN --length=9 --to=/nowhere/a.html", "can't write /nowhere/a.html"),
     ],
 )
 def test_mistakes_give_a_one_line_error(
-    fields: dict[str, Any], to: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    flags: str, message: str, trained: Path, tmp_path: Path
 ) -> None:
-    config = config_lib.default()
-    config.model.update(fields)
-    monkeypatch.setattr(workdir, "load_config", lambda _: config)
-    monkeypatch.setattr(workdir, "load_trained", lambda _: make_trained("characters"))
-    with pytest.raises(UserError) as error:
-        page.write_page(tmp_path, tmp_path / to)
-    assert message in str(error.value) and "\n" not in str(error.value)
-    assert not list(tmp_path.iterdir())
+    (tmp_path / "short").write_text("a")
+    done = commands.run("export", *flags.replace("RUN", str(trained)).split(), cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert message in done.stderr and done.stderr.count("\n") == 1

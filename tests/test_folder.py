@@ -16,7 +16,8 @@ from lstm_jax import config as config_lib
 from lstm_jax import training
 from lstm_jax.convert import transfer
 from lstm_jax.errors import UserError
-from lstm_jax.run import pages, workdir
+from lstm_jax.export import page
+from lstm_jax.run import workdir
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_names_of_a_strange_config_and_directory_are_shown_as_they_are(
     assert all(line.startswith("    ") for line in lines if "<script>" in line)
     assert lines.count("# Title") == 0 and all(map(str.isprintable, lines))
     transfer.export_weights(copy, tmp_path / "\x1b[31m.safetensors")
-    pages.write_page(copy / "page.html", "--to", b"")
+    page.write_page(copy, "To be, or not")
     assert "\x1b" not in capsys.readouterr().out
 
 
@@ -80,8 +81,7 @@ def test_every_command_reads_a_folder(trained: Path, folder: Path, tmp_path: Pat
     for module, arguments in {
         "sample": ["--length=30", "--prompt=ROMEO:"],
         "evaluate": [],
-        "inspect": ["--length=200", f"--out={tmp_path / 'report.html'}"],
-        "export": [f"--to={tmp_path / 'page.html'}"],
+        "export": ["--length=200", f"--to={tmp_path / 'page.html'}"],
         "convert": [f"--to={tmp_path / 'again'}", "--dtype=bfloat16"],
     }.items():
         done = commands.run(module, f"--workdir={copy}", *arguments)

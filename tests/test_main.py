@@ -350,7 +350,7 @@ def test_any_name_is_printed_in_any_encoding(trained: Path, tmp_path: Path) -> N
     out = tmp_path / "caf\u00e9 \u732b.html"
     result = subprocess.run(
         [
-            *(sys.executable, "-m", "lstm_jax.inspect", f"--workdir={trained}", f"--out={out}"),
+            *(sys.executable, "-m", "lstm_jax.export", f"--workdir={trained}", f"--to={out}"),
             "--length=100",
         ],
         capture_output=True,
@@ -361,9 +361,7 @@ def test_any_name_is_printed_in_any_encoding(trained: Path, tmp_path: Path) -> N
     assert str(out).encode("ascii", "backslashreplace") in result.stdout
 
 
-@pytest.mark.parametrize(
-    "module", ["main", "sample", "evaluate", "sweep", "inspect", "convert", "export"]
-)
+@pytest.mark.parametrize("module", ["main", "sample", "evaluate", "sweep", "convert", "export"])
 def test_help(module: str) -> None:
     result = run(module, "--help", cwd=ROOT)
     assert result.returncode == 0 and result.stderr == ""
@@ -371,7 +369,7 @@ def test_help(module: str) -> None:
     assert ("--config.optimizer.learning_rate=0.0001" in result.stdout) == (
         module in ("main", "sweep")
     )
-    takes_text = module in ("evaluate", "inspect")
+    takes_text = module in ("evaluate", "export")
     assert ("--data_path: " in result.stdout) == takes_text, "flags that commands share"
 
 
@@ -472,7 +470,6 @@ BAD_CONFIGS = {
         (["sample", f"--workdir={'n' * 300}"], "nnn: File name too long"),
         (["main", "--config", QUICK, f"--config.data.path={'n' * 300}"], "no text file nnn"),
         (["main", *TINY, "--config.data.path=good.txt", f"--workdir={'n' * 300}"], "too long"),
-        (["inspect"], "specify the trained model: --workdir DIR"),
         (["convert"], "specify the working directory: --workdir DIR"),
         (["convert", "--workdir=x"], "give either --from FILE"),
         (["convert", "--workdir=x", "--from=good.txt"], "its name must end in .safetensors"),

@@ -27,7 +27,7 @@ from lstm_jax.cells.block import Block
 from lstm_jax.cells.making import make_cell
 from lstm_jax.cells.protocol import restart
 from lstm_jax.errors import UserError
-from lstm_jax.inspect import activations
+from lstm_jax.export import activations
 from lstm_jax.matmul import matmul
 from lstm_jax.run import cell_file, resume, workdir
 from test_docs import find_blocks
@@ -122,8 +122,8 @@ def test_a_cell_of_somebody_else_needs_only_flags(text_file: Path, tmp_path: Pat
     assert len(generate(run("main", *fields, "--config.max_steps=20", "--workdir=run"))) == 9 + 1
     resumed = run("main", *fields, "--config.max_steps=30", "--workdir=run")
     assert "Resuming from step 20" in resumed
-    run("inspect", "--workdir=run", f"--cell={cell}", "--length=500")
-    assert '"rate"' in (tmp_path / "run" / "report.html").read_text()
+    run("export", "--workdir=run", f"--cell={cell}", "--length=500")
+    assert '"rate"' in (tmp_path / "run" / "page.html").read_text()
     (tmp_path / "space.py").write_text(SPACE)
     sweep = [*fields, "--config.max_steps=2", "--space=space.py", "--trials=1", "--workdir=sweep"]
     printed = run("sweep", *sweep)

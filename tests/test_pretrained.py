@@ -68,14 +68,13 @@ def test_commands_take_its_name_and_write_nothing_beside_it(tmp_path: Path) -> N
         ["sample", "--length=5", f"--model={NAME}"],
         ["sample", "--length=5", f"--workdir={NAME}"],
         ["evaluate", f"--text={text}", f"--model={NAME}"],
-        ["inspect", f"--text={text}", f"--model={NAME}"],
-        ["export", "--to=page.html", f"--model={NAME}"],
+        ["export", f"--text={text}", f"--model={NAME}"],
         ["convert", "--to=copy", f"--model={NAME}"],
     ):
         done = commands.run(*arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     made = {path.name for path in tmp_path.iterdir()}
-    assert made == {"text.txt", "report.html", "page.html", "copy"}
+    assert made == {"text.txt", "page.html", "copy"}
     assert sorted(folder.iterdir()) == before
 
 

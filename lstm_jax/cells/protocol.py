@@ -18,7 +18,7 @@ It may also have
   time], true at the steps that read the initial carry because a document begins, or None;
 - `gates(carry, inputs)`, which returns the gates of a step by name, [batch, hidden_size] each, and
   `activation(carry)`, the activations of the hidden units, [batch, hidden_size] in [-1, 1], for
-  `lstm_jax.inspect`.
+  `lstm_jax.export`.
 
 Recurrent dropout (DropConnect) applies to every parameter named `recurrent_kernel`. `cells.making`
 makes a cell, with errors for a class that does not follow the protocol.

@@ -1,1 +1,1 @@
-"""Put a trained model into a web page: `python -m lstm_jax.export`."""
+"""Make a web page about a trained model: `python -m lstm_jax.export`."""

@@ -1,6 +1,7 @@
-"""Put a trained model into a web page: `python -m lstm_jax.export --workdir DIR --to page.html`.
+"""Make a web page about a trained model: `python -m lstm_jax.export --workdir DIR`.
 
-The page contains the weights and generates text in the browser, without a server or a network.
+The page shows what the model expects in a text, and what its hidden units follow; it generates text
+if it can run the model's cell. It needs only a browser.
 """
 
 if __name__ == "__main__":
@@ -15,22 +16,32 @@ from absl import flags
 from lstm_jax.errors import UserError
 from lstm_jax.run import command
 
-_WORKDIR = flags.DEFINE_string("workdir", None, f"{command.TRAINED}.")
-flags.DEFINE_alias("model", "workdir")
-_TO = flags.DEFINE_string("to", None, "Page to write, for example page.html.")
+_RUN, _TEXT_OF_RUN = command.define_run_flags(), command.define_text_flags()
+_TEXT = flags.DEFINE_string(
+    "text", None, "Text to read; - is standard input. [default: the run's validation split]"
+)
+_TO = flags.DEFINE_string("to", None, "Page to write. [default: page.html in --workdir]")
+_LENGTH = flags.DEFINE_integer(
+    "length",
+    100_000,
+    "Maximum number of characters to read. Each token takes one byte of memory per hidden unit.",
+    lower_bound=2,
+    upper_bound=10**6,
+)
 _BITS = flags.DEFINE_enum("bits", "16", ["8", "16"], "Bits of each weight in the page.")
 
 
 def main() -> None:
     """Write the page."""
-    if _WORKDIR.value is None:
-        raise UserError("specify the trained model: --workdir DIR")
-    if _TO.value is None:
-        raise UserError("specify the page to write: --to page.html")
+    directories, own_text = _RUN(), _TEXT_OF_RUN()
+    if len(directories) > 1:
+        raise UserError("the page is about one model: give --workdir once")
     # Here, because it imports JAX, which --help does not need.
     from lstm_jax.export import page
 
-    page.write_page(Path(_WORKDIR.value), Path(_TO.value), int(_BITS.value))
+    to = Path(_TO.value) if _TO.value else None
+    text = page.read_text(directories[0], _TEXT.value, own_text, _LENGTH.value)
+    page.write_page(directories[0], text, to, int(_BITS.value))
 
 
 if __name__ == "__main__":

@@ -1,82 +1,148 @@
-"""Write a page that contains a trained model and runs it in the browser.
+"""Write a page about a trained model: its predictions, and what its hidden units follow in a text.
 
-The page is `page.html` with the model filled in. It loads nothing from elsewhere.
+The page is `page.html` with its data filled in. It loads nothing from elsewhere. A model whose cell
+is one of `CELLS` runs in it, and reads and generates text there; of any other model, the page
+contains a record of the start of the text.
 """
 
 import base64
+import json
+from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from lstm_jax import bpe
-from lstm_jax.errors import UserError
-from lstm_jax.run import pages, workdir
+from lstm_jax.data import files, sources, texts
+from lstm_jax.errors import UserError, name_failure, print_line
+from lstm_jax.export import activations, features
+from lstm_jax.run import workdir
+from lstm_jax.vocabulary import UNKNOWN_ID, Vocabulary
 
 # The cells that the page implements.
 CELLS = ("lstm", "gru", "rnn")
 
+_EXCERPT = 300  # Characters of the text that a model reads in the page at first.
+_RECORDED = 5000  # Tokens of the record of a text, and the number of its activations, at most.
+_RECORDED_ACTIVATIONS = 4_000_000
+_FOLLOWERS = 3  # Of each feature, at most.
 
-def write_page(directory: Path, target: Path, bits: int = 16) -> None:
+
+def read_text(
+    directory: Path, text_file: str | None, own_text: Sequence[str | None], length: int
+) -> str:
+    """Return the first `length` characters of a text for the model in a working directory.
+
+    It is that of `text_file` ("-" is standard input), or else the run's validation split, for which
+    `own_text` are arguments of `texts.load_texts_of_run`.
+    """
+    data = workdir.load_config(workdir.find_model(directory)).data
+    if text_file:
+        return sources.read_argument(text_file, "--text", data.units == "bytes")[:length]
+    return texts.load_texts_of_run(data, *own_text)["validation"].read_start()[:length]
+
+
+def write_page(directory: Path, text: str, target: Path | None = None, bits: int = 16) -> None:
     """Write the page of the model in a working directory, or raise `UserError`; print its path."""
-    if target.suffix != ".html":
-        raise UserError(f"{target} (--to) is not the name of a page: it must end in .html")
-    model = workdir.load_config(workdir.find_model(directory)).model
-    if model.cell not in CELLS or model.block != "none":
-        named = model.cell if model.block == "none" else f"model.block={model.block}"
-        raise UserError(f"a page can run the cells {', '.join(CELLS)}, not {named}")
-    trained = workdir.load_trained(directory)
-    page = make_page(trained, directory.resolve().name, bits)
-    pages.write_page(target, "--to", page)
-    if (dtype := trained.model.dtype) != "float32":
-        print(f"In Python its matmuls use {dtype}, but the page computes in float32")
+    if target is None:  # Nothing is written into the package.
+        target = Path("." if workdir.is_in_package(directory) else directory) / "page.html"
+    page = make_page(workdir.load_trained(directory), directory.resolve().name, text, bits)
+    with name_failure(f"can't write {target} (--to)"):
+        files.write_file(target, page)
+    print_line(f"{target} ({len(page) / 1e6:.1f} MB): open it in a browser")
 
 
-def make_page(trained: workdir.Trained, name: str, bits: int) -> bytes:
-    """Return the page of a model called `name`, with 8 or 16 bits for each weight.
+def make_page(trained: workdir.Trained, name: str, text: str, bits: int = 16) -> bytes:
+    """Return the page of a model called `name` that has read a text, with `bits` for each weight.
 
-    Its cell must be one of `CELLS`, without blocks.
+    Raise `UserError` if the text is shorter than two tokens, or predictions are not finite.
     """
     model, vocabulary = trained.model, trained.vocabulary
-
-    def pack(array: jax.Array) -> dict[str, object]:
-        """Return a kernel with its outputs as rows, or a vector."""
-        if array.ndim == 1:
-            return pack_floats(np.asarray(array))
-        return pack_rows(np.asarray(array.T, order="C"), bits)
-
-    layers = [trained.params[f"{model.cell}_{i}"] for i in range(model.num_layers)]
+    ids = vocabulary.encode(text)
+    if len(ids) < 2:
+        raise UserError("the text is too short: --text must name a file of two tokens or more")
+    reading = activations.record_activations(model, trained.params, ids)
+    if not np.isfinite(reading.bits).all():
+        raise UserError(
+            f"the predictions of the model of step {trained.step} are not finite: its training "
+            "diverged; train again with a lower optimizer.learning_rate"
+        )
+    present = features.select_present(features.compute_features(text, vocabulary))
+    matrix = np.stack(list(present.values())) if present else np.zeros((0, len(ids)), np.float32)
+    followers, correlations = features.find_followers(reading.activations, matrix, _FOLLOWERS)
+    followers = sorted(filter(None, followers), key=lambda row: -abs(row[0].searched))
+    runs_in_page = model.cell in CELLS and model.block == "none"
     data = {
         "name": name,
+        "cell": model.cell_name if model.block == "none" else f"{model.cell_name} in blocks",
+        "sizes": model.sizes[1:],
         "parameters": sum(array.size for array in jax.tree.leaves(trained.params)),
-        "cell": model.cell,
-        "skipConnections": model.skip_connections,
         "tokens": vocabulary.tokens,
         "kind": vocabulary.kind,
-        "words": bpe.WORDS.pattern,  # What `bpe` divides into tokens.
         "tokenName": vocabulary.token_name,
         "stop": vocabulary.stop,
-        # A row for each token, as in the kernel of the dense layer.
-        "embedding": pack(trained.params["embedding"]["embedding"].T),
-        "layers": jax.tree.map(pack, layers),
-        "dense": jax.tree.map(pack, trained.params["dense"]),
+        "features": list(present),
+        "followers": [follower._asdict() for row in followers for follower in row],
+        "correlations": pack(correlations, "f4"),
+        "gates": jax.tree.map(lambda shares: pack(shares, "f4"), reading.saturation),
+        "model": pack_model(trained, bits) if runs_in_page else None,
+        "text": text[:_EXCERPT],
+        "record": None if runs_in_page else _pack_record(vocabulary, text, ids, reading),
     }
-    return pages.fill_page("lstm_jax.export", "page.html", data)
+    template = resources.files("lstm_jax.export").joinpath("page.html").read_text("utf-8")
+    # ASCII without "<" is safe in a script.
+    in_script = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+    return template.replace("null/*data*/", in_script).encode()
 
 
-def pack_rows(matrix: np.ndarray, bits: int) -> dict[str, object]:
+def pack_model(trained: workdir.Trained, bits: int) -> dict[str, Any]:
+    """Return a model with a cell of `CELLS` and no blocks, as the page reads it."""
+    model, params = trained.model, trained.params
+
+    def pack_array(array: jax.Array) -> dict[str, Any]:
+        """Return a kernel with its outputs as rows, or a vector."""
+        return pack_rows(np.asarray(array.T, order="C"), bits) if array.ndim > 1 else pack(array)
+
+    layers = [params[f"{model.cell}_{i}"] for i in range(model.num_layers)]
+    return {
+        "skipConnections": model.skip_connections,
+        "words": bpe.WORDS.pattern,  # What `bpe` divides into tokens.
+        # A row for each token, as in the kernel of the dense layer.
+        "embedding": pack_array(params["embedding"]["embedding"].T),
+        "layers": jax.tree.map(pack_array, layers),
+        "dense": jax.tree.map(pack_array, params["dense"]),
+    }
+
+
+def _pack_record(
+    vocabulary: Vocabulary, text: str, ids: np.ndarray, reading: activations.Reading
+) -> dict[str, Any]:
+    """Return the first tokens of a text, with the activations and predictions after each."""
+    n = min(_RECORDED, max(_RECORDED_ACTIVATIONS // len(reading.activations), 1))
+    ids, tokens = ids[:n], vocabulary.split(text)[:n]
+    return {
+        "ids": pack(ids, "i4"),
+        "unknown": [tokens[position] for position in np.flatnonzero(ids == UNKNOWN_ID)],
+        "activations": pack(reading.activations[:, :n].T, "i1"),
+        "bits": pack(reading.bits[:n], "f4"),
+        "guesses": pack(reading.guesses[:n], "i4"),
+        "probabilities": pack(reading.probabilities[:n], "f4"),
+    }
+
+
+def pack_rows(matrix: np.ndarray, bits: int) -> dict[str, Any]:
     """Return a matrix as integers with a scale for each row, as the page reads it."""
     limit = 2 ** (bits - 1) - 1
     largest = np.abs(matrix).max(axis=1, keepdims=True)
     scales = np.where(largest > 0, largest, 1) / np.float32(limit)
-    integers = np.round(matrix / scales).astype(f"<i{bits // 8}")
-    return {"bits": bits, "values": _encode(integers), "scales": pack_floats(scales[:, 0])}
+    integers = pack(np.round(matrix / scales), f"i{bits // 8}")
+    return {**integers, "scales": pack(scales[:, 0])}
 
 
-def pack_floats(vector: np.ndarray) -> dict[str, object]:
-    """Return a vector as float32, as the page reads it."""
-    return {"bits": 32, "values": _encode(vector.astype("<f4"))}
-
-
-def _encode(array: np.ndarray) -> str:
-    return base64.b64encode(array.tobytes()).decode("ascii")
+def pack(array: np.typing.ArrayLike, dtype: str = "f4") -> dict[str, Any]:
+    """Return an array as the page reads it: little-endian, in base64."""
+    raw = np.asarray(array, f"<{dtype}").tobytes()
+    return {"dtype": dtype, "values": base64.b64encode(raw).decode("ascii")}

@@ -246,7 +246,7 @@ def _describe(error: Exception, argv: Sequence[str]) -> str:
     if isinstance(error, flags.UnrecognizedFlagError) and error.flagname == "cell":
         return (
             "this command has no --cell: main and sweep take --config.model.cell=FILE.py:CLASS, "
-            "and convert and export support only cells of the package"
+            "and convert supports only cells of the package"
         )
     if isinstance(error, flags.UnrecognizedFlagError) and error.flagname.startswith("config."):
         return f"--{error.flagname} needs an experiment: add --config experiments/quick.py"

@@ -35,14 +35,15 @@ class Follower(NamedTuple):
 def compute_features(text: str, vocabulary: Vocabulary) -> dict[str, np.ndarray]:
     """Return the features of the last character of each token of a text, by name: float32 [n]."""
     tokens = vocabulary.split(text)
-    text = "".join(tokens)  # The same text, unless the kind of tokens leaves white space out.
+    # The same text, unless the kind of tokens leaves white space out.
+    text = "".join(tokens).encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
     # The last byte of each token, and the character of each byte, for tokens of any kind.
-    last_bytes = np.cumsum(count_bytes(tokens)) - 1
-    characters = np.repeat(np.arange(len(text)), count_bytes(text))[last_bytes]
+    last_bytes = np.cumsum(_count_bytes(tokens)) - 1
+    characters = np.repeat(np.arange(len(text)), _count_bytes(text))[last_bytes]
     return {name: values[characters] for name, values in compute_text_features(text).items()}
 
 
-def count_bytes(texts: Iterable[str]) -> np.ndarray:
+def _count_bytes(texts: Iterable[str]) -> np.ndarray:
     """Return the number of bytes of each text: int64 [n]."""
     return np.array([len(text.encode("utf-8", "surrogateescape")) for text in texts], np.int64)
 

@@ -1,1 +1,0 @@
-"""Show what a trained model has learned: `python -m lstm_jax.inspect`."""
