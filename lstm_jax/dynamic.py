@@ -20,10 +20,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from lstm_jax.loss import Chunk, iterate_chunks
-from lstm_jax.model import Carry, LanguageModel, Params, apply, first_carry
+from lstm_jax.model import Carry, LanguageModel, Params, first_carry
 from lstm_jax.vocabulary import Ids
 
 _SEGMENTS = 32  # Segments read by one call of the compiled function.
@@ -143,8 +142,7 @@ def _compute_grads(
     inputs, targets, counted = segment
 
     def loss_fn(params: Params) -> tuple[jax.Array, tuple[jax.Array, Carry]]:
-        logits, after = apply(model, params, inputs[None], carry)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits[0], targets)
-        return jnp.mean(losses, where=counted), (losses, after)
+        losses, after = model.measure(params, inputs[None], targets[None], carry)
+        return jnp.mean(losses[0], where=counted), (losses[0], after)
 
     return jax.grad(loss_fn, has_aux=True)(params)

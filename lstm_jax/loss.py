@@ -7,9 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from lstm_jax.model import Carry, LanguageModel, Params, apply, first_carry
+from lstm_jax.model import Carry, LanguageModel, Params, first_carry
 from lstm_jax.vocabulary import Ids, TextSize
 
 _CHUNK = 1024  # Tokens per call of the compiled function.
@@ -135,8 +134,7 @@ def read_chunk(
     Also return the carry after its inputs.
     """
     inputs, targets, counted = chunk
-    logits, carry = apply(model, params, inputs, carry)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    losses, carry = model.measure(params, inputs, targets, carry)
     return jnp.where(counted, losses, 0), carry
 
 

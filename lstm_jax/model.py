@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import threadpoolctl
+from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from lstm_jax.cells import CELLS, LOADED
 from lstm_jax.cells.block import Block
 from lstm_jax.cells.making import count_operations, make_cell, trace_cell
 from lstm_jax.cells.protocol import Gates, get_activation, get_gates, restart, run_cell
 from lstm_jax.config import ModelConfig, Option, check_value
+from lstm_jax.cross_entropy import compute_cross_entropy
 from lstm_jax.errors import UserError
 from lstm_jax.matmul import matmul
 from lstm_jax.ops import cudnn, fused
@@ -43,6 +45,8 @@ Record = tuple[Gates, jax.Array, jax.Array]
 _DRAWING = threading.Lock()  # The limit of BLAS's threads is one of the process.
 # Larger parameters count as infinite: sums of their squares overflow float32.
 _LARGEST = 1e18
+# The number of tokens from which `compute_cross_entropy` is faster than logits and their gradient.
+_LARGE_VOCABULARY = 512
 # The maximum sum of `count_operations` over all layers; more take minutes to compile.
 _MAX_OPERATIONS = 25_000
 
@@ -219,9 +223,36 @@ class LanguageModel(nn.Module):
         """Return the logits [batch, time, vocabulary_size] for outputs [batch, time, features]."""
         return self.dense(outputs, self.head_kernel())
 
+    def compute_losses(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
+        """Return the cross-entropy of each target, [batch, time], in nats.
+
+        `outputs` are [batch, time, features]. The result is that of `predict`; for a large
+        vocabulary, it is computed faster.
+        """
+        if self.vocabulary_size < _LARGE_VOCABULARY:
+            return cross_entropy(self.predict(outputs), targets)
+        kernel = self.embedding.embedding if self.tie_embeddings else self.dense.kernel
+        # Time first, as the recurrence computes its outputs.
+        rows = outputs.swapaxes(0, 1).reshape(-1, outputs.shape[2])
+        arguments = rows, kernel, self.dense.bias, targets.T.reshape(-1)
+        losses = compute_cross_entropy(*arguments, self.tie_embeddings, self.dtype)
+        return losses.reshape(targets.shape[::-1]).T
+
     def head_kernel(self) -> jax.Array:
         """Return the kernel of the dense layer, [features, vocabulary_size]."""
         return self.embedding.embedding.T if self.tie_embeddings else self.dense.kernel
+
+    @nn.nowrap
+    def measure(
+        self, params: Params, inputs: jax.Array, targets: jax.Array, carry: Carry
+    ) -> tuple[jax.Array, Carry]:
+        """Run the model over inputs; return the loss of each target, [batch, time], and the carry.
+
+        Inputs and targets are ids [batch, time].
+        """
+        bound = self.bind({"params": params})
+        outputs, carry = bound.run(inputs, carry)
+        return bound.compute_losses(outputs, targets), carry
 
     @nn.nowrap
     def prepare_step(self, params: Params) -> Prepared:

@@ -211,12 +211,11 @@ def _make_compute_grads(model: model_lib.LanguageModel, config: Config) -> Calla
         outputs, carry = model.bind({"params": read}).run(inputs, carry, masks)
         dropped = outputs if masks is None else model_lib.apply_mask(outputs, masks[-1])
         # A tied embedding is dropped where it is read, not where it predicts.
-        logits = model.bind({"params": params}).predict(dropped)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
-        objective = loss
+        bound = model.bind({"params": params})
+        loss = objective = bound.compute_losses(dropped, targets).mean()
         if soft_targets is not None:
-            soft_losses = optax.softmax_cross_entropy(logits, soft_targets)
-            objective = (1 - distill.weight) * objective + distill.weight * soft_losses.mean()
+            soft_losses = optax.softmax_cross_entropy(bound.predict(dropped), soft_targets)
+            objective = (1 - distill.weight) * loss + distill.weight * soft_losses.mean()
         starts = model.find_starts(inputs)
         penalty = regularization.compute_penalty(rates, outputs, dropped, starts)
         return objective + penalty, (loss, carry)

@@ -36,6 +36,8 @@ CHOICES = {  # With AVX-512 BF16 on AMD, on Intel, and with AMX.
     ("steps", "float32", 1024): (True, True, True),
     ("steps", "float32", 1040): (False, False, False),
     ("steps", "int8", 4096): (True, True, True),
+    ("losses", "bfloat16", 0): (True, False, True),
+    ("losses", "float32", 0): (False, False, False),
 }
 
 

@@ -18,6 +18,7 @@ import pytest
 import commands
 import lstm_jax
 import models
+import test_cross_entropy
 from lstm_jax import config, generation, model
 from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.convert import transfer
@@ -317,6 +318,10 @@ def test_amx_agrees_with_numpy() -> None:
         results = value_and_gradients(low, cotangents, *arguments)
         expected = run_numpy(arguments, cotangents, to_bfloat16)
         assert max(jax.tree.leaves(measure_errors(results, expected))) < 2e-3
+    for problem_sizes, tied in (((35, 33, 1001), True), ((200, 600, 77), False)):
+        problem = *test_cross_entropy.draw_problem(problem_sizes, tied), tied, "bfloat16"
+        found = test_cross_entropy.differentiate(*problem)
+        assert_close(found, without_library(test_cross_entropy.differentiate)(*problem), 1e-2)
     lstm = model.LanguageModel(9, 32, 48, 2, dtype="bfloat16")
     params = models.draw_params(lstm, 0.25)
     ids = np.arange(40).reshape(20, 2) % 9

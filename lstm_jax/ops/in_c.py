@@ -20,7 +20,7 @@ from lstm_jax.ops import gates, native
 from lstm_jax.ops.accelerator import Steps
 from lstm_jax.ops.gates import Gating
 
-LANES, _TILE = 16, 64  # As in lstm.c.
+LANES, _TILE, _BLOCK, _DEPTH = 16, 64, 96, 256  # As in lstm.c.
 RESET, FROZEN = 1, 2
 _KINDS = ("lstm", "peephole_lstm", "gru", "rnn")
 NUMBERS_IN_WORD = {"float32": 1, "bfloat16": 2, "int8": 4}  # Of 32 bits.
@@ -340,11 +340,53 @@ def _differentiate_step(
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     """Return a @ b in float32, for factors in float32 or bfloat16."""
-    depth = a.shape[1]
-    if a.dtype == jnp.float32 or depth % 2:
-        return matmul_rounded(a, b)
-    result, working_memory = (len(a), b.shape[1]), (native.count_threads(), depth, _TILE)
-    return _call("matmul", (a, b), (result, "float32"), (working_memory, "bfloat16"))[0]
+    return matmul_rounded(a, b) if a.dtype == jnp.float32 else matmul(a, b)
+
+
+def matmul(
+    a: jax.Array, b: jax.Array, transpose_a: bool = False, transpose_b: bool = False
+) -> jax.Array:
+    """Return a @ b in float32, for matrices in bfloat16, each of which may be transposed first."""
+    rows, depth = a.shape[::-1] if transpose_a else a.shape
+    width = len(b) if transpose_b else b.shape[1]
+    words, threads = -(-depth // NUMBERS_IN_WORD["bfloat16"]), native.count_threads()
+    # The smaller factor is packed, and each thread packs a block of the other one at a time.
+    packed, block = rows * words, words * _TILE
+    if rows > width:
+        packed, block = -(-width // _TILE) * _TILE * words, _BLOCK * _DEPTH
+    results = ((rows, width), "float32"), ((packed,), "float32"), ((threads, block), "float32")
+    return _call("matmul", (a, b), *results, transpose_a=transpose_a, transpose_b=transpose_b)[0]
+
+
+def compute_cross_entropy(
+    inputs: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    targets: jax.Array,
+    is_transposed: bool,
+    differentiable: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the cross-entropies of inputs @ kernel + bias, float32 [n], in nats.
+
+    The arguments are those of `cross_entropy.compute_cross_entropy`, with inputs and a kernel in
+    bfloat16. If `differentiable`, also return the derivatives of each cross-entropy by its logits,
+    bfloat16 [n, vocabulary]; otherwise this array is empty.
+    """
+    rows, depth = inputs.shape
+    width, threads = len(bias), native.count_threads()
+    tiles, words = -(-width // _TILE), -(-depth // NUMBERS_IN_WORD["bfloat16"])
+    sums, shifted, d_logits, *_ = _call(
+        "cross_entropy",
+        (inputs, kernel, bias, targets.astype("int32")),
+        ((rows,), "float32"),
+        ((rows,), "float32"),
+        ((rows, width) if differentiable else (0, 0), "bfloat16"),
+        ((tiles * _TILE * words,), "float32"),
+        ((threads, _BLOCK * _DEPTH), "float32"),
+        ((threads, _BLOCK, tiles * _TILE), "float32"),
+        is_transposed=is_transposed,
+    )
+    return jnp.log(sums) + shifted, d_logits
 
 
 def _call(

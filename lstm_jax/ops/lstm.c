@@ -1,5 +1,5 @@
-// Gated recurrences for processors with AVX-512, as custom calls of XLA. Each divides its work into
-// parts, for the threads of XLA.
+// Gated recurrences, matmuls in bfloat16, and the loss over a large vocabulary, for processors with
+// AVX-512, as custom calls of XLA. Each divides its work into parts, for the threads of XLA.
 //
 // A matmul is computed in tiles: a few rows by 4 vectors of 16 columns, whose sums stay in
 // registers. The right factor is packed by tile, so that a tile reads it in order. Both factors are
@@ -172,35 +172,219 @@ static size_t begin(size_t part, size_t parts, size_t size, size_t unit) {
   return at < size ? at : size;
 }
 
-// Pack 64 columns of b [depth, width] in bfloat16. Columns from `end` on are zero.
-static void pack(const bits16 *b, size_t depth, size_t width, size_t end, word *packed) {
-  for (size_t k = 0; k < depth; k += BFLOAT16, b += BFLOAT16 * width)
-    for (size_t i = 0; i < TILE; i++) *packed++ = i < end ? b[i] | (word)b[width + i] << 16 : 0;
+// A factor of a matmul in bfloat16. It is [along, depth], where `along` is the number of rows of a
+// left factor or of columns of a right one; or [depth, along] if `is_transposed`.
+typedef struct {
+  int is_transposed;
+  size_t along, depth;
+  const bits16 *array;
+} Factor;
+
+static size_t least(size_t a, size_t b) { return a < b ? a : b; }
+
+static size_t count_words(Factor f) { return (f.depth + 1) / BFLOAT16; }
+
+// Return words k to k + 16 of row (or column) i of a factor that is not transposed.
+static __m512i load_along_depth(Factor f, size_t i, size_t k) {
+  size_t left = f.depth - k * BFLOAT16;
+  __mmask32 lanes = left < 2 * LANES ? (1u << left) - 1 : 0xffffffff;
+  return _mm512_maskz_loadu_epi16(i < f.along ? lanes : 0, f.array + i * f.depth + k * BFLOAT16);
+}
+
+// Return word k of rows (or columns) i to i + 16 of a factor that is transposed.
+static __m512i load_across(Factor f, size_t i, size_t k) {
+  const bits16 *pair = f.array + k * BFLOAT16 * f.along + i;
+  __mmask16 lanes = i < f.along ? first_lanes(f.along - i) : 0;
+  __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, pair));
+  if (k * BFLOAT16 + 1 == f.depth) return low;
+  __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, pair + f.along));
+  return low | _mm512_slli_epi32(high, 16);
+}
+
+// Transpose 16 vectors of 16 words.
+static void transpose(__m512i x[LANES]) {
+  __m512i y[LANES];
+  for (int i = 0; i < LANES; i += 2) {
+    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < LANES; i += 4)
+    for (int j = 0; j < 2; j++) {
+      x[i + 2 * j] = _mm512_unpacklo_epi64(y[i + j], y[i + j + 2]);
+      x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + j + 2]);
+    }
+  for (int i = 0; i < 4; i++)
+    for (int j = 0; j < LANES; j += 8) {
+      y[i + j] = _mm512_shuffle_i32x4(x[i + j], x[i + j + 4], 0x88);
+      y[i + j + 4] = _mm512_shuffle_i32x4(x[i + j], x[i + j + 4], 0xdd);
+    }
+  for (int i = 0; i < 8; i++) {
+    x[i] = _mm512_shuffle_i32x4(y[i], y[i + 8], 0x88);
+    x[i + 8] = _mm512_shuffle_i32x4(y[i], y[i + 8], 0xdd);
+  }
+}
+
+// Arrange words [k, end) of 64 columns of a right factor as [words, 64].
+static void pack_columns(Factor f, size_t j, size_t k, size_t end, word *packed) {
+  for (; k < end; k += LANES, packed += LANES * TILE)
+    for (size_t v = 0; v < VECTORS; v++) {
+      __m512i x[LANES];
+      size_t n = end - k < LANES ? end - k : LANES;
+      for (size_t i = 0; i < LANES; i++)
+        if (!f.is_transposed) x[i] = load_along_depth(f, j + v * LANES + i, k);
+        else if (i < n) x[i] = load_across(f, j + v * LANES, k + i);
+      if (!f.is_transposed) transpose(x);
+      for (size_t i = 0; i < n; i++) _mm512_storeu_si512(packed + i * TILE + v * LANES, x[i]);
+    }
+}
+
+// Arrange words [k, end) of rows [first, last) of a left factor as [rows, words].
+static void pack_rows(Factor f, size_t first, size_t last, size_t k, size_t end, word *packed) {
+  size_t words = end - k;
+  for (size_t i = first; i < last; i += LANES, packed += LANES * words)
+    for (size_t w = 0; w < words; w += LANES) {
+      __m512i x[LANES];
+      size_t n = last - i < LANES ? last - i : LANES;
+      for (size_t r = 0; r < LANES; r++)
+        if (f.is_transposed) x[r] = w + r < words ? load_across(f, i, k + w + r) : x[0];
+        else if (r < n) x[r] = load_along_depth(f, i + r, k + w);
+      if (f.is_transposed) transpose(x);
+      for (size_t r = 0; r < n; r++)
+        _mm512_mask_storeu_epi32(packed + r * words + w, first_lanes(words - w), x[r]);
+    }
+}
+
+enum { BLOCK = 96, DEPTH = 256 };  // Rows, and words of the depth, that stay in the cache.
+
+// Compute rows of `a` times 64 columns of `b`, both packed. Add them to the result, or store them
+// there if these are the first words of the depth.
+static void multiply_block(const word *a, size_t rows, size_t words, const word *packed,
+                           int is_first, float *result, size_t stride, size_t width) {
+  for (size_t i = 0, n; i < rows; i += n) {
+    n = next_rows(BFLOAT16, rows - i);
+    sums sum;
+    multiply(BFLOAT16, n, a + i * words, words, packed, sum);
+    for (size_t r = 0; r < n; r++)
+      for (size_t v = 0, at = 0; v < VECTORS && at < width; v++, at += LANES) {
+        float *to = result + (i + r) * stride + at;
+        __mmask16 lanes = first_lanes(width - at);
+        if (!is_first) sum[r][v] += _mm512_maskz_loadu_ps(lanes, to);
+        _mm512_mask_storeu_ps(to, lanes, sum[r][v]);
+      }
+  }
+}
+
+// Compute rows [first, last) of a @ b, for `b` packed in tiles of 64 columns.
+static void multiply_range(Factor a, size_t first, size_t last, const word *packed, size_t width,
+                           word *packed_rows, float *result, size_t stride) {
+  size_t words = count_words(a);
+  for (size_t k = 0; k < words; k += DEPTH) {
+    size_t end = least(k + DEPTH, words);
+    pack_rows(a, first, last, k, end, packed_rows);
+    for (size_t j = 0; j < width; j += TILE)
+      multiply_block(packed_rows, last - first, end - k, packed + j * words + k * TILE, !k,
+                     result + j, stride, width - j);
+  }
 }
 
 typedef struct {
-  size_t rows, depth, width;
-  const word *a;
-  const bits16 *b;
+  Factor factor;
+  int is_right;
+  word *packed;
+} Pack;
+
+// Pack a whole factor: columns in tiles of [words, 64], or rows as [rows, words].
+static void pack(const void *work, size_t part, size_t parts) {
+  const Pack p = *(const Pack *)work;
+  size_t words = count_words(p.factor), along = p.factor.along, unit = p.is_right ? TILE : LANES;
+  for (size_t i = part * unit; i < along; i += parts * unit)
+    if (p.is_right)
+      pack_columns(p.factor, i, 0, words, p.packed + i * words);
+    else
+      pack_rows(p.factor, i, least(i + LANES, along), 0, words, p.packed + i * words);
+}
+
+typedef struct {
+  Factor a, b;
   float *result;
-  word *packed;  // [parts, words, 64]: each part has its own memory for a tile.
+  word *packed, *packed_in_part;  // The smaller factor, and for each part a block of the other one.
+  atomic_size_t *next;            // The next block that no part has begun.
 } Matmul;
 
-// Compute a [rows, depth] @ b [depth, width] in bfloat16; a part is a range of columns.
+// Compute a @ b. Parts share blocks of rows if `b` was packed, or of columns if `a` was.
 static void matmul(const void *work, size_t part, size_t parts) {
   const Matmul m = *(const Matmul *)work;
-  size_t words = m.depth / BFLOAT16, end = begin(part + 1, parts, m.width, TILE);
-  word *packed = m.packed + part * words * TILE;
-  for (size_t j = begin(part, parts, m.width, TILE); j < end; j += TILE) {
-    pack(m.b + j, m.depth, m.width, m.width - j, packed);
-    for (size_t i = 0, n; i < m.rows; i += n) {
-      n = next_rows(BFLOAT16, m.rows - i);
-      sums sum;
-      multiply(BFLOAT16, n, m.a + i * words, words, packed, sum);
-      for (size_t r = 0; r < n; r++)
-        for (size_t v = 0, at = j; v < VECTORS && at < m.width; v++, at += LANES)
-          _mm512_mask_storeu_ps(m.result + (i + r) * m.width + at, first_lanes(m.width - at),
-                                sum[r][v]);
+  size_t rows = m.a.along, width = m.b.along, words = count_words(m.b);
+  if (rows > width) {
+    word *packed = m.packed_in_part + part * BLOCK * DEPTH;
+    for (size_t i; (i = atomic_fetch_add(m.next, BLOCK)) < rows;)
+      multiply_range(m.a, i, least(i + BLOCK, rows), m.packed, width, packed, m.result + i * width,
+                     width);
+  } else {
+    word *packed = m.packed_in_part + part * words * TILE;
+    for (size_t j; (j = atomic_fetch_add(m.next, TILE)) < width;) {
+      pack_columns(m.b, j, 0, words, packed);
+      multiply_block(m.packed, rows, words, packed, 1, m.result + j, width, width - j);
+    }
+  }
+}
+
+// Compute exp(x) for x <= 0.
+static __m512 exp_lanes(__m512 x) {
+  static const float terms[] = {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1, 1};
+  x = _mm512_max_ps(_mm512_set1_ps(-110), x);  // The second operand is the result if one is NaN.
+  __m512 n = _mm512_roundscale_ps(x * 1.44269504f, _MM_FROUND_TO_NEAREST_INT);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(terms[0]);
+  for (int i = 1; i < 7; i++) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(terms[i]));
+  return _mm512_scalef_ps(p, n);
+}
+
+typedef struct {
+  Factor a, b;  // Inputs [rows, features], and the kernel.
+  const float *bias;
+  const int32_t *targets;
+  float *sums, *shifted;  // [rows].
+  bits16 *d_logits;       // [rows, vocabulary], or NULL.
+  word *packed, *packed_in_part;
+  float *logits;  // [parts, rows of a block, vocabulary rounded up to 64].
+  atomic_size_t *next;
+} CrossEntropy;
+
+// Compute the cross-entropies of softmax(a @ b + bias); the parts share blocks of rows.
+//
+// A cross-entropy is the logarithm of `sums` plus `shifted`. `d_logits` are its derivatives.
+static void cross_entropy(const void *work, size_t part, size_t parts) {
+  const CrossEntropy c = *(const CrossEntropy *)work;
+  size_t rows = c.a.along, width = c.b.along, stride = (width + TILE - 1) / TILE * TILE;
+  word *packed = c.packed_in_part + part * BLOCK * DEPTH;
+  float *logits = c.logits + part * BLOCK * stride;
+  size_t block = least((rows + parts - 1) / parts, BLOCK);
+  for (size_t i; (i = atomic_fetch_add(c.next, block)) < rows;) {
+    size_t last = least(i + block, rows);
+    multiply_range(c.a, i, last, c.packed, stride, packed, logits, stride);
+    for (size_t row = i; row < last; row++) {
+      float *z = logits + (row - i) * stride;
+      __m512 most = _mm512_set1_ps(-__builtin_inff()), total = _mm512_setzero_ps();
+      for (size_t j = 0; j < width; j += LANES) {
+        __mmask16 lanes = first_lanes(width - j);
+        __m512 x = _mm512_loadu_ps(z + j) + _mm512_maskz_loadu_ps(lanes, c.bias + j);
+        _mm512_storeu_ps(z + j, x);
+        most = _mm512_mask_max_ps(most, lanes, most, x);
+      }
+      float largest = _mm512_reduce_max_ps(most);
+      c.shifted[row] = largest - z[c.targets[row]];
+      for (size_t j = 0; j < width; j += LANES) {
+        __m512 x = exp_lanes(_mm512_loadu_ps(z + j) - largest);
+        _mm512_storeu_ps(z + j, x);
+        total += _mm512_maskz_mov_ps(first_lanes(width - j), x);
+      }
+      float sum = c.sums[row] = _mm512_reduce_add_ps(total);
+      if (!c.d_logits) continue;
+      z[c.targets[row]] -= sum;
+      for (size_t j = 0; j < width; j += LANES)
+        store(BFLOAT16, c.d_logits, row * width + j, _mm512_loadu_ps(z + j) * (1 / sum), width - j);
     }
   }
 }
@@ -563,7 +747,7 @@ __attribute__((format(printf, 2, 3))) static XLA_FFI_Error *fail(XLA_FFI_CallFra
 }
 
 enum { MAX_RANK = 5, U8 = XLA_FFI_DataType_U8, S8 = XLA_FFI_DataType_S8 };
-enum { F32 = XLA_FFI_DataType_F32, BF16 = XLA_FFI_DataType_BF16 };
+enum { F32 = XLA_FFI_DataType_F32, BF16 = XLA_FFI_DataType_BF16, S32 = XLA_FFI_DataType_S32 };
 
 // What an argument or result must be.
 typedef struct {
@@ -627,18 +811,59 @@ static XLA_FFI_Error *check_kind(XLA_FFI_CallFrame *frame, const char *name, int
 // An array that a call does not need is empty: cell states and peepholes of kinds without them, gates
 // of a simple RNN, scales except for 8 bits, and marks if there are none.
 
-HANDLER(matmul, 2, 2) {
-  size_t rows = size(in, 0, 0), depth = size(in, 0, 1), width = size(in, 1, 1);
+static Factor factor(void **in, int i, int is_transposed) {
+  return (Factor){is_transposed, size(in, i, is_transposed), size(in, i, !is_transposed),
+                  data(in, i)};
+}
+
+static size_t count_tile_columns(size_t width) { return (width + TILE - 1) / TILE * TILE; }
+
+HANDLER(matmul, 2, 3) {
+  Factor a = factor(in, 0, get_attribute(frame, "transpose_a"));
+  Factor b = factor(in, 1, !get_attribute(frame, "transpose_b"));
+  size_t rows = a.along, width = b.along, words = count_words(a);
+  int is_right = rows > width;  // Whether `b` is packed whole.
+  size_t packed = is_right ? count_tile_columns(width) : rows;
   const Array arrays[] = {
-      {"a", BF16, 2, {rows, depth}},
-      {"b", BF16, 2, {depth / BFLOAT16 * BFLOAT16, width}},
+      {"a", BF16, 2, {size(in, 0, 0), size(in, 0, 1)}},
+      {"b", BF16, 2, {b.is_transposed ? a.depth : width, b.is_transposed ? width : a.depth}},
       {"the result", F32, 2, {rows, width}},
-      {"the working memory", BF16, 3, {get_attribute(frame, "parts"), depth, TILE}},
+      {"the packed factor", F32, 1, {packed * words}},
+      {"packed blocks", F32, 2,
+       {get_attribute(frame, "parts"), is_right ? BLOCK * DEPTH : words * TILE}},
   };
   XLA_FFI_Error *error = check(frame, "matmul", arrays);
   if (error) return error;
-  run(frame, matmul,
-      &(Matmul){rows, depth, width, data(in, 0), data(in, 1), data(out, 0), data(out, 1)});
+  atomic_size_t next = 0;
+  run(frame, pack, &(Pack){is_right ? b : a, is_right, data(out, 1)});
+  run(frame, matmul, &(Matmul){a, b, data(out, 0), data(out, 1), data(out, 2), &next});
+  return NULL;
+}
+
+HANDLER(cross_entropy, 4, 6) {
+  Factor a = factor(in, 0, 0), b = factor(in, 1, !get_attribute(frame, "is_transposed"));
+  size_t rows = a.along, width = b.along, parts = get_attribute(frame, "parts");
+  size_t columns = count_tile_columns(width), is_differentiable = size(out, 2, 0) > 0;
+  const Array arrays[] = {
+      {"inputs", BF16, 2, {rows, a.depth}},
+      {"the kernel", BF16, 2, {b.is_transposed ? a.depth : width, b.is_transposed ? width : a.depth}},
+      {"the bias", F32, 1, {width}},
+      {"targets", S32, 1, {rows}},
+      {"sums", F32, 1, {rows}},
+      {"shifted logits", F32, 1, {rows}},
+      {"derivatives", BF16, 2, {is_differentiable * rows, is_differentiable * width}},
+      {"the packed kernel", F32, 1, {columns * count_words(a)}},
+      {"packed blocks", F32, 2, {parts, BLOCK * DEPTH}},
+      {"logits", F32, 3, {parts, BLOCK, columns}},
+  };
+  XLA_FFI_Error *error = check(frame, "cross_entropy", arrays);
+  if (error) return error;
+  atomic_size_t next = 0;
+  run(frame, pack, &(Pack){b, 1, data(out, 3)});
+  run(frame, cross_entropy,
+      &(CrossEntropy){a, b, data(in, 2), data(in, 3), data(out, 0), data(out, 1),
+                      is_differentiable ? data(out, 2) : NULL, data(out, 3), data(out, 4),
+                      data(out, 5), &next});
   return NULL;
 }
 

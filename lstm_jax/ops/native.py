@@ -51,7 +51,7 @@ def load_library() -> Library | None:
     except (OSError, UserError) as error:
         warn(f"LSTMs run without the library in C, which is faster: {error}")
         return None
-    for name in ("matmul", "step", "forward", "backward"):
+    for name in ("matmul", "cross_entropy", "step", "forward", "backward"):
         function = jax.ffi.pycapsule(library[f"lstm_{name}"])
         jax.ffi.register_ffi_target(f"{path.stem}-{name}", function, platform="cpu")
     has_amx = "amx_bf16" in read_cpu_features()

@@ -41,6 +41,15 @@ class Ensemble:
         parts = zip(self.members, variables["params"], carry, strict=True)
         return _mix(member.apply({"params": part}, ids, before) for member, part, before in parts)
 
+    def measure(
+        self, params: tuple[Params, ...], inputs: jax.Array, targets: jax.Array, carry: Carry
+    ) -> tuple[jax.Array, Carry]:
+        """Compute the loss of each target, [batch, time]; see `LanguageModel.measure`."""
+        parts = zip(self.members, params, carry, strict=True)
+        measured = [member.measure(part, inputs, targets, old) for member, part, old in parts]
+        losses, carries = zip(*measured, strict=True)
+        return math.log(len(losses)) - jax.nn.logsumexp(-jnp.stack(losses), axis=0), carries
+
     def prepare_step(self, params: tuple[Params, ...]) -> tuple[Prepared, ...]:
         """Prepare the parameters for `apply_step`."""
         pairs = zip(self.members, params, strict=True)

@@ -1,0 +1,104 @@
+"""The cross-entropy of a dense layer's predictions, with a custom VJP for large vocabularies.
+
+The logits of a batch are the largest array of a training step: with 10,000 tokens they can have as
+many numbers as all parameters. Here their derivatives are computed together with the loss, in the
+dtype of the matmuls, and no other array of their size is kept. The library in C does not store the
+logits either: it computes those of a few rows at a time.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lstm_jax.matmul import round_factor
+from lstm_jax.ops import choice, in_c
+
+# The inputs, the rounded kernel, and the derivatives of each loss by its logits.
+_Residuals = tuple[jax.Array, jax.Array, jax.Array]
+
+
+class _Options(NamedTuple):
+    is_transposed: bool
+    dtype: str
+    uses_c: bool
+
+
+def compute_cross_entropy(
+    inputs: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    targets: jax.Array,
+    is_transposed: bool = False,
+    dtype: str = "float32",
+) -> jax.Array:
+    """Return the cross-entropy of softmax(inputs @ kernel + bias) and each target, [n], in nats.
+
+    `inputs` are [n, features], `kernel` is [features, vocabulary], or [vocabulary, features] if
+    `is_transposed`, `bias` [vocabulary] and `targets` int32 [n]. Factors of matmuls are rounded to
+    `dtype`. The gradient can't be differentiated again.
+    """
+    uses_c = inputs.dtype == jnp.float32 and choice.runs_in_c("losses", dtype)
+    return _compute(inputs, kernel, bias, targets, _Options(is_transposed, dtype, uses_c))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _compute(
+    inputs: jax.Array, kernel: jax.Array, bias: jax.Array, targets: jax.Array, options: _Options
+) -> jax.Array:
+    return _forward(inputs, kernel, bias, targets, options, differentiable=False)[0]
+
+
+def _forward(
+    inputs: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    targets: jax.Array,
+    options: _Options,
+    differentiable: bool = True,
+) -> tuple[jax.Array, _Residuals]:
+    low, rounded = _round(inputs, options), _round(kernel, options)
+    if options.uses_c:
+        losses, d_logits = in_c.compute_cross_entropy(
+            low, rounded, bias, targets, options.is_transposed, differentiable
+        )
+    else:
+        logits = _multiply(low, rounded, False, options.is_transposed, options) + bias[None]
+        log_sums = jax.nn.logsumexp(logits, axis=1)
+        losses = log_sums - jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+        is_target = targets[:, None] == jnp.arange(len(bias))[None]
+        d_logits = _round(jnp.exp(logits - log_sums[:, None]) - is_target, options)
+    return losses, (inputs, rounded, d_logits)
+
+
+def _backward(
+    options: _Options, residuals: _Residuals, d_losses: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    inputs, kernel, d_logits = residuals
+    d_inputs = _multiply(d_logits, kernel, False, not options.is_transposed, options)
+    # The cotangents of the losses scale the inputs: the derivatives need no second copy.
+    scaled = _round(inputs * d_losses[:, None], options)
+    factors = (d_logits, scaled) if options.is_transposed else (scaled, d_logits)
+    d_kernel = _multiply(*factors, True, False, options)
+    d_bias = d_losses @ d_logits.astype(d_losses.dtype)
+    return d_inputs * d_losses[:, None], d_kernel, d_bias, None
+
+
+_compute.defvjp(_forward, _backward)
+
+
+def _round(x: jax.Array, options: _Options) -> jax.Array:
+    return round_factor(x, options.dtype, native=options.uses_c)
+
+
+def _multiply(
+    a: jax.Array, b: jax.Array, transpose_a: bool, transpose_b: bool, options: _Options
+) -> jax.Array:
+    """Return a @ b for rounded matrices, each of which can be transposed first."""
+    if options.uses_c:
+        return in_c.matmul(a, b, transpose_a, transpose_b)
+    axes = ((int(not transpose_a),), (int(transpose_b),)), ((), ())
+    dtype = jnp.promote_types(a.dtype, "float32")
+    return lax.dot_general(a, b, axes, preferred_element_type=dtype)
