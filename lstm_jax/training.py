@@ -30,7 +30,7 @@ def train(
     Args:
       config: a config, which is completed and checked (`config.complete_config`).
       directory: the working directory, which all processes share.
-      watch: called with each recorded loss, as a row of metrics.jsonl without its checksum, for
+      watch: called with each recorded loss, as a row of metrics.jsonl, for
         example to plot it in a notebook; rows of validations also have the generated text, as
         `sample`. If it raises an exception, the run ends, and can be resumed.
       quiet: whether to suppress all output: progress, warnings, and what `watch` prints.

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
@@ -107,19 +107,25 @@ def read_numbers(directory: Path) -> list[tuple[int, str, float]]:
 
 
 def iterate_events(directory: Path) -> Iterator[Event]:
-    """Yield the events in the TensorBoard files."""
-    for path in directory.glob("events.out.tfevents.*"):
+    """Yield the events in the TensorBoard files; the last of a killed process may be incomplete."""
+    for path in sorted(directory.glob("events.out.tfevents.*")):
         content, at = path.read_bytes(), 0
-        while at < len(content):
+        while at + 12 < len(content):
             (length,) = struct.unpack_from("<Q", content, at)
-            yield Event.FromString(content[at + 12 : at + 12 + length])
             at += length + 16
+            if at <= len(content):
+                yield Event.FromString(content[at - length - 4 : at - 4])
 
 
 def read_events(directory: Path) -> list[tuple[int, str, float]]:
-    """Return the same numbers from the TensorBoard files, sorted; a point written twice is one."""
-    rows = set()
+    """Return the same numbers from the TensorBoard files, sorted, as TensorBoard shows them.
+
+    The start of a process hides later steps of earlier ones. A point that was written twice is one.
+    """
+    rows: set[tuple[int, str, float]] = set()
     for event in iterate_events(directory):
+        if event.session_log.status == SessionLog.START:
+            rows = {row for row in rows if row[0] < event.step}
         for value in event.summary.value:
             name, kind = value.tag.partition("/")[2], value.WhichOneof("value")
             if kind == "simple_value" and name not in TIMES:

@@ -1,4 +1,3 @@
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 import runs
 from lstm_jax.config import Config
+from lstm_jax.errors import UserError
 from lstm_jax.run import figures, metrics
 
 
@@ -91,18 +91,23 @@ def test_the_seconds_of_training_continue_when_a_run_resumes(
     assert abs((datetime.now(UTC) - times[0]).total_seconds()) < 600
 
 
-def test_partial_and_damaged_lines_are_dropped(tmp_path: Path) -> None:
+def test_an_incomplete_line_is_left_out_and_a_damaged_one_is_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     row: Any = {"step": 10, "epoch": 0.5, "split": "train", "loss": 2.5}
     with metrics.MetricsWriter(path, 0, Config()) as writer:
         writer.write(**row)
     with path.open("ab") as file:
-        file.write(f"{json.dumps(row)}\n".encode() + b"\xff\xfe{\n[1]\n{}\n" + b'{"step": 20, "lo')
+        file.write(b'{"step": 20, "lo')
+    assert drop_times(metrics.read_metrics(path)) == [row]
     with metrics.MetricsWriter(path, 10, Config()) as writer:
         writer.write(20, 1, "train", 2.25)
     rows = drop_times(metrics.read_metrics(path))
     assert rows == [row, {**row, "step": 20, "epoch": 1, "loss": 2.25}]
     figures.draw_metrics([row | {"loss": float("nan")}, row])
+    with path.open("ab") as file:
+        file.write(b"\xff\xfe{\n")
+    with pytest.raises(UserError, match="metrics.jsonl is damaged"):
+        metrics.read_metrics(path)
 
 
 def test_the_plot_contains_the_curves(tmp_path: Path) -> None:
@@ -123,25 +128,14 @@ def test_the_plot_contains_the_curves(tmp_path: Path) -> None:
         )  # It does not fail if there is nothing to draw.
 
 
-def test_a_flipped_byte_is_detected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tensorboard_shows_no_later_step_of_a_killed_process(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    with metrics.MetricsWriter(path, 0, Config()) as writer:
-        writer.write(10, 0.5, "train", 1.5707, tokens_per_second=1000)
-        writer.write(20, 1, "validation", 2.25)
-    content = path.read_bytes()
-    rows = metrics.read_metrics(path)
-    assert "crc" not in rows[0] and capsys.readouterr().err == ""
-    path.write_bytes(content.replace(b"1.5707", b"7.5707"))
-    assert metrics.read_metrics(path) == metrics.read_metrics(path) == rows[1:]
-    assert capsys.readouterr().err == f"warning: left out 1 damaged line of {path}\n"
-    for at in range(len(content) - 1):
-        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-        for row in metrics.read_metrics(path):
-            assert row in rows, "CRC-32 finds a bit that changed"
-    # A row that is still being written is not damage.
-    capsys.readouterr()
-    path.write_bytes(content + content[:30])
-    assert metrics.read_metrics(path) == rows and capsys.readouterr().err == ""
+    for step, losses in ((0, (4.0, 3.0, 2.0)), (10, (2.5,))):
+        with metrics.MetricsWriter(path, step, Config()) as writer:
+            for number, loss in enumerate(losses, 1):
+                writer.write(step + 10 * number, 1.0, "train", loss)
+        path.unlink()
+    assert runs.read_events(tmp_path) == [(10, "train/loss", 4.0), (20, "train/loss", 2.5)]
 
 
 def test_the_plot_shows_every_validation_and_test_point() -> None:

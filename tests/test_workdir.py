@@ -46,19 +46,13 @@ def test_restoring_drops_later_history_and_warns_about_lost_content(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / workdir.METRICS).write_text("first\n")
-    (tmp_path / "events.out.tfevents.1").write_text("events")
     sizes = workdir.measure_history(tmp_path)
     (tmp_path / workdir.METRICS).write_text("first\nsecond\n")
     (tmp_path / workdir.SAMPLES).write_text("not there when saved")
-    (tmp_path / "events.out.tfevents.2").write_text("not there when saved")
     (tmp_path / "notes.txt").write_text("of the user's")
     workdir.restore_history(tmp_path, {**sizes, "../notes.txt": 0})
     left = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert left == {
-        workdir.METRICS: "first\n",
-        "events.out.tfevents.1": "events",
-        "notes.txt": "of the user's",
-    }
+    assert left == {workdir.METRICS: "first\n", workdir.SAMPLES: "", "notes.txt": "of the user's"}
     assert capsys.readouterr().err == ""
     (tmp_path / workdir.METRICS).write_text("fir")
     workdir.restore_history(tmp_path, sizes)

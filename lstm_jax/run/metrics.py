@@ -1,17 +1,14 @@
 """Write and read the losses of a run: metrics.jsonl and TensorBoard events."""
 
 import contextlib
-import functools
 import json
-import secrets
 import sys
 import textwrap
 import time
-import zlib
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NotRequired, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -21,11 +18,9 @@ from tqdm import tqdm
 
 from lstm_jax.config import Config, flatten
 from lstm_jax.data import files, sources
-from lstm_jax.errors import name_failure, warn
+from lstm_jax.errors import UserError, name_failure
 
-# Limits in bytes of the part of metrics.jsonl that is read, and of a row: a longer one is damaged.
-_LARGEST, _LONGEST_LINE = 2**26, 2**16
-_warn_once = functools.cache(warn)  # Training reads its metrics after each epoch.
+_LARGEST = 2**26  # Limit in bytes of the part of metrics.jsonl that is read.
 
 
 class Extra(TypedDict, total=False):
@@ -47,10 +42,9 @@ class Row(Extra):
     loss: float
     seconds: float  # Of training so far.
     time: str  # In UTC.
-    crc: NotRequired[str]  # In the file only.
 
 
-# Called with each row, without its checksum and with the sample of a validation.
+# Called with each row, with the sample of a validation.
 Watch = Callable[[Row], object]
 
 
@@ -78,17 +72,16 @@ class MetricsWriter(contextlib.ExitStack[None]):
         self._is_open = True
         self._lines = self.enter_context(files.open_append(self._path))
         # A killed process or a full disk can leave half a line.
-        if half := files.read_tail(self._path, _LONGEST_LINE).rpartition(b"\n")[2]:
+        if half := files.read_tail(self._path, 2**16).rpartition(b"\n")[2]:
             self._lines.truncate(self._path.stat().st_size - len(half))
         # tensorboardX's SummaryWriter has a thread, which loses its queue when the process is
-        # killed and waits forever when the disk is full. The random suffix makes the file
-        # a new one, not a link that somebody put there.
-        suffix = f".{secrets.token_hex(8)}"
+        # killed and waits forever when the disk is full.
+        suffix = f".{time.time_ns()}"  # TensorBoard reads files in the order of their names.
         self._events = EventsWriter(str(self._path.parent / "events"), filename_suffix=suffix)
         self.callback(self._events.close)
-        if self._step:  # TensorBoard then hides later steps of earlier events, of a stopped run.
-            start = SessionLog(status=SessionLog.START)
-            self._add(Event(step=self._step + 1, session_log=start))
+        # TensorBoard then hides later steps of earlier events, like `purge_step` of SummaryWriter.
+        start = SessionLog(status=SessionLog.START)
+        self._add(Event(step=self._step + 1, session_log=start))
         losses = [f"{split}/loss" for split in sources.SPLITS]
         for summary in hparams(list_hyperparameters(self._config), losses)[:2]:
             self._add(Event(summary=summary))
@@ -121,7 +114,7 @@ class MetricsWriter(contextlib.ExitStack[None]):
             "seconds": round(time.monotonic() - self._start, 3),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        line = f"{json.dumps({**row, 'crc': _checksum(row)})}\n"
+        line = f"{json.dumps(row)}\n"
         numbers = {k: v for k, v in row.items() if k not in ("step", "epoch", "split", "time")}
         values = [scalar(f"{split}/{name}", x).value[0] for name, x in numbers.items()]
         self._add(Event(step=step, summary=Summary(value=values)))
@@ -149,41 +142,19 @@ def list_hyperparameters(config: Config) -> dict[str, bool | int | float | str]:
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """Return the rows of a metrics.jsonl without checksums; [] if the file does not exist.
+    """Return the rows of a metrics.jsonl; [] if the file does not exist.
 
-    Damaged lines are left out, with a warning. An incomplete last line, which is still being
-    written, and all but the last 64 MiB of the file are left out silently.
+    An incomplete last line, which is still being written, and all but the last 64 MiB of the file
+    are left out.
 
     Raises:
-      UserError: if the file can't be read.
+      UserError: if the file can't be read, or a line is not JSON.
     """
     with name_failure(f"can't read {path}"):
         content = files.read_tail(path, _LARGEST)
     if len(content) == _LARGEST:  # The first line may be incomplete.
         content = content[content.find(b"\n") + 1 :]
-    rows, damaged = [], 0
-    for line in content.splitlines(keepends=True):
-        if row := _parse(line):
-            rows.append(row)
-        else:
-            damaged += line.endswith(b"\n")
-    if damaged:
-        _warn_once(f"left out {damaged} damaged line{'s' * (damaged > 1)} of {path}")
-    return rows
-
-
-def _parse(line: bytes) -> Row | None:
-    """Return the row in a line, or None if it is damaged."""
-    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
-        row: Row = json.loads(line if len(line) <= _LONGEST_LINE else b"{}")
-        valid = isinstance(row["step"], int) and 0 <= row["step"] < 2**31
-        valid = valid and isinstance(row["loss"], float) and row["split"] in sources.SPLITS
-        valid = valid and isinstance(row["epoch"], float | int)
-        valid = valid and isinstance(row["seconds"], float)
-        if row.pop("crc") == _checksum(row) and valid:
-            return row
-    return None
-
-
-def _checksum(row: Row) -> str:
-    return f"{zlib.crc32(json.dumps(row).encode()):08x}"
+    try:
+        return [json.loads(line) for line in content.split(b"\n")[:-1]]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged, remove the line that is not JSON: {error}") from None

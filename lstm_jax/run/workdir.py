@@ -33,9 +33,9 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.txt"
 CURVES = "curves.png"
 CHANGES = "changes.jsonl"
-# Files that a run appends to, also for TensorBoard. A checkpoint holds their sizes, so that a
-# run that resumes from it first removes what was appended later.
-HISTORY = (METRICS, SAMPLES, "events.out.tfevents.*")
+# Files that a run appends to. A checkpoint holds their sizes, so that a run that resumes from it
+# first removes what was appended later. TensorBoard hides what was.
+HISTORY = (METRICS, SAMPLES)
 # Limits of file sizes in bytes.
 _CONFIG_LIMIT, _VOCABULARY_LIMIT = 2**20, 2**25
 # The folders of trained models in the package.
@@ -192,24 +192,21 @@ def append_sample(workdir: Path, step: int, temperature: float, text: str) -> No
 def measure_history(workdir: Path) -> dict[str, int]:
     """Flush the files that a run appends to, and return their sizes in bytes by name."""
     sizes = {}
-    for path in _list_history(workdir):
-        with files.open_regular(path) as file:
+    for name in HISTORY:
+        with contextlib.suppress(FileNotFoundError), files.open_regular(workdir / name) as file:
             os.fsync(file.fileno())
-            sizes[path.name] = os.fstat(file.fileno()).st_size
+            sizes[name] = os.fstat(file.fileno()).st_size
     return sizes
 
 
 def restore_history(workdir: Path, sizes: Mapping[str, int]) -> None:
     """Remove what was appended since `measure_history` gave `sizes`; warn if content is lost."""
-    for path in _list_history(workdir):
-        size = sizes.get(path.name, 0)
-        if size == 0:
-            path.unlink()
-        elif path.stat().st_size > size:
+    for name in HISTORY:
+        path, size = workdir / name, sizes.get(name, 0)
+        length = path.stat().st_size if path.exists() else 0
+        if length > size:
             os.truncate(path, size)
-    for name, size in sizes.items():
-        path = workdir / Path(name).name
-        if size > (path.stat().st_size if path.exists() else 0):
+        elif length < size:
             warn(f"{path} has lost some of its content")
 
 
@@ -223,7 +220,3 @@ def check_regular_files(workdir: Path) -> None:
             raise UserError(f"{path} is a link: a run needs its own files; copy the target")
         if not path.is_file() and not path.is_dir():
             raise UserError(f"{path} is not a regular file: move it away")
-
-
-def _list_history(workdir: Path) -> list[Path]:
-    return [path for pattern in HISTORY for path in sorted(workdir.glob(pattern))]
