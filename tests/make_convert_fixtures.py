@@ -44,7 +44,6 @@ def main() -> None:
     torch_layers = {
         "torch_lstm.safetensors": torch.nn.LSTM(FEATURES, HIDDEN, num_layers=3, batch_first=True),
         "torch_gru.safetensors": torch.nn.GRU(FEATURES, HIDDEN, num_layers=2, batch_first=True),
-        "torch_rnn.safetensors": torch.nn.RNN(FEATURES, HIDDEN, batch_first=True),
     }
     for name, layers in torch_layers.items():
         torch_model = CharacterModel(layers)
@@ -53,7 +52,8 @@ def main() -> None:
                 parameter.copy_(torch.from_numpy(random.normal(size=tuple(parameter.shape))))
             logits[name] = torch_model(torch.from_numpy(IDS.astype(np.int64))).numpy()
         safetensors.torch.save_file(torch_model.state_dict(), FIXTURES / name)
-    (FIXTURES / "vocabulary.json").write_text(json.dumps(TOKENS) + "\n")
+    fields = {"kind": "characters", "stop": "", "units": TOKENS}
+    (FIXTURES / "vocabulary.json").write_text(json.dumps(fields) + "\n")
     (FIXTURES / "text.txt").write_text(TEXT)
     # Keep every tenth position for a small file. Each depends on all positions before it.
     tenth: dict[str, Any] = {

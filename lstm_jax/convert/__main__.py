@@ -27,10 +27,16 @@ _WORKDIR = flags.DEFINE_string(
 )
 flags.DEFINE_alias("model", "workdir")
 _VOCABULARY = flags.DEFINE_string(
-    "vocabulary", None, "Tokens of --from by id: a vocabulary.json, JSON list or object, or text."
+    "vocabulary", None, "Tokens of --from by id, as in the vocabulary.json of a run."
 )
 _TEXT = flags.DEFINE_string(
     "text", None, "Text that --from was trained on. Its characters are the default vocabulary."
+)
+_MODULES = flags.DEFINE_list(
+    "modules",
+    [],
+    "Names of the Embedding, the LSTM or GRU, and the Linear in --from. "
+    "[default: embedding,lstm,linear or embedding,gru,linear]",
 )
 _DROP_SPECIAL = flags.DEFINE_boolean("drop_special", False, "Omit the rows of '' and '[UNK]'.")
 _DTYPE = flags.DEFINE_enum(
@@ -52,10 +58,13 @@ def main() -> None:
         raise UserError("--dtype is for --to with the name of a folder, without a suffix")
     if _DROP_SPECIAL.value and (_FROM.value or is_folder):
         raise UserError("--drop_special is for --to with the name of a file")
-    if _TO.value and (_VOCABULARY.value or _TEXT.value):
-        raise UserError("--vocabulary and --text are for --from")
+    if _TO.value and (_VOCABULARY.value or _TEXT.value or _MODULES.value):
+        raise UserError("--vocabulary, --text and --modules are for --from")
+    if len(_MODULES.value) not in (0, 3):
+        raise UserError("--modules needs three names, such as encoder,rnn,decoder")
     if _FROM.value is not None:
-        transfer.import_weights(Path(_FROM.value), directory, _VOCABULARY.value, _TEXT.value)
+        text = _VOCABULARY.value, _TEXT.value
+        transfer.import_weights(Path(_FROM.value), directory, *text, _MODULES.value)
     elif is_folder:
         transfer.export_folder(directory, Path(_TO.value), _DTYPE.value or "float32")
     else:

@@ -1,190 +1,221 @@
-"""Read and write PyTorch's weights: the `state_dict` of Embedding, LSTM (GRU, RNN), Linear.
+"""Convert a model from and to a `state_dict` of PyTorch: an Embedding, an LSTM or GRU, a Linear.
 
 PyTorch's kernels are transposed; its gates have the order of `lstm_jax.cells`. Files are
 safetensors.
 """
 
 import importlib
-import re
 import types
-from typing import BinaryIO
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from lstm_jax.convert.weights import GATES, Layer, Weights
-from lstm_jax.errors import UserError, one_line
+from lstm_jax.config import ModelConfig
+from lstm_jax.data import files
+from lstm_jax.errors import UserError, name_failure, one_line
+from lstm_jax.model import LanguageModel, Params
+from lstm_jax.vocabulary import PADDING, UNKNOWN, Vocabulary
 
-_MAX_HEADER_BYTES = 10**8  # The limit of the format itself.
-# lstm.weight_ih_l0, or weight_ih of an LSTMCell.
-_RECURRENT = re.compile(r"(.*?)\.?((?:weight|bias)_[ih]h)(?:_l(\d{1,9}))?(_reverse)?")
+# The number of gates in the kernels of each cell that can be converted.
+_GATES = {"lstm": 4, "gru": 3}
+
+StateDict = dict[str, np.ndarray]
 
 
-def read_state_dict(file: BinaryIO) -> Weights:
-    """Return the weights in a file, or raise `UserError` if they can't be converted.
+class Modules(NamedTuple):
+    """The names of the modules in a `state_dict`."""
 
-    An `nn.RNN` is assumed to have its default activation, tanh.
-    """
+    embedding: str
+    recurrent: str
+    linear: str
+
+
+def read_file(path: Path) -> StateDict:
+    """Return the arrays of a safetensors file in float32; raise `UserError` if it has others."""
     library = _import_safetensors()
-    # The file begins with the size of its header. If that is impossible, don't read the rest.
-    start = file.read(8)
-    if not 1 < int.from_bytes(start, "little") <= _MAX_HEADER_BYTES:
-        raise UserError("it is not a safetensors file")
     try:
-        loaded = library.load(start + file.read())
-    except KeyError as error:  # NumPy has no bfloat16.
-        raise UserError(f"NumPy can't read its arrays ({error}): save them as float32") from None
+        with name_failure(f"can't read {path}"), files.open_regular(path, follow=True):
+            arrays: StateDict = library.load_file(path)
+    except UserError:
+        raise
     except Exception as error:  # It raises many kinds for a damaged file.
         raise UserError(f"it is not a safetensors file ({one_line(error)[:200]})") from None
-    layers: dict[str, dict[str, np.ndarray]] = {}
-    ends: list[tuple[str, np.ndarray]] = []
-    for name, array in loaded.items():
-        if array.dtype.kind != "f":
-            raise UserError(f"{name} contains {array.dtype}, not floating-point numbers")
-        module, _, attribute = name.rpartition(".")
-        if attribute.startswith("weight_hr"):
-            raise UserError(f"{name}: a layer with a projection (proj_size) can't be converted")
-        if match := _RECURRENT.fullmatch(name):
-            module, attribute, layer, reverse = match.groups()
-            if reverse:
-                raise UserError(f"{name}: a bidirectional layer can't predict the next token")
-            arrays = layers.setdefault(f"{module} (layer {layer or 0})", {})
-            arrays[attribute] = array.astype(np.float32)
-        elif array.ndim == 1 and attribute != "bias":  # Such as the scale of a normalization.
-            raise UserError(f"{name} is of a layer that can't be converted")
-        else:
-            ends.append((module, array.astype(np.float32)))
-    made = {name: _make_layer(name, arrays) for name, arrays in layers.items()}
-    return _build_weights(made, ends)
+    made = {name: array.astype(np.float32) for name, array in arrays.items()}
+    for name, array in made.items():
+        if not (jnp.issubdtype(arrays[name].dtype, jnp.floating) and np.isfinite(array).all()):
+            raise UserError(f"{name} contains other numbers than finite floating-point ones")
+    return made
 
 
-def _make_layer(name: str, arrays: Layer) -> tuple[str, Layer]:
-    """Return the cell of a layer, and its arrays as in `Weights`, or raise `UserError`.
-
-    PyTorch adds both biases to the same sum, except in the candidate of a GRU.
-    """
-    if not {"weight_ih", "weight_hh"} <= set(arrays):
-        raise UserError(f"{name} lacks weight_ih or weight_hh")
-    kernel, recurrent_kernel = arrays["weight_ih"].T, arrays["weight_hh"].T
-    shape = recurrent_kernel.shape
-    zeros = np.zeros(shape[-1:], np.float32)
-    bias, recurrent_bias = (arrays.get(key, zeros) for key in ("bias_ih", "bias_hh"))
-    is_matrix = len(shape) == 2 and shape[0] > 0
-    cells = [cell for cell, gates in GATES.items() if is_matrix and shape[1] == gates * shape[0]]
-    if not cells:
-        raise UserError(f"{name} is not an LSTM, GRU or RNN: its recurrent kernel is {list(shape)}")
-    hidden, size = shape
-    if not kernel.shape[1:] == bias.shape == recurrent_bias.shape == (size,):
-        raise UserError(f"the shapes of the kernels and biases of {name} don't match")
-    total = bias + recurrent_bias
-    layer = {"input_kernel": kernel, "recurrent_kernel": recurrent_kernel, "bias": total}
-    if cells == ["gru"]:
-        total[-hidden:] = bias[-hidden:]
-        layer["recurrent_bias"] = recurrent_bias[-hidden:]
-    return cells[0], layer
-
-
-def _build_weights(
-    layers: dict[str, tuple[str, Layer]], ends: list[tuple[str, np.ndarray]]
-) -> Weights:
-    """Build the weights of a model, or raise `UserError` if these layers don't form one.
-
-    The arguments are the recurrent layers by name, in any order, and each array of the other layers
-    with its layer's name. The kernel of the dense layer is [vocabulary, hidden], and may also be
-    the embedding.
-    """
-    if not layers:
-        raise UserError("it has no recurrent layer")
-    cells = {cell for cell, _ in layers.values()}
-    if len(cells) > 1:
-        listed = ", ".join(f"{name}: {cell}" for name, (cell, _) in layers.items())
-        raise UserError(f"its layers are of several kinds ({listed}): all must be of one kind")
-    if len({re.sub(r"_?\d+", "", name) for name in layers}) > 1:
-        raise UserError(
-            f"the names of {', '.join(sorted(layers))} don't determine their order: "
-            "number them, as in lstm1 and lstm2"
-        )
-    ordered = [layers[name][1] for name in sorted(layers, key=_numbers)]
-    hidden = len(ordered[-1]["recurrent_kernel"])
-    embedding, kernel, bias = _match_ends(ends, len(ordered[0]["input_kernel"]), hidden)
-    features = embedding.shape[1]
-    for number, layer in enumerate(ordered, start=1):
-        if (inputs := len(layer["input_kernel"])) != features:
-            raise UserError(f"its recurrent layer {number} takes {inputs} features, not {features}")
-        features = len(layer["recurrent_kernel"])
-    if kernel.shape != (hidden, len(embedding)) or bias.shape != (len(embedding),):
-        raise UserError(
-            f"the kernel of its dense layer is {list(kernel.shape)}, not "
-            f"{[hidden, len(embedding)]}: embedding and logits must have the same vocabulary"
-        )
-    weights = Weights(cells.pop(), embedding, ordered, kernel, bias)
-    if not all(np.isfinite(array).all() for array in jax.tree.leaves(weights[1:])):
-        raise UserError("some of its weights are not finite")
-    return weights
-
-
-def _numbers(name: str) -> list[list[int]]:
-    """Return a key that sorts lstm.0, lstm.1, ..., lstm.10 in this order."""
-    return [[int(n) for n in re.findall(r"\d{1,9}", part)] for part in re.split("[. ]", name)]
-
-
-def _match_ends(
-    ends: list[tuple[str, np.ndarray]], features: int, hidden: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the embedding, and the kernel and bias of the dense layer."""
-    matrices = {name: array for name, array in ends if array.ndim == 2}
-    biases = {name: array for name, array in ends if array.ndim == 1}
-    names = sorted(matrices)
-    known = len(names) + len(biases) == len(ends) and len(biases) <= 1
-    if not known or len(names) not in (1, 2):
-        raise UserError(
-            f"its other layers with weights are {', '.join(sorted(dict(ends))) or 'none'}: "
-            "only one embedding and one dense layer can be converted"
-        )
-
-    def find_evidence(pair: tuple[str, str]) -> tuple[bool, bool, bool]:
-        """Return whether the bias, the sizes and the names support this assignment."""
-        embedding, dense = pair
-        fits = matrices[embedding].shape[1] == features and matrices[dense].shape[1] == hidden
-        named = "emb" in embedding or "encoder" in embedding or "dense" in dense
-        return dense in biases, fits, named
-
-    pairs = (names[0], names[-1]), (names[-1], names[0])
-    embedding, dense = max(pairs, key=find_evidence)
-    if len(names) > 1 and find_evidence(pairs[0]) == find_evidence(pairs[1]):
-        raise UserError(f"it is not clear which of {embedding} and {dense} is the embedding")
-    bias = next(iter(biases.values()), np.zeros(len(matrices[dense]), np.float32))
-    return matrices[embedding], matrices[dense].T, bias
-
-
-def write_state_dict(weights: Weights) -> bytes:
-    """Return the `state_dict` of a module with `embedding`, `lstm` (or `gru`, `rnn`) and `linear`.
-
-    Layers of different sizes become separate modules: `lstm.0`, `lstm.1`, ...
-    """
-    library = _import_safetensors()
-    one_size = len(set(weights.hidden_sizes)) == 1
-    arrays = {"embedding.weight": weights.embedding}
-    for i, layer in enumerate(weights.layers):
-        module, number = (weights.cell, i) if one_size else (f"{weights.cell}.{i}", 0)
-        bias = layer["bias"]
-        recurrent_bias = np.zeros_like(bias)
-        if "recurrent_bias" in layer:  # Of the candidate of a GRU.
-            recurrent_bias[-len(layer["recurrent_bias"]) :] = layer["recurrent_bias"]
-        arrays |= {
-            f"{module}.weight_ih_l{number}": layer["input_kernel"].T,
-            f"{module}.weight_hh_l{number}": layer["recurrent_kernel"].T,
-            f"{module}.bias_ih_l{number}": bias,
-            f"{module}.bias_hh_l{number}": recurrent_bias,
-        }
-    arrays |= {"linear.weight": weights.kernel.T, "linear.bias": weights.bias}
+def to_bytes(arrays: StateDict) -> bytes:
+    """Return the content of a safetensors file with these arrays."""
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    return bytes(library.save(contiguous, {"format": "pt"}))
+    return bytes(_import_safetensors().save(contiguous, {"format": "pt"}))
 
 
 def _import_safetensors() -> types.ModuleType:
-    """Import and return `safetensors.numpy`, or raise `UserError`."""
+    """Return safetensors.numpy; raise `UserError` if the package is missing."""
     try:
         return importlib.import_module("safetensors.numpy")
     except ImportError:
-        raise UserError("this format needs safetensors: pip install 'lstm-jax[convert]'") from None
+        raise UserError(
+            "PyTorch's weights need the package safetensors: pip install 'lstm-jax[convert]'"
+        ) from None
+
+
+def find_modules(arrays: StateDict, names: Sequence[str] = ()) -> Modules:
+    """Return the modules with these names, else `embedding`, `lstm` or `gru`, and `linear`."""
+    cell = "gru" if "gru.weight_hh_l0" in arrays else "lstm"
+    return Modules(*(names or ("embedding", cell, "linear")))
+
+
+def to_model(arrays: StateDict, modules: Modules) -> tuple[dict[str, object], Params]:
+    """Return the `model` fields of a config, and the parameters.
+
+    Biases may be missing. Embeddings are tied if the kernel of the dense layer is the embedding, or
+    if only one of the two is there.
+
+    Raises:
+      UserError: if an array is missing, has another shape, or is of another module.
+    """
+    arrays, (embedding, recurrent, linear) = dict(arrays), modules
+    tables = [f"{embedding}.weight", f"{linear}.weight"]
+    for name, other in (tables, tables[::-1]):
+        if other in arrays:
+            arrays.setdefault(name, arrays[other])
+
+    hint = (
+        "a model is an Embedding, an LSTM or GRU in one direction, and a Linear, whose names are "
+        f"{', '.join(modules)} (--modules)"
+    )
+    for name in (tables[0], f"{recurrent}.weight_hh_l0"):
+        if name not in arrays or arrays[name].ndim != 2:
+            raise UserError(f"it has no matrix {name}: {hint}")
+    vocabulary, features = arrays[tables[0]].shape
+    size, hidden = arrays[f"{recurrent}.weight_hh_l0"].shape
+    cell = "gru" if size == 3 * hidden else "lstm"
+    num_layers = sum(name.startswith(f"{recurrent}.weight_hh_l") for name in arrays)
+    shapes = _list_shapes(modules, cell, vocabulary, features, hidden, num_layers)
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            arrays.setdefault(name, np.zeros(shape, np.float32))
+    for name in sorted(shapes.keys() | arrays.keys()):
+        found = arrays[name].shape if name in arrays else None
+        if found != shapes.get(name):
+            needed = _describe(shapes.get(name))
+            raise UserError(f"{name} is {_describe(found)}, and must be {needed}: {hint}")
+    params: Params = {"embedding": {"embedding": arrays[tables[0]]}}
+    for i in range(num_layers):
+        kernels = [arrays[f"{recurrent}.weight_{kind}_l{i}"].T for kind in ("ih", "hh")]
+        bias, recurrent_bias = (arrays[f"{recurrent}.bias_{kind}_l{i}"] for kind in ("ih", "hh"))
+        # PyTorch adds both to the same sum, except in the candidate of a GRU.
+        total = bias + recurrent_bias
+        layer = dict(zip(("input_kernel", "recurrent_kernel"), kernels, strict=True), bias=total)
+        if cell == "gru":
+            total[-hidden:] = bias[-hidden:]
+            layer["recurrent_bias"] = recurrent_bias[-hidden:]
+        params[f"{cell}_{i}"] = layer
+    params["dense"] = {"bias": arrays[f"{linear}.bias"]}
+    tied = np.array_equal(arrays[tables[0]], arrays[tables[1]])
+    if not tied:
+        params["dense"]["kernel"] = arrays[tables[1]].T
+    fields = {
+        "cell": cell,
+        "embedding_size": features,
+        "hidden_size": hidden,
+        "num_layers": num_layers,
+        "tie_embeddings": tied,
+    }
+    return fields, params
+
+
+def _list_shapes(
+    modules: Modules, cell: str, vocabulary: int, features: int, hidden: int, num_layers: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each array of a `state_dict`, by name."""
+    size = _GATES[cell] * hidden
+    shapes: dict[str, tuple[int, ...]] = {f"{modules.embedding}.weight": (vocabulary, features)}
+    for i in range(num_layers):
+        shapes[f"{modules.recurrent}.weight_ih_l{i}"] = size, hidden if i else features
+        shapes[f"{modules.recurrent}.weight_hh_l{i}"] = size, hidden
+        shapes[f"{modules.recurrent}.bias_ih_l{i}"] = (size,)
+        shapes[f"{modules.recurrent}.bias_hh_l{i}"] = (size,)
+    shapes[f"{modules.linear}.weight"] = vocabulary, hidden
+    shapes[f"{modules.linear}.bias"] = (vocabulary,)
+    return shapes
+
+
+def _describe(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else f"of shape {list(shape)}"
+
+
+def check_model(model: ModelConfig) -> None:
+    """Raise `UserError` if PyTorch has no layers with these `model` fields of a config."""
+    last = model.embedding_size if model.tie_embeddings else model.hidden_size
+    allowed: dict[str, Collection[Any]] = {
+        "cell": _GATES,
+        "layer_norm": [False],
+        "block": ["none"],
+        "skip_connections": [False],
+        "tie_embeddings": [False, last == model.hidden_size or model.num_layers == 1],
+    }
+    for field, values in allowed.items():
+        if (value := getattr(model, field)) not in values:
+            raise UserError(f"PyTorch has no layers with model.{field}={value!r}")
+
+
+def from_model(model: LanguageModel, params: Params, first: int = 0) -> StateDict:
+    """Return the `state_dict` of a model that passes `check_model`, with the tokens from `first`.
+
+    The names of the modules are `embedding`, `lstm` or `gru`, and `linear`.
+    """
+    own: Params = jax.tree.map(lambda array: np.asarray(array, np.float32), params)
+    table = own["embedding"]["embedding"]
+    arrays: StateDict = {"embedding.weight": table[first:]}
+    for i in range(model.num_layers):
+        layer = own[f"{model.cell}_{i}"]
+        recurrent_bias = np.zeros_like(layer["bias"])
+        if "recurrent_bias" in layer:  # Of the candidate of a GRU.
+            recurrent_bias[-len(layer["recurrent_bias"]) :] = layer["recurrent_bias"]
+        arrays[f"{model.cell}.weight_ih_l{i}"] = layer["input_kernel"].T
+        arrays[f"{model.cell}.weight_hh_l{i}"] = layer["recurrent_kernel"].T
+        arrays[f"{model.cell}.bias_ih_l{i}"] = layer["bias"]
+        arrays[f"{model.cell}.bias_hh_l{i}"] = recurrent_bias
+    kernel = table if model.tie_embeddings else own["dense"]["kernel"].T
+    return arrays | {"linear.weight": kernel[first:], "linear.bias": own["dense"]["bias"][first:]}
+
+
+def add_special_rows(
+    params: Params, tokens: Sequence[str], kind: str, stop: str
+) -> tuple[Params, Vocabulary, list[str]]:
+    """Make "" and "[UNK]" rows 0 and 1; return parameters, vocabulary, and the added tokens.
+
+    Rows that the model lacks are added, with logits of -30. `tokens` are those of its rows; they
+    may also include "" and "[UNK]" if the model has neither. Raise `UserError` if the number of
+    tokens does not fit the model.
+    """
+    table, dense = params["embedding"]["embedding"], params["dense"]
+    proper = [token for token in tokens if token not in (PADDING, UNKNOWN)]
+    rows = list(tokens) if len(tokens) == len(table) else proper
+    if len(rows) != len(table):
+        raise UserError(
+            f"the model has {len(table)} tokens, but the vocabulary has {len(proper)} apart from "
+            f"'' and {UNKNOWN!r}: name the vocabulary that it was trained with"
+        )
+    try:
+        vocabulary = Vocabulary([PADDING, UNKNOWN, *proper], kind, stop)
+    except ValueError as error:
+        raise UserError(f"the vocabulary can't be used: {error}") from None
+    row_of = {token: row for row, token in enumerate(rows)}
+    added = [token for token in vocabulary.tokens if token not in row_of]
+    # The row after the last is the new one.
+    picked = [row_of.get(token, len(rows)) for token in vocabulary.tokens]
+    made = {"bias": np.append(dense["bias"], np.float32(-30))[picked]}  # In effect, never drawn.
+    if "kernel" in dense:
+        made["kernel"] = np.pad(dense["kernel"], ((0, 0), (0, 1)))[:, picked]
+    embedding = np.pad(table, ((0, 1), (0, 0)))[picked]
+    return {**params, "embedding": {"embedding": embedding}, "dense": made}, vocabulary, added

@@ -9,23 +9,27 @@ from pathlib import Path
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import vocabulary as vocabulary_lib
-from lstm_jax.convert import card, torch_weights, weights
+from lstm_jax.convert import card, torch_weights
 from lstm_jax.data import encoding, files, sources, texts
 from lstm_jax.errors import UserError, name_failure, print_line
 from lstm_jax.run import messages, metrics, model_file, workdir
 
 _SUFFIX = ".safetensors"
 _CARD = "README.md"
-_ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}  # Of a text, one token a line.
 
 
 def import_weights(
-    source: Path, directory: Path, vocabulary_file: str | None, text_file: str | None
+    source: Path,
+    directory: Path,
+    vocabulary_file: str | None,
+    text_file: str | None,
+    modules: Sequence[str] = (),
 ) -> None:
     """Make the folder of a model from a file of weights, or raise `UserError`.
 
-    `text_file` is the text that the model was trained on, for `evaluate`. The tokens are those that
-    `read_vocabulary` finds in `vocabulary_file`, or else the characters of this text.
+    `text_file` is the text that the model was trained on, for `evaluate`. The tokens are those of
+    the vocabulary.json `vocabulary_file`, or else the characters of this text. For `modules`, see
+    `torch_weights.find_modules`.
     """
     if source.suffix != _SUFFIX:
         raise UserError(
@@ -44,7 +48,7 @@ def import_weights(
     tokens: Sequence[str] = ()
     kind, stop = "characters", ""
     if vocabulary_file:
-        tokens, kind, stop = read_vocabulary(Path(vocabulary_file))
+        tokens, kind, stop = read_vocabulary(vocabulary_file)
     names = {
         encoding.find_stop_text(name, stop.__contains__): name for name in vocabulary_lib.SEPARATORS
     }
@@ -57,13 +61,13 @@ def import_weights(
         config.data.sha256 = texts.compute_checksum(splits)
     if not vocabulary_file:
         tokens = vocabulary_lib.Vocabulary.from_text("".join(splits.values())).tokens
-    with name_failure(f"can't read {source}"), files.open_regular(source, follow=True) as file:
-        try:
-            loaded = torch_weights.read_state_dict(file)
-            whole, vocabulary, added = weights.add_special_rows(loaded, tokens, kind, stop)
-            fields, params = weights.to_model(whole)
-        except UserError as error:
-            raise UserError(f"{source} can't be converted: {error}") from None
+    try:
+        arrays = torch_weights.read_file(source)
+        found = torch_weights.find_modules(arrays, modules)
+        fields, params = torch_weights.to_model(arrays, found)
+        params, vocabulary, added = torch_weights.add_special_rows(params, tokens, kind, stop)
+    except UserError as error:
+        raise UserError(f"{source} can't be converted: {error}") from None
     config.model.update(fields)
     make_folder(directory, config_lib.complete_config(config), vocabulary, params)
     print(f"{messages.format_parameters(params)}\n")
@@ -91,19 +95,15 @@ def export_weights(directory: Path, target: Path, drop_special: bool = False) ->
             raise UserError(f"{path} exists: remove it, or use another --to")
     config = workdir.load_config(workdir.find_model(directory))
     try:
-        weights.check_model(config.model)
+        torch_weights.check_model(config.model)
     except UserError as error:
         raise UserError(f"{directory} can't be converted: {error}") from None
     trained = workdir.load_trained(directory)
-    whole = weights.from_model(trained.model, trained.params)
-    rows = slice(len(vocabulary_lib.SPECIAL_IDS) if drop_special else 0, None)
-    content = torch_weights.write_state_dict(
-        whole._replace(
-            embedding=whole.embedding[rows], kernel=whole.kernel[:, rows], bias=whole.bias[rows]
-        )
-    )
+    first = len(vocabulary_lib.SPECIAL_IDS) if drop_special else 0
+    arrays = torch_weights.from_model(trained.model, trained.params, first)
+    content = torch_weights.to_bytes(arrays)
     fields = trained.vocabulary.to_fields()
-    fields["units"] = fields["units"][rows]
+    fields["units"] = fields["units"][first:]
     try:
         files.write_file(beside, (json.dumps(fields, indent=0) + "\n").encode())
         files.write_file(target, content)
@@ -144,29 +144,20 @@ def export_folder(directory: Path, target: Path, dtype: str) -> None:
     print_line(f"Its card, {target / _CARD}, names the text and the losses: complete it by hand")
 
 
-def read_vocabulary(path: Path) -> tuple[Sequence[str], str, str]:
-    r"""Return the tokens of a vocabulary by id, their kind, and the stop token.
-
-    The file is the vocabulary.json of a working directory or of `export_weights`; a JSON list of
-    characters, or object from characters to ids; or a text with one character a line, with the
-    escapes \n, \r, \t and \\. For others, raise `UserError`.
-    """
-    text = sources.read_argument(str(path), "--vocabulary", any_bytes=False)
-    kind, stop = "characters", ""
+def read_vocabulary(path: str) -> tuple[list[str], str, str]:
+    """Return the tokens of a vocabulary.json by id, their kind, and the stop token."""
     try:
-        tokens: object = json.loads(text)
-    except (ValueError, RecursionError):
-        if path.suffix == ".json":
-            raise UserError(f"{path} (--vocabulary) is not JSON") from None
-        tokens = [_ESCAPES.get(line, line) for line in text.removesuffix("\n").split("\n")]
-    if isinstance(tokens, dict) and {"kind", "stop", "units"} <= set(tokens):
-        kind, stop, tokens = tokens["kind"], tokens["stop"], tokens["units"]
-    elif isinstance(tokens, dict):
-        if sorted(tokens.values(), key=repr) != sorted(range(len(tokens)), key=repr):
-            raise UserError(f"{path} (--vocabulary): its ids are not 0 to {len(tokens) - 1}")
-        tokens = sorted(tokens, key=tokens.__getitem__)
-    if not isinstance(tokens, list) or not all(isinstance(x, str) for x in [kind, stop, *tokens]):
-        raise UserError(f"{path} (--vocabulary) is neither a list of tokens nor a vocabulary.json")
+        fields = json.loads(sources.read_argument(path, "--vocabulary", any_bytes=False))
+        tokens, kind, stop = fields["units"], fields["kind"], fields["stop"]
+        if not isinstance(tokens, list) or not all(
+            isinstance(x, str) for x in [kind, stop, *tokens]
+        ):
+            raise ValueError
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise UserError(
+            f"{path} (--vocabulary) is not a vocabulary.json, such as "
+            '{"kind": "characters", "stop": "", "units": ["a", "b"]}'
+        ) from None
     return tokens, kind, stop
 
 
