@@ -38,11 +38,20 @@ CHOICES = {  # With AVX-512 BF16 on AMD, on Intel, and with AMX.
     ("steps", "int8", 4096): (True, True, True),
     ("losses", "bfloat16", 0): (True, False, True),
     ("losses", "float32", 0): (False, False, False),
+    ("windows", "bfloat16", 512, None, "peephole_lstm"): (True, False, False),
+    ("windows", "bfloat16", 512, None, "gru"): (True, False, False),
+    ("windows", "bfloat16", 512, None, "rnn"): (True, False, False),
+    ("windows", "float32", 512, None, "rnn"): (True, False, False),
+    ("windows", "float32", 512, None, "gru"): (False, False, False),
+    ("steps", "bfloat16", 512, None, "gru"): (True, False, False),
+    ("steps", "float32", 512, None, "peephole_lstm"): (True, False, False),
+    ("steps", "float32", 512, None, "gru"): (False, False, False),
 }
 
 
 def test_each_row_of_the_table_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     used = set()
+    case: Any
     for case, (on_amd, on_intel, with_amx) in CHOICES.items():
         for features, permitted, expected in (
             (("avx2",), True, False),
@@ -56,7 +65,7 @@ def test_each_row_of_the_table_is_chosen(monkeypatch: pytest.MonkeyPatch) -> Non
         ):
             simulate(monkeypatch, *features, permitted=permitted)
             assert choice.runs_in_c(*case) == expected, (case, features)
-            used.add(choice.find_row(*case))
+            used.add(choice.find_row(*case[:3], *case[4:]))
     assert used == {*choice.TABLE, None}
     assert all(row.measured for row in choice.TABLE)
 

@@ -1,4 +1,4 @@
-"""Print what runs LSTM layers on this machine, and why: `python -m lstm_jax.ops`."""
+"""Print what runs gated layers on this machine, and why: `python -m lstm_jax.ops`."""
 
 import platform
 
@@ -25,7 +25,8 @@ def main() -> None:
     )
     for row in choice.list_rows():
         sizes = "" if row.largest == float("inf") else f", up to {row.largest:,} hidden units"
-        print(f"{row.work} in {row.dtype}{sizes}: the library ({row.measured})")
+        gatings = "" if row.gatings == "lstm" else f"{row.gatings}: "
+        print(f"{gatings}{row.work} in {row.dtype}{sizes}: the library ({row.measured})")
     print("everything else: XLA")
 
 

@@ -13,7 +13,7 @@ from lstm_jax.ops.in_c import LANES
 
 
 class Row(NamedTuple):
-    """LSTM layers that the library in C runs on a kind of CPU, and the measurement behind it."""
+    """Layers that the library in C runs on a kind of CPU, and the measurement behind it."""
 
     processors: str  # Of "AMD" (any but Intel's), "Intel" without AMX, and "AMX".
     # "windows" of training and evaluation, "steps" of generation, or "losses" of large
@@ -22,19 +22,33 @@ class Row(NamedTuple):
     dtype: str  # Of matmuls.
     measured: str
     largest: float = float("inf")  # Number of hidden units for which it is used.
+    gatings: str = "lstm"  # Names of gated recurrences.
 
 
 # XLA runs all other layers, and those whose hidden size is not a multiple of 16. Measured on two
 # cores, of Zen 4 or of Emerald Rapids without AMX, at 1 x 1,024, 2 x 512 and 2 x 256 or as stated
 # (docs/speed.md); with AMX, which float32 does not use, of Sapphire Rapids. Rows in float32 and
 # int8 hold for older processors of Intel, too, of which none was measured. With 24 texts or more,
-# XLA is faster than Intel's steps in bfloat16, but kernels are packed before that is known.
+# XLA is faster than Intel's steps in bfloat16, but kernels are packed before that is known. In
+# float32 a GRU takes 1.06 and 1.14 of XLA's time at 256 and 512: the library multiplies zeros.
 TABLE = (
     Row("AMD", "windows", "bfloat16", "0.77, 0.57, 0.84 of XLA's time at three sizes"),
     Row("AMD", "windows", "float32", "0.91, 0.82, 0.79 of XLA's time", largest=1024),
     Row("AMD", "steps", "bfloat16", "0.37 of XLA's time for a text, 0.50 for 64"),
     Row("AMD", "steps", "float32", "0.89 of XLA's time for a text, 0.86 for 64", 1024),
     Row("AMD", "steps", "int8", "0.64 of the time in bfloat16 for a text, 0.57 for 64"),
+    Row(
+        "AMD",
+        "windows",
+        "bfloat16",
+        "0.79, 0.79 of XLA's time at 256, 512",
+        gatings="peephole_lstm",
+    ),
+    Row("AMD", "windows", "bfloat16", "0.98, 0.95 of XLA's time at 256, 512", gatings="gru"),
+    Row("AMD", "windows", "bfloat16", "0.61, 0.65 of XLA's time at 256, 512", gatings="rnn"),
+    Row("AMD", "windows", "float32", "0.91 to 0.93 of XLA's time", 512, "peephole_lstm rnn"),
+    Row("AMD", "steps", "bfloat16", "0.4 to 0.7 of XLA's time", gatings="peephole_lstm gru rnn"),
+    Row("AMD", "steps", "float32", "0.75 to 0.93 of XLA's time", 512, "peephole_lstm rnn"),
     Row("Intel", "windows", "bfloat16", "0.89 of XLA's time at 256, 1.01 at 512", largest=256),
     Row("AMX", "windows", "bfloat16", "a sketch: 0.84, 0.52, 0.48 of XLA's time"),
     Row("Intel AMX", "windows", "float32", "0.94, 0.80, 0.76 of XLA's time; 0.92 at 1,536", 1536),
@@ -57,24 +71,27 @@ def list_rows() -> list[Row]:
     return [row for row in rows if _INSTRUCTIONS[row.dtype] in processor.read_cpu_features()]
 
 
-def find_row(work: str, dtype: str, hidden_size: int) -> Row | None:
+def find_row(work: str, dtype: str, hidden_size: int, gating: str = "lstm") -> Row | None:
     """Return the row of `TABLE` for such layers here; without one, XLA runs them."""
     has_instructions = _INSTRUCTIONS[dtype] in processor.read_cpu_features()
     for row in TABLE if hidden_size % LANES == 0 and has_instructions else ():
         is_of_size = (row.work, row.dtype) == (work, dtype) and hidden_size <= row.largest
-        if is_of_size and row in list_rows():  # Last, because it may compile the library.
+        is_alike = is_of_size and gating in row.gatings.split()
+        if is_alike and row in list_rows():  # Last, because it may compile the library.
             return row
     return None
 
 
-def runs_in_c(work: str, dtype: str, hidden_size: int = 0, batch_size: int | None = None) -> bool:
+def runs_in_c(
+    work: str, dtype: str, hidden_size: int = 0, batch_size: int | None = None, gating: str = "lstm"
+) -> bool:
     """Return whether the library runs such layers here.
 
     In windows, it divides texts between threads: in float32, XLA is faster for fewer texts than
     threads.
     """
     is_shared = batch_size is None or dtype != "float32" or batch_size >= native.count_threads()
-    return is_shared and find_row(work, dtype, hidden_size) is not None
+    return is_shared and find_row(work, dtype, hidden_size, gating) is not None
 
 
 def choose_recurrence(model: Any) -> str:
