@@ -213,7 +213,7 @@ def test_the_page_of_a_model_that_runs_in_it(browser: Any, trained: Path, tmp_pa
     find("#unit").send_keys("11")
     shown.check_alphas(abs(reading.activations[11] / 127))
     shown.wait()
-    assert "Hidden unit 11 of layer 1" in find("#state").get_attribute("aria-label")
+    assert "Hidden unit 11: " in find("#state").get_attribute("aria-label")
     button = find("#followers button:nth-child(2)")
     button.send_keys(Keys.ENTER)
     assert button.get_attribute("aria-pressed") == "true"
