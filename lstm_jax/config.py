@@ -140,10 +140,10 @@ class DataConfig:
         "test, in this order, in a text without splits.", _FRACTIONS,
         relevant_if=Rule("a text without splits", lambda c: ";" not in c.data.path
             if c.data.path else c.data.dataset not in STANDARD_TEXTS))
-    units: str = field("characters", "Kind of tokens: characters (Unicode code points), graphemes "
-        "(letters with their accents, whole emoji), words (with the space before each), tokens "
-        "(what is between white space, and the end of each line), bytes (of any file) or bpe "
-        "(parts of words, by byte-pair encoding).", one_of(*vocabulary.KINDS))
+    units: str = field("characters", "Kind of tokens: characters (Unicode code points), words "
+        "(with the space before each), tokens (what is between white space, and the end of each "
+        "line), bytes (of any file) or bpe (parts of words, by byte-pair encoding).",
+        one_of(*vocabulary.KINDS))
     vocabulary_size: int = field(vocabulary.DEFAULT_SIZE, "Maximum number of tokens: two special "
         "ones, the 256 bytes, a stop token, and those that byte-pair encoding learns from the "
         "training text.", between(259, 2**20),

@@ -1,4 +1,4 @@
-"""Convert text to token ids and back, for characters, graphemes, words, bytes or subwords."""
+"""Convert text to token ids and back, for characters, words, bytes or parts of words."""
 
 import codecs
 import functools
@@ -18,21 +18,16 @@ PADDING_ID, UNKNOWN_ID = 0, 1
 # Ids without a text, which are never sampled.
 SPECIAL_IDS = (PADDING_ID, UNKNOWN_ID)
 
-KINDS = ("characters", "graphemes", "words", "tokens", "bytes", "bpe")
+KINDS = ("characters", "words", "tokens", "bytes", "bpe")
 # The default maximum size of a vocabulary of kind "bpe".
 DEFAULT_SIZE = 1024
 # The maximum length of a token in characters. It bounds the text that a few tokens generate.
 MAX_TOKEN_LENGTH = 1024
-# A grapheme, as `\X`. That alone takes quadratic time on flags: before each, it counts the regional
-# indicators from the start of the run. Here no flag but the last of a run is left to it.
-_GRAPHEME = r"\p{GCB=Regional_Indicator}{2}(?=\p{GCB=Regional_Indicator})|\X"
 _PATTERNS = {
-    # Characters as a reader sees them (Unicode Standard Annex 29): accents stay with their letters,
-    # and emoji stay whole.
-    "graphemes": regex.compile(_GRAPHEME),
-    # Words by the same annex, each with the space before it, and graphemes between words. The first
-    # `\w` also keeps `\b` from counting regional indicators.
-    "words": regex.compile(rf"(?ws) ?(?=\w)\b.+?\b|{_GRAPHEME}"),
+    # Words by Unicode Standard Annex 29, each with the space before it; between words, characters
+    # and line breaks. The first `\w` also keeps `\b` from counting regional indicators, in
+    # quadratic time.
+    "words": regex.compile(r"(?ws) ?(?=\w)\b.+?\b|\r\n|."),
     # What is between white space, in a text that is divided into tokens already, and line breaks.
     "tokens": regex.compile(r"[^ \t-\r]+|\n"),
     "bpe": bpe.WORDS,
@@ -198,9 +193,10 @@ class Vocabulary:
 
     @functools.cached_property
     def _cached_split(self) -> Callable[[str], tuple[str, ...]]:
-        """Return `bpe.split_word` with these tokens; it is cached, since words repeat."""
-        ids = {token.encode("utf-8", "surrogateescape"): i for token, i in self._ids.items()}
-        return functools.lru_cache(maxsize=2**20)(functools.partial(bpe.split_word, ids=ids))
+        """Return `bpe.make_splitter` of these tokens; it is cached, since words repeat."""
+        others = {*self.tokens[: len(SPECIAL_IDS)], *BYTES, self.stop}
+        learned = [token for token in self.tokens if token not in others]
+        return functools.lru_cache(maxsize=2**20)(bpe.make_splitter(learned))
 
     def split(self, text: str) -> list[str]:
         """Return the tokens of `text`, whether or not they are in the vocabulary."""

@@ -149,6 +149,6 @@ def test_members_need_one_text_and_vocabulary(trained: Path, tmp_path: Path) -> 
         run = make_run(trained, tmp_path / message, changes)
         if not changes:
             *tokens, last = workdir.load_vocabulary(run).tokens
-            workdir.save_vocabulary(run, Vocabulary([*tokens, last + "\u0301"], "graphemes"))
+            workdir.save_vocabulary(run, Vocabulary([*tokens, last + "\u0301"], "words"))
         with pytest.raises(UserError, match=f"{trained} and {run} have different {message}"):
             ensemble.load_ensemble([trained, run])

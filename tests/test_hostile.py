@@ -25,7 +25,7 @@ import runs
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.convert import transfer
-from lstm_jax.data import files, texts
+from lstm_jax.data import files
 from lstm_jax.run import model_file, seal, workdir
 
 pytestmark = pytest.mark.process
@@ -423,21 +423,6 @@ CASES: dict[str, tuple[Change, str]] = {
 }  # fmt: skip
 
 
-def replace_text(text: str) -> Change:
-    """Replace the text of the run by one of graphemes, most of which is the test split."""
-
-    def change(place: Place) -> None:
-        (place.run / "text.txt").write_text(text)
-        path, fractions = str(place.run / "text.txt"), (0.01, 0.01, 0.98)
-        splits = texts.read_splits(config_lib.DataConfig(path=path, fractions=fractions))
-        sha256 = texts.compute_checksum(splits)
-        data = {"units": "graphemes", "fractions": [*fractions], "sha256": sha256}
-        change_fields({f"data.{name}": value for name, value in data.items()})(place)
-        change_vocabulary(lambda v: v.update(kind="graphemes"))(place)
-
-    return change
-
-
 def add_rounds(rounds: int, layers: int) -> Change:
     fields = {"cell": "mogrifier", "options": {"rounds": rounds}, "num_layers": layers}
     return change_fields({f"model.{name}": value for name, value in fields.items()})
@@ -454,7 +439,6 @@ CASES |= {
         ),
         "sample 500",
     ),
-    "flags": (replace_text("🇦" * 250_000), "evaluate"),
     "endless rounds": (add_rounds(10**5, 1), "sample"),
     "rounds and layers": (add_rounds(100, 100), "sample"),
 }

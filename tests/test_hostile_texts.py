@@ -290,7 +290,6 @@ def test_a_damaged_dataset_is_read_or_gives_a_one_line_error(
         ("bytes", ["\ud800", "é", "ab", "\udc79"]),
         ("characters", ["\ud800", "\udc80"]),
         ("words", ["a\ud800"]),
-        ("graphemes", ["\udfff"]),
     ],
 )
 def test_tokens_of_another_kind_raise_an_error(kind: str, tokens: list[str]) -> None:

@@ -105,7 +105,7 @@ def assert_same(data: ConfigDict) -> None:
     ("units", "min_count", "separator"),
     [
         ("characters", 3, "blank_line"),
-        ("graphemes", 1, "line"),
+        ("words", 1, "line"),
         ("words", 2, "blank_line"),
         ("words", 1, "file"),
         ("bytes", 1, "file"),
@@ -442,7 +442,7 @@ def test_chunks_of_any_size_have_the_ids_of_the_text(
     assert tokens == list(split_text(text, kind, stop))
 
 
-@pytest.mark.parametrize("kind", ["words", "graphemes", "bpe"])
+@pytest.mark.parametrize("kind", ["words", "bpe"])
 def test_a_cut_at_the_end_of_a_chunk(kind: str, tmp_path: Path) -> None:
     # The letter after the space is in the next 20 bytes. The rest after the cut is then longer than
     # a chunk.

@@ -82,7 +82,6 @@ def test_tiny_shakespeare_has_67_tokens_in_order(shakespeare: dict[str, str]) ->
     ("kind", "tokens"),
     [
         ("characters", ["e", "\u0301", " ", "o", "'", "e", "r", ",", "\r", "\n"]),
-        ("graphemes", ["e\u0301", " ", "o", "'", "e", "r", ",", "\r\n"]),
         ("words", ["e\u0301", " o'er", ",", "\r\n"]),
         ("tokens", [" e\u0301", " o'er,", "\n"]),
         ("bytes", ["e", "\udccc", "\udc81", " ", "o", "'", "e", "r", ",", "\r", "\n"]),
@@ -116,12 +115,11 @@ BREAKS = [
 
 @settings(max_examples=200 * draws.TIMES)
 @given(text=st.lists(st.sampled_from([*"🇦🇧🇨🇩🇪", *BREAKS]), max_size=30).map("".join))
-def test_words_and_graphemes_are_those_of_unicode(text: str) -> None:
-    assert list(split_text(text, "graphemes", "")) == regex.findall(r"\X", text)
-    assert list(split_text(text, "words", "")) == regex.findall(r"(?ws) ?\b\w.*?\b|\X", text)
+def test_words_are_those_of_unicode(text: str) -> None:
+    assert list(split_text(text, "words", "")) == regex.findall(r"(?ws) ?\b\w.*?\b|\r\n|.", text)
 
 
-@pytest.mark.parametrize("kind", ["graphemes", "words", "bpe"])
+@pytest.mark.parametrize("kind", ["words", "bpe"])
 @pytest.mark.parametrize("repeated", ["🇦", "🇦\u0301", "🇦\xad", "a\u0301", "😀\u200d", "a'"])
 def test_the_time_to_split_a_text_is_linear(kind: str, repeated: str) -> None:
     # In quadratic time, 40,000 flags take 5 s, and 80,000 take 20; in linear time, 10 ms.
@@ -190,17 +188,16 @@ def test_rare_tokens_become_unk() -> None:
     assert len(Vocabulary.from_text(text, "bytes", min_count=3)) == 258
 
 
-@pytest.mark.parametrize("kind", ["graphemes", "words"])
-def test_tokens_have_a_maximum_length(kind: str) -> None:
+def test_tokens_have_a_maximum_length() -> None:
     longest = "a" + "\u0301" * (MAX_TOKEN_LENGTH - 1)
     text = f"{longest},{longest}\u0301"
-    vocabulary = Vocabulary.from_text(text, kind)
+    vocabulary = Vocabulary.from_text(text, "words")
     assert vocabulary.tokens == ("", "[UNK]", ",", longest)
     assert vocabulary.decode(vocabulary.encode(text)) == f"{longest},[UNK]"
     with pytest.raises(ValueError, match="a token has 1,025 characters: 1,024 are the maximum"):
-        Vocabulary(["", "[UNK]", longest + "\u0301"], kind)
-    with pytest.raises(UserError, match=f"none of the {kind} .* up to 1,024 characters long"):
-        Vocabulary.from_text(longest + "\u0301", kind)
+        Vocabulary(["", "[UNK]", longest + "\u0301"], "words")
+    with pytest.raises(UserError, match="none of the words .* up to 1,024 characters long"):
+        Vocabulary.from_text(longest + "\u0301", "words")
 
 
 def test_another_vocabulary_is_appended() -> None:
