@@ -468,15 +468,6 @@ def test_diverged_trials_are_pruned_with_their_reason(
     assert row["state"] == "diverged" and "is not finite" in row["reason"]
 
 
-@pytest.mark.slow
-def test_a_trial_reports_validations_after_epochs(tiny_config: ConfigDict, tmp_path: Path) -> None:
-    tiny_config.validate_every_steps = 50
-    search.run_worker(sweep := make_sweep(tmp_path, tiny_config, 1))
-    assert list(sweep.study.trials[0].intermediate_values) == [1, 2]
-    measured = runs.read_losses(tmp_path / "trials" / "0000")
-    assert [step for step, name, _ in measured if name == "validation"] == [0, 50, 70, 100, 140]
-
-
 def test_failed_trials_in_a_row_stop_the_sweep(
     tiny_config: ConfigDict,
     tmp_path: Path,

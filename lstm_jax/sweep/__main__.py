@@ -20,39 +20,26 @@ from lstm_jax.run import command
 
 command.define_config_flag("Experiment to start from: a Python file with get_config().")
 _SPACE = flags.DEFINE_string(
-    "space",
-    None,
-    "Search space: a Python file with get_overrides(trial), which returns config fields.",
+    "space", None, "Python file with get_overrides(trial), which returns config fields."
 )
 _SEEDS = flags.DEFINE_integer(
-    "seeds",
-    None,
-    "Instead of --space: the number of seeds to train the experiment with.",
-    lower_bound=1,
+    "seeds", None, "Instead of --space: number of seeds to train with.", lower_bound=1
 )
 _TRIALS = flags.DEFINE_integer(
-    "trials",
-    None,
-    "Total number of trials, over all workers. [default: 40, or the whole grid]",
-    lower_bound=1,
+    "trials", None, "Number of trials of all workers. [default: 40, or the grid]", lower_bound=1
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory for the study, trials and results. [default: runs/sweeps/<name>]"
 )
 _STUDY = flags.DEFINE_string(
-    "study",
-    None,
-    "Storage that the workers share: postgresql://..., mysql://... or the file of a journal. "
-    "[default: study.db in the working directory]",
+    "study", None, "Storage that workers share: postgresql://..., mysql://... or a journal file."
 )
 _NAME = flags.DEFINE_string("name", None, "Name of the study. [default: <config>_<space>]")
 _SAMPLER = flags.DEFINE_enum(
     "sampler", None, ["tpe", "random", "grid"], "Algorithm that samples settings. [default: tpe]"
 )
 _PRUNER = flags.DEFINE_enum(
-    "pruner",
-    None,
-    ["hyperband", "none"],
+    *("pruner", None, ["hyperband", "none"]),
     "Algorithm that stops trials early. [default: hyperband; none for seeds]",
 )
 _SEED = flags.DEFINE_integer("seed", None, "Seed of the sampler. [default: 0]")
