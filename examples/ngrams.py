@@ -1,8 +1,6 @@
 """Mix the probabilities of a model with those of n-grams, and measure the mixture.
 
-    python -m lstm_jax.evaluate --workdir DIR --split validation --json_lines > validation.jsonl
-    python -m lstm_jax.evaluate --workdir DIR --split test --json_lines > test.jsonl
-    python examples/ngrams.py train.txt validation.jsonl test.jsonl
+    python examples/ngrams.py runs/quick train.txt validation.txt test.txt
 
 The n-grams are characters of the training text, and so must the tokens of the model be. Their
 counts are interpolated as in method C of Witten and Bell (1991): c(abc) is the number of times that
@@ -10,15 +8,16 @@ abc occurs, t(ab) the number of different characters that follow ab, and
 
     p(c | ab) = (c(abc) + t(ab) p(c | b)) / (c(ab) + t(ab)).
 
-The first file of losses chooses n and the weight of the n-grams, and all files are measured.
+The first text after it chooses n and the weight of the n-grams, and all are measured.
 """
 
 import argparse
 import itertools
-import json
 from pathlib import Path
 
 import numpy as np
+
+import lstm_jax
 
 
 class NGrams:
@@ -65,13 +64,9 @@ def _look_up(known: np.ndarray, values: np.ndarray, keys: np.ndarray) -> np.ndar
     return np.where(known[places] == keys, values[places], 0)
 
 
-def read_losses(path: Path) -> tuple[str, np.ndarray]:
-    """Return a text that `evaluate --json_lines` measured, and the losses after its first token."""
-    *rows, _ = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    losses = [-row["log_probability"] for row in rows[1:]]
-    tokens = [row["token"] for row in rows]
-    # [UNK] is a character that n-grams don't know, either.
-    return "".join(t if len(t) == 1 else "\ufffd" for t in tokens), np.array(losses)
+def read_text(path: Path) -> str:
+    """Return a text with its line breaks as they are."""
+    return path.read_bytes().decode("utf-8-sig")
 
 
 def mix(losses: np.ndarray, predicted: np.ndarray, weight: float) -> float:
@@ -81,14 +76,16 @@ def mix(losses: np.ndarray, predicted: np.ndarray, weight: float) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("text", type=Path, help="the training text")
-    parser.add_argument("losses", type=Path, nargs="+", help="files of evaluate --json_lines")
+    parser.add_argument("model", help="a model that lstm_jax.load reads")
+    parser.add_argument("train", type=Path, help="the training text")
+    parser.add_argument("texts", type=Path, nargs="+", help="the texts to measure")
     parser.add_argument("--longest", type=int, default=6, help="the largest n")
     options = parser.parse_args()
-    ngrams, chosen = NGrams(options.text.read_bytes().decode("utf-8-sig")), None
-    for path in options.losses:
-        characters, losses = read_losses(path)
-        predicted = ngrams.predict(characters, options.longest)[:, 1:]
+    run, ngrams, chosen = lstm_jax.load(options.model), NGrams(read_text(options.train)), None
+    for path in options.texts:
+        text = read_text(path)
+        losses = -run.score(text).log_probs  # Of all characters but the first.
+        predicted = ngrams.predict(text, options.longest)[:, 1:]
         if not chosen:
             grid = itertools.product(np.linspace(0, 1, 101), range(options.longest))
             chosen = min(grid, key=lambda x: mix(losses, predicted[x[1]], x[0]))

@@ -84,15 +84,6 @@ def _iterate_windows(ids: Ids, context: int) -> Iterator[Iterator[Chunk]]:
         yield _cut_chunks(ids, bounds[:-1], bounds, length)
 
 
-def average_by_position(losses: np.ndarray, context: int) -> np.ndarray:
-    """Average the losses of `compute_token_losses` by position in the window.
-
-    Return float64 [context], or less for a text that is shorter.
-    """
-    positions = np.arange(len(losses)) % context
-    return np.bincount(positions, losses) / np.bincount(positions)
-
-
 def count_streams(ids: Ids) -> int:
     """Return the number of streams that a text is read as."""
     return 1 if len(ids) <= LONGEST_IN_ONE else _STREAMS

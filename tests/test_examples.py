@@ -3,7 +3,6 @@
 import ast
 import http.client
 import io
-import json
 import os
 import random
 import re
@@ -11,6 +10,7 @@ import runpy
 import subprocess
 import sys
 import threading
+import types
 import urllib.parse
 from pathlib import Path
 
@@ -228,18 +228,20 @@ def test_the_probabilities_of_n_grams_sum_to_one_and_are_mixed(
     ends = [ngrams.predict(f"abba{end}", 4)[:, -1] for end in [*ngrams.alphabet, "?"]]
     np.testing.assert_allclose(np.sum(ends, axis=0), 1, rtol=1e-12)
 
-    lines = [{"token": c, "log_probability": None if i == 0 else -1.5} for i, c in enumerate(read)]
-    (tmp_path / "text").write_text(text)
-    (tmp_path / "losses").write_text("\n".join(map(json.dumps, [*lines, {"loss": 1.5}])))
-    files = tmp_path / "text", tmp_path / "losses"
-    run_example(monkeypatch, "ngrams.py", *files, "--longest", 4)
+    scores = types.SimpleNamespace(log_probs=np.full(len(read) - 1, -1.5))
+    model = types.SimpleNamespace(score={read: scores}.__getitem__)
+    monkeypatch.setattr(lstm_jax, "load", lambda name: model)
+    (tmp_path / "train").write_text(text)
+    (tmp_path / "test").write_text(read)
+    files = tmp_path / "train", tmp_path / "test"
+    run_example(monkeypatch, "ngrams.py", "runs/quick", *files, "--longest", 4)
     chosen, measured = capsys.readouterr().out.splitlines()
     n, weight = map(float, re.findall(r"[\d.]+\d|\d", chosen))
-    model, alone, mixed = map(float, re.findall(r" ([\d.]+)", measured))
-    assert model == 1.5
+    of_model, alone, mixed = map(float, re.findall(r" ([\d.]+)", measured))
+    assert of_model == 1.5
     assert alone == pytest.approx(-np.log(expected[int(n) - 1][1:]).mean(), abs=1e-3)
     parts = (1 - weight) * np.exp(-1.5) + weight * np.array(expected[int(n) - 1][1:])
-    assert mixed == pytest.approx(-np.log(parts).mean(), abs=1e-3) and mixed < min(model, alone)
+    assert mixed == pytest.approx(-np.log(parts).mean(), abs=1e-3) and mixed < min(of_model, alone)
 
 
 def train_by_loop(

@@ -5,16 +5,15 @@ if __name__ == "__main__":
 
     interrupts.exit_at_once()  # While the rest is imported, which takes seconds.
 
+import json
 import math
-from pathlib import Path
 
 from absl import flags
 
 from lstm_jax.data.sources import SPLITS
-from lstm_jax.errors import UserError
+from lstm_jax.errors import UserError, warn
 from lstm_jax.run import command
-
-_POSITIONS = 256  # The number of positions that --zero_state measures.
+from lstm_jax.vocabulary import UNKNOWN_ID
 
 _RUN, _TEXT_OF_RUN = command.define_run_flags(), command.define_text_flags()
 _DTYPE = command.define_dtype_flag()
@@ -26,23 +25,12 @@ _SPLIT = flags.DEFINE_string(
 _TEXT = flags.DEFINE_string(
     "text", None, "Instead of --split: a file with any text to measure; - is standard input."
 )
-_JSON_LINES = flags.DEFINE_bool(
-    "json_lines", False, "First print each token and its log-probability, as a line of JSON each."
-)
 _CONTEXT = flags.DEFINE_integer(
     "context",
     None,
     "Read the text in consecutive windows of this number of tokens, each from a zero state.",
     lower_bound=1,
     upper_bound=10**9,
-)
-_BY_POSITION = flags.DEFINE_string(
-    "by_position", None, "PNG file for a plot of the loss by position in the window of --context."
-)
-_ZERO_STATE = flags.DEFINE_bool(
-    "zero_state",
-    False,
-    f"Also measure the loss from a zero state, at {_POSITIONS} positions of the text.",
 )
 _DYNAMIC = flags.DEFINE_bool(
     "dynamic",
@@ -65,13 +53,11 @@ _DYNAMIC_SEGMENT_LENGTH = flags.DEFINE_integer(
 )
 
 
-def main() -> None:
-    """Print the loss of a trained model on a text, as one JSON object."""
-    directories, own_text = _RUN(), _TEXT_OF_RUN()
+def check_flags() -> None:
+    """Raise `UserError` for a value that is not allowed, or flags that contradict each other."""
     if _TEXT.value and flags.FLAGS["split"].present:
         raise UserError("--text and --split can't be combined: leave one out")
-    names = _SPLIT.value.split("+")
-    if unknown := [name for name in names if name not in SPLITS]:
+    if unknown := [name for name in _SPLIT.value.split("+") if name not in SPLITS]:
         raise UserError(
             f"there is no split {unknown[0]!r}: --split is {', '.join(SPLITS)}, or several "
             "joined by +"
@@ -85,29 +71,48 @@ def main() -> None:
         raise UserError(f"--{given[0]} has no effect without --dynamic: add that")
     if _CONTEXT.value and _DYNAMIC.value:
         raise UserError("--context and --dynamic can't be combined: use only one of them")
-    plot = Path(_BY_POSITION.value) if _BY_POSITION.value else None
-    if plot and not _CONTEXT.value:
-        raise UserError("--by_position needs windows: add --context 256")
-    if plot and (plot.suffix != ".png" or not plot.parent.is_dir()):
-        raise UserError(f"--by_position is {plot}: name a .png file in an existing directory")
 
+
+def main() -> None:
+    """Print the loss of a trained model, or an ensemble, on a text, as one JSON object."""
+    directories, own_text = _RUN(), _TEXT_OF_RUN()
+    check_flags()
     # Here, because they import JAX.
     from lstm_jax import dynamic
+    from lstm_jax.data import texts
     from lstm_jax.evaluate import measurement
+    from lstm_jax.run import advice, ensemble
 
-    settings = dynamic.Settings(
-        _DYNAMIC_LEARNING_RATE.value, _DYNAMIC_DECAY.value, _DYNAMIC_SEGMENT_LENGTH.value
-    )
-    options = measurement.Options(
-        splits=_SPLIT.value,
-        text=_TEXT.value,
-        json_lines=_JSON_LINES.value,
-        context=_CONTEXT.value,
-        by_position=plot,
-        zero_state=_POSITIONS if _ZERO_STATE.value else 0,
-        dynamic=settings if _DYNAMIC.value else None,
-    )
-    measurement.measure(directories, _DTYPE.value, own_text, options)
+    trained, steps = ensemble.load_ensemble(directories, _DTYPE.value)
+    vocabulary, result = trained.vocabulary, dict[str, object]()
+    splits = {}
+    if not _TEXT.value or _DYNAMIC.value:
+        splits = texts.load_texts_of_run(trained.config.data, *own_text)
+    if _TEXT.value:
+        subject = measurement.load_file(_TEXT.value, vocabulary)
+        unknown = subject.ids[:] == UNKNOWN_ID
+        result |= {"text": subject.name, "unknown_tokens": int(unknown.sum())}
+    else:
+        subject = measurement.join_splits(_SPLIT.value, splits, vocabulary)
+        result["split"] = subject.name
+    if _DYNAMIC.value:
+        settings = dynamic.Settings(
+            _DYNAMIC_LEARNING_RATE.value, _DYNAMIC_DECAY.value, _DYNAMIC_SEGMENT_LENGTH.value
+        )
+        train_ids = splits["train"].encode(vocabulary)
+        loss = measurement.measure_dynamic_loss(trained, subject.ids, train_ids, settings)
+        result["dynamic"], remedy = settings._asdict(), "use a lower --dynamic_learning_rate"
+    else:
+        loss = measurement.measure_loss(trained, subject.ids, _CONTEXT.value)
+        result |= {"context": _CONTEXT.value} if _CONTEXT.value else {}
+        remedy = "train again with a lower optimizer.learning_rate"
+    if math.isnan(loss):
+        which = " or ".join(map(str, directories))
+        raise UserError(f"the loss is not a number: the model in {which} has diverged; {remedy}")
+    if warning := advice.find_suspicion({subject.name: loss}, len(vocabulary)):
+        warn(warning)
+    result |= measurement.report_loss(subject, loss)
+    print(json.dumps(result | {"step": steps[0] if len(steps) == 1 else steps}))
 
 
 if __name__ == "__main__":

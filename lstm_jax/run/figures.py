@@ -1,12 +1,10 @@
-"""Plot losses: over the steps of a run, and by position in a window."""
+"""Plot the losses of a run over its steps."""
 
 import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from lstm_jax.data import files
 from lstm_jax.run.metrics import Row
@@ -19,10 +17,10 @@ if TYPE_CHECKING:  # Importing it takes half a second: the first plot does.
 _COLORS = {"train": "#0072B2", "validation": "#D55E00", "test": "#009E73"}
 
 
-def save_figure(figure: "Figure", path: Path, dpi: float | str = "figure") -> None:
+def save_figure(figure: "Figure", path: Path) -> None:
     """Write a figure as a PNG file, atomically."""
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=dpi)
+    figure.savefig(picture, format="png")
     files.write_file(path, picture.getvalue())
 
 
@@ -59,23 +57,3 @@ def draw_metrics(rows: Sequence[Row]) -> "Figure":
             margin = 0.05 * (top - ordered[0])
             axes.set_ylim(ordered[0] - margin, top + margin)
     return figure
-
-
-def plot_positions(losses: np.ndarray, kept: float, path: Path) -> None:
-    """Plot losses by position, and the loss with the carry kept, as a PNG file."""
-    figure, axes = _make_figure("position in the window")
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:.0f}")
-    positions = np.arange(1, len(losses) + 1)
-    axes.plot(positions, losses, ".", color="#56B4E9", alpha=0.6, label="each position")
-    # Means over ranges of positions, which grow by a factor of about the square root of two.
-    number = 2 * len(losses).bit_length()
-    ranges = np.geomspace(1, len(losses) + 1, number, endpoint=False)
-    starts = np.unique(ranges.astype(int)) - 1
-    sizes = np.diff(np.append(starts, len(losses)))
-    means = [np.add.reduceat(values, starts) / sizes for values in (positions, losses)]
-    axes.plot(*means, "o-", color=_COLORS["train"], label="mean over a range of positions")
-    label = f"carry kept throughout the text: {kept:.3f}"
-    axes.axhline(kept, linestyle="--", color=_COLORS["validation"], label=label)
-    axes.legend()
-    save_figure(figure, path, dpi=150)
