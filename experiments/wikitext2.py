@@ -5,7 +5,7 @@
 # on the validation split, with fine-tuning, which this config does not do (Merity et al. 2018).
 # This model has 33,546,080 parameters.
 #
-# Estimated time: 23 days on two cores of an AMD EPYC (Zen 4), from the time per token and parameter
+# Estimated time: 20 days on two cores of an AMD EPYC (Zen 4), from the time per token and parameter
 # of experiments/penn_treebank_words.py.
 
 from ml_collections import ConfigDict

@@ -345,12 +345,17 @@ def test_a_model_of_parts_of_characters_shows_characters(
 
 
 @pytest.mark.process
-def test_what_is_typed_key_by_key_has_the_ids_of_the_text(browser: Any, tmp_path: Path) -> None:
-    text = "café,\n\nok"
-    trained = make_trained("bytes", "\n\n", text)
+@pytest.mark.parametrize(
+    ("kind", "stop", "text"), [("bytes", "\n\n", "café,\n\nok"), ("tokens", "", "a bc \n\n d")]
+)
+def test_what_is_typed_key_by_key_has_the_ids_of_the_text(
+    kind: str, stop: str, text: str, browser: Any, tmp_path: Path
+) -> None:
+    trained = make_trained(kind, stop, text)
     shown = Page(browser, tmp_path / "page.html", trained, text)
-    for end in range(len(text) + 1):
-        shown.read(text[:end])
+    shown.read("")
+    for character in text:
+        shown.read(shown("area.value") + character)
     expected = generation.encode_prompt(trained.vocabulary, text)
     np.testing.assert_array_equal(shown.get_each("id"), expected)
 
