@@ -29,26 +29,21 @@ class Row(NamedTuple):
 # cores, of Zen 4 or of Emerald Rapids without AMX, at 1 x 1,024, 2 x 512 and 2 x 256 or as stated
 # (docs/speed.md); with AMX, which float32 does not use, of Sapphire Rapids. Rows in float32 and
 # int8 hold for older processors of Intel, too, of which none was measured. With 24 texts or more,
-# XLA is faster than Intel's steps in bfloat16, but kernels are packed before that is known. In
-# float32 a GRU takes 1.06 and 1.14 of XLA's time at 256 and 512: the library multiplies zeros.
+# XLA is faster than Intel's steps in bfloat16, but kernels are packed before that is known.
+# Peephole LSTMs, GRUs and RNNs: at 256 and 512 hidden units, 32 x 128, forward and backward. In
+# float32 a GRU takes 1.06 and 1.14 of XLA's CPU time, because the library multiplies zeros.
 TABLE = (
     Row("AMD", "windows", "bfloat16", "0.77, 0.57, 0.84 of XLA's time at three sizes"),
     Row("AMD", "windows", "float32", "0.91, 0.82, 0.79 of XLA's time", largest=1024),
     Row("AMD", "steps", "bfloat16", "0.37 of XLA's time for a text, 0.50 for 64"),
     Row("AMD", "steps", "float32", "0.89 of XLA's time for a text, 0.86 for 64", 1024),
     Row("AMD", "steps", "int8", "0.64 of the time in bfloat16 for a text, 0.57 for 64"),
-    Row(
-        "AMD",
-        "windows",
-        "bfloat16",
-        "0.79, 0.79 of XLA's time at 256, 512",
-        gatings="peephole_lstm",
-    ),
-    Row("AMD", "windows", "bfloat16", "0.98, 0.95 of XLA's time at 256, 512", gatings="gru"),
-    Row("AMD", "windows", "bfloat16", "0.61, 0.65 of XLA's time at 256, 512", gatings="rnn"),
-    Row("AMD", "windows", "float32", "0.91 to 0.93 of XLA's time", 512, "peephole_lstm rnn"),
-    Row("AMD", "steps", "bfloat16", "0.4 to 0.7 of XLA's time", gatings="peephole_lstm gru rnn"),
-    Row("AMD", "steps", "float32", "0.75 to 0.93 of XLA's time", 512, "peephole_lstm rnn"),
+    Row("AMD", "windows", "bfloat16", "0.79 of XLA's CPU time", gatings="peephole_lstm"),
+    Row("AMD", "windows", "bfloat16", "0.98, 0.95 of XLA's CPU time", gatings="gru"),
+    Row("AMD", "windows", "bfloat16", "0.61, 0.65 of XLA's CPU time", gatings="rnn"),
+    Row("AMD", "windows", "float32", "0.91 to 0.93 of XLA's CPU time", 512, "peephole_lstm rnn"),
+    Row("AMD", "steps", "bfloat16", "0.3 to 0.9 of XLA's time", gatings="peephole_lstm gru rnn"),
+    Row("AMD", "steps", "float32", "0.70 to 0.93 of XLA's time", 512, "peephole_lstm rnn"),
     Row("Intel", "windows", "bfloat16", "0.89 of XLA's time at 256, 1.01 at 512", largest=256),
     Row("AMX", "windows", "bfloat16", "a sketch: 0.84, 0.52, 0.48 of XLA's time"),
     Row("Intel AMX", "windows", "float32", "0.94, 0.80, 0.76 of XLA's time; 0.92 at 1,536", 1536),
