@@ -15,7 +15,7 @@ import numpy as np
 
 LSTM, PEEPHOLE_LSTM, GRU, RNN = range(4)
 # The numbers of XLA's types; bfloat16 is in arrays of uint16.
-_TYPES = {"float32": 11, "uint16": 16, "uint8": 6, "int8": 2, "float64": 12}
+_TYPES = {"float32": 11, "uint16": 16, "uint8": 6, "int8": 2, "int32": 4, "float64": 12}
 
 
 class Call(NamedTuple):
@@ -102,11 +102,36 @@ def list_calls(
             (*of_gates, *steps, of_outputs, *last, peepholes, marks),
             (make(time, batch, width, dtype=dtype), *last),
         )
-    if numbers == 2 and kind == LSTM:
-        depth = 2 * words
-        a, b = make(batch, depth, dtype=dtype), make(depth, width, dtype=dtype)
-        results = make(batch, width), make(parts, depth, 64, dtype=dtype)
-        yield Call("matmul", {"parts": parts}, (a, b), results)
+
+
+def list_matmuls(rows: int, depth: int, width: int, parts: int = 2) -> Iterator[Call]:
+    """Yield calls of matmuls, and of the loss of `rows` tokens of a vocabulary of `width`."""
+    words, tiles = -(-depth // 2), -(-width // 64)
+    blocks = np.zeros((parts, 96 * 256), "float32")
+    for transpose_a, transpose_b in itertools.product((False, True), repeat=2):
+        a = np.zeros((depth, rows) if transpose_a else (rows, depth), "uint16")
+        b = np.zeros((width, depth) if transpose_b else (depth, width), "uint16")
+        results: list[Any] = [np.zeros((rows, width), "float32")]
+        if rows > width:
+            results += np.zeros(64 * tiles * words, "float32"), blocks
+        else:
+            results += np.zeros(rows * words, "float32"), np.zeros((parts, words * 64), "float32")
+        attributes = {"parts": parts, "transpose_a": transpose_a, "transpose_b": transpose_b}
+        yield Call("matmul", attributes, (a, b), results)
+        targets = np.resize(np.array([0, -1, width, 2**31 - 1], "int32"), rows)
+        for shape in [(rows, width), (0, 0)] if not transpose_a else ():
+            yield Call(
+                "cross_entropy",
+                {"parts": parts, "is_transposed": transpose_b},
+                (a, b, np.zeros(width, "float32"), targets),
+                (
+                    *(np.zeros(rows, "float32") for _ in "ab"),
+                    np.zeros(shape, "uint16"),
+                    np.zeros(64 * tiles * words, "float32"),
+                    blocks,
+                    np.zeros((parts, 96, 64 * tiles), "float32"),
+                ),
+            )
 
 
 def list_wrong_calls(call: Call) -> Iterator[tuple[Any, Call]]:
@@ -128,8 +153,15 @@ def list_wrong_calls(call: Call) -> Iterator[tuple[Any, Call]]:
     yield "fewer results", call._replace(results=call.results[:-1])
     for name in call.attributes:
         for value in (-1, 0, 9) if name != "parts" else (-1, 0):
-            if name != "kind" or value < 0 or value > RNN:
+            if name in ("parts", "features") or (name == "kind" and value not in range(4)):
                 yield (name, value), call._replace(attributes={**call.attributes, name: value})
+
+
+def check_wrong_calls(library: ctypes.CDLL, call: Call) -> None:
+    """Assert that each wrong call is an error."""
+    for what, wrong in list_wrong_calls(call):
+        message = run(library, wrong)
+        assert message is not None and message.startswith(f"lstm_{call.name}: "), what
 
 
 def main(path: str) -> None:
@@ -142,11 +174,15 @@ def main(path: str) -> None:
                 message = run(library, call)
                 assert message is None, message
         for call in list_calls(kind, numbers, 5, 3, 5, 48):
-            for what, wrong in list_wrong_calls(call):
-                message = run(library, wrong)
-                assert message is not None and message.startswith(f"lstm_{call.name}: "), what
+            check_wrong_calls(library, call)
         for call in list_calls(kind, numbers, 5, 3, 5, 24):
-            assert "multiple of 16" in (run(library, call) or "") or call.name == "matmul"
+            assert "multiple of 16" in (run(library, call) or "")
+    for matrices in itertools.product((1, 7, 200), (1, 5, 70), (1, 33, 130), (1, 3)):
+        for call in list_matmuls(*matrices):
+            message = run(library, call)
+            assert message is None, message
+    for call in (*list_matmuls(70, 5, 33), *list_matmuls(7, 6, 33)):
+        check_wrong_calls(library, call)
 
 
 if __name__ == "__main__":

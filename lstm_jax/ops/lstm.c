@@ -374,7 +374,8 @@ static void cross_entropy(const void *work, size_t part, size_t parts) {
         most = _mm512_mask_max_ps(most, lanes, most, x);
       }
       float largest = _mm512_reduce_max_ps(most);
-      c.shifted[row] = largest - z[c.targets[row]];
+      size_t target = c.targets[row];  // The loss of one outside of the vocabulary is NaN.
+      c.shifted[row] = target < width ? largest - z[target] : __builtin_nanf("");
       for (size_t j = 0; j < width; j += LANES) {
         __m512 x = exp_lanes(_mm512_loadu_ps(z + j) - largest);
         _mm512_storeu_ps(z + j, x);
@@ -382,7 +383,7 @@ static void cross_entropy(const void *work, size_t part, size_t parts) {
       }
       float sum = c.sums[row] = _mm512_reduce_add_ps(total);
       if (!c.d_logits) continue;
-      z[c.targets[row]] -= sum;
+      if (target < width) z[target] -= sum;
       for (size_t j = 0; j < width; j += LANES)
         store(BFLOAT16, c.d_logits, row * width + j, _mm512_loadu_ps(z + j) * (1 / sum), width - j);
     }
