@@ -68,7 +68,6 @@ def main() -> int:
             return code
     fields = {
         "num_epochs": _EPOCHS.value,
-        "data.memory_megabytes": 10**6,  # Teachers need a text in memory.
         "optimizer.learning_rate": 4e-3,
         "distill.weight": 0.9,
         "init_from": str(teachers[-1]),

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from absl import flags
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
@@ -87,11 +88,11 @@ def main() -> None:
     tokens = splits.texts["train"].make_vocabulary(config.data)
     ids, _ = splits.encode(tokens)
     lstm = model.make_model(cell_file.resolve_cell(config.model), len(tokens), tokens.stop_id)
-    counts = splits.texts["train"].count_tokens(tokens)
+    counts = texts.count_ids(ids["train"], len(tokens))
     key, _ = jax.random.split(jax.random.key(config.seed))  # As `main` does.
     params = {"lstm": model.init_params(lstm, key, counts), "past": jnp.eye(lstm.embedding_size)}
     trained = train(config, ids["train"], lstm, params)["lstm"]
-    ids["validation and test"] = jnp.append(ids["validation"][:], ids["test"][:])
+    ids["validation and test"] = np.append(ids["validation"], ids["test"])
     print({name: round(loss.compute_loss(lstm, trained, x), 4) for name, x in ids.items()})
 
 

@@ -155,11 +155,6 @@ class DataConfig:
         "next is read from a zero state. file: the end of each file, or of each example of a "
         "dataset. Empty: the text is one document.",
         one_of(*vocabulary.SEPARATORS))
-    memory_megabytes: int = field(16, "Texts larger than this (in 10**6 bytes) are not read into "
-        "memory: they are encoded once into files of ids, which training reads in parts.", _AMOUNT,
-        resume=True)
-    prepared: str = field("", "Directory for encoded texts. Empty: .lstm_jax beside the first text "
-        "file.", resume=True)
     sha256: str = field("", "Checksum of the text, and the number of bytes of each split, set when "
         "a run begins. The run resumes with this text only.")
 

@@ -68,7 +68,7 @@ def measure_gradient_sizes(
     The carry is kept between segments. The text has at least two tokens, of which at most 60,000
     are read. The result has the shapes of `params`.
     """
-    window = np.asarray(ids[: _STATISTICS_TOKENS + 1])
+    window = np.asarray(ids[: _STATISTICS_TOKENS + 1], np.int32)
     length = min(segment_length, len(window) - 1)
     end = (len(window) - 1) // length * length
     inputs, targets = window[:end].reshape(-1, length), window[1 : end + 1].reshape(-1, length)

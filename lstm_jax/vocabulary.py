@@ -2,9 +2,10 @@
 
 import codecs
 import functools
-from collections import Counter
+import itertools
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import regex
@@ -46,17 +47,8 @@ _TOKENS = {
     "bpe": regex.compile("[^\ud800-\udc7f\udd00-\udfff]+"),
 }
 _UNICODE = regex.compile("[^\ud800-\udfff]+")
-
-
-class Ids(Protocol):
-    """The ids of a text, with the length and the slices of an int32 array [n].
-
-    Those of a training text also accept an index array [batch, time] whose rows are consecutive.
-    """
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: Any, /) -> Any: ...
+# The ids of a text, integers [n]: in memory, or mapped from a file.
+Ids = np.ndarray
 
 
 class Vocabulary:
@@ -114,7 +106,7 @@ class Vocabulary:
         size: int = DEFAULT_SIZE,
     ) -> "Vocabulary":
         """Return the vocabulary of a text; see `from_counts`."""
-        return cls.from_counts(Counter(split_text(text, kind, stop)), kind, min_count, stop, size)
+        return cls.from_counts(count_tokens([text], kind, stop), kind, min_count, stop, size)
 
     @classmethod
     def from_counts(
@@ -209,7 +201,10 @@ class Vocabulary:
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of `text`: int32 [n], "[UNK]" for tokens not in the vocabulary."""
-        return self.look_up(self.split(text))
+        if self.kind == "bpe":
+            return self.look_up(self.split(text))
+        tokens, indices = _index_tokens(text, self.kind, self.stop)
+        return self.look_up(tokens)[indices]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`, with "[UNK]"; raise `UserError` for an id out of range."""
@@ -260,3 +255,38 @@ def split_text(text: str, kind: str, stop: str) -> Iterator[str]:
             yield from part.encode("utf-8", "surrogateescape").decode("ascii", "surrogateescape")
         else:
             yield from part
+
+
+def count_tokens(pieces: Iterable[str], kind: str, stop: str) -> Counter[str]:
+    """Return the number of occurrences of each token that `split_text` yields, in all pieces."""
+    counts = Counter[str]()
+    for piece in pieces:
+        tokens, indices = _index_tokens(piece, kind, stop)
+        counts.update(dict(zip(tokens, np.bincount(indices).tolist(), strict=True)))
+    return counts
+
+
+def _index_tokens(text: str, kind: str, stop: str) -> tuple[list[str], np.ndarray]:
+    """Return the distinct tokens that `split_text` yields, and the indices of all, integers [n]."""
+    if kind not in ("characters", "bytes"):
+        # A look-up gives each new token the next number.
+        index = defaultdict[str, int](itertools.count().__next__)
+        indices = np.fromiter(map(index.__getitem__, split_text(text, kind, stop)), np.int32)
+        return list(index), indices
+    single, end = text, stop
+    if kind == "bytes":
+        # In Latin-1 every byte is one character.
+        single, end = (t.encode("utf-8", "surrogateescape").decode("latin-1") for t in (text, stop))
+    stop_code = None
+    if len(end) > 1:
+        # The stop token becomes one character that is not in the text.
+        stop_code = next(code for code in range(0x100, 0x110000) if chr(code) not in single)
+        single = single.replace(end, chr(stop_code))
+    # "surrogatepass": a surrogate is a code point like any other here.
+    codes = np.frombuffer(single.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.intp)
+    counts = np.bincount(codes)
+    present = np.flatnonzero(counts)
+    table = np.zeros(len(counts), np.int32)
+    table[present] = np.arange(len(present))
+    spell = BYTES.__getitem__ if kind == "bytes" else chr
+    return [stop if code == stop_code else spell(code) for code in present.tolist()], table[codes]

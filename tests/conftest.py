@@ -23,9 +23,8 @@ import draws
 import runs
 from lstm_jax import config as config_lib
 from lstm_jax import training
-from lstm_jax.data import files, prepared, texts, worker
+from lstm_jax.data import files, texts
 from lstm_jax.devices import compilation_cache
-from lstm_jax.errors import UserError
 from lstm_jax.ops import native
 
 # A shell that runs the tests in the background ignores SIGINT, and all processes that they start
@@ -321,23 +320,3 @@ def browser() -> Iterator[Any]:
         driver.execute_cdp_cmd("Network.enable", {})
         driver.set_network_conditions(offline=True, latency=0, throughput=0)
         yield driver
-
-
-def encode_here(parts: Path, number: int, total: int) -> None:
-    """Do in this process what `prepared._run_processes` does in several."""
-
-    def answer(content: Any) -> None:
-        if not isinstance(content, int):
-            mistake = content.get("mistake")
-            raise UserError(mistake) if mistake else OSError(0, content["unavailable"])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["worker", str(parts), "0", "1"])
-        patch.setattr(worker, "_print", answer)
-        worker.main()
-
-
-@pytest.fixture
-def encoded_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prepare large texts in this process: starting others takes seconds."""
-    monkeypatch.setattr(prepared, "_run_processes", encode_here)

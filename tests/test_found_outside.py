@@ -15,8 +15,6 @@ from lstm_jax import __main__ as commands
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.convert import transfer
-from lstm_jax.data import sources
-from lstm_jax.errors import UserError
 from lstm_jax.run import command
 from lstm_jax.vocabulary import Vocabulary
 
@@ -64,11 +62,6 @@ def test_a_field_without_its_section_is_named(
             command._parse_flags(["main", argument, "512"])
         error = "there is no flag --hidden_size: did you mean --config.model.hidden_size?"
         assert capsys.readouterr().err == f"error: {error}\n"
-
-
-def test_a_text_in_another_encoding_has_its_own_in_the_remedy() -> None:
-    with pytest.raises(UserError, match="iconv -f ENCODING -t UTF-8, where ENCODING is its own"):
-        sources.decode_text("吾輩は猫である".encode("euc-jp"), "cat.txt", any_bytes=False)
 
 
 def list_imports(code: str) -> set[str]:

@@ -385,10 +385,6 @@ COMMANDS: dict[str, list[str]] = {
 
 Change = Callable[[Place], object]
 CASES: dict[str, tuple[Change, str]] = {
-    "prepared outside": (
-        change_fields({"data.prepared": "../../outside/place", "data.memory_megabytes": 0}),
-        "evaluate",
-    ),
     "zeros": (save_zeros, "sample"),
     "not finite": (save_nonfinite, "evaluate"),
     "renamed": (rename_checkpoint, "main"),

@@ -6,7 +6,6 @@ import hashlib
 import io
 import random
 import re
-import shutil
 import threading
 import time
 import zipfile
@@ -19,7 +18,7 @@ import pytest
 
 from lstm_jax import config as config_lib
 from lstm_jax import user_cache
-from lstm_jax.data import download, files, prepared, standard_texts, texts
+from lstm_jax.data import download, files, standard_texts, texts
 from lstm_jax.data.download import Download
 from lstm_jax.data.standard_texts import STANDARD_TEXTS, StandardText
 from lstm_jax.errors import UnavailableError, UserError
@@ -180,7 +179,7 @@ def test_a_user_without_a_home_directory_must_name_one(monkeypatch: pytest.Monke
         standard_texts.find_standard_text(config_lib.DataConfig(directory="~/texts"))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     with pytest.raises(UserError, match="no home directory: set XDG_CACHE_HOME"):
-        user_cache.get_path("prepared")
+        user_cache.get_path("texts")
     assert user_cache.make_directory("compiled") is None
 
 
@@ -368,29 +367,16 @@ def test_a_file_of_the_same_name_has_another_field(
     monkeypatch.chdir(tmp_path)
     Path("enwik8").write_bytes(b"my own file" * 10)
     data = make_data(tmp_path / "data")
-    assert len(texts.load_texts(data).texts["train"].part.ids) == 90_000
+    assert texts.load_texts(data).sha256.endswith(":90000:5000:5000")
     data = dataclasses.replace(data, path="enwik8")
     assert standard_texts.find_standard_text(data) is data
     assert texts.read_splits(data)["train"].startswith("my own file")
 
 
-@pytest.mark.usefixtures("encoded_here")
-def test_a_run_finds_its_text_again(
-    archive: Download, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    data = dataclasses.replace(make_data(tmp_path / "data"), memory_megabytes=0)
-    splits = texts.load_texts(data)
-    assert isinstance(splits.texts["train"], prepared.PreparedText)
-    elsewhere = str(tmp_path / "of the run")
-    data = dataclasses.replace(data, sha256=splits.sha256, directory=elsewhere)
-    # A large one is prepared again if it was prepared elsewhere.
-    monkeypatch.setattr(texts, "_MAX_BYTES_IN_MEMORY", 1000)
-    cache = user_cache.get_path("prepared").absolute()
-    for is_removed in (False, True):
-        if is_removed:
-            shutil.rmtree(tmp_path / "data" / "enwik8" / prepared.BESIDE)
-        again = texts.load_texts_of_run(data, None, None, str(tmp_path / "data"))
-        assert isinstance(again["train"], prepared.PreparedText)
-        assert bool(list(cache.glob("train-*"))) == is_removed
-    assert not (tmp_path / "of the run").exists()
+def test_a_run_finds_its_text_again(archive: Download, tmp_path: Path) -> None:
+    splits = texts.load_texts(make_data(tmp_path / "data"))
+    data = dataclasses.replace(make_data(tmp_path / "gone"), sha256=splits.sha256)
+    again = texts.load_texts_of_run(data, directory=str(tmp_path / "data"))
+    assert again == splits.texts and not (tmp_path / "gone").exists()
+    with pytest.raises(UserError, match="not the one this run was trained on"):
+        texts.load_texts(dataclasses.replace(data, sha256="0", directory=str(tmp_path / "data")))

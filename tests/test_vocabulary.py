@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import draws
 from lstm_jax import config as config_lib
 from lstm_jax.data import files
-from lstm_jax.data.encoding import Text, find_stop_text
+from lstm_jax.data.texts import find_stop_text, hold_text
 from lstm_jax.errors import UserError
 from lstm_jax.run import workdir
 from lstm_jax.run.console import make_printable, make_printer
@@ -150,9 +150,9 @@ def test_documents_end_with_the_stop_token() -> None:
     with pytest.raises(UserError, match="no '\\\\n' to end its documents"):
         Vocabulary.from_text("ab", stop="\n")
     with pytest.raises(UserError, match="no '\\\\n' to end its documents"):
-        Text("ab", "characters", "\n").make_vocabulary(data)
+        hold_text("ab", "characters", "\n").make_vocabulary(data)
     with pytest.raises(UserError, match="has no end of a file"):
-        Text("ab", "characters", FILE_END).make_vocabulary(data)
+        hold_text("ab", "characters", FILE_END).make_vocabulary(data)
 
 
 @pytest.mark.parametrize(
@@ -181,10 +181,10 @@ def test_rare_tokens_become_unk() -> None:
     with pytest.raises(UserError, match="none of the words .* occurs 3 times"):
         Vocabulary.from_text(text, "words", min_count=3)
     with pytest.raises(UserError, match="none of the words .* occurs 3 times"):
-        Text(text, "words", "").make_vocabulary(data)
+        hold_text(text, "words", "").make_vocabulary(data)
     data.units, data.min_count = "bytes", 9
     same = Vocabulary.from_text(text, "bytes")
-    assert Text(text, "bytes", "").make_vocabulary(data).tokens == same.tokens
+    assert hold_text(text, "bytes", "").make_vocabulary(data).tokens == same.tokens
     assert len(Vocabulary.from_text(text, "bytes", min_count=3)) == 258
 
 
@@ -279,3 +279,17 @@ def test_a_damaged_vocabulary_file_raises_an_error(tmp_path: Path) -> None:
     files.write_json(path, {"kind": "characters", "stop": ""})
     with pytest.raises(UserError, match="is missing or damaged: it does not hold a kind"):
         workdir.load_vocabulary(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens"),
+    [
+        ("bytes", ["\ud800", "é", "ab"]),
+        ("characters", ["\ud800", "\udc80"]),
+        ("words", ["a\ud800"]),
+    ],
+)
+def test_tokens_of_another_kind_raise_an_error(kind: str, tokens: list[str]) -> None:
+    for token in tokens:
+        with pytest.raises(ValueError, match=f"must be one of the {kind}"):
+            Vocabulary(["", "[UNK]", "a", token], kind)

@@ -15,7 +15,7 @@ from lstm_jax.version import __version__
 # Those of standard texts that are known.
 _LICENSES = {"tiny_shakespeare": "public domain", "wikitext2": "CC BY-SA 3.0"}
 # Fields that differ between machines.
-_OMITTED = ("data.sha256", "data.directory", "data.prepared")
+_OMITTED = ("data.sha256", "data.directory")
 
 
 def make_card(name: str, trained: Trained, dtype: str, rows: Sequence[Row]) -> str:

@@ -10,7 +10,7 @@ from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import vocabulary as vocabulary_lib
 from lstm_jax.convert import card, torch_weights
-from lstm_jax.data import encoding, files, sources, texts
+from lstm_jax.data import files, sources, texts
 from lstm_jax.errors import UserError, name_failure, print_line
 from lstm_jax.run import messages, metrics, model_file, workdir
 
@@ -50,15 +50,16 @@ def import_weights(
     if vocabulary_file:
         tokens, kind, stop = read_vocabulary(vocabulary_file)
     names = {
-        encoding.find_stop_text(name, stop.__contains__): name for name in vocabulary_lib.SEPARATORS
+        texts.find_stop_text(name, stop.__contains__): name for name in vocabulary_lib.SEPARATORS
     }
     if stop not in names:
         raise UserError(f"there is no data.document_separator for the stop token {stop!r}")
     config.data.units, config.data.document_separator = kind, names[stop]
     if text_file:
         config.data.path = sources.make_absolute(text_file)
-        splits = texts.read_splits(config.data)
-        config.data.sha256 = texts.compute_checksum(splits)
+        loaded_text = texts.load_texts(config_lib.complete_config(config).data)
+        config.data.sha256 = loaded_text.sha256
+        splits = {name: text.read() for name, text in loaded_text.texts.items()}
     if not vocabulary_file:
         tokens = vocabulary_lib.Vocabulary.from_text("".join(splits.values())).tokens
     try:

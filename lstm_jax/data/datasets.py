@@ -8,7 +8,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from lstm_jax.config import DataConfig
-from lstm_jax.data import sources
+from lstm_jax.data.sources import SPLITS, Segment
 from lstm_jax.data.standard_texts import STANDARD_TEXTS
 from lstm_jax.errors import UserError, one_line
 from lstm_jax.vocabulary import FILE_END
@@ -17,15 +17,15 @@ from lstm_jax.vocabulary import FILE_END
 tfds.disable_progress_bar()
 
 
-def read_dataset(data: DataConfig) -> list[str]:
+def read_dataset(data: DataConfig) -> list[list[Segment]]:
     """Return the train, validation and test text of a TFDS dataset, examples joined by line breaks.
 
-    If one of these splits is missing, all three are cut from the text of the train split. For
+    If one of these splits is missing, return only the text of the train split. For
     `data.document_separator=file`, put `FILE_END` after each example instead of line breaks between
     them. Raise `UserError` if there is no such dataset or feature, or preparing it needs
     TensorFlow.
     """
-    name, feature, ends = data.dataset, data.text_feature, data.document_separator == "file"
+    name, feature = data.dataset, data.text_feature
     data_dir = Path(os.path.expanduser(data.directory or tfds.core.constants.DATA_DIR))
     builder = _open_prepared(name, data_dir)
     features = builder.info.features
@@ -38,26 +38,20 @@ def read_dataset(data: DataConfig) -> list[str]:
     if "train" not in builder.info.splits:
         raise UserError(f"{name} has no train split: choose another data.dataset")
 
-    def read_split(split: str) -> str:
+    def read_split(split: str) -> list[Segment]:
         try:
             source = builder.as_data_source(split=split)
             examples = [source[i][feature] for i in range(len(source))]
         except Exception as error:  # It is damaged, or the code of one of its features fails.
             raise UserError(f"can't read {name} under {data_dir}: {one_line(error)}") from None
-        texts = []
-        for i, example in enumerate(examples):
-            place = f"example {i} of {name}"
-            if ends:
-                sources.check_ends(example, place)
-            text = sources.decode_text(example, place, data.units == "bytes")
-            texts.append(text + FILE_END if ends else text)
-        return ("" if ends else "\n").join(texts)
+        if data.document_separator == "file":
+            content = b"".join(example + FILE_END.encode() for example in examples)
+        else:
+            content = b"\n".join(examples)
+        return [Segment(content, 0, len(content))]
 
-    if all(split in builder.info.splits for split in sources.SPLITS):
-        return [read_split(split) for split in sources.SPLITS]
-    text = read_split("train")
-    validation, test = sources.find_cuts(len(text), data.fractions)
-    return [text[:validation], text[validation:test], text[test:]]
+    has_all = all(split in builder.info.splits for split in SPLITS)
+    return [read_split(split) for split in (SPLITS if has_all else SPLITS[:1])]
 
 
 def _open_prepared(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:

@@ -5,6 +5,7 @@ not UTF-8 become surrogates, as in Python's "surrogateescape". Otherwise they ar
 byte-order mark at the start of a file is removed.
 """
 
+import codecs
 import collections
 import glob
 import hashlib
@@ -12,30 +13,24 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from lstm_jax.config import DataConfig
-from lstm_jax.data import files
 from lstm_jax.errors import UserError, name_failure
 from lstm_jax.vocabulary import FILE_END
 
 SPLITS = ("train", "validation", "test")
-# Largest size in bytes of a file that a command's flag names.
-_MAX_ARGUMENT_BYTES = 10**9
-# Bytes that are read at a time where only a part of a text is in memory.
-_PIECE_BYTES = 2**20
-_FILE_END = FILE_END.encode()
-_BOM = b"\xef\xbb\xbf"
+_PIECE_BYTES = 2**20  # That are read at a time.
+_FILE_END, _BOM = FILE_END.encode(), "\ufeff".encode()
 
 
 class Segment(NamedTuple):
-    """Bytes `start` to `stop` of a file; of `FILE_END` if the path is ""."""
+    """Bytes `start` to `stop` of a file, or of a text in memory."""
 
-    path: str
+    source: Path | bytes
     start: int
     stop: int
 
@@ -60,40 +55,25 @@ def find_files(paths: str) -> list[list[Path]]:
 
 def _find(pattern: str) -> list[Path]:
     """Return the files that a path or glob pattern names, at least one."""
+    pattern = os.path.expanduser(pattern)  # A shell leaves the ~ in --config.data.path=~/a.txt.
+    if os.path.isdir(pattern):
+        inside = Path(pattern, "*")
+        raise UserError(f"{pattern} is a directory: name its files, for example {inside}")
     # A name with brackets may be both a file and a pattern: the file takes precedence.
-    try:
-        pattern = os.path.expanduser(pattern)  # A shell leaves the ~ in --config.data.path=~/a.txt.
-        if os.path.isdir(pattern):
-            inside = Path(pattern, "*")
-            raise UserError(f"{pattern} is a directory: name its files, for example {inside}")
-        exists = os.path.exists(pattern)
-        matches = [pattern] if exists else sorted({*glob.glob(pattern, recursive=True)})
-    except (RecursionError, ValueError):  # It has hundreds of slashes, or a NUL.
-        matches = []
+    exists = os.path.exists(pattern)
+    matches = [pattern] if exists else sorted({*glob.glob(pattern, recursive=True)})
     if len(matches) > 1:
         matches = list(itertools.filterfalse(os.path.isdir, matches))
     if not matches:
-        raise UserError(f"there is no text file {pattern}: name an existing one")
+        raise UserError(
+            f"there is no text file {pattern}: name an existing one (data.path, --data_path)"
+        )
     return list(map(Path, matches))
 
 
 def make_absolute(paths: str) -> str:
-    """Return the paths and patterns of a `data.path` as absolute ones, if that is possible."""
-    here = os.getcwd()
-    if set(here) & set(",;"):  # They would separate paths.
-        return paths
-
-    def join(path: re.Match[str]) -> str:
-        name = os.path.expanduser(path[0])
-        return str(Path(here if os.path.exists(name) else glob.escape(here), name))
-
-    return re.sub("[^,;]+", join, paths)
-
-
-def measure_files(paths: str) -> int:
-    """Return the size in bytes of all files in `data.path`; raise `UserError` if one is missing."""
-    named = itertools.chain.from_iterable(find_files(paths))
-    return sum(os.path.getsize(path) for path in named if os.path.isfile(path))
+    """Return the paths and patterns of a `data.path` as absolute ones."""
+    return re.sub("[^,;]+", lambda path: str(Path(os.path.expanduser(path[0])).absolute()), paths)
 
 
 def list_segments(paths: Iterable[Path], any_bytes: bool, ends: bool) -> list[Segment]:
@@ -103,62 +83,64 @@ def list_segments(paths: Iterable[Path], any_bytes: bool, ends: bool) -> list[Se
     """
     segments = []
     for path in paths:
-        with name_failure(f"can't read {path}"), files.open_regular(path, follow=True) as file:
-            has_bom = file.read(len(_BOM)) == _BOM
-            size = os.fstat(file.fileno()).st_size
-        start = len(_BOM) if has_bom and not any_bytes else 0
-        if size <= start:
+        with name_failure(f"can't read {path}"), path.open("rb") as file:
+            start = len(_BOM) if file.read(len(_BOM)) == _BOM and not any_bytes else 0
+            stop = file.seek(0, os.SEEK_END)
+        if stop <= start:
             raise UserError(f"{path} is empty: name files with text in them")
-        segments.append(Segment(str(path), start, size))
+        segments.append(Segment(path, start, stop))
         if ends:
-            segments.append(Segment("", 0, len(_FILE_END)))
+            segments.append(Segment(_FILE_END, 0, len(_FILE_END)))
     return segments
 
 
-def split_files(
-    texts: Sequence[Sequence[Path]], data: DataConfig
-) -> tuple[list[list[Segment]], str]:
-    """Return the segments of train, validation and test, from their files or the files of one text.
+def split_texts(
+    texts: Sequence[list[Segment]], any_bytes: bool, fractions: Sequence[float]
+) -> tuple[dict[str, list[Segment]], str]:
+    """Return train, validation and test, which are given, or cut from one text by `find_cuts`.
 
-    Also return their checksum, as `make_checksum` does. One text is split by `find_cuts`: between
-    characters, or between bytes for `data.units=bytes`, like the usual splits of enwik8. Raise
-    `UserError` as `list_segments`, or if a file of a text of documents holds `FILE_END`.
+    One text is cut between characters; if `any_bytes`, between bytes, like the usual splits of
+    enwik8, but never within `FILE_END`. Also return the checksum, `data.sha256`: SHA-256 over all
+    splits, in hexadecimal, and the number of bytes of each.
     """
-    any_bytes, ends = data.units == "bytes", data.document_separator == "file"
-    segments = [list_segments(paths, any_bytes, ends) for paths in texts]
-    digest, pieces, lengths, last = hashlib.sha256(), [], [], b""
-    for piece in cut_pieces(itertools.chain.from_iterable(segments), _PIECE_BYTES):
-        content = read_segment(piece)
-        if ends and piece.path:
-            check_ends(last + content, piece.path)
-        last = content[1 - len(_FILE_END) :]  # The mark may lie in two pieces.
-        digest.update(content)
-        pieces.append(piece)
-        lengths.append(int(np.count_nonzero(_find_places(content, any_bytes))))
-    if len(segments) > 1:
-        return segments, make_checksum(digest, map(count_bytes, segments))
-    stops = np.cumsum(lengths)
+    digest, lengths = hashlib.sha256(), []
+    for segment in itertools.chain.from_iterable(texts):
+        lengths.append(0)
+        for piece in read_bytes([segment]):
+            digest.update(piece)
+            lengths[-1] += int(np.count_nonzero(_may_cut(piece, any_bytes)))
+    splits = list(texts)
+    if len(texts) == 1:
+        ends = np.cumsum(lengths)
 
-    def find_byte(place: int) -> int:
-        i = int(np.searchsorted(stops, place, side="right"))
-        if i == len(pieces) or not pieces[i].path:  # Never within the end of a file.
-            return count_bytes(pieces[:i])
-        places = np.flatnonzero(_find_places(read_segment(pieces[i]), any_bytes))
-        return count_bytes(pieces[:i]) + int(places[place - stops[i]])
+        def find_byte(place: int) -> int:
+            i = int(np.searchsorted(ends, place, side="right"))
+            before = count_bytes(texts[0][:i])
+            if i == len(ends) or texts[0][i].source == _FILE_END:
+                return before
+            return before + _find_byte(texts[0][i], place - int(ends[i]) + lengths[i], any_bytes)
 
-    validation, test = map(find_byte, find_cuts(sum(lengths), data.fractions))
-    train, rest = cut_segments(segments[0], validation)
-    split = [train, *cut_segments(rest, test - validation)]
-    return split, make_checksum(digest, map(count_bytes, split))
+        validation, test = map(find_byte, find_cuts(sum(lengths), fractions))
+        train, rest = cut_segments(texts[0], validation)
+        splits = [train, *cut_segments(rest, test - validation)]
+    sizes = map(str, map(count_bytes, splits))
+    return dict(zip(SPLITS, splits, strict=True)), ":".join([digest.hexdigest(), *sizes])
 
 
-def make_checksum(digest: "hashlib._Hash", lengths: Iterable[int]) -> str:
-    """Return `data.sha256`: SHA-256 over all splits, in hexadecimal, and the bytes of each."""
-    return ":".join([digest.hexdigest(), *map(str, lengths)])
+def _find_byte(segment: Segment, place: int, any_bytes: bool) -> int:
+    """Return how many bytes of a segment are before one of its characters."""
+    before = 0
+    for piece in read_bytes([segment]):
+        places = np.flatnonzero(_may_cut(piece, any_bytes))
+        if place < len(places):
+            return before + int(places[place])
+        place -= len(places)
+        before += len(piece)
+    return before
 
 
-def _find_places(content: bytes, any_bytes: bool) -> np.ndarray:
-    """Return a mask of the bytes before which a text can be split: all, or starts of characters."""
+def _may_cut(content: bytes, any_bytes: bool) -> np.ndarray:
+    """Return a mask of the bytes before which a text can be cut: all, or starts of characters."""
     # The others are 0b10xxxxxx, which are below -64 as int8.
     return np.frombuffer(content, np.int8) >= (-128 if any_bytes else -64)
 
@@ -172,19 +154,12 @@ def find_cuts(length: int, fractions: Sequence[float]) -> tuple[int, int]:
     return train, train + int((length - train) * (fractions[1] / (fractions[1] + fractions[2])))
 
 
-def cut_pieces(text: Iterable[Segment], size: int) -> Iterator[Segment]:
-    """Cut segments into pieces of at most `size` bytes."""
-    for path, start, stop in text:
-        for at in range(start, stop, size):
-            yield Segment(path, at, min(at + size, stop))
-
-
 def cut_segments(text: list[Segment], at: int) -> tuple[list[Segment], list[Segment]]:
     """Return the segments before byte `at` of a text, and those after it."""
-    for i, (path, start, stop) in enumerate(text):
+    for i, (source, start, stop) in enumerate(text):
         if at < stop - start:
-            before = [Segment(path, start, start + at)] if at else []
-            return [*text[:i], *before], [Segment(path, start + at, stop), *text[i + 1 :]]
+            before = [Segment(source, start, start + at)] if at else []
+            return [*text[:i], *before], [Segment(source, start + at, stop), *text[i + 1 :]]
         at -= stop - start
     return text, []
 
@@ -194,78 +169,53 @@ def count_bytes(text: Iterable[Segment]) -> int:
     return sum(segment.stop - segment.start for segment in text)
 
 
-def read_segment(segment: Segment) -> bytes:
-    """Return the bytes of a segment; raise `UserError` if they can't be read."""
-    path, start, stop = segment
-    if not path:
-        return _FILE_END[start:stop]
-    with name_failure(f"can't read {path}"), files.open_regular(Path(path), follow=True) as file:
-        file.seek(start)
-        content = file.read(stop - start)
-    if len(content) < stop - start:
-        raise UserError(f"{path} has become shorter while it was read")
-    return content
+def read_bytes(text: Iterable[Segment]) -> Iterator[bytes]:
+    """Yield the bytes of segments in pieces; raise `UserError` if they can't be read."""
+    for source, start, stop in text:
+        if isinstance(source, bytes):
+            yield source[start:stop]
+            continue
+        with name_failure(f"can't read {source}"), source.open("rb") as file:
+            file.seek(start)
+            while start < stop:
+                piece = file.read(min(_PIECE_BYTES, stop - start))
+                if not piece:
+                    raise UserError(f"{source} has become shorter while it was read")
+                start += len(piece)
+                yield piece
 
 
-def read_segments(segments: Iterable[Segment], any_bytes: bool) -> str:
-    """Return the text of segments, of which none ends within a character unless `any_bytes`.
-
-    Raise `UserError` if one can't be read or is not UTF-8.
-    """
-    if any_bytes:
-        return b"".join(map(read_segment, segments)).decode("utf-8", "surrogateescape")
-    remedy = ", or train on its bytes with data.units=bytes"
-    return "".join(_decode(read_segment(s), s.path, s.start, remedy) for s in segments)
-
-
-def check_ends(content: bytes, name: str) -> None:
-    """Raise `UserError` if the content of a file has `FILE_END`; its name is for the message."""
-    if _FILE_END in content:
-        raise UserError(f"{name} holds U+FDD0, which marks the end of a file here: remove it")
+def read_text(text: Iterable[Segment], any_bytes: bool) -> Iterator[str]:
+    """Yield the text of segments in pieces; raise `UserError` if one is not UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape" if any_bytes else "strict")
+    for segment in text:
+        at = segment.start
+        for piece in read_bytes([segment]):
+            at += len(piece)
+            try:
+                # No segment ends within a character, unless any byte is allowed.
+                yield decoder.decode(piece, final=not any_bytes and at == segment.stop)
+            except UnicodeDecodeError as error:
+                name = "the text" if isinstance(segment.source, bytes) else segment.source
+                raise _describe(error, name, at - len(error.object)) from None
+    yield decoder.decode(b"", final=True)
 
 
 def read_argument(path: str, flag: str, any_bytes: bool) -> str:
     """Return the text of a file that `flag` of a command names; "-" is standard input."""
     with name_failure(f"can't read {path} ({flag})"):
-        if path == "-":
-            content = sys.stdin.buffer.read(_MAX_ARGUMENT_BYTES + 1)
-        else:
-            content = files.read_bytes(Path(path), _MAX_ARGUMENT_BYTES, follow=True)
-    if len(content) > _MAX_ARGUMENT_BYTES:
-        raise UserError(f"can't read {path} ({flag}): it is larger than a gigabyte")
-    return decode_text(content, f"{path} ({flag})", any_bytes)
-
-
-def decode_text(content: bytes, name: str, any_bytes: bool) -> str:
-    """Return the text of a file, from its content; its name is for the error message."""
+        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     if any_bytes:
         return content.decode("utf-8", "surrogateescape")
-    return _decode(content, name).removeprefix("\ufeff")
-
-
-def _decode(content: bytes, name: str, start: int = 0, remedy: str = "") -> str:
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{name} is not UTF-8 at byte {start + error.start}: unpack it if it is compressed, "
-            "or convert it with iconv -f ENCODING -t UTF-8, where ENCODING is its own (LATIN1, "
-            f"EUC-JP, GB18030 or another){remedy}"
-        ) from None
+        raise _describe(error, f"{path} ({flag})") from None
 
 
-def check_lengths(characters: Mapping[str, int], source: str) -> None:
-    """Raise `UserError` if a split of `source` has fewer than two characters."""
-    for name, length in characters.items():
-        if length < 2:
-            raise UserError(f"{source} is too short: its {name} split has {length} characters")
-
-
-def check_unchanged(sha256: str, expected: str) -> None:
-    """Raise `UserError` if the text is not the one that a run began with (`data.sha256`)."""
-    if expected and expected != sha256:
-        raise UserError(
-            "the text is not the one this run was trained on, or is split differently (SHA-256 "
-            f"and bytes of each split: {expected} at that time, {sha256} now): restore that text, "
-            "or train a new run on this one"
-        )
+def _describe(error: UnicodeDecodeError, name: object, before: int = 0) -> UserError:
+    return UserError(
+        f"{name} is not UTF-8 at byte {before + error.start}: unpack it if it is compressed, "
+        "convert it with iconv -f ENCODING -t UTF-8, where ENCODING is its own (LATIN1, EUC-JP, "
+        "GB18030 or another), or train on its bytes with data.units=bytes"
+    )

@@ -1,21 +1,126 @@
-"""Load the splits of a text: read small ones into memory, prepare larger ones on disk."""
+"""Read the splits of a text, and encode each as one array of ids.
+
+The ids of a large text are written to a file in the user's cache, and mapped from it. The name of
+the file is a checksum of text and vocabulary, so that it never has the ids of another text.
+"""
 
 import dataclasses
+import errno
 import hashlib
+import json
 import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import regex
+from tqdm import tqdm
 
 from lstm_jax import user_cache
 from lstm_jax.config import DataConfig
-from lstm_jax.data import encoding, prepared, sources, standard_texts
-from lstm_jax.data.encoding import Text
-from lstm_jax.data.prepared import Manifest
-from lstm_jax.errors import UserError
-from lstm_jax.vocabulary import Ids, TextSize, Vocabulary
+from lstm_jax.data import files, sources, standard_texts
+from lstm_jax.data.sources import Segment
+from lstm_jax.errors import UnavailableError, UserError
+from lstm_jax.version import __version__
+from lstm_jax.vocabulary import (
+    SEPARATORS,
+    UNKNOWN_ID,
+    Ids,
+    TextSize,
+    Vocabulary,
+    count_tokens,
+    split_text,
+)
 
-# The largest text of a run that is read into memory. The config of a run, which may be someone
-# else's, can't change it.
-_MAX_BYTES_IN_MEMORY = 16 * 10**6
+LARGE = 16 * 10**6  # The ids of a text of more bytes are in a file.
+_BLOCK = 2**24  # Ids that are counted at a time.
+
+# Where a text can be cut, so that the tokens of its pieces are those of the whole text; the last
+# such place first ("r"). Characters: but not within line breaks, which may be a stop token. Others:
+# after a line break, or before a space between two letters.
+_CHARACTERS = regex.compile(r"(?r)(?<=[^\r\n])(?=[^\r\n])")
+_WORDS = regex.compile(r"(?r)(?<=[\r\n])(?=\P{White_Space})|(?<=[A-Za-z])(?= [A-Za-z])")
+_CUTS = {"characters": _CHARACTERS, "bytes": _CHARACTERS}
+
+
+class Text(NamedTuple):
+    """A text, in files or in memory, and how it is divided into tokens."""
+
+    segments: list[Segment]
+    units: str  # The kind of tokens.
+    stop: str  # The stop token, or "".
+    name: str = ""
+    checksum: str = ""  # With the name, determines the segments; "" for a text in memory.
+
+    def read_pieces(self) -> Iterator[str]:
+        """Yield the text in pieces whose tokens are those of the whole text."""
+        pattern, rest = _CUTS.get(self.units, _WORDS), ""
+        size = sources.count_bytes(self.segments)
+        shown = {"desc": self.name, "unit": "B", "unit_scale": True, "leave": False}
+        with tqdm(total=size, disable=None if size > LARGE else True, **shown) as bar:
+            for piece in sources.read_text(self.segments, self.units == "bytes"):
+                bar.update(len(piece))
+                rest += piece
+                if match := pattern.search(rest, max(len(rest) - len(piece) - 2, 0)):
+                    yield rest[: match.start()]
+                    rest = rest[match.start() :]
+        if rest:
+            yield rest
+
+    def read(self) -> str:
+        """Return the whole text."""
+        return "".join(self.read_pieces())
+
+    def make_vocabulary(self, data: DataConfig) -> Vocabulary:
+        """Return the vocabulary of the text for the `data` fields of a config."""
+        counts = count_tokens(self.read_pieces(), self.units, self.stop)
+        size = data.vocabulary_size
+        return Vocabulary.from_counts(counts, self.units, data.min_count, self.stop, size)
+
+    def encode(self, vocabulary: Vocabulary) -> Ids:
+        """Return the ids of the text, in the smallest dtype that holds the vocabulary.
+
+        Those of a large text are in a file. Raise `UserError` if the text can't be read or is not
+        UTF-8, and `UnavailableError` if the file can't be written.
+        """
+        dtype = np.min_scalar_type(len(vocabulary) - 1)
+        pieces = (vocabulary.encode(piece).astype(dtype) for piece in self.read_pieces())
+        if not self.checksum or sources.count_bytes(self.segments) <= LARGE:
+            return np.concatenate([np.zeros(0, dtype), *pieces])
+        content = json.dumps([__version__, self.name, self.checksum, vocabulary.to_fields()])
+        name = f"{self.name}-{hashlib.sha256(content.encode()).hexdigest()[:32]}.ids"
+        path = user_cache.get_path("texts") / name
+        try:
+            if not path.exists():
+                _write_file(path, pieces)
+        except OSError as error:
+            raise UnavailableError(
+                f"can't write the ids of the text to {path.parent} ({error.strerror}): free space, "
+                "or set XDG_CACHE_HOME to another directory"
+            ) from None
+        return np.memmap(path, dtype, mode="r")
+
+    def measure(self, vocabulary: Vocabulary, ids: Ids, first: bool = False) -> TextSize:
+        """Return the size of the text, of which these are the ids, with or without its first token.
+
+        Without, because it is never predicted.
+        """
+        characters, unknown = sum(map(len, self.read_pieces())), Counter[str]()
+        if count_ids(ids, len(vocabulary))[UNKNOWN_ID]:
+            counts = count_tokens(self.read_pieces(), self.units, self.stop)
+            unknown = Counter({token: n for token, n in counts.items() if token not in vocabulary})
+        if not first:
+            token = vocabulary.tokens[ids[0]]
+            if ids[0] == UNKNOWN_ID:
+                token = next(split_text(next(self.read_pieces()), self.units, self.stop))
+                unknown[token] -= 1
+            # A token of bytes may end within a character, which then counts as a later one.
+            characters -= len(token.encode("utf-8", "surrogateescape").decode("utf-8", "ignore"))
+        # With one byte for the end of each.
+        spelled = sum(n * (len(token.encode()) + 1) for token, n in unknown.items())
+        return TextSize(len(ids) - (not first), characters, spelled)
 
 
 @dataclasses.dataclass
@@ -23,13 +128,12 @@ class Splits:
     """The text of each split."""
 
     texts: dict[str, Text]  # By the name of the split.
-    sha256: str  # See `sources.make_checksum`.
+    sha256: str  # See `sources.split_texts`.
 
     def resolve(self, data: DataConfig) -> DataConfig:
         """Return the fields with the checksum of this text and absolute paths."""
         path = sources.make_absolute(data.path)
-        directory = data.prepared and str(Path(os.path.expanduser(data.prepared)).absolute())
-        return dataclasses.replace(data, sha256=self.sha256, path=path, prepared=directory)
+        return dataclasses.replace(data, sha256=self.sha256, path=path)
 
     def encode(self, vocabulary: Vocabulary) -> tuple[dict[str, Ids], dict[str, TextSize]]:
         """Return the ids of each split; and the sizes of validation and test text.
@@ -44,114 +148,103 @@ class Splits:
                 length = f"{len(of_split)} {vocabulary.token_name}s, and needs {needed}"
                 raise UserError(f"the {name} split is too short: it has {length}")
         measured = [(name, text) for name, text in self.texts.items() if name != "train"]
-        return ids, {name: text.get_size(vocabulary, first=False) for name, text in measured}
+        return ids, {name: text.measure(vocabulary, ids[name]) for name, text in measured}
 
 
 def load_texts(data: DataConfig) -> Splits:
-    """Return the splits that the `data` fields of a config describe.
+    """Return the splits that the `data` fields of a config describe, which are read when used.
 
-    Files of more than `data.memory_megabytes` together are prepared: encoded once into files, from
-    which only the requested ids are read. Everything else is read into memory. Raise `UserError` if
-    a text is missing, not UTF-8, empty, too short, or not the one that a run began with.
+    Raise `UserError` if a text is missing, empty, or not the one that a run began with.
     """
-    data = standard_texts.find_standard_text(data)
-    is_large = data.path and sources.measure_files(data.path) > data.memory_megabytes * 10**6
-    return _open_splits(data, prepared.prepare_corpus(data) if is_large else None)
-
-
-def _open_splits(data: DataConfig, manifest: Manifest | None) -> Splits:
-    """Return the splits of a prepared corpus, or else read them into memory."""
-    if manifest:
-        texts, sha256 = prepared.open_splits(manifest), manifest.checksum
-    else:
-        strings = read_splits(data)
-        stop = encoding.find_stop_text(data.document_separator, strings["train"].__contains__)
-        texts = {name: Text(text, data.units, stop) for name, text in strings.items()}
-        sha256 = compute_checksum(strings)
-    sources.check_unchanged(sha256, data.sha256)
-    return Splits(texts, sha256)
-
-
-def load_texts_of_run(
-    data: DataConfig, path: str | None, dataset: str | None = None, directory: str | None = None
-) -> dict[str, Text]:
-    """Return the splits that a run was trained on, for commands that read its text again.
-
-    The run may be someone else's. So the text that its config names is only read, and nothing is
-    written outside the user's cache. TFDS imports modules that the files of a dataset name, so only
-    datasets that the user has named are opened. A standard text is the same for everybody, so it is
-    downloaded and prepared like the user's own.
-
-    Args:
-      data: the `data` fields of the run's config.
-      path: the current path of its text, or None; this and the next two come from the user.
-      dataset: the TFDS dataset with its text.
-      directory: TFDS's data directory.
-
-    Raises:
-      UserError: as `load_texts` does; or if the user must name the text.
-    """
-    data = dataclasses.replace(data, directory=directory or "")
-    if dataset is not None:
-        data = dataclasses.replace(data, path="", dataset=dataset)
-    if path is not None:
-        data = dataclasses.replace(data, path=path)
-    given, data = data, standard_texts.find_standard_text(data)
-    may_prepare = path is not None or data is not given
-    manifest = None
+    data, any_bytes = standard_texts.find_standard_text(data), data.units == "bytes"
     if data.path:
-        try:
-            size = sources.measure_files(data.path)
-        except UserError as error:  # Here the path comes from the run, or from a flag.
-            raise UserError(f"{error} (--data_path)") from None
-        if size > _MAX_BYTES_IN_MEMORY:
-            manifest = _find_prepared(data, may_prepare)
-    elif data.dataset not in (*standard_texts.STANDARD_TEXTS, dataset):
-        raise UserError(
-            f"the run was trained on the dataset {data.dataset!r}, which may execute code: if you "
-            "trust it, add --dataset NAME, and --data_directory DIR if it is not in TFDS's default "
-            "directory"
-        )
-    splits = _open_splits(data, manifest)
-    if given.path and path is None and not given.sha256:  # It could be any file of the user.
-        raise UserError(f"the run has no checksum of its text, {given.path}: name it (--data_path)")
-    return splits.texts
-
-
-def _find_prepared(data: DataConfig, may_prepare: bool) -> Manifest:
-    """Return the prepared text of a run, from where it was trained or else the user's cache."""
-    if manifest := prepared.find_corpus(data):
-        return manifest
-    data = dataclasses.replace(data, prepared=str(user_cache.get_path("prepared").absolute()))
-    if manifest := prepared.prepare_corpus(data) if may_prepare else prepared.find_corpus(data):
-        return manifest
-    raise UserError(
-        f"the text of the run, {data.path}, is larger than {_MAX_BYTES_IN_MEMORY / 1e6:g} MB and "
-        f"is not prepared: name it with --data_path FILE to prepare it in {data.prepared}"
-    )
-
-
-def read_splits(data: DataConfig) -> dict[str, str]:
-    """Read the text of each split into memory, for the `data` fields of a config."""
-    data = standard_texts.find_standard_text(data)
-    if data.path:
-        split, _ = sources.split_files(sources.find_files(data.path), data)
-        texts = [sources.read_segments(segments, data.units == "bytes") for segments in split]
+        ends = data.document_separator == "file"
+        found = sources.find_files(data.path)
+        texts = [sources.list_segments(paths, any_bytes, ends) for paths in found]
     else:
         from lstm_jax.data import datasets  # Only for a dataset: importing TFDS takes seconds.
 
         texts = datasets.read_dataset(data)
-    splits = dict(zip(sources.SPLITS, texts, strict=True))
-    source = data.path or f"the dataset {data.dataset}"
-    sources.check_lengths({name: len(text) for name, text in splits.items()}, source)
-    return splits
+    segments, sha256 = sources.split_texts(texts, any_bytes, data.fractions)
+    if data.sha256 not in ("", sha256):
+        raise UserError(
+            "the text is not the one this run was trained on, or is split differently (SHA-256 "
+            f"and bytes of each split: {data.sha256} at that time, {sha256} now): restore that "
+            "text, or train a new run on this one"
+        )
+    train = Text(segments["train"], data.units, "").read_pieces
+    stop = find_stop_text(data.document_separator, lambda s: any(s in piece for piece in train()))
+    splits = {
+        name: Text(of_split, data.units, stop, name, sha256) for name, of_split in segments.items()
+    }
+    return Splits(splits, sha256)
 
 
-def compute_checksum(splits: dict[str, str]) -> str:
-    """Return `data.sha256` of a text; see `sources.make_checksum`."""
-    digest, lengths = hashlib.sha256(), []
-    for name in sources.SPLITS:
-        content = splits[name].encode("utf-8", "surrogateescape")
-        digest.update(content)
-        lengths.append(len(content))
-    return sources.make_checksum(digest, lengths)
+def load_texts_of_run(
+    data: DataConfig, path: str | None = None, directory: str | None = None
+) -> dict[str, Text]:
+    """Return the splits that a run was trained on, for commands that read its text again.
+
+    Args:
+      data: the `data` fields of the run's config.
+      path: the current path of its text, or None.
+      directory: TFDS's data directory, or None.
+
+    Raises:
+      UserError: as `load_texts` does.
+    """
+    path = data.path if path is None else path
+    directory = data.directory if directory is None else directory
+    return load_texts(dataclasses.replace(data, path=path, directory=directory)).texts
+
+
+def read_splits(data: DataConfig) -> dict[str, str]:
+    """Read the text of each split into memory, for the `data` fields of a config."""
+    return {name: text.read() for name, text in load_texts(data).texts.items()}
+
+
+def hold_text(text: str, kind: str, stop: str) -> Text:
+    """Return a text in memory, with tokens of one of `vocabulary.KINDS` and a stop token or ""."""
+    content = text.encode("utf-8", "surrogateescape")
+    return Text([Segment(content, 0, len(content))], kind, stop)
+
+
+def find_stop_text(separator: str, contains: Callable[[str], bool]) -> str:
+    """Return the stop token of a text, for a name in `SEPARATORS`.
+
+    `contains` returns whether the text contains a string.
+    """
+    stop = SEPARATORS[separator]
+    windows = stop.replace("\n", "\r\n")
+    return windows if stop != windows and not contains(stop) and contains(windows) else stop
+
+
+def count_ids(ids: Ids, vocabulary_size: int) -> np.ndarray:
+    """Return the number of occurrences of each id: int64 [vocabulary]."""
+    counts = np.zeros(vocabulary_size, np.int64)
+    for start in range(0, len(ids), _BLOCK):  # `bincount` makes a copy of 8 bytes for each id.
+        counts += np.bincount(ids[start : start + _BLOCK], minlength=vocabulary_size)
+    return counts
+
+
+def _write_file(path: Path, pieces: Iterable[np.ndarray]) -> None:
+    """Write the ids of a text; wait if another process writes them. Raise `OSError` if that fails.
+
+    The file gets its name when it is complete.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with part.open("ab") as lock:
+        if not files.lock_file(lock, f"Waiting for another process that encodes the text: {part}"):
+            raise OSError(errno.ENOLCK, "it has no file locks")
+        if path.exists():  # The other process has written it.
+            return
+        try:
+            with part.open("wb") as file:  # It may be that of a process that was killed.
+                file.writelines(piece.data for piece in pieces)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            os.truncate(part, 0)
+            raise
+        part.rename(path)

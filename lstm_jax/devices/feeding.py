@@ -12,7 +12,6 @@ from lstm_jax.devices import parallel
 from lstm_jax.vocabulary import Ids
 
 _SHARE = 1 / 8  # Fraction of a GPU's or TPU's memory that a text may take.
-_PIECE = 2**22  # Number of ids that are read at a time.
 
 
 class Resident(NamedTuple):
@@ -55,16 +54,14 @@ def fits_on_device(ids: Ids, vocabulary_size: int) -> bool:
     if len(ids) >= 2**31:
         return False
     if device.platform == "cpu":
-        return isinstance(ids, np.ndarray)
+        return not isinstance(ids, np.memmap)
     memory = (device.memory_stats() or {}).get("bytes_limit", 0)
     return len(ids) * np.min_scalar_type(vocabulary_size - 1).itemsize <= _SHARE * memory
 
 
 def place_text(ids: Ids, vocabulary_size: int, mesh: Mesh) -> jax.Array:
     """Copy a text to every device, in the smallest dtype that holds the vocabulary."""
-    small = np.empty(len(ids), np.min_scalar_type(vocabulary_size - 1))
-    for start in range(0, len(ids), _PIECE):
-        small[start : start + _PIECE] = ids[start : start + _PIECE]
+    small = np.asarray(ids, np.min_scalar_type(vocabulary_size - 1))
     return parallel.place_local(small, mesh, parallel.EVERYWHERE)
 
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from lstm_jax import dynamic
 from lstm_jax import loss as loss_lib
-from lstm_jax.data import sources
-from lstm_jax.data.encoding import Text
+from lstm_jax.data import sources, texts
+from lstm_jax.data.texts import Text
 from lstm_jax.errors import UserError
 from lstm_jax.run import ensemble, workdir
 from lstm_jax.vocabulary import FILE_END, UNKNOWN_ID, Ids, TextSize, Vocabulary
@@ -29,12 +29,11 @@ def load_file(path: str, vocabulary: Vocabulary) -> Subject:
     Raise `UserError` if it can't be read, is too short, or has no token that the model knows.
     """
     content = sources.read_argument(path, "--text", vocabulary.kind == "bytes")
-    if vocabulary.stop == FILE_END:
-        sources.check_ends(content.encode("utf-8", "surrogateescape"), f"{path} (--text)")
-        content += FILE_END
+    content += FILE_END if vocabulary.stop == FILE_END else ""
     name = "standard input" if path == "-" else path
-    subject = _encode(name, [Text(content, vocabulary.kind, vocabulary.stop)], vocabulary)
-    if (subject.ids[:] == UNKNOWN_ID).all():
+    text = texts.hold_text(content, vocabulary.kind, vocabulary.stop)
+    subject = _encode(name, [text], vocabulary)
+    if (subject.ids == UNKNOWN_ID).all():
         raise UserError(f"the model knows none of the {vocabulary.token_name}s in {name}")
     return subject
 
@@ -47,11 +46,14 @@ def join_splits(name: str, splits: Mapping[str, Text], vocabulary: Vocabulary) -
 def _encode(name: str, parts: Sequence[Text], vocabulary: Vocabulary) -> Subject:
     """Encode the parts of a text; raise `UserError` if it has fewer than two tokens."""
     encoded = [part.encode(vocabulary) for part in parts]
-    ids: Ids = encoded[0] if len(parts) == 1 else np.concatenate([part[:] for part in encoded])
+    ids = encoded[0] if len(parts) == 1 else np.concatenate(encoded)
     if len(ids) < 2:
         length = f"{len(ids)} {vocabulary.token_name}s, and 2 are needed"
         raise UserError(f"{name} is too short: it has {length}")
-    sizes = [part.get_size(vocabulary, first=i > 0) for i, part in enumerate(parts)]
+    sizes = [
+        part.measure(vocabulary, of_part, first=i > 0)
+        for i, (part, of_part) in enumerate(zip(parts, encoded, strict=True))
+    ]
     return Subject(name, ids, sizes)
 
 

@@ -42,7 +42,7 @@ def read_text(
     data = workdir.load_config(workdir.find_model(directory)).data
     if text_file:
         return sources.read_argument(text_file, "--text", data.units == "bytes")[:length]
-    return texts.load_texts_of_run(data, *own_text)["validation"].read_start()[:length]
+    return texts.load_texts_of_run(data, *own_text)["validation"].read()[:length]
 
 
 def write_page(directory: Path, text: str, target: Path | None = None, bits: int = 16) -> None:

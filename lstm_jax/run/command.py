@@ -170,12 +170,11 @@ def define_run_flags() -> Callable[[], list[Path]]:
 def define_text_flags() -> Callable[[], list[str | None]]:
     """Define the flags that name the text of a trained run; return a function that reads them.
 
-    It returns the path, dataset and directory of `texts.load_texts_of_run`.
+    It returns the path and directory of `texts.load_texts_of_run`.
     """
     define = flags.DEFINE_string
     text_flags = (
         define("data_path", None, "The text that the run was trained on, if it was moved."),
-        define("dataset", None, "The TFDS dataset of the run; TFDS executes its code."),
         define("data_directory", None, "TFDS's data directory. [default: ~/tensorflow_datasets]"),
     )
     return lambda: [flag.value for flag in text_flags]

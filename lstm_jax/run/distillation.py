@@ -48,16 +48,8 @@ def check_texts(teachers: str, of_teachers: str, of_run: str) -> None:
         )
 
 
-def check_length(length: int | None, vocabulary_size: int) -> None:
-    """Raise `UserError` if the probabilities for a text don't fit.
-
-    `length` is its number of tokens, None for a text that is not kept on the devices.
-    """
-    if length is None:
-        raise UserError(
-            "config.distill.teachers needs a training text that is kept on the devices: raise "
-            "config.data.memory_megabytes, or use a shorter text"
-        )
+def check_length(length: int, vocabulary_size: int) -> None:
+    """Raise `UserError` if the probabilities for a text of this number of tokens don't fit."""
     if 2 * length * vocabulary_size > _MOST_BYTES:
         raise UserError(
             f"the probabilities of config.distill.teachers don't fit into {_MOST_BYTES:,} bytes, "

@@ -14,7 +14,7 @@ from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.config import Config
-from lstm_jax.data import encoding, files, texts
+from lstm_jax.data import files, texts
 from lstm_jax.devices import feeding, hosts, memory, parallel
 from lstm_jax.errors import UnavailableError, UserError, name_other_directory, name_same_command
 from lstm_jax.run import advice, checkpoints, distillation, lock, metrics, resume, workdir
@@ -67,9 +67,9 @@ class Session:
             "config, text and working directory: start all with the same command",
         )
         config, ids, size = self.config, self.ids["train"], len(self.vocabulary)
-        self._on_devices = feeding.fits_on_device(ids, size)
+        self._on_devices = feeding.fits_on_device(ids, size) or bool(config.distill.teachers)
         if teachers := config.distill.teachers:
-            distillation.check_length(len(ids) if self._on_devices else None, size)
+            distillation.check_length(len(ids), size)
             if not self.is_resumed or "distill.teachers" in self.changes:
                 loaded = distillation.load_teachers(teachers, self.vocabulary)
                 sha256 = loaded.config.data.sha256
@@ -89,9 +89,8 @@ class Session:
             averaged=optimizer_lib.has_average(config.optimizer),
             trained=trained.params if trained else None,
             mesh=self.mesh,
-            counts=None if self.is_resumed else splits.texts["train"].count_tokens(self.vocabulary),
+            counts=None if self.is_resumed else texts.count_ids(ids, size),
         )
-        encoding.make_table.cache_clear()  # It has every distinct token of the text.
         self._restore(state)
         self.is_validated = self.is_finished = False
         self._begin(opened)

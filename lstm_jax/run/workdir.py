@@ -38,6 +38,8 @@ CHANGES = "changes.jsonl"
 HISTORY = (METRICS, SAMPLES)
 # Limits of file sizes in bytes.
 _CONFIG_LIMIT, _VOCABULARY_LIMIT = 2**20, 2**25
+# Fields of `data` in the configs of earlier versions, which have no effect any more.
+_REMOVED = ("memory_megabytes", "prepared")
 # The folders of trained models in the package.
 _PRETRAINED = Path(__file__).parents[1] / "pretrained"
 
@@ -92,6 +94,8 @@ def load_config(workdir: Path) -> Config:
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{workdir / CONFIG} is damaged: {_reason(error)}") from None
+    for name in _REMOVED:
+        fields["data"].pop(name, None)
     return config_lib.complete_config(fields)
 
 

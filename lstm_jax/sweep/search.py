@@ -37,7 +37,7 @@ _MAX_FAILURES = 3
 
 # Fields in which the experiments of a study's workers may differ: losses can be compared.
 _FREE_FIELDS = (
-    *("data.path", "data.directory", "data.prepared", "data.memory_megabytes"),
+    *("data.path", "data.directory"),
     *("mesh.data", "mesh.model", "sample.length", "sample.temperature"),
     "checkpoint_every_seconds",
 )
