@@ -1,11 +1,11 @@
 """Make training batches of token ids, with iterators that can start at any step."""
 
 import functools
-import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lstm_jax.config import BatchesConfig, check_value
@@ -14,19 +14,16 @@ from lstm_jax.vocabulary import Ids
 
 
 class Batch(NamedTuple):
-    """The data of one training step."""
+    """The data of one training step; of several, with an additional leading axis."""
 
-    inputs: np.ndarray  # int32 [batch, time].
-    targets: np.ndarray  # int32 [batch, time]: targets[b, t] follows inputs[b, t] in the text.
-    starts: np.bool_  # bool [], whether a new text starts here, from the initial carry.
+    inputs: Any  # int32 [batch, time].
+    targets: Any  # int32 [batch, time]: targets[b, t] follows inputs[b, t] in the text.
+    starts: Any  # bool [], whether a new text starts here, from the initial carry.
     soft_targets: jax.Array | None = None  # float16 [batch, time, vocabulary], of teachers.
 
 
-class Offsets(NamedTuple):
-    """Where the windows of a batch begin in the text."""
-
-    begins: np.ndarray  # int64 [batch], the position of each window's first input.
-    starts: np.bool_  # See `Batch`.
+# Where the windows of a batch begin in the text, int64 [batch], and its `starts`.
+Place = tuple[np.ndarray, np.bool_]
 
 
 class Windows:
@@ -42,7 +39,7 @@ class Windows:
         self.steps_per_epoch = self._windows // batch_size
         self._shuffled = -1, np.zeros(0, np.uint8)  # An epoch and its order of windows.
 
-    def __getitem__(self, step: int) -> Offsets:
+    def __getitem__(self, step: int) -> Place:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         of_epoch, order = self._shuffled
         if of_epoch != epoch:
@@ -52,7 +49,7 @@ class Windows:
             self._shuffled = epoch, order
         first = step_in_epoch * self._batch_size
         windows = order[first : first + self._batch_size].astype(np.int64)
-        return Offsets(windows * self._window_length, np.bool_(True))
+        return windows * self._window_length, np.bool_(True)
 
 
 class Streams:
@@ -71,28 +68,32 @@ class Streams:
         self._stream_length = self.steps_per_epoch * window_length
         self._slack = length - 1 - batch_size * self._stream_length
 
-    def __getitem__(self, step: int) -> Offsets:
+    def __getitem__(self, step: int) -> Place:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         offset = np.random.default_rng((self._seed, epoch)).integers(self._slack + 1)
         begins = offset + self._stream_length * np.arange(self._batch_size)
-        return Offsets(begins + step_in_epoch * self._window_length, np.bool_(step_in_epoch == 0))
+        return begins + step_in_epoch * self._window_length, np.bool_(step_in_epoch == 0)
 
 
 def cut_batch(
-    ids: Ids | jax.Array, offsets: Offsets, window_length: int, predictions: jax.Array | None = None
+    ids: Ids | jax.Array,
+    begins: Any,
+    starts: Any,
+    window_length: int,
+    predictions: jax.Array | None = None,
 ) -> Batch:
-    """Return the batch whose windows begin at `offsets`, on the host or on the device.
+    """Return the batch whose windows begin at `begins` [batch], on the host or on the device.
 
     `predictions` are the probabilities that teachers give to each token of the text, [n,
     vocabulary].
     """
-    positions = offsets.begins[:, None] + np.arange(window_length + 1, dtype=np.int32)
-    windows: Any = ids[positions].astype(np.int32, copy=False)
+    windows: Any = ids[begins[..., None] + np.arange(window_length + 1, dtype=np.int32)]
+    windows = windows.astype(np.int32, copy=False)
     soft_targets = None
     if predictions is not None:  # Slices: to gather rows, a TPU would copy the whole array.
         cut = functools.partial(jax.lax.dynamic_slice_in_dim, predictions, slice_size=window_length)
-        soft_targets = jax.vmap(cut)(offsets.begins + 1)
-    return Batch(windows[:, :-1], windows[:, 1:], offsets.starts, soft_targets)
+        soft_targets = jnp.vectorize(cut, signature="()->(t,v)")(begins + 1)
+    return Batch(windows[..., :-1], windows[..., 1:], starts, soft_targets)
 
 
 def make_order(length: int, batches: BatchesConfig, seed: int) -> Windows | Streams:
@@ -110,38 +111,29 @@ def make_order(length: int, batches: BatchesConfig, seed: int) -> Windows | Stre
 
 
 def make_batches(
-    ids: Ids,
-    batches: BatchesConfig,
-    seed: int,
-    only_offsets: bool = False,
-    part: tuple[int, int] = (0, 1),
-    first_step: int = 0,
-) -> tuple[Iterator[Any], int]:
+    ids: Ids, batches: BatchesConfig, seed: int, part: tuple[int, int] = (0, 1), first_step: int = 0
+) -> tuple[Iterator[Batch], int]:
     """Return an endless iterator over training batches, and the number of steps per epoch.
+
+    Grain reads them in advance.
 
     Args:
       ids: the training text.
       batches: the `batches` fields of a config.
       seed: determines the order.
-      only_offsets: whether to return `Offsets`, the positions of the windows, instead of `Batch`,
-        which Grain prefetches.
       part: (k, n) for the k-th of n equal parts of each batch; only this part is read.
       first_step: the number of steps before the first batch.
 
     Raises:
       UserError: if the text is shorter than one batch.
     """
-    order, window_length = make_order(len(ids), batches, seed), batches.window_length
-    index, number = part
-
-    def read_step(step: int) -> Batch | Offsets:
-        offsets = order[step]
-        offsets = offsets._replace(begins=offsets.begins.reshape(number, -1)[index])
-        return offsets if only_offsets else cut_batch(ids, offsets, window_length)
-
-    if only_offsets:  # Computing positions is faster than receiving them from another thread.
-        return map(read_step, itertools.count(first_step)), order.steps_per_epoch
     import grain  # Importing it takes a tenth of a second.
+
+    order, (index, number) = make_order(len(ids), batches, seed), part
+
+    def read_step(step: int) -> Batch:
+        begins, starts = order[step]
+        return cut_batch(ids, begins.reshape(number, -1)[index], starts, batches.window_length)
 
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
     # Endless: Grain's own epochs would all have the same elements.

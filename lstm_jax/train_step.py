@@ -9,11 +9,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from lstm_jax import batches, regularization
 from lstm_jax import model as model_lib
+from lstm_jax import regularization
+from lstm_jax.batches import Batch
 from lstm_jax.cells.protocol import restart
 from lstm_jax.config import BatchesConfig, Config
-from lstm_jax.devices import feeding, parallel
+from lstm_jax.devices import parallel
 from lstm_jax.optimizer import update_average
 
 
@@ -67,7 +68,7 @@ class TrainState(NamedTuple):
         return stored._replace(carry=parallel.place(self.carry, mesh, parallel.DIVIDED))
 
 
-TrainStep = Callable[[TrainState, batches.Batch | feeding.Resident], TrainState]
+TrainStep = Callable[[TrainState, Batch], TrainState]
 
 
 def init_state(
@@ -115,9 +116,20 @@ def make_train_step(
     config: Config,
     mesh: Mesh,
 ) -> TrainStep:
-    """Make the training step and jit it for the batches of a `Feed`; the state is donated."""
+    """Make the training step and jit it for the batches of a `Feed`; the state is donated.
+
+    A batch whose arrays have an additional leading axis holds several consecutive steps.
+    """
     train_step = make_step(model, optimizer, config, mesh)
-    return feeding.jit_steps(train_step, config.batches.window_length)
+
+    def take_steps(state: TrainState, batch: Batch) -> TrainState:
+        if batch.starts.ndim:
+            return jax.lax.scan(lambda state, step: (train_step(state, step), None), state, batch)[
+                0
+            ]
+        return train_step(state, batch)
+
+    return jax.jit(take_steps, donate_argnums=0)
 
 
 def make_step(
@@ -125,8 +137,8 @@ def make_step(
     optimizer: optax.GradientTransformation,
     config: Config,
     mesh: Mesh,
-) -> Callable[[TrainState, batches.Batch], TrainState]:
-    """Make the training step, a pure function of a state and a `batches.Batch`.
+) -> TrainStep:
+    """Make the training step, a pure function of a state and a `Batch`.
 
     Every device of the mesh gathers the parameters and computes the gradient for its part of the
     batch, one microbatch after the other. The mean over the devices is the gradient for the whole
@@ -137,7 +149,7 @@ def make_step(
     rates = config.regularization
     compute_grads = _make_compute_grads(model, config)
 
-    def train_step(state: TrainState, batch: batches.Batch) -> TrainState:
+    def train_step(state: TrainState, batch: Batch) -> TrainState:
         before = _start_texts(model, config.batches, state, batch)
         key, masks, parameter_key = state.key, None, None
         if regularization.is_random(rates):
@@ -179,7 +191,7 @@ def make_step(
 
 
 def _start_texts(
-    model: model_lib.LanguageModel, config: BatchesConfig, state: TrainState, batch: batches.Batch
+    model: model_lib.LanguageModel, config: BatchesConfig, state: TrainState, batch: Batch
 ) -> model_lib.Carry:
     """Return the carry before a batch: the initial one for texts that start, or are reset."""
     starts = jnp.broadcast_to(batch.starts, len(batch.inputs))

@@ -1,7 +1,5 @@
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -13,26 +11,26 @@ from lstm_jax.errors import UserError
 
 
 @pytest.mark.parametrize("kind", ["windows", "streams"])
-def test_a_text_on_the_device_gives_the_batches_of_the_pipeline(kind: str) -> None:
+def test_batches_cut_on_the_devices_are_those_of_the_host(kind: str) -> None:
     fields = config.default()
     fields.batches.kind, fields.batches.batch_size, fields.batches.window_length = kind, 4, 7
-    ids = np.random.default_rng(0).integers(0, 300, 1000).astype(np.int32)
-    pipeline, steps = batches.make_batches(ids, fields.batches, seed=3)
-    offsets, _ = batches.make_batches(ids, fields.batches, seed=3, only_offsets=True)
-    mesh = parallel.make_mesh(fields)
-    predictions = jnp.asarray(np.eye(300, dtype=np.float16)[ids])  # Row i is for ids[i].
-    feed = feeding.Feed(offsets, mesh, feeding.place_text(ids, 300, mesh), predictions)
-    whole = feeding.Feed(batches.make_batches(ids, fields.batches, seed=3)[0], mesh, None)
-    for _ in range(2 * steps + 5):
-        expected, resident, put = next(pipeline), feed.next(), whole.next()
-        assert isinstance(resident, feeding.Resident) and resident.ids.dtype == np.uint16
-        cut = batches.cut_batch(resident.ids, resident.offsets, 7, resident.predictions)
-        assert cut.soft_targets is not None
-        np.testing.assert_array_equal(cut.soft_targets.argmax(-1), expected.targets)
-        jax.tree.map(np.testing.assert_array_equal, cut._replace(soft_targets=None), expected)
-        jax.tree.map(np.testing.assert_array_equal, put, expected)
-    several = feed.next(3)
-    assert isinstance(several, feeding.Resident) and several.offsets.begins.shape == (3, 4)
+    complete = config.complete_config(fields)
+    ids = np.random.default_rng(0).integers(0, 300, 1000).astype(np.uint16)
+    mesh = parallel.make_mesh(complete)
+    predictions = np.eye(300, dtype=np.float16)[ids]  # Row i is for ids[i].
+    _, steps = batches.make_batches(ids, complete.batches, seed=0)
+    feeds = [
+        feeding.Feed(ids, complete, mesh, 3, predictions=predictions),
+        feeding.Feed(ids, complete, mesh, 3, on_devices=False),
+    ]
+    for number in (1,) * (steps + 5) + (3,):
+        there, here = (feed.next(number) for feed in feeds)
+        assert there.inputs.dtype == here.inputs.dtype == np.int32
+        assert there.soft_targets is not None
+        np.testing.assert_array_equal(there.soft_targets.argmax(-1), here.targets)
+        for one, other in zip(there[:3], here[:3], strict=True):
+            np.testing.assert_array_equal(one, other)
+            assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
 
 
 @pytest.mark.slow
@@ -68,9 +66,10 @@ def test_an_error_names_the_nonfinite_step_among_several(
 def test_an_implicit_transfer_to_the_device_raises_an_error(
     tiny_config: ConfigDict, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def skip_placement(self: feeding.Feed, read: list[Any]) -> Any:
-        return read[0]
+    def read_on_host(self: feeding.Feed, steps: int = 1) -> Any:
+        return next(iter(batches.make_batches(ids, complete.batches, 0)[0]))
 
-    monkeypatch.setattr(feeding.Feed, "_place", skip_placement)
+    ids, complete = np.zeros(20_000, np.uint8), config.complete_config(tiny_config)
+    monkeypatch.setattr(feeding.Feed, "next", read_on_host)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         training.train(tiny_config, tmp_path)

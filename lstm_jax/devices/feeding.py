@@ -1,51 +1,24 @@
 """Feed batches to the devices: cut them there from a text that fits, else copy them in advance."""
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from lstm_jax.batches import Batch, Offsets, cut_batch
+from lstm_jax.batches import Batch, cut_batch, make_batches, make_order
+from lstm_jax.config import Config
 from lstm_jax.devices import parallel
 from lstm_jax.vocabulary import Ids
 
 _SHARE = 1 / 8  # Fraction of a GPU's or TPU's memory that a text may take.
 
 
-class Resident(NamedTuple):
-    """A batch that is still to be cut from a text on the device."""
-
-    ids: jax.Array  # The whole text, [n], in the smallest dtype that holds the vocabulary.
-    predictions: jax.Array | None  # Of teachers, for each token; see `batches.cut_batch`.
-    offsets: Offsets  # Where the batch's windows begin, int32 [batch].
-
-
-def jit_steps(
-    train_step: Callable[[Any, Batch], Any], window_length: int
-) -> Callable[[Any, Batch | Resident], Any]:
-    """Return a jitted function that takes the steps of a batch of a `Feed`; it donates the state.
-
-    A batch whose arrays have an additional leading axis holds several consecutive steps.
-    """
-
-    def train_steps(state: Any, batch: Batch | Resident) -> Any:
-        def take_step(state: Any, step: Any) -> tuple[Any, None]:
-            if isinstance(batch, Resident):
-                step = cut_batch(batch.ids, step, window_length, batch.predictions)
-            return train_step(state, step), None
-
-        steps = batch.offsets if isinstance(batch, Resident) else batch
-        if steps.starts.ndim:
-            return jax.lax.scan(take_step, state, steps)[0]
-        return take_step(state, steps)[0]
-
-    return jax.jit(train_steps, donate_argnums=0)
-
-
-def fits_on_device(ids: Ids, vocabulary_size: int) -> bool:
-    """Return whether to keep a text on the devices, where offsets are int32.
+def fits_on_device(ids: Ids) -> bool:
+    """Return whether to keep a text on the devices, where positions are int32.
 
     A CPU keeps it if it is in memory already, another device if it takes at most an eighth of its
     memory.
@@ -55,40 +28,58 @@ def fits_on_device(ids: Ids, vocabulary_size: int) -> bool:
         return False
     if device.platform == "cpu":
         return not isinstance(ids, np.memmap)
-    memory = (device.memory_stats() or {}).get("bytes_limit", 0)
-    return len(ids) * np.min_scalar_type(vocabulary_size - 1).itemsize <= _SHARE * memory
+    return ids.nbytes <= _SHARE * (device.memory_stats() or {}).get("bytes_limit", 0)
 
 
-def place_text(ids: Ids, vocabulary_size: int, mesh: Mesh) -> jax.Array:
-    """Copy a text to every device, in the smallest dtype that holds the vocabulary."""
-    small = np.asarray(ids, np.min_scalar_type(vocabulary_size - 1))
-    return parallel.place_local(small, mesh, parallel.EVERYWHERE)
+class Feed:
+    """The batches of a training text, on the devices of a mesh, from one step on.
 
-
-class Feed(NamedTuple):
-    """The batches of an iterator, on the devices of a mesh.
-
-    JAX dispatches steps asynchronously, so a batch is copied while the devices still compute the
-    steps before it.
+    JAX dispatches steps asynchronously, so a batch is copied or cut while the devices still compute
+    the steps before it.
     """
 
-    iterator: Iterator[Any]
-    mesh: Mesh
-    text: jax.Array | None  # What batches are cut from, if the iterator yields offsets.
-    predictions: jax.Array | None = None  # See `Resident`.
+    def __init__(
+        self,
+        ids: Ids,
+        config: Config,
+        mesh: Mesh,
+        first_step: int = 0,
+        on_devices: bool = True,
+        predictions: np.ndarray | None = None,
+    ) -> None:
+        """Copy the text, and the predictions of teachers (`cut_batch`), if they are cut there."""
+        fields, index, number = config.batches, jax.process_index(), jax.process_count()
+        self._mesh, self._cut = mesh, None
+        if not on_devices:
+            part = index, number
+            self._read: Iterator[Any]
+            self._read, _ = make_batches(ids, fields, config.seed, part, first_step)
+            return
+        order = make_order(len(ids), fields, config.seed)
+        places = map(order.__getitem__, itertools.count(first_step))
+        self._read = (
+            (begins.reshape(number, -1)[index].astype(np.int32), starts)
+            for begins, starts in places
+        )
+        text = parallel.place_local(np.asarray(ids), mesh, parallel.EVERYWHERE)
+        if predictions is not None:
+            predictions = parallel.place_local(predictions, mesh, parallel.EVERYWHERE)
+        cut = jax.jit(functools.partial(cut_batch, window_length=fields.window_length))
+        self._cut = functools.partial(cut, text, predictions=predictions)
 
-    def next(self, steps: int = 1) -> Batch | Resident:
+    def next(self, steps: int = 1) -> Batch:
         """Return the next batch, or the batches of several steps stacked along a leading axis."""
-        read = [next(self.iterator) for _ in range(steps)]
-        if self.text is None:
-            return self._place(read)
-        narrow = [Offsets(offsets.begins.astype(np.int32), offsets.starts) for offsets in read]
-        return Resident(self.text, self.predictions, self._place(narrow))
+        read = [next(self._read) for _ in range(steps)]
+        leading = int(steps > 1)
+        arrays = jax.tree.map(lambda *x: np.stack(x), *read) if leading else read[0]
+        rows = PartitionSpec(*[None] * leading, *parallel.DIVIDED)
 
-    def _place(self, read: list[Any]) -> Any:
-        """Divide the rows of a batch over the devices; stack several batches."""
-        rows = PartitionSpec(*[None] * (len(read) > 1), *parallel.DIVIDED)
-        batch = read[0] if len(read) == 1 else jax.tree.map(lambda *x: np.stack(x), *read)
-        starts = parallel.place_local(batch.starts, self.mesh, parallel.EVERYWHERE)
-        divided = parallel.place_local(batch._replace(starts=()), self.mesh, rows)
-        return divided._replace(starts=starts)
+        def place(array: Any) -> jax.Array:
+            """Divide the rows of a batch over the devices; `starts` has none."""
+            has_rows = np.ndim(array) > leading
+            return parallel.place_local(
+                array, self._mesh, rows if has_rows else parallel.EVERYWHERE
+            )
+
+        placed = jax.tree.map(place, arrays)
+        return self._cut(*placed) if self._cut else placed

@@ -170,8 +170,8 @@ def check_finite(run: Session, loop: Loop) -> None:
         return
     path, config, ids = run.directory / f"nonfinite_step_{step}.json", run.config, run.ids["train"]
     if hosts.is_first():
-        offsets = batches.make_order(len(ids), config.batches, config.seed)[step - 1]
-        batch = batches.cut_batch(ids, offsets, config.batches.window_length)
+        place = batches.make_order(len(ids), config.batches, config.seed)[step - 1]
+        batch = batches.cut_batch(ids, *place, config.batches.window_length)
         saved = {"step": step, "inputs": batch.inputs.tolist(), "targets": batch.targets.tolist()}
         files.write_file(path, f"{json.dumps(saved)}\n".encode())
     skipped, allowed = int(loop.state.skipped), config.max_skipped_steps

@@ -67,7 +67,7 @@ class Session:
             "config, text and working directory: start all with the same command",
         )
         config, ids, size = self.config, self.ids["train"], len(self.vocabulary)
-        self._on_devices = feeding.fits_on_device(ids, size) or bool(config.distill.teachers)
+        self._on_devices = feeding.fits_on_device(ids) or bool(config.distill.teachers)
         if teachers := config.distill.teachers:
             distillation.check_length(len(ids), size)
             if not self.is_resumed or "distill.teachers" in self.changes:
@@ -122,18 +122,12 @@ class Session:
 
     def make_feed(self) -> feeding.Feed:
         """Return the training batches from the loop's step, on the devices of the mesh."""
-        ids, text, predictions = self.ids["train"], None, None
-        if self._on_devices:
-            text = feeding.place_text(ids, len(self.vocabulary), self.mesh)
-        if teachers := self.config.distill.teachers:
+        ids, config, predictions = self.ids["train"], self.config, None
+        if teachers := config.distill.teachers:
             trained = distillation.load_teachers(teachers, self.vocabulary)
-            array = distillation.predict_text(trained, ids)
-            predictions = parallel.place_local(array, self.mesh, parallel.EVERYWHERE)
-        part, config = (jax.process_index(), jax.process_count()), self.config
-        iterator, _ = batches.make_batches(
-            ids, config.batches, config.seed, self._on_devices, part, self.loop.step
-        )
-        return feeding.Feed(iterator, self.mesh, text, predictions)
+            predictions = distillation.predict_text(trained, ids)
+        on_devices, step = self._on_devices, self.loop.step
+        return feeding.Feed(ids, config, self.mesh, step, on_devices, predictions)
 
     def save(self, step: int, state: TrainState) -> None:
         """Start saving a checkpoint, with the sizes of the files that the run appends to."""
