@@ -1,4 +1,3 @@
-import os
 import subprocess
 from pathlib import Path
 
@@ -6,7 +5,6 @@ import pytest
 
 from lstm_jax import config as config_lib
 from lstm_jax.data import download, standard_texts, texts
-from lstm_jax.errors import UserError
 
 (SOURCE,) = standard_texts.STANDARD_TEXTS["tiny_shakespeare"].downloads
 
@@ -23,18 +21,6 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     replaced = text._replace(downloads=(dead,))
     monkeypatch.setitem(standard_texts.STANDARD_TEXTS, "tiny_shakespeare", replaced)
     monkeypatch.setattr(standard_texts, "read_wheel", lambda file: None)
-
-
-def test_pipes_and_huge_files_are_not_read(offline: None, tmp_path: Path) -> None:
-    path = tmp_path / "input.txt"
-    os.mkfifo(path)
-    with pytest.raises(UserError, match="can't read .*input.txt .* regular file"):
-        read(tmp_path)
-    path.unlink()
-    with path.open("wb") as file:
-        file.truncate(2**40)
-    with pytest.raises(UserError, match="a different file: its SHA-256 must be 86c4e6a"):
-        read(tmp_path)
 
 
 def test_the_wheel_has_the_text_if_the_address_can_not_be_reached(

@@ -4,7 +4,6 @@ A text is downloaded once into TFDS's data directory, and verified. Its splits
 are then in files: enwik8/train.txt, enwik8/validation.txt and enwik8/test.txt.
 """
 
-import dataclasses
 import hashlib
 import io
 import os
@@ -18,7 +17,7 @@ from lstm_jax.config import DataConfig
 from lstm_jax.data import files
 from lstm_jax.data.download import Download, DownloadError, download_file, read_wheel
 from lstm_jax.data.sources import SPLITS
-from lstm_jax.errors import UnavailableError, UserError, name_same_command
+from lstm_jax.errors import UnavailableError, UserError
 
 
 class StandardText(NamedTuple):
@@ -92,59 +91,44 @@ STANDARD_TEXTS = {
 }
 
 
-def find_standard_text(data: DataConfig) -> DataConfig:
-    """Return the `data` fields of a config with the files of the standard text that they name.
+def find_splits(data: DataConfig) -> list[Path] | None:
+    """Return the files of train, validation and test of the standard text `data.dataset`.
 
-    The text is downloaded if it is not there. Fields that name no standard text, or one that TFDS
-    has prepared, are returned as they are. Raise `UserError` if the text can't be downloaded, and
+    They are made from its downloads if they are missing. Return None for a dataset that is not a
+    standard text, or that TFDS has prepared. Raise `UserError` if the text can't be downloaded, and
     `UnavailableError` if it can't be written.
     """
-    if data.path or data.dataset not in STANDARD_TEXTS:
-        return data
+    if data.dataset not in STANDARD_TEXTS:
+        return None
     data_dir = data.directory or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     directory = Path(os.path.expanduser(data_dir), data.dataset)
-    if str(directory).startswith("~"):
-        raise UserError("this user has no home directory: name another data directory")
+    if any(directory.glob("*/dataset_info.json")):
+        return None
+    paths = [directory / f"{split}.txt" for split in SPLITS]
     try:
-        if any(directory.glob("*/dataset_info.json")):
-            return data
-        if {",", ";"} & set(str(directory)):  # They would separate paths of the text.
-            raise UserError(f"a comma or semicolon is in {directory}: use another data directory")
-        if not directory.exists():
-            _get_text(data.dataset, directory)
-        paths = [directory / f"{split}.txt" for split in SPLITS]
-        is_complete = all(path.exists() for path in paths)
+        if not all(path.exists() for path in paths):
+            directory.mkdir(parents=True, exist_ok=True)
+            with (directory.parent / ".lstm_jax.lock").open("ab") as lock:
+                files.lock_file(lock, f"Waiting for another process that downloads to {data_dir}")
+                if not all(path.exists() for path in paths):
+                    for path, content in zip(
+                        paths, _get_splits(data.dataset, directory.parent), strict=True
+                    ):
+                        files.write_file(path, content)
     except OSError as error:
         raise UnavailableError(
             f"can't read or write {error.filename or directory} ({error.strerror}): free space or "
             "make it writable, or use another data directory"
         ) from None
-    if not is_complete:
-        raise UserError(f"{directory} is not complete: remove it to get the text again")
-    return dataclasses.replace(data, path=";".join(map(str, paths)))
+    return paths
 
 
-def _get_text(name: str, directory: Path) -> None:
-    """Make the directory of a standard text; wait if another process downloads into its parent."""
-    data_dir = directory.parent
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with files.open_append(data_dir / ".lstm_jax.lock") as lock:
-        files.lock_file(lock, f"Waiting for another process that downloads to {data_dir}")
-        if directory.exists():
-            return
-        text = STANDARD_TEXTS[name]
-        missing = [file for file in text.downloads if not (data_dir / file.name).exists()]
-        if missing:
-            print(f"Downloading {name}, once, to {data_dir}", file=sys.stderr)
-            _download_files(missing, data_dir)
-        splits = _read_splits(text, data_dir)
-        with files.unfinished_directory(directory) as made:
-            for split, content in zip(SPLITS, splits, strict=True):
-                files.write_file(made / f"{split}.txt", content)
-
-
-def _download_files(missing: list[Download], data_dir: Path) -> None:
-    """Download files to a directory; raise `UserError` if one can't be downloaded."""
+def _get_splits(name: str, data_dir: Path) -> list[bytes]:
+    """Return the splits of a text, from its downloads in a directory."""
+    text = STANDARD_TEXTS[name]
+    missing = [file for file in text.downloads if not (data_dir / file.name).exists()]
+    if missing:
+        print(f"Downloading {name}, once, to {data_dir}", file=sys.stderr)
     for i, file in enumerate(missing):
         try:
             download_file(file, data_dir / file.name)
@@ -154,13 +138,9 @@ def _download_files(missing: list[Download], data_dir: Path) -> None:
                 continue
             addresses = ", ".join(file.address for file in missing[i:])
             raise UserError(
-                f"can't download {file.address} ({error}): try {name_same_command()} again, or "
-                f"download {addresses} in another way and put it in {data_dir}"
+                f"can't download {file.address} ({error}): try again, or download {addresses} in "
+                f"another way and put it in {data_dir}"
             ) from None
-
-
-def _read_splits(text: StandardText, data_dir: Path) -> list[bytes]:
-    """Return the splits of a text, from its downloads in a directory."""
     contents = [_read_verified(file, data_dir / file.name) for file in text.downloads]
     if text.members:
         # Only these are read, and nothing is extracted to disk.
@@ -176,8 +156,7 @@ def _read_splits(text: StandardText, data_dir: Path) -> list[bytes]:
 
 def _read_verified(file: Download, path: Path) -> bytes:
     """Return the content of a download; raise `UserError` if it is not the published one."""
-    with files.open_regular(path, follow=True) as opened:
-        content = opened.read(file.size + 1)
+    content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != file.sha256:
         raise UserError(
             f"{path} is a different file: its SHA-256 must be {file.sha256}; remove it to download "

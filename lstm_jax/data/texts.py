@@ -156,11 +156,12 @@ def load_texts(data: DataConfig) -> Splits:
 
     Raise `UserError` if a text is missing, empty, or not the one that a run began with.
     """
-    data, any_bytes = standard_texts.find_standard_text(data), data.units == "bytes"
+    any_bytes, ends = data.units == "bytes", data.document_separator == "file"
     if data.path:
-        ends = data.document_separator == "file"
         found = sources.find_files(data.path)
         texts = [sources.list_segments(paths, any_bytes, ends) for paths in found]
+    elif splits := standard_texts.find_splits(data):
+        texts = [sources.list_segments([path], any_bytes, ends) for path in splits]
     else:
         from lstm_jax.data import datasets  # Only for a dataset: importing TFDS takes seconds.
 
@@ -174,10 +175,10 @@ def load_texts(data: DataConfig) -> Splits:
         )
     train = Text(segments["train"], data.units, "").read_pieces
     stop = find_stop_text(data.document_separator, lambda s: any(s in piece for piece in train()))
-    splits = {
+    split = {
         name: Text(of_split, data.units, stop, name, sha256) for name, of_split in segments.items()
     }
-    return Splits(splits, sha256)
+    return Splits(split, sha256)
 
 
 def load_texts_of_run(
