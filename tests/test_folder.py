@@ -1,7 +1,9 @@
 """Write a model as a folder, and read it with every command that reads a working directory."""
 
+import hashlib
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -17,7 +19,7 @@ from lstm_jax import training
 from lstm_jax.convert import transfer
 from lstm_jax.errors import UserError
 from lstm_jax.export import page
-from lstm_jax.run import workdir
+from lstm_jax.run import model_file, workdir
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,36 @@ def test_a_folder_holds_the_model_of_its_run(trained: Path, folder: Path, tmp_pa
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), before.params)
     jax.tree.map(np.testing.assert_array_equal, workdir.load_trained(small).params, rounded)
     assert (small / workdir.MODEL).stat().st_size < 0.6 * (folder / workdir.MODEL).stat().st_size
+
+
+def test_a_file_with_holes_is_damaged_before_it_is_read(tmp_path: Path) -> None:
+    path, count = tmp_path / "model.safetensors", 2**24 + 1
+    params = {"w": jax.ShapeDtypeStruct((count,), jnp.float32)}
+    checksum = hashlib.sha256(b"1" + bytes(4 * count)).hexdigest()
+    metadata = {"step": "1", "sha256": checksum}
+    arrays = {"w": {"dtype": "F32", "shape": [count], "data_offsets": [0, 4 * count]}}
+    header = json.dumps({"__metadata__": metadata, **arrays}).encode()
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(file.tell() + 4 * count)
+    assert path.stat().st_blocks, "this file system does not count blocks"
+    with pytest.raises(UserError, match="is damaged, or not a model"):
+        model_file.read_params(path, params)
+
+
+def test_a_file_is_hashed_in_parts(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    params = {name: jnp.full(2**18, i, jnp.float32) for i, name in enumerate("abcdefgh")}
+    model_file.write_params(path, params, 7, "float32")
+    tracemalloc.start()
+    try:
+        again, step = model_file.read_params(path, params)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert step == 7
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    assert peak < 1.5 * path.stat().st_size  # JAX's arrays may be those of the file.
 
 
 def test_names_of_a_strange_config_and_directory_are_shown_as_they_are(

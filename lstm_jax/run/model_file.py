@@ -22,6 +22,8 @@ from lstm_jax.model import Params
 _DTYPES = {"float32": ("F32", np.dtype("float32")), "bfloat16": ("BF16", np.dtype(jnp.bfloat16))}
 DTYPES = tuple(_DTYPES)
 _HEADER_LIMIT = 2**22  # Bytes; an array takes about 100.
+# A larger file that takes less than this share of its size on disk has holes instead of parameters.
+_SMALL, _LEAST_SHARE = 2**26, 1 / 8
 
 
 def write_params(path: Path, params: Params, step: int, dtype: str) -> None:
@@ -39,11 +41,14 @@ def read_params(path: Path, params: Params) -> tuple[Params, int]:
     """Return float32 parameters, and their step.
 
     The file may come from someone else. So its header is compared with `params`, the expected
-    arrays or `jax.ShapeDtypeStruct`s, before the arrays are read.
+    arrays or `jax.ShapeDtypeStruct`s, and its size with the space that it takes, before the arrays
+    are read.
 
     Raises:
       UserError: if it can't be read, is damaged, or does not hold such arrays.
     """
+    leaves, tree = jax.tree.flatten(params)
+    arrays = []
     try:
         with name_failure(f"can't read {path}"), files.open_regular(path) as file:
             length = int.from_bytes(file.read(8), "little")
@@ -53,21 +58,24 @@ def read_params(path: Path, params: Params) -> tuple[Params, int]:
             if not dtypes:
                 raise UserError(f"{path} does not hold the model that the config describes")
             dtype = _DTYPES[dtypes[0]][1]
-            size = dtype.itemsize * sum(array.size for array in jax.tree.leaves(params))
-            if os.fstat(file.fileno()).st_size != 8 + length + size:
+            size = 8 + length + dtype.itemsize * sum(leaf.size for leaf in leaves)
+            status = os.fstat(file.fileno())
+            on_disk = 512 * status.st_blocks  # 0 on a file system that does not count blocks.
+            if status.st_size != size or (size > _SMALL and 0 < on_disk < _LEAST_SHARE * size):
                 raise ValueError
-            data = file.read(size)
-        if metadata["sha256"] != hashlib.sha256(metadata["step"].encode() + data).hexdigest():
+            digest = hashlib.sha256(metadata["step"].encode())
+            for leaf in leaves:
+                content = file.read(dtype.itemsize * leaf.size)
+                digest.update(content)
+                array = np.frombuffer(content, dtype).reshape(leaf.shape)
+                arrays.append(jnp.asarray(array, jnp.float32))
+        if metadata["sha256"] != digest.hexdigest():
             raise ValueError
         step = int(metadata["step"])
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         raise UserError(
             f"{path} is damaged, or not a model of lstm_jax.convert: restore it from a copy"
         ) from None
-    leaves, tree = jax.tree.flatten(params)
-    parts = np.split(np.frombuffer(data, dtype), np.cumsum([a.size for a in leaves])[:-1])
-    pairs = zip(parts, leaves, strict=True)
-    arrays = [jnp.asarray(part.reshape(a.shape), jnp.float32) for part, a in pairs]
     restored: Params = jax.tree.unflatten(tree, arrays)
     if not model_lib.is_finite(restored):
         raise UserError(f"the parameters in {path} are not finite")
