@@ -10,6 +10,7 @@ if __name__ == "__main__":
 
     interrupts.exit_at_once()  # While the rest is imported, which takes seconds.
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -26,11 +27,8 @@ _WORKDIR = flags.DEFINE_string(
 _INIT_FROM = flags.DEFINE_string(
     "init_from", None, f"{command.TRAINED}, whose parameters a new run starts from."
 )
-_TRACK = flags.DEFINE_multi_string(
-    "track",
-    [],
-    "Tracker that also receives metrics, samples and the config: wandb, or a "
-    "function package.module:function, called with each row of metrics. May be repeated.",
+_TRACK = flags.DEFINE_enum(
+    "track", None, ["wandb"], "Tracker that also receives metrics, samples and the config."
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of the first of several processes that train together."
@@ -58,9 +56,10 @@ def main() -> int:
 
     directory = workdir.check_path(_WORKDIR.value or Path("runs", name))
     processes = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    unwatched = contextlib.nullcontext(lambda row: None)
     with (
         hosts.join_processes(*processes, _JOIN_SECONDS.value),
-        trackers.open_trackers(_TRACK.value, directory) as watch,
+        trackers.open_wandb(directory) if _TRACK.value else unwatched as watch,
     ):
         return training.train(experiment, directory, watch)
 
