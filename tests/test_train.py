@@ -29,7 +29,7 @@ from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.data import texts
 from lstm_jax.errors import UnavailableError, UserError
-from lstm_jax.run import checkpoints, lock, metrics, resume, workdir, zero_state
+from lstm_jax.run import checkpoints, metrics, resume, workdir, zero_state
 from lstm_jax.train_step import TrainState, TrainStep
 
 
@@ -228,22 +228,6 @@ def test_a_run_that_is_moved_says_so_and_makes_no_directory(
     with pytest.raises(UnavailableError, match="was moved or deleted"):
         training.train(tiny_config, directory, watch)
     assert not directory.exists() and len(runs.read_losses(tmp_path / "moved")) > 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seconds", [300.0, 0.0])  # What it would write next: a row, a checkpoint.
-def test_a_run_that_lost_its_lock_writes_nothing_more(
-    seconds: float, tiny_config: ConfigDict, tmp_path: Path
-) -> None:
-    tiny_config.checkpoint_every_seconds = seconds
-
-    def watch(row: Mapping[str, Any]) -> None:
-        (tmp_path / lock.LOCK).unlink(missing_ok=True)
-
-    with pytest.raises(UnavailableError, match="has taken over"):
-        training.train(tiny_config, tmp_path, watch)
-    assert len(runs.read_losses(tmp_path)) == 1
-    assert checkpoints.list_steps(tmp_path / workdir.CHECKPOINTS) == [0]
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, *poisoned: int) -> None:
