@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 
 import commands
 import models
-import runs
 from lstm_jax import generation
 from lstm_jax.controls import Controls, adjust_logits, make_control_arrays
 from lstm_jax.errors import UserError
@@ -39,7 +38,6 @@ def make_trained(kind: str, stop: str = "", text: str = TEXT, **fields: Any) -> 
 
 
 def record(trained: workdir.Trained, text: str) -> activations.Reading:
-    """Return a record of the model that reads a text."""
     ids = trained.vocabulary.encode(text)
     return activations.record_activations(trained.model, trained.params, ids)
 
@@ -98,7 +96,7 @@ class Page:
     def get_bars(self) -> dict[int, float]:
         """Return the probabilities of the next token, by id."""
         bars = self.browser.find_elements("css selector", "#next button:not([hidden])")
-        return {int(x.get_attribute("value")): float(x.text.split()[-2]) / 100 for x in bars}
+        return {int(x.get_attribute("value")): float(x.text.split()[1]) / 100 for x in bars}
 
     def check_bars(self) -> None:
         """Assert that the page shows the probabilities after the text, without special tokens."""
@@ -146,8 +144,8 @@ def test_probabilities_and_activations_in_a_browser_equal_those_in_python(
     shown = Page(browser, tmp_path / "page.html", trained)
     ids = trained.vocabulary.encode(text)
     np.testing.assert_array_equal(shown("encode(arguments[0]).map(({id}) => id)", text), ids)
-    each = "encode(arguments[0]).map(({id}) => Array.from(softmax(step(state, id))))"
-    found = shown(f"((state) => {each})(zeroState())", text)
+    each = "ids.map((id) => Array.from(softmax(step(state, id))))"
+    found = shown(f"((ids, state) => {each})(arguments[0], zeroState())", ids.tolist())
     expected = compute_probabilities(trained, text)
     assert expected.max(axis=1).std() > 0.005, "a model whose predictions vary"
     np.testing.assert_allclose(found, expected, atol=1e-3)
@@ -163,7 +161,7 @@ def test_the_page_of_a_model_that_runs_in_it(browser: Any, trained: Path, tmp_pa
     from selenium.webdriver.common.keys import Keys
 
     loaded = workdir.load_trained(trained)
-    text = page.read_text(trained, None, [None, None, None], 1000)
+    text = page.read_text(trained, None, [], 1000)
     shown = Page(browser, tmp_path / "page.html", loaded, text)
     find, area = shown.find, shown.find("#text")
     assert browser.title == "<i>name</i>: a language model in a page"
@@ -414,10 +412,7 @@ def test_the_command_reads_the_validation_split_or_standard_input(
     assert b'"text": "To be, or not"' in (tmp_path / "other.html").read_bytes()
 
 
-def test_a_diverged_model_gives_no_page(trained: Path, tmp_path: Path) -> None:
-    runs.make_diverged_run(trained, tmp_path / "run")
-    with pytest.raises(UserError, match="the parameters in .* are not finite"):
-        page.write_page(tmp_path / "run", "To be, or not")
+def test_a_diverged_model_gives_no_page() -> None:
     loaded = make_trained("characters")
     loaded.params["dense"]["bias"] *= np.nan
     with pytest.raises(UserError, match="its training diverged"):

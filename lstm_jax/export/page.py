@@ -42,7 +42,12 @@ def read_text(
     data = workdir.load_config(workdir.find_model(directory)).data
     if text_file:
         return sources.read_argument(text_file, "--text", data.units == "bytes")[:length]
-    return texts.load_texts_of_run(data, *own_text)["validation"].read()[:length]
+    text = ""
+    for piece in texts.load_texts_of_run(data, *own_text)["validation"].read_pieces():
+        text += piece
+        if len(text) >= length:  # The rest of a large text is not read.
+            break
+    return text[:length]
 
 
 def write_page(directory: Path, text: str, target: Path | None = None, bits: int = 16) -> None:
