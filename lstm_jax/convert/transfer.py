@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import vocabulary as vocabulary_lib
@@ -44,6 +46,31 @@ def import_weights(
     directory = workdir.check_path(directory).absolute()
     if directory.is_dir() and any(directory.iterdir()):
         raise UserError(f"{directory} is not empty: use another --workdir")
+    config, tokens, stop = _describe_text(vocabulary_file, text_file)
+    try:
+        arrays = torch_weights.read_file(source)
+        found = torch_weights.find_modules(arrays, modules)
+        fields, params = torch_weights.to_model(arrays, found)
+        params, vocabulary, added = torch_weights.add_special_rows(
+            params, tokens, config.data.units, stop
+        )
+    except UserError as error:
+        raise UserError(f"{source} can't be converted: {error}") from None
+    config.model.update(fields)
+    make_folder(directory, config_lib.complete_config(config), vocabulary, params)
+    print(f"{messages.format_parameters(params)}\n")
+    if added:
+        print_line(
+            f"Added {' and '.join(map(repr, added))}, which the model lacked, with logits of -30"
+        )
+    print_line(f"Wrote the model of {source} to {directory}")
+    print_line(f"Generate text: python -m lstm_jax.sample --workdir {shlex.quote(str(directory))}")
+
+
+def _describe_text(
+    vocabulary_file: str | None, text_file: str | None
+) -> tuple[ConfigDict, Sequence[str], str]:
+    """Return a config with the `data` fields of a model, its tokens by id, and the stop token."""
     config, splits = config_lib.default(), dict[str, str]()
     tokens: Sequence[str] = ()
     kind, stop = "characters", ""
@@ -57,27 +84,12 @@ def import_weights(
     config.data.units, config.data.document_separator = kind, names[stop]
     if text_file:
         config.data.path = sources.make_absolute(text_file)
-        loaded_text = texts.load_texts(config_lib.complete_config(config).data)
-        config.data.sha256 = loaded_text.sha256
-        splits = {name: text.read() for name, text in loaded_text.texts.items()}
+        loaded = texts.load_texts(config_lib.complete_config(config).data)
+        config.data.sha256 = loaded.sha256
+        splits = {name: text.read() for name, text in loaded.texts.items()}
     if not vocabulary_file:
         tokens = vocabulary_lib.Vocabulary.from_text("".join(splits.values())).tokens
-    try:
-        arrays = torch_weights.read_file(source)
-        found = torch_weights.find_modules(arrays, modules)
-        fields, params = torch_weights.to_model(arrays, found)
-        params, vocabulary, added = torch_weights.add_special_rows(params, tokens, kind, stop)
-    except UserError as error:
-        raise UserError(f"{source} can't be converted: {error}") from None
-    config.model.update(fields)
-    make_folder(directory, config_lib.complete_config(config), vocabulary, params)
-    print(f"{messages.format_parameters(params)}\n")
-    if added:
-        print_line(
-            f"Added {' and '.join(map(repr, added))}, which the model lacked, with logits of -30"
-        )
-    print_line(f"Wrote the model of {source} to {directory}")
-    print_line(f"Generate text: python -m lstm_jax.sample --workdir {shlex.quote(str(directory))}")
+    return config, tokens, stop
 
 
 def export_weights(directory: Path, target: Path, drop_special: bool = False) -> None:
