@@ -13,9 +13,6 @@ from lstm_jax.data.standard_texts import STANDARD_TEXTS
 from lstm_jax.errors import UserError, one_line
 from lstm_jax.vocabulary import FILE_END
 
-# The progress bars would bury the output of a command.
-tfds.disable_progress_bar()
-
 
 def read_dataset(data: DataConfig) -> list[list[Segment]]:
     """Return the train, validation and test text of a TFDS dataset, examples joined by line breaks.
@@ -27,7 +24,7 @@ def read_dataset(data: DataConfig) -> list[list[Segment]]:
     """
     name, feature = data.dataset, data.text_feature
     data_dir = Path(os.path.expanduser(data.directory or tfds.core.constants.DATA_DIR))
-    builder = _open_prepared(name, data_dir)
+    builder = _prepare(name, data_dir)
     features = builder.info.features
     known = [key for key in features if isinstance(features[key], tfds.features.Text)]
     if feature not in known:
@@ -39,11 +36,8 @@ def read_dataset(data: DataConfig) -> list[list[Segment]]:
         raise UserError(f"{name} has no train split: choose another data.dataset")
 
     def read_split(split: str) -> list[Segment]:
-        try:
-            source = builder.as_data_source(split=split)
-            examples = [source[i][feature] for i in range(len(source))]
-        except Exception as error:  # It is damaged, or the code of one of its features fails.
-            raise UserError(f"can't read {name} under {data_dir}: {one_line(error)}") from None
+        source = builder.as_data_source(split=split)
+        examples = [source[i][feature] for i in range(len(source))]
         if data.document_separator == "file":
             content = b"".join(example + FILE_END.encode() for example in examples)
         else:
@@ -54,32 +48,10 @@ def read_dataset(data: DataConfig) -> list[list[Segment]]:
     return [read_split(split) for split in (SPLITS if has_all else SPLITS[:1])]
 
 
-def _open_prepared(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
+def _prepare(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
     """Open a dataset, and prepare it first if it is not."""
-    builder = _open_builder(name, data_dir)
-    if builder.is_prepared():
-        return builder
     try:
-        # TFDS prints its progress on standard output, which is for the output of the command.
-        with contextlib.redirect_stdout(sys.stderr):
-            builder.download_and_prepare()
-    except Exception as error:  # A builder is the dataset's own code: it can raise anything.
-        reason = f"can't prepare {name} under {data_dir}: {one_line(error)}"
-        if isinstance(error, ImportError):
-            # TFDS raises its own error for modules that it imports late.
-            missing = error.name or getattr(error.__cause__, "name", None) or one_line(error)
-            reason = (
-                f"preparing {name} needs {missing}, which is not installed: prepare it as "
-                f"array_record elsewhere and copy it to {data_dir}"
-            )
-        if not _open_builder(name, data_dir).is_prepared():  # By another process.
-            raise UserError(reason) from None
-    return _open_builder(name, data_dir)
-
-
-def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
-    try:
-        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
         raise UserError(
             f"TFDS has no dataset {name!r}, and it is not one of {', '.join(STANDARD_TEXTS)}: "
@@ -93,3 +65,18 @@ def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
             f"{name} is prepared under {data_dir} in a format that only TensorFlow reads: use "
             "another data.directory (or --data_directory), where it is prepared anew"
         ) from None
+    if not builder.is_prepared():
+        try:
+            # TFDS prints its progress on standard output, which is for the output of the command.
+            with contextlib.redirect_stdout(sys.stderr):
+                builder.download_and_prepare()
+        except ImportError as error:  # TFDS raises its own error for modules that it imports late.
+            missing = error.name or getattr(error.__cause__, "name", None) or one_line(error)
+            raise UserError(
+                f"preparing {name} needs {missing}, which is not installed: prepare it as "
+                f"array_record elsewhere and copy it to {data_dir}"
+            ) from None
+        except Exception as error:  # A builder is the dataset's own code: it can raise anything.
+            reason = one_line(error)
+            raise UserError(f"can't prepare {name} under {data_dir}: {reason}") from None
+    return builder
