@@ -177,23 +177,20 @@ class Vocabulary:
         """Return the name of a token in the singular: that of its kind, or "token"."""
         return "token" if self.kind == "bpe" or len(self.stop) > 1 else self.kind[:-1]
 
-    def split_word(self, word: str) -> tuple[str, ...]:
-        """Return the tokens of a word from `split_text`: itself, unless the kind is "bpe"."""
-        if self.kind != "bpe" or word in self._ids:
-            return (word,)
-        return self._cached_split(word)
+    def split(self, text: str) -> list[str]:
+        """Return the tokens of `text`, whether or not they are in the vocabulary."""
+        words = split_text(text, self.kind, self.stop)
+        if self.kind != "bpe":
+            return list(words)
+        parts = ((word,) if word in self._ids else self._split_word(word) for word in words)
+        return list(itertools.chain.from_iterable(parts))
 
     @functools.cached_property
-    def _cached_split(self) -> Callable[[str], tuple[str, ...]]:
+    def _split_word(self) -> Callable[[str], tuple[str, ...]]:
         """Return `bpe.make_splitter` of these tokens; it is cached, since words repeat."""
         others = {*self.tokens[: len(SPECIAL_IDS)], *BYTES, self.stop}
         learned = [token for token in self.tokens if token not in others]
         return functools.lru_cache(maxsize=2**20)(bpe.make_splitter(learned))
-
-    def split(self, text: str) -> list[str]:
-        """Return the tokens of `text`, whether or not they are in the vocabulary."""
-        words = split_text(text, self.kind, self.stop)
-        return [token for word in words for token in self.split_word(word)]
 
     def look_up(self, tokens: Iterable[str]) -> np.ndarray:
         """Return the id of each token: int32 [n], "[UNK]" for those not in the vocabulary."""
@@ -242,7 +239,7 @@ class TextSize(NamedTuple):
 
 
 def split_text(text: str, kind: str, stop: str) -> Iterator[str]:
-    """Yield the tokens of a text; of kind "bpe", words, which `Vocabulary.split_word` splits."""
+    """Yield the tokens of a text; of kind "bpe", words, which `Vocabulary.split` divides."""
     for number, part in enumerate(text.split(stop) if stop else [text]):
         if number:
             yield stop
