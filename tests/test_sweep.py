@@ -14,6 +14,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,20 +73,18 @@ def rows(directory: Path) -> list[dict]:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
+def server() -> Iterator[str]:
     """Start a PostgreSQL server on the loopback address and return its URL."""
     found = [shutil.which("initdb"), *map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb"))]
     binaries = next((Path(path).parent for path in found if path), None)
     if binaries is None:
         pytest.skip("there is no PostgreSQL server here")
     pytest.importorskip("psycopg")
-    data = tmp_path / "postgresql"
+    # Not below pytest's own directory, which only its user can read.
+    data = Path(tempfile.mkdtemp())
     user: list[str] = []
     if os.geteuid() == 0:  # PostgreSQL does not run as root.
-        data.mkdir()
         shutil.chown(data, "nobody")
-        for parent in (tmp_path, *[*tmp_path.parents][:3]):
-            parent.chmod(parent.stat().st_mode | 0o711)
         user = ["setpriv", "--reuid=nobody", "--clear-groups", "--inh-caps=-all"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -100,6 +99,8 @@ def server(tmp_path: Path) -> Iterator[str]:
     run_there("pg_ctl", "start", "--wait", f"--log={data}/log", f"--options={options}")
     yield f"postgresql://me@127.0.0.1:{port}/postgres"
     os.kill(int((data / "postmaster.pid").read_text().split()[0]), signal.SIGINT)
+    commands.wait_until(lambda: not (data / "postmaster.pid").exists())
+    shutil.rmtree(data)
 
 
 def wait_for_work(directory: Path, worker: subprocess.Popen[str]) -> None:
