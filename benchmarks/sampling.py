@@ -20,7 +20,6 @@ import peers
 import side_by_side
 from lstm_jax import generation, model
 from lstm_jax.controls import Controls
-from lstm_jax.ops import fused
 from side_by_side import Make, Work
 
 TEMPERATURE = 0.8
@@ -59,7 +58,7 @@ def _lstm_jax(options: argparse.Namespace, int8: bool = False, **controls: Any) 
         dtype="bfloat16" if int8 else options.dtype,
         int8_steps=int8,
     )
-    if int8 and not fused.supports_int8(lstm):
+    if int8 and not lstm.supports_int8:
         raise ValueError("it needs the library in C with VNNI, and a multiple of 16 hidden units")
     key = jax.random.key(0)
     params = model.init_params(lstm, key)

@@ -31,7 +31,7 @@ LEARNING_RATE = 1e-4
 def main() -> None:
     """Measure and print the table."""
     options = side_by_side.parse_options(__doc__, batch_size=64, window_length=100)
-    fused = functools.partial(make_lstm_jax, recurrence="fused")
+    fused = functools.partial(make_lstm_jax, recurrence="auto")
     contestants: dict[str, Make] = {
         "matmul": _matmul,
         "lstm-jax fused": fused,

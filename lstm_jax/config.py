@@ -85,9 +85,11 @@ def names_cell_file(name: str) -> bool:
     return re.fullmatch(r"[^\0]+\.py:\w+", name) is not None
 
 
-def is_plain_lstm(model: Any) -> bool:
-    """Return whether `ops.fused` can run a `LanguageModel`, or a `ModelConfig`'s."""
-    return bool(model.cell == "lstm" and not model.layer_norm and model.block == "none")
+def is_gated(model: Any) -> bool:
+    """Return whether `lstm_jax.ops` runs the layers of a `ModelConfig` by a fast implementation."""
+    gated = model.cell in ("lstm", "peephole", "gru", "rnn")
+    in_scan = model.recurrence in ("scan", "cudnn")
+    return bool(gated and not (in_scan or model.layer_norm or model.block != "none"))
 
 
 # fmt: off
@@ -213,21 +215,18 @@ class ModelConfig:
     initial_bias: Literal["frequencies", "zeros"] = field("frequencies", "Initial bias of the "
         "logits. frequencies: the logarithm of each token's frequency in the training text, which "
         "the model then does not have to learn.")
-    recurrence: Literal["auto", "scan", "fused", "cudnn", "pallas", "parallel"] = field("auto",
-        "Implementation of the recurrence. scan: the readable reference. parallel: all steps at "
-        "once, for cells that support it. fused: LSTMs with a custom VJP. cudnn: LSTMs with cuDNN "
-        "on a GPU, in float32. pallas: LSTMs on a TPU, with the recurrent kernel in VMEM. auto: "
-        "fused or parallel if possible, otherwise scan.", resume=True)
+    recurrence: Literal["auto", "scan", "xla", "c", "cudnn", "pallas", "parallel"] = field("auto",
+        "Implementation of the recurrence. scan: step by step, the readable reference. parallel: "
+        "all steps at once, for cells that support it. xla, c (CPUs with AVX-512), cudnn (LSTMs on "
+        "a GPU, in float32), pallas (TPUs): for LSTM, peephole LSTM, GRU and RNN cells. auto: the "
+        "fastest that supports the cell.", resume=True)
     dtype: Dtype = field("float32", "Dtype of matmul operands; parameters, cell states, softmax "
-        "and loss are float32. auto: bfloat16 on TPUs, on GPUs that have it, and for fused layers "
-        "on CPUs that multiply faster in it.", resume=True)
+        "and loss are float32. auto: bfloat16 on TPUs, on GPUs that have it, and for LSTM, "
+        "peephole LSTM, GRU and RNN layers on CPUs that multiply faster in it.", resume=True)
     rematerialize: int = field(0, "Steps between the states stored for the backward pass, which "
         "recomputes the others to save memory. 0: store all.", _SIZE_OR_ZERO, resume=True,
-        relevant_if=Rule(
-            "model.cell='lstm' without layer_norm or block, recurrence auto, fused or pallas, and "
-            "windows that are longer",
-            lambda c: is_plain_lstm(c.model) and c.model.recurrence not in ("scan", "cudnn")
-                and c.model.rematerialize < c.batches.window_length))
+        relevant_if=Rule("batches.window_length above it",
+            lambda c: c.model.rematerialize < c.batches.window_length))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,17 +18,27 @@ import numpy as np
 import threadpoolctl
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
+from lstm_jax import ops
 from lstm_jax.cells import CELLS, LOADED
 from lstm_jax.cells.block import Block
 from lstm_jax.cells.making import count_operations, make_cell, trace_cell
-from lstm_jax.cells.protocol import Gates, get_activation, get_gates, restart, run_cell
+from lstm_jax.cells.protocol import (
+    Gates,
+    get_activation,
+    get_gates,
+    get_layer_params,
+    has_layer_params,
+    restart,
+    run_cell,
+)
 from lstm_jax.config import ModelConfig, Option, check_value
 from lstm_jax.cross_entropy import compute_cross_entropy
 from lstm_jax.errors import UserError
 from lstm_jax.matmul import matmul
-from lstm_jax.ops import cudnn, fused
-from lstm_jax.ops.choice import choose_dtype, choose_recurrence
-from lstm_jax.ops.fused import Lookup, StepArrays
+from lstm_jax.ops import choice
+from lstm_jax.ops.gates import Gating
+from lstm_jax.ops.layer import GATINGS
+from lstm_jax.step import StepArrays, apply_step, prepare_step
 
 Params = dict[str, Any]
 Prepared = StepArrays | Params  # From `LanguageModel.prepare_step`.
@@ -87,12 +97,12 @@ class LanguageModel(nn.Module):
     embedding_size: int  # Features of an embedded token.
     hidden_size: int  # Hidden units of each recurrent layer.
     num_layers: int = 1  # The number of recurrent layers; each reads the outputs of the one below.
-    # How the layers run over time: "scan", one step after the other; "parallel", in the parallel
-    # form of the cell; "fused", "cudnn" or "pallas", for LSTMs; or "auto", the fastest.
+    # How the layers run over time: "scan", one step of the cell after the other; "parallel", in the
+    # parallel form of the cell; "auto", the fastest; or another implementation of `ops.lstm`.
     recurrence: str = "auto"
     dtype: str = "float32"  # The dtype of matmul operands, "float32" or "bfloat16".
-    int8_steps: bool = False  # Whether `apply_step` multiplies in int8; see `fused`.
-    rematerialize: int = 0  # See `fused.run_fused`.
+    int8_steps: bool = False  # Whether `apply_step` multiplies in int8; see `supports_int8`.
+    rematerialize: int = 0  # See `run_in_chunks`.
     cell: str | type[nn.Module] = "lstm"  # A key of `cells.CELLS`, or a class.
     layer_norm: bool = False  # Whether the cells normalize the contributions to their gates.
     options: Mapping[str, Option] = nn.FrozenDict()  # Other fields of the cells.
@@ -139,6 +149,24 @@ class LanguageModel(nn.Module):
         """Return the class of the recurrent layers."""
         return CELLS[self.cell] if isinstance(self.cell, str) else self.cell
 
+    @property
+    def runs_gated_layers(self) -> bool:
+        """Return whether `lstm_jax.ops` runs the layers."""
+        return self.block == "none" and has_layer_params(self.cell_class, self.layer_norm)
+
+    @property
+    def gating(self) -> Gating:
+        """Return the recurrence of gated layers."""
+        return GATINGS[vars(self.cell_class)["layer_params"]]
+
+    @property
+    def supports_int8(self) -> bool:
+        """Return whether `apply_step` can multiply in 8 bits here."""
+        sizes = self.sizes[1:]
+        return self.runs_gated_layers and all(
+            choice.runs_in_c("steps", "int8", size, gating=self.gating.name) for size in sizes
+        )
+
     @nn.nowrap  # So that an unbound model can call it.
     def make_cells(self) -> list[nn.Module]:
         """Make the recurrent layers."""
@@ -181,23 +209,58 @@ class LanguageModel(nn.Module):
         Return the outputs of the last layer [batch, time, features], to which the last of `masks`
         is not applied yet, and the carry.
         """
-        recurrence, starts = choose_recurrence(self), self.find_starts(ids)
-        below: Any = Lookup(self.embedding.embedding, ids)
+        starts = self.find_starts(ids)
+        below: jax.Array | None = None
         carries = []
         for i, (cell, before) in enumerate(zip(self.layers, carry, strict=True)):
-            inputs = apply_mask(below, masks[i]) if masks else below
-            if recurrence in ("fused", "pallas"):
-                options = self.dtype, self.rematerialize, recurrence == "pallas", starts
-                outputs, after = fused.run_fused(cell.kernels(), inputs, before, *options)
-            elif recurrence == "cudnn":
-                rows = fused.get_rows(inputs)
-                outputs, after = cudnn.run_recurrence(cell.kernels(), rows, before)
+            mask = masks[i] if masks else None
+            if below is None and mask is None and self.folds_embedding:
+                after, outputs = self.run_first_layer(cell, before, ids, starts)
             else:
-                parallel = recurrence == "parallel"
-                after, outputs = run_cell(cell, before, fused.get_rows(inputs), parallel, starts)
+                inputs = self.embedding.embedding[ids] if below is None else below
+                after, outputs = self.run_layer(cell, before, apply_mask(inputs, mask), starts)
             carries.append(after)
-            below = outputs + below if self.skip_connections and i else outputs
+            below = outputs if below is None or not self.skip_connections else outputs + below
+        assert below is not None  # There is at least one layer.
         return below, tuple(carries)
+
+    @property
+    def folds_embedding(self) -> bool:
+        """Return whether the embedding is folded into the first layer: see `run_first_layer`."""
+        # The one-hot input needs two matmuls of this size, the embedded row three.
+        is_small = self.vocabulary_size <= 1.5 * self.embedding_size
+        return is_small and self.runs_gated_layers and self.recurrence not in ("scan", "cudnn")
+
+    def run_first_layer(
+        self, cell: nn.Module, carry: Any, ids: jax.Array, starts: jax.Array | None
+    ) -> tuple[Any, jax.Array]:
+        """Run a gated layer over the embeddings of ids [batch, time].
+
+        The embedding table is multiplied by the input kernel once, and the matmul of a step selects
+        a row of the result by a one-hot input. So the backward pass needs no matmul for the
+        gradient of the inputs.
+        """
+        params = get_layer_params(cell)
+        table = matmul(self.embedding.embedding, params.input_kernel, self.dtype)
+        rows = jax.nn.one_hot(ids, self.vocabulary_size, dtype=table.dtype)
+        name = "auto" if self.recurrence == "parallel" else self.recurrence
+        options: Any = {"dtype": self.dtype, "implementation": name}
+
+        def run(carry: Any, rows: jax.Array, starts: jax.Array | None) -> tuple[Any, jax.Array]:
+            layer = params._replace(input_kernel=table)
+            return ops.run(layer, rows, carry, reset=starts, **options)
+
+        return run_in_chunks(run, carry, rows, starts, self.rematerialize)
+
+    def run_layer(
+        self, cell: nn.Module, carry: Any, inputs: jax.Array, starts: jax.Array | None
+    ) -> tuple[Any, jax.Array]:
+        """Run a layer over inputs [batch, time, features]; return the carry and all outputs."""
+
+        def run(carry: Any, inputs: jax.Array, starts: jax.Array | None) -> tuple[Any, jax.Array]:
+            return run_cell(cell, carry, inputs, self.recurrence, starts)
+
+        return run_in_chunks(run, carry, inputs, starts, self.rematerialize)
 
     def run_step(
         self, ids: jax.Array, carry: Carry, records: list[Record] | None = None
@@ -257,9 +320,14 @@ class LanguageModel(nn.Module):
     @nn.nowrap
     def prepare_step(self, params: Params) -> Prepared:
         """Prepare the parameters for `apply_step`; call it once, before the first step."""
-        if choose_recurrence(self) in ("scan", "parallel"):
+        if not self.runs_gated_layers or self.recurrence == "scan":
             return params
-        return fused.prepare_step(self.bind({"params": params}))
+        bound = self.bind({"params": params})
+        head = bound.head_kernel(), bound.dense.bias
+        layers = [get_layer_params(cell) for cell in bound.layers]
+        options = self.dtype, self.skip_connections
+        table = bound.embedding.embedding
+        return prepare_step(self.gating, table, layers, *head, *options, self.int8_steps)
 
     @nn.nowrap
     def apply_step(self, arrays: Prepared, ids: jax.Array, carry: Carry) -> tuple[jax.Array, Carry]:
@@ -268,7 +336,9 @@ class LanguageModel(nn.Module):
         Return logits, float32 [batch, vocabulary_size], and the next carry.
         """
         if isinstance(arrays, StepArrays):
-            return fused.apply_step(self, arrays, ids, restart(self, carry, self.find_starts(ids)))
+            before = restart(self, carry, self.find_starts(ids))
+            options = self.dtype, self.skip_connections
+            return apply_step(self.gating, arrays, ids, before, *options)
         bound = self.bind({"params": arrays})
         outputs, carry = bound.run_step(ids, carry)
         return bound.predict(outputs[:, None])[:, 0], carry
@@ -279,12 +349,43 @@ class LanguageModel(nn.Module):
         return None if self.stop_id is None else ids == self.stop_id
 
 
-def apply_mask(x: jax.Array | Lookup, mask: jax.Array | None) -> Any:
+def apply_mask(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Multiply x [batch, time, features] by a mask [batch, features], the same at every step."""
     if mask is None:
         return x
     # Feature-major, as the recurrence computes x: XLA then needs no transpose.
-    return (fused.get_rows(x).transpose(1, 2, 0) * mask.T[None]).transpose(2, 0, 1)
+    return (x.transpose(1, 2, 0) * mask.T[None]).transpose(2, 0, 1)
+
+
+def run_in_chunks(
+    run: Callable[..., tuple[Any, jax.Array]],
+    carry: Any,
+    inputs: jax.Array,
+    starts: jax.Array | None,
+    chunk: int,
+) -> tuple[Any, jax.Array]:
+    """Run a layer in chunks of time; the backward pass stores only the carries between them.
+
+    It recomputes the steps of a chunk. Memory then grows with time / chunk + chunk instead of time,
+    and is smallest at the square root of time. With `chunk` 0, there is one.
+    """
+    time = inputs.shape[1]
+    if not chunk or chunk >= time:
+        return run(carry, inputs, starts)
+    run = jax.checkpoint(run)
+    whole = time - time % chunk
+
+    def cut(x: jax.Array) -> jax.Array:
+        parts = x[:, :whole].reshape(len(x), -1, chunk, *x.shape[2:])
+        return parts.swapaxes(0, 1)
+
+    steps = inputs, starts
+    carry, outputs = jax.lax.scan(lambda carry, x: run(carry, *x), carry, jax.tree.map(cut, steps))
+    outputs = outputs.swapaxes(0, 1).reshape(len(inputs), whole, -1)
+    if whole < time:
+        carry, rest = run(carry, *jax.tree.map(lambda x: x[:, whole:], steps))
+        outputs = jnp.concatenate([outputs, rest], axis=1)
+    return carry, outputs
 
 
 def make_model(
@@ -306,10 +407,31 @@ def make_model(
     is_auto = model.dtype == "auto"
     given["dtype"] = "float32" if is_auto else model.dtype
     made = LanguageModel(vocabulary_size, stop_id=stop_id, **given)
-    recurrence = choose_recurrence(made)
+    check_recurrence(made)
     if is_auto and "dtype" in {field.name for field in dataclasses.fields(made.cell_class)}:
-        made = made.clone(dtype=choose_dtype(recurrence))
+        is_gated = made.runs_gated_layers and made.recurrence not in ("scan", "cudnn")
+        made = made.clone(dtype=choice.choose_dtype(is_gated))
     return made
+
+
+def check_recurrence(model: LanguageModel) -> None:
+    """Raise `ValueError` if `model.recurrence` can't run the layers on this machine."""
+    name, kind = model.recurrence, model.cell_class
+    if name == "parallel":
+        if not (model.runs_gated_layers or hasattr(kind, "run_parallel") or model.block != "none"):
+            raise ValueError(
+                f"'parallel' needs a cell with a method run_parallel, which {model.cell_name} "
+                "lacks; 'auto' supports any cell"
+            )
+    elif name not in ("auto", "scan") and not model.runs_gated_layers:
+        raise ValueError(
+            f"{name!r} supports only the cells lstm, peephole, gru and rnn, without layer "
+            "normalization or a block; 'auto' supports any cell"
+        )
+    elif name not in ("auto", "scan"):
+        options: Any = {"dtype": model.dtype, "has_reset": model.stop_id is not None}
+        for size in model.sizes[1:]:
+            choice.choose(name, model.gating, size=size, **options)
 
 
 def check_cells(model: LanguageModel) -> None:

@@ -15,11 +15,17 @@ from jax.experimental.pallas import tpu as pltpu
 import accelerators
 import commands
 from lstm_jax import config, matmul
-from lstm_jax.model import LanguageModel
-from lstm_jax.ops import accelerator, fused, pallas
-from lstm_jax.ops.choice import choose_recurrence
+from lstm_jax.model import LanguageModel, check_recurrence
+from lstm_jax.ops import accelerator, choice, pallas
 from test_native import measure_errors, run_numpy, to_bfloat16
-from test_recurrence import SIZES, assert_close, make_problem, reference, value_and_gradients
+from test_recurrence import (
+    SIZES,
+    assert_close,
+    make_problem,
+    reference,
+    run_layer,
+    value_and_gradients,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,21 +34,22 @@ ROOT = Path(__file__).parents[1]
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Choose what a GPU runs, and run it on the CPU."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(choice, "choose", lambda name, *_, **__: name.replace("auto", "xla"))
 
 
-_PALLAS = pytest.param(True, marks=pytest.mark.slow, id="pallas")
-in_both = pytest.mark.parametrize("in_pallas", [pytest.param(False, id="xla"), _PALLAS])
+_PALLAS = pytest.param("pallas", marks=pytest.mark.slow)
+in_both = pytest.mark.parametrize("implementation", ["xla", _PALLAS])
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @in_both
 @pytest.mark.usefixtures("gpu")
-def test_float32_agrees_with_the_reference(sizes: tuple[int, ...], in_pallas: bool) -> None:
+def test_float32_agrees_with_the_reference(sizes: tuple[int, ...], implementation: str) -> None:
     *arguments, cotangents = make_problem(*sizes)
     expected = value_and_gradients(reference, cotangents, *arguments)
     for rematerialize in (0, 4) if sizes in SIZES[:2] else (0,):
-        options: Any = {"rematerialize": rematerialize, "in_pallas": in_pallas}
-        run: Any = functools.partial(fused.run_fused, **options)
+        options: Any = {"rematerialize": rematerialize, "implementation": implementation}
+        run: Any = functools.partial(run_layer, **options)
         assert_close(value_and_gradients(run, cotangents, *arguments), expected, 1e-5)
         assert_close(run(*arguments), expected[0], 1e-5)  # Without derivatives.
 
@@ -51,9 +58,9 @@ def test_float32_agrees_with_the_reference(sizes: tuple[int, ...], in_pallas: bo
 @in_both
 @pytest.mark.usefixtures("gpu")
 @jax.debug_nans(False)  # Its check of bfloat16 warns.
-def test_bfloat16_agrees_with_numpy(sizes: tuple[int, ...], in_pallas: bool) -> None:
+def test_bfloat16_agrees_with_numpy(sizes: tuple[int, ...], implementation: str) -> None:
     *arguments, cotangents = make_problem(*sizes)
-    run = functools.partial(fused.run_fused, dtype="bfloat16", in_pallas=in_pallas)
+    run = functools.partial(run_layer, dtype="bfloat16", implementation=implementation)
     results = value_and_gradients(run, cotangents, *arguments)
     expected = run_numpy(arguments, cotangents, to_bfloat16)
     assert max(jax.tree.leaves(measure_errors(results, expected))) < 5e-3
@@ -65,7 +72,7 @@ def test_the_copies_of_pallas_do_not_race(monkeypatch: pytest.MonkeyPatch) -> No
     interpreter = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise")
     monkeypatch.setattr(pallas, "_INTERPRETER", interpreter)
     *arguments, cotangents = make_problem(3, 4, 5, 6)
-    run = functools.partial(fused.run_fused, in_pallas=True)
+    run = functools.partial(run_layer, implementation="pallas")
     results = value_and_gradients(run, cotangents, *arguments)
     assert_close(results, value_and_gradients(reference, cotangents, *arguments), 1e-5)
     races: Any = interpret_pallas_call.races
@@ -136,10 +143,10 @@ def test_some_recurrences_need_their_device(
     for backend in ("cpu", "gpu", "tpu"):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
         if backend == device:
-            assert choose_recurrence(lstm) == recurrence
+            check_recurrence(lstm)
         else:
             with pytest.raises(ValueError, match=f"needs a {device.upper()}"):
-                choose_recurrence(lstm)
+                check_recurrence(lstm)
 
 
 @pytest.mark.process

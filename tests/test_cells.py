@@ -14,7 +14,7 @@ from lstm_jax import model as model_lib
 from lstm_jax.cells.block import Block
 from lstm_jax.cells.making import make_cell
 from lstm_jax.errors import UserError
-from lstm_jax.ops.choice import choose_recurrence
+from lstm_jax.model import check_recurrence
 
 BATCH, INPUTS, HIDDEN = 4, 5, 7
 
@@ -148,22 +148,34 @@ def test_every_execution_gives_the_same_logits(name: str, block: str) -> None:
         one, carry = step(ids[:, t], carry)
         np.testing.assert_allclose(one, logits[:, t], atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), carry, last)
-    if block == "none" and not hasattr(parallel.cell_class, "run_parallel"):
+    if block == "none" and name == "slstm":
         with pytest.raises(ValueError, match="needs a cell with a method run_parallel"):
-            choose_recurrence(parallel)
+            check_recurrence(parallel)
     else:
         other, _ = models.apply(parallel, params, ids, parallel.initial_carry(3))
         np.testing.assert_allclose(other, logits, atol=1e-5)
 
 
-def test_cells_without_a_fused_implementation_use_scan() -> None:
-    assert choose_recurrence(model_lib.LanguageModel(11, 6, 9)) == "fused"
-    assert choose_recurrence(model_lib.LanguageModel(11, 6, 9, cell="gru")) == "scan"
-    assert choose_recurrence(model_lib.LanguageModel(11, 6, 9, layer_norm=True)) == "scan"
-    assert choose_recurrence(model_lib.LanguageModel(11, 6, 9, cell="mingru")) == "parallel"
-    assert choose_recurrence(model_lib.LanguageModel(11, 6, 9, block="residual")) == "parallel"
-    with pytest.raises(ValueError, match="only LSTM cells without layer normalization"):
-        choose_recurrence(model_lib.LanguageModel(11, 6, 9, cell="rnn", recurrence="fused"))
+class OwnLSTMCell(cells.LSTMCell):
+    """A cell with other equations, for which `ops.lstm` is wrong."""
+
+    def gates(self, carry: Any, inputs: jax.Array) -> Any:
+        """Return the gates of a step, of which the output gate is open."""
+        return {**super().gates(carry, inputs), "output": jnp.ones_like(carry.hidden)}
+
+
+def test_only_cells_with_the_equations_of_a_layer_run_as_one() -> None:
+    for name in ("lstm", "peephole", "gru", "rnn"):
+        assert model_lib.LanguageModel(11, 6, 9, cell=name).runs_gated_layers
+    assert not model_lib.LanguageModel(11, 6, 9, cell="mogrifier").runs_gated_layers
+    normalized = model_lib.LanguageModel(11, 6, 9, layer_norm=True, recurrence="xla")
+    with pytest.raises(ValueError, match="only the cells lstm, .* without layer normalization"):
+        check_recurrence(normalized)
+    own = model_lib.LanguageModel(11, 6, 9, cell=OwnLSTMCell)
+    params, ids = models.draw_params(own), np.zeros((2, 5), np.int32)
+    both = (own.clone(recurrence=name) for name in ("auto", "scan"))
+    first, second = (models.apply(x, params, ids, x.initial_carry(2))[0] for x in both)
+    np.testing.assert_array_equal(first, second)
 
 
 @pytest.mark.parametrize(

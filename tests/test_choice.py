@@ -81,7 +81,7 @@ def test_the_command_prints_what_is_used(
     assert ("with AMX" in printed) == ("amx_bf16" in features)
     assert ("with AVX-512 of Intel" in printed) == (features in (SKYLAKE, INTEL))
     in_bfloat16 = features == AMD or "amx_bf16" in features
-    assert f"auto is {'bfloat16' if in_bfloat16 else 'float32'} for LSTMs" in printed
+    assert f"auto is {'bfloat16' if in_bfloat16 else 'float32'} for gated layers" in printed
     assert ("none for this processor" in printed) == (len(features) == 1)
 
 
@@ -113,7 +113,7 @@ def test_devices_share_only_what_the_library_does_not_share_better(
 
     simulate(monkeypatch, *AMD)
     assert count() == count(dtype="bfloat16") == count(dtype="float32") == 1
-    others: Any = {"hidden_size": 256, "cell": "gru", "recurrence": "scan"}
+    others: Any = {"hidden_size": 256, "cell": "mogrifier", "recurrence": "scan"}
     for field, value in {**others, "layer_norm": True, "block": "residual"}.items():
         assert count(**{field: value}) == 2
     assert count(hidden_size=500) == 2

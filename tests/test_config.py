@@ -106,9 +106,7 @@ def test_defaults_are_valid() -> None:
         ({"optimizer.momentum": 0.5}, {"optimizer.name": "sgd"}),
         ({"optimizer.step_at": (0.1, 0.2)}, {"optimizer.schedule": "step"}),
         ({"batches.reset_probability": 0.5}, {"batches.kind": "streams"}),
-        ({"model.rematerialize": 4, "model.cell": "gru"}, {"model.cell": "lstm"}),
-        ({"model.rematerialize": 4, "model.recurrence": "scan"}, {"model.recurrence": "auto"}),
-        ({"model.rematerialize": 4, "model.layer_norm": True}, {"model.layer_norm": False}),
+        ({"model.rematerialize": 4000}, {"batches.window_length": 4001}),
         ({"data.dataset": "other", "data.path": "my.txt"}, {"data.path": ""}),
     ],
 )

@@ -13,12 +13,10 @@ import models
 from lstm_jax import dynamic
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
-from lstm_jax.cells import mlstm
-from lstm_jax.model import LanguageModel
-from lstm_jax.ops import choice, fused, native
-from lstm_jax.ops.choice import choose_recurrence
-from test_native import measure_errors, run_numpy, to_bfloat16
-from test_recurrence import make_problem, value_and_gradients
+from lstm_jax.model import LanguageModel, check_recurrence
+from lstm_jax.ops import choice, native
+from test_native import measure_errors, run_numpy, to_bfloat16, uses_library
+from test_recurrence import make_problem, run_layer, value_and_gradients
 
 BATCH, TIME, STOP = 3, 21, 4
 IDS = np.random.default_rng(0).choice([0, 1, 2, 3, 5, 6], (BATCH, TIME)).astype(np.int32)
@@ -78,7 +76,7 @@ def differentiate(read: Any, params: Any, carry: Any) -> Any:
 
 MODELS = [
     ("lstm", "none", "scan"),
-    ("lstm", "none", "fused"),
+    ("lstm", "none", "auto"),
     ("minlstm", "none", "parallel"),
     ("mlstm", "none", "parallel"),
     ("gru", "residual", "parallel"),
@@ -90,7 +88,7 @@ MODELS = [
 def test_every_document_is_read_alone(
     cell: str, block: str, recurrence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mlstm, "_CHUNK", 8)
+    monkeypatch.setattr("lstm_jax.ops.matrix_lstm._CHUNK", 8)
     layers = 2 if cell == "lstm" else 1
     alone = LanguageModel(7, 5, 8, layers, "scan", cell=cell, block=block)
     params = models.draw_params(alone)
@@ -130,8 +128,8 @@ def test_fused_layers_agree_with_numpy(
     *arguments, cotangents = make_problem(3, 11, 5, 32)
     chunk = 4 if name == "rematerialized" else 0
     starts = jnp.asarray(STARTS)
-    run = functools.partial(fused.run_fused, dtype=dtype, rematerialize=chunk, starts=starts)
-    assert ("ffi_call" in str(jax.make_jaxpr(run)(*arguments))) == (name == "library")
+    run = functools.partial(run_layer, dtype=dtype, rematerialize=chunk, starts=starts)
+    assert uses_library(run, *arguments) == (name == "library")
     results = value_and_gradients(run, cotangents, *arguments)
     rounded = to_bfloat16 if dtype == "bfloat16" else np.asarray
     expected = run_numpy(arguments, cotangents, rounded, STARTS)
@@ -164,7 +162,7 @@ def test_some_recurrences_have_no_documents(monkeypatch: pytest.MonkeyPatch) -> 
     for recurrence, device in (("cudnn", "gpu"), ("pallas", "tpu")):
         monkeypatch.setattr(jax, "default_backend", lambda device=device: device)
         model = LanguageModel(7, 5, 8, recurrence=recurrence)
-        assert choose_recurrence(model) == recurrence
-        with pytest.raises(ValueError, match="can't restart where a document begins"):
-            choose_recurrence(model.clone(stop_id=STOP))
-        assert choose_recurrence(model.clone(stop_id=STOP, recurrence="auto")) == "fused"
+        check_recurrence(model)
+        with pytest.raises(ValueError, match="has no resets, where a document"):
+            check_recurrence(model.clone(stop_id=STOP))
+        check_recurrence(model.clone(stop_id=STOP, recurrence="auto"))

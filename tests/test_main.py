@@ -408,8 +408,8 @@ BAD_CONFIGS = {
         (["main", "--config", f"{QUICK}:gru"], "get_config"),
         (["main", "--config", QUICK, "--config.model.cell=gur"], "model.cell is 'gur'"),
         (
-            ["main", *TINY, "--config.model.cell=gru", "--config.model.recurrence=fused"],
-            "only LSTM cells without layer normalization",
+            ["main", *TINY, "--config.model.cell=slstm", "--config.model.recurrence=xla"],
+            "only the cells lstm, peephole, gru and rnn",
         ),
         (["evaluate", "--workdir=.", "--dynamic", "--context=9"], "use only one of them"),
         (["evaluate", "--workdir=.", "--dynamic_segment_length=0"], "range [1, 1000000000]"),

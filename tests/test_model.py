@@ -9,9 +9,9 @@ from jax.flatten_util import ravel_pytree
 
 import models
 from lstm_jax import model as model_lib
-from lstm_jax.cells.lstm import LSTMCarry
 from lstm_jax.errors import UserError
 from lstm_jax.model import LanguageModel
+from lstm_jax.ops import LSTMCarry
 from lstm_jax.run import messages
 from test_cells import EQUATIONS
 
@@ -46,8 +46,7 @@ def make_random_carry(key: jax.Array, model: LanguageModel, batch: int) -> model
 
 
 @pytest.mark.parametrize(
-    ("num_layers", "skip", "recurrence"),
-    [(1, False, "fused"), (3, True, "fused"), (3, True, "scan")],
+    ("num_layers", "skip", "recurrence"), [(1, False, "auto"), (3, True, "auto"), (3, True, "scan")]
 )
 def test_agrees_with_the_equations_in_numpy_at_once_and_token_by_token(
     num_layers: int, skip: bool, recurrence: str
@@ -71,9 +70,7 @@ def test_agrees_with_the_equations_in_numpy_at_once_and_token_by_token(
 
 
 # A small vocabulary is folded into the recurrence; a large one is looked up.
-@pytest.mark.parametrize(
-    ("embedding_size", "recurrence"), [(3, "fused"), (6, "fused"), (6, "scan")]
-)
+@pytest.mark.parametrize(("embedding_size", "recurrence"), [(3, "auto"), (6, "auto"), (6, "scan")])
 def test_gradients_agree_with_finite_differences(embedding_size: int, recurrence: str) -> None:
     with jax.enable_x64(True):
         model = LanguageModel(7, embedding_size, 4, 2, recurrence, skip_connections=True)
@@ -157,7 +154,7 @@ def test_initialized_as_keras_does() -> None:
 
 @pytest.mark.parametrize(
     ("field", "word", "listed"),
-    [("cell", "LSTM", "one of lstm,"), ("recurrence", "fusd", "fused"), ("block", "yes", "none")],
+    [("cell", "LSTM", "one of lstm,"), ("recurrence", "fusd", "auto"), ("block", "yes", "none")],
 )
 def test_an_unknown_word_is_an_error(field: str, word: str, listed: str) -> None:
     fields: dict[str, Any] = {field: word}

@@ -20,15 +20,14 @@ import lstm_jax
 import models
 import test_cross_entropy
 from lstm_jax import config, generation, model
-from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.convert import transfer
 from lstm_jax.errors import NotFiniteError, UserError
-from lstm_jax.ops import choice, fused, in_c, native, processor
-from lstm_jax.ops.fused import Lookup
+from lstm_jax.ops import LSTMCarry, LSTMParams, choice, in_c, native, processor
 from lstm_jax.ops.gates import GRU, LSTM, PEEPHOLE_LSTM, RNN, Gating
+from lstm_jax.ops.scan import Marks
 from lstm_jax.vocabulary import Vocabulary
 from test_choice import AMD
-from test_recurrence import assert_close, make_problem, value_and_gradients
+from test_recurrence import assert_close, make_problem, run_layer, value_and_gradients
 
 pytestmark = [
     pytest.mark.skipif(
@@ -37,8 +36,8 @@ pytestmark = [
     pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler"),
 ]
 
-low = functools.partial(fused.run_fused, dtype="bfloat16")
-in_both = pytest.mark.parametrize("run", [fused.run_fused, low], ids=["float32", "bfloat16"])
+low = functools.partial(run_layer, dtype="bfloat16")
+in_both = pytest.mark.parametrize("run", [run_layer, low], ids=["float32", "bfloat16"])
 
 
 KINDS = (LSTM, PEEPHOLE_LSTM, GRU, RNN)
@@ -77,7 +76,7 @@ def without_library(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def uses_library(function: Callable[..., Any], *arguments: Any) -> bool:
-    return "ffi_call" in str(jax.make_jaxpr(lambda *a: function(*a))(*arguments))
+    return 'custom_call @"lstm-' in jax.jit(lambda *a: function(*a)).lower(*arguments).as_text()
 
 
 def run_numpy(
@@ -116,7 +115,7 @@ def run_numpy(
         d_bias += d_z.sum(0)
         d_x[:, t] = d_z @ rounded(w).T
         d_c, d_h = d_c * f * kept[:, t, None], d_z @ rounded(u).T * kept[:, t, None]
-    gradients: Any = Kernels(d_w, d_u, d_bias), d_x, LSTMCarry(d_c, d_h)
+    gradients: Any = LSTMParams(d_w, d_u, d_bias), d_x, LSTMCarry(d_c, d_h)
     return outputs, gradients
 
 
@@ -215,11 +214,13 @@ def test_every_kind_agrees_with_its_equations(gating: Gating, dtype: str, bound:
         arguments, marks, cotangents = draw_layer(gating, *sizes)
 
         @jax.jit
-        def run(params: Any, inputs: Any, carry: Any, marks: Any, cotangents: Any) -> Any:
-            outputs, last, saved = in_c.forward(gating, params, inputs, marks, carry, dtype)
-            states = marks, carry, saved, outputs
+        def run(params: Any, inputs: Any, carry: Any, codes: Any, cotangents: Any) -> Any:
+            pair = (None, None) if codes is None else (codes == in_c.RESET, codes == in_c.FROZEN)
+            marks = Marks(*pair)
+            (last, outputs), saved = in_c.forward(gating, params, inputs, carry, marks, dtype)
             d_outputs, d_last = cotangents
-            d_sums, d_carry = in_c.backward(gating, params, *states, d_outputs, d_last, dtype)
+            states = carry, marks, saved
+            d_sums, d_carry = in_c.backward(gating, params, *states, d_last, d_outputs, dtype)
             d_params, d_inputs = in_c.differentiate_params(
                 gating, params, inputs, *states, d_sums, dtype
             )
@@ -277,15 +278,15 @@ def test_a_step_of_every_kind_agrees_with_its_equations(
 def test_wrong_arrays_are_errors_of_xla() -> None:
     """Call the library as `in_c` does, with arrays that don't fit each other."""
     (params, inputs, carry), _, (d_outputs, d_last) = draw_layer(GRU, 3, 2, 5, 16, False)
-    outputs, _, saved = in_c.forward(GRU, params, inputs, None, carry, "float32")
-    states = carry, saved, outputs
+    marks = Marks(None, None)
+    _, saved = in_c.forward(GRU, params, inputs, carry, marks, "float32")
     message = r"INVALID_ARGUMENT: lstm_forward: expected f32\[3,2,5\] for inputs, got f32\[3,2,7\]"
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
-        in_c.forward(GRU, params, jnp.zeros((3, 2, 7)), None, carry, "float32")
-    with pytest.raises(jax.errors.JaxRuntimeError, match=r"expected u8\[3,2\] for marks, got f32"):
-        in_c.forward(GRU, params, inputs, jnp.zeros((3, 2)), carry, "float32")
+        in_c.forward(GRU, params, jnp.zeros((3, 2, 7)), carry, marks, "float32")
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"expected u8\[3,2\] for marks, got u8"):
+        in_c.forward(GRU, params, inputs, carry, Marks(jnp.zeros((2, 3), bool), None), "float32")
     with pytest.raises(jax.errors.JaxRuntimeError, match="lstm_backward: .* for gates, got"):
-        in_c.backward(GRU, params, None, *states, d_outputs[:2], d_last, "float32")
+        in_c.backward(GRU, params, carry, marks, saved, d_last, d_outputs[:2], "float32")
     kernel = in_c.pack_gates(GRU, jnp.zeros((20, 64)))
     with pytest.raises(jax.errors.JaxRuntimeError, match="lstm_step: .* for rows"):
         in_c.run_step(GRU, kernel, [inputs[0], carry.hidden], carry, jnp.zeros((1, 64)))
@@ -352,30 +353,13 @@ def test_activations_are_accurate_to_the_rounding_of_float32() -> None:
     g = np.concatenate([np.geomspace(1e-30, 1e3, 500), [0, 1e38, np.inf, np.nan], -np.arange(8.0)])
     g = to_bfloat16(g)
     bias = jnp.asarray([np.full(512, 40.0), g, g, g], jnp.float32).reshape(-1)  # i, f, g, o
-    kernels = Kernels(jnp.zeros((2, 2048)), jnp.zeros((512, 2048)), bias)
+    kernels = LSTMParams(jnp.zeros((2, 2048)), jnp.zeros((512, 2048)), bias)
     carry = LSTMCarry(jnp.zeros((1, 512)), jnp.zeros((1, 512)))
     _, last = low(kernels, jnp.zeros((1, 1, 2)), carry)
     with np.errstate(over="ignore"):
         np.testing.assert_allclose(last.cell[0], np.tanh(g), rtol=1e-6)
         hidden = np.tanh(np.tanh(g)) / (1 + np.exp(-g))
     np.testing.assert_allclose(last.hidden[0], hidden, rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("vocabulary", [11, 300])  # Folded into the recurrence, or looked up.
-def test_a_lookup_agrees_with_its_rows(vocabulary: int) -> None:
-    kernels, _, carry, cotangents = make_problem(6, 5, 24, 32)
-    rng = np.random.default_rng(1)
-    table = jnp.asarray(rng.normal(size=(vocabulary, 24)), jnp.float32)
-    ids = jnp.asarray(rng.integers(0, vocabulary, (6, 5)))
-
-    def run(kernels: Kernels, table: jax.Array, carry: LSTMCarry) -> Any:
-        return low(kernels, Lookup(table, ids), carry)
-
-    def compute() -> Any:
-        return value_and_gradients(run, cotangents, kernels, table, carry)
-
-    assert uses_library(run, kernels, table, carry)
-    assert_close(compute(), without_library(compute)(), 1e-2)
 
 
 @in_both
@@ -414,6 +398,7 @@ def test_results_do_not_depend_on_the_number_of_threads(
     results = []
     for threads in (1, 2, 100):
         monkeypatch.setattr(native, "count_threads", lambda threads=threads: threads)
+        jax.clear_caches()
         differentiate = jax.jit(lambda *a: value_and_gradients(run, a[-1], *a[:-1]))
         results += [differentiate(*problem) for _ in range(20)]
     for other in results[1:]:
@@ -534,7 +519,7 @@ def test_steps_in_8_bits_predict_nearly_the_same(num_layers: int, fields: dict[s
         return total / 40
 
     low = lstm.clone(dtype="bfloat16")
-    assert fused.supports_int8(low)
+    assert low.supports_int8
     coarse = low.clone(int8_steps=True)
     assert "i8[" in str(jax.make_jaxpr(lambda: coarse.prepare_step(params))())
     assert compute_divergence(low) < compute_divergence(coarse) < 3e-4
@@ -588,13 +573,13 @@ def test_vmap_and_donated_carries(run: Any) -> None:
 def test_layers_of_whole_registers_use_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "count_threads", lambda: 2)
     problem = make_problem(3, 4, 5, 32)[:3]
-    for run in (low, fused.run_fused):
+    for run in (low, run_layer):
         assert uses_library(run, *problem)
         assert not without_library(uses_library)(run, *problem)
         assert not uses_library(run, *make_problem(3, 4, 5, 24)[:3])
     # In float32, XLA is faster for fewer texts than threads.
     alone = make_problem(1, 4, 5, 32)[:3]
-    assert uses_library(low, *alone) and not uses_library(fused.run_fused, *alone)
+    assert uses_library(low, *alone) and not uses_library(run_layer, *alone)
 
 
 _TRAIN = """
@@ -740,5 +725,5 @@ def test_without_a_compiler_a_model_is_trained_all_the_same(
     env = {"XDG_CACHE_HOME": str(tmp_path), "PATH": ""}
     result = commands.run_python(*command, cwd=tmp_path, env=env)
     assert result.returncode == 0, result.stderr
-    assert "recurrence: fused, matmuls" in result.stdout
+    assert "recurrence: xla, matmuls" in result.stdout
     assert result.stderr.count("there is no C compiler named cc") == 1

@@ -286,7 +286,7 @@ def test_a_run_is_read_with_the_file_that_it_was_trained_with(
         ({"model.dtype": "bfloat16"}, "Mine has no field dtype: it must be 'float32'"),
         ({"model.layer_norm": True}, "Mine has no field layer_norm: it must be False"),
         ({"model.recurrence": "parallel"}, "needs a cell with a method run_parallel, which Mine"),
-        ({"model.recurrence": "fused"}, "only LSTM cells without layer normalization or a block"),
+        ({"model.recurrence": "xla"}, "only the cells lstm, peephole, gru and rnn"),
         (
             {"regularization.recurrent_dropout": 0.1},
             "recurrent_dropout needs a cell with a parameter recurrent_kernel: set it to 0",

@@ -6,7 +6,7 @@ the code of their paper; sLSTM and mLSTM without a stabilizer, mLSTM as one sum 
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from lstm_jax import cells
-from lstm_jax.cells import linear
-from lstm_jax.cells import mlstm as mlstm_lib
+from lstm_jax import cells, ops
 from lstm_jax.cells import rglru as rglru_lib
 from lstm_jax.cells.block import Block
 from lstm_jax.cells.making import make_cell
@@ -189,7 +187,7 @@ def make_problem(cell: Any) -> tuple[Arrays, np.ndarray, np.ndarray]:
 def test_outputs_and_gradients_agree_with_the_paper(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mlstm_lib, "_CHUNK", 4)  # Three chunks, the last one partial.
+    monkeypatch.setattr("lstm_jax.ops.matrix_lstm._CHUNK", 4)  # Three chunks, the last one partial.
     cell = make(name)
     params, inputs, weights = make_problem(cell)
     assert sum(x.size for x in jax.tree.leaves(params)) == PARAMETERS[name]
@@ -201,7 +199,11 @@ def test_outputs_and_gradients_agree_with_the_paper(
     def differentiate(params: Any, parallel: bool) -> tuple[jax.Array, jax.Array]:
         carry = jax.tree.map(lambda x: x.astype(float), cell.initial_carry(BATCH))
         _, outputs = cell.apply(
-            {"params": params}, carry, jnp.asarray(inputs), parallel, method=run_cell
+            {"params": params},
+            carry,
+            jnp.asarray(inputs),
+            "auto" if parallel else "scan",
+            method=run_cell,
         )
         return (outputs * weights).sum(), outputs
 
@@ -234,7 +236,9 @@ def test_large_gates_stay_finite(name: str) -> None:
     @jax.value_and_grad
     def run(given: Any, parallel: bool) -> jax.Array:
         carry, x = cell.initial_carry(BATCH), jnp.asarray(inputs, jnp.float32)
-        outputs: Any = cell.apply({"params": given}, carry, x, parallel, method=run_cell)
+        outputs: Any = cell.apply(
+            {"params": given}, carry, x, "auto" if parallel else "scan", method=run_cell
+        )
         return outputs[1].sum()
 
     for i, f in ((200.0, 0.0), (-60.0, -200.0), (-60.0, 50.0), (-200.0, 0.0)):
@@ -271,6 +275,10 @@ def test_both_ways_to_run_a_linear_recurrence_agree(time: int) -> None:
     for t in range(time):
         h = a[:, t] * h + b[:, t]
         expected.append(h)
-    for run in (linear.scan_linear, linear.compose_linear):
-        got = jax.jit(run)(*(jnp.asarray(x, jnp.float32) for x in (a, b, first)))
+    decays, terms, carry = (jnp.asarray(x, jnp.float32) for x in (a, b, first))
+    for name in ("scan", "parallel"):
+        after, got = ops.linear_scan(
+            decays, terms, ops.HiddenCarry(carry), implementation=cast(Any, name)
+        )
         np.testing.assert_allclose(got, np.stack(expected, 1), atol=1e-5)
+        np.testing.assert_array_equal(after.hidden, got[:, -1])

@@ -1,4 +1,4 @@
-"""Compare every recurrence with the reference, `LSTMCell` under a scan."""
+"""Compare the LSTM of `ops` with the reference, `LSTMCell` under a scan."""
 
 import functools
 from typing import Any
@@ -10,21 +10,36 @@ import pytest
 from jax.experimental import rnn
 
 import models
-from lstm_jax import cells
-from lstm_jax.cells.lstm import Kernels, LSTMCarry
-from lstm_jax.model import LanguageModel
-from lstm_jax.ops import choice, cudnn, fused, processor
-from lstm_jax.ops.fused import Lookup
+from lstm_jax import cells, ops
+from lstm_jax.model import LanguageModel, run_in_chunks
+from lstm_jax.ops import LSTMCarry, LSTMParams, choice, cudnn, fused, processor
+
+
+def run_layer(
+    params: LSTMParams,
+    inputs: jax.Array,
+    carry: LSTMCarry,
+    dtype: str = "float32",
+    rematerialize: int = 0,
+    starts: jax.Array | None = None,
+    implementation: Any = "auto",
+) -> tuple[jax.Array, LSTMCarry]:
+    """Run an LSTM; return its outputs, the first result of which cotangents are given."""
+
+    def run(carry: Any, inputs: jax.Array, starts: Any) -> Any:
+        options: Any = {"dtype": dtype, "implementation": implementation}
+        return ops.lstm(params, inputs, carry, reset=starts, **options)
+
+    carry, outputs = run_in_chunks(run, carry, inputs, starts, rematerialize)
+    return outputs, carry
 
 
 def reference(
-    kernels: Kernels, inputs: jax.Array | Lookup, carry: LSTMCarry
+    kernels: LSTMParams, rows: jax.Array, carry: LSTMCarry
 ) -> tuple[jax.Array, LSTMCarry]:
     """Run `LSTMCell` under `lax.scan`; JAX differentiates it."""
-    rows = fused.get_rows(inputs)
     cell = cells.LSTMCell(rows.shape[-1], carry.hidden.shape[-1])
-    names = ("input_kernel", "recurrent_kernel", "bias")
-    params = dict(zip(names, kernels, strict=True))
+    params = kernels._asdict()
 
     def step(carry: LSTMCarry, x: jax.Array) -> tuple[LSTMCarry, jax.Array]:
         outputs: Any = cell.apply({"params": params}, carry, x)
@@ -36,14 +51,14 @@ def reference(
 
 def make_problem(
     batch: int, time: int, features: int, hidden: int, seed: int = 0
-) -> tuple[Kernels, jax.Array, LSTMCarry, Any]:
+) -> tuple[LSTMParams, jax.Array, LSTMCarry, Any]:
     """Return random kernels, inputs, a carry, and cotangents of both outputs."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> jax.Array:
         return jnp.asarray(np.float32(scale * rng.normal(size=shape)))
 
-    kernels = Kernels(
+    kernels = LSTMParams(
         normal(features, 4 * hidden, scale=features**-0.5),
         normal(hidden, 4 * hidden, scale=hidden**-0.5),
         normal(4 * hidden, scale=0.5),
@@ -84,38 +99,17 @@ def test_fused_agrees_with_the_reference(sizes: tuple[int, ...]) -> None:
     *arguments, cotangents = make_problem(*sizes)
     expected, expected_gradients = value_and_gradients(reference, cotangents, *arguments)
     for rematerialize in (0, 4) if sizes in SIZES[:2] else (0,):
-        run = functools.partial(fused.run_fused, rematerialize=rematerialize)
+        run = functools.partial(run_layer, rematerialize=rematerialize)
         outputs, gradients = value_and_gradients(run, cotangents, *arguments)
         assert_close(outputs, expected, 1e-5)
         assert_close(gradients, expected_gradients, 1e-4)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "vocabulary"),  # Folded into the recurrence, or looked up.
-    [(SIZES[0], 4), (SIZES[1], 300), (SIZES[3], 300), (SIZES[4], 4)],
-    ids=str,
-)
-def test_a_lookup_agrees_with_the_reference(sizes: tuple[int, ...], vocabulary: int) -> None:
-    kernels, _, carry, cotangents = make_problem(*sizes)
-    rng = np.random.default_rng(1)
-    table = jnp.asarray(rng.normal(size=(vocabulary, sizes[2])), jnp.float32)
-    ids = jnp.asarray(rng.integers(0, vocabulary, sizes[:2]))
-    both = [
-        value_and_gradients(
-            lambda kernels, table, carry, run=run: run(kernels, Lookup(table, ids), carry),
-            *(cotangents, kernels, table, carry),
-        )
-        for run in (fused.run_fused, reference)
-    ]
-    assert_close(both[0][0], both[1][0], 1e-5)
-    assert_close(both[0][1], both[1][1], 1e-4)
 
 
 def test_masks_and_the_carry_across_windows_and_calls() -> None:
     """Run two layers over two windows, with dropout of inputs and the recurrent kernel."""
 
     def loss(run: Any, kernels: Any, upper: Any, inputs: Any, carry: Any, masks: Any) -> jax.Array:
-        kernels = kernels._replace(recurrent=kernels.recurrent * masks[0])
+        kernels = kernels._replace(recurrent_kernel=kernels.recurrent_kernel * masks[0])
         total = jnp.zeros(())
         for window in jnp.split(inputs * masks[1], 2, axis=1):
             outputs, carry = run(kernels, window, carry)
@@ -125,13 +119,13 @@ def test_masks_and_the_carry_across_windows_and_calls() -> None:
 
     both: list[Any] = [
         jax.jit(jax.value_and_grad(lambda *a, run=run: loss(run, *a), argnums=(0, 1, 2, 3)))
-        for run in (fused.run_fused, reference)
+        for run in (run_layer, reference)
     ]
     for seed in (0, 1):
         kernels, inputs, carry, _ = make_problem(4, 12, 7, 10, seed)
         upper, *_ = make_problem(4, 12, 10, 10, seed + 10)
         key = jax.random.key(seed)
-        shapes = kernels.recurrent.shape, (4, 1, 7)
+        shapes = kernels.recurrent_kernel.shape, (4, 1, 7)
         masks = [jax.random.bernoulli(key, 0.7, shape) / 0.7 for shape in shapes]
         actual, expected = (f(kernels, upper, inputs, carry, masks) for f in both)
         assert_close(actual, expected, 1e-4)
@@ -142,7 +136,7 @@ def test_masks_and_the_carry_across_windows_and_calls() -> None:
 def test_bfloat16_rounds_matmuls_and_keeps_float32_state(sizes: tuple[int, ...]) -> None:
     *arguments, cotangents = make_problem(*sizes)
 
-    low = functools.partial(fused.run_fused, dtype="bfloat16")
+    low = functools.partial(run_layer, dtype="bfloat16")
     outputs, gradients = value_and_gradients(low, cotangents, *arguments)
     expected, expected_gradients = value_and_gradients(reference, cotangents, *arguments)
     assert_close(outputs, expected, 3e-2)
@@ -156,13 +150,14 @@ def test_bfloat16_rounds_matmuls_and_keeps_float32_state(sizes: tuple[int, ...])
 def test_bfloat16_matmuls_agree_with_rounded_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare this CPU's instructions with float32 matmuls of rounded factors."""
     *arguments, cotangents = make_problem(16, 20, 48, 60)  # Without the library in C.
-    low = functools.partial(fused.run_fused, dtype="bfloat16")
+    low = functools.partial(run_layer, dtype="bfloat16")
     results = []
     for in_bfloat16 in (True, False):
         monkeypatch.setattr(fused, "is_faster_in_bfloat16", lambda is_faster=in_bfloat16: is_faster)
-        jaxpr = str(jax.make_jaxpr(lambda *a: low(*a))(*arguments))
-        assert ("bf16" in jaxpr) == in_bfloat16
+        jax.clear_caches()
+        assert ("bf16" in jax.jit(low).lower(*arguments).as_text()) == in_bfloat16
         results.append(value_and_gradients(low, cotangents, *arguments))
+    jax.clear_caches()
     assert_close(results[0], results[1], 1e-2)
 
 
@@ -175,21 +170,21 @@ def test_bfloat16_is_chosen_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) 
         ([*on_intel, "amx_bf16"], "bfloat16"),
     ):
         monkeypatch.setattr(processor, "read_cpu_features", lambda names=features: {*names})
-        assert choice.choose_dtype("fused") == expected
-        assert choice.choose_dtype("scan") == "float32"
+        assert choice.choose_dtype(True) == expected
+        assert choice.choose_dtype(False) == "float32"
 
 
 def test_bfloat16_models_agree_for_all_recurrences() -> None:
     ids = np.random.default_rng(0).integers(0, 11, (2, 9))
     logits = {}
-    for name in ("scan", "fused"):
+    for name in ("scan", "auto"):
         model = LanguageModel(11, 16, 24, 2, name, "bfloat16")
         params = models.draw_params(model, 0.1)
         assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
         logits[name], carry = models.apply(model, params, ids, model.initial_carry(2))
         assert logits[name].dtype == jnp.float32
         assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(carry))
-    np.testing.assert_allclose(logits["scan"], logits["fused"], atol=5e-3)
+    np.testing.assert_allclose(logits["scan"], logits["auto"], atol=5e-3)
 
 
 def count_temp_bytes(function: Any, *arguments: Any) -> int:
@@ -207,16 +202,16 @@ def test_the_backward_pass_writes_in_place() -> None:
     arguments = make_problem(8, 256, 60, 60)[:3]  # Without the library in C.
     array = 8 * 256 * 60 * 4
     # Outputs, cell states, four gates, and the stacked inputs twice; the reference stores more.
-    assert count_temp_bytes(fused.run_fused, *arguments) < 13 * array
-    assert count_temp_bytes(fused.run_fused, *arguments) < count_temp_bytes(reference, *arguments)
+    assert count_temp_bytes(run_layer, *arguments) < 13 * array
+    assert count_temp_bytes(run_layer, *arguments) < count_temp_bytes(reference, *arguments)
 
 
 def test_rematerialization_needs_less_memory() -> None:
     arguments = make_problem(8, 256, 8, 60)[:3]  # Without the library in C.
 
-    rematerialized = functools.partial(fused.run_fused, rematerialize=16)
+    rematerialized = functools.partial(run_layer, rematerialize=16)
     less = count_temp_bytes(rematerialized, *arguments)
-    assert less < 0.5 * count_temp_bytes(fused.run_fused, *arguments)
+    assert less < 0.5 * count_temp_bytes(run_layer, *arguments)
 
 
 def test_weights_are_packed_in_the_layout_of_cudnn() -> None:
@@ -235,8 +230,9 @@ def test_weights_are_packed_in_the_layout_of_cudnn() -> None:
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
 def test_cudnn_agrees_with_the_reference() -> None:
     *arguments, cotangents = make_problem(3, 20, 16, 32)
+    run = functools.partial(run_layer, implementation="cudnn")
     with jax.default_matmul_precision("float32"):
-        outputs, gradients = value_and_gradients(cudnn.run_recurrence, cotangents, *arguments)
+        outputs, gradients = value_and_gradients(run, cotangents, *arguments)
         expected, expected_gradients = value_and_gradients(reference, cotangents, *arguments)
     assert_close(outputs, expected, 1e-5)
     assert_close(gradients, expected_gradients, 1e-4)
@@ -251,5 +247,5 @@ def test_one_column_is_multiplied_like_several_with_any_version_of_jax(
         monkeypatch.setattr(jax, "__version_info__", version)
         for number in (1, 3):
             arrays = (jnp.asarray(x, jnp.float32) for x in (kernel, columns[:, :number]))
-            product = fused._multiply(*arrays)
+            product = fused.multiply_columns(*arrays)
             np.testing.assert_allclose(product, kernel @ columns[:, :number], atol=1e-5)

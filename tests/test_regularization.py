@@ -51,7 +51,7 @@ def test_masks_keep_the_expectation(rate: float) -> None:
     assert (np.asarray(masks[1]) != np.asarray(masks[2])).any()
 
 
-@pytest.mark.parametrize(("recurrence", "skip"), [("scan", False), ("fused", True)])
+@pytest.mark.parametrize(("recurrence", "skip"), [("scan", False), ("auto", True)])
 def test_locked_dropout_is_the_same_at_every_step(recurrence: str, skip: bool) -> None:
     """Compare a model whose masks are constant over time with NumPy."""
     model = model_lib.LanguageModel(11, 6, 9, 2, recurrence, skip_connections=skip)

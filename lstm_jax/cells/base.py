@@ -4,7 +4,7 @@ Gates are side by side in `input_kernel` [in, gates * hidden_size], `recurrent_k
 [hidden_size, gates * hidden_size] and `bias` [gates * hidden_size].
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,12 +13,7 @@ from flax.linen.initializers import Initializer
 from jax.typing import DTypeLike
 
 from lstm_jax.matmul import matmul
-
-
-class HiddenCarry(NamedTuple):
-    """The carry of a layer without a cell state."""
-
-    hidden: jax.Array  # Float32 [batch, hidden], which is also the layer's output.
+from lstm_jax.ops.gates import HiddenCarry
 
 
 class SizedCell(nn.Module):

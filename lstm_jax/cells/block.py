@@ -69,7 +69,7 @@ class Block(nn.Module):
         Only a cell without a parallel form runs step by step.
         """
         x, before, u = self._convolve(carry, inputs, starts)
-        cell, outputs = run_cell(self.cell, carry.cell, u, parallel=True, starts=starts)
+        cell, outputs = run_cell(self.cell, carry.cell, u, starts=starts)
         return BlockCarry(before, cell), self._add_mlp(x + outputs)
 
     def _convolve(

@@ -85,7 +85,7 @@ def _check_values(cell: Any) -> Any:
 
     for parallel in (False, True) if hasattr(cell, "run_parallel") else (False,):
         method, name = ("run_parallel", "the parallel form") if parallel else ("__call__", "a scan")
-        run = _make_run(cell, variables, parallel=True) if parallel else scan
+        run = _make_run(cell, variables, "auto") if parallel else scan
         if parallel:
             _compare(cell, method, f"{name} differs from a scan", run(carry, inputs), whole, _SAME)
         between, first = run(carry, inputs[:, :_CUT])
@@ -157,7 +157,8 @@ def _check_gradients(cell: Any, variables: Any) -> None:
 
         def loss(variables: Any, inputs: jax.Array, parallel: bool = parallel) -> jax.Array:
             before = jax.tree.map(jnp.asarray, carry)
-            after, outputs = nn.apply(run_cell, cell)(variables, before, inputs, parallel)
+            run = nn.apply(run_cell, cell)
+            after, outputs = run(variables, before, inputs, "auto" if parallel else "scan")
             states = [x for x in jax.tree.leaves(after) if jnp.issubdtype(x.dtype, jnp.floating)]
             weights = jnp.cos(jnp.arange(outputs.size)).reshape(outputs.shape)
             return (weights * outputs).sum() + sum(jnp.sin(x).sum() for x in states)
@@ -170,9 +171,9 @@ def _check_gradients(cell: Any, variables: Any) -> None:
             raise _failure(cell, method, message) from None
 
 
-def _make_run(cell: Any, variables: Any, parallel: bool = False) -> Callable[..., Any]:
+def _make_run(cell: Any, variables: Any, implementation: str = "scan") -> Callable[..., Any]:
     """Return a function of a carry, inputs [batch, time, features] and starts, compiled anew."""
-    run = jax.jit(functools.partial(nn.apply(run_cell, cell), parallel=parallel))
+    run = jax.jit(functools.partial(nn.apply(run_cell, cell), implementation=implementation))
     return lambda carry, inputs, starts=None: jax.device_get(
         run(variables, carry, inputs, starts=starts)
     )

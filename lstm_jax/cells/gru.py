@@ -1,11 +1,14 @@
 """The GRU cell."""
 
+from typing import Any, ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lstm_jax.cells.base import Cell, HiddenCarry
+from lstm_jax.cells.base import Cell
 from lstm_jax.cells.protocol import Gates
+from lstm_jax.ops.gates import GRUParams, HiddenCarry
 
 
 class GRUCell(Cell):
@@ -18,6 +21,8 @@ class GRUCell(Cell):
 
     cuDNN, PyTorch and Keras compute this variant.
     """
+
+    layer_params: ClassVar[type[Any]] = GRUParams
 
     def setup(self) -> None:
         """Declare the parameters."""

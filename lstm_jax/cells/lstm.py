@@ -1,6 +1,6 @@
 """The LSTM cell."""
 
-from typing import NamedTuple
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -8,21 +8,7 @@ import jax.numpy as jnp
 
 from lstm_jax.cells.base import Cell, forget_bias, normalize
 from lstm_jax.cells.protocol import Gates
-
-
-class Kernels(NamedTuple):
-    """Parameters of one LSTM layer; the last axis holds the gates i, f, g, o."""
-
-    input: jax.Array  # W: [features, 4 * hidden].
-    recurrent: jax.Array  # U: [hidden, 4 * hidden].
-    bias: jax.Array  # [4 * hidden].
-
-
-class LSTMCarry(NamedTuple):
-    """The carry of one LSTM layer, float32 [batch, hidden] each."""
-
-    cell: jax.Array  # The cell state c.
-    hidden: jax.Array  # The hidden state h, which is also the layer's output.
+from lstm_jax.ops.gates import LSTMCarry, LSTMParams
 
 
 class LSTMCell(Cell):
@@ -38,8 +24,10 @@ class LSTMCell(Cell):
     The cell state passes through time without an activation, so that gradients vanish slowly.
     `layer_norm` normalizes x W, h U, and c' in the equation of h'.
 
-    This is the readable reference; `fused.run_fused` computes the same from the same parameters.
+    This is the readable reference; `ops.lstm` computes the same from the same parameters.
     """
+
+    layer_params: ClassVar[type[Any]] = LSTMParams
 
     def setup(self) -> None:
         """Declare the parameters."""
@@ -67,10 +55,6 @@ class LSTMCell(Cell):
         if self.layer_norm:
             return jnp.tanh(normalize(carry.cell) * self.cell_scale[None] + self.cell_bias[None])
         return jnp.tanh(carry.cell)
-
-    def kernels(self) -> Kernels:
-        """Return the parameters, for another implementation of the recurrence."""
-        return Kernels(self.input_kernel, self.recurrent_kernel, self.bias)
 
     def initial_carry(self, batch_size: int) -> LSTMCarry:
         """Return the carry at the start of a text: zeros."""

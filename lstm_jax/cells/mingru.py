@@ -4,10 +4,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lstm_jax.cells.base import HiddenCarry
 from lstm_jax.cells.linear import LinearCell
 from lstm_jax.cells.protocol import Gates
 from lstm_jax.matmul import matmul
+from lstm_jax.ops.gates import HiddenCarry
 
 
 class MinGRUCell(LinearCell):

@@ -4,11 +4,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lstm_jax.cells.base import HiddenCarry
 from lstm_jax.cells.linear import LinearCell
 from lstm_jax.cells.mingru import make_positive
 from lstm_jax.cells.protocol import Gates
 from lstm_jax.matmul import matmul
+from lstm_jax.ops.gates import HiddenCarry
 
 
 class MinLSTMCell(LinearCell):

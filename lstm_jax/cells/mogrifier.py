@@ -5,9 +5,10 @@ import dataclasses
 import flax.linen as nn
 import jax
 
-from lstm_jax.cells.lstm import LSTMCarry, LSTMCell
+from lstm_jax.cells.lstm import LSTMCell
 from lstm_jax.cells.protocol import Gates
 from lstm_jax.matmul import matmul
+from lstm_jax.ops.gates import LSTMCarry
 
 
 class MogrifierLSTMCell(LSTMCell):

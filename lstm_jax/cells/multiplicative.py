@@ -3,9 +3,10 @@
 import flax.linen as nn
 import jax
 
-from lstm_jax.cells.lstm import LSTMCarry, LSTMCell
+from lstm_jax.cells.lstm import LSTMCell
 from lstm_jax.cells.protocol import Gates
 from lstm_jax.matmul import matmul
+from lstm_jax.ops.gates import LSTMCarry
 
 
 class MultiplicativeLSTMCell(LSTMCell):

@@ -1,11 +1,14 @@
 """The peephole LSTM cell."""
 
+from typing import Any, ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lstm_jax.cells.lstm import LSTMCarry, LSTMCell
+from lstm_jax.cells.lstm import LSTMCell
 from lstm_jax.cells.protocol import Gates
+from lstm_jax.ops.gates import LSTMCarry, PeepholeLSTMParams
 
 
 class PeepholeLSTMCell(LSTMCell):
@@ -21,6 +24,8 @@ class PeepholeLSTMCell(LSTMCell):
     The peephole weights pi, pf, po are the rows of `peepholes` [3, hidden_size]. `layer_norm`
     normalizes x W, h U, and c' in the equation of h'.
     """
+
+    layer_params: ClassVar[type[Any]] = PeepholeLSTMParams
 
     def setup(self) -> None:
         """Declare the parameters: those of the LSTM, and the peephole weights, initially 0."""

@@ -30,6 +30,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lstm_jax import ops
+
 # Values of one step by name, [batch, hidden_size] each: gates in [0, 1], and the "candidate", which
 # is not a gate.
 Gates = dict[str, jax.Array]
@@ -39,17 +41,37 @@ def run_cell(
     cell: Any,
     carry: Any,
     inputs: jax.Array,
-    parallel: bool = False,
+    implementation: str = "auto",
     starts: jax.Array | None = None,
 ) -> tuple[Any, jax.Array]:
     """Run a cell over inputs [batch, time, features]; return the last carry and all outputs.
 
-    If `parallel`, use the parallel form of a cell that has one, otherwise a scan over time. Steps
+    With `implementation` "scan", a scan over time; otherwise the one of `lstm_jax.ops` for a cell
+    that has parameters for it, the parallel form of a cell that has one, or else a scan. Steps
     where `starts`, bool [batch, time], is true read the initial carry.
     """
-    if parallel and hasattr(cell, "run_parallel"):
+    if implementation == "scan":
+        return _scan(cell, carry, (inputs, starts))
+    if params := get_layer_params(cell):
+        name = "auto" if implementation == "parallel" else implementation
+        options: Any = {"dtype": cell.dtype, "implementation": name}
+        return ops.run(params, inputs, carry, reset=starts, **options)
+    if hasattr(cell, "run_parallel"):
         return cell.run_parallel(carry, inputs, starts)
     return _scan(cell, carry, (inputs, starts))
+
+
+def has_layer_params(kind: type[nn.Module], layer_norm: bool) -> bool:
+    """Return whether `lstm_jax.ops` computes the equations of a cell."""
+    # An attribute of the class itself: a subclass may have other equations.
+    return "layer_params" in vars(kind) and not layer_norm
+
+
+def get_layer_params(cell: Any) -> Any:
+    """Return the parameters of a cell that `lstm_jax.ops` can run; None for another one."""
+    if not has_layer_params(type(cell), getattr(cell, "layer_norm", False)):
+        return None
+    return cell.layer_params(*(getattr(cell, name) for name in cell.layer_params._fields))
 
 
 def restart(cell: Any, carry: Any, starts: jax.Array | None) -> Any:

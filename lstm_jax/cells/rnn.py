@@ -1,14 +1,19 @@
 """The simple recurrent cell."""
 
+from typing import Any, ClassVar
+
 import jax
 import jax.numpy as jnp
 
-from lstm_jax.cells.base import Cell, HiddenCarry
+from lstm_jax.cells.base import Cell
 from lstm_jax.cells.protocol import Gates
+from lstm_jax.ops.gates import HiddenCarry, RNNParams
 
 
 class RNNCell(Cell):
     """One step of a simple recurrent network (Elman 1990): h' = tanh(x W + h U + b)."""
+
+    layer_params: ClassVar[type[Any]] = RNNParams
 
     def setup(self) -> None:
         """Declare the parameters."""

@@ -10,9 +10,7 @@ from lstm_jax.cells.base import SizedCell, forget_bias
 from lstm_jax.cells.protocol import Gates
 from lstm_jax.errors import UserError
 from lstm_jax.matmul import matmul
-
-# The stabilizer before the first step, at which nothing is kept: its exponential is 0.
-NEVER = -1e30
+from lstm_jax.ops.matrix_lstm import NEVER, stabilize
 
 
 class SLSTMCarry(NamedTuple):
@@ -97,15 +95,6 @@ def count_per_head(hidden_size: int, heads: int) -> int:
             f"layer, {hidden_size}"
         )
     return hidden_size // heads
-
-
-def stabilize(
-    before: jax.Array, i: jax.Array, log_f: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return f exp(m - m'), i exp(-m') and m', from m (`before`), log i (`i`) and log f."""
-    kept = log_f + before
-    stabilizer = jnp.maximum(kept, i)
-    return jnp.exp(kept - stabilizer), jnp.exp(i - stabilizer), stabilizer
 
 
 def _draw_orthogonal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -1,1 +1,37 @@
-"""Run the recurrence of LSTMs faster: a custom VJP, a library in C, Pallas, and cuDNN."""
+"""Recurrent layers as pure functions of arrays, for any model: `from lstm_jax import ops`.
+
+    carry, outputs = ops.lstm(ops.LSTMParams.init(key, features=64, hidden=256), inputs)
+
+`lstm` states the arguments that all have. docs/layers.md has examples and measurements.
+"""
+
+from lstm_jax.ops.gates import (
+    GRUParams,
+    HiddenCarry,
+    LSTMCarry,
+    LSTMParams,
+    PeepholeLSTMParams,
+    RNNParams,
+)
+from lstm_jax.ops.layer import gru, lstm, peephole_lstm, rnn, run, step
+from lstm_jax.ops.linear import linear_scan
+from lstm_jax.ops.matrix_lstm import MLSTMCarry, MLSTMParams, mlstm
+
+__all__ = [
+    "GRUParams",
+    "HiddenCarry",
+    "LSTMCarry",
+    "LSTMParams",
+    "MLSTMCarry",
+    "MLSTMParams",
+    "PeepholeLSTMParams",
+    "RNNParams",
+    "gru",
+    "linear_scan",
+    "lstm",
+    "mlstm",
+    "peephole_lstm",
+    "rnn",
+    "run",
+    "step",
+]

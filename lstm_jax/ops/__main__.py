@@ -21,7 +21,7 @@ def main() -> None:
         f"device: {jax.default_backend()}; {count_cores()} cores; "
         f"instructions: {', '.join(features) or 'unknown'}\n"
         f"library in C: {describe_library()}\n"
-        f"model.dtype=auto is {choice.choose_dtype('fused')} for LSTMs\n"
+        f"model.dtype=auto is {choice.choose_dtype(True)} for gated layers\n"
     )
     for row in choice.list_rows():
         sizes = "" if row.largest == float("inf") else f", up to {row.largest:,} hidden units"

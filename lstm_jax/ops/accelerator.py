@@ -1,16 +1,15 @@
-"""Run one LSTM layer on GPUs and TPUs: few GPU kernels a step, and a custom VJP.
+"""Run a gated recurrence in XLA on GPUs and TPUs: few GPU kernels a step.
 
 The time of a small layer on a GPU depends mostly on how many GPU kernels each step launches: here
-at most five, the loop counter included (`benchmarks/accelerators.py` counts them):
+at most six, the loop counter included (`benchmarks/accelerators.py` counts them):
 
 - The matmul of the inputs is computed for all steps before the loop, and the gradients of kernels
   are matmuls after the backward loop.
-- A step keeps one array for the backward pass, its derivatives, so that a backward step has little
+- A step saves one array for the backward pass, its derivatives, so that a backward step has little
   to compute. The gradients of a backward step are one array, too.
 - No array is padded or converted in a loop.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,171 +17,196 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.matmul import matmul, matmul_rounded, round_factor
+from lstm_jax.ops.gates import Arrays, Gating
+from lstm_jax.ops.scan import Marks, add_hidden, add_sums, clear, get_peepholes, keep
 
 _DEPTH = 256  # XLA pads the depth of some matmuls to a multiple of it.
-
-# Inputs [time, ...] of all steps, and where a step reads zeros instead of the carry, bool [time,
-# batch]; None is nowhere.
-Steps = tuple[jax.Array, jax.Array | None]
 
 
 class Loops(NamedTuple):
     """The two loops over time of a layer, whose arrays are [time, batch, n] or [batch, n].
 
-    `forward` takes the rounded recurrent kernel, the terms of the inputs and the bias in the gates,
-    the first carry, and whether to keep derivatives; it returns what `compute_step` keeps at each
-    step, and the last cell state. `backward` takes the same kernel, what was kept, and the
-    cotangents of the outputs and of the last carry; it returns the rounded cotangents of the gate
-    pre-activations, and the cotangent of the first carry. Their second argument is `Steps`: the
-    terms or what was kept, with the starts of documents.
+    `forward` takes the gating, the parameters with a rounded recurrent kernel, the inputs' terms in
+    the sums, the first carry, the marks, and whether to save derivatives; it returns the last carry
+    and what `save_step` saves at each step. `backward` takes the gating, the rounded recurrent
+    kernel, what was saved, the marks, and the cotangents of the last carry and of the outputs; it
+    returns the rounded cotangents of the sums, and the cotangent of the first carry.
     """
 
-    forward: Callable[[jax.Array, Steps, LSTMCarry, bool], tuple[jax.Array, jax.Array]]
-    backward: Callable[[jax.Array, Steps, jax.Array, LSTMCarry], tuple[jax.Array, LSTMCarry]]
+    forward: Callable[..., tuple[Any, jax.Array]]
+    backward: Callable[..., tuple[jax.Array, Any]]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def run_recurrence(
-    kernels: Kernels, steps: Steps, carry: LSTMCarry, dtype: str, loops: Loops
-) -> tuple[jax.Array, LSTMCarry]:
-    """Run one layer: [time, batch, features] → [time, batch, hidden], and the carry.
+def forward(
+    gating: Gating,
+    params: Any,
+    inputs: jax.Array,
+    carry: Any,
+    marks: Marks,
+    dtype: str,
+    differentiable: bool,
+    loops: Loops,
+) -> tuple[tuple[Any, jax.Array], tuple[jax.Array]]:
+    """Run a layer: inputs [time, batch, features] → last carry, outputs [time, batch, hidden].
 
-    The factors of matmuls are rounded to `dtype`. The gradient can't be differentiated again.
+    The factors of matmuls are rounded to `dtype`. Also return what each step saves, which the
+    backward pass needs; it is complete if `differentiable`.
     """
-    return _forward(kernels, steps, carry, dtype, loops, differentiable=False)[0]
+    added = matmul(inputs, params.input_kernel, dtype, params.bias)
+    rounded = params._replace(recurrent_kernel=round_factor(params.recurrent_kernel, dtype))
+    last, saved = loops.forward(gating, rounded, added, carry, marks, differentiable)
+    outputs = saved[..., -len(params.recurrent_kernel) :]
+    return (last._replace(hidden=outputs[-1]), outputs), (saved,)
 
 
-# The arguments, and what the forward loop kept.
-_Residuals = tuple[Kernels, Steps, LSTMCarry, jax.Array]
-
-
-def _forward(
-    kernels: Kernels,
-    steps: Steps,
-    carry: LSTMCarry,
+def backward(
+    gating: Gating,
+    params: Any,
+    carry: Any,
+    marks: Marks,
+    saved: tuple[jax.Array],
+    d_last: Any,
+    d_outputs: jax.Array,
     dtype: str,
     loops: Loops,
-    differentiable: bool = True,
-) -> tuple[tuple[jax.Array, LSTMCarry], _Residuals]:
-    """Run `run_recurrence`; also return the residuals, which are complete if `differentiable`."""
-    inputs, starts = steps
-    added = matmul(inputs, kernels.input, dtype, kernels.bias), starts
-    kernel = round_factor(kernels.recurrent, dtype)
-    kept, cell = loops.forward(kernel, added, carry, differentiable)
-    outputs = kept[..., -len(kernel) :]
-    return (outputs, LSTMCarry(cell, outputs[-1])), (kernels, steps, carry, kept)
+) -> tuple[jax.Array, Any]:
+    """Return the cotangents of the sums, [time, batch, sums * hidden], and of the first carry.
+
+    `d_last` and `d_outputs` [time, batch, hidden] are those of the last carry and of the outputs.
+    """
+    kernel = round_factor(params.recurrent_kernel, dtype)
+    return loops.backward(gating, kernel, *saved, marks, d_last, d_outputs)
 
 
-def _backward(
-    dtype: str, loops: Loops, residuals: _Residuals, cotangents: tuple[jax.Array, LSTMCarry]
-) -> tuple[Kernels, tuple[jax.Array, None], LSTMCarry]:
-    kernels, (inputs, starts), first, kept = residuals
-    kernel = round_factor(kernels.recurrent, dtype)
-    d_sums, d_first = loops.backward(kernel, (kept, starts), *cotangents)
-    d_sums = d_sums.reshape(-1, d_sums.shape[2])
-    *_, outputs = jnp.split(kept, 7, axis=2)
-    hidden_before = clear(jnp.concatenate([first.hidden[None], outputs[:-1]]), starts)
-    d_input, d_recurrent = (
-        matmul_rounded(round_factor(factor, dtype).reshape(len(d_sums), -1).T, d_sums)
-        for factor in (inputs, hidden_before)
-    )
-    d_kernels = Kernels(d_input, d_recurrent, d_sums.sum(axis=0, dtype=kept.dtype))
+def differentiate_params(
+    gating: Gating,
+    params: Any,
+    inputs: jax.Array,
+    carry: Any,
+    marks: Marks,
+    saved: tuple[jax.Array],
+    d_sums: jax.Array,
+    dtype: str,
+) -> tuple[Any, jax.Array]:
+    """Return the cotangents of the parameters and inputs, from those of the sums."""
+    size, dtype_of_sums = len(params.recurrent_kernel), saved[0].dtype
+    *_, outputs = jnp.split(saved[0], saved[0].shape[2] // size, axis=2)
+    before = clear(jnp.concatenate([carry.hidden[None], outputs[:-1]]), marks.reset)
+    parts = jnp.split(d_sums.reshape(-1, d_sums.shape[2]), gating.num_sums, axis=1)
+
+    def select(indices: tuple[int, ...]) -> jax.Array:
+        is_all = len(indices) == gating.num_sums
+        of_sums = [parts[i] for i in indices]
+        return d_sums.reshape(-1, d_sums.shape[2]) if is_all else jnp.concatenate(of_sums, axis=1)
+
+    pairs = (inputs, select(gating.read_inputs)), (before, select(gating.read_hidden))
+    d_kernels = [
+        matmul_rounded(round_factor(factor, dtype).reshape(len(d), -1).T, d) for factor, d in pairs
+    ]
+    d_bias = d_sums.sum(axis=(0, 1), dtype=dtype_of_sums)
+    d_others = list(gating.split_biases(d_bias))
+    if gating.has_peepholes:
+        cells = jnp.split(saved[0], saved[0].shape[2] // size, axis=2)[-2]
+        earlier = clear(jnp.concatenate([carry.cell[None], cells[:-1]]), marks.reset)
+        d_i, d_f, _, d_o = jnp.split(d_sums.astype(dtype_of_sums), 4, axis=2)
+        terms = d_i * earlier, d_f * earlier, d_o * cells
+        d_others.append(jnp.stack([term.sum(axis=(0, 1)) for term in terms]))
     # XLA removes this matmul if its result is unused, as for one-hot inputs.
-    d_inputs = matmul_rounded(d_sums, round_factor(kernels.input.T, dtype))
-    return d_kernels, (d_inputs.reshape(inputs.shape), None), d_first
+    d_inputs = matmul_rounded(
+        select(gating.read_inputs), round_factor(params.input_kernel.T, dtype)
+    )
+    return gating.params(*d_kernels, *d_others), d_inputs.reshape(inputs.shape)
 
 
-run_recurrence.defvjp(_forward, _backward)
-
-
-def clear(x: jax.Array, starts: jax.Array | None, axis: int = -1) -> jax.Array:
-    """Return x, zero where `starts`, bool without the axis of features, is true."""
-    return x if starts is None else jnp.where(jnp.expand_dims(starts, axis), 0, x)
-
-
-def compute_step(
-    sums: jax.Array, cell: jax.Array, differentiable: bool
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the next cell state and hidden state, and the array to keep for the backward pass.
-
-    The latter is h', [batch, hidden], or if `differentiable` [batch, 7 * hidden]: the derivatives
-    of c' by the pre-activations of i, f and g, of h' by that of o, dh'/dc', dc'/dc, and h'.
-    """
-    i, f, g, o = jnp.split(sums, 4, axis=1)
-    i, f, g, o = jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
-    by_sums = g * i * (1 - i), cell * f * (1 - f), i * (1 - g**2)
-    cell = f * cell + i * g
-    activated = jnp.tanh(cell)
-    hidden = o * activated
-    kept = [*by_sums, hidden * (1 - o), o * (1 - activated**2), f] if differentiable else []
-    return cell, hidden, jnp.concatenate([*kept, hidden], axis=1)
-
-
-def differentiate_step(
-    kept: jax.Array, d_cell: jax.Array, d_hidden: jax.Array
-) -> tuple[list[jax.Array], jax.Array]:
-    """Return the cotangents of the gate pre-activations, and of the cell state before a step.
-
-    The arguments are what `compute_step` kept, and the cotangents of the states after the step.
-    """
-    *by_sums, by_o, by_cell, f, _ = jnp.split(kept, 7, axis=1)
-    d_cell = d_cell + d_hidden * by_cell
-    return [*(d_cell * x for x in by_sums), d_hidden * by_o], d_cell * f
+def save_step(gating: Gating, factors: Arrays, after: Any) -> jax.Array:
+    """Return the array that a step saves, [batch, n * hidden]: factors, c' if needed, and h'."""
+    cell = [after.cell] if gating.has_peepholes else []
+    return jnp.concatenate([*factors, *cell, after.hidden], axis=1)
 
 
 def _forward_loop(
-    kernel: jax.Array, added: Steps, carry: LSTMCarry, differentiable: bool
-) -> tuple[jax.Array, jax.Array]:
-    def step(state: LSTMCarry, added: Steps) -> tuple[LSTMCarry, jax.Array]:
-        terms, start = added
-        sums = clear(matmul_rounded(state.hidden, kernel), start) + terms
-        cell, hidden, kept = compute_step(sums, clear(state.cell, start), differentiable)
-        return LSTMCarry(cell, hidden.astype(kernel.dtype)), kept
+    gating: Gating, params: Any, added: jax.Array, carry: Any, marks: Marks, differentiable: bool
+) -> tuple[Any, jax.Array]:
+    kernel, peepholes = params.recurrent_kernel, get_peepholes(params, axis=0)
+    # A frozen step leaves all bits of the hidden state; otherwise only matmuls read it.
+    dtype = kernel.dtype if marks.frozen is None else added.dtype
 
-    rounded = carry._replace(hidden=carry.hidden.astype(kernel.dtype))
-    last, kept = lax.scan(step, rounded, added)
-    return kept, last.cell
+    def step(state: Any, read: tuple[jax.Array, Marks]) -> tuple[Any, jax.Array]:
+        added, mark = read
+        product = matmul_rounded(state.hidden.astype(kernel.dtype), kernel)
+        sums = add_sums(gating, params, added, clear(product, mark.reset))
+        state = state._replace(hidden=state.hidden.astype(added.dtype))
+        before = clear(state, mark.reset)
+        gates, after = gating.activate(sums, before, peepholes)
+        factors = gating.derive(gates, before, after, peepholes) if differentiable else ()
+        after = keep(state, after, mark.frozen)
+        saved = save_step(gating, factors, after)
+        return after._replace(hidden=after.hidden.astype(dtype)), saved
+
+    rounded = carry._replace(hidden=carry.hidden.astype(dtype))
+    return lax.scan(step, rounded, (added, marks))
 
 
 def _backward_loop(
-    kernel: jax.Array, all_kept: Steps, d_outputs: jax.Array, d_last: LSTMCarry
-) -> tuple[jax.Array, LSTMCarry]:
+    gating: Gating,
+    kernel: jax.Array,
+    saved: jax.Array,
+    marks: Marks,
+    d_last: Any,
+    d_outputs: jax.Array,
+) -> tuple[jax.Array, Any]:
     steps, batch, hidden = d_outputs.shape
-    width, parts = 4 * hidden, len(_split(d_last.cell, kernel.dtype))
-    # The matmul of a step reads a whole row [batch, depth]; zeros skip what is not of a gate.
-    depth = -(-(width + hidden * parts) // _DEPTH) * _DEPTH
-    padded = jnp.pad(kernel.T, ((0, depth - width), (0, 0)))
+    width = gating.num_sums * hidden
+    zeros = jnp.zeros_like(d_last.hidden)
+    # Which parts of the carry's cotangent do not come from the matmul of a step.
+    keeps_hidden = marks.frozen is not None or gating.keeps_hidden
+    kept = d_last._replace(hidden=zeros if keeps_hidden else None)
+    parts = len(_split(zeros, kernel.dtype))
+    leaves, structure = jax.tree.flatten(kept)
+    tail = len(leaves) * parts * hidden
+    # The matmul of a step reads a whole row [batch, depth]; zeros skip what h U is not added to.
+    depth = -(-(width + tail) // _DEPTH) * _DEPTH
+    rows_of_sums = jnp.zeros((gating.num_sums, hidden, hidden), kernel.dtype)
+    blocks = jnp.stack(jnp.split(kernel.T, len(gating.read_hidden)))
+    rows_of_sums = rows_of_sums.at[jnp.array(gating.read_hidden)].set(blocks)
+    padded = jnp.pad(rows_of_sums.reshape(width, hidden), ((0, depth - width), (0, 0)))
 
-    def make_row(d_sums: list[jax.Array], d_cell: jax.Array) -> jax.Array:
-        """Return the rounded cotangents of the sums, and that of the cell state by `_split`."""
-        row = [*(d.astype(kernel.dtype) for d in d_sums), *_split(d_cell, kernel.dtype)]
-        filler = jnp.zeros((batch, depth - width - hidden * parts), kernel.dtype)
+    def make_row(d_sums: Arrays, d_carry: Any) -> jax.Array:
+        """Return the rounded cotangents of the sums, and those of the carry by `_split`."""
+        row = [d.astype(kernel.dtype) for d in d_sums]
+        row += [part for d in jax.tree.leaves(d_carry) for part in _split(d, kernel.dtype)]
+        filler = jnp.zeros((batch, depth - width - tail), kernel.dtype)
         return jnp.concatenate([*row, filler], axis=1)
 
-    def get_d_cell(row: jax.Array) -> jax.Array:
-        d_cell = row[:, width : width + hidden * parts].astype(d_last.cell.dtype)
-        return d_cell.reshape(batch, parts, hidden).sum(axis=1)
+    def read_carry(row: jax.Array) -> Any:
+        halves = row[:, width : width + tail].astype(d_last.hidden.dtype)
+        sums = halves.reshape(batch, len(leaves), parts, hidden).sum(axis=2)
+        return jax.tree.unflatten(structure, [sums[:, i] for i in range(len(leaves))])
 
     def step(
         carry: tuple[jax.Array, jax.Array], read: tuple[Any, ...]
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
-        rows, d_hidden = carry
-        t, (kept, start), d_output = read
+        rows, product = carry
+        t, saved, mark, d_output = read
         # Not from the carry: that would launch one more GPU kernel.
-        d_cell = get_d_cell(lax.dynamic_index_in_dim(rows, t + 1, keepdims=False))
-        d_sums, d_cell = differentiate_step(kept, d_cell, d_hidden + d_output)
-        row = make_row(d_sums, clear(d_cell, start))
+        d_after = read_carry(lax.dynamic_index_in_dim(rows, t + 1, keepdims=False))
+        d_after = add_hidden(d_after, product + d_output)
+        factors = jnp.split(saved, saved.shape[1] // hidden, axis=1)[: gating.num_factors]
+        d_sums, d_before = gating.pull_back(tuple(factors), d_after)
+        if mark.frozen is not None:
+            d_sums = keep(tuple(map(jnp.zeros_like, d_sums)), d_sums, mark.frozen)
+            d_before = keep(d_after, add_hidden(d_before, zeros), mark.frozen)
+        row = make_row(d_sums, clear(d_before, mark.reset))
         row = lax.optimization_barrier(row)  # So that one GPU kernel makes it.
         rows = lax.dynamic_update_index_in_dim(rows, row, t, 0)
-        return (rows, clear(matmul_rounded(row, padded), start)), None
+        return (rows, clear(matmul_rounded(row, padded), mark.reset)), None
 
-    last = make_row(4 * [jnp.zeros_like(d_last.cell)], d_last.cell)
+    last = make_row((zeros,) * gating.num_sums, kept)
     rows = jnp.zeros((steps + 1, batch, depth), kernel.dtype).at[-1].set(last)
-    read = jnp.arange(steps), all_kept, d_outputs
-    (rows, d_hidden), _ = lax.scan(step, (rows, d_last.hidden), read, reverse=True)
-    return rows[:-1, :, :width], LSTMCarry(get_d_cell(rows[0]), d_hidden)
+    read = jnp.arange(steps), saved, marks, d_outputs
+    (rows, product), _ = lax.scan(step, (rows, d_last.hidden), read, reverse=True)
+    return rows[:-1, :, :width], add_hidden(read_carry(rows[0]), product)
 
 
 LOOPS = Loops(_forward_loop, _backward_loop)

@@ -3,12 +3,12 @@
 `python -m lstm_jax.ops` prints what is chosen here.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
-from lstm_jax.config import is_plain_lstm
 from lstm_jax.ops import native, processor
+from lstm_jax.ops.gates import Gating
 from lstm_jax.ops.in_c import LANES
 
 
@@ -89,47 +89,63 @@ def runs_in_c(
     return is_shared and find_row(work, dtype, hidden_size, gating) is not None
 
 
-def choose_recurrence(model: Any) -> str:
-    """Return the field `recurrence` of a `LanguageModel`, with "auto" resolved.
+def choose(
+    name: str,
+    gating: Gating,
+    *,
+    size: int,
+    batch: int | None = None,
+    dtype: str = "float32",
+    is_wide: bool = False,
+    has_reset: bool = False,
+    has_lengths: bool = False,
+) -> str:
+    """Return the implementation that runs such a layer of `size` hidden units, never "auto".
 
-    "auto" is "fused" for an LSTM, "parallel" for a cell with a parallel form, otherwise "scan":
-    the fastest in measurements (docs/cells.md).
+    "auto" is the fastest in measurements (docs/layers.md). `is_wide`: arrays have more than 32
+    bits; `dtype` is that of matmuls.
 
     Raises:
-      ValueError: if `recurrence` can't run this model on this machine.
+      ValueError: if the named implementation can't run the layer here.
     """
-    recurrence: str = model.recurrence
-    is_lstm = is_plain_lstm(model)
-    has_parallel = model.block != "none" or hasattr(model.cell_class, "run_parallel")
-    if recurrence == "auto":
-        return "fused" if is_lstm else "parallel" if has_parallel else "scan"
+    backend = jax.default_backend()
+    if name == "auto":
+        in_c = not is_wide and runs_in_c("windows", dtype, size, batch, gating.name)
+        return "c" if in_c else "xla"
     limit = None
-    if recurrence in ("cudnn", "pallas") and model.stop_id is not None:
-        limit = "can't restart where a document begins (data.document_separator)"
-    elif recurrence in ("fused", "cudnn", "pallas") and not is_lstm:
-        limit = "supports only LSTM cells without layer normalization or a block"
-    elif recurrence == "parallel" and not has_parallel:
-        limit = f"needs a cell with a method run_parallel, which {model.cell_name} lacks"
-    elif recurrence == "cudnn" and jax.default_backend() != "gpu":
-        limit = "needs a GPU"
-    elif recurrence == "pallas" and jax.default_backend() != "tpu":
-        limit = "needs a TPU"
-    elif recurrence == "cudnn" and model.dtype != "float32":
-        limit = "supports only float32"
+    if name not in ("scan", "xla", "c", "cudnn", "pallas"):
+        limit = "does not exist: choose scan, xla, c, cudnn or pallas"
+    elif (name == "cudnn" and backend != "gpu") or (name == "pallas" and backend != "tpu"):
+        limit = f"needs a {'GPU' if name == 'cudnn' else 'TPU'}"
+    elif name in ("c", "cudnn", "pallas") and is_wide:
+        limit = "does not support float64"
+    elif name in ("cudnn", "pallas") and has_reset:
+        limit = "has no resets, where a document or an episode begins"
+    elif name == "pallas" and has_lengths:
+        limit = "has no lengths"
+    elif name == "cudnn" and (gating.name != "lstm" or dtype != "float32"):
+        limit = "runs only an LSTM in float32"
+    elif name == "c" and (size % LANES or not _is_available(dtype)):
+        limit = f"needs a CPU with AVX-512 and a multiple of {LANES} hidden units; here are {size}"
     if limit:
-        raise ValueError(f"the recurrence {recurrence!r} {limit}; 'auto' supports any model")
-    return recurrence
+        raise ValueError(f"the implementation {name!r} {limit}; 'auto' supports any layer")
+    return name
 
 
-def choose_dtype(recurrence: str) -> str:
+def _is_available(dtype: str) -> bool:
+    library = native.load_library() if jax.default_backend() == "cpu" else None
+    return library is not None and _INSTRUCTIONS[dtype] in processor.read_cpu_features()
+
+
+def choose_dtype(is_gated: bool) -> str:
     """Return "bfloat16" where matmuls in bfloat16 are faster, otherwise "float32".
 
-    They are on TPUs and on GPUs since NVIDIA's compute capability 8, except in cuDNN, and in fused
-    layers on processors with fast instructions for them.
+    They are on TPUs and on GPUs since NVIDIA's compute capability 8, and in gated layers on
+    processors with fast instructions for them.
     """
     if jax.default_backend() == "cpu":
-        is_fast = recurrence == "fused" and processor.is_faster_in_bfloat16()
+        is_fast = is_gated and processor.is_faster_in_bfloat16()
     else:
         capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
         is_fast = not capability.startswith(("5.", "6.", "7."))
-    return "bfloat16" if is_fast and recurrence != "cudnn" else "float32"
+    return "bfloat16" if is_fast else "float32"

@@ -1,331 +1,227 @@
-"""Run the recurrence of `LSTMCell` with a custom VJP: the same results as a scan, faster.
+"""Run a gated recurrence in XLA on CPUs: the results of the scan, faster.
 
 It is fast for these reasons:
 
 - Reverse-mode differentiation of a scan accumulates the gradient of the whole recurrent kernel at
-  every step. Here the backward loop computes gradients of the gates only, and one matmul for each
-  gate, over time and batch, then computes the gradient of the kernel.
+  every step. Here the backward loop computes gradients of the sums only, and one matmul for each
+  gate, over time and batch, then computes the gradient of the kernels.
 - Arrays are feature-major, [features, batch]: XLA's CPU matmuls are fastest as
   [4 * hidden, features] @ [features, batch].
 - Inputs, a row of ones (for the bias) and the hidden state are stacked, so that one matmul a step
-  computes all gates.
-- The backward loop writes the gradient of each gate into the memory of its activation. Page faults
-  of newly allocated memory would take longer than all elementwise operations.
+  computes all sums that read both.
+- The backward loop writes the gradient of each sum into the memory of its gate. Page faults of
+  newly allocated memory would take longer than all elementwise operations.
 
-`benchmarks/train_step.py` measures the speed.
+`benchmarks/layers.py` measures the speed.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lstm_jax.cells.lstm import Kernels, LSTMCarry
-from lstm_jax.config import is_plain_lstm
-from lstm_jax.matmul import matmul, matmul_rounded, round_factor
-from lstm_jax.ops import accelerator, choice, in_c
-from lstm_jax.ops.accelerator import Steps, clear
-from lstm_jax.ops.gates import LSTM
-from lstm_jax.ops.in_c import Int8Kernel
+from lstm_jax.matmul import matmul_rounded, round_factor
+from lstm_jax.ops.gates import Arrays, Gating
 from lstm_jax.ops.processor import is_faster_in_bfloat16
+from lstm_jax.ops.scan import Marks, add_hidden, clear, get_peepholes, keep
+
+# What the forward loop saves: the factors of the matmuls of all steps, [features + 1 + hidden,
+# time, batch], and the gates and carries after each step, [time, hidden, batch] each.
+Saved = tuple[jax.Array, Arrays, Any]
 
 
-class Lookup(NamedTuple):
-    """The inputs of a first layer: the rows `ids` of an embedding table."""
+def forward(
+    gating: Gating,
+    params: Any,
+    inputs: jax.Array,
+    carry: Any,
+    marks: Marks,
+    dtype: str,
+    differentiable: bool = True,
+) -> tuple[tuple[Any, jax.Array], Saved]:
+    """Run a layer: inputs [time, batch, features] → last carry, outputs [time, batch, hidden].
 
-    table: jax.Array  # [vocabulary, features].
-    ids: jax.Array  # Int32 [batch, time].
-
-
-def get_rows(inputs: jax.Array | Lookup) -> jax.Array:
-    """Return inputs as an array [batch, time, features]."""
-    return inputs.table[inputs.ids] if isinstance(inputs, Lookup) else inputs
-
-
-def run_fused(
-    kernels: Kernels,
-    inputs: jax.Array | Lookup,
-    carry: LSTMCarry,
-    dtype: str = "float32",
-    rematerialize: int = 0,
-    in_pallas: bool = False,
-    starts: jax.Array | None = None,
-) -> tuple[jax.Array, LSTMCarry]:
-    """Run one LSTM layer over time; return outputs [batch, time, hidden] and the last carry.
-
-    Inputs are [batch, time, features], or the lookup that they come from. A lookup in a vocabulary
-    not much larger than the embedding is folded into the recurrence: the table is multiplied by the
-    input kernel once, and the matmul of a step selects a row of the result by a one-hot input. So
-    the backward pass needs no matmul for the gradient of the inputs.
-
-    If `rematerialize` is not 0, the forward pass stores the state only every `rematerialize` steps,
-    and the backward pass recomputes the steps between. Memory then grows with time / rematerialize
-    + rematerialize instead of time, and is smallest at the square root of time.
-
-    With `in_pallas`, the loops run in Pallas kernels, on a TPU. Steps where `starts`, bool
-    [batch, time], is true read a carry of zeros; in Pallas there are none.
+    The factors of matmuls are rounded to `dtype`. Also return what the backward pass needs.
     """
-    if isinstance(inputs, Lookup) and len(inputs.table) <= 1.5 * inputs.table.shape[1]:
-        # The one-hot input needs two matmuls of this size, the embedded row three.
-        kernels = kernels._replace(input=matmul(inputs.table, kernels.input, dtype))
-        rows = jax.nn.one_hot(inputs.ids, len(inputs.table), dtype=inputs.table.dtype)
-    else:
-        rows = get_rows(inputs)
-    batch_size, hidden_size = carry.cell.shape
-    in_float32 = rows.dtype == carry.cell.dtype == jnp.float32
-    starts = None if starts is None else starts.T
-    recurrence: Callable[..., tuple[jax.Array, LSTMCarry]] | None = None
-    if jax.default_backend() != "cpu":
-        loops = accelerator.LOOPS
-        if in_pallas:
-            from lstm_jax.ops import pallas  # Importing it takes a while.
-
-            loops = pallas.LOOPS
-        recurrence = functools.partial(accelerator.run_recurrence, dtype=dtype, loops=loops)
-    elif in_float32 and choice.runs_in_c("windows", dtype, hidden_size, batch_size):
-        recurrence = functools.partial(in_c.run_recurrence, dtype=dtype)
-    if recurrence:
-        steps = rows.swapaxes(0, 1), starts
-        outputs, carry = _in_chunks(recurrence, kernels, steps, carry, rematerialize)
-        return outputs.swapaxes(0, 1), carry
-    recurrence = functools.partial(_recurrence, dtype=dtype)
-    steps, state = (rows.transpose(1, 2, 0), starts), LSTMCarry(carry.cell.T, carry.hidden.T)
-    outputs, state = _in_chunks(recurrence, kernels, steps, state, rematerialize)
-    return outputs.transpose(2, 0, 1), LSTMCarry(state.cell.T, state.hidden.T)
-
-
-def supports_int8(model: Any) -> bool:
-    """Return whether the steps of a `LanguageModel` can multiply in 8 bits here."""
-    return is_plain_lstm(model) and all(
-        choice.runs_in_c("steps", "int8", size) for size in model.sizes[1:]
-    )
-
-
-class StepArrays(NamedTuple):
-    """The parameters of a model of LSTM layers, prepared for `apply_step`, with kernels rounded."""
-
-    tokens: jax.Array  # Each token's term in the first layer's gates, [vocabulary, 4 * hidden].
-    # [4 * hidden, inputs + hidden], or as the library packs it; for the first layer, no inputs.
-    kernels: list[jax.Array | Int8Kernel]
-    biases: list[jax.Array]  # Of each layer but the first, [1, 4 * hidden].
-    head: jax.Array  # The dense layer's kernel, [vocabulary, hidden].
-    head_bias: jax.Array  # [vocabulary].
-
-
-def prepare_step(model: Any) -> StepArrays:
-    """Precompute what is the same at every step, from all parameters of a bound `LanguageModel`.
-
-    If its steps multiply in 8 bits (`int8_steps`), `supports_int8` must allow it.
-    """
-    first, *others = [cell.kernels() for cell in model.layers]
-    kernels = [first.recurrent, *(jnp.concatenate([k.input, k.recurrent]) for k in others)]
-    table, head_bias, dtype = model.embedding.embedding, model.dense.bias, model.dtype
-    terms = [matmul(table, first.input, dtype, first.bias), *(k.bias[None] for k in others)]
-    if model.int8_steps:
-        # Outputs are within ±1. With skip connections, layer i reads the sum of i outputs.
-        bounds = [max(i, 1) if model.skip_connections else 1 for i in range(len(kernels))]
-        quantized = map(functools.partial(in_c.quantize_gates, LSTM), kernels, bounds)
-        packed, offsets = map(list, zip(*quantized, strict=True))
-        terms = [term + offset[None] for term, offset in zip(terms, offsets, strict=True)]
-        # A byte can't be NaN: parameters that are not finite must reach the logits in another way.
-        head_bias += 0 * sum(term.sum() for term in terms)
-    else:
-        packed = [_prepare_kernel(kernel, dtype) for kernel in kernels]
-    head = round_factor(model.head_kernel().T, dtype)
-    return StepArrays(terms[0], packed, terms[1:], head, head_bias)
-
-
-def _prepare_kernel(kernel: jax.Array, dtype: str) -> jax.Array:
-    depth, width = kernel.shape
-    fits = kernel.dtype == jnp.float32 and depth % in_c.NUMBERS_IN_WORD[dtype] == 0
-    if fits and choice.runs_in_c("steps", dtype, width // 4):
-        return in_c.pack_gates(LSTM, kernel.astype(dtype))
-    return round_factor(kernel.T, dtype)
-
-
-def apply_step(
-    model: Any, arrays: StepArrays, ids: jax.Array, carry: Sequence[Any]
-) -> tuple[jax.Array, tuple[LSTMCarry, ...]]:
-    """Run a `LanguageModel` over one token of each text; see its method `apply_step`."""
-    added = [arrays.tokens[ids], *arrays.biases]
-    states: list[LSTMCarry] = []
-    below: list[jax.Array] = []  # The outputs of the layer below, if there is one.
-    for kernel, before, term in zip(arrays.kernels, carry, added, strict=True):
-        inputs = [*below, before.hidden]
-        if isinstance(kernel, Int8Kernel) or kernel.ndim == 5:
-            states.append(in_c.run_step(LSTM, kernel, inputs, before, term))
-        else:
-            columns = round_factor(jnp.concatenate([x.T for x in inputs]), model.dtype)
-            _, after = _step(kernel, columns, LSTMCarry(before.cell.T, before.hidden.T), term.T)
-            states.append(LSTMCarry(after.cell.T, after.hidden.T))
-        hidden = states[-1].hidden
-        below = [sum(below, hidden) if model.skip_connections else hidden]
-    logits = matmul(arrays.head, below[0].T, model.dtype).T + arrays.head_bias[None]
-    return logits, tuple(states)
-
-
-def _step(
-    kernel: jax.Array, inputs: jax.Array, carry: LSTMCarry, added: jax.Array | float = 0.0
-) -> tuple[tuple[jax.Array, ...], LSTMCarry]:
-    """Compute one step, feature-major; return the activated gates i, f, g, o and the next carry.
-
-    Inputs [n, batch] are the layer's inputs and the hidden state, stacked. They and the kernel
-    [4 * hidden, n] are rounded by `round_factor`. `added` [4 * hidden, batch] is added to the gates
-    before their activation.
-    """
-    i, f, g, o = jnp.split(_multiply(kernel, inputs) + added, 4)
-    i, f, g, o = _sigmoid(i), _sigmoid(f), jnp.tanh(g), _sigmoid(o)
-    cell = f * carry.cell + i * g
-    return (i, f, g, o), LSTMCarry(cell, o * jnp.tanh(cell))
-
-
-def _in_chunks(
-    recurrence: Callable[..., tuple[jax.Array, LSTMCarry]],
-    kernels: Kernels,
-    steps: Steps,
-    carry: LSTMCarry,
-    chunk: int,
-) -> tuple[jax.Array, LSTMCarry]:
-    """Run a recurrence in chunks; the backward pass keeps only the carries between them."""
-    time = len(steps[0])
-    if not chunk or chunk >= time:
-        return recurrence(kernels, steps, carry)
-    recurrence = jax.checkpoint(recurrence)
-
-    def run_chunk(carry: LSTMCarry, steps: Steps) -> tuple[LSTMCarry, jax.Array]:
-        outputs, carry = recurrence(kernels, steps, carry)
-        return carry, outputs
-
-    whole = time - time % chunk
-    chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, chunk, *x.shape[1:]), steps)
-    carry, outputs = lax.scan(run_chunk, carry, chunks)
-    outputs = outputs.reshape(whole, *outputs.shape[2:])
-    if whole < time:
-        carry, rest = run_chunk(carry, jax.tree.map(lambda x: x[whole:], steps))
-        outputs = jnp.concatenate([outputs, rest])
-    return outputs, carry
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _recurrence(
-    kernels: Kernels, steps: Steps, carry: LSTMCarry, dtype: str
-) -> tuple[jax.Array, LSTMCarry]:
-    """Run one layer, feature-major: [time, features, batch] → [time, hidden, batch], and the carry.
-
-    The carry is [hidden, batch] before and after.
-    """
-    return _recurrence_forward(kernels, steps, carry, dtype)[0]
-
-
-# The kernels, the first carry, and of all steps the starts, columns, cell states and gates.
-_Residuals = tuple[Kernels, LSTMCarry, Any, jax.Array, jax.Array, tuple[jax.Array, ...]]
-
-
-def _recurrence_forward(
-    kernels: Kernels, steps: Steps, carry: LSTMCarry, dtype: str
-) -> tuple[tuple[jax.Array, LSTMCarry], _Residuals]:
-    """Run `_recurrence`; also return the residuals, among them gates, [time, hidden, batch].
-
-    `columns` [features + 1 + hidden, time * batch] are the factors of the matmuls of all steps.
-    They are written step by step, because XLA's CPU backend is slow at transposing them later.
-    """
-    inputs, starts = steps
     low = _rounding(inputs, dtype)
-    # Transpose here, not at every step, and each part separately: XLA's CPU backend is several
-    # times slower when it concatenates and transposes in one copy.
-    parts = kernels.input.T, kernels.bias[:, None], kernels.recurrent.T
-    kernel = jnp.concatenate([low(part) for part in parts], axis=1)
-    time, _, batch = inputs.shape
-    one = jnp.ones_like(inputs[0, :1])
+    kernels = _stack_kernels(gating, params, low)
+    peepholes = get_peepholes(params, axis=1)
+    time, batch, features = inputs.shape
+    size = carry.hidden.shape[1]
+    depth = features + 1 + size
+    one = jnp.ones_like(inputs[0, :, :1].T)
     # Not in bfloat16: the backend can't write a slice of such an array in place.
-    columns = jnp.zeros((kernel.shape[1], time * batch), jnp.promote_types(kernel.dtype, "float32"))
+    columns = jnp.zeros((depth, time * batch), inputs.dtype)
 
-    def scan_step(
-        state: tuple[LSTMCarry, jax.Array], read: tuple[Any, ...]
-    ) -> tuple[tuple[LSTMCarry, jax.Array], tuple[Any, ...]]:
-        (carry, columns), (t, x, start) = state, read
-        carry = LSTMCarry(*(clear(part, start, axis=0) for part in carry))
-        stacked = jnp.concatenate([low(part) for part in (x, one, carry.hidden)])
+    def step(
+        state: tuple[Any, jax.Array], read: tuple[jax.Array, jax.Array, Marks]
+    ) -> tuple[tuple[Any, jax.Array], tuple[Any, Arrays]]:
+        (carry, columns), (t, x, mark) = state, read
+        before = clear(carry, mark.reset, axis=0)
+        stacked = jnp.concatenate([low(part) for part in (x, one, before.hidden)])
+        # Written step by step, because XLA's CPU backend is slow at transposing them later.
         columns = lax.dynamic_update_slice(columns, stacked.astype(columns.dtype), (0, t * batch))
-        gates, carry = _step(kernel, stacked, carry)
-        # The scan stacks six arrays: to concatenate the gates would be a slow copy at every step.
-        return (carry, columns), (carry.hidden, carry.cell, gates)
+        sums = [
+            part
+            for kernel, rows in kernels
+            for part in jnp.split(multiply_columns(kernel, stacked[rows]), len(kernel) // size)
+        ]
+        gates, after = gating.activate(tuple(sums), before, peepholes)
+        after = keep(carry, after, mark.frozen, axis=0)
+        # The scan stacks several arrays: to concatenate the gates would be a slow copy each step.
+        return (after, columns), (after, gates)
 
-    state, read = (carry, columns), (jnp.arange(time), inputs, starts)
-    (last, columns), (outputs, cells, gates) = lax.scan(scan_step, state, read)
-    return (outputs, last), (kernels, carry, starts, columns, cells, gates)
+    state = jax.tree.map(jnp.transpose, carry), columns
+    read = jnp.arange(time), inputs.swapaxes(1, 2), marks
+    (last, columns), (states, gates) = lax.scan(step, state, read)
+    saved = columns.reshape(depth, time, batch), gates, states
+    return (jax.tree.map(jnp.transpose, last), states.hidden.swapaxes(1, 2)), saved
 
 
-def _recurrence_backward(
-    dtype: str, residuals: _Residuals, cotangents: tuple[jax.Array, LSTMCarry]
-) -> tuple[Kernels, tuple[jax.Array, None], LSTMCarry]:
-    kernels, first, starts, columns, cells, gates = residuals
-    d_outputs, d_last = cotangents
-    steps, features = len(cells), len(kernels.input)
-    low = _rounding(cells, dtype)
-    recurrent_kernel = low(kernels.recurrent)
+def backward(
+    gating: Gating,
+    params: Any,
+    carry: Any,
+    marks: Marks,
+    saved: Saved,
+    d_last: Any,
+    d_outputs: jax.Array,
+    dtype: str,
+) -> tuple[Arrays, Any]:
+    """Return the cotangents of the sums, [time, hidden, batch] each, and of the first carry.
+
+    `d_last` and `d_outputs` [time, batch, hidden] are those of the last carry and of the outputs.
+    """
+    _, gates, states = saved
+    low = _rounding(d_outputs, dtype)
+    recurrent_kernel = low(params.recurrent_kernel)
+    peepholes = get_peepholes(params, axis=1)
+    first, d_last = jax.tree.map(jnp.transpose, (carry, d_last))
+    d_outputs = d_outputs.swapaxes(1, 2)
+    time = len(d_outputs)
 
     def loop_step(k: jax.Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
-        gates, d_gates, d_cell, d_hidden = state
-        t = steps - 1 - k
-        start = None if starts is None else _at(starts, t)
+        gates, d_sums, d_after = state
+        t = time - 1 - k
+        mark = jax.tree.map(lambda x: _at(x, t), marks)
         # Write the gradients into the memory of the gates one step late, before the next gates are
         # read, so that XLA needs no copy. (The first write, at step T, is clamped to T - 1, where
         # its values came from.)
-        gates = tuple(_put(x, d, t + 1) for x, d in zip(gates, d_gates, strict=True))
-        i, f, g, o = (_at(gate, t) for gate in gates)
-        previous_cell = jnp.where(t == 0, first.cell, _at(cells, jnp.maximum(t - 1, 0)))
-        previous_cell = clear(previous_cell, start, axis=0)
-        tanh_cell = jnp.tanh(_at(cells, t))
-        d_hidden = d_hidden + _at(d_outputs, t)
-        d_cell = d_cell + d_hidden * o * (1 - tanh_cell**2)
-        d_gates = (
-            d_cell * g * i * (1 - i),
-            d_cell * previous_cell * f * (1 - f),
-            d_cell * i * (1 - g**2),
-            d_hidden * tanh_cell * o * (1 - o),
-        )
-        stacked = jnp.concatenate([low(d) for d in d_gates])
-        d_state = d_cell * f, matmul_rounded(recurrent_kernel, stacked)
-        return gates, d_gates, *(clear(d, start, axis=0) for d in d_state)
+        gates = tuple(_put(x, d, t + 1) for x, d in zip(gates, d_sums, strict=True))
+        earlier = jax.tree.map(lambda x: _at(x, jnp.maximum(t - 1, 0)), states)
+        before = jax.tree.map(lambda x, y: jnp.where(t == 0, x, y), first, earlier)
+        before = clear(before, mark.reset, axis=0)
+        d_after = d_after._replace(hidden=d_after.hidden + _at(d_outputs, t))
+        after = jax.tree.map(lambda x: _at(x, t), states)
+        factors = gating.derive(tuple(_at(gate, t) for gate in gates), before, after, peepholes)
+        d_sums, d_before = gating.pull_back(factors, d_after)
+        d_sums = tuple(keep(jnp.zeros_like(d), d, mark.frozen, axis=0) for d in d_sums)
+        stacked = jnp.concatenate([low(d_sums[i]) for i in gating.read_hidden])
+        d_before = add_hidden(d_before, matmul_rounded(recurrent_kernel, stacked))
+        d_before = keep(d_after, d_before, mark.frozen, axis=0)
+        return gates, d_sums, clear(d_before, mark.reset, axis=0)
 
-    state = gates, tuple(gate[-1] for gate in gates), d_last.cell, d_last.hidden
-    gates, d_gates, d_cell, d_hidden = lax.fori_loop(0, steps, loop_step, state)
-    d_gates = [low(_put(gate, d, 0)) for gate, d in zip(gates, d_gates, strict=True)]
+    state = gates, tuple(gate[-1] for gate in gates), d_last
+    gates, d_sums, d_first = lax.fori_loop(0, time, loop_step, state)
+    d_sums = tuple(_put(gate, d, 0) for gate, d in zip(gates, d_sums, strict=True))
+    return d_sums, jax.tree.map(jnp.transpose, d_first)
 
+
+def differentiate_params(
+    gating: Gating,
+    params: Any,
+    inputs: jax.Array,
+    carry: Any,
+    marks: Marks,
+    saved: Saved,
+    d_sums: Arrays,
+    dtype: str,
+) -> tuple[Any, jax.Array]:
+    """Return the cotangents of the parameters and inputs, from those of the sums."""
+    columns, _, states = saved
+    low = _rounding(inputs, dtype)
+    features, size = inputs.shape[2], len(params.recurrent_kernel)
+    factors = low(columns.reshape(len(columns), -1))
     # Copy the gradients to rows of time and batch: only matmuls without a transposed factor are
     # fast in bfloat16 on XLA's CPU backend.
-    rows = [d.swapaxes(1, 2).reshape(-1, d.shape[1]) for d in d_gates]
-    d_kernel = jnp.concatenate([matmul_rounded(low(columns), d) for d in rows], axis=1)
-    d_input, d_bias, d_recurrent = jnp.split(d_kernel, [features, features + 1])
+    rows = [low(d).swapaxes(1, 2).reshape(-1, size) for d in d_sums]
+    blocks = [
+        matmul_rounded(factors[part], rows[i])
+        for part, indices in _list_groups(gating, features)
+        for i in indices
+    ]
+    d_params = {
+        "input_kernel": [blocks[i][:features] for i in gating.read_inputs],
+        "recurrent_kernel": [blocks[i][-size:] for i in gating.read_hidden],
+    }
+    d_kernels = {name: jnp.concatenate(parts, axis=1) for name, parts in d_params.items()}
+    d_bias = [block[features if i in gating.read_inputs else 0] for i, block in enumerate(blocks)]
+    d_others = list(gating.split_biases(jnp.concatenate(d_bias)))
+    if gating.has_peepholes:
+        cells = jnp.concatenate([carry.cell.T[None], states.cell[:-1]])
+        cells = clear(cells, marks.reset, axis=1)
+        d_i, d_f, _, d_o = d_sums
+        pairs = (d_i, cells), (d_f, cells), (d_o, states.cell)
+        d_others.append(jnp.stack([(d * c).sum(axis=(0, 2)) for d, c in pairs]))
     # XLA removes these matmuls if their result is unused, as for one-hot inputs.
-    pairs = zip(rows, jnp.split(low(kernels.input.T), 4), strict=True)
-    d_inputs = functools.reduce(jnp.add, [matmul_rounded(d, w) for d, w in pairs])
-    d_inputs = d_inputs.reshape(steps, -1, features).swapaxes(1, 2)
-    d_kernels = Kernels(d_input, d_recurrent, d_bias[0])
-    return d_kernels, (d_inputs, None), LSTMCarry(d_cell, d_hidden)
+    parts = jnp.split(low(params.input_kernel.T), len(gating.read_inputs))
+    products = [matmul_rounded(rows[i], w) for i, w in zip(gating.read_inputs, parts, strict=True)]
+    d_inputs = functools.reduce(jnp.add, products)
+    return gating.params(*d_kernels.values(), *d_others), d_inputs.reshape(inputs.shape)
 
 
-_recurrence.defvjp(_recurrence_forward, _recurrence_backward)
+def _list_groups(gating: Gating, features: int) -> list[tuple[slice, list[int]]]:
+    """Return the sums that read the same rows of the stacked inputs, one and hidden state."""
+
+    def find_rows(index: int) -> tuple[int, int | None]:
+        begin = 0 if index in gating.read_inputs else features
+        return begin, None if index in gating.read_hidden else features + 1
+
+    groups = itertools.groupby(range(gating.num_sums), find_rows)
+    return [(slice(*rows), list(indices)) for rows, indices in groups]
+
+
+def _stack_kernels(gating: Gating, params: Any, low: Callable[[jax.Array], jax.Array]) -> Any:
+    """Return a kernel [sums * hidden, rows] for each group of sums, and the rows that it reads."""
+    features, size = params.input_kernel.shape[0], len(params.recurrent_kernel)
+    bias = gating.join_biases(params)
+    kernels = []
+    for rows, indices in _list_groups(gating, features):
+
+        def take(kernel: jax.Array, readers: Sequence[int], first: int = indices[0]) -> jax.Array:
+            """Return the columns of the group's sums, which stand side by side, transposed."""
+            begin = readers.index(first) * size
+            return kernel[..., begin : begin + len(indices) * size].T  # noqa: B023
+
+        # Transpose here, not at every step, and each part separately: XLA's CPU backend is several
+        # times slower when it concatenates and transposes in one copy.
+        parts = [take(bias[None], range(gating.num_sums))]
+        if rows.start == 0:
+            parts.insert(0, take(params.input_kernel, gating.read_inputs))
+        if rows.stop is None:
+            parts.append(take(params.recurrent_kernel, gating.read_hidden))
+        kernels.append((jnp.concatenate([low(part) for part in parts], axis=1), rows))
+    return kernels
 
 
 def _rounding(inputs: jax.Array, dtype: str) -> Callable[[jax.Array], jax.Array]:
-    """Return the function that rounds factors in the recurrence over `inputs`.
+    """Return the function that rounds factors in the recurrence over inputs [time, batch, ...].
 
     They are multiplied in bfloat16 where that is faster. XLA's CPU backend has no bfloat16 matmuls
     with a transposed first factor. There are none here, unless the loop has a single step, which
     XLA fuses with the code around it, or the batch has a single text, for which XLA removes the
     transposing copies.
     """
-    steps, _, batch = inputs.shape
-    native = is_faster_in_bfloat16() and steps > 1 and batch > 1
+    time, batch, _ = inputs.shape
+    native = is_faster_in_bfloat16() and time > 1 and batch > 1
     return lambda x: round_factor(x, dtype, native)
 
 
-def _multiply(kernel: jax.Array, columns: jax.Array) -> jax.Array:
+def multiply_columns(kernel: jax.Array, columns: jax.Array) -> jax.Array:
     """Return kernel [m, n] @ columns [n, batch].
 
     Since JAX 0.12, XLA's CPU backend takes twice as long as before for a matmul with one column. An
@@ -335,11 +231,6 @@ def _multiply(kernel: jax.Array, columns: jax.Array) -> jax.Array:
     if is_slow and jax.default_backend() == "cpu" and kernel.dtype == jnp.float32:
         return (kernel * columns.T).sum(axis=1, keepdims=True)
     return matmul_rounded(kernel, columns)
-
-
-def _sigmoid(x: jax.Array) -> jax.Array:
-    """Compute `jax.nn.sigmoid`, faster on XLA's CPU backend: no exponential and no division."""
-    return 0.5 * jnp.tanh(0.5 * x) + 0.5
 
 
 def _at(x: jax.Array, t: jax.Array) -> jax.Array:

@@ -10,8 +10,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 Arrays = tuple[jax.Array, ...]
+
+
+def draw_kernels(
+    key: jax.Array, features: int, hidden: int, gates: int, dtype: DTypeLike
+) -> tuple[jax.Array, jax.Array]:
+    """Draw a Glorot uniform input kernel and an orthogonal recurrent kernel, as Keras does."""
+    keys = jax.random.split(key)
+    glorot, orthogonal = jax.nn.initializers.glorot_uniform(), jax.nn.initializers.orthogonal()
+    input_kernel = glorot(keys[0], (features, gates * hidden), dtype)
+    return input_kernel, orthogonal(keys[1], (hidden, gates * hidden), dtype)
 
 
 class LSTMParams(NamedTuple):
@@ -20,6 +31,15 @@ class LSTMParams(NamedTuple):
     input_kernel: jax.Array  # W: [features, 4 * hidden].
     recurrent_kernel: jax.Array  # U: [hidden, 4 * hidden].
     bias: jax.Array  # [4 * hidden].
+
+    @classmethod
+    def init(
+        cls, key: jax.Array, features: int, hidden: int, dtype: DTypeLike = jnp.float32
+    ) -> "LSTMParams":
+        """Draw the kernels; biases are 1 for the forget gate (Jozefowicz et al. 2015), else 0."""
+        kernels = draw_kernels(key, features, hidden, 4, dtype)
+        bias = jnp.zeros(4 * hidden, dtype).at[hidden : 2 * hidden].set(1)
+        return cls(*kernels, bias)
 
 
 class PeepholeLSTMParams(NamedTuple):
@@ -30,6 +50,15 @@ class PeepholeLSTMParams(NamedTuple):
     bias: jax.Array  # [4 * hidden].
     peepholes: jax.Array  # pi, pf, po: [3, hidden].
 
+    @classmethod
+    def init(
+        cls, key: jax.Array, features: int, hidden: int, dtype: DTypeLike = jnp.float32
+    ) -> "PeepholeLSTMParams":
+        """Draw the kernels; biases are those of an LSTM, and peepholes are 0."""
+        kernels = draw_kernels(key, features, hidden, 4, dtype)
+        bias = jnp.zeros(4 * hidden, dtype).at[hidden : 2 * hidden].set(1)
+        return cls(*kernels, bias, jnp.zeros((3, hidden), dtype))
+
 
 class GRUParams(NamedTuple):
     """Parameters of a GRU layer; the last axis holds the gates r, z, n."""
@@ -39,6 +68,15 @@ class GRUParams(NamedTuple):
     bias: jax.Array  # [3 * hidden].
     recurrent_bias: jax.Array  # un: [hidden].
 
+    @classmethod
+    def init(
+        cls, key: jax.Array, features: int, hidden: int, dtype: DTypeLike = jnp.float32
+    ) -> "GRUParams":
+        """Draw the kernels; biases are 0."""
+        kernels = draw_kernels(key, features, hidden, 3, dtype)
+        bias = jnp.zeros(3 * hidden, dtype)
+        return cls(*kernels, bias, jnp.zeros(hidden, dtype))
+
 
 class RNNParams(NamedTuple):
     """Parameters of a simple recurrent layer."""
@@ -47,18 +85,37 @@ class RNNParams(NamedTuple):
     recurrent_kernel: jax.Array  # U: [hidden, hidden].
     bias: jax.Array  # [hidden].
 
+    @classmethod
+    def init(
+        cls, key: jax.Array, features: int, hidden: int, dtype: DTypeLike = jnp.float32
+    ) -> "RNNParams":
+        """Draw the kernels; biases are 0."""
+        kernels = draw_kernels(key, features, hidden, 1, dtype)
+        bias = jnp.zeros(hidden, dtype)
+        return cls(*kernels, bias)
+
 
 class LSTMCarry(NamedTuple):
     """The carry of an LSTM layer, [batch, hidden] each."""
 
     cell: jax.Array  # The cell state c.
-    hidden: jax.Array  # The hidden state h, which is also the layer's output.
+    hidden: Any  # The hidden state h, which is also the layer's output.
+
+    @classmethod
+    def zeros(cls, batch: int, hidden: int, dtype: DTypeLike = jnp.float32) -> "LSTMCarry":
+        """Return a carry of zeros, each array with memory of its own, so that it can be donated."""
+        return cls(*(jnp.zeros((batch, hidden), dtype) for _ in cls._fields))
 
 
 class HiddenCarry(NamedTuple):
     """The carry of a layer without a cell state."""
 
-    hidden: jax.Array  # [batch, hidden], which is also the layer's output.
+    hidden: Any  # [batch, hidden], which is also the layer's output.
+
+    @classmethod
+    def zeros(cls, batch: int, hidden: int, dtype: DTypeLike = jnp.float32) -> "HiddenCarry":
+        """Return a carry of zeros."""
+        return cls(jnp.zeros((batch, hidden), dtype))
 
 
 class Gating(NamedTuple):
@@ -74,8 +131,10 @@ class Gating(NamedTuple):
     # (gates, carry, next carry, peepholes) -> factors, with which `pull_back` multiplies.
     derive: Callable[[Arrays, Any, Any, Any], Arrays]
     # (factors, cotangent of the next carry) -> (cotangents of the sums, and of the carry, without
-    # what reaches the hidden state through h U).
+    # what reaches the hidden state through h U; None if nothing else does).
     pull_back: Callable[[Arrays, Any], tuple[Arrays, Any]]
+    num_factors: int
+    keeps_hidden: bool = False  # Whether something else does: a step keeps a part of h.
 
     @property
     def num_sums(self) -> int:
@@ -86,6 +145,11 @@ class Gating(NamedTuple):
     def has_cell(self) -> bool:
         """Return whether the carry has a cell state."""
         return self.carry is LSTMCarry
+
+    @property
+    def has_peepholes(self) -> bool:
+        """Return whether gates see the cell state."""
+        return self.params is PeepholeLSTMParams
 
     def join_biases(self, params: Any) -> jax.Array:
         """Return the biases of all sums, [num_sums * hidden]."""
@@ -124,7 +188,7 @@ def _pull_back_lstm(factors: Arrays, d_after: LSTMCarry) -> tuple[Arrays, LSTMCa
     by_i, by_f, by_g, by_o, by_cell, kept = factors
     d_cell, d_hidden = d_after.cell + d_after.hidden * by_cell, d_after.hidden
     d_sums = d_cell * by_i, d_cell * by_f, d_cell * by_g, d_hidden * by_o
-    return d_sums, LSTMCarry(d_cell * kept, jnp.zeros_like(d_hidden))
+    return d_sums, LSTMCarry(d_cell * kept, None)
 
 
 def _activate_peephole(
@@ -175,7 +239,7 @@ def _derive_rnn(gates: Arrays, before: HiddenCarry, after: HiddenCarry, _: None)
 
 
 def _pull_back_rnn(factors: Arrays, d_after: HiddenCarry) -> tuple[Arrays, HiddenCarry]:
-    return (d_after.hidden * factors[0],), HiddenCarry(jnp.zeros_like(d_after.hidden))
+    return (d_after.hidden * factors[0],), HiddenCarry(None)
 
 
 LSTM = Gating(
@@ -187,6 +251,7 @@ LSTM = Gating(
     activate=_activate_lstm,
     derive=_derive_lstm,
     pull_back=_pull_back_lstm,
+    num_factors=6,
 )
 PEEPHOLE_LSTM = LSTM._replace(
     name="peephole_lstm",
@@ -203,6 +268,8 @@ GRU = Gating(
     activate=_activate_gru,
     derive=_derive_gru,
     pull_back=_pull_back_gru,
+    num_factors=5,
+    keeps_hidden=True,
 )
 RNN = Gating(
     name="rnn",
@@ -213,4 +280,5 @@ RNN = Gating(
     activate=_activate_rnn,
     derive=_derive_rnn,
     pull_back=_pull_back_rnn,
+    num_factors=1,
 )

@@ -6,7 +6,6 @@ of `LANES`. Marks, uint8 [time, batch], are `RESET` where a step reads zeros ins
 `FROZEN` where it leaves the carry as it is (its output then is the hidden state), and otherwise 0.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,24 +13,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lstm_jax.cells.lstm import Kernels, LSTMCarry
 from lstm_jax.matmul import matmul_rounded
-from lstm_jax.ops import gates, native
-from lstm_jax.ops.accelerator import Steps
+from lstm_jax.ops import native
 from lstm_jax.ops.gates import Gating
+from lstm_jax.ops.scan import Marks, clear
 
 LANES, _TILE, _BLOCK, _DEPTH = 16, 64, 96, 256  # As in lstm.c.
 RESET, FROZEN = 1, 2
 _KINDS = ("lstm", "peephole_lstm", "gru", "rnn")
 NUMBERS_IN_WORD = {"float32": 1, "bfloat16": 2, "int8": 4}  # Of 32 bits.
 
-Saved = tuple[jax.Array, jax.Array, jax.Array]  # Gates, cell states and rows, [time, batch, n].
+# Gates, cell states, the rounded factors of the kernel, and outputs, [time, batch, n] each.
+Saved = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def forward(
-    gating: Gating, params: Any, inputs: jax.Array, marks: jax.Array | None, carry: Any, dtype: str
-) -> tuple[jax.Array, Any, Saved]:
-    """Run a layer: inputs [time, batch, features] → outputs [time, batch, hidden], the last carry.
+    gating: Gating,
+    params: Any,
+    inputs: jax.Array,
+    carry: Any,
+    marks: Marks,
+    dtype: str,
+    differentiable: bool = True,
+) -> tuple[tuple[Any, jax.Array], Saved]:
+    """Run a layer: inputs [time, batch, features] → last carry, outputs [time, batch, hidden].
 
     Also return what the derivatives need. Among it are `rows` [time, batch, depth], the rounded
     factors of the kernel: the hidden state, the inputs, and 1 for the bias.
@@ -59,25 +64,25 @@ def forward(
         kind=_KINDS.index(gating.name),
         features=len(input_kernel),
     )
-    return outputs, _replace(carry, cells[-1], outputs[-1]), (saved_gates, cells, rows)
+    last = _replace(carry, cells[-1], outputs[-1])
+    return (last, outputs), (saved_gates, cells, rows, outputs)
 
 
 def backward(
     gating: Gating,
     params: Any,
-    marks: jax.Array | None,
     carry: Any,
+    marks: Marks,
     saved: Saved,
-    outputs: jax.Array,
-    d_outputs: jax.Array,
     d_last: Any,
+    d_outputs: jax.Array,
     dtype: str,
 ) -> tuple[jax.Array, Any]:
     """Return the cotangents of the sums, [time, batch, num_sums * hidden], and of the first carry.
 
     `d_outputs` and `d_last` are those of the outputs and of the last carry; `carry` is the first.
     """
-    saved_gates, cells, _ = saved
+    saved_gates, cells, _, outputs = saved
     time, batch, hidden = outputs.shape
     width = gating.num_sums * hidden
     # The transposed kernel in tiles of 64 columns: [tiles, words, 64, in a word].
@@ -114,15 +119,14 @@ def differentiate_params(
     gating: Gating,
     params: Any,
     inputs: jax.Array,
-    marks: jax.Array | None,
     carry: Any,
+    marks: Marks,
     saved: Saved,
-    outputs: jax.Array,
     d_sums: jax.Array,
     dtype: str,
 ) -> tuple[Any, jax.Array]:
     """Return the cotangents of the parameters and of the inputs, from those of the sums."""
-    _, cells, rows = saved
+    _, cells, rows, outputs = saved
     time, batch, hidden = outputs.shape
     bias = hidden + inputs.shape[2]
     flat = d_sums.reshape(time * batch, -1)
@@ -132,10 +136,9 @@ def differentiate_params(
         _select(d_kernel[:hidden], gating.read_hidden, hidden),
         *gating.split_biases(d_kernel[bias]),
     ]
-    if hasattr(params, "peepholes"):
+    if gating.has_peepholes:
         before = jnp.concatenate([carry.cell[None], cells[:-1]])
-        if marks is not None:
-            before = jnp.where(marks[:, :, None] == RESET, 0, before)
+        before = clear(before, marks.reset)
         d_i, d_f, _, d_o = jnp.split(d_sums, 4, axis=2)
         pairs = (d_i, before), (d_f, before), (d_o, cells)
         d_params.append(jnp.stack([(d * cell).sum(axis=(0, 1)) for d, cell in pairs]))
@@ -143,45 +146,6 @@ def differentiate_params(
     by_inputs = _select(flat, gating.read_inputs, hidden)
     d_inputs = _matmul(by_inputs, params.input_kernel.T.astype(dtype)).reshape(inputs.shape)
     return gating.params(*d_params), d_inputs
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def run_recurrence(
-    kernels: Kernels, steps: Steps, carry: LSTMCarry, dtype: str
-) -> tuple[jax.Array, LSTMCarry]:
-    """Run one LSTM layer: [time, batch, features] → [time, batch, hidden], and the carry.
-
-    The gradient can't be differentiated again.
-    """
-    return _forward(kernels, steps, carry, dtype)[0]
-
-
-# The kernels, the steps with their marks, the first carry, the outputs, and what `forward` saves.
-_Residuals = tuple[Kernels, Steps, LSTMCarry, jax.Array, Saved]
-
-
-def _forward(
-    kernels: Kernels, steps: Steps, carry: LSTMCarry, dtype: str
-) -> tuple[tuple[jax.Array, LSTMCarry], _Residuals]:
-    inputs, starts = steps
-    marks = None if starts is None else starts.astype("uint8")
-    params = gates.LSTMParams(*kernels)
-    outputs, last, saved = forward(gates.LSTM, params, inputs, marks, carry, dtype)
-    return (outputs, last), (kernels, (inputs, marks), carry, outputs, saved)
-
-
-def _backward(
-    dtype: str, residuals: _Residuals, cotangents: tuple[jax.Array, LSTMCarry]
-) -> tuple[Kernels, tuple[jax.Array, None], LSTMCarry]:
-    kernels, (inputs, marks), carry, outputs, saved = residuals
-    params = gates.LSTMParams(*kernels)
-    of_steps = marks, carry, saved, outputs
-    d_sums, d_carry = backward(gates.LSTM, params, *of_steps, *cotangents, dtype)
-    d_params, d_inputs = differentiate_params(gates.LSTM, params, inputs, *of_steps, d_sums, dtype)
-    return Kernels(*d_params), (d_inputs, None), d_carry
-
-
-run_recurrence.defvjp(_forward, _backward)
 
 
 def spread_kernels(gating: Gating, params: Any) -> tuple[jax.Array, jax.Array]:
@@ -223,8 +187,11 @@ def _get_peepholes(params: Any) -> jax.Array:
     return peepholes
 
 
-def _get_marks(marks: jax.Array | None, batch: int) -> jax.Array:
-    return jnp.zeros((0, batch), "uint8") if marks is None else marks
+def _get_marks(marks: Marks, batch: int) -> jax.Array:
+    """Return `RESET`, `FROZEN` or 0 for each step, uint8 [time, batch]."""
+    pairs = (marks.reset, RESET), (marks.frozen, FROZEN)
+    codes = [mask.astype("uint8") * code for mask, code in pairs if mask is not None]
+    return sum(codes[1:], codes[0]) if codes else jnp.zeros((0, batch), "uint8")
 
 
 def _replace(carry: Any, cell: jax.Array, hidden: jax.Array) -> Any:

@@ -1,8 +1,9 @@
-"""Run the loops of an LSTM layer on a TPU, each in a Pallas kernel with all weights in VMEM.
+"""Run the loops of a gated recurrence on a TPU, each in a Pallas kernel with all weights in VMEM.
 
 XLA reads the recurrent kernel from memory at every step of a loop. Here each loop is one call,
 whose grid is the time; the recurrent kernel and the state stay in VMEM, and what a step reads and
-writes is copied while others are computed. `accelerator` does the rest of a layer.
+writes is copied while others are computed. `accelerator` does the rest of a layer. There are no
+marks.
 """
 
 import functools
@@ -14,8 +15,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from lstm_jax.cells.lstm import LSTMCarry
-from lstm_jax.ops.accelerator import Loops, Steps, compute_step, differentiate_step
+from lstm_jax.ops.accelerator import Loops, save_step
+from lstm_jax.ops.gates import Gating
+from lstm_jax.ops.scan import Marks, add_hidden, add_sums, get_peepholes
 
 # Mosaic's tiles have 16 rows, in bfloat16, and 128 columns.
 _ROWS, _COLUMNS = 16, 128
@@ -24,74 +26,116 @@ _INTERPRETER: Any = True  # Of tests, which run it on a CPU.
 
 
 def _forward(
-    kernel: jax.Array, steps: Steps, carry: LSTMCarry, differentiable: bool
-) -> tuple[jax.Array, jax.Array]:
-    added, _ = steps  # Without starts.
+    gating: Gating, params: Any, added: jax.Array, carry: Any, marks: Marks, differentiable: bool
+) -> tuple[Any, jax.Array]:
     time, batch, _ = added.shape
-    hidden = len(kernel)
+    kernel, hidden = params.recurrent_kernel, len(params.recurrent_kernel)
     rows, columns = pl.align_to(batch, _ROWS), pl.align_to(hidden, _COLUMNS)
-    parts = 7 if differentiable else 1
-    states = [_pad(state, rows, columns) for state in carry]
-    kept, cell = _call(
-        functools.partial(_forward_kernel, differentiable),
-        lambda t: (t, 0, 0),
-        [_pad(added, rows, columns, 4), _pad(kernel, columns, columns, 4), *states],
-        [((time, rows, parts * columns), added.dtype), ((rows, columns), added.dtype)],
-        [added.dtype, kernel.dtype],
+    # After the bias come recurrent biases or peepholes, [n, hidden].
+    vectors = [_pad(jnp.atleast_2d(x), x.size // hidden, columns) for x in params[3:]]
+    padded = (
+        _pad(added, rows, columns, len(gating.read_inputs)),
+        _pad(kernel, columns, columns, len(gating.read_hidden)),
     )
-    return _unpad(kept, batch, hidden, columns), cell[:batch, :hidden]
+    parts = 1 + gating.has_peepholes + (gating.num_factors if differentiable else 0)
+    state = (rows, columns), added.dtype
+    saved, *last = _call(
+        functools.partial(_forward_kernel, gating, len(vectors), differentiable),
+        lambda t: (t, 0, 0),
+        [*padded, *vectors, *(_pad(x, rows, columns) for x in carry)],
+        [((time, rows, parts * columns), added.dtype), *[state] * len(carry)],
+        [*[added.dtype] * (len(carry) - 1), kernel.dtype],
+    )
+    last = gating.carry(*(x[:batch, :hidden] for x in last))
+    return last, _unpad(saved, batch, hidden, columns)
 
 
-def _forward_kernel(differentiable: bool, *references: Any) -> None:
-    """Compute a step from references to arrays, of which the last two are the state."""
-    added, kernel, first_cell, first_hidden, kept, last_cell, cell, hidden = references
+def _forward_kernel(
+    gating: Gating, num_vectors: int, differentiable: bool, *references: Any
+) -> None:
+    """Compute a step from references to arrays, of which the last are the state."""
+    added, kernel, *others = references
+    vectors, others = others[:num_vectors], others[num_vectors:]
+    size = len(gating.carry._fields)
+    first, saved, last, state = (
+        others[:size],
+        others[size],
+        others[size + 1 : -size],
+        others[-size:],
+    )
 
     @pl.when(pl.program_id(0) == 0)
     def start() -> None:
-        cell[...] = first_cell[...]
-        hidden[...] = first_hidden[...].astype(hidden.dtype)
+        for x, y in zip(state, first, strict=True):
+            x[...] = y[...].astype(x.dtype)
 
-    sums = _multiply(hidden[...], kernel[...]) + added[0]
-    after, outputs, kept[0] = compute_step(sums, cell[...], differentiable)
-    cell[...] = last_cell[...] = after
-    hidden[...] = outputs.astype(hidden.dtype)
+    params = gating.params(None, None, None, *(x[...] for x in vectors))
+    before = gating.carry(*(x[...] for x in state))
+    sums = add_sums(gating, params, added[0], _multiply(before.hidden, kernel[...]))
+    before = before._replace(hidden=before.hidden.astype(saved.dtype))
+    peepholes = get_peepholes(params, axis=0)
+    gates, after = gating.activate(sums, before, peepholes)
+    factors = gating.derive(gates, before, after, peepholes) if differentiable else ()
+    saved[0] = save_step(gating, factors, after)
+    for x, y, value in zip(state, last, after, strict=True):
+        x[...] = value.astype(x.dtype)
+        y[...] = value
 
 
 def _backward(
-    kernel: jax.Array, steps: Steps, d_outputs: jax.Array, d_last: LSTMCarry
-) -> tuple[jax.Array, LSTMCarry]:
-    kept, _ = steps
+    gating: Gating,
+    kernel: jax.Array,
+    saved: jax.Array,
+    marks: Marks,
+    d_last: Any,
+    d_outputs: jax.Array,
+) -> tuple[jax.Array, Any]:
     time, batch, hidden = d_outputs.shape
     rows, columns = pl.align_to(batch, _ROWS), pl.align_to(hidden, _COLUMNS)
-    state = (rows, columns), kept.dtype
-    read = [_pad(kept, rows, columns, 7), _pad(d_outputs, rows, columns)]
-    states = [_pad(cotangent, rows, columns) for cotangent in d_last]
+    state = (rows, columns), saved.dtype
+    read = [_pad(saved, rows, columns, saved.shape[2] // hidden), _pad(d_outputs, rows, columns)]
     d_sums, *d_first = _call(
-        _backward_kernel,
+        functools.partial(_backward_kernel, gating),
         lambda t: (time - 1 - t, 0, 0),
-        [*read, _pad(kernel, columns, columns, 4).T, *states],
-        [((time, rows, 4 * columns), kernel.dtype), state, state],
-        [kept.dtype, kept.dtype],
+        [
+            *read,
+            _pad(kernel, columns, columns, len(gating.read_hidden)).T,
+            *(_pad(cotangent, rows, columns) for cotangent in d_last),
+        ],
+        [((time, rows, gating.num_sums * columns), kernel.dtype), *[state] * len(d_last)],
+        [saved.dtype] * len(d_last),
     )
-    d_cell, d_hidden = (cotangent[:batch, :hidden] for cotangent in d_first)
-    return _unpad(d_sums, batch, hidden, columns), LSTMCarry(d_cell, d_hidden)
+    d_first = gating.carry(*(cotangent[:batch, :hidden] for cotangent in d_first))
+    return _unpad(d_sums, batch, hidden, columns), d_first
 
 
-def _backward_kernel(*references: Any) -> None:
-    """Compute a backward step; the kernel is transposed, and the last two are the state."""
-    kept, d_outputs, kernel, d_last_cell, d_last_hidden, *written = references
-    d_sums, d_first_cell, d_first_hidden, d_cell, d_hidden = written
+def _backward_kernel(gating: Gating, *references: Any) -> None:
+    """Compute a backward step; the kernel is transposed, and the last references are the state."""
+    saved, d_outputs, kernel, *others = references
+    size = len(gating.carry._fields)
+    d_last, d_sums, d_first, state = (
+        others[:size],
+        others[size],
+        others[size + 1 : -size],
+        others[-size:],
+    )
 
     @pl.when(pl.program_id(0) == 0)
     def start() -> None:
-        d_cell[...] = d_last_cell[...]
-        d_hidden[...] = d_last_hidden[...]
+        for x, y in zip(state, d_last, strict=True):
+            x[...] = y[...]
 
-    gradients, before = differentiate_step(kept[0], d_cell[...], d_hidden[...] + d_outputs[0])
-    rounded = jnp.concatenate(gradients, axis=1).astype(d_sums.dtype)
-    d_sums[0] = rounded
-    d_cell[...] = d_first_cell[...] = before
-    d_hidden[...] = d_first_hidden[...] = _multiply(rounded, kernel[...])
+    d_after = gating.carry(*(x[...] for x in state))
+    d_after = d_after._replace(hidden=d_after.hidden + d_outputs[0])
+    columns = d_after.hidden.shape[1]
+    factors = jnp.split(saved[0], saved.shape[2] // columns, axis=1)[: gating.num_factors]
+    gradients, d_before = gating.pull_back(tuple(factors), d_after)
+    rounded = [gradient.astype(d_sums.dtype) for gradient in gradients]
+    d_sums[0] = jnp.concatenate(rounded, axis=1)
+    read = jnp.concatenate([rounded[i] for i in gating.read_hidden], axis=1)
+    d_before = add_hidden(d_before, _multiply(read, kernel[...]))
+    for x, y, value in zip(state, d_first, d_before, strict=True):
+        x[...] = y[...] = value
 
 
 def _multiply(a: jax.Array, b: jax.Array) -> jax.Array:

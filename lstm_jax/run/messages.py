@@ -23,12 +23,14 @@ def print_setup(run: Session) -> None:
     config, vocabulary, model, step = run.config, run.vocabulary, run.model, run.loop.step
     window = run.ids["train"][: min(config.batches.window_length, _LONGEST_WINDOW) + 1]
     inputs, targets = window[:-1], window[1:]
-    recurrence = choice.choose_recurrence(model)
-    if recurrence == "fused":
+    recurrence = model.recurrence
+    if model.runs_gated_layers and recurrence in ("auto", "parallel"):
         batch_size = config.batches.batch_size // config.optimizer.microbatches
-        sizes = model.sizes[1:]
-        if all(choice.runs_in_c("windows", model.dtype, size, batch_size) for size in sizes):
-            recurrence = "fused, in C"
+        chosen = {
+            choice.choose("auto", model.gating, size=size, batch=batch_size, dtype=model.dtype)
+            for size in model.sizes[1:]
+        }
+        recurrence = " and ".join(sorted(chosen))
     counts = ", ".join(f"{len(of_split):,} {name}" for name, of_split in run.ids.items())
     print(
         f"{format_parameters(run.loop.state.params)}\n\n"

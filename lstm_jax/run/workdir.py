@@ -21,7 +21,6 @@ from lstm_jax import model as model_lib
 from lstm_jax.config import Config
 from lstm_jax.data import files
 from lstm_jax.errors import UserError, choose_wording, warn
-from lstm_jax.ops import fused
 from lstm_jax.run import cell_file, model_file
 from lstm_jax.vocabulary import Vocabulary
 
@@ -156,11 +155,11 @@ def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
     config = dataclasses.replace(config, model=dataclasses.replace(loaded, recurrence="auto"))
     model = model_lib.make_model(config.model, len(vocabulary), vocabulary.stop_id)
     if dtype == "int8":
-        if not fused.supports_int8(model):
+        if not model.supports_int8:
             raise UserError(
-                f"the model in {workdir} can't use int8 here: that needs LSTM layers of a multiple "
-                "of 16 hidden units, without layer normalization or a block, and the library in C "
-                "with AVX-512 VNNI (python -m lstm_jax.ops tells whether both are here)"
+                f"the model in {workdir} can't use int8 here: that needs LSTM, GRU or RNN "
+                "cells of a multiple of 16 hidden units, without layer normalization or a block, "
+                "and the library in C with AVX-512 VNNI (see python -m lstm_jax.ops)"
             )
         model = model.clone(int8_steps=True)
     model_lib.check_cells(model)

@@ -1,0 +1,106 @@
+"""Run gated layers over one token at a time, for generation, from parameters prepared once."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lstm_jax.matmul import matmul, round_factor
+from lstm_jax.ops import choice, in_c
+from lstm_jax.ops.fused import multiply_columns
+from lstm_jax.ops.gates import Gating
+from lstm_jax.ops.in_c import Int8Kernel
+
+
+class StepArrays(NamedTuple):
+    """The parameters of a model of gated layers, prepared for `apply_step`; kernels are rounded."""
+
+    tokens: jax.Array  # Each token's term in the first layer's sums, [vocabulary, sums * hidden].
+    # [sums * hidden, inputs + hidden], or as the library packs it; for the first layer, no inputs.
+    kernels: list[jax.Array | Int8Kernel]
+    biases: list[jax.Array]  # Of each layer but the first, [1, sums * hidden].
+    peepholes: list[jax.Array | None]  # Of each layer, [3, hidden].
+    head: jax.Array  # The dense layer's kernel, [vocabulary, features].
+    head_bias: jax.Array  # [vocabulary].
+
+
+def prepare_step(
+    gating: Gating,
+    table: jax.Array,
+    layers: Sequence[Any],
+    head: jax.Array,
+    head_bias: jax.Array,
+    dtype: str,
+    skip_connections: bool,
+    int8: bool,
+) -> StepArrays:
+    """Precompute what is the same at every step.
+
+    Args:
+      gating: the recurrence of all layers.
+      table: the embedding, [vocabulary, features].
+      layers: the parameters of each layer, for `ops.run`.
+      head: the dense layer's kernel, [features, vocabulary].
+      head_bias: its bias, [vocabulary].
+      dtype: of the factors of matmuls.
+      skip_connections: whether each layer but the first adds its inputs to its outputs.
+      int8: whether to multiply in 8 bits, which `LanguageModel.supports_int8` must allow.
+    """
+    parts = [in_c.spread_kernels(gating, layer) for layer in layers]
+    biases = [gating.join_biases(layer) for layer in layers]
+    (first, recurrent), *others = parts
+    kernels = [recurrent, *map(jnp.concatenate, others)]
+    terms = [matmul(table, first, dtype, biases[0]), *(bias[None] for bias in biases[1:])]
+    if int8:
+        # Outputs are within ±1. With skip connections, layer i reads the sum of i outputs.
+        bounds = [max(i, 1) if skip_connections else 1 for i in range(len(kernels))]
+        pairs = zip(kernels, bounds, strict=True)
+        quantized = [in_c.quantize_gates(gating, kernel, bound) for kernel, bound in pairs]
+        packed, offsets = map(list, zip(*quantized, strict=True))
+        terms = [term + offset[None] for term, offset in zip(terms, offsets, strict=True)]
+        # A byte can't be NaN: parameters that are not finite must reach the logits in another way.
+        head_bias += 0 * sum(term.sum() for term in terms)
+    else:
+        packed = [_prepare_kernel(gating, kernel, dtype) for kernel in kernels]
+    rounded = round_factor(head.T, dtype)
+    peepholes = [getattr(layer, "peepholes", None) for layer in layers]
+    return StepArrays(terms[0], packed, terms[1:], peepholes, rounded, head_bias)
+
+
+def _prepare_kernel(gating: Gating, kernel: jax.Array, dtype: str) -> jax.Array:
+    depth, width = kernel.shape
+    fits = kernel.dtype == jnp.float32 and depth % in_c.NUMBERS_IN_WORD[dtype] == 0
+    if fits and choice.runs_in_c("steps", dtype, width // gating.num_sums, gating=gating.name):
+        return in_c.pack_gates(gating, kernel.astype(dtype))
+    return round_factor(kernel.T, dtype)
+
+
+def apply_step(
+    gating: Gating,
+    arrays: StepArrays,
+    ids: jax.Array,
+    carry: Sequence[Any],
+    dtype: str,
+    skip_connections: bool,
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    """Run the model over one token of each text, ids [batch]; return logits and the next carry."""
+    added = [arrays.tokens[ids], *arrays.biases]
+    states: list[Any] = []
+    below: list[jax.Array] = []  # The outputs of the layer below, if there is one.
+    layers = zip(arrays.kernels, arrays.peepholes, carry, added, strict=True)
+    for kernel, peepholes, before, term in layers:
+        inputs = [*below, before.hidden]
+        if isinstance(kernel, Int8Kernel) or kernel.ndim == 5:
+            states.append(in_c.run_step(gating, kernel, inputs, before, term, peepholes))
+        else:
+            columns = round_factor(jnp.concatenate([x.T for x in inputs]), dtype)
+            sums = jnp.split(multiply_columns(kernel, columns) + term.T, gating.num_sums)
+            state = jax.tree.map(jnp.transpose, before)
+            weights = None if peepholes is None else peepholes[:, :, None]
+            _, after = gating.activate(tuple(sums), state, weights)
+            states.append(jax.tree.map(jnp.transpose, after))
+        hidden = states[-1].hidden
+        below = [sum(below, hidden) if skip_connections else hidden]
+    logits = matmul(arrays.head, below[0].T, dtype).T + arrays.head_bias[None]
+    return logits, tuple(states)

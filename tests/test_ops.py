@@ -1,0 +1,441 @@
+"""Test the public recurrences: numbers, arguments, dtypes, and the transformations of JAX."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lstm_jax import ops
+from lstm_jax.ops import choice
+from lstm_jax.ops.layer import GATINGS
+
+BATCH, TIME, FEATURES, HIDDEN, HEADS = 4, 6, 5, 16, 2
+LENGTHS = np.array([6, 3, 0, 4])
+
+# Every function, with the type of its parameters; `linear_scan` has none.
+GATED: dict[str, Any] = {
+    "lstm": ops.LSTMParams,
+    "peephole_lstm": ops.PeepholeLSTMParams,
+    "gru": ops.GRUParams,
+    "rnn": ops.RNNParams,
+}
+NAMES = [*GATED, "linear_scan", "mlstm"]
+every_function = pytest.mark.parametrize("name", NAMES)
+every_gated = pytest.mark.parametrize("name", GATED)
+
+
+def make_params(name: str) -> Any:
+    """Draw parameters, no array of which is zero."""
+    draw = np.random.default_rng(0)
+
+    def perturb(x: jax.Array) -> jax.Array:
+        return x + jnp.asarray(0.3 * draw.normal(size=x.shape), x.dtype)
+
+    if name in GATED:
+        return jax.tree.map(perturb, GATED[name].init(jax.random.key(0), FEATURES, HIDDEN))
+    if name == "mlstm":
+        shapes = (FEATURES, 4 * HIDDEN), (4 * HIDDEN,), (FEATURES, 2 * HEADS), (2 * HEADS,)
+        return ops.MLSTMParams(*(perturb(jnp.zeros(shape)) for shape in shapes))
+    return ()
+
+
+def make_carry(name: str) -> Any:
+    draw = np.random.default_rng(1)
+    zeros: Any = ops.HiddenCarry.zeros(BATCH, HIDDEN)
+    if name in ("lstm", "peephole_lstm"):
+        zeros = ops.LSTMCarry.zeros(BATCH, HIDDEN)
+    if name == "mlstm":
+        zeros = ops.MLSTMCarry.zeros(BATCH, HEADS, HIDDEN // HEADS)
+        zeros = zeros._replace(stabilizer=jnp.zeros_like(zeros.stabilizer))
+    return jax.tree.map(lambda x: x + jnp.asarray(draw.uniform(0.1, 0.9, x.shape), x.dtype), zeros)
+
+
+def make_inputs(name: str) -> jax.Array:
+    draw = np.random.default_rng(2).normal(size=(BATCH, TIME, FEATURES))
+    if name == "linear_scan":
+        draw = np.random.default_rng(2).uniform(0.1, 0.9, size=(BATCH, TIME, 2 * HIDDEN))
+    return jnp.asarray(draw, jnp.float32)
+
+
+def make_reset() -> np.ndarray:
+    reset = np.zeros((BATCH, TIME), bool)
+    reset[[0, 0, 1, 3], [0, 4, 2, 3]] = True
+    return reset
+
+
+def call(name: str, params: Any, inputs: jax.Array, carry: Any = None, **options: Any) -> Any:
+    """Call a function of `ops`; inputs of `linear_scan` are its two arrays, side by side."""
+    if name == "linear_scan":
+        decays, terms = jnp.split(inputs, 2, axis=-1)
+        return ops.linear_scan(decays, terms, carry, **options)
+    return getattr(ops, name)(params, inputs, carry, **options)
+
+
+def compute_loss(
+    name: str, params: Any, inputs: jax.Array, carry: Any = None, **options: Any
+) -> Any:
+    """Return a number that depends on all results of a layer, in different ways."""
+    last, outputs = call(name, params, inputs, carry, **options)
+    weights = jnp.cos(jnp.arange(outputs[0].size, dtype=outputs.dtype)).reshape(outputs.shape[1:])
+    total = (outputs * weights[None]).sum(axis=(1, 2))
+    for leaf in jax.tree.leaves(last):
+        total += jnp.sin(leaf).reshape(len(leaf), -1).sum(axis=1)
+    return total.mean()
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    def check(a: Any, e: Any) -> None:
+        np.testing.assert_allclose(a, e, atol=tolerance * max(1, float(np.abs(e).max(initial=0))))
+
+    jax.tree.map(check, *jax.device_get((actual, expected)))
+
+
+def run_numpy(name: str, params: Any, inputs: Any, carry: Any, reset: Any, lengths: Any) -> Any:
+    """Run a gated layer by its equations, text by text."""
+    w, u, b, *others = (np.asarray(x, float) for x in params)
+    outputs = np.zeros((BATCH, TIME, HIDDEN))
+    last = [np.array(x, float) for x in carry]
+
+    def sigmoid(x: np.ndarray) -> np.ndarray:
+        return 1 / (1 + np.exp(-x))
+
+    for i in range(BATCH):
+        c, h = last[0][i], last[-1][i]
+        for t in range(lengths[i]):
+            if reset[i, t]:
+                c, h = np.zeros(HIDDEN), np.zeros(HIDDEN)
+            x, y = np.split(np.asarray(inputs, float)[i, t] @ w + b, len(b) // HIDDEN), h @ u
+            y = np.split(y, len(b) // HIDDEN)
+            if name == "rnn":
+                h = np.tanh(x[0] + y[0])
+            elif name == "gru":
+                r, z = sigmoid(x[0] + y[0]), sigmoid(x[1] + y[1])
+                h = (1 - z) * np.tanh(x[2] + r * (y[2] + others[0])) + z * h
+            else:
+                pi, pf, po = others[0] if others else np.zeros((3, HIDDEN))
+                gate = sigmoid(x[1] + y[1] + pf * c), sigmoid(x[0] + y[0] + pi * c)
+                c = gate[0] * c + gate[1] * np.tanh(x[2] + y[2])
+                h = sigmoid(x[3] + y[3] + po * c) * np.tanh(c)
+            outputs[i, t] = h
+        last[0][i], last[-1][i] = c if len(last) == 2 else h, h
+    return type(carry)(*last), outputs
+
+
+@every_gated
+@pytest.mark.parametrize("implementation", ["scan", "xla", "auto"])
+def test_gated_layers_agree_with_their_equations(name: str, implementation: str) -> None:
+    params, inputs, carry = make_params(name), make_inputs(name), make_carry(name)
+    options = {"reset": make_reset(), "lengths": LENGTHS, "implementation": implementation}
+    found = call(name, params, inputs, carry, **options)
+    assert_close(found, run_numpy(name, params, inputs, carry, make_reset(), LENGTHS))
+
+
+@every_gated
+@pytest.mark.parametrize("implementation", ["xla", "auto"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_gradients_are_those_of_the_scan(name: str, implementation: str, reverse: bool) -> None:
+    arguments = make_params(name), make_inputs(name), make_carry(name)
+    options: Any = {"reset": make_reset(), "lengths": LENGTHS, "reverse": reverse}
+
+    def differentiate(implementation: str) -> Any:
+        run = functools.partial(compute_loss, name, implementation=implementation, **options)
+        return jax.jit(jax.grad(run, (0, 1, 2)))(*arguments)
+
+    assert_close(differentiate(implementation), differentiate("scan"))
+
+
+@every_function
+def test_carry_resets_lengths_and_direction(name: str) -> None:
+    """Compare a batch with each text alone, cut and turned by hand."""
+    params, inputs, carry = make_params(name), make_inputs(name), make_carry(name)
+    reset = make_reset()
+    for reverse in (False, True):
+        options = {"reset": reset.astype(np.float32), "lengths": LENGTHS, "reverse": reverse}
+        last, outputs = call(name, params, inputs, carry, **options)
+        for i, length in enumerate(LENGTHS):
+            after = jax.tree.map(lambda x, i=i: x[i : i + 1], carry)
+            expected = np.zeros((TIME, HIDDEN))
+            steps = range(length)
+            for t in reversed(steps) if reverse else steps:
+                if reset[i, t]:
+                    after = None
+                after, one = call(name, params, inputs[i : i + 1, t : t + 1], after)
+                expected[t] = one[0, 0]
+            assert_close(outputs[i], expected)
+            assert_close(jax.tree.map(lambda x, i=i: x[i : i + 1], last), after)
+
+
+@every_function
+def test_every_implementation_agrees(name: str) -> None:
+    arguments = make_params(name), make_inputs(name), make_carry(name)
+    names = ["scan", "xla", "auto"] if name in GATED else ["scan", "parallel", "auto"]
+    options: Any = {"reset": make_reset(), "lengths": LENGTHS}
+    results = [call(name, *arguments, implementation=each, **options) for each in names]
+    assert_close(results[1], results[0])
+    assert_close(results[2], results[0])
+
+
+@every_gated
+def test_single_steps_are_those_of_the_layer(name: str) -> None:
+    params, inputs, carry = make_params(name), make_inputs(name), make_carry(name)
+    last, outputs = call(name, params, inputs, carry)
+    for t in range(TIME):
+        carry, one = ops.step(params, inputs[:, t], carry)
+        assert_close(one, outputs[:, t])
+    assert_close(carry, last)
+
+
+@every_function
+def test_no_step_and_what_lies_beyond_a_length(name: str) -> None:
+    params, inputs, carry = make_params(name), make_inputs(name), make_carry(name)
+    last, outputs = call(name, params, inputs[:, :0], carry)
+    assert outputs.shape == (BATCH, 0, HIDDEN)
+    assert_close(last, carry, 0)
+    beyond = np.arange(TIME) >= LENGTHS[:, None]
+    unfinished = jnp.where(beyond[..., None], jnp.nan, inputs)
+    run = functools.partial(compute_loss, name, lengths=LENGTHS)
+    found, expected = (jax.grad(run, (0, 1))(params, x, carry) for x in (unfinished, inputs))
+    assert_close(found, expected, 0)
+
+
+@every_function
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_arrays_of_every_floating_point_dtype(name: str, dtype: str) -> None:
+    params, inputs, carry = make_params(name), make_inputs(name), make_carry(name)
+    expected = call(name, params, inputs, carry)
+    with jax.enable_x64(dtype == "float64"):
+        arrays = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), dtype), (params, inputs, carry))
+        found = call(name, *arrays)
+        assert {x.dtype.name for x in jax.tree.leaves(found)} == {dtype}
+        found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
+    assert_close(found, expected, 1e-5 if dtype == "float64" else 5e-2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, "bfloat16", np.dtype("bfloat16")])
+def test_matmuls_have_the_dtype_that_is_given(dtype: Any) -> None:
+    params, inputs = make_params("gru"), make_inputs("gru")
+    _, low = ops.gru(params, inputs, dtype=dtype)
+    _, full = ops.gru(params, inputs, dtype=jnp.float32)
+    assert low.dtype == jnp.float32
+    assert 1e-4 < np.abs(low - full).max() < 3e-2
+
+
+def list_mistakes(name: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return changes of the arguments of a function, each with a part of its message."""
+    params, inputs, carry = make_params(name), make_inputs(name), make_carry(name)
+    found = [
+        ("inputs has the shape", {"inputs": inputs[0]}),
+        ("features", {"inputs": inputs[..., :3]}),
+        ("floating-point", {"inputs": jnp.ones(inputs.shape, int)}),
+        ("carry", {"carry": jax.tree.map(lambda x: x[:3], carry)}),
+        ("carry", {"carry": jax.tree.map(lambda x: x[..., :-1], carry)}),
+        ("carry", {"carry": jax.tree.map(lambda x: x.astype(int), carry)}),
+        ("carry", {"carry": tuple(carry)[:-1]}),
+        ("reset has the shape", {"reset": np.zeros((TIME, BATCH))}),
+        ("lengths", {"lengths": np.zeros(TIME, int)}),
+        ("lengths", {"lengths": np.zeros(BATCH)}),
+        ("implementation", {"implementation": "fastest"}),
+    ]
+    if name == "linear_scan":
+        return [mistake for mistake in found if "inputs" not in mistake[1]]
+    for field, array in params._asdict().items():
+        for axis in range(array.ndim):
+            cut = jax.lax.slice_in_dim(array, 0, array.shape[axis] - 1, axis=axis)
+            found.append(
+                (
+                    "must be|but the input kernel has|heads",
+                    {"params": params._replace(**{field: cut})},
+                )
+            )
+        found.append(("params", {"params": params._replace(**{field: array[None]})}))
+    return [*found, ("params is a tuple", {"params": tuple(params)})]
+
+
+@every_function
+def test_every_wrong_array_is_an_error(name: str) -> None:
+    for message, change in list_mistakes(name):
+        arguments: dict[str, Any] = {
+            "params": make_params(name),
+            "inputs": make_inputs(name),
+            "carry": make_carry(name),
+        }
+        with pytest.raises(ValueError, match=message):
+            call(name, **{**arguments, **change})
+
+
+def test_messages_name_the_sizes_that_do_not_fit() -> None:
+    params = ops.LSTMParams.init(jax.random.key(0), 5, 16)
+    with pytest.raises(ValueError, match="inputs have 7 features, but the input kernel has 5 rows"):
+        ops.lstm(params, jnp.zeros((2, 3, 7)))
+    with pytest.raises(ValueError, match=r"carry.cell has the shape \(8, 16\): it must be \(2, 16"):
+        ops.lstm(params, jnp.zeros((2, 3, 5)), ops.LSTMCarry.zeros(8, 16))
+
+
+@pytest.mark.parametrize(
+    ("name", "gating", "options", "message"),
+    [
+        ("cudnn", "lstm", {}, "needs a GPU"),
+        ("pallas", "lstm", {}, "needs a TPU"),
+        ("c", "lstm", {"is_wide": True}, "does not support float64"),
+        ("c", "gru", {"size": 17}, "a multiple of 16 hidden units; here are 17"),
+    ],
+)
+def test_an_implementation_that_can_not_run_says_why(
+    name: str, gating: str, options: dict[str, Any], message: str
+) -> None:
+    kinds = {kind.name: kind for kind in GATINGS.values()}
+    with pytest.raises(ValueError, match=message):
+        choice.choose(name, kinds[gating], **{"size": 16, **options})
+
+
+# The transformations of JAX. Each takes a loss of parameters and inputs, the parameters and the
+# inputs, and returns the gradient by the parameters.
+
+
+def use_vmap(loss: Callable[..., Any], params: Any, inputs: jax.Array) -> Any:
+    """Equinox's idiom: a function of one example, which `vmap` runs over the batch."""
+    return jax.grad(lambda p: jax.vmap(lambda x: loss(p, x[None]))(inputs).mean())(params)
+
+
+def use_vmap_of_grad(loss: Callable[..., Any], params: Any, inputs: jax.Array) -> Any:
+    of_each = jax.vmap(lambda x: jax.grad(loss)(params, x[None]))(inputs)
+    return jax.tree.map(lambda x: x.mean(axis=0), of_each)
+
+
+def use_vmap_of_params(loss: Callable[..., Any], params: Any, inputs: jax.Array) -> Any:
+    several = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), params)
+    return jax.tree.map(lambda x: x[0], jax.vmap(jax.grad(loss), (0, None))(several, inputs))
+
+
+def use_scan(loss: Callable[..., Any], params: Any, inputs: jax.Array) -> Any:
+    def sum_losses(params: Any) -> Any:
+        step = lambda total, _: (total + loss(params, inputs), None)  # noqa: E731
+        return jax.lax.scan(step, 0.0, None, length=2)[0] / 2
+
+    return jax.grad(sum_losses)(params)
+
+
+def use_pmap(loss: Callable[..., Any], params: Any, inputs: jax.Array) -> Any:
+    parts = inputs.reshape(2, -1, *inputs.shape[1:])
+    run = jax.pmap(
+        lambda p, x: jax.lax.pmean(jax.grad(loss)(p, x), "data"), "data", in_axes=(None, 0)
+    )
+    return jax.tree.map(lambda x: x[0], run(params, parts))
+
+
+def use_shard_map(loss: Callable[..., Any], params: Any, inputs: jax.Array) -> Any:
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=jax.devices()[:2])
+    run = jax.shard_map(
+        lambda p, x: jax.lax.pmean(loss(p, x), "data"),
+        mesh=mesh,
+        in_specs=(P(), P("data")),
+        out_specs=P(),
+    )
+    return jax.jit(jax.grad(run))(params, inputs)
+
+
+def use_sharded_batch(loss: Callable[..., Any], params: Any, inputs: jax.Array) -> Any:
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=jax.devices()[:2])
+    inputs = jax.device_put(inputs, NamedSharding(mesh, P("data")))
+    params = jax.device_put(params, NamedSharding(mesh, P()))
+    compiled = jax.jit(jax.grad(loss)).lower(params, inputs).compile()
+    assert "all-gather(" not in str(compiled.as_text())  # The batch stays where it lies.
+    return compiled(params, inputs)
+
+
+def use_explicit_mesh(loss: Callable[..., Any], params: Any, inputs: jax.Array) -> Any:
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Explicit,), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        inputs = jax.device_put(inputs, NamedSharding(mesh, P("data")))
+        return jax.jit(jax.grad(loss))(jax.device_put(params, NamedSharding(mesh, P())), inputs)
+
+
+def use_jvp(loss: Callable[..., Any], params: Any, inputs: jax.Array) -> Any:
+    return jax.jacfwd(lambda b: loss(params._replace(bias=b), inputs))(params.bias)
+
+
+TRANSFORMATIONS = {
+    "jit": lambda loss, *arguments: jax.jit(jax.grad(loss))(*arguments),
+    "checkpoint": lambda loss, *arguments: jax.grad(jax.checkpoint(loss))(*arguments),
+    "scan": use_scan,
+    "vmap": use_vmap,
+    "vmap of grad": use_vmap_of_grad,
+    "vmap of parameters": use_vmap_of_params,
+    "jvp": use_jvp,
+    "pmap": use_pmap,
+    "shard_map": use_shard_map,
+    "sharded batch": use_sharded_batch,
+    "explicit mesh": use_explicit_mesh,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transformation", TRANSFORMATIONS)
+@pytest.mark.parametrize("name", [*GATED, "mlstm"])
+def test_gradients_under_transformations(name: str, transformation: str) -> None:
+    if transformation in ("pmap", "shard_map", "sharded batch", "explicit mesh"):
+        if jax.device_count() < 2:
+            pytest.skip("there is one device")
+        if name == "mlstm" and transformation in ("sharded batch", "explicit mesh"):
+            pytest.skip("a scan over chunks of a sharded batch is JAX's own matter")
+    params, inputs = make_params(name), make_inputs(name)
+    loss = functools.partial(compute_loss, name)
+    expected = jax.grad(loss)(params, inputs)
+    with jax.numpy_rank_promotion("allow"):
+        found = TRANSFORMATIONS[transformation](loss, params, inputs)
+    assert_close(found, expected.bias if transformation == "jvp" else expected)
+
+
+@pytest.mark.slow
+@every_gated
+@pytest.mark.parametrize("implementation", ["xla", "auto"])
+def test_a_vmap_over_examples_is_one_batch(name: str, implementation: str) -> None:
+    """Count the loops: there is none over examples, and the kernel has one gradient."""
+    loss = functools.partial(compute_loss, name, implementation=implementation)
+    lowered = jax.jit(functools.partial(use_vmap, loss)).lower(make_params(name), make_inputs(name))
+    text = lowered.as_text()
+    columns = len(make_params(name).bias)
+    assert f"tensor<{BATCH}x{HIDDEN}x{columns}xf32>" not in text  # No kernel for each example.
+
+
+@every_gated
+def test_second_derivatives_name_the_remedy(name: str) -> None:
+    params, inputs = make_params(name), make_inputs(name)
+
+    def penalty(params: Any, implementation: str) -> Any:
+        loss = functools.partial(compute_loss, name, implementation=implementation)
+        return jnp.stack([(x**2).sum() for x in jax.grad(loss)(params, inputs)]).sum()
+
+    with pytest.raises(NotImplementedError, match="pass implementation='scan'"):
+        jax.grad(penalty)(params, "auto")
+    assert all(np.isfinite(x).all() for x in jax.grad(penalty)(params, "scan"))
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_what_can_be_exported(name: str) -> None:
+    params, inputs = make_params(name), make_inputs(name)
+    run = jax.jit(functools.partial(call, name, implementation="scan"))
+    assert_close(jax.export.export(run)(params, inputs).call(params, inputs), run(params, inputs))
+    if choice.choose("auto", GATINGS[GATED[name]], size=HIDDEN, batch=BATCH) == "c":
+        with pytest.raises(ValueError, match="jax.export does not support .*'scan'"):
+            jax.export.export(jax.jit(functools.partial(call, name)))(params, inputs)
+
+
+@every_function
+def test_a_carry_of_zeros_can_be_donated(name: str) -> None:
+    kinds: dict[str, Any] = {
+        "mlstm": lambda: ops.MLSTMCarry.zeros(BATCH, HEADS, HIDDEN // HEADS),
+        "lstm": lambda: ops.LSTMCarry.zeros(BATCH, HIDDEN),
+        "peephole_lstm": lambda: ops.LSTMCarry.zeros(BATCH, HIDDEN),
+    }
+    make = kinds.get(name, lambda: ops.HiddenCarry.zeros(BATCH, HIDDEN))
+    run = functools.partial(call, name)
+    donating = jax.jit(run, donate_argnums=2)
+    found = donating(make_params(name), make_inputs(name), make())
+    assert_close(found, run(make_params(name), make_inputs(name)))
