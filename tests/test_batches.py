@@ -74,6 +74,19 @@ def test_an_unknown_kind_of_batches_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("kind", ["windows", "streams"])
+def test_processes_read_parts_of_the_same_batches(kind: str) -> None:
+    ids = np.random.default_rng(0).integers(0, 50, 2000).astype(np.int32)
+    whole, _ = batches.make_batches(ids, fields(kind, 6, 7), seed=5)
+    parts = [
+        batches.make_batches(ids, fields(kind, 6, 7), seed=5, part=(k, 2))[0] for k in range(2)
+    ]
+    for _ in range(3):
+        expected = next(whole)
+        rows = np.concatenate([next(part).inputs for part in parts])
+        np.testing.assert_array_equal(rows, expected.inputs)
+
+
+@pytest.mark.parametrize("kind", ["windows", "streams"])
 def test_the_shortest_text_that_makes_one_batch(kind: str) -> None:
     with pytest.raises(UserError, match="too short: .* need (\\d+) tokens, but it has 20") as error:
         batches.make_batches(np.zeros(20, np.int32), fields(kind, 4, 10), seed=0)
