@@ -128,6 +128,7 @@ _CORE = {
         "batches",
         "cells",
         "controls",
+        "cross_entropy",
         "documents",
         "dynamic",
         "generation",

@@ -66,7 +66,7 @@ def test_losses_and_gradients_agree_with_autodiff(
     arrays, targets, weights = draw_problem(sizes, tied)
 
     def loss_fn(inputs: jax.Array, kernel: jax.Array, bias: jax.Array) -> Any:
-        logits = inputs @ (kernel.T if tied else kernel) + bias
+        logits = inputs @ (kernel.T if tied else kernel) + bias[None]
         losses = softmax_cross_entropy_with_integer_labels(logits, targets)
         return (losses * weights).sum(), losses
 
@@ -120,7 +120,7 @@ def test_a_model_computes_the_losses_of_its_logits(tied: bool) -> None:
         return lstm.measure(params, inputs, targets, carry)[0]
 
     def run(losses: Any) -> Any:
-        grad = jax.grad(lambda params: (losses(params) * jnp.arange(5)).mean())
+        grad = jax.grad(lambda params: (losses(params) * jnp.arange(5)[None]).mean())
         return losses(params), grad(params)
 
     assert_close(jax.jit(lambda: run(measured))(), jax.jit(lambda: run(from_logits))(), 1e-2)

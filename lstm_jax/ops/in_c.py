@@ -321,7 +321,7 @@ def matmul(
     packed, block = rows * words, words * _TILE
     if rows > width:
         packed, block = -(-width // _TILE) * _TILE * words, _BLOCK * _DEPTH
-    results = ((rows, width), "float32"), ((packed,), "float32"), ((threads, block), "float32")
+    results = ((rows, width), "float32"), ((packed,), "uint32"), ((threads, block), "uint32")
     return _call("matmul", (a, b), *results, transpose_a=transpose_a, transpose_b=transpose_b)[0]
 
 
@@ -348,9 +348,10 @@ def compute_cross_entropy(
         ((rows,), "float32"),
         ((rows,), "float32"),
         ((rows, width) if differentiable else (0, 0), "bfloat16"),
-        ((tiles * _TILE * words,), "float32"),
-        ((threads, _BLOCK * _DEPTH), "float32"),
-        ((threads, _BLOCK, tiles * _TILE), "float32"),
+        # Working memory; as integers, so that `jax_debug_nans` does not check it.
+        ((tiles * _TILE * words,), "uint32"),
+        ((threads, _BLOCK * _DEPTH), "uint32"),
+        ((threads, _BLOCK, tiles * _TILE), "uint32"),
         is_transposed=is_transposed,
     )
     return jnp.log(sums) + shifted, d_logits

@@ -748,7 +748,8 @@ __attribute__((format(printf, 2, 3))) static XLA_FFI_Error *fail(XLA_FFI_CallFra
 }
 
 enum { MAX_RANK = 5, U8 = XLA_FFI_DataType_U8, S8 = XLA_FFI_DataType_S8 };
-enum { F32 = XLA_FFI_DataType_F32, BF16 = XLA_FFI_DataType_BF16, S32 = XLA_FFI_DataType_S32 };
+enum { F32 = XLA_FFI_DataType_F32, BF16 = XLA_FFI_DataType_BF16 };
+enum { S32 = XLA_FFI_DataType_S32, U32 = XLA_FFI_DataType_U32 };
 
 // What an argument or result must be.
 typedef struct {
@@ -829,8 +830,8 @@ HANDLER(matmul, 2, 3) {
       {"a", BF16, 2, {size(in, 0, 0), size(in, 0, 1)}},
       {"b", BF16, 2, {b.is_transposed ? a.depth : width, b.is_transposed ? width : a.depth}},
       {"the result", F32, 2, {rows, width}},
-      {"the packed factor", F32, 1, {packed * words}},
-      {"packed blocks", F32, 2,
+      {"the packed factor", U32, 1, {packed * words}},
+      {"packed blocks", U32, 2,
        {get_attribute(frame, "parts"), is_right ? BLOCK * DEPTH : words * TILE}},
   };
   XLA_FFI_Error *error = check(frame, "matmul", arrays);
@@ -853,9 +854,9 @@ HANDLER(cross_entropy, 4, 6) {
       {"sums", F32, 1, {rows}},
       {"shifted logits", F32, 1, {rows}},
       {"derivatives", BF16, 2, {is_differentiable * rows, is_differentiable * width}},
-      {"the packed kernel", F32, 1, {columns * count_words(a)}},
-      {"packed blocks", F32, 2, {parts, BLOCK * DEPTH}},
-      {"logits", F32, 3, {parts, BLOCK, columns}},
+      {"the packed kernel", U32, 1, {columns * count_words(a)}},
+      {"packed blocks", U32, 2, {parts, BLOCK * DEPTH}},
+      {"logits", U32, 3, {parts, BLOCK, columns}},
   };
   XLA_FFI_Error *error = check(frame, "cross_entropy", arrays);
   if (error) return error;
