@@ -2,14 +2,17 @@
 
     python benchmarks/train_step.py
     python benchmarks/train_step.py --hidden_size 512 --num_layers 2 --batch_size 32
+    python benchmarks/train_step.py --vocabulary_size 10000 --tie_embeddings 1 --only fused,torch
 
-A step consists of embedding, LSTM layers, dense layer, mean cross-entropy, gradients and Adam.
+A step consists of embedding, LSTM layers, dense layer, mean cross-entropy, gradients and Adam. Only
+this package and PyTorch tie embeddings.
 `pip install -e '.[bench]'` installs the other libraries; a line is printed for each that is
 missing.
 """
 
 import argparse
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +33,8 @@ LEARNING_RATE = 1e-4
 
 def main() -> None:
     """Measure and print the table."""
-    options = side_by_side.parse_options(__doc__, batch_size=64, window_length=100)
+    sizes = {"batch_size": 64, "window_length": 100, "tie_embeddings": 0}
+    options = side_by_side.parse_options(__doc__, **sizes)
     fused = functools.partial(make_lstm_jax, recurrence="auto")
     contestants: dict[str, Make] = {
         "matmul": _matmul,
@@ -58,15 +62,23 @@ def necessary_flops(options: argparse.Namespace) -> int:
 
     For each token: the recurrent matmul of each layer, the input matmul of each layer but the
     first, and the dense layer's. The first layer's input is a lookup, so it needs only the matmul
-    of embedding table and input kernel, once per step. Each of these matmuls has two more of its
-    size for the gradients, with respect to its input and to its kernel.
+    of the rows of the embedding table that are looked up, at most all of them, and the input
+    kernel. Each of these matmuls has two more of its size for the gradients, with respect to its
+    input and to its kernel.
     """
-    gates = 4 * options.hidden_size
-    layers = (2 * options.num_layers - 1) * options.hidden_size * gates
-    per_token = layers + options.hidden_size * options.vocabulary_size
-    lookup = options.vocabulary_size * options.embedding_size * gates
+    first, *others = layer_sizes(options)
+    per_token = 4 * first[1] ** 2 + sum(4 * hidden * (n + hidden) for n, hidden in others)
+    per_token += layer_sizes(options)[-1][1] * options.vocabulary_size
+    lookup = 4 * first[0] * first[1]
     tokens = options.batch_size * options.window_length
-    return 3 * 2 * (tokens * per_token + lookup)
+    return 3 * 2 * (tokens * per_token + min(options.vocabulary_size, tokens) * lookup)
+
+
+def layer_sizes(options: argparse.Namespace) -> list[tuple[int, int]]:
+    """Return the inputs and hidden units of each layer."""
+    last = options.embedding_size if options.tie_embeddings else options.hidden_size
+    hidden = [options.hidden_size] * (options.num_layers - 1)
+    return list(itertools.pairwise([options.embedding_size, *hidden, last]))
 
 
 def _batch(options: argparse.Namespace) -> np.ndarray:
@@ -107,6 +119,7 @@ def make_lstm_jax(
     settings.batches.batch_size = options.batch_size
     for name in ("embedding_size", "hidden_size", "num_layers", "dtype"):
         settings.model[name] = getattr(options, name)
+    settings.model.tie_embeddings = bool(options.tie_embeddings)
     settings.model.recurrence = recurrence
     for name in settings.regularization:
         settings.regularization[name] = 0.0 if name == skipped else rate
@@ -123,6 +136,7 @@ def make_lstm_jax(
 
 def make_peer(make_model: peers.MakeModel, options: argparse.Namespace) -> Work:
     """Return the step of a model of another JAX library."""
+    _refuse_tied(options)
     is_small = options.hidden_size <= parallel._LARGEST_HIDDEN_IN_C  # As `use_cores` does.
     jax.config.update("jax_cpu_enable_async_dispatch", is_small)
     optimizer = optax.adam(LEARNING_RATE)
@@ -145,24 +159,37 @@ def make_peer(make_model: peers.MakeModel, options: argparse.Namespace) -> Work:
     return _jax_work(jax.jit(step, donate_argnums=0), state, tuple(batch))
 
 
+def _refuse_tied(options: argparse.Namespace) -> None:
+    if options.tie_embeddings:
+        raise NotImplementedError("its model here has no tied embeddings")
+
+
 def make_torch(options: argparse.Namespace, compiled: bool = False) -> Work:
     """Return the step in PyTorch, optionally with `torch.compile`."""
     import torch
 
     device = side_by_side.torch_device()
     embedding = torch.nn.Embedding(options.vocabulary_size, options.embedding_size)
-    lstm = torch.nn.LSTM(
-        options.embedding_size, options.hidden_size, options.num_layers, batch_first=True
-    )
-    dense = torch.nn.Linear(options.hidden_size, options.vocabulary_size)
-    layers = torch.nn.ModuleList([embedding, lstm, dense]).to(device)
+    make_lstm = functools.partial(torch.nn.LSTM, batch_first=True)
+    sizes = layer_sizes(options)
+    if options.tie_embeddings:
+        lstms = [make_lstm(*size) for size in sizes]
+    else:
+        lstms = [make_lstm(*sizes[0], options.num_layers)]
+    dense = torch.nn.Linear(sizes[-1][1], options.vocabulary_size)
+    if options.tie_embeddings:
+        dense.weight = embedding.weight
+    layers = torch.nn.ModuleList([embedding, *lstms, dense]).to(device)
     optimizer = torch.optim.Adam(layers.parameters(), LEARNING_RATE, fused=True)
     inputs, targets = torch.tensor(_batch(options), dtype=torch.long, device=device)
     bfloat16 = options.dtype == "bfloat16"
 
     def compute_loss() -> Any:
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            logits = dense(lstm(embedding(inputs))[0])
+            x = embedding(inputs)
+            for lstm in lstms:
+                x = lstm(x)[0]
+            logits = dense(x)
         return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     forward: Callable[[], Any] = torch.compile(compute_loss) if compiled else compute_loss
@@ -182,6 +209,7 @@ def make_torch(options: argparse.Namespace, compiled: bool = False) -> Work:
 def _keras(options: argparse.Namespace) -> Work:
     import keras
 
+    _refuse_tied(options)
     device = side_by_side.keras_device(options.dtype)
     layers = [keras.layers.Embedding(options.vocabulary_size, options.embedding_size)]
     for _ in range(options.num_layers):
