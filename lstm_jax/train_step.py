@@ -1,5 +1,6 @@
 """Make one jitted training step: from a state and a batch to the next state, on any devices."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,9 @@ from lstm_jax.cells.protocol import restart
 from lstm_jax.config import BatchesConfig, Config
 from lstm_jax.devices import parallel
 from lstm_jax.optimizer import update_average
+
+# The number of parameters from which the state of Adam is larger than a processor's cache.
+_LARGE = 2**22
 
 
 class TrainState(NamedTuple):
@@ -158,20 +162,36 @@ def make_step(
         compute = parallel.divide_over_devices(compute_grads, state.params, mesh)
         data = batch.inputs, batch.targets, batch.soft_targets
         (grads, loss), carry = compute(state.params, parameter_key, data, before, masks)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        step, average = state.step + 1, state.average
-        if average is not None:
-            average = update_average(config.optimizer, average, params, opt_state, step)
+        step = state.step + 1
+
+        def update(old: tuple[Any, ...], grads: model_lib.Params) -> tuple[Any, ...]:
+            params, average, opt_state = old
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            params = optax.apply_updates(params, updates)
+            if average is not None:
+                average = update_average(config.optimizer, average, params, opt_state, step)
+            return params, average, opt_state
+
+        old = state.params, state.average, state.opt_state
         norm = optax.tree.norm(grads)
         # Updates can be infinite although gradients are finite, with a large learning rate.
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & model_lib.is_finite(params)
-        # One `where` for each array, which XLA fuses with the computation of its new values.
-        params, average, opt_state, carry = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, average, opt_state, carry),
-            (state.params, state.average, state.opt_state, before),
+        finite = (
+            jnp.isfinite(loss) & jnp.isfinite(norm) & model_lib.is_finite(update(old, grads)[0])
         )
+        carry = jax.tree.map(lambda new, old: jnp.where(finite, new, old), carry, before)
+        size = sum(array.size for array in jax.tree.leaves(state.params))
+        is_elementwise = config.optimizer.name != "muon"
+        if jax.default_backend() == "cpu" and is_elementwise and size >= _LARGE:
+            # Compute the update again, in place: to store the new arrays beside the old ones, which
+            # are needed if it is not finite, takes longer.
+            def update_in_place(i: jax.Array, old: tuple[Any, ...]) -> tuple[Any, ...]:
+                # XLA must not compute terms of the gradients before the loop.
+                return update(old, jax.lax.optimization_barrier((grads, i))[0])
+
+            new = jax.lax.fori_loop(0, finite.astype("int32"), update_in_place, old)
+        else:
+            new = jax.tree.map(functools.partial(jnp.where, finite), update(old, grads), old)
+        params, average, opt_state = new
         first_skipped = jnp.where(finite | (state.first_skipped > 0), state.first_skipped, step)
         return TrainState(
             params=params,

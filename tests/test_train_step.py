@@ -1,3 +1,4 @@
+import functools
 from typing import Any
 
 import jax
@@ -175,8 +176,24 @@ def test_no_tracer_leaks_from_a_step(cell: str) -> None:
         )
 
 
+def test_an_update_in_place_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config()
+    config.optimizer.average_decay = 0.9
+    model = model_lib.make_model(config.model, 11)
+    results = []
+    for large in (train_step._LARGE, 0):
+        monkeypatch.setattr(train_step, "_LARGE", large)
+        state, step = set_up(model, config)
+        for _ in range(3):
+            state = step(state, make_batch(2, 7))
+        results.append(jax.device_get(state._replace(key=jnp.zeros(()))))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *results)
+
+
+@pytest.mark.parametrize("large", [train_step._LARGE, 0])
 @jax.debug_nans(False)
-def test_a_nonfinite_step_changes_nothing() -> None:
+def test_a_nonfinite_step_changes_nothing(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_step, "_LARGE", large)
     config = make_config()
     config.optimizer.average_decay = 0.9
     model = model_lib.make_model(config.model, 11)

@@ -192,6 +192,8 @@ def divide_over_devices(
     Its parameters are as stored on the mesh; batch, carry and masks are divided over the devices.
     It returns the means of grads and loss over all devices, divided for storage; and the carry.
     """
+    if mesh.size == 1:
+        return compute_grads  # A collective operation would copy all gradients.
     specs = jax.tree.map(lambda array: get_storage_spec(array, mesh), params)
 
     def gather(part: jax.Array, spec: PartitionSpec) -> jax.Array:
