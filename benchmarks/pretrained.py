@@ -4,7 +4,7 @@
 
 Three seeds of experiments/quick.py are trained. The best by validation loss is written in bfloat16;
 its card also gets the losses as stored, the command and the commit. The same command resumes.
-`tests/test_pretrained.py` holds the checksum and a sample of the result: change them with it.
+`tests/run/test_pretrained.py` holds the checksum and a sample of the result: change them with it.
 """
 
 import shutil

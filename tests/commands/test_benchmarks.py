@@ -1,0 +1,114 @@
+"""Benchmarks run at a small size, and treat other libraries like this one."""
+
+import argparse
+import functools
+import multiprocessing
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import commands
+import runs
+
+ROOT = Path(__file__).parents[2]
+SIZES = {
+    **{"batch_size": 2, "window_length": 3, "num_samples": 2, "length": 3},
+    **{"embedding_size": 4, "hidden_size": 5, "num_layers": 2, "vocabulary_size": 7},
+}
+
+
+def serve(make: Any) -> list[float]:
+    """Return the seconds of a turn of a contestant."""
+    import side_by_side
+
+    ours, theirs = multiprocessing.Pipe()
+    ours.send("run")
+    ours.send("")
+    side_by_side._serve(theirs, make, argparse.Namespace(**SIZES, dtype="float32"))
+    device, reason = ours.recv()
+    assert device and not reason
+    return list(ours.recv())
+
+
+@pytest.mark.slow
+def test_every_library_keeps_the_memory_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    import peers
+    import side_by_side
+    import train_step
+
+    calls: list[str] = []
+    monkeypatch.setattr(side_by_side.memory, "keep_freed_memory", lambda: calls.append("kept"))
+    flax = functools.partial(train_step.make_peer, peers.MODELS["Flax OptimizedLSTMCell"])
+    assert len(serve(flax)) == 1
+    assert calls == ["kept"]
+    pytest.importorskip("torch")
+    assert len(serve(train_step.make_torch)) == 1
+    assert calls == ["kept", "kept"]
+
+
+@pytest.mark.slow
+def test_the_steps_of_a_peer_read_like_its_sequences() -> None:
+    import jax
+    import numpy as np
+
+    import peers
+
+    options = argparse.Namespace(**SIZES, dtype="float32")
+    init, apply, carry = peers.MODELS["Flax LSTMCell"](options, 2)
+    ids = np.array([[1, 2, 3], [4, 5, 6]])
+    params = init(jax.random.key(0), ids, carry)
+    expected, _ = apply(params, ids, carry)
+    for i in range(3):
+        logits, carry = apply(params, ids[:, i : i + 1], carry)
+        np.testing.assert_allclose(logits[:, 0], expected[:, i], atol=1e-6)
+
+
+def test_pytorch_converts_its_parameters_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch: Any = pytest.importorskip("torch")
+    import sampling
+
+    monkeypatch.delattr(torch, "autocast")
+    options = argparse.Namespace(**SIZES, dtype="bfloat16")
+    generated: Any = sampling._torch(options).run()
+    assert generated.shape == (2, 3)
+
+
+@pytest.mark.slow
+def test_a_row_of_results_is_trained_and_compared(
+    tmp_path: Path,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import frame
+    import results
+
+    def run_python(option: str, module: str, *flags: object) -> str:
+        done = commands.run(module.removeprefix("lstm_jax."), *map(str, flags))
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    page = tmp_path / "page.md"
+    page.write_text("| x | test |\n| --- | --- |\n| **tiny** | 3.0 ± 1.0 |\n| tiny | 9.0 ± 0.1 |\n")
+    monkeypatch.setattr(frame, "run_python", run_python)
+    monkeypatch.setattr(results, "ROWS", {"tiny": ["max_steps=3"]})
+    fields = [
+        field for field in runs.make_arguments(text_file, tmp_path) if field.startswith("--config.")
+    ]
+    monkeypatch.setattr(
+        sys, "argv", ["", "--seeds=2", f"--page={page}", f"--workdir={tmp_path / 'runs'}", *fields]
+    )
+    results.main()
+    head, _, measured, stated, within = capsys.readouterr().out.splitlines()
+    assert head == "| tiny | test | minutes |"
+    assert 2 < float(measured.split("|")[2].split()[0]) < 4.5
+    assert stated.startswith("| stated | 3.000 ± 1.000 |")
+    assert within.startswith("| within the spread | yes")
+    known = results.Stated(3.0, 0.2)
+    assert results.compare((3.5,), known) == "no, 2.5 deviations away"
+    assert results.compare((3.2, 3.8), known) == "yes, 1.2 deviations away"
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--config.sample.length=7"])
+    with pytest.raises(SystemExit, match="was trained with .*: use another directory"):
+        results.main()

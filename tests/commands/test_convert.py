@@ -1,0 +1,457 @@
+"""Convert weights of PyTorch, from stored files and with the library if it is installed."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import models
+import runs
+from lstm_jax import config, generation, training
+from lstm_jax import loss as loss_lib
+from lstm_jax import model as model_lib
+from lstm_jax.controls import Controls
+from lstm_jax.convert import torch_weights, transfer
+from lstm_jax.data import files, texts
+from lstm_jax.errors import UserError
+from lstm_jax.run import workdir
+from lstm_jax.vocabulary import FILE_END, Vocabulary
+
+pytest.importorskip("safetensors")
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+TEXT = FIXTURES / "text.txt"
+TOKENS = FIXTURES / "vocabulary.json"
+STORED = {"torch_lstm.safetensors": ("lstm", 3), "torch_gru.safetensors": ("gru", 2)}
+NAMES = ("embedding", "layers", "linear")  # Of the modules in these files.
+
+
+def compute_logits(trained: workdir.Trained, text: str) -> np.ndarray:
+    """Return the logits after each character, [time, vocabulary]."""
+    ids = trained.vocabulary.encode(text)[None]
+    carry = trained.model.initial_carry(1)
+    return np.asarray(models.apply(trained.model, trained.params, ids, carry)[0][0])
+
+
+def generate_greedily(trained: workdir.Trained, prompt: str, length: int) -> str:
+    (text,) = generation.generate_texts(
+        trained.model,
+        trained.params,
+        trained.vocabulary,
+        jax.random.key(0),
+        prompt=prompt,
+        length=length,
+        controls=Controls(temperature=0),
+    )
+    return text.removeprefix(prompt)
+
+
+def make_arrays(tokens: int = 30, **fields: Any) -> torch_weights.StateDict:
+    """Return the random `state_dict` of a model with 6 features and 5 hidden units."""
+    model = model_lib.LanguageModel(tokens, fields.pop("embedding_size", 6), 5, **fields)
+    return torch_weights.from_model(model, models.draw_params(model, 1.0))
+
+
+def save(arrays: torch_weights.StateDict, path: Path) -> Path:
+    """Write a `state_dict` to a file."""
+    path.write_bytes(torch_weights.to_bytes(arrays))
+    return path
+
+
+def write_vocabulary(path: Path, tokens: Sequence[str]) -> str:
+    path.write_text(json.dumps({"kind": "characters", "stop": "", "units": [*tokens]}))
+    return str(path)
+
+
+def convert(arrays: torch_weights.StateDict) -> tuple[dict[str, Any], Any]:
+    return torch_weights.to_model(arrays, torch_weights.find_modules(arrays))
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_an_imported_model_reproduces_the_logits_of_its_library(name: str, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    transfer.import_weights(FIXTURES / name, directory, str(TOKENS), None, NAMES)
+    trained = workdir.load_trained(directory)
+    assert (trained.model.cell, trained.model.num_layers, trained.step) == (*STORED[name], 0)
+    with np.load(FIXTURES / "logits.npz") as expected:
+        ours = compute_logits(trained, TEXT.read_text())[::10]
+        np.testing.assert_allclose(ours, expected[name], rtol=0, atol=1e-5)
+    # No partial directory is left, and the text gives the same vocabulary.
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    transfer.import_weights(FIXTURES / name, tmp_path / "by_text", None, str(TEXT), NAMES)
+    assert workdir.load_vocabulary(tmp_path / "by_text").tokens == trained.vocabulary.tokens
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_exported_weights_are_read_back_unchanged(cell: str, tied: bool, tmp_path: Path) -> None:
+    size = 5 if tied else 6
+    model = model_lib.LanguageModel(30, size, 5, 11, cell=cell, tie_embeddings=tied)
+    params = models.draw_params(model, 1.0)
+    path = save(torch_weights.from_model(model, params), tmp_path / "model.safetensors")
+    fields, again = convert(torch_weights.read_file(path))
+    sizes = {"embedding_size": size, "hidden_size": 5, "num_layers": 11}
+    assert fields == {"cell": cell, **sizes, "tie_embeddings": tied}
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+@pytest.mark.slow
+def test_a_run_survives_export_and_import(trained: Path, text_file: Path, tmp_path: Path) -> None:
+    before = workdir.load_trained(trained)
+    text = text_file.read_text(encoding="utf-8")[:300]
+    for drop in (False, True):
+        target, directory = tmp_path / f"{drop}.safetensors", tmp_path / f"run{drop}"
+        transfer.export_weights(trained, target, drop_special=drop)
+        transfer.import_weights(target, directory, f"{target}.vocabulary.json", str(text_file))
+        after = workdir.load_trained(directory)
+        assert after.vocabulary.tokens == before.vocabulary.tokens
+        # Rows that were left out are added again and never predicted.
+        ours, theirs = compute_logits(before, text)[:, 2:], compute_logits(after, text)
+        np.testing.assert_allclose(theirs[:, 2:], ours, rtol=0, atol=1e-5)
+        if drop:
+            assert (theirs[:, :2] == -30).all()
+        assert generate_greedily(after, "ROMEO:", 80) == generate_greedily(before, "ROMEO:", 80)
+    assert evaluate_directory(directory) == pytest.approx(evaluate_directory(trained), abs=1e-3)
+
+
+def evaluate_directory(directory: Path) -> float:
+    """Return the loss on the test split of the run's text."""
+    trained = workdir.load_trained(directory)
+    text = texts.load_texts_of_run(trained.config.data, None)["test"]
+    return loss_lib.compute_loss(trained.model, trained.params, text.encode(trained.vocabulary))
+
+
+@pytest.mark.slow
+def test_training_starts_from_imported_weights(
+    trained: Path, tiny_config: Any, tmp_path: Path
+) -> None:
+    transfer.export_weights(trained, tmp_path / "model.safetensors")
+    beside = str(tmp_path / "model.safetensors.vocabulary.json")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))  # Of a kernel's file: a full disk.
+    try:
+        with pytest.raises(UserError, match="can't write to .*/in: File too large"):
+            transfer.import_weights(tmp_path / "model.safetensors", tmp_path / "in", beside, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    transfer.import_weights(tmp_path / "model.safetensors", tmp_path / "in", beside, None)
+    transfer.export_folder(tmp_path / "in", tmp_path / "folder", "float32")
+    assert "\nText:\n\n    unknown\n" in (tmp_path / "folder" / "README.md").read_text()
+    tiny_config.init_from = str(tmp_path / "in")
+    tiny_config.max_steps = 1
+    assert training.train(config.complete_config(tiny_config), tmp_path / "run") == 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "names"),
+    [(["[UNK]", *"abcd"], "''"), ([*"abcd"], "'' and '[UNK]'"), (["", *"abcd"], "'[UNK]'")],
+)
+def test_missing_special_tokens_are_added_and_never_predicted(
+    tokens: list[str], names: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrays = make_arrays(len(tokens))
+    model = save(arrays, tmp_path / "model.safetensors")
+    vocabulary = write_vocabulary(tmp_path / "tokens.json", tokens)
+    transfer.import_weights(model, tmp_path / "run", vocabulary, None)
+    assert f"Added {names}, " in capsys.readouterr().out
+    trained = workdir.load_trained(tmp_path / "run")
+    assert trained.vocabulary.tokens == ("", "[UNK]", *"abcd")
+    carry = trained.model.initial_carry(1)
+    model_of_own = trained.model.clone(vocabulary_size=len(tokens))
+    ids = np.array([[tokens.index(token) for token in "dbc"]])
+    expected, _ = models.apply(model_of_own, convert(arrays)[1], ids, carry)
+    ids = trained.vocabulary.encode("dbc")[None]
+    logits, _ = models.apply(trained.model, trained.params, ids, carry)
+    known = [trained.vocabulary.tokens.index(token) for token in tokens]
+    np.testing.assert_allclose(logits[..., np.array(known)], expected, rtol=0, atol=1e-6)
+    assert (np.delete(logits, known, axis=-1) == -30).all()
+
+
+@pytest.mark.parametrize(("separator", "stop"), [("blank_line", "\n\n"), ("file", FILE_END)])
+def test_documents_keep_their_stop_token(separator: str, stop: str, tmp_path: Path) -> None:
+    vocabulary = Vocabulary.from_text(f"ab{stop}ba{stop}", stop=stop)
+    model = save(make_arrays(tokens=len(vocabulary)), tmp_path / "model.safetensors")
+    (tmp_path / "vocabulary.json").write_text(json.dumps(vocabulary.to_fields()))
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"{name}.txt").write_text("ab\n\nba\n\n")
+    text_files = ";".join(f"{tmp_path}/{name}.txt" for name in ("train", "valid", "test"))
+    transfer.import_weights(model, tmp_path / "run", str(tmp_path / "vocabulary.json"), text_files)
+    trained = workdir.load_trained(tmp_path / "run")
+    assert trained.vocabulary.stop == stop
+    assert trained.config.data.document_separator == separator
+    read = texts.load_texts_of_run(trained.config.data, None)
+    assert [len(text.encode(trained.vocabulary)) for text in read.values()] == [
+        6 if separator == "blank_line" else 9
+    ] * 3
+
+
+def test_the_characters_of_all_splits_are_the_vocabulary(tmp_path: Path) -> None:
+    for name, text in (("train", "ab"), ("valid", "ca"), ("test", "db")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    model = save(make_arrays(tokens=4), tmp_path / "model.safetensors")
+    text_files = ";".join(f"{tmp_path}/{name}.txt" for name in ("train", "valid", "test"))
+    transfer.import_weights(model, tmp_path / "run", None, text_files)
+    assert workdir.load_vocabulary(tmp_path / "run").tokens == ("", "[UNK]", *"abcd")
+    assert workdir.load_config(tmp_path / "run").data.path == text_files
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"lstm.weight_ih_l0_reverse": (20, 6)},
+            "reverse is of shape [20, 6], and must be missing",
+        ),
+        (
+            {"lstm.weight_hr_l0": (5, 5)},
+            "lstm.weight_hr_l0 is of shape [5, 5], and must be missing",
+        ),
+        ({"norm.bias": (6,)}, "norm.bias is of shape [6], and must be missing"),
+        ({"lstm.weight_hh_l0": None}, "it has no matrix lstm.weight_hh_l0"),
+        ({"embedding.weight": None, "linear.weight": None}, "it has no matrix embedding.weight"),
+        ({"lstm.weight_ih_l0": None}, "lstm.weight_ih_l0 is missing, and must be of shape [20, 6]"),
+        ({"lstm.weight_ih_l0": (20, 5)}, "is of shape [20, 5], and must be of shape [20, 6]"),
+        ({"lstm.weight_hh_l0": (20,)}, "it has no matrix lstm.weight_hh_l0"),
+        ({"lstm.bias_ih_l0": (19,)}, "lstm.bias_ih_l0 is of shape [19]"),
+        ({"embedding.weight": (29, 6)}, "linear.bias is of shape [30], and must be of shape [29]"),
+    ],
+)
+def test_an_error_names_an_array_that_does_not_fit(
+    change: dict[str, tuple[int, ...] | None], message: str
+) -> None:
+    changed: Any = {name: shape and np.ones(shape) for name, shape in change.items()}
+    arrays = {k: x for k, x in {**make_arrays(), **changed}.items() if x is not None}
+    with pytest.raises(UserError) as caught:
+        convert(arrays)
+    assert message in str(caught.value) and "--modules" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [np.full(30, np.nan, np.float32), np.ones(30, np.int8)])
+def test_other_numbers_raise_an_error(value: np.ndarray, tmp_path: Path) -> None:
+    path = save({**make_arrays(), "linear.bias": value}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="linear.bias contains other numbers than finite"):
+        torch_weights.read_file(path)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_modules_with_other_names_without_biases_in_16_bits(dtype: Any, tmp_path: Path) -> None:
+    own = make_arrays(num_layers=2, embedding_size=5)
+    names = {"embedding": "encoder", "lstm": "rnn.layers", "linear": "decoder"}
+    arrays = {
+        re.sub(r"^\w+", lambda module: names[module[0]], name): array.astype(dtype)
+        for name, array in own.items()
+        if "bias" not in name
+    }
+    del arrays["encoder.weight"]  # Tied, and stored under one name only.
+    read = torch_weights.read_file(save(arrays, tmp_path / "model.safetensors"))
+    fields, params = torch_weights.to_model(
+        read, torch_weights.find_modules(read, list(names.values()))
+    )
+    assert fields["tie_embeddings"] and fields["num_layers"] == 2
+    assert params["embedding"]["embedding"].dtype == np.float32
+    assert not params["dense"]["bias"].any() and not params["lstm_1"]["bias"].any()
+    np.testing.assert_allclose(params["embedding"]["embedding"], own["linear.weight"], rtol=1e-2)
+    kernel = own["lstm.weight_hh_l1"].T
+    np.testing.assert_allclose(params["lstm_1"]["recurrent_kernel"], kernel, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"cell": "mogrifier"},
+        {"layer_norm": True},
+        {"block": "residual"},
+        {"skip_connections": True},
+        {"tie_embeddings": True, "num_layers": 2, "embedding_size": 7},
+    ],
+)
+def test_layers_that_torch_lacks_raise_an_error(fields: dict[str, object]) -> None:
+    model = config.default().model
+    torch_weights.check_model(model)
+    model.update(fields)
+    field, value = next(iter(fields.items()))
+    with pytest.raises(UserError, match=f"has no layers with model.{field}={value!r}"):
+        torch_weights.check_model(model)
+
+
+@pytest.mark.parametrize("name", ["quick.pt", "quick.h5", "quick"])
+def test_an_error_for_another_file_names_the_remedy(name: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"must end in .safetensors: write it with safetensors.torch"
+    ):
+        transfer.import_weights(tmp_path / name, tmp_path / "run", None, str(TEXT))
+    with pytest.raises(UserError, match="in .safetensors, or have no suffix, for a folder"):
+        transfer.export_weights(tmp_path / "run", tmp_path / name)
+
+
+def test_a_diverged_model_is_not_exported(trained: Path, tmp_path: Path) -> None:
+    runs.make_diverged_run(trained, tmp_path / "run")
+    with pytest.raises(UserError, match="the parameters in .* are not finite"):
+        transfer.export_weights(tmp_path / "run", tmp_path / "model.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_an_error_says_why_a_model_is_not_exported(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"^there is no trained model in {tmp_path}/nothing"):
+        transfer.export_weights(tmp_path / "nothing", tmp_path / "model.safetensors")
+    shutil.copytree(trained, tmp_path / "run")
+    changed = config.change_fields(workdir.load_config(trained), {"model.cell": "mogrifier"})
+    workdir.save_config(tmp_path / "run", changed)
+    with pytest.raises(UserError, match=f"^{tmp_path}/run can't be converted: .* has no layers"):
+        transfer.export_weights(tmp_path / "run", tmp_path / "model.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_existing_files_are_kept_and_nothing_partial_is_written(
+    trained: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "note").write_text("of the user's")
+    (tmp_path / "there.safetensors").write_text("of the user's")
+    model, broken = FIXTURES / "torch_lstm.safetensors", tmp_path / "broken.safetensors"
+    broken.write_bytes(model.read_bytes()[:900])
+    words = write_vocabulary(
+        tmp_path / "words.json", ["", "[UNK]", *"abcdefghijklmnopqrst", "word"]
+    )
+    (tmp_path / "list.json").write_text(json.dumps(["a", "b"]))
+    for arguments, message in (
+        ((model, tmp_path / "run", str(TOKENS), None), "is not empty"),
+        ((model, tmp_path / "new", None, None), "give --vocabulary FILE, or --text FILE"),
+        ((model, tmp_path / "new", words, None, NAMES), "the model has"),
+        ((model, tmp_path / "new", str(tmp_path / "list.json"), None), "is not a vocabulary.json"),
+        ((model, tmp_path / "new", "nothing.json", None), "can't read nothing.json"),
+        ((broken, tmp_path / "new", str(TOKENS), None), "not a safetensors file"),
+    ):
+        with pytest.raises(UserError) as caught:
+            transfer.import_weights(*arguments)
+        assert message in str(caught.value)
+    with pytest.raises(UserError, match="there.safetensors exists"):
+        transfer.export_weights(trained, tmp_path / "there.safetensors")
+    with pytest.raises(UserError, match="can't write"):
+        transfer.export_weights(trained, tmp_path / "nothing" / "there.safetensors")
+    assert (tmp_path / "there.safetensors").read_text() == "of the user's"
+    names = {"run", "there.safetensors", broken.name, "words.json", "list.json"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_an_error_names_a_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.delitem(sys.modules, "safetensors.numpy", raising=False)
+    with pytest.raises(UserError, match=r"safetensors: pip install 'lstm-jax\[convert\]'$"):
+        torch_weights.to_bytes(make_arrays())
+
+
+def test_corrupted_weights_are_read_or_raise_a_one_line_error(tmp_path: Path) -> None:
+    draw, path = random.Random(0), tmp_path / "model.safetensors"
+    whole = torch_weights.to_bytes(make_arrays())
+    for _ in range(60):
+        broken = bytearray(whole)
+        for _ in range(draw.randrange(1, 4)):
+            broken[draw.randrange(len(broken))] = draw.randrange(256)
+        try:
+            length = draw.choice([len(whole), draw.randrange(len(whole))])
+            path.write_bytes(bytes(broken[:length]))
+            convert(torch_weights.read_file(path))
+        except UserError as error:
+            assert "\n" not in str(error)
+
+
+def assert_same_model(directory: Path, predict: Any, tokens: list[str]) -> None:
+    """Assert that a run has the same logits and greedy text as a model of a library.
+
+    `predict` computes its logits [time, vocabulary] from ids [1, time].
+    """
+    trained, text = workdir.load_trained(directory), TEXT.read_text()
+
+    def read(text: str) -> np.ndarray:
+        logits: np.ndarray = predict(np.array([[tokens.index(character) for character in text]]))
+        return logits
+
+    ours = compute_logits(trained, text)[:, -len(tokens) :]
+    np.testing.assert_allclose(ours, read(text), rtol=0, atol=1e-5)
+    greedy = generate_greedily(trained, text[:6], 60)
+    characters = trained.vocabulary.tokens[2:]
+    best = read(text[:6] + greedy)[5:-1, -len(characters) :].argmax(axis=1)
+    assert greedy == "".join(characters[i] for i in best)
+
+
+@pytest.mark.parametrize(("cell", "num_layers"), [("lstm", 3), ("gru", 2)])
+def test_torch_and_back(cell: str, num_layers: int, tmp_path: Path) -> None:
+    torch: Any = pytest.importorskip("torch", reason="PyTorch is not installed (extra 'bench')")
+    safetensors: Any = pytest.importorskip("safetensors.torch")
+    tokens = sorted(set(TEXT.read_text()))  # Most vocabularies have no "" and "[UNK]".
+    torch.manual_seed(0)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layers = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}
+            self.embedding = torch.nn.Embedding(len(tokens), 16)
+            setattr(self, cell, layers[cell](16, 32, num_layers, batch_first=True))
+            self.linear = torch.nn.Linear(32, len(tokens))
+
+        def forward(self, ids: Any) -> Any:
+            return self.linear(getattr(self, cell)(self.embedding(ids))[0])
+
+    model = Model()
+    safetensors.save_file(model.state_dict(), tmp_path / "model.safetensors")
+
+    def predict(ids: np.ndarray, model: Any = model) -> np.ndarray:
+        with torch.no_grad():
+            predicted: np.ndarray = model(torch.from_numpy(ids.astype(np.int64)))[0].numpy()
+        return predicted
+
+    directory = tmp_path / "run"
+    transfer.import_weights(tmp_path / "model.safetensors", directory, None, str(TEXT))
+    assert_same_model(directory, predict, tokens)
+    transfer.export_weights(directory, tmp_path / "back.safetensors", drop_special=True)
+    back = Model()
+    back.load_state_dict(safetensors.load_file(tmp_path / "back.safetensors"))
+    assert_same_model(directory, lambda ids: predict(ids, back), tokens)
+
+
+@pytest.mark.process
+def test_leftovers_of_a_killed_conversion_are_removed_by_the_next(
+    trained: Path, tmp_path: Path
+) -> None:
+    file, target = tmp_path / "model.safetensors", tmp_path / "new"
+    transfer.export_weights(trained, file)
+    beside = str(tmp_path / "model.safetensors.vocabulary.json")
+    # Kill the process while it writes to its directory.
+    script = """
+import os, sys
+from pathlib import Path
+from lstm_jax.convert import transfer
+from lstm_jax.run import model_file
+model_file.write_params = lambda *unused: os.kill(os.getpid(), 9)
+transfer.import_weights(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], None)
+"""
+    killed = subprocess.run([sys.executable, "-c", script, str(file), str(target), beside])
+    assert killed.returncode == -9
+    (left,) = tmp_path.glob(".new.*")
+    # One that belongs to another process, and in the end can't replace the new folder.
+    with contextlib.suppress(OSError), files.unfinished_directory(target) as other:
+        transfer.import_weights(file, target, beside, None)
+        assert other.is_dir() and not left.exists()
+    assert sorted(os.listdir(tmp_path)) == sorted(["model.safetensors", Path(beside).name, "new"])
+
+
+def test_a_file_with_less_data_than_it_declares_raises_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.truncate(2**33)
+    with pytest.raises(UserError, match="it is not a safetensors file"):
+        transfer.import_weights(path, tmp_path / "new", None, __file__)

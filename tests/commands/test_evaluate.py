@@ -1,0 +1,134 @@
+"""Test that each token of a text is measured once, whatever its length."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+import models
+from lstm_jax import loss as loss_lib
+from lstm_jax import model as model_lib
+from lstm_jax.data.texts import hold_text
+from lstm_jax.model import LanguageModel
+from lstm_jax.run import messages
+from lstm_jax.run.zero_state import measure_zero_state
+from lstm_jax.vocabulary import KINDS, Vocabulary
+
+MODEL = LanguageModel(11, 6, 9)
+PARAMS = models.draw_params(MODEL, 0.6)
+
+
+def compute_losses(ids: np.ndarray) -> np.ndarray:
+    """Return the loss of each token but the first, from one pass over the text."""
+    # All texts of a thousand tokens have one shape: what follows a token has no effect.
+    padded = np.pad(ids[None, :-1], ((0, 0), (0, -(len(ids) - 1) % 1000)))
+    output, _ = models.apply(MODEL, PARAMS, padded, MODEL.initial_carry(1))
+    logits = np.asarray(output[0], np.float64)
+    log_probabilities = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    losses: np.ndarray = -log_probabilities[np.arange(len(ids) - 1), ids[1:]]
+    return losses
+
+
+def make_ids(length: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 11, length).astype(np.int32)
+
+
+@pytest.mark.parametrize("length", [2, 600, 1025, 2500])
+def test_the_loss_equals_that_of_a_single_pass(length: int) -> None:
+    ids = make_ids(length)
+    expected = compute_losses(ids).mean()
+    np.testing.assert_allclose(loss_lib.compute_loss(MODEL, PARAMS, ids), expected, rtol=1e-5)
+
+
+def test_only_long_texts_are_read_in_streams() -> None:
+    longest = loss_lib.LONGEST_IN_ONE
+    assert loss_lib.count_streams(np.zeros(2)) == loss_lib.count_streams(np.zeros(longest)) == 1
+    assert loss_lib.count_streams(np.zeros(longest + 1)) > 1
+
+
+def test_a_zero_state_is_compared_with_the_carry_of_the_text_before() -> None:
+    ids, length = make_ids(40), 13  # A third of the text.
+    pairs = []
+    for start in (13, 19, 26):  # From the first to the last position with that length around it.
+        text = ids[start - length : start + length + 1]
+        cold, warm = compute_losses(text[length:]).mean(), compute_losses(text)[length:].mean()
+        pairs.append((cold, cold - warm))
+    expected = np.mean(pairs, axis=0)[0], *np.max(pairs, axis=0)
+    measured = measure_zero_state(MODEL, PARAMS, ids, 3)
+    np.testing.assert_allclose(measured, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("length", "context"), [(2, 5), (30, 1), (101, 10), (9000, 731)])
+def test_windows_are_each_read_from_a_zero_carry(length: int, context: int) -> None:
+    ids = make_ids(length)
+    expected: list[float] = []
+    for start in range(0, length - 1, context):
+        expected += [*compute_losses(ids[start : start + context + 1])]
+    losses = loss_lib.compute_token_losses(MODEL, PARAMS, ids, context)
+    np.testing.assert_allclose(losses, expected, atol=1e-3)  # Rounding errors grow with time.
+
+
+def test_a_text_of_one_token_has_no_losses() -> None:
+    for context in (None, 10):
+        assert loss_lib.compute_token_losses(MODEL, PARAMS, make_ids(1), context).shape == (0,)
+
+
+@pytest.mark.parametrize("longest", [10**6, 100])
+def test_token_losses_sum_to_the_loss(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_lib, "LONGEST_IN_ONE", longest)  # Parallel streams, if it is 100.
+    ids = make_ids(5000)
+    losses = loss_lib.compute_token_losses(MODEL, PARAMS, ids)
+    assert losses.shape == (4999,) and losses.dtype == np.float32
+    total = loss_lib.compute_loss(MODEL, PARAMS, ids) * 4999
+    assert losses.sum(dtype=np.float64) == pytest.approx(total, rel=1e-6)
+    np.testing.assert_allclose(losses, compute_losses(ids), atol=1e-4)  # In the order of the text.
+
+
+@pytest.mark.slow
+def test_an_untrained_model_has_the_loss_of_uniform_guessing() -> None:
+    model = LanguageModel(67, 256, 1024)
+    params = model_lib.init_params(model, jax.random.key(0))
+    ids = np.random.default_rng(0).integers(2, 67, 1024).astype(np.int32)
+    loss = loss_lib.compute_loss(model, params, ids)
+    assert abs(loss - 4.20) < 0.03 and abs(loss - math.log(67)) < 0.03
+
+
+def test_bits_per_character_are_comparable_for_tokens_of_any_kind() -> None:
+    text = "to be, or not to be\u0301: 日本語"
+    for kind in KINDS:
+        vocabulary = Vocabulary.from_text(text, kind)
+        tokens = len(vocabulary.encode(text)) - 1
+        # The first token is not predicted.
+        characters = len(text) - len(vocabulary.split(text)[0])
+        size = hold_text(text, kind, "").measure(vocabulary, vocabulary.encode(text))
+        assert size.tokens == tokens
+        bits = loss_lib.compute_bits_per_character(3.0, [size])
+        assert bits == pytest.approx(3.0 / math.log(2) * tokens / characters)
+    # A first token that is a byte of a character does not count as this character.
+    vocabulary = Vocabulary.from_text("été", "bytes")
+    ids = vocabulary.encode("été")
+    assert hold_text("été", "bytes", "").measure(vocabulary, ids) == (4, 3, 0)
+
+
+def test_unknown_tokens_cost_the_bits_of_their_bytes() -> None:
+    vocabulary = Vocabulary.from_text("a b a b", "words", min_count=2)
+    text = "a b été b"
+    assert vocabulary.encode(text).tolist() == [1, 2, 1, 2]
+    # The first token is not predicted. " été" costs six bytes, and one for its end.
+    expected = (3 * 1.5 / math.log(2) + 7 * 8) / (len(text) - 1)
+    size = hold_text(text, "words", "").measure(vocabulary, vocabulary.encode(text))
+    assert loss_lib.compute_bits_per_character(1.5, [size]) == pytest.approx(expected)
+    assert messages.describe_loss(1.5, vocabulary.token_name, size) == (
+        f"1.5000 nats per word, 2.1640 bits per word, perplexity 4.482, "
+        f"{expected:.4f} bits per character"
+    )
+    characters = Vocabulary.from_text(text)
+    size = hold_text(text, "characters", "").measure(characters, characters.encode(text))
+    assert messages.describe_loss(1.5, characters.token_name, size) == (
+        "1.5000 nats per character, 2.1640 bits per character, perplexity 4.482"
+    )
+    text = "a ü b"
+    size = hold_text(text, "characters", "").measure(characters, characters.encode(text))
+    expected = (4 * 1.5 / math.log(2) + 3 * 8) / 4
+    assert f" {expected:.4f} bits per character" in messages.describe_loss(1.5, "character", size)

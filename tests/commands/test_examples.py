@@ -1,0 +1,332 @@
+"""Run the files of examples/ with a tiny model, as their docstrings say."""
+
+import ast
+import http.client
+import io
+import os
+import random
+import re
+import runpy
+import subprocess
+import sys
+import threading
+import types
+import urllib.parse
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import commands
+import lstm_jax
+import novelty
+import runs
+from lstm_jax.data import sources
+from lstm_jax.run import workdir
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+QUICK = EXAMPLES.parent / "experiments" / "quick.py"
+
+
+@pytest.fixture(scope="module")
+def run(trained: Path) -> lstm_jax.Run:
+    """Return the tiny model."""
+    return lstm_jax.load(trained)
+
+
+def run_example(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> None:
+    """Run an example in this process with these arguments."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_every_example_is_short_and_says_how_to_run_it(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert source.count("\n") < 100
+    assert f"    python examples/{path.name} " in source.split('"""')[1]
+    listed = (EXAMPLES.parent / "docs" / "examples.md").read_text(encoding="utf-8")
+    assert f"(../examples/{path.name})" in listed
+
+
+@pytest.mark.slow
+def test_sentences_are_sorted_by_their_score(
+    trained: Path,
+    run: lstm_jax.Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sentences = ["¿xqz jvk wq", "the people and the city", "The gods be with you all"]
+    path = tmp_path / "sentences.txt"
+    path.write_text("\n\n".join(sentences), encoding="utf-8")
+    run_example(monkeypatch, "score.py", trained, path)
+    scored = [line.split("  ", 1) for line in capsys.readouterr().out.splitlines()]
+    assert sorted(sentence for _, sentence in scored) == sorted(sentences)
+    assert scored[-1][1] == sentences[0]
+    for bits, sentence in scored:
+        whole = run.score(f"\n\n{sentence}\n").log_probs[1:]
+        # What the model does not know counts eight bits more for its two bytes and their end.
+        total = -whole.sum() / np.log(2) + 24 * sentence.count("¿")
+        assert float(bits) == pytest.approx(total / (len(sentence) + 1), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_a_chat_continues_all_that_was_read(
+    trained: Path,
+    run: lstm_jax.Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = ("/next", "ROMEO:", "", "/undo", "/undo", "/undo", "ROMEO:", "/reset", "/next")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    run_example(monkeypatch, "chat.py", trained, "--length=20", "--temperature=0")
+    likely = "".join(f"{share:.4f}  {token!r}\n" for token, share in run.next("", n=5))
+    whole = run.generate("ROMEO:", length=40, temperature=0).removeprefix("ROMEO:")
+    first, second = whole[:20], whole[20:]
+    assert capsys.readouterr().out == f"{likely}{first}\n{second}\n{first}\n{likely}"
+
+
+@pytest.mark.slow
+def test_the_speaker_is_classified(
+    trained: Path,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_example(monkeypatch, "classify.py", trained, text_file, "First Citizen", "MENENIUS")
+    output = capsys.readouterr().out
+    pattern = r"(\d+) speeches: accuracy (0\.\d+); the majority class (0\.\d+)\n"
+    match = re.fullmatch(pattern, output)
+    assert match is not None, output
+    text = text_file.read_text(encoding="utf-8")
+    counts = [len(re.findall(f"^{name}:\n.", text, re.M)) for name in ("First Citizen", "MENENIUS")]
+    assert int(match[1]) == sum(counts)
+    assert float(match[3]) == pytest.approx(max(counts) / sum(counts), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_the_classifier_finds_what_it_can_and_nothing_else() -> None:
+    from classify import cross_validate
+
+    draws = np.random.default_rng(0)
+    labels = draws.integers(0, 2, 200)
+    noise = draws.normal(size=(200, 8)).astype(np.float32)
+    assert cross_validate(noise + 2 * labels[:, None], labels) > 0.9
+    assert 0.4 < cross_validate(noise, labels) < 0.6
+
+
+@pytest.mark.slow
+def test_the_server_streams_to_two_readers_at_once(run: lstm_jax.Run) -> None:
+    uvicorn = pytest.importorskip("uvicorn", reason="uvicorn isn't installed (extra 'examples')")
+    pytest.importorskip("fastapi", reason="fastapi isn't installed (extra 'examples')")
+    from server import make_app
+
+    server = uvicorn.Server(uvicorn.Config(make_app(run), port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            thread.join(0.05)
+            assert thread.is_alive()
+        port = server.servers[0].sockets[0].getsockname()[1]
+
+        def request(**query: object) -> http.client.HTTPResponse:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            connection.request("GET", f"/generate?{urllib.parse.urlencode(query)}")
+            return connection.getresponse()
+
+        responses = [request(prompt="The ", length=300, seed=seed) for seed in (1, 2)]
+        first = [response.read1().decode() for response in responses]
+        rest = [response.read().decode() for response in reversed(responses)][::-1]
+        for seed, beginning, end in zip((1, 2), first, rest, strict=True):
+            assert beginning and end, "the text came in one piece"
+            assert f"The {beginning}{end}" == run.generate("The ", length=300, seed=seed)
+        refused = request(temperature=-1)
+        assert refused.status == 400 and b"temperature is -1" in refused.read()
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def compress(cores: set[int], *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the compressor in a process that may use these cores."""
+    code = (
+        f"import os, runpy, sys; os.sched_setaffinity(0, {cores}); del sys.argv[0];"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, EXAMPLES / "compress.py", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.process
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the cores can't be chosen")
+def test_the_compressor_writes_what_the_loss_promises_and_loses_nothing(
+    trained: Path, run: lstm_jax.Run, text_file: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("constriction", reason="constriction isn't installed (extra 'examples')")
+    text = text_file.read_bytes()[-4000:]
+    (tmp_path / "text").write_bytes(text)
+    cores = os.sched_getaffinity(0)
+    packed = compress(cores, "pack", trained, tmp_path / "text", tmp_path / "packed")
+    assert packed.returncode == 0, packed.stderr
+    data = (tmp_path / "packed").read_bytes()
+    loss = -run.score(text.decode()).log_probs.sum(dtype=np.float64) + np.log(len(run.vocabulary))
+    # 16 bytes of the header, 4 for the number of blocks and 12 for each; whole words of 4 bytes.
+    assert abs(len(data) - 32 - loss / np.log(2) / 8) < 0.002 * len(data) + 8
+    unpacked = compress({min(cores)}, "unpack", trained, tmp_path / "packed", tmp_path / "copy")
+    assert unpacked.returncode == 0, unpacked.stderr
+    assert (tmp_path / "copy").read_bytes() == text
+
+
+@pytest.mark.slow
+def test_the_compressor_refuses_another_model_and_damage(
+    run: lstm_jax.Run, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("constriction", reason="constriction isn't installed (extra 'examples')")
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # The import changes it.
+    from compress import pack, unpack
+
+    text = text_file.read_bytes()[:1000]
+    data = pack(run, text, block_length=300)
+    assert unpack(run, data) == text
+    assert len(pack(run, text)) < len(data)
+    damaged = [data[:-1], data[:20], b""]
+    for at in (7, 13, 16, 19, 25, -90):
+        damaged.append(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    for wrong in damaged:
+        with pytest.raises(lstm_jax.UserError, match="damaged, or of another model or"):
+            unpack(run, wrong)
+    for unknown in (b"", "é".encode()):
+        with pytest.raises(lstm_jax.UserError, match="characters that the model lacks"):
+            pack(run, unknown)
+
+
+def interpolate(text: str, context: str, character: str) -> float:
+    """Return the probability of a character after a context, by the equation of ngrams.py."""
+    ends = range(len(context), len(text))
+    after = [text[i] for i in ends if text[i - len(context) : i] == context]
+    types = len(set(after))
+    # One character more than those of the text is any other.
+    shorter = interpolate(text, context[1:], character) if context else 1 / (len(set(text)) + 1)
+    return (after.count(character) + types * shorter) / (len(after) + types) if after else shorter
+
+
+def test_the_probabilities_of_n_grams_sum_to_one_and_are_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ngrams import NGrams
+
+    text, read = "abracadabra cabbage abba", "abbr zcab"
+    ngrams = NGrams(text)
+    expected = [
+        [interpolate(text, read[max(0, i - n) : i], read[i]) for i in range(len(read))]
+        for n in range(4)
+    ]
+    np.testing.assert_allclose(ngrams.predict(read, 4), expected, rtol=1e-12)
+    ends = [ngrams.predict(f"abba{end}", 4)[:, -1] for end in [*ngrams.alphabet, "?"]]
+    np.testing.assert_allclose(np.sum(ends, axis=0), 1, rtol=1e-12)
+
+    scores = types.SimpleNamespace(log_probs=np.full(len(read) - 1, -1.5))
+    model = types.SimpleNamespace(score={read: scores}.__getitem__)
+    monkeypatch.setattr(lstm_jax, "load", lambda name: model)
+    (tmp_path / "train").write_text(text)
+    (tmp_path / "test").write_text(read)
+    files = tmp_path / "train", tmp_path / "test"
+    run_example(monkeypatch, "ngrams.py", "runs/quick", *files, "--longest", 4)
+    chosen, measured = capsys.readouterr().out.splitlines()
+    n, weight = map(float, re.findall(r"[\d.]+\d|\d", chosen))
+    of_model, alone, mixed = map(float, re.findall(r" ([\d.]+)", measured))
+    assert of_model == 1.5
+    assert alone == pytest.approx(-np.log(expected[int(n) - 1][1:]).mean(), abs=1e-3)
+    parts = (1 - weight) * np.exp(-1.5) + weight * np.array(expected[int(n) - 1][1:])
+    assert mixed == pytest.approx(-np.log(parts).mean(), abs=1e-3) and mixed < min(of_model, alone)
+
+
+def train_by_loop(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *flags: str
+) -> dict[str, float]:
+    """Return the losses that training_loop.py prints."""
+    with commands.keep_process_state(), pytest.raises(SystemExit) as end:
+        run_example(monkeypatch, "training_loop.py", f"--config={QUICK}", *flags)
+    assert not end.value.code
+    losses: dict[str, float] = ast.literal_eval(capsys.readouterr().out)
+    return losses
+
+
+@pytest.mark.slow
+def test_a_loop_of_your_own_trains_like_the_package(
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = [*runs.TINY, f"--config.data.path={text_file}", "--config.num_epochs=1"]
+    flags += ["--config.batches.reset_probability=0.0", "--config.model.dtype=float32"]
+    flags += [f"--config.regularization.{name}_dropout=0.0" for name in ("embedding", "output")]
+    losses = train_by_loop(monkeypatch, capsys, *flags)
+    done = commands.run("main", f"--config={QUICK}", f"--workdir={tmp_path}", *flags)
+    assert done.returncode == 0, done.stderr
+    rows = {split: loss for _, split, loss in runs.read_losses(tmp_path)}
+    for split in ("validation", "test"):
+        assert losses[split] == pytest.approx(rows[split], abs=2e-4)
+    others = ["--optimizer=ademamix", "--batches=8x32x1,16x16x1", "--decode_past=0.1"]
+    others += ["--config.optimizer.max_gradient_norm=0.0"]  # Off.
+    assert train_by_loop(monkeypatch, capsys, *flags, *others)["train"] < 3
+
+
+@pytest.mark.slow
+def test_a_student_learns_from_what_its_teachers_wrote(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [f"--config={QUICK}", *runs.TINY, f"--config.data.path={text_file}"]
+    flags += ["--config.max_steps=30", "--teachers=2", "--epochs=1", f"--out={tmp_path}"]
+    for _ in range(2):  # The second time, all is done.
+        with commands.keep_process_state(), pytest.raises(SystemExit) as end:
+            run_example(monkeypatch, "student.py", *flags)
+        assert not end.value.code
+    student = workdir.load_trained(tmp_path / "student")
+    assert student.config.init_from == str(tmp_path / "teacher_1") and student.step <= 30
+    text = text_file.read_text(encoding="utf-8")
+    train, validation, test = (
+        (tmp_path / f"{name}.txt").read_text(encoding="utf-8") for name in sources.SPLITS
+    )
+    read = text[: len(text) - len(validation + test)]
+    assert text == read + validation + test and train.count(read) == 2 and train.endswith(read)
+    assert 5.9 * len(read) < len(train) < 6.1 * len(read) + 256
+
+
+def test_novelty_is_that_of_a_brute_force_search() -> None:
+    rng = random.Random(0)
+    training_text = "".join(rng.choices("ab\n", k=2000))
+    text = "".join(rng.choices("ab\n", k=100))
+    for length in (19, 20, 21, 22, 60):
+        start = rng.randrange(1900)
+        text += training_text[start : start + length] + rng.choice(["", "c"])
+    runs_of = [
+        (i, j)
+        for i in range(len(text))
+        for j in range(i, len(text) + 1)
+        if text[i:j] in training_text
+    ]
+    copied = {k for i, j in runs_of if j - i > novelty.COMMON for k in range(i, j)}
+    longest, share = novelty.measure_novelty(text, training_text)
+    assert len(longest) == max(j - i for i, j in runs_of) and longest in training_text
+    assert share == len(copied) / len(text) > 0.2
+    assert novelty.measure_novelty("", "a") == ("", 0)
+
+
+@pytest.mark.slow
+def test_a_text_and_the_most_probable_one(
+    trained: Path,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_example(monkeypatch, "novelty.py", trained, text_file, "--length", 200)
+    longest = capsys.readouterr().out.partition("the longest passage has ")[2].partition(": ")[2]
+    assert ast.literal_eval(longest) in text_file.read_text(encoding="utf-8")
+    run_example(monkeypatch, "beam_search.py", trained, "ROMEO:", "--length", 9, "--beams", 3)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and all("'ROMEO:" in line for line in lines)

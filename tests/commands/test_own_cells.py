@@ -1,0 +1,594 @@
+# ruff: noqa: D101, D102
+"""Train with cells in files of a user: the example of docs/cells.md, and broken ones."""
+
+import inspect
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import commands
+import lstm_jax
+import models
+import runs
+from lstm_jax import cells, training
+from lstm_jax import config as config_lib
+from lstm_jax import model as model_lib
+from lstm_jax.cells.block import Block
+from lstm_jax.cells.making import make_cell
+from lstm_jax.cells.protocol import restart
+from lstm_jax.errors import UserError
+from lstm_jax.export import activations
+from lstm_jax.matmul import matmul
+from lstm_jax.run import cell_file, resume, workdir
+from test_docs import find_blocks
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "cells.md"
+FOREIGN = ROOT / "tests" / "fixtures" / "delta_cell.py"
+
+
+@pytest.fixture
+def own_file(tmp_path: Path) -> Path:
+    """Return a file with the example."""
+    (source,) = (block.text for block in find_blocks(PAGE) if block.text.startswith("# my_cells"))
+    assert len(source.splitlines()) <= 60
+    path = tmp_path / "my_cells.py"
+    path.write_text(source)
+    return path
+
+
+def name_cell(config: ConfigDict, path: Path, kind: str = "CoupledLSTM") -> str:
+    config.model.cell = f"{path}:{kind}"
+    return config.model.cell
+
+
+class _KilledError(Exception):
+    pass
+
+
+@pytest.mark.slow
+def test_the_example_trains_and_resumes_bit_for_bit(
+    own_file: Path, tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    name_cell(tiny_config, own_file)
+    tiny_config.model.options = {"forget_bias": 0.5}
+    tiny_config.optimizer.microbatches = 2
+    for field in tiny_config.regularization:
+        tiny_config.regularization[field] = 0.1
+    assert training.train(tiny_config, tmp_path / "whole") == 0
+
+    def die(row: Any) -> None:
+        if row["step"] > 80 and row["split"] == "train":
+            raise _KilledError
+
+    with pytest.raises(_KilledError):
+        training.train(tiny_config, tmp_path / "cut", die)
+    moved = own_file.rename(own_file.with_name("moved.py"))
+    name_cell(tiny_config, moved)  # A file may move.
+    assert training.train(tiny_config, tmp_path / "cut") == 0
+    runs.assert_same(tmp_path / "whole", tmp_path / "cut")
+    rows = [workdir.load_config(tmp_path / name).model for name in ("whole", "cut")]
+    assert rows[0].cell_sha256 == rows[1].cell_sha256 and len(rows[0].cell_sha256) == 64
+    assert [row.cell for row in rows] == [f"{own_file}:CoupledLSTM", f"{moved}:CoupledLSTM"]
+
+    # Neither another option nor another file may continue it.
+    tiny_config.num_epochs = 3
+    tiny_config.model.options = {}
+    with pytest.raises(UserError, match="model.options was {'forget_bias': 0.5} and is {}"):
+        training.train(tiny_config, tmp_path / "cut")
+    tiny_config.model.options = {"forget_bias": 0.5}
+    moved.write_text(moved.read_text() + "\n")
+    with pytest.raises(UserError, match="has changed since the run .* began: restore it, or"):
+        training.train(tiny_config, tmp_path / "cut")
+
+
+SPACE = """
+def get_overrides(trial):
+    return {"model.options.keys": trial.suggest_int("keys", 2, 4)}
+"""
+
+
+@pytest.mark.slow
+def test_a_cell_of_somebody_else_needs_only_flags(text_file: Path, tmp_path: Path) -> None:
+    their_file = tmp_path / "their cell.py"
+    shutil.copy(FOREIGN, their_file)
+    assert len(their_file.read_text().splitlines()) <= 60
+    cell = f"{their_file}:DeltaCell"
+    fields = [f"--config={ROOT}/experiments/quick.py", f"--config.data.path={text_file}"]
+    fields += [f"--config.model.cell={cell}", "--config.model.options.warm_up=3.0"]
+    fields += [*runs.TINY, "--config.sample.length=20"]
+
+    def run(module: str, *arguments: str) -> str:
+        done = commands.run(module, *arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    # The commands that a run and a sweep print work.
+    def generate(printed: str) -> str:
+        command = shlex.split(printed.partition("Generate text: ")[2].partition("\n")[0])
+        assert command[:3] == ["python", "-m", "lstm_jax.sample"]
+        return run("sample", *command[3:], "--length=9")
+
+    assert len(generate(run("main", *fields, "--config.max_steps=20", "--workdir=run"))) == 9 + 1
+    resumed = run("main", *fields, "--config.max_steps=30", "--workdir=run")
+    assert "Resuming from step 20" in resumed
+    run("export", "--workdir=run", f"--cell={cell}", "--length=500")
+    assert '"rate"' in (tmp_path / "run" / "page.html").read_text()
+    (tmp_path / "space.py").write_text(SPACE)
+    sweep = [*fields, "--config.max_steps=2", "--space=space.py", "--trials=1", "--workdir=sweep"]
+    printed = run("sweep", *sweep)
+    rows = (tmp_path / "sweep" / "trials.jsonl").read_text().splitlines()
+    assert [json.loads(row)["state"] for row in rows] == ["complete"]
+    assert len(generate(printed)) == 9 + 1
+
+
+@pytest.mark.slow
+def test_reading_a_run_runs_only_the_file_that_the_user_names(
+    own_file: Path, tiny_config: ConfigDict, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tiny_config.max_steps = 1
+    name = name_cell(tiny_config, own_file)
+    assert training.train(tiny_config, tmp_path / "run") == 0
+    mark = tmp_path / "mark"
+    own_file.write_text(f"open({str(mark)!r}, 'w')\n" + own_file.read_text())
+    capfd.readouterr()
+
+    def run(module: str, *arguments: str) -> commands.Done:
+        return commands.run(module, "--workdir", tmp_path / "run", *arguments)
+
+    cells.LOADED.clear()
+    with pytest.raises(UserError, match=rf"which runs only if you name it: add cell='{name}'$"):
+        lstm_jax.load(tmp_path / "run")
+    refused = run("sample", "--length=5")
+    assert refused.returncode == 2 and not mark.exists()
+    assert refused.stderr.count("\n") == 1 and refused.stderr.endswith(f"add --cell {name}\n")
+    done = run("sample", "--length=5", "--cell", name)
+    assert done.returncode == 0 and mark.exists()
+    assert "has changed since the model" in done.stderr
+    assert "CoupledLSTM" in str(lstm_jax.load(tmp_path / "run", cell=name))
+    other = run("sample", "--cell", f"{own_file}:Other")
+    assert other.returncode == 2 and "its classes are CoupledLSTM" in other.stderr
+
+
+HEADER = """import flax.linen as nn
+import jax.numpy as jnp
+class Mine(nn.Module):
+    input_size: int
+    hidden_size: int
+    scale: float = 1.0
+    def initial_carry(self, batch_size):
+        return jnp.zeros((batch_size, self.hidden_size))
+    @nn.compact
+    def __call__(self, carry, inputs):
+"""
+GOOD = "        return carry, nn.Dense(self.hidden_size)(inputs) + carry\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("import nothing_like_it\n", r"cell file .*own.py, line 1: ModuleNotFoundError"),
+        (HEADER.replace("Mine", "Other") + GOOD, "has no class Mine: its classes are Other"),
+        ("class Mine: pass\n", "Mine in .*own.py is not a Flax module"),
+        (
+            "import flax.linen as nn\nclass Mine(nn.Module):\n    hidden_size: int\n",
+            "Mine .*own.py, line 2.* has no field input_size",
+        ),
+        (
+            HEADER.replace("initial_carry", "first_carry") + GOOD,
+            "line 3.* has no method initial_carry",
+        ),
+        (
+            HEADER + "        return nn.Dense(self.hidden_size)(inputs)\n",
+            "line 9.*: it must return a tuple of the next carry and the outputs",
+        ),
+        (
+            HEADER + "        return carry, inputs\n",
+            r"its outputs are float32\[3, 8\]: it must return floats .* here \[3, 24\]",
+        ),
+        (
+            HEADER.replace("scale: float = 1.0", "scale: float") + GOOD,
+            "own.py, line 3.*: its field scale needs a default",
+        ),
+        (HEADER.partition("    @nn.compact")[0], "own.py, line 3.* has no method __call__"),
+        (
+            HEADER.replace("(self, carry, inputs)", "(self, carry)") + GOOD,
+            r"own.py, line 9.*: the arguments of __call__ must be \(self, carry, inputs\)",
+        ),
+        (
+            HEADER.replace("return jnp.zeros(", "jnp.zeros(") + GOOD,
+            r"own.py, line 7.*: initial_carry\(3\) returned None: it must return arrays",
+        ),
+        (
+            HEADER.replace("jnp.zeros(", "self.param('a', nn.initializers.ones, ") + GOOD,
+            "own.py, line 8.*: AssertionError: initial_carry depends on the fields alone",
+        ),
+        (
+            HEADER
+            + GOOD
+            + "    def run_parallel(self, carry, inputs, starts):\n        return inputs\n",
+            "own.py, line 12.*: it must return a tuple of the next carry and the outputs",
+        ),
+        (
+            HEADER + GOOD + "    run_parallel = None\n",
+            r"own.py, line 3\): run_parallel is None: make it a method",
+        ),
+        (
+            HEADER + GOOD + "    def gates(self, carry, inputs):\n        return {'a': inputs}\n",
+            r"own.py, line 12.*: a is float32\[3, 8\]: it must return floats",
+        ),
+        (
+            HEADER + GOOD + "    def activation(self, carry):\n        return carry[0]\n",
+            r"own.py, line 12.*: activation is float32\[24\]: it must return floats",
+        ),
+        (
+            HEADER + "        return (carry, carry), carry\n",
+            r"the next carry is \(float32.*\): it must be as in initial_carry, float32\[3, 24\]",
+        ),
+        (
+            HEADER.replace("(batch_size, self", "(1, self") + GOOD,
+            r"line 7.*initial_carry\(3\) returned float32\[1, 24\]: the first axis",
+        ),
+        (
+            HEADER + "        self.variable('memory', 'x', jnp.zeros, ())\n" + GOOD,
+            "variables in the collection 'memory': return all state in the carry",
+        ),
+    ],
+)
+def test_a_mistake_in_a_cell_is_one_line(
+    source: str, message: str, tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(source)
+    name_cell(tiny_config, path, "Mine")
+    with pytest.raises(UserError, match=message) as error:
+        training.train(tiny_config, tmp_path / "run")
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_is_read_with_the_file_that_it_was_trained_with(
+    tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_config.max_steps = 1
+    for name in ("one", "two"):
+        path = tmp_path / f"{name}.py"
+        path.write_text(HEADER + GOOD + f"# {name}\n")
+        name_cell(tiny_config, path, "Mine")
+        assert training.train(tiny_config, tmp_path / name, quiet=True) == 0
+    for name in ("one", "two"):
+        trained = workdir.load_trained(tmp_path / name)
+        assert trained.config.model.cell == f"{tmp_path / name}.py:Mine"
+    assert capsys.readouterr().err == ""
+    # A mistake in a file that has changed is one line, too.
+    path.write_text(HEADER + "        return carry, inputs\n")
+    cell_file.load_cell(f"{path}:Mine")
+    with pytest.raises(UserError, match=r"two.py, line 9.*: its outputs are float32\[3, 8\]"):
+        workdir.load_trained(tmp_path / "two")
+    assert "has changed since the model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model.options": {"size": 3}}, "Mine has no option size: its options are scale"),
+        ({"model.options": {"scale": "a"}}, "scale of the cell Mine is 'a': .* of type float"),
+        ({"model.dtype": "bfloat16"}, "Mine has no field dtype: it must be 'float32'"),
+        ({"model.layer_norm": True}, "Mine has no field layer_norm: it must be False"),
+        ({"model.recurrence": "parallel"}, "needs a cell with a method run_parallel, which Mine"),
+        ({"model.recurrence": "xla"}, "only the cells lstm, peephole, gru and rnn"),
+        (
+            {"regularization.recurrent_dropout": 0.1},
+            "recurrent_dropout needs a cell with a parameter recurrent_kernel: set it to 0",
+        ),
+    ],
+)
+def test_a_field_that_a_cell_does_not_support_is_one_line(
+    fields: dict[str, Any], message: str, tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(HEADER + GOOD)
+    name_cell(tiny_config, path, "Mine")
+    tiny_config.update_from_flattened_dict(fields)
+    with pytest.raises(UserError, match=message):
+        resume.resolve_model(config_lib.complete_config(tiny_config))
+
+
+class Annotated(nn.Module):
+    """A cell whose options have annotations that say more than their defaults."""
+
+    input_size: int
+    hidden_size: int
+    order: int | None = None
+    scale: "float | None" = None
+    kind: Literal["a", "b"] = "a"
+    free: Any = None
+
+    def initial_carry(self, batch_size: int) -> None:
+        raise NotImplementedError
+
+    def __call__(self, carry: Any, inputs: jax.Array) -> None:
+        raise NotImplementedError
+
+
+class Unknown(Annotated):
+    later: "Undefined" = 1.0  # type: ignore[name-defined] # noqa: F821
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "wrong", "types"),
+    [
+        ("order", [3, None], 0.5, "int"),
+        ("order", [3], True, "int"),
+        ("scale", [3, 0.5], "a", "float"),
+        ("kind", ["b"], 3, "str"),
+        ("free", [True, 3, 0.5, "a"], (), "bool or int or float or str"),
+    ],
+)
+def test_the_annotation_of_an_option_decides_its_type(
+    name: str, values: list[Any], wrong: Any, types: str
+) -> None:
+    for value in values:
+        assert getattr(make_cell(Annotated, 3, 4, options={name: value}), name) == value
+    with pytest.raises(UserError, match=f"{name} of the cell Annotated .* of type {types}$"):
+        make_cell(Annotated, 3, 4, options={name: wrong})
+
+
+def test_an_option_without_a_readable_annotation_has_the_type_of_its_default() -> None:
+    assert make_cell(Unknown, 3, 4, options={"later": 2}).later == 2
+    with pytest.raises(UserError, match="later of the cell Unknown is 'a': .* of type float"):
+        make_cell(Unknown, 3, 4, options={"later": "a"})
+
+
+def test_options_are_fields_of_a_config() -> None:
+    config = config_lib.complete_config({"model": {"options": {"heads": 2, "soft": True}}})
+    assert dict(config_lib.flatten(config))["model.options"] == {"heads": 2, "soft": True}
+    assert config_lib.describe_unknown_field("model.options.heads") is None
+    with pytest.raises(UserError, match="model.options is .*: it must be numbers, strings and"):
+        config_lib.complete_config({"model": {"options": {"sizes": [1, 2]}}})
+
+
+def test_a_cell_without_gates_has_a_report_of_its_outputs() -> None:
+    class Plain(nn.Module):
+        input_size: int
+        hidden_size: int
+
+        def initial_carry(self, batch_size: int) -> jax.Array:
+            return jnp.zeros((batch_size, self.hidden_size))
+
+        def setup(self) -> None:  # Its attributes are no methods of the protocol.
+            self.gates, self.activation = nn.Dense(self.hidden_size), jnp.sin
+
+        def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+            carry = 0.5 * carry + 9 * self.gates(inputs)
+            return carry, carry
+
+    model = model_lib.LanguageModel(11, 6, 8, cell=Plain)
+    params = models.draw_params(model, 0.1)
+    ids = np.arange(50, dtype=np.int32) % 11
+    reading = activations.record_activations(model, params, ids)
+    outputs, _ = model.apply({"params": params}, ids[None], model.initial_carry(1), method="run")
+    np.testing.assert_allclose(reading.activations / 127, np.tanh(outputs[0]).T, atol=0.5 / 127)
+    assert reading.saturation == [{}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*cells.CELLS, "block"])
+def test_the_cells_of_the_package_follow_the_protocol(name: str) -> None:
+    inner = make_cell(cells.CELLS["gru"], 8, 8)
+    lstm_jax.check_cell(Block(5, 8, inner) if name == "block" else cells.CELLS[name])
+
+
+@pytest.mark.slow
+def test_the_example_follows_the_protocol(own_file: Path) -> None:
+    cell_file.load_cell(f"{own_file}:CoupledLSTM")
+    lstm_jax.check_cell(cells.LOADED[f"{own_file}:CoupledLSTM"][0], options={"forget_bias": 0.0})
+
+
+class Sum(nn.Module):
+    """A cell that the tests below break: h' = h / 2 + x W."""
+
+    input_size: int
+    hidden_size: int
+    dtype: str = "float32"
+
+    def setup(self) -> None:
+        shape = (self.input_size, self.hidden_size)
+        self.kernel = self.param("kernel", nn.initializers.ones, shape)
+
+    def initial_carry(self, batch_size: int) -> jax.Array:
+        return jnp.zeros((batch_size, self.hidden_size))
+
+    def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        carry = 0.5 * carry + matmul(inputs, self.kernel, self.dtype)
+        return carry, carry
+
+    def run_parallel(
+        self, carry: jax.Array, inputs: jax.Array, starts: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        outputs = []
+        for t in range(inputs.shape[1]):
+            carry = restart(self, carry, None if starts is None else starts[:, t])
+            carry, output = self(carry, inputs[:, t])
+            outputs.append(output)
+        return carry, jnp.stack(outputs, axis=1)
+
+
+class Counting(Sum):
+    """A cell with gates wholly open or closed, and with other dtypes in its carry.
+
+    One of these numbers is a little lower in bfloat16.
+    """
+
+    def initial_carry(self, batch_size: int) -> Any:
+        return {
+            "sum": super().initial_carry(batch_size),
+            "begun": jnp.zeros((batch_size,), bool),
+            "count": jnp.zeros((batch_size,), jnp.uint32),
+            "nothing": jnp.zeros((batch_size, 0)),
+        }
+
+    def __call__(self, carry: Any, inputs: jax.Array) -> tuple[Any, jax.Array]:
+        hidden, outputs = super().__call__(carry["sum"], inputs)
+        count = carry["count"] + (1000 if self.dtype == "float32" else 999)
+        begun = jnp.ones_like(carry["begun"])
+        return {**carry, "sum": hidden, "begun": begun, "count": count}, outputs
+
+    def gates(self, carry: Any, inputs: jax.Array) -> dict[str, jax.Array]:
+        return {"open": jnp.ones_like(carry["sum"]), "closed": jnp.zeros_like(carry["sum"])}
+
+
+class Mixing(Sum):
+    def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return super().__call__(carry + carry.mean(axis=0), inputs)
+
+
+class Forgetting(Sum):
+    def run_parallel(
+        self, carry: jax.Array, inputs: jax.Array, starts: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        return super().run_parallel(jnp.zeros_like(carry), inputs, starts)
+
+
+class WithoutDocuments(Sum):
+    def run_parallel(
+        self, carry: jax.Array, inputs: jax.Array, starts: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        return super().run_parallel(carry, inputs, None)
+
+
+class WrongGradient(Sum):
+    def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return super().__call__(jax.lax.stop_gradient(carry), inputs)
+
+
+class Coarse(Sum):
+    def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return super().__call__(carry, inputs * (1.0 if self.dtype == "float32" else 1.5))
+
+
+class Infinite(Sum):
+    def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return super().__call__(carry, inputs / 0)
+
+
+class WrongGate(Sum):
+    def gates(self, carry: jax.Array, inputs: jax.Array) -> dict[str, jax.Array]:
+        return {"input": 2 + carry}
+
+
+class ForgottenDtype(cells.GRUCell):
+    def __call__(self, carry: Any, inputs: jax.Array) -> Any:
+        sums = inputs @ self.input_kernel + carry.hidden @ self.recurrent_kernel + self.bias
+        r, z, n = jnp.split(sums, 3, axis=-1)
+        hidden = nn.sigmoid(z) * carry.hidden + nn.sigmoid(r) * jnp.tanh(n)
+        return carry._replace(hidden=hidden), hidden
+
+
+class ForgottenLayerNorm(ForgottenDtype):
+    def __call__(self, carry: Any, inputs: jax.Array) -> Any:
+        return super().__call__(carry, matmul(inputs, jnp.eye(self.input_size), self.dtype))
+
+
+class ForgottenGates(cells.GRUCell):
+    def __call__(self, carry: Any, inputs: jax.Array) -> Any:
+        projected = self.project_inputs(inputs) + self.project_hidden(carry.hidden)
+        r, z, n = jnp.split(projected, 3, axis=-1)
+        hidden = nn.sigmoid(z) * carry.hidden + nn.sigmoid(r) * jnp.tanh(n)
+        return carry._replace(hidden=hidden), hidden
+
+
+class InheritedGates(cells.LSTMCell):
+    """A cell with its own equation of the state, and the gates of the LSTM."""
+
+    def __call__(self, carry: Any, inputs: jax.Array) -> Any:
+        gates = self.gates(carry, inputs)
+        cell = gates["forget"] * carry.cell + (1 - gates["forget"]) * gates["candidate"]
+        hidden = gates["output"] * jnp.tanh(cell)
+        return carry._replace(cell=cell, hidden=hidden), hidden
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (ForgottenDtype, "dtype has no effect on its outputs: use lstm_jax.matmul"),
+        (ForgottenLayerNorm, "layer_norm has no effect on its outputs: normalize if"),
+        (ForgottenGates, "the method gates has no effect on its outputs: override gates too"),
+        (Mixing, "the results of a text depend on the other texts"),
+        (Forgetting, "the parallel form differs from a scan: by"),
+        (WithoutDocuments, "with documents, the parallel form differs from a scan: by"),
+        (WrongGradient, "its gradient differs from finite differences"),
+        (Coarse, "bfloat16 is far from float32"),
+        (Infinite, "are not finite"),
+        (WrongGate, r"input has values outside of \[0, 1\]"),
+        (lambda: None, "is not a subclass of flax.linen.Module"),
+        (nn.Dense(3), "needs fields input_size and hidden_size"),
+    ],
+)
+def test_check_cell_names_what_is_wrong(cell: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        lstm_jax.check_cell(cell)
+    assert "\n" not in str(error.value)
+    if isinstance(cell, type):
+        place = rf"the cell {cell.__name__} \(.*test_own_cells.py, line (\d+)\)"
+        found = re.match(place, str(error.value))
+        lines, first = inspect.getsourcelines(cell)
+        assert found and first <= int(found[1]) < first + len(lines)
+
+
+def test_auto_is_float32_for_a_cell_without_a_dtype(
+    own_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"{own_file}:CoupledLSTM"
+    cell_file.load_cell(name)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    made = model_lib.make_model(config_lib.ModelConfig(cell=name, dtype="auto"), 9)
+    assert made.dtype == "float32" and made.make_cells()
+
+
+_ACCEPTED = [Counting, Sum(5, 8, "bfloat16"), pytest.param(InheritedGates, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("cell", _ACCEPTED)
+def test_check_cell_accepts_any_carry_gates_and_dtype(cell: Any) -> None:
+    lstm_jax.check_cell(cell)
+
+
+def test_a_cell_in_a_block_needs_equal_sizes_only() -> None:
+    class Adding(Sum):
+        def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+            carry, outputs = super().__call__(carry, inputs)
+            return carry, inputs + outputs
+
+    model = model_lib.LanguageModel(11, 6, 8, cell=Adding, block="residual")
+    model_lib.check_cells(model)
+    with pytest.raises(UserError, match="Adding"):
+        model_lib.check_cells(model.clone(block="none"))
+
+
+def test_options_and_operations_are_bounded(tiny_config: ConfigDict) -> None:
+    model = tiny_config.model
+    for rounds in (-1, 101):
+        model.cell, model.options = "mogrifier", {"rounds": rounds}
+        message = f"rounds of the cell .* {rounds}: it must be from 0 to 100$"
+        with pytest.raises(UserError, match=message):
+            resume.resolve_model(config_lib.complete_config(tiny_config))
+    model.num_layers, model.options = 100, {"rounds": 100}
+    with pytest.raises(UserError, match="the 100 layers of cell mogrifier have 2.* 25,000 are the"):
+        resume.resolve_model(config_lib.complete_config(tiny_config))
+    # The most layers, of a common cell.
+    model.cell, model.options, model.block = "lstm", {}, "residual"
+    model_lib.check_cells(model_lib.make_model(model, 9))
+    model.cell, model.options = "slstm", {"heads": 2**20 + 1}
+    with pytest.raises(UserError, match="heads of .*: it must be from -1,048,576 to 1,048,576$"):
+        model_lib.make_model(model, 9).make_cells()

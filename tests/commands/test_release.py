@@ -1,0 +1,176 @@
+"""Test the package installed from its wheel, without a clone."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import lstm_jax
+from conftest import make_once
+from lstm_jax import config
+from lstm_jax.run import workdir
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_successfully(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command outside of a clone, and assert that it succeeds."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(
+        arguments, capture_output=True, text=True, timeout=300, cwd=cwd, env=environment
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def run(*arguments: str, cwd: Path) -> str:
+    """Return the standard output of a command."""
+    return run_successfully(*arguments, cwd=cwd).stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the wheel from the source distribution, as for a release."""
+    pytest.importorskip("build", reason="build is not installed (extra 'dev')")
+
+    def build(directory: Path) -> None:
+        directory.mkdir()
+        command = [sys.executable, "-m", "build", "--outdir", str(directory), str(ROOT)]
+        result = run_successfully(*command, cwd=directory)
+        # Warnings of `build` are in capitals. Others are about this machine, such as
+        # "byte-compiling is disabled".
+        assert not re.findall(r".*WARNING.*|.*DeprecationWarning.*", result.stdout + result.stderr)
+
+    directory = make_once("dist", tmp_path_factory, build)
+    assert len(list(directory.glob("lstm_jax-*.tar.gz"))) == 1
+    (path,) = directory.glob("*.whl")
+    return path
+
+
+@pytest.mark.process
+def test_the_wheel_holds_every_module_and_experiment_and_nothing_else(wheel: Path) -> None:
+    assert wheel.name == f"lstm_jax-{lstm_jax.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        (license_file,) = (name for name in archive.namelist() if name.endswith("LICENSE"))
+        assert b"Apache License" in archive.read(license_file)
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "lstm_jax").rglob("*.py")}
+    others = ("export/page.html", "py.typed", "ops/lstm.c")
+    modules |= {f"lstm_jax/{name}" for name in others}
+    pretrained = (ROOT / "lstm_jax" / "pretrained").glob("*/*")
+    modules |= {str(path.relative_to(ROOT)) for path in pretrained}
+    found = (ROOT / "experiments").rglob("*.py")
+    experiments = {f"lstm_jax/{path.relative_to(ROOT)}" for path in found}
+    assert names == modules | experiments
+
+
+@pytest.mark.process
+def test_the_first_command_works_where_the_wheel_is_installed(
+    wheel: Path, text_file: Path, tmp_path: Path
+) -> None:
+    environment = tmp_path / "environment"
+    venv.create(environment)
+    python = str(environment / "bin" / "python")
+    install = [sys.executable, "-m", "pip", "--python", python, "install"]
+    run(*install, "--no-deps", "--no-index", str(wheel), cwd=tmp_path)
+    # Use the dependencies of this environment. Python ignores editable installs there, because it
+    # reads no .pth files in a directory that a .pth file adds.
+    (site,) = environment.glob("lib/*/site-packages")
+    (site / "here.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    where = run(python, "-c", "import lstm_jax; print(lstm_jax.__file__)", cwd=empty)
+    assert Path(where.strip()).is_relative_to(environment.resolve())
+    train = [python, "-m", "lstm_jax.main", "--config", "experiments/quick.py"]
+    sizes = ["--config.model.hidden_size=16", "--config.batches.window_length=32"]
+    run(*train, *sizes, f"--config.data.path={text_file}", "--config.max_steps=1", cwd=empty)
+    assert (empty / "runs" / "quick" / workdir.CHECKPOINTS / "1").is_dir()
+    sample = [python, "-m", "lstm_jax.sample", "--workdir", "runs/quick", "--length=20"]
+    assert len(run(*sample, cwd=empty)) == 21
+    assert run(*sample, "--version", cwd=empty) == f"lstm-jax {lstm_jax.__version__}\n"
+
+
+@pytest.mark.process
+def test_a_type_checker_finds_an_editable_install_from_any_folder(tmp_path: Path) -> None:
+    environment = tmp_path / "environment"
+    venv.create(environment)
+    python = str(environment / "bin" / "python")
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps"]
+    run(*install, "--editable", str(ROOT), cwd=tmp_path)
+    check = [sys.executable, "-m", "mypy", "--python-executable", python, "--follow-imports=skip"]
+    run(*check, "-c", "from lstm_jax import load", cwd=tmp_path)
+
+
+def test_the_changelog_and_the_citation_have_the_version_of_the_package() -> None:
+    assert f'version = "{lstm_jax.__version__}"' not in (ROOT / "pyproject.toml").read_text()
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    latest = re.search(r"^## (\S+?),? ", changelog, re.MULTILINE)
+    assert latest is not None and latest[1] == lstm_jax.__version__
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {lstm_jax.__version__}\n" in citation
+
+
+@pytest.mark.parametrize("name", ["oldest", "newest"])
+def test_constraints_have_an_allowed_version_of_each_requirement(name: str) -> None:
+    lines = (ROOT / "constraints" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    versions = {canonicalize_name(package): version for package, version in pins.items()}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = ("bpe", "convert", "examples", "sweep")
+    extras = [project["optional-dependencies"][extra] for extra in names]
+    own, *dev = project["optional-dependencies"]["dev"]
+    assert own == f"lstm-jax[{','.join(names)}]"
+    for requirement in map(Requirement, [*project["dependencies"], *sum(extras, dev)]):
+        version = versions[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), f"{requirement}: {version}"
+
+
+def test_the_workflow_runs_the_oldest_and_the_newest_python_of_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    versions = re.findall(r"Python :: (3\.\d+)", "\n".join(project["classifiers"]))
+    assert project["requires-python"] == f">={versions[0]}"
+    workflow = (ROOT / ".github" / "workflows" / "check.yml").read_text()
+    assert re.findall(r'python: "(.*)"', workflow) == [versions[0], versions[-1]]
+
+
+def test_an_experiment_is_read_from_the_package_only_if_no_file_exists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "lstm_jax" / "experiments"
+    (own / "sweeps").mkdir(parents=True)
+    (own / "quick.py").write_text("")
+    (own / "sweeps" / "quick.py").write_text("")
+    monkeypatch.setattr(config, "__file__", str(own.parent / "config.py"))
+    monkeypatch.chdir(tmp_path)
+    found = str(own / "quick.py")
+    assert config.find_experiment("experiments/quick.py") == found
+    assert config.find_experiment("experiments/sweeps/quick.py") == str(own / "sweeps/quick.py")
+    (own / "helper.py").write_text("WIDTH = 7")
+    (own / "quick.py").write_text(
+        "def get_config(word):\n    from helper import WIDTH\n    return word, WIDTH"
+    )
+    assert config.load("experiments/quick.py:gru") == ("gru", 7)
+    for other in ("experiments/none.py", "quick.py", "elsewhere/experiments/quick.py"):
+        assert config.find_experiment(other) == other
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "quick.py").write_text("")
+    assert config.find_experiment("experiments/quick.py") == "experiments/quick.py"
+
+    # An editable package has them beside it, in the clone.
+    clone = tmp_path / "clone"
+    (clone / "lstm_jax").mkdir(parents=True)
+    shutil.copytree(own, clone / "experiments")
+    (tmp_path / "experiments" / "quick.py").unlink()
+    monkeypatch.setattr(config, "__file__", str(clone / "lstm_jax" / "config.py"))
+    found = str(clone / "experiments" / "quick.py")
+    assert config.find_experiment("experiments/quick.py") == found

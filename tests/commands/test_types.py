@@ -1,0 +1,83 @@
+"""Test that mypy sees the types of the public names, in a script of a user."""
+
+import re
+from pathlib import Path
+
+import pytest
+from mypy import api
+
+ROOT = Path(__file__).parents[2]
+# A comment names the error of its line.
+SCRIPT = """
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+import lstm_jax
+
+run = lstm_jax.load("runs/quick", dtype="float32")
+text: str = run.generate("ROMEO:", length=10, temperature=0.5, top_k=3)
+pieces: Iterator[str] = run.stream("ROMEO:")
+scores = run.score("ROMEO:")
+log_probs: np.ndarray = scores.log_probs
+later: list[str] = run.score("JULIET:", scores.carry).tokens
+states: list[np.ndarray] = run.hidden_states("ROMEO:")
+state = run.read(run.vocabulary.encode("ROMEO:")[None])
+logits: np.ndarray = np.asarray(run.read(np.zeros((1, 1), np.int32), state).logits)
+following: list[tuple[str, float]] = run.next("ROMEO", n=5)
+config = lstm_jax.config.default()
+config.data.path = "my.txt"
+rows: list[Mapping[str, Any]] = []
+exit_code: int = lstm_jax.train(config, "runs/mine", rows.append, quiet=True)
+controls = lstm_jax.Controls(temperature=0.5, top_p=0.9)
+try:
+    lstm_jax.check_cell(object)  # error: arg-type
+except lstm_jax.UserError as error:
+    print(error)
+
+number: int = run.generate("ROMEO:")  # error: assignment
+run.generate(b"ROMEO:")  # error: arg-type
+run.generate("ROMEO:", lenght=10)  # error: call-arg
+run.generate("ROMEO:", temperature="hot")  # error: arg-type
+for piece in run.stream("ROMEO:"):
+    piece.append("")  # error: attr-defined
+run.score(scores)  # error: arg-type
+run.hidden_states("ROMEO:").shape  # error: attr-defined
+run.read("ROMEO:")  # error: arg-type
+run.next("ROMEO", n="5")  # error: arg-type
+lstm_jax.load(1)  # error: arg-type
+lstm_jax.train(config)  # error: call-arg
+lstm_jax.Controls(top_q=0.9)  # error: call-arg
+lstm_jax.config.defaults()  # error: attr-defined
+lstm_jax.sample("ROMEO:")  # error: attr-defined
+raise lstm_jax.UserError.message  # error: attr-defined
+"""
+
+
+# Mypy would read these packages for half of its time.
+SETTINGS = """
+[mypy]
+[mypy-jax.*,jaxlib.*,optax.*,orbax.*,grain.*,tensorstore.*,absl.*]
+follow_imports = skip
+"""
+
+
+@pytest.mark.slow
+def test_mypy_names_the_mistakes_of_a_script_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As in an installed package: mypy reads the types only because of py.typed, and the script is
+    # not in the directory of the package.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT)
+    Path("script.py").write_text(SCRIPT)
+    Path("mypy.ini").write_text(SETTINGS)
+    cache = ROOT / ".mypy_cache" / "script"
+    flags = ["--strict", "--config-file=mypy.ini", f"--cache-dir={cache}", "--hide-error-context"]
+    output, problem, _ = api.run([*flags, "script.py"])
+    assert not problem
+    found = re.findall(r"^script\.py:(\d+): error: .*\[(.+)\]$", output, re.MULTILINE)
+    lines = enumerate(SCRIPT.splitlines(), start=1)
+    expected = [(str(n), line.partition("# error: ")[2]) for n, line in lines if "# error" in line]
+    assert found == expected, output

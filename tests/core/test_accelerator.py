@@ -1,0 +1,166 @@
+"""Test what GPUs and TPUs run: its numbers on a CPU, and that every program lowers for both."""
+
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
+
+import accelerators
+import commands
+from lstm_jax import config, matmul
+from lstm_jax.model import LanguageModel, check_recurrence
+from lstm_jax.ops import accelerator, choice, pallas
+from test_native import measure_errors, run_numpy, to_bfloat16
+from test_recurrence import (
+    SIZES,
+    assert_close,
+    make_problem,
+    reference,
+    run_layer,
+    value_and_gradients,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choose what a GPU runs, and run it on the CPU."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(choice, "choose", lambda name, *_, **__: name.replace("auto", "xla"))
+
+
+_PALLAS = pytest.param("pallas", marks=pytest.mark.slow)
+in_both = pytest.mark.parametrize("implementation", ["xla", _PALLAS])
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@in_both
+@pytest.mark.usefixtures("gpu")
+def test_float32_agrees_with_the_reference(sizes: tuple[int, ...], implementation: str) -> None:
+    *arguments, cotangents = make_problem(*sizes)
+    expected = value_and_gradients(reference, cotangents, *arguments)
+    for rematerialize in (0, 4) if sizes in SIZES[:2] else (0,):
+        options: Any = {"rematerialize": rematerialize, "implementation": implementation}
+        run: Any = functools.partial(run_layer, **options)
+        assert_close(value_and_gradients(run, cotangents, *arguments), expected, 1e-5)
+        assert_close(run(*arguments), expected[0], 1e-5)  # Without derivatives.
+
+
+@pytest.mark.parametrize("sizes", SIZES[:4], ids=str)
+@in_both
+@pytest.mark.usefixtures("gpu")
+@jax.debug_nans(False)  # Its check of bfloat16 warns.
+def test_bfloat16_agrees_with_numpy(sizes: tuple[int, ...], implementation: str) -> None:
+    *arguments, cotangents = make_problem(*sizes)
+    run = functools.partial(run_layer, dtype="bfloat16", implementation=implementation)
+    results = value_and_gradients(run, cotangents, *arguments)
+    expected = run_numpy(arguments, cotangents, to_bfloat16)
+    assert max(jax.tree.leaves(measure_errors(results, expected))) < 5e-3
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("gpu")
+def test_the_copies_of_pallas_do_not_race(monkeypatch: pytest.MonkeyPatch) -> None:
+    interpreter = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise")
+    monkeypatch.setattr(pallas, "_INTERPRETER", interpreter)
+    *arguments, cotangents = make_problem(3, 4, 5, 6)
+    run = functools.partial(run_layer, implementation="pallas")
+    results = value_and_gradients(run, cotangents, *arguments)
+    assert_close(results, value_and_gradients(reference, cotangents, *arguments), 1e-5)
+    races: Any = interpret_pallas_call.races
+    assert not races.races_found
+
+
+def test_a_gradient_in_two_parts_keeps_its_precision() -> None:
+    x = np.random.default_rng(0).normal(size=1000).astype("float32")
+    high, low = jax.jit(functools.partial(accelerator._split, dtype=jnp.bfloat16))(x)
+    assert high.dtype == low.dtype == "bfloat16"
+    parts: Any = high.astype("float32") + low.astype("float32")
+    np.testing.assert_allclose(parts, x, rtol=2.0**-16)
+
+
+# What lowers for both.
+_NAMES = accelerators.list_programs(config.Config(), 9, jax.devices()[:1])
+PROGRAMS = [name for name in _NAMES if name != "step pallas"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_lowers_for_gpus_and_tpus(name: str) -> None:
+    settings = config.default()
+    settings.model.update({"hidden_size": 48, "embedding_size": 24, "dtype": "bfloat16"})
+    settings.batches.update({"kind": "streams", "batch_size": 8, "window_length": 8})
+    complete = config.complete_config(settings)
+    programs = accelerators.list_programs(complete, 23, jax.devices()[:1])
+    lowered = programs[name]().lower(lowering_platforms=("cuda", "tpu"))
+    assert "bf16" in lowered.as_text() or "float32" in name
+    assert "ffi" not in lowered.as_text()
+
+
+def test_matmuls_in_bfloat16_are_differentiated_in_bfloat16() -> None:
+    factors = jnp.ones((4, 5, 3), jnp.bfloat16), jnp.ones((3, 2), jnp.bfloat16)
+    differentiate = jax.jit(jax.grad(lambda a, b: matmul.matmul_rounded(a, b).sum(), (0, 1)))
+    text = differentiate.trace(*factors).lower(lowering_platforms=("cuda",)).as_text()
+    operands = re.findall(r"dot_general .*: \((.*?)\)", text)
+    assert len(operands) == 2 and "f32" not in "".join(re.findall(r"x(\w+)>", str(operands)))
+    for gradient, expected in zip(differentiate(*factors), (2, 20), strict=True):
+        np.testing.assert_array_equal(gradient, np.full(gradient.shape, expected))
+    one, other = factors[0], factors[1].astype(jnp.float32)
+    gradient = jax.grad(lambda a: matmul.matmul(a, other, "float32").sum())(one)
+    np.testing.assert_array_equal(gradient, np.full(one.shape, 2))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pallas_lowers_for_tpus(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    lstm = LanguageModel(23, 24, 48, 2, recurrence="pallas", dtype=dtype)
+    ids = np.zeros((8, 8), np.int32)
+
+    def sum_logits(params: Any) -> jax.Array:
+        logits, _ = lstm.apply({"params": params}, ids, lstm.initial_carry(8))
+        return logits.sum()
+
+    params = jax.eval_shape(lambda: lstm.init(jax.random.key(0), ids, lstm.initial_carry(8)))
+    traced = jax.jit(jax.grad(sum_logits)).trace(params["params"])
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == 4  # Two layers, forward and backward.
+
+
+@pytest.mark.parametrize(("recurrence", "device"), [("cudnn", "gpu"), ("pallas", "tpu")])
+def test_some_recurrences_need_their_device(
+    recurrence: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lstm = LanguageModel(9, 4, 8, recurrence=recurrence)
+    for backend in ("cpu", "gpu", "tpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        if backend == device:
+            check_recurrence(lstm)
+        else:
+            with pytest.raises(ValueError, match=f"needs a {device.upper()}"):
+                check_recurrence(lstm)
+
+
+@pytest.mark.process
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("experiment", ["quick", "shakespeare", "shakespeare_gpu"])
+def test_a_step_of_the_loop_starts_at_most_five_kernels(experiment: str, dtype: str) -> None:
+    pytest.importorskip("jax_cuda12_plugin", reason="the CUDA plugin isn't installed")
+    flags = [f"--config=experiments/{experiment}.py", f"--dtype={dtype}", "--programs", "step"]
+    result = commands.run_python(
+        *("benchmarks/accelerators.py", "--target=h100:1", *flags),
+        env={"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"},
+    )
+    rows = [line.split("|") for line in result.stdout.splitlines()]
+    (loops,) = [row[-2] for row in rows if len(row) > 2 and row[1].strip() == "step"]
+    kernels = [int(loop.split(" x ")[0]) for loop in loops.split(",")]
+    assert len(kernels) >= 2 and max(kernels) <= 5, result.stdout

@@ -1,0 +1,175 @@
+"""Compare the model with its equations, gradients with finite differences, and sizes."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import models
+from lstm_jax import model as model_lib
+from lstm_jax.errors import UserError
+from lstm_jax.model import LanguageModel
+from lstm_jax.ops import LSTMCarry
+from lstm_jax.run import messages
+from test_cells import EQUATIONS
+
+
+def apply_in_numpy(
+    params: model_lib.Params,
+    ids: np.ndarray,
+    carry: model_lib.Carry,
+    num_layers: int,
+    skip_connections: bool = False,
+) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+    """Return logits and the last carry, in float64."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    features = params["embedding"]["embedding"][ids]
+    last = []
+    for layer in range(num_layers):
+        c, h = (np.asarray(x, np.float64) for x in carry[layer])
+        steps = []
+        for x in features.swapaxes(0, 1):
+            h, c = EQUATIONS["lstm"](params[f"lstm_{layer}"], x, h, c)
+            steps.append(h)
+        outputs = np.stack(steps, axis=1)
+        features = outputs + features if skip_connections and layer else outputs
+        last.append((c, h))
+    return features @ params["dense"]["kernel"] + params["dense"]["bias"], last
+
+
+def make_random_carry(key: jax.Array, model: LanguageModel, batch: int) -> model_lib.Carry:
+    keys = jax.random.split(key, 2 * model.num_layers)
+    arrays = [jax.random.normal(k, (batch, model.hidden_size)) for k in keys]
+    return tuple(map(LSTMCarry, arrays[::2], arrays[1::2]))
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "skip", "recurrence"), [(1, False, "auto"), (3, True, "auto"), (3, True, "scan")]
+)
+def test_agrees_with_the_equations_in_numpy_at_once_and_token_by_token(
+    num_layers: int, skip: bool, recurrence: str
+) -> None:
+    model = LanguageModel(11, 6, 9, num_layers, recurrence, skip_connections=skip)
+    params = models.draw_params(model, 0.5)
+    ids = np.random.default_rng(0).integers(0, 11, (3, 20))
+    carry = make_random_carry(jax.random.key(2), model, 3)
+    logits, last = models.apply(model, params, ids, carry)
+    expected_logits, expected_last = apply_in_numpy(params, ids, carry, num_layers, skip)
+    np.testing.assert_allclose(logits, expected_logits, atol=1e-5)
+    for got, (cell, hidden) in zip(last, expected_last, strict=True):
+        assert isinstance(got, LSTMCarry)
+        np.testing.assert_allclose(got.cell, cell, atol=1e-5)
+        np.testing.assert_allclose(got.hidden, hidden, atol=1e-5)
+    step = jax.jit(functools.partial(model.apply_step, model.prepare_step(params)))
+    for t in range(20):
+        one, carry = step(ids[:, t], carry)
+        np.testing.assert_allclose(one, logits[:, t], atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), last, carry)
+
+
+# A small vocabulary is folded into the recurrence; a large one is looked up.
+@pytest.mark.parametrize(("embedding_size", "recurrence"), [(3, "auto"), (6, "auto"), (6, "scan")])
+def test_gradients_agree_with_finite_differences(embedding_size: int, recurrence: str) -> None:
+    with jax.enable_x64(True):
+        model = LanguageModel(7, embedding_size, 4, 2, recurrence, skip_connections=True)
+        params = jax.tree.map(lambda x: x.astype(jnp.float64), models.draw_params(model, 0.5))
+        carry = jax.tree.map(
+            lambda x: x.astype(jnp.float64), make_random_carry(jax.random.key(1), model, 2)
+        )
+        ids = jnp.array([[1, 2, 3, 4, 5], [6, 0, 2, 2, 1]])
+
+        @jax.jit
+        def loss(params: model_lib.Params, carry: model_lib.Carry) -> jax.Array:
+            logits, last = model_lib.apply(model, params, ids, carry)
+            weights = jnp.cos(jnp.arange(logits.size)).reshape(logits.shape)
+            return (weights * logits).sum() + sum((x**2).sum() for x in jax.tree.leaves(last))
+
+        gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, carry)
+        flat, unflatten = ravel_pytree((params, carry))
+        rng = np.random.default_rng(0)
+        for _ in range(20):
+            direction = rng.standard_normal(flat.shape)
+            step = 1e-5 * direction
+            numeric = (loss(*unflatten(flat + step)) - loss(*unflatten(flat - step))) / 2e-5
+            exact = ravel_pytree(gradients)[0] @ direction
+            np.testing.assert_allclose(exact, numeric, rtol=1e-6)
+
+
+def test_the_seed_model_has_5332803_parameters_in_three_groups() -> None:
+    model = LanguageModel(67, 256, 1024)
+    params = jax.eval_shape(lambda: model_lib.init_params(model, jax.random.key(0)))
+    counts = {
+        part: sum(int(np.prod(array.shape)) for array in jax.tree.leaves(arrays))
+        for part, arrays in params.items()
+    }
+    assert counts == {"embedding": 17_152, "lstm_0": 5_246_976, "dense": 68_675}
+    table = messages.format_parameters(params)
+    assert "5,332,803" in table.splitlines()[-1]
+    assert [line.split()[0] for line in table.splitlines() if not line.startswith(" ")] == [
+        "embedding",
+        "lstm_0",
+        "dense",
+        "total",
+    ]
+
+
+def test_the_initial_bias_is_the_logarithm_of_the_frequencies() -> None:
+    counts = np.array([0, 0, 1, 2, 4])
+    params = model_lib.init_params(LanguageModel(5, 4, 4), jax.random.key(0), counts)
+    np.testing.assert_allclose(np.exp(params["dense"]["bias"]), (counts + 1) / 12, rtol=1e-6)
+
+
+def test_the_initial_scale_is_that_of_kernels_and_embeddings() -> None:
+    params, scaled = (
+        model_lib.init_params(LanguageModel(5, 4, 4, initial_scale=scale), jax.random.key(0))
+        for scale in (1.0, 0.5)
+    )
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal(y, 0.5 * x if x.ndim > 1 else x), params, scaled
+    )
+
+
+def test_initialized_as_keras_does() -> None:
+    model = LanguageModel(67, 40, 64)
+    params = model_lib.init_params(model, jax.random.key(3))
+    embedding = np.asarray(params["embedding"]["embedding"])
+    assert -0.05 <= embedding.min() < -0.045 and 0.045 < embedding.max() <= 0.05
+    wide = model_lib.init_params(
+        LanguageModel(67, 40, 64, initial_embedding=0.5), jax.random.key(3)
+    )
+    np.testing.assert_allclose(wide["embedding"]["embedding"], 10 * embedding, atol=1e-7)
+    lstm = params["lstm_0"]
+    limit = np.sqrt(6 / (40 + 4 * 64))
+    assert 0.98 * limit < np.abs(lstm["input_kernel"]).max() <= limit
+    limit = np.sqrt(6 / (64 + 67))
+    assert 0.95 * limit < np.abs(params["dense"]["kernel"]).max() <= limit
+    kernel = np.asarray(lstm["recurrent_kernel"])
+    np.testing.assert_allclose(kernel @ kernel.T, np.eye(64), atol=1e-5)
+    bias = np.asarray(lstm["bias"]).reshape(4, 64)
+    np.testing.assert_array_equal(bias, np.array([0, 1, 0, 0])[:, None] * np.ones(64))
+    assert not np.asarray(params["dense"]["bias"]).any()
+
+
+@pytest.mark.parametrize(
+    ("field", "word", "listed"),
+    [("cell", "LSTM", "one of lstm,"), ("recurrence", "fusd", "auto"), ("block", "yes", "none")],
+)
+def test_an_unknown_word_is_an_error(field: str, word: str, listed: str) -> None:
+    fields: dict[str, Any] = {field: word}
+    with pytest.raises(UserError, match=f"model.{field} is '{word}': it must be .*{listed}"):
+        LanguageModel(11, 6, 9, **fields)
+
+
+def test_the_carry_continues_the_text() -> None:
+    model = LanguageModel(11, 6, 9, 2)
+    params = models.draw_params(model)
+    ids = np.random.default_rng(1).integers(0, 11, (2, 12))
+    whole, last = models.apply(model, params, ids, model.initial_carry(2))
+    first, carry = models.apply(model, params, ids[:, :5], model.initial_carry(2))
+    second, carry = models.apply(model, params, ids[:, 5:], carry)
+    np.testing.assert_allclose(whole, np.concatenate([first, second], axis=1), atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), last, carry)

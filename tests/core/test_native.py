@@ -1,0 +1,729 @@
+"""Test the recurrence in C: against NumPy, in every transformation of JAX, and without it."""
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import commands
+import lstm_jax
+import models
+import test_cross_entropy
+from lstm_jax import config, generation, model
+from lstm_jax.convert import transfer
+from lstm_jax.errors import NotFiniteError, UserError
+from lstm_jax.ops import LSTMCarry, LSTMParams, choice, in_c, native, processor
+from lstm_jax.ops.gates import GRU, LSTM, PEEPHOLE_LSTM, RNN, Gating
+from lstm_jax.ops.scan import Marks
+from lstm_jax.vocabulary import Vocabulary
+from test_choice import AMD
+from test_recurrence import assert_close, make_problem, run_layer, value_and_gradients
+
+pytestmark = [
+    pytest.mark.skipif(
+        not processor.read_cpu_features().issuperset(AMD), reason="no AVX-512 BF16 here"
+    ),
+    pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler"),
+]
+
+low = functools.partial(run_layer, dtype="bfloat16")
+in_both = pytest.mark.parametrize("run", [run_layer, low], ids=["float32", "bfloat16"])
+
+
+KINDS = (LSTM, PEEPHOLE_LSTM, GRU, RNN)
+
+
+@pytest.fixture(autouse=True)
+def library() -> None:
+    assert native.load_library()
+
+
+@pytest.fixture
+def amx(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Use the code for AMX, on any processor with AVX-512 BF16: its instructions are emulated."""
+    header = Path(__file__).parents[1] / "emulated_tiles.h"
+    features = processor.read_cpu_features() | {"amx_bf16"}
+    monkeypatch.setattr(native, "_FLAGS", [*native._FLAGS, "-include", str(header)])
+    monkeypatch.setattr(native, "read_cpu_features", lambda: features)
+    native.load_library.cache_clear()
+    jax.clear_caches()
+    loaded = native.load_library()
+    assert loaded and loaded.uses_amx
+    yield
+    native.load_library.cache_clear()
+    jax.clear_caches()
+
+
+def without_library(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function as it is without the library."""
+
+    def call(*arguments: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native, "load_library", lambda: None)
+            return function(*arguments)
+
+    return call
+
+
+def uses_library(function: Callable[..., Any], *arguments: Any) -> bool:
+    return 'custom_call @"lstm-' in jax.jit(lambda *a: function(*a)).lower(*arguments).as_text()
+
+
+def run_numpy(
+    arguments: Any,
+    cotangents: Any,
+    rounded: Callable[[np.ndarray], np.ndarray],
+    starts: np.ndarray | None = None,
+) -> tuple[Any, Any]:
+    """Return outputs and gradients in float64, as `value_and_gradients` does.
+
+    Steps read zeros instead of the carry where `starts`, bool [batch, time], is true.
+    """
+    arrays: Any = [np.asarray(x, np.float64) for x in jax.tree.leaves((arguments, cotangents))]
+    w, u, bias, x, c, h, d_outputs, d_c, d_h = arrays
+    steps = []
+    kept = np.ones(x.shape[:2]) if starts is None else 1 - starts
+    for t in range(x.shape[1]):
+        c, h = c * kept[:, t, None], h * kept[:, t, None]
+        z = rounded(x[:, t]) @ rounded(w) + rounded(h) @ rounded(u) + rounded(bias)
+        z_i, z_f, z_g, z_o = np.split(z, 4, axis=1)
+        i, f, o = (1 / (1 + np.exp(-z)) for z in (z_i, z_f, z_o))
+        g, c_before, h_before = np.tanh(z_g), c, h
+        c = f * c + i * g
+        h = o * np.tanh(c)
+        steps.append((i, f, g, o, c_before, h_before, c, h))
+    outputs: Any = np.stack([step[-1] for step in steps], axis=1), LSTMCarry(c, h)
+
+    d_w, d_u, d_bias, d_x = (np.zeros_like(array) for array in (w, u, bias, x))
+    for t, (i, f, g, o, c_before, h_before, c, _) in reversed(list(enumerate(steps))):
+        d_h = d_h + d_outputs[:, t]
+        d_c = d_c + d_h * o * (1 - np.tanh(c) ** 2)
+        d_i, d_f, d_g = d_c * g * i * (1 - i), d_c * c_before * f * (1 - f), d_c * i * (1 - g**2)
+        d_z = rounded(np.concatenate([d_i, d_f, d_g, d_h * np.tanh(c) * o * (1 - o)], axis=1))
+        d_w += rounded(x[:, t]).T @ d_z
+        d_u += rounded(h_before).T @ d_z
+        d_bias += d_z.sum(0)
+        d_x[:, t] = d_z @ rounded(w).T
+        d_c, d_h = d_c * f * kept[:, t, None], d_z @ rounded(u).T * kept[:, t, None]
+    gradients: Any = LSTMParams(d_w, d_u, d_bias), d_x, LSTMCarry(d_c, d_h)
+    return outputs, gradients
+
+
+def to_bfloat16(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
+
+
+def measure_errors(actual: Any, expected: Any) -> Any:
+    """Return the relative error of each array."""
+
+    def measure(a: jax.Array, e: np.ndarray) -> float:
+        assert a.dtype == jnp.float32 and a.shape == e.shape
+        return float(np.linalg.norm(a - e) / np.linalg.norm(e))
+
+    return jax.tree.map(measure, actual, expected)
+
+
+# (batch, time, features, hidden): parts of tiles and of registers, one row, odd and even depths.
+SIZES = [(1, 1, 1, 16), (5, 7, 33, 80), (16, 20, 48, 64), (64, 3, 130, 48)]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@in_both
+def test_outputs_and_gradients_agree_with_numpy(sizes: tuple[int, ...], run: Any) -> None:
+    *arguments, cotangents = make_problem(*sizes)
+    results = value_and_gradients(run, cotangents, *arguments)
+    expected = run_numpy(arguments, cotangents, to_bfloat16 if run is low else np.asarray)
+    # A hidden state whose last bit in float32 differs may be rounded differently to bfloat16.
+    bound = 2e-3 if run is low else 1e-6
+    assert max(jax.tree.leaves(measure_errors(results, expected))) < bound
+
+
+def draw_layer(
+    gating: Gating, time: int, batch: int, features: int, hidden: int, has_marks: bool
+) -> tuple[tuple[Any, jax.Array, Any], Any, Any]:
+    """Return random parameters, inputs and a carry, marks or None, and cotangents of the results.
+
+    Arrays are time-major. The cotangents of outputs are zero at frozen steps.
+    """
+    draw = np.random.default_rng(0)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(draw.normal(size=shape) / shape[0] ** 0.5, jnp.float32)
+
+    columns = len(gating.read_inputs) * hidden
+    arrays = [normal(features, columns), normal(hidden, columns), normal(columns)]
+    arrays += {"gru": [normal(hidden)], "peephole_lstm": [normal(3, hidden)]}.get(gating.name, [])
+    carry, d_last = (
+        gating.carry(*(normal(batch, hidden) for _ in gating.carry._fields)) for _ in "ab"
+    )
+    inputs, d_outputs = (np.sqrt(time) * normal(time, batch, n) for n in (features, hidden))
+    marks = None
+    if has_marks:
+        marks = jnp.asarray(draw.choice(3, (time, batch), p=[0.6, 0.2, 0.2]), jnp.uint8)
+        d_outputs = jnp.where((marks == in_c.FROZEN)[:, :, None], 0, d_outputs)
+    return (gating.params(*arrays), inputs, carry), marks, (d_outputs, d_last)
+
+
+def run_equations(gating: Gating, marks: Any, params: Any, inputs: Any, carry: Any) -> Any:
+    """Run a layer as a scan; return outputs and the last carry."""
+    n = carry.hidden.shape[1]
+    sigmoid, tanh = jax.nn.sigmoid, jnp.tanh
+
+    def compute(carry: Any, x: jax.Array) -> Any:
+        h = carry.hidden
+        by_x, by_h = x @ params.input_kernel + params.bias, h @ params.recurrent_kernel
+        if gating.name == "rnn":
+            return gating.carry(tanh(by_x + by_h))
+        if gating.name == "gru":
+            r, z = jnp.split(sigmoid((by_x + by_h)[:, : 2 * n]), 2, axis=1)
+            candidate = tanh(by_x[:, 2 * n :] + r * (by_h[:, 2 * n :] + params.recurrent_bias))
+            return gating.carry((1 - z) * candidate + z * h)
+        i, f, g, o = jnp.split(by_x + by_h, 4, axis=1)
+        pi, pf, po = getattr(params, "peepholes", (0, 0, 0))
+        cell = sigmoid(f + pf * carry.cell) * carry.cell + sigmoid(i + pi * carry.cell) * tanh(g)
+        return gating.carry(cell, sigmoid(o + po * cell) * tanh(cell))
+
+    def step(carry: Any, read: Any) -> Any:
+        x, mark = read
+        mark = mark[:, None]
+        before = jax.tree.map(lambda c: jnp.where(mark == in_c.RESET, 0, c), carry)
+        after = compute(before, x)
+        after = jax.tree.map(lambda c, a: jnp.where(mark == in_c.FROZEN, c, a), carry, after)
+        return after, after.hidden
+
+    marks = np.zeros(inputs.shape[:2], np.uint8) if marks is None else marks
+    last, outputs = jax.lax.scan(step, carry, (inputs, marks))
+    return outputs, last
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("gating", KINDS, ids=lambda gating: gating.name)
+@jax.numpy_rank_promotion("allow")
+def test_every_kind_agrees_with_its_equations(gating: Gating, dtype: str, bound: float) -> None:
+    for sizes in [(1, 1, 9, 16, False), (7, 5, 33, 80, True), (6, 20, 48, 64, True)]:
+        arguments, marks, cotangents = draw_layer(gating, *sizes)
+
+        @jax.jit
+        def run(params: Any, inputs: Any, carry: Any, codes: Any, cotangents: Any) -> Any:
+            pair = (None, None) if codes is None else (codes == in_c.RESET, codes == in_c.FROZEN)
+            marks = Marks(*pair)
+            (last, outputs), saved = in_c.forward(gating, params, inputs, carry, marks, dtype)
+            d_outputs, d_last = cotangents
+            states = carry, marks, saved
+            d_sums, d_carry = in_c.backward(gating, params, *states, d_last, d_outputs, dtype)
+            d_params, d_inputs = in_c.differentiate_params(
+                gating, params, inputs, *states, d_sums, dtype
+            )
+            return (outputs, last), (d_params, d_inputs, d_carry)
+
+        results = run(*arguments, marks, cotangents)
+        with jax.enable_x64():
+            exact = jax.tree.map(lambda x: np.asarray(x, np.float64), (*arguments, cotangents))
+            equations = functools.partial(run_equations, gating, marks)
+            expected = jax.device_get(value_and_gradients(equations, exact[-1], *exact[:-1]))
+        assert max(jax.tree.leaves(measure_errors(results, expected))) < bound
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 2e-2), ("int8", 2e-2)]
+)
+@pytest.mark.parametrize("gating", KINDS, ids=lambda gating: gating.name)
+@jax.numpy_rank_promotion("allow")
+def test_a_step_of_every_kind_agrees_with_its_equations(
+    gating: Gating, dtype: str, bound: float
+) -> None:
+    (params, inputs, carry), _, (_, cotangent) = draw_layer(gating, 1, 7, 31, 80, False)
+    inputs, carry = jnp.clip(inputs, -2, 2), carry._replace(hidden=jnp.tanh(carry.hidden))
+
+    def run(params: Any, inputs: jax.Array, carry: Any) -> Any:
+        biases = gating.join_biases(params)
+        input_kernel, recurrent_kernel = in_c.spread_kernels(gating, params)
+        # The last inputs are ones, whose part of the kernel is half of the bias.
+        kernel = jnp.concatenate([input_kernel, 0.5 * biases[None], recurrent_kernel])
+        rows = [inputs[0], jnp.ones((7, 1)), carry.hidden]
+        packed: Any
+        offset: Any
+        if dtype == "int8":
+            kernel = jnp.pad(kernel, ((0, -len(kernel) % 4), (0, 0)))
+            packed, offset = in_c.quantize_gates(gating, kernel, 2)
+        else:
+            packed, offset = in_c.pack_gates(gating, kernel.astype(dtype)), 0.0
+        added = 0.5 * biases[None] + offset
+        return in_c.run_step(gating, packed, rows, carry, added, getattr(params, "peepholes", None))
+
+    def run_scan(*arguments: Any) -> Any:
+        return run_equations(gating, None, *arguments)[1]
+
+    arguments = params, inputs, carry
+    if dtype == "int8":
+        errors = measure_errors(jax.jit(run)(*arguments), run_scan(*arguments))
+    else:
+        found, expected = (
+            value_and_gradients(function, cotangent, *arguments) for function in (run, run_scan)
+        )
+        errors = measure_errors(found, expected)
+    assert max(jax.tree.leaves(errors)) < bound
+
+
+def test_wrong_arrays_are_errors_of_xla() -> None:
+    """Call the library as `in_c` does, with arrays that don't fit each other."""
+    (params, inputs, carry), _, (d_outputs, d_last) = draw_layer(GRU, 3, 2, 5, 16, False)
+    marks = Marks(None, None)
+    _, saved = in_c.forward(GRU, params, inputs, carry, marks, "float32")
+    message = r"INVALID_ARGUMENT: lstm_forward: expected f32\[3,2,5\] for inputs, got f32\[3,2,7\]"
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        in_c.forward(GRU, params, jnp.zeros((3, 2, 7)), carry, marks, "float32")
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"expected u8\[3,2\] for marks, got u8"):
+        in_c.forward(GRU, params, inputs, carry, Marks(jnp.zeros((2, 3), bool), None), "float32")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="lstm_backward: .* for gates, got"):
+        in_c.backward(GRU, params, carry, marks, saved, d_last, d_outputs[:2], "float32")
+    kernel = in_c.pack_gates(GRU, jnp.zeros((20, 64)))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="lstm_step: .* for rows"):
+        in_c.run_step(GRU, kernel, [inputs[0], carry.hidden], carry, jnp.zeros((1, 64)))
+
+
+@pytest.mark.process  # Compiles the library.
+def test_no_array_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
+    """Call every function with right and wrong arrays, under AddressSanitizer where gcc has it."""
+    library = tmp_path / "library.so"
+    source = Path(__file__).parents[1] / "call_handlers.c"
+    include = ["-I", str(native._SOURCE.parent), "-I", jax.ffi.include_dir()]
+    command = ["cc", *native._FLAGS, *include, str(source), "-o", str(library)]
+    sanitizer = subprocess.run(
+        ["cc", "-print-file-name=libasan.so"], capture_output=True, text=True
+    ).stdout.strip()
+    env = {}
+    if os.path.isabs(sanitizer):
+        command.append("-fsanitize=address")
+        env = {"LD_PRELOAD": sanitizer, "ASAN_OPTIONS": "detect_leaks=0"}
+    subprocess.run(command, check=True)
+    result = commands.run_python(str(source.with_suffix(".py")), str(library), env=env)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.process  # Compiles the library.
+@pytest.mark.usefixtures("amx")
+def test_amx_agrees_with_numpy() -> None:
+    for sizes in (*SIZES, (35, 2, 7, 32)):
+        *arguments, cotangents = make_problem(*sizes)
+        results = value_and_gradients(low, cotangents, *arguments)
+        expected = run_numpy(arguments, cotangents, to_bfloat16)
+        assert max(jax.tree.leaves(measure_errors(results, expected))) < 2e-3
+    for problem_sizes, tied in (((35, 33, 1001), True), ((200, 600, 77), False)):
+        problem = *test_cross_entropy.draw_problem(problem_sizes, tied), tied, "bfloat16"
+        found = test_cross_entropy.differentiate(*problem)
+        assert_close(found, without_library(test_cross_entropy.differentiate)(*problem), 1e-2)
+    lstm = model.LanguageModel(9, 32, 48, 2, dtype="bfloat16")
+    params = models.draw_params(lstm, 0.25)
+    ids = np.arange(40).reshape(20, 2) % 9
+    expected, _ = without_library(models.apply)(lstm, params, ids, lstm.initial_carry(20))
+    step, carry = functools.partial(lstm.apply_step, lstm.prepare_step(params)), None
+    carry = lstm.initial_carry(20)
+    assert uses_library(step, ids[:, 0], carry)
+    for t in range(2):
+        logits, carry = jax.jit(step)(ids[:, t], carry)
+        np.testing.assert_allclose(logits, expected[:, t], atol=1e-2)
+
+
+def test_rounding_errors_are_those_of_the_other_implementation() -> None:
+    *arguments, cotangents = make_problem(16, 20, 48, 64)
+    exact = run_numpy(arguments, cotangents, lambda x: x)
+
+    def measure() -> list[float]:
+        results = value_and_gradients(low, cotangents, *arguments)
+        return jax.tree.leaves(measure_errors(results, exact))
+
+    for error, other in zip(measure(), without_library(measure)(), strict=True):
+        assert 1e-4 < error < 1.1 * other
+
+
+@jax.debug_nans(False)
+def test_activations_are_accurate_to_the_rounding_of_float32() -> None:
+    """Choose the gates by their bias, with kernels of zero: o tanh(i g), saturated or not."""
+    g = np.concatenate([np.geomspace(1e-30, 1e3, 500), [0, 1e38, np.inf, np.nan], -np.arange(8.0)])
+    g = to_bfloat16(g)
+    bias = jnp.asarray([np.full(512, 40.0), g, g, g], jnp.float32).reshape(-1)  # i, f, g, o
+    kernels = LSTMParams(jnp.zeros((2, 2048)), jnp.zeros((512, 2048)), bias)
+    carry = LSTMCarry(jnp.zeros((1, 512)), jnp.zeros((1, 512)))
+    _, last = low(kernels, jnp.zeros((1, 1, 2)), carry)
+    with np.errstate(over="ignore"):
+        np.testing.assert_allclose(last.cell[0], np.tanh(g), rtol=1e-6)
+        hidden = np.tanh(np.tanh(g)) / (1 + np.exp(-g))
+    np.testing.assert_allclose(last.hidden[0], hidden, rtol=1e-6, atol=1e-7)
+
+
+@in_both
+def test_rematerialized_gradients_are_the_same(run: Any) -> None:
+    *arguments, cotangents = make_problem(5, 7, 33, 48)
+    whole, chunks = (
+        value_and_gradients(run, cotangents, *arguments)
+        for run in (run, functools.partial(run, rematerialize=3))
+    )
+    assert_close(chunks, whole, 1e-5)
+
+
+@in_both
+def test_results_are_the_same_in_every_call_and_batch(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text's results don't depend on the number of texts beside it."""
+    monkeypatch.setattr(choice, "runs_in_c", lambda *sizes: True)  # In float32, too.
+    kernels, inputs, carry, cotangents = make_problem(17, 6, 9, 32)
+    differentiate = jax.jit(lambda *a: value_and_gradients(run, cotangents, *a))
+    first, second = (differentiate(kernels, inputs, carry) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    outputs, _ = run(kernels, inputs, carry)
+    part, _ = run(kernels, inputs[4:7], LSTMCarry(carry.cell[4:7], carry.hidden[4:7]))
+    np.testing.assert_array_equal(part, outputs[4:7])
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+@in_both
+def test_results_do_not_depend_on_the_number_of_threads(
+    batch: int, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Use one, as many as there are cores, and more than there are texts, tiles or cores."""
+    monkeypatch.setattr(choice, "runs_in_c", lambda *sizes: True)  # In float32, too.
+    problem = make_problem(batch, 6, 9, 48)
+    results = []
+    for threads in (1, 2, 100):
+        monkeypatch.setattr(native, "count_threads", lambda threads=threads: threads)
+        jax.clear_caches()
+        differentiate = jax.jit(lambda *a: value_and_gradients(run, a[-1], *a[:-1]))
+        results += [differentiate(*problem) for _ in range(20)]
+    for other in results[1:]:
+        jax.tree.map(np.testing.assert_array_equal, results[0], other)
+
+
+# With tied embeddings the last layer is of their size. Only the first layers fit the library, only
+# the last one, or none in bfloat16, as its number of inputs is odd.
+@pytest.mark.parametrize(
+    ("batch", "features", "hidden", "tied", "dtype", "used"),
+    [
+        (1, 24, 48, False, "float32", True),
+        (7, 24, 48, False, "bfloat16", True),
+        (7, 24, 48, True, "float32", True),
+        (7, 48, 40, True, "bfloat16", True),
+        (7, 48, 25, True, "float32", True),
+        (7, 48, 25, True, "bfloat16", False),
+    ],
+)
+def test_steps_agree_with_windows(
+    batch: int, features: int, hidden: int, tied: bool, dtype: str, used: bool
+) -> None:
+    """Read a text token by token, as generation does, and at once."""
+    sizes = (30, features, hidden)
+    lstm = model.LanguageModel(*sizes, num_layers=3, tie_embeddings=tied, dtype=dtype)
+    params = models.draw_params(lstm, 0.25)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 30, (batch, 6)))
+    expected = models.apply(lstm, params, ids, lstm.initial_carry(batch))
+    tolerance = 1e-5 if dtype == "float32" else 1e-2
+
+    def read() -> Any:
+        arrays, carry, logits = lstm.prepare_step(params), lstm.initial_carry(batch), []
+        for t in range(6):
+            found, carry = lstm.apply_step(arrays, ids[:, t], carry)
+            logits.append(found)
+        return jnp.stack(logits, axis=1), carry
+
+    assert uses_library(read) == used
+    assert not without_library(uses_library)(read)
+    assert_close(jax.jit(lambda: read())(), expected, tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_steps_are_differentiated(dtype: str, tolerance: float) -> None:
+    lstm = model.LanguageModel(9, 16, 32, 2, dtype=dtype)
+    params = models.draw_params(lstm)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 9, (3, 5)))
+
+    def sum_logits(params: Any, carry: Any) -> jax.Array:
+        arrays, total = lstm.prepare_step(params), jnp.zeros(())
+        for t in range(5):
+            logits, carry = lstm.apply_step(arrays, ids[:, t], carry)
+            total += jnp.sin(logits).sum()
+        return total
+
+    def differentiate() -> Any:
+        gradients = jax.jit(jax.grad(lambda *a: sum_logits(*a), argnums=(0, 1)))
+        return gradients(params, lstm.initial_carry(3))
+
+    assert uses_library(sum_logits, params, lstm.initial_carry(3))
+    found, expected = differentiate(), without_library(differentiate)()
+    assert_close(found, expected, tolerance)
+
+
+@pytest.mark.parametrize(("batch", "features", "bound"), [(1, 0, 1), (5, 32, 1), (64, 32, 3)])
+def test_a_step_in_8_bits_agrees_with_numpy(batch: int, features: int, bound: int) -> None:
+    hidden, draw = 48, np.random.default_rng(0)
+    kernel = draw.normal(size=(features + hidden, 4 * hidden)).astype("float32") / 4
+    kernel[:, 5] = 0  # A column without a largest number.
+    inputs = draw.uniform(-bound, bound, (batch, features)).astype("float32")
+    state = draw.uniform(-1, 1, (batch, hidden)).astype("float32")
+    cell, added = (draw.normal(size=(batch, n)).astype("float32") for n in (hidden, 4 * hidden))
+    quantized, offset = in_c.quantize_gates(LSTM, jnp.asarray(kernel), bound)
+    carry = LSTMCarry(jnp.asarray(cell), jnp.asarray(state))
+    parts = [jnp.asarray(inputs), carry.hidden]
+    found = in_c.run_step(LSTM, quantized, parts, carry, jnp.asarray(added) + offset[None])
+
+    units = np.concatenate([np.full(features, bound), np.ones(hidden)]) / 127
+    rows = np.round(np.concatenate([inputs, state], axis=1) / units)
+    scaled = kernel * units[:, None]
+    scales = np.abs(scaled).max(axis=0) / 127 + (np.arange(4 * hidden) == 5)
+    sums = rows @ np.round(scaled / scales) * scales
+    i, f, g, o = np.split(sums + added, 4, axis=1)
+    i, f, o = (1 / (1 + np.exp(-z)) for z in (i, f, o))
+    expected = f * cell + i * np.tanh(g)
+    # A number halfway between two integers may be rounded to the other one.
+    np.testing.assert_allclose(found.cell, expected, atol=2e-3)
+    np.testing.assert_allclose(found.hidden, o * np.tanh(expected), atol=2e-3)
+    assert np.abs(found.cell - expected).mean() < 1e-5
+    exact = np.concatenate([inputs, state], axis=1) @ kernel
+    assert 1e-3 < np.linalg.norm(sums - exact) / np.linalg.norm(exact) < 2e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("num_layers", "fields"),
+    [(1, {}), (3, {"skip_connections": True}), (2, {"tie_embeddings": True})],
+)
+def test_steps_in_8_bits_predict_nearly_the_same(num_layers: int, fields: dict[str, Any]) -> None:
+    lstm = model.LanguageModel(30, 32, 64, num_layers, **fields)
+    params = models.draw_params(lstm, 0.25)
+    for i in range(num_layers - 1):  # Open gates: with skip connections, sums then exceed 1.
+        bias = params[f"lstm_{i}"]["bias"].reshape(4, -1)
+        params[f"lstm_{i}"]["bias"] = (bias + np.array([[5], [0], [5], [5]])).reshape(-1)
+    ids = np.random.default_rng(1).integers(0, 30, (5, 40))
+    logits, _ = models.apply(lstm, params, ids, lstm.initial_carry(5))
+    expected = np.asarray(jax.nn.log_softmax(logits))
+
+    def compute_divergence(steps: model.LanguageModel) -> float:
+        step = jax.jit(functools.partial(steps.apply_step, steps.prepare_step(params)))
+        carry, total = steps.initial_carry(5), 0.0
+        for t in range(40):
+            found, carry = step(ids[:, t], carry)
+            log_probabilities = np.asarray(jax.nn.log_softmax(found))
+            difference = expected[:, t] - log_probabilities
+            total += (np.exp(expected[:, t]) * difference).sum(axis=1).mean()
+        return total / 40
+
+    low = lstm.clone(dtype="bfloat16")
+    assert low.supports_int8
+    coarse = low.clone(int8_steps=True)
+    assert "i8[" in str(jax.make_jaxpr(lambda: coarse.prepare_step(params))())
+    assert compute_divergence(low) < compute_divergence(coarse) < 3e-4
+
+
+@pytest.mark.parametrize("place", ["embedding", "lstm_0", "lstm_1", "dense"])
+@jax.debug_nans(False)
+def test_parameters_that_are_not_finite_are_found_in_8_bits(place: str) -> None:
+    lstm = model.LanguageModel(9, 16, 16, 2, dtype="bfloat16", int8_steps=True)
+    params = models.draw_params(lstm)
+    for name, array in params[place].items():
+        for value in (np.nan, np.inf):
+            index = (3,) * array.ndim
+            changed = {**params, place: {**params[place], name: array.at[index].set(value)}}
+            prompts = np.full((1, 1), 3, np.int32)
+            with pytest.raises(NotFiniteError):
+                generation.generate_tokens(lstm, changed, prompts, jax.random.key(0), length=9)
+
+
+@pytest.mark.slow
+def test_a_trained_model_generates_in_8_bits(tmp_path: Path) -> None:
+    settings, vocabulary = config.default(), Vocabulary.from_text("abcdefgh")
+    settings.model.update({"embedding_size": 24, "hidden_size": 48})
+    lstm = model.make_model(settings.model, len(vocabulary))
+    params = models.draw_params(lstm)
+    transfer.make_folder(tmp_path / "run", settings, vocabulary, params)
+    run = lstm_jax.load(tmp_path / "run", "int8")
+    assert run.model.int8_steps
+    text = run.generate("abc", length=50)
+    assert len(text) == 53 and set(text) <= set("abcdefgh")
+    with pytest.raises(UserError, match="can't use int8 here: .* the library in C"):
+        without_library(lstm_jax.load)(tmp_path / "run", "int8")
+
+
+@in_both
+@jax.debug_nans(False)  # Its check of bfloat16 warns.
+def test_vmap_and_donated_carries(run: Any) -> None:
+    problems = [make_problem(3, 4, 5, 16, seed) for seed in range(3)]
+    together = jax.tree.map(lambda *arrays: jnp.stack(arrays), *problems)
+    results = jax.vmap(lambda *a: value_and_gradients(run, a[-1], *a[:-1]))(*together)
+    for i, (*arguments, cotangents) in enumerate(problems):
+        alone = value_and_gradients(run, cotangents, *arguments)
+        assert_close(jax.tree.map(lambda x, i=i: x[i], results), alone, 1e-6)
+
+    kernels, inputs, carry, _ = problems[0]
+    expected = run(kernels, inputs, carry)
+    donating = jax.jit(run, donate_argnums=2)
+    jax.tree.map(np.testing.assert_array_equal, donating(kernels, inputs, carry), expected)
+
+
+def test_layers_of_whole_registers_use_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "count_threads", lambda: 2)
+    problem = make_problem(3, 4, 5, 32)[:3]
+    for run in (low, run_layer):
+        assert uses_library(run, *problem)
+        assert not without_library(uses_library)(run, *problem)
+        assert not uses_library(run, *make_problem(3, 4, 5, 24)[:3])
+    # In float32, XLA is faster for fewer texts than threads.
+    alone = make_problem(1, 4, 5, 32)[:3]
+    assert uses_library(low, *alone) and not uses_library(run_layer, *alone)
+
+
+_TRAIN = """
+import os, sys
+import jax, numpy as np
+from lstm_jax import batches, config, model, optimizer, train_step
+from lstm_jax.devices import parallel
+from lstm_jax.ops import choice, native
+settings = config.default()
+os.sched_getaffinity = lambda process: range(2)
+jax.config.update("jax_num_cpu_devices", 2)
+settings.batches.batch_size = 12
+settings.model.embedding_size, settings.model.hidden_size, settings.model.num_layers = 24, 32, 2
+settings.optimizer.learning_rate, settings.optimizer.epsilon = 0.01, 1e-3
+adam = optimizer.make_optimizer(settings.optimizer, 40)
+ids = np.random.default_rng(0).integers(0, 30, (12, 10)).astype(np.int32)
+library = native.load_library()
+for settings.mesh.data, used, settings.model.dtype in (
+    (devices, used, dtype)
+    for devices, used in ((1, None), (1, library), (2, library))
+    for dtype in ("float32", "bfloat16")
+):
+    native.load_library = lambda: used
+    mesh = parallel.make_mesh(settings)
+    assert choice.runs_in_c("windows", settings.model.dtype, 32) == bool(used)
+    lstm = model.make_model(settings.model, 30)
+    state = train_step.init_state(lstm, adam, jax.random.key(0), 12, mesh=mesh).place(mesh)
+    step = train_step.make_train_step(lstm, adam, settings, mesh)
+    for k in range(40):
+        state = step(state, batches.Batch(ids[:, :-1], ids[:, 1:], np.bool_(k == 0)))
+        if k % 16 == 0 or k == 39:
+            loss = float(state.loss_sum)  # Wait, as the training loop does.
+        if k in (0, 39):
+            print(loss)
+        state = state._replace(loss_sum=0 * state.loss_sum)
+"""
+
+
+@pytest.mark.process
+def test_devices_train_alike_with_the_library_and_without() -> None:
+    result = commands.run_python("-c", _TRAIN)
+    losses = np.reshape([float(line) for line in result.stdout.split()], (3, 4))
+    first, last = losses[0, :2]
+    assert last < first - 0.2  # It learns.
+    for other in losses[1:]:
+        np.testing.assert_allclose(other[:2], losses[0, :2], rtol=1e-5)  # In float32.
+        np.testing.assert_allclose(other[2:], losses[0, 2:], rtol=5e-3)
+
+
+@pytest.mark.process  # Compiles the library.
+def test_older_processors_do_not_run_what_they_lack(tmp_path: Path) -> None:
+    """AVX-512 BF16, VNNI and AMX are used only in functions and branches for them."""
+    assembly = tmp_path / "lstm.s"
+    command = ["cc", *native._FLAGS, "-I", jax.ffi.include_dir(), "-S", str(native._SOURCE)]
+    subprocess.run([*command, "-o", str(assembly)], check=True)
+    found: dict[str, set[str]] = {}
+    function = ""
+    for line in assembly.read_text().splitlines():
+        if label := re.fullmatch(r"([A-Za-z]\w*):.*", line):
+            function = label[1]
+        elif used := re.match(r"\s+(v\w*bf16\w*|vpdp\w*|tile\w*|ldtile\w*|td\w+)\s", line + " "):
+            found.setdefault(function, set()).add(used[1])
+    assert found.pop("multiply") == {"vdpbf16ps", "vpdpbusd"}
+    assert found.pop("release_tiles") == {"tilerelease"}
+    assert "tdpbf16ps" in found.pop("multiply_tiles")
+    # `store` decides at run time whether to round: a compiler does not run volatile assembly early.
+    assert all(names == {"vcvtneps2bf16"} for names in found.values())
+    assert "__asm__ volatile" in native._SOURCE.read_text()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Return an empty directory for the library, and load it anew before and after the test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.load_library.cache_clear()
+    yield tmp_path / "lstm-jax" / "library"
+    native.load_library.cache_clear()
+
+
+@pytest.mark.process
+def test_the_library_is_compiled_once_for_each_source(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = native.build_library()
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", "")
+        assert native.build_library() == path and list(cache.iterdir()) == [path]
+    source = tmp_path / "lstm.c"
+    source.write_text(native._SOURCE.read_text() + "// Changed.\n")
+    monkeypatch.setattr(native, "_SOURCE", source)
+    assert native.build_library() != path
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("size", [4096, 100, 0])
+def test_a_damaged_library_is_compiled_again(cache: Path, size: int) -> None:
+    path = native.build_library()
+    content = path.read_bytes()
+    os.truncate(path, size)
+    os.truncate(path, size or len(content))  # Zeros, as after a loss of power.
+    assert native.build_library() == path
+    assert path.read_bytes() == content
+
+
+@pytest.mark.process
+def test_without_a_library_a_warning_says_why(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read_warning() -> str:
+        native.load_library.cache_clear()
+        assert not native.load_library()
+        return capsys.readouterr().err
+
+    source = tmp_path / "lstm.c"
+    source.write_text("int main( {}")
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "_SOURCE", source)
+        assert re.search(r"the C compiler cc can't compile .*lstm\.c: .*error", read_warning())
+    assert list(cache.iterdir()) == []
+    monkeypatch.setenv("PATH", str(tmp_path))
+    compiler = tmp_path / "cc"
+    compiler.write_bytes(b"#!/bin/sh\n/bin/echo 'erreur: r\xe9sum\xe9, error' >&2; exit 1\n")
+    compiler.chmod(0o700)
+    assert "erreur: r\ufffdsum\ufffd" in read_warning()
+    compiler.write_bytes(b"not a program")
+    assert "the C compiler cc can't run: Exec format error" in read_warning()
+    compiler.unlink()
+    assert read_warning() == (
+        "warning: LSTMs run without the library in C, which is faster: "
+        "there is no C compiler named cc: install gcc or clang\n"
+    )
+    cache.chmod(0o777)
+    assert f"others can write to {cache}" in read_warning()
+
+
+@pytest.mark.process
+def test_without_a_compiler_a_model_is_trained_all_the_same(
+    text_file: Path, tmp_path: Path
+) -> None:
+    flags = [f"--config.data.path={text_file}", "--config.max_steps=1", "--workdir=run"]
+    flags += ["--config.model.hidden_size=64", "--config.batches.window_length=8"]
+    command = ["-m", "lstm_jax.main", "--config=experiments/quick.py", *flags]
+    env = {"XDG_CACHE_HOME": str(tmp_path), "PATH": ""}
+    result = commands.run_python(*command, cwd=tmp_path, env=env)
+    assert result.returncode == 0, result.stderr
+    assert "recurrence: xla, matmuls" in result.stdout
+    assert result.stderr.count("there is no C compiler named cc") == 1

@@ -1,0 +1,280 @@
+"""Test one training step: its gradient, masks, averages and skipped steps."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import models
+from lstm_jax import batches, regularization, train_step
+from lstm_jax import config as config_lib
+from lstm_jax import model as model_lib
+from lstm_jax import optimizer as optimizer_lib
+from lstm_jax.devices import parallel
+
+
+@pytest.fixture(autouse=True)
+def draw_params(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        model_lib, "init_params", lambda model, key, counts: models.draw_params(model)
+    )
+
+
+def make_config(batch_size: int = 2) -> ConfigDict:
+    """Return the config of a tiny model, with Adam at 0.1."""
+    config = config_lib.default()
+    config.batches.batch_size = batch_size
+    config.model.embedding_size = 6
+    config.model.hidden_size = 9
+    config.optimizer.learning_rate = 0.1
+    return config
+
+
+def set_up(
+    model: model_lib.LanguageModel, config: ConfigDict
+) -> tuple[train_step.TrainState, train_step.TrainStep]:
+    """Return the initial state and the step."""
+    optimizer = optimizer_lib.make_optimizer(config.optimizer, 10)
+    mesh = parallel.make_mesh(config)
+    averaged = config.optimizer.average_decay > 0
+    state = train_step.init_state(
+        model, optimizer, jax.random.key(0), config.batches.batch_size, averaged
+    )
+    return state.place(mesh), train_step.make_train_step(model, optimizer, config, mesh)
+
+
+def make_batch(batch_size: int, time: int, seed: int = 0, starts: bool = True) -> batches.Batch:
+    """Return a batch of random ids below 11."""
+    ids = np.random.default_rng(seed).integers(0, 11, (batch_size, time + 1)).astype(np.int32)
+    return batches.Batch(ids[:, :-1], ids[:, 1:], np.bool_(starts))
+
+
+@pytest.mark.parametrize("max_gradient_norm", [0.0, 0.01])
+def test_one_step_is_adam_on_the_mean_loss(max_gradient_norm: float) -> None:
+    model = model_lib.LanguageModel(11, 6, 9)
+    config = make_config()
+    config.optimizer.max_gradient_norm = max_gradient_norm
+    state, train_step = set_up(model, config)
+    before = jax.tree.map(jnp.copy, state.params)
+    batch = make_batch(2, 7)
+
+    @jax.jit
+    @jax.value_and_grad
+    def differentiate(params: model_lib.Params) -> jax.Array:
+        logits, _ = model_lib.apply(model, params, batch.inputs, model.initial_carry(2))
+        log_probabilities = jax.nn.log_softmax(logits)
+        return -jnp.take_along_axis(log_probabilities, batch.targets[..., None], axis=-1).mean()
+
+    loss, gradients = differentiate(before)
+    norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(gradients)))
+    scale = min(1, max_gradient_norm / norm) if max_gradient_norm else 1
+    # Adam's first step, with its moments corrected for their bias, is g / (|g| + 1e-8).
+    expected = jax.tree.map(
+        lambda p, g: np.asarray(p - 0.1 * scale * g / (np.abs(scale * g) + 1e-8)), before, gradients
+    )
+    after = train_step(state, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), after.params, expected)
+    assert float(after.loss_sum) == pytest.approx(float(loss), rel=1e-5)
+    assert float(after.norm_sum) == pytest.approx(norm, rel=1e-4)  # Before clipping.
+
+
+def test_microbatches_match_the_step_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare several steps, with masks, penalties and the carry."""
+    results: list[train_step.TrainState] = []
+    penalty, sizes = regularization.compute_penalty, set[int]()
+
+    def record(rates: Any, outputs: jax.Array, *rest: Any) -> Any:
+        sizes.add(len(outputs))
+        return penalty(rates, outputs, *rest)
+
+    monkeypatch.setattr(regularization, "compute_penalty", record)
+    for number in (1, 3):
+        config = make_config(6)
+        config.optimizer.learning_rate = 0.01
+        config.optimizer.name = "sgd"
+        config.optimizer.microbatches = number
+        for name in config.regularization:
+            config.regularization[name] = 0.3
+        model = model_lib.make_model(config.model, 11)
+        state, step = set_up(model, config)
+        for seed in range(4):
+            state = step(state, make_batch(6, 8, seed, starts=seed == 2))
+        results.append(state)
+        assert sizes == {6 // number}
+        sizes.clear()
+    for a, b in zip(
+        *map(jax.tree.leaves, ((r.params, r.rest | {"key": 0}) for r in results)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_the_temporal_penalty_is_of_steps_within_a_document() -> None:
+    model = model_lib.LanguageModel(11, 6, 9, stop_id=0)
+    inputs = np.array([[5, 0], [7, 0]], np.int32)  # A document begins at the second step.
+    grads = []
+    for weight in (0.0, 3.0):
+        config = make_config()
+        config.regularization.temporal_activation_penalty = weight
+        compute = jax.jit(train_step._make_compute_grads(model, config_lib.complete_config(config)))
+        batch = inputs, inputs, None
+        (gradient, _), _ = compute(
+            models.draw_params(model), None, batch, model.initial_carry(2), None
+        )
+        grads.append(gradient)
+    jax.tree.map(np.testing.assert_array_equal, *grads)
+
+
+def test_the_average_follows_the_parameters() -> None:
+    config = make_config()
+    config.optimizer.average_decay = 0.25
+    model = model_lib.make_model(config.model, 11)
+    state, step = set_up(model, config)
+    expected = [np.asarray(x) for x in jax.tree.leaves(state.params)]
+    for n in range(5):
+        state = step(state, make_batch(2, 7, n))
+        kept = min(0.25, (2 + n) / (11 + n))
+        params = jax.tree.leaves(state.params)
+        expected = [kept * a + (1 - kept) * p for a, p in zip(expected, params, strict=True)]
+    for a, b in zip(jax.tree.leaves(state.evaluated), expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    again = train_step.TrainState.join(state.evaluated, state.rest)
+    assert jax.tree.map(lambda a, b: a is b, again, state) == jax.tree.map(lambda _: True, state)
+    assert "params" in state.rest and "average" not in state.rest
+
+
+def test_masks_differ_from_step_to_step_and_follow_the_seed() -> None:
+    config = make_config()
+    config.regularization.output_dropout = 0.5
+    config.optimizer.learning_rate = 1e-30  # So that only the masks differ.
+    model = model_lib.make_model(config.model, 11)
+    runs: list[list[float]] = []
+    for _ in range(2):
+        state, step = set_up(model, config)
+        runs.append([])
+        for _ in range(3):
+            state = step(state, make_batch(2, 7))
+            runs[-1].append(float(state.loss_sum))
+    assert runs[0] == runs[1]
+    first, second, third = np.diff([0.0, *runs[0]])
+    assert first != second != third
+
+
+@pytest.mark.parametrize("cell", ["lstm", "rglru"])
+def test_no_tracer_leaks_from_a_step(cell: str) -> None:
+    config = make_config()
+    config.model.update({"cell": cell, "hidden_size": 8})
+    config.regularization.output_dropout = 0.5
+    model = model_lib.make_model(config.model, 11)
+    optimizer = optimizer_lib.make_optimizer(config.optimizer, 10)
+    state = train_step.init_state(model, optimizer, jax.random.key(0), 2, False)
+    mesh = parallel.make_mesh(config)
+    with jax.checking_leaks():
+        jax.eval_shape(
+            train_step.make_step(model, optimizer, config, mesh), state, make_batch(2, 7)
+        )
+
+
+def test_an_update_in_place_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config()
+    config.optimizer.average_decay = 0.9
+    model = model_lib.make_model(config.model, 11)
+    results = []
+    for large in (train_step._LARGE, 0):
+        monkeypatch.setattr(train_step, "_LARGE", large)
+        state, step = set_up(model, config)
+        for _ in range(3):
+            state = step(state, make_batch(2, 7))
+        results.append(jax.device_get(state._replace(key=jnp.zeros(()))))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *results)
+
+
+@pytest.mark.parametrize("large", [train_step._LARGE, 0])
+@jax.debug_nans(False)
+def test_a_nonfinite_step_changes_nothing(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_step, "_LARGE", large)
+    config = make_config()
+    config.optimizer.average_decay = 0.9
+    model = model_lib.make_model(config.model, 11)
+    state, step = set_up(model, config)
+    broken: Any = jax.tree.map(jnp.copy, state.carry)
+    state = state._replace(carry=jax.tree.map(lambda x: x * jnp.nan, broken))
+    before = jax.tree.map(np.asarray, state._replace(key=jnp.zeros(())))
+    after = step(state, make_batch(2, 7, starts=False))
+    assert (int(after.skipped), int(after.first_skipped), int(after.step)) == (1, 1, 1)
+    assert float(after.loss_sum) == float(after.norm_sum) == int(after.loss_steps) == 0
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+    jax.tree.map(np.testing.assert_array_equal, after.average, before.average)
+    jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
+
+
+@jax.debug_nans(False)
+def test_texts_that_start_in_a_nonfinite_step_have_started() -> None:
+    config = make_config()
+    model = model_lib.make_model(config.model, 11)
+    state, step = set_up(model, config)
+    carry, params = jax.tree.map(jnp.ones_like, state.carry), state.params
+    state = state._replace(carry=carry, params=jax.tree.map(lambda x: x * jnp.nan, params))
+    after = step(state, make_batch(2, 7))
+    assert int(after.skipped) == 1 and not any(x.any() for x in jax.tree.leaves(after.carry))
+
+
+def test_a_tied_embedding_is_dropped_only_where_it_is_read() -> None:
+    rates = config_lib.RegularizationConfig(embedding_dropout=0.5)
+    model = model_lib.LanguageModel(11, 6, 9, tie_embeddings=True)
+    params, key, batch = models.draw_params(model), jax.random.key(0), make_batch(2, 7)
+    compute = train_step._make_compute_grads(model, config_lib.Config(regularization=rates))
+    read = batch.inputs, batch.targets, None
+    (_, loss), _ = compute(params, key, read, model.initial_carry(2), None)
+    dropped = regularization.drop_parameters(rates, params, key)
+    bound, inputs = model.bind({"params": dropped}), jnp.asarray(batch.inputs)
+    outputs, _ = bound.run(inputs, model.initial_carry(2), None)
+    table, bias = map(np.asarray, (params["embedding"]["embedding"], params["dense"]["bias"]))
+    logits = np.asarray(outputs) @ table.T + bias
+    losses = -np.asarray(jax.nn.log_softmax(logits))
+    expected = np.take_along_axis(losses, batch.targets[..., None], axis=2).mean()
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_stream_starts_from_the_initial_carry_of_its_cell() -> None:
+    """Test one with a stabilizer, which does not start at zero."""
+    config = make_config(4)
+    config.model.cell, config.model.hidden_size = "slstm", 8
+    config.batches.kind, config.batches.reset_probability = "streams", 0.0
+    config.optimizer.learning_rate = 1e-30  # So that only the carry differs.
+    model = model_lib.make_model(config.model, 11)
+    state, step = set_up(model, config)
+    carries = []
+    for first, starts in ((1, True), (0, True), (0, False)):
+        state, _ = set_up(model, config)
+        state = step(state, make_batch(4, 8, first))
+        carries.append(step(state, make_batch(4, 8, 1, starts)).carry)
+    fresh, again, kept = map(jax.tree.leaves, carries)
+    jax.tree.map(np.testing.assert_array_equal, fresh, again)
+    assert not np.allclose(fresh[0], kept[0], rtol=1e-2, atol=0)
+
+
+def test_streams_are_reset_at_random_and_independently() -> None:
+    config = make_config(40)
+    config.optimizer.learning_rate = 1e-30  # So that only the carry differs.
+    model = model_lib.make_model(config.model, 11)
+    carries = {}
+    for kind, chance in (("windows", 0.5), ("streams", 0.0), ("streams", 0.5)):
+        config.batches.kind, config.batches.reset_probability = kind, chance
+        state, step = set_up(model, config)
+        state = step(step(state, make_batch(40, 8, 0)), make_batch(40, 8, 1, starts=False))
+        carries[kind, chance] = np.asarray(state.carry[0].hidden)
+    kept = carries["streams", 0.0]
+    later = np.asarray(step(state, make_batch(40, 8, 1, starts=False)).carry[0].hidden)
+    state, step = set_up(model, config)
+    reset = np.asarray(step(state, make_batch(40, 8, 1)).carry[0].hidden)
+    by_chance = carries["streams", 0.5]
+    is_kept = np.isclose(by_chance, kept, atol=1e-6).all(axis=1)
+    is_reset = np.isclose(by_chance, reset, atol=1e-6).all(axis=1)
+    assert (is_kept != is_reset).all() and 8 < is_reset.sum() < 32
+    is_reset_later = np.isclose(later, reset, atol=1e-6).all(axis=1)
+    assert (is_reset_later != is_reset).any(), "others in the next step"
+    np.testing.assert_allclose(carries["windows", 0.5], kept, atol=1e-6)

@@ -1,0 +1,125 @@
+"""Test training on the probabilities of teachers."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import commands
+import models
+import runs
+from lstm_jax import config as config_lib
+from lstm_jax import loss as loss_lib
+from lstm_jax import model as model_lib
+from lstm_jax import train_step
+from lstm_jax.errors import UserError
+from lstm_jax.run import distillation, session, workdir
+
+
+def test_the_gradient_is_that_of_text_and_teachers() -> None:
+    """Compare a step of SGD with the gradient of the mixed cross-entropy, by the softmax."""
+    config = config_lib.complete_config({"distill": {"weight": 0.75}, "batches": {"batch_size": 2}})
+    model = model_lib.LanguageModel(11, 6, 9)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 11, (2, 8)).astype(np.int32)
+    soft_targets = rng.dirichlet(np.ones(11), (2, 7)).astype(np.float16)
+    params = models.draw_params(model)
+    grads: Any = []
+    for soft, hard_share in ((soft_targets, 0.25), (None, 1.0)):
+        compute = train_step._make_compute_grads(model, config)
+        batch, carry = (ids[:, :-1], ids[:, 1:], soft), model.initial_carry(2)
+        (gradient, loss), _ = compute(params, None, batch, carry, None)
+        logits, _ = models.apply(model, params, batch[0], carry)
+        probabilities = np.asarray(jax.nn.softmax(logits), np.float64)
+        hard = np.eye(11)[batch[1]]
+        mixed = hard_share * hard + (1 - hard_share) * soft_targets.astype(np.float64)
+        # The gradient of the dense layer's bias is the mean of what is predicted too much.
+        expected = (probabilities - mixed).mean(axis=(0, 1))
+        np.testing.assert_allclose(gradient["dense"]["bias"], expected, atol=2e-4)
+        # The recorded loss is that of the text alone.
+        assert float(loss) == pytest.approx(-np.log(probabilities[hard == 1]).mean(), rel=1e-5)
+        grads.append(gradient)
+    assert not np.allclose(*(g["embedding"]["embedding"] for g in grads))
+
+
+def test_teachers_predict_each_token_from_the_text_before(trained: Path) -> None:
+    vocabulary = workdir.load_vocabulary(trained)
+    length = loss_lib.LONGEST_IN_ONE + 500  # Read as streams.
+    ids = np.random.default_rng(0).integers(2, len(vocabulary), length).astype(np.int32)
+    teachers = distillation.load_teachers(f"{trained},{trained}", vocabulary)
+    for of_text in (ids, ids[:300]):
+        predicted = distillation.predict_text(teachers, of_text)
+        assert predicted.dtype == np.float16
+        assert predicted.shape == (len(of_text), len(vocabulary))
+        assert not predicted[0].any()
+        model = workdir.load_trained(trained)
+        losses = loss_lib.compute_token_losses(model.model, model.params, of_text)
+        chosen = predicted[np.arange(1, len(of_text)), of_text[1:]].astype(np.float64)
+        np.testing.assert_allclose(chosen, np.exp(-losses), atol=1e-3)
+    with pytest.raises(UserError, match="don't fit into"):
+        distillation.check_length(2**30, len(vocabulary))
+
+
+def test_teachers_that_read_the_test_text_are_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    for sizes in ("90:5:5", "80:10:10"):
+        distillation.check_texts("runs/a", f"one:{sizes}", "one:90:5:5")
+    assert not capsys.readouterr().err
+    for record in ("two:90:5:5", ""):  # Imported weights have no record of their text.
+        distillation.check_texts("runs/a", record, "one:90:5:5")
+        assert (
+            "runs/a, in config.distill.teachers, was trained on another" in capsys.readouterr().err
+        )
+    with pytest.raises(UserError, match="runs/a, .* was trained on validation or test text"):
+        distillation.check_texts("runs/a", "one:95:3:2", "one:90:5:5")
+
+
+def test_a_run_checks_the_texts_of_its_teachers(
+    trained: Path, text_file: Path, tmp_path: Path
+) -> None:
+    fields = {
+        "data.path": str(text_file),
+        "data.fractions": (0.8, 0.1, 0.1),
+        "distill.teachers": str(trained),
+    }
+    config = config_lib.change_fields(workdir.load_config(trained), {**fields, "data.sha256": ""})
+    with (
+        pytest.raises(UserError, match="was trained on validation or test text of this run"),
+        session.open_run(config, tmp_path / "run"),
+    ):
+        pass
+
+
+@pytest.mark.slow
+def test_a_student_resumes_bit_for_bit(trained: Path, text_file: Path, tmp_path: Path) -> None:
+    flags = [f"--config.distill.teachers={trained}", "--config.distill.weight=0.9"]
+    states = []
+    for name, stops in (("whole", [9]), ("resumed", [4, 9])):
+        for stop in stops:
+            given = flags[stop == 9 and name == "resumed" :]  # It keeps its teachers.
+            arguments = runs.make_arguments(text_file, tmp_path / name, *given)
+            done = commands.run("main", *arguments, f"--config.max_steps={stop}")
+            assert done.returncode == 0, done.stderr
+        states.append(runs.load_final_state(tmp_path / name))
+    for a, b in zip(*states, strict=True):
+        np.testing.assert_array_equal(a, b)
+    config = (whole := tmp_path / "whole") / workdir.CONFIG
+    before = config.read_bytes()
+    arguments = runs.make_arguments(text_file, whole, f"--config.distill.teachers={tmp_path}")
+    assert commands.run("main", *arguments).returncode == 2 and config.read_bytes() == before
+    with session.open_run(workdir.load_config(whole), whole) as opened:
+        batch = opened.make_feed().next()
+        assert batch.soft_targets is not None
+    arguments = runs.make_arguments(text_file, tmp_path / "bytes", flags[0])
+    done = commands.run("main", *arguments, "--config.data.units=bytes")
+    assert done.returncode == 2
+    assert "another vocabulary" in done.stderr
+    assert not list((tmp_path / "bytes").glob("c*"))
+    untrained = shutil.copytree(trained, tmp_path / "untrained")
+    shutil.rmtree(untrained / workdir.CHECKPOINTS)
+    arguments = runs.make_arguments(text_file, tmp_path / "new", f"{flags[0]},{untrained}")
+    done = commands.run("main", *arguments)
+    assert done.returncode == 2 and "there is no checkpoint in" in done.stderr
+    assert not list((tmp_path / "new").glob("c*"))

@@ -1,0 +1,156 @@
+"""Test that an ensemble predicts the mean probabilities of its members."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import commands
+import lstm_jax
+import models
+from lstm_jax import config as config_lib
+from lstm_jax import dynamic, generation
+from lstm_jax import loss as loss_lib
+from lstm_jax import model as model_lib
+from lstm_jax.controls import Controls
+from lstm_jax.convert import transfer
+from lstm_jax.errors import UserError
+from lstm_jax.model import LanguageModel
+from lstm_jax.run import ensemble, workdir
+from lstm_jax.vocabulary import Vocabulary
+
+SETTINGS = dynamic.Settings(learning_rate=0.01, decay=0.05, segment_length=7)
+
+
+# Of different sizes and cells. Large weights make the distributions far from uniform.
+MODELS = LanguageModel(11, 4, 12, 2), LanguageModel(11, 5, 7, cell="gru")
+PARAMS = tuple(models.draw_params(model, 0.6) for model in MODELS)
+MEMBERS = [*zip(MODELS, PARAMS, strict=True)]
+JOINED: tuple[Any, Any] = ensemble.Ensemble(MODELS), PARAMS
+ONE: tuple[Any, Any] = ensemble.Ensemble(MODELS[:1]), PARAMS[:1]
+
+
+def make_ids(length: int) -> np.ndarray:
+    return np.random.default_rng(length).integers(2, 11, length).astype(np.int32)
+
+
+def compute_probabilities(ids: np.ndarray) -> np.ndarray:
+    """Return the mean probabilities of the next token after each id, float64 [n, vocabulary]."""
+    found = []
+    for model, params in MEMBERS:
+        padded = np.pad(ids[None], ((0, 0), (0, 300 - len(ids))))  # What follows has no effect.
+        logits, _ = models.apply(model, params, padded, model.initial_carry(1))
+        odds = np.exp(np.asarray(logits[0], np.float64))
+        found.append(odds / odds.sum(axis=-1, keepdims=True))
+    mean: np.ndarray = np.mean(found, axis=0)[: len(ids)]
+    return mean
+
+
+def test_the_loss_is_that_of_the_mean_probabilities() -> None:
+    ids = make_ids(300)
+    expected = -np.log(compute_probabilities(ids[:-1])[np.arange(299), ids[1:]])
+    losses = loss_lib.compute_token_losses(*JOINED, ids)
+    np.testing.assert_allclose(losses, expected, atol=1e-4)
+    assert loss_lib.compute_loss(*JOINED, ids) == pytest.approx(expected.mean(), rel=1e-5)
+    of_members = [loss_lib.compute_token_losses(*member, ids) for member in MEMBERS]
+    np.testing.assert_allclose(dynamic.mix_losses(of_members), expected, atol=1e-4)
+    # In the windows of --context.
+    expected = -np.log(compute_probabilities(ids[100:150])[np.arange(50), ids[101:151]])
+    windows = loss_lib.compute_token_losses(*JOINED, ids, context=50)
+    np.testing.assert_allclose(windows[100:150], expected, atol=1e-4)
+
+
+def test_a_step_predicts_the_mean_probabilities() -> None:
+    model, params = JOINED
+    ids = make_ids(40)
+    arrays = generation.prepare_params(model, params)
+    state = generation.read_tokens(
+        model, arrays, generation.initial_state(model, arrays), ids[None]
+    )
+    np.testing.assert_allclose(
+        np.exp(state.logits[0]), compute_probabilities(ids)[-1], rtol=1e-4, atol=1e-6
+    )
+    greedy = generation.generate_tokens(
+        model, params, ids[None], jax.random.key(0), Controls(temperature=0), length=20
+    )
+    probabilities = compute_probabilities(np.append(ids, greedy))[39:-1]
+    np.testing.assert_array_equal(greedy[0], probabilities[:, 2:].argmax(axis=-1) + 2)
+
+
+def test_an_ensemble_of_one_equals_its_member() -> None:
+    prompts, ids = make_ids(12).reshape(2, 6), make_ids(100)
+    key, controls = jax.random.key(5), Controls(temperature=0.9, top_p=0.95)
+    pairs: list[tuple[Any, model_lib.Params]] = [MEMBERS[0], ONE]
+    single, joined = (
+        generation.generate_tokens(*pair, prompts, key, controls, length=100) for pair in pairs
+    )
+    np.testing.assert_array_equal(single, joined)
+    single, joined = (
+        np.concatenate([*dynamic.adapt_to_text(members, prompts[0], ids, SETTINGS)])
+        for members in itertools.starmap(ensemble.list_members, pairs)
+    )
+    np.testing.assert_array_equal(single, joined)
+    assert loss_lib.compute_loss(*ONE, ids) == pytest.approx(
+        loss_lib.compute_loss(*MEMBERS[0], ids), rel=1e-6
+    )
+
+
+def test_each_member_adapts_on_its_own_loss() -> None:
+    train_ids, ids, probabilities = make_ids(50), make_ids(90), np.zeros(89)
+    for model, params in MEMBERS:
+        sizes = dynamic.measure_gradient_sizes(model, params, train_ids, 7)
+        own = dynamic.compute_dynamic_losses(model, params, ids, SETTINGS, sizes)
+        probabilities += np.exp(-np.concatenate([*own], dtype=np.float64)) / len(MEMBERS)
+    members = ensemble.list_members(*JOINED)
+    losses = np.concatenate([*dynamic.adapt_to_text(members, train_ids, ids, SETTINGS)])
+    np.testing.assert_allclose(losses, -np.log(probabilities), atol=1e-5)
+
+
+def make_run(trained: Path, directory: Path, changes: dict[str, Any]) -> Path:
+    """Make a working directory like another one, with fields of its config changed."""
+    loaded = workdir.load_trained(trained)
+    config = config_lib.change_fields(loaded.config, changes)
+    params = models.draw_params(model_lib.make_model(config.model, len(loaded.vocabulary)))
+    transfer.make_folder(directory, config, loaded.vocabulary, params)
+    return directory
+
+
+def run(module: str, *directories: Path, options: str = "") -> str:
+    workdirs = [f"--workdir={directory}" for directory in directories]
+    result = commands.run(module, *options.split(), *workdirs)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_the_commands_mix_several_runs(trained: Path, tmp_path: Path) -> None:
+    other = make_run(trained, tmp_path / "other", {"model.cell": "gru", "model.hidden_size": 16})
+    mixed = json.loads(run("evaluate", trained, other))
+    runs = [workdir.load_trained(directory) for directory in (trained, other)]
+    assert mixed["step"] == [loaded.step for loaded in runs]
+    for options in ("", " --temperature=0"):
+        text = run("sample", trained, other, options=f"--prompt=ROMEO: --length=30{options}")
+        assert text.startswith("ROMEO:") and len(text) == 6 + 30 + 1
+    loaded, _ = ensemble.load_ensemble([trained, other])
+    ids = generation.encode_prompt(loaded.vocabulary, "")
+    carry = loaded.model.initial_carry(1)
+    logits, _ = models.apply(loaded.model, loaded.params, ids[None], carry)
+    best = int(logits[0, -1].argmax())
+    ((token, probability),) = lstm_jax.load([trained, other]).next("", n=1)
+    assert token == loaded.vocabulary.tokens[best]
+    assert probability == pytest.approx(np.exp(logits[0, -1, best]), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_members_need_one_text_and_vocabulary(trained: Path, tmp_path: Path) -> None:
+    for changes, message in (({"data.sha256": "0" * 64}, "texts or splits"), ({}, "vocabularies")):
+        run = make_run(trained, tmp_path / message, changes)
+        if not changes:
+            *tokens, last = workdir.load_vocabulary(run).tokens
+            workdir.save_vocabulary(run, Vocabulary([*tokens, last + "\u0301"], "words"))
+        with pytest.raises(UserError, match=f"{trained} and {run} have different {message}"):
+            ensemble.load_ensemble([trained, run])

@@ -1,0 +1,456 @@
+"""Use the package from Python: `import lstm_jax`, trained models, and training."""
+
+import itertools
+import pydoc
+import re
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import beam_search
+import commands
+import lstm_jax
+import models
+from lstm_jax import loss as loss_lib
+from lstm_jax.errors import UserError
+from lstm_jax.model import LanguageModel
+from lstm_jax.run import library, metrics, workdir
+from lstm_jax.vocabulary import Vocabulary
+from runs import read_losses
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def run(trained: Path) -> library.Run:
+    return lstm_jax.load(str(trained))
+
+
+def make_run(text: str = "abc", stop: str = "", **fields: Any) -> library.Run:
+    """Return a model with random parameters."""
+    vocabulary = Vocabulary.from_text(text, stop=stop)
+    model = LanguageModel(len(vocabulary), 5, 7, **fields)
+    params = models.draw_params(model, 1.0)
+    return library.Run(workdir.Trained(ConfigDict(), vocabulary, model, params, 0))
+
+
+def compute_log_probs(run: library.Run, text: str) -> np.ndarray:
+    """Return the log-probabilities of all tokens after each token: [n, vocabulary]."""
+    ids = run.vocabulary.encode(text)
+    padded = np.pad(ids[None], ((0, 0), (0, -len(ids) % 64)))  # What follows has no effect.
+    logits, _ = models.apply(run.model, run.params, padded, run.model.initial_carry(1))
+    log_probs = np.asarray(jax.nn.log_softmax(logits[0]), np.float64)
+    return log_probs[: len(ids)]
+
+
+@pytest.mark.process
+def test_importing_the_package_imports_nothing_else() -> None:
+    code = (
+        "import sys, lstm_jax; print('jax' in sys.modules, 'load' in dir(lstm_jax));"
+        "print(lstm_jax.train, lstm_jax.config.default().num_epochs, lstm_jax.load.__module__);"
+        "from lstm_jax import train; import lstm_jax.training;"
+        "print(train is lstm_jax.training.train is lstm_jax.train)"
+    )
+    done = commands.run_python("-c", code)
+    assert done.returncode == 0, done.stderr
+    first, second, third = done.stdout.splitlines()
+    assert first == "False True" and second.startswith("<function train at ") and third == "True"
+    assert second.endswith("20 lstm_jax.run.library")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = lstm_jax.nothing  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_the_blocks_of_the_page_run(
+    trained: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    assert len(blocks) == 9
+    shutil.copytree(trained, tmp_path / "runs" / "quick")
+    shutil.copy(text_file, tmp_path / "my.txt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["exit_code"] == 0 and names["own"].step > 0
+    assert {row["split"] for row in names["rows"]} == {"train", "validation", "test"}
+    rows = [{k: v for k, v in row.items() if k != "sample"} for row in names["rows"]]
+    assert rows == metrics.read_metrics(tmp_path / "runs" / "mine" / workdir.METRICS)
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_generated_text_is_that_of_the_command(trained: Path) -> None:
+    options = ["--length=60", "--seed=3", "--top_k=8", "--prompt=The ", "--dtype=bfloat16"]
+    done = commands.run("sample", f"--workdir={trained}", *options)
+    assert done.returncode == 0, done.stderr
+    run = lstm_jax.load(f"{trained}/../{trained.name}", dtype="bfloat16")
+    assert run.generate("The ", length=60, seed=3, top_k=8) + "\n" == done.stdout
+    assert "The " + "".join(run.stream("The ", length=60, seed=3, top_k=8)) + "\n" == done.stdout
+    with pytest.raises(UserError, match="top_k is -1"):
+        run.generate(top_k=-1)
+    with pytest.warns(UserWarning, match="does not know '¿'"):
+        run.generate("¿", length=1)
+
+
+@pytest.mark.slow
+def test_a_working_directory_beside_the_current_one_is_resumed(
+    tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for tiny_config.max_steps in (1, 2):
+        assert lstm_jax.train(tiny_config, "../run", quiet=True) == 0
+    assert lstm_jax.load("../run").step in (1, 2)
+
+
+def test_a_model_is_loaded_in_another_dtype(run: library.Run, trained: Path) -> None:
+    assert run.model.dtype == "float32"
+    rounded = lstm_jax.load(trained, dtype="bfloat16")
+    scores = (loaded.score("The text").log_probs for loaded in (rounded, run))
+    assert 0 < np.abs(np.subtract(*scores)).max() < 0.05
+    with pytest.raises(UserError, match="^dtype is 'half': it must be one of .*int8"):
+        lstm_jax.load(trained, dtype="half")
+    with pytest.raises(UserError, match="can't use int8 here: that needs LSTM layers of a"):
+        lstm_jax.load(trained, dtype="int8")  # This model has 24 hidden units.
+
+
+def test_several_texts_are_read_step_by_step() -> None:
+    run, texts = make_run("abcdefgh"), ("abcd", "hgfe")
+    ids = np.stack([run.vocabulary.encode(text) for text in texts])
+    state = run.read(ids[:, :0])
+    assert state.logits.shape == (2, len(run.vocabulary)) and not np.asarray(state.logits).any()
+    for column in ids.T:
+        state = run.read(column[:, None], state)
+    np.testing.assert_array_equal(state.logits, run.read(ids).logits)
+    log_probs = jax.nn.log_softmax(state.logits)
+    for of_text, text in zip(log_probs, texts, strict=True):
+        np.testing.assert_allclose(of_text, compute_log_probs(run, text)[-1], atol=1e-5)
+
+
+def test_a_logits_processor_sees_the_text_so_far_and_changes_what_is_drawn() -> None:
+    run = make_run("abcdefgh")
+    seen = []
+
+    def follow(ids: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        seen.append((ids.copy(), logits.copy()))
+        logits[:] = -np.inf
+        logits[2 + (ids[-1] - 1) % 8] = 0  # The next letter.
+        return logits
+
+    assert run.generate("gh", length=10, process_logits=follow) == "ghabcdefghab"
+    assert [len(ids) for ids, _ in seen] == list(range(2, 12))
+    expected = compute_log_probs(run, "ghabcdefghab")
+    for ids, logits in seen:
+        log_probs = np.asarray(jax.nn.log_softmax(logits))
+        np.testing.assert_allclose(log_probs, expected[len(ids) - 1], atol=1e-5)
+    # Without a change the text is that without a processor; controls still apply.
+    unchanged = run.generate("a", length=50, process_logits=lambda ids, logits: logits)
+    assert unchanged == run.generate("a", length=50)
+    greedy = run.generate("a", length=5, temperature=0, process_logits=lambda ids, logits: -logits)
+    ids = run.vocabulary.encode(greedy)
+    for n in range(1, 6):
+        assert compute_log_probs(run, greedy[:n])[-1][2:].argmin() == ids[n] - 2
+
+    def fill(value: float) -> library.LogitsProcessor:
+        return lambda ids, logits: np.full(10, value)
+
+    for value in (-np.inf, np.nan, np.inf):
+        with pytest.raises(UserError, match="no token can be drawn"):
+            run.generate(length=3, process_logits=fill(value))
+    only_special = np.where(np.arange(10) < 2, 0, -np.inf)
+    with pytest.raises(UserError, match="no token can be drawn"):
+        run.generate(length=3, process_logits=lambda ids, logits: only_special)
+    with pytest.raises(UserError, match=r"an array \[1, 3\].*logits \[1, 10\]"):
+        run.generate(length=3, process_logits=lambda ids, logits: logits[:3])
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_scores_are_those_of_the_model_in_one_part_or_several(cell: str) -> None:
+    run = make_run("abcdefgh", cell=cell, num_layers=2)
+    text = "".join(np.random.default_rng(1).choice(list("abcdefgh"), 2500))
+    expected = compute_log_probs(run, text)[np.arange(2499), run.vocabulary.encode(text)[1:]]
+    whole = run.score(text)
+    assert whole.tokens == list(text[1:])
+    np.testing.assert_allclose(whole.log_probs, expected, atol=1e-4)
+    parts: list[np.ndarray] = []
+    carry = None
+    for part in (text[:1], text[1:1026], "", text[1026:1027], text[1027:1100], text[1100:]):
+        scores = run.score(part, carry)
+        carry = scores.carry
+        assert scores.tokens == list(part if parts else part[1:])
+        parts.append(scores.log_probs)
+    np.testing.assert_allclose(np.concatenate(parts), expected, atol=1e-4)
+    assert run.score("").tokens == [] and run.score("").carry is None
+
+
+def test_hidden_states_are_those_from_which_the_logits_follow() -> None:
+    run = make_run("abcdefgh", num_layers=2)
+    text = "hagfbceddd"
+    first, last = run.hidden_states(text)
+    assert first.shape == last.shape == (10, 7)
+    run.params["dense"]["bias"] = None  # In a copy of the dict, so it has no effect.
+    dense = run.params["dense"]
+    log_probs = jax.nn.log_softmax(last @ dense["kernel"] + dense["bias"])
+    np.testing.assert_allclose(log_probs, compute_log_probs(run, text), atol=1e-5)
+    ids = run.vocabulary.encode(text)[None]
+    _, carry = models.apply(run.model, run.params, ids, run.model.initial_carry(1))
+    np.testing.assert_allclose(first[-1], carry[0].hidden[0], atol=1e-5)
+    # Those of a beginning do not depend on what follows.
+    np.testing.assert_allclose(run.hidden_states(text[:3])[0], first[:3], atol=1e-6)
+
+
+def test_the_next_tokens_are_sorted_by_probability(run: library.Run) -> None:
+    found = run.next("The", n=7)
+    expected = np.exp(compute_log_probs(run, "The")[-1])
+    best = np.argsort(-expected)[:7]
+    assert [token for token, _ in found] == [run.vocabulary.tokens[i] for i in best]
+    np.testing.assert_allclose([p for _, p in found], expected[best], rtol=1e-4)
+
+
+def test_a_beam_search_of_all_texts_finds_the_most_probable() -> None:
+    run = make_run("abc")
+    totals = {}
+    for letters in itertools.product("abc", repeat=3):
+        text = "b" + "".join(letters)
+        log_probs = compute_log_probs(run, text)[np.arange(3), run.vocabulary.encode(text)[1:]]
+        totals[text] = log_probs.sum()
+    ordered = sorted(totals, key=totals.__getitem__, reverse=True)
+    found = beam_search.search(run, "b", length=3, beams=9)
+    assert [text for text, _ in found[:9]] == ordered[:9]
+    for text, total in found:
+        assert total == pytest.approx(totals[text], abs=1e-4)
+    # One beam is greedy decoding.
+    ((greedy, _),) = beam_search.search(run, "b", length=30, beams=1)
+    assert greedy == run.generate("b", length=30, temperature=0)
+
+
+def test_a_beam_ends_with_the_stop_token() -> None:
+    run = make_run("ab.ab.", stop=".")
+    found = dict(beam_search.search(run, "a", length=3, beams=40))
+    total = 0.0
+    for text, log_prob in found.items():
+        assert "." not in text
+        # A prompt is read after a stop token.
+        ids = run.vocabulary.encode("." + text + ("." if len(text) < 4 else ""))
+        log_probs = compute_log_probs(run, run.vocabulary.decode(ids))
+        assert log_prob == pytest.approx(
+            log_probs[np.arange(1, len(ids) - 1), ids[2:]].sum(), abs=1e-4
+        )
+        total += np.exp(log_prob)
+    # All texts, but those with special tokens.
+    assert {len(text) for text in found} == {1, 2, 3, 4} and len(found) == 1 + 2 + 4 + 8
+    assert total < 1
+
+
+@pytest.mark.slow
+def test_training_in_a_thread_is_silent_while_others_print(
+    tiny_config: ConfigDict, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tiny_config.max_steps = 2
+    rows: list[Any] = []
+    results: list[Any] = []
+    printed = threading.Event()
+
+    def watch(row: Any) -> None:
+        # It is written before it is reported.
+        assert read_losses(tmp_path / "run")[-1] == (row["step"], row["split"], row["loss"])
+        rows.append(row)
+        printed.wait(60)
+
+    def train() -> None:
+        results.append(lstm_jax.train(tiny_config, str(tmp_path / "run"), watch, quiet=True))
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    while not rows and thread.is_alive():
+        thread.join(0.1)
+    print("from the main thread")
+    printed.set()
+    thread.join()
+    assert results == [0]
+    assert capfd.readouterr() == ("from the main thread\n", "")
+    assert rows[-1]["split"] == "test"
+    samples = [row["sample"] for row in rows if row["split"] == "validation"]
+    assert len(samples) == 2
+    assert all(sample in (tmp_path / "run" / workdir.SAMPLES).read_text() for sample in samples)
+    rows = [{k: v for k, v in row.items() if k != "sample"} for row in rows]
+    assert rows == metrics.read_metrics(tmp_path / "run" / workdir.METRICS)
+    with pytest.raises(UserError, match="num_epochs"):
+        lstm_jax.train(ConfigDict({"num_epochs": -1}), tmp_path / "other", quiet=True)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_console_script_runs_the_commands(tmp_path: Path) -> None:
+    def call(*arguments: str) -> commands.Done:
+        return commands.run("__main__", *arguments, cwd=tmp_path)
+
+    assert "python -m lstm_jax.export" in call().stdout
+    unknown = call("trian")
+    assert unknown.returncode == 2 and unknown.stdout == ""
+    assert unknown.stderr == "error: there is no command 'trian': python -m lstm_jax lists all\n"
+    train = call("train", "--workdir=x")
+    assert train.returncode == 2 and train.stderr.startswith(
+        "error: specify an experiment: --config"
+    )
+    evaluate = call("evaluate", "--workdir=x")
+    assert evaluate.returncode == 2 and "no trained model in x" in evaluate.stderr
+    scripts = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert '\nlstm-jax = "lstm_jax.__main__:main"\n' in scripts
+
+
+def test_the_score_of_a_long_text_is_its_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check a text that `evaluate` reads as parallel streams."""
+    monkeypatch.setattr(loss_lib, "LONGEST_IN_ONE", 100)
+    run = make_run("abcdefgh")
+    text = "".join(np.random.default_rng(0).choice(list("abcdefgh"), 3000))
+    scores = run.score(text)
+    assert len(scores.log_probs) == len(scores.tokens) == 2999
+    loss = loss_lib.compute_loss(run.model, run.params, run.vocabulary.encode(text))
+    np.testing.assert_allclose(-scores.log_probs.mean(dtype=np.float64), loss, rtol=1e-6)
+    # The carry after it is that of the whole text.
+    expected = compute_log_probs(run, text + "abc")[-4:-1]
+    expected = expected[range(3), run.vocabulary.encode("abc")]
+    more = run.score("abc", carry=scores.carry)
+    np.testing.assert_allclose(more.log_probs, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"length": -1}, "length is -1: it must be from 1 to 1,000,000"),
+        ({"length": 1.0}, "length is 1.0: it must be a whole number"),
+        ({"seed": 2**32}, "seed is 4294967296: it must be from 0 to 4,294,967,295"),
+        ({"seed": -1}, "seed is -1"),
+        ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"forbidden": 3}, "forbidden is 3: it must be a list"),
+        ({"temprature": 1}, "there is no 'temprature': the options are length, seed, stop_token"),
+        ({"stop_at": 3}, "stop_at is 3: it must be a string"),
+        ({"stop_at": "\ud800"}, "stop_at has the lone surrogate"),
+        ({"prompt": None}, "prompt is None: it must be a string"),
+        ({"prompt": "a\ud800"}, r"prompt has the lone surrogate .*ud800' at position 1"),
+    ],
+)
+def test_an_error_names_the_argument(options: dict[str, Any], message: str) -> None:
+    run = make_run()
+    for call in (run.generate, run.stream):  # Before the first piece.
+        with pytest.raises(UserError, match=message):
+            call(**options)
+
+
+def test_an_error_names_the_argument_of_other_methods() -> None:
+    run, other = make_run(), make_run(num_layers=2)
+    calls: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
+        (run.stream, {"piece_length": 0}, "piece_length is 0: it must be from 1 to 1,024"),
+        (run.next, {"text": "a", "n": -1}, "n is -1: it must be 1 or more"),
+        (run.next, {"text": "\ud800"}, "text has the lone surrogate"),
+        (run.score, {"text": b"a"}, "text is b'a': it must be a string"),
+        (run.score, {"text": "a", "carry": run.score("ab")}, "carry is a Scores: it must be that"),
+        (run.read, {"ids": [2, 3]}, r"ids are int64 \[2\]: they must be integers \[batch, time\]"),
+        (run.read, {"ids": [[2, 999]]}, r"ids are int64 \[1, 2\]: they must be"),
+        (run.read, {"ids": None}, r"ids are object \[\]: they must be integers"),
+        (run.read, {"ids": [[2, 3], [2]]}, r"ids are object \[\]: they must be integers"),
+        (
+            run.read,
+            {"ids": [[2]] * 8, "state": run.read(np.array([[3]]))},
+            "state is not one of 8 texts",
+        ),
+        (
+            run.read,
+            {"ids": [[2]], "state": other.read(np.array([[3]]))},
+            "texts that this model has read",
+        ),
+        (run.read, {"ids": [[2]], "state": 0}, "state is not one of 1 texts"),
+        (run.score, {"text": "a", "carry": other.score("a").carry}, "carry is that of another"),
+        (run.read, {"ids": [[2.0]]}, r"ids are float64 \[1, 1\]: they must be integers"),
+        (lstm_jax.load, {"directory": b"run"}, "directory is b'run': it must be a path"),
+        (
+            lstm_jax.load,
+            {"directory": "x", "cell": LanguageModel},
+            "LanguageModel.* is not FILE.py:CLASS",
+        ),
+        (run.hidden_states, {"text": "\ud800"}, "text has the lone surrogate"),
+        (lstm_jax.load, {"directory": "a" * 5000}, "directory is 'aaaa.*: File name too long"),
+        (lstm_jax.load, {"directory": "a\0b"}, "directory is 'a.*b': it must be a path"),
+        (lstm_jax.load, {"directory": None}, "directory is None: it must be a path"),
+        (lstm_jax.load, {"directory": []}, r"directory is \[\]: it must be a path, or a list"),
+        (lstm_jax.load, {"directory": "nothing"}, "name the directory of a training run"),
+        (lstm_jax.load, {"directory": "x", "cell": "Cell"}, "'Cell' is not FILE.py:CLASS"),
+        (lstm_jax.load, {"directory": "x", "cell": "\0.py:C"}, "is not FILE.py:CLASS"),
+        (lstm_jax.load, {"directory": "x", "cell": Path("a.py")}, "a.py.* is not FILE.py:CLASS"),
+        (run.vocabulary.decode, {"ids": [-1]}, "ids must be from 0 to"),
+        (lstm_jax.train, {"config": {}, "directory": "a" * 5000}, "File name too long"),
+        (lstm_jax.train, {"config": {}, "directory": "a\0"}, "it must be a path"),
+    ]
+    for call, arguments, message in calls:
+        with pytest.raises(UserError, match=message):
+            call(**arguments)
+
+
+def test_the_text_is_the_same_where_64_bits_are_enabled() -> None:
+    run = make_run()
+    expected = run.generate("a", length=20, top_p=0.9)
+    with jax.enable_x64(True):
+        assert run.generate("a", length=20, top_p=0.9) == expected
+        run.generate("a", length=5, process_logits=lambda ids, logits: logits)
+
+
+def test_bytes_that_are_not_utf_8_can_be_read_by_a_model_of_bytes() -> None:
+    vocabulary = Vocabulary.from_text("", "bytes")
+    model = LanguageModel(len(vocabulary), 5, 7)
+    params = models.draw_params(model)
+    run = library.Run(workdir.Trained(ConfigDict(), vocabulary, model, params, 0))
+    assert run.generate("\udc80", length=1).startswith("\udc80")
+    with pytest.raises(UserError, match="prompt has the lone surrogate"):
+        run.generate("\ud800")
+
+
+def test_a_warning_points_to_the_line_of_the_caller() -> None:
+    run = make_run()
+    for call in (run.generate, run.stream, run.next):
+        with pytest.warns(UserWarning, match="does not know '¿'") as caught:
+            call("¿")
+        assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_no_piece_is_empty_and_their_length_can_be_chosen() -> None:
+    run = make_run("abcdefgh")
+    whole = run.generate(length=200)
+    for piece_length, lengths in ((16, [16] * 12 + [8]), (1, [1] * 200), (150, [150, 50])):
+        pieces = [*run.stream(length=200, piece_length=piece_length)]
+        assert [len(piece) for piece in pieces] == lengths and "".join(pieces) == whole
+    assert [len(piece) for piece in run.stream(length=40)] == [16, 16, 8]
+    ended = make_run("ab.ab.", stop=".")
+    assert "" not in [*ended.stream(length=500, piece_length=1)]
+
+
+def test_print_and_help_say_what_a_run_and_the_functions_are() -> None:
+    run = make_run("abc", num_layers=2)
+    assert str(run) == "<lstm_jax.Run: lstm 2x7; 849 parameters; 5 characters; step 0>"
+    shown = pydoc.plain(pydoc.render_doc(lstm_jax.train))
+    assert "function train in module lstm_jax.training" in shown
+    assert "quiet: bool = False" in shown
+    assert "ModuleType" not in shown
+
+
+@pytest.mark.slow
+def test_a_list_of_directories_is_an_ensemble(run: library.Run, trained: Path) -> None:
+    twice = lstm_jax.load([str(trained), trained])
+    assert str(twice).startswith("<lstm_jax.Run: lstm 1x24, lstm 1x24; ")
+    text = "The king is dead."
+    np.testing.assert_allclose(
+        twice.score(text).log_probs, run.score(text).log_probs, rtol=1e-4, atol=1e-5
+    )
+    assert twice.generate("The", length=20, temperature=0) == run.generate(
+        "The", length=20, temperature=0
+    )
+    with pytest.raises(UserError, match="an ensemble has no hidden states"):
+        twice.hidden_states(text)

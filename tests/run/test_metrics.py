@@ -1,0 +1,151 @@
+"""Test the rows of metrics.jsonl, the events of TensorBoard, and the plot."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
+
+import runs
+from lstm_jax.config import Config
+from lstm_jax.errors import UserError
+from lstm_jax.run import figures, metrics
+
+
+def test_a_row_is_written_after_tensorboard_and_watch_have_it(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+
+    def watch(row: metrics.Row) -> None:
+        assert all(written["split"] == "train" for written in metrics.read_metrics(path))
+        assert ("test/loss" in {tag for _, tag, _ in runs.read_events(tmp_path)}) == (
+            row["split"] == "test"
+        )
+        if row["split"] == "test":
+            raise ZeroDivisionError
+
+    with (
+        pytest.raises(ZeroDivisionError),
+        metrics.MetricsWriter(path, 0, Config(), watch) as writer,
+    ):
+        writer.write(10, 0.5, "train", 2.5)
+        writer.write(10, 0.5, "test", 2.5)
+    assert [row["split"] for row in metrics.read_metrics(path)] == ["train"]
+
+
+def drop_times(rows: list[metrics.Row]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in ("seconds", "time")} for row in rows]
+
+
+def test_rows_are_read_back_and_appended_to(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert metrics.read_metrics(path) == []
+    with metrics.MetricsWriter(path, 0, Config()) as writer:
+        writer.write(10, 0.5, "train", 2.5, tokens_per_second=1000)
+    with metrics.MetricsWriter(path, 10, Config()) as writer:
+        writer.write(20, 1, "validation", 2.25)
+    assert drop_times(metrics.read_metrics(path)) == [
+        {"step": 10, "epoch": 0.5, "split": "train", "loss": 2.5, "tokens_per_second": 1000},
+        {"step": 20, "epoch": 1, "split": "validation", "loss": 2.25},
+    ]
+    events = sorted(tmp_path.glob("events.out.tfevents.*"))
+    assert b"train/loss" in b"".join(event.read_bytes() for event in events)
+
+
+def test_tensorboard_has_the_config_and_the_samples(trained: Path) -> None:
+    values = {
+        (value.tag, event.step): value
+        for event in runs.iterate_events(trained)
+        for value in event.summary.value
+    }
+    plugin = values["_hparams_/session_start_info", 0].metadata.plugin_data
+    fields = HParamsPluginData.FromString(plugin.content).session_start_info.hparams
+    assert fields["optimizer.learning_rate"].number_value == 0.02
+    assert fields["batches.kind"].string_value == "streams"
+    assert fields["model.layer_norm"].bool_value is False
+    assert fields["data.fractions"].string_value == "(0.9, 0.05, 0.05)"
+    for step in (0, 70, 140):
+        (shown,) = values["validation/sample/text_summary", step].tensor.string_val
+        lines = [line.removeprefix("    ") for line in shown.decode().split("\n")]
+        assert "\n".join(lines) in (trained / "samples.txt").read_text()
+
+
+def test_the_seconds_of_training_continue_when_a_run_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    now = 1000.0
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
+    with metrics.MetricsWriter(path, 0, Config()) as writer:
+        now += 5
+        writer.write(10, 0.5, "train", 2.5)
+        now += 2.5
+        writer.write(20, 1, "validation", 2.25)
+    now = 3.0  # Another process, with another clock.
+    with metrics.MetricsWriter(path, 20, Config()) as writer:
+        now += 1
+        writer.write(30, 1.5, "train", 2.0)
+    rows = metrics.read_metrics(path)
+    assert [row["seconds"] for row in rows] == [5.0, 7.5, 8.5]
+    times = [datetime.fromisoformat(row["time"]) for row in rows]
+    assert times == sorted(times)
+    assert abs((datetime.now(UTC) - times[0]).total_seconds()) < 600
+
+
+def test_an_incomplete_line_is_left_out_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    row: Any = {"step": 10, "epoch": 0.5, "split": "train", "loss": 2.5}
+    with metrics.MetricsWriter(path, 0, Config()) as writer:
+        writer.write(**row)
+    with path.open("ab") as file:
+        file.write(b'{"step": 20, "lo')
+    assert drop_times(metrics.read_metrics(path)) == [row]
+    with metrics.MetricsWriter(path, 10, Config()) as writer:
+        writer.write(20, 1, "train", 2.25)
+    rows = drop_times(metrics.read_metrics(path))
+    assert rows == [row, {**row, "step": 20, "epoch": 1, "loss": 2.25}]
+    figures.draw_metrics([row | {"loss": float("nan")}, row])
+    with path.open("ab") as file:
+        file.write(b"\xff\xfe{\n")
+    with pytest.raises(UserError, match="metrics.jsonl is damaged"):
+        metrics.read_metrics(path)
+
+
+def test_the_plot_contains_the_curves(tmp_path: Path) -> None:
+    path = tmp_path / "curves.png"
+    rows: list[Any] = [{"step": s, "split": "train", "loss": 4 / (1 + s)} for s in range(1, 50)]
+    rows += [{"step": s, "split": "validation", "loss": 4 / s} for s in (10, 20, 40)]
+    rows += [{"step": 40, "split": "test", "loss": 0.2}]
+    figures.save_figure(figures.draw_metrics(rows), path)
+    with Image.open(path) as picture:
+        colors = {color for _, color in picture.convert("RGB").getcolors(1 << 20) or []}
+    for hexadecimal in ("0072B2", "D55E00", "009E73"):
+        assert tuple(bytes.fromhex(hexadecimal)) in colors
+    assert list(tmp_path.iterdir()) == [path]
+    fewer: list[list[Any]] = [rows[-1:], [], [{**rows[0], "loss": float("inf")}]]
+    for few in fewer:
+        figures.save_figure(
+            figures.draw_metrics(few), path
+        )  # It does not fail if there is nothing to draw.
+
+
+def test_tensorboard_shows_no_later_step_of_a_killed_process(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for step, losses in ((0, (4.0, 3.0, 2.0)), (10, (2.5,))):
+        with metrics.MetricsWriter(path, step, Config()) as writer:
+            for number, loss in enumerate(losses, 1):
+                writer.write(step + 10 * number, 1.0, "train", loss)
+        path.unlink()
+    assert runs.read_events(tmp_path) == [(10, "train/loss", 4.0), (20, "train/loss", 2.5)]
+
+
+def test_the_plot_shows_every_validation_and_test_point() -> None:
+    rows: list[Any] = [{"step": s, "split": "train", "loss": 2 + 9 / s} for s in range(1, 200)]
+    rows += [{"step": s, "split": "validation", "loss": 3.0} for s in (0, 100)]
+    rows += [{"step": 100, "split": "test", "loss": 8.93}]
+    low, high = figures.draw_metrics(rows).axes[0].get_ylim()
+    assert low < 2.05 and 8.93 < high < 11
+    rows[0]["loss"] = 1000.0
+    low, high = figures.draw_metrics(rows[:-1]).axes[0].get_ylim()
+    assert low > 1.9 and high < 5, "the first steps are cut off"

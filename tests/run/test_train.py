@@ -1,0 +1,611 @@
+"""Test training: resumed bit for bit, refused for other settings, and its files."""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import math
+import platform
+import random
+import shutil
+import signal
+import string
+import urllib.error
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import commands
+import draws
+import runs
+from lstm_jax import batches, errors, training
+from lstm_jax import config as config_lib
+from lstm_jax import loss as loss_lib
+from lstm_jax import model as model_lib
+from lstm_jax.data import texts
+from lstm_jax.errors import UnavailableError, UserError
+from lstm_jax.run import checkpoints, metrics, resume, workdir, zero_state
+from lstm_jax.train_step import TrainState, TrainStep
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "stop_after", "number"),  # In the first epoch, and at the end of it.
+    [
+        ("windows", 70, signal.SIGINT),
+        ("streams", 37, signal.SIGTERM),
+        ("schedule_free", 37, signal.SIGINT),
+    ],
+)
+def test_a_stopped_run_resumes_bit_for_bit(
+    kind: str,
+    stop_after: int,
+    number: signal.Signals,
+    tiny_config: ConfigDict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    if kind == "schedule_free":
+        tiny_config.optimizer.name = kind
+    else:
+        tiny_config.batches.kind = kind
+    if kind == "streams":
+        # With all regularization, and with averaged weights.
+        for name in tiny_config.regularization:
+            tiny_config.regularization[name] = 0.1
+        tiny_config.optimizer.average_decay = 0.9
+    assert training.train(tiny_config, whole) == 0
+
+    steps = 0
+    make = training.make_train_step
+
+    def make_stopping(*args: Any) -> TrainStep:
+        step = make(*args)
+
+        def stopping(state: TrainState, batch: Any) -> TrainState:
+            nonlocal steps
+            steps += 1
+            if steps == stop_after:
+                signal.raise_signal(number)
+            return step(state, batch)
+
+        return stopping
+
+    monkeypatch.setattr(training, "make_train_step", make_stopping)
+    assert training.train(tiny_config, stopped) == 128 + number
+    if kind == "schedule_free":
+        tiny_config.optimizer.b1 = 0.3
+        with pytest.raises(UserError, match=r"optimizer.b1 was 0.9 and is 0.3.*: resume with that"):
+            training.train(tiny_config, stopped)
+        tiny_config.optimizer.b1 = 0.9
+    assert training.train(tiny_config, stopped) == 0
+    runs.assert_same(whole, stopped)
+
+
+def test_a_run_writes_all_its_files(trained: Path) -> None:
+    names = {path.name for path in trained.iterdir() if "tfevents" not in path.name}
+    files = "config.json curves.png metrics.jsonl samples.txt vocabulary.json"
+    assert names == {"checkpoints", *files.split()}
+    assert len(list(trained.glob("events.out.tfevents.*"))) >= 1
+    rows = metrics.read_metrics(trained / workdir.METRICS)
+    assert [row["epoch"] for row in rows if row["split"] == "validation"] == [0, 1, 2]
+    train_rows = [row for row in rows if row["split"] == "train"]
+    assert [row["step"] for row in train_rows] == list(range(10, train_rows[-1]["step"] + 1, 10))
+    assert all(row["tokens_per_second"] > 0 for row in train_rows)
+    assert all(0 < row["gradient_norm"] < 10 for row in train_rows)
+    # The warm-up ends at the eleventh step, and the cosine ends at zero.
+    rates = [row["learning_rate"] for row in train_rows]
+    assert rates[0] == 0.018 and rates[1:] == sorted(rates[1:], reverse=True) and rates[-1] < 1e-5
+    for row in rows:
+        if row["split"] != "train":
+            assert row["bits_per_character"] == pytest.approx(row["loss"] / math.log(2))
+    seconds = [row["seconds"] for row in rows]
+    assert seconds == sorted(seconds) and seconds[0] > 0 and all("time" in row for row in rows)
+    assert train_rows[-1]["loss"] < train_rows[0]["loss"] - 0.5, "it learns"
+    assert (trained / workdir.SAMPLES).read_text().count("=== step ") == 3
+
+
+def test_the_test_loss_is_that_of_the_best_checkpoint(trained: Path) -> None:
+    rows = metrics.read_metrics(trained / workdir.METRICS)
+    validation = {row["step"]: row["loss"] for row in rows if row["split"] == "validation"}
+    (test,) = [row for row in rows if row["split"] == "test"]
+    assert test["step"] == min(validation, key=lambda step: validation[step])
+    loaded = workdir.load_trained(trained)
+    text = Path(loaded.config.data.path).read_text(encoding="utf-8")
+    ids = loaded.vocabulary.encode(text[19_000:])
+    assert loss_lib.compute_loss(loaded.model, loaded.params, ids) == pytest.approx(test["loss"])
+
+
+@pytest.mark.slow
+def test_a_finished_run_says_so(
+    trained: Path, tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = shutil.copytree(trained, tmp_path / "run")
+    before = (directory / workdir.METRICS).read_bytes()
+    (directory / workdir.CURVES).unlink()  # As if it had been killed before the last one.
+    assert training.train(tiny_config, directory) == 0
+    assert (directory / workdir.CURVES).exists()
+    output = capsys.readouterr().out
+    assert "is finished after 2 epochs" in output and "config.num_epochs = 4" in output
+    assert (directory / workdir.METRICS).read_bytes() == before
+    tiny_config.data.path = str(shutil.copy(tiny_config.data.path, tmp_path / "moved.txt"))
+    assert training.train(tiny_config, directory) == 0
+    assert workdir.load_config(directory).data.path == tiny_config.data.path
+
+
+def test_another_model_or_text_in_the_same_directory_raises_an_error(
+    trained: Path, tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    directory = shutil.copytree(trained, tmp_path / "run")
+    tiny_config.model.hidden_size = 25
+    with pytest.raises(UserError, match="model.hidden_size was 24 and is 25"):
+        training.train(tiny_config, directory)
+    tiny_config.model.hidden_size = 24
+    other = tmp_path / "other.txt"
+    text = Path(tiny_config.data.path).read_text()
+    other.write_text(text + ".")
+    tiny_config.data.path = str(other)
+    with pytest.raises(UserError, match="was trained on another text.*use another directory"):
+        training.train(tiny_config, directory)
+    tiny_config.data.path = ";".join(str(tmp_path / name) for name in "abc")
+    for name, part in zip("abc", (text[:-200], text[-200:-100], text[-100:]), strict=True):
+        (tmp_path / name).write_text(part)
+    with pytest.raises(UserError, match="or on other splits of it"):
+        training.train(tiny_config, directory)
+
+
+def test_a_validation_text_too_short_is_refused_before_training(
+    tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    for name, text in (("validation", "abc"), ("test", "ab")):
+        (tmp_path / name).write_text(text)
+    tiny_config.data.path = f"{tiny_config.data.path};{tmp_path}/validation;{tmp_path}/test"
+    with pytest.raises(UserError, match="validation split is too short: it has 3 .*, and needs 4"):
+        training.train(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run" / workdir.METRICS).exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_could_not_write_its_config_starts_again(
+    tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_config.max_steps = 1
+    with monkeypatch.context() as patch, pytest.raises(UnavailableError, match="the same call"):
+        full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "vocabulary.json"))
+        patch.setattr(workdir, "save_vocabulary", mock.Mock(side_effect=full))
+        training.train(tiny_config, tmp_path)
+    assert training.train(tiny_config, tmp_path) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "error",
+    [
+        urllib.error.URLError("no server"),
+        FileNotFoundError(2, "No such file", "/plots/loss.png"),
+        OSError(28, "No space left"),
+        TimeoutError(110, "slow"),
+    ],
+)
+def test_an_error_of_the_callback_is_not_about_the_disk(
+    error: OSError, tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    def watch(row: Mapping[str, Any]) -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        training.train(tiny_config, tmp_path, watch)
+    assert caught.value is error
+
+
+def test_training_does_not_use_the_mesh_of_the_caller(
+    tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    tiny_config.max_steps = 1
+    with jax.set_mesh(jax.make_mesh((1,), ("x",))):
+        assert training.train(tiny_config, tmp_path / "run", quiet=True) == 0
+
+
+@pytest.mark.parametrize("split", ["validation", "train"])
+def test_a_run_that_is_moved_says_so_and_makes_no_directory(
+    split: str, tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    directory.mkdir()
+
+    def watch(row: Mapping[str, Any]) -> None:
+        if row["split"] == split:
+            directory.rename(tmp_path / "moved")
+            if split == "train":  # As a save in progress may do.
+                (directory / workdir.CHECKPOINTS).mkdir(parents=True)
+
+    with pytest.raises(UnavailableError, match="was moved or deleted"):
+        training.train(tiny_config, directory, watch)
+    assert not directory.exists() and len(runs.read_losses(tmp_path / "moved")) > 0
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, *poisoned: int) -> None:
+    """Make the carry of these steps infinite, counted over all runs of the test."""
+    steps = 0
+    make = training.make_train_step
+
+    def make_poisoned(*args: Any) -> TrainStep:
+        step = make(*args)
+
+        def poisoned_step(state: TrainState, batch: Any) -> TrainState:
+            nonlocal steps
+            steps += 1
+            if steps not in poisoned:
+                return step(state, batch)
+            with jax.transfer_guard("allow"):
+                bad = jax.tree.map(lambda x: x * jnp.inf, state.carry)
+            return step(state._replace(carry=bad), batch)._replace(carry=state.carry)
+
+        return poisoned_step
+
+    monkeypatch.setattr(training, "make_train_step", make_poisoned)
+
+
+@pytest.mark.slow
+def test_a_run_skips_max_skipped_steps_and_then_stops(
+    tiny_config: ConfigDict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tiny_config.max_skipped_steps = 3
+    poison(monkeypatch, 15, 16, 93, 95, 96)
+    with pytest.raises(UserError, match="gradient of step 93 is not finite") as caught:
+        training.train(tiny_config, tmp_path)
+    for word in ("step 70", "learning_rate", "max_skipped_steps"):
+        assert word in str(caught.value)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "step 15 is not finite" in lines[0] and "2 of at most 3" in lines[0]
+    # The run stops within one logging interval, and nothing of the interval is saved or logged.
+    steps = [step for step, split, _ in runs.read_losses(tmp_path) if split == "train"]
+    assert steps == list(range(10, 100, 10))
+    assert all(np.isfinite(loss) for *_, loss in runs.read_losses(tmp_path))
+    assert checkpoints.list_steps(tmp_path / workdir.CHECKPOINTS) == [0, 70]
+
+    ids = json.loads((tmp_path / "nonfinite_step_93.json").read_text())
+    text = Path(tiny_config.data.path).read_text(encoding="utf-8")[:18_000]
+    iterator, _ = batches.make_batches(
+        workdir.load_vocabulary(tmp_path).encode(text), tiny_config.batches, tiny_config.seed
+    )
+    for _ in range(93):
+        batch = next(iterator)
+    assert ids["step"] == 93
+    np.testing.assert_array_equal(ids["inputs"], batch.inputs)
+    np.testing.assert_array_equal(ids["targets"], batch.targets)
+
+    assert training.train(tiny_config, tmp_path) == 0, "without the poison, the step is finite"
+    restored = runs.load_final_state(tmp_path)
+    assert all(np.isfinite(x).all() for x in restored)
+
+
+@pytest.mark.slow
+def test_a_diverged_run_stops_and_resumes_with_a_lower_learning_rate(
+    tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_config.optimizer.learning_rate = 1e38
+    tiny_config.optimizer.warmup_steps = 0
+    tiny_config.optimizer.max_gradient_norm = 0.0
+    with pytest.raises(UserError, match="step 1 is not finite .* that of step 0.*gradient_norm"):
+        training.train(tiny_config, tmp_path)
+    tiny_config.optimizer.learning_rate = 0.01
+    tiny_config.optimizer.max_gradient_norm = 1.0
+    capsys.readouterr()
+    assert training.train(tiny_config, tmp_path) == 0
+    assert (
+        "From step 0 on, optimizer.learning_rate is 0.01; it was 1e+38" in capsys.readouterr().out
+    )
+    (line,) = (tmp_path / workdir.CHANGES).read_text().splitlines()
+    assert json.loads(line) == {
+        "step": 0,
+        "changes": {
+            "optimizer.learning_rate": [1e38, 0.01],
+            "optimizer.max_gradient_norm": [0.0, 1.0],
+        },
+    }
+
+
+@pytest.mark.slow
+def test_the_initial_bias_matches_the_token_frequencies(
+    tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    tiny_config.max_steps = 1
+    text = Path(tiny_config.data.path).read_text(encoding="utf-8")
+    first: dict[str, float] = {}
+    for kind in ("frequencies", "zeros"):
+        tiny_config.model.initial_bias = kind
+        training.train(tiny_config, tmp_path / kind)
+        rows = metrics.read_metrics(tmp_path / kind / workdir.METRICS)
+        first[kind] = next(row["loss"] for row in rows if row["split"] == "validation")
+    vocabulary = workdir.load_vocabulary(tmp_path / "zeros")
+    counts = np.bincount(vocabulary.encode(text[:18_000]), minlength=len(vocabulary)) + 1
+    shares = counts / counts.sum()
+    unigram = -np.log(shares[vocabulary.encode(text[18_000:19_000])[1:]]).mean()
+    assert first["frequencies"] == pytest.approx(unigram, abs=0.02)
+    assert first["zeros"] == pytest.approx(np.log(len(vocabulary)), abs=0.02)
+
+
+def make_text_of_two_scripts(length: int) -> str:
+    """Return paragraphs of random words, each paragraph in Latin or in Japanese letters."""
+    draw = random.Random(0)
+    letters = string.ascii_lowercase, "".join(map(chr, range(0x3042, 0x3094)))
+    scripts = [
+        ["".join(draw.choices(each, k=draw.randint(2, 6))) for _ in range(150)] for each in letters
+    ]
+    text = ""
+    while len(text) < length:
+        text += " ".join(draw.choices(draw.choice(scripts), k=draw.randint(20, 200))) + ".\n"
+    return text
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
+@pytest.mark.drawn
+@pytest.mark.skipif(draws.TIMES == 1, reason="a drawn test")
+@pytest.mark.parametrize("is_on", [True, False])
+def test_a_model_trained_on_streams_recovers_from_a_zero_state(
+    is_on: bool, tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(make_text_of_two_scripts(300_000), encoding="utf-8")
+    tiny_config.data.path, tiny_config.data.units = str(text), "bytes"
+    tiny_config.batches.batch_size, tiny_config.batches.window_length = 32, 96
+    tiny_config.model.embedding_size, tiny_config.model.hidden_size = 64, 128
+    tiny_config.optimizer.learning_rate, tiny_config.optimizer.warmup_steps = 4e-3, 20
+    tiny_config.num_epochs = 1
+    if not is_on:
+        tiny_config.model.initial_bias, tiny_config.batches.reset_probability = "zeros", 0.0
+    assert training.train(tiny_config, tmp_path / "run") == 0
+    output = capsys.readouterr()
+    trained = workdir.load_trained(tmp_path / "run")
+    ids = texts.load_texts_of_run(trained.config.data, None)["train"].encode(trained.vocabulary)
+    zero = zero_state.measure_zero_state(trained.model, trained.params, ids, 256)
+    if is_on:
+        assert zero.excess < 0.1 and output.err == ""
+    else:  # The measurement must detect this.
+        assert zero.excess > 2 and "the model starts badly" in output.err
+
+
+@pytest.mark.slow
+def test_nonfinite_parameters_are_never_saved(tiny_config: ConfigDict, tmp_path: Path) -> None:
+    tiny_config.optimizer.warmup_steps = 0
+    tiny_config.optimizer.schedule = "constant"
+    tiny_config.checkpoint_every_seconds = 0.0
+    with pytest.raises(UserError, match="config.optimizer.weight_decay is 1e.39: it must be"):
+        config_lib.complete_config({"optimizer": {"weight_decay": 1e39}})
+    tiny_config.optimizer.weight_decay = 1e38  # The largest allowed value.
+    with contextlib.suppress(UserError):
+        training.train(tiny_config, tmp_path)
+    saved = runs.load_final_state(tmp_path)
+    assert all(np.isfinite(x).all() for x in saved)
+    assert not list(tmp_path.glob("checkpoints/*.damaged*"))
+
+
+def test_fewer_epochs_than_a_run_has_had_raise_an_error(
+    trained: Path, tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    directory = shutil.copytree(trained, tmp_path / "run")
+    before = (directory / workdir.CONFIG).read_bytes()
+    # As if it had stopped before the last validation.
+    (directory / workdir.CHECKPOINTS / "140" / checkpoints.VALIDATION).unlink()
+    tiny_config.num_epochs = 1
+    with pytest.raises(UserError, match=r"trained 2 epochs already, and .*num_epochs=1 is fewer"):
+        training.train(tiny_config, directory)
+    assert (directory / workdir.CONFIG).read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_checkpoint_under_the_name_of_another_step_is_set_aside(
+    trained: Path, tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = shutil.copytree(trained, tmp_path / "run")
+    saved_in = directory / workdir.CHECKPOINTS
+    (saved_in / "140").rename(saved_in / "2000000000")
+    assert training.train(tiny_config, directory) == 0
+    output = capsys.readouterr()
+    assert "2000000000 is damaged (it is the checkpoint of step 140)" in output.err
+    assert "Resuming from step 70 of 140" in output.out
+    assert checkpoints.list_steps(saved_in) == [70, 140]
+
+
+@pytest.mark.slow
+def test_a_new_run_starts_from_the_weights_of_another(
+    trained: Path, tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = Path(tiny_config.data.path).read_text(encoding="utf-8")
+    new = tmp_path / "new.txt"
+    new.write_text(text.replace("q", "é").replace("x", "ß")[::-1], encoding="utf-8")
+    tiny_config.data.path = str(new)
+    tiny_config.init_from = str(trained)
+    tiny_config.max_steps = 1
+    assert training.train(tiny_config, tmp_path / "run") == 0
+    source = workdir.load_trained(trained)
+    output = capsys.readouterr().out
+    assert f"those of step {source.step} in {trained}" in output
+    assert "2 new tokens: 'ß', 'é'" in output and "=== before training: validation" in output
+    vocabulary = workdir.load_vocabulary(tmp_path / "run")
+    assert vocabulary.tokens == (*source.vocabulary.tokens, "ß", "é")
+
+    # The checkpoint of step 0 has the old weights, and fresh rows for the new tokens.
+    fresh = model_lib.init_params(
+        model_lib.make_model(tiny_config.model, len(vocabulary)),
+        jax.random.split(jax.random.key(tiny_config.seed))[0],
+    )
+    shutil.copytree(tmp_path / "run" / workdir.CHECKPOINTS / "0", tmp_path / "alone" / "0")
+    start, _ = checkpoints.restore_best_params(tmp_path / "alone", fresh)
+    n = len(source.vocabulary)
+    np.testing.assert_array_equal(
+        start["embedding"]["embedding"],
+        np.concatenate(
+            [source.params["embedding"]["embedding"], fresh["embedding"]["embedding"][n:]]
+        ),
+    )
+    np.testing.assert_array_equal(start["dense"]["kernel"][:, :n], source.params["dense"]["kernel"])
+    np.testing.assert_array_equal(start["dense"]["kernel"][:, n:], fresh["dense"]["kernel"][:, n:])
+    np.testing.assert_array_equal(
+        start["lstm_0"]["recurrent_kernel"], source.params["lstm_0"]["recurrent_kernel"]
+    )
+
+    # The run resumes with or without `init_from`; another value raises an error, unless the model
+    # has moved.
+    tiny_config.init_from = ""
+    assert training.train(tiny_config, tmp_path / "run") == 0
+    assert workdir.load_config(tmp_path / "run").init_from == str(trained)
+    tiny_config.init_from = str(tmp_path)
+    with pytest.raises(UserError, match="init_from was"):
+        training.train(tiny_config, tmp_path / "run")
+    config = workdir.load_config(tmp_path / "run")
+    moved = dataclasses.replace(config, init_from=str(tmp_path / "gone"))
+    workdir.save_config(tmp_path / "run", moved)
+    assert training.train(tiny_config, tmp_path / "run") == 0
+
+
+def test_weights_of_a_model_of_other_sizes_raise_an_error(
+    trained: Path, tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    tiny_config.init_from = str(trained)
+    tiny_config.model.hidden_size = 25
+    tiny_config.batches.batch_size = 4  # The batch size may differ.
+    with pytest.raises(UserError, match=r"other settings: add config.model.hidden_size = 24$"):
+        training.train(tiny_config, tmp_path / "run")
+    tiny_config.init_from = str(tmp_path)
+    with pytest.raises(UserError, match="there is no trained model in"):
+        training.train(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_settings_of_given_weights_are_named_in_one_line(
+    tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(errors, "_names_flags", True)
+
+    def check_error(before: ConfigDict, settings: str) -> None:
+        with pytest.raises(UserError) as caught:
+            resume._check_model(before, tiny_config, tmp_path)
+        assert str(caught.value).endswith(f"other settings: {settings}")
+
+    before = tiny_config.copy_and_resolve_references()
+    before.data.document_separator, before.model.num_layers = "blank_line", 2
+    before.data.units = "words"
+    flags = "--config.data.document_separator=blank_line --config.data.units=words"
+    check_error(before, f"add {flags} --config.model.num_layers=2")
+    before = tiny_config.copy_and_resolve_references()
+    before.model.cell, before.model.options = "mogrifier", {"rounds": 3}
+    check_error(before, "add --config.model.cell=mogrifier --config.model.options.rounds=3")
+    monkeypatch.setattr(errors, "_names_flags", False)
+    check_error(before, "add config.model.cell = 'mogrifier'; config.model.options.rounds = 3")
+    before = tiny_config.copy_and_resolve_references()
+    tiny_config.model.options = {"rounds": 3}
+    check_error(before, "leave out config.model.options")
+    # A model without a stop token gets one.
+    before = tiny_config.copy_and_resolve_references()
+    tiny_config.data.document_separator = "blank_line"
+    resume._check_model(before, tiny_config, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (workdir.CONFIG, "holds checkpoints but no config.json"),
+        (workdir.VOCABULARY, "vocabulary.json is missing or damaged"),
+        (workdir.CHECKPOINTS, "holds metrics.jsonl but no checkpoint"),
+    ],
+)
+def test_a_run_with_missing_files_does_not_start_over(
+    name: str, message: str, trained: Path, tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(trained, directory)
+    (directory / name).rename(tmp_path / name)
+    before = sorted(directory.rglob("*"))
+    with pytest.raises(UserError, match=message):
+        training.train(tiny_config, directory)
+    assert sorted(directory.rglob("*")) == before
+    (tmp_path / name).rename(directory / name)
+    assert training.train(tiny_config, directory) == 0
+
+
+@pytest.mark.slow
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
+    trained: Path, tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(trained, directory)
+    (directory / workdir.CHECKPOINTS / "140" / "state" / "step" / "0").unlink()
+    assert training.train(tiny_config, directory) == 0
+    output = capsys.readouterr()
+    assert "Resuming from step 70 of 140" in output.out
+    assert "140 is damaged (state/step/0 is missing): it is now 140.damaged" in output.err
+    runs.assert_same(trained, directory)
+
+
+@pytest.mark.process
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is about glibc")
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    script = """
+import ctypes, resource, sys
+from concurrent.futures import ThreadPoolExecutor
+from lstm_jax.devices.memory import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+def use(*sizes):
+    blocks = [(ctypes.c_void_p(libc.malloc(ctypes.c_size_t(size))), size) for size in sizes]
+    for memory, size in blocks:
+        ctypes.memset(memory, 1, size)
+    for memory, _ in blocks:
+        libc.free(memory)
+thread = ThreadPoolExecutor(1)
+for call in (use, 72 << 20), (thread.submit, use, 40 << 20, 40 << 20):  # In a heap, and in two.
+    for i in range(11):
+        if i == 1:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        if future := call[0](*call[1:]):
+            future.result()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+    def count(argument: str) -> list[int]:
+        return [int(n) for n in commands.run_python("-c", script, argument).stdout.split()]
+
+    # 40 MiB are 10,240 pages of 4 KiB, or 20 of 2 MiB.
+    assert max(count("keep")) < 20 < min(count("leave"))
+
+
+@pytest.mark.process
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is about glibc")
+def test_a_large_model_keeps_arrays_of_any_size() -> None:
+    script = """
+import resource, sys
+from lstm_jax import config
+from lstm_jax.devices import memory, parallel
+settings = config.default()
+settings.model.hidden_size = int(sys.argv[1])
+parallel.use_cores(config.complete_config(settings))
+memory.keep_freed_memory()
+import jax
+x = jax.numpy.ones((5000, 8))
+step = jax.jit(lambda x: (x @ x.T) @ x)
+for i in range(13):
+    step(x).block_until_ready()
+    if i == 2:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    # x @ x.T has 100 MB.
+    counts = [int(commands.run_python("-c", script, size).stdout) for size in ("512", "32")]
+    assert counts[0] < 50 < counts[1]

@@ -1,0 +1,80 @@
+"""Test damaged files of a working directory."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lstm_jax.errors import UserError
+from lstm_jax.run import workdir
+from lstm_jax.vocabulary import Vocabulary
+
+
+def test_an_error_names_a_missing_or_damaged_file(tmp_path: Path, trained: Path) -> None:
+    with pytest.raises(UserError, match="no trained model in .*no config.json"):
+        workdir.load_trained(tmp_path)
+    (tmp_path / workdir.CONFIG).write_text("{")
+    with pytest.raises(UserError, match="config.json is damaged"):
+        workdir.load_trained(tmp_path)
+    (tmp_path / workdir.CONFIG).write_bytes((trained / workdir.CONFIG).read_bytes())
+    with pytest.raises(UserError, match="vocabulary.json is missing or damaged"):
+        workdir.load_trained(tmp_path)
+    (tmp_path / workdir.VOCABULARY).write_bytes((trained / workdir.VOCABULARY).read_bytes())
+    with pytest.raises(UserError, match="no checkpoint in .* yet"):
+        workdir.load_trained(tmp_path)
+
+
+@pytest.mark.parametrize("name", [workdir.CONFIG, workdir.VOCABULARY])
+def test_any_flipped_byte_is_detected(name: str, tmp_path: Path, trained: Path) -> None:
+    load = {workdir.CONFIG: workdir.load_config, workdir.VOCABULARY: workdir.load_vocabulary}[name]
+    content = (trained / name).read_bytes()
+    expected = json.loads(content)
+    noticed = 0
+    places = range(0, len(content), 5)
+    for at in places:
+        flipped = content[:at] + bytes([content[at] ^ 0x04]) + content[at + 1 :]
+        (tmp_path / name).write_bytes(flipped)
+        try:
+            load(tmp_path)
+        except UserError as error:
+            assert f"{name} is" in str(error) and "damaged" in str(error)
+            noticed += 1
+        else:
+            assert json.loads(flipped) == expected, "only white space may change unnoticed"
+    assert noticed > 0.6 * len(places)
+
+
+def test_restoring_drops_later_history_and_warns_about_lost_content(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / workdir.METRICS).write_text("first\n")
+    sizes = workdir.measure_history(tmp_path)
+    (tmp_path / workdir.METRICS).write_text("first\nsecond\n")
+    (tmp_path / workdir.SAMPLES).write_text("not there when saved")
+    (tmp_path / "notes.txt").write_text("of the user's")
+    workdir.restore_history(tmp_path, {**sizes, "../notes.txt": 0})
+    left = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert left == {workdir.METRICS: "first\n", workdir.SAMPLES: "", "notes.txt": "of the user's"}
+    assert capsys.readouterr().err == ""
+    (tmp_path / workdir.METRICS).write_text("fir")
+    workdir.restore_history(tmp_path, sizes)
+    assert capsys.readouterr().err == (
+        f"warning: {tmp_path / workdir.METRICS} has lost some of its content\n"
+    )
+
+
+def test_a_vocabulary_that_could_not_be_read_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workdir, "_VOCABULARY_LIMIT", 100)
+    with pytest.raises(UserError, match="would be larger than .* MiB: raise data.min_count"):
+        workdir.save_vocabulary(tmp_path, Vocabulary.from_text("abc"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_in_a_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run" / "plugins").mkdir(parents=True)
+    workdir.check_regular_files(tmp_path / "run")
+    (tmp_path / "run" / "plugins" / "profile").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="plugins/profile is a link"):
+        workdir.check_regular_files(tmp_path / "run")
