@@ -24,7 +24,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args
 from ml_collections import ConfigDict
 
 from lstm_jax import vocabulary
-from lstm_jax.errors import UserError, choose_wording, run_user_code
+from lstm_jax.errors import UserError, run_user_code
 
 T = TypeVar("T")
 T_contra = TypeVar("T_contra", contravariant=True)
@@ -470,8 +470,7 @@ def complete_config(fields: object) -> Config:
     if isinstance(fields, Config):
         fields = fields.to_dict()
     if not isinstance(fields, ConfigDict | dict):
-        subject = choose_wording("get_config() returned", "the config is of type")
-        raise UserError(f"{subject} {type(fields).__name__}, not a ConfigDict")
+        raise UserError(f"the config is a {type(fields).__name__}, not a ConfigDict")
     try:
         given = list(_flatten(ConfigDict(fields).to_dict()))
     except (TypeError, ValueError, AttributeError, RecursionError) as error:

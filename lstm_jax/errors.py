@@ -7,34 +7,10 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-_names_flags = False
-
-
-def name_flags() -> None:
-    """Let the messages of this process name flags from now on: it runs a command."""
-    global _names_flags
-    _names_flags = True
-
-
-def choose_wording(command: str, python: str) -> str:
-    """Return the part of a message for the user of a command, or for a caller in Python."""
-    return command if _names_flags else python
-
-
-def name_other_directory() -> str:
-    """Return the remedy of a working directory that can't be used, as a message names it."""
-    return choose_wording("another --workdir", "another directory")
-
-
-def name_same_command() -> str:
-    """Return the start that resumes a run, as a message names it."""
-    return choose_wording("the same command", "the same call")
-
 
 def name_setting(name: str, value: object) -> str:
-    """Return the assignment of a field of a config, as a message names it."""
-    flag = f"--config.{name}={shlex.quote(str(value))}"
-    return choose_wording(flag, f"config.{name} = {value!r}")
+    """Return the flag that sets a field of a config, as messages name it."""
+    return f"--config.{name}={shlex.quote(str(value))}"
 
 
 class UserError(Exception):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 import pytest
 from absl import flags, logging
 
-from lstm_jax import cells, errors
+from lstm_jax import cells
 from lstm_jax.run import interrupts
 
 ROOT = Path(__file__).parents[1]
@@ -90,7 +90,6 @@ def wait_until(
 @contextlib.contextmanager
 def keep_process_state() -> Any:
     """Restore what a command sets for its whole process: flags, loaded cells, signals, hooks."""
-    named, errors._names_flags = errors._names_flags, False
     known, loaded = set(flags.FLAGS), dict(cells.LOADED)
     cells.LOADED.clear()
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -111,7 +110,6 @@ def keep_process_state() -> Any:
             signal.signal(number, handler)
         logging.set_verbosity(verbosity)
         sys.unraisablehook = hook
-        errors._names_flags = named
 
 
 def _exit(code: int) -> NoReturn:

@@ -17,7 +17,7 @@ import flax.linen as nn
 from lstm_jax import cells
 from lstm_jax.config import ModelConfig, names_cell_file
 from lstm_jax.data import files
-from lstm_jax.errors import UserError, choose_wording, name_failure, run_user_code, warn
+from lstm_jax.errors import UserError, name_failure, run_user_code, warn
 
 _LIMIT = 2**20  # Of the size of a file, in bytes.
 
@@ -83,10 +83,9 @@ def use_loaded_cell(model: ModelConfig, workdir: Path) -> ModelConfig:
     # The file may have moved, so the names of the classes are compared.
     named = [cell for cell in cells.LOADED if cell.endswith(f":{get_class_name(model)}")]
     if not named:
-        remedy = choose_wording(f"--cell {shlex.quote(name)}", f"cell={name!r}")
         raise UserError(
             f"the model in {workdir} has the cell {name}. This file is code, which runs only if "
-            f"you name it: add {remedy}"
+            f"you name it: add --cell {shlex.quote(name)}, or cell= in Python"
         )
     same = [cell for cell in named if cells.LOADED[cell][1] == model.cell_sha256]
     loaded = (same or named)[-1]

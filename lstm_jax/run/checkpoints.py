@@ -24,15 +24,7 @@ import orbax.checkpoint as ocp
 from lstm_jax import model as model_lib
 from lstm_jax.data import files
 from lstm_jax.devices import hosts
-from lstm_jax.errors import (
-    UnavailableError,
-    UserError,
-    name_other_directory,
-    name_same_command,
-    name_setting,
-    one_line,
-    warn,
-)
+from lstm_jax.errors import UnavailableError, UserError, name_setting, one_line, warn
 from lstm_jax.model import Params
 from lstm_jax.run.seal import ARRAY, VALIDATION, find_damage, seal_checkpoint
 
@@ -171,7 +163,7 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter", Non
         return UnavailableError(
             f"can't write the checkpoint of step {step} in {self._directory} "
             f"({reason}); {before}: free space or make it writable, then {verb} with "
-            f"{name_same_command()}"
+            f"the same command"
         )
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -298,7 +290,7 @@ def _restore_first(
         reasons = "; ".join(f"step {path.name}: {damage}" for path, damage in damaged.items())
         raise UserError(
             f"every checkpoint in {directory} is damaged ({reasons}): restore one from a copy, or "
-            f"use {name_other_directory()}"
+            f"use another working directory"
         )
     return None, None, damaged
 

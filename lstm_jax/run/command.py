@@ -64,7 +64,6 @@ def run_command(main: Callable[[], int | None]) -> None:
         except (UserError, OSError) as error:  # Of standard output, as in `--help | head`.
             sys.exit(_report(error))
 
-    errors.name_flags()
     try:
         console.protect_streams()
     except UserError as error:

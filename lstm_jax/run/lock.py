@@ -12,7 +12,7 @@ import jax
 
 from lstm_jax.data import files
 from lstm_jax.devices import hosts
-from lstm_jax.errors import UnavailableError, UserError, name_other_directory
+from lstm_jax.errors import UnavailableError, UserError
 
 LOCK = ".lock"
 
@@ -83,7 +83,7 @@ def _acquire(path: Path) -> int:
             os.close(lock)
             raise UnavailableError(
                 f"another process is training in {path.parent} ({holder}): wait until it ends, "
-                f"stop it, or use {name_other_directory()}"
+                f"stop it, or use another working directory"
             ) from None
         if _is_at(lock, path):
             break

@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict
 
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
-from lstm_jax.errors import choose_wording, make_visible, name_same_command, name_setting
+from lstm_jax.errors import make_visible, name_setting
 from lstm_jax.ops import choice
 from lstm_jax.run import cell_file, workdir
 from lstm_jax.run.session import Session
@@ -117,7 +117,7 @@ def describe_stop(run: Session) -> str:
     """Return the message that a signal has stopped training after the steps so far."""
     return (
         f"\nStopped at step {run.loop.step} of {run.plan.total_steps}. Everything is saved in "
-        f"{_show_directory(run)}: {name_same_command()} resumes."
+        f"{_show_directory(run)}: the same command resumes."
     )
 
 
@@ -134,7 +134,7 @@ def _describe_end(run: Session) -> str:
     return (
         f"The run in {_show_directory(run)} is finished after "
         f"{plan.describe_length(step)}{reason}. To train longer, "
-        f"set for example {choose_wording(' ', '; ').join(settings)}"
+        f"set for example {' '.join(settings)}"
     )
 
 

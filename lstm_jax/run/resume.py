@@ -11,7 +11,7 @@ from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.config import Config
 from lstm_jax.data.texts import Splits
-from lstm_jax.errors import UserError, choose_wording, name_other_directory, name_setting
+from lstm_jax.errors import UserError, name_setting
 from lstm_jax.regularization import drop_parameters
 from lstm_jax.run import cell_file, workdir
 from lstm_jax.vocabulary import Vocabulary
@@ -62,7 +62,7 @@ def resolve_run(
     if workdir.is_folder(directory):
         raise UserError(
             f"{directory} holds a model without its run: start a new run from the parameters, with "
-            f"{name_other_directory()} and {_start_from(directory)}"
+            f"another working directory and {_start_from(directory)}"
         )
     if (directory / workdir.CONFIG).exists():
         before = workdir.load_config(directory)
@@ -79,7 +79,7 @@ def resolve_run(
         if (directory / name).exists():
             raise UserError(
                 f"{directory} holds {name} but no {workdir.CONFIG}: restore that file, or start a "
-                f"new run in {name_other_directory()}"
+                f"new run in another working directory"
             )
     train = splits.texts["train"]
     if not config.init_from:
@@ -129,7 +129,7 @@ def _find_changes(before: Config, config: Config, directory: Path) -> Changes:
         if "model.cell_sha256" in changes:
             raise UserError(
                 f"{config.model.cell} has changed since the run in {directory} began: restore it, "
-                f"or start a new run from the parameters, with {name_other_directory()} and "
+                f"or start a new run from the parameters, with another working directory and "
                 f"{_start_from(directory)}"
             )
     fixed = {f: values for f, values in changes.items() if f not in config_lib.CHANGEABLE}
@@ -140,21 +140,20 @@ def _find_changes(before: Config, config: Config, directory: Path) -> Changes:
         listed = "; ".join(f"{f} was {was!r} and is {now!r}" for f, (was, now) in fixed.items())
         raise UserError(
             f"{directory} holds a run with another config ({listed}): resume with that config, or "
-            f"use {name_other_directory()}"
+            f"use another working directory"
         )
     if is_other_text:
         text = before.data.path or f"the dataset {before.data.dataset}"
         raise UserError(
             f"{directory} holds a run that was trained on another text, or on other splits of it "
-            f"({text}): restore that text, or use {name_other_directory()}"
+            f"({text}): restore that text, or use another working directory"
         )
     return changes
 
 
 def _start_from(directory: Path) -> str:
     """Return the setting that starts a run from these parameters, as a message names it."""
-    name = str(directory)
-    return choose_wording(f"--init_from {shlex.quote(name)}", f"config.init_from = {name!r}")
+    return f"--init_from {shlex.quote(str(directory))}"
 
 
 def _check_model(before: Config, config: Config, directory: Path) -> None:
@@ -177,7 +176,7 @@ def _check_model(before: Config, config: Config, directory: Path) -> None:
     if wanted.pop("model.options", None):
         options = before.model.options
         wanted |= {f"model.options.{name}": value for name, value in options.items()}
-    set_all = choose_wording(" ", "; ").join(name_setting(*item) for item in wanted.items())
+    set_all = " ".join(name_setting(*item) for item in wanted.items())
     remedy = f"add {set_all}" if wanted else "leave out config.model.options"
     raise UserError(f"the model in {directory} has other settings: {remedy}")
 

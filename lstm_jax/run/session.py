@@ -16,7 +16,7 @@ from lstm_jax import optimizer as optimizer_lib
 from lstm_jax.config import Config
 from lstm_jax.data import files, texts
 from lstm_jax.devices import feeding, hosts, memory, parallel
-from lstm_jax.errors import UnavailableError, UserError, name_other_directory, name_same_command
+from lstm_jax.errors import UnavailableError, UserError
 from lstm_jax.run import advice, checkpoints, distillation, lock, metrics, resume, workdir
 from lstm_jax.run.loop import Loop
 from lstm_jax.run.plan import Plan
@@ -110,13 +110,13 @@ class Session:
         elif (directory / workdir.METRICS).exists():
             raise UserError(
                 f"{directory} holds {workdir.METRICS} but no checkpoint: restore "
-                f"{workdir.CHECKPOINTS}/, or start a new run in {name_other_directory()}"
+                f"{workdir.CHECKPOINTS}/, or start a new run in another working directory"
             )
         if step > plan.total_steps:
             limit = f"{plan.limit}={getattr(self.config, plan.limit)}"
             raise UserError(
                 f"the run in {directory} has trained {plan.describe_length(step)} already, and "
-                f"{limit} is fewer: set more, or use {name_other_directory()}"
+                f"{limit} is fewer: set more, or use another working directory"
             )
         self.loop = Loop(state, step, plan.total_steps)
 
@@ -232,5 +232,5 @@ def _name_failed_writes(directory: Path, check_lock: Callable[[], None]) -> Iter
         check_lock()
         raise UnavailableError(
             f"can't write to {error.filename or directory} ({error.strerror}): free space or make "
-            f"it writable, then resume from the last checkpoint with {name_same_command()}"
+            f"it writable, then resume from the last checkpoint with the same command"
         ) from None

@@ -20,7 +20,7 @@ from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax.config import Config
 from lstm_jax.data import files
-from lstm_jax.errors import UserError, choose_wording, warn
+from lstm_jax.errors import UserError, warn
 from lstm_jax.run import cell_file, model_file
 from lstm_jax.vocabulary import Vocabulary
 
@@ -48,15 +48,14 @@ def check_path(directory: Path | str) -> Path:
 
     The system limits the length of a name, and allows no NUL in it.
     """
-    name = choose_wording("--workdir", "directory")
     try:
         path = Path(os.path.expanduser(directory))  # In --workdir=~/run, the shell leaves ~.
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             path.stat()
     except (TypeError, ValueError) as error:
-        raise UserError(f"{name} is {directory!r:.100}: it must be a path ({error})") from None
+        raise UserError(f"directory is {directory!r:.100}: it must be a path ({error})") from None
     except OSError as error:
-        raise UserError(f"{name} is {str(directory)!r:.100}: {error.strerror}") from None
+        raise UserError(f"directory is {str(directory)!r:.100}: {error.strerror}") from None
     return path
 
 
@@ -89,7 +88,7 @@ def load_config(workdir: Path) -> Config:
         raise UserError(
             f"there is no trained model in {workdir} (no {CONFIG}): name the directory of a "
             "training run, or tiny-shakespeare, or train one with "
-            f"{choose_wording(command=train, python='lstm_jax.train')}"
+            f"{train}"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{workdir / CONFIG} is damaged: {_reason(error)}") from None

@@ -71,7 +71,7 @@ def test_the_default_config_is_the_lesson() -> None:
             {"model": {"skip_connections": True, "tie_embeddings": True}},
             "skip_connections is True: it must be False with tie_embeddings, unless",
         ),
-        (None, "the config is of type NoneType"),
+        (None, "the config is a NoneType"),
         ({5: 3}, "this is not a config"),
     ],
 )

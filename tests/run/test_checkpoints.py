@@ -425,8 +425,8 @@ def test_a_save_that_fails_prints_nothing_and_says_what_to_do(
         save(writer, 1)
         writer.wait()
         for step, advice in (
-            (2, "the last good one is step 1: .*, then resume from there with the same call$"),
-            (3, "there is none before it: .*, then start again with the same call$"),
+            (2, "the last good one is step 1: .*, then resume from there with the same command$"),
+            (3, "there is none before it: .*, then start again with the same command$"),
         ):
             disks.fill(disk)
             with pytest.raises(UserError, match=advice):

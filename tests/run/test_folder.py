@@ -130,7 +130,7 @@ def test_every_command_reads_a_folder(trained: Path, folder: Path, tmp_path: Pat
 def test_a_run_starts_from_a_folder_but_not_in_it(
     folder: Path, tiny_config: ConfigDict, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="holds a model without its run: .*config.init_from = "):
+    with pytest.raises(UserError, match="holds a model without its run: .*--init_from "):
         training.train(tiny_config, folder)
     tiny_config.init_from, tiny_config.max_steps = str(folder), 1
     assert training.train(tiny_config, tmp_path / "run", quiet=True) == 0

@@ -98,7 +98,7 @@ def test_max_steps_ends_the_run_and_its_schedule(
     assert training.train(tiny_config, tmp_path) == 0
     output = capsys.readouterr().out
     assert "is finished after 103 steps. To train longer" in output
-    assert "config.max_steps = 206" in output
+    assert "--config.max_steps=206" in output
     tiny_config.max_steps = 50
     with pytest.raises(UserError, match=r"trained 103 steps already, and .*max_steps=50 is fewer"):
         training.train(tiny_config, tmp_path)
@@ -154,7 +154,7 @@ def test_patience_ends_a_run_at_the_same_step_whether_or_not_it_was_killed(
     assert (
         "epochs: the validation loss has not improved for 3 validations. To train longer" in output
     )
-    assert "config.patience = 6" in output
+    assert "--config.patience=6" in output
     assert (whole / workdir.METRICS).read_bytes() == content
     patient_config.patience, patient_config.max_steps = 0, last + 5
     assert training.train(patient_config, whole) == 0
