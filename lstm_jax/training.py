@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from lstm_jax import config as config_lib
 from lstm_jax.config import Config
 from lstm_jax.devices import parallel
-from lstm_jax.run import console, messages, metrics, session, workdir
+from lstm_jax.run import messages, metrics, session, workdir
 from lstm_jax.run.finish import finish_run
 from lstm_jax.run.loop import Loop, Observer
 from lstm_jax.run.observers import observe
@@ -33,7 +33,7 @@ def train(
       watch: called with each recorded loss, as a row of metrics.jsonl, for
         example to plot it in a notebook; rows of validations also have the generated text, as
         `sample`. If it raises an exception, the run ends, and can be resumed.
-      quiet: whether to suppress all output: progress, warnings, and what `watch` prints.
+      quiet: whether to print nothing but warnings.
 
     Returns:
       The exit code: 0, or 130 after Ctrl-C (143 after SIGTERM) with everything saved.
@@ -48,8 +48,7 @@ def train(
     with (
         jax.enable_x64(False),  # The caller may have enabled it, and set a mesh.
         jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())),
-        console.quieten(quiet),
-        session.open_run(complete, directory, watch) as run,
+        session.open_run(complete, directory, watch, quiet) as run,
     ):
         messages.print_setup(run)
         if not run.is_finished:

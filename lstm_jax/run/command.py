@@ -64,10 +64,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         except (UserError, OSError) as error:  # Of standard output, as in `--help | head`.
             sys.exit(_report(error))
 
-    try:
-        console.protect_streams()
-    except UserError as error:
-        _fail(str(error))
+    console.protect_streams()
     app.run(guarded, flags_parser=parse_flags)
 
 

@@ -1,17 +1,13 @@
-"""Print safely: any text can be shown, and a stream that fails causes one clear message."""
+"""Print safely: any text can be shown."""
 
-import contextlib
 import inspect
 import io
 import os
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from typing import Any, TextIO
+from collections.abc import Callable
 
 import regex
 
-from lstm_jax.errors import UserError
 from lstm_jax.vocabulary import FILE_END
 
 # Characters that a terminal executes instead of showing them.
@@ -19,23 +15,11 @@ _CONTROL = regex.compile(r"(?!\r\n|[\n\t])\p{Cc}")
 
 
 def protect_streams() -> None:
-    """Make the three standard streams safe to use; call it once, when a command starts.
+    """Escape characters that standard output can't encode; call it once, when a command starts.
 
-    Raise `UserError` if standard output is closed. Characters that its encoding lacks are escaped.
+    Nothing that threads of libraries fail at, after an error, is reported.
     """
-    for number in range(3):  # The next opened file would get the number of a closed stream.
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-    if sys.stdin is None:
-        sys.stdin = os.fdopen(0)
-    if sys.stderr is None:
-        sys.stderr = os.fdopen(2, "w")
-    if sys.stdout is None:
-        raise UserError("standard output is closed: redirect it to a file, or to /dev/null")
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    sys.stdout = _Output(sys.stdout)
     sys.unraisablehook = _report_unraisable
 
 
@@ -70,87 +54,6 @@ def escape_controls(text: str) -> str:
     Line feeds, tabs and the \r before a line feed are kept.
     """
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
-
-
-@contextlib.contextmanager
-def quieten(quiet: bool) -> Iterator[None]:
-    """Print nothing in the block if `quiet`; all processes but the first drop standard output."""
-    with contextlib.ExitStack() as stack:
-        if quiet:
-            stack.enter_context(_mute())
-        from lstm_jax.devices import hosts  # It imports JAX.
-
-        if not hosts.is_first():
-            silence = stack.enter_context(open(os.devnull, "w", errors="replace"))
-            stack.enter_context(contextlib.redirect_stdout(silence))
-        yield
-
-
-# The threads that are muted now; blocks of several may end in any order.
-_muted: list[int] = []
-_lock = threading.Lock()
-
-
-@contextlib.contextmanager
-def _mute() -> Iterator[None]:
-    """Drop what this thread prints, to either stream, until the end of the block."""
-    with _lock:
-        if not _muted:
-            sys.stdout, sys.stderr = _Muted(sys.stdout), _Muted(sys.stderr)
-        _muted.append(threading.get_ident())
-    try:
-        yield
-    finally:
-        with _lock:
-            _muted.remove(threading.get_ident())
-            if not _muted:
-                for name in ("stdout", "stderr"):
-                    if isinstance(stream := getattr(sys, name), _Muted):
-                        setattr(sys, name, stream._stream)
-
-
-class _Stream:
-    """A stream that writes to another one."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._stream, name)
-
-
-class _Muted(_Stream):
-    """A stream that drops what muted threads write, and that is not a terminal."""
-
-    def write(self, text: str) -> int:
-        muted = threading.get_ident() in _muted
-        return len(text) if muted else int(self._stream.write(text))
-
-    def isatty(self) -> bool:
-        return False
-
-
-class _Output(_Stream):
-    """Standard output that raises `UserError` when it can't be written.
-
-    An `OSError` would look like a failure of the run's own files. `BrokenPipeError` is raised as it
-    is.
-    """
-
-    def write(self, text: str) -> int:
-        return int(self._call(self._stream.write, text))
-
-    def flush(self) -> None:
-        self._call(self._stream.flush)
-
-    def _call(self, function: Callable[..., Any], *arguments: object) -> Any:
-        try:
-            return function(*arguments)
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            discard_output()
-            raise UserError(f"can't write to standard output: {error.strerror}") from None
 
 
 def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:

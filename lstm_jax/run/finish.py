@@ -29,14 +29,14 @@ def finish_run(run: Session) -> None:
     # On a device, as after a validation: else the function that generates would be compiled again.
     key = jax.device_put(jax.random.key(run.config.seed), jax.local_devices()[0])
     zero = measure_zero_state(run.model, params, run.ids["validation"], _POSITIONS)
-    print(
+    run.print(
         f"\n{generate_sample(run, params, key)}\n\n"
         f"Test loss at step {step}, the step with the best validation loss: "
         f"{messages.describe_loss(loss, run.vocabulary.token_name, run.sizes['test'])}"
     )
     if sentence := advice.advise(rows):
-        print(sentence)
-    print(messages.list_files(run))
+        run.print(sentence)
+    run.print(messages.list_files(run))
     best = checkpoints.read_validation_loss(run.directory / workdir.CHECKPOINTS, step)
     losses = {"test": loss, "validation": best}
     if warning := advice.find_suspicion(losses, len(run.vocabulary), zero):

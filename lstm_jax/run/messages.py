@@ -32,7 +32,7 @@ def print_setup(run: Session) -> None:
         }
         recurrence = " and ".join(sorted(chosen))
     counts = ", ".join(f"{len(of_split):,} {name}" for name, of_split in run.ids.items())
-    print(
+    run.print(
         f"{format_parameters(run.loop.state.params)}\n\n"
         f"{vocabulary.token_name}s: {counts}; vocabulary: {len(vocabulary)}; "
         f"steps per epoch: {run.plan.steps_per_epoch:,}; "
@@ -42,29 +42,27 @@ def print_setup(run: Session) -> None:
         f"  inputs  {vocabulary.decode(inputs)!r}\n"
         f"  targets {vocabulary.decode(targets)!r}\n"
         f"  inputs  {' '.join(map(str, inputs))}\n"
-        f"  targets {' '.join(map(str, targets))}\n",
-        flush=True,
+        f"  targets {' '.join(map(str, targets))}\n"
     )
     if run.source:
         source_step, num_tokens = run.source
         new = vocabulary.tokens[num_tokens:]
         listed = ", ".join(map(repr, new[:10])) + ", ..." * (len(new) > 10)
         tokens = f"{len(new)} new tokens: {listed}" if new else "no new tokens"
-        print(
+        run.print(
             f"The initial weights are those of step {source_step} in "
-            f"{make_visible(config.init_from)}; the vocabulary has {tokens}\n",
-            flush=True,
+            f"{make_visible(config.init_from)}; the vocabulary has {tokens}\n"
         )
     if config.distill.teachers and not run.is_finished:
         teachers = make_visible(config.distill.teachers)
-        print(f"Teachers: {teachers}; they predict the training text first\n", flush=True)
+        run.print(f"Teachers: {teachers}; they predict the training text first\n")
     for field, (before, after) in run.changes.items():
-        print(f"From step {step} on, {field} is {after!r}; it was {before!r}", flush=True)
+        run.print(f"From step {step} on, {field} is {after!r}; it was {before!r}")
     if run.is_finished:
-        print(_describe_end(run))
+        run.print(_describe_end(run))
     elif run.is_resumed:
         total = run.plan.total_steps
-        print(f"Resuming from step {step} of {total}, saved in {_show_directory(run)}")
+        run.print(f"Resuming from step {step} of {total}, saved in {_show_directory(run)}")
 
 
 def format_parameters(params: model_lib.Params) -> str:

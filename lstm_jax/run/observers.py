@@ -38,7 +38,9 @@ def observe(run: Session) -> Iterator[list[Observer]]:
     traced = run.directory if run.config.profile and hosts.is_first() else None
     with (
         contextlib.closing(Profiler(traced, loop.step)) as profiler,
-        contextlib.closing(Progress(loop.step, loop.last_step, plan.steps_per_epoch)) as progress,
+        contextlib.closing(
+            Progress(loop.step, loop.last_step, plan.steps_per_epoch, run.prints)
+        ) as progress,
         interrupts.handle_signals(stop.handle_signal),
     ):
         save = Save(run)
@@ -57,7 +59,7 @@ def observe(run: Session) -> Iterator[list[Observer]]:
             run.checkpoints.wait()
             if hosts.is_first():
                 plot_curves(run)
-            progress.print(messages.describe_stop(run))
+            run.print(messages.describe_stop(run))
             loop.exit_code = stopped.code
 
 
@@ -147,16 +149,16 @@ class Validate(Observer):
             run.record(step, "validation", loss, sample=text)
             workdir.append_sample(run.directory, step, run.config.sample.temperature, text)
             run.checkpoints.record_validation(step, loss)
-            progress.print(messages.describe_validation(run, loss, text))
+            run.print(messages.describe_validation(run, loss, text))
             if step and (warning := advice.find_suspicion(losses, len(run.vocabulary))):
-                progress.print(f"warning: {warning}\n")
+                run.print(f"warning: {warning}\n")
             # After the last step, `finish_run` plots them.
             if 0 < step < loop.last_step and time.monotonic() - self._plotted > _SECONDS_OF_CURVES:
                 plot_curves(run)
                 self._plotted = time.monotonic()
         progress.start_clock(loop.step)
         if loop.step < loop.last_step and run.ends_early():
-            progress.print(messages.describe_early_end(run))
+            run.print(messages.describe_early_end(run))
             progress.finish(loop.step)
             loop.last_step = loop.step
 

@@ -5,7 +5,6 @@ import time
 
 from tqdm import tqdm
 
-from lstm_jax.devices import hosts
 from lstm_jax.run.loop import Loop, Observer
 
 _SECONDS_BETWEEN_LINES = 10
@@ -18,8 +17,9 @@ class Progress(Observer):
     seconds. The first call, which compiles the step, is not measured.
     """
 
-    def __init__(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
+    def __init__(self, step: int, total_steps: int, steps_per_epoch: int, shown: bool) -> None:
         self._first, self._total, self._steps_per_epoch = step, total_steps, steps_per_epoch
+        self._shown = shown
         self._measured = ""  # The last training loss and speed.
         # (Steps done, time), from which the remaining time is measured.
         self._clock = self._start = step, time.monotonic()
@@ -29,7 +29,7 @@ class Progress(Observer):
             initial=step,
             unit="step",
             dynamic_ncols=True,
-            disable=not (sys.stderr.isatty() and hosts.is_first()),
+            disable=not (shown and sys.stderr.isatty()),
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}{postfix}",
         )
 
@@ -61,7 +61,7 @@ class Progress(Observer):
             self._measured += f", {tokens_per_second:,.0f} tokens/s"
         left = self._advance(step)
         now = time.monotonic()
-        if self._bar.disable and now - self._last_line >= _SECONDS_BETWEEN_LINES:
+        if self._shown and self._bar.disable and now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
             print(", ".join(filter(None, [self._describe(step), left])), flush=True)
 
@@ -85,11 +85,6 @@ class Progress(Observer):
         self._bar.set_postfix_str(left, refresh=False)
         self._bar.update(step - self._bar.n)
         return left
-
-    def print(self, text: str) -> None:
-        """Print to standard output, above the bar."""
-        with tqdm.external_write_mode(sys.stdout):
-            print(text, flush=True)
 
     def close(self) -> None:
         """Close the bar and leave it on the screen."""

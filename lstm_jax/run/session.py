@@ -3,11 +3,13 @@
 import contextlib
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Unpack
 
 import jax
+from tqdm import tqdm
 
 from lstm_jax import batches
 from lstm_jax import loss as loss_lib
@@ -29,6 +31,7 @@ class Session:
     When it has been opened, its latest checkpoint is at `loop.step`; a new run is still saving it.
 
     Attributes:
+      prints: whether this process prints: the first one, unless the run is quiet.
       config, changes: the config, and its changes since the run was last trained.
       directory: the working directory.
       vocabulary, ids: the vocabulary, and the ids of each split.
@@ -45,9 +48,15 @@ class Session:
     """
 
     def __init__(
-        self, config: Config, directory: Path, watch: metrics.Watch, opened: contextlib.ExitStack
+        self,
+        config: Config,
+        directory: Path,
+        watch: metrics.Watch,
+        quiet: bool,
+        opened: contextlib.ExitStack,
     ) -> None:
         """Open the run; `opened` closes its files and its lock at the end. See `open_run`."""
+        self.prints = hosts.is_first() and not quiet
         self.mesh = parallel.make_mesh(config)  # Before anything is compiled.
         config = resume.resolve_model(config)
         memory.keep_freed_memory()
@@ -119,6 +128,12 @@ class Session:
                 f"{limit} is fewer: set more, or use another working directory"
             )
         self.loop = Loop(state, step, plan.total_steps)
+
+    def print(self, text: str) -> None:
+        """Print to standard output, above the bar of progress, if this process prints."""
+        if self.prints:
+            with tqdm.external_write_mode(sys.stdout):
+                print(text, flush=True)
 
     def make_feed(self) -> feeding.Feed:
         """Return the training batches from the loop's step, on the devices of the mesh."""
@@ -196,7 +211,7 @@ class Session:
 
 @contextlib.contextmanager
 def open_run(
-    config: Config, directory: Path, watch: metrics.Watch = lambda row: None
+    config: Config, directory: Path, watch: metrics.Watch = lambda row: None, quiet: bool = False
 ) -> Iterator[Session]:
     """Open the run in `directory`, or a new one there, and close it at the end of the block.
 
@@ -204,6 +219,7 @@ def open_run(
       config: a complete config.
       directory: the working directory, which all processes share.
       watch: called with each recorded row, in process 0.
+      quiet: whether to print nothing but warnings, as all processes but the first do.
 
     Raises:
       UserError: if the config has no model or mesh for this machine; if another process holds the
@@ -211,7 +227,7 @@ def open_run(
         run is damaged, can't be written, or has another value of a field that can't change.
     """
     with contextlib.ExitStack() as opened:
-        yield Session(config, directory, watch, opened)
+        yield Session(config, directory, watch, quiet, opened)
 
 
 @contextlib.contextmanager

@@ -307,23 +307,6 @@ def test_unknown_tokens_of_a_text_cost_bits(trained: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(
-    ("module", "redirection", "message"),
-    [
-        ("sample", ">/dev/full", "can't write to standard output: No space left on device"),
-        ("main --help", ">/dev/full", "can't write to standard output: No space left on device"),
-        ("evaluate", ">&-", "standard output is closed: redirect it to a file, or to /dev/null"),
-    ],
-)
-def test_an_output_that_cannot_be_written_gives_an_error(
-    module: str, redirection: str, message: str, trained: Path
-) -> None:
-    command = f"{sys.executable} -m lstm_jax.{module} --workdir={trained} {redirection}"
-    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
-    assert (result.returncode, result.stderr) == (2, f"error: {message}\n")
-
-
-@pytest.mark.process
 def test_any_name_is_printed_in_any_encoding(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "caf\u00e9 \u732b.html"
     result = subprocess.run(

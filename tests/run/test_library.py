@@ -23,7 +23,6 @@ from lstm_jax.errors import UserError
 from lstm_jax.model import LanguageModel
 from lstm_jax.run import library, metrics, workdir
 from lstm_jax.vocabulary import Vocabulary
-from runs import read_losses
 
 ROOT = Path(__file__).parents[2]
 
@@ -261,8 +260,6 @@ def test_training_in_a_thread_is_silent_while_others_print(
     printed = threading.Event()
 
     def watch(row: Any) -> None:
-        # It is written before it is reported.
-        assert read_losses(tmp_path / "run")[-1] == (row["step"], row["split"], row["loss"])
         rows.append(row)
         printed.wait(60)
 

@@ -56,6 +56,9 @@ class _FakeRun:
         )
         self.log: list[Any] = []
 
+    def print(self, text: str) -> None:
+        assert text == "validation"
+
     def save(self, step: int, state: TrainState) -> None:
         self.log.append(("saved", step))
 
@@ -128,7 +131,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_the_speed_is_that_of_the_steps_after_the_first_call(clock: Clock) -> None:
-    measured = progress.Progress(10, 140, 70)
+    measured = progress.Progress(10, 140, 70, True)
     clock.now += 50  # It compiles.
     measured.after_step(make_loop(11))
     assert measured.measure_speed(11) == 0
@@ -142,7 +145,7 @@ def test_the_speed_is_that_of_the_steps_after_the_first_call(clock: Clock) -> No
 
 def test_a_row_has_the_means_since_the_last_one(tmp_path: Path, clock: Clock) -> None:
     run = make_run(tmp_path, optimizer={"warmup_steps": 20})
-    display = progress.Progress(0, 140, 70)
+    display = progress.Progress(0, 140, 70, True)
     log = observers.Log(run, display)
     loop = make_loop(9, loss_sum=6.0, norm_sum=3.0, loss_steps=3, skipped=1)
     log.after_step(loop)
@@ -197,7 +200,7 @@ def validated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_validate(run: Any, stop: StopRequest) -> observers.Validate:
-    display = progress.Progress(0, 140, 70)
+    display = progress.Progress(0, 140, 70, True)
     return observers.Validate(run, display, stop)
 
 

@@ -12,18 +12,14 @@ def test_plain_lines_without_a_terminal(
 ) -> None:
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
-    shown = progress.Progress(step=100, total_steps=300, steps_per_epoch=150)
+    shown = progress.Progress(step=100, total_steps=300, steps_per_epoch=150, shown=True)
     now = 1.0
     shown.update(110, 2.5, 1234.5)  # Too early for a line.
     now = 50.0
     shown.update(200, 2.25, 4321.0)
-    shown.print("by the way")
     shown.close()
     output = capsys.readouterr()
-    assert output.out.splitlines() == [
-        "step 200/300, epoch 1.33, loss 2.250, 4,321 tokens/s, 0:50 left",
-        "by the way",
-    ]
+    assert output.out == "step 200/300, epoch 1.33, loss 2.250, 4,321 tokens/s, 0:50 left\n"
     assert output.err == ""
 
 
@@ -32,7 +28,7 @@ def test_the_time_left_excludes_compilation(
 ) -> None:
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
-    shown = progress.Progress(step=0, total_steps=101, steps_per_epoch=101)
+    shown = progress.Progress(step=0, total_steps=101, steps_per_epoch=101, shown=True)
     shown.start_clock(0)  # After the first validation.
     now = 30.0
     shown.update(1, 2.5, 0.0)
@@ -54,7 +50,7 @@ def test_the_bar_ends_at_100_percent(
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    shown = progress.Progress(step=0, total_steps=410 if early else 205, steps_per_epoch=205)
+    shown = progress.Progress(0, 410 if early else 205, 205, shown=True)
     now = 30.0
     shown.start_clock(5)
     now = 40.0
