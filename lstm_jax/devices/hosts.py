@@ -10,7 +10,6 @@ import hashlib
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
@@ -30,27 +29,6 @@ _LOST = (
 )
 # Parts of JAX's error messages when a process is lost.
 _LOST_PATTERN = "Gloo|NCCL|[Cc]oordination|[Hh]eartbeat|[Bb]arrier|Connection (closed|reset)"
-
-# A program that filters the standard error of native code. When JAX ends the process, it
-# writes dozens of lines, which the program replaces by its argument. The process's own last line
-# also goes through it, so that only the first of the two reasons is printed.
-_FILTER = """
-import sys
-quiet = False
-for line in sys.stdin.buffer:
-    text = line.decode(errors="replace")
-    if text.startswith("error: "):
-        print(text, end="", file=sys.stderr, flush=True)
-        break
-    quiet = quiet or "coordination" in text or "JAX distributed service" in text
-    if quiet and "Terminating process" in text:
-        print(sys.argv[1], file=sys.stderr, flush=True)
-        break
-    if not quiet and not text.startswith("[Gloo]"):
-        print(text, end="", file=sys.stderr, flush=True)
-for line in sys.stdin.buffer:
-    pass
-"""
 
 
 @contextlib.contextmanager
@@ -78,7 +56,6 @@ def join_processes(
     # Training handles SIGTERM itself. On CPUs, gloo exchanges the arrays.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    _filter_native_errors()
     try:
         initialize = functools.partial(
             jax.distributed.initialize,
@@ -155,18 +132,6 @@ def _check_flags(address: str | None, number: int | None, process: int | None) -
         raise UserError(
             "--coordinator_address, --num_processes and --process_id belong together: set all three"
         )
-
-
-def _filter_native_errors() -> None:
-    """Send what native code writes to standard error through `_FILTER`; leave Python's as it is."""
-    sys.stderr.flush()
-    terminal = os.dup(2)
-    command = [sys.executable, "-c", _FILTER, f"error: {_LOST}"]
-    # In a new session, Ctrl-C does not reach it.
-    reader = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-    assert reader.stdin is not None
-    os.dup2(reader.stdin.fileno(), 2)
-    sys.stderr = os.fdopen(terminal, "w", 1, "utf-8", "backslashreplace")
 
 
 def _wait_for_devices() -> None:
