@@ -26,7 +26,7 @@ from lstm_jax.data import files
 from lstm_jax.devices import hosts
 from lstm_jax.errors import UnavailableError, UserError, name_setting, one_line, warn
 from lstm_jax.model import Params
-from lstm_jax.run.seal import ARRAY, VALIDATION, find_damage, seal_checkpoint
+from lstm_jax.run.seal import VALIDATION, find_damage, seal_checkpoint
 
 _UNFINISHED = ".unfinished"
 _VALIDATION_LIMIT = 2**12  # bytes
@@ -267,16 +267,11 @@ def _restore_first(
     or one does not hold arrays of these names, shapes and dtypes.
     """
     items = {"params": ocp.args.StandardRestore(_abstract(params)), **other_items}
-    if directory.is_symlink():  # Perhaps to the checkpoints of another run.
-        raise UserError(
-            f"{directory} is a link: the checkpoints of a run must be in its own working "
-            "directory; move that as a whole"
-        )
     damaged: dict[Path, str] = {}
     while steps := [s for s in list_steps(directory) if directory / str(s) not in damaged]:
         step = max(steps, key=rank)
         path = directory / str(step)
-        damage = find_damage(path, params)
+        damage = find_damage(path)
         if damage is None:
             restored = _restore_items(path, items)
             if restored is None:
@@ -330,7 +325,7 @@ def _compare_names(path: Path, item: str, items: Mapping[str, Any]) -> str:
     """Say which array an item of a checkpoint has in addition, or lacks; "" if neither."""
     if item not in items:
         return ""
-    saved = {array.parent.name for array in (path / item).glob(f"*/{ARRAY}")}
+    saved = {array.parent.name for array in (path / item).glob("*/.zarray")}
     leaves = jax.tree.leaves_with_path(items[item].item)
     expected = {jax.tree_util.keystr(keys, simple=True, separator=".") for keys, _ in leaves}
     names = sorted(saved ^ expected)

@@ -58,7 +58,6 @@ def resolve_run(
         teachers = ",".join(map(_make_absolute, teachers.split(",")))
     absolute = {"init_from": _make_absolute(config.init_from), "distill.teachers": teachers}
     config = config_lib.change_fields(config, absolute)
-    workdir.check_regular_files(directory)
     if workdir.is_folder(directory):
         raise UserError(
             f"{directory} holds a model without its run: start a new run from the parameters, with "

@@ -210,15 +210,3 @@ def restore_history(workdir: Path, sizes: Mapping[str, int]) -> None:
             os.truncate(path, size)
         elif length < size:
             warn(f"{path} has lost some of its content")
-
-
-def check_regular_files(workdir: Path) -> None:
-    """Raise `UserError` if a directory holds anything but regular files and directories.
-
-    A run would write through a link to a file elsewhere, and reading a pipe may never end.
-    """
-    for path in [*workdir.iterdir(), *workdir.glob("plugins/**/*")]:
-        if path.is_symlink():
-            raise UserError(f"{path} is a link: a run needs its own files; copy the target")
-        if not path.is_file() and not path.is_dir():
-            raise UserError(f"{path} is not a regular file: move it away")

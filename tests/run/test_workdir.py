@@ -70,11 +70,3 @@ def test_a_vocabulary_that_could_not_be_read_is_not_written(
     with pytest.raises(UserError, match="would be larger than .* MiB: raise data.min_count"):
         workdir.save_vocabulary(tmp_path, Vocabulary.from_text("abc"))
     assert not list(tmp_path.iterdir())
-
-
-def test_a_link_in_a_run_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "run" / "plugins").mkdir(parents=True)
-    workdir.check_regular_files(tmp_path / "run")
-    (tmp_path / "run" / "plugins" / "profile").symlink_to(tmp_path)
-    with pytest.raises(UserError, match="plugins/profile is a link"):
-        workdir.check_regular_files(tmp_path / "run")
