@@ -89,9 +89,13 @@ def _acquire(path: Path) -> int:
             break
         os.close(lock)  # Its holder has just removed it.
     me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime()}
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{json.dumps(me)}\n".encode(), 0)
-    os.fsync(lock)  # Other hosts can then read it.
+    try:
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{json.dumps(me)}\n".encode(), 0)
+        os.fsync(lock)  # Other hosts can then read it.
+    except OSError:
+        os.close(lock)
+        raise
     return lock
 
 
