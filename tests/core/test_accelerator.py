@@ -16,8 +16,10 @@ import accelerators
 import commands
 from lstm_jax import config, matmul
 from lstm_jax.model import LanguageModel, check_recurrence
-from lstm_jax.ops import accelerator, choice, pallas
-from test_native import measure_errors, run_numpy, to_bfloat16
+from lstm_jax.ops import accelerator, choice, in_c, layer, pallas
+from lstm_jax.ops.gates import GRU, LSTM, PEEPHOLE_LSTM, RNN, Gating
+from lstm_jax.ops.scan import Marks
+from test_native import draw_layer, measure_errors, run_equations, run_numpy, to_bfloat16
 from test_recurrence import (
     SIZES,
     assert_close,
@@ -66,15 +68,47 @@ def test_bfloat16_agrees_with_numpy(sizes: tuple[int, ...], implementation: str)
     assert max(jax.tree.leaves(measure_errors(results, expected))) < 5e-3
 
 
+@pytest.mark.parametrize("gating", [GRU, RNN, PEEPHOLE_LSTM], ids=lambda gating: gating.name)
+@in_both
+@pytest.mark.usefixtures("gpu")
+@jax.numpy_rank_promotion("allow")
+def test_every_kind_agrees_with_its_equations(gating: Gating, implementation: str) -> None:
+    has_marks = implementation == "xla"
+    arguments, codes, cotangents = draw_layer(gating, 7, 3, 5, 6, has_marks)
+    loops = accelerator.LOOPS if has_marks else pallas.LOOPS
+    pair = (None, None) if codes is None else (codes == in_c.RESET, codes == in_c.FROZEN)
+
+    def run(params: Any, inputs: jax.Array, carry: Any) -> Any:
+        run_layer = layer._make_accelerated(implementation, loops)
+        last, outputs = run_layer(gating, params, inputs, carry, Marks(*pair), "float32")
+        return outputs, last
+
+    expected = value_and_gradients(
+        functools.partial(run_equations, gating, codes), cotangents, *arguments
+    )
+    assert_close(value_and_gradients(run, cotangents, *arguments), expected, 1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("gpu")
 def test_the_copies_of_pallas_do_not_race(monkeypatch: pytest.MonkeyPatch) -> None:
     interpreter = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise")
     monkeypatch.setattr(pallas, "_INTERPRETER", interpreter)
-    *arguments, cotangents = make_problem(3, 4, 5, 6)
-    run = functools.partial(run_layer, implementation="pallas")
-    results = value_and_gradients(run, cotangents, *arguments)
-    assert_close(results, value_and_gradients(reference, cotangents, *arguments), 1e-5)
+    (params, inputs, carry), _, (d_outputs, d_last) = draw_layer(LSTM, 4, 3, 5, 6, False)
+    marks = Marks(None, None)
+
+    @jax.jit  # The interpreter has effects, which the primitives of `ops` do not have.
+    def run(params: Any, inputs: jax.Array, carry: Any) -> Any:
+        rest = carry, marks, "float32", True, pallas.LOOPS
+        (last, outputs), saved = accelerator.forward(LSTM, params, inputs, *rest)
+        states = carry, marks, saved, d_last, d_outputs, "float32", pallas.LOOPS
+        return (outputs, last), accelerator.backward(LSTM, params, *states)[1]
+
+    results, d_first = run(params, inputs, carry)
+    exact, (_, _, d_carry) = value_and_gradients(
+        functools.partial(run_equations, LSTM, None), (d_outputs, d_last), params, inputs, carry
+    )
+    assert_close((results, d_first), (exact, d_carry), 1e-5)
     races: Any = interpret_pallas_call.races
     assert not races.races_found
 
