@@ -173,3 +173,11 @@ def test_the_carry_continues_the_text() -> None:
     second, carry = models.apply(model, params, ids[:, 5:], carry)
     np.testing.assert_allclose(whole, np.concatenate([first, second], axis=1), atol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), last, carry)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "minlstm", "mlstm"])
+def test_a_carry_of_another_batch_size_is_an_error(cell: str) -> None:
+    model = LanguageModel(11, 8, 16, cell=cell)
+    params, ids = models.draw_params(model), np.zeros((4, 5), np.int32)
+    with pytest.raises(ValueError, match=r"carry\.\w+ has .*the shape .*must be .*\(4, "):
+        model_lib.apply(model, params, ids, model.initial_carry(1))
