@@ -15,7 +15,15 @@ import numpy as np
 
 LSTM, PEEPHOLE_LSTM, GRU, RNN = range(4)
 # The numbers of XLA's types; bfloat16 is in arrays of uint16.
-_TYPES = {"float32": 11, "uint16": 16, "uint8": 6, "int8": 2, "int32": 4, "float64": 12}
+_TYPES = {
+    "float32": 11,
+    "uint16": 16,
+    "uint8": 6,
+    "int8": 2,
+    "int32": 4,
+    "uint32": 8,
+    "float64": 12,
+}
 
 
 class Call(NamedTuple):
@@ -107,15 +115,15 @@ def list_calls(
 def list_matmuls(rows: int, depth: int, width: int, parts: int = 2) -> Iterator[Call]:
     """Yield calls of matmuls, and of the loss of `rows` tokens of a vocabulary of `width`."""
     words, tiles = -(-depth // 2), -(-width // 64)
-    blocks = np.zeros((parts, 96 * 256), "float32")
+    blocks = np.zeros((parts, 96 * 256), "uint32")
     for transpose_a, transpose_b in itertools.product((False, True), repeat=2):
         a = np.zeros((depth, rows) if transpose_a else (rows, depth), "uint16")
         b = np.zeros((width, depth) if transpose_b else (depth, width), "uint16")
         results: list[Any] = [np.zeros((rows, width), "float32")]
         if rows > width:
-            results += np.zeros(64 * tiles * words, "float32"), blocks
+            results += np.zeros(64 * tiles * words, "uint32"), blocks
         else:
-            results += np.zeros(rows * words, "float32"), np.zeros((parts, words * 64), "float32")
+            results += np.zeros(rows * words, "uint32"), np.zeros((parts, words * 64), "uint32")
         attributes = {"parts": parts, "transpose_a": transpose_a, "transpose_b": transpose_b}
         yield Call("matmul", attributes, (a, b), results)
         targets = np.resize(np.array([0, -1, width, 2**31 - 1], "int32"), rows)
@@ -127,9 +135,9 @@ def list_matmuls(rows: int, depth: int, width: int, parts: int = 2) -> Iterator[
                 (
                     *(np.zeros(rows, "float32") for _ in "ab"),
                     np.zeros(shape, "uint16"),
-                    np.zeros(64 * tiles * words, "float32"),
+                    np.zeros(64 * tiles * words, "uint32"),
                     blocks,
-                    np.zeros((parts, 96, 64 * tiles), "float32"),
+                    np.zeros((parts, 96, 64 * tiles), "uint32"),
                 ),
             )
 
