@@ -14,14 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lstm_jax import ops
 from lstm_jax.config import ModelConfig
 from lstm_jax.data import files
 from lstm_jax.errors import UserError, name_failure, one_line
 from lstm_jax.model import LanguageModel, Params
+from lstm_jax.ops import weights
 from lstm_jax.vocabulary import PADDING, UNKNOWN, Vocabulary
 
-# The number of gates in the kernels of each cell that can be converted.
+# The cells that can be converted, with the number of gates in their kernels.
 _GATES = {"lstm": 4, "gru": 3}
+_PARAMS: dict[str, type[Any]] = {"lstm": ops.LSTMParams, "gru": ops.GRUParams}
 
 StateDict = dict[str, np.ndarray]
 
@@ -110,15 +113,8 @@ def to_model(arrays: StateDict, modules: Modules) -> tuple[dict[str, object], Pa
             raise UserError(f"{name} is {_describe(found)}, and must be {needed}: {hint}")
     params: Params = {"embedding": {"embedding": arrays[tables[0]]}}
     for i in range(num_layers):
-        kernels = [arrays[f"{recurrent}.weight_{kind}_l{i}"].T for kind in ("ih", "hh")]
-        bias, recurrent_bias = (arrays[f"{recurrent}.bias_{kind}_l{i}"] for kind in ("ih", "hh"))
-        # PyTorch adds both to the same sum, except in the candidate of a GRU.
-        total = bias + recurrent_bias
-        layer = dict(zip(("input_kernel", "recurrent_kernel"), kernels, strict=True), bias=total)
-        if cell == "gru":
-            total[-hidden:] = bias[-hidden:]
-            layer["recurrent_bias"] = recurrent_bias[-hidden:]
-        params[f"{cell}_{i}"] = layer
+        layer = weights.from_torch(arrays, f"l{i}", f"{recurrent}.")
+        params[f"{cell}_{i}"] = jax.tree.map(np.asarray, layer._asdict())
     params["dense"] = {"bias": arrays[f"{linear}.bias"]}
     tied = np.array_equal(arrays[tables[0]], arrays[tables[1]])
     if not tied:
@@ -177,14 +173,8 @@ def from_model(model: LanguageModel, params: Params, first: int = 0) -> StateDic
     table = own["embedding"]["embedding"]
     arrays: StateDict = {"embedding.weight": table[first:]}
     for i in range(model.num_layers):
-        layer = own[f"{model.cell}_{i}"]
-        recurrent_bias = np.zeros_like(layer["bias"])
-        if "recurrent_bias" in layer:  # Of the candidate of a GRU.
-            recurrent_bias[-len(layer["recurrent_bias"]) :] = layer["recurrent_bias"]
-        arrays[f"{model.cell}.weight_ih_l{i}"] = layer["input_kernel"].T
-        arrays[f"{model.cell}.weight_hh_l{i}"] = layer["recurrent_kernel"].T
-        arrays[f"{model.cell}.bias_ih_l{i}"] = layer["bias"]
-        arrays[f"{model.cell}.bias_hh_l{i}"] = recurrent_bias
+        layer = _PARAMS[str(model.cell)](**own[f"{model.cell}_{i}"])
+        arrays |= weights.to_torch(layer, f"l{i}", f"{model.cell}.")
     kernel = table if model.tie_embeddings else own["dense"]["kernel"].T
     return arrays | {"linear.weight": kernel[first:], "linear.bias": own["dense"]["bias"][first:]}
 

@@ -1,0 +1,136 @@
+"""Recurrent layers of Flax's Linen, which take the place of `nn.RNN(nn.OptimizedLSTMCell(n))`."""
+
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from lstm_jax import ops
+from lstm_jax.ops.layer import Name, turn
+
+
+class LSTM(nn.Module):
+    """Run LSTM layers over time; the call is that of `flax.linen.RNN`.
+
+        layer = LSTM(256)
+        variables = layer.init(jax.random.key(0), inputs)
+        outputs = layer.apply(variables, inputs)
+
+    It differs from Flax in this:
+
+    - Inputs are [batch, time, features], and there is no `time_major`.
+    - Outputs beyond `seq_lengths` are zero, and a sequence of length 0 keeps its carry.
+    - The parameters of a layer are the arrays of `ops.LSTMParams`, drawn by its `init`: Glorot
+      uniform kernels, and 1 as the bias of the forget gate. `lstm_jax.ops.weights`
+      converts Flax's.
+    - `reset` [batch, time] is true at steps that read a carry of zeros.
+    - `dtype` is that of the matmuls' factors only.
+
+    Attributes:
+      features: the number of hidden units in each layer and direction.
+      num_layers: the number of layers, each of which reads the outputs of the one before.
+      bidirectional: whether each layer also runs in the other direction. Outputs are
+        [batch, time, 2 * features], this direction first.
+      return_carry: whether to return (carry, outputs) instead of outputs.
+      reverse: whether to run from the last step to the first.
+      keep_order: whether outputs of `reverse` stay at the place of their inputs, instead of being
+        in the order in which they were computed.
+      dtype: the argument of `ops.lstm`.
+      param_dtype: the dtype of parameters.
+      implementation: the argument of `ops.lstm`.
+    """
+
+    features: int
+    num_layers: int = 1
+    bidirectional: bool = False
+    return_carry: bool = False
+    reverse: bool = False
+    keep_order: bool = False
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    implementation: Name = "auto"
+
+    params_type: ClassVar[Any] = ops.LSTMParams
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs: jax.Array,
+        *,
+        initial_carry: Any = None,
+        seq_lengths: ArrayLike | None = None,
+        reset: ArrayLike | None = None,
+        return_carry: bool | None = None,
+        reverse: bool | None = None,
+        keep_order: bool | None = None,
+    ) -> Any:
+        """Return the outputs [batch, time, features], with `return_carry` after the last carry.
+
+        The carry of an LSTM is (cell, hidden), that of another layer is the hidden state, each
+        [batch, features]. With several layers or directions, it is a tuple: the carry of layer 0,
+        the one of its other direction, then those of layer 1. Options that are not None have
+        priority over the attributes.
+
+        Raises:
+          ValueError: if a shape or dtype does not fit.
+        """
+        return_carry = self.return_carry if return_carry is None else return_carry
+        reverse = self.reverse if reverse is None else reverse
+        keep_order = self.keep_order if keep_order is None else keep_order
+        directions = [("", reverse), ("_reverse", not reverse)][: 2 if self.bidirectional else 1]
+        count = self.num_layers * len(directions)
+        first = iter([initial_carry] if count == 1 else initial_carry or [None] * count)
+        last, outputs = [], inputs
+        for i in range(self.num_layers):
+            joined = []
+            for suffix, backward in directions:
+                params = self._get_params(f"l{i}{suffix}", outputs.shape[-1])
+                carry, one = ops.run(
+                    params,
+                    outputs,
+                    _wrap(next(first)),
+                    reset=reset,
+                    lengths=seq_lengths,
+                    reverse=backward,
+                    dtype=self.dtype,
+                    implementation=self.implementation,
+                )
+                last.append(tuple(carry) if len(carry) > 1 else carry.hidden)
+                joined.append(one)
+            outputs = jnp.concatenate(joined, axis=-1)
+        if reverse and not keep_order:
+            lengths = None if seq_lengths is None else jnp.asarray(seq_lengths)
+            outputs = turn(outputs, lengths)
+        return (last[0] if count == 1 else tuple(last), outputs) if return_carry else outputs
+
+    def _get_params(self, name: str, features: int) -> Any:
+        def init(key: jax.Array) -> dict[str, jax.Array]:
+            drawn = self.params_type.init(key, features, self.features, self.param_dtype)
+            return dict(drawn._asdict())
+
+        return self.params_type(**self.param(name, init))
+
+
+def _wrap(carry: Any) -> Any:
+    """Return the carry of a layer as `ops` takes it."""
+    return carry if carry is None or isinstance(carry, tuple) else ops.HiddenCarry(carry)
+
+
+class PeepholeLSTM(LSTM):
+    """Run LSTM layers whose gates see the cell state; see `ops.peephole_lstm` and `LSTM`."""
+
+    params_type = ops.PeepholeLSTMParams
+
+
+class GRU(LSTM):
+    """Run GRU layers in place of `nn.RNN(nn.GRUCell(n))`; see `ops.gru` and `LSTM`."""
+
+    params_type = ops.GRUParams
+
+
+class RNN(LSTM):
+    """Run simple recurrent layers; see `ops.rnn` and `LSTM`."""
+
+    params_type = ops.RNNParams

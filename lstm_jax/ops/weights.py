@@ -1,0 +1,144 @@
+"""Read and write the parameters of layers as PyTorch, Flax and Keras store them.
+
+PyTorch's kernels are transposed, Flax has one kernel for each gate, and Keras's GRU has its update
+gate first. The equations are the same.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from lstm_jax.ops.gates import GRUParams, LSTMParams, RNNParams
+
+Params = LSTMParams | GRUParams | RNNParams
+
+# The names of the gates, in their order, by type; Flax uses them.
+_GATES: dict[type[Any], Sequence[str]] = {
+    LSTMParams: ("i", "f", "g", "o"),
+    GRUParams: ("r", "z", "n"),
+    RNNParams: ("",),
+}
+
+
+def _make(input_kernel: Any, recurrent_kernel: Any, bias: Any, recurrent_bias: Any) -> Params:
+    """Return parameters from arrays in the order of gates here, and biases of all gates each.
+
+    Only in the candidate of a GRU are the biases not added to each other.
+    """
+    hidden, width = recurrent_kernel.shape
+    kinds: dict[int, type[Any]] = {len(gates): kind for kind, gates in _GATES.items()}
+    if width % hidden or width // hidden not in kinds:
+        raise ValueError(
+            f"a recurrent kernel of {hidden} hidden units has {width} columns: those of an LSTM, "
+            "a GRU and a simple RNN are 4, 3 and 1 for each hidden unit"
+        )
+    kind = kinds[width // hidden]
+    if kind is not GRUParams:
+        return kind(*map(jnp.asarray, (input_kernel, recurrent_kernel, bias + recurrent_bias)))
+    total = np.append(bias[:-hidden] + recurrent_bias[:-hidden], bias[-hidden:])
+    arrays = input_kernel, recurrent_kernel, total, recurrent_bias[-hidden:]
+    return GRUParams(*map(jnp.asarray, arrays))
+
+
+def _split_biases(params: Params) -> tuple[np.ndarray, np.ndarray]:
+    """Return the biases that are added to x W and to h U, for all gates each."""
+    bias = np.asarray(params.bias)
+    recurrent_bias = np.zeros_like(bias)
+    if isinstance(params, GRUParams):
+        recurrent_bias[-len(params.recurrent_bias) :] = params.recurrent_bias
+    return bias, recurrent_bias
+
+
+def from_torch(state_dict: Mapping[str, ArrayLike], layer: str = "l0", prefix: str = "") -> Params:
+    """Return the parameters of a layer of PyTorch's `nn.LSTM`, `nn.GRU` or `nn.RNN`.
+
+    The other direction of layer 0 is `layer="l0_reverse"`. In the `state_dict` of a larger module,
+    `prefix` is the name of the layer and a dot. Without biases, they are 0.
+
+    Raises:
+      ValueError: if the kernels are those of another layer.
+    """
+    *kernels, bias, recurrent_bias = _name_arrays(layer, prefix)
+    input_kernel, recurrent_kernel = (np.asarray(state_dict[name]).T for name in kernels)
+    zeros = np.zeros(recurrent_kernel.shape[1], recurrent_kernel.dtype)
+    biases = (np.asarray(state_dict.get(name, zeros)) for name in (bias, recurrent_bias))
+    return _make(input_kernel, recurrent_kernel, *biases)
+
+
+def to_torch(params: Params, layer: str = "l0", prefix: str = "") -> dict[str, np.ndarray]:
+    """Return the arrays of a layer in a `state_dict` of PyTorch; see `from_torch`."""
+    kernels = np.asarray(params.input_kernel).T, np.asarray(params.recurrent_kernel).T
+    arrays = *kernels, *_split_biases(params)
+    return dict(zip(_name_arrays(layer, prefix), arrays, strict=True))
+
+
+def _name_arrays(layer: str, prefix: str) -> list[str]:
+    names = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
+    return [f"{prefix}{name}_{layer}" for name in names]
+
+
+def from_flax(params: Mapping[str, Mapping[str, ArrayLike]]) -> Params:
+    """Return the parameters of Flax's LSTMCell, OptimizedLSTMCell, GRUCell or SimpleCell."""
+    count = sum(name.startswith("h") for name in params)
+    gates = next(gates for gates in _GATES.values() if len(gates) == count)
+
+    def join(side: str) -> tuple[np.ndarray, np.ndarray]:
+        own = [params[side + gate] for gate in gates]
+        kernels = [np.asarray(gate["kernel"]) for gate in own]
+        biases = [
+            np.asarray(gate.get("bias", np.zeros(kernel.shape[1], kernel.dtype)))
+            for gate, kernel in zip(own, kernels, strict=True)
+        ]
+        return np.concatenate(kernels, axis=1), np.concatenate(biases)
+
+    (input_kernel, bias), (recurrent_kernel, recurrent_bias) = join("i"), join("h")
+    return _make(input_kernel, recurrent_kernel, bias, recurrent_bias)
+
+
+def to_flax(params: Params) -> dict[str, dict[str, np.ndarray]]:
+    """Return the `params` of Flax's cell: OptimizedLSTMCell, GRUCell or SimpleCell."""
+    gates = _GATES[type(params)]
+
+    def split(side: str, kernel: ArrayLike) -> dict[str, dict[str, np.ndarray]]:
+        kernels = np.split(np.asarray(kernel), len(gates), axis=1)
+        return {side + gate: {"kernel": part} for gate, part in zip(gates, kernels, strict=True)}
+
+    cell = {**split("i", params.input_kernel), **split("h", params.recurrent_kernel)}
+    side = "h" if isinstance(params, LSTMParams) else "i"
+    for gate, bias in zip(gates, np.split(np.asarray(params.bias), len(gates)), strict=True):
+        cell[side + gate]["bias"] = bias
+    if isinstance(params, GRUParams):
+        cell["hn"]["bias"] = np.asarray(params.recurrent_bias)
+    return cell
+
+
+def from_keras(weights: Sequence[ArrayLike]) -> Params:
+    """Return parameters from `get_weights()` of Keras's LSTM, GRU (reset_after) or SimpleRNN.
+
+    Raises:
+      ValueError: if the kernels are those of another layer, or a GRU has `reset_after=False`.
+    """
+    kernel, recurrent_kernel, bias = map(np.asarray, weights)
+    hidden, width = recurrent_kernel.shape
+    if width != 3 * hidden:
+        return _make(kernel, recurrent_kernel, bias, np.zeros_like(bias))
+    if bias.ndim != 2:
+        raise ValueError("the GRU has reset_after=False, whose equations are others")
+    return _make(*(_swap_gates(x) for x in (kernel, recurrent_kernel, bias[0], bias[1])))
+
+
+def to_keras(params: Params) -> list[np.ndarray]:
+    """Return the argument of `set_weights` of Keras's LSTM, GRU or SimpleRNN."""
+    kernels = np.asarray(params.input_kernel), np.asarray(params.recurrent_kernel)
+    if not isinstance(params, GRUParams):
+        return [*kernels, np.asarray(params.bias)]
+    return [*map(_swap_gates, kernels), np.stack([*map(_swap_gates, _split_biases(params))])]
+
+
+def _swap_gates(x: np.ndarray) -> np.ndarray:
+    """Exchange the gates r, z (here) and z, r (in Keras) of a GRU, in the last axis."""
+    first, second, candidate = np.split(x, 3, axis=-1)
+    return np.concatenate([second, first, candidate], axis=-1)

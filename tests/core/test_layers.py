@@ -1,0 +1,147 @@
+"""Test the layers of Linen, and weights of other libraries."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lstm_jax import layers, ops
+from lstm_jax.ops import weights
+from test_ops import BATCH, FEATURES, HIDDEN, LENGTHS, TIME, assert_close, make_inputs, make_params
+
+CELLS: dict[str, Any] = {"lstm": nn.OptimizedLSTMCell, "gru": nn.GRUCell, "rnn": nn.SimpleCell}
+LAYERS: dict[str, Any] = {"lstm": layers.LSTM, "gru": layers.GRU, "rnn": layers.RNN}
+every_kind = pytest.mark.parametrize("name", CELLS)
+
+
+def make_variables(*names: str, params: Any) -> Any:
+    return {"params": {name: params._asdict() for name in names}}
+
+
+@every_kind
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("keep_order", [False, True])
+def test_a_layer_takes_the_place_of_flax_rnn(name: str, reverse: bool, keep_order: bool) -> None:
+    params, inputs = make_params(name), make_inputs(name)
+    flax_layer: Any = nn.RNN(CELLS[name](HIDDEN))
+    layer = LAYERS[name](HIDDEN)
+    theirs = {"params": {"cell": weights.to_flax(params)}}
+    ours = make_variables("l0", params=weights.from_flax(theirs["params"]["cell"]))
+    # Flax has another carry for a length of 0.
+    lengths = np.maximum(LENGTHS, 1)
+    within = (np.arange(TIME) < lengths[:, None])[..., None]
+    carry = None
+    for _ in range(2):  # From zeros, and from the carry of the first call.
+        options: Any = {"initial_carry": carry, "reverse": reverse, "keep_order": keep_order}
+        options |= {"seq_lengths": jnp.asarray(lengths), "return_carry": True}
+        expected = flax_layer.apply(theirs, inputs, **options)
+        found = layer.apply(ours, inputs, **options)
+        assert_close(found[0], expected[0])
+        assert_close(found[1], np.where(within, expected[1], 0))
+        carry = expected[0]
+    options = {"reverse": reverse, "keep_order": keep_order}
+    assert_close(layer.apply(ours, inputs, **options), flax_layer.apply(theirs, inputs, **options))
+
+
+@every_kind
+def test_layers_and_directions_are_those_of_flax(name: str) -> None:
+    inputs, lengths = make_inputs(name), jnp.asarray(np.maximum(LENGTHS, 1))
+    layer = LAYERS[name](HIDDEN, num_layers=2, bidirectional=True, return_carry=True)
+    variables = layer.init(jax.random.key(0), inputs)
+    carry, outputs = layer.apply(variables, inputs, seq_lengths=lengths)
+    again, _ = layer.apply(variables, inputs, seq_lengths=lengths, initial_carry=carry)
+    assert jax.tree.map(jnp.shape, again) == jax.tree.map(jnp.shape, carry)
+    below: Any = inputs
+    expected: list[Any] = []
+    for i in range(2):
+        own = [variables["params"][f"l{i}{suffix}"] for suffix in ("", "_reverse")]
+        cells = [weights.to_flax(type(make_params(name))(**params)) for params in own]
+        flax_params = {
+            f"{side}_rnn": {"cell": cell}
+            for side, cell in zip(("forward", "backward"), cells, strict=True)
+        }
+        forward, backward = (nn.RNN(CELLS[name](HIDDEN)) for _ in range(2))
+        both = nn.Bidirectional(forward, backward, return_carry=True)
+        last, below = both.apply({"params": flax_params}, below, seq_lengths=lengths)
+        expected.extend(last)
+    assert_close(outputs, np.where((np.arange(TIME) < lengths[:, None])[..., None], below, 0))
+    assert_close(carry, tuple(expected))
+
+
+def test_options_of_the_functions_reach_them() -> None:
+    params, inputs = make_params("peephole_lstm"), make_inputs("peephole_lstm")
+    layer = layers.PeepholeLSTM(HIDDEN, dtype=jnp.bfloat16, implementation="scan")
+    reset = np.ones((BATCH, TIME), bool)
+    _, expected = ops.peephole_lstm(
+        params, inputs, reset=reset, dtype=jnp.bfloat16, implementation="scan"
+    )
+    assert_close(layer.apply(make_variables("l0", params=params), inputs, reset=reset), expected)
+
+
+@every_kind
+def test_weights_are_read_back_unchanged(name: str) -> None:
+    params = make_params(name)
+    for library in ("torch", "flax", "keras"):
+        written = getattr(weights, f"to_{library}")(params)
+        assert_close(getattr(weights, f"from_{library}")(written), params, 0)
+
+
+def test_weights_of_another_layer_are_an_error() -> None:
+    with pytest.raises(ValueError, match="4 hidden units has 8 columns"):
+        weights.from_torch({"weight_ih_l0": np.zeros((8, 3)), "weight_hh_l0": np.zeros((8, 4))})
+    with pytest.raises(ValueError, match="reset_after=False"):
+        weights.from_keras([np.zeros((3, 12)), np.zeros((4, 12)), np.zeros(12)])
+
+
+@pytest.mark.slow
+@every_kind
+def test_a_layer_of_pytorch_computes_the_same(name: str) -> None:
+    torch = pytest.importorskip("torch")
+    params, inputs = make_params(name), make_inputs(name)
+    arrays = weights.to_torch(params) | weights.to_torch(params, "l0_reverse")
+    layer = getattr(torch.nn, name.upper())(FEATURES, HIDDEN, batch_first=True, bidirectional=True)
+    layer.load_state_dict({key: torch.tensor(array) for key, array in arrays.items()})
+    with torch.no_grad():
+        expected = layer(torch.tensor(np.asarray(inputs)))[0].numpy()
+    drawn = {key: array.detach().numpy() for key, array in layer.state_dict().items()}
+    sides = [weights.from_torch(drawn, side) for side in ("l0", "l0_reverse")]
+    outputs = [ops.run(side, inputs, reverse=i == 1)[1] for i, side in enumerate(sides)]
+    assert_close(np.concatenate(outputs, axis=-1), expected)
+
+
+def run_keras_numpy(arrays: list[np.ndarray], inputs: np.ndarray) -> np.ndarray:
+    """Run a layer by the equations and the order of gates in Keras's source."""
+    kernel, recurrent_kernel, bias = arrays
+    h, c, outputs = np.zeros((BATCH, HIDDEN)), np.zeros((BATCH, HIDDEN)), []
+    gates = recurrent_kernel.shape[1] // HIDDEN
+    biases = bias if bias.ndim == 2 else (bias, np.zeros_like(bias))
+
+    def sigmoid(x: np.ndarray) -> np.ndarray:
+        return 1 / (1 + np.exp(-x))
+
+    for x in np.asarray(inputs).swapaxes(0, 1):
+        a = np.split(x @ kernel + biases[0], gates, axis=-1)
+        b = np.split(h @ recurrent_kernel + biases[1], gates, axis=-1)
+        if gates == 1:
+            h = np.tanh(a[0] + b[0])
+        elif gates == 3:
+            z, r = sigmoid(a[0] + b[0]), sigmoid(a[1] + b[1])
+            h = z * h + (1 - z) * np.tanh(a[2] + r * b[2])
+        else:
+            c = sigmoid(a[1] + b[1]) * c + sigmoid(a[0] + b[0]) * np.tanh(a[2] + b[2])
+            h = sigmoid(a[3] + b[3]) * np.tanh(c)
+        outputs.append(h)
+    return np.stack(outputs, axis=1)
+
+
+@every_kind
+def test_a_layer_of_keras_computes_the_same(name: str) -> None:
+    params, inputs = make_params(name), make_inputs(name)
+    arrays = weights.to_keras(params)
+    draws = np.random.default_rng(3)
+    arrays = [array + draws.normal(size=array.shape).astype(np.float32) for array in arrays]
+    outputs = ops.run(weights.from_keras(arrays), inputs)[1]
+    assert_close(outputs, run_keras_numpy(arrays, np.asarray(inputs)))
