@@ -29,6 +29,7 @@ from lstm_jax import batches, dynamic, generation, loss, model, optimizer, train
 from lstm_jax.config import Config, change_fields, complete_config
 from lstm_jax.controls import DEFAULT_CONTROLS, make_control_arrays
 from lstm_jax.devices import parallel
+from lstm_jax.ops import layer
 
 # What XLA needs to know of a GPU.
 H100 = """
@@ -127,6 +128,11 @@ def list_programs(
         divided = Mesh(mesh.devices.reshape(-1, 2), mesh.axis_names)
         of_two = functools.partial(trace_step, config, vocabulary_size, divided)
         programs["step mesh.model=2"] = of_two
+    for kind, gating in layer.GATINGS.items():
+        sizes = config.batches.batch_size, config.batches.window_length, config.model.hidden_size
+        programs[f"layer {gating.name}"] = functools.partial(
+            trace_layer, kind, config.model.dtype, place, *sizes
+        )
     return programs | {
         "evaluation": functools.partial(trace_evaluation, lstm, place),
         "dynamic evaluation": functools.partial(trace_dynamic_evaluation, lstm, place),
@@ -164,6 +170,19 @@ def trace_step(config: Config, vocabulary_size: int, mesh: Mesh, steps: int = 1)
     starts = place(parallel.EVERYWHERE, jax.ShapeDtypeStruct(leading, jnp.bool_))
     step: Any = train_step.make_train_step(lstm, updates, config, mesh)
     return step.trace(stored._replace(carry=carry), batches.Batch(ids, ids, starts))
+
+
+def trace_layer(
+    kind: Any, dtype: str, place: Callable[[Any], Any], batch: int, time: int, hidden: int
+) -> Any:
+    """Trace a layer of `ops`, forward and backward."""
+
+    def sum_outputs(params: Any, inputs: jax.Array) -> jax.Array:
+        return (layer.run(params, inputs, dtype=dtype)[1] ** 2).sum()
+
+    params = jax.eval_shape(lambda: kind.init(jax.random.key(0), hidden, hidden))
+    inputs = jax.ShapeDtypeStruct((batch, time, hidden), jnp.float32)
+    return jax.jit(jax.grad(sum_outputs, (0, 1))).trace(*place((params, inputs)))
 
 
 def get_params(lstm: model.LanguageModel) -> Any:
@@ -232,6 +251,9 @@ def count_matmuls(jaxpr: Any) -> tuple[float, float]:
             times = np.array([math.prod(params["grid_mapping"].grid), 0])
         elif primitive == "shard_map":
             times = times * params["mesh"].size
+        elif primitive.startswith("lstm_jax_"):  # A layer of `ops`.
+            run = functools.partial(equation.primitive.impl, **params)
+            total += count_matmuls(jax.make_jaxpr(run)(*(x.aval for x in equation.invars)).jaxpr)
         for value in jax.tree.leaves(list(params.values())):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
