@@ -11,7 +11,6 @@ the table has the ratios.
 import argparse
 import functools
 import itertools
-import statistics
 from pathlib import Path
 
 import numpy as np
@@ -52,13 +51,13 @@ def main() -> None:
 
 def measure(sizes: dict[str, int], dtype: str, rounds: int) -> list[float]:
     """Return the median seconds of a step in this package and in PyTorch."""
-    options = argparse.Namespace(**sizes, dtype=dtype, rounds=rounds, only="")
+    options = argparse.Namespace(**sizes, tie_embeddings=0, dtype=dtype, rounds=rounds, only="")
     contestants: dict[str, side_by_side.Make] = {
         LABELS[0]: functools.partial(train_step.make_lstm_jax, recurrence="auto"),
         LABELS[1]: train_step.make_torch,
     }
     measured = side_by_side.measure(contestants, options)
-    return [statistics.median(measured[label]) for label in LABELS]
+    return [side_by_side.find_medians(measured[label]).seconds for label in LABELS]
 
 
 def draw(points: Points) -> Figure:

@@ -11,7 +11,8 @@ import multiprocessing
 import os
 import platform
 import statistics
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import distributions
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,6 +32,13 @@ class Work(NamedTuple):
     units: int = 1  # The seconds of a run are divided by this number.
 
 
+class Times(NamedTuple):
+    """The times of a run, in seconds."""
+
+    seconds: float
+    cpu: float  # Of all threads of the process, those that only wait in a loop, too.
+
+
 Make = Callable[[argparse.Namespace], Work]
 
 
@@ -44,7 +52,7 @@ def parse_options(description: str | None, **sizes: Any) -> argparse.Namespace:
     return parse_flags(description, **sizes, rounds=5, dtype="float32", only="")
 
 
-def measure(contestants: Mapping[str, Make], options: argparse.Namespace) -> dict[str, list[float]]:
+def measure(contestants: Mapping[str, Make], options: argparse.Namespace) -> dict[str, list[Times]]:
     """Run all contestants that can run here; print the others, with the reasons.
 
     Args:
@@ -53,7 +61,7 @@ def measure(contestants: Mapping[str, Make], options: argparse.Namespace) -> dic
       options: from `parse_options`.
 
     Returns:
-      The seconds of each run of each contestant.
+      The times of each run of each contestant.
     """
     # Otherwise the first process allocates most of a GPU's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -83,12 +91,12 @@ def measure(contestants: Mapping[str, Make], options: argparse.Namespace) -> dic
         else:
             pipes[name] = pipe
 
-    seconds: dict[str, list[float]] = {name: [] for name in pipes}
+    times: dict[str, list[Times]] = {name: [] for name in pipes}
     for _ in range(options.rounds):
         for name, pipe in pipes.items():
             pipe.send("run")
-            seconds[name] += pipe.recv()
-    return seconds
+            times[name] += pipe.recv()
+    return times
 
 
 def _serve(pipe: Connection, make: Make, options: argparse.Namespace) -> None:
@@ -105,8 +113,14 @@ def _serve(pipe: Connection, make: Make, options: argparse.Namespace) -> None:
     pipe.send((work.device, ""))
     with contextlib.suppress(EOFError, KeyboardInterrupt):  # At the end of the benchmark.
         while pipe.recv():
-            seconds = [time_call(work.run) for _ in range(work.runs_per_turn)]
-            pipe.send([each / work.units for each in seconds])
+            pipe.send([time_work(work) for _ in range(work.runs_per_turn)])
+
+
+def time_work(work: Work) -> Times:
+    """Run the work once, and return its times."""
+    began = time.process_time()
+    seconds = time_call(work.run)
+    return Times(seconds / work.units, (time.process_time() - began) / work.units)
 
 
 def print_machine(device: str, options: argparse.Namespace) -> None:
@@ -125,16 +139,22 @@ def print_machine(device: str, options: argparse.Namespace) -> None:
 
 
 def print_table(
-    measurements: Mapping[str, list[float]], rate_name: str, rate: Callable[[float], str]
+    measurements: Mapping[str, list[Times]], rate_name: str, rate: Callable[[float], str]
 ) -> None:
-    """Print times, the median divided by that of the first row, and a rate made from the median."""
+    """Print times, the medians divided by those of the first row, and a rate of the median."""
     first = next(iter(measurements))
-    print_head("", "median ms", "min", "max", f"/ {first}", rate_name)
-    baseline = statistics.median(measurements[first])
-    for name, seconds in measurements.items():
-        median = statistics.median(seconds)
-        times = (f"{1000 * x:,.1f}" for x in (median, min(seconds), max(seconds)))
-        print_row(name, *times, f"{median / baseline:.2f}", rate(median))
+    print_head("", "median ms", "min", "max", f"/ {first}", "CPU time", rate_name)
+    baseline = find_medians(measurements[first])
+    for name, runs in measurements.items():
+        medians, seconds = find_medians(runs), [run.seconds for run in runs]
+        times = (f"{1000 * x:,.1f}" for x in (medians.seconds, min(seconds), max(seconds)))
+        ratios = (f"{x / y:.2f}" for x, y in zip(medians, baseline, strict=True))
+        print_row(name, *times, *ratios, rate(medians.seconds))
+
+
+def find_medians(runs: Sequence[Times]) -> Times:
+    """Return the medians of the times of runs."""
+    return Times(*map(statistics.median, zip(*runs, strict=True)))
 
 
 def torch_device() -> Any:

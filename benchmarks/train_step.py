@@ -51,7 +51,7 @@ def main() -> None:
         "Keras": _keras,
     }
     measurements = side_by_side.measure(contestants, options)
-    peak = 1 / min(measurements.pop("matmul"))
+    peak = 1 / min(run.seconds for run in measurements.pop("matmul"))
     print(f"peak, the fastest square {options.dtype} matmul: {peak / 1e9:,.0f} GFLOP/s")
     shortest = necessary_flops(options) / peak
     side_by_side.print_table(measurements, "share of peak", lambda x: f"{shortest / x:.2f}")
@@ -112,7 +112,11 @@ def _jax_work(step: Any, state: Any, batch: Any) -> Work:
 
 
 def make_lstm_jax(
-    options: argparse.Namespace, recurrence: str, rate: float = 0.0, skipped: str = ""
+    options: argparse.Namespace,
+    recurrence: str,
+    rate: float = 0.0,
+    skipped: str = "",
+    cell: str = "lstm",
 ) -> Work:
     """Return the step of this package, with this rate of every regularizer but one."""
     settings = config.default()
@@ -120,7 +124,7 @@ def make_lstm_jax(
     for name in ("embedding_size", "hidden_size", "num_layers", "dtype"):
         settings.model[name] = getattr(options, name)
     settings.model.tie_embeddings = bool(options.tie_embeddings)
-    settings.model.recurrence = recurrence
+    settings.model.recurrence, settings.model.cell = recurrence, cell
     for name in settings.regularization:
         settings.regularization[name] = 0.0 if name == skipped else rate
     complete = config.complete_config(settings)
@@ -164,13 +168,13 @@ def _refuse_tied(options: argparse.Namespace) -> None:
         raise NotImplementedError("its model here has no tied embeddings")
 
 
-def make_torch(options: argparse.Namespace, compiled: bool = False) -> Work:
+def make_torch(options: argparse.Namespace, compiled: bool = False, cell: str = "lstm") -> Work:
     """Return the step in PyTorch, optionally with `torch.compile`."""
     import torch
 
     device = side_by_side.torch_device()
     embedding = torch.nn.Embedding(options.vocabulary_size, options.embedding_size)
-    make_lstm = functools.partial(torch.nn.LSTM, batch_first=True)
+    make_lstm = functools.partial(getattr(torch.nn, cell.upper()), batch_first=True)
     sizes = layer_sizes(options)
     if options.tie_embeddings:
         lstms = [make_lstm(*size) for size in sizes]

@@ -1,0 +1,215 @@
+"""Time a recurrent layer, forward and backward, in this package and in other libraries.
+
+    python benchmarks/layers.py --only gru
+    python benchmarks/layers.py --only peephole,rnn --hidden_size 512 --dtype bfloat16
+
+Each computes the gradients of its parameters and inputs, given those of all outputs. The rows of
+--only are compared with the LSTM in C, which always runs. `pip install -e '.[bench]'` installs the
+other libraries; a line is printed for each that is missing.
+"""
+
+import argparse
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import side_by_side
+from frame import parse_flags
+from lstm_jax import ops
+from side_by_side import Make, Work
+
+# The output of a layer: parameters and inputs [batch, time, features] → [batch, time, hidden].
+Layer = tuple[Callable[[Any, jax.Array], jax.Array], Any]
+
+OURS: dict[str, Any] = {
+    "lstm": ops.LSTMParams,
+    "peephole": ops.PeepholeLSTMParams,
+    "gru": ops.GRUParams,
+    "rnn": ops.RNNParams,
+}
+FLAX = {"lstm": "OptimizedLSTMCell", "gru": "GRUCell", "rnn": "SimpleCell"}
+EQUINOX = {"lstm": "LSTMCell", "gru": "GRUCell"}
+HAIKU = {"lstm": "LSTM", "gru": "GRU", "rnn": "VanillaRNN"}
+KERAS = {"lstm": "LSTM", "gru": "GRU", "rnn": "SimpleRNN"}
+TORCH = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}
+
+
+def main() -> None:
+    """Measure and print the table."""
+    sizes: dict[str, Any] = {"batch_size": 32, "window_length": 128, "hidden_size": 256}
+    options = parse_flags(__doc__, **sizes, rounds=5, dtype="float32", only="gru")
+    measurements = side_by_side.measure(list_contestants(), options)
+    tokens = options.batch_size * options.window_length
+    side_by_side.print_table(measurements, "tokens/s", lambda x: f"{tokens / x:,.0f}")
+
+
+def list_contestants() -> dict[str, Make]:
+    """Return the function that makes each contestant."""
+    contestants: dict[str, Make] = {}
+    for cell, kind in OURS.items():
+        for name in ("c", "xla", "scan"):
+            make: Any = functools.partial(make_ours, kind, name)
+            contestants[f"{cell} {name}"] = functools.partial(make_work, make)
+        makers = make_flax, make_nnx, make_equinox, make_haiku, make_keras
+        for make_layer, cells in zip(makers, (FLAX, FLAX, EQUINOX, HAIKU, KERAS), strict=True):
+            if cell in cells:
+                name = make_layer.__name__.removeprefix("make_")
+                make = functools.partial(make_layer, cells[cell])
+                contestants[f"{cell} {name}"] = functools.partial(make_work, make)
+        if cell in TORCH:
+            contestants[f"{cell} pytorch"] = functools.partial(make_torch, TORCH[cell])
+    return contestants
+
+
+def draw_inputs(options: argparse.Namespace) -> np.ndarray:
+    """Return inputs and gradients of outputs, float32 [2, batch, time, hidden]."""
+    shape = 2, options.batch_size, options.window_length, options.hidden_size
+    return np.random.default_rng(0).normal(size=shape).astype("float32")
+
+
+def make_work(make_layer: Callable[..., Layer], options: argparse.Namespace) -> Work:
+    """Return the work of a layer of a JAX library; its result is what it computes."""
+    inputs, d_outputs = jnp.asarray(draw_inputs(options))
+    apply, params = make_layer(options, inputs)
+
+    @jax.jit
+    def differentiate(params: Any, inputs: jax.Array, d_outputs: jax.Array) -> Any:
+        outputs, pull_back = jax.vjp(apply, params, inputs)
+        return outputs, pull_back(d_outputs.astype(outputs.dtype))
+
+    def run() -> Any:
+        return jax.block_until_ready(differentiate(params, inputs, d_outputs))
+
+    return Work(run, jax.devices()[0].device_kind)
+
+
+def make_ours(kind: Any, name: Any, options: argparse.Namespace, inputs: jax.Array) -> Layer:
+    """Make a layer of `ops` with one implementation."""
+
+    def apply(params: Any, inputs: jax.Array) -> jax.Array:
+        return ops.run(params, inputs, dtype=options.dtype, implementation=name)[1]
+
+    return apply, kind.init(jax.random.key(0), options.hidden_size, options.hidden_size)
+
+
+def make_flax(cell: str, options: argparse.Namespace, inputs: jax.Array) -> Layer:
+    """Make a layer of Flax Linen."""
+    import flax.linen as nn
+
+    layer = nn.RNN(getattr(nn, cell)(options.hidden_size, dtype=options.dtype))
+    carry = make_carry(cell, options)
+    apply: Any = functools.partial(layer.apply, initial_carry=carry)
+    return apply, layer.init(jax.random.key(0), inputs, initial_carry=carry)
+
+
+def make_carry(cell: str, options: argparse.Namespace) -> Any:
+    """Return a carry of zeros for a cell of Flax, in the dtype of the next one."""
+    dtype = options.dtype if cell == "SimpleCell" else "float32"
+    zeros = jnp.zeros((options.batch_size, options.hidden_size), dtype)
+    return (zeros, zeros) if cell == "OptimizedLSTMCell" else zeros
+
+
+def make_nnx(cell: str, options: argparse.Namespace, inputs: jax.Array) -> Layer:
+    """Make a layer of Flax NNX."""
+    from flax import nnx
+
+    size, rngs = options.hidden_size, nnx.Rngs(0)
+    layer: Any = nnx.RNN(
+        getattr(nnx, cell)(size, size, dtype=jnp.dtype(options.dtype), rngs=rngs), rngs=rngs
+    )
+    split: Any = nnx.split(layer, nnx.Param, ...)
+    graph, params, others = split
+    carry = make_carry(cell, options)
+
+    def apply(params: Any, inputs: jax.Array) -> jax.Array:
+        return nnx.merge(graph, params, others)(inputs, initial_carry=carry)
+
+    return apply, params
+
+
+def make_equinox(cell: str, options: argparse.Namespace, inputs: jax.Array) -> Layer:
+    """Make a layer of Equinox, a scan over time, with all arithmetic in `options.dtype`."""
+    import equinox as eqx
+
+    size = options.hidden_size
+    params, static = eqx.partition(
+        getattr(eqx.nn, cell)(size, size, key=jax.random.key(0)), eqx.is_array
+    )
+
+    def apply(params: Any, inputs: jax.Array) -> jax.Array:
+        low, inputs = jax.tree.map(lambda x: x.astype(options.dtype), (params, inputs))
+        layer = jax.vmap(eqx.combine(low, static))
+        zeros = jnp.zeros((len(inputs), size), options.dtype)
+
+        def step(carry: Any, x: jax.Array) -> tuple[Any, jax.Array]:
+            carry = layer(x, carry)
+            return carry, carry[0] if cell == "LSTMCell" else carry
+
+        carry = (zeros, zeros) if cell == "LSTMCell" else zeros
+        return jax.lax.scan(step, carry, inputs.swapaxes(0, 1))[1].swapaxes(0, 1)
+
+    return apply, params
+
+
+def make_haiku(cell: str, options: argparse.Namespace, inputs: jax.Array) -> Layer:
+    """Make a layer of Haiku, with all arithmetic in `options.dtype`."""
+    import haiku as hk
+
+    def unroll(inputs: jax.Array) -> jax.Array:
+        core = getattr(hk, cell)(options.hidden_size)
+        zeros = jax.tree.map(lambda x: x.astype(inputs.dtype), core.initial_state(len(inputs)))
+        return hk.dynamic_unroll(core, inputs.swapaxes(0, 1), zeros)[0].swapaxes(0, 1)
+
+    layer = hk.without_apply_rng(hk.transform(unroll))
+
+    def apply(params: Any, inputs: jax.Array) -> jax.Array:
+        return layer.apply(*jax.tree.map(lambda x: x.astype(options.dtype), (params, inputs)))
+
+    return apply, layer.init(jax.random.key(0), inputs)
+
+
+def make_keras(cell: str, options: argparse.Namespace, inputs: jax.Array) -> Layer:
+    """Make a layer of Keras on JAX; its GRU does not support bfloat16."""
+    os.environ["KERAS_BACKEND"] = "jax"
+    import keras
+
+    make: Any = getattr(keras.layers, cell)
+    dtype = "mixed_bfloat16" if options.dtype == "bfloat16" else options.dtype
+    layer = make(options.hidden_size, return_sequences=True, dtype=dtype)
+    layer.build(inputs.shape)
+    others = [variable.value for variable in layer.non_trainable_variables]
+    params = [variable.value for variable in layer.trainable_variables]
+    return lambda params, inputs: layer.stateless_call(params, others, inputs)[0], params
+
+
+def make_torch(cell: str, options: argparse.Namespace) -> Work:
+    """Return the work of a layer of PyTorch."""
+    import torch
+
+    device = side_by_side.torch_device()
+    size = options.hidden_size
+    layer = getattr(torch.nn, cell)(size, size, batch_first=True).to(device)
+    inputs, d_outputs = torch.tensor(draw_inputs(options), device=device)
+    inputs.requires_grad_()
+    is_low = options.dtype == "bfloat16"
+
+    def run() -> Any:
+        layer.zero_grad()
+        inputs.grad = None
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_low):
+            outputs = layer(inputs)[0]
+        outputs.backward(d_outputs.to(outputs.dtype))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return outputs.detach(), ([p.grad for p in layer.parameters()], inputs.grad)
+
+    return Work(run, device.type)
+
+
+if __name__ == "__main__":
+    main()
