@@ -16,11 +16,12 @@ ROOT = Path(__file__).parents[2]
 SIZES = {
     **{"batch_size": 2, "window_length": 3, "num_samples": 2, "length": 3},
     **{"embedding_size": 4, "hidden_size": 5, "num_layers": 2, "vocabulary_size": 7},
+    "tie_embeddings": 0,
 }
 
 
-def serve(make: Any) -> list[float]:
-    """Return the seconds of a turn of a contestant."""
+def serve(make: Any) -> list[Any]:
+    """Return the times of a turn of a contestant."""
     import side_by_side
 
     ours, theirs = multiprocessing.Pipe()
@@ -46,6 +47,47 @@ def test_every_library_keeps_the_memory_of_a_step(monkeypatch: pytest.MonkeyPatc
     pytest.importorskip("torch")
     assert len(serve(train_step.make_torch)) == 1
     assert calls == ["kept", "kept"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cell", "dtype"),
+    [("gru", "float32"), ("peephole", "float32"), ("lstm", "bfloat16"), ("rnn", "bfloat16")],
+)
+def test_every_library_runs_the_same_layer(
+    cell: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import jax
+    import numpy as np
+
+    import layers
+    from lstm_jax.ops import choice
+
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    options = argparse.Namespace(batch_size=2, window_length=3, hidden_size=16, dtype=dtype)
+    gates = {"lstm": 4, "peephole": 4, "gru": 3, "rnn": 1}[cell]
+    ours: list[Any] = []
+    for name, make in layers.list_contestants().items():
+        needs_c = name.endswith(" c") and not choice._is_available(dtype)
+        if needs_c or not name.startswith(f"{cell} "):
+            continue
+        try:
+            results: Any = make(options).run()
+        except ModuleNotFoundError:
+            continue
+        outputs, (d_params, d_inputs) = results
+        assert outputs.shape == d_inputs.shape == (2, 3, 16), name
+        kernels = [x for x in jax.tree.leaves(d_params) if x.ndim == 2 and len(x) > 3]
+        assert sum(kernel.size for kernel in map(np.asarray, kernels)) == 2 * 16 * gates * 16, name
+        for gradient in (*kernels, d_inputs):
+            assert np.isfinite(np.asarray(gradient)).all() and np.asarray(gradient).any(), name
+        if name.split()[1] in ("c", "xla", "scan"):
+            ours.append(results)
+    compare = functools.partial(
+        np.testing.assert_allclose, atol=1e-4 if dtype == "float32" else 0.1
+    )
+    for results in ours[1:]:
+        jax.tree.map(compare, results, ours[0])
 
 
 @pytest.mark.slow
@@ -112,3 +154,25 @@ def test_a_row_of_results_is_trained_and_compared(
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--config.sample.length=7"])
     with pytest.raises(SystemExit, match="was trained with .*: use another directory"):
         results.main()
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_a_gpu_is_measured_in_one_command(
+    tmp_path: Path,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import gpu
+
+    sizes = ["--batch_size=2", "--window_length=3", "--length=3", "--rounds=2", "--units=16"]
+    fields = [f for f in runs.make_arguments(text_file, tmp_path) if f.startswith("--config.")]
+    monkeypatch.setattr(sys, "argv", ["", *sizes, *fields])
+    gpu.main()
+    printed = capsys.readouterr().out
+    assert printed.count("| 16 | lstm |") == printed.count("| 16 | gru |") == 3, printed
+    assert "skipped" not in printed and printed.count("xla ") >= 6 <= printed.count("scan ")
+    assert "steps, validation " in printed and "\nauto " in printed
+    late: Any = argparse.Namespace(end=0.0, rounds=1)
+    assert gpu.time_all({"xla": late}, "float32", late) == {}
