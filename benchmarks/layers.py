@@ -3,9 +3,10 @@
     python benchmarks/layers.py --only gru
     python benchmarks/layers.py --only peephole,rnn --hidden_size 512 --dtype bfloat16
 
-Each computes the gradients of its parameters and inputs, given those of all outputs. The rows of
---only are compared with the LSTM in C, which always runs. `pip install -e '.[bench]'` installs the
-other libraries; a line is printed for each that is missing.
+Each computes the gradients of its parameters and inputs, given those of all outputs. The rounds
+alternate between the libraries, all in one process. The rows whose names have a word of --only run,
+and an LSTM in XLA; ratios are to the first row. `pip install -e '.[bench]'` installs the other
+libraries; a line is printed for each that is missing.
 """
 
 import argparse
@@ -21,11 +22,13 @@ import numpy as np
 import side_by_side
 from frame import parse_flags
 from lstm_jax import ops
-from side_by_side import Make, Work
+from lstm_jax.devices import memory
+from side_by_side import Make, Times, Work
 
 # The output of a layer: parameters and inputs [batch, time, features] → [batch, time, hidden].
 Layer = tuple[Callable[[Any, jax.Array], jax.Array], Any]
 
+BASELINE = "lstm xla"
 OURS: dict[str, Any] = {
     "lstm": ops.LSTMParams,
     "peephole": ops.PeepholeLSTMParams,
@@ -43,9 +46,24 @@ def main() -> None:
     """Measure and print the table."""
     sizes: dict[str, Any] = {"batch_size": 32, "window_length": 128, "hidden_size": 256}
     options = parse_flags(__doc__, **sizes, rounds=5, dtype="float32", only="gru")
-    measurements = side_by_side.measure(list_contestants(), options)
+    side_by_side.print_machine(jax.devices()[0].device_kind, options)
+    memory.keep_freed_memory()
+    works: dict[str, Work] = {}
+    for name, make in list_contestants().items():
+        if name == BASELINE or any(word in name for word in options.only.split(",")):
+            try:
+                works[name] = make(options)
+                for _ in range(2):
+                    works[name].run()
+            except Exception as error:  # Not installed, or it does not run here.
+                works.pop(name, None)
+                print(f"{name} is skipped: {str(error).splitlines()[0]}")
+    times: dict[str, list[Times]] = {name: [] for name in works}
+    for _ in range(options.rounds):
+        for name, work in works.items():
+            times[name].append(side_by_side.time_work(work))
     tokens = options.batch_size * options.window_length
-    side_by_side.print_table(measurements, "tokens/s", lambda x: f"{tokens / x:,.0f}")
+    side_by_side.print_table(times, "tokens/s", lambda x: f"{tokens / x:,.0f}")
 
 
 def list_contestants() -> dict[str, Make]:

@@ -91,6 +91,19 @@ def test_every_library_runs_the_same_layer(
 
 
 @pytest.mark.slow
+def test_layers_are_compared_with_the_lstm(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import layers
+
+    sizes = ["--batch_size=2", "--window_length=3", "--hidden_size=16", "--rounds=1"]
+    monkeypatch.setattr(sys, "argv", ["", *sizes, "--only=rnn scan"])
+    layers.main()
+    rows = capsys.readouterr().out.splitlines()[-2:]
+    assert rows[0].startswith("| lstm xla |") and rows[1].startswith("| rnn scan |")
+
+
+@pytest.mark.slow
 def test_the_steps_of_a_peer_read_like_its_sequences() -> None:
     import jax
     import numpy as np
