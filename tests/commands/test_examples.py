@@ -14,6 +14,7 @@ import types
 import urllib.parse
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -330,3 +331,38 @@ def test_a_text_and_the_most_probable_one(
     run_example(monkeypatch, "beam_search.py", trained, "ROMEO:", "--length", 9, "--beams", 3)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and all("'ROMEO:" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_a_policy_with_memory_recalls_the_cue() -> None:
+    import recall
+
+    inputs, first, last, cue = map(np.asarray, recall.draw_steps(jax.random.key(0)))
+    assert np.array_equal(inputs[..., :4].sum(axis=-1), first)
+    assert np.array_equal(inputs[..., :4][first].argmax(axis=-1), cue[first])
+    changed = (np.diff(cue, axis=1) != 0).any(axis=0)
+    assert changed.any() and not changed[:3].any()
+    assert np.array_equal(last[:, :-1], first[:, 1:])
+    assert recall.train(0, 150, has_memory=True) > 0.8
+    assert 0.2 < recall.train(0, 150, has_memory=False) < 0.3
+
+
+@pytest.mark.slow
+def test_a_forecast_reads_no_later_year(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("statsmodels", reason="statsmodels isn't installed (extra 'examples')")
+    import forecast
+
+    run_example(monkeypatch, "forecast.py", "--steps", 100, "--seeds", 2, "--until", 249)
+    errors = re.findall(r"error ([\d.]+) sunspots", capsys.readouterr().out)
+    numbers = forecast.sunspots.load_pandas().endog.to_numpy()[:249]
+    naive = np.abs(np.diff(numbers))[-60:].mean()
+    assert float(errors[0]) == pytest.approx(naive, abs=0.06)
+    assert float(errors[2]) < 0.8 * naive
+    series = np.sin(np.arange(40, dtype=np.float32))
+    params = forecast.fit(jax.random.key(0), jax.numpy.asarray(series), 2)
+    full, part = (forecast.predict(params, jax.numpy.asarray(x)) for x in (series, series[:30]))
+    np.testing.assert_allclose(full[:29], part, atol=1e-6)
+    later = forecast.fit_autoregression(np.append(series[:30], np.zeros(10)), 30)
+    np.testing.assert_allclose(later[:21], forecast.fit_autoregression(series, 30)[:21], atol=1e-5)
