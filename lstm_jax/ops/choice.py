@@ -30,18 +30,19 @@ class Row(NamedTuple):
 # (docs/speed.md); with AMX, which float32 does not use, of Sapphire Rapids. Rows in float32 and
 # int8 hold for older processors of Intel, too, of which none was measured. With 24 texts or more,
 # XLA is faster than Intel's steps in bfloat16, but kernels are packed before that is known.
-# Peephole LSTMs, GRUs and RNNs: at 256 and 512 hidden units, 32 x 128, forward and backward. In
-# float32 a GRU takes 1.06 and 1.14 of XLA's CPU time, because the library multiplies zeros.
+# Windows of peephole LSTMs, GRUs and RNNs: at 256, 512 and 1,024 hidden units, 32 x 128, forward
+# and backward (docs/layers.md). In float32 a GRU takes 1.07, 1.13 and 1.23 of XLA's CPU time,
+# because the library multiplies zeros.
 TABLE = (
     Row("AMD", "windows", "bfloat16", "0.77, 0.57, 0.84 of XLA's time at three sizes"),
     Row("AMD", "windows", "float32", "0.91, 0.82, 0.79 of XLA's time", largest=1024),
     Row("AMD", "steps", "bfloat16", "0.37 of XLA's time for a text, 0.50 for 64"),
     Row("AMD", "steps", "float32", "0.89 of XLA's time for a text, 0.86 for 64", 1024),
     Row("AMD", "steps", "int8", "0.64 of the time in bfloat16 for a text, 0.57 for 64"),
-    Row("AMD", "windows", "bfloat16", "0.79 of XLA's CPU time", gatings="peephole_lstm"),
-    Row("AMD", "windows", "bfloat16", "0.98, 0.95 of XLA's CPU time", gatings="gru"),
-    Row("AMD", "windows", "bfloat16", "0.61, 0.65 of XLA's CPU time", gatings="rnn"),
-    Row("AMD", "windows", "float32", "0.91 to 0.93 of XLA's CPU time", 512, "peephole_lstm rnn"),
+    Row("AMD", "windows", "bfloat16", "0.63 to 0.78 of XLA's time", gatings="peephole_lstm"),
+    Row("AMD", "windows", "bfloat16", "0.69, 0.98, 0.94 of XLA's time", gatings="gru"),
+    Row("AMD", "windows", "bfloat16", "0.57 to 0.61 of XLA's time", gatings="rnn"),
+    Row("AMD", "windows", "float32", "0.75 to 0.96 of XLA's time", 1024, "peephole_lstm rnn"),
     Row("AMD", "steps", "bfloat16", "0.3 to 0.9 of XLA's time", gatings="peephole_lstm gru rnn"),
     Row("AMD", "steps", "float32", "0.70 to 0.93 of XLA's time", 512, "peephole_lstm rnn"),
     Row("Intel", "windows", "bfloat16", "0.89 of XLA's time at 256, 1.01 at 512", largest=256),

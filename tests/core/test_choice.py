@@ -41,7 +41,7 @@ CHOICES = {  # With AVX-512 BF16 on AMD, on Intel, and with AMX.
     ("windows", "bfloat16", 512, None, "peephole_lstm"): (True, False, False),
     ("windows", "bfloat16", 512, None, "gru"): (True, False, False),
     ("windows", "bfloat16", 512, None, "rnn"): (True, False, False),
-    ("windows", "float32", 512, None, "rnn"): (True, False, False),
+    ("windows", "float32", 1024, None, "rnn"): (True, False, False),
     ("windows", "float32", 512, None, "gru"): (False, False, False),
     ("steps", "bfloat16", 512, None, "gru"): (True, False, False),
     ("steps", "float32", 512, None, "peephole_lstm"): (True, False, False),
