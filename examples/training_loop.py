@@ -2,10 +2,10 @@
 
     python examples/training_loop.py --config experiments/quick.py --optimizer ademamix
 
-It trains on one device, saves nothing, and prints the losses. The optimizer is an Optax scale_by_x
-with the config's schedule, clipping and weight decay. Its other fields, penalties, microbatches,
-teachers and max_steps have no effect. --batches 32x48x2,64x48x4 is 32 windows of 48 tokens for 2
-epochs, then 64 for 4. --decode_past 0.01 is past decode regularization (Brahma 2019).
+It trains on one device, saves nothing, and prints the losses. The optimizer is Optax's scale_by_x
+with the config's schedule, clipping and weight decay; its other fields, penalties, microbatches,
+teachers and max_steps have no effect. --batches 32x48x2,64x48x4: 32 windows of 48 tokens for 2
+epochs, then 64 for 4. --decode_past 0.01: past decode regularization (Brahma 2019).
 """
 
 import functools
@@ -50,7 +50,6 @@ def train(config: Config, ids: Any, lstm: model.LanguageModel, params: Any) -> A
     feeds = [batches.make_batches(ids, part.batches, config.seed) for part in configs]
     lengths = [part.num_epochs * steps for part, (_, steps) in zip(configs, feeds, strict=True)]
     chain, key = make_optimizer(config, sum(lengths)), jax.random.key(config.seed)
-    opt_state = chain.init(params)
     rates, rate_of_resets = config.regularization, config.batches.reset_probability
 
     def compute_loss(params: Any, carry: Any, keys: Any, batch: Any) -> Any:
@@ -74,6 +73,7 @@ def train(config: Config, ids: Any, lstm: model.LanguageModel, params: Any) -> A
         updates, opt_state = chain.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, carry, key
 
+    opt_state = chain.init(params)
     for part, (feed, _), length in zip(configs, feeds, lengths, strict=True):
         carry = lstm.initial_carry(part.batches.batch_size)
         for _ in range(length):
@@ -85,13 +85,12 @@ def main() -> None:
     """Train, and print the loss of each split in nats per token."""
     config = command.read_experiment()[0]
     splits = texts.load_texts(config.data)
-    tokens = splits.texts["train"].make_vocabulary(config.data)
-    ids, _ = splits.encode(tokens)
+    ids, _ = splits.encode(tokens := splits.texts["train"].make_vocabulary(config.data))
     lstm = model.make_model(cell_file.resolve_cell(config.model), len(tokens), tokens.stop_id)
-    counts = texts.count_ids(ids["train"], len(tokens))
-    key, _ = jax.random.split(jax.random.key(config.seed))  # As `main` does.
-    params = {"lstm": model.init_params(lstm, key, counts), "past": jnp.eye(lstm.embedding_size)}
-    trained = train(config, ids["train"], lstm, params)["lstm"]
+    initial_key = jax.random.split(jax.random.key(config.seed))[0]  # As `main` does.
+    initial = model.init_params(lstm, initial_key, texts.count_ids(ids["train"], len(tokens)))
+    past = jnp.eye(lstm.embedding_size)
+    trained = train(config, ids["train"], lstm, {"lstm": initial, "past": past})["lstm"]
     ids["validation and test"] = np.append(ids["validation"], ids["test"])
     print({name: round(loss.compute_loss(lstm, trained, x), 4) for name, x in ids.items()})
 

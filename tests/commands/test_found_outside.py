@@ -38,7 +38,7 @@ def test_the_package_lists_its_commands_quickly() -> None:
         text = path.read_text(encoding="utf-8")
         if "\n    command.run_command(" in text:  # Before the imports, which take seconds.
             assert "    interrupts.exit_at_once()" in text.partition("\nfrom absl")[0], path
-    assert set(commands.COMMANDS) == runnable and len(runnable) == 7
+    assert set(commands.COMMANDS) == runnable and len(runnable) == 6
     for name in runnable:
         assert f"python -m lstm_jax.{name} " in result.stdout
 

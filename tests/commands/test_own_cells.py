@@ -147,11 +147,15 @@ def test_reading_a_run_runs_only_the_file_that_the_user_names(
         return commands.run(module, "--workdir", tmp_path / "run", *arguments)
 
     cells.LOADED.clear()
-    with pytest.raises(UserError, match=rf"which runs only if you name it: add cell='{name}'$"):
+    with pytest.raises(
+        UserError, match=rf"which runs only if you name it: add --cell {name}, or cell= in Python$"
+    ):
         lstm_jax.load(tmp_path / "run")
     refused = run("sample", "--length=5")
     assert refused.returncode == 2 and not mark.exists()
-    assert refused.stderr.count("\n") == 1 and refused.stderr.endswith(f"add --cell {name}\n")
+    assert refused.stderr.count("\n") == 1 and refused.stderr.endswith(
+        f"add --cell {name}, or cell= in Python\n"
+    )
     done = run("sample", "--length=5", "--cell", name)
     assert done.returncode == 0 and mark.exists()
     assert "has changed since the model" in done.stderr
