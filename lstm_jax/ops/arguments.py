@@ -62,7 +62,7 @@ def convert_params(gating: Gating, params: Any, features: int) -> Any:
     return converted
 
 
-def convert_carry(kind: type[Any], carry: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+def convert_carry(kind: type[Any], carry: Any, shape: tuple[int, int], dtype: Any) -> Any:
     """Return a carry of arrays of this shape; zeros of this dtype for None.
 
     Raises:
@@ -75,9 +75,8 @@ def convert_carry(kind: type[Any], carry: Any, shape: tuple[int, ...], dtype: An
             f"carry is a {type(carry).__name__}: it must be {kind.__name__}"
             f"({', '.join(kind._fields)}), or None for zeros"
         )
-    axes = ("batch", "hidden") if len(shape) == 2 else ()
     arrays = [
-        convert_floats(f"carry.{name}", value, *(axes or map(str, shape)))
+        convert_floats(f"carry.{name}", value, "batch", "hidden")
         for name, value in zip(kind._fields, carry, strict=True)
     ]
     for name, array in zip(kind._fields, arrays, strict=True):

@@ -251,7 +251,7 @@ def _make_accelerated(name: str, loops: accelerator.Loops) -> Any:
     forward = functools.partial(accelerator.forward, loops=loops)
     backward = functools.partial(accelerator.backward, loops=loops)
     functions = forward, backward, accelerator.differentiate_params
-    return functools.partial(recurrence.run, Implementation(name, *functions, batch_axis=1))
+    return _bind(name, *functions, batch_axis=1)
 
 
 def _bind(*arguments: Any, **options: Any) -> Any:
