@@ -16,7 +16,6 @@ import numpy as np
 
 from lstm_jax import ops
 from lstm_jax.config import ModelConfig
-from lstm_jax.data import files
 from lstm_jax.errors import UserError, name_failure, one_line
 from lstm_jax.model import LanguageModel, Params
 from lstm_jax.ops import weights
@@ -41,7 +40,7 @@ def read_file(path: Path) -> StateDict:
     """Return the arrays of a safetensors file in float32; raise `UserError` if it has others."""
     library = _import_safetensors()
     try:
-        with name_failure(f"can't read {path}"), files.open_regular(path, follow=True):
+        with name_failure(f"can't read {path}"):
             arrays: StateDict = library.load_file(path)
     except UserError:
         raise

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shlex
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -187,10 +188,14 @@ def make_folder(
 
     It has a card if there is a text for it.
     """
-    failure = name_failure(f"can't write to {directory}")
-    with failure, files.unfinished_directory(directory) as partial:
-        workdir.save_config(partial, config)
-        workdir.save_vocabulary(partial, vocabulary)
-        model_file.write_params(partial / workdir.MODEL, params, step, dtype)
-        if card_text:
-            files.write_file(partial / _CARD, card_text.encode())
+    with name_failure(f"can't write to {directory}"):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".unfinished-") as unfinished:
+            made = Path(unfinished, directory.name)
+            made.mkdir()
+            workdir.save_config(made, config)
+            workdir.save_vocabulary(made, vocabulary)
+            model_file.write_params(made / workdir.MODEL, params, step, dtype)
+            if card_text:
+                files.write_file(made / _CARD, card_text.encode())
+            made.rename(directory)

@@ -16,10 +16,7 @@ import flax.linen as nn
 
 from lstm_jax import cells
 from lstm_jax.config import ModelConfig, names_cell_file
-from lstm_jax.data import files
 from lstm_jax.errors import UserError, name_failure, run_user_code, warn
-
-_LIMIT = 2**20  # Of the size of a file, in bytes.
 
 
 def resolve_cell(model: ModelConfig) -> ModelConfig:
@@ -38,7 +35,7 @@ def load_cell(name: str) -> str:
         raise UserError(f"the cell {name!r} is not FILE.py:CLASS, as in my_cells.py:MyCell")
     file, _, class_name = name.rpartition(":")
     with name_failure(f"can't read the file of the cell {name}"):
-        source = files.read_bytes(Path(file), _LIMIT, follow=True)
+        source = Path(file).read_bytes()
     sha256 = hashlib.sha256(source).hexdigest()
     loaded = cells.LOADED.pop(name, None)
     if loaded is None or loaded[1] != sha256:

@@ -29,7 +29,6 @@ from lstm_jax.model import Params
 from lstm_jax.run.seal import VALIDATION, find_damage, seal_checkpoint
 
 _UNFINISHED = ".unfinished"
-_VALIDATION_LIMIT = 2**12  # bytes
 # Where Orbax makes directories in the background, the threads of a save signal each other under a
 # number that is the latest of the whole process. If two runs in one process save at the same time,
 # a thread may thus wait for a directory of the other run.
@@ -252,7 +251,7 @@ def _rank(directory: Path, step: int) -> tuple[float, int]:
 def read_validation_loss(directory: Path, step: int) -> float | None:
     """Return the validation loss of a checkpoint; None if it has no valid one."""
     try:
-        loss = files.read_json(directory / str(step) / VALIDATION, _VALIDATION_LIMIT)["loss"]
+        loss = files.read_json(directory / str(step) / VALIDATION)["loss"]
     except (OSError, ValueError, KeyError):
         return None
     return loss if isinstance(loss, float) and np.isfinite(loss) else None

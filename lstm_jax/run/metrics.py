@@ -70,7 +70,7 @@ class MetricsWriter(contextlib.ExitStack[None]):
 
     def _open(self) -> None:
         self._is_open = True
-        self._lines = self.enter_context(files.open_append(self._path))
+        self._lines = self.enter_context(self._path.open("ab"))
         # A killed process or a full disk can leave half a line.
         if half := files.read_tail(self._path, 2**16).rpartition(b"\n")[2]:
             self._lines.truncate(self._path.stat().st_size - len(half))

@@ -6,7 +6,6 @@ after the other. Its metadata hold the training step, and the SHA-256 of the ste
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import jax
@@ -22,8 +21,6 @@ from lstm_jax.model import Params
 _DTYPES = {"float32": ("F32", np.dtype("float32")), "bfloat16": ("BF16", np.dtype(jnp.bfloat16))}
 DTYPES = tuple(_DTYPES)
 _HEADER_LIMIT = 2**22  # Bytes; an array takes about 100.
-# A larger file that takes less than this share of its size on disk has holes instead of parameters.
-_SMALL, _LEAST_SHARE = 2**26, 1 / 8
 
 
 def write_params(path: Path, params: Params, step: int, dtype: str) -> None:
@@ -40,9 +37,8 @@ def write_params(path: Path, params: Params, step: int, dtype: str) -> None:
 def read_params(path: Path, params: Params) -> tuple[Params, int]:
     """Return float32 parameters, and their step.
 
-    The file may come from someone else. So its header is compared with `params`, the expected
-    arrays or `jax.ShapeDtypeStruct`s, and its size with the space that it takes, before the arrays
-    are read.
+    The file may come from someone else. So its header and its size are compared with `params`, the
+    expected arrays or `jax.ShapeDtypeStruct`s, before the arrays are read.
 
     Raises:
       UserError: if it can't be read, is damaged, or does not hold such arrays.
@@ -50,7 +46,7 @@ def read_params(path: Path, params: Params) -> tuple[Params, int]:
     leaves, tree = jax.tree.flatten(params)
     arrays = []
     try:
-        with name_failure(f"can't read {path}"), files.open_regular(path) as file:
+        with name_failure(f"can't read {path}"), path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(length, _HEADER_LIMIT)))
             metadata = header.pop("__metadata__")
@@ -59,9 +55,7 @@ def read_params(path: Path, params: Params) -> tuple[Params, int]:
                 raise UserError(f"{path} does not hold the model that the config describes")
             dtype = _DTYPES[dtypes[0]][1]
             size = 8 + length + dtype.itemsize * sum(leaf.size for leaf in leaves)
-            status = os.fstat(file.fileno())
-            on_disk = 512 * status.st_blocks  # 0 on a file system that does not count blocks.
-            if status.st_size != size or (size > _SMALL and 0 < on_disk < _LEAST_SHARE * size):
+            if path.stat().st_size != size:
                 raise ValueError
             digest = hashlib.sha256(metadata["step"].encode())
             for leaf in leaves:

@@ -195,7 +195,6 @@ class Session:
         if self.is_finished and not all(name.startswith("data.") for name in self.changes):
             self.changes = {}
         elif hosts.is_first():
-            files.remove_partial(directory)
             if self.changes:
                 workdir.append_changes(directory, step, self.changes)
             workdir.save_vocabulary(directory, self.vocabulary)

@@ -15,8 +15,7 @@ from lstm_jax.data import files
 from lstm_jax.errors import UserError, one_line
 from lstm_jax.run import metrics, workdir
 
-# The file of a tracked run that holds its identity, with a limit of its size in bytes.
-TRACKED, _LIMIT = "tracked.json", 2**10
+TRACKED = "tracked.json"  # The file of a tracked run that holds its identity.
 
 
 @contextlib.contextmanager
@@ -82,7 +81,7 @@ def _send(run: Any, row: metrics.Row) -> None:
 def _get_identity(directory: Path) -> str:
     """Return the identity of a run, which is drawn when it is first tracked."""
     with contextlib.suppress(OSError, ValueError, KeyError):
-        identity = files.read_json(directory / TRACKED, _LIMIT)["identity"]
+        identity = files.read_json(directory / TRACKED)["identity"]
         if isinstance(identity, str) and re.fullmatch("[0-9a-f]{8}", identity):
             return identity
     identity = secrets.token_hex(4)

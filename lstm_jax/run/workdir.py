@@ -35,8 +35,6 @@ CHANGES = "changes.jsonl"
 # Files that a run appends to. A checkpoint holds their sizes, so that a run that resumes from it
 # first removes what was appended later. TensorBoard hides what was.
 HISTORY = (METRICS, SAMPLES)
-# Limits of file sizes in bytes.
-_CONFIG_LIMIT, _VOCABULARY_LIMIT = 2**20, 2**25
 # Fields of `data` in the configs of earlier versions, which have no effect any more.
 _REMOVED = ("memory_megabytes", "prepared")
 # The folders of trained models in the package.
@@ -81,7 +79,7 @@ def is_folder(directory: Path) -> bool:
 def load_config(workdir: Path) -> Config:
     """Return the config of the run in `workdir`; raise `UserError` if there is no run."""
     try:
-        fields = files.read_json(workdir / CONFIG, _CONFIG_LIMIT)
+        fields = files.read_json(workdir / CONFIG)
     except (FileNotFoundError, NotADirectoryError):
         name = shlex.quote(str(workdir))
         train = f"python -m lstm_jax.main --config experiments/quick.py --workdir {name}"
@@ -100,7 +98,7 @@ def load_config(workdir: Path) -> Config:
 def load_vocabulary(workdir: Path) -> Vocabulary:
     """Return the vocabulary of the run in `workdir`; raise `UserError` if it has none."""
     try:
-        return Vocabulary.from_fields(files.read_json(workdir / VOCABULARY, _VOCABULARY_LIMIT))
+        return Vocabulary.from_fields(files.read_json(workdir / VOCABULARY))
     except (OSError, ValueError) as error:
         raise UserError(f"{workdir / VOCABULARY} is missing or damaged: {_reason(error)}") from None
 
@@ -167,27 +165,24 @@ def load_trained(workdir: Path | str, dtype: str | None = None) -> Trained:
 
 
 def save_config(workdir: Path, config: Config) -> None:
-    """Write the file that `load_config` reads; raise `UserError` if it would be too large."""
-    remedy = "name the files of data.path by a pattern"
-    files.write_json(workdir / CONFIG, config.to_dict(), limit=_CONFIG_LIMIT, remedy=remedy)
+    """Write the file that `load_config` reads."""
+    files.write_json(workdir / CONFIG, config.to_dict())
 
 
 def save_vocabulary(workdir: Path, vocabulary: Vocabulary) -> None:
-    """Write the file that `load_vocabulary` reads; raise `UserError` if it would be too large."""
-    path, fields, limit = workdir / VOCABULARY, vocabulary.to_fields(), _VOCABULARY_LIMIT
-    remedy = "raise data.min_count, or choose other data.units"
-    files.write_json(path, fields, indent=0, limit=limit, remedy=remedy)
+    """Write the file that `load_vocabulary` reads."""
+    files.write_json(workdir / VOCABULARY, vocabulary.to_fields(), indent=0)
 
 
 def append_changes(workdir: Path, step: int, changes: Mapping[str, tuple[object, object]]) -> None:
     """Record changes of config fields after `step`: by field, the values before and after."""
-    with files.open_append(workdir / CHANGES) as file:
+    with (workdir / CHANGES).open("ab") as file:
         file.write((json.dumps({"step": step, "changes": changes}) + "\n").encode())
 
 
 def append_sample(workdir: Path, step: int, temperature: float, text: str) -> None:
     """Record the text that was generated after `step`."""
-    with files.open_append(workdir / SAMPLES) as file:
+    with (workdir / SAMPLES).open("ab") as file:
         file.write(f"=== step {step}, temperature {temperature}\n{text}\n\n".encode())
 
 
@@ -195,7 +190,7 @@ def measure_history(workdir: Path) -> dict[str, int]:
     """Flush the files that a run appends to, and return their sizes in bytes by name."""
     sizes = {}
     for name in HISTORY:
-        with contextlib.suppress(FileNotFoundError), files.open_regular(workdir / name) as file:
+        with contextlib.suppress(FileNotFoundError), (workdir / name).open("rb") as file:
             os.fsync(file.fileno())
             sizes[name] = os.fstat(file.fileno()).st_size
     return sizes

@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from lstm_jax import config as config_lib
 from lstm_jax import training
 from lstm_jax.config import Config
-from lstm_jax.data import files, texts
+from lstm_jax.data import texts
 from lstm_jax.errors import NotFiniteError, UnavailableError, UserError, one_line
 from lstm_jax.run import cell_file, checkpoints, interrupts, metrics, workdir
 from lstm_jax.run.signals import Stopped, StopRequest
@@ -198,7 +198,7 @@ def _train_trial(sweep: Sweep, trial: Trial, signals: StopRequest) -> float:
             raise TrialPruned
 
     try:
-        output = files.open_append(directory / OUTPUT)
+        output = (directory / OUTPUT).open("ab")
         with (
             io.TextIOWrapper(output, "utf-8", "backslashreplace") as file,
             contextlib.redirect_stdout(file),

@@ -1,13 +1,10 @@
 """Convert weights of PyTorch, from stored files and with the library if it is installed."""
 
-import contextlib
 import json
-import os
 import random
 import re
 import resource
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +22,7 @@ from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.controls import Controls
 from lstm_jax.convert import torch_weights, transfer
-from lstm_jax.data import files, texts
+from lstm_jax.data import texts
 from lstm_jax.errors import UserError
 from lstm_jax.run import workdir
 from lstm_jax.vocabulary import FILE_END, Vocabulary
@@ -421,32 +418,6 @@ def test_torch_and_back(cell: str, num_layers: int, tmp_path: Path) -> None:
     back = Model()
     back.load_state_dict(safetensors.load_file(tmp_path / "back.safetensors"))
     assert_same_model(directory, lambda ids: predict(ids, back), tokens)
-
-
-@pytest.mark.process
-def test_leftovers_of_a_killed_conversion_are_removed_by_the_next(
-    trained: Path, tmp_path: Path
-) -> None:
-    file, target = tmp_path / "model.safetensors", tmp_path / "new"
-    transfer.export_weights(trained, file)
-    beside = str(tmp_path / "model.safetensors.vocabulary.json")
-    # Kill the process while it writes to its directory.
-    script = """
-import os, sys
-from pathlib import Path
-from lstm_jax.convert import transfer
-from lstm_jax.run import model_file
-model_file.write_params = lambda *unused: os.kill(os.getpid(), 9)
-transfer.import_weights(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], None)
-"""
-    killed = subprocess.run([sys.executable, "-c", script, str(file), str(target), beside])
-    assert killed.returncode == -9
-    (left,) = tmp_path.glob(".new.*")
-    # One that belongs to another process, and in the end can't replace the new folder.
-    with contextlib.suppress(OSError), files.unfinished_directory(target) as other:
-        transfer.import_weights(file, target, beside, None)
-        assert other.is_dir() and not left.exists()
-    assert sorted(os.listdir(tmp_path)) == sorted(["model.safetensors", Path(beside).name, "new"])
 
 
 def test_a_file_with_less_data_than_it_declares_raises_an_error(tmp_path: Path) -> None:

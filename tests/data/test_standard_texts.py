@@ -215,7 +215,7 @@ def test_a_second_process_waits(
     threads = [
         threading.Thread(target=lambda: found.append(get_splits(tmp_path))) for _ in range(2)
     ]
-    with files.open_append(tmp_path / ".lstm_jax.lock") as lock:
+    with (tmp_path / ".lstm_jax.lock").open("ab") as lock:
         files.lock_file(lock)
         for thread in threads:
             thread.start()

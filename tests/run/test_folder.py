@@ -1,10 +1,10 @@
-"""Write a model as a folder, and read it with every command that reads a working directory."""
+"""Write a model as a folder; read it, also a damaged one or one that was made to do harm."""
 
-import hashlib
-import json
+import random
 import shutil
-import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,12 @@ import pytest
 from ml_collections import ConfigDict
 
 import commands
+import draws
 import lstm_jax
 from lstm_jax import config as config_lib
 from lstm_jax import training
 from lstm_jax.convert import transfer
+from lstm_jax.data import files
 from lstm_jax.errors import UserError
 from lstm_jax.export import page
 from lstm_jax.run import model_file, workdir
@@ -30,13 +32,18 @@ def folder(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    """Return a copy of the folder, to change."""
+    shutil.copytree(folder, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
 def test_a_folder_holds_the_model_of_its_run(trained: Path, folder: Path, tmp_path: Path) -> None:
     before, after = workdir.load_trained(trained), workdir.load_trained(folder)
     assert (after.config, after.step) == (before.config, before.step)
     assert after.vocabulary.tokens == before.vocabulary.tokens
-    assert jax.tree.map(np.array_equal, after.params, before.params) == jax.tree.map(
-        lambda _: True, before.params
-    )
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
     names = {"README.md", workdir.CONFIG, workdir.MODEL, workdir.VOCABULARY}
     assert {path.name for path in folder.iterdir()} == names
     card = (folder / "README.md").read_text()
@@ -49,34 +56,50 @@ def test_a_folder_holds_the_model_of_its_run(trained: Path, folder: Path, tmp_pa
     assert (small / workdir.MODEL).stat().st_size < 0.6 * (folder / workdir.MODEL).stat().st_size
 
 
-def test_a_file_with_holes_is_damaged_before_it_is_read(tmp_path: Path) -> None:
-    path, count = tmp_path / "model.safetensors", 2**24 + 1
-    params = {"w": jax.ShapeDtypeStruct((count,), jnp.float32)}
-    checksum = hashlib.sha256(b"1" + bytes(4 * count)).hexdigest()
-    metadata = {"step": "1", "sha256": checksum}
-    arrays = {"w": {"dtype": "F32", "shape": [count], "data_offsets": [0, 4 * count]}}
-    header = json.dumps({"__metadata__": metadata, **arrays}).encode()
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(file.tell() + 4 * count)
-    assert path.stat().st_blocks, "this file system does not count blocks"
-    with pytest.raises(UserError, match="is damaged, or not a model"):
-        model_file.read_params(path, params)
+def test_the_file_is_one_of_safetensors(folder: Path) -> None:
+    library = pytest.importorskip("safetensors.numpy")
+    arrays = library.load_file(folder / workdir.MODEL)
+    params = workdir.load_trained(folder).params
+    np.testing.assert_array_equal(arrays["lstm_0.bias"], params["lstm_0"]["bias"])
+    assert len(arrays) == len(jax.tree.leaves(params))
 
 
-def test_a_file_is_hashed_in_parts(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    params = {name: jnp.full(2**18, i, jnp.float32) for i, name in enumerate("abcdefgh")}
-    model_file.write_params(path, params, 7, "float32")
-    tracemalloc.start()
-    try:
-        again, step = model_file.read_params(path, params)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert step == 7
-    jax.tree.map(np.testing.assert_array_equal, again, params)
-    assert peak < 1.5 * path.stat().st_size  # JAX's arrays may be those of the file.
+@pytest.mark.slow
+def test_every_command_reads_a_folder(trained: Path, folder: Path, tmp_path: Path) -> None:
+    before = sorted(path.name for path in folder.iterdir())
+    for module, arguments in {
+        "sample": ["--length=30", "--prompt=ROMEO:"],
+        "evaluate": [],
+        "export": ["--length=200", f"--to={tmp_path / 'page.html'}"],
+        "convert": [f"--to={tmp_path / 'again'}", "--dtype=bfloat16"],
+    }.items():
+        done = commands.run(module, f"--workdir={folder}", *arguments)
+        assert done.returncode == 0, done.stderr
+        if module in ("sample", "evaluate"):  # The alias of the flag.
+            assert commands.run(module, f"--model={trained}", *arguments).stdout == done.stdout
+    assert lstm_jax.load([folder, trained]).generate("A", length=5).startswith("A")
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_a_folder_but_not_in_it(
+    folder: Path, tiny_config: ConfigDict, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="holds a model without its run: .*--init_from "):
+        training.train(tiny_config, folder)
+    tiny_config.init_from, tiny_config.max_steps = str(folder), 1
+    assert training.train(tiny_config, tmp_path / "run", quiet=True) == 0
+    assert workdir.load_config(tmp_path / "run").init_from == str(folder)
+
+
+def test_any_flipped_byte_of_the_parameters_is_detected(folder: Path, copy: Path) -> None:
+    content, model = (folder / workdir.MODEL).read_bytes(), workdir.load_trained(folder).model
+    header = 8 + int.from_bytes(content[:8], "little")
+    for at in [*range(0, header, 37), *range(header, len(content), len(content) // 7)]:
+        flipped = content[:at] + bytes([content[at] ^ 0x04]) + content[at + 1 :]
+        (copy / workdir.MODEL).write_bytes(flipped)
+        with pytest.raises(UserError, match=r"is damaged|does not hold the model"):
+            workdir.load_params(copy, model)
 
 
 def test_names_of_a_strange_config_and_directory_are_shown_as_they_are(
@@ -98,89 +121,113 @@ def test_names_of_a_strange_config_and_directory_are_shown_as_they_are(
     assert "\x1b" not in capsys.readouterr().out
 
 
-def test_the_file_is_one_of_safetensors(folder: Path) -> None:
-    library = pytest.importorskip("safetensors.numpy")
-    arrays = library.load_file(folder / workdir.MODEL)
-    params = workdir.load_trained(folder).params
-    np.testing.assert_array_equal(arrays["lstm_0.bias"], params["lstm_0"]["bias"])
-    assert len(arrays) == len(jax.tree.leaves(params))
+Change = Callable[[Path], object]
 
 
-@pytest.mark.slow
-def test_every_command_reads_a_folder(trained: Path, folder: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
-    for module, arguments in {
-        "sample": ["--length=30", "--prompt=ROMEO:"],
-        "evaluate": [],
-        "export": ["--length=200", f"--to={tmp_path / 'page.html'}"],
-        "convert": [f"--to={tmp_path / 'again'}", "--dtype=bfloat16"],
-    }.items():
-        done = commands.run(module, f"--workdir={copy}", *arguments)
-        assert done.returncode == 0, done.stderr
-        if module in ("sample", "evaluate"):  # The alias of the flag.
-            assert commands.run(module, f"--model={trained}", *arguments).stdout == done.stdout
-    assert lstm_jax.load([copy, trained]).generate("A", length=5).startswith("A")
-    assert sorted(path.name for path in copy.iterdir()) == sorted(
-        path.name for path in folder.iterdir()
-    )
+def change_config(**changes: Any) -> Change:
+    """Change fields of the config, by their names with __ for a dot, with a valid checksum."""
+
+    def change(folder: Path) -> None:
+        config = files.read_json(folder / workdir.CONFIG)
+        for field, value in changes.items():
+            *parents, last = field.split("__")
+            at = config
+            for parent in parents:
+                at = at[parent]
+            at[last] = value
+        files.write_json(folder / workdir.CONFIG, config)
+
+    return change
 
 
-@pytest.mark.slow
-def test_a_run_starts_from_a_folder_but_not_in_it(
-    folder: Path, tiny_config: ConfigDict, tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match="holds a model without its run: .*--init_from "):
-        training.train(tiny_config, folder)
-    tiny_config.init_from, tiny_config.max_steps = str(folder), 1
-    assert training.train(tiny_config, tmp_path / "run", quiet=True) == 0
-    assert workdir.load_config(tmp_path / "run").init_from == str(folder)
+def change_vocabulary(**changes: Any) -> Change:
+    def change(folder: Path) -> None:
+        fields = files.read_json(folder / workdir.VOCABULARY)
+        size = len(fields["units"])
+        fields |= changes
+        fields["units"] = (fields["units"] + [f" {i}" for i in range(size)])[:size]
+        files.write_json(folder / workdir.VOCABULARY, fields)
+
+    return change
 
 
-def test_any_flipped_byte_of_the_parameters_is_detected(folder: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
-    content = (folder / workdir.MODEL).read_bytes()
-    header = 8 + int.from_bytes(content[:8], "little")
-    for at in [*range(0, header, 37), *range(header, len(content), len(content) // 7)]:
-        flipped = content[:at] + bytes([content[at] ^ 0x04]) + content[at + 1 :]
-        (copy / workdir.MODEL).write_bytes(flipped)
-        with pytest.raises(UserError, match=r"is damaged|does not hold the model"):
-            workdir.load_params(copy, workdir.load_trained(folder).model)
+def change_header(header: bytes, length: int | None = None) -> Change:
+    """Replace the header of the parameters, and perhaps only say that it has this length."""
+
+    def change(folder: Path) -> None:
+        content = (folder / workdir.MODEL).read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        size = (len(header) if length is None else length).to_bytes(8, "little")
+        (folder / workdir.MODEL).write_bytes(size + header + content[start:])
+
+    return change
 
 
-def test_an_error_names_a_model_that_is_not_the_one_of_the_config(
-    folder: Path, tmp_path: Path
-) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
-    content = (folder / workdir.MODEL).read_bytes()
-    for changed in (content[:-1], content + b"\0", b"", b"\xff" * 100):
-        (copy / workdir.MODEL).write_bytes(changed)
-        with pytest.raises(UserError, match=r"model.safetensors is damaged"):
-            workdir.load_trained(copy)
-    vocabulary = workdir.load_vocabulary(copy)
-    fields = {**vocabulary.to_fields(), "units": vocabulary.tokens[:-1]}
-    workdir.save_vocabulary(copy, type(vocabulary).from_fields(json.loads(json.dumps(fields))))
-    (copy / workdir.MODEL).write_bytes(content)
-    with pytest.raises(UserError, match="does not hold the model that the config describes"):
-        workdir.load_trained(copy)
+def name_cell_file(folder: Path) -> None:
+    """Let the config name a cell in a file of the folder, which would end the tests."""
+    (folder / "cell.py").write_text("import os; os._exit(1)")
+    change_config(model__cell=f"{folder}/cell.py:Cell", model__cell_sha256="0" * 64)(folder)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--to=FOLDER"], "exists: remove it, or use another --to"),
-        (
-            ["--to=x.safetensors", "--dtype=bfloat16"],
-            "--dtype is for --to with the name of a folder",
+def write_infinity(folder: Path) -> None:
+    trained = workdir.load_trained(folder)
+    params = jax.tree.map(lambda x: x.at[0].set(float("inf")), trained.params)
+    model_file.write_params(folder / workdir.MODEL, params, 1, "float32")
+
+
+DAMAGED, OTHER = "is damaged, or not a model", "does not hold the model that the config describes"
+CASES: dict[str, tuple[Change, str]] = {
+    "a file of a cell": (name_cell_file, "This file is code, which runs only if you name it"),
+    "a config of lists": (lambda f: (f / workdir.CONFIG).write_text("[" * 10**5), "too deeply"),
+    "a longer file": (lambda f: (f / workdir.MODEL).open("ab").write(b"0"), DAMAGED),
+    "an empty file": (lambda f: (f / workdir.MODEL).write_bytes(b""), DAMAGED),
+    "a header of lists": (change_header(b"[" * 10**5), DAMAGED),
+    "no metadata": (change_header(b'{"__metadata__": 1}'), OTHER),
+    "a header of 2**63 bytes": (change_header(b"{}", 2**63), DAMAGED),
+    "a terabyte": (change_config(model__hidden_size=2**18), OTHER),
+    "no number": (write_infinity, "are not finite"),
+    "other tokens": (change_vocabulary(units=["", "[UNK]", *"aa"]), "a token occurs twice"),
+    "a token of 10 MB": (
+        change_vocabulary(kind="words", units=["", "[UNK]", "x" * 10**7]),
+        "1,024 are the maximum",
+    ),
+    "a surrogate": (change_vocabulary(kind="bytes", units=["", "[UNK]", "\ud800"]), "damaged"),
+    "endless rounds": (
+        change_config(model__cell="mogrifier", model__options={"rounds": 10**5}),
+        "rounds",
+    ),
+    "rounds and layers": (
+        change_config(
+            model__cell="mogrifier", model__options={"rounds": 100}, model__num_layers=100
         ),
-        (["--to=x", "--drop_special"], "--drop_special is for --to with the name of a file"),
-        (["--to=x.pt2"], "end in .safetensors, or have no suffix, for a folder"),
-    ],
-)
-def test_a_mistake_gives_one_line(arguments: list[str], message: str, folder: Path) -> None:
-    arguments = [argument.replace("FOLDER", str(folder)) for argument in arguments]
-    done = commands.run("convert", f"--workdir={folder}", *arguments)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert message in done.stderr
+        "25,000",
+    ),
+}
+VALUES: tuple[Any, ...] = (
+    "/dev/zero", "/**/*x*", "a" * 300, "a\0b", '"""', "\x1b[31m", "\udcff", "", None, True, -1, 0,
+    2**31, 2**70, 1e308, float("inf"), [], {}, ["a", "b"], [[1], 2, 3],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_folder_that_was_made_to_do_harm(name: str, copy: Path) -> None:
+    change, message = CASES[name]
+    change(copy)
+    with pytest.raises(UserError, match=message) as error:
+        workdir.load_trained(copy)
+    assert "\n" not in str(error.value)
+
+
+def test_any_value_of_a_field_is_read_or_named(folder: Path, copy: Path) -> None:
+    fields = [field for field, _ in config_lib.flatten(config_lib.default())]
+    drawn = random.Random(draws.SEED)
+    for _ in range(60 * draws.TIMES):
+        shutil.copytree(folder, copy, dirs_exist_ok=True)
+        field, value = drawn.choice(fields), drawn.choice(VALUES)
+        change_config(**{field.replace(".", "__"): value})(copy)
+        try:
+            trained = workdir.load_trained(copy)
+        except UserError as error:
+            assert "\n" not in str(error), (field, value)
+        else:
+            assert trained.step, (field, value)

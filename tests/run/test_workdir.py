@@ -7,7 +7,6 @@ import pytest
 
 from lstm_jax.errors import UserError
 from lstm_jax.run import workdir
-from lstm_jax.vocabulary import Vocabulary
 
 
 def test_an_error_names_a_missing_or_damaged_file(tmp_path: Path, trained: Path) -> None:
@@ -61,12 +60,3 @@ def test_restoring_drops_later_history_and_warns_about_lost_content(
     assert capsys.readouterr().err == (
         f"warning: {tmp_path / workdir.METRICS} has lost some of its content\n"
     )
-
-
-def test_a_vocabulary_that_could_not_be_read_is_not_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(workdir, "_VOCABULARY_LIMIT", 100)
-    with pytest.raises(UserError, match="would be larger than .* MiB: raise data.min_count"):
-        workdir.save_vocabulary(tmp_path, Vocabulary.from_text("abc"))
-    assert not list(tmp_path.iterdir())
