@@ -36,7 +36,6 @@ ROWS: dict[str, list[str]] = {
     "averaged weights": ["optimizer.average_decay=0.998"],
     "12 epochs": ["num_epochs=12"],
     "9 epochs": ["num_epochs=9"],
-    "9 epochs and weight decay 0.3": ["optimizer.weight_decay=0.3", "num_epochs=9"],
 }
 _END = "--split=validation+test"
 COLUMNS = {
