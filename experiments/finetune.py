@@ -1,7 +1,7 @@
 """Train a trained model further on another text: the config of --init_from without --config."""
 # python -m lstm_jax.main --init_from MODEL --config.data.path=my.txt
 #
-# The same as --config experiments/finetune.py:MODEL. docs/finetuning.md has measurements.
+# The same as --config experiments/finetune.py:MODEL. docs/training.md has measurements.
 
 from ml_collections import ConfigDict
 

@@ -2,7 +2,7 @@
 
 The same command resumes a run that was stopped. Every field of the config can be set on the command
 line, for example --config.optimizer.learning_rate=1e-3 or --config.data.path=my.txt. Without
---config, --init_from MODEL trains a model further, with its own sizes (docs/finetuning.md).
+--config, --init_from MODEL trains a model further, with its own sizes (docs/training.md).
 """
 
 if __name__ == "__main__":
