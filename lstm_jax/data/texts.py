@@ -1,16 +1,21 @@
-"""Read the splits of a text, and encode each as one array of ids.
+"""Find and split the files of a text, and encode each split as one array of ids.
 
-The ids of a large text are written to a file in the user's cache, and mapped from it. The name of
-the file is a checksum of text and vocabulary, so that it never has the ids of another text.
+A text is read in pieces, as often as needed, so that it may be larger than memory. The ids of a
+large one are written to a file in the user's cache, and mapped from it. The name of the file is a
+checksum of text and vocabulary, so that it never has the ids of another text.
 """
 
+import codecs
 import dataclasses
-import errno
+import glob
 import hashlib
+import itertools
 import json
 import os
+import re
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,11 +25,12 @@ from tqdm import tqdm
 
 from lstm_jax import user_cache
 from lstm_jax.config import DataConfig
-from lstm_jax.data import files, sources, standard_texts
-from lstm_jax.data.sources import Segment
-from lstm_jax.errors import UnavailableError, UserError
+from lstm_jax.data import files, standard_texts
+from lstm_jax.data.standard_texts import SPLITS
+from lstm_jax.errors import UnavailableError, UserError, name_failure
 from lstm_jax.version import __version__
 from lstm_jax.vocabulary import (
+    FILE_END,
     SEPARATORS,
     UNKNOWN_ID,
     Ids,
@@ -35,7 +41,9 @@ from lstm_jax.vocabulary import (
 )
 
 LARGE = 16 * 10**6  # The ids of a text of more bytes are in a file.
+_PIECE_BYTES = 2**20  # That are read at a time.
 _BLOCK = 2**24  # Ids that are counted at a time.
+_FILE_END, _BOM = FILE_END.encode(), codecs.BOM_UTF8
 
 # Where a text can be cut, so that the tokens of its pieces are those of the whole text; the last
 # such place first ("r"). Characters: but not within line breaks, which may be a stop token. Others:
@@ -43,6 +51,14 @@ _BLOCK = 2**24  # Ids that are counted at a time.
 _CHARACTERS = regex.compile(r"(?r)(?<=[^\r\n])(?=[^\r\n])")
 _WORDS = regex.compile(r"(?r)(?<=[\r\n])(?=\P{White_Space})|(?<=[A-Za-z])(?= [A-Za-z])")
 _CUTS = {"characters": _CHARACTERS, "bytes": _CHARACTERS}
+
+
+class Segment(NamedTuple):
+    """Bytes `start` to `stop` of a file, or of a text in memory."""
+
+    source: Path | bytes
+    start: int
+    stop: int
 
 
 class Text(NamedTuple):
@@ -57,10 +73,10 @@ class Text(NamedTuple):
     def read_pieces(self) -> Iterator[str]:
         """Yield the text in pieces whose tokens are those of the whole text."""
         pattern, rest = _CUTS.get(self.units, _WORDS), ""
-        size = sources.count_bytes(self.segments)
+        size = _count_bytes(self.segments)
         shown = {"desc": self.name, "unit": "B", "unit_scale": True, "leave": False}
         with tqdm(total=size, disable=None if size > LARGE else True, **shown) as bar:
-            for piece in sources.read_text(self.segments, self.units == "bytes"):
+            for piece in _decode(self.segments, self.units == "bytes"):
                 bar.update(len(piece))
                 rest += piece
                 if match := pattern.search(rest, max(len(rest) - len(piece) - 2, 0)):
@@ -87,14 +103,14 @@ class Text(NamedTuple):
         """
         dtype = np.min_scalar_type(len(vocabulary) - 1)
         pieces = (vocabulary.encode(piece).astype(dtype) for piece in self.read_pieces())
-        if not self.checksum or sources.count_bytes(self.segments) <= LARGE:
+        if not self.checksum or _count_bytes(self.segments) <= LARGE:
             return np.concatenate([np.zeros(0, dtype), *pieces])
         content = json.dumps([__version__, self.name, self.checksum, vocabulary.to_fields()])
         name = f"{self.name}-{hashlib.sha256(content.encode()).hexdigest()[:32]}.ids"
         path = user_cache.get_path("texts") / name
         try:
             if not path.exists():
-                _write_file(path, pieces)
+                _write_ids(path, pieces)
         except OSError as error:
             raise UnavailableError(
                 f"can't write the ids of the text to {path.parent} ({error.strerror}): free space, "
@@ -128,12 +144,11 @@ class Splits:
     """The text of each split."""
 
     texts: dict[str, Text]  # By the name of the split.
-    sha256: str  # See `sources.split_texts`.
+    sha256: str  # See `_split`.
 
     def resolve(self, data: DataConfig) -> DataConfig:
         """Return the fields with the checksum of this text and absolute paths."""
-        path = sources.make_absolute(data.path)
-        return dataclasses.replace(data, sha256=self.sha256, path=path)
+        return dataclasses.replace(data, sha256=self.sha256, path=make_absolute(data.path))
 
     def encode(self, vocabulary: Vocabulary) -> tuple[dict[str, Ids], dict[str, TextSize]]:
         """Return the ids of each split; and the sizes of validation and test text.
@@ -154,31 +169,28 @@ class Splits:
 def load_texts(data: DataConfig) -> Splits:
     """Return the splits that the `data` fields of a config describe, which are read when used.
 
-    Raise `UserError` if a text is missing, empty, or not the one that a run began with.
+    Raise `UserError` if a text is missing, or not the one that a run began with.
     """
-    any_bytes, ends = data.units == "bytes", data.document_separator == "file"
     if data.path:
-        found = sources.find_files(data.path)
-        texts = [sources.list_segments(paths, any_bytes, ends) for paths in found]
-    elif splits := standard_texts.find_splits(data):
-        texts = [sources.list_segments([path], any_bytes, ends) for path in splits]
+        texts = [_list_segments(paths, data) for paths in find_files(data.path)]
+    elif paths := standard_texts.find_splits(data):
+        texts = [_list_segments([path], data) for path in paths]
     else:
         from lstm_jax.data import datasets  # Only for a dataset: importing TFDS takes seconds.
 
-        texts = datasets.read_dataset(data)
-    segments, sha256 = sources.split_texts(texts, any_bytes, data.fractions)
+        texts = [[_hold(content)] for content in datasets.read_dataset(data)]
+    splits, sha256 = _split(texts, data)
     if data.sha256 not in ("", sha256):
         raise UserError(
             "the text is not the one this run was trained on, or is split differently (SHA-256 "
             f"and bytes of each split: {data.sha256} at that time, {sha256} now): restore that "
             "text, or train a new run on this one"
         )
-    train = Text(segments["train"], data.units, "").read_pieces
+    train = Text(splits[0], data.units, "").read_pieces
     stop = find_stop_text(data.document_separator, lambda s: any(s in piece for piece in train()))
-    split = {
-        name: Text(of_split, data.units, stop, name, sha256) for name, of_split in segments.items()
-    }
-    return Splits(split, sha256)
+    named = zip(SPLITS, splits, strict=True)
+    found = {name: Text(split, data.units, stop, name, sha256) for name, split in named}
+    return Splits(found, sha256)
 
 
 def load_texts_of_run(
@@ -186,13 +198,8 @@ def load_texts_of_run(
 ) -> dict[str, Text]:
     """Return the splits that a run was trained on, for commands that read its text again.
 
-    Args:
-      data: the `data` fields of the run's config.
-      path: the current path of its text, or None.
-      directory: TFDS's data directory, or None.
-
-    Raises:
-      UserError: as `load_texts` does.
+    `data` are fields of the run's config; `path` and `directory` are where the text is now, or
+    None. Raise `UserError` as `load_texts` does.
     """
     path = data.path if path is None else path
     directory = data.directory if directory is None else directory
@@ -206,8 +213,23 @@ def read_splits(data: DataConfig) -> dict[str, str]:
 
 def hold_text(text: str, kind: str, stop: str) -> Text:
     """Return a text in memory, with tokens of one of `vocabulary.KINDS` and a stop token or ""."""
-    content = text.encode("utf-8", "surrogateescape")
-    return Text([Segment(content, 0, len(content))], kind, stop)
+    return Text([_hold(text.encode("utf-8", "surrogateescape"))], kind, stop)
+
+
+def read_argument(path: str, flag: str, any_bytes: bool) -> str:
+    """Return the text of a file that `flag` of a command names; "-" is standard input.
+
+    If the tokens are bytes (`any_bytes`), those that are not UTF-8 become surrogates, as in
+    Python's "surrogateescape". Raise `UserError` for them otherwise.
+    """
+    with name_failure(f"can't read {path} ({flag})"):
+        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    if any_bytes:
+        return content.decode("utf-8", "surrogateescape")
+    try:
+        return content.removeprefix(_BOM).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _describe(error, f"{path} ({flag})") from None
 
 
 def find_stop_text(separator: str, contains: Callable[[str], bool]) -> str:
@@ -228,7 +250,157 @@ def count_ids(ids: Ids, vocabulary_size: int) -> np.ndarray:
     return counts
 
 
-def _write_file(path: Path, pieces: Iterable[np.ndarray]) -> None:
+def find_files(paths: str) -> list[list[Path]]:
+    """Return the files that `data.path` names, in order: of one text, or of each split."""
+    texts = paths.split(";")
+    if len(texts) not in (1, 3):
+        raise UserError(
+            f"{paths!r} names {len(texts)} texts: it must name one, or three (train, validation "
+            "and test) separated by ;"
+        )
+    found = [[path for pattern in text.split(",") for path in _find(pattern)] for text in texts]
+    train, *others = ([path.resolve() for path in text] for text in found)
+    counts = Counter([*train, *set(itertools.chain(*others))])
+    if twice := [path for path, count in counts.items() if count > 1]:
+        raise UserError(f"{twice[0]} is named twice, so it may be in two splits: name it once")
+    return found
+
+
+def _find(pattern: str) -> list[Path]:
+    """Return the files that a path or glob pattern names, at least one."""
+    pattern = os.path.expanduser(pattern)  # A shell leaves the ~ in --config.data.path=~/a.txt.
+    if os.path.isfile(pattern):  # A name with brackets may be both a file and a pattern.
+        return [Path(pattern)]
+    if os.path.isdir(pattern):
+        inside = Path(pattern, "*")
+        raise UserError(f"{pattern} is a directory: name its files, for example {inside}")
+    matches = sorted(set(glob.glob(pattern, recursive=True)))
+    if not matches:
+        raise UserError(
+            f"there is no text file {pattern}: name an existing one (data.path, --data_path)"
+        )
+    return [Path(match) for match in matches if not os.path.isdir(match)]
+
+
+def make_absolute(paths: str) -> str:
+    """Return the paths and patterns of a `data.path` as absolute ones."""
+    return re.sub("[^,;]+", lambda path: str(Path(os.path.expanduser(path[0])).absolute()), paths)
+
+
+def _hold(content: bytes) -> Segment:
+    return Segment(content, 0, len(content))
+
+
+def _list_segments(paths: Iterable[Path], data: DataConfig) -> list[Segment]:
+    """Return the segments of files, each with `FILE_END` after it if it ends a document.
+
+    A byte-order mark is left out, unless the tokens are bytes.
+    """
+    segments = []
+    for path in paths:
+        with name_failure(f"can't read {path}"), path.open("rb") as file:
+            start = len(_BOM) if file.read(len(_BOM)) == _BOM and data.units != "bytes" else 0
+            segments.append(Segment(path, start, file.seek(0, os.SEEK_END)))
+        if data.document_separator == "file":
+            segments.append(_hold(_FILE_END))
+    return segments
+
+
+def _split(texts: Sequence[list[Segment]], data: DataConfig) -> tuple[list[list[Segment]], str]:
+    """Return train, validation and test, which are given, or cut from one text.
+
+    Each split is cut from the rest, with its length rounded down, as in TFDS's Tiny Shakespeare;
+    between characters, or for tokens of bytes between bytes, like the usual splits of enwik8. Also
+    return the checksum, `data.sha256`: SHA-256 over all splits, in hexadecimal, and the number of
+    bytes of each.
+    """
+    any_bytes, digest, length = data.units == "bytes", hashlib.sha256(), 0
+    for piece in _read_bytes(itertools.chain.from_iterable(texts)):
+        digest.update(piece)
+        length += int(np.count_nonzero(_may_cut(piece, any_bytes)))
+    splits = list(texts)
+    if len(texts) == 1:
+        of_train, of_validation, of_test = data.fractions
+        train = int(length * of_train)
+        rest = int((length - train) * (of_validation / (of_validation + of_test)))
+        first, second = (_find_byte(texts[0], at, any_bytes) for at in (train, train + rest))
+        ends = 0, first, second, _count_bytes(texts[0])
+        splits = [_cut(texts[0], *pair) for pair in itertools.pairwise(ends)]
+    sizes = map(str, map(_count_bytes, splits))
+    return splits, ":".join([digest.hexdigest(), *sizes])
+
+
+def _find_byte(text: list[Segment], place: int, any_bytes: bool) -> int:
+    """Return how many bytes of a text are before a character, or before the `FILE_END` it is in."""
+    before = 0
+    for segment in text:
+        for piece in _read_bytes([segment]):
+            places = np.flatnonzero(_may_cut(piece, any_bytes))
+            if place < len(places):
+                return before + (int(places[place]) if segment.source != _FILE_END else 0)
+            place -= len(places)
+            before += len(piece)
+    return before
+
+
+def _may_cut(content: bytes, any_bytes: bool) -> np.ndarray:
+    """Return a mask of the bytes before which a text can be cut: all, or starts of characters."""
+    # The others are 0b10xxxxxx, which are below -64 as int8.
+    return np.frombuffer(content, np.int8) >= (-128 if any_bytes else -64)
+
+
+def _cut(text: list[Segment], begin: int, end: int) -> list[Segment]:
+    """Return bytes `begin` to `end` of a text."""
+    cut, at = [], 0
+    for source, start, stop in text:
+        first, last = max(start, start + begin - at), min(stop, start + end - at)
+        if first < last:
+            cut.append(Segment(source, first, last))
+        at += stop - start
+    return cut
+
+
+def _count_bytes(text: Iterable[Segment]) -> int:
+    return sum(segment.stop - segment.start for segment in text)
+
+
+def _read_bytes(text: Iterable[Segment]) -> Iterator[bytes]:
+    """Yield the bytes of segments in pieces; raise `UserError` if they can't be read."""
+    for source, start, stop in text:
+        if isinstance(source, bytes):
+            yield source[start:stop]
+            continue
+        with name_failure(f"can't read {source}"), source.open("rb") as file:
+            file.seek(start)
+            while piece := file.read(min(_PIECE_BYTES, stop - file.tell())):
+                yield piece
+
+
+def _decode(text: Iterable[Segment], any_bytes: bool) -> Iterator[str]:
+    """Yield the text of segments in pieces; raise `UserError` if one is not UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape" if any_bytes else "strict")
+    for segment in text:
+        at = segment.start
+        for piece in _read_bytes([segment]):
+            at += len(piece)
+            try:
+                # No segment ends within a character, unless any byte is allowed.
+                yield decoder.decode(piece, final=not any_bytes and at == segment.stop)
+            except UnicodeDecodeError as error:
+                name = "the text" if isinstance(segment.source, bytes) else segment.source
+                raise _describe(error, name, at - len(error.object)) from None
+    yield decoder.decode(b"", final=True)
+
+
+def _describe(error: UnicodeDecodeError, name: object, before: int = 0) -> UserError:
+    return UserError(
+        f"{name} is not UTF-8 at byte {before + error.start}: unpack it if it is compressed, "
+        "convert it with iconv -f ENCODING -t UTF-8, where ENCODING is its own (LATIN1, EUC-JP, "
+        "GB18030 or another), or train on its bytes with data.units=bytes"
+    )
+
+
+def _write_ids(path: Path, pieces: Iterable[np.ndarray]) -> None:
     """Write the ids of a text; wait if another process writes them. Raise `OSError` if that fails.
 
     The file gets its name when it is complete.
@@ -236,8 +408,7 @@ def _write_file(path: Path, pieces: Iterable[np.ndarray]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     with part.open("ab") as lock:
-        if not files.lock_file(lock, f"Waiting for another process that encodes the text: {part}"):
-            raise OSError(errno.ENOLCK, "it has no file locks")
+        files.lock_file(lock, f"Waiting for another process that encodes the text: {part}")
         if path.exists():  # The other process has written it.
             return
         try:

@@ -10,7 +10,7 @@ import math
 
 from absl import flags
 
-from lstm_jax.data.sources import SPLITS
+from lstm_jax.data.standard_texts import SPLITS
 from lstm_jax.errors import UserError, warn
 from lstm_jax.run import command
 from lstm_jax.vocabulary import UNKNOWN_ID

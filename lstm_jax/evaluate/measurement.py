@@ -8,7 +8,7 @@ import numpy as np
 
 from lstm_jax import dynamic
 from lstm_jax import loss as loss_lib
-from lstm_jax.data import sources, texts
+from lstm_jax.data import texts
 from lstm_jax.data.texts import Text
 from lstm_jax.errors import UserError
 from lstm_jax.run import ensemble, workdir
@@ -28,7 +28,7 @@ def load_file(path: str, vocabulary: Vocabulary) -> Subject:
 
     Raise `UserError` if it can't be read, is too short, or has no token that the model knows.
     """
-    content = sources.read_argument(path, "--text", vocabulary.kind == "bytes")
+    content = texts.read_argument(path, "--text", vocabulary.kind == "bytes")
     content += FILE_END if vocabulary.stop == FILE_END else ""
     name = "standard input" if path == "-" else path
     text = texts.hold_text(content, vocabulary.kind, vocabulary.stop)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from lstm_jax import bpe
-from lstm_jax.data import files, sources, texts
+from lstm_jax.data import files, texts
 from lstm_jax.errors import UserError, name_failure, print_line
 from lstm_jax.export import activations, features
 from lstm_jax.run import workdir
@@ -41,7 +41,7 @@ def read_text(
     """
     data = workdir.load_config(workdir.find_model(directory)).data
     if text_file:
-        return sources.read_argument(text_file, "--text", data.units == "bytes")[:length]
+        return texts.read_argument(text_file, "--text", data.units == "bytes")[:length]
     text = ""
     for piece in texts.load_texts_of_run(data, *own_text)["validation"].read_pieces():
         text += piece

@@ -17,7 +17,8 @@ from tensorboardX.summary import hparams, scalar, text
 from tqdm import tqdm
 
 from lstm_jax.config import Config, flatten
-from lstm_jax.data import files, sources
+from lstm_jax.data import files
+from lstm_jax.data.standard_texts import SPLITS
 from lstm_jax.errors import UserError, name_failure
 
 _LARGEST = 2**26  # Limit in bytes of the part of metrics.jsonl that is read.
@@ -82,7 +83,7 @@ class MetricsWriter(contextlib.ExitStack[None]):
         # TensorBoard then hides later steps of earlier events, like `purge_step` of SummaryWriter.
         start = SessionLog(status=SessionLog.START)
         self._add(Event(step=self._step + 1, session_log=start))
-        losses = [f"{split}/loss" for split in sources.SPLITS]
+        losses = [f"{split}/loss" for split in SPLITS]
         for summary in hparams(list_hyperparameters(self._config), losses)[:2]:
             self._add(Event(summary=summary))
 

@@ -52,7 +52,7 @@ def main() -> None:
 
     from lstm_jax import generation
     from lstm_jax.controls import Controls, check_number, make_control_arrays
-    from lstm_jax.data import sources
+    from lstm_jax.data import texts
     from lstm_jax.run import ensemble
 
     for flag in (*_CONTROLS, _LENGTH, _SEED, _NUM_SAMPLES):  # Before loading the model.
@@ -62,7 +62,7 @@ def main() -> None:
     vocabulary = trained.vocabulary
     prompt = _PROMPT.value
     if path := _PROMPT_FILE.value:
-        prompt = sources.read_argument(path, "--prompt_file", vocabulary.kind == "bytes")
+        prompt = texts.read_argument(path, "--prompt_file", vocabulary.kind == "bytes")
     for where, text in (("the prompt", prompt), ("--forbid", _FORBID.value)):
         if named := vocabulary.name_unknown(text):
             warn(f"the model does not know {named} in {where} and reads [UNK] instead")

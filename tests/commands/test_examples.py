@@ -22,7 +22,7 @@ import commands
 import lstm_jax
 import novelty
 import runs
-from lstm_jax.data import sources
+from lstm_jax.data.standard_texts import SPLITS
 from lstm_jax.run import workdir
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -291,7 +291,7 @@ def test_a_student_learns_from_what_its_teachers_wrote(
     assert student.config.init_from == str(tmp_path / "teacher_1") and student.step <= 30
     text = text_file.read_text(encoding="utf-8")
     train, validation, test = (
-        (tmp_path / f"{name}.txt").read_text(encoding="utf-8") for name in sources.SPLITS
+        (tmp_path / f"{name}.txt").read_text(encoding="utf-8") for name in SPLITS
     )
     read = text[: len(text) - len(validation + test)]
     assert text == read + validation + test and train.count(read) == 2 and train.endswith(read)

@@ -1,13 +1,17 @@
-"""Test that a text is read in pieces, encoded into memory or a file, and split as documented."""
+"""Texts of files and datasets: found, split as documented, read in pieces, and encoded."""
 
+import hashlib
 import itertools
-import resource
+import shutil
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
@@ -17,17 +21,172 @@ import runs
 from lstm_jax import config as config_lib
 from lstm_jax import loss as loss_lib
 from lstm_jax import training
-from lstm_jax.data import files, sources, texts
-from lstm_jax.errors import UnavailableError, UserError
+from lstm_jax.data import files, texts
+from lstm_jax.errors import UserError
 from lstm_jax.run import workdir
 from lstm_jax.run.resume import extend_vocabulary
-from lstm_jax.vocabulary import KINDS, TextSize, Vocabulary, split_text
+from lstm_jax.vocabulary import FILE_END, KINDS, TextSize, Vocabulary, split_text
 
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 # Characters of 2, 3 and 4 bytes, combining marks, joined emoji, flags and both line breaks.
 MANY = (
     "Καλημέρα κόσμε, e\u0301te\u0301 na\u00efve.\r\n\r\n日本語の文章です。\n\n\n"
     "👩\u200d👩\u200d👧 🇩🇪🇫🇷 ha-ha don't 3.14\n\r\n \u200dx  y\t"
 )
+
+
+def read_files(paths: str, **fields: Any) -> dict[str, str]:
+    """Return the splits of files."""
+    return texts.read_splits(config_lib.DataConfig(path=paths, **fields))
+
+
+def test_tiny_shakespeare_is_complete_and_split_as_in_tfds(
+    shakespeare: dict[str, str], tmp_path: Path
+) -> None:
+    sizes = {"train": 1_003_854, "validation": 55_770, "test": 55_770}
+    assert {name: len(text) for name, text in shakespeare.items()} == sizes
+    joined = "".join(shakespeare.values())
+    assert hashlib.sha256(joined.encode()).hexdigest() == SHAKESPEARE_SHA256
+    checksum = f"{SHAKESPEARE_SHA256}:1003854:55770:55770"
+    packaged = workdir.load_config(workdir.find_model("tiny-shakespeare"))
+    assert packaged.data.sha256 == checksum
+    # A file with the same text is split at the same positions.
+    (tmp_path / "text").write_text(joined)
+    assert read_files(f"{tmp_path}/text") == shakespeare
+    assert texts.load_texts(config_lib.DataConfig(path=f"{tmp_path}/text")).sha256 == checksum
+
+
+def test_files_are_read_in_the_order_named_and_globs_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in {"b.txt": "zwei\r\n", "a.txt": "\ufeffeins ", "c[1].txt": "drei"}.items():
+        (tmp_path / name).write_bytes(text.encode())
+    (tmp_path / "e.txt").mkdir()
+    for pattern in ("*.txt", "**/**/*.txt"):  # The latter matches each file twice.
+        assert "".join(read_files(f"{tmp_path}/{pattern}").values()) == "eins zwei\r\ndrei"
+    assert "".join(read_files(f"{tmp_path}/c[1].txt,{tmp_path}/a.txt").values()) == "dreieins "
+    assert read_files(f"{tmp_path}/a.txt,{tmp_path}/b.txt;{tmp_path}/c*;{tmp_path}/c*") == {
+        "train": "eins zwei\r\n",
+        "validation": "drei",
+        "test": "drei",
+    }
+    for paths in ("*.txt,{}/a.txt", "*.txt;{}/a.txt;{}/b.txt"):
+        with pytest.raises(UserError, match="/a.txt is named twice"):
+            texts.find_files(f"{tmp_path}/" + paths.replace("{}", str(tmp_path)))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert texts.find_files("~/a.txt") == [[tmp_path / "a.txt"]]
+    assert texts.make_absolute("~/a.txt;/b") == f"{tmp_path}/a.txt;/b"
+
+
+def test_an_error_names_a_bad_file(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("plain, then caf\u00e9 au lait".encode("latin-1"))
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    for name, message in {
+        "missing.txt": "no text file .*missing.txt",
+        "gone*": "can't read .*gone.txt: No such file",
+        "latin.txt": "latin.txt is not UTF-8 at byte 15",
+        "": r"is a directory: name its files, for example .*[^/]/\*$",
+        "a;b": "names 2 texts: it must name one, or three .train",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            read_files(f"{tmp_path}/{name}")
+
+
+def test_each_file_or_example_is_a_document(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name * 30)
+    text = "".join(read_files(f"{tmp_path}/*", document_separator="file").values())
+    assert text == "a" * 30 + FILE_END + "b" * 30 + FILE_END
+    splits = read_dataset("fables", tmp_path, document_separator="file")
+    assert sorted("".join(splits).split(FILE_END)[:-1]) == sorted(f"story {i}" for i in range(50))
+
+
+def test_no_split_of_bytes_begins_within_the_end_of_a_file(tmp_path: Path) -> None:
+    for name in "abcd":
+        (tmp_path / f"{name}.txt").write_text(name * 97)
+    for train in (0.745, 0.7475, 0.75):
+        fields = {"fractions": (train, 0.95 - train, 0.05), "document_separator": "file"}
+        splits = read_files(f"{tmp_path}/*.txt", units="bytes", **fields)
+        assert sum(text.count(FILE_END) for text in splits.values()) == 4
+
+
+def test_a_text_of_bytes_is_split_at_byte_offsets(tmp_path: Path) -> None:
+    content = b"\xef\xbb\xbf" + ("é€" * 50).encode() + bytes(range(256)) * 3
+    (tmp_path / "file").write_bytes(content)
+    data = config_lib.DataConfig(path=f"{tmp_path}/file", units="bytes")
+    parts = [x.encode("utf-8", "surrogateescape") for x in texts.read_splits(data).values()]
+    checksum = [hashlib.sha256(content).hexdigest(), *(str(len(part)) for part in parts)]
+    assert texts.load_texts(data).sha256 == ":".join(checksum)
+    assert b"".join(parts) == content
+    assert len(parts[0]) == int(0.9 * len(content))
+    # A split in the middle of a two-byte character.
+    (tmp_path / "file").write_text("é" * 10)
+    train = read_files(f"{tmp_path}/file", units="bytes", fractions=(0.45, 0.25, 0.3))["train"]
+    assert len(train.encode("utf-8", "surrogateescape")) == 9
+
+
+# Datasets.
+
+
+class Fables(tfds.core.GeneratorBasedBuilder):
+    """A dataset with a train and a test split."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "title": tfds.features.Text(),
+            "story": tfds.features.Text(),
+            "pages": tfds.features.Scalar(np.int32),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        return {"train": self._generate_examples(50), "test": self._generate_examples(5)}
+
+    def _generate_examples(self, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        for i in range(count):
+            yield i, {"title": f"t{i}", "story": f"story {i}", "pages": i}
+
+
+class Unpreparable(Fables):
+    """A dataset whose preparation fails."""
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        raise AssertionError("Download it\nby hand")
+
+
+def read_dataset(name: str, directory: Path, feature: str = "story", **fields: Any) -> list[str]:
+    """Return the splits of a dataset of TFDS."""
+    data = config_lib.DataConfig(
+        dataset=name, directory=str(directory), text_feature=feature, **fields
+    )
+    return list(texts.read_splits(data).values())
+
+
+def test_any_tfds_dataset_with_a_text_feature(tmp_path: Path) -> None:
+    splits = read_dataset("fables", tmp_path, fractions=(0.8, 0.1, 0.1))
+    train = "".join(splits)
+    # Without a validation split, all three splits come from the 50 training examples.
+    assert sorted(train.split("\n")) == sorted(f"story {i}" for i in range(50))
+    assert len(splits[0]) == int(0.8 * len(train))
+    with pytest.raises(UserError, match="no text feature 'pages' .*title, story"):
+        read_dataset("fables", tmp_path, "pages")
+
+
+def test_an_error_says_why_a_dataset_is_not_read(tfds_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="can't prepare unpreparable .* Download it by hand"):
+        read_dataset("unpreparable", tmp_path)
+    with pytest.raises(UserError, match="no dataset 'no_such_thing'"):
+        read_dataset("no_such_thing", tmp_path)
+    shutil.copytree(tfds_dir, tmp_path, dirs_exist_ok=True)
+    (info,) = tmp_path.glob("tiny_shakespeare/*/dataset_info.json")
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(UserError, match=r"only TensorFlow reads: use another data.directory"):
+        read_dataset("tiny_shakespeare", tmp_path)
+
+
+# Ids.
 
 
 @pytest.fixture
@@ -36,7 +195,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(texts, "LARGE", 0)
     monkeypatch.setattr(texts, "_BLOCK", 701)
-    monkeypatch.setattr(sources, "_PIECE_BYTES", 1000)
+    monkeypatch.setattr(texts, "_PIECE_BYTES", 1000)
     return tmp_path / "cache" / "lstm-jax" / "texts"
 
 
@@ -143,25 +302,14 @@ def test_a_text_is_encoded_once_for_each_vocabulary(
     assert len(list(cache.iterdir())) == 9
 
 
-def test_a_file_of_ids_gets_its_name_when_it_is_complete(
-    data: ConfigDict, tmp_path: Path, cache: Path
-) -> None:
+def test_a_file_of_ids_gets_its_name_when_it_is_complete(data: ConfigDict, cache: Path) -> None:
     text = texts.load_texts(data).texts["train"]
     vocabulary = text.make_vocabulary(data)
     expected = text.encode(vocabulary).tolist()
     (path,) = cache.iterdir()
     path.unlink()
-    # What a killed process leaves.
     part = path.with_suffix(".part")
-    part.write_bytes(b"unfinished" * 10_000)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
-    try:
-        with pytest.raises(UnavailableError, match="can't write the ids .* too large.*XDG_CACHE"):
-            text.encode(vocabulary)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert not path.exists() and part.stat().st_size == 0
+    part.write_bytes(b"unfinished" * 10_000)  # What a killed process leaves.
     # Two processes: the second waits for the first.
     found: list[list[int]] = []
     threads = [
@@ -180,7 +328,8 @@ def test_a_file_of_ids_gets_its_name_when_it_is_complete(
     assert list(cache.iterdir()) == [path]
 
 
-def test_a_text_that_is_not_utf8_is_named(data: ConfigDict, tmp_path: Path, cache: Path) -> None:
+@pytest.mark.usefixtures("cache")
+def test_a_text_that_is_not_utf8_is_named(data: ConfigDict, tmp_path: Path) -> None:
     for content, place in ((b"x" * 5000 + b"caf\xe9 x", 5003), (b"\xef\xbb\xbfab\xe2\x82", 5)):
         (tmp_path / "text" / "b.txt").write_bytes(content)
         with pytest.raises(UserError, match=f"b.txt is not UTF-8 at byte {place}: "):
@@ -227,17 +376,13 @@ def test_pieces_of_any_size_have_the_tokens_of_the_text(
     kind: str, pieces: list[str], size: int, stop: str
 ) -> None:
     whole = "".join(pieces)
+    # A segment of a text in memory is read as one piece.
+    content = whole.encode()
+    places = [i for i, byte in enumerate(content) if byte & 0xC0 != 0x80]
+    bounds = itertools.pairwise([*places[::size], len(content)])
     held = texts.hold_text(whole, kind, stop)
-    found = list(held._replace(segments=cut(held.segments, size)).read_pieces())
+    cut = held._replace(segments=[texts.Segment(content, *pair) for pair in bounds])
+    found = list(cut.read_pieces())
     assert "".join(found) == whole
     tokens = [token for piece in found for token in split_text(piece, kind, stop)]
     assert tokens == list(split_text(whole, kind, stop))
-
-
-def cut(segments: list[sources.Segment], size: int) -> list[sources.Segment]:
-    """Cut a text in memory, which is otherwise read as one piece, between characters."""
-    (segment,) = segments
-    assert isinstance(segment.source, bytes)
-    places = [i for i, byte in enumerate(segment.source) if byte & 0xC0 != 0x80]
-    bounds = [*places[::size], len(segment.source)]
-    return [sources.Segment(segment.source, *pair) for pair in itertools.pairwise(bounds)]

@@ -186,10 +186,10 @@ CASES: dict[str, tuple[Change, str]] = {
     "a header of 2**63 bytes": (change_header(b"{}", 2**63), DAMAGED),
     "a terabyte": (change_config(model__hidden_size=2**18), OTHER),
     "no number": (write_infinity, "are not finite"),
-    "other tokens": (change_vocabulary(units=["", "[UNK]", *"aa"]), "a token occurs twice"),
+    "a token twice": (change_vocabulary(units=["", "[UNK]", *"aa"]), "a token occurs twice"),
     "a token of 10 MB": (
         change_vocabulary(kind="words", units=["", "[UNK]", "x" * 10**7]),
-        "1,024 are the maximum",
+        "1 to 1,024 characters",
     ),
     "a surrogate": (change_vocabulary(kind="bytes", units=["", "[UNK]", "\ud800"]), "damaged"),
     "endless rounds": (
