@@ -166,8 +166,8 @@ def test_everything_that_a_page_names_exists(page: Path) -> None:
                 source = (ROOT / command[1]).read_text(encoding="utf-8")
                 for flag in re.findall(r"--([a-z_]+)", " ".join(command)):
                     assert re.search(rf'"(--)?{flag}"|\b{flag}=', source), f"{command}: {flag}"
-    for named in re.findall(r"\btests/[\w/]+\.py", content):
-        assert (ROOT / named).exists(), named
+    for named in re.findall(r"\btests/[\w/]+\.py|(?<=`)[a-z_]+/[a-z_]+\.py(?=`)", content):
+        assert (ROOT / named).exists() or (ROOT / "lstm_jax" / named).exists(), named
     # Check fields and flags between backticks.
     folders = ("lstm_jax", "benchmarks", "examples")
     sources = (path for folder in folders for path in (ROOT / folder).rglob("*.py"))
