@@ -34,41 +34,38 @@ _TEXT = flags.DEFINE_string(
 )
 _MODULES = flags.DEFINE_list(
     "modules",
-    [],
-    "Names of the Embedding, the LSTM or GRU, and the Linear in --from. "
-    "[default: embedding,lstm,linear or embedding,gru,linear]",
+    ["embedding", "lstm", "linear"],
+    "Names of the Embedding, the LSTM or GRU, and the Linear in --from.",
 )
-_DROP_SPECIAL = flags.DEFINE_boolean("drop_special", False, "Omit the rows of '' and '[UNK]'.")
 _DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16"], "Dtype of a folder's weights. [default: float32]"
+    "dtype", "float32", ["float32", "bfloat16"], "Dtype of the weights in a folder."
 )
 
 
 def main() -> None:
     """Convert in the direction that the flags specify."""
-    if _WORKDIR.value is None:
-        raise UserError("specify the working directory: --workdir DIR")
-    if (_FROM.value is None) == (_TO.value is None):
-        raise UserError("give either --from FILE, to make the --workdir, or --to FILE, to read it")
+    if _WORKDIR.value is None or (_FROM.value is None) == (_TO.value is None):
+        raise UserError(
+            "give --workdir DIR, and either --from FILE, to make this folder, or --to, to read it"
+        )
+    if len(_MODULES.value) != 3:
+        raise UserError("--modules needs three names, such as encoder,rnn,decoder")
     # Here, because it imports JAX, which --help does not need.
     from lstm_jax.convert import transfer
 
-    directory, is_folder = Path(_WORKDIR.value), bool(_TO.value) and not Path(_TO.value).suffix
-    if _DTYPE.value and not is_folder:
-        raise UserError("--dtype is for --to with the name of a folder, without a suffix")
-    if _DROP_SPECIAL.value and (_FROM.value or is_folder):
-        raise UserError("--drop_special is for --to with the name of a file")
-    if _TO.value and (_VOCABULARY.value or _TEXT.value or _MODULES.value):
-        raise UserError("--vocabulary, --text and --modules are for --from")
-    if len(_MODULES.value) not in (0, 3):
-        raise UserError("--modules needs three names, such as encoder,rnn,decoder")
-    if _FROM.value is not None:
-        text = _VOCABULARY.value, _TEXT.value
-        transfer.import_weights(Path(_FROM.value), directory, *text, _MODULES.value)
-    elif is_folder:
-        transfer.export_folder(directory, Path(_TO.value), _DTYPE.value or "float32")
+    directory, file = Path(_WORKDIR.value), Path(_FROM.value or _TO.value)
+    if _TO.value and not file.suffix:
+        transfer.export_folder(directory, file, _DTYPE.value)
+        return
+    if file.suffix != ".safetensors":
+        raise UserError(
+            f"the name of {file} must end in .safetensors: write weights with "
+            "safetensors.torch.save_file(model.state_dict(), 'my.safetensors')"
+        )
+    if _TO.value:
+        transfer.export_weights(directory, file)
     else:
-        transfer.export_weights(directory, Path(_TO.value), _DROP_SPECIAL.value)
+        transfer.import_weights(file, directory, _VOCABULARY.value, _TEXT.value, _MODULES.value)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Convert a file of PyTorch's weights to the folder of a model, and back; make such a folder."""
 
-import contextlib
 import json
 import shlex
 import tempfile
@@ -11,14 +10,14 @@ from ml_collections import ConfigDict
 
 from lstm_jax import config as config_lib
 from lstm_jax import model as model_lib
-from lstm_jax import vocabulary as vocabulary_lib
 from lstm_jax.convert import card, torch_weights
 from lstm_jax.data import files, texts
 from lstm_jax.errors import UserError, name_failure, print_line
 from lstm_jax.run import messages, metrics, model_file, workdir
+from lstm_jax.vocabulary import SEPARATORS, Vocabulary
 
-_SUFFIX = ".safetensors"
 _CARD = "README.md"
+MODULES = ("embedding", "lstm", "linear")
 
 
 def import_weights(
@@ -26,44 +25,30 @@ def import_weights(
     directory: Path,
     vocabulary_file: str | None,
     text_file: str | None,
-    modules: Sequence[str] = (),
+    modules: Sequence[str] = MODULES,
 ) -> None:
     """Make the folder of a model from a file of weights, or raise `UserError`.
 
     `text_file` is the text that the model was trained on, for `evaluate`. The tokens are those of
-    the vocabulary.json `vocabulary_file`, or else the characters of this text. For `modules`, see
-    `torch_weights.find_modules`.
+    the vocabulary.json `vocabulary_file`, or else the characters of this text. `modules` are the
+    names of the Embedding, the LSTM or GRU, and the Linear.
     """
-    if source.suffix != _SUFFIX:
-        raise UserError(
-            f"{source} (--from): its name must end in {_SUFFIX}: write it with "
-            "safetensors.torch.save_file(model.state_dict(), 'my.safetensors')"
-        )
     if not vocabulary_file and not text_file:
         raise UserError(
             f"{source} does not contain its vocabulary: give --vocabulary FILE, or --text FILE "
             "with the text whose characters are the tokens"
         )
     directory = workdir.check_path(directory).absolute()
-    if directory.is_dir() and any(directory.iterdir()):
-        raise UserError(f"{directory} is not empty: use another --workdir")
     config, tokens, stop = _describe_text(vocabulary_file, text_file)
     try:
         arrays = torch_weights.read_file(source)
-        found = torch_weights.find_modules(arrays, modules)
-        fields, params = torch_weights.to_model(arrays, found)
-        params, vocabulary, added = torch_weights.add_special_rows(
-            params, tokens, config.data.units, stop
-        )
+        fields, params = torch_weights.to_model(arrays, modules)
+        params, vocabulary = torch_weights.add_special_rows(params, tokens, config.data.units, stop)
     except UserError as error:
         raise UserError(f"{source} can't be converted: {error}") from None
     config.model.update(fields)
     make_folder(directory, config_lib.complete_config(config), vocabulary, params)
     print(f"{messages.format_parameters(params)}\n")
-    if added:
-        print_line(
-            f"Added {' and '.join(map(repr, added))}, which the model lacked, with logits of -30"
-        )
     print_line(f"Wrote the model of {source} to {directory}")
     print_line(f"Generate text: python -m lstm_jax.sample --workdir {shlex.quote(str(directory))}")
 
@@ -72,37 +57,34 @@ def _describe_text(
     vocabulary_file: str | None, text_file: str | None
 ) -> tuple[ConfigDict, Sequence[str], str]:
     """Return a config with the `data` fields of a model, its tokens by id, and the stop token."""
-    config, splits = config_lib.default(), dict[str, str]()
-    tokens: Sequence[str] = ()
-    kind, stop = "characters", ""
+    config, tokens, stop = config_lib.default(), list[str](), ""
     if vocabulary_file:
-        tokens, kind, stop = read_vocabulary(vocabulary_file)
-    names = {
-        texts.find_stop_text(name, stop.__contains__): name for name in vocabulary_lib.SEPARATORS
-    }
-    if stop not in names:
-        raise UserError(f"there is no data.document_separator for the stop token {stop!r}")
-    config.data.units, config.data.document_separator = kind, names[stop]
+        content = texts.read_argument(vocabulary_file, "--vocabulary", any_bytes=False)
+        try:
+            fields = json.loads(content)
+            tokens, stop = list(fields["units"]), fields["stop"]
+            names = {texts.find_stop_text(s, stop.__contains__): s for s in SEPARATORS}
+            config.data.units, config.data.document_separator = fields["kind"], names[stop]
+        except (ValueError, TypeError, LookupError, AttributeError):
+            raise UserError(
+                f"{vocabulary_file} (--vocabulary) is not a vocabulary.json, such as "
+                '{"kind": "characters", "stop": "", "units": ["a", "b"]}'
+            ) from None
     if text_file:
         config.data.path = texts.make_absolute(text_file)
         loaded = texts.load_texts(config_lib.complete_config(config).data)
         config.data.sha256 = loaded.sha256
-        splits = {name: text.read() for name, text in loaded.texts.items()}
-    if not vocabulary_file:
-        tokens = vocabulary_lib.Vocabulary.from_text("".join(splits.values())).tokens
+        if not vocabulary_file:
+            text = "".join(split.read() for split in loaded.texts.values())
+            tokens = [*Vocabulary.from_text(text).tokens]
     return config, tokens, stop
 
 
-def export_weights(directory: Path, target: Path, drop_special: bool = False) -> None:
+def export_weights(directory: Path, target: Path) -> None:
     """Write the best checkpoint of a working directory to a file of weights, or raise `UserError`.
 
-    The vocabulary is written beside it, to a file with .vocabulary.json added to the name. If
-    `drop_special`, the rows of "" and "[UNK]" are left out of both.
+    The vocabulary is written beside it, to a file with .vocabulary.json added to the name.
     """
-    if target.suffix != _SUFFIX:
-        raise UserError(
-            f"{target} (--to): its name must end in {_SUFFIX}, or have no suffix, for a folder"
-        )
     beside = target.with_name(target.name + ".vocabulary.json")
     for path in (target, beside):
         if path.exists():
@@ -113,25 +95,13 @@ def export_weights(directory: Path, target: Path, drop_special: bool = False) ->
     except UserError as error:
         raise UserError(f"{directory} can't be converted: {error}") from None
     trained = workdir.load_trained(directory)
-    first = len(vocabulary_lib.SPECIAL_IDS) if drop_special else 0
-    arrays = torch_weights.from_model(trained.model, trained.params, first)
-    content = torch_weights.to_bytes(arrays)
-    fields = trained.vocabulary.to_fields()
-    fields["units"] = fields["units"][first:]
-    try:
-        files.write_file(beside, (json.dumps(fields, indent=0) + "\n").encode())
+    content = torch_weights.to_bytes(torch_weights.from_model(trained.model, trained.params))
+    with name_failure(f"can't write {target}"):
+        files.write_file(beside, json.dumps(trained.vocabulary.to_fields(), indent=0).encode())
         files.write_file(target, content)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise UserError(f"can't write {target}: {error.strerror}") from None
     print_line(
         f"Wrote the model of {directory}, step {trained.step}, to {target}, tokens to {beside}"
     )
-    if (dtype := trained.model.dtype) != "float32":
-        print(f"Its matmuls use {dtype} in this package: logits in float32 differ by rounding")
-    if trained.vocabulary.stop:
-        print("Each document starts from a zero state here: reset the state before a stop token")
 
 
 def export_folder(directory: Path, target: Path, dtype: str) -> None:
@@ -158,27 +128,10 @@ def export_folder(directory: Path, target: Path, dtype: str) -> None:
     print_line(f"Its card, {target / _CARD}, names the text and the losses: complete it by hand")
 
 
-def read_vocabulary(path: str) -> tuple[list[str], str, str]:
-    """Return the tokens of a vocabulary.json by id, their kind, and the stop token."""
-    try:
-        fields = json.loads(texts.read_argument(path, "--vocabulary", any_bytes=False))
-        tokens, kind, stop = fields["units"], fields["kind"], fields["stop"]
-        if not isinstance(tokens, list) or not all(
-            isinstance(x, str) for x in [kind, stop, *tokens]
-        ):
-            raise ValueError
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise UserError(
-            f"{path} (--vocabulary) is not a vocabulary.json, such as "
-            '{"kind": "characters", "stop": "", "units": ["a", "b"]}'
-        ) from None
-    return tokens, kind, stop
-
-
 def make_folder(
     directory: Path,
     config: config_lib.Config,
-    vocabulary: vocabulary_lib.Vocabulary,
+    vocabulary: Vocabulary,
     params: model_lib.Params,
     step: int = 0,
     dtype: str = "float32",

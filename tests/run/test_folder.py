@@ -47,8 +47,8 @@ def test_a_folder_holds_the_model_of_its_run(trained: Path, folder: Path, tmp_pa
     names = {"README.md", workdir.CONFIG, workdir.MODEL, workdir.VOCABULARY}
     assert {path.name for path in folder.iterdir()} == names
     card = (folder / "README.md").read_text()
-    assert "# tiny\n" in card and "| test | " in card
-    assert "Text:\n\n    text.txt, license: unknown" in card
+    assert "# tiny\n" in card and ", test " in card
+    assert "added here:\n\n    text.txt, SHA-256 and bytes: " in card
     small = tmp_path / "small"
     transfer.export_folder(folder, small, "bfloat16")
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), before.params)
