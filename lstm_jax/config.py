@@ -96,7 +96,7 @@ def is_gated(model: Any) -> bool:
 # The keys of `cells.CELLS`.
 CELLS = (
     "lstm", "peephole", "mogrifier", "multiplicative", "gru", "rnn", "minlstm", "mingru", "rglru",
-    "slstm", "mlstm")
+    "paragru", "slstm", "mlstm")
 # The keys of `standard_texts.STANDARD_TEXTS`, which have splits.
 STANDARD_TEXTS = (
     "tiny_shakespeare", "enwik8", "text8", "penn_treebank", "wikitext2")

@@ -16,6 +16,7 @@ from lstm_jax.cells.minlstm import MinLSTMCell
 from lstm_jax.cells.mlstm import MLSTMCell
 from lstm_jax.cells.mogrifier import MogrifierLSTMCell
 from lstm_jax.cells.multiplicative import MultiplicativeLSTMCell
+from lstm_jax.cells.paragru import ParaGRUCell
 from lstm_jax.cells.peephole import PeepholeLSTMCell
 from lstm_jax.cells.rglru import RGLRUCell
 from lstm_jax.cells.rnn import RNNCell
@@ -33,6 +34,7 @@ CELLS: Mapping[str, type[nn.Module]] = MappingProxyType(
         "minlstm": MinLSTMCell,
         "mingru": MinGRUCell,
         "rglru": RGLRUCell,
+        "paragru": ParaGRUCell,
         "slstm": SLSTMCell,
         "mlstm": MLSTMCell,
     }

@@ -193,7 +193,7 @@ def test_no_cell_ignores_layer_norm_or_recurrent_dropout(name: str, block: str) 
             models.draw_params(normalized)
     rates = config.default().regularization
     rates.recurrent_dropout = 0.5
-    if name in ("minlstm", "mingru", "rglru", "mlstm"):
+    if name in ("minlstm", "mingru", "rglru", "paragru", "mlstm"):
         with pytest.raises(UserError, match="needs a cell with a parameter recurrent_kernel"):
             regularization.drop_parameters(rates, plain, jax.random.key(0))
         return

@@ -86,6 +86,17 @@ def rglru(p: Arrays, x: np.ndarray) -> np.ndarray:
     return np.stack(outputs, 1)
 
 
+def paragru(p: Arrays, x: np.ndarray) -> np.ndarray:
+    h, outputs = np.zeros((len(x), HIDDEN)), []
+    for x_t in x.swapaxes(0, 1):
+        r, z, n = np.split(x_t @ p["input_kernel"] + p["bias"], 3, axis=-1)
+        scale_r, scale_z, scale_n = p["recurrent_scale"]
+        r, z = sigmoid(r + scale_r * h), sigmoid(z + scale_z * h)
+        h = (1 - z) * h + z * np.tanh(n + scale_n * r * h)
+        outputs.append(h)
+    return np.stack(outputs, 1)
+
+
 def slstm(p: Arrays, x: np.ndarray) -> np.ndarray:
     c = n = h = np.zeros((len(x), HIDDEN))
     size, outputs = HIDDEN // HEADS, []
@@ -149,6 +160,7 @@ REFERENCES: dict[str, Callable[[Arrays, np.ndarray], np.ndarray]] = {
     "mingru": mingru,
     "minlstm": minlstm,
     "rglru": rglru,
+    "paragru": paragru,
     "slstm": slstm,
     "mlstm": mlstm,
     "block": block,
@@ -161,6 +173,7 @@ PARAMETERS = {
     "mingru": 2 * H * (N + 1),
     "minlstm": 3 * H * (N + 1),
     "rglru": H * (N + 1) + 2 * H * (H + 1) + H,
+    "paragru": 3 * H * (N + 1) + 3 * H,
     "slstm": 4 * H * (N + H // HEADS + 1),
     "mlstm": 4 * H * (N + 1) + 2 * HEADS * (N + 1),
     "block": 6 * H**2 + 7 * H + N * H + 2 * H * (H + 1),

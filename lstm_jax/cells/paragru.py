@@ -1,0 +1,92 @@
+"""The ParaGRU cell, a nonlinear recurrence whose steps can be computed at once."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lstm_jax import ops
+from lstm_jax.cells.base import SizedCell
+from lstm_jax.cells.protocol import Gates
+from lstm_jax.matmul import matmul
+from lstm_jax.ops.gates import HiddenCarry
+
+_ROUNDS = 3  # As in the paper.
+
+
+class ParaGRUCell(SizedCell):
+    """One step of a ParaGRU (Danieli et al. 2026): a GRU with diagonal recurrent kernels.
+
+        r = sigmoid(x Wr + ar * h + br)         reset gate; ar, az, an are rows of `recurrent_scale`
+        z = sigmoid(x Wz + az * h + bz)         update gate
+        n = tanh(x Wn + an * (r * h) + bn)      candidate
+        h' = (1 - z) * h + z * n
+
+    A unit reads only itself, so the derivative of h' by h is one number a unit. Newton's method
+    then solves the equations of all steps at once: each round is a linear recurrence.
+    """
+
+    def setup(self) -> None:
+        """Declare the parameters; r, z, n are side by side."""
+        shape = (self.input_size, 3 * self.hidden_size)
+        self.input_kernel = self.param("input_kernel", nn.initializers.glorot_uniform(), shape)
+        self.bias = self.param("bias", _spread_memory, shape[1:])
+        uniform = nn.initializers.uniform(1.0)
+        self.recurrent_scale = self.param("recurrent_scale", uniform, (3, self.hidden_size))
+
+    def __call__(self, carry: HiddenCarry, inputs: jax.Array) -> tuple[HiddenCarry, jax.Array]:
+        """Return the next carry and the outputs, for inputs [batch, input_size]."""
+        hidden = self._step(carry.hidden, self._project(inputs))
+        return HiddenCarry(hidden), hidden
+
+    def run_parallel(
+        self, carry: HiddenCarry, inputs: jax.Array, starts: jax.Array | None
+    ) -> tuple[HiddenCarry, jax.Array]:
+        """Return the last carry and all outputs, for inputs [batch, time, input_size].
+
+        Newton's method starts from the steps that read a carry of zeros. One more round, at the
+        solution, has the derivative of the recurrence: that of its linear terms alone.
+        """
+        sums = self._project(inputs)
+
+        def linearize(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """Return a and b of h' = a * h + b, which equals a step and its slope at `hidden`."""
+            before = jnp.concatenate([carry.hidden[:, None], hidden[:, :-1]], axis=1)
+            if starts is not None:
+                before = jnp.where(starts[..., None], 0, before)
+            before = lax.stop_gradient(before)
+            ones = jnp.ones_like(before)
+            value, slope = jax.jvp(lambda h: self._step(h, sums), (before,), (ones,))
+            slope = lax.stop_gradient(slope)
+            return slope, value - slope * before
+
+        hidden = self._step(jnp.zeros(()), sums)
+        for _ in range(_ROUNDS):
+            _, hidden = lax.stop_gradient(ops.linear_scan(*linearize(hidden), carry, reset=starts))
+        return ops.linear_scan(*linearize(hidden), carry, reset=starts)
+
+    def gates(self, carry: HiddenCarry, inputs: jax.Array) -> Gates:
+        """Return the gates of a step."""
+        return self._gates(carry.hidden, self._project(inputs))
+
+    def _project(self, inputs: jax.Array) -> jax.Array:
+        """Return x W + b."""
+        return matmul(inputs, self.input_kernel, self.dtype, self.bias)
+
+    def _gates(self, hidden: jax.Array, sums: jax.Array) -> Gates:
+        r, z, n = jnp.split(sums, 3, axis=-1)
+        scale_r, scale_z, scale_n = jnp.expand_dims(self.recurrent_scale, [*range(1, sums.ndim)])
+        reset = nn.sigmoid(r + scale_r * hidden)
+        candidate = jnp.tanh(n + scale_n * (reset * hidden))
+        return {"reset": reset, "update": nn.sigmoid(z + scale_z * hidden), "candidate": candidate}
+
+    def _step(self, hidden: jax.Array, sums: jax.Array) -> jax.Array:
+        """Return h' for h and x W + b of one or all steps."""
+        gates = self._gates(hidden, sums)
+        return hidden + gates["update"] * (gates["candidate"] - hidden)
+
+
+def _spread_memory(key: jax.Array, shape: tuple[int]) -> jax.Array:
+    """Return biases of 0, and from 0 to -4 for the update gates, which then keep 1 to 50 steps."""
+    biases = jnp.zeros((3, shape[0] // 3))
+    return biases.at[1].set(jnp.linspace(0.0, -4.0, biases.shape[1])).reshape(shape)
