@@ -1,9 +1,7 @@
 """Compare cells at equal numbers of parameters and steps: one layer, or three in blocks."""
-# python -m lstm_jax.main --config experiments/cells.py:lstm
 # python -m lstm_jax.main --config experiments/cells.py:gru
-# python -m lstm_jax.main --config experiments/cells.py:rnn
 #
-# python benchmarks/compare.py tunes and trains all of them.
+# python benchmarks/compare.py tunes and trains all of them (docs/results.md).
 
 from ml_collections import ConfigDict
 

@@ -2,7 +2,7 @@
 # python -m lstm_jax.main --config experiments/optimizers.py:muon
 #
 # python benchmarks/compare.py --experiment experiments/optimizers.py \
-#     --space experiments/sweeps/optimizers.py tunes and trains all of them.
+#     --space experiments/sweeps/optimizers.py tunes and trains all of them (docs/results.md).
 
 from typing import Any
 

@@ -1,9 +1,7 @@
 """Train on the characters of Penn Treebank, in a quarter of an hour on two CPU cores."""
 # python -m lstm_jax.main --config experiments/penn_treebank.py
 #
-# Downloads the text. A quarter of an hour on two CPU cores: 1.438 bits per character on the
-# validation split and 1.400 on the test split, with 1.06 million parameters (one run).
-# docs/results.md has published results of larger models.
+# Downloads the text. Validation 1.438, test 1.400 bits per character (one run).
 
 from ml_collections import ConfigDict
 
