@@ -13,9 +13,6 @@ import numpy as np
 
 from lstm_jax.vocabulary import Vocabulary
 
-# The minimum number of positions in each half with the most common value of a feature, and with
-# other values.
-_MIN_POSITIONS = 10
 _MAX_NAME = 40  # Characters of a speaker's name.
 _BLOCK = 128  # The number of hidden units to correlate at a time, to bound memory.
 
@@ -25,11 +22,7 @@ class Follower(NamedTuple):
 
     feature: int  # Its index.
     hidden_unit: int  # Its index.
-    searched: float  # The correlation in the first half of the text, by which it was selected.
-    correlation: float  # In the second half.
-    # The 99th percentile of the absolute correlation in the second half when the feature is shifted
-    # against the text by any distance.
-    chance: float
+    correlation: float  # In the second half of the text; it was selected in the first.
 
 
 def compute_features(text: str, vocabulary: Vocabulary) -> dict[str, np.ndarray]:
@@ -61,11 +54,31 @@ def compute_text_features(text: str) -> dict[str, np.ndarray]:
     different, inverse = np.unique(codes, return_inverse=True)
     marks = [unicodedata.category(chr(c))[0] == "M" for c in different]  # Accents, vowel signs.
     alphanumeric |= np.array(marks, bool)[inverse]
+    # The last position before the word or the sentence of each character, -1 if there is none.
+    before_word = np.maximum.accumulate(np.where(alphanumeric, -1, index))
+    before_sentence = np.maximum.accumulate(np.where(_is_in(codes, ".!?"), index, -1))
+    features = {
+        **_compute_line_features(codes, space),
+        "a capital letter": upper,
+        "in a capitalized word": alphanumeric & upper[np.minimum(before_word + 1, len(codes) - 1)],
+        "a vowel": _is_in(codes, "aeiouAEIOU"),
+        "a digit": np.strings.isdigit(characters),
+        "a space": space & ~newline,
+        "a line break": newline,
+        "a punctuation mark": ~space & ~alphanumeric,
+        "position in the word": np.where(alphanumeric, index - before_word, 0),
+        "characters since the sentence began": np.maximum(index - before_sentence - 1, 0),
+    }
+    return {name: values.astype(np.float32) for name, values in features.items()}
 
-    # Lines, each with the newline that ends it.
+
+def _compute_line_features(codes: np.ndarray, space: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the features of lines and paragraphs, from code points [n] and white space [n]."""
+    newline, index = codes == ord("\n"), np.arange(len(codes))
+    # Each line has the newline that ends it. A last line without a newline ends at its end.
     line = np.cumsum(newline) - newline
     first = np.flatnonzero(np.append(True, newline[:-1]))
-    end = np.append(first[1:], len(codes)) - 1  # A last line without a newline ends at its end.
+    end = np.append(first[1:], len(codes)) - 1
     first_inked = np.minimum.reduceat(np.where(space, len(codes), index), first)
     last_inked = np.maximum.reduceat(np.where(space, -1, index), first)
     blank = last_inked < 0
@@ -77,40 +90,21 @@ def compute_text_features(text: str) -> dict[str, np.ndarray]:
     names = starts_paragraph & (codes[last_inked] == ord(":")) & (last_inked - first < _MAX_NAME)
     has_name = names[paragraph_line]
     line_number = np.where(blank, 0, np.arange(len(first)) - paragraph_line + ~has_name)
-
-    # The last position before the word or the sentence of each character, -1 if there is none.
-    before_word = np.maximum.accumulate(np.where(alphanumeric, -1, index))
-    before_sentence = np.maximum.accumulate(np.where(_is_in(codes, ".!?"), index, -1))
-    # The mark “ closes after „, and opens otherwise.
-    opens, closes = ("„«", "“”»") if ord("„") in codes else ("“«", "”»")
     straight = np.cumsum(codes == ord('"'))
-    inside_quotes = _count_open(codes, opens, closes, paragraph_start)
+    inside_quotes = _count_open(codes, "“«", "”»", paragraph_start)
     inside_quotes += (straight - np.append(0, straight)[paragraph_start]) % 2
-    booleans = {
+    return {
         "inside quotation marks": inside_quotes > 0,
         "inside brackets ( ) [ ]": _count_open(codes, "([", ")]", paragraph_start) > 0,
-        "inside a tag < >": _count_open(codes, "<", ">", first[line]) > 0,
         "inside a speaker's name": names[line] & (index < last_inked[line]),
         "the line after a speaker's name": (line_number == 1)[line] & has_name[line],
-        "a capital letter": upper,
-        "in a capitalized word": alphanumeric & upper[np.minimum(before_word + 1, len(codes) - 1)],
-        "a vowel": _is_in(codes, "aeiouAEIOU"),
-        "a digit": np.strings.isdigit(characters),
-        "a space": space & ~newline,
-        "a line break": newline,
         "a blank line": newline & blank[line],
-        "a punctuation mark": ~space & ~alphanumeric,
-    }
-    numbers = {
         "depth of braces { }": _count_open(codes, "{", "}", np.zeros_like(index)),
         "indentation of the line": np.where(blank, 0, first_inked - first)[line],
         "position in the line": index - first[line],
         "characters left in the line": end[line] - index,
-        "position in the word": np.where(alphanumeric, index - before_word, 0),
-        "characters since the sentence began": np.maximum(index - before_sentence - 1, 0),
         "line number in the speech or paragraph": line_number[line],
     }
-    return {name: x.astype(np.float32) for name, x in (booleans | numbers).items()}
 
 
 def _is_in(codes: np.ndarray, characters: str) -> np.ndarray:
@@ -152,45 +146,36 @@ def _standardize(rows: np.ndarray) -> np.ndarray:
     return np.divide(centered, deviation, out=zeros, where=deviation > 1e-6)
 
 
-def select_present(features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return the features that vary enough in each half of the text."""
-
-    def varies(values: np.ndarray) -> bool:
-        most = np.unique_counts(values).counts.max(initial=0)
-        return bool(min(most, len(values) - most) >= _MIN_POSITIONS)
-
-    return {
-        name: values
-        for name, values in features.items()
-        if all(varies(half) for half in np.split(values, [len(values) // 2]))
-    }
-
-
 def find_followers(
     activations: np.ndarray, features: np.ndarray, each: int
-) -> tuple[list[list[Follower]], np.ndarray]:
+) -> tuple[list[Follower], np.ndarray]:
     """Find the hidden units that follow each feature; arguments as for `compute_correlations`.
 
     Returns:
-      For each feature, of the `each` hidden units with the largest absolute correlations in the
-      first half, largest first, those whose correlation in the second half is beyond chance and has
-      the same sign; and the correlations in the second half, float32 [features, hidden_units].
+      Of the `each` hidden units with the largest absolute correlations with each feature in the
+      first half, those whose correlation in the second half is beyond chance (`_compute_chance`)
+      and has the same sign, largest first; and the correlations in the second half, float32
+      [features, hidden_units].
     """
     half = activations.shape[1] // 2
     first_half = compute_correlations(activations[:, :half], features[:, :half])
     second_half = compute_correlations(activations[:, half:], features[:, half:])
     followers = []
-    for number, row in enumerate(first_half):
+    for feature, row in enumerate(first_half):
         best = np.argsort(-np.abs(row), kind="stable")[:each]
-        chance = _compute_chance(activations[best, half:], features[number, half:])
-        values = zip(best, row[best], second_half[number, best], chance, strict=True)
-        candidates = [Follower(number, *(x.item() for x in of_unit)) for of_unit in values]
-        followers.append([f for f in candidates if f.correlation * np.sign(f.searched) > f.chance])
-    return followers, second_half
+        chance = _compute_chance(activations[best, half:], features[feature, half:])
+        correlations = second_half[feature, best]
+        beyond = correlations * np.sign(row[best]) > chance
+        pairs = zip(best[beyond].tolist(), correlations[beyond].tolist(), strict=True)
+        followers += [Follower(feature, *pair) for pair in pairs]
+    return sorted(followers, key=lambda follower: -abs(follower.correlation)), second_half
 
 
 def _compute_chance(activations: np.ndarray, feature: np.ndarray) -> np.ndarray:
-    """Return the 99th percentile of absolute correlations over circular shifts: [hidden_units]."""
+    """Return the 99th percentile of absolute correlations [hidden_units] over circular shifts.
+
+    A slowly changing hidden unit is correlated with any slowly changing feature.
+    """
     n = len(feature)
     spectrum = np.fft.rfft(_standardize(feature[None])).conj()
     shifted = np.fft.irfft(np.fft.rfft(_standardize(activations)) * spectrum, n) / n

@@ -75,10 +75,9 @@ def make_page(trained: workdir.Trained, name: str, text: str, bits: int = 16) ->
             f"the predictions of the model of step {trained.step} are not finite: its training "
             "diverged; train again with a lower optimizer.learning_rate"
         )
-    present = features.select_present(features.compute_features(text, vocabulary))
-    matrix = np.stack(list(present.values())) if present else np.zeros((0, len(ids)), np.float32)
+    computed = features.compute_features(text, vocabulary)
+    matrix = np.stack([*computed.values()])
     followers, correlations = features.find_followers(reading.activations, matrix, _FOLLOWERS)
-    followers = sorted(filter(None, followers), key=lambda row: -abs(row[0].searched))
     runs_in_page = model.cell in CELLS and model.block == "none"
     data = {
         "name": name,
@@ -89,8 +88,8 @@ def make_page(trained: workdir.Trained, name: str, text: str, bits: int = 16) ->
         "kind": vocabulary.kind,
         "tokenName": vocabulary.token_name,
         "stop": vocabulary.stop,
-        "features": list(present),
-        "followers": [follower._asdict() for row in followers for follower in row],
+        "features": list(computed),
+        "followers": [follower._asdict() for follower in followers],
         "correlations": pack(correlations, "f4"),
         "gates": jax.tree.map(lambda shares: pack(shares, "f4"), reading.saturation),
         "model": pack_model(trained, bits) if runs_in_page else None,

@@ -14,10 +14,8 @@ from lstm_jax.vocabulary import KINDS, Vocabulary
         ("the line after a speaker's name", "A:\nbc\nd\n\ne\nf", "000111000000"),
         ("inside quotation marks", 'a "b\n\nc "d"', "00111100110"),
         ("inside quotation marks", "“a” «b»", "1100110"),
-        ("inside quotation marks", "„a“ b „c” d", "11000011000"),
         ("inside brackets ( ) [ ]", "a) (b[c]d) e", "000111111000"),
         ("inside brackets ( ) [ ]", "(a\n\nb)", "111100"),
-        ("inside a tag < >", "<a>b <c\nd", "110001110"),
         ("a capital letter", "aBÉ", "011"),
         ("in a capitalized word", "Ab cD Éa E\u0301", "11000011011"),
         ("a punctuation mark", "हिन्दी, b!", "0000001001"),
@@ -71,16 +69,9 @@ def test_hidden_units_correlated_by_chance_are_not_found() -> None:
     activations[50, :half] = -activations[40, :half]  # It follows in the first half only.
     activations[60] = 5
     found, correlations = features.find_followers(activations, place[None], 3)
-    (follower,) = found[0]
-    assert follower.hidden_unit == 40 and follower.correlation > 0.95 and follower.chance < 0.5
+    (follower,) = found
+    assert follower.hidden_unit == 40 and follower.correlation > 0.95
     others = np.delete(activations[:, half:], 60, axis=0)
     expected = np.corrcoef(place[half:], others)[0, 1:]
     np.testing.assert_allclose(np.delete(correlations[0], 60), expected, atol=1e-5)
     assert correlations[0, 60] == 0
-
-
-def test_features_absent_from_half_of_the_text_are_dropped() -> None:
-    text = "ab 1\n" * 20 + "ab c\n" * 20
-    present = features.select_present(features.compute_text_features(text))
-    assert "a digit" not in present and "position in the line" in present
-    assert features.select_present(features.compute_text_features("a")) == {}
