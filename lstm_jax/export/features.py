@@ -154,21 +154,22 @@ def find_followers(
     Returns:
       Of the `each` hidden units with the largest absolute correlations with each feature in the
       first half, those whose correlation in the second half is beyond chance (`_compute_chance`)
-      and has the same sign, largest first; and the correlations in the second half, float32
-      [features, hidden_units].
+      and has the same sign, the feature that is followed most closely first; and the correlations
+      in the second half, float32 [features, hidden_units].
     """
     half = activations.shape[1] // 2
     first_half = compute_correlations(activations[:, :half], features[:, :half])
     second_half = compute_correlations(activations[:, half:], features[:, half:])
-    followers = []
+    rows = []
     for feature, row in enumerate(first_half):
         best = np.argsort(-np.abs(row), kind="stable")[:each]
         chance = _compute_chance(activations[best, half:], features[feature, half:])
         correlations = second_half[feature, best]
         beyond = correlations * np.sign(row[best]) > chance
         pairs = zip(best[beyond].tolist(), correlations[beyond].tolist(), strict=True)
-        followers += [Follower(feature, *pair) for pair in pairs]
-    return sorted(followers, key=lambda follower: -abs(follower.correlation)), second_half
+        rows.append([Follower(feature, *pair) for pair in pairs])
+    rows.sort(key=lambda row: -abs(row[0].correlation) if row else 0)
+    return [follower for row in rows for follower in row], second_half
 
 
 def _compute_chance(activations: np.ndarray, feature: np.ndarray) -> np.ndarray:

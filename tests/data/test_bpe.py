@@ -62,11 +62,6 @@ def test_any_text_is_decoded_exactly(text: str | bytes, vocabulary: Vocabulary) 
     assert "".join(pieces) == text
 
 
-def test_learning_is_deterministic(text_file: Path, vocabulary: Vocabulary) -> None:
-    again = Vocabulary.from_text(text_file.read_text(), "bpe", size=600)
-    assert again.tokens == vocabulary.tokens
-
-
 def test_the_size_includes_all_tokens(text_file: Path) -> None:
     text = text_file.read_text()
     for stop in ("", "\n", "\n\n"):
@@ -118,22 +113,20 @@ def test_a_missing_package_is_one_line(
         Vocabulary([*Vocabulary.from_text("", "bpe").tokens, "ab"], "bpe").encode("abc")
 
 
-def make_config(text_file: Path, directory: Path) -> ConfigDict:
-    text = text_file.read_text().replace("Citizen", "Citoyén 市民 👩‍👩‍👧‍👦")
-    path = directory / "text.txt"
-    path.write_text(text, encoding="utf-8")
-    config = make_tiny_config(path)
-    config.data.units, config.data.vocabulary_size = "bpe", 400
-    config.data.document_separator = "blank_line"
-    config.max_steps = 20
-    return config
-
-
 @pytest.fixture(scope="module")
 def bpe_run(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
-    """Return the working directory of a tiny run."""
+    """Return the working directory of a tiny run, trained further from another one."""
     directory = tmp_path_factory.mktemp("bpe")
-    assert training.train(make_config(text_file, directory), directory / "run") == 0
+    text = text_file.read_text().replace("Citizen", "Citoyén 市民 👩‍👩‍👧‍👦")
+    (directory / "text.txt").write_text(text, encoding="utf-8")
+    config = make_tiny_config(directory / "text.txt")
+    config.data.units, config.data.vocabulary_size = "bpe", 400
+    config.data.document_separator, config.max_steps = "blank_line", 20
+    assert training.train(config, directory / "first") == 0
+    config.init_from, config.max_steps = str(directory / "first"), 1
+    assert training.train(config, directory / "run") == 0
+    first, second = (workdir.load_vocabulary(directory / name) for name in ("first", "run"))
+    assert first.to_fields() == second.to_fields()
     return directory / "run"
 
 
@@ -154,15 +147,6 @@ def test_a_run_generates_and_scores(bpe_run: Path) -> None:
     assert -scores.log_probs.mean() == pytest.approx(loss, rel=1e-5)
     first = run.score("Speak, cit")
     assert len(run.score("oyén", first.carry).tokens) == len(run.vocabulary.split("oyén"))
-
-
-@pytest.mark.slow
-def test_a_model_is_trained_further(bpe_run: Path, text_file: Path, tmp_path: Path) -> None:
-    config = make_config(text_file, tmp_path)
-    config.init_from, config.max_steps = str(bpe_run), 1
-    assert training.train(config, tmp_path / "run") == 0
-    first, second = (workdir.load_vocabulary(path) for path in (bpe_run, tmp_path / "run"))
-    assert first.to_fields() == second.to_fields()
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Test the standard texts with small ones in their place, on a server of this machine."""
+"""Standard texts: downloaded once, verified, and split. Small files are in their place."""
 
 import dataclasses
 import hashlib
@@ -9,10 +9,7 @@ import subprocess
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,58 +18,13 @@ from lstm_jax.data import files, standard_texts, texts
 from lstm_jax.data.standard_texts import STANDARD_TEXTS, Download, StandardText
 from lstm_jax.errors import UnavailableError, UserError
 
-ROOT = Path(__file__).parents[2]
+CONTENT = random.Random(0).randbytes(100_000)  # It can't be compressed.
 
 
-class Server(ThreadingHTTPServer):
-    """A server of files.
-
-    Attributes:
-      contents: the files, by name.
-      stop_at: the byte of a file where it stops sending, or None.
-      requests: the name of each request.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.contents: dict[str, bytes] = {}
-        self.stop_at: int | None = None
-        self.requests: list[str] = []
-
-    def add(self, name: str, content: bytes) -> Download:
-        """Serve a file; return its download."""
-        self.contents[name] = content
-        address = f"http://127.0.0.1:{self.server_port}/{name}"
-        return Download(address, len(content), hashlib.sha256(content).hexdigest())
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        name = self.path.strip("/")
-        self.server.requests.append(name)
-        if name not in self.server.contents:
-            self.send_error(404)
-            return
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(self.server.contents[name][: self.server.stop_at])
-
-    def log_message(self, *args: Any) -> None:
-        """Print nothing."""
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("no_proxy", "*")
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+def serve(path: Path, content: bytes) -> Download:
+    """Write a file, and return its download."""
+    path.write_bytes(content)
+    return Download(path.as_uri(), len(content), hashlib.sha256(content).hexdigest())
 
 
 def make_archive(members: dict[str, bytes]) -> bytes:
@@ -85,18 +37,14 @@ def make_archive(members: dict[str, bytes]) -> bytes:
 
 
 @pytest.fixture
-def content() -> bytes:
-    """Return a text that can't be compressed."""
-    return random.Random(0).randbytes(100_000)
-
-
-@pytest.fixture
-def archive(server: Server, content: bytes, monkeypatch: pytest.MonkeyPatch) -> Download:
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the archive of a text of 100,000 bytes, in the place of enwik8."""
-    archive = server.add("enwik8.zip", make_archive({"enwik8": content}))
-    text = StandardText((archive,), members=("enwik8",), cuts=(90_000, 95_000))
+    (tmp_path / "server").mkdir()
+    path = tmp_path / "server" / "enwik8.zip"
+    download = serve(path, make_archive({"enwik8": CONTENT}))
+    text = StandardText((download,), members=("enwik8",), cuts=(90_000, 95_000))
     monkeypatch.setitem(STANDARD_TEXTS, "enwik8", text)
-    return archive
+    return path
 
 
 def make_data(directory: Path, name: str = "enwik8") -> config_lib.DataConfig:
@@ -109,10 +57,6 @@ def get_splits(directory: Path, name: str = "enwik8") -> list[bytes]:
     return [path.read_bytes() for path in paths]
 
 
-def list_files(directory: Path) -> set[str]:
-    return {path.name for path in directory.iterdir()} - {".lstm_jax.lock"}
-
-
 def test_the_table_is_consistent() -> None:
     assert (*STANDARD_TEXTS,) == config_lib.STANDARD_TEXTS
     for name, text in STANDARD_TEXTS.items():
@@ -123,114 +67,82 @@ def test_the_table_is_consistent() -> None:
         assert all(re.fullmatch("[0-9a-f]{64}", file.sha256) for file in text.downloads)
 
 
-def test_one_text_is_cut(archive: Download, content: bytes, server: Server, tmp_path: Path) -> None:
+def test_one_text_is_downloaded_once_and_cut(source: Path, tmp_path: Path) -> None:
     data_dir = tmp_path / "new" / "data"
-    assert get_splits(data_dir) == [content[:90_000], content[90_000:95_000], content[95_000:]]
-    assert list_files(data_dir) == {"enwik8", "enwik8.zip"}
-    assert list_files(tmp_path) == {"new"}, "nothing else in the archive is extracted"
-    get_splits(data_dir)
-    assert server.requests == ["enwik8.zip"], "once"
+    parts = [CONTENT[:90_000], CONTENT[90_000:95_000], CONTENT[95_000:]]
+    assert get_splits(data_dir) == parts
+    names = {".lstm_jax.lock", "enwik8", "enwik8.zip"}
+    assert {path.name for path in data_dir.iterdir()} == names
+    assert not (data_dir.parent / "outside.txt").exists()
+    source.unlink()
+    (data_dir / "enwik8" / "test.txt").unlink()
+    assert get_splits(data_dir) == parts
 
 
-def test_three_texts_are_cleaned(
-    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_three_texts_are_cleaned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     parts = [f" a <unk> {n} \n \n b 's \n".encode() for n in ("one", "two", "three")]
     names = [f"wikitext-2/wiki.{split}.tokens" for split in ("train", "valid", "test")]
-    in_archive = server.add("w.zip", make_archive(dict(zip(names, parts, strict=True))))
-    plain = tuple(server.add(f"{i}.txt", part) for i, part in enumerate(parts))
+    (tmp_path / "server").mkdir()
+    archive = make_archive(dict(zip(names, parts, strict=True)))
+    in_archive = serve(tmp_path / "server" / "w.zip", archive)
+    plain = tuple(serve(tmp_path / "server" / f"{i}.txt", part) for i, part in enumerate(parts))
     for name, downloads in {"wikitext2": (in_archive,), "penn_treebank": plain}.items():
         text = STANDARD_TEXTS[name]._replace(downloads=downloads)
         monkeypatch.setitem(STANDARD_TEXTS, name, text)
     assert get_splits(tmp_path, "wikitext2") == parts
     # The third file is missing at first.
-    content = server.contents.pop("2.txt")
-    with pytest.raises(UserError, match="can't download http://127.0.0.1:.*404"):
+    content = (tmp_path / "server" / "2.txt").read_bytes()
+    (tmp_path / "server" / "2.txt").unlink()
+    with pytest.raises(UserError, match=r"can't download file:.*2.txt .*: try again"):
         get_splits(tmp_path, "penn_treebank")
-    server.contents["2.txt"] = content
+    (tmp_path / "server" / "2.txt").write_bytes(content)
     assert get_splits(tmp_path, "penn_treebank")[1] == b"a <unk> two\n\nb 's\n"
-    assert server.requests[1:] == ["0.txt", "1.txt", "2.txt", "2.txt"]
 
 
-def test_another_file_is_not_kept(
-    archive: Download, content: bytes, server: Server, tmp_path: Path
-) -> None:
-    right = server.contents["enwik8.zip"]
-    server.stop_at = 40_000
-    with pytest.raises(UserError, match="ended after 40,000 of 1.*try again") as error:
-        get_splits(tmp_path)
-    assert "\n" not in str(error.value)
-    server.stop_at = None
-    for added in (0, 10**6):
-        server.contents["enwik8.zip"] = random.Random(1).randbytes(archive.size + added)
-        with pytest.raises(UserError, match="its SHA-256 is not"):
+def test_another_file_is_not_kept(source: Path, tmp_path: Path) -> None:
+    right = source.read_bytes()
+    for wrong, message in (
+        (right[:40_000], "it ended after 40,000 of 1.*try again"),
+        (random.Random(1).randbytes(len(right)), "its SHA-256 is not"),
+        (right + b"more", "its SHA-256 is not"),
+    ):
+        source.write_bytes(wrong)
+        with pytest.raises(UserError, match=message) as error:
             get_splits(tmp_path)
-    assert not (tmp_path / "enwik8.zip").exists()
-    server.contents["enwik8.zip"] = right
-    assert b"".join(get_splits(tmp_path)) == content
-    (tmp_path / "enwik8" / "test.txt").unlink()
-    assert b"".join(get_splits(tmp_path)) == content
-
-
-def test_without_a_server_the_user_can_provide_the_file(
-    archive: Download,
-    content: bytes,
-    server: Server,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    right = server.contents.pop("enwik8.zip")
-    with pytest.raises(UserError, match=f"404.*{archive.address}.* put it in {tmp_path}$"):
+        assert "\n" not in str(error.value) and not (tmp_path / "enwik8.zip").exists()
+    # The user may download it in another way, as the message says.
+    assert f" and put it in {tmp_path}" in str(error.value)
+    (tmp_path / "enwik8.zip").write_bytes(b"another")
+    with pytest.raises(UserError, match="is a different file: its SHA-256 must be"):
         get_splits(tmp_path)
-    dead = archive._replace(address="http://127.0.0.1:1/enwik8.zip")
-    text = STANDARD_TEXTS["enwik8"]._replace(downloads=(dead,))
-    monkeypatch.setitem(STANDARD_TEXTS, "enwik8", text)
-    with pytest.raises(UserError, match="Connection refused.*try again"):
-        get_splits(tmp_path)
-    assert "enwik8.zip" not in list_files(tmp_path)
-    path = tmp_path / "enwik8.zip"
-    path.write_bytes(b"another")
-    with pytest.raises(UserError, match=f"is a different file: .*{archive.sha256}"):
-        get_splits(tmp_path)
-    assert path.read_bytes() == b"another", "a file of the user is not removed"
-    path.write_bytes(right)
-    assert b"".join(get_splits(tmp_path)) == content
+    assert (tmp_path / "enwik8.zip").read_bytes() == b"another"
+    (tmp_path / "enwik8.zip").write_bytes(right)
+    assert b"".join(get_splits(tmp_path)) == CONTENT
 
 
-def test_a_directory_that_cannot_be_written(archive: Download, tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_written(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UnavailableError, match=f"{tmp_path}/file.*use another data directory"):
         get_splits(tmp_path / "file")
 
 
 def test_a_second_process_waits(
-    archive: Download,
-    content: bytes,
-    server: Server,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
+    source: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    found: list[list[bytes]] = []
-    threads = [
-        threading.Thread(target=lambda: found.append(get_splits(tmp_path))) for _ in range(2)
-    ]
+    found: list[bytes] = []
+    thread = threading.Thread(target=lambda: found.append(b"".join(get_splits(tmp_path))))
     with (tmp_path / ".lstm_jax.lock").open("ab") as lock:
         files.lock_file(lock)
-        for thread in threads:
-            thread.start()
-        printed = ""
-        while printed.count("Waiting for another process") < 2:
-            assert all(thread.is_alive() for thread in threads), "they don't wait"
+        thread.start()
+        while "Waiting for another process" not in capsys.readouterr().err:
+            assert thread.is_alive(), "it does not wait"
             time.sleep(0.01)
-            printed += capsys.readouterr().err
-        assert server.requests == []
-    for thread in threads:
-        thread.join()
-    assert [b"".join(splits) for splits in found] == [content] * 2
-    assert len(server.requests) == 1
+        assert not (tmp_path / "enwik8.zip").exists()
+    thread.join()
+    assert found == [CONTENT]
 
 
-def test_a_run_finds_its_text_again(archive: Download, tmp_path: Path) -> None:
+def test_a_run_finds_its_text_again(source: Path, tmp_path: Path) -> None:
     splits = texts.load_texts(make_data(tmp_path / "data"))
     data = dataclasses.replace(make_data(tmp_path / "gone"), sha256=splits.sha256)
     again = texts.load_texts_of_run(data, directory=str(tmp_path / "data"))
@@ -243,7 +155,7 @@ def test_tiny_shakespeare_is_read_from_the_wheel_or_as_tfds_has_prepared_it(
     monkeypatch: pytest.MonkeyPatch, shakespeare: dict[str, str], tfds_dir: Path, tmp_path: Path
 ) -> None:
     text = STANDARD_TEXTS["tiny_shakespeare"]
-    dead = text.downloads[0]._replace(address="http://127.0.0.1:1/input.txt")
+    dead = text.downloads[0]._replace(address="file:///nowhere/input.txt")
     monkeypatch.setitem(STANDARD_TEXTS, "tiny_shakespeare", text._replace(downloads=(dead,)))
     content = "".join(shakespeare.values()).encode()
     monkeypatch.setattr(standard_texts, "read_wheel", lambda file: content)

@@ -174,6 +174,7 @@ def test_rare_tokens_become_unk() -> None:
     assert vocabulary.tokens == ("", "[UNK]", " be")
     assert vocabulary.decode(vocabulary.encode(text)) == "[UNK] be[UNK][UNK][UNK] be"
     assert vocabulary.name_unknown(text) == "' not', ' or', ' to', 'to'"
+    assert Vocabulary.from_text("abc").encode("axb\ud800").tolist() == [2, 1, 3, 1]
     with pytest.raises(UserError, match="none of the words .* occurs 3 times"):
         Vocabulary.from_text(text, "words", min_count=3)
     assert len(Vocabulary.from_text(text, "bytes", min_count=3)) == 258
@@ -195,13 +196,6 @@ def test_another_vocabulary_is_appended() -> None:
         extend_vocabulary(first, Vocabulary.from_text("abc", "words"))
     with pytest.raises(UserError, match="end with '.n.n', and those of this text with '': set"):
         extend_vocabulary(second, first)
-
-
-def test_unknown_characters_become_unk() -> None:
-    vocabulary = Vocabulary.from_text("abc")
-    assert vocabulary.encode("axb\ud800").tolist() == [2, 1, 3, 1]
-    assert vocabulary.decode([2, 0, 1]) == "a[UNK]"
-    assert vocabulary.name_unknown("zaxz") == "'x', 'z'"
 
 
 def test_unprintable_text_is_replaced() -> None:
