@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 import lstm_jax
-from lstm_jax.run.console import make_printer
+from lstm_jax.run.messages import make_printable
 
 
 def chat(run: lstm_jax.Run, **options: Any) -> None:
@@ -36,14 +36,13 @@ def chat(run: lstm_jax.Run, **options: Any) -> None:
         else:
             earlier.append(text)
             text += line
-            show = make_printer()
             try:
                 for piece in run.stream(text, seed=turn, **options):
-                    print(show(piece, False), end="", flush=True)
+                    print(make_printable(piece), end="", flush=True)
                     text += piece
             except KeyboardInterrupt:
                 pass
-            print(show("", True))
+            print()
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import lstm_jax
-from lstm_jax.run.console import make_printable
+from lstm_jax.run.messages import make_printable
 
 COMMON = 20
 

@@ -1,25 +1,24 @@
-"""Define each config field once: type, default, meaning, allowed values, and when it may change.
+"""Define each config field once: name, type, default, meaning, allowed values, other names.
 
 Outside of the package, a config is an ml_collections `ConfigDict`. An experiment is a Python file
-with `get_config()`, which takes `default()` and changes some fields, and every field can be set on
-the command line: `--config.model.hidden_size=512`. `complete_config` checks it and returns a
-`Config`, of which each module gets the section that it needs.
+with `get_config()`, which takes `default()` and changes some fields, and fields can be set on the
+command line: `--config.model.hidden_size=512`. `complete_config` checks it and returns a `Config`,
+of which each module gets the section that it needs.
 
 Nothing here imports JAX, which takes a second: `--help` and a mistake in a flag don't need it. So
 the sections are here, and not in the modules that use them. `python -m lstm_jax.config >
 docs/config.md` writes the table of all fields as a page.
 """
 
+import contextlib
 import dataclasses
 import difflib
-import functools
-import itertools
 import re
 import runpy
-import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from ml_collections import ConfigDict
 
@@ -27,69 +26,37 @@ from lstm_jax import vocabulary
 from lstm_jax.errors import UserError, run_user_code
 
 T = TypeVar("T")
-T_contra = TypeVar("T_contra", contravariant=True)
-
-
-class Rule(NamedTuple, Generic[T_contra]):
-    """A condition, in words and as a function."""
-
-    words: str
-    is_met: Callable[[T_contra], bool]
-
-
-_OF_TYPE: Rule[Any] = Rule("", lambda value: True)  # Allows all values of a field's type.
 
 
 class Field(NamedTuple):
-    """One field of a config; `name` is dotted, and values have the type of `default`."""
+    """One field of a config; `name` is dotted, and values have the type of `default`.
+
+    Conditions are Python expressions, which messages and docs/config.md show: `allowed` of the
+    value x; `requires` and `relevant_if` of the whole config, by the names of its fields.
+    """
 
     name: str
-    default: object
+    default: Any
     meaning: str
-    allowed: Rule[Any]
+    allowed: str | tuple[str, ...] = ""  # Empty: all values of the type. A tuple: one of these.
     # A run may change it when it resumes: checkpoints have the same arrays with every value, and
     # losses before and after the change can be compared.
-    resume: bool
-    requires: "Rule[Config] | None"  # The whole config must satisfy this rule, else an error.
-    # Where a config breaks this rule, the field has no effect, and `main` warns if it is set.
-    relevant_if: "Rule[Config] | None"
+    resume: bool = False
+    requires: str = ""
+    relevant_if: str = ""  # Elsewhere, the field has no effect, and `main` warns if it is set.
+    also: str = ""  # Other names by which people look for it.
+    is_flag: bool = True  # Otherwise, only the program sets it.
 
 
-def field(
-    default: T,
-    meaning: str,
-    allowed: Rule[T] = _OF_TYPE,
-    *,
-    resume: bool = False,
-    requires: "Rule[Config] | None" = None,
-    relevant_if: "Rule[Config] | None" = None,
-) -> T:
-    """Define a field of a section; see `Field`."""
-    defined = Field("", default, meaning, allowed, resume, requires, relevant_if)
+def field(default: T, meaning: str, allowed: str | tuple[str, ...] = "", **more: Any) -> T:
+    """Define a field of a section; for `more`, see `Field`."""
+    defined = Field("", default, meaning, allowed, **more)
     return dataclasses.field(default_factory=lambda: default, metadata={"field": defined})
-
-
-def between(low: int, high: int) -> Rule[float]:
-    """Allow numbers from `low` to `high`, both included."""
-    return Rule(f"from {low:,} to {high:,}", lambda value: low <= value <= high)
-
-
-def one_of(*words: str) -> Rule[str]:
-    """Allow these strings."""
-    listed = f"one of {', '.join(filter(None, words))}"
-    return Rule(listed if all(words) else f"empty or {listed}", lambda value: value in words)
 
 
 def names_cell_file(name: str) -> bool:
     """Return whether a name has the form FILE.py:CLASS."""
     return re.fullmatch(r"[^\0]+\.py:\w+", name) is not None
-
-
-def is_gated(model: Any) -> bool:
-    """Return whether `lstm_jax.ops` runs the layers of a `ModelConfig` by a fast implementation."""
-    gated = model.cell in ("lstm", "peephole", "gru", "rnn")
-    in_scan = model.recurrence in ("scan", "cudnn")
-    return bool(gated and not (in_scan or model.layer_norm or model.block != "none"))
 
 
 # fmt: off
@@ -98,67 +65,48 @@ CELLS = (
     "lstm", "peephole", "mogrifier", "multiplicative", "gru", "rnn", "minlstm", "mingru", "rglru",
     "paragru", "slstm", "mlstm")
 # The keys of `standard_texts.STANDARD_TEXTS`, which have splits.
-STANDARD_TEXTS = (
-    "tiny_shakespeare", "enwik8", "text8", "penn_treebank", "wikitext2")
+STANDARD_TEXTS = ("tiny_shakespeare", "enwik8", "text8", "penn_treebank", "wikitext2")
 OptimizerName = Literal["adam", "lion", "muon", "schedule_free", "sgd"]
 Schedule = Literal["constant", "cosine", "linear", "step"]
 Dtype = Literal["float32", "bfloat16", "auto"]  # Of matmuls; `model.make_model` resolves "auto".
 Option = bool | int | float | str  # The value of an option of a cell.
 DTYPES = get_args(Dtype)
 
-_SHARE: Rule[float] = Rule("0 or more, and below 1", lambda value: 0 <= value < 1)
-_SHARES: Rule[tuple[float, ...]] = Rule(
-    "fractions between 0 and 1",
-    lambda values: all(isinstance(share, int | float) and 0 < share < 1 for share in values),
-)
-_FRACTIONS: Rule[tuple[float, ...]] = Rule(
-    "three positive fractions (train, validation, test) that add up to 1",
-    lambda values: len(values) == 3 and _SHARES.is_met(values) and abs(sum(values) - 1) < 1e-6,
-)
-_SCALE: Rule[float] = Rule("above 0, up to 1000", lambda value: 0 < value <= 1000)
+_OWN_CELL = "FILE.py:CLASS"
+_SHARE, _AMOUNT = "0 <= x < 1", "0 <= x <= 1e9"
 # Larger sizes are mistakes, or attempts to exhaust the memory.
-_SIZE, _SIZE_OR_ZERO = between(1, 2**20), between(0, 2**20)
-_COUNT, _POSITIVE_COUNT = between(0, 2**31 - 1), between(1, 2**31 - 1)
-_AMOUNT = between(0, 10**9)
-_NO_PATH: "Rule[Config]" = Rule("data.path=''", lambda c: not c.data.path)
-_SEVERAL_LAYERS: "Rule[Config]" = Rule("model.num_layers above 1", lambda c: c.model.num_layers > 1)
-_READS_B1_AND_B2: "Rule[Config]" = Rule(
-    "another optimizer than 'sgd'", lambda c: c.optimizer.name != "sgd"
-)
+_SIZE, _SIZE_OR_ZERO = "1 <= x <= 2**20", "0 <= x <= 2**20"
+_COUNT, _POSITIVE_COUNT = "0 <= x < 2**31", "1 <= x < 2**31"
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """The text, and how it is divided into tokens and documents."""
 
-    path: str = field("", "UTF-8 text files: paths and glob patterns, separated by commas; "
-        "semicolons separate train, validation and test. Empty: data.dataset.", resume=True)
+    path: str = field("", "UTF-8 text files: paths and globs, separated by commas; semicolons "
+        "separate train, validation and test. Empty: data.dataset.", resume=True, also="data text")
     dataset: str = field("tiny_shakespeare", "Name of a standard text (docs/data.md) or of a TFDS "
-        "dataset.", relevant_if=_NO_PATH)
+        "dataset.", relevant_if="data.path == ''")
     text_feature: str = field("text", "Feature of the dataset that holds the text.",
-        relevant_if=_NO_PATH)
+        relevant_if="data.path == ''")
     directory: str = field("", "Directory of datasets. Empty: TFDS's default.", resume=True)
     fractions: tuple[float, ...] = field((0.9, 0.05, 0.05), "Fractions of train, validation and "
-        "test, in this order, in a text without splits.", _FRACTIONS,
-        relevant_if=Rule("a text without splits", lambda c: ";" not in c.data.path
-            if c.data.path else c.data.dataset not in STANDARD_TEXTS))
-    units: str = field("characters", "Kind of tokens: characters (Unicode code points), words "
-        "(with the space before each), tokens (what is between white space, and the end of each "
-        "line), bytes (of any file) or bpe (parts of words, by byte-pair encoding).",
-        one_of(*vocabulary.KINDS))
-    vocabulary_size: int = field(vocabulary.DEFAULT_SIZE, "Maximum number of tokens: two special "
-        "ones, the 256 bytes, a stop token, and those that byte-pair encoding learns from the "
-        "training text.", between(259, 2**20),
-        relevant_if=Rule("data.units='bpe'", lambda c: c.data.units == "bpe"))
+        "test, in this order, in a text without splits.",
+        "len(x) == 3 and min(x) > 0 and abs(sum(x) - 1) < 1e-6", relevant_if=
+        "';' not in data.path if data.path else data.dataset not in STANDARD_TEXTS")
+    units: str = field("characters", "Kind of tokens. words: with the space before each. tokens: "
+        "what is between white space, and the end of each line. bytes: of any file. bpe: parts of "
+        "words, by byte-pair encoding.", vocabulary.KINDS, also="tokens tokenizer")
+    vocabulary_size: int = field(vocabulary.DEFAULT_SIZE, "Maximum number of tokens, with the 256 "
+        "bytes and three special ones.", "259 <= x <= 2**20", also="vocab_size",
+        relevant_if="data.units == 'bpe'")
     min_count: int = field(1, "Replace tokens that occur less often than this in the training text "
         "by [UNK], except bytes. bpe: learn only tokens that occur at least this often.",
         _POSITIVE_COUNT)
     document_separator: str = field("", "End of a document, where the model learns to stop; the "
         "next is read from a zero state. file: the end of each file, or of each example of a "
-        "dataset. Empty: the text is one document.",
-        one_of(*vocabulary.SEPARATORS))
-    sha256: str = field("", "Checksum of the text, and the number of bytes of each split, set when "
-        "a run begins. The run resumes with this text only.")
+        "dataset. Empty: the text is one document.", tuple(vocabulary.SEPARATORS))
+    sha256: str = field("", "Checksum of the text, and bytes of each split.", is_flag=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,53 +116,45 @@ class BatchesConfig:
     # The carry and the step of a checkpoint are those of batches of one shape, so kind, batch_size
     # and window_length can't change when a run resumes.
     kind: Literal["windows", "streams"] = field("windows", "windows: shuffled windows, each from a "
-        "zero state. streams: contiguous streams that keep their carry between steps (truncated "
-        "backpropagation through time).")
-    batch_size: int = field(64, "Windows or streams per batch.", _SIZE,
-        requires=Rule("a multiple of mesh.data times mesh.model",
-            lambda c: c.batches.batch_size % (max(c.mesh.data, 1) * c.mesh.model) == 0))
-    window_length: int = field(100, "Tokens of each window or stream per step.", _SIZE)
+        "zero state. streams: contiguous streams whose carry is kept (truncated BPTT).")
+    batch_size: int = field(64, "Windows or streams per batch.", _SIZE, also="batch",
+        requires="batches.batch_size % (max(mesh.data, 1) * mesh.model) == 0")
+    window_length: int = field(100, "Tokens of each window or stream per step.", _SIZE,
+        also="context bptt seq_len sequence_length")
     reset_probability: float = field(0.02, "Probability that a stream starts a step from a zero "
         "state, as each text does in evaluation.", _SHARE, resume=True,
-        relevant_if=Rule("batches.kind='streams'", lambda c: c.batches.kind == "streams"))
+        relevant_if="batches.kind == 'streams'")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The layers of the model, their initial parameters, and how they are computed."""
 
-    embedding_size: int = field(256, "Size of token embeddings.", _SIZE)
+    embedding_size: int = field(256, "Size of token embeddings.", _SIZE, also="embedding")
     hidden_size: int = field(1024, "Hidden units of each layer; with tie_embeddings, the last one "
-        "has embedding_size.", _SIZE,
-        relevant_if=Rule("model.num_layers above 1 with tie_embeddings",
-            lambda c: not c.model.tie_embeddings or c.model.num_layers > 1))
-    num_layers: int = field(1, "Recurrent layers.", between(1, 100))
+        "has embedding_size.", _SIZE, also="hidden units",
+        relevant_if="model.num_layers > 1 or not model.tie_embeddings")
+    num_layers: int = field(1, "Recurrent layers.", "1 <= x <= 100", also="layers")
     cell: str = field("lstm", "Kind of recurrent layers, or a file with your own cell "
-        "(docs/cells.md).",
-        Rule(f"one of {', '.join(CELLS)}, or FILE.py:CLASS",
-            lambda name: name in CELLS or names_cell_file(name)))
+        "(docs/cells.md).", (*CELLS, _OWN_CELL))
     options: Mapping[str, Option] = field({}, "Options that the cell declares, "
-        "as in --config.model.options.rounds=3.",
-        Rule("numbers, strings and booleans, by name",
-            lambda options: all(isinstance(x, Option) for x in options.values())))
-    cell_sha256: str = field("", "Checksum of the cell's file, set when a run begins. The run "
-        "resumes with it only.")
+        "as in --config.model.options.rounds=3.")
+    cell_sha256: str = field("", "Checksum of the file with the cell.", is_flag=False)
     block: Literal["none", "residual"] = field("none", "residual: each cell is in a block with "
         "normalization, a short convolution, a gated MLP and residual branches.")
     layer_norm: bool = field(False, "Layer normalization of x W and h U, and of an LSTM's c'.")
-    tie_embeddings: bool = field(False, "Use the embedding table as the dense layer's kernel; sets "
-        "the last layer's width.")
+    tie_embeddings: bool = field(False, "Use the embedding table as the dense layer's kernel.",
+        also="tied")
     skip_connections: bool = field(False, "Each layer but the first adds its inputs, without "
-        "dropout, to its outputs.", relevant_if=_SEVERAL_LAYERS,
-        requires=Rule("False with tie_embeddings, unless embedding_size equals hidden_size",
-            lambda c: not (c.model.skip_connections and c.model.tie_embeddings)
-            or c.model.embedding_size == c.model.hidden_size))
-    initial_embedding: float = field(0.05, "Initial embeddings are uniform between minus and plus "
-        "this.", _SCALE)
-    initial_scale: float = field(1.0, "Factor of the initial kernels and embedding table.", _SCALE)
+        "dropout, to its outputs.", relevant_if="model.num_layers > 1", requires=
+        "not (model.skip_connections and model.tie_embeddings)"
+        " or model.embedding_size == model.hidden_size")
+    initial_embedding: float = field(0.05, "Initial embeddings are uniform within ± this.",
+        "0 < x <= 1000")
+    initial_scale: float = field(1.0, "Factor of the initial kernels and embedding table.",
+        "0 < x <= 1000")
     initial_bias: Literal["frequencies", "zeros"] = field("frequencies", "Initial bias of the "
-        "logits. frequencies: the logarithm of each token's frequency in the training text, which "
-        "the model then does not have to learn.")
+        "logits. frequencies: the logarithm of each token's frequency in the training text.")
     recurrence: Literal["auto", "scan", "xla", "c", "cudnn", "pallas", "parallel"] = field("auto",
         "Implementation of the recurrence. scan: step by step, the readable reference. parallel: "
         "all steps at once, for cells that support it. xla, c (CPUs with AVX-512), cudnn (LSTMs on "
@@ -225,52 +165,45 @@ class ModelConfig:
         "peephole LSTM, GRU and RNN layers on CPUs that multiply faster in it.", resume=True)
     rematerialize: int = field(0, "Steps between the states stored for the backward pass, which "
         "recomputes the others to save memory. 0: store all.", _SIZE_OR_ZERO, resume=True,
-        relevant_if=Rule("batches.window_length above it",
-            lambda c: c.model.rematerialize < c.batches.window_length))
+        relevant_if="model.rematerialize < batches.window_length")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """The optimizer, its learning rate, and the average of the parameters."""
 
-    name: OptimizerName = field("adam", "AdamW; Lion; Muon for the matrices of recurrent layers "
-        "with AdamW for the rest; schedule-free AdamW; or SGD.")
+    name: OptimizerName = field("adam", "adam: AdamW. muon: Muon for the matrices of recurrent "
+        "layers with AdamW for the rest. schedule_free: AdamW without a schedule.",
+        also="adamw optimizer")
     b1: float = field(0.9, "Decay of the gradients' mean in Adam; its weight in Lion's updates; "
         "in schedule_free, the share of the average in the point of the gradient, which can't "
-        "change when a run resumes.", _SHARE,
-        resume=True, relevant_if=_READS_B1_AND_B2,
-        requires=Rule("above 0 for optimizer.name='schedule_free'",
-            lambda c: c.optimizer.b1 > 0 or c.optimizer.name != "schedule_free"))
+        "change when a run resumes.", _SHARE, resume=True, also="beta1",
+        requires="optimizer.b1 > 0 or optimizer.name != 'schedule_free'",
+        relevant_if="optimizer.name != 'sgd'")
     b2: float = field(0.999, "Decay of the gradients' mean square in Adam, and of their mean in "
-        "Lion.", _SHARE, resume=True, relevant_if=_READS_B1_AND_B2)
-    epsilon: float = field(1e-8, "Added to the root mean square in Adam.",
-        Rule("from 1e-30 to 1", lambda value: 1e-30 <= value <= 1), resume=True,
-        relevant_if=Rule("another optimizer than 'lion' or 'sgd'",
-            lambda c: c.optimizer.name not in ("lion", "sgd")))
+        "Lion.", _SHARE, resume=True, also="beta2", relevant_if="optimizer.name != 'sgd'")
+    epsilon: float = field(1e-8, "Added to the root mean square in Adam.", "1e-30 <= x <= 1",
+        resume=True, also="eps", relevant_if="optimizer.name not in ('lion', 'sgd')")
     momentum: float = field(0.9, "Momentum of SGD and Muon.", _SHARE, resume=True,
-        relevant_if=Rule("optimizer.name='sgd' or 'muon'",
-            lambda c: c.optimizer.name in ("sgd", "muon")))
-    learning_rate: float = field(1e-4, "Peak learning rate.",
-        Rule("above 0, up to 1e38", lambda x: 0 < x <= 1e38), resume=True)
+        relevant_if="optimizer.name in ('sgd', 'muon')")
+    learning_rate: float = field(1e-4, "Peak learning rate.", "0 < x <= 1e38", resume=True,
+        also="lr")
     warmup_steps: int = field(0, "Steps of a linear rise to the peak learning rate.", _COUNT,
-        resume=True)
+        resume=True, also="warmup")
     schedule: Schedule = field("constant", "Learning rate after warm-up. cosine, linear: decay to "
         "zero at the end of training. step: divide by ten at each of step_at.", resume=True)
-    step_at: tuple[float, ...] = field((0.5, 0.75), "Fractions of all steps.", _SHARES, resume=True,
-        relevant_if=Rule("optimizer.schedule='step'", lambda c: c.optimizer.schedule == "step"))
-    weight_decay: float = field(0.0, "Weight decay of kernels and embeddings.",
-        Rule("from 0 to 1e38", lambda value: 0 <= value <= 1e38), resume=True)
+    step_at: tuple[float, ...] = field((0.5, 0.75), "Fractions of all steps.",
+        "all(0 < part < 1 for part in x)", resume=True, relevant_if="optimizer.schedule == 'step'")
+    weight_decay: float = field(0.0, "Weight decay of kernels and embeddings.", "0 <= x <= 1e38",
+        resume=True, also="wd")
     max_gradient_norm: float = field(0.0, "Clip gradients to this global norm. 0: no clipping.",
-        _AMOUNT, resume=True)
+        _AMOUNT, resume=True, also="clip grad_clip")
     average_decay: float = field(0.0, "Decay of an exponential moving average of the parameters, "
-        "which evaluation and sampling then use. 0: no average.", _SHARE,
-        relevant_if=Rule("another optimizer than 'schedule_free'",
-            lambda c: c.optimizer.name != "schedule_free"))
+        "which evaluation and sampling then use. 0: no average.", _SHARE, also="ema",
+        relevant_if="optimizer.name != 'schedule_free'")
     microbatches: int = field(1, "Parts of a batch, computed one after the other to save memory "
-        "(gradient accumulation).",
-        _SIZE, resume=True,
-        requires=Rule("a divisor of batches.batch_size",
-            lambda c: c.batches.batch_size % c.optimizer.microbatches == 0))
+        "(gradient accumulation).", _SIZE, resume=True,
+        requires="batches.batch_size % optimizer.microbatches == 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,15 +211,15 @@ class RegularizationConfig:
     """The rates of dropout, and the weights of penalties."""
 
     embedding_dropout: float = field(0.0, "Dropout of whole rows of the embedding table.", _SHARE,
-        resume=True)
+        resume=True, also="dropout")
     input_dropout: float = field(0.0, "Dropout of the inputs of the first layer.", _SHARE,
-        resume=True)
+        resume=True, also="dropout")
     hidden_dropout: float = field(0.0, "Dropout between layers.", _SHARE, resume=True,
-        relevant_if=_SEVERAL_LAYERS)
+        also="dropout", relevant_if="model.num_layers > 1")
     output_dropout: float = field(0.0, "Dropout of the outputs of the last layer.", _SHARE,
-        resume=True)
+        resume=True, also="dropout")
     recurrent_dropout: float = field(0.0, "DropConnect of the recurrent kernels.", _SHARE,
-        resume=True)
+        resume=True, also="dropout")
     activation_penalty: float = field(0.0, "Weight of the outputs' mean square in the loss.",
         _AMOUNT, resume=True)
     temporal_activation_penalty: float = field(0.0, "Weight of the outputs' mean squared change "
@@ -300,7 +233,7 @@ class DistillConfig:
     teachers: str = field("", "Working directories of trained models, separated by commas: the "
         "model also learns the mean of their probabilities.", resume=True)
     weight: float = field(0.8, "Share of the teachers in the loss; the rest is the text's.",
-        Rule("from 0 to 1", lambda value: 0 <= value <= 1), resume=True)
+        "0 <= x <= 1", resume=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,34 +251,30 @@ class MeshConfig:
 class SampleConfig:
     """The text that is generated after each validation."""
 
-    length: int = field(300, "Tokens of the sample of each validation.", between(1, 10**6),
+    length: int = field(300, "Tokens of the sample of each validation.", "1 <= x <= 10**6",
         resume=True)
     temperature: float = field(0.8, "Temperature of this sample. 0: greedy.",
-        Rule("0, or from 1e-6 to 1000", lambda value: value == 0 or 1e-6 <= value <= 1000),
-        resume=True)
+        "x == 0 or 1e-6 <= x <= 1000", resume=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """The length of a run, and what it does between steps."""
 
-    seed: int = field(0, "Random seed of initial parameters, batches and samples.",
-        between(0, 2**32 - 1))
-    init_from: str = field("", "Start from the parameters of the run in this directory (set by "
-        "--init_from).")
-    num_epochs: int = field(20, "Passes over the training text.", between(1, 10**6), resume=True)
+    seed: int = field(0, "Seed of initial parameters, batches and samples.", "0 <= x < 2**32")
+    init_from: str = field("", "The run whose parameters this one starts from.", is_flag=False)
+    num_epochs: int = field(20, "Passes over the training text.", "1 <= x <= 10**6", resume=True,
+        also="epochs")
     max_steps: int = field(0, "Training ends after this number of steps, if num_epochs has more. "
-        "0: no limit.", _COUNT, resume=True)
+        "0: no limit.", _COUNT, resume=True, also="steps")
     validate_every_steps: int = field(0, "Steps between validations within an epoch; each epoch "
         "also ends with one. 0: no others.", _COUNT, resume=True)
     validation_tokens: int = field(0, "Number of tokens at the start of the validation text to "
-        "validate on. 0: all of it.",
-        Rule("0, or from 4 to 2,147,483,647", lambda value: value == 0 or 4 <= value < 2**31))
+        "validate on. 0: all of it.", "x == 0 or 4 <= x < 2**31")
     patience: int = field(0, "Training ends when the validation loss has not improved for this "
         "number of validations. 0: no such limit.", _COUNT, resume=True)
     steps_per_call: int = field(1, "Training steps per compiled call; more are faster for tiny "
-        "models.", between(1, 10**4), resume=True,
-        requires=Rule("at most log_every_steps", lambda c: c.steps_per_call <= c.log_every_steps))
+        "models.", "1 <= x <= 10**4", resume=True, requires="steps_per_call <= log_every_steps")
     log_every_steps: int = field(10, "Steps between training losses in metrics.jsonl.",
         _POSITIVE_COUNT, resume=True)
     checkpoint_every_seconds: float = field(300.0, "Seconds between checkpoints in an epoch. 0: "
@@ -371,7 +300,7 @@ class Config(RunConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as nested dicts, as in config.json."""
-        return ConfigDict(dataclasses.asdict(self)).to_dict()
+        return dataclasses.asdict(self)
 
 
 def _list_fields(section: Any, prefix: str = "") -> Iterator[Field]:
@@ -379,37 +308,22 @@ def _list_fields(section: Any, prefix: str = "") -> Iterator[Field]:
         name = prefix + own.name
         if own.metadata:
             defined: Field = own.metadata["field"]
-            is_of_type = defined.allowed is _OF_TYPE
-            allowed = _allow_type(own.type) if is_of_type else defined.allowed
-            yield defined._replace(name=name, allowed=allowed)
+            choices = get_args(own.type) if isinstance(defined.default, str) else ()  # Literal.
+            yield defined._replace(name=name, allowed=defined.allowed or choices or "")
         else:
             yield from _list_fields(own.type, f"{name}.")
 
 
-def _allow_type(kind: object) -> Rule[Any]:
-    """Return the rule of a type that gives its own values: bool, str or a Literal."""
-    words = {bool: "True or False", str: "any text"}
-    return _OF_TYPE._replace(words=words[kind]) if kind in words else one_of(*get_args(kind))
-
-
-FIELDS = tuple(_list_fields(Config))
-_BY_NAME = {field.name: field for field in FIELDS}
-_SECTIONS: dict[str, Any] = {
-    section.name: section.type for section in dataclasses.fields(Config) if not section.metadata
-}
-_LEGEND = (
-    "Numbers are written as in Python: 1_000 is 1000. A run may change the fields marked [resume] "
-    "when it resumes."
-)
-# A field whose value is a dict with any names.
-_OPEN = "model.options"
+FIELDS = {field.name: field for field in _list_fields(Config)}
 # The fields that may change when a run resumes.
-CHANGEABLE = tuple(field.name for field in FIELDS if field.resume)
+CHANGEABLE = tuple(field.name for field in FIELDS.values() if field.resume)
+# A field whose value is a dict with any names; each can be set like a field.
+OPTIONS = "model.options"
 
 
 def default() -> ConfigDict:
     """Return the default config, of one layer of 1,024 units trained on Tiny Shakespeare."""
-    return ConfigDict(dataclasses.asdict(Config()))
+    return ConfigDict(Config().to_dict())
 
 
 def load(name: str) -> Any:
@@ -426,158 +340,163 @@ def load(name: str) -> Any:
     if not Path(file).is_file():
         raise UserError(f"there is no config file {file}")
     with run_user_code("config file", file):
-        get_config = runpy.run_path(file).get("get_config")
-        if get_config is None:
-            raise UserError(f"config file {file} has no function get_config()")
+        get_config = runpy.run_path(file)["get_config"]
         return get_config() if word is None else get_config(word)
 
 
 def split_name(name: str) -> tuple[str, str | None]:
-    """Return FILE and WORD of FILE:WORD, as in experiments/cells.py:gru, or FILE and None.
-
-    In the path of FILE.py there may be a colon.
-    """
-    match = re.fullmatch(r"(.*?\.py|[^:]*)(?::(.*))?", name, re.DOTALL)
-    assert match
-    return match[1], match[2]
+    """Return FILE and WORD of FILE:WORD, as in experiments/cells.py:gru, or FILE and None."""
+    file, colon, word = name.partition(".py:")
+    return (f"{file}.py", word) if colon else (name, None)
 
 
 def find_experiment(name: str) -> str:
-    """Return the path of a packaged experiment; any other name, and of a file here, as it is."""
-    path = find_in_package(name)
-    is_packaged = name.startswith("experiments/") and path.is_file() and not Path(name).exists()
-    return str(path) if is_packaged else name
-
-
-def find_in_package(name: str) -> Path:
-    """Return the path of a packaged experiment, which may not exist.
+    """Return the path of an experiment of the package; any other name, or a file here, as it is.
 
     An installed package has experiments/ within it, and an editable one beside it.
     """
     package = Path(__file__).parent
-    return (package if (package / "experiments").is_dir() else package.parent) / name
+    path = (package if (package / "experiments").is_dir() else package.parent) / name
+    is_packaged = name.startswith("experiments/") and path.is_file() and not Path(name).exists()
+    return str(path) if is_packaged else name
 
 
-def complete_config(fields: object) -> Config:
-    """Return a checked config with the given fields, and defaults for all others.
+def complete_config(fields: object, changes: Mapping[str, object] = MappingProxyType({})) -> Config:
+    """Return a checked config: defaults, `fields`, and then `changes`, by dotted names.
 
     Args:
       fields: a ConfigDict or nested dict, or a `Config`.
+      changes: the values of single fields, such as those of flags.
 
     Raises:
       UserError: for an unknown field, a value of the wrong type, or one that is not allowed.
     """
-    if isinstance(fields, Config):
+    if isinstance(fields, Config | ConfigDict):
         fields = fields.to_dict()
-    if not isinstance(fields, ConfigDict | dict):
+    if not isinstance(fields, dict):
         raise UserError(f"the config is a {type(fields).__name__}, not a ConfigDict")
-    try:
-        given = list(_flatten(ConfigDict(fields).to_dict()))
-    except (TypeError, ValueError, AttributeError, RecursionError) as error:
-        # Of a name, such as "a.b", or of sections that are too deep.
-        raise UserError(f"this is not a config: {error}") from None
-    made = default()
-    for name, value in given:
-        if message := describe_unknown_field(name):
-            raise UserError(message)
-        try:
-            if value is None:  # ConfigDict accepts it for any field.
-                raise TypeError
-            made.update_from_flattened_dict({name: value})
-        except (TypeError, ValueError, OverflowError):
-            wanted = type(_BY_NAME[name].default).__name__
-            raise UserError(f"config.{name} is {value!r}: it must be of type {wanted}") from None
-    nested = made.to_dict()
-    values = dict(_flatten(nested))
-    sections = {name: section(**nested.pop(name)) for name, section in _SECTIONS.items()}
-    config = Config(**nested, **sections)
-    for field in FIELDS:
-        check_value(field.name, values[field.name])
-    for field in FIELDS:
-        if field.requires and not field.requires.is_met(config):
-            value, words = values[field.name], field.requires.words
-            raise UserError(f"config.{field.name} is {value!r}: it must be {words}")
+    values = {name: field.default for name, field in FIELDS.items()}
+    for name, value in [*_flatten(fields), *changes.items()]:
+        if name.startswith(f"{OPTIONS}."):
+            values[OPTIONS] = values[OPTIONS] | {name.removeprefix(f"{OPTIONS}."): value}
+        elif name in FIELDS:
+            values[name] = value
+        else:
+            raise UserError(describe_unknown_field(name))
+    values = {name: check_value(name, value) for name, value in values.items()}
+    config = _make_section(Config, values)
+    for name, field in FIELDS.items():
+        if not _is_met(field.requires, vars(config)):
+            raise UserError(f"config.{name} is {values[name]!r}: it needs {field.requires}")
     return config
 
 
-def check_value(name: str, value: object) -> None:
-    """Raise `UserError` if a value is not allowed in the field with this dotted name."""
-    rule = _BY_NAME[name].allowed
-    if not rule.is_met(value):
-        raise UserError(f"config.{name} is {value!r}: it must be {rule.words}")
+def _is_met(condition: str, names: Mapping[str, object]) -> bool:
+    """Return whether a condition of `Field` holds for these names; the empty one does."""
+    return bool(eval(condition or "True", globals(), {**names}))
+
+
+def _make_section(section: Any, values: Mapping[str, object], prefix: str = "") -> Any:
+    """Return a section, or the whole config, with values by dotted names."""
+    chosen = {}
+    for own in dataclasses.fields(section):
+        name = prefix + own.name
+        is_field = name in FIELDS
+        chosen[own.name] = values[name] if is_field else _make_section(own.type, values, name + ".")
+    return section(**chosen)
+
+
+def check_value(name: str, value: Any) -> Any:
+    """Return a value in the type of its field; raise `UserError` if the field can't have it."""
+    field = FIELDS[name]
+    kind, allowed = type(field.default), field.allowed
+    if kind is tuple and isinstance(value, list):
+        value = tuple(value)
+    if kind is float and type(value) is int and abs(value) < 2**1000:
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"config.{name} is {value!r}: it must be of type {kind.__name__}")
+    if isinstance(allowed, str):
+        with contextlib.suppress(TypeError):  # Elements of a tuple may have any type.
+            if _is_met(allowed, {"x": value}):
+                return value
+        raise UserError(f"config.{name} is {value!r}: it needs {_describe_allowed(field)}")
+    if value in allowed or (_OWN_CELL in allowed and names_cell_file(value)):
+        return value
+    near = difflib.get_close_matches(value, allowed, n=1)
+    hint = f": did you mean {near[0]}?" if near else ""
+    raise UserError(f"config.{name} is {value!r}: it must be {_describe_allowed(field)}{hint}")
+
+
+def _describe_allowed(field: Field) -> str:
+    """Return the allowed values of a field, with its name for x."""
+    if isinstance(field.allowed, tuple):
+        return f"one of {', '.join(word or 'empty' for word in field.allowed)}"
+    return re.sub(r"\bx\b", field.name.rpartition(".")[2], field.allowed)
 
 
 def change_fields(config: Config, overrides: Mapping[str, object]) -> Config:
-    """Return the complete config with the overrides, by dotted field name, applied.
-
-    Raise `UserError` for an unknown field or an invalid value.
-    """
-    fields = config.to_dict()
-    for field, value in overrides.items():
-        if message := describe_unknown_field(str(field)):
-            raise UserError(message)
-        *parents, name = field.split(".")
-        functools.reduce(dict.__getitem__, parents, fields)[name] = value
-    return complete_config(fields)
+    """Return the config with other values, by dotted field name; see `complete_config`."""
+    return complete_config(config, overrides)
 
 
 def find_unused_fields(config: Config) -> list[str]:
     """Return a message for each field that is set but has no effect on this config."""
     return [
-        f"config.{name} is {value!r}, which has no effect: it needs {rule.words}"
+        f"config.{name} is {value!r}, which has no effect: it needs {FIELDS[name].relevant_if}"
         for name, value in flatten(config)
-        if (rule := _BY_NAME[name].relevant_if) and not rule.is_met(config)
-        if value != _BY_NAME[name].default
+        if value != FIELDS[name].default
+        if not _is_met(FIELDS[name].relevant_if, vars(config))
     ]
 
 
-def describe_unknown_field(name: str) -> str | None:
-    """Return an error message if a dotted name is not a field, else None."""
-    if name in _BY_NAME or re.fullmatch(rf"{re.escape(_OPEN)}\.\w+", name):
-        return None
-    section, dot, last = name.rpartition(".")
-    within = [other for other in _BY_NAME if other.startswith(section + dot)]
-    others = {other.rpartition(".")[2]: other for other in within}
-    if near := difflib.get_close_matches(last, others, n=1):
-        hint = f": did you mean {others[near[0]]}?"
-    elif same := [other for other in _BY_NAME if other.rpartition(".")[2] == last]:
-        hint = f": did you mean {' or '.join(same)}?"
-    elif section and others:
-        hint = f": there are {', '.join(others.values())}"
-    else:
-        near = difflib.get_close_matches(name, _BY_NAME, n=1)
-        hint = f": did you mean {near[0]}?" if near else ""
-    return f"there is no field config.{name}{hint}"
+def find_fields(name: str) -> list[str]:
+    """Return the fields that have this name in any section, or that people also call so."""
+    last = name.rpartition(".")[2]
+    return [
+        field.name
+        for field in FIELDS.values()
+        if field.is_flag and last in (field.name.rpartition(".")[2], *field.also.split())
+    ]
+
+
+def describe_unknown_field(name: str) -> str:
+    """Return an error message for a name that is not a field."""
+    flags = [field.name for field in FIELDS.values() if field.is_flag]
+    similar = find_fields(name) or difflib.get_close_matches(name, flags, n=1)
+    hint = f": did you mean {' or '.join(similar)}?" if similar else ": docs/config.md lists all"
+    return f"there is no field {name}{hint}"
 
 
 def flatten(config: Config) -> Iterator[tuple[str, object]]:
-    """Yield every field as (dotted name, value), sorted by name."""
+    """Yield every field as (dotted name, value)."""
     return _flatten(config.to_dict())
 
 
 def _flatten(fields: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     for name, value in fields.items():
-        full = prefix + name
-        if isinstance(value, dict) and full != _OPEN and (value or full in _SECTIONS):
+        full = f"{prefix}{name}"
+        if isinstance(value, dict) and full not in FIELDS:
             yield from _flatten(value, f"{full}.")
         else:
             yield full, value
 
 
-def describe_fields(width: int, quote: str = "") -> str:
-    """Return the table, wrapped at `width` columns, with `quote` around names and defaults."""
-    lines = textwrap.wrap(_LEGEND, width)
-    for section, fields in itertools.groupby(FIELDS, lambda field: field.name.rpartition(".")[0]):
-        lines += ["", section or "run", "-" * len(section or "run"), ""]
-        for field in fields:
-            mark = " [resume]" * field.resume
-            lines.append(f"- {quote}--config.{field.name}={field.default!r}{quote}{mark}")
-            allowed = "; ".join(rule.words for rule in (field.allowed, field.requires) if rule)
-            only = f" Needs {field.relevant_if.words}." if field.relevant_if else ""
-            text = f"{field.meaning} Allowed: {allowed}.{only}"
-            lines += textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="  ")
-    return "\n".join(lines)
+def explain(field: Field) -> str:
+    """Return the meaning of a field, and its conditions."""
+    allowed = _describe_allowed(field)
+    conditions = [f"`{allowed}`" if isinstance(field.allowed, str) and allowed else allowed]
+    conditions += [f"`{field.requires}`"] if field.requires else []
+    listed = "; ".join(filter(None, conditions))
+    only = f" Has an effect if `{field.relevant_if}`." if field.relevant_if else ""
+    return field.meaning + (f" Allowed: {listed}." if listed else "") + only
 
 
 if __name__ == "__main__":
-    print("# Config fields\n\nGenerated from config.py.\n", describe_fields(99, "`"), sep="\n")
+    print(
+        "# Config fields\n\nGenerated from config.py. Numbers are written as in Python: 1_000 is "
+        "1000. A run may change the fields marked\n[resume] when it resumes.\n"
+    )
+    for one in filter(lambda field: field.is_flag, FIELDS.values()):
+        mark = " [resume]" * one.resume
+        print(f"- `--config.{one.name}={one.default!r}`{mark}: {explain(one)}")

@@ -51,21 +51,18 @@ def warn(message: str) -> None:
 
 
 @contextlib.contextmanager
-def run_user_code(kind: str, file: str, *passing: type[BaseException]) -> Iterator[None]:
+def run_user_code(kind: str, file: str, *passing: type[Exception]) -> Iterator[None]:
     """Let code of a user's Python file import the modules of its directory.
 
     Raise any exception as a `UserError` that names file and line, and calls the file `kind`; but
-    exceptions of the types `passing`, and those of signal handlers, as they are.
+    exceptions of the types `passing` as they are.
     """
     directory = str(Path(file).parent)
     sys.path.insert(0, directory)
     try:
         yield
-    except BaseException as error:
-        # Those of signal handlers: Ctrl-C, and exits of this package.
-        is_exit = not isinstance(error, Exception)
-        is_of_handler = is_exit and type(error).__module__.startswith("lstm_jax.")
-        if is_of_handler or isinstance(error, (KeyboardInterrupt, UserError, *passing)):
+    except Exception as error:
+        if isinstance(error, (UserError, *passing)):
             raise
         if isinstance(error, SyntaxError):
             line = f", line {error.lineno}" if error.lineno else ""
@@ -74,8 +71,7 @@ def run_user_code(kind: str, file: str, *passing: type[BaseException]) -> Iterat
         lines = [f", line {frame.lineno}" for frame in frames if frame.filename == file]
         raise UserError(f"{kind} {file}{(lines or [''])[-1]}: {one_line(error)}") from None
     finally:
-        with contextlib.suppress(ValueError):  # The code may have removed it.
-            sys.path.remove(directory)
+        sys.path.remove(directory)
 
 
 @contextlib.contextmanager

@@ -1,14 +1,11 @@
 """Train a language model: `python -m lstm_jax.main --config experiments/shakespeare.py`.
 
-The same command resumes a run that was stopped. Every field of the config can be set on the command
-line, for example --config.optimizer.learning_rate=1e-3 or --config.data.path=my.txt. Without
---config, --init_from MODEL trains a model further, with its own sizes (docs/training.md).
+The same command resumes a run that was stopped. Without --config, --init_from MODEL trains a model
+further, with its own sizes (docs/training.md).
+
+Every field of the config is a flag, too: --config.optimizer.learning_rate=1e-3,
+--config.data.path=my.txt. `python -m lstm_jax.config` lists them, as docs/config.md does.
 """
-
-if __name__ == "__main__":
-    from lstm_jax.run import interrupts
-
-    interrupts.exit_at_once()  # While the rest is imported, which takes seconds.
 
 import contextlib
 import dataclasses
@@ -44,9 +41,10 @@ _JOIN_SECONDS = flags.DEFINE_integer(
 
 def main() -> int:
     """Train as the flags say, and return the exit code."""
-    experiment, name = command.read_experiment()
-    if _INIT_FROM.value is not None:
-        experiment = dataclasses.replace(experiment, init_from=_INIT_FROM.value)
+    model = _INIT_FROM.value
+    experiment, name = command.read_experiment(model and f"experiments/finetune.py:{model}")
+    if model is not None:
+        experiment = dataclasses.replace(experiment, init_from=model)
     for message in config.find_unused_fields(experiment):
         warn(message)
     # Here, because they import JAX, which --help does not need.

@@ -8,11 +8,6 @@ A .safetensors file holds a state_dict of PyTorch. Without a suffix, --to is a f
 model, to keep or to publish, which all commands that read a working directory also read.
 """
 
-if __name__ == "__main__":
-    from lstm_jax.run import interrupts
-
-    interrupts.exit_at_once()  # While the rest is imported, which takes seconds.
-
 from pathlib import Path
 
 from absl import flags

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lstm_jax.config import Config, is_gated
+from lstm_jax.config import Config
 from lstm_jax.errors import UserError
 from lstm_jax.ops import choice
 from lstm_jax.ops.processor import count_cores
@@ -56,7 +56,8 @@ def use_cores(config: Config, least: int = 1) -> None:
 def _count_useful_cores(config: Config) -> int:
     """Return the number of CPU devices that train fastest, once there are devices."""
     model = config.model
-    is_fused = is_gated(model)
+    in_scan = model.recurrence in ("scan", "cudnn") or model.layer_norm or model.block != "none"
+    is_fused = model.cell in ("lstm", "peephole", "gru", "rnn") and not in_scan
     dtype = choice.choose_dtype(is_fused) if model.dtype == "auto" else model.dtype
     is_large = model.hidden_size > _LARGEST_HIDDEN_IN_C
     if is_fused and is_large and choice.runs_in_c("windows", dtype, model.hidden_size):

@@ -18,7 +18,7 @@ from lstm_jax.vocabulary import FILE_END, UNKNOWN_ID, Ids, TextSize, Vocabulary
 class Subject(NamedTuple):
     """A text to measure."""
 
-    name: str
+    fields: dict[str, object]  # What it is, as fields of JSON.
     ids: Ids
     sizes: list[TextSize]  # Of its parts, without the first token, which nothing predicts.
 
@@ -32,29 +32,32 @@ def load_file(path: str, vocabulary: Vocabulary) -> Subject:
     content += FILE_END if vocabulary.stop == FILE_END else ""
     name = "standard input" if path == "-" else path
     text = texts.hold_text(content, vocabulary.kind, vocabulary.stop)
-    subject = _encode(name, [text], vocabulary)
-    if (subject.ids == UNKNOWN_ID).all():
+    subject = _encode({"text": name}, [text], vocabulary)
+    unknown = int((subject.ids == UNKNOWN_ID).sum())
+    if unknown == len(subject.ids):
         raise UserError(f"the model knows none of the {vocabulary.token_name}s in {name}")
+    subject.fields["unknown_tokens"] = unknown
     return subject
 
 
 def join_splits(name: str, splits: Mapping[str, Text], vocabulary: Vocabulary) -> Subject:
     """Return one or several splits as one text; `name` joins their names by +."""
-    return _encode(name, [splits[split] for split in name.split("+")], vocabulary)
+    return _encode({"split": name}, [splits[split] for split in name.split("+")], vocabulary)
 
 
-def _encode(name: str, parts: Sequence[Text], vocabulary: Vocabulary) -> Subject:
+def _encode(fields: dict[str, object], parts: Sequence[Text], vocabulary: Vocabulary) -> Subject:
     """Encode the parts of a text; raise `UserError` if it has fewer than two tokens."""
     encoded = [part.encode(vocabulary) for part in parts]
     ids = encoded[0] if len(parts) == 1 else np.concatenate(encoded)
     if len(ids) < 2:
+        (name,) = fields.values()
         length = f"{len(ids)} {vocabulary.token_name}s, and 2 are needed"
         raise UserError(f"{name} is too short: it has {length}")
     sizes = [
         part.measure(vocabulary, of_part, first=i > 0)
         for i, (part, of_part) in enumerate(zip(parts, encoded, strict=True))
     ]
-    return Subject(name, ids, sizes)
+    return Subject(fields, ids, sizes)
 
 
 def measure_loss(trained: workdir.Trained, ids: Ids, context: int | None) -> float:
@@ -74,7 +77,7 @@ def measure_dynamic_loss(
     return sum(float(part.sum(dtype=np.float64)) for part in parts) / (len(ids) - 1)
 
 
-def report_loss(subject: Subject, loss: float) -> dict[str, float | None]:
+def report_loss(subject: Subject, loss: float) -> dict[str, object]:
     """Return the loss in several units, as fields of JSON, which has no infinity."""
     perplexity = loss_lib.compute_perplexity(loss)
     return {

@@ -4,11 +4,6 @@ The page shows what the model expects in a text, and what its hidden units follo
 if it can run the model's cell. It needs only a browser.
 """
 
-if __name__ == "__main__":
-    from lstm_jax.run import interrupts
-
-    interrupts.exit_at_once()  # While the rest is imported, which takes seconds.
-
 from pathlib import Path
 
 from absl import flags

@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from lstm_jax import model as model_lib
 from lstm_jax.data import files
 from lstm_jax.devices import hosts
-from lstm_jax.errors import UnavailableError, UserError, name_setting, one_line, warn
+from lstm_jax.errors import UnavailableError, UserError, one_line, warn
 from lstm_jax.model import Params
 from lstm_jax.run.seal import VALIDATION, find_damage, seal_checkpoint
 
@@ -312,7 +312,7 @@ def _restore_items(path: Path, items: Mapping[str, object]) -> Any:
             raise UserError(
                 f"the training state in {path} {differing}, unlike that of this code: use the code "
                 "that saved it, or start a new run with its parameters "
-                f"({name_setting('init_from', str(path.parents[1]))})"
+                f"(--init_from {path.parents[1]})"
             ) from None
         raise UserError(
             f"the checkpoint {path} does not hold the model that the config describes: "

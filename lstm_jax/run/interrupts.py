@@ -11,14 +11,16 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import NoReturn
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def exit_at_once() -> None:
     """Let Ctrl-C and SIGTERM end the process immediately; call it before anything is written."""
-    _set_handler(leave)
+    for number in _SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _leave)
 
 
 @contextlib.contextmanager
@@ -27,29 +29,23 @@ def handle_signals(handler: Callable[..., object]) -> Iterator[None]:
 
     Those that are ignored, as SIGINT in background jobs of a shell, stay ignored.
     """
-    before = _set_handler(handler)
+    # Python delivers signals to the main thread, and only that may set handlers. It can't restore
+    # a handler of native code, which is None.
+    in_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in _SIGNALS if in_main}
+    changed = {n: old for n, old in before.items() if old not in (signal.SIG_IGN, None)}
+    for number in changed:
+        signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+        for number, old in changed.items():
+            signal.signal(number, old)
 
 
-def _set_handler(handler: Callable[..., object]) -> dict[signal.Signals, Any]:
-    """Set the handler of both signals, and return the earlier handlers of those that changed."""
-    # Python delivers signals to the main thread, and only that may set handlers.
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    # Python can't restore a handler of native code, which is None.
-    kept = (signal.SIG_IGN, None)
-    changed = [number for number in _SIGNALS if signal.getsignal(number) not in kept]
-    return {number: signal.signal(number, handler) for number in changed}
-
-
-def leave(number: int, *unused: object) -> NoReturn:
+def _leave(number: int, *unused: object) -> NoReturn:
     """End the process with one line and the exit code of a signal."""
-    with contextlib.suppress(OSError):
-        os.write(2, b"Interrupted.\n" if number == signal.SIGINT else b"Terminated.\n")
+    os.write(2, b"Interrupted.\n" if number == signal.SIGINT else b"Terminated.\n")
     exit_now(128 + number)
 
 
@@ -58,6 +54,6 @@ def exit_now(code: int) -> NoReturn:
 
     After an interrupt they may never end, or still compute on arrays that Python would free.
     """
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(OSError):
         sys.stdout.flush()
     os._exit(code)

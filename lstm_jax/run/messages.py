@@ -12,10 +12,13 @@ from lstm_jax.errors import make_visible, name_setting
 from lstm_jax.ops import choice
 from lstm_jax.run import cell_file, workdir
 from lstm_jax.run.session import Session
-from lstm_jax.vocabulary import TextSize
+from lstm_jax.vocabulary import FILE_END, TextSize
 
 # Tokens of the window that is printed.
 _LONGEST_WINDOW = 24
+# Control characters, which a terminal executes, as escapes; bytes that are not UTF-8 as U+FFFD.
+_PRINTABLE = {n: f"\\x{n:02x}" for n in (*range(32), *range(127, 160)) if chr(n) not in "\t\n\r"}
+_PRINTABLE |= {**dict.fromkeys(range(0xD800, 0xE000), "\ufffd"), ord(FILE_END): "\n\n"}
 
 
 def print_setup(run: Session) -> None:
@@ -62,7 +65,14 @@ def print_setup(run: Session) -> None:
         run.print(_describe_end(run))
     elif run.is_resumed:
         total = run.plan.total_steps
-        run.print(f"Resuming from step {step} of {total}, saved in {_show_directory(run)}")
+        run.print(
+            f"Resuming from step {step} of {total}, saved in {make_visible(str(run.directory))}"
+        )
+
+
+def make_printable(text: str) -> str:
+    r"""Return a text that a terminal shows: \x1b is an escape, the end of a file a blank line."""
+    return text.translate(_PRINTABLE)
 
 
 def format_parameters(params: model_lib.Params) -> str:
@@ -102,49 +112,38 @@ def describe_validation(run: Session, loss: float, sample: str) -> str:
 def describe_early_end(run: Session) -> str:
     """Return the message that `patience` ends training after the steps so far."""
     return (
-        f"Training ends at step {run.loop.step} of {run.plan.total_steps}: "
-        f"{_describe_patience(run)}"
+        f"Training ends at step {run.loop.step} of {run.plan.total_steps}: the validation loss has "
+        f"not improved for {run.config.patience} validations"
     )
-
-
-def _describe_patience(run: Session) -> str:
-    return f"the validation loss has not improved for {run.config.patience} validations"
 
 
 def describe_stop(run: Session) -> str:
     """Return the message that a signal has stopped training after the steps so far."""
     return (
         f"\nStopped at step {run.loop.step} of {run.plan.total_steps}. Everything is saved in "
-        f"{_show_directory(run)}: the same command resumes."
+        f"{make_visible(str(run.directory))}: the same command resumes."
     )
 
 
 def _describe_end(run: Session) -> str:
     """Return the message that a run has ended, and how to train it longer."""
-    config, plan, step, reason = run.config, run.plan, run.loop.step, ""
-    fields = [plan.limit] if step == plan.total_steps else []
-    if fields == ["num_epochs"] and 0 < config.max_steps < 2 * step:
-        fields.append("max_steps")
+    plan, step, field, reason = run.plan, run.loop.step, run.plan.limit, ""
     if run.ends_early():
-        fields.append("patience")
-        reason = f": {_describe_patience(run)}"
-    settings = [name_setting(field, 2 * getattr(config, field)) for field in fields]
+        field = "patience"
+        reason = f": the validation loss has not improved for {run.config.patience} validations"
+    setting = name_setting(field, 2 * getattr(run.config, field))
     return (
-        f"The run in {_show_directory(run)} is finished after "
-        f"{plan.describe_length(step)}{reason}. To train longer, "
-        f"set for example {' '.join(settings)}"
+        f"The run in {make_visible(str(run.directory))} is finished after "
+        f"{plan.describe_length(step)}{reason}. To train longer, set for example {setting}"
     )
 
 
 def list_files(run: Session) -> str:
     """Return lines about the files of a run, and the command that generates text."""
+    directory = make_visible(str(run.directory))
     return (
-        f"Everything is in {_show_directory(run)}: {workdir.CHECKPOINTS}/, {workdir.METRICS}, "
+        f"Everything is in {directory}: {workdir.CHECKPOINTS}/, {workdir.METRICS}, "
         f"{workdir.SAMPLES}, {workdir.CURVES}, TensorBoard events\n"
-        f"Generate text: python -m lstm_jax.sample --workdir {shlex.quote(_show_directory(run))}"
+        f"Generate text: python -m lstm_jax.sample --workdir {shlex.quote(directory)}"
         f"{cell_file.make_flag(run.config.model)}"
     )
-
-
-def _show_directory(run: Session) -> str:
-    return make_visible(str(run.directory))

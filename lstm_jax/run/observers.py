@@ -17,7 +17,7 @@ from lstm_jax.controls import Controls
 from lstm_jax.data import files
 from lstm_jax.devices import hosts, parallel
 from lstm_jax.errors import NotFiniteError, name_setting, warn
-from lstm_jax.run import advice, console, figures, interrupts, messages, metrics, workdir
+from lstm_jax.run import advice, figures, interrupts, messages, metrics, workdir
 from lstm_jax.run.checkpoints import list_steps
 from lstm_jax.run.loop import Loop, Observer
 from lstm_jax.run.profiler import Profiler
@@ -205,7 +205,7 @@ def generate_sample(run: Session, params: model_lib.Params, key: jax.Array) -> s
         controls=Controls(temperature=run.config.sample.temperature),
         stop_token=False,
     )
-    return console.make_printable(text)
+    return messages.make_printable(text)
 
 
 def plot_curves(run: Session) -> None:

@@ -1,43 +1,29 @@
-"""Generate text with a trained model: `python -m lstm_jax.sample --workdir DIR --prompt "ROMEO:"`.
+"""Generate text: `python -m lstm_jax.sample --workdir DIR --prompt "ROMEO:"`."""
 
-Standard output is the text, as it is generated. All other messages go to standard error.
-"""
-
-if __name__ == "__main__":
-    from lstm_jax.run import interrupts
-
-    interrupts.exit_at_once()  # While the rest is imported, which takes seconds.
-
+import signal
 import sys
 
 from absl import flags
 
 from lstm_jax.errors import UserError, warn
 from lstm_jax.run import command
-from lstm_jax.run.console import make_printable, make_printer
 
 _RUN = command.define_run_flags()
 _DTYPE = command.define_dtype_flag("int8")
-_PROMPT = flags.DEFINE_string("prompt", "", "Prompt to continue.")
+_PROMPT = flags.DEFINE_string("prompt", None, "Prompt to continue.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File with the prompt; - is stdin.")
 _LENGTH = flags.DEFINE_integer("length", 500, "Maximum number of tokens to generate.")
 _CONTROLS = (
     flags.DEFINE_float("temperature", 0.8, "Divide the logits by this; 0: greedy."),
     flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens; 0: from all."),
-    flags.DEFINE_float(
-        "top_p", 1.0, "Draw from the nucleus: the smallest set with this cumulative probability."
-    ),
-    flags.DEFINE_float(
-        "min_p", 0.0, "Draw from tokens with at least this share of the highest probability."
-    ),
-    flags.DEFINE_float(
-        "repetition_penalty", 1.0, "Make recent tokens less likely (above 1); 1: off."
-    ),
+    flags.DEFINE_float("top_p", 1.0, "Draw from the most likely tokens with this probability."),
+    flags.DEFINE_float("min_p", 0.0, "Draw from tokens with this share of the highest one."),
+    flags.DEFINE_float("repetition_penalty", 1.0, "Recent tokens are less likely above 1."),
     flags.DEFINE_integer("repetition_window", 64, "Recent tokens to penalize."),
 )
-_FORBID = flags.DEFINE_string("forbid", "", "Never generate the tokens of this text.")
+_FORBID = flags.DEFINE_string("forbid", None, "Never generate the tokens of this text.")
 _STOP = flags.DEFINE_boolean("stop", True, "End at the stop token, if the model has one.")
-_STOP_AT = flags.DEFINE_string("stop_at", "", "End when this text has been generated.")
+_STOP_AT = flags.DEFINE_string("stop_at", None, "End when this text has been generated.")
 _SEED = flags.DEFINE_integer("seed", 0, "Random seed.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Number of texts, with dashes between.")
 
@@ -54,26 +40,26 @@ def main() -> None:
     from lstm_jax.controls import Controls, check_number, make_control_arrays
     from lstm_jax.data import texts
     from lstm_jax.run import ensemble
+    from lstm_jax.run.messages import make_printable
 
     for flag in (*_CONTROLS, _LENGTH, _SEED, _NUM_SAMPLES):  # Before loading the model.
         check_number(flag.name, flag.value)
 
     trained, _ = ensemble.load_ensemble(directories, _DTYPE.value)
     vocabulary = trained.vocabulary
-    prompt = _PROMPT.value
+    prompt, forbidden = _PROMPT.value or "", _FORBID.value or ""
     if path := _PROMPT_FILE.value:
         prompt = texts.read_argument(path, "--prompt_file", vocabulary.kind == "bytes")
-    for where, text in (("the prompt", prompt), ("--forbid", _FORBID.value)):
+    for where, text in (("the prompt", prompt), ("--forbid", forbidden)):
         if named := vocabulary.name_unknown(text):
             warn(f"the model does not know {named} in {where} and reads [UNK] instead")
-    forbidden = vocabulary.encode(_FORBID.value).tolist()
-    controls = Controls(**{flag.name: flag.value for flag in _CONTROLS}, forbidden=forbidden)
+    values = {flag.name: flag.value for flag in _CONTROLS}
+    controls = Controls(**values, forbidden=vocabulary.encode(forbidden).tolist())
     make_control_arrays(controls, len(vocabulary))  # Check that a token is left.
 
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     generated: list[list[str]] = []
-    show = make_printer()
-    print(show(prompt, False), end="", flush=True)
+    print(make_printable(prompt), end="", flush=True)
     for pieces in generation.stream_texts(
         trained.model,
         trained.params,
@@ -83,17 +69,18 @@ def main() -> None:
         length=_LENGTH.value,
         controls=controls,
         stop_token=_STOP.value,
-        stop_at=_STOP_AT.value,
+        stop_at=_STOP_AT.value or "",
         num_samples=_NUM_SAMPLES.value,
     ):
         # Print the first text as it is generated, the others at the end.
-        print(show(pieces[0], False), end="", flush=True)
+        print(make_printable(pieces[0]), end="", flush=True)
         generated.append(pieces)
-    print(show("", True))
+    print()
     samples = ["".join(text) for text in zip(*generated, strict=True)]
     for text in samples[1:]:
         print(f"{'-' * 20}\n{make_printable(prompt + text)}")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it.
     command.run_command(main)

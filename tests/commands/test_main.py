@@ -1,10 +1,10 @@
 """Test the output and exit codes of the commands."""
 
-import asyncio
 import json
 import os
+import re
 import shutil
-import subprocess
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,13 +16,14 @@ import pytest
 
 import models
 import runs
-from commands import run
-from lstm_jax import config, dynamic, generation
+from commands import run, run_python
+from lstm_jax import __main__ as package
+from lstm_jax import config, dynamic, generation, training
 from lstm_jax import loss as loss_lib
 from lstm_jax import model as model_lib
 from lstm_jax.controls import Controls
 from lstm_jax.convert import transfer
-from lstm_jax.run import command, console, metrics, workdir
+from lstm_jax.run import command, interrupts, metrics, signals, workdir
 from lstm_jax.vocabulary import FILE_END, Vocabulary
 
 ROOT = Path(__file__).parents[2]
@@ -56,8 +57,6 @@ def test_a_model_is_trained_further_on_another_text(
 ) -> None:
     text = text_file.read_text(encoding="utf-8").replace("q", "é")[::-1]
     (tmp_path / "my.txt").write_text(text, encoding="utf-8")
-    (tmp_path / "experiments").mkdir()  # The user names no file there.
-    (tmp_path / "experiments" / "finetune.py").write_text("raise ValueError")
     command = ["main", f"--init_from={trained}", "--config.data.path=my.txt"]
     sizes = ["--config.batches.batch_size=8", "--config.max_steps=4", "--config.sample.length=20"]
     first = run(*command, *sizes, cwd=tmp_path)
@@ -100,12 +99,6 @@ def test_a_flag_names_a_text_that_moved(trained: Path, text_file: Path, tmp_path
     other.write_text("another text, though long enough to be split in three" * 10)
     result = run("evaluate", "--workdir", str(trained), "--data_path", str(other), cwd=tmp_path)
     assert result.returncode == 2 and "not the one this run was trained on" in result.stderr
-
-
-def test_the_error_for_a_missing_text_names_its_flag(trained: Path, tmp_path: Path) -> None:
-    result = run("evaluate", f"--workdir={trained}", "--data_path=gone.txt", cwd=tmp_path)
-    assert result.returncode == 2
-    assert "no text file gone.txt: name an existing one (data.path, --data_path)" in result.stderr
 
 
 def test_unknown_characters_in_a_prompt_give_a_warning(trained: Path) -> None:
@@ -210,46 +203,6 @@ def test_too_little_memory_is_one_line(
     assert line.startswith("error: there is not enough memory")
 
 
-def test_a_platform_without_a_device_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail() -> None:
-        raise AssertionError
-
-    monkeypatch.setattr(jax, "local_devices", fail)
-    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
-    with pytest.raises(SystemExit):
-        command._report(AssertionError())
-    assert capsys.readouterr().err.startswith(
-        "error: JAX finds no device of JAX_PLATFORMS=cuda: set another one"
-    )
-
-
-def test_what_orbax_leaves_after_an_error_is_not_reported(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    async def read() -> None:
-        try:
-            await asyncio.sleep(0)
-        finally:
-            raise OSError
-
-    monkeypatch.setattr(sys, "unraisablehook", console._report_unraisable)
-    coroutine = read()
-    coroutine.send(None)
-    del coroutine
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.process
-def test_a_closed_pipe_is_not_an_error(trained: Path) -> None:
-    command = f"{sys.executable} -m lstm_jax.sample --workdir {trained} --length 100000 | head -c 5"
-    result = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", command], capture_output=True, timeout=120, cwd=ROOT
-    )
-    assert (result.returncode, result.stderr, len(result.stdout)) == (0, b"", 5)
-
-
 def test_any_text_is_measured_like_a_split(trained: Path, text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "validation.txt").write_bytes(text_file.read_bytes()[18_000:19_000])
 
@@ -306,144 +259,109 @@ def test_unknown_tokens_of_a_text_cost_bits(trained: Path, tmp_path: Path) -> No
     assert last["bits_per_character"] == pytest.approx(bits)
 
 
-@pytest.mark.process
-def test_any_name_is_printed_in_any_encoding(trained: Path, tmp_path: Path) -> None:
-    out = tmp_path / "caf\u00e9 \u732b.html"
-    result = subprocess.run(
-        [
-            *(sys.executable, "-m", "lstm_jax.export", f"--workdir={trained}", f"--to={out}"),
-            "--length=100",
-        ],
-        capture_output=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONIOENCODING": "ascii"},
-    )
-    assert result.returncode == 0 and out.is_file(), result.stderr
-    assert str(out).encode("ascii", "backslashreplace") in result.stdout
-
-
-@pytest.mark.parametrize("module", ["main", "sample", "evaluate", "sweep", "convert", "export"])
-def test_help(module: str) -> None:
+@pytest.mark.parametrize("module", package.COMMANDS)
+def test_help_fits_on_two_screens(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     result = run(module, "--help", cwd=ROOT)
     assert result.returncode == 0 and result.stderr == ""
     assert f"python -m lstm_jax.{module} " in result.stdout and "--workdir" in result.stdout
-    assert ("--config.optimizer.learning_rate=0.0001" in result.stdout) == (
-        module in ("main", "sweep")
-    )
+    assert len(result.stdout.splitlines()) <= 48
+    has_fields = module in ("main", "sweep")
+    assert ("`python -m lstm_jax.config` lists them" in result.stdout) == has_fields
     takes_text = module in ("evaluate", "export")
     assert ("--data_path: " in result.stdout) == takes_text, "flags that commands share"
 
 
-def test_help_lists_each_field_within_the_width_of_the_terminal(
+def test_the_full_help_explains_each_field() -> None:
+    text = " ".join(run("main", "--helpfull").stdout.split())
+    for field in config.FIELDS.values():
+        assert (f"config.{field.name}: {field.meaning}" in text) == field.is_flag
+
+
+def test_the_package_lists_its_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = [*(ROOT / "lstm_jax").glob("*.py"), *(ROOT / "lstm_jax").glob("*/__main__.py")]
+    runnable = {
+        path.parent.name if path.stem == "__main__" else path.stem
+        for path in sources
+        if "\n    command.run_command(" in path.read_text(encoding="utf-8")
+    }
+    assert set(package.COMMANDS) == runnable
+    for argument, printed in (("--help", "lstm_jax.sweep "), ("--version", "lstm-jax 0")):
+        monkeypatch.setattr(sys, "argv", ["lstm-jax", argument])
+        package.main()
+        assert printed in capsys.readouterr().out
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("module", package.COMMANDS)
+def test_help_imports_no_jax(module: str) -> None:
+    done = run_python("-X", "importtime", "-m", f"lstm_jax.{module}", "--help")
+    assert done.returncode == 0 and "| absl.flags\n" in done.stderr.replace("  ", "")
+    assert not re.search(r"\| +(flax|jax|optax|optuna|orbax|torch)\n", done.stderr)
+
+
+def test_flags_set_fields_and_one_without_effect_gives_a_warning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "60")
-    result = run("main", "--help")
-    _, _, table = result.stdout.partition("Fields of the config")
-    assert result.returncode == 0 and "1_000 is 1000" in table
-    text = " ".join(table.split())
-    for field in config.FIELDS:
-        assert f"- --config.{field.name}={field.default!r}" in table
-        assert f" {field.meaning} Allowed: {field.allowed.words}" in text
-    lines = [line for line in table.splitlines() if not line.startswith("- ")]
-    assert max(map(len, lines)) <= 60
-
-
-@pytest.mark.slow
-def test_a_field_without_effect_gives_a_warning(text_file: Path, tmp_path: Path) -> None:
-    arguments = [*TINY, f"--config.data.path={text_file}", "--config.max_steps=1"]
-    result = run("main", *arguments, "--config.optimizer.momentum=0.5", cwd=tmp_path)
+    given: list[Any] = []
+    monkeypatch.setattr(training, "train", lambda *arguments: given.append(arguments))
+    flags = "--config.num_epochs=1_0 --config.optimizer.step_at=0.1,0.2 --noconfig.profile"
+    flags += " --config.model.options.rounds 3 --config.optimizer.learning_rate=1"
+    result = run("main", *flags.split(), f"--config={ROOT}/experiments/cells.py:gru")
     assert result.returncode == 0
+    ((fields, directory, _),) = given
+    assert directory == Path("runs/cells_gru") and fields.model.cell == "gru"
+    assert (fields.num_epochs, fields.optimizer.step_at) == (10, (0.1, 0.2))
+    assert fields.model.options == {"rounds": 3} and not fields.profile
+    assert fields.optimizer.learning_rate == 1.0
     assert result.stderr == (
-        "warning: config.optimizer.momentum is 0.5, which has no effect: it needs "
-        "optimizer.name='sgd' or 'muon'\n"
+        "warning: config.optimizer.step_at is (0.1, 0.2), which has no effect: it needs "
+        "optimizer.schedule == 'step'\n"
     )
-
-
-BAD_CONFIGS = {
-    "raises.py": "def get_config():\n    return 1 / 0\n",
-    "syntax.py": "def get_config(:\n",
-    "empty.py": "",
-    "none.py": "def get_config(): pass\n",
-    "value.py": "def get_config():\n    return int('a wrong value')\n",
-    "calls.py": "import os\ndef get_config(): return os.environ['NOTHING']\n",
-    "opens.py": "def get_config():\n    return open('settings.json')\n",
-    "json.py": "import json\ndef get_config(): return json.loads('a')\n",
-    "argument.py": "def get_config(word='none'): raise ValueError(f'the word {word}')\n",
-}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["main"], "specify an experiment: --config experiments/quick.py"),
+        (["main", "--config.num_epochs=3"], "specify an experiment: --config experiments/quick.py"),
         (["main", "--init_from=.", "--config.data.path=good.txt"], "no trained model in ."),
-        (["main", "--config=nothing.py"], "nothing.py"),
-        (["main", "--config=raises.py"], "raises.py, line 2: ZeroDivisionError"),
-        (["main", "--config=syntax.py"], "syntax.py, line 1"),
-        (["main", "--config=empty.py"], "config file empty.py has no function get_config()"),
-        (["main", "--config=none.py"], "the config is a NoneType"),
-        (["main", "--config=value.py"], "value.py, line 2: ValueError"),
-        (["main", "--config=calls.py"], "calls.py, line 2: KeyError: 'NOTHING'"),
-        (["main", "--config=opens.py"], "opens.py, line 2: FileNotFoundError: [Errno 2] No such"),
-        (["main", "--config=json.py"], "json.py, line 2: JSONDecodeError: Expecting value"),
-        (["main", "--config=argument.py:gru"], "the word gru"),
-        (["main", "--config", f"{QUICK}:gru"], "get_config"),
-        (["main", "--config", QUICK, "--config.model.cell=gur"], "model.cell is 'gur'"),
+        (["main", "--config=nothing.py"], "there is no config file nothing.py"),
+        (["main", f"--config={ROOT}/experiments/cells.py:foo"], "choose from lstm, gru, rnn"),
+        (["main", "--config", QUICK, "--config.num_epochs=three"], "num_epochs=three: invalid lit"),
+        (["main", "--config", QUICK, "--config.model.hidden_size=0"], "1 <= hidden_size <= 2**20"),
+        (["main", "--config", QUICK, "--config.optimizer.step_at=('a','b')"], "step_at is ('a',"),
+        (["main", "--hidden_size=3"], "no flag --hidden_size: did you mean --config.model.hidden"),
+        (["main", "--config", QUICK, "--wordir=x"], "Did you mean: workdir"),
+        (["main", "--config", QUICK, "stray"], "stray argument 'stray'"),
         (
             ["main", *TINY, "--config.model.cell=slstm", "--config.model.recurrence=xla"],
             "only the cells lstm, peephole, gru and rnn",
         ),
-        (["evaluate", "--workdir=.", "--dynamic", "--context=9"], "use only one of them"),
-        (["evaluate", "--workdir=.", "--dynamic_segment_length=0"], "range [1, 1000000000]"),
-        (["evaluate", "--workdir=.", "--dynamic_learning_rate=nan"], "0 or more, and finite"),
-        (["evaluate", "--workdir=.", "--dynamic_decay=0.1"], "no effect without --dynamic"),
-        (["evaluate", "--workdir="], "--workdir is empty"),
-        (["main", "--config", QUICK, "--workdir="], "--workdir is empty"),
-        (["evaluate", "--workdir=.", "--text=good.txt", "--split=test"], "leave one out"),
-        (["main", "--config", QUICK, "--config.model.hiden_size=3"], "did you mean model.hidden"),
-        (["main", "--config", QUICK, "--config.model.hidden_size=3.5"], "'3.5'"),
-        (
-            ["main", "--config.num_epochs=3"],
-            "--config.num_epochs needs an experiment: add --config",
-        ),
-        (["main", f"--config={ROOT}/experiments/cells.py:foo"], "choose from lstm, gru, rnn"),
-        (["main", "--config=12:30/none.py"], "there is no config file 12:30/none.py"),
-        (["main", "--config", QUICK, "--config.optimizer.lr=1"], "optimizer.learning_rate, "),
-        (["main", "--config", QUICK, "--config.num_epochs=three"], "not an integer: 'three'"),
-        (["main", "--config", QUICK, "--config.optimizer.step_at=('a','b')"], "between 0 and 1"),
+        (["main", "--config", QUICK, "--config.model.options.x=1"], "has no option x"),
         (["main", "--config", QUICK, "--config.data.path=."], ". is a directory: name its files"),
-        (["main", "--config", QUICK, "--wordir=x"], "workdir"),
-        (["main", "--config", QUICK, "stray"], "'stray'"),
         (["main", "--config", QUICK, "--config.data.path=nothing.txt"], "no text file nothing.txt"),
-        (
-            ["main", "--config", QUICK, "--config.data.path=zero.txt"],
-            "the train split is too short",
-        ),
+        (["main", "--config", QUICK, "--config.data.path=zero.txt"], "too short"),
         (["main", "--config", QUICK, "--config.data.path=short.txt"], "too short"),
         (["main", *TINY, "--config.data.path=good.txt", "--workdir=zero.txt/run"], "can't write"),
-        (["sample"], "--workdir DIR"),
-        (["sample", "--workdir=.", "--prompt=caf\udce9"], "is not UTF-8"),
-        (["sample", "--workdir=.", "--length=1000001"], "length"),
+        (["evaluate", "--workdir=.", "--dynamic", "--context=9"], "use only one of them"),
+        (["evaluate", "--workdir=.", "--dynamic_segment_length=0"], "segment_length=0"),
+        (["evaluate", "--workdir=.", "--split=nothing"], "train|validation|test"),
+        (["sample"], "specify the trained model: --workdir DIR"),
         (["sample", "--workdir=."], "no trained model in ."),
         (["sample", "--workdir=.", "--temperature=-0.5"], "temperature is -0.5"),
         (["sample", "--workdir=.", "--prompt=a", "--prompt_file=b"], "either --prompt or"),
-        (["sample", f"--num_samples={10**20}", "--workdir=."], "it must be from 1 to 100,000"),
-        (["sample", f"--workdir={'n' * 300}"], "nnn: File name too long"),
-        (["main", "--config", QUICK, f"--config.data.path={'n' * 300}"], "no text file nnn"),
-        (["main", *TINY, "--config.data.path=good.txt", f"--workdir={'n' * 300}"], "too long"),
         (["convert", "--workdir=x"], "give --workdir DIR, and either --from FILE"),
         (["convert", "--workdir=x", "--from=good.txt"], "must end in .safetensors"),
         (["convert", "--workdir=x", "--from=a.safetensors", "--text=good.txt"], "No such file"),
-        (["evaluate", "--workdir=.", "--split=nothing"], "train, validation, test"),
     ],
     ids=lambda value: " ".join(value).replace(QUICK, "quick") if isinstance(value, list) else "",
 )
 def test_a_mistake_gives_a_one_line_error_and_exit_code_2(
     arguments: list[str], message: str, tmp_path: Path, text_file: Path
 ) -> None:
-    for name, content in BAD_CONFIGS.items():
-        (tmp_path / name).write_text(content)
     (tmp_path / "zero.txt").write_bytes(b"")
     (tmp_path / "short.txt").write_text("To be or not to be, that is the question. " * 10)
     (tmp_path / "good.txt").write_bytes(text_file.read_bytes())
@@ -465,3 +383,28 @@ def test_a_text_of_documents_that_are_files_ends_with_their_stop_token(tmp_path:
     transfer.make_folder(tmp_path / "run", fields, vocabulary, params)
     flags = ["evaluate", f"--workdir={tmp_path / 'run'}", "--text=-"]
     assert json.loads(run(*flags, given="abba").stdout)["tokens"] == 4
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("number", "message"), [(signal.SIGINT, "Interrupted."), (signal.SIGTERM, "Terminated.")]
+)
+def test_a_signal_during_the_imports_prints_one_line(number: signal.Signals, message: str) -> None:
+    code = (
+        "import os; from lstm_jax.run import command\n"
+        f"command.run_command(lambda: os.kill(os.getpid(), {number.value}))"
+    )
+    process = run_python("-c", code)
+    assert (process.returncode, process.stderr) == (128 + number, f"{message}\n")
+
+
+def test_a_stop_request_leaves_an_ignored_signal_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        stop = signals.StopRequest()
+        with interrupts.handle_signals(stop.handle_signal):
+            signal.raise_signal(signal.SIGINT)
+        stop.check()  # Raises nothing.
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

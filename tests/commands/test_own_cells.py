@@ -161,7 +161,7 @@ def test_reading_a_run_runs_only_the_file_that_the_user_names(
     assert "has changed since the model" in done.stderr
     assert "CoupledLSTM" in str(lstm_jax.load(tmp_path / "run", cell=name))
     other = run("sample", "--cell", f"{own_file}:Other")
-    assert other.returncode == 2 and "its classes are CoupledLSTM" in other.stderr
+    assert other.returncode == 2 and "has no class Other derived from" in other.stderr
 
 
 HEADER = """import flax.linen as nn
@@ -182,8 +182,7 @@ GOOD = "        return carry, nn.Dense(self.hidden_size)(inputs) + carry\n"
     ("source", "message"),
     [
         ("import nothing_like_it\n", r"cell file .*own.py, line 1: ModuleNotFoundError"),
-        (HEADER.replace("Mine", "Other") + GOOD, "has no class Mine: its classes are Other"),
-        ("class Mine: pass\n", "Mine in .*own.py is not a Flax module"),
+        ("class Mine: pass\n", "own.py has no class Mine derived from flax.linen.Module"),
         (
             "import flax.linen as nn\nclass Mine(nn.Module):\n    hidden_size: int\n",
             "Mine .*own.py, line 2.* has no field input_size",
@@ -357,9 +356,8 @@ def test_an_option_without_a_readable_annotation_has_the_type_of_its_default() -
 def test_options_are_fields_of_a_config() -> None:
     config = config_lib.complete_config({"model": {"options": {"heads": 2, "soft": True}}})
     assert dict(config_lib.flatten(config))["model.options"] == {"heads": 2, "soft": True}
-    assert config_lib.describe_unknown_field("model.options.heads") is None
-    with pytest.raises(UserError, match="model.options is .*: it must be numbers, strings and"):
-        config_lib.complete_config({"model": {"options": {"sizes": [1, 2]}}})
+    changed = config_lib.change_fields(config, {"model.options.heads": 3})
+    assert changed.model.options == {"heads": 3, "soft": True}
 
 
 def test_a_cell_without_gates_has_a_report_of_its_outputs() -> None:

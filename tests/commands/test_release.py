@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -17,7 +16,6 @@ from packaging.utils import canonicalize_name
 
 import lstm_jax
 from conftest import make_once
-from lstm_jax import config
 from lstm_jax.run import workdir
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +95,6 @@ def test_the_first_command_works_where_the_wheel_is_installed(
     assert (empty / "runs" / "quick" / workdir.CHECKPOINTS / "1").is_dir()
     sample = [python, "-m", "lstm_jax.sample", "--workdir", "runs/quick", "--length=20"]
     assert len(run(*sample, cwd=empty)) == 21
-    assert run(*sample, "--version", cwd=empty) == f"lstm-jax {lstm_jax.__version__}\n"
 
 
 @pytest.mark.process
@@ -141,36 +138,3 @@ def test_the_workflow_runs_the_oldest_and_the_newest_python_of_the_package() -> 
     assert project["requires-python"] == f">={versions[0]}"
     workflow = (ROOT / ".github" / "workflows" / "check.yml").read_text()
     assert re.findall(r'python: "(.*)"', workflow) == [versions[0], versions[-1]]
-
-
-def test_an_experiment_is_read_from_the_package_only_if_no_file_exists(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = tmp_path / "lstm_jax" / "experiments"
-    (own / "sweeps").mkdir(parents=True)
-    (own / "quick.py").write_text("")
-    (own / "sweeps" / "quick.py").write_text("")
-    monkeypatch.setattr(config, "__file__", str(own.parent / "config.py"))
-    monkeypatch.chdir(tmp_path)
-    found = str(own / "quick.py")
-    assert config.find_experiment("experiments/quick.py") == found
-    assert config.find_experiment("experiments/sweeps/quick.py") == str(own / "sweeps/quick.py")
-    (own / "helper.py").write_text("WIDTH = 7")
-    (own / "quick.py").write_text(
-        "def get_config(word):\n    from helper import WIDTH\n    return word, WIDTH"
-    )
-    assert config.load("experiments/quick.py:gru") == ("gru", 7)
-    for other in ("experiments/none.py", "quick.py", "elsewhere/experiments/quick.py"):
-        assert config.find_experiment(other) == other
-    (tmp_path / "experiments").mkdir()
-    (tmp_path / "experiments" / "quick.py").write_text("")
-    assert config.find_experiment("experiments/quick.py") == "experiments/quick.py"
-
-    # An editable package has them beside it, in the clone.
-    clone = tmp_path / "clone"
-    (clone / "lstm_jax").mkdir(parents=True)
-    shutil.copytree(own, clone / "experiments")
-    (tmp_path / "experiments" / "quick.py").unlink()
-    monkeypatch.setattr(config, "__file__", str(clone / "lstm_jax" / "config.py"))
-    found = str(clone / "experiments" / "quick.py")
-    assert config.find_experiment("experiments/quick.py") == found

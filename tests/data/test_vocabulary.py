@@ -15,7 +15,7 @@ from lstm_jax.data import files
 from lstm_jax.data.texts import find_stop_text
 from lstm_jax.errors import UserError
 from lstm_jax.run import workdir
-from lstm_jax.run.console import make_printable, make_printer
+from lstm_jax.run.messages import make_printable
 from lstm_jax.run.resume import extend_vocabulary
 from lstm_jax.vocabulary import FILE_END, KINDS, MAX_TOKEN_LENGTH, Vocabulary, split_text
 
@@ -204,15 +204,8 @@ def test_unprintable_text_is_replaced() -> None:
 
 
 def test_control_characters_are_escaped() -> None:
-    assert make_printable("\x1b[2J\0\a\x7f\x9b\r.") == r"\x1b[2J\x00\x07\x7f\x9b\x0d."
+    assert make_printable("\x1b[2J\0\a\x7f\x9b\r.") == "\\x1b[2J\\x00\\x07\\x7f\\x9b\r."
     assert make_printable("a\tb\r\nc\n") == "a\tb\r\nc\n"
-
-
-@given(text=TEXTS, cut=st.integers(0, 40))
-def test_printing_in_pieces_equals_printing_at_once(text: str, cut: int) -> None:
-    show = make_printer()
-    pieces = [show(text[:cut], False), show(text[cut:], False), show("", True)]
-    assert "".join(pieces) == make_printable(text)
 
 
 @pytest.mark.parametrize(

@@ -383,7 +383,7 @@ def test_nonfinite_parameters_are_never_saved(tiny_config: ConfigDict, tmp_path:
     tiny_config.optimizer.warmup_steps = 0
     tiny_config.optimizer.schedule = "constant"
     tiny_config.checkpoint_every_seconds = 0.0
-    with pytest.raises(UserError, match="config.optimizer.weight_decay is 1e.39: it must be"):
+    with pytest.raises(UserError, match="config.optimizer.weight_decay is 1e.39: it needs"):
         config_lib.complete_config({"optimizer": {"weight_decay": 1e39}})
     tiny_config.optimizer.weight_decay = 1e38  # The largest allowed value.
     with contextlib.suppress(UserError):
