@@ -4,13 +4,11 @@ r"""Search the hyperparameters of an experiment, or train it with several seeds.
         --space experiments/sweeps/quick.py --trials 40
     python -m lstm_jax.sweep --config experiments/quick.py --seeds 8
 
-The same command resumes a sweep. Any number of processes may run it at the same time.
+The same command resumes a sweep. Any number of processes may run it at the same time. Every field
+of the config is a flag, too: `python -m lstm_jax.config` lists them, as docs/config.md does.
 """
 
-if __name__ == "__main__":
-    from lstm_jax.run import interrupts
-
-    interrupts.exit_at_once()  # During the imports, which take seconds.
+from pathlib import Path
 
 from absl import flags
 
@@ -32,17 +30,16 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory for the study, trials and results. [default: runs/sweeps/<name>]"
 )
 _STUDY = flags.DEFINE_string(
-    "study", None, "Storage that workers share: postgresql://..., mysql://... or a journal file."
+    "study", None, "URL of a database that workers share, such as postgresql://..., or a file."
 )
 _NAME = flags.DEFINE_string("name", None, "Name of the study. [default: <config>_<space>]")
 _SAMPLER = flags.DEFINE_enum(
-    "sampler", None, ["tpe", "random", "grid"], "Algorithm that samples settings. [default: tpe]"
+    "sampler", "tpe", ["tpe", "grid"], "Algorithm that samples settings; grid: each choice once."
 )
 _PRUNER = flags.DEFINE_enum(
-    *("pruner", None, ["hyperband", "none"]),
-    "Algorithm that stops trials early. [default: hyperband; none for seeds]",
+    "pruner", "hyperband", ["hyperband", "none"], "Algorithm that stops trials of --space early."
 )
-_SEED = flags.DEFINE_integer("seed", None, "Seed of the sampler. [default: 0]")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampler.")
 
 
 def main() -> int:
@@ -53,30 +50,34 @@ def main() -> int:
         import optuna
         import sqlalchemy  # noqa: F401
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"sweeps need {error.name}, which is not installed: pip install 'lstm-jax[sweep]'"
-        ) from None
+        raise UserError(f"sweeps need {error.name}: pip install 'lstm-jax[sweep]'") from None
     import jax
 
     from lstm_jax.devices import parallel
     from lstm_jax.ops.processor import count_cores
     from lstm_jax.sweep import search
+    from lstm_jax.sweep import space as space_lib
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     # Make a CPU device for each core now: otherwise a trial would depend on earlier ones.
     parallel.use_cores(experiment, least=count_cores())
     jax.devices()
+    seeds, file = _SEEDS.value, _SPACE.value
+    if bool(seeds) == bool(file):
+        raise UserError("use either --space experiments/sweeps/quick.py or --seeds 8")
+    if seeds:
+        space = space_lib.make_seed_space(experiment.seed, seeds)
+    else:
+        space = space_lib.load_space(config.find_experiment(file))
     sweep = search.prepare_sweep(
         experiment,
-        name,
-        space_file=_SPACE.value and config.find_experiment(_SPACE.value),
-        seeds=_SEEDS.value,
+        _NAME.value or f"{name}_{f'seeds{seeds}' if seeds else Path(file).stem}",
+        space,
         trials=_TRIALS.value,
         directory=_WORKDIR.value,
         location=_STUDY.value,
-        name=_NAME.value,
-        sampler=_SAMPLER.value,
-        pruner=_PRUNER.value,
+        grid=bool(seeds) or _SAMPLER.value == "grid",
+        prune=not seeds and _PRUNER.value == "hyperband",
         seed=_SEED.value,
     )
     return search.run_sweep(sweep)

@@ -3,9 +3,8 @@
 import contextlib
 import dataclasses
 import functools
-import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,14 +31,10 @@ from lstm_jax.sweep.study import use_optuna
 # The output of training, in the working directory of a trial.
 OUTPUT = "output.txt"
 
-# A worker stops after this many failed trials in a row. A diverged trial is not a failed one.
-_MAX_FAILURES = 3
-
 # Fields in which the experiments of a study's workers may differ: losses can be compared.
 _FREE_FIELDS = (
-    *("data.path", "data.directory"),
-    *("mesh.data", "mesh.model", "sample.length", "sample.temperature"),
-    "checkpoint_every_seconds",
+    *("data.path", "data.directory", "mesh.data", "mesh.model"),
+    *("sample.length", "sample.temperature", "checkpoint_every_seconds"),
 )
 
 
@@ -55,50 +50,33 @@ class Sweep(NamedTuple):
 
 
 class _TrialError(Exception):
-    """A trial can't be trained with its settings. The argument is the reason."""
+    """A trial can't be trained with its settings."""
 
 
 @use_optuna()
 def prepare_sweep(
     experiment: Config,
-    experiment_name: str,
+    name: str,
+    space: space_lib.Space,
     *,
-    space_file: str | None = None,
-    seeds: int | None = None,
-    trials: int | None = None,
+    trials: int | None,
     directory: str | None = None,
     location: str | None = None,
-    name: str | None = None,
-    sampler: str | None = None,
-    pruner: str | None = None,
-    seed: int | None = None,
+    grid: bool = False,
+    prune: bool = True,
+    seed: int = 0,
 ) -> Sweep:
-    """Check the options of a sweep (see `python -m lstm_jax.sweep --help`), and open it.
-
-    `experiment` is a complete config; `experiment_name` is part of the default `name`.
-    """
-    if space_file and not seeds:
-        space, space_name = space_lib.load_space(Path(space_file)), Path(space_file).stem
-    elif seeds and not space_file:
-        if trials or sampler or seed is not None:
-            raise UserError(
-                "--seeds trains with each seed once: remove --trials, --sampler and --seed"
-            )
-        space, space_name = space_lib.make_seed_space(experiment.seed, seeds), f"seeds{seeds}"
-        sampler, pruner = "grid", pruner or "none"
-    else:
-        raise UserError("use either --space experiments/sweeps/quick.py or --seeds 8")
+    """Check the space of a sweep, and open its study (see `python -m lstm_jax.sweep --help`)."""
     draws = space.draw_trials(experiment)
-    grid = space_lib.make_grid(draws) if sampler == "grid" else {}
+    points = space_lib.make_grid(draws) if grid else {}
     if grid:
-        points = math.prod(map(len, grid.values()))
-        trials = min(trials or points, points)
+        number = math.prod(map(len, points.values()))
+        trials = min(trials or number, number)
     experiment = dataclasses.replace(
         experiment,
         model=cell_file.resolve_cell(experiment.model),
         data=texts.load_texts(experiment.data).resolve(experiment.data),
     )
-    name = name or f"{experiment_name}_{space_name}"
     path = workdir.check_path(directory or Path("runs", "sweeps", name))
     path.mkdir(parents=True, exist_ok=True)
     shared = {
@@ -107,9 +85,9 @@ def prepare_sweep(
         if field not in _FREE_FIELDS
     }
     # Hyperband (Li et al. 2018) runs successive halving over epochs in each bracket.
-    stopper = NopPruner() if pruner == "none" else HyperbandPruner(1, experiment.num_epochs)
-    study = study_lib.open_study(path, location, name, shared, stopper)
-    make_sampler = functools.partial(study_lib.make_sampler, sampler or "tpe", seed or 0, grid)
+    pruner = HyperbandPruner(1, experiment.num_epochs) if prune else NopPruner()
+    study = study_lib.open_study(path, location, name, shared, pruner)
+    make_sampler = functools.partial(study_lib.make_sampler, seed, points)
     study.sampler = make_sampler(0)
     return Sweep(study, make_sampler, experiment, space, path, trials or 40)
 
@@ -130,22 +108,16 @@ def run_sweep(sweep: Sweep) -> int:
     return exit_code
 
 
-def run_worker(sweep: Sweep, signals: StopRequest | None = None) -> None:
+def run_worker(sweep: Sweep, signals: StopRequest) -> None:
     """Train trials until all workers together have started `sweep.trials`.
 
     A trial that is interrupted is queued again, so that the same command resumes it.
     """
-    signals, failures = signals or StopRequest(), 0
 
     def end_trial(study: Study, trial: FrozenTrial) -> None:
-        nonlocal failures
-        failures = failures + 1 if trial.state == TrialState.FAIL else 0
         report.print_end(study, trial, sweep.trials)
         report.write_trials(study, sweep.directory)
         jax.clear_caches()  # Each trial compiles its own functions.
-        if failures == _MAX_FAILURES:
-            reason = trial.user_attrs[study_lib.REASON]
-            raise UserError(f"{failures} trials in a row failed, the last: {reason}")
 
     while True:
         signals.check()
@@ -166,55 +138,50 @@ def _run_trial(sweep: Sweep, trial: Trial, signals: StopRequest) -> float:
 
     Raise `TrialPruned` or `_TrialError`, with the reason in the trial.
     """
-    try:
-        return _train_trial(sweep, trial, signals)
-    except (NotFiniteError, _TrialError) as error:
-        trial.set_user_attr(study_lib.REASON, str(error))
-        raise TrialPruned if isinstance(error, NotFiniteError) else error from None
-    except (Stopped, UnavailableError, OSError) as error:
-        study_lib.make_retry()(sweep.study, sweep.study.trials[trial.number])
-        if isinstance(error, Stopped):  # Otherwise Optuna does it.
-            sweep.study.tell(trial, state=TrialState.FAIL)
-        raise
-
-
-def _train_trial(sweep: Sweep, trial: Trial, signals: StopRequest) -> float:
     sweep.study.sampler = sweep.make_sampler(trial.number)
     overrides, config = sweep.space.draw_config(trial, sweep.experiment)
     trial.set_user_attr(study_lib.OVERRIDES, overrides)
     attempt = sweep.study.trials[trial.number]
     directory = study_lib.get_directory(sweep.directory, attempt)
     directory.mkdir(parents=True, exist_ok=True)
-
-    def watch(row: metrics.Row) -> None:
-        # Only after whole epochs, and once: a resumed trial measures its last one again.
-        epoch, loss = int(row["epoch"]), row["loss"]
-        if row["split"] != "validation" or not epoch or epoch != row["epoch"]:
-            return
-        if math.isfinite(loss) and epoch not in attempt.intermediate_values:
-            trial.report(loss, epoch)
-        is_last = epoch == config.num_epochs or row["step"] == config.max_steps
-        if not is_last and trial.should_prune():
-            raise TrialPruned
-
+    watch = functools.partial(_report_loss, trial, attempt.intermediate_values, config)
     try:
-        output = (directory / OUTPUT).open("ab")
         with (
-            io.TextIOWrapper(output, "utf-8", "backslashreplace") as file,
+            (directory / OUTPUT).open("a", encoding="utf-8", errors="backslashreplace") as file,
             contextlib.redirect_stdout(file),
             contextlib.redirect_stderr(file),
             signals.at_once(),
         ):
-            exit_code = training.train(config, directory, watch)
-    except (NotFiniteError, UnavailableError):
+            if exit_code := training.train(config, directory, watch):
+                raise Stopped(exit_code)
+    except NotFiniteError as error:
+        trial.set_user_attr(study_lib.REASON, str(error))
+        raise TrialPruned from None
+    except (Stopped, UnavailableError, OSError) as error:
+        study_lib.retry(sweep.study, sweep.study.trials[trial.number])
+        if isinstance(error, Stopped):  # Otherwise Optuna does it.
+            sweep.study.tell(trial, state=TrialState.FAIL)
         raise
     # Errors caused by the settings of a trial or by too little memory.
     except (UserError, jax.errors.JaxRuntimeError, MemoryError) as error:
         reason = str(error) if isinstance(error, UserError) else one_line(error)[:300]
-        raise _TrialError(reason) from None
-    if exit_code:
-        raise Stopped(exit_code)
+        trial.set_user_attr(study_lib.REASON, reason)
+        raise _TrialError from None
     return _measure(trial, directory)
+
+
+def _report_loss(
+    trial: Trial, known: Mapping[int, float], config: Config, row: metrics.Row
+) -> None:
+    """Report the loss after an epoch, but once: a resumed trial measures its last one again."""
+    epoch, loss = int(row["epoch"]), row["loss"]
+    if row["split"] != "validation" or not epoch or epoch != row["epoch"]:
+        return
+    if math.isfinite(loss) and epoch not in known:
+        trial.report(loss, epoch)
+    is_last = epoch == config.num_epochs or row["step"] == config.max_steps
+    if not is_last and trial.should_prune():
+        raise TrialPruned
 
 
 def _measure(trial: Trial, directory: Path) -> float:
@@ -223,7 +190,7 @@ def _measure(trial: Trial, directory: Path) -> float:
     best = checkpoints.find_best_step(saved_in)
     loss = checkpoints.read_validation_loss(saved_in, best) if best is not None else None
     if loss is None:
-        raise _TrialError("no checkpoint has a validation loss")
+        raise _TrialError
     for row in metrics.read_metrics(directory / workdir.METRICS):
         if row["split"] == "test" and math.isfinite(row["loss"]):
             trial.set_user_attr(study_lib.TEST_LOSS, row["loss"])

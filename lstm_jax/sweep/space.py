@@ -2,7 +2,6 @@
 
 import runpy
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
@@ -13,7 +12,6 @@ from optuna.trial import BaseTrial, FrozenTrial
 from lstm_jax.config import Config, change_fields
 from lstm_jax.errors import UserError, run_user_code
 
-FUNCTION = "get_overrides"  # The function of a space file.
 # The number of draws to check before training, so that mistakes are reported early.
 _NUM_PROBES = 20
 
@@ -48,39 +46,23 @@ class Space(NamedTuple):
         return study.trials
 
 
-def load_space(path: Path) -> Space:
-    """Run a space file; raise `UserError` if it fails or lacks the function."""
-    if not path.is_file():
-        raise UserError(f"there is no space file {path}")
-    with run_user_code("space file", str(path)):
-        names = runpy.run_path(str(path))
-    if not callable(names.get(FUNCTION)):
-        raise UserError(
-            f"{path} has no function {FUNCTION}(trial): it must return the fields that a trial "
-            "changes, as in experiments/sweeps/quick.py"
-        )
-    return Space(str(path), names[FUNCTION])
+def load_space(path: str) -> Space:
+    """Run a space file, and return its function; raise `UserError` if it fails."""
+    with run_user_code("space file", path):
+        return Space(path, runpy.run_path(path)["get_overrides"])
 
 
 def make_seed_space(first: int, number: int) -> Space:
     """Return the space of consecutive seeds."""
-    last = first + number - 1
-    return Space("--seeds", lambda trial: {"seed": trial.suggest_int("seed", first, last)})
+    seeds = list(range(first, first + number))
+    return Space("--seeds", lambda trial: {"seed": trial.suggest_categorical("seed", seeds)})
 
 
 def make_grid(draws: Iterable[FrozenTrial]) -> dict[str, list[Any]]:
-    """Return the values of each parameter of draws; raise `UserError` for a continuous one."""
+    """Return the values of each parameter; raise `UserError` for one without choices."""
     grid: dict[str, list[Any]] = {}
     for name, drawn in (item for draw in draws for item in draw.distributions.items()):
-        if isinstance(drawn, CategoricalDistribution):
-            grid[name] = list(drawn.choices)
-            continue
-        low, high, step = drawn.low, drawn.high, drawn.step  # type: ignore[attr-defined]
-        if step is None:
-            raise UserError(
-                f"a grid needs a finite number of values of {name!r}: use suggest_categorical, "
-                "or a step and no log"
-            )
-        # Rounding may raise the last value above `high`.
-        grid[name] = [min(low + i * step, high) for i in range(round((high - low) / step) + 1)]
+        if not isinstance(drawn, CategoricalDistribution):
+            raise UserError(f"a grid needs choices: use suggest_categorical for {name!r}")
+        grid[name] = list(drawn.choices)
     return grid

@@ -4,12 +4,11 @@ import contextlib
 import random
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import optuna
 import sqlalchemy
-from optuna.distributions import CategoricalChoiceType
 from optuna.exceptions import ExperimentalWarning, OptunaError
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
@@ -25,8 +24,6 @@ DATABASE = "study.db"
 # A worker writes a heartbeat into its trial at this interval, and is dead if it has not done so for
 # `STALE_SECONDS`.
 BEAT_SECONDS, STALE_SECONDS = 10, 90
-_MAX_RETRIES = 10
-_DRIVERS = {"postgresql": "psycopg", "mysql": "pymysql", "mariadb": "pymysql"}
 
 # Attributes of a trial, which it keeps when it is run again.
 OVERRIDES = "overrides"
@@ -42,19 +39,17 @@ def use_optuna() -> Iterator[None]:
     try:
         with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
             yield
-    except (OptunaError, sqlalchemy.exc.SQLAlchemyError) as error:
+    except (OptunaError, sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
         raise UnavailableError(
-            f"the study can't be read or written ({_describe(error)}): fix this, then resume with "
-            "the same command"
+            f"the study can't be read or written ({one_line(error)[:300]}): fix this, then resume "
+            "with the same command"
         ) from None
 
 
-def make_retry() -> Retry:
-    """Return the callback that queues an interrupted trial again, with its parameters and losses.
-
-    Optuna calls it for trials of dead workers, if their storage has heartbeats.
-    """
-    return Retry(_MAX_RETRIES, inherit_intermediate_values=True)
+# Queues an interrupted trial again, with its parameters and losses. Optuna calls it for trials of
+# dead workers, if their storage has heartbeats.
+with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+    retry = Retry(max_retry=10, inherit_intermediate_values=True)
 
 
 def get_number(trial: FrozenTrial) -> int:
@@ -74,20 +69,16 @@ def list_trials(study: Study) -> list[FrozenTrial]:
     return list({get_number(trial): trial for trial in trials}.values())
 
 
-def make_sampler(
-    name: str, seed: int, grid: Mapping[str, Sequence[CategoricalChoiceType]], number: int
-) -> BaseSampler:
-    """Return the sampler of the attempt `number`; a grid takes the point of this number.
+def make_sampler(seed: int, grid: Mapping[str, list[object]], number: int) -> BaseSampler:
+    """Return the sampler of the attempt `number`: of the grid, or TPE if it is empty.
 
     The parameters depend only on the seed and the earlier trials, not on the process that draws
     them, and two workers never draw the same.
     """
+    if grid:
+        return optuna.samplers.GridSampler(grid, seed=seed)  # type: ignore[arg-type]
     seed_of_trial = (1_000_003 * seed + number) % 2**32
-    if name == "tpe":
-        return optuna.samplers.TPESampler(seed=seed_of_trial, multivariate=True, constant_liar=True)
-    if name == "grid":
-        return optuna.samplers.GridSampler(grid, seed=seed % 2**32)
-    return optuna.samplers.RandomSampler(seed=seed_of_trial)
+    return optuna.samplers.TPESampler(seed=seed_of_trial, multivariate=True, constant_liar=True)
 
 
 def open_study(
@@ -100,16 +91,14 @@ def open_study(
     """Open or create the study of a sweep, at `location` or in the sweep's directory.
 
     `fields` are those of the experiment that all workers share, as in JSON: lists for tuples.
-    Raise `UserError` if the study can't be reached or written, or is for another experiment.
+    Raise `UserError` if the study is for another experiment.
     """
-    storage = _open_storage(directory, location)
+    storage = _open_storage(location or f"sqlite:///{directory.absolute() / DATABASE}")
     study = optuna.create_study(
         storage=storage, study_name=name, pruner=pruner, load_if_exists=True
     )
-    # Read the trials first: another worker may add one now, but only after the attribute.
-    is_empty = not study.get_trials(deepcopy=False)
-    known = study.user_attrs.get(_EXPERIMENT, {})
-    if is_empty and not known:
+    known = study.user_attrs.get(_EXPERIMENT)
+    if known is None:
         study.set_user_attr(_EXPERIMENT, known := fields)
     for field, value in fields.items():
         if known.get(field) != value:
@@ -120,41 +109,23 @@ def open_study(
     return study
 
 
-def _open_storage(directory: Path, location: str | None) -> BaseStorage:
-    """Open or create the database, or the journal file, of a study."""
-    if location and "://" not in location:
+def _open_storage(location: str) -> BaseStorage:
+    """Open or create the database with this URL, or a journal file."""
+    if "://" not in location:
         return JournalStorage(JournalFileBackend(location))
-    try:
-        url = sqlalchemy.make_url(location or f"sqlite:///{directory.absolute() / DATABASE}")
-    except (sqlalchemy.exc.ArgumentError, ValueError):  # Its message may show a password.
-        raise UserError(
-            "--study is not the URL of a database, such as postgresql://user:password@host/name"
-        ) from None
-    if driver := _DRIVERS.get(url.drivername):
-        url = url.set(drivername=f"{url.drivername}+{driver}")
-    is_file = url.get_backend_name() == "sqlite"
-    settings = {"timeout": 60} if is_file else {"connect_timeout": 10}
-    for _ in range(4):
+    # By default, SQLite waits 5 seconds for other workers.
+    settings = {"timeout": 60} if location.startswith("sqlite") else {}
+    for attempt in range(4):
         try:
             return RDBStorage(
-                url.render_as_string(hide_password=False),
+                location,
                 engine_kwargs={"connect_args": settings},
                 heartbeat_interval=BEAT_SECONDS,
                 grace_period=STALE_SECONDS,
-                heartbeat_stale_trial_callback=make_retry(),
+                heartbeat_stale_trial_callback=retry,
             )
-        except ImportError as error:
-            raise UserError(
-                f"can't use {url.drivername}: {error.__cause__}: "
-                "pip install 'lstm-jax[sweep-servers]'"
-            ) from None
-        except Exception as error:  # Drivers raise exceptions of any type.
-            reason = _describe(error)
+        except (OptunaError, sqlalchemy.exc.SQLAlchemyError):
+            if attempt == 3:
+                raise
         time.sleep(random.random())  # Several workers may create the tables at the same time.
-    raise UserError(f"can't use the database{f' {url.database}' if is_file else ''}: {reason}")
-
-
-def _describe(error: Exception) -> str:
-    """Return the message of an exception of Optuna or SQLAlchemy without its SQL statement."""
-    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    return one_line(cause).partition(" [SQL")[0].partition(" (Background")[0][:300]
+    raise AssertionError

@@ -163,7 +163,7 @@ def test_one_worker_is_reproducible_and_best_py_is_the_best_config(
     flags = runs.make_sweep_flags(text_file, tmp_path, f"--space={space_file}", "--trials=2")
     done = commands.run("sweep", *flags)
     assert done.returncode == 0 and "Best of 2 trials" in done.stdout
-    ended = r"trial 0 complete at (\S+): .*; 1 of 2 trials, best \1 \(trial 0\), about \d"
+    ended = r"trial 0 complete at (\S+): .*; 1 of 2 trials, best \1 \(trial 0\)\n"
     assert re.match(ended, done.stderr), done.stderr
     results = [
         [(r["overrides"], r["losses_by_epoch"], r["state"]) for r in rows(directory)]
@@ -228,45 +228,22 @@ def test_seeds_are_compared_and_not_searched(text_file: Path, tmp_path: Path) ->
     assert len(loaded.model.members) == len(steps) == 3
 
 
-@pytest.mark.process
-def test_a_missing_module_gives_a_one_line_error() -> None:
-    code = (
-        "import runpy, sys; sys.modules['optuna'] = None; "
-        "sys.argv[1:] = ['--config=experiments/quick.py', '--seeds=1']; "
-        "runpy.run_module('lstm_jax.sweep', run_name='__main__')"
-    )
-    result = commands.run_python("-c", code)
-    assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.startswith("error: sweeps need optuna")
-    assert result.stderr.endswith(": pip install 'lstm-jax[sweep]'\n")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({}, "use either --space"),
-        ({"seeds": 2, "space_file": "space.py"}, "use either --space"),
-        ({"seeds": 2, "trials": 3}, "remove --trials"),
-        ({"seeds": 2, "sampler": "tpe"}, "remove --trials"),
-    ],
-)
-def test_contradictory_options_raise_an_error(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        search.prepare_sweep(config_lib.Config(), "quick", **options)
+def test_a_sweep_has_a_space_or_seeds() -> None:
+    for flags in ([], ["--seeds=2", "--space=space.py"]):
+        done = commands.run("sweep", f"--config={ROOT}/experiments/quick.py", *flags)
+        assert done.returncode == 2 and "use either --space" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        (None, "there is no space file"),
-        ("x = 1", "has no function get_overrides"),
+        (None, "FileNotFoundError"),
+        ("x = 1", "KeyError: 'get_overrides'"),
         ("def f(:", "line 1: invalid syntax"),
-        ("import sys\nsys.exit(5)", "space file .*space.py, line 2: SystemExit: 5$"),
-        ("def get_overrides(trial):\n    pass", "space.py: TypeError: 'NoneType' object is not it"),
         ("def get_overrides(trial):\n    return 1 / 0", "line 2: ZeroDivisionError"),
         (
             "def get_overrides(trial):\n    return {'optimizer.learning_rat': 1e-3}",
-            "space.py: there is no field config.optimizer.learning_rat: did you mean",
+            "space.py: there is no field optimizer.learning_rat: did you mean",
         ),
         ("def get_overrides(trial):\n    return {'seed': 'a'}", "must be of type int"),
         (
@@ -286,50 +263,39 @@ def test_a_broken_space_gives_a_one_line_error(
     if code is not None:
         path.write_text(code)
     with pytest.raises(UserError, match=message) as caught:
-        space.load_space(path).draw_trials(config_lib.Config())
+        space.load_space(str(path)).draw_trials(config_lib.Config())
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_grid_needs_finite_values_and_visits_each_once(tmp_path: Path) -> None:
-    path = tmp_path / "space.py"
-
-    def make_grid() -> dict[str, list[Any]]:
-        return space.make_grid(space.load_space(path).draw_trials(config_lib.Config()))
-
+def test_a_grid_needs_choices_and_visits_each_once(tmp_path: Path) -> None:
+    path, experiment = tmp_path / "space.py", config_lib.Config()
     path.write_text(runs.SPACE)
-    with pytest.raises(UserError, match="a grid needs a finite number of values of 'rate'"):
-        make_grid()
+    loaded = space.load_space(str(path))
+    with pytest.raises(UserError, match="use suggest_categorical for 'rate'"):
+        space.make_grid(loaded.draw_trials(experiment))
     path.write_text(
         "def get_overrides(t):\n"
-        "    return {'optimizer.momentum': t.suggest_float('m', 0.0, 0.3, step=0.1)}"
-    )
-    assert make_grid()["m"][-1] == 0.3, "3 * 0.1 > 0.3"
-    path.write_text(
-        "def get_overrides(t):\n"
-        "    return {'seed': t.suggest_int('s', 0, 4, step=2),\n"
+        "    return {'seed': t.suggest_categorical('s', [0, 2, 4]),\n"
         "            'optimizer.name': t.suggest_categorical('o', ['adam', 'sgd'])}"
     )
-    grid = make_grid()
+    loaded = space.load_space(str(path))
+    grid = space.make_grid(loaded.draw_trials(experiment))
     assert grid == {"s": [0, 2, 4], "o": ["adam", "sgd"]}
-    record = optuna.create_study(sampler=study.make_sampler("grid", 0, grid, 0))
-    loaded = space.load_space(path)
-    drawn = [loaded.draw_config(record.ask(), config_lib.Config())[0] for _ in range(6)]
+    record = optuna.create_study(sampler=study.make_sampler(0, grid, 0))
+    drawn = [loaded.draw_config(record.ask(), experiment)[0] for _ in range(6)]
     assert len({tuple(overrides.values()) for overrides in drawn}) == 6
 
 
-@pytest.mark.parametrize("name", ["tpe", "random", "grid"])
-def test_samplers_depend_only_on_the_seed(name: str) -> None:
+def test_a_sampler_depends_only_on_the_seed() -> None:
     drawn = []
     for number, seed in enumerate((1, 1, 2)):
-        grid = {"x": [i / 20 for i in range(20)], "y": [0.0, 1.0]}
-        make_sampler = functools.partial(study.make_sampler, name, seed, grid)
-        record = optuna.create_study(sampler=make_sampler(0))
+        record = optuna.create_study(sampler=study.make_sampler(seed, {}, 0))
         points = []
         for _ in range(14):
             if number:  # The trials of other workers come in between.
-                record.sampler = make_sampler(99)
+                record.sampler = study.make_sampler(seed, {}, 99)
             trial = record.ask()
-            record.sampler = make_sampler(trial.number)
+            record.sampler = study.make_sampler(seed, {}, trial.number)
             points.append((trial.suggest_float("x", 0, 1), trial.suggest_float("y", 0, 1)))
             record.tell(trial, sum(points[-1]))
         drawn.append(points)
@@ -347,7 +313,7 @@ def make_sweep(
     pruner = pruner or optuna.pruners.NopPruner()
     return search.Sweep(
         study.open_study(directory, location, "tiny", {}, pruner),
-        functools.partial(study.make_sampler, "random", 0, {}),
+        functools.partial(study.make_sampler, 0, {}),
         *(experiment, space.Space("tiny.py", draw), directory, trials),
     )
 
@@ -380,36 +346,27 @@ def test_workers_share_a_study_and_draw_what_one_draws(
         directory.mkdir()
         place = location and str(directory / location)
         for trials in range(4 // workers, 5, 4 // workers):
-            search.run_worker(sweep := make_sweep(directory, tiny_config, trials, place))
+            sweep = make_sweep(directory, tiny_config, trials, place)
+            search.run_worker(sweep, StopRequest())
         drawn.append([trial.params["x"] for trial in sweep.study.trials])
     assert drawn[0] == drawn[1] and len(set(drawn[0])) == 4
     assert (tmp_path / "1" / (location or study.DATABASE)).exists()
 
 
-@pytest.mark.parametrize(
-    ("location", "message"),
-    [
-        ("no://thing", "can't use the database: .*dialect"),
-        ("postgresql://me:secret@127.0.0.1:1/db", "can't use the database: .*refused"),
-        ("postgresql://me:secret@127.0.0.1:port/db", "is not the URL of a database"),
-        ("sqlite:////nowhere/at/all.db", "can't use the database /nowhere/at/all.db"),
-    ],
-)
+@pytest.mark.parametrize("location", ["no://thing", "sqlite:////nowhere/at/all.db"])
 def test_a_study_that_cannot_be_opened_gives_a_one_line_error(
-    location: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if location.startswith("postgresql"):
-        pytest.importorskip("psycopg")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    with pytest.raises(UserError, match=message) as caught:
-        make_sweep(tmp_path, None, 1, location)
-    assert len(str(caught.value).splitlines()) == 1 and "secret" not in str(caught.value)
+    with pytest.raises(UserError, match="the study can't be read or written") as caught:
+        study.use_optuna()(make_sweep)(tmp_path, None, 1, location)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_trial_of_a_dead_worker_resumes_its_directory_until_too_many_have_died(
     tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained_in: list[Path]
 ) -> None:
-    monkeypatch.setattr(study, "_MAX_RETRIES", 2)
+    monkeypatch.setattr(study.retry, "_max_retry", 2)
     survive = training.train
 
     def die(config: Any, directory: Path, watch: Any) -> int:
@@ -422,7 +379,7 @@ def test_a_trial_of_a_dead_worker_resumes_its_directory_until_too_many_have_died
             database.execute("UPDATE trial_heartbeats SET heartbeat = datetime('now', '-1 hour')")
             database.commit()
         with contextlib.suppress(GeneratorExit):
-            search.run_worker(sweep)
+            search.run_worker(sweep, StopRequest())
         report.write_trials(sweep.study, tmp_path)
         (row,) = rows(tmp_path)
         return row
@@ -453,7 +410,7 @@ def test_an_interrupted_trial_is_queued_again(
     sweep = make_sweep(tmp_path, tiny_config, 1)
     monkeypatch.setattr(training, "train", mock.Mock(side_effect=[error]))
     with pytest.raises(Stopped if error == 143 else type(error)):
-        search.run_worker(sweep)
+        search.run_worker(sweep, StopRequest())
     assert list_states(sweep) == [TrialState.FAIL, TrialState.WAITING]
     report.write_trials(sweep.study, tmp_path)
     assert [(row["trial"], row["state"]) for row in rows(tmp_path)] == [(0, "waiting")]
@@ -464,23 +421,9 @@ def test_diverged_trials_are_pruned_with_their_reason(
 ) -> None:
     error = NotFiniteError("the loss is not finite")
     monkeypatch.setattr(training, "train", mock.Mock(side_effect=error))
-    search.run_worker(make_sweep(tmp_path, tiny_config, 1))
+    search.run_worker(make_sweep(tmp_path, tiny_config, 1), StopRequest())
     (row,) = rows(tmp_path)
     assert row["state"] == "diverged" and "is not finite" in row["reason"]
-
-
-def test_failed_trials_in_a_row_stop_the_sweep(
-    tiny_config: ConfigDict,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    error = UserError("the training text is too short")
-    monkeypatch.setattr(training, "train", mock.Mock(side_effect=error))
-    with pytest.raises(UserError, match="3 trials in a row failed, the last: the training text"):
-        search.run_sweep(make_sweep(tmp_path, tiny_config, 4))
-    assert "All trials: " in capsys.readouterr().out, "the results of earlier trials are written"
-    assert [row["state"] for row in rows(tmp_path)] == ["failed"] * 3
 
 
 def test_a_signal_waits_until_all_parameters_are_drawn(
@@ -504,7 +447,7 @@ def test_a_signal_waits_until_all_parameters_are_drawn(
 def test_a_mistake_in_a_space_fails_one_trial(tiny_config: ConfigDict, tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, tiny_config, 2, draw=lambda trial: {"num_epochs": -1})
     with pytest.raises(UserError, match="tiny.py: config.num_epochs is -1"):
-        search.run_worker(sweep)
+        search.run_worker(sweep, StopRequest())
     assert list_states(sweep) == [TrialState.FAIL]
 
 
@@ -522,7 +465,7 @@ def test_a_bad_trial_is_pruned_after_an_epoch_unless_it_is_trained(
     monkeypatch.setattr(search, "_measure", lambda *unused: 3.0)
     experiment = config_lib.complete_config({"num_epochs": 2, "max_steps": max_steps})
     pruner = optuna.pruners.ThresholdPruner(upper=2.0)
-    search.run_worker(sweep := make_sweep(tmp_path, experiment, 1, pruner=pruner))
+    search.run_worker(sweep := make_sweep(tmp_path, experiment, 1, pruner=pruner), StopRequest())
     (trial,) = sweep.study.trials
     assert (trial.state, trial.value) == (TrialState[state], 3.0)
     assert trial.intermediate_values == {1: 3.0}
