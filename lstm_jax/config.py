@@ -87,8 +87,7 @@ class DataConfig:
         "separate train, validation and test. Empty: data.dataset.", resume=True, also="data text")
     dataset: str = field("tiny_shakespeare", "Name of a standard text (docs/data.md) or of a TFDS "
         "dataset.", relevant_if="data.path == ''")
-    text_feature: str = field("text", "Feature of the dataset that holds the text.",
-        relevant_if="data.path == ''")
+    text_feature: str = field("text", "Feature that holds the text.", relevant_if="data.path == ''")
     directory: str = field("", "Directory of datasets. Empty: TFDS's default.", resume=True)
     fractions: tuple[float, ...] = field((0.9, 0.05, 0.05), "Fractions of train, validation and "
         "test, in this order, in a text without splits.",
@@ -117,7 +116,7 @@ class BatchesConfig:
     # and window_length can't change when a run resumes.
     kind: Literal["windows", "streams"] = field("windows", "windows: shuffled windows, each from a "
         "zero state. streams: contiguous streams whose carry is kept (truncated BPTT).")
-    batch_size: int = field(64, "Windows or streams per batch.", _SIZE, also="batch",
+    batch_size: int = field(64, "Windows or streams per batch.", _SIZE,
         requires="batches.batch_size % (max(mesh.data, 1) * mesh.model) == 0")
     window_length: int = field(100, "Tokens of each window or stream per step.", _SIZE,
         also="context bptt seq_len sequence_length")
@@ -130,11 +129,11 @@ class BatchesConfig:
 class ModelConfig:
     """The layers of the model, their initial parameters, and how they are computed."""
 
-    embedding_size: int = field(256, "Size of token embeddings.", _SIZE, also="embedding")
+    embedding_size: int = field(256, "Size of token embeddings.", _SIZE)
     hidden_size: int = field(1024, "Hidden units of each layer; with tie_embeddings, the last one "
         "has embedding_size.", _SIZE, also="hidden units",
         relevant_if="model.num_layers > 1 or not model.tie_embeddings")
-    num_layers: int = field(1, "Recurrent layers.", "1 <= x <= 100", also="layers")
+    num_layers: int = field(1, "Recurrent layers.", "1 <= x <= 100")
     cell: str = field("lstm", "Kind of recurrent layers, or a file with your own cell "
         "(docs/cells.md).", (*CELLS, _OWN_CELL))
     options: Mapping[str, Option] = field({}, "Options that the cell declares, "
@@ -143,16 +142,13 @@ class ModelConfig:
     block: Literal["none", "residual"] = field("none", "residual: each cell is in a block with "
         "normalization, a short convolution, a gated MLP and residual branches.")
     layer_norm: bool = field(False, "Layer normalization of x W and h U, and of an LSTM's c'.")
-    tie_embeddings: bool = field(False, "Use the embedding table as the dense layer's kernel.",
-        also="tied")
+    tie_embeddings: bool = field(False, "The embedding table is the dense layer's kernel.")
     skip_connections: bool = field(False, "Each layer but the first adds its inputs, without "
         "dropout, to its outputs.", relevant_if="model.num_layers > 1", requires=
         "not (model.skip_connections and model.tie_embeddings)"
         " or model.embedding_size == model.hidden_size")
-    initial_embedding: float = field(0.05, "Initial embeddings are uniform within ± this.",
-        "0 < x <= 1000")
-    initial_scale: float = field(1.0, "Factor of the initial kernels and embedding table.",
-        "0 < x <= 1000")
+    initial_embedding: float = field(0.05, "Initial embeddings lie within ± this.", "0 < x <= 1000")
+    initial_scale: float = field(1.0, "Factor of initial kernels and embeddings.", "0 < x <= 1000")
     initial_bias: Literal["frequencies", "zeros"] = field("frequencies", "Initial bias of the "
         "logits. frequencies: the logarithm of each token's frequency in the training text.")
     recurrence: Literal["auto", "scan", "xla", "c", "cudnn", "pallas", "parallel"] = field("auto",
@@ -186,16 +182,15 @@ class OptimizerConfig:
         resume=True, also="eps", relevant_if="optimizer.name not in ('lion', 'sgd')")
     momentum: float = field(0.9, "Momentum of SGD and Muon.", _SHARE, resume=True,
         relevant_if="optimizer.name in ('sgd', 'muon')")
-    learning_rate: float = field(1e-4, "Peak learning rate.", "0 < x <= 1e38", resume=True,
-        also="lr")
-    warmup_steps: int = field(0, "Steps of a linear rise to the peak learning rate.", _COUNT,
-        resume=True, also="warmup")
+    learning_rate: float = field(1e-4, "Peak of the schedule.", "0 < x <= 1e38",
+        resume=True, also="lr")
+    warmup_steps: int = field(0, "Steps of a linear rise to the peak.", _COUNT, resume=True)
     schedule: Schedule = field("constant", "Learning rate after warm-up. cosine, linear: decay to "
         "zero at the end of training. step: divide by ten at each of step_at.", resume=True)
     step_at: tuple[float, ...] = field((0.5, 0.75), "Fractions of all steps.",
         "all(0 < part < 1 for part in x)", resume=True, relevant_if="optimizer.schedule == 'step'")
-    weight_decay: float = field(0.0, "Weight decay of kernels and embeddings.", "0 <= x <= 1e38",
-        resume=True, also="wd")
+    weight_decay: float = field(0.0, "Decay of kernels and embeddings.", "0 <= x <= 1e38",
+        resume=True)
     max_gradient_norm: float = field(0.0, "Clip gradients to this global norm. 0: no clipping.",
         _AMOUNT, resume=True, also="clip grad_clip")
     average_decay: float = field(0.0, "Decay of an exponential moving average of the parameters, "
@@ -211,15 +206,12 @@ class RegularizationConfig:
     """The rates of dropout, and the weights of penalties."""
 
     embedding_dropout: float = field(0.0, "Dropout of whole rows of the embedding table.", _SHARE,
-        resume=True, also="dropout")
-    input_dropout: float = field(0.0, "Dropout of the inputs of the first layer.", _SHARE,
-        resume=True, also="dropout")
+        resume=True)
+    input_dropout: float = field(0.0, "Dropout of the first layer's inputs.", _SHARE, resume=True)
     hidden_dropout: float = field(0.0, "Dropout between layers.", _SHARE, resume=True,
-        also="dropout", relevant_if="model.num_layers > 1")
-    output_dropout: float = field(0.0, "Dropout of the outputs of the last layer.", _SHARE,
-        resume=True, also="dropout")
-    recurrent_dropout: float = field(0.0, "DropConnect of the recurrent kernels.", _SHARE,
-        resume=True, also="dropout")
+        relevant_if="model.num_layers > 1")
+    output_dropout: float = field(0.0, "Dropout of the last layer's outputs.", _SHARE, resume=True)
+    recurrent_dropout: float = field(0.0, "DropConnect of recurrent kernels.", _SHARE, resume=True)
     activation_penalty: float = field(0.0, "Weight of the outputs' mean square in the loss.",
         _AMOUNT, resume=True)
     temporal_activation_penalty: float = field(0.0, "Weight of the outputs' mean squared change "
@@ -232,8 +224,7 @@ class DistillConfig:
 
     teachers: str = field("", "Working directories of trained models, separated by commas: the "
         "model also learns the mean of their probabilities.", resume=True)
-    weight: float = field(0.8, "Share of the teachers in the loss; the rest is the text's.",
-        "0 <= x <= 1", resume=True)
+    weight: float = field(0.8, "Share of the teachers in the loss.", "0 <= x <= 1", resume=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,9 +242,8 @@ class MeshConfig:
 class SampleConfig:
     """The text that is generated after each validation."""
 
-    length: int = field(300, "Tokens of the sample of each validation.", "1 <= x <= 10**6",
-        resume=True)
-    temperature: float = field(0.8, "Temperature of this sample. 0: greedy.",
+    length: int = field(300, "Tokens of each sample.", "1 <= x <= 10**6", resume=True)
+    temperature: float = field(0.8, "Temperature of each sample. 0: greedy.",
         "x == 0 or 1e-6 <= x <= 1000", resume=True)
 
 
@@ -263,24 +253,22 @@ class RunConfig:
 
     seed: int = field(0, "Seed of initial parameters, batches and samples.", "0 <= x < 2**32")
     init_from: str = field("", "The run whose parameters this one starts from.", is_flag=False)
-    num_epochs: int = field(20, "Passes over the training text.", "1 <= x <= 10**6", resume=True,
-        also="epochs")
+    num_epochs: int = field(20, "Passes over the training text.", "1 <= x <= 10**6", resume=True)
     max_steps: int = field(0, "Training ends after this number of steps, if num_epochs has more. "
-        "0: no limit.", _COUNT, resume=True, also="steps")
+        "0: no limit.", _COUNT, resume=True)
     validate_every_steps: int = field(0, "Steps between validations within an epoch; each epoch "
         "also ends with one. 0: no others.", _COUNT, resume=True)
-    validation_tokens: int = field(0, "Number of tokens at the start of the validation text to "
-        "validate on. 0: all of it.", "x == 0 or 4 <= x < 2**31")
+    validation_tokens: int = field(0, "Validate on the first tokens only. 0: on all.",
+        "x == 0 or 4 <= x < 2**31")
     patience: int = field(0, "Training ends when the validation loss has not improved for this "
         "number of validations. 0: no such limit.", _COUNT, resume=True)
     steps_per_call: int = field(1, "Training steps per compiled call; more are faster for tiny "
         "models.", "1 <= x <= 10**4", resume=True, requires="steps_per_call <= log_every_steps")
-    log_every_steps: int = field(10, "Steps between training losses in metrics.jsonl.",
-        _POSITIVE_COUNT, resume=True)
-    checkpoint_every_seconds: float = field(300.0, "Seconds between checkpoints in an epoch. 0: "
-        "as often as possible.", _AMOUNT, resume=True)
-    max_skipped_steps: int = field(0, "Skip at most this number of steps with a number that "
-        "is not finite.", _COUNT, resume=True)
+    log_every_steps: int = field(10, "Steps between training losses.", _POSITIVE_COUNT, resume=True)
+    checkpoint_every_seconds: float = field(300.0, "Seconds between checkpoints. 0: no pause.",
+        _AMOUNT, resume=True)
+    max_skipped_steps: int = field(0, "Skip this number of steps that are not finite.", _COUNT,
+        resume=True)
     profile: bool = field(False, "Trace a few steps for TensorBoard's profiler.", resume=True)
 # fmt: on
 
@@ -451,13 +439,14 @@ def find_unused_fields(config: Config) -> list[str]:
 
 
 def find_fields(name: str) -> list[str]:
-    """Return the fields that have this name in any section, or that people also call so."""
-    last = name.rpartition(".")[2]
-    return [
-        field.name
-        for field in FIELDS.values()
-        if field.is_flag and last in (field.name.rpartition(".")[2], *field.also.split())
-    ]
+    """Return the fields that people mean by a name, of any section: by names, else by words."""
+    wanted, found = name.rpartition(".")[2], list[str]()
+    for field in filter(lambda field: field.is_flag, FIELDS.values()):
+        last = field.name.rpartition(".")[2]
+        if wanted in (last, *field.also.split()):
+            return [field.name]
+        found += [field.name] if wanted in last.split("_") else []
+    return found
 
 
 def describe_unknown_field(name: str) -> str:

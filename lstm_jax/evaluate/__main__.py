@@ -20,32 +20,18 @@ _TEXT = flags.DEFINE_string(
     "text", None, "Instead of --split: a file with any text to measure; - is standard input."
 )
 _CONTEXT = flags.DEFINE_integer(
-    "context",
-    None,
-    "Read the text in consecutive windows of this number of tokens, each from a zero state.",
-    lower_bound=1,
+    "context", None, "Read windows of this number of tokens, each from a zero state.", 1
 )
 _DYNAMIC = flags.DEFINE_bool(
-    "dynamic",
-    False,
-    "Dynamic evaluation: train the model on each segment of the text after predicting it.",
+    "dynamic", False, "Dynamic evaluation: train on each segment of the text after predicting it."
 )
 # The best of a dozen settings on the validation split of experiments/quick.py, as defaults: `python
 # -m lstm_jax.evaluate --workdir runs/quick --split validation --dynamic` gives 1.259 nats per
 # character, and without --dynamic 1.349.
 _SETTINGS = (
-    flags.DEFINE_float(
-        "dynamic_learning_rate", 1e-3, "Learning rate of --dynamic.", lower_bound=0.0
-    ),
-    flags.DEFINE_float(
-        "dynamic_decay",
-        0.003,
-        "Fraction of the distance to the trained parameters that each step of --dynamic removes.",
-        lower_bound=0.0,
-    ),
-    flags.DEFINE_integer(
-        "dynamic_segment_length", 50, "Tokens per step of --dynamic.", lower_bound=1
-    ),
+    flags.DEFINE_float("dynamic_learning_rate", 1e-3, "Learning rate of --dynamic.", 0.0),
+    flags.DEFINE_float("dynamic_decay", 0.003, "Share of the way back to the trained model.", 0.0),
+    flags.DEFINE_integer("dynamic_segment_length", 50, "Tokens per step of --dynamic.", 1),
 )
 
 
